@@ -1,0 +1,381 @@
+"""The model's shapes and switches, read from a checkpoint's config.json and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qwen3vl_jax.errors import InputError
+
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+TEXT_ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu")
+# What the class of transformers 4.57.1 fills in for a key that is absent. Only keys that fix no shape.
+_TEXT_DEFAULTS = {
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 5_000_000.0,
+    "attention_bias": False,
+    "max_position_embeddings": 128_000,
+    "num_experts_per_tok": 4,
+    "initializer_range": 0.02,
+}
+_VISION_DEFAULTS = {"hidden_act": "gelu_pytorch_tanh"}
+_TOKEN_DEFAULTS = {
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+}
+_DEFAULT_SECTION = (24, 20, 20)
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding of the decoder: base, MRoPE sections (T, H, W) and scaling.
+
+    Fields have the names of Hugging Face's `rope_parameters`; those a rope type does not use are None.
+    """
+
+    rope_type: str = "default"
+    theta: float = _TEXT_DEFAULTS["rope_theta"]
+    mrope_section: tuple[int, ...] = _DEFAULT_SECTION
+    original_max_position_embeddings: int | None = None
+    factor: float | None = None
+    attention_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    short_factor: tuple[float, ...] | None = None
+    long_factor: tuple[float, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """The decoder. `num_experts` 0 means dense SwiGLU layers."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rope: RopeConfig
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    attention_bias: bool = False
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    initializer_range: float = 0.02
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """The vision tower (ViT), its patch merger and the DeepStack mergers."""
+
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    in_channels: int
+    patch_size: int
+    temporal_patch_size: int
+    spatial_merge_size: int
+    num_position_embeddings: int
+    out_hidden_size: int
+    deepstack_visual_indexes: tuple[int, ...]
+    hidden_act: str = "gelu_pytorch_tanh"
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def merge_unit(self) -> int:
+        """Patches that become one token."""
+        return self.spatial_merge_size**2
+
+    @property
+    def patch_shape(self) -> tuple[int, int, int, int]:
+        """Channels, frames, rows and columns of one patch: the order of a pixel row's features."""
+        return (self.in_channels, self.temporal_patch_size, self.patch_size, self.patch_size)
+
+    @property
+    def grid_side(self) -> int:
+        """Side of the square table of learned positions."""
+        return math.isqrt(self.num_position_embeddings)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything of a checkpoint that the code depends on; hashable, so it can be a static argument."""
+
+    text: TextConfig
+    vision: VisionConfig
+    image_token_id: int
+    video_token_id: int
+    vision_start_token_id: int
+    vision_end_token_id: int
+    tie_word_embeddings: bool
+    eos_token_ids: tuple[int, ...] = ()
+
+    @classmethod
+    def from_hf(cls, source: Mapping[str, Any] | str | Path) -> Config:
+        """Reads a config.json (its dict, its path, or the directory that holds it).
+
+        Takes the released form (rope_theta, rope_scaling, num_experts) and that of transformers 5
+        (rope_parameters, num_local_experts). Raises InputError with the key, what was found and
+        what is allowed, for an absent key that fixes a shape and for a value not implemented.
+        """
+        raw = source if isinstance(source, Mapping) else _read(Path(source))
+        model_type = raw.get("model_type", "qwen3_vl")
+        if not str(model_type).startswith("qwen3_vl"):
+            raise InputError(f"config: model_type is {model_type!r}, expected qwen3_vl or qwen3_vl_moe")
+        for part in ("text_config", "vision_config"):
+            if not isinstance(raw.get(part), Mapping):
+                raise InputError(f"config: {part} is {raw.get(part)!r}, expected an object")
+        text_raw = raw["text_config"]
+        is_moe = "moe" in model_type or "moe" in str(text_raw.get("model_type", ""))
+        text, vision = _text(text_raw, is_moe), _vision(raw["vision_config"])
+        _check_towers(text, vision)
+        eos = text_raw.get("eos_token_id", raw.get("eos_token_id"))
+        eos = () if eos is None else (eos,) if isinstance(eos, int) else eos
+        tokens = {k: _int(raw, k, "", at_least=0, default=d) for k, d in _TOKEN_DEFAULTS.items()}
+        tied = bool(raw.get("tie_word_embeddings", False))
+        return cls(text, vision, **tokens, tie_word_embeddings=tied, eos_token_ids=tuple(eos))
+
+    @classmethod
+    def named(cls, size: str) -> Config:
+        """The config of a released size: 2b, 4b, 8b, 32b, 30b-a3b or 235b-a22b."""
+        from qwen3vl_jax.released import released_config
+
+        return cls.from_hf(released_config(size))
+
+    def to_hf(self) -> dict[str, Any]:
+        """The config.json of this config, in the released form; `from_hf` gives the same config back."""
+        moe = self.text.num_experts > 0
+        text = dataclasses.asdict(self.text)
+        rope = {k: v for k, v in text.pop("rope").items() if v is not None}
+        text["rope_theta"] = rope.pop("theta")
+        text["rope_scaling"] = {**rope, "mrope_interleaved": True}
+        if not moe:
+            for key in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
+                del text[key]
+        name = "qwen3_vl_moe" if moe else "qwen3_vl"
+        text["model_type"] = f"{name}_text"
+        text["eos_token_id"] = self.eos_token_ids[0] if len(self.eos_token_ids) == 1 else None
+        if len(self.eos_token_ids) > 1:
+            text["eos_token_id"] = list(self.eos_token_ids)
+        top = {k: getattr(self, k) for k in (*_TOKEN_DEFAULTS, "tie_word_embeddings")}
+        vision = {**dataclasses.asdict(self.vision), "model_type": name}
+        arch = f"Qwen3VL{'Moe' if moe else ''}ForConditionalGeneration"
+        plain = {**top, "text_config": text, "vision_config": vision}
+        return json.loads(json.dumps({"architectures": [arch], "model_type": name, **plain}))
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise InputError(f"config: cannot read {path} ({e.strerror}); a checkpoint has one") from e
+    except ValueError as e:
+        raise InputError(f"config: {path} is not JSON ({e})") from e
+    if not isinstance(raw, Mapping):
+        raise InputError(f"config: {path} holds {type(raw).__name__}, expected an object")
+    return raw
+
+
+def _int(raw: Mapping, key: str, where: str, at_least: int = 1, default: int | None = None) -> int:
+    value = raw.get(key, default)
+    if value is None:
+        raise InputError(f"config: {where}{key} is absent; it fixes a shape and has no default")
+    if isinstance(value, (list, tuple)) and len(set(value)) == 1:
+        value = value[0]  # transformers 5 may write a square patch as [16, 16]
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise InputError(f"config: {where}{key} is {value!r}, expected an integer >= {at_least}")
+    return value
+
+
+def _one_of(value: Any, key: str, allowed: tuple) -> Any:
+    if value not in allowed:
+        names = ", ".join(map(str, allowed))
+        raise InputError(f"config: {key} is {value!r}, implemented: {names}")
+    return value
+
+
+def _text(raw: Mapping[str, Any], is_moe: bool) -> TextConfig:
+    where = "text_config."
+    get = lambda key: raw[key] if raw.get(key) is not None else _TEXT_DEFAULTS[key]  # noqa: E731
+    shape = {
+        k: _int(raw, k, where)
+        for k in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    }
+    heads = shape["num_attention_heads"]
+    if "head_dim" not in raw or ("num_key_value_heads" not in raw):
+        key = "num_key_value_heads" if "head_dim" in raw else "head_dim"
+        raise InputError(f"config: {where}{key} is absent; it fixes a shape (null is allowed)")
+    head_dim = _int(raw, "head_dim", where, default=None) if raw["head_dim"] is not None else None
+    if head_dim is None and shape["hidden_size"] % heads:
+        raise InputError(
+            f"config: {where}head_dim is null and hidden_size {shape['hidden_size']} does not divide "
+            f"by num_attention_heads {heads}"
+        )
+    kv_heads = heads if raw["num_key_value_heads"] is None else _int(raw, "num_key_value_heads", where)
+    if heads % kv_heads:
+        raise InputError(
+            f"config: {where}num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
+        )
+    experts = _experts(raw, is_moe)
+    dense_width = 0 if experts["num_experts"] and raw.get("intermediate_size") is None else None
+    max_positions = _int({"max_position_embeddings": get("max_position_embeddings")},
+                         "max_position_embeddings", where)  # fmt: skip
+    head_dim = head_dim or shape["hidden_size"] // heads
+    return TextConfig(
+        **shape,
+        intermediate_size=_int(raw, "intermediate_size", where) if dense_width is None else 0,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=max_positions,
+        rope=_rope(raw, head_dim, max_positions),
+        hidden_act=_one_of(get("hidden_act"), where + "hidden_act", TEXT_ACTIVATIONS),
+        rms_norm_eps=float(get("rms_norm_eps")),
+        attention_bias=bool(get("attention_bias")),
+        initializer_range=float(get("initializer_range")),
+        **experts,
+    )
+
+
+def _experts(raw: Mapping[str, Any], is_moe: bool) -> dict[str, int]:
+    where = "text_config."
+    if not is_moe:
+        return {"num_experts": 0, "num_experts_per_tok": 0, "moe_intermediate_size": 0}
+    if raw.get("mlp_only_layers"):
+        found = raw["mlp_only_layers"]
+        raise InputError(f"config: {where}mlp_only_layers is {found!r}, implemented: [] (all sparse)")
+    _one_of(raw.get("decoder_sparse_step", 1), where + "decoder_sparse_step", (1,))
+    key = "num_local_experts" if raw.get("num_experts") is None else "num_experts"
+    if raw.get(key) is None:
+        raise InputError(f"config: {where}num_experts is absent; it fixes a shape and has no default")
+    experts = _int(raw, key, where)
+    per_token = raw.get("num_experts_per_tok", _TEXT_DEFAULTS["num_experts_per_tok"])
+    per_token = _int({"num_experts_per_tok": per_token}, "num_experts_per_tok", where)
+    if per_token > experts:
+        raise InputError(f"config: {where}num_experts_per_tok is {per_token}, expected <= {experts}")
+    width = _int(raw, "moe_intermediate_size", where)
+    return {
+        "num_experts": experts,
+        "num_experts_per_tok": per_token,
+        "moe_intermediate_size": width,
+    }
+
+
+# What each scaled rope type needs, beyond what has a default.
+_ROPE_NEEDS = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": (),
+    "longrope": ("short_factor", "long_factor"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+
+
+def _rope(raw: Mapping[str, Any], head_dim: int, max_positions: int) -> RopeConfig:
+    where = "text_config.rope_scaling."
+    given = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+    rope_type = given.get("rope_type", given.get("type", "default"))
+    rope_type = "default" if rope_type == "mrope" else rope_type
+    _one_of(rope_type, where + "rope_type", ROPE_TYPES)
+    if given.get("mrope_interleaved", True) is not True:
+        found = given["mrope_interleaved"]
+        raise InputError(f"config: {where}mrope_interleaved is {found!r}, implemented: true")
+    partial = given.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
+    _one_of(1.0 if partial is None else partial, where + "partial_rotary_factor", (1.0,))
+    section = tuple(given.get("mrope_section") or _DEFAULT_SECTION)
+    if len(section) != 3 or sum(section) * 2 != head_dim:
+        raise InputError(
+            f"config: {where}mrope_section is {list(section)}, expected three numbers (T, H, W) "
+            f"that sum to head_dim / 2 = {head_dim / 2:g}"
+        )
+    for key in _ROPE_NEEDS[rope_type]:
+        if given.get(key) is None:
+            raise InputError(f"config: {where}{key} is absent; rope_type {rope_type!r} needs it")
+    original = raw.get("original_max_position_embeddings")
+    original = original or given.get("original_max_position_embeddings") or max_positions
+    theta = given.get("rope_theta", raw.get("rope_theta"))
+    fields = {f.name for f in dataclasses.fields(RopeConfig)} - {"theta", "rope_type"}
+    scaling = {k: v for k, v in given.items() if k in fields and v is not None}
+    if rope_type == "default":
+        scaling = {}
+    for key in ("short_factor", "long_factor"):
+        if key in scaling:
+            scaling[key] = tuple(map(float, scaling[key]))
+            if len(scaling[key]) != head_dim // 2:
+                raise InputError(
+                    f"config: {where}{key} has {len(scaling[key])} numbers, expected head_dim / 2 = "
+                    f"{head_dim // 2}"
+                )
+    if rope_type in ("yarn", "longrope", "llama3"):
+        scaling["original_max_position_embeddings"] = original
+        if rope_type != "llama3" and scaling.get("factor") is None:
+            scaling["factor"] = max_positions / original
+    scaling["mrope_section"] = section
+    theta = _TEXT_DEFAULTS["rope_theta"] if theta is None else float(theta)
+    return RopeConfig(rope_type, theta, **scaling)
+
+
+def _vision(raw: Mapping[str, Any]) -> VisionConfig:
+    where = "vision_config."
+    ints = [
+        f.name
+        for f in dataclasses.fields(VisionConfig)
+        if f.name not in ("deepstack_visual_indexes", "hidden_act")
+    ]
+    shape = {k: _int(raw, k, where) for k in ints}
+    if math.isqrt(shape["num_position_embeddings"]) ** 2 != shape["num_position_embeddings"]:
+        found = shape["num_position_embeddings"]
+        raise InputError(f"config: {where}num_position_embeddings is {found}, expected a square number")
+    if shape["hidden_size"] % (4 * shape["num_heads"]):
+        raise InputError(
+            f"config: {where}hidden_size is {shape['hidden_size']}, expected a multiple of 4 x num_heads "
+            f"= {4 * shape['num_heads']} (2-D rotary splits a head in four)"
+        )
+    if raw.get("deepstack_visual_indexes") is None:
+        raise InputError(f"config: {where}deepstack_visual_indexes is absent; it fixes shapes ([] = none)")
+    taps = tuple(raw["deepstack_visual_indexes"])
+    depth = shape["depth"]
+    if any(not isinstance(t, int) or not 0 <= t < depth for t in taps) or any(
+        a >= b for a, b in zip(taps, taps[1:], strict=False)
+    ):
+        raise InputError(
+            f"config: {where}deepstack_visual_indexes is {list(taps)}, expected increasing layer "
+            f"numbers from 0 to depth - 1 = {depth - 1}"
+        )
+    act = raw.get("hidden_act") or _VISION_DEFAULTS["hidden_act"]
+    _one_of(act, where + "hidden_act", TEXT_ACTIVATIONS)
+    return VisionConfig(**shape, deepstack_visual_indexes=taps, hidden_act=act)
+
+
+def _check_towers(text: TextConfig, vision: VisionConfig) -> None:
+    if vision.out_hidden_size != text.hidden_size:
+        raise InputError(
+            f"config: vision_config.out_hidden_size is {vision.out_hidden_size}, expected "
+            f"text_config.hidden_size = {text.hidden_size}"
+        )
+    taps = len(vision.deepstack_visual_indexes)
+    if taps > text.num_hidden_layers:
+        raise InputError(
+            f"config: vision_config.deepstack_visual_indexes has {taps} taps, expected at most "
+            f"text_config.num_hidden_layers = {text.num_hidden_layers}"
+        )
