@@ -1,0 +1,43 @@
+"""Settings that must hold before jax or transformers is imported, for the tests and their children."""
+
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+# XLA's thread pool is as large as the cores. With several fake devices on few cores the threads of one
+# collective wait for others that have no thread; a pool of 16 is enough for 8 devices.
+os.environ.setdefault("NPROC", "16")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# A GPU's default for float32 products is TF32, which no parity bound survives.
+os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+HAS_TORCH = importlib.util.find_spec("torch") is not None
+# Without torch (it is an extra, and not built for every Python) the tests that compare with it are not
+# collected; the header says so.
+_NEEDS_TORCH = re.compile(r"^\s*(?:from|import) (?:torch|transformers|reference)\b", re.MULTILINE)
+collect_ignore = (
+    []
+    if HAS_TORCH
+    else [
+        path.name
+        for path in sorted(Path(__file__).parent.glob("test_*.py"))
+        if _NEEDS_TORCH.search(path.read_text())
+    ]
+)
+
+if HAS_TORCH:
+    import torch
+    import torchvision_shim  # noqa: F401
+
+    torch.set_num_threads(2)
+
+
+def pytest_report_header() -> str:
+    """One line: with what the model is compared, or which files need torch."""
+    if HAS_TORCH:
+        return "parity: torch and transformers are installed, every file is collected"
+    return f"parity: torch is not installed, left out: {', '.join(collect_ignore) or 'nothing'}"
