@@ -1,0 +1,49 @@
+"""Qwen3-VL as small pure functions in JAX/Flax, for TPU and GPU.
+
+Names are imported when first used, so that a command line can refuse a bad file before it spends a
+second on importing jax.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from qwen3vl_jax.version import __version__
+
+if TYPE_CHECKING:
+    from qwen3vl_jax.config import Config
+    from qwen3vl_jax.errors import InputError
+    from qwen3vl_jax.losses import loss_fn
+    from qwen3vl_jax.model import (
+        attentions,
+        decode_step,
+        extend,
+        forward,
+        grow_cache,
+        hidden_states,
+        init_params,
+        prefill,
+        stack_layers,
+        unstack_layers,
+    )
+    from qwen3vl_jax.processing.batch import make_batch, make_vision, rope_index
+    from qwen3vl_jax.structs import Batch, Features, KVCache, VisionInputs
+    from qwen3vl_jax.vision import vision_encode
+
+_HOME = {
+    "config": ("Config",),
+    "errors": ("InputError",),
+    "losses": ("loss_fn",),
+    "model": ("attentions", "decode_step", "extend", "forward", "grow_cache", "hidden_states",
+              "init_params", "prefill", "stack_layers", "unstack_layers"),
+    "processing.batch": ("make_batch", "make_vision", "rope_index"),
+    "structs": ("Batch", "Features", "KVCache", "VisionInputs"),
+    "vision": ("vision_encode",),
+}  # fmt: skip
+_MODULE = {name: module for module, names in _HOME.items() for name in names}
+__all__ = ["__version__", *_MODULE]
+
+
+def __getattr__(name: str):
+    if name not in _MODULE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULE[name]}"), name)

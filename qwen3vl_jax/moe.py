@@ -1,0 +1,99 @@
+"""The sparse MLP: router and experts. Dims as in layers.py; n tokens, A experts chosen by each."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from qwen3vl_jax.config import TextConfig
+from qwen3vl_jax.layers import ACTIVATIONS, linear_fp32, weight
+from qwen3vl_jax.sharding import platform
+
+
+class Experts(nn.Module):
+    """Top-A of E SwiGLU experts, dropless: [B T D] -> [B T D].
+
+    Weights keep the released layout: gate_up [E D 2M] (gate columns, then up), down [E M D].
+    """
+
+    cfg: TextConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = self.cfg
+        e, d, m = (c.num_experts, "expert"), (c.hidden_size, "embed"), c.moe_intermediate_size
+        router = weight(self, "router", (c.num_experts, None), d)
+        gate_up = weight(self, "gate_up", e, d, (2 * m, "expert_mlp"))
+        down = weight(self, "down", e, (m, "expert_mlp"), d)
+        flat = x.reshape(-1, x.shape[-1])
+        share, chosen = route(flat, router, c.num_experts_per_tok)
+        run = experts_scan if platform() == "cpu" else experts_ragged
+        return run(flat, share, chosen, gate_up, down, c.hidden_act).reshape(x.shape)
+
+
+def route(x: jax.Array, router: jax.Array, per_token: int) -> tuple[jax.Array, jax.Array]:
+    """x [n D] -> shares [n A] that sum to 1 in the dtype of x, and the chosen experts [n A].
+
+    Softmax over all experts in fp32, then the top A renormalised (always: the reference ignores
+    norm_topk_prob).
+    """
+    logits = linear_fp32(x, router).astype(x.dtype).astype(jnp.float32)
+    share, chosen = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), per_token)
+    return (share / jnp.sum(share, -1, keepdims=True)).astype(x.dtype), chosen
+
+
+def _swiglu(gate_up: jax.Array, act: str) -> jax.Array:
+    gate, up = jnp.split(gate_up, 2, axis=-1)
+    return ACTIVATIONS[act](gate) * up
+
+
+def experts_ragged(x, share, chosen, gate_up, down, act: str) -> jax.Array:
+    """Tokens sorted by expert, two grouped matrix products, each result weighted and added back."""
+    n, per_token = chosen.shape
+    order = jnp.argsort(chosen.reshape(-1))
+    token = order // per_token
+    sizes = jnp.bincount(chosen.reshape(-1), length=gate_up.shape[0]).astype(jnp.int32)
+    hidden = _swiglu(ragged_dot(x[token], gate_up.astype(x.dtype), sizes), act)
+    out = ragged_dot(hidden, down.astype(x.dtype), sizes)
+    out = out.astype(jnp.float32) * share.reshape(-1)[order].astype(jnp.float32)[:, None]
+    return jnp.zeros((n, x.shape[1]), jnp.float32).at[token].add(out).astype(x.dtype)
+
+
+def experts_scan(x, share, chosen, gate_up, down, act: str) -> jax.Array:
+    """One expert after another over all tokens, experts nobody chose skipped: XLA:CPU's fast form.
+
+    jax.lax.ragged_dot runs every group densely there, 7 to 13 times slower.
+    """
+    n, count = x.shape[0], gate_up.shape[0]
+    table = jnp.zeros((n, count), jnp.float32)
+    table = table.at[jnp.arange(n)[:, None], chosen].add(share.astype(jnp.float32))
+
+    def run(total, up_e, down_e, share_e):
+        hidden = _swiglu(jnp.dot(x, up_e.astype(x.dtype)), act)
+        out = jnp.dot(hidden, down_e.astype(x.dtype), preferred_element_type=jnp.float32)
+        return total + out * share_e[:, None]
+
+    def body(total, xs):
+        return jax.lax.cond(jnp.any(xs[2] != 0), run, lambda t, *_: t, total, *xs), None
+
+    total = jnp.zeros((n, x.shape[1]), jnp.float32)
+    return jax.lax.scan(body, total, (gate_up, down, table.T))[0].astype(x.dtype)
+
+
+def ragged_dot(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
+    """x [n in] in runs of `sizes` [E], run e times w[e] [in out]. On a GPU by tokamax if installed.
+
+    Measured on an H100, one 30B-A3B layer, 12,368 tokens: jax.lax.ragged_dot 204 ms, tokamax 5.9 ms.
+    """
+    if platform() == "gpu" and (tokamax := _tokamax()) is not None:
+        return tokamax.ragged_dot(x, w, sizes)
+    return jax.lax.ragged_dot(x, w, sizes)
+
+
+def _tokamax():
+    try:
+        import tokamax  # the extra `cuda` brings it
+    except ImportError:
+        return None
+    return tokamax

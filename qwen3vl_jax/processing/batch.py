@@ -1,0 +1,313 @@
+"""Host tables: rope_index, make_vision, make_batch. Numpy in, structs of numpy arrays out.
+
+Whatever depends on a picture's size or a prompt's length is worked out here and padded to BUCKETS,
+so that the compiled functions never see it. Dims as in layers.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from qwen3vl_jax.config import Config, VisionConfig
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.structs import Batch, VisionInputs
+
+
+def _table() -> tuple[int, ...]:
+    sizes = [32]
+    while sizes[-1] < 262_144:
+        step = 8 if sizes[-1] < 512 else 64
+        sizes.append(int(sizes[-1] * 1.5) // step * step)
+    return tuple(sizes)
+
+
+BUCKETS = _table()  # 24 sizes from 32 to over 262,144, neighbours at most 1.5x apart
+
+
+def bucket(count: int) -> int:
+    """The smallest size of BUCKETS that holds `count` tokens (or merged patches)."""
+    for size in BUCKETS:
+        if count <= size:
+            return size
+    raise InputError(f"{count} tokens are more than the largest bucket, {BUCKETS[-1]}")
+
+
+def rope_index(
+    cfg: Config, input_ids, image_grid_thw=None, video_grid_thw=None, attention_mask=None
+) -> tuple[np.ndarray, np.ndarray]:
+    """MRoPE ids [3 B T] (T, H, W; 0 at padding) and delta [B] = max + 1 - attended length, int32.
+
+    Text counts on all three axes together. A picture, or one frame of a clip, of h x w merged patches
+    at count c gets (c, c + row, c + column) and moves the count by max(h, w). Text, picture 1x2x3, text:
+
+        T  0 1 2  2 2 2 2 2  5        H  0 1 2  2 2 3 3 3  5        W  0 1 2  3 4 2 3 4  5
+
+    Raises InputError when placeholders and grids do not match. Source: reference get_rope_index.
+    """
+    ids, mask = _ids_and_mask(input_ids, attention_mask)
+    frames = _frames_by_token(cfg, image_grid_thw, video_grid_thw)
+    positions = np.zeros((3, *ids.shape), np.int32)
+    delta = np.zeros(len(ids), np.int32)
+    for b, row in enumerate(ids):
+        place = np.flatnonzero(mask[b])
+        index, top = _row_positions(row[place], frames)
+        positions[:, b, place] = index
+        delta[b] = top - len(place)
+    for token, rest in frames.items():
+        if rest:
+            name = "image" if token == cfg.image_token_id else "video"
+            raise InputError(
+                f"{name}_grid_thw: {len(rest)} {name} grid(s) or frame(s) are left over; the prompt "
+                f"has too few {name} placeholders (token {token})"
+            )
+    return positions, delta
+
+
+def _ids_and_mask(input_ids, attention_mask) -> tuple[np.ndarray, np.ndarray]:
+    ids = np.asarray(input_ids)
+    if ids.ndim != 2:
+        raise InputError(f"input_ids: shape {ids.shape}, expected [B T]")
+    mask = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask) != 0
+    if mask.shape != ids.shape:
+        raise InputError(f"attention_mask: shape {mask.shape}, expected that of input_ids {ids.shape}")
+    return ids.astype(np.int32), mask
+
+
+def grid_array(name: str, grid) -> np.ndarray:
+    """A grid argument as int64 [n 3], checked."""
+    grid = np.zeros((0, 3), np.int64) if grid is None else np.asarray(grid).astype(np.int64)
+    if grid.ndim != 2 or grid.shape[1] != 3 or (grid < 1).any():
+        raise InputError(f"{name}: expected rows (t, h, w) of positive numbers, found {grid.tolist()}")
+    return grid
+
+
+def _frames_by_token(cfg: Config, image_grid_thw, video_grid_thw) -> dict[int, list]:
+    """Placeholder token -> merged frames (h, w) still to be placed, in order; clips split into frames."""
+    merge = cfg.vision.spatial_merge_size
+    frames: dict[int, list] = {}
+    both = ((cfg.image_token_id, "image_grid_thw", image_grid_thw),
+            (cfg.video_token_id, "video_grid_thw", video_grid_thw))  # fmt: skip
+    for token, name, grid in both:
+        grid = grid_array(name, grid)
+        if (grid[:, 1:] % merge).any():
+            raise InputError(f"{name}: sides must be multiples of {merge}, found {grid.tolist()}")
+        frames[token] = [(h // merge, w // merge) for t, h, w in grid.tolist() for _ in range(t)]
+    return frames
+
+
+def _row_positions(row: np.ndarray, frames: dict[int, list]) -> tuple[np.ndarray, int]:
+    """Positions [3 n] of an unpadded row and the next free one; takes its frames off the lists."""
+    out = np.zeros((3, len(row)), np.int32)
+    visual = np.isin(row, list(frames))
+    at, count = 0, 0
+    while at < len(row):
+        if not visual[at]:
+            stop = at + int(np.argmax(visual[at:])) if visual[at:].any() else len(row)
+            out[:, at:stop] = count + np.arange(stop - at)
+            at, count = stop, count + stop - at
+            continue
+        token = int(row[at])
+        if not frames[token]:
+            raise InputError(
+                f"input_ids: a placeholder (token {token}) at {at} has no grid left; each picture "
+                "needs one row of image_grid_thw, each clip one of video_grid_thw"
+            )
+        h, w = frames[token].pop(0)
+        stop = at + h * w
+        if stop > len(row) or (row[at:stop] != token).any():
+            found = int(np.argmax(np.append(row[at:] != token, True)))
+            raise InputError(
+                f"input_ids: {found} placeholders (token {token}) at {at}, but its grid of {h} x {w} "
+                f"merged patches needs {h * w}"
+            )
+        cell = np.arange(h * w)
+        out[:, at:stop] = count + np.stack([cell * 0, cell // w, cell % w])
+        at, count = stop, count + max(h, w)
+    return out, count
+
+
+def make_vision(cfg: Config, pixels, grid_thw, pad: bool = True) -> VisionInputs:
+    """Patch rows [sum(t h w), C] of pictures and clips and their grids [n 3] -> VisionInputs.
+
+    Rows are in merge order, one picture after another. Padded to a bucket unless pad is False. Raises
+    InputError when rows and grids do not match.
+    """
+    c = cfg.vision
+    grid = grid_array("grid_thw", grid_thw)
+    pixels = np.asarray(pixels, np.float32)
+    count, width = int(grid.prod(1).sum()), int(np.prod(c.patch_shape))
+    if pixels.shape != (count, width):
+        raise InputError(
+            f"pixel_values: shape {pixels.shape}, expected ({count}, {width}) from the grids "
+            f"{grid.tolist()} and patches of {c.patch_shape}"
+        )
+    if (grid[:, 1:] % c.spatial_merge_size).any():
+        raise InputError(f"grid_thw: sides must be multiples of {c.spatial_merge_size}: {grid.tolist()}")
+    tables = [_frame_tables(c, h, w) for t, h, w in grid.tolist() for _ in range(t)]
+    sizes = [len(x[0]) for x in tables]
+    index, weights, coords = (
+        np.concatenate([np.zeros((0, n), dtype)] + [x[i] for x in tables])
+        for i, (n, dtype) in enumerate(((4, np.int32), (4, np.float32), (2, np.int32)))
+    )
+    ends = np.cumsum(sizes, dtype=np.int32)
+    lo, hi = (np.repeat(x, sizes).astype(np.int32) for x in (ends - sizes, ends))
+    rows = c.merge_unit * bucket(-(-count // c.merge_unit)) if pad else count
+    out = (_pad_rows(x, rows) for x in (pixels, index, weights, coords, lo, hi))
+    return VisionInputs(*out)
+
+
+def _pad_rows(x: np.ndarray, rows: int) -> np.ndarray:
+    return np.pad(x, [(0, rows - len(x))] + [(0, 0)] * (x.ndim - 1))
+
+
+def merge_order(h: int, w: int, merge: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row and column of each patch of an h x w frame, block after block of merge x merge patches."""
+    at = np.arange(h * w).reshape(h // merge, merge, w // merge, merge)
+    at = at.transpose(0, 2, 1, 3).reshape(-1)
+    return at // w, at % w
+
+
+def _frame_tables(c: VisionConfig, h: int, w: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Neighbours [hw 4] and bilinear weights [hw 4] in the position table, coordinates [hw 2].
+
+    The table's corners lie on the frame's corners (align_corners).
+    """
+    side = c.grid_side
+    row, col = merge_order(h, w, c.spatial_merge_size)
+
+    def axis(count: int, at: np.ndarray):
+        u = np.linspace(0, side - 1, count)[at]
+        low = np.floor(u).astype(np.int32)
+        return low, np.minimum(low + 1, side - 1), u - low
+
+    (r0, r1, dr), (c0, c1, dc) = axis(h, row), axis(w, col)
+    index = np.stack([r0 * side + c0, r0 * side + c1, r1 * side + c0, r1 * side + c1], 1)
+    weights = np.stack([(1 - dr) * (1 - dc), (1 - dr) * dc, dr * (1 - dc), dr * dc], 1)
+    return index.astype(np.int32), weights.astype(np.float32), np.stack([row, col], 1).astype(np.int32)
+
+
+# Keys that transformers' processors return and that hold nothing we need.
+_DROPPED = ("mm_token_type_ids", "token_type_ids", "second_per_grid_ts")
+
+
+def make_batch(
+    cfg: Config,
+    *,
+    input_ids,
+    attention_mask=None,
+    pixel_values=None,
+    image_grid_thw=None,
+    pixel_values_videos=None,
+    video_grid_thw=None,
+    labels=None,
+    position_ids=None,
+    inputs_embeds=None,
+    segment_ids=None,
+    pad: bool = True,
+    **dropped: Any,
+) -> Batch:
+    """What a processor returns (ours, or transformers' 4.57 and 5; any array type) -> Batch.
+
+    Rows are padded on the right to a bucket unless pad is False; they may be padded left or right
+    already. position_ids [B T] or [3 B T] and segment_ids [B T] (0 padding, 1.. packed samples) are for
+    those who make their own. Raises InputError for what does not fit together.
+    """
+    unknown = [k for k in dropped if k not in _DROPPED]
+    if unknown:
+        raise InputError(f"make_batch: unknown arguments {', '.join(unknown)}")
+    ids, mask = _ids_and_mask(input_ids, attention_mask)
+    segments = _segments(mask, segment_ids)
+    if position_ids is None:
+        if segments.max(initial=0) > 1:
+            raise InputError("make_batch: packed rows (segment_ids over 1) need their position_ids")
+        positions, delta = rope_index(cfg, ids, image_grid_thw, video_grid_thw, mask)
+    else:
+        positions = _positions(position_ids, ids.shape)
+        _frames_match(cfg, ids, mask, image_grid_thw, video_grid_thw)
+        top = np.where(segments > 0, positions.max(0), -1).max(1)
+        delta = (top + 1 - (segments > 0).sum(1)).astype(np.int32)
+    image_grid, video_grid = (
+        grid_array(n, g) for n, g in (("image_grid_thw", image_grid_thw), ("video_grid_thw", video_grid_thw))
+    )
+    vision = _vision(cfg, pixel_values, image_grid, pixel_values_videos, video_grid, pad)
+    rows = _vision_rows(cfg, np.where(mask, ids, -1), image_grid)
+    width = bucket(ids.shape[1]) if pad else ids.shape[1]
+
+    def fit(x, fill=0):
+        x = np.asarray(x)
+        extra = [(0, 0)] * x.ndim
+        extra[1 if x.ndim == 2 or x is embeds else 2] = (0, width - ids.shape[1])
+        return np.pad(x, extra, constant_values=fill)
+
+    embeds = None if inputs_embeds is None else np.asarray(inputs_embeds)
+    return Batch(
+        tokens=fit(ids),
+        positions=fit(positions),
+        segment_ids=fit(segments),
+        vision_rows=fit(rows, -1),
+        delta=delta,
+        vision=vision,
+        labels=None if labels is None else fit(np.asarray(labels).astype(np.int32), -100),
+        embeds=None if embeds is None else fit(embeds),
+    )
+
+
+def _segments(mask: np.ndarray, segment_ids) -> np.ndarray:
+    if segment_ids is not None:
+        segments = np.asarray(segment_ids).astype(np.int32)
+        if segments.shape != mask.shape:
+            raise InputError(f"segment_ids: shape {segments.shape}, expected {mask.shape}")
+        return np.where(mask, segments, 0)
+    segments = mask.astype(np.int32)
+    starts = (np.diff(np.pad(segments, ((0, 0), (1, 0))), axis=1) > 0).sum(1)
+    if (starts > 1).any():
+        row = int(np.argmax(starts > 1))
+        raise InputError(
+            f"attention_mask: row {row} has {int(starts[row])} runs of ones, expected one; padding "
+            "stands at the ends of a row, packed rows use segment_ids"
+        )
+    return segments
+
+
+def _positions(position_ids, shape: tuple[int, ...]) -> np.ndarray:
+    positions = np.asarray(position_ids).astype(np.int32)
+    if positions.shape == shape:
+        positions = np.broadcast_to(positions, (3, *shape))
+    if positions.shape != (3, *shape):
+        raise InputError(f"position_ids: shape {positions.shape}, expected {shape} or (3, B, T)")
+    return positions
+
+
+def _frames_match(cfg, ids, mask, image_grid_thw, video_grid_thw) -> None:
+    """The placeholders' count, for rows whose positions the caller made."""
+    for token, frames in _frames_by_token(cfg, image_grid_thw, video_grid_thw).items():
+        need, found = sum(h * w for h, w in frames), int(((ids == token) & mask).sum())
+        if need != found:
+            raise InputError(f"input_ids: {found} placeholders (token {token}), the grids need {need}")
+
+
+def _vision(cfg, pixel_values, image_grid, pixel_values_videos, video_grid, pad):
+    """Pictures first, then clips, as one VisionInputs; None for text alone."""
+    parts = []
+    both = (("pixel_values", pixel_values, image_grid),
+            ("pixel_values_videos", pixel_values_videos, video_grid))  # fmt: skip
+    for name, pixels, grid in both:
+        if (pixels is None) != (len(grid) == 0):
+            raise InputError(f"make_batch: {name} and its grids come together, one is missing")
+        if pixels is not None:
+            parts.append(np.asarray(pixels, np.float32))
+    if not parts:
+        return None
+    return make_vision(cfg, np.concatenate(parts), np.concatenate([image_grid, video_grid]), pad)
+
+
+def _vision_rows(cfg: Config, ids: np.ndarray, image_grid: np.ndarray) -> np.ndarray:
+    """For each placeholder its row of the vision features, else -1: pictures first, then clips."""
+    rows = np.full(ids.shape, -1, np.int32)
+    pictures = int(image_grid.prod(1).sum()) // cfg.vision.merge_unit
+    for token, first in ((cfg.image_token_id, 0), (cfg.video_token_id, pictures)):
+        at = ids == token
+        rows[at] = first + np.arange(at.sum())
+    return rows

@@ -1,0 +1,126 @@
+"""The vision tower: patch embedding, ViT blocks, patch merger, DeepStack mergers. Dims as in layers.py."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qwen3vl_jax.attention import attend
+from qwen3vl_jax.config import Config, VisionConfig
+from qwen3vl_jax.layers import ACTIVATIONS, LayerNorm, linear, run_layers, weight, zeros
+from qwen3vl_jax.rope import rotate, vision_rotary
+from qwen3vl_jax.structs import Features, Params, VisionInputs
+
+
+class PatchEmbed(nn.Module):
+    """The reference's Conv3d, whose stride is its kernel, as the matrix product it is."""
+
+    cfg: VisionConfig
+
+    @nn.compact
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        d = (self.cfg.hidden_size, "vision_embed")
+        kernel = weight(self, "weight", d, *((n, None) for n in self.cfg.patch_shape))
+        bias = weight(self, "bias", d, init=zeros)
+        x = pixels.astype(kernel.dtype).reshape(-1, *self.cfg.patch_shape)
+        return linear(x, kernel, bias, in_dims=len(self.cfg.patch_shape))
+
+
+class VisionAttention(nn.Module):
+    """Attention of every patch to its own frame; q and k turned by row and column, in fp32."""
+
+    cfg: VisionConfig
+
+    @nn.compact
+    def __call__(self, x, rotary, lo, hi) -> jax.Array:
+        d, n = (self.cfg.hidden_size, "vision_embed"), (self.cfg.num_heads, "vision_heads")
+        h = (self.cfg.head_dim, None)
+        qkv = linear(x, weight(self, "qkv", (3, None), n, h, d),
+                     weight(self, "qkv_bias", (3, None), n, h, init=zeros))  # fmt: skip
+        q, k, v = (qkv[:, i] for i in range(3))
+        q, k = (rotate(y.astype(jnp.float32), *rotary).astype(x.dtype) for y in (q, k))
+        k, v = (y.swapaxes(0, 1)[None] for y in (k, v))
+        out = attend(q[None], k, v, lo[None], hi[None])[0]
+        o, bias = weight(self, "o", d, n, h), weight(self, "o_bias", d, init=zeros)
+        return linear(out, o, bias, in_dims=2)
+
+
+class VisionMlp(nn.Module):
+    cfg: VisionConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        d, f = (self.cfg.hidden_size, "vision_embed"), (self.cfg.intermediate_size, "vision_mlp")
+        x = linear(x, weight(self, "fc1", f, d), weight(self, "fc1_bias", f, init=zeros))
+        x = ACTIVATIONS[self.cfg.hidden_act](x)
+        return linear(x, weight(self, "fc2", d, f), weight(self, "fc2_bias", d, init=zeros))
+
+
+class VisionBlock(nn.Module):
+    """One ViT layer, pre-LN: x [P D] -> [P D]."""
+
+    cfg: VisionConfig
+
+    @nn.compact
+    def __call__(self, x, rotary, lo, hi) -> jax.Array:
+        y = LayerNorm(name="ln1")(x)
+        x = x + VisionAttention(self.cfg, name="attn")(y, rotary, lo, hi)
+        return x + VisionMlp(self.cfg, name="mlp")(LayerNorm(name="ln2")(x))
+
+
+class PatchMerger(nn.Module):
+    """Every merge_size^2 patches become one token: [P Dv] -> [R D]. The GELU is the exact one.
+
+    The main merger normalises patches and then groups them; a DeepStack merger the other way round.
+    """
+
+    cfg: VisionConfig
+    norm_after_grouping: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = self.cfg.hidden_size * self.cfg.merge_unit
+        if self.norm_after_grouping:
+            x = LayerNorm(name="norm")(x.reshape(-1, wide))
+        else:
+            x = LayerNorm(name="norm")(x).reshape(-1, wide)
+        d, f, out = (wide, "vision_mlp"), (wide, None), (self.cfg.out_hidden_size, "embed")
+        x = linear(x, weight(self, "fc1", d, f), weight(self, "fc1_bias", d, init=zeros))
+        x = ACTIVATIONS["gelu"](x)
+        return linear(x, weight(self, "fc2", out, d), weight(self, "fc2_bias", out, init=zeros))
+
+
+def position_embedding(table: jax.Array, vis: VisionInputs) -> jax.Array:
+    """Learned positions [P Dv] in fp32, bilinear between the four neighbours in the table."""
+    return jnp.einsum("pad,pa->pd", table.astype(jnp.float32)[vis.pos_index], vis.pos_weight)
+
+
+def vision_encode(params: Params, cfg: Config, vis: VisionInputs) -> Features:
+    """Runs the vision tower over P patches: merged embeddings [R D] and DeepStack taps [n R D].
+
+    Tap k is the residual stream right after block deepstack_visual_indexes[k], through its own merger.
+    Runs in the dtype of the parameters. `params` is the whole tree or its "vision" part.
+    """
+    p, c = params.get("vision", params), cfg.vision
+    x = PatchEmbed(c).apply({"params": p["patch"]}, vis.pixels)
+    x = x + position_embedding(p["pos"], vis).astype(x.dtype)
+    rotary = vision_rotary(c.head_dim, c.rope_theta, vis.coords)
+    count = len(c.deepstack_visual_indexes)
+    slot = np.full(c.depth, count)  # past the end: dropped
+    slot[list(c.deepstack_visual_indexes)] = np.arange(count)
+    slot = jnp.asarray(slot)
+
+    def body(carry, layer, i):
+        x, taps = carry
+        x = VisionBlock(c).apply({"params": layer}, x, rotary, vis.lo, vis.hi)
+        return (x, taps.at[slot[i]].set(x, mode="drop") if count else taps), None
+
+    (x, taps), _ = run_layers(body, (x, jnp.zeros((count, *x.shape), x.dtype)), p["blocks"])
+    merged = PatchMerger(c, False).apply({"params": p["merger"]}, x)
+    deep = [
+        PatchMerger(c, True).apply({"params": q}, t)
+        for q, t in zip(p["deepstack"], taps, strict=True)
+    ]
+    return Features(merged, jnp.stack(deep) if deep else jnp.zeros((0, *merged.shape), merged.dtype))
