@@ -33,7 +33,8 @@ if HAS_TORCH:
     import torch
     import torchvision_shim  # noqa: F401
 
-    torch.set_num_threads(2)
+    # Two threads on two busy cores wait for each other: minutes in place of a second for these sizes.
+    torch.set_num_threads(1)
 
 
 def pytest_report_header() -> str:

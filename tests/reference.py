@@ -25,7 +25,7 @@ from transformers import (
 Arrays = dict[str, np.ndarray]
 
 # Seeds whose greedy answers meet the conditions of check_greedy on every row of GREEDY_ROWS.
-SEEDS: dict[tuple[str, bool], int] = {}
+SEEDS: dict[tuple[str, bool], int] = {("golden", False): 1}  # 0 for every other
 GREEDY_ROWS = ("one_picture", "three_pictures", "text", "clip")
 
 
@@ -51,7 +51,7 @@ class Reference:
         return self is other
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def build(
     variant: str = "base", moe: bool = False, rope: str = "default", seed: int | None = None
 ) -> Reference:
@@ -110,8 +110,7 @@ def save(ref: Reference, path: str | Path, layout: str = "released") -> Path:
     return path
 
 
-def _tensors(model: Any, inputs: Arrays) -> dict[str, torch.Tensor]:
-    del model
+def _tensors(inputs: Arrays) -> dict[str, torch.Tensor]:
     return {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in inputs.items()}
 
 
@@ -123,7 +122,7 @@ def _numpy(tensor: torch.Tensor) -> np.ndarray:
 @torch.no_grad()
 def features(ref: Reference, inputs: Arrays, dtype: str = "float32", kind: str = "image"):
     """Vision features [N/merge^2, out] and the list of DeepStack taps (same shape), of "image" or "video"."""
-    model, t = ref.model(dtype), _tensors(None, inputs)
+    model, t = ref.model(dtype), _tensors(inputs)
     pixels = t["pixel_values" if kind == "image" else "pixel_values_videos"]
     out = model.model.visual(
         pixels.to(getattr(torch, dtype)), grid_thw=t[f"{kind}_grid_thw"], return_dict=True
@@ -134,7 +133,7 @@ def features(ref: Reference, inputs: Arrays, dtype: str = "float32", kind: str =
 @torch.no_grad()
 def positions(ref: Reference, inputs: Arrays) -> tuple[np.ndarray, np.ndarray]:
     """MRoPE ids [3, B, T] (0 where padded) and delta [B, 1] = max + 1 - attended length."""
-    t = _tensors(None, inputs)
+    t = _tensors(inputs)
     ids, delta = ref.model().model.get_rope_index(
         t["input_ids"],
         mm_token_type_ids=t["mm_token_type_ids"],
@@ -150,7 +149,7 @@ def logits(ref: Reference, inputs: Arrays, dtype: str = "float32") -> np.ndarray
     """Logits [B, T, V] float32 of the whole prompt; meaningless where attention_mask is 0."""
     ids = torch.from_numpy(positions(ref, inputs)[0])
     model = ref.model(dtype)
-    return _numpy(model(**_tensors(model, inputs), position_ids=ids, use_cache=False).logits)
+    return _numpy(model(**_tensors(inputs), position_ids=ids, use_cache=False).logits)
 
 
 @torch.no_grad()
@@ -162,7 +161,7 @@ def greedy(
     Rows must be unpadded or padded on the left. Positions are passed at each step, so nothing depends on
     what the model object remembers of an earlier call.
     """
-    model, t = ref.model(dtype), _tensors(None, inputs)
+    model, t = ref.model(dtype), _tensors(inputs)
     assert bool(t["attention_mask"][:, -1].all()), "pad on the left: the last column is generated from"
     ids, delta = (torch.from_numpy(a) for a in positions(ref, inputs))
     mask = t["attention_mask"]

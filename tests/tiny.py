@@ -84,8 +84,10 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 }
 _LONG = {"short_factor": [1.0, 1.1, 1.3, 1.6, 1.8, 2.1, 2.2, 2.5]}
 _LONG["long_factor"] = [1.5, 2.0, 2.5, 3.5, 4.5, 6.0, 7.0, 9.0]
+# "plain" is a default rope with the base of the scaled ones, which they are to be told apart from.
 ROPES: dict[str, dict[str, Any]] = {
     "default": {},
+    "plain": {},
     "linear": {"factor": 3.0},
     "dynamic": {"factor": 3.0},
     "yarn": {"factor": 3.0, "original_max_position_embeddings": ROPE_LIMIT},
@@ -130,7 +132,7 @@ def config_dict(variant: str = "base", moe: bool = False, rope: str = "default")
     text = {"model_type": f"{kind}_text", **TEXT, **(MOE if moe else {}), **text_over}
     vision = {"model_type": kind, **VISION, **vision_over}
     if rope != "default":
-        rope_type = rope.split("_", maxsplit=1)[0]
+        rope_type = "default" if rope == "plain" else rope.split("_", maxsplit=1)[0]
         text["rope_theta"] = 50.0  # every frequency turns within a few tokens, so scaling shows
         text["rope_scaling"] = {**text["rope_scaling"], **ROPES[rope], "rope_type": rope_type}
         # A dynamic rope starts to change at the longest length; the others are told of the shorter one.

@@ -1,0 +1,136 @@
+"""Makes tests/golden/*.npz from transformers 4.57.1, the release that the published models came with.
+
+    python -m venv /tmp/golden && /tmp/golden/bin/pip install -r tests/golden/requirements.txt
+    /tmp/golden/bin/python tests/golden/make.py            # writes dense.npz and moe.npz
+    /tmp/golden/bin/python tests/golden/make.py --check    # remakes them and compares, writes nothing
+
+Its outputs differ from those of transformers 5 in form: hidden_states and attentions of the whole
+generation class, position ids of 1 at padding, and a delta that subtracts the padded row length.
+
+A file holds no weight: tests/tiny.py makes them from (variant "golden", seed), and weights_crc32 says
+that two machines made the same ones. Arrays, for a batch of four left-padded rows (picture, text, clip,
+clips with a picture) of T columns:
+  config (JSON), seed, weights_crc32, in.* (the inputs),
+  features, taps.{k}             the vision tower on the pictures [cells, D]
+  video_features, video_taps.{k} the same on the clips
+  position_ids [3, B, T], rope_deltas [B, 1]       as 4.57.1 returns them
+  hidden_states [L+1, B, T, D]   embeddings with vision rows written, then after each layer with its
+                                 DeepStack addition; the last is before the final norm
+  attentions [L, B, N, T, T]     eager probabilities; rows and columns of padding mean nothing
+  logits [B, T, V]               of the whole prompt
+  greedy [B, 32]                 generate(do_sample=False) with end tokens off
+All are float32 or int64.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import golden_io  # noqa: E402
+import tiny  # noqa: E402
+
+ROWS = ("short", "text", "clip", "clips_and_picture")
+STEPS = 32
+TOLERANCE = 1e-5  # of an array's largest magnitude, between two machines
+
+
+def build(moe: bool) -> tuple[dict[str, Any], Any]:
+    """The config as a dict and the float32 eager model of transformers 4.57.1."""
+    import torch
+    import transformers
+
+    if transformers.__version__ != "4.57.1":
+        sys.exit(f"make.py needs transformers 4.57.1 and found {transformers.__version__}; see its first lines")
+    kind = "Qwen3VLMoe" if moe else "Qwen3VL"
+    config = tiny.config_dict("golden", moe)
+    hf_config = getattr(transformers, f"{kind}Config")(**config)
+    hf_config._attn_implementation = "eager"
+    model = getattr(transformers, f"{kind}ForConditionalGeneration")(hf_config)
+    weights = tiny.weights(config, golden_io.SEED)
+    model.load_state_dict({name: torch.from_numpy(a) for name, a in weights.items()}, strict=True)
+    return config, model.eval()
+
+
+def outputs(moe: bool) -> dict[str, np.ndarray]:
+    """Every array of one golden file."""
+    import torch
+
+    config, model = build(moe)
+    inputs = tiny.pad_batch([tiny.inputs(config, row) for row in ROWS])
+    tensors = {k: torch.from_numpy(a) for k, a in inputs.items() if k != "mm_token_type_ids"}
+    arrays: dict[str, Any] = {f"in.{name}": a for name, a in inputs.items()}
+    with torch.no_grad():
+        for prefix, pixels, grid in (
+            ("", "pixel_values", "image_grid_thw"),
+            ("video_", "pixel_values_videos", "video_grid_thw"),
+        ):
+            features, taps = model.model.visual(tensors[pixels], grid_thw=tensors[grid])
+            arrays[f"{prefix}features"] = features
+            arrays |= {f"{prefix}taps.{k}": tap for k, tap in enumerate(taps)}
+        arrays["position_ids"], arrays["rope_deltas"] = model.model.get_rope_index(
+            tensors["input_ids"],
+            tensors["image_grid_thw"],
+            tensors["video_grid_thw"],
+            attention_mask=tensors["attention_mask"],
+        )
+        out = model(**tensors, output_hidden_states=True, output_attentions=True, use_cache=False)
+        model.generation_config.eos_token_id = None
+        answer = model.generate(
+            **tensors, do_sample=False, max_new_tokens=STEPS, pad_token_id=tiny.PAD, eos_token_id=None
+        )
+    arrays["hidden_states"] = torch.stack(out.hidden_states)
+    arrays["attentions"] = torch.stack(out.attentions)
+    arrays["logits"] = out.logits
+    arrays["greedy"] = answer[:, inputs["input_ids"].shape[1] :]
+    return {
+        **{name: np.asarray(array) for name, array in arrays.items()},
+        "config": np.asarray(json.dumps(config)),
+        "seed": np.asarray(golden_io.SEED),
+        "weights_crc32": np.asarray(golden_io.checksum(tiny.weights(config, golden_io.SEED))),
+    }
+
+
+def differences(found: dict[str, np.ndarray], kept: dict[str, np.ndarray]) -> list[str]:
+    """One line for each array that is missing, of another shape, or further off than TOLERANCE."""
+    lines = [f"{name}: only on one side" for name in sorted(found.keys() ^ kept.keys())]
+    for name in sorted(found.keys() & kept.keys()):
+        new, old = found[name], kept[name]
+        if new.shape != old.shape:
+            lines.append(f"{name}: shape {new.shape}, kept {old.shape}")
+        elif new.dtype.kind != "f":
+            if not np.array_equal(new, old):
+                lines.append(f"{name}: values differ")
+        elif np.abs(new - old).max() > TOLERANCE * np.abs(old).max():
+            lines.append(f"{name}: off by {np.abs(new - old).max():.2e}")
+    return lines
+
+
+def main() -> int:
+    """Writes the golden files, or compares with them; returns 1 where they differ."""
+    parser = argparse.ArgumentParser(description="Make or check tests/golden/*.npz.")
+    parser.add_argument("--check", action="store_true", help="compare with the files, write nothing")
+    check = parser.parse_args().check
+    faults = []
+    for name, moe in golden_io.FILES.items():
+        path, arrays = HERE / f"{name}.npz", outputs(moe)
+        if check:
+            with np.load(path) as kept:
+                lines = differences(arrays, dict(kept))
+            faults += [f"{path.name}: {line}" for line in lines]
+            print(f"{path.name}: {len(arrays)} arrays compared, {len(lines)} differ")
+        else:
+            np.savez_compressed(path, **arrays)  # pyright: ignore[reportArgumentType]
+            print(f"{path.name}: {path.stat().st_size:,} bytes")
+    print("\n".join(faults), end="\n" if faults else "")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""Reads tests/golden/*.npz; tests/golden/make.py says what is in them."""
+
+import dataclasses
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiny
+
+SEED = 3
+FILES = {"dense": False, "moe": True}  # file name -> is it the mixture of experts
+
+
+@dataclasses.dataclass(frozen=True)
+class Golden:
+    """One golden file: config.json as a dict, weights by released name, inputs, and 4.57.1's outputs."""
+
+    config: dict[str, Any]
+    weights: dict[str, np.ndarray]
+    inputs: dict[str, np.ndarray]
+    outputs: dict[str, np.ndarray]
+
+
+def load(name: str) -> Golden:
+    """The golden file of a name in FILES; raises if this machine makes other weights than its maker."""
+    with np.load(Path(__file__).parent / "golden" / f"{name}.npz") as file:
+        arrays = dict(file)
+    config = json.loads(str(arrays.pop("config")))
+    weights = tiny.weights(config, int(arrays.pop("seed")))
+    kept, found = int(arrays.pop("weights_crc32")), checksum(weights)
+    if kept != found:
+        raise ValueError(
+            f"golden/{name}.npz: weights have checksum {found:#x}, its maker's had {kept:#x}"
+        )
+    inputs = {key[3:]: arrays.pop(key) for key in list(arrays) if key.startswith("in.")}
+    return Golden(config, weights, inputs, arrays)
+
+
+def checksum(weights: dict[str, np.ndarray]) -> int:
+    """A checksum of names and values to six digits, which the last bit of a libm does not change."""
+    crc = 0
+    for name in sorted(weights):
+        rounded = np.round(weights[name].astype(np.float64), 6) + 0.0
+        crc = zlib.crc32(name.encode() + rounded.tobytes(), crc)
+    return crc

@@ -1,0 +1,91 @@
+"""The house: what is installed works outside the clone, and the package keeps to its own rules."""
+
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = sorted(
+    path
+    for folder in ("qwen3vl_jax", "convert", "demo", "tests", ".")
+    for path in (ROOT / folder).glob("**/*.py" if folder != "." else "*.py")
+)
+NUMPY_ONLY = (
+    "qwen3vl_jax.errors",
+    "qwen3vl_jax.config",
+    "qwen3vl_jax.processing",
+    "convert",
+)
+
+
+def run(*command: str, cwd: Path = ROOT) -> str:
+    """The output of a Python child with warnings as errors; its stderr is the failure's message."""
+    done = subprocess.run(
+        [sys.executable, *command], cwd=cwd, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The built wheel, made without the network from a copy, so that the clone stays clean."""
+    out = tmp_path_factory.mktemp("wheel")
+    copy = out / "copy"
+    names = ["pyproject.toml", "README.md", "LICENSE", "NOTICE"]
+    names += [str(p.relative_to(ROOT)) for p in SOURCES if p.parent.name != "tests"]
+    names.append("qwen3vl_jax/py.typed")
+    for name in names:
+        target = copy / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes((ROOT / name).read_bytes())
+    options = ["--no-deps", "--no-build-isolation", "--quiet", "--wheel-dir", str(out)]
+    run("-m", "pip", "wheel", *options, str(copy))
+    return next(out.glob("*.whl"))
+
+
+def test_wheel_imports_outside_the_clone(wheel, tmp_path):
+    """Unpacked elsewhere, the wheel gives qwen3vl_jax and convert, and says its version and licence."""
+    with zipfile.ZipFile(wheel) as file:
+        file.extractall(tmp_path)
+        names = file.namelist()
+    assert "qwen3vl_jax/py.typed" in names
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {
+        "qwen3vl_jax",
+        "convert",
+    }
+    metadata = next(tmp_path.glob("*.dist-info/METADATA")).read_text()
+    assert "License-Expression: Apache-2.0" in metadata
+    code = "import qwen3vl_jax as q, convert, qwen3vl_jax.processing; print(q.__file__, q.__version__)"
+    path, version = run(
+        "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {code}", cwd=tmp_path
+    ).split()
+    assert path.startswith(str(tmp_path))
+    assert f"Version: {version}\n" in metadata
+
+
+def test_report_names_versions_devices_and_back_ends():
+    """`python -m qwen3vl_jax` has all four parts, with no warning."""
+    out = run("-W", "error", "-m", "qwen3vl_jax")
+    for part in ("python", "jaxlib", "orbax-checkpoint", "tokamax", "GiB", "attention back ends"):
+        assert part in out
+
+
+@pytest.mark.parametrize("module", NUMPY_ONLY)
+def test_checks_do_not_wait_for_jax(module):
+    """Files and arguments are checked by modules that do not import jax."""
+    code = f"import sys, {module}; print([m for m in ('jax', 'torch', 'flax') if m in sys.modules])"
+    assert run("-W", "error", "-c", code).strip() == "[]"
+
+
+def test_sources_are_ascii_and_leaf_linen():
+    """ASCII only, Linen modules as leaves only, no number of a released config in the package's code."""
+    for path in SOURCES:
+        text = path.read_bytes().decode("ascii")
+        if path.parent.name != "tests":
+            assert not re.search(r"\bnnx\b|\bnn\.(scan|remat|vmap|jit)\b", text), path
+            assert "transformers" not in re.findall(r"^\s*(?:import|from) (\w+)", text, re.M), path

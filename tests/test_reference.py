@@ -1,0 +1,60 @@
+"""The references themselves: fit for greedy comparisons, and used as their own generate() uses them."""
+
+import golden_io
+import numpy as np
+import pytest
+import reference
+import tiny
+import torch
+
+KINDS = [pytest.param(False, id="dense"), pytest.param(True, id="moe")]
+
+
+@pytest.mark.parametrize("moe", KINDS)
+@pytest.mark.parametrize("variant", ["base", "tied", "mha", "mqa", "four_taps"])
+def test_greedy_answers_are_a_fair_test(variant, moe):
+    """At least 12 distinct tokens of 64, top two logits 1e-4 apart, and the picture matters."""
+    assert reference.greedy_faults(reference.build(variant, moe)) == []
+
+
+@pytest.mark.parametrize("moe", KINDS)
+def test_greedy_loop_is_generate(moe):
+    """Explicit positions give what transformers' own generate gives for a mixed, left-padded batch."""
+    ref = reference.build("base", moe)
+    inputs = reference.mixed(ref)
+    tokens, logits = reference.greedy(ref, inputs, 24)
+    out = ref.model().generate(
+        **{name: torch.from_numpy(a) for name, a in inputs.items()},
+        do_sample=False,
+        max_new_tokens=24,
+        eos_token_id=-1,
+        pad_token_id=tiny.PAD,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    np.testing.assert_array_equal(tokens, out.sequences[:, inputs["input_ids"].shape[1] :])
+    np.testing.assert_allclose(logits, torch.stack(out.logits, 1), atol=1e-4)
+
+
+@pytest.mark.parametrize("rope", [name for name in tiny.ROPES if name not in ("default", "plain")])
+def test_rope_types_matter_and_their_limit_lies_between_the_prompts(rope):
+    """A scaled rope answers otherwise than the default one; "short" ends below the limit, "long" above."""
+    scaled, plain = reference.build("base", False, rope), reference.build("base", False, "plain")
+    for row, above in (("short", False), ("long", True)):
+        inputs = tiny.inputs(scaled.config, row)
+        assert (reference.positions(scaled, inputs)[0].max() >= tiny.ROPE_LIMIT) == above
+        same = np.allclose(reference.logits(scaled, inputs), reference.logits(plain, inputs), atol=1e-3)
+        assert same == (rope == "dynamic" and not above)
+
+
+@pytest.mark.parametrize("name", golden_io.FILES)
+def test_transformers_4_and_5_agree(name):
+    """The kept outputs of 4.57.1 are those of the release installed here, where they mean the same."""
+    golden = golden_io.load(name)
+    ref = reference.build("golden", golden_io.FILES[name], seed=golden_io.SEED)
+    real = golden.inputs["attention_mask"].astype(bool)
+    found = reference.logits(ref, golden.inputs)
+    np.testing.assert_allclose(found[real], golden.outputs["logits"][real], atol=1e-4)
+    positions, _ = reference.positions(ref, golden.inputs)
+    np.testing.assert_array_equal(positions[:, real], golden.outputs["position_ids"][:, real])
+    np.testing.assert_array_equal(reference.greedy(ref, golden.inputs, 32)[0], golden.outputs["greedy"])
