@@ -1,12 +1,12 @@
-"""Settings that must hold before jax or transformers is imported, for the tests and their children."""
+"""Settings that must hold before jax or transformers is imported, in tests and their children."""
 
 import importlib.util
 import os
 import re
 from pathlib import Path
 
-# XLA's thread pool is as large as the cores. With several fake devices on few cores the threads of one
-# collective wait for others that have no thread; a pool of 16 is enough for 8 devices.
+# XLA's thread pool is as large as the cores. With several fake devices on few cores the threads of
+# one collective wait for others that have no thread; a pool of 16 is enough for 8 devices.
 os.environ.setdefault("NPROC", "16")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # A GPU's default for float32 products is TF32, which no parity bound survives.
@@ -16,8 +16,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
-# Without torch (it is an extra, and not built for every Python) the tests that compare with it are not
-# collected; the header says so.
+# Without torch (it is an extra, and not built for every Python) the tests that compare with it are
+# not collected; the header says so.
 _NEEDS_TORCH = re.compile(r"^\s*(?:from|import) (?:torch|transformers|reference)\b", re.MULTILINE)
 collect_ignore = (
     []
@@ -33,7 +33,7 @@ if HAS_TORCH:
     import torch
     import torchvision_shim  # noqa: F401
 
-    # Two threads on two busy cores wait for each other: minutes in place of a second for these sizes.
+    # Two threads on two busy cores wait for each other: minutes in place of a second.
     torch.set_num_threads(1)
 
 

@@ -15,7 +15,7 @@ FILES = {"dense": False, "moe": True}  # file name -> is it the mixture of exper
 
 @dataclasses.dataclass(frozen=True)
 class Golden:
-    """One golden file: config.json as a dict, weights by released name, inputs, and 4.57.1's outputs."""
+    """One golden file: config.json, weights by released name, inputs, and 4.57.1's outputs."""
 
     config: dict[str, Any]
     weights: dict[str, np.ndarray]
@@ -24,7 +24,7 @@ class Golden:
 
 
 def load(name: str) -> Golden:
-    """The golden file of a name in FILES; raises if this machine makes other weights than its maker."""
+    """The golden file of a name in FILES; raises if this machine makes other weights."""
     with np.load(Path(__file__).parent / "golden" / f"{name}.npz") as file:
         arrays = dict(file)
     config = json.loads(str(arrays.pop("config")))
@@ -39,7 +39,7 @@ def load(name: str) -> Golden:
 
 
 def checksum(weights: dict[str, np.ndarray]) -> int:
-    """A checksum of names and values to six digits, which the last bit of a libm does not change."""
+    """A checksum of names and values to six digits, blind to the last bit of a libm."""
     crc = 0
     for name in sorted(weights):
         rounded = np.round(weights[name].astype(np.float64), 6) + 0.0

@@ -1,7 +1,8 @@
 """The reference: tiny random transformers Qwen3-VL models, and what they answer, as plain numpy.
 
-Every model is built from tests/tiny.py, so the same (variant, moe, rope, seed) names the same weights
-on our side: `Config.from_hf(ref.config)` and `ref.weights` (released names, released axis order).
+Every model is built from tests/tiny.py, so the same (variant, moe, rope, seed) names the same
+weights on our side: `Config.from_hf(ref.config)` and `ref.weights` (released names, released axis
+order).
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ from transformers import (
 )
 
 Arrays = dict[str, np.ndarray]
+MODEL_CLASSES = {False: Qwen3VLForConditionalGeneration, True: Qwen3VLMoeForConditionalGeneration}
 
 # Seeds whose greedy answers meet the conditions of check_greedy on every row of GREEDY_ROWS.
 SEEDS: dict[tuple[str, bool], int] = {("golden", False): 1}  # 0 for every other
@@ -31,7 +33,7 @@ GREEDY_ROWS = ("one_picture", "three_pictures", "text", "clip")
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """One model: its config.json as a dict, its weights as released, and the torch modules by dtype."""
+    """One model: its config.json as a dict, its weights as released, and its torch modules."""
 
     config: dict[str, Any]
     weights: Arrays
@@ -39,7 +41,7 @@ class Reference:
     moe: bool
 
     def model(self, dtype: str = "float32") -> Any:
-        """A transformers model in eval mode with eager attention; a new one for rope types with state."""
+        """A transformers model, eval, eager attention; a new one for rope types with state."""
         if self.config["text_config"]["rope_scaling"]["rope_type"] in ("dynamic", "longrope"):
             return _torch_model(self, dtype)
         return _kept_model(self, dtype)
@@ -55,7 +57,7 @@ class Reference:
 def build(
     variant: str = "base", moe: bool = False, rope: str = "default", seed: int | None = None
 ) -> Reference:
-    """The reference of a variant (tiny.VARIANTS) and rope type (tiny.ROPES); seed None takes SEEDS."""
+    """The reference of a variant (tiny.VARIANTS) and rope (tiny.ROPES); seed None takes SEEDS."""
     config = tiny.config_dict(variant, moe, rope)
     seed = SEEDS.get((variant, moe), 0) if seed is None else seed
     return Reference(config, tiny.weights(config, seed), seed, moe)
@@ -67,8 +69,8 @@ def _kept_model(ref: Reference, dtype: str) -> Any:
 
 
 def _torch_model(ref: Reference, dtype: str) -> Any:
-    config_class = Qwen3VLMoeConfig if ref.moe else Qwen3VLConfig
-    model_class = Qwen3VLMoeForConditionalGeneration if ref.moe else Qwen3VLForConditionalGeneration
+    config_class: Any = Qwen3VLMoeConfig if ref.moe else Qwen3VLConfig
+    model_class: Any = MODEL_CLASSES[ref.moe]
     config = config_class(**{k: v for k, v in ref.config.items() if k != "architectures"})
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"
@@ -94,12 +96,12 @@ def weights_v5(ref: Reference) -> Arrays:
 
 
 def config_v5(ref: Reference) -> dict[str, Any]:
-    """The config as transformers 5 writes it (rope_parameters, num_local_experts, defaults filled in)."""
+    """The config as transformers 5 writes it (rope_parameters, num_local_experts, defaults)."""
     return ref.model().config.to_dict()
 
 
 def save(ref: Reference, path: str | Path, layout: str = "released") -> Path:
-    """Writes a Hugging Face directory: layout "released", or "v5" as transformers' save_pretrained does."""
+    """Writes a Hugging Face directory: layout "released", or "v5" as save_pretrained does."""
     path = Path(path)
     if layout == "v5":
         ref.model().save_pretrained(path)
@@ -108,6 +110,20 @@ def save(ref: Reference, path: str | Path, layout: str = "released") -> Path:
     (path / "config.json").write_text(json.dumps(ref.config, indent=2))
     save_file(ref.weights, path / "model.safetensors", metadata={"format": "pt"})
     return path
+
+
+def open_hf(path: str | Path, moe: bool, dtype: str = "float32") -> Any:
+    """The model of a Hugging Face directory as transformers loads it, eval, eager everywhere."""
+    model, report = MODEL_CLASSES[moe].from_pretrained(
+        path,
+        dtype=getattr(torch, dtype),
+        attn_implementation="eager",
+        experts_implementation="eager",
+        output_loading_info=True,
+    )
+    faults = {key: value for key, value in report.items() if value}
+    assert not faults, faults
+    return model.eval()
 
 
 def _tensors(inputs: Arrays) -> dict[str, torch.Tensor]:
@@ -121,7 +137,7 @@ def _numpy(tensor: torch.Tensor) -> np.ndarray:
 
 @torch.no_grad()
 def features(ref: Reference, inputs: Arrays, dtype: str = "float32", kind: str = "image"):
-    """Vision features [N/merge^2, out] and the list of DeepStack taps (same shape), of "image" or "video"."""
+    """Vision features [N/merge^2, out] and DeepStack taps (same shape), of "image" or "video"."""
     model, t = ref.model(dtype), _tensors(inputs)
     pixels = t["pixel_values" if kind == "image" else "pixel_values_videos"]
     out = model.model.visual(
@@ -156,13 +172,15 @@ def logits(ref: Reference, inputs: Arrays, dtype: str = "float32") -> np.ndarray
 def greedy(
     ref: Reference, inputs: Arrays, steps: int = 64, dtype: str = "float32"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Greedy tokens [B, steps] and the logits [B, steps, V] they were chosen from; end tokens are off.
+    """Greedy tokens [B, steps] and the logits [B, steps, V] they come from; end tokens are off.
 
-    Rows must be unpadded or padded on the left. Positions are passed at each step, so nothing depends on
-    what the model object remembers of an earlier call.
+    Rows must be unpadded or padded on the left. Positions are passed at each step, so nothing
+    depends on what the model object remembers of an earlier call.
     """
     model, t = ref.model(dtype), _tensors(inputs)
-    assert bool(t["attention_mask"][:, -1].all()), "pad on the left: the last column is generated from"
+    assert bool(t["attention_mask"][:, -1].all()), (
+        "pad on the left: the last column is generated from"
+    )
     ids, delta = (torch.from_numpy(a) for a in positions(ref, inputs))
     mask = t["attention_mask"]
     out = model(**t, position_ids=ids, use_cache=True)
@@ -184,11 +202,13 @@ def greedy(
     return _numpy(torch.cat(tokens, 1)), _numpy(torch.stack(chosen, 1))
 
 
-def greedy_faults(ref: Reference, rows: tuple[str, ...] = GREEDY_ROWS, steps: int = 64) -> list[str]:
+def greedy_faults(
+    ref: Reference, rows: tuple[str, ...] = GREEDY_ROWS, steps: int = 64
+) -> list[str]:
     """What makes this model unfit for greedy comparisons; an empty list is what a test asserts.
 
-    Asked for: at least 12 distinct tokens in an answer, top-two logits 1e-4 apart at each step, another
-    answer once the picture is blank.
+    Asked for: at least 12 distinct tokens in an answer, top-two logits 1e-4 apart at each step,
+    another answer once the picture is blank.
     """
     faults = []
     for row in rows:
@@ -207,5 +227,5 @@ def greedy_faults(ref: Reference, rows: tuple[str, ...] = GREEDY_ROWS, steps: in
 
 
 def mixed(ref: Reference, side: str = "left", rows: tuple[str, ...] = GREEDY_ROWS) -> Arrays:
-    """A batch of several kinds of prompts, padded on one side; row i alone is tiny.inputs(config, rows[i])."""
+    """Several prompts padded on one side; row i alone is tiny.inputs(config, rows[i])."""
     return tiny.pad_batch([tiny.inputs(ref.config, row) for row in rows], side)

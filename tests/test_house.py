@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted(
     path
-    for folder in ("qwen3vl_jax", "convert", "demo", "tests", ".")
+    for folder in ("qwen3vl_jax", "convert", "demo", "benchmarks", "tests", ".")
     for path in (ROOT / folder).glob("**/*.py" if folder != "." else "*.py")
 )
 NUMPY_ONLY = (
@@ -20,6 +20,11 @@ NUMPY_ONLY = (
     "qwen3vl_jax.processing",
     "convert",
 )
+
+
+def in_tests(path: Path) -> bool:
+    """Whether a source is a test or a test's helper."""
+    return path.is_relative_to(ROOT / "tests")
 
 
 def run(*command: str, cwd: Path = ROOT) -> str:
@@ -37,7 +42,7 @@ def wheel(tmp_path_factory):
     out = tmp_path_factory.mktemp("wheel")
     copy = out / "copy"
     names = ["pyproject.toml", "README.md", "LICENSE", "NOTICE"]
-    names += [str(p.relative_to(ROOT)) for p in SOURCES if p.parent.name != "tests"]
+    names += [str(path.relative_to(ROOT)) for path in SOURCES if not in_tests(path)]
     names.append("qwen3vl_jax/py.typed")
     for name in names:
         target = copy / name
@@ -49,7 +54,7 @@ def wheel(tmp_path_factory):
 
 
 def test_wheel_imports_outside_the_clone(wheel, tmp_path):
-    """Unpacked elsewhere, the wheel gives qwen3vl_jax and convert, and says its version and licence."""
+    """Unpacked elsewhere, the wheel gives both packages, its version and its licence."""
     with zipfile.ZipFile(wheel) as file:
         file.extractall(tmp_path)
         names = file.namelist()
@@ -60,7 +65,9 @@ def test_wheel_imports_outside_the_clone(wheel, tmp_path):
     }
     metadata = next(tmp_path.glob("*.dist-info/METADATA")).read_text()
     assert "License-Expression: Apache-2.0" in metadata
-    code = "import qwen3vl_jax as q, convert, qwen3vl_jax.processing; print(q.__file__, q.__version__)"
+    code = (
+        "import qwen3vl_jax as q, convert, qwen3vl_jax.processing; print(q.__file__, q.__version__)"
+    )
     path, version = run(
         "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {code}", cwd=tmp_path
     ).split()
@@ -83,9 +90,9 @@ def test_checks_do_not_wait_for_jax(module):
 
 
 def test_sources_are_ascii_and_leaf_linen():
-    """ASCII only, Linen modules as leaves only, no number of a released config in the package's code."""
+    """ASCII only, Linen modules as leaves only, and transformers only in the tests."""
     for path in SOURCES:
         text = path.read_bytes().decode("ascii")
-        if path.parent.name != "tests":
+        if not in_tests(path):
             assert not re.search(r"\bnnx\b|\bnn\.(scan|remat|vmap|jit)\b", text), path
             assert "transformers" not in re.findall(r"^\s*(?:import|from) (\w+)", text, re.M), path

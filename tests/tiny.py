@@ -1,7 +1,7 @@
 """Tiny Qwen3-VL configs, weights and inputs in plain numpy, shared by every reference.
 
-Weights are a function of (config, seed) alone: transformers 5.23, transformers 4.57.1 and this project
-all build the same model from them, so no golden file has to hold a weight.
+Weights are a function of (config, seed) alone: transformers 5.23, transformers 4.57.1 and this
+project all build the same model from them, so no golden file has to hold a weight.
 """
 
 import copy
@@ -135,7 +135,7 @@ def config_dict(variant: str = "base", moe: bool = False, rope: str = "default")
         rope_type = "default" if rope == "plain" else rope.split("_", maxsplit=1)[0]
         text["rope_theta"] = 50.0  # every frequency turns within a few tokens, so scaling shows
         text["rope_scaling"] = {**text["rope_scaling"], **ROPES[rope], "rope_type": rope_type}
-        # A dynamic rope starts to change at the longest length; the others are told of the shorter one.
+        # A dynamic rope changes at the longest length; the others are told of the shorter one.
         factor = 1 if rope_type == "dynamic" else ROPES[rope].get("factor", 4.0)
         text["max_position_embeddings"] = int(factor * ROPE_LIMIT)
     name = "Qwen3VLMoe" if moe else "Qwen3VL"
@@ -156,7 +156,7 @@ def config_dict(variant: str = "base", moe: bool = False, rope: str = "default")
 
 
 def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor of a released checkpoint of this config (experts [E, in, out])."""
+    """Name -> shape of every tensor of a released checkpoint (experts [E, in, out])."""
     return {**_text_shapes(config), **_vision_shapes(config["vision_config"])}
 
 
@@ -198,8 +198,8 @@ def _vision_shapes(vision: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     d, f, p = vision["hidden_size"], vision["intermediate_size"], vision["patch_size"]
     wide = d * vision["spatial_merge_size"] ** 2
     patch = (vision["in_channels"], vision["temporal_patch_size"], p, p)
-    linear = {"patch_embed.proj": (d, *patch)}
-    norm = {}
+    linear: dict[str, tuple[int, ...]] = {"patch_embed.proj": (d, *patch)}
+    norm: dict[str, tuple[int, ...]] = {}
     for j in range(vision["depth"]):
         block = f"blocks.{j}."
         linear |= {f"{block}attn.qkv": (3 * d, d), f"{block}attn.proj": (d, d)}
@@ -210,7 +210,9 @@ def _vision_shapes(vision: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         linear[f"{merger}.linear_fc1"] = (wide, wide)
         linear[f"{merger}.linear_fc2"] = (vision["out_hidden_size"], wide)
         norm[f"{merger}.norm"] = (d,) if merger == "merger" else (wide,)
-    shapes: dict[str, tuple[int, ...]] = {"pos_embed.weight": (vision["num_position_embeddings"], d)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "pos_embed.weight": (vision["num_position_embeddings"], d)
+    }
     for name, shape in (linear | norm).items():
         shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
     return {f"model.visual.{name}": shape for name, shape in shapes.items()}
@@ -246,7 +248,8 @@ def _tensor(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
 
 
 # ---- inputs: what a processor returns, as a dict of arrays ----
-Row = list[tuple[str, Any]]  # ("text", n tokens) | ("image", (1, h, w)) | ("clip", (t, h, w)) in merged cells
+# ("text", tokens) or ("image", (1, h, w)) or ("clip", (t, h, w)), h and w in merged cells.
+Row = list[tuple[str, Any]]
 
 ROWS: dict[str, Row] = {
     "one_picture": [("text", 4), ("image", (1, 3, 5)), ("text", 7)],
@@ -274,10 +277,10 @@ ROWS: dict[str, Row] = {
 
 
 def inputs(config: dict[str, Any], row: str | Row, seed: int = 0) -> dict[str, np.ndarray]:
-    """One prompt of a kind in ROWS (or a list of segments) for this config, batch of one, no padding.
+    """One prompt of a kind in ROWS (or a list of segments), batch of one, no padding.
 
-    Returns input_ids, attention_mask, mm_token_type_ids [1, T] int64 and, where the prompt has them,
-    pixel_values [N, C*Tp*P*P] float32 with image_grid_thw [n, 3], and the two of clips.
+    Returns input_ids, attention_mask, mm_token_type_ids [1, T] int64 and, where the prompt has
+    them, pixel_values [N, C*Tp*P*P] float32 with image_grid_thw [n, 3], and the two of clips.
     """
     segments = ROWS[row] if isinstance(row, str) else row
     rng = np.random.RandomState(seed + 1)

@@ -1,15 +1,15 @@
-"""Makes tests/golden/*.npz from transformers 4.57.1, the release that the published models came with.
+"""Makes tests/golden/*.npz from transformers 4.57.1, the release the published models came with.
 
     python -m venv /tmp/golden && /tmp/golden/bin/pip install -r tests/golden/requirements.txt
     /tmp/golden/bin/python tests/golden/make.py            # writes dense.npz and moe.npz
-    /tmp/golden/bin/python tests/golden/make.py --check    # remakes them and compares, writes nothing
+    /tmp/golden/bin/python tests/golden/make.py --check    # remakes and compares, writes nothing
 
 Its outputs differ from those of transformers 5 in form: hidden_states and attentions of the whole
 generation class, position ids of 1 at padding, and a delta that subtracts the padded row length.
 
-A file holds no weight: tests/tiny.py makes them from (variant "golden", seed), and weights_crc32 says
-that two machines made the same ones. Arrays, for a batch of four left-padded rows (picture, text, clip,
-clips with a picture) of T columns:
+A file holds no weight: tests/tiny.py makes them from (variant "golden", seed), and weights_crc32
+says that two machines made the same ones. Arrays, for a batch of four left-padded rows (picture,
+text, clip, clips with a picture) of T columns:
   config (JSON), seed, weights_crc32, in.* (the inputs),
   features, taps.{k}             the vision tower on the pictures [cells, D]
   video_features, video_taps.{k} the same on the clips
@@ -47,7 +47,7 @@ def build(moe: bool) -> tuple[dict[str, Any], Any]:
     import transformers
 
     if transformers.__version__ != "4.57.1":
-        sys.exit(f"make.py needs transformers 4.57.1 and found {transformers.__version__}; see its first lines")
+        sys.exit(f"make.py needs transformers 4.57.1, found {transformers.__version__}")
     kind = "Qwen3VLMoe" if moe else "Qwen3VL"
     config = tiny.config_dict("golden", moe)
     hf_config = getattr(transformers, f"{kind}Config")(**config)
@@ -83,7 +83,11 @@ def outputs(moe: bool) -> dict[str, np.ndarray]:
         out = model(**tensors, output_hidden_states=True, output_attentions=True, use_cache=False)
         model.generation_config.eos_token_id = None
         answer = model.generate(
-            **tensors, do_sample=False, max_new_tokens=STEPS, pad_token_id=tiny.PAD, eos_token_id=None
+            **tensors,
+            do_sample=False,
+            max_new_tokens=STEPS,
+            pad_token_id=tiny.PAD,
+            eos_token_id=None,
         )
     arrays["hidden_states"] = torch.stack(out.hidden_states)
     arrays["attentions"] = torch.stack(out.attentions)
@@ -115,7 +119,9 @@ def differences(found: dict[str, np.ndarray], kept: dict[str, np.ndarray]) -> li
 def main() -> int:
     """Writes the golden files, or compares with them; returns 1 where they differ."""
     parser = argparse.ArgumentParser(description="Make or check tests/golden/*.npz.")
-    parser.add_argument("--check", action="store_true", help="compare with the files, write nothing")
+    parser.add_argument(
+        "--check", action="store_true", help="compare with the files, write nothing"
+    )
     check = parser.parse_args().check
     faults = []
     for name, moe in golden_io.FILES.items():
