@@ -1,0 +1,131 @@
+"""Conversations: messages as a template sees them, and the pictures and clips in them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.processing.images import OVERRIDES
+
+_PICTURE_KEYS = ("image", "image_url", "url", "path", "base64")
+_PICTURE_TYPES = ("image", "image_url", "input_image")
+_CLIP_KEYS = ("video", "video_url")
+_CLIP_TYPES = ("video", "video_url", "input_video")
+_TEXT_TYPES = ("text", "input_text", "output_text")
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
+@dataclasses.dataclass(frozen=True)
+class Medium:
+    """A picture or clip of a conversation. source None: the next of those passed beside it."""
+
+    kind: str  # "image" or "video"
+    source: Any
+    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def read_conversation(conversation: Any) -> tuple[list[dict[str, Any]], list[Medium]]:
+    """Messages as a template sees them, and their media in order.
+
+    Messages are plain data: keys that are null are dropped, pictures become {"type": "image",
+    "image": "image"}, clips {"type": "video", "video": "video"}, text {"type": "text", "text":
+    ...}. Raises InputError.
+    """
+    if isinstance(conversation, (str, bytes, Mapping)) or not isinstance(conversation, Sequence):
+        found = type(conversation).__name__
+        raise InputError(
+            f"conversation: found {found}, expected a list of messages (role, content)"
+        )
+    if not conversation:
+        raise InputError("conversation: it has no message")
+    messages: list[dict[str, Any]] = []
+    media: list[Medium] = []
+    for number, given in enumerate(conversation):
+        where = f"message {number + 1}"
+        if not isinstance(given, Mapping) or not isinstance(given.get("role"), str):
+            raise InputError(f"{where}: expected an object with role and content")
+        content = given.get("content")
+        plain = plain_data({k: v for k, v in given.items() if k != "content" and v is not None})
+        if isinstance(content, str):
+            plain["content"] = content
+        elif content is not None:
+            items = content if isinstance(content, (list, tuple)) else [content]
+            plain["content"] = [_item(item, media, where) for item in items]
+        reasoning = next((plain[k] for k in _REASONING if plain.get(k) is not None), None)
+        if reasoning is not None:
+            plain = {"thinking": reasoning, **plain, "reasoning_content": reasoning}
+        messages.append(plain)
+    return messages, media
+
+
+def _item(item: Any, media: list[Medium], where: str) -> dict[str, Any]:
+    """One content item as the template sees it; its picture or clip is appended to media."""
+    if isinstance(item, str):
+        return {"type": "text", "text": item}
+    if isinstance(item, Image.Image) or hasattr(item, "__array__"):
+        item = {"type": "image", "image": item}
+    if not isinstance(item, Mapping):
+        raise InputError(
+            f"{where}: a content item is {type(item).__name__}, expected text or an object"
+        )
+    given = {k: v for k, v in item.items() if v is not None}
+    kind = given.get("type", "")
+    if kind in _CLIP_TYPES or (not kind and any(k in given for k in _CLIP_KEYS)):
+        keys = (*_CLIP_KEYS, "url", "path", "base64")
+        media.append(Medium("video", _source(given, keys, where)))
+        return {"type": "video", "video": "video"}
+    if kind in _PICTURE_TYPES or (not kind and any(k in given for k in _PICTURE_KEYS)):
+        overrides = {k: given[k] for k in OVERRIDES if k in given}
+        media.append(Medium("image", _source(given, _PICTURE_KEYS, where), overrides))
+        return {"type": "image", "image": "image"}
+    if (kind in _TEXT_TYPES or not kind) and isinstance(given.get("text"), str):
+        return {"type": "text", "text": given["text"]}
+    found = f"type {kind!r}" if kind else f"the keys {', '.join(map(str, given)) or '(none)'}"
+    raise InputError(f"{where}: a content item has {found}, expected text, an image or a video")
+
+
+def read_picture(given: Any, overrides: Mapping[str, Any]) -> Medium:
+    """A picture passed beside the text: what `load_image` reads, or a content item."""
+    if not isinstance(given, Mapping):
+        return Medium("image", given, overrides)
+    media: list[Medium] = []
+    _item(given, media, "images")
+    if [(m.kind, m.source is None) for m in media] != [("image", False)]:
+        raise InputError("images: an object without a picture in it")
+    return Medium("image", media[0].source, {**overrides, **media[0].overrides})
+
+
+def _source(item: Mapping[str, Any], keys: Iterable[str], where: str) -> Any:
+    found = [key for key in keys if key in item]
+    if len(found) > 1:
+        raise InputError(f"{where}: a content item has several sources: {', '.join(found)}")
+    if not found:
+        return None
+    source = item[found[0]]
+    if isinstance(source, Mapping):  # OpenAI's {"url": ...}
+        if not isinstance(source.get("url"), str):
+            raise InputError(f"{where}: {found[0]} is an object, expected a url in it")
+        source = source["url"]
+    if found[0] == "base64" and isinstance(source, str) and not source.startswith("data:"):
+        return "data:;base64," + source
+    return source
+
+
+def plain_data(value: Any) -> Any:
+    """JSON data without its owner's classes, whose methods a template could call."""
+    if value is None or isinstance(value, bool):
+        return value
+    for kind in (str, int, float):
+        if isinstance(value, kind):
+            return kind(value)
+    if isinstance(value, Mapping):
+        return {plain_data(k): plain_data(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_data(v) for v in value]
+    if getattr(value, "ndim", None) == 0:  # a numpy number
+        return plain_data(value.item())
+    return f"<{type(value).__name__}>"

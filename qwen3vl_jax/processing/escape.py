@@ -1,0 +1,102 @@
+"""Text that stays text: no spelling in it becomes a special token."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from qwen3vl_jax.errors import InputError
+
+_PRIVATE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
+
+
+class Escape:
+    """Marks the spellings of special tokens in a text, so that they are encoded as characters.
+
+    The mark is a private-use character that occurs nowhere in what is rendered. Written inside a
+    spelling before the template is rendered, it hides the token from the tokenizer;
+    `Tokenizer.encode` takes it out again. Beginnings and ends of spellings are marked too, so that
+    no token comes from texts that a template joins or cuts.
+    """
+
+    def __init__(self, special: Iterable[str], ordinary: Iterable[str], seen: str):
+        """special, ordinary: spellings of added tokens; seen: all text that will be rendered."""
+        special, ordinary = list(special), list(ordinary)
+        self.mark = _unused_character(seen)
+        inside = {_distinct_start(token, ordinary) for token in special}
+        at_end = {token[:n] for token in special for n in range(1, len(token))}
+        at_start = {token[n:] for token in special for n in range(1, len(token))}
+        flags = re.IGNORECASE  # a template may change case
+        self._marked = re.compile(f"{_any_of(inside)}|{_any_of(at_end)}(?=\\s*\\Z)", flags)
+        self._tail = re.compile(rf"(?=\s*{_any_of(at_start)})", flags)
+        self._special = [token.lower() for token in special]
+
+    def text(self, text: str) -> str:
+        """A text as a template may have it."""
+        return self._marked.sub(lambda found: found[0][0] + self.mark + found[0][1:], text)
+
+    def content(self, text: str) -> str:
+        """`text` for a whole content: the middle or end of a spelling is marked as well."""
+        bare = text.lstrip()
+        middle = bool(bare) and any(bare.rstrip().lower() in token for token in self._special)
+        if middle or self._tail.match(text):
+            return text[: len(text) - len(bare)] + self.mark + self.text(bare)
+        return self.text(text)
+
+    def data(self, value: Any) -> Any:
+        """JSON data with every string in it escaped, keys too."""
+        if isinstance(value, str):
+            return self.text(value)
+        if isinstance(value, dict):
+            return {self.data(k): self.data(v) for k, v in value.items()}
+        return [self.data(v) for v in value] if isinstance(value, list) else value
+
+    def message(self, message: dict[str, Any]) -> dict[str, Any]:
+        """A message escaped, unless the assistant said it: its text may hold tokens."""
+        if message["role"] == "assistant":
+            return message
+        escaped = self.data({k: v for k, v in message.items() if k != "content"})
+        content = message.get("content")
+        if isinstance(content, str):
+            escaped["content"] = self.content(content)
+        elif content is not None:
+            escaped["content"] = [
+                {**item, "text": self.content(item["text"])} if "text" in item else item
+                for item in content
+            ]
+        return escaped
+
+    def tidy(self, rendered: str) -> str:
+        """A rendered prompt whose marks are characters even where a template wrote ASCII JSON."""
+        return rendered.replace(_json_escape(self.mark), self.mark)
+
+
+def _any_of(spellings: Iterable[str]) -> str:
+    """A pattern of any of these, the longest first; one that never matches if there are none."""
+    longest_first = sorted(spellings, key=len, reverse=True)
+    return f"(?:{'|'.join(map(re.escape, longest_first))})" if longest_first else "(?!)"
+
+
+def _distinct_start(token: str, ordinary: Sequence[str]) -> str:
+    """The shortest beginning, of two or more characters, that no ordinary added token shares.
+
+    A template may look for those (<think>) in a text, and would not find them across a mark.
+    """
+    for n in range(2, len(token)):
+        if not any(other.startswith(token[:n]) for other in ordinary):
+            return token[:n]
+    return token
+
+
+def _unused_character(seen: str) -> str:
+    for block in _PRIVATE:
+        for code in block:
+            if chr(code) not in seen and _json_escape(chr(code)) not in seen.lower():
+                return chr(code)
+    raise InputError("conversation: it uses every private-use character of Unicode")
+
+
+def _json_escape(character: str) -> str:
+    return json.dumps(character)[1:-1]

@@ -1,0 +1,274 @@
+"""Pictures to patch rows: resizing rule, 8-bit resize, normalisation, merge order.
+
+Source: the image processor of Qwen2-VL with Qwen3-VL's settings (its PIL backend, bit for bit).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.processing.pictures import load_image, to_rgb
+
+__all__ = ["ImageSettings", "load_image", "preprocess", "smart_resize"]
+
+MAX_ASPECT = 200
+_RESAMPLE = {int(r): r for r in Image.Resampling}
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSettings:
+    """Every setting that changes numbers, with the released values.
+
+    Names are those of preprocessor_config.json; min_pixels and max_pixels are areas, the file's
+    size {shortest_edge, longest_edge}.
+    """
+
+    do_resize: bool = True
+    min_pixels: int = 65536
+    max_pixels: int = 16777216
+    resample: int = int(Image.Resampling.BICUBIC)
+    do_rescale: bool = True
+    rescale_factor: float = 1 / 255
+    do_normalize: bool = True
+    image_mean: tuple[float, ...] | float = (0.5, 0.5, 0.5)
+    image_std: tuple[float, ...] | float = (0.5, 0.5, 0.5)
+    do_convert_rgb: bool = True
+    patch_size: int = 16
+    temporal_patch_size: int = 2
+    merge_size: int = 2
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], base: ImageSettings | None = None) -> ImageSettings:
+        """Reads preprocessor_config.json or processor_config.json {image_processor: ...} as a dict.
+
+        A key that is absent or null keeps the value of `base` (the released ones); a key that
+        changes no numbers is ignored. Raises InputError.
+        """
+        raw = raw.get("image_processor", raw)
+        if not isinstance(raw, Mapping):
+            raise InputError(f"image settings: found {type(raw).__name__}, expected an object")
+        known = {k: raw[k] for k in OVERRIDES if raw.get(k) is not None}
+        return (base or cls()).override(**known)
+
+    @classmethod
+    def from_dir(cls, directory: str | Path, base: ImageSettings | None = None) -> ImageSettings:
+        """Reads processor_config.json or preprocessor_config.json of a directory, or takes `base`.
+
+        Raises InputError.
+        """
+        for name in ("processor_config.json", "preprocessor_config.json"):
+            path = Path(directory) / name
+            if not path.is_file():
+                continue
+            try:
+                raw = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as e:
+                raise InputError(f"{path}: cannot read image settings: {e}") from e
+            if not isinstance(raw, Mapping):
+                raise InputError(f"{path}: holds {type(raw).__name__}, expected an object")
+            if name == "preprocessor_config.json" or "image_processor" in raw:
+                return cls.from_dict(raw, base)
+        return base or cls()
+
+    def override(self, **changes: Any) -> ImageSettings:
+        """A copy with some settings changed: the fields, and size {shortest_edge, longest_edge}.
+
+        None keeps a setting; a new limit of pixels moves the other where they would cross. Raises
+        InputError for a name or value that is not one.
+        """
+        changes = {k: v for k, v in changes.items() if v is not None}
+        size = _size_pixels(changes.pop("size", {}))
+        for name in changes:
+            if name not in OVERRIDES:
+                known = ", ".join(OVERRIDES)
+                raise InputError(f"image setting {name!r} is unknown, known: {known}")
+        given = {**size, **changes}
+        checked = {name: _CHECKS[name](name, value) for name, value in given.items()}
+        if "min_pixels" not in checked and "max_pixels" in checked:
+            checked["min_pixels"] = min(self.min_pixels, checked["max_pixels"])
+        if "max_pixels" not in checked and "min_pixels" in checked:
+            checked["max_pixels"] = max(self.max_pixels, checked["min_pixels"])
+        settings = dataclasses.replace(self, **checked)
+        if settings.min_pixels > settings.max_pixels:
+            raise InputError(
+                f"image settings: min_pixels {settings.min_pixels} is above max_pixels "
+                f"{settings.max_pixels}"
+            )
+        return settings
+
+    @property
+    def factor(self) -> int:
+        """Pixels of a token's side: sides of a resized picture are multiples of it."""
+        return self.patch_size * self.merge_size
+
+
+def _size_pixels(size: Any) -> dict[str, Any]:
+    if not isinstance(size, Mapping):
+        raise InputError(f"image setting size is {size!r}, expected shortest_edge and longest_edge")
+    size = {k: v for k, v in size.items() if v is not None}
+    names = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}
+    names |= {name: name for name in names.values()}
+    for key in size:
+        if key not in names:
+            raise InputError(
+                f"image setting size has {key!r}, expected shortest_edge and longest_edge (areas)"
+            )
+    return {names[key]: value for key, value in size.items()}
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise InputError(f"image setting {name} is {value!r}, expected true or false")
+    return bool(value)
+
+
+def _count(name: str, value: Any) -> int:
+    number = _number(name, value)
+    if number != int(number) or number < 1:
+        raise InputError(f"image setting {name} is {value!r}, expected a whole number from 1")
+    return int(value)
+
+
+def _number(name: str, value: Any) -> float:
+    is_number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value):
+        raise InputError(f"image setting {name} is {value!r}, expected a number")
+    return float(value)
+
+
+def _channels(name: str, value: Any) -> tuple[float, ...] | float:
+    if isinstance(value, (list, tuple, np.ndarray)):
+        found = tuple(_number(name, v) for v in value)
+    else:
+        found = _number(name, value)
+    if name == "image_std" and 0 in (found if isinstance(found, tuple) else (found,)):
+        raise InputError(f"image setting {name} is {value!r}, expected no zero")
+    return found
+
+
+def _filter(name: str, value: Any) -> int:
+    if isinstance(value, str) and value.upper() in Image.Resampling.__members__:
+        return int(Image.Resampling[value.upper()])
+    if isinstance(value, bool) or value not in _RESAMPLE:
+        names = ", ".join(f"{n} {r.name.lower()}" for n, r in sorted(_RESAMPLE.items()))
+        raise InputError(f"image setting {name} is {value!r}, expected one of {names}")
+    return int(value)
+
+
+_CHECKS = {
+    "do_resize": _flag,
+    "min_pixels": _count,
+    "max_pixels": _count,
+    "resample": _filter,
+    "do_rescale": _flag,
+    "rescale_factor": _number,
+    "do_normalize": _flag,
+    "image_mean": _channels,
+    "image_std": _channels,
+    "do_convert_rgb": _flag,
+    "patch_size": _count,
+    "temporal_patch_size": _count,
+    "merge_size": _count,
+}
+OVERRIDES = (*_CHECKS, "size")  # names that a call or a picture may change
+
+
+def smart_resize(
+    height: int, width: int, factor: int = 32, min_pixels: int = 65536, max_pixels: int = 16777216
+) -> tuple[int, int]:
+    """Height and width that a picture is resized to: multiples of `factor`, area within the limits.
+
+    Sides are rounded half to even, then scaled by one ratio, down (floor) or up (ceil). Raises
+    InputError for a ratio of sides above 200. Source: smart_resize of the reference implementation.
+    """
+    if min(height, width) < 1:
+        raise InputError(f"picture: {width} x {height} pixels, expected at least 1 x 1")
+    if max(height, width) / min(height, width) > MAX_ASPECT:
+        raise InputError(
+            f"picture: {width} x {height} pixels, one side is more than {MAX_ASPECT} times the "
+            "other; crop it or paste it on a larger background"
+        )
+    high, wide = (round(side / factor) * factor for side in (height, width))
+    if high * wide > max_pixels:
+        ratio = math.sqrt((height * width) / max_pixels)
+        high, wide = (
+            max(factor, math.floor(side / ratio / factor) * factor) for side in (height, width)
+        )
+    elif high * wide < min_pixels:  # a side may have been rounded to 0: this brings it back
+        ratio = math.sqrt(min_pixels / (height * width))
+        high, wide = (math.ceil(side * ratio / factor) * factor for side in (height, width))
+    return high, wide
+
+
+def preprocess(
+    image: Any, settings: ImageSettings | None = None, **overrides: Any
+) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """Patch rows of one picture and its grid.
+
+    image: anything `load_image` reads; overrides: settings for this call, as in
+    `ImageSettings.override`. Returns rows [h*w, C*Tp*P*P] float32 in merge order (the patches of a
+    token follow each other; features are channel, frame, row, column) and (1, h, w) in patches.
+    Raises InputError.
+    """
+    settings = (settings or ImageSettings()).override(**overrides)
+    picture = load_image(image)
+    if settings.do_convert_rgb:
+        picture = to_rgb(picture)
+    if settings.do_resize:
+        limits = settings.factor, settings.min_pixels, settings.max_pixels
+        high, wide = smart_resize(picture.height, picture.width, *limits)
+        picture = picture.resize((wide, high), resample=Image.Resampling(settings.resample))
+    pixels = np.asarray(picture)
+    if pixels.dtype == np.bool_:
+        pixels = pixels.astype(np.uint8)
+    pixels = pixels[..., None] if pixels.ndim == 2 else pixels  # [H W C] uint8
+    table = _value_table(settings, pixels.shape[2])
+    return _patch_rows(pixels, table, settings)
+
+
+def _value_table(settings: ImageSettings, channels: int) -> np.ndarray:
+    """What an 8-bit value of a channel becomes, rounded as the reference does: [C 256] float32."""
+    values = np.broadcast_to(np.arange(256, dtype=np.float64), (channels, 256))
+    if settings.do_rescale:
+        values = values * settings.rescale_factor
+    values = values.astype(np.float32)
+    if settings.do_normalize:
+        mean, std = (
+            np.asarray(given, dtype=np.float32).reshape(-1, 1)
+            for given in (settings.image_mean, settings.image_std)
+        )
+        for name, given in (("image_mean", mean), ("image_std", std)):
+            if len(given) not in (1, channels):
+                raise InputError(
+                    f"image setting {name} has {len(given)} numbers for {channels} channels"
+                )
+        values = (values - mean) / std
+    return values
+
+
+def _patch_rows(
+    pixels: np.ndarray, table: np.ndarray, settings: ImageSettings
+) -> tuple[np.ndarray, tuple[int, int, int]]:
+    height, width, channels = pixels.shape
+    patch, merge, frames = settings.patch_size, settings.merge_size, settings.temporal_patch_size
+    if height % settings.factor or width % settings.factor:
+        raise InputError(
+            f"picture: {width} x {height} pixels with do_resize off, expected multiples of "
+            f"patch_size x merge_size = {settings.factor}"
+        )
+    h, w = height // patch, width // patch
+    cells = pixels.reshape(h // merge, merge, patch, w // merge, merge, patch, channels)
+    cells = cells.transpose(0, 3, 1, 4, 6, 2, 5).reshape(h * w, channels, patch * patch)
+    rows = np.empty((h * w, channels, frames, patch * patch), np.float32)
+    for c in range(channels):
+        rows[:, c] = table[c][cells[:, c]][:, None]  # a still picture fills both frames
+    return rows.reshape(h * w, -1), (1, h, w)

@@ -1,0 +1,181 @@
+"""The checkpoint's chat template: finding it, and rendering it as transformers does."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from qwen3vl_jax.errors import InputError
+
+_CONTINUE = "CONTINUE_FINAL_MESSAGE_TAG "
+
+
+class ChatTemplate:
+    """A Jinja chat template (or several by name), rendered in a sandbox as transformers does."""
+
+    def __init__(self, templates: Mapping[str, str], source: str = "chat template"):
+        self.templates = dict(templates)
+        self.source = source
+
+    @classmethod
+    def from_dir(cls, directory: str | Path, chosen: str | Path | None = None) -> ChatTemplate:
+        """The template of a checkpoint directory, or the chosen one.
+
+        Looked for in this order: chat_template.jinja (with additional_chat_templates/),
+        chat_template.json, processor_config.json, tokenizer_config.json. chosen: a file, a
+        template's own text, or the name of one of several. Without any, `render` raises InputError.
+        """
+        found = _templates(Path(directory))
+        if chosen is None:
+            return cls(found, str(directory))
+        text = str(chosen)
+        if text in found:
+            return cls({"default": found[text]}, f"chat template {text}")
+        if "{{" in text or "{%" in text:
+            return cls({"default": text})
+        if text.endswith(".json"):
+            return cls(_named(_load(Path(text)).get("chat_template")), text)
+        return cls({"default": _read(Path(text))}, text)
+
+    def text(self, with_tools: bool) -> str:
+        """The template's text: "tool_use" if there are tools and it exists, else "default"."""
+        name = "tool_use" if with_tools and "tool_use" in self.templates else "default"
+        if name in self.templates:
+            return self.templates[name]
+        if self.templates:
+            names = ", ".join(sorted(self.templates))
+            raise InputError(f"{self.source}: several chat templates, name one: {names}")
+        raise InputError(
+            f"{self.source}: no chat template (chat_template.jinja, chat_template.json or in "
+            "tokenizer_config.json); pass one, or raw text with text="
+        )
+
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        variables: Mapping[str, Any],
+    ) -> str:
+        """The prompt. continue_final_message leaves the last message open and adds no new turn.
+
+        Raises InputError with the template's own words where it refuses.
+        """
+        template, final = self.text(bool(tools)), ""
+        if continue_final_message:
+            add_generation_prompt = False
+            messages, final = _open_end(messages)
+        try:
+            rendered = _compiled(template).render(
+                messages=messages,
+                tools=tools,
+                add_generation_prompt=add_generation_prompt,
+                **{"documents": None, **variables},
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as e:
+            raise InputError(f"{self.source}: {' '.join(str(e).split())}") from e
+        if not continue_final_message:
+            return rendered
+        at = rendered.rfind(_CONTINUE.strip())
+        if at < 0 or final.strip() not in rendered:
+            raise InputError(f"{self.source}: it drops the last message, which cannot be continued")
+        kept = rendered[at:].startswith(_CONTINUE)
+        return rendered[:at] if kept else rendered[:at].rstrip()
+
+
+def _open_end(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
+    """Messages whose last text ends in a tag that says where to cut, and that text."""
+    *before, last = messages
+    content = last.get("content")
+    if isinstance(content, str):
+        return [*before, {**last, "content": content + _CONTINUE}], content
+    items = list(content or [])
+    for i in reversed(range(len(items))):
+        if "text" in items[i]:
+            text = items[i]["text"]
+            items[i] = {**items[i], "text": text + _CONTINUE}
+            return [*before, {**last, "content": items}], text
+    raise InputError("continue_final_message: the last message has no text to continue")
+
+
+def _templates(directory: Path) -> dict[str, str]:
+    more = sorted((directory / "additional_chat_templates").glob("*.jinja"))
+    found = {path.stem: _read(path) for path in more}
+    if (directory / "chat_template.jinja").is_file():
+        return {**found, "default": _read(directory / "chat_template.jinja")}
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        if (directory / name).is_file():
+            named = _named(_load(directory / name).get("chat_template"))
+            if named:
+                return {**found, **named}
+    return found
+
+
+def _named(raw: Any) -> dict[str, str]:
+    """Templates by name, of one text, an object, or a list of {name, template}."""
+    if isinstance(raw, str):
+        return {"default": raw}
+    if isinstance(raw, Mapping):
+        return {str(k): str(v) for k, v in raw.items()}
+    return {str(t["name"]): str(t["template"]) for t in raw or []}
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise InputError(f"{path}: cannot read this chat template: {reason}") from e
+
+
+def _load(path: Path) -> Mapping[str, Any]:
+    try:
+        raw = json.loads(_read(path))
+    except ValueError as e:
+        if isinstance(e, InputError):
+            raise
+        raise InputError(f"{path}: not a JSON file: {e}") from e
+    if not isinstance(raw, Mapping):
+        raise InputError(f"{path}: holds {type(raw).__name__}, expected an object")
+    return raw
+
+
+@functools.lru_cache(maxsize=32)
+def _compiled(template: str) -> jinja2.Template:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment.from_string(template)
+
+
+class _Generation(jinja2.ext.Extension):
+    """Accepts the block that marks assistant text for training, and renders what is inside."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    # Jinja's own filter escapes HTML, which a model never saw in training.
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _raise(message: str) -> None:
+    raise jinja2.TemplateError(message)

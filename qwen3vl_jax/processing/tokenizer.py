@@ -1,0 +1,307 @@
+"""Text to token ids and back: byte-level BPE with added tokens, and text that streams."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+
+from qwen3vl_jax.errors import InputError
+
+# How Qwen2's vocabulary cuts text before it merges bytes: contractions, words, single digits,
+# punctuation, line ends, spaces. It belongs to the vocabulary; vocab.json does not hold it.
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_NAMED = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+_LISTED = ("additional_special_tokens", "extra_special_tokens")
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer. `backend` is the tokenizers.Tokenizer inside."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, eos: str | None, pad: str | None):
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = False
+        if "ByteLevel" not in repr(backend.decoder):
+            raise InputError("tokenizer: its decoder is not byte-level, which this project needs")
+        self.backend = backend
+        added = backend.get_added_tokens_decoder()
+        self.added: dict[str, int] = {token.content: i for i, token in added.items()}
+        self.special: dict[str, int] = {t.content: i for i, t in added.items() if t.special}
+        self._special_ids = frozenset(self.special.values())
+        # The same pipeline without the special tokens: their spellings are encoded as characters.
+        self._textual = tokenizers.Tokenizer(backend.model)
+        self._textual.normalizer = backend.normalizer
+        self._textual.pre_tokenizer = backend.pre_tokenizer
+        self._textual.add_tokens([token for _, token in sorted(added.items()) if not token.special])
+        renumbered = self._textual.get_added_tokens_decoder()
+        self._real_id = {i: self.added[token.content] for i, token in renumbered.items()}
+        self._byte_of = {c: b for b, c in _byte_alphabet().items()}
+        self.eos_id = None if eos is None else self.id_of(eos)
+        self.pad_id = self.eos_id if pad is None else self.id_of(pad)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> Tokenizer:
+        """Reads tokenizer.json, or vocab.json + merges.txt with their added tokens.
+
+        Added tokens come from tokenizer.json, tokenizer_config.json (added_tokens_decoder) and
+        added_tokens.json; both ways give the same ids. Raises InputError.
+        """
+        directory = Path(directory)
+        config = _read_json(directory / "tokenizer_config.json", default={})
+        names = {**_read_json(directory / "special_tokens_map.json", default={}), **config}
+        if (directory / "tokenizer.json").is_file():
+            backend = _from_file(directory / "tokenizer.json")
+        else:
+            missing = [n for n in ("vocab.json", "merges.txt") if not (directory / n).is_file()]
+            if missing:
+                raise InputError(
+                    f"{directory}: no tokenizer: expected tokenizer.json, or vocab.json and "
+                    f"merges.txt; missing: tokenizer.json, {', '.join(missing)}"
+                )
+            backend = _from_vocab(directory, _added_tokens(directory, config, names))
+        _add_tokens(backend, _added_tokens(directory, config, names), directory)
+        eos, pad = (_content(names.get(key)) for key in ("eos_token", "pad_token"))
+        return cls(backend, eos, pad)
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that are in use, added tokens with them; a model's table may have more rows."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str, mark: str = "") -> list[int]:
+        """Ids of a text, added tokens found by their spelling; nothing is put before or after it.
+
+        mark: a character that Escape wrote into spellings that are to stay text. Special tokens
+        are found with the marks in place; what lies between them is encoded without the marks.
+        Raises InputError for text that is not Unicode (lone surrogates).
+        """
+        try:
+            found = self.backend.encode(text, add_special_tokens=False)
+            if not mark or mark not in text:
+                return found.ids
+            ids: list[int] = []
+            start = 0
+            for token, (left, right) in zip(found.ids, found.offsets):
+                if token in self._special_ids:
+                    ids += self._encode_textual(text[start:left].replace(mark, ""))
+                    ids.append(token)
+                    start = right
+            return ids + self._encode_textual(text[start:].replace(mark, ""))
+        except UnicodeEncodeError as e:
+            raise InputError(f"text: character {e.start} is half of a surrogate pair") from e
+
+    def _encode_textual(self, text: str) -> list[int]:
+        found = self._textual.encode(text, add_special_tokens=False).ids
+        return [self._real_id.get(i, i) for i in found]
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Text of ids. Bytes that are no UTF-8 become U+FFFD; ids beyond the vocabulary vanish."""
+        ids = [int(i) for i in ids]
+        if ids and min(ids) < 0:
+            raise InputError(f"token ids: found {min(ids)}, expected none below 0")
+        return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def id_of(self, token: str) -> int:
+        """Id of a token by its spelling. Raises InputError."""
+        found = self.backend.token_to_id(token)
+        if found is None:
+            raise InputError(f"tokenizer: it has no token {token!r}")
+        return found
+
+    def token_of(self, token_id: int) -> str:
+        """Spelling of an id (for ordinary tokens in the byte alphabet). Raises InputError."""
+        found = self.backend.id_to_token(token_id)
+        if found is None:
+            raise InputError(f"tokenizer: it has no token with id {token_id}")
+        return found
+
+    def token_bytes(self, token_id: int, skip_special_tokens: bool = True) -> bytes:
+        """What an id adds to a text; nothing for special tokens (if skipped) and unknown ids."""
+        if skip_special_tokens and token_id in self._special_ids:
+            return b""
+        token = self.backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        known = [self._byte_of.get(c) for c in token]
+        return token.encode() if None in known else bytes(b for b in known if b is not None)
+
+
+class TextStream:
+    """Text of token ids as they come: whole characters only, cut before a stop string.
+
+    What push and flush return joins to the decoded whole, cut before the stop string that is
+    complete first (of several that end together, the longest). `stopped` is that one, or None.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: str | Sequence[str] = (),
+        skip_special_tokens: bool = True,
+    ):
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        if "" in self._stops:
+            raise InputError("stop strings: found an empty one")
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""  # text that may be the beginning of a stop string
+        self.stopped: str | None = None
+
+    def push(self, ids: int | Iterable[int]) -> str:
+        """The text that these ids make certain; empty once a stop string is complete."""
+        ids = ids if isinstance(ids, Iterable) else (ids,)
+        data = b"".join(self._tokenizer.token_bytes(int(i), self._skip) for i in ids)
+        return self._release(self._decoder.decode(data))
+
+    def flush(self) -> str:
+        """What was held back, once no more ids come: an unfinished character becomes U+FFFD."""
+        text = self._release(self._decoder.decode(b"", final=True))
+        held, self._held = self._held, ""
+        return text + held
+
+    def _release(self, text: str) -> str:
+        if self.stopped is not None:
+            return ""
+        text = self._held + text
+        cut, self.stopped = find_stop(text, self._stops)
+        if self.stopped is not None:
+            self._held = ""
+            return text[:cut]
+        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def find_stop(text: str, stops: Sequence[str]) -> tuple[int, str | None]:
+    """Where to cut a text before a stop string, and which: the one complete first, else the end."""
+    hits = [(at + len(stop), at, stop) for stop in stops if (at := text.find(stop)) >= 0]
+    if not hits:
+        return len(text), None
+    _, at, stop = min(hits)
+    return at, stop
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of the text that begins the stop string."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def _byte_alphabet() -> dict[int, str]:
+    """Byte -> the printable character that stands for it in a byte-level vocabulary."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in set(printable)]
+    return {b: chr(b) for b in printable} | {b: chr(256 + n) for n, b in enumerate(others)}
+
+
+def _read_json(path: Path, default: Any = None) -> Any:
+    if default is not None and not path.is_file():
+        return default
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path}: cannot read this JSON file: {e}") from e
+    if not isinstance(found, Mapping):
+        raise InputError(f"{path}: holds {type(found).__name__}, expected an object")
+    return found
+
+
+def _from_file(path: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as e:  # tokenizers raises Exception itself
+        raise InputError(f"{path}: cannot read this tokenizer: {' '.join(str(e).split())}") from e
+
+
+def _from_vocab(directory: Path, added: Sequence[tuple[int | None, AddedToken]]):
+    """Qwen2's pipeline over vocab.json and merges.txt."""
+    vocab = dict(_read_json(directory / "vocab.json"))
+    # A token that the vocabulary holds keeps its id when it is added; others would be numbered on.
+    vocab |= {token.content: i for i, token in added if i is not None}
+    lines = (directory / "merges.txt").read_text(encoding="utf-8").split("\n")
+    merges = []
+    for number, line in enumerate(lines):
+        if not line.strip() or (number == 0 and line.startswith("#version")):
+            continue
+        pair = line.rstrip("\r").split(" ")
+        if len(pair) != 2:
+            raise InputError(f"{directory / 'merges.txt'}: line {number + 1} is not two tokens")
+        merges.append((pair[0], pair[1]))
+    try:
+        backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    except Exception as e:  # tokenizers raises Exception itself
+        raise InputError(f"{directory}: vocab.json and merges.txt do not fit: {e}") from e
+    backend.normalizer = normalizers.NFC()
+    words = pre_tokenizers.Split(Regex(_WORDS), behavior="isolated")
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, level])
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _added_tokens(
+    directory: Path, config: Mapping[str, Any], names: Mapping[str, Any]
+) -> list[tuple[int | None, AddedToken]]:
+    """(id, token) of tokenizer_config.json, added_tokens.json and the named tokens, by id."""
+    special = {_content(names.get(key)) for key in _NAMED}
+    for key in _LISTED:
+        listed = names.get(key) or []
+        listed = listed.values() if isinstance(listed, Mapping) else listed
+        special |= {_content(token) for token in listed}
+    found: dict[str, tuple[int | None, AddedToken]] = {}
+    for name, i in _read_json(directory / "added_tokens.json", default={}).items():
+        is_special = name in special
+        found[name] = (int(i), AddedToken(name, special=is_special, normalized=False))
+    for i, raw in (config.get("added_tokens_decoder") or {}).items():
+        flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+        options = {k: bool(raw[k]) for k in flags if k in raw}
+        options["special"] = options.get("special", False) or raw["content"] in special
+        found[raw["content"]] = (int(i), AddedToken(raw["content"], **options))
+    for name in sorted(special - {None} - set(found), key=str):
+        found[str(name)] = (None, AddedToken(str(name), special=True, normalized=False))
+    return sorted(found.values(), key=lambda x: (x[0] is None, x[0] or 0))
+
+
+def _add_tokens(
+    backend: tokenizers.Tokenizer,
+    added: Sequence[tuple[int | None, AddedToken]],
+    directory: Path,
+) -> None:
+    """Adds what the tokenizer lacks and checks that every id is the one its file names."""
+    have = {t.content: t for t in backend.get_added_tokens_decoder().values()}
+    for i, token in added:
+        if i is None and backend.token_to_id(token.content) is None:
+            continue  # a name without an id, of a token that the vocabulary does not have
+        known = have.get(token.content)
+        if known is None or (token.special and not known.special):
+            (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+    for i, token in added:
+        found = backend.token_to_id(token.content)
+        if i is not None and found != i:
+            raise InputError(
+                f"{directory}: token {token.content!r} has id {found} in the tokenizer and {i} in "
+                "tokenizer_config.json or added_tokens.json"
+            )
+
+
+def _content(token: Any) -> str | None:
+    """Spelling of a token that a JSON file names as text or as an object."""
+    return token.get("content") if isinstance(token, Mapping) else token
