@@ -92,7 +92,8 @@ def test_checks_do_not_wait_for_jax(module):
 def test_sources_are_ascii_and_leaf_linen():
     """ASCII only, Linen modules as leaves only, and transformers only in the tests."""
     for path in SOURCES:
-        text = path.read_bytes().decode("ascii")
+        text = path.read_text()
+        assert text.isascii(), path
         if not in_tests(path):
             assert not re.search(r"\bnnx\b|\bnn\.(scan|remat|vmap|jit)\b", text), path
             assert "transformers" not in re.findall(r"^\s*(?:import|from) (\w+)", text, re.M), path
