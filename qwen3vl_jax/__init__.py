@@ -12,6 +12,7 @@ from qwen3vl_jax.version import __version__
 if TYPE_CHECKING:
     from qwen3vl_jax.config import Config
     from qwen3vl_jax.errors import InputError
+    from qwen3vl_jax.generation import Answer, generate, stream
     from qwen3vl_jax.losses import loss_fn
     from qwen3vl_jax.model import (
         attentions,
@@ -26,16 +27,19 @@ if TYPE_CHECKING:
         unstack_layers,
     )
     from qwen3vl_jax.processing.batch import make_batch, make_vision, rope_index
+    from qwen3vl_jax.sampling import Sampling
     from qwen3vl_jax.structs import Batch, Features, KVCache, VisionInputs
     from qwen3vl_jax.vision import vision_encode
 
 _HOME = {
     "config": ("Config",),
     "errors": ("InputError",),
+    "generation": ("Answer", "generate", "stream"),
     "losses": ("loss_fn",),
     "model": ("attentions", "decode_step", "extend", "forward", "grow_cache", "hidden_states",
               "init_params", "prefill", "stack_layers", "unstack_layers"),
     "processing.batch": ("make_batch", "make_vision", "rope_index"),
+    "sampling": ("Sampling",),
     "structs": ("Batch", "Features", "KVCache", "VisionInputs"),
     "vision": ("vision_encode",),
 }  # fmt: skip

@@ -1,0 +1,117 @@
+"""From logits to the next token: penalties, filters and one draw a row. Dims as in layers.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qwen3vl_jax.errors import InputError
+
+Rows = float | Sequence[float]  # one value for all rows, or one a row
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen; each field is a number, or a sequence with one a row.
+
+    temperature 0 is greedy. top_k 0, top_p 1, min_p 0, repetition_penalty 1 and presence_penalty 0 are
+    off. repetition_penalty looks at prompt and answer (transformers), presence_penalty is taken once
+    from every token that the answer holds (OpenAI API). Stop ids are barred before min_new_tokens.
+    """
+
+    temperature: Rows = 0.0
+    top_k: Rows = 0
+    top_p: Rows = 1.0
+    min_p: Rows = 0.0
+    repetition_penalty: Rows = 1.0
+    presence_penalty: Rows = 0.0
+    min_new_tokens: Rows = 0
+
+    def check(self) -> None:
+        """Raises InputError for a value out of range, naming it, what was found and the range."""
+        ranges = {
+            "temperature": (0, math.inf, ">= 0"),
+            "top_k": (0, math.inf, "an integer >= 0 (0 = off)"),
+            "top_p": (math.ulp(0), 1, "over 0, at most 1"),
+            "min_p": (0, 1, "from 0 to 1"),
+            "repetition_penalty": (math.ulp(0), math.inf, "> 0"),
+            "presence_penalty": (-2, 2, "from -2 to 2"),
+            "min_new_tokens": (0, math.inf, "an integer >= 0"),
+        }
+        for name, (low, high, text) in ranges.items():
+            for value in np.ravel(np.asarray(getattr(self, name), float)):
+                whole = "integer" not in text or float(value).is_integer()
+                if not (low <= value <= high and whole and math.isfinite(value)):
+                    raise InputError(f"{name} is {value:g}, expected {text}")
+
+    def rows(self, count: int) -> SamplingRows:
+        """The same as arrays [B], checked."""
+        self.check()
+        out = {}
+        for field in dataclasses.fields(self):
+            integer = field.name in ("top_k", "min_new_tokens")
+            value = np.asarray(getattr(self, field.name), np.int32 if integer else np.float32)
+            if value.ndim and value.shape != (count,):
+                raise InputError(f"{field.name} has {value.size} values, expected 1 or {count} (rows)")
+            out[field.name] = np.broadcast_to(value, (count,))
+        return SamplingRows(**out)
+
+
+@flax.struct.dataclass
+class SamplingRows:
+    """Sampling as arrays [B], so that no value of it recompiles anything."""
+
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    min_p: jax.Array
+    repetition_penalty: jax.Array
+    presence_penalty: jax.Array
+    min_new_tokens: jax.Array
+
+
+def penalize(logits, s: SamplingRows, seen, answered, count, stop_ids) -> jax.Array:
+    """Logits [B V] after the penalties; seen and answered [B V] bool, count [B] answer tokens so far."""
+    factor = s.repetition_penalty[:, None]
+    logits = jnp.where(seen, jnp.where(logits < 0, logits * factor, logits / factor), logits)
+    logits = logits - s.presence_penalty[:, None] * answered
+    early = (count < s.min_new_tokens)[:, None]
+    barred = jnp.zeros(logits.shape[1], bool).at[stop_ids].set(True, mode="drop")
+    return jnp.where(early & barred, -jnp.inf, logits)
+
+
+def restrict(logits: jax.Array, s: SamplingRows) -> jax.Array:
+    """Temperature, then top-k, top-p and min-p in transformers' order; -inf for what is left out."""
+    vocab = logits.shape[1]
+    logits = logits / jnp.where(s.temperature > 0, s.temperature, 1.0)[:, None]
+    ranked = jnp.sort(logits, axis=1)  # ascending
+    kth = vocab - jnp.clip(jnp.where(s.top_k > 0, s.top_k, vocab), 1, vocab)
+    floor = jnp.take_along_axis(ranked, kth[:, None], axis=1)
+    ranked = jnp.where(ranked < floor, -jnp.inf, ranked)
+    below = jnp.cumsum(jax.nn.softmax(ranked, axis=1), axis=1) <= 1 - s.top_p[:, None]
+    first = jnp.minimum(jnp.sum(below, axis=1), vocab - 1)  # the best token always stays
+    first = jnp.where(s.top_p < 1, jnp.maximum(first, kth), kth)
+    floor = jnp.take_along_axis(ranked, first[:, None], axis=1)
+    best = ranked[:, -1:]
+    floor = jnp.maximum(floor, best + jnp.log(s.min_p)[:, None])
+    return jnp.where(logits < floor, -jnp.inf, logits)
+
+
+def draw(logits: jax.Array, s: SamplingRows, keys: jax.Array, count: jax.Array) -> jax.Array:
+    """One token a row [B] int32: argmax at temperature 0, else drawn with the row's own key."""
+
+    def sampled(logits):
+        row_keys = jax.vmap(jax.random.fold_in)(keys, count)
+        tokens = jax.vmap(jax.random.categorical)(row_keys, restrict(logits, s))
+        return jnp.where(s.temperature > 0, tokens, jnp.argmax(logits, axis=1))
+
+    def greedy(logits):
+        return jnp.argmax(logits, axis=1)
+
+    return jax.lax.cond(jnp.any(s.temperature > 0), sampled, greedy, logits).astype(jnp.int32)
