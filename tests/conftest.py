@@ -16,18 +16,24 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
-# Without torch (it is an extra, and not built for every Python) the tests that compare with it are
-# not collected; the header says so.
-_NEEDS_TORCH = re.compile(r"^\s*(?:from|import) (?:torch|transformers|reference)\b", re.MULTILINE)
-collect_ignore = (
-    []
-    if HAS_TORCH
-    else [
-        path.name
-        for path in sorted(Path(__file__).parent.glob("test_*.py"))
-        if _NEEDS_TORCH.search(path.read_text())
-    ]
-)
+
+
+def _torch_files() -> list[str]:
+    """The files of this directory that import torch, transformers, or another such file."""
+    names = {"torch", "transformers"}
+    imports = {
+        path: set(re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.MULTILINE))
+        for path in sorted(Path(__file__).parent.glob("*.py"))
+        if path.name != "conftest.py"
+    }
+    for _ in imports:
+        names |= {path.stem for path, found in imports.items() if found & names}
+    return [path.name for path in imports if path.stem in names]
+
+
+# torch is an extra, and not built for every Python: without it the tests that compare with it are
+# not collected, and the header says so.
+collect_ignore = [] if HAS_TORCH else _torch_files()
 
 if HAS_TORCH:
     import torch
@@ -41,4 +47,4 @@ def pytest_report_header() -> str:
     """One line: with what the model is compared, or which files need torch."""
     if HAS_TORCH:
         return "parity: torch and transformers are installed, every file is collected"
-    return f"parity: torch is not installed, left out: {', '.join(collect_ignore) or 'nothing'}"
+    return f"parity: torch is not installed, left out: {', '.join(collect_ignore)}"

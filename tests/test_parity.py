@@ -1,0 +1,91 @@
+"""Against live transformers, fp32: positions, vision features, logits, greedy tokens; bf16 noise."""
+
+import ours
+import numpy as np
+import pytest
+import reference
+import tiny
+
+import qwen3vl_jax as q3
+
+BOUND = 2e-5
+SHAPES = [(v, False) for v in tiny.VARIANTS] + [(v, True) for v in ("base", "mqa", "tied", "four_taps")]
+
+
+@pytest.mark.parametrize(("variant", "moe"), SHAPES)
+def test_logits_and_features(variant, moe):
+    ref = reference.build(variant, moe)
+    params, cfg = ours.build(ref)
+    inputs = reference.mixed(ref, "left", ("clips_and_picture", "text", "three_pictures"))
+    batch = q3.make_batch(cfg, **inputs)
+    width, mask = inputs["input_ids"].shape[1], inputs["attention_mask"] > 0
+    positions, delta = reference.positions(ref, inputs)
+    np.testing.assert_array_equal(batch.positions[:, :, :width], positions)
+    np.testing.assert_array_equal(batch.delta, delta[:, 0])
+    ids, grids = inputs["input_ids"], [inputs[k] for k in ("image_grid_thw", "video_grid_thw")]
+    np.testing.assert_array_equal(q3.rope_index(cfg, ids, *grids, mask)[0], positions)
+    logits = np.asarray(ours.forward(params, cfg, batch))[:, :width]
+    assert ours.worst(logits[mask], reference.logits(ref, inputs)[mask]) < BOUND
+    for kind, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+        want, taps = reference.features(ref, inputs, kind=kind)
+        vision = q3.make_vision(cfg, inputs[pixels], inputs[f"{kind}_grid_thw"])
+        got = ours.vision_encode(params, cfg, vision)
+        assert len(got.taps) == len(taps) == len(cfg.vision.deepstack_visual_indexes)
+        for mine, theirs in zip([got.merged, *got.taps], [want, *taps], strict=True):
+            assert ours.worst(mine[: len(theirs)], theirs) < BOUND
+
+
+@pytest.mark.parametrize("rope", [r for r in tiny.ROPES if r != "default"])
+def test_rope_types_below_and_above_their_limit(rope):
+    ref = reference.build("base", False, rope)
+    params, cfg = ours.build(ref)
+    for row, above in (("short", False), ("long", True)):
+        inputs = tiny.inputs(ref.config, row)
+        assert (reference.positions(ref, inputs)[0].max() + 1 > tiny.ROPE_LIMIT) == above
+        want = reference.logits(ref, inputs)
+        got = ours.forward(params, cfg, q3.make_batch(cfg, **inputs))[:, : want.shape[1]]
+        assert ours.worst(got, want) < BOUND
+    plain = reference.build("base", False, "plain")
+    if rope != "plain":
+        assert ours.worst(want, reference.logits(plain, inputs)) > 1e-3  # the scaling shows
+
+
+@pytest.mark.parametrize("moe", [False, True])
+def test_greedy_64_tokens(moe):
+    """Alone and in a mixed batch padded left or right: the same tokens, logits at each step."""
+    ref = reference.build("base", moe)
+    assert reference.greedy_faults(ref) == []
+    params, cfg = ours.build(ref)
+    rows = reference.GREEDY_ROWS
+    wants = []
+    for row in rows:
+        inputs = tiny.inputs(ref.config, row)
+        want, chosen = reference.greedy(ref, inputs)
+        got, logits = ours.greedy(params, cfg, q3.make_batch(cfg, **inputs), 64)
+        np.testing.assert_array_equal(got, want)
+        assert ours.worst(logits, chosen) < BOUND
+        wants.append((want[0], chosen[0]))
+    for side in ("left", "right"):
+        batch = q3.make_batch(cfg, **reference.mixed(ref, side, rows))
+        got, logits = ours.greedy(params, cfg, batch, 64)
+        np.testing.assert_array_equal(got, [w for w, _ in wants])
+        assert ours.worst(logits, np.stack([c for _, c in wants])) < BOUND
+        answer = q3.generate(params, cfg, batch, max_new_tokens=64, stop_ids=())
+        np.testing.assert_array_equal(answer.tokens, got)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_bf16_is_no_noisier_than_the_reference(seed):
+    ref = reference.build("base", bool(seed % 2), seed=seed)
+    params, cfg = ours.build(ref, "bfloat16")
+    inputs = tiny.inputs(ref.config, "three_pictures", seed)
+    batch = q3.make_batch(cfg, **inputs)
+    want, noisy = reference.logits(ref, inputs), reference.logits(ref, inputs, "bfloat16")
+    got = np.asarray(ours.forward(params, cfg, batch))[:, : want.shape[1]]
+    assert np.abs(got - want).mean() <= 2 * np.abs(noisy - want).mean()
+    want, taps = reference.features(ref, inputs)
+    noisy, noisy_taps = reference.features(ref, inputs, "bfloat16")
+    out = ours.vision_encode(params, cfg, batch.vision)
+    for g, w, n in zip([out.merged, *out.taps], [want, *taps], [noisy, *noisy_taps], strict=True):
+        got = np.asarray(g[: len(w)], np.float32)
+        assert np.abs(got - w).mean() <= 2 * np.abs(n - w).mean()
