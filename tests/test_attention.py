@@ -1,0 +1,134 @@
+"""attend() against softmax over a dense mask, for every kind of range and both loops."""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qwen3vl_jax.attention import (
+    BLOCK,
+    attend,
+    attention_probs,
+    backends,
+    causal_ranges,
+    cudnn_refusal,
+)
+
+
+def dense(q, k, v, lo, hi):
+    b, t, n, h = q.shape
+    k, v = (np.repeat(np.asarray(x, np.float64), n // x.shape[1], axis=1) for x in (k, v))
+    scores = np.einsum("btnh,bnsh->bnts", np.asarray(q, np.float64), k) / np.sqrt(h)
+    keys = np.arange(k.shape[2])
+    seen = (keys >= lo[..., None]) & (keys < hi[..., None])
+    weights = np.where(seen[:, None], np.exp(scores - scores.max(-1, keepdims=True)), 0)
+    total = weights.sum(-1, keepdims=True)
+    weights = weights / np.where(total > 0, total, 1)
+    return np.einsum("bnts,bnsh->btnh", weights, v), weights
+
+
+def arrays(b, t, n, k, h, s, seed=0):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    shapes = ((b, t, n, h), (b, k, s, h), (b, k, s, h))
+    return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+
+
+def ranges(kind, b, t, s, rng):
+    index = np.arange(t)
+    if kind == "causal":
+        return np.zeros((b, t), int), np.broadcast_to(index + 1, (b, t))
+    if kind == "left padded":
+        pad = rng.integers(0, t // 2, (b, 1))
+        return np.broadcast_to(pad, (b, t)), np.maximum(index + 1, pad)
+    if kind == "frames":
+        cuts = np.sort(rng.choice(np.arange(1, s), (b, 5)), 1)
+        cuts = np.concatenate([np.zeros((b, 1), int), cuts, np.full((b, 1), s)], 1)
+        own = np.stack([np.searchsorted(c, index, side="right") - 1 for c in cuts])
+        return np.take_along_axis(cuts, own, 1), np.take_along_axis(cuts, own + 1, 1)
+    lo = rng.integers(0, s, (b, t))
+    return lo, lo + rng.integers(0, s, (b, t)).clip(0, s - lo)  # some empty
+
+
+KINDS = ["causal", "left padded", "frames", "any"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [37, BLOCK + 190, 2 * BLOCK])
+def test_equals_dense_softmax_and_its_gradient(kind, size):
+    b, n, k, h = 2, 6, 2, 8
+    q, key, v = arrays(b, size, n, k, h, size)
+    lo, hi = ranges(kind, b, size, size, np.random.default_rng(size))
+    want, probs = dense(q, key, v, lo, hi)
+    lo, hi = (jnp.asarray(x, jnp.int32) for x in (lo, hi))
+    got = jax.jit(attend)(q, key, v, lo, hi)
+    np.testing.assert_allclose(got, want, atol=2e-6)
+    if size < 100:
+        seen = np.asarray(hi > lo)[:, None, :, None]
+        np.testing.assert_allclose(attention_probs(q, key, lo, hi) * seen, probs, atol=1e-6)
+
+    def dense_jax(q, key, v):
+        key, v = (jnp.repeat(x, n // k, axis=1) for x in (key, v))
+        scores = jnp.einsum("btnh,bnsh->bnts", q, key) * h**-0.5
+        s = jnp.arange(size)
+        seen = ((s >= lo[..., None]) & (s < hi[..., None]))[:, None]
+        weights = jnp.where(seen, jax.nn.softmax(jnp.where(seen, scores, -1e30), -1), 0)
+        return jnp.einsum("bnts,bnsh->btnh", weights, v)
+
+    def slope(fn):
+        return jax.jit(jax.grad(lambda *x: jnp.sum(jnp.sin(fn(*x))), argnums=(0, 1, 2)))(q, key, v)
+
+    for got, want in zip(slope(lambda *x: attend(*x, lo, hi)), slope(dense_jax), strict=True):
+        np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+@pytest.mark.parametrize("slots", [64, 4 * BLOCK])
+def test_a_decode_step_sees_just_the_filled_slots(slots):
+    q, k, v = arrays(3, 1, 6, 2, 8, slots)
+    reach = np.array([[1], [slots // 3], [slots]])
+    want, _ = dense(q, k, v, reach * 0, reach)
+    got = jax.jit(lambda *x: attend(*x[:3], None, x[3]))(q, k, v, jnp.asarray(reach))
+    np.testing.assert_allclose(got, want, atol=2e-6)
+    beyond = jnp.arange(slots)[None, None, :, None] >= reach[:, None, :, None]
+    junk = [jnp.where(beyond, jnp.nan, x) for x in (k, v)]
+    clean = [jnp.where(beyond, 0.0, x) for x in (k, v)]
+    assert np.isnan(np.asarray(junk[0])).any()
+    same = attend(q, *clean, None, jnp.asarray(reach))
+    np.testing.assert_allclose(same, want, atol=2e-6)
+
+
+def test_empty_ranges_give_zeros():
+    q, k, v = arrays(1, 5, 2, 1, 8, 5)
+    none = jnp.zeros((1, 5), jnp.int32)
+    np.testing.assert_array_equal(attend(q, k, v, none, none), 0)
+
+
+def test_bf16_sums_in_fp32():
+    q, k, v = arrays(1, 600, 4, 2, 16, 600)
+    lo, hi = (jnp.asarray(x, jnp.int32) for x in ranges("causal", 1, 600, 600, None))
+    half = [x.astype(jnp.bfloat16) for x in (q, k, v)]
+    want, _ = dense(*(np.asarray(x, np.float32) for x in half), np.asarray(lo), np.asarray(hi))
+    got = attend(*half, lo, hi)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(got, np.float32), want, atol=0.02)
+
+
+def test_causal_ranges_of_packed_and_padded_rows():
+    lo, hi = causal_ranges(jnp.array([[0, 1, 1, 1, 2, 2], [1, 1, 1, 0, 0, 0]]))
+    np.testing.assert_array_equal(lo, [[0, 1, 1, 1, 4, 4], [0, 0, 0, 3, 3, 3]])
+    np.testing.assert_array_equal(hi, [[0, 2, 3, 4, 5, 6], [1, 2, 3, 3, 3, 3]])
+
+
+def test_what_cudnn_cannot_do_is_said_once(caplog):
+    cudnn_refusal.cache_clear()
+    with caplog.at_level(logging.WARNING, "qwen3vl_jax"):
+        reasons = {cudnn_refusal("bfloat16", 72) for _ in range(3)}
+    assert len(caplog.records) == 1 and len(reasons) == 1 and reasons != {""}
+    assert "bfloat16" in caplog.text and "72" in caplog.text
+    assert "float32" in cudnn_refusal("float32", 64)
+
+
+def test_backends_are_listed():
+    names = {name: available for name, available, _ in backends()}
+    assert names == {"xla blocks": True, "cudnn": False}

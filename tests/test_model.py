@@ -1,0 +1,248 @@
+"""Properties of the model: caches, causality, padding, packing, scan, and the goldens of 4.57.1."""
+
+import functools
+import math
+
+import golden_io
+import jax
+import jax.numpy as jnp
+import numpy as np
+import ours
+import pytest
+import tiny
+
+import qwen3vl_jax as q3
+
+COUNTS = {
+    "2b": 2_127_532_032,
+    "4b": 4_437_815_808,
+    "8b": 8_767_123_696,
+    "32b": 33_357_390_064,
+    "30b-a3b": 31_070_754_032,
+    "235b-a22b": 235_670_022_896,
+}
+
+
+class Tiny:
+    """A config and weights from tests/tiny.py, with no reference model behind."""
+
+    def __init__(self, variant="base", moe=False, rope="default", seed=0):
+        self.config = tiny.config_dict(variant, moe, rope)
+        self.weights = tiny.weights(self.config, seed)
+
+
+@functools.cache
+def model(moe=False, rope="default"):
+    return ours.build(Tiny(moe=moe, rope=rope))
+
+
+def inputs(row, seed=0, variant="base"):
+    return tiny.inputs(tiny.config_dict(variant), row, seed)
+
+
+def abstract(cfg):
+    return jax.eval_shape(functools.partial(q3.init_params, cfg=cfg), jax.random.key(0))
+
+
+@pytest.mark.parametrize("size", COUNTS)
+def test_parameter_counts_of_the_released_sizes(size):
+    shapes = jax.tree.leaves(abstract(q3.Config.named(size)))
+    assert sum(math.prod(x.shape) for x in shapes) == COUNTS[size]
+
+
+@pytest.mark.parametrize("variant", ["base", "tied", "attention_bias", "merge_3", "no_taps"])
+@pytest.mark.parametrize("moe", [False, True])
+def test_converted_weights_have_the_shapes_of_init_params(variant, moe):
+    params, cfg = ours.build(Tiny(variant, moe))
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, abstract(cfg))
+
+
+@pytest.mark.parametrize("name", golden_io.FILES)
+def test_hidden_states_and_attentions_of_4_57_1(name):
+    golden = golden_io.load(name)
+    params, cfg = ours.build(golden)
+    out, mask = golden.outputs, golden.inputs["attention_mask"] > 0
+    batch = q3.make_batch(cfg, **golden.inputs, pad=False)
+    at_tokens = np.asarray(mask)
+    assert (batch.positions == out["position_ids"])[:, at_tokens].all()
+    padded = mask.shape[1] - mask.sum(1)
+    np.testing.assert_array_equal(batch.delta, out["rope_deltas"][:, 0] + padded)
+    states = jax.jit(q3.hidden_states, static_argnames="cfg")(params, cfg, batch)
+    assert states.shape == out["hidden_states"].shape
+    for got, want in zip(states, out["hidden_states"], strict=True):
+        assert ours.worst(np.asarray(got)[mask], want[mask]) < 2e-5
+    probs = jax.jit(q3.attentions, static_argnames="cfg")(params, cfg, batch)
+    assert probs.shape == out["attentions"].shape
+    seen = mask[:, None, :, None] & mask[:, None, None, :]
+    for got, want in zip(probs, out["attentions"], strict=True):
+        both = np.broadcast_to(seen, want.shape)
+        assert ours.worst(np.asarray(got)[both], want[both]) < 2e-5
+    got, _ = ours.greedy(params, cfg, batch, out["greedy"].shape[1])
+    np.testing.assert_array_equal(got, out["greedy"])
+
+
+@pytest.mark.parametrize(
+    ("moe", "rope"), [(False, "default"), (True, "default"), (False, "yarn"), (False, "llama3")]
+)
+def test_forward_is_prefill_and_decode_at_every_position(moe, rope):
+    params, cfg = model(moe, rope)
+    row = inputs([("text", 4), ("image", (1, 3, 5)), ("text", 17)])
+    want = np.asarray(ours.forward(params, cfg, q3.make_batch(cfg, **row)))[0]
+    total, head = row["input_ids"].shape[1], 4 + 17
+    start = {**row, **{k: row[k][:, :head] for k in ("input_ids", "attention_mask", "mm_token_type_ids")}}
+    cache, logits = ours.prefill(params, cfg, q3.make_batch(cfg, **start), 64)
+    got = [logits[0]]
+    for at in range(head, total - 1):
+        token = jnp.asarray(row["input_ids"][:, at], jnp.int32)
+        cache, logits = ours.decode_step(params, cfg, cache, token)
+        got.append(logits[0])
+    assert ours.worst(np.stack(got), want[head - 1 : total - 1]) < 1e-5
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_extend_appends_text_and_pictures(side):
+    params, cfg = model()
+    turns = (["one_picture", "text"], [[("text", 3), ("image", (1, 2, 3)), ("text", 5)], [("text", 4)]])
+    first, second = (
+        [inputs(row, seed) for seed, row in enumerate(turn)] for turn in turns
+    )
+    cache, _ = ours.prefill(params, cfg, q3.make_batch(cfg, **tiny.pad_batch(first, side)), 128)
+    cache, got = ours.extend(params, cfg, cache, q3.make_batch(cfg, **tiny.pad_batch(second, side)))
+    cache, after = ours.decode_step(params, cfg, cache, jnp.array([7, 8], jnp.int32))
+    for b, (a, c) in enumerate(zip(first, second, strict=True)):
+        whole = {k: np.concatenate([a[k], c[k]], -1) for k in ("input_ids", "attention_mask")}
+        token = np.array([[7 + b]])
+        whole["input_ids"] = np.concatenate([whole["input_ids"], token], -1)
+        whole["attention_mask"] = np.concatenate([whole["attention_mask"], token * 0 + 1], -1)
+        if "pixel_values" in a:
+            for key in ("pixel_values", "image_grid_thw"):
+                whole[key] = np.concatenate([a[key], c[key]])
+        want = np.asarray(ours.forward(params, cfg, q3.make_batch(cfg, **whole, pad=False)))[0]
+        assert ours.worst(got[b], want[-2]) < 1e-5
+        assert ours.worst(after[b], want[-1]) < 1e-5
+
+
+def test_causality_by_gradient():
+    params, cfg = model()
+    row = inputs("one_picture")
+    batch = q3.make_batch(cfg, **row, pad=False)
+    embeds = params["embed"][batch.tokens]
+    at = 20
+
+    def pick(embeds):
+        return q3.forward(params, cfg, batch.replace(embeds=embeds))[0, at].sum()
+
+    moved = np.abs(np.asarray(jax.jit(jax.grad(pick))(embeds)))[0].max(-1)
+    text = batch.vision_rows[0] < 0
+    assert (moved[at + 1 :] == 0).all()
+    assert (moved[: at + 1][text[: at + 1]] > 0).all()
+    assert (moved[~text] == 0).all()  # the vision rows are written over
+
+
+def test_pictures_do_not_see_each_other():
+    params, cfg = model()
+    row = inputs("three_pictures")
+    base = ours.vision_encode(params, cfg, q3.make_vision(cfg, row["pixel_values"], row["image_grid_thw"]))
+    sizes = row["image_grid_thw"].prod(1)
+    pixels = row["pixel_values"].copy()
+    pixels[sizes[0] : sizes[0] + sizes[1]] += 1.0  # another second picture
+    other = ours.vision_encode(params, cfg, q3.make_vision(cfg, pixels, row["image_grid_thw"]))
+    same = np.ones(base.merged.shape[0], bool)
+    same[sizes[0] // 4 : (sizes[0] + sizes[1]) // 4] = False
+    for a, b in ((base.merged, other.merged), *zip(base.taps, other.taps, strict=True)):
+        np.testing.assert_array_equal(np.asarray(a)[same], np.asarray(b)[same])
+        assert (np.abs(np.asarray(a) - np.asarray(b))[~same].max(-1) > 0).all()
+
+
+@pytest.mark.parametrize("moe", [False, True])
+def test_padding_changes_nothing(moe):
+    params, cfg = model(moe)
+    row = inputs("clips_and_picture")
+    tight = ours.forward(params, cfg, q3.make_batch(cfg, **row, pad=False))
+    for wide in (q3.make_batch(cfg, **row), q3.make_batch(cfg, **tiny.pad_batch([row, inputs("long")]))):
+        got = np.asarray(ours.forward(params, cfg, wide))[0][np.asarray(wide.segment_ids[0]) > 0]
+        assert ours.worst(got, tight[0]) < 2e-5
+
+
+def test_packed_rows_equal_single_rows():
+    params, cfg = model()
+    rows = [inputs("one_picture"), inputs("text", 1), inputs("three_pictures", 2)]
+    batches = [q3.make_batch(cfg, **r, pad=False) for r in rows]
+    packed = q3.make_batch(
+        cfg,
+        input_ids=np.concatenate([r["input_ids"] for r in rows], 1),
+        position_ids=np.concatenate([b.positions for b in batches], 2),
+        segment_ids=np.concatenate([np.full(b.tokens.shape, i + 1) for i, b in enumerate(batches)], 1),
+        pixel_values=np.concatenate([r["pixel_values"] for r in rows if "pixel_values" in r]),
+        image_grid_thw=np.concatenate([r["image_grid_thw"] for r in rows if "image_grid_thw" in r]),
+    )
+    got, at = ours.forward(params, cfg, packed)[0], 0
+    for batch in batches:
+        width = batch.tokens.shape[1]
+        assert ours.worst(got[at : at + width], ours.forward(params, cfg, batch)[0]) < 2e-5
+        at += width
+
+
+@pytest.mark.parametrize("moe", [False, True])
+def test_scan_over_stacked_layers_equals_the_loop(moe):
+    params, cfg = model(moe)
+    row = inputs("three_pictures")
+    labels = np.where(row["input_ids"] < 290, row["input_ids"], -100)
+    batch = q3.make_batch(cfg, **row, labels=labels)
+    stacked = q3.stack_layers(params)
+    assert jax.tree.map(jnp.shape, q3.unstack_layers(stacked)) == jax.tree.map(jnp.shape, params)
+    grad = jax.jit(jax.value_and_grad(q3.loss_fn, has_aux=True), static_argnums=1)
+    (loss, metrics), slope = grad(params, cfg, batch)
+    (scan_loss, _), scan_slope = grad(stacked, cfg, batch)
+    assert metrics["tokens"] == (labels[:, 1:] != -100).sum()
+    np.testing.assert_allclose(scan_loss, loss, rtol=1e-6)
+    slope, scan_slope = q3.stack_layers(slope), scan_slope
+    pairs = zip(jax.tree.leaves(slope), jax.tree.leaves(scan_slope), strict=True)
+    top = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(slope))
+    assert all(float(jnp.abs(a - b).max()) < 1e-5 * top for a, b in pairs)
+    want = q3.hidden_states(params, cfg, batch)
+    assert ours.worst(q3.hidden_states(stacked, cfg, batch), want) < 1e-5
+    cache, logits = ours.prefill(stacked, cfg, batch, 64)
+    np.testing.assert_allclose(logits, ours.prefill(params, cfg, batch, 64)[1], rtol=1e-5, atol=1e-5)
+
+
+def test_loss_is_transformers_loss():
+    params, cfg = model()
+    row = inputs("text")
+    batch = q3.make_batch(cfg, **row, labels=row["input_ids"])
+    logits = np.asarray(ours.forward(params, cfg, batch), np.float64)[0]
+    log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    want = -np.mean([log_probs[t, row["input_ids"][0, t + 1]] for t in range(12)])
+    np.testing.assert_allclose(q3.loss_fn(params, cfg, batch)[0], want, rtol=1e-5)
+
+
+def test_some_logits_only_and_kept_features_and_embeddings():
+    params, cfg = model()
+    row = inputs("one_picture")
+    batch = q3.make_batch(cfg, **row, pad=False)
+    want = ours.forward(params, cfg, batch)
+    np.testing.assert_allclose(ours.forward(params, cfg, batch, logits_to_keep=3), want[:, -3:], atol=1e-5)
+    some = q3.forward(params, cfg, batch, logits_to_keep=jnp.array([0, 21, 5]))
+    np.testing.assert_allclose(some, want[:, [0, 21, 5]], atol=1e-5)
+    features = ours.vision_encode(params, cfg, batch.vision)
+    bare = batch.replace(vision=None)
+    np.testing.assert_allclose(ours.forward(params, cfg, bare, features=features), want, atol=1e-5)
+    _, logits = ours.prefill(params, cfg, bare, 64, features=features)
+    np.testing.assert_allclose(logits, want[:, -1], atol=1e-5)
+    embeds = params["embed"][batch.tokens]
+    given = q3.make_batch(cfg, **row, inputs_embeds=embeds, pad=False)
+    np.testing.assert_allclose(ours.forward(params, cfg, given), want, atol=1e-5)
+    given = q3.make_batch(cfg, **row, inputs_embeds=embeds)  # padded to a bucket
+    assert given.embeds.shape == (*given.tokens.shape, cfg.text.hidden_size)
+
+
+def test_float16_runs_and_is_close():
+    row = inputs("one_picture")
+    params, cfg = model()
+    batch = q3.make_batch(cfg, **row, pad=False)
+    half = jax.tree.map(lambda x: x.astype(jnp.float16), params)
+    want = ours.forward(params, cfg, batch)
+    got = ours.forward(half, cfg, batch)
+    assert ours.worst(got, want) < 0.03
+    cache, logits = ours.prefill(half, cfg, batch, 64)
+    assert np.isfinite(np.asarray(ours.decode_step(half, cfg, cache, jnp.array([5]))[1])).all()

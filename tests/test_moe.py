@@ -1,0 +1,55 @@
+"""The two ways through the experts are one function."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qwen3vl_jax.moe import experts_ragged, experts_scan, route
+
+N, D, M, E, A = 23, 12, 10, 7, 3
+
+
+def weights():
+    keys = jax.random.split(jax.random.key(1), 4)
+    shapes = ((N, D), (E, D), (E, D, 2 * M), (E, M, D))
+    return [jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True)]
+
+
+def naive(x, share, chosen, gate_up, down):
+    out = np.zeros((N, D))
+    x, share, gate_up, down = (np.asarray(a, np.float64) for a in (x, share, gate_up, down))
+    for n in range(N):
+        for a in range(chosen.shape[1]):
+            hidden = x[n] @ gate_up[chosen[n, a]]
+            gate, up = hidden[:M], hidden[M:]
+            out[n] += share[n, a] * ((gate / (1 + np.exp(-gate)) * up) @ down[chosen[n, a]])
+    return out
+
+
+@pytest.mark.parametrize("run", [experts_scan, experts_ragged])
+def test_experts_and_their_gradients(run):
+    x, router, gate_up, down = weights()
+    share, chosen = route(x, router, A)
+    np.testing.assert_allclose(share.sum(1), 1, rtol=1e-6)
+    want = naive(x, share, np.asarray(chosen), gate_up, down)
+    np.testing.assert_allclose(run(x, share, chosen, gate_up, down, "silu"), want, rtol=1e-4, atol=1e-4)
+
+    def loss(fn):
+        def of(x, gate_up, down, router):
+            share, chosen = route(x, router, A)
+            return jnp.sum(jnp.sin(fn(x, share, chosen, gate_up, down, "silu")))
+
+        return jax.grad(of, argnums=(0, 1, 2, 3))(x, gate_up, down, router)
+
+    for a, b in zip(loss(run), loss(experts_scan), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("run", [experts_scan, experts_ragged])
+def test_all_tokens_to_one_expert(run):
+    x, _, gate_up, down = weights()
+    chosen = jnp.full((N, 1), 5)
+    want = naive(x, np.ones((N, 1)), np.asarray(chosen), gate_up, down)
+    got = run(x, jnp.ones((N, 1)), chosen, gate_up, down, "silu")
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
