@@ -93,19 +93,20 @@ class Tokenizer:
         Raises InputError for text that is not Unicode (lone surrogates).
         """
         try:
-            found = self.backend.encode(text, add_special_tokens=False)
-            if not mark or mark not in text:
-                return found.ids
-            ids: list[int] = []
-            start = 0
-            for token, (left, right) in zip(found.ids, found.offsets):
-                if token in self._special_ids:
-                    ids += self._encode_textual(text[start:left].replace(mark, ""))
-                    ids.append(token)
-                    start = right
-            return ids + self._encode_textual(text[start:].replace(mark, ""))
+            text.encode()
         except UnicodeEncodeError as e:
             raise InputError(f"text: character {e.start} is half of a surrogate pair") from e
+        found = self.backend.encode(text, add_special_tokens=False)
+        if not mark or mark not in text:
+            return found.ids
+        ids: list[int] = []
+        start = 0
+        for token, (left, right) in zip(found.ids, found.offsets):
+            if token in self._special_ids:
+                ids += self._encode_textual(text[start:left].replace(mark, ""))
+                ids.append(token)
+                start = right
+        return ids + self._encode_textual(text[start:].replace(mark, ""))
 
     def _encode_textual(self, text: str) -> list[int]:
         found = self._textual.encode(text, add_special_tokens=False).ids
