@@ -31,7 +31,9 @@ def causal_ranges(segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
     return lo, jnp.where(segment_ids > 0, index + 1, lo)
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, lo: jax.Array | None, hi: jax.Array) -> jax.Array:
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, lo: jax.Array | None, hi: jax.Array
+) -> jax.Array:
     """Softmax attention of q [B T N H] over k, v [B K S H], scale H^-0.5; returns [B T N H].
 
     lo, hi [B T] int32: query i sees keys lo <= s < hi; an empty range gives zeros (on a GPU kernel,
@@ -196,6 +198,10 @@ def backends() -> list[tuple[str, bool, str]]:
     refusal = cudnn_refusal("bfloat16", 128) if here == "gpu" else f"needs a GPU, this is {here}"
     use = "causal rows, and pictures alone in the ViT; bf16 and fp16"
     return [
-        ("xla blocks", True, "every platform, dtype and layout; online softmax, empty blocks skipped"),
+        (
+            "xla blocks",
+            True,
+            "every platform, dtype and layout; online softmax, empty blocks skipped",
+        ),
         ("cudnn", not refusal, refusal or use),
     ]

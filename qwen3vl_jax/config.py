@@ -1,9 +1,9 @@
-# HELPERS: /tmp/spec.md changed at 18:20: projections are fused (see convert/NOTE_FROM_LEAD.txt)
 """The model's shapes and switches, read from a checkpoint's config.json and nothing else."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Mapping
@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.rope_config import RopeConfig, one_of, read_rope
 
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 TEXT_ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu")
 # What the class of transformers 4.57.1 fills in for a key that is absent. Only keys that fix no shape.
 _TEXT_DEFAULTS = {
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
-    "rope_theta": 5_000_000.0,
     "attention_bias": False,
     "max_position_embeddings": 128_000,
     "num_experts_per_tok": 4,
@@ -31,31 +30,6 @@ _TOKEN_DEFAULTS = {
     "vision_start_token_id": 151652,
     "vision_end_token_id": 151653,
 }
-_DEFAULT_SECTION = (24, 20, 20)
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeConfig:
-    """Rotary embedding of the decoder: base, MRoPE sections (T, H, W) and scaling.
-
-    Fields have the names of Hugging Face's `rope_parameters`; those a rope type does not use are None.
-    """
-
-    rope_type: str = "default"
-    theta: float = _TEXT_DEFAULTS["rope_theta"]
-    mrope_section: tuple[int, ...] = _DEFAULT_SECTION
-    original_max_position_embeddings: int | None = None
-    factor: float | None = None
-    attention_factor: float | None = None
-    beta_fast: float | None = None
-    beta_slow: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool = True
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
-    short_factor: tuple[float, ...] | None = None
-    long_factor: tuple[float, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +116,9 @@ class Config:
         raw = source if isinstance(source, Mapping) else _read(Path(source))
         model_type = raw.get("model_type", "qwen3_vl")
         if not str(model_type).startswith("qwen3_vl"):
-            raise InputError(f"config: model_type is {model_type!r}, expected qwen3_vl or qwen3_vl_moe")
+            raise InputError(
+                f"config: model_type is {model_type!r}, expected qwen3_vl or qwen3_vl_moe"
+            )
         for part in ("text_config", "vision_config"):
             if not isinstance(raw.get(part), Mapping):
                 raise InputError(f"config: {part} is {raw.get(part)!r}, expected an object")
@@ -167,9 +143,9 @@ class Config:
         """The config.json of this config, in the released form; `from_hf` gives the same config back."""
         moe = self.text.num_experts > 0
         text = dataclasses.asdict(self.text)
-        rope = {k: v for k, v in text.pop("rope").items() if v is not None}
-        text["rope_theta"] = rope.pop("theta")
-        text["rope_scaling"] = {**rope, "mrope_interleaved": True}
+        del text["rope"]
+        text["rope_theta"] = self.text.rope.theta
+        text["rope_scaling"] = self.text.rope.to_hf()
         if not moe:
             for key in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
                 del text[key]
@@ -210,13 +186,6 @@ def _int(raw: Mapping, key: str, where: str, at_least: int = 1, default: int | N
     return value
 
 
-def _one_of(value: Any, key: str, allowed: tuple) -> Any:
-    if value not in allowed:
-        names = ", ".join(map(str, allowed))
-        raise InputError(f"config: {key} is {value!r}, implemented: {names}")
-    return value
-
-
 def _text(raw: Mapping[str, Any], is_moe: bool) -> TextConfig:
     where = "text_config."
     get = lambda key: raw[key] if raw.get(key) is not None else _TEXT_DEFAULTS[key]  # noqa: E731
@@ -234,7 +203,9 @@ def _text(raw: Mapping[str, Any], is_moe: bool) -> TextConfig:
             f"config: {where}head_dim is null and hidden_size {shape['hidden_size']} does not divide "
             f"by num_attention_heads {heads}"
         )
-    kv_heads = heads if raw["num_key_value_heads"] is None else _int(raw, "num_key_value_heads", where)
+    kv_heads = (
+        heads if raw["num_key_value_heads"] is None else _int(raw, "num_key_value_heads", where)
+    )
     if heads % kv_heads:
         raise InputError(
             f"config: {where}num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
@@ -250,8 +221,8 @@ def _text(raw: Mapping[str, Any], is_moe: bool) -> TextConfig:
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
         max_position_embeddings=max_positions,
-        rope=_rope(raw, head_dim, max_positions),
-        hidden_act=_one_of(get("hidden_act"), where + "hidden_act", TEXT_ACTIVATIONS),
+        rope=read_rope(raw, head_dim, max_positions),
+        hidden_act=one_of(get("hidden_act"), where + "hidden_act", TEXT_ACTIVATIONS),
         rms_norm_eps=float(get("rms_norm_eps")),
         attention_bias=bool(get("attention_bias")),
         initializer_range=float(get("initializer_range")),
@@ -265,77 +236,28 @@ def _experts(raw: Mapping[str, Any], is_moe: bool) -> dict[str, int]:
         return {"num_experts": 0, "num_experts_per_tok": 0, "moe_intermediate_size": 0}
     if raw.get("mlp_only_layers"):
         found = raw["mlp_only_layers"]
-        raise InputError(f"config: {where}mlp_only_layers is {found!r}, implemented: [] (all sparse)")
-    _one_of(raw.get("decoder_sparse_step", 1), where + "decoder_sparse_step", (1,))
+        raise InputError(
+            f"config: {where}mlp_only_layers is {found!r}, implemented: [] (all sparse)"
+        )
+    one_of(raw.get("decoder_sparse_step", 1), where + "decoder_sparse_step", (1,))
     key = "num_local_experts" if raw.get("num_experts") is None else "num_experts"
     if raw.get(key) is None:
-        raise InputError(f"config: {where}num_experts is absent; it fixes a shape and has no default")
+        raise InputError(
+            f"config: {where}num_experts is absent; it fixes a shape and has no default"
+        )
     experts = _int(raw, key, where)
     per_token = raw.get("num_experts_per_tok", _TEXT_DEFAULTS["num_experts_per_tok"])
     per_token = _int({"num_experts_per_tok": per_token}, "num_experts_per_tok", where)
     if per_token > experts:
-        raise InputError(f"config: {where}num_experts_per_tok is {per_token}, expected <= {experts}")
+        raise InputError(
+            f"config: {where}num_experts_per_tok is {per_token}, expected <= {experts}"
+        )
     width = _int(raw, "moe_intermediate_size", where)
     return {
         "num_experts": experts,
         "num_experts_per_tok": per_token,
         "moe_intermediate_size": width,
     }
-
-
-# What each scaled rope type needs, beyond what has a default.
-_ROPE_NEEDS = {
-    "default": (),
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "yarn": (),
-    "longrope": ("short_factor", "long_factor"),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-}
-
-
-def _rope(raw: Mapping[str, Any], head_dim: int, max_positions: int) -> RopeConfig:
-    where = "text_config.rope_scaling."
-    given = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
-    rope_type = given.get("rope_type", given.get("type", "default"))
-    rope_type = "default" if rope_type == "mrope" else rope_type
-    _one_of(rope_type, where + "rope_type", ROPE_TYPES)
-    if given.get("mrope_interleaved", True) is not True:
-        found = given["mrope_interleaved"]
-        raise InputError(f"config: {where}mrope_interleaved is {found!r}, implemented: true")
-    partial = given.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
-    _one_of(1.0 if partial is None else partial, where + "partial_rotary_factor", (1.0,))
-    section = tuple(given.get("mrope_section") or _DEFAULT_SECTION)
-    if len(section) != 3 or sum(section) * 2 != head_dim:
-        raise InputError(
-            f"config: {where}mrope_section is {list(section)}, expected three numbers (T, H, W) "
-            f"that sum to head_dim / 2 = {head_dim / 2:g}"
-        )
-    for key in _ROPE_NEEDS[rope_type]:
-        if given.get(key) is None:
-            raise InputError(f"config: {where}{key} is absent; rope_type {rope_type!r} needs it")
-    original = raw.get("original_max_position_embeddings")
-    original = original or given.get("original_max_position_embeddings") or max_positions
-    theta = given.get("rope_theta", raw.get("rope_theta"))
-    fields = {f.name for f in dataclasses.fields(RopeConfig)} - {"theta", "rope_type"}
-    scaling = {k: v for k, v in given.items() if k in fields and v is not None}
-    if rope_type == "default":
-        scaling = {}
-    for key in ("short_factor", "long_factor"):
-        if key in scaling:
-            scaling[key] = tuple(map(float, scaling[key]))
-            if len(scaling[key]) != head_dim // 2:
-                raise InputError(
-                    f"config: {where}{key} has {len(scaling[key])} numbers, expected head_dim / 2 = "
-                    f"{head_dim // 2}"
-                )
-    if rope_type in ("yarn", "longrope", "llama3"):
-        scaling["original_max_position_embeddings"] = original
-        if rope_type != "llama3" and scaling.get("factor") is None:
-            scaling["factor"] = max_positions / original
-    scaling["mrope_section"] = section
-    theta = _TEXT_DEFAULTS["rope_theta"] if theta is None else float(theta)
-    return RopeConfig(rope_type, theta, **scaling)
 
 
 def _vision(raw: Mapping[str, Any]) -> VisionConfig:
@@ -348,25 +270,29 @@ def _vision(raw: Mapping[str, Any]) -> VisionConfig:
     shape = {k: _int(raw, k, where) for k in ints}
     if math.isqrt(shape["num_position_embeddings"]) ** 2 != shape["num_position_embeddings"]:
         found = shape["num_position_embeddings"]
-        raise InputError(f"config: {where}num_position_embeddings is {found}, expected a square number")
+        raise InputError(
+            f"config: {where}num_position_embeddings is {found}, expected a square number"
+        )
     if shape["hidden_size"] % (4 * shape["num_heads"]):
         raise InputError(
             f"config: {where}hidden_size is {shape['hidden_size']}, expected a multiple of 4 x num_heads "
             f"= {4 * shape['num_heads']} (2-D rotary splits a head in four)"
         )
     if raw.get("deepstack_visual_indexes") is None:
-        raise InputError(f"config: {where}deepstack_visual_indexes is absent; it fixes shapes ([] = none)")
+        raise InputError(
+            f"config: {where}deepstack_visual_indexes is absent; it fixes shapes ([] = none)"
+        )
     taps = tuple(raw["deepstack_visual_indexes"])
     depth = shape["depth"]
     if any(not isinstance(t, int) or not 0 <= t < depth for t in taps) or any(
-        a >= b for a, b in zip(taps, taps[1:], strict=False)
+        a >= b for a, b in itertools.pairwise(taps)
     ):
         raise InputError(
             f"config: {where}deepstack_visual_indexes is {list(taps)}, expected increasing layer "
             f"numbers from 0 to depth - 1 = {depth - 1}"
         )
     act = raw.get("hidden_act") or _VISION_DEFAULTS["hidden_act"]
-    _one_of(act, where + "hidden_act", TEXT_ACTIVATIONS)
+    one_of(act, where + "hidden_act", TEXT_ACTIVATIONS)
     theta = (raw.get("rope_parameters") or {}).get("rope_theta") or VisionConfig.rope_theta
     return VisionConfig(
         **shape, deepstack_visual_indexes=taps, hidden_act=act, rope_theta=float(theta)

@@ -17,7 +17,7 @@ import numpy as np
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model import decode_step, grow_cache, prefill
-from qwen3vl_jax.sampling import Sampling, SamplingRows, draw, penalize
+from qwen3vl_jax.sampling import Sampling, draw, penalize
 from qwen3vl_jax.structs import Batch, Features, KVCache, Params
 from qwen3vl_jax.vision import vision_encode
 

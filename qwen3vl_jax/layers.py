@@ -38,7 +38,9 @@ def weight(module: nn.Module, name: str, *dims: tuple[int, str | None], init=nor
     return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
 
 
-def linear(x: jax.Array, w: jax.Array, bias: jax.Array | None = None, in_dims: int = 1) -> jax.Array:
+def linear(
+    x: jax.Array, w: jax.Array, bias: jax.Array | None = None, in_dims: int = 1
+) -> jax.Array:
     """x [..., in] times w [out..., in...] -> [..., out...], summed in fp32, in the dtype of x.
 
     `in_dims` trailing axes of w (and of x) are contracted. The weight keeps Hugging Face's axis order
@@ -75,7 +77,10 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         width = (x.shape[-1], None)
-        scale, bias = weight(self, "scale", width, init=ones), weight(self, "bias", width, init=zeros)
+        scale, bias = (
+            weight(self, "scale", width, init=ones),
+            weight(self, "bias", width, init=zeros),
+        )
         y = x.astype(jnp.float32)
         y = y - jnp.mean(y, -1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from qwen3vl_jax.attention import attend, attention_probs, causal_ranges
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.layers import linear_fp32, normal, ones, rms_norm, weight
+from qwen3vl_jax.layers import linear_fp32, ones, rms_norm, weight
 from qwen3vl_jax.sharding import platform
 from qwen3vl_jax.structs import Batch, Features, KVCache, Params
 from qwen3vl_jax.text import Block, decode_layers
@@ -305,7 +305,5 @@ def _fill(params, cfg, cache, batch, features, mix):
     index = jnp.arange(batch.tokens.shape[1])
     last = jnp.max(jnp.where(batch.segment_ids > 0, index, 0), axis=1)
     x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
-    cache = cache.replace(
-        k=k, v=v, length=cache.length + count, delta=cache.delta + batch.delta
-    )
+    cache = cache.replace(k=k, v=v, length=cache.length + count, delta=cache.delta + batch.delta)
     return cache, unembed(params, cfg, x)

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen3vl_jax.config import RopeConfig, TextConfig
+from qwen3vl_jax.config import TextConfig
+from qwen3vl_jax.rope_config import RopeConfig
 
 
 def mrope_axes(section: tuple[int, ...], half: int) -> np.ndarray:
@@ -41,7 +42,9 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 def vision_rotary(head_dim: int, theta: float, coords: jax.Array) -> tuple[jax.Array, jax.Array]:
     """coords [P 2] (row, column in the frame) -> cos and sin [P 1 H/2] in fp32: rows, then columns."""
     quarter = head_dim // 4
-    inverse = 1.0 / np.float32(theta) ** (np.arange(quarter, dtype=np.float32) / np.float32(quarter))
+    inverse = 1.0 / np.float32(theta) ** (
+        np.arange(quarter, dtype=np.float32) / np.float32(quarter)
+    )
     angles = coords.astype(jnp.float32)[..., None] * inverse  # [P 2 H/4]
     angles = angles.reshape(-1, 1, 2 * quarter)
     return jnp.cos(angles), jnp.sin(angles)
@@ -102,7 +105,7 @@ def _yarn(r: RopeConfig, powers: np.ndarray, dim: int) -> np.ndarray:
         ratio = r.original_max_position_embeddings / (rotations * 2 * math.pi)
         return dim * math.log(ratio) / (2 * math.log(r.theta))
 
-    low, high = dimension_of(r.beta_fast or 32), dimension_of(r.beta_slow or 1)
+    low, high = dimension_of(r.beta_fast or 32.0), dimension_of(r.beta_slow or 1.0)
     if r.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)

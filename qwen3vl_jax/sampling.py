@@ -58,7 +58,9 @@ class Sampling:
             integer = field.name in ("top_k", "min_new_tokens")
             value = np.asarray(getattr(self, field.name), np.int32 if integer else np.float32)
             if value.ndim and value.shape != (count,):
-                raise InputError(f"{field.name} has {value.size} values, expected 1 or {count} (rows)")
+                raise InputError(
+                    f"{field.name} has {value.size} values, expected 1 or {count} (rows)"
+                )
             out[field.name] = np.broadcast_to(value, (count,))
         return SamplingRows(**out)
 

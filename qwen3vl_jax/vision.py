@@ -123,4 +123,6 @@ def vision_encode(params: Params, cfg: Config, vis: VisionInputs) -> Features:
         PatchMerger(c, True).apply({"params": q}, t)
         for q, t in zip(p["deepstack"], taps, strict=True)
     ]
-    return Features(merged, jnp.stack(deep) if deep else jnp.zeros((0, *merged.shape), merged.dtype))
+    return Features(
+        merged, jnp.stack(deep) if deep else jnp.zeros((0, *merged.shape), merged.dtype)
+    )

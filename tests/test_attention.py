@@ -18,7 +18,7 @@ from qwen3vl_jax.attention import (
 
 
 def dense(q, k, v, lo, hi):
-    b, t, n, h = q.shape
+    _b, _t, n, h = q.shape
     k, v = (np.repeat(np.asarray(x, np.float64), n // x.shape[1], axis=1) for x in (k, v))
     scores = np.einsum("btnh,bnsh->bnts", np.asarray(q, np.float64), k) / np.sqrt(h)
     keys = np.arange(k.shape[2])

@@ -89,7 +89,10 @@ def test_forward_is_prefill_and_decode_at_every_position(moe, rope):
     row = inputs([("text", 4), ("image", (1, 3, 5)), ("text", 17)])
     want = np.asarray(ours.forward(params, cfg, q3.make_batch(cfg, **row)))[0]
     total, head = row["input_ids"].shape[1], 4 + 17
-    start = {**row, **{k: row[k][:, :head] for k in ("input_ids", "attention_mask", "mm_token_type_ids")}}
+    start = {
+        **row,
+        **{k: row[k][:, :head] for k in ("input_ids", "attention_mask", "mm_token_type_ids")},
+    }
     cache, logits = ours.prefill(params, cfg, q3.make_batch(cfg, **start), 64)
     got = [logits[0]]
     for at in range(head, total - 1):
@@ -102,10 +105,11 @@ def test_forward_is_prefill_and_decode_at_every_position(moe, rope):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_extend_appends_text_and_pictures(side):
     params, cfg = model()
-    turns = (["one_picture", "text"], [[("text", 3), ("image", (1, 2, 3)), ("text", 5)], [("text", 4)]])
-    first, second = (
-        [inputs(row, seed) for seed, row in enumerate(turn)] for turn in turns
+    turns = (
+        ["one_picture", "text"],
+        [[("text", 3), ("image", (1, 2, 3)), ("text", 5)], [("text", 4)]],
     )
+    first, second = ([inputs(row, seed) for seed, row in enumerate(turn)] for turn in turns)
     cache, _ = ours.prefill(params, cfg, q3.make_batch(cfg, **tiny.pad_batch(first, side)), 128)
     cache, got = ours.extend(params, cfg, cache, q3.make_batch(cfg, **tiny.pad_batch(second, side)))
     cache, after = ours.decode_step(params, cfg, cache, jnp.array([7, 8], jnp.int32))
@@ -142,7 +146,9 @@ def test_causality_by_gradient():
 def test_pictures_do_not_see_each_other():
     params, cfg = model()
     row = inputs("three_pictures")
-    base = ours.vision_encode(params, cfg, q3.make_vision(cfg, row["pixel_values"], row["image_grid_thw"]))
+    base = ours.vision_encode(
+        params, cfg, q3.make_vision(cfg, row["pixel_values"], row["image_grid_thw"])
+    )
     sizes = row["image_grid_thw"].prod(1)
     pixels = row["pixel_values"].copy()
     pixels[sizes[0] : sizes[0] + sizes[1]] += 1.0  # another second picture
@@ -159,7 +165,10 @@ def test_padding_changes_nothing(moe):
     params, cfg = model(moe)
     row = inputs("clips_and_picture")
     tight = ours.forward(params, cfg, q3.make_batch(cfg, **row, pad=False))
-    for wide in (q3.make_batch(cfg, **row), q3.make_batch(cfg, **tiny.pad_batch([row, inputs("long")]))):
+    for wide in (
+        q3.make_batch(cfg, **row),
+        q3.make_batch(cfg, **tiny.pad_batch([row, inputs("long")])),
+    ):
         got = np.asarray(ours.forward(params, cfg, wide))[0][np.asarray(wide.segment_ids[0]) > 0]
         assert ours.worst(got, tight[0]) < 2e-5
 
@@ -172,7 +181,9 @@ def test_packed_rows_equal_single_rows():
         cfg,
         input_ids=np.concatenate([r["input_ids"] for r in rows], 1),
         position_ids=np.concatenate([b.positions for b in batches], 2),
-        segment_ids=np.concatenate([np.full(b.tokens.shape, i + 1) for i, b in enumerate(batches)], 1),
+        segment_ids=np.concatenate(
+            [np.full(b.tokens.shape, i + 1) for i, b in enumerate(batches)], 1
+        ),
         pixel_values=np.concatenate([r["pixel_values"] for r in rows if "pixel_values" in r]),
         image_grid_thw=np.concatenate([r["image_grid_thw"] for r in rows if "image_grid_thw" in r]),
     )
@@ -196,14 +207,16 @@ def test_scan_over_stacked_layers_equals_the_loop(moe):
     (scan_loss, _), scan_slope = grad(stacked, cfg, batch)
     assert metrics["tokens"] == (labels[:, 1:] != -100).sum()
     np.testing.assert_allclose(scan_loss, loss, rtol=1e-6)
-    slope, scan_slope = q3.stack_layers(slope), scan_slope
+    slope = q3.stack_layers(slope)
     pairs = zip(jax.tree.leaves(slope), jax.tree.leaves(scan_slope), strict=True)
     top = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(slope))
     assert all(float(jnp.abs(a - b).max()) < 1e-5 * top for a, b in pairs)
     want = q3.hidden_states(params, cfg, batch)
     assert ours.worst(q3.hidden_states(stacked, cfg, batch), want) < 1e-5
-    cache, logits = ours.prefill(stacked, cfg, batch, 64)
-    np.testing.assert_allclose(logits, ours.prefill(params, cfg, batch, 64)[1], rtol=1e-5, atol=1e-5)
+    _cache, logits = ours.prefill(stacked, cfg, batch, 64)
+    np.testing.assert_allclose(
+        logits, ours.prefill(params, cfg, batch, 64)[1], rtol=1e-5, atol=1e-5
+    )
 
 
 def test_loss_is_transformers_loss():
@@ -221,7 +234,9 @@ def test_some_logits_only_and_kept_features_and_embeddings():
     row = inputs("one_picture")
     batch = q3.make_batch(cfg, **row, pad=False)
     want = ours.forward(params, cfg, batch)
-    np.testing.assert_allclose(ours.forward(params, cfg, batch, logits_to_keep=3), want[:, -3:], atol=1e-5)
+    np.testing.assert_allclose(
+        ours.forward(params, cfg, batch, logits_to_keep=3), want[:, -3:], atol=1e-5
+    )
     some = q3.forward(params, cfg, batch, logits_to_keep=jnp.array([0, 21, 5]))
     np.testing.assert_allclose(some, want[:, [0, 21, 5]], atol=1e-5)
     features = ours.vision_encode(params, cfg, batch.vision)
@@ -244,5 +259,5 @@ def test_float16_runs_and_is_close():
     want = ours.forward(params, cfg, batch)
     got = ours.forward(half, cfg, batch)
     assert ours.worst(got, want) < 0.03
-    cache, logits = ours.prefill(half, cfg, batch, 64)
+    cache, _logits = ours.prefill(half, cfg, batch, 64)
     assert np.isfinite(np.asarray(ours.decode_step(half, cfg, cache, jnp.array([5]))[1])).all()

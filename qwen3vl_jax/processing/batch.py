@@ -71,7 +71,9 @@ def _ids_and_mask(input_ids, attention_mask) -> tuple[np.ndarray, np.ndarray]:
         raise InputError(f"input_ids: shape {ids.shape}, expected [B T]")
     mask = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask) != 0
     if mask.shape != ids.shape:
-        raise InputError(f"attention_mask: shape {mask.shape}, expected that of input_ids {ids.shape}")
+        raise InputError(
+            f"attention_mask: shape {mask.shape}, expected that of input_ids {ids.shape}"
+        )
     return ids.astype(np.int32), mask
 
 
@@ -79,7 +81,9 @@ def grid_array(name: str, grid) -> np.ndarray:
     """A grid argument as int64 [n 3], checked."""
     grid = np.zeros((0, 3), np.int64) if grid is None else np.asarray(grid).astype(np.int64)
     if grid.ndim != 2 or grid.shape[1] != 3 or (grid < 1).any():
-        raise InputError(f"{name}: expected rows (t, h, w) of positive numbers, found {grid.tolist()}")
+        raise InputError(
+            f"{name}: expected rows (t, h, w) of positive numbers, found {grid.tolist()}"
+        )
     return grid
 
 
@@ -89,8 +93,8 @@ def _frames_by_token(cfg: Config, image_grid_thw, video_grid_thw) -> dict[int, l
     frames: dict[int, list] = {}
     both = ((cfg.image_token_id, "image_grid_thw", image_grid_thw),
             (cfg.video_token_id, "video_grid_thw", video_grid_thw))  # fmt: skip
-    for token, name, grid in both:
-        grid = grid_array(name, grid)
+    for token, name, given in both:
+        grid = grid_array(name, given)
         if (grid[:, 1:] % merge).any():
             raise InputError(f"{name}: sides must be multiples of {merge}, found {grid.tolist()}")
         frames[token] = [(h // merge, w // merge) for t, h, w in grid.tolist() for _ in range(t)]
@@ -144,7 +148,9 @@ def make_vision(cfg: Config, pixels, grid_thw, pad: bool = True) -> VisionInputs
             f"{grid.tolist()} and patches of {c.patch_shape}"
         )
     if (grid[:, 1:] % c.spatial_merge_size).any():
-        raise InputError(f"grid_thw: sides must be multiples of {c.spatial_merge_size}: {grid.tolist()}")
+        raise InputError(
+            f"grid_thw: sides must be multiples of {c.spatial_merge_size}: {grid.tolist()}"
+        )
     tables = [_frame_tables(c, h, w) for t, h, w in grid.tolist() for _ in range(t)]
     sizes = [len(x[0]) for x in tables]
     index, weights, coords = (
@@ -185,7 +191,11 @@ def _frame_tables(c: VisionConfig, h: int, w: int) -> tuple[np.ndarray, np.ndarr
     (r0, r1, dr), (c0, c1, dc) = axis(h, row), axis(w, col)
     index = np.stack([r0 * side + c0, r0 * side + c1, r1 * side + c0, r1 * side + c1], 1)
     weights = np.stack([(1 - dr) * (1 - dc), (1 - dr) * dc, dr * (1 - dc), dr * dc], 1)
-    return index.astype(np.int32), weights.astype(np.float32), np.stack([row, col], 1).astype(np.int32)
+    return (
+        index.astype(np.int32),
+        weights.astype(np.float32),
+        np.stack([row, col], 1).astype(np.int32),
+    )
 
 
 # Keys that transformers' processors return and that hold nothing we need.
@@ -229,7 +239,8 @@ def make_batch(
         top = np.where(segments > 0, positions.max(0), -1).max(1)
         delta = (top + 1 - (segments > 0).sum(1)).astype(np.int32)
     image_grid, video_grid = (
-        grid_array(n, g) for n, g in (("image_grid_thw", image_grid_thw), ("video_grid_thw", video_grid_thw))
+        grid_array(n, g)
+        for n, g in (("image_grid_thw", image_grid_thw), ("video_grid_thw", video_grid_thw))
     )
     vision = _vision(cfg, pixel_values, image_grid, pixel_values_videos, video_grid, pad)
     rows = _vision_rows(cfg, np.where(mask, ids, -1), image_grid)
@@ -285,7 +296,9 @@ def _frames_match(cfg, ids, mask, image_grid_thw, video_grid_thw) -> None:
     for token, frames in _frames_by_token(cfg, image_grid_thw, video_grid_thw).items():
         need, found = sum(h * w for h, w in frames), int(((ids == token) & mask).sum())
         if need != found:
-            raise InputError(f"input_ids: {found} placeholders (token {token}), the grids need {need}")
+            raise InputError(
+                f"input_ids: {found} placeholders (token {token}), the grids need {need}"
+            )
 
 
 def _vision(cfg, pixel_values, image_grid, pixel_values_videos, video_grid, pad):

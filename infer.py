@@ -1,0 +1,211 @@
+"""Asks a Qwen3-VL checkpoint about pictures. Without arguments: the bundled demo on its picture.
+
+python infer.py --ckpt DIR --image a.jpg --image b.jpg --prompt "What differs?" --stream
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+from qwen3vl_jax.cli import Clock, memory_advice, one_line_errors
+from qwen3vl_jax.errors import InputError
+
+HERE = Path(__file__).resolve().parent
+DEMO, DEMO_PICTURE = HERE / "demo" / "checkpoint", HERE / "demo" / "pictures" / "grid.png"
+DEMO_PROMPT = "Read the digits row by row."
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(prog="infer.py", description=__doc__.split("\n")[0])
+    add = p.add_argument
+    add("--ckpt", help="Orbax or Hugging Face directory, or a Hub id (default: the bundled demo)")
+    add("--revision", help="branch, tag or commit of a Hub id")
+    add("--image", action="append", default=[], help="file or http(s) address; once a picture")
+    add("--prompt", help="the question")
+    add("--system", help="system text")
+    add(
+        "--messages",
+        type=Path,
+        metavar="FILE",
+        help="a conversation as JSON: [{role, content}, ..]",
+    )
+    add("--stream", action="store_true", help="print the answer as it comes")
+    add("--draw", type=Path, metavar="OUT.png", help="draw the answer's boxes and points")
+    add("--max-new-tokens", type=int, default=1024)
+    add(
+        "--max-len",
+        type=int,
+        help="longest prompt and answer together (default: the model's limit)",
+    )
+    add("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
+    add("--top-k", type=int, default=0)
+    add("--top-p", type=float, default=1.0)
+    add("--min-p", type=float, default=0.0)
+    add("--repetition-penalty", type=float, default=1.0)
+    add("--presence-penalty", type=float, default=0.0)
+    add("--min-new-tokens", type=int, default=0)
+    add("--seed", type=int, default=0)
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end the answer before this text",
+    )
+    add("--min-pixels", type=int, help="enlarge smaller pictures to this area")
+    add("--max-pixels", type=int, help="shrink larger pictures to this area")
+    add("--dtype", choices=("float32", "bfloat16", "float16"),
+        help="of the weights (default: the checkpoint's; float32 on a CPU)")  # fmt: skip
+    add(
+        "--chat-template",
+        type=Path,
+        metavar="FILE",
+        help="a Jinja template in place of the checkpoint's",
+    )
+    add(
+        "--allow-special",
+        action="store_true",
+        help="special tokens spelled in the text are special",
+    )
+    return p.parse_args(argv)
+
+
+def conversation(args: argparse.Namespace) -> list[dict]:
+    """The messages to answer; raises InputError for a file that holds none."""
+    if args.messages:
+        if args.prompt or args.system:
+            raise InputError(
+                "--messages: the file holds the whole conversation, leave --prompt and --system out"
+            )
+        try:
+            found = json.loads(args.messages.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as e:
+            raise InputError(f"--messages {args.messages}: expected a JSON file, found: {e}") from e
+        return found.get("messages", found) if isinstance(found, dict) else found
+    if not args.ckpt and not args.image:
+        args.image, args.prompt = [str(DEMO_PICTURE)], args.prompt or DEMO_PROMPT
+    prompt = args.prompt or ("Describe this picture." if args.image else None)
+    if not prompt:
+        raise InputError("nothing to ask: give --prompt, --image or --messages")
+    pictures = [{"type": "image", "image": source} for source in args.image]
+    system = [{"role": "system", "content": args.system}] if args.system else []
+    return [*system, {"role": "user", "content": [*pictures, {"type": "text", "text": prompt}]}]
+
+
+def prepare(args: argparse.Namespace):
+    """Everything that can be refused without JAX: (directory, processor, arrays)."""
+    from qwen3vl_jax.checkpoint import resolve
+
+    from qwen3vl_jax.processing.processor import Processor
+
+    if args.draw and args.draw.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise InputError(f"--draw {args.draw}: expected a name that ends in .png, .jpg or .webp")
+    messages = conversation(args)
+    directory = resolve(args.ckpt or DEMO, args.revision)
+    processor = Processor.from_pretrained(directory, args.chat_template)
+    overrides = {k: v for k in ("min_pixels", "max_pixels") if (v := getattr(args, k)) is not None}
+    beside = {"images": args.image} if args.messages and args.image else {}
+    arrays = processor.inputs(messages, allow_special=args.allow_special, **beside, **overrides)
+    limit = args.max_len or processor.config.text.max_position_embeddings
+    return directory, processor, arrays, messages, limit
+
+
+def answer(args, directory, processor, arrays, limit) -> str:
+    """Loads the weights, prints the answer (timing on stderr) and returns it."""
+    import jax
+
+    import qwen3vl_jax as q3
+    from qwen3vl_jax.processing.tokenizer import TextStream
+
+    fields = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
+              "min_new_tokens")  # fmt: skip
+    sampling = q3.Sampling(**{name: getattr(args, name) for name in fields})
+    sampling.check()
+    batch = q3.make_batch(processor.config, **arrays)
+    clock = Clock()
+    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else None)
+    params, cfg = q3.load(directory, dtype=dtype)
+    jax.block_until_ready(params)
+    load = clock.lap()
+    text = TextStream(processor.tokenizer, args.stop)
+    prompt = int(arrays["attention_mask"].sum())
+    room = max(1, min(args.max_new_tokens, limit - prompt))
+    chunks = q3.stream(params, cfg, batch, max_new_tokens=room, sampling=sampling, seed=args.seed,
+                       stop_ids=processor.stop_ids, max_len=limit)  # fmt: skip
+    pieces, count, prefill = [], 0, 0.0
+
+    def show(piece: str) -> None:
+        pieces.append(piece)
+        if args.stream:
+            print(piece, end="", flush=True)
+
+    with memory_advice(sizes(params, cfg, batch), "--max-pixels, --max-len, or --dtype bfloat16"):
+        for new in chunks:
+            prefill = prefill or clock.lap()
+            count += new.shape[1]
+            show(text.push(t for t in new[0].tolist() if t not in processor.stop_ids))
+            if text.stopped is not None:
+                break
+    show(text.flush())
+    decode = clock.lap()
+    print("" if args.stream else "".join(pieces))
+    report = f"load {load:.1f} s, compile {clock.compiling:.1f} s, "
+    report += f"prefill {prompt} tokens {prompt / prefill:.0f}/s"
+    if count > 1:
+        report += f", decode {count - 1} tokens {(count - 1) / decode:.1f}/s"
+    print(report, file=sys.stderr)
+    return "".join(pieces)
+
+
+def sizes(params, cfg, batch) -> dict[str, int]:
+    """Bytes of the parts a user can do something about."""
+    import jax
+
+    leaves = jax.tree.leaves(params)
+    slots, t = 2 * batch.tokens.shape[1], cfg.text
+    cache = 2 * t.num_hidden_layers * t.num_key_value_heads * t.head_dim * slots
+    patches = 0 if batch.vision is None else batch.vision.pixels.shape[0]
+    width = 4 * cfg.vision.hidden_size + cfg.vision.intermediate_size
+    item = leaves[0].dtype.itemsize
+    return {"weights": sum(x.nbytes for x in leaves), "cache (about)": cache * item,
+            "pictures (about)": patches * width * item}  # fmt: skip
+
+
+def draw(out: Path, messages: list[dict], text: str, beside: list[str]) -> None:
+    """Writes one file a picture: OUT.png, OUT-2.png, .."""
+    from qwen3vl_jax.processing.chat import read_conversation
+    from qwen3vl_jax.processing.draw import draw_marks, find_marks
+    from qwen3vl_jax.processing.pictures import load_image
+
+    marks, feed = find_marks(text), iter(beside)
+    if not marks:
+        print("--draw: the answer holds no bbox_2d or point_2d; nothing is drawn", file=sys.stderr)
+        return
+    pictures = [m for m in read_conversation(messages)[1] if m.kind == "image"]
+    for number, medium in enumerate(pictures, 1):
+        name = out if number == 1 else out.with_stem(f"{out.stem}-{number}")
+        source = next(feed) if medium.source is None else medium.source
+        try:
+            draw_marks(load_image(source), marks).save(name)
+        except OSError as e:
+            raise InputError(f"--draw {name}: cannot write ({e.strerror or e})") from e
+        print(f"drew {len(marks)} marks on {name}", file=sys.stderr)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line; exits 2 with one line for bad input."""
+    start, args = time.perf_counter(), arguments(argv)
+    with one_line_errors():
+        directory, processor, arrays, messages, limit = prepare(args)
+        text = answer(args, directory, processor, arrays, limit)
+        if args.draw:
+            draw(args.draw, messages, text, args.image if args.messages else [])
+    print(f"total {time.perf_counter() - start:.1f} s", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""What the command lines share: one-line errors, out-of-memory advice, a clock that knows compiling."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator, Mapping
+
+from qwen3vl_jax.errors import InputError
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Ends the process with code 2 and one line on stderr for bad input, 130 for Ctrl-C."""
+    try:
+        yield
+    except InputError as e:
+        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+@contextlib.contextmanager
+def memory_advice(parts: Mapping[str, int], advice: str) -> Iterator[None]:
+    """Turns a device's out-of-memory error into an InputError with bytes by part and what lowers them."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as e:
+        if not isinstance(e, MemoryError) and "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        sizes = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in parts.items())
+        raise InputError(f"out of memory: {sizes}; lower it with {advice}") from e
+
+
+class Clock:
+    """Wall seconds by phase, with the time JAX spent on tracing and compiling taken out of each."""
+
+    def __init__(self) -> None:
+        import jax
+
+        self.compiling = 0.0
+        self._mark = (time.perf_counter(), 0.0)
+        jax.monitoring.register_event_duration_secs_listener(self._heard)
+
+    def _heard(self, event: str, seconds: float, **_) -> None:
+        if event.startswith("/jax/core/compile/"):
+            self.compiling += seconds
+
+    def lap(self) -> float:
+        """Seconds since the last lap, without those of compiling."""
+        now, (then, compiled) = time.perf_counter(), self._mark
+        self._mark = (now, self.compiling)
+        return max(now - then - (self.compiling - compiled), 1e-9)

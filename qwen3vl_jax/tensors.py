@@ -1,0 +1,66 @@
+"""A tensor that is not read yet, and trees (nested dicts and lists) of them. No jax in here."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+Path = tuple[str | int, ...]  # a place in a parameter tree: ("layers", 3, "attn", "qkv")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LazyTensor:
+    """Shape and dtype now, values when `load()` is called: then, and only then, memory is used."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    load: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def nest(leaves: Iterable[tuple[Path, Any]], empty: Iterable[Path] = ()) -> Any:
+    """A tree of dicts and lists from (path, leaf); `empty` are the paths of lists with nothing in."""
+    tree: dict = {}
+    for path, leaf in leaves:
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = leaf
+    for path in empty:
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = []
+    return _lists(tree)
+
+
+def _lists(node: Any) -> Any:
+    if not isinstance(node, dict):
+        return node
+    if node and all(isinstance(key, int) for key in node):
+        return [_lists(node[i]) for i in range(len(node))]
+    return {key: _lists(value) for key, value in node.items()}
+
+
+def flatten(tree: Any, path: Path = ()) -> list[tuple[Path, Any]]:
+    """(path, leaf) of a tree of dicts, lists and tuples, in its order; the inverse of `nest`."""
+    if isinstance(tree, dict):
+        children: Iterable[tuple[str | int, Any]] = tree.items()
+    elif isinstance(tree, (list, tuple)):
+        children = enumerate(tree)
+    else:
+        return [(path, tree)]
+    return [found for key, child in children for found in flatten(child, (*path, key))]
+
+
+def spell(path: Path) -> str:
+    """A path as a person writes it: layers.3.attn.qkv."""
+    return ".".join(map(str, path))

@@ -1,0 +1,149 @@
+"""Config.from_hf: what is read, what has a default, what is refused and how."""
+
+import copy
+import dataclasses
+
+import pytest
+import tiny
+
+from qwen3vl_jax.config import Config
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.released import RELEASED, released_config
+from qwen3vl_jax.rope_config import ROPE_TYPES
+
+
+def changed(where="text_config", moe=False, **changes):
+    """A config dict with some keys changed, or deleted where the value is `...`."""
+    raw = copy.deepcopy(tiny.config_dict("base", moe))
+    part = raw[where] if where else raw
+    for key, value in changes.items():
+        if value is ...:
+            del part[key]
+        else:
+            part[key] = value
+    return raw
+
+
+@pytest.mark.parametrize("size", RELEASED)
+def test_released_sizes_survive_the_round_trip(size):
+    cfg = Config.named(size.upper())
+    assert Config.from_hf(cfg.to_hf()) == cfg == Config.from_hf(released_config(size))
+    assert (cfg.text.num_experts > 0) == ("a" in size) and hash(cfg) == hash(Config.named(size))
+
+
+@pytest.mark.parametrize("rope", tiny.ROPES)
+@pytest.mark.parametrize("moe", [False, True])
+def test_every_rope_survives_the_round_trip(rope, moe):
+    cfg = Config.from_hf(tiny.config_dict("base", moe, rope))
+    assert Config.from_hf(cfg.to_hf()) == cfg
+    assert cfg.text.rope.rope_type in ROPE_TYPES
+
+
+def test_the_form_of_transformers_5():
+    raw = changed(rope_scaling=..., rope_theta=..., moe=True, num_experts=..., num_local_experts=7)
+    section = {"mrope_section": [3, 3, 2], "rope_type": "default", "rope_theta": 7000.0}
+    raw["text_config"]["rope_parameters"] = section
+    raw["text_config"]["tie_word_embeddings"] = True  # transformers 5 writes it; the top level wins
+    raw["vision_config"]["rope_parameters"] = {"rope_type": "axial", "rope_theta": 10000.0}
+    assert Config.from_hf(raw) == Config.from_hf(tiny.config_dict("base", moe=True))
+
+
+def test_defaults_of_transformers_4_57_1():
+    raw = changed(rope_theta=..., rms_norm_eps=..., hidden_act=..., attention_bias=...,
+                  max_position_embeddings=..., num_experts_per_tok=..., moe=True)  # fmt: skip
+    raw["vision_config"].pop("hidden_act")
+    raw.pop("tie_word_embeddings")
+    cfg = Config.from_hf(raw)
+    assert cfg.text.rope.theta == 5_000_000 and cfg.text.rms_norm_eps == 1e-6
+    assert cfg.text.hidden_act == "silu" and not cfg.text.attention_bias
+    assert cfg.text.max_position_embeddings == 128_000 and cfg.text.num_experts_per_tok == 4
+    assert cfg.vision.hidden_act == "gelu_pytorch_tanh" and not cfg.tie_word_embeddings
+
+
+def test_null_head_dim_and_kv_heads():
+    raw = changed(head_dim=None, num_key_value_heads=None, num_attention_heads=5)
+    raw["text_config"]["rope_scaling"]["mrope_section"] = [2, 1, 1]
+    text = Config.from_hf(raw).text
+    assert (text.head_dim, text.num_key_value_heads) == (8, 5)
+
+
+def test_keys_that_change_nothing_are_ignored():
+    raw = changed(use_sliding_window=True, norm_topk_prob=False, anything={"else": 1})
+    assert Config.from_hf(raw) == Config.from_hf(tiny.config_dict())
+
+
+SHAPES = {
+    "text_config": ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                    "num_attention_heads", "num_key_value_heads", "head_dim"),
+    "vision_config": ("depth", "hidden_size", "intermediate_size", "num_heads", "in_channels",
+                      "patch_size", "temporal_patch_size", "spatial_merge_size", "out_hidden_size",
+                      "num_position_embeddings", "deepstack_visual_indexes"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("where", "key"), [(w, k) for w, keys in SHAPES.items() for k in keys])
+def test_an_absent_key_that_fixes_a_shape_is_refused(where, key):
+    with pytest.raises(InputError, match=rf"{where}\.{key} is absent"):
+        Config.from_hf(changed(where, **{key: ...}))
+
+
+@pytest.mark.parametrize("key", ["num_experts", "moe_intermediate_size"])
+def test_an_absent_expert_shape_is_refused(key):
+    with pytest.raises(InputError, match=f"{key} is absent"):
+        Config.from_hf(changed(moe=True, **{key: ...}))
+
+
+def scaled(**keys):
+    return {"rope_type": "default", "mrope_section": [3, 3, 2], **keys}
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (changed(rope_scaling=scaled(rope_type="su")), ["rope_type", "'su'", "yarn"]),
+        (changed(rope_scaling=scaled(mrope_interleaved=False)), ["mrope_interleaved", "False", "true"]),
+        (changed(rope_scaling=scaled(mrope_section=[3, 3, 3])), ["mrope_section", "[3, 3, 3]", "8"]),
+        (changed(rope_scaling=scaled(mrope_section=[4, 4])), ["mrope_section", "[4, 4]"]),
+        (changed(rope_scaling=scaled(rope_type="linear")), ["factor is absent", "linear"]),
+        (changed(rope_scaling=scaled(partial_rotary_factor=0.5)), ["partial_rotary_factor", "0.5"]),
+        (changed(hidden_act="mish"), ["text_config.hidden_act", "mish", "silu"]),
+        (changed("vision_config", hidden_act="mish"), ["vision_config.hidden_act", "mish"]),
+        (changed("vision_config", deepstack_visual_indexes=[1, 1]), ["deepstack", "[1, 1]", "increasing"]),
+        (changed("vision_config", deepstack_visual_indexes=[2, 1]), ["deepstack", "increasing"]),
+        (changed("vision_config", deepstack_visual_indexes=[1, 6]), ["deepstack", "depth - 1 = 5"]),
+        (changed("vision_config", deepstack_visual_indexes=list(range(6))), ["6 taps", "at most", "5"]),
+        (changed("vision_config", num_position_embeddings=80), ["num_position_embeddings", "square"]),
+        (changed("vision_config", out_hidden_size=44), ["out_hidden_size", "44", "40"]),
+        (changed("vision_config", num_heads=5), ["vision_config.hidden_size", "36"]),
+        (changed(num_key_value_heads=4), ["num_attention_heads 6", "num_key_value_heads 4"]),
+        (changed(hidden_size=-4), ["hidden_size", "-4"]),
+        (changed(hidden_size="40"), ["hidden_size", "'40'"]),
+        (changed(moe=True, mlp_only_layers=[0]), ["mlp_only_layers", "[0]"]),
+        (changed(moe=True, decoder_sparse_step=2), ["decoder_sparse_step", "2"]),
+        (changed(moe=True, num_experts_per_tok=9), ["num_experts_per_tok", "9", "7"]),
+        (changed("", model_type="llava"), ["model_type", "llava"]),
+        (changed("", text_config=...), ["text_config"]),
+    ],
+)  # fmt: skip
+def test_what_is_not_implemented_is_refused_with_key_found_and_allowed(raw, words):
+    with pytest.raises(InputError) as error:
+        Config.from_hf(raw)
+    message = str(error.value)
+    assert "\n" not in message and all(word in message for word in words), message
+
+
+def test_files(tmp_path):
+    for name, content in (("missing", None), ("broken", "{"), ("list", "[]")):
+        path = tmp_path / name
+        path.mkdir()
+        if content is not None:
+            (path / "config.json").write_text(content)
+        with pytest.raises(InputError, match="config"):
+            Config.from_hf(path)
+    with pytest.raises(InputError, match=r"9b.*released sizes: 2b, 4b"):
+        Config.named("9b")
+
+
+def test_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config.named("2b").text.vocab_size = 1  # pyright: ignore

@@ -1,0 +1,293 @@
+"""generate and stream: filters against transformers' own, seeds, stops, growth, compile counts."""
+
+import functools
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import ours
+import pytest
+import tiny
+import torch
+from transformers.generation import logits_process as hf
+
+import qwen3vl_jax as q3
+from qwen3vl_jax.sampling import penalize, restrict
+
+ROWS = ("one_picture", "text", "three_pictures")
+
+
+class Tiny:
+    config = tiny.config_dict()
+    weights = tiny.weights(config, 0)
+
+
+@functools.cache
+def model():
+    return ours.build(Tiny)
+
+
+def prompt(row, seed=0):
+    return tiny.inputs(Tiny.config, row, seed)
+
+
+def batch_of(*rows, side="left"):
+    return q3.make_batch(model()[1], **tiny.pad_batch([prompt(r) for r in rows], side))
+
+
+def generate(batch, count=12, **options):
+    return q3.generate(*model(), batch, max_new_tokens=count, **{"stop_ids": (), **options})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.7},
+        {"top_k": 5},
+        {"top_p": 0.6},
+        {"min_p": 0.2},
+        {"temperature": 1.3, "top_k": 40, "top_p": 0.9, "min_p": 0.02},
+        {"temperature": 0.5, "top_k": 1},
+        {"top_p": 1e-6},
+        {"top_k": 1000},
+    ],
+)
+def test_filters_are_transformers(options):
+    logits = np.random.default_rng(0).normal(size=(6, 320)).astype(np.float32) * 3
+    chain = {"temperature": hf.TemperatureLogitsWarper, "top_k": hf.TopKLogitsWarper,
+             "top_p": hf.TopPLogitsWarper, "min_p": hf.MinPLogitsWarper}  # fmt: skip
+    want = torch.from_numpy(logits)
+    for name, warper in chain.items():
+        if name in options:
+            want = warper(options[name])(None, want)
+    sampling = q3.Sampling(**{"temperature": 1.0, **options}).rows(6)
+    np.testing.assert_allclose(restrict(logits, sampling), want.numpy(), rtol=1e-5)
+
+
+def test_penalties():
+    rng = np.random.default_rng(1)
+    logits, ids = rng.normal(size=(2, 320)).astype(np.float32), rng.integers(0, 320, (2, 40))
+    want = hf.RepetitionPenaltyLogitsProcessor(1.3)(torch.from_numpy(ids), torch.from_numpy(logits))
+    seen = np.zeros((2, 320), bool)
+    seen[np.arange(2)[:, None], ids] = True
+    sampling = q3.Sampling(repetition_penalty=1.3).rows(2)
+    none, zero, stops = np.zeros_like(seen), jnp.zeros(2, jnp.int32), jnp.array([7])
+    got = penalize(logits, sampling, seen, none, zero, stops)
+    np.testing.assert_allclose(got, want.numpy(), rtol=1e-6)
+    sampling = q3.Sampling(presence_penalty=[0.5, 1.5], min_new_tokens=[0, 3]).rows(2)
+    got = np.asarray(penalize(logits, sampling, none, seen, zero + 2, stops))
+    want = logits - np.array([[0.5], [1.5]], np.float32) * seen
+    want[1, 7] = -np.inf
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_penalties_look_at_the_right_tokens():
+    """Repetition: prompt and answer; presence: answer only, taken once however often it was said."""
+    batch = batch_of("text")
+    kept = []
+
+    def watch(logits, state):
+        jax.debug.callback(lambda *x: kept.append([np.asarray(y) for y in x]), logits, state.seen,
+                           state.answered, ordered=True)  # fmt: skip
+        return logits
+
+    answer = generate(batch, 4, sampling=q3.Sampling(presence_penalty=2.0), logits_fn=watch)
+    jax.effects_barrier()
+    raw, _ = ours.prefill(*model(), batch, 64)[1], None
+    np.testing.assert_allclose(kept[0][0], raw, atol=1e-5)
+    said = answer.tokens[0, :1]
+    assert set(np.flatnonzero(kept[0][1][0])) == set(prompt("text")["input_ids"][0])
+    assert not kept[0][2].any() and set(np.flatnonzero(kept[1][2][0])) == set(said)
+    assert len(set(answer.tokens[0])) >= 3
+
+
+def test_a_row_depends_on_its_own_seed_alone():
+    warm = q3.Sampling(temperature=1.0, top_p=0.95)
+    batch = batch_of(*ROWS)
+    together = generate(batch, sampling=warm, seed=[5, 6, 7])
+    np.testing.assert_array_equal(together.tokens, generate(batch, sampling=warm, seed=5).tokens)
+    other = generate(batch, sampling=warm, seed=[9, 6, 11]).tokens
+    np.testing.assert_array_equal(other[1], together.tokens[1])
+    assert (other[0] != together.tokens[0]).any() and (other[2] != together.tokens[2]).any()
+    for b, row in enumerate(ROWS):
+        alone = generate(batch_of(row), sampling=warm, seed=5 + b)
+        np.testing.assert_array_equal(alone.tokens[0], together.tokens[b])
+
+
+def test_sampling_of_one_row_leaves_the_greedy_ones():
+    greedy = generate(batch_of(*ROWS)).tokens
+    mixed = generate(batch_of(*ROWS), sampling=q3.Sampling(temperature=[0.0, 2.0, 0.0])).tokens
+    np.testing.assert_array_equal(mixed[[0, 2]], greedy[[0, 2]])
+    assert (mixed[1] != greedy[1]).any()
+
+
+def test_sampled_frequencies():
+    logits = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
+
+    def four(given, state):
+        return jnp.full_like(given, -jnp.inf).at[:, :4].set(logits)
+
+    answer = generate(batch_of("text"), 400, sampling=q3.Sampling(temperature=1.0), logits_fn=four)
+    share = np.bincount(answer.tokens[0], minlength=4) / 400
+    np.testing.assert_allclose(share, [0.5, 0.3, 0.15, 0.05], atol=0.08)
+
+
+def test_stop_ids_end_one_row_and_not_the_others():
+    free = generate(batch_of(*ROWS), 30)
+    stop = int(free.tokens[0, 4])
+    want = [r.tolist().index(stop) + 1 if stop in r else 30 for r in free.tokens]
+    ended = generate(batch_of(*ROWS), 30, stop_ids=(stop, 319))
+    assert ended.lengths.tolist() == want and min(want) < max(want)
+    assert ended.finish_reasons == ["stop" if n < 30 else "length" for n in want]
+    for row, full, n in zip(ended.tokens, free.tokens, want, strict=True):
+        np.testing.assert_array_equal(row[:n], full[:n])
+        assert (row[n:] == stop).all()
+    later = generate(batch_of(*ROWS), 30, stop_ids=(stop,), sampling=q3.Sampling(min_new_tokens=9))
+    assert (later.lengths >= 10).all() and not (later.tokens[:, :9] == stop).any()
+
+
+def test_stop_strings():
+    def decode(tokens):
+        return "".join(f"<{t}>" for t in tokens)
+
+    free = generate(batch_of(*ROWS), 20)
+    stop = decode(free.tokens[1, 3:5])
+    ended = generate(batch_of(*ROWS), 20, stop_strings=["never", stop], decode=decode)
+    assert ended.lengths[1] == 5 and ended.finish_reasons[1] == "stop"
+    np.testing.assert_array_equal(ended.tokens[1, :5], free.tokens[1, :5])
+    with pytest.raises(q3.InputError, match="decode"):
+        generate(batch_of("text"), stop_strings=["x"])
+
+
+def test_stream_joins_to_generate_for_every_number_of_steps():
+    batch = batch_of(*ROWS, side="right")
+    want = generate(batch, 23)
+    for steps in (1, 5, 16):
+        chunks = list(q3.stream(*model(), batch, max_new_tokens=23, stop_ids=(), steps=steps))
+        assert all(c.shape[1] <= steps for c in chunks)
+        np.testing.assert_array_equal(np.concatenate(chunks, 1), want.tokens)
+
+
+def test_the_cache_grows_and_nothing_changes():
+    batch = batch_of("text", "one_picture")
+    long = generate(batch, 300)
+    cache, logits = ours.prefill(*model(), batch, 512)
+    for t in range(300):
+        token = jnp.argmax(logits, -1).astype(jnp.int32)
+        np.testing.assert_array_equal(token, long.tokens[:, t])
+        cache, logits = ours.decode_step(*model(), cache, token)
+
+
+def test_logits_fn_decides():
+    def only_even(logits, state):
+        return jnp.where(jnp.arange(logits.shape[1]) % 2 == 0, logits, -jnp.inf)
+
+    assert (generate(batch_of(*ROWS), logits_fn=only_even).tokens % 2 == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"temperature": -1}, ["temperature", "-1"]),
+        ({"temperature": float("nan")}, ["temperature", "nan"]),
+        ({"top_p": 0}, ["top_p", "0"]),
+        ({"top_p": 1.5}, ["top_p", "1.5"]),
+        ({"top_k": -3}, ["top_k", "-3"]),
+        ({"top_k": 2.5}, ["top_k", "2.5"]),
+        ({"min_p": 2}, ["min_p", "2"]),
+        ({"repetition_penalty": 0}, ["repetition_penalty", "0"]),
+        ({"presence_penalty": 3}, ["presence_penalty", "3"]),
+        ({"min_new_tokens": -1}, ["min_new_tokens", "-1"]),
+        ({"temperature": [1.0, 2.0]}, ["temperature", "2 values"]),
+    ],
+)
+def test_sampling_values_out_of_range(options, words):
+    with pytest.raises(q3.InputError) as error:
+        generate(batch_of("text"), sampling=q3.Sampling(**options))
+    assert all(w in str(error.value) for w in words)
+
+
+def test_lengths_out_of_range():
+    for options, words in (
+        ({"max_len": 20}, "the prompt has 13 tokens.*20"),
+        ({"count": 0}, "max_new_tokens is 0"),
+        ({"steps": 17}, "steps is 17"),
+        ({"seed": [1, 2, 3]}, "seed has 3"),
+    ):
+        with pytest.raises(q3.InputError, match=words):
+            generate(batch_of("text"), **options)
+
+
+COUNT = """
+import sys; sys.path[:0] = {path}
+import jax, numpy as np, ours, tiny, qwen3vl_jax as q3
+from qwen3vl_jax import generation
+from qwen3vl_jax.processing.batch import bucket
+
+class Tiny: config = tiny.config_dict(); weights = tiny.weights(config, 0)
+params, cfg = ours.build(Tiny)
+compiled = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, *_, **__: compiled.append(event) if event.endswith("backend_compile_duration") else None)
+sizes = [(h, w) for h in range(2, 12) for w in range(2, 22)]
+rng = np.random.default_rng(0)
+first = [sizes[i] for i in rng.choice(len(sizes), 20, replace=False)]
+
+def places(h, w):
+    row = tiny.inputs(Tiny.config, [("text", 3), ("image", (1, h, w)), ("text", 4)])
+    return row, (bucket(row["input_ids"].shape[1]), bucket(h * w))
+
+def run(shapes):
+    touched = set()
+    for h, w in shapes:
+        row, at = places(h, w)
+        touched.add(at)
+        q3.generate(params, cfg, q3.make_batch(cfg, **row), max_new_tokens=3, stop_ids=())
+    return touched
+
+touched = run(first)
+counts = [f._cache_size() for f in (generation._encode, generation._start, generation._steps)]
+assert counts[0] == len({{v for _, v in touched}}), (counts, touched)
+assert counts[1] == len(touched), (counts, touched)
+assert counts[2] <= len(touched), counts
+seen = len(compiled)
+second = [s for s in sizes if s not in first and places(*s)[1] in touched]
+second = [second[i] for i in rng.choice(len(second), 20, replace=False)]
+run(second)
+assert len(compiled) == seen, compiled[seen:]
+print("buckets", len(touched), "compiled", counts, "again", len(compiled) - seen)
+"""
+
+
+def test_twenty_sizes_compile_once_a_bucket_and_twenty_more_nothing():
+    here = Path(__file__).parent
+    code = COUNT.format(path=[str(here), str(here.parent)])
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, timeout=300
+    )
+    assert out.returncode == 0, out.stderr[-3000:]
+    assert "again 0" in out.stdout
+
+
+def test_a_decode_step_costs_what_is_filled_not_what_is_allowed():
+    params, cfg = model()
+    row = prompt([("text", 500)])
+    batch = q3.make_batch(cfg, **row)
+    best = {}
+    for _ in range(3):
+        for slots in (1024, 32768):
+            cache, _ = ours.prefill(params, cfg, batch, slots)
+            token = jnp.array([5], jnp.int32)
+            times = []
+            for _ in range(12):
+                start = time.perf_counter()
+                cache, logits = ours.decode_step(params, cfg, cache, token)
+                jax.block_until_ready((cache, logits))
+                times.append(time.perf_counter() - start)
+            best[slots] = min([*times, best.get(slots, 9)])
+    assert best[32768] <= 1.3 * best[1024], best
