@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from qwen3vl_jax.errors import InputError
 
-_PRIVATE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
+_PRIVATE = [*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE)]
 
 
 class Escape:
@@ -23,13 +23,17 @@ class Escape:
 
     def __init__(self, special: Iterable[str], ordinary: Iterable[str], seen: str):
         """special, ordinary: spellings of added tokens; seen: all text that will be rendered."""
-        special, ordinary = list(special), list(ordinary)
+        special = list(special)
         self.mark = _unused_character(seen)
-        inside = {_distinct_start(token, ordinary) for token in special}
         at_end = {token[:n] for token in special for n in range(1, len(token))}
         at_start = {token[n:] for token in special for n in range(1, len(token))}
         flags = re.IGNORECASE  # a template may change case
-        self._marked = re.compile(f"{_any_of(inside)}|{_any_of(at_end)}(?=\\s*\\Z)", flags)
+        # A template may look for ordinary added tokens (<think>) in a text, and cut them out: their
+        # spellings stay whole, and what they interrupt is marked.
+        other = _any_of(ordinary)
+        first, two = (_any_of({token[:n] for token in special}) for n in (1, 2))
+        marked = f"(?!{other})(?:{two}|{first}(?={other})|{_any_of(at_end)}(?=\\s*\\Z))"
+        self._marked = re.compile(marked, flags)
         self._tail = re.compile(rf"(?=\s*{_any_of(at_start)})", flags)
         self._special = [token.lower() for token in special]
 
@@ -79,22 +83,11 @@ def _any_of(spellings: Iterable[str]) -> str:
     return f"(?:{'|'.join(map(re.escape, longest_first))})" if longest_first else "(?!)"
 
 
-def _distinct_start(token: str, ordinary: Sequence[str]) -> str:
-    """The shortest beginning, of two or more characters, that no ordinary added token shares.
-
-    A template may look for those (<think>) in a text, and would not find them across a mark.
-    """
-    for n in range(2, len(token)):
-        if not any(other.startswith(token[:n]) for other in ordinary):
-            return token[:n]
-    return token
-
-
 def _unused_character(seen: str) -> str:
-    for block in _PRIVATE:
-        for code in block:
-            if chr(code) not in seen and _json_escape(chr(code)) not in seen.lower():
-                return chr(code)
+    seen = seen.lower()
+    for code in _PRIVATE:
+        if chr(code) not in seen and _json_escape(chr(code)) not in seen:
+            return chr(code)
     raise InputError("conversation: it uses every private-use character of Unicode")
 
 
