@@ -203,20 +203,20 @@ TOOLS = [
     {
         "type": "function",
         "function": {
-            "name": "größe",
+            "name": "gr\u00f6\u00dfe",
             "parameters": {
                 "type": "object",
-                "properties": {"x": {"type": "number", "é": "<b>'\""}},
+                "properties": {"x": {"type": "number", "\u00e9": "<b>'\""}},
             },
         },
     }
 ]
-CALL = {"function": {"name": "größe", "arguments": {"x": 3, "s": "字"}}}
+CALL = {"function": {"name": "gr\u00f6\u00dfe", "arguments": {"x": 3, "s": "\u5b57"}}}
 CHATS = {
     "text": [shown("hi")],
     "plain": [{"role": "system", "content": "Be brief. "}, {"role": "user", "content": "e\u0301?"}],
     "picture": [shown(image(20, 33), "What is it?")],
-    "pictures": [shown("a", image(9, 70), image(64, 64, 1), " b ", image(31, 8, 2), "字")],
+    "pictures": [shown("a", image(9, 70), image(64, 64, 1), " b ", image(31, 8, 2), "\u5b57")],
     "turns": [
         shown(image(24, 24), "first"),
         {"role": "assistant", "content": "<|box_start|>(1,2)<|box_end|> ok"},

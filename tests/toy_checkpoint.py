@@ -20,26 +20,7 @@ ORDINARY = (
     "<think>", "</think>",
 )  # fmt: skip
 # What the vocabulary is made of, and the texts that are compared with transformers.
-# ruff: noqa: RUF001
-TEXTS = (
-    "Read the digits row by row. How many sevens are there? There're 17, I'd say; it's 3.14159!",
-    "L'élève naïf mange une crème brûlée à Noël, coûte que coûte. Straße, Größe, Ærøskøbing.",
-    "Съешь же ещё этих мягких французских булок, да выпей чаю. Ελληνικά: αβγδ ωψχ.",
-    "读出图片中的数字。今天天气很好，我们去公园散步吧！一共有多少个七？",
-    "この画像の数字を読んでください。カタカナとひらがな、漢字も混ざっています。",
-    "그림에 있는 숫자를 한 줄씩 읽어 주세요. 모두 몇 개입니까?",
-    "اقرأ الأرقام صفًا صفًا. כמה שביעיות יש כאן? हिन्दी में कितने अंक हैं? ไทย ๑๒๓",
-    "emoji 😀👍🏽👩‍👩‍👧‍👦🇩🇪 end 🤖! \u200b zero width \ufeff bom",
-    "NFC: e\u0301 and \u00e9, A\u030a \u212b, \u1112\u1161\u11ab, \u0344",
-    "  spaces   and\ttabs \n\n newlines\r\n\r\n  trailing   ",
-    "def f(x):\n    return {'a': [1, 22, 333], \"b\": x**2}  # comment\n\n\n",
-    "numbers 1234567890 ١٢٣ ½ ² x² 1e-5 0xFF a1b2c3",
-    "",
-    " ",
-    "\n",
-    "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n<think>\nhm\n</think>\n\nyes",
-    "<tool_call>\n{\"name\": \"f\"}\n</tool_call><|vision_start|><|image_pad|> <|im_end",
-)  # fmt: skip
+TEXTS: list[str] = json.loads((Path(__file__).parent / "texts.json").read_text(encoding="utf-8"))
 TEMPLATE = """\
 {%- set seen = namespace(pictures=0) %}
 {%- macro show(content) %}
