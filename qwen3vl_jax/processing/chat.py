@@ -99,6 +99,50 @@ def read_picture(given: Any, overrides: Mapping[str, Any]) -> Medium:
     return Medium("image", media[0].source, {**overrides, **media[0].overrides})
 
 
+def hand_out(rows: list[list[Medium]], images: Any) -> list[list[Medium]]:
+    """The media of each row, those without a source filled from the pictures passed beside the text.
+
+    images: one, a list taken in order, or a list a row. Raises InputError if they do not come out
+    even, and for clips.
+    """
+    if any(medium.kind == "video" for row in rows for medium in row):
+        raise InputError(
+            "video: reading video files is not part of this version; pass pictures, or a clip's "
+            "pixel_values_videos and video_grid_thw to make_batch"
+        )
+    waiting = [sum(medium.source is None for medium in row) for row in rows]
+    given = _list(images)
+    if any(isinstance(image, (list, tuple)) for image in given):
+        if len(given) != len(rows):
+            raise InputError(f"images: found {len(given)} lists for {len(rows)} rows of text")
+        for number, (image, n) in enumerate(zip(given, waiting)):
+            if len(_list(image)) != n:
+                where = f"row {number + 1}: "
+                raise InputError(placeholder_mismatch(where, n, len(_list(image))))
+        given = [image for row in given for image in _list(row)]
+    if len(given) != sum(waiting):
+        raise InputError(placeholder_mismatch("", sum(waiting), len(given)))
+    feed = iter(given)
+    return [
+        [read_picture(next(feed), m.overrides) if m.source is None else m for m in row]
+        for row in rows
+    ]
+
+
+def placeholder_mismatch(where: str, placeholders: int, pictures: int) -> str:
+    """What to say of a prompt that has more or fewer places than pictures."""
+    return (
+        f"{where}{placeholders} image placeholder(s) in the prompt for {pictures} picture(s); "
+        "each picture needs one (does the chat template write it for this role?)"
+    )
+
+
+def _list(images: Any) -> list[Any]:
+    if images is None:
+        return []
+    return list(images) if isinstance(images, (list, tuple)) else [images]
+
+
 def _source(item: Mapping[str, Any], keys: Iterable[str], where: str) -> Any:
     found = [key for key in keys if key in item]
     if len(found) > 1:

@@ -13,7 +13,13 @@ import numpy as np
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing import pictures
-from qwen3vl_jax.processing.chat import Medium, plain_data, read_conversation, read_picture
+from qwen3vl_jax.processing.chat import (
+    Medium,
+    hand_out,
+    placeholder_mismatch,
+    plain_data,
+    read_conversation,
+)
 from qwen3vl_jax.processing.escape import Escape
 from qwen3vl_jax.processing.images import ImageSettings, preprocess
 from qwen3vl_jax.processing.template import ChatTemplate
@@ -137,35 +143,18 @@ class Processor:
         if padding_side not in ("right", "left"):
             raise InputError(f"padding_side is {padding_side!r}, expected right or left")
         settings = self.image_settings.override(**image_overrides)
-        if text is None:
-            rows = conversations if _is_many(conversations) else [conversations]
-            prompts = [
-                self._prompt(
-                    row,
-                    tools,
-                    add_generation_prompt=add_generation_prompt,
-                    continue_final_message=continue_final_message,
-                    template_vars=template_vars or {},
-                    allow_special=allow_special,
-                )
-                for row in rows
-            ]
-        else:
+        if text is not None:
             prompts = self._raw_prompts(text)
-        if not prompts:
-            raise InputError("processor: found no conversation and no text")
-        self._hand_out(prompts, images)
-        rows, pixels, grids = [], [], []
-        for number, prompt in enumerate(prompts):
-            found = [self._picture(medium, settings) for medium in prompt.images]
-            pixels += [p for p, _ in found]
-            grids += [g for _, g in found]
-            rows.append(self._row(prompt, [g for _, g in found], f"row {number + 1}"))
-        out = self._pad(rows, padding_side)
-        if grids:
-            out["pixel_values"] = pixels[0] if len(pixels) == 1 else np.concatenate(pixels)
-            out["image_grid_thw"] = np.asarray(grids, np.int64)
-        return out
+        else:
+            options = {
+                "add_generation_prompt": add_generation_prompt,
+                "continue_final_message": continue_final_message,
+                "template_vars": template_vars or {},
+                "allow_special": allow_special,
+            }
+            rows = conversations if _is_many(conversations) else [conversations]
+            prompts = [self._prompt(row, tools, **options) for row in rows]
+        return self._arrays(prompts, images, settings, padding_side)
 
     def __call__(self, conversations: Any = None, **options: Any) -> Batch:
         """A Batch of one conversation or many, or of text=; options as in `inputs`, padded right.
@@ -239,30 +228,23 @@ class Processor:
         image = self.tokenizer.token_of(self.config.image_token_id)
         return [_Prompt(row, "", [Medium("image", None)] * row.count(image)) for row in rows]
 
-    def _hand_out(self, prompts: list[_Prompt], images: Any) -> None:
-        """Gives the pictures passed beside the text to the places that wait for one, in order."""
-        for prompt in prompts:
-            if any(medium.kind == "video" for medium in prompt.images):
-                raise InputError(
-                    "video: reading video files is not part of this version; pass pictures, or a "
-                    "clip's pixel_values_videos and video_grid_thw to make_batch"
-                )
-        rows = _picture_rows(images, len(prompts))
-        waiting = [sum(m.source is None for m in prompt.images) for prompt in prompts]
-        if rows is None:
-            flat = _picture_list(images)
-            if len(flat) != sum(waiting):
-                raise InputError(_mismatch("", sum(waiting), len(flat)))
-            feed = iter(flat)
-            rows = [[next(feed) for _ in range(n)] for n in waiting]
-        for number, (prompt, given, n) in enumerate(zip(prompts, rows, waiting)):
-            if len(given) != n:
-                raise InputError(_mismatch(f"row {number + 1}: ", n, len(given)))
-            feed = iter(given)
-            prompt.images = [
-                read_picture(next(feed), m.overrides) if m.source is None else m
-                for m in prompt.images
-            ]
+    def _arrays(
+        self, prompts: list[_Prompt], images: Any, settings: ImageSettings, padding_side: str
+    ) -> Arrays:
+        if not prompts:
+            raise InputError("processor: found no conversation and no text")
+        rows, pixels, grids = [], [], []
+        media = hand_out([prompt.images for prompt in prompts], images)
+        for number, (prompt, wanted) in enumerate(zip(prompts, media)):
+            found = [self._picture(medium, settings) for medium in wanted]
+            pixels += [p for p, _ in found]
+            grids += [g for _, g in found]
+            rows.append(self._row(prompt, [g for _, g in found], f"row {number + 1}"))
+        out = self._pad(rows, padding_side)
+        if grids:
+            out["pixel_values"] = pixels[0] if len(pixels) == 1 else np.concatenate(pixels)
+            out["image_grid_thw"] = np.asarray(grids, np.int64)
+        return out
 
     def _picture(
         self, medium: Medium, settings: ImageSettings
@@ -278,7 +260,7 @@ class Processor:
         counts = [t * h * w // self.config.vision.merge_unit for t, h, w in grids]
         found = ids.count(image)
         if found != len(counts):
-            raise InputError(_mismatch(f"{name}: ", found, len(counts)))
+            raise InputError(placeholder_mismatch(f"{name}: ", found, len(counts)))
         feed = iter(counts)
         row: list[int] = []
         for token in ids:
@@ -308,30 +290,6 @@ def _is_many(conversations: Any) -> bool:
             "of conversations (raw text goes in text=)"
         )
     return bool(conversations) and not isinstance(conversations[0], Mapping)
-
-
-def _picture_list(images: Any) -> list[Any]:
-    if images is None:
-        return []
-    return list(images) if isinstance(images, (list, tuple)) else [images]
-
-
-def _picture_rows(images: Any, rows: int) -> list[list[Any]] | None:
-    """Pictures by row, if they were given so: a list of lists."""
-    if not isinstance(images, (list, tuple)) or not images:
-        return None
-    if not any(isinstance(row, (list, tuple)) for row in images):
-        return None
-    if len(images) != rows:
-        raise InputError(f"images: found {len(images)} lists for {rows} rows of text")
-    return [_picture_list(row) for row in images]
-
-
-def _mismatch(where: str, placeholders: int, pictures_: int) -> str:
-    return (
-        f"{where}{placeholders} image placeholder(s) in the prompt for {pictures_} picture(s); "
-        "each picture needs one (does the chat template write it for this role?)"
-    )
 
 
 def _plain_tools(tools: Sequence[Mapping[str, Any]] | None) -> Any:
