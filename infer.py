@@ -20,7 +20,7 @@ DEMO_PROMPT = "Read the digits row by row."
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(prog="infer.py", description=__doc__.split("\n")[0])
+    p = argparse.ArgumentParser(prog="infer.py", description=(__doc__ or "").split("\n")[0])
     add = p.add_argument
     add("--ckpt", help="Orbax or Hugging Face directory, or a Hub id (default: the bundled demo)")
     add("--revision", help="branch, tag or commit of a Hub id")

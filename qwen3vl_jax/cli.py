@@ -45,9 +45,9 @@ class Clock:
         self._mark = (time.perf_counter(), 0.0)
         jax.monitoring.register_event_duration_secs_listener(self._heard)
 
-    def _heard(self, event: str, seconds: float, **_) -> None:
+    def _heard(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event.startswith("/jax/core/compile/"):
-            self.compiling += seconds
+            self.compiling += duration_secs
 
     def lap(self) -> float:
         """Seconds since the last lap, without those of compiling."""

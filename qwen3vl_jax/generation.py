@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 import flax.struct
 import jax
@@ -28,8 +28,7 @@ STEPS = 16  # decode steps a dispatch: the host looks at the answer in between
 SMALLEST_CACHE = 256
 
 
-@flax.struct.dataclass
-class DecodeState:
+class DecodeState(flax.struct.PyTreeNode):
     """Everything a decode step needs and changes, one entry a row."""
 
     cache: KVCache
@@ -133,7 +132,7 @@ def stream(
     features: Features | None = None,
     logits_fn: LogitsFn | None = None,
     steps: int = STEPS,
-) -> Iterator[np.ndarray]:
+) -> Generator[np.ndarray, np.ndarray | None, None]:
     """Yields new tokens [B n] int32 as they come, n <= steps; -1 where a row had already ended.
 
     seed: one a row, or a first one (row b takes seed + b); a row's draws depend on nothing else.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -35,7 +35,13 @@ ACTIVATIONS: dict[str, Callable] = {
 def weight(module: nn.Module, name: str, *dims: tuple[int, str | None], init=normal) -> jax.Array:
     """Declares one parameter; dims are (size, logical axis) pairs, the only place either is written."""
     shape, axes = zip(*dims, strict=True)
-    return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+    boxed = nn.with_logical_partitioning(init, axes)
+    return cast(jax.Array, module.param(name, boxed, shape, jnp.float32))
+
+
+def apply(module: nn.Module, params: Any, *args: Any) -> Any:
+    """A module as the pure function it is."""
+    return module.apply({"params": params}, *args)
 
 
 def linear(

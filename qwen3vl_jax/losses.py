@@ -18,6 +18,7 @@ def loss_fn(params: Params, cfg: Config, batch: Batch) -> tuple[jax.Array, dict[
     The logits of token t are held against the label of token t + 1, as in transformers. Metrics:
     loss, tokens (how many labels counted), correct (how many of them the argmax hits).
     """
+    assert batch.labels is not None, "make_batch takes labels="
     logits, labels = forward(params, cfg, batch)[:, :-1], batch.labels[:, 1:]
     counted = labels != IGNORE
     target = jnp.where(counted, labels, 0)

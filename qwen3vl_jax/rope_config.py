@@ -29,7 +29,7 @@ ROPE_NEEDS = {
 class RopeConfig:
     """Rotary embedding of the decoder: base, MRoPE sections (T, H, W) and scaling.
 
-    Fields have the names of Hugging Face's `rope_parameters`; those a rope type does not use keep their default.
+    Fields have the names of Hugging Face's `rope_parameters`; what a type does not use keeps its default.
     """
 
     rope_type: str = "default"

@@ -65,8 +65,7 @@ class Sampling:
         return SamplingRows(**out)
 
 
-@flax.struct.dataclass
-class SamplingRows:
+class SamplingRows(flax.struct.PyTreeNode):
     """Sampling as arrays [B], so that no value of it recompiles anything."""
 
     temperature: jax.Array

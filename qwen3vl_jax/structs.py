@@ -1,4 +1,7 @@
-"""The pytrees that functions take and return. Dims as in layers.py."""
+"""The pytrees that functions take and return. Dims as in layers.py.
+
+The host fills Batch and VisionInputs with numpy arrays; they become jax's when first used.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,7 @@ import jax
 Params = dict[str, Any]  # nested dict of arrays; "layers" and "blocks" are lists, or stacked dicts
 
 
-@flax.struct.dataclass
-class VisionInputs:
+class VisionInputs(flax.struct.PyTreeNode):
     """Patches of any mix of pictures and clips, in merge order, padded to a bucket of P rows.
 
     Everything that depends on a picture's size is a table made on the host, so one compiled program
@@ -26,16 +28,14 @@ class VisionInputs:
     hi: jax.Array  # [P] int32
 
 
-@flax.struct.dataclass
-class Features:
+class Features(flax.struct.PyTreeNode):
     """What the vision tower gives: one row a merged patch, R = P / merge_size^2."""
 
     merged: jax.Array  # [R D]: written over the placeholder rows
     taps: jax.Array  # [n R D]: DeepStack, added after decoder layer 0 .. n-1
 
 
-@flax.struct.dataclass
-class Batch:
+class Batch(flax.struct.PyTreeNode):
     """Rows of tokens with everything the decoder needs to know of them."""
 
     tokens: jax.Array  # [B T] int32
@@ -48,8 +48,7 @@ class Batch:
     embeds: jax.Array | None = None  # [B T D]: in place of the embedded tokens
 
 
-@flax.struct.dataclass
-class KVCache:
+class KVCache(flax.struct.PyTreeNode):
     """Keys and values of every layer with their own bookkeeping; nothing about it lives elsewhere.
 
     One array a layer, never stacked: a cache that meets a scan is copied whole. Row b holds its tokens

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-Path = tuple[str | int, ...]  # a place in a parameter tree: ("layers", 3, "attn", "qkv")
+TreePath = tuple[str | int, ...]  # a place in a parameter tree: ("layers", 3, "attn", "qkv")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -26,7 +26,7 @@ class LazyTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def nest(leaves: Iterable[tuple[Path, Any]], empty: Iterable[Path] = ()) -> Any:
+def nest(leaves: Iterable[tuple[TreePath, Any]], empty: Iterable[TreePath] = ()) -> Any:
     """A tree of dicts and lists from (path, leaf); `empty` are the paths of lists with nothing in."""
     tree: dict = {}
     for path, leaf in leaves:
@@ -50,7 +50,7 @@ def _lists(node: Any) -> Any:
     return {key: _lists(value) for key, value in node.items()}
 
 
-def flatten(tree: Any, path: Path = ()) -> list[tuple[Path, Any]]:
+def flatten(tree: Any, path: TreePath = ()) -> list[tuple[TreePath, Any]]:
     """(path, leaf) of a tree of dicts, lists and tuples, in its order; the inverse of `nest`."""
     if isinstance(tree, dict):
         children: Iterable[tuple[str | int, Any]] = tree.items()
@@ -61,6 +61,6 @@ def flatten(tree: Any, path: Path = ()) -> list[tuple[Path, Any]]:
     return [found for key, child in children for found in flatten(child, (*path, key))]
 
 
-def spell(path: Path) -> str:
+def spell(path: TreePath) -> str:
     """A path as a person writes it: layers.3.attn.qkv."""
     return ".".join(map(str, path))

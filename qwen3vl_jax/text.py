@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from qwen3vl_jax.config import TextConfig
-from qwen3vl_jax.layers import ACTIVATIONS, linear, ones, rms_norm, run_layers, weight, zeros
+from qwen3vl_jax.layers import ACTIVATIONS, apply, linear, ones, rms_norm, run_layers, weight, zeros
 from qwen3vl_jax.moe import Experts
 from qwen3vl_jax.rope import mrope, rotate
 
@@ -89,7 +89,7 @@ def decode_layers(layers, cfg: TextConfig, x, positions, mix, deepstack=None, ke
     rotary = mrope(cfg, positions, x.dtype)
 
     def body(x, layer, i):
-        x, kept = Block(cfg).apply({"params": layer}, x, rotary, lambda *qkv: mix(i, *qkv))
+        x, kept = apply(Block(cfg), layer, x, rotary, lambda *qkv: mix(i, *qkv))
         if deepstack is not None:
             x = x + jnp.take(deepstack, i, axis=0, mode="fill", fill_value=0)
         return x, kept if keep is None else keep(x, kept)

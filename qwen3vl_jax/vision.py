@@ -9,7 +9,7 @@ import numpy as np
 
 from qwen3vl_jax.attention import attend
 from qwen3vl_jax.config import Config, VisionConfig
-from qwen3vl_jax.layers import ACTIVATIONS, LayerNorm, linear, run_layers, weight, zeros
+from qwen3vl_jax.layers import ACTIVATIONS, LayerNorm, apply, linear, run_layers, weight, zeros
 from qwen3vl_jax.rope import rotate, vision_rotary
 from qwen3vl_jax.structs import Features, Params, VisionInputs
 
@@ -104,7 +104,7 @@ def vision_encode(params: Params, cfg: Config, vis: VisionInputs) -> Features:
     Runs in the dtype of the parameters. `params` is the whole tree or its "vision" part.
     """
     p, c = params.get("vision", params), cfg.vision
-    x = PatchEmbed(c).apply({"params": p["patch"]}, vis.pixels)
+    x = apply(PatchEmbed(c), p["patch"], vis.pixels)
     x = x + position_embedding(p["pos"], vis).astype(x.dtype)
     rotary = vision_rotary(c.head_dim, c.rope_theta, vis.coords)
     count = len(c.deepstack_visual_indexes)
@@ -114,15 +114,12 @@ def vision_encode(params: Params, cfg: Config, vis: VisionInputs) -> Features:
 
     def body(carry, layer, i):
         x, taps = carry
-        x = VisionBlock(c).apply({"params": layer}, x, rotary, vis.lo, vis.hi)
+        x = apply(VisionBlock(c), layer, x, rotary, vis.lo, vis.hi)
         return (x, taps.at[slot[i]].set(x, mode="drop") if count else taps), None
 
     (x, taps), _ = run_layers(body, (x, jnp.zeros((count, *x.shape), x.dtype)), p["blocks"])
-    merged = PatchMerger(c, False).apply({"params": p["merger"]}, x)
-    deep = [
-        PatchMerger(c, True).apply({"params": q}, t)
-        for q, t in zip(p["deepstack"], taps, strict=True)
-    ]
+    merged = apply(PatchMerger(c, False), p["merger"], x)
+    deep = [apply(PatchMerger(c, True), q, t) for q, t in zip(p["deepstack"], taps, strict=True)]
     return Features(
         merged, jnp.stack(deep) if deep else jnp.zeros((0, *merged.shape), merged.dtype)
     )

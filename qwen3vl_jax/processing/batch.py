@@ -6,7 +6,7 @@ so that the compiled functions never see it. Dims as in layers.py.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -164,7 +164,7 @@ def make_vision(cfg: Config, pixels, grid_thw, pad: bool = True) -> VisionInputs
     return VisionInputs(*out)
 
 
-def _pad_rows(x: np.ndarray, rows: int) -> np.ndarray:
+def _pad_rows(x: np.ndarray, rows: int) -> Any:
     return np.pad(x, [(0, rows - len(x))] + [(0, 0)] * (x.ndim - 1))
 
 
@@ -246,7 +246,7 @@ def make_batch(
     rows = _vision_rows(cfg, np.where(mask, ids, -1), image_grid)
     width = bucket(ids.shape[1]) if pad else ids.shape[1]
 
-    def fit(x, fill=0):
+    def fit(x, fill=0) -> Any:
         x = np.asarray(x)
         extra = [(0, 0)] * x.ndim
         extra[1 if x.ndim == 2 or x is embeds else 2] = (0, width - ids.shape[1])
@@ -258,7 +258,7 @@ def make_batch(
         positions=fit(positions),
         segment_ids=fit(segments),
         vision_rows=fit(rows, -1),
-        delta=delta,
+        delta=cast(Any, delta),
         vision=vision,
         labels=None if labels is None else fit(np.asarray(labels).astype(np.int32), -100),
         embeds=None if embeds is None else fit(embeds),
