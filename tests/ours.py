@@ -1,9 +1,9 @@
 """Our side of a comparison: parameters from released weights, and jitted public functions."""
 
-import functools
 import sys
+
 sys.path.append("/tmp")
-import hfmap  # noqa: E402
+import hfmap
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -33,7 +33,9 @@ def test_experts_and_their_gradients(run):
     share, chosen = route(x, router, A)
     np.testing.assert_allclose(share.sum(1), 1, rtol=1e-6)
     want = naive(x, share, np.asarray(chosen), gate_up, down)
-    np.testing.assert_allclose(run(x, share, chosen, gate_up, down, "silu"), want, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        run(x, share, chosen, gate_up, down, "silu"), want, rtol=1e-4, atol=1e-4
+    )
 
     def loss(fn):
         def of(x, gate_up, down, router):

@@ -1,7 +1,7 @@
 """Against live transformers, fp32: positions, vision features, logits, greedy tokens; bf16 noise."""
 
-import ours
 import numpy as np
+import ours
 import pytest
 import reference
 import tiny
@@ -9,7 +9,9 @@ import tiny
 import qwen3vl_jax as q3
 
 BOUND = 2e-5
-SHAPES = [(v, False) for v in tiny.VARIANTS] + [(v, True) for v in ("base", "mqa", "tied", "four_taps")]
+SHAPES = [(v, False) for v in tiny.VARIANTS] + [
+    (v, True) for v in ("base", "mqa", "tied", "four_taps")
+]
 
 
 @pytest.mark.parametrize(("variant", "moe"), SHAPES)
