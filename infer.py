@@ -74,8 +74,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return p.parse_args(argv)
 
 
-def conversation(args: argparse.Namespace) -> list[dict]:
-    """The messages to answer; raises InputError for a file that holds none."""
+def conversation(args: argparse.Namespace) -> tuple[list[dict], list[dict] | None]:
+    """The messages to answer and the tools they may call; raises InputError for a file without."""
+    from qwen3vl_jax.processing.pictures import load_image
+
     if args.messages:
         if args.prompt or args.system:
             raise InputError(
@@ -85,15 +87,18 @@ def conversation(args: argparse.Namespace) -> list[dict]:
             found = json.loads(args.messages.read_text(encoding="utf-8"))
         except (OSError, ValueError) as e:
             raise InputError(f"--messages {args.messages}: expected a JSON file, found: {e}") from e
-        return found.get("messages", found) if isinstance(found, dict) else found
+        if not isinstance(found, dict):
+            return found, None
+        return found.get("messages", found), found.get("tools")
     if not args.ckpt and not args.image:
         args.image, args.prompt = [str(DEMO_PICTURE)], args.prompt or DEMO_PROMPT
     prompt = args.prompt or ("Describe this picture." if args.image else None)
     if not prompt:
         raise InputError("nothing to ask: give --prompt, --image or --messages")
-    pictures = [{"type": "image", "image": source} for source in args.image]
+    pictures = [{"type": "image", "image": load_image(source)} for source in args.image]
     system = [{"role": "system", "content": args.system}] if args.system else []
-    return [*system, {"role": "user", "content": [*pictures, {"type": "text", "text": prompt}]}]
+    content = [*pictures, {"type": "text", "text": prompt}]
+    return [*system, {"role": "user", "content": content}], None
 
 
 def prepare(args: argparse.Namespace):
@@ -104,12 +109,14 @@ def prepare(args: argparse.Namespace):
 
     if args.draw and args.draw.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise InputError(f"--draw {args.draw}: expected a name that ends in .png, .jpg or .webp")
-    messages = conversation(args)
+    messages, tools = conversation(args)
     directory = resolve(args.ckpt or DEMO, args.revision)
     processor = Processor.from_pretrained(directory, args.chat_template)
     overrides = {k: v for k in ("min_pixels", "max_pixels") if (v := getattr(args, k)) is not None}
     beside = {"images": args.image} if args.messages and args.image else {}
-    arrays = processor.inputs(messages, allow_special=args.allow_special, **beside, **overrides)
+    arrays = processor.inputs(
+        messages, tools=tools, allow_special=args.allow_special, **beside, **overrides
+    )
     limit = args.max_len or processor.config.text.max_position_embeddings
     return directory, processor, arrays, messages, limit
 

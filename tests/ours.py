@@ -1,14 +1,11 @@
 """Our side of a comparison: parameters from released weights, and jitted public functions."""
 
-import sys
-
-sys.path.append("/tmp")
-import hfmap
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import qwen3vl_jax as q3
+from convert import mapping
 
 forward = jax.jit(q3.forward, static_argnames=("cfg", "logits_to_keep"))
 vision_encode = jax.jit(q3.vision_encode, static_argnames="cfg")
@@ -20,7 +17,7 @@ decode_step = jax.jit(q3.decode_step, static_argnames="cfg", donate_argnames="ca
 def build(ref, dtype=jnp.float32):
     """(params, cfg) of a reference or golden model (anything with .config and .weights)."""
     cfg = q3.Config.from_hf(ref.config)
-    params = hfmap.to_params(ref.weights, cfg)
+    params = mapping.from_hf(cfg, ref.weights)
     return jax.tree.map(lambda x: jnp.asarray(x, dtype), params), cfg
 
 

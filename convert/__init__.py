@@ -1,0 +1,1 @@
+"""Checkpoints between Hugging Face's files and Orbax: `python -m convert --help`."""

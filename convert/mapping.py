@@ -1,0 +1,201 @@
+"""One table: where each Hugging Face tensor lives in the parameter tree, and its shape there.
+
+A spec lists the tree's axes by letter; letters in brackets are one axis in the Hugging Face file. So
+"D (N H)" is [D, N*H] there and [D, N, H] here: a reshape, which is a view, both ways. Rows with
+several names are parts that lie side by side along one axis of the tree's array.
+
+Text: V vocabulary, D hidden, N query heads, K key/value heads, G = N / K, H head, F feed-forward,
+E experts, M expert width. Vision: L positions, W hidden, A heads, B head, U feed-forward, C channels,
+T frames, P patch side, X = merge^2 * W, O merger output.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from qwen3vl_jax.config import Config
+from qwen3vl_jax.tensors import TreePath, flatten, nest
+
+TEXT, VISION, HEAD = "model.language_model.", "model.visual.", "lm_head."
+LAYER, BLOCK, TAP = TEXT + "layers.{i}.", VISION + "blocks.{i}.", VISION + "deepstack_merger_list.{i}."
+
+# section | tree path | axis of the parts, or None | (Hugging Face name, spec) of each part
+_Table = tuple[tuple[str, str, int | None, tuple[tuple[str, str], ...]], ...]
+_TABLE: _Table = (
+    ("top", "embed", None, ((TEXT + "embed_tokens.weight", "V D"),)),
+    ("top", "norm", None, ((TEXT + "norm.weight", "D"),)),
+    ("head", "head", None, ((HEAD + "weight", "V D"),)),
+    ("layer", "layers.{i}.ln1", None, ((LAYER + "input_layernorm.weight", "D"),)),
+    ("layer", "layers.{i}.ln2", None, ((LAYER + "post_attention_layernorm.weight", "D"),)),
+    ("layer", "layers.{i}.attn.qkv", 1, (
+        (LAYER + "self_attn.q_proj.weight", "(K G H) D"),
+        (LAYER + "self_attn.k_proj.weight", "(K 1 H) D"),
+        (LAYER + "self_attn.v_proj.weight", "(K 1 H) D"))),
+    ("layer", "layers.{i}.attn.o", None, ((LAYER + "self_attn.o_proj.weight", "D (N H)"),)),
+    ("layer", "layers.{i}.attn.q_norm", None, ((LAYER + "self_attn.q_norm.weight", "H"),)),
+    ("layer", "layers.{i}.attn.k_norm", None, ((LAYER + "self_attn.k_norm.weight", "H"),)),
+    ("bias", "layers.{i}.attn.qkv_bias", 1, (
+        (LAYER + "self_attn.q_proj.bias", "(K G H)"),
+        (LAYER + "self_attn.k_proj.bias", "(K 1 H)"),
+        (LAYER + "self_attn.v_proj.bias", "(K 1 H)"))),
+    ("bias", "layers.{i}.attn.o_bias", None, ((LAYER + "self_attn.o_proj.bias", "D"),)),
+    ("dense", "layers.{i}.mlp.gate_up", 0, (
+        (LAYER + "mlp.gate_proj.weight", "(1 F) D"),
+        (LAYER + "mlp.up_proj.weight", "(1 F) D"))),
+    ("dense", "layers.{i}.mlp.down", None, ((LAYER + "mlp.down_proj.weight", "D F"),)),
+    ("moe", "layers.{i}.mlp.router", None, ((LAYER + "mlp.gate.weight", "E D"),)),
+    ("moe", "layers.{i}.mlp.gate_up", None, ((LAYER + "mlp.experts.gate_up_proj", "E D 2M"),)),
+    ("moe", "layers.{i}.mlp.down", None, ((LAYER + "mlp.experts.down_proj", "E M D"),)),
+    ("top", "vision.patch.weight", None, ((VISION + "patch_embed.proj.weight", "W C T P P"),)),
+    ("top", "vision.patch.bias", None, ((VISION + "patch_embed.proj.bias", "W"),)),
+    ("top", "vision.pos", None, ((VISION + "pos_embed.weight", "L W"),)),
+    ("block", "vision.blocks.{i}.ln1.scale", None, ((BLOCK + "norm1.weight", "W"),)),
+    ("block", "vision.blocks.{i}.ln1.bias", None, ((BLOCK + "norm1.bias", "W"),)),
+    ("block", "vision.blocks.{i}.ln2.scale", None, ((BLOCK + "norm2.weight", "W"),)),
+    ("block", "vision.blocks.{i}.ln2.bias", None, ((BLOCK + "norm2.bias", "W"),)),
+    ("block", "vision.blocks.{i}.attn.qkv", None, ((BLOCK + "attn.qkv.weight", "(3 A B) W"),)),
+    ("block", "vision.blocks.{i}.attn.qkv_bias", None, ((BLOCK + "attn.qkv.bias", "(3 A B)"),)),
+    ("block", "vision.blocks.{i}.attn.o", None, ((BLOCK + "attn.proj.weight", "W (A B)"),)),
+    ("block", "vision.blocks.{i}.attn.o_bias", None, ((BLOCK + "attn.proj.bias", "W"),)),
+    ("block", "vision.blocks.{i}.mlp.fc1", None, ((BLOCK + "mlp.linear_fc1.weight", "U W"),)),
+    ("block", "vision.blocks.{i}.mlp.fc1_bias", None, ((BLOCK + "mlp.linear_fc1.bias", "U"),)),
+    ("block", "vision.blocks.{i}.mlp.fc2", None, ((BLOCK + "mlp.linear_fc2.weight", "W U"),)),
+    ("block", "vision.blocks.{i}.mlp.fc2_bias", None, ((BLOCK + "mlp.linear_fc2.bias", "W"),)),
+    *((section, f"{path}.{leaf}", None, ((f"{name}{source}", spec),))
+      for section, path, name, norm in (
+          ("top", "vision.merger", VISION + "merger.", "W"),
+          ("tap", "vision.deepstack.{i}", TAP, "X"))
+      for leaf, source, spec in (
+          ("norm.scale", "norm.weight", norm),
+          ("norm.bias", "norm.bias", norm),
+          ("fc1", "linear_fc1.weight", "X X"),
+          ("fc1_bias", "linear_fc1.bias", "X"),
+          ("fc2", "linear_fc2.weight", "O X"),
+          ("fc2_bias", "linear_fc2.bias", "O"))),
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One Hugging Face tensor: its name, its shape in the file, its shape in the tree's array."""
+
+    name: str
+    hf_shape: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One array of the parameter tree and the Hugging Face tensors it is made of."""
+
+    path: TreePath
+    parts: tuple[Part, ...]
+    axis: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The array's shape: that of its part, or of all parts side by side."""
+        shape = list(self.parts[0].shape)
+        if self.axis is not None:
+            shape[self.axis] = sum(part.shape[self.axis] for part in self.parts)
+        return tuple(shape)
+
+    def assemble(self, tensors: list[np.ndarray]) -> np.ndarray:
+        """The tree's array from the file's tensors: a view of a single one, a copy of several."""
+        parts = [tensor.reshape(part.shape) for tensor, part in zip(tensors, self.parts)]
+        return parts[0] if self.axis is None else np.concatenate(parts, self.axis)
+
+    def split(self, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+        """(name, tensor) as in the file: the exact inverse of `assemble`."""
+        start = 0
+        for part in self.parts:
+            piece = array
+            if self.axis is not None:
+                stop = start + part.shape[self.axis]
+                piece = array[(slice(None),) * self.axis + (slice(start, stop),)]
+                start = stop
+            yield part.name, piece.reshape(part.hf_shape)
+
+
+def _sizes(cfg: Config) -> dict[str, int]:
+    t, v = cfg.text, cfg.vision
+    channels, frames, side, _ = v.patch_shape
+    return {
+        "1": 1, "3": 3, "V": t.vocab_size, "D": t.hidden_size, "N": t.num_attention_heads,
+        "K": t.num_key_value_heads, "G": t.num_attention_heads // t.num_key_value_heads,
+        "H": t.head_dim, "F": t.intermediate_size, "E": t.num_experts, "M": t.moe_intermediate_size,
+        "2M": 2 * t.moe_intermediate_size, "L": v.num_position_embeddings, "W": v.hidden_size,
+        "A": v.num_heads, "B": v.head_dim, "U": v.intermediate_size, "C": channels, "T": frames,
+        "P": side, "X": v.merge_unit * v.hidden_size, "O": v.out_hidden_size,
+    }  # fmt: skip
+
+
+def _counts(cfg: Config) -> dict[str, int]:
+    """How often each section of the table occurs; 0 leaves it out."""
+    layers = cfg.text.num_hidden_layers
+    return {
+        "top": 1,
+        "head": int(not cfg.tie_word_embeddings),
+        "layer": layers,
+        "bias": layers * cfg.text.attention_bias,
+        "dense": layers * (cfg.text.num_experts == 0),
+        "moe": layers * (cfg.text.num_experts > 0),
+        "block": cfg.vision.depth,
+        "tap": len(cfg.vision.deepstack_visual_indexes),
+    }
+
+
+def _part(name: str, spec: str, sizes: dict[str, int]) -> Part:
+    axes = [[sizes[d] for d in axis.strip("()").split()] for axis in re.findall(r"\(.*?\)|\S+", spec)]
+    return Part(name, tuple(map(math.prod, axes)), tuple(n for axis in axes for n in axis))
+
+
+def rows(cfg: Config) -> list[Row]:
+    """Every array of a config's parameter tree, with the Hugging Face tensors it is made of."""
+    sizes, counts = _sizes(cfg), _counts(cfg)
+    found = []
+    for section, path, axis, parts in _TABLE:
+        for i in range(counts[section]):
+            keys = path.format(i=i).split(".")
+            place = tuple(int(key) if key.isdecimal() else key for key in keys)
+            found.append(Row(place, tuple(_part(n.format(i=i), s, sizes) for n, s in parts), axis))
+    return found
+
+
+def tree_of(cfg: Config, leaves: Mapping[TreePath, Any]) -> Any:
+    """The parameter tree of a config from its leaves by path (a model without taps keeps its [])."""
+    taps = cfg.vision.deepstack_visual_indexes
+    return nest(leaves.items(), empty=() if taps else [("vision", "deepstack")])
+
+
+def from_hf(cfg: Config, tensors: Mapping[str, np.ndarray]) -> Any:
+    """The parameter tree from arrays under their released names and in the released layout."""
+    leaves = {row.path: row.assemble([tensors[p.name] for p in row.parts]) for row in rows(cfg)}
+    return tree_of(cfg, leaves)
+
+
+def to_hf(cfg: Config, params: Any) -> dict[str, np.ndarray]:
+    """Arrays under their released names and in the released layout: the inverse of `from_hf`."""
+    leaves = dict(flatten(params))
+    pieces = (row.split(np.asarray(leaves[row.path])) for row in rows(cfg) if row.path in leaves)
+    return {name: tensor for piece in pieces for name, tensor in piece}
+
+
+def released_name(name: str) -> str | None:
+    """The released spelling of a tensor's name in a re-export; None for a rotary table's buffer.
+
+    Wrappers put "module." or "model." in front, base models leave "model." or "language_model." out.
+    """
+    if name.endswith("inv_freq"):
+        return None
+    bare = re.sub(r"^(?:(?:module|model)\.)+", "", name)
+    if bare.startswith("visual."):
+        return "model." + bare
+    bare = re.sub(r"^language_model\.(?:model\.)?", "", bare)
+    return bare if bare.startswith(HEAD) else TEXT + bare
