@@ -23,7 +23,8 @@ from qwen3vl_jax.config import Config
 from qwen3vl_jax.tensors import TreePath, flatten, nest
 
 TEXT, VISION, HEAD = "model.language_model.", "model.visual.", "lm_head."
-LAYER, BLOCK, TAP = TEXT + "layers.{i}.", VISION + "blocks.{i}.", VISION + "deepstack_merger_list.{i}."
+LAYER, BLOCK = TEXT + "layers.{i}.", VISION + "blocks.{i}."
+TAP = VISION + "deepstack_merger_list.{i}."
 
 # section | tree path | axis of the parts, or None | (Hugging Face name, spec) of each part
 _Table = tuple[tuple[str, str, int | None, tuple[tuple[str, str], ...]], ...]
@@ -152,7 +153,8 @@ def _counts(cfg: Config) -> dict[str, int]:
 
 
 def _part(name: str, spec: str, sizes: dict[str, int]) -> Part:
-    axes = [[sizes[d] for d in axis.strip("()").split()] for axis in re.findall(r"\(.*?\)|\S+", spec)]
+    groups = re.findall(r"\(.*?\)|\S+", spec)
+    axes = [[sizes[letter] for letter in group.strip("()").split()] for group in groups]
     return Part(name, tuple(map(math.prod, axes)), tuple(n for axis in axes for n in axis))
 
 

@@ -39,7 +39,7 @@ class _Handler(ocp.type_handlers.NumpyHandler):
         super().__init__(deepcopy_host_arrays=False)
         self._sink, self._sizes, self._context = sink, sizes, _context()
 
-    async def serialize(self, values, infos, args=None):
+    async def serialize(self, values: Any, infos: Any, args: Any = None):
         args = args or [ocp.SaveArgs()] * len(values)
         infos = [info.replace(ts_context=self._context) for info in infos]
         for group in _groups([value.nbytes for value in values]):
@@ -50,7 +50,7 @@ class _Handler(ocp.type_handlers.NumpyHandler):
                 self._sink(_keys(info), array)
         return []
 
-    async def deserialize(self, infos, args=None):
+    async def deserialize(self, infos: Any, args: Any = None):
         args = args or [ocp.RestoreArgs()] * len(infos)
         sizes = [self._sizes[_keys(info)] for info in infos]
         leaves = []
@@ -70,9 +70,9 @@ def _groups(sizes: list[int]) -> Iterator[slice]:
     yield slice(start, len(sizes))
 
 
-def _keys(info: ocp.type_handlers.ParamInfo) -> TreePath:
+def _keys(info: Any) -> TreePath:
     """The place of a leaf: its keys as they are in the tree."""
-    return tuple(getattr(key, "key", getattr(key, "idx", None)) for key in info.keypath)
+    return tuple(key.key if hasattr(key, "key") else key.idx for key in info.keypath)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,113 @@
+"""python -m convert HF_DIR OUT_DIR, and back: python -m convert --to-hf CKPT_DIR OUT_DIR."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from convert.matching import LAYOUTS, MismatchError
+from convert.to_hf import SHARD_SIZE, to_hf
+from convert.to_orbax import Progress, to_orbax
+from qwen3vl_jax.checkpoint import resolve
+from qwen3vl_jax.errors import InputError
+
+_LISTED = 20  # problems printed
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?)?B?", text.strip().upper())
+    size = round(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write it as 5GB, 500MB or 2GiB")
+    return size
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m convert", description=__doc__)
+    parser.add_argument(
+        "source", help="Hugging Face directory or Hub id; with --to-hf an Orbax one"
+    )
+    parser.add_argument("out", type=Path, help="directory to write")
+    parser.add_argument("--to-hf", action="store_true", help="Orbax -> safetensors")
+    parser.add_argument(
+        "--force", action="store_true", help="replace OUT once the new one is complete"
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    parser.add_argument(
+        "--expert-layout", choices=LAYOUTS, help="how fused experts lie, where shapes do not tell"
+    )
+    parser.add_argument(
+        "--max-shard-size", type=_size, default=SHARD_SIZE, metavar="SIZE", help="default 5GB"
+    )
+    return parser
+
+
+@contextlib.contextmanager
+def _bar(title: str) -> Iterator[Progress]:
+    from rich import progress as rich
+    from rich.console import Console
+
+    columns = (rich.TextColumn(title), rich.BarColumn(), rich.DownloadColumn(),
+               rich.TransferSpeedColumn(), rich.TimeRemainingColumn())  # fmt: skip
+    with rich.Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=None)
+
+        def progress(done: int, total: int) -> None:
+            bar.update(task, advance=done, total=total)
+
+        yield progress
+
+
+def _run(options: argparse.Namespace) -> None:
+    source = resolve(options.source, options.revision)
+    start = time.perf_counter()
+    with _bar("to Hugging Face" if options.to_hf else "to Orbax") as progress:
+        if options.to_hf:
+            size = options.max_shard_size
+            count, total = to_hf(source, options.out, options.force, size, progress)
+        else:
+            layout = options.expert_layout
+            count, total = to_orbax(source, options.out, options.force, layout, progress)
+    seconds = time.perf_counter() - start
+    print(
+        f"{options.out}: {count} tensors, {total / 1e6:,.1f} MB in {seconds:.1f} s "
+        f"({total / 1e6 / seconds:,.0f} MB/s)"
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; 0, or 2 with one line on stderr (and a list where tensors do not fit)."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # an accelerator's memory is not needed
+    try:
+        _run(options)
+    except InputError as e:
+        print(f"error: {e}", file=sys.stderr)
+        if isinstance(e, MismatchError) and len(e.problems) > 1:
+            for problem in e.problems[:_LISTED]:
+                print(f"  {problem}", file=sys.stderr)
+            if len(e.problems) > _LISTED:
+                print(f"  ... and {len(e.problems) - _LISTED} more", file=sys.stderr)
+        return 2
+    except OSError as e:
+        print(f"error: {e.filename or options.out}: {e.strerror or e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half written goes
+    sys.exit(main())

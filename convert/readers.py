@@ -1,0 +1,191 @@
+"""Safetensors files, one or many, read through memory maps: a tensor costs no memory until it is used."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import mmap
+import os
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from qwen3vl_jax.errors import InputError
+
+DTYPES = {
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_OTHER_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin.index.json", ".h5", ".msgpack",
+                  ".gguf", ".onnx", ".onnx_data")  # fmt: skip
+_MAX_HEADER = 100_000_000  # the format's own limit
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """One tensor in a file: where it lies and how it is written."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+    @property
+    def where(self) -> str:
+        """Name and file, for a message."""
+        return f"{self.name} in {self.file.name}"
+
+
+def is_weight_file(name: str) -> bool:
+    """Whether a file holds weights (of any framework) and so is not copied beside a checkpoint."""
+    lower = name.lower()
+    pickled = lower.endswith(PICKLES) and not lower.startswith("training_args")
+    return pickled or lower.endswith(_OTHER_WEIGHTS)
+
+
+def read_header(path: Path) -> list[Stored]:
+    """The tensors of one safetensors file.
+
+    Raises InputError for a file that is missing, truncated, or whose header contradicts itself.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+            if length > min(_MAX_HEADER, size - 8):
+                raise InputError(
+                    f"{path}: truncated or no safetensors file ({size} bytes, its header alone should "
+                    f"have {length}); fetch it again"
+                )
+            header = json.loads(file.read(length))
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read ({e.strerror}); fetch it again") from e
+    except (ValueError, RecursionError) as e:
+        if isinstance(e, InputError):
+            raise
+        raise InputError(f"{path}: the safetensors header is not JSON; fetch it again") from e
+    if not isinstance(header, dict):
+        raise InputError(f"{path}: the safetensors header is no object; fetch it again")
+    header.pop("__metadata__", None)
+    stored = [_entry(path, name, entry, 8 + length) for name, entry in header.items()]
+    end = max((t.start + t.nbytes for t in stored), default=8 + length)
+    if end != size:
+        what = "truncated" if end > size else "too long"
+        raise InputError(f"{path}: {what}: {size} bytes, its header says {end}; fetch it again")
+    if sum(t.nbytes for t in stored) != size - 8 - length:
+        raise InputError(f"{path}: tensors of its header overlap or repeat; fetch it again")
+    return stored
+
+
+def _entry(path: Path, name: str, entry: Any, base: int) -> Stored:
+    try:
+        dtype, shape = entry["dtype"], tuple(entry["shape"])
+        begin, end = entry["data_offsets"]
+        fits = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end))
+        if dtype in DTYPES:
+            fits = fits and end - begin == math.prod(shape) * DTYPES[dtype].itemsize
+        if not (fits and isinstance(dtype, str)):
+            raise ValueError
+    except (KeyError, TypeError, ValueError) as e:
+        raise InputError(
+            f"{path}: the header's entry for {name} contradicts itself: {entry}"
+        ) from e
+    return Stored(path, name, dtype, shape, base + begin, end - begin)
+
+
+class Files:
+    """Maps each safetensors file when one of its tensors is first viewed, for as long as views live."""
+
+    def __init__(self) -> None:
+        self._maps: dict[Path, mmap.mmap] = {}
+
+    def view(self, tensor: Stored) -> np.ndarray:
+        """The tensor as a read-only view of its file, with no copy (unless it lies unaligned)."""
+        if tensor.nbytes == 0:
+            return np.empty(tensor.shape, DTYPES[tensor.dtype])
+        if tensor.file not in self._maps:
+            with tensor.file.open("rb") as file:
+                self._maps[tensor.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        memory = self._maps[tensor.file]
+        if hasattr(
+            memory, "madvise"
+        ):  # read ahead: a page fault at a time is slow from a cold disk
+            page = tensor.start // mmap.PAGESIZE * mmap.PAGESIZE
+            memory.madvise(mmap.MADV_WILLNEED, page, tensor.start + tensor.nbytes - page)
+        dtype = DTYPES[tensor.dtype]
+        flat = np.frombuffer(memory, dtype, math.prod(tensor.shape), tensor.start)
+        return (flat if flat.flags.aligned else flat.copy()).reshape(tensor.shape)
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a Hugging Face directory, all present.
+
+    Raises InputError for a directory with only pickles, without weights, or with a shard missing.
+    """
+    index = directory / INDEX
+    if index.is_file():
+        return _indexed(directory, index)
+    if (directory / SINGLE).is_file():
+        return [directory / SINGLE]
+    found = sorted(p for p in directory.glob("*.safetensors") if p.is_file())
+    adapters = [p.name for p in found if p.name.startswith("adapter_")]
+    if adapters:
+        raise InputError(f"{directory}: holds an adapter ({adapters[0]}), expected a whole model")
+    if found:
+        return found
+    pickles = sorted(p.name for p in directory.iterdir() if p.name.endswith(PICKLES))
+    if pickles:
+        raise InputError(
+            f"{directory}: holds weights only as a pickle ({pickles[0]}); reading one runs the code in "
+            f"it, so only safetensors are read: save it again with safe_serialization"
+        )
+    raise InputError(f"{directory}: no weights found, expected {SINGLE} or {INDEX}")
+
+
+def _indexed(directory: Path, index: Path) -> list[Path]:
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(set(names.values()))
+        plain = all(os.path.basename(shard) == shard for shard in shards)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise InputError(
+            f"{index}: not a safetensors index with a weight_map; fetch it again"
+        ) from e
+    if not shards or not plain:
+        raise InputError(f"{index}: its weight_map names no shard, or a file outside {directory}")
+    missing = [shard for shard in shards if not (directory / shard).is_file()]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(
+            f"{directory}: shard {missing[0]}{more} of {len(shards)} is missing; fetch it again"
+        )
+    return [directory / shard for shard in shards]
+
+
+def read_tensors(directory: Path) -> list[Stored]:
+    """Every tensor of a Hugging Face directory's safetensors files, from their headers alone."""
+    return [tensor for file in weight_files(directory) for tensor in read_header(file)]
+
+
+def side_files(directory: Path, leave_out: Iterable[str] = ()) -> list[Path]:
+    """Every file of a checkpoint that holds no weights, relative to it: config, tokenizer, ..."""
+    left_out = {".git", ".cache", *leave_out}
+    found = []
+    for folder, folders, names in os.walk(directory):
+        if Path(folder) == directory:
+            folders[:] = [f for f in folders if f not in left_out]
+        found += [Path(folder, n).relative_to(directory) for n in names if not is_weight_file(n)]
+    return sorted(path for path in found if (directory / path).is_file())

@@ -1,0 +1,134 @@
+"""Orbax directory -> Hugging Face directory: released names, dtypes and bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+
+from convert.mapping import Row, rows
+from convert.matching import check_stored
+from convert.readers import DTYPE_NAMES, INDEX, SINGLE, side_files
+from convert.to_orbax import PARAMS, Progress
+from qwen3vl_jax.config import Config
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.staging import check_apart, copy_files, staged
+from qwen3vl_jax.tensors import LazyTensor, TreePath
+
+SHARD_SIZE = 5_000_000_000
+
+
+@dataclasses.dataclass
+class _Tensor:
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int = 0  # in its file
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def to_hf(
+    source: Path,
+    out: Path,
+    force: bool = False,
+    shard_size: int = SHARD_SIZE,
+    progress: Progress = lambda done, total: None,
+) -> tuple[int, int]:
+    """Writes safetensors (and an index if there are several) with all other files; (tensors, bytes).
+
+    Every tensor has the name, shape, dtype and bytes of the released layout; a head that repeated a
+    tied embedding is not written again. Raises InputError before anything is written.
+    """
+    check_apart(source, out)
+    cfg = Config.from_hf(source)
+    if not (source / PARAMS).is_dir():
+        raise InputError(f"{source}: holds no {PARAMS}, expected an Orbax checkpoint of convert")
+    from qwen3vl_jax.orbax_io import read_tree, stored_tensors
+
+    stored = stored_tensors(source / PARAMS)
+    check_stored(source, cfg, stored)
+    by_path = {row.path: row for row in rows(cfg) if row.path in stored}
+    tensors = _tensors(by_path, stored)
+    shards = _shards(tensors, shard_size)
+    total = sum(tensor.nbytes for tensor in tensors)
+    with staged(out, force, needs=total) as stage, ExitStack() as files:
+        places = {}
+        for shard, held in shards.items():
+            handle = files.enter_context(open(stage / shard, "w+b")).fileno()
+            _write_header(handle, held)
+            places |= {tensor.name: (handle, tensor.offset) for tensor in held}
+
+        def sink(path: TreePath, array: np.ndarray) -> None:
+            for name, tensor in by_path[path].split(array):
+                handle, offset = places[name]
+                _write(handle, offset, tensor)
+            progress(array.nbytes, total)
+
+        read_tree(source / PARAMS, sink)
+        if len(shards) > 1:
+            index = {tensor.name: shard for shard, held in shards.items() for tensor in held}
+            text = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
+            (stage / INDEX).write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
+        copy_files(source, side_files(source, leave_out=[PARAMS]), stage)
+    return len(tensors), total
+
+
+def _tensors(by_path: dict[TreePath, Row], stored: dict[TreePath, LazyTensor]) -> list[_Tensor]:
+    found = []
+    for path, row in by_path.items():
+        dtype = stored[path].dtype
+        if dtype not in DTYPE_NAMES:
+            raise InputError(f"{row.parts[0].name}: dtype {dtype} has no name in safetensors")
+        found += [_Tensor(part.name, dtype, part.hf_shape) for part in row.parts]
+    return sorted(found, key=lambda tensor: tensor.name)
+
+
+def _shards(tensors: list[_Tensor], size: int) -> dict[str, list[_Tensor]]:
+    """File name -> tensors: filled in the order of names, each at most `size` bytes (or one tensor)."""
+    groups: list[list[_Tensor]] = [[]]
+    room = size
+    for tensor in tensors:
+        if groups[-1] and tensor.nbytes > room:
+            groups.append([])
+            room = size
+        groups[-1].append(tensor)
+        room -= tensor.nbytes
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    count = len(groups)
+    return {f"model-{k:05d}-of-{count:05d}.safetensors": group for k, group in enumerate(groups, 1)}
+
+
+def _write_header(handle: int, tensors: list[_Tensor]) -> None:
+    """Writes the header, sets each tensor's offset, and gives the file its full length."""
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    # Wide dtypes first, as safetensors itself writes: every tensor is then aligned to its width.
+    ordered = sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
+    for tensor in ordered:
+        end = offset + tensor.nbytes
+        entry = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape)}
+        header[tensor.name] = {**entry, "data_offsets": [offset, end]}
+        tensor.offset, offset = offset, end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    for tensor in ordered:
+        tensor.offset += start
+    os.pwrite(handle, len(text).to_bytes(8, "little") + text, 0)
+    os.truncate(handle, start + offset)
+
+
+def _write(handle: int, offset: int, tensor: np.ndarray) -> None:
+    data = memoryview(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
+    while data:  # one call writes at most 2 GiB
+        done = os.pwrite(handle, data, offset)
+        data, offset = data[done:], offset + done

@@ -1,0 +1,104 @@
+"""Directories that appear complete or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from qwen3vl_jax.errors import InputError
+
+CONFIG = "config.json"
+
+
+@contextlib.contextmanager
+def staged(out: Path, force: bool = False, needs: int = 0) -> Iterator[Path]:
+    """A directory beside `out` that takes its place when the block ends well, and is removed if not.
+
+    A killed process leaves `.NAME.partial`, which holds no config.json and so never loads; the next
+    run clears it. An old `out` stays until the new one is complete, then makes room (`force` only).
+    Raises InputError for an `out` that is in the way, a disk without `needs` free bytes, and while
+    another process writes to the same `out`.
+    """
+    out = Path(os.path.realpath(out))
+    stage, old = out.parent / f".{out.name}.partial", out.parent / f".{out.name}.old"
+    if old.is_dir() and not out.exists():
+        old.rename(out)  # a run was killed between its last two steps
+    _check_free_to_write(out, force)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(out.parent).free
+        if free < needs:
+            raise InputError(f"{out.parent}: {free:,} bytes free, {needs:,} needed")
+        stage.mkdir(exist_ok=True)
+        lock = os.open(stage, os.O_RDONLY)
+    except OSError as e:
+        raise InputError(f"{out}: cannot be written ({e.strerror})") from e
+    try:
+        _only_writer(lock, out)
+        _empty(stage)
+        shutil.rmtree(old, ignore_errors=True)
+        try:
+            yield stage
+            _flush(stage)
+        except BaseException:
+            shutil.rmtree(stage, ignore_errors=True)
+            raise
+        if out.exists():
+            out.rename(old)
+        stage.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        os.close(lock)
+
+
+def _check_free_to_write(out: Path, force: bool) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise InputError(f"{out}: is a file, expected a directory to write")
+    if not force:
+        raise InputError(f"{out}: already exists; choose another directory or pass --force")
+    if any(out.iterdir()) and not (out / CONFIG).is_file():
+        raise InputError(f"{out}: holds no {CONFIG}; --force replaces checkpoints only")
+
+
+def _only_writer(lock: int, out: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        raise InputError(f"{out}: another process is writing it; wait for it or stop it") from e
+
+
+def _empty(directory: Path) -> None:
+    for path in directory.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _flush(directory: Path) -> None:
+    """Puts every file on the disk: a power cut after the rename must not leave holes."""
+    for folder, _, names in os.walk(directory):
+        for path in (*(Path(folder, name) for name in names), Path(folder)):
+            handle = os.open(path, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+
+
+def copy_files(source: Path, names: Iterable[Path], target: Path) -> None:
+    """Copies files by relative name, config.json last: a directory without it is no checkpoint."""
+    for name in sorted(names, key=lambda name: (name == Path(CONFIG), name)):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, target / name)
+
+
+def check_apart(source: Path, out: Path) -> None:
+    """Raises InputError where one directory lies inside the other (or both are the same)."""
+    source, out = Path(os.path.realpath(source)), Path(os.path.realpath(out))
+    if source == out or source in out.parents or out in source.parents:
+        raise InputError(f"{out}: lies in {source} or holds it; choose a directory apart from it")
