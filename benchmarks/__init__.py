@@ -1,0 +1,1 @@
+"""Commands whose numbers the README quotes."""
