@@ -118,6 +118,12 @@ def prepare(args: argparse.Namespace):
         messages, tools=tools, allow_special=args.allow_special, **beside, **overrides
     )
     limit = args.max_len or processor.config.text.max_position_embeddings
+    prompt = arrays["input_ids"].shape[1]
+    if prompt >= limit:
+        raise InputError(
+            f"the prompt has {prompt} tokens and the cache holds {limit} (--max-len): shorten the "
+            "prompt, lower --max-pixels, or allow more"
+        )
     return directory, processor, arrays, messages, limit
 
 

@@ -123,12 +123,34 @@ def test_causal_ranges_of_packed_and_padded_rows():
 def test_what_cudnn_cannot_do_is_said_once(caplog):
     cudnn_refusal.cache_clear()
     with caplog.at_level(logging.WARNING, "qwen3vl_jax"):
-        reasons = {cudnn_refusal("bfloat16", 72) for _ in range(3)}
+        reasons = {cudnn_refusal("bfloat16", 7) for _ in range(3)}
     assert len(caplog.records) == 1 and len(reasons) == 1 and reasons != {""}
-    assert "bfloat16" in caplog.text and "72" in caplog.text
+    assert "bfloat16" in caplog.text and "head size 7" in caplog.text
     assert "float32" in cudnn_refusal("float32", 64)
 
 
 def test_backends_are_listed():
     names = {name: available for name, available, _ in backends()}
-    assert names == {"xla blocks": True, "cudnn": False}
+    assert names == {"xla blocks": True, "cudnn": jax.default_backend() == "gpu"}
+
+
+@pytest.mark.parametrize("head", [64, 72, 128])
+@pytest.mark.parametrize("kind", ["causal", "prefix", "right padded", "frames"])
+def test_half_precision_on_whatever_kernel_serves_it(kind, head):
+    """On a GPU: cuDNN's causal and prefix forms and the blocks; anywhere: within rounding of fp64."""
+    b, t, n, k = 2, 320, 4, 2
+    q, key, v = (x.astype(jnp.bfloat16) for x in arrays(b, t, n, k, head, t))
+    index = np.broadcast_to(np.arange(t), (b, t))
+    length = np.array([[t], [200]])
+    if kind == "frames":
+        lo, hi = ranges(kind, b, t, t, np.random.default_rng(0))
+    else:
+        lo, hi = index * 0, index + 1 if kind != "prefix" else np.broadcast_to(length, (b, t))
+        if kind == "right padded":
+            hi = np.where(index < length, hi, lo)
+    want, _ = dense(*(np.asarray(x, np.float32) for x in (q, key, v)), lo, hi)
+    lo, hi = (jnp.asarray(x, jnp.int32) for x in (lo, hi))
+    got = np.asarray(jax.jit(attend)(q, key, v, lo, hi), np.float32)
+    seen = np.asarray(hi > lo)
+    assert np.isfinite(got).all()
+    np.testing.assert_allclose(got[seen], want[seen], atol=0.03)
