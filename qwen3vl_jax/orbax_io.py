@@ -22,7 +22,7 @@ from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.tensors import LazyTensor, TreePath, flatten
 
 Sink = Callable[[TreePath, np.ndarray], Any]
-_GROUP = 128 << 20  # bytes written or read together; a single larger tensor goes alone
+_GROUP = 64 << 20  # bytes written or read together; a single larger tensor goes alone
 _CHUNK = 128 << 20  # bytes of one stored piece, the least that a process reads for its shard
 
 
@@ -48,6 +48,7 @@ class _Handler(ocp.type_handlers.NumpyHandler):
                 future.result()
             for info, array in zip(infos[group], arrays):
                 self._sink(_keys(info), array)
+            del arrays, array, future  # before the next group comes, not after
         return []
 
     async def deserialize(self, infos: Any, args: Any = None):
@@ -57,6 +58,7 @@ class _Handler(ocp.type_handlers.NumpyHandler):
         for group in _groups(sizes):
             arrays = await super().deserialize(infos[group], args[group])
             leaves += [self._sink(_keys(info), array) for info, array in zip(infos[group], arrays)]
+            del arrays
         return leaves
 
 

@@ -9,12 +9,14 @@ import contextlib
 
 import torch
 
-_library = torch.library.Library(
-    "torchvision", "FRAGMENT"
-)  # kept alive: its end takes the names away
-for _schema in (
-    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-):
-    with contextlib.suppress(RuntimeError):  # declared already, by operators that did load
-        _library.define(_schema)
+_NMS = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+
+if (
+    torch.version.cuda is None
+):  # beside a CUDA torch the compiled operators load, and declare themselves
+    _library = torch.library.Library(
+        "torchvision", "FRAGMENT"
+    )  # kept alive: its end takes them away
+    for _name in ("nms", "qnms"):
+        with contextlib.suppress(RuntimeError):  # declared already
+            _library.define(_name + _NMS)
