@@ -1,0 +1,232 @@
+"""Training batches: composed pictures with conversations about them, as arrays of one fixed shape.
+
+A batch is a pure function of (seed, step), so any number of worker processes give the same run.
+"""
+
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+import qwen3vl_jax as q3
+from demo import pictures, scans, tasks
+
+IGNORED = -100  # label of a position that is not learned
+PATCH, MERGE, CHANNELS = 16, 2, 3
+CHECKPOINT = Path(__file__).with_name("checkpoint")
+WINDOW = 256  # patches; a picture has at most as many
+KINDS = {  # how often each kind of question is asked of a full grid, and of a loose picture
+    True: {"read": 0.25, "count": 0.4, "find": 0.25, "cell": 0.06, "total": 0.04},
+    False: {"count": 0.58, "find": 0.37, "total": 0.05},
+}
+LOOSE, CHAT, SYSTEM = 0.4, 0.02, 0.05  # chances
+MORE, MORE_AFTER_READING = 0.9, 0.3  # of a further turn: after a reading, answers need no eyes
+SHARED = 2  # rows that talk about the same picture: drawing and encoding it cost once
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Static shape of a batch: ``rows`` of ``length`` tokens, ``windows`` of 256 patches."""
+
+    rows: int
+    length: int
+    windows: int
+
+
+def make_batch(folder: str, part: str, shape: Shape, seed: int, step: int) -> q3.Batch:
+    """Compose one batch from the scans of ``part`` with the tokenizer and config in ``folder``.
+
+    Pictures are packed into windows, so that attention costs the same whatever their sizes: the
+    fields of ``vision`` are [windows, 256, ...] with ranges that count from the window's start, and
+    its pixels are uint8 [windows, 256, 3*16*16], one of the two equal frames before normalisation.
+    Labels are -100 but on answers and, in training, on hints (see `_hints`); rows are padded on the
+    right. A picture serves SHARED rows.
+    """
+    rng = np.random.default_rng((seed, step))
+    words, config = Words(folder), _config(folder)
+    pool, hints = scans.load(part), part == "train"
+    ids = np.full((shape.rows, shape.length), words.pad, np.int32)
+    labels = np.full_like(ids, IGNORED)
+    mask = np.zeros_like(ids)
+    vision_rows = np.full_like(ids, -1)
+    windows, grids = Windows(config, shape.windows), []
+    picture = start = None
+    for i in range(shape.rows):
+        if i % SHARED == 0:
+            picture = pictures.compose(
+                rng, pool, loose=bool(rng.random() < LOOSE), snap=True, distort=True
+            )
+            start = windows.add(to_patches(picture.pixels), grid_of(picture))
+        # Without a picture where one is due: rare, the others were large and no window has room.
+        if start is None or picture is None or rng.random() < CHAT:
+            row = _chat(rng, words)
+        else:
+            row = make_row(rng, words, picture, shape.length, hints)
+            grids.append(grid_of(picture))
+        used = len(row.ids)
+        ids[i, :used], labels[i, :used], mask[i, :used] = row.ids, row.labels, 1
+        image = ids[i] == words.image
+        vision_rows[i, image] = (start or 0) // MERGE**2 + np.arange(image.sum())
+    positions, delta = q3.rope_index(config, ids, np.array(grids or np.zeros((0, 3))), None, mask)
+    return q3.Batch(ids, positions, mask, vision_rows, delta, windows.inputs(), labels)
+
+
+class Windows:
+    """Vision inputs filled picture by picture, each into the first window that has room."""
+
+    def __init__(self, config: q3.Config, count: int):
+        self.config, self.used = config, np.zeros(count, int)
+        fields = {"pos_index": 4, "pos_weight": 4, "coords": 2, "lo": 0, "hi": 0}
+        self.fields = {
+            name: np.zeros(
+                (count * WINDOW, width) if width else count * WINDOW,
+                np.float32 if name == "pos_weight" else np.int32,
+            )
+            for name, width in fields.items()
+        }
+        self.pixels = np.zeros((count * WINDOW, CHANNELS * PATCH * PATCH), np.uint8)
+
+    def add(self, patches: np.ndarray, grid: tuple[int, int, int]) -> int | None:
+        """Place a picture; its first patch counted over all windows, or None if it does not fit."""
+        room = np.flatnonzero(self.used + len(patches) <= WINDOW)
+        if not len(room):
+            return None
+        window, start = int(room[0]), int(self.used[room[0]])
+        self.used[window] += len(patches)
+        at = window * WINDOW + start
+        place = slice(at, at + len(patches))
+        self.pixels[place] = patches
+        tables = _tables(self.config, grid)
+        for name, field in self.fields.items():
+            table = getattr(tables, name)
+            field[place] = table + start if name in ("lo", "hi") else table
+        return at
+
+    def inputs(self) -> q3.VisionInputs:
+        """The windows as vision inputs with a leading axis [windows, 256, ...]."""
+        cut = {name: x.reshape(-1, WINDOW, *x.shape[1:]) for name, x in self.fields.items()}
+        return q3.VisionInputs(pixels=self.pixels.reshape(-1, WINDOW, self.pixels.shape[1]), **cut)
+
+
+@lru_cache(256)
+def _tables(config: q3.Config, grid: tuple[int, int, int]) -> q3.VisionInputs:
+    pixels = np.zeros((int(np.prod(grid)), int(np.prod(config.vision.patch_shape))), np.float32)
+    return q3.make_vision(config, pixels, [grid], pad=False)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One conversation: tokens and labels [t]."""
+
+    ids: list[int]
+    labels: list[int]
+
+
+class Words:
+    """The tokenizer of a checkpoint folder."""
+
+    def __init__(self, folder: str):
+        self.tokenizer = _tokenizer(folder)
+        name = self.tokenizer.token_to_id
+        self.pad, self.image = name("<|endoftext|>"), name("<|image_pad|>")
+        self.nothing = name("<|vision_pad|>")
+        self.digits = [name(str(digit)) for digit in range(10)]
+
+    def __call__(self, text: str) -> list[int]:
+        return _encode(self.tokenizer, text)
+
+
+@cache
+def _tokenizer(folder: str) -> Tokenizer:
+    return Tokenizer.from_file(f"{folder}/tokenizer.json")
+
+
+@cache
+def _config(folder: str) -> q3.Config:
+    return q3.Config.from_hf(folder)
+
+
+@lru_cache(4096)
+def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text).ids
+
+
+def make_row(
+    rng: np.random.Generator, words: Words, picture: pictures.Picture, length: int, hints: bool
+) -> Row:
+    """Make one conversation of several turns about a picture."""
+    system = rng.random() < SYSTEM
+    ids = words(f"<|im_start|>system\n{tasks.SYSTEM}<|im_end|>\n") if system else []
+    ids = ids + words("<|im_start|>user\n<|vision_start|>")
+    named = _hints(words, picture)
+    # Labels are read one place late: that of a placeholder's answer stands on its neighbour.
+    labels = [IGNORED] * (len(ids) + 1) + (named if hints else [IGNORED] * len(named))
+    ids = ids + [words.image] * len(named) + words("<|vision_end|>")
+    odds, more = dict(KINDS[picture.full]), 1.0
+    while rng.random() < more:
+        turn = _turn(rng, picture, odds)
+        asked, answered = spoken(words, turn, first=more == 1.0)
+        if len(ids) + len(asked) + len(answered) > length:
+            if more == 1.0:
+                continue  # too many boxes for a row: ask something else
+            break
+        ids = ids + asked + answered
+        labels += [IGNORED] * len(asked) + answered[:-1] + [IGNORED]
+        more = MORE
+        if turn.kind == "read":
+            odds["read"], more = 0.0, MORE_AFTER_READING
+    return Row(ids, labels)
+
+
+def _hints(words: Words, picture: pictures.Picture) -> list[int]:
+    """What each placeholder should name while the model looks: the digit centred there, or nothing.
+
+    An answer alone says little about where to look, and training on answers alone stays blind for
+    thousands of steps. Naming what stands in each 32 x 32 cell opens the eyes first.
+    """
+    _, high, wide = grid_of(picture)
+    named = np.full((high // MERGE, wide // MERGE), words.nothing)
+    middle = (picture.boxes[:, :2] + picture.boxes[:, 2:]) / 2 / (PATCH * MERGE)
+    for (x, y), digit in zip(middle.astype(int), picture.labels, strict=True):
+        named[y, x] = words.digits[digit]
+    return named.reshape(-1).tolist()
+
+
+def _turn(
+    rng: np.random.Generator, picture: pictures.Picture, odds: dict[str, float]
+) -> tasks.Turn:
+    ends = np.cumsum(list(odds.values()))
+    place = int(np.searchsorted(ends, rng.random() * ends[-1], side="right"))
+    return tasks.ask(rng, picture, list(odds)[place])
+
+
+def spoken(words: Words, turn: tasks.Turn, first: bool) -> tuple[list[int], list[int]]:
+    """Tokens up to the answer, and of the answer: its text, ``<|im_end|>`` and the newline."""
+    start = "" if first else "<|im_start|>user\n"
+    asked = words(f"{start}{turn.question}<|im_end|>\n<|im_start|>assistant\n")
+    return asked, words(f"{turn.answer}<|im_end|>\n")
+
+
+def _chat(rng: np.random.Generator, words: Words) -> Row:
+    question = tasks.HELLO[int(rng.integers(len(tasks.HELLO)))]
+    asked = words(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n")
+    answered = words(f"{tasks.INTRODUCTION}<|im_end|>\n")
+    return Row(asked + answered, [IGNORED] * len(asked) + answered[:-1] + [IGNORED])
+
+
+def to_patches(pixels: np.ndarray) -> np.ndarray:
+    """Cut a picture uint8 [H, W, 3] into rows of 16x16 pixels: uint8 [patches, 3*16*16].
+
+    Rows are in merge order, columns are channel, y, x; sides must be multiples of 32.
+    """
+    high, wide = (side // (PATCH * MERGE) for side in pixels.shape[:2])
+    cut = pixels.reshape(high, MERGE, PATCH, wide, MERGE, PATCH, CHANNELS)
+    return cut.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, CHANNELS * PATCH * PATCH)
+
+
+def grid_of(picture: pictures.Picture) -> tuple[int, int, int]:
+    """Frames, rows and columns of a picture's patches."""
+    high, wide = picture.pixels.shape[:2]
+    return 1, high // PATCH, wide // PATCH

@@ -1,0 +1,255 @@
+"""Composing scans of digits into pictures: where each digit goes, its colours, and the drawing.
+
+A picture is planned in continuous coordinates and drawn afterwards, so that a training picture can
+be drawn at once at the size the processor would resize it to.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cache
+
+import numpy as np
+
+from demo.scans import BORDER, Scans
+
+MAX_ROWS, MAX_COLS, MAX_STAR = 4, 5, 5
+AREA = 57_600  # largest planned picture; rounding its sides to 32 stays within 256 x 256
+SMALLEST, LARGEST = 24.0, 80.0  # side of a drawn scan in pixels
+CELL = 32  # a picture's sides are rounded to this, patch size x merge size
+BOX_INK = 0.4  # the box of a digit surrounds its pixels with more ink than this
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to draw: ``n`` scans at ``centre`` [n, 2] (y, x) with ``side`` [2] pixels (y, x).
+
+    ``scan`` [n] indexes the scans; ``cell`` [n, 2] is each digit's row and column, from 0;
+    ``grid`` counts rows and columns; ``star`` is the digit planned to appear several times.
+    """
+
+    size: tuple[float, float]
+    side: np.ndarray
+    centre: np.ndarray
+    scan: np.ndarray
+    cell: np.ndarray
+    grid: tuple[int, int]
+    star: int
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A drawn picture, ``pixels`` uint8 [H, W, 3], and the truth about it.
+
+    ``labels`` [n], ``cell`` [n, 2] and ``boxes`` [n, 4] (x0 y0 x1 y1 in pixels) describe its
+    digits in reading order; ``full`` says that every cell of the ``grid`` holds a digit.
+    """
+
+    pixels: np.ndarray
+    labels: np.ndarray
+    cell: np.ndarray
+    boxes: np.ndarray
+    grid: tuple[int, int]
+    full: bool
+    star: int
+
+
+def compose(
+    rng: np.random.Generator,
+    scans: Scans,
+    *,
+    loose: bool,
+    snap: bool = False,
+    distort: bool = False,
+    grid: tuple[int, int] | None = None,
+) -> Picture:
+    """Plan and draw one picture.
+
+    ``loose`` leaves cells empty and moves digits about; ``snap`` draws at sides that are multiples
+    of 32, squeezing the plan as the processor would; ``distort`` bends every scan a little (for
+    training); ``grid`` fixes rows and columns.
+    """
+    plan = make_plan(rng, scans, loose, grid)
+    if snap:
+        plan = scaled(plan, snapped(plan.size))
+    return draw(rng, scans, plan, distort)
+
+
+def snapped(size: tuple[float, float]) -> tuple[int, int]:
+    """Round a planned size to the multiples of 32 that the processor resizes to."""
+    height, width = (max(CELL, CELL * round(side / CELL)) for side in size)
+    return height, width
+
+
+def make_plan(
+    rng: np.random.Generator, scans: Scans, loose: bool, grid: tuple[int, int] | None = None
+) -> Plan:
+    """Choose grid, sizes, places and scans."""
+    rows, cols = grid or (
+        int(rng.integers(1, MAX_ROWS + 1)),
+        int(rng.integers(1, MAX_COLS + 1)),
+    )
+    gap = rng.uniform(0.1, 0.8 if loose else 0.5, 2)
+    margin = rng.uniform(0.1, 0.8, (2, 2))  # axis, before and after
+    cells = np.array([rows, cols])
+    span = cells * (1 + gap) + margin.sum(1)  # in units of a digit's side
+    largest = min(LARGEST, np.sqrt(AREA / span.prod()))
+    side = np.exp(rng.uniform(np.log(SMALLEST), np.log(max(largest, SMALLEST))))
+    height, width = np.ceil(span * side).astype(int)
+
+    cell = np.stack(np.meshgrid(np.arange(rows), np.arange(cols), indexing="ij"), -1).reshape(-1, 2)
+    if loose:
+        keep = rng.random(len(cell)) < rng.uniform(0.5, 1.0)
+        keep[rng.integers(len(cell))] = True
+        cell = cell[keep]
+    reach = gap / 2 if loose else np.minimum(gap / 2, 0.1)
+    offset = rng.uniform(-1, 1, cell.shape) * reach
+    centre = side * (margin[:, 0] + (cell + 0.5) * (1 + gap) + offset)
+    labels, star = _labels(rng, len(cell))
+    scan = np.array([rng.choice(scans.of(label)) for label in labels])
+    return Plan(
+        (int(height), int(width)),
+        np.array([side, side]),
+        centre,
+        scan,
+        cell,
+        (rows, cols),
+        star,
+    )
+
+
+def _labels(rng: np.random.Generator, count: int) -> tuple[np.ndarray, int]:
+    """Labels for a picture, half the time with one digit planned to appear 0 to 5 times."""
+    labels = rng.integers(0, 10, count)
+    star = int(rng.integers(10))
+    if rng.random() < 0.5:
+        return labels, star
+    labels = (star + rng.integers(1, 10, count)) % 10
+    times = int(rng.integers(0, min(count, MAX_STAR) + 1))
+    labels[rng.permutation(count)[:times]] = star
+    return labels, star
+
+
+def scaled(plan: Plan, size: tuple[int, int]) -> Plan:
+    factor = np.array(size) / np.array(plan.size)
+    return replace(plan, size=size, side=plan.side * factor, centre=plan.centre * factor)
+
+
+def draw(rng: np.random.Generator, scans: Scans, plan: Plan, distort: bool = False) -> Picture:
+    """Draw a plan: paper, ink, then a little noise."""
+    height, width = int(plan.size[0]), int(plan.size[1])
+    paper, inks = _colours(rng, len(plan.scan))
+    canvas = np.empty((height, width, 3), np.float32)
+    canvas[:] = paper
+    canvas += _shade(rng, height, width)[..., None]
+    threshold, softness = rng.uniform(0.15, 0.35), rng.uniform(0.4, 0.65)
+    boxes = np.empty((len(plan.scan), 4), np.float32)
+    for i, (scan, centre) in enumerate(zip(plan.scan, plan.centre, strict=True)):
+        value, top, left = _sample(rng, scans.ink[scan], plan.side, centre, distort)
+        alpha = np.clip((value - threshold) / softness, 0, 1)
+        alpha, top, left = _crop(alpha, top, left, height, width)
+        boxes[i] = _box(alpha, top, left)
+        part = canvas[top : top + alpha.shape[0], left : left + alpha.shape[1]]
+        part += alpha[..., None] * (inks[i] - part)
+    canvas += _noise(rng, height, width)[..., None]
+    return Picture(
+        np.clip(canvas, 0, 255).astype(np.uint8),
+        scans.labels[plan.scan],
+        plan.cell,
+        boxes,
+        plan.grid,
+        len(plan.scan) == plan.grid[0] * plan.grid[1],
+        plan.star,
+    )
+
+
+def _colours(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """A paper colour [3] and an ink colour a digit [n, 3] that differ clearly in brightness."""
+    dark, light = rng.uniform(0, 90, 3), rng.uniform(165, 255, 3)
+    if rng.random() < 0.4:
+        dark[:] = dark[0]
+    if rng.random() < 0.4:
+        light[:] = light[0]
+    paper, ink = (light, dark) if rng.random() < 0.65 else (dark, light)
+    inks = np.tile(ink, (count, 1))
+    if rng.random() < 0.25:  # every digit in a pen of its own
+        inks = np.clip(inks + rng.uniform(-60, 60, inks.shape), 0, 255)
+    return paper.astype(np.float32), inks.astype(np.float32)
+
+
+def _shade(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """Light that falls in from one side: float32 [H, W], at most 18 levels either way."""
+    slope = rng.uniform(-9, 9, 2).astype(np.float32)
+    down = np.linspace(-1, 1, height, dtype=np.float32)[:, None]
+    return slope[0] * down + slope[1] * np.linspace(-1, 1, width, dtype=np.float32)
+
+
+def _noise(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """Grain of at most 6 levels, float32 [H, W]: a random part of one sheet, made once."""
+    sheet = _grain(max(512, height, width))
+    top, left = (int(rng.integers(len(sheet) - side + 1)) for side in (height, width))
+    return sheet[top : top + height, left : left + width] * np.float32(rng.uniform(0, 6))
+
+
+@cache
+def _grain(side: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((side, side), np.float32)
+
+
+def _sample(
+    rng: np.random.Generator,
+    ink: np.ndarray,
+    side: np.ndarray,
+    centre: np.ndarray,
+    distort: bool,
+) -> tuple[np.ndarray, int, int]:
+    """Read an enlarged scan bilinearly around ``centre``: values [h, w], top and left."""
+    reach = 0.5 * side * (1.2 if distort else 1.0)
+    top, left = np.floor(centre - reach).astype(int)
+    bottom, right = np.ceil(centre + reach).astype(int) + 1
+    v = ((np.arange(top, bottom) + 0.5 - centre[0]) * (2 / side[0])).astype(np.float32)[:, None]
+    u = ((np.arange(left, right) + 0.5 - centre[1]) * (2 / side[1])).astype(np.float32)[None]
+    if distort:
+        v, u = _bend(rng, v, u)
+    half = ink.shape[0] / 2 - BORDER  # pixels of the enlarged scan from its middle to its edge
+    limit = 2 * (half + BORDER) - 1.001
+    y = np.clip((v + 1) * half + (BORDER - 0.5), 0, limit)
+    x = np.clip((u + 1) * half + (BORDER - 0.5), 0, limit)
+    y0, x0 = y.astype(np.int32), x.astype(np.int32)
+    fy, fx = y - y0, x - x0
+    flat, at = ink.reshape(-1), y0 * ink.shape[1] + x0
+    upper = flat[at] * (1 - fx) + flat[at + 1] * fx
+    at = at + ink.shape[1]
+    lower = flat[at] * (1 - fx) + flat[at + 1] * fx
+    return upper * (1 - fy) + lower * fy, int(top), int(left)
+
+
+def _bend(rng: np.random.Generator, v: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Turn, stretch, slant, curve and wave coordinates a little; v [h, 1] and u [1, w] to [h, w]."""
+    angle, slant = rng.normal(0, 0.12, 2)
+    stretch, shift = np.exp(rng.normal(0, 0.1, 2)), rng.normal(0, 0.04, 2)
+    cos, sin = np.cos(angle), np.sin(angle)
+    turn = np.float32([[cos, sin], [slant - sin, cos]] * stretch[:, None])
+    curve = rng.normal(0, 0.06, (2, 3)).astype(np.float32)
+    height, pace, phase = rng.uniform(
+        [[-0.06], [1.5], [0]], [[0.06], [4], [2 * np.pi]], (3, 2)
+    ).astype(np.float32)
+    powers = v * v - 0.5, u * v, u * u - 0.5
+    out = []
+    for i, along in enumerate((u, v)):
+        wave = height[i] * np.sin(pace[i] * along + phase[i]) + np.float32(shift[i])
+        bow = curve[i, 0] * powers[0] + curve[i, 1] * powers[1] + curve[i, 2] * powers[2]
+        out.append(turn[i, 0] * v + turn[i, 1] * u + bow + wave)
+    return out[0], out[1]
+
+
+def _crop(
+    alpha: np.ndarray, top: int, left: int, height: int, width: int
+) -> tuple[np.ndarray, int, int]:
+    alpha = alpha[max(0, -top) : height - top, max(0, -left) : width - left]
+    return alpha, max(0, top), max(0, left)
+
+
+def _box(alpha: np.ndarray, top: int, left: int) -> tuple[float, float, float, float]:
+    """Box (x0 y0 x1 y1) around the inked pixels, in the picture's pixels."""
+    rows = np.flatnonzero((alpha > BOX_INK).any(1))
+    cols = np.flatnonzero((alpha > BOX_INK).any(0))
+    return left + cols[0], top + rows[0], left + cols[-1] + 1, top + rows[-1] + 1

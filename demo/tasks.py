@@ -1,0 +1,143 @@
+"""Questions about a picture of digits, in several wordings, and their answers."""
+
+import json
+from dataclasses import dataclass
+
+import numpy as np
+
+from demo.pictures import Picture
+
+ONE = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+MANY = (
+    "zeros", "ones", "twos", "threes", "fours", "fives", "sixes", "sevens", "eights", "nines",
+)  # fmt: skip
+
+READ = (
+    "Read the digits row by row.",
+    "Read the digits in this picture, row by row.",
+    "Read the digits.",
+    "What digits are in the picture?",
+    "What does the picture say?",
+    "Which digits do you see? Write one row a line.",
+    "Write down the digits, one line for each row.",
+    "Transcribe the digits.",
+)
+COUNT = (
+    "How many {many} are there?",
+    "How many {many} are in the picture?",
+    "How many {many} do you see?",
+    "How many {d}s are there?",
+    "How many {d}s are in the picture?",
+    "How many times does {d} appear?",
+    "How often does the digit {d} occur?",
+    "Count the {many}.",
+    "Count the {d}s.",
+)
+FIND = (
+    "Find every {d}.",
+    "Find every {one}.",
+    "Find all {many}.",
+    "Find all {d}s.",
+    "Find the {many}.",
+    "Find the {d}s.",
+    "Where are the {many}?",
+    "Where are the {d}s?",
+    "Locate every {d}.",
+    "Give the bounding box of every {one}.",
+    "Draw a box around every {d}.",
+)
+TOTAL = (
+    "How many digits are there?",
+    "How many digits are in the picture?",
+    "Count the digits.",
+    "Count all digits.",
+)
+CELL = (
+    "Which digit is in row {row}, column {col}?",
+    "What is the digit in row {row}, column {col}?",
+    "Read row {row}, column {col}.",
+)
+HELLO = (
+    "Who are you?",
+    "What are you?",
+    "What can you do?",
+    "Help",
+    "Hello",
+    "Hello!",
+    "Hi",
+)
+INTRODUCTION = (
+    "I am a very small Qwen3-VL. I read handwritten digits: "
+    "show me a picture and ask me to read them, count them or find them."
+)
+SYSTEM = "You are a helpful assistant."
+WORDINGS = {"read": READ, "count": COUNT, "find": FIND, "total": TOTAL, "cell": CELL}
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question and its answer; ``digit`` is the digit asked for, if there is one."""
+
+    kind: str
+    question: str
+    answer: str
+    digit: int | None = None
+
+
+def ask(rng: np.random.Generator, picture: Picture, kind: str, wording: int | None = None) -> Turn:
+    """Ask a question of one ``kind`` (a key of WORDINGS) about a picture.
+
+    A random wording is taken unless ``wording`` picks one. Raises ValueError for a question that
+    the picture cannot answer: rows are read only where every cell is filled.
+    """
+    if kind not in WORDINGS:
+        raise ValueError(f"kind of question: expected one of {sorted(WORDINGS)}, found {kind!r}")
+    if kind in ("read", "cell") and not picture.full:
+        raise ValueError(f"{kind}: the picture has empty cells, so it has no rows to read")
+    wordings = WORDINGS[kind]
+    text = wordings[int(rng.integers(len(wordings))) if wording is None else wording]
+    if kind == "read":
+        return Turn(kind, text, read_answer(picture))
+    if kind == "total":
+        return Turn(kind, text, str(len(picture.labels)))
+    if kind == "cell":
+        row, col = (int(rng.integers(count)) for count in picture.grid)
+        digit = picture.labels[row * picture.grid[1] + col]
+        return Turn(kind, text.format(row=row + 1, col=col + 1), str(digit))
+    digit = target(rng, picture)
+    text = text.format(d=digit, one=ONE[digit], many=MANY[digit])
+    if kind == "count":
+        return Turn(kind, text, str(int((picture.labels == digit).sum())), digit)
+    return Turn(kind, text, find_answer(picture, digit), digit)
+
+
+def target(rng: np.random.Generator, picture: Picture) -> int:
+    """Choose the digit to ask for: mostly the planned one or one that is there."""
+    chance = rng.random()
+    if chance < 0.35:
+        return picture.star
+    if chance < 0.88:
+        return int(rng.choice(picture.labels))
+    return int(rng.integers(10))
+
+
+def read_answer(picture: Picture) -> str:
+    """The digits of a full grid, one line a row, with spaces between them."""
+    rows = picture.labels.reshape(picture.grid)
+    return "\n".join(" ".join(str(digit) for digit in row) for row in rows)
+
+
+def find_answer(picture: Picture, digit: int) -> str:
+    """JSON list of the boxes of one digit, in reading order, on the 0 to 1000 grid.
+
+    The label comes first: with the digit just written, the next tokens know what to look for.
+    """
+    found = relative_boxes(picture)[picture.labels == digit]
+    return json.dumps([{"label": str(digit), "bbox_2d": box} for box in found.tolist()])
+
+
+def relative_boxes(picture: Picture) -> np.ndarray:
+    """Boxes as whole thousandths of the picture's width and height: int [n, 4]."""
+    height, width = picture.pixels.shape[:2]
+    scale = np.array([1000 / width, 1000 / height] * 2)
+    return np.clip(np.rint(picture.boxes * scale), 0, 1000).astype(int)
