@@ -104,7 +104,6 @@ def conversation(args: argparse.Namespace) -> tuple[list[dict], list[dict] | Non
 def prepare(args: argparse.Namespace):
     """Everything that can be refused without JAX: (directory, processor, arrays)."""
     from qwen3vl_jax.checkpoint import resolve
-
     from qwen3vl_jax.processing.processor import Processor
 
     if args.draw and args.draw.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
@@ -141,12 +140,14 @@ def answer(args, directory, processor, arrays, limit) -> str:
     batch = q3.make_batch(processor.config, **arrays)
     clock = Clock()
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else None)
-    params, cfg = q3.load(directory, dtype=dtype)
-    jax.block_until_ready(params)
+    stored = sum(f.stat().st_size for f in directory.rglob("*") if f.is_file())
+    with memory_advice({"checkpoint on disk": stored}, "--dtype bfloat16 or a smaller checkpoint"):
+        params, cfg = q3.load(directory, dtype=dtype)
+        jax.block_until_ready(params)
     load = clock.lap()
     text = TextStream(processor.tokenizer, args.stop)
     prompt = int(arrays["attention_mask"].sum())
-    room = max(1, min(args.max_new_tokens, limit - prompt))
+    room = min(args.max_new_tokens, limit - prompt)
     chunks = q3.stream(params, cfg, batch, max_new_tokens=room, sampling=sampling, seed=args.seed,
                        stop_ids=processor.stop_ids, max_len=limit)  # fmt: skip
     pieces, count, prefill = [], 0, 0.0

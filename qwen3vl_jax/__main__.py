@@ -1,9 +1,14 @@
-"""`python -m qwen3vl_jax`: versions, devices, memory and attention back ends, for a bug report."""
+"""`python -m qwen3vl_jax`: versions, devices, memory and attention back ends, for a bug report.
+
+`python -m qwen3vl_jax 8b` (2b, 4b, 32b, 30b-a3b, 235b-a22b): what a released size needs, by part.
+"""
 
 import importlib.metadata
 import os
 import platform
 import sys
+
+from qwen3vl_jax.cli import one_line_errors
 
 PACKAGES = (
     "jax",
@@ -61,21 +66,54 @@ def _gib(count: int) -> str:
     return f"{count / 2**30:.1f}"
 
 
-def main() -> int:
-    """Prints three tables; returns 0, or 2 where JAX finds no device."""
+def needs(size: str) -> list[tuple[str, ...]]:
+    """Parameters and bytes by part of a released size; raises InputError for another name."""
+    from qwen3vl_jax.config import Config
+
+    cfg = Config.named(size)
+
+    import functools
+    import math
+
+    import jax
+
+    from qwen3vl_jax.model import init_params
+
+    tree = jax.eval_shape(functools.partial(init_params, cfg=cfg), jax.random.key(0))
+    parts = {
+        "vision tower and mergers": tree.pop("vision"),
+        "decoder layers": tree.pop("layers"),
+        "embedding, final norm, head": tree,
+    }
+    counts = {k: sum(math.prod(x.shape) for x in jax.tree.leaves(v)) for k, v in parts.items()}
+    counts["all"] = sum(counts.values())
+    rows = [(k, f"{n:,}", f"{_gib(2 * n)} GiB", f"{_gib(4 * n)} GiB") for k, n in counts.items()]
+    t = cfg.text
+    token = 2 * t.num_hidden_layers * t.num_key_value_heads * t.head_dim
+    per_1024 = [f"{2**10 * token * width / 2**20:.0f} MiB" for width in (2, 4)]
+    return [*rows, ("cache, 1,024 tokens", "", *per_1024)]
+
+
+def show(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """Prints a table."""
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(markup=False)  # [cuda] is an extra's name, not a style
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console(markup=False).print(table)  # [cuda] is an extra's name, not a style
 
-    def show(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-        table = Table(title=title, title_justify="left")
-        for column in columns:
-            table.add_column(column, overflow="fold")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
 
+def main(argv: list[str] | None = None) -> int:
+    """Prints three tables, or one for a size; returns 0, or 2 where JAX finds no device."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv:
+        with one_line_errors():
+            show(argv[0], ("part", "parameters", "bf16", "fp32"), needs(argv[0]))
+        return 0
     show("versions", ("package", "version"), list(versions()))
     try:
         found = devices()

@@ -1,0 +1,223 @@
+"""infer.py as a person runs it: answers, drawings, and one line with exit code 2 for bad input."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+import infer
+import qwen3vl_jax.__main__ as about
+from qwen3vl_jax.cli import memory_advice
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.processing.draw import Mark, draw_marks, find_marks
+
+DEMO = Path(infer.DEMO)
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def run(capsys, *arguments):
+    infer.main([str(a) for a in arguments])
+    return capsys.readouterr()
+
+
+def test_without_arguments_the_demo_answers_and_says_how_long_it_took(capsys):
+    out, err = run(capsys)
+    rows = [line.split() for line in out.strip().splitlines()]
+    assert all(word.isdigit() for row in rows for word in row) and len(rows) >= 2
+    for word in ("load", "compile", "prefill", "decode", "total"):
+        assert word in err
+
+
+def test_streamed_and_whole_answers_are_the_same(capsys):
+    options = ("--prompt", "Find every 4.", "--max-new-tokens", 60)
+    whole, streamed = run(capsys, *options).out, run(capsys, *options, "--stream").out
+    assert whole == streamed and whole.strip()
+
+
+def test_stop_text_is_cut_off(capsys):
+    out = run(capsys).out
+    assert run(capsys, "--stop", out[2:5]).out.rstrip("\n") == out[:2]
+
+
+def test_seeds_and_sampling(capsys):
+    hot = ("--temperature", 5, "--max-new-tokens", 12)
+    first, again = (run(capsys, *hot, "--seed", 3).out for _ in range(2))
+    assert first == again != run(capsys, *hot, "--seed", 4).out
+
+
+def test_a_conversation_from_a_file(capsys):
+    ask = [{"role": "user", "content": [{"type": "image", "image": str(infer.DEMO_PICTURE)},
+                                        {"type": "text", "text": infer.DEMO_PROMPT}]}]  # fmt: skip
+    Path("chat.json").write_text(json.dumps(ask))
+    want = run(capsys).out
+    assert run(capsys, "--messages", "chat.json").out == want
+    ask[0]["content"][0] = {"type": "image"}  # the picture comes beside the file
+    Path("chat.json").write_text(json.dumps({"messages": ask, "tools": None}))
+    assert run(capsys, "--messages", "chat.json", "--image", infer.DEMO_PICTURE).out == want
+
+
+def test_draw_writes_one_file_a_picture(capsys):
+    Image.open(infer.DEMO_PICTURE).save("second.png")
+    out, err = run(
+        capsys, "--image", infer.DEMO_PICTURE, "--draw", "out.png", "--prompt", "Find every 4."
+    )
+    drawn = sorted(p.name for p in Path.cwd().glob("out*.png"))
+    assert drawn == (["out.png"] if find_marks(out) else []) and ("drew" in err) == bool(drawn)
+    ask = [
+        {"role": "user", "content": [{"type": "image", "image": n} for n in ("second.png",) * 2]}
+    ]
+    text = '[{"bbox_2d": [100, 200, 300, 400], "label": "4"}]'
+    infer.draw(Path("two.png"), ask, text, [])
+    assert {p.name for p in Path.cwd().glob("two*.png")} == {"two.png", "two-2.png"}
+
+
+def test_marks_are_read_from_fenced_cut_and_mixed_answers():
+    text = 'Here:\n```json\n[{"bbox_2d": [1, 2, 3, 4], "label": "a"}, {"point_2d": [5, 6.5]}, {"bbo'
+    assert find_marks(text) == [Mark((1, 2, 3, 4), "a"), Mark((5, 6.5), "")]
+    assert find_marks('{"bbox_2d": [1, 2], "label": 3} {"bbox_2d": ["x", 2, 3, 4]} {bad}') == []
+
+
+def test_a_box_is_drawn_where_it_says():
+    blank = Image.new("RGB", (400, 300), "white")
+    changed = np.any(
+        np.asarray(draw_marks(blank, [Mark((250, 500, 750, 1000), "")])) != 255, axis=-1
+    )
+    rows, columns = np.flatnonzero(changed.any(1)), np.flatnonzero(changed.any(0))
+    assert (
+        rows[0] in range(148, 152)
+        and columns[0] in range(98, 102)
+        and columns[-1] in range(298, 302)
+    )
+    assert not changed[200:250, 150:250].any()
+    small = draw_marks(Image.new("L", (30, 50)), [Mark((500, 500), "p")])
+    assert min(small.size) >= 256 and small.mode == "RGB"
+
+
+def checkpoint(name, change=None, drop=()):
+    """A copy of the demo checkpoint with changed tensors or without some files."""
+    shutil.copytree(DEMO, name, ignore=shutil.ignore_patterns(*drop))
+    if change:
+        tensors = change(load_file(DEMO / "model.safetensors"))
+        save_file(tensors, Path(name) / "model.safetensors", metadata={"format": "pt"})
+    return ("--ckpt", name, "--image", infer.DEMO_PICTURE)
+
+
+def picture(name, data):
+    Path(name).write_bytes(data)
+    return ("--image", name)
+
+
+def jpeg():
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).save(file, "JPEG")
+    return file.getvalue()
+
+
+def bomb():
+    file = io.BytesIO()
+    Image.new("1", (20_000, 20_000)).save(file, "PNG")
+    return file.getvalue()
+
+
+def long_picture():
+    file = io.BytesIO()
+    Image.new("L", (4020, 20)).save(file, "PNG")
+    return file.getvalue()
+
+
+def missing_shard():
+    options = checkpoint("shards")
+    names = list(load_file(DEMO / "model.safetensors"))
+    weight_map = {n: f"model-0000{1 + (i > 9)}-of-00002.safetensors" for i, n in enumerate(names)}
+    Path("shards/model.safetensors").rename("shards/model-00001-of-00002.safetensors")
+    Path("shards/model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return options
+
+
+def wrong_shape():
+    def cut(tensors):
+        name = "model.language_model.layers.0.self_attn.q_proj.weight"
+        tensors[name] = np.ascontiguousarray(tensors[name][:-1])
+        return tensors
+
+    return checkpoint("shape", cut)
+
+
+def messages(content):
+    Path("chat.json").write_text(json.dumps([{"role": "user", "content": content}]))
+    return ("--messages", "chat.json")
+
+
+ASK = ("--image", infer.DEMO_PICTURE, "--prompt", "hi")
+BAD = {
+    "no such picture": (lambda: ("--image", "nowhere.png"), ["nowhere.png"]),
+    "truncated jpeg": (lambda: picture("cut.jpg", jpeg()[:700]), ["cut.jpg"]),
+    "decompression bomb": (lambda: picture("bomb.png", bomb()), ["bomb.png"]),
+    "aspect ratio": (lambda: picture("long.png", long_picture()), ["200"]),
+    "text file as picture": (lambda: picture("note.txt", b"hello"), ["note.txt"]),
+    "no weights": (lambda: checkpoint("bare", drop=["*.safetensors"]), ["bare"]),
+    "missing shard": (missing_shard, ["model-00002-of-00002.safetensors"]),
+    "wrong shape": (wrong_shape, ["q_proj"]),
+    "no such checkpoint": (lambda: ("--ckpt", "nowhere", *ASK), ["nowhere"]),
+    "no template": (lambda: checkpoint("mute", drop=["chat_template*"]), ["template"]),
+    "prompt longer than the cache": (lambda: (*ASK, "--max-len", 8), ["prompt has", "8"]),
+    "placeholder without a picture": (lambda: messages([{"type": "image"}]), ["placeholder"]),
+    "picture without a placeholder": (
+        lambda: (*messages("hi"), "--image", infer.DEMO_PICTURE),
+        ["placeholder"],
+    ),
+    "hub id without network": (lambda: ("--ckpt", "Qwen/Qwen3-VL-2B-Instruct", *ASK), ["Qwen/"]),
+    "temperature": (lambda: (*ASK, "--temperature", -1), ["temperature", "-1"]),
+    "top-p": (lambda: (*ASK, "--top-p", 1.5), ["top_p", "1.5"]),
+    "new tokens": (lambda: (*ASK, "--max-new-tokens", 0), ["max_new_tokens", "0"]),
+    "messages are no json": (lambda: ("--messages", DEMO / "chat_template.jinja"), ["--messages"]),
+    "messages and prompt": (lambda: (*messages("hi"), "--prompt", "x"), ["--prompt"]),
+    "pixels": (lambda: (*ASK, "--max-pixels", -5), ["max_pixels", "-5"]),
+    "draw to a text file": (lambda: (*ASK, "--draw", "out.txt"), ["out.txt"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_code_2_and_writes_nothing(case, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(Path.cwd() / "empty"))
+    make, words = BAD[case]
+    options = make()
+    before = sorted(Path.cwd().rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        infer.main([*map(str, options), *(() if "--draw" in options else ("--draw", "drawn.png"))])
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    assert all(word in err for word in words), err
+    assert sorted(Path.cwd().rglob("*")) == before
+
+
+def test_an_unknown_size_is_one_line_and_a_known_one_a_table(capsys):
+    with pytest.raises(SystemExit) as stop:
+        about.main(["9b"])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and "9b" in err and "8b" in err
+    assert about.main(["2b"]) == 0
+    assert "2,127,532,032" in capsys.readouterr().out
+
+
+def test_out_of_memory_is_one_line_with_bytes_and_the_option_that_helps():
+    with (
+        pytest.raises(
+            InputError, match=r"weights 2\.00 GiB, cache 0\.50 GiB; lower it with --dtype"
+        ),
+        memory_advice({"weights": 2**31, "cache": 2**29}, "--dtype"),
+    ):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.")
+    with pytest.raises(RuntimeError, match="other"), memory_advice({}, ""):
+        raise RuntimeError("other")
