@@ -58,13 +58,18 @@ def _bar(title: str) -> Iterator[Progress]:
 
     columns = (rich.TextColumn(title), rich.BarColumn(), rich.DownloadColumn(),
                rich.TransferSpeedColumn(), rich.TimeRemainingColumn())  # fmt: skip
-    with rich.Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=None)
+    bar = rich.Progress(*columns, console=Console(stderr=True))
+    task = bar.add_task(title, total=None)
 
-        def progress(done: int, total: int) -> None:
-            bar.update(task, advance=done, total=total)
+    def progress(done: int, total: int) -> None:
+        bar.start()  # with the first bytes: a refusal stays a line of its own
+        bar.update(task, advance=done, total=total)
 
+    try:
         yield progress
+    finally:
+        if bar.live.is_started:
+            bar.stop()
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -17,11 +17,12 @@ import numpy as np
 
 from qwen3vl_jax.errors import InputError
 
+# In the order in which safetensors writes them: wide ones first, so that each lies aligned.
 DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
-    "F32": np.dtype(np.float32),
-    "F64": np.dtype(np.float64),
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

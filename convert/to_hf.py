@@ -111,8 +111,8 @@ def _write_header(handle: int, tensors: list[_Tensor]) -> None:
     """Writes the header, sets each tensor's offset, and gives the file its full length."""
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    # Wide dtypes first, as safetensors itself writes: every tensor is then aligned to its width.
-    ordered = sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
+    order = list(DTYPE_NAMES)
+    ordered = sorted(tensors, key=lambda tensor: (order.index(tensor.dtype), tensor.name))
     for tensor in ordered:
         end = offset + tensor.nbytes
         entry = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape)}

@@ -153,8 +153,8 @@ def _fetch(repo: str, revision: str | None) -> Path:
         raise InputError(f"{at}: no such directory, and no such repository on the Hub") from e
     except errors.LocalEntryNotFoundError as e:
         raise InputError(
-            f"{at}: no such directory; the Hub is out of reach and the cache lacks it"
+            f"{at}: no such directory; the Hub is out of reach and the cache lacks it, or part of it"
         ) from e
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as e:
+    except Exception as e:  # what its HTTP library raises changes from version to version
         reason = " ".join(str(e).split())[:200]
         raise InputError(f"{at}: cannot be fetched from the Hub ({reason})") from e

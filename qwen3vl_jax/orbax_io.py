@@ -8,7 +8,6 @@ Orbax's own: `StandardCheckpointer().restore(directory)` reads them without this
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
+from etils import epath
 
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.tensors import LazyTensor, TreePath, flatten
@@ -33,11 +33,17 @@ def _context() -> tensorstore.Context:
 
 
 class _Handler(ocp.type_handlers.NumpyHandler):
-    """Writes LazyTensors, and reads arrays into `sink`, in groups of at most _GROUP bytes."""
+    """Writes LazyTensors in groups of at most _GROUP bytes, and hands arrays to `sink` one by one.
 
-    def __init__(self, sink: Sink, sizes: dict[TreePath, int]):
+    One by one also keeps a damaged file's error single: with others in flight, each would be reported.
+    """
+
+    def __init__(self, sink: Sink):
         super().__init__(deepcopy_host_arrays=False)
-        self._sink, self._sizes, self._context = sink, sizes, _context()
+        self._sink, self._context = sink, _context()
+
+    async def metadata(self, infos: Any):
+        return [found for info in infos for found in await super(_Handler, self).metadata([info])]
 
     async def serialize(self, values: Any, infos: Any, args: Any = None):
         args = args or [ocp.SaveArgs()] * len(values)
@@ -53,12 +59,11 @@ class _Handler(ocp.type_handlers.NumpyHandler):
 
     async def deserialize(self, infos: Any, args: Any = None):
         args = args or [ocp.RestoreArgs()] * len(infos)
-        sizes = [self._sizes[_keys(info)] for info in infos]
         leaves = []
-        for group in _groups(sizes):
-            arrays = await super().deserialize(infos[group], args[group])
-            leaves += [self._sink(_keys(info), array) for info, array in zip(infos[group], arrays)]
-            del arrays
+        for info, arg in zip(infos, args):
+            (array,) = await super().deserialize([info], [arg])
+            leaves.append(self._sink(_keys(info), array))
+            del array  # before the next one comes, not after
         return leaves
 
 
@@ -77,16 +82,12 @@ def _keys(info: Any) -> TreePath:
     return tuple(key.key if hasattr(key, "key") else key.idx for key in info.keypath)
 
 
-@contextlib.contextmanager
-def _checkpointer(sink: Sink, sizes: dict[TreePath, int] | None = None):
-    handler = _Handler(sink, sizes or {})
+def _tree_handler(sink: Sink) -> ocp.PyTreeCheckpointHandler:
     registry = ocp.type_handlers.create_type_handler_registry(
-        (jax.Array, ocp.type_handlers.ArrayHandler()), (LazyTensor, handler)
+        (jax.Array, ocp.type_handlers.ArrayHandler()), (LazyTensor, _Handler(sink))
     )
     # Not compressed: bf16 weights shrink by a fifth, at a third of the speed and 100 times the memory.
-    tree = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
-    with ocp.Checkpointer(tree) as checkpointer:
-        yield checkpointer
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
 
 
 def write_tree(
@@ -94,7 +95,8 @@ def write_tree(
 ) -> None:
     """Writes a tree of LazyTensors as an Orbax checkpoint; `wrote` hears of each tensor's bytes."""
     save_args = jax.tree.map(lambda leaf: ocp.SaveArgs(chunk_byte_size=_CHUNK), tree)
-    with _checkpointer(lambda path, array: wrote(array.nbytes)) as checkpointer:
+    handler = _tree_handler(lambda path, array: wrote(array.nbytes))
+    with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(directory.absolute(), args=ocp.args.PyTreeSave(tree, save_args))
 
 
@@ -118,17 +120,18 @@ def read_tree(directory: Path, sink: Sink) -> Any:
 
     Raises InputError for a directory that Orbax cannot read.
     """
-    tree = _metadata(directory)
-    sizes = {path: leaf.dtype.itemsize * math.prod(leaf.shape) for path, leaf in flatten(tree)}
-    as_lazy = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=LazyTensor), tree)
-    with _readable(directory), _checkpointer(sink, sizes) as checkpointer:
+    as_lazy = jax.tree.map(
+        lambda leaf: ocp.RestoreArgs(restore_type=LazyTensor), _metadata(directory)
+    )
+    with _readable(directory), ocp.Checkpointer(_tree_handler(sink)) as checkpointer:
         args = ocp.args.PyTreeRestore(restore_args=as_lazy)
         return checkpointer.restore(directory.absolute(), args=args)
 
 
 def _metadata(directory: Path) -> Any:
-    with _readable(directory), ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.metadata(directory.absolute()).item_metadata.tree
+    with _readable(directory):
+        handler = _tree_handler(lambda path, array: None)
+        return handler.metadata(epath.Path(directory.absolute())).tree
 
 
 @contextlib.contextmanager
