@@ -1,0 +1,129 @@
+"""The converter stopped at any point: nothing half-written loads, nothing old is lost, a re-run works."""
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import hf_files as hf
+import pytest
+
+from convert.to_hf import to_hf
+from convert.to_orbax import to_orbax
+from qwen3vl_jax import InputError
+from qwen3vl_jax.checkpoint import load
+
+ROOT = Path(__file__).resolve().parent.parent
+# Runs a conversion that says when it is half done, then waits to be killed.
+CHILD = """
+import sys, time
+from pathlib import Path
+from convert.to_hf import to_hf
+from convert.to_orbax import to_orbax
+
+done = 0
+def progress(step, total):
+    global done
+    done += step
+    if done > total / 2:
+        print("half", flush=True)
+        time.sleep(600)
+
+function = {"to_hf": to_hf, "to_orbax": to_orbax}[sys.argv[1]]
+function(Path(sys.argv[2]), Path(sys.argv[3]), force=True, progress=progress)
+"""
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """Direction -> a directory to convert from."""
+    folder = tmp_path_factory.mktemp("sources")
+    source = hf.write(folder / "hf", *hf.small(), 2)
+    to_orbax(source, folder / "orbax")
+    return {"to_orbax": source, "to_hf": folder / "orbax"}
+
+
+def contents(directory):
+    """Every file's bytes by name."""
+    return {name: path.read_bytes() for name in hf.listing(directory)
+            if (path := directory / name).is_file()}  # fmt: skip
+
+
+@pytest.mark.parametrize("direction", ["to_orbax", "to_hf"])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_an_error_inside_leaves_nothing(direction, error, sources, tmp_path):
+    """Whatever is raised half-way: no output, no rest, and an old output untouched."""
+    convert = {"to_hf": to_hf, "to_orbax": to_orbax}[direction]
+    calls = []
+
+    def progress(step, total):
+        calls.append(step)
+        if sum(calls) > total / 2:
+            raise error("stop")
+
+    with pytest.raises(error, match="stop"):
+        convert(sources[direction], tmp_path / "new", progress=progress)
+    assert hf.listing(tmp_path) == []
+    convert(sources[direction], tmp_path / "new")
+    before = contents(tmp_path)
+    calls.clear()
+    with pytest.raises(error, match="stop"):
+        convert(sources[direction], tmp_path / "new", force=True, progress=progress)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("direction", ["to_orbax", "to_hf"])
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_process_leaves_nothing_that_loads(direction, stop, sources, tmp_path):
+    """After kill -9 the old output still loads, the rest does not, and a re-run starts clean."""
+    convert = {"to_hf": to_hf, "to_orbax": to_orbax}[direction]
+    out, rest = tmp_path / "out", tmp_path / ".out.partial"
+    convert(sources[direction], out)
+    before = contents(out)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", CHILD, direction, str(sources[direction]), str(out)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "half\n"
+        with pytest.raises(InputError, match="another process is writing it"):
+            convert(sources[direction], out, force=True)
+        child.send_signal(stop)
+    assert contents(out) == before
+    assert rest.is_dir()
+    with pytest.raises(InputError):
+        load(rest)
+    convert(sources[direction], out, force=True)
+    assert not rest.exists()
+    if direction == "to_hf":
+        assert contents(out) == before
+    load(out)
+
+
+def test_killed_between_the_last_two_steps(sources, tmp_path):
+    """The old output has made room and the new one is not there yet: the next run puts it back."""
+    out, old = tmp_path / "out", tmp_path / ".out.old"
+    to_orbax(sources["to_orbax"], out)
+    out.rename(old)
+    with pytest.raises(InputError, match="already exists"):
+        to_orbax(sources["to_orbax"], out)
+    load(out)
+    to_orbax(sources["to_orbax"], old)  # killed a step later: both are there
+    to_orbax(sources["to_orbax"], out, force=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_one_writer_at_a_time(sources, tmp_path):
+    """A directory that another process fills is left alone; what a dead one left is cleared."""
+    rest = tmp_path / ".out.partial"
+    (rest / "params").mkdir(parents=True)
+    (rest / "config.json").write_text("{}")
+    handle = os.open(rest, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    with pytest.raises(InputError, match="another process is writing it"):
+        to_orbax(sources["to_orbax"], tmp_path / "out")
+    assert (rest / "params").exists()
+    os.close(handle)
+    to_orbax(sources["to_orbax"], tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
