@@ -159,7 +159,9 @@ def main() -> None:
     """Runs the cases asked for, all by default."""
     parser = argparse.ArgumentParser("python -m benchmarks.convert", description=__doc__)
     parser.add_argument("cases", nargs="*", help=", ".join(CASES))
-    parser.add_argument("--scratch", type=Path, help="where 15 GB are free; default: a temporary one")
+    parser.add_argument(
+        "--scratch", type=Path, help="where 15 GB are free; default: a temporary one"
+    )
     options = parser.parse_args()
     for case in options.cases or CASES:
         with tempfile.TemporaryDirectory(dir=options.scratch) as folder:

@@ -16,13 +16,12 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
-from etils import epath
 
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.tensors import LazyTensor, TreePath, flatten
 
 Sink = Callable[[TreePath, np.ndarray], Any]
-_GROUP = 64 << 20  # bytes written or read together; a single larger tensor goes alone
+_GROUP = 64 << 20  # bytes written together; a single larger tensor goes alone
 _CHUNK = 128 << 20  # bytes of one stored piece, the least that a process reads for its shard
 
 
@@ -131,7 +130,7 @@ def read_tree(directory: Path, sink: Sink) -> Any:
 def _metadata(directory: Path) -> Any:
     with _readable(directory):
         handler = _tree_handler(lambda path, array: None)
-        return handler.metadata(epath.Path(directory.absolute())).tree
+        return handler.metadata(directory.absolute()).tree
 
 
 @contextlib.contextmanager

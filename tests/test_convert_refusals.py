@@ -27,7 +27,8 @@ def dense():
 @pytest.fixture(scope="module")
 def sound(dense, tmp_path_factory):
     """A sound directory of two shards, to copy and to break."""
-    return hf.write(tmp_path_factory.mktemp("sound") / "hf", *dense, 2)
+    raw, tensors = dense
+    return hf.write(tmp_path_factory.mktemp("sound") / "hf", raw, tensors, shards=2)
 
 
 def refused(capsys, tmp_path, *arguments) -> str:
