@@ -130,7 +130,8 @@ def read_tree(directory: Path, sink: Sink) -> Any:
 def _metadata(directory: Path) -> Any:
     with _readable(directory):
         handler = _tree_handler(lambda path, array: None)
-        return handler.metadata(directory.absolute()).tree
+        path: Any = directory.absolute()  # annotated as etils' Path, but any Path will do
+        return handler.metadata(path).tree
 
 
 @contextlib.contextmanager
