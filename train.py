@@ -227,7 +227,7 @@ class Report:
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         self.file = (out / "metrics.csv").open("w", newline="")
-        self.csv = csv.DictWriter(self.file, FIELDS)
+        self.csv: csv.DictWriter[str] = csv.DictWriter(self.file, FIELDS)
         self.csv.writeheader()
         self.bar = Progress(
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
@@ -306,7 +306,7 @@ def train(recipe: Recipe, out: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description="Trains the demo checkpoint on one device.")
     parser.add_argument("--config", type=Path, required=True, help="a recipe, see configs/")
     parser.add_argument(
         "--out", type=Path, required=True, help="a new directory for the checkpoint"

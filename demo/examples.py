@@ -6,6 +6,7 @@ A batch is a pure function of (seed, step), so any number of worker processes gi
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -70,7 +71,8 @@ def make_batch(folder: str, part: str, shape: Shape, seed: int, step: int) -> q3
         image = ids[i] == words.image
         vision_rows[i, image] = (start or 0) // MERGE**2 + np.arange(image.sum())
     positions, delta = q3.rope_index(config, ids, np.array(grids or np.zeros((0, 3))), None, mask)
-    return q3.Batch(ids, positions, mask, vision_rows, delta, windows.inputs(), labels)
+    host: list[Any] = [ids, positions, mask, vision_rows, delta]
+    return q3.Batch(*host, vision=windows.inputs(), labels=cast(Any, labels))
 
 
 class Windows:
@@ -106,8 +108,11 @@ class Windows:
 
     def inputs(self) -> q3.VisionInputs:
         """The windows as vision inputs with a leading axis [windows, 256, ...]."""
-        cut = {name: x.reshape(-1, WINDOW, *x.shape[1:]) for name, x in self.fields.items()}
-        return q3.VisionInputs(pixels=self.pixels.reshape(-1, WINDOW, self.pixels.shape[1]), **cut)
+        cut: dict[str, Any] = {
+            name: x.reshape(-1, WINDOW, *x.shape[1:]) for name, x in self.fields.items()
+        }
+        cut["pixels"] = self.pixels.reshape(-1, WINDOW, self.pixels.shape[1])
+        return q3.VisionInputs(**cut)
 
 
 @lru_cache(256)
@@ -129,10 +134,10 @@ class Words:
 
     def __init__(self, folder: str):
         self.tokenizer = _tokenizer(folder)
-        name = self.tokenizer.token_to_id
-        self.pad, self.image = name("<|endoftext|>"), name("<|image_pad|>")
-        self.nothing = name("<|vision_pad|>")
-        self.digits = [name(str(digit)) for digit in range(10)]
+        ids: dict[str, int] = self.tokenizer.get_vocab()
+        self.pad, self.image = ids["<|endoftext|>"], ids["<|image_pad|>"]
+        self.nothing = ids["<|vision_pad|>"]
+        self.digits = [ids[str(digit)] for digit in range(10)]
 
     def __call__(self, text: str) -> list[int]:
         return _encode(self.tokenizer, text)

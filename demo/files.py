@@ -55,7 +55,7 @@ def make_tokenizer() -> Tokenizer:
             pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False),
         ]
     )
-    tokenizer.decoder = decoders.ByteLevel(add_prefix_space=False, trim_offsets=False)
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = ByteLevel(
         add_prefix_space=False, trim_offsets=False, use_regex=False
     )

@@ -22,7 +22,8 @@ def compose(name: str) -> pictures.Picture:
     rng, pool = np.random.default_rng(seed), scans.load("held_out")
     plan = pictures.make_plan(rng, pool, loose, grid)
     height, width = plan.size
-    return pictures.draw(rng, pool, pictures.scaled(plan, (ENLARGED * height, ENLARGED * width)))
+    size = (ENLARGED * int(height), ENLARGED * int(width))
+    return pictures.draw(rng, pool, pictures.scaled(plan, size))
 
 
 def main() -> None:

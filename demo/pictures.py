@@ -227,7 +227,7 @@ def _bend(rng: np.random.Generator, v: np.ndarray, u: np.ndarray) -> tuple[np.nd
     angle, slant = rng.normal(0, 0.12, 2)
     stretch, shift = np.exp(rng.normal(0, 0.1, 2)), rng.normal(0, 0.04, 2)
     cos, sin = np.cos(angle), np.sin(angle)
-    turn = np.float32([[cos, sin], [slant - sin, cos]] * stretch[:, None])
+    turn = np.array([[cos, sin], [slant - sin, cos]] * stretch[:, None], np.float32)
     curve = rng.normal(0, 0.06, (2, 3)).astype(np.float32)
     height, pace, phase = rng.uniform(
         [[-0.06], [1.5], [0]], [[0.06], [4], [2 * np.pi]], (3, 2)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -58,7 +59,7 @@ def write() -> None:
     """Write ``digits.npz`` again from scikit-learn, split included."""
     from sklearn.datasets import load_digits  # only the maker of the file needs scikit-learn
 
-    digits = load_digits()
+    digits: Any = load_digits()
     labels = digits.target.astype(np.uint8)
     np.savez_compressed(
         FILE, scans=digits.images.astype(np.uint8), labels=labels, held_out=split(labels)
