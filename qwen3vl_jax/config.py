@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.rope_config import RopeConfig, one_of, read_rope
+from qwen3vl_jax.rope_config import (
+    RopeConfig,
+    flag,
+    integer,
+    items,
+    mapping,
+    number,
+    one_of,
+    read_rope,
+)
 
 TEXT_ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu")
 # What the class of transformers 4.57.1 fills in for a key that is absent. Only keys that fix no shape.
@@ -71,6 +80,7 @@ class VisionConfig:
     deepstack_visual_indexes: tuple[int, ...]
     hidden_act: str = "gelu_pytorch_tanh"
     rope_theta: float = 10_000.0
+    initializer_range: float = 0.02
 
     @property
     def head_dim(self) -> int:
@@ -126,11 +136,11 @@ class Config:
         is_moe = "moe" in model_type or "moe" in str(text_raw.get("model_type", ""))
         text, vision = _text(text_raw, is_moe), _vision(raw["vision_config"])
         _check_towers(text, vision)
-        eos = text_raw.get("eos_token_id", raw.get("eos_token_id"))
-        eos = () if eos is None else (eos,) if isinstance(eos, int) else eos
         tokens = {k: _int(raw, k, "", at_least=0, default=d) for k, d in _TOKEN_DEFAULTS.items()}
-        tied = bool(raw.get("tie_word_embeddings", False))
-        return cls(text, vision, **tokens, tie_word_embeddings=tied, eos_token_ids=tuple(eos))
+        tied = raw.get("tie_word_embeddings")
+        tied = False if tied is None else flag(tied, "tie_word_embeddings")
+        eos = _eos(text_raw.get("eos_token_id", raw.get("eos_token_id")))
+        return cls(text, vision, **tokens, tie_word_embeddings=tied, eos_token_ids=eos)
 
     @classmethod
     def named(cls, size: str) -> Config:
@@ -179,11 +189,17 @@ def _int(raw: Mapping, key: str, where: str, at_least: int = 1, default: int | N
     value = raw.get(key, default)
     if value is None:
         raise InputError(f"config: {where}{key} is absent; it fixes a shape and has no default")
-    if isinstance(value, (list, tuple)) and len(set(value)) == 1:
+    if isinstance(value, (list, tuple)) and value and all(v == value[0] for v in value):
         value = value[0]  # transformers 5 may write a square patch as [16, 16]
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise InputError(f"config: {where}{key} is {value!r}, expected an integer >= {at_least}")
-    return value
+    return integer(value, where + key, at_least)
+
+
+def _eos(value: Any) -> tuple[int, ...]:
+    """End ids: none, one, or a list."""
+    found = () if value is None else value if isinstance(value, (list, tuple)) else (value,)
+    if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in found):
+        raise InputError(f"config: eos_token_id is {value!r}, expected a token id, a list or null")
+    return tuple(found)
 
 
 def _text(raw: Mapping[str, Any], is_moe: bool) -> TextConfig:
@@ -223,9 +239,9 @@ def _text(raw: Mapping[str, Any], is_moe: bool) -> TextConfig:
         max_position_embeddings=max_positions,
         rope=read_rope(raw, head_dim, max_positions),
         hidden_act=one_of(get("hidden_act"), where + "hidden_act", TEXT_ACTIVATIONS),
-        rms_norm_eps=float(get("rms_norm_eps")),
-        attention_bias=bool(get("attention_bias")),
-        initializer_range=float(get("initializer_range")),
+        rms_norm_eps=number(get("rms_norm_eps"), where + "rms_norm_eps"),
+        attention_bias=flag(get("attention_bias"), where + "attention_bias"),
+        initializer_range=number(get("initializer_range"), where + "initializer_range"),
         **experts,
     )
 
@@ -265,7 +281,8 @@ def _vision(raw: Mapping[str, Any]) -> VisionConfig:
     ints = [
         f.name
         for f in dataclasses.fields(VisionConfig)
-        if f.name not in ("deepstack_visual_indexes", "hidden_act", "rope_theta")
+        if f.name
+        not in ("deepstack_visual_indexes", "hidden_act", "rope_theta", "initializer_range")
     ]
     shape = {k: _int(raw, k, where) for k in ints}
     if math.isqrt(shape["num_position_embeddings"]) ** 2 != shape["num_position_embeddings"]:
@@ -282,9 +299,9 @@ def _vision(raw: Mapping[str, Any]) -> VisionConfig:
         raise InputError(
             f"config: {where}deepstack_visual_indexes is absent; it fixes shapes ([] = none)"
         )
-    taps = tuple(raw["deepstack_visual_indexes"])
+    taps = items(raw["deepstack_visual_indexes"], where + "deepstack_visual_indexes")
     depth = shape["depth"]
-    if any(not isinstance(t, int) or not 0 <= t < depth for t in taps) or any(
+    if any(type(t) is not int or not 0 <= t < depth for t in taps) or any(
         a >= b for a, b in itertools.pairwise(taps)
     ):
         raise InputError(
@@ -293,9 +310,16 @@ def _vision(raw: Mapping[str, Any]) -> VisionConfig:
         )
     act = raw.get("hidden_act") or _VISION_DEFAULTS["hidden_act"]
     one_of(act, where + "hidden_act", TEXT_ACTIVATIONS)
-    theta = (raw.get("rope_parameters") or {}).get("rope_theta") or VisionConfig.rope_theta
+    theta = mapping(raw.get("rope_parameters"), where + "rope_parameters").get("rope_theta")
+    theta = VisionConfig.rope_theta if theta is None else theta
+    spread = raw.get("initializer_range")
+    spread = VisionConfig.initializer_range if spread is None else spread
     return VisionConfig(
-        **shape, deepstack_visual_indexes=taps, hidden_act=act, rope_theta=float(theta)
+        **shape,
+        deepstack_visual_indexes=taps,
+        hidden_act=act,
+        rope_theta=number(theta, where + "rope_parameters.rope_theta", above=0),
+        initializer_range=number(spread, where + "initializer_range"),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -66,10 +67,53 @@ def one_of(value: Any, key: str, allowed: tuple) -> Any:
     return value
 
 
+def number(value: Any, key: str, above: float | None = None) -> float:
+    """A finite number >= 0, or > `above`; raises InputError with key, found and expected."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if is_number and 0 <= value <= sys.float_info.max and (above is None or value > above):
+        return float(value)
+    expected = ">= 0" if above is None else f"> {above:g}"
+    raise InputError(f"config: {key} is {value!r}, expected a number {expected}")
+
+
+def integer(value: Any, key: str, at_least: int = 1) -> int:
+    """An integer of at least `at_least`; raises InputError with key, found and expected."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise InputError(f"config: {key} is {value!r}, expected an integer >= {at_least}")
+    return value
+
+
+def flag(value: Any, key: str) -> bool:
+    """True or false; raises InputError with key, found and expected."""
+    if not isinstance(value, bool):
+        raise InputError(f"config: {key} is {value!r}, expected true or false")
+    return value
+
+
+def items(value: Any, key: str) -> tuple[Any, ...]:
+    """The items of a list; raises InputError with key, found and expected."""
+    if not isinstance(value, (list, tuple)):
+        raise InputError(f"config: {key} is {value!r}, expected a list")
+    return tuple(value)
+
+
+def mapping(value: Any, key: str) -> dict[str, Any]:
+    """A copy of an object, empty for null; raises InputError with key, found and expected."""
+    if value is not None and not isinstance(value, Mapping):
+        raise InputError(f"config: {key} is {value!r}, expected an object")
+    return dict(value or {})
+
+
 def read_rope(raw: Mapping[str, Any], head_dim: int, max_positions: int) -> RopeConfig:
-    """RopeConfig of a text_config, in the released form or that of transformers 5; raises InputError."""
-    where = "text_config.rope_scaling."
-    given = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+    """RopeConfig of a text_config, in the released form or that of transformers 5; raises InputError.
+
+    With both forms present rope_scaling counts, whole, as in transformers 5.23.
+    """
+    scaling, parameters = (
+        mapping(raw.get(key), f"text_config.{key}") for key in ("rope_scaling", "rope_parameters")
+    )
+    given = scaling or parameters
+    where = f"text_config.{'rope_parameters' if parameters and not scaling else 'rope_scaling'}."
     rope_type = given.get("rope_type", given.get("type", "default"))
     rope_type = "default" if rope_type == "mrope" else rope_type
     one_of(rope_type, where + "rope_type", ROPE_TYPES)
@@ -78,7 +122,9 @@ def read_rope(raw: Mapping[str, Any], head_dim: int, max_positions: int) -> Rope
         raise InputError(f"config: {where}mrope_interleaved is {found!r}, implemented: true")
     partial = given.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
     one_of(1.0 if partial is None else partial, where + "partial_rotary_factor", (1.0,))
-    section = tuple(given.get("mrope_section") or DEFAULT_SECTION)
+    section = given.get("mrope_section")
+    section = items(DEFAULT_SECTION if section is None else section, where + "mrope_section")
+    section = tuple(integer(n, where + "mrope_section", at_least=0) for n in section)
     if len(section) != 3 or sum(section) * 2 != head_dim:
         raise InputError(
             f"config: {where}mrope_section is {list(section)}, expected three numbers (T, H, W) "
@@ -87,25 +133,47 @@ def read_rope(raw: Mapping[str, Any], head_dim: int, max_positions: int) -> Rope
     for key in ROPE_NEEDS[rope_type]:
         if given.get(key) is None:
             raise InputError(f"config: {where}{key} is absent; rope_type {rope_type!r} needs it")
-    original = raw.get("original_max_position_embeddings")
-    original = original or given.get("original_max_position_embeddings") or max_positions
-    theta = given.get("rope_theta", raw.get("rope_theta"))
-    fields = {f.name for f in dataclasses.fields(RopeConfig)} - {"theta", "rope_type"}
-    scaling = {k: v for k, v in given.items() if k in fields and v is not None}
-    if rope_type == "default":
-        scaling = {}
-    for key in ("short_factor", "long_factor"):
-        if key in scaling:
-            scaling[key] = tuple(map(float, scaling[key]))
-            if len(scaling[key]) != head_dim // 2:
+    fields = {} if rope_type == "default" else _scaling(given, where, head_dim)
+    if rope_type in ("yarn", "longrope", "llama3"):
+        original = _original(raw, given, where) or max_positions
+        fields["original_max_position_embeddings"] = original
+        if rope_type != "llama3" and "factor" not in fields:
+            fields["factor"] = max_positions / original
+    inside = given.get("rope_theta") is not None
+    theta = given["rope_theta"] if inside else raw.get("rope_theta")
+    theta = DEFAULT_THETA if theta is None else theta
+    theta = number(theta, f"{where if inside else 'text_config.'}rope_theta", above=0)
+    return RopeConfig(rope_type, theta, section, **fields)
+
+
+def _scaling(given: Mapping[str, Any], where: str, head_dim: int) -> dict[str, Any]:
+    """What scales the frequencies, of the fields of RopeConfig that are present."""
+    plain = {"rope_type", "theta", "mrope_section"}
+    found: dict[str, Any] = {}
+    for name in (f.name for f in dataclasses.fields(RopeConfig) if f.name not in plain):
+        value, key = given.get(name), where + name
+        if value is None:
+            continue
+        if name in ("short_factor", "long_factor"):
+            found[name] = tuple(number(n, key, above=0) for n in items(value, key))
+            if len(found[name]) != head_dim // 2:
                 raise InputError(
-                    f"config: {where}{key} has {len(scaling[key])} numbers, expected head_dim / 2 = "
+                    f"config: {key} has {len(found[name])} numbers, expected head_dim / 2 = "
                     f"{head_dim // 2}"
                 )
-    if rope_type in ("yarn", "longrope", "llama3"):
-        scaling["original_max_position_embeddings"] = original
-        if rope_type != "llama3" and scaling.get("factor") is None:
-            scaling["factor"] = max_positions / original
-    scaling["mrope_section"] = section
-    theta = DEFAULT_THETA if theta is None else float(theta)
-    return RopeConfig(rope_type, theta, **scaling)
+        elif name == "original_max_position_embeddings":
+            found[name] = integer(value, key)
+        elif name == "truncate":
+            found[name] = flag(value, key)
+        else:
+            found[name] = number(value, key, above=None if "mscale" in name else 0)
+    return found
+
+
+def _original(raw: Mapping[str, Any], given: Mapping[str, Any], where: str) -> int | None:
+    """The positions before scaling; the top level counts first, as in transformers."""
+    name = "original_max_position_embeddings"
+    for part, prefix in ((raw, "text_config."), (given, where)):
+        if part.get(name) is not None:
+            return integer(part[name], prefix + name)
+    return None

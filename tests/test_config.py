@@ -132,6 +132,70 @@ def test_what_is_not_implemented_is_refused_with_key_found_and_allowed(raw, word
     assert "\n" not in message and all(word in message for word in words), message
 
 
+def yarn(**keys):
+    return changed(rope_scaling=scaled(rope_type="yarn", factor=2.0, **keys))
+
+
+@pytest.mark.parametrize(
+    ("raw", "key", "found", "expected"),
+    [
+        *((changed(rms_norm_eps=v), "text_config.rms_norm_eps", v, ">= 0")
+          for v in ("x", -1.0, float("nan"), 10**400, True)),
+        *((changed(rope_theta=v), "text_config.rope_theta", v, "> 0") for v in ("x", 0, float("inf"))),
+        (changed(rope_scaling=scaled(rope_theta="x")), "rope_scaling.rope_theta", "x", "> 0"),
+        (changed(initializer_range="x"), "text_config.initializer_range", "x", ">= 0"),
+        (changed(rope_scaling="yarn"), "text_config.rope_scaling", "yarn", "an object"),
+        (changed(rope_parameters=5), "text_config.rope_parameters", 5, "an object"),
+        (changed(rope_scaling=scaled(mrope_section=5)), "mrope_section", 5, "a list"),
+        (changed(rope_scaling=scaled(mrope_section=["a", 1, 2])), "mrope_section", "a", "integer"),
+        *((changed(rope_scaling=scaled(rope_type="linear", factor=v)), "factor", v, "> 0")
+          for v in ("x", 0, -2)),
+        (yarn(original_max_position_embeddings="x"), "original_max_position_embeddings", "x", ">= 1"),
+        (yarn(beta_fast="x"), "rope_scaling.beta_fast", "x", "> 0"),
+        (yarn(truncate="no"), "rope_scaling.truncate", "no", "true or false"),
+        (changed(rope_scaling=scaled(rope_type="longrope", short_factor=5, long_factor=[1])),
+         "short_factor", 5, "a list"),
+        (changed(attention_bias="no"), "text_config.attention_bias", "no", "true or false"),
+        (changed(hidden_size=[[1]]), "text_config.hidden_size", [1], "integer"),
+        (changed("", tie_word_embeddings="false"), "tie_word_embeddings", "false", "true or false"),
+        *((changed(eos_token_id=v), "eos_token_id", v, "token id") for v in (["x"], "x", True, -1, {})),
+        (changed("vision_config", deepstack_visual_indexes=5), "deepstack", 5, "a list"),
+        (changed("vision_config", deepstack_visual_indexes=[True]), "deepstack", [True], "increasing"),
+        (changed("vision_config", rope_parameters=5), "vision_config.rope_parameters", 5, "an object"),
+        (changed("vision_config", rope_parameters={"rope_theta": 0}), "rope_theta", 0, "> 0"),
+        (changed("vision_config", initializer_range=-1), "vision_config.initializer_range", -1, ">= 0"),
+    ],
+)  # fmt: skip
+def test_malformed_values_are_refused_with_key_found_and_expected(raw, key, found, expected):
+    with pytest.raises(InputError) as error:
+        Config.from_hf(raw)
+    message = str(error.value)
+    assert f"{key}" in message and f" is {found!r}, expected " in message, message
+    assert expected in message.split("expected", 1)[1], message
+
+
+def test_rope_scaling_counts_whole_where_rope_parameters_is_there_too():
+    # As transformers 5.23 does: nothing of rope_parameters is mixed in, and an empty one is none.
+    other = scaled(rope_type="linear", factor=3.0, rope_theta=7.0, beta_fast=5.0)
+    both = yarn()
+    both["text_config"]["rope_parameters"] = other
+    assert Config.from_hf(both) == Config.from_hf(yarn())
+    empty = Config.from_hf(changed(rope_scaling={}, rope_parameters=other, rope_theta=11.0))
+    assert (empty.text.rope.rope_type, empty.text.rope.theta) == ("linear", 7.0)
+    inside = Config.from_hf(changed(rope_scaling=scaled(rope_theta=3.0), rope_theta=11.0))
+    assert inside.text.rope.theta == 3.0
+
+
+def test_initializer_range_of_both_towers():
+    assert Config.named("2b").vision.initializer_range == 0.02
+    raw = changed("vision_config", initializer_range=0.5)
+    raw["text_config"]["initializer_range"] = 0.25
+    cfg = Config.from_hf(raw)
+    assert (cfg.vision.initializer_range, cfg.text.initializer_range) == (0.5, 0.25)
+    assert Config.from_hf(cfg.to_hf()) == cfg
+    assert cfg.to_hf()["vision_config"]["initializer_range"] == 0.5
+
+
 def test_files(tmp_path):
     for name, content in (("missing", None), ("broken", "{"), ("list", "[]")):
         path = tmp_path / name
