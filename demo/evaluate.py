@@ -155,7 +155,7 @@ def table(scores: dict[str, Score], title: str):
     out = Table("figure", "right", "of", "share", "bound", "", title=title)
     for name, bound in BOUNDS.items():
         result = scores[name]
-        met = "met" if result.share >= bound else "MISSED"
+        met = "met" if result.share >= bound else "missed"
         share, bound_text = f"{result.share:.1%}", f"at least {bound:.0%}"
         out.add_row(name, str(result.right), str(result.total), share, bound_text, met)
     return out

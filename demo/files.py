@@ -77,7 +77,7 @@ def _sentences() -> list[str]:
     for digit in range(10):
         words = {"d": digit, "one": tasks.ONE[digit], "many": tasks.MANY[digit]}
         lines += [wording.format(**words) for wording in tasks.COUNT + tasks.FIND]
-        lines.append(json.dumps([{"label": str(digit), "bbox_2d": [1, 2, 3, 4]}] * 3))
+        lines.append(json.dumps([{"bbox_2d": [1, 2, 3, 4], "label": str(digit)}] * 3))
     for wording, row, col in product(tasks.CELL, range(1, 5), range(1, 6)):
         lines.append(wording.format(row=row, col=col))
     lines += ["user\n", "assistant\n", "system\n"] * 20

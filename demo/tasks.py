@@ -128,12 +128,9 @@ def read_answer(picture: Picture) -> str:
 
 
 def find_answer(picture: Picture, digit: int) -> str:
-    """JSON list of the boxes of one digit, in reading order, on the 0 to 1000 grid.
-
-    The label comes first: with the digit just written, the next tokens know what to look for.
-    """
+    """JSON list of the boxes of one digit, in reading order, on the 0 to 1000 grid."""
     found = relative_boxes(picture)[picture.labels == digit]
-    return json.dumps([{"label": str(digit), "bbox_2d": box} for box in found.tolist()])
+    return json.dumps([{"bbox_2d": box, "label": str(digit)} for box in found.tolist()])
 
 
 def relative_boxes(picture: Picture) -> np.ndarray:
