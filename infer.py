@@ -105,7 +105,15 @@ def prepare(args: argparse.Namespace):
     """Everything that can be refused without JAX: (directory, processor, arrays)."""
     from qwen3vl_jax.checkpoint import resolve
     from qwen3vl_jax.processing.processor import Processor
+    from qwen3vl_jax.processing.tokenizer import stop_list
 
+    stop_list(args.stop)
+    if args.max_new_tokens < 1:
+        raise InputError(
+            f"--max-new-tokens: max_new_tokens is {args.max_new_tokens}, expected >= 1"
+        )
+    if args.draw and not args.draw.parent.is_dir():
+        raise InputError(f"--draw {args.draw}: no such directory {args.draw.parent}")
     if args.draw and args.draw.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise InputError(f"--draw {args.draw}: expected a name that ends in .png, .jpg or .webp")
     messages, tools = conversation(args)
@@ -116,8 +124,11 @@ def prepare(args: argparse.Namespace):
     arrays = processor.inputs(
         messages, tools=tools, allow_special=args.allow_special, **beside, **overrides
     )
-    limit = args.max_len or processor.config.text.max_position_embeddings
-    prompt = arrays["input_ids"].shape[1]
+    limit = args.max_len
+    limit = processor.config.text.max_position_embeddings if limit is None else limit
+    rows, prompt = arrays["input_ids"].shape
+    if rows != 1:
+        raise InputError(f"--messages: the file holds {rows} conversations, expected one")
     if prompt >= limit:
         raise InputError(
             f"the prompt has {prompt} tokens and the cache holds {limit} (--max-len): shorten the "
@@ -132,11 +143,13 @@ def answer(args, directory, processor, arrays, limit) -> str:
 
     import qwen3vl_jax as q3
     from qwen3vl_jax.processing.tokenizer import TextStream
+    from qwen3vl_jax.sampling import row_seeds
 
     fields = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
               "min_new_tokens")  # fmt: skip
     sampling = q3.Sampling(**{name: getattr(args, name) for name in fields})
     sampling.check()
+    row_seeds(args.seed, 1)
     batch = q3.make_batch(processor.config, **arrays)
     clock = Clock()
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else None)

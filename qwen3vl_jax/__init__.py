@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from qwen3vl_jax.version import __version__
 
 if TYPE_CHECKING:
-    from qwen3vl_jax.checkpoint import load
+    from qwen3vl_jax.checkpoint import load, save_params
     from qwen3vl_jax.config import Config
     from qwen3vl_jax.errors import InputError
     from qwen3vl_jax.generation import Answer, generate, stream
@@ -27,21 +27,23 @@ if TYPE_CHECKING:
         stack_layers,
         unstack_layers,
     )
-    from qwen3vl_jax.processing.batch import make_batch, make_vision, rope_index
+    from qwen3vl_jax.processing.batch import make_batch, make_vision
+    from qwen3vl_jax.processing.positions import rope_index
     from qwen3vl_jax.processing.processor import Processor
     from qwen3vl_jax.sampling import Sampling
     from qwen3vl_jax.structs import Batch, Features, KVCache, VisionInputs
     from qwen3vl_jax.vision import vision_encode
 
 _HOME = {
-    "checkpoint": ("load",),
+    "checkpoint": ("load", "save_params"),
     "config": ("Config",),
     "errors": ("InputError",),
     "generation": ("Answer", "generate", "stream"),
     "losses": ("loss_fn",),
     "model": ("attentions", "decode_step", "extend", "forward", "grow_cache", "hidden_states",
               "init_params", "prefill", "stack_layers", "unstack_layers"),
-    "processing.batch": ("make_batch", "make_vision", "rope_index"),
+    "processing.batch": ("make_batch", "make_vision"),
+    "processing.positions": ("rope_index",),
     "processing.processor": ("Processor",),
     "sampling": ("Sampling",),
     "structs": ("Batch", "Features", "KVCache", "VisionInputs"),

@@ -181,10 +181,16 @@ def cudnn_refusal(dtype: str, head_dim: int) -> str:
     """
     if dtype == "float32":
         return "cuDNN attention has no float32"
-    x = jax.ShapeDtypeStruct((1, 64, 1, head_dim), dtype)
-    probe = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+    q = jax.ShapeDtypeStruct((1, 64, 2, head_dim), dtype)
+    kv = jax.ShapeDtypeStruct((1, 64, 1, head_dim), dtype)
+    count = jax.ShapeDtypeStruct((1,), jnp.int32)
+
+    def probe(q, k, v, count):  # the two forms that _attend_cudnn uses, grouped queries included
+        run = functools.partial(jax.nn.dot_product_attention, q, k, v, implementation="cudnn")
+        return run(is_causal=True), run(query_seq_lengths=count, key_value_seq_lengths=count)
+
     try:
-        jax.jit(probe).lower(x, x, x).compile()
+        jax.jit(probe).lower(q, kv, kv, count).compile()
     except Exception as e:  # the reason is what matters: any failure means the other path
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         log.warning("attention for %s, head size %d runs on XLA: %s", dtype, head_dim, reason)

@@ -17,7 +17,8 @@ import numpy as np
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model import decode_step, grow_cache, prefill
-from qwen3vl_jax.sampling import Sampling, draw, penalize
+from qwen3vl_jax.processing.tokenizer import find_stop, stop_list
+from qwen3vl_jax.sampling import Sampling, draw, penalize, row_seeds
 from qwen3vl_jax.structs import Batch, Features, KVCache, Params
 from qwen3vl_jax.vision import vision_encode
 
@@ -126,7 +127,7 @@ def stream(
     *,
     max_new_tokens: int,
     sampling: Sampling | None = None,
-    stop_ids: Sequence[int] | None = None,
+    stop_ids: int | Sequence[int] | None = None,
     seed: int | Sequence[int] = 0,
     max_len: int | None = None,
     features: Features | None = None,
@@ -137,22 +138,34 @@ def stream(
 
     seed: one a row, or a first one (row b takes seed + b); a row's draws depend on nothing else.
     stop_ids None takes the config's; () never stops. max_len limits prompt + answer. `send` a bool [B]
-    to end rows (stop strings do). Raises InputError for values out of range or a prompt too long.
+    to end rows (stop strings do). Raises InputError, before anything runs, for values out of range, a
+    prompt too long and packed rows.
     """
-    rows, width = batch.tokens.shape
-    prompt = int(np.max(np.sum(np.asarray(batch.segment_ids) > 0, axis=1)))
+    rows = batch.tokens.shape[0]
+    segments = np.asarray(batch.segment_ids)
+    if segments.max(initial=0) > 1:
+        raise InputError(
+            "generate: packed rows (segment_ids over 1) cannot be answered, one prompt a row"
+        )
+    prompt = int(np.max(np.sum(segments > 0, axis=1)))
     _check_lengths(max_new_tokens, prompt, max_len, steps)
-    chosen = (sampling or Sampling()).rows(rows)
-    stops = np.asarray(cfg.eos_token_ids if stop_ids is None else stop_ids, np.int32).reshape(-1)
-    seeds = np.asarray(seed, np.uint32)
-    seeds = seeds + np.arange(rows, dtype=np.uint32) if seeds.ndim == 0 else seeds
-    if seeds.shape != (rows,):
-        raise InputError(f"seed has {seeds.size} values, expected 1 or {rows} (rows)")
+    choice = (
+        (sampling or Sampling()).rows(rows),
+        np.asarray(_stop_ids(cfg, stop_ids), np.int32),
+        row_seeds(seed, rows),
+        logits_fn,
+    )
+    return _stream(params, cfg, batch, features, choice, max_new_tokens, steps)
+
+
+def _stream(params, cfg, batch, features, choice, max_new_tokens, steps):
+    sampling, stops, seeds, logits_fn = choice
     if features is None and batch.vision is not None:
         features = _encode(params, cfg, batch.vision)
     batch = batch.replace(vision=None, labels=None)
-    slots = cache_slots(max(width, prompt + min(steps, max_new_tokens)))
-    state = _start(params, cfg, batch, features, chosen, stops, seeds, slots, logits_fn)
+    width = batch.tokens.shape[1]  # not the prompt's length: what is compiled is a bucket's
+    slots = cache_slots(width + min(steps, max_new_tokens))
+    state = _start(params, cfg, batch, features, sampling, stops, seeds, slots, logits_fn)
     made = 1
     ended = yield np.asarray(state.token)[:, None]
     while made < max_new_tokens:
@@ -161,12 +174,21 @@ def stream(
         if bool(np.all(state.done)):
             return
         count = min(steps, max_new_tokens - made)
-        if prompt + made + count > state.cache.slots:
+        if width + made + count > state.cache.slots:
             state = state.replace(cache=_grow(state.cache, slots=2 * state.cache.slots))
-        state, out = _steps(params, cfg, state, chosen, stops, count, logits_fn)
+        state, out = _steps(params, cfg, state, sampling, stops, count, logits_fn)
         made += count
         out = np.asarray(out)[:, :count]
         ended = yield out[:, (out >= 0).any(0)]
+
+
+def _stop_ids(cfg: Config, stop_ids: int | Sequence[int] | None) -> tuple[int, ...]:
+    given = cfg.eos_token_ids if stop_ids is None else stop_ids
+    ids = tuple(int(i) for i in np.ravel(np.asarray(given, np.int64)))
+    wrong = [i for i in ids if not 0 <= i < cfg.text.vocab_size]
+    if wrong:
+        raise InputError(f"stop_ids: {wrong[0]} is outside the vocabulary of {cfg.text.vocab_size}")
+    return ids
 
 
 def _check_lengths(max_new_tokens: int, prompt: int, max_len: int | None, steps: int) -> None:
@@ -187,28 +209,37 @@ def generate(
     batch: Batch,
     *,
     max_new_tokens: int,
-    stop_ids: Sequence[int] | None = None,
-    stop_strings: Sequence[str] = (),
+    sampling: Sampling | None = None,
+    stop_ids: int | Sequence[int] | None = None,
+    stop_strings: str | Sequence[str] = (),
     decode: Callable[[list[int]], str] | None = None,
-    **options,
+    seed: int | Sequence[int] = 0,
+    max_len: int | None = None,
+    features: Features | None = None,
+    logits_fn: LogitsFn | None = None,
+    steps: int = STEPS,
 ) -> Answer:
-    """Answers every row of the batch; `options` are those of `stream`.
+    """Answers every row of the batch; arguments are those of `stream`.
 
     stop_strings end a row with the token that completes one; they need `decode` (tokens -> text, a
     Processor's). Raises InputError as `stream` does.
     """
-    if stop_strings and decode is None:
+    strings = stop_list(stop_strings)
+    if strings and decode is None:
         raise InputError("stop_strings need decode=, the function from tokens to text")
-    stops = tuple(cfg.eos_token_ids if stop_ids is None else stop_ids)
+    stops = _stop_ids(cfg, stop_ids)
     rows = batch.tokens.shape[0]
     answers: list[list[int]] = [[] for _ in range(rows)]
     stopped = np.zeros(rows, bool)
-    chunks = stream(params, cfg, batch, max_new_tokens=max_new_tokens, stop_ids=stops, **options)
+    chunks = stream(
+        params, cfg, batch, max_new_tokens=max_new_tokens, sampling=sampling, stop_ids=stops,
+        seed=seed, max_len=max_len, features=features, logits_fn=logits_fn, steps=steps,
+    )  # fmt: skip
     try:
         new = next(chunks)
         while True:
             for b in np.flatnonzero(~stopped):
-                stopped[b] = _take(answers[b], new[b], stops, stop_strings, decode)
+                stopped[b] = _take(answers[b], new[b], stops, strings, decode)
             new = chunks.send(stopped)
     except StopIteration:
         pass
@@ -229,7 +260,6 @@ def _take(answer: list[int], new: np.ndarray, stops, stop_strings, decode) -> bo
             return True
         if stop_strings and decode is not None:
             span = 4 * max(map(len, stop_strings)) + 4  # a character is at most four tokens
-            text = decode(answer[-span:])
-            if any(s in text for s in stop_strings):
+            if find_stop(decode(answer[-span:]), stop_strings)[1] is not None:
                 return True
     return False

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 
 from qwen3vl_jax.sharding import platform
 
-normal = nn.initializers.normal(0.02)
 ones, zeros = nn.initializers.ones, nn.initializers.zeros
 
 ACTIVATIONS: dict[str, Callable] = {
@@ -32,9 +31,13 @@ ACTIVATIONS: dict[str, Callable] = {
 }
 
 
-def weight(module: nn.Module, name: str, *dims: tuple[int, str | None], init=normal) -> jax.Array:
-    """Declares one parameter; dims are (size, logical axis) pairs, the only place either is written."""
+def weight(module: Any, name: str, *dims: tuple[int, str | None], init=None) -> jax.Array:
+    """Declares one parameter; dims are (size, logical axis) pairs, the only place either is written.
+
+    init None is normal with the initializer_range of the module's cfg.
+    """
     shape, axes = zip(*dims, strict=True)
+    init = nn.initializers.normal(module.cfg.initializer_range) if init is None else init
     boxed = nn.with_logical_partitioning(init, axes)
     return cast(jax.Array, module.param(name, boxed, shape, jnp.float32))
 
@@ -50,7 +53,7 @@ def linear(
     """x [..., in] times w [out..., in...] -> [..., out...], summed in fp32, in the dtype of x.
 
     `in_dims` trailing axes of w (and of x) are contracted. The weight keeps Hugging Face's axis order
-    and is flattened to 2-D here: XLA:CPU copies a 3-D weight at every call, 10 to 78 times slower.
+    and is flattened to 2-D here: XLA:CPU copies a 3-D weight at every call, which is many times slower.
     """
     y = linear_fp32(x, w, in_dims)
     return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)

@@ -6,20 +6,25 @@ import jax
 import jax.numpy as jnp
 
 from qwen3vl_jax.config import Config
+from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model import forward
-from qwen3vl_jax.structs import Batch, Params
+from qwen3vl_jax.structs import Batch, Features, Params
 
 IGNORE = -100
 
 
-def loss_fn(params: Params, cfg: Config, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+def loss_fn(
+    params: Params, cfg: Config, batch: Batch, *, features: Features | None = None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Next-token cross entropy in fp32, the mean over labels [B T] that are not -100.
 
     The logits of token t are held against the label of token t + 1, as in transformers. Metrics:
     loss, tokens (how many labels counted), correct (how many of them the argmax hits).
     """
-    assert batch.labels is not None, "make_batch takes labels="
-    logits, labels = forward(params, cfg, batch)[:, :-1], batch.labels[:, 1:]
+    if batch.labels is None:
+        raise InputError("loss_fn: the batch has no labels; make_batch takes labels=")
+    logits = forward(params, cfg, batch, features=features)[:, :-1]
+    labels = batch.labels[:, 1:]
     counted = labels != IGNORE
     target = jnp.where(counted, labels, 0)
     picked = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]

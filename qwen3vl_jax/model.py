@@ -7,13 +7,15 @@ KVCache. All can be traced; the caller jits them (cfg static) and donates the ca
 from __future__ import annotations
 
 import functools
+import operator
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from qwen3vl_jax.attention import attend, attention_probs, causal_ranges
-from qwen3vl_jax.config import Config
+from qwen3vl_jax.attention import BLOCK, attend, attention_probs, causal_ranges
+from qwen3vl_jax.config import Config, TextConfig, VisionConfig
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.layers import linear_fp32, ones, rms_norm, weight
 from qwen3vl_jax.sharding import platform
@@ -25,30 +27,31 @@ from qwen3vl_jax.vision import PatchEmbed, PatchMerger, VisionBlock, vision_enco
 class Tables(nn.Module):
     """The parameters outside the layers: token embedding, final norm, head (absent when tied)."""
 
-    cfg: Config
+    cfg: TextConfig
+    tied: bool
 
     @nn.compact
     def __call__(self) -> None:
-        v, d = (self.cfg.text.vocab_size, "vocab"), (self.cfg.text.hidden_size, "embed")
+        v, d = (self.cfg.vocab_size, "vocab"), (self.cfg.hidden_size, "embed")
         weight(self, "embed", v, d)
-        weight(self, "norm", (self.cfg.text.hidden_size, None), init=ones)
-        if not self.cfg.tie_word_embeddings:
+        weight(self, "norm", (self.cfg.hidden_size, None), init=ones)
+        if not self.tied:
             weight(self, "head", v, d)
 
 
 class VisionTables(nn.Module):
     """The table of learned positions."""
 
-    cfg: Config
+    cfg: VisionConfig
 
     @nn.compact
     def __call__(self) -> None:
-        c = self.cfg.vision
+        c = self.cfg
         weight(self, "pos", (c.num_position_embeddings, None), (c.hidden_size, "vision_embed"))
 
 
 def init_params(key: jax.Array, cfg: Config, dtype=jnp.float32) -> Params:
-    """Random parameters, normal(0.02) with unit norms and zero biases; layers are lists. Jit it.
+    """Random parameters, normal(initializer_range), unit norms, zero biases; layers are lists. Jit it.
 
     `jax.eval_shape(functools.partial(init_params, cfg=cfg), key)` gives the shapes for free.
     """
@@ -74,13 +77,13 @@ def _boxed_params(key: jax.Array, cfg: Config) -> Params:
     taps = c.deepstack_visual_indexes
     vision = {
         "patch": init(PatchEmbed(c), pixels),
-        **init(VisionTables(cfg)),
+        **init(VisionTables(c)),
         "blocks": [init(VisionBlock(c), *vision_args) for _ in range(c.depth)],
         "merger": init(PatchMerger(c, False), patch),
         "deepstack": [init(PatchMerger(c, True), patch) for _ in taps],
     }
     layers = [init(Block(t), *text_args) for _ in range(t.num_hidden_layers)]
-    return {**init(Tables(cfg)), "layers": layers, "vision": vision}
+    return {**init(Tables(t, cfg.tie_word_embeddings)), "layers": layers, "vision": vision}
 
 
 def stack_layers(params: Params) -> Params:
@@ -111,16 +114,20 @@ def embed_tokens(
 ) -> tuple[jax.Array, jax.Array | None]:
     """Token embeddings with the vision rows written over the placeholders, and DeepStack [n B T D].
 
-    `features` (a kept vision_encode result) stands in for batch.vision; without either, None.
+    `features` (a kept vision_encode result) stands in for batch.vision; text alone needs neither.
+    Raises InputError for placeholders whose pictures are not there.
     """
     if features is None and batch.vision is not None:
         features = vision_encode(params, cfg, batch.vision)
-    x = batch.embeds
-    if x is None:
-        x = params["embed"][batch.tokens]
-    if features is None:
+    table, rows = params["embed"], batch.vision_rows
+    x = table[batch.tokens] if batch.embeds is None else jnp.asarray(batch.embeds, table.dtype)
+    if rows is None:
         return x, None
-    rows = batch.vision_rows
+    if features is None:
+        raise InputError(
+            "the batch has image or video placeholders but neither pixels nor features=: give "
+            "make_batch the pixel values, or pass what vision_encode returned"
+        )
     x = jnp.where(rows[..., None] >= 0, features.merged[rows].astype(x.dtype), x)
     if not len(cfg.vision.deepstack_visual_indexes):
         return x, None
@@ -166,13 +173,17 @@ def forward(
 ) -> jax.Array:
     """Logits [B T V] in fp32 of whole rows; what stands at padding tokens means nothing.
 
-    logits_to_keep: 0 all tokens, n the last n of each row, an array [m] of token indices those.
+    logits_to_keep: 0 all tokens; n (static under jit) the last n attended tokens of each row, whichever
+    side it is padded on; an array [m] of token indices those.
     """
     x, _ = _run(params, cfg, batch, features, _row_mix(batch))
-    if isinstance(logits_to_keep, int):
-        x = x[:, -logits_to_keep:] if logits_to_keep else x
-    else:
-        x = x[:, logits_to_keep]
+    if getattr(logits_to_keep, "ndim", 0) or isinstance(logits_to_keep, (list, tuple)):
+        x = x[:, jnp.asarray(logits_to_keep)]
+    elif (count := operator.index(cast(Any, logits_to_keep))) > 0:
+        index = jnp.arange(batch.tokens.shape[1])
+        last = jnp.max(jnp.where(batch.segment_ids > 0, index, 0), axis=1)
+        kept = jnp.maximum(last[:, None] + jnp.arange(1 - count, 1), 0)
+        x = jnp.take_along_axis(x, kept[..., None], axis=1)
     return unembed(params, cfg, x)
 
 
@@ -207,21 +218,27 @@ def attentions(
 
 
 def init_cache(cfg: Config, rows: int, slots: int, dtype) -> KVCache:
-    """An empty cache for `rows` rows of at most `slots` tokens. On a CPU it is fp32: see below.
+    """An empty cache for `rows` rows of at least `slots` tokens, in whole blocks of attention.
 
-    XLA:CPU converts a whole bf16 cache at every write (jax 0.10: 40 ms a step at 8,192 slots).
+    On a CPU it is fp32, because XLA:CPU (jax 0.10) converts a whole bf16 cache at every write.
     """
     c = cfg.text
     dtype = jnp.float32 if platform() == "cpu" else dtype
-    shape = (rows, c.num_key_value_heads, slots, c.head_dim)
+    shape = (rows, c.num_key_value_heads, _whole_blocks(slots), c.head_dim)
     k, v = ([jnp.zeros(shape, dtype) for _ in range(c.num_hidden_layers)] for _ in range(2))
-    none = jnp.zeros(rows, jnp.int32)
-    return KVCache(k, v, none, none)
+    return KVCache(k, v, length=jnp.zeros(rows, jnp.int32), delta=jnp.zeros(rows, jnp.int32))
+
+
+def _whole_blocks(slots: int) -> int:
+    """Attention pads keys to whole blocks; a cache that has them is never copied for it."""
+    return slots if slots <= BLOCK else -(-slots // BLOCK) * BLOCK
 
 
 def grow_cache(cache: KVCache, slots: int) -> KVCache:
-    """The same cache with room for `slots` tokens a row."""
-    pad = ((0, 0), (0, 0), (0, slots - cache.slots), (0, 0))
+    """The same cache with room for at least `slots` tokens a row; raises InputError for fewer."""
+    if slots < cache.slots:
+        raise InputError(f"grow_cache: slots is {slots}, the cache has {cache.slots} already")
+    pad = ((0, 0), (0, 0), (0, _whole_blocks(slots) - cache.slots), (0, 0))
     k, v = ([jnp.pad(x, pad) for x in part] for part in (cache.k, cache.v))
     return cache.replace(k=k, v=v)
 
@@ -235,10 +252,10 @@ def _write(old: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
 def prefill(
     params: Params, cfg: Config, batch: Batch, max_len: int, *, features: Features | None = None
 ) -> tuple[KVCache, jax.Array]:
-    """Runs the prompts into a new cache of max_len slots; returns it and each row's next logits [B V].
+    """Runs the prompts into a new cache; returns it and each row's next logits [B V] in fp32.
 
-    Rows may be padded left or right; each is one segment. Raises InputError when the padded prompt
-    does not fit (batch rows are padded to a bucket: max_len >= T always fits).
+    The cache has room for max_len tokens a row, prompt and answer, and never less than the batch is
+    wide. Rows may be padded left or right; each is one segment. Layers are per-layer lists.
     """
     rows, width = batch.tokens.shape
     dtype = params["embed"].dtype
@@ -275,13 +292,16 @@ def extend(
 def decode_step(
     params: Params, cfg: Config, cache: KVCache, tokens: jax.Array
 ) -> tuple[KVCache, jax.Array]:
-    """One token a row, tokens [B] int32, onto the cache; returns it and the next logits [B V] in fp32."""
+    """One token a row, tokens [B] int32, onto the cache; returns it and the next logits [B V] in fp32.
+
+    The caller makes room first (`grow_cache`): a token past the last slot is not kept, and the logits
+    are then wrong. Layers are per-layer lists.
+    """
     slot = cache.length[:, None]
     positions = jnp.broadcast_to((cache.length + cache.delta)[:, None], (3, *slot.shape))
     x = params["embed"][tokens][:, None]
     mix = _cache_mix(cache, slot, slot + 1)
-    layers = _per_layer(params["layers"])
-    x, kept = decode_layers(layers, cfg.text, x, positions, mix)
+    x, kept = decode_layers(_lists(params["layers"]), cfg.text, x, positions, mix)
     k, v = (list(part) for part in zip(*kept, strict=True))
     cache = cache.replace(k=k, v=v, length=cache.length + 1)
     return cache, unembed(params, cfg, x[:, 0])
@@ -297,8 +317,14 @@ def _cache_mix(cache: KVCache, slot: jax.Array, reach: jax.Array):
     return mix
 
 
+def _lists(layers):
+    if not isinstance(layers, (list, tuple)):
+        raise InputError("a cache is filled by per-layer parameters: call unstack_layers first")
+    return layers
+
+
 def _fill(params, cfg, cache, batch, features, mix):
-    params = {**params, "layers": _per_layer(params["layers"])}
+    params = {**params, "layers": _lists(params["layers"])}
     x, kept = _run(params, cfg, batch, features, mix)
     k, v = (list(part) for part in zip(*kept, strict=True))
     count = jnp.sum(batch.segment_ids > 0, axis=1, dtype=jnp.int32)

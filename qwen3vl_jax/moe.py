@@ -63,7 +63,7 @@ def experts_ragged(x, share, chosen, gate_up, down, act: str) -> jax.Array:
 def experts_scan(x, share, chosen, gate_up, down, act: str) -> jax.Array:
     """One expert after another over all tokens, experts nobody chose skipped: XLA:CPU's fast form.
 
-    jax.lax.ragged_dot runs every group densely there, 7 to 13 times slower.
+    jax.lax.ragged_dot runs every group densely there.
     """
     n, count = x.shape[0], gate_up.shape[0]
     table = jnp.zeros((n, count), jnp.float32)
@@ -84,7 +84,7 @@ def experts_scan(x, share, chosen, gate_up, down, act: str) -> jax.Array:
 def ragged_dot(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
     """x [n in] in runs of `sizes` [E], run e times w[e] [in out]. On a GPU by tokamax if installed.
 
-    Measured on an H100, one 30B-A3B layer, 12,368 tokens: jax.lax.ragged_dot 204 ms, tokamax 5.9 ms.
+    XLA runs jax.lax.ragged_dot densely on a GPU; tokamax has a grouped kernel.
     """
     if platform() == "gpu" and (tokamax := _tokamax()) is not None:
         return tokamax.ragged_dot(x, w, sizes)

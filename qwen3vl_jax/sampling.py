@@ -37,18 +37,23 @@ class Sampling:
         """Raises InputError for a value out of range, naming it, what was found and the range."""
         ranges = {
             "temperature": (0, math.inf, ">= 0"),
-            "top_k": (0, math.inf, "an integer >= 0 (0 = off)"),
+            "top_k": (0, 2**30, "an integer from 0 (off) to 2^30"),
             "top_p": (math.ulp(0), 1, "over 0, at most 1"),
             "min_p": (0, 1, "from 0 to 1"),
             "repetition_penalty": (math.ulp(0), math.inf, "> 0"),
             "presence_penalty": (-2, 2, "from -2 to 2"),
-            "min_new_tokens": (0, math.inf, "an integer >= 0"),
+            "min_new_tokens": (0, 2**30, "an integer from 0 to 2^30"),
         }
         for name, (low, high, text) in ranges.items():
-            for value in np.ravel(np.asarray(getattr(self, name), float)):
-                whole = "integer" not in text or float(value).is_integer()
+            given = getattr(self, name)
+            try:
+                values = np.ravel(np.asarray(given, np.float32))  # as the device will see them
+            except (TypeError, ValueError, OverflowError) as e:
+                raise InputError(f"{name} is {given!r}, expected {text}") from e
+            for value in map(float, values):
+                whole = "integer" not in text or value.is_integer()
                 if not (low <= value <= high and whole and math.isfinite(value)):
-                    raise InputError(f"{name} is {value:g}, expected {text}")
+                    raise InputError(f"{name} is {given!r}, expected {text}")
 
     def rows(self, count: int) -> SamplingRows:
         """The same as arrays [B], checked."""
@@ -116,3 +121,13 @@ def draw(logits: jax.Array, s: SamplingRows, keys: jax.Array, count: jax.Array) 
         return jnp.argmax(logits, axis=1)
 
     return jax.lax.cond(jnp.any(s.temperature > 0), sampled, greedy, logits).astype(jnp.int32)
+
+
+def row_seeds(seed: int | Sequence[int], count: int) -> np.ndarray:
+    """One seed a row [B] uint32: those given, or seed, seed + 1, .. from one. Raises InputError."""
+    given = np.asarray(seed)
+    if given.dtype.kind not in "iu" or (given < 0).any() or (given >= 2**32).any():
+        raise InputError(f"seed is {seed!r}, expected integers from 0 to 2^32 - 1")
+    if given.shape not in ((), (count,)):
+        raise InputError(f"seed has {given.size} values, expected 1 or {count} (rows)")
+    return (given if given.ndim else given + np.arange(count)).astype(np.uint32)

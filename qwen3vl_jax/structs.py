@@ -41,7 +41,7 @@ class Batch(flax.struct.PyTreeNode):
     tokens: jax.Array  # [B T] int32
     positions: jax.Array  # [3 B T] int32: MRoPE ids (T, H, W)
     segment_ids: jax.Array  # [B T] int32: 0 is padding; tokens attend inside their own segment
-    vision_rows: jax.Array  # [B T] int32: row of Features for a placeholder, else -1
+    vision_rows: jax.Array | None  # [B T] int32: row of Features for a placeholder, else -1
     delta: jax.Array  # [B] int32: next position minus attended length
     vision: VisionInputs | None = None
     labels: jax.Array | None = None  # [B T] int32, -100 is not counted

@@ -160,6 +160,8 @@ def test_stop_strings():
     ended = generate(batch_of(*ROWS), 20, stop_strings=["never", stop], decode=decode)
     assert ended.lengths[1] == 5 and ended.finish_reasons[1] == "stop"
     np.testing.assert_array_equal(ended.tokens[1, :5], free.tokens[1, :5])
+    single = generate(batch_of(*ROWS), 20, stop_strings=stop, decode=decode)
+    np.testing.assert_array_equal(single.tokens, ended.tokens)
     with pytest.raises(q3.InputError, match="decode"):
         generate(batch_of("text"), stop_strings=["x"])
 
@@ -183,6 +185,13 @@ def test_the_cache_grows_and_nothing_changes():
         cache, logits = ours.decode_step(*model(), cache, token)
 
 
+def test_packed_rows_are_refused():
+    batch = batch_of("text")
+    packed = batch.replace(segment_ids=np.where(np.arange(32) < 6, 1, 2)[None])
+    with pytest.raises(q3.InputError, match="packed"):
+        generate(packed)
+
+
 def test_logits_fn_decides():
     def only_even(logits, state):
         return jnp.where(jnp.arange(logits.shape[1]) % 2 == 0, logits, -jnp.inf)
@@ -204,6 +213,9 @@ def test_logits_fn_decides():
         ({"presence_penalty": 3}, ["presence_penalty", "3"]),
         ({"min_new_tokens": -1}, ["min_new_tokens", "-1"]),
         ({"temperature": [1.0, 2.0]}, ["temperature", "2 values"]),
+        ({"temperature": "hot"}, ["temperature", "hot"]),
+        ({"repetition_penalty": 1e-300}, ["repetition_penalty", "1e-300"]),
+        ({"top_k": 10**10}, ["top_k", "10000000000"]),
     ],
 )
 def test_sampling_values_out_of_range(options, words):
@@ -218,6 +230,10 @@ def test_lengths_out_of_range():
         ({"count": 0}, "max_new_tokens is 0"),
         ({"steps": 17}, "steps is 17"),
         ({"seed": [1, 2, 3]}, "seed has 3"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**32}, "seed is 4294967296"),
+        ({"stop_ids": (-1,)}, "stop_ids: -1"),
+        ({"stop_strings": [""], "decode": str}, "empty"),
     ):
         with pytest.raises(q3.InputError, match=words):
             generate(batch_of("text"), **options)

@@ -12,6 +12,7 @@ import pytest
 import tiny
 
 import qwen3vl_jax as q3
+from qwen3vl_jax.model import init_cache
 
 COUNTS = {
     "2b": 2_127_532_032,
@@ -213,10 +214,8 @@ def test_scan_over_stacked_layers_equals_the_loop(moe):
     assert all(float(jnp.abs(a - b).max()) < 1e-5 * top for a, b in pairs)
     want = q3.hidden_states(params, cfg, batch)
     assert ours.worst(q3.hidden_states(stacked, cfg, batch), want) < 1e-5
-    _cache, logits = ours.prefill(stacked, cfg, batch, 64)
-    np.testing.assert_allclose(
-        logits, ours.prefill(params, cfg, batch, 64)[1], rtol=1e-5, atol=1e-5
-    )
+    with pytest.raises(q3.InputError, match="unstack_layers"):
+        q3.prefill(stacked, cfg, batch, 64)
 
 
 def test_loss_is_transformers_loss():
@@ -237,6 +236,12 @@ def test_some_logits_only_and_kept_features_and_embeddings():
     np.testing.assert_allclose(
         ours.forward(params, cfg, batch, logits_to_keep=3), want[:, -3:], atol=1e-5
     )
+    for wide in (
+        q3.make_batch(cfg, **row),
+        q3.make_batch(cfg, **tiny.pad_batch([row, inputs("long")])),
+    ):
+        last = ours.forward(params, cfg, wide, logits_to_keep=2)[0]  # attended tokens, not padding
+        np.testing.assert_allclose(last, want[0, -2:], atol=1e-4)
     some = q3.forward(params, cfg, batch, logits_to_keep=jnp.array([0, 21, 5]))
     np.testing.assert_allclose(some, want[:, [0, 21, 5]], atol=1e-5)
     features = ours.vision_encode(params, cfg, batch.vision)
@@ -249,6 +254,34 @@ def test_some_logits_only_and_kept_features_and_embeddings():
     np.testing.assert_allclose(ours.forward(params, cfg, given), want, atol=1e-5)
     given = q3.make_batch(cfg, **row, inputs_embeds=embeds)  # padded to a bucket
     assert given.embeds.shape == (*given.tokens.shape, cfg.text.hidden_size)
+
+
+def test_pictures_that_are_not_there_are_missed():
+    params, cfg = model()
+    row = inputs("one_picture")
+    bare = q3.make_batch(cfg, **{k: v for k, v in row.items() if k != "pixel_values"}, pad=False)
+    assert bare.vision is None
+    with pytest.raises(q3.InputError, match="features="):
+        q3.forward(params, cfg, bare)
+    full = q3.make_batch(cfg, **row, pad=False)
+    features = ours.vision_encode(params, cfg, full.vision)
+    got = ours.forward(params, cfg, bare, features=features)
+    np.testing.assert_allclose(got, ours.forward(params, cfg, full), atol=1e-5)
+
+
+def test_a_cache_of_any_size_is_whole_blocks_and_grows():
+    params, cfg = model()
+    batch = q3.make_batch(cfg, **inputs("text"))
+    cache, _ = ours.prefill(params, cfg, batch, 1000)
+    assert cache.slots == 1024
+    token = jnp.array([5], jnp.int32)
+    step = jax.jit(q3.decode_step, static_argnames="cfg", donate_argnames="cache")
+    memory = step.lower(params, cfg, cache, token).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < cache.k[0].nbytes * 2  # no layer's cache is copied whole
+    assert q3.grow_cache(cache, 1100).slots == 1536
+    with pytest.raises(q3.InputError, match="1024"):
+        q3.grow_cache(cache, 512)
+    step(params, cfg, init_cache(cfg, 1, 32, jnp.float32), token)  # an eager cache can be donated
 
 
 def test_float16_runs_and_is_close():

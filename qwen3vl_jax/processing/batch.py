@@ -1,4 +1,4 @@
-"""Host tables: rope_index, make_vision, make_batch. Numpy in, structs of numpy arrays out.
+"""Host tables: make_vision and make_batch. Numpy in, structs of numpy arrays out.
 
 Whatever depends on a picture's size or a prompt's length is worked out here and padded to BUCKETS,
 so that the compiled functions never see it. Dims as in layers.py.
@@ -12,6 +12,12 @@ import numpy as np
 
 from qwen3vl_jax.config import Config, VisionConfig
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.processing.positions import (
+    frames_by_token,
+    grid_array,
+    ids_and_mask,
+    rope_index,
+)
 from qwen3vl_jax.structs import Batch, VisionInputs
 
 
@@ -34,104 +40,6 @@ def bucket(count: int) -> int:
     raise InputError(f"{count} tokens are more than the largest bucket, {BUCKETS[-1]}")
 
 
-def rope_index(
-    cfg: Config, input_ids, image_grid_thw=None, video_grid_thw=None, attention_mask=None
-) -> tuple[np.ndarray, np.ndarray]:
-    """MRoPE ids [3 B T] (T, H, W; 0 at padding) and delta [B] = max + 1 - attended length, int32.
-
-    Text counts on all three axes together. A picture, or one frame of a clip, of h x w merged patches
-    at count c gets (c, c + row, c + column) and moves the count by max(h, w). Text, picture 1x2x3, text:
-
-        T  0 1 2  2 2 2 2 2  5        H  0 1 2  2 2 3 3 3  5        W  0 1 2  3 4 2 3 4  5
-
-    Raises InputError when placeholders and grids do not match. Source: reference get_rope_index.
-    """
-    ids, mask = _ids_and_mask(input_ids, attention_mask)
-    frames = _frames_by_token(cfg, image_grid_thw, video_grid_thw)
-    positions = np.zeros((3, *ids.shape), np.int32)
-    delta = np.zeros(len(ids), np.int32)
-    for b, row in enumerate(ids):
-        place = np.flatnonzero(mask[b])
-        index, top = _row_positions(row[place], frames)
-        positions[:, b, place] = index
-        delta[b] = top - len(place)
-    for token, rest in frames.items():
-        if rest:
-            name = "image" if token == cfg.image_token_id else "video"
-            raise InputError(
-                f"{name}_grid_thw: {len(rest)} {name} grid(s) or frame(s) are left over; the prompt "
-                f"has too few {name} placeholders (token {token})"
-            )
-    return positions, delta
-
-
-def _ids_and_mask(input_ids, attention_mask) -> tuple[np.ndarray, np.ndarray]:
-    ids = np.asarray(input_ids)
-    if ids.ndim != 2:
-        raise InputError(f"input_ids: shape {ids.shape}, expected [B T]")
-    mask = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask) != 0
-    if mask.shape != ids.shape:
-        raise InputError(
-            f"attention_mask: shape {mask.shape}, expected that of input_ids {ids.shape}"
-        )
-    return ids.astype(np.int32), mask
-
-
-def grid_array(name: str, grid) -> np.ndarray:
-    """A grid argument as int64 [n 3], checked."""
-    grid = np.zeros((0, 3), np.int64) if grid is None else np.asarray(grid).astype(np.int64)
-    if grid.ndim != 2 or grid.shape[1] != 3 or (grid < 1).any():
-        raise InputError(
-            f"{name}: expected rows (t, h, w) of positive numbers, found {grid.tolist()}"
-        )
-    return grid
-
-
-def _frames_by_token(cfg: Config, image_grid_thw, video_grid_thw) -> dict[int, list]:
-    """Placeholder token -> merged frames (h, w) still to be placed, in order; clips split into frames."""
-    merge = cfg.vision.spatial_merge_size
-    frames: dict[int, list] = {}
-    both = ((cfg.image_token_id, "image_grid_thw", image_grid_thw),
-            (cfg.video_token_id, "video_grid_thw", video_grid_thw))  # fmt: skip
-    for token, name, given in both:
-        grid = grid_array(name, given)
-        if (grid[:, 1:] % merge).any():
-            raise InputError(f"{name}: sides must be multiples of {merge}, found {grid.tolist()}")
-        frames[token] = [(h // merge, w // merge) for t, h, w in grid.tolist() for _ in range(t)]
-    return frames
-
-
-def _row_positions(row: np.ndarray, frames: dict[int, list]) -> tuple[np.ndarray, int]:
-    """Positions [3 n] of an unpadded row and the next free one; takes its frames off the lists."""
-    out = np.zeros((3, len(row)), np.int32)
-    visual = np.isin(row, list(frames))
-    at, count = 0, 0
-    while at < len(row):
-        if not visual[at]:
-            stop = at + int(np.argmax(visual[at:])) if visual[at:].any() else len(row)
-            out[:, at:stop] = count + np.arange(stop - at)
-            at, count = stop, count + stop - at
-            continue
-        token = int(row[at])
-        if not frames[token]:
-            raise InputError(
-                f"input_ids: a placeholder (token {token}) at {at} has no grid left; each picture "
-                "needs one row of image_grid_thw, each clip one of video_grid_thw"
-            )
-        h, w = frames[token].pop(0)
-        stop = at + h * w
-        if stop > len(row) or (row[at:stop] != token).any():
-            found = int(np.argmax(np.append(row[at:] != token, True)))
-            raise InputError(
-                f"input_ids: {found} placeholders (token {token}) at {at}, but its grid of {h} x {w} "
-                f"merged patches needs {h * w}"
-            )
-        cell = np.arange(h * w)
-        out[:, at:stop] = count + np.stack([cell * 0, cell // w, cell % w])
-        at, count = stop, count + max(h, w)
-    return out, count
-
-
 def make_vision(cfg: Config, pixels, grid_thw, pad: bool = True) -> VisionInputs:
     """Patch rows [sum(t h w), C] of pictures and clips and their grids [n 3] -> VisionInputs.
 
@@ -140,7 +48,7 @@ def make_vision(cfg: Config, pixels, grid_thw, pad: bool = True) -> VisionInputs
     """
     c = cfg.vision
     grid = grid_array("grid_thw", grid_thw)
-    pixels = np.asarray(pixels, np.float32)
+    pixels = np.asarray(host_array(pixels), np.float32)
     count, width = int(grid.prod(1).sum()), int(np.prod(c.patch_shape))
     if pixels.shape != (count, width):
         raise InputError(
@@ -222,13 +130,19 @@ def make_batch(
 
     Rows are padded on the right to a bucket unless pad is False; they may be padded left or right
     already. position_ids [B T] or [3 B T] and segment_ids [B T] (0 padding, 1.. packed samples) are for
-    those who make their own. Raises InputError for what does not fit together.
+    those who make their own; grids without pixels are for a call with `features=`. Raises InputError
+    for what does not fit together.
     """
     unknown = [k for k in dropped if k not in _DROPPED]
     if unknown:
         raise InputError(f"make_batch: unknown arguments {', '.join(unknown)}")
-    ids, mask = _ids_and_mask(input_ids, attention_mask)
+    ids, mask = ids_and_mask(input_ids, attention_mask)
     segments = _segments(mask, segment_ids)
+    labels = _checked_rows(cfg, ids, mask, labels)
+    embeds = None if inputs_embeds is None else host_array(inputs_embeds)
+    if embeds is not None and embeds.shape != (*ids.shape, cfg.text.hidden_size):
+        want = (*ids.shape, cfg.text.hidden_size)
+        raise InputError(f"inputs_embeds: shape {embeds.shape}, expected {want}")
     if position_ids is None:
         if segments.max(initial=0) > 1:
             raise InputError("make_batch: packed rows (segment_ids over 1) need their position_ids")
@@ -243,7 +157,8 @@ def make_batch(
         for n, g in (("image_grid_thw", image_grid_thw), ("video_grid_thw", video_grid_thw))
     )
     vision = _vision(cfg, pixel_values, image_grid, pixel_values_videos, video_grid, pad)
-    rows = _vision_rows(cfg, np.where(mask, ids, -1), image_grid)
+    pictured = len(image_grid) + len(video_grid) > 0
+    rows = _vision_rows(cfg, np.where(mask, ids, -1), image_grid) if pictured else None
     width = bucket(ids.shape[1]) if pad else ids.shape[1]
 
     def fit(x, fill=0) -> Any:
@@ -252,17 +167,44 @@ def make_batch(
         extra[1 if x.ndim == 2 or x is embeds else 2] = (0, width - ids.shape[1])
         return np.pad(x, extra, constant_values=fill)
 
-    embeds = None if inputs_embeds is None else np.asarray(inputs_embeds)
     return Batch(
         tokens=fit(ids),
         positions=fit(positions),
         segment_ids=fit(segments),
-        vision_rows=fit(rows, -1),
+        vision_rows=None if rows is None else fit(rows, -1),
         delta=cast(Any, delta),
         vision=vision,
-        labels=None if labels is None else fit(np.asarray(labels).astype(np.int32), -100),
+        labels=None if labels is None else fit(labels, -100),
         embeds=None if embeds is None else fit(embeds),
     )
+
+
+def host_array(x: Any) -> np.ndarray:
+    """Any library's array as numpy; torch's bfloat16, which numpy has not, as float32."""
+    try:
+        return np.asarray(x)
+    except TypeError:
+        return np.asarray(x.float())
+
+
+def _checked_rows(cfg: Config, ids: np.ndarray, mask: np.ndarray, labels) -> np.ndarray | None:
+    """The labels [B T], once ids and labels are known to be those of rows that hold something."""
+    size = cfg.text.vocab_size
+    if not mask.any(axis=1).all() or not ids.size:
+        empty = int(np.argmin(mask.any(axis=1))) if ids.size else 0
+        raise InputError(f"input_ids: row {empty} of shape {ids.shape} has no attended token")
+    wrong = ids[mask & ((ids < 0) | (ids >= size))]
+    if wrong.size:
+        raise InputError(f"input_ids: token {wrong[0]} is outside the vocabulary of {size}")
+    if labels is None:
+        return None
+    labels = np.asarray(labels).astype(np.int32)
+    if labels.shape != ids.shape:
+        raise InputError(f"labels: shape {labels.shape}, expected that of input_ids {ids.shape}")
+    wrong = labels[(labels >= size) | ((labels < 0) & (labels != -100))]
+    if wrong.size:
+        raise InputError(f"labels: {wrong[0]} is neither -100 nor a token of {size}")
+    return labels
 
 
 def _segments(mask: np.ndarray, segment_ids) -> np.ndarray:
@@ -293,7 +235,7 @@ def _positions(position_ids, shape: tuple[int, ...]) -> np.ndarray:
 
 def _frames_match(cfg, ids, mask, image_grid_thw, video_grid_thw) -> None:
     """The placeholders' count, for rows whose positions the caller made."""
-    for token, frames in _frames_by_token(cfg, image_grid_thw, video_grid_thw).items():
+    for token, frames in frames_by_token(cfg, image_grid_thw, video_grid_thw).items():
         need, found = sum(h * w for h, w in frames), int(((ids == token) & mask).sum())
         if need != found:
             raise InputError(
@@ -302,22 +244,24 @@ def _frames_match(cfg, ids, mask, image_grid_thw, video_grid_thw) -> None:
 
 
 def _vision(cfg, pixel_values, image_grid, pixel_values_videos, video_grid, pad):
-    """Pictures first, then clips, as one VisionInputs; None for text alone."""
+    """Pictures first, then clips, as one VisionInputs; None for text or where features are kept."""
     parts = []
     both = (("pixel_values", pixel_values, image_grid),
             ("pixel_values_videos", pixel_values_videos, video_grid))  # fmt: skip
     for name, pixels, grid in both:
-        if (pixels is None) != (len(grid) == 0):
-            raise InputError(f"make_batch: {name} and its grids come together, one is missing")
+        if pixels is not None and len(grid) == 0:
+            raise InputError(f"make_batch: {name} came without its grids")
         if pixels is not None:
-            parts.append(np.asarray(pixels, np.float32))
+            parts.append(np.asarray(host_array(pixels), np.float32))
     if not parts:
         return None
+    if len(parts) < (len(image_grid) > 0) + (len(video_grid) > 0):
+        raise InputError("make_batch: pictures and clips: the pixels of one of them are missing")
     return make_vision(cfg, np.concatenate(parts), np.concatenate([image_grid, video_grid]), pad)
 
 
 def _vision_rows(cfg: Config, ids: np.ndarray, image_grid: np.ndarray) -> np.ndarray:
-    """For each placeholder its row of the vision features, else -1: pictures first, then clips."""
+    """For each placeholder its row of the vision features, else -1; ids is -1 at padding."""
     rows = np.full(ids.shape, -1, np.int32)
     pictures = int(image_grid.prod(1).sum()) // cfg.vision.merge_unit
     for token, first in ((cfg.image_token_id, 0), (cfg.video_token_id, pictures)):

@@ -159,9 +159,7 @@ class TextStream:
     ):
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
-        self._stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        if "" in self._stops:
-            raise InputError("stop strings: found an empty one")
+        self._stops = stop_list(stop)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""  # text that may be the beginning of a stop string
         self.stopped: str | None = None
@@ -189,6 +187,14 @@ class TextStream:
         keep = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
+
+
+def stop_list(stop: str | Sequence[str]) -> tuple[str, ...]:
+    """Stop strings as a tuple; raises InputError for an empty one, which would stop everything."""
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if "" in stops:
+        raise InputError("stop strings: found an empty one")
+    return stops
 
 
 def find_stop(text: str, stops: Sequence[str]) -> tuple[int, str | None]:
@@ -237,7 +243,10 @@ def _from_vocab(directory: Path, added: Sequence[tuple[int | None, AddedToken]])
     vocab = dict(_read_json(directory / "vocab.json"))
     # A token that the vocabulary holds keeps its id when it is added; others would be numbered on.
     vocab |= {token.content: i for i, token in added if i is not None}
-    lines = (directory / "merges.txt").read_text(encoding="utf-8").split("\n")
+    try:
+        lines = (directory / "merges.txt").read_text(encoding="utf-8").split("\n")
+    except (OSError, ValueError) as e:
+        raise InputError(f"{directory / 'merges.txt'}: cannot read this UTF-8 file: {e}") from e
     merges = []
     for number, line in enumerate(lines):
         if not line.strip() or (number == 0 and line.startswith("#version")):
@@ -265,17 +274,29 @@ def _added_tokens(
     special = {_content(names.get(key)) for key in _NAMED}
     for key in _LISTED:
         listed = names.get(key) or []
-        listed = listed.values() if isinstance(listed, Mapping) else listed
+        listed = list(listed.values()) if isinstance(listed, Mapping) else listed
+        if not isinstance(listed, list):
+            raise InputError(f"{directory}: {key} is {listed!r}, expected a list of tokens")
         special |= {_content(token) for token in listed}
     found: dict[str, tuple[int | None, AddedToken]] = {}
-    for name, i in _read_json(directory / "added_tokens.json", default={}).items():
+    path = directory / "added_tokens.json"
+    for name, i in _read_json(path, default={}).items():
         is_special = name in special
-        found[name] = (int(i), AddedToken(name, special=is_special, normalized=False))
-    for i, raw in (config.get("added_tokens_decoder") or {}).items():
+        number = _token_id(i, f"{path}: id of {name!r}")
+        found[name] = (number, AddedToken(name, special=is_special, normalized=False))
+    where = f"{directory / 'tokenizer_config.json'}: added_tokens_decoder"
+    entries = config.get("added_tokens_decoder") or {}
+    if not isinstance(entries, Mapping):
+        raise InputError(f"{where} is {entries!r}, expected an object")
+    for i, raw in entries.items():
+        content = raw.get("content") if isinstance(raw, Mapping) else None
+        if not isinstance(content, str):
+            raise InputError(f"{where}: {i!r} is {raw!r}, expected an object with content")
+        number = _token_id(int(i) if i.isdecimal() else i, f"{where}: an id")
         flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
         options = {k: bool(raw[k]) for k in flags if k in raw}
-        options["special"] = options.get("special", False) or raw["content"] in special
-        found[raw["content"]] = (int(i), AddedToken(raw["content"], **options))
+        options["special"] = options.get("special", False) or content in special
+        found[content] = (number, AddedToken(content, **options))
     for name in sorted(special - {None} - set(found), key=str):
         found[str(name)] = (None, AddedToken(str(name), special=True, normalized=False))
     return sorted(found.values(), key=lambda x: (x[0] is None, x[0] or 0))
@@ -305,4 +326,13 @@ def _add_tokens(
 
 def _content(token: Any) -> str | None:
     """Spelling of a token that a JSON file names as text or as an object."""
-    return token.get("content") if isinstance(token, Mapping) else token
+    found = token.get("content") if isinstance(token, Mapping) else token
+    if found is not None and not isinstance(found, str):
+        raise InputError(f"tokenizer: a named token is {token!r}, expected text or an object")
+    return found
+
+
+def _token_id(value: Any, where: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**32:
+        raise InputError(f"{where} is {value!r}, expected an integer from 0 to 2**32 - 1")
+    return value
