@@ -13,13 +13,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from convert.matching import LAYOUTS, MismatchError
+from convert.matching import LAYOUTS
 from convert.to_hf import SHARD_SIZE, to_hf
 from convert.to_orbax import Progress, to_orbax
 from qwen3vl_jax.checkpoint import resolve
-from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.cli import EXPECTED, report
 
-_LISTED = 20  # problems printed
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
@@ -96,20 +95,8 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # an accelerator's memory is not needed
     try:
         _run(options)
-    except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
-        if isinstance(e, MismatchError) and len(e.problems) > 1:
-            for problem in e.problems[:_LISTED]:
-                print(f"  {problem}", file=sys.stderr)
-            if len(e.problems) > _LISTED:
-                print(f"  ... and {len(e.problems) - _LISTED} more", file=sys.stderr)
-        return 2
-    except OSError as e:
-        print(f"error: {e.filename or options.out}: {e.strerror or e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
+    except EXPECTED as e:
+        return report(e, options.out, "interrupted: nothing was written")
     return 0
 
 

@@ -37,6 +37,7 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
 
 def load(
     ckpt: str | os.PathLike[str],
+    *,
     dtype: Any = None,
     revision: str | None = None,
     expert_layout: str | None = None,

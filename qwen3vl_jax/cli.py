@@ -9,18 +9,43 @@ from collections.abc import Iterator, Mapping
 
 from qwen3vl_jax.errors import InputError
 
+EXPECTED = (InputError, OSError, KeyboardInterrupt)  # what `report` takes
+_LISTED = 20  # problems printed
+
+
+def report(error: BaseException, where: object = "", interrupted: str = "interrupted") -> int:
+    """Prints one line on stderr; gives the exit code: 2 for bad input, 130 for Ctrl-C.
+
+    An error's `problems`, if it has several, follow as a list. where: what an OSError without a
+    file name is about.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        print(interrupted, file=sys.stderr)
+        return 130
+    message = str(error)
+    if isinstance(error, OSError):
+        message = ": ".join(str(x) for x in (error.filename or where, error.strerror or error) if x)
+    problems = getattr(error, "problems", ())
+    print(f"error: {_folded(message)}", file=sys.stderr)
+    if len(problems) > 1:
+        for problem in problems[:_LISTED]:
+            print(f"  {_folded(problem)}", file=sys.stderr)
+        if len(problems) > _LISTED:
+            print(f"  ... and {len(problems) - _LISTED} more", file=sys.stderr)
+    return 2
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.split())
+
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Ends the process with code 2 and one line on stderr for bad input, 130 for Ctrl-C."""
+    """Ends the process as `report` says for bad input, a file that cannot be used, and Ctrl-C."""
     try:
         yield
-    except InputError as e:
-        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    except EXPECTED as e:
+        sys.exit(report(e))
 
 
 @contextlib.contextmanager

@@ -1,8 +1,9 @@
 """Orbax in and out with little memory: a few tensors at a time, never the whole tree.
 
-Orbax writes every numpy leaf of a tree at once (1.6 times the checkpoint in memory, whatever limits
-it is given), so leaves are LazyTensors and their TypeHandler takes them in groups. The files are
-Orbax's own: `StandardCheckpointer().restore(directory)` reads them without this module.
+Orbax writes every numpy leaf of a tree at once, all of them in memory whatever limits it is given,
+so leaves are LazyTensors and their TypeHandler takes them in groups: `python -m benchmarks.convert`
+measures what that needs. The files are Orbax's own: `StandardCheckpointer().restore(directory)`
+reads them without this module.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _CHUNK = 128 << 20  # bytes of one stored piece, the least that a process reads 
 
 
 def _context() -> tensorstore.Context:
-    # Whoever writes a checkpoint flushes it once, at the end: a flush a group costs a third of the speed.
+    # Whoever writes a checkpoint flushes it once, at the end: a flush a group is slow.
     cache = {"total_bytes_limit": 100_000_000}
     return tensorstore.Context({"cache_pool#ocdbt": cache, "file_io_sync": False})
 
@@ -85,7 +86,7 @@ def _tree_handler(sink: Sink) -> ocp.PyTreeCheckpointHandler:
     registry = ocp.type_handlers.create_type_handler_registry(
         (jax.Array, ocp.type_handlers.ArrayHandler()), (LazyTensor, _Handler(sink))
     )
-    # Not compressed: bf16 weights shrink by a fifth, at a third of the speed and 100 times the memory.
+    # Not compressed: bf16 weights shrink little, and compression costs much speed and memory.
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from qwen3vl_jax.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows opens no directory: nothing there to lock, nor to flush
+    fcntl = None
 
 CONFIG = "config.json"
 
@@ -21,7 +25,7 @@ def staged(out: Path, force: bool = False, needs: int = 0) -> Iterator[Path]:
     A killed process leaves `.NAME.partial`, which holds no config.json and so never loads; the next
     run clears it. An old `out` stays until the new one is complete, then makes room (`force` only).
     Raises InputError for an `out` that is in the way, a disk without `needs` free bytes, and while
-    another process writes to the same `out`.
+    another process writes to the same `out` (not on Windows, which has no such lock).
     """
     out = Path(os.path.realpath(out))
     stage, old = out.parent / f".{out.name}.partial", out.parent / f".{out.name}.old"
@@ -34,16 +38,18 @@ def staged(out: Path, force: bool = False, needs: int = 0) -> Iterator[Path]:
         if free < needs:
             raise InputError(f"{out.parent}: {free:,} bytes free, {needs:,} needed")
         stage.mkdir(exist_ok=True)
-        lock = os.open(stage, os.O_RDONLY)
+        lock = os.open(stage, os.O_RDONLY) if fcntl else None
     except OSError as e:
         raise InputError(f"{out}: cannot be written ({e.strerror})") from e
     try:
-        _only_writer(lock, out)
+        if lock is not None:
+            _only_writer(lock, out)
         _empty(stage)
         shutil.rmtree(old, ignore_errors=True)
         try:
             yield stage
-            _flush(stage)
+            if fcntl:
+                _flush(stage)
         except BaseException:
             shutil.rmtree(stage, ignore_errors=True)
             raise
@@ -52,7 +58,8 @@ def staged(out: Path, force: bool = False, needs: int = 0) -> Iterator[Path]:
         stage.rename(out)
         shutil.rmtree(old, ignore_errors=True)
     finally:
-        os.close(lock)
+        if lock is not None:
+            os.close(lock)
 
 
 def _check_free_to_write(out: Path, force: bool) -> None:
@@ -67,6 +74,7 @@ def _check_free_to_write(out: Path, force: bool) -> None:
 
 
 def _only_writer(lock: int, out: Path) -> None:
+    assert fcntl
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from convert.__main__ import main
 from convert.mapping import to_hf
 from convert.to_orbax import to_orbax
-from qwen3vl_jax import Config, InputError, init_params
+from qwen3vl_jax import Config, InputError, init_params, staging
 from qwen3vl_jax.checkpoint import load, resolve, save_params
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,7 +62,7 @@ def test_load_casts(copies, dtype):
     """Every tensor in the dtype asked for, rounded as the device rounds."""
     for directory in copies:
         stored, _ = load(directory)
-        params, _ = load(directory, dtype)
+        params, _ = load(directory, dtype=dtype)
         want = jax.tree.map(lambda x: np.asarray(x).astype(jnp.dtype(dtype)), stored)
         assert jax.tree.all(jax.tree.map(lambda x, y: x.dtype == y.dtype, params, want))
         assert jax.tree.all(
@@ -194,6 +195,31 @@ def test_resolve_names_what_is_no_checkpoint(tmp_path):
         with pytest.raises(InputError, match=message):
             resolve(name, revision)
     assert resolve(str(tmp_path)) == tmp_path
+
+
+def test_only_the_checkpoint_is_positional(tmp_path):
+    """A call with the old order fails instead of taking a revision for a dtype."""
+    with pytest.raises(TypeError, match="positional"):
+        load(tmp_path, "float32")  # pyright: ignore
+
+
+def test_where_there_is_no_lock(copies, tmp_path, monkeypatch):
+    """Without fcntl (Windows) checkpoints are written all the same, with no flush of directories."""
+    source, _ = copies
+    monkeypatch.setattr(staging, "fcntl", None)
+    monkeypatch.setattr(os, "fsync", None)
+    with staging.staged(tmp_path / "new") as stage:
+        staging.copy_files(source, [Path("config.json")], stage)
+    assert (tmp_path / "new" / "config.json").is_file()
+
+
+def test_command_line_folds_lines(tmp_path, capsys):
+    """A message with a line break (of a name, here) is still one line."""
+    (tmp_path / "a\nb").write_text("x")
+    for name, words in (("a\nb", "a b: is a file"), ("c\nd", "c d: no such directory")):
+        assert main([str(tmp_path / name), str(tmp_path / "out")]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and words in err
 
 
 # ---- Hub ids, against a server on this machine ----
