@@ -188,6 +188,14 @@ def test_template_files(tmp_path):
 
 
 # ---- rendering ----
+@pytest.mark.parametrize("raw", [["x"], [{"name": "default"}], [{"template": "x"}], 5])
+def test_malformed_template_lists(raw, tmp_path):
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": raw}))
+    for chosen in (None, tmp_path / "chat_template.json"):
+        with pytest.raises(InputError, match=r"chat_template\.json: chat_template .*expected"):
+            ChatTemplate.from_dir(tmp_path, chosen)
+
+
 def test_environment():
     def shown(text, **variables):
         return ChatTemplate({"default": text}).render([], None, False, False, variables)

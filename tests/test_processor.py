@@ -2,11 +2,13 @@
 
 import http.server
 import json
+import os
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
+import hub
 import numpy as np
 import pytest
 import toy_checkpoint as toy
@@ -273,6 +275,28 @@ def test_directories(tmp_path):
         Processor.from_pretrained(tmp_path)
 
 
+def test_hub_ids(proc, tmp_path, monkeypatch):
+    main, other = toy.save(tmp_path / "main"), toy.save(tmp_path / "other", template="{{ 'v2' }}")
+    home = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    code = (
+        "import sys; from qwen3vl_jax.processing.processor import Processor\n"
+        "for revision in (None, 'v2'):\n"
+        "    proc = Processor.from_pretrained('Qwen/Tiny', revision=revision)\n"
+        "    print(repr(proc.render([{'role': 'user', 'content': 'hi'}])))\n"
+        "assert not {'jax', 'flax', 'torch', 'transformers'} & set(sys.modules), 'imported'\n"
+    )
+    with hub.serve({"Qwen/Tiny": {"main": Path(main), "v2": Path(other)}}) as server:
+        environment = {**os.environ, **home, "HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0"}
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=Path(__file__).parents[1], env=environment,
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines() == [repr(proc.render([user("hi")])), "'v2'"]
+    with pytest.raises(InputError, match="a revision"):
+        Processor.from_pretrained(main, revision="v2")
+
+
 def test_template_of_the_user(tmp_path):
     toy.save(tmp_path)
     mine = tmp_path / "mine.jinja"
@@ -296,6 +320,7 @@ def test_bad_calls(proc):
         ({"text": "\ud800"}, "surrogate"),
         ({"conversations": [user("x")], "tools": "x"}, "tools"),
         ({"conversations": [user("x")], "tools": [max]}, "tools"),
+        ({"conversations": [user("x")], "tools": 5}, "tools: found int, expected a list"),
         ({"conversations": [user({"type": "video", "video": "clip.mp4"})]}, "video files"),
         ({"conversations": [user({"image": "gone.png"})]}, "gone.png: .*no such file"),
         ({"conversations": [user({"image": picture(3, 700)})]}, "200 times"),

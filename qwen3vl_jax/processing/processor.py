@@ -54,17 +54,21 @@ class Processor:
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | Path, chat_template: str | Path | None = None
+        cls,
+        source: str | Path,
+        chat_template: str | Path | None = None,
+        revision: str | None = None,
     ) -> Processor:
-        """Reads a checkpoint directory, Hugging Face's or ours.
+        """Reads a checkpoint directory, Hugging Face's or ours, or a Hub id as `load` does.
 
         Its config.json, tokenizer, chat template, picture settings (released ones where there is no
         file) and generation_config.json. chat_template: a file, a template's text, or the name of
-        one of the checkpoint's. Raises InputError that names what is missing or does not fit.
+        one of the checkpoint's. revision: branch, tag or commit of a Hub id, whose weights are
+        fetched too. Raises InputError that names what is missing or does not fit.
         """
-        directory = Path(directory)
-        if not directory.is_dir():
-            raise InputError(f"{directory}: no such directory, expected a checkpoint")
+        from qwen3vl_jax.checkpoint import resolve
+
+        directory = resolve(source, revision)
         config = Config.from_hf(directory)
         tokenizer = Tokenizer.from_pretrained(directory)
         vision = config.vision
@@ -295,8 +299,9 @@ def _is_many(conversations: Any) -> bool:
 def _plain_tools(tools: Sequence[Mapping[str, Any]] | None) -> Any:
     if tools is None:
         return None
-    if isinstance(tools, (str, Mapping)) or not all(isinstance(t, Mapping) for t in tools):
-        raise InputError("tools: expected a list of JSON schemas (objects)")
+    if not isinstance(tools, Sequence) or not all(isinstance(t, Mapping) for t in tools):
+        found = f"found {type(tools).__name__}, " if not isinstance(tools, list) else ""
+        raise InputError(f"tools: {found}expected a list of JSON schemas (objects)")
     return [plain_data(tool) for tool in tools]
 
 

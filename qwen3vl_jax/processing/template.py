@@ -42,7 +42,7 @@ class ChatTemplate:
         if "{{" in text or "{%" in text:
             return cls({"default": text})
         if text.endswith(".json"):
-            return cls(_named(_load(Path(text)).get("chat_template")), text)
+            return cls(_named(_load(Path(text)).get("chat_template"), Path(text)), text)
         return cls({"default": _read(Path(text))}, text)
 
     def text(self, with_tools: bool) -> str:
@@ -114,18 +114,26 @@ def _templates(directory: Path) -> dict[str, str]:
         return {**found, "default": _read(directory / "chat_template.jinja")}
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
         if (directory / name).is_file():
-            named = _named(_load(directory / name).get("chat_template"))
+            named = _named(_load(directory / name).get("chat_template"), directory / name)
             if named:
                 return {**found, **named}
     return found
 
 
-def _named(raw: Any) -> dict[str, str]:
+def _named(raw: Any, path: Path) -> dict[str, str]:
     """Templates by name, of one text, an object, or a list of {name, template}."""
     if isinstance(raw, str):
         return {"default": raw}
     if isinstance(raw, Mapping):
         return {str(k): str(v) for k, v in raw.items()}
+    if raw is not None and not isinstance(raw, list):
+        raise InputError(f"{path}: chat_template is {raw!r}, expected a text, an object or a list")
+    for entry in raw or []:
+        if not isinstance(entry, Mapping) or not {"name", "template"} <= entry.keys():
+            raise InputError(
+                f"{path}: chat_template lists {str(entry)[:80]!r}, expected an object with name "
+                "and template"
+            )
     return {str(t["name"]): str(t["template"]) for t in raw or []}
 
 
