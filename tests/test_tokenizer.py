@@ -229,6 +229,29 @@ def test_bad_tokenizer_files(tmp_path):
         Tokenizer.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("merges.txt", b"a b\n\xff\xfe", "merges.txt: cannot read this UTF-8"),
+        ("added_tokens.json", {"<x>": "many"}, "added_tokens.json: id of '<x>' is 'many'"),
+        ("added_tokens.json", {"<x>": 1.5}, "is 1.5, expected an integer"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "<x>"}}}, "id is 'x'"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"5": "<x>"}}, "'5' is '<x>', expected"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"5": {}}}, "with content"),
+        ("tokenizer_config.json", {"added_tokens_decoder": ["<x>"]}, "expected an object"),
+        ("tokenizer_config.json", {"extra_special_tokens": 5}, "expected a list of tokens"),
+        ("tokenizer_config.json", {"eos_token": 5}, "named token is 5"),
+    ],
+)
+def test_malformed_tokenizer_files(file, content, words, tmp_path):
+    toy.save_tokenizer(tmp_path, "vocab")
+    data = content if isinstance(content, bytes) else json.dumps(content).encode()
+    (tmp_path / file).write_bytes(data)
+    with pytest.raises(InputError, match=words) as error:
+        Tokenizer.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
+
+
 def test_text_that_is_not_unicode(tokenizer):
     with pytest.raises(InputError, match="surrogate"):
         tokenizer.encode("a\ud800b")

@@ -292,7 +292,7 @@ def _added_tokens(
         content = raw.get("content") if isinstance(raw, Mapping) else None
         if not isinstance(content, str):
             raise InputError(f"{where}: {i!r} is {raw!r}, expected an object with content")
-        number = _token_id(int(i) if i.isdecimal() else i, f"{where}: an id")
+        number = _token_id(int(i) if i.isdecimal() and len(i) < 11 else i, f"{where}: an id")
         flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
         options = {k: bool(raw[k]) for k in flags if k in raw}
         options["special"] = options.get("special", False) or content in special
