@@ -224,9 +224,7 @@ def _from_array(array: np.ndarray) -> Image.Image:
 
 class _HttpOnly(urllib.request.HTTPRedirectHandler):
     # The signature is urllib's.
-    def redirect_request(
-        self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: str
-    ):
+    def redirect_request(self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: str):
         if urllib.parse.urlsplit(newurl).scheme not in _FETCH_SCHEMES:
             fp.close()
             raise InputError(
