@@ -139,10 +139,7 @@ def make_batch(
     ids, mask = ids_and_mask(input_ids, attention_mask)
     segments = _segments(mask, segment_ids)
     labels = _checked_rows(cfg, ids, mask, labels)
-    embeds = None if inputs_embeds is None else host_array(inputs_embeds)
-    if embeds is not None and embeds.shape != (*ids.shape, cfg.text.hidden_size):
-        want = (*ids.shape, cfg.text.hidden_size)
-        raise InputError(f"inputs_embeds: shape {embeds.shape}, expected {want}")
+    embeds = _embeds(cfg, ids, inputs_embeds)
     if position_ids is None:
         if segments.max(initial=0) > 1:
             raise InputError("make_batch: packed rows (segment_ids over 1) need their position_ids")
@@ -152,10 +149,8 @@ def make_batch(
         _frames_match(cfg, ids, mask, image_grid_thw, video_grid_thw)
         top = np.where(segments > 0, positions.max(0), -1).max(1)
         delta = (top + 1 - (segments > 0).sum(1)).astype(np.int32)
-    image_grid, video_grid = (
-        grid_array(n, g)
-        for n, g in (("image_grid_thw", image_grid_thw), ("video_grid_thw", video_grid_thw))
-    )
+    image_grid = grid_array("image_grid_thw", image_grid_thw)
+    video_grid = grid_array("video_grid_thw", video_grid_thw)
     vision = _vision(cfg, pixel_values, image_grid, pixel_values_videos, video_grid, pad)
     pictured = len(image_grid) + len(video_grid) > 0
     rows = _vision_rows(cfg, np.where(mask, ids, -1), image_grid) if pictured else None
@@ -185,6 +180,16 @@ def host_array(x: Any) -> np.ndarray:
         return np.asarray(x)
     except TypeError:
         return np.asarray(x.float())
+
+
+def _embeds(cfg: Config, ids: np.ndarray, inputs_embeds) -> np.ndarray | None:
+    """Embeddings [B T D] in place of the tokens', checked."""
+    if inputs_embeds is None:
+        return None
+    embeds, want = host_array(inputs_embeds), (*ids.shape, cfg.text.hidden_size)
+    if embeds.shape != want:
+        raise InputError(f"inputs_embeds: shape {embeds.shape}, expected {want}")
+    return embeds
 
 
 def _checked_rows(cfg: Config, ids: np.ndarray, mask: np.ndarray, labels) -> np.ndarray | None:
