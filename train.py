@@ -28,6 +28,7 @@ Recipe = dict[str, Any]
 FIELDS = (
     "step",
     "loss",
+    "naming",
     "exact",
     "held_out_loss",
     "held_out_exact",
@@ -79,7 +80,8 @@ def batches(recipe: Recipe, folder: Path, part: str, steps: int) -> Iterator[Any
     from demo.examples import Shape, make_batch
 
     seed = recipe["seed"] + (part == "held_out")
-    make = functools.partial(make_batch, str(folder), part, Shape(**recipe["batch"]), seed)
+    few = recipe["few"] if part == "train" else 0
+    make = functools.partial(make_batch, str(folder), part, Shape(**recipe["batch"]), seed, few=few)
     workers = recipe["workers"] or max(1, (os.cpu_count() or 1) - 1)
     with ProcessPoolExecutor(min(workers, steps), mp_context=get_context("spawn")) as pool:
         ahead = deque(pool.submit(make, step) for step in range(min(2 * workers, steps)))
@@ -135,25 +137,46 @@ def init(key, cfg):
 
 
 def loss_fn(params, cfg, batch, dtype):
-    """Weighted mean cross-entropy over answers: (loss, {"loss", "right" bool [B, T-1]}).
+    """Cross-entropy of answers, and half that of what the vision tower sees.
 
     Each token of an answer of n tokens weighs 1 / sqrt(n), as in Qwen3-VL's own training: else a
-    list of boxes drowns out a one-word answer. Source: arXiv 2511.21631.
+    list of boxes drowns out a one-word answer. Source: arXiv 2511.21631. The labels of placeholders
+    are read from the merged vision rows themselves, through the head: asked of the decoder's last
+    layer instead, naming crowds out the search for a digit.
+
+    Returns (sum, {"loss": of answers, "naming": of vision rows, "right": bool [B, T-1]}).
     """
     import jax
     import jax.numpy as jnp
-    import optax
 
     import qwen3vl_jax as q3
+    from qwen3vl_jax.model import unembed
 
     params = jax.tree.map(lambda x: x.astype(dtype), params)
     features = encode_windows(params, cfg, batch.vision)
     logits = q3.forward(params, cfg, batch.replace(vision=None), features=features)[:, :-1]
-    labels = batch.labels[:, 1:]
-    weights = answer_weights(labels >= 0)
+    labels = answer_labels(batch)[:, 1:]
+    loss = mean_loss(logits, labels, answer_weights(labels >= 0))
+    seen = unembed(params, cfg, features.merged[batch.vision_rows])
+    naming = mean_loss(seen, batch.labels, batch.vision_rows >= 0)
+    metrics = {"loss": loss, "naming": naming, "right": jnp.argmax(logits, -1) == labels}
+    return loss + 0.5 * naming, metrics
+
+
+def mean_loss(logits, labels, weights):
+    """Weighted mean cross-entropy of logits [B, T, V] and labels [B, T], 0 where none counts."""
+    import jax.numpy as jnp
+    import optax
+
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
-    loss = jnp.sum(losses * weights) / jnp.maximum(weights.sum(), 1e-9)
-    return loss, {"loss": loss, "right": jnp.argmax(logits, -1) == labels}
+    return jnp.sum(losses * weights) / jnp.maximum(jnp.sum(weights), 1e-9)
+
+
+def answer_labels(batch):
+    """The labels [B, T] of answers alone: -100 on placeholders too."""
+    import jax.numpy as jnp
+
+    return jnp.where(batch.vision_rows >= 0, -100, batch.labels)
 
 
 def answer_weights(counted):
@@ -197,7 +220,7 @@ def answers_right(labels, right) -> list[bool]:
     import numpy as np
 
     found = []
-    for counted, hits in zip(labels[:, 1:] >= 0, np.asarray(right), strict=True):
+    for counted, hits in zip(np.asarray(labels[:, 1:] >= 0), np.asarray(right), strict=True):
         edges = np.flatnonzero(np.diff(np.pad(counted, 1).astype(np.int8)))
         found += [bool(hits[a:b].all()) for a, b in edges.reshape(-1, 2)]
     return found
@@ -293,11 +316,14 @@ def train(recipe: Recipe, out: Path) -> None:
             loss = float(metrics["loss"])
             if not np.isfinite(loss):
                 raise InputError(f"step {step}: the loss is {loss}; lower optimizer.learning_rate")
-            exact = np.mean(answers_right(batch.labels, metrics["right"]))
-            values = {"loss": loss, "exact": exact, "norm": metrics["norm"], "lr": schedule(step)}
+            exact = np.mean(answers_right(answer_labels(batch), metrics["right"]))
+            values = {"loss": loss, "exact": exact, "lr": schedule(step)}
+            values |= {name: metrics[name] for name in ("naming", "norm")}
             if checked:
                 seen = [evaluate(params, batch) for batch in held_out]
-                right = [answers_right(b.labels, m["right"]) for b, m in zip(held_out, seen)]
+                right = [
+                    answers_right(answer_labels(b), m["right"]) for b, m in zip(held_out, seen)
+                ]
                 values["held_out_loss"] = np.mean([m["loss"] for m in seen])
                 values["held_out_exact"] = np.mean(np.concatenate(right))
                 save(params, cfg, out)

@@ -19,9 +19,14 @@ PATCH, MERGE, CHANNELS = 16, 2, 3
 CHECKPOINT = Path(__file__).with_name("checkpoint")
 WINDOW = 256  # patches; a picture has at most as many
 KINDS = {  # how often each kind of question is asked of a full grid, and of a loose picture
-    True: {"read": 0.25, "count": 0.4, "find": 0.25, "cell": 0.06, "total": 0.04},
-    False: {"count": 0.58, "find": 0.37, "total": 0.05},
+    True: {"read": 0.25, "count": 0.25, "find": 0.4, "cell": 0.06, "total": 0.04},
+    False: {"count": 0.4, "find": 0.55, "total": 0.05},
 }
+KINDS_FEW = {
+    True: {"read": 0.2, "count": 0.15, "find": 0.65},
+    False: {"count": 0.2, "find": 0.8},
+}
+FEW = ((1, 2), (1, 3), (2, 1), (2, 2), (3, 1))  # grids of the first steps, see make_batch
 LOOSE, CHAT, SYSTEM = 0.4, 0.02, 0.05  # chances
 MORE, MORE_AFTER_READING = 0.9, 0.3  # of a further turn: after a reading, answers need no eyes
 SHARED = 2  # rows that talk about the same picture: drawing and encoding it cost once
@@ -36,18 +41,24 @@ class Shape:
     windows: int
 
 
-def make_batch(folder: str, part: str, shape: Shape, seed: int, step: int) -> q3.Batch:
+def make_batch(
+    folder: str, part: str, shape: Shape, seed: int, step: int, few: int = 0
+) -> q3.Batch:
     """Compose one batch from the scans of ``part`` with the tokenizer and config in ``folder``.
 
     Pictures are packed into windows, so that attention costs the same whatever their sizes: the
     fields of ``vision`` are [windows, 256, ...] with ranges that count from the window's start, and
     its pixels are uint8 [windows, 256, 3*16*16], one of the two equal frames before normalisation.
-    Labels are -100 but on answers and, in training, on hints (see `_hints`); rows are padded on the
+    Labels are -100 but on answers and on placeholders (see `_contents`); rows are padded on the
     right. A picture serves SHARED rows.
+
+    Pictures of steps below ``few`` hold at most four digits and are mostly searched. To find a digit
+    one must compare each with the one asked for: among few that pays soon, and is kept afterwards;
+    among many, taking the next place in reading order pays more for too long.
     """
     rng = np.random.default_rng((seed, step))
     words, config = Words(folder), _config(folder)
-    pool, hints = scans.load(part), part == "train"
+    pool = scans.load(part)
     ids = np.full((shape.rows, shape.length), words.pad, np.int32)
     labels = np.full_like(ids, IGNORED)
     mask = np.zeros_like(ids)
@@ -56,15 +67,15 @@ def make_batch(folder: str, part: str, shape: Shape, seed: int, step: int) -> q3
     picture = start = None
     for i in range(shape.rows):
         if i % SHARED == 0:
-            picture = pictures.compose(
-                rng, pool, loose=bool(rng.random() < LOOSE), snap=True, distort=True
-            )
+            grid = FEW[int(rng.integers(len(FEW)))] if step < few else None
+            loose = bool(rng.random() < LOOSE)
+            picture = pictures.compose(rng, pool, loose=loose, snap=True, distort=True, grid=grid)
             start = windows.add(to_patches(picture.pixels), grid_of(picture))
         # Without a picture where one is due: rare, the others were large and no window has room.
         if start is None or picture is None or rng.random() < CHAT:
             row = _chat(rng, words)
         else:
-            row = make_row(rng, words, picture, shape.length, hints)
+            row = make_row(rng, words, picture, shape.length, step < few)
             grids.append(grid_of(picture))
         used = len(row.ids)
         ids[i, :used], labels[i, :used], mask[i, :used] = row.ids, row.labels, 1
@@ -137,7 +148,7 @@ class Words:
         ids: dict[str, int] = self.tokenizer.get_vocab()
         self.pad, self.image = ids["<|endoftext|>"], ids["<|image_pad|>"]
         self.nothing = ids["<|vision_pad|>"]
-        self.digits = [ids[str(digit)] for digit in range(10)]
+        self.seen = [ids[chr(256 + digit)] for digit in range(10)]  # bytes 0 to 9
 
     def __call__(self, text: str) -> list[int]:
         return _encode(self.tokenizer, text)
@@ -159,17 +170,20 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def make_row(
-    rng: np.random.Generator, words: Words, picture: pictures.Picture, length: int, hints: bool
+    rng: np.random.Generator,
+    words: Words,
+    picture: pictures.Picture,
+    length: int,
+    few: bool = False,
 ) -> Row:
     """Make one conversation of several turns about a picture."""
     system = rng.random() < SYSTEM
     ids = words(f"<|im_start|>system\n{tasks.SYSTEM}<|im_end|>\n") if system else []
     ids = ids + words("<|im_start|>user\n<|vision_start|>")
-    named = _hints(words, picture)
-    # Labels are read one place late: that of a placeholder's answer stands on its neighbour.
-    labels = [IGNORED] * (len(ids) + 1) + (named if hints else [IGNORED] * len(named))
-    ids = ids + [words.image] * len(named) + words("<|vision_end|>")
-    odds, more = dict(KINDS[picture.full]), 1.0
+    cells = _contents(words, picture)
+    labels = [IGNORED] * len(ids) + cells + [IGNORED]
+    ids = ids + [words.image] * len(cells) + words("<|vision_end|>")
+    odds, more = dict((KINDS_FEW if few else KINDS)[picture.full]), 1.0
     while rng.random() < more:
         turn = _turn(rng, picture, odds)
         asked, answered = spoken(words, turn, first=more == 1.0)
@@ -185,17 +199,18 @@ def make_row(
     return Row(ids, labels)
 
 
-def _hints(words: Words, picture: pictures.Picture) -> list[int]:
-    """What each placeholder should name while the model looks: the digit centred there, or nothing.
+def _contents(words: Words, picture: pictures.Picture) -> list[int]:
+    """A name for what each placeholder stands for: the digit centred in its cell, or nothing.
 
     An answer alone says little about where to look, and training on answers alone stays blind for
-    thousands of steps. Naming what stands in each 32 x 32 cell opens the eyes first.
+    thousands of steps. Naming what stands in each 32 x 32 cell opens the eyes first. The names are
+    control characters: under a digit's own token, a place would speak its digit wherever one of
+    its coordinates is due.
     """
     _, high, wide = grid_of(picture)
     named = np.full((high // MERGE, wide // MERGE), words.nothing)
-    middle = (picture.boxes[:, :2] + picture.boxes[:, 2:]) / 2 / (PATCH * MERGE)
-    for (x, y), digit in zip(middle.astype(int), picture.labels, strict=True):
-        named[y, x] = words.digits[digit]
+    for (x, y), digit in zip(pictures.centre_cells(picture), picture.labels, strict=True):
+        named[y, x] = words.seen[digit]
     return named.reshape(-1).tolist()
 
 

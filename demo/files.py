@@ -112,7 +112,7 @@ def make_config(tokenizer: Tokenizer) -> dict:
             "mrope_section": [6, 5, 5],
             "rope_type": "default",
         },
-        "rope_theta": 10000,
+        "rope_theta": 5000000,
         "use_cache": True,
         "vocab_size": VOCABULARY,
     }

@@ -79,6 +79,14 @@ def snapped(size: tuple[float, float]) -> tuple[int, int]:
     return height, width
 
 
+def centre_cells(picture: Picture) -> np.ndarray:
+    """The 32 x 32 cell (x, y) that holds the middle of each digit once resized: int [n, 2]."""
+    size = picture.pixels.shape[:2]
+    high, wide = (side // CELL for side in snapped(size))
+    middle = (picture.boxes[:, :2] + picture.boxes[:, 2:]) / 2 * (wide / size[1], high / size[0])
+    return np.minimum(middle, (wide - 1, high - 1)).astype(int)
+
+
 def make_plan(
     rng: np.random.Generator, scans: Scans, loose: bool, grid: tuple[int, int] | None = None
 ) -> Plan:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from demo.pictures import Picture
+from demo.pictures import Picture, centre_cells
 
 ONE = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 MANY = (
@@ -128,8 +128,9 @@ def read_answer(picture: Picture) -> str:
 
 
 def find_answer(picture: Picture, digit: int) -> str:
-    """JSON list of the boxes of one digit, in reading order, on the 0 to 1000 grid."""
-    found = relative_boxes(picture)[picture.labels == digit]
+    """JSON list of the boxes of one digit, in reading order of their cells, on the 0 to 1000 grid."""
+    order = np.lexsort(centre_cells(picture).T)  # by y, then by x
+    found = relative_boxes(picture)[order][picture.labels[order] == digit]
     return json.dumps([{"bbox_2d": box, "label": str(digit)} for box in found.tolist()])
 
 
