@@ -1,4 +1,4 @@
-"""Asks a Qwen3-VL checkpoint about pictures. Without arguments: the bundled demo on its picture.
+"""Asks a Qwen3-VL checkpoint about pictures and clips. Without arguments: the demo on its picture.
 
 python infer.py --ckpt DIR --image a.jpg --image b.jpg --prompt "What differs?" --stream
 """
@@ -25,6 +25,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--ckpt", help="Orbax or Hugging Face directory, or a Hub id (default: the bundled demo)")
     add("--revision", help="branch, tag or commit of a Hub id")
     add("--image", action="append", default=[], help="file or http(s) address; once a picture")
+    add("--video", action="append", default=[], help="file or http(s) address; once a clip")
     add("--prompt", help="the question")
     add("--system", help="system text")
     add(
@@ -58,6 +59,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--min-pixels", type=int, help="enlarge smaller pictures to this area")
     add("--max-pixels", type=int, help="shrink larger pictures to this area")
+    add("--fps", type=float, help="frames a second to use of a clip (default: the checkpoint's, 2)")
+    add("--num-frames", type=int, help="frames to use of a clip, in place of --fps")
+    add("--max-frames", type=int, help="at most as many frames of a clip (default: 768)")
+    add("--video-max-pixels", type=int, help="shrink clips of more pixels (all frames together)")
     add("--dtype", choices=("float32", "bfloat16", "float16"),
         help="of the weights (default: the checkpoint's; float32 on a CPU)")  # fmt: skip
     add(
@@ -90,14 +95,16 @@ def conversation(args: argparse.Namespace) -> tuple[list[dict], list[dict] | Non
         if not isinstance(found, dict):
             return found, None
         return found.get("messages", found), found.get("tools")
-    if not args.ckpt and not args.image:
+    if not args.ckpt and not args.image and not args.video:
         args.image, args.prompt = [str(DEMO_PICTURE)], args.prompt or DEMO_PROMPT
-    prompt = args.prompt or ("Describe this picture." if args.image else None)
+    seen = "clip" if args.video else "picture" if args.image else None
+    prompt = args.prompt or (seen and f"Describe this {seen}.")
     if not prompt:
-        raise InputError("nothing to ask: give --prompt, --image or --messages")
+        raise InputError("nothing to ask: give --prompt, --image, --video or --messages")
     pictures = [{"type": "image", "image": load_image(source)} for source in args.image]
     system = [{"role": "system", "content": args.system}] if args.system else []
-    content = [*pictures, {"type": "text", "text": prompt}]
+    clips = [{"type": "video", "video": source} for source in args.video]
+    content = [*pictures, *clips, {"type": "text", "text": prompt}]
     return [*system, {"role": "user", "content": content}], None
 
 
@@ -120,10 +127,24 @@ def prepare(args: argparse.Namespace):
     directory = resolve(args.ckpt or DEMO, args.revision)
     processor = Processor.from_pretrained(directory, args.chat_template)
     overrides = {k: v for k in ("min_pixels", "max_pixels") if (v := getattr(args, k)) is not None}
-    beside = {"images": args.image} if args.messages and args.image else {}
+    names = {"fps": "fps", "num_frames": "num_frames", "max_frames": "max_frames",
+             "video_max_pixels": "max_pixels"}  # fmt: skip
+    clips = {ours: v for name, ours in names.items() if (v := getattr(args, name)) is not None}
+    beside = {}
+    if args.messages:
+        beside = {"images": args.image or None, "videos": args.video or None}
     arrays = processor.inputs(
-        messages, tools=tools, allow_special=args.allow_special, **beside, **overrides
+        messages,
+        tools=tools,
+        allow_special=args.allow_special,
+        videos_kwargs=clips,
+        **beside,
+        **overrides,
     )
+    for number, used in enumerate(arrays.pop("video_metadata", ()), 1):
+        _, high, wide = processor.config.vision.patch_size * arrays["video_grid_thw"][number - 1]
+        print(f"clip {number}: {len(used.indices)} frames, second {used.seconds[0]:.1f} to "
+              f"{used.seconds[-1]:.1f}, {wide} x {high}", file=sys.stderr)  # fmt: skip
     limit = args.max_len
     limit = processor.config.text.max_position_embeddings if limit is None else limit
     rows, prompt = arrays["input_ids"].shape
@@ -132,7 +153,7 @@ def prepare(args: argparse.Namespace):
     if prompt >= limit:
         raise InputError(
             f"the prompt has {prompt} tokens and the cache holds {limit} (--max-len): shorten the "
-            "prompt, lower --max-pixels, or allow more"
+            "prompt, lower --max-pixels (--video-max-pixels, --fps), or allow more"
         )
     return directory, processor, arrays, messages, limit
 

@@ -265,7 +265,7 @@ def test_directories(tmp_path):
     assert proc.inputs(text="x")["input_ids"].shape == (1, 1)
     settings = tmp_path / "preprocessor_config.json"
     settings.write_text(json.dumps({**toy.IMAGES, "merge_size": 3}))
-    with pytest.raises(InputError, match="merge_size is 3 for pictures and 2"):
+    with pytest.raises(InputError, match="image merge_size is 3, and 2 in"):
         Processor.from_pretrained(tmp_path)
     settings.write_text("{}")
     raw = toy.config()
@@ -321,7 +321,10 @@ def test_bad_calls(proc):
         ({"conversations": [user("x")], "tools": "x"}, "tools"),
         ({"conversations": [user("x")], "tools": [max]}, "tools"),
         ({"conversations": [user("x")], "tools": 5}, "tools: found int, expected a list"),
-        ({"conversations": [user({"type": "video", "video": "clip.mp4"})]}, "video files"),
+        (
+            {"conversations": [user({"type": "video", "video": "gone.mp4"})]},
+            "gone.mp4: .*no such file",
+        ),
         ({"conversations": [user({"image": "gone.png"})]}, "gone.png: .*no such file"),
         ({"conversations": [user({"image": picture(3, 700)})]}, "200 times"),
     ):

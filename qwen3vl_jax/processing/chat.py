@@ -6,9 +6,11 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.processing import videos as clip_settings
 from qwen3vl_jax.processing.images import OVERRIDES
 
 _PICTURE_KEYS = ("image", "image_url", "url", "path", "base64")
@@ -76,7 +78,8 @@ def _item(item: Any, media: list[Medium], where: str) -> dict[str, Any]:
     kind = given.get("type", "")
     if kind in _CLIP_TYPES or (not kind and any(k in given for k in _CLIP_KEYS)):
         keys = (*_CLIP_KEYS, "url", "path", "base64")
-        media.append(Medium("video", _source(given, keys, where)))
+        overrides = {k: given[k] for k in clip_settings.OVERRIDES if k in given}
+        media.append(Medium("video", _source(given, keys, where), overrides))
         return {"type": "video", "video": "video"}
     if kind in _PICTURE_TYPES or (not kind and any(k in given for k in _PICTURE_KEYS)):
         overrides = {k: given[k] for k in OVERRIDES if k in given}
@@ -99,19 +102,42 @@ def read_picture(given: Any, overrides: Mapping[str, Any]) -> Medium:
     return Medium("image", media[0].source, {**overrides, **media[0].overrides})
 
 
-def hand_out(rows: list[list[Medium]], images: Any) -> list[list[Medium]]:
-    """The media of each row, those without a source filled from the pictures passed beside the text.
+def hand_out(rows: list[list[Medium]], images: Any, videos: Any = None) -> list[list[Medium]]:
+    """The media of each row, those without a source filled from what was passed beside the text.
 
-    images: one, a list taken in order, or a list a row. Raises InputError if they do not come out
-    even, and for clips.
+    images: one, a list taken in order, or a list a row. videos: one clip (a list of frames that are
+    not text is one), or a list of clips taken in order. Raises InputError if they do not come out
+    even.
     """
-    if any(medium.kind == "video" for row in rows for medium in row):
-        raise InputError(
-            "video: reading video files is not part of this version; pass pictures, or a clip's "
-            "pixel_values_videos and video_grid_thw to make_batch"
-        )
-    waiting = [sum(medium.source is None for medium in row) for row in rows]
-    given = _list(images)
+    pictures, clips = iter(_pictures(rows, images)), iter(_clips(rows, videos))
+
+    def filled(medium: Medium) -> Medium:
+        if medium.source is not None:
+            return medium
+        if medium.kind == "image":
+            return read_picture(next(pictures), medium.overrides)
+        return dataclasses.replace(medium, source=next(clips))
+
+    return [[filled(medium) for medium in row] for row in rows]
+
+
+def _waiting(rows: list[list[Medium]], kind: str) -> list[int]:
+    return [sum(m.source is None and m.kind == kind for m in row) for row in rows]
+
+
+def _clips(rows: list[list[Medium]], videos: Any) -> list[Any]:
+    given = list(videos) if isinstance(videos, (list, tuple)) else [videos]
+    if videos is None:
+        given = []
+    elif given and all(isinstance(v, Image.Image) or np.ndim(v) == 3 for v in given):
+        given = [given]
+    if len(given) != (wanted := sum(_waiting(rows, "video"))):
+        raise InputError(placeholder_mismatch("", wanted, len(given), "video", "clip"))
+    return given
+
+
+def _pictures(rows: list[list[Medium]], images: Any) -> list[Any]:
+    waiting, given = _waiting(rows, "image"), _list(images)
     if any(isinstance(image, (list, tuple)) for image in given):
         if len(given) != len(rows):
             raise InputError(f"images: found {len(given)} lists for {len(rows)} rows of text")
@@ -122,18 +148,16 @@ def hand_out(rows: list[list[Medium]], images: Any) -> list[list[Medium]]:
         given = [image for row in given for image in _list(row)]
     if len(given) != sum(waiting):
         raise InputError(placeholder_mismatch("", sum(waiting), len(given)))
-    feed = iter(given)
-    return [
-        [read_picture(next(feed), m.overrides) if m.source is None else m for m in row]
-        for row in rows
-    ]
+    return given
 
 
-def placeholder_mismatch(where: str, placeholders: int, pictures: int) -> str:
-    """What to say of a prompt that has more or fewer places than pictures."""
+def placeholder_mismatch(
+    where: str, placeholders: int, found: int, kind: str = "image", noun: str = "picture"
+) -> str:
+    """What to say of a prompt that has more or fewer places than pictures or clips."""
     return (
-        f"{where}{placeholders} image placeholder(s) in the prompt for {pictures} picture(s); "
-        "each picture needs one (does the chat template write it for this role?)"
+        f"{where}{placeholders} {kind} placeholder(s) in the prompt for {found} {noun}(s); "
+        f"each {noun} needs one (does the chat template write it for this role?)"
     )
 
 

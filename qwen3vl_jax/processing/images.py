@@ -8,9 +8,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from PIL import Image
@@ -21,6 +21,7 @@ from qwen3vl_jax.processing.pictures import load_image, to_rgb
 __all__ = ["ImageSettings", "load_image", "preprocess", "smart_resize"]
 
 MAX_ASPECT = 200
+_NOUNS = {"image": "picture", "video": "video"}
 _RESAMPLE = {int(r): r for r in Image.Resampling}
 
 
@@ -31,6 +32,11 @@ class ImageSettings:
     Names are those of preprocessor_config.json; min_pixels and max_pixels are areas, the file's
     size {shortest_edge, longest_edge}.
     """
+
+    KIND: ClassVar[str] = "image"
+    SECTION: ClassVar[str] = "image_processor"  # of processor_config.json
+    FILE: ClassVar[str] = "preprocessor_config.json"
+    CHECKS: ClassVar[dict[str, Callable[[str, Any], Any]]] = {}  # the settings, filled below
 
     do_resize: bool = True
     min_pixels: int = 65536
@@ -47,52 +53,55 @@ class ImageSettings:
     merge_size: int = 2
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any], base: ImageSettings | None = None) -> ImageSettings:
+    def from_dict(cls, raw: Mapping[str, Any], base: Self | None = None) -> Self:
         """Reads preprocessor_config.json or processor_config.json {image_processor: ...} as a dict.
 
         A key that is absent or null keeps the value of `base` (the released ones); a key that
         changes no numbers is ignored. Raises InputError.
         """
-        raw = raw.get("image_processor", raw)
+        raw = raw.get(cls.SECTION, raw)
         if not isinstance(raw, Mapping):
-            raise InputError(f"image settings: found {type(raw).__name__}, expected an object")
-        known = {k: raw[k] for k in OVERRIDES if raw.get(k) is not None}
+            raise InputError(f"{cls.KIND} settings: found {type(raw).__name__}, expected an object")
+        known = {k: raw[k] for k in (*cls.CHECKS, "size") if raw.get(k) is not None}
         return (base or cls()).override(**known)
 
     @classmethod
-    def from_dir(cls, directory: str | Path, base: ImageSettings | None = None) -> ImageSettings:
-        """Reads processor_config.json or preprocessor_config.json of a directory, or takes `base`.
+    def from_dir(cls, directory: str | Path, base: Self | None = None) -> Self:
+        """Reads processor_config.json or the file of FILE in a directory, or takes `base`.
 
         Raises InputError.
         """
-        for name in ("processor_config.json", "preprocessor_config.json"):
+        for name in ("processor_config.json", cls.FILE):
             path = Path(directory) / name
             if not path.is_file():
                 continue
             try:
                 raw = json.loads(path.read_text(encoding="utf-8"))
             except (OSError, ValueError) as e:
-                raise InputError(f"{path}: cannot read image settings: {e}") from e
+                raise InputError(f"{path}: cannot read {cls.KIND} settings: {e}") from e
             if not isinstance(raw, Mapping):
                 raise InputError(f"{path}: holds {type(raw).__name__}, expected an object")
-            if name == "preprocessor_config.json" or "image_processor" in raw:
+            if name == cls.FILE or cls.SECTION in raw:
                 return cls.from_dict(raw, base)
         return base or cls()
 
-    def override(self, **changes: Any) -> ImageSettings:
+    def override(self, **changes: Any) -> Self:
         """A copy with some settings changed: the fields, and size {shortest_edge, longest_edge}.
 
         None keeps a setting; a new limit of pixels moves the other where they would cross. Raises
         InputError for a name or value that is not one.
         """
         changes = {k: v for k, v in changes.items() if v is not None}
-        size = _size_pixels(changes.pop("size", {}))
-        for name in changes:
-            if name not in OVERRIDES:
-                known = ", ".join(OVERRIDES)
-                raise InputError(f"image setting {name!r} is unknown, known: {known}")
-        given = {**size, **changes}
-        checked = {name: _CHECKS[name](name, value) for name, value in given.items()}
+        kind = self.KIND
+        given = {**_size_pixels(kind, changes.pop("size", {})), **changes}
+        for name in given:
+            if name not in self.CHECKS:
+                known = ", ".join((*self.CHECKS, "size"))
+                raise InputError(f"{kind} setting {name!r} is unknown, known: {known}")
+        checked = {
+            name: self.CHECKS[name](f"{kind} setting {name}", value)
+            for name, value in given.items()
+        }
         if "min_pixels" not in checked and "max_pixels" in checked:
             checked["min_pixels"] = min(self.min_pixels, checked["max_pixels"])
         if "max_pixels" not in checked and "min_pixels" in checked:
@@ -100,7 +109,7 @@ class ImageSettings:
         settings = dataclasses.replace(self, **checked)
         if settings.min_pixels > settings.max_pixels:
             raise InputError(
-                f"image settings: min_pixels {settings.min_pixels} is above max_pixels "
+                f"{kind} settings: min_pixels {settings.min_pixels} is above max_pixels "
                 f"{settings.max_pixels}"
             )
         return settings
@@ -111,38 +120,49 @@ class ImageSettings:
         return self.patch_size * self.merge_size
 
 
-def _size_pixels(size: Any) -> dict[str, Any]:
+def _size_pixels(kind: str, size: Any) -> dict[str, Any]:
     if not isinstance(size, Mapping):
-        raise InputError(f"image setting size is {size!r}, expected shortest_edge and longest_edge")
+        raise InputError(
+            f"{kind} setting size is {size!r}, expected shortest_edge and longest_edge"
+        )
     size = {k: v for k, v in size.items() if v is not None}
     names = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}
     names |= {name: name for name in names.values()}
     for key in size:
         if key not in names:
             raise InputError(
-                f"image setting size has {key!r}, expected shortest_edge and longest_edge (areas)"
+                f"{kind} setting size has {key!r}, expected shortest_edge and longest_edge (areas)"
             )
     return {names[key]: value for key, value in size.items()}
 
 
-def _flag(name: str, value: Any) -> bool:
+def yes_or_no(name: str, value: Any) -> bool:
+    """The value of a setting that is true or false. Raises InputError."""
     if not isinstance(value, (bool, np.bool_)):
-        raise InputError(f"image setting {name} is {value!r}, expected true or false")
+        raise InputError(f"{name} is {value!r}, expected true or false")
     return bool(value)
 
 
-def _count(name: str, value: Any) -> int:
+def whole(name: str, value: Any) -> int:
+    """The value of a setting that counts from 1. Raises InputError."""
     number = _number(name, value)
     if number != int(number) or number < 1:
-        raise InputError(f"image setting {name} is {value!r}, expected a whole number from 1")
+        raise InputError(f"{name} is {value!r}, expected a whole number from 1")
     return int(value)
 
 
 def _number(name: str, value: Any) -> float:
     is_number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value):
-        raise InputError(f"image setting {name} is {value!r}, expected a number")
+        raise InputError(f"{name} is {value!r}, expected a number")
     return float(value)
+
+
+def positive(name: str, value: Any) -> float:
+    """The value of a setting that is a number above 0. Raises InputError."""
+    if not (number := _number(name, value)) > 0:
+        raise InputError(f"{name} is {value!r}, expected a number above 0")
+    return number
 
 
 def _channels(name: str, value: Any) -> tuple[float, ...] | float:
@@ -150,8 +170,8 @@ def _channels(name: str, value: Any) -> tuple[float, ...] | float:
         found = tuple(_number(name, v) for v in value)
     else:
         found = _number(name, value)
-    if name == "image_std" and 0 in (found if isinstance(found, tuple) else (found,)):
-        raise InputError(f"image setting {name} is {value!r}, expected no zero")
+    if name.endswith("image_std") and 0 in (found if isinstance(found, tuple) else (found,)):
+        raise InputError(f"{name} is {value!r}, expected no zero")
     return found
 
 
@@ -160,26 +180,26 @@ def _filter(name: str, value: Any) -> int:
         return int(Image.Resampling[value.upper()])
     if isinstance(value, bool) or value not in _RESAMPLE:
         names = ", ".join(f"{n} {r.name.lower()}" for n, r in sorted(_RESAMPLE.items()))
-        raise InputError(f"image setting {name} is {value!r}, expected one of {names}")
+        raise InputError(f"{name} is {value!r}, expected one of {names}")
     return int(value)
 
 
-_CHECKS = {
-    "do_resize": _flag,
-    "min_pixels": _count,
-    "max_pixels": _count,
+ImageSettings.CHECKS = {
+    "do_resize": yes_or_no,
+    "min_pixels": whole,
+    "max_pixels": whole,
     "resample": _filter,
-    "do_rescale": _flag,
+    "do_rescale": yes_or_no,
     "rescale_factor": _number,
-    "do_normalize": _flag,
+    "do_normalize": yes_or_no,
     "image_mean": _channels,
     "image_std": _channels,
-    "do_convert_rgb": _flag,
-    "patch_size": _count,
-    "temporal_patch_size": _count,
-    "merge_size": _count,
+    "do_convert_rgb": yes_or_no,
+    "patch_size": whole,
+    "temporal_patch_size": whole,
+    "merge_size": whole,
 }
-OVERRIDES = (*_CHECKS, "size")  # names that a call or a picture may change
+OVERRIDES = (*ImageSettings.CHECKS, "size")
 
 
 def smart_resize(
@@ -223,19 +243,28 @@ def preprocess(
     picture = load_image(image)
     if settings.do_convert_rgb:
         picture = to_rgb(picture)
+    size = None
     if settings.do_resize:
         limits = settings.factor, settings.min_pixels, settings.max_pixels
-        high, wide = smart_resize(picture.height, picture.width, *limits)
-        picture = picture.resize((wide, high), resample=Image.Resampling(settings.resample))
+        size = smart_resize(picture.height, picture.width, *limits)
+    pixels = resized(picture, size, settings)
+    table = value_table(settings, pixels.shape[2])
+    return patch_rows([pixels], table, settings)
+
+
+def resized(
+    picture: Image.Image, size: tuple[int, int] | None, settings: ImageSettings
+) -> np.ndarray:
+    """Values [H W C] uint8 of a picture brought to size (height, width), or as it is for None."""
+    if size is not None:
+        picture = picture.resize(size[::-1], resample=Image.Resampling(settings.resample))
     pixels = np.asarray(picture)
     if pixels.dtype == np.bool_:
         pixels = pixels.astype(np.uint8)
-    pixels = pixels[..., None] if pixels.ndim == 2 else pixels  # [H W C] uint8
-    table = _value_table(settings, pixels.shape[2])
-    return _patch_rows(pixels, table, settings)
+    return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
-def _value_table(settings: ImageSettings, channels: int) -> np.ndarray:
+def value_table(settings: ImageSettings, channels: int) -> np.ndarray:
     """What an 8-bit value of a channel becomes, rounded as the reference does: [C 256] float32."""
     values = np.broadcast_to(np.arange(256, dtype=np.float64), (channels, 256))
     if settings.do_rescale:
@@ -255,20 +284,26 @@ def _value_table(settings: ImageSettings, channels: int) -> np.ndarray:
     return values
 
 
-def _patch_rows(
-    pixels: np.ndarray, table: np.ndarray, settings: ImageSettings
+def patch_rows(
+    group: Sequence[np.ndarray], table: np.ndarray, settings: ImageSettings
 ) -> tuple[np.ndarray, tuple[int, int, int]]:
-    height, width, channels = pixels.shape
+    """Rows [h*w, C*Tp*P*P] in merge order of the frames [H W C] that share patches; grid (1, h, w).
+
+    At most temporal_patch_size frames; the last fills what is missing, so a picture fills all.
+    table [C 256] is of `value_table`. Raises InputError for sides that are not whole tokens.
+    """
+    height, width, channels = group[0].shape
     patch, merge, frames = settings.patch_size, settings.merge_size, settings.temporal_patch_size
     if height % settings.factor or width % settings.factor:
         raise InputError(
-            f"picture: {width} x {height} pixels with do_resize off, expected multiples of "
+            f"{_NOUNS[settings.KIND]}: {width} x {height} pixels with do_resize off, expected multiples of "
             f"patch_size x merge_size = {settings.factor}"
         )
     h, w = height // patch, width // patch
-    cells = pixels.reshape(h // merge, merge, patch, w // merge, merge, patch, channels)
-    cells = cells.transpose(0, 3, 1, 4, 6, 2, 5).reshape(h * w, channels, patch * patch)
     rows = np.empty((h * w, channels, frames, patch * patch), np.float32)
-    for c in range(channels):
-        rows[:, c] = table[c][cells[:, c]][:, None]  # a still picture fills both frames
+    for f, pixels in enumerate(group):
+        cells = pixels.reshape(h // merge, merge, patch, w // merge, merge, patch, channels)
+        cells = cells.transpose(0, 3, 1, 4, 6, 2, 5).reshape(h * w, channels, patch * patch)
+        for c in range(channels):
+            rows[:, c, f:] = table[c][cells[:, c]][:, None]
     return rows.reshape(h * w, -1), (1, h, w)

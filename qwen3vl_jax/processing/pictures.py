@@ -82,15 +82,15 @@ def decode_base64(text: str, name: str = "base64 picture") -> bytes:
     try:
         return base64.b64decode(compact + "=" * (-len(compact) % 4), validate=True)
     except (binascii.Error, ValueError) as e:
-        raise InputError(f"{name}: not base64 text ({e}): {_short(text)}") from e
+        raise InputError(f"{name}: not base64 text ({e}): {short(text)}") from e
 
 
 def _from_text(text: str, max_bytes: int, timeout: float) -> Image.Image:
     scheme = text[:8].split(":", 1)[0].lower() if ":" in text[:8] else ""
     if scheme in _FETCH_SCHEMES:
-        return _decode(io.BytesIO(fetch(text, max_bytes, timeout)), _short(text))
+        return _decode(io.BytesIO(fetch(text, max_bytes, timeout)), short(text))
     if scheme == "data":
-        return _decode(io.BytesIO(_data_uri(text)), "data URI")
+        return _decode(io.BytesIO(data_uri(text)), "data URI")
     if scheme == "file":
         parts = urllib.parse.urlsplit(text)
         return _open(urllib.request.url2pathname(parts.netloc + parts.path))
@@ -112,7 +112,7 @@ def _exists(path: str) -> bool:
 
 
 def _open(path: str) -> Image.Image:
-    name = _short(path)
+    name = short(path)
     try:
         with open(path, "rb") as file:
             return _decode(file, name)
@@ -123,10 +123,11 @@ def _open(path: str) -> Image.Image:
         raise InputError(f"{name}: cannot read this picture: {reason}") from e
 
 
-def _data_uri(text: str) -> bytes:
+def data_uri(text: str) -> bytes:
+    """Bytes of a data: URI, base64 or percent-encoded. Raises InputError."""
     head, comma, body = text.partition(",")
     if not comma:
-        raise InputError(f"data URI: no comma after its media type: {_short(text)}")
+        raise InputError(f"data URI: no comma after its media type: {short(text)}")
     if head.lower().endswith(";base64"):
         return decode_base64(urllib.parse.unquote(body), "data URI")
     return urllib.parse.unquote_to_bytes(body)
@@ -157,9 +158,9 @@ def _refusals(name: str) -> Iterator[None]:
     except InputError:
         raise
     except Image.DecompressionBombError as e:
-        raise InputError(f"{name}: refused as a decompression bomb: {_one_line(e)}") from e
+        raise InputError(f"{name}: refused as a decompression bomb: {one_line(e)}") from e
     except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, struct.error) as e:
-        raise InputError(f"{name}: damaged or truncated picture: {_one_line(e)}") from e
+        raise InputError(f"{name}: damaged or truncated picture: {one_line(e)}") from e
 
 
 def _check_pixels(image: Image.Image, name: str) -> None:
@@ -228,14 +229,14 @@ class _HttpOnly(urllib.request.HTTPRedirectHandler):
         if urllib.parse.urlsplit(newurl).scheme not in _FETCH_SCHEMES:
             fp.close()
             raise InputError(
-                f"{_short(req.full_url)}: redirected away from http(s): {_short(newurl)}"
+                f"{short(req.full_url)}: redirected away from http(s): {short(newurl)}"
             )
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def fetch(url: str, max_bytes: int = MAX_FETCH_BYTES, timeout: float = FETCH_SECONDS) -> bytes:
     """Bytes of an http(s) URL, at most `max_bytes`, within `timeout` seconds. Raises InputError."""
-    name = _short(url)
+    name = short(url)
     result: list[bytes | Exception] = []
 
     def work() -> None:
@@ -257,7 +258,7 @@ def fetch(url: str, max_bytes: int = MAX_FETCH_BYTES, timeout: float = FETCH_SEC
         raise found
     if isinstance(found, TimeoutError) or isinstance(getattr(found, "reason", None), TimeoutError):
         raise InputError(f"{name}: no picture within {timeout:g} seconds") from found
-    reason = _one_line(getattr(found, "reason", found))
+    reason = one_line(getattr(found, "reason", found))
     if isinstance(found, urllib.error.HTTPError):
         raise InputError(f"{name}: the server answered {found.code} {reason}") from found
     raise InputError(f"{name}: cannot fetch this picture: {reason}") from found
@@ -281,10 +282,12 @@ def _read_url(url: str, name: str, max_bytes: int, deadline: float, timeout: flo
     return bytes(data)
 
 
-def _one_line(error: Any) -> str:
+def one_line(error: Any) -> str:
+    """What an error says, without line breaks."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _short(text: str, limit: int = 120) -> str:
+def short(text: str, limit: int = 120) -> str:
+    """A path or address as a message shows it."""
     text = text if text.isprintable() else repr(text)[1:-1]
     return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -24,20 +25,31 @@ from qwen3vl_jax.processing.escape import Escape
 from qwen3vl_jax.processing.images import ImageSettings, preprocess
 from qwen3vl_jax.processing.template import ChatTemplate
 from qwen3vl_jax.processing.tokenizer import Tokenizer
+from qwen3vl_jax.processing.videos import UsedFrames, VideoSettings, preprocess_video
 
 if TYPE_CHECKING:
     from qwen3vl_jax.structs import Batch
 
-Arrays = dict[str, np.ndarray]
+Arrays = dict[str, Any]
+Grid = tuple[int, int, int]
 
 
 @dataclasses.dataclass
 class _Prompt:
-    """One row before it is encoded: its text with marks, and its pictures in order."""
+    """One row before it is encoded: its text with marks, and its pictures and clips in order."""
 
     text: str
     mark: str
-    images: list[Medium]
+    media: list[Medium]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Seen:
+    """A picture or clip as the model sees it; `used` says which frames of a clip."""
+
+    rows: np.ndarray
+    grid: Grid
+    used: UsedFrames | None = None
 
 
 @dataclasses.dataclass
@@ -48,7 +60,9 @@ class Processor:
     tokenizer: Tokenizer
     template: ChatTemplate
     image_settings: ImageSettings
+    video_settings: VideoSettings
     stop_ids: tuple[int, ...]  # ids that end an answer
+    wrap_clips: bool = False  # one more vision_start .. vision_end around each whole clip
     max_fetch_bytes: int = pictures.MAX_FETCH_BYTES  # of a picture given by URL
     fetch_seconds: float = pictures.FETCH_SECONDS
 
@@ -72,26 +86,24 @@ class Processor:
         config = Config.from_hf(directory)
         tokenizer = Tokenizer.from_pretrained(directory)
         vision = config.vision
-        _check_token(tokenizer, config.image_token_id, "image_token_id", directory)
-        released = ImageSettings(
-            patch_size=vision.patch_size,
-            temporal_patch_size=vision.temporal_patch_size,
-            merge_size=vision.spatial_merge_size,
-        )
-        settings = ImageSettings.from_dir(directory, released)
-        for name, theirs in (
-            ("patch_size", vision.patch_size),
-            ("temporal_patch_size", vision.temporal_patch_size),
-            ("merge_size", vision.spatial_merge_size),
-        ):
-            ours = getattr(settings, name)
-            if ours != theirs:
-                raise InputError(
-                    f"{directory}: {name} is {ours} for pictures and {theirs} in config.json"
-                )
+        for name in ("image", "video", "vision_start", "vision_end"):
+            _check_token(tokenizer, getattr(config, f"{name}_token_id"), name, directory)
+        sizes: dict[str, Any] = {
+            "patch_size": vision.patch_size,
+            "temporal_patch_size": vision.temporal_patch_size,
+            "merge_size": vision.spatial_merge_size,
+        }
+        settings = ImageSettings.from_dir(directory, ImageSettings(**sizes))
+        clip_settings = VideoSettings.from_dir(directory, VideoSettings(**sizes))
+        for kind in (settings, clip_settings):
+            for name, theirs in sizes.items():
+                if (ours := getattr(kind, name)) != theirs:
+                    raise InputError(
+                        f"{directory}: {kind.KIND} {name} is {ours}, and {theirs} in config.json"
+                    )
         template = ChatTemplate.from_dir(directory, chat_template)
         stop_ids = _stop_ids(directory, config, tokenizer)
-        return cls(config, tokenizer, template, settings, stop_ids)
+        return cls(config, tokenizer, template, settings, clip_settings, stop_ids)
 
     def render(
         self,
@@ -101,7 +113,7 @@ class Processor:
         continue_final_message: bool = False,
         **template_vars: Any,
     ) -> str:
-        """The prompt of one conversation, one placeholder a picture.
+        """The prompt of one conversation, one placeholder a picture or clip.
 
         continue_final_message leaves the last message open and adds no new turn. The text is what
         the template wrote: a special token that a user spelled looks like one here, which is why
@@ -123,6 +135,8 @@ class Processor:
         *,
         text: str | Sequence[str] | None = None,
         images: Any = None,
+        videos: Any = None,
+        videos_kwargs: Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
@@ -135,12 +149,14 @@ class Processor:
 
         conversations: one (a list of messages) or many; or text: raw prompts with placeholders, in
         which special tokens are special. images: one picture, a list, or a list a row, for raw text
-        and for content items without a source. allow_special: user, system and tool text may hold
-        special tokens. image_overrides: image settings of this call (min_pixels=...); a content
-        item may have its own.
-        Returns input_ids, attention_mask, mm_token_type_ids (1 at pictures) [B, T] int64, padded on
-        padding_side, and if there are pictures pixel_values [sum patches, C*Tp*P*P] float32 and
-        image_grid_thw [n, 3] int64. Raises InputError.
+        and for content items without a source; videos: one clip or a list. allow_special: user,
+        system and tool text may hold special tokens. image_overrides: image settings of this call
+        (min_pixels=...), videos_kwargs those of clips (fps=..., video_metadata one a clip); a
+        content item may have its own.
+        Returns input_ids, attention_mask, mm_token_type_ids (1 at pictures, 2 at clips) [B, T] int64,
+        padded on padding_side; if there are pictures pixel_values [sum patches, C*Tp*P*P] float32
+        and image_grid_thw [n, 3] int64; if there are clips pixel_values_videos, video_grid_thw and
+        video_metadata, a list of UsedFrames. Raises InputError.
         """
         if (conversations is None) == (text is None):
             raise InputError("processor: expected conversations or text=, one of the two")
@@ -158,7 +174,10 @@ class Processor:
             }
             rows = conversations if _is_many(conversations) else [conversations]
             prompts = [self._prompt(row, tools, **options) for row in rows]
-        return self._arrays(prompts, images, settings, padding_side)
+        media = hand_out([prompt.media for prompt in prompts], images, videos)
+        media = _with_options(media, videos_kwargs or {})
+        seen = [[self._see(medium, settings) for medium in row] for row in media]
+        return self._arrays(prompts, seen, padding_side)
 
     def __call__(self, conversations: Any = None, **options: Any) -> Batch:
         """A Batch of one conversation or many, or of text=; options as in `inputs`, padded right.
@@ -174,6 +193,8 @@ class Processor:
             attention_mask=arrays["attention_mask"],
             pixel_values=arrays.get("pixel_values"),
             image_grid_thw=arrays.get("image_grid_thw"),
+            pixel_values_videos=arrays.get("pixel_values_videos"),
+            video_grid_thw=arrays.get("video_grid_thw"),
         )
 
     def decode(self, tokens: Any, skip_special_tokens: bool = True) -> Any:
@@ -229,49 +250,88 @@ class Processor:
         for row in rows:
             if not isinstance(row, str):
                 raise InputError(f"text: found {type(row).__name__}, expected a string or strings")
-        image = self.tokenizer.token_of(self.config.image_token_id)
-        return [_Prompt(row, "", [Medium("image", None)] * row.count(image)) for row in rows]
+        kinds = {"image": self.config.image_token_id, "video": self.config.video_token_id}
+        names = {self.tokenizer.token_of(i): kind for kind, i in kinds.items()}
+        place = re.compile("|".join(map(re.escape, names)))
+        return [_Prompt(r, "", [Medium(names[t], None) for t in place.findall(r)]) for r in rows]
 
-    def _arrays(
-        self, prompts: list[_Prompt], images: Any, settings: ImageSettings, padding_side: str
-    ) -> Arrays:
+    def _see(self, medium: Medium, settings: ImageSettings) -> _Seen:
+        limits = {"max_bytes": self.max_fetch_bytes, "timeout": self.fetch_seconds}
+        if medium.kind == "video":
+            return _Seen(
+                *preprocess_video(medium.source, self.video_settings, limits, **medium.overrides)
+            )
+        picture = pictures.load_image(medium.source, **limits)
+        return _Seen(*preprocess(picture, settings, **medium.overrides))
+
+    def _arrays(self, prompts: list[_Prompt], seen: list[list[_Seen]], side: str) -> Arrays:
         if not prompts:
             raise InputError("processor: found no conversation and no text")
-        rows, pixels, grids = [], [], []
-        media = hand_out([prompt.images for prompt in prompts], images)
-        for number, (prompt, wanted) in enumerate(zip(prompts, media)):
-            found = [self._picture(medium, settings) for medium in wanted]
-            pixels += [p for p, _ in found]
-            grids += [g for _, g in found]
-            rows.append(self._row(prompt, [g for _, g in found], f"row {number + 1}"))
-        out = self._pad(rows, padding_side)
-        if grids:
-            out["pixel_values"] = pixels[0] if len(pixels) == 1 else np.concatenate(pixels)
-            out["image_grid_thw"] = np.asarray(grids, np.int64)
+        rows = [
+            self._row(prompt, found, f"row {number}")
+            for number, (prompt, found) in enumerate(zip(prompts, seen), 1)
+        ]
+        out = self._pad(rows, side)
+        everything = [one for row in seen for one in row]
+        for names, found in (
+            (("pixel_values", "image_grid_thw"), [s for s in everything if s.used is None]),
+            (("pixel_values_videos", "video_grid_thw"), [s for s in everything if s.used]),
+        ):
+            if found:
+                pixels = [one.rows for one in found]
+                out[names[0]] = pixels[0] if len(pixels) == 1 else np.concatenate(pixels)
+                out[names[1]] = np.asarray([one.grid for one in found], np.int64)
+        if used := [one.used for one in everything if one.used]:
+            out["video_metadata"] = used
         return out
 
-    def _picture(
-        self, medium: Medium, settings: ImageSettings
-    ) -> tuple[np.ndarray, tuple[int, int, int]]:
-        limits = {"max_bytes": self.max_fetch_bytes, "timeout": self.fetch_seconds}
-        picture = pictures.load_image(medium.source, **limits)
-        return preprocess(picture, settings, **medium.overrides)
-
-    def _row(self, prompt: _Prompt, grids: Iterable[tuple[int, int, int]], name: str) -> list[int]:
-        """Ids of a prompt with each placeholder repeated once a token of its picture."""
-        ids = self.tokenizer.encode(prompt.text, prompt.mark)
-        image = self.config.image_token_id
-        counts = [t * h * w // self.config.vision.merge_unit for t, h, w in grids]
-        found = ids.count(image)
-        if found != len(counts):
-            raise InputError(placeholder_mismatch(f"{name}: ", found, len(counts)))
-        feed = iter(counts)
+    def _row(self, prompt: _Prompt, seen: list[_Seen], name: str) -> list[int]:
+        """Ids of a prompt with each placeholder repeated once a token of its picture or frame."""
+        config, unit = self.config, self.config.vision.merge_unit
+        clips = [one for one in seen if one.used]
+        counts = {
+            config.image_token_id: iter([np.prod(s.grid) // unit for s in seen if not s.used]),
+            config.video_token_id: iter(
+                [h * w // unit for t, h, w in (s.grid for s in clips) for _ in range(t)]
+            ),
+        }
+        ids = self.tokenizer.encode(self._with_frames(prompt.text, clips, name), prompt.mark)
+        found, wanted = ids.count(config.image_token_id), len(seen) - len(clips)
+        if found != wanted:
+            raise InputError(placeholder_mismatch(f"{name}: ", found, wanted))
         row: list[int] = []
         for token in ids:
-            row += [image] * next(feed) if token == image else [token]
+            row += [token] * int(next(counts[token])) if token in counts else [token]
         if not row:
             raise InputError(f"{name}: the prompt is empty")
         return row
+
+    def _with_frames(self, text: str, clips: list[_Seen], name: str) -> str:
+        """Each clip's placeholder spelled out: time and placeholder of one frame after the other.
+
+        They take the place of the template's vision_start .. vision_end around the clip, as in
+        transformers 4.57 and in training; with wrap_clips that pair stays, as from 5.10 on.
+        """
+        start, pad, end = (
+            self.tokenizer.token_of(i)
+            for i in (
+                self.config.vision_start_token_id,
+                self.config.video_token_id,
+                self.config.vision_end_token_id,
+            )
+        )
+        if (places := text.count(pad)) != len(clips):
+            raise InputError(placeholder_mismatch(f"{name}: ", places, len(clips), "video", "clip"))
+        feed = iter(clips)
+
+        def spelled(_: re.Match[str]) -> str:
+            used = cast(UsedFrames, next(feed).used)
+            return "".join(f"<{t:.1f} seconds>{start}{pad}{end}" for t in used.timestamps)
+
+        pattern = re.escape(pad)
+        if not self.wrap_clips:
+            pattern = f"{re.escape(start)}{pattern}{re.escape(end)}|{pattern}"
+        return re.sub(pattern, spelled, text)
 
     def _pad(self, rows: list[list[int]], side: str) -> Arrays:
         longest = max(map(len, rows))
@@ -282,8 +342,34 @@ class Processor:
             at = slice(0, len(row)) if side == "right" else slice(longest - len(row), longest)
             ids[i, at] = row
             mask[i, at] = 1
-        kinds = ((ids == self.config.image_token_id) & (mask == 1)).astype(np.int64)
-        return {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": kinds}
+        places = (self.config.image_token_id, self.config.video_token_id)
+        kinds = sum(n * ((ids == i) & (mask == 1)) for n, i in enumerate(places, 1))
+        return {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "mm_token_type_ids": np.asarray(kinds, np.int64),
+        }
+
+
+def _with_options(
+    media: list[list[Medium]], videos_kwargs: Mapping[str, Any]
+) -> list[list[Medium]]:
+    """The clips with the options of the call under their own; video_metadata is one a clip."""
+    options = dict(videos_kwargs)
+    metadata = options.pop("video_metadata", None)
+    clips = sum(medium.kind == "video" for row in media for medium in row)
+    given = list(metadata) if isinstance(metadata, (list, tuple)) else [metadata] * min(clips, 1)
+    if metadata is not None and len(given) != clips:
+        raise InputError(f"video_metadata: {len(given)} for {clips} clip(s), expected one each")
+    feed = iter(given if metadata is not None else [None] * clips)
+
+    def extended(medium: Medium) -> Medium:
+        if medium.kind != "video":
+            return medium
+        both = {"video_metadata": next(feed), **options, **medium.overrides}
+        return dataclasses.replace(medium, overrides=both)
+
+    return [[extended(medium) for medium in row] for row in media]
 
 
 def _is_many(conversations: Any) -> bool:
@@ -308,7 +394,7 @@ def _plain_tools(tools: Sequence[Mapping[str, Any]] | None) -> Any:
 def _check_token(tokenizer: Tokenizer, token_id: int, name: str, directory: Path) -> None:
     if token_id not in tokenizer.added.values():
         raise InputError(
-            f"{directory}: config.json's {name} {token_id} is no added token of the tokenizer"
+            f"{directory}: config.json's {name}_token_id {token_id} is no added token of the tokenizer"
         )
 
 

@@ -1,0 +1,333 @@
+"""Clips: files of several kinds, frame lists, arrays; sampling, sizes, times; what is refused."""
+
+import base64
+import subprocess
+import sys
+from pathlib import Path
+
+import clips
+import numpy as np
+import pytest
+import toy_checkpoint as toy
+from PIL import Image
+
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.processing.clips import open_clip
+from qwen3vl_jax.processing.processor import Processor
+from qwen3vl_jax.processing.videos import (
+    VideoSettings,
+    preprocess_video,
+    sample_frames,
+    smart_resize,
+)
+
+
+def numbers(source, places, **given):
+    """Which frame of `bars` stands at each place, told from its brightness."""
+    found = open_clip(source, **given).read(np.asarray(places))
+    return [round(float(np.asarray(frame).mean()) / 8) for frame in found]
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "pixels"),
+    [("a.mp4", "libx264", "yuv420p"), ("a.webm", "libvpx", "yuv420p"),
+     ("a.avi", "mpeg4", "yuv420p"), ("a.gif", "gif", "rgb8"), ("a.mkv", "ffv1", "bgr0")],
+)  # fmt: skip
+def test_files(tmp_path, name, codec, pixels):
+    """Each kind of file: number, rate, size and times of its frames, and the frames themselves."""
+    path = clips.write(tmp_path / name, clips.bars(25), 10, codec, pixels)
+    clip = open_clip(path)
+    assert (clip.total, clip.fps, clip.size, clip.times) == (25, 10, (48, 64), None)
+    assert numbers(path, [0, 3, 3, 11, 24]) == [0, 3, 3, 11, 24]
+    rows, grid, used = preprocess_video(path)
+    assert used.indices == (0, 6, 12, 18, 24)
+    assert used.timestamps == (0.3, 1.5, 2.4) and grid[0] == 3
+    assert rows.shape == (np.prod(grid), 3 * 2 * 16 * 16)
+    # the odd last frame fills both places of its patches
+    last = rows[-grid[1] * grid[2] :].reshape(-1, 3, 2, 256)
+    np.testing.assert_array_equal(last[:, :, 0], last[:, :, 1])
+
+
+def test_sources(tmp_path):
+    """Path, string, file address, bytes and data URI give the same rows."""
+    path = clips.write(tmp_path / "a b.mp4", clips.waves(9, 40, 56))
+    data = path.read_bytes()
+    uri = "data:video/mp4;base64," + base64.b64encode(data).decode()
+    expected = preprocess_video(path)
+    for source in (str(path), path.as_uri(), data, bytearray(data), uri):
+        found = preprocess_video(source)
+        np.testing.assert_array_equal(found[0], expected[0])
+        assert found[1:] == expected[1:]
+
+
+def test_frames_and_arrays_are_the_same_clip():
+    """Lists of pictures and arrays of either layout, whole numbers of any dtype."""
+    frames = clips.waves(7, 40, 70)
+    expected = preprocess_video(frames, video_metadata={"fps": 7}, do_sample_frames=False)
+    assert expected[1][0] == 4 and expected[2].seconds == tuple(i / 7 for i in range(7))
+    for source in (
+        frames.transpose(0, 3, 1, 2), frames.astype(np.float32), frames.astype(np.int64),
+    ):  # fmt: skip
+        found = preprocess_video(source, video_metadata={"fps": 7}, do_sample_frames=False)
+        np.testing.assert_array_equal(found[0], expected[0])
+    for given in ({"fps": 7}, {"sample_fps": 7}, {"video_metadata": {"fps": 7}}):
+        found = preprocess_video([Image.fromarray(frame) for frame in frames], **given)
+        np.testing.assert_array_equal(found[0], expected[0])
+        assert found[2] == expected[2]
+    grey = frames[..., :1]
+    found = preprocess_video(grey, sample_fps=7)
+    np.testing.assert_array_equal(
+        found[0], preprocess_video(np.repeat(grey, 3, 3), sample_fps=7)[0]
+    )
+
+
+def test_frames_chosen_before_keep_their_times():
+    """frames_indices and the source's fps give the times, as after qwen-vl-utils."""
+    frames = clips.waves(5, 32, 64)
+    metadata = {
+        "fps": 30.0,
+        "frames_indices": np.array([0, 20, 41, 61, 82]),
+        "total_num_frames": 83,
+    }
+    rows, grid, used = preprocess_video(
+        frames, video_metadata=metadata, do_sample_frames=False, do_resize=False
+    )
+    assert grid == (3, 2, 4) and len(rows) == 24 and used.indices == (0, 20, 41, 61, 82)
+    expected = [(0 + 20) / 60, (41 + 61) / 60, 82 / 30]
+    assert used.timestamps == pytest.approx(expected)
+    assert list(metadata["frames_indices"]) == [0, 20, 41, 61, 82]  # not padded in place
+
+
+def test_sampling_rules():
+    """The reference's golden example, and the limits of each setting."""
+    settings = VideoSettings()
+    assert sample_frames(0, 99, 25, settings).tolist() == [0, 14, 28, 42, 57, 71, 85, 99]
+    assert len(sample_frames(0, 9, 25, settings)) == 4  # min_frames
+    assert sample_frames(0, 2, 25, settings).tolist() == [0, 1, 2]
+    assert len(sample_frames(0, 10**5, 25, settings)) == 768
+    assert len(sample_frames(0, 10**5, 25, settings.override(max_frames=100))) == 100
+    assert sample_frames(10, 20, 5, settings.override(num_frames=3)).tolist() == [10, 15, 20]
+    assert sample_frames(0, 49, 25, settings.override(fps=0.5, min_frames=1)).tolist() == [0]
+    only = settings.override(num_frames=5)
+    assert only.fps is None and only.override(fps=3).num_frames is None
+
+
+def test_sizes():
+    """reference.md 6.4's golden table, the small sides of 5.23, and the cap for each frame."""
+    for given, expected in (
+        ((4, 480, 640), (480, 640)), ((8, 720, 1280), (704, 1280)), ((16, 1080, 1920), (928, 1664)),
+        ((60, 720, 1280), (480, 832)), ((240, 1080, 1920), (224, 416)), ((768, 720, 1280), (128, 224)),
+        ((2, 32, 32), (64, 64)), ((5, 100, 100), (96, 96)), ((3, 200, 300), (192, 288)),
+        ((4, 16, 48), (32, 96)),
+    ):  # fmt: skip
+        assert smart_resize(*given) == expected
+    frames = np.zeros((8, 720, 1280, 3), np.uint8)
+    grid = preprocess_video(frames, sample_fps=2, cap_pixels_per_frame=True)[1]
+    assert grid == (4, 640 // 16, 1152 // 16)
+
+
+def test_start_and_end(tmp_path):
+    """A part of a clip: times count from the clip's start."""
+    path = clips.write(tmp_path / "a.mp4", clips.bars(31))
+    used = preprocess_video(path, video_start=1.0, video_end=2.5, fps=4)[2]
+    assert used.indices[0] == 10 and used.indices[-1] == 25 and len(used.indices) == 6
+    assert used.seconds[0] == 1.0
+    assert preprocess_video(path, video_start=2.0, num_frames=3)[2].indices == (20, 25, 30)
+    with pytest.raises(InputError, match=r"a\.mp4: no frame from second 7 to 3"):
+        preprocess_video(path, video_start=7)
+    with pytest.raises(InputError, match="video_end is -1"):
+        preprocess_video(path, video_end=-1)
+
+
+def test_variable_frame_rate(tmp_path):
+    """Frames are chosen evenly in time, and their times are their own."""
+    times = [*np.arange(10) / 10, *(1 + np.arange(10) / 2)]  # a second at 10 fps, then 2 fps
+    path = clips.write(tmp_path / "a.mkv", clips.bars(20), 10, times=times)
+    clip = open_clip(path)
+    assert clip.times is not None and np.allclose(clip.times, times, atol=2e-3)
+    used = preprocess_video(path, num_frames=6)[2]
+    assert used.indices[0] == 0 and used.indices[-1] == 19
+    assert np.allclose(used.seconds, [times[i] for i in used.indices], atol=2e-3)
+    gaps = np.diff(used.seconds)
+    assert gaps.max() <= 1.6 and gaps.min() >= 0.5  # even frames would be 0.4 and 2 seconds apart
+    assert numbers(path, used.indices) == list(used.indices)
+
+
+def test_a_turned_clip_is_upright(tmp_path):
+    """Rotation metadata, as telephones write it."""
+    frames = np.zeros((6, 48, 64, 3), np.uint8)
+    frames[:, :24, :32] = 255  # the corner at the top left
+    for turn, corner in ((90, (1, 0)), (180, (1, 1)), (270, (0, 1))):
+        clip = open_clip(clips.write(tmp_path / f"{turn}.mp4", frames, turn=turn))
+        assert clip.size == ((48, 64) if turn == 180 else (64, 48))
+        found = np.asarray(next(clip.read(np.array([0]))))
+        height, width = clip.size
+        quarters = found.reshape(2, height // 2, 2, width // 2, 3).mean((1, 3, 4))
+        assert np.unravel_index(quarters.argmax(), (2, 2)) == corner and quarters.min() < 5
+
+
+def test_transparency_is_white(tmp_path):
+    """Where a frame has an alpha channel, as pictures do."""
+    frames = np.zeros((4, 32, 32, 4), np.uint8)
+    frames[:, :16, :, 3] = 255
+    path = clips.write(tmp_path / "a.mkv", frames, codec="ffv1", pixels="bgra")
+    found = np.asarray(next(open_clip(path).read(np.array([1]))))
+    assert found[:16].max() == 0 and found[16:].min() == 255
+
+
+def test_what_is_refused(tmp_path):
+    """Each with one line that names the clip and says what to do."""
+    whole = clips.write(tmp_path / "a.mkv", clips.waves(30, 64, 64))
+    cut = tmp_path / "cut.mp4"
+    cut.write_bytes(clips.write(tmp_path / "b.mp4", clips.waves(30, 64, 64)).read_bytes()[:3000])
+    text, empty = tmp_path / "text.mp4", tmp_path / "empty.mp4"
+    text.write_text("no video")
+    empty.touch()
+    playlist = tmp_path / "list.m3u8"
+    playlist.write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3,\n{whole}\n#EXT-X-ENDLIST\n")
+    one = clips.write(tmp_path / "one.mp4", clips.waves(1, 64, 64))
+    frames = list(clips.waves(4, 32, 32))
+    for source, options, words in (
+        (tmp_path / "gone.mp4", {}, r"gone\.mp4: cannot read this video: no such file"),
+        (tmp_path, {}, "cannot read this video"),
+        (cut, {}, r"cut\.mp4: not a video, or its header is cut"),
+        (text, {}, r"text\.mp4: not a video"),
+        (empty, {}, r"empty\.mp4: not a video"),
+        (playlist, {}, r"list\.m3u8: "),
+        (clips.write_sound(tmp_path / "a.m4a"), {}, r"a\.m4a: no video in this file, it holds audio"),
+        (one, {}, r"one\.mp4: .*1 frame.* as a picture"),
+        (one, {"do_resize": False}, "1 frame.* as a picture"),
+        (whole, {"fps": 2, "num_frames": 4}, "both given"),
+        (whole, {"num_frames": 99}, r"a\.mkv: .*99 for a clip of 30 frames"),
+        (whole, {"fps": 0}, "video setting fps is 0"),
+        (whole, {"video_metadata": {"fps": 3}}, "a file has its own"),
+        (whole, {"crop_size": 3}, "crop_size: it has no effect"),
+        (whole, {"size_divisor": 32}, "no effect"),
+        (whole, {"default_to_square": False}, "no effect"),
+        (whole, {"do_center_crop": True}, "no effect"),
+        (whole, {"frames": 3}, "video setting 'frames' is unknown"),
+        (frames, {}, r"frames without times; .*fps"),
+        (np.array(frames), {}, r"frames without times"),
+        (np.array(frames), {"fps": 2}, r"frames without times"),
+        (frames, {"video_metadata": {"fps": 2, "frames_indices": [1, 2]}}, "2 frames_indices for 4"),
+        (frames, {"video_metadata": {"fps": 2, "frames_indices": [3, 2, 1, 0]}}, "fall"),
+        (np.array(frames), {"video_metadata": {"fps": 2, "total_num_frames": 9}}, "array of 4"),
+        (frames, {"video_metadata": {"fps": 2}, "sample_fps": 2}, "both given"),
+        (frames, {"sample_fps": "2"}, "expected frames a second"),
+        (frames[:1], {"fps": 1}, "as a picture"),
+        ([], {"fps": 1}, "no frame"),
+        ([frames[0], frames[1][:16]], {"fps": 1}, "frame 1 has 32 x 16 pixels and the first 32 x 32"),
+        (np.array(frames) / 255, {"sample_fps": 1}, "whole numbers from 0 to 255"),
+        (np.array(frames)[0], {"sample_fps": 1}, r"shape \[32, 32, 3\]"),
+        (np.zeros((4, 32, 6401, 3), np.uint8), {"sample_fps": 1}, "200 times"),
+        (7, {}, "found int"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=words) as caught:
+            preprocess_video(source, **options)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_clip_cut_short_says_where(tmp_path):
+    """A file whose end is missing: never fewer frames in silence."""
+    path = clips.write(tmp_path / "a.mkv", clips.waves(60, 64, 96))
+    data = path.read_bytes()
+    for share in (0.3, 0.6, 0.9):
+        path.write_bytes(data[: int(share * len(data))])
+        try:
+            used = preprocess_video(path, fps=5)[2]
+        except InputError as e:
+            assert "a.mkv" in str(e)
+        else:  # what is there is whole: the frames of the packets that are left
+            assert used.indices[-1] == open_clip(path).total - 1 < 59
+
+
+@pytest.fixture(scope="module")
+def proc(tmp_path_factory):
+    return Processor.from_pretrained(toy.save(tmp_path_factory.mktemp("toy")))
+
+
+def user(*items):
+    return {"role": "user", "content": list(items)}
+
+
+def test_prompts(proc, tmp_path):
+    """A clip beside a picture in one message: text, ids and arrays, in both forms."""
+    path = clips.write(tmp_path / "a.mp4", clips.waves(9, 40, 56))
+    picture = {"type": "image", "image": clips.waves(1, 32, 64)[0]}
+    clip = {"type": "video", "video": str(path), "fps": 4, "max_pixels": 20000}
+    chat = [user(picture, {"type": "text", "text": "a"}, clip, {"type": "text", "text": "b"})]
+    found = proc.inputs(chat)
+    (used,) = found["video_metadata"]
+    assert used.indices == (0, 3, 5, 8)  # min_frames of them
+    t, h, w = found["video_grid_thw"][0]
+    ids, config = found["input_ids"][0], proc.config
+    assert (ids == config.video_token_id).sum() == t * h * w // 4
+    assert (ids == config.image_token_id).sum() == found["image_grid_thw"][0].prod() // 4
+    assert (found["mm_token_type_ids"][0] == 2).sum() == t * h * w // 4
+    assert (ids == config.vision_start_token_id).sum() == 1 + t
+    text = proc.decode(ids, skip_special_tokens=True)
+    for second in used.timestamps:
+        assert f"<{second:.1f} seconds>" in text
+    wrapped = Processor(**{**vars(proc), "wrap_clips": True})
+    assert len(wrapped.inputs(chat)["input_ids"][0]) == len(ids) + 2
+    assert proc(chat).vision.pixels.shape[0] >= len(found["pixel_values_videos"])
+
+
+def test_clips_beside_the_text(proc):
+    """videos=, with options for all and metadata one a clip; raw text too."""
+    first, second = clips.waves(4, 32, 64), clips.waves(6, 40, 40)
+    kwargs = {"do_sample_frames": False, "video_metadata": [{"fps": 4}, {"fps": 3}]}
+    chat = [user({"type": "video"}, {"type": "text", "text": "x"}, {"type": "video"})]
+    a = proc.inputs(chat, videos=[first, second], videos_kwargs=kwargs)
+    assert a["video_grid_thw"][:, 0].tolist() == [2, 3]
+    assert [used.fps for used in a["video_metadata"]] == [4, 3]
+    b = proc.inputs(text=proc.render(chat), videos=[first, second], videos_kwargs=kwargs)
+    for key in ("input_ids", "pixel_values_videos", "video_grid_thw"):
+        np.testing.assert_array_equal(a[key], b[key])
+    listed = [Image.fromarray(frame) for frame in first]
+    one = proc.inputs([user({"type": "video", "fps": 4})], videos=listed)
+    np.testing.assert_array_equal(
+        one["pixel_values_videos"], a["pixel_values_videos"][: len(one["pixel_values_videos"])]
+    )
+    for options, words in (
+        ({"videos": [first]}, r"2 video placeholder\(s\) in the prompt for 1 clip"),
+        ({"videos": [first, second], "videos_kwargs": {"video_metadata": [{}]}}, "1 for 2 clip"),
+        ({"videos": [first, second]}, "frames without times"),
+    ):
+        with pytest.raises(InputError, match=words):
+            proc.inputs(chat, **options)
+
+
+def test_users_cannot_smuggle_a_clip_in(proc):
+    """A spelled placeholder stays text; raw text means what it says."""
+    text = "<|vision_start|><|video_pad|><|vision_end|>"
+    ids = proc.inputs([{"role": "user", "content": text}])["input_ids"]
+    assert not (ids == proc.config.video_token_id).any()
+    with pytest.raises(InputError, match=r"1 video placeholder\(s\) in the prompt for 0 clip"):
+        proc.inputs(text=text)
+
+
+LONG = """
+import resource, sys
+from qwen3vl_jax.processing.videos import preprocess_video
+rows, grid, used = preprocess_video(sys.argv[1], fps=2, max_pixels=2000000)
+print(len(used.indices), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_memory_does_not_grow_with_the_clip(tmp_path):
+    """Ten times the frames, the same limit of pixels: about the same peak (in a process of its own)."""
+    peaks = []
+    for count in (100, 1000):
+        path = clips.write(
+            tmp_path / f"{count}.mp4", np.broadcast_to(clips.bars(1, 360, 640), (count, 360, 640, 3)),
+            preset="ultrafast",
+        )  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", LONG, str(path)], cwd=Path(__file__).parents[1],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        frames, peak = map(int, done.stdout.split())
+        assert frames == count // 5
+        peaks.append(peak)
+    assert peaks[1] < peaks[0] + 60_000  # KiB; the frames are 138 MB
