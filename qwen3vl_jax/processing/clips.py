@@ -268,7 +268,7 @@ class _opened:
             self.file = self.start()
         except (OSError, ValueError) as e:
             missing = isinstance(e, FileNotFoundError)
-            reason = "no such file" if missing else getattr(e, "strerror", e)
+            reason = "no such file" if missing else _reason(e)
             raise InputError(f"{self.name}: cannot read this video: {reason}") from e
         try:
             options = {"protocol_whitelist": "none"}
@@ -276,7 +276,7 @@ class _opened:
         except (av.FFmpegError, ValueError, OSError) as e:
             self.file.close()
             raise InputError(
-                f"{self.name}: not a video, or its header is cut: {one_line(e)}"
+                f"{self.name}: not a video, or its header is cut: {_reason(e)}"
             ) from e
         return self.container
 
@@ -286,7 +286,11 @@ class _opened:
         self.container.close()
         self.file.close()
         if isinstance(error, av.FFmpegError):
-            raise InputError(f"{self.name}: damaged video: {one_line(error)}") from error
+            raise InputError(f"{self.name}: damaged video: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or one_line(error)
 
 
 def _video_stream(container: Any, name: str) -> Any:
