@@ -275,9 +275,7 @@ class _opened:
             self.container = av.open(self.file, container_options=options)
         except (av.FFmpegError, ValueError, OSError) as e:
             self.file.close()
-            raise InputError(
-                f"{self.name}: not a video, or its header is cut: {_reason(e)}"
-            ) from e
+            raise InputError(f"{self.name}: not a video, or its header is cut: {_reason(e)}") from e
         return self.container
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
