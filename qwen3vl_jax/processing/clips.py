@@ -158,12 +158,12 @@ class _Given:
 def _from_list(frames: Sequence[Any], given: _Given) -> Clip:
     if not frames:
         raise InputError("video: the list has no frame")
-    size = to_rgb(load_image(frames[0])).size[::-1]
+    size = _size(to_rgb(load_image(frames[0])))
 
     def read(places: np.ndarray) -> Iterator[Image.Image]:
         for place in places:
             frame = to_rgb(load_image(frames[place]))
-            if frame.size[::-1] != size:
+            if _size(frame) != size:
                 raise InputError(
                     f"video: frame {place} has {frame.width} x {frame.height} pixels and the first "
                     f"{size[1]} x {size[0]}; all must have one size"
@@ -194,6 +194,10 @@ def _from_array(source: Any, given: _Given) -> Clip:
             yield to_rgb(Image.fromarray(frame[..., 0] if frame.shape[2] == 1 else frame))
 
     return given.clip(len(array), array.shape[1:3], read, can_sample=True)
+
+
+def _size(picture: Image.Image) -> tuple[int, int]:
+    return picture.height, picture.width
 
 
 def _whole_bytes(array: np.ndarray) -> bool:
@@ -233,7 +237,7 @@ def _from_file(start: Callable[[], Any], name: str) -> Clip:
             f"the file is cut or damaged: it ends before frame {place} of {len(points)}"
         )
 
-    size = _upright(first).size[::-1]
+    size = _size(_upright(first))
     return Clip(name, len(points), fps, size, np.arange(len(points)), read, times)
 
 
@@ -261,7 +265,7 @@ class _opened:
     def __init__(self, start: Callable[[], Any], name: str):
         self.start, self.name = start, name
 
-    def __enter__(self):
+    def __enter__(self) -> Any:
         import av
 
         try:
@@ -292,9 +296,9 @@ def _reason(error: Exception) -> str:
 
 
 def _video_stream(container: Any, name: str) -> Any:
-    import av
+    from av.stream import Disposition
 
-    cover = av.stream.Disposition.attached_pic
+    cover = Disposition.attached_pic
     streams = [s for s in container.streams.video if not s.disposition & cover]
     if not streams:
         kinds = sorted({s.type for s in container.streams}) or ["nothing"]

@@ -257,7 +257,7 @@ def resized(
 ) -> np.ndarray:
     """Values [H W C] uint8 of a picture brought to size (height, width), or as it is for None."""
     if size is not None:
-        picture = picture.resize(size[::-1], resample=Image.Resampling(settings.resample))
+        picture = picture.resize((size[1], size[0]), resample=Image.Resampling(settings.resample))
     pixels = np.asarray(picture)
     if pixels.dtype == np.bool_:
         pixels = pixels.astype(np.uint8)
