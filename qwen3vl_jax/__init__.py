@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from qwen3vl_jax.version import __version__
 
 if TYPE_CHECKING:
+    from qwen3vl_jax.cache import decode_step, extend, grow_cache, prefill
     from qwen3vl_jax.checkpoint import load, save_params
     from qwen3vl_jax.config import Config
     from qwen3vl_jax.errors import InputError
@@ -17,13 +18,9 @@ if TYPE_CHECKING:
     from qwen3vl_jax.losses import loss_fn
     from qwen3vl_jax.model import (
         attentions,
-        decode_step,
-        extend,
         forward,
-        grow_cache,
         hidden_states,
         init_params,
-        prefill,
         stack_layers,
         unstack_layers,
     )
@@ -35,13 +32,14 @@ if TYPE_CHECKING:
     from qwen3vl_jax.vision import vision_encode
 
 _HOME = {
+    "cache": ("decode_step", "extend", "grow_cache", "prefill"),
     "checkpoint": ("load", "save_params"),
     "config": ("Config",),
     "errors": ("InputError",),
     "generation": ("Answer", "generate", "stream"),
     "losses": ("loss_fn",),
-    "model": ("attentions", "decode_step", "extend", "forward", "grow_cache", "hidden_states",
-              "init_params", "prefill", "stack_layers", "unstack_layers"),
+    "model": ("attentions", "forward", "hidden_states", "init_params", "stack_layers",
+              "unstack_layers"),
     "processing.batch": ("make_batch", "make_vision"),
     "processing.positions": ("rope_index",),
     "processing.processor": ("Processor",),

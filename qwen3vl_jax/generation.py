@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qwen3vl_jax.cache import decode_step, grow_cache, prefill
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.model import decode_step, grow_cache, prefill
 from qwen3vl_jax.processing.tokenizer import find_stop, stop_list
 from qwen3vl_jax.sampling import Sampling, draw, penalize, row_seeds
 from qwen3vl_jax.structs import Batch, Features, KVCache, Params

@@ -1,7 +1,7 @@
 """The whole model as pure functions of (params, cfg, inputs). Dims as in layers.py.
 
-forward, hidden_states and attentions look at whole rows; prefill, extend and decode_step fill a
-KVCache. All can be traced; the caller jits them (cfg static) and donates the cache.
+forward, hidden_states and attentions look at whole rows; what fills a cache is in cache.py. All can
+be traced; the caller jits them (cfg static).
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from qwen3vl_jax.attention import BLOCK, attend, attention_probs, causal_ranges
+from qwen3vl_jax.attention import attend, attention_probs, causal_ranges
 from qwen3vl_jax.config import Config, TextConfig, VisionConfig
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.layers import linear_fp32, ones, rms_norm, weight
-from qwen3vl_jax.sharding import platform
-from qwen3vl_jax.structs import Batch, Features, KVCache, Params
+from qwen3vl_jax.structs import Batch, Features, Params
 from qwen3vl_jax.text import Block, decode_layers
 from qwen3vl_jax.vision import PatchEmbed, PatchMerger, VisionBlock, vision_encode
 
@@ -147,7 +146,8 @@ def unembed(params: Params, cfg: Config, x: jax.Array) -> jax.Array:
     return linear_fp32(rms_norm(x, params["norm"], cfg.text.rms_norm_eps), table)
 
 
-def _run(params: Params, cfg: Config, batch: Batch, features, mix, keep=None):
+def run_rows(params: Params, cfg: Config, batch: Batch, features, mix, keep=None):
+    """Embeds a batch and runs the decoder over it with one way to attend: (stream [B T D], kept)."""
     x, deepstack = embed_tokens(params, cfg, batch, features)
     layers = params["layers"]
     x, kept = decode_layers(layers, cfg.text, x, batch.positions, mix, deepstack, keep)
@@ -176,7 +176,7 @@ def forward(
     logits_to_keep: 0 all tokens; n (static under jit) the last n attended tokens of each row, whichever
     side it is padded on; an array [m] of token indices those.
     """
-    x, _ = _run(params, cfg, batch, features, _row_mix(batch))
+    x, _ = run_rows(params, cfg, batch, features, _row_mix(batch))
     if getattr(logits_to_keep, "ndim", 0) or isinstance(logits_to_keep, (list, tuple)):
         x = x[:, jnp.asarray(logits_to_keep)]
     elif (count := operator.index(cast(Any, logits_to_keep))) > 0:
@@ -198,7 +198,7 @@ def hidden_states(
     if features is None and batch.vision is not None:
         features = vision_encode(params, cfg, batch.vision)
     x, _ = embed_tokens(params, cfg, batch, features)
-    _, after = _run(params, cfg, batch, features, _row_mix(batch), keep=lambda x, _: x)
+    _, after = run_rows(params, cfg, batch, features, _row_mix(batch), keep=lambda x, _: x)
     after = jnp.stack(after) if isinstance(after, list) else after
     return jnp.concatenate([x[None], after])
 
@@ -213,123 +213,5 @@ def attentions(
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         return attend(q, k, v, lo, hi), attention_probs(q, k, lo, hi)
 
-    _, probs = _run(params, cfg, batch, features, mix)
+    _, probs = run_rows(params, cfg, batch, features, mix)
     return jnp.stack(probs) if isinstance(probs, list) else probs
-
-
-def init_cache(cfg: Config, rows: int, slots: int, dtype) -> KVCache:
-    """An empty cache for `rows` rows of at least `slots` tokens, in whole blocks of attention.
-
-    On a CPU it is fp32, because XLA:CPU (jax 0.10) converts a whole bf16 cache at every write.
-    """
-    c = cfg.text
-    dtype = jnp.float32 if platform() == "cpu" else dtype
-    shape = (rows, c.num_key_value_heads, _whole_blocks(slots), c.head_dim)
-    k, v = ([jnp.zeros(shape, dtype) for _ in range(c.num_hidden_layers)] for _ in range(2))
-    return KVCache(k, v, length=jnp.zeros(rows, jnp.int32), delta=jnp.zeros(rows, jnp.int32))
-
-
-def _whole_blocks(slots: int) -> int:
-    """Attention pads keys to whole blocks; a cache that has them is never copied for it."""
-    return slots if slots <= BLOCK else -(-slots // BLOCK) * BLOCK
-
-
-def grow_cache(cache: KVCache, slots: int) -> KVCache:
-    """The same cache with room for at least `slots` tokens a row; raises InputError for fewer."""
-    if slots < cache.slots:
-        raise InputError(f"grow_cache: slots is {slots}, the cache has {cache.slots} already")
-    pad = ((0, 0), (0, 0), (0, _whole_blocks(slots) - cache.slots), (0, 0))
-    k, v = ([jnp.pad(x, pad) for x in part] for part in (cache.k, cache.v))
-    return cache.replace(k=k, v=v)
-
-
-def _write(old: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
-    """new [B T K H] into old [B K S H] at slot [B T]; a slot past the end is dropped."""
-    rows = jnp.arange(old.shape[0])[:, None]
-    return old.at[rows, :, slot].set(new.astype(old.dtype), mode="drop")
-
-
-def prefill(
-    params: Params, cfg: Config, batch: Batch, max_len: int, *, features: Features | None = None
-) -> tuple[KVCache, jax.Array]:
-    """Runs the prompts into a new cache; returns it and each row's next logits [B V] in fp32.
-
-    The cache has room for max_len tokens a row, prompt and answer, and never less than the batch is
-    wide. Rows may be padded left or right; each is one segment. Layers are per-layer lists.
-    """
-    rows, width = batch.tokens.shape
-    dtype = params["embed"].dtype
-    cache = init_cache(cfg, rows, max(max_len, width), dtype)
-    lo, hi = causal_ranges(batch.segment_ids)
-    valid = batch.segment_ids > 0
-    slot = jnp.where(valid, jnp.arange(width) - lo, cache.slots)
-
-    def mix(i, q, k, v):
-        new = (_write(cache.k[i], k, slot), _write(cache.v[i], v, slot))
-        return attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), lo, hi), new
-
-    return _fill(params, cfg, cache, batch, features, mix)
-
-
-def extend(
-    params: Params, cfg: Config, cache: KVCache, batch: Batch, *, features: Features | None = None
-) -> tuple[KVCache, jax.Array]:
-    """Appends tokens or a picture to each row of a filled cache; returns it and the next logits [B V].
-
-    The batch is made as for prefill, positions from 0: they are moved behind the cache here. The
-    caller makes room first (`grow_cache`): tokens past the last slot are dropped.
-    """
-    lo, _ = causal_ranges(batch.segment_ids)
-    valid = batch.segment_ids > 0
-    place = cache.length[:, None] + jnp.arange(batch.tokens.shape[1]) - lo
-    slot = jnp.where(valid, place, cache.slots)
-    reach = jnp.where(valid, place + 1, 0)
-    start = cache.length + cache.delta
-    batch = batch.replace(positions=batch.positions + start[:, None])
-    return _fill(params, cfg, cache, batch, features, _cache_mix(cache, slot, reach))
-
-
-def decode_step(
-    params: Params, cfg: Config, cache: KVCache, tokens: jax.Array
-) -> tuple[KVCache, jax.Array]:
-    """One token a row, tokens [B] int32, onto the cache; returns it and the next logits [B V] in fp32.
-
-    The caller makes room first (`grow_cache`): a token past the last slot is not kept, and the logits
-    are then wrong. Layers are per-layer lists.
-    """
-    slot = cache.length[:, None]
-    positions = jnp.broadcast_to((cache.length + cache.delta)[:, None], (3, *slot.shape))
-    x = params["embed"][tokens][:, None]
-    mix = _cache_mix(cache, slot, slot + 1)
-    x, kept = decode_layers(_lists(params["layers"]), cfg.text, x, positions, mix)
-    k, v = (list(part) for part in zip(*kept, strict=True))
-    cache = cache.replace(k=k, v=v, length=cache.length + 1)
-    return cache, unembed(params, cfg, x[:, 0])
-
-
-def _cache_mix(cache: KVCache, slot: jax.Array, reach: jax.Array):
-    """Write first, then attend to the written array: the other order copies the cache at every step."""
-
-    def mix(i, q, k, v):
-        k, v = _write(cache.k[i], k, slot), _write(cache.v[i], v, slot)
-        return attend(q, k, v, None, reach), (k, v)
-
-    return mix
-
-
-def _lists(layers):
-    if not isinstance(layers, (list, tuple)):
-        raise InputError("a cache is filled by per-layer parameters: call unstack_layers first")
-    return layers
-
-
-def _fill(params, cfg, cache, batch, features, mix):
-    params = {**params, "layers": _lists(params["layers"])}
-    x, kept = _run(params, cfg, batch, features, mix)
-    k, v = (list(part) for part in zip(*kept, strict=True))
-    count = jnp.sum(batch.segment_ids > 0, axis=1, dtype=jnp.int32)
-    index = jnp.arange(batch.tokens.shape[1])
-    last = jnp.max(jnp.where(batch.segment_ids > 0, index, 0), axis=1)
-    x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
-    cache = cache.replace(k=k, v=v, length=cache.length + count, delta=cache.delta + batch.delta)
-    return cache, unembed(params, cfg, x)

@@ -1,5 +1,6 @@
 """Against live transformers, fp32: positions, vision features, logits, greedy tokens; bf16 noise."""
 
+import jax
 import numpy as np
 import ours
 import pytest
@@ -50,6 +51,17 @@ def test_rope_types_below_and_above_their_limit(rope):
     plain = reference.build("base", False, "plain")
     if rope != "plain":
         assert ours.worst(want, reference.logits(plain, inputs)) > 1e-3  # the scaling shows
+
+
+def test_yarn_in_chunks_equals_transformers():
+    """The model card's recipe for long context: YaRN, beyond the original limit."""
+    ref = reference.build("base", False, "yarn")
+    params, cfg = ours.build(ref)
+    inputs = tiny.inputs(ref.config, "long")
+    want = reference.logits(ref, inputs)[:, -1]
+    run = jax.jit(q3.prefill, static_argnames=("cfg", "max_len", "chunk"))
+    got = run(params, cfg, q3.make_batch(cfg, **inputs), 64, chunk=32)[1]
+    assert ours.worst(got, want) < BOUND
 
 
 @pytest.mark.parametrize("moe", [False, True])

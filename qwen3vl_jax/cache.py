@@ -1,0 +1,192 @@
+"""The key/value cache and what fills it: prefill, extend, decode_step. Dims as in layers.py.
+
+All can be traced; the caller jits them (cfg static) and donates the cache.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from qwen3vl_jax.attention import BLOCK, attend, causal_ranges
+from qwen3vl_jax.config import Config
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.model import run_rows, unembed
+from qwen3vl_jax.sharding import platform
+from qwen3vl_jax.structs import Batch, Features, KVCache, Params
+from qwen3vl_jax.text import decode_layers
+from qwen3vl_jax.vision import vision_encode
+
+
+def init_cache(cfg: Config, rows: int, slots: int, dtype) -> KVCache:
+    """An empty cache for `rows` rows of at least `slots` tokens, in whole blocks of attention.
+
+    On a CPU it is fp32, because XLA:CPU (jax 0.10) converts a whole bf16 cache at every write.
+    """
+    c = cfg.text
+    dtype = jnp.float32 if platform() == "cpu" else dtype
+    shape = (rows, c.num_key_value_heads, _whole_blocks(slots), c.head_dim)
+    k, v = ([jnp.zeros(shape, dtype) for _ in range(c.num_hidden_layers)] for _ in range(2))
+    return KVCache(k, v, length=jnp.zeros(rows, jnp.int32), delta=jnp.zeros(rows, jnp.int32))
+
+
+def _whole_blocks(slots: int) -> int:
+    """Attention pads keys to whole blocks; a cache that has them is never copied for it."""
+    return slots if slots <= BLOCK else -(-slots // BLOCK) * BLOCK
+
+
+def grow_cache(cache: KVCache, slots: int) -> KVCache:
+    """The same cache with room for at least `slots` tokens a row; raises InputError for fewer."""
+    if slots < cache.slots:
+        raise InputError(f"grow_cache: slots is {slots}, the cache has {cache.slots} already")
+    pad = ((0, 0), (0, 0), (0, _whole_blocks(slots) - cache.slots), (0, 0))
+    k, v = ([jnp.pad(x, pad) for x in part] for part in (cache.k, cache.v))
+    return cache.replace(k=k, v=v)
+
+
+def _write(old: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
+    """new [B T K H] into old [B K S H] at slot [B T]; a slot past the end is dropped."""
+    rows = jnp.arange(old.shape[0])[:, None]
+    return old.at[rows, :, slot].set(new.astype(old.dtype), mode="drop")
+
+
+def prefill(
+    params: Params,
+    cfg: Config,
+    batch: Batch,
+    max_len: int,
+    *,
+    features: Features | None = None,
+    chunk: int | None = None,
+) -> tuple[KVCache, jax.Array]:
+    """Runs the prompts into a new cache; returns it and each row's next logits [B V] in fp32.
+
+    The cache has room for max_len tokens a row, prompt and answer, and never less than the batch is
+    wide. Rows may be padded left or right; each is one segment. Layers are per-layer lists. chunk
+    (static): as many tokens of each row at a time, so that activations do not grow with the prompt;
+    the vision tower still runs first and whole.
+    """
+    rows, width = batch.tokens.shape
+    cache = init_cache(cfg, rows, max(max_len, width), params["embed"].dtype)
+    lo, hi = causal_ranges(batch.segment_ids)
+    valid = batch.segment_ids > 0
+    slot = jnp.where(valid, jnp.arange(width) - lo, cache.slots)
+    if chunk is not None:
+        if chunk < 1:
+            raise InputError(f"prefill: chunk is {chunk}, expected tokens from 1")
+        return _fill_in_chunks(params, cfg, cache, batch, features, slot, chunk)
+
+    def mix(i, q, k, v):
+        new = (_write(cache.k[i], k, slot), _write(cache.v[i], v, slot))
+        return attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), lo, hi), new
+
+    return _fill(params, cfg, cache, batch, features, mix)
+
+
+def _fill_in_chunks(params, cfg, cache, batch, features, slot, chunk):
+    """`_fill` as a scan over pieces [B chunk] of the rows; each attends to what the cache holds."""
+    params = {**params, "layers": _lists(params["layers"])}
+    if features is None and batch.vision is not None:
+        features = vision_encode(params, cfg, batch.vision)
+    rows, width = batch.tokens.shape
+    index = jnp.arange(width)
+    last = jnp.max(jnp.where(batch.segment_ids > 0, index, 0), axis=1)
+    count = -(-width // chunk)
+
+    def pieces(x, fill):
+        """[B T ...] -> [count B chunk ...]."""
+        pad = [(0, 0), (0, count * chunk - width), *[(0, 0)] * (x.ndim - 2)]
+        x = jnp.pad(x, pad, constant_values=fill)
+        return jnp.moveaxis(x.reshape(rows, count, chunk, *x.shape[2:]), 1, 0)
+
+    positions = jnp.stack([pieces(axis, 0) for axis in batch.positions], axis=1)
+    cut = {"tokens": pieces(batch.tokens, 0), "positions": positions}
+    cut["segment_ids"] = pieces(batch.segment_ids, 0)
+    if batch.vision_rows is not None:
+        cut["vision_rows"] = pieces(batch.vision_rows, -1)
+    if batch.embeds is not None:
+        cut["embeds"] = pieces(batch.embeds, 0)
+    slots, starts = pieces(slot, cache.slots), chunk * jnp.arange(count)
+
+    def body(carry, xs):
+        (k, v), kept = carry
+        fields, slot, start = xs
+        piece = batch.replace(**fields, vision=None, labels=None)
+        filled = cache.replace(k=k, v=v)
+        reach = jnp.where(piece.segment_ids > 0, slot + 1, 0)
+        x, new = run_rows(params, cfg, piece, features, _cache_mix(filled, slot, reach))
+        mine = last - start
+        here = jnp.take_along_axis(x, jnp.clip(mine, 0, chunk - 1)[:, None, None], axis=1)[:, 0]
+        inside = ((mine >= 0) & (mine < chunk))[:, None]
+        k, v = (list(part) for part in zip(*new, strict=True))
+        return ((k, v), jnp.where(inside, here, kept)), None
+
+    x = jnp.zeros((rows, cfg.text.hidden_size), params["embed"].dtype)
+    ((k, v), x), _ = jax.lax.scan(body, ((cache.k, cache.v), x), (cut, slots, starts))
+    length = jnp.sum(batch.segment_ids > 0, axis=1, dtype=jnp.int32)
+    cache = cache.replace(k=k, v=v, length=length, delta=cache.delta + batch.delta)
+    return cache, unembed(params, cfg, x)
+
+
+def extend(
+    params: Params, cfg: Config, cache: KVCache, batch: Batch, *, features: Features | None = None
+) -> tuple[KVCache, jax.Array]:
+    """Appends tokens or a picture to each row of a filled cache; returns it and the next logits [B V].
+
+    The batch is made as for prefill, positions from 0: they are moved behind the cache here. The
+    caller makes room first (`grow_cache`): tokens past the last slot are dropped.
+    """
+    lo, _ = causal_ranges(batch.segment_ids)
+    valid = batch.segment_ids > 0
+    place = cache.length[:, None] + jnp.arange(batch.tokens.shape[1]) - lo
+    slot = jnp.where(valid, place, cache.slots)
+    reach = jnp.where(valid, place + 1, 0)
+    start = cache.length + cache.delta
+    batch = batch.replace(positions=batch.positions + start[:, None])
+    return _fill(params, cfg, cache, batch, features, _cache_mix(cache, slot, reach))
+
+
+def decode_step(
+    params: Params, cfg: Config, cache: KVCache, tokens: jax.Array
+) -> tuple[KVCache, jax.Array]:
+    """One token a row, tokens [B] int32, onto the cache; returns it and the next logits [B V] in fp32.
+
+    The caller makes room first (`grow_cache`): a token past the last slot is not kept, and the logits
+    are then wrong. Layers are per-layer lists.
+    """
+    slot = cache.length[:, None]
+    positions = jnp.broadcast_to((cache.length + cache.delta)[:, None], (3, *slot.shape))
+    x = params["embed"][tokens][:, None]
+    mix = _cache_mix(cache, slot, slot + 1)
+    x, kept = decode_layers(_lists(params["layers"]), cfg.text, x, positions, mix)
+    k, v = (list(part) for part in zip(*kept, strict=True))
+    cache = cache.replace(k=k, v=v, length=cache.length + 1)
+    return cache, unembed(params, cfg, x[:, 0])
+
+
+def _cache_mix(cache: KVCache, slot: jax.Array, reach: jax.Array):
+    """Write first, then attend to the written array: the other order copies the cache at every step."""
+
+    def mix(i, q, k, v):
+        k, v = _write(cache.k[i], k, slot), _write(cache.v[i], v, slot)
+        return attend(q, k, v, None, reach), (k, v)
+
+    return mix
+
+
+def _lists(layers):
+    if not isinstance(layers, (list, tuple)):
+        raise InputError("a cache is filled by per-layer parameters: call unstack_layers first")
+    return layers
+
+
+def _fill(params, cfg, cache, batch, features, mix):
+    params = {**params, "layers": _lists(params["layers"])}
+    x, kept = run_rows(params, cfg, batch, features, mix)
+    k, v = (list(part) for part in zip(*kept, strict=True))
+    count = jnp.sum(batch.segment_ids > 0, axis=1, dtype=jnp.int32)
+    index = jnp.arange(batch.tokens.shape[1])
+    last = jnp.max(jnp.where(batch.segment_ids > 0, index, 0), axis=1)
+    x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+    cache = cache.replace(k=k, v=v, length=cache.length + count, delta=cache.delta + batch.delta)
+    return cache, unembed(params, cfg, x)

@@ -1,0 +1,82 @@
+"""Prefill in chunks: the same numbers as the whole prompt at once, in less memory."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import ours
+import pytest
+import tiny
+
+import qwen3vl_jax as q3
+
+ROWS = ("clips_and_picture", "text", "three_pictures")
+
+
+def model(moe=False):
+    cfg = q3.Config.from_hf(tiny.config_dict("base", moe))
+    return jax.jit(functools.partial(q3.init_params, cfg=cfg))(jax.random.key(3)), cfg
+
+
+@pytest.mark.parametrize(("moe", "side"), [(False, "left"), (False, "right"), (True, "left")])
+def test_chunks_equal_the_whole(moe, side):
+    """Rows of different length with pictures and clips cut anywhere, then eight decode steps."""
+    params, cfg = model(moe)
+    rows = [tiny.inputs(tiny.config_dict("base", moe), row, seed) for seed, row in enumerate(ROWS)]
+    batch = q3.make_batch(cfg, **tiny.pad_batch(rows, side))
+    run = jax.jit(q3.prefill, static_argnames=("cfg", "max_len", "chunk"))
+    cache, want = run(params, cfg, batch, 256)
+    for chunk in (7, 1000):
+        other, got = run(params, cfg, batch, 256, chunk=chunk)
+        assert ours.worst(got, want) < 1e-5
+        np.testing.assert_array_equal(other.length, cache.length)
+        np.testing.assert_array_equal(other.delta, cache.delta)
+        for b, length in enumerate(np.asarray(cache.length)):
+            for mine, whole in zip([*other.k, *other.v], [*cache.k, *cache.v], strict=True):
+                assert ours.worst(mine[b, :, :length], whole[b, :, :length]) < 1e-5
+        theirs, token = cache, jnp.argmax(want, -1).astype(jnp.int32)
+        step = jax.jit(q3.decode_step, static_argnames="cfg")
+        for _ in range(8):
+            theirs, a = step(params, cfg, theirs, token)
+            other, b = step(params, cfg, other, token)
+            assert ours.worst(b, a) < 1e-5
+            token = jnp.argmax(a, -1).astype(jnp.int32)
+
+
+def test_chunks_of_features_and_embeddings():
+    """Kept features, and embeddings in place of tokens."""
+    params, cfg = model()
+    batch = q3.make_batch(cfg, **tiny.inputs(tiny.config_dict("base", False), "three_pictures"))
+    features = q3.vision_encode(params, cfg, batch.vision)
+    run = jax.jit(q3.prefill, static_argnames=("cfg", "max_len", "chunk"))
+    want = run(params, cfg, batch, 128)[1]
+    bare = batch.replace(vision=None)
+    assert ours.worst(run(params, cfg, bare, 128, features=features, chunk=9)[1], want) < 1e-5
+    embeds = params["embed"][batch.tokens]
+    bare = bare.replace(embeds=embeds, tokens=batch.tokens * 0)
+    assert ours.worst(run(params, cfg, bare, 128, features=features, chunk=9)[1], want) < 1e-5
+    with pytest.raises(q3.InputError, match="chunk is 0"):
+        q3.prefill(params, cfg, batch, 128, chunk=0)
+
+
+def test_a_long_prompt_in_chunks_needs_a_third_of_the_memory():
+    """32,768 tokens: the compiled program's temporary bytes, caches (its result) not counted."""
+    _, cfg = model()
+    params = jax.eval_shape(functools.partial(q3.init_params, cfg=cfg), jax.random.key(0))
+    width = 32768
+    batch = jax.eval_shape(
+        lambda: q3.Batch(
+            tokens=jnp.zeros((1, width), jnp.int32), positions=jnp.zeros((3, 1, width), jnp.int32),
+            segment_ids=jnp.ones((1, width), jnp.int32), vision_rows=None,
+            delta=jnp.zeros(1, jnp.int32),
+        )
+    )  # fmt: skip
+
+    def temporary(chunk):
+        run = jax.jit(functools.partial(q3.prefill, cfg=cfg, max_len=width, chunk=chunk))
+        return run.lower(params, batch=batch).compile().memory_analysis().temp_size_in_bytes
+
+    whole, chunked = temporary(None), temporary(2048)
+    print(f"whole {whole / 2**20:.0f} MiB, in chunks of 2,048 {chunked / 2**20:.0f} MiB")
+    assert chunked < whole / 3
