@@ -42,14 +42,16 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         type=int,
         help="longest prompt and answer together (default: the model's limit)",
     )
-    add("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
-    add("--top-k", type=int, default=0)
-    add("--top-p", type=float, default=1.0)
-    add("--min-p", type=float, default=0.0)
-    add("--repetition-penalty", type=float, default=1.0)
+    add("--temperature", type=float, help="0 takes the likeliest token (default of these six: the "
+        "checkpoint's generation_config.json)")  # fmt: skip
+    add("--top-k", type=int)
+    add("--top-p", type=float)
+    add("--min-p", type=float)
+    add("--repetition-penalty", type=float)
+    add("--min-new-tokens", type=int)
     add("--presence-penalty", type=float, default=0.0)
-    add("--min-new-tokens", type=int, default=0)
     add("--seed", type=int, default=0)
+    add("--prefill-chunk", type=int, default=8192, help="prompt tokens taken at a time")
     add(
         "--stop",
         action="append",
@@ -168,7 +170,8 @@ def answer(args, directory, processor, arrays, limit) -> str:
 
     fields = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
               "min_new_tokens")  # fmt: skip
-    sampling = q3.Sampling(**{name: getattr(args, name) for name in fields})
+    flags = {name: v for name in fields if (v := getattr(args, name)) is not None}
+    sampling = q3.Sampling(**(processor.sampling | flags))
     sampling.check()
     row_seeds(args.seed, 1)
     batch = q3.make_batch(processor.config, **arrays)
@@ -183,7 +186,8 @@ def answer(args, directory, processor, arrays, limit) -> str:
     prompt = int(arrays["attention_mask"].sum())
     room = min(args.max_new_tokens, limit - prompt)
     chunks = q3.stream(params, cfg, batch, max_new_tokens=room, sampling=sampling, seed=args.seed,
-                       stop_ids=processor.stop_ids, max_len=limit)  # fmt: skip
+                       stop_ids=processor.stop_ids, max_len=limit,
+                       prefill_chunk=args.prefill_chunk)  # fmt: skip
     pieces, count, prefill = [], 0, 0.0
 
     def show(piece: str) -> None:

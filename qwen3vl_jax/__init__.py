@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from qwen3vl_jax.processing.positions import rope_index
     from qwen3vl_jax.processing.processor import Processor
     from qwen3vl_jax.sampling import Sampling
+    from qwen3vl_jax.scoring import embed, rerank, score
     from qwen3vl_jax.structs import Batch, Features, KVCache, VisionInputs
     from qwen3vl_jax.vision import vision_encode
 
@@ -44,6 +45,7 @@ _HOME = {
     "processing.positions": ("rope_index",),
     "processing.processor": ("Processor",),
     "sampling": ("Sampling",),
+    "scoring": ("embed", "rerank", "score"),
     "structs": ("Batch", "Features", "KVCache", "VisionInputs"),
     "vision": ("vision_encode",),
 }  # fmt: skip

@@ -71,10 +71,10 @@ def _choose(logits, state, sampling, stop_ids, logits_fn) -> DecodeState:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "slots", "logits_fn"))
-def _start(params, cfg, batch, features, sampling, stop_ids, seeds, slots, logits_fn):
+@functools.partial(jax.jit, static_argnames=("cfg", "slots", "logits_fn", "chunk"))
+def _start(params, cfg, batch, features, sampling, stop_ids, seeds, slots, logits_fn, chunk):
     """Prefill and the first token of every row."""
-    cache, logits = prefill(params, cfg, batch, slots, features=features)
+    cache, logits = prefill(params, cfg, batch, slots, features=features, chunk=chunk)
     shape = logits.shape
     valid_token = jnp.where(batch.segment_ids > 0, batch.tokens, shape[1])
     seen = jnp.zeros(shape, bool).at[jnp.arange(shape[0])[:, None], valid_token]
@@ -133,13 +133,14 @@ def stream(
     features: Features | None = None,
     logits_fn: LogitsFn | None = None,
     steps: int = STEPS,
+    prefill_chunk: int | None = None,
 ) -> Generator[np.ndarray, np.ndarray | None, None]:
     """Yields new tokens [B n] int32 as they come, n <= steps; -1 where a row had already ended.
 
     seed: one a row, or a first one (row b takes seed + b); a row's draws depend on nothing else.
     stop_ids None takes the config's; () never stops. max_len limits prompt + answer. `send` a bool [B]
-    to end rows (stop strings do). Raises InputError, before anything runs, for values out of range, a
-    prompt too long and packed rows.
+    to end rows (stop strings do). prefill_chunk: see `prefill`; rows no wider are filled whole. Raises
+    InputError, before anything runs, for values out of range, a prompt too long and packed rows.
     """
     rows = batch.tokens.shape[0]
     segments = np.asarray(batch.segment_ids)
@@ -155,17 +156,20 @@ def stream(
         row_seeds(seed, rows),
         logits_fn,
     )
-    return _stream(params, cfg, batch, features, choice, max_new_tokens, steps)
+    if prefill_chunk is not None and prefill_chunk < 1:
+        raise InputError(f"prefill_chunk is {prefill_chunk}, expected tokens from 1")
+    chunk = prefill_chunk if prefill_chunk and batch.tokens.shape[1] > prefill_chunk else None
+    return _stream(params, cfg, batch, features, choice, max_new_tokens, steps, chunk)
 
 
-def _stream(params, cfg, batch, features, choice, max_new_tokens, steps):
+def _stream(params, cfg, batch, features, choice, max_new_tokens, steps, chunk):
     sampling, stops, seeds, logits_fn = choice
     if features is None and batch.vision is not None:
         features = _encode(params, cfg, batch.vision)
     batch = batch.replace(vision=None, labels=None)
     width = batch.tokens.shape[1]  # not the prompt's length: what is compiled is a bucket's
     slots = cache_slots(width + min(steps, max_new_tokens))
-    state = _start(params, cfg, batch, features, sampling, stops, seeds, slots, logits_fn)
+    state = _start(params, cfg, batch, features, sampling, stops, seeds, slots, logits_fn, chunk)
     made = 1
     ended = yield np.asarray(state.token)[:, None]
     while made < max_new_tokens:
@@ -218,6 +222,7 @@ def generate(
     features: Features | None = None,
     logits_fn: LogitsFn | None = None,
     steps: int = STEPS,
+    prefill_chunk: int | None = None,
 ) -> Answer:
     """Answers every row of the batch; arguments are those of `stream`.
 
@@ -234,6 +239,7 @@ def generate(
     chunks = stream(
         params, cfg, batch, max_new_tokens=max_new_tokens, sampling=sampling, stop_ids=stops,
         seed=seed, max_len=max_len, features=features, logits_fn=logits_fn, steps=steps,
+        prefill_chunk=prefill_chunk,
     )  # fmt: skip
     try:
         new = next(chunks)

@@ -169,6 +169,14 @@ def logits(ref: Reference, inputs: Arrays, dtype: str = "float32") -> np.ndarray
 
 
 @torch.no_grad()
+def last_hidden(ref: Reference, inputs: Arrays) -> np.ndarray:
+    """The state after the final norm [B, T, D] float32; meaningless where attention_mask is 0."""
+    ids = torch.from_numpy(positions(ref, inputs)[0])
+    out = ref.model().model(**_tensors(inputs), position_ids=ids, use_cache=False)
+    return _numpy(out.last_hidden_state)
+
+
+@torch.no_grad()
 def greedy(
     ref: Reference, inputs: Arrays, steps: int = 64, dtype: str = "float32"
 ) -> tuple[np.ndarray, np.ndarray]:

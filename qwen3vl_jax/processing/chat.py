@@ -121,6 +121,27 @@ def hand_out(rows: list[list[Medium]], images: Any, videos: Any = None) -> list[
     return [[filled(medium) for medium in row] for row in rows]
 
 
+def with_clip_options(
+    media: list[list[Medium]], videos_kwargs: Mapping[str, Any]
+) -> list[list[Medium]]:
+    """The clips with the options of the call under their own; video_metadata is one a clip."""
+    options = dict(videos_kwargs)
+    metadata = options.pop("video_metadata", None)
+    clips = sum(medium.kind == "video" for row in media for medium in row)
+    given = list(metadata) if isinstance(metadata, (list, tuple)) else [metadata] * min(clips, 1)
+    if metadata is not None and len(given) != clips:
+        raise InputError(f"video_metadata: {len(given)} for {clips} clip(s), expected one each")
+    feed = iter(given if metadata is not None else [None] * clips)
+
+    def extended(medium: Medium) -> Medium:
+        if medium.kind != "video":
+            return medium
+        both = {"video_metadata": next(feed), **options, **medium.overrides}
+        return dataclasses.replace(medium, overrides=both)
+
+    return [[extended(medium) for medium in row] for row in media]
+
+
 def _waiting(rows: list[list[Medium]], kind: str) -> list[int]:
     return [sum(m.source is None and m.kind == kind for m in row) for row in rows]
 

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,39 +17,32 @@ from qwen3vl_jax.processing import pictures
 from qwen3vl_jax.processing.chat import (
     Medium,
     hand_out,
-    placeholder_mismatch,
     plain_data,
     read_conversation,
+    with_clip_options,
+)
+from qwen3vl_jax.processing.defaults import (
+    read_generation_config,
+    sampling_defaults,
+    stop_ids,
 )
 from qwen3vl_jax.processing.escape import Escape
 from qwen3vl_jax.processing.images import ImageSettings, preprocess
+from qwen3vl_jax.processing.reply import Reply, parse_reply
+from qwen3vl_jax.processing.rows import (
+    Arrays,
+    Prompt,
+    Seen,
+    media_arrays,
+    row_ids,
+    text_arrays,
+)
 from qwen3vl_jax.processing.template import ChatTemplate
 from qwen3vl_jax.processing.tokenizer import Tokenizer
-from qwen3vl_jax.processing.videos import UsedFrames, VideoSettings, preprocess_video
+from qwen3vl_jax.processing.videos import VideoSettings, preprocess_video
 
 if TYPE_CHECKING:
     from qwen3vl_jax.structs import Batch
-
-Arrays = dict[str, Any]
-Grid = tuple[int, int, int]
-
-
-@dataclasses.dataclass
-class _Prompt:
-    """One row before it is encoded: its text with marks, and its pictures and clips in order."""
-
-    text: str
-    mark: str
-    media: list[Medium]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Seen:
-    """A picture or clip as the model sees it; `used` says which frames of a clip."""
-
-    rows: np.ndarray
-    grid: Grid
-    used: UsedFrames | None = None
 
 
 @dataclasses.dataclass
@@ -62,6 +55,7 @@ class Processor:
     image_settings: ImageSettings
     video_settings: VideoSettings
     stop_ids: tuple[int, ...]  # ids that end an answer
+    sampling: dict[str, float]  # arguments of Sampling that the checkpoint asks for
     wrap_clips: bool = False  # one more vision_start .. vision_end around each whole clip
     max_fetch_bytes: int = pictures.MAX_FETCH_BYTES  # of a picture given by URL
     fetch_seconds: float = pictures.FETCH_SECONDS
@@ -102,8 +96,11 @@ class Processor:
                         f"{directory}: {kind.KIND} {name} is {ours}, and {theirs} in config.json"
                     )
         template = ChatTemplate.from_dir(directory, chat_template)
-        stop_ids = _stop_ids(directory, config, tokenizer)
-        return cls(config, tokenizer, template, settings, clip_settings, stop_ids)
+        raw = read_generation_config(directory)
+        eos = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+        stops = stop_ids(raw) or config.eos_token_ids or eos
+        options = (settings, clip_settings, stops, sampling_defaults(raw))
+        return cls(config, tokenizer, template, *options)
 
     def render(
         self,
@@ -143,6 +140,7 @@ class Processor:
         allow_special: bool = False,
         template_vars: Mapping[str, Any] | None = None,
         padding_side: str = "right",
+        continuations: str | Sequence[str] | None = None,
         **image_overrides: Any,
     ) -> Arrays:
         """What transformers' processor would return, as numpy arrays.
@@ -152,11 +150,13 @@ class Processor:
         and for content items without a source; videos: one clip or a list. allow_special: user,
         system and tool text may hold special tokens. image_overrides: image settings of this call
         (min_pixels=...), videos_kwargs those of clips (fps=..., video_metadata one a clip); a
-        content item may have its own.
+        content item may have its own. continuations: one text a row, put behind its prompt and
+        labelled, for `score`.
         Returns input_ids, attention_mask, mm_token_type_ids (1 at pictures, 2 at clips) [B, T] int64,
         padded on padding_side; if there are pictures pixel_values [sum patches, C*Tp*P*P] float32
         and image_grid_thw [n, 3] int64; if there are clips pixel_values_videos, video_grid_thw and
-        video_metadata, a list of UsedFrames. Raises InputError.
+        video_metadata, a list of UsedFrames; with continuations labels [B, T] int64, -100 but on
+        them. Raises InputError.
         """
         if (conversations is None) == (text is None):
             raise InputError("processor: expected conversations or text=, one of the two")
@@ -175,9 +175,9 @@ class Processor:
             rows = conversations if _is_many(conversations) else [conversations]
             prompts = [self._prompt(row, tools, **options) for row in rows]
         media = hand_out([prompt.media for prompt in prompts], images, videos)
-        media = _with_options(media, videos_kwargs or {})
+        media = with_clip_options(media, videos_kwargs or {})
         seen = [[self._see(medium, settings) for medium in row] for row in media]
-        return self._arrays(prompts, seen, padding_side)
+        return self._arrays(prompts, seen, padding_side, continuations)
 
     def __call__(self, conversations: Any = None, **options: Any) -> Batch:
         """A Batch of one conversation or many, or of text=; options as in `inputs`, padded right.
@@ -195,6 +195,7 @@ class Processor:
             image_grid_thw=arrays.get("image_grid_thw"),
             pixel_values_videos=arrays.get("pixel_values_videos"),
             video_grid_thw=arrays.get("video_grid_thw"),
+            labels=arrays.get("labels"),
         )
 
     def decode(self, tokens: Any, skip_special_tokens: bool = True) -> Any:
@@ -208,6 +209,14 @@ class Processor:
             return [self.decode(row, skip_special_tokens) for row in tokens]
         return self.tokenizer.decode(tokens, skip_special_tokens)
 
+    def parse(self, answer: Any, prompt: str = "") -> Reply:
+        """The parts of an answer (text, or its token ids): reasoning, content and tool calls.
+
+        prompt: the rendered prompt; one that ends with an open <think> makes what follows reasoning.
+        """
+        text = answer if isinstance(answer, str) else self.decode(answer)
+        return parse_reply(text, thinking=prompt.rstrip().endswith("<think>"))
+
     def _prompt(
         self,
         conversation: Any,
@@ -217,7 +226,7 @@ class Processor:
         continue_final_message: bool,
         template_vars: Mapping[str, Any],
         allow_special: bool,
-    ) -> _Prompt:
+    ) -> Prompt:
         messages, media = read_conversation(conversation)
         plain_tools, variables = _plain_tools(tools), plain_data(dict(template_vars))
         escape = None
@@ -242,10 +251,10 @@ class Processor:
             {**given, **variables},
         )
         if escape is None:
-            return _Prompt(rendered, "", media)
-        return _Prompt(escape.tidy(rendered), escape.mark, media)
+            return Prompt(rendered, "", media)
+        return Prompt(escape.tidy(rendered), escape.mark, media)
 
-    def _raw_prompts(self, text: str | Sequence[str]) -> list[_Prompt]:
+    def _raw_prompts(self, text: str | Sequence[str]) -> list[Prompt]:
         rows = [text] if isinstance(text, str) else list(text)
         for row in rows:
             if not isinstance(row, str):
@@ -253,123 +262,29 @@ class Processor:
         kinds = {"image": self.config.image_token_id, "video": self.config.video_token_id}
         names = {self.tokenizer.token_of(i): kind for kind, i in kinds.items()}
         place = re.compile("|".join(map(re.escape, names)))
-        return [_Prompt(r, "", [Medium(names[t], None) for t in place.findall(r)]) for r in rows]
+        return [Prompt(r, "", [Medium(names[t], None) for t in place.findall(r)]) for r in rows]
 
-    def _see(self, medium: Medium, settings: ImageSettings) -> _Seen:
+    def _arrays(
+        self, prompts: list[Prompt], seen: list[list[Seen]], side: str, continuations: Any
+    ) -> Arrays:
+        if not prompts:
+            raise InputError("processor: found no conversation and no text")
+        tokenizer, config, wrap = self.tokenizer, self.config, self.wrap_clips
+        rows = [
+            row_ids(tokenizer, config, prompt, found, wrap, f"row {number}")
+            for number, (prompt, found) in enumerate(zip(prompts, seen, strict=True), 1)
+        ]
+        out = text_arrays(tokenizer, config, rows, side, continuations)
+        return out | media_arrays([one for row in seen for one in row])
+
+    def _see(self, medium: Medium, settings: ImageSettings) -> Seen:
         limits = {"max_bytes": self.max_fetch_bytes, "timeout": self.fetch_seconds}
         if medium.kind == "video":
-            return _Seen(
+            return Seen(
                 *preprocess_video(medium.source, self.video_settings, limits, **medium.overrides)
             )
         picture = pictures.load_image(medium.source, **limits)
-        return _Seen(*preprocess(picture, settings, **medium.overrides))
-
-    def _arrays(self, prompts: list[_Prompt], seen: list[list[_Seen]], side: str) -> Arrays:
-        if not prompts:
-            raise InputError("processor: found no conversation and no text")
-        rows = [
-            self._row(prompt, found, f"row {number}")
-            for number, (prompt, found) in enumerate(zip(prompts, seen), 1)
-        ]
-        out = self._pad(rows, side)
-        everything = [one for row in seen for one in row]
-        for names, found in (
-            (("pixel_values", "image_grid_thw"), [s for s in everything if s.used is None]),
-            (("pixel_values_videos", "video_grid_thw"), [s for s in everything if s.used]),
-        ):
-            if found:
-                pixels = [one.rows for one in found]
-                out[names[0]] = pixels[0] if len(pixels) == 1 else np.concatenate(pixels)
-                out[names[1]] = np.asarray([one.grid for one in found], np.int64)
-        if used := [one.used for one in everything if one.used]:
-            out["video_metadata"] = used
-        return out
-
-    def _row(self, prompt: _Prompt, seen: list[_Seen], name: str) -> list[int]:
-        """Ids of a prompt with each placeholder repeated once a token of its picture or frame."""
-        config, unit = self.config, self.config.vision.merge_unit
-        clips = [one for one in seen if one.used]
-        counts = {
-            config.image_token_id: iter([np.prod(s.grid) // unit for s in seen if not s.used]),
-            config.video_token_id: iter(
-                [h * w // unit for t, h, w in (s.grid for s in clips) for _ in range(t)]
-            ),
-        }
-        ids = self.tokenizer.encode(self._with_frames(prompt.text, clips, name), prompt.mark)
-        found, wanted = ids.count(config.image_token_id), len(seen) - len(clips)
-        if found != wanted:
-            raise InputError(placeholder_mismatch(f"{name}: ", found, wanted))
-        row: list[int] = []
-        for token in ids:
-            row += [token] * int(next(counts[token])) if token in counts else [token]
-        if not row:
-            raise InputError(f"{name}: the prompt is empty")
-        return row
-
-    def _with_frames(self, text: str, clips: list[_Seen], name: str) -> str:
-        """Each clip's placeholder spelled out: time and placeholder of one frame after the other.
-
-        They take the place of the template's vision_start .. vision_end around the clip, as in
-        transformers 4.57 and in training; with wrap_clips that pair stays, as from 5.10 on.
-        """
-        start, pad, end = (
-            self.tokenizer.token_of(i)
-            for i in (
-                self.config.vision_start_token_id,
-                self.config.video_token_id,
-                self.config.vision_end_token_id,
-            )
-        )
-        if (places := text.count(pad)) != len(clips):
-            raise InputError(placeholder_mismatch(f"{name}: ", places, len(clips), "video", "clip"))
-        feed = iter(clips)
-
-        def spelled(_: re.Match[str]) -> str:
-            used = cast(UsedFrames, next(feed).used)
-            return "".join(f"<{t:.1f} seconds>{start}{pad}{end}" for t in used.timestamps)
-
-        pattern = re.escape(pad)
-        if not self.wrap_clips:
-            pattern = f"{re.escape(start)}{pattern}{re.escape(end)}|{pattern}"
-        return re.sub(pattern, spelled, text)
-
-    def _pad(self, rows: list[list[int]], side: str) -> Arrays:
-        longest = max(map(len, rows))
-        pad = self.tokenizer.pad_id if self.tokenizer.pad_id is not None else 0
-        ids = np.full((len(rows), longest), pad, np.int64)
-        mask = np.zeros_like(ids)
-        for i, row in enumerate(rows):
-            at = slice(0, len(row)) if side == "right" else slice(longest - len(row), longest)
-            ids[i, at] = row
-            mask[i, at] = 1
-        places = (self.config.image_token_id, self.config.video_token_id)
-        kinds = sum(n * ((ids == i) & (mask == 1)) for n, i in enumerate(places, 1))
-        return {
-            "input_ids": ids,
-            "attention_mask": mask,
-            "mm_token_type_ids": np.asarray(kinds, np.int64),
-        }
-
-
-def _with_options(
-    media: list[list[Medium]], videos_kwargs: Mapping[str, Any]
-) -> list[list[Medium]]:
-    """The clips with the options of the call under their own; video_metadata is one a clip."""
-    options = dict(videos_kwargs)
-    metadata = options.pop("video_metadata", None)
-    clips = sum(medium.kind == "video" for row in media for medium in row)
-    given = list(metadata) if isinstance(metadata, (list, tuple)) else [metadata] * min(clips, 1)
-    if metadata is not None and len(given) != clips:
-        raise InputError(f"video_metadata: {len(given)} for {clips} clip(s), expected one each")
-    feed = iter(given if metadata is not None else [None] * clips)
-
-    def extended(medium: Medium) -> Medium:
-        if medium.kind != "video":
-            return medium
-        both = {"video_metadata": next(feed), **options, **medium.overrides}
-        return dataclasses.replace(medium, overrides=both)
-
-    return [[extended(medium) for medium in row] for row in media]
+        return Seen(*preprocess(picture, settings, **medium.overrides))
 
 
 def _is_many(conversations: Any) -> bool:
@@ -396,21 +311,3 @@ def _check_token(tokenizer: Tokenizer, token_id: int, name: str, directory: Path
         raise InputError(
             f"{directory}: config.json's {name}_token_id {token_id} is no added token of the tokenizer"
         )
-
-
-def _stop_ids(directory: Path, config: Config, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """End ids of generation_config.json, else of config.json, else the tokenizer's."""
-    path = directory / "generation_config.json"
-    found: Any = None
-    if path.is_file():
-        try:
-            found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        except (OSError, ValueError, AttributeError) as e:
-            raise InputError(f"{path}: cannot read this JSON file: {e}") from e
-    if found is None:
-        eos = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-        return config.eos_token_ids or eos
-    found = found if isinstance(found, list) else [found]
-    if not all(isinstance(i, int) for i in found):
-        raise InputError(f"{path}: eos_token_id is {found!r}, expected token ids")
-    return tuple(found)

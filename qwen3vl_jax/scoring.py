@@ -1,0 +1,102 @@
+"""Numbers instead of text: log-probabilities of given tokens, embeddings, reranking. Dims: layers.py."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from qwen3vl_jax.attention import attend, causal_ranges
+from qwen3vl_jax.config import Config
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.layers import rms_norm
+from qwen3vl_jax.model import run_rows, unembed
+from qwen3vl_jax.structs import Batch, Features, Params
+
+SPAN = 512  # tokens whose logits over the vocabulary are held at once
+
+
+def score(
+    params: Params, cfg: Config, batch: Batch, *, features: Features | None = None
+) -> jax.Array:
+    """Log-probability of each labelled token after everything before it: float32 [B T].
+
+    batch.labels [B T] holds the tokens to score and -100 elsewhere (Processor's continuations=
+    makes them), where the result is 0. Logits exist for 512 positions at a time. Raises InputError for
+    a batch without labels.
+    """
+    if batch.labels is None:
+        raise InputError("score: the batch has no labels; make it with continuations= or labels=")
+    x = _stream(params, cfg, batch, features)[:, :-1]
+    rows, width, _ = x.shape
+    pad = -width % SPAN if width > SPAN else 0
+    labels = jnp.pad(batch.labels[:, 1:], ((0, 0), (0, pad)), constant_values=-100)
+    x = jnp.pad(x, ((0, 0), (0, pad), (0, 0)))
+    count = max((width + pad) // SPAN, 1)
+
+    def spans(a):
+        return jnp.moveaxis(a.reshape(rows, count, -1, *a.shape[2:]), 1, 0)
+
+    def one(span):
+        x, labels = span
+        logits = unembed(params, cfg, x)
+        picked = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], -1)[..., 0]
+        return jnp.where(labels >= 0, picked - jax.nn.logsumexp(logits, -1), 0.0)
+
+    found = jax.lax.map(one, (spans(x), spans(labels)))
+    found = jnp.moveaxis(found, 0, 1).reshape(rows, -1)[:, :width]
+    return jnp.pad(found, ((0, 0), (1, 0)))
+
+
+def embed(
+    params: Params,
+    cfg: Config,
+    batch: Batch,
+    *,
+    dims: int | None = None,
+    features: Features | None = None,
+) -> jax.Array:
+    """Unit vectors of whole rows, float32 [B D]: the last token's state after the final norm.
+
+    dims (static) keeps the first of them and normalises again (Matryoshka). Source: Qwen3-VL-Embedding.
+    Raises InputError for dims that the model does not have.
+    """
+    if dims is not None and not 1 <= dims <= cfg.text.hidden_size:
+        raise InputError(f"embed: dims is {dims}, expected 1 to {cfg.text.hidden_size}")
+    x = _last(_stream(params, cfg, batch, features), batch)
+    x = rms_norm(x, params["norm"], cfg.text.rms_norm_eps).astype(jnp.float32)[:, :dims]
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+def rerank(
+    params: Params,
+    cfg: Config,
+    batch: Batch,
+    yes_no: tuple[int, int],
+    *,
+    features: Features | None = None,
+) -> jax.Array:
+    """How well each row's document answers its query, float32 [B] from 0 to 1.
+
+    The sigmoid of the logit of "yes" less that of "no" (token ids) after the last token. Source:
+    Qwen3-VL-Reranker.
+    """
+    logits = unembed(params, cfg, _last(_stream(params, cfg, batch, features), batch))
+    yes, no = yes_no
+    return jax.nn.sigmoid(logits[:, yes] - logits[:, no])
+
+
+def _stream(params, cfg, batch, features):
+    """The residual stream [B T D] after the last layer."""
+    lo, hi = causal_ranges(batch.segment_ids)
+
+    def mix(i, q, k, v):
+        return attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), lo, hi), None
+
+    return run_rows(params, cfg, batch, features, mix)[0]
+
+
+def _last(x, batch):
+    """What stands at each row's last attended token: [B T D] -> [B D]."""
+    index = jnp.arange(x.shape[1])
+    last = jnp.max(jnp.where(batch.segment_ids > 0, index, 0), axis=1)
+    return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]

@@ -1,0 +1,132 @@
+"""Answers taken apart, and generation_config.json."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+import toy_checkpoint as toy
+
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.processing.defaults import (
+    read_generation_config,
+    sampling_defaults,
+    stop_ids,
+)
+from qwen3vl_jax.processing.processor import Processor
+from qwen3vl_jax.processing.reply import Reply, ToolCall, parse_reply
+
+
+@pytest.fixture(scope="module")
+def proc(tmp_path_factory):
+    return Processor.from_pretrained(toy.save(tmp_path_factory.mktemp("toy")))
+
+
+ARGUMENTS = (
+    {}, {"x": 1}, {"x": -2.5e-3, "on": True, "none": None}, {"text": 'a "quoted" \\ word\nline'},
+    {"list": [1, [2, {"deep": "\u5b57 gr\u00f6\u00dfe"}]]}, {"html": "<b>&amp;</b> }{"},
+    {"call": "a tool_call in a text"}, {"\u00e9": "key"}, {"x": []}, {"long": "z" * 500},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", ARGUMENTS)
+@pytest.mark.parametrize("words", ["", "I look.\nThen I call."])
+def test_templated_calls_come_back(proc, arguments, words):
+    """What the chat template writes for one call, and for two, parses to the same calls."""
+    for calls in (
+        [ToolCall("find", arguments)],
+        [ToolCall("find", arguments), ToolCall("b", {"i": 2})],
+    ):
+        message = Reply(words, None, tuple(calls)).message()
+        prompt = [{"role": "user", "content": "x"}]
+        start = len(proc.render(prompt))
+        text = proc.render([*prompt, message], add_generation_prompt=False)[start:]
+        found = proc.parse(text.removesuffix("<|im_end|>\n"))
+        assert found == Reply(words, None, tuple(calls))
+        assert found.message() == message
+
+
+def test_reasoning():
+    """With and without the opening tag, before calls, and cut off in the middle."""
+    for text, thinking, expected in (
+        ("plain", False, Reply("plain")),
+        ("hm\n</think>\n\nyes", False, Reply("yes", "hm")),
+        ("hm\nhm\n</think>\n\nyes", True, Reply("yes", "hm\nhm")),
+        ("<think>\nhm\n</think>\n\nyes", False, Reply("yes", "hm")),
+        ("<think>\n\n</think>\n\nyes", False, Reply("yes", "")),
+        ("still thinking", True, Reply("", "still thinking")),
+        ("<think>\nstill", False, Reply("", "still")),
+        ("a</think>\n\nb</think>", True, Reply("b</think>", "a")),
+        ('hm\n</think>\n\n<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>', True,
+         Reply("", "hm", (ToolCall("f", {"a": 1}),))),
+        ('<tool_call>\n{"name": "f", "arguments": "{\\"a\\": 1}"}\n</tool_call>', False,
+         Reply("", None, (ToolCall("f", {"a": 1}),))),
+    ):  # fmt: skip
+        assert parse_reply(text, thinking) == expected, text
+
+
+def test_what_is_no_call_stays_text():
+    for inside in (
+        "no json",
+        "[1]",
+        '{"arguments": {}}',
+        '{"name": 3}',
+        '{"name": "f", "arguments": 3}',
+    ):
+        text = f"a <tool_call>\n{inside}\n</tool_call> b"
+        assert parse_reply(text) == Reply(text)
+    assert parse_reply("<tool_call>\n{") == Reply("<tool_call>\n{")
+
+
+def test_an_open_think_in_the_prompt(proc):
+    ids = proc.tokenizer.encode("hm</think>yes", "")
+    assert proc.parse(ids, "<|im_start|>assistant\n<think>\n") == Reply("yes", "hm")
+    assert proc.parse("hm", "<|im_start|>assistant\n") == Reply("hm")
+
+
+def test_generation_config(tmp_path, caplog):
+    """The released file; defaults where it samples and leaves values out; greedy where it does not."""
+    path = tmp_path / "generation_config.json"
+    assert read_generation_config(tmp_path) == {}
+    assert sampling_defaults({}) == {} and stop_ids({}) == ()
+    released = {
+        "do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.0,
+        "eos_token_id": [151645, 151643], "pad_token_id": 151643,
+    }  # fmt: skip
+    path.write_text(json.dumps(released))
+    raw = read_generation_config(tmp_path)
+    expected = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.0}
+    assert sampling_defaults(raw) == expected and stop_ids(raw) == (151645, 151643)
+    assert sampling_defaults({"do_sample": True}) == {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
+    assert sampling_defaults({"temperature": 0.7, "eos_token_id": 3}) == {}
+    assert stop_ids({"eos_token_id": 3}) == (3,)
+    path.write_text(json.dumps({"num_beams": 4, "typical_p": 1.0}))
+    with caplog.at_level(logging.WARNING):
+        read_generation_config(tmp_path)
+    assert "num_beams 4" in caplog.text and "typical_p" not in caplog.text
+    for bad, words in (
+        ("[]", "expected an object"), ("{", "cannot read"), ('{"eos_token_id": "x"}', "eos_token_id"),
+        ('{"temperature": "hot"}', "temperature is 'hot'"),
+    ):  # fmt: skip
+        path.write_text(bad)
+        with pytest.raises(InputError, match=words):
+            read_generation_config(tmp_path)
+
+
+def test_continuations(proc):
+    """Text behind each prompt, with labels on it alone."""
+    chats = [[{"role": "user", "content": c}] for c in ("one", "a longer question")]
+    for side in ("right", "left"):
+        found = proc.inputs(chats, continuations=["yes", "no, not"], padding_side=side)
+        plain = proc.inputs(chats, padding_side=side)
+        for row, text in enumerate(("yes", "no, not")):
+            labels = found["labels"][row]
+            assert proc.decode(labels[labels >= 0]) == text
+            np.testing.assert_array_equal(found["input_ids"][row][labels >= 0], labels[labels >= 0])
+            attended = found["input_ids"][row][(found["attention_mask"][row] > 0) & (labels < 0)]
+            np.testing.assert_array_equal(
+                attended, plain["input_ids"][row][plain["attention_mask"][row] > 0]
+            )
+    assert proc(chats, continuations=["yes", "no"]).labels.shape[0] == 2
+    with pytest.raises(InputError, match="1 for 2 row"):
+        proc.inputs(chats, continuations="yes")
