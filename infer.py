@@ -94,9 +94,15 @@ def conversation(args: argparse.Namespace) -> tuple[list[dict], list[dict] | Non
             found = json.loads(args.messages.read_text(encoding="utf-8"))
         except (OSError, ValueError) as e:
             raise InputError(f"--messages {args.messages}: expected a JSON file, found: {e}") from e
-        if not isinstance(found, dict):
-            return found, None
-        return found.get("messages", found), found.get("tools")
+        messages, tools = (found, None) if isinstance(found, list) else (None, None)
+        if isinstance(found, dict):
+            messages, tools = found.get("messages"), found.get("tools")
+        if not isinstance(messages, list):
+            raise InputError(
+                f"--messages {args.messages}: expected a list of messages, or an object with a list "
+                'under "messages"'
+            )
+        return messages, tools
     if not args.ckpt and not args.image and not args.video:
         args.image, args.prompt = [str(DEMO_PICTURE)], args.prompt or DEMO_PROMPT
     seen = "clip" if args.video else "picture" if args.image else None
@@ -121,6 +127,12 @@ def prepare(args: argparse.Namespace):
         raise InputError(
             f"--max-new-tokens: max_new_tokens is {args.max_new_tokens}, expected >= 1"
         )
+    if args.ckpt is not None and not args.ckpt:
+        raise InputError("--ckpt is empty, expected a directory or a Hub id")
+    if args.prompt is not None and not args.prompt.strip():
+        raise InputError("--prompt is empty, expected a question")
+    if args.draw and str(args.draw) in args.image:
+        raise InputError(f"--draw {args.draw}: it is the picture itself; name another file")
     if args.draw and not args.draw.parent.is_dir():
         raise InputError(f"--draw {args.draw}: no such directory {args.draw.parent}")
     if args.draw and args.draw.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
@@ -188,7 +200,7 @@ def answer(args, directory, processor, arrays, limit) -> str:
     chunks = q3.stream(params, cfg, batch, max_new_tokens=room, sampling=sampling, seed=args.seed,
                        stop_ids=processor.stop_ids, max_len=limit,
                        prefill_chunk=args.prefill_chunk)  # fmt: skip
-    pieces, count, prefill = [], 0, 0.0
+    pieces, count, prefill, ended = [], 0, 0.0, False
 
     def show(piece: str) -> None:
         pieces.append(piece)
@@ -200,11 +212,15 @@ def answer(args, directory, processor, arrays, limit) -> str:
             prefill = prefill or clock.lap()
             count += new.shape[1]
             show(text.push(t for t in new[0].tolist() if t not in processor.stop_ids))
-            if text.stopped is not None:
+            ended = text.stopped is not None or any(t in processor.stop_ids for t in new[0])
+            if ended:
                 break
     show(text.flush())
     decode = clock.lap()
     print("" if args.stream else "".join(pieces))
+    if not ended:
+        why = "--max-new-tokens" if room == args.max_new_tokens else "--max-len"
+        print(f"the answer was cut off after {count} tokens ({why})", file=sys.stderr)
     report = f"load {load:.1f} s, compile {clock.compiling:.1f} s, "
     report += f"prefill {prompt} tokens {prompt / prefill:.0f}/s"
     if count > 1:

@@ -3,7 +3,7 @@
     python train.py --config configs/demo.toml --out RUN_DIR [key=value ...]
 
 AdamW with warm-up and cosine decay, bfloat16 computation over float32 weights. RUN_DIR becomes a
-Hugging Face checkpoint directory, with metrics.csv and the recipe beside the weights.
+Hugging Face checkpoint directory, with metrics.csv and recipe.json, what was run, beside the weights.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import functools
+import json
 import os
 import sys
 import time
@@ -22,6 +23,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from qwen3vl_jax.cli import EXPECTED, report
 from qwen3vl_jax.errors import InputError
 
 Recipe = dict[str, Any]
@@ -63,6 +65,24 @@ def read_recipe(path: Path, changes: list[str]) -> Recipe:
     return recipe
 
 
+def check(recipe: Recipe) -> None:
+    """Raises InputError for numbers that no run can have, before anything is written or compiled."""
+    least = {"steps": 1, "workers": 0, "few": 0, "batch.rows": 1, "batch.length": 64, "batch.windows": 1,
+             "optimizer.warmup": 0, "report.every": 1, "report.evaluate_every": 1,
+             "report.evaluate_batches": 1}  # fmt: skip
+    for name, low in least.items():
+        value: Any = functools.reduce(lambda table, key: table[key], name.split("."), recipe)
+        if value < low:
+            raise InputError(f"{name} is {value}, expected a whole number from {low}")
+    if recipe["optimizer"]["warmup"] >= recipe["steps"]:
+        raise InputError(
+            f"steps is {recipe['steps']}, expected more than optimizer.warmup "
+            f"({recipe['optimizer']['warmup']})"
+        )
+    if recipe["dtype"] not in ("float32", "bfloat16", "float16"):
+        raise InputError(f"dtype is {recipe['dtype']!r}, expected float32, bfloat16 or float16")
+
+
 def _value(change: str, text: str, old: Any) -> Any:
     """The value of a change, in TOML; a bare word is a string."""
     try:
@@ -71,7 +91,8 @@ def _value(change: str, text: str, old: Any) -> Any:
         new = text
     new = float(new) if isinstance(old, float) and type(new) is int else new
     if type(new) is not type(old):
-        raise InputError(f"{change}: expected a {type(old).__name__} like {old!r}, found {text!r}")
+        kind = {int: "a whole number", float: "a number", str: "a word"}[type(old)]
+        raise InputError(f"{change}: expected {kind} like {old!r}, found {text!r}")
     return new
 
 
@@ -286,6 +307,7 @@ def train(recipe: Recipe, out: Path) -> None:
     from demo import files
 
     files.write(out)
+    (out / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
     cfg = q3.Config.from_hf(out)
     dtype = jnp.dtype(recipe["dtype"])
     params = jax.jit(functools.partial(init, cfg=cfg))(jax.random.key(recipe["seed"]))
@@ -305,8 +327,8 @@ def train(recipe: Recipe, out: Path) -> None:
 
     every = recipe["report"]
     held_out = list(batches(recipe, out, "held_out", every["evaluate_batches"]))
-    report = Report(out, recipe)
-    with report.file, report.bar:
+    told = Report(out, recipe)
+    with told.file, told.bar:
         for step, batch in enumerate(batches(recipe, out, "train", recipe["steps"]), 1):
             params, state, metrics = update(params, state, batch)
             last = step == recipe["steps"]
@@ -327,7 +349,7 @@ def train(recipe: Recipe, out: Path) -> None:
                 values["held_out_loss"] = np.mean([m["loss"] for m in seen])
                 values["held_out_exact"] = np.mean(np.concatenate(right))
                 save(params, cfg, out)
-            report.write(step, int(batch.segment_ids.sum()), **values)
+            told.write(step, int(batch.segment_ids.sum()), **values)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -342,14 +364,14 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         recipe = read_recipe(args.config, args.changes)
-        if args.out.exists() and any(args.out.iterdir()) and not args.force:
+        check(recipe)
+        if args.out.is_dir() and any(args.out.iterdir()) and not args.force:
             raise InputError(
                 f"--out {args.out}: it exists and is not empty; add --force to write over it"
             )
         train(recipe, args.out)
-    except InputError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
+    except EXPECTED as error:
+        return report(error, args.out)
     return 0
 
 

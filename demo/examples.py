@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 import qwen3vl_jax as q3
 from demo import pictures, scans, tasks
+from qwen3vl_jax.errors import InputError
 
 IGNORED = -100  # label of a position that is not learned
 PATCH, MERGE, CHANNELS = 16, 2, 3
@@ -184,13 +185,17 @@ def make_row(
     labels = [IGNORED] * len(ids) + cells + [IGNORED]
     ids = ids + [words.image] * len(cells) + words("<|vision_end|>")
     odds, more = dict((KINDS_FEW if few else KINDS)[picture.full]), 1.0
+    tries = 0
     while rng.random() < more:
         turn = _turn(rng, picture, odds)
         asked, answered = spoken(words, turn, first=more == 1.0)
         if len(ids) + len(asked) + len(answered) > length:
-            if more == 1.0:
-                continue  # too many boxes for a row: ask something else
-            break
+            if more < 1.0:
+                break
+            tries += 1  # too many boxes for a row: ask something else
+            if tries > 100:
+                raise InputError(f"batch.length is {length}, too short to ask about a picture")
+            continue
         ids = ids + asked + answered
         labels += [IGNORED] * len(asked) + answered[:-1] + [IGNORED]
         more = MORE

@@ -110,6 +110,13 @@ def show(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> N
 def main(argv: list[str] | None = None) -> int:
     """Prints three tables, or one for a size; returns 0, or 2 where JAX finds no device."""
     argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in ("-h", "--help"):
+        print("usage: python -m qwen3vl_jax [SIZE]\n")
+        print(
+            "Versions, devices, memory and attention back ends; with a released size (2b, 30b-a3b, ..)"
+        )
+        print("its parameters and bytes.")
+        return 0
     if argv:
         with one_line_errors():
             show(argv[0], ("part", "parameters", "bf16", "fp32"), needs(argv[0]))

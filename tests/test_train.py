@@ -62,6 +62,26 @@ def test_recipe_refuses_changes_it_does_not_know(change):
         train.read_recipe(RECIPE, [change])
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [("steps=0", "steps is 0"), ("steps=9", "optimizer.warmup"), ("batch.rows=0", "batch.rows is 0"),
+     ("report.every=0", "report.every is 0"), ("workers=-1", "workers is -1"), ("dtype=int7", "int7")],
+)  # fmt: skip
+def test_numbers_that_no_run_can_have(tmp_path, capsys, change, words):
+    """One line and exit code 2, before anything is written."""
+    out = tmp_path / "out"
+    assert train.main(["--config", str(RECIPE), "--out", str(out), change]) == 2
+    (line,) = capsys.readouterr().err.strip().split("\n")
+    assert words in line and not out.exists()
+
+
+def test_a_row_too_short_to_ask_in_is_named():
+    shape = examples.Shape(rows=4, length=64, windows=2)
+    with pytest.raises(InputError, match=r"batch\.length is 64"):
+        for step in range(20):
+            examples.make_batch(str(examples.CHECKPOINT), "train", shape, 0, step)
+
+
 def test_command_line_ends_with_one_line(tmp_path, capsys):
     """No recipe, and a directory that is in the way: exit code 2, one line, nothing written."""
     out = tmp_path / "out"

@@ -18,6 +18,7 @@ _PICTURE_TYPES = ("image", "image_url", "input_image")
 _CLIP_KEYS = ("video", "video_url")
 _CLIP_TYPES = ("video", "video_url", "input_video")
 _TEXT_TYPES = ("text", "input_text", "output_text")
+_ROLES = ("system", "user", "assistant", "tool", "developer", "function")
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -50,6 +51,9 @@ def read_conversation(conversation: Any) -> tuple[list[dict[str, Any]], list[Med
         where = f"message {number + 1}"
         if not isinstance(given, Mapping) or not isinstance(given.get("role"), str):
             raise InputError(f"{where}: expected an object with role and content")
+        if given["role"] not in _ROLES:
+            known = ", ".join(_ROLES)
+            raise InputError(f"{where}: role is {given['role']!r}, expected one of {known}")
         content = given.get("content")
         plain = plain_data({k: v for k, v in given.items() if k != "content" and v is not None})
         if isinstance(content, str):
@@ -177,8 +181,8 @@ def placeholder_mismatch(
 ) -> str:
     """What to say of a prompt that has more or fewer places than pictures or clips."""
     return (
-        f"{where}{placeholders} {kind} placeholder(s) in the prompt for {found} {noun}(s); "
-        f"each {noun} needs one (does the chat template write it for this role?)"
+        f"{where}{placeholders} {kind} placeholder(s) in the prompt for {found} {noun}(s); each {noun} "
+        f"needs a content item of its own, and each such item a path or one of {kind}s="
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from qwen3vl_jax.processing.pictures import load_image, to_rgb
 
 __all__ = ["ImageSettings", "load_image", "preprocess", "smart_resize"]
 
+log = logging.getLogger("qwen3vl_jax")
 MAX_ASPECT = 200
 _NOUNS = {"image": "picture", "video": "video"}
 _RESAMPLE = {int(r): r for r in Image.Resampling}
@@ -83,6 +85,7 @@ class ImageSettings:
                 raise InputError(f"{path}: holds {type(raw).__name__}, expected an object")
             if name == cls.FILE or cls.SECTION in raw:
                 return cls.from_dict(raw, base)
+        log.warning("%s: no %s; released %s settings are used", directory, cls.FILE, cls.KIND)
         return base or cls()
 
     def override(self, **changes: Any) -> Self:
