@@ -122,6 +122,7 @@ def test_messages_become_plain_data():
         (["hello"], "message 1"),
         ([{"content": "x"}], "role"),
         ([{"role": 3, "content": "x"}], "role"),
+        ([{"role": "usr", "content": "x"}], "message 1: role is 'usr'"),
         (user(3), "int"),
         (user({"type": "audio", "audio": "x.wav"}), "'audio'"),
         (user({"type": "text"}), "'text'"),

@@ -183,6 +183,23 @@ BAD = {
     "messages are no json": (lambda: ("--messages", DEMO / "chat_template.jinja"), ["--messages"]),
     "messages and prompt": (lambda: (*messages("hi"), "--prompt", "x"), ["--prompt"]),
     "pixels": (lambda: (*ASK, "--max-pixels", -5), ["max_pixels", "-5"]),
+    "empty prompt": (lambda: ("--prompt", " "), ["--prompt is empty"]),
+    "empty checkpoint": (lambda: ("--ckpt", "", "--prompt", "hi"), ["--ckpt is empty"]),
+    "draw onto the picture": (
+        lambda: (*picture("own.png", jpeg()), "--draw", "own.png"),
+        ["own.png", "itself"],
+    ),
+    "messages of another shape": (
+        lambda: (Path("chat.json").write_text('{"messages": null}'), "--messages", "chat.json")[1:],
+        ["chat.json", "list of messages"],
+    ),
+    "no such clip": (lambda: ("--video", "gone.mp4", "--prompt", "hi"), ["gone.mp4"]),
+    "picture as clip": (lambda: ("--video", infer.DEMO_PICTURE), ["grid.png", "picture"]),
+    "fps and number": (
+        lambda: ("--video", "x.mp4", "--fps", 2, "--num-frames", 3),
+        ["fps", "num_frames"],
+    ),
+    "chunk": (lambda: (*ASK, "--prefill-chunk", 0), ["chunk", "0"]),
     "draw to a text file": (lambda: (*ASK, "--draw", "out.txt"), ["out.txt"]),
 }
 
