@@ -34,6 +34,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help="a conversation as JSON: [{role, content}, ..]",
     )
+    add("--chat", action="store_true", help="talk in the terminal; --image and --video go first")
     add("--stream", action="store_true", help="print the answer as it comes")
     add("--draw", type=Path, metavar="OUT.png", help="draw the answer's boxes and points")
     add("--max-new-tokens", type=int, default=1024)
@@ -116,13 +117,14 @@ def conversation(args: argparse.Namespace) -> tuple[list[dict], list[dict] | Non
     return [*system, {"role": "user", "content": content}], None
 
 
-def prepare(args: argparse.Namespace):
-    """Everything that can be refused without JAX: (directory, processor, arrays)."""
-    from qwen3vl_jax.checkpoint import resolve
-    from qwen3vl_jax.processing.processor import Processor
+def check(args: argparse.Namespace) -> None:
+    """Raises InputError for options that do not go together or are out of range."""
     from qwen3vl_jax.processing.tokenizer import stop_list
 
     stop_list(args.stop)
+    for name in ("messages", "draw", "prompt") if args.chat else ():
+        if getattr(args, name):
+            raise InputError(f"--chat: it asks for the questions itself, leave --{name} out")
     if args.max_new_tokens < 1:
         raise InputError(
             f"--max-new-tokens: max_new_tokens is {args.max_new_tokens}, expected >= 1"
@@ -137,30 +139,34 @@ def prepare(args: argparse.Namespace):
         raise InputError(f"--draw {args.draw}: no such directory {args.draw.parent}")
     if args.draw and args.draw.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise InputError(f"--draw {args.draw}: expected a name that ends in .png, .jpg or .webp")
-    messages, tools = conversation(args)
-    directory = resolve(args.ckpt or DEMO, args.revision)
-    processor = Processor.from_pretrained(directory, args.chat_template)
-    overrides = {k: v for k in ("min_pixels", "max_pixels") if (v := getattr(args, k)) is not None}
+
+
+def input_options(args: argparse.Namespace) -> dict:
+    """Options of Processor.inputs: settings of pictures and clips, special tokens."""
+    pictures = {k: v for k in ("min_pixels", "max_pixels") if (v := getattr(args, k)) is not None}
     names = {"fps": "fps", "num_frames": "num_frames", "max_frames": "max_frames",
              "video_max_pixels": "max_pixels"}  # fmt: skip
     clips = {ours: v for name, ours in names.items() if (v := getattr(args, name)) is not None}
+    return {**pictures, "videos_kwargs": clips, "allow_special": args.allow_special}
+
+
+def prepare(args: argparse.Namespace):
+    """Everything that can be refused without JAX: (directory, processor, arrays)."""
+    from qwen3vl_jax.checkpoint import resolve
+    from qwen3vl_jax.processing.processor import Processor
+
+    messages, tools = conversation(args)
+    directory = resolve(args.ckpt or DEMO, args.revision)
+    processor = Processor.from_pretrained(directory, args.chat_template)
     beside = {}
     if args.messages:
         beside = {"images": args.image or None, "videos": args.video or None}
-    arrays = processor.inputs(
-        messages,
-        tools=tools,
-        allow_special=args.allow_special,
-        videos_kwargs=clips,
-        **beside,
-        **overrides,
-    )
+    arrays = processor.inputs(messages, tools=tools, **beside, **input_options(args))
     for number, used in enumerate(arrays.pop("video_metadata", ()), 1):
         _, high, wide = processor.config.vision.patch_size * arrays["video_grid_thw"][number - 1]
         print(f"clip {number}: {len(used.indices)} frames, second {used.seconds[0]:.1f} to "
               f"{used.seconds[-1]:.1f}, {wide} x {high}", file=sys.stderr)  # fmt: skip
-    limit = args.max_len
-    limit = processor.config.text.max_position_embeddings if limit is None else limit
+    limit = longest(args, processor)
     rows, prompt = arrays["input_ids"].shape
     if rows != 1:
         raise InputError(f"--messages: the file holds {rows} conversations, expected one")
@@ -172,12 +178,14 @@ def prepare(args: argparse.Namespace):
     return directory, processor, arrays, messages, limit
 
 
-def answer(args, directory, processor, arrays, limit) -> str:
-    """Loads the weights, prints the answer (timing on stderr) and returns it."""
-    import jax
+def longest(args, processor) -> int:
+    """Tokens that prompt and answer may have together."""
+    return processor.config.text.max_position_embeddings if args.max_len is None else args.max_len
 
+
+def sampling_of(args, processor):
+    """How tokens are chosen: the checkpoint's way, changed by the flags; raises InputError."""
     import qwen3vl_jax as q3
-    from qwen3vl_jax.processing.tokenizer import TextStream
     from qwen3vl_jax.sampling import row_seeds
 
     fields = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
@@ -186,6 +194,39 @@ def answer(args, directory, processor, arrays, limit) -> str:
     sampling = q3.Sampling(**(processor.sampling | flags))
     sampling.check()
     row_seeds(args.seed, 1)
+    return sampling
+
+
+def chat(args: argparse.Namespace) -> None:
+    """Talks in the terminal until the end of input."""
+    import jax
+
+    import qwen3vl_jax as q3
+    from qwen3vl_jax.checkpoint import resolve
+    from qwen3vl_jax.terminal import converse
+
+    directory = resolve(args.ckpt or DEMO, args.revision)
+    processor = q3.Processor.from_pretrained(directory, args.chat_template)
+    sampling = sampling_of(args, processor)
+    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else None)
+    params, _ = q3.load(directory, dtype=dtype)
+    media = [{"type": "image", "image": source} for source in args.image]
+    media += [{"type": "video", "video": source} for source in args.video]
+    converse(
+        params, processor, args.system, media, max_new_tokens=args.max_new_tokens, sampling=sampling,
+        seed=args.seed, max_len=longest(args, processor), prefill_chunk=args.prefill_chunk,
+        inputs=input_options(args),
+    )  # fmt: skip
+
+
+def answer(args, directory, processor, arrays, limit) -> str:
+    """Loads the weights, prints the answer (timing on stderr) and returns it."""
+    import jax
+
+    import qwen3vl_jax as q3
+    from qwen3vl_jax.processing.tokenizer import TextStream
+
+    sampling = sampling_of(args, processor)
     batch = q3.make_batch(processor.config, **arrays)
     clock = Clock()
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else None)
@@ -268,6 +309,9 @@ def main(argv: list[str] | None = None) -> None:
     """The command line; exits 2 with one line for bad input."""
     start, args = time.perf_counter(), arguments(argv)
     with one_line_errors():
+        check(args)
+        if args.chat:
+            return chat(args)
         directory, processor, arrays, messages, limit = prepare(args)
         text = answer(args, directory, processor, arrays, limit)
         if args.draw:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen3vl_jax.cache import decode_step, grow_cache, prefill
+from qwen3vl_jax.cache import decode_step, extend, grow_cache, prefill
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.tokenizer import find_stop, stop_list
@@ -71,10 +71,15 @@ def _choose(logits, state, sampling, stop_ids, logits_fn) -> DecodeState:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "slots", "logits_fn", "chunk"))
-def _start(params, cfg, batch, features, sampling, stop_ids, seeds, slots, logits_fn, chunk):
-    """Prefill and the first token of every row."""
-    cache, logits = prefill(params, cfg, batch, slots, features=features, chunk=chunk)
+@functools.partial(
+    jax.jit, static_argnames=("cfg", "slots", "logits_fn", "chunk"), donate_argnames="cache"
+)
+def _start(params, cfg, batch, features, cache, sampling, stop_ids, seeds, slots, logits_fn, chunk):
+    """Prefill, or more tokens onto a kept cache, and the first token of every row."""
+    if cache is None:
+        cache, logits = prefill(params, cfg, batch, slots, features=features, chunk=chunk)
+    else:
+        cache, logits = extend(params, cfg, cache, batch, features=features)
     shape = logits.shape
     valid_token = jnp.where(batch.segment_ids > 0, batch.tokens, shape[1])
     seen = jnp.zeros(shape, bool).at[jnp.arange(shape[0])[:, None], valid_token]
@@ -134,13 +139,16 @@ def stream(
     logits_fn: LogitsFn | None = None,
     steps: int = STEPS,
     prefill_chunk: int | None = None,
-) -> Generator[np.ndarray, np.ndarray | None, None]:
+    cache: KVCache | None = None,
+) -> Generator[np.ndarray, np.ndarray | None, KVCache]:
     """Yields new tokens [B n] int32 as they come, n <= steps; -1 where a row had already ended.
 
     seed: one a row, or a first one (row b takes seed + b); a row's draws depend on nothing else.
     stop_ids None takes the config's; () never stops. max_len limits prompt + answer. `send` a bool [B]
-    to end rows (stop strings do). prefill_chunk: see `prefill`; rows no wider are filled whole. Raises
-    InputError, before anything runs, for values out of range, a prompt too long and packed rows.
+    to end rows (stop strings do). prefill_chunk: see `prefill`; rows no wider are filled whole. cache:
+    a kept one that the batch goes on from, as in `extend` (given away; penalties see the batch alone);
+    the generator's return value is the cache after the answer, less its last token. Raises InputError,
+     before anything runs, for values out of range, a prompt too long and packed rows.
     """
     rows = batch.tokens.shape[0]
     segments = np.asarray(batch.segment_ids)
@@ -148,7 +156,8 @@ def stream(
         raise InputError(
             "generate: packed rows (segment_ids over 1) cannot be answered, one prompt a row"
         )
-    prompt = int(np.max(np.sum(segments > 0, axis=1)))
+    kept = 0 if cache is None else int(np.max(cache.length))
+    prompt = kept + int(np.max(np.sum(segments > 0, axis=1)))
     _check_lengths(max_new_tokens, prompt, max_len, steps)
     choice = (
         (sampling or Sampling()).rows(rows),
@@ -159,24 +168,28 @@ def stream(
     if prefill_chunk is not None and prefill_chunk < 1:
         raise InputError(f"prefill_chunk is {prefill_chunk}, expected tokens from 1")
     chunk = prefill_chunk if prefill_chunk and batch.tokens.shape[1] > prefill_chunk else None
-    return _stream(params, cfg, batch, features, choice, max_new_tokens, steps, chunk)
+    return _stream(params, cfg, batch, features, cache, choice, max_new_tokens, steps, chunk)
 
 
-def _stream(params, cfg, batch, features, choice, max_new_tokens, steps, chunk):
+def _stream(params, cfg, batch, features, cache, choice, max_new_tokens, steps, chunk):
     sampling, stops, seeds, logits_fn = choice
     if features is None and batch.vision is not None:
         features = _encode(params, cfg, batch.vision)
     batch = batch.replace(vision=None, labels=None)
     width = batch.tokens.shape[1]  # not the prompt's length: what is compiled is a bucket's
+    width += 0 if cache is None else int(np.max(cache.length))
     slots = cache_slots(width + min(steps, max_new_tokens))
-    state = _start(params, cfg, batch, features, sampling, stops, seeds, slots, logits_fn, chunk)
+    if cache is not None and cache.slots < slots:
+        cache = _grow(cache, slots=slots)
+    choice = (sampling, stops, seeds)
+    state = _start(params, cfg, batch, features, cache, *choice, slots, logits_fn, chunk)
     made = 1
     ended = yield np.asarray(state.token)[:, None]
     while made < max_new_tokens:
         if ended is not None:
             state = state.replace(done=state.done | jnp.asarray(ended))
         if bool(np.all(state.done)):
-            return
+            break
         count = min(steps, max_new_tokens - made)
         if width + made + count > state.cache.slots:
             state = state.replace(cache=_grow(state.cache, slots=2 * state.cache.slots))
@@ -184,6 +197,7 @@ def _stream(params, cfg, batch, features, choice, max_new_tokens, steps, chunk):
         made += count
         out = np.asarray(out)[:, :count]
         ended = yield out[:, (out >= 0).any(0)]
+    return state.cache
 
 
 def _stop_ids(cfg: Config, stop_ids: int | Sequence[int] | None) -> tuple[int, ...]:

@@ -199,6 +199,7 @@ BAD = {
         lambda: ("--video", "x.mp4", "--fps", 2, "--num-frames", 3),
         ["fps", "num_frames"],
     ),
+    "chat and a prompt": (lambda: ("--chat", "--prompt", "hi"), ["--chat", "--prompt"]),
     "chunk": (lambda: (*ASK, "--prefill-chunk", 0), ["chunk", "0"]),
     "draw to a text file": (lambda: (*ASK, "--draw", "out.txt"), ["out.txt"]),
 }

@@ -1,0 +1,110 @@
+"""A conversation whose cache is kept between turns: only what is new is run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from qwen3vl_jax.config import Config
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.generation import stream
+from qwen3vl_jax.processing.batch import make_batch
+from qwen3vl_jax.processing.positions import rope_index
+from qwen3vl_jax.processing.processor import Processor
+from qwen3vl_jax.processing.tokenizer import TextStream
+from qwen3vl_jax.structs import Batch, KVCache, Params
+
+PICTURES = ("pixel_values", "image_grid_thw")
+CLIPS = ("pixel_values_videos", "video_grid_thw")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """A cache of one row and the tokens [n] in it."""
+
+    ids: np.ndarray
+    cache: KVCache
+
+
+def take_turn(
+    params: Params,
+    proc: Processor,
+    messages: Sequence[Mapping[str, Any]],
+    kept: Kept | None = None,
+    *,
+    max_new_tokens: int,
+    inputs: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Generator[str, None, tuple[str, Kept]]:
+    """Answers a conversation: yields text as it comes, returns (answer, what to keep).
+
+    messages hold all turns so far, earlier ones unchanged since `kept` was made: what the rendered
+    conversation shares with it from the start is not run again, pictures included. Give `kept` away.
+    inputs are options of Processor.inputs, options those of `stream`. Raises InputError.
+    """
+    arrays = proc.inputs(messages, **(inputs or {}))
+    ids = arrays["input_ids"][0]
+    limit = options.get("max_len")
+    room = max_new_tokens if limit is None else min(max_new_tokens, limit - len(ids))
+    if room < 1:
+        raise InputError(f"the conversation has {len(ids)} tokens and may have {limit} (max_len)")
+    batch, cache = continue_from(proc.config, arrays, kept)
+    text, pieces, answer = TextStream(proc.tokenizer, ()), [], []
+    chunks = stream(
+        params, proc.config, batch, cache=cache, max_new_tokens=room,
+        stop_ids=proc.stop_ids, **options,
+    )  # fmt: skip
+    while True:
+        try:
+            new = next(chunks)[0].tolist()
+        except StopIteration as end:
+            cache = end.value
+            break
+        answer += new
+        pieces.append(text.push(t for t in new if t not in proc.stop_ids))
+        yield pieces[-1]
+    pieces.append(text.flush())
+    yield pieces[-1]
+    return "".join(pieces), Kept(np.append(ids, answer[:-1]).astype(ids.dtype), cache)
+
+
+def continue_from(
+    cfg: Config, arrays: Mapping[str, Any], kept: Kept | None
+) -> tuple[Batch, KVCache | None]:
+    """The part of one row that a kept cache lacks, and that cache cut to what they share."""
+    ids = arrays["input_ids"][0]
+    media = {name: arrays[name] for name in (*PICTURES, *CLIPS) if name in arrays}
+    start = 0 if kept is None else _shared(cfg, arrays, kept.ids)
+    if kept is None or start == 0:
+        return make_batch(cfg, input_ids=ids[None], **media), None
+    grids = (arrays.get("image_grid_thw"), arrays.get("video_grid_thw"))
+    positions, _ = rope_index(cfg, ids[None], *grids)
+    delta = np.array([positions[:, 0, :start].max() + 1 - start], np.int32)
+    cache = kept.cache.replace(length=np.array([start], np.int32), delta=delta)
+    for (pixels, grid), token in ((PICTURES, cfg.image_token_id), (CLIPS, cfg.video_token_id)):
+        if pixels not in media:
+            continue
+        patches = cfg.vision.merge_unit * int((ids[:start] == token).sum())
+        done = int((np.cumsum(media[grid].prod(1)) <= patches).sum())
+        media[pixels], media[grid] = media[pixels][patches:], media[grid][done:]
+        if not len(media[grid]):
+            del media[pixels], media[grid]
+    return make_batch(cfg, input_ids=ids[start:][None], **media), cache
+
+
+def _shared(cfg: Config, arrays: Mapping[str, Any], old: np.ndarray) -> int:
+    """Tokens that both rows begin with, at least one less than there are, no picture or clip cut."""
+    ids = arrays["input_ids"][0]
+    count = min(len(ids) - 1, len(old))
+    differ = np.flatnonzero(ids[:count] != old[:count])
+    start = int(differ[0]) if len(differ) else count
+    for (_, grid), token in ((PICTURES, cfg.image_token_id), (CLIPS, cfg.video_token_id)):
+        if grid in arrays:
+            ends = np.cumsum(arrays[grid].prod(1)) // cfg.vision.merge_unit
+            before = np.cumsum(ids == token)  # placeholders up to each token, itself included
+            while start and before[start - 1] not in (0, *ends):
+                start -= 1
+    return start

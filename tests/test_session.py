@@ -1,0 +1,128 @@
+"""A conversation with its cache kept: the vision tower runs once a picture, answers are the same."""
+
+import clips
+import numpy as np
+import pytest
+
+import qwen3vl_jax as q3
+from demo import evaluate, examples
+from qwen3vl_jax import generation, session, terminal
+
+
+@pytest.fixture(scope="module")
+def demo():
+    proc, params = evaluate.load(examples.CHECKPOINT)
+    return proc, params
+
+
+def picture(seed):
+    (exam,) = evaluate.compose(1, seed=seed)[:1]
+    return {"type": "image", "image": exam.picture.pixels}
+
+
+def text(words):
+    return {"type": "text", "text": words}
+
+
+def user(*items):
+    return {"role": "user", "content": list(items)}
+
+
+def finish(turn):
+    """(pieces, what the generator returns)."""
+    pieces = []
+    while True:
+        try:
+            pieces.append(next(turn))
+        except StopIteration as end:
+            return pieces, end.value
+
+
+def anew(params, proc, messages, count):
+    batch = proc(messages)
+    out = q3.generate(params, proc.config, batch, max_new_tokens=count, stop_ids=proc.stop_ids)
+    return proc.decode(out.tokens[0, : out.lengths[0]])
+
+
+TURNS = (
+    [picture(3), text("Read the digits.")],
+    [text("How many digits are there?")],
+    [picture(5), text("and here?"), picture(7)],
+    [{"type": "video", "video": clips.waves(5, 40, 70), "sample_fps": 2}, text("Count the nines.")],
+    [text("Find every 4.")],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [40, 6])  # to the end of answers, and cut off
+def test_each_turn_answers_as_the_whole_conversation(demo, monkeypatch, count):
+    """Five turns, pictures and a clip among them; the tower's calls and patches are counted."""
+    proc, params = demo
+    encoded, encode = [], generation._encode
+    monkeypatch.setattr(
+        generation, "_encode",
+        lambda params, cfg, vision: encoded.append(len(vision.pixels)) or encode(params, cfg, vision),
+    )  # fmt: skip
+    messages, kept = [], None
+    for number, items in enumerate(TURNS):
+        messages.append(user(*items))
+        encoded.clear()
+        pieces, (answer, kept) = finish(
+            session.take_turn(params, proc, messages, kept, max_new_tokens=count)
+        )
+        assert "".join(pieces) == answer
+        seen = any(item["type"] != "text" for item in items)
+        assert len(encoded) == seen, number
+        assert answer == anew(params, proc, messages, count), number
+        assert len(kept.ids) == int(kept.cache.length[0])
+        messages.append(proc.parse(answer).message())
+
+
+def test_only_what_is_new_is_run(demo):
+    """The second turn's batch holds the new turn alone, at the positions of the whole."""
+    proc, params = demo
+    messages = [user(*TURNS[0])]
+    _, (answer, kept) = finish(session.take_turn(params, proc, messages, None, max_new_tokens=40))
+    messages += [{"role": "assistant", "content": answer}, user(*TURNS[2])]
+    arrays = proc.inputs(messages)
+    batch, cache = session.continue_from(proc.config, arrays, kept)
+    ids = arrays["input_ids"][0]
+    start = int(cache.length[0])
+    assert start >= len(kept.ids) - 1 and (batch.segment_ids[0] > 0).sum() == len(ids) - start
+    whole = proc(messages)
+    used = len(ids) - start
+    np.testing.assert_array_equal(
+        batch.positions[:, 0, :used] + start + int(cache.delta[0]),
+        whole.positions[:, 0, start : len(ids)],
+    )
+
+
+def test_an_earlier_turn_that_changed_is_run_again(demo):
+    """Another first question: nothing of the old answer is used; another picture cuts before it."""
+    proc, params = demo
+    first = [user(*TURNS[0])]
+    _, (_, kept) = finish(session.take_turn(params, proc, first, None, max_new_tokens=40))
+    changed = [user(TURNS[0][0], text("Count the digits."))]
+    _, (again, _) = finish(session.take_turn(params, proc, changed, kept, max_new_tokens=40))
+    assert again == anew(params, proc, changed, 40)
+
+
+def test_chat_in_the_terminal(demo, capsys):
+    """Commands, questions, what cannot be used, and the end of input; a room that is too small."""
+    proc, params = demo
+    grid = str(evaluate.CHECKPOINT.parent / "pictures" / "grid.png")
+    lines = ["Read the digits.", "/image gone.png", "hi", "", "/what", "How many digits are there?",
+             "/new", f"/image {grid}", "Count the digits."]  # fmt: skip
+
+    def read(prompt):
+        if not lines:
+            raise EOFError
+        return lines.pop(0)
+
+    media = [{"type": "image", "image": grid}]
+    terminal.converse(params, proc, None, media, read, max_new_tokens=40)
+    out, err = capsys.readouterr()
+    assert out == "5 6 8 9\n5 5 0 2\n9 9 0 4\n12\n12\n"
+    assert "error: gone.png: " in err and "error: /what: " in err and err.count("error") == 2
+    turn = session.take_turn(params, proc, [user(*TURNS[0])], max_new_tokens=9, max_len=20)
+    with pytest.raises(q3.InputError, match=r"may have 20 \(max_len\)"):
+        next(turn)
