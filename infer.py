@@ -122,7 +122,7 @@ def check(args: argparse.Namespace) -> None:
     from qwen3vl_jax.processing.tokenizer import stop_list
 
     stop_list(args.stop)
-    for name in ("messages", "draw", "prompt") if args.chat else ():
+    for name in ("prompt", "messages", "draw") if args.chat else ():
         if getattr(args, name):
             raise InputError(f"--chat: it asks for the questions itself, leave --{name} out")
     if args.max_new_tokens < 1:
@@ -311,11 +311,12 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         check(args)
         if args.chat:
-            return chat(args)
-        directory, processor, arrays, messages, limit = prepare(args)
-        text = answer(args, directory, processor, arrays, limit)
-        if args.draw:
-            draw(args.draw, messages, text, args.image if args.messages else [])
+            chat(args)
+        else:
+            directory, processor, arrays, messages, limit = prepare(args)
+            text = answer(args, directory, processor, arrays, limit)
+            if args.draw:
+                draw(args.draw, messages, text, args.image if args.messages else [])
     print(f"total {time.perf_counter() - start:.1f} s", file=sys.stderr)
 
 
