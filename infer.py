@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from qwen3vl_jax.cli import Clock, memory_advice, one_line_errors
+from qwen3vl_jax.cli import Clock, memory_advice, one_line_errors, sizes
 from qwen3vl_jax.errors import InputError
 
 HERE = Path(__file__).resolve().parent
@@ -35,6 +35,21 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         help="a conversation as JSON: [{role, content}, ..]",
     )
     add("--chat", action="store_true", help="talk in the terminal; --image and --video go first")
+    add(
+        "--embed",
+        action="store_true",
+        help="print the unit vector of --prompt, --image and --video",
+    )
+    add("--dims", type=int, help="with --embed: as many numbers (Matryoshka)")
+    add("--rerank", action="store_true", help="print how well each --document answers the query")
+    add(
+        "--document",
+        action="append",
+        default=[],
+        metavar="TEXT|FILE",
+        help="text, or a picture's file",
+    )
+    add("--instruction", help="what --embed or --rerank is for")
     add("--stream", action="store_true", help="print the answer as it comes")
     add("--draw", type=Path, metavar="OUT.png", help="draw the answer's boxes and points")
     add("--max-new-tokens", type=int, default=1024)
@@ -125,6 +140,12 @@ def check(args: argparse.Namespace) -> None:
     for name in ("prompt", "messages", "draw") if args.chat else ():
         if getattr(args, name):
             raise InputError(f"--chat: it asks for the questions itself, leave --{name} out")
+    if args.chat + args.embed + args.rerank > 1:
+        raise InputError("--chat, --embed and --rerank: give one of them")
+    if args.rerank != bool(args.document):
+        raise InputError("--rerank needs at least one --document, and a --document needs --rerank")
+    if (args.embed or args.rerank) and not (args.prompt or args.image or args.video):
+        raise InputError("--embed, --rerank: nothing given; expected --prompt, --image or --video")
     if args.max_new_tokens < 1:
         raise InputError(
             f"--max-new-tokens: max_new_tokens is {args.max_new_tokens}, expected >= 1"
@@ -219,6 +240,37 @@ def chat(args: argparse.Namespace) -> None:
     )  # fmt: skip
 
 
+def measure(args: argparse.Namespace) -> None:
+    """Prints the vector of what is given (--embed), or a score a document (--rerank), as JSON."""
+    import jax
+
+    import qwen3vl_jax as q3
+    from qwen3vl_jax.checkpoint import resolve
+    from qwen3vl_jax.processing import retrieval
+
+    directory = resolve(args.ckpt or DEMO, args.revision)
+    processor = q3.Processor.from_pretrained(directory, args.chat_template)
+    thing = {"text": args.prompt, "image": args.image, "video": args.video}
+    if args.embed:
+        rows = [retrieval.embed_conversation(thing, args.instruction)]
+    else:
+        documents = [{"image" if Path(d).is_file() else "text": d} for d in args.document]
+        rows = [retrieval.rerank_conversation(thing, d, args.instruction) for d in documents]
+        words = retrieval.yes_no_ids(processor.tokenizer)
+    batch = processor(rows, **input_options(args))
+    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else None)
+    params, cfg = q3.load(directory, dtype=dtype)
+    if args.embed:
+        found = jax.jit(q3.embed, static_argnames=("cfg", "dims"))(
+            params, cfg, batch, dims=args.dims
+        )
+        print(json.dumps([round(float(x), 7) for x in found[0]]))
+        return
+    found = jax.jit(q3.rerank, static_argnames=("cfg", "yes_no"))(params, cfg, batch, words)
+    for name, score in zip(args.document, found, strict=True):
+        print(json.dumps({"document": name, "score": round(float(score), 7)}))
+
+
 def answer(args, directory, processor, arrays, limit) -> str:
     """Loads the weights, prints the answer (timing on stderr) and returns it."""
     import jax
@@ -270,41 +322,6 @@ def answer(args, directory, processor, arrays, limit) -> str:
     return "".join(pieces)
 
 
-def sizes(params, cfg, batch) -> dict[str, int]:
-    """Bytes of the parts a user can do something about."""
-    import jax
-
-    leaves = jax.tree.leaves(params)
-    slots, t = 2 * batch.tokens.shape[1], cfg.text
-    cache = 2 * t.num_hidden_layers * t.num_key_value_heads * t.head_dim * slots
-    patches = 0 if batch.vision is None else batch.vision.pixels.shape[0]
-    width = 4 * cfg.vision.hidden_size + cfg.vision.intermediate_size
-    item = leaves[0].dtype.itemsize
-    return {"weights": sum(x.nbytes for x in leaves), "cache (about)": cache * item,
-            "pictures (about)": patches * width * item}  # fmt: skip
-
-
-def draw(out: Path, messages: list[dict], text: str, beside: list[str]) -> None:
-    """Writes one file a picture: OUT.png, OUT-2.png, .."""
-    from qwen3vl_jax.processing.chat import read_conversation
-    from qwen3vl_jax.processing.draw import draw_marks, find_marks
-    from qwen3vl_jax.processing.pictures import load_image
-
-    marks, feed = find_marks(text), iter(beside)
-    if not marks:
-        print("--draw: the answer holds no bbox_2d or point_2d; nothing is drawn", file=sys.stderr)
-        return
-    pictures = [m for m in read_conversation(messages)[1] if m.kind == "image"]
-    for number, medium in enumerate(pictures, 1):
-        name = out if number == 1 else out.with_stem(f"{out.stem}-{number}")
-        source = next(feed) if medium.source is None else medium.source
-        try:
-            draw_marks(load_image(source), marks).save(name)
-        except OSError as e:
-            raise InputError(f"--draw {name}: cannot write ({e.strerror or e})") from e
-        print(f"drew {len(marks)} marks on {name}", file=sys.stderr)
-
-
 def main(argv: list[str] | None = None) -> None:
     """The command line; exits 2 with one line for bad input."""
     start, args = time.perf_counter(), arguments(argv)
@@ -312,11 +329,15 @@ def main(argv: list[str] | None = None) -> None:
         check(args)
         if args.chat:
             chat(args)
+        elif args.embed or args.rerank:
+            measure(args)
         else:
+            from qwen3vl_jax.processing.draw import draw_answer
+
             directory, processor, arrays, messages, limit = prepare(args)
             text = answer(args, directory, processor, arrays, limit)
             if args.draw:
-                draw(args.draw, messages, text, args.image if args.messages else [])
+                draw_answer(args.draw, messages, text, args.image if args.messages else [])
     print(f"total {time.perf_counter() - start:.1f} s", file=sys.stderr)
 
 

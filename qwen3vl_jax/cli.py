@@ -6,6 +6,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from qwen3vl_jax.errors import InputError
 
@@ -79,3 +80,17 @@ class Clock:
         now, (then, compiled) = time.perf_counter(), self._mark
         self._mark = (now, self.compiling)
         return max(now - then - (self.compiling - compiled), 1e-9)
+
+
+def sizes(params: Any, cfg: Any, batch: Any) -> dict[str, int]:
+    """Bytes of the parts a user can do something about."""
+    import jax
+
+    leaves = jax.tree.leaves(params)
+    slots, t = 2 * batch.tokens.shape[1], cfg.text
+    cache = 2 * t.num_hidden_layers * t.num_key_value_heads * t.head_dim * slots
+    patches = 0 if batch.vision is None else batch.vision.pixels.shape[0]
+    width = 4 * cfg.vision.hidden_size + cfg.vision.intermediate_size
+    item = leaves[0].dtype.itemsize
+    return {"weights": sum(x.nbytes for x in leaves), "cache (about)": cache * item,
+            "pictures (about)": patches * width * item}  # fmt: skip

@@ -14,7 +14,7 @@ import infer
 import qwen3vl_jax.__main__ as about
 from qwen3vl_jax.cli import memory_advice
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.processing.draw import Mark, draw_marks, find_marks
+from qwen3vl_jax.processing.draw import Mark, draw_answer, draw_marks, find_marks
 
 DEMO = Path(infer.DEMO)
 
@@ -76,7 +76,7 @@ def test_draw_writes_one_file_a_picture(capsys):
         {"role": "user", "content": [{"type": "image", "image": n} for n in ("second.png",) * 2]}
     ]
     text = '[{"bbox_2d": [100, 200, 300, 400], "label": "4"}]'
-    infer.draw(Path("two.png"), ask, text, [])
+    draw_answer(Path("two.png"), ask, text, [])
     assert {p.name for p in Path.cwd().glob("two*.png")} == {"two.png", "two-2.png"}
 
 
@@ -200,6 +200,11 @@ BAD = {
         ["fps", "num_frames"],
     ),
     "chat and a prompt": (lambda: ("--chat", "--prompt", "hi"), ["--chat", "--prompt"]),
+    "rerank nothing": (lambda: ("--rerank", "--prompt", "hi"), ["--document"]),
+    "embed nothing": (lambda: ("--embed",), ["--embed", "--prompt"]),
+    "two at once": (lambda: ("--embed", "--rerank"), ["one of them"]),
+    "too many dims": (lambda: ("--embed", "--prompt", "hi", "--dims", 999), ["dims is 999", "192"]),
+    "no reranker": (lambda: ("--rerank", "--prompt", "a", "--document", "b"), ["yes", "no"]),
     "chunk": (lambda: (*ASK, "--prefill-chunk", 0), ["chunk", "0"]),
     "draw to a text file": (lambda: (*ASK, "--draw", "out.txt"), ["out.txt"]),
 }
@@ -239,3 +244,13 @@ def test_out_of_memory_is_one_line_with_bytes_and_the_option_that_helps():
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.")
     with pytest.raises(RuntimeError, match="other"), memory_advice({}, ""):
         raise RuntimeError("other")
+
+
+def test_embed_prints_a_unit_vector(capsys):
+    """Of a text and a picture, whole and cut: what the function gives."""
+    for dims in (192, 7):
+        infer.main(
+            ["--embed", "--prompt", "hi", "--image", str(infer.DEMO_PICTURE), "--dims", str(dims)]
+        )
+        vector = np.array(json.loads(capsys.readouterr().out))
+        assert vector.shape == (dims,) and abs(np.linalg.norm(vector) - 1) < 1e-5

@@ -5,9 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import sys
+from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
+
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.processing.chat import read_conversation
+from qwen3vl_jax.processing.pictures import load_image
 
 GRID = 1000  # answers count from 0 to 1000 across each side, x before y (reference section 6.10)
 COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#000075")
@@ -70,3 +76,23 @@ def draw_marks(image: Image.Image, marks: list[Mark]) -> Image.Image:
             pen.rectangle(pen.textbbox(corner, mark.label, font=font), fill=color)
             pen.text(corner, mark.label, fill="white", font=font)
     return image
+
+
+def draw_answer(out: Path, messages: list[dict], text: str, beside: list[str]) -> None:
+    """Draws the answer's marks on each picture of the conversation: OUT.png, OUT-2.png, ..
+
+    beside: files of pictures without a source. Raises InputError for a file that cannot be written.
+    """
+    marks, feed = find_marks(text), iter(beside)
+    if not marks:
+        print("--draw: the answer holds no bbox_2d or point_2d; nothing is drawn", file=sys.stderr)
+        return
+    pictures = [m for m in read_conversation(messages)[1] if m.kind == "image"]
+    for number, medium in enumerate(pictures, 1):
+        name = out if number == 1 else out.with_stem(f"{out.stem}-{number}")
+        source = next(feed) if medium.source is None else medium.source
+        try:
+            draw_marks(load_image(source), marks).save(name)
+        except OSError as e:
+            raise InputError(f"--draw {name}: cannot write ({e.strerror or e})") from e
+        print(f"drew {len(marks)} marks on {name}", file=sys.stderr)
