@@ -8,6 +8,7 @@ import pytest
 
 import qwen3vl_jax as q3
 from demo import evaluate, examples, films, scans, tasks
+from qwen3vl_jax.errors import InputError
 
 CHECKPOINT = evaluate.CHECKPOINT
 BEFORE_CLIPS = [569795124, 2238592869]  # CRC-32 of tokens and labels of a batch without clips
@@ -145,11 +146,14 @@ def test_batches_hold_clips_only_if_asked():
 
 
 def test_every_clip_fits_its_row():
-    """The longest clip leaves room for its first question in a row of 192 tokens."""
+    """The longest clip leaves room for its first question in a row of 160 tokens, not in one of 96."""
     words, rng = examples.Words(str(CHECKPOINT)), np.random.default_rng(0)
     for film in composed(200, snap=True, fps=0.8):
-        row = examples.make_row(rng, words, film, 192)
-        assert len(row.ids) <= 192 and row.ids.count(words("<|im_end|>")[0]) >= 2
+        row = examples.make_row(rng, words, film, 160)
+        assert len(row.ids) <= 160 and row.ids.count(words("<|im_end|>")[0]) >= 2
+    with pytest.raises(InputError, match=r"batch\.length is 96, too short to ask about a clip"):
+        for film in composed(snap=True):
+            examples.make_row(rng, words, film, 96)
 
 
 def test_figure_counts_seconds(proc):
