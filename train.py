@@ -75,6 +75,8 @@ def check(recipe: Recipe) -> None:
         value: Any = functools.reduce(lambda table, key: table[key], name.split("."), recipe)
         if value < low:
             raise InputError(f"{name} is {value}, expected a whole number from {low}")
+    if not 0 <= recipe["clips"] <= 1:
+        raise InputError(f"clips is {recipe['clips']}, expected a chance from 0 to 1")
     if recipe["optimizer"]["warmup"] >= recipe["steps"]:
         raise InputError(
             f"steps is {recipe['steps']}, expected more than optimizer.warmup "

@@ -65,7 +65,8 @@ def test_recipe_refuses_changes_it_does_not_know(change):
 @pytest.mark.parametrize(
     ("change", "words"),
     [("steps=0", "steps is 0"), ("steps=9", "optimizer.warmup"), ("batch.rows=0", "batch.rows is 0"),
-     ("report.every=0", "report.every is 0"), ("workers=-1", "workers is -1"), ("dtype=int7", "int7")],
+     ("report.every=0", "report.every is 0"), ("clips=1.5", "clips is 1.5"),
+     ("workers=-1", "workers is -1"), ("dtype=int7", "int7")],
 )  # fmt: skip
 def test_numbers_that_no_run_can_have(tmp_path, capsys, change, words):
     """One line and exit code 2, before anything is written."""
