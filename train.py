@@ -34,6 +34,7 @@ FIELDS = (
     "exact",
     "held_out_loss",
     "held_out_exact",
+    "held_out_clips",
     "lr",
     "norm",
     "ms",
@@ -74,6 +75,8 @@ def check(recipe: Recipe) -> None:
         value: Any = functools.reduce(lambda table, key: table[key], name.split("."), recipe)
         if value < low:
             raise InputError(f"{name} is {value}, expected a whole number from {low}")
+    if not 0 <= recipe["clips"] <= 1:
+        raise InputError(f"clips is {recipe['clips']}, expected a chance from 0 to 1")
     if recipe["optimizer"]["warmup"] >= recipe["steps"]:
         raise InputError(
             f"steps is {recipe['steps']}, expected more than optimizer.warmup "
@@ -102,7 +105,8 @@ def batches(recipe: Recipe, folder: Path, part: str, steps: int) -> Iterator[Any
 
     seed = recipe["seed"] + (part == "held_out")
     few = recipe["few"] if part == "train" else 0
-    make = functools.partial(make_batch, str(folder), part, Shape(**recipe["batch"]), seed, few=few)
+    shape, clips = Shape(**recipe["batch"]), recipe["clips"]
+    make = functools.partial(make_batch, str(folder), part, shape, seed, few=few, clips=clips)
     workers = recipe["workers"] or max(1, (os.cpu_count() or 1) - 1)
     with ProcessPoolExecutor(min(workers, steps), mp_context=get_context("spawn")) as pool:
         ahead = deque(pool.submit(make, step) for step in range(min(2 * workers, steps)))
@@ -221,10 +225,7 @@ def encode_windows(params, cfg, vision):
 
     import qwen3vl_jax as q3
 
-    channels, frames, side, _ = cfg.vision.patch_shape
     pixels = vision.pixels.astype(jnp.float32) / 127.5 - 1.0
-    pixels = pixels.reshape(*pixels.shape[:2], channels, 1, side * side)
-    pixels = jnp.repeat(pixels, frames, axis=3).reshape(*pixels.shape[:2], -1)
     encode = functools.partial(q3.vision_encode, params, cfg)
     out = jax.vmap(encode)(vision.replace(pixels=pixels))
     width = out.merged.shape[-1]
@@ -244,6 +245,17 @@ def answers_right(labels, right) -> list[bool]:
     for counted, hits in zip(np.asarray(labels[:, 1:] >= 0), np.asarray(right), strict=True):
         edges = np.flatnonzero(np.diff(np.pad(counted, 1).astype(np.int8)))
         found += [bool(hits[a:b].all()) for a, b in edges.reshape(-1, 2)]
+    return found
+
+
+def clip_answers_right(cfg, batches, metrics) -> list[bool]:
+    """`answers_right` of the rows that show a clip, over batches and what `loss_fn` said of them."""
+    import numpy as np
+
+    found = []
+    for batch, metric in zip(batches, metrics, strict=True):
+        rows = (np.asarray(batch.tokens) == cfg.video_token_id).any(1)
+        found += answers_right(np.asarray(answer_labels(batch))[rows], metric["right"][rows])
     return found
 
 
@@ -348,6 +360,8 @@ def train(recipe: Recipe, out: Path) -> None:
                 ]
                 values["held_out_loss"] = np.mean([m["loss"] for m in seen])
                 values["held_out_exact"] = np.mean(np.concatenate(right))
+                if timed := clip_answers_right(cfg, held_out, seen):
+                    values["held_out_clips"] = np.mean(timed)
                 save(params, cfg, out)
             told.write(step, int(batch.segment_ids.sum()), **values)
 

@@ -1,4 +1,4 @@
-"""Training batches: composed pictures with conversations about them, as arrays of one fixed shape.
+"""Training batches: composed pictures and clips with conversations about them, in fixed shapes.
 
 A batch is a pure function of (seed, step), so any number of worker processes give the same run.
 """
@@ -12,13 +12,15 @@ import numpy as np
 from tokenizers import Tokenizer
 
 import qwen3vl_jax as q3
-from demo import pictures, scans, tasks
+from demo import films, pictures, scans, tasks
+from demo.films import Film
+from demo.pictures import Picture
 from qwen3vl_jax.errors import InputError
 
 IGNORED = -100  # label of a position that is not learned
-PATCH, MERGE, CHANNELS = 16, 2, 3
+PATCH, MERGE, CHANNELS, PAIR = 16, 2, 3, 2  # PAIR: frames that share a patch
 CHECKPOINT = Path(__file__).with_name("checkpoint")
-WINDOW = 256  # patches; a picture has at most as many
+WINDOW = 256  # patches; a picture has at most as many, a clip half as many
 KINDS = {  # how often each kind of question is asked of a full grid, and of a loose picture
     True: {"read": 0.25, "count": 0.25, "find": 0.4, "cell": 0.06, "total": 0.04},
     False: {"count": 0.4, "find": 0.55, "total": 0.05},
@@ -30,7 +32,9 @@ KINDS_FEW = {
 FEW = ((1, 2), (1, 3), (2, 1), (2, 2), (3, 1))  # grids of the first steps, see make_batch
 LOOSE, CHAT, SYSTEM = 0.4, 0.02, 0.05  # chances
 MORE, MORE_AFTER_READING = 0.9, 0.3  # of a further turn: after a reading, answers need no eyes
-SHARED = 2  # rows that talk about the same picture: drawing and encoding it cost once
+SHARED = 2  # rows that talk about the same picture or clip: drawing and encoding it cost once
+SLOW = 0.5  # chance that a clip passes more slowly than those of the evaluation
+SLOWEST = 0.8  # frames a second
 
 
 @dataclass(frozen=True)
@@ -43,15 +47,15 @@ class Shape:
 
 
 def make_batch(
-    folder: str, part: str, shape: Shape, seed: int, step: int, few: int = 0
+    folder: str, part: str, shape: Shape, seed: int, step: int, few: int = 0, clips: float = 0.0
 ) -> q3.Batch:
     """Compose one batch from the scans of ``part`` with the tokenizer and config in ``folder``.
 
     Pictures are packed into windows, so that attention costs the same whatever their sizes: the
     fields of ``vision`` are [windows, 256, ...] with ranges that count from the window's start, and
-    its pixels are uint8 [windows, 256, 3*16*16], one of the two equal frames before normalisation.
-    Labels are -100 but on answers and on placeholders (see `_contents`); rows are padded on the
-    right. A picture serves SHARED rows.
+    its pixels are uint8, before normalisation. Labels are -100 but on answers and on placeholders
+    (see `_contents`); rows are padded on the right. A picture serves SHARED rows; with a chance of
+    ``clips`` a clip stands in its place, all in one window.
 
     Pictures of steps below ``few`` hold at most four digits and are mostly searched. To find a digit
     one must compare each with the one asked for: among few that pays soon, and is kept afterwards;
@@ -64,31 +68,41 @@ def make_batch(
     labels = np.full_like(ids, IGNORED)
     mask = np.zeros_like(ids)
     vision_rows = np.full_like(ids, -1)
-    windows, grids = Windows(config, shape.windows), []
-    picture = start = None
+    windows = Windows(config, shape.windows)
+    grids: dict[type, list[tuple[int, int, int]]] = {Picture: [], Film: []}
+    scene = start = None
     for i in range(shape.rows):
         if i % SHARED == 0:
-            grid = FEW[int(rng.integers(len(FEW)))] if step < few else None
-            loose = bool(rng.random() < LOOSE)
-            picture = pictures.compose(rng, pool, loose=loose, snap=True, distort=True, grid=grid)
-            start = windows.add(to_patches(picture.pixels), grid_of(picture))
+            scene = _scene(rng, pool, step < few, clips)
+            start = windows.add(to_patches(frames_of(scene)), grid_of(scene))
         # Without a picture where one is due: rare, the others were large and no window has room.
-        if start is None or picture is None or rng.random() < CHAT:
+        if start is None or scene is None or rng.random() < CHAT:
             row = _chat(rng, words)
         else:
-            row = make_row(rng, words, picture, shape.length, step < few)
-            grids.append(grid_of(picture))
+            row = make_row(rng, words, scene, shape.length, step < few)
+            grids[type(scene)].append(grid_of(scene))
         used = len(row.ids)
         ids[i, :used], labels[i, :used], mask[i, :used] = row.ids, row.labels, 1
-        image = ids[i] == words.image
-        vision_rows[i, image] = (start or 0) // MERGE**2 + np.arange(image.sum())
-    positions, delta = q3.rope_index(config, ids, np.array(grids or np.zeros((0, 3))), None, mask)
+        seen = np.isin(ids[i], (words.image, words.video))
+        vision_rows[i, seen] = (start or 0) // MERGE**2 + np.arange(seen.sum())
+    positions, delta = q3.rope_index(config, ids, grids[Picture] or None, grids[Film] or None, mask)
     host: list[Any] = [ids, positions, mask, vision_rows, delta]
     return q3.Batch(*host, vision=windows.inputs(), labels=cast(Any, labels))
 
 
+def _scene(rng: np.random.Generator, pool: scans.Scans, few: bool, clips: float) -> Picture | Film:
+    """A picture for training, or with a chance of ``clips`` a clip."""
+    if clips and rng.random() < clips:
+        slow = rng.random() < SLOW
+        fps = float(rng.uniform(SLOWEST, films.RATE)) if slow else films.RATE
+        return films.compose(rng, pool, snap=True, distort=True, fps=fps)
+    grid = FEW[int(rng.integers(len(FEW)))] if few else None
+    loose = bool(rng.random() < LOOSE)
+    return pictures.compose(rng, pool, loose=loose, snap=True, distort=True, grid=grid)
+
+
 class Windows:
-    """Vision inputs filled picture by picture, each into the first window that has room."""
+    """Vision inputs filled by pictures and clips, each into the first window that has room."""
 
     def __init__(self, config: q3.Config, count: int):
         self.config, self.used = config, np.zeros(count, int)
@@ -100,10 +114,10 @@ class Windows:
             )
             for name, width in fields.items()
         }
-        self.pixels = np.zeros((count * WINDOW, CHANNELS * PATCH * PATCH), np.uint8)
+        self.pixels = np.zeros((count * WINDOW, CHANNELS * PAIR * PATCH * PATCH), np.uint8)
 
     def add(self, patches: np.ndarray, grid: tuple[int, int, int]) -> int | None:
-        """Place a picture; its first patch counted over all windows, or None if it does not fit."""
+        """Place a picture or clip; its first patch counted over all windows, or None if it does not fit."""
         room = np.flatnonzero(self.used + len(patches) <= WINDOW)
         if not len(room):
             return None
@@ -127,7 +141,7 @@ class Windows:
         return q3.VisionInputs(**cut)
 
 
-@lru_cache(256)
+@lru_cache(512)
 def _tables(config: q3.Config, grid: tuple[int, int, int]) -> q3.VisionInputs:
     pixels = np.zeros((int(np.prod(grid)), int(np.prod(config.vision.patch_shape))), np.float32)
     return q3.make_vision(config, pixels, [grid], pad=False)
@@ -147,7 +161,8 @@ class Words:
     def __init__(self, folder: str):
         self.tokenizer = _tokenizer(folder)
         ids: dict[str, int] = self.tokenizer.get_vocab()
-        self.pad, self.image = ids["<|endoftext|>"], ids["<|image_pad|>"]
+        self.pad = ids["<|endoftext|>"]
+        self.image, self.video = ids["<|image_pad|>"], ids["<|video_pad|>"]
         self.nothing = ids["<|vision_pad|>"]
         self.seen = [ids[chr(256 + digit)] for digit in range(10)]  # bytes 0 to 9
 
@@ -173,38 +188,76 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
 def make_row(
     rng: np.random.Generator,
     words: Words,
-    picture: pictures.Picture,
+    scene: Picture | Film,
     length: int,
     few: bool = False,
 ) -> Row:
-    """Make one conversation of several turns about a picture."""
+    """Make one conversation of several turns about a picture or a clip."""
     system = rng.random() < SYSTEM
     ids = words(f"<|im_start|>system\n{tasks.SYSTEM}<|im_end|>\n") if system else []
-    ids = ids + words("<|im_start|>user\n<|vision_start|>")
+    ids = ids + words("<|im_start|>user\n")
+    row = Row(ids, [IGNORED] * len(ids))
+    if isinstance(scene, Film):
+        return _film_turns(rng, words, scene, _joined(row, _film_seen(words, scene)), length)
+    return _turns(rng, words, scene, _joined(row, _seen(words, scene, words.image)), length, few)
+
+
+def _joined(*rows: Row) -> Row:
+    return Row([i for row in rows for i in row.ids], [i for row in rows for i in row.labels])
+
+
+def _seen(words: Words, picture: Picture, placeholder: int) -> Row:
+    """The tokens that stand for a picture, or for a pair of frames."""
     cells = _contents(words, picture)
-    labels = [IGNORED] * len(ids) + cells + [IGNORED]
-    ids = ids + [words.image] * len(cells) + words("<|vision_end|>")
+    ids = [*words("<|vision_start|>"), *[placeholder] * len(cells), *words("<|vision_end|>")]
+    return Row(ids, [IGNORED, *cells, IGNORED])
+
+
+def _film_seen(words: Words, film: Film) -> Row:
+    """The tokens that stand for a clip: of each pair of frames its time and its placeholders."""
+    rows = []
+    for time, pair in zip(films.times(film), film.pairs, strict=True):
+        ids = words(f"<{time} seconds>")
+        rows += [Row(ids, [IGNORED] * len(ids)), _seen(words, pair, words.video)]
+    return _joined(*rows)
+
+
+def _turns(
+    rng: np.random.Generator, words: Words, picture: Picture, row: Row, length: int, few: bool
+) -> Row:
+    """Append questions about a picture and their answers to a row."""
     odds, more = dict((KINDS_FEW if few else KINDS)[picture.full]), 1.0
     tries = 0
     while rng.random() < more:
         turn = _turn(rng, picture, odds)
-        asked, answered = spoken(words, turn, first=more == 1.0)
-        if len(ids) + len(asked) + len(answered) > length:
+        longer = _joined(row, spoken_row(words, turn, first=more == 1.0))
+        if len(longer.ids) > length:
             if more < 1.0:
                 break
             tries += 1  # too many boxes for a row: ask something else
             if tries > 100:
                 raise InputError(f"batch.length is {length}, too short to ask about a picture")
             continue
-        ids = ids + asked + answered
-        labels += [IGNORED] * len(asked) + answered[:-1] + [IGNORED]
-        more = MORE
+        row, more = longer, MORE
         if turn.kind == "read":
             odds["read"], more = 0.0, MORE_AFTER_READING
-    return Row(ids, labels)
+    return row
 
 
-def _contents(words: Words, picture: pictures.Picture) -> list[int]:
+def _film_turns(rng: np.random.Generator, words: Words, film: Film, row: Row, length: int) -> Row:
+    """Append a question about each digit that a clip shows once, as long as there is room."""
+    for number, digit in enumerate(rng.permutation(films.digits_once(film))):
+        turn = tasks.ask_when(rng, film, int(digit))
+        longer = _joined(row, spoken_row(words, turn, first=number == 0))
+        if len(longer.ids) > length and number == 0:
+            raise InputError(f"batch.length is {length}, too short to ask about a clip")
+        if len(longer.ids) > length:
+            break
+        row = longer
+    return row
+
+
+def _contents(words: Words, picture: Picture) -> list[int]:
     """A name for what each placeholder stands for: the digit centred in its cell, or nothing.
 
     An answer alone says little about where to look, and training on answers alone stays blind for
@@ -219,9 +272,7 @@ def _contents(words: Words, picture: pictures.Picture) -> list[int]:
     return named.reshape(-1).tolist()
 
 
-def _turn(
-    rng: np.random.Generator, picture: pictures.Picture, odds: dict[str, float]
-) -> tasks.Turn:
+def _turn(rng: np.random.Generator, picture: Picture, odds: dict[str, float]) -> tasks.Turn:
     ends = np.cumsum(list(odds.values()))
     place = int(np.searchsorted(ends, rng.random() * ends[-1], side="right"))
     return tasks.ask(rng, picture, list(odds)[place])
@@ -234,24 +285,39 @@ def spoken(words: Words, turn: tasks.Turn, first: bool) -> tuple[list[int], list
     return asked, words(f"{turn.answer}<|im_end|>\n")
 
 
+def spoken_row(words: Words, turn: tasks.Turn, first: bool) -> Row:
+    """The tokens of a turn; its answer is learned, up to ``<|im_end|>``."""
+    return _learned(*spoken(words, turn, first))
+
+
+def _learned(asked: list[int], answered: list[int]) -> Row:
+    return Row(asked + answered, [IGNORED] * len(asked) + answered[:-1] + [IGNORED])
+
+
 def _chat(rng: np.random.Generator, words: Words) -> Row:
     question = tasks.HELLO[int(rng.integers(len(tasks.HELLO)))]
     asked = words(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n")
     answered = words(f"{tasks.INTRODUCTION}<|im_end|>\n")
-    return Row(asked + answered, [IGNORED] * len(asked) + answered[:-1] + [IGNORED])
+    return _learned(asked, answered)
 
 
-def to_patches(pixels: np.ndarray) -> np.ndarray:
-    """Cut a picture uint8 [H, W, 3] into rows of 16x16 pixels: uint8 [patches, 3*16*16].
+def frames_of(scene: Picture | Film) -> np.ndarray:
+    """The frames of a clip, or a picture twice: uint8 [2 * pairs, H, W, 3]."""
+    return scene.frames if isinstance(scene, Film) else np.stack([scene.pixels] * PAIR)
 
-    Rows are in merge order, columns are channel, y, x; sides must be multiples of 32.
+
+def to_patches(frames: np.ndarray) -> np.ndarray:
+    """Cut frames uint8 [2 * pairs, H, W, 3] into rows of 2x16x16 pixels: uint8 [patches, 3*2*16*16].
+
+    Rows are in merge order, columns are channel, frame, y, x; sides must be multiples of 32.
     """
-    high, wide = (side // (PATCH * MERGE) for side in pixels.shape[:2])
-    cut = pixels.reshape(high, MERGE, PATCH, wide, MERGE, PATCH, CHANNELS)
-    return cut.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, CHANNELS * PATCH * PATCH)
+    high, wide = (side // (PATCH * MERGE) for side in frames.shape[1:3])
+    cut = frames.reshape(-1, PAIR, high, MERGE, PATCH, wide, MERGE, PATCH, CHANNELS)
+    return cut.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(-1, CHANNELS * PAIR * PATCH * PATCH)
 
 
-def grid_of(picture: pictures.Picture) -> tuple[int, int, int]:
-    """Frames, rows and columns of a picture's patches."""
-    high, wide = picture.pixels.shape[:2]
-    return 1, high // PATCH, wide // PATCH
+def grid_of(scene: Picture | Film) -> tuple[int, int, int]:
+    """Pairs of frames, rows and columns of the patches of a picture or clip."""
+    pairs = scene.pairs if isinstance(scene, Film) else (scene,)
+    high, wide = pairs[0].pixels.shape[:2]
+    return len(pairs), high // PATCH, wide // PATCH

@@ -52,6 +52,18 @@ class Picture:
     star: int
 
 
+@dataclass(frozen=True)
+class Sheet:
+    """What a plan is drawn with: ``paper`` float32 [H, W, 3] and ``inks`` [n, 3], levels to 255.
+
+    ``strokes`` holds each digit's share of ink [h, w], 0 to 1, with its top and left in pixels.
+    """
+
+    paper: np.ndarray
+    inks: np.ndarray
+    strokes: list[tuple[np.ndarray, int, int]]
+
+
 def compose(
     rng: np.random.Generator,
     scans: Scans,
@@ -143,20 +155,34 @@ def scaled(plan: Plan, size: tuple[int, int]) -> Plan:
 
 def draw(rng: np.random.Generator, scans: Scans, plan: Plan, distort: bool = False) -> Picture:
     """Draw a plan: paper, ink, then a little noise."""
+    return expose(rng, scans, plan, make_sheet(rng, scans, plan, distort))
+
+
+def make_sheet(rng: np.random.Generator, scans: Scans, plan: Plan, distort: bool = False) -> Sheet:
+    """Choose a plan's paper and inks, and draw the stroke of each of its digits."""
     height, width = int(plan.size[0]), int(plan.size[1])
-    paper, inks = _colours(rng, len(plan.scan))
-    canvas = np.empty((height, width, 3), np.float32)
-    canvas[:] = paper
-    canvas += _shade(rng, height, width)[..., None]
+    colour, inks = _colours(rng, len(plan.scan))
+    paper = np.empty((height, width, 3), np.float32)
+    paper[:] = colour
+    paper += _shade(rng, height, width)[..., None]
     threshold, softness = rng.uniform(0.15, 0.35), rng.uniform(0.4, 0.65)
-    boxes = np.empty((len(plan.scan), 4), np.float32)
-    for i, (scan, centre) in enumerate(zip(plan.scan, plan.centre, strict=True)):
+    strokes = []
+    for scan, centre in zip(plan.scan, plan.centre, strict=True):
         value, top, left = _sample(rng, scans.ink[scan], plan.side, centre, distort)
-        alpha = np.clip((value - threshold) / softness, 0, 1)
-        alpha, top, left = _crop(alpha, top, left, height, width)
+        strokes.append((np.clip((value - threshold) / softness, 0, 1), top, left))
+    return Sheet(paper, inks, strokes)
+
+
+def expose(rng: np.random.Generator, scans: Scans, plan: Plan, sheet: Sheet) -> Picture:
+    """Lay the strokes of a plan's digits on the paper and add a little noise."""
+    canvas = sheet.paper.copy()
+    height, width = canvas.shape[:2]
+    boxes = np.empty((len(plan.scan), 4), np.float32)
+    for i, stroke in enumerate(sheet.strokes):
+        alpha, top, left = _crop(*stroke, height, width)
         boxes[i] = _box(alpha, top, left)
         part = canvas[top : top + alpha.shape[0], left : left + alpha.shape[1]]
-        part += alpha[..., None] * (inks[i] - part)
+        part += alpha[..., None] * (sheet.inks[i] - part)
     canvas += _noise(rng, height, width)[..., None]
     return Picture(
         np.clip(canvas, 0, 255).astype(np.uint8),

@@ -1,10 +1,11 @@
-"""Questions about a picture of digits, in several wordings, and their answers."""
+"""Questions about pictures and clips of digits, in several wordings, and their answers."""
 
 import json
 from dataclasses import dataclass
 
 import numpy as np
 
+from demo import films
 from demo.pictures import Picture, centre_cells
 
 ONE = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -56,6 +57,18 @@ CELL = (
     "Which digit is in row {row}, column {col}?",
     "What is the digit in row {row}, column {col}?",
     "Read row {row}, column {col}.",
+)
+WHEN = (  # of clips
+    "At which second does the {d} appear?",
+    "At which second does the {one} appear?",
+    "At which second can you first see a {d}?",
+    "At which second do you see the {d} first?",
+    "In which second does the {d} appear?",
+    "When does the {d} appear?",
+    "When does the {one} appear?",
+    "When does the digit {d} appear first?",
+    "When can you see the {d}?",
+    "When is the {one} there?",
 )
 HELLO = (
     "Who are you?",
@@ -109,6 +122,20 @@ def ask(rng: np.random.Generator, picture: Picture, kind: str, wording: int | No
     if kind == "count":
         return Turn(kind, text, str(int((picture.labels == digit).sum())), digit)
     return Turn(kind, text, find_answer(picture, digit), digit)
+
+
+def ask_when(
+    rng: np.random.Generator, film: films.Film, digit: int | None = None, wording: int | None = None
+) -> Turn:
+    """Ask when a digit appears that a clip shows once; a random one, unless ``digit`` is given.
+
+    The answer is the time of the first pair of frames that shows it, as the prompt spells it.
+    """
+    if digit is None:
+        digit = int(rng.choice(films.digits_once(film)))
+    text = WHEN[int(rng.integers(len(WHEN))) if wording is None else wording]
+    answer = films.appears(film, digit)
+    return Turn("when", text.format(d=digit, one=ONE[digit]), answer, digit)
 
 
 def target(rng: np.random.Generator, picture: Picture) -> int:

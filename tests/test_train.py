@@ -65,7 +65,8 @@ def test_recipe_refuses_changes_it_does_not_know(change):
 @pytest.mark.parametrize(
     ("change", "words"),
     [("steps=0", "steps is 0"), ("steps=9", "optimizer.warmup"), ("batch.rows=0", "batch.rows is 0"),
-     ("report.every=0", "report.every is 0"), ("workers=-1", "workers is -1"), ("dtype=int7", "int7")],
+     ("report.every=0", "report.every is 0"), ("clips=1.5", "clips is 1.5"),
+     ("workers=-1", "workers is -1"), ("dtype=int7", "int7")],
 )  # fmt: skip
 def test_numbers_that_no_run_can_have(tmp_path, capsys, change, words):
     """One line and exit code 2, before anything is written."""
@@ -94,14 +95,15 @@ def test_command_line_ends_with_one_line(tmp_path, capsys):
     assert len(lines) == 2 and "none.toml" in lines[0] and "--force" in lines[1]
 
 
-def test_windows_encode_as_pictures_alone(small):
+@pytest.mark.parametrize("clips", [0.0, 0.5])
+def test_windows_encode_as_pictures_alone(small, clips):
     """Packed uint8 windows give the features, and the logits, of the ordinary path."""
     cfg = q3.Config.from_hf(small)
     params = jax.jit(functools.partial(train.init, cfg=cfg))(jax.random.key(0))
     shape = examples.Shape(rows=6, length=160, windows=4)
-    batch = examples.make_batch(str(small), "train", shape, 0, 0)
-    image = batch.tokens == cfg.image_token_id
-    assert (batch.vision_rows[image] >= 0).all() and (batch.vision_rows[~image] == -1).all()
+    batch = examples.make_batch(str(small), "train", shape, 0, 2, clips=clips)
+    seen = np.isin(batch.tokens, [cfg.image_token_id, cfg.video_token_id])
+    assert (batch.vision_rows[seen] >= 0).all() and (batch.vision_rows[~seen] == -1).all()
 
     @jax.jit
     def run(batch):
@@ -109,20 +111,25 @@ def test_windows_encode_as_pictures_alone(small):
         return q3.forward(params, cfg, batch.replace(vision=None), features=features)
 
     packed = run(batch)
-    pixels, grids = [], []
+    pixels, grids = {False: [], True: []}, {False: [], True: []}
     vision, used = batch.vision, batch.segment_ids > 0
     assert vision is not None
-    for row in batch.vision_rows:
+    for row, tokens in zip(batch.vision_rows, batch.tokens, strict=True):
         if (row >= 0).any():
+            clip = bool((tokens == cfg.video_token_id).any())
             first, count = 4 * int(row.max() + 1 - (row >= 0).sum()), 4 * int((row >= 0).sum())
             window, start = divmod(first, examples.WINDOW)
             place = (window, slice(start, start + count))
-            patches = vision.pixels[place].reshape(count, 3, 1, 256) / np.float32(127.5) - 1
-            pixels.append(np.repeat(patches, 2, 2).reshape(count, -1))
-            grids.append([1, *(vision.coords[place].max(0) + 1)])
+            pixels[clip].append(vision.pixels[place] / np.float32(127.5) - 1)
+            high, wide = vision.coords[place].max(0) + 1
+            grids[clip].append([count // (high * wide), high, wide])
+    assert all(t == 1 for t, _, _ in grids[False]) and all(t > 1 for t, _, _ in grids[True])
+    assert bool(grids[True]) == (clips > 0) and grids[False]
+    arrays = {"pixel_values": pixels[False], "pixel_values_videos": pixels[True]}
+    arrays = {name: np.concatenate(x) for name, x in arrays.items() if x}
     plain = q3.make_batch(
-        cfg, input_ids=batch.tokens, attention_mask=batch.segment_ids, pad=False,
-        pixel_values=np.concatenate(pixels), image_grid_thw=np.array(grids),
+        cfg, input_ids=batch.tokens, attention_mask=batch.segment_ids, pad=False, **arrays,
+        image_grid_thw=grids[False] or None, video_grid_thw=grids[True] or None,
     )  # fmt: skip
     assert np.array_equal(plain.positions, batch.positions)
     alone = jax.jit(functools.partial(q3.forward, params, cfg))(plain)
@@ -135,7 +142,7 @@ def test_batches_follow_from_seed_and_step():
     shape = examples.Shape(rows=4, length=256, windows=3)
     folder = str(examples.CHECKPOINT)
     batch, again, other, held_out = (
-        examples.make_batch(folder, part, shape, seed, 5)
+        examples.make_batch(folder, part, shape, seed, 5, clips=0.5)
         for part, seed in (("train", 0), ("train", 0), ("train", 1), ("held_out", 0))
     )
     assert jax.tree.all(jax.tree.map(np.array_equal, batch, again))
@@ -165,9 +172,9 @@ def test_answers_weigh_by_the_root_of_their_length():
 def test_short_run_learns_and_leaves_a_checkpoint(small, tmp_path):
     """Some steps of a shrunk recipe lower the loss, held out too; the result loads and answers."""
     changes = [
-        "steps=40", "few=20", "dtype=float32", "workers=1", "batch.rows=4", "batch.length=128",
-        "batch.windows=2", "optimizer.warmup=5", "report.every=10", "report.evaluate_every=20",
-        "report.evaluate_batches=1",
+        "steps=40", "few=20", "clips=0.3", "dtype=float32", "workers=1", "batch.rows=4",
+        "batch.length=192", "batch.windows=2", "optimizer.warmup=5", "report.every=10",
+        "report.evaluate_every=20", "report.evaluate_batches=1",
     ]  # fmt: skip
     out = tmp_path / "run"
     assert train.main(["--config", str(RECIPE), "--out", str(out), *changes]) == 0
