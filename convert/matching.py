@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
+from convert.fp8 import SUFFIX, Weight, block_of, misfit
 from convert.mapping import TEXT, Row, released_name, rows
-from convert.readers import DTYPES, Files, Stored, read_tensors
+from convert.readers import DTYPES, FP8, Files, Stored, read_tensors
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.staging import CONFIG, QUANTISATION
 from qwen3vl_jax.tensors import LazyTensor, TreePath, spell
 
 LAYOUTS = ("released", "transformers5")
@@ -43,13 +45,13 @@ class _Source:
 def open_hf(directory: Path, cfg: Config, layout: str | None = None) -> dict[TreePath, LazyTensor]:
     """The arrays of a Hugging Face directory's parameter tree, by path; only headers are read.
 
+    FP8 tensors are bf16 here, dequantised when they are loaded.
     layout: how fused experts lie ("released" or "transformers5"), needed only where their shape does
     not tell. A file without a head gives a tree without one, and a warning in the log.
     Raises InputError for files that cannot be read, MismatchError for tensors that do not fit.
     """
     if layout not in (None, *LAYOUTS):
         raise InputError(f"expert layout is {layout!r}, expected {' or '.join(LAYOUTS)}")
-    _refuse_quantised(directory)
     return _Matcher(directory, cfg, layout).match()
 
 
@@ -73,17 +75,6 @@ def check_stored(where: Path, cfg: Config, stored: Mapping[TreePath, LazyTensor]
         raise MismatchError(where, sorted(problems))
 
 
-def _refuse_quantised(directory: Path) -> None:
-    raw = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    quantised = raw.get("quantization_config")
-    if not quantised:
-        return
-    method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-    if method == "fp8":
-        raise InputError(f"{directory}: FP8 weights come in a later version; take the bf16 release")
-    raise InputError(f"{directory}: weights quantised by {method!r}, expected bf16, f16 or f32")
-
-
 class _Matcher:
     """What is stored and not yet used (`found`), what was (`sources`; None: a problem was noted)."""
 
@@ -92,7 +83,11 @@ class _Matcher:
         self.files = Files()
         self.problems: list[str] = []
         self.sources: dict[str, _Source | None] = {}
-        self.found = self._by_released_name(read_tensors(directory))
+        raw = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        self.block = block_of(directory, raw)
+        found = self._by_released_name(read_tensors(directory))
+        self.scales = {name: found.pop(name) for name in list(found) if name.endswith(SUFFIX)}
+        self.found = found
 
     def match(self) -> dict[TreePath, LazyTensor]:
         """Every array of the tree; raises MismatchError with all problems at once."""
@@ -107,7 +102,7 @@ class _Matcher:
             )
             wanted = [row for row in wanted if row.path != ("head",)]
         leaves = {row.path: self._leaf(row) for row in wanted}
-        for tensor in self.found.values():
+        for tensor in (*self.found.values(), *self.scales.values()):
             self.problems.append(f"unknown {tensor.where} {list(tensor.shape)}")
         if self.problems:
             raise MismatchError(self.directory, self.problems)
@@ -116,9 +111,10 @@ class _Matcher:
     def _by_released_name(self, tensors: list[Stored]) -> dict[str, Stored]:
         groups: dict[str, list[Stored]] = defaultdict(list)
         for tensor in tensors:
-            if tensor.dtype.startswith("F8_") or tensor.name.endswith("_scale_inv"):
+            if tensor.dtype in FP8 and self.block is None:
                 raise InputError(
-                    f"{tensor.where}: FP8 weights come in a later version; take the bf16 release"
+                    f"{tensor.where}: {tensor.dtype}, but {CONFIG} has no {QUANTISATION} with the "
+                    f"size of its blocks; fetch {CONFIG} again or take the bf16 release"
                 )
             name = released_name(tensor.name)
             if name is not None:
@@ -129,26 +125,29 @@ class _Matcher:
                 self.problems.append(f"duplicated {name}: {places}")
         return {name: group[0] for name, group in groups.items()}
 
-    def _take(self, name: str, shape: tuple[int, ...]) -> Stored | None:
-        """Uses up a stored tensor; notes what is wrong with it and gives None."""
-        tensor = self.found.pop(name, None)
+    def _take(self, name: str, shape: tuple[int, ...]) -> Weight | None:
+        """Uses up a stored tensor and its scales; notes what is wrong with them and gives None."""
+        tensor, scales = self.found.pop(name, None), self.scales.pop(name + SUFFIX, None)
         if tensor is None:
-            self.problems.append(f"missing {name} {list(shape)}")
+            but = f" (only its scales: {scales.where})" if scales else ""
+            self.problems.append(f"missing {name} {list(shape)}{but}")
         elif tensor.shape != shape:
             found = f"found {list(tensor.shape)}, expected {list(shape)}"
             self.problems.append(f"shape of {tensor.where}: {found}")
-        elif tensor.dtype not in DTYPES:
-            found = f"found {tensor.dtype}, expected {', '.join(DTYPES)}"
+        elif tensor.dtype not in DTYPES | FP8:
+            found = f"found {tensor.dtype}, expected {', '.join(DTYPES | FP8)}"
             self.problems.append(f"dtype of {tensor.where}: {found}")
+        elif problem := misfit(tensor, scales, self.block):
+            self.problems.append(problem)
         else:
-            return tensor
+            return Weight(self.files, tensor, scales, self.block)
         return None
 
     def _leaf(self, row: Row) -> LazyTensor | None:
         for part in row.parts:
             if part.name not in self.sources:
-                tensor = self._take(part.name, part.hf_shape)
-                self.sources[part.name] = tensor and self._source(tensor)
+                weight = self._take(part.name, part.hf_shape)
+                self.sources[part.name] = weight and _Source(weight.dtype, weight.load)
         sources = [source for part in row.parts if (source := self.sources[part.name])]
         if len(sources) < len(row.parts):
             return None
@@ -160,29 +159,29 @@ class _Matcher:
             row.shape, sources[0].dtype, lambda: row.assemble([load() for load in loads])
         )
 
-    def _source(self, tensor: Stored, turned: bool = False) -> _Source:
-        def load() -> np.ndarray:
-            view = self.files.view(tensor)
-            return np.ascontiguousarray(view.transpose(0, 2, 1)) if turned else view
-
-        return _Source(DTYPES[tensor.dtype], load)
-
     def _tied_head(self) -> None:
         """Drops the head of a tied file where it repeats the embedding; raises where it does not."""
         head, embed = self.found.get(_HEAD), self.found.get(_EMBED)
         if not self.cfg.tie_word_embeddings or head is None or embed is None:
             return
-        same = head.shape == embed.shape and head.dtype == embed.dtype and head.dtype in DTYPES
-        if same:
-            a, b = (self.files.view(t).view(np.uint8) for t in (head, embed))
-            cuts = range(0, len(a), _ROWS)
-            same = all(np.array_equal(a[i : i + _ROWS], b[i : i + _ROWS]) for i in cuts)
-        if not same:
+        scales = (self.scales.get(name + SUFFIX) for name in (_HEAD, _EMBED))
+        if not (self._same(head, embed) and self._same(*scales)):
             raise InputError(
                 f"{self.directory}: {_HEAD} differs from {_EMBED}, but config.json ties them; set "
                 f"tie_word_embeddings to false there to keep both"
             )
         del self.found[_HEAD]
+        self.scales.pop(_HEAD + SUFFIX, None)
+
+    def _same(self, one: Stored | None, other: Stored | None) -> bool:
+        """Whether two tensors have the same dtype, shape and bytes (or neither is there)."""
+        if one is None or other is None:
+            return one is other
+        if (one.shape, one.dtype) != (other.shape, other.dtype) or one.dtype not in DTYPES | FP8:
+            return False
+        a, b = (self.files.view(tensor).view(np.uint8) for tensor in (one, other))
+        cuts = range(0, len(a), _ROWS)
+        return all(np.array_equal(a[i : i + _ROWS], b[i : i + _ROWS]) for i in cuts)
 
     def _experts(self, prefix: str) -> None:
         """One layer's experts: as released, as transformers 5 writes them, or one by one."""
@@ -207,8 +206,8 @@ class _Matcher:
         found_turned = self.layout is None and stored.shape == (e, 2 * m, d)
         if found_turned or self.layout == LAYOUTS[1]:
             for fused, (_, inner, outer) in shapes.items():
-                tensor = self._take(prefix + fused, (e, outer, inner))
-                self.sources[prefix + fused] = tensor and self._source(tensor, turned=True)
+                weight = self._take(prefix + fused, (e, outer, inner))
+                self.sources[prefix + fused] = weight and _turned(weight, (e, inner, outer))
 
     def _gathered(
         self, prefix: str, names: tuple[str, ...], shape: tuple[int, int, int]
@@ -217,20 +216,31 @@ class _Matcher:
         e, inner, outer = shape
         width = outer // len(names)
         wanted = [f"{prefix}{j}.{name}.weight" for j in range(e) for name in names]
-        tensors = [self._take(name, (width, inner)) for name in wanted]
-        stored = [tensor for tensor in tensors if tensor]
+        weights = [self._take(name, (width, inner)) for name in wanted]
+        stored = [weight for weight in weights if weight]
         if len(stored) < len(wanted):
             return None
-        if len({tensor.dtype for tensor in stored}) > 1:
+        if len({weight.dtype for weight in stored}) > 1:
             self.problems.append(f"dtype of {prefix}*: found several, expected one")
             return None
-        dtype = DTYPES[stored[0].dtype]
+        dtype = stored[0].dtype
 
         def load() -> np.ndarray:
             out = np.empty(shape, dtype)
-            for k, tensor in enumerate(stored):
+            for k, weight in enumerate(stored):
                 j, part = divmod(k, len(names))
-                out[j, :, part * width : (part + 1) * width] = self.files.view(tensor).T
+                weight.read_into(out[j, :, part * width : (part + 1) * width].T)
             return out
 
         return _Source(dtype, load)
+
+
+def _turned(weight: Weight, shape: tuple[int, int, int]) -> _Source:
+    """[E, in, out] from a stored [E, out, in]."""
+
+    def load() -> np.ndarray:
+        out = np.empty(shape, weight.dtype)
+        weight.read_into(out.transpose(0, 2, 1))
+        return out
+
+    return _Source(weight.dtype, load)

@@ -25,6 +25,8 @@ DTYPES = {
     "F16": np.dtype(np.float16),
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+FP8 = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)}  # read, never written
+_READ = DTYPES | FP8
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _OTHER_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin.index.json", ".h5", ".msgpack",
@@ -96,8 +98,8 @@ def _entry(path: Path, name: str, entry: Any, base: int) -> Stored:
         dtype, shape = entry["dtype"], tuple(entry["shape"])
         begin, end = entry["data_offsets"]
         fits = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end))
-        if dtype in DTYPES:
-            fits = fits and end - begin == math.prod(shape) * DTYPES[dtype].itemsize
+        if dtype in _READ:
+            fits = fits and end - begin == math.prod(shape) * _READ[dtype].itemsize
         if not (fits and isinstance(dtype, str)):
             raise ValueError
     except (KeyError, TypeError, ValueError) as e:
@@ -116,7 +118,7 @@ class Files:
     def view(self, tensor: Stored) -> np.ndarray:
         """The tensor as a read-only view of its file, with no copy (unless it lies unaligned)."""
         if tensor.nbytes == 0:
-            return np.empty(tensor.shape, DTYPES[tensor.dtype])
+            return np.empty(tensor.shape, _READ[tensor.dtype])
         if tensor.file not in self._maps:
             with tensor.file.open("rb") as file:
                 self._maps[tensor.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -126,7 +128,7 @@ class Files:
         ):  # read ahead: a page fault at a time is slow from a cold disk
             page = tensor.start // mmap.PAGESIZE * mmap.PAGESIZE
             memory.madvise(mmap.MADV_WILLNEED, page, tensor.start + tensor.nbytes - page)
-        dtype = DTYPES[tensor.dtype]
+        dtype = _READ[tensor.dtype]
         flat = np.frombuffer(memory, dtype, math.prod(tensor.shape), tensor.start)
         return (flat if flat.flags.aligned else flat.copy()).reshape(tensor.shape)
 

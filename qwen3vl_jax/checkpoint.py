@@ -11,7 +11,6 @@ An Orbax directory is complete in itself:
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -25,7 +24,7 @@ from convert.mapping import tree_of
 from convert.to_orbax import PARAMS
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.staging import CONFIG, copy_files, staged
+from qwen3vl_jax.staging import CONFIG, copy_files, staged, write_config
 from qwen3vl_jax.tensors import LazyTensor, flatten
 
 if TYPE_CHECKING:
@@ -117,7 +116,7 @@ def save_params(
                 source, [name for name in names if raw is None or name != Path(CONFIG)], stage
             )
         if raw is not None:
-            (stage / CONFIG).write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+            write_config(stage, raw)
 
 
 def resolve(ckpt: str | os.PathLike[str], revision: str | None = None) -> Path:

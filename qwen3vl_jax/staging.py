@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from qwen3vl_jax.errors import InputError
 
@@ -16,6 +18,7 @@ except ImportError:  # Windows opens no directory: nothing there to lock, nor to
     fcntl = None
 
 CONFIG = "config.json"
+QUANTISATION = "quantization_config"  # its key in config.json or in the text_config there
 
 
 @contextlib.contextmanager
@@ -99,10 +102,32 @@ def _flush(directory: Path) -> None:
 
 
 def copy_files(source: Path, names: Iterable[Path], target: Path) -> None:
-    """Copies files by relative name, config.json last: a directory without it is no checkpoint."""
+    """Copies files by relative name, config.json last: a directory without it is no checkpoint.
+
+    A config.json that speaks of quantised weights is written without: what is written never is.
+    """
     for name in sorted(names, key=lambda name: (name == Path(CONFIG), name)):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
+        if name == Path(CONFIG):
+            raw = json.loads((source / name).read_text(encoding="utf-8"))
+            if unquantised(raw) != raw:
+                write_config(target, raw)
+                continue
         shutil.copyfile(source / name, target / name)
+
+
+def write_config(directory: Path, raw: Mapping[str, Any]) -> None:
+    """Writes a config.json, without quantization_config."""
+    text = json.dumps(unquantised(raw), indent=2) + "\n"
+    (directory / CONFIG).write_text(text, encoding="utf-8")
+
+
+def unquantised(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json's dict without quantization_config, at the top and in text_config."""
+    left = {key: value for key, value in raw.items() if key != QUANTISATION}
+    if isinstance(text := left.get("text_config"), Mapping):
+        left["text_config"] = {key: text[key] for key in text if key != QUANTISATION}
+    return left
 
 
 def check_apart(source: Path, out: Path) -> None:

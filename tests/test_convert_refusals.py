@@ -68,7 +68,7 @@ TENSORS = {
     ),
     "scales": (
         lambda t: t.update({f"{Q}_scale_inv": np.ones(1, np.float32)}),
-        "FP8 weights come in",
+        r"scales .*q_proj.weight_scale_inv in .* that is BF16, expected F8_E4M3; take both from one",
     ),
 }
 
@@ -168,7 +168,8 @@ FILES = {
     "header_no_object": (lambda d: _header(d, lambda t: b"[1]"), "header is no object"),
     "bad_offsets": (lambda d: _entry(d, data_offsets=[0, 1]), "contradicts itself"),
     "bad_shape": (lambda d: _entry(d, shape=[3, -1]), "contradicts itself"),
-    "fp8": (lambda d: _entry(d, dtype="F8_E4M3"), "FP8 weights come in a later version"),
+    "fp8_size": (lambda d: _entry(d, dtype="F8_E4M3"), "contradicts itself"),
+    "other_fp8": (lambda d: _entry(d, dtype="F8_E5M2"), "found F8_E5M2, expected F64, .*, F8_E4M3"),
     "index_no_json": (lambda d: _index(d, "{"), "not a safetensors index"),
     "index_no_map": (lambda d: _index(d, "{}"), "not a safetensors index"),
     "index_outside": (lambda d: _index(d, '{"weight_map": {"a": "../b"}}'), "a file outside"),
@@ -176,13 +177,9 @@ FILES = {
     "pickle": (lambda d: _only(d, "pytorch_model.bin"), "runs the code in it, so only safetensors"),
     "adapter": (lambda d: _only(d, "adapter_model.safetensors"), "expected a whole model"),
     "no_config": (lambda d: (d / "config.json").unlink(), "cannot read .*config.json"),
-    "fp8_config": (
-        lambda d: _config(d, quantization_config={"quant_method": "fp8"}),
-        "FP8 weights come in a later version",
-    ),
     "quantised": (
         lambda d: _config(d, quantization_config={"quant_method": "awq"}),
-        "quantised by 'awq', expected bf16",
+        "quantised by 'awq', expected fp8; take the bf16 release",
     ),
     "params_inside": (lambda d: (d / "params").mkdir(), "holds 'params'"),
 }

@@ -1,10 +1,12 @@
 """Live transformers: what its save_pretrained writes converts, and what --to-hf writes it loads."""
 
+import fp8_files as fp8
 import hf_files as hf
 import numpy as np
 import pytest
 import reference
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from convert.mapping import to_hf as to_released
@@ -46,3 +48,31 @@ def test_base_model_and_its_prefixes(kind, tmp_path):
     params, cfg = load(tmp_path)
     want = {name: tensor for name, tensor in ref.weights.items() if name != "lm_head.weight"}
     hf.assert_same(to_released(cfg, params), want)
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe", "tied"])
+def test_fp8_to_orbax_to_bf16_in_transformers(kind, tmp_path):
+    """torch's own float8 arithmetic gives the same bits, and transformers loads the result as bf16."""
+    raw, tensors = hf.small(*KINDS[kind])
+    held = fp8.quantised(tensors)
+    to_orbax(hf.write(tmp_path / "hf", fp8.config(raw), held, 3), tmp_path / "orbax")
+    to_hf(tmp_path / "orbax", tmp_path / "back")
+    back, stored = load_file(tmp_path / "back" / "model.safetensors"), {}
+    for path in (tmp_path / "hf").glob("*.safetensors"):
+        stored |= load_file(path)
+    for name, tensor in list(stored.items()):
+        if tensor.dtype == torch.float8_e4m3fn:
+            scales = stored.pop(f"{name}_scale_inv")
+            for axis, width in zip((-2, -1), fp8.BLOCK):
+                scales = scales.repeat_interleave(width, axis).narrow(axis, 0, tensor.shape[axis])
+            stored[name] = (tensor.float() * scales).bfloat16()
+    assert back.keys() == stored.keys()
+    assert all(torch.equal(back[name], stored[name]) for name in stored)
+    assert all(back[name].dtype == stored[name].dtype for name in stored)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "back", dtype=torch.bfloat16)
+    want = state(model)
+    got = {name: tensor.bfloat16().float().numpy() for name, tensor in back.items()}
+    if "lm_head.weight" not in got:
+        got["lm_head.weight"] = got["model.language_model.embed_tokens.weight"]
+    assert want.keys() == got.keys()
+    hf.assert_same(hf.turned(got) if kind == "moe" else got, want)
