@@ -2,7 +2,8 @@
 
     W[..., a, b] = bf16(float32(code[..., a, b]) * scale[..., a // A, b // B])    for blocks [A, B]
 
-A tensor's scales are called as it is, with `_scale_inv` behind ("inv" is historical: they multiply).
+Blocks lie along the last two axes as stored, whatever the layout. A tensor's scales have its name with
+`_scale_inv` behind ("inv" is historical: they multiply).
 What is quantised is decided by the stored dtypes; config.json says how large the blocks are.
 """
 
@@ -104,7 +105,7 @@ def dequantise(codes: np.ndarray, scales: np.ndarray, block: Block, out: np.ndar
         strip = slice(start, start + block[0])
         # "clip" only spares the check of indices, of which every one is below 256.
         values = np.take(_VALUES, codes[strip].view(np.uint8), mode="clip")
-        values *= np.repeat(scale, block[1])[:columns]
+        values *= np.repeat(scale, min(block[1], columns))[:columns]
         out[strip] = values.astype(out.dtype)  # cast first: where `out` is turned, that is faster
 
 
