@@ -171,14 +171,19 @@ def input_options(args: argparse.Namespace) -> dict:
     return {**pictures, "videos_kwargs": clips, "allow_special": args.allow_special}
 
 
-def prepare(args: argparse.Namespace):
-    """Everything that can be refused without JAX: (directory, processor, arrays)."""
+def opened(args: argparse.Namespace):
+    """The checkpoint's directory and its processor; raises InputError."""
     from qwen3vl_jax.checkpoint import resolve
     from qwen3vl_jax.processing.processor import Processor
 
-    messages, tools = conversation(args)
     directory = resolve(args.ckpt or DEMO, args.revision)
-    processor = Processor.from_pretrained(directory, args.chat_template)
+    return directory, Processor.from_pretrained(directory, args.chat_template)
+
+
+def prepare(args: argparse.Namespace):
+    """Everything that can be refused without JAX: (directory, processor, arrays)."""
+    messages, tools = conversation(args)
+    directory, processor = opened(args)
     beside = {}
     if args.messages:
         beside = {"images": args.image or None, "videos": args.video or None}
@@ -218,19 +223,24 @@ def sampling_of(args, processor):
     return sampling
 
 
-def chat(args: argparse.Namespace) -> None:
-    """Talks in the terminal until the end of input."""
+def load(args: argparse.Namespace, directory: Path):
+    """(params, cfg) in --dtype, on a CPU in float32 unless that says otherwise."""
     import jax
 
     import qwen3vl_jax as q3
-    from qwen3vl_jax.checkpoint import resolve
+
+    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else None)
+    return q3.load(directory, dtype=dtype)
+
+
+def chat(args: argparse.Namespace) -> None:
+    """Talks in the terminal until the end of input."""
+
     from qwen3vl_jax.terminal import converse
 
-    directory = resolve(args.ckpt or DEMO, args.revision)
-    processor = q3.Processor.from_pretrained(directory, args.chat_template)
+    directory, processor = opened(args)
     sampling = sampling_of(args, processor)
-    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else None)
-    params, _ = q3.load(directory, dtype=dtype)
+    params, _ = load(args, directory)
     media = [{"type": "image", "image": source} for source in args.image]
     media += [{"type": "video", "video": source} for source in args.video]
     converse(
@@ -245,11 +255,9 @@ def measure(args: argparse.Namespace) -> None:
     import jax
 
     import qwen3vl_jax as q3
-    from qwen3vl_jax.checkpoint import resolve
     from qwen3vl_jax.processing import retrieval
 
-    directory = resolve(args.ckpt or DEMO, args.revision)
-    processor = q3.Processor.from_pretrained(directory, args.chat_template)
+    directory, processor = opened(args)
     thing = {"text": args.prompt, "image": args.image, "video": args.video}
     if args.embed:
         rows = [retrieval.embed_conversation(thing, args.instruction)]
@@ -258,8 +266,7 @@ def measure(args: argparse.Namespace) -> None:
         rows = [retrieval.rerank_conversation(thing, d, args.instruction) for d in documents]
         words = retrieval.yes_no_ids(processor.tokenizer)
     batch = processor(rows, **input_options(args))
-    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else None)
-    params, cfg = q3.load(directory, dtype=dtype)
+    params, cfg = load(args, directory)
     if args.embed:
         found = jax.jit(q3.embed, static_argnames=("cfg", "dims"))(
             params, cfg, batch, dims=args.dims
@@ -281,12 +288,11 @@ def answer(args, directory, processor, arrays, limit) -> str:
     sampling = sampling_of(args, processor)
     batch = q3.make_batch(processor.config, **arrays)
     clock = Clock()
-    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else None)
     stored = sum(f.stat().st_size for f in directory.rglob("*") if f.is_file())
     with memory_advice({"checkpoint on disk": stored}, "--dtype bfloat16 or a smaller checkpoint"):
-        params, cfg = q3.load(directory, dtype=dtype)
+        params, cfg = load(args, directory)
         jax.block_until_ready(params)
-    load = clock.lap()
+    loading = clock.lap()
     text = TextStream(processor.tokenizer, args.stop)
     prompt = int(arrays["attention_mask"].sum())
     room = min(args.max_new_tokens, limit - prompt)
@@ -314,7 +320,7 @@ def answer(args, directory, processor, arrays, limit) -> str:
     if not ended:
         why = "--max-new-tokens" if room == args.max_new_tokens else "--max-len"
         print(f"the answer was cut off after {count} tokens ({why})", file=sys.stderr)
-    report = f"load {load:.1f} s, compile {clock.compiling:.1f} s, "
+    report = f"load {loading:.1f} s, compile {clock.compiling:.1f} s, "
     report += f"prefill {prompt} tokens {prompt / prefill:.0f}/s"
     if count > 1:
         report += f", decode {count - 1} tokens {(count - 1) / decode:.1f}/s"

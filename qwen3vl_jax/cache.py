@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from qwen3vl_jax.attention import BLOCK, attend, causal_ranges
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.model import run_rows, unembed
+from qwen3vl_jax.model import last_attended, run_rows, unembed
 from qwen3vl_jax.sharding import platform
 from qwen3vl_jax.structs import Batch, Features, KVCache, Params
 from qwen3vl_jax.text import decode_layers
@@ -89,8 +89,7 @@ def _fill_in_chunks(params, cfg, cache, batch, features, slot, chunk):
     if features is None and batch.vision is not None:
         features = vision_encode(params, cfg, batch.vision)
     rows, width = batch.tokens.shape
-    index = jnp.arange(width)
-    last = jnp.max(jnp.where(batch.segment_ids > 0, index, 0), axis=1)
+    last = last_attended(batch.segment_ids)
     count = -(-width // chunk)
 
     def pieces(x, fill):
@@ -185,8 +184,7 @@ def _fill(params, cfg, cache, batch, features, mix):
     x, kept = run_rows(params, cfg, batch, features, mix)
     k, v = (list(part) for part in zip(*kept, strict=True))
     count = jnp.sum(batch.segment_ids > 0, axis=1, dtype=jnp.int32)
-    index = jnp.arange(batch.tokens.shape[1])
-    last = jnp.max(jnp.where(batch.segment_ids > 0, index, 0), axis=1)
+    last = last_attended(batch.segment_ids)
     x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
     cache = cache.replace(k=k, v=v, length=cache.length + count, delta=cache.delta + batch.delta)
     return cache, unembed(params, cfg, x)

@@ -148,7 +148,7 @@ def stream(
     to end rows (stop strings do). prefill_chunk: see `prefill`; rows no wider are filled whole. cache:
     a kept one that the batch goes on from, as in `extend` (given away; penalties see the batch alone);
     the generator's return value is the cache after the answer, less its last token. Raises InputError,
-     before anything runs, for values out of range, a prompt too long and packed rows.
+    before anything runs, for values out of range, a prompt too long and packed rows.
     """
     rows = batch.tokens.shape[0]
     segments = np.asarray(batch.segment_ids)

@@ -135,6 +135,12 @@ def embed_tokens(
     return x, deepstack.astype(x.dtype)
 
 
+def last_attended(segment_ids: jax.Array) -> jax.Array:
+    """The index [B] of each row's last token that is not padding, whichever side it is padded on."""
+    index = jnp.arange(segment_ids.shape[1])
+    return jnp.max(jnp.where(segment_ids > 0, index, 0), axis=1)
+
+
 def unembed(params: Params, cfg: Config, x: jax.Array) -> jax.Array:
     """Final norm and head: x [.. D] -> logits [.. V] in fp32."""
     table = params["embed"] if cfg.tie_word_embeddings else params.get("head")
@@ -154,7 +160,8 @@ def run_rows(params: Params, cfg: Config, batch: Batch, features, mix, keep=None
     return x, kept
 
 
-def _row_mix(batch: Batch):
+def row_mix(batch: Batch):
+    """The way to attend of whole rows, for `run_rows`: each token to its own segment, up to itself."""
     lo, hi = causal_ranges(batch.segment_ids)
 
     def mix(i, q, k, v):
@@ -176,12 +183,11 @@ def forward(
     logits_to_keep: 0 all tokens; n (static under jit) the last n attended tokens of each row, whichever
     side it is padded on; an array [m] of token indices those.
     """
-    x, _ = run_rows(params, cfg, batch, features, _row_mix(batch))
+    x, _ = run_rows(params, cfg, batch, features, row_mix(batch))
     if getattr(logits_to_keep, "ndim", 0) or isinstance(logits_to_keep, (list, tuple)):
         x = x[:, jnp.asarray(logits_to_keep)]
     elif (count := operator.index(cast(Any, logits_to_keep))) > 0:
-        index = jnp.arange(batch.tokens.shape[1])
-        last = jnp.max(jnp.where(batch.segment_ids > 0, index, 0), axis=1)
+        last = last_attended(batch.segment_ids)
         kept = jnp.maximum(last[:, None] + jnp.arange(1 - count, 1), 0)
         x = jnp.take_along_axis(x, kept[..., None], axis=1)
     return unembed(params, cfg, x)
@@ -198,7 +204,7 @@ def hidden_states(
     if features is None and batch.vision is not None:
         features = vision_encode(params, cfg, batch.vision)
     x, _ = embed_tokens(params, cfg, batch, features)
-    _, after = run_rows(params, cfg, batch, features, _row_mix(batch), keep=lambda x, _: x)
+    _, after = run_rows(params, cfg, batch, features, row_mix(batch), keep=lambda x, _: x)
     after = jnp.stack(after) if isinstance(after, list) else after
     return jnp.concatenate([x[None], after])
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from qwen3vl_jax.attention import attend, causal_ranges
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.layers import rms_norm
-from qwen3vl_jax.model import run_rows, unembed
+from qwen3vl_jax.model import last_attended, row_mix, run_rows, unembed
 from qwen3vl_jax.structs import Batch, Features, Params
 
 SPAN = 512  # tokens whose logits over the vocabulary are held at once
@@ -87,16 +86,10 @@ def rerank(
 
 def _stream(params, cfg, batch, features):
     """The residual stream [B T D] after the last layer."""
-    lo, hi = causal_ranges(batch.segment_ids)
-
-    def mix(i, q, k, v):
-        return attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), lo, hi), None
-
-    return run_rows(params, cfg, batch, features, mix)[0]
+    return run_rows(params, cfg, batch, features, row_mix(batch))[0]
 
 
 def _last(x, batch):
     """What stands at each row's last attended token: [B T D] -> [B D]."""
-    index = jnp.arange(x.shape[1])
-    last = jnp.max(jnp.where(batch.segment_ids > 0, index, 0), axis=1)
+    last = last_attended(batch.segment_ids)
     return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]

@@ -6,8 +6,6 @@ import dataclasses
 import io
 import itertools
 import os
-import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +19,7 @@ from qwen3vl_jax.processing.pictures import (
     data_uri,
     fetch,
     load_image,
+    local_path,
     one_line,
     short,
     to_rgb,
@@ -103,8 +102,7 @@ def open_clip(
         data = data_uri(source) if scheme == "data" else fetch(source, max_bytes, timeout)
         return _from_file(lambda: io.BytesIO(data), short(source, 80))
     if scheme == "file":
-        parts = urllib.parse.urlsplit(source)
-        source = urllib.request.url2pathname(parts.netloc + parts.path)
+        source = local_path(source)
     path = source
     return _from_file(lambda: open(path, "rb"), short(path))
 

@@ -92,8 +92,7 @@ def _from_text(text: str, max_bytes: int, timeout: float) -> Image.Image:
     if scheme == "data":
         return _decode(io.BytesIO(data_uri(text)), "data URI")
     if scheme == "file":
-        parts = urllib.parse.urlsplit(text)
-        return _open(urllib.request.url2pathname(parts.netloc + parts.path))
+        return _open(local_path(text))
     if not _exists(text):
         try:
             data = decode_base64(text)
@@ -121,6 +120,12 @@ def _open(path: str) -> Image.Image:
     except (OSError, ValueError) as e:
         reason = "no such file" if isinstance(e, FileNotFoundError) else getattr(e, "strerror", e)
         raise InputError(f"{name}: cannot read this picture: {reason}") from e
+
+
+def local_path(uri: str) -> str:
+    """The path of a file: address."""
+    parts = urllib.parse.urlsplit(uri)
+    return urllib.request.url2pathname(parts.netloc + parts.path)
 
 
 def data_uri(text: str) -> bytes:
