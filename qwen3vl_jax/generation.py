@@ -34,7 +34,9 @@ class DecodeState(flax.struct.PyTreeNode):
 
     cache: KVCache
     token: jax.Array  # [B] int32: chosen, not yet in the cache
+    logprob: jax.Array  # [B] float32: of `token`, before penalties, temperature and filters
     count: jax.Array  # [B] int32: answer tokens so far, `token` included
+    limit: jax.Array  # [B] int32: answer tokens at which a row ends
     done: jax.Array  # [B] bool
     seen: jax.Array  # [B V] bool: in prompt or answer
     answered: jax.Array  # [B V] bool: in the answer
@@ -55,69 +57,91 @@ class Answer:
 
 
 def _choose(logits, state, sampling, stop_ids, logits_fn) -> DecodeState:
-    rows = jnp.arange(logits.shape[0])
+    rows, likely = jnp.arange(logits.shape[0]), jax.nn.log_softmax(logits)
     logits = penalize(logits, sampling, state.seen, state.answered, state.count, stop_ids)
     if logits_fn is not None:
         logits = logits_fn(logits, state)
     token = draw(logits, sampling, state.keys, state.count)
     live = ~state.done
     mark = (rows, jnp.where(live, token, logits.shape[1]))
+    count = state.count + live
     return state.replace(
         token=token,
-        count=state.count + live,
-        done=state.done | jnp.any(token[:, None] == stop_ids, axis=1),
+        logprob=likely[rows, token],
+        count=count,
+        done=state.done | jnp.any(token[:, None] == stop_ids, axis=1) | (count >= state.limit),
         seen=state.seen.at[mark].set(True, mode="drop"),
         answered=state.answered.at[mark].set(True, mode="drop"),
     )
 
 
 @functools.partial(
-    jax.jit, static_argnames=("cfg", "slots", "logits_fn", "chunk"), donate_argnames="cache"
+    jax.jit, static_argnames=("cfg", "slots", "copies", "logits_fn", "chunk"), donate_argnames="cache"
 )
-def _start(params, cfg, batch, features, cache, sampling, stop_ids, seeds, slots, logits_fn, chunk):
-    """Prefill, or more tokens onto a kept cache, and the first token of every row."""
+def _start(
+    params, cfg, batch, features, cache, sampling, stop_ids, seeds, limit, slots, copies, logits_fn, chunk
+):  # fmt: skip
+    """Prefill, or more tokens onto a kept cache, and the first token of every copy of every row."""
     if cache is None:
         cache, logits = prefill(params, cfg, batch, slots, features=features, chunk=chunk)
     else:
         cache, logits = extend(params, cfg, cache, batch, features=features)
-    shape = logits.shape
-    valid_token = jnp.where(batch.segment_ids > 0, batch.tokens, shape[1])
-    seen = jnp.zeros(shape, bool).at[jnp.arange(shape[0])[:, None], valid_token]
-    zero = jnp.zeros(shape[0], jnp.int32)
+    tokens = jnp.where(batch.segment_ids > 0, batch.tokens, cfg.text.vocab_size)
+    cache, logits, tokens = (
+        jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0), part)
+        for part in (cache, logits, tokens)
+    )
+    return first_token(cache, logits, tokens, sampling, stop_ids, seeds, limit, logits_fn)
+
+
+def first_token(cache, logits, tokens, sampling, stop_ids, seeds, limit, logits_fn) -> DecodeState:
+    """The state after a prefill: tokens [B T] are the prompt's, past the vocabulary at padding."""
+    (rows, _), zero = logits.shape, jnp.zeros(logits.shape[0], jnp.int32)
+    seen = jnp.zeros(logits.shape, bool).at[jnp.arange(rows)[:, None], tokens]
     state = DecodeState(
         cache=cache,
         token=zero,
+        logprob=jnp.zeros(rows, jnp.float32),
         count=zero,
+        limit=jnp.broadcast_to(jnp.asarray(limit, jnp.int32), rows),
         done=zero > 0,
         seen=seen.set(True, mode="drop"),
-        answered=jnp.zeros(shape, bool),
+        answered=jnp.zeros(logits.shape, bool),
         keys=jax.vmap(jax.random.key)(seeds),
     )
     return _choose(logits, state, sampling, stop_ids, logits_fn)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "logits_fn"), donate_argnames="state")
-def _steps(params, cfg, state, sampling, stop_ids, steps, logits_fn):
-    """At most `steps` decode steps in one dispatch; tokens [B STEPS], -1 where a row had ended."""
+def decode_steps(params, cfg, state, ended, sampling, stop_ids, steps, enough, logits_fn):
+    """At most `steps` decode steps in one dispatch, fewer once `enough` rows have ended.
+
+    ended [B] bool: rows that the host ends now. Returns the state, tokens [B STEPS] (-1 where a row had
+    ended or no step was taken) and their log-probabilities [B STEPS].
+    """
 
     def going(carry):
         i, state, _ = carry
-        return (i < steps) & ~jnp.all(state.done)
+        return (i < steps) & (jnp.sum(state.done) < enough)
 
     def step(carry):
-        i, state, out = carry
-        cache, logits = decode_step(params, cfg, state.cache, state.token)
-        before = state.done
-        state = _choose(logits, state.replace(cache=cache), sampling, stop_ids, logits_fn)
-        return i + 1, state, out.at[:, i].set(jnp.where(before, -1, state.token))
+        i, old, (tokens, logprobs) = carry
+        cache, logits = decode_step(params, cfg, old.cache, old.token)
+        kept = jnp.where(old.done, old.cache.length, cache.length)  # an ended row stays as it is
+        new = old.replace(cache=cache.replace(length=kept))
+        new = _choose(logits, new, sampling, stop_ids, logits_fn)
+        tokens = tokens.at[:, i].set(jnp.where(old.done, -1, new.token))
+        return i + 1, new, (tokens, logprobs.at[:, i].set(new.logprob))
 
-    out = jnp.full((state.token.shape[0], STEPS), -1, jnp.int32)
+    shape = (state.token.shape[0], STEPS)
+    out = (jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32))
+    state = state.replace(done=state.done | ended)
     _, state, out = jax.lax.while_loop(going, step, (0, state, out))
-    return state, out
+    return state, *out
 
 
-_encode = jax.jit(vision_encode, static_argnames="cfg")
-_grow = jax.jit(grow_cache, static_argnames="slots")
+encode = jax.jit(vision_encode, static_argnames="cfg")
+grow = jax.jit(grow_cache, static_argnames="slots")
 
 
 def cache_slots(needed: int) -> int:
@@ -140,9 +164,12 @@ def stream(
     steps: int = STEPS,
     prefill_chunk: int | None = None,
     cache: KVCache | None = None,
+    copies: int = 1,
 ) -> Generator[np.ndarray, np.ndarray | None, KVCache]:
     """Yields new tokens [B n] int32 as they come, n <= steps; -1 where a row had already ended.
 
+    copies: so many answers to each prompt, which is prefilled once; rows are then prompt 0's answers,
+    prompt 1's, ..: wherever B stands here, copies are counted in.
     seed: one a row, or a first one (row b takes seed + b); a row's draws depend on nothing else.
     stop_ids None takes the config's; () never stops. max_len limits prompt + answer. `send` a bool [B]
     to end rows (stop strings do). prefill_chunk: see `prefill`; rows no wider are filled whole. cache:
@@ -150,7 +177,9 @@ def stream(
     the generator's return value is the cache after the answer, less its last token. Raises InputError,
     before anything runs, for values out of range, a prompt too long and packed rows.
     """
-    rows = batch.tokens.shape[0]
+    if copies < 1:
+        raise InputError(f"copies is {copies}, expected answers to a prompt from 1")
+    rows = copies * batch.tokens.shape[0]
     segments = np.asarray(batch.segment_ids)
     if segments.max(initial=0) > 1:
         raise InputError(
@@ -168,32 +197,35 @@ def stream(
     if prefill_chunk is not None and prefill_chunk < 1:
         raise InputError(f"prefill_chunk is {prefill_chunk}, expected tokens from 1")
     chunk = prefill_chunk if prefill_chunk and batch.tokens.shape[1] > prefill_chunk else None
-    return _stream(params, cfg, batch, features, cache, choice, max_new_tokens, steps, chunk)
+    return _stream(params, cfg, batch, features, cache, choice, max_new_tokens, steps, copies, chunk)
 
 
-def _stream(params, cfg, batch, features, cache, choice, max_new_tokens, steps, chunk):
+def _stream(params, cfg, batch, features, cache, choice, max_new_tokens, steps, copies, chunk):
     sampling, stops, seeds, logits_fn = choice
     if features is None and batch.vision is not None:
-        features = _encode(params, cfg, batch.vision)
+        features = encode(params, cfg, batch.vision)
     batch = batch.replace(vision=None, labels=None)
     width = batch.tokens.shape[1]  # not the prompt's length: what is compiled is a bucket's
     width += 0 if cache is None else int(np.max(cache.length))
     slots = cache_slots(width + min(steps, max_new_tokens))
     if cache is not None and cache.slots < slots:
-        cache = _grow(cache, slots=slots)
-    choice = (sampling, stops, seeds)
-    state = _start(params, cfg, batch, features, cache, *choice, slots, logits_fn, chunk)
-    made = 1
+        cache = grow(cache, slots=slots)
+    choice, limit = (sampling, stops, seeds), np.int32(max_new_tokens)
+    state = _start(
+        params, cfg, batch, features, cache, *choice, limit, slots, copies, logits_fn, chunk
+    )
+    made, rows, none = 1, len(seeds), np.zeros(len(seeds), bool)
     ended = yield np.asarray(state.token)[:, None]
     while made < max_new_tokens:
-        if ended is not None:
-            state = state.replace(done=state.done | jnp.asarray(ended))
-        if bool(np.all(state.done)):
+        ended = none if ended is None else np.asarray(ended, bool)
+        if np.all(np.asarray(state.done) | ended):
             break
         count = min(steps, max_new_tokens - made)
         if width + made + count > state.cache.slots:
-            state = state.replace(cache=_grow(state.cache, slots=2 * state.cache.slots))
-        state, out = _steps(params, cfg, state, sampling, stops, count, logits_fn)
+            state = state.replace(cache=grow(state.cache, slots=2 * state.cache.slots))
+        state, out, _ = decode_steps(
+            params, cfg, state, ended, sampling, stops, count, rows, logits_fn
+        )
         made += count
         out = np.asarray(out)[:, :count]
         ended = yield out[:, (out >= 0).any(0)]
@@ -237,6 +269,7 @@ def generate(
     logits_fn: LogitsFn | None = None,
     steps: int = STEPS,
     prefill_chunk: int | None = None,
+    copies: int = 1,
 ) -> Answer:
     """Answers every row of the batch; arguments are those of `stream`.
 
@@ -247,19 +280,19 @@ def generate(
     if strings and decode is None:
         raise InputError("stop_strings need decode=, the function from tokens to text")
     stops = _stop_ids(cfg, stop_ids)
-    rows = batch.tokens.shape[0]
+    rows = copies * batch.tokens.shape[0]
     answers: list[list[int]] = [[] for _ in range(rows)]
     stopped = np.zeros(rows, bool)
     chunks = stream(
         params, cfg, batch, max_new_tokens=max_new_tokens, sampling=sampling, stop_ids=stops,
         seed=seed, max_len=max_len, features=features, logits_fn=logits_fn, steps=steps,
-        prefill_chunk=prefill_chunk,
+        prefill_chunk=prefill_chunk, copies=copies,
     )  # fmt: skip
     try:
         new = next(chunks)
         while True:
             for b in np.flatnonzero(~stopped):
-                stopped[b] = _take(answers[b], new[b], stops, strings, decode)
+                stopped[b] = take(answers[b], new[b], stops, strings, decode)
             new = chunks.send(stopped)
     except StopIteration:
         pass
@@ -270,7 +303,7 @@ def generate(
     return Answer(tokens, lengths, ["stop" if s else "length" for s in stopped])
 
 
-def _take(answer: list[int], new: np.ndarray, stops, stop_strings, decode) -> bool:
+def take(answer: list[int], new: np.ndarray, stops, stop_strings, decode) -> bool:
     """Appends a row's new tokens; True when one of them ended it."""
     for token in new.tolist():
         if token < 0:

@@ -267,7 +267,7 @@ def run(shapes):
     return touched
 
 touched = run(first)
-counts = [f._cache_size() for f in (generation._encode, generation._start, generation._steps)]
+counts = [f._cache_size() for f in (generation.encode, generation._start, generation.decode_steps)]
 assert counts[0] == len({{v for _, v in touched}}), (counts, touched)
 assert counts[1] == len(touched), (counts, touched)
 assert counts[2] <= len(touched), counts

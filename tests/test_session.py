@@ -57,9 +57,9 @@ TURNS = (
 def test_each_turn_answers_as_the_whole_conversation(demo, monkeypatch, count):
     """Five turns, pictures and a clip among them; the tower's calls and patches are counted."""
     proc, params = demo
-    encoded, encode = [], generation._encode
+    encoded, encode = [], generation.encode
     monkeypatch.setattr(
-        generation, "_encode",
+        generation, "encode",
         lambda params, cfg, vision: encoded.append(len(vision.pixels)) or encode(params, cfg, vision),
     )  # fmt: skip
     messages, kept = [], None
