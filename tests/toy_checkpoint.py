@@ -96,7 +96,8 @@ def _pipeline(model: models.BPE) -> Tokenizer:
 
 
 @functools.cache
-def _trained() -> str:
+def tokenizer_json() -> str:
+    """tokenizer.json, trained on TEXTS."""
     tokenizer = _pipeline(models.BPE())
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = BpeTrainer(vocab_size=700, initial_alphabet=alphabet, show_progress=False)
@@ -109,7 +110,7 @@ def _trained() -> str:
 
 def token_ids() -> dict[str, int]:
     """Spelling -> id of the 26 added tokens."""
-    added = Tokenizer.from_str(_trained()).get_added_tokens_decoder()
+    added = Tokenizer.from_str(tokenizer_json()).get_added_tokens_decoder()
     return {token.content: i for i, token in added.items()}
 
 
@@ -138,9 +139,9 @@ def save_tokenizer(path: Path, form: str = "json", **config: Any) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     settings = tokenizer_config(**config)
     if form == "json":
-        (path / "tokenizer.json").write_text(_trained(), encoding="utf-8")
+        (path / "tokenizer.json").write_text(tokenizer_json(), encoding="utf-8")
     else:
-        model = json.loads(_trained())["model"]
+        model = json.loads(tokenizer_json())["model"]
         (path / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
         merges = [" ".join(pair) for pair in model["merges"]]
         text = "\n".join(["#version: 0.2", *merges, ""])
