@@ -153,10 +153,10 @@ def save_tokenizer(path: Path, form: str = "json", **config: Any) -> Path:
     return path
 
 
-def config() -> dict[str, Any]:
+def config(moe: bool = False) -> dict[str, Any]:
     """The config.json of the tiny model with this vocabulary's ids."""
     ids = token_ids()
-    raw = tiny.config_dict()
+    raw = tiny.config_dict("base", moe)
     names = ("image_pad", "video_pad", "vision_start", "vision_end")
     keys = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     raw.update({key: ids[f"<|{name}|>"] for key, name in zip(keys, names)})

@@ -8,12 +8,9 @@ Its outputs differ from those of transformers 5 in form: hidden_states and atten
 generation class, position ids of 1 at padding, and a delta that subtracts the padded row length;
 and a clip's frames take the place of the template's vision_start .. vision_end pair.
 
-prompts.npz has, for each conversation of tests/chats.py's FILMED with the tokenizer and template of
-tests/toy_checkpoint.py, what Qwen3VLProcessor makes of it: {name}.input_ids [1, T],
-{name}.image_grid_thw, {name}.video_grid_thw, then {name}.position_ids [3, 1, T] and
-{name}.rope_deltas; and tokenizer_crc32. Of the other two, a file holds no weight: tests/tiny.py makes them from (variant "golden", seed), and weights_crc32
-says that two machines made the same ones. Arrays, for a batch of four left-padded rows (picture,
-text, clip, clips with a picture) of T columns:
+dense.npz and moe.npz hold no weight: tests/tiny.py makes them from (variant "golden", seed), and
+weights_crc32 says that two machines made the same ones. Arrays, for a batch of four left-padded rows
+(picture, text, clip, clips with a picture) of T columns:
   config (JSON), seed, weights_crc32, in.* (the inputs),
   features, taps.{k}             the vision tower on the pictures [cells, D]
   video_features, video_taps.{k} the same on the clips
@@ -23,6 +20,10 @@ text, clip, clips with a picture) of T columns:
   attentions [L, B, N, T, T]     eager probabilities; rows and columns of padding mean nothing
   logits [B, T, V]               of the whole prompt
   greedy [B, 32]                 generate(do_sample=False) with end tokens off
+prompts.npz has what Qwen3VLProcessor makes of each conversation of FILMED in tests/chats.py, with the
+tokenizer and template of tests/toy_checkpoint.py (tokenizer_crc32 is of its vocabulary):
+  {name}.input_ids [1, T], {name}.image_grid_thw, {name}.video_grid_thw,
+  {name}.position_ids [3, 1, T], {name}.rope_deltas [1, 1]
 All are float32 or int64.
 """
 
