@@ -2,7 +2,6 @@
 
 import copy
 import warnings
-from pathlib import Path
 
 import chats
 import numpy as np
@@ -14,14 +13,10 @@ from chats import calls, clip, picture, result, said, system, user
 from transformers import Qwen2Tokenizer, Qwen3VLProcessor, Qwen3VLVideoProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from demo import files
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.processing.template import ChatTemplate
 
-TEMPLATES = {
-    "instruct": files.TEMPLATE.read_text(),
-    "thinking": (Path(__file__).parent / "thinking.jinja").read_text(),
-}
+TEMPLATES = toy.RELEASED_TEMPLATES
 TALL, WIDE, TINY = picture(40, 16), picture(17, 60), picture(8, 8)
 FILM, SHORT = clip(7, 33, 47, 3.0), clip(2, 32, 40, 1.0)
 REASONED = "<think>\nTwo and two.\n</think>\n\nFour."

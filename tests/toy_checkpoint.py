@@ -69,6 +69,12 @@ TEMPLATE = """\
     {{- '<|im_start|>assistant\\n' }}
 {%- endif %}
 """
+# The released turn formats, in words of our own where tools are introduced.
+_TESTS = Path(__file__).resolve().parent
+RELEASED_TEMPLATES = {
+    "instruct": (_TESTS.parent / "demo" / "chat_template.jinja").read_text(),
+    "thinking": (_TESTS / "thinking.jinja").read_text(),
+}
 IMAGES = {
     "size": {"shortest_edge": 64, "longest_edge": 4096},
     "patch_size": 4,
