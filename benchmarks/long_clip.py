@@ -95,7 +95,7 @@ def main() -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.long_clip", description=__doc__)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument(
-        "--scratch", type=Path, help="where 200 MB are free; default: a temporary one"
+        "--scratch", type=Path, help="where 250 MB are free; default: a temporary one"
     )
     options = parser.parse_args()
     count = round(options.minutes * 60 * FPS)
@@ -112,8 +112,8 @@ def main() -> int:
             "their size",
             f"{16 * w} x {16 * h}, {t * h * w // 4:,} visual tokens of {found['tokens']:,}",
         ),
-        ("seconds", f"{found['seconds']:.1f}"),
-        ("patch rows", f"{found['pixels'] / GIB:.2f} GiB"),
+        ("seconds to read it", f"{found['seconds']:.1f}"),
+        ("patches in memory", f"{found['pixels'] / GIB:.2f} GiB"),
         ("peak RSS before", f"{found['start'] / GIB:.2f} GiB"),
         ("peak RSS, arrays", f"{found['inputs'] / GIB:.2f} GiB"),
         ("peak RSS, Batch", f"{found['batch'] / GIB:.2f} GiB of {LIMIT / GIB:.0f} allowed"),

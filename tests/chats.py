@@ -78,6 +78,11 @@ def media(chat: list[Message]) -> dict[str, Any]:
     return found
 
 
+def tools_of(name: str) -> list[Item] | None:
+    """The tools of a conversation of FILMED."""
+    return TOOLS if name == "tools" else None
+
+
 TOOLS = [tool("crop", x="number", y="number"), tool("gr\u00f6\u00dfe", datei="string")]
 # Clips of odd lengths and sizes, among pictures and text, in one turn and in several.
 FILMED: dict[str, list[Message]] = {

@@ -23,7 +23,7 @@ def golden():
 @pytest.mark.parametrize("name", chats.FILMED)
 def test_ids_grids_and_positions(proc, golden, name):
     """Frames and their times stand where the template's vision_start .. vision_end pair was."""
-    kept, tools = golden[name], chats.TOOLS if name == "tools" else None
+    kept, tools = golden[name], chats.tools_of(name)
     found = proc.inputs(chats.FILMED[name], tools=tools)
     for key in golden_io.PROMPT_KEYS:
         assert (key in found) == (key in kept)
@@ -43,9 +43,9 @@ def test_ids_grids_and_positions(proc, golden, name):
 def test_the_form_of_5_10_has_one_more_pair_a_clip(proc, golden):
     wrapped = Processor(**{**vars(proc), "wrap_clips": True})
     for name, kept in golden.items():
-        tools = chats.TOOLS if name == "tools" else None
         ids, clips = kept["input_ids"][0], len(kept["video_grid_thw"])
-        longer = wrapped.inputs(chats.FILMED[name], tools=tools)["input_ids"][0]
+        found = wrapped.inputs(chats.FILMED[name], tools=chats.tools_of(name))
+        longer = found["input_ids"][0]
         assert len(longer) == len(ids) + 2 * clips
         for token in (proc.config.vision_start_token_id, proc.config.vision_end_token_id):
             assert (longer == token).sum() == (ids == token).sum() + clips

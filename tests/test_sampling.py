@@ -65,24 +65,20 @@ def histories():
 
 
 def logits_of(kind):
-    rng = np.random.default_rng(1)
-    logits = rng.normal(size=(ROWS, VOCAB)).astype(np.float32) * 3
-    if kind == "ties":
-        return np.round(logits)
-    if kind == "flat":  # shares of 1/256, so that sums are exact
-        return np.where(np.arange(VOCAB) < 256, np.float32(2), np.float32(-np.inf))[None].repeat(
-            ROWS, 0
-        )
-    if kind == "one":
-        return np.where(np.arange(VOCAB) == STOPS[1], np.float32(80), np.float32(-80))[None].repeat(
-            ROWS, 0
-        )
-    if kind == "extreme":
-        far = rng.choice(
-            [-1e30, -1e4, -np.inf, 1e4 - 3, 1e4], logits.shape, p=[0.1, 0.3, 0.3, 0.2, 0.1]
-        )
-        return np.where(rng.random(logits.shape) < 0.3, logits, far).astype(np.float32)
-    return logits
+    """Logits [B V] float32 that are random, in steps, all alike, all on one token, or far apart."""
+    rng, token = np.random.default_rng(1), np.arange(VOCAB)
+    logits = rng.normal(size=(ROWS, VOCAB)) * 3
+    far = rng.choice(
+        [-1e30, -1e4, -np.inf, 1e4 - 3, 1e4], logits.shape, p=[0.1, 0.3, 0.3, 0.2, 0.1]
+    )
+    kinds = {
+        "random": logits,
+        "ties": np.round(logits),
+        "flat": np.where(token < 256, 2, -np.inf),  # shares of 1/256, so that sums are exact
+        "one": np.where(token == STOPS[1], 80, -80),
+        "extreme": np.where(rng.random(logits.shape) < 0.3, logits, far),
+    }
+    return np.broadcast_to(kinds[kind], logits.shape).astype(np.float32)
 
 
 def theirs(model, options, ids, mask, logits):

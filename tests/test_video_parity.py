@@ -113,7 +113,7 @@ def their_inputs(theirs, *names):
     rows = [chats.FILMED[name] for name in names]
     prompts = [
         theirs.apply_chat_template(
-            row, tools=tools_of(name), tokenize=False, add_generation_prompt=True
+            row, tools=chats.tools_of(name), tokenize=False, add_generation_prompt=True
         )
         for name, row in zip(names, rows)
     ]
@@ -125,10 +125,6 @@ def their_inputs(theirs, *names):
         )  # fmt: skip
 
 
-def tools_of(name):
-    return chats.TOOLS if name == "tools" else None
-
-
 KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw", "video_grid_thw")
 
 
@@ -136,10 +132,8 @@ KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw", "v
 def test_prompts(both, name):
     """Ids, kinds, grids and times of each conversation, in the form of 5.10 and later."""
     proc, theirs = both
-    found, expected = (
-        proc.inputs(chats.FILMED[name], tools=tools_of(name)),
-        their_inputs(theirs, name),
-    )
+    found = proc.inputs(chats.FILMED[name], tools=chats.tools_of(name))
+    expected = their_inputs(theirs, name)
     for key in KEYS:
         assert (key in found) == (key in expected)
         if key in found:
@@ -172,7 +166,7 @@ def test_models_on_clips(both, moe, form):
         rows = [dict(their_inputs(both[1], name)) for name in chats.FILMED]
     else:
         proc = Processor(**{**vars(both[0]), "wrap_clips": False})
-        rows = [proc.inputs(chat, tools=tools_of(n)) for n, chat in chats.FILMED.items()]
+        rows = [proc.inputs(chat, tools=chats.tools_of(n)) for n, chat in chats.FILMED.items()]
     for row in rows:
         del row["video_metadata"]
     inputs = tiny.pad_batch(rows, "left")

@@ -7,7 +7,7 @@ import json
 import re
 from typing import Any
 
-_CALL, _CALLED = re.compile(r"<tool_call>\s*"), re.compile(r"\s*</tool_call>")
+_CALL, _CALL_END = re.compile(r"<tool_call>\s*"), re.compile(r"\s*</tool_call>")
 _OPEN, _CLOSE = "<think>", "</think>"
 
 
@@ -77,7 +77,7 @@ def _call(text: str, at: int) -> tuple[ToolCall, int] | None:
         arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
     except (ValueError, AttributeError, RecursionError):
         return None
-    closed = _CALLED.match(text, end)
+    closed = _CALL_END.match(text, end)
     if not closed or not isinstance(found.get("name"), str) or not isinstance(arguments, dict):
         return None
     return ToolCall(found["name"], arguments), closed.end()

@@ -117,8 +117,9 @@ def prompts() -> dict[str, np.ndarray]:
     processor, config = _processor(), Qwen3VLConfig(**toy.config())
     arrays: dict[str, Any] = {"tokenizer_crc32": golden_io.tokenizer_checksum()}
     for name, chat in chats.FILMED.items():
-        tools = chats.TOOLS if name == "tools" else None
-        rendered = processor.apply_chat_template(chat, tools=tools, add_generation_prompt=True)
+        rendered = processor.apply_chat_template(
+            chat, tools=chats.tools_of(name), add_generation_prompt=True
+        )
         found = processor(text=[rendered], return_tensors="pt", **chats.media(chat))
         kept = {k: found[k] for k in golden_io.PROMPT_KEYS if k in found}
         ids, images, films = (kept.get(k) for k in golden_io.PROMPT_KEYS)
