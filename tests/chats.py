@@ -1,5 +1,6 @@
 """Conversations with pictures and clips in plain numpy, shared by every reference."""
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -71,7 +72,7 @@ def media(chat: list[Message]) -> dict[str, Any]:
         found["images"] = pictures
     if films := [i for i in items if i["type"] == "video"]:
         # Copies: transformers 4.57 pads frames_indices in place.
-        metadata = [dict(i["video_metadata"]) for i in films]
+        metadata = [copy.deepcopy(i["video_metadata"]) for i in films]
         found["videos"] = [i["video"] for i in films]
         chosen = any("frames_indices" in m for m in metadata)
         found["videos_kwargs"] = {"video_metadata": metadata, "do_sample_frames": not chosen}
