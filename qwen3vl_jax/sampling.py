@@ -93,20 +93,24 @@ def penalize(logits, s: SamplingRows, seen, answered, count, stop_ids) -> jax.Ar
 
 
 def restrict(logits: jax.Array, s: SamplingRows) -> jax.Array:
-    """Temperature, then top-k, top-p and min-p in transformers' order; -inf for what is left out."""
+    """Temperature, then top-k, top-p and min-p in transformers' order; -inf for what is left out.
+
+    Tokens that tie at the limit of top-k all stay; at that of top-p the lowest ids go first.
+    """
     vocab = logits.shape[1]
     logits = logits / jnp.where(s.temperature > 0, s.temperature, 1.0)[:, None]
     ranked = jnp.sort(logits, axis=1)  # ascending
     kth = vocab - jnp.clip(jnp.where(s.top_k > 0, s.top_k, vocab), 1, vocab)
     floor = jnp.take_along_axis(ranked, kth[:, None], axis=1)
-    ranked = jnp.where(ranked < floor, -jnp.inf, ranked)
+    logits, ranked = (jnp.where(x < floor, -jnp.inf, x) for x in (logits, ranked))
     below = jnp.cumsum(jax.nn.softmax(ranked, axis=1), axis=1) <= 1 - s.top_p[:, None]
-    first = jnp.minimum(jnp.sum(below, axis=1), vocab - 1)  # the best token always stays
-    first = jnp.where(s.top_p < 1, jnp.maximum(first, kth), kth)
-    floor = jnp.take_along_axis(ranked, first[:, None], axis=1)
-    best = ranked[:, -1:]
-    floor = jnp.maximum(floor, best + jnp.log(s.min_p)[:, None])
-    return jnp.where(logits < floor, -jnp.inf, logits)
+    out = jnp.minimum(jnp.sum(below, axis=1), vocab - 1)  # how many go; the best token always stays
+    out = jnp.where(s.top_p < 1, out, 0)[:, None]
+    floor = jnp.take_along_axis(ranked, out, axis=1)
+    tied = logits == floor
+    spare = out - jnp.sum(ranked < floor, axis=1, keepdims=True)  # how many of the tied ones go
+    gone = (logits < floor) | (tied & (jnp.cumsum(tied, axis=1) <= spare))
+    return jnp.where(gone | (logits - ranked[:, -1:] < jnp.log(s.min_p)[:, None]), -jnp.inf, logits)
 
 
 def draw(logits: jax.Array, s: SamplingRows, keys: jax.Array, count: jax.Array) -> jax.Array:
@@ -114,7 +118,8 @@ def draw(logits: jax.Array, s: SamplingRows, keys: jax.Array, count: jax.Array) 
 
     def sampled(logits):
         row_keys = jax.vmap(jax.random.fold_in)(keys, count)
-        tokens = jax.vmap(jax.random.categorical)(row_keys, restrict(logits, s))
+        below_best = logits - jnp.max(logits, axis=1, keepdims=True)  # finite at any temperature
+        tokens = jax.vmap(jax.random.categorical)(row_keys, restrict(below_best, s))
         return jnp.where(s.temperature > 0, tokens, jnp.argmax(logits, axis=1))
 
     def greedy(logits):

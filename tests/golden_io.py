@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import tiny
+import toy_checkpoint as toy
 
 SEED = 3
+PROMPT_KEYS = ("input_ids", "image_grid_thw", "video_grid_thw")
 FILES = {"dense": False, "moe": True}  # file name -> is it the mixture of experts
 
 
@@ -45,3 +47,25 @@ def checksum(weights: dict[str, np.ndarray]) -> int:
         rounded = np.round(weights[name].astype(np.float64), 6) + 0.0
         crc = zlib.crc32(name.encode() + rounded.tobytes(), crc)
     return crc
+
+
+def load_prompts() -> dict[str, dict[str, np.ndarray]]:
+    """Name in chats.FILMED -> arrays of prompts.npz; raises if the tokenizer is another here."""
+    with np.load(Path(__file__).parent / "golden" / "prompts.npz") as file:
+        arrays = dict(file)
+    kept, found = int(arrays.pop("tokenizer_crc32")), tokenizer_checksum()
+    if kept != found:
+        raise ValueError(
+            f"golden/prompts.npz: the tokenizer's checksum was {kept:#x}, not {found:#x}"
+        )
+    prompts: dict[str, dict[str, np.ndarray]] = {}
+    for key, array in arrays.items():
+        name, _, field = key.partition(".")
+        prompts.setdefault(name, {})[field] = array
+    return prompts
+
+
+def tokenizer_checksum() -> int:
+    """A checksum of the toy tokenizer's vocabulary and merges, which are trained where they are used."""
+    model = json.loads(toy.tokenizer_json())["model"]
+    return zlib.crc32(json.dumps([model["vocab"], model["merges"]]).encode())

@@ -15,6 +15,7 @@ from qwen3vl_jax.processing.defaults import (
 )
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.processing.reply import Reply, ToolCall, parse_reply
+from qwen3vl_jax.processing.template import ChatTemplate
 
 
 @pytest.fixture(scope="module")
@@ -25,25 +26,33 @@ def proc(tmp_path_factory):
 ARGUMENTS = (
     {}, {"x": 1}, {"x": -2.5e-3, "on": True, "none": None}, {"text": 'a "quoted" \\ word\nline'},
     {"list": [1, [2, {"deep": "\u5b57 gr\u00f6\u00dfe"}]]}, {"html": "<b>&amp;</b> }{"},
-    {"call": "a tool_call in a text"}, {"\u00e9": "key"}, {"x": []}, {"long": "z" * 500},
+    {"call": "a </tool_call> in a <tool_call> text"}, {"\u00e9": "key"}, {"x": []}, {"long": "z" * 500},
 )  # fmt: skip
 
 
+TEMPLATES = {"toy": toy.TEMPLATE, **toy.RELEASED_TEMPLATES}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("arguments", ARGUMENTS)
 @pytest.mark.parametrize("words", ["", "I look.\nThen I call."])
-def test_templated_calls_come_back(proc, arguments, words):
-    """What the chat template writes for one call, and for two, parses to the same calls."""
+def test_templated_calls_come_back(proc, arguments, words, template):
+    """What a chat template writes for one call, and for two, parses to the same calls."""
+    proc = Processor(**{**vars(proc), "template": ChatTemplate({"default": TEMPLATES[template]})})
+    reasoning = "Which tool?\nThis one." if template == "thinking" else None
     for calls in (
         [ToolCall("find", arguments)],
         [ToolCall("find", arguments), ToolCall("b", {"i": 2})],
     ):
-        message = Reply(words, None, tuple(calls)).message()
-        prompt = [{"role": "user", "content": "x"}]
-        start = len(proc.render(prompt))
-        text = proc.render([*prompt, message], add_generation_prompt=False)[start:]
-        found = proc.parse(text.removesuffix("<|im_end|>\n"))
-        assert found == Reply(words, None, tuple(calls))
-        assert found.message() == message
+        reply = Reply(words, reasoning, tuple(calls))
+        chat = [{"role": "user", "content": "x"}]
+        prompt = proc.render(chat)
+        whole = proc.render([*chat, reply.message()], add_generation_prompt=False)
+        assert whole.startswith(prompt)
+        answer = whole.removeprefix(prompt).removesuffix("<|im_end|>\n")
+        found = proc.parse(answer, prompt)
+        assert found == reply and found.message() == reply.message()
+        assert "<think>" not in answer  # the prompt opened it
 
 
 def test_reasoning():
@@ -72,10 +81,14 @@ def test_what_is_no_call_stays_text():
         '{"arguments": {}}',
         '{"name": 3}',
         '{"name": "f", "arguments": 3}',
+        "[" * 10_000,
     ):
         text = f"a <tool_call>\n{inside}\n</tool_call> b"
         assert parse_reply(text) == Reply(text)
     assert parse_reply("<tool_call>\n{") == Reply("<tool_call>\n{")
+    call = '<tool_call>\n{"name": "f"}\n</tool_call>'
+    for broken in ('<tool_call>\n{"name": "f"} more', '<tool_call>\n{"name": 3</tool_call>'):
+        assert parse_reply(f"{broken}\n{call}") == Reply(broken, None, (ToolCall("f", {}),))
 
 
 def test_an_open_think_in_the_prompt(proc):

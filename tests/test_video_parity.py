@@ -1,13 +1,16 @@
-"""Clips beside transformers' video processor and Qwen3VLProcessor, live."""
+"""Clips beside transformers' video processor, Qwen3VLProcessor and models, live."""
 
 import warnings
 
+import chats
 import clips
 import numpy as np
+import ours
 import pytest
+import reference
+import tiny
 import torchvision_shim  # noqa: F401
 import toy_checkpoint as toy
-from PIL import Image
 from transformers import (
     Qwen2Tokenizer,
     Qwen3VLProcessor,
@@ -15,9 +18,11 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+import qwen3vl_jax as q3
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.processing.videos import VideoSettings, preprocess_video, smart_resize
 
+BOUND = 2e-5  # of the largest magnitude
 RELEASED = {
     "size": {"shortest_edge": 4096, "longest_edge": 25165824},
     "image_mean": [0.5, 0.5, 0.5],
@@ -26,7 +31,7 @@ RELEASED = {
 }
 
 
-def reference(frames, metadata, settings, **options):
+def transformed(frames, metadata, settings, **options):
     """(rows, grid, indices, timestamps) of transformers for frames [T H W 3]."""
     processor = Qwen3VLVideoProcessor(**{**RELEASED, **settings})
     with warnings.catch_warnings():
@@ -66,7 +71,7 @@ def test_100_random_clips():
         call = {k: options[k] for k in ("num_frames", "do_sample_frames") if k in options}
         if call.get("do_sample_frames") is False:
             metadata["frames_indices"] = list(range(0, 2 * count, 2))
-        rows, grid, indices, times = reference(frames, metadata, theirs, **call)
+        rows, grid, indices, times = transformed(frames, metadata, theirs, **call)
         settings = VideoSettings().override(size=budget, cap_pixels_per_frame=cap)
         ours, found, used = preprocess_video(frames, settings, video_metadata=metadata, **options)
         assert found == tuple(grid) and list(used.indices) == indices, (number, options)
@@ -103,50 +108,77 @@ def both(tmp_path_factory):
     return Processor(**{**vars(ours), "wrap_clips": True}), theirs
 
 
-def test_clips_and_pictures_in_one_message(both):
-    """Ids, kinds and grids of mixed messages and of a batch, in the form of 5.10 and later."""
-    ours, theirs = both
-    rng = np.random.default_rng(3)
-    pictures = [
-        Image.fromarray(rng.integers(0, 256, (20 + 9 * i, 50 - 7 * i, 3), dtype=np.uint8))
-        for i in range(3)
-    ]
-    films = [clips.waves(5, 40, 33), clips.waves(8, 24, 90, 1), clips.waves(2, 64, 64, 2)]
-    metadata = [{"fps": fps, "total_num_frames": len(f)} for fps, f in zip((4.0, 30.0, 7.0), films)]
-    image, clip = {"type": "image"}, {"type": "video"}
-    text = [{"type": "text", "text": t} for t in ("look:(", "and then ", "<0.5 seconds>?")]
-    chats = [
-        [{"role": "user", "content": [image, text[0], clip, image, clip, text[1]]}],
-        [
-            {"role": "user", "content": [clip, text[2]]},
-            {"role": "assistant", "content": "yes"},
-            {"role": "user", "content": [text[0], image]},
-        ],
-    ]
-    for rows in (chats[:1], chats[1:], chats):
-        n_images = sum(
-            i == image for chat in rows for m in chat for i in m["content"] if m["role"] == "user"
+def their_inputs(theirs, *names):
+    """What transformers makes of conversations of FILMED, padded left."""
+    rows = [chats.FILMED[name] for name in names]
+    prompts = [
+        theirs.apply_chat_template(
+            row, tools=chats.tools_of(name), tokenize=False, add_generation_prompt=True
         )
-        n_clips = sum(
-            i == clip for chat in rows for m in chat for i in m["content"] if m["role"] == "user"
-        )
-        shown, filmed = pictures[:n_images], films[:n_clips]
-        prompts = [ours.render(chat) for chat in rows]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            expected = theirs(
-                text=prompts, images=shown, videos=filmed, padding=True, padding_side="right",
-                return_tensors="np",
-                videos_kwargs={"video_metadata": [dict(m) for m in metadata[:n_clips]]},
-            )  # fmt: skip
-        kwargs = {"video_metadata": metadata[:n_clips]}
-        found = ours.inputs(rows, images=shown, videos=filmed, videos_kwargs=kwargs)
-        for key in (
-            "input_ids",
-            "attention_mask",
-            "mm_token_type_ids",
-            "image_grid_thw",
-            "video_grid_thw",
-        ):
+        for name, row in zip(names, rows)
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return theirs(
+            text=prompts, padding=True, padding_side="left", return_tensors="np",
+            return_metadata=True, **chats.media([message for row in rows for message in row]),
+        )  # fmt: skip
+
+
+KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw", "video_grid_thw")
+
+
+@pytest.mark.parametrize("name", chats.FILMED)
+def test_prompts(both, name):
+    """Ids, kinds, grids and times of each conversation, in the form of 5.10 and later."""
+    proc, theirs = both
+    found = proc.inputs(chats.FILMED[name], tools=chats.tools_of(name))
+    expected = their_inputs(theirs, name)
+    for key in KEYS:
+        assert (key in found) == (key in expected)
+        if key in found:
             np.testing.assert_array_equal(found[key], np.asarray(expected[key]), err_msg=key)
-        assert np.abs(found["pixel_values_videos"] - expected["pixel_values_videos"]).mean() < 0.003
+    assert np.abs(found["pixel_values_videos"] - expected["pixel_values_videos"]).mean() < 0.003
+    for used, metadata in zip(found["video_metadata"], expected["video_metadata"], strict=True):
+        assert list(used.indices) == list(metadata.frames_indices)[: len(used.indices)]
+        times = theirs._calculate_timestamps(list(used.indices), metadata.fps)
+        np.testing.assert_allclose(used.timestamps, times, rtol=1e-12)
+
+
+def test_a_batch_of_prompts(both):
+    """Rows without tools, together: padded left, pictures and clips in the order of the rows."""
+    proc, theirs = both
+    names = ["turns", "short", "interleaved", "odd"]
+    found = proc.inputs([chats.FILMED[name] for name in names], padding_side="left")
+    expected = their_inputs(theirs, *names)
+    for key in KEYS:
+        np.testing.assert_array_equal(found[key], np.asarray(expected[key]), err_msg=key)
+
+
+@pytest.mark.parametrize("moe", [False, True])
+@pytest.mark.parametrize("form", ["5.10", "4.57"])
+def test_models_on_clips(both, moe, form):
+    """Both fed the same pixels: positions, logits of whole prompts, 64 greedy tokens and their logits."""
+    config = toy.config(moe)
+    ref = reference.Reference(config, tiny.weights(config, 2), 2, moe)
+    params, cfg = ours.build(ref)
+    if form == "5.10":
+        rows = [dict(their_inputs(both[1], name)) for name in chats.FILMED]
+    else:
+        proc = Processor(**{**vars(both[0]), "wrap_clips": False})
+        rows = [proc.inputs(chat, tools=chats.tools_of(n)) for n, chat in chats.FILMED.items()]
+    for row in rows:
+        del row["video_metadata"]
+    inputs = tiny.pad_batch(rows, "left")
+    mask = inputs["attention_mask"] > 0
+    batch = q3.make_batch(cfg, **inputs)
+    positions, delta = reference.positions(ref, inputs)
+    np.testing.assert_array_equal(batch.positions[:, :, : mask.shape[1]], positions)
+    np.testing.assert_array_equal(batch.delta, delta[:, 0])
+    logits = np.asarray(ours.forward(params, cfg, batch))[:, : mask.shape[1]]
+    assert ours.worst(logits[mask], reference.logits(ref, inputs)[mask]) < BOUND
+    want, chosen = reference.greedy(ref, inputs, 64)
+    assert min(len(set(row)) for row in want.tolist()) > 20
+    tokens, steps = ours.greedy(params, cfg, batch, 64, slots=1024)
+    np.testing.assert_array_equal(tokens, want)
+    assert max(ours.worst(steps[:, t], chosen[:, t]) for t in range(64)) < BOUND

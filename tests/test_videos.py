@@ -1,6 +1,7 @@
 """Clips: files of several kinds, frame lists, arrays; sampling, sizes, times; what is refused."""
 
 import base64
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -271,6 +272,50 @@ def test_prompts(proc, tmp_path):
     wrapped = Processor(**{**vars(proc), "wrap_clips": True})
     assert len(wrapped.inputs(chat)["input_ids"][0]) == len(ids) + 2
     assert proc(chat).vision.pixels.shape[0] >= len(found["pixel_values_videos"])
+
+
+def test_each_clip_has_its_own_options(proc, tmp_path):
+    """Limits, sampling and cuts of one content item, over those of the call."""
+    path = str(clips.write(tmp_path / "a.mp4", clips.waves(30, 64, 96)))
+
+    def grid(*options, **call):
+        items = [{"type": "video", "video": path, **own} for own in options]
+        return proc.inputs([user(*items)], **call)["video_grid_thw"].tolist()
+
+    whole = [3, 16, 24]  # 6 frames in whole cells of 8 x 8 pixels, patches of 4
+    assert grid({}) == [whole]
+    small, large = {"max_pixels": 6 * 32 * 48}, {"min_pixels": 6 * 128 * 192}
+    assert grid({}, small, large) == [whole, [3, 8, 12], [3, 32, 48]]
+    assert grid({}, {"max_pixels": 6 * 16 * 24}, videos_kwargs=small) == [[3, 8, 12], [3, 4, 6]]
+    assert grid({}, {"num_frames": 2}, videos_kwargs={"fps": 5}) == [[8, 16, 24], [1, 16, 24]]
+    assert grid({}, {"fps": 5}, videos_kwargs={"num_frames": 2}) == [[1, 16, 24], [8, 16, 24]]
+    size = {"size": {"shortest_edge": 64, "longest_edge": 6 * 32 * 48}}
+    assert grid(size, {"max_frames": 4}, {"fps": 5}, {"num_frames": 3}) == [
+        [3, 8, 12], [2, 16, 24], [8, 16, 24], [2, 16, 24]]  # fmt: skip
+    cut = {"video_start": 1.0, "video_end": 2.0, "fps": 10}
+    (used,) = proc.inputs([user({"video": path, **cut})])["video_metadata"]
+    assert used.indices == tuple(range(10, 21)) and used.timestamps[0] == 1.05
+    for own, call, words in (
+        ({"fps": 2, "num_frames": 4}, {}, "both given"),
+        ({}, {"fps": 2, "num_frames": 4}, "both given"),
+        (large, small, "min_pixels 147456 is above max_pixels 9216"),
+        ({"max_pixels": 0}, {}, "max_pixels is 0"),
+        ({"crop_size": 8}, {}, "crop_size: it has no effect"),
+        ({}, {"do_center_crop": True}, "do_center_crop: it has no effect"),
+    ):
+        with pytest.raises(InputError, match=words):
+            grid(own, videos_kwargs=call)
+
+
+def test_released_settings_file(tmp_path):
+    """Keys without effect may stand in a file; those that count are taken."""
+    raw = {
+        "size": {"shortest_edge": 4096, "longest_edge": 25165824}, "default_to_square": True,
+        "crop_size": None, "do_center_crop": None, "size_divisor": None, "do_pad": None, "fps": 3,
+        "max_frames": 99, "video_processor_type": "Qwen3VLVideoProcessor", "return_metadata": False,
+    }  # fmt: skip
+    (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(raw))
+    assert VideoSettings.from_dir(tmp_path) == VideoSettings(fps=3, max_frames=99)
 
 
 def test_clips_beside_the_text(proc):

@@ -69,6 +69,12 @@ TEMPLATE = """\
     {{- '<|im_start|>assistant\\n' }}
 {%- endif %}
 """
+# The released turn formats, in words of our own where tools are introduced.
+_TESTS = Path(__file__).resolve().parent
+RELEASED_TEMPLATES = {
+    "instruct": (_TESTS.parent / "demo" / "chat_template.jinja").read_text(),
+    "thinking": (_TESTS / "thinking.jinja").read_text(),
+}
 IMAGES = {
     "size": {"shortest_edge": 64, "longest_edge": 4096},
     "patch_size": 4,
@@ -85,40 +91,43 @@ _WORDS = (
 )
 
 
-def _pipeline(model: models.BPE) -> Tokenizer:
+def tokenizer_of(model: models.BPE, train: bool = False) -> str:
+    """tokenizer.json of a byte-level BPE, trained here or not, with Qwen's added tokens behind it."""
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.NFC()
     words = pre_tokenizers.Split(Regex(_WORDS), behavior="isolated")
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, level])
     tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
-
-
-@functools.cache
-def _trained() -> str:
-    tokenizer = _pipeline(models.BPE())
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = BpeTrainer(vocab_size=700, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(TEXTS[:12] * 3, trainer)
+    if train:
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        trainer = BpeTrainer(vocab_size=700, initial_alphabet=alphabet, show_progress=False)
+        tokenizer.train_from_iterator(TEXTS[:12] * 3, trainer)
     for names, special in ((SPECIAL, True), (ORDINARY, False)):
         tokens = [AddedToken(name, normalized=False, special=special) for name in names]
         (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(tokens)
     return tokenizer.to_str()
 
 
-def token_ids() -> dict[str, int]:
-    """Spelling -> id of the 26 added tokens."""
-    added = Tokenizer.from_str(_trained()).get_added_tokens_decoder()
+@functools.cache
+def tokenizer_json() -> str:
+    """tokenizer.json of the small vocabulary."""
+    return tokenizer_of(models.BPE(), train=True)
+
+
+@functools.lru_cache(maxsize=2)
+def token_ids(tokenizer: str | None = None) -> dict[str, int]:
+    """Spelling -> id of the 26 added tokens, of a tokenizer.json or of the small vocabulary's."""
+    added = Tokenizer.from_str(tokenizer or tokenizer_json()).get_added_tokens_decoder()
     return {token.content: i for i, token in added.items()}
 
 
-def tokenizer_config(**changes: Any) -> dict[str, Any]:
+def tokenizer_config(tokenizer: str | None = None, **changes: Any) -> dict[str, Any]:
     """A tokenizer_config.json as released."""
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     decoder = {
         str(i): {"content": name, **flags, "special": name in SPECIAL}
-        for name, i in token_ids().items()
+        for name, i in token_ids(tokenizer).items()
     }
     return {
         "added_tokens_decoder": decoder,
@@ -132,30 +141,32 @@ def tokenizer_config(**changes: Any) -> dict[str, Any]:
     }
 
 
-def save_tokenizer(path: Path, form: str = "json", **config: Any) -> Path:
+def save_tokenizer(
+    path: Path, form: str = "json", tokenizer: str | None = None, **config: Any
+) -> Path:
     """Writes a tokenizer: "json" (tokenizer.json), "vocab" (vocab.json + merges.txt and the added
     tokens in tokenizer_config.json) or "old" (the added tokens in added_tokens.json)."""
     path.mkdir(parents=True, exist_ok=True)
-    settings = tokenizer_config(**config)
+    settings, text = tokenizer_config(tokenizer, **config), tokenizer or tokenizer_json()
     if form == "json":
-        (path / "tokenizer.json").write_text(_trained(), encoding="utf-8")
+        (path / "tokenizer.json").write_text(text, encoding="utf-8")
     else:
-        model = json.loads(_trained())["model"]
+        model = json.loads(text)["model"]
         (path / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
         merges = [" ".join(pair) for pair in model["merges"]]
-        text = "\n".join(["#version: 0.2", *merges, ""])
-        (path / "merges.txt").write_text(text, encoding="utf-8")
+        lines = "\n".join(["#version: 0.2", *merges, ""])
+        (path / "merges.txt").write_text(lines, encoding="utf-8")
     if form == "old":
         del settings["added_tokens_decoder"]
-        (path / "added_tokens.json").write_text(json.dumps(token_ids()))
+        (path / "added_tokens.json").write_text(json.dumps(token_ids(tokenizer)))
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
     return path
 
 
-def config() -> dict[str, Any]:
-    """The config.json of the tiny model with this vocabulary's ids."""
-    ids = token_ids()
-    raw = tiny.config_dict()
+def config(moe: bool = False, tokenizer: str | None = None) -> dict[str, Any]:
+    """The config.json of the tiny model with a vocabulary's ids."""
+    ids = token_ids(tokenizer)
+    raw = tiny.config_dict("base", moe)
     names = ("image_pad", "video_pad", "vision_start", "vision_end")
     keys = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     raw.update({key: ids[f"<|{name}|>"] for key, name in zip(keys, names)})
@@ -164,10 +175,15 @@ def config() -> dict[str, Any]:
     return raw
 
 
-def save(path: Path, form: str = "json", template: str | None = TEMPLATE) -> Path:
+def save(
+    path: Path,
+    form: str = "json",
+    template: str | None = TEMPLATE,
+    tokenizer: str | None = None,
+) -> Path:
     """Writes every file of a checkpoint that a processor reads, weights left out."""
-    save_tokenizer(path, form)
-    (path / "config.json").write_text(json.dumps(config()))
+    save_tokenizer(path, form, tokenizer)
+    (path / "config.json").write_text(json.dumps(config(tokenizer=tokenizer)))
     (path / "preprocessor_config.json").write_text(json.dumps(IMAGES))
     if template is not None:
         (path / "chat_template.jinja").write_text(template, encoding="utf-8")

@@ -19,6 +19,7 @@ _CLIP_KEYS = ("video", "video_url")
 _CLIP_TYPES = ("video", "video_url", "input_video")
 _TEXT_TYPES = ("text", "input_text", "output_text")
 _ROLES = ("system", "user", "assistant", "tool", "developer", "function")
+_RIVALS = {"fps": "num_frames", "num_frames": "fps"}
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -128,7 +129,10 @@ def hand_out(rows: list[list[Medium]], images: Any, videos: Any = None) -> list[
 def with_clip_options(
     media: list[list[Medium]], videos_kwargs: Mapping[str, Any]
 ) -> list[list[Medium]]:
-    """The clips with the options of the call under their own; video_metadata is one a clip."""
+    """The clips with the options of the call under their own; video_metadata is one a clip.
+
+    A clip's own fps takes the place of the call's num_frames, and its num_frames that of fps.
+    """
     options = dict(videos_kwargs)
     metadata = options.pop("video_metadata", None)
     clips = sum(medium.kind == "video" for row in media for medium in row)
@@ -140,8 +144,9 @@ def with_clip_options(
     def extended(medium: Medium) -> Medium:
         if medium.kind != "video":
             return medium
-        both = {"video_metadata": next(feed), **options, **medium.overrides}
-        return dataclasses.replace(medium, overrides=both)
+        own = medium.overrides
+        under = {k: v for k, v in options.items() if _RIVALS.get(k) not in own}
+        return dataclasses.replace(medium, overrides={"video_metadata": next(feed), **under, **own})
 
     return [[extended(medium) for medium in row] for row in media]
 

@@ -7,7 +7,7 @@ import json
 import re
 from typing import Any
 
-_CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
+_CALL, _CALL_END = re.compile(r"<tool_call>\s*"), re.compile(r"\s*</tool_call>")
 _OPEN, _CLOSE = "<think>", "</think>"
 
 
@@ -52,28 +52,32 @@ def parse_reply(text: str, thinking: bool = False) -> Reply:
         reasoning = before.removeprefix(_OPEN).strip("\n")
     elif thinking or text.lstrip().startswith(_OPEN):
         reasoning, text = text.lstrip().removeprefix(_OPEN).strip("\n"), ""
-    calls: list[ToolCall] = []
-
-    def taken(match: re.Match[str]) -> str:
-        call = _call(match[1])
-        if call is None:
-            return match[0]
-        calls.append(call)
-        return ""
-
-    content = _CALL.sub(taken, text)
+    content, calls = _take_calls(text)
     if calls or reasoning is not None:
         content = content.strip("\n")
     return Reply(content, reasoning, tuple(calls))
 
 
-def _call(text: str) -> ToolCall | None:
+def _take_calls(text: str) -> tuple[str, list[ToolCall]]:
+    """The text without its calls, and these; arguments may spell the tags themselves."""
+    kept, calls, at = "", [], 0
+    for opened in _CALL.finditer(text):
+        if opened.start() >= at and (found := _call(text, opened.end())):
+            kept += text[at : opened.start()]
+            calls.append(found[0])
+            at = found[1]
+    return kept + text[at:], calls
+
+
+def _call(text: str, at: int) -> tuple[ToolCall, int] | None:
+    """The call whose JSON begins at a place of the text, and where its closing tag ends."""
     try:
-        found = json.loads(text)
+        found, end = json.JSONDecoder().raw_decode(text, at)
         arguments = found.get("arguments", {})
         arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return None
-    if not isinstance(found.get("name"), str) or not isinstance(arguments, dict):
+    closed = _CALL_END.match(text, end)
+    if not closed or not isinstance(found.get("name"), str) or not isinstance(arguments, dict):
         return None
-    return ToolCall(found["name"], arguments)
+    return ToolCall(found["name"], arguments), closed.end()

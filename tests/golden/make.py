@@ -1,15 +1,16 @@
 """Makes tests/golden/*.npz from transformers 4.57.1, the release the published models came with.
 
     python -m venv /tmp/golden && /tmp/golden/bin/pip install -r tests/golden/requirements.txt
-    /tmp/golden/bin/python tests/golden/make.py            # writes dense.npz and moe.npz
+    /tmp/golden/bin/python tests/golden/make.py            # writes dense, moe and prompts.npz
     /tmp/golden/bin/python tests/golden/make.py --check    # remakes and compares, writes nothing
 
 Its outputs differ from those of transformers 5 in form: hidden_states and attentions of the whole
-generation class, position ids of 1 at padding, and a delta that subtracts the padded row length.
+generation class, position ids of 1 at padding, and a delta that subtracts the padded row length;
+and a clip's frames take the place of the template's vision_start .. vision_end pair.
 
-A file holds no weight: tests/tiny.py makes them from (variant "golden", seed), and weights_crc32
-says that two machines made the same ones. Arrays, for a batch of four left-padded rows (picture,
-text, clip, clips with a picture) of T columns:
+dense.npz and moe.npz hold no weight: tests/tiny.py makes them from (variant "golden", seed), and
+weights_crc32 says that two machines made the same ones. Arrays, for a batch of four left-padded rows
+(picture, text, clip, clips with a picture) of T columns:
   config (JSON), seed, weights_crc32, in.* (the inputs),
   features, taps.{k}             the vision tower on the pictures [cells, D]
   video_features, video_taps.{k} the same on the clips
@@ -19,13 +20,20 @@ text, clip, clips with a picture) of T columns:
   attentions [L, B, N, T, T]     eager probabilities; rows and columns of padding mean nothing
   logits [B, T, V]               of the whole prompt
   greedy [B, 32]                 generate(do_sample=False) with end tokens off
+prompts.npz has what Qwen3VLProcessor makes of each conversation of FILMED in tests/chats.py, with the
+tokenizer and template of tests/toy_checkpoint.py (tokenizer_crc32 is of its vocabulary):
+  {name}.input_ids [1, T], {name}.image_grid_thw, {name}.video_grid_thw,
+  {name}.position_ids [3, 1, T], {name}.rope_deltas [1, 1]
 All are float32 or int64.
 """
 
 import argparse
+import functools
 import json
 import sys
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,8 +41,11 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+import chats  # noqa: E402
 import golden_io  # noqa: E402
 import tiny  # noqa: E402
+import torchvision_shim  # noqa: E402, F401
+import toy_checkpoint as toy  # noqa: E402
 
 ROWS = ("short", "text", "clip", "clips_and_picture")
 STEPS = 32
@@ -46,8 +57,6 @@ def build(moe: bool) -> tuple[dict[str, Any], Any]:
     import torch
     import transformers
 
-    if transformers.__version__ != "4.57.1":
-        sys.exit(f"make.py needs transformers 4.57.1, found {transformers.__version__}")
     kind = "Qwen3VLMoe" if moe else "Qwen3VL"
     config = tiny.config_dict("golden", moe)
     hf_config = getattr(transformers, f"{kind}Config")(**config)
@@ -101,6 +110,46 @@ def outputs(moe: bool) -> dict[str, np.ndarray]:
     }
 
 
+def prompts() -> dict[str, np.ndarray]:
+    """Every array of prompts.npz."""
+    from transformers import Qwen3VLConfig, Qwen3VLModel
+
+    processor, config = _processor(), Qwen3VLConfig(**toy.config())
+    arrays: dict[str, Any] = {"tokenizer_crc32": golden_io.tokenizer_checksum()}
+    for name, chat in chats.FILMED.items():
+        rendered = processor.apply_chat_template(
+            chat, tools=chats.tools_of(name), add_generation_prompt=True
+        )
+        found = processor(text=[rendered], return_tensors="pt", **chats.media(chat))
+        kept = {k: found[k] for k in golden_io.PROMPT_KEYS if k in found}
+        ids, images, films = (kept.get(k) for k in golden_io.PROMPT_KEYS)
+        kept["position_ids"], kept["rope_deltas"] = Qwen3VLModel.get_rope_index(
+            SimpleNamespace(config=config), ids, images, films
+        )
+        arrays |= {f"{name}.{key}": array for key, array in kept.items()}
+    return {name: np.asarray(array) for name, array in arrays.items()}
+
+
+def _processor() -> Any:
+    """Qwen3VLProcessor with the toy tokenizer, template and patch size, and the released limits."""
+    from transformers import (
+        Qwen2TokenizerFast,
+        Qwen2VLImageProcessorFast,
+        Qwen3VLProcessor,
+        Qwen3VLVideoProcessor,
+    )
+
+    limits = {"shortest_edge": 4096, "longest_edge": 25165824}
+    with tempfile.TemporaryDirectory() as folder:
+        toy.save(Path(folder))
+        return Qwen3VLProcessor(
+            image_processor=Qwen2VLImageProcessorFast.from_pretrained(folder),
+            tokenizer=Qwen2TokenizerFast.from_pretrained(folder),
+            video_processor=Qwen3VLVideoProcessor(size=limits, patch_size=toy.IMAGES["patch_size"]),
+            chat_template=toy.TEMPLATE,
+        )
+
+
 def differences(found: dict[str, np.ndarray], kept: dict[str, np.ndarray]) -> list[str]:
     """One line for each array that is missing, of another shape, or further off than TOLERANCE."""
     lines = [f"{name}: only on one side" for name in sorted(found.keys() ^ kept.keys())]
@@ -123,9 +172,14 @@ def main() -> int:
         "--check", action="store_true", help="compare with the files, write nothing"
     )
     check = parser.parse_args().check
+    import transformers
+
+    if transformers.__version__ != "4.57.1":
+        sys.exit(f"make.py needs transformers 4.57.1, found {transformers.__version__}")
+    makers = {name: functools.partial(outputs, moe) for name, moe in golden_io.FILES.items()}
     faults = []
-    for name, moe in golden_io.FILES.items():
-        path, arrays = HERE / f"{name}.npz", outputs(moe)
+    for name, maker in {**makers, "prompts": prompts}.items():
+        path, arrays = HERE / f"{name}.npz", maker()
         if check:
             with np.load(path) as kept:
                 lines = differences(arrays, dict(kept))
