@@ -6,6 +6,7 @@ python infer.py --ckpt DIR --image a.jpg --image b.jpg --prompt "What differs?" 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
@@ -35,6 +36,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         help="a conversation as JSON: [{role, content}, ..]",
     )
     add("--chat", action="store_true", help="talk in the terminal; --image and --video go first")
+    add("--input", type=Path, metavar="FILE.jsonl", help="answer one conversation a line")
+    add("--output", type=Path, metavar="FILE.jsonl", help="where the answers to --input go")
+    add("--rows", type=int, default=16, help="with --input: answers at a time")
+    add("--answers", type=int, default=1, help="so many answers, from one prefill")
     add(
         "--embed",
         action="store_true",
@@ -137,6 +142,7 @@ def check(args: argparse.Namespace) -> None:
     from qwen3vl_jax.processing.tokenizer import stop_list
 
     stop_list(args.stop)
+    check_batch(args)
     for name in ("prompt", "messages", "draw") if args.chat else ():
         if getattr(args, name):
             raise InputError(f"--chat: it asks for the questions itself, leave --{name} out")
@@ -160,6 +166,21 @@ def check(args: argparse.Namespace) -> None:
         raise InputError(f"--draw {args.draw}: no such directory {args.draw.parent}")
     if args.draw and args.draw.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise InputError(f"--draw {args.draw}: expected a name that ends in .png, .jpg or .webp")
+
+
+def check_batch(args: argparse.Namespace) -> None:
+    """`check` of --input with --output, and of the numbers of answers."""
+    if bool(args.input) != bool(args.output):
+        raise InputError("--input and --output: give both, or neither")
+    alone = ("prompt", "system", "messages", "image", "video", "chat", "embed", "rerank", "draw",
+             "stream")  # fmt: skip
+    if args.input and (found := [name for name in alone if getattr(args, name)]):
+        raise InputError(f"--input: its lines hold whole conversations, leave --{found[0]} out")
+    for name in ("rows", "answers"):
+        if (count := getattr(args, name)) < 1:
+            raise InputError(f"--{name} is {count}, expected a number from 1")
+    if args.answers > 1 and (args.input or args.chat or args.stream or args.draw):
+        raise InputError("--answers: not with --input, --chat, --stream or --draw")
 
 
 def input_options(args: argparse.Namespace) -> dict:
@@ -214,8 +235,7 @@ def sampling_of(args, processor):
     import qwen3vl_jax as q3
     from qwen3vl_jax.sampling import row_seeds
 
-    fields = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
-              "min_new_tokens")  # fmt: skip
+    fields = (field.name for field in dataclasses.fields(q3.Sampling))
     flags = {name: v for name in fields if (v := getattr(args, name)) is not None}
     sampling = q3.Sampling(**(processor.sampling | flags))
     sampling.check()
@@ -248,6 +268,22 @@ def chat(args: argparse.Namespace) -> None:
         seed=args.seed, max_len=longest(args, processor), prefill_chunk=args.prefill_chunk,
         inputs=input_options(args),
     )  # fmt: skip
+
+
+def batch(args: argparse.Namespace) -> None:
+    """Answers a file of conversations into a file of answers."""
+    from qwen3vl_jax.batch_file import Settings, answer_file
+
+    directory, processor = opened(args)
+    settings = Settings(
+        dataclasses.asdict(sampling_of(args, processor)), args.max_new_tokens, args.seed,
+        tuple(args.stop), longest(args, processor), input_options(args), args.rows,
+        args.prefill_chunk,
+    )  # fmt: skip
+    made_with = {"ckpt": str(directory.resolve()), "dtype": args.dtype}
+    answer_file(
+        lambda: load(args, directory), processor, args.input, args.output, settings, made_with
+    )
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -335,6 +371,8 @@ def main(argv: list[str] | None = None) -> None:
         check(args)
         if args.chat:
             chat(args)
+        elif args.input:
+            batch(args)
         elif args.embed or args.rerank:
             measure(args)
         else:

@@ -44,6 +44,25 @@ def grow_cache(cache: KVCache, slots: int) -> KVCache:
     return cache.replace(k=k, v=v)
 
 
+def insert_rows(cache: KVCache, rows: jax.Array, new: KVCache) -> KVCache:
+    """Puts row i of `new` in the place of row rows[i] (int32); one past the last row is dropped.
+
+    Slots of `new` that the cache has not are cut: no filled one may be among them.
+    """
+    n = min(cache.slots, new.slots)
+
+    def put(old: jax.Array, x: jax.Array) -> jax.Array:
+        return old.at[rows, :, :n].set(x[:, :, :n].astype(old.dtype), mode="drop")
+
+    k, v = (
+        [put(old, x) for old, x in zip(*part, strict=True)]
+        for part in ((cache.k, new.k), (cache.v, new.v))
+    )
+    length = cache.length.at[rows].set(new.length, mode="drop")
+    delta = cache.delta.at[rows].set(new.delta, mode="drop")
+    return cache.replace(k=k, v=v, length=length, delta=delta)
+
+
 def _write(old: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
     """new [B T K H] into old [B K S H] at slot [B T]; a slot past the end is dropped."""
     rows = jnp.arange(old.shape[0])[:, None]

@@ -76,7 +76,9 @@ def _choose(logits, state, sampling, stop_ids, logits_fn) -> DecodeState:
 
 
 @functools.partial(
-    jax.jit, static_argnames=("cfg", "slots", "copies", "logits_fn", "chunk"), donate_argnames="cache"
+    jax.jit,
+    static_argnames=("cfg", "slots", "copies", "logits_fn", "chunk"),
+    donate_argnames="cache",
 )
 def _start(
     params, cfg, batch, features, cache, sampling, stop_ids, seeds, limit, slots, copies, logits_fn, chunk
@@ -197,7 +199,9 @@ def stream(
     if prefill_chunk is not None and prefill_chunk < 1:
         raise InputError(f"prefill_chunk is {prefill_chunk}, expected tokens from 1")
     chunk = prefill_chunk if prefill_chunk and batch.tokens.shape[1] > prefill_chunk else None
-    return _stream(params, cfg, batch, features, cache, choice, max_new_tokens, steps, copies, chunk)
+    return _stream(
+        params, cfg, batch, features, cache, choice, max_new_tokens, steps, copies, chunk
+    )
 
 
 def _stream(params, cfg, batch, features, cache, choice, max_new_tokens, steps, copies, chunk):

@@ -106,8 +106,8 @@ def _frame_tables(c: VisionConfig, h: int, w: int) -> tuple[np.ndarray, np.ndarr
     )
 
 
-# Keys that transformers' processors return and that hold nothing we need.
-_DROPPED = ("mm_token_type_ids", "token_type_ids", "second_per_grid_ts")
+# Keys that processors return, ours and transformers', and that hold nothing we need.
+_DROPPED = ("mm_token_type_ids", "token_type_ids", "second_per_grid_ts", "video_metadata")
 
 
 def make_batch(

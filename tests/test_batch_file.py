@@ -1,0 +1,262 @@
+"""Batch files: every answer is the one that its line gets alone, whatever happens in between."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import prompt_lines
+import pytest
+
+import infer
+import qwen3vl_jax as q3
+from demo import evaluate
+from qwen3vl_jax import engine, generation
+from qwen3vl_jax.journal import Journal, read_lines
+from qwen3vl_jax.processing.batch import bucket
+from qwen3vl_jax.processing.prompts import read_prompt
+
+ROOT = Path(infer.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return evaluate.load(evaluate.CHECKPOINT)
+
+
+@pytest.fixture(scope="module")
+def work(demo, tmp_path_factory):
+    """(the file of lines, each line's arrays, each line's answer alone)."""
+    proc, params = demo
+    folder = tmp_path_factory.mktemp("lines")
+    lines = prompt_lines.mixed(folder)
+    arrays = [proc.inputs(line["messages"]) for line in lines]
+    alone = [ask(params, proc, a, line["max_new_tokens"]) for a, line in zip(arrays, lines)]
+    return prompt_lines.write(folder / "in.jsonl", lines), lines, arrays, alone
+
+
+def ask(params, proc, arrays, count, **options):
+    batch = q3.make_batch(proc.config, **arrays)
+    out = q3.generate(
+        params, proc.config, batch, max_new_tokens=count, stop_ids=proc.stop_ids, **options
+    )
+    return out.tokens[0, : out.lengths[0]].tolist(), out.finish_reasons[0]
+
+
+def answers(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def run(*arguments):
+    infer.main([str(a) for a in arguments])
+
+
+def test_300_mixed_prompts_answer_as_each_alone(demo, work):
+    """Tokens and reasons equal; rows busy, a picture encoded once, one program a bucket: counted."""
+    proc, params = demo
+    _, lines, arrays, alone = work
+    programs = (generation.encode, engine._admit, engine._prefill, generation.decode_steps)
+    for program in programs:
+        program.clear_cache()
+    stats, requests = engine.Stats(), []
+    for i, (a, line) in enumerate(zip(arrays, lines, strict=True)):
+        requests.append(q3.Request(i, a, line["max_new_tokens"]))
+    found = {
+        one.key: one
+        for one in q3.generate_many(
+            params, proc.config, iter(requests), stop_ids=proc.stop_ids, stats=stats
+        )
+    }
+    assert len(found) == len(requests)
+    for i, (tokens, reason) in enumerate(alone):
+        assert (found[i].tokens, found[i].finish_reason) == (tokens, reason), i
+    assert stats.busy >= 0.85, stats
+    prompts = [read_prompt(proc.config, a) for a in arrays]
+    seen = [visual for prompt in prompts for visual in prompt.visuals]
+    assert stats.shown == len(seen) and stats.encoded == len({v.digest for v in seen})
+    assert stats.shown - stats.encoded >= prompt_lines.SAME - 1
+    assert stats.reused > 1000 and stats.prefixes <= 4, stats
+    widths = {bucket(n) for n in range(1, max(len(p.ids) for p in prompts) + 1)}
+    cells = {bucket(len(v.pixels) // 4) for v in seen}
+    prefixes = engine._prefill._cache_size()
+    counts = [program._cache_size() for program in programs]
+    assert counts[0] <= len(cells) and counts[3] == 1, counts
+    # A group's program: its bucket, with vision or without, behind a prefix of a bucket or none.
+    assert counts[1] <= 2 * len(widths) * (1 + prefixes) and sum(counts) <= 24, counts
+
+
+def test_a_file_killed_three_times_has_each_answer_once(work, tmp_path):
+    """kill -9 at three random moments, then to the end: all answers, in order, each once."""
+    source, lines, _, alone = work
+    out = tmp_path / "out.jsonl"
+    journal = tmp_path / "out.jsonl.journal"
+    env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
+           "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # fmt: skip
+    command = [sys.executable, ROOT / "infer.py", "--input", source, "--output", out]
+
+    def there():
+        return journal.read_bytes().count(b"\n") if journal.exists() else 0
+
+    rng = np.random.default_rng()
+    for share in np.sort(rng.uniform(0.05, 0.9, 3)):
+        child = subprocess.Popen(command, env=env, stderr=subprocess.PIPE)
+        while there() <= share * len(lines) and child.poll() is None:
+            time.sleep(0.01)
+        os.kill(child.pid, signal.SIGKILL)
+        child.communicate()
+        assert journal.exists(), "it was done before it could be killed"
+    kept = there()
+    ended = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert f"({kept - 1} were there)" in ended.stderr.replace("\n", " ")
+    assert [a["id"] for a in answers(out)] == [line["id"] for line in lines]
+    proc = q3.Processor.from_pretrained(evaluate.CHECKPOINT)
+    for answer, (tokens, reason) in zip(answers(out), alone, strict=True):
+        assert answer["text"] == proc.decode(tokens) and answer["finish_reason"] == reason
+        assert answer["completion_tokens"] == len(tokens)
+    assert not journal.exists()
+
+
+def message(words, **more):
+    return {"messages": [{"role": "user", "content": words}], **more}
+
+
+def test_bad_lines_are_told_in_their_own_record(demo, tmp_path, capsys):
+    """Each kind of bad line, good ones between them, blank lines skipped; ids default to the number."""
+    bad = {
+        "[1]\n": "expected an object, found list",
+        '{"messages": \n': "not a JSON object",
+        "\udcff\n".encode("utf-8", "surrogateescape").decode("latin1"): "not a JSON object",
+        json.dumps({"messages": "hi"}) + "\n": "a list of messages",
+        json.dumps(message("hi", max_tokens=3)) + "\n": "unknown key 'max_tokens'",
+        json.dumps(message("hi", max_new_tokens=0)) + "\n": "max_new_tokens is 0",
+        json.dumps(message("hi", temperature="hot")) + "\n": "temperature is 'hot'",
+        json.dumps(message("hi", temperature=[0.1, 0.2])) + "\n": "temperature has 2 values",
+        json.dumps(message("hi", seed=-1)) + "\n": "seed is -1",
+        json.dumps(message("hi", stop=[""])) + "\n": "stop strings: found an empty one",
+        json.dumps(message("hi", stop=3)) + "\n": "stop is 3",
+        json.dumps(message("hi", logprobs=1)) + "\n": "logprobs is 1",
+        json.dumps(message("long " * 4000)) + "\n": "(--max-len)",
+        json.dumps(message([{"type": "image", "image": "gone.png"}])) + "\n": "gone.png: ",
+        json.dumps({"messages": [[{"role": "user", "content": "a"}]] * 2}) + "\n": "conversation",
+        "[" * 100_000 + "\n": "not a JSON object",
+    }
+    lines = [x for text in bad for x in (text, "\n", message("Hi"))]
+    source, out = prompt_lines.write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
+    run("--input", source, "--output", out, "--rows", 2, "--max-len", 200)
+    found = answers(out)
+    assert len(found) == 2 * len(bad)
+    for i, reason in enumerate(bad.values()):
+        wrong, right = found[2 * i : 2 * i + 2]
+        assert wrong["finish_reason"] == "error" and wrong["id"] == 3 * i + 1
+        assert reason in wrong["error"] and wrong["error"].startswith(f"line {3 * i + 1}: ")
+        assert right["id"] == 3 * i + 3 and right["text"].startswith("I am a very small")
+    assert f"{len(bad)} lines could not be used" in capsys.readouterr().err
+
+
+def test_each_line_has_its_own_sampling(demo, tmp_path):
+    """Sampling keys, seeds, stop strings and log-probabilities of a line, as alone; flags for the rest."""
+    proc, params = demo
+    hot = {"temperature": 3.0, "top_k": 20, "max_new_tokens": 9}
+    lines = [message("Hi"), message("Hi", **hot, seed=5), message("Hi", **hot), message("Hi", **hot),
+             message("Hi", stop="digits", logprobs=True),
+             message("Hi", repetition_penalty=1.7, min_new_tokens=12, max_new_tokens=20)]  # fmt: skip
+    source = prompt_lines.write(tmp_path / "in.jsonl", lines)
+    run("--input", source, "--output", tmp_path / "out.jsonl", "--rows", 3, "--seed", 4)
+    found = answers(tmp_path / "out.jsonl")
+    arrays = proc.inputs(lines[0]["messages"])
+
+    def alone(seed=0, count=1024, **options):
+        sampling = q3.Sampling(**options)
+        return proc.decode(ask(params, proc, arrays, count, seed=seed, sampling=sampling)[0])
+
+    assert found[0]["text"] == alone()
+    for answer, seed in zip(found[1:4], (5, 6, 7)):  # line n takes --seed + n - 1
+        assert answer["text"] == alone(seed, 9, temperature=3.0, top_k=20)
+    assert len({answer["text"] for answer in found[1:4]}) > 1
+    assert found[4]["text"] == found[0]["text"].partition("digits")[0]
+    assert found[5]["text"] == alone(count=20, repetition_penalty=1.7, min_new_tokens=12)
+    told = found[4]["logprobs"]
+    tokens = [one["id"] for one in told]
+    ids = np.append(arrays["input_ids"], tokens)[None]
+    labels = np.where(np.arange(ids.size) < ids.size - len(tokens), -100, ids)
+    score = q3.score(params, proc.config, q3.make_batch(proc.config, input_ids=ids, labels=labels))
+    want = np.asarray(score)[0, ids.size - len(tokens) : ids.size]
+    np.testing.assert_allclose([one["logprob"] for one in told], want, atol=1e-5)
+    assert "".join(one["token"] for one in told) == proc.decode(tokens)
+    assert "logprobs" not in found[0] and len(told) == found[4]["completion_tokens"]
+
+
+def test_long_lines_come_last_in_fewer_rows(demo, tmp_path, monkeypatch):
+    """A line that needs much of the cache waits until the others are done; the order stays."""
+    from qwen3vl_jax import batch_file
+
+    monkeypatch.setattr(batch_file, "LONG", 60)
+    asked = []
+    many = engine.generate_many
+
+    def counted(params, cfg, requests, *, rows, **options):
+        requests = [r for r in requests if r is not None]
+        asked.append((rows, [r.key for r in requests]))
+        return many(params, cfg, requests, rows=rows, **options)
+
+    monkeypatch.setattr(engine, "generate_many", counted)
+    lines = [message("Hi " * n, max_new_tokens=20) for n in (1, 150, 2, 40, 3)]
+    source = prompt_lines.write(tmp_path / "in.jsonl", lines)
+    run("--input", source, "--output", tmp_path / "out.jsonl", "--rows", 16)
+    assert asked == [(16, [1, 3, 5]), (4, [4]), (1, [2])]
+    assert [a["id"] for a in answers(tmp_path / "out.jsonl")] == [1, 2, 3, 4, 5]
+
+
+def refused(capsys, *arguments):
+    with pytest.raises(SystemExit) as ended:
+        run(*arguments)
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_files_that_cannot_be_used_are_refused(tmp_path, capsys):
+    """No input, an output that is there, other options, changed lines, two processes, half a line."""
+    source = prompt_lines.write(tmp_path / "in.jsonl", [message(f"Hi {i}") for i in range(3)])
+    out, journal = tmp_path / "out.jsonl", tmp_path / "out.jsonl.journal"
+    both = ("--input", source, "--output", out)
+    assert "give both" in refused(capsys, "--input", source)
+    assert "leave --prompt out" in refused(capsys, *both, "--prompt", "Hi")
+    assert "cannot be read" in refused(capsys, "--input", tmp_path / "gone", "--output", out)
+    prompt_lines.write(tmp_path / "empty", ["\n", "\n"])
+    assert "holds no line" in refused(capsys, "--input", tmp_path / "empty", "--output", out)
+    assert "is the input itself" in refused(capsys, "--input", source, "--output", source)
+    assert "--rows is 0" in refused(capsys, *both, "--rows", 0)
+    gone = tmp_path / "no" / "where.jsonl"
+    assert "cannot be written" in refused(capsys, "--input", source, "--output", gone)
+
+    run(*both)
+    assert "nothing of it is left to do" in refused(capsys, *both)
+    whole = out.read_text()
+    lines = read_lines(source)
+    out.unlink()
+    run(*both, "--max-new-tokens", 3)  # its settings are what a journal of it would begin with
+    out.unlink()
+    with Journal(out, lines, {"seed": 0}) as begun:
+        begun.add(lines[1], {"id": 2, "text": "kept"})
+        assert "another process" in refused(capsys, *both)
+    assert "was begun with" in refused(capsys, *both)
+    with pytest.raises(q3.InputError, match="seed 0, now it is 1"):
+        Journal(out, lines, {"seed": 1})
+    with pytest.raises(q3.InputError, match="line 2 of the input"):
+        Journal(out, [lines[0], lines[2]], {"seed": 0})
+    with journal.open("a") as file:
+        file.write('{"line": 3, "dig')
+    with Journal(out, lines, {"seed": 0}) as again:
+        assert list(again.results) == [2] and not out.read_text()
+        again.add(lines[0], {"id": 1, "text": "a"})
+        assert out.read_text().count("\n") == 2
+        again.add(lines[2], {"id": 3, "text": "c"})
+    assert [a["id"] for a in answers(out)] == [1, 2, 3] and not journal.exists()
+    journal.write_text("no journal\n")
+    assert "is no journal" in refused(capsys, *both)
+    assert whole.count("\n") == 3
