@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from qwen3vl_jax.sharding import platform
 
 BLOCK = 512
+DECODE_BLOCK = 64  # keys at a time of a decode step on a CPU: they stay in its cache
 NEG = -1e30
 log = logging.getLogger("qwen3vl_jax")
 
@@ -77,7 +78,9 @@ def _attend_blocks(q, k, v, lo, hi):
     (b, t, n, h), slots, dtype = q.shape, k.shape[2], q.dtype
     lo = jnp.zeros_like(hi) if lo is None else lo
     q = _group(q, k.shape[1])
-    if slots <= BLOCK or (t == 1 and platform() != "cpu"):
+    if t == 1 and platform() == "cpu" and slots % DECODE_BLOCK == 0:
+        out = _over_filled_blocks(k, v, q, lo, hi)
+    elif slots <= BLOCK or t == 1:
         out = _finish(_fold(_start(q), q, k, v, lo, hi, 0))
     else:
         pad = -slots % BLOCK
@@ -100,16 +103,26 @@ def _each_query_block(fn, q, lo, hi):
     return out.reshape(*out.shape[:3], count * BLOCK, out.shape[-1])[:, :, :, :t]
 
 
+def _fold_block(carry, k, v, q, lo, hi, j, block):
+    kb, vb = (jax.lax.dynamic_slice_in_dim(x, j * block, block, axis=2) for x in (k, v))
+    return _fold(carry, q, kb, vb, lo, hi, j * block)
+
+
+def _over_filled_blocks(k, v, q, lo, hi):
+    """A decode step, which has no gradient: its loop ends where the fullest row does."""
+
+    def body(j, carry):
+        return _fold_block(carry, k, v, q, lo, hi, j, DECODE_BLOCK)
+
+    first, last = jnp.min(lo) // DECODE_BLOCK, -(-jnp.max(hi) // DECODE_BLOCK)
+    return _finish(jax.lax.fori_loop(first, last, body, _start(q)))
+
+
 def _over_key_blocks(k, v, q, lo, hi):
     count = k.shape[2] // BLOCK
 
     def fold(j, carry):
-        kb, vb = (jax.lax.dynamic_slice_in_dim(x, j * BLOCK, BLOCK, axis=2) for x in (k, v))
-        return _fold(carry, q, kb, vb, lo, hi, j * BLOCK)
-
-    if q.shape[3] == 1:  # a decode step has no gradient: loop over just the filled blocks
-        first, last = jnp.min(lo) // BLOCK, -(-jnp.max(hi) // BLOCK)
-        return _finish(jax.lax.fori_loop(first, last, fold, _start(q)))
+        return _fold_block(carry, k, v, q, lo, hi, j, BLOCK)
 
     def body(carry, j):
         seen = (lo < (j + 1) * BLOCK) & (hi > j * BLOCK) & (lo < hi)

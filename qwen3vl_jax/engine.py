@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -21,33 +20,28 @@ import numpy as np
 from qwen3vl_jax.cache import extend, grow_cache, init_cache, insert_rows, prefill
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.features import FeatureStore
 from qwen3vl_jax.generation import (
     STEPS,
     DecodeState,
     cache_slots,
     decode_steps,
-    encode,
     first_token,
     grow,
     take,
 )
-from qwen3vl_jax.processing.batch import bucket, make_vision
+from qwen3vl_jax.prefixes import Prefix, PrefixStore
+from qwen3vl_jax.processing.batch import bucket
 from qwen3vl_jax.processing.prompts import (
     EncodedPrompt,
-    Visual,
     group_batch,
-    in_feature_order,
     read_prompt,
-    shared_start,
 )
 from qwen3vl_jax.sampling import Sampling, SamplingRows
-from qwen3vl_jax.structs import Features, KVCache, Params
+from qwen3vl_jax.structs import Params
 
 LOOK_AHEAD = 2  # prompts held ready, for each row
-LEAST_PREFIX = 32  # tokens that several prompts must begin with before those are kept
-KEPT_PREFIXES = 4
 EXPECTED = 256  # answer tokens that the first cache has room for: it grows for longer ones
-KEPT_FEATURES = 1 << 30  # bytes of host memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +82,7 @@ class Stats:
     steps: int = 0  # decode steps, each of all rows
     row_steps: int = 0  # of steps * rows, those that gave a token
     tokens: int = 0  # answer tokens
-    prefilled: int = 0  # prompt tokens that were run
+    prefilled: int = 0  # prompt tokens that were run, those of kept prefixes too
     reused: int = 0  # prompt tokens that a kept prefix spared
     prefixes: int = 0  # kept prefixes made
     encoded: int = 0  # pictures and clips that the vision tower ran on
@@ -155,22 +149,6 @@ class _Running:
         return self.prompt + len(self.tokens)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Prefix:
-    """What several prompts begin with, in a cache of one row."""
-
-    prompt: EncodedPrompt
-    cache: KVCache
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt.ids)
-
-    def begins(self, prompt: EncodedPrompt) -> bool:
-        more = dataclasses.replace(self.prompt, ids=np.append(self.prompt.ids, -1))
-        return shared_start(more, prompt) == self.length
-
-
 class _New(flax.struct.PyTreeNode):
     """What a group brings beside its batch, one entry a prompt."""
 
@@ -197,9 +175,6 @@ def _empty(params, cfg, rows, slots) -> DecodeState:
         answered=none,
         keys=jax.vmap(jax.random.key)(zero),
     )
-
-
-_prefill = jax.jit(prefill, static_argnames=("cfg", "max_len", "chunk"))
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "chunk"), donate_argnames="state")
@@ -237,8 +212,8 @@ class _Engine:
         self.group = max(1, rows // 8)  # prompts that are prefilled together
         self.waiting: list[tuple[Request, EncodedPrompt]] = []
         self.running: dict[int, _Running] = {}
-        self.prefixes: list[_Prefix] = []  # the last used one last
-        self.features: OrderedDict[bytes, Features] = OrderedDict()
+        self.features = FeatureStore(params, cfg)
+        self.prefixes = PrefixStore(params, cfg, self.features, chunk)
         self.sampling = jax.tree.map(np.array, Sampling().rows(rows))
         self.ended = np.zeros(rows, bool)
         self.state: Any = None  # a DecodeState once the first prompts are there
@@ -304,7 +279,7 @@ class _Engine:
 
     def _admit(self, free: list[int]) -> Iterator[Finished]:
         """Prefills the oldest waiting prompt with others of its bucket."""
-        prefix = self._prefix(self.waiting[0][1])
+        prefix = self._prefix()
         start = 0 if prefix is None else prefix.length
         width = bucket(len(self.waiting[0][1].ids) - start)
         chosen = self._fitting(prefix, start, width)[: self.group]
@@ -318,12 +293,11 @@ class _Engine:
         brought = self._new(padded, rows, prefix)
         self.state, tokens, logprobs = _admit(
             self.params, self.cfg, self.state, group_batch(self.cfg, rests, width),
-            self._features(rests, len(rests) * width), None if prefix is None else prefix.cache,
+            self.features.of(rests, len(rests) * width), None if prefix is None else prefix.cache,
             brought, self.stops, self._chunk(width),
         )  # fmt: skip
         tokens, logprobs = np.asarray(tokens)[:, None], np.asarray(logprobs)[:, None]
-        self.stats.prefilled += sum(len(prompt.ids) - start for _, prompt in new)
-        self.stats.reused += start * len(new)
+        self._count(sum(len(prompt.ids) - start for _, prompt in new), start * len(new))
         for i, (request, prompt) in enumerate(new):
             self.running[rows[i]] = _Running(request, len(prompt.ids))
             self.ended[rows[i]] = False
@@ -333,86 +307,42 @@ class _Engine:
                 old[rows[i]] = x[i]
             yield from self._take(rows[i], tokens[i], logprobs[i])
 
-    def _fitting(self, prefix: _Prefix | None, start: int, width: int) -> list[int]:
+    def _count(self, run: int, reused: int) -> None:
+        """Counts prompt tokens, and what the stores did since the last time."""
+        stats, prefixes = self.stats, self.prefixes
+        stats.prefilled += run + prefixes.tokens
+        stats.reused += reused
+        stats.prefixes += prefixes.made
+        stats.encoded += self.features.encoded
+        prefixes.tokens = prefixes.made = self.features.encoded = 0
+
+    def _fitting(self, prefix: Prefix | None, start: int, width: int) -> list[int]:
         """Waiting prompts with this prefix that fit: the oldest, then the longest."""
         fitting = [
             i for i, (_, prompt) in enumerate(self.waiting)
-            if self._kept(prompt) is prefix and len(prompt.ids) - start <= width
+            if self.prefixes.kept(prompt) is prefix and len(prompt.ids) - start <= width
         ]  # fmt: skip
         others = sorted((i for i in fitting if i), key=lambda i: -len(self.waiting[i][1].ids))
         return [0, *others]
 
-    def _new(self, requests, rows: list[int], prefix: _Prefix | None) -> _New:
+    def _new(self, requests, rows: list[int], prefix: Prefix | None) -> _New:
         before = np.zeros((len(rows), 0 if prefix is None else prefix.cache.slots), np.int32)
         if prefix is not None:
             before[:] = self.cfg.text.vocab_size
             before[:, : prefix.length] = prefix.prompt.ids
         sampling = [request.sampling.rows(1) for request, _ in requests]
-        out: list[Any] = [
-            np.asarray(rows, np.int32),
-            before,
-            np.asarray([request.seed for request, _ in requests], np.uint32),
-            np.asarray([request.max_new_tokens for request, _ in requests], np.int32),
-        ]
-        return _New(*out, jax.tree.map(lambda *x: np.concatenate(x), *sampling))
+        host: dict[str, Any] = {
+            "rows": np.asarray(rows, np.int32),
+            "before": before,
+            "seeds": np.asarray([request.seed for request, _ in requests], np.uint32),
+            "limit": np.asarray([request.max_new_tokens for request, _ in requests], np.int32),
+            "sampling": jax.tree.map(lambda *x: np.concatenate(x), *sampling),
+        }
+        return _New(**host)
+
+    def _prefix(self) -> Prefix | None:
+        first, *others = [prompt for _, prompt in self.waiting]
+        return self.prefixes.best(first, others)
 
     def _chunk(self, width: int) -> int | None:
         return self.chunk if self.chunk and width > self.chunk else None
-
-    def _kept(self, prompt: EncodedPrompt) -> _Prefix | None:
-        """The longest kept prefix that a prompt begins with."""
-        found = [p for p in self.prefixes if p.begins(prompt)]
-        return max(found, key=lambda p: p.length, default=None)
-
-    def _prefix(self, prompt: EncodedPrompt) -> _Prefix | None:
-        """What to prefill a prompt behind: kept already, or kept from now on if others wait for it."""
-        kept = self._kept(prompt)
-        length = self._worth_keeping(prompt, 0 if kept is None else kept.length)
-        if not length:
-            if kept is not None:
-                self.prefixes = [p for p in self.prefixes if p is not kept] + [kept]
-            return kept
-        first, width = prompt.first(length), bucket(length)
-        batch = group_batch(self.cfg, [first], width)
-        cache, _ = _prefill(
-            self.params, self.cfg, batch, width, features=self._features([first], width),
-            chunk=self._chunk(width),
-        )  # fmt: skip
-        self.prefixes = [*self.prefixes[1 - KEPT_PREFIXES :], _Prefix(first, cache)]
-        self.stats.prefixes += 1
-        self.stats.prefilled += length
-        return self.prefixes[-1]
-
-    def _worth_keeping(self, prompt: EncodedPrompt, kept: int) -> int:
-        """The tokens whose sharing with those that wait spares most, beyond `kept`; 0 if too few."""
-        shared = sorted((shared_start(prompt, p) for _, p in self.waiting[1:]), reverse=True)
-        spared = [(length - kept) * n for n, length in enumerate(shared, 1)]
-        best = int(np.argmax(spared)) if spared else 0
-        return shared[best] if spared and shared[best] - kept >= LEAST_PREFIX else 0
-
-    def _features(self, prompts: list[EncodedPrompt], rows: int) -> Features | None:
-        """The features of a group's pictures and clips in `rows` rows; None where there are none."""
-        seen = in_feature_order(prompts)
-        if not seen:
-            return None
-        found = [self._encoded(visual) for visual in seen]
-        merged = np.concatenate([f.merged for f in found])
-        taps = np.concatenate([f.taps for f in found], axis=1)
-        fill = (0, rows - len(merged))
-        merged, taps = np.pad(merged, (fill, (0, 0))), np.pad(taps, ((0, 0), fill, (0, 0)))
-        return Features(merged, taps)  # type: ignore[arg-type]
-
-    def _encoded(self, visual: Visual) -> Features:
-        """What the vision tower gives for a picture or clip, in host memory, kept for the next time."""
-        if (kept := self.features.pop(visual.digest, None)) is None:
-            self.stats.encoded += 1
-            inputs = make_vision(self.cfg, visual.pixels, [visual.grid])
-            count = len(visual.pixels) // self.cfg.vision.merge_unit
-            out = encode(self.params, self.cfg, inputs)
-            kept = Features(np.asarray(out.merged)[:count], np.asarray(out.taps)[:, :count])  # type: ignore[arg-type]
-        self.features[visual.digest] = kept
-        size = sum(x.nbytes for f in self.features.values() for x in (f.merged, f.taps))
-        while size > KEPT_FEATURES and len(self.features) > 1:
-            old = self.features.popitem(last=False)[1]
-            size -= old.merged.nbytes + old.taps.nbytes
-        return kept

@@ -15,7 +15,7 @@ import pytest
 import infer
 import qwen3vl_jax as q3
 from demo import evaluate
-from qwen3vl_jax import engine, generation
+from qwen3vl_jax import engine, generation, prefixes
 from qwen3vl_jax.journal import Journal, read_lines
 from qwen3vl_jax.processing.batch import bucket
 from qwen3vl_jax.processing.prompts import read_prompt
@@ -59,7 +59,7 @@ def test_300_mixed_prompts_answer_as_each_alone(demo, work):
     """Tokens and reasons equal; rows busy, a picture encoded once, one program a bucket: counted."""
     proc, params = demo
     _, lines, arrays, alone = work
-    programs = (generation.encode, engine._admit, engine._prefill, generation.decode_steps)
+    programs = (generation.encode, engine._admit, prefixes.run_prefill, generation.decode_steps)
     for program in programs:
         program.clear_cache()
     stats, requests = engine.Stats(), []
@@ -82,11 +82,11 @@ def test_300_mixed_prompts_answer_as_each_alone(demo, work):
     assert stats.reused > 1000 and stats.prefixes <= 4, stats
     widths = {bucket(n) for n in range(1, max(len(p.ids) for p in prompts) + 1)}
     cells = {bucket(len(v.pixels) // 4) for v in seen}
-    prefixes = engine._prefill._cache_size()
+    shared = prefixes.run_prefill._cache_size()
     counts = [program._cache_size() for program in programs]
     assert counts[0] <= len(cells) and counts[3] == 1, counts
     # A group's program: its bucket, with vision or without, behind a prefix of a bucket or none.
-    assert counts[1] <= 2 * len(widths) * (1 + prefixes) and sum(counts) <= 24, counts
+    assert counts[1] <= 2 * len(widths) * (1 + shared) and sum(counts) <= 24, counts
 
 
 def test_a_file_killed_three_times_has_each_answer_once(work, tmp_path):

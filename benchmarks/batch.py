@@ -1,0 +1,161 @@
+"""A batch file three ways on this machine: ``python -m benchmarks.batch`` (needs the test extra).
+
+The same prompts (pictures in most of them, some the same, and text), float32 and greedy, with answers
+of unequal length: one at a time through generate, through the engine's 16 rows, and through
+transformers' generate, 16 at a time. The model is random, of the real architecture and --layers x
+--hidden wide; answers end where they are told to, since a random model never stops by itself: a batch of
+transformers runs until its longest answer ends. All three are run twice and timed the second time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+ROWS = 16
+
+
+def config(layers: int, hidden: int) -> dict:
+    """The demo's config.json with a larger decoder."""
+    from demo.evaluate import CHECKPOINT
+
+    raw = json.loads((CHECKPOINT / "config.json").read_text())
+    raw["text_config"] |= {
+        "hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": 3 * hidden,
+        "num_attention_heads": hidden // 64, "num_key_value_heads": max(1, hidden // 256),
+        "head_dim": 64,
+    }  # fmt: skip
+    raw["text_config"]["rope_scaling"]["mrope_section"] = [12, 10, 10]
+    raw["vision_config"]["out_hidden_size"] = hidden
+    return raw
+
+
+def prompts(proc, count: int):
+    """(arrays of each prompt, tokens that each answer has)."""
+    import numpy as np
+    import prompt_lines
+
+    with tempfile.TemporaryDirectory() as folder:
+        lines = prompt_lines.mixed(Path(folder))[:count]
+        arrays = [proc.inputs(line["messages"]) for line in lines]
+    return arrays, [int(n) for n in np.random.default_rng(0).integers(8, 128, len(lines))]
+
+
+def one_at_a_time(params, cfg, arrays, counts) -> list[list[int]]:
+    """Each prompt by itself through generate."""
+    import qwen3vl_jax as q3
+
+    found = []
+    for a, count in zip(arrays, counts, strict=True):
+        batch = q3.make_batch(cfg, **a)
+        found.append(q3.generate(params, cfg, batch, max_new_tokens=count, stop_ids=()).tokens[0])
+    return [tokens.tolist() for tokens in found]
+
+
+def engine(params, cfg, arrays, counts, stats) -> list[list[int]]:
+    """All of them through generate_many."""
+    import qwen3vl_jax as q3
+
+    asked = (q3.Request(i, a, n) for i, (a, n) in enumerate(zip(arrays, counts, strict=True)))
+    many = q3.generate_many(params, cfg, asked, stop_ids=(), rows=ROWS, stats=stats)
+    return [one.tokens for one in sorted(many, key=lambda one: one.key)]
+
+
+def peer(model, arrays, counts, pad_id) -> list[list[int]]:
+    """transformers' generate, ROWS prompts at a time, padded on the left."""
+    import torch
+    from tiny import pad_batch
+
+    found = []
+    for start in range(0, len(arrays), ROWS):
+        part, wanted = arrays[start : start + ROWS], counts[start : start + ROWS]
+        batch = pad_batch(part)
+        width = batch["input_ids"].shape[1]
+        batch = {name: torch.from_numpy(x) for name, x in batch.items()}
+        most = max(wanted)
+        with torch.no_grad():
+            out = model.generate(**batch, do_sample=False, max_new_tokens=most, min_new_tokens=most,
+                                 pad_token_id=pad_id)  # fmt: skip
+        found += [row[width : width + n].tolist() for row, n in zip(out, wanted, strict=True)]
+    return found
+
+
+def transformers_model(raw, cfg, params):
+    """The same weights in transformers, float32."""
+    import torch
+    import torchvision_shim  # noqa: F401
+    import transformers
+
+    from convert.mapping import to_hf
+
+    hf = transformers.Qwen3VLForConditionalGeneration(transformers.Qwen3VLConfig(**raw))
+    tensors = {k: torch.tensor(v) for k, v in to_hf(cfg, params).items()}
+    hf.load_state_dict(tensors, strict=False)
+    hf.generation_config.eos_token_id = None
+    return hf.eval()
+
+
+def main() -> int:
+    """Runs the three, prints the table; the exit code is 1 if an answer differs."""
+    parser = argparse.ArgumentParser(description="One at a time, the engine, transformers.")
+    parser.add_argument("--prompts", type=int, default=160)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--hidden", type=int, default=512)
+    args = parser.parse_args()
+    import jax
+    from rich.console import Console
+    from rich.table import Table
+
+    import qwen3vl_jax as q3
+    from demo.evaluate import CHECKPOINT
+    from qwen3vl_jax.engine import Stats
+
+    raw = config(args.layers, args.hidden)
+    cfg = q3.Config.from_hf(raw)
+    params = jax.jit(functools.partial(q3.init_params, cfg=cfg))(jax.random.key(0))
+    # Wide enough that greedy answers vary: at 0.02 every prompt gets the same token for ever.
+    params = jax.tree.map(lambda x: x * 3 if x.ndim > 1 else x, params)
+    proc = q3.Processor.from_pretrained(CHECKPOINT)
+    arrays, counts = prompts(proc, args.prompts)
+    model, stats = transformers_model(raw, cfg, params), []
+    ways = {
+        "one at a time": lambda: one_at_a_time(params, cfg, arrays, counts),
+        f"engine, {ROWS} rows": lambda: engine(params, cfg, arrays, counts, stats[-1]),
+        f"transformers, batch {ROWS}": lambda: peer(model, arrays, counts, proc.tokenizer.pad_id),
+    }
+    table = Table("", "tokens/s", "seconds", "first run", "answers of one at a time", title=(
+        f"{len(arrays)} prompts, {sum(counts)} tokens, {args.layers} x {args.hidden}, float32, "
+        f"{jax.devices()[0].device_kind}"))  # fmt: skip
+    reference, rates = None, {}
+    for name, way in ways.items():
+        seconds = []
+        for _ in range(2):
+            stats.append(Stats())
+            start = time.perf_counter()
+            found = way()
+            seconds.append(time.perf_counter() - start)
+        reference = found if reference is None else reference
+        same = sum(a == b for a, b in zip(found, reference, strict=True))
+        rates[name] = sum(counts) / seconds[1]
+        table.add_row(name, f"{rates[name]:.0f}", f"{seconds[1]:.1f}", f"{seconds[0]:.1f} s",
+                      f"{same} of {len(found)}")  # fmt: skip
+        if name.startswith("engine"):
+            busy = stats[-1].busy
+    Console().print(table)
+    alone, ours, theirs = rates.values()
+    print(
+        f"the engine is {ours / alone:.1f}x one at a time and {ours / theirs:.1f}x transformers; rows "
+        f"busy {busy:.0%}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
