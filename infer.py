@@ -329,16 +329,17 @@ def answer(args, directory, processor, arrays, limit) -> str:
         params, cfg = load(args, directory)
         jax.block_until_ready(params)
     loading = clock.lap()
-    text = TextStream(processor.tokenizer, args.stop)
+    streams = [TextStream(processor.tokenizer, args.stop) for _ in range(args.answers)]
     prompt = int(arrays["attention_mask"].sum())
     room = min(args.max_new_tokens, limit - prompt)
     chunks = q3.stream(params, cfg, batch, max_new_tokens=room, sampling=sampling, seed=args.seed,
-                       stop_ids=processor.stop_ids, max_len=limit,
+                       stop_ids=processor.stop_ids, max_len=limit, copies=args.answers,
                        prefill_chunk=args.prefill_chunk)  # fmt: skip
-    pieces, count, prefill, ended = [], 0, 0.0, False
+    texts, ended = [""] * args.answers, [False] * args.answers
+    count, prefill = 0, 0.0
 
-    def show(piece: str) -> None:
-        pieces.append(piece)
+    def show(row: int, piece: str) -> None:
+        texts[row] += piece
         if args.stream:
             print(piece, end="", flush=True)
 
@@ -346,14 +347,18 @@ def answer(args, directory, processor, arrays, limit) -> str:
         for new in chunks:
             prefill = prefill or clock.lap()
             count += new.shape[1]
-            show(text.push(t for t in new[0].tolist() if t not in processor.stop_ids))
-            ended = text.stopped is not None or any(t in processor.stop_ids for t in new[0])
-            if ended:
+            for row, text in enumerate(streams):
+                ids = new[row][new[row] >= 0].tolist()
+                show(row, text.push(t for t in ids if t not in processor.stop_ids))
+                ended[row] |= text.stopped is not None or any(t in processor.stop_ids for t in ids)
+            if all(ended):
                 break
-    show(text.flush())
+    for row, text in enumerate(streams):
+        show(row, text.flush())
     decode = clock.lap()
-    print("" if args.stream else "".join(pieces))
-    if not ended:
+    for row, text in enumerate(texts):
+        print("" if args.stream else f"[{row + 1}] {text}" if args.answers > 1 else text)
+    if not all(ended):
         why = "--max-new-tokens" if room == args.max_new_tokens else "--max-len"
         print(f"the answer was cut off after {count} tokens ({why})", file=sys.stderr)
     report = f"load {loading:.1f} s, compile {clock.compiling:.1f} s, "
@@ -361,7 +366,7 @@ def answer(args, directory, processor, arrays, limit) -> str:
     if count > 1:
         report += f", decode {count - 1} tokens {(count - 1) / decode:.1f}/s"
     print(report, file=sys.stderr)
-    return "".join(pieces)
+    return texts[0]
 
 
 def main(argv: list[str] | None = None) -> None:

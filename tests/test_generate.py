@@ -147,6 +147,25 @@ def test_packed_rows_are_refused():
         generate(packed)
 
 
+def test_copies_are_the_answers_that_their_seeds_give():
+    """Three answers to each of two prompts from one prefill: those of six rows with these seeds."""
+    params, cfg = model()
+    rows = tiny.pad_batch([prompt([("text", 9)]), tiny.inputs(tiny.config_dict(), "one_picture")])
+    batch = q3.make_batch(cfg, **rows)
+    options = {"max_new_tokens": 20, "sampling": q3.Sampling(temperature=1.5), "stop_ids": (7,)}
+    made = q3.generate(params, cfg, batch, copies=3, seed=range(6), **options)
+    assert len({tuple(row) for row in made.tokens}) == 6
+    for first in range(3):
+        alone = q3.generate(params, cfg, batch, seed=[first, 3 + first], **options)
+        for row, copy in ((0, first), (1, 3 + first)):
+            length = alone.lengths[row]
+            assert made.lengths[copy] == length
+            assert made.finish_reasons[copy] == alone.finish_reasons[row]
+            np.testing.assert_array_equal(made.tokens[copy, :length], alone.tokens[row, :length])
+    with pytest.raises(q3.InputError, match="copies is 0"):
+        q3.generate(params, cfg, batch, copies=0, **options)
+
+
 def test_logits_fn_decides():
     def only_even(logits, state):
         return jnp.where(jnp.arange(logits.shape[1]) % 2 == 0, logits, -jnp.inf)
