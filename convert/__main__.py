@@ -19,6 +19,7 @@ from convert.to_hf import SHARD_SIZE, to_hf
 from convert.to_orbax import Progress, to_orbax
 from qwen3vl_jax.checkpoint import resolve
 from qwen3vl_jax.cli import EXPECTED, report
+from qwen3vl_jax.errors import InputError
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
@@ -80,6 +81,8 @@ def _run(options: argparse.Namespace) -> None:
     start = time.perf_counter()
     with _bar("to Hugging Face" if options.to_hf else "to Orbax") as progress:
         if options.to_hf:
+            if options.weights:
+                raise InputError("--weights: the way back writes what CKPT_DIR holds; leave it out")
             size = options.max_shard_size
             count, total = to_hf(source, options.out, options.force, size, progress)
         else:

@@ -65,7 +65,7 @@ def check_stored(
     problems = []
     for row in rows(cfg):
         values, scale = (*row.path, VALUES), (*row.path, SCALE)
-        if values not in stored:
+        if values not in stored or len(row.parts[0].axes) < 2:
             if row.path != ("head",) or row.path in stored:
                 wanted[row.path] = row.shape
             continue

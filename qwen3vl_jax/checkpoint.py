@@ -99,7 +99,7 @@ def _load_orbax(directory: Path, cfg: Config, dtype: Any, weights: str | None) -
     def sink(path: TreePath, array: np.ndarray) -> Any:
         if path in rows:
             pair = int8.quantise(rows[path], array)
-            return {key: jax.device_put(part) for key, part in pair.items()}
+            return {key: _cast(jax.device_put(part), None) for key, part in pair.items()}
         return _cast(jax.device_put(array), None if path in codes else dtype)
 
     params = as_structs(read_tree(directory / PARAMS, sink))

@@ -165,21 +165,28 @@ def test_other_expert_layouts_come_back_released(layout, tmp_path):
         assert np.array_equal(hf.read(tmp_path / "back")[name], held[name].transpose(0, 2, 1))
 
 
-def test_a_quantised_embedding_is_kept_too(tmp_path):
-    """Rows of a tied FP8 table, and the head that it is: as multiplied out."""
-    raw, tensors = hf.small("tied")
-    name = "model.language_model.embed_tokens.weight"
-    held = fp8.quantised(tensors)
-    codes = fp8.quantised({LAYER + "self_attn.q_proj.weight": tensors[name]})
-    held |= dict(zip((name, f"{name}_scale_inv"), codes.values(), strict=True))
+def test_whatever_a_file_quantises_is_kept(tmp_path):
+    """A file may also hold its embedding, router, vision tower and positions in FP8."""
+    raw, tensors = hf.small("tied", moe=True)
+    held = {}
+    for name, tensor in tensors.items():
+        if tensor.ndim not in (2, 3):
+            held[name] = tensor
+            continue
+        codes = fp8.quantised({LAYER + "self_attn.q_proj.weight": tensor}).values()
+        held |= dict(zip((name, f"{name}_scale_inv"), codes, strict=True))
     source = hf.write(tmp_path / "hf", fp8.config(raw), held)
     params, cfg = load(source, weights="fp8", dtype="float32")
-    assert is_quantized(params["embed"])
-    batch = q3.make_batch(cfg, **tiny.inputs(raw, "text"))
+    parts = (params["embed"], params["vision"]["pos"], params["vision"]["merger"]["fc1"])
+    assert all(is_quantized(w) for w in (*parts, params["layers"][1]["mlp"]["router"]))
+    batch = q3.make_batch(cfg, **tiny.inputs(raw, "one_picture"))
     want = ours.forward(multiplied_out(params, "float32"), cfg, batch)
     assert ours.worst(ours.forward(params, cfg, batch), want) < BOUND
     cache, _ = ours.prefill(params, cfg, batch, 64)
     assert ours.decode_step(params, cfg, cache, jnp.asarray([7], jnp.int32))[1].dtype == jnp.float32
+    to_orbax(source, tmp_path / "orbax", weights="fp8")
+    to_hf(tmp_path / "orbax", tmp_path / "back")
+    hf.assert_same(hf.read(tmp_path / "back"), held)
 
 
 @pytest.mark.parametrize("size", ["2b", "4b", "8b", "32b", "30b-a3b", "235b-a22b"])

@@ -296,11 +296,13 @@ def test_no_way_back_to_hugging_face(tmp_path, capsys):
         "orbax: holds int8 weights, for which .* take the checkpoint it was made from$", err
     )
     assert err.count("\n") == 1
+    assert main(["--to-hf", str(source), str(tmp_path / "back"), "--weights", "int8"]) == 2
+    assert capsys.readouterr().err.startswith("error: --weights: the way back writes what CKPT_DIR")
     assert not (tmp_path / "back").exists()
 
 
 def test_damaged_directories(tmp_path):
-    """Scales of another shape or dtype, and codes that are neither int8 nor FP8."""
+    """Scales of another shape or dtype, codes that are neither int8 nor FP8, and a vector of codes."""
     params, cfg = load(_int8(tmp_path))
     head = params["head"]
     for changed, message in (
@@ -319,4 +321,6 @@ def test_damaged_directories(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             save_params(tmp_path / "out", {**params, "head": changed}, cfg)
+    with pytest.raises(InputError, match=r"missing norm \[40\]"):
+        save_params(tmp_path / "out", {**params, "norm": head}, cfg)
     assert json.loads((tmp_path / "orbax" / "config.json").read_text()) == hf.small()[0]
