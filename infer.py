@@ -88,6 +88,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--video-max-pixels", type=int, help="shrink clips of more pixels (all frames together)")
     add("--dtype", choices=("float32", "bfloat16", "float16"),
         help="of the weights (default: the checkpoint's; float32 on a CPU)")  # fmt: skip
+    add("--weights", choices=("fp8", "int8"), help="keep FP8 as it is, or round to int8")
     add(
         "--chat-template",
         type=Path,
@@ -250,7 +251,7 @@ def load(args: argparse.Namespace, directory: Path):
     import qwen3vl_jax as q3
 
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else None)
-    return q3.load(directory, dtype=dtype)
+    return q3.load(directory, dtype=dtype, weights=args.weights)
 
 
 def chat(args: argparse.Namespace) -> None:

@@ -14,10 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from convert.matching import LAYOUTS
+from convert.stored import WEIGHTS
 from convert.to_hf import SHARD_SIZE, to_hf
 from convert.to_orbax import Progress, to_orbax
 from qwen3vl_jax.checkpoint import resolve
 from qwen3vl_jax.cli import EXPECTED, report
+from qwen3vl_jax.errors import InputError
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
@@ -43,6 +45,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
     parser.add_argument(
         "--expert-layout", choices=LAYOUTS, help="how fused experts lie, where shapes do not tell"
+    )
+    parser.add_argument(
+        "--weights", choices=WEIGHTS, help="keep FP8 as it is, or round to int8 (default: neither)"
     )
     parser.add_argument(
         "--max-shard-size", type=_size, default=SHARD_SIZE, metavar="SIZE", help="default 5GB"
@@ -76,11 +81,13 @@ def _run(options: argparse.Namespace) -> None:
     start = time.perf_counter()
     with _bar("to Hugging Face" if options.to_hf else "to Orbax") as progress:
         if options.to_hf:
+            if options.weights:
+                raise InputError("--weights: the way back writes what CKPT_DIR holds; leave it out")
             size = options.max_shard_size
             count, total = to_hf(source, options.out, options.force, size, progress)
         else:
-            layout = options.expert_layout
-            count, total = to_orbax(source, options.out, options.force, layout, progress)
+            layout, weights = options.expert_layout, options.weights
+            count, total = to_orbax(source, options.out, options.force, layout, progress, weights)
     seconds = time.perf_counter() - start
     print(
         f"{options.out}: {count} tensors, {total / 1e6:,.1f} MB in {seconds:.1f} s "

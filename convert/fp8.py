@@ -1,4 +1,4 @@
-"""FP8 checkpoints: e4m3 codes with one float32 scale a block, which become bf16 weights.
+"""FP8 checkpoints: e4m3 codes with one float32 scale a block, which become bf16 weights or are kept.
 
     W[..., a, b] = bf16(float32(code[..., a, b]) * scale[..., a // A, b // B])    for blocks [A, B]
 
@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from convert.mapping import Block
 from convert.readers import DTYPES, FP8, Files, Stored
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.staging import QUANTISATION
 
 SUFFIX = "_scale_inv"
-Block = tuple[int, int]
 _ADVICE = "take the bf16 release"
 # float32 of each of the 256 codes.
 _VALUES = np.arange(256, dtype=np.uint8).view(FP8["F8_E4M3"]).astype(np.float32)
@@ -111,30 +111,37 @@ def dequantise(codes: np.ndarray, scales: np.ndarray, block: Block, out: np.ndar
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """A stored tensor, with its scales if it is quantised: how it is kept, and how it is read."""
+    """A stored tensor, with its scales if it is quantised; `keep` gives its codes as they are."""
 
     files: Files
     tensor: Stored
     scales: Stored | None
     block: Block | None
+    keep: bool = False
 
     @property
     def dtype(self) -> np.dtype:
-        """The dtype of what `load` gives: as stored, or bf16 for FP8."""
-        return DTYPES[self.tensor.dtype if self.scales is None else "BF16"]
+        """The dtype of what `load` gives: as stored, or bf16 for FP8 that is not kept."""
+        as_stored = self.scales is None or self.keep
+        return (DTYPES | FP8)[self.tensor.dtype if as_stored else "BF16"]
 
     def load(self) -> np.ndarray:
         """The values: a read-only view of the file, or a dequantised copy."""
-        if self.scales is None:
+        if self.scales is None or self.keep:
             return self.files.view(self.tensor)
         out = np.empty(self.tensor.shape, self.dtype)
         self.read_into(out)
         return out
 
+    def load_scales(self) -> np.ndarray:
+        """The scales of kept codes: a read-only view of the file."""
+        assert self.scales is not None
+        return self.files.view(self.scales)
+
     def read_into(self, out: np.ndarray) -> None:
         """Writes the values into `out` (same shape and dtype, any strides): no other copy is made."""
         codes = self.files.view(self.tensor)
-        if self.scales is None or self.block is None:
+        if self.scales is None or self.block is None or self.keep:
             out[...] = codes
         else:
             dequantise(codes, self.files.view(self.scales), self.block, out)

@@ -26,6 +26,8 @@ TEXT, VISION, HEAD = "model.language_model.", "model.visual.", "lm_head."
 LAYER, BLOCK = TEXT + "layers.{i}.", VISION + "blocks.{i}."
 TAP = VISION + "deepstack_merger_list.{i}."
 
+Block = tuple[int, int]  # the sides of what one FP8 scale covers, along a file's last two axes
+
 # section | tree path | axis of the parts, or None | (Hugging Face name, spec) of each part
 _Table = tuple[tuple[str, str, int | None, tuple[tuple[str, str], ...]], ...]
 _TABLE: _Table = (
@@ -84,11 +86,47 @@ _TABLE: _Table = (
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One Hugging Face tensor: its name, its shape in the file, its shape in the tree's array."""
+    """One Hugging Face tensor: its name and, for each axis in the file, the axes of the tree it holds."""
 
     name: str
-    hf_shape: tuple[int, ...]
-    shape: tuple[int, ...]
+    axes: tuple[tuple[int, ...], ...]
+
+    @property
+    def hf_shape(self) -> tuple[int, ...]:
+        """The shape in the file."""
+        return tuple(map(math.prod, self.axes))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape in the tree's array."""
+        return tuple(n for axis in self.axes for n in axis)
+
+    def scale_shape(self, block: Block) -> tuple[int, ...]:
+        """The shape in the tree of the scales of blocks [A, B] along the file's last two axes.
+
+        A scale of the tree covers as many elements of an axis as divide both that axis and the
+        block, so that a block that crosses heads needs nothing but to be written several times.
+        """
+        cut = zip(self.axes, self._covered(block))
+        return tuple(n for axis, (_, few) in cut for n in (*axis[:-1], axis[-1] // few))
+
+    def spread(self, scales: np.ndarray, block: Block) -> np.ndarray:
+        """The tree's scales from the file's, one a block."""
+        for i, (side, few) in enumerate(self._covered(block)):
+            first = np.arange(0, self.hf_shape[i], few)
+            scales = np.take(scales, first // side, axis=i)
+        return scales.reshape(self.scale_shape(block))
+
+    def gather(self, scales: np.ndarray, block: Block) -> np.ndarray:
+        """The file's scales from the tree's: the exact inverse of `spread`."""
+        covered = self._covered(block)
+        fine = scales.reshape([n // few for n, (_, few) in zip(self.hf_shape, covered)])
+        return fine[tuple(slice(None, None, side // few) for side, few in covered)]
+
+    def _covered(self, block: Block) -> list[tuple[int, int]]:
+        """For each axis of the file: elements a block covers, elements a scale of the tree covers."""
+        sides = (1,) * (len(self.axes) - 2) + block
+        return [(side, math.gcd(axis[-1], side)) for axis, side in zip(self.axes, sides)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,18 +140,50 @@ class Row:
     @property
     def shape(self) -> tuple[int, ...]:
         """The array's shape: that of its part, or of all parts side by side."""
-        shape = list(self.parts[0].shape)
-        if self.axis is not None:
-            shape[self.axis] = sum(part.shape[self.axis] for part in self.parts)
-        return tuple(shape)
+        return self._beside([part.shape for part in self.parts])
+
+    def scale_shape(self, block: Block) -> tuple[int, ...]:
+        """The shape of the scales of an FP8 array whose parts are stored in blocks."""
+        return self._beside([part.scale_shape(block) for part in self.parts])
+
+    @property
+    def summed(self) -> range:
+        """A matrix's axes that a product sums over: the file has [out, in], or experts [E, in, out]."""
+        before, inner, *_ = self.parts[0].axes
+        return range(len(before), len(before) + len(inner))
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """The shape of one scale an output channel: 1 along the summed axes."""
+        return tuple(1 if i in self.summed else n for i, n in enumerate(self.shape))
 
     def assemble(self, tensors: list[np.ndarray]) -> np.ndarray:
         """The tree's array from the file's tensors: a view of a single one, a copy of several."""
         parts = [tensor.reshape(part.shape) for tensor, part in zip(tensors, self.parts)]
         return parts[0] if self.axis is None else np.concatenate(parts, self.axis)
 
+    def assemble_scales(self, scales: list[np.ndarray], block: Block) -> np.ndarray:
+        """The tree's scales from those of the file's tensors, one a block."""
+        parts = [part.spread(scale, block) for scale, part in zip(scales, self.parts)]
+        return parts[0] if self.axis is None else np.concatenate(parts, self.axis)
+
     def split(self, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
         """(name, tensor) as in the file: the exact inverse of `assemble`."""
+        for part, piece in self._pieces(array):
+            yield part.name, piece.reshape(part.hf_shape)
+
+    def split_scales(self, array: np.ndarray, block: Block) -> Iterator[tuple[str, np.ndarray]]:
+        """(name of the tensor, its scales) as in the file: the exact inverse of `assemble_scales`."""
+        for part, piece in self._pieces(array):
+            yield part.name, part.gather(piece, block)
+
+    def _beside(self, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
+        shape = list(shapes[0])
+        if self.axis is not None:
+            shape[self.axis] = sum(each[self.axis] for each in shapes)
+        return tuple(shape)
+
+    def _pieces(self, array: np.ndarray) -> Iterator[tuple[Part, np.ndarray]]:
         start = 0
         for part in self.parts:
             piece = array
@@ -121,7 +191,7 @@ class Row:
                 stop = start + part.shape[self.axis]
                 piece = array[(slice(None),) * self.axis + (slice(start, stop),)]
                 start = stop
-            yield part.name, piece.reshape(part.hf_shape)
+            yield part, piece
 
 
 def _sizes(cfg: Config) -> dict[str, int]:
@@ -154,8 +224,8 @@ def _counts(cfg: Config) -> dict[str, int]:
 
 def _part(name: str, spec: str, sizes: dict[str, int]) -> Part:
     groups = re.findall(r"\(.*?\)|\S+", spec)
-    axes = [[sizes[letter] for letter in group.strip("()").split()] for group in groups]
-    return Part(name, tuple(map(math.prod, axes)), tuple(n for axis in axes for n in axis))
+    axes = (tuple(sizes[letter] for letter in group.strip("()").split()) for group in groups)
+    return Part(name, tuple(axes))
 
 
 def rows(cfg: Config) -> list[Row]:

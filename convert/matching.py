@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +13,11 @@ import numpy as np
 from convert.fp8 import SUFFIX, Weight, block_of, misfit
 from convert.mapping import TEXT, Row, released_name, rows
 from convert.readers import DTYPES, FP8, Files, Stored, read_tensors
+from convert.stored import MismatchError, check_weights
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.staging import CONFIG, QUANTISATION
-from qwen3vl_jax.tensors import LazyTensor, TreePath, spell
+from qwen3vl_jax.staging import CONFIG, QUANTISATION, read_config
+from qwen3vl_jax.tensors import SCALE, VALUES, LazyTensor, TreePath, spell
 
 LAYOUTS = ("released", "transformers5")
 _HEAD, _EMBED = "lm_head.weight", TEXT + "embed_tokens.weight"
@@ -25,69 +25,49 @@ _ROWS = 4096  # of the embedding, compared at a time
 log = logging.getLogger("qwen3vl_jax")
 
 
-class MismatchError(InputError):
-    """Tensors that do not fit the config: one line, and every problem in `problems`."""
-
-    def __init__(self, where: Path | str, problems: list[str]):
-        self.problems = problems
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        super().__init__(f"{where}: tensors do not fit config.json: {problems[0]}{more}")
-
-
 @dataclasses.dataclass(frozen=True)
 class _Source:
-    """A tensor in the released layout: its dtype, and how it is read from what is stored."""
+    """A tensor in the released layout: its dtype, and how it is read from what is stored.
+
+    scales: of codes that are kept, one a block of the released layout.
+    """
 
     dtype: np.dtype
     load: Callable[[], np.ndarray]
+    scales: Callable[[], np.ndarray] | None = None
 
 
-def open_hf(directory: Path, cfg: Config, layout: str | None = None) -> dict[TreePath, LazyTensor]:
+def open_hf(
+    directory: Path, cfg: Config, layout: str | None = None, weights: str | None = None
+) -> dict[TreePath, LazyTensor]:
     """The arrays of a Hugging Face directory's parameter tree, by path; only headers are read.
 
-    FP8 tensors are bf16 here, dequantised when they are loaded.
+    FP8 tensors are bf16 here, dequantised when they are loaded; with weights "fp8" they are values
+    and scale. Weights "int8" only refuses FP8 files.
     layout: how fused experts lie ("released" or "transformers5"), needed only where their shape does
     not tell. A file without a head gives a tree without one, and a warning in the log.
     Raises InputError for files that cannot be read, MismatchError for tensors that do not fit.
     """
     if layout not in (None, *LAYOUTS):
         raise InputError(f"expert layout is {layout!r}, expected {' or '.join(LAYOUTS)}")
-    return _Matcher(directory, cfg, layout).match()
-
-
-def check_stored(where: Path, cfg: Config, stored: Mapping[TreePath, LazyTensor]) -> None:
-    """Raises MismatchError unless the arrays of an Orbax checkpoint are those of the config.
-
-    An untied head may be absent (a base model).
-    """
-    wanted = {row.path: row.shape for row in rows(cfg)}
-    if ("head",) not in stored:
-        wanted.pop(("head",), None)
-    problems = [
-        f"missing {spell(path)} {list(wanted[path])}" for path in wanted.keys() - stored.keys()
-    ]
-    problems += [f"unknown {spell(path)}" for path in stored.keys() - wanted.keys()]
-    for path in wanted.keys() & stored.keys():
-        if stored[path].shape != wanted[path]:
-            found = f"found {list(stored[path].shape)}, expected {list(wanted[path])}"
-            problems.append(f"shape of {spell(path)}: {found}")
-    if problems:
-        raise MismatchError(where, sorted(problems))
+    return _Matcher(directory, cfg, layout, weights).match()
 
 
 class _Matcher:
     """What is stored and not yet used (`found`), what was (`sources`; None: a problem was noted)."""
 
-    def __init__(self, directory: Path, cfg: Config, layout: str | None):
+    def __init__(self, directory: Path, cfg: Config, layout: str | None, weights: str | None):
         self.directory, self.cfg, self.layout = directory, cfg, layout
+        self.keep = weights == "fp8"
         self.files = Files()
         self.problems: list[str] = []
         self.sources: dict[str, _Source | None] = {}
-        raw = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-        self.block = block_of(directory, raw)
+        self.block = block_of(directory, read_config(directory))
         found = self._by_released_name(read_tensors(directory))
         self.scales = {name: found.pop(name) for name in list(found) if name.endswith(SUFFIX)}
         self.found = found
+        held = "fp8" if any(tensor.dtype in FP8 for tensor in found.values()) else None
+        check_weights(directory, held, weights)
 
     def match(self) -> dict[TreePath, LazyTensor]:
         """Every array of the tree; raises MismatchError with all problems at once."""
@@ -101,12 +81,14 @@ class _Matcher:
                 "%s: no %s (a base model): it can embed, not generate", self.directory, _HEAD
             )
             wanted = [row for row in wanted if row.path != ("head",)]
-        leaves = {row.path: self._leaf(row) for row in wanted}
+        leaves: dict[TreePath, LazyTensor] = {}
+        for row in wanted:
+            leaves |= self._leaves(row)
         for tensor in (*self.found.values(), *self.scales.values()):
             self.problems.append(f"unknown {tensor.where} {list(tensor.shape)}")
         if self.problems:
             raise MismatchError(self.directory, self.problems)
-        return {path: leaf for path, leaf in leaves.items() if leaf is not None}
+        return leaves
 
     def _by_released_name(self, tensors: list[Stored]) -> dict[str, Stored]:
         groups: dict[str, list[Stored]] = defaultdict(list)
@@ -140,24 +122,39 @@ class _Matcher:
         elif problem := misfit(tensor, scales, self.block):
             self.problems.append(problem)
         else:
-            return Weight(self.files, tensor, scales, self.block)
+            return Weight(self.files, tensor, scales, self.block, self.keep and scales is not None)
         return None
 
-    def _leaf(self, row: Row) -> LazyTensor | None:
+    def _leaves(self, row: Row) -> dict[TreePath, LazyTensor]:
+        """A row's array, or the two of a kept one; nothing where a problem was noted."""
         for part in row.parts:
             if part.name not in self.sources:
                 weight = self._take(part.name, part.hf_shape)
-                self.sources[part.name] = weight and _Source(weight.dtype, weight.load)
+                self.sources[part.name] = weight and _source(weight)
         sources = [source for part in row.parts if (source := self.sources[part.name])]
         if len(sources) < len(row.parts):
-            return None
+            return {}
         if len({source.dtype for source in sources}) > 1:
             found = ", ".join(f"{p.name} {s.dtype}" for p, s in zip(row.parts, sources))
             self.problems.append(f"dtype of {spell(row.path)}: {found}; expected one for all parts")
+            return {}
         loads = [source.load for source in sources]
-        return LazyTensor(
+        leaf = LazyTensor(
             row.shape, sources[0].dtype, lambda: row.assemble([load() for load in loads])
         )
+        scales = [source.scales for source in sources if source.scales]
+        block = self.block
+        if not scales or block is None:
+            return {row.path: leaf}
+
+        def scale() -> np.ndarray:
+            return row.assemble_scales([load() for load in scales], block)
+
+        shape = row.scale_shape(block)
+        return {
+            (*row.path, VALUES): leaf,
+            (*row.path, SCALE): LazyTensor(shape, DTYPES["F32"], scale),
+        }
 
     def _tied_head(self) -> None:
         """Drops the head of a tied file where it repeats the embedding; raises where it does not."""
@@ -207,7 +204,7 @@ class _Matcher:
         if found_turned or self.layout == LAYOUTS[1]:
             for fused, (_, inner, outer) in shapes.items():
                 weight = self._take(prefix + fused, (e, outer, inner))
-                self.sources[prefix + fused] = weight and _turned(weight, (e, inner, outer))
+                self.sources[prefix + fused] = weight and self._turned(weight)
 
     def _gathered(
         self, prefix: str, names: tuple[str, ...], shape: tuple[int, int, int]
@@ -223,24 +220,47 @@ class _Matcher:
         if len({weight.dtype for weight in stored}) > 1:
             self.problems.append(f"dtype of {prefix}*: found several, expected one")
             return None
-        dtype = stored[0].dtype
 
         def load() -> np.ndarray:
-            out = np.empty(shape, dtype)
+            out = np.empty(shape, stored[0].dtype)
             for k, weight in enumerate(stored):
                 j, part = divmod(k, len(names))
                 weight.read_into(out[j, :, part * width : (part + 1) * width].T)
             return out
 
-        return _Source(dtype, load)
+        def scales() -> np.ndarray:
+            sides = [weight.load_scales().T for weight in stored]
+            experts = zip(*(sides[k :: len(names)] for k in range(len(names))))
+            return np.stack([np.concatenate(each, axis=1) for each in experts])
+
+        if not stored[0].keep:
+            return _Source(stored[0].dtype, load)
+        self._check_turned_blocks(f"{prefix}*", width if len(names) > 1 else 0)
+        return _Source(stored[0].dtype, load, scales)
+
+    def _turned(self, weight: Weight) -> _Source:
+        """[E, in, out] from a stored [E, out, in]."""
+        e, outer, inner = weight.tensor.shape
+
+        def load() -> np.ndarray:
+            out = np.empty((e, inner, outer), weight.dtype)
+            weight.read_into(out.transpose(0, 2, 1))
+            return out
+
+        if not weight.keep:
+            return _Source(weight.dtype, load)
+        self._check_turned_blocks(weight.tensor.where)
+        return _Source(weight.dtype, load, lambda: weight.load_scales().transpose(0, 2, 1))
+
+    def _check_turned_blocks(self, where: str, width: int = 0) -> None:
+        """Notes blocks that the released layout of experts cannot have: not square, or cut at `width`."""
+        assert self.block is not None
+        if self.block[0] != self.block[1] or width % self.block[0]:
+            self.problems.append(
+                f"blocks of {where}: {list(self.block)} do not fit the released layout of experts, in "
+                f"which FP8 is kept; load or convert it without weights fp8"
+            )
 
 
-def _turned(weight: Weight, shape: tuple[int, int, int]) -> _Source:
-    """[E, in, out] from a stored [E, out, in]."""
-
-    def load() -> np.ndarray:
-        out = np.empty(shape, weight.dtype)
-        weight.read_into(out.transpose(0, 2, 1))
-        return out
-
-    return _Source(weight.dtype, load)
+def _source(weight: Weight) -> _Source:
+    return _Source(weight.dtype, weight.load, weight.load_scales if weight.keep else None)

@@ -24,8 +24,8 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
 }
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-FP8 = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)}  # read, never written
+FP8 = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)}  # comes with scales
+DTYPE_NAMES = {dtype: name for name, dtype in (DTYPES | FP8).items()}
 _READ = DTYPES | FP8
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")

@@ -6,19 +6,21 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 
-from convert.mapping import Row, rows
-from convert.matching import check_stored
+from convert.fp8 import SUFFIX, scale_shape
+from convert.mapping import Block, Row, rows
 from convert.readers import DTYPE_NAMES, INDEX, SINGLE, side_files
+from convert.stored import check_stored, stored_kind
 from convert.to_orbax import PARAMS, Progress
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.staging import check_apart, copy_files, staged
-from qwen3vl_jax.tensors import LazyTensor, TreePath
+from qwen3vl_jax.staging import check_apart, copy_files, read_config, staged
+from qwen3vl_jax.tensors import SCALE, LazyTensor, TreePath
 
 SHARD_SIZE = 5_000_000_000
 
@@ -45,7 +47,8 @@ def to_hf(
     """Writes safetensors (and an index if there are several) with all other files; (tensors, bytes).
 
     Every tensor has the name, shape, dtype and bytes of the released layout; a head that repeated a
-    tied embedding is not written again. Raises InputError before anything is written.
+    tied embedding is not written again. FP8 that was kept comes with its scales and its config.json.
+    Raises InputError before anything is written, and for int8 weights.
     """
     check_apart(source, out)
     cfg = Config.from_hf(source)
@@ -54,9 +57,15 @@ def to_hf(
     from qwen3vl_jax.orbax_io import read_tree, stored_tensors
 
     stored = stored_tensors(source / PARAMS)
-    check_stored(source, cfg, stored)
-    by_path = {row.path: row for row in rows(cfg) if row.path in stored}
-    tensors = _tensors(by_path, stored)
+    block = check_stored(source, cfg, stored, read_config(source))
+    if stored_kind(stored) == "int8":
+        raise InputError(
+            f"{source}: holds int8 weights, for which Hugging Face files have no form, and what was "
+            f"rounded off does not come back; take the checkpoint it was made from"
+        )
+    by_place = {row.path: row for row in rows(cfg)}
+    by_path = {path: by_place.get(path) or by_place[path[:-1]] for path in stored}
+    tensors = _tensors(by_path, stored, block)
     shards = _shards(tensors, shard_size)
     total = sum(tensor.nbytes for tensor in tensors)
     with staged(out, force, needs=total) as stage, ExitStack() as files:
@@ -67,7 +76,7 @@ def to_hf(
             places |= {tensor.name: (handle, tensor.offset) for tensor in held}
 
         def sink(path: TreePath, array: np.ndarray) -> None:
-            for name, tensor in by_path[path].split(array):
+            for name, tensor in _split(by_path[path], path, array, block):
                 handle, offset = places[name]
                 _write(handle, offset, tensor)
             progress(array.nbytes, total)
@@ -77,17 +86,33 @@ def to_hf(
             index = {tensor.name: shard for shard, held in shards.items() for tensor in held}
             text = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
             (stage / INDEX).write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
-        copy_files(source, side_files(source, leave_out=[PARAMS]), stage)
+        copy_files(source, side_files(source, leave_out=[PARAMS]), stage, fp8=block is not None)
     return len(tensors), total
 
 
-def _tensors(by_path: dict[TreePath, Row], stored: dict[TreePath, LazyTensor]) -> list[_Tensor]:
+def _split(
+    row: Row, path: TreePath, array: np.ndarray, block: Block | None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, tensor) in the files of a stored array: a row's own, its codes, or their scales."""
+    if block is not None and path == (*row.path, SCALE):
+        scales = row.split_scales(array, block)
+        return ((name + SUFFIX, tensor) for name, tensor in scales)
+    return row.split(array)
+
+
+def _tensors(
+    by_path: dict[TreePath, Row], stored: dict[TreePath, LazyTensor], block: Block | None
+) -> list[_Tensor]:
     found = []
     for path, row in by_path.items():
         dtype = stored[path].dtype
         if dtype not in DTYPE_NAMES:
             raise InputError(f"{row.parts[0].name}: dtype {dtype} has no name in safetensors")
-        found += [_Tensor(part.name, dtype, part.hf_shape) for part in row.parts]
+        if block is not None and path == (*row.path, SCALE):
+            found += [_Tensor(part.name + SUFFIX, dtype, scale_shape(part.hf_shape, block))
+                      for part in row.parts]  # fmt: skip
+        else:
+            found += [_Tensor(part.name, dtype, part.hf_shape) for part in row.parts]
     return sorted(found, key=lambda tensor: tensor.name)
 
 

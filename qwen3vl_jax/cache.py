@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from qwen3vl_jax.attention import BLOCK, attend, causal_ranges
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.model import last_attended, run_rows, unembed
+from qwen3vl_jax.model import embedded, last_attended, run_rows, stream_dtype, unembed
 from qwen3vl_jax.sharding import platform
 from qwen3vl_jax.structs import Batch, Features, KVCache, Params
 from qwen3vl_jax.text import decode_layers
@@ -86,7 +86,7 @@ def prefill(
     the vision tower still runs first and whole.
     """
     rows, width = batch.tokens.shape
-    cache = init_cache(cfg, rows, max(max_len, width), params["embed"].dtype)
+    cache = init_cache(cfg, rows, max(max_len, width), stream_dtype(params))
     lo, hi = causal_ranges(batch.segment_ids)
     valid = batch.segment_ids > 0
     slot = jnp.where(valid, jnp.arange(width) - lo, cache.slots)
@@ -139,7 +139,7 @@ def _fill_in_chunks(params, cfg, cache, batch, features, slot, chunk):
         k, v = (list(part) for part in zip(*new, strict=True))
         return ((k, v), jnp.where(inside, here, kept)), None
 
-    x = jnp.zeros((rows, cfg.text.hidden_size), params["embed"].dtype)
+    x = jnp.zeros((rows, cfg.text.hidden_size), stream_dtype(params))
     ((k, v), x), _ = jax.lax.scan(body, ((cache.k, cache.v), x), (cut, slots, starts))
     length = jnp.sum(batch.segment_ids > 0, axis=1, dtype=jnp.int32)
     cache = cache.replace(k=k, v=v, length=length, delta=cache.delta + batch.delta)
@@ -174,7 +174,7 @@ def decode_step(
     """
     slot = cache.length[:, None]
     positions = jnp.broadcast_to((cache.length + cache.delta)[:, None], (3, *slot.shape))
-    x = params["embed"][tokens][:, None]
+    x = embedded(params, tokens)[:, None]
     mix = _cache_mix(cache, slot, slot + 1)
     x, kept = decode_layers(_lists(params["layers"]), cfg.text, x, positions, mix)
     k, v = (list(part) for part in zip(*kept, strict=True))

@@ -11,6 +11,8 @@ An Orbax directory is complete in itself:
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -19,17 +21,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from convert import matching, readers
+from convert import int8, matching, readers
 from convert.mapping import tree_of
+from convert.stored import check_stored, check_weights, stored_kind
 from convert.to_orbax import PARAMS
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.staging import CONFIG, copy_files, staged, write_config
-from qwen3vl_jax.tensors import LazyTensor, flatten
+from qwen3vl_jax.staging import CONFIG, copy_files, read_config, staged, write_config
+from qwen3vl_jax.tensors import LazyTensor, TreePath, at_path, eight_bit, flatten, subtree
 
 if TYPE_CHECKING:
+    from qwen3vl_jax.logit_error import Read
     from qwen3vl_jax.structs import Params
 
+log = logging.getLogger("qwen3vl_jax")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
 
@@ -38,6 +43,7 @@ def load(
     ckpt: str | os.PathLike[str],
     *,
     dtype: Any = None,
+    weights: str | None = None,
     revision: str | None = None,
     expert_layout: str | None = None,
 ) -> tuple[Params, Config]:
@@ -45,36 +51,73 @@ def load(
 
     Tensors go to the device one by one, as stored or cast to `dtype` there; host memory holds a few at
     a time. A base model without a head gives params without "head" and a warning in the log.
+    weights: None dequantises the FP8 of Hugging Face files to bf16 and takes an Orbax directory as it
+    is; "fp8" keeps the codes and scales of an FP8 checkpoint; "int8" rounds the decoder's matrices
+    (convert/int8.py says which) and logs by how much logits change. `dtype` is that of everything
+    else and of the computation. Each such weight is a `quantized.Quantized`.
     revision: branch, tag or commit of a Hub id. expert_layout: as `python -m convert` has it.
-    Raises InputError for weights that are absent, damaged, incomplete or not those of config.json.
+    Raises InputError for weights that are absent, damaged, incomplete, not those of config.json, or
+    not to be had in the form asked for.
     """
     directory = resolve(ckpt, revision)
     cfg = Config.from_hf(directory)
     if (directory / PARAMS).is_dir():
-        return _load_orbax(directory, cfg, dtype), cfg
+        return _load_orbax(directory, cfg, dtype, weights), cfg
     if any(directory.glob(f"{PARAMS}.orbax-checkpoint-tmp*")):
         raise InputError(f"{directory}: its Orbax checkpoint was never finished; write it again")
-    lazy = matching.open_hf(directory, cfg, expert_layout)
+    as_stored = lazy = matching.open_hf(directory, cfg, expert_layout, weights)
+    if weights == "int8":
+        lazy = int8.quantised(cfg, as_stored)
     import jax.numpy as jnp
 
+    from qwen3vl_jax.quantized import as_structs
+
+    codes = eight_bit(lazy)
     # jnp.array copies; device_put would alias the memory map on a CPU, and a file may change.
-    leaves = {path: _cast(jnp.array(leaf.load()), dtype) for path, leaf in lazy.items()}
-    return tree_of(cfg, leaves), cfg
+    leaves = {
+        path: _cast(jnp.array(leaf.load()), None if path in codes else dtype)
+        for path, leaf in lazy.items()
+    }
+    params = as_structs(tree_of(cfg, leaves))
+    if weights == "int8":
+        _log_error(directory, cfg, functools.partial(subtree, as_stored), params)
+    return params, cfg
 
 
-def _load_orbax(directory: Path, cfg: Config, dtype: Any) -> Params:
+def _load_orbax(directory: Path, cfg: Config, dtype: Any, weights: str | None) -> Params:
     import jax
 
-    from qwen3vl_jax.orbax_io import read_tree, stored_tensors
+    from qwen3vl_jax.orbax_io import read_part, read_tree, stored_tensors
+    from qwen3vl_jax.quantized import as_structs
 
-    stored = stored_tensors(directory / PARAMS)
-    matching.check_stored(directory, cfg, stored)
-    return read_tree(directory / PARAMS, lambda _, array: _cast(jax.device_put(array), dtype))
+    held = stored_tensors(directory / PARAMS)
+    check_stored(directory, cfg, held, read_config(directory))
+    check_weights(directory, stored_kind(held), weights)
+    rounding = weights == "int8" and stored_kind(held) is None
+    codes, rows = eight_bit(held), int8.quantised_rows(cfg) if rounding else {}
+
+    def sink(path: TreePath, array: np.ndarray) -> Any:
+        if path in rows:
+            pair = int8.quantise(rows[path], array)
+            return {key: _cast(jax.device_put(part), None) for key, part in pair.items()}
+        return _cast(jax.device_put(array), None if path in codes else dtype)
+
+    params = as_structs(read_tree(directory / PARAMS, sink))
+    if rounding:
+        _log_error(directory, cfg, functools.partial(read_part, directory / PARAMS), params)
+    return params
 
 
 def _cast(array: Any, dtype: Any) -> Any:
     array = array if dtype is None else array.astype(dtype)
     return array.block_until_ready()  # or the host copies of many tensors would wait at once
+
+
+def _log_error(directory: Path, cfg: Config, original: Read, params: Params) -> None:
+    from qwen3vl_jax.logit_error import logit_error
+
+    error = logit_error(cfg, original, functools.partial(at_path, params))
+    log.warning("%s: int8: %s", directory, error)
 
 
 def save_params(
@@ -88,11 +131,13 @@ def save_params(
 
     config: a Config or a config.json's dict; None takes the config.json of files_from.
     files_from: a checkpoint directory whose tokenizer, template and other files are copied.
+    FP8 weights need a config with their quantization_config: a Config has none.
     Raises InputError where `out` is in the way (force replaces a checkpoint) or params do not fit.
     """
     import jax
 
     from qwen3vl_jax.orbax_io import write_tree
+    from qwen3vl_jax.quantized import as_dicts
 
     source = None if files_from is None else Path(files_from)
     raw = config.to_hf() if isinstance(config, Config) else config
@@ -105,18 +150,18 @@ def save_params(
         # Of a copy: a jax.Array keeps the host's side of a transfer for as long as it lives.
         return LazyTensor(tuple(x.shape), np.dtype(x.dtype), lambda: np.asarray(x.copy()))
 
-    lazy = jax.tree.map(lazy_copy, params)
+    lazy = jax.tree.map(lazy_copy, as_dicts(params))
     leaves = dict(flatten(lazy))
-    matching.check_stored(Path(out), cfg, leaves)
+    told = read_config(source) if raw is None and source else raw or {}
+    fp8 = check_stored(Path(out), cfg, leaves, told) is not None
     names = readers.side_files(source, leave_out=[PARAMS]) if source else []
     with staged(Path(out), force, needs=sum(leaf.nbytes for leaf in leaves.values())) as stage:
         write_tree(stage / PARAMS, lazy)
         if source:
-            copy_files(
-                source, [name for name in names if raw is None or name != Path(CONFIG)], stage
-            )
+            kept = [name for name in names if raw is None or name != Path(CONFIG)]
+            copy_files(source, kept, stage, fp8)
         if raw is not None:
-            write_config(stage, raw)
+            write_config(stage, raw, fp8)
 
 
 def resolve(ckpt: str | os.PathLike[str], revision: str | None = None) -> Path:

@@ -91,6 +91,6 @@ def sizes(params: Any, cfg: Any, batch: Any) -> dict[str, int]:
     cache = 2 * t.num_hidden_layers * t.num_key_value_heads * t.head_dim * slots
     patches = 0 if batch.vision is None else batch.vision.pixels.shape[0]
     width = 4 * cfg.vision.hidden_size + cfg.vision.intermediate_size
-    item = leaves[0].dtype.itemsize
+    item = params["norm"].dtype.itemsize  # never held in 8 bits
     return {"weights": sum(x.nbytes for x in leaves), "cache (about)": cache * item,
             "pictures (about)": patches * width * item}  # fmt: skip

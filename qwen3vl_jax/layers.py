@@ -17,6 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from qwen3vl_jax.quantized import Weight, factored
 from qwen3vl_jax.sharding import platform
 
 ones, zeros = nn.initializers.ones, nn.initializers.zeros
@@ -47,9 +48,7 @@ def apply(module: nn.Module, params: Any, *args: Any) -> Any:
     return module.apply({"params": params}, *args)
 
 
-def linear(
-    x: jax.Array, w: jax.Array, bias: jax.Array | None = None, in_dims: int = 1
-) -> jax.Array:
+def linear(x: jax.Array, w: Weight, bias: jax.Array | None = None, in_dims: int = 1) -> jax.Array:
     """x [..., in] times w [out..., in...] -> [..., out...], summed in fp32, in the dtype of x.
 
     `in_dims` trailing axes of w (and of x) are contracted. The weight keeps Hugging Face's axis order
@@ -59,16 +58,18 @@ def linear(
     return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
 
 
-def linear_fp32(x: jax.Array, w: jax.Array, in_dims: int = 1) -> jax.Array:
+def linear_fp32(x: jax.Array, w: Weight, in_dims: int = 1) -> jax.Array:
     """`linear` whose result stays in fp32: logits, and everything before a bias."""
     lead, out = x.shape[: x.ndim - in_dims], w.shape[: w.ndim - in_dims]
     rows, width = math.prod(lead), math.prod(w.shape[w.ndim - in_dims :])
-    x2, w2 = x.reshape(rows, width), w.reshape(-1, width).astype(x.dtype)
+    values, factor = factored(w, x.dtype, range(w.ndim - in_dims, w.ndim))
+    x2, w2 = x.reshape(rows, width), values.reshape(-1, width)
     if rows == 1 and x.dtype == jnp.bfloat16 and platform() == "cpu":
         x2 = jnp.repeat(x2, 2, axis=0)  # XLA:CPU has no fast bf16 vector-matrix product
     contract = (((1,), (1,)), ((), ()))
     y = jax.lax.dot_general(x2, w2, contract, preferred_element_type=jnp.float32)
-    return y[:rows].reshape(*lead, *out)
+    y = y[:rows].reshape(*lead, *out)
+    return y if factor is None else y * factor
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

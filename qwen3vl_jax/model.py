@@ -18,6 +18,7 @@ from qwen3vl_jax.attention import attend, attention_probs, causal_ranges
 from qwen3vl_jax.config import Config, TextConfig, VisionConfig
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.layers import linear_fp32, ones, rms_norm, weight
+from qwen3vl_jax.quantized import Quantized, take_rows
 from qwen3vl_jax.structs import Batch, Features, Params
 from qwen3vl_jax.text import Block, decode_layers
 from qwen3vl_jax.vision import PatchEmbed, PatchMerger, VisionBlock, vision_encode
@@ -108,6 +109,17 @@ def _per_layer(layers):
     return [jax.tree.map(lambda x, i=i: x[i], layers) for i in range(count)]
 
 
+def stream_dtype(params: Params) -> Any:
+    """The dtype of the computation: the embedding's, or the final norm's where that is in 8 bits."""
+    embed = params["embed"]
+    return (params["norm"] if isinstance(embed, Quantized) else embed).dtype
+
+
+def embedded(params: Params, tokens: jax.Array) -> jax.Array:
+    """Token embeddings [.. D] of tokens [..]."""
+    return take_rows(params["embed"], tokens, stream_dtype(params))
+
+
 def embed_tokens(
     params: Params, cfg: Config, batch: Batch, features: Features | None
 ) -> tuple[jax.Array, jax.Array | None]:
@@ -118,8 +130,9 @@ def embed_tokens(
     """
     if features is None and batch.vision is not None:
         features = vision_encode(params, cfg, batch.vision)
-    table, rows = params["embed"], batch.vision_rows
-    x = table[batch.tokens] if batch.embeds is None else jnp.asarray(batch.embeds, table.dtype)
+    rows, dtype = batch.vision_rows, stream_dtype(params)
+    given = batch.embeds
+    x = embedded(params, batch.tokens) if given is None else jnp.asarray(given, dtype)
     if rows is None:
         return x, None
     if features is None:

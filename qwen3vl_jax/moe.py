@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from qwen3vl_jax.config import TextConfig
 from qwen3vl_jax.layers import ACTIVATIONS, linear_fp32, weight
+from qwen3vl_jax.quantized import factored
 from qwen3vl_jax.sharding import platform
 
 
@@ -53,10 +54,16 @@ def experts_ragged(x, share, chosen, gate_up, down, act: str) -> jax.Array:
     n, per_token = chosen.shape
     order = jnp.argsort(chosen.reshape(-1))
     token = order // per_token
-    sizes = jnp.bincount(chosen.reshape(-1), length=gate_up.shape[0]).astype(jnp.int32)
-    hidden = _swiglu(ragged_dot(x[token], gate_up.astype(x.dtype), sizes), act)
-    out = ragged_dot(hidden, down.astype(x.dtype), sizes)
-    out = out.astype(jnp.float32) * share.reshape(-1)[order].astype(jnp.float32)[:, None]
+    expert = chosen.reshape(-1)[order]
+    sizes = jnp.bincount(expert, length=gate_up.shape[0]).astype(jnp.int32)
+
+    def product(x, w):
+        values, factor = factored(w, x.dtype, (1,))
+        y = ragged_dot(x, values, sizes).astype(jnp.float32)
+        return y if factor is None else y * factor[expert]
+
+    hidden = _swiglu(product(x[token], gate_up).astype(x.dtype), act)
+    out = product(hidden, down) * share.reshape(-1)[order].astype(jnp.float32)[:, None]
     return jnp.zeros((n, x.shape[1]), jnp.float32).at[token].add(out).astype(x.dtype)
 
 
@@ -69,10 +76,14 @@ def experts_scan(x, share, chosen, gate_up, down, act: str) -> jax.Array:
     table = jnp.zeros((n, count), jnp.float32)
     table = table.at[jnp.arange(n)[:, None], chosen].add(share.astype(jnp.float32))
 
+    def product(x, w):
+        values, factor = factored(w, x.dtype, (0,))
+        y = jnp.dot(x, values, preferred_element_type=jnp.float32)
+        return y if factor is None else y * factor
+
     def run(total, up_e, down_e, share_e):
-        hidden = _swiglu(jnp.dot(x, up_e.astype(x.dtype)), act)
-        out = jnp.dot(hidden, down_e.astype(x.dtype), preferred_element_type=jnp.float32)
-        return total + out * share_e[:, None]
+        hidden = _swiglu(product(x, up_e).astype(x.dtype), act)
+        return total + product(hidden, down_e) * share_e[:, None]
 
     def body(total, xs):
         return jax.lax.cond(jnp.any(xs[2] != 0), run, lambda t, *_: t, total, *xs), None

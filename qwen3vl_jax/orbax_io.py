@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.tensors import LazyTensor, TreePath, flatten
+from qwen3vl_jax.tensors import LazyTensor, TreePath, at_path, flatten
 
 Sink = Callable[[TreePath, np.ndarray], Any]
 _GROUP = 64 << 20  # bytes written together; a single larger tensor goes alone
@@ -53,7 +53,7 @@ class _Handler(ocp.type_handlers.NumpyHandler):
             for future in await super().serialize(arrays, infos[group], args[group]):
                 future.result()
             for info, array in zip(infos[group], arrays):
-                self._sink(_keys(info), array)
+                self._sink(_place(info.keypath), array)
             del arrays, array, future  # before the next group comes, not after
         return []
 
@@ -62,7 +62,7 @@ class _Handler(ocp.type_handlers.NumpyHandler):
         leaves = []
         for info, arg in zip(infos, args):
             (array,) = await super().deserialize([info], [arg])
-            leaves.append(self._sink(_keys(info), array))
+            leaves.append(self._sink(_place(info.keypath), array))
             del array  # before the next one comes, not after
         return leaves
 
@@ -77,9 +77,9 @@ def _groups(sizes: list[int]) -> Iterator[slice]:
     yield slice(start, len(sizes))
 
 
-def _keys(info: Any) -> TreePath:
+def _place(keypath: tuple[Any, ...]) -> TreePath:
     """The place of a leaf: its keys as they are in the tree."""
-    return tuple(key.key if hasattr(key, "key") else key.idx for key in info.keypath)
+    return tuple(key.key if hasattr(key, "key") else key.idx for key in keypath)
 
 
 def _tree_handler(sink: Sink) -> ocp.PyTreeCheckpointHandler:
@@ -115,17 +115,28 @@ def stored_tensors(directory: Path) -> dict[TreePath, LazyTensor]:
     }
 
 
-def read_tree(directory: Path, sink: Sink) -> Any:
+def read_tree(directory: Path, sink: Sink, under: TreePath = ()) -> Any:
     """Reads each array of a checkpoint; gives the tree of what `sink(path, array)` returned.
 
+    under: reads no array but those at or below this path, and gives what stands there, or None.
     Raises InputError for a directory that Orbax cannot read.
     """
-    as_lazy = jax.tree.map(
-        lambda leaf: ocp.RestoreArgs(restore_type=LazyTensor), _metadata(directory)
-    )
+
+    def wanted(keypath: tuple[Any, ...], leaf: Any) -> Any:
+        return leaf if _place(keypath)[: len(under)] == under else ocp.PLACEHOLDER
+
+    stored = _metadata(directory)
+    as_lazy = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=LazyTensor), stored)
+    item = jax.tree.map_with_path(wanted, stored)
     with _readable(directory), ocp.Checkpointer(_tree_handler(sink)) as checkpointer:
-        args = ocp.args.PyTreeRestore(restore_args=as_lazy)
-        return checkpointer.restore(directory.absolute(), args=args)
+        args = ocp.args.PyTreeRestore(item, restore_args=as_lazy)
+        found = checkpointer.restore(directory.absolute(), args=args)
+    return at_path(found, under)
+
+
+def read_part(directory: Path, path: TreePath) -> Any:
+    """What stands at a path of a checkpoint, in numpy arrays, or None; nothing else is read."""
+    return read_tree(directory, lambda _, array: array, path)
 
 
 def _metadata(directory: Path) -> Any:

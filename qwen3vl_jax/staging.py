@@ -101,24 +101,29 @@ def _flush(directory: Path) -> None:
             os.close(handle)
 
 
-def copy_files(source: Path, names: Iterable[Path], target: Path) -> None:
+def copy_files(source: Path, names: Iterable[Path], target: Path, fp8: bool = False) -> None:
     """Copies files by relative name, config.json last: a directory without it is no checkpoint.
 
-    A config.json that speaks of quantised weights is written without: what is written never is.
+    A config.json that speaks of quantised weights is written without, unless they are kept (fp8).
     """
     for name in sorted(names, key=lambda name: (name == Path(CONFIG), name)):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
-        if name == Path(CONFIG):
-            raw = json.loads((source / name).read_text(encoding="utf-8"))
+        if name == Path(CONFIG) and not fp8:
+            raw = read_config(source)
             if unquantised(raw) != raw:
                 write_config(target, raw)
                 continue
         shutil.copyfile(source / name, target / name)
 
 
-def write_config(directory: Path, raw: Mapping[str, Any]) -> None:
-    """Writes a config.json, without quantization_config."""
-    text = json.dumps(unquantised(raw), indent=2) + "\n"
+def read_config(directory: Path) -> dict[str, Any]:
+    """The dict of a directory's config.json."""
+    return json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+
+
+def write_config(directory: Path, raw: Mapping[str, Any], fp8: bool = False) -> None:
+    """Writes a config.json, without quantization_config unless the weights are kept so (fp8)."""
+    text = json.dumps(raw if fp8 else unquantised(raw), indent=2) + "\n"
     (directory / CONFIG).write_text(text, encoding="utf-8")
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 TreePath = tuple[str | int, ...]  # a place in a parameter tree: ("layers", 3, "attn", "qkv")
+VALUES, SCALE = "values", "scale"  # what stands at a place whose weight is held in 8 bits
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -59,6 +60,30 @@ def flatten(tree: Any, path: TreePath = ()) -> list[tuple[TreePath, Any]]:
     else:
         return [(path, tree)]
     return [found for key, child in children for found in flatten(child, (*path, key))]
+
+
+def eight_bit(paths: Iterable[TreePath]) -> set[TreePath]:
+    """Those of the paths that are the values or the scale of a weight held in 8 bits."""
+    places = {path[:-1] for path in paths if path[-1] == VALUES}
+    return {(*place, key) for place in places for key in (VALUES, SCALE)}
+
+
+def subtree(leaves: Mapping[TreePath, LazyTensor], path: TreePath) -> Any:
+    """What stands at a path, loaded: an array, a tree of arrays, or None."""
+    if path in leaves:
+        return leaves[path].load()
+    depth = len(path)
+    found = [(p[depth:], leaf.load()) for p, leaf in leaves.items() if p[:depth] == path]
+    return nest(found) if found else None
+
+
+def at_path(tree: Any, path: TreePath) -> Any:
+    """What stands at a path of a tree, or None."""
+    for key in path:
+        if isinstance(tree, dict) and key not in tree:
+            return None
+        tree = tree[key]
+    return tree
 
 
 def spell(path: TreePath) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from qwen3vl_jax.attention import attend
 from qwen3vl_jax.config import Config, VisionConfig
 from qwen3vl_jax.layers import ACTIVATIONS, LayerNorm, apply, linear, run_layers, weight, zeros
+from qwen3vl_jax.quantized import Weight, dense
 from qwen3vl_jax.rope import rotate, vision_rotary
 from qwen3vl_jax.structs import Features, Params, VisionInputs
 
@@ -92,9 +93,9 @@ class PatchMerger(nn.Module):
         return linear(x, weight(self, "fc2", out, d), weight(self, "fc2_bias", out, init=zeros))
 
 
-def position_embedding(table: jax.Array, vis: VisionInputs) -> jax.Array:
+def position_embedding(table: Weight, vis: VisionInputs) -> jax.Array:
     """Learned positions [P Dv] in fp32, bilinear between the four neighbours in the table."""
-    return jnp.einsum("pad,pa->pd", table.astype(jnp.float32)[vis.pos_index], vis.pos_weight)
+    return jnp.einsum("pad,pa->pd", dense(table, jnp.float32)[vis.pos_index], vis.pos_weight)
 
 
 def vision_encode(params: Params, cfg: Config, vis: VisionInputs) -> Features:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 
 from convert.mapping import rows
@@ -52,13 +53,17 @@ steps = {
     "to_hf": lambda: to_hf(orbax, back, shard_size=10**8),
     "load_hf": lambda: load(source),
     "load_orbax": lambda: load(orbax),
+    "to_int8": lambda: to_orbax(source, back.with_name("int8"), weights="int8"),
 }
 print(json.dumps({name: watch(step) for name, step in steps.items()}))
 """
 
 
 def test_memory_is_bounded(tmp_path):
-    """Peaks above the start: both directions a group (64 MiB) and two tensors, loads also the weights."""
+    """Peaks above the start: both directions a group (64 MiB) and two tensors, loads also the weights.
+
+    int8 also runs the layers, one at a time, to measure what it changes, and compiles them for that.
+    """
     raw = released_config("2b")
     raw["text_config"] |= {"vocab_size": 8_000, "hidden_size": 1024, "num_hidden_layers": 6}
     raw["text_config"] |= {"intermediate_size": 3072, "num_attention_heads": 8}
@@ -72,13 +77,14 @@ def test_memory_is_bounded(tmp_path):
         start, end = end, end + sizes[part.name]
         header[part.name] = {"dtype": "BF16", "shape": part.hf_shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
-    block = np.random.default_rng(0).bytes(max(sizes.values()))
+    values = np.random.default_rng(0).standard_normal(max(sizes.values()) // 2, np.float32)
+    block = values.astype(ml_dtypes.bfloat16).tobytes()
     with (source / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for size in sizes.values():
             file.write(block[:size])
     (source / "config.json").write_text(json.dumps(raw))
-    del block
+    del values, block
     total, largest = sum(sizes.values()), max(sizes.values())
     assert 300 * 10**6 < total < 330 * 10**6
     assert largest < 40 * 10**6
@@ -92,6 +98,7 @@ def test_memory_is_bounded(tmp_path):
     bound = 2 * largest + 128 * MIB
     assert peaks["to_orbax"] < bound
     assert peaks["to_hf"] < bound
+    assert peaks["to_int8"] < bound + 256 * MIB
     # On a CPU the device's memory is the host's, so the weights themselves count.
     assert peaks["load_hf"] < total + bound
     assert peaks["load_orbax"] < total + bound

@@ -37,6 +37,13 @@ def test_without_arguments_the_demo_answers_and_says_how_long_it_took(capsys):
         assert word in err
 
 
+def test_int8_weights_answer_and_their_error_is_told(capsys, caplog):
+    text = run(capsys, "--weights", "int8").out
+    assert all(word.isdigit() for word in text.split()) and len(text.split()) > 3
+    (line,) = [record.getMessage() for record in caplog.records if "int8" in record.getMessage()]
+    assert "logits differ by" in line and "of 64 places" in line
+
+
 def test_streamed_and_whole_answers_are_the_same(capsys):
     options = ("--prompt", "Find every 4.", "--max-new-tokens", 60)
     whole, streamed = run(capsys, *options).out, run(capsys, *options, "--stream").out
@@ -205,6 +212,7 @@ BAD = {
     "two at once": (lambda: ("--embed", "--rerank"), ["one of them"]),
     "too many dims": (lambda: ("--embed", "--prompt", "hi", "--dims", 999), ["dims is 999", "192"]),
     "no reranker": (lambda: ("--rerank", "--prompt", "a", "--document", "b"), ["yes", "no"]),
+    "no fp8 weights": (lambda: (*ASK, "--weights", "fp8"), ["no FP8 weights", "int8"]),
     "chunk": (lambda: (*ASK, "--prefill-chunk", 0), ["chunk", "0"]),
     "draw to a text file": (lambda: (*ASK, "--draw", "out.txt"), ["out.txt"]),
 }
