@@ -281,7 +281,7 @@ def batch(args: argparse.Namespace) -> None:
         tuple(args.stop), longest(args, processor), input_options(args), args.rows,
         args.prefill_chunk,
     )  # fmt: skip
-    made_with = {"ckpt": str(directory.resolve()), "dtype": args.dtype}
+    made_with = {"ckpt": str(directory.resolve()), "dtype": args.dtype, "weights": args.weights}
     answer_file(
         lambda: load(args, directory), processor, args.input, args.output, settings, made_with
     )

@@ -30,6 +30,7 @@ from qwen3vl_jax.generation import (
     grow,
     take,
 )
+from qwen3vl_jax.model import stream_dtype
 from qwen3vl_jax.prefixes import Prefix, PrefixStore
 from qwen3vl_jax.processing.batch import bucket
 from qwen3vl_jax.processing.prompts import (
@@ -165,7 +166,7 @@ def _empty(params, cfg, rows, slots) -> DecodeState:
     vocab, zero = cfg.text.vocab_size, jnp.zeros(rows, jnp.int32)
     none = jnp.zeros((rows, vocab), bool)
     return DecodeState(
-        cache=init_cache(cfg, rows, slots, params["norm"].dtype),
+        cache=init_cache(cfg, rows, slots, stream_dtype(params)),
         token=zero,
         logprob=jnp.zeros(rows, jnp.float32),
         count=zero,
