@@ -254,6 +254,6 @@ class _Told:
         text += f"({self.rate():.0f}/s), rows busy {count['row_steps'] / max(slots, 1):.0%}, "
         text += f"prompt tokens {count['prefilled']} run and {count['reused']} reused, "
         text += f"pictures {count['encoded']} encoded of {count['shown']} shown"
-        if self.reasons["error"]:
-            text += f'\n{self.reasons["error"]} lines could not be used: see their "error"'
+        if self.bad:
+            text += f'\n{self.bad} lines could not be used: see their "error"'
         return text
