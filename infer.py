@@ -14,93 +14,11 @@ from pathlib import Path
 
 from qwen3vl_jax.cli import Clock, memory_advice, one_line_errors, sizes
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.options import arguments, check, input_options
 
 HERE = Path(__file__).resolve().parent
 DEMO, DEMO_PICTURE = HERE / "demo" / "checkpoint", HERE / "demo" / "pictures" / "grid.png"
 DEMO_PROMPT = "Read the digits row by row."
-
-
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(prog="infer.py", description=(__doc__ or "").split("\n")[0])
-    add = p.add_argument
-    add("--ckpt", help="Orbax or Hugging Face directory, or a Hub id (default: the bundled demo)")
-    add("--revision", help="branch, tag or commit of a Hub id")
-    add("--image", action="append", default=[], help="file or http(s) address; once a picture")
-    add("--video", action="append", default=[], help="file or http(s) address; once a clip")
-    add("--prompt", help="the question")
-    add("--system", help="system text")
-    add(
-        "--messages",
-        type=Path,
-        metavar="FILE",
-        help="a conversation as JSON: [{role, content}, ..]",
-    )
-    add("--chat", action="store_true", help="talk in the terminal; --image and --video go first")
-    add("--input", type=Path, metavar="FILE.jsonl", help="answer one conversation a line")
-    add("--output", type=Path, metavar="FILE.jsonl", help="where the answers to --input go")
-    add("--rows", type=int, default=16, help="with --input: answers at a time")
-    add("--answers", type=int, default=1, help="so many answers, from one prefill")
-    add(
-        "--embed",
-        action="store_true",
-        help="print the unit vector of --prompt, --image and --video",
-    )
-    add("--dims", type=int, help="with --embed: as many numbers (Matryoshka)")
-    add("--rerank", action="store_true", help="print how well each --document answers the query")
-    add(
-        "--document",
-        action="append",
-        default=[],
-        metavar="TEXT|FILE",
-        help="text, or a picture's file",
-    )
-    add("--instruction", help="what --embed or --rerank is for")
-    add("--stream", action="store_true", help="print the answer as it comes")
-    add("--draw", type=Path, metavar="OUT.png", help="draw the answer's boxes and points")
-    add("--max-new-tokens", type=int, default=1024)
-    add(
-        "--max-len",
-        type=int,
-        help="longest prompt and answer together (default: the model's limit)",
-    )
-    add("--temperature", type=float, help="0 takes the likeliest token (default of these six: the "
-        "checkpoint's generation_config.json)")  # fmt: skip
-    add("--top-k", type=int)
-    add("--top-p", type=float)
-    add("--min-p", type=float)
-    add("--repetition-penalty", type=float)
-    add("--min-new-tokens", type=int)
-    add("--presence-penalty", type=float, default=0.0)
-    add("--seed", type=int, default=0)
-    add("--prefill-chunk", type=int, default=8192, help="prompt tokens taken at a time")
-    add(
-        "--stop",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="end the answer before this text",
-    )
-    add("--min-pixels", type=int, help="enlarge smaller pictures to this area")
-    add("--max-pixels", type=int, help="shrink larger pictures to this area")
-    add("--fps", type=float, help="frames a second to use of a clip (default: the checkpoint's, 2)")
-    add("--num-frames", type=int, help="frames to use of a clip, in place of --fps")
-    add("--max-frames", type=int, help="at most as many frames of a clip (default: 768)")
-    add("--video-max-pixels", type=int, help="shrink clips of more pixels (all frames together)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"),
-        help="of the weights (default: the checkpoint's; float32 on a CPU)")  # fmt: skip
-    add("--weights", choices=("fp8", "int8"), help="keep FP8 as it is, or round to int8")
-    add(
-        "--chat-template",
-        type=Path,
-        metavar="FILE",
-        help="a Jinja template in place of the checkpoint's",
-    )
-    add(
-        "--allow-special",
-        action="store_true",
-        help="special tokens spelled in the text are special",
-    )
-    return p.parse_args(argv)
 
 
 def conversation(args: argparse.Namespace) -> tuple[list[dict], list[dict] | None]:
@@ -136,61 +54,6 @@ def conversation(args: argparse.Namespace) -> tuple[list[dict], list[dict] | Non
     clips = [{"type": "video", "video": source} for source in args.video]
     content = [*pictures, *clips, {"type": "text", "text": prompt}]
     return [*system, {"role": "user", "content": content}], None
-
-
-def check(args: argparse.Namespace) -> None:
-    """Raises InputError for options that do not go together or are out of range."""
-    from qwen3vl_jax.processing.tokenizer import stop_list
-
-    stop_list(args.stop)
-    check_batch(args)
-    for name in ("prompt", "messages", "draw") if args.chat else ():
-        if getattr(args, name):
-            raise InputError(f"--chat: it asks for the questions itself, leave --{name} out")
-    if args.chat + args.embed + args.rerank > 1:
-        raise InputError("--chat, --embed and --rerank: give one of them")
-    if args.rerank != bool(args.document):
-        raise InputError("--rerank needs at least one --document, and a --document needs --rerank")
-    if (args.embed or args.rerank) and not (args.prompt or args.image or args.video):
-        raise InputError("--embed, --rerank: nothing given; expected --prompt, --image or --video")
-    if args.max_new_tokens < 1:
-        raise InputError(
-            f"--max-new-tokens: max_new_tokens is {args.max_new_tokens}, expected >= 1"
-        )
-    if args.ckpt is not None and not args.ckpt:
-        raise InputError("--ckpt is empty, expected a directory or a Hub id")
-    if args.prompt is not None and not args.prompt.strip():
-        raise InputError("--prompt is empty, expected a question")
-    if args.draw and str(args.draw) in args.image:
-        raise InputError(f"--draw {args.draw}: it is the picture itself; name another file")
-    if args.draw and not args.draw.parent.is_dir():
-        raise InputError(f"--draw {args.draw}: no such directory {args.draw.parent}")
-    if args.draw and args.draw.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise InputError(f"--draw {args.draw}: expected a name that ends in .png, .jpg or .webp")
-
-
-def check_batch(args: argparse.Namespace) -> None:
-    """`check` of --input with --output, and of the numbers of answers."""
-    if bool(args.input) != bool(args.output):
-        raise InputError("--input and --output: give both, or neither")
-    alone = ("prompt", "system", "messages", "image", "video", "chat", "embed", "rerank", "draw",
-             "stream")  # fmt: skip
-    if args.input and (found := [name for name in alone if getattr(args, name)]):
-        raise InputError(f"--input: its lines hold whole conversations, leave --{found[0]} out")
-    for name in ("rows", "answers"):
-        if (count := getattr(args, name)) < 1:
-            raise InputError(f"--{name} is {count}, expected a number from 1")
-    if args.answers > 1 and (args.input or args.chat or args.stream or args.draw):
-        raise InputError("--answers: not with --input, --chat, --stream or --draw")
-
-
-def input_options(args: argparse.Namespace) -> dict:
-    """Options of Processor.inputs: settings of pictures and clips, special tokens."""
-    pictures = {k: v for k in ("min_pixels", "max_pixels") if (v := getattr(args, k)) is not None}
-    names = {"fps": "fps", "num_frames": "num_frames", "max_frames": "max_frames",
-             "video_max_pixels": "max_pixels"}  # fmt: skip
-    clips = {ours: v for name, ours in names.items() if (v := getattr(args, name)) is not None}
-    return {**pictures, "videos_kwargs": clips, "allow_special": args.allow_special}
 
 
 def opened(args: argparse.Namespace):
@@ -372,7 +235,7 @@ def answer(args, directory, processor, arrays, limit) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line; exits 2 with one line for bad input."""
-    start, args = time.perf_counter(), arguments(argv)
+    start, args = time.perf_counter(), arguments(argv, (__doc__ or "").split("\n")[0])
     with one_line_errors():
         check(args)
         if args.chat:

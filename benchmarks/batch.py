@@ -1,8 +1,8 @@
 """A batch file three ways on this machine: ``python -m benchmarks.batch`` (needs the test extra).
 
 The same prompts (pictures in most of them, some the same, and text), float32 and greedy, with answers
-of unequal length: one at a time through generate, through the engine's 16 rows, and through
-transformers' generate, 16 at a time. The model is random, of the real architecture and --layers x
+of unequal length: one at a time through generate, through the engine's rows, and through transformers'
+generate, 16 at a time. The model is random, of the real architecture and --layers x
 --hidden wide; answers end where they are told to, since a random model never stops by itself: a batch of
 transformers runs until its longest answer ends. All three are run twice and timed the second time.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-ROWS = 16
+PEER_ROWS = 16
 
 
 def config(layers: int, hidden: int) -> dict:
@@ -33,6 +33,7 @@ def config(layers: int, hidden: int) -> dict:
         "head_dim": 64,
     }  # fmt: skip
     raw["text_config"]["rope_scaling"]["mrope_section"] = [12, 10, 10]
+    raw["text_config"]["dtype"] = "float32"  # transformers would make a bfloat16 model of it
     raw["vision_config"]["out_hidden_size"] = hidden
     return raw
 
@@ -59,23 +60,23 @@ def one_at_a_time(params, cfg, arrays, counts) -> list[list[int]]:
     return [tokens.tolist() for tokens in found]
 
 
-def engine(params, cfg, arrays, counts, stats) -> list[list[int]]:
+def engine(params, cfg, arrays, counts, rows, stats) -> list[list[int]]:
     """All of them through generate_many."""
     import qwen3vl_jax as q3
 
     asked = (q3.Request(i, a, n) for i, (a, n) in enumerate(zip(arrays, counts, strict=True)))
-    many = q3.generate_many(params, cfg, asked, stop_ids=(), rows=ROWS, stats=stats)
+    many = q3.generate_many(params, cfg, asked, stop_ids=(), rows=rows, stats=stats)
     return [one.tokens for one in sorted(many, key=lambda one: one.key)]
 
 
 def peer(model, arrays, counts, pad_id) -> list[list[int]]:
-    """transformers' generate, ROWS prompts at a time, padded on the left."""
+    """transformers' generate, PEER_ROWS prompts at a time, padded on the left."""
     import torch
     from tiny import pad_batch
 
     found = []
-    for start in range(0, len(arrays), ROWS):
-        part, wanted = arrays[start : start + ROWS], counts[start : start + ROWS]
+    for start in range(0, len(arrays), PEER_ROWS):
+        part, wanted = arrays[start : start + PEER_ROWS], counts[start : start + PEER_ROWS]
         batch = pad_batch(part)
         width = batch["input_ids"].shape[1]
         batch = {name: torch.from_numpy(x) for name, x in batch.items()}
@@ -95,7 +96,7 @@ def transformers_model(raw, cfg, params):
 
     from convert.mapping import to_hf
 
-    hf = transformers.Qwen3VLForConditionalGeneration(transformers.Qwen3VLConfig(**raw))
+    hf = transformers.Qwen3VLForConditionalGeneration(transformers.Qwen3VLConfig(**raw)).float()
     tensors = {k: torch.tensor(v) for k, v in to_hf(cfg, params).items()}
     hf.load_state_dict(tensors, strict=False)
     hf.generation_config.eos_token_id = None
@@ -105,7 +106,8 @@ def transformers_model(raw, cfg, params):
 def main() -> int:
     """Runs the three, prints the table; the exit code is 1 if an answer differs."""
     parser = argparse.ArgumentParser(description="One at a time, the engine, transformers.")
-    parser.add_argument("--prompts", type=int, default=160)
+    parser.add_argument("--prompts", type=int, default=200, help="at most 300")
+    parser.add_argument("--rows", type=int, default=32, help="of the engine")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=512)
     args = parser.parse_args()
@@ -127,8 +129,12 @@ def main() -> int:
     model, stats = transformers_model(raw, cfg, params), []
     ways = {
         "one at a time": lambda: one_at_a_time(params, cfg, arrays, counts),
-        f"engine, {ROWS} rows": lambda: engine(params, cfg, arrays, counts, stats[-1]),
-        f"transformers, batch {ROWS}": lambda: peer(model, arrays, counts, proc.tokenizer.pad_id),
+        f"engine, {args.rows} rows": lambda: engine(
+            params, cfg, arrays, counts, args.rows, stats[-1]
+        ),
+        f"transformers, batch {PEER_ROWS}": lambda: peer(
+            model, arrays, counts, proc.tokenizer.pad_id
+        ),
     }
     table = Table("", "tokens/s", "seconds", "first run", "answers of one at a time", title=(
         f"{len(arrays)} prompts, {sum(counts)} tokens, {args.layers} x {args.hidden}, float32, "

@@ -52,7 +52,7 @@ def answers(path):
 
 
 def run(*arguments):
-    infer.main([str(a) for a in arguments])
+    infer.main([*map(str, arguments), "--dtype", "float32"])
 
 
 def test_300_mixed_prompts_answer_as_each_alone(demo, work):
@@ -97,6 +97,7 @@ def test_a_file_killed_three_times_has_each_answer_once(work, tmp_path):
     env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # fmt: skip
     command = [sys.executable, ROOT / "infer.py", "--input", source, "--output", out]
+    command += ["--dtype", "float32"]
 
     def there():
         return journal.read_bytes().count(b"\n") if journal.exists() else 0
