@@ -117,6 +117,12 @@ def load(args: argparse.Namespace, directory: Path):
     return q3.load(directory, dtype=dtype, weights=args.weights)
 
 
+def on_disk(directory: Path) -> dict[str, int]:
+    """Bytes of a checkpoint's files, for `memory_advice`."""
+    stored = sum(f.stat().st_size for f in directory.rglob("*") if f.is_file())
+    return {"checkpoint on disk": stored}
+
+
 def chat(args: argparse.Namespace) -> None:
     """Talks in the terminal until the end of input."""
 
@@ -145,9 +151,10 @@ def batch(args: argparse.Namespace) -> None:
         args.prefill_chunk,
     )  # fmt: skip
     made_with = {"ckpt": str(directory.resolve()), "dtype": args.dtype, "weights": args.weights}
-    answer_file(
-        lambda: load(args, directory), processor, args.input, args.output, settings, made_with
-    )
+    with memory_advice(on_disk(directory), "--rows, --max-pixels, or --dtype bfloat16"):
+        answer_file(
+            lambda: load(args, directory), processor, args.input, args.output, settings, made_with
+        )
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -188,8 +195,7 @@ def answer(args, directory, processor, arrays, limit) -> str:
     sampling = sampling_of(args, processor)
     batch = q3.make_batch(processor.config, **arrays)
     clock = Clock()
-    stored = sum(f.stat().st_size for f in directory.rglob("*") if f.is_file())
-    with memory_advice({"checkpoint on disk": stored}, "--dtype bfloat16 or a smaller checkpoint"):
+    with memory_advice(on_disk(directory), "--dtype bfloat16 or a smaller checkpoint"):
         params, cfg = load(args, directory)
         jax.block_until_ready(params)
     loading = clock.lap()

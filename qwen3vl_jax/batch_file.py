@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.journal import Journal, Line, Result, read_lines
+from qwen3vl_jax.journal import Journal, Line, Result, complete, read_lines
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.processing.tokenizer import TextStream, stop_list
 from qwen3vl_jax.sampling import Sampling, row_seeds
@@ -44,7 +44,7 @@ class Asked:
 
     line: Line
     id: Any
-    request: Any
+    request: Any  # None once the engine has it: its pixels are not held twice
     prompt: int  # tokens
     stop: tuple[str, ...]
     logprobs: bool
@@ -69,6 +69,9 @@ def answer_file(
     lines = read_lines(source)
     if out.resolve() == source.resolve():
         raise InputError(f"--output {out}: is the input itself; name another file")
+    if complete(out, lines):
+        print(f"{out}: has its {len(lines)} answers; delete it to answer again", file=sys.stderr)
+        return
     kept = {**dataclasses.asdict(settings), **made_with}
     for free in ("rows", "prefill_chunk"):  # change no answer
         kept.pop(free)
@@ -103,8 +106,9 @@ def _run(params, proc, source, journal, told, settings, waiting, rows, longest, 
             elif found.prompt + found.request.max_new_tokens > longest:
                 later.append(found.line)
             else:
-                asked[found.line.number] = found
-                yield found.request
+                request = found.request
+                asked[found.line.number] = dataclasses.replace(found, request=None)
+                yield request
 
     answers = generate_many(
         params, proc.config, requests(), stop_ids=proc.stop_ids, decode=proc.decode, rows=rows,

@@ -52,6 +52,19 @@ def read_lines(path: Path) -> list[Line]:
     return found
 
 
+def beside(out: Path) -> Path:
+    """Where the journal of `out` lies."""
+    return out.with_name(out.name + ".journal")
+
+
+def complete(out: Path, lines: list[Line]) -> bool:
+    """Whether `out` is done: as many answers as there are lines, and no journal beside it."""
+    if not out.is_file() or beside(out).exists():
+        return False
+    with out.open("rb") as file:
+        return sum(1 for _ in file) == len(lines)
+
+
 class Journal:
     """The answers that are there, and the two files that hold them; a context manager."""
 
@@ -61,12 +74,12 @@ class Journal:
         Raises InputError while another process works on it, for an `out` that is not of this work,
         and for a journal of other settings or of other lines.
         """
-        self.out, self.path = out, out.with_name(out.name + ".journal")
+        self.out, self.path = out, beside(out)
         self.lines, self.settings = lines, json.loads(json.dumps(settings))
         self.results: dict[int, Result] = {}
         if out.exists() and not self.path.exists():
             raise InputError(
-                f"--output {out}: already exists and nothing of it is left to do; name another file"
+                f"--output {out}: already exists and has no journal to go on from; name another file"
             )
         try:
             self.journal: BinaryIO = self.path.open("ab+")
