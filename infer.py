@@ -143,6 +143,7 @@ def chat(args: argparse.Namespace) -> None:
 def batch(args: argparse.Namespace) -> None:
     """Answers a file of conversations into a file of answers."""
     from qwen3vl_jax.batch_file import Settings, answer_file
+    from qwen3vl_jax.journal import digest_of
 
     directory, processor = opened(args)
     settings = Settings(
@@ -150,7 +151,8 @@ def batch(args: argparse.Namespace) -> None:
         tuple(args.stop), longest(args, processor), input_options(args), args.rows,
         args.prefill_chunk,
     )  # fmt: skip
-    made_with = {"ckpt": str(directory.resolve()), "dtype": args.dtype, "weights": args.weights}
+    made_with = {"ckpt": str(directory.resolve()), "dtype": args.dtype, "weights": args.weights,
+                 "chat_template": digest_of(processor.template.text(True).encode())}  # fmt: skip
     with memory_advice(on_disk(directory), "--rows, --max-pixels, or --dtype bfloat16"):
         answer_file(
             lambda: load(args, directory), processor, args.input, args.output, settings, made_with

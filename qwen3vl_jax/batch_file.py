@@ -6,22 +6,23 @@ import dataclasses
 import json
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.journal import Journal, Line, Result, complete, read_lines
+from qwen3vl_jax.journal import ERROR, Journal, Line, Result, read_lines
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.processing.tokenizer import TextStream, stop_list
 from qwen3vl_jax.sampling import Sampling, row_seeds
 
 SAMPLING = tuple(field.name for field in dataclasses.fields(Sampling))
 KEYS = ("id", "messages", "tools", *SAMPLING, "max_new_tokens", "seed", "stop", "logprobs")
+THREADS = 4
 PREPARED = 8  # lines made ready ahead of the engine's own
-LONG = 8192  # tokens of prompt and answer: lines with more come last, in fewer rows
+LONG = 8192  # tokens: longer lines come last, in fewer rows, since all rows share a cache's length
+ANSWER = 1024  # tokens at most that an answer is taken to need when lines are sorted by LONG
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +40,8 @@ class Settings:
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
-    """A line that can be answered: the engine's request, and how its answer is told."""
+class Prepared:
+    """A line that can be answered: the engine's request, and how its answer is progress."""
 
     line: Line
     id: Any
@@ -64,14 +65,11 @@ def answer_file(
     answer depends on; a later call must give the same. A line is {id?, messages, tools?, and any of
     KEYS}; a result {id, text, finish_reason, prompt_tokens, completion_tokens, logprobs?}, or
     {id, error, finish_reason "error"} for a line that cannot be used.
-    Raises InputError for files that cannot be used; see Journal.
+    Raises InputError for files that cannot be used (see Journal), and for a line that changes meanwhile.
     """
     lines = read_lines(source)
     if out.resolve() == source.resolve():
         raise InputError(f"--output {out}: is the input itself; name another file")
-    if complete(out, lines):
-        print(f"{out}: has its {len(lines)} answers; delete it to answer again", file=sys.stderr)
-        return
     kept = {**dataclasses.asdict(settings), **made_with}
     for free in ("rows", "prefill_chunk"):  # change no answer
         kept.pop(free)
@@ -80,81 +78,103 @@ def answer_file(
         if not waiting:
             return
         params, _ = load()
-        with _Told(len(lines), len(lines) - len(waiting)) as told:
+        with _Progress(len(lines), len(lines) - len(waiting)) as progress:
+            work = _Work(params, proc, source, settings, journal, progress)
             rows, longest = settings.rows, LONG
-            while waiting:
-                at_most = longest if rows > 1 else sys.maxsize
-                later: list[Line] = []
-                _run(params, proc, source, journal, told, settings, waiting, rows, at_most, later)
-                waiting, rows, longest = later, max(1, rows // 4), 4 * longest
-        print(told.summary(out, journal), file=sys.stderr)
+            try:
+                while waiting:
+                    waiting = work.run(waiting, rows, longest if rows > 1 else sys.maxsize)
+                    rows, longest = max(1, rows // 4), 4 * longest
+            except KeyboardInterrupt:
+                kept = f"{len(journal.done)} of {len(lines)} are kept"
+                print(f"interrupted: {kept}; the same command goes on", file=sys.stderr)
+                sys.exit(130)
+        print(progress.summary(out, journal), file=sys.stderr)
 
 
-def _run(params, proc, source, journal, told, settings, waiting, rows, longest, later) -> None:
-    """Answers the lines that need at most `longest` tokens; the others are put in `later`."""
-    from qwen3vl_jax.engine import Request, generate_many
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """What every pass over the lines needs."""
 
-    asked: dict[int, Asked] = {}
+    params: Any
+    proc: Processor
+    source: Path
+    settings: Settings
+    journal: Journal
+    progress: _Progress
 
-    def requests() -> Iterator[Request | None]:
-        for found in _ahead(lambda line: _read(proc, source, line, settings), waiting):
-            if found is None:
-                yield None
-            elif isinstance(found, tuple):
-                journal.add(*found)
-                told.one("error")
-            elif found.prompt + found.request.max_new_tokens > longest:
-                later.append(found.line)
-            else:
-                request = found.request
-                asked[found.line.number] = dataclasses.replace(found, request=None)
-                yield request
+    def run(self, lines: list[Line], rows: int, longest: int) -> list[Line]:
+        """Answers the lines that need at most `longest` tokens; gives the others back."""
+        from qwen3vl_jax.engine import Request, generate_many
 
-    answers = generate_many(
-        params, proc.config, requests(), stop_ids=proc.stop_ids, decode=proc.decode, rows=rows,
-        prefill_chunk=settings.prefill_chunk, stats=told.stats(),
-    )  # fmt: skip
-    for answer in answers:
-        one = asked.pop(answer.key)
-        journal.add(one.line, _result(proc, one, answer))
-        told.one(answer.finish_reason)
+        asked: dict[int, Prepared] = {}
+        later: list[Line] = []
+
+        def requests() -> Iterator[Request | None]:
+            for found in _ahead(
+                lambda line: _read(self.proc, self.source, line, self.settings), lines
+            ):
+                if found is None:
+                    yield None
+                elif isinstance(found, tuple):
+                    self._add(*found)
+                elif found.prompt + min(found.request.max_new_tokens, ANSWER) > longest:
+                    later.append(found.line)
+                else:
+                    request = found.request
+                    asked[found.line.number] = dataclasses.replace(found, request=None)
+                    yield request
+
+        answers = generate_many(
+            self.params, self.proc.config, requests(), stop_ids=self.proc.stop_ids,
+            decode=self.proc.decode, rows=rows, prefill_chunk=self.settings.prefill_chunk,
+            stats=self.progress.stats(),
+        )  # fmt: skip
+        for answer in answers:
+            one = asked.pop(answer.key)
+            self._add(one.line, _result(self.proc, one, answer))
+        return sorted(later, key=lambda line: line.number)
+
+    def _add(self, line: Line, result: Result) -> None:
+        self.journal.add(line, result)
+        self.progress.advance()
 
 
 def _ahead(make: Callable[[Line], Any], lines: list[Line]) -> Iterator[Any]:
-    """make(line) of each line in order, made by two threads ahead of need; None while one is awaited."""
-    waiting: deque[Future] = deque()
-    rest = iter(lines)
-    with ThreadPoolExecutor(2) as pool:
-        try:
-            while True:
-                while len(waiting) < PREPARED and (line := next(rest, None)) is not None:
-                    waiting.append(pool.submit(make, line))
-                if not waiting:
-                    return
-                yield waiting.popleft().result() if waiting[0].done() else None
-        finally:
-            for future in waiting:
-                future.cancel()
+    """make(line) of every line, made by threads ahead of need, roughly in order; None: none is ready."""
+    waiting: list[Future] = []
+    rest, pool = iter(lines), ThreadPoolExecutor(THREADS)
+    try:
+        while True:
+            while len(waiting) < PREPARED and (line := next(rest, None)) is not None:
+                waiting.append(pool.submit(make, line))
+            if not waiting:
+                return
+            ready = next((future for future in waiting if future.done()), None)
+            if ready is not None:
+                waiting.remove(ready)
+            yield None if ready is None else ready.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _read(proc: Processor, source: Path, line: Line, settings: Settings):
-    """An Asked, or (line, its error's result)."""
-    found: Any = {}
+    """A Prepared, or (line, its error's result)."""
+    text, found = line.read(source), None
     try:
-        with source.open("rb") as file:
-            file.seek(line.start)
-            found = json.loads(file.read(line.size))
+        found = json.loads(text)
         if not isinstance(found, dict):
             raise InputError(f"expected an object, found {type(found).__name__}")
         return _asked(proc, found, line, settings)
-    except (InputError, ValueError, OSError, RecursionError) as e:
-        kind = "" if isinstance(e, (InputError, OSError)) else "not a JSON object: "
+    except Exception as e:  # whatever a line holds, the others go on
+        kind = "" if isinstance(e, InputError) else f"{type(e).__name__}: "
+        kind = "not a JSON object: " if found is None else kind
         name = found.get("id", line.number) if isinstance(found, dict) else line.number
         error = f"line {line.number}: {kind}{' '.join(str(e).split())}"
-        return line, {"id": name, "error": error, "finish_reason": "error"}
+        return line, {"id": name, ERROR: error, "finish_reason": "error"}
 
 
-def _asked(proc: Processor, found: dict[str, Any], line: Line, settings: Settings) -> Asked:
+def _asked(proc: Processor, found: dict[str, Any], line: Line, settings: Settings) -> Prepared:
     from qwen3vl_jax.engine import Request
 
     if unknown := [key for key in found if key not in KEYS]:
@@ -168,7 +188,7 @@ def _asked(proc: Processor, found: dict[str, Any], line: Line, settings: Setting
         raise InputError(f"max_new_tokens is {limit!r}, expected a whole number from 1")
     if type(wanted := found.get("logprobs", False)) is not bool:
         raise InputError(f"logprobs is {wanted!r}, expected true or false")
-    seed = int(row_seeds(found.get("seed", settings.seed + line.number - 1), 1)[0])
+    seed = int(row_seeds(found.get("seed", (settings.seed + line.number - 1) % 2**32), 1)[0])
     stop = found.get("stop", settings.stop)
     if not isinstance(stop, (str, list, tuple)) or not all(isinstance(s, str) for s in stop):
         raise InputError(f"stop is {stop!r}, expected a string or a list of strings")
@@ -183,10 +203,10 @@ def _asked(proc: Processor, found: dict[str, Any], line: Line, settings: Setting
         )
     limit = min(limit, settings.max_len - prompt)
     request = Request(line.number, arrays, limit, sampling, seed, stop)
-    return Asked(line, found.get("id", line.number), request, prompt, stop, wanted)
+    return Prepared(line, found.get("id", line.number), request, prompt, stop, wanted)
 
 
-def _result(proc: Processor, one: Asked, answer: Any) -> Result:
+def _result(proc: Processor, one: Prepared, answer: Any) -> Result:
     text = TextStream(proc.tokenizer, one.stop)
     spoken = text.push(t for t in answer.tokens if t not in proc.stop_ids) + text.flush()
     result: Result = {
@@ -204,7 +224,7 @@ def _result(proc: Processor, one: Asked, answer: Any) -> Result:
     return result
 
 
-class _Told:
+class _Progress:
     """The progress bar, with answers and tokens a second, and what is said at the end."""
 
     def __init__(self, total: int, there: int):
@@ -223,9 +243,9 @@ class _Told:
         )  # fmt: skip
         self.task = self.bar.add_task("preparing", total=total, completed=there)
         self.parts: list[Any] = []
-        self.start, self.there, self.bad = time.perf_counter(), there, 0
+        self.start, self.there = time.perf_counter(), there
 
-    def __enter__(self) -> _Told:
+    def __enter__(self) -> _Progress:
         self.bar.start()
         return self
 
@@ -239,9 +259,8 @@ class _Told:
         self.parts.append(Stats())
         return self.parts[-1]
 
-    def one(self, reason: str) -> None:
+    def advance(self) -> None:
         """One more line is done."""
-        self.bad += reason == "error"
         self.bar.update(self.task, advance=1, description=f"{self.rate():.0f} tokens/s")
 
     def rate(self) -> float:
@@ -252,12 +271,15 @@ class _Told:
         count = {n: sum(getattr(s, n) for s in self.parts) for n in (
             "tokens", "steps", "row_steps", "prefilled", "reused", "encoded", "shown")}  # fmt: skip
         slots = sum(s.steps * s.rows for s in self.parts)
-        text = f"{out}: {len(journal.results)} answers"
+        text = f"{out}: {len(journal.done) - journal.errors} answers"
         text += f" ({self.there} were there)" if self.there else ""
         text += f", {count['tokens']} tokens in {time.perf_counter() - self.start:.1f} s "
         text += f"({self.rate():.0f}/s), rows busy {count['row_steps'] / max(slots, 1):.0%}, "
         text += f"prompt tokens {count['prefilled']} run and {count['reused']} reused, "
         text += f"pictures {count['encoded']} encoded of {count['shown']} shown"
-        if self.bad:
-            text += f'\n{self.bad} lines could not be used: see their "error"'
+        if journal.errors:
+            text += (
+                f'\n{journal.errors} lines could not be used, see their "error"; the same command '
+            )
+            text += "tries them again"
         return text

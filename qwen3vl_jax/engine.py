@@ -25,6 +25,7 @@ from qwen3vl_jax.generation import (
     STEPS,
     DecodeState,
     cache_slots,
+    checked_stop_ids,
     decode_steps,
     first_token,
     grow,
@@ -38,7 +39,7 @@ from qwen3vl_jax.processing.prompts import (
     group_batch,
     read_prompt,
 )
-from qwen3vl_jax.sampling import Sampling, SamplingRows
+from qwen3vl_jax.sampling import Sampling, SamplingRows, row_seeds
 from qwen3vl_jax.structs import Params
 
 LOOK_AHEAD = 2  # prompts held ready, for each row
@@ -109,13 +110,17 @@ def generate_many(
     """Answers any number of requests, `rows` at a time, and yields each answer when it ends.
 
     Requests are drawn as they are needed; a None says that none is ready yet. An answer is the one
-    `generate` gives to its prompt alone. stop_strings need `decode` (tokens -> text). A picture that
+    `generate` gives to its prompt alone (in 16 bits up to rounding, which the shapes of a group and of
+    the rows change). stop_strings need `decode` (tokens -> text). A picture that
     comes again is not encoded again, and what several waiting prompts begin with is prefilled once.
     prefill_chunk: as in `prefill`, for wider prompts. `stats` is counted up. Layers are per-layer
     lists. Raises InputError for rows below 1, and for a request's values out of range.
     """
     if rows < 1:
         raise InputError(f"rows is {rows}, expected answers at a time from 1")
+    if prefill_chunk is not None and prefill_chunk < 1:
+        raise InputError(f"prefill_chunk is {prefill_chunk}, expected tokens from 1")
+    stop_ids = checked_stop_ids(cfg, stop_ids)
     engine = _Engine(params, cfg, stop_ids, decode, rows, prefill_chunk, stats or Stats())
     source, more = iter(requests), True
     while True:
@@ -222,9 +227,10 @@ class _Engine:
 
     def add(self, request: Request) -> None:
         """Puts a request behind those that wait."""
-        request.sampling.check()
-        if request.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens is {request.max_new_tokens}, expected >= 1")
+        request.sampling.rows(1)
+        row_seeds(request.seed, 1)
+        if not 1 <= request.max_new_tokens < 2**31:
+            raise InputError(f"max_new_tokens is {request.max_new_tokens}, expected 1 to 2^31 - 1")
         if request.stop_strings and self.decode is None:
             raise InputError("stop_strings need decode=, the function from tokens to text")
         prompt = read_prompt(self.cfg, request.arrays)
@@ -280,9 +286,10 @@ class _Engine:
 
     def _admit(self, free: list[int]) -> Iterator[Finished]:
         """Prefills the oldest waiting prompt with others of its bucket."""
-        prefix = self._prefix()
+        first, *others = [prompt for _, prompt in self.waiting]
+        prefix = self.prefixes.best(first, others)
         start = 0 if prefix is None else prefix.length
-        width = bucket(len(self.waiting[0][1].ids) - start)
+        width = bucket(len(first.ids) - start)
         chosen = self._fitting(prefix, start, width)[: self.group]
         new = [self.waiting[i] for i in chosen]
         self._room(max(len(prompt.ids) for _, prompt in new) + 1)
@@ -295,7 +302,7 @@ class _Engine:
         self.state, tokens, logprobs = _admit(
             self.params, self.cfg, self.state, group_batch(self.cfg, rests, width),
             self.features.of(rests, len(rests) * width), None if prefix is None else prefix.cache,
-            brought, self.stops, self._chunk(width),
+            brought, self.stops, self.chunk if self.chunk and width > self.chunk else None,
         )  # fmt: skip
         tokens, logprobs = np.asarray(tokens)[:, None], np.asarray(logprobs)[:, None]
         self._count(sum(len(prompt.ids) - start for _, prompt in new), start * len(new))
@@ -340,10 +347,3 @@ class _Engine:
             "sampling": jax.tree.map(lambda *x: np.concatenate(x), *sampling),
         }
         return _New(**host)
-
-    def _prefix(self) -> Prefix | None:
-        first, *others = [prompt for _, prompt in self.waiting]
-        return self.prefixes.best(first, others)
-
-    def _chunk(self, width: int) -> int | None:
-        return self.chunk if self.chunk and width > self.chunk else None

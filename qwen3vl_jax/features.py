@@ -13,7 +13,7 @@ from qwen3vl_jax.processing.batch import make_vision
 from qwen3vl_jax.processing.prompts import EncodedPrompt, Visual, in_feature_order
 from qwen3vl_jax.structs import Features, Params
 
-KEPT = 1 << 30  # bytes
+KEPT_BYTES = 1 << 30
 
 
 class FeatureStore:
@@ -22,7 +22,7 @@ class FeatureStore:
     Each is encoded by itself, so that programs depend on its bucket alone. `encoded` counts.
     """
 
-    def __init__(self, params: Params, cfg: Config, kept: int = KEPT):
+    def __init__(self, params: Params, cfg: Config, kept: int = KEPT_BYTES):
         self.params, self.cfg, self.kept = params, cfg, kept
         self.encoded = self.size = 0
         self.store: OrderedDict[bytes, Features] = OrderedDict()
@@ -36,7 +36,7 @@ class FeatureStore:
         merged = np.concatenate([f.merged for f in found])
         taps = np.concatenate([f.taps for f in found], axis=1)
         fill = (0, rows - len(merged))
-        return _host(np.pad(merged, (fill, (0, 0))), np.pad(taps, ((0, 0), fill, (0, 0))))
+        return _host_features(np.pad(merged, (fill, (0, 0))), np.pad(taps, ((0, 0), fill, (0, 0))))
 
     def _one(self, visual: Visual) -> Features:
         if (found := self.store.get(visual.digest)) is None:
@@ -44,7 +44,9 @@ class FeatureStore:
             inputs = make_vision(self.cfg, visual.pixels, [visual.grid])
             count = len(visual.pixels) // self.cfg.vision.merge_unit
             out = encode(self.params, self.cfg, inputs)
-            found = _host(np.array(out.merged[:count]), np.array(out.taps[:, :count]))
+            # Cut on the host: on the device each count of rows would be a program of its own.
+            merged, taps = np.asarray(out.merged)[:count], np.asarray(out.taps)[:, :count]
+            found = _host_features(merged.copy(), taps.copy())
             self.store[visual.digest] = found
             self.size += _bytes(found)
         self.store.move_to_end(visual.digest)
@@ -53,7 +55,8 @@ class FeatureStore:
         return found
 
 
-def _host(merged: Any, taps: Any) -> Features:
+def _host_features(merged: Any, taps: Any) -> Features:
+    """Features of numpy arrays, which become jax's when they are used."""
     return Features(merged, taps)
 
 

@@ -192,7 +192,7 @@ def stream(
     _check_lengths(max_new_tokens, prompt, max_len, steps)
     choice = (
         (sampling or Sampling()).rows(rows),
-        np.asarray(_stop_ids(cfg, stop_ids), np.int32),
+        np.asarray(checked_stop_ids(cfg, stop_ids), np.int32),
         row_seeds(seed, rows),
         logits_fn,
     )
@@ -236,7 +236,8 @@ def _stream(params, cfg, batch, features, cache, choice, max_new_tokens, steps, 
     return state.cache
 
 
-def _stop_ids(cfg: Config, stop_ids: int | Sequence[int] | None) -> tuple[int, ...]:
+def checked_stop_ids(cfg: Config, stop_ids: int | Sequence[int] | None) -> tuple[int, ...]:
+    """Ids that end an answer, the config's for None; raises InputError outside the vocabulary."""
     given = cfg.eos_token_ids if stop_ids is None else stop_ids
     ids = tuple(int(i) for i in np.ravel(np.asarray(given, np.int64)))
     wrong = [i for i in ids if not 0 <= i < cfg.text.vocab_size]
@@ -283,7 +284,7 @@ def generate(
     strings = stop_list(stop_strings)
     if strings and decode is None:
         raise InputError("stop_strings need decode=, the function from tokens to text")
-    stops = _stop_ids(cfg, stop_ids)
+    stops = checked_stop_ids(cfg, stop_ids)
     rows = copies * batch.tokens.shape[0]
     answers: list[list[int]] = [[] for _ in range(rows)]
     stopped = np.zeros(rows, bool)

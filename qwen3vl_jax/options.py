@@ -134,8 +134,10 @@ def check_batch(args: argparse.Namespace) -> None:
     for name in ("rows", "answers"):
         if (count := getattr(args, name)) < 1:
             raise InputError(f"--{name} is {count}, expected a number from 1")
-    if args.answers > 1 and (args.input or args.chat or args.stream or args.draw):
-        raise InputError("--answers: not with --input, --chat, --stream or --draw")
+    one = [name for name in ("input", "chat", "embed", "rerank", "stream", "draw")
+           if getattr(args, name)]  # fmt: skip
+    if args.answers > 1 and one:
+        raise InputError(f"--answers: not with --{one[0]}")
 
 
 def input_options(args: argparse.Namespace) -> dict:

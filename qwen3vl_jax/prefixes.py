@@ -15,8 +15,8 @@ from qwen3vl_jax.processing.batch import bucket
 from qwen3vl_jax.processing.prompts import EncodedPrompt, group_batch, shared_start
 from qwen3vl_jax.structs import KVCache, Params
 
-LEAST = 32  # tokens
-KEPT = 4
+LEAST = 64  # tokens: fewer are not worth a program of their own
+KEPT_PREFIXES, KEPT_BYTES = 4, 1 << 30  # on the device
 run_prefill = jax.jit(prefill, static_argnames=("cfg", "max_len", "chunk"))
 
 
@@ -30,6 +30,10 @@ class Prefix:
     @property
     def length(self) -> int:
         return len(self.prompt.ids)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in jax.tree.leaves(self.cache))
 
     def begins(self, prompt: EncodedPrompt) -> bool:
         more = dataclasses.replace(self.prompt, ids=np.append(self.prompt.ids, -1))
@@ -46,18 +50,23 @@ class PrefixStore:
 
     def kept(self, prompt: EncodedPrompt) -> Prefix | None:
         """The longest prefix that the prompt begins with."""
-        found = [p for p in self.store if p.begins(prompt)]
+        found = [p for p in self.store if p.begins(prompt) and self._fits(prompt, p.length)]
         return max(found, key=lambda p: p.length, default=None)
+
+    def _fits(self, prompt: EncodedPrompt, length: int) -> bool:
+        """Whether what follows is prefilled whole: behind a prefix there are no chunks."""
+        return not self.chunk or bucket(len(prompt.ids) - length) <= self.chunk
 
     def best(self, prompt: EncodedPrompt, others: Sequence[EncodedPrompt]) -> Prefix | None:
         """What to prefill a prompt behind: kept already, or from now on if it serves others too."""
         kept = self.kept(prompt)
         length = _worth_keeping(prompt, others, 0 if kept is None else kept.length)
-        if length:
+        if length and self._fits(prompt, length):
             kept = self._make(prompt.first(length))
         if kept is not None:
-            rest = [p for p in self.store if p is not kept]
-            self.store = [*rest[1 - KEPT :], kept]
+            self.store = [*(p for p in self.store if p is not kept), kept][-KEPT_PREFIXES:]
+            while len(self.store) > 1 and sum(p.nbytes for p in self.store) > KEPT_BYTES:
+                self.store = self.store[1:]
         return kept
 
     def _make(self, first: EncodedPrompt) -> Prefix:
@@ -70,7 +79,8 @@ class PrefixStore:
         )  # fmt: skip
         self.made += 1
         self.tokens += length
-        return Prefix(first, cache)
+        seen = (dataclasses.replace(v, pixels=v.pixels[:0]) for v in first.visuals)
+        return Prefix(EncodedPrompt(first.ids, tuple(seen)), cache)
 
 
 def _worth_keeping(prompt: EncodedPrompt, others: Sequence[EncodedPrompt], kept: int) -> int:

@@ -1,9 +1,13 @@
 """Settings that must hold before jax or transformers is imported, in tests and their children."""
 
+import gc
 import importlib.util
 import os
 import re
+import sys
 from pathlib import Path
+
+import pytest
 
 # XLA's thread pool is as large as the cores. With several fake devices on few cores the threads of
 # one collective wait for others that have no thread; a pool of 16 is enough for 8 devices.
@@ -41,6 +45,15 @@ if HAS_TORCH:
 
     # Two threads on two busy cores wait for each other: minutes in place of a second.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_programs_end_with_their_file():
+    """XLA:CPU maps memory for every program; a process that keeps them all runs out of maps."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
 
 
 def pytest_report_header() -> str:
