@@ -69,40 +69,6 @@ def engine(params, cfg, arrays, counts, rows, stats) -> list[list[int]]:
     return [one.tokens for one in sorted(many, key=lambda one: one.key)]
 
 
-def peer(model, arrays, counts, pad_id) -> list[list[int]]:
-    """transformers' generate, PEER_ROWS prompts at a time, padded on the left."""
-    import torch
-    from tiny import pad_batch
-
-    found = []
-    for start in range(0, len(arrays), PEER_ROWS):
-        part, wanted = arrays[start : start + PEER_ROWS], counts[start : start + PEER_ROWS]
-        batch = pad_batch(part)
-        width = batch["input_ids"].shape[1]
-        batch = {name: torch.from_numpy(x) for name, x in batch.items()}
-        most = max(wanted)
-        with torch.no_grad():
-            out = model.generate(**batch, do_sample=False, max_new_tokens=most, min_new_tokens=most,
-                                 pad_token_id=pad_id)  # fmt: skip
-        found += [row[width : width + n].tolist() for row, n in zip(out, wanted, strict=True)]
-    return found
-
-
-def transformers_model(raw, cfg, params):
-    """The same weights in transformers, float32."""
-    import torch
-    import torchvision_shim  # noqa: F401
-    import transformers
-
-    from convert.mapping import to_hf
-
-    hf = transformers.Qwen3VLForConditionalGeneration(transformers.Qwen3VLConfig(**raw)).float()
-    tensors = {k: torch.tensor(v) for k, v in to_hf(cfg, params).items()}
-    hf.load_state_dict(tensors, strict=False)
-    hf.generation_config.eos_token_id = None
-    return hf.eval()
-
-
 def main() -> int:
     """Runs the three, prints the table; the exit code is 1 if an answer differs."""
     parser = argparse.ArgumentParser(description="One at a time, the engine, transformers.")
@@ -111,6 +77,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=512)
     args = parser.parse_args()
+    import batch_peer
     import jax
     from rich.console import Console
     from rich.table import Table
@@ -126,14 +93,14 @@ def main() -> int:
     params = jax.tree.map(lambda x: x * 3 if x.ndim > 1 else x, params)
     proc = q3.Processor.from_pretrained(CHECKPOINT)
     arrays, counts = prompts(proc, args.prompts)
-    model, stats = transformers_model(raw, cfg, params), []
+    model, stats = batch_peer.build(raw, cfg, params), []
     ways = {
         "one at a time": lambda: one_at_a_time(params, cfg, arrays, counts),
         f"engine, {args.rows} rows": lambda: engine(
             params, cfg, arrays, counts, args.rows, stats[-1]
         ),
-        f"transformers, batch {PEER_ROWS}": lambda: peer(
-            model, arrays, counts, proc.tokenizer.pad_id
+        f"transformers, batch {PEER_ROWS}": lambda: batch_peer.answers(
+            model, arrays, counts, PEER_ROWS, proc.tokenizer.pad_id
         ),
     }
     table = Table("", "tokens/s", "seconds", "first run", "answers of one at a time", title=(
