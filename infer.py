@@ -141,7 +141,7 @@ def chat(args: argparse.Namespace) -> None:
 
 
 def batch(args: argparse.Namespace) -> None:
-    """Answers a file of conversations into a file of answers."""
+    """Answers a file of conversations into a file of answers; exit code 1 if lines had errors."""
     from qwen3vl_jax.batch_file import Settings, answer_file
     from qwen3vl_jax.journal import digest_of
 
@@ -154,9 +154,11 @@ def batch(args: argparse.Namespace) -> None:
     made_with = {"ckpt": str(directory.resolve()), "dtype": args.dtype, "weights": args.weights,
                  "chat_template": digest_of(processor.template.text(True).encode())}  # fmt: skip
     with memory_advice(on_disk(directory), "--rows, --max-pixels, or --dtype bfloat16"):
-        answer_file(
+        errors = answer_file(
             lambda: load(args, directory), processor, args.input, args.output, settings, made_with
         )
+    if errors:
+        sys.exit(1)
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -196,6 +198,8 @@ def answer(args, directory, processor, arrays, limit) -> str:
 
     sampling = sampling_of(args, processor)
     batch = q3.make_batch(processor.config, **arrays)
+    if args.answers > 1 and not sampling.temperature:
+        print("temperature 0: the answers are all alike (try --temperature 1)", file=sys.stderr)
     clock = Clock()
     with memory_advice(on_disk(directory), "--dtype bfloat16 or a smaller checkpoint"):
         params, cfg = load(args, directory)

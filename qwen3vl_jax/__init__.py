@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from qwen3vl_jax.cache import decode_step, extend, grow_cache, prefill
     from qwen3vl_jax.checkpoint import load, save_params
     from qwen3vl_jax.config import Config
-    from qwen3vl_jax.engine import Finished, Request, generate_many
+    from qwen3vl_jax.engine import Finished, Request, Stats, generate_many
     from qwen3vl_jax.errors import InputError
     from qwen3vl_jax.generation import Answer, generate, stream
     from qwen3vl_jax.losses import loss_fn
@@ -37,7 +37,7 @@ _HOME = {
     "cache": ("decode_step", "extend", "grow_cache", "prefill"),
     "checkpoint": ("load", "save_params"),
     "config": ("Config",),
-    "engine": ("Finished", "Request", "generate_many"),
+    "engine": ("Finished", "Request", "Stats", "generate_many"),
     "errors": ("InputError",),
     "generation": ("Answer", "generate", "stream"),
     "losses": ("loss_fn",),

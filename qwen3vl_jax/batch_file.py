@@ -58,8 +58,10 @@ def answer_file(
     out: Path,
     settings: Settings,
     made_with: Mapping[str, Any],
-) -> None:
-    """Answers every line of `source` into `out`; the same call again goes on after a kill.
+) -> int:
+    """Answers every line of `source` into `out`; gives the number of lines with errors.
+
+    The same call again goes on after a kill, and tries lines with errors again.
 
     load: gives (params, cfg), called once the files are known to be usable. made_with: what else an
     answer depends on; a later call must give the same. A line is {id?, messages, tools?, and any of
@@ -68,28 +70,35 @@ def answer_file(
     Raises InputError for files that cannot be used (see Journal), and for a line that changes meanwhile.
     """
     lines = read_lines(source)
+    rows = min(settings.rows, len(lines))
     if out.resolve() == source.resolve():
         raise InputError(f"--output {out}: is the input itself; name another file")
-    kept = {**dataclasses.asdict(settings), **made_with}
-    for free in ("rows", "prefill_chunk"):  # change no answer
-        kept.pop(free)
+    kept = {**dataclasses.asdict(settings), **settings.sampling, **made_with}
+    for name in (
+        "sampling",
+        "rows",
+        "prefill_chunk",
+    ):  # told one by one, and what changes no answer
+        kept.pop(name)
     with Journal(out, lines, kept) as journal:
         waiting = list(journal.missing())
         if not waiting:
-            return
+            return journal.errors
         params, _ = load()
         with _Progress(len(lines), len(lines) - len(waiting)) as progress:
             work = _Work(params, proc, source, settings, journal, progress)
-            rows, longest = settings.rows, LONG
+            longest = LONG
             try:
                 while waiting:
                     waiting = work.run(waiting, rows, longest if rows > 1 else sys.maxsize)
                     rows, longest = max(1, rows // 4), 4 * longest
             except KeyboardInterrupt:
-                kept = f"{len(journal.done)} of {len(lines)} are kept"
-                print(f"interrupted: {kept}; the same command goes on", file=sys.stderr)
+                progress.bar.stop()
+                there = f"{len(journal.done)} of {len(lines)} are kept"
+                print(f"interrupted: {there}; the same command goes on", file=sys.stderr)
                 sys.exit(130)
         print(progress.summary(out, journal), file=sys.stderr)
+    return journal.errors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +172,8 @@ def _read(proc: Processor, source: Path, line: Line, settings: Settings):
     text, found = line.read(source), None
     try:
         found = json.loads(text)
+        if isinstance(found, dict):
+            found = {key: x for key, x in found.items() if x is not None or key == "id"}
         if not isinstance(found, dict):
             raise InputError(f"expected an object, found {type(found).__name__}")
         return _asked(proc, found, line, settings)
@@ -271,15 +282,13 @@ class _Progress:
         count = {n: sum(getattr(s, n) for s in self.parts) for n in (
             "tokens", "steps", "row_steps", "prefilled", "reused", "encoded", "shown")}  # fmt: skip
         slots = sum(s.steps * s.rows for s in self.parts)
-        text = f"{out}: {len(journal.done) - journal.errors} answers"
+        text = f"{out}: {len(journal.done)} lines"
         text += f" ({self.there} were there)" if self.there else ""
         text += f", {count['tokens']} tokens in {time.perf_counter() - self.start:.1f} s "
         text += f"({self.rate():.0f}/s), rows busy {count['row_steps'] / max(slots, 1):.0%}, "
         text += f"prompt tokens {count['prefilled']} run and {count['reused']} reused, "
         text += f"pictures {count['encoded']} encoded of {count['shown']} shown"
         if journal.errors:
-            text += (
-                f'\n{journal.errors} lines could not be used, see their "error"; the same command '
-            )
-            text += "tries them again"
+            text += f'\n{journal.errors} of them could not be used, see "error" there; the same '
+            text += "command tries them again, corrected or not"
         return text

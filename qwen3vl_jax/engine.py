@@ -107,14 +107,17 @@ def generate_many(
     prefill_chunk: int | None = None,
     stats: Stats | None = None,
 ) -> Iterator[Finished]:
-    """Answers any number of requests, `rows` at a time, and yields each answer when it ends.
+    """Answers any number of requests, `rows` at a time, and yields a `Finished` when one ends.
+
+        asked = (Request(i, proc.inputs(messages), 64) for i, messages in enumerate(conversations))
+        for one in generate_many(params, cfg, asked, stop_ids=proc.stop_ids): ...
 
     Requests are drawn as they are needed; a None says that none is ready yet. An answer is the one
     `generate` gives to its prompt alone (in 16 bits up to rounding, which the shapes of a group and of
-    the rows change). stop_strings need `decode` (tokens -> text). A picture that
-    comes again is not encoded again, and what several waiting prompts begin with is prefilled once.
-    prefill_chunk: as in `prefill`, for wider prompts. `stats` is counted up. Layers are per-layer
-    lists. Raises InputError for rows below 1, and for a request's values out of range.
+    the rows change). stop_strings need `decode` (tokens -> text). A picture that comes again is not
+    encoded again, and what several waiting prompts begin with is prefilled once. prefill_chunk: as in
+    `prefill`, for wider prompts. `stats` is counted up. Layers are per-layer lists. Raises InputError
+    for rows or prefill_chunk below 1, and for a request's values out of range.
     """
     if rows < 1:
         raise InputError(f"rows is {rows}, expected answers at a time from 1")

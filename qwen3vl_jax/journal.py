@@ -7,6 +7,7 @@ any point leaves at worst half a line at the journal's end; the next one drops i
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -56,6 +57,8 @@ def digest_of(text: bytes) -> str:
 def read_lines(path: Path) -> list[Line]:
     """Every line that is not blank, without its text. Raises InputError for a file without any."""
     found, start = [], 0
+    if path.exists() and not path.is_file():
+        raise InputError(f"--input {path}: is no file that can be read again, save it as one first")
     try:
         with path.open("rb") as file:
             for number, text in enumerate(file, 1):
@@ -107,9 +110,11 @@ class Journal:
 
     def __exit__(self, *_: object) -> None:
         for file in (self.file, self.journal):
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
+            with contextlib.suppress(OSError):  # a full disk was told before
+                file.flush()
+                os.fsync(file.fileno())
+            with contextlib.suppress(OSError):
+                file.close()
         if self.next == len(self.lines) and not self.errors:
             self.path.unlink()
 
@@ -119,9 +124,15 @@ class Journal:
 
     def add(self, line: Line, result: Result) -> None:
         """Keeps a finished result, and appends to `out` what is now due."""
-        self._append({"line": line.number, "digest": line.digest, "result": result})
-        self._have(line.number, result)
-        self._grow()
+        try:
+            self._append({"line": line.number, "digest": line.digest, "result": result})
+            self._have(line.number, result)
+            self._grow()
+        except OSError as e:
+            raise InputError(
+                f"--output {self.out}: cannot be written ({e.strerror}); what was finished is kept, the "
+                "same command goes on"
+            ) from e
 
     def _have(self, number: int, result: Result) -> None:
         self.done.add(number)
@@ -143,7 +154,8 @@ class Journal:
     def _check_free(self, begun: bool) -> None:
         if self.out.exists() and self.out.stat().st_size and not begun:
             raise InputError(
-                f"--output {self.out}: is there and has no journal to go on from; name another file"
+                f"--output {self.out}: is there and has no journal to go on from: it is finished, or "
+                "another program's; name another file"
             )
 
     def _lock(self) -> None:
@@ -170,18 +182,18 @@ class Journal:
             head, *answers = map(json.loads, complete.splitlines() or [b'{"settings": {}}'])
             begun = head["settings"]
             found = [(a["line"], a["digest"], a["result"]) for a in answers]
+            found = [entry for entry in found if ERROR not in entry[2]]
         except (ValueError, KeyError, TypeError) as e:
             raise InputError(f"{self.path}: is no journal of this program; {self._afresh}") from e
         if not found:  # nothing was answered yet: begin with what is asked for now
-            self._check_free(begun=False)
+            self._check_free(begun=bool(answers))
             self.journal.truncate(0)
             self._append({"settings": self.settings})
             return
         self._check_same(begun, found)
         self.journal.truncate(len(complete))
-        for number, result in {n: r for n, _, r in found}.items():
-            if ERROR not in result:
-                self._have(number, result)
+        for number, _, result in found:
+            self._have(number, result)
 
     def _check_same(self, begun: Mapping[str, Any], found: list[tuple[int, str, Result]]) -> None:
         for name in sorted(begun.keys() | self.settings.keys()):

@@ -131,9 +131,9 @@ def check_batch(args: argparse.Namespace) -> None:
              "stream")  # fmt: skip
     if args.input and (found := [name for name in alone if getattr(args, name)]):
         raise InputError(f"--input: its lines hold whole conversations, leave --{found[0]} out")
-    for name in ("rows", "answers"):
+    for name in ("rows", "answers", "prefill_chunk"):
         if (count := getattr(args, name)) < 1:
-            raise InputError(f"--{name} is {count}, expected a number from 1")
+            raise InputError(f"--{name.replace('_', '-')} is {count}, expected a number from 1")
     one = [name for name in ("input", "chat", "embed", "rerank", "stream", "draw")
            if getattr(args, name)]  # fmt: skip
     if args.answers > 1 and one:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.processing.pictures import load_image
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.session import take_turn
 from qwen3vl_jax.structs import Params
@@ -41,7 +42,12 @@ def converse(
         if command == "/new":
             messages, kept, waiting = list(opening), None, []
         elif command in ("/image", "/video"):
-            waiting.append({"type": command[1:], command[1:]: rest.strip()})
+            try:
+                if command == "/image":
+                    load_image(rest.strip())
+                waiting.append({"type": command[1:], command[1:]: rest.strip()})
+            except InputError as e:
+                print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
         elif command.startswith("/"):
             print(f"error: {command}: {HELP}", file=sys.stderr)
         elif line:

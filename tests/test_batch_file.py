@@ -148,7 +148,9 @@ def test_bad_lines_are_told_in_their_own_record(demo, tmp_path, capsys):
     }
     lines = [x for text in bad for x in (text, "\n", message("Hi"))]
     source, out = prompt_lines.write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
-    run("--input", source, "--output", out, "--rows", 2, "--max-len", 200)
+    with pytest.raises(SystemExit) as ended:
+        run("--input", source, "--output", out, "--rows", 2, "--max-len", 200)
+    assert ended.value.code == 1
     found = answers(out)
     assert len(found) == 2 * len(bad)
     for i, reason in enumerate(bad.values()):
@@ -156,7 +158,12 @@ def test_bad_lines_are_told_in_their_own_record(demo, tmp_path, capsys):
         assert wrong["finish_reason"] == "error" and wrong["id"] == 3 * i + 1
         assert reason in wrong["error"] and wrong["error"].startswith(f"line {3 * i + 1}: ")
         assert right["id"] == 3 * i + 3 and right["text"].startswith("I am a very small")
-    assert f"{len(bad)} lines could not be used" in capsys.readouterr().err
+    assert f"{len(bad)} of them could not be used" in capsys.readouterr().err.replace("\n", " ")
+    # A corrected line is taken: only answered ones must stay as they are.
+    source.write_text(source.read_text().replace("[1]\n", json.dumps(message("Hi")) + "\n", 1))
+    with pytest.raises(SystemExit):
+        run("--input", source, "--output", out, "--max-len", 200)
+    assert answers(out)[0]["text"] == answers(out)[1]["text"] and len(answers(out)) == 2 * len(bad)
 
 
 def test_each_line_has_its_own_sampling(demo, tmp_path):
@@ -206,11 +213,11 @@ def test_long_lines_come_last_in_fewer_rows(demo, tmp_path, monkeypatch):
         return many(params, cfg, requests, rows=rows, **options)
 
     monkeypatch.setattr(engine, "generate_many", counted)
-    lines = [message("Hi " * n, max_new_tokens=20) for n in (1, 150, 2, 40, 3)]
+    lines = [message("Hi " * n, max_new_tokens=20) for n in (1, 150, 2, 40, *[3] * 12)]
     source = prompt_lines.write(tmp_path / "in.jsonl", lines)
     run("--input", source, "--output", tmp_path / "out.jsonl", "--rows", 16)
-    assert asked == [(16, [1, 3, 5]), (4, [4]), (1, [2])]
-    assert [a["id"] for a in answers(tmp_path / "out.jsonl")] == [1, 2, 3, 4, 5]
+    assert asked == [(16, [1, 3, *range(5, 17)]), (4, [4]), (1, [2])]
+    assert [a["id"] for a in answers(tmp_path / "out.jsonl")] == list(range(1, 17))
 
 
 def refused(capsys, *arguments):
@@ -232,6 +239,10 @@ def test_files_that_cannot_be_used_are_refused(tmp_path, capsys):
     assert "holds no line" in refused(capsys, "--input", tmp_path / "empty", "--output", out)
     assert "is the input itself" in refused(capsys, "--input", source, "--output", source)
     assert "--rows is 0" in refused(capsys, *both, "--rows", 0)
+    assert "--prefill-chunk is 0" in refused(capsys, *both, "--prefill-chunk", 0)
+    assert "is no file" in refused(capsys, "--input", tmp_path, "--output", out)
+    run(*both, "--rows", 10**9)  # no more than lines
+    out.unlink()
     gone = tmp_path / "no" / "where.jsonl"
     assert "cannot be written" in refused(capsys, "--input", source, "--output", gone)
 

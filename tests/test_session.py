@@ -110,7 +110,7 @@ def test_chat_in_the_terminal(demo, capsys):
     """Commands, questions, what cannot be used, and the end of input; a room that is too small."""
     proc, params = demo
     grid = str(evaluate.CHECKPOINT.parent / "pictures" / "grid.png")
-    lines = ["Read the digits.", "/image gone.png", "hi", "", "/what", "How many digits are there?",
+    lines = ["Read the digits.", "/image gone.png", "", "/what", "How many digits are there?",
              "/new", f"/image {grid}", "Count the digits."]  # fmt: skip
 
     def read(prompt):
