@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,14 +33,29 @@ def causal_ranges(segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
     return lo, jnp.where(segment_ids > 0, index + 1, lo)
 
 
+class Dropout(NamedTuple):
+    """Which probabilities of attention are dropped in training."""
+
+    key: jax.Array
+    rate: float
+
+
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, lo: jax.Array | None, hi: jax.Array
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lo: jax.Array | None,
+    hi: jax.Array,
+    dropout: Dropout | None = None,
 ) -> jax.Array:
     """Softmax attention of q [B T N H] over k, v [B K S H], scale H^-0.5; returns [B T N H].
 
     lo, hi [B T] int32: query i sees keys lo <= s < hi; an empty range gives zeros (on a GPU kernel,
     anything finite). lo None means 0: a decode step on a filled cache. Scores and softmax are fp32.
+    dropout is of the probabilities, whose rest is scaled up, on the XLA path of every platform.
     """
+    if dropout is not None:
+        return _attend_blocks(q, k, v, lo, hi, dropout)
     if platform() == "gpu" and q.shape[1] > 1 and not cudnn_refusal(q.dtype.name, q.shape[-1]):
         return _attend_cudnn(q, k, v, lo, hi)
     return _attend_blocks(q, k, v, lo, hi)
@@ -70,7 +86,7 @@ def _visible(lo: jax.Array, hi: jax.Array, keys: jax.Array) -> jax.Array:
     return ((keys >= lo[..., None]) & (keys < hi[..., None]))[:, None, None]
 
 
-def _attend_blocks(q, k, v, lo, hi):
+def _attend_blocks(q, k, v, lo, hi, drop: Dropout | None = None):
     """Plain XLA: online softmax over key blocks, blocks outside every range of the call skipped.
 
     Memory is O(T BLOCK), time follows the ranges. Source: arXiv 2112.05682, 2205.14135.
@@ -81,31 +97,40 @@ def _attend_blocks(q, k, v, lo, hi):
     if t == 1 and platform() == "cpu" and slots % DECODE_BLOCK == 0:
         out = _over_filled_blocks(k, v, q, lo, hi)
     elif slots <= BLOCK or t == 1:
-        out = _finish(_fold(_start(q), q, k, v, lo, hi, 0))
+        out = _finish(_fold(_start(q), q, k, v, lo, hi, 0, drop))
     else:
         pad = -slots % BLOCK
         k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, pad), (0, 0))) if pad else x for x in (k, v))
-        out = _each_query_block(functools.partial(_over_key_blocks, k, v), q, lo, hi)
+        out = _each_query_block(functools.partial(_over_key_blocks, k, v), q, lo, hi, drop)
     return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h).astype(dtype)
 
 
-def _each_query_block(fn, q, lo, hi):
+def _each_query_block(fn, q, lo, hi, drop):
     t = q.shape[3]
     if t <= BLOCK:
-        return fn(q, lo, hi)
+        return fn(q, lo, hi, drop)
     count, pad = -(-t // BLOCK), -t % BLOCK
     q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, pad), (0, 0)))
     q = jnp.moveaxis(q.reshape(*q.shape[:3], count, BLOCK, q.shape[-1]), 3, 0)
     lo, hi = (jnp.pad(x, ((0, 0), (0, pad))) for x in (lo, hi))  # lo = hi: padding sees nothing
     lo, hi = (jnp.moveaxis(x.reshape(-1, count, BLOCK), 1, 0) for x in (lo, hi))
-    out = jax.lax.map(jax.checkpoint(lambda args: fn(*args)), (q, lo, hi))
+
+    def run(args):
+        q, lo, hi, i = args
+        return fn(q, lo, hi, _fold_in(drop, i))
+
+    out = jax.lax.map(jax.checkpoint(run), (q, lo, hi, jnp.arange(count)))
     out = jnp.moveaxis(out, 0, 3)
     return out.reshape(*out.shape[:3], count * BLOCK, out.shape[-1])[:, :, :, :t]
 
 
-def _fold_block(carry, k, v, q, lo, hi, j, block):
+def _fold_in(drop: Dropout | None, i) -> Dropout | None:
+    return drop and Dropout(jax.random.fold_in(drop.key, i), drop.rate)
+
+
+def _fold_block(carry, k, v, q, lo, hi, j, block, drop=None):
     kb, vb = (jax.lax.dynamic_slice_in_dim(x, j * block, block, axis=2) for x in (k, v))
-    return _fold(carry, q, kb, vb, lo, hi, j * block)
+    return _fold(carry, q, kb, vb, lo, hi, j * block, _fold_in(drop, j))
 
 
 def _over_filled_blocks(k, v, q, lo, hi):
@@ -118,11 +143,11 @@ def _over_filled_blocks(k, v, q, lo, hi):
     return _finish(jax.lax.fori_loop(first, last, body, _start(q)))
 
 
-def _over_key_blocks(k, v, q, lo, hi):
+def _over_key_blocks(k, v, q, lo, hi, drop):
     count = k.shape[2] // BLOCK
 
     def fold(j, carry):
-        return _fold_block(carry, k, v, q, lo, hi, j, BLOCK)
+        return _fold_block(carry, k, v, q, lo, hi, j, BLOCK, drop)
 
     def body(carry, j):
         seen = (lo < (j + 1) * BLOCK) & (hi > j * BLOCK) & (lo < hi)
@@ -137,7 +162,7 @@ def _start(q):
     return top, jnp.zeros_like(top), jnp.zeros(q.shape, jnp.float32)
 
 
-def _fold(carry, q, k, v, lo, hi, first_key):
+def _fold(carry, q, k, v, lo, hi, first_key, drop=None):
     """Takes one block of keys [B K s H] into the running softmax."""
     top, total, out = carry
     visible = _visible(lo, hi, first_key + jnp.arange(k.shape[2]))
@@ -145,9 +170,12 @@ def _fold(carry, q, k, v, lo, hi, first_key):
     new_top = jnp.maximum(top, jnp.max(scores, -1))
     probs = jnp.where(visible, jnp.exp(scores - new_top[..., None]), 0.0)
     keep = jnp.exp(top - new_top)
-    dtype = v.dtype
+    dtype, mixing = v.dtype, probs
+    if drop is not None:  # of what is mixed, not of the sum that it is divided by
+        kept = jax.random.bernoulli(drop.key, 1 - drop.rate, probs.shape)
+        mixing = jnp.where(kept, probs / (1 - drop.rate), 0.0)
     mixed = jnp.einsum(
-        "bkgts,bksh->bkgth", probs.astype(dtype), v, preferred_element_type=jnp.float32
+        "bkgts,bksh->bkgth", mixing.astype(dtype), v, preferred_element_type=jnp.float32
     )
     return new_top, total * keep + jnp.sum(probs, -1), out * keep[..., None] + mixed
 

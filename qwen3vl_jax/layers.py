@@ -97,13 +97,24 @@ class LayerNorm(nn.Module):
         return (y * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
 
 
-def run_layers(body: Callable, carry: Any, layers: Any) -> tuple[Any, Any]:
+REMAT: dict[str, Callable | None] = {  # what the backward pass finds saved of each layer
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+    "none": None,  # everything
+}
+
+
+def run_layers(body: Callable, carry: Any, layers: Any, remat: str = "none") -> tuple[Any, Any]:
     """Runs `body(carry, layer, i) -> (carry, out)` over the layers of a tower.
 
     A list of per-layer parameters is a Python loop (inference: the weights stay where they are) and
     gives a list of outs; stacked parameters (`stack_layers`) are one `lax.scan` (training: compile
     time does not grow with depth) and give stacked outs. The body is the same, DeepStack inside.
+    remat: a name of REMAT, what of a layer is kept for the backward pass and what computed again.
     """
+    if remat != "none":
+        body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)
     if isinstance(layers, (list, tuple)):
         outs = []
         for i, layer in enumerate(layers):

@@ -69,10 +69,10 @@ def _boxed_params(key: jax.Array, cfg: Config) -> Params:
 
     angle = jnp.zeros((1, 1, 1, t.head_dim // 2))
     text_args = (jnp.zeros((1, 1, t.hidden_size)), (angle, angle), lambda q, k, v: (q, None))
-    turn = jnp.zeros((1, 1, c.head_dim // 2))
-    zero = jnp.zeros(1, jnp.int32)
+    turn = jnp.zeros((1, 1, 1, c.head_dim // 2))
+    zero = jnp.zeros((1, 1), jnp.int32)
     patch = jnp.zeros((c.merge_unit, c.hidden_size))
-    vision_args = (patch[:1], (turn, turn), zero, zero)
+    vision_args = (patch[None, :1], (turn, turn), zero, zero)
     pixels = jnp.zeros((1, functools.reduce(lambda a, b: a * b, c.patch_shape)))
     taps = c.deepstack_visual_indexes
     vision = {
@@ -165,11 +165,11 @@ def unembed(params: Params, cfg: Config, x: jax.Array) -> jax.Array:
     return linear_fp32(rms_norm(x, params["norm"], cfg.text.rms_norm_eps), table)
 
 
-def run_rows(params: Params, cfg: Config, batch: Batch, features, mix, keep=None):
+def run_rows(params: Params, cfg: Config, batch: Batch, features, mix, keep=None, remat="none"):
     """Embeds a batch and runs the decoder over it with one way to attend: (stream [B T D], kept)."""
     x, deepstack = embed_tokens(params, cfg, batch, features)
     layers = params["layers"]
-    x, kept = decode_layers(layers, cfg.text, x, batch.positions, mix, deepstack, keep)
+    x, kept = decode_layers(layers, cfg.text, x, batch.positions, mix, deepstack, keep, remat)
     return x, kept
 
 
@@ -217,7 +217,7 @@ def hidden_states(
     if features is None and batch.vision is not None:
         features = vision_encode(params, cfg, batch.vision)
     x, _ = embed_tokens(params, cfg, batch, features)
-    _, after = run_rows(params, cfg, batch, features, row_mix(batch), keep=lambda x, _: x)
+    _, after = run_rows(params, cfg, batch, features, row_mix(batch), keep=lambda x, *_: x)
     after = jnp.stack(after) if isinstance(after, list) else after
     return jnp.concatenate([x[None], after])
 

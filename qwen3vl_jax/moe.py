@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,8 +14,15 @@ from qwen3vl_jax.quantized import factored
 from qwen3vl_jax.sharding import platform
 
 
+class Routed(NamedTuple):
+    """How a router chose, for n tokens."""
+
+    probs: jax.Array  # [n E] fp32, over all experts
+    chosen: jax.Array  # [n A]
+
+
 class Experts(nn.Module):
-    """Top-A of E SwiGLU experts, dropless: [B T D] -> [B T D].
+    """Top-A of E SwiGLU experts, dropless: [B T D] -> ([B T D], how the router chose).
 
     Weights keep the released layout: gate_up [E D 2M] (gate columns, then up), down [E M D].
     """
@@ -21,27 +30,30 @@ class Experts(nn.Module):
     cfg: TextConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, Routed]:
         c = self.cfg
         e, d, m = (c.num_experts, "expert"), (c.hidden_size, "embed"), c.moe_intermediate_size
         router = weight(self, "router", (c.num_experts, None), d)
         gate_up = weight(self, "gate_up", e, d, (2 * m, "expert_mlp"))
         down = weight(self, "down", e, (m, "expert_mlp"), d)
         flat = x.reshape(-1, x.shape[-1])
-        share, chosen = route(flat, router, c.num_experts_per_tok)
+        share, routed = route(flat, router, c.num_experts_per_tok)
         run = experts_scan if platform() == "cpu" else experts_ragged
-        return run(flat, share, chosen, gate_up, down, c.hidden_act).reshape(x.shape)
+        out = run(flat, share, routed.chosen, gate_up, down, c.hidden_act)
+        return out.reshape(x.shape), routed
 
 
-def route(x: jax.Array, router: jax.Array, per_token: int) -> tuple[jax.Array, jax.Array]:
-    """x [n D] -> shares [n A] that sum to 1 in the dtype of x, and the chosen experts [n A].
+def route(x: jax.Array, router: jax.Array, per_token: int) -> tuple[jax.Array, Routed]:
+    """x [n D] -> shares [n A] of the chosen experts, which sum to 1 in the dtype of x, and the choice.
 
     Softmax over all experts in fp32, then the top A renormalised (always: the reference ignores
     norm_topk_prob).
     """
     logits = linear_fp32(x, router).astype(x.dtype).astype(jnp.float32)
-    share, chosen = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), per_token)
-    return (share / jnp.sum(share, -1, keepdims=True)).astype(x.dtype), chosen
+    probs = jax.nn.softmax(logits, axis=-1)
+    share, chosen = jax.lax.top_k(probs, per_token)
+    share = (share / jnp.sum(share, -1, keepdims=True)).astype(x.dtype)
+    return share, Routed(probs, chosen)
 
 
 def _swiglu(gate_up: jax.Array, act: str) -> jax.Array:

@@ -40,13 +40,13 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 def vision_rotary(head_dim: int, theta: float, coords: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """coords [P 2] (row, column in the frame) -> cos and sin [P 1 H/2] in fp32: rows, then columns."""
+    """coords [.. 2] (row, column in the frame) -> cos and sin [.. 1 H/2] in fp32: rows, then columns."""
     quarter = head_dim // 4
     inverse = 1.0 / np.float32(theta) ** (
         np.arange(quarter, dtype=np.float32) / np.float32(quarter)
     )
-    angles = coords.astype(jnp.float32)[..., None] * inverse  # [P 2 H/4]
-    angles = angles.reshape(-1, 1, 2 * quarter)
+    angles = coords.astype(jnp.float32)[..., None] * inverse  # [.. 2 H/4]
+    angles = angles.reshape(*coords.shape[:-1], 1, 2 * quarter)
     return jnp.cos(angles), jnp.sin(angles)
 
 

@@ -56,20 +56,20 @@ class Mlp(nn.Module):
     cfg: TextConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
         d, f = (self.cfg.hidden_size, "embed"), (self.cfg.intermediate_size, "mlp")
         gate_up = linear(x, weight(self, "gate_up", (2, None), f, d))
         hidden = ACTIVATIONS[self.cfg.hidden_act](gate_up[..., 0, :]) * gate_up[..., 1, :]
-        return linear(hidden, weight(self, "down", d, f))
+        return linear(hidden, weight(self, "down", d, f)), None
 
 
 class Block(nn.Module):
-    """One decoder layer, pre-norm, dense or sparse: x [B T D] -> ([B T D], what mix kept)."""
+    """One decoder layer, pre-norm, dense or sparse: x [B T D] -> ([B T D], what mix kept, Routed or None)."""
 
     cfg: TextConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, rotary, mix: Mix) -> tuple[jax.Array, Any]:
+    def __call__(self, x: jax.Array, rotary, mix: Mix) -> tuple[jax.Array, Any, Any]:
         def norm(name: str, y: jax.Array) -> jax.Array:
             scale = weight(self, name, (self.cfg.hidden_size, None), init=ones)
             return rms_norm(y, scale, self.cfg.rms_norm_eps)
@@ -77,21 +77,25 @@ class Block(nn.Module):
         y, kept = Attention(self.cfg, name="attn")(norm("ln1", x), rotary, mix)
         x = x + y
         mlp = Experts if self.cfg.num_experts else Mlp
-        return x + mlp(self.cfg, name="mlp")(norm("ln2", x)), kept
+        y, routed = mlp(self.cfg, name="mlp")(norm("ln2", x))
+        return x + y, kept, routed
 
 
-def decode_layers(layers, cfg: TextConfig, x, positions, mix, deepstack=None, keep=None):
+def decode_layers(
+    layers, cfg: TextConfig, x, positions, mix, deepstack=None, keep=None, remat="none"
+):
     """Runs the decoder: x [B T D], positions [3 B T] -> (x before the final norm, what each layer kept).
 
     `mix(i, q, k, v)` attends in layer i. `deepstack` [n B T D] is added after layers 0 .. n-1, to the
-    whole residual stream (zero rows where there is no vision). `keep(x, kept)` picks what is returned.
+    whole residual stream (zero rows where there is no vision). `keep(x, kept, routed)` picks what is
+    returned in place of what mix kept; routed is how a sparse layer's router chose (moe.Routed).
     """
     rotary = mrope(cfg, positions, x.dtype)
 
     def body(x, layer, i):
-        x, kept = apply(Block(cfg), layer, x, rotary, lambda *qkv: mix(i, *qkv))
+        x, kept, routed = apply(Block(cfg), layer, x, rotary, lambda *qkv: mix(i, *qkv))
         if deepstack is not None:
             x = x + jnp.take(deepstack, i, axis=0, mode="fill", fill_value=0)
-        return x, kept if keep is None else keep(x, kept)
+        return x, kept if keep is None else keep(x, kept, routed)
 
-    return run_layers(body, x, layers)
+    return run_layers(body, x, layers, remat)

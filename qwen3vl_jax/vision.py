@@ -25,7 +25,7 @@ class PatchEmbed(nn.Module):
         d = (self.cfg.hidden_size, "vision_embed")
         kernel = weight(self, "weight", d, *((n, None) for n in self.cfg.patch_shape))
         bias = weight(self, "bias", d, init=zeros)
-        x = pixels.astype(kernel.dtype).reshape(-1, *self.cfg.patch_shape)
+        x = pixels.astype(kernel.dtype).reshape(*pixels.shape[:-1], *self.cfg.patch_shape)
         return linear(x, kernel, bias, in_dims=len(self.cfg.patch_shape))
 
 
@@ -40,10 +40,9 @@ class VisionAttention(nn.Module):
         h = (self.cfg.head_dim, None)
         qkv = linear(x, weight(self, "qkv", (3, None), n, h, d),
                      weight(self, "qkv_bias", (3, None), n, h, init=zeros))  # fmt: skip
-        q, k, v = (qkv[:, i] for i in range(3))
+        q, k, v = (qkv[:, :, i] for i in range(3))
         q, k = (rotate(y.astype(jnp.float32), *rotary).astype(x.dtype) for y in (q, k))
-        k, v = (y.swapaxes(0, 1)[None] for y in (k, v))
-        out = attend(q[None], k, v, lo[None], hi[None])[0]
+        out = attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), lo, hi)
         o, bias = weight(self, "o", d, n, h), weight(self, "o_bias", d, init=zeros)
         return linear(out, o, bias, in_dims=2)
 
@@ -60,7 +59,7 @@ class VisionMlp(nn.Module):
 
 
 class VisionBlock(nn.Module):
-    """One ViT layer, pre-LN: x [P D] -> [P D]."""
+    """One ViT layer, pre-LN: x [W P D] -> [W P D]."""
 
     cfg: VisionConfig
 
@@ -72,7 +71,7 @@ class VisionBlock(nn.Module):
 
 
 class PatchMerger(nn.Module):
-    """Every merge_size^2 patches become one token: [P Dv] -> [R D]. The GELU is the exact one.
+    """Every merge_size^2 patches become one token: [W P Dv] -> [R D]. The GELU is the exact one.
 
     The main merger normalises patches and then groups them; a DeepStack merger the other way round.
     """
@@ -94,17 +93,21 @@ class PatchMerger(nn.Module):
 
 
 def position_embedding(table: Weight, vis: VisionInputs) -> jax.Array:
-    """Learned positions [P Dv] in fp32, bilinear between the four neighbours in the table."""
-    return jnp.einsum("pad,pa->pd", dense(table, jnp.float32)[vis.pos_index], vis.pos_weight)
+    """Learned positions [W P Dv] in fp32, bilinear between the four neighbours in the table."""
+    return jnp.einsum("wpad,wpa->wpd", dense(table, jnp.float32)[vis.pos_index], vis.pos_weight)
 
 
-def vision_encode(params: Params, cfg: Config, vis: VisionInputs) -> Features:
+def vision_encode(params: Params, cfg: Config, vis: VisionInputs, remat: str = "none") -> Features:
     """Runs the vision tower over P patches: merged embeddings [R D] and DeepStack taps [n R D].
 
+    Fields of `vis` may have a leading axis [W P ..] of rows that are attended each by itself, with
+    ranges counted inside the row; R counts over all of them. remat: a name of `layers.REMAT`.
     Tap k is the residual stream right after block deepstack_visual_indexes[k], through its own merger.
     Runs in the dtype of the parameters. `params` is the whole tree or its "vision" part.
     """
     p, c = params.get("vision", params), cfg.vision
+    if vis.lo.ndim == 1:
+        vis = jax.tree.map(lambda x: x[None], vis)
     x = apply(PatchEmbed(c), p["patch"], vis.pixels)
     x = x + position_embedding(p["pos"], vis).astype(x.dtype)
     rotary = vision_rotary(c.head_dim, c.rope_theta, vis.coords)
@@ -118,7 +121,7 @@ def vision_encode(params: Params, cfg: Config, vis: VisionInputs) -> Features:
         x = apply(VisionBlock(c), layer, x, rotary, vis.lo, vis.hi)
         return (x, taps.at[slot[i]].set(x, mode="drop") if count else taps), None
 
-    (x, taps), _ = run_layers(body, (x, jnp.zeros((count, *x.shape), x.dtype)), p["blocks"])
+    (x, taps), _ = run_layers(body, (x, jnp.zeros((count, *x.shape), x.dtype)), p["blocks"], remat)
     merged = apply(PatchMerger(c, False), p["merger"], x)
     deep = [apply(PatchMerger(c, True), q, t) for q, t in zip(p["deepstack"], taps, strict=True)]
     return Features(

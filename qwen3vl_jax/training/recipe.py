@@ -1,0 +1,285 @@
+"""What a run is: one TOML file as frozen dataclasses. configs/ says what each key means, once."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import tomllib
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from qwen3vl_jax.errors import InputError
+
+_T = TypeVar("_T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One file of records, or "python:module:Class" called with **options."""
+
+    path: str
+    weight: float = 1.0
+    media: str = ""  # folder of relative paths; "": the file's own
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    sources: tuple[Source, ...] = ()
+    shuffle: bool = True
+    workers: int = 0
+    bad_fraction: float = 0.01
+    too_long: str = "refuse"
+    weighting: str = "token"
+    min_pixels: int = 0
+    max_pixels: int = 0
+    fps: float = 0.0
+    max_frames: int = 0
+    add_vision_id: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Pack:
+    rows: int = 8
+    length: int = 4096
+    vision_rows: int = 8
+    vision_length: int = 4096
+    lookahead: int = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """What is trained: names as in `training.groups`, patterns over parameter names."""
+
+    freeze: tuple[str, ...] = ()
+    rates: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    rank: int = 0
+    alpha: float = 0.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("text",)
+    base: str = "bfloat16"
+    adapter: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    name: str = "adamw"
+    learning_rate: float = 1e-5
+    schedule: str = "cosine"
+    warmup: int = 0
+    final: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    ema: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    accumulate: int = 1
+    dtype: str = "bfloat16"
+    weights: str = "float32"
+    rounding: str = "stochastic"
+    remat: str = "full"
+    loss_chunk: int = 1024
+    z_loss: float = 0.0
+    balance_loss: float = 0.0
+    vision_labels: float = 0.0
+    attention_dropout: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    every: int = 0
+    sources: tuple[Source, ...] = ()
+    batches: int = 0
+    generate: int = 0
+    max_new_tokens: int = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoints:
+    keep: int = 2
+    keep_best: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    every: int = 10
+    tensorboard: bool = True
+    wandb: str = ""
+    samples: int = 0
+    profile: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+    expert: int = 1
+    sequence: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A whole run. `read_recipe` makes one from a file."""
+
+    ckpt: str
+    steps: int
+    save_every: int = 500
+    seed: int = 0
+    random_init: bool = False
+    deterministic: bool = False
+    data: Data = Data()
+    pack: Pack = Pack()
+    train: Groups = Groups()
+    lora: Lora = Lora()
+    optimizer: Optimizer = Optimizer()
+    step: Step = Step()
+    evaluate: Evaluate = Evaluate()
+    checkpoints: Checkpoints = Checkpoints()
+    report: Report = Report()
+    mesh: Mesh = Mesh()
+
+
+_CHOICES = {
+    "data.too_long": ("refuse", "cut"),
+    "data.weighting": ("token", "sqrt"),
+    "lora.base": ("bfloat16", "float32", "int8", "fp8"),
+    "optimizer.name": ("adamw", "adafactor", "muon", "sgd"),
+    "optimizer.schedule": ("cosine", "linear", "constant"),
+    "step.dtype": ("float32", "bfloat16"),
+    "step.weights": ("float32", "bfloat16"),
+    "step.rounding": ("stochastic", "compensated"),
+    "step.remat": ("none", "full", "dots", "offload"),
+}
+_LEAST = {  # everything else is from 0
+    "steps": 1, "save_every": 1, "pack.rows": 1, "pack.length": 8, "pack.vision_length": 4,
+    "step.accumulate": 1, "step.loss_chunk": 1, "checkpoints.keep": 1, "report.every": 1,
+    "mesh.data": 1, "mesh.tensor": 1, "mesh.expert": 1, "mesh.sequence": 1, "mesh.fsdp": -1,
+}  # fmt: skip
+_BELOW_ONE = ("data.bad_fraction", "lora.dropout", "optimizer.b1", "optimizer.b2",
+              "optimizer.ema", "step.attention_dropout")  # fmt: skip
+
+
+def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
+    """The recipe of a TOML file after ``table.key=value`` changes, paths made absolute.
+
+    A change's value is TOML, or a bare word for a string; relative ckpt and source paths of the file
+    are taken from the current directory. Raises InputError for a file that cannot be read, a key that
+    no recipe has, and a value that no run can have.
+    """
+    path = Path(path)
+    try:
+        raw = tomllib.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"--config {path}: expected a TOML file, found: {error}") from None
+    for change in changes:
+        _apply(raw, change)
+    return check(_build(Recipe, raw, "", str(path)))
+
+
+def as_dict(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain data, every key written out: what config.toml of a run holds."""
+    return dataclasses.asdict(recipe)
+
+
+def check(recipe: Recipe) -> Recipe:
+    """The recipe itself. Raises InputError for values that no run can have."""
+    for name, value in flat(recipe).items():
+        if name in _CHOICES and value not in _CHOICES[name]:
+            known = ", ".join(_CHOICES[name])
+            raise InputError(f"{name} is {value!r}, expected one of {known}")
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if number and value < _LEAST.get(name, 0):
+            raise InputError(f"{name} is {value}, expected a number from {_LEAST.get(name, 0)}")
+        if name in _BELOW_ONE and value >= 1:
+            raise InputError(f"{name} is {value}, expected a number from 0 to below 1")
+    if not recipe.ckpt:
+        raise InputError("ckpt is empty, expected the directory (or Hub id) of the model to train")
+    if recipe.optimizer.warmup >= recipe.steps:
+        raise InputError(
+            f"steps is {recipe.steps}, expected more than optimizer.warmup ({recipe.optimizer.warmup})"
+        )
+    if recipe.lora.adapter and not recipe.lora.rank:
+        raise InputError("lora.adapter is set and lora.rank is 0, expected the adapter's rank")
+    for table, sources in (("data", recipe.data.sources), ("evaluate", recipe.evaluate.sources)):
+        for number, source in enumerate(sources, 1):
+            if not source.path or source.weight <= 0:
+                raise InputError(f"{table}.sources {number}: expected a path and a weight above 0")
+    return recipe
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """A recipe, or a table of one, as {"table.key": value}; dicts and tuples are values."""
+    out: dict[str, Any] = {}
+    for field in dataclasses.fields(value):
+        found, name = getattr(value, field.name), prefix + field.name
+        out |= flat(found, f"{name}.") if dataclasses.is_dataclass(found) else {name: found}
+    return out
+
+
+def _apply(raw: dict[str, Any], change: str) -> None:
+    """One ``table.key=value`` written into the raw tables."""
+    name, equals, text = change.partition("=")
+    if not equals or not name:
+        raise InputError(f"{change!r}: expected key=value or table.key=value")
+    try:
+        value = tomllib.loads(f"x = {text}")["x"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *tables, key = name.strip().split(".")
+    for part in tables:
+        raw = raw.setdefault(part, {})
+        if not isinstance(raw, dict):
+            raise InputError(f"{change}: {part} is no table, expected key=value or table.key=value")
+    raw[key] = value
+
+
+def _build(kind: type[_T], raw: Any, prefix: str, where: str) -> _T:
+    """A dataclass from a table; its annotations say what each key may be."""
+    if not isinstance(raw, Mapping):
+        raise InputError(f"{where}: {prefix.rstrip('.')} is {raw!r}, expected a table of keys")
+    fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, kind))}
+    hints = typing.get_type_hints(kind)
+    for key in raw:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, 1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(fields)}"
+            raise InputError(f"{where}: unknown key {prefix}{key}; {hint}")
+    for name, field in fields.items():
+        plain = field.default is dataclasses.MISSING
+        if plain and field.default_factory is dataclasses.MISSING and name not in raw:
+            raise InputError(f"{where}: {prefix}{name} is missing and has no default")
+    values = {k: _value(hints[k], v, f"{prefix}{k}", where) for k, v in raw.items()}
+    return kind(**values)
+
+
+def _value(hint: Any, found: Any, name: str, where: str) -> Any:
+    """One value as its annotation wants it."""
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(Any, hint), found, f"{name}.", where)
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple and isinstance(found, (list, tuple)):
+        return tuple(_value(inner[0], x, f"{name}[{i}]", where) for i, x in enumerate(found))
+    if origin is dict and isinstance(found, Mapping):
+        return {str(k): _value(inner[1], v, f"{name}.{k}", where) for k, v in found.items()}
+    if hint is Any:
+        return found
+    if hint is float and type(found) is int:
+        return float(found)
+    if isinstance(hint, type) and not isinstance(hint, types.GenericAlias) and type(found) is hint:
+        return found
+    words = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
+    expected = words.get(hint, "a list" if origin is tuple else "a table")
+    raise InputError(f"{where}: {name} is {found!r}, expected {expected}")
