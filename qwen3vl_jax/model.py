@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from qwen3vl_jax.attention import attend, attention_probs, causal_ranges
+from qwen3vl_jax.attention import Dropout, attend, attention_probs, causal_ranges
 from qwen3vl_jax.config import Config, TextConfig, VisionConfig
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.layers import linear_fp32, ones, rms_norm, weight
@@ -115,13 +115,13 @@ def stream_dtype(params: Params) -> Any:
     return (params["norm"] if isinstance(embed, Quantized) else embed).dtype
 
 
-def embedded(params: Params, tokens: jax.Array) -> jax.Array:
-    """Token embeddings [.. D] of tokens [..]."""
-    return take_rows(params["embed"], tokens, stream_dtype(params))
+def embedded(params: Params, tokens: jax.Array, dtype: Any = None) -> jax.Array:
+    """Token embeddings [.. D] of tokens [..], in the dtype of the computation."""
+    return take_rows(params["embed"], tokens, stream_dtype(params) if dtype is None else dtype)
 
 
 def embed_tokens(
-    params: Params, cfg: Config, batch: Batch, features: Features | None
+    params: Params, cfg: Config, batch: Batch, features: Features | None, dtype: Any = None
 ) -> tuple[jax.Array, jax.Array | None]:
     """Token embeddings with the vision rows written over the placeholders, and DeepStack [n B T D].
 
@@ -130,9 +130,9 @@ def embed_tokens(
     """
     if features is None and batch.vision is not None:
         features = vision_encode(params, cfg, batch.vision)
-    rows, dtype = batch.vision_rows, stream_dtype(params)
-    given = batch.embeds
-    x = embedded(params, batch.tokens) if given is None else jnp.asarray(given, dtype)
+    dtype = stream_dtype(params) if dtype is None else dtype
+    rows, given = batch.vision_rows, batch.embeds
+    x = embedded(params, batch.tokens, dtype) if given is None else jnp.asarray(given, dtype)
     if rows is None:
         return x, None
     if features is None:
@@ -165,20 +165,23 @@ def unembed(params: Params, cfg: Config, x: jax.Array) -> jax.Array:
     return linear_fp32(rms_norm(x, params["norm"], cfg.text.rms_norm_eps), table)
 
 
-def run_rows(params: Params, cfg: Config, batch: Batch, features, mix, keep=None, remat="none"):
+def run_rows(
+    params: Params, cfg: Config, batch: Batch, features, mix, keep=None, dtype=None, remat="none"
+):
     """Embeds a batch and runs the decoder over it with one way to attend: (stream [B T D], kept)."""
-    x, deepstack = embed_tokens(params, cfg, batch, features)
+    x, deepstack = embed_tokens(params, cfg, batch, features, dtype)
     layers = params["layers"]
     x, kept = decode_layers(layers, cfg.text, x, batch.positions, mix, deepstack, keep, remat)
     return x, kept
 
 
-def row_mix(batch: Batch):
+def row_mix(batch: Batch, dropout: Dropout | None = None):
     """The way to attend of whole rows, for `run_rows`: each token to its own segment, up to itself."""
     lo, hi = causal_ranges(batch.segment_ids)
 
     def mix(i, q, k, v):
-        return attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), lo, hi), None
+        drop = dropout and Dropout(jax.random.fold_in(dropout.key, i), dropout.rate)
+        return attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), lo, hi, drop), None
 
     return mix
 

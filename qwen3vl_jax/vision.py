@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -25,7 +27,7 @@ class PatchEmbed(nn.Module):
         d = (self.cfg.hidden_size, "vision_embed")
         kernel = weight(self, "weight", d, *((n, None) for n in self.cfg.patch_shape))
         bias = weight(self, "bias", d, init=zeros)
-        x = pixels.astype(kernel.dtype).reshape(*pixels.shape[:-1], *self.cfg.patch_shape)
+        x = pixels.reshape(*pixels.shape[:-1], *self.cfg.patch_shape)
         return linear(x, kernel, bias, in_dims=len(self.cfg.patch_shape))
 
 
@@ -97,18 +99,22 @@ def position_embedding(table: Weight, vis: VisionInputs) -> jax.Array:
     return jnp.einsum("wpad,wpa->wpd", dense(table, jnp.float32)[vis.pos_index], vis.pos_weight)
 
 
-def vision_encode(params: Params, cfg: Config, vis: VisionInputs, remat: str = "none") -> Features:
+def vision_encode(
+    params: Params, cfg: Config, vis: VisionInputs, *, dtype: Any = None, remat: str = "none"
+) -> Features:
     """Runs the vision tower over P patches: merged embeddings [R D] and DeepStack taps [n R D].
 
     Fields of `vis` may have a leading axis [W P ..] of rows that are attended each by itself, with
-    ranges counted inside the row; R counts over all of them. remat: a name of `layers.REMAT`.
+    ranges counted inside the row; R counts over all of them. dtype: of the computation, None is that
+    of the parameters. remat: a name of `layers.REMAT`.
     Tap k is the residual stream right after block deepstack_visual_indexes[k], through its own merger.
-    Runs in the dtype of the parameters. `params` is the whole tree or its "vision" part.
+    `params` is the whole tree or its "vision" part.
     """
     p, c = params.get("vision", params), cfg.vision
     if vis.lo.ndim == 1:
         vis = jax.tree.map(lambda x: x[None], vis)
-    x = apply(PatchEmbed(c), p["patch"], vis.pixels)
+    dtype = p["patch"]["weight"].dtype if dtype is None else dtype
+    x = apply(PatchEmbed(c), p["patch"], vis.pixels.astype(dtype))
     x = x + position_embedding(p["pos"], vis).astype(x.dtype)
     rotary = vision_rotary(c.head_dim, c.rope_theta, vis.coords)
     count = len(c.deepstack_visual_indexes)

@@ -1,0 +1,91 @@
+"""Names for parameters: flat trees, the groups that are frozen or learn at their own rate."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from qwen3vl_jax.errors import InputError
+
+Flat = dict[str, Any]  # {"layers.attn.qkv": array}, in the order of jax's flattening
+
+GROUPS: dict[str, tuple[str, ...]] = {  # the first that matches a name is its group
+    "merger": ("vision.merger.*", "vision.deepstack.*"),
+    "vision": ("vision.*",),
+    "embeddings": ("embed",),
+    "head": ("head",),
+    "router": ("layers.*router",),
+    "experts": ("layers.mlp.*",),  # of sparse layers; dense ones belong to "text"
+    "text": ("layers.*", "norm"),
+}
+
+
+def flatten(params: Any) -> tuple[Flat, Callable[[Mapping[str, Any]], Any]]:
+    """A tree of stacked layers as {name: leaf}, and the function that makes the tree of such a dict."""
+    found, treedef = jax.tree_util.tree_flatten_with_path(params)
+    flat = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in found}
+    names = list(flat)
+
+    def unflatten(leaves: Mapping[str, Any]) -> Any:
+        return jax.tree_util.tree_unflatten(treedef, [leaves[name] for name in names])
+
+    return flat, unflatten
+
+
+def group_of(name: str, sparse: bool) -> str:
+    """The group of a parameter; sparse: whether the decoder's MLPs are experts."""
+    for group, patterns in GROUPS.items():
+        if group in ("experts", "router") and not sparse:
+            continue
+        if any(fnmatch.fnmatchcase(name, p) or name.startswith(f"{p}.") for p in patterns):
+            return group
+    raise ValueError(name)
+
+
+def matches(names: Iterable[str], wanted: str, key: str, sparse: bool) -> list[str]:
+    """The names of a group, or those that a pattern (layers.attn.*) names.
+
+    Raises InputError, which calls the recipe's key by name, where nothing matches.
+    """
+    names = list(names)
+    found = [
+        name
+        for name in names
+        if group_of(name, sparse) == wanted
+        or fnmatch.fnmatchcase(name, wanted)
+        or name.startswith(f"{wanted}.")
+    ]
+    if not found:
+        near = difflib.get_close_matches(wanted, [*GROUPS, *names], 3)
+        hint = f"did you mean {', '.join(near)}?" if near else f"groups are {', '.join(GROUPS)}"
+        tied = "; this model's head is tied: it is embeddings" if wanted == "head" else ""
+        raise InputError(f"{key}: {wanted!r} names no parameter of this model{tied}; {hint}")
+    return found
+
+
+def frozen_names(names: Sequence[str], freeze: Iterable[str], sparse: bool) -> set[str]:
+    """What `train.freeze` names. Raises InputError where nothing would be left to train."""
+    frozen = {n for wanted in freeze for n in matches(names, wanted, "train.freeze", sparse)}
+    if len(frozen) == len(names):
+        raise InputError("train.freeze: it freezes every parameter, nothing is left to train")
+    return frozen
+
+
+def learning_rates(names: Sequence[str], rates: Mapping[str, float], sparse: bool) -> Flat:
+    """{name: factor of the learning rate} of trained parameters; later entries of `rates` win."""
+    factors = dict.fromkeys(names, 1.0)
+    for wanted, factor in rates.items():
+        for name in matches(names, wanted, "train.rates", sparse):
+            factors[name] = factor
+    return factors
+
+
+def decays(name: str) -> bool:
+    """Whether weight decay applies: not to norms and biases."""
+    last = name.rsplit(".", 1)[-1]
+    norm = last in ("scale", "norm", "ln1", "ln2", "q_norm", "k_norm")
+    return not (norm or last.endswith("bias"))

@@ -1,0 +1,122 @@
+"""The optimizer over named parameters, its schedule, and how an update reaches bf16 weights."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from qwen3vl_jax.training.groups import Flat, decays
+from qwen3vl_jax.training.recipe import Optimizer
+
+Schedule = Callable[[Any], Any]
+
+
+def make_schedule(settings: Optimizer, steps: int) -> Schedule:
+    """Learning rate by step: a linear warm-up from 0, then cosine or linear to `final` of it, or flat."""
+    peak, rest = settings.learning_rate, max(steps - settings.warmup, 1)
+    after = {
+        "cosine": optax.cosine_decay_schedule(peak, rest, settings.final),
+        "linear": optax.linear_schedule(peak, peak * settings.final, rest),
+        "constant": optax.constant_schedule(peak),
+    }[settings.schedule]
+    warm = optax.linear_schedule(0.0, peak, max(settings.warmup, 1))
+    return optax.join_schedules([warm, after], [settings.warmup]) if settings.warmup else after
+
+
+def make_optimizer(
+    settings: Optimizer, steps: int, factors: Mapping[str, float]
+) -> optax.GradientTransformation:
+    """Clipping, the rule, decay, and each parameter's factor of the learning rate, over flat dicts.
+
+    Sources: AdamW arXiv 1711.05101, Adafactor 1804.04235, Muon kellerjordan.github.io/posts/muon.
+    """
+    decay = {name: decays(name) for name in factors}
+    return optax.chain(
+        optax.clip_by_global_norm(settings.clip) if settings.clip else optax.identity(),
+        _rule(settings),
+        optax.add_decayed_weights(settings.weight_decay, mask=decay),
+        _scale_each(factors),
+        optax.scale_by_learning_rate(make_schedule(settings, steps)),
+    )
+
+
+def _rule(settings: Optimizer) -> optax.GradientTransformation:
+    if settings.name == "adafactor":
+        factored = optax.scale_by_factored_rms(decay_rate=0.8)
+        return optax.chain(factored, optax.clip_by_block_rms(1.0))
+    if settings.name == "muon":
+        muon = optax.contrib.muon(
+            learning_rate=1.0,
+            beta=settings.b1,
+            adam_b1=settings.b1,
+            adam_b2=settings.b2,
+            eps=settings.eps,
+            muon_weight_dimension_numbers=cast(Any, _matrices),
+            consistent_rms=0.2,  # updates as large as Adam's, so that one learning rate serves both
+        )
+        return optax.chain(muon, optax.scale(-1.0))  # muon has put the sign of descent in already
+    adam = optax.scale_by_adam(settings.b1, settings.b2, settings.eps)
+    return adam if settings.name == "adamw" else optax.identity()
+
+
+def _matrices(params: Flat) -> dict[str, Any]:
+    """For Muon the two sides of each matrix, None for what keeps Adam: tables, norms and biases.
+
+    The axes in front of a matrix are a stack: layers, experts, heads of q, k and v, gate and up.
+    """
+    return {name: _sides(name, x.ndim) for name, x in params.items()}
+
+
+def _sides(name: str, ndim: int) -> Any:
+    outside = name in ("embed", "head") or name.endswith((".pos", "patch.weight"))
+    if outside or not decays(name):
+        return None
+    sides = optax.contrib.MuonDimensionNumbers
+    if name.endswith("attn.o"):  # [D N H] sums over all heads
+        return sides((ndim - 2, ndim - 1), ndim - 3)
+    return sides(ndim - 1, ndim - 2)
+
+
+def _scale_each(factors: Mapping[str, float]) -> optax.GradientTransformation:
+    def update(updates: Any, params: Any = None) -> Any:
+        return {name: u * factors[name] for name, u in updates.items()}
+
+    return optax.stateless(update)
+
+
+def apply_update(
+    name: str, weight: jax.Array, update: jax.Array, key: jax.Array | None, rest: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """(new weight, new rest) of an fp32 update.
+
+    An fp32 weight takes it as it is. A bf16 weight has 8 bits and would swallow it: with a `rest`
+    (bf16, what earlier updates left over) the sum is split between the two; with a key it is rounded
+    up or down by chance, in proportion, so that the mean is right.
+    """
+    total = weight.astype(jnp.float32) + update
+    if weight.dtype == jnp.float32:
+        return total, None
+    if rest is not None:
+        total = total + rest.astype(jnp.float32)
+        new = total.astype(weight.dtype)
+        return new, (total - new.astype(jnp.float32)).astype(rest.dtype)
+    assert key is not None
+    return round_by_chance(total, named_key(key, name)), None
+
+
+def round_by_chance(x: jax.Array, key: jax.Array) -> jax.Array:
+    """fp32 -> bf16, up with the probability of how far it lies above the lower neighbour."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    bits = bits + (jax.random.bits(key, x.shape, jnp.uint32) >> 16)
+    rounded = jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
+    return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16)
+
+
+def named_key(key: jax.Array, name: str) -> jax.Array:
+    """A key of its own for each name, the same in every run."""
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
