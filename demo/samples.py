@@ -19,7 +19,7 @@ from demo.pictures import Picture
 from qwen3vl_jax.processing.prompts import Visual
 from qwen3vl_jax.training.samples import Sample
 
-ENDLESS = 2**31 - 1
+ENDLESS = 2**31  # too long to be shuffled: it is random as it is
 LONGEST = 256  # tokens of a conversation
 REVERSED = ((1, 2), (1, 3), (1, 4), (2, 2), (2, 3), (3, 2), (2, 4))  # grids of `Reverse`
 Record = dict[str, Any]
@@ -33,6 +33,8 @@ class Train:
     weighs sqrt(n) in all, as in Qwen3-VL's own training: else a list of boxes drowns out a one-word
     answer (arXiv 2511.21631). The vision labels name what stands in each merged cell.
     """
+
+    vision_labels = True
 
     def __init__(
         self,
