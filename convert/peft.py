@@ -237,7 +237,7 @@ def _placed(
 ) -> tuple[Place, int, tuple[np.ndarray, np.ndarray]]:
     """Which place and layer a pair belongs to, and the pair in our axes.
 
-    The shapes tell the two parameters of experts apart. PEFT before 0.18 took [E, out, in], which
+    The shapes tell the two parameters of experts apart. An older PEFT took [E, out, in], which
     transformers 5 has, for [E, in, out]: its A and B stand for each other's side.
     """
     sides = (a.shape[-1], b.shape[0]) if a.ndim == b.ndim == 2 else ()
