@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from qwen3vl_jax.lora import Adapted, low_rank
 from qwen3vl_jax.products import product
 from qwen3vl_jax.quantized import Quantized, Weight, factored
 from qwen3vl_jax.sharding import platform
@@ -50,7 +51,9 @@ def apply(module: nn.Module, params: Any, *args: Any) -> Any:
     return module.apply({"params": params}, *args)
 
 
-def linear(x: jax.Array, w: Weight, bias: jax.Array | None = None, in_dims: int = 1) -> jax.Array:
+def linear(
+    x: jax.Array, w: Weight | Adapted, bias: jax.Array | None = None, in_dims: int = 1
+) -> jax.Array:
     """x [..., in] times w [out..., in...] -> [..., out...], summed in fp32, in the dtype of x.
 
     `in_dims` trailing axes of w (and of x) are contracted. The weight keeps Hugging Face's axis order
@@ -61,8 +64,10 @@ def linear(x: jax.Array, w: Weight, bias: jax.Array | None = None, in_dims: int 
     return checkpoint_name(y, PRODUCT)
 
 
-def linear_fp32(x: jax.Array, w: Weight, in_dims: int = 1) -> jax.Array:
+def linear_fp32(x: jax.Array, w: Weight | Adapted, in_dims: int = 1) -> jax.Array:
     """`linear` whose result stays in fp32: logits, and everything before a bias."""
+    if isinstance(w, Adapted):
+        return linear_fp32(x, w.base, in_dims) + low_rank(x, w, in_dims)
     lead, out = x.shape[: x.ndim - in_dims], w.shape[: w.ndim - in_dims]
     rows, width = math.prod(lead), math.prod(w.shape[w.ndim - in_dims :])
     dtype = x.dtype if isinstance(w, Quantized) else w.dtype
