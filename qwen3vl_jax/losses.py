@@ -30,7 +30,7 @@ def loss_fn(
     if batch.labels is None:
         raise InputError("loss_fn: the batch has no labels; make_batch takes labels=")
     logits = forward(params, cfg, batch, features=features)[:, :-1]
-    sums = _token_sums(logits, batch.labels[:, 1:], jnp.ones(batch.labels[:, 1:].shape))
+    sums = token_sums(logits, batch.labels[:, 1:], jnp.ones(batch.labels[:, 1:].shape))
     loss = sums.loss / jnp.maximum(sums.tokens, 1)
     return loss, {"loss": loss, "tokens": sums.tokens, "correct": sums.correct}
 
@@ -44,7 +44,7 @@ class TokenSums(NamedTuple):
     correct: jax.Array  # int32, of how many the label has the largest logit
 
 
-def _token_sums(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> TokenSums:
+def token_sums(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> TokenSums:
     """Logits [.. V] in fp32, labels and weights [..]."""
     counted = labels != IGNORE
     target = jnp.where(counted, labels, 0)
@@ -77,7 +77,7 @@ def _chunk_sums(table: Weight, rows: jax.Array, labels: jax.Array, weights: jax.
     """Sums over chunks: rows [c n D], labels and weights [c n]."""
 
     def body(sums: TokenSums, xs):
-        more = _token_sums(linear_fp32(xs[0], table), *xs[1:])
+        more = token_sums(linear_fp32(xs[0], table), *xs[1:])
         return jax.tree.map(jnp.add, sums, more), None
 
     zero, none = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
@@ -105,7 +105,7 @@ def _chunk_backward(kept, slopes):
             table = jax.tree.map(
                 lambda a, b: b if a is None else a, learned, still, is_leaf=lambda x: x is None
             )
-            return list(_token_sums(linear_fp32(rows, table), *told)[:2])
+            return list(token_sums(linear_fp32(rows, table), *told)[:2])
 
         d_table, d_rows = jax.vjp(of, learned, rows)[1](slopes)
         return jax.tree.map(lambda t, d: t + d.astype(t.dtype), total, d_table), d_rows

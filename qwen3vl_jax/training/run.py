@@ -61,9 +61,7 @@ class Run:
         for number in range(self.first + 1, recipe.steps + 1):
             packed, drawn = self.draw()
             self.state, metrics = self.step(self.state, self.frozen, packed)
-            if (
-                behind is not None
-            ):  # the host waits for the step before this one: the device never does
+            if behind is not None:  # the host waits for the step before this one: the device never does
                 self.tell(watch, *behind)
             behind = (number, metrics, drawn)
             last = number == recipe.steps or stop.asked
