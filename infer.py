@@ -114,7 +114,7 @@ def load(args: argparse.Namespace, directory: Path):
     import qwen3vl_jax as q3
 
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else None)
-    return q3.load(directory, dtype=dtype, weights=args.weights)
+    return q3.load(directory, dtype=dtype, weights=args.weights, adapter=args.adapter)
 
 
 def on_disk(directory: Path) -> dict[str, int]:
@@ -152,6 +152,7 @@ def batch(args: argparse.Namespace) -> None:
         args.prefill_chunk,
     )  # fmt: skip
     made_with = {"ckpt": str(directory.resolve()), "dtype": args.dtype, "weights": args.weights,
+                 **({"adapter": str(Path(args.adapter).resolve())} if args.adapter else {}),
                  "chat_template": digest_of(processor.template.text(True).encode())}  # fmt: skip
     with memory_advice(on_disk(directory), "--rows, --max-pixels, or --dtype bfloat16"):
         errors = answer_file(

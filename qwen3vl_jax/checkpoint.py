@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from convert import int8, matching, readers
+from convert import int8, matching, peft, readers
 from convert.mapping import tree_of
 from convert.stored import check_stored, check_weights, stored_kind
 from convert.to_orbax import PARAMS
@@ -46,6 +46,7 @@ def load(
     weights: str | None = None,
     revision: str | None = None,
     expert_layout: str | None = None,
+    adapter: str | os.PathLike[str] | None = None,
 ) -> tuple[Params, Config]:
     """(params, cfg) of an Orbax directory, a Hugging Face directory or a Hub id, on the default device.
 
@@ -56,13 +57,30 @@ def load(
     (convert/int8.py says which) and logs by how much logits change. `dtype` is that of everything
     else and of the computation. Each such weight is a `quantized.Quantized`.
     revision: branch, tag or commit of a Hub id. expert_layout: as `python -m convert` has it.
+    adapter: directory or Hub id of a PEFT adapter, whose matrices stay beside the weights they adapt
+    (`lora.Adapted`), so that nothing is rounded and 8-bit weights stay so; `lora.merge` adds them up.
     Raises InputError for weights that are absent, damaged, incomplete, not those of config.json, or
-    not to be had in the form asked for.
+    not to be had in the form asked for, and for an adapter that does not fit.
     """
     directory = resolve(ckpt, revision)
     cfg = Config.from_hf(directory)
+    beside = None if adapter is None else peft.load_adapter(resolve(adapter), cfg)
     if (directory / PARAMS).is_dir():
-        return _load_orbax(directory, cfg, dtype, weights), cfg
+        params = _load_orbax(directory, cfg, dtype, weights)
+    else:
+        params = _load_hf(directory, cfg, dtype, weights, expert_layout)
+    if beside is not None:
+        from qwen3vl_jax.lora import attach
+
+        matrices, settings = beside
+        cast = {n: x if dtype is None else x.astype(dtype) for n, x in matrices.items()}
+        params = attach(params, cfg, cast, settings)
+    return params, cfg
+
+
+def _load_hf(
+    directory: Path, cfg: Config, dtype: Any, weights: str | None, expert_layout: str | None
+) -> Params:
     if any(directory.glob(f"{PARAMS}.orbax-checkpoint-tmp*")):
         raise InputError(f"{directory}: its Orbax checkpoint was never finished; write it again")
     as_stored = lazy = matching.open_hf(directory, cfg, expert_layout, weights)
@@ -81,7 +99,7 @@ def load(
     params = as_structs(tree_of(cfg, leaves))
     if weights == "int8":
         _log_error(directory, cfg, functools.partial(subtree, as_stored), params)
-    return params, cfg
+    return params
 
 
 def _load_orbax(directory: Path, cfg: Config, dtype: Any, weights: str | None) -> Params:
@@ -152,6 +170,8 @@ def save_params(
 
     lazy = jax.tree.map(lazy_copy, as_dicts(params))
     leaves = dict(flatten(lazy))
+    if not all(isinstance(leaf, LazyTensor) for leaf in leaves.values()):
+        raise InputError("save_params: the parameters hold an adapter; save lora.merge(params)")
     told = read_config(source) if raw is None and source else raw or {}
     fp8 = check_stored(Path(out), cfg, leaves, told) is not None
     names = readers.side_files(source, leave_out=[PARAMS]) if source else []

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
@@ -38,9 +39,7 @@ class TokenSums(NamedTuple):
     """Sums over tokens whose label is not -100."""
 
     loss: jax.Array  # weighted cross entropy
-    z: (
-        jax.Array
-    )  # weighted squares of log(sum of exp(logits)): the z-loss of PaLM, arXiv 2204.02311
+    z: jax.Array  # weighted squares of log(sum(exp(logits))): PaLM's z-loss, arXiv 2204.02311
     tokens: jax.Array  # int32, how many
     correct: jax.Array  # int32, of how many the label has the largest logit
 
@@ -63,22 +62,60 @@ def chunked_cross_entropy(
     """Cross entropy of a head that never holds more than `chunk` rows of logits, sums over all tokens.
 
     x [n D] behind the final norm, table [V D], labels [n] (-100: not counted) already those of the
-    next token, weights [n]. The backward pass computes each chunk's logits again; its gradient is
-    that of the whole, summed in the dtype of the table.
+    next token, weights [n], which have no gradient. The backward pass computes each chunk's logits
+    again; the table's gradient is summed over chunks in fp32 whatever the table is held in.
     """
     pad = -len(x) % chunk
     x, weights = jnp.pad(x, ((0, pad), (0, 0))), jnp.pad(weights, (0, pad))
     labels = jnp.pad(labels, (0, pad), constant_values=IGNORE)
+    rows, told, weighed = (y.reshape(-1, chunk, *y.shape[1:]) for y in (x, labels, weights))
+    return _chunk_sums(table, rows, told, weighed)
+
+
+@jax.custom_vjp
+def _chunk_sums(table: Weight, rows: jax.Array, labels: jax.Array, weights: jax.Array) -> TokenSums:
+    """Sums over chunks: rows [c n D], labels and weights [c n]."""
 
     def body(sums: TokenSums, xs):
-        rows, *told = xs
-        more = _token_sums(linear_fp32(rows, table), *told)
+        more = _token_sums(linear_fp32(xs[0], table), *xs[1:])
         return jax.tree.map(jnp.add, sums, more), None
 
     zero, none = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
-    cut = [y.reshape(-1, chunk, *y.shape[1:]) for y in (x, labels, weights)]
-    sums, _ = jax.lax.scan(jax.checkpoint(body), TokenSums(zero, zero, none, none), cut)
-    return sums
+    return jax.lax.scan(body, TokenSums(zero, zero, none, none), (rows, labels, weights))[0]
+
+
+def _chunk_forward(table, rows, labels, weights):
+    """The sums, and what the backward pass needs: the table cut into what is trained and the rest."""
+    learned = jax.tree.map(lambda x: x.value if x.perturbed else None, table)
+    still = jax.tree.map(lambda x: None if x.perturbed else x.value, table)
+    rows, labels, weights = rows.value, labels.value, weights.value
+    table = jax.tree.map(lambda x: x.value, table)
+    return _chunk_sums(table, rows, labels, weights), (learned, still, rows, labels, weights)
+
+
+def _chunk_backward(kept, slopes):
+    learned, still, *xs = kept
+    zero = jnp.zeros((), jnp.float32)
+    slopes = [zero if isinstance(s, SymbolicZero) else s for s in slopes[:2]]
+
+    def body(total, xs):
+        rows, *told = xs
+
+        def of(learned, rows):
+            table = jax.tree.map(
+                lambda a, b: b if a is None else a, learned, still, is_leaf=lambda x: x is None
+            )
+            return list(_token_sums(linear_fp32(rows, table), *told)[:2])
+
+        d_table, d_rows = jax.vjp(of, learned, rows)[1](slopes)
+        return jax.tree.map(lambda t, d: t + d.astype(t.dtype), total, d_table), d_rows
+
+    total = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), learned)
+    total, d_rows = jax.lax.scan(body, total, tuple(xs))
+    return jax.tree.map(lambda t, x: t.astype(x.dtype), total, learned), d_rows, None, None
+
+
+_chunk_sums.defvjp(_chunk_forward, _chunk_backward, symbolic_zeros=True)
 
 
 def head_sums(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from qwen3vl_jax.config import TextConfig
 from qwen3vl_jax.layers import ACTIVATIONS, linear_fp32, weight
+from qwen3vl_jax.lora import each_expert, kept_share, split, times
 from qwen3vl_jax.quantized import factored
 from qwen3vl_jax.sharding import platform
 
@@ -70,9 +71,17 @@ def experts_ragged(x, share, chosen, gate_up, down, act: str) -> jax.Array:
     sizes = jnp.bincount(expert, length=gate_up.shape[0]).astype(jnp.int32)
 
     def product(x, w):
-        values, factor = factored(w, x.dtype, (1,))
+        base, pair = split(w)
+        values, factor = factored(base, x.dtype, (1,))
         y = ragged_dot(x, values, sizes).astype(jnp.float32)
-        return y if factor is None else y * factor[expert]
+        y = y if factor is None else y * factor[expert]
+        if pair is None:
+            return y
+        kept = kept_share(pair, (n, x.shape[1]), x.dtype)
+        x = x if kept is None else x * kept[token]
+        low = ragged_dot(x, pair.a.swapaxes(1, 2).astype(x.dtype), sizes).astype(x.dtype)
+        more = ragged_dot(low, pair.b.swapaxes(1, 2).astype(x.dtype), sizes)
+        return y + more.astype(jnp.float32) * pair.scale
 
     hidden = _swiglu(product(x[token], gate_up).astype(x.dtype), act)
     out = product(hidden, down) * share.reshape(-1)[order].astype(jnp.float32)[:, None]
@@ -88,20 +97,25 @@ def experts_scan(x, share, chosen, gate_up, down, act: str) -> jax.Array:
     table = jnp.zeros((n, count), jnp.float32)
     table = table.at[jnp.arange(n)[:, None], chosen].add(share.astype(jnp.float32))
 
-    def product(x, w):
-        values, factor = factored(w, x.dtype, (0,))
+    kept = [kept_share(pair, (n, w.shape[1]), x.dtype) for w, pair in map(split, (gate_up, down))]
+
+    def product(x, w, kept):
+        base, pair = split(w)
+        values, factor = factored(base, x.dtype, (0,))
         y = jnp.dot(x, values, preferred_element_type=jnp.float32)
-        return y if factor is None else y * factor
+        y = y if factor is None else y * factor
+        return y if pair is None else y + times(x if kept is None else x * kept, pair)
 
     def run(total, up_e, down_e, share_e):
-        hidden = _swiglu(product(x, up_e).astype(x.dtype), act)
-        return total + product(hidden, down_e) * share_e[:, None]
+        hidden = _swiglu(product(x, up_e, kept[0]).astype(x.dtype), act)
+        return total + product(hidden, down_e, kept[1]) * share_e[:, None]
 
     def body(total, xs):
         return jax.lax.cond(jnp.any(xs[2] != 0), run, lambda t, *_: t, total, *xs), None
 
     total = jnp.zeros((n, x.shape[1]), jnp.float32)
-    return jax.lax.scan(body, total, (gate_up, down, table.T))[0].astype(x.dtype)
+    xs = (each_expert(gate_up), each_expert(down), table.T)
+    return jax.lax.scan(body, total, xs)[0].astype(x.dtype)
 
 
 def ragged_dot(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:

@@ -78,6 +78,7 @@ def arguments(argv: list[str] | None, description: str) -> argparse.Namespace:
     add("--dtype", choices=("float32", "bfloat16", "float16"),
         help="of the weights (default: the checkpoint's; float32 on a CPU)")  # fmt: skip
     add("--weights", choices=("fp8", "int8"), help="keep FP8 as it is, or round to int8")
+    add("--adapter", metavar="DIR", help="a LoRA adapter (PEFT's files, or a Hub id) on the weights")
     add(
         "--chat-template",
         type=Path,
@@ -113,6 +114,8 @@ def check(args: argparse.Namespace) -> None:
         )
     if args.ckpt is not None and not args.ckpt:
         raise InputError("--ckpt is empty, expected a directory or a Hub id")
+    if args.adapter is not None and not args.adapter:
+        raise InputError("--adapter is empty, expected a directory or a Hub id")
     if args.prompt is not None and not args.prompt.strip():
         raise InputError("--prompt is empty, expected a question")
     if args.draw and str(args.draw) in args.image:

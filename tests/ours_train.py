@@ -31,22 +31,21 @@ def micro(*batches: PackedBatch) -> PackedBatch:
 def flat(params):
     """(weights, join) of per-layer parameters, everything trained."""
     weights, unflatten = groups.flatten(q3.stack_layers(params))
-    return weights, lambda weights, frozen, key: unflatten({**weights, **frozen})
+    return weights, lambda weights, frozen, key=None: unflatten({**weights, **frozen})
 
 
-def gradients(params, cfg, packed, settings=FP32, key=None):
-    """(loss, gradients as a per-layer tree) of micro batches."""
-    weights, unflatten = groups.flatten(q3.stack_layers(params))
-    key = jax.random.key(0) if key is None else key
-    rebuild = lambda w, k: unflatten(w)  # noqa: E731
+def slopes(params, cfg, settings=FP32):
+    """A jitted function of (weights, packed, key): (gradients, loss, metrics), everything trained."""
+    _, join = flat(params)
 
     @jax.jit
-    def run(weights, packed):
-        grads, sums, totals = step.gradients(weights, rebuild, cfg, packed, settings, key)
+    def run(weights, packed, key):
+        grads, sums, totals = step.gradients(
+            weights, lambda w, k: join(w, {}, k), cfg, packed, settings, key
+        )
         return grads, step.total_loss(sums, totals, settings), step.step_metrics(sums, totals)
 
-    grads, loss, metrics = run(weights, packed)
-    return loss, q3.unstack_layers(unflatten(grads)), metrics
+    return run
 
 
 def trainer(params, cfg, rule: recipe.Optimizer, settings=FP32, steps=100, freeze=(), rates=None):
@@ -55,7 +54,8 @@ def trainer(params, cfg, rule: recipe.Optimizer, settings=FP32, steps=100, freez
     sparse = bool(cfg.text.num_experts)
     stopped = groups.frozen_names(list(weights), freeze, sparse)
     frozen = {n: x for n, x in weights.items() if n in stopped}
-    weights = {n: x for n, x in weights.items() if n not in stopped}
+    held = jnp.dtype(settings.weights)
+    weights = {n: x.astype(held) for n, x in weights.items() if n not in stopped}
     factors = groups.learning_rates(list(weights), rates or {}, sparse)
     rule_of = optimizer.make_optimizer(rule, steps, factors)
     state = step.init_state(jax.random.key(1), weights, rule_of, settings, rule.ema)

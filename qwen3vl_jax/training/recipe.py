@@ -37,6 +37,7 @@ class Data:
     weighting: str = "token"
     min_pixels: int = 0
     max_pixels: int = 0
+    clip_max_pixels: int = 0  # frames x height x width of a whole clip
     fps: float = 0.0
     max_frames: int = 0
     add_vision_id: bool = False

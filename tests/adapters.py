@@ -1,0 +1,24 @@
+"""Random adapters of tiny models, and what attaches them."""
+
+import numpy as np
+
+from convert.places import Adapter, places
+from qwen3vl_jax.training.adapters import targeted
+
+RANK, ALPHA = 4, 6.0
+EVERYTHING = {
+    False: ("text", "vision", "mergers", "head"),
+    True: ("text", "experts", "router", "vision", "mergers"),
+}
+
+
+def random(cfg, targets, rank=RANK, alpha=ALPHA, seed=0):
+    """(weights, settings) of an adapter that changes logits by about as much as they are large."""
+    adapter = Adapter.uniform(targeted(targets, cfg), rank, alpha)
+    rng, weights = np.random.default_rng(seed), {}
+    for name, ranks in adapter.ranks.items():
+        place = places(cfg)[name]
+        a, b = place.shapes(max(ranks))
+        weights[f"{name}.a"] = (rng.standard_normal(a) / place.inner**0.5).astype(np.float32)
+        weights[f"{name}.b"] = (rng.standard_normal(b) / 5).astype(np.float32)
+    return weights, adapter
