@@ -99,7 +99,9 @@ def _run(options: argparse.Namespace) -> None:
     start, what = time.perf_counter(), ""
     of_run = options.to_hf and is_run(source)
     if not of_run and (options.step or options.adapter or options.raw):
-        raise InputError(f"{source}: --step, --adapter and --raw are for --to-hf and a run's directory")
+        raise InputError(
+            f"{source}: --step, --adapter and --raw are for --to-hf and a run's directory"
+        )
     with _bar("to Hugging Face" if options.to_hf else "to Orbax") as progress:
         if options.to_hf:
             if options.weights:

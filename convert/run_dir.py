@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -213,5 +213,3 @@ def _frozen(
     directory, stored = _opened(recipe)
     for path in sorted(paths, key=str):
         yield path, read_part(directory, path) if directory else stored[path].load()
-
-

@@ -47,7 +47,7 @@ def group_of(name: str, sparse: bool) -> str:
 
 
 def matches(names: Iterable[str], wanted: str, key: str, sparse: bool) -> list[str]:
-    """The names of a group, or those that a pattern (layers.attn.*) names.
+    """The names of a group ("vision" is without the mergers), or those that a pattern names.
 
     Raises InputError, which calls the recipe's key by name, where nothing matches.
     """
@@ -56,8 +56,8 @@ def matches(names: Iterable[str], wanted: str, key: str, sparse: bool) -> list[s
         name
         for name in names
         if group_of(name, sparse) == wanted
-        or fnmatch.fnmatchcase(name, wanted)
-        or name.startswith(f"{wanted}.")
+        or (wanted not in GROUPS and fnmatch.fnmatchcase(name, wanted))
+        or (wanted not in GROUPS and name.startswith(f"{wanted}."))
     ]
     if not found:
         near = difflib.get_close_matches(wanted, [*GROUPS, *names], 3)
