@@ -15,6 +15,7 @@ from pathlib import Path
 from qwen3vl_jax.cli import EXPECTED, report
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.training.checks import check_run
+from qwen3vl_jax.training.determinism import COST, make_deterministic
 from qwen3vl_jax.training.recipe import Recipe, read_recipe
 
 
@@ -44,6 +45,9 @@ def train(recipe: Recipe, out: Path) -> None:
     check_run(recipe)
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file, expected a directory")
+    if recipe.deterministic:
+        make_deterministic()
+        print(COST, file=sys.stderr)
     from qwen3vl_jax.training.run import train as run
 
     run(recipe, out)

@@ -10,6 +10,7 @@ import tomli_w
 import toy_checkpoint
 from PIL import Image
 
+ROOT = Path(__file__).resolve().parent.parent
 RECIPE: dict[str, Any] = {
     "steps": 24,
     "save_every": 5,
@@ -20,12 +21,18 @@ RECIPE: dict[str, Any] = {
 }
 
 
-def checkpoint(directory: Path, moe: bool = False) -> Path:
-    """A Hugging Face directory that a processor and `load` both read, two layers deep."""
+def checkpoint(directory: Path, moe: bool = False, weights: bool = True, spare: int = 0) -> Path:
+    """A Hugging Face directory that a processor and `load` both read, two layers deep.
+
+    spare: rows of the embedding that no token uses.
+    """
     raw = toy_checkpoint.config(moe=moe)
     raw["text_config"] |= hf_files.SMALL["text"]
     raw["vision_config"] |= hf_files.SMALL["vision"]
+    raw["text_config"]["vocab_size"] += spare
     hf_files.write(directory, raw, tiny.weights(raw, 0))
+    if not weights:
+        (directory / "model.safetensors").unlink()
     toy_checkpoint.save_tokenizer(directory)
     (directory / "preprocessor_config.json").write_text(json.dumps(toy_checkpoint.IMAGES))
     (directory / "chat_template.jinja").write_text(toy_checkpoint.TEMPLATE, encoding="utf-8")

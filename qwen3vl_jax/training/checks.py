@@ -7,7 +7,6 @@ from pathlib import Path
 
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.training.recipe import Recipe, check_mesh
 
 _EXTRA = ("grain", "tomli_w", "matplotlib", "tensorboardX")
@@ -46,8 +45,3 @@ def check_sources(recipe: Recipe) -> None:
                 raise InputError(f"{name}.path is {source.path!r}: no such file")
             if source.media and not Path(source.media).is_dir():
                 raise InputError(f"{name}.media is {source.media!r}: no such folder")
-
-
-def open_processor(recipe: Recipe) -> Processor:
-    """The checkpoint's tokenizer, template and config. Raises InputError."""
-    return Processor.from_pretrained(recipe.ckpt)

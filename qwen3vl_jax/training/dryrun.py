@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.processing.tokenizer import Tokenizer
 from qwen3vl_jax.training import estimate
 from qwen3vl_jax.training.checks import check_sources
+from qwen3vl_jax.training.model_files import open_model, write_model_files
 from qwen3vl_jax.training.recipe import Recipe
 
 _SMALL_FILES = ["*.json", "*.txt", "*.jinja"]  # everything of a checkpoint but its weights
@@ -34,7 +36,7 @@ def dry_run(recipe: Recipe, console: Console | None = None) -> None:
     out is said; so are sources that are not here. Raises InputError for all else that cannot run.
     """
     console = console or Console(soft_wrap=False, highlight=False)
-    cfg, proc, missing = _opened(recipe.ckpt)
+    cfg, proc, missing = _opened(recipe)
     parts = estimate.held(recipe, cfg)
     console.print(_parameters(recipe, cfg, parts))
     console.print(_memory(recipe, cfg, parts))
@@ -47,7 +49,8 @@ def dry_run(recipe: Recipe, console: Console | None = None) -> None:
         missing.append(str(error))
     _say(console, "\n".join(_steps(recipe, drawn, records)))
     if proc is not None and drawn:
-        console.print(rendered(proc.tokenizer, cfg, drawn[0], marks=console.color_system is None))
+        text = rendered(proc.tokenizer, cfg, drawn[0], marks=console.color_system is None)
+        console.print(text, soft_wrap=True)
     for line in missing:
         _say(console, f"not shown: {line}")
 
@@ -56,20 +59,28 @@ def _say(console: Console, text: str) -> None:
     console.print(text, markup=False, soft_wrap=True)
 
 
-def _opened(ckpt: str) -> tuple[Config, Processor | None, list[str]]:
+def _opened(recipe: Recipe) -> tuple[Config, Processor | None, list[str]]:
     """(config, processor if its files are here, what is missing)."""
+    ckpt = recipe.ckpt
     if Path(ckpt).exists() or not (size := _SIZE.search(ckpt)):
-        proc = Processor.from_pretrained(ckpt)
-        return proc.config, proc, []
+        return *_with_new_tokens(recipe, ckpt), []
     from huggingface_hub import snapshot_download
 
     try:
-        proc = Processor.from_pretrained(snapshot_download(ckpt, allow_patterns=_SMALL_FILES))
-        return proc.config, proc, []
+        return *_with_new_tokens(recipe, snapshot_download(ckpt, allow_patterns=_SMALL_FILES)), []
     except Exception as error:  # what its HTTP library raises changes from version to version
         reason = " ".join(str(error).split())[:120]
         told = f"a sample: {ckpt} cannot be had ({reason}); sizes are those of a released {size[0]}"
         return Config.named(size[0]), None, [told]
+
+
+def _with_new_tokens(recipe: Recipe, directory: str) -> tuple[Config, Processor]:
+    """What a run would work with: its model files, written to a folder that is gone afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "model"
+        write_model_files(dataclasses.replace(recipe, ckpt=directory), target)
+        proc, _ = open_model(recipe, target)
+    return proc.config, proc
 
 
 def _parameters(recipe: Recipe, cfg: Config, parts: estimate.Held) -> Table:

@@ -1,23 +1,10 @@
-"""What the run's machine can do and holds: peak FLOP/s, memory in use, what bit-equality depends on."""
+"""What the run's machine is and holds: memory in use, what bit-equality depends on."""
 
 from __future__ import annotations
 
 import os
 import platform as system
 from typing import Any
-
-# Dense bf16 TFLOP/s of one device, from the vendors' data sheets, by a part of JAX's device_kind.
-# The first that the kind holds counts, so longer names stand before shorter ones.
-PEAKS = (
-    ("H200", 989.0), ("H100 PCIe", 756.0), ("H100", 989.0), ("GH200", 989.0), ("B200", 2250.0),
-    ("A100", 312.0), ("L40S", 362.0), ("L4", 121.0), ("4090", 165.0), ("TPU v6", 918.0),
-    ("TPU v5 lite", 197.0), ("TPU v5e", 197.0), ("TPU v5", 459.0), ("TPU v4", 275.0),
-)  # fmt: skip
-
-
-def peak_tflops(kind: str) -> float | None:
-    """bf16 TFLOP/s of a device by JAX's name for it, None for one that is not in the table."""
-    return next((peak for name, peak in PEAKS if name.lower() in kind.lower()), None)
 
 
 def memory_gib(device: Any) -> float:

@@ -93,7 +93,7 @@ class Step:
     weights: str = "float32"
     rounding: str = "stochastic"
     remat: str = "full"
-    loss_chunk: int = 1024
+    loss_chunk: int = 4096
     z_loss: float = 0.0
     balance_loss: float = 0.0
     vision_labels: float = 0.0
@@ -211,6 +211,12 @@ def check(recipe: Recipe) -> Recipe:
             raise InputError(f"{name} is {value}, expected a number from {_LEAST.get(name, 0)}")
         if name in _BELOW_ONE and value >= 1:
             raise InputError(f"{name} is {value}, expected a number from 0 to below 1")
+    _check_together(recipe)
+    return recipe
+
+
+def _check_together(recipe: Recipe) -> None:
+    """What is wrong with keys that are right each by itself."""
     if not recipe.ckpt:
         raise InputError("ckpt is empty, expected the directory (or Hub id) of the model to train")
     if recipe.optimizer.warmup >= recipe.steps:
@@ -219,13 +225,14 @@ def check(recipe: Recipe) -> Recipe:
         )
     if recipe.evaluate.every and not recipe.evaluate.sources:
         raise InputError("evaluate.every is set and evaluate.sources is empty, expected files")
+    if recipe.train.new_tokens and recipe.lora.rank:
+        raise InputError("train.new_tokens: LoRA trains no embedding rows; set lora.rank=0")
     if recipe.lora.adapter and not recipe.lora.rank:
         raise InputError("lora.adapter is set and lora.rank is 0, expected the adapter's rank")
     for table, sources in (("data", recipe.data.sources), ("evaluate", recipe.evaluate.sources)):
         for number, source in enumerate(sources, 1):
             if not source.path or source.weight <= 0:
                 raise InputError(f"{table}.sources {number}: expected a path and a weight above 0")
-    return recipe
 
 
 def check_mesh(recipe: Recipe) -> None:

@@ -16,14 +16,17 @@ import jax
 import numpy as np
 import tomli_w
 
+from qwen3vl_jax.checkpoint import resolve
+from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.training import evaluate, machine, run_dir, setup
 from qwen3vl_jax.training.checkpoints import Checkpoints
-from qwen3vl_jax.training.checks import open_processor
 from qwen3vl_jax.training.feed import Drawn, Feed
+from qwen3vl_jax.training.model_files import open_model, write_model_files
 from qwen3vl_jax.training.optimizer import make_schedule
 from qwen3vl_jax.training.packing import PackedBatch
 from qwen3vl_jax.training.recipe import Data, Recipe, as_dict, flat
+from qwen3vl_jax.training.speed import Speed
 from qwen3vl_jax.training.watch import Watch
 
 
@@ -94,14 +97,17 @@ class Run:
 
     def __init__(self, recipe: Recipe, out: Path, first: int, meta: dict[str, Any]):
         self.recipe, self.out, self.number = recipe, out, first
-        self.proc = open_processor(recipe)
+        if not first:
+            write_model_files(recipe, out / run_dir.MODEL)
+        self.proc, new_ids = open_model(recipe, out / run_dir.MODEL)
         self.cfg = self.proc.config
-        self.meta = {"best": None, "model": self.cfg.to_hf(), **meta}
-        run_dir.check_model(self.cfg.to_hf(), self.meta["model"], out)
+        now = Config.from_hf(resolve(recipe.ckpt)).to_hf()
+        self.meta = {"best": None, "model": now, **meta}
+        run_dir.check_model(now, self.meta["model"], out)
         self.feed = Feed(recipe.data, recipe.pack, self.proc, recipe.seed)
         if first:
             self.feed.set_state(self.meta["data"])
-        trainee = setup.prepare(recipe, self.cfg)
+        trainee = setup.prepare(recipe, self.cfg, new_ids)
         self.frozen, self.join = trainee.frozen, trainee.join
         rule = setup.rule_of(recipe, self.cfg, trainee.weights)
         self.step = setup.make_step(recipe, self.cfg, rule, self.join)
@@ -115,6 +121,7 @@ class Run:
         self.pending: list[tuple[int, dict[str, Any], list[Drawn]]] = []
         # A device runs beside the host, which tells of a step while the next one runs.
         self.overlap = jax.default_backend() != "cpu"
+        self.speed = Speed(recipe, self.cfg, self.state.weights)
         self.schedule = make_schedule(recipe.optimizer, recipe.steps)
         self.measure = evaluate.make_measure(self.cfg, recipe.step, self.join)
         self.inference = evaluate.make_inference(recipe.step, self.join)
@@ -175,6 +182,7 @@ class Run:
             row[name] = float(np.mean([d.stats[name] for d in drawn]))
         for name in ("samples", "patches"):
             row[name] = int(sum(d.stats[name] for d in drawn))
+        row |= self.speed.of(d.packed for d in drawn)
         row["memory_gib"] = machine.memory_gib(jax.local_devices()[0])
         return row
 

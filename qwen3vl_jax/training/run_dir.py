@@ -17,6 +17,7 @@ except ImportError:  # Windows opens no directory, so there is nothing to lock
     fcntl = None
 
 CHECKPOINTS, META, CONFIG = "checkpoints", "meta", "config.toml"
+MODEL = "model"  # the model's config.json, tokenizer and template, new tokens in it
 
 # Keys of the recipe that a resumed run may change; any other would give another run.
 FREE = (

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from convert.mapping import rows, tree_of
 from qwen3vl_jax.config import Config
+from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model import init_params, stack_layers
+from qwen3vl_jax.quantized import Quantized
 from qwen3vl_jax.structs import Params
 from qwen3vl_jax.training import groups
 from qwen3vl_jax.training.groups import Flat
 from qwen3vl_jax.training.optimizer import make_optimizer
 from qwen3vl_jax.training.recipe import Recipe
-from qwen3vl_jax.training.stacked import load_stacked
+from qwen3vl_jax.training.stacked import layer_counts, load_stacked, place_of
 from qwen3vl_jax.training.step import TrainState, init_state, train_step
 
 Join = Callable[..., Params]  # (weights, frozen, key=None) -> parameters with stacked layers
@@ -32,13 +35,31 @@ class Trainee(NamedTuple):
     join: Join
 
 
-def prepare(recipe: Recipe, cfg: Config) -> Trainee:
-    """The model that a run starts from, read or drawn, and cut. Raises InputError."""
+def prepare(recipe: Recipe, cfg: Config, new_ids: Sequence[int] = ()) -> Trainee:
+    """The model that a run starts from, read or drawn, and cut; new_ids: of train.new_tokens.
+
+    Raises InputError for what does not fit the model, and for 8-bit weights without LoRA.
+    """
+    params = initial_params(recipe, cfg)
     if recipe.lora.rank:
         from qwen3vl_jax.training.adapters import cut_lora
 
-        return cut_lora(recipe, cfg, initial_params(recipe, cfg))
-    return cut(recipe, cfg, initial_params(recipe, cfg))
+        return cut_lora(recipe, cfg, params)
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Quantized))
+    if any(isinstance(x, Quantized) for x in leaves):
+        raise InputError(
+            f"{recipe.ckpt}: holds 8-bit weights, which only LoRA can train over; set lora.rank"
+        )
+    if new_ids and recipe.init == "checkpoint":
+        from qwen3vl_jax.training.tokens import new_rows
+
+        params = new_rows(params, new_ids)
+    trainee = cut(recipe, cfg, params)
+    if new_ids and "embed" not in trainee.weights:
+        raise InputError(
+            "train.new_tokens: train.freeze holds embeddings, so they cannot be learned"
+        )
+    return trainee
 
 
 def initial_params(recipe: Recipe, cfg: Config) -> Params:
@@ -76,9 +97,16 @@ def held_dtypes(recipe: Recipe, cfg: Config) -> Callable[[str], Any]:
 
 @functools.lru_cache(maxsize=4)
 def shapes(cfg: Config) -> Flat:
-    """{stacked name: ShapeDtypeStruct} of a model's parameters, to be read only; nothing is computed."""
-    make = functools.partial(init_params, cfg=cfg)
-    return groups.flatten(jax.eval_shape(lambda key: stack_layers(make(key)), jax.random.key(0)))[0]
+    """{stacked name: fp32 ShapeDtypeStruct} of a model's parameters, to be read only.
+
+    From the converter's table: tracing the 94 layers of the largest model takes seconds.
+    """
+    leaves, counts = {}, layer_counts(cfg)
+    for row in rows(cfg):
+        place, layer = place_of(row.path)
+        lead = () if layer is None else (counts[str(place[0])],)
+        leaves[place] = jax.ShapeDtypeStruct((*lead, *row.shape), jnp.float32)
+    return groups.flatten(tree_of(cfg, leaves))[0]
 
 
 def _rescaled(params: Params, cfg: Config, kind: str) -> Params:

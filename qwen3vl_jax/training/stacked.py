@@ -116,8 +116,21 @@ def _write(stack: jax.Array, layer: jax.Array, index: Any) -> jax.Array:
 
 def layers_of(name: str, array: np.ndarray) -> list[tuple[TreePath, np.ndarray]]:
     """(tree path, array) of each layer of a stacked parameter, or of the parameter itself."""
-    path = tuple(int(key) if key.isdecimal() else key for key in name.split("."))
-    depth = 1 if path[0] == "layers" else 2 if path[:2] == ("vision", "blocks") else 0
-    if not depth:
+    depth, path = _cut(name)
+    if depth is None:
         return [(path, array)]
     return [((*path[:depth], i, *path[depth:]), layer) for i, layer in enumerate(array)]
+
+
+def paths_of(name: str, cfg: Config) -> list[TreePath]:
+    """The tree paths of a stacked parameter's layers, or of the parameter itself."""
+    depth, path = _cut(name)
+    if depth is None:
+        return [path]
+    return [(*path[:depth], i, *path[depth:]) for i in range(layer_counts(cfg)[str(path[0])])]
+
+
+def _cut(name: str) -> tuple[int | None, TreePath]:
+    """(where a layer's number stands in a parameter's tree path, the path without it)."""
+    path = tuple(int(key) if key.isdecimal() else key for key in name.split("."))
+    return (1 if path[0] == "layers" else 2 if path[:2] == ("vision", "blocks") else None), path
