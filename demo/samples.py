@@ -29,10 +29,11 @@ Record = dict[str, Any]
 class Train:
     """Samples, ready to be packed: several turns about a picture or, with a chance of ``clips``, a clip.
 
-    SHARED samples in a row talk about the same one. few: how many samples at the start show few digits, see `examples.make_scene`. length: of the longest
-    conversation, in tokens. Labels are answers with their ``<|im_end|>``, each answer of n tokens
-    weighs sqrt(n) in all, as in Qwen3-VL's own training: else a list of boxes drowns out a one-word
-    answer (arXiv 2511.21631). The vision labels name what stands in each merged cell.
+    SHARED samples in a row talk about the same one. few: how many samples at the start show few digits,
+    see `examples.make_scene`. length: of the longest conversation, in tokens. Labels are answers with
+    their ``<|im_end|>``; each answer of n tokens weighs sqrt(n) in all, as in Qwen3-VL's own training:
+    else a list of boxes drowns out a one-word answer (arXiv 2511.21631). The vision labels name what
+    stands in each merged cell.
     """
 
     vision_labels = True
