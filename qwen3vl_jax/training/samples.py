@@ -300,9 +300,10 @@ def _checked(sample: Sample, cfg: Config) -> Sample:
                 f"{sample.name}: pixels have shape {visual.pixels.shape}, expected {(patches, width)}"
             )
         rows += patches // unit
-    tokens = np.isin(sample.ids, (cfg.image_token_id, cfg.video_token_id))
-    if rows != int(tokens.sum()):
-        raise InputError(f"{sample.name}: {tokens.sum()} placeholders for {rows} merged rows")
+    tokens = np.count_nonzero(sample.ids == cfg.image_token_id)
+    tokens += np.count_nonzero(sample.ids == cfg.video_token_id)
+    if rows != tokens:
+        raise InputError(f"{sample.name}: {tokens} placeholders for {rows} merged rows")
     if sample.vision_labels is not None and len(sample.vision_labels) != rows:
         raise InputError(f"{sample.name}: {len(sample.vision_labels)} vision labels for {rows}")
     return _learned(sample)
