@@ -20,6 +20,7 @@ from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.processing.template import ChatTemplate
 from qwen3vl_jax.training import feed as feeds
 from qwen3vl_jax.training import records, samples
+from qwen3vl_jax.training.chat_form import chat_form
 from qwen3vl_jax.training.recipe import Data, Pack, Source
 
 PACK = Pack(rows=3, length=96, vision_rows=2, vision_length=256, lookahead=6)
@@ -48,7 +49,7 @@ def proc(tmp_path_factory):
 
 
 def sample_of(proc, messages, tools=None, data=Data(), pack=WIDE):  # noqa: B008 frozen
-    record = records.chat_form({"messages": messages} | ({"tools": tools} if tools else {}))
+    record = chat_form({"messages": messages} | ({"tools": tools} if tools else {}))
     return samples.SampleMaker(proc, data, pack)("here:1", record)
 
 
@@ -255,7 +256,7 @@ REFUSED = {
 def test_bad_records_say_why(proc, case):
     record, words = REFUSED[case]
     with pytest.raises(InputError, match=words):
-        samples.SampleMaker(proc, Data(), WIDE)("x:1", records.chat_form(record))
+        samples.SampleMaker(proc, Data(), WIDE)("x:1", chat_form(record))
 
 
 @pytest.mark.parametrize(

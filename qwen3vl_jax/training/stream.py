@@ -80,7 +80,10 @@ def make_stream(sources: Sequence[Records], maker: SampleMaker, order: Order) ->
             words = np.random.SeedSequence([order.seed, number]).generate_state(1)
             part = part.shuffle(seed=int(words[0]))
         part = part if order.once else part.repeat()
-        parts.append(part.slice(slice(index, None, count)).map(Reader(records, maker)))
+        part = part.slice(slice(index, None, count)).map(Reader(records, maker))
+        parts += [part] if len(part) else []  # one pass over fewer records than processes
+    if not parts:
+        return ()
     if len(parts) == 1:
         return parts[0]
     if order.once:
@@ -90,7 +93,7 @@ def make_stream(sources: Sequence[Records], maker: SampleMaker, order: Order) ->
 
 def iterate(stream: Any, first: int, workers: int) -> tuple[Iterator[Any], Callable[[], None]]:
     """The samples from place `first` on, in order however many workers, and what ends the workers."""
-    if not workers:
+    if not workers or not len(stream):
         return (stream[place] for place in range(first, len(stream))), lambda: None
     import grain
     from absl import flags
