@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import multiprocessing
 import os
 import signal
@@ -105,7 +104,19 @@ def iterate(stream: Any, first: int, workers: int) -> tuple[Iterator[Any], Calla
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=AHEAD)
     single = groups.to_iter_dataset(reading)
     iterator: Any = iter(single.mp_prefetch(options, worker_init_fn=_begin_worker))
-    return itertools.chain.from_iterable(iterator), iterator.close
+    return _one_by_one(iterator), iterator.close
+
+
+def _one_by_one(groups: Iterator[Any]) -> Iterator[Any]:
+    """The samples of groups. Raises InputError where a worker is no more."""
+    try:
+        for group in groups:
+            yield from group
+    except RuntimeError as error:
+        raise InputError(
+            f"data.workers: a worker process ended ({error}). Too little memory is the usual reason: "
+            "lower data.workers or data.max_pixels"
+        ) from error
 
 
 def _begin_worker(index: int, count: int) -> None:
