@@ -84,6 +84,9 @@ def test_linear(name, kind):
     assert whole.shape == w.shape
     assert ours.worst(whole, dense(w.base, jnp.float32)) > 0.1
     assert ours.worst(linear_fp32(x, w, in_dims), linear_fp32(x, whole, in_dims)) < 1e-5
+    made = jax.make_jaxpr(lambda x, w: linear_fp32(x, w, in_dims))(x, w).jaxpr.eqns
+    large = {str(eqn.primitive) for eqn in made if eqn.outvars[0].aval.size == np.prod(shape)}
+    assert large <= {"reshape", "convert_element_type"}  # nothing is added to the weight
     half = linear(x.astype(jnp.bfloat16), w, in_dims=in_dims)
     assert half.dtype == jnp.bfloat16
     assert ours.worst(half.astype(jnp.float32), linear_fp32(x, whole, in_dims)) < 2**-6
@@ -238,7 +241,8 @@ def test_an_adapter_is_trained_on(small, tmp_path):
     assert np.array_equal(matrices["layers.attn.o.o_proj.b"], weights["layers.attn.o.o_proj.b"])
     assert not matrices["layers.attn.qkv.q_proj.a"][0].any()
     assert not matrices["layers.mlp.down.down_proj.b"].any()
-    trainee = cut_lora(make_recipe(lora), cfg, q3.stack_layers(params))
+    stacked = q3.stack_layers(params)
+    trainee = cut_lora(make_recipe(lora), cfg, stacked)
     assert isinstance(trainee.join(trainee.weights, trainee.frozen)["layers"]["attn"]["o"], Adapted)
     for change, told in (
         ({"targets": ("vision",)}, "layers.attn.qkv.q_proj"), ({"rank": 8}, "is 4"),
@@ -247,3 +251,13 @@ def test_an_adapter_is_trained_on(small, tmp_path):
         with pytest.raises(InputError) as error:
             first_values(make_recipe(lora | change), cfg)
         assert told in str(error.value)
+    freeze = recipe.Groups(freeze=("layers.mlp.*", "text"))
+    for wrong, told in (
+        (make_recipe(lora | {"base": "int8"}), "16 or 32 bits"),
+        (make_recipe(lora, train=freeze), "train.freeze: 'layers.mlp.*'"),
+    ):
+        with pytest.raises(InputError) as error:
+            cut_lora(wrong, cfg, stacked)
+        assert told in str(error.value)
+    unstacked = q3.unstack_layers(trainee.join(trainee.weights, trainee.frozen))
+    assert unstacked["layers"][1]["attn"]["o"].pairs["o_proj"].scale == 1.5
