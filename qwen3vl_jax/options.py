@@ -78,7 +78,9 @@ def arguments(argv: list[str] | None, description: str) -> argparse.Namespace:
     add("--dtype", choices=("float32", "bfloat16", "float16"),
         help="of the weights (default: the checkpoint's; float32 on a CPU)")  # fmt: skip
     add("--weights", choices=("fp8", "int8"), help="keep FP8 as it is, or round to int8")
-    add("--adapter", metavar="DIR", help="a LoRA adapter (PEFT's files, or a Hub id) on the weights")
+    add(
+        "--adapter", metavar="DIR", help="a LoRA adapter (PEFT's files, or a Hub id) on the weights"
+    )
     add(
         "--chat-template",
         type=Path,
