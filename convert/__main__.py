@@ -1,4 +1,7 @@
-"""python -m convert HF_DIR OUT_DIR, and back: python -m convert --to-hf CKPT_DIR OUT_DIR."""
+"""python -m convert HF_DIR OUT_DIR, and back: python -m convert --to-hf CKPT_DIR OUT_DIR.
+
+--to-hf takes a run of train.py too: python -m convert --to-hf RUN_DIR OUT_DIR [--step best|last|N].
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from convert.matching import LAYOUTS
+from convert.run_dir import Wanted, is_run, run_to_hf
 from convert.stored import WEIGHTS
 from convert.to_hf import SHARD_SIZE, to_hf
 from convert.to_orbax import Progress, to_orbax
@@ -33,9 +37,13 @@ def _size(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m convert", description=__doc__)
+    parser = argparse.ArgumentParser(
+        "python -m convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
-        "source", help="Hugging Face directory or Hub id; with --to-hf an Orbax one"
+        "source", help="Hugging Face directory or Hub id; with --to-hf an Orbax one, or a run's"
     )
     parser.add_argument("out", type=Path, help="directory to write")
     parser.add_argument("--to-hf", action="store_true", help="Orbax -> safetensors")
@@ -51,6 +59,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--max-shard-size", type=_size, default=SHARD_SIZE, metavar="SIZE", help="default 5GB"
+    )
+    run = parser.add_argument_group("a run's directory (--to-hf)")
+    run.add_argument(
+        "--step", help="best (lowest evaluation loss), last, or a number; default: best if there is"
+    )
+    run.add_argument(
+        "--adapter", action="store_true", help="a LoRA run's adapter for PEFT, not merged weights"
+    )
+    run.add_argument(
+        "--raw", action="store_true", help="the weights themselves where their average is kept"
     )
     return parser
 
@@ -78,19 +96,29 @@ def _bar(title: str) -> Iterator[Progress]:
 
 def _run(options: argparse.Namespace) -> None:
     source = resolve(options.source, options.revision)
-    start = time.perf_counter()
+    start, what = time.perf_counter(), ""
+    of_run = options.to_hf and is_run(source)
+    if not of_run and (options.step or options.adapter or options.raw):
+        raise InputError(
+            f"{source}: --step, --adapter and --raw are for --to-hf and a run's directory"
+        )
     with _bar("to Hugging Face" if options.to_hf else "to Orbax") as progress:
         if options.to_hf:
             if options.weights:
                 raise InputError("--weights: the way back writes what CKPT_DIR holds; leave it out")
             size = options.max_shard_size
-            count, total = to_hf(source, options.out, options.force, size, progress)
+            if of_run:
+                wanted = Wanted(options.step, options.adapter, options.raw)
+                written = run_to_hf(source, options.out, wanted, options.force, size, progress)
+                count, total, what = written
+            else:
+                count, total = to_hf(source, options.out, options.force, size, progress)
         else:
             layout, weights = options.expert_layout, options.weights
             count, total = to_orbax(source, options.out, options.force, layout, progress, weights)
     seconds = time.perf_counter() - start
     print(
-        f"{options.out}: {count} tensors, {total / 1e6:,.1f} MB in {seconds:.1f} s "
+        f"{options.out}: {what}{count} tensors, {total / 1e6:,.1f} MB in {seconds:.1f} s "
         f"({total / 1e6 / seconds:,.0f} MB/s)"
     )
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +25,7 @@ from qwen3vl_jax.staging import check_apart, copy_files, read_config, staged
 from qwen3vl_jax.tensors import SCALE, LazyTensor, TreePath
 
 SHARD_SIZE = 5_000_000_000
+Sink = Callable[[TreePath, np.ndarray], Any]
 
 
 @dataclasses.dataclass
@@ -63,6 +66,30 @@ def to_hf(
             f"{source}: holds int8 weights, for which Hugging Face files have no form, and what was "
             f"rounded off does not come back; take the checkpoint it was made from"
         )
+
+    def finish(stage: Path) -> None:
+        copy_files(source, side_files(source, leave_out=[PARAMS]), stage, fp8=block is not None)
+
+    read = functools.partial(read_tree, source / PARAMS)
+    return write_files(out, cfg, stored, read, finish, force, shard_size, progress, block)
+
+
+def write_files(
+    out: Path,
+    cfg: Config,
+    stored: Mapping[TreePath, LazyTensor],
+    read: Callable[[Sink], Any],
+    finish: Callable[[Path], None],
+    force: bool = False,
+    shard_size: int = SHARD_SIZE,
+    progress: Progress = lambda done, total: None,
+    block: Block | None = None,
+) -> tuple[int, int]:
+    """Writes the arrays of a parameter tree as safetensors, complete or not at all; (tensors, bytes).
+
+    stored: their shapes and dtypes by path. read(sink) calls sink(path, array) once for each, in any
+    order. finish(directory) adds the other files. block: of FP8 weights.
+    """
     by_place = {row.path: row for row in rows(cfg)}
     by_path = {path: by_place.get(path) or by_place[path[:-1]] for path in stored}
     tensors = _tensors(by_path, stored, block)
@@ -81,12 +108,12 @@ def to_hf(
                 _write(handle, offset, tensor)
             progress(array.nbytes, total)
 
-        read_tree(source / PARAMS, sink)
+        read(sink)
         if len(shards) > 1:
             index = {tensor.name: shard for shard, held in shards.items() for tensor in held}
             text = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
             (stage / INDEX).write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
-        copy_files(source, side_files(source, leave_out=[PARAMS]), stage, fp8=block is not None)
+        finish(stage)
     return len(tensors), total
 
 
@@ -101,7 +128,7 @@ def _split(
 
 
 def _tensors(
-    by_path: dict[TreePath, Row], stored: dict[TreePath, LazyTensor], block: Block | None
+    by_path: Mapping[TreePath, Row], stored: Mapping[TreePath, LazyTensor], block: Block | None
 ) -> list[_Tensor]:
     found = []
     for path, row in by_path.items():

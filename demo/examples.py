@@ -1,17 +1,12 @@
-"""Training batches: composed pictures and clips with conversations about them, in fixed shapes.
-
-A batch is a pure function of (seed, step), so any number of worker processes give the same run.
-"""
+"""Conversations about composed pictures and clips: their tokens, labels and patches, for training."""
 
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 from tokenizers import Tokenizer
 
-import qwen3vl_jax as q3
 from demo import films, pictures, scans, tasks
 from demo.films import Film
 from demo.pictures import Picture
@@ -20,7 +15,6 @@ from qwen3vl_jax.errors import InputError
 IGNORED = -100  # label of a position that is not learned
 PATCH, MERGE, CHANNELS, PAIR = 16, 2, 3, 2  # PAIR: frames that share a patch
 CHECKPOINT = Path(__file__).with_name("checkpoint")
-WINDOW = 256  # patches; a picture has at most as many, a clip half as many
 KINDS = {  # how often each kind of question is asked of a full grid, and of a loose picture
     True: {"read": 0.25, "count": 0.25, "find": 0.4, "cell": 0.06, "total": 0.04},
     False: {"count": 0.4, "find": 0.55, "total": 0.05},
@@ -29,69 +23,22 @@ KINDS_FEW = {
     True: {"read": 0.2, "count": 0.15, "find": 0.65},
     False: {"count": 0.2, "find": 0.8},
 }
-FEW = ((1, 2), (1, 3), (2, 1), (2, 2), (3, 1))  # grids of the first steps, see make_batch
+FEW = ((1, 2), (1, 3), (2, 1), (2, 2), (3, 1))  # grids of the first samples, see make_scene
 LOOSE, CHAT, SYSTEM = 0.4, 0.02, 0.05  # chances
 MORE, MORE_AFTER_READING = 0.9, 0.3  # of a further turn: after a reading, answers need no eyes
-SHARED = 2  # rows that talk about the same picture or clip: drawing and encoding it cost once
 SLOW = 0.5  # chance that a clip passes more slowly than those of the evaluation
 SLOWEST = 0.8  # frames a second
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Static shape of a batch: ``rows`` of ``length`` tokens, ``windows`` of 256 patches."""
+def make_scene(
+    rng: np.random.Generator, pool: scans.Scans, few: bool, clips: float
+) -> Picture | Film:
+    """A picture for training, or with a chance of ``clips`` a clip.
 
-    rows: int
-    length: int
-    windows: int
-
-
-def make_batch(
-    folder: str, part: str, shape: Shape, seed: int, step: int, few: int = 0, clips: float = 0.0
-) -> q3.Batch:
-    """Compose one batch from the scans of ``part`` with the tokenizer and config in ``folder``.
-
-    Pictures are packed into windows, so that attention costs the same whatever their sizes: the
-    fields of ``vision`` are [windows, 256, ...] with ranges that count from the window's start, and
-    its pixels are uint8, before normalisation. Labels are -100 but on answers and on placeholders
-    (see `_contents`); rows are padded on the right. A picture serves SHARED rows; with a chance of
-    ``clips`` a clip stands in its place, all in one window.
-
-    Pictures of steps below ``few`` hold at most four digits and are mostly searched. To find a digit
-    one must compare each with the one asked for: among few that pays soon, and is kept afterwards;
-    among many, taking the next place in reading order pays more for too long.
+    With ``few`` it holds at most four digits and is mostly searched. To find a digit one must compare
+    each with the one asked for: among few that pays soon, and is kept afterwards; among many, taking
+    the next place in reading order pays more for too long.
     """
-    rng = np.random.default_rng((seed, step))
-    words, config = Words(folder), _config(folder)
-    pool = scans.load(part)
-    ids = np.full((shape.rows, shape.length), words.pad, np.int32)
-    labels = np.full_like(ids, IGNORED)
-    mask = np.zeros_like(ids)
-    vision_rows = np.full_like(ids, -1)
-    windows = Windows(config, shape.windows)
-    grids: dict[type, list[tuple[int, int, int]]] = {Picture: [], Film: []}
-    scene = start = None
-    for i in range(shape.rows):
-        if i % SHARED == 0:
-            scene = _scene(rng, pool, step < few, clips)
-            start = windows.add(to_patches(frames_of(scene)), grid_of(scene))
-        # Without a picture where one is due: rare, the others were large and no window has room.
-        if start is None or scene is None or rng.random() < CHAT:
-            row = _chat(rng, words)
-        else:
-            row = make_row(rng, words, scene, shape.length, step < few)
-            grids[type(scene)].append(grid_of(scene))
-        used = len(row.ids)
-        ids[i, :used], labels[i, :used], mask[i, :used] = row.ids, row.labels, 1
-        seen = np.isin(ids[i], (words.image, words.video))
-        vision_rows[i, seen] = (start or 0) // MERGE**2 + np.arange(seen.sum())
-    positions, delta = q3.rope_index(config, ids, grids[Picture] or None, grids[Film] or None, mask)
-    host: list[Any] = [ids, positions, mask, vision_rows, delta]
-    return q3.Batch(*host, vision=windows.inputs(), labels=cast(Any, labels))
-
-
-def _scene(rng: np.random.Generator, pool: scans.Scans, few: bool, clips: float) -> Picture | Film:
-    """A picture for training, or with a chance of ``clips`` a clip."""
     if clips and rng.random() < clips:
         slow = rng.random() < SLOW
         fps = float(rng.uniform(SLOWEST, films.RATE)) if slow else films.RATE
@@ -99,52 +46,6 @@ def _scene(rng: np.random.Generator, pool: scans.Scans, few: bool, clips: float)
     grid = FEW[int(rng.integers(len(FEW)))] if few else None
     loose = bool(rng.random() < LOOSE)
     return pictures.compose(rng, pool, loose=loose, snap=True, distort=True, grid=grid)
-
-
-class Windows:
-    """Vision inputs filled by pictures and clips, each into the first window that has room."""
-
-    def __init__(self, config: q3.Config, count: int):
-        self.config, self.used = config, np.zeros(count, int)
-        fields = {"pos_index": 4, "pos_weight": 4, "coords": 2, "lo": 0, "hi": 0}
-        self.fields = {
-            name: np.zeros(
-                (count * WINDOW, width) if width else count * WINDOW,
-                np.float32 if name == "pos_weight" else np.int32,
-            )
-            for name, width in fields.items()
-        }
-        self.pixels = np.zeros((count * WINDOW, CHANNELS * PAIR * PATCH * PATCH), np.uint8)
-
-    def add(self, patches: np.ndarray, grid: tuple[int, int, int]) -> int | None:
-        """Place a picture or clip; its first patch counted over all windows, or None if it does not fit."""
-        room = np.flatnonzero(self.used + len(patches) <= WINDOW)
-        if not len(room):
-            return None
-        window, start = int(room[0]), int(self.used[room[0]])
-        self.used[window] += len(patches)
-        at = window * WINDOW + start
-        place = slice(at, at + len(patches))
-        self.pixels[place] = patches
-        tables = _tables(self.config, grid)
-        for name, field in self.fields.items():
-            table = getattr(tables, name)
-            field[place] = table + start if name in ("lo", "hi") else table
-        return at
-
-    def inputs(self) -> q3.VisionInputs:
-        """The windows as vision inputs with a leading axis [windows, 256, ...]."""
-        cut: dict[str, Any] = {
-            name: x.reshape(-1, WINDOW, *x.shape[1:]) for name, x in self.fields.items()
-        }
-        cut["pixels"] = self.pixels.reshape(-1, WINDOW, self.pixels.shape[1])
-        return q3.VisionInputs(**cut)
-
-
-@lru_cache(512)
-def _tables(config: q3.Config, grid: tuple[int, int, int]) -> q3.VisionInputs:
-    pixels = np.zeros((int(np.prod(grid)), int(np.prod(config.vision.patch_shape))), np.float32)
-    return q3.make_vision(config, pixels, [grid], pad=False)
 
 
 @dataclass(frozen=True)
@@ -156,12 +57,11 @@ class Row:
 
 
 class Words:
-    """The tokenizer of a checkpoint folder."""
+    """The tokenizer of a checkpoint folder; `words_of` keeps one for each."""
 
     def __init__(self, folder: str):
-        self.tokenizer = _tokenizer(folder)
+        self.tokenizer = Tokenizer.from_file(f"{folder}/tokenizer.json")
         ids: dict[str, int] = self.tokenizer.get_vocab()
-        self.pad = ids["<|endoftext|>"]
         self.image, self.video = ids["<|image_pad|>"], ids["<|video_pad|>"]
         self.nothing = ids["<|vision_pad|>"]
         self.seen = [ids[chr(256 + digit)] for digit in range(10)]  # bytes 0 to 9
@@ -170,14 +70,7 @@ class Words:
         return _encode(self.tokenizer, text)
 
 
-@cache
-def _tokenizer(folder: str) -> Tokenizer:
-    return Tokenizer.from_file(f"{folder}/tokenizer.json")
-
-
-@cache
-def _config(folder: str) -> q3.Config:
-    return q3.Config.from_hf(folder)
+words_of = cache(Words)
 
 
 @lru_cache(4096)
@@ -236,7 +129,7 @@ def _turns(
                 break
             tries += 1  # too many boxes for a row: ask something else
             if tries > 100:
-                raise InputError(f"batch.length is {length}, too short to ask about a picture")
+                raise InputError(f"length is {length}, too short to ask about a picture")
             continue
         row, more = longer, MORE
         if turn.kind == "read":
@@ -250,7 +143,7 @@ def _film_turns(rng: np.random.Generator, words: Words, film: Film, row: Row, le
         turn = tasks.ask_when(rng, film, int(digit))
         longer = _joined(row, spoken_row(words, turn, first=number == 0))
         if len(longer.ids) > length and number == 0:
-            raise InputError(f"batch.length is {length}, too short to ask about a clip")
+            raise InputError(f"length is {length}, too short to ask about a clip")
         if len(longer.ids) > length:
             break
         row = longer
@@ -294,7 +187,8 @@ def _learned(asked: list[int], answered: list[int]) -> Row:
     return Row(asked + answered, [IGNORED] * len(asked) + answered[:-1] + [IGNORED])
 
 
-def _chat(rng: np.random.Generator, words: Words) -> Row:
+def make_chat(rng: np.random.Generator, words: Words) -> Row:
+    """Make a greeting and its answer, without a picture."""
     question = tasks.HELLO[int(rng.integers(len(tasks.HELLO)))]
     asked = words(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n")
     answered = words(f"{tasks.INTRODUCTION}<|im_end|>\n")

@@ -79,7 +79,7 @@ def make_plan(rng: np.random.Generator, scans: Scans, pairs: int) -> Plan:
         (int(size[0]), int(size[1])),
         np.array([side, side]),
         (cell + 0.5) * pitch + offset,
-        np.array([rng.choice(scans.of(label)) for label in labels]),
+        np.array([scans.draw(rng, label) for label in labels]),
         cell,
         (rows, cols),
         star,

@@ -54,7 +54,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Sheet:
-    """What a plan is drawn with: ``paper`` float32 [H, W, 3] and ``inks`` [n, 3], levels to 255.
+    """What a plan is drawn with: ``paper`` float32 [3, H, W] and ``inks`` [n, 3], levels to 255.
 
     ``strokes`` holds each digit's share of ink [h, w], 0 to 1, with its top and left in pixels.
     """
@@ -124,7 +124,7 @@ def make_plan(
     offset = rng.uniform(-1, 1, cell.shape) * reach
     centre = side * (margin[:, 0] + (cell + 0.5) * (1 + gap) + offset)
     labels, star = _labels(rng, len(cell))
-    scan = np.array([rng.choice(scans.of(label)) for label in labels])
+    scan = np.array([scans.draw(rng, label) for label in labels])
     return Plan(
         (int(height), int(width)),
         np.array([side, side]),
@@ -162,9 +162,7 @@ def make_sheet(rng: np.random.Generator, scans: Scans, plan: Plan, distort: bool
     """Choose a plan's paper and inks, and draw the stroke of each of its digits."""
     height, width = int(plan.size[0]), int(plan.size[1])
     colour, inks = _colours(rng, len(plan.scan))
-    paper = np.empty((height, width, 3), np.float32)
-    paper[:] = colour
-    paper += _shade(rng, height, width)[..., None]
+    paper = colour[:, None, None] + _shade(rng, height, width)
     threshold, softness = rng.uniform(0.15, 0.35), rng.uniform(0.4, 0.65)
     strokes = []
     for scan, centre in zip(plan.scan, plan.centre, strict=True):
@@ -176,16 +174,16 @@ def make_sheet(rng: np.random.Generator, scans: Scans, plan: Plan, distort: bool
 def expose(rng: np.random.Generator, scans: Scans, plan: Plan, sheet: Sheet) -> Picture:
     """Lay the strokes of a plan's digits on the paper and add a little noise."""
     canvas = sheet.paper.copy()
-    height, width = canvas.shape[:2]
+    height, width = canvas.shape[1:]
     boxes = np.empty((len(plan.scan), 4), np.float32)
     for i, stroke in enumerate(sheet.strokes):
         alpha, top, left = _crop(*stroke, height, width)
         boxes[i] = _box(alpha, top, left)
-        part = canvas[top : top + alpha.shape[0], left : left + alpha.shape[1]]
-        part += alpha[..., None] * (sheet.inks[i] - part)
-    canvas += _noise(rng, height, width)[..., None]
+        part = canvas[:, top : top + alpha.shape[0], left : left + alpha.shape[1]]
+        part += alpha * (sheet.inks[i][:, None, None] - part)
+    canvas += _noise(rng, height, width)
     return Picture(
-        np.clip(canvas, 0, 255).astype(np.uint8),
+        np.clip(canvas, 0, 255, out=canvas).astype(np.uint8).transpose(1, 2, 0),
         scans.labels[plan.scan],
         plan.cell,
         boxes,
@@ -247,13 +245,15 @@ def _sample(
     limit = 2 * (half + BORDER) - 1.001
     y = np.clip((v + 1) * half + (BORDER - 0.5), 0, limit)
     x = np.clip((u + 1) * half + (BORDER - 0.5), 0, limit)
-    y0, x0 = y.astype(np.int32), x.astype(np.int32)
-    fy, fx = y - y0, x - x0
+    y0, x0 = y.astype(np.intp), x.astype(np.intp)
+    fy, fx = (y - y0).astype(np.float32), (x - x0).astype(np.float32)
     flat, at = ink.reshape(-1), y0 * ink.shape[1] + x0
-    upper = flat[at] * (1 - fx) + flat[at + 1] * fx
-    at = at + ink.shape[1]
-    lower = flat[at] * (1 - fx) + flat[at + 1] * fx
-    return upper * (1 - fy) + lower * fy, int(top), int(left)
+    upper, lower = (_between(flat[i], flat[i + 1], fx) for i in (at, at + ink.shape[1]))
+    return _between(upper, lower, fy), int(top), int(left)
+
+
+def _between(a: np.ndarray, b: np.ndarray, share: np.ndarray) -> np.ndarray:
+    return a + share * (b - a)
 
 
 def _bend(rng: np.random.Generator, v: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -266,12 +266,13 @@ def _bend(rng: np.random.Generator, v: np.ndarray, u: np.ndarray) -> tuple[np.nd
     height, pace, phase = rng.uniform(
         [[-0.06], [1.5], [0]], [[0.06], [4], [2 * np.pi]], (3, 2)
     ).astype(np.float32)
-    powers = v * v - 0.5, u * v, u * u - 0.5
-    out = []
-    for i, along in enumerate((u, v)):
+    down, right = v * v - 0.5, u * u - 0.5
+    both, out = u * v, []
+    for i, along in enumerate((u, v)):  # all but one term is of v or of u alone, which is cheap
         wave = height[i] * np.sin(pace[i] * along + phase[i]) + np.float32(shift[i])
-        bow = curve[i, 0] * powers[0] + curve[i, 1] * powers[1] + curve[i, 2] * powers[2]
-        out.append(turn[i, 0] * v + turn[i, 1] * u + bow + wave)
+        rows, cols = turn[i, 0] * v + curve[i, 0] * down, turn[i, 1] * u + curve[i, 2] * right
+        rows, cols = (rows, cols + wave) if i == 0 else (rows + wave, cols)
+        out.append(curve[i, 1] * both + rows + cols)
     return out[0], out[1]
 
 

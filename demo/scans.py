@@ -26,6 +26,11 @@ class Scans:
         """Indices of the scans that show ``digit``."""
         return np.flatnonzero(self.labels == digit)
 
+    def draw(self, rng: np.random.Generator, digit: int) -> int:
+        """Index of a random scan that shows ``digit``."""
+        found = self.of(digit)
+        return int(found[rng.integers(len(found))])
+
 
 def split(labels: np.ndarray) -> np.ndarray:
     """Mark 20 % of each digit's scans as held out, at random with a fixed seed: bool [n]."""

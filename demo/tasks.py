@@ -58,6 +58,10 @@ CELL = (
     "What is the digit in row {row}, column {col}?",
     "Read row {row}, column {col}.",
 )
+REVERSE = (  # not learned by the bundled checkpoint: the task of configs/demo_reverse.toml
+    "Read the digits in reverse.",
+    "Read the digits backwards, from the last to the first.",
+)
 WHEN = (  # of clips
     "At which second does the {d} appear?",
     "At which second does the {one} appear?",
@@ -84,7 +88,10 @@ INTRODUCTION = (
     "show me a picture and ask me to read them, count them or find them."
 )
 SYSTEM = "You are a helpful assistant."
-WORDINGS = {"read": READ, "count": COUNT, "find": FIND, "total": TOTAL, "cell": CELL}
+WORDINGS = {
+    "read": READ, "count": COUNT, "find": FIND, "total": TOTAL, "cell": CELL, "reverse": REVERSE,
+}  # fmt: skip
+WHOLE = ("read", "cell", "reverse")  # kinds that need every cell of a grid filled
 
 
 @dataclass(frozen=True)
@@ -105,12 +112,14 @@ def ask(rng: np.random.Generator, picture: Picture, kind: str, wording: int | No
     """
     if kind not in WORDINGS:
         raise ValueError(f"kind of question: expected one of {sorted(WORDINGS)}, found {kind!r}")
-    if kind in ("read", "cell") and not picture.full:
+    if kind in WHOLE and not picture.full:
         raise ValueError(f"{kind}: the picture has empty cells, so it has no rows to read")
     wordings = WORDINGS[kind]
     text = wordings[int(rng.integers(len(wordings))) if wording is None else wording]
     if kind == "read":
         return Turn(kind, text, read_answer(picture))
+    if kind == "reverse":
+        return Turn(kind, text, read_answer(picture)[::-1])
     if kind == "total":
         return Turn(kind, text, str(len(picture.labels)))
     if kind == "cell":

@@ -16,9 +16,11 @@ from typing import Any, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from qwen3vl_jax.lora import Adapted, low_rank
-from qwen3vl_jax.quantized import Weight, factored
+from qwen3vl_jax.products import product
+from qwen3vl_jax.quantized import Quantized, Weight, factored
 from qwen3vl_jax.sharding import platform
 
 ones, zeros = nn.initializers.ones, nn.initializers.zeros
@@ -58,7 +60,8 @@ def linear(
     and is flattened to 2-D here: XLA:CPU copies a 3-D weight at every call, which is many times slower.
     """
     y = linear_fp32(x, w, in_dims)
-    return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
+    y = (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
+    return checkpoint_name(y, PRODUCT)
 
 
 def linear_fp32(x: jax.Array, w: Weight | Adapted, in_dims: int = 1) -> jax.Array:
@@ -67,13 +70,12 @@ def linear_fp32(x: jax.Array, w: Weight | Adapted, in_dims: int = 1) -> jax.Arra
         return linear_fp32(x, w.base, in_dims) + low_rank(x, w, in_dims)
     lead, out = x.shape[: x.ndim - in_dims], w.shape[: w.ndim - in_dims]
     rows, width = math.prod(lead), math.prod(w.shape[w.ndim - in_dims :])
-    values, factor = factored(w, x.dtype, range(w.ndim - in_dims, w.ndim))
+    dtype = x.dtype if isinstance(w, Quantized) else w.dtype
+    values, factor = factored(w, dtype, range(w.ndim - in_dims, w.ndim))
     x2, w2 = x.reshape(rows, width), values.reshape(-1, width)
     if rows == 1 and x.dtype == jnp.bfloat16 and platform() == "cpu":
         x2 = jnp.repeat(x2, 2, axis=0)  # XLA:CPU has no fast bf16 vector-matrix product
-    contract = (((1,), (1,)), ((), ()))
-    y = jax.lax.dot_general(x2, w2, contract, preferred_element_type=jnp.float32)
-    y = y[:rows].reshape(*lead, *out)
+    y = product(x2, w2)[:rows].reshape(*lead, *out)
     return y if factor is None else y * factor
 
 
@@ -102,10 +104,17 @@ class LayerNorm(nn.Module):
         return (y * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
 
 
+PRODUCT = "product"  # what `linear` gives, to the policies of jax.checkpoint
+_policies = jax.checkpoint_policies
 REMAT: dict[str, Callable | None] = {  # what the backward pass finds saved of each layer
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+    "full": _policies.nothing_saveable,
+    "dots": _policies.save_only_these_names(PRODUCT),
+    "offload": _policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[PRODUCT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
     "none": None,  # everything
 }
 

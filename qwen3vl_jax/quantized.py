@@ -10,6 +10,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from qwen3vl_jax.products import rows
 from qwen3vl_jax.tensors import SCALE, VALUES
 
 
@@ -59,7 +60,7 @@ def factored(w: Weight, dtype, axes: Iterable[int]) -> tuple[jax.Array, jax.Arra
 def take_rows(w: Weight, index: Any, dtype) -> jax.Array:
     """Rows w[index] in `dtype`: the embedding."""
     if not isinstance(w, Quantized):
-        return w[index].astype(dtype)
+        return rows(jnp.asarray(w), index).astype(dtype)
     covered = w.shape[0] // w.scale.shape[0]
     return dense(Quantized(w.values[index], w.scale[index // covered]), dtype)
 

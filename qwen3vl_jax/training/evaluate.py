@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from qwen3vl_jax.config import Config
+from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.generation import generate
 from qwen3vl_jax.model import unstack_layers
 from qwen3vl_jax.processing.processor import Processor
@@ -47,6 +49,8 @@ def make_measure(cfg: Config, step: Step, join) -> Callable[..., tuple[jax.Array
 def mean_loss(measure, weights, frozen, batches: Iterable[PackedBatch]) -> dict[str, float]:
     """{"loss", "accuracy"} over all target tokens of the batches; accuracy is of single tokens."""
     found = [measure(weights, frozen, packed) for packed in batches]
+    if not found:
+        raise InputError("evaluate.sources: found no sample that fits, expected at least one")
     loss, weight, right, tokens = (sum(float(x) for x in part) for part in zip(*found))
     return {"loss": loss / max(weight, 1e-9), "accuracy": right / max(tokens, 1)}
 
@@ -69,25 +73,37 @@ def make_inference(step: Step, join) -> Callable[..., Params]:
 def answer(
     params: Params, proc: Processor, records: Sequence[tuple[str, Any]], max_new_tokens: int
 ) -> list[Answered]:
-    """Greedy answers to the last turn of each record, (name, {messages, tools?}) in chat form."""
+    """Greedy answers to the last assistant turn of each record, (name, {messages, tools?}) in chat form.
+
+    Records without such a turn, or with nothing before it, are passed over.
+    """
+    asked = [(name, record, _last_turn(record["messages"])) for name, record in records]
     out: list[Answered] = []
-    for start in range(0, len(records), ROWS):
-        out += _answer_some(params, proc, records[start : start + ROWS], max_new_tokens)
+    for tools, group in itertools.groupby((a for a in asked if a[2]), lambda a: a[1].get("tools")):
+        rows = list(group)
+        for start in range(0, len(rows), ROWS):
+            out += _answer_some(params, proc, rows[start : start + ROWS], tools, max_new_tokens)
     return out
 
 
-def _answer_some(params, proc: Processor, records, max_new_tokens: int) -> list[Answered]:
-    asked = [record["messages"][:-1] for _, record in records]
-    batch = proc(asked, tools=None)
+def _last_turn(messages: Sequence[Any]) -> int:
+    """The index of the last message that an assistant wrote, 0 for none."""
+    roles = [message["role"] for message in messages]
+    return max((i for i, role in enumerate(roles) if role == "assistant"), default=0)
+
+
+def _answer_some(params, proc: Processor, rows, tools: Any, max_new_tokens: int) -> list[Answered]:
+    batch = proc([record["messages"][:turn] for _, record, turn in rows], tools=tools)
     options = {"max_new_tokens": max_new_tokens, "stop_ids": proc.stop_ids}
     written = generate(params, proc.config, batch, **options)
-    texts = []
-    for row, length in zip(written.tokens, written.lengths, strict=True):
-        texts.append(proc.decode(row[:length]))
-    return [
-        Answered(name, _words(record["messages"][-2]), _words(record["messages"][-1]), text)
-        for (name, record), text in zip(records, texts, strict=True)
-    ]
+    out = []
+    for (name, record, turn), tokens, length in zip(
+        rows, written.tokens, written.lengths, strict=True
+    ):
+        question, expected = record["messages"][turn - 1], record["messages"][turn]
+        said = proc.parse(proc.decode(tokens[:length])).content
+        out.append(Answered(name, _words(question), _words(expected), said))
+    return out
 
 
 def _words(message: Any) -> str:

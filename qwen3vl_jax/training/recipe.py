@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import tomllib
 import types
 import typing
@@ -36,6 +37,7 @@ class Data:
     weighting: str = "token"
     min_pixels: int = 0
     max_pixels: int = 0
+    clip_max_pixels: int = 0  # frames x height x width of a whole clip
     fps: float = 0.0
     max_frames: int = 0
     add_vision_id: bool = False
@@ -56,6 +58,7 @@ class Groups:
 
     freeze: tuple[str, ...] = ()
     rates: dict[str, float] = dataclasses.field(default_factory=dict)
+    new_tokens: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +93,7 @@ class Step:
     weights: str = "float32"
     rounding: str = "stochastic"
     remat: str = "full"
-    loss_chunk: int = 1024
+    loss_chunk: int = 4096
     z_loss: float = 0.0
     balance_loss: float = 0.0
     vision_labels: float = 0.0
@@ -117,8 +120,9 @@ class Report:
     every: int = 10
     tensorboard: bool = True
     wandb: str = ""
-    samples: int = 0
+    samples: int = 2
     profile: tuple[int, ...] = ()
+    peak_tflops: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,23 +205,44 @@ def check(recipe: Recipe) -> Recipe:
             known = ", ".join(_CHOICES[name])
             raise InputError(f"{name} is {value!r}, expected one of {known}")
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if number and not math.isfinite(value):
+            raise InputError(f"{name} is {value}, expected a finite number")
         if number and value < _LEAST.get(name, 0):
             raise InputError(f"{name} is {value}, expected a number from {_LEAST.get(name, 0)}")
         if name in _BELOW_ONE and value >= 1:
             raise InputError(f"{name} is {value}, expected a number from 0 to below 1")
+    _check_together(recipe)
+    return recipe
+
+
+def _check_together(recipe: Recipe) -> None:
+    """What is wrong with keys that are right each by itself."""
     if not recipe.ckpt:
         raise InputError("ckpt is empty, expected the directory (or Hub id) of the model to train")
     if recipe.optimizer.warmup >= recipe.steps:
         raise InputError(
             f"steps is {recipe.steps}, expected more than optimizer.warmup ({recipe.optimizer.warmup})"
         )
+    if recipe.evaluate.every and not recipe.evaluate.sources:
+        raise InputError("evaluate.every is set and evaluate.sources is empty, expected files")
+    if recipe.train.new_tokens and recipe.lora.rank:
+        raise InputError("train.new_tokens: LoRA trains no embedding rows; set lora.rank=0")
     if recipe.lora.adapter and not recipe.lora.rank:
         raise InputError("lora.adapter is set and lora.rank is 0, expected the adapter's rank")
     for table, sources in (("data", recipe.data.sources), ("evaluate", recipe.evaluate.sources)):
         for number, source in enumerate(sources, 1):
             if not source.path or source.weight <= 0:
                 raise InputError(f"{table}.sources {number}: expected a path and a weight above 0")
-    return recipe
+
+
+def check_mesh(recipe: Recipe) -> None:
+    """Raises InputError for a mesh of several devices, which training cannot use yet."""
+    for name, size in flat(recipe.mesh, "mesh.").items():
+        if size not in (1, -1):
+            raise InputError(
+                f"{name} is {size}: a run uses one device for now; set it to 1, or take --dry-run, "
+                "which shows what each device of the mesh would hold"
+            )
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -239,11 +264,28 @@ def _apply(raw: dict[str, Any], change: str) -> None:
     except tomllib.TOMLDecodeError:
         value = text
     *tables, key = name.strip().split(".")
+    at: Any = raw
     for part in tables:
-        raw = raw.setdefault(part, {})
-        if not isinstance(raw, dict):
-            raise InputError(f"{change}: {part} is no table, expected key=value or table.key=value")
-    raw[key] = value
+        at = _inside(at, part, change)
+    if isinstance(at, list):
+        at[_place(at, key, change)] = value
+    else:
+        at[key] = value
+
+
+def _inside(at: Any, part: str, change: str) -> Any:
+    """The table or list that a part of a change's key names; a table is made where none is."""
+    found = at[_place(at, part, change)] if isinstance(at, list) else at.setdefault(part, {})
+    if not isinstance(found, (dict, list)):
+        raise InputError(f"{change}: {part} is no table, expected key=value or table.key=value")
+    return found
+
+
+def _place(items: list[Any], part: str, change: str) -> int:
+    """Where in a list a change's key points: data.sources.0.path."""
+    if not part.isdecimal() or int(part) >= len(items):
+        raise InputError(f"{change}: {part!r} is no place in a list of {len(items)} (from 0)")
+    return int(part)
 
 
 def _build(kind: type[_T], raw: Any, prefix: str, where: str) -> _T:

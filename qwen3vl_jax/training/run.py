@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import json
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+import jax
+import numpy as np
+import tomli_w
+
+from qwen3vl_jax.checkpoint import resolve
+from qwen3vl_jax.config import Config
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.training import evaluate, machine, run_dir, setup
+from qwen3vl_jax.training.checkpoints import Checkpoints
+from qwen3vl_jax.training.feed import Drawn, Feed
+from qwen3vl_jax.training.model_files import open_model, write_model_files
+from qwen3vl_jax.training.optimizer import make_schedule
+from qwen3vl_jax.training.packing import PackedBatch
+from qwen3vl_jax.training.recipe import Data, Recipe, as_dict, flat
+from qwen3vl_jax.training.speed import Speed
+from qwen3vl_jax.training.watch import Watch
 
 
 class Stop:
@@ -18,6 +40,9 @@ class Stop:
 def on_sigterm() -> Iterator[Stop]:
     """Turns SIGTERM into a flag that the loop reads between two steps."""
     stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # only the main thread may set a handler
+        return
 
     def ask(*_: Any) -> None:
         stop.asked = True
@@ -29,94 +54,203 @@ def on_sigterm() -> Iterator[Stop]:
         signal.signal(signal.SIGTERM, before)
 
 
+def train(recipe: Recipe, out: Path) -> None:
+    """Runs a recipe in the directory `out`, from its last checkpoint if there is one.
+
+    Returns when all steps are done, or after SIGTERM, which saves first. Raises InputError for what
+    cannot start, for a directory of another run, and where a loss is not a number.
+    """
+    with on_sigterm() as stop, run_dir.opened(out):
+        first = max(run_dir.saved_steps(out), default=0)
+        meta = run_dir.read_meta(out, first) if first else {}
+        noted = check_fits(recipe, meta, out) if first else []
+        (out / run_dir.CONFIG).write_text(tomli_w.dumps(plain(as_dict(recipe))))
+        with Watch(out, recipe, first) as watch:
+            for line in noted:
+                watch.progress.say(f"going on from step {first}: {line}")
+            run = Run(recipe, out, first, meta)
+            try:
+                run.loop(watch, stop)
+            finally:
+                run.close()
+            watch.draw()
+            done = "stopped by SIGTERM, saved" if stop.asked else "done"
+            watch.progress.say(f"{out}: step {run.number} of {recipe.steps}, {done}")
+
+
+def check_fits(recipe: Recipe, meta: dict[str, Any], out: Path) -> list[str]:
+    """What differs from the run's start and may; raises InputError for what may not."""
+    changed = run_dir.check_recipe(plain(flat(recipe)), meta["recipe"], out)
+    moved = machine.changes(meta["machine"])
+    if moved:
+        moved = ["not bit for bit, the machine differs: " + ", ".join(moved)]
+    return changed + moved
+
+
+def plain(value: Any) -> Any:
+    """A recipe's values as JSON and TOML hold them."""
+    return json.loads(json.dumps(value, default=dataclasses.asdict))
+
+
 class Run:
     """One run: everything it holds, and its loop. RUN_DIR is `out`."""
 
-    def __init__(self, recipe: Recipe, out: Path):
-        self.recipe, self.out = recipe, out
-        self.proc = Processor.from_pretrained(recipe.ckpt)
-        self.cfg: Config = self.proc.config
-        keep = recipe.checkpoints
-        self.saved = Checkpoints(out, keep.keep, keep.keep_best)
-        self.first = self.saved.latest or 0
-        self.meta: dict[str, Any] = {"best": None}
-        if self.first:
-            self.meta = self.saved.meta(self.first)
-            check_recipe(plain(flat(recipe)), self.meta["recipe"], out)
-        (out / "config.toml").write_text(tomli_w.dumps(plain(as_dict(recipe))))
+    def __init__(self, recipe: Recipe, out: Path, first: int, meta: dict[str, Any]):
+        self.recipe, self.out, self.number = recipe, out, first
+        if not first:
+            write_model_files(recipe, out / run_dir.MODEL)
+        self.proc, new_ids = open_model(recipe, out / run_dir.MODEL)
+        self.cfg = self.proc.config
+        now = Config.from_hf(resolve(recipe.ckpt)).to_hf()
+        self.meta = {"best": None, "model": now, **meta}
+        run_dir.check_model(now, self.meta["model"], out)
         self.feed = Feed(recipe.data, recipe.pack, self.proc, recipe.seed)
-        if self.first:
+        if first:
             self.feed.set_state(self.meta["data"])
-        trainee = setup.cut(recipe, self.cfg, setup.initial_params(recipe, self.cfg))
+        trainee = setup.prepare(recipe, self.cfg, new_ids)
         self.frozen, self.join = trainee.frozen, trainee.join
-        self.state, self.step = setup.start(recipe, self.cfg, trainee)
-        if self.first:
-            self.state = self.saved.restore(self.first, self.state)
+        rule = setup.rule_of(recipe, self.cfg, trainee.weights)
+        self.step = setup.make_step(recipe, self.cfg, rule, self.join)
+        self.saved = Checkpoints(out, recipe.checkpoints.keep, recipe.checkpoints.keep_best)
+        if first:
+            like = jax.eval_shape(lambda w: setup.first_state(recipe, rule, w), trainee.weights)
+            del trainee  # the weights make room before those of the checkpoint come
+            self.state = self.saved.restore(first, like)
+        else:
+            self.state = setup.first_state(recipe, rule, trainee.weights)
+        self.pending: list[tuple[int, dict[str, Any], list[Drawn]]] = []
+        # A device runs beside the host, which tells of a step while the next one runs.
+        self.overlap = jax.default_backend() != "cpu"
+        self.speed = Speed(recipe, self.cfg, self.state.weights)
+        self.schedule = make_schedule(recipe.optimizer, recipe.steps)
         self.measure = evaluate.make_measure(self.cfg, recipe.step, self.join)
         self.inference = evaluate.make_inference(recipe.step, self.join)
 
+    def close(self) -> None:
+        """Waits for what is being saved, and ends the workers."""
+        self.feed.close()
+        self.saved.close()
+
     def loop(self, watch: Watch, stop: Stop) -> None:
-        """Every step that is left, or those until `stop` is asked."""
-        recipe, behind = self.recipe, None
-        for number in range(self.first + 1, recipe.steps + 1):
+        """Every step that is left, or those until `stop` is asked; what was done is saved."""
+        if self.due_evaluation(self.number) and self.number not in watch.evaluations.steps:
+            self.evaluate(watch)  # SIGTERM came before it
+        profiler = Profiler(self.recipe.report.profile, self.out)
+        watch.restart_clock()
+        while self.number < self.recipe.steps and not stop.asked:
+            self.number += 1
             packed, drawn = self.draw()
+            profiler.before(self.number)
             self.state, metrics = self.step(self.state, self.frozen, packed)
-            if behind is not None:  # the host waits for the step before this one: the device never does
-                self.tell(watch, *behind)
-            behind = (number, metrics, drawn)
-            last = number == recipe.steps or stop.asked
-            looked = recipe.evaluate.every and (last or number % recipe.evaluate.every == 0)
-            if looked or last or number % recipe.save_every == 0:
-                self.tell(watch, *behind)
-                behind = None
-                score = self.evaluate(watch, number) if looked and recipe.evaluate.sources else None
-                self.save(score, due=last or number % recipe.save_every == 0)
-            if stop.asked:
-                break
-        self.saved.wait()
+            profiler.after(self.number, metrics)
+            self.pending.append((self.number, metrics, drawn))
+            self.tell(watch, behind=int(self.overlap))
+            due = self.number % self.recipe.save_every == 0 or self.number == self.recipe.steps
+            looks = self.due_evaluation(self.number) and not stop.asked
+            if due or looks:
+                self.tell(watch)
+                self.save(watch, self.evaluate(watch) if looks else None, due)
+                watch.restart_clock()
+        self.tell(watch)
+        if stop.asked and self.number not in run_dir.saved_steps(self.out):
+            self.save(watch, None, due=True)
+
+    def due_evaluation(self, number: int) -> bool:
+        """Whether the recipe asks for an evaluation after a step: the last one is always due."""
+        every = self.recipe.evaluate.every
+        return bool(every and number and (number % every == 0 or number == self.recipe.steps))
 
     def draw(self) -> tuple[PackedBatch, list[Drawn]]:
         """The micro batches of the next step with a leading axis, and what was drawn for them."""
         drawn = [next(self.feed) for _ in range(self.recipe.step.accumulate)]
         return jax.tree.map(lambda *x: np.stack(x), *(d.packed for d in drawn)), drawn
 
-    def tell(self, watch: Watch, number: int, metrics: dict[str, jax.Array], drawn: Any) -> None:
-        """Writes a step down. Raises InputError where its loss is not a number."""
-        values = {name: np.asarray(x) for name, x in metrics.items()}
-        if not (np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])):
-            path = self.out / f"not_finite_step_{number}.json"
-            names = [name for d in drawn for row in d.names for name in row]
-            path.write_text(json.dumps({"step": number, "samples": names}, indent=2) + "\n")
-            raise InputError(
-                f"step {number}: the loss is {values['loss']}, the gradient's norm "
-                f"{values['grad_norm']}; the samples of this step are in {path}. Lower "
-                "optimizer.learning_rate or look at these samples; the last checkpoint is untouched"
-            )
-        watch.step(number, values, drawn)
+    def tell(self, watch: Watch, behind: int = 0) -> None:
+        """Writes the steps down that were not yet, but for the last `behind`, which may still run."""
+        while len(self.pending) > behind:
+            number, metrics, drawn = self.pending.pop(0)
+            values = {name: np.asarray(x) for name, x in metrics.items()}
+            watch.step(number, self.row(number, values, drawn))
 
-    def evaluate(self, watch: Watch, number: int) -> float:
+    def row(self, number: int, values: dict[str, Any], drawn: list[Drawn]) -> dict[str, Any]:
+        """What metrics.csv says of a step. Raises InputError where its loss is not a number."""
+        if not (np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])):
+            raise self.not_finite(number, values, drawn)
+        row = {"loss": values.pop("loss"), "lr": float(self.schedule(number - 1))}
+        row |= {"grad_norm": values.pop("grad_norm"), **values}
+        for name in ("fill", "vision_fill"):
+            row[name] = float(np.mean([d.stats[name] for d in drawn]))
+        for name in ("samples", "patches"):
+            row[name] = int(sum(d.stats[name] for d in drawn))
+        row |= self.speed.of(d.packed for d in drawn)
+        row["memory_gib"] = machine.memory_gib(jax.local_devices()[0])
+        return row
+
+    def not_finite(self, number: int, values: dict[str, Any], drawn: list[Drawn]) -> InputError:
+        """What stops a run whose loss is not a number; the step's samples are in a file by then."""
+        path = self.out / f"not_finite_step_{number}.json"
+        names = [name for d in drawn for row in d.names for name in row]
+        found = {n: float(values[n]) for n in ("loss", "grad_norm")}
+        text = {"step": number, **{n: str(x) for n, x in found.items()}, "samples": names}
+        path.write_text(json.dumps(text, indent=2) + "\n")
+        last = max(run_dir.saved_steps(self.out), default=0)
+        return InputError(
+            f"step {number}: the loss is {found['loss']:g} and the gradient's norm "
+            f"{found['grad_norm']:g}; its {len(names)} samples are named in {path}. Lower "
+            f"optimizer.learning_rate or look at these samples; the last checkpoint is of step {last}"
+        )
+
+    def evaluate(self, watch: Watch) -> float:
         """The loss on the evaluation set, and answers where the recipe asks for some."""
-        weights = self.state.average or self.state.weights
+        asked, weights = self.recipe.evaluate, self.state.average or self.state.weights
         feed = Feed(self.evaluation_data(), self.recipe.pack, self.proc, 0, once=True)
-        batches = (d.packed for d in itertools.islice(feed, self.recipe.evaluate.batches or None))
-        values = evaluate.mean_loss(self.measure, weights, self.frozen, batches)
+        try:
+            batches = (d.packed for d in itertools.islice(feed, asked.batches or None))
+            values = evaluate.mean_loss(self.measure, weights, self.frozen, batches)
+            records = feed.records(asked.generate) if asked.generate else []
+        finally:
+            feed.close()
         answers = []
-        if count := self.recipe.evaluate.generate:
+        if records:
             params = self.inference(weights, self.frozen)
-            records = feed.records(count)
-            answers = evaluate.answer(
-                params, self.proc, records, self.recipe.evaluate.max_new_tokens
-            )
+            answers = evaluate.answer(params, self.proc, records, asked.max_new_tokens)
             values["exact"] = sum(a.exact for a in answers) / max(len(answers), 1)
-        watch.evaluation(number, values, answers)
+        watch.evaluation(self.number, values, answers)
         return values["loss"]
 
-    def save(self, score: float | None, due: bool) -> None:
+    def evaluation_data(self) -> Data:
+        """The recipe's way with data, for its evaluation sources in their order."""
+        sources = self.recipe.evaluate.sources
+        return dataclasses.replace(self.recipe.data, sources=sources, shuffle=False, workers=0)
+
+    def save(self, watch: Watch, score: float | None, due: bool) -> None:
         """Saves where a checkpoint is due, and where the evaluation was the best so far."""
+        watch.refused(self.feed.refused)
         best = self.meta["best"]
-        better = score is not None and (best is None or score < best)
+        better = score is not None and np.isfinite(score) and (best is None or score < best)
         if better:
             self.meta["best"] = score
         if due or (better and self.recipe.checkpoints.keep_best):
             self.meta |= {"recipe": plain(flat(self.recipe)), "data": self.feed.get_state()}
+            self.meta |= {"machine": machine.described(), "score": score}
             self.saved.save(self.state, self.meta, score)
+
+
+class Profiler:
+    """A profiler trace of chosen steps in RUN_DIR/profile, which TensorBoard and XProf read."""
+
+    def __init__(self, steps: tuple[int, ...], out: Path):
+        self._steps, self._folder, self._on = set(steps), out / "profile", False
+
+    def before(self, number: int) -> None:
+        """Starts a trace with the first of several chosen steps in a row."""
+        if number in self._steps and not self._on:
+            jax.profiler.start_trace(str(self._folder))
+            self._on = True
+
+    def after(self, number: int, metrics: Any) -> None:
+        """Ends it with the last, when the device has done it."""
+        if self._on and number + 1 not in self._steps:
+            jax.block_until_ready(metrics)
+            jax.profiler.stop_trace()
+            self._on = False

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from qwen3vl_jax.checkpoint import load
+from convert.mapping import rows, tree_of
 from qwen3vl_jax.config import Config
+from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model import init_params, stack_layers
+from qwen3vl_jax.quantized import Quantized
 from qwen3vl_jax.structs import Params
 from qwen3vl_jax.training import groups
 from qwen3vl_jax.training.groups import Flat
 from qwen3vl_jax.training.optimizer import make_optimizer
 from qwen3vl_jax.training.recipe import Recipe
+from qwen3vl_jax.training.stacked import layer_counts, load_stacked, place_of
 from qwen3vl_jax.training.step import TrainState, init_state, train_step
 
 Join = Callable[..., Params]  # (weights, frozen, key=None) -> parameters with stacked layers
+Step = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
 
 
 class Trainee(NamedTuple):
@@ -31,21 +35,78 @@ class Trainee(NamedTuple):
     join: Join
 
 
+def prepare(recipe: Recipe, cfg: Config, new_ids: Sequence[int] = ()) -> Trainee:
+    """The model that a run starts from, read or drawn, and cut; new_ids: of train.new_tokens.
+
+    Raises InputError for what does not fit the model, and for 8-bit weights without LoRA.
+    """
+    params = initial_params(recipe, cfg)
+    if recipe.lora.rank:
+        from qwen3vl_jax.training.adapters import cut_lora
+
+        return cut_lora(recipe, cfg, params)
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Quantized))
+    if any(isinstance(x, Quantized) for x in leaves):
+        raise InputError(
+            f"{recipe.ckpt}: holds 8-bit weights, which only LoRA can train over; set lora.rank"
+        )
+    if new_ids and recipe.init == "checkpoint":
+        from qwen3vl_jax.training.tokens import new_rows
+
+        params = new_rows(params, new_ids)
+    trainee = cut(recipe, cfg, params)
+    if new_ids and "embed" not in trainee.weights:
+        raise InputError(
+            "train.new_tokens: train.freeze holds embeddings, so they cannot be learned"
+        )
+    return trainee
+
+
 def initial_params(recipe: Recipe, cfg: Config) -> Params:
-    """The parameters that a run starts from, layers stacked.
+    """The parameters that a run starts from, layers stacked, each in the dtype it is held in.
 
     recipe.init "checkpoint" reads them; "normal" draws them from initializer_range, "fan_in" with a
     deviation of 1 / sqrt(inputs), without which a tower of a few hundred channels starts too quiet.
     """
+    dtype_of = held_dtypes(recipe, cfg)
     if recipe.init == "checkpoint":
-        weights = (
-            recipe.lora.base if recipe.lora.rank and recipe.lora.base in ("int8", "fp8") else None
-        )
-        params, _ = load(recipe.ckpt, weights=weights)
-        return stack_layers(params)
-    key = jax.random.key(recipe.seed)
-    make = functools.partial(init_params, cfg=cfg)
-    return jax.jit(lambda key: stack_layers(_rescaled(make(key), cfg, recipe.init)))(key)
+        eight_bit = recipe.lora.rank and recipe.lora.base in ("int8", "fp8")
+        return load_stacked(recipe.ckpt, dtype_of, recipe.lora.base if eight_bit else None)
+
+    def make(key: jax.Array) -> Params:
+        params = stack_layers(_rescaled(init_params(key, cfg), cfg, recipe.init))
+        flat, unflatten = groups.flatten(params)
+        return unflatten({name: x.astype(dtype_of(name)) for name, x in flat.items()})
+
+    return jax.jit(make)(jax.random.key(recipe.seed))
+
+
+def held_dtypes(recipe: Recipe, cfg: Config) -> Callable[[str], Any]:
+    """The dtype in which each parameter is held, by its stacked name: trained, or frozen.
+
+    Raises InputError for a group that train.freeze names and the model does not have.
+    """
+    if recipe.lora.rank:
+        plain = recipe.lora.base in ("float32", "bfloat16")
+        base = jnp.dtype(recipe.lora.base if plain else recipe.step.dtype)
+        return lambda name: base
+    stopped = groups.frozen_names(list(shapes(cfg)), recipe.train.freeze, _sparse(cfg))
+    held, still = jnp.dtype(recipe.step.weights), jnp.dtype(recipe.step.dtype)
+    return lambda name: still if name in stopped else held
+
+
+@functools.lru_cache(maxsize=4)
+def shapes(cfg: Config) -> Flat:
+    """{stacked name: fp32 ShapeDtypeStruct} of a model's parameters, to be read only.
+
+    From the converter's table: tracing the 94 layers of the largest model takes seconds.
+    """
+    leaves, counts = {}, layer_counts(cfg)
+    for row in rows(cfg):
+        place, layer = place_of(row.path)
+        lead = () if layer is None else (counts[str(place[0])],)
+        leaves[place] = jax.ShapeDtypeStruct((*lead, *row.shape), jnp.float32)
+    return groups.flatten(tree_of(cfg, leaves))[0]
 
 
 def _rescaled(params: Params, cfg: Config, kind: str) -> Params:
@@ -60,41 +121,38 @@ def _rescaled(params: Params, cfg: Config, kind: str) -> Params:
 
 
 def cut(recipe: Recipe, cfg: Config, params: Params) -> Trainee:
-    """Which parameters are trained, in which dtype each is held. Raises InputError for unknown names."""
+    """Which parameters are trained; each is cast to the dtype it is held in. Raises InputError."""
     flat, unflatten = groups.flatten(params)
-    stopped = groups.frozen_names(list(flat), recipe.train.freeze, bool(cfg.text.num_experts))
-    held, still = jnp.dtype(recipe.step.weights), jnp.dtype(recipe.step.dtype)
-    weights = {n: x.astype(held) for n, x in flat.items() if n not in stopped}
-    frozen = {n: _held(flat, n, still) for n in flat if n in stopped}
+    stopped = groups.frozen_names(list(flat), recipe.train.freeze, _sparse(cfg))
+    dtype_of = held_dtypes(recipe, cfg)
+    held = {name: x.astype(dtype_of(name)) for name, x in flat.items()}
 
     def join(weights: Flat, frozen: Flat, key: Any = None) -> Params:
         return unflatten({**weights, **frozen})
 
-    return Trainee(weights, frozen, join)
+    weights = {name: x for name, x in held.items() if name not in stopped}
+    return Trainee(weights, {name: held[name] for name in held if name in stopped}, join)
 
 
-def _held(flat: Flat, name: str, dtype: Any) -> jax.Array:
-    """A frozen leaf in the dtype of the computation; 8-bit values and their scales stay as they are."""
-    x, eight_bit = flat[name], f"{name.rsplit('.', 1)[0]}.values" in flat
-    return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) and not eight_bit else x
+def _sparse(cfg: Config) -> bool:
+    return bool(cfg.text.num_experts)
 
 
 def rule_of(recipe: Recipe, cfg: Config, weights: Flat) -> optax.GradientTransformation:
     """The optimizer of the trained weights."""
-    sparse = bool(cfg.text.num_experts)
-    factors = groups.learning_rates(list(weights), recipe.train.rates, sparse)
+    factors = groups.learning_rates(list(weights), recipe.train.rates, _sparse(cfg))
     return make_optimizer(recipe.optimizer, recipe.steps, factors)
 
 
-def start(
-    recipe: Recipe, cfg: Config, trainee: Trainee
-) -> tuple[TrainState, Callable[..., tuple[TrainState, dict[str, jax.Array]]]]:
-    """The state before the first step and the jitted step(state, frozen, packed), state donated."""
-    rule = rule_of(recipe, cfg, trainee.weights)
-    settings, ema = recipe.step, recipe.optimizer.ema
+def first_state(recipe: Recipe, rule: optax.GradientTransformation, weights: Flat) -> TrainState:
+    """The state before the first step; trace it with jax.eval_shape for its shapes alone."""
     key = jax.random.fold_in(jax.random.key(recipe.seed), 1)
-    state = init_state(key, trainee.weights, rule, settings, ema)
+    return init_state(key, weights, rule, recipe.step, recipe.optimizer.ema)
+
+
+def make_step(recipe: Recipe, cfg: Config, rule: optax.GradientTransformation, join: Join) -> Step:
+    """The jitted step(state, frozen, packed) -> (state, metrics); the state is donated."""
     step = functools.partial(
-        train_step, cfg=cfg, step=settings, optimizer=rule, join=trainee.join, ema=ema
+        train_step, cfg=cfg, step=recipe.step, optimizer=rule, join=join, ema=recipe.optimizer.ema
     )
-    return state, jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0)

@@ -40,9 +40,7 @@ class Sums(NamedTuple):
     """Sums over the tokens of one or several micro batches."""
 
     answers: losses.TokenSums
-    seen: (
-        losses.TokenSums | None
-    )  # what vision rows were said to show, see PackedBatch.vision_labels
+    seen: losses.TokenSums | None  # of vision rows, see PackedBatch.vision_labels
     routers: losses.RouterSums | None  # [L ..]
     balance: jax.Array  # balance loss times tokens
 
@@ -51,16 +49,17 @@ def init_state(
     key: jax.Array, weights: Flat, optimizer: optax.GradientTransformation, step: Step, ema: float
 ) -> TrainState:
     """A run before its first step; the optimizer's moments are fp32 whatever the weights are."""
-    wide = {name: x.astype(jnp.float32) for name, x in weights.items()}
     compensated = step.weights == "bfloat16" and step.rounding == "compensated"
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        key=jax.random.key_data(key),
-        weights=weights,
-        optimizer=optimizer.init(wide),
-        rest={n: jnp.zeros_like(x) for n, x in weights.items()} if compensated else None,
-        average={n: x.copy() for n, x in wide.items()} if ema else None,
-    )
+
+    @jax.jit  # so that the fp32 copy that the optimizer looks at is never made
+    def rest(weights: Flat) -> tuple[Any, Flat | None, Flat | None]:
+        wide = {name: x.astype(jnp.float32) for name, x in weights.items()}
+        left = {n: jnp.zeros_like(x) for n, x in weights.items()} if compensated else None
+        return optimizer.init(wide), left, wide if ema else None
+
+    moments, left, average = rest(weights)
+    step_0 = jnp.zeros((), jnp.int32)
+    return TrainState(step_0, jax.random.key_data(key), weights, moments, left, average)
 
 
 def batch_sums(
@@ -73,8 +72,9 @@ def batch_sums(
     """
     batch, dtype = packed.batch, jnp.dtype(step.dtype)
     features = None
-    if batch.vision is not None:
-        features = vision_encode(params, cfg, batch.vision, dtype=dtype, remat=step.remat)
+    if (vision := batch.vision) is not None:
+        vision = vision.replace(pixels=normalised(vision.pixels))
+        features = vision_encode(params, cfg, vision, dtype=dtype, remat=step.remat)
     dropout = None
     if key is not None and step.attention_dropout:
         dropout = Dropout(named_key(key, "attention"), step.attention_dropout)
@@ -100,6 +100,14 @@ def batch_sums(
     if routers is not None:
         balance = losses.balance_loss(routers, tokens) * tokens
     return Sums(answers, seen, routers, balance)
+
+
+def normalised(pixels: jax.Array) -> jax.Array:
+    """Pixels as the ViT takes them: bytes are scaled to -1 .. 1, which is what the processor does.
+
+    uint8 x becomes (x / 255 - 0.5) / 0.5 in fp32: a quarter of the bytes to keep and to send.
+    """
+    return pixels.astype(jnp.float32) / 127.5 - 1 if pixels.dtype == jnp.uint8 else pixels
 
 
 class Totals(NamedTuple):
@@ -171,25 +179,34 @@ def train_step(
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     rebuild = lambda weights, key: join(weights, frozen, key)  # noqa: E731
     grads, sums, totals = gradients(state.weights, rebuild, cfg, packed, step, key)
+    new = updated(state, grads, optimizer, ema, named_key(key, "rounding"))
+    return new, step_metrics(sums, totals) | {"grad_norm": optax.tree.norm(grads)}
+
+
+def updated(
+    state: TrainState, grads: Flat, optimizer: optax.GradientTransformation, ema: float,
+    key: jax.Array,
+) -> TrainState:  # fmt: skip
+    """The state after one update with fp32 gradients; key: of stochastic rounding."""
     updates, moments = optimizer.update(grads, state.optimizer, state.weights)
     updates, rests = cast(Flat, updates), state.rest or {}
-    round_key = named_key(key, "rounding")
-    pairs = {
-        n: apply_update(n, w, updates[n], round_key, rests.get(n)) for n, w in state.weights.items()
-    }
-    weights = {n: new for n, (new, _) in pairs.items()}
+    pairs = {n: apply_update(n, w, updates[n], key, rests.get(n)) for n, w in state.weights.items()}
     average = state.average and {
-        n: ema * old + (1 - ema) * weights[n].astype(jnp.float32)
-        for n, old in state.average.items()
+        n: ema * old + (1 - ema) * _exact(*pairs[n]) for n, old in state.average.items()
     }
-    new = state.replace(
+    return state.replace(
         step=state.step + 1,
-        weights=weights,
+        weights={n: new for n, (new, _) in pairs.items()},
         optimizer=moments,
         rest=state.rest and {n: rest for n, (_, rest) in pairs.items()},
         average=average,
     )
-    return new, step_metrics(sums, totals) | {"grad_norm": optax.tree.norm(grads)}
+
+
+def _exact(weight: jax.Array, rest: jax.Array | None) -> jax.Array:
+    """A weight in fp32, with what a compensated update left over."""
+    wide = weight.astype(jnp.float32)
+    return wide if rest is None else wide + rest.astype(jnp.float32)
 
 
 def step_metrics(sums: Sums, totals: Totals) -> dict[str, jax.Array]:

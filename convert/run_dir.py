@@ -1,0 +1,215 @@
+"""A run of train.py -> a Hugging Face directory, or the PEFT adapter of a LoRA run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from convert import matching
+from convert.mapping import rows
+from convert.readers import side_files
+from convert.stored import check_stored, stored_kind
+from convert.to_hf import SHARD_SIZE, Sink, write_files
+from convert.to_orbax import PARAMS, Progress
+from qwen3vl_jax.config import Config
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.staging import check_apart, copy_files, read_config
+from qwen3vl_jax.tensors import LazyTensor, TreePath
+
+if TYPE_CHECKING:
+    from qwen3vl_jax.training.recipe import Recipe
+
+_RUN, _CHECKPOINTS = "config.toml", "checkpoints"
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What of a run is exported. step: best, last, a number, or None: best if any was evaluated."""
+
+    step: str | None = None
+    adapter: bool = False
+    raw: bool = False
+
+
+def is_run(directory: Path) -> bool:
+    """Whether this is a directory that train.py writes."""
+    return (directory / _RUN).is_file() and (directory / _CHECKPOINTS).is_dir()
+
+
+def run_to_hf(
+    run: Path,
+    out: Path,
+    wanted: Wanted | None = None,
+    force: bool = False,
+    shard_size: int = SHARD_SIZE,
+    progress: Progress = lambda done, total: None,
+) -> tuple[int, int, str]:
+    """Writes a saved step under released names; (tensors, bytes, which step and what of it).
+
+    Each tensor has the dtype of the checkpoint that the run began with (bf16 where there is none, or
+    where it was FP8). What the run froze is read from that checkpoint. A LoRA run is merged into it in
+    fp32; wanted.adapter writes its adapter instead. A run that keeps an average gives that, but for
+    wanted.raw. Raises InputError.
+    """
+    from qwen3vl_jax.training.recipe import read_recipe
+    from qwen3vl_jax.training.run_dir import MODEL
+
+    wanted = wanted or Wanted()
+    check_apart(run, out)
+    recipe = read_recipe(run / _RUN)
+    cfg = Config.from_hf(run / MODEL)
+    number = _step(run, wanted.step)
+    saved = run / _CHECKPOINTS / str(number)
+    averaged = (saved / "average").is_dir() and not wanted.raw
+    weights = saved / ("average" if averaged else "weights")
+    told = f"step {number}{', averaged weights' if averaged else ''}, "
+    if wanted.adapter and not recipe.lora.rank:
+        raise InputError(f"{run}: --adapter is for LoRA, and this run's lora.rank is 0")
+    if wanted.adapter:
+        return (*_write_adapter(recipe, cfg, weights, out), told + "PEFT adapter, ")
+    if recipe.lora.rank:
+        stored, read = _merged(recipe, cfg, weights)
+        told += "merged, "
+    else:
+        stored, read = _whole(recipe, cfg, weights)
+
+    def finish(stage: Path) -> None:
+        copy_files(run / MODEL, side_files(run / MODEL), stage)
+
+    written = write_files(out, cfg, stored, read, finish, force, shard_size, progress)
+    return (*written, told)
+
+
+def _step(run: Path, wanted: str | None) -> int:
+    """The step that is asked for, or the best if any was evaluated, else the last."""
+    from qwen3vl_jax.training.run_dir import chosen_step, read_meta, saved_steps
+
+    if wanted is None:
+        scored = any(read_meta(run, step).get("score") is not None for step in saved_steps(run))
+        wanted = "best" if scored else "last"
+    return chosen_step(run, wanted)
+
+
+def _whole(
+    recipe: Recipe, cfg: Config, weights: Path
+) -> tuple[dict[TreePath, LazyTensor], Callable[[Sink], None]]:
+    """What a run without LoRA gives: trained arrays of a step, and those it froze."""
+    from qwen3vl_jax.orbax_io import read_tree, stored_tensors
+    from qwen3vl_jax.training.stacked import layers_of, paths_of
+
+    trained = {p for path in stored_tensors(weights) for p in paths_of(str(path[0]), cfg)}
+    dtypes = _dtypes(recipe)
+    stored = _shapes(cfg, dtypes)
+
+    def read(sink: Sink) -> None:
+        def trained_sink(path: TreePath, array: np.ndarray) -> None:
+            for place, layer in layers_of(str(path[0]), array):
+                sink(place, layer.astype(stored[place].dtype))
+
+        read_tree(weights, trained_sink)
+        if left := stored.keys() - trained:
+            for path, array in _frozen(recipe, cfg, left):
+                sink(path, array.astype(stored[path].dtype))
+
+    return stored, read
+
+
+def _merged(
+    recipe: Recipe, cfg: Config, weights: Path
+) -> tuple[dict[TreePath, LazyTensor], Callable[[Sink], None]]:
+    """What a LoRA run gives: its base, 8 bits multiplied out, with the adapter added."""
+    from qwen3vl_jax.lora import attach, merge
+    from qwen3vl_jax.training.adapters import adapter_of
+    from qwen3vl_jax.training.groups import flatten
+    from qwen3vl_jax.training.setup import initial_params
+    from qwen3vl_jax.training.stacked import layers_of
+
+    stored = _shapes(cfg, _dtypes(recipe))
+
+    def read(sink: Sink) -> None:
+        # The base as released, not as a QLoRA run held it: 8 bits were the run's, not the model's.
+        base = dataclasses.replace(recipe.lora, base="bfloat16")
+        params = initial_params(dataclasses.replace(recipe, lora=base), cfg)
+        whole = merge(attach(params, cfg, _arrays(weights), adapter_of(recipe, cfg)))
+        for name, stack in flatten(whole)[0].items():
+            for path, layer in layers_of(name, np.asarray(stack)):
+                sink(path, layer.astype(stored[path].dtype))
+
+    return stored, read
+
+
+def _write_adapter(recipe: Recipe, cfg: Config, weights: Path, out: Path) -> tuple[int, int]:
+    from convert.peft import save_adapter
+    from qwen3vl_jax.training.adapters import adapter_of
+
+    arrays = _arrays(weights)
+    save_adapter(out, cfg, arrays, adapter_of(recipe, cfg), base_name=recipe.ckpt)
+    return len(arrays), sum(x.nbytes for x in arrays.values())
+
+
+def _arrays(weights: Path) -> dict[str, np.ndarray]:
+    """The flat weights of a step in numpy."""
+    from qwen3vl_jax.orbax_io import read_tree
+
+    found: dict[str, np.ndarray] = {}
+    read_tree(weights, lambda path, array: found.update({str(path[0]): array}))
+    return found
+
+
+def _shapes(cfg: Config, dtypes: Mapping[TreePath, np.dtype]) -> dict[TreePath, LazyTensor]:
+    """Every array that is written; write_files asks for its bytes elsewhere."""
+    import ml_dtypes
+
+    def unreadable() -> np.ndarray:
+        raise TypeError("the arrays of a run are read in its own order")
+
+    wide = np.dtype(ml_dtypes.bfloat16)
+    return {
+        row.path: LazyTensor(row.shape, dtypes.get(row.path, wide), unreadable) for row in rows(cfg)
+    }
+
+
+def _dtypes(recipe: Recipe) -> dict[TreePath, np.dtype]:
+    """The dtypes of the checkpoint that a run began with; none where it drew its weights."""
+    if recipe.init != "checkpoint":
+        return {}
+    return {path: leaf.dtype for path, leaf in _opened(recipe)[1].items()}
+
+
+def _opened(recipe: Recipe) -> tuple[Path | None, dict[TreePath, LazyTensor]]:
+    """(its params where it is an Orbax directory, its arrays) of the checkpoint a run began with."""
+    from qwen3vl_jax.checkpoint import resolve
+    from qwen3vl_jax.orbax_io import stored_tensors
+
+    directory = resolve(recipe.ckpt)
+    cfg = Config.from_hf(directory)
+    if not (directory / PARAMS).is_dir():
+        return None, matching.open_hf(directory, cfg)
+    stored = stored_tensors(directory / PARAMS)
+    check_stored(directory, cfg, stored, read_config(directory))
+    if stored_kind(stored):
+        raise InputError(f"{directory}: holds 8-bit weights; set ckpt to what it was made from")
+    return directory / PARAMS, stored
+
+
+def _frozen(
+    recipe: Recipe, cfg: Config, paths: set[TreePath]
+) -> Iterator[tuple[TreePath, np.ndarray]]:
+    """What a run did not train, as it was read or drawn at its start."""
+    from qwen3vl_jax.orbax_io import read_part
+
+    if recipe.init != "checkpoint":
+        from qwen3vl_jax.training.groups import flatten
+        from qwen3vl_jax.training.setup import initial_params
+        from qwen3vl_jax.training.stacked import layers_of
+
+        for name, stack in flatten(initial_params(recipe, cfg))[0].items():
+            yield from ((p, x) for p, x in layers_of(name, np.asarray(stack)) if p in paths)
+        return
+    directory, stored = _opened(recipe)
+    for path in sorted(paths, key=str):
+        yield path, read_part(directory, path) if directory else stored[path].load()

@@ -1,0 +1,149 @@
+"""The demo's data sources for train.py: endless training samples, and questions about held-out scans.
+
+A recipe names them "python:demo.samples:Train". What stands at an index is a pure function of the seed
+and the index, so any number of workers, and a resumed run, see the same.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+import qwen3vl_jax as q3
+from demo import examples, films, pictures, scans, tasks
+from demo.examples import CHAT, CHECKPOINT, IGNORED, Row
+from demo.films import Film
+from demo.pictures import Picture
+from qwen3vl_jax.processing.prompts import Visual
+from qwen3vl_jax.training.samples import Sample
+
+ENDLESS = 2**31  # too long to be shuffled: it is random as it is
+LONGEST = 256  # tokens of a conversation
+REVERSED = ((1, 2), (1, 3), (1, 4), (2, 2), (2, 3), (3, 2), (2, 4))  # grids of `Reverse`
+Record = dict[str, Any]
+
+
+class Train:
+    """Samples, ready to be packed: several turns about a picture or, with a chance of ``clips``, a clip.
+
+    few: how many samples at the start show few digits, see `examples.make_scene`. length: of the longest
+    conversation, in tokens. Labels are answers with their ``<|im_end|>``, each answer of n tokens
+    weighs sqrt(n) in all, as in Qwen3-VL's own training: else a list of boxes drowns out a one-word
+    answer (arXiv 2511.21631). The vision labels name what stands in each merged cell.
+    """
+
+    vision_labels = True
+
+    def __init__(
+        self,
+        seed: int = 0,
+        few: int = 0,
+        clips: float = 0.1,
+        part: str = "train",
+        length: int = LONGEST,
+        folder: str = str(CHECKPOINT),
+    ):
+        self.seed, self.few, self.clips, self.part = seed, few, clips, part
+        self.length, self.folder = length, folder
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __getitem__(self, index: int) -> Sample:
+        rng = _rng(self.seed, index, self.part)
+        words, few, name = examples.words_of(self.folder), index < self.few, f"{self.part}:{index}"
+        if rng.random() < CHAT:
+            return _sample(self.folder, name, examples.make_chat(rng, words), None)
+        scene = examples.make_scene(rng, scans.load(self.part), few, self.clips)
+        row = examples.make_row(rng, words, scene, self.length, few)
+        return _sample(self.folder, name, row, scene)
+
+
+class HeldOut:
+    """Chat records about held-out scans: one question each, as `demo.evaluate` asks them."""
+
+    def __init__(self, count: int = 512, seed: int = 1, clips: float = 0.1):
+        self.count, self.seed, self.clips = count, seed, clips
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Record:
+        rng, pool = _rng(self.seed, index, "held_out"), scans.load("held_out")
+        if rng.random() < self.clips:
+            film = films.compose(rng, pool)
+            return record(film, tasks.ask_when(rng, film))
+        picture = pictures.compose(rng, pool, loose=bool(rng.random() < examples.LOOSE))
+        kinds = ("read", "count", "find") if picture.full else ("count", "find")
+        return record(picture, tasks.ask(rng, picture, kinds[int(rng.integers(len(kinds)))]))
+
+
+class Reverse:
+    """Chat records of a task that the bundled checkpoint has not learned: reading in reverse.
+
+    part: "train" or "held_out", the scans that pictures of two to eight digits are composed from.
+    """
+
+    def __init__(self, part: str = "train", count: int = 20_000, seed: int = 0):
+        self.part, self.count, self.seed = part, count, seed
+        scans.load(part)  # refuses another part at once
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Record:
+        rng, train = _rng(self.seed, index, self.part), self.part == "train"
+        grid = REVERSED[int(rng.integers(len(REVERSED)))]
+        pool = scans.load(self.part)
+        picture = pictures.compose(rng, pool, loose=False, distort=train, grid=grid)
+        return record(picture, tasks.ask(rng, picture, "reverse"))
+
+
+def _rng(seed: int, index: int, part: str) -> np.random.Generator:
+    return np.random.default_rng((seed, index, part == "held_out"))
+
+
+def record(scene: Picture | Film, turn: tasks.Turn) -> Record:
+    """One question about a picture or clip and its answer, as {"messages": [...]}."""
+    seen: Record = {"type": "image", "image": scene.pixels} if isinstance(scene, Picture) else {
+        "type": "video", "video": scene.frames, "video_metadata": {"fps": scene.fps},
+    }  # fmt: skip
+    content = [seen, {"type": "text", "text": turn.question}]
+    return {
+        "messages": [
+            {"role": "user", "content": content},
+            {"role": "assistant", "content": turn.answer},
+        ]
+    }
+
+
+def _sample(folder: str, name: str, row: Row, scene: Picture | Film | None) -> Sample:
+    """A row and what it shows as a Sample; the labels of placeholders become vision labels."""
+    config = _config(folder)
+    ids, labels = np.array(row.ids, np.int32), np.array(row.labels, np.int32)
+    place = np.flatnonzero((ids == config.image_token_id) | (ids == config.video_token_id))
+    seen, labels[place] = labels[place], IGNORED
+    visuals, pictured, filmed = (), None, None
+    if scene is not None:
+        grid, clip = examples.grid_of(scene), isinstance(scene, Film)
+        pixels = examples.to_patches(examples.frames_of(scene))
+        visuals = (Visual(pixels, grid, clip, int(place[0]), int(place[-1]) + 1, b""),)
+        pictured, filmed = (None, [grid]) if clip else ([grid], None)
+    positions, _ = q3.rope_index(config, ids[None], pictured, filmed)
+    return Sample(name, ids, labels, _weights(labels), positions[:, 0], visuals, seen)
+
+
+def _weights(labels: np.ndarray) -> np.ndarray:
+    """1 / sqrt(length of its run) where labels [t] are not -100, else 0: float32 [t]."""
+    edges = np.flatnonzero(np.diff(np.pad(labels != IGNORED, 1).astype(np.int8)))
+    weights = np.zeros(len(labels), np.float32)
+    for start, end in edges.reshape(-1, 2):
+        weights[start:end] = (end - start) ** -0.5
+    return weights
+
+
+@cache
+def _config(folder: str) -> q3.Config:
+    return q3.Config.from_hf(folder)

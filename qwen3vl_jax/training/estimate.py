@@ -1,0 +1,161 @@
+"""How many parameters a recipe trains and what a device would hold, from shapes alone."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from convert import int8
+from qwen3vl_jax.config import Config
+from qwen3vl_jax.quantized import as_structs
+from qwen3vl_jax.structs import Params
+from qwen3vl_jax.tensors import SCALE, VALUES, nest
+from qwen3vl_jax.training import groups, setup
+from qwen3vl_jax.training.groups import Flat
+from qwen3vl_jax.training.recipe import Mesh, Recipe
+from qwen3vl_jax.training.stacked import layer_counts, place_of
+
+_EIGHT_BIT = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
+
+
+class Held(NamedTuple):
+    """Shapes and dtypes of what a run holds: ShapeDtypeStructs by name."""
+
+    weights: Flat
+    frozen: Flat
+    state: Any  # TrainState
+
+    def by_group(
+        self, recipe: Recipe, cfg: Config
+    ) -> dict[str, tuple[int, int, tuple[float, ...]]]:
+        """{group: (parameters trained, parameters frozen, factors of the learning rate)}."""
+        sparse = bool(cfg.text.num_experts)
+        rates = groups.learning_rates(list(self.weights), recipe.train.rates, sparse)
+        out = {}
+        for group in groups.GROUPS:
+            trained = [n for n in self.weights if groups.group_of(n, sparse) == group]
+            frozen = [n for n in self.frozen if groups.group_of(n, sparse) == group]
+            frozen = [n for n in frozen if not _is_scale(n, self.frozen)]
+            if trained or frozen:
+                counts = [
+                    sum(math.prod(flat[n].shape) for n in names)
+                    for flat, names in ((self.weights, trained), (self.frozen, frozen))
+                ]
+                out[group] = (*counts, tuple(sorted({rates[n] for n in trained})))
+        return out
+
+
+def _is_scale(name: str, flat: Flat) -> bool:
+    place, _, last = name.rpartition(".")
+    return last == SCALE and f"{place}.{VALUES}" in flat
+
+
+def held(recipe: Recipe, cfg: Config) -> Held:
+    """What a run of this recipe would hold. Raises InputError as `setup.cut` does."""
+
+    def make(params: Params) -> tuple[Flat, Flat]:
+        if recipe.lora.rank:
+            from qwen3vl_jax.training.adapters import cut_lora
+
+            return cut_lora(recipe, cfg, params)[:2]
+        return setup.cut(recipe, cfg, params)[:2]
+
+    weights, frozen = jax.eval_shape(make, _params(recipe, cfg))
+    rule = setup.rule_of(recipe, cfg, weights)
+    state = jax.eval_shape(lambda w: setup.first_state(recipe, rule, w), weights)
+    return Held(weights, frozen, state)
+
+
+def _params(recipe: Recipe, cfg: Config) -> Params:
+    """The shapes of the parameters that a run reads, those of 8-bit weights as values and scales."""
+    leaves = {tuple(name.split(".")): x for name, x in setup.shapes(cfg).items()}
+    leaves = {tuple(int(k) if k.isdecimal() else k for k in path): x for path, x in leaves.items()}
+    if recipe.lora.rank and (dtype := _EIGHT_BIT.get(recipe.lora.base)) is not None:
+        counts = layer_counts(cfg)
+        for path, row in int8.quantised_rows(cfg).items():
+            place, layer = place_of(path)
+            many = () if layer is None else (counts[str(place[0])],)
+            leaves.pop(place, None)
+            leaves[(*place, VALUES)] = jax.ShapeDtypeStruct((*many, *row.shape), dtype)
+            leaves[(*place, SCALE)] = jax.ShapeDtypeStruct((*many, *row.channels), jnp.float32)
+    taps = cfg.vision.deepstack_visual_indexes
+    return as_structs(nest(leaves.items(), empty=() if taps else [("vision", "deepstack")]))
+
+
+def devices(mesh: Mesh) -> int:
+    """How many devices a mesh has; an axis of -1 (all that are left) counts as 1."""
+    return math.prod(max(n, 1) for n in vars(mesh).values())
+
+
+def memory(recipe: Recipe, cfg: Config, parts: Held) -> dict[str, int]:
+    """Bytes on each device by part. Weights, gradients and optimizer are exact on one device; what
+    the step computes with is an estimate. A mesh is taken to divide everything evenly."""
+    state, shards = parts.state, _Shards(recipe.mesh, bool(cfg.text.num_experts))
+    fp32 = {n: jax.ShapeDtypeStruct(x.shape, jnp.float32) for n, x in parts.weights.items()}
+    grads = shards.size(fp32) * (2 if recipe.step.accumulate > 1 else 1)
+    moments = sum(map(_bytes, jax.tree.leaves(state.optimizer)))
+    whole = sum(map(_bytes, jax.tree.leaves(parts.weights)))
+    share = shards.size(parts.weights) / max(whole, 1)
+    found = {
+        f"trained weights ({recipe.step.weights})": shards.size(parts.weights),
+        "frozen weights": shards.size(parts.frozen),
+        "gradients (float32)": grads,
+        f"optimizer ({recipe.optimizer.name})": round(moments * share),
+        "compensation": shards.size(state.rest or {}),
+        "moving average": shards.size(state.average or {}),
+        f"activations (remat {recipe.step.remat}), about": _activations(recipe, cfg),
+        "logits of a chunk of the loss": 2 * 4 * recipe.step.loss_chunk * cfg.text.vocab_size,
+    }
+    return {name: size for name, size in found.items() if size}
+
+
+def _bytes(x: Any) -> int:
+    return math.prod(x.shape) * jnp.dtype(x.dtype).itemsize
+
+
+class _Shards:
+    """Over how many devices a parameter is spread: fsdp x tensor, and experts over expert too."""
+
+    def __init__(self, mesh: Mesh, sparse: bool):
+        self._each, self._sparse = max(mesh.fsdp, 1) * mesh.tensor, sparse
+        self._experts = mesh.expert
+
+    def size(self, flat: Flat) -> int:
+        """Bytes of a device's part."""
+        total = 0
+        for name, x in flat.items():
+            more = self._experts if groups.group_of(name, self._sparse) == "experts" else 1
+            total += _bytes(x) // (self._each * more)
+        return total
+
+
+def _activations(recipe: Recipe, cfg: Config) -> int:
+    """Bytes kept from the forward pass of one micro batch, and of one layer that is computed again."""
+    t, v, mesh = cfg.text, cfg.vision, recipe.mesh
+    item = jnp.dtype(recipe.step.dtype).itemsize
+    width = t.num_experts_per_tok * t.moe_intermediate_size or t.intermediate_size
+    heads = (t.num_attention_heads + 2 * t.num_key_value_heads) * t.head_dim
+    # (stream, products: q k v, o, gate and up, down) values a token and layer
+    text = (t.hidden_size, heads + 2 * t.hidden_size + 2 * width)
+    image = (v.hidden_size, 5 * v.hidden_size + v.intermediate_size)
+    split = mesh.data * max(mesh.fsdp, 1) * mesh.expert * mesh.sequence
+    tokens = recipe.pack.rows * recipe.pack.length / split
+    patches = recipe.pack.vision_rows * recipe.pack.vision_length / split
+    total = 0.0
+    for places, layers, (stream, products) in (
+        (tokens, t.num_hidden_layers, text),
+        (patches, v.depth, image),
+    ):
+        all_of_one = 2 * stream + 1.5 * products  # with norms and activations
+        kept = {
+            "full": stream,
+            "offload": 0,
+            "dots": stream + products,
+            "none": stream + all_of_one,
+        }[recipe.step.remat]
+        again = 0 if recipe.step.remat == "none" else all_of_one
+        total += places * item * (layers * kept + again)
+    return round(total)

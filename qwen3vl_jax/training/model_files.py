@@ -1,0 +1,34 @@
+"""RUN_DIR/model: the config, tokenizer and template that a run works with, new tokens in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from convert.readers import side_files
+from convert.to_orbax import PARAMS
+from qwen3vl_jax.checkpoint import resolve
+from qwen3vl_jax.config import Config
+from qwen3vl_jax.processing.processor import Processor
+from qwen3vl_jax.staging import copy_files, staged
+from qwen3vl_jax.training.recipe import Recipe
+
+
+def write_model_files(recipe: Recipe, target: Path) -> None:
+    """Copies all but the weights of recipe.ckpt, and adds train.new_tokens; complete or not at all.
+
+    Raises InputError for a checkpoint that is not there, and for tokens that cannot be added.
+    """
+    source = resolve(recipe.ckpt)
+    with staged(target, force=True) as stage:
+        copy_files(source, side_files(source, leave_out=[PARAMS]), stage)
+        if recipe.train.new_tokens:
+            from qwen3vl_jax.training.tokens import add_tokens
+
+            rows = Config.from_hf(source).text.vocab_size
+            add_tokens(source, stage, recipe.train.new_tokens, rows)
+
+
+def open_model(recipe: Recipe, target: Path) -> tuple[Processor, list[int]]:
+    """The processor of what `write_model_files` wrote, and the ids of train.new_tokens."""
+    proc = Processor.from_pretrained(target)
+    return proc, [proc.tokenizer.id_of(name) for name in recipe.train.new_tokens]

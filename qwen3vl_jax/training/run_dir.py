@@ -1,0 +1,146 @@
+"""What a run's directory holds, read without jax: its steps, their notes, and whether a recipe fits."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from qwen3vl_jax.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows opens no directory, so there is nothing to lock
+    fcntl = None
+
+CHECKPOINTS, META, CONFIG = "checkpoints", "meta", "config.toml"
+MODEL = "model"  # the model's config.json, tokenizer and template, new tokens in it
+
+# Keys of the recipe that a resumed run may change; any other would give another run.
+FREE = (
+    "steps", "save_every", "report.", "evaluate.", "checkpoints.", "step.remat", "step.loss_chunk",
+    "data.bad_fraction", "optimizer.learning_rate", "optimizer.schedule", "optimizer.warmup",
+    "optimizer.final", "optimizer.weight_decay", "optimizer.clip",
+)  # fmt: skip
+
+
+class DiffersError(InputError):
+    """A run that cannot go on: one line, and every difference in `problems`."""
+
+    def __init__(self, run_dir: Path | str, what: str, advice: str, problems: list[str]):
+        self.problems = [*problems, advice]
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        super().__init__(
+            f"{run_dir}: was started with another {what}: {problems[0]}{more}; {advice}"
+        )
+
+
+@contextlib.contextmanager
+def opened(out: Path) -> Iterator[Path]:
+    """The run's directory, made where there is none, with no other process in it.
+
+    Raises InputError for a file, for a directory with other things in it, and while another run
+    writes there.
+    """
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: is a file, expected a directory")
+    if out.is_dir() and any(out.iterdir()) and not (out / CONFIG).is_file():
+        raise InputError(f"--out {out}: holds files and no {CONFIG} of a run; choose another one")
+    out.mkdir(parents=True, exist_ok=True)
+    lock = os.open(out, os.O_RDONLY) if fcntl else None
+    try:
+        if lock is not None and fcntl:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"--out {out}: another run is writing there") from None
+        yield out
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def saved_steps(run_dir: str | Path) -> list[int]:
+    """The steps of a run that were saved wholly, ascending; Orbax renames a step when it is whole."""
+    folder = Path(run_dir) / CHECKPOINTS
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(int(p.name) for p in found if p.name.isdecimal() and _meta_file(p).is_file())
+
+
+def read_meta(run_dir: str | Path, step: int) -> dict[str, Any]:
+    """What was saved beside a step's state. Raises InputError for a file that cannot be read."""
+    path = _meta_file(Path(run_dir) / CHECKPOINTS / str(step))
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); the step is damaged") from None
+
+
+def _meta_file(step: Path) -> Path:
+    return step / META / "metadata"
+
+
+def chosen_step(run_dir: str | Path, wanted: str) -> int:
+    """The step that "last", "best" (lowest evaluation loss) or a number names.
+
+    Raises InputError where the run has no checkpoint, no evaluation, or not that step.
+    """
+    steps = saved_steps(run_dir)
+    if not steps:
+        raise InputError(f"{run_dir}: expected a run of train.py, found no step in {CHECKPOINTS}/")
+    if wanted == "last":
+        return steps[-1]
+    if wanted == "best":
+        scores = {step: read_meta(run_dir, step).get("score") for step in steps}
+        scores = {step: score for step, score in scores.items() if score is not None}
+        if not scores:
+            raise InputError(f"{run_dir}: no saved step was evaluated, so none is best; take last")
+        return min(scores, key=lambda step: (scores[step], -step))
+    if not wanted.isdecimal() or int(wanted) not in steps:
+        listed = ", ".join(map(str, steps))
+        raise InputError(f"--step {wanted}: expected best, last or one of {listed}")
+    return int(wanted)
+
+
+def check_recipe(now: Mapping[str, Any], then: Mapping[str, Any], run_dir: str | Path) -> list[str]:
+    """The FREE keys (of flat recipes) in which a run differs from its start, spelled out.
+
+    Raises DiffersError, which lists them, where other keys differ.
+    """
+    differ = {name: _differs(name, now, then) for name in {**then, **now}}
+    found = {name: text for name, text in differ.items() if text}
+    fixed = [text for name, text in found.items() if not name.startswith(FREE)]
+    if fixed:
+        mesh = all(text.startswith("mesh.") for text in fixed)
+        what = "mesh" if mesh else "recipe"
+        raise DiffersError(run_dir, what, "set it back or choose another --out", fixed)
+    return list(found.values())
+
+
+def check_model(now: Mapping[str, Any], then: Mapping[str, Any], run_dir: str | Path) -> None:
+    """Raises DiffersError where the model's config (config.json's dict) is not the run's."""
+    now, then = _flat(now), _flat(then)
+    found = [text for name in {**then, **now} if (text := _differs(name, now, then))]
+    if found:
+        raise DiffersError(run_dir, "model", "give it the ckpt it started with", found)
+
+
+def _differs(name: str, now: Mapping[str, Any], then: Mapping[str, Any]) -> str:
+    if now.get(name) == then.get(name):
+        return ""
+    return f"{name} was {_show(then, name)}, is now {_show(now, name)}"
+
+
+def _show(values: Mapping[str, Any], name: str) -> str:
+    return json.dumps(values[name]) if name in values else "not there"
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = prefix + key
+        out |= _flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return out

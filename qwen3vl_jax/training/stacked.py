@@ -1,0 +1,136 @@
+"""A checkpoint read straight into stacked layers: one tensor of the host's at a time, no second copy."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from convert import int8, matching
+from convert.mapping import rows, tree_of
+from convert.stored import check_stored, check_weights, stored_kind
+from convert.to_orbax import PARAMS
+from qwen3vl_jax.checkpoint import resolve
+from qwen3vl_jax.config import Config
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.quantized import as_structs
+from qwen3vl_jax.staging import read_config
+from qwen3vl_jax.structs import Params
+from qwen3vl_jax.tensors import TreePath, spell
+
+Place = tuple[TreePath, int | None]  # where a tensor lies with stacked layers, and its layer
+DtypeOf = Callable[[str], Any]  # of a parameter's stacked name
+
+
+def place_of(path: TreePath) -> Place:
+    """(stacked path, layer) of a path with layers in lists; other paths stay, with layer None."""
+    for depth, key in ((1, ("layers",)), (2, ("vision", "blocks"))):
+        if path[:depth] == key:
+            return (*path[:depth], *path[depth + 1 :]), int(path[depth])
+    return path, None
+
+
+def layer_counts(cfg: Config) -> dict[str, int]:
+    """How many layers each stack has, by the first part of its path."""
+    return {"layers": cfg.text.num_hidden_layers, "vision": cfg.vision.depth}
+
+
+def load_stacked(
+    ckpt: str | os.PathLike[str], dtype_of: DtypeOf, weights: str | None = None
+) -> Params:
+    """The parameters of a checkpoint (as `load` takes it) with stacked layers.
+
+    dtype_of: the dtype of each parameter by its stacked name; the codes and scales of 8-bit weights
+    keep theirs. weights: None, "int8" or "fp8", as in `load`. Each tensor is written into its stack by
+    a donated update, so that the peak is the parameters and one tensor. Raises InputError as `load`
+    does, and for a checkpoint without a head that its config wants.
+    """
+    directory = resolve(ckpt)
+    cfg = Config.from_hf(directory)
+    stacks = _Stacks(cfg, dtype_of)
+    if (directory / PARAMS).is_dir():
+        _read_orbax(directory, cfg, weights, stacks)
+    else:
+        lazy = matching.open_hf(directory, cfg, None, weights)
+        if weights == "int8":
+            lazy = int8.quantised(cfg, lazy)
+        for path, leaf in lazy.items():
+            stacks.put(path, leaf.load())
+    held = {path if path in stacks.known else path[:-1] for path in stacks.leaves}
+    if missing := stacks.known - held:
+        names = ", ".join(sorted(map(spell, missing)))
+        raise InputError(f"{directory}: holds no {names}, which training needs")
+    return as_structs(tree_of(cfg, stacks.leaves))
+
+
+def _read_orbax(directory: Any, cfg: Config, weights: str | None, stacks: _Stacks) -> None:
+    from qwen3vl_jax.orbax_io import read_tree, stored_tensors
+
+    held = stored_tensors(directory / PARAMS)
+    check_stored(directory, cfg, held, read_config(directory))
+    check_weights(directory, stored_kind(held), weights)
+    rounded = int8.quantised_rows(cfg) if weights == "int8" and stored_kind(held) is None else {}
+
+    def sink(path: TreePath, array: np.ndarray) -> None:
+        if path not in rounded:
+            return stacks.put(path, array)
+        for key, part in int8.quantise(rounded[path], array).items():
+            stacks.put((*path, key), part)
+        return None
+
+    read_tree(directory / PARAMS, sink)
+
+
+class _Stacks:
+    """Arrays by stacked path, filled tensor by tensor."""
+
+    def __init__(self, cfg: Config, dtype_of: DtypeOf):
+        self.leaves: dict[TreePath, jax.Array] = {}
+        self.known = {place_of(row.path)[0] for row in rows(cfg)}
+        self._counts, self._dtype_of = layer_counts(cfg), dtype_of
+
+    def put(self, path: TreePath, array: np.ndarray) -> None:
+        """Takes one tensor; it is on the device when this returns."""
+        place, layer = place_of(path)
+        # any other place is the values or the scale of a weight held in 8 bits
+        dtype = jnp.dtype(self._dtype_of(spell(place))) if place in self.known else array.dtype
+        if layer is None:
+            # jnp.array copies: a memory map must not be what the device computes with
+            self.leaves[place] = jnp.array(array).astype(dtype).block_until_ready()
+            return
+        if place not in self.leaves:
+            self.leaves[place] = jnp.zeros((self._counts[str(place[0])], *array.shape), dtype)
+        stack = _write(self.leaves.pop(place), jnp.array(array), layer)
+        self.leaves[place] = stack.block_until_ready()
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write(stack: jax.Array, layer: jax.Array, index: Any) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, layer.astype(stack.dtype), index, 0)
+
+
+def layers_of(name: str, array: np.ndarray) -> list[tuple[TreePath, np.ndarray]]:
+    """(tree path, array) of each layer of a stacked parameter, or of the parameter itself."""
+    depth, path = _cut(name)
+    if depth is None:
+        return [(path, array)]
+    return [((*path[:depth], i, *path[depth:]), layer) for i, layer in enumerate(array)]
+
+
+def paths_of(name: str, cfg: Config) -> list[TreePath]:
+    """The tree paths of a stacked parameter's layers, or of the parameter itself."""
+    depth, path = _cut(name)
+    if depth is None:
+        return [path]
+    return [(*path[:depth], i, *path[depth:]) for i in range(layer_counts(cfg)[str(path[0])])]
+
+
+def _cut(name: str) -> tuple[int | None, TreePath]:
+    """(where a layer's number stands in a parameter's tree path, the path without it)."""
+    path = tuple(int(key) if key.isdecimal() else key for key in name.split("."))
+    return (1 if path[0] == "layers" else 2 if path[:2] == ("vision", "blocks") else None), path

@@ -1,0 +1,76 @@
+"""metrics.csv and its like: one row a step, cut back to the checkpoint when a run resumes."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+STEP = "step"
+
+
+class Table:
+    """A CSV file with a row a step. Rows are on their way to the disk when `write` returns."""
+
+    def __init__(self, path: Path, first: int = 0):
+        """first: the step a run goes on from; rows after it, and a torn last one, are taken out."""
+        self._path = path
+        rows = [row for row in read_table(path) if int(row[STEP]) <= first]
+        self._columns = list(rows[0]) if rows else []
+        self.steps = {int(row[STEP]) for row in rows}
+        self._rewrite(rows)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Adds the row of a step; a column that was not there before is empty in earlier rows."""
+        row = {STEP: str(step), **{name: spelled(value) for name, value in values.items()}}
+        self.steps.add(step)
+        if new := [name for name in row if name not in self._columns]:
+            rows = read_table(self._path)
+            self._columns += new
+            self._rewrite([*rows, row])
+        else:
+            self._file.write(self._text([row]))
+            self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def _rewrite(self, rows: list[dict[str, str]]) -> None:
+        part = self._path.with_name(self._path.name + ".part")
+        head = ",".join(self._columns) + "\n" if self._columns else ""
+        part.write_text(head + self._text(rows))
+        os.replace(part, self._path)  # a killed process leaves the old file or the new one
+        if hasattr(self, "_file"):
+            self._file.close()
+        self._file = self._path.open("a", newline="")
+
+    def _text(self, rows: list[dict[str, str]]) -> str:
+        out = io.StringIO()
+        csv.DictWriter(out, self._columns, lineterminator="\n").writerows(rows)
+        return out.getvalue()
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """The whole rows of a table, as written; none for a file that is not there."""
+    if not path.is_file():
+        return []
+    text = path.read_text()
+    whole = text[: text.rfind("\n") + 1]  # what follows the last line's end was being written
+    rows = csv.DictReader(io.StringIO(whole), restval="")
+    return [row for row in rows if (row.get(STEP) or "").isdecimal()]
+
+
+def spelled(value: Any) -> str:
+    """A number so that float32 comes back exactly; numbers of an array with blanks between them."""
+    if value is None:
+        return ""
+    if isinstance(value, (str, int)):
+        return str(value)
+    if getattr(value, "ndim", 0):
+        return " ".join(f"{x:.4g}" for x in value.reshape(-1).tolist())
+    number = float(value)
+    return str(int(number)) if number.is_integer() and abs(number) < 1e15 else f"{number:.9g}"

@@ -1,0 +1,108 @@
+"""--dry-run: parameters, memory and a sample's mask, from shapes and the tokenizer alone."""
+
+import dataclasses
+import io
+import math
+import re
+from pathlib import Path
+
+import pytest
+import train_files
+from rich.console import Console
+
+from convert.mapping import rows
+from qwen3vl_jax.config import Config
+from qwen3vl_jax.training import estimate, recipe
+from qwen3vl_jax.training.dryrun import dry_run
+
+CONFIGS = train_files.ROOT / "configs"
+
+
+def said(settings: recipe.Recipe, colour: bool = False) -> str:
+    """What a dry run prints."""
+    out = io.StringIO()
+    system = "standard" if colour else None
+    dry_run(settings, Console(file=out, width=120, force_terminal=colour, color_system=system))
+    return out.getvalue()
+
+
+def count(cfg: Config) -> int:
+    """Parameters of a model by the table of the converter."""
+    return sum(math.prod(row.shape) for row in rows(cfg))
+
+
+def test_a_pod_recipe_needs_no_weights_no_hub_and_no_mesh(monkeypatch):
+    """sft_235b_pod: all 235 billion parameters, memory of one of 256 devices, what is not here."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    text = said(recipe.read_recipe(CONFIGS / "sft_235b_pod.toml"))
+    cfg = Config.named("235b-a22b")
+    held = estimate.held(recipe.read_recipe(CONFIGS / "sft_235b_pod.toml"), cfg)
+    groups = held.by_group(recipe.read_recipe(CONFIGS / "sft_235b_pod.toml"), cfg)
+    assert sum(a + b for a, b, _ in groups.values()) == count(cfg) > 235e9
+    assert groups["vision"][0] == groups["router"][0] == 0 < groups["merger"][0]
+    assert f"{groups['experts'][0]:,}" in text and "memory of each of 256 devices" in text
+    assert "steps: 10,000" in text and "data/train.jsonl" in text and "cannot be had" in text
+
+
+@pytest.mark.parametrize(
+    ("base", "size"), [("bfloat16", 2), ("float32", 4), ("int8", 1), ("fp8", 1)]
+)
+def test_lora_holds_its_base_as_asked(base, size):
+    """Memory of the frozen base by its form; the optimizer is of the adapter alone."""
+    settings = recipe.read_recipe(CONFIGS / "sft_8b_lora.toml", [f"lora.base={base}"])
+    cfg = Config.named("8b")
+    parts = estimate.held(settings, cfg)
+    found = estimate.memory(settings, cfg, parts)
+    trained = sum(math.prod(x.shape) for x in parts.weights.values())
+    assert found["optimizer (adamw)"] == pytest.approx(8 * trained, rel=1e-3)
+    assert found["trained weights (float32)"] == 4 * trained < 0.05 * 4 * count(cfg)
+    frozen = found["frozen weights"] / count(cfg)
+    assert frozen == pytest.approx(size, rel=0.01) if size > 1 else 1 < frozen < 1.4
+
+
+def test_memory_of_weights_is_what_a_state_holds():
+    """Frozen groups take no gradient and no optimizer memory; average and compensation are counted."""
+    changes = ["optimizer.ema=0.9", "step.weights=bfloat16", "step.rounding=compensated"]
+    settings = recipe.read_recipe(CONFIGS / "sft_2b.toml", changes)
+    cfg = Config.named("2b")
+    parts = estimate.held(settings, cfg)
+    found = estimate.memory(settings, cfg, parts)
+    trained = sum(math.prod(x.shape) for x in parts.weights.values())
+    assert trained + sum(math.prod(x.shape) for x in parts.frozen.values()) == count(cfg)
+    assert found["trained weights (bfloat16)"] == found["compensation"] == 2 * trained
+    assert found["moving average"] == found["gradients (float32)"] == 4 * trained
+    assert found["optimizer (adamw)"] == 8 * trained + 8  # two counts
+    rates = parts.by_group(settings, cfg)
+    assert rates["merger"][2] == (2.0,) and rates["vision"][2] == ()
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A recipe over a checkpoint without weights, and conversations."""
+    folder = tmp_path_factory.mktemp("dry")
+    ckpt = train_files.checkpoint(folder / "ckpt", weights=False)
+    data = train_files.conversations(folder / "chats.jsonl")
+    return recipe.read_recipe(train_files.write_recipe(folder / "recipe.toml", ckpt, data))
+
+
+def test_a_sample_shows_its_mask(small):
+    """Targets stand between [[ and ]], or in green; placeholders are counted, not repeated."""
+    text = said(small)
+    shown = re.search(
+        r"chats\.jsonl:\d+: (\d+) tokens, (\d+) of them are targets\n(.*)", text, re.S
+    )
+    assert shown and 0 < int(shown[2]) < int(shown[1])
+    targets = re.findall(r"\[\[(.*?)\]\]", shown[3], re.S)
+    assert [re.fullmatch(r"(\d+) and \1<\|im_end\|>\n?", t) is not None for t in targets] == [True]
+    coloured = said(small, colour=True)
+    assert "[[" not in coloured and "\x1b[1;32m" in coloured
+    assert "epochs: about" in text and "of 24 records" in text and "filled: " in text
+
+
+def test_new_tokens_are_seen(small):
+    """A dry run reads samples with the tokens that a run would add, and leaves the checkpoint alone."""
+    before = (Path(small.ckpt) / "tokenizer.json").read_bytes()
+    spare = dataclasses.replace(small, train=dataclasses.replace(small.train, new_tokens=("<x>",)))
+    with pytest.raises(recipe.InputError, match="there are rows for 0 more"):
+        said(spare)
+    assert (Path(small.ckpt) / "tokenizer.json").read_bytes() == before

@@ -1,0 +1,44 @@
+"""Checkpoints read into stacked layers: the same arrays as `load` and `stack_layers` give."""
+
+import jax
+import numpy as np
+import pytest
+import train_files
+
+import qwen3vl_jax as q3
+from qwen3vl_jax.tensors import flatten
+from qwen3vl_jax.training import groups, setup
+from qwen3vl_jax.training.stacked import layers_of, load_stacked, paths_of
+
+
+@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
+def test_stacked_arrays_are_those_of_load(tmp_path, moe):
+    """Hugging Face files and ours, plain and int8; names, shapes and places as training has them."""
+    train_files.checkpoint(tmp_path / "hf", moe)
+    params, cfg = q3.load(tmp_path / "hf", dtype="float32")
+    q3.save_params(tmp_path / "orbax", params, files_from=tmp_path / "hf")
+    for ckpt in (tmp_path / "hf", tmp_path / "orbax"):
+        for weights in (None, "int8"):
+            want = q3.stack_layers(q3.load(ckpt, dtype="float32", weights=weights)[0])
+            got = load_stacked(ckpt, lambda name: "float32", weights)
+            assert jax.tree.structure(got) == jax.tree.structure(want)
+            for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+                assert a.dtype == b.dtype and np.array_equal(a, b)
+    flat = groups.flatten(load_stacked(tmp_path / "hf", lambda name: "float32"))[0]
+    shapes = setup.shapes(cfg)
+    assert [(n, x.shape) for n, x in flat.items()] == [(n, x.shape) for n, x in shapes.items()]
+    left = dict(flatten(params))
+    for name, stack in flat.items():
+        for (path, layer), place in zip(layers_of(name, np.asarray(stack)), paths_of(name, cfg)):
+            assert path == place and np.array_equal(layer, left.pop(path))
+    assert not left
+
+
+def test_each_parameter_has_the_dtype_it_is_held_in(tmp_path):
+    """dtype_of decides by name while tensors are read, so no second copy is made later."""
+    train_files.checkpoint(tmp_path / "hf")
+    found = load_stacked(
+        tmp_path / "hf", lambda name: "bfloat16" if name.startswith("vision") else "float32"
+    )
+    for name, x in groups.flatten(found)[0].items():
+        assert x.dtype == ("bfloat16" if name.startswith("vision") else "float32"), name

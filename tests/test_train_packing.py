@@ -1,0 +1,202 @@
+"""Packing: what a packed batch learns is what its samples learn alone, and where they lie."""
+
+import dataclasses
+import functools
+
+import golden_io
+import jax
+import numpy as np
+import ours
+import pytest
+import tiny
+import train_sources
+
+import qwen3vl_jax as q3
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.processing.batch import make_vision
+from qwen3vl_jax.training import groups, packing, recipe, step
+from qwen3vl_jax.training.packing import PackedBatch
+
+PACK = recipe.Pack(rows=5, length=72, vision_rows=2, vision_length=192, lookahead=8)
+SETTINGS = recipe.Step(dtype="float32", remat="none", loss_chunk=32)
+WIDTH = PACK.length  # a bucket, so that make_batch pads no further
+
+
+def samples(config, count, seed=0):
+    return [
+        train_sources.make(
+            config,
+            np.random.default_rng((seed, i)),
+            train_sources.KINDS[i % len(train_sources.KINDS)],
+            f"s{i}",
+        )
+        for i in range(count)
+    ]
+
+
+def packed_of(config, pack, given, pixel_type=np.float32, with_labels=False):
+    """(placed, batch) of samples that must all fit."""
+    placed, left = packing.choose(pack, list(given), lambda: None)
+    assert not left
+    return placed, packing.build(config, pack, placed, pixel_type, with_labels)
+
+
+def rows_of(config, given) -> PackedBatch:
+    """Each sample in a row of its own, by make_batch: what packing is compared with."""
+    sizes = np.array([len(s.ids) for s in given])
+
+    def padded(arrays, fill):
+        return np.stack([np.pad(x, (0, WIDTH - len(x)), constant_values=fill) for x in arrays])
+
+    inputs = {
+        "input_ids": padded([s.ids for s in given], 0),
+        "attention_mask": np.arange(WIDTH) < sizes[:, None],
+        "labels": padded([s.labels for s in given], -100),
+    }
+    for clip, pixels, grid in (
+        (False, "pixel_values", "image_grid_thw"),
+        (True, "pixel_values_videos", "video_grid_thw"),
+    ):
+        seen = [v for s in given for v in s.visuals if v.clip == clip]
+        values = np.concatenate([v.pixels for v in seen])
+        inputs[pixels] = values.astype(np.float32) / 127.5 - 1
+        inputs[grid] = np.array([v.grid for v in seen])
+    batch = q3.make_batch(config, **inputs)
+    # A second, empty row of patches: one compiled program serves both kinds of batch.
+    vision = jax.tree.map(lambda x: np.stack([x, np.zeros_like(x)]), batch.vision)
+    return PackedBatch(batch.replace(vision=vision), padded([s.weights for s in given], 0))
+
+
+def only(packed, row, start, size) -> PackedBatch:
+    """A batch whose loss is that of one sample."""
+    kept = np.zeros_like(packed.weights)
+    at = slice(start, start + size)
+    kept[row, at] = packed.weights[row, at]
+    return packed.replace(weights=kept)
+
+
+@functools.cache
+def model(moe):
+    """(flat weights, config, jitted gradients of one micro batch)."""
+    raw = tiny.config_dict("golden", moe)
+    params, config = ours.build(golden_io.Golden(raw, tiny.weights(raw, 0), {}, {}))
+    weights, unflatten = groups.flatten(q3.stack_layers(params))
+
+    # At level 0 a program compiles in half the time, and its numbers are as good.
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    def run(weights, packed):
+        one = jax.tree.map(lambda x: x[None], packed)
+        key = jax.random.key(0)
+        grads, sums, totals = step.gradients(
+            weights, lambda w, k: unflatten(w), config, one, SETTINGS, key
+        )
+        return step.total_loss(sums, totals, SETTINGS), grads
+
+    return weights, config, run
+
+
+@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
+def test_a_packed_sample_learns_what_it_learns_alone(moe):
+    """Loss and every gradient, sample by sample: text, pictures, clips and both, in one batch."""
+    weights, config, run = model(moe)
+    given = samples(config, 5)
+    other = train_sources.make(config, np.random.default_rng(9), ((1, 8, 16),), "beside them")
+    (_, *placed), packed = packed_of(config, PACK, [other, *given])
+    single = rows_of(config, given)
+    assert jax.tree.map(np.shape, packed) == jax.tree.map(np.shape, single)
+    assert {p.row for p in placed} == {0, 1, 2} and sum(p.start > 0 for p in placed) > 2
+    assert {at // PACK.vision_length for p in placed for s in p.spots for at, _ in s} == {0, 1}
+    for number, (sample, row, start, _) in enumerate(placed):
+        loss, grads = run(weights, only(packed, row, start, len(sample.ids)))
+        want, slopes = run(weights, only(single, number, 0, len(sample.ids)))
+        assert abs(loss - want) < 1e-5 * abs(want), sample.name
+        largest = max(float(np.abs(s).max()) for s in slopes.values())
+        for name, slope in slopes.items():
+            # A key's bias has no gradient but rounding, a text none in the vision tower.
+            bound = max(1e-5 * float(np.abs(slope).max()), 1e-7 * largest)
+            assert np.abs(grads[name] - slope).max() < bound, (sample.name, name)
+
+
+def test_what_a_batch_holds():
+    """Tables, positions and rows of every sample are those that it has alone; padding is empty."""
+    config = q3.Config.from_hf(tiny.config_dict())
+    given = samples(config, 7, seed=1)
+    named = [np.arange(100 * i, 100 * i + sum(len(v.pixels) for v in s.visuals) // 4)
+             for i, s in enumerate(given)]  # fmt: skip
+    given = [dataclasses.replace(s, vision_labels=n) for s, n in zip(given, named)]
+    pack = dataclasses.replace(PACK, rows=3, vision_length=128)
+    placed, packed = packed_of(config, pack, given, np.uint8, with_labels=True)
+    batch, seen = packed.batch, packed.batch.vision
+    assert seen.pixels.dtype == np.uint8 and seen.pixels.shape[:2] == (2, 128)
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), seen)
+    used = np.zeros(packed.weights.shape, int)
+    for number, (sample, row, start, _) in enumerate(placed):
+        at = (row, slice(start, start + len(sample.ids)))
+        used[at] += 1
+        np.testing.assert_array_equal(batch.tokens[at], sample.ids)
+        np.testing.assert_array_equal(batch.positions[:, at[0], at[1]], sample.positions)
+        np.testing.assert_array_equal(batch.labels[at][1:], sample.labels[1:])
+        np.testing.assert_array_equal(packed.weights[at][1:], sample.weights[1:])
+        assert len(set(batch.segment_ids[at])) == 1
+        merged = batch.vision_rows[at][np.isin(sample.ids, (tiny.IMAGE_PAD, tiny.VIDEO_PAD))]
+        np.testing.assert_array_equal(packed.vision_labels[merged], named[number])
+        patches = (merged[:, None] * 4 + np.arange(4)).reshape(-1)
+        if not len(patches):
+            continue
+        pixels = np.concatenate([v.pixels for v in sample.visuals])
+        want = make_vision(config, pixels, [v.grid for v in sample.visuals], pad=False)
+        for name in ("pixels", "pos_index", "pos_weight", "coords"):
+            np.testing.assert_array_equal(getattr(flat, name)[patches], getattr(want, name))
+        first = patches[want.lo] % 128  # frames lie whole in a row, and see themselves alone
+        np.testing.assert_array_equal(flat.lo[patches], first)
+        np.testing.assert_array_equal(flat.hi[patches] - flat.lo[patches], want.hi - want.lo)
+    assert used.max() == 1
+    np.testing.assert_array_equal(used > 0, batch.segment_ids > 0)
+    assert (batch.labels[used == 0] == -100).all() and not packed.weights[used == 0].any()
+    stats = packing.fill_of(pack, placed)
+    assert stats["fill"] == used.mean() and stats["samples"] == 7
+    assert stats["vision_fill"] == (flat.hi > flat.lo).mean()
+
+
+def test_first_fit_over_a_lookahead():
+    """Samples go to the first row with room; those that do not fit wait, at most lookahead of them."""
+    config = q3.Config.from_hf(tiny.config_dict())
+    base = samples(config, 1)[0]
+    sizes = [6, 7, 3, 9, 8, 4, 2, 1]
+
+    def of(i, size):
+        parts = {k: np.resize(getattr(base, k), size) for k in ("ids", "labels", "weights")}
+        return dataclasses.replace(
+            base, name=str(i), positions=np.zeros((3, size), np.int32), **parts
+        )
+
+    coming = iter([of(i, size) for i, size in enumerate(sizes)])
+    pack = recipe.Pack(rows=2, length=10, vision_rows=0, lookahead=2)
+    placed, left = packing.choose(pack, [], lambda: next(coming, None))
+    assert [(p.sample.name, p.row, p.start) for p in placed] == [
+        ("0", 0, 0), ("1", 1, 0), ("2", 0, 6)]  # fmt: skip
+    assert [s.name for s in left] == ["3", "4"]
+    placed, left = packing.choose(pack, left, lambda: next(coming, None))
+    assert [(p.sample.name, p.row) for p in placed] == [("3", 0), ("4", 1), ("6", 1), ("7", 0)]
+    assert [s.name for s in left] == ["5"]
+    packed = packing.build(config, pack, placed, np.uint8, with_labels=True)
+    assert packed.batch.vision is None and packed.vision_labels is None
+
+
+def test_clips_go_over_several_rows_and_pictures_do_not():
+    pack = recipe.Pack(rows=1, length=99, vision_rows=3, vision_length=40)
+    room = packing.Room(pack)
+    assert room.spread((1, 4, 4)) == [(0, 16)]
+    assert room.spread((4, 4, 4)) == [(16, 16), (40, 32), (80, 16)]
+    assert room.spread((1, 6, 6)) is None
+    assert room.spread((1, 2, 4)) == [(32, 8)]
+    assert packing.frames_fit(pack, [(6, 4, 4)]) and not packing.frames_fit(pack, [(7, 4, 4)])
+
+
+def test_normalised_pixels_in_a_batch_of_bytes_are_refused():
+    config = q3.Config.from_hf(tiny.config_dict())
+    (sample,) = [s for s in samples(config, 2) if s.visuals]
+    visual = sample.visuals[0]
+    wrong = dataclasses.replace(visual, pixels=visual.pixels / np.float32(255))
+    with pytest.raises(InputError, match="pixels are float32, expected uint8"):
+        packed_of(config, PACK, [dataclasses.replace(sample, visuals=(wrong,))], np.uint8)

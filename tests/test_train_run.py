@@ -1,0 +1,133 @@
+"""train.py: a killed run goes on bit for bit; what it writes, keeps, refuses and exports."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import train_files
+
+from qwen3vl_jax.training.tables import read_table
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = train_files.RECIPE["steps"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with a checkpoint, conversations and a recipe."""
+    folder = tmp_path_factory.mktemp("train")
+    ckpt = train_files.checkpoint(folder / "ckpt")
+    data = train_files.conversations(folder / "chats.jsonl")
+    train_files.write_recipe(folder / "recipe.toml", ckpt, data)
+    return folder
+
+
+def start(files: Path, out: str, *changes: str) -> subprocess.Popen:
+    """train.py in a process of its own; children share compiled programs."""
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(files / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+    }
+    command = [sys.executable, "train.py", "--config", str(files / "recipe.toml"), *changes]
+    return subprocess.Popen(
+        [*command, "--out", str(files / out)], cwd=ROOT, env={**os.environ, **cache},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen) -> str:
+    """The output of a process that ends well."""
+    out = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, out[-3000:]
+    return out
+
+
+def at_step(process: subprocess.Popen, out: Path, step: int) -> int:
+    """Waits until a run has written a step down; the last one it wrote."""
+    while process.poll() is None:
+        rows = read_table(out / "metrics.csv")
+        if rows and int(rows[-1]["step"]) >= step:
+            return int(rows[-1]["step"])
+        time.sleep(0.002)
+    raise AssertionError(process.communicate()[0][-3000:])
+
+
+@pytest.fixture(scope="module")
+def whole(files):
+    """An uninterrupted run."""
+    return finish(start(files, "whole", "report.tensorboard=true")), files / "whole"
+
+
+@pytest.fixture(scope="module")
+def broken(files, whole):
+    """The same run, killed -9 at three moments and once asked to end by SIGTERM."""
+    out, chance = files / "broken", random.Random()
+    moments = sorted(chance.sample(range(1, STEPS - 3), 4))
+    print(f"killed at {moments}")
+    said = []
+    for sent, moment in zip([signal.SIGKILL] * 3 + [signal.SIGTERM], moments):
+        process = start(files, "broken")
+        at_step(process, out, moment)
+        time.sleep(chance.random() * 0.03)
+        process.send_signal(sent)
+        said.append(process.communicate(timeout=300)[0])
+        assert process.returncode == (-9 if sent == signal.SIGKILL else 0), said[-1][-3000:]
+    return [*said, finish(start(files, "broken"))], out
+
+
+def leaves(folder: Path) -> dict[str, np.ndarray]:
+    """Every array of a saved step, by item and place."""
+    from qwen3vl_jax.orbax_io import read_tree
+
+    found = {}
+    for item in ("weights", "average", "state"):
+        read_tree(folder / item, lambda path, x, item=item: found.update({(item, *path): x}))
+    return found
+
+
+def test_a_killed_run_goes_on_bit_for_bit(whole, broken):
+    """Three kills and a SIGTERM later: every loss and norm, all of the state, each step once."""
+    want, got = (read_table(out / "metrics.csv") for _, out in (whole, broken))
+    assert [int(row["step"]) for row in got] == list(range(1, STEPS + 1))
+    same = [name for name in want[0] if name not in ("seconds", "tokens_per_s", "tflops", "mfu",
+                                                     "mfu_padded", "memory_gib")]  # fmt: skip
+    assert {"loss", "grad_norm", "lr", "tokens", "fill", "samples"} <= set(same)
+    for a, b in zip(want, got):
+        assert {n: a[n] for n in same} == {n: b[n] for n in same}
+    states = [leaves(out / "checkpoints" / str(STEPS)) for _, out in (whole, broken)]
+    assert states[0].keys() == states[1].keys()
+    for place, x in states[0].items():
+        assert x.tobytes() == states[1][place].tobytes(), place
+    assert float(want[-1]["loss"]) < 0.9 * float(want[0]["loss"])
+
+
+def test_sigterm_saves_the_step_it_came_in(broken):
+    """The run that SIGTERM ended says so, and the next one goes on from its last step."""
+    asked, last = broken[0][3:]
+    assert "stopped by SIGTERM, saved" in asked
+    step = int(asked.rsplit(": step ", 1)[1].split()[0])
+    first = int(
+        next(line for line in last.splitlines() if line.startswith("step ")).split("/")[0][5:]
+    )
+    assert first == step + 1
+
+
+def test_what_a_run_directory_holds(whole):
+    """Two steps are kept; plain lines; the curves; the whole config; and a finished run stays so."""
+    said, out = whole
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["20", str(STEPS)]
+    assert f"step {STEPS}/{STEPS} loss " in said and "tokens/s, fill" in said
+    assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert list((out / "tensorboard").iterdir())
+    assert "new_tokens = []" in (out / "config.toml").read_text()
+    row = read_table(out / "metrics.csv")[0]
+    assert float(row["lr"]) == 0 and int(row["tokens"]) > 0 and float(row["tokens_per_s"]) > 0
+    assert json.loads((out / "checkpoints" / "20" / "meta" / "metadata").read_text())["data"]
