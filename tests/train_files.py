@@ -57,9 +57,9 @@ def conversations(path: Path, count: int = 24) -> Path:
     return path
 
 
-def write_recipe(path: Path, ckpt: Path, data: Path, **changes: Any) -> Path:
-    """RECIPE over a checkpoint and a file of conversations; tables in `changes` are merged."""
-    raw = {"ckpt": str(ckpt), **RECIPE, "data": {"sources": [{"path": str(data)}]}}
+def write_recipe(path: Path, ckpt: Path, chats: Path, **changes: Any) -> Path:
+    """RECIPE over a checkpoint and a file of chats; tables in `changes` are merged."""
+    raw = {"ckpt": str(ckpt), **RECIPE, "data": {"sources": [{"path": str(chats)}]}}
     for key, value in changes.items():
         raw[key] = {**raw.get(key, {}), **value} if isinstance(value, dict) else value
     path.write_text(tomli_w.dumps(raw))

@@ -193,6 +193,7 @@ class Run:
         found = {n: float(values[n]) for n in ("loss", "grad_norm")}
         text = {"step": number, **{n: str(x) for n, x in found.items()}, "samples": names}
         path.write_text(json.dumps(text, indent=2) + "\n")
+        self.saved.wait()
         last = max(run_dir.saved_steps(self.out), default=0)
         return InputError(
             f"step {number}: the loss is {found['loss']:g} and the gradient's norm "
