@@ -31,6 +31,7 @@ _KEY = re.compile(
     r"(?:base_model\.model\.)?(?P<module>.+?)(?P<nested>(?:\.base_layer)*)"
     r"\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight"
 )
+_TABLE = re.compile(r".*\b(?:lm_head|embed_tokens)(?:\.base_layer)?\.weight")
 # Settings under which an adapter is more than two matrices a module, or its base is not the release.
 _REFUSED = (
     "use_dora", "lora_bias", "fan_in_fan_out", "modules_to_save", "trainable_token_indices",
@@ -148,7 +149,7 @@ def load_adapter(directory: str | os.PathLike[str], cfg: Config) -> tuple[Matric
     """
     directory = Path(directory)
     settings = _read_settings(directory)
-    pairs = _read_pairs(directory)
+    pairs = _read_pairs(directory, (cfg.text.vocab_size, cfg.text.hidden_size))
     known = places(cfg)
     by_module = collections.defaultdict(list)
     for place in known.values():
@@ -206,8 +207,10 @@ def _read_settings(directory: Path) -> dict[str, Any]:
     return settings
 
 
-def _read_pairs(directory: Path) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """(module, A, B) of every pair as the file has them."""
+def _read_pairs(
+    directory: Path, table: tuple[int, ...]
+) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """(module, A, B) of every pair as the file has them; table: the shape of the embedding."""
     file, files = directory / MATRICES, Files()
     if not file.is_file() and any(directory.glob("adapter_model.bin")):
         raise InputError(
@@ -217,6 +220,8 @@ def _read_pairs(directory: Path) -> list[tuple[str, np.ndarray, np.ndarray]]:
     found: dict[tuple[str, str], dict[str, Stored]] = {}
     for tensor in read_header(file):
         match = _KEY.fullmatch(tensor.name)
+        if _TABLE.fullmatch(tensor.name) and tensor.shape == table:
+            continue  # PEFT puts a copy of the base's beside an adapter of lm_head
         if match is None or tensor.dtype not in DTYPES:
             raise InputError(f"{directory}: {tensor.name} ({tensor.dtype}) is no matrix of a LoRA")
         name = released_name(f"{match['module']}.weight") or ""

@@ -25,6 +25,7 @@ class Place:
     weight: str  # "layers.attn.qkv": the array's flat name, layers stacked
     part: str  # "q_proj"
     modules: tuple[str, ...]  # "model.language_model.layers.0.self_attn.q_proj", one a layer
+    paths: tuple[TreePath, ...]  # of the array in a tree whose layers are lists, one a layer
     parameter: str | None  # of a module that is no Linear: "gate_up_proj", the router's "weight"
     stacked: bool
     experts: int  # 0: one matrix
@@ -80,6 +81,7 @@ def _place(found: list[tuple[Row, int]]) -> Place:
         weight=_flat_name(row.path),
         part=_label(row.parts[k]),
         modules=tuple(_module(row.parts[k].name)[0] for row, k in found),
+        paths=tuple(row.path for row, _ in found),
         parameter=parameter,
         stacked=any(key in _STACKS for key in row.path),
         experts=experts[0] if experts else 0,

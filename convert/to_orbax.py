@@ -10,6 +10,8 @@ from pathlib import Path
 from convert.int8 import quantised
 from convert.mapping import tree_of
 from convert.matching import open_hf
+from convert.merging import merged
+from convert.peft import load_adapter
 from convert.readers import side_files
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
@@ -28,17 +30,21 @@ def to_orbax(
     layout: str | None = None,
     progress: Progress = lambda done, total: None,
     weights: str | None = None,
+    adapter: Path | None = None,
 ) -> tuple[int, int]:
     """Writes OUT/params (Orbax) and every file of SOURCE that holds no weights; (tensors, bytes).
 
     One array a layer, in the dtypes of the files, a few tensors in memory at a time. `layout` says how
     fused experts lie where their shape does not tell. weights: None dequantises FP8 to bf16, "fp8"
     keeps it, "int8" rounds as convert/int8.py says and logs by how much logits change.
+    adapter: a PEFT directory that is added to the weights (before int8 rounds them).
     Raises InputError before anything is written.
     """
     check_apart(source, out)
     cfg = Config.from_hf(source)
     as_stored = leaves = open_hf(source, cfg, layout, weights)
+    if adapter is not None:
+        as_stored = leaves = merged(cfg, leaves, *load_adapter(adapter, cfg))
     if weights == "int8":
         leaves = quantised(cfg, as_stored)
     if (source / PARAMS).exists():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from qwen3vl_jax.attention import NEG
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.layers import linear_fp32, rms_norm
@@ -30,7 +32,7 @@ def loss_fn(
     if batch.labels is None:
         raise InputError("loss_fn: the batch has no labels; make_batch takes labels=")
     logits = forward(params, cfg, batch, features=features)[:, :-1]
-    sums = _token_sums(logits, batch.labels[:, 1:], jnp.ones(batch.labels[:, 1:].shape))
+    sums = token_sums(logits, batch.labels[:, 1:], jnp.ones(batch.labels[:, 1:].shape))
     loss = sums.loss / jnp.maximum(sums.tokens, 1)
     return loss, {"loss": loss, "tokens": sums.tokens, "correct": sums.correct}
 
@@ -44,7 +46,7 @@ class TokenSums(NamedTuple):
     correct: jax.Array  # int32, of how many the label has the largest logit
 
 
-def _token_sums(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> TokenSums:
+def token_sums(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> TokenSums:
     """Logits [.. V] in fp32, labels and weights [..]."""
     counted = labels != IGNORE
     target = jnp.where(counted, labels, 0)
@@ -59,63 +61,122 @@ def _token_sums(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> Tok
 def chunked_cross_entropy(
     x: jax.Array, table: Weight, labels: jax.Array, weights: jax.Array, chunk: int
 ) -> TokenSums:
-    """Cross entropy of a head that never holds more than `chunk` rows of logits, sums over all tokens.
+    """Cross entropy of a head that holds logits of `chunk` words at a time, sums over all tokens.
 
     x [n D] behind the final norm, table [V D], labels [n] (-100: not counted) already those of the
-    next token, weights [n], which have no gradient. The backward pass computes each chunk's logits
-    again; the table's gradient is summed over chunks in fp32 whatever the table is held in.
+    next token, weights [n], which have no gradient. The words are cut, not the tokens: a softmax over
+    pieces is exact, and each row of the table gets its gradient once, written in place, where cutting
+    tokens would add up a whole table a chunk. The backward pass computes the logits again.
+    Source: the online softmax of arXiv 1805.02867.
     """
-    pad = -len(x) % chunk
-    x, weights = jnp.pad(x, ((0, pad), (0, 0))), jnp.pad(weights, (0, pad))
-    labels = jnp.pad(labels, (0, pad), constant_values=IGNORE)
-    rows, told, weighed = (y.reshape(-1, chunk, *y.shape[1:]) for y in (x, labels, weights))
-    return _chunk_sums(table, rows, told, weighed)
+    return _sums_by_words(min(chunk, table.shape[0]), x, table, labels, weights)
 
 
-@jax.custom_vjp
-def _chunk_sums(table: Weight, rows: jax.Array, labels: jax.Array, weights: jax.Array) -> TokenSums:
-    """Sums over chunks: rows [c n D], labels and weights [c n]."""
-
-    def body(sums: TokenSums, xs):
-        more = _token_sums(linear_fp32(xs[0], table), *xs[1:])
-        return jax.tree.map(jnp.add, sums, more), None
-
-    zero, none = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
-    return jax.lax.scan(body, TokenSums(zero, zero, none, none), (rows, labels, weights))[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sums_by_words(chunk, x, table, labels, weights) -> TokenSums:
+    return _reduced(chunk, x, table, labels, weights)[0]
 
 
-def _chunk_forward(table, rows, labels, weights):
+def _reduced(chunk, x, table, labels, weights) -> tuple[TokenSums, jax.Array]:
+    """The sums, and log(sum(exp(logits))) [n]."""
+
+    def body(carry, j):
+        top, best, total, picked = carry
+        logits, words = _piece(chunk, x, table, j)
+        high = jnp.max(logits, -1)
+        new_top = jnp.maximum(top, high)
+        total = total * jnp.exp(top - new_top) + jnp.sum(jnp.exp(logits - new_top[:, None]), -1)
+        best = jnp.where(high > top, words[jnp.argmax(logits, -1)], best)
+        hit = jnp.where(words == labels[:, None], logits, 0.0)
+        return (new_top, best, total, picked + jnp.sum(hit, -1)), None
+
+    zero = jnp.zeros(len(x), jnp.float32)
+    start = (jnp.full(len(x), NEG), jnp.zeros(len(x), jnp.int32), zero, zero)
+    pieces = jnp.arange(-(-table.shape[0] // chunk))
+    top, best, total, picked = jax.lax.scan(body, start, pieces)[0]
+    whole, counted = top + jnp.log(total), labels != IGNORE
+    weights = jnp.where(counted, weights, 0.0)
+    loss, z = jnp.sum(weights * (whole - picked)), jnp.sum(weights * whole**2)
+    correct = jnp.sum(counted & (best == labels))
+    return TokenSums(loss, z, jnp.sum(counted), correct), whole
+
+
+def _piece(chunk, x, table, j) -> tuple[jax.Array, jax.Array]:
+    """Logits [n chunk] of piece j, and its words [chunk]; NEG and -1 for those of an earlier piece."""
+    start, words = _place(chunk, table.shape[0], j)
+    logits = linear_fp32(x, _cut(table, table.shape[0], start, chunk))
+    return jnp.where(words >= 0, logits, NEG), words
+
+
+def _place(chunk: int, vocab: int, j: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The first word of piece j and all of them; the last piece reaches back into the one before."""
+    start = jnp.minimum(j * chunk, vocab - chunk)
+    words = start + jnp.arange(chunk)
+    return start, jnp.where(words >= j * chunk, words, -1)
+
+
+def _cut(table: Any, vocab: int, start: jax.Array, chunk: int) -> Any:
+    """Rows of every leaf that has one a word (not of scales for all, or of a low-rank A)."""
+
+    def rows(leaf):
+        one_a_word = leaf.ndim and leaf.shape[0] == vocab
+        return jax.lax.dynamic_slice_in_dim(leaf, start, chunk) if one_a_word else leaf
+
+    return jax.tree.map(rows, table)
+
+
+def _forward(chunk, x, table, labels, weights):
     """The sums, and what the backward pass needs: the table cut into what is trained and the rest."""
-    learned = jax.tree.map(lambda x: x.value if x.perturbed else None, table)
-    still = jax.tree.map(lambda x: None if x.perturbed else x.value, table)
-    rows, labels, weights = rows.value, labels.value, weights.value
-    table = jax.tree.map(lambda x: x.value, table)
-    return _chunk_sums(table, rows, labels, weights), (learned, still, rows, labels, weights)
+    learned = jax.tree.map(lambda leaf: leaf.value if leaf.perturbed else None, table)
+    still = jax.tree.map(lambda leaf: None if leaf.perturbed else leaf.value, table)
+    table = jax.tree.map(lambda leaf: leaf.value, table)
+    x, labels, weights = x.value, labels.value, weights.value
+    sums, whole = _reduced(chunk, x, table, labels, weights)
+    return sums, (x, learned, still, labels, weights, whole)
 
 
-def _chunk_backward(kept, slopes):
-    learned, still, *xs = kept
-    zero = jnp.zeros((), jnp.float32)
-    slopes = [zero if isinstance(s, SymbolicZero) else s for s in slopes[:2]]
+def _backward(chunk, kept, slopes):
+    x, learned, still, labels, weights, whole = kept
+    of_loss, of_z = (0.0 if isinstance(s, SymbolicZero) else s for s in slopes[:2])
+    weights = jnp.where(labels != IGNORE, weights, 0.0)
+    scale = (weights * (of_loss + 2 * of_z * whole))[:, None]
+    table = _merged(learned, still)
+    vocab = table.shape[0]
 
-    def body(total, xs):
-        rows, *told = xs
+    def body(carry, j):
+        d_x, d_table = carry
+        start, words = _place(chunk, vocab, j)
+        parts = _cut(learned, vocab, start, chunk), _cut(still, vocab, start, chunk)
+        logits, pull = jax.vjp(lambda x, part: linear_fp32(x, _merged(part, parts[1])), x, parts[0])
+        slope = jnp.exp(logits - whole[:, None]) * scale
+        slope -= jnp.where(words == labels[:, None], (weights * of_loss)[:, None], 0.0)
+        more_x, more = pull(jnp.where(words >= 0, slope, 0.0))
+        d_table = jax.tree.map(lambda t, d: _added(t, d, start), d_table, more)
+        return (d_x + more_x.astype(jnp.float32), d_table), None
 
-        def of(learned, rows):
-            table = jax.tree.map(
-                lambda a, b: b if a is None else a, learned, still, is_leaf=lambda x: x is None
-            )
-            return list(_token_sums(linear_fp32(rows, table), *told)[:2])
-
-        d_table, d_rows = jax.vjp(of, learned, rows)[1](slopes)
-        return jax.tree.map(lambda t, d: t + d.astype(t.dtype), total, d_table), d_rows
-
-    total = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), learned)
-    total, d_rows = jax.lax.scan(body, total, tuple(xs))
-    return jax.tree.map(lambda t, x: t.astype(x.dtype), total, learned), d_rows, None, None
+    none = jnp.zeros(x.shape, jnp.float32), jax.tree.map(jnp.zeros_like, learned)
+    (d_x, d_table), _ = jax.lax.scan(body, none, jnp.arange(-(-vocab // chunk)))
+    return d_x.astype(x.dtype), d_table, None, None
 
 
-_chunk_sums.defvjp(_chunk_forward, _chunk_backward, symbolic_zeros=True)
+def _merged(learned: Any, still: Any) -> Any:
+    """The table of its two parts, which hold None at each other's leaves."""
+
+    def either(a, b):
+        return b if a is None else a
+
+    return jax.tree.map(either, learned, still, is_leaf=lambda leaf: leaf is None)
+
+
+def _added(total: jax.Array, more: jax.Array, start: jax.Array) -> jax.Array:
+    """Adds the gradient of a piece to that of a leaf, in place."""
+    if total.shape == more.shape:
+        return total + more
+    old = jax.lax.dynamic_slice_in_dim(total, start, len(more))
+    return jax.lax.dynamic_update_slice_in_dim(total, old + more, start, 0)
+
+
+_sums_by_words.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def head_sums(

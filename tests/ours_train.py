@@ -1,16 +1,110 @@
 """Our side of training tests: stacked parameters as flat dicts, packed batches, one step."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import ours
+import tiny
 
 import qwen3vl_jax as q3
+from qwen3vl_jax.structs import Batch, VisionInputs
 from qwen3vl_jax.training import groups, optimizer, recipe, step
 from qwen3vl_jax.training.packing import PackedBatch
 
 FP32 = recipe.Step(dtype="float32", remat="none", loss_chunk=16)
+FAST = {"xla_backend_optimization_level": 0}  # half the compile time, and nothing here runs long
+
+
+def model(variant="golden", moe=False):
+    """(params, cfg, config.json) of a tiny model, without torch."""
+    config = tiny.config_dict(variant, moe)
+    return *ours.build(SimpleNamespace(config=config, weights=tiny.weights(config, 0))), config
+
+
+def sample(config, row, seed=0):
+    """(make_batch's arguments, labels [1 T]) of one prompt of tiny.inputs; half of the words count.
+
+    Pixels are bytes.
+    """
+    inputs, rng = tiny.inputs(config, row, seed), np.random.default_rng(seed)
+    for name in ("pixel_values", "pixel_values_videos"):
+        if name in inputs:
+            inputs[name] = rng.integers(0, 256, inputs[name].shape, np.uint8)
+    ids = inputs["input_ids"]
+    told = (rng.random(ids.shape) < 0.5) & (ids < 290)
+    return inputs, np.where(told, ids, -100)
+
+
+def pack(cfg, rows, length=32, patches=32) -> PackedBatch:
+    """Rows of samples, one behind the other, each row with a ViT row of its own; both padded.
+
+    What packing.py makes, written down again: nothing is predicted across samples.
+    """
+    unit = cfg.vision.merge_unit
+    told = [_packed_row(cfg, samples, length, patches) for samples in rows]
+    tokens, vision = ([row[i] for row in told] for i in (0, 1))
+    for r, row in enumerate(tokens):
+        row["vision_rows"] += np.where(row["vision_rows"] >= 0, r * (patches // unit), 0)
+    stacked = {k: np.stack([row[k] for row in tokens]) for k in tokens[0]}
+    weights = stacked.pop("weights")
+    stacked["positions"] = stacked["positions"].swapaxes(0, 1)
+    fields = {k: np.stack([row[k] for row in vision]) for k in vision[0]}
+    batch = Batch(**stacked, delta=np.zeros(len(rows), np.int32), vision=VisionInputs(**fields))
+    return PackedBatch(batch, weights)
+
+
+def _packed_row(cfg, samples, length, patches):
+    parts, seen, start, first = [], [], 0, 0
+    for number, (inputs, labels) in enumerate(samples, 1):
+        b = q3.make_batch(cfg, **inputs, labels=labels, pad=False)
+        t = b.tokens.shape[1]
+        told, rows = np.array(b.labels[0]), b.vision_rows
+        told[0] = -100
+        rng = np.random.default_rng(t)
+        rows = np.full(t, -1, np.int32) if rows is None else np.asarray(rows[0])
+        parts.append(
+            {
+                "tokens": b.tokens[0],
+                "positions": b.positions[:, 0],
+                "segment_ids": np.full(t, number, np.int32),
+                "vision_rows": np.where(rows >= 0, rows + first // cfg.vision.merge_unit, -1),
+                "labels": told,
+                "weights": np.where(told == -100, 0, 0.5 + rng.random(t)).astype(np.float32),
+            }
+        )
+        if b.vision is not None:
+            v = {k: np.asarray(getattr(b.vision, k)) for k in b.vision.__dataclass_fields__}
+            given = [x.dtype for k, x in inputs.items() if k.startswith("pixel")]
+            v["pixels"] = v["pixels"].astype(given[0])  # make_batch gives floats
+            seen.append({**v, "lo": v["lo"] + first, "hi": v["hi"] + first})
+            first += len(v["lo"])
+        start += t
+    assert start <= length and first <= patches, (start, first)
+    fills = {"vision_rows": -1, "labels": -100}
+    row = {
+        k: _fit(np.concatenate([p[k] for p in parts], -1), length, fills.get(k, 0))
+        for k in parts[0]
+    }
+    return row, {k: _fit(x.T, patches, 0).T for k, x in _joined(cfg, seen).items()}
+
+
+def _joined(cfg, seen):
+    """Fields of VisionInputs, one picture behind the other; none at all where there is none."""
+    wide = int(np.prod(cfg.vision.patch_shape))
+    shapes = {"pixels": (wide,), "pos_index": (4,), "pos_weight": (4,), "coords": (2,)}
+    shapes |= {"lo": (), "hi": ()}
+    kinds = dict.fromkeys(shapes, np.int32) | {"pixels": np.float32, "pos_weight": np.float32}
+    if not seen:
+        return {k: np.zeros((0, *shape), kinds[k]) for k, shape in shapes.items()}
+    return {k: np.concatenate([s[k] for s in seen]) for k in shapes}
+
+
+def _fit(x, length, fill):
+    gap = [(0, 0)] * (x.ndim - 1) + [(0, length - x.shape[-1])]
+    return np.pad(x, gap, constant_values=fill)
 
 
 def one_by_one(cfg, inputs, labels) -> PackedBatch:
@@ -38,14 +132,13 @@ def slopes(params, cfg, settings=FP32):
     """A jitted function of (weights, packed, key): (gradients, loss, metrics), everything trained."""
     _, join = flat(params)
 
-    @jax.jit
     def run(weights, packed, key):
         grads, sums, totals = step.gradients(
             weights, lambda w, k: join(w, {}, k), cfg, packed, settings, key
         )
         return grads, step.total_loss(sums, totals, settings), step.step_metrics(sums, totals)
 
-    return run
+    return jax.jit(run, compiler_options=FAST)
 
 
 def trainer(params, cfg, rule: recipe.Optimizer, settings=FP32, steps=100, freeze=(), rates=None):
@@ -62,4 +155,4 @@ def trainer(params, cfg, rule: recipe.Optimizer, settings=FP32, steps=100, freez
     run = functools.partial(
         step.train_step, cfg=cfg, step=settings, optimizer=rule_of, join=join, ema=rule.ema
     )
-    return state, frozen, jax.jit(run)
+    return state, frozen, jax.jit(run, compiler_options=FAST)

@@ -12,7 +12,10 @@ from safetensors.numpy import load_file, save_file
 
 import infer
 import qwen3vl_jax.__main__ as about
+from convert.peft import save_adapter
+from convert.places import Adapter, places
 from qwen3vl_jax.cli import memory_advice
+from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.draw import Mark, draw_answer, draw_marks, find_marks
 
@@ -42,6 +45,24 @@ def test_int8_weights_answer_and_their_error_is_told(capsys, caplog):
     assert all(word.isdigit() for word in text.split()) and len(text.split()) > 3
     (line,) = [record.getMessage() for record in caplog.records if "int8" in record.getMessage()]
     assert "logits differ by" in line and "of 64 places" in line
+
+
+def test_an_adapter_changes_the_answer_and_none_of_the_weights(capsys):
+    """One whose B is zero answers as the demo does, to the last token; one with another B does not."""
+    cfg = Config.from_hf(DEMO)
+    settings = Adapter.uniform({n: (True,) * len(p.modules) for n, p in places(cfg).items()}, 2, 2)
+    rng, matrices = np.random.default_rng(0), {}
+    for name, place in places(cfg).items():
+        a, b = place.shapes(2)
+        matrices |= {f"{name}.a": rng.standard_normal(a).astype(np.float32)}
+        matrices |= {f"{name}.b": np.zeros(b, np.float32)}
+    save_adapter("zero", cfg, matrices, settings)
+    changed = {name: x + name.endswith(".b") for name, x in matrices.items()}
+    save_adapter("other", cfg, changed, settings)
+    ask = ("--max-new-tokens", 8)
+    want = run(capsys, *ask).out
+    assert run(capsys, *ask, "--adapter", "zero").out == want
+    assert run(capsys, *ask, "--adapter", "other").out != want
 
 
 def test_streamed_and_whole_answers_are_the_same(capsys):
@@ -213,6 +234,8 @@ BAD = {
     "too many dims": (lambda: ("--embed", "--prompt", "hi", "--dims", 999), ["dims is 999", "192"]),
     "no reranker": (lambda: ("--rerank", "--prompt", "a", "--document", "b"), ["yes", "no"]),
     "no fp8 weights": (lambda: (*ASK, "--weights", "fp8"), ["no FP8 weights", "int8"]),
+    "no adapter": (lambda: (*ASK, "--adapter", DEMO), ["PEFT", "adapter_config.json"]),
+    "empty adapter": (lambda: (*ASK, "--adapter", ""), ["--adapter is empty"]),
     "chunk": (lambda: (*ASK, "--prefill-chunk", 0), ["chunk", "0"]),
     "draw to a text file": (lambda: (*ASK, "--draw", "out.txt"), ["out.txt"]),
 }

@@ -128,7 +128,7 @@ def test_linear(name, kind):
         assert ours.worst(a, b) < 1e-4
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["float32", "fp8"])
 def test_experts(kind):
     """Both ways through the experts, under jit, with dropout too: value and gradient."""
     n, d, m, e = 9, 12, 10, 5
@@ -215,14 +215,13 @@ def test_qlora(dense_case):
     raw, params, cfg, _ = dense_case
     codes = in_int8(params, cfg)
     plain = merge(codes)
-    weights, adapter = adapters.random(cfg, ("text", "mergers"))
-    inputs = tiny.pad_batch([tiny.inputs(raw, n) for n in ("short", "text")], "right")
-    labels = np.where(inputs["attention_mask"] == 1, inputs["input_ids"], -100)
-    packed = ours_train.micro(ours_train.one_by_one(cfg, inputs, labels))
+    weights, adapter = adapters.random(cfg, ("text",))
+    inputs = tiny.inputs(raw, "text")
+    packed = ours_train.micro(ours_train.one_by_one(cfg, inputs, inputs["input_ids"]))
     found = []
     for base, kind, remat in ((codes, "int8", "full"), (plain, "float32", "none")):
         settings = dataclasses.replace(ours_train.FP32, remat=remat)
-        lora = {"targets": ("text", "mergers"), "base": kind}
+        lora = {"targets": ("text",), "base": kind}
         trainee = cut_lora(make_recipe(lora, step=settings), cfg, q3.stack_layers(base))
         trainee = trainee._replace(weights={n: jnp.asarray(x) for n, x in weights.items()})
         assert trainee.weights.keys() == {f"{n}.{s}" for n in adapter.ranks for s in "ab"}

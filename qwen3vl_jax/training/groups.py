@@ -47,18 +47,15 @@ def group_of(name: str, sparse: bool) -> str:
 
 
 def matches(names: Iterable[str], wanted: str, key: str, sparse: bool) -> list[str]:
-    """The names of a group ("vision" is without the mergers), or those that a pattern names.
+    """The names of a group, or those that a pattern (layers.attn.*) or a beginning of theirs names.
 
     Raises InputError, which calls the recipe's key by name, where nothing matches.
     """
     names = list(names)
-    found = [
-        name
-        for name in names
-        if group_of(name, sparse) == wanted
-        or (wanted not in GROUPS and fnmatch.fnmatchcase(name, wanted))
-        or (wanted not in GROUPS and name.startswith(f"{wanted}."))
-    ]
+    if wanted in GROUPS:
+        found = [name for name in names if group_of(name, sparse) == wanted]
+    else:
+        found = [n for n in names if fnmatch.fnmatchcase(n, wanted) or n.startswith(f"{wanted}.")]
     if not found:
         near = difflib.get_close_matches(wanted, [*GROUPS, *names], 3)
         hint = f"did you mean {', '.join(near)}?" if near else f"groups are {', '.join(GROUPS)}"

@@ -93,7 +93,7 @@ class Step:
     weights: str = "float32"
     rounding: str = "stochastic"
     remat: str = "full"
-    loss_chunk: int = 1024
+    loss_chunk: int = 4096
     z_loss: float = 0.0
     balance_loss: float = 0.0
     vision_labels: float = 0.0

@@ -1,0 +1,190 @@
+"""The step by itself: what must not change the result (micro batches, packing, remat, bytes) does not,
+and what is frozen, rounded, averaged or dropped is what the recipe says."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import ours
+import ours_train
+import pytest
+
+from qwen3vl_jax.training import groups
+from qwen3vl_jax.training.recipe import Optimizer
+
+PICTURE = [("text", 3), ("image", (1, 2, 2)), ("text", 6)]
+CLIP = [("text", 2), ("clip", (2, 1, 2)), ("text", 4)]
+TEXT = [("text", 13)]
+WIDE = [("text", 5), ("image", (1, 1, 3)), ("text", 5)]
+
+
+class Model:
+    """A tiny dense model, four samples with pixels that are bytes, and the plain way through."""
+
+    def __init__(self):
+        self.params, self.cfg, config = ours_train.model()
+        self.weights, self.join = ours_train.flat(self.params)
+        rows = (PICTURE, CLIP, TEXT, WIDE)
+        self.bytes = [ours_train.sample(config, row, i) for i, row in enumerate(rows)]
+        self.samples = [(as_floats(inputs), labels) for inputs, labels in self.bytes]
+        self.batch = ours_train.micro(ours_train.pack(self.cfg, [[s] for s in self.samples]))
+        self.plain = self.run(ours_train.FP32, self.batch)
+        text = ours_train.pack(self.cfg, [[self.samples[2]] * 2])
+        text = text.replace(batch=text.batch.replace(vision=None, vision_rows=None))
+        self.text = ours_train.micro(text)
+
+    def run(self, settings, packed, key=0):
+        of = ours_train.slopes(self.params, self.cfg, settings)
+        return of(self.weights, packed, jax.random.key(key))
+
+
+def as_floats(inputs):
+    """Bytes as a processor normalises them: rescaled by 1/255, then mean and deviation 0.5."""
+    half = np.float32(0.5)
+    return {
+        k: (x / np.float32(255) - half) / half if x.dtype == np.uint8 else x
+        for k, x in inputs.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def tiny_model():
+    return Model()
+
+
+def same(got, want, bound=1e-5):
+    """Loss, and each tensor's gradient to `bound` of its largest; ViT key biases have none."""
+    assert abs(float(got[1]) - float(want[1])) < bound * float(want[1])
+    for name, slopes in want[0].items():
+        pair = np.asarray(slopes), np.asarray(got[0][name])
+        keys = name.endswith("blocks.attn.qkv_bias")
+        slope, other = (np.delete(x, 1, 1) for x in pair) if keys else pair
+        assert np.isfinite(other).all(), name
+        assert np.abs(other - slope).max() <= bound * np.abs(slope).max(), name
+
+
+def test_four_micro_batches_are_one_batch(tiny_model):
+    """The loss is that of all target tokens, however unevenly they fall; with remat at that."""
+    m = tiny_model
+    assert all(np.any(np.asarray(x)) for x in m.plain[0].values())
+    each = [ours_train.pack(m.cfg, [[s]]) for s in m.samples]
+    settings = dataclasses.replace(ours_train.FP32, remat="full")
+    same(m.run(settings, ours_train.micro(*each)), m.plain)
+
+
+def test_packed_bytes_are_the_unpacked_floats(tiny_model):
+    """Four samples in one row and one ViT row: positions, segments and frames keep them apart.
+
+    Their pixels are uint8 here and are normalised on the device.
+    """
+    m = tiny_model
+    packed = ours_train.micro(ours_train.pack(m.cfg, [m.bytes], length=80, patches=64))
+    assert packed.batch.vision.pixels.dtype == jnp.uint8
+    same(m.run(ours_train.FP32, packed), m.plain)
+
+
+def test_remat_changes_nothing(tiny_model):
+    """With dropout on: the second time a layer is computed it drops the same things."""
+    m = tiny_model
+    settings = dataclasses.replace(ours_train.FP32, attention_dropout=0.3)
+    want = m.run(settings, m.text)
+    for policy in ("dots", "offload"):  # a CPU has pinned_host memory: its own
+        same(m.run(dataclasses.replace(settings, remat=policy), m.text), want)
+
+
+def test_bf16_computes_over_fp32_weights(tiny_model):
+    """The loss to bf16's accuracy, gradients in fp32 that point the same way."""
+    m = tiny_model
+    grads, loss, _ = m.run(dataclasses.replace(ours_train.FP32, dtype="bfloat16"), m.text)
+    exact = m.run(ours_train.FP32, m.text)
+    assert abs(float(loss) - float(exact[1])) < 0.02 * float(loss)
+    assert {g.dtype for g in grads.values()} == {jnp.dtype("float32")}
+    a, b = (np.concatenate([np.asarray(g).ravel() for g in x.values()]) for x in (grads, exact[0]))
+    assert a @ b > 0.98 * np.linalg.norm(a) * np.linalg.norm(b)
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model):
+    """bf16 weights, stochastic rounding, two micro batches, the ViT frozen, mergers at their rate."""
+    settings = dataclasses.replace(
+        ours_train.FP32, dtype="bfloat16", weights="bfloat16", remat="full", z_loss=1e-3
+    )
+    rule = Optimizer(learning_rate=3e-3, schedule="constant", weight_decay=0.0, ema=0.5)
+    m = tiny_model
+    state, frozen, train = ours_train.trainer(
+        m.params, m.cfg, rule, settings, freeze=("vision", "layers.*.q_norm"),
+        rates={"merger": 0.5, "vision.deepstack.*.fc1": 0.0},
+    )  # fmt: skip
+    two = [ours_train.pack(m.cfg, [[s] for s in m.samples[i : i + 2]]) for i in (0, 2)]
+    return state, frozen, train, ours_train.micro(*two)
+
+
+def differ(a, b):
+    """Whether any bit of two arrays differs."""
+    return np.asarray(a).tobytes() != np.asarray(b).tobytes()
+
+
+def test_steps_lower_the_loss_and_move_what_is_trained(run):
+    """Each trained tensor moves but those of factor 0; the average and the dtypes are as told."""
+    state, frozen, train, packed = run
+    start, losses = state, []
+    for number in range(6):
+        state, metrics = train(state, frozen, packed)
+        losses.append(float(metrics["loss"]))
+        if number == 0:
+            for name, mean in state.average.items():
+                pair = (np.asarray(x.weights[name], np.float32) for x in (start, state))
+                np.testing.assert_allclose(mean, sum(pair) / 2, rtol=1e-6, atol=1e-9)
+    assert losses[-1] < 0.9 * losses[0] and int(state.step) == 6
+    for name, weight in state.weights.items():
+        moved = differ(weight, start.weights[name])
+        still = name.startswith("vision.deepstack.") and name.endswith(".fc1")
+        assert weight.dtype == jnp.bfloat16 and moved != still, name
+
+
+def test_frozen_parameters_are_in_no_state(run, tiny_model):
+    """Neither weights nor moments nor average hold them; the others are held once each, in fp32."""
+    state, frozen, _, _ = run
+    names = set(tiny_model.weights)
+    assert set(frozen) == {
+        n for n in names if groups.group_of(n, False) == "vision" or n.endswith("q_norm")
+    }
+    assert set(state.weights) == names - set(frozen)
+    trained = sum(x.size for x in state.weights.values())
+    moments = [x for x in jax.tree.leaves(state.optimizer) if x.ndim]
+    assert sum(x.size for x in moments) == 2 * trained
+    assert {x.dtype for x in moments} == {jnp.dtype("float32")}
+
+
+def test_text_alone_neither_hangs_nor_trains_mergers(run, tiny_model):
+    """A batch without pictures has the same shapes; what saw nothing keeps every bit."""
+    state, frozen, train, _ = run
+    pair = ours_train.pack(tiny_model.cfg, [[tiny_model.samples[2]]] * 2)
+    new, metrics = train(state, frozen, ours_train.micro(pair, pair))
+    assert np.isfinite(float(metrics["loss"])) and float(metrics["grad_norm"]) > 0
+    for name, weight in new.weights.items():
+        seen = not name.startswith("vision.")
+        assert differ(weight, state.weights[name]) == seen, name
+
+
+def test_each_step_has_keys_of_its_own(run):
+    """The same state gives the same bits, another run's key others."""
+    state, frozen, train, packed = run
+    first, again = train(state, frozen, packed)[0], train(state, frozen, packed)[0]
+    other = state.replace(key=jax.random.key_data(jax.random.key(7)))
+    other = train(other, frozen, packed)[0]
+    assert not any(map(differ, jax.tree.leaves(first), jax.tree.leaves(again)))
+    assert any(differ(other.weights[n], w) for n, w in first.weights.items())
+
+
+def test_experts_load_and_balance_leave_padding_out():
+    """One expert that takes every token: E times the largest share there is; padding is not seen."""
+    from qwen3vl_jax import losses, moe
+
+    chosen = np.array([[0], [0], [0], [3], [4]])
+    hot = moe.Routed(jax.nn.one_hot(chosen[:, 0], 7), jnp.asarray(chosen))
+    sums = losses.router_sums(hot, jnp.arange(5) < 3)
+    stacked = jax.tree.map(lambda x: x[None], sums)
+    assert float(losses.balance_loss(stacked, jnp.int32(3))) == 7.0
+    assert ours.worst(sums.probs, [3, 0, 0, 0, 0, 0, 0]) == 0
