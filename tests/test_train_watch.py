@@ -171,6 +171,35 @@ def test_ctrl_c_and_sigterm(files, monkeypatch, capsys):
     assert steps == list(range(1, 10))
 
 
+def test_sigterm_that_ends_the_workers_too(files, monkeypatch):
+    """Reading fails in the middle of a step's draw: that step is not done, and its samples come again."""
+    from qwen3vl_jax.training import run as module
+
+    class Dying(module.Feed):
+        drawn = 0
+
+        def __next__(self):
+            Dying.drawn += 1
+            if Dying.drawn == 6:  # the second micro batch of step 3
+                os.kill(os.getpid(), signal.SIGTERM)
+                raise RuntimeError("a worker was terminated")
+            return super().__next__()
+
+    fake_step(monkeypatch, lambda number: (1.0, 0.5))
+    changes = ["steps=6", "evaluate.every=0", "report.profile=[]", "step.accumulate=2"]
+    assert run(files, "steady", *changes) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "Feed", Dying)
+        assert run(files, "dying", *changes) == 0
+    assert run_dir.saved_steps(files / "dying") == [2]
+    assert run(files, "dying", *changes) == 0
+    seen = [
+        [(row["step"], row["samples"], row["fill"], row["patches"]) for row in read_table(path)]
+        for path in (files / "steady" / "metrics.csv", files / "dying" / "metrics.csv")
+    ]
+    assert seen[0] == seen[1] and len(seen[0]) == 6
+
+
 def test_tables_are_cut_back_and_grow_columns(tmp_path):
     """Rows after the checkpoint and a torn line go; a new column is empty before; floats are exact."""
     path = tmp_path / "t.csv"

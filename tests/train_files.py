@@ -16,7 +16,7 @@ RECIPE: dict[str, Any] = {
     "save_every": 5,
     "pack": {"rows": 2, "length": 96, "vision_rows": 2, "vision_length": 64},
     "optimizer": {"learning_rate": 1e-3, "warmup": 2, "ema": 0.9},
-    "step": {"dtype": "float32", "loss_chunk": 64, "remat": "none"},
+    "step": {"dtype": "float32", "loss_chunk": 512, "remat": "none"},
     "report": {"every": 4, "tensorboard": False},
 }
 
