@@ -58,6 +58,9 @@ def _parser() -> argparse.ArgumentParser:
         "--weights", choices=WEIGHTS, help="keep FP8 as it is, or round to int8 (default: neither)"
     )
     parser.add_argument(
+        "--merge", type=Path, metavar="PEFT_DIR", help="a LoRA adapter to add to the weights"
+    )
+    parser.add_argument(
         "--max-shard-size", type=_size, default=SHARD_SIZE, metavar="SIZE", help="default 5GB"
     )
     run = parser.add_argument_group("a run's directory (--to-hf)")
@@ -96,31 +99,39 @@ def _bar(title: str) -> Iterator[Progress]:
 
 def _run(options: argparse.Namespace) -> None:
     source = resolve(options.source, options.revision)
-    start, what = time.perf_counter(), ""
-    of_run = options.to_hf and is_run(source)
-    if not of_run and (options.step or options.adapter or options.raw):
-        raise InputError(
-            f"{source}: --step, --adapter and --raw are for --to-hf and a run's directory"
-        )
+    start = time.perf_counter()
     with _bar("to Hugging Face" if options.to_hf else "to Orbax") as progress:
-        if options.to_hf:
-            if options.weights:
-                raise InputError("--weights: the way back writes what CKPT_DIR holds; leave it out")
-            size = options.max_shard_size
-            if of_run:
-                wanted = Wanted(options.step, options.adapter, options.raw)
-                written = run_to_hf(source, options.out, wanted, options.force, size, progress)
-                count, total, what = written
-            else:
-                count, total = to_hf(source, options.out, options.force, size, progress)
-        else:
-            layout, weights = options.expert_layout, options.weights
-            count, total = to_orbax(source, options.out, options.force, layout, progress, weights)
+        work = _to_hf if options.to_hf else _to_orbax
+        count, total, what = work(options, source, progress)
     seconds = time.perf_counter() - start
     print(
         f"{options.out}: {what}{count} tensors, {total / 1e6:,.1f} MB in {seconds:.1f} s "
         f"({total / 1e6 / seconds:,.0f} MB/s)"
     )
+
+
+def _to_hf(options: argparse.Namespace, source: Path, progress: Progress) -> tuple[int, int, str]:
+    if option := "--weights" if options.weights else "--merge" if options.merge else "":
+        raise InputError(f"{option}: the way back writes what CKPT_DIR holds; leave it out")
+    if is_run(source):
+        wanted = Wanted(options.step, options.adapter, options.raw)
+        size = options.max_shard_size
+        return run_to_hf(source, options.out, wanted, options.force, size, progress)
+    _check_no_run_options(options)
+    return *to_hf(source, options.out, options.force, options.max_shard_size, progress), ""
+
+
+def _to_orbax(options: argparse.Namespace, source: Path, progress: Progress):
+    _check_no_run_options(options)
+    layout, weights, merge = options.expert_layout, options.weights, options.merge
+    return *to_orbax(source, options.out, options.force, layout, progress, weights, merge), ""
+
+
+def _check_no_run_options(options: argparse.Namespace) -> None:
+    if options.step or options.adapter or options.raw:
+        raise InputError(
+            f"{options.source}: --step, --adapter and --raw are for --to-hf and a run's directory"
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:

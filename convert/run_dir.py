@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -102,44 +103,34 @@ def _whole(
     from qwen3vl_jax.training.stacked import layers_of, paths_of
 
     trained = {p for path in stored_tensors(weights) for p in paths_of(str(path[0]), cfg)}
-    dtypes = _dtypes(recipe)
-    stored = _shapes(cfg, dtypes)
+    leaves = _base(recipe, cfg)
 
     def read(sink: Sink) -> None:
         def trained_sink(path: TreePath, array: np.ndarray) -> None:
             for place, layer in layers_of(str(path[0]), array):
-                sink(place, layer.astype(stored[place].dtype))
+                sink(place, layer.astype(leaves[place].dtype))
 
         read_tree(weights, trained_sink)
-        if left := stored.keys() - trained:
-            for path, array in _frozen(recipe, cfg, left):
-                sink(path, array.astype(stored[path].dtype))
+        for path in leaves.keys() - trained:
+            sink(path, leaves[path].load())
 
-    return stored, read
+    return leaves, read
 
 
 def _merged(
     recipe: Recipe, cfg: Config, weights: Path
 ) -> tuple[dict[TreePath, LazyTensor], Callable[[Sink], None]]:
-    """What a LoRA run gives: its base, 8 bits multiplied out, with the adapter added."""
-    from qwen3vl_jax.lora import attach, merge
+    """What a LoRA run gives: the checkpoint it began with (not rounded to 8 bits), and its adapter."""
+    from convert.merging import merged
     from qwen3vl_jax.training.adapters import adapter_of
-    from qwen3vl_jax.training.groups import flatten
-    from qwen3vl_jax.training.setup import initial_params
-    from qwen3vl_jax.training.stacked import layers_of
 
-    stored = _shapes(cfg, _dtypes(recipe))
+    leaves = merged(cfg, _base(recipe, cfg), _arrays(weights), adapter_of(recipe, cfg))
 
     def read(sink: Sink) -> None:
-        # The base as released, not as a QLoRA run held it: 8 bits were the run's, not the model's.
-        base = dataclasses.replace(recipe.lora, base="bfloat16")
-        params = initial_params(dataclasses.replace(recipe, lora=base), cfg)
-        whole = merge(attach(params, cfg, _arrays(weights), adapter_of(recipe, cfg)))
-        for name, stack in flatten(whole)[0].items():
-            for path, layer in layers_of(name, np.asarray(stack)):
-                sink(path, layer.astype(stored[path].dtype))
+        for path, leaf in leaves.items():
+            sink(path, leaf.load())
 
-    return stored, read
+    return leaves, read
 
 
 def _write_adapter(recipe: Recipe, cfg: Config, weights: Path, out: Path) -> tuple[int, int]:
@@ -160,56 +151,41 @@ def _arrays(weights: Path) -> dict[str, np.ndarray]:
     return found
 
 
-def _shapes(cfg: Config, dtypes: Mapping[TreePath, np.dtype]) -> dict[TreePath, LazyTensor]:
-    """Every array that is written; write_files asks for its bytes elsewhere."""
-    import ml_dtypes
-
-    def unreadable() -> np.ndarray:
-        raise TypeError("the arrays of a run are read in its own order")
-
-    wide = np.dtype(ml_dtypes.bfloat16)
-    return {
-        row.path: LazyTensor(row.shape, dtypes.get(row.path, wide), unreadable) for row in rows(cfg)
-    }
-
-
-def _dtypes(recipe: Recipe) -> dict[TreePath, np.dtype]:
-    """The dtypes of the checkpoint that a run began with; none where it drew its weights."""
-    if recipe.init != "checkpoint":
-        return {}
-    return {path: leaf.dtype for path, leaf in _opened(recipe)[1].items()}
-
-
-def _opened(recipe: Recipe) -> tuple[Path | None, dict[TreePath, LazyTensor]]:
-    """(its params where it is an Orbax directory, its arrays) of the checkpoint a run began with."""
+def _base(recipe: Recipe, cfg: Config) -> dict[TreePath, LazyTensor]:
+    """The arrays that a run began with, in the dtypes of their files; drawn ones are bf16."""
     from qwen3vl_jax.checkpoint import resolve
-    from qwen3vl_jax.orbax_io import stored_tensors
+    from qwen3vl_jax.orbax_io import read_part, stored_tensors
 
+    if recipe.init != "checkpoint":
+        return _drawn(recipe, cfg)
     directory = resolve(recipe.ckpt)
-    cfg = Config.from_hf(directory)
     if not (directory / PARAMS).is_dir():
-        return None, matching.open_hf(directory, cfg)
+        return matching.open_hf(directory, Config.from_hf(directory))
     stored = stored_tensors(directory / PARAMS)
     check_stored(directory, cfg, stored, read_config(directory))
     if stored_kind(stored):
         raise InputError(f"{directory}: holds 8-bit weights; set ckpt to what it was made from")
-    return directory / PARAMS, stored
+    return {
+        path: dataclasses.replace(leaf, load=functools.partial(read_part, directory / PARAMS, path))
+        for path, leaf in stored.items()
+    }
 
 
-def _frozen(
-    recipe: Recipe, cfg: Config, paths: set[TreePath]
-) -> Iterator[tuple[TreePath, np.ndarray]]:
-    """What a run did not train, as it was read or drawn at its start."""
-    from qwen3vl_jax.orbax_io import read_part
+def _drawn(recipe: Recipe, cfg: Config) -> dict[TreePath, LazyTensor]:
+    """The arrays that a run drew at its start, drawn again when the first is asked for."""
+    import ml_dtypes
 
-    if recipe.init != "checkpoint":
-        from qwen3vl_jax.training.groups import flatten
-        from qwen3vl_jax.training.setup import initial_params
-        from qwen3vl_jax.training.stacked import layers_of
+    from qwen3vl_jax.training.groups import flatten
+    from qwen3vl_jax.training.setup import initial_params
+    from qwen3vl_jax.training.stacked import layers_of
 
-        for name, stack in flatten(initial_params(recipe, cfg))[0].items():
-            yield from ((p, x) for p, x in layers_of(name, np.asarray(stack)) if p in paths)
-        return
-    directory, stored = _opened(recipe)
-    for path in sorted(paths, key=str):
-        yield path, read_part(directory, path) if directory else stored[path].load()
+    @functools.cache
+    def arrays() -> dict[TreePath, np.ndarray]:
+        flat = flatten(initial_params(recipe, cfg))[0]
+        return {p: x for n, stack in flat.items() for p, x in layers_of(n, np.asarray(stack))}
+
+    dtype = np.dtype(ml_dtypes.bfloat16)
+    return {
+        row.path: LazyTensor(row.shape, dtype, lambda path=row.path: arrays()[path].astype(dtype))
+        for row in rows(cfg)
+    }

@@ -19,6 +19,7 @@ NUMPY_ONLY = (
     "qwen3vl_jax.config",
     "qwen3vl_jax.processing",
     "convert",
+    "train",
 )
 
 

@@ -23,6 +23,8 @@ from convert.to_orbax import to_orbax
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.lora import attach, merge
 from qwen3vl_jax.tensors import LazyTensor, flatten
+from qwen3vl_jax.training import recipe
+from qwen3vl_jax.training.adapters import cut_lora
 
 BOUND = 2e-5
 pytestmark = [
@@ -95,6 +97,23 @@ def test_what_we_write_gives_equal_logits_in_transformers(case):
     weights, adapter = load_adapter(case.folder, case.cfg)
     assert adapter == case.adapter and weights.keys() == case.weights.keys()
     assert all(np.array_equal(weights[name], x) for name, x in case.weights.items())
+
+
+def test_nothing_changes_at_first_and_the_loop_is_the_scan(case):
+    """B is zero: logits are equal to the bit. Then layers one by one give what stacked ones do."""
+    lora = recipe.Lora(rank=adapters.RANK, targets=adapters.EVERYTHING[case.moe], base="float32")
+    first = cut_lora(
+        recipe.Recipe(ckpt="x", steps=1, lora=lora, step=recipe.Step(dtype="float32")),
+        case.cfg, case.params,
+    )  # fmt: skip
+    assert all(np.any(x) == name.endswith(".a") for name, x in first.weights.items())
+    assert first.weights.keys() == case.weights.keys()
+    begun = ours.forward(first.join(first.weights, first.frozen), case.cfg, case.batch)
+    assert np.array_equal(begun, ours.forward(case.params, case.cfg, case.batch))
+    if case.moe:
+        params = attach(q3.unstack_layers(case.params), case.cfg, case.weights, case.adapter)
+        logits = np.asarray(ours.forward(params, case.cfg, case.batch))
+        assert ours.worst(logits[:, : case.seen.shape[1]][case.seen], case.logits) < 1e-5
 
 
 def test_merged_it_gives_equal_logits_in_transformers(case):

@@ -36,7 +36,7 @@ def samples(config, count, seed=0):
 
 def packed_of(config, pack, given, pixel_type=np.float32, with_labels=False):
     """(placed, batch) of samples that must all fit."""
-    placed, left = packing.choose(pack, list(given), lambda: None)
+    placed, left = packing.choose(pack, [packing.Waiting(0, s) for s in given], lambda: None)
     assert not left
     return placed, packing.build(config, pack, placed, pixel_type, with_labels)
 
@@ -170,15 +170,15 @@ def test_first_fit_over_a_lookahead():
             base, name=str(i), positions=np.zeros((3, size), np.int32), **parts
         )
 
-    coming = iter([of(i, size) for i, size in enumerate(sizes)])
+    coming = iter([packing.Waiting(i, of(i, size)) for i, size in enumerate(sizes)])
     pack = recipe.Pack(rows=2, length=10, vision_rows=0, lookahead=2)
     placed, left = packing.choose(pack, [], lambda: next(coming, None))
     assert [(p.sample.name, p.row, p.start) for p in placed] == [
         ("0", 0, 0), ("1", 1, 0), ("2", 0, 6)]  # fmt: skip
-    assert [s.name for s in left] == ["3", "4"]
+    assert [w.place for w in left] == [3, 4]
     placed, left = packing.choose(pack, left, lambda: next(coming, None))
     assert [(p.sample.name, p.row) for p in placed] == [("3", 0), ("4", 1), ("6", 1), ("7", 0)]
-    assert [s.name for s in left] == ["5"]
+    assert [w.sample.name for w in left] == ["5"]
     packed = packing.build(config, pack, placed, np.uint8, with_labels=True)
     assert packed.batch.vision is None and packed.vision_labels is None
 

@@ -16,7 +16,7 @@ RECIPE: dict[str, Any] = {
     "save_every": 5,
     "pack": {"rows": 2, "length": 96, "vision_rows": 2, "vision_length": 64},
     "optimizer": {"learning_rate": 1e-3, "warmup": 2, "ema": 0.9},
-    "step": {"dtype": "float32", "loss_chunk": 64, "remat": "none"},
+    "step": {"dtype": "float32", "loss_chunk": 512, "remat": "none"},
     "report": {"every": 4, "tensorboard": False},
 }
 
@@ -57,9 +57,9 @@ def conversations(path: Path, count: int = 24) -> Path:
     return path
 
 
-def write_recipe(path: Path, ckpt: Path, data: Path, **changes: Any) -> Path:
-    """RECIPE over a checkpoint and a file of conversations; tables in `changes` are merged."""
-    raw = {"ckpt": str(ckpt), **RECIPE, "data": {"sources": [{"path": str(data)}]}}
+def write_recipe(path: Path, ckpt: Path, chats: Path, **changes: Any) -> Path:
+    """RECIPE over a checkpoint and a file of chats; tables in `changes` are merged."""
+    raw = {"ckpt": str(ckpt), **RECIPE, "data": {"sources": [{"path": str(chats)}]}}
     for key, value in changes.items():
         raw[key] = {**raw.get(key, {}), **value} if isinstance(value, dict) else value
     path.write_text(tomli_w.dumps(raw))

@@ -33,8 +33,13 @@ def cut_lora(recipe: Recipe, cfg: Config, params: Params) -> Trainee:
     takes the dtype of the computation. Raises InputError for targets and adapters that do not fit.
     """
     adapter, weights = first_values(recipe, cfg)
+    _check_frozen(recipe, cfg, weights)
     still = recipe.lora.base if recipe.lora.base in ("bfloat16", "float32") else recipe.step.dtype
     flat, unflatten = groups.flatten(params)
+    eight_bit = any(name.endswith(".values") for name in flat)
+    if eight_bit != (recipe.lora.base in ("int8", "fp8")):
+        found = "8 bits" if eight_bit else "16 or 32 bits"
+        raise InputError(f"lora.base is {recipe.lora.base}, the parameters are held in {found}")
     frozen = {n: _held(flat, n, jnp.dtype(still)) for n in flat}
     held = jnp.dtype(recipe.step.weights)
     weights = {n: jnp.asarray(x, held) for n, x in weights.items()}
@@ -44,6 +49,19 @@ def cut_lora(recipe: Recipe, cfg: Config, params: Params) -> Trainee:
         return attach(unflatten(frozen), cfg, weights, adapter, keys)
 
     return Trainee(weights, frozen, join)
+
+
+def _check_frozen(recipe: Recipe, cfg: Config, weights: Flat) -> None:
+    """Raises InputError where train.freeze names what lora.targets adapts; all else is frozen anyway."""
+    sparse = bool(cfg.text.num_experts)
+    for wanted in recipe.train.freeze:
+        known = wanted in groups.GROUPS
+        for name in weights:
+            group = groups.group_of(name, sparse)
+            if group == wanted if known else fnmatch.fnmatchcase(name, wanted):
+                raise InputError(
+                    f"train.freeze: {wanted!r} names {name}, which lora.targets trains; drop one of them"
+                )
 
 
 def _held(flat: Flat, name: str, dtype: Any) -> jax.Array:

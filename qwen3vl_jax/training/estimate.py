@@ -107,7 +107,7 @@ def memory(recipe: Recipe, cfg: Config, parts: Held) -> dict[str, int]:
         "compensation": shards.size(state.rest or {}),
         "moving average": shards.size(state.average or {}),
         f"activations (remat {recipe.step.remat}), about": _activations(recipe, cfg),
-        "logits of a chunk of the loss": 2 * 4 * recipe.step.loss_chunk * cfg.text.vocab_size,
+        "logits of a chunk of the loss": _logits(recipe, cfg),
     }
     return {name: size for name, size in found.items() if size}
 
@@ -132,16 +132,26 @@ class _Shards:
         return total
 
 
+def _logits(recipe: Recipe, cfg: Config) -> int:
+    """Bytes of the logits of some words for all tokens, and of their gradient, in fp32."""
+    tokens = recipe.pack.rows * recipe.pack.length / _split(recipe.mesh)
+    return round(2 * 4 * tokens * min(recipe.step.loss_chunk, cfg.text.vocab_size))
+
+
+def _split(mesh: Mesh) -> int:
+    """Over how many devices rows and their tokens are spread."""
+    return mesh.data * max(mesh.fsdp, 1) * mesh.expert * mesh.sequence
+
+
 def _activations(recipe: Recipe, cfg: Config) -> int:
     """Bytes kept from the forward pass of one micro batch, and of one layer that is computed again."""
-    t, v, mesh = cfg.text, cfg.vision, recipe.mesh
+    t, v, split = cfg.text, cfg.vision, _split(recipe.mesh)
     item = jnp.dtype(recipe.step.dtype).itemsize
     width = t.num_experts_per_tok * t.moe_intermediate_size or t.intermediate_size
     heads = (t.num_attention_heads + 2 * t.num_key_value_heads) * t.head_dim
     # (stream, products: q k v, o, gate and up, down) values a token and layer
     text = (t.hidden_size, heads + 2 * t.hidden_size + 2 * width)
     image = (v.hidden_size, 5 * v.hidden_size + v.intermediate_size)
-    split = mesh.data * max(mesh.fsdp, 1) * mesh.expert * mesh.sequence
     tokens = recipe.pack.rows * recipe.pack.length / split
     patches = recipe.pack.vision_rows * recipe.pack.vision_length / split
     total = 0.0

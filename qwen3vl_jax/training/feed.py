@@ -1,4 +1,4 @@
-"""Batches of a run: grain shuffles, mixes, shards and reads in workers; what it gives is packed here.
+"""Batches of a run: samples as they come from stream.py, packed here into rows.
 
 A sample is a function of its place in the stream, whichever process makes it, so the batches are the
 same for any number of workers, and a position is one number and the places of the samples that wait.
@@ -7,36 +7,29 @@ same for any number of workers, and a position is one number and the places of t
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
-from collections.abc import Iterator, Sequence
+import queue
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
+from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.processor import Processor
-from qwen3vl_jax.training.packing import PackedBatch, build, choose, fill_of
+from qwen3vl_jax.training.packing import PackedBatch, Waiting, build, choose, fill_of
 from qwen3vl_jax.training.recipe import Data, Pack
-from qwen3vl_jax.training.records import Records, open_records
-from qwen3vl_jax.training.samples import Sample, SampleMaker, TooLarge, eight_bit
+from qwen3vl_jax.training.records import open_records
+from qwen3vl_jax.training.samples import Sample, SampleMaker, eight_bit
+from qwen3vl_jax.training.stream import Order, Refusal, iterate, make_stream
 
-GROUP = 16  # samples that a worker hands over at a time
-AHEAD = 2  # groups that a worker has ready
-SHUFFLED = 2**31  # a longer source, which only a class can be, is its own shuffle
 _FEWEST = 100  # records that a fraction is of, at least
 _SHOWN = 5  # bad records in a message
 _KEPT = 1000  # refusals that are kept by name
 _MOST_TOO_LARGE = 0.5
-
-
-@dataclasses.dataclass(frozen=True)
-class Refusal:
-    """A record that gives no sample; bad: it is wrong, not too large."""
-
-    name: str
-    reason: str
-    bad: bool
+_BATCHES_AHEAD = 2
+_TICK = 0.2  # seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,33 +41,12 @@ class Drawn:
     stats: dict[str, float]
 
 
-@dataclasses.dataclass(frozen=True)
-class Reader:
-    """Index of a source -> its sample, or why there is none. Runs in workers."""
-
-    records: Records
-    maker: SampleMaker
-
-    def __call__(self, index: int) -> Sample | Refusal:
-        name = self.records.name(index)
-        try:
-            return self.maker(name, self.records.read(index))
-        except TooLarge as error:
-            return Refusal(name, str(error), bad=False)
-        except InputError as error:
-            return Refusal(name, str(error), bad=True)
-        except Exception as error:  # a damaged record can break any decoder, and must have a name
-            return Refusal(
-                name, f"{type(error).__name__}: {' '.join(str(error).split())}", bad=True
-            )
-
-
 class Feed:
     """An endless iterator of packed batches, or with `once` one pass in order whose last is not full.
 
-    process_index of process_count: which part of every epoch is this process's. `refused` lists what
-    gave no sample, or a shorter one, as (name, reason). Raises InputError where sources cannot be
-    opened, and from next() once more than data.bad_fraction of the records read are bad.
+    process_index of process_count: which part of every epoch is this process's. Raises InputError
+    where sources cannot be opened, and from next() once more than data.bad_fraction of the records
+    read are bad. With workers, batches are packed ahead in a thread; `close` ends both.
     """
 
     def __init__(
@@ -90,65 +62,54 @@ class Feed:
     ):
         if not data.sources:
             raise InputError("data.sources is empty, expected at least one file of records")
-        self.data, self.pack, self.config = data, pack, proc.config
         self.sources = [open_records(source) for source in data.sources]
-        self.pixel_type = np.float32 if eight_bit(proc) is proc else np.uint8
-        self.with_labels = any(getattr(s, "vision_labels", False) for s in self.sources)
-        sizes = [[source.path, len(found)] for source, found in zip(data.sources, self.sources)]
-        weights = [source.weight for source in data.sources]
-        self._of = {
-            "sources": sizes, "weights": weights, "shuffle": data.shuffle and not once, "seed": seed,
-            "process": [process_index, process_count],
-        }  # fmt: skip
-        self._stream = _stream(self.sources, SampleMaker(proc, data, pack), weights, self._of, once)
-        self._total = sum(size for _, size in sizes)
-        self._close: Any = None
-        self._start(0)
+        self.order = Order(
+            sources=[[given.path, len(found)] for given, found in zip(data.sources, self.sources)],
+            weights=[source.weight for source in data.sources],
+            shuffle=data.shuffle and not once,
+            once=once,
+            seed=seed,
+            process=[process_index, process_count],
+        )
+        stream = make_stream(self.sources, SampleMaker(proc, data, pack), self.order)
+        labelled = any(getattr(source, "vision_labels", False) for source in self.sources)
+        pixel_type = np.float32 if eight_bit(proc) is proc else np.uint8
+        self._line = _Line(stream, data, pack, proc.config, pixel_type, labelled)
+        self._line.total = sum(map(len, self.sources))
+        self._state = self._line.state()
+        self._ahead: _Ahead | None = None
+        self._stale = False  # whether the line is ahead of the state, for a thread that was ended
 
     def __iter__(self) -> Iterator[Drawn]:
         return self
 
     def __next__(self) -> Drawn:
         """The next batch. Raises StopIteration at the end of one pass, InputError for bad records."""
-        placed, self._waiting = choose(self.pack, self._waiting, self._draw)
-        if not placed:
-            raise StopIteration
-        packed = build(self.config, self.pack, placed, self.pixel_type, self.with_labels)
-        names: list[list[str]] = [[] for _ in range(self.pack.rows)]
-        for found in placed:
-            names[found.row].append(found.sample.name)
-            del self._place[id(found.sample)]
-        return Drawn(packed, names, fill_of(self.pack, placed))
+        if self._stale:
+            self._line.restore(self._state)
+            self._stale = False
+        if self._line.data.workers and self._ahead is None:
+            self._ahead = _Ahead(self._line.step)
+        drawn, self._state, error = self._ahead.take() if self._ahead else self._line.step()
+        if drawn is None:
+            raise error or StopIteration
+        return drawn
 
     def get_state(self) -> dict[str, Any]:
         """Where the feed is, as JSON data."""
-        waiting = [self._place[id(sample)] for sample in self._waiting]
-        counts = {"read": self._read, "bad": self._bad, "too_large": self._too_large}
-        return {
-            "of": self._of, "next": self._next, "waiting": waiting, **counts,
-            "refused": [list(pair) for pair in self._refused.items()],
-        }  # fmt: skip
+        return {"order": dataclasses.asdict(self.order), **self._state}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes on where get_state was called. Raises InputError for the state of other data."""
-        for key, ours in self._of.items():
-            if (theirs := state["of"].get(key)) != ours:
+        for key, ours in dataclasses.asdict(self.order).items():
+            if (theirs := state["order"].get(key)) != ours:
                 raise InputError(
                     f"data position: {key} is {ours}, and {theirs} in the checkpoint; go on with the "
                     "same data, or begin a new run"
                 )
-        self._start(state["next"])
-        self._read, self._bad = state["read"], state["bad"]
-        self._too_large = state["too_large"]
-        self._refused = dict(state["refused"])
-        for place in state["waiting"]:
-            sample = self._stream[place]
-            if not isinstance(sample, Sample):
-                raise InputError(
-                    f"{sample.name}: it was fine before the run stopped: {sample.reason}"
-                )
-            self._waiting.append(sample)
-            self._place[id(sample)] = place
+        self.close()
+        self._line.restore(state)
+        self._state, self._stale = self._line.state(), False
 
     def records(self, count: int) -> list[tuple[str, dict[str, Any]]]:
         """The first `count` (name, record in chat form) that end in an answer; bad ones are left out."""
@@ -161,7 +122,7 @@ class Feed:
                     record = source.read(index)
                 except InputError:
                     continue
-                if isinstance(record, Sample):
+                if not isinstance(record, dict):
                     break  # ready samples have no words
                 if record["messages"][-1].get("role") == "assistant":
                     found.append((source.name(index), record))
@@ -169,99 +130,136 @@ class Feed:
 
     @property
     def refused(self) -> list[tuple[str, str]]:
-        return list(self._refused.items())
+        """(name, reason) of what gave no sample so far, or a shorter one; the first thousand."""
+        return [(name, reason) for name, reason in self._state["refused"]]
 
     def close(self) -> None:
-        """Ends the workers."""
-        if self._close is not None:
-            self._close()
-            self._close = None
+        """Ends thread and workers; the next batch starts them again."""
+        if self._ahead is not None:
+            self._ahead.stop()
+            self._ahead, self._stale = None, True
+        self._line.end()
 
-    def _start(self, first: int) -> None:
-        """Makes the next sample that of place `first`, with nothing waiting and nothing counted."""
-        self.close()
-        self._coming: Iterator[Sample | Refusal] | None = None
-        self._next, self._waiting = first, []
-        self._place: dict[int, int] = {}  # id of a sample that waits -> its place in the stream
-        self._read = self._bad = self._too_large = 0
-        self._refused: dict[str, str] = {}
 
-    def _draw(self) -> Sample | None:
+class _Line:
+    """The samples of a stream in batches, one after another, and where it is."""
+
+    def __init__(
+        self, stream: Any, data: Data, pack: Pack, config: Config, pixel_type: Any, labelled: bool
+    ):
+        self.stream, self.data, self.pack, self.config = stream, data, pack, config
+        self.pixel_type, self.labelled, self.total = pixel_type, labelled, 0
+        self.end: Callable[[], None] = lambda: None
+        self._begin(0)
+
+    def step(self) -> tuple[Drawn | None, dict[str, Any], Exception | None]:
+        """(the next batch or None at the end, the state behind it, what stopped it)."""
+        try:
+            placed, self.waiting = choose(self.pack, self.waiting, self._draw)
+            if not placed:
+                return None, self.state(), None
+            packed = build(self.config, self.pack, placed, self.pixel_type, self.labelled)
+        except Exception as error:  # it is raised where the batch is asked for
+            return None, self.state(), error
+        names: list[list[str]] = [[] for _ in range(self.pack.rows)]
+        for found in placed:
+            names[found.row].append(found.sample.name)
+        return Drawn(packed, names, fill_of(self.pack, placed)), self.state(), None
+
+    def state(self) -> dict[str, Any]:
+        """Place of the next sample, places of those that wait, and counts: JSON data."""
+        waiting = [drawn.place for drawn in self.waiting]
+        refused = [list(pair) for pair in self.refused.items()]
+        return {"next": self.next, "waiting": waiting, **self.counts, "refused": refused}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Makes the samples that waited again, and goes on behind the last that was drawn."""
+        self._begin(state["next"])
+        self.counts = {name: state[name] for name in self.counts}
+        self.refused = dict(state["refused"])
+        for place in state["waiting"]:
+            sample = self.stream[place]
+            if isinstance(sample, Refusal):
+                raise InputError(f"{sample.name}: was fine before the run stopped: {sample.reason}")
+            self.waiting.append(Waiting(place, sample))
+
+    def _begin(self, first: int) -> None:
+        self.end()
+        self.end = lambda: None
+        self.coming: Iterator[Sample | Refusal] | None = None
+        self.next, self.waiting = first, list[Waiting]()
+        self.counts = {"read": 0, "bad": 0, "too_large": 0}
+        self.refused: dict[str, str] = {}
+
+    def _draw(self) -> Waiting | None:
         """The next sample of the stream, None behind its end."""
-        if self._coming is None:
-            self._coming, self._close = _iterate(self._stream, self._next, self.data.workers)
-        for made in self._coming:
-            self._next += 1
-            self._read += 1
+        if self.coming is None:
+            self.coming, self.end = iterate(self.stream, self.next, self.data.workers)
+        for made in self.coming:
+            self.next += 1
+            self.counts["read"] += 1
             if isinstance(made, Refusal):
                 self._count(made)
                 continue
-            self._place[id(made)] = self._next - 1
             if made.note:
                 self._list(made.name, made.note)
-            return made
+            return Waiting(self.next - 1, made)
         return None
 
     def _list(self, name: str, reason: str) -> None:
-        if len(self._refused) < _KEPT:
-            self._refused[name] = reason
+        if len(self.refused) < _KEPT:
+            self.refused[name] = reason
 
     def _count(self, refusal: Refusal) -> None:
         """Takes note of a refusal. Raises InputError where there are too many."""
         self._list(refusal.name, refusal.reason)
-        self._bad += refusal.bad
-        self._too_large += not refusal.bad
-        least = max(self._read, min(_FEWEST, self._total))
-        shown = "".join(f"\n  {n}: {r}" for n, r in itertools.islice(self.refused, _SHOWN))
-        if self._bad > self.data.bad_fraction * least:
+        self.counts["bad" if refusal.bad else "too_large"] += 1
+        read, bad, too_large = (self.counts[name] for name in ("read", "bad", "too_large"))
+        least = max(read, min(_FEWEST, self.total))
+        first = itertools.islice(self.refused.items(), _SHOWN)
+        shown = "".join(f"\n  {name}: {reason}" for name, reason in first)
+        if bad > self.data.bad_fraction * least:
             raise InputError(
-                f"{self._bad} of {self._read} records are bad, more than data.bad_fraction "
+                f"{bad} of {read} records are bad, more than data.bad_fraction "
                 f"{self.data.bad_fraction:g} allows:{shown}"
             )
-        if self._too_large > _MOST_TOO_LARGE * least:
+        if too_large > _MOST_TOO_LARGE * least:
             raise InputError(
-                f"{self._too_large} of {self._read} records do not fit a row; raise pack.length or "
+                f"{too_large} of {read} records do not fit a row; raise pack.length or "
                 f"pack.vision_length, or lower data.max_pixels:{shown}"
             )
 
 
-def _stream(
-    sources: Sequence[Records], maker: SampleMaker, weights: Sequence[float], of: Any, once: bool
-) -> Any:
-    """A grain data set of samples by place: every epoch of a source has each of its records once."""
-    import grain
+class _Ahead:
+    """A thread that has the next few batches ready."""
 
-    index, count = of["process"]
-    parts = []
-    for number, records in enumerate(sources):
-        part = grain.MapDataset.range(len(records))
-        if of["shuffle"] and len(records) < SHUFFLED:
-            words = np.random.SeedSequence([of["seed"], number]).generate_state(1)
-            part = part.shuffle(seed=int(words[0]))
-        part = part if once else part.repeat()
-        parts.append(part.slice(slice(index, None, count)).map(Reader(records, maker)))
-    if len(parts) == 1:
-        return parts[0]
-    if once:
-        return grain.MapDataset.concatenate(parts)
-    return grain.MapDataset.mix(parts, weights)
+    def __init__(self, step: Callable[[], tuple[Any, Any, Any]]):
+        self._step, self._stopped = step, threading.Event()
+        self._ready: queue.Queue[tuple[Any, Any, Any]] = queue.Queue(_BATCHES_AHEAD)
+        self._last: tuple[Any, Any, Any] | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
 
+    def take(self) -> tuple[Any, Any, Any]:
+        """What the next step gave; the last one again behind the end."""
+        found = self._last or self._ready.get()
+        if found[0] is None:
+            self._last = found
+        return found
 
-def _iterate(stream: Any, first: int, workers: int) -> tuple[Iterator[Any], Any]:
-    """The samples from place `first` on, in order, and what ends the workers."""
-    if not workers:
-        return (stream[place] for place in range(first, len(stream))), None
-    import grain
-    from absl import flags
+    def stop(self) -> None:
+        """Waits for the step that is being made."""
+        self._stopped.set()
+        self._thread.join()
 
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # grain's workers read its flags, which no one sets here
-    groups = stream.slice(slice(first, None)).batch(GROUP, batch_fn=tuple)
-    reading = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=AHEAD)
-    iterator = iter(groups.to_iter_dataset(reading).mp_prefetch(options))
-    return itertools.chain.from_iterable(iterator), functools.partial(_end, iterator)
-
-
-def _end(iterator: Any) -> None:
-    iterator.close()
+    def _run(self) -> None:
+        while not self._stopped.is_set():
+            found = self._step()
+            while not self._stopped.is_set():
+                try:
+                    self._ready.put(found, timeout=_TICK)
+                    break
+                except queue.Full:
+                    continue
+            if found[0] is None:
+                return

@@ -65,11 +65,12 @@ def _rule(settings: Optimizer) -> optax.GradientTransformation:
 
 
 def _matrices(params: Flat) -> dict[str, Any]:
-    """For Muon the two sides of each matrix, None for what keeps Adam: tables, norms and biases.
+    """For Muon the two sides of each matrix, None for what gets NAdam: tables, norms and biases.
 
     The axes in front of a matrix are a stack: layers, experts, heads of q, k and v, gate and up.
     """
-    return {name: _sides(name, x.ndim) for name, x in params.items()}
+    shapes = {name: getattr(x, "ndim", None) for name, x in params.items()}  # Muon masks its own
+    return {name: None if n is None else _sides(name, n) for name, n in shapes.items()}
 
 
 def _sides(name: str, ndim: int) -> Any:
@@ -90,29 +91,52 @@ def _scale_each(factors: Mapping[str, float]) -> optax.GradientTransformation:
 
 
 def apply_update(
-    name: str, weight: jax.Array, update: jax.Array, key: jax.Array | None, rest: jax.Array | None
+    name: str, weight: jax.Array, update: jax.Array, key: jax.Array, rest: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
     """(new weight, new rest) of an fp32 update.
 
     An fp32 weight takes it as it is. A bf16 weight has 8 bits and would swallow it: with a `rest`
-    (bf16, what earlier updates left over) the sum is split between the two; with a key it is rounded
-    up or down by chance, in proportion, so that the mean is right.
+    (see `split_bits`) nothing is lost; without one the sum is rounded up or down by chance, in
+    proportion, so that the mean is right.
     """
-    total = weight.astype(jnp.float32) + update
+    total = exact(weight, rest) + update
     if weight.dtype == jnp.float32:
         return total, None
     if rest is not None:
-        total = total + rest.astype(jnp.float32)
-        new = total.astype(weight.dtype)
-        return new, (total - new.astype(jnp.float32)).astype(rest.dtype)
-    assert key is not None
+        return split_bits(total)
     return round_by_chance(total, named_key(key, name)), None
 
 
-def round_by_chance(x: jax.Array, key: jax.Array) -> jax.Array:
-    """fp32 -> bf16, up with the probability of how far it lies above the lower neighbour."""
+def split_bits(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """fp32 -> (nearest bf16, int16): the lower half of its bits, counted from the bf16.
+
+    The two hold the fp32 number in the same four bytes, and the bf16 is ready to compute with.
+    """
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    bits = bits + (jax.random.bits(key, x.shape, jnp.uint32) >> 16)
+    upper = (bits + jnp.uint32(0x8000)) >> 16  # a tie goes away from zero, so that int16 suffices
+    rest = (bits - (upper << 16)).astype(jnp.uint16)
+    near = jax.lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16)
+    return near, jax.lax.bitcast_convert_type(rest, jnp.int16)
+
+
+def exact(weight: jax.Array, rest: jax.Array | None) -> jax.Array:
+    """A weight in fp32: the inverse of `split_bits` where there is a rest."""
+    if rest is None:
+        return weight.astype(jnp.float32)
+    upper = jax.lax.bitcast_convert_type(weight, jnp.uint16).astype(jnp.uint32) << 16
+    bits = upper + rest.astype(jnp.int32).astype(jnp.uint32)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def round_by_chance(x: jax.Array, key: jax.Array) -> jax.Array:
+    """fp32 -> bf16, up with the probability of how far it lies above the lower neighbour.
+
+    Philox and not threefry: the same bits in each run of one program, at a fraction of the time.
+    """
+    seed = jnp.tile(jax.random.key_data(key), 2)
+    philox = jax.lax.RandomAlgorithm.RNG_PHILOX
+    _, noise = jax.lax.rng_bit_generator(seed, x.shape, jnp.uint32, algorithm=philox)
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + (noise >> 16)
     rounded = jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
     return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16)
 

@@ -39,6 +39,13 @@ class PackedBatch(flax.struct.PyTreeNode):
     vision_labels: jax.Array | None = None  # [R] int32: what a merged row shows, -100 not told
 
 
+class Waiting(NamedTuple):
+    """A sample that is drawn and not packed, and its place in the stream that it came from."""
+
+    place: int
+    sample: Sample
+
+
 class Placed(NamedTuple):
     """A sample and where it went."""
 
@@ -79,6 +86,11 @@ class Room:
         """Takes the room of t frames of h x w patches: (first patch over all rows, patches), or None."""
         left, frame = grid[0], grid[1] * grid[2]
         spot: list[tuple[int, int]] = []
+        if left == 1:  # most are pictures: one look is enough
+            row = int((self.patches >= frame).argmax())
+            free = int(self.patches[row])
+            self.patches[row] -= frame if frame <= free else 0
+            return [((row + 1) * self.vision_length - free, frame)] if frame <= free else None
         for row in np.flatnonzero(self.patches >= frame).tolist():
             free = int(self.patches[row])
             count = min(left, free // frame) * frame
@@ -97,8 +109,8 @@ def frames_fit(pack: Pack, grids: Sequence[Grid]) -> bool:
 
 
 def choose(
-    pack: Pack, waiting: list[Sample], draw: Callable[[], Sample | None]
-) -> tuple[list[Placed], list[Sample]]:
+    pack: Pack, waiting: Sequence[Waiting], draw: Callable[[], Waiting | None]
+) -> tuple[list[Placed], list[Waiting]]:
     """The samples of one batch by first fit, in the order in which they were drawn, and those left.
 
     Samples are drawn until pack.lookahead of them wait that do not fit, or draw() has no more. The
@@ -107,12 +119,12 @@ def choose(
     room, placed, left = Room(pack), [], []
     coming = iter(waiting)
     while room.tokens.any() and len(left) < max(pack.lookahead, 1):
-        sample = next(coming, None) or draw()
-        if sample is None:
+        drawn = next(coming, None) or draw()
+        if drawn is None:
             break
-        spot = room.place(sample)
+        spot = room.place(drawn.sample)
         if spot is None:
-            left.append(sample)
+            left.append(drawn)
         else:
             placed.append(spot)
     return placed, [*left, *coming]

@@ -17,14 +17,14 @@ import numpy as np
 import tomli_w
 
 from qwen3vl_jax.checkpoint import resolve
+from qwen3vl_jax.cli import memory_advice
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.training import evaluate, machine, run_dir, setup
+from qwen3vl_jax.training import estimate, evaluate, machine, run_dir, setup
 from qwen3vl_jax.training.checkpoints import Checkpoints
 from qwen3vl_jax.training.feed import Drawn, Feed
 from qwen3vl_jax.training.model_files import open_model, write_model_files
 from qwen3vl_jax.training.optimizer import make_schedule
-from qwen3vl_jax.training.packing import PackedBatch
 from qwen3vl_jax.training.recipe import Data, Recipe, as_dict, flat
 from qwen3vl_jax.training.speed import Speed
 from qwen3vl_jax.training.watch import Watch
@@ -70,7 +70,8 @@ def train(recipe: Recipe, out: Path) -> None:
                 watch.progress.say(f"going on from step {first}: {line}")
             run = Run(recipe, out, first, meta)
             try:
-                run.loop(watch, stop)
+                with memory_advice(run.sizes(), "pack.rows, step.remat=full or step.loss_chunk"):
+                    run.loop(watch, stop)
             finally:
                 run.close()
             watch.draw()
@@ -118,6 +119,7 @@ class Run:
             self.state = self.saved.restore(first, like)
         else:
             self.state = setup.first_state(recipe, rule, trainee.weights)
+        self.position: dict[str, Any] | None = None  # of the feed, before a draw that failed
         self.pending: list[tuple[int, dict[str, Any], list[Drawn]]] = []
         # A device runs beside the host, which tells of a step while the next one runs.
         self.overlap = jax.default_backend() != "cpu"
@@ -131,6 +133,11 @@ class Run:
         self.feed.close()
         self.saved.close()
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes by part, for the message of a device that runs out of memory."""
+        held = estimate.Held(self.state.weights, self.frozen, self.state)
+        return estimate.memory(self.recipe, self.cfg, held)
+
     def loop(self, watch: Watch, stop: Stop) -> None:
         """Every step that is left, or those until `stop` is asked; what was done is saved."""
         if self.due_evaluation(self.number) and self.number not in watch.evaluations.steps:
@@ -138,8 +145,11 @@ class Run:
         profiler = Profiler(self.recipe.report.profile, self.out)
         watch.restart_clock()
         while self.number < self.recipe.steps and not stop.asked:
+            drawn = self.draw(stop)
+            if not drawn:
+                break
             self.number += 1
-            packed, drawn = self.draw()
+            packed = jax.tree.map(_stack, *(d.packed for d in drawn))
             profiler.before(self.number)
             self.state, metrics = self.step(self.state, self.frozen, packed)
             profiler.after(self.number, metrics)
@@ -160,10 +170,21 @@ class Run:
         every = self.recipe.evaluate.every
         return bool(every and number and (number % every == 0 or number == self.recipe.steps))
 
-    def draw(self) -> tuple[PackedBatch, list[Drawn]]:
-        """The micro batches of the next step with a leading axis, and what was drawn for them."""
-        drawn = [next(self.feed) for _ in range(self.recipe.step.accumulate)]
-        return jax.tree.map(lambda *x: np.stack(x), *(d.packed for d in drawn)), drawn
+    def draw(self, stop: Stop) -> list[Drawn]:
+        """What the next step learns from, one a micro batch.
+
+        Nothing where SIGTERM came and reading failed: schedulers send it to the workers too. What was
+        drawn for the step counts as not drawn then.
+        """
+        self.position = self.feed.get_state()
+        try:
+            drawn = [next(self.feed) for _ in range(self.recipe.step.accumulate)]
+        except Exception:
+            if stop.asked:
+                return []
+            raise
+        self.position = None
+        return drawn
 
     def tell(self, watch: Watch, behind: int = 0) -> None:
         """Writes the steps down that were not yet, but for the last `behind`, which may still run."""
@@ -193,6 +214,7 @@ class Run:
         found = {n: float(values[n]) for n in ("loss", "grad_norm")}
         text = {"step": number, **{n: str(x) for n, x in found.items()}, "samples": names}
         path.write_text(json.dumps(text, indent=2) + "\n")
+        self.saved.wait()
         last = max(run_dir.saved_steps(self.out), default=0)
         return InputError(
             f"step {number}: the loss is {found['loss']:g} and the gradient's norm "
@@ -231,9 +253,15 @@ class Run:
         if better:
             self.meta["best"] = score
         if due or (better and self.recipe.checkpoints.keep_best):
-            self.meta |= {"recipe": plain(flat(self.recipe)), "data": self.feed.get_state()}
+            position = self.position or self.feed.get_state()
+            self.meta |= {"recipe": plain(flat(self.recipe)), "data": position}
             self.meta |= {"machine": machine.described(), "score": score}
             self.saved.save(self.state, self.meta, score)
+
+
+def _stack(*micro: np.ndarray) -> np.ndarray:
+    """Micro batches with a leading axis; one alone is not copied."""
+    return np.stack(micro) if len(micro) > 1 else np.asarray(micro[0])[None]
 
 
 class Profiler:

@@ -29,7 +29,7 @@ IGNORED = -100
 START, END = "<|im_start|>", "<|im_end|>"
 _HEAD = "assistant\n"
 _OWN_VALUES = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
-_MIDDLE = (0.5, 0.5, 0.5)
+_MIDDLE = 0.5
 
 
 class TooLarge(InputError):
@@ -258,7 +258,7 @@ def eight_bit(proc: Processor) -> Processor:
     settings = (proc.image_settings, proc.video_settings)
     for s in settings:
         usual = s.do_rescale and s.do_normalize and abs(s.rescale_factor - 1 / 255) < 1e-9
-        if not usual or s.image_mean != _MIDDLE or s.image_std != _MIDDLE:
+        if not usual or not np.all(np.equal((s.image_mean, s.image_std), _MIDDLE)):
             return proc
     image, video = (s.override(do_rescale=False, do_normalize=False) for s in settings)
     return dataclasses.replace(proc, image_settings=image, video_settings=video)
@@ -300,9 +300,10 @@ def _checked(sample: Sample, cfg: Config) -> Sample:
                 f"{sample.name}: pixels have shape {visual.pixels.shape}, expected {(patches, width)}"
             )
         rows += patches // unit
-    tokens = np.isin(sample.ids, (cfg.image_token_id, cfg.video_token_id))
-    if rows != int(tokens.sum()):
-        raise InputError(f"{sample.name}: {tokens.sum()} placeholders for {rows} merged rows")
+    tokens = np.count_nonzero(sample.ids == cfg.image_token_id)
+    tokens += np.count_nonzero(sample.ids == cfg.video_token_id)
+    if rows != tokens:
+        raise InputError(f"{sample.name}: {tokens} placeholders for {rows} merged rows")
     if sample.vision_labels is not None and len(sample.vision_labels) != rows:
         raise InputError(f"{sample.name}: {len(sample.vision_labels)} vision labels for {rows}")
     return _learned(sample)

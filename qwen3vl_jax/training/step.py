@@ -19,7 +19,7 @@ from qwen3vl_jax.config import Config
 from qwen3vl_jax.model import row_mix, run_rows
 from qwen3vl_jax.structs import Params
 from qwen3vl_jax.training.groups import Flat
-from qwen3vl_jax.training.optimizer import apply_update, named_key
+from qwen3vl_jax.training.optimizer import apply_update, exact, named_key
 from qwen3vl_jax.training.packing import PackedBatch
 from qwen3vl_jax.training.recipe import Step
 from qwen3vl_jax.vision import vision_encode
@@ -32,7 +32,7 @@ class TrainState(flax.struct.PyTreeNode):
     key: jax.Array  # uint32 [2], of the run; every step folds its number in
     weights: Flat  # {name: array} of what is trained
     optimizer: Any
-    rest: Flat | None  # bf16, what compensated updates left over
+    rest: Flat | None  # int16, the lower halves of compensated bf16 weights
     average: Flat | None  # fp32, moving average of the weights
 
 
@@ -54,7 +54,9 @@ def init_state(
     @jax.jit  # so that the fp32 copy that the optimizer looks at is never made
     def rest(weights: Flat) -> tuple[Any, Flat | None, Flat | None]:
         wide = {name: x.astype(jnp.float32) for name, x in weights.items()}
-        left = {n: jnp.zeros_like(x) for n, x in weights.items()} if compensated else None
+        left = (
+            {n: jnp.zeros(x.shape, jnp.int16) for n, x in weights.items()} if compensated else None
+        )
         return optimizer.init(wide), left, wide if ema else None
 
     moments, left, average = rest(weights)
@@ -192,7 +194,7 @@ def updated(
     updates, rests = cast(Flat, updates), state.rest or {}
     pairs = {n: apply_update(n, w, updates[n], key, rests.get(n)) for n, w in state.weights.items()}
     average = state.average and {
-        n: ema * old + (1 - ema) * _exact(*pairs[n]) for n, old in state.average.items()
+        n: ema * old + (1 - ema) * exact(*pairs[n]) for n, old in state.average.items()
     }
     return state.replace(
         step=state.step + 1,
@@ -201,12 +203,6 @@ def updated(
         rest=state.rest and {n: rest for n, (_, rest) in pairs.items()},
         average=average,
     )
-
-
-def _exact(weight: jax.Array, rest: jax.Array | None) -> jax.Array:
-    """A weight in fp32, with what a compensated update left over."""
-    wide = weight.astype(jnp.float32)
-    return wide if rest is None else wide + rest.astype(jnp.float32)
 
 
 def step_metrics(sums: Sums, totals: Totals) -> dict[str, jax.Array]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import time
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -135,9 +136,10 @@ def _wandb(out: Path, recipe: Recipe) -> Any:
         return None
     import wandb  # pyright: ignore[reportMissingImports]
 
-    name = out.resolve().name
+    path = out.resolve()
+    unique = f"{path.name}-{zlib.crc32(str(path).encode()):08x}"  # the same when the run resumes
     return wandb.init(
-        project=recipe.report.wandb, name=name, id=name, resume="allow", dir=str(out),
+        project=recipe.report.wandb, name=path.name, id=unique, resume="allow", dir=str(out),
         config=as_dict(recipe),
     )  # fmt: skip
 

@@ -1,0 +1,204 @@
+"""The feed of a run: order, mixing, workers, what it does with bad records, and going on."""
+
+import dataclasses
+import itertools
+import json
+
+import jax
+import numpy as np
+import pytest
+import tiny
+import toy_checkpoint as toy
+from chats import said, user
+
+from qwen3vl_jax.config import Config
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.processing.processor import Processor
+from qwen3vl_jax.training import feed as feeds
+from qwen3vl_jax.training.recipe import Data, Pack, Source
+
+PACK = Pack(rows=3, length=96, vision_rows=2, vision_length=256, lookahead=6)
+
+
+@pytest.fixture(scope="module")
+def proc(tmp_path_factory):
+    """A processor with a small vocabulary."""
+    folder = tmp_path_factory.mktemp("toy")
+    return Processor.from_pretrained(toy.save(folder, template=toy.RELEASED_TEMPLATES["instruct"]))
+
+
+def lines(path, texts) -> Source:
+    """A file of short conversations, one a text."""
+    kept = [{"messages": [user(text), said(f"to {text}")]} for text in texts]
+    path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    return Source(str(path))
+
+
+def take(feed, count):
+    return list(itertools.islice(feed, count))
+
+
+def names_of(drawn) -> list[str]:
+    return [name for batch in drawn for row in batch.names for name in row]
+
+
+def test_each_sample_once_an_epoch_in_a_new_order(proc, tmp_path):
+    """Over two processes; the samples of an epoch that wait are in a later batch, none is lost."""
+    source = lines(tmp_path / "a.jsonl", map(str, range(23)))
+    parts = []
+    for index in range(2):
+        data, pack = Data(sources=(source,)), dataclasses.replace(PACK, length=64)
+        feed = feeds.Feed(data, pack, proc, 7, process_index=index, process_count=2)
+        got = names_of(take(feed, 12))
+        waiting = [drawn.sample.name for drawn in feed._line.waiting]
+        assert feed.get_state()["next"] == len(got) + len(waiting)
+        parts.append(got + waiting)
+    order = [name for pair in zip(*parts) for name in pair]
+    whole = {f"a.jsonl:{i}" for i in range(1, 24)}
+    placed = [parts[0], parts[1]]
+    epochs = [feed_order(proc, source, 7, epoch) for epoch in (0, 1)]
+    assert set(epochs[0]) == set(epochs[1]) == whole and epochs[0] != epochs[1]
+    assert len(order) > 46
+    for index, part in enumerate(placed):  # what a process got is its stride of the epochs
+        due = [*epochs[0], *epochs[1]][index::2]
+        assert sorted(due) == sorted(set_of_first(part, due))
+
+
+def feed_order(proc, source, seed, epoch):
+    """The order of an epoch in one process, by a stream of the same seed."""
+    feed = feeds.Feed(Data(sources=(source,)), PACK, proc, seed)
+    return [feed._line.stream[23 * epoch + i].name for i in range(23)]
+
+
+def set_of_first(part, due):
+    """As many of the names of `part` as are due, counted with their repeats."""
+    left, found = list(part), []
+    for name in due:
+        left.remove(name)  # raises where a due sample never came
+        found.append(name)
+    return found
+
+
+def test_sources_are_mixed_by_weight(proc, tmp_path):
+    a, b = (lines(tmp_path / f"{n}.jsonl", map(str, range(c))) for n, c in (("a", 40), ("b", 9)))
+    data = Data(sources=(dataclasses.replace(a, weight=3.0), b))
+    feed = feeds.Feed(data, PACK, proc, 0)
+    names = [feed._line.stream[i].name for i in range(240)]
+    assert sum(name.startswith("a") for name in names) == 180
+    short = [name for name in names if name.startswith("b")]
+    assert all(len(set(short[i : i + 9])) == 9 for i in range(0, 54, 9))
+    long = [name for name in names if name.startswith("a")]
+    assert all(len(set(long[i : i + 40])) == 40 for i in range(0, 160, 40))
+
+
+def ready(workers=0, **options) -> Data:
+    """Two endless sources of ready samples with pictures and clips."""
+
+    def of(seed, count, weight):
+        return Source("python:train_sources:Ready", weight, options={"count": count, "seed": seed})
+
+    return Data(sources=(of(0, 23, 1.0), of(1, 11, 2.0)), workers=workers, **options)
+
+
+@pytest.fixture(scope="module")
+def tiny_proc(proc):
+    """The small processor with the tokens of the ready samples."""
+    return dataclasses.replace(proc, config=Config.from_hf(tiny.config_dict()))
+
+
+def same(got, want):
+    assert [d.names for d in got] == [d.names for d in want]
+    for one, other in zip(got, want, strict=True):
+        assert one.stats == other.stats
+        jax.tree.map(np.testing.assert_array_equal, one.packed, other.packed)
+
+
+def test_a_feed_goes_on_where_it_stopped_whatever_its_workers(tiny_proc):
+    """Killed after any batch, with samples waiting, in process and with two workers: bit for bit."""
+    whole = take(feeds.Feed(ready(), PACK, tiny_proc, 3), 14)
+    stopped, states = feeds.Feed(ready(), PACK, tiny_proc, 3), []
+    for _ in range(9):
+        states.append(json.loads(json.dumps(stopped.get_state())))
+        next(stopped)
+    assert max(len(state["waiting"]) for state in states) > 1
+    for at in (0, 1, 4, 8):
+        again = feeds.Feed(ready(), PACK, tiny_proc, 3)
+        next(again)  # what it did before does not matter
+        again.set_state(states[at])
+        assert json.loads(json.dumps(again.get_state())) == states[at]
+        same(take(again, 3), whole[at : at + 3])
+    two = feeds.Feed(ready(workers=2), PACK, tiny_proc, 3)
+    try:
+        two.set_state(states[4])
+        same(take(two, 3), whole[4:7])
+        state = two.get_state()  # batches that are packed ahead are not in it
+    finally:
+        two.close()
+    again.set_state(state)
+    same(take(again, 2), whole[7:9])
+
+
+def test_a_state_of_other_data_is_refused(proc, tmp_path):
+    a, b = (lines(tmp_path / f"{n}.jsonl", "xyz") for n in "ab")
+    state = feeds.Feed(Data(sources=(a,)), PACK, proc, 0).get_state()
+    for data, seed, word in ((Data(sources=(b,)), 0, "sources"), (Data(sources=(a,)), 1, "seed")):
+        with pytest.raises(InputError, match=f"data position: {word} is"):
+            feeds.Feed(data, PACK, proc, seed).set_state(state)
+
+
+def test_one_pass_for_evaluation(proc, tmp_path):
+    """In order, each once, the last batch not full; and the records themselves."""
+    sources = tuple(
+        lines(tmp_path / f"{n}.jsonl", map(str, range(c))) for n, c in (("a", 9), ("b", 5))
+    )
+    pack = dataclasses.replace(PACK, length=32)
+    feed = feeds.Feed(Data(sources=sources), pack, proc, 0, once=True)
+    drawn = list(feed)
+    want = [f"a.jsonl:{i}" for i in range(1, 10)] + [f"b.jsonl:{i}" for i in range(1, 6)]
+    assert sorted(names_of(drawn)) == sorted(want) and names_of(drawn[:1])[0] == "a.jsonl:1"
+    shapes = {
+        jax.tree.map(np.shape, d.packed) == jax.tree.map(np.shape, drawn[0].packed) for d in drawn
+    }
+    assert shapes == {True} and len(drawn) > 1 and drawn[-1].stats["samples"] < 14
+    assert [name for name, _ in feed.records(11)] == want[:11]
+    assert feed.records(1)[0][1]["messages"][-1]["content"] == "to 0"
+    assert drawn[0].packed.batch.vision is not None  # of text alone: one shape whatever comes
+
+
+def test_bad_records_are_named_and_stop_the_run_past_a_fraction(proc, tmp_path):
+    source = lines(tmp_path / "a.jsonl", map(str, range(40)))
+    rows = (tmp_path / "a.jsonl").read_text().splitlines()
+    rows[6], rows[20] = (
+        '{"messages": [',
+        '{"image": "no.png", "conversations": [{"from": "human", "value": "<image>"}]}',
+    )
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    feed = feeds.Feed(Data(sources=(source,), bad_fraction=0.06), PACK, proc, 0)
+    assert not {"a.jsonl:7", "a.jsonl:21"} & set(names_of(take(feed, 30)))
+    found = dict(feed.refused)
+    assert found.keys() == {"a.jsonl:7", "a.jsonl:21"}
+    assert found["a.jsonl:7"].startswith("not JSON") and f"{tmp_path}/no.png" in found["a.jsonl:21"]
+    again = feeds.Feed(Data(sources=(source,), bad_fraction=0.06), PACK, proc, 0)
+    again.set_state(json.loads(json.dumps(feed.get_state())))
+    assert again.refused == feed.refused
+    strict = feeds.Feed(Data(sources=(source,), bad_fraction=0.04), PACK, proc, 0)
+    with pytest.raises(
+        InputError, match=r"2 of \d+ records are bad.*\n  a.jsonl:\d+: .*\n  a.jsonl:"
+    ):
+        take(strict, 30)
+
+
+def test_samples_that_are_refused_or_cut_are_listed(proc, tmp_path):
+    source = lines(tmp_path / "a.jsonl", [*map(str, range(20)), "long " * 90])
+    with open(source.path, "a") as file:
+        more = [user("a"), said("b"), user("long " * 90), said("c")]
+        file.write(json.dumps({"messages": more}) + "\n")
+    feed = feeds.Feed(Data(sources=(source,), too_long="cut", bad_fraction=0), PACK, proc, 0)
+    got = names_of(take(feed, 12))
+    assert "a.jsonl:22" in got and "a.jsonl:21" not in got
+    found = dict(feed.refused)
+    assert found["a.jsonl:22"].startswith("cut to 2 of 4 messages: ")
+    assert "tokens, pack.length is 96" in found["a.jsonl:21"]
+    nothing = feeds.Feed(Data(sources=(source,)), dataclasses.replace(PACK, length=8), proc, 0)
+    with pytest.raises(InputError, match="records do not fit a row"):
+        next(nothing)

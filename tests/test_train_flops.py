@@ -1,0 +1,143 @@
+"""FLOPs against XLA's own count, memory of a scanned step, and the flags of bit-equality."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import ours_train
+import pytest
+import tiny
+
+import qwen3vl_jax as q3
+from qwen3vl_jax.training import flops, step
+from qwen3vl_jax.training.determinism import deterministic_flags, make_deterministic
+from qwen3vl_jax.training.recipe import Optimizer
+
+
+def config(**text):
+    """A model whose matrices outweigh its elementwise work."""
+    raw = tiny.config_dict("golden")
+    raw["text_config"] |= {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512, **text}
+    raw["vision_config"] |= {"hidden_size": 192, "intermediate_size": 384, "out_hidden_size": 256}
+    raw["text_config"]["rope_scaling"]["mrope_section"] = [12, 10, 10]
+    return q3.Config.from_hf(raw), raw
+
+
+def shapes(cfg):
+    return jax.eval_shape(functools.partial(q3.init_params, cfg=cfg), jax.random.key(0))
+
+
+def test_forward_flops_are_those_that_xla_counts():
+    """An unrolled forward pass over one picture and its text, to a few percent."""
+    cfg, raw = config()
+    inputs = tiny.inputs(raw, [("text", 20), ("image", (1, 4, 6)), ("text", 84)])
+    batch = q3.make_batch(cfg, **inputs, pad=False)
+    run = jax.jit(functools.partial(q3.forward, cfg=cfg), compiler_options=ours_train.FAST)
+    counted = run.lower(shapes(cfg), batch=batch).compile().cost_analysis()["flops"]
+    # One block of keys serves all queries here, so XLA computes every pair.
+    t, p = batch.tokens.size, len(batch.vision.lo)
+    said = sum(flops.forward_flops(cfg, flops.Work(t, t * t, p, p * p)).values())
+    assert 1 < counted / said < 1.05
+
+
+def test_work_is_counted_from_the_ranges():
+    """Real pairs, patches and frames of a packed row against those of its padding."""
+    _, cfg, raw = ours_train.model()
+    rows = ([("text", 5)], [("text", 2), ("clip", (2, 1, 2)), ("text", 3)])
+    samples = [ours_train.sample(raw, row) for row in rows]
+    packed = ours_train.pack(cfg, [samples, samples[:1]], length=32, patches=32)
+    clip = samples[1][0]["input_ids"].size
+    real = flops.real_work(packed)
+    assert real == flops.Work(10 + clip, 15 + clip * (clip + 1) // 2 + 15, 16, 2 * 8**2)
+    assert flops.padded_work(packed) == flops.Work(64, 64 * 33 // 2, 64, 64 * 32)
+    assert flops.real_work(ours_train.micro(packed, packed)) == real + real
+
+
+def test_step_flops_follow_what_is_trained():
+    """Twice the forward again for the backward; frozen towers, adapters and remat as they should."""
+    cfg, _ = config()
+    work = flops.Work(1000, 300_000, 400, 40_000)
+    parts = flops.forward_flops(cfg, work)
+    forward, of = sum(parts.values()), functools.partial(flops.step_flops, cfg, work)
+    whole = of()
+    assert whole == pytest.approx(3 * forward)
+    vision = parts["vision"] + parts["vision_attention"]
+    frozen = of(trained=("merger", "embeddings", "text", "head"))
+    assert whole - frozen == pytest.approx(2 * vision + parts["merger"])
+    lora = of(trained=(), adapters={"text": 1000})
+    decoder = parts["text"] + parts["attention"] + parts["head"]
+    text = parts["text"] + parts["head"]
+    assert lora == pytest.approx(forward + text + 2 * parts["attention"] + 6 * 1000 * 1000)
+    assert of(remat="full") - whole == pytest.approx(decoder + vision)
+    assert of(remat="none") - whole == pytest.approx(parts["head"])
+    assert of(trained=("head",)) == pytest.approx(forward + parts["head"])
+
+
+def test_matrices_are_those_of_the_parameters():
+    """Released sizes: 2 FLOPs a weight a token, of experts those that are chosen."""
+    for size in ("2b", "30b-a3b"):
+        cfg = q3.Config.named(size)
+        tree = shapes(cfg)
+        layer = tree["layers"][0]
+        count = sum(math.prod(x.shape) for x in jax.tree.leaves(layer) if x.ndim > 1)
+        if cfg.text.num_experts:
+            experts = sum(math.prod(layer["mlp"][n].shape) for n in ("gate_up", "down"))
+            count -= experts * (1 - cfg.text.num_experts_per_tok / cfg.text.num_experts)
+        parts = flops.forward_flops(cfg, flops.Work(1, 0, 4, 0))
+        found = sum(parts.get(n, 0) for n in ("text", "router", "experts"))
+        assert found == pytest.approx(2 * count * cfg.text.num_hidden_layers)
+        assert parts["head"] == 2 * math.prod(tree["embed"].shape)
+        blocks = [x for x in jax.tree.leaves(tree["vision"]["blocks"]) if x.ndim > 3 or x.ndim == 2]
+        weights = sum(math.prod(x.shape) for x in blocks if x.shape[-1] > 72 or x.ndim == 3)
+        assert parts["vision"] == pytest.approx(8 * weights, rel=0.02)
+
+
+def test_peaks_by_device_kind():
+    known = {
+        "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H200": 989e12,
+        "NVIDIA A100-SXM4-80GB": 312e12, "TPU v4": 275e12, "TPU v5 lite": 197e12,
+        "TPU v5e": 197e12, "TPU v5p": 459e12, "TPU v5": 459e12, "TPU v6 lite": 918e12,
+        "TPU v6e": 918e12, "TPU7x": 1153.5e12,
+    }  # fmt: skip
+    assert {kind: flops.peak_flops(kind) for kind in known} == known
+    assert flops.peak_flops("cpu") is None
+
+
+def test_a_scanned_step_holds_no_logits_and_no_second_weights():
+    """Peak memory of a whole step, compiled alone: state (donated) and gradients, and little else."""
+    cfg, raw = config(vocab_size=16384, num_hidden_layers=8)
+    settings = step.Step(dtype="bfloat16", remat="full", loss_chunk=1024)
+    weights = jax.eval_shape(lambda p: ours_train.flat(p)[0], shapes(cfg))
+    _, unflatten = ours_train.groups.flatten(jax.eval_shape(q3.stack_layers, shapes(cfg)))
+    rule = ours_train.optimizer.make_optimizer(Optimizer(), 10, dict.fromkeys(weights, 1.0))
+    make = functools.partial(step.init_state, optimizer=rule, step=settings, ema=0.0)
+    state = jax.eval_shape(lambda w: make(jax.random.key(0), w), weights)
+    text = ours_train.pack(cfg, [[ours_train.sample(raw, [("text", 40)])]], length=1024)
+    packed = ours_train.micro(text.replace(batch=text.batch.replace(vision=None, vision_rows=None)))
+    join = lambda weights, frozen, key=None: unflatten(weights)  # noqa: E731
+    run = functools.partial(
+        step.train_step, cfg=cfg, step=settings, optimizer=rule, join=join, ema=0.0
+    )
+    jitted = jax.jit(run, donate_argnums=0, compiler_options=ours_train.FAST)
+    stats = jitted.lower(state, {}, packed).compile().memory_analysis()
+    held = sum(math.prod(x.shape) * 4 for x in weights.values())
+    logits = 1024 * 16384 * 4
+    assert logits > held
+    assert stats.alias_size_in_bytes > 3 * held
+    assert stats.temp_size_in_bytes < 1.6 * held, (stats.temp_size_in_bytes / held, held, logits)
+
+
+def test_flags_of_bit_equality():
+    """What is set stays, what contradicts is replaced, twice is once."""
+    once = deterministic_flags("--xla_a=1 --xla_gpu_autotune_level=4")
+    assert once.split() == [
+        "--xla_a=1", "--xla_gpu_deterministic_ops=true", "--xla_gpu_autotune_level=0",
+    ]  # fmt: skip
+    assert deterministic_flags(once) == once
+    environ = {}
+    make_deterministic(environ)
+    assert environ == {"XLA_FLAGS": deterministic_flags()}
+    assert dataclasses.is_dataclass(flops.Work) and np.isfinite(jnp.float32(1))

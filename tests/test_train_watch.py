@@ -1,0 +1,226 @@
+"""What a run tells and refuses: evaluations, answers, refused samples, NaN, other recipes; in process."""
+
+import csv
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+import train_files
+
+import train
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.training import run_dir, setup
+from qwen3vl_jax.training.progress import described
+from qwen3vl_jax.training.tables import Table, read_table
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with a checkpoint, conversations of which one is broken, and a recipe."""
+    folder = tmp_path_factory.mktemp("watch")
+    ckpt = train_files.checkpoint(folder / "ckpt")
+    data = train_files.conversations(folder / "chats.jsonl")
+    data.write_text(data.read_text() + '{"messages": [{"role": "user"\n')
+    held_out = train_files.conversations(folder / "held_out.jsonl", 4)
+    train_files.write_recipe(
+        folder / "recipe.toml", ckpt, data,
+        steps=4, save_every=2, train={"freeze": ["vision", "text"]},
+        data={"bad_fraction": 0.2},
+        evaluate={"every": 2, "generate": 2, "max_new_tokens": 3, "batches": 1,
+                  "sources": [{"path": str(held_out)}]},
+        checkpoints={"keep": 1, "keep_best": 1}, optimizer={"learning_rate": 1e-3, "warmup": 0},
+        report={"every": 2, "tensorboard": True, "profile": [2]},
+    )  # fmt: skip
+    return folder
+
+
+def run(files, out: str, *changes: str) -> int:
+    """train.py's exit code."""
+    return train.main(["--config", str(files / "recipe.toml"), "--out", str(files / out), *changes])
+
+
+@pytest.fixture(scope="module")
+def done(files):
+    """A whole run's directory."""
+    assert run(files, "run") == 0
+    return files / "run"
+
+
+def test_evaluation_by_loss_and_by_generation(done):
+    """evaluation.csv, every answer beside what was expected, and the same numbers in TensorBoard."""
+    rows = read_table(done / "evaluation.csv")
+    assert [row["step"] for row in rows] == ["2", "4"]
+    assert float(rows[1]["loss"]) < float(rows[0]["loss"])
+    lines = (done / "answers" / "step_4.jsonl").read_text().splitlines()
+    answers = [json.loads(line) for line in lines]
+    assert [a["question"] for a in answers] == ["say 0", "say 1"]
+    assert [a["expected"] for a in answers] == ["0 and 0", "1 and 1"]
+    exact = np.mean([a["answer"].strip() == a["expected"] for a in answers])
+    assert float(rows[1]["exact"]) == exact
+    events = b"".join(p.read_bytes() for p in (done / "tensorboard").iterdir())
+    assert b"train/loss" in events and b"evaluation/exact" in events and b"answers" in events
+
+
+def test_refused_records_traces_and_what_is_saved(done):
+    """The broken line is listed; the chosen step is traced; frozen groups are not in a checkpoint."""
+    with (done / "refused.csv").open() as file:
+        listed = list(csv.reader(file))
+    assert len(listed) == 2 and listed[1][0].endswith("chats.jsonl:25")
+    assert list((done / "profile").rglob("*.xplane.pb"))
+    from qwen3vl_jax.orbax_io import stored_tensors
+
+    best = run_dir.chosen_step(done, "best")
+    assert run_dir.saved_steps(done) == sorted({best, 4})
+    names = {str(path[0]) for path in stored_tensors(done / "checkpoints" / "4" / "weights")}
+    assert names == {n for n in setup.shapes(_config(done)) if n.startswith(("vision.merger",
+                     "vision.deepstack", "embed", "head"))}  # fmt: skip
+    row = read_table(done / "metrics.csv")[-1]
+    assert float(row["tflops"]) > 0 and not row["mfu"] and "flops" not in row
+
+
+def _config(out):
+    from qwen3vl_jax.config import Config
+
+    return Config.from_hf(out / run_dir.MODEL)
+
+
+def test_a_finished_run_and_another_recipe(files, done, capsys):
+    """The same command again changes nothing; keys that would make another run are listed."""
+    before = (done / "metrics.csv").read_bytes()
+    assert run(files, "run") == 0
+    assert "step 4 of 4, done" in capsys.readouterr().out
+    assert (done / "metrics.csv").read_bytes() == before
+    assert run(files, "run", "optimizer.b2=0.9", "seed=1", "steps=9") == 2
+    said = capsys.readouterr().err
+    assert "seed was 0, is now 1" in said and "optimizer.b2 was 0.999, is now 0.9" in said
+    assert "steps" not in said and "set it back or choose another --out" in said
+    assert (done / "metrics.csv").read_bytes() == before
+
+
+def test_what_a_checkpoint_does_not_fit_is_said():
+    """Another mesh, another model: each with its own word and every difference."""
+    now = {"mesh.fsdp": 8, "steps": 5, "report.every": 1}
+    with pytest.raises(InputError, match=r"another mesh: mesh.fsdp was 1, is now 8"):
+        run_dir.check_recipe(now, {**now, "mesh.fsdp": 1}, "run")
+    assert run_dir.check_recipe(now, {**now, "steps": 4}, "run") == ["steps was 4, is now 5"]
+    with pytest.raises(
+        InputError, match=r"another model: text_config.hidden_size was 64, is now 32"
+    ):
+        run_dir.check_model(
+            {"text_config": {"hidden_size": 32}}, {"text_config": {"hidden_size": 64}}, "run"
+        )
+
+
+def fake_step(monkeypatch, values):
+    """A step that costs nothing: values(number) -> (loss, gradient norm), or raises."""
+
+    def make(recipe, cfg, rule, join):
+        def step(state, frozen, packed):
+            loss, norm = values(int(state.step) + 1)
+            state = state.replace(step=state.step + 1)
+            found = {"loss": loss, "grad_norm": norm, "tokens": packed.batch.tokens.size}
+            return state, {n: jax.numpy.float32(x) for n, x in found.items()}
+
+        return step
+
+    monkeypatch.setattr(setup, "make_step", make)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_a_loss_that_is_no_number_stops_the_run(files, monkeypatch, capsys, backend):
+    """Its samples are in a file; nothing is saved after it, whether or not the host runs behind."""
+    fake_step(monkeypatch, lambda number: (1.0 if number < 4 else np.nan, 0.5))
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    changes = ["steps=9", "save_every=3", "evaluate.every=0", "report.profile=[]"]
+    assert run(files, backend, *changes) == 2
+    said = capsys.readouterr().err
+    assert "step 4: the loss is nan and the gradient's norm 0.5" in said
+    assert "last checkpoint is of step 3" in said and said.count("error:") == 1
+    out = files / backend
+    names = json.loads((out / "not_finite_step_4.json").read_text())["samples"]
+    assert names and all("chats.jsonl:" in name for name in names)
+    assert [row["step"] for row in read_table(out / "metrics.csv")] == ["1", "2", "3"]
+    assert run_dir.saved_steps(out) == [3]
+
+
+def test_ctrl_c_and_sigterm(files, monkeypatch, capsys):
+    """Ctrl-C: 130 and a line. SIGTERM between steps: what was done is saved, exit code 0."""
+
+    def interrupted(number):
+        raise KeyboardInterrupt
+
+    def asked(number):
+        if number == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return 1.0, 0.5
+
+    changes = ["steps=9", "save_every=7", "evaluate.every=0", "report.profile=[]"]
+    fake_step(monkeypatch, interrupted)
+    assert run(files, "stopped", *changes) == 130
+    assert "interrupted: the same command goes on" in capsys.readouterr().err
+    fake_step(monkeypatch, asked)
+    assert run(files, "stopped", *changes) == 0
+    assert "step 5 of 9, stopped by SIGTERM, saved" in capsys.readouterr().out
+    assert run_dir.saved_steps(files / "stopped") == [5]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert run(files, "stopped", *changes) == 0
+    steps = [int(row["step"]) for row in read_table(files / "stopped" / "metrics.csv")]
+    assert steps == list(range(1, 10))
+
+
+def test_sigterm_that_ends_the_workers_too(files, monkeypatch):
+    """Reading fails in the middle of a step's draw: that step is not done, and its samples come again."""
+    from qwen3vl_jax.training import run as module
+
+    class Dying(module.Feed):
+        drawn = 0
+
+        def __next__(self):
+            Dying.drawn += 1
+            if Dying.drawn == 6:  # the second micro batch of step 3
+                os.kill(os.getpid(), signal.SIGTERM)
+                raise RuntimeError("a worker was terminated")
+            return super().__next__()
+
+    fake_step(monkeypatch, lambda number: (1.0, 0.5))
+    changes = ["steps=6", "evaluate.every=0", "report.profile=[]", "step.accumulate=2"]
+    assert run(files, "steady", *changes) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "Feed", Dying)
+        assert run(files, "dying", *changes) == 0
+    assert run_dir.saved_steps(files / "dying") == [2]
+    assert run(files, "dying", *changes) == 0
+    seen = [
+        [(row["step"], row["samples"], row["fill"], row["patches"]) for row in read_table(path)]
+        for path in (files / "steady" / "metrics.csv", files / "dying" / "metrics.csv")
+    ]
+    assert seen[0] == seen[1] and len(seen[0]) == 6
+
+
+def test_tables_are_cut_back_and_grow_columns(tmp_path):
+    """Rows after the checkpoint and a torn line go; a new column is empty before; floats are exact."""
+    path = tmp_path / "t.csv"
+    table, value = Table(path), np.float32(0.1)
+    table.write(1, {"loss": value})
+    table.write(2, {"loss": 2.0, "more": np.array([0.5, 1.25])})
+    table.close()
+    path.write_text(path.read_text() + "3,0.")
+    assert read_table(path)[1] == {"step": "2", "loss": "2", "more": "0.5 1.25"}
+    assert np.float32(read_table(path)[0]["loss"]) == value and read_table(path)[0]["more"] == ""
+    table = Table(path, first=1)
+    table.write(2, {"loss": 3, "more": None})
+    table.close()
+    assert path.read_text() == "step,loss,more\n1,0.100000001,\n2,3,\n"
+
+
+def test_the_progress_line():
+    """Real tokens' share of the peak, and what the device computed with padding."""
+    row = {"loss": 1.5, "lr": 1e-5, "grad_norm": 2.0, "tokens_per_s": 12345.6, "fill": 0.97,
+           "mfu": 0.412, "mfu_padded": 0.44, "memory_gib": 31.25}  # fmt: skip
+    assert described(row, 3725) == (
+        "loss 1.5000, lr 1.00e-05, norm 2, 12,346 tokens/s, fill 97%, mfu 41.2% of real tokens, "
+        "44.0% with padding, 31.2 GiB, 1:02:05 left"
+    )
