@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-import qwen3vl_jax as q3
 from demo import examples, films, pictures, scans, tasks
 from demo.examples import CHAT, CHECKPOINT, IGNORED, Row
 from demo.films import Film
 from demo.pictures import Picture
+from qwen3vl_jax.config import Config
+from qwen3vl_jax.processing.positions import rope_index
 from qwen3vl_jax.processing.prompts import Visual
 from qwen3vl_jax.training.samples import Sample
 
@@ -135,7 +136,7 @@ def record(scene: Picture | Film, turn: tasks.Turn) -> Record:
 
 
 def _sample(
-    config: q3.Config,
+    config: Config,
     name: str,
     row: Row,
     scene: Picture | Film | None = None,
@@ -150,13 +151,14 @@ def _sample(
         grid, clip = examples.grid_of(scene), isinstance(scene, Film)
         visuals = (Visual(patches, grid, clip, int(place[0]), int(place[-1]) + 1, b""),)
         pictured, filmed = (None, [grid]) if clip else ([grid], None)
-    positions, _ = q3.rope_index(config, ids[None], pictured, filmed)
+    positions, _ = rope_index(config, ids[None], pictured, filmed)
     return Sample(name, ids, labels, _weights(labels), positions[:, 0], visuals, seen)
 
 
 def _weights(labels: np.ndarray) -> np.ndarray:
     """1 / sqrt(length of its run) where labels [t] are not -100, else 0: float32 [t]."""
-    edges = np.flatnonzero(np.diff(np.pad(labels != IGNORED, 1).astype(np.int8)))
+    told = np.concatenate(([False], labels != IGNORED, [False]))
+    edges = np.flatnonzero(told[1:] != told[:-1])
     weights = np.zeros(len(labels), np.float32)
     for start, end in edges.reshape(-1, 2):
         weights[start:end] = (end - start) ** -0.5
@@ -164,5 +166,5 @@ def _weights(labels: np.ndarray) -> np.ndarray:
 
 
 @cache
-def _config(folder: str) -> q3.Config:
-    return q3.Config.from_hf(folder)
+def _config(folder: str) -> Config:
+    return Config.from_hf(folder)
