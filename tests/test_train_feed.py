@@ -42,48 +42,32 @@ def names_of(drawn) -> list[str]:
     return [name for batch in drawn for row in batch.names for name in row]
 
 
+def stream_of(feed, count) -> list[str]:
+    return [feed._line.stream[place].name for place in range(count)]
+
+
 def test_each_sample_once_an_epoch_in_a_new_order(proc, tmp_path):
     """Over two processes; the samples of an epoch that wait are in a later batch, none is lost."""
-    source = lines(tmp_path / "a.jsonl", map(str, range(23)))
-    parts = []
+    data = Data(sources=(lines(tmp_path / "a.jsonl", map(str, range(23))),))
+    whole = stream_of(feeds.Feed(data, PACK, proc, 7), 92)
+    epochs = [whole[i : i + 23] for i in range(0, 92, 23)]
+    assert all(set(epoch) == {f"a.jsonl:{i}" for i in range(1, 24)} for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 4
+    pack = dataclasses.replace(PACK, length=64)
     for index in range(2):
-        data, pack = Data(sources=(source,)), dataclasses.replace(PACK, length=64)
         feed = feeds.Feed(data, pack, proc, 7, process_index=index, process_count=2)
-        got = names_of(take(feed, 12))
-        waiting = [drawn.sample.name for drawn in feed._line.waiting]
-        assert feed.get_state()["next"] == len(got) + len(waiting)
-        parts.append(got + waiting)
-    order = [name for pair in zip(*parts) for name in pair]
-    whole = {f"a.jsonl:{i}" for i in range(1, 24)}
-    placed = [parts[0], parts[1]]
-    epochs = [feed_order(proc, source, 7, epoch) for epoch in (0, 1)]
-    assert set(epochs[0]) == set(epochs[1]) == whole and epochs[0] != epochs[1]
-    assert len(order) > 46
-    for index, part in enumerate(placed):  # what a process got is its stride of the epochs
-        due = [*epochs[0], *epochs[1]][index::2]
-        assert sorted(due) == sorted(set_of_first(part, due))
-
-
-def feed_order(proc, source, seed, epoch):
-    """The order of an epoch in one process, by a stream of the same seed."""
-    feed = feeds.Feed(Data(sources=(source,)), PACK, proc, seed)
-    return [feed._line.stream[23 * epoch + i].name for i in range(23)]
-
-
-def set_of_first(part, due):
-    """As many of the names of `part` as are due, counted with their repeats."""
-    left, found = list(part), []
-    for name in due:
-        left.remove(name)  # raises where a due sample never came
-        found.append(name)
-    return found
+        got = names_of(take(feed, 6))
+        got += [drawn.sample.name for drawn in feed._line.waiting]
+        drawn = feed.get_state()["next"]
+        assert drawn > 23 and sorted(got) == sorted(whole[index::2][:drawn])
+    still = feeds.Feed(dataclasses.replace(data, shuffle=False), PACK, proc, 7)
+    assert stream_of(still, 46) == [f"a.jsonl:{i}" for i in range(1, 24)] * 2
 
 
 def test_sources_are_mixed_by_weight(proc, tmp_path):
     a, b = (lines(tmp_path / f"{n}.jsonl", map(str, range(c))) for n, c in (("a", 40), ("b", 9)))
     data = Data(sources=(dataclasses.replace(a, weight=3.0), b))
-    feed = feeds.Feed(data, PACK, proc, 0)
-    names = [feed._line.stream[i].name for i in range(240)]
+    names = stream_of(feeds.Feed(data, PACK, proc, 0), 240)
     assert sum(name.startswith("a") for name in names) == 180
     short = [name for name in names if name.startswith("b")]
     assert all(len(set(short[i : i + 9])) == 9 for i in range(0, 54, 9))

@@ -126,6 +126,20 @@ def test_decay_factors_and_clipping():
         assert ours.worst(got[name], want) < 1e-5, name
 
 
+def test_an_update_writes_over_the_state():
+    """Clipped AdamW with donated state: no second set of gradients or weights."""
+    optimizer = make_optimizer(Optimizer(), 10, {"layers.mlp.down": 1.0, "norm": 1.0})
+    weights = {"layers.mlp.down": jnp.zeros((8, 64, 64)), "norm": jnp.zeros(64)}
+    state = init_state(jax.random.key(0), weights, optimizer, Step(), 0.0)
+    run = jax.jit(
+        lambda state, grads: updated(state, grads, optimizer, 0.0, jax.random.key(0)),
+        donate_argnums=0,
+    )
+    stats = run.lower(state, weights).compile().memory_analysis()
+    held = sum(x.nbytes for x in weights.values())
+    assert stats.alias_size_in_bytes >= 3 * held and stats.temp_size_in_bytes < 0.1 * held
+
+
 NAMES = [
     "embed", "head", "layers.attn.qkv", "layers.ln1", "layers.mlp.down", "layers.mlp.router", "norm",
     "vision.blocks.attn.qkv", "vision.deepstack.0.fc1", "vision.merger.norm.scale", "vision.pos",

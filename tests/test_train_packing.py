@@ -124,6 +124,8 @@ def test_what_a_batch_holds():
     named = [np.arange(100 * i, 100 * i + sum(len(v.pixels) for v in s.visuals) // 4)
              for i, s in enumerate(given)]  # fmt: skip
     given = [dataclasses.replace(s, vision_labels=n) for s, n in zip(given, named)]
+    # A first token that is learned: alone there is nothing to say it from, so here there is not.
+    given[1].labels[0], given[1].weights[0] = given[1].ids[0], 1.0
     pack = dataclasses.replace(PACK, rows=3, vision_length=128)
     placed, packed = packed_of(config, pack, given, np.uint8, with_labels=True)
     batch, seen = packed.batch, packed.batch.vision
@@ -137,6 +139,7 @@ def test_what_a_batch_holds():
         np.testing.assert_array_equal(batch.positions[:, at[0], at[1]], sample.positions)
         np.testing.assert_array_equal(batch.labels[at][1:], sample.labels[1:])
         np.testing.assert_array_equal(packed.weights[at][1:], sample.weights[1:])
+        assert batch.labels[row, start] == -100 and packed.weights[row, start] == 0
         assert len(set(batch.segment_ids[at])) == 1
         merged = batch.vision_rows[at][np.isin(sample.ids, (tiny.IMAGE_PAD, tiny.VIDEO_PAD))]
         np.testing.assert_array_equal(packed.vision_labels[merged], named[number])

@@ -84,20 +84,26 @@ def test_packed_bytes_are_the_unpacked_floats(tiny_model):
     same(m.run(ours_train.FP32, packed), m.plain)
 
 
-def test_remat_changes_nothing(tiny_model):
+DROPPING = dataclasses.replace(ours_train.FP32, attention_dropout=0.3)
+
+
+@pytest.fixture(scope="module")
+def dropped(tiny_model):
+    """Text alone, with attention dropout, nothing computed twice."""
+    return tiny_model.run(DROPPING, tiny_model.text)
+
+
+@pytest.mark.parametrize("policy", ["dots", "offload"])  # a CPU has pinned_host memory: its own
+def test_remat_changes_nothing(tiny_model, dropped, policy):
     """With dropout on: the second time a layer is computed it drops the same things."""
-    m = tiny_model
-    settings = dataclasses.replace(ours_train.FP32, attention_dropout=0.3)
-    want = m.run(settings, m.text)
-    for policy in ("dots", "offload"):  # a CPU has pinned_host memory: its own
-        same(m.run(dataclasses.replace(settings, remat=policy), m.text), want)
+    settings = dataclasses.replace(DROPPING, remat=policy)
+    same(tiny_model.run(settings, tiny_model.text), dropped)
 
 
-def test_bf16_computes_over_fp32_weights(tiny_model):
+def test_bf16_computes_over_fp32_weights(tiny_model, dropped):
     """The loss to bf16's accuracy, gradients in fp32 that point the same way."""
-    m = tiny_model
-    grads, loss, _ = m.run(dataclasses.replace(ours_train.FP32, dtype="bfloat16"), m.text)
-    exact = m.run(ours_train.FP32, m.text)
+    m, exact = tiny_model, dropped
+    grads, loss, _ = m.run(dataclasses.replace(DROPPING, dtype="bfloat16"), m.text)
     assert abs(float(loss) - float(exact[1])) < 0.02 * float(loss)
     assert {g.dtype for g in grads.values()} == {jnp.dtype("float32")}
     a, b = (np.concatenate([np.asarray(g).ravel() for g in x.values()]) for x in (grads, exact[0]))

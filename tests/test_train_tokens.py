@@ -74,5 +74,5 @@ def test_rows_start_from_the_mean_of_those_in_use():
         np.testing.assert_array_equal(np.delete(got, [6, 7], 0), np.delete(old, [6, 7], 0))
     assert new["embed"].dtype == jnp.bfloat16 and new_rows(params, []) is params
     eight = Quantized(jnp.ones((10, 4), jnp.int8), jnp.ones((10, 1)))
-    with pytest.raises(InputError, match="embed.*8 bits"):
+    with pytest.raises(InputError, match=r"embed.*8 bits"):
         new_rows({"embed": eight}, [6])

@@ -37,12 +37,24 @@ def make_optimizer(
     """
     decay = {name: decays(name) for name in factors}
     return optax.chain(
-        optax.clip_by_global_norm(settings.clip) if settings.clip else optax.identity(),
+        _clip(settings.clip) if settings.clip else optax.identity(),
         _rule(settings),
         optax.add_decayed_weights(settings.weight_decay, mask=decay),
         _scale_each(factors),
         optax.scale_by_learning_rate(make_schedule(settings, steps)),
     )
+
+
+def _clip(limit: float) -> optax.GradientTransformation:
+    """Gradients scaled down to a global norm. By one product, which XLA repeats where it is used:
+    optax's choice between two arrays is written out, a second set of gradients.
+    """
+
+    def update(updates: Any, params: Any = None) -> Any:
+        scale = jnp.minimum(limit / optax.tree.norm(updates), 1.0)
+        return {name: u * scale for name, u in updates.items()}
+
+    return optax.stateless(update)
 
 
 def _rule(settings: Optimizer) -> optax.GradientTransformation:

@@ -259,9 +259,9 @@ class Run:
             self.saved.save(self.state, self.meta, score)
 
 
-def _stack(*micro: np.ndarray) -> np.ndarray:
+def _stack(first: np.ndarray, *others: np.ndarray) -> np.ndarray:
     """Micro batches with a leading axis; one alone is not copied."""
-    return np.stack(micro) if len(micro) > 1 else np.asarray(micro[0])[None]
+    return np.stack([first, *others]) if others else np.asarray(first)[None]
 
 
 class Profiler:
