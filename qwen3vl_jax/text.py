@@ -64,7 +64,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One decoder layer, pre-norm, dense or sparse: x [B T D] -> ([B T D], what mix kept, Routed or None)."""
+    """One decoder layer, pre-norm, dense or sparse: x [B T D] -> ([B T D], kept by mix, how it routed)."""
 
     cfg: TextConfig
 

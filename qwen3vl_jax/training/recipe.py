@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import types
 import tomllib
+import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -138,7 +138,7 @@ class Recipe:
     steps: int
     save_every: int = 500
     seed: int = 0
-    random_init: bool = False
+    init: str = "checkpoint"
     deterministic: bool = False
     data: Data = Data()
     pack: Pack = Pack()
@@ -153,6 +153,7 @@ class Recipe:
 
 
 _CHOICES = {
+    "init": ("checkpoint", "normal", "fan_in"),
     "data.too_long": ("refuse", "cut"),
     "data.weighting": ("token", "sqrt"),
     "lora.base": ("bfloat16", "float32", "int8", "fp8"),
@@ -173,11 +174,10 @@ _BELOW_ONE = ("data.bad_fraction", "lora.dropout", "optimizer.b1", "optimizer.b2
 
 
 def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
-    """The recipe of a TOML file after ``table.key=value`` changes, paths made absolute.
+    """The recipe of a TOML file after ``table.key=value`` changes.
 
-    A change's value is TOML, or a bare word for a string; relative ckpt and source paths of the file
-    are taken from the current directory. Raises InputError for a file that cannot be read, a key that
-    no recipe has, and a value that no run can have.
+    A change's value is TOML, or a bare word for a string. Raises InputError for a file that cannot be
+    read, a key that no recipe has, and a value that no run can have.
     """
     path = Path(path)
     try:
