@@ -1,6 +1,10 @@
 """A conversation with its cache kept: the vision tower runs once a picture, answers are the same."""
 
+import dataclasses
+import shutil
+
 import clips
+import jax
 import numpy as np
 import pytest
 
@@ -44,6 +48,7 @@ def anew(params, proc, messages, count):
     return proc.decode(out.tokens[0, : out.lengths[0]])
 
 
+GRID = str(evaluate.CHECKPOINT.parent / "pictures" / "grid.png")
 TURNS = (
     [picture(3), text("Read the digits.")],
     [text("How many digits are there?")],
@@ -106,23 +111,83 @@ def test_an_earlier_turn_that_changed_is_run_again(demo):
     assert again == anew(params, proc, changed, 40)
 
 
-def test_chat_in_the_terminal(demo, capsys):
-    """Commands, questions, what cannot be used, and the end of input; a room that is too small."""
+def test_a_stop_text_ends_a_turn(demo):
+    """The answer ends before it, and what came after it in the cache is not gone on from."""
     proc, params = demo
-    grid = str(evaluate.CHECKPOINT.parent / "pictures" / "grid.png")
-    lines = ["Read the digits.", "/image gone.png", "", "/what", "How many digits are there?",
-             "/new", f"/image {grid}", "Count the digits."]  # fmt: skip
+    messages = [user({"type": "image", "image": GRID}, text("Read the digits."))]
+    _, (answer, kept) = finish(
+        session.take_turn(params, proc, messages, max_new_tokens=40, stop=["8", "7"])
+    )
+    assert answer == "5 6 " and kept.ended  # of "5 6 8 9\n.."
+    prompt = proc.inputs(messages)["input_ids"].size
+    messages += [{"role": "assistant", "content": answer}, user(*TURNS[1])]
+    _, cache = session.continue_from(proc.config, proc.inputs(messages), kept)
+    start = int(cache.length[0])
+    assert proc.decode(kept.ids[prompt:start]).strip() == "5 6" and start < len(kept.ids)
+
+
+def typed(*lines):
+    """What reads these lines, then the end of input."""
+    rest = iter(lines)
+
+    def read(prompt):
+        try:
+            return next(rest)
+        except StopIteration:
+            raise EOFError from None
+
+    return read
+
+
+def test_a_chat_goes_on(demo, capsys, monkeypatch):
+    """After reasoning that was cut off, which is no content; and after a turn without room."""
+    proc, params = demo
+    thinking = type(proc.template)({"default": proc.template.text(False) + "<think>\n"})
+    proc = dataclasses.replace(proc, template=thinking)
+    asked = []
+
+    def turn(params, proc, messages, kept, **options):
+        asked.append((list(messages), kept))
+        if len(asked) == 2:
+            kept.cache["keys"].delete()  # given away, as a turn gives it
+            raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.")
+        yield "hm"
+        return "hm", session.Kept(np.zeros(5, int), {"keys": jax.numpy.ones(3)}, False)
+
+    monkeypatch.setattr(terminal, "take_turn", turn)
+    read = typed("one", "two", "three")
+    terminal.converse(params, proc, None, [], read, max_new_tokens=2)
+    out, err = capsys.readouterr()
+    assert out == "hm\nhm\n" and err.count("the answer was cut off") == 2
+    assert "error: out of memory: weights 0.0" in err and "lower it with /new, " in err
+    thought = {"role": "assistant", "content": "", "reasoning_content": "hm"}
+    assert [m for m in asked[2][0] if m["role"] == "assistant"] == [thought]
+    assert [kept is None for _, kept in asked] == [True, False, True]
+
+
+def test_chat_in_the_terminal(demo, capsys, tmp_path):
+    """Commands, questions, what cannot be used, and the end of input; a room that is too small.
+
+    A picture's file is read once: it may go while the chat goes on.
+    """
+    proc, params = demo
+    first = shutil.copy(GRID, tmp_path / "first.png")
+    lines = ["Read the digits.", "/image gone.png", "/video gone.mp4", "", "/what",
+             "How many digits are there?", "/new", f"/image {GRID}", "Count the digits."]  # fmt: skip
 
     def read(prompt):
         if not lines:
             raise EOFError
+        if len(lines) == 8:
+            first.unlink()
         return lines.pop(0)
 
-    media = [{"type": "image", "image": grid}]
+    media = [{"type": "image", "image": str(first)}]
     terminal.converse(params, proc, None, media, read, max_new_tokens=40)
     out, err = capsys.readouterr()
     assert out == "5 6 8 9\n5 5 0 2\n9 9 0 4\n12\n12\n"
-    assert "error: gone.png: " in err and "error: /what: " in err and err.count("error") == 2
+    assert "error: gone.png: " in err and "error: /what: " in err and err.count("error") == 3
+    assert "error: gone.mp4: " in err and "cut off" not in err
     turn = session.take_turn(params, proc, [user(*TURNS[0])], max_new_tokens=9, max_len=20)
     with pytest.raises(q3.InputError, match=r"may have 20 \(max_len\)"):
         next(turn)
