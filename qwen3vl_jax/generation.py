@@ -203,11 +203,8 @@ def stream(
     if prefill_chunk is not None and prefill_chunk < 1:
         raise InputError(f"prefill_chunk is {prefill_chunk}, expected tokens from 1")
     chunk = prefill_chunk if prefill_chunk and batch.tokens.shape[1] > prefill_chunk else None
-    if before is not None and (cache is None or before.shape != (len(segments), kept)):
-        raise InputError(
-            f"before: shape {before.shape}, expected the tokens of a kept cache, "
-            f"({len(segments)}, {kept})"
-        )
+    if before is not None and before.shape != (len(segments), kept):
+        raise InputError(f"before: shape {before.shape}, the cache holds {(len(segments), kept)}")
     return _stream(
         params, cfg, batch, features, cache, before, choice, max_new_tokens, steps, copies, chunk
     )
@@ -225,7 +222,7 @@ def _stream(
     slots = cache_slots(width + min(steps, max_new_tokens))
     if cache is not None and cache.slots < slots:
         cache = grow(cache, slots=slots)
-    if before is not None:  # as wide as the cache: no program of its own for each length
+    if before is not None and cache is not None:  # as wide as it: no program for each length
         fill = ((0, 0), (0, cache.slots - before.shape[1]))
         before = np.pad(before, fill, constant_values=cfg.text.vocab_size).astype(np.int32)
     choice, limit = (sampling, stops, seeds), np.int32(max_new_tokens)

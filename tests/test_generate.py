@@ -62,7 +62,7 @@ def test_penalties_look_at_the_right_tokens():
     cache, before = ours.prefill(*model(), batch, 256)[0], np.array([[3, *range(5, 17)]])
     kept.clear()
     options = {"cache": cache, "max_new_tokens": 1, "stop_ids": (), "logits_fn": watch}
-    with pytest.raises(q3.InputError, match=r"before: shape \(1, 12\), expected .* \(1, 13\)"):
+    with pytest.raises(q3.InputError, match=r"before: shape \(1, 12\), .* \(1, 13\)"):
         next(q3.stream(*model(), batch, before=before[:, 1:], **options))
     next(q3.stream(*model(), batch, before=before, **options))
     jax.effects_barrier()
