@@ -55,9 +55,10 @@ def take_turn(
     if room < 1:
         raise InputError(f"the conversation has {len(ids)} tokens and may have {limit} (max_len)")
     batch, cache = continue_from(proc.config, arrays, kept)
+    before = None if cache is None else ids[None, : int(cache.length[0])]
     text, pieces, answer = TextStream(proc.tokenizer, stop), [], []
     chunks = stream(
-        params, proc.config, batch, cache=cache, max_new_tokens=room,
+        params, proc.config, batch, cache=cache, before=before, max_new_tokens=room,
         stop_ids=proc.stop_ids, **options,
     )  # fmt: skip
     while True:

@@ -10,7 +10,7 @@ import pytest
 
 import qwen3vl_jax as q3
 from demo import evaluate, examples
-from qwen3vl_jax import generation, session, terminal
+from qwen3vl_jax import cache, generation, session, terminal
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +42,11 @@ def finish(turn):
             return pieces, end.value
 
 
-def anew(params, proc, messages, count):
+def anew(params, proc, messages, count, **options):
     batch = proc(messages)
-    out = q3.generate(params, proc.config, batch, max_new_tokens=count, stop_ids=proc.stop_ids)
+    out = q3.generate(
+        params, proc.config, batch, max_new_tokens=count, stop_ids=proc.stop_ids, **options
+    )
     return proc.decode(out.tokens[0, : out.lengths[0]])
 
 
@@ -58,10 +60,21 @@ TURNS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("count", [40, 6])  # to the end of answers, and cut off
-def test_each_turn_answers_as_the_whole_conversation(demo, monkeypatch, count):
+PENALTIES = q3.Sampling(0.7, top_k=5, repetition_penalty=4.0)  # of earlier turns too
+
+
+@pytest.mark.parametrize(
+    ("count", "chunk", "sampling"),  # to the end of answers; cut off, and each turn in pieces
+    [(40, None, None), (6, 16, None), (12, None, PENALTIES)],
+)
+def test_each_turn_answers_as_the_whole_conversation(demo, monkeypatch, count, chunk, sampling):
     """Five turns, pictures and a clip among them; the tower's calls and patches are counted."""
     proc, params = demo
+    pieces = []
+    monkeypatch.setattr(
+        cache, "_fill_in_chunks",
+        lambda *given, fill=cache._fill_in_chunks: pieces.append(given[-1]) or fill(*given),
+    )  # fmt: skip
     encoded, encode = [], generation.encode
     monkeypatch.setattr(
         generation, "encode",
@@ -71,15 +84,18 @@ def test_each_turn_answers_as_the_whole_conversation(demo, monkeypatch, count):
     for number, items in enumerate(TURNS):
         messages.append(user(*items))
         encoded.clear()
-        pieces, (answer, kept) = finish(
-            session.take_turn(params, proc, messages, kept, max_new_tokens=count)
-        )
-        assert "".join(pieces) == answer
+        turn = session.take_turn(
+            params, proc, messages, kept, max_new_tokens=count, prefill_chunk=chunk,
+            sampling=sampling, seed=number,
+        )  # fmt: skip
+        texts, (answer, kept) = finish(turn)
+        assert "".join(texts) == answer
         seen = any(item["type"] != "text" for item in items)
         assert len(encoded) == seen, number
-        assert answer == anew(params, proc, messages, count), number
+        assert answer == anew(params, proc, messages, count, sampling=sampling, seed=number), number
         assert len(kept.ids) == int(kept.cache.length[0])
         messages.append(proc.parse(answer).message())
+    assert set(pieces) == ({chunk} if chunk else set())
 
 
 def test_only_what_is_new_is_run(demo):
