@@ -57,18 +57,21 @@ class Placed(NamedTuple):
 
 
 class Room:
-    """What is still free in a batch."""
+    """What is still free in a batch. Lists: rows are few, and numpy takes longer to look at them."""
 
     def __init__(self, pack: Pack):
         self.length, self.vision_length = pack.length, pack.vision_length
-        self.tokens, self.left = np.full(pack.rows, pack.length), pack.rows * pack.length
-        self.patches = np.full(pack.vision_rows, pack.vision_length)
+        self.tokens, self.patches = (
+            [pack.length] * pack.rows,
+            [pack.vision_length] * pack.vision_rows,
+        )
+        self.left = pack.rows * pack.length
 
     def place(self, sample: Sample) -> Placed | None:
         """Takes the room of a sample, the first there is, or leaves all as it was for None."""
         size = len(sample.ids)
-        row = int((self.tokens >= size).argmax())
-        if self.tokens[row] < size:
+        row = _first(self.tokens, size)
+        if row is None:
             return None
         spots: list[list[tuple[int, int]]] = []
         if sample.visuals:
@@ -79,7 +82,7 @@ class Room:
                     self.patches = before
                     return None
                 spots.append(spot)
-        start = self.length - int(self.tokens[row])
+        start = self.length - self.tokens[row]
         self.tokens[row] -= size
         self.left -= size
         return Placed(sample, row, start, spots)
@@ -88,20 +91,25 @@ class Room:
         """Takes the room of t frames of h x w patches: (first patch over all rows, patches), or None."""
         left, frame = grid[0], grid[1] * grid[2]
         spot: list[tuple[int, int]] = []
-        if left == 1:  # most are pictures: one look is enough
-            row = int((self.patches >= frame).argmax())
-            free = int(self.patches[row])
-            self.patches[row] -= frame if frame <= free else 0
-            return [((row + 1) * self.vision_length - free, frame)] if frame <= free else None
-        for row in np.flatnonzero(self.patches >= frame).tolist():
-            free = int(self.patches[row])
+        row = _first(self.patches, frame)
+        while row is not None:
+            free = self.patches[row]
             count = min(left, free // frame) * frame
             spot.append(((row + 1) * self.vision_length - free, count))
             self.patches[row] -= count
             left -= count // frame
             if not left:
                 return spot
+            row = _first(self.patches, frame, row + 1)
         return None
+
+
+def _first(free: Sequence[int], size: int, start: int = 0) -> int | None:
+    """The first row from `start` on that has room."""
+    for row in range(start, len(free)):
+        if free[row] >= size:
+            return row
+    return None
 
 
 def frames_fit(pack: Pack, grids: Sequence[Grid]) -> bool:

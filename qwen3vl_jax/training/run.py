@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 import json
 import signal
@@ -147,6 +148,7 @@ class Run:
         if self.due_evaluation(self.number) and self.number not in watch.evaluations.steps:
             self.evaluate(watch)  # SIGTERM came before it
         profiler = Profiler(self.recipe.report.profile, self.out)
+        gc.freeze()  # else each collection looks through all that jax and the model have loaded
         watch.restart_clock()
         while self.number < self.recipe.steps and not stop.asked:
             drawn = self.draw(stop)
