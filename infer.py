@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from qwen3vl_jax.cli import Clock, memory_advice, one_line_errors, sizes
+from qwen3vl_jax.cli import Clock, memory_advice, one_line_errors, parts, sizes
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.options import arguments, check, input_options
 
@@ -123,26 +123,35 @@ def on_disk(directory: Path) -> dict[str, int]:
     return {"checkpoint on disk": stored}
 
 
+def loaded(args: argparse.Namespace, directory: Path):
+    """`load`, once all of it is on the device; raises InputError where that has no room."""
+    import jax
+
+    advice = "--dtype bfloat16, --weights int8 or a smaller checkpoint"
+    with memory_advice(on_disk(directory), advice):
+        return jax.block_until_ready(load(args, directory))
+
+
 def chat(args: argparse.Namespace) -> None:
     """Talks in the terminal until the end of input."""
-
-    from qwen3vl_jax.terminal import converse
+    from qwen3vl_jax.terminal import converse, looked
 
     directory, processor = opened(args)
-    sampling = sampling_of(args, processor)
-    params, _ = load(args, directory)
+    sampling, inputs = sampling_of(args, processor), input_options(args)
     media = [{"type": "image", "image": source} for source in args.image]
     media += [{"type": "video", "video": source} for source in args.video]
+    media = [looked(processor, item, inputs) for item in media]
+    params, _ = loaded(args, directory)
     converse(
         params, processor, args.system, media, max_new_tokens=args.max_new_tokens, sampling=sampling,
         seed=args.seed, max_len=longest(args, processor), prefill_chunk=args.prefill_chunk,
-        inputs=input_options(args),
+        stop=args.stop, inputs=inputs,
     )  # fmt: skip
 
 
 def batch(args: argparse.Namespace) -> None:
     """Answers a file of conversations into a file of answers; exit code 1 if lines had errors."""
-    from qwen3vl_jax.batch_file import Settings, answer_file
+    from qwen3vl_jax.batch_file import Settings, answer_file, largest
     from qwen3vl_jax.journal import digest_of
 
     directory, processor = opened(args)
@@ -154,9 +163,16 @@ def batch(args: argparse.Namespace) -> None:
     made_with = {"ckpt": str(directory.resolve()), "dtype": args.dtype, "weights": args.weights,
                  **({"adapter": str(Path(args.adapter).resolve())} if args.adapter else {}),
                  "chat_template": digest_of(processor.template.text(True).encode())}  # fmt: skip
-    with memory_advice(on_disk(directory), "--rows, --max-pixels, or --dtype bfloat16"):
+    held: dict[str, int] = {}
+
+    def load_and_measure():
+        params, cfg = loaded(args, directory)
+        held.update(parts(params, cfg, *largest(processor, settings), "at most"))
+        return params, cfg
+
+    with memory_advice(held, "--rows, --max-len, --max-pixels, or --dtype bfloat16"):
         errors = answer_file(
-            lambda: load(args, directory), processor, args.input, args.output, settings, made_with
+            load_and_measure, processor, args.input, args.output, settings, made_with
         )
     if errors:
         sys.exit(1)
@@ -174,26 +190,30 @@ def measure(args: argparse.Namespace) -> None:
     if args.embed:
         rows = [retrieval.embed_conversation(thing, args.instruction)]
     else:
-        documents = [{"image" if Path(d).is_file() else "text": d} for d in args.document]
+        documents = [retrieval.document(given) for given in args.document]
         rows = [retrieval.rerank_conversation(thing, d, args.instruction) for d in documents]
         words = retrieval.yes_no_ids(processor.tokenizer)
     batch = processor(rows, **input_options(args))
-    params, cfg = load(args, directory)
+    params, cfg = loaded(args, directory)
+    advice = "--max-pixels, fewer --document, or --dtype bfloat16"
+    held = sizes(params, cfg, batch)
+    held.pop("cache (about)")  # there is none
+    with memory_advice(held, advice):
+        if args.embed:
+            embed = jax.jit(q3.embed, static_argnames=("cfg", "dims"))
+            found = jax.device_get(embed(params, cfg, batch, dims=args.dims))
+        else:
+            rerank = jax.jit(q3.rerank, static_argnames=("cfg", "yes_no"))
+            found = jax.device_get(rerank(params, cfg, batch, words))
     if args.embed:
-        found = jax.jit(q3.embed, static_argnames=("cfg", "dims"))(
-            params, cfg, batch, dims=args.dims
-        )
         print(json.dumps([round(float(x), 7) for x in found[0]]))
         return
-    found = jax.jit(q3.rerank, static_argnames=("cfg", "yes_no"))(params, cfg, batch, words)
     for name, score in zip(args.document, found, strict=True):
         print(json.dumps({"document": name, "score": round(float(score), 7)}))
 
 
 def answer(args, directory, processor, arrays, limit) -> str:
     """Loads the weights, prints the answer (timing on stderr) and returns it."""
-    import jax
-
     import qwen3vl_jax as q3
     from qwen3vl_jax.processing.tokenizer import TextStream
 
@@ -202,9 +222,7 @@ def answer(args, directory, processor, arrays, limit) -> str:
     if args.answers > 1 and not sampling.temperature:
         print("temperature 0: the answers are all alike (try --temperature 1)", file=sys.stderr)
     clock = Clock()
-    with memory_advice(on_disk(directory), "--dtype bfloat16 or a smaller checkpoint"):
-        params, cfg = load(args, directory)
-        jax.block_until_ready(params)
+    params, cfg = loaded(args, directory)
     loading = clock.lap()
     streams = [TextStream(processor.tokenizer, args.stop) for _ in range(args.answers)]
     prompt = int(arrays["attention_mask"].sum())

@@ -3,7 +3,8 @@
     python -m benchmarks.convert [--scratch DIR] [case ...]
 
 Each case is written to the scratch directory, copied (and flushed) by plain means, converted to Orbax
-and back in child processes whose anonymous memory is watched, and compared byte for byte.
+and back in child processes whose anonymous memory is watched, and compared byte for byte. The exit
+code is 1 if a bound is missed.
 Cases: 2b (the released shapes), small (4 GB, no tensor over 64 MB), moe5 (experts as transformers 5
 writes them, which are turned on the way).
 """
@@ -116,8 +117,8 @@ def watched(*arguments: str) -> tuple[float, int]:
     return time.perf_counter() - start, peak
 
 
-def run(case: str, scratch: Path) -> None:
-    """Prints the table of one case."""
+def run(case: str, scratch: Path) -> bool:
+    """Prints the table of one case; whether memory and tensors were as they must be."""
     source, orbax, back = (scratch / name for name in ("hf", "orbax", "back"))
     source.mkdir(parents=True)
     total, largest = write_random(source, case)
@@ -130,8 +131,10 @@ def run(case: str, scratch: Path) -> None:
         "to Orbax": ("-m", "convert", str(source), str(orbax)),
         "to Hugging Face": ("-m", "convert", "--to-hf", str(orbax), str(back), "--max-shard-size", "2GB"),
     }  # fmt: skip
+    good = True
     for name, command in steps.items():
         seconds, peak = watched(*command)
+        good &= peak <= bound
         print(
             f"  {name:15s} {total / MB / seconds:7,.0f} MB/s, start to exit {seconds:.1f} s; peak "
             f"RssAnon {peak / 2**20:,.0f} MiB of {bound / 2**20:,.0f} allowed "
@@ -139,7 +142,10 @@ def run(case: str, scratch: Path) -> None:
             flush=True,
         )
     if case != "moe5":  # whose experts come back in the released layout
-        print(f"  every tensor's name, dtype and bytes as before: {tensors_equal(source, back)}")
+        equal = tensors_equal(source, back)
+        print(f"  every tensor's name, dtype and bytes as before: {equal}")
+        good &= equal
+    return good
 
 
 def tensors_equal(left: Path, right: Path) -> bool:
@@ -155,18 +161,20 @@ def tensors_equal(left: Path, right: Path) -> bool:
     )
 
 
-def main() -> None:
-    """Runs the cases asked for, all by default."""
+def main() -> int:
+    """Runs the cases asked for, all by default; the exit code is 1 if a bound is missed."""
     parser = argparse.ArgumentParser("python -m benchmarks.convert", description=__doc__)
     parser.add_argument("cases", nargs="*", help=", ".join(CASES))
     parser.add_argument(
         "--scratch", type=Path, help="where 15 GB are free; default: a temporary one"
     )
     options = parser.parse_args()
+    good = True
     for case in options.cases or CASES:
         with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
-            run(case, Path(folder) / case)
+            good &= run(case, Path(folder) / case)
+    return int(not good)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -149,13 +149,17 @@ def weight_files(directory: Path) -> list[Path]:
         raise InputError(f"{directory}: holds an adapter ({adapters[0]}), expected a whole model")
     if found:
         return found
-    pickles = sorted(p.name for p in directory.iterdir() if p.name.endswith(PICKLES))
-    if pickles:
+    refuse_pickles(directory, [p.name for p in directory.iterdir()])
+    raise InputError(f"{directory}: no weights found, expected {SINGLE} or {INDEX}")
+
+
+def refuse_pickles(where: object, names: Iterable[str]) -> None:
+    """Raises InputError if there are pickles among the files of a checkpoint without safetensors."""
+    if pickles := sorted(name for name in names if name.endswith(PICKLES)):
         raise InputError(
-            f"{directory}: holds weights only as a pickle ({pickles[0]}); reading one runs the code in "
+            f"{where}: holds weights only as a pickle ({pickles[0]}); reading one runs the code in "
             f"it, so only safetensors are read: save it again with safe_serialization"
         )
-    raise InputError(f"{directory}: no weights found, expected {SINGLE} or {INDEX}")
 
 
 def _indexed(directory: Path, index: Path) -> list[Path]:

@@ -51,6 +51,13 @@ class Prepared:
     logprobs: bool
 
 
+def largest(proc: Processor, settings: Settings) -> tuple[int, int]:
+    """Tokens of the rows' cache and patches of a picture, the most that lines of usual length need."""
+    pictures = {k: v for k in ("min_pixels", "max_pixels") if (v := settings.inputs.get(k))}
+    kind = proc.image_settings.override(**pictures)
+    return settings.rows * min(LONG, settings.max_len), kind.max_pixels // kind.patch_size**2
+
+
 def answer_file(
     load: Callable[[], tuple[Any, Any]],
     proc: Processor,

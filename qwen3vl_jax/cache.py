@@ -91,8 +91,6 @@ def prefill(
     valid = batch.segment_ids > 0
     slot = jnp.where(valid, jnp.arange(width) - lo, cache.slots)
     if chunk is not None:
-        if chunk < 1:
-            raise InputError(f"prefill: chunk is {chunk}, expected tokens from 1")
         return _fill_in_chunks(params, cfg, cache, batch, features, slot, chunk)
 
     def mix(i, q, k, v):
@@ -104,11 +102,13 @@ def prefill(
 
 def _fill_in_chunks(params, cfg, cache, batch, features, slot, chunk):
     """`_fill` as a scan over pieces [B chunk] of the rows; each attends to what the cache holds."""
+    if chunk < 1:
+        raise InputError(f"chunk is {chunk}, expected tokens from 1")
     params = {**params, "layers": _lists(params["layers"])}
     if features is None and batch.vision is not None:
         features = vision_encode(params, cfg, batch.vision)
     rows, width = batch.tokens.shape
-    last = last_attended(batch.segment_ids)
+    last, longest = last_attended(batch.segment_ids), jnp.max(batch.positions)
     count = -(-width // chunk)
 
     def pieces(x, fill):
@@ -132,7 +132,8 @@ def _fill_in_chunks(params, cfg, cache, batch, features, slot, chunk):
         piece = batch.replace(**fields, vision=None, labels=None)
         filled = cache.replace(k=k, v=v)
         reach = jnp.where(piece.segment_ids > 0, slot + 1, 0)
-        x, new = run_rows(params, cfg, piece, features, _cache_mix(filled, slot, reach))
+        mix = _cache_mix(filled, slot, reach)
+        x, new = run_rows(params, cfg, piece, features, mix, longest=longest)
         mine = last - start
         here = jnp.take_along_axis(x, jnp.clip(mine, 0, chunk - 1)[:, None, None], axis=1)[:, 0]
         inside = ((mine >= 0) & (mine < chunk))[:, None]
@@ -141,18 +142,22 @@ def _fill_in_chunks(params, cfg, cache, batch, features, slot, chunk):
 
     x = jnp.zeros((rows, cfg.text.hidden_size), stream_dtype(params))
     ((k, v), x), _ = jax.lax.scan(body, ((cache.k, cache.v), x), (cut, slots, starts))
-    length = jnp.sum(batch.segment_ids > 0, axis=1, dtype=jnp.int32)
-    cache = cache.replace(k=k, v=v, length=length, delta=cache.delta + batch.delta)
-    return cache, unembed(params, cfg, x)
+    return _filled(params, cfg, cache, batch, k, v, x)
 
 
 def extend(
-    params: Params, cfg: Config, cache: KVCache, batch: Batch, *, features: Features | None = None
+    params: Params,
+    cfg: Config,
+    cache: KVCache,
+    batch: Batch,
+    *,
+    features: Features | None = None,
+    chunk: int | None = None,
 ) -> tuple[KVCache, jax.Array]:
     """Appends tokens or a picture to each row of a filled cache; returns it and the next logits [B V].
 
     The batch is made as for prefill, positions from 0: they are moved behind the cache here. The
-    caller makes room first (`grow_cache`): tokens past the last slot are dropped.
+    caller makes room first (`grow_cache`): tokens past the last slot are dropped. chunk: as in prefill.
     """
     lo, _ = causal_ranges(batch.segment_ids)
     valid = batch.segment_ids > 0
@@ -161,6 +166,8 @@ def extend(
     reach = jnp.where(valid, place + 1, 0)
     start = cache.length + cache.delta
     batch = batch.replace(positions=batch.positions + start[:, None])
+    if chunk is not None:
+        return _fill_in_chunks(params, cfg, cache, batch, features, slot, chunk)
     return _fill(params, cfg, cache, batch, features, _cache_mix(cache, slot, reach))
 
 
@@ -202,8 +209,13 @@ def _fill(params, cfg, cache, batch, features, mix):
     params = {**params, "layers": _lists(params["layers"])}
     x, kept = run_rows(params, cfg, batch, features, mix)
     k, v = (list(part) for part in zip(*kept, strict=True))
-    count = jnp.sum(batch.segment_ids > 0, axis=1, dtype=jnp.int32)
     last = last_attended(batch.segment_ids)
     x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+    return _filled(params, cfg, cache, batch, k, v, x)
+
+
+def _filled(params, cfg, cache, batch, k, v, x):
+    """The cache after a batch, and the logits of its last tokens x [B D]."""
+    count = jnp.sum(batch.segment_ids > 0, axis=1, dtype=jnp.int32)
     cache = cache.replace(k=k, v=v, length=cache.length + count, delta=cache.delta + batch.delta)
     return cache, unembed(params, cfg, x)

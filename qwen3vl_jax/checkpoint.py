@@ -62,6 +62,7 @@ def load(
     Raises InputError for weights that are absent, damaged, incomplete, not those of config.json, or
     not to be had in the form asked for, and for an adapter that does not fit.
     """
+    dtype = _floating(dtype)
     directory = resolve(ckpt, revision)
     cfg = Config.from_hf(directory)
     beside = None if adapter is None else peft.load_adapter(resolve(adapter), cfg)
@@ -100,6 +101,23 @@ def _load_hf(
     if weights == "int8":
         _log_error(directory, cfg, functools.partial(subtree, as_stored), params)
     return params
+
+
+def _floating(dtype: Any) -> Any:
+    """A dtype that weights can be cast to, as JAX has it, or None; raises InputError."""
+    import jax.numpy as jnp
+
+    if dtype is None:
+        return None
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found not in (jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16):
+        raise InputError(
+            f"load: dtype is {dtype!r}, expected float32, bfloat16 or float16 (8 bits are weights=)"
+        )
+    return found
 
 
 def _load_orbax(directory: Path, cfg: Config, dtype: Any, weights: str | None) -> Params:
@@ -190,6 +208,12 @@ def resolve(ckpt: str | os.PathLike[str], revision: str | None = None) -> Path:
     Without network (or with HF_HUB_OFFLINE=1) the cache alone is used. Raises InputError for a name
     that is neither, for a repository or revision that does not exist, and for one not in the cache.
     """
+    found = local_directory(ckpt, revision)
+    return _fetch(os.fspath(ckpt), revision) if found is None else found
+
+
+def local_directory(ckpt: str | os.PathLike[str], revision: str | None = None) -> Path | None:
+    """The directory of a checkpoint that is one; None for what can be a Hub id. Raises InputError."""
     path = Path(ckpt)
     if path.is_dir():
         if revision is not None:
@@ -201,7 +225,7 @@ def resolve(ckpt: str | os.PathLike[str], revision: str | None = None) -> Path:
         raise InputError(
             f"{path}: no such directory (a Hub id looks like Qwen/Qwen3-VL-2B-Instruct)"
         )
-    return _fetch(os.fspath(ckpt), revision)
+    return None
 
 
 def _fetch(repo: str, revision: str | None) -> Path:
@@ -209,7 +233,7 @@ def _fetch(repo: str, revision: str | None) -> Path:
 
     at = repo if revision is None else f"{repo} at revision {revision}"
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=_HUB_FILES))
+        found = Path(snapshot_download(repo, revision=revision, allow_patterns=_HUB_FILES))
     except errors.GatedRepoError as e:
         raise InputError(f"{at}: access is gated; accept its terms and log in to the Hub") from e
     except errors.RevisionNotFoundError as e:
@@ -223,3 +247,16 @@ def _fetch(repo: str, revision: str | None) -> Path:
     except Exception as e:  # what its HTTP library raises changes from version to version
         reason = " ".join(str(e).split())[:200]
         raise InputError(f"{at}: cannot be fetched from the Hub ({reason})") from e
+    if not any(found.glob("*.safetensors")):
+        readers.refuse_pickles(at, _hub_names(repo, found.name))
+    return found
+
+
+def _hub_names(repo: str, commit: str) -> list[str]:
+    """The files of a commit on the Hub; none where it is out of reach."""
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().list_repo_files(repo, revision=commit)
+    except Exception:  # what its HTTP library raises changes from version to version
+        return []

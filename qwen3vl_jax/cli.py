@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from qwen3vl_jax.errors import InputError
 
@@ -38,6 +39,14 @@ def report(error: BaseException, where: object = "", interrupted: str = "interru
 
 def _folded(text: str) -> str:
     return " ".join(text.split())
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose refusals are one line on stderr, as those of `report`; exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process."""
+        self.exit(2, f"error: {_folded(message)} (--help lists the options)\n")
 
 
 @contextlib.contextmanager
@@ -82,15 +91,22 @@ class Clock:
         return max(now - then - (self.compiling - compiled), 1e-9)
 
 
-def sizes(params: Any, cfg: Any, batch: Any) -> dict[str, int]:
-    """Bytes of the parts a user can do something about."""
+def parts(params: Any, cfg: Any, slots: int, patches: int, note: str) -> dict[str, int]:
+    """Bytes of the weights, of a cache of `slots` tokens, and of the tower's work on `patches` patches.
+
+    note: how well slots and patches are known, said beside what follows from them.
+    """
     import jax
 
-    leaves = jax.tree.leaves(params)
-    slots, t = 2 * batch.tokens.shape[1], cfg.text
+    t, item = cfg.text, params["norm"].dtype.itemsize  # a norm is never held in 8 bits
     cache = 2 * t.num_hidden_layers * t.num_key_value_heads * t.head_dim * slots
-    patches = 0 if batch.vision is None else batch.vision.pixels.shape[0]
     width = 4 * cfg.vision.hidden_size + cfg.vision.intermediate_size
-    item = params["norm"].dtype.itemsize  # never held in 8 bits
-    return {"weights": sum(x.nbytes for x in leaves), "cache (about)": cache * item,
-            "pictures (about)": patches * width * item}  # fmt: skip
+    weights = sum(x.nbytes for x in jax.tree.leaves(params))
+    return {"weights": weights, f"cache ({note})": cache * item,
+            f"pictures ({note})": patches * width * item}  # fmt: skip
+
+
+def sizes(params: Any, cfg: Any, batch: Any) -> dict[str, int]:
+    """Bytes of the parts a user can do something about."""
+    patches = 0 if batch.vision is None else batch.vision.pixels.shape[0]
+    return parts(params, cfg, 2 * batch.tokens.shape[1], patches, "about")

@@ -34,11 +34,7 @@ from qwen3vl_jax.generation import (
 from qwen3vl_jax.model import stream_dtype
 from qwen3vl_jax.prefixes import Prefix, PrefixStore
 from qwen3vl_jax.processing.batch import bucket
-from qwen3vl_jax.processing.prompts import (
-    EncodedPrompt,
-    group_batch,
-    read_prompt,
-)
+from qwen3vl_jax.processing.prompts import EncodedPrompt, group_batch, read_prompt
 from qwen3vl_jax.sampling import Sampling, SamplingRows, row_seeds
 from qwen3vl_jax.structs import Params
 
@@ -114,10 +110,11 @@ def generate_many(
 
     Requests are drawn as they are needed; a None says that none is ready yet. An answer is the one
     `generate` gives to its prompt alone (in 16 bits up to rounding, which the shapes of a group and of
-    the rows change). stop_strings need `decode` (tokens -> text). A picture that comes again is not
-    encoded again, and what several waiting prompts begin with is prefilled once. prefill_chunk: as in
-    `prefill`, for wider prompts. `stats` is counted up. Layers are per-layer lists. Raises InputError
-    for rows or prefill_chunk below 1, and for a request's values out of range.
+    the rows change; for the rope types dynamic and longrope only while no row is beyond the limit, since
+    the longest of the rows decides for all). stop_strings need `decode` (tokens -> text). A picture that
+    comes again is not encoded again, and what several waiting prompts begin with is prefilled once.
+    prefill_chunk: as in `prefill`, for wider prompts. `stats` is counted up. Layers are per-layer lists.
+    Raises InputError for rows or prefill_chunk below 1, and for a request's values out of range.
     """
     if rows < 1:
         raise InputError(f"rows is {rows}, expected answers at a time from 1")

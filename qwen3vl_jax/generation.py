@@ -81,14 +81,16 @@ def _choose(logits, state, sampling, stop_ids, logits_fn) -> DecodeState:
     donate_argnames="cache",
 )
 def _start(
-    params, cfg, batch, features, cache, sampling, stop_ids, seeds, limit, slots, copies, logits_fn, chunk
+    params, cfg, batch, features, cache, before, sampling, stop_ids, seeds, limit, slots, copies,
+    logits_fn, chunk,
 ):  # fmt: skip
     """Prefill, or more tokens onto a kept cache, and the first token of every copy of every row."""
     if cache is None:
         cache, logits = prefill(params, cfg, batch, slots, features=features, chunk=chunk)
     else:
-        cache, logits = extend(params, cfg, cache, batch, features=features)
+        cache, logits = extend(params, cfg, cache, batch, features=features, chunk=chunk)
     tokens = jnp.where(batch.segment_ids > 0, batch.tokens, cfg.text.vocab_size)
+    tokens = tokens if before is None else jnp.concatenate([before, tokens], axis=1)
     cache, logits, tokens = (
         jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0), part)
         for part in (cache, logits, tokens)
@@ -166,6 +168,7 @@ def stream(
     steps: int = STEPS,
     prefill_chunk: int | None = None,
     cache: KVCache | None = None,
+    before: np.ndarray | None = None,
     copies: int = 1,
 ) -> Generator[np.ndarray, np.ndarray | None, KVCache]:
     """Yields new tokens [B n] int32 as they come, n <= steps; -1 where a row had already ended.
@@ -175,9 +178,10 @@ def stream(
     seed: one a row, or a first one (row b takes seed + b); a row's draws depend on nothing else.
     stop_ids None takes the config's; () never stops. max_len limits prompt + answer. `send` a bool [B]
     to end rows (stop strings do). prefill_chunk: see `prefill`; rows no wider are filled whole. cache:
-    a kept one that the batch goes on from, as in `extend` (given away; penalties see the batch alone);
-    the generator's return value is the cache after the answer, less its last token. Raises InputError,
-    before anything runs, for values out of range, a prompt too long and packed rows.
+    a kept one that the batch goes on from, as in `extend` (given away); the generator's return value is
+    the cache after the answer, less its last token. before [B n] int32: the tokens in that cache, which
+    the repetition penalty sees too (those past the vocabulary are none). Raises InputError, before
+    anything runs, for values out of range, a prompt too long and packed rows.
     """
     if copies < 1:
         raise InputError(f"copies is {copies}, expected answers to a prompt from 1")
@@ -199,12 +203,16 @@ def stream(
     if prefill_chunk is not None and prefill_chunk < 1:
         raise InputError(f"prefill_chunk is {prefill_chunk}, expected tokens from 1")
     chunk = prefill_chunk if prefill_chunk and batch.tokens.shape[1] > prefill_chunk else None
+    if before is not None and before.shape != (len(segments), kept):
+        raise InputError(f"before: shape {before.shape}, the cache holds {(len(segments), kept)}")
     return _stream(
-        params, cfg, batch, features, cache, choice, max_new_tokens, steps, copies, chunk
+        params, cfg, batch, features, cache, before, choice, max_new_tokens, steps, copies, chunk
     )
 
 
-def _stream(params, cfg, batch, features, cache, choice, max_new_tokens, steps, copies, chunk):
+def _stream(
+    params, cfg, batch, features, cache, before, choice, max_new_tokens, steps, copies, chunk
+):
     sampling, stops, seeds, logits_fn = choice
     if features is None and batch.vision is not None:
         features = encode(params, cfg, batch.vision)
@@ -214,9 +222,12 @@ def _stream(params, cfg, batch, features, cache, choice, max_new_tokens, steps, 
     slots = cache_slots(width + min(steps, max_new_tokens))
     if cache is not None and cache.slots < slots:
         cache = grow(cache, slots=slots)
+    if before is not None and cache is not None:  # as wide as it: no program for each length
+        fill = ((0, 0), (0, cache.slots - before.shape[1]))
+        before = np.pad(before, fill, constant_values=cfg.text.vocab_size).astype(np.int32)
     choice, limit = (sampling, stops, seeds), np.int32(max_new_tokens)
     state = _start(
-        params, cfg, batch, features, cache, *choice, limit, slots, copies, logits_fn, chunk
+        params, cfg, batch, features, cache, before, *choice, limit, slots, copies, logits_fn, chunk
     )
     made, rows, none = 1, len(seeds), np.zeros(len(seeds), bool)
     ended = yield np.asarray(state.token)[:, None]

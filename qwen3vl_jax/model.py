@@ -166,13 +166,14 @@ def unembed(params: Params, cfg: Config, x: jax.Array) -> jax.Array:
 
 
 def run_rows(
-    params: Params, cfg: Config, batch: Batch, features, mix, keep=None, dtype=None, remat="none"
-):
+    params: Params, cfg: Config, batch: Batch, features, mix, keep=None, dtype=None, remat="none",
+    longest=None,
+):  # fmt: skip
     """Embeds a batch and runs the decoder over it with one way to attend: (stream [B T D], kept)."""
     x, deepstack = embed_tokens(params, cfg, batch, features, dtype)
-    layers = params["layers"]
-    x, kept = decode_layers(layers, cfg.text, x, batch.positions, mix, deepstack, keep, remat)
-    return x, kept
+    return decode_layers(
+        params["layers"], cfg.text, x, batch.positions, mix, deepstack, keep, remat, longest
+    )
 
 
 def row_mix(batch: Batch, dropout: Dropout | None = None):
@@ -197,13 +198,16 @@ def forward(
     """Logits [B T V] in fp32 of whole rows; what stands at padding tokens means nothing.
 
     logits_to_keep: 0 all tokens; n (static under jit) the last n attended tokens of each row, whichever
-    side it is padded on; an array [m] of token indices those.
+    side it is padded on, and no more than the batch is wide (a shorter row repeats its first); an array
+    [m] of token indices those. Raises InputError for a negative number.
     """
     x, _ = run_rows(params, cfg, batch, features, row_mix(batch))
     if getattr(logits_to_keep, "ndim", 0) or isinstance(logits_to_keep, (list, tuple)):
         x = x[:, jnp.asarray(logits_to_keep)]
-    elif (count := operator.index(cast(Any, logits_to_keep))) > 0:
-        last = last_attended(batch.segment_ids)
+    elif count := operator.index(cast(Any, logits_to_keep)):
+        if count < 0:
+            raise InputError(f"logits_to_keep is {count}, expected 0 (all), a count, or indices")
+        last, count = last_attended(batch.segment_ids), min(count, x.shape[1])
         kept = jnp.maximum(last[:, None] + jnp.arange(1 - count, 1), 0)
         x = jnp.take_along_axis(x, kept[..., None], axis=1)
     return unembed(params, cfg, x)

@@ -5,12 +5,29 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from qwen3vl_jax.cli import Parser
 from qwen3vl_jax.errors import InputError
+
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "min_new_tokens",
+             "presence_penalty")  # fmt: skip
+_OF_ANSWERS = ("system", "messages", "stream", "draw", "max_new_tokens", "max_len", *_SAMPLING, "seed",
+               "prefill_chunk", "stop", "answers")  # fmt: skip
+# What asks for something other than one answer: why options have no meaning there, and which.
+MODES = {
+    "chat": ("it asks for the questions itself", ("prompt", "messages", "draw", "answers")),
+    "input": (
+        "its lines hold whole conversations",
+        ("image", "video", "prompt", "system", "messages", "stream", "draw", "answers"),
+    ),
+    "embed": ("it prints a vector, no answer", _OF_ANSWERS),
+    "rerank": ("it prints scores, no answer", _OF_ANSWERS),
+}
+NEEDS = {"rows": ("input",), "dims": ("embed",), "instruction": ("embed", "rerank")}
 
 
 def arguments(argv: list[str] | None, description: str) -> argparse.Namespace:
     """The options; ends the process for unknown ones and for --help."""
-    p = argparse.ArgumentParser(prog="infer.py", description=description)
+    p = Parser(prog="infer.py", description=description)
     add = p.add_argument
     add("--ckpt", help="Orbax or Hugging Face directory, or a Hub id (default: the bundled demo)")
     add("--revision", help="branch, tag or commit of a Hub id")
@@ -41,7 +58,7 @@ def arguments(argv: list[str] | None, description: str) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="TEXT|FILE",
-        help="text, or a picture's file",
+        help="text, or the file of a picture or clip",
     )
     add("--instruction", help="what --embed or --rerank is for")
     add("--stream", action="store_true", help="print the answer as it comes")
@@ -97,15 +114,12 @@ def arguments(argv: list[str] | None, description: str) -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     """Raises InputError for options that do not go together or are out of range."""
+    from qwen3vl_jax.checkpoint import local_directory
     from qwen3vl_jax.processing.tokenizer import stop_list
 
     stop_list(args.stop)
-    check_batch(args)
-    for name in ("prompt", "messages", "draw") if args.chat else ():
-        if getattr(args, name):
-            raise InputError(f"--chat: it asks for the questions itself, leave --{name} out")
-    if args.chat + args.embed + args.rerank > 1:
-        raise InputError("--chat, --embed and --rerank: give one of them")
+    check_modes(args)
+    check_numbers(args)
     if args.rerank != bool(args.document):
         raise InputError("--rerank needs at least one --document, and a --document needs --rerank")
     if (args.embed or args.rerank) and not (args.prompt or args.image or args.video):
@@ -126,21 +140,35 @@ def check(args: argparse.Namespace) -> None:
         raise InputError(f"--draw {args.draw}: no such directory {args.draw.parent}")
     if args.draw and args.draw.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise InputError(f"--draw {args.draw}: expected a name that ends in .png, .jpg or .webp")
+    if args.ckpt:
+        local_directory(args.ckpt, args.revision)
 
 
-def check_batch(args: argparse.Namespace) -> None:
-    """`check` of --input with --output, and of the numbers of answers."""
+def check_modes(args: argparse.Namespace) -> None:
+    """`check` of the options that mean something with, or without, one of MODES alone."""
     if bool(args.input) != bool(args.output):
         raise InputError("--input and --output: give both, or neither")
-    alone = ("prompt", "system", "messages", "image", "video", "chat", "embed", "rerank", "draw",
-             "stream")  # fmt: skip
-    if args.input and (found := [name for name in alone if getattr(args, name)]):
-        raise InputError(f"--input: its lines hold whole conversations, leave --{found[0]} out")
+    defaults = arguments([], "")
+    given = [name for name, value in vars(args).items() if value != getattr(defaults, name)]
+    modes = [name for name in MODES if name in given]
+    if len(modes) > 1:
+        raise InputError(f"--{modes[0]} and --{modes[1]}: give one of them")
+    mode = modes[0] if modes else ""
+    why, without = MODES.get(mode, ("", ()))
+    for name in given:
+        flag = f"--{name.replace('_', '-')}"
+        if name in without:
+            raise InputError(f"--{mode}: {why}, leave {flag} out")
+        if mode not in NEEDS.get(name, (mode,)):
+            raise InputError(f"{flag}: means something only with --{' or --'.join(NEEDS[name])}")
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """`check` of what is counted from 1, and of what goes with one answer alone."""
     for name in ("rows", "answers", "prefill_chunk"):
         if (count := getattr(args, name)) < 1:
             raise InputError(f"--{name.replace('_', '-')} is {count}, expected a number from 1")
-    one = [name for name in ("input", "chat", "embed", "rerank", "stream", "draw")
-           if getattr(args, name)]  # fmt: skip
+    one = [name for name in ("stream", "draw") if getattr(args, name)]
     if args.answers > 1 and one:
         raise InputError(f"--answers: not with --{one[0]}")
 

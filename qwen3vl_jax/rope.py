@@ -24,9 +24,14 @@ def mrope_axes(section: tuple[int, ...], half: int) -> np.ndarray:
     return axes
 
 
-def mrope(cfg: TextConfig, positions: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
-    """positions [3 B T] -> cos and sin [B T 1 H/2], computed in fp32 and cast to dtype."""
-    inverse, scale = inverse_frequencies(cfg, positions)
+def mrope(
+    cfg: TextConfig, positions: jax.Array, dtype, longest: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """positions [3 B T] -> cos and sin [B T 1 H/2], computed in fp32 and cast to dtype.
+
+    longest: the largest position of rows of which these positions are a piece.
+    """
+    inverse, scale = inverse_frequencies(cfg, jnp.max(positions) if longest is None else longest)
     axes = mrope_axes(cfg.rope.mrope_section, cfg.head_dim // 2)
     angles = jnp.moveaxis(positions.astype(jnp.float32)[axes], 0, -1) * inverse
     cos, sin = jnp.cos(angles) * scale, jnp.sin(angles) * scale
@@ -50,11 +55,11 @@ def vision_rotary(head_dim: int, theta: float, coords: jax.Array) -> tuple[jax.A
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def inverse_frequencies(cfg: TextConfig, positions: jax.Array) -> tuple[jax.Array, float]:
+def inverse_frequencies(cfg: TextConfig, longest: jax.Array) -> tuple[jax.Array, float]:
     """The H/2 inverse frequencies in fp32 and the factor on cos and sin.
 
-    Only dynamic and longrope look at the positions: as in the reference, the longest row of the call
-    decides for all of it. Sources: linear and dynamic NTK (transformers), YaRN arXiv 2309.00071,
+    Only dynamic and longrope look at the largest position: as in the reference, the longest row of the
+    call decides for all of it. Sources: linear and dynamic NTK (transformers), YaRN arXiv 2309.00071,
     LongRoPE arXiv 2402.13753, Llama 3.1.
     """
     r, dim = cfg.rope, cfg.head_dim
@@ -64,13 +69,13 @@ def inverse_frequencies(cfg: TextConfig, positions: jax.Array) -> tuple[jax.Arra
         return jnp.asarray(1.0 / powers / np.float32(r.factor)), 1.0
     if r.rope_type == "dynamic":
         limit = cfg.max_position_embeddings
-        length = jnp.maximum(jnp.max(positions) + 1, limit).astype(jnp.float32)
+        length = jnp.maximum(longest + 1, limit).astype(jnp.float32)
         stretch = r.factor * length / limit - (r.factor - 1)
         return 1.0 / (r.theta * stretch ** (dim / (dim - 2))) ** exponents, 1.0
     if r.rope_type == "longrope":
         limit = r.original_max_position_embeddings
         short, long = (np.asarray(f, np.float32) * powers for f in (r.short_factor, r.long_factor))
-        beyond = jnp.max(positions) + 1 > limit
+        beyond = longest + 1 > limit
         return 1.0 / jnp.where(beyond, long, short), _longrope_scale(r)
     if r.rope_type == "yarn":
         return jnp.asarray(_yarn(r, powers, dim)), _yarn_scale(r)

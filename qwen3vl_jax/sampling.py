@@ -47,7 +47,7 @@ class Sampling:
         for name, (low, high, text) in ranges.items():
             given = getattr(self, name)
             try:
-                values = np.ravel(np.asarray(given, np.float32))  # as the device will see them
+                values = _numbers(given)
             except (TypeError, ValueError, OverflowError) as e:
                 raise InputError(f"{name} is {given!r}, expected {text}") from e
             for value in map(float, values):
@@ -68,6 +68,13 @@ class Sampling:
                 )
             out[field.name] = np.broadcast_to(value, (count,))
         return SamplingRows(**out)
+
+
+def _numbers(given) -> np.ndarray:
+    """The values as the device will see them; raises TypeError for "5" and True, which numpy takes."""
+    if np.asarray(given).dtype.kind in "bOSU":
+        raise TypeError("not numbers")
+    return np.ravel(np.asarray(given, np.float32))
 
 
 class SamplingRows(flax.struct.PyTreeNode):

@@ -23,10 +23,11 @@ CLIPS = ("pixel_values_videos", "video_grid_thw")
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """A cache of one row and the tokens [n] in it."""
+    """A cache of one row and the tokens [n] in it; ended: not cut off by a limit of tokens."""
 
     ids: np.ndarray
     cache: KVCache
+    ended: bool = True
 
 
 def take_turn(
@@ -36,6 +37,7 @@ def take_turn(
     kept: Kept | None = None,
     *,
     max_new_tokens: int,
+    stop: str | Sequence[str] = (),
     inputs: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Generator[str, None, tuple[str, Kept]]:
@@ -43,7 +45,8 @@ def take_turn(
 
     messages hold all turns so far, earlier ones unchanged since `kept` was made: what the rendered
     conversation shares with it from the start is not run again, pictures included. Give `kept` away.
-    inputs are options of Processor.inputs, options those of `stream`. Raises InputError.
+    stop: texts that end the answer before them. inputs are options of Processor.inputs, options those
+    of `stream`. Raises InputError.
     """
     arrays = proc.inputs(messages, **(inputs or {}))
     ids = arrays["input_ids"][0]
@@ -52,14 +55,15 @@ def take_turn(
     if room < 1:
         raise InputError(f"the conversation has {len(ids)} tokens and may have {limit} (max_len)")
     batch, cache = continue_from(proc.config, arrays, kept)
-    text, pieces, answer = TextStream(proc.tokenizer, ()), [], []
+    before = None if cache is None else ids[None, : int(cache.length[0])]
+    text, pieces, answer = TextStream(proc.tokenizer, stop), [], []
     chunks = stream(
-        params, proc.config, batch, cache=cache, max_new_tokens=room,
+        params, proc.config, batch, cache=cache, before=before, max_new_tokens=room,
         stop_ids=proc.stop_ids, **options,
     )  # fmt: skip
     while True:
         try:
-            new = next(chunks)[0].tolist()
+            new = chunks.send(None if text.stopped is None else np.array([True]))[0].tolist()
         except StopIteration as end:
             cache = end.value
             break
@@ -68,7 +72,8 @@ def take_turn(
         yield pieces[-1]
     pieces.append(text.flush())
     yield pieces[-1]
-    return "".join(pieces), Kept(np.append(ids, answer[:-1]).astype(ids.dtype), cache)
+    ended = text.stopped is not None or answer[-1] in proc.stop_ids
+    return "".join(pieces), Kept(np.append(ids, answer[:-1]).astype(ids.dtype), cache, ended)
 
 
 def continue_from(

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+
+from qwen3vl_jax.cli import memory_advice, parts
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.processing.pictures import load_image
 from qwen3vl_jax.processing.processor import Processor
-from qwen3vl_jax.session import take_turn
+from qwen3vl_jax.session import Kept, take_turn
 from qwen3vl_jax.structs import Params
 
 HELP = "/image PATH and /video PATH go with the next question; /new starts afresh; /quit ends"
+ADVICE = "/new, --max-pixels, --prefill-chunk, or --dtype bfloat16"
+Item = dict[str, Any]
+
+
+def looked(proc: Processor, item: Item, inputs: Mapping[str, Any] | None) -> Item:
+    """A picture or clip, read once for the whole chat; inputs as in `take_turn`. Raises InputError."""
+    names = ("allow_special", "template_vars")  # of the text
+    return proc.look(item, **{k: v for k, v in (inputs or {}).items() if k not in names})
 
 
 def converse(
     params: Params,
     proc: Processor,
     system: str | None = None,
-    waiting: list[dict[str, Any]] | None = None,
+    waiting: list[Item] | None = None,
     read: Callable[[str], str] = input,
     **options: Any,
 ) -> None:
@@ -29,7 +39,9 @@ def converse(
     a turn cannot use (no such file, a prompt too long) is told in one line, and the chat goes on.
     """
     opening = [{"role": "system", "content": system}] if system else []
-    messages, kept, waiting = list(opening), None, list(waiting or [])
+    inputs = options.get("inputs")
+    messages, kept = list(opening), None
+    waiting = [looked(proc, item, inputs) for item in waiting or ()]
     print(HELP, file=sys.stderr)
     while True:
         try:
@@ -41,40 +53,50 @@ def converse(
             return
         if command == "/new":
             messages, kept, waiting = list(opening), None, []
-        elif command in ("/image", "/video"):
-            try:
-                if command == "/image":
-                    load_image(rest.strip())
-                waiting.append({"type": command[1:], command[1:]: rest.strip()})
-            except InputError as e:
-                print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
-        elif command.startswith("/"):
-            print(f"error: {command}: {HELP}", file=sys.stderr)
-        elif line:
-            content = [*waiting, {"type": "text", "text": line}]
-            try:
-                answer, kept = _answered(
-                    take_turn(
-                        params,
-                        proc,
-                        [*messages, {"role": "user", "content": content}],
-                        kept,
-                        **options,
-                    )
-                )
-            except InputError as e:
-                print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
-                waiting = []
-                continue
-            messages += [{"role": "user", "content": content}, proc.parse(answer).message()]
-            waiting = []
-
-
-def _answered(turn: Any) -> Any:
-    """Prints the pieces of a turn and gives what it returns."""
-    while True:
+            continue
         try:
-            print(next(turn), end="", flush=True)
-        except StopIteration as end:
-            print(flush=True)
-            return end.value
+            if command in ("/image", "/video"):
+                item = {"type": command[1:], command[1:]: rest.strip()}
+                waiting.append(looked(proc, item, inputs))
+            elif command.startswith("/"):
+                raise InputError(f"{command}: {HELP}")
+            elif line:
+                content, waiting = [*waiting, {"type": "text", "text": line}], []
+                asked = [*messages, {"role": "user", "content": content}]
+                answer, kept = _answered(params, proc, asked, kept, options)
+                prompt = proc.render(asked)  # which may open a <think> for the answer
+                messages = [*asked, proc.parse(answer, prompt).message()]
+        except InputError as e:
+            print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+            kept = kept if kept and not _gone(kept) else None
+
+
+def _answered(
+    params: Params,
+    proc: Processor,
+    asked: list[Item],
+    kept: Kept | None,
+    options: Mapping[str, Any],
+) -> tuple[str, Kept]:
+    """Prints the pieces of a turn as they come and gives what it returns; raises InputError."""
+    seen = [item[item["type"]] for item in asked[-1]["content"] if item["type"] != "text"]
+    patches = sum(len(one.rows) for one in seen)
+    slots = options["max_new_tokens"] + patches // proc.config.vision.merge_unit
+    slots += 0 if kept is None else len(kept.ids)
+    turn = take_turn(params, proc, asked, kept, **options)
+    with memory_advice(parts(params, proc.config, slots, patches, "about"), ADVICE):
+        while True:
+            try:
+                print(next(turn), end="", flush=True)
+            except StopIteration as end:
+                print(flush=True)
+                answer, keep = end.value
+                break
+    if not keep.ended:
+        print("the answer was cut off (--max-new-tokens, --max-len)", file=sys.stderr)
+    return answer, keep
+
+
+def _gone(kept: Kept) -> bool:
+    """Whether a turn that failed had already given the cache's memory away."""
+    return any(isinstance(x, jax.Array) and x.is_deleted() for x in jax.tree.leaves(kept.cache))

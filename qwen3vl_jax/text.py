@@ -82,15 +82,24 @@ class Block(nn.Module):
 
 
 def decode_layers(
-    layers, cfg: TextConfig, x, positions, mix, deepstack=None, keep=None, remat="none"
+    layers,
+    cfg: TextConfig,
+    x,
+    positions,
+    mix,
+    deepstack=None,
+    keep=None,
+    remat="none",
+    longest=None,
 ):
     """Runs the decoder: x [B T D], positions [3 B T] -> (x before the final norm, what each layer kept).
 
     `mix(i, q, k, v)` attends in layer i. `deepstack` [n B T D] is added after layers 0 .. n-1, to the
     whole residual stream (zero rows where there is no vision). `keep(x, kept, routed)` picks what is
     returned in place of what mix kept; routed is how a sparse layer's router chose (moe.Routed).
+    longest: as in `mrope`.
     """
-    rotary = mrope(cfg, positions, x.dtype)
+    rotary = mrope(cfg, positions, x.dtype, longest)
 
     def body(x, layer, i):
         x, kept, routed = apply(Block(cfg), layer, x, rotary, lambda *qkv: mix(i, *qkv))

@@ -46,7 +46,7 @@ def test_pictures_and_frames_without_text_between_them():
 
 
 def test_buckets():
-    assert len(BUCKETS) <= 24 and BUCKETS[-1] >= 262_144
+    assert len(BUCKETS) <= 24 and BUCKETS[-1] >= 1 << 20  # the model card's 1M
     assert all(b <= 1.5 * a for a, b in itertools.pairwise(BUCKETS))
     assert bucket(1) == BUCKETS[0] and bucket(BUCKETS[3]) == BUCKETS[3]
     assert bucket(BUCKETS[3] + 1) == BUCKETS[4]
@@ -135,6 +135,11 @@ GRID = np.array([[1, 6, 10]])
         ({"attention_mask": np.ones((1, 5))}, ["attention_mask", "(1, 5)"]),
         ({"attention_mask": np.array([[1, 0] * 14])}, ["row 0", "14 runs"]),
         ({"input_ids": np.full(28, 9)}, ["input_ids", "[B T]"]),
+        ({"input_ids": [[5, 6], [7]]}, ["input_ids", "one length"]),
+        ({"input_ids": [["a"] * 28]}, ["input_ids", "integers"]),
+        ({"input_ids": None}, ["input_ids or inputs_embeds"]),
+        ({"input_ids": None, "inputs_embeds": np.zeros((1, 28, 40))}, ["left over", "image"]),
+        ({"image_grid_thw": [[1, 6], [1]]}, ["image_grid_thw", "one length"]),
         ({"position_ids": np.zeros((2, 1, 28))}, ["position_ids", "(2, 1, 28)"]),
         ({"segment_ids": np.array([[1] * 14 + [2] * 14])}, ["position_ids"]),
         ({"pixel_value": 3}, ["unknown", "pixel_value"]),
@@ -145,6 +150,12 @@ def test_what_does_not_fit_is_refused(changes, words):
         q3.make_batch(CFG, **row(**changes))
     message = str(error.value)
     assert "\n" not in message and all(w in message for w in words), message
+
+
+def test_no_grids_may_be_none_or_empty():
+    batch = q3.make_batch(CFG, **row("text", image_grid_thw=[], video_grid_thw=np.zeros((0, 3))))
+    np.testing.assert_array_equal(batch.tokens, q3.make_batch(CFG, **row("text")).tokens)
+    assert batch.vision_rows is None
 
 
 def test_too_few_and_interrupted_placeholders():

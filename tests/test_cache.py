@@ -60,6 +60,24 @@ def test_chunks_of_features_and_embeddings():
         q3.prefill(params, cfg, batch, 128, chunk=0)
 
 
+def test_a_filled_cache_goes_on_in_chunks():
+    """Rows of different length behind others, pictures cut anywhere: the same cache and logits."""
+    params, cfg = model()
+    batches = []
+    for names in (("text", "one_picture"), ("three_pictures", "text")):
+        rows = [tiny.inputs(tiny.config_dict("base", False), name) for name in names]
+        batches.append(q3.make_batch(cfg, **tiny.pad_batch(rows)))
+    cache, _ = ours.prefill(params, cfg, batches[0], 256)
+    run = jax.jit(q3.extend, static_argnames=("cfg", "chunk"))
+    want, logits = run(params, cfg, cache, batches[1])
+    got, pieces = run(params, cfg, cache, batches[1], chunk=7)
+    assert ours.worst(pieces, logits) < 1e-5
+    np.testing.assert_array_equal(got.length, want.length)
+    np.testing.assert_array_equal(got.delta, want.delta)
+    for mine, whole in zip([*got.k, *got.v], [*want.k, *want.v], strict=True):
+        assert ours.worst(mine, whole) < 1e-5
+
+
 def test_a_long_prompt_in_chunks_needs_a_third_of_the_memory():
     """32,768 tokens: the compiled program's temporary bytes, caches (its result) not counted."""
     _, cfg = model()

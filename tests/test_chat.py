@@ -129,6 +129,8 @@ def test_messages_become_plain_data():
         (user({}), "none"),
         (user({"type": "image", "image": "a", "url": "b"}), "several sources"),
         (user({"type": "image_url", "image_url": {"link": "b"}}), "url"),
+        (user({"type": "image", "image": "a", "max_pixel": 9}), "max_pixel, .* give max_pixels"),
+        (user({"type": "image", "images": "a"}), "images, which is unknown; give image"),
     ],
 )
 def test_bad_conversations(conversation, words):

@@ -70,6 +70,13 @@ def test_load_casts(copies, dtype):
         )
 
 
+@pytest.mark.parametrize("dtype", ["int8", "bogus", bool, "float8_e4m3fn", "complex64"])
+def test_load_casts_to_floats_only(copies, dtype):
+    """A cast without a scale would leave nothing of the weights."""
+    with pytest.raises(InputError, match=r"load: dtype is .*expected float32, bfloat16 or float16"):
+        load(copies[0], dtype=dtype)
+
+
 def test_params_do_not_change_with_their_file(copies):
     """What load gives is a copy: a file written over later does not reach it."""
     source, _ = copies
@@ -258,14 +265,21 @@ def test_hub_ids(copies, tmp_path):
     (other / "tokenizer.json").write_text('{"revision": "v2"}')
     for name in ("pytorch_model.bin", "picture.png"):
         (source / name).write_bytes(b"not asked for")
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    for name in ("config.json", "pytorch_model.bin"):
+        (pickled / name).write_text("{}")
     home = tmp_path / "home"
-    with hub.serve({"Qwen/Tiny": {"main": source, "v2": other}}) as server:
-        main, second, *errors = ask(
-            home, server.url, "Qwen/Tiny", "Qwen/Tiny v2", "Qwen/Tiny v3", "Qwen/None", "No/../id"
-        )
+    repos = {"Qwen/Tiny": {"main": source, "v2": other}, "Qwen/Old": {"main": pickled}}
+    with hub.serve(repos) as server:
+        main, second, *errors, old = ask(
+            home, server.url, "Qwen/Tiny", "Qwen/Tiny v2", "Qwen/Tiny v3", "Qwen/None", "No/../id",
+            "Qwen/Old",
+        )  # fmt: skip
         assert not any("pytorch_model" in line or "png" in line for line in server.asked)
         commit = server.commit("Qwen/Tiny", "v2")
     assert commit is not None
+    assert old.startswith("error: Qwen/Old: holds weights only as a pickle (pytorch_model.bin); ")
     assert errors == [
         "error: Qwen/Tiny at revision v3: the repository has no such revision",
         "error: Qwen/None: no such directory, and no such repository on the Hub",

@@ -59,6 +59,14 @@ def test_penalties_look_at_the_right_tokens():
     assert set(np.flatnonzero(kept[0][1][0])) == set(prompt("text")["input_ids"][0])
     assert not kept[0][2].any() and set(np.flatnonzero(kept[1][2][0])) == set(said)
     assert len(set(answer.tokens[0])) >= 3
+    cache, before = ours.prefill(*model(), batch, 256)[0], np.array([[3, *range(5, 17)]])
+    kept.clear()
+    options = {"cache": cache, "max_new_tokens": 1, "stop_ids": (), "logits_fn": watch}
+    with pytest.raises(q3.InputError, match=r"before: shape \(1, 12\), .* \(1, 13\)"):
+        next(q3.stream(*model(), batch, before=before[:, 1:], **options))
+    next(q3.stream(*model(), batch, before=before, **options))
+    jax.effects_barrier()
+    assert set(np.flatnonzero(kept[0][1][0])) == {*before[0], *prompt("text")["input_ids"][0]}
 
 
 def test_a_row_depends_on_its_own_seed_alone():
@@ -142,9 +150,18 @@ def test_the_cache_grows_and_nothing_changes():
 
 def test_packed_rows_are_refused():
     batch = batch_of("text")
-    packed = batch.replace(segment_ids=np.where(np.arange(32) < 6, 1, 2)[None])
+    packed = batch.replace(segment_ids=np.where(np.arange(batch.tokens.shape[1]) < 6, 1, 2)[None])
     with pytest.raises(q3.InputError, match="packed"):
         generate(packed)
+
+
+def test_embeddings_without_tokens():
+    """The tokens' answer, and no id that a penalty could have seen."""
+    params, cfg = model()
+    embeds = np.asarray(params["embed"])[prompt("text")["input_ids"]]
+    batch = q3.make_batch(cfg, inputs_embeds=embeds)
+    assert (batch.tokens[batch.segment_ids > 0] == cfg.text.vocab_size).all()
+    np.testing.assert_array_equal(generate(batch).tokens, generate(batch_of("text")).tokens)
 
 
 def test_copies_are_the_answers_that_their_seeds_give():

@@ -88,6 +88,15 @@ def test_smart_resize_golden(size, expected, tokens):
     assert expected[0] * expected[1] // 32**2 == tokens
 
 
+def test_a_size_of_its_own():
+    """resized_height and resized_width of qwen-vl-utils: whole tokens, in place of the limits."""
+    picture = np.zeros((100, 300, 3), np.uint8)
+    for given, grid in (((80, 50), (1, 4, 4)), ((20, 70), (1, 4, 8)), ((640, 96), (1, 40, 6))):
+        sides = {"resized_height": given[0], "resized_width": given[1]}
+        assert preprocess(picture, max_pixels=4096, **sides)[1] == grid
+    refused(lambda: preprocess(picture, resized_width=64), "give both resized_height")
+
+
 def test_smart_resize_keeps_its_promises():
     rng = np.random.default_rng(0)
     for _ in range(2000):

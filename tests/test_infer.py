@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import infer
+import qwen3vl_jax as q3
 import qwen3vl_jax.__main__ as about
 from convert.peft import save_adapter
 from convert.places import Adapter, places
@@ -231,6 +232,21 @@ BAD = {
     "rerank nothing": (lambda: ("--rerank", "--prompt", "hi"), ["--document"]),
     "embed nothing": (lambda: ("--embed",), ["--embed", "--prompt"]),
     "two at once": (lambda: ("--embed", "--rerank"), ["one of them"]),
+    "embed and stop": (lambda: ("--embed", *ASK, "--stop", "9"), ["--embed", "leave --stop out"]),
+    "embed and system": (lambda: ("--embed", *ASK, "--system", "s"), ["leave --system out"]),
+    "rerank and dims": (
+        lambda: ("--rerank", *ASK, "--document", "x", "--dims", 3),
+        ["--dims", "only with --embed"],
+    ),
+    "chat and answers": (lambda: ("--chat", "--answers", 2), ["--chat", "leave --answers out"]),
+    "rows alone": (lambda: (*ASK, "--rows", 2), ["--rows", "only with --input"]),
+    "instruction alone": (lambda: (*ASK, "--instruction", "x"), ["--embed or --rerank"]),
+    "chat about no file": (lambda: ("--chat", "--image", "gone.png"), ["gone.png: ", "no such"]),
+    "chat about no clip": (lambda: ("--chat", "--video", "gone.mp4"), ["gone.mp4: ", "no such"]),
+    "no number": (lambda: (*ASK, "--temperature", "abc"), ["--temperature", "'abc'"]),
+    "no choice": (lambda: (*ASK, "--dtype", "x"), ["--dtype", "'x'", "float16"]),
+    "no option": (lambda: (*ASK, "--nosuch"), ["--nosuch", "--help"]),
+    "nothing to ask of no checkpoint": (lambda: ("--ckpt", "./gone"), ["gone: no such directory"]),
     "too many dims": (lambda: ("--embed", "--prompt", "hi", "--dims", 999), ["dims is 999", "192"]),
     "no reranker": (lambda: ("--rerank", "--prompt", "a", "--document", "b"), ["yes", "no"]),
     "no fp8 weights": (lambda: (*ASK, "--weights", "fp8"), ["no FP8 weights", "int8"]),
@@ -245,10 +261,12 @@ BAD = {
 def test_bad_input_is_one_line_and_code_2_and_writes_nothing(case, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(Path.cwd() / "empty"))
     make, words = BAD[case]
-    options = make()
+    options = [str(option) for option in make()]
+    if not {"--draw", "--embed", "--rerank", "--chat"}.intersection(options):
+        options += ["--draw", "drawn.png"]
     before = sorted(Path.cwd().rglob("*"))
     with pytest.raises(SystemExit) as stop:
-        infer.main([*map(str, options), *(() if "--draw" in options else ("--draw", "drawn.png"))])
+        infer.main(options)
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and out == ""
     assert err.startswith("error: ") and err.count("\n") == 1, err
@@ -275,6 +293,43 @@ def test_out_of_memory_is_one_line_with_bytes_and_the_option_that_helps():
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.")
     with pytest.raises(RuntimeError, match="other"), memory_advice({}, ""):
         raise RuntimeError("other")
+
+
+@pytest.mark.parametrize("mode", ["", "--chat", "--embed", "--input"])
+def test_weights_without_room_are_one_line(mode, capsys, monkeypatch):
+    """Whatever is asked of them."""
+
+    def full(args, directory):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.")
+
+    monkeypatch.setattr(infer, "load", full)
+    Path("in.jsonl").write_text('{"messages": []}')
+    options = {"--embed": ["--prompt", "hi"], "--input": ["in.jsonl", "--output", "out.jsonl"]}
+    with pytest.raises(SystemExit) as stop:
+        infer.main([*filter(None, [mode]), *options.get(mode, [])])
+    err = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2
+    assert err[-1].startswith("error: out of memory: checkpoint on disk 0.01 GiB; lower it with")
+
+
+def test_work_without_room_is_told_by_part(capsys, monkeypatch):
+    """A batch file's rows and pictures, an embedding's pictures."""
+
+    def full(params, cfg, batch, dims=None, **options):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.")
+
+    monkeypatch.setattr("qwen3vl_jax.engine.generate_many", full)
+    monkeypatch.setattr(q3, "embed", full)
+    Path("in.jsonl").write_text('{"messages": []}')
+    for options, words in (
+        (["--input", "in.jsonl", "--output", "out.jsonl"], "cache (at most) 0.16 GiB, pictures"),
+        (["--embed", "--image", str(infer.DEMO_PICTURE)], "pictures (about) 0.00 GiB"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            infer.main(options)
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and "error: out of memory: weights 0.0" in err, err
+        assert words in err, err
 
 
 def test_embed_prints_a_unit_vector(capsys):

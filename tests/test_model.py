@@ -34,7 +34,7 @@ class Tiny:
 
 @functools.cache
 def model(moe=False, rope="default"):
-    return ours.build(Tiny(moe=moe, rope=rope))
+    return ours.build(Tiny("base" if rope == "default" else "golden", moe, rope))
 
 
 def inputs(row, seed=0, variant="base"):
@@ -82,25 +82,45 @@ def test_hidden_states_and_attentions_of_4_57_1(name):
     np.testing.assert_array_equal(got, out["greedy"])
 
 
-@pytest.mark.parametrize(
-    ("moe", "rope"), [(False, "default"), (True, "default"), (False, "yarn"), (False, "llama3")]
-)
+# dynamic and longrope below their limit: beyond it the reference differs too
+EVERY = [(False, "default"), (True, "default")]
+EVERY += [(False, rope) for rope in ("linear", "dynamic", "yarn", "longrope", "llama3")]
+
+
+@pytest.mark.parametrize(("moe", "rope"), EVERY)
 def test_forward_is_prefill_and_decode_at_every_position(moe, rope):
+    """Row n of one batch is prefilled with the first n tokens, the picture cut anywhere, and decoded on."""
     params, cfg = model(moe, rope)
-    row = inputs([("text", 4), ("image", (1, 3, 5)), ("text", 17)])
-    want = np.asarray(ours.forward(params, cfg, q3.make_batch(cfg, **row)))[0]
-    total, head = row["input_ids"].shape[1], 4 + 17
-    start = {
-        **row,
-        **{k: row[k][:, :head] for k in ("input_ids", "attention_mask", "mm_token_type_ids")},
-    }
-    cache, logits = ours.prefill(params, cfg, q3.make_batch(cfg, **start), 64)
-    got = [logits[0]]
-    for at in range(head, total - 1):
-        token = jnp.asarray(row["input_ids"][:, at], jnp.int32)
-        cache, logits = ours.decode_step(params, cfg, cache, token)
-        got.append(logits[0])
-    assert ours.worst(np.stack(got), want[head - 1 : total - 1]) < 1e-5
+    row = inputs([("text", 4), ("image", (1, 3, 5)), ("text", 17)], variant="golden")
+    whole = q3.make_batch(cfg, **row, pad=False)
+    want = np.asarray(ours.forward(params, cfg, whole))[0]
+    total, ids = len(want), row["input_ids"][0]
+    place = np.asarray(whole.positions)[:, 0]  # [3 T]
+    assert place.max() < tiny.ROPE_LIMIT
+
+    def repeat(x, axis=0):
+        return np.repeat(x, total - 1, axis=axis)
+
+    heads = np.arange(1, total)  # tokens of each row, all but the last one at most
+    starts = whole.replace(
+        tokens=repeat(whole.tokens), positions=repeat(whole.positions, 1),
+        segment_ids=(np.arange(total) < heads[:, None]).astype(np.int32),
+        vision_rows=repeat(whole.vision_rows), delta=place[0, 1:] - heads,
+    )  # fmt: skip
+    cache, logits = ours.prefill(params, cfg, starts, 64)
+    assert ours.worst(logits, want[:-1]) < 1e-5
+    text, good, steps = np.asarray(whole.vision_rows)[0] < 0, heads > 0, 0
+    for at in (np.minimum(heads + step, total - 1) for step in range(total)):
+        good &= text[at] & (
+            heads + steps < total
+        )  # rows that have met text alone, before their end
+        if not good.any():
+            break
+        cache, logits = ours.decode_step(params, cfg, cache, jnp.asarray(ids[at], jnp.int32))
+        cache = cache.replace(length=cache.length - ~good)  # the others stay below the limit
+        assert ours.worst(logits[good], want[at[good]]) < 1e-5
+        steps += 1
+    assert steps == 18
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -242,6 +262,10 @@ def test_some_logits_only_and_kept_features_and_embeddings():
     ):
         last = ours.forward(params, cfg, wide, logits_to_keep=2)[0]  # attended tokens, not padding
         np.testing.assert_allclose(last, want[0, -2:], atol=1e-4)
+    many = functools.partial(q3.forward, cfg=cfg, logits_to_keep=99)
+    assert jax.eval_shape(many, params, batch=batch).shape == want.shape
+    with pytest.raises(q3.InputError, match="logits_to_keep is -1"):
+        jax.eval_shape(functools.partial(many, logits_to_keep=-1), params, batch=batch)
     some = q3.forward(params, cfg, batch, logits_to_keep=jnp.array([0, 21, 5]))
     np.testing.assert_allclose(some, want[:, [0, 21, 5]], atol=1e-5)
     features = ours.vision_encode(params, cfg, batch.vision)

@@ -10,9 +10,15 @@ import tiny
 import qwen3vl_jax as q3
 
 BOUND = 2e-5
-SHAPES = [(v, False) for v in tiny.VARIANTS] + [
-    (v, True) for v in ("base", "mqa", "tied", "four_taps")
-]
+SPARSE = (
+    "base",
+    "four_taps",
+    "mha_bias_no_taps",
+    "mqa_tied_one_tap",
+)  # each shape, dense ones alone
+SHAPES = [(v, False) for v in tiny.VARIANTS if v not in SPARSE[2:]] + [(v, True) for v in SPARSE]
+ROPES = [(rope, False) for rope in tiny.ROPES if rope != "default"]
+ROPES += [(rope, True) for rope in ("linear", "dynamic", "yarn", "longrope", "llama3")]
 
 
 @pytest.mark.parametrize(("variant", "moe"), SHAPES)
@@ -38,9 +44,9 @@ def test_logits_and_features(variant, moe):
             assert ours.worst(mine[: len(theirs)], theirs) < BOUND
 
 
-@pytest.mark.parametrize("rope", [r for r in tiny.ROPES if r != "default"])
-def test_rope_types_below_and_above_their_limit(rope):
-    ref = reference.build("base", False, rope)
+@pytest.mark.parametrize(("rope", "moe"), ROPES)
+def test_rope_types_below_and_above_their_limit(rope, moe):
+    ref = reference.build("golden", moe, rope)
     params, cfg = ours.build(ref)
     for row, above in (("short", False), ("long", True)):
         inputs = tiny.inputs(ref.config, row)
@@ -48,19 +54,20 @@ def test_rope_types_below_and_above_their_limit(rope):
         want = reference.logits(ref, inputs)
         got = ours.forward(params, cfg, q3.make_batch(cfg, **inputs))[:, : want.shape[1]]
         assert ours.worst(got, want) < BOUND
-    plain = reference.build("base", False, "plain")
+    plain = reference.build("golden", moe, "plain")
     if rope != "plain":
         assert ours.worst(want, reference.logits(plain, inputs)) > 1e-3  # the scaling shows
 
 
-def test_yarn_in_chunks_equals_transformers():
-    """The model card's recipe for long context: YaRN, beyond the original limit."""
-    ref = reference.build("base", False, "yarn")
+@pytest.mark.parametrize("rope", ["yarn", "dynamic", "longrope"])
+def test_chunks_beyond_the_limit_equal_transformers(rope):
+    """YaRN is the model card's recipe for long context; the others look at the longest position."""
+    ref = reference.build("golden", False, rope)
     params, cfg = ours.build(ref)
     inputs = tiny.inputs(ref.config, "long")
     want = reference.logits(ref, inputs)[:, -1]
     run = jax.jit(q3.prefill, static_argnames=("cfg", "max_len", "chunk"))
-    got = run(params, cfg, q3.make_batch(cfg, **inputs), 64, chunk=32)[1]
+    got = run(params, cfg, q3.make_batch(cfg, **inputs), 64, chunk=16)[1]
     assert ours.worst(got, want) < BOUND
 
 
@@ -88,9 +95,10 @@ def test_greedy_64_tokens(moe):
         np.testing.assert_array_equal(answer.tokens, got)
 
 
+@pytest.mark.parametrize("moe", [False, True])
 @pytest.mark.parametrize("seed", range(5))
-def test_bf16_is_no_noisier_than_the_reference(seed):
-    ref = reference.build("base", bool(seed % 2), seed=seed)
+def test_bf16_is_no_noisier_than_the_reference(seed, moe):
+    ref = reference.build("base", moe, seed=seed)
     params, cfg = ours.build(ref, "bfloat16")
     inputs = tiny.inputs(ref.config, "three_pictures", seed)
     batch = q3.make_batch(cfg, **inputs)

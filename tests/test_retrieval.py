@@ -1,11 +1,14 @@
 """The conversations of the embedding model and the reranker."""
 
+import clips
 import pytest
 import toy_checkpoint as toy
+from PIL import Image
 
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.processing.retrieval import (
+    document,
     embed_conversation,
     rerank_conversation,
     yes_no_ids,
@@ -66,3 +69,15 @@ def test_yes_and_no(proc):
     assert yes_no_ids(Words()) == (7, 9)
     with pytest.raises(InputError, match="not a reranker"):
         yes_no_ids(proc.tokenizer)
+
+
+def test_documents(tmp_path):
+    """Of a command line: long text is text, and files are told apart by what they hold."""
+    long = "a b " * 200
+    assert document(long) == {"text": long} and document("x.png") == {"text": "x.png"}
+    assert document("a\0b") == {"text": "a\0b"}
+    film = str(clips.write(tmp_path / "film.mp4", clips.bars(4)).rename(tmp_path / "film.png"))
+    assert document(film) == {"video": film}
+    picture = str(tmp_path / "picture.mp4")
+    Image.new("L", (9, 9)).save(picture, "PNG")
+    assert document(picture) == {"image": picture}

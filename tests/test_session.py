@@ -1,12 +1,16 @@
 """A conversation with its cache kept: the vision tower runs once a picture, answers are the same."""
 
+import dataclasses
+import shutil
+
 import clips
+import jax
 import numpy as np
 import pytest
 
 import qwen3vl_jax as q3
 from demo import evaluate, examples
-from qwen3vl_jax import generation, session, terminal
+from qwen3vl_jax import cache, generation, session, terminal
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +42,15 @@ def finish(turn):
             return pieces, end.value
 
 
-def anew(params, proc, messages, count):
+def anew(params, proc, messages, count, **options):
     batch = proc(messages)
-    out = q3.generate(params, proc.config, batch, max_new_tokens=count, stop_ids=proc.stop_ids)
+    out = q3.generate(
+        params, proc.config, batch, max_new_tokens=count, stop_ids=proc.stop_ids, **options
+    )
     return proc.decode(out.tokens[0, : out.lengths[0]])
 
 
+GRID = str(evaluate.CHECKPOINT.parent / "pictures" / "grid.png")
 TURNS = (
     [picture(3), text("Read the digits.")],
     [text("How many digits are there?")],
@@ -53,10 +60,21 @@ TURNS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("count", [40, 6])  # to the end of answers, and cut off
-def test_each_turn_answers_as_the_whole_conversation(demo, monkeypatch, count):
+PENALTIES = q3.Sampling(0.7, top_k=5, repetition_penalty=4.0)  # of earlier turns too
+
+
+@pytest.mark.parametrize(
+    ("count", "chunk", "sampling"),  # to the end of answers; cut off, and each turn in pieces
+    [(40, None, None), (6, 16, None), (12, None, PENALTIES)],
+)
+def test_each_turn_answers_as_the_whole_conversation(demo, monkeypatch, count, chunk, sampling):
     """Five turns, pictures and a clip among them; the tower's calls and patches are counted."""
     proc, params = demo
+    pieces = []
+    monkeypatch.setattr(
+        cache, "_fill_in_chunks",
+        lambda *given, fill=cache._fill_in_chunks: pieces.append(given[-1]) or fill(*given),
+    )  # fmt: skip
     encoded, encode = [], generation.encode
     monkeypatch.setattr(
         generation, "encode",
@@ -66,15 +84,18 @@ def test_each_turn_answers_as_the_whole_conversation(demo, monkeypatch, count):
     for number, items in enumerate(TURNS):
         messages.append(user(*items))
         encoded.clear()
-        pieces, (answer, kept) = finish(
-            session.take_turn(params, proc, messages, kept, max_new_tokens=count)
-        )
-        assert "".join(pieces) == answer
+        turn = session.take_turn(
+            params, proc, messages, kept, max_new_tokens=count, prefill_chunk=chunk,
+            sampling=sampling, seed=number,
+        )  # fmt: skip
+        texts, (answer, kept) = finish(turn)
+        assert "".join(texts) == answer
         seen = any(item["type"] != "text" for item in items)
         assert len(encoded) == seen, number
-        assert answer == anew(params, proc, messages, count), number
+        assert answer == anew(params, proc, messages, count, sampling=sampling, seed=number), number
         assert len(kept.ids) == int(kept.cache.length[0])
         messages.append(proc.parse(answer).message())
+    assert set(pieces) == ({chunk} if chunk else set())
 
 
 def test_only_what_is_new_is_run(demo):
@@ -106,23 +127,83 @@ def test_an_earlier_turn_that_changed_is_run_again(demo):
     assert again == anew(params, proc, changed, 40)
 
 
-def test_chat_in_the_terminal(demo, capsys):
-    """Commands, questions, what cannot be used, and the end of input; a room that is too small."""
+def test_a_stop_text_ends_a_turn(demo):
+    """The answer ends before it, and what came after it in the cache is not gone on from."""
     proc, params = demo
-    grid = str(evaluate.CHECKPOINT.parent / "pictures" / "grid.png")
-    lines = ["Read the digits.", "/image gone.png", "", "/what", "How many digits are there?",
-             "/new", f"/image {grid}", "Count the digits."]  # fmt: skip
+    messages = [user({"type": "image", "image": GRID}, text("Read the digits."))]
+    _, (answer, kept) = finish(
+        session.take_turn(params, proc, messages, max_new_tokens=40, stop=["8", "7"])
+    )
+    assert answer == "5 6 " and kept.ended  # of "5 6 8 9\n.."
+    prompt = proc.inputs(messages)["input_ids"].size
+    messages += [{"role": "assistant", "content": answer}, user(*TURNS[1])]
+    _, cache = session.continue_from(proc.config, proc.inputs(messages), kept)
+    start = int(cache.length[0])
+    assert proc.decode(kept.ids[prompt:start]).strip() == "5 6" and start < len(kept.ids)
+
+
+def typed(*lines):
+    """What reads these lines, then the end of input."""
+    rest = iter(lines)
+
+    def read(prompt):
+        try:
+            return next(rest)
+        except StopIteration:
+            raise EOFError from None
+
+    return read
+
+
+def test_a_chat_goes_on(demo, capsys, monkeypatch):
+    """After reasoning that was cut off, which is no content; and after a turn without room."""
+    proc, params = demo
+    thinking = type(proc.template)({"default": proc.template.text(False) + "<think>\n"})
+    proc = dataclasses.replace(proc, template=thinking)
+    asked = []
+
+    def turn(params, proc, messages, kept, **options):
+        asked.append((list(messages), kept))
+        if len(asked) == 2:
+            kept.cache["keys"].delete()  # given away, as a turn gives it
+            raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.")
+        yield "hm"
+        return "hm", session.Kept(np.zeros(5, int), {"keys": jax.numpy.ones(3)}, False)
+
+    monkeypatch.setattr(terminal, "take_turn", turn)
+    read = typed("one", "two", "three")
+    terminal.converse(params, proc, None, [], read, max_new_tokens=2)
+    out, err = capsys.readouterr()
+    assert out == "hm\nhm\n" and err.count("the answer was cut off") == 2
+    assert "error: out of memory: weights 0.0" in err and "lower it with /new, " in err
+    thought = {"role": "assistant", "content": "", "reasoning_content": "hm"}
+    assert [m for m in asked[2][0] if m["role"] == "assistant"] == [thought]
+    assert [kept is None for _, kept in asked] == [True, False, True]
+
+
+def test_chat_in_the_terminal(demo, capsys, tmp_path):
+    """Commands, questions, what cannot be used, and the end of input; a room that is too small.
+
+    A picture's file is read once: it may go while the chat goes on.
+    """
+    proc, params = demo
+    first = shutil.copy(GRID, tmp_path / "first.png")
+    lines = ["Read the digits.", "/image gone.png", "/video gone.mp4", "", "/what",
+             "How many digits are there?", "/new", f"/image {GRID}", "Count the digits."]  # fmt: skip
 
     def read(prompt):
         if not lines:
             raise EOFError
+        if len(lines) == 8:
+            first.unlink()
         return lines.pop(0)
 
-    media = [{"type": "image", "image": grid}]
+    media = [{"type": "image", "image": str(first)}]
     terminal.converse(params, proc, None, media, read, max_new_tokens=40)
     out, err = capsys.readouterr()
     assert out == "5 6 8 9\n5 5 0 2\n9 9 0 4\n12\n12\n"
-    assert "error: gone.png: " in err and "error: /what: " in err and err.count("error") == 2
+    assert "error: gone.png: " in err and "error: /what: " in err and err.count("error") == 3
+    assert "error: gone.mp4: " in err and "cut off" not in err
     turn = session.take_turn(params, proc, [user(*TURNS[0])], max_new_tokens=9, max_len=20)
     with pytest.raises(q3.InputError, match=r"may have 20 \(max_len\)"):
         next(turn)

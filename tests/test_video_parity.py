@@ -179,6 +179,10 @@ def test_models_on_clips(both, moe, form):
     assert ours.worst(logits[mask], reference.logits(ref, inputs)[mask]) < BOUND
     want, chosen = reference.greedy(ref, inputs, 64)
     assert min(len(set(row)) for row in want.tolist()) > 20
+    top = np.sort(chosen, -1)
+    assert (top[..., -1] - top[..., -2]).min() > 1e-4
+    blank, _ = reference.greedy(ref, tiny.blank(inputs), 16)
+    assert (blank != want[:, :16]).any(1).all()
     tokens, steps = ours.greedy(params, cfg, batch, 64, slots=1024)
     np.testing.assert_array_equal(tokens, want)
     assert max(ours.worst(steps[:, t], chosen[:, t]) for t in range(64)) < BOUND

@@ -187,6 +187,8 @@ def test_what_is_refused(tmp_path):
     playlist = tmp_path / "list.m3u8"
     playlist.write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3,\n{whole}\n#EXT-X-ENDLIST\n")
     one = clips.write(tmp_path / "one.mp4", clips.waves(1, 64, 64))
+    still = tmp_path / "still.gif"
+    Image.fromarray(clips.waves(1, 32, 32)[0]).save(still)
     frames = list(clips.waves(4, 32, 32))
     for source, options, words in (
         (tmp_path / "gone.mp4", {}, r"gone\.mp4: cannot read this video: no such file"),
@@ -198,6 +200,7 @@ def test_what_is_refused(tmp_path):
         (clips.write_sound(tmp_path / "a.m4a"), {}, r"a\.m4a: no video in this file, it holds audio"),
         (one, {}, r"one\.mp4: .*1 frame.* as a picture"),
         (one, {"do_resize": False}, "1 frame.* as a picture"),
+        (still, {}, r"still\.gif: .*1 frame.* as a picture"),
         (whole, {"fps": 2, "num_frames": 4}, "both given"),
         (whole, {"num_frames": 99}, r"a\.mkv: .*99 for a clip of 30 frames"),
         (whole, {"fps": 0}, "video setting fps is 0"),
@@ -215,6 +218,11 @@ def test_what_is_refused(tmp_path):
         (np.array(frames), {"video_metadata": {"fps": 2, "total_num_frames": 9}}, "array of 4"),
         (frames, {"video_metadata": {"fps": 2}, "sample_fps": 2}, "both given"),
         (frames, {"sample_fps": "2"}, "expected frames a second"),
+        (frames, {"sample_fps": np.inf}, "fps is inf, expected frames a second"),
+        (frames, {"video_metadata": {"fps": 2, "frames_indices": ["a"] * 4}}, "whole numbers"),
+        (frames, {"video_metadata": {"fps": 2, "frames_indices": [0, 1, 2, 3.5]}}, "whole numbers"),
+        (frames, {"video_metadata": {"fps": 2, "frames_indices": [[0], [1, 2]]}}, "whole numbers"),
+        (whole, {"resized_height": 64}, "both resized_height and resized_width"),
         (frames[:1], {"fps": 1}, "as a picture"),
         ([], {"fps": 1}, "no frame"),
         ([frames[0], frames[1][:16]], {"fps": 1}, "frame 1 has 32 x 16 pixels and the first 32 x 32"),
@@ -292,6 +300,9 @@ def test_each_clip_has_its_own_options(proc, tmp_path):
     size = {"size": {"shortest_edge": 64, "longest_edge": 6 * 32 * 48}}
     assert grid(size, {"max_frames": 4}, {"fps": 5}, {"num_frames": 3}) == [
         [3, 8, 12], [2, 16, 24], [8, 16, 24], [2, 16, 24]]  # fmt: skip
+    assert grid({"nframes": 5}, {"nframes": 7}, videos_kwargs={"fps": 5}) == [
+        [2, 16, 24], [4, 16, 24]]  # fmt: skip
+    assert grid({"resized_height": 30, "resized_width": 45}) == [[3, 8, 12]]
     cut = {"video_start": 1.0, "video_end": 2.0, "fps": 10}
     (used,) = proc.inputs([user({"video": path, **cut})])["video_metadata"]
     assert used.indices == tuple(range(10, 21)) and used.timestamps[0] == 1.05
@@ -301,6 +312,10 @@ def test_each_clip_has_its_own_options(proc, tmp_path):
         (large, small, "min_pixels 147456 is above max_pixels 9216"),
         ({"max_pixels": 0}, {}, "max_pixels is 0"),
         ({"crop_size": 8}, {}, "crop_size: it has no effect"),
+        ({"total_pixels": 9999}, {}, "total_pixels, which is unknown; give max_pixels"),
+        ({"max_frame": 8}, {}, "max_frame, which is unknown; give max_frames"),
+        ({"nframes": 0}, {}, "nframes is 0"),
+        ({"nframes": 4, "num_frames": 4}, {}, "nframes and num_frames"),
         ({}, {"do_center_crop": True}, "do_center_crop: it has no effect"),
     ):
         with pytest.raises(InputError, match=words):

@@ -76,6 +76,16 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {},
     ),
     "activations": ({"hidden_act": "gelu"}, {"hidden_act": "silu"}, {}),
+    "mha_bias_no_taps": (
+        {"num_key_value_heads": 6, "attention_bias": True},
+        {"deepstack_visual_indexes": []},
+        {},
+    ),
+    "mqa_tied_one_tap": (
+        {"num_key_value_heads": 1},
+        {"deepstack_visual_indexes": [3], "num_position_embeddings": 25},
+        {"tie_word_embeddings": True},
+    ),
     "golden": (
         {"num_hidden_layers": 3, "num_attention_heads": 4, "head_dim": 16},
         {"depth": 3, "deepstack_visual_indexes": [0, 1]},

@@ -22,14 +22,14 @@ from qwen3vl_jax.structs import Batch, VisionInputs
 
 
 def _table() -> tuple[int, ...]:
-    sizes = [32]
-    while sizes[-1] < 262_144:
-        step = 8 if sizes[-1] < 512 else 64
+    sizes = [96]
+    while sizes[-1] < 1 << 20:
+        step = 8 if sizes[-1] < 4096 else 64
         sizes.append(int(sizes[-1] * 1.5) // step * step)
     return tuple(sizes)
 
 
-BUCKETS = _table()  # 24 sizes from 32 to over 262,144, neighbours at most 1.5x apart
+BUCKETS = _table()  # 24 sizes from 96 to over 2^20, neighbours at most 1.5x apart
 
 
 def bucket(count: int) -> int:
@@ -113,7 +113,7 @@ _DROPPED = ("mm_token_type_ids", "token_type_ids", "second_per_grid_ts", "video_
 def make_batch(
     cfg: Config,
     *,
-    input_ids,
+    input_ids=None,
     attention_mask=None,
     pixel_values=None,
     image_grid_thw=None,
@@ -129,16 +129,17 @@ def make_batch(
     """What a processor returns (ours, or transformers' 4.57 and 5; any array type) -> Batch.
 
     Rows are padded on the right to a bucket unless pad is False; they may be padded left or right
-    already. position_ids [B T] or [3 B T] and segment_ids [B T] (0 padding, 1.. packed samples) are for
-    those who make their own; grids without pixels are for a call with `features=`. Raises InputError
-    for what does not fit together.
+    already. inputs_embeds [B T D] stand in for input_ids, or beside them for their embeddings (pictures
+    and penalties need the ids). position_ids [B T] or [3 B T] and segment_ids [B T] (0 padding, 1..
+    packed samples) are for those who make their own; grids without pixels are for a call with
+    `features=`. Raises InputError for what does not fit together.
     """
     unknown = [k for k in dropped if k not in _DROPPED]
     if unknown:
         raise InputError(f"make_batch: unknown arguments {', '.join(unknown)}")
-    ids, mask = ids_and_mask(input_ids, attention_mask)
+    ids, mask = ids_and_mask(_ids(cfg, input_ids, inputs_embeds), attention_mask)
     segments = _segments(mask, segment_ids)
-    labels = _checked_rows(cfg, ids, mask, labels)
+    labels = _checked_rows(cfg, ids, mask, labels, input_ids is not None)
     embeds = _embeds(cfg, ids, inputs_embeds)
     if position_ids is None:
         if segments.max(initial=0) > 1:
@@ -182,6 +183,15 @@ def host_array(x: Any) -> np.ndarray:
         return np.asarray(x.float())
 
 
+def _ids(cfg: Config, input_ids, inputs_embeds) -> Any:
+    """input_ids, or ids past the vocabulary where there are embeddings alone: they are no tokens."""
+    if input_ids is not None:
+        return input_ids
+    if inputs_embeds is None:
+        raise InputError("make_batch: expected input_ids or inputs_embeds, found neither")
+    return np.full(host_array(inputs_embeds).shape[:2], cfg.text.vocab_size)
+
+
 def _embeds(cfg: Config, ids: np.ndarray, inputs_embeds) -> np.ndarray | None:
     """Embeddings [B T D] in place of the tokens', checked."""
     if inputs_embeds is None:
@@ -192,14 +202,16 @@ def _embeds(cfg: Config, ids: np.ndarray, inputs_embeds) -> np.ndarray | None:
     return embeds
 
 
-def _checked_rows(cfg: Config, ids: np.ndarray, mask: np.ndarray, labels) -> np.ndarray | None:
-    """The labels [B T], once ids and labels are known to be those of rows that hold something."""
+def _checked_rows(
+    cfg: Config, ids: np.ndarray, mask: np.ndarray, labels, given: bool
+) -> np.ndarray | None:
+    """The labels [B T], once labels and given ids are known to be those of rows that hold something."""
     size = cfg.text.vocab_size
     if not mask.any(axis=1).all() or not ids.size:
         empty = int(np.argmin(mask.any(axis=1))) if ids.size else 0
         raise InputError(f"input_ids: row {empty} of shape {ids.shape} has no attended token")
     wrong = ids[mask & ((ids < 0) | (ids >= size))]
-    if wrong.size:
+    if wrong.size and given:
         raise InputError(f"input_ids: token {wrong[0]} is outside the vocabulary of {size}")
     if labels is None:
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from PIL import Image
 
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing import videos as clip_settings
-from qwen3vl_jax.processing.images import OVERRIDES
+from qwen3vl_jax.processing.images import OVERRIDES, whole
 
 _PICTURE_KEYS = ("image", "image_url", "url", "path", "base64")
 _PICTURE_TYPES = ("image", "image_url", "input_image")
@@ -20,6 +21,7 @@ _CLIP_TYPES = ("video", "video_url", "input_video")
 _TEXT_TYPES = ("text", "input_text", "output_text")
 _ROLES = ("system", "user", "assistant", "tool", "developer", "function")
 _RIVALS = {"fps": "num_frames", "num_frames": "fps"}
+_NOT_OURS = {"total_pixels": "max_pixels, which bounds all frames of a clip together"}
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -83,17 +85,35 @@ def _item(item: Any, media: list[Medium], where: str) -> dict[str, Any]:
     kind = given.get("type", "")
     if kind in _CLIP_TYPES or (not kind and any(k in given for k in _CLIP_KEYS)):
         keys = (*_CLIP_KEYS, "url", "path", "base64")
-        overrides = {k: given[k] for k in clip_settings.OVERRIDES if k in given}
+        if "nframes" in given:  # qwen-vl-utils, which rounds to whole pairs
+            if "num_frames" in given:
+                raise InputError(
+                    f"{where}: a clip has nframes and num_frames, expected one of them"
+                )
+            given["num_frames"] = 2 * round(whole("nframes", given.pop("nframes")) / 2)
+        overrides = _settings(given, clip_settings.OVERRIDES, keys, where)
         media.append(Medium("video", _source(given, keys, where), overrides))
         return {"type": "video", "video": "video"}
     if kind in _PICTURE_TYPES or (not kind and any(k in given for k in _PICTURE_KEYS)):
-        overrides = {k: given[k] for k in OVERRIDES if k in given}
+        overrides = _settings(given, OVERRIDES, _PICTURE_KEYS, where)
         media.append(Medium("image", _source(given, _PICTURE_KEYS, where), overrides))
         return {"type": "image", "image": "image"}
     if (kind in _TEXT_TYPES or not kind) and isinstance(given.get("text"), str):
         return {"type": "text", "text": given["text"]}
     found = f"type {kind!r}" if kind else f"the keys {', '.join(map(str, given)) or '(none)'}"
     raise InputError(f"{where}: a content item has {found}, expected text, an image or a video")
+
+
+def _settings(
+    item: Mapping[str, Any], names: Sequence[str], sources: Sequence[str], where: str
+) -> dict[str, Any]:
+    """The settings of a content item; raises InputError for what is meant as one and is none."""
+    for key in map(str, item):
+        near = difflib.get_close_matches(key, (*names, *sources), 1, 0.85)
+        advice = _NOT_OURS.get(key, near[0] if near else "")
+        if advice and key not in ("type", *names, *sources):
+            raise InputError(f"{where}: a content item has {key}, which is unknown; give {advice}")
+    return {name: item[name] for name in names if name in item}
 
 
 def read_picture(given: Any, overrides: Mapping[str, Any]) -> Medium:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import io
 import itertools
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -126,11 +127,12 @@ class _Given:
         fps = metadata.get("fps") if sample_fps is None else sample_fps
         if fps is None:
             raise InputError(f"video: frames without times; {_ADVICE}")
-        if isinstance(fps, bool) or not isinstance(fps, (int, float, np.number)) or not fps > 0:
+        number = isinstance(fps, (int, float, np.number)) and not isinstance(fps, bool)
+        if not number or not fps > 0 or not math.isfinite(fps):
             raise InputError(f"video: fps is {fps!r}, expected frames a second above 0")
         indices = metadata.get("frames_indices")
         if indices is not None:
-            indices = [int(i) for i in np.asarray(indices).reshape(-1)]
+            indices = _whole_numbers("video_metadata: frames_indices", indices)
         return cls(float(fps), indices, metadata.get("total_num_frames"))
 
     def clip(self, total: int, size: tuple[int, int], read: Any, can_sample: bool) -> Clip:
@@ -194,6 +196,19 @@ def _from_array(source: Any, given: _Given) -> Clip:
     return given.clip(len(array), array.shape[1:3], read, can_sample=True)
 
 
+def _whole_numbers(name: str, given: Any) -> list[int]:
+    """A list of whole numbers, from any array type; raises InputError."""
+    try:
+        found = np.asarray(given).reshape(-1)
+        whole = found.astype(np.int64)
+        exact = found.dtype != np.bool_ and bool((whole == found).all())
+    except (ValueError, TypeError, OverflowError):
+        exact = False
+    if not exact:
+        raise InputError(f"{name}: found {short(repr(given), 60)}, expected whole numbers")
+    return whole.tolist()
+
+
 def _size(picture: Image.Image) -> tuple[int, int]:
     return picture.height, picture.width
 
@@ -217,7 +232,7 @@ def _from_file(start: Callable[[], Any], name: str) -> Clip:
         first = next(_frames(container, name), None)
     if first is None:
         raise InputError(f"{name}: no frame of the video can be decoded")
-    fps, times = _times(points, rate, base)
+    fps, times = _times(points, rate, base, name)
 
     def read(places: np.ndarray) -> Iterator[Image.Image]:
         wanted = iter([int(place) for place in places])
@@ -239,12 +254,16 @@ def _from_file(start: Callable[[], Any], name: str) -> Clip:
     return Clip(name, len(points), fps, size, np.arange(len(points)), read, times)
 
 
-def _times(points: Iterable[Any], rate: Any, base: Any) -> tuple[float, np.ndarray | None]:
+def _times(
+    points: Sequence[Any], rate: Any, base: Any, name: str
+) -> tuple[float, np.ndarray | None]:
     """Frames a second, and the seconds of each frame if the rate varies by more than half a frame."""
     known = [point for point in points if point is not None]
-    if base is None or len(known) != len(list(points)) or len(known) < 2:
+    if len(points) == 1:
+        return float(rate or 1), None
+    if base is None or len(known) != len(points):
         if not rate:
-            raise InputError("video: the file says neither the times nor the rate of its frames")
+            raise InputError(f"{name}: the file says neither the times nor the rate of its frames")
         return float(rate), None
     times = np.sort(np.asarray(known, np.float64)) * float(base)
     times -= times[0]

@@ -50,6 +50,10 @@ class ImageSettings:
     image_mean: tuple[float, ...] | float = (0.5, 0.5, 0.5)
     image_std: tuple[float, ...] | float = (0.5, 0.5, 0.5)
     do_convert_rgb: bool = True
+    resized_height: int | None = (
+        None  # with resized_width: in place of the limits, as qwen-vl-utils
+    )
+    resized_width: int | None = None
     patch_size: int = 16
     temporal_patch_size: int = 2
     merge_size: int = 2
@@ -115,12 +119,23 @@ class ImageSettings:
                 f"{kind} settings: min_pixels {settings.min_pixels} is above max_pixels "
                 f"{settings.max_pixels}"
             )
+        if (settings.resized_height is None) != (settings.resized_width is None):
+            raise InputError(f"{kind} settings: give both resized_height and resized_width")
         return settings
 
     @property
     def factor(self) -> int:
         """Pixels of a token's side: sides of a resized picture are multiples of it."""
         return self.patch_size * self.merge_size
+
+    @property
+    def fixed_size(self) -> tuple[int, int] | None:
+        """Height and width, in whole tokens, that resized_height and resized_width ask for."""
+        if self.resized_height is None or self.resized_width is None:
+            return None
+        area = self.factor**2
+        given = self.resized_height, self.resized_width
+        return smart_resize(*given, self.factor, 4 * area, 16384 * area)
 
 
 def _size_pixels(kind: str, size: Any) -> dict[str, Any]:
@@ -198,6 +213,8 @@ ImageSettings.CHECKS = {
     "image_mean": _channels,
     "image_std": _channels,
     "do_convert_rgb": yes_or_no,
+    "resized_height": whole,
+    "resized_width": whole,
     "patch_size": whole,
     "temporal_patch_size": whole,
     "merge_size": whole,
@@ -249,7 +266,7 @@ def preprocess(
     size = None
     if settings.do_resize:
         limits = settings.factor, settings.min_pixels, settings.max_pixels
-        size = smart_resize(picture.height, picture.width, *limits)
+        size = settings.fixed_size or smart_resize(picture.height, picture.width, *limits)
     pixels = resized(picture, size, settings)
     table = value_table(settings, pixels.shape[2])
     return patch_rows([pixels], table, settings)

@@ -73,6 +73,19 @@ def to_rgb(image: Image.Image) -> Image.Image:
         raise InputError(f"picture: mode {image.mode} cannot be converted to RGB ({e})") from e
 
 
+def is_picture(path: str) -> bool:
+    """Whether a file begins as a picture does; what stands behind that may be damaged."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            Image.open(path, formats=FORMATS).close()
+    except Image.UnidentifiedImageError:
+        return False
+    except Exception:  # known, and too large or broken: `load_image` says so
+        return True
+    return True
+
+
 def decode_base64(text: str, name: str = "base64 picture") -> bytes:
     """Bytes of base64 text; line breaks, the URL alphabet and missing padding are fine.
 

@@ -41,7 +41,7 @@ def rope_index(
 
 def ids_and_mask(input_ids, attention_mask) -> tuple[np.ndarray, np.ndarray]:
     """input_ids as int32 [B T] and attention_mask as bool [B T] (all True without one), checked."""
-    ids = np.asarray(input_ids)
+    ids = _integers("input_ids", input_ids)
     if ids.ndim != 2:
         raise InputError(f"input_ids: shape {ids.shape}, expected [B T]")
     mask = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask) != 0
@@ -52,9 +52,21 @@ def ids_and_mask(input_ids, attention_mask) -> tuple[np.ndarray, np.ndarray]:
     return ids.astype(np.int32), mask
 
 
+def _integers(name: str, given) -> np.ndarray:
+    """An argument as int64, with rows of one length; an empty one may have any type."""
+    try:
+        found = np.asarray(given)
+        if found.dtype.kind in "iu" or not found.size:
+            return found.astype(np.int64)
+    except ValueError as e:
+        raise InputError(f"{name}: expected rows of one length, found: {e}") from e
+    raise InputError(f"{name}: expected integers, found an array of {found.dtype}")
+
+
 def grid_array(name: str, grid) -> np.ndarray:
-    """A grid argument as int64 [n 3], checked."""
-    grid = np.zeros((0, 3), np.int64) if grid is None else np.asarray(grid).astype(np.int64)
+    """A grid argument as int64 [n 3], checked; None and [] are no grids."""
+    grid = _integers(name, [] if grid is None else grid)
+    grid = grid if grid.size else np.zeros((0, 3), np.int64)
     if grid.ndim != 2 or grid.shape[1] != 3 or (grid < 1).any():
         raise InputError(
             f"{name}: expected rows (t, h, w) of positive numbers, found {grid.tolist()}"

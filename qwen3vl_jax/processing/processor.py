@@ -198,6 +198,22 @@ class Processor:
             labels=arrays.get("labels"),
         )
 
+    def look(
+        self,
+        item: Mapping[str, Any],
+        *,
+        videos_kwargs: Mapping[str, Any] | None = None,
+        **image_overrides: Any,
+    ) -> dict[str, Any]:
+        """A content item whose picture or clip is read now, once for all later calls with the item.
+
+        Options as in `inputs`; later calls' have no effect on it. Raises InputError.
+        """
+        settings = self.image_settings.override(**image_overrides)
+        _, media = read_conversation([{"role": "user", "content": [item]}])
+        ((medium,),) = with_clip_options([media], videos_kwargs or {})
+        return {"type": medium.kind, medium.kind: self._see(medium, settings)}
+
     def decode(self, tokens: Any, skip_special_tokens: bool = True) -> Any:
         """Text of token ids: a string for one row, a list of strings for several."""
         if hasattr(tokens, "__array__"):
@@ -278,6 +294,8 @@ class Processor:
         return out | media_arrays([one for row in seen for one in row])
 
     def _see(self, medium: Medium, settings: ImageSettings) -> Seen:
+        if isinstance(medium.source, Seen):
+            return medium.source
         limits = {"max_bytes": self.max_fetch_bytes, "timeout": self.fetch_seconds}
         if medium.kind == "video":
             return Seen(

@@ -5,11 +5,13 @@ Source: the Qwen3-VL-Embedding repository (its two model wrappers), whose limits
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.processing.pictures import is_picture
 
 REPRESENT = "Represent the user's input."
 RETRIEVE = "Given a search query, retrieve relevant candidates that answer the query."
@@ -58,6 +60,13 @@ def rerank_conversation(
         {"role": "system", "content": [_text(JUDGE)]},
         {"role": "user", "content": content},
     ]
+
+
+def document(given: str) -> dict[str, Any]:
+    """A thing from a command line: the file of a picture or else of a clip; what is no file is text."""
+    if not os.path.isfile(given):  # nor is a text too long for a file's name
+        return {"text": given}
+    return {"image" if is_picture(given) else "video": given}
 
 
 def _text(text: str) -> dict[str, Any]:

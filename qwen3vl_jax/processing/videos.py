@@ -238,8 +238,8 @@ def _rows(
             limit = max(per, int(settings.min_pixels * 1.05)) * len(chosen)
         size = smart_resize(
             len(chosen), height, width, settings.factor, temporal, settings.min_pixels, limit
-        )
-        height, width = size
+        )  # refuses a single frame, and a strip, whatever size is asked for
+        height, width = size = settings.fixed_size or size
     elif len(chosen) < temporal:
         raise InputError(f"video: {len(chosen)} frame(s); pass a single frame as a picture")
     groups = -(-len(chosen) // temporal)
