@@ -1,9 +1,11 @@
 """The feed of a run: order, mixing, workers, what it does with bad records, and going on."""
 
 import dataclasses
+import errno
 import itertools
 import json
 import pickle
+from unittest import mock
 
 import jax
 import numpy as np
@@ -212,8 +214,8 @@ def test_what_workers_send_is_what_comes(tiny_proc, monkeypatch, tmp_path, room)
     config, shape = tiny_proc.config, tiny_proc.config.vision.patch_shape
     given, inbox = group_of_samples(config), parcel.Inbox()
     if not room:
-        monkeypatch.setattr(parcel, "_file", lambda folder: "/dev/full")
-        monkeypatch.setattr(parcel.os, "unlink", lambda path: None)
+        full = OSError(errno.ENOSPC, "No space left on device")
+        monkeypatch.setattr(parcel, "_file", mock.Mock(side_effect=full))
     sent = pickle.loads(pickle.dumps(parcel.send(str(tmp_path), shape, given)))
     assert isinstance(sent.block, str) == room
     apart = sum(v.pixels.nbytes for s in given[:-2] for v in s.visuals)
