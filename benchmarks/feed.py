@@ -44,7 +44,9 @@ def _sample(config: Config, index: int) -> Sample:
     count, words = h * w // 4, [rng.integers(300, 400, int(n)) for n in rng.integers(10, 240, 2)]
     ids = np.concatenate([words[0][:9], np.full(count, config.image_token_id), words[1]])
     learned = np.arange(len(ids)) > len(ids) - 10
-    pixels = rng.integers(0, 256, (h * w, int(np.prod(config.vision.patch_shape)))).astype(np.uint8)
+    channels, frames, *size = config.vision.patch_shape
+    pixels = rng.integers(0, 256, (h * w, channels, 1, *size)).astype(np.uint8)
+    pixels = pixels.repeat(frames, 2).reshape(h * w, -1)
     return Sample(
         f"ready:{index}",
         ids.astype(np.int32),

@@ -1,21 +1,28 @@
 """The feed of a run: order, mixing, workers, what it does with bad records, and going on."""
 
 import dataclasses
+import errno
 import itertools
 import json
+import pickle
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
 import tiny
 import toy_checkpoint as toy
+import train_sources
 from chats import said, user
 
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.training import feed as feeds
+from qwen3vl_jax.training import packing, parcel
+from qwen3vl_jax.training.memory import Memory
 from qwen3vl_jax.training.recipe import Data, Pack, Source
+from qwen3vl_jax.training.samples import Refusal, Sample
 
 PACK = Pack(rows=3, length=96, vision_rows=2, vision_length=256, lookahead=6)
 
@@ -186,3 +193,61 @@ def test_samples_that_are_refused_or_cut_are_listed(proc, tmp_path):
     nothing = feeds.Feed(Data(sources=(source,)), dataclasses.replace(PACK, length=8), proc, 0)
     with pytest.raises(InputError, match="records do not fit a row"):
         next(nothing)
+
+
+def group_of_samples(config) -> list:
+    """Samples of text, pictures and clips, one whose picture another shares, and a refusal."""
+    rng = np.random.default_rng(0)
+    kinds = train_sources.KINDS
+    made = [train_sources.make(config, rng, kind, f"s{i}") for i, kind in enumerate(kinds)]
+    seen = next(s for s in made if s.visuals)
+    frames = seen.visuals[0].pixels.reshape(-1, *config.vision.patch_shape)
+    frames[:, :, 1] = frames[:, :, 0]  # a picture, whose second frame is its first
+    named = np.arange(sum(len(v.pixels) for v in seen.visuals) // 4)
+    again = dataclasses.replace(seen, name="again", vision_labels=named, note="cut")
+    return [*made, Refusal("bad", "no reason", bad=True), again]
+
+
+@pytest.mark.parametrize("room", [True, False], ids=["file", "pipe"])
+def test_what_workers_send_is_what_comes(tiny_proc, monkeypatch, tmp_path, room):
+    """Through a file in memory, or where that has no room through the pipe: the same batch."""
+    config, shape = tiny_proc.config, tiny_proc.config.vision.patch_shape
+    given, inbox = group_of_samples(config), parcel.Inbox()
+    if not room:
+        full = OSError(errno.ENOSPC, "No space left on device")
+        monkeypatch.setattr(parcel, "_file", mock.Mock(side_effect=full))
+    sent = pickle.loads(pickle.dumps(parcel.send(str(tmp_path), shape, given)))
+    assert isinstance(sent.block, str) == room
+    apart = sum(v.pixels.nbytes for s in given[:-2] for v in s.visuals)
+    table = 24 * sum(len(s.ids) for s in given if isinstance(s, Sample))
+    assert sent.size < table + apart  # a shared picture once, and one frame of it
+    got = sent.opened(inbox)
+    assert got[-2] == given[-2] and got[-1].note == "cut"
+    batches = []
+    for samples in ([s for s in group if isinstance(s, Sample)] for group in (given, got)):
+        waiting = [packing.Waiting(0, s) for s in samples]
+        pack = dataclasses.replace(PACK, rows=9, vision_rows=9)
+        placed, left = packing.choose(pack, waiting, lambda: None)
+        assert not left
+        batches.append(packing.build(config, pack, placed, np.uint8, True))
+    jax.tree.map(np.testing.assert_array_equal, *batches)
+    if room:  # the file is free once no sample is left, and is used again
+        names = {p.name for p in tmp_path.iterdir()}
+        assert not any(name.endswith(".free") for name in names)
+        del got, samples, waiting, placed
+        assert {p.name for p in tmp_path.iterdir()} == {f"{name}.free" for name in names}
+        second = parcel.send(str(tmp_path), shape, given[:1])
+        assert {p.name for p in tmp_path.iterdir()} == names
+        np.testing.assert_array_equal(second.opened(inbox)[0].ids, given[0].ids)
+
+
+def test_memory_is_given_out_again_once_no_view_is_left():
+    memory = Memory()
+    first = memory.empty(5000)
+    place, view = first.ctypes.data, first[7:9]
+    del first
+    other = memory.empty(5000)
+    assert other.ctypes.data != place
+    view[:] = 1
+    del view
+    assert memory.empty(6000).ctypes.data == place

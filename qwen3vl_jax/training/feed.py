@@ -18,25 +18,26 @@ import numpy as np
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.processor import Processor
+from qwen3vl_jax.training.memory import Memory
 from qwen3vl_jax.training.packing import PackedBatch, Waiting, build, choose, fill_of
 from qwen3vl_jax.training.recipe import Data, Pack
 from qwen3vl_jax.training.records import open_records
-from qwen3vl_jax.training.samples import Sample, SampleMaker, eight_bit
-from qwen3vl_jax.training.stream import Order, Refusal, iterate, make_stream
+from qwen3vl_jax.training.samples import Refusal, Sample, SampleMaker, eight_bit
+from qwen3vl_jax.training.stream import Order, iterate, make_stream
 
 _FEWEST = 100  # records that a fraction is of, at least
 _SHOWN = 5  # bad records in a message
 _KEPT = 1000  # refusals that are kept by name
 _MOST_TOO_LARGE = 0.5
-_BATCHES_AHEAD = 2
+_BATCHES_AHEAD = 1  # and one more that waits for its place
 _TICK = 0.2  # seconds
 
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """One batch, the names of each row's samples, and fill, vision_fill, samples, tokens, patches."""
+    """One batch, the names of each row's samples, and what packing.fill_of says of it."""
 
-    packed: PackedBatch
+    packed: Any  # PackedBatch; None once its step is under way
     names: list[list[str]]
     stats: dict[str, float]
 
@@ -46,7 +47,8 @@ class Feed:
 
     process_index of process_count: which part of every epoch is this process's. Raises InputError
     where sources cannot be opened, and from next() once more than data.bad_fraction of the records
-    read are bad. With workers, batches are packed ahead in a thread; `close` ends both.
+    read are bad. With workers, batches are packed ahead in a thread; `close` ends both. place: what
+    is done to every batch, there too: a device is best sent it before its turn comes.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Feed:
         once: bool = False,
         process_index: int = 0,
         process_count: int = 1,
+        place: Callable[[PackedBatch], PackedBatch] = lambda packed: packed,
     ):
         if not data.sources:
             raise InputError("data.sources is empty, expected at least one file of records")
@@ -75,7 +78,7 @@ class Feed:
         labelled = any(getattr(source, "vision_labels", False) for source in self.sources)
         pixel_type = np.float32 if eight_bit(proc) is proc else np.uint8
         self._line = _Line(stream, data, pack, proc.config, pixel_type, labelled)
-        self._line.total = sum(map(len, self.sources))
+        self._line.total, self._line.place = sum(map(len, self.sources)), place
         self._state = self._line.state()
         self._ahead: _Ahead | None = None
         self._stale = False  # whether the line is ahead of the state, for a thread that was ended
@@ -149,6 +152,8 @@ class _Line:
     ):
         self.stream, self.data, self.pack, self.config = stream, data, pack, config
         self.pixel_type, self.labelled, self.total = pixel_type, labelled, 0
+        self.memory = Memory()
+        self.place: Callable[[PackedBatch], PackedBatch] = lambda packed: packed
         self.end: Callable[[], None] = lambda: None
         self._begin(0)
 
@@ -158,7 +163,10 @@ class _Line:
             placed, self.waiting = choose(self.pack, self.waiting, self._draw)
             if not placed:
                 return None, self.state(), None
-            packed = build(self.config, self.pack, placed, self.pixel_type, self.labelled)
+            packed = build(
+                self.config, self.pack, placed, self.pixel_type, self.labelled, self.memory
+            )
+            packed = self.place(packed)
         except Exception as error:  # it is raised where the batch is asked for
             return None, self.state(), error
         names: list[list[str]] = [[] for _ in range(self.pack.rows)]
@@ -194,7 +202,9 @@ class _Line:
     def _draw(self) -> Waiting | None:
         """The next sample of the stream, None behind its end."""
         if self.coming is None:
-            self.coming, self.end = iterate(self.stream, self.next, self.data.workers)
+            self.coming, self.end = iterate(
+                self.stream, self.next, self.data.workers, self.config.vision.patch_shape
+            )
         for made in self.coming:
             self.next += 1
             self.counts["read"] += 1

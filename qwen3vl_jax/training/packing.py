@@ -18,6 +18,7 @@ from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.batch import make_vision
 from qwen3vl_jax.structs import Batch, VisionInputs
+from qwen3vl_jax.training.memory import Memory
 from qwen3vl_jax.training.recipe import Pack
 
 if TYPE_CHECKING:
@@ -56,18 +57,21 @@ class Placed(NamedTuple):
 
 
 class Room:
-    """What is still free in a batch."""
+    """What is still free in a batch. Lists: rows are few, and numpy takes longer to look at them."""
 
     def __init__(self, pack: Pack):
         self.length, self.vision_length = pack.length, pack.vision_length
-        self.tokens = np.full(pack.rows, pack.length)
-        self.patches = np.full(pack.vision_rows, pack.vision_length)
+        self.tokens, self.patches = (
+            [pack.length] * pack.rows,
+            [pack.vision_length] * pack.vision_rows,
+        )
+        self.left = pack.rows * pack.length
 
     def place(self, sample: Sample) -> Placed | None:
         """Takes the room of a sample, the first there is, or leaves all as it was for None."""
         size = len(sample.ids)
-        row = int((self.tokens >= size).argmax())
-        if self.tokens[row] < size:
+        row = _first(self.tokens, size)
+        if row is None:
             return None
         spots: list[list[tuple[int, int]]] = []
         if sample.visuals:
@@ -78,28 +82,34 @@ class Room:
                     self.patches = before
                     return None
                 spots.append(spot)
-        start = self.length - int(self.tokens[row])
+        start = self.length - self.tokens[row]
         self.tokens[row] -= size
+        self.left -= size
         return Placed(sample, row, start, spots)
 
     def spread(self, grid: Grid) -> list[tuple[int, int]] | None:
         """Takes the room of t frames of h x w patches: (first patch over all rows, patches), or None."""
         left, frame = grid[0], grid[1] * grid[2]
         spot: list[tuple[int, int]] = []
-        if left == 1:  # most are pictures: one look is enough
-            row = int((self.patches >= frame).argmax())
-            free = int(self.patches[row])
-            self.patches[row] -= frame if frame <= free else 0
-            return [((row + 1) * self.vision_length - free, frame)] if frame <= free else None
-        for row in np.flatnonzero(self.patches >= frame).tolist():
-            free = int(self.patches[row])
+        row = _first(self.patches, frame)
+        while row is not None:
+            free = self.patches[row]
             count = min(left, free // frame) * frame
             spot.append(((row + 1) * self.vision_length - free, count))
             self.patches[row] -= count
             left -= count // frame
             if not left:
                 return spot
+            row = _first(self.patches, frame, row + 1)
         return None
+
+
+def _first(free: Sequence[int], size: int, start: int = 0) -> int | None:
+    """The first row from `start` on that has room."""
+    for row in range(start, len(free)):
+        if free[row] >= size:
+            return row
+    return None
 
 
 def frames_fit(pack: Pack, grids: Sequence[Grid]) -> bool:
@@ -118,7 +128,7 @@ def choose(
     """
     room, placed, left = Room(pack), [], []
     coming = iter(waiting)
-    while room.tokens.any() and len(left) < max(pack.lookahead, 1):
+    while room.left and len(left) < max(pack.lookahead, 1):
         drawn = next(coming, None) or draw()
         if drawn is None:
             break
@@ -131,80 +141,134 @@ def choose(
 
 
 def build(
-    cfg: Config, pack: Pack, placed: Sequence[Placed], pixel_type: Any, with_labels: bool
-) -> PackedBatch:
-    """The arrays of chosen samples; with_labels: vision_labels are wanted. Raises InputError."""
-    shape, patches = (pack.rows, pack.length), pack.vision_rows * pack.vision_length
-    tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-    labels, vision_rows = np.full(shape, IGNORED, np.int32), np.full(shape, -1, np.int32)
-    positions, weights = np.zeros((3, *shape), np.int32), np.zeros(shape, np.float32)
-    vision = _Vision(cfg, pack, pixel_type) if patches else None
-    named = np.full(patches // cfg.vision.merge_unit, IGNORED, np.int32)
-    count = [0] * pack.rows
-    for sample, row, start, spots in placed:
-        count[row] += 1
-        at = slice(start, start + len(sample.ids))
-        tokens[row, at], segments[row, at] = sample.ids, count[row]
-        labels[row, at], weights[row, at] = sample.labels, sample.weights
-        positions[:, row, at] = sample.positions
-        labels[row, start], weights[row, start] = IGNORED, 0.0
-        if vision is None or not spots:
-            continue
-        seen = vision.add(sample, spots)
-        places = (sample.ids == cfg.image_token_id) | (sample.ids == cfg.video_token_id)
-        vision_rows[row, at][places] = seen
-        if sample.vision_labels is not None:
-            named[seen] = sample.vision_labels
-    fields: Any = (tokens, positions, segments, vision_rows if patches else None)
-    batch = Batch(
-        *fields,
-        delta=np.zeros(pack.rows, np.int32),  # type: ignore[arg-type]
-        vision=vision.inputs() if vision else None,
-        labels=labels,  # type: ignore[arg-type]
-    )
-    told: Any = named if with_labels and patches else None
-    return PackedBatch(batch, weights, told)  # type: ignore[arg-type]
+    cfg: Config, pack: Pack, placed: Sequence[Placed], pixel_type: Any, with_labels: bool,
+    memory: Memory | None = None,
+) -> PackedBatch:  # fmt: skip
+    """The arrays of chosen samples; with_labels: vision_labels are wanted. Raises InputError.
+
+    memory: where the pixels lie. Samples lie in a row one behind another from its start, so that each
+    other field is written in one call, in their order.
+    """
+    placed = sorted(placed, key=lambda p: (p.row, p.start))
+    samples, seen = [p.sample for p in placed], [p for p in placed if p.spots]
+    rows, starts = (np.array([getattr(p, name) for p in placed], int) for name in ("row", "start"))
+    spread = _Spread(rows, np.array([len(s.ids) for s in samples], int), (pack.rows, pack.length))
+    tokens = spread([s.ids for s in samples], np.int32)
+    labels = spread([s.labels for s in samples], np.int32, IGNORED)
+    weights = spread([s.weights for s in samples], np.float32)
+    labels[rows, starts], weights[rows, starts] = IGNORED, 0.0
+    number = np.arange(1, len(rows) + 1) - np.searchsorted(rows, rows)
+    vision_rows, vision, named = None, None, None
+    if pack.vision_rows:
+        merged = _merged_rows(cfg, seen)
+        at = (tokens == cfg.image_token_id) | (tokens == cfg.video_token_id)
+        at &= spread.each(np.array([bool(p.spots) for p in placed]))
+        vision_rows = np.full(at.shape, -1, np.int32)
+        vision_rows[at] = merged
+        vision = _vision(cfg, pack, seen, _pixels(cfg, pack, pixel_type, memory or Memory()))
+        named = _vision_labels(cfg, pack, seen, merged) if with_labels else None
+    positions = spread([s.positions for s in samples], np.int32, before=(3,))
+    fields: Any = tokens, positions, spread.each(number.astype(np.int32)), vision_rows
+    delta: Any = np.zeros(pack.rows, np.int32)
+    told: Any = (labels, weights, named)
+    return PackedBatch(Batch(*fields, delta=delta, vision=vision, labels=told[0]), *told[1:])
 
 
-class _Vision:
-    """Vision inputs of W rows of P patches, filled visual by visual; padding sees nothing."""
+class _Spread:
+    """Arrays one after another -> rows of one shape, the rest of each row filled up."""
 
-    def __init__(self, cfg: Config, pack: Pack, pixel_type: Any):
-        self.cfg, self.shape = cfg, (pack.vision_rows, pack.vision_length)
-        total = pack.vision_rows * pack.vision_length
-        self.pixels = np.zeros((total, int(np.prod(cfg.vision.patch_shape))), pixel_type)
-        self.pos_index = np.zeros((total, 4), np.int32)
-        self.pos_weight = np.zeros((total, 4), np.float32)
-        self.coords = np.zeros((total, 2), np.int32)
-        self.lo, self.hi = np.zeros(total, np.int32), np.zeros(total, np.int32)
+    def __init__(self, rows: np.ndarray, sizes: np.ndarray, shape: tuple[int, int]):
+        """rows, sizes [n]: of what is written, in order of its place."""
+        self._shape = shape
+        self.used = np.bincount(rows, sizes, minlength=shape[0]).astype(int)  # [rows]
+        ends = np.cumsum(np.bincount(rows, minlength=shape[0]))
+        self._parts = list(zip([0, *ends.tolist()], ends.tolist(), (shape[1] - self.used).tolist()))
+        self._given = np.arange(len(rows)) + rows  # places among parts and rests
+        self._sizes = np.empty(len(rows) + shape[0], int)
+        self._sizes[self._given] = sizes
+        self._sizes[ends + np.arange(shape[0])] = shape[1] - self.used
 
-    def add(self, sample: Sample, spots: Sequence[Sequence[tuple[int, int]]]) -> np.ndarray:
-        """Writes the visuals of a sample; returns the merged row of each of its placeholders."""
-        unit, rows = self.cfg.vision.merge_unit, []
+    def __call__(
+        self, parts: Sequence[np.ndarray], dtype: Any, fill: int = 0,
+        before: tuple[int, ...] = (), behind: tuple[int, ...] = (),
+    ) -> np.ndarray:  # fmt: skip
+        """Parts [before t behind] -> [before, *shape, behind]."""
+        rest = np.full((*before, self._shape[1], *behind), fill, dtype)
+        pieces = []
+        for first, end, left in self._parts:
+            pieces += parts[first:end]
+            pieces.append(rest[(*[slice(None)] * len(before), slice(left))])
+        joined = np.concatenate(pieces, len(before), dtype=dtype)
+        return joined.reshape(*before, *self._shape, *behind)
+
+    def each(self, values: np.ndarray) -> np.ndarray:
+        """One value [n] for all of each part, 0 elsewhere."""
+        spread = np.zeros(len(self._sizes), values.dtype)
+        spread[self._given] = values
+        return np.repeat(spread, self._sizes).reshape(self._shape)
+
+
+def _merged_rows(cfg: Config, seen: Sequence[Placed]) -> np.ndarray:
+    """The merged row of each placeholder of samples, one after another."""
+    spots = [spot for p in seen for visual in p.spots for spot in visual]
+    first, count = np.array(spots, int).reshape(-1, 2).T // cfg.vision.merge_unit
+    return np.repeat(first - (np.cumsum(count) - count), count) + np.arange(count.sum())
+
+
+def _vision_labels(
+    cfg: Config, pack: Pack, seen: Sequence[Placed], merged: np.ndarray
+) -> np.ndarray:
+    """What each merged row of a batch shows [R]."""
+    unit = cfg.vision.merge_unit
+    out = np.full(pack.vision_rows * pack.vision_length // unit, IGNORED, np.int32)
+    told = [np.zeros(0, np.int32)]
+    for sample, _, _, spots in seen:
+        count = sum(n for spot in spots for _, n in spot) // unit
+        labels = sample.vision_labels
+        told.append(np.full(count, IGNORED) if labels is None else labels)
+    out[merged] = np.concatenate(told)
+    return out
+
+
+def _pixels(cfg: Config, pack: Pack, pixel_type: Any, memory: Memory) -> np.ndarray:
+    """Room for the pixels of all patches, whatever it holds: zeros would be written twice."""
+    shape = pack.vision_rows * pack.vision_length, int(np.prod(cfg.vision.patch_shape))
+    size = shape[0] * shape[1] * np.dtype(pixel_type).itemsize
+    return memory.empty(size).view(pixel_type).reshape(shape)
+
+
+def _vision(cfg: Config, pack: Pack, seen: Sequence[Placed], pixels: np.ndarray) -> VisionInputs:
+    """The pictures and clips of samples as vision inputs [W P ..]; padding sees nothing."""
+    frames: list[tuple[int, VisionInputs]] = []  # first patch over all rows, tables
+    known: dict[Any, VisionInputs] = {}  # to hash a config takes longer than to write a picture
+    for sample, _, _, spots in seen:
         for visual, spot in zip(sample.visuals, spots, strict=True):
-            _, h, w = visual.grid
-            table, done = _frame(self.cfg, h, w), 0
+            (_, h, w), done = visual.grid, 0
+            table, frame = known.get((h, w)), h * w
+            if table is None:
+                table = known[h, w] = _frame(cfg, h, w)
             for first, count in spot:
-                at = slice(first, first + count)
-                self.pixels[at] = _as_type(visual.pixels[done : done + count], self.pixels.dtype)
-                for name in ("pos_index", "pos_weight", "coords"):
-                    field = getattr(self, name)[at]
-                    field.reshape(-1, h * w, field.shape[1])[:] = getattr(table, name)
-                start = np.arange(first % self.shape[1], first % self.shape[1] + count, h * w)
-                self.lo[at].reshape(-1, h * w)[:] = start[:, None]
-                self.hi[at].reshape(-1, h * w)[:] = start[:, None] + h * w
-                rows.append(np.arange(first // unit, (first + count) // unit))
+                given = _as_type(visual.pixels[done : done + count], pixels.dtype)
+                _write(pixels[first : first + count], given, cfg.vision.patch_shape)
+                frames += [(at, table) for at in range(first, first + count, frame)]
                 done += count
-        return np.concatenate(rows)
-
-    def inputs(self) -> VisionInputs:
-        """The rows as vision inputs [W P ..]."""
-        names = ("pixels", "pos_index", "pos_weight", "coords", "lo", "hi")
-        given: dict[str, Any] = {
-            n: x.reshape(*self.shape, *x.shape[1:])
-            for n, x in ((n, getattr(self, n)) for n in names)
-        }
-        return VisionInputs(**given)
+    frames.sort(key=lambda frame: frame[0])
+    tables, shape = [table for _, table in frames], (pack.vision_rows, pack.vision_length)
+    sizes = np.array([len(table.coords) for table in tables], int)
+    row, first = divmod(np.array([at for at, _ in frames], int), shape[1])
+    spread = _Spread(row, sizes, shape)
+    for number, used in enumerate(spread.used.tolist()):
+        pixels[number * shape[1] + used : (number + 1) * shape[1]] = 0
+    fields: Any = {
+        name: spread([getattr(table, name) for table in tables], dtype, behind=(width,))
+        for name, dtype, width in (
+            ("pos_index", np.int32, 4), ("pos_weight", np.float32, 4), ("coords", np.int32, 2)
+        )
+    }  # fmt: skip
+    given: Any = pixels.reshape(*shape, -1)
+    lo, hi = (spread.each(x.astype(np.int32)) for x in (first, first + sizes))
+    ranges: Any = {"lo": lo, "hi": hi}
+    return VisionInputs(given, **fields, **ranges)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -213,6 +277,28 @@ def _frame(cfg: Config, h: int, w: int) -> VisionInputs:
     pixels = np.zeros((h * w, int(np.prod(cfg.vision.patch_shape))), np.float32)
     made = make_vision(cfg, pixels, [(1, h, w)], pad=False)
     return made.replace(pixels=np.zeros(0, np.float32))
+
+
+def one_frame(pixels: np.ndarray, patch_shape: tuple[int, ...]) -> np.ndarray:
+    """Patches uint8 [p C] without the second frame [p C/2], where all show their first one twice.
+
+    patch_shape: (channels, 2, height, width). A picture does; others, and floats, stay as they are.
+    """
+    if pixels.dtype != np.uint8 or patch_shape[1] != 2:
+        return pixels
+    frames = pixels.reshape(-1, patch_shape[0], 2, patch_shape[2] * patch_shape[3])
+    if not np.array_equal(frames[:, :, 0], frames[:, :, 1]):
+        return pixels
+    return np.ascontiguousarray(frames[:, :, 0]).reshape(len(pixels), -1)
+
+
+def _write(out: np.ndarray, pixels: np.ndarray, patch_shape: tuple[int, ...]) -> None:
+    """Patches into out [p C], each frame twice where `one_frame` has left one."""
+    if pixels.shape == out.shape:
+        out[:] = pixels
+    else:
+        frames = out.reshape(len(out), patch_shape[0], 2, -1)
+        frames[:] = pixels.reshape(len(out), patch_shape[0], 1, -1)
 
 
 def _as_type(pixels: np.ndarray, wanted: np.dtype) -> np.ndarray:
@@ -225,13 +311,19 @@ def _as_type(pixels: np.ndarray, wanted: np.dtype) -> np.ndarray:
 
 
 def fill_of(pack: Pack, placed: Sequence[Placed]) -> dict[str, float]:
-    """How full a batch is: shares of its tokens and patches, and counts."""
+    """How full a batch is: shares of its tokens and patches, and counts.
+
+    pairs: of tokens, one of which sees the other; patch_pairs: of patches that see each other.
+    """
     tokens = sum(len(p.sample.ids) for p in placed)
-    patches = sum(len(v.pixels) for p in placed for v in p.sample.visuals)
+    grids = [v.grid for p in placed for v in p.sample.visuals]
+    patches = sum(t * h * w for t, h, w in grids)
     return {
         "fill": tokens / (pack.rows * pack.length),
         "vision_fill": patches / max(pack.vision_rows * pack.vision_length, 1),
         "samples": float(len(placed)),
         "tokens": float(tokens),
         "patches": float(patches),
+        "pairs": float(sum(n * (n + 1) // 2 for n in (len(p.sample.ids) for p in placed))),
+        "patch_pairs": float(sum(t * (h * w) ** 2 for t, h, w in grids)),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 import json
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tomli_w
 
@@ -25,6 +27,7 @@ from qwen3vl_jax.training.checkpoints import Checkpoints
 from qwen3vl_jax.training.feed import Drawn, Feed
 from qwen3vl_jax.training.model_files import open_model, write_model_files
 from qwen3vl_jax.training.optimizer import make_schedule
+from qwen3vl_jax.training.packing import PackedBatch
 from qwen3vl_jax.training.recipe import Data, Recipe, as_dict, flat
 from qwen3vl_jax.training.speed import Speed
 from qwen3vl_jax.training.watch import Watch
@@ -105,7 +108,7 @@ class Run:
         now = Config.from_hf(resolve(recipe.ckpt)).to_hf()
         self.meta = {"best": None, "model": now, **meta}
         run_dir.check_model(now, self.meta["model"], out)
-        self.feed = Feed(recipe.data, recipe.pack, self.proc, recipe.seed)
+        self.feed = Feed(recipe.data, recipe.pack, self.proc, recipe.seed, place=_to_device)
         if first:
             self.feed.set_state(self.meta["data"])
         trainee = setup.prepare(recipe, self.cfg, new_ids)
@@ -124,7 +127,9 @@ class Run:
         # A device runs beside the host, which tells of a step while the next one runs.
         self.overlap = jax.default_backend() != "cpu"
         self.speed = Speed(recipe, self.cfg, self.state.weights)
-        self.schedule = make_schedule(recipe.optimizer, recipe.steps)
+        # All at once: one asked for after a step would wait for the step that follows it.
+        rates = make_schedule(recipe.optimizer, recipe.steps)(jnp.arange(recipe.steps))
+        self.rates = np.broadcast_to(np.asarray(rates), recipe.steps)
         self.measure = evaluate.make_measure(self.cfg, recipe.step, self.join)
         self.inference = evaluate.make_inference(recipe.step, self.join)
 
@@ -143,17 +148,21 @@ class Run:
         if self.due_evaluation(self.number) and self.number not in watch.evaluations.steps:
             self.evaluate(watch)  # SIGTERM came before it
         profiler = Profiler(self.recipe.report.profile, self.out)
+        gc.freeze()  # else each collection looks through all that jax and the model have loaded
         watch.restart_clock()
         while self.number < self.recipe.steps and not stop.asked:
             drawn = self.draw(stop)
             if not drawn:
                 break
             self.number += 1
-            packed = jax.tree.map(_stack, *(d.packed for d in drawn))
+            packed = jax.tree.map(_joined, *(d.packed for d in drawn))
             profiler.before(self.number)
             self.state, metrics = self.step(self.state, self.frozen, packed)
             profiler.after(self.number, metrics)
-            self.pending.append((self.number, metrics, drawn))
+            # Without their arrays, which would fill the device.
+            told = [dataclasses.replace(d, packed=None) for d in drawn]
+            self.pending.append((self.number, metrics, told))
+            del drawn, packed
             self.tell(watch, behind=int(self.overlap))
             due = self.number % self.recipe.save_every == 0 or self.number == self.recipe.steps
             looks = self.due_evaluation(self.number) and not stop.asked
@@ -190,20 +199,20 @@ class Run:
         """Writes the steps down that were not yet, but for the last `behind`, which may still run."""
         while len(self.pending) > behind:
             number, metrics, drawn = self.pending.pop(0)
-            values = {name: np.asarray(x) for name, x in metrics.items()}
+            values = jax.device_get(metrics)
             watch.step(number, self.row(number, values, drawn))
 
     def row(self, number: int, values: dict[str, Any], drawn: list[Drawn]) -> dict[str, Any]:
         """What metrics.csv says of a step. Raises InputError where its loss is not a number."""
         if not (np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])):
             raise self.not_finite(number, values, drawn)
-        row = {"loss": values.pop("loss"), "lr": float(self.schedule(number - 1))}
+        row = {"loss": values.pop("loss"), "lr": float(self.rates[number - 1])}
         row |= {"grad_norm": values.pop("grad_norm"), **values}
         for name in ("fill", "vision_fill"):
             row[name] = float(np.mean([d.stats[name] for d in drawn]))
         for name in ("samples", "patches"):
             row[name] = int(sum(d.stats[name] for d in drawn))
-        row |= self.speed.of(d.packed for d in drawn)
+        row |= self.speed.of([d.stats for d in drawn])
         row["memory_gib"] = machine.memory_gib(jax.local_devices()[0])
         return row
 
@@ -259,9 +268,14 @@ class Run:
             self.saved.save(self.state, self.meta, score)
 
 
-def _stack(first: np.ndarray, *others: np.ndarray) -> np.ndarray:
-    """Micro batches with a leading axis; one alone is not copied."""
-    return np.stack([first, *others]) if others else np.asarray(first)[None]
+def _to_device(packed: PackedBatch) -> PackedBatch:
+    """A micro batch with a leading axis, on its way to the device."""
+    return jax.device_put(jax.tree.map(lambda x: x[None], packed))
+
+
+def _joined(first: jax.Array, *others: jax.Array) -> jax.Array:
+    """Micro batches [M ..] of a step."""
+    return jnp.concatenate([first, *others]) if others else first
 
 
 class Profiler:

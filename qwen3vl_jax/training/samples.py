@@ -54,6 +54,15 @@ class Sample:
     note: str = ""  # what was cut off
 
 
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """A record that gives no sample; bad: it is wrong, not too large."""
+
+    name: str
+    reason: str
+    bad: bool
+
+
 class Turn(NamedTuple):
     """Where an assistant's turn lies among the tokens."""
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import operator
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
 from qwen3vl_jax.config import Config
-from qwen3vl_jax.training.flops import padded_work, peak_flops, real_work, step_flops
+from qwen3vl_jax.training.flops import Work, peak_flops, step_flops
 from qwen3vl_jax.training.groups import Flat, group_of
-from qwen3vl_jax.training.packing import PackedBatch
 from qwen3vl_jax.training.recipe import Recipe
 
 
@@ -23,7 +20,8 @@ class Speed:
 
     def __init__(self, recipe: Recipe, cfg: Config, weights: Flat):
         sparse = bool(cfg.text.num_experts)
-        self._cfg, self._how = cfg, {}
+        self._cfg = cfg
+        self._how: dict[str, Any] = {}
         if recipe.lora.rank:
             self._how = {"trained": (), "adapters": adapter_sizes(cfg, weights)}
         else:
@@ -31,14 +29,22 @@ class Speed:
         peak = recipe.report.peak_tflops * 1e12
         self._peak = peak or peak_flops(jax.local_devices()[0].device_kind)
 
-    def of(self, micro: Iterable[PackedBatch]) -> dict[str, Any]:
-        """{"flops", "padded_flops", "peak_flops"} of a step, given its micro batches on the host."""
-        micro = list(micro)
-        real, padded = (
-            functools.reduce(operator.add, map(work, micro)) for work in (real_work, padded_work)
-        )
-        count = functools.partial(step_flops, self._cfg, **self._how)
-        return {"flops": count(real), "padded_flops": count(padded), "peak_flops": self._peak}
+        self._padded = step_flops(cfg, full_work(recipe), **self._how)
+
+    def of(self, micro: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+        """{"flops", "padded_flops", "peak_flops"} of a step, given packing.fill_of its micro batches."""
+        names = ("tokens", "pairs", "patches", "patch_pairs")
+        real = Work(*(int(sum(m[name] for m in micro)) for name in names))
+        flops = step_flops(self._cfg, real, **self._how)
+        return {"flops": flops, "padded_flops": self._padded, "peak_flops": self._peak}
+
+
+def full_work(recipe: Recipe) -> Work:
+    """What a step passes through the model with its padding: `flops.padded_work` of its batches."""
+    pack, many = recipe.pack, recipe.step.accumulate
+    tokens, patches = many * pack.rows * pack.length, many * pack.vision_rows * pack.vision_length
+    pairs = tokens * (pack.length + 1) // 2
+    return Work(tokens, pairs, patches, patches * pack.vision_length)
 
 
 def adapter_sizes(cfg: Config, weights: Flat) -> dict[str, int]:

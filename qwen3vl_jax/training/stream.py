@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -13,21 +15,13 @@ from typing import Any
 import numpy as np
 
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.training.parcel import Inbox, memory_folder, send
 from qwen3vl_jax.training.records import Records
-from qwen3vl_jax.training.samples import Sample, SampleMaker, TooLarge
+from qwen3vl_jax.training.samples import Refusal, Sample, SampleMaker, TooLarge
 
 GROUP = 16  # samples that a worker hands over at a time
 AHEAD = 2  # groups that a worker has ready
 SHUFFLED = 2**31  # a longer source, which only a class can be, is its own shuffle
-
-
-@dataclasses.dataclass(frozen=True)
-class Refusal:
-    """A record that gives no sample; bad: it is wrong, not too large."""
-
-    name: str
-    reason: str
-    bad: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +84,9 @@ def make_stream(sources: Sequence[Records], maker: SampleMaker, order: Order) ->
     return grain.MapDataset.mix(parts, order.weights)
 
 
-def iterate(stream: Any, first: int, workers: int) -> tuple[Iterator[Any], Callable[[], None]]:
+def iterate(
+    stream: Any, first: int, workers: int, patch_shape: tuple[int, ...]
+) -> tuple[Iterator[Any], Callable[[], None]]:
     """The samples from place `first` on, in order however many workers, and what ends the workers."""
     if not workers or not len(stream):
         return (stream[place] for place in range(first, len(stream))), lambda: None
@@ -99,19 +95,28 @@ def iterate(stream: Any, first: int, workers: int) -> tuple[Iterator[Any], Calla
 
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain's workers read its flags, which no one sets here
-    groups = stream.slice(slice(first, None)).batch(GROUP, batch_fn=tuple)
+    folder = memory_folder()
+    pack = functools.partial(send, folder, patch_shape)
+    groups = stream.slice(slice(first, None)).batch(GROUP, batch_fn=pack)
     reading = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=AHEAD)
+    begin = functools.partial(_begin_worker, folder)
     single = groups.to_iter_dataset(reading)
-    iterator: Any = iter(single.mp_prefetch(options, worker_init_fn=_begin_worker))
-    return _one_by_one(iterator), iterator.close
+    iterator: Any = iter(single.mp_prefetch(options, worker_init_fn=begin))
+
+    def end() -> None:
+        iterator.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+    return _one_by_one(iterator), end
 
 
 def _one_by_one(groups: Iterator[Any]) -> Iterator[Any]:
     """The samples of groups. Raises InputError where a worker is no more."""
+    inbox = Inbox()
     try:
         for group in groups:
-            yield from group
+            yield from group.opened(inbox)
     except RuntimeError as error:
         raise InputError(
             f"data.workers: a worker process ended ({error}). Too little memory is the usual reason: "
@@ -119,8 +124,8 @@ def _one_by_one(groups: Iterator[Any]) -> Iterator[Any]:
         ) from error
 
 
-def _begin_worker(index: int, count: int) -> None:
-    """A worker leaves the accelerator and signals to its parent, and does not outlive it."""
+def _begin_worker(folder: str, index: int, count: int) -> None:
+    """A worker leaves the accelerator and signals to its parent, and outlives neither it nor its files."""
     import jax
 
     jax.config.update("jax_platforms", "cpu")
@@ -131,6 +136,7 @@ def _begin_worker(index: int, count: int) -> None:
     def follow() -> None:
         if parent is not None:
             parent.join()
+            shutil.rmtree(folder, ignore_errors=True)
             os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
