@@ -22,8 +22,8 @@ MODEL = "model"  # the model's config.json, tokenizer and template, new tokens i
 # Keys of the recipe that a resumed run may change; any other would give another run.
 FREE = (
     "steps", "save_every", "report.", "evaluate.", "checkpoints.", "step.remat", "step.loss_chunk",
-    "data.bad_fraction", "optimizer.learning_rate", "optimizer.schedule", "optimizer.warmup",
-    "optimizer.final", "optimizer.weight_decay", "optimizer.clip",
+    "data.bad_fraction", "data.workers", "optimizer.learning_rate", "optimizer.schedule",
+    "optimizer.warmup", "optimizer.final", "optimizer.weight_decay", "optimizer.clip",
 )  # fmt: skip
 
 
