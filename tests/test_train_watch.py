@@ -12,7 +12,7 @@ import train_files
 
 import train
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.training import run_dir, setup
+from qwen3vl_jax.training import evaluate, run_dir, setup
 from qwen3vl_jax.training.progress import described
 from qwen3vl_jax.training.tables import Table, read_table
 
@@ -171,6 +171,55 @@ def test_ctrl_c_and_sigterm(files, monkeypatch, capsys):
     assert run(files, "stopped", *changes) == 0
     steps = [int(row["step"]) for row in read_table(files / "stopped" / "metrics.csv")]
     assert steps == list(range(1, 10))
+
+
+def fake_scores(monkeypatch, scores):
+    """Evaluations that cost nothing: scores[n] is the loss that step n has, or what is raised."""
+    numbers = iter(scores)
+
+    def mean_loss(*_):
+        score = scores[next(numbers)]
+        if isinstance(score, Exception):
+            raise score
+        return {"loss": score}
+
+    monkeypatch.setattr(evaluate, "mean_loss", mean_loss)
+
+
+SCORED = ["steps=8", "save_every=2", "evaluate.every=2", "evaluate.generate=0", "report.profile=[]"]
+
+
+def test_the_best_step_stays_whenever_sigterm_comes(files, monkeypatch):
+    """A step is saved before its evaluation then; and a loss that is no number is never the best."""
+
+    def asked(number):
+        if number in (4, 8):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return 1.0, 0.5
+
+    out = files / "best"
+    fake_step(monkeypatch, asked)
+    fake_scores(monkeypatch, {2: 3.0, 4: 1.0, 6: np.nan, 8: 0.5})
+    for saved, best in (([2, 4], 2), ([4, 8], 4), ([4, 8], 8)):
+        assert run(files, "best", *SCORED) == 0
+        assert (run_dir.saved_steps(out), run_dir.chosen_step(out, "best")) == (saved, best)
+    assert [row["step"] for row in read_table(out / "evaluation.csv")] == ["2", "4", "6", "8"]
+
+
+def test_an_evaluation_that_cannot_run(files, monkeypatch, capsys):
+    """Files that cannot be opened are told at the start; what fails later loses no step."""
+    fake_step(monkeypatch, lambda number: (1.0, 0.5))
+    typo = "evaluate.sources.0.path=python:train_sources:Redy"
+    assert run(files, "typo", *SCORED, typo) == 2
+    assert "Redy" in capsys.readouterr().err and not run_dir.saved_steps(files / "typo")
+    with monkeypatch.context() as patch:
+        fake_scores(patch, {2: 3.0, 4: 2.0, 6: InputError("no room")})
+        assert run(files, "fails", *SCORED, "save_every=8") == 2
+    assert "no room" in capsys.readouterr().err
+    assert run_dir.saved_steps(files / "fails") == [4, 6]
+    fake_scores(monkeypatch, {6: 1.0, 8: 2.0})
+    assert run(files, "fails", *SCORED, "save_every=8") == 0
+    assert run_dir.scores(files / "fails") == {6: 1.0, 8: 2.0}
 
 
 def test_sigterm_that_ends_the_workers_too(files, monkeypatch):

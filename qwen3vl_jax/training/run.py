@@ -25,7 +25,7 @@ from qwen3vl_jax.training.checkpoints import Checkpoints
 from qwen3vl_jax.training.feed import Drawn, Feed
 from qwen3vl_jax.training.model_files import open_model, write_model_files
 from qwen3vl_jax.training.optimizer import make_schedule
-from qwen3vl_jax.training.recipe import Data, Recipe, as_dict, flat
+from qwen3vl_jax.training.recipe import Recipe, as_dict, flat
 from qwen3vl_jax.training.speed import Speed
 from qwen3vl_jax.training.watch import Watch
 
@@ -102,8 +102,10 @@ class Run:
             write_model_files(recipe, out / run_dir.MODEL)
         self.proc, new_ids = open_model(recipe, out / run_dir.MODEL)
         self.cfg = self.proc.config
+        if recipe.evaluate.every:
+            self.held_out().close()  # what cannot be opened is told now, not after hours
         now = Config.from_hf(resolve(recipe.ckpt)).to_hf()
-        self.meta = {"best": None, "model": now, **meta}
+        self.meta = {"model": now, **meta}
         run_dir.check_model(now, self.meta["model"], out)
         self.feed = Feed(recipe.data, recipe.pack, self.proc, recipe.seed)
         if first:
@@ -141,7 +143,7 @@ class Run:
     def loop(self, watch: Watch, stop: Stop) -> None:
         """Every step that is left, or those until `stop` is asked; what was done is saved."""
         if self.due_evaluation(self.number) and self.number not in watch.evaluations.steps:
-            self.evaluate(watch)  # SIGTERM came before it
+            self.saved.score(self.number, self.evaluate(watch))  # it ended before that
         profiler = Profiler(self.recipe.report.profile, self.out)
         watch.restart_clock()
         while self.number < self.recipe.steps and not stop.asked:
@@ -159,11 +161,20 @@ class Run:
             looks = self.due_evaluation(self.number) and not stop.asked
             if due or looks:
                 self.tell(watch)
-                self.save(watch, self.evaluate(watch) if looks else None, due)
+                self.look_and_save(watch, looks, due)
                 watch.restart_clock()
         self.tell(watch)
         if stop.asked and self.number not in run_dir.saved_steps(self.out):
             self.save(watch, None, due=True)
+
+    def look_and_save(self, watch: Watch, looks: bool, due: bool) -> None:
+        """Evaluates and saves; where evaluating fails the step is saved all the same."""
+        try:
+            score = self.evaluate(watch) if looks else None
+        except BaseException:
+            self.save(watch, None, due=True)
+            raise
+        self.save(watch, score, due)
 
     def due_evaluation(self, number: int) -> bool:
         """Whether the recipe asks for an evaluation after a step: the last one is always due."""
@@ -222,10 +233,10 @@ class Run:
             f"optimizer.learning_rate or look at these samples; the last checkpoint is of step {last}"
         )
 
-    def evaluate(self, watch: Watch) -> float:
-        """The loss on the evaluation set, and answers where the recipe asks for some."""
+    def evaluate(self, watch: Watch) -> float | None:
+        """The loss on the evaluation set, None where it is not finite; and answers if asked for."""
         asked, weights = self.recipe.evaluate, self.state.average or self.state.weights
-        feed = Feed(self.evaluation_data(), self.recipe.pack, self.proc, 0, once=True)
+        feed = self.held_out()
         try:
             batches = (d.packed for d in itertools.islice(feed, asked.batches or None))
             values = evaluate.mean_loss(self.measure, weights, self.frozen, batches)
@@ -238,21 +249,22 @@ class Run:
             answers = evaluate.answer(params, self.proc, records, asked.max_new_tokens)
             values["exact"] = sum(a.exact for a in answers) / max(len(answers), 1)
         watch.evaluation(self.number, values, answers)
-        return values["loss"]
+        if np.isfinite(values["loss"]):
+            return values["loss"]
+        watch.progress.say("the evaluation's loss is not a number: this step cannot be the best")
+        return None
 
-    def evaluation_data(self) -> Data:
-        """The recipe's way with data, for its evaluation sources in their order."""
+    def held_out(self) -> Feed:
+        """One pass over the evaluation sources in their order, read in the recipe's way."""
         sources = self.recipe.evaluate.sources
-        return dataclasses.replace(self.recipe.data, sources=sources, shuffle=False, workers=0)
+        data = dataclasses.replace(self.recipe.data, sources=sources, shuffle=False, workers=0)
+        return Feed(data, self.recipe.pack, self.proc, 0, once=True)
 
     def save(self, watch: Watch, score: float | None, due: bool) -> None:
         """Saves where a checkpoint is due, and where the evaluation was the best so far."""
         watch.refused(self.feed.refused)
-        best = self.meta["best"]
-        better = score is not None and np.isfinite(score) and (best is None or score < best)
-        if better:
-            self.meta["best"] = score
-        if due or (better and self.recipe.checkpoints.keep_best):
+        better = self.recipe.checkpoints.keep_best and self.saved.is_best(score)
+        if due or better:
             position = self.position or self.feed.get_state()
             self.meta |= {"recipe": plain(flat(self.recipe)), "data": position}
             self.meta |= {"machine": machine.described(), "score": score}

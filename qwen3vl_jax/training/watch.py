@@ -15,12 +15,13 @@ import numpy as np
 from qwen3vl_jax.training.curves import draw_curves
 from qwen3vl_jax.training.progress import Progress
 from qwen3vl_jax.training.recipe import Recipe, as_dict
+from qwen3vl_jax.training.run_dir import EVALUATION
 from qwen3vl_jax.training.tables import Table
 
 if TYPE_CHECKING:
     from qwen3vl_jax.training.evaluate import Answered
 
-METRICS, EVALUATION, REFUSED, CURVES = "metrics.csv", "evaluation.csv", "refused.csv", "curves.png"
+METRICS, REFUSED, CURVES = "metrics.csv", "refused.csv", "curves.png"
 _SHOWN = 400  # characters of a question or an answer in the log
 
 
