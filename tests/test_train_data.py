@@ -305,6 +305,14 @@ def test_a_cut_thinking_turn_keeps_its_reasoning(processors):
     assert learned(proc, sample) == ["why\n</think>\n\nb" + END]
 
 
+def test_vision_rows_hold_whole_merged_rows(proc):
+    """Else the rows behind the first would show other patches than theirs."""
+    pack = dataclasses.replace(PACK, vision_length=34)
+    with pytest.raises(InputError, match=r"pack.vision_length is 34, expected a multiple of 4"):
+        samples.SampleMaker(proc, Data(), pack)
+    samples.SampleMaker(proc, Data(), dataclasses.replace(pack, vision_rows=0))
+
+
 @pytest.mark.parametrize(
     "pack, words",
     [

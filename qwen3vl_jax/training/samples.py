@@ -70,6 +70,12 @@ class SampleMaker:
     data: Data
     pack: Pack
 
+    def __post_init__(self) -> None:
+        """Raises InputError for vision rows that would cut a merged row."""
+        unit, length = self.proc.config.vision.merge_unit, self.pack.vision_length
+        if self.pack.vision_rows and length % unit:
+            raise InputError(f"pack.vision_length is {length}, expected a multiple of {unit}")
+
     @functools.cached_property
     def _processor(self) -> Processor:
         return eight_bit(self.proc)
