@@ -246,7 +246,9 @@ class Run:
         answers = []
         if records:
             params = self.inference(weights, self.frozen)
-            answers = evaluate.answer(params, self.proc, records, asked.max_new_tokens)
+            data, most = self.recipe.data, asked.max_new_tokens
+            answers, refused = evaluate.answer(params, self.proc, data, records, most)
+            watch.refused(refused)
             values["exact"] = sum(a.exact for a in answers) / max(len(answers), 1)
         watch.evaluation(self.number, values, answers)
         if np.isfinite(values["loss"]):
