@@ -38,7 +38,7 @@ def generated(monkeypatch, proc):
 
 def answers(proc, records, data=Data()):  # noqa: B008 frozen
     named = [(f"r:{i}", {"messages": messages}) for i, messages in enumerate(records)]
-    return evaluate.answer({}, proc, data, named, 9)
+    return evaluate.answer({}, proc, data, named, 9, lambda: None)
 
 
 THOUGHT = "<think>\nwell\n</think>\n\n4"
@@ -87,3 +87,17 @@ def test_questions_are_read_as_the_recipe_says(proc, generated):
     count = (trained.ids == proc.config.image_token_id).sum()
     assert (tokens == proc.config.image_token_id).sum() == count
     assert count < len(proc.inputs([user(image)])["input_ids"][0]) / 2
+
+
+def test_answers_end_between_two_groups(proc, generated, monkeypatch):
+    """Where SIGTERM came, what is left is not asked."""
+    monkeypatch.setattr(evaluate, "ROWS", 1)
+    generated.texts, records = ["x", "y"], [("r", {"messages": [user("q"), said("x")]})] * 2
+
+    def check():
+        if generated.batches:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        evaluate.answer({}, proc, Data(), records, 9, check)
+    assert generated.texts == ["y"]

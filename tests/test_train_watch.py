@@ -212,14 +212,36 @@ def test_an_evaluation_that_cannot_run(files, monkeypatch, capsys):
     typo = "evaluate.sources.0.path=python:train_sources:Redy"
     assert run(files, "typo", *SCORED, typo) == 2
     assert "Redy" in capsys.readouterr().err and not run_dir.saved_steps(files / "typo")
+    changes = [*SCORED, "save_every=8", "checkpoints.keep_best=2"]
     with monkeypatch.context() as patch:
-        fake_scores(patch, {2: 3.0, 4: 2.0, 6: InputError("no room")})
-        assert run(files, "fails", *SCORED, "save_every=8") == 2
+        fake_scores(patch, {2: 1.0, 4: 2.0, 6: InputError("no room")})
+        assert run(files, "fails", *changes) == 2
     assert "no room" in capsys.readouterr().err
-    assert run_dir.saved_steps(files / "fails") == [4, 6]
-    fake_scores(monkeypatch, {6: 1.0, 8: 2.0})
-    assert run(files, "fails", *SCORED, "save_every=8") == 0
-    assert run_dir.scores(files / "fails") == {6: 1.0, 8: 2.0}
+    assert run_dir.saved_steps(files / "fails") == [2, 4, 6]  # the best two, and what was done
+    fake_scores(monkeypatch, {6: 3.0, 8: 4.0})
+    assert run(files, "fails", *changes) == 0
+    assert run_dir.scores(files / "fails") == {2: 1.0, 4: 2.0, 8: 4.0}
+
+
+def test_sigterm_in_an_evaluation(files, monkeypatch):
+    """It ends there, and nothing of it is written; the next run evaluates that step anew."""
+    batches = []
+
+    def measure(weights, frozen, packed):
+        batches.append(packed)
+        if len(batches) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return 1.0, 1.0, 1.0, 1.0
+
+    monkeypatch.setattr(evaluate, "make_measure", lambda *_: measure)
+    fake_step(monkeypatch, lambda number: (1.0, 0.5))
+    changes = [*SCORED, "steps=2", f"evaluate.sources.0.path={files / 'chats.jsonl'}"]
+    changes += ["evaluate.batches=3", "pack.rows=1"]
+    for seen, steps in ((1, []), (1 + 3, ["2"])):
+        assert run(files, "evaluating", *changes) == 0
+        assert run_dir.saved_steps(files / "evaluating") == [2] and len(batches) == seen
+        rows = read_table(files / "evaluating" / "evaluation.csv")
+        assert [row["step"] for row in rows] == steps
 
 
 def test_sigterm_that_ends_the_workers_too(files, monkeypatch):

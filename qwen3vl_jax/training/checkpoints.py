@@ -41,7 +41,7 @@ class Checkpoints:
     """
 
     def __init__(self, run_dir: str | Path, keep: int = 1, keep_best: int = 0):
-        self._scores = scores(run_dir)
+        self._scores, self._keep_best = scores(run_dir), keep_best
         best = _Best(self._scores, keep_best)
         stays = policies.AnyPreservationPolicy([policies.LatestN(keep), best])
         options = ocp.CheckpointManagerOptions(
@@ -52,8 +52,10 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self._dir / CHECKPOINTS, options=options)
 
     def is_best(self, score: float | None) -> bool:
-        """Whether no step that was scored so far has a loss as low."""
-        return score is not None and all(score < other for other in self._scores.values())
+        """Whether a step with this loss would be one of the best that are kept."""
+        if score is None:
+            return False
+        return sum(other <= score for other in self._scores.values()) < self._keep_best
 
     def score(self, step: int, score: float | None) -> None:
         """Takes note of a step's evaluation loss, None for one that no step can be the best by."""

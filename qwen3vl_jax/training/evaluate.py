@@ -49,9 +49,18 @@ def make_measure(cfg: Config, step: Step, join) -> Callable[..., tuple[jax.Array
     return measure
 
 
-def mean_loss(measure, weights, frozen, batches: Iterable[PackedBatch]) -> dict[str, float]:
-    """{"loss", "accuracy"} over all target tokens of the batches; accuracy is of single tokens."""
-    found = [measure(weights, frozen, packed) for packed in batches]
+def mean_loss(
+    measure, weights, frozen, batches: Iterable[PackedBatch], check: Callable[[], None]
+) -> dict[str, float]:
+    """{"loss", "accuracy"} over all target tokens of the batches; accuracy is of single tokens.
+
+    check: called before each batch, to raise what ends it.
+    """
+    found = []
+    for packed in batches:
+        check()
+        found.append(measure(weights, frozen, packed))
+        jax.block_until_ready(found[-2:-1])  # the host is at most one batch ahead
     if not found:
         raise InputError("evaluate.sources: found no sample that fits, expected at least one")
     loss, weight, right, tokens = (sum(float(x) for x in part) for part in zip(*found))
@@ -79,11 +88,13 @@ def answer(
     data: Data,
     records: Sequence[tuple[str, Any]],
     max_new_tokens: int,
+    check: Callable[[], None],
 ) -> tuple[list[Answered], list[tuple[str, str]]]:
     """Greedy answers to the last assistant turn of each record, (name, {messages, tools?}) in chat form.
 
     Pictures and clips are read as `data` asks. Records without such a turn, or with nothing before it,
-    are passed over; those that cannot be read come second, (name, reason).
+    are passed over; those that cannot be read come second, (name, reason). check: called before each
+    few answers, to raise what ends it.
     """
     asked = [_asked(name, record) for name, record in records]
     answers: list[Answered] = []
@@ -91,6 +102,7 @@ def answer(
     for tools, group in itertools.groupby((a for a in asked if a), lambda a: a.tools):
         rows, options = list(group), {"tools": tools, **processor_options(data)}
         for start in range(0, len(rows), ROWS):
+            check()
             good, batch = _read(proc, rows[start : start + ROWS], options, refused)
             if batch is not None:
                 answers += _answer_some(params, proc, good, batch, max_new_tokens)

@@ -8,7 +8,7 @@ import json
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,19 @@ from qwen3vl_jax.training.speed import Speed
 from qwen3vl_jax.training.watch import Watch
 
 
+class Stopped(Exception):
+    """An evaluation that SIGTERM cut short."""
+
+
 class Stop:
     """Whether SIGTERM has asked the run to save and end."""
 
     asked = False
+
+    def check(self) -> None:
+        """Raises Stopped where it has."""
+        if self.asked:
+            raise Stopped
 
 
 @contextmanager
@@ -143,7 +152,8 @@ class Run:
     def loop(self, watch: Watch, stop: Stop) -> None:
         """Every step that is left, or those until `stop` is asked; what was done is saved."""
         if self.due_evaluation(self.number) and self.number not in watch.evaluations.steps:
-            self.saved.score(self.number, self.evaluate(watch))  # it ended before that
+            with suppress(Stopped):  # it ended before that
+                self.saved.score(self.number, self.evaluate(watch, stop))
         profiler = Profiler(self.recipe.report.profile, self.out)
         watch.restart_clock()
         while self.number < self.recipe.steps and not stop.asked:
@@ -161,20 +171,22 @@ class Run:
             looks = self.due_evaluation(self.number) and not stop.asked
             if due or looks:
                 self.tell(watch)
-                self.look_and_save(watch, looks, due)
+                self.look_and_save(watch, stop, looks, due)
                 watch.restart_clock()
         self.tell(watch)
         if stop.asked and self.number not in run_dir.saved_steps(self.out):
             self.save(watch, None, due=True)
 
-    def look_and_save(self, watch: Watch, looks: bool, due: bool) -> None:
-        """Evaluates and saves; where evaluating fails the step is saved all the same."""
+    def look_and_save(self, watch: Watch, stop: Stop, looks: bool, due: bool) -> None:
+        """Evaluates and saves; where evaluating fails or is cut short the step is saved all the same."""
         try:
-            score = self.evaluate(watch) if looks else None
-        except BaseException:
+            score = self.evaluate(watch, stop) if looks else None
+        except BaseException as error:
             self.save(watch, None, due=True)
-            raise
-        self.save(watch, score, due)
+            if not isinstance(error, Stopped):
+                raise
+        else:
+            self.save(watch, score, due)
 
     def due_evaluation(self, number: int) -> bool:
         """Whether the recipe asks for an evaluation after a step: the last one is always due."""
@@ -233,21 +245,25 @@ class Run:
             f"optimizer.learning_rate or look at these samples; the last checkpoint is of step {last}"
         )
 
-    def evaluate(self, watch: Watch) -> float | None:
-        """The loss on the evaluation set, None where it is not finite; and answers if asked for."""
+    def evaluate(self, watch: Watch, stop: Stop) -> float | None:
+        """The loss on the evaluation set, None where it is not finite; and answers if asked for.
+
+        Raises Stopped where `stop` is asked in between; nothing is written then.
+        """
         asked, weights = self.recipe.evaluate, self.state.average or self.state.weights
         feed = self.held_out()
         try:
             batches = (d.packed for d in itertools.islice(feed, asked.batches or None))
-            values = evaluate.mean_loss(self.measure, weights, self.frozen, batches)
+            values = evaluate.mean_loss(self.measure, weights, self.frozen, batches, stop.check)
             records = feed.records(asked.generate) if asked.generate else []
         finally:
+            watch.refused(feed.refused)
             feed.close()
         answers = []
         if records:
             params = self.inference(weights, self.frozen)
             data, most = self.recipe.data, asked.max_new_tokens
-            answers, refused = evaluate.answer(params, self.proc, data, records, most)
+            answers, refused = evaluate.answer(params, self.proc, data, records, most, stop.check)
             watch.refused(refused)
             values["exact"] = sum(a.exact for a in answers) / max(len(answers), 1)
         watch.evaluation(self.number, values, answers)
@@ -263,10 +279,9 @@ class Run:
         return Feed(data, self.recipe.pack, self.proc, 0, once=True)
 
     def save(self, watch: Watch, score: float | None, due: bool) -> None:
-        """Saves where a checkpoint is due, and where the evaluation was the best so far."""
+        """Saves where a checkpoint is due, and where the evaluation was one of the best."""
         watch.refused(self.feed.refused)
-        better = self.recipe.checkpoints.keep_best and self.saved.is_best(score)
-        if due or better:
+        if due or self.saved.is_best(score):
             position = self.position or self.feed.get_state()
             self.meta |= {"recipe": plain(flat(self.recipe)), "data": position}
             self.meta |= {"machine": machine.described(), "score": score}
