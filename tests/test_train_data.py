@@ -248,6 +248,13 @@ REFUSED = {
 }  # fmt: skip
 
 
+def test_an_empty_place_is_no_picture():
+    """Files that mix records with and without pictures write "" for none."""
+    turns = [{"from": "human", "value": "a"}, GPT]
+    want = chat_form({"conversations": turns})
+    assert chat_form({"image": "", "video": [""], "conversations": turns}) == want
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_bad_records_say_why(proc, case):
     record, words = REFUSED[case]
