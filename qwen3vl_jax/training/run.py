@@ -5,10 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,40 +24,8 @@ from qwen3vl_jax.training.model_files import open_model, write_model_files
 from qwen3vl_jax.training.optimizer import make_schedule
 from qwen3vl_jax.training.recipe import Recipe, as_dict, flat
 from qwen3vl_jax.training.speed import Speed
+from qwen3vl_jax.training.stop import Stop, Stopped, on_sigterm
 from qwen3vl_jax.training.watch import Watch
-
-
-class Stopped(Exception):
-    """An evaluation that SIGTERM cut short."""
-
-
-class Stop:
-    """Whether SIGTERM has asked the run to save and end."""
-
-    asked = False
-
-    def check(self) -> None:
-        """Raises Stopped where it has."""
-        if self.asked:
-            raise Stopped
-
-
-@contextmanager
-def on_sigterm() -> Iterator[Stop]:
-    """Turns SIGTERM into a flag that the loop reads between two steps."""
-    stop = Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # only the main thread may set a handler
-        return
-
-    def ask(*_: Any) -> None:
-        stop.asked = True
-
-    before = signal.signal(signal.SIGTERM, ask)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def train(recipe: Recipe, out: Path) -> None:
@@ -73,16 +38,19 @@ def train(recipe: Recipe, out: Path) -> None:
         first = max(run_dir.saved_steps(out), default=0)
         meta = run_dir.read_meta(out, first) if first else {}
         noted = check_fits(recipe, meta, out) if first else []
-        (out / run_dir.CONFIG).write_text(tomli_w.dumps(plain(as_dict(recipe))))
+        told = plain(as_dict(recipe)) | {"ckpt": whole_path(recipe.ckpt)}
+        (out / run_dir.CONFIG).write_text(tomli_w.dumps(told))
         with Watch(out, recipe, first) as watch:
             for line in noted:
                 watch.progress.say(f"going on from step {first}: {line}")
             run = Run(recipe, out, first, meta)
+            less = "step.remat=full or step.loss_chunk"
             try:
-                with memory_advice(run.sizes(), "pack.rows, step.remat=full or step.loss_chunk"):
+                with memory_advice(run.sizes(), less if first else f"pack.rows, {less}"):
                     run.loop(watch, stop)
             finally:
                 run.close()
+                watch.refused(run.feed.refused)
             watch.draw()
             done = "stopped by SIGTERM, saved" if stop.asked else "done"
             watch.progress.say(f"{out}: step {run.number} of {recipe.steps}, {done}")
@@ -90,11 +58,19 @@ def train(recipe: Recipe, out: Path) -> None:
 
 def check_fits(recipe: Recipe, meta: dict[str, Any], out: Path) -> list[str]:
     """What differs from the run's start and may; raises InputError for what may not."""
-    changed = run_dir.check_recipe(plain(flat(recipe)), meta["recipe"], out)
+    # Keys that are younger than the run had their default.
+    then = plain(flat(Recipe("", 1))) | meta["recipe"]
+    now, then = (x | {"ckpt": whole_path(x["ckpt"])} for x in (plain(flat(recipe)), then))
+    changed = run_dir.check_recipe(now, then, out)
     moved = machine.changes(meta["machine"])
     if moved:
         moved = ["not bit for bit, the machine differs: " + ", ".join(moved)]
     return changed + moved
+
+
+def whole_path(ckpt: str) -> str:
+    """The place of a model from any folder; a Hub id stays what it is."""
+    return str(Path(ckpt).resolve()) if Path(ckpt).is_dir() else ckpt
 
 
 def plain(value: Any) -> Any:
@@ -112,7 +88,7 @@ class Run:
         self.proc, new_ids = open_model(recipe, out / run_dir.MODEL)
         self.cfg = self.proc.config
         if recipe.evaluate.every:
-            self.held_out().close()  # what cannot be opened is told now, not after hours
+            self.check_held_out()
         now = Config.from_hf(resolve(recipe.ckpt)).to_hf()
         self.meta = {"model": now, **meta}
         run_dir.check_model(now, self.meta["model"], out)
@@ -173,6 +149,7 @@ class Run:
                 self.tell(watch)
                 self.look_and_save(watch, stop, looks, due)
                 watch.restart_clock()
+        profiler.end()
         self.tell(watch)
         if stop.asked and self.number not in run_dir.saved_steps(self.out):
             self.save(watch, None, due=True)
@@ -272,6 +249,16 @@ class Run:
         watch.progress.say("the evaluation's loss is not a number: this step cannot be the best")
         return None
 
+    def check_held_out(self) -> None:
+        """Raises InputError for evaluation sources that would end the run hours later."""
+        feed = self.held_out()
+        if self.recipe.evaluate.generate and not feed.records(1):
+            raise InputError(
+                "evaluate.generate: evaluate.sources hold no conversation that ends in an answer "
+                "(ready samples have no words); set it to 0"
+            )
+        feed.close()
+
     def held_out(self) -> Feed:
         """One pass over the evaluation sources in their order, read in the recipe's way."""
         sources = self.recipe.evaluate.sources
@@ -309,5 +296,10 @@ class Profiler:
         """Ends it with the last, when the device has done it."""
         if self._on and number + 1 not in self._steps:
             jax.block_until_ready(metrics)
+            self.end()
+
+    def end(self) -> None:
+        """Ends a trace that is still on: the run ends before its last chosen step."""
+        if self._on:
             jax.profiler.stop_trace()
             self._on = False

@@ -129,7 +129,7 @@ def _board(out: Path, recipe: Recipe, first: int) -> Any:
     from tensorboardX import SummaryWriter
 
     # purge_step hides what a killed run wrote after the checkpoint
-    return SummaryWriter(str(out / "tensorboard"), purge_step=first + 1 if first else None)
+    return SummaryWriter(str(out / "tensorboard"), purge_step=first + 1)
 
 
 def _wandb(out: Path, recipe: Recipe) -> Any:
