@@ -22,7 +22,7 @@ from qwen3vl_jax.training.checkpoints import Checkpoints
 from qwen3vl_jax.training.feed import Drawn, Feed
 from qwen3vl_jax.training.model_files import open_model, write_model_files
 from qwen3vl_jax.training.optimizer import make_schedule
-from qwen3vl_jax.training.recipe import Recipe, as_dict, flat
+from qwen3vl_jax.training.recipe import Data, Recipe, as_dict, flat
 from qwen3vl_jax.training.speed import Speed
 from qwen3vl_jax.training.stop import Stop, Stopped, on_sigterm
 from qwen3vl_jax.training.watch import Watch
@@ -261,8 +261,8 @@ class Run:
 
     def held_out(self) -> Feed:
         """One pass over the evaluation sources in their order, read in the recipe's way."""
-        sources = self.recipe.evaluate.sources
-        data = dataclasses.replace(self.recipe.data, sources=sources, shuffle=False, workers=0)
+        sources, told = self.recipe.evaluate.sources, self.recipe.data
+        data: Data = dataclasses.replace(told, sources=sources, shuffle=False, workers=0)
         return Feed(data, self.recipe.pack, self.proc, 0, once=True)
 
     def save(self, watch: Watch, score: float | None, due: bool) -> None:
