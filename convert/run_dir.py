@@ -87,11 +87,10 @@ def run_to_hf(
 
 def _step(run: Path, wanted: str | None) -> int:
     """The step that is asked for, or the best if any was evaluated, else the last."""
-    from qwen3vl_jax.training.run_dir import chosen_step, read_meta, saved_steps
+    from qwen3vl_jax.training.run_dir import chosen_step, scores
 
     if wanted is None:
-        scored = any(read_meta(run, step).get("score") is not None for step in saved_steps(run))
-        wanted = "best" if scored else "last"
+        wanted = "best" if scores(run) else "last"
     return chosen_step(run, wanted)
 
 

@@ -62,6 +62,9 @@ def test_every_key_is_explained_once():
         ("evaluate.every=5", "evaluate.sources is empty"),
         ("train.freeze=[1]", "train.freeze[0] is 1, expected a string"),
         ("ckpt=''", "ckpt is empty"),
+        ("train.rates.merger=-1.0", "train.rates.merger is -1.0, expected a finite number from 0"),
+        ("data.sources.0.weight=nan", "data.sources 1: expected a path and a weight above 0"),
+        ("mesh.fsdp=0", "mesh.fsdp is 0"),
     ],
 )
 def test_what_no_run_can_have_is_named(change, words):

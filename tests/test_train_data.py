@@ -248,6 +248,13 @@ REFUSED = {
 }  # fmt: skip
 
 
+def test_an_empty_place_is_no_picture():
+    """Files that mix records with and without pictures write "" for none."""
+    turns = [{"from": "human", "value": "a"}, GPT]
+    want = chat_form({"conversations": turns})
+    assert chat_form({"image": "", "video": [""], "conversations": turns}) == want
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_bad_records_say_why(proc, case):
     record, words = REFUSED[case]
@@ -303,6 +310,14 @@ def test_a_cut_thinking_turn_keeps_its_reasoning(processors):
     pack = dataclasses.replace(PACK, length=60)
     sample = sample_of(proc, messages, data=Data(too_long="cut"), pack=pack)
     assert learned(proc, sample) == ["why\n</think>\n\nb" + END]
+
+
+def test_vision_rows_hold_whole_merged_rows(proc):
+    """Else the rows behind the first would show other patches than theirs."""
+    pack = dataclasses.replace(PACK, vision_length=34)
+    with pytest.raises(InputError, match=r"pack.vision_length is 34, expected a multiple of 4"):
+        samples.SampleMaker(proc, Data(), pack)
+    samples.SampleMaker(proc, Data(), dataclasses.replace(pack, vision_rows=0))
 
 
 @pytest.mark.parametrize(

@@ -179,6 +179,19 @@ def test_bad_records_are_named_and_stop_the_run_past_a_fraction(proc, tmp_path):
         take(strict, 30)
 
 
+def test_bad_records_below_the_fraction_may_come_early(proc, tmp_path):
+    """3 of 400 in the first ten, with 1% allowed; but not half of what is read, however long the file."""
+    source = lines(tmp_path / "a.jsonl", map(str, range(400)))
+    rows = (tmp_path / "a.jsonl").read_text().splitlines()
+    data = Data(sources=(source,), shuffle=False, bad_fraction=0.01)
+    (tmp_path / "a.jsonl").write_text("\n".join(["{ ", *rows[:4], "{ ", "{ ", *rows[7:]]))
+    feed = feeds.Feed(data, PACK, proc, 0)
+    assert names_of(take(feed, 2)) and len(feed.refused) == 3
+    (tmp_path / "a.jsonl").write_text("\n".join(["{ ", "1"] * 2000))
+    with pytest.raises(InputError, match=r"6 of 6 records are bad"):
+        take(feeds.Feed(data, PACK, proc, 0), 100)
+
+
 def test_samples_that_are_refused_or_cut_are_listed(proc, tmp_path):
     source = lines(tmp_path / "a.jsonl", [*map(str, range(20)), "long " * 90])
     with open(source.path, "a") as file:

@@ -19,7 +19,7 @@ from qwen3vl_jax.training.packing import PackedBatch
 
 PACK = recipe.Pack(rows=5, length=72, vision_rows=2, vision_length=192, lookahead=8)
 SETTINGS = recipe.Step(dtype="float32", remat="none", loss_chunk=32)
-WIDTH = PACK.length  # a bucket, so that make_batch pads no further
+WIDTH = PACK.length
 
 
 def samples(config, count, seed=0):
@@ -61,9 +61,15 @@ def rows_of(config, given) -> PackedBatch:
         values = np.concatenate([v.pixels for v in seen])
         inputs[pixels] = values.astype(np.float32) / 127.5 - 1
         inputs[grid] = np.array([v.grid for v in seen])
-    batch = q3.make_batch(config, **inputs)
-    # A second, empty row of patches: one compiled program serves both kinds of batch.
-    vision = jax.tree.map(lambda x: np.stack([x, np.zeros_like(x)]), batch.vision)
+    batch = q3.make_batch(config, **inputs, pad=False)
+
+    # Padded, and with a second, empty row of patches: one program serves both kinds of batch.
+    def two_rows(x):
+        out = np.zeros((2, PACK.vision_length, *x.shape[1:]), x.dtype)
+        out[0, : len(x)] = x
+        return out
+
+    vision = jax.tree.map(two_rows, batch.vision)
     return PackedBatch(batch.replace(vision=vision), padded([s.weights for s in given], 0))
 
 

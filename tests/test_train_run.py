@@ -25,7 +25,9 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("train")
     ckpt = train_files.checkpoint(folder / "ckpt")
     data = train_files.conversations(folder / "chats.jsonl")
-    train_files.write_recipe(folder / "recipe.toml", ckpt, data)
+    # What each step drops is drawn from a key of the checkpoint.
+    random = {"attention_dropout": 0.1}
+    train_files.write_recipe(folder / "recipe.toml", ckpt, data, step=random)
     return folder
 
 

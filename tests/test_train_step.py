@@ -10,7 +10,8 @@ import ours
 import ours_train
 import pytest
 
-from qwen3vl_jax.training import groups
+import qwen3vl_jax as q3
+from qwen3vl_jax.training import groups, step
 from qwen3vl_jax.training.recipe import Optimizer
 
 PICTURE = [("text", 3), ("image", (1, 2, 2)), ("text", 6)]
@@ -182,6 +183,28 @@ def test_each_step_has_keys_of_its_own(run):
     other = train(other, frozen, packed)[0]
     assert not any(map(differ, jax.tree.leaves(first), jax.tree.leaves(again)))
     assert any(differ(other.weights[n], w) for n, w in first.weights.items())
+
+
+def test_the_balance_loss_of_micro_batches():
+    """It is of each by itself, weighted by its tokens; the rest of the loss by target weights."""
+    params, cfg, config = ours_train.model(moe=True)
+    settings = dataclasses.replace(ours_train.FP32, balance_loss=1.0)
+    stacked, packs = q3.stack_layers(params), []
+    for length in (13, 5):
+        inputs, _ = ours_train.sample(config, [("text", length)])
+        pack = ours_train.pack(cfg, [[(inputs, inputs["input_ids"])]])
+        packs.append(pack.replace(batch=pack.batch.replace(vision=None, vision_rows=None)))
+    run = jax.jit(
+        lambda pack: step.batch_sums(stacked, cfg, pack, settings), compiler_options=ours_train.FAST
+    )
+    sums, totals = [run(pack) for pack in packs], [step.step_totals(pack) for pack in packs]
+    whole = step.step_totals(ours_train.micro(*packs))
+    got = step.total_loss(jax.tree.map(jnp.add, *sums), whole, settings)
+    alone = [step.step_metrics(s, t) for s, t in zip(sums, totals)]
+    share = np.array([float(t.weight / whole.weight) for t in totals])
+    want = share @ [float(m["loss"]) for m in alone]
+    want += (np.array([13, 5]) / 18) @ [float(m["balance_loss"]) for m in alone]
+    assert abs(float(got) - want) < 1e-5 * want
 
 
 def test_experts_load_and_balance_leave_padding_out():

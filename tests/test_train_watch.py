@@ -4,6 +4,9 @@ import csv
 import json
 import os
 import signal
+import sys
+import tomllib
+import types
 
 import jax
 import numpy as np
@@ -12,9 +15,10 @@ import train_files
 
 import train
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.training import run_dir, setup
+from qwen3vl_jax.training import evaluate, recipe, run_dir, setup
 from qwen3vl_jax.training.progress import described
 from qwen3vl_jax.training.tables import Table, read_table
+from qwen3vl_jax.training.watch import Watch
 
 
 @pytest.fixture(scope="module")
@@ -102,16 +106,33 @@ def test_a_finished_run_and_another_recipe(files, done, capsys):
 
 def test_what_a_checkpoint_does_not_fit_is_said():
     """Another mesh, another model: each with its own word and every difference."""
-    now = {"mesh.fsdp": 8, "steps": 5, "report.every": 1}
+    now = {"mesh.fsdp": 8, "steps": 5, "report.every": 1, "data.workers": 2}
     with pytest.raises(InputError, match=r"another mesh: mesh.fsdp was 1, is now 8"):
         run_dir.check_recipe(now, {**now, "mesh.fsdp": 1}, "run")
-    assert run_dir.check_recipe(now, {**now, "steps": 4}, "run") == ["steps was 4, is now 5"]
+    other = {**now, "steps": 4, "data.workers": 0}
+    told = ["steps was 4, is now 5", "data.workers was 0, is now 2"]
+    assert run_dir.check_recipe(now, other, "run") == told
     with pytest.raises(
         InputError, match=r"another model: text_config.hidden_size was 64, is now 32"
     ):
         run_dir.check_model(
             {"text_config": {"hidden_size": 32}}, {"text_config": {"hidden_size": 64}}, "run"
         )
+
+
+def test_keys_that_are_younger_than_a_run(files):
+    """A run of an earlier version goes on: what it did not know had its default."""
+    from qwen3vl_jax.training import machine
+    from qwen3vl_jax.training.run import check_fits, plain
+
+    told = recipe.read_recipe(files / "recipe.toml")
+    then = plain(recipe.flat(told))
+    del then["step.balance_loss"]
+    meta = {"recipe": then, "machine": machine.described()}
+    assert check_fits(told, meta, files) == []
+    other = recipe.read_recipe(files / "recipe.toml", ["step.balance_loss=0.1"])
+    with pytest.raises(InputError, match=r"step.balance_loss was 0.0, is now 0.1"):
+        check_fits(other, meta, files)
 
 
 def fake_step(monkeypatch, values):
@@ -159,6 +180,7 @@ def test_ctrl_c_and_sigterm(files, monkeypatch, capsys):
 
     changes = ["steps=9", "save_every=7", "evaluate.every=0", "report.profile=[]"]
     fake_step(monkeypatch, interrupted)
+    changes += ["report.profile=[5,6]"]
     assert run(files, "stopped", *changes) == 130
     assert "interrupted: the same command goes on" in capsys.readouterr().err
     fake_step(monkeypatch, asked)
@@ -166,9 +188,89 @@ def test_ctrl_c_and_sigterm(files, monkeypatch, capsys):
     assert "step 5 of 9, stopped by SIGTERM, saved" in capsys.readouterr().out
     assert run_dir.saved_steps(files / "stopped") == [5]
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert list((files / "stopped" / "profile").rglob("*.xplane.pb"))
     assert run(files, "stopped", *changes) == 0
     steps = [int(row["step"]) for row in read_table(files / "stopped" / "metrics.csv")]
     assert steps == list(range(1, 10))
+
+
+def fake_scores(monkeypatch, scores):
+    """Evaluations that cost nothing: scores[n] is the loss that step n has, or what is raised."""
+    numbers = iter(scores)
+
+    def mean_loss(*_):
+        score = scores[next(numbers)]
+        if isinstance(score, Exception):
+            raise score
+        return {"loss": score}
+
+    monkeypatch.setattr(evaluate, "mean_loss", mean_loss)
+
+
+SCORED = ["steps=8", "save_every=2", "evaluate.every=2", "evaluate.generate=0", "report.profile=[]"]
+
+
+def test_the_best_step_stays_whenever_sigterm_comes(files, monkeypatch):
+    """A step is saved before its evaluation then; and a loss that is no number is never the best."""
+
+    def asked(number):
+        if number in (4, 8):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return 1.0, 0.5
+
+    out = files / "best"
+    fake_step(monkeypatch, asked)
+    fake_scores(monkeypatch, {2: 3.0, 4: 1.0, 6: np.nan, 8: 0.5})
+    for saved, best in (([2, 4], 2), ([4, 8], 4), ([4, 8], 8)):
+        assert run(files, "best", *SCORED) == 0
+        assert (run_dir.saved_steps(out), run_dir.chosen_step(out, "best")) == (saved, best)
+    assert [row["step"] for row in read_table(out / "evaluation.csv")] == ["2", "4", "6", "8"]
+
+
+def test_an_evaluation_that_cannot_run(files, monkeypatch, capsys):
+    """Files that cannot be opened are told at the start; what fails later loses no step."""
+    fake_step(monkeypatch, lambda number: (1.0, 0.5))
+    typo = "evaluate.sources.0.path=python:train_sources:Redy"
+    assert run(files, "typo", *SCORED, typo) == 2
+    assert "Redy" in capsys.readouterr().err
+    ready = "evaluate.sources=[{path='python:train_sources:Ready', options={count=2}}]"
+    assert run(files, "typo", *SCORED, ready, "evaluate.generate=2") == 2
+    assert "evaluate.generate: evaluate.sources hold no conv" in capsys.readouterr().err
+    assert not run_dir.saved_steps(files / "typo")
+    changes = [*SCORED, "save_every=8", "checkpoints.keep_best=2"]
+    with monkeypatch.context() as patch:
+        fake_scores(patch, {2: 1.0, 4: 2.0, 6: InputError("no room")})
+        assert run(files, "fails", *changes) == 2
+    assert "no room" in capsys.readouterr().err
+    assert run_dir.saved_steps(files / "fails") == [2, 4, 6]  # the best two, and what was done
+    fake_scores(monkeypatch, {6: 3.0, 8: 4.0})
+    monkeypatch.chdir(files)  # what is the same place from another folder is the same model
+    assert run(files, "fails", *changes, "ckpt=ckpt") == 0
+    assert tomllib.loads((files / "fails" / "config.toml").read_text())["ckpt"] == str(
+        files / "ckpt"
+    )
+    assert run_dir.scores(files / "fails") == {2: 1.0, 4: 2.0, 8: 4.0}
+
+
+def test_sigterm_in_an_evaluation(files, monkeypatch):
+    """It ends there, and nothing of it is written; the next run evaluates that step anew."""
+    batches = []
+
+    def measure(weights, frozen, packed):
+        batches.append(packed)
+        if len(batches) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return 1.0, 1.0, 1.0, 1.0
+
+    monkeypatch.setattr(evaluate, "make_measure", lambda *_: measure)
+    fake_step(monkeypatch, lambda number: (1.0, 0.5))
+    changes = [*SCORED, "steps=2", f"evaluate.sources.0.path={files / 'chats.jsonl'}"]
+    changes += ["evaluate.batches=3", "pack.rows=1"]
+    for seen, steps in ((1, []), (1 + 3, ["2"])):
+        assert run(files, "evaluating", *changes) == 0
+        assert run_dir.saved_steps(files / "evaluating") == [2] and len(batches) == seen
+        rows = read_table(files / "evaluating" / "evaluation.csv")
+        assert [row["step"] for row in rows] == steps
 
 
 def test_sigterm_that_ends_the_workers_too(files, monkeypatch):
@@ -198,6 +300,43 @@ def test_sigterm_that_ends_the_workers_too(files, monkeypatch):
         for path in (files / "steady" / "metrics.csv", files / "dying" / "metrics.csv")
     ]
     assert seen[0] == seen[1] and len(seen[0]) == 6
+
+
+def test_bad_records_that_stop_a_run_are_listed(files, monkeypatch, capsys):
+    """In refused.csv, though nothing was saved yet."""
+    fake_step(monkeypatch, lambda number: (1.0, 0.5))
+    changes = ["steps=99", "save_every=99", "evaluate.every=0", "report.profile=[]"]
+    assert run(files, "bad", *changes, "data.bad_fraction=0.0") == 2
+    assert "records are bad" in capsys.readouterr().err
+    assert "chats.jsonl:25" in (files / "bad" / "refused.csv").read_text()
+
+
+def test_loggers_are_told(files, tmp_path, monkeypatch):
+    """wandb: one run by that name however often it goes on; TensorBoard: what a killed run wrote goes."""
+    import tensorboardX
+
+    calls, boards = [], []
+    stub = types.SimpleNamespace(
+        log=lambda values, step: calls.append((step, values)),
+        finish=lambda *, exit_code: calls.append({"exit_code": exit_code}),
+    )
+    wandb = types.ModuleType("wandb")
+    wandb.init = lambda **given: calls.append(given) or stub  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    board = types.SimpleNamespace(add_scalar=lambda *_: None, close=lambda: None)
+    monkeypatch.setattr(
+        tensorboardX, "SummaryWriter", lambda _, purge_step: boards.append(purge_step) or board
+    )
+    told = recipe.read_recipe(files / "recipe.toml", ["report.wandb=team", "report.every=1"])
+    for first in (0, 3):
+        with Watch(tmp_path, told, first) as watch:
+            row = {"loss": 1.0, "lr": 0.1, "grad_norm": 1.0, "tokens": 7, "fill": 1.0}
+            watch.step(first + 1, row)
+            watch.evaluation(first + 1, {"loss": 2.0}, [])
+    first, (step, values), asked, code, again, *_ = calls
+    assert first["project"] == "team" and first["id"] == again["id"] and first["resume"] == "allow"
+    assert (step, values["train/loss"], asked[1]) == (1, 1.0, {"evaluation/loss": 2.0})
+    assert code == {"exit_code": 0} and boards == [1, 4]
 
 
 def test_tables_are_cut_back_and_grow_columns(tmp_path):

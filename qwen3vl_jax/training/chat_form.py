@@ -112,8 +112,13 @@ def _pool(record: Mapping[str, Any], names: Sequence[str]) -> list[Any]:
     for name in names:
         given = record.get(name)
         given = given if isinstance(given, (list, tuple)) else [given]
-        found += [_source(x, name) for x in given if x is not None]
+        found += [_source(x, name) for x in given if x is not None and not _blank(x)]
     return found
+
+
+def _blank(given: Any) -> bool:
+    """Whether this is the "" that stands for no picture in files whose other records have one."""
+    return isinstance(given, str) and not given
 
 
 def _source(given: Any, name: str) -> Any:

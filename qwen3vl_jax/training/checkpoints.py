@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,26 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from qwen3vl_jax.orbax_io import stored_tensors
-from qwen3vl_jax.training.run_dir import CHECKPOINTS, META, DiffersError
+from qwen3vl_jax.training.run_dir import CHECKPOINTS, META, DiffersError, scores
 from qwen3vl_jax.training.step import TrainState
 
 WEIGHTS, AVERAGE, STATE = "weights", "average", "state"
-SCORE = "loss"  # of the evaluation, by which the best are chosen
+
+
+@dataclasses.dataclass
+class _Best(policies.PreservationPolicy):
+    """Keeps the steps with the lowest scores; their evaluation may have come after they were saved."""
+
+    scores: Mapping[int, float]
+    count: int
+
+    def should_preserve(
+        self, checkpoints: Sequence[policies.PolicyCheckpointInfo], *, context: Any
+    ) -> list[bool]:
+        steps = [info.step for info in checkpoints]
+        scored = [step for step in steps if step in self.scores]
+        best = sorted(scored, key=lambda step: (self.scores[step], -step))[: self.count]
+        return [step in best for step in steps]
 
 
 class Checkpoints:
@@ -25,12 +41,8 @@ class Checkpoints:
     """
 
     def __init__(self, run_dir: str | Path, keep: int = 1, keep_best: int = 0):
-        best = policies.BestN(
-            get_metric_fn=lambda metrics: metrics[SCORE],
-            reverse=True,
-            n=keep_best,
-            keep_checkpoints_without_metrics=False,
-        )
+        self._scores, self._keep_best = scores(run_dir), keep_best
+        best = _Best(self._scores, keep_best)
         stays = policies.AnyPreservationPolicy([policies.LatestN(keep), best])
         options = ocp.CheckpointManagerOptions(
             preservation_policy=stays,
@@ -38,6 +50,17 @@ class Checkpoints:
         )
         self._dir = Path(run_dir).absolute()
         self._manager = ocp.CheckpointManager(self._dir / CHECKPOINTS, options=options)
+
+    def is_best(self, score: float | None) -> bool:
+        """Whether a step with this loss would be one of the best that are kept."""
+        if score is None:
+            return False
+        return sum(other <= score for other in self._scores.values()) < self._keep_best
+
+    def score(self, step: int, score: float | None) -> None:
+        """Takes note of a step's evaluation loss, None for one that no step can be the best by."""
+        if score is not None:
+            self._scores[step] = score
 
     def save(self, state: TrainState, meta: Mapping[str, Any], score: float | None = None) -> None:
         """Saves in the background; meta is JSON data: the recipe and where the data stands."""
@@ -48,8 +71,8 @@ class Checkpoints:
         }
         if state.average is not None:
             parts[AVERAGE] = ocp.args.StandardSave(state.average)
-        metrics = None if score is None else {SCORE: float(score)}
-        self._manager.save(int(state.step), args=ocp.args.Composite(**parts), metrics=metrics)
+        self.score(int(state.step), score)
+        self._manager.save(int(state.step), args=ocp.args.Composite(**parts))
 
     def restore(self, step: int, state: TrainState) -> TrainState:
         """The state of a step, in the shapes and places of `state` (arrays or ShapeDtypeStructs).

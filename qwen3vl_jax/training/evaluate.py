@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,9 +15,11 @@ from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.generation import generate
 from qwen3vl_jax.model import unstack_layers
 from qwen3vl_jax.processing.processor import Processor
-from qwen3vl_jax.structs import Params
+from qwen3vl_jax.processing.reply import Reply, parse_reply
+from qwen3vl_jax.structs import Batch, Params
 from qwen3vl_jax.training.packing import PackedBatch
-from qwen3vl_jax.training.recipe import Step
+from qwen3vl_jax.training.recipe import Data, Step
+from qwen3vl_jax.training.samples import processor_options, told
 from qwen3vl_jax.training.step import batch_sums, step_totals
 
 ROWS = 8  # prompts answered together
@@ -46,9 +49,18 @@ def make_measure(cfg: Config, step: Step, join) -> Callable[..., tuple[jax.Array
     return measure
 
 
-def mean_loss(measure, weights, frozen, batches: Iterable[PackedBatch]) -> dict[str, float]:
-    """{"loss", "accuracy"} over all target tokens of the batches; accuracy is of single tokens."""
-    found = [measure(weights, frozen, packed) for packed in batches]
+def mean_loss(
+    measure, weights, frozen, batches: Iterable[PackedBatch], check: Callable[[], None]
+) -> dict[str, float]:
+    """{"loss", "accuracy"} over all target tokens of the batches; accuracy is of single tokens.
+
+    check: called before each batch, to raise what ends it.
+    """
+    found = []
+    for packed in batches:
+        check()
+        found.append(measure(weights, frozen, packed))
+        jax.block_until_ready(found[-2:-1])  # the host is at most one batch ahead
     if not found:
         raise InputError("evaluate.sources: found no sample that fits, expected at least one")
     loss, weight, right, tokens = (sum(float(x) for x in part) for part in zip(*found))
@@ -71,39 +83,92 @@ def make_inference(step: Step, join) -> Callable[..., Params]:
 
 
 def answer(
-    params: Params, proc: Processor, records: Sequence[tuple[str, Any]], max_new_tokens: int
-) -> list[Answered]:
+    params: Params,
+    proc: Processor,
+    data: Data,
+    records: Sequence[tuple[str, Any]],
+    max_new_tokens: int,
+    check: Callable[[], None],
+) -> tuple[list[Answered], list[tuple[str, str]]]:
     """Greedy answers to the last assistant turn of each record, (name, {messages, tools?}) in chat form.
 
-    Records without such a turn, or with nothing before it, are passed over.
+    Pictures and clips are read as `data` asks. Records without such a turn, or with nothing before it,
+    are passed over; those that cannot be read come second, (name, reason). check: called before each
+    few answers, to raise what ends it.
     """
-    asked = [(name, record, _last_turn(record["messages"])) for name, record in records]
-    out: list[Answered] = []
-    for tools, group in itertools.groupby((a for a in asked if a[2]), lambda a: a[1].get("tools")):
-        rows = list(group)
+    asked = [_asked(name, record) for name, record in records]
+    answers: list[Answered] = []
+    refused: list[tuple[str, str]] = []
+    for tools, group in itertools.groupby((a for a in asked if a), lambda a: a.tools):
+        rows, options = list(group), {"tools": tools, **processor_options(data)}
         for start in range(0, len(rows), ROWS):
-            out += _answer_some(params, proc, rows[start : start + ROWS], tools, max_new_tokens)
-    return out
+            check()
+            good, batch = _read(proc, rows[start : start + ROWS], options, refused)
+            if batch is not None:
+                answers += _answer_some(params, proc, good, batch, max_new_tokens)
+    return answers, refused
 
 
-def _last_turn(messages: Sequence[Any]) -> int:
-    """The index of the last message that an assistant wrote, 0 for none."""
-    roles = [message["role"] for message in messages]
-    return max((i for i, role in enumerate(roles) if role == "assistant"), default=0)
+class _Asked(NamedTuple):
+    """A record's last assistant turn, and what comes before it."""
+
+    name: str
+    messages: list[dict[str, Any]]
+    target: dict[str, Any]
+    tools: Any
 
 
-def _answer_some(params, proc: Processor, rows, tools: Any, max_new_tokens: int) -> list[Answered]:
-    batch = proc([record["messages"][:turn] for _, record, turn in rows], tools=tools)
+def _asked(name: str, record: Any) -> _Asked | None:
+    messages = told(record["messages"])
+    at = [i for i, message in enumerate(messages) if i and message["role"] == "assistant"]
+    if not at:
+        return None
+    return _Asked(name, messages[: at[-1]], messages[at[-1]], record.get("tools"))
+
+
+def _read(
+    proc: Processor, rows: list[_Asked], options: Any, refused: list[tuple[str, str]]
+) -> tuple[list[_Asked], Batch | None]:
+    """The rows that can be read, as a batch; the others are added to `refused`, with the reason."""
+    try:
+        return rows, proc([row.messages for row in rows], **options)
+    except Exception as error:  # a damaged picture can break any decoder: which one was it?
+        if len(rows) == 1:
+            kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+            refused.append((rows[0].name, kind + " ".join(str(error).split())))
+            return [], None
+    good = [row for one in rows for row in _read(proc, [one], options, refused)[0]]
+    return good, proc([row.messages for row in good], **options) if good else None
+
+
+def _answer_some(
+    params: Params, proc: Processor, rows: list[_Asked], batch: Batch, max_new_tokens: int
+) -> list[Answered]:
     options = {"max_new_tokens": max_new_tokens, "stop_ids": proc.stop_ids}
     written = generate(params, proc.config, batch, **options)
     out = []
-    for (name, record, turn), tokens, length in zip(
-        rows, written.tokens, written.lengths, strict=True
-    ):
-        question, expected = record["messages"][turn - 1], record["messages"][turn]
-        said = proc.parse(proc.decode(tokens[:length])).content
-        out.append(Answered(name, _words(question), _words(expected), said))
+    for row, tokens, length in zip(rows, written.tokens, written.lengths, strict=True):
+        prompt = proc.render(row.messages, row.tools)
+        said = spelled(proc.parse(proc.decode(tokens[:length]), prompt))
+        out.append(Answered(row.name, _words(row.messages[-1]), expected(row.target), said))
     return out
+
+
+def expected(message: Any) -> str:
+    """What a record's answer says, as `spelled` shows an answer that writes the same."""
+    calls = [call.get("function") or call for call in message.get("tool_calls") or ()]
+    written = (f"<tool_call>{json.dumps(call)}</tool_call>" for call in calls)
+    text = _words(message) + "".join(written)
+    return spelled(parse_reply(text))
+
+
+def spelled(reply: Reply) -> str:
+    """An answer without its reasoning; each call of a tool is a line, its arguments in order."""
+    calls = (
+        json.dumps({"name": call.name, "arguments": call.arguments}, sort_keys=True)
+        for call in reply.tool_calls
+    )
+    return "\n".join([*filter(None, [reply.content.strip()]), *calls])
 
 
 def _words(message: Any) -> str:

@@ -228,7 +228,10 @@ class _Line:
         least = max(read, min(_FEWEST, self.total))
         first = itertools.islice(self.refused.items(), _SHOWN)
         shown = "".join(f"\n  {name}: {reason}" for name, reason in first)
-        if bad > self.data.bad_fraction * least:
+        fraction, epochs = self.data.bad_fraction, -(-read // max(self.total, 1))
+        # No more than whole epochs may have, nor than chance lets come early: four deviations.
+        early = fraction * least + 4 * (fraction * least) ** 0.5
+        if bad > min(fraction * epochs * self.total, early):
             raise InputError(
                 f"{bad} of {read} records are bad, more than data.bad_fraction "
                 f"{self.data.bad_fraction:g} allows:{shown}"

@@ -227,11 +227,16 @@ def _check_together(recipe: Recipe) -> None:
         raise InputError("evaluate.every is set and evaluate.sources is empty, expected files")
     if recipe.train.new_tokens and recipe.lora.rank:
         raise InputError("train.new_tokens: LoRA trains no embedding rows; set lora.rank=0")
+    for name, factor in recipe.train.rates.items():
+        if not 0 <= factor < math.inf:
+            raise InputError(f"train.rates.{name} is {factor}, expected a finite number from 0")
+    if recipe.mesh.fsdp == 0:
+        raise InputError("mesh.fsdp is 0, expected a number from 1, or -1 for all that are left")
     if recipe.lora.adapter and not recipe.lora.rank:
         raise InputError("lora.adapter is set and lora.rank is 0, expected the adapter's rank")
     for table, sources in (("data", recipe.data.sources), ("evaluate", recipe.evaluate.sources)):
         for number, source in enumerate(sources, 1):
-            if not source.path or source.weight <= 0:
+            if not source.path or not 0 < source.weight < math.inf:
                 raise InputError(f"{table}.sources {number}: expected a path and a weight above 0")
 
 

@@ -6,10 +6,7 @@ import dataclasses
 import gc
 import itertools
 import json
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,31 +27,8 @@ from qwen3vl_jax.training.optimizer import make_schedule
 from qwen3vl_jax.training.packing import PackedBatch
 from qwen3vl_jax.training.recipe import Data, Recipe, as_dict, flat
 from qwen3vl_jax.training.speed import Speed
+from qwen3vl_jax.training.stop import Stop, Stopped, on_sigterm
 from qwen3vl_jax.training.watch import Watch
-
-
-class Stop:
-    """Whether SIGTERM has asked the run to save and end."""
-
-    asked = False
-
-
-@contextmanager
-def on_sigterm() -> Iterator[Stop]:
-    """Turns SIGTERM into a flag that the loop reads between two steps."""
-    stop = Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # only the main thread may set a handler
-        return
-
-    def ask(*_: Any) -> None:
-        stop.asked = True
-
-    before = signal.signal(signal.SIGTERM, ask)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def train(recipe: Recipe, out: Path) -> None:
@@ -67,16 +41,19 @@ def train(recipe: Recipe, out: Path) -> None:
         first = max(run_dir.saved_steps(out), default=0)
         meta = run_dir.read_meta(out, first) if first else {}
         noted = check_fits(recipe, meta, out) if first else []
-        (out / run_dir.CONFIG).write_text(tomli_w.dumps(plain(as_dict(recipe))))
+        told = plain(as_dict(recipe)) | {"ckpt": whole_path(recipe.ckpt)}
+        (out / run_dir.CONFIG).write_text(tomli_w.dumps(told))
         with Watch(out, recipe, first) as watch:
             for line in noted:
                 watch.progress.say(f"going on from step {first}: {line}")
             run = Run(recipe, out, first, meta)
+            less = "step.remat=full or step.loss_chunk"
             try:
-                with memory_advice(run.sizes(), "pack.rows, step.remat=full or step.loss_chunk"):
+                with memory_advice(run.sizes(), less if first else f"pack.rows, {less}"):
                     run.loop(watch, stop)
             finally:
                 run.close()
+                watch.refused(run.feed.refused)
             watch.draw()
             done = "stopped by SIGTERM, saved" if stop.asked else "done"
             watch.progress.say(f"{out}: step {run.number} of {recipe.steps}, {done}")
@@ -84,11 +61,19 @@ def train(recipe: Recipe, out: Path) -> None:
 
 def check_fits(recipe: Recipe, meta: dict[str, Any], out: Path) -> list[str]:
     """What differs from the run's start and may; raises InputError for what may not."""
-    changed = run_dir.check_recipe(plain(flat(recipe)), meta["recipe"], out)
+    # Keys that are younger than the run had their default.
+    then = plain(flat(Recipe("", 1))) | meta["recipe"]
+    now, then = (x | {"ckpt": whole_path(x["ckpt"])} for x in (plain(flat(recipe)), then))
+    changed = run_dir.check_recipe(now, then, out)
     moved = machine.changes(meta["machine"])
     if moved:
         moved = ["not bit for bit, the machine differs: " + ", ".join(moved)]
     return changed + moved
+
+
+def whole_path(ckpt: str) -> str:
+    """The place of a model from any folder; a Hub id stays what it is."""
+    return str(Path(ckpt).resolve()) if Path(ckpt).is_dir() else ckpt
 
 
 def plain(value: Any) -> Any:
@@ -105,8 +90,10 @@ class Run:
             write_model_files(recipe, out / run_dir.MODEL)
         self.proc, new_ids = open_model(recipe, out / run_dir.MODEL)
         self.cfg = self.proc.config
+        if recipe.evaluate.every:
+            self.check_held_out()
         now = Config.from_hf(resolve(recipe.ckpt)).to_hf()
-        self.meta = {"best": None, "model": now, **meta}
+        self.meta = {"model": now, **meta}
         run_dir.check_model(now, self.meta["model"], out)
         self.feed = Feed(recipe.data, recipe.pack, self.proc, recipe.seed, place=_to_device)
         if first:
@@ -146,7 +133,8 @@ class Run:
     def loop(self, watch: Watch, stop: Stop) -> None:
         """Every step that is left, or those until `stop` is asked; what was done is saved."""
         if self.due_evaluation(self.number) and self.number not in watch.evaluations.steps:
-            self.evaluate(watch)  # SIGTERM came before it
+            with suppress(Stopped):  # it ended before that
+                self.saved.score(self.number, self.evaluate(watch, stop))
         profiler = Profiler(self.recipe.report.profile, self.out)
         gc.freeze()  # else each collection looks through all that jax and the model have loaded
         watch.restart_clock()
@@ -168,11 +156,23 @@ class Run:
             looks = self.due_evaluation(self.number) and not stop.asked
             if due or looks:
                 self.tell(watch)
-                self.save(watch, self.evaluate(watch) if looks else None, due)
+                self.look_and_save(watch, stop, looks, due)
                 watch.restart_clock()
+        profiler.end()
         self.tell(watch)
         if stop.asked and self.number not in run_dir.saved_steps(self.out):
             self.save(watch, None, due=True)
+
+    def look_and_save(self, watch: Watch, stop: Stop, looks: bool, due: bool) -> None:
+        """Evaluates and saves; where evaluating fails or is cut short the step is saved all the same."""
+        try:
+            score = self.evaluate(watch, stop) if looks else None
+        except BaseException as error:
+            self.save(watch, None, due=True)
+            if not isinstance(error, Stopped):
+                raise
+        else:
+            self.save(watch, score, due)
 
     def due_evaluation(self, number: int) -> bool:
         """Whether the recipe asks for an evaluation after a step: the last one is always due."""
@@ -231,37 +231,53 @@ class Run:
             f"optimizer.learning_rate or look at these samples; the last checkpoint is of step {last}"
         )
 
-    def evaluate(self, watch: Watch) -> float:
-        """The loss on the evaluation set, and answers where the recipe asks for some."""
+    def evaluate(self, watch: Watch, stop: Stop) -> float | None:
+        """The loss on the evaluation set, None where it is not finite; and answers if asked for.
+
+        Raises Stopped where `stop` is asked in between; nothing is written then.
+        """
         asked, weights = self.recipe.evaluate, self.state.average or self.state.weights
-        feed = Feed(self.evaluation_data(), self.recipe.pack, self.proc, 0, once=True)
+        feed = self.held_out()
         try:
             batches = (d.packed for d in itertools.islice(feed, asked.batches or None))
-            values = evaluate.mean_loss(self.measure, weights, self.frozen, batches)
+            values = evaluate.mean_loss(self.measure, weights, self.frozen, batches, stop.check)
             records = feed.records(asked.generate) if asked.generate else []
         finally:
+            watch.refused(feed.refused)
             feed.close()
         answers = []
         if records:
             params = self.inference(weights, self.frozen)
-            answers = evaluate.answer(params, self.proc, records, asked.max_new_tokens)
+            data, most = self.recipe.data, asked.max_new_tokens
+            answers, refused = evaluate.answer(params, self.proc, data, records, most, stop.check)
+            watch.refused(refused)
             values["exact"] = sum(a.exact for a in answers) / max(len(answers), 1)
         watch.evaluation(self.number, values, answers)
-        return values["loss"]
+        if np.isfinite(values["loss"]):
+            return values["loss"]
+        watch.progress.say("the evaluation's loss is not a number: this step cannot be the best")
+        return None
 
-    def evaluation_data(self) -> Data:
-        """The recipe's way with data, for its evaluation sources in their order."""
-        sources = self.recipe.evaluate.sources
-        return dataclasses.replace(self.recipe.data, sources=sources, shuffle=False, workers=0)
+    def check_held_out(self) -> None:
+        """Raises InputError for evaluation sources that would end the run hours later."""
+        feed = self.held_out()
+        if self.recipe.evaluate.generate and not feed.records(1):
+            raise InputError(
+                "evaluate.generate: evaluate.sources hold no conversation that ends in an answer "
+                "(ready samples have no words); set it to 0"
+            )
+        feed.close()
+
+    def held_out(self) -> Feed:
+        """One pass over the evaluation sources in their order, read in the recipe's way."""
+        sources, told = self.recipe.evaluate.sources, self.recipe.data
+        data: Data = dataclasses.replace(told, sources=sources, shuffle=False, workers=0)
+        return Feed(data, self.recipe.pack, self.proc, 0, once=True)
 
     def save(self, watch: Watch, score: float | None, due: bool) -> None:
-        """Saves where a checkpoint is due, and where the evaluation was the best so far."""
+        """Saves where a checkpoint is due, and where the evaluation was one of the best."""
         watch.refused(self.feed.refused)
-        best = self.meta["best"]
-        better = score is not None and np.isfinite(score) and (best is None or score < best)
-        if better:
-            self.meta["best"] = score
-        if due or (better and self.recipe.checkpoints.keep_best):
+        if due or self.saved.is_best(score):
             position = self.position or self.feed.get_state()
             self.meta |= {"recipe": plain(flat(self.recipe)), "data": position}
             self.meta |= {"machine": machine.described(), "score": score}
@@ -294,5 +310,10 @@ class Profiler:
         """Ends it with the last, when the device has done it."""
         if self._on and number + 1 not in self._steps:
             jax.block_until_ready(metrics)
+            self.end()
+
+    def end(self) -> None:
+        """Ends a trace that is still on: the run ends before its last chosen step."""
+        if self._on:
             jax.profiler.stop_trace()
             self._on = False

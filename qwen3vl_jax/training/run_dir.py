@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.training.tables import STEP, read_table
 
 try:
     import fcntl
@@ -17,13 +19,14 @@ except ImportError:  # Windows opens no directory, so there is nothing to lock
     fcntl = None
 
 CHECKPOINTS, META, CONFIG = "checkpoints", "meta", "config.toml"
+EVALUATION = "evaluation.csv"
 MODEL = "model"  # the model's config.json, tokenizer and template, new tokens in it
 
 # Keys of the recipe that a resumed run may change; any other would give another run.
 FREE = (
     "steps", "save_every", "report.", "evaluate.", "checkpoints.", "step.remat", "step.loss_chunk",
-    "data.bad_fraction", "optimizer.learning_rate", "optimizer.schedule", "optimizer.warmup",
-    "optimizer.final", "optimizer.weight_decay", "optimizer.clip",
+    "data.bad_fraction", "data.workers", "optimizer.learning_rate", "optimizer.schedule",
+    "optimizer.warmup", "optimizer.final", "optimizer.weight_decay", "optimizer.clip",
 )  # fmt: skip
 
 
@@ -83,6 +86,19 @@ def _meta_file(step: Path) -> Path:
     return step / META / "metadata"
 
 
+def scores(run_dir: str | Path) -> dict[int, float]:
+    """{step: evaluation loss} of the saved steps that have a finite one.
+
+    A step in which the run ended is saved before its evaluation, which only evaluation.csv tells.
+    """
+    rows = read_table(Path(run_dir) / EVALUATION)
+    later = {int(row[STEP]): float(row["loss"]) for row in rows if row.get("loss")}
+    steps = saved_steps(run_dir)
+    found = {step: read_meta(run_dir, step).get("score") for step in steps}
+    found = {step: later.get(step) if x is None else x for step, x in found.items()}
+    return {step: x for step, x in found.items() if x is not None and math.isfinite(x)}
+
+
 def chosen_step(run_dir: str | Path, wanted: str) -> int:
     """The step that "last", "best" (lowest evaluation loss) or a number names.
 
@@ -94,11 +110,10 @@ def chosen_step(run_dir: str | Path, wanted: str) -> int:
     if wanted == "last":
         return steps[-1]
     if wanted == "best":
-        scores = {step: read_meta(run_dir, step).get("score") for step in steps}
-        scores = {step: score for step, score in scores.items() if score is not None}
-        if not scores:
+        scored = scores(run_dir)
+        if not scored:
             raise InputError(f"{run_dir}: no saved step was evaluated, so none is best; take last")
-        return min(scores, key=lambda step: (scores[step], -step))
+        return min(scored, key=lambda step: (scored[step], -step))
     if not wanted.isdecimal() or int(wanted) not in steps:
         listed = ", ".join(map(str, steps))
         raise InputError(f"--step {wanted}: expected best, last or one of {listed}")

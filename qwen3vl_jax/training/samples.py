@@ -79,6 +79,12 @@ class SampleMaker:
     data: Data
     pack: Pack
 
+    def __post_init__(self) -> None:
+        """Raises InputError for vision rows that would cut a merged row."""
+        unit, length = self.proc.config.vision.merge_unit, self.pack.vision_length
+        if self.pack.vision_rows and length % unit:
+            raise InputError(f"pack.vision_length is {length}, expected a multiple of {unit}")
+
     @functools.cached_property
     def _processor(self) -> Processor:
         return eight_bit(self.proc)
@@ -119,17 +125,8 @@ class SampleMaker:
         """The whole conversation as a sample, however long, learned or not."""
         data, proc = self.data, self._processor
         _check_messages(messages, proc is not self.proc)
-        told = [{k: v for k, v in m.items() if k != "train"} for m in messages]
-        clips = {"fps": data.fps, "max_frames": data.max_frames, "max_pixels": data.clip_max_pixels}
-        arrays = proc.inputs(
-            told,
-            tools=tools,
-            add_generation_prompt=False,
-            template_vars={"add_vision_id": True} if data.add_vision_id else None,
-            videos_kwargs={k: v for k, v in clips.items() if v},
-            min_pixels=data.min_pixels or None,
-            max_pixels=data.max_pixels or None,
-        )
+        options = processor_options(data)
+        arrays = proc.inputs(told(messages), tools=tools, add_generation_prompt=False, **options)
         ids = arrays["input_ids"][0].astype(np.int32)
         turns = assistant_turns(proc.tokenizer, ids, self._opening)
         labels, weights = _targets(ids, turns, messages, data.weighting)
@@ -153,6 +150,22 @@ class SampleMaker:
                 note = f"cut to {last + 1} of {len(messages)} messages: {reason}"
                 return dataclasses.replace(kept, note=note)
         raise TooLarge(f"{reason}; no beginning that ends after an answer fits")
+
+
+def told(messages: Sequence[Any]) -> list[dict[str, Any]]:
+    """Messages as a template takes them, without what says whether they are learned."""
+    return [{k: v for k, v in m.items() if k != "train"} for m in messages]
+
+
+def processor_options(data: Data) -> dict[str, Any]:
+    """What the recipe asks of a processor: sizes of pictures, frames of clips, numbers of both."""
+    clips = {"fps": data.fps, "max_frames": data.max_frames, "max_pixels": data.clip_max_pixels}
+    return {
+        "template_vars": {"add_vision_id": True} if data.add_vision_id else None,
+        "videos_kwargs": {k: v for k, v in clips.items() if v},
+        "min_pixels": data.min_pixels or None,
+        "max_pixels": data.max_pixels or None,
+    }
 
 
 def misfit(cfg: Config, pack: Pack, sample: Sample) -> str:

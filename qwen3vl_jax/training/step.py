@@ -130,7 +130,10 @@ def step_totals(packed: PackedBatch) -> Totals:
 
 
 def total_loss(sums: Sums, totals: Totals, step: Step) -> jax.Array:
-    """The scalar that is minimised: its parts add up over micro batches."""
+    """The scalar that is minimised: its parts add up over micro batches.
+
+    The balance loss, a product of two means, is that of each micro batch, weighted by its tokens.
+    """
     loss = (sums.answers.loss + step.z_loss * sums.answers.z) / totals.weight
     if sums.seen is not None:
         loss = loss + step.vision_labels * sums.seen.loss / totals.seen

@@ -15,12 +15,13 @@ import numpy as np
 from qwen3vl_jax.training.curves import draw_curves
 from qwen3vl_jax.training.progress import Progress
 from qwen3vl_jax.training.recipe import Recipe, as_dict
+from qwen3vl_jax.training.run_dir import EVALUATION
 from qwen3vl_jax.training.tables import Table
 
 if TYPE_CHECKING:
     from qwen3vl_jax.training.evaluate import Answered
 
-METRICS, EVALUATION, REFUSED, CURVES = "metrics.csv", "evaluation.csv", "refused.csv", "curves.png"
+METRICS, REFUSED, CURVES = "metrics.csv", "refused.csv", "curves.png"
 _SHOWN = 400  # characters of a question or an answer in the log
 
 
@@ -128,7 +129,7 @@ def _board(out: Path, recipe: Recipe, first: int) -> Any:
     from tensorboardX import SummaryWriter
 
     # purge_step hides what a killed run wrote after the checkpoint
-    return SummaryWriter(str(out / "tensorboard"), purge_step=first + 1 if first else None)
+    return SummaryWriter(str(out / "tensorboard"), purge_step=first + 1)
 
 
 def _wandb(out: Path, recipe: Recipe) -> Any:

@@ -1,0 +1,42 @@
+"""SIGTERM as a flag that a run reads between two steps, and between two batches of an evaluation."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+class Stopped(Exception):
+    """An evaluation that SIGTERM cut short."""
+
+
+class Stop:
+    """Whether SIGTERM has asked the run to save and end."""
+
+    asked = False
+
+    def check(self) -> None:
+        """Raises Stopped where it has."""
+        if self.asked:
+            raise Stopped
+
+
+@contextmanager
+def on_sigterm() -> Iterator[Stop]:
+    """Turns SIGTERM into a flag that the loop reads between two steps."""
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # only the main thread may set a handler
+        return
+
+    def ask(*_: Any) -> None:
+        stop.asked = True
+
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
