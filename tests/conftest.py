@@ -49,6 +49,15 @@ if HAS_TORCH:
     torch.set_num_threads(1)
 
 
+# Files that take longest, first: the last to start decides when two processes end.
+LONG = ("test_batch_file.py", "test_train_run.py", "test_model.py", "test_train.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Orders whole files."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _compiled_programs_end_with_their_file():
     """XLA:CPU maps memory for every program; a process that keeps them all runs out of maps."""

@@ -101,7 +101,7 @@ def test_a_file_killed_three_times_has_each_answer_once(work, tmp_path):
     out = tmp_path / "out.jsonl"
     journal = tmp_path / "out.jsonl.journal"
     env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
-           "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # fmt: skip
+           "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "XLA_FLAGS": ""}  # fmt: skip
     command = [sys.executable, ROOT / "infer.py", "--input", source, "--output", out]
     command += ["--dtype", "float32"]
 
