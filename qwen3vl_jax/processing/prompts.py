@@ -53,8 +53,20 @@ def read_prompt(cfg: Config, arrays: Mapping[str, Any]) -> EncodedPrompt:
     ids = np.asarray(arrays["input_ids"])
     if ids.ndim != 2 or len(ids) != 1:
         raise InputError(f"input_ids: shape {ids.shape}, expected one row [1, T]")
-    ids = ids[0].astype(np.int32)
-    found = []
+    ids, found = ids[0].astype(np.int32), []
+    for part in visuals_of(cfg, ids, arrays):
+        pixels, key = np.ascontiguousarray(part.pixels), repr(list(part.grid)).encode()
+        digest = hashlib.blake2b(pixels.data, digest_size=16, key=key).digest()
+        found.append(dataclasses.replace(part, pixels=pixels, digest=digest))
+    return EncodedPrompt(ids, tuple(found))
+
+
+def visuals_of(cfg: Config, ids: np.ndarray, arrays: Mapping[str, Any]) -> list[Visual]:
+    """The pictures and clips of a row of ids [T] in order of their tokens, without digests.
+
+    arrays: as `Processor.inputs` gives them. Raises InputError for pixels that are not those of the grids.
+    """
+    found, unit = [], cfg.vision.merge_unit
     for pixels, grid, token in (
         ("pixel_values", "image_grid_thw", cfg.image_token_id),
         ("pixel_values_videos", "video_grid_thw", cfg.video_token_id),
@@ -64,19 +76,17 @@ def read_prompt(cfg: Config, arrays: Mapping[str, Any]) -> EncodedPrompt:
         grids = np.asarray(arrays[grid])
         patches, places = host_array(arrays[pixels]), np.flatnonzero(ids == token)
         sizes = grids.prod(1)
-        if sizes.sum() != len(patches) or sizes.sum() != cfg.vision.merge_unit * len(places):
+        if sizes.sum() != len(patches) or sizes.sum() != unit * len(places):
             raise InputError(
                 f"{pixels}: {len(patches)} patches for {len(places)} placeholders, the grids "
                 f"{grids.tolist()} need {sizes.sum()}"
             )
-        ends = np.cumsum(sizes)
-        for size, end, thw in zip(sizes, ends, grids.tolist(), strict=True):
-            part = np.ascontiguousarray(patches[end - size : end])
-            at = places[(end - size) // cfg.vision.merge_unit : end // cfg.vision.merge_unit]
-            digest = hashlib.blake2b(part.data, digest_size=16, key=repr(thw).encode()).digest()
+        for size, end, thw in zip(sizes, np.cumsum(sizes), grids.tolist(), strict=True):
+            at = places[(end - size) // unit : end // unit]
+            span = int(at[0]), int(at[-1]) + 1
             clip = token == cfg.video_token_id
-            found.append(Visual(part, tuple(thw), clip, int(at[0]), int(at[-1]) + 1, digest))
-    return EncodedPrompt(ids, tuple(sorted(found, key=lambda v: v.start)))
+            found.append(Visual(patches[end - size : end], tuple(thw), clip, *span, b""))
+    return sorted(found, key=lambda v: v.start)
 
 
 def shared_start(a: EncodedPrompt, b: EncodedPrompt) -> int:

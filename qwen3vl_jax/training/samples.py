@@ -20,7 +20,7 @@ from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.positions import rope_index
 from qwen3vl_jax.processing.processor import Processor
-from qwen3vl_jax.processing.prompts import Visual
+from qwen3vl_jax.processing.prompts import Visual, visuals_of
 from qwen3vl_jax.processing.tokenizer import Tokenizer
 from qwen3vl_jax.training.packing import frames_fit
 from qwen3vl_jax.training.recipe import Data, Pack
@@ -133,7 +133,8 @@ class SampleMaker:
         grids = arrays.get("image_grid_thw"), arrays.get("video_grid_thw")
         positions, _ = rope_index(proc.config, ids[None], *grids)
         pixel_type = np.float32 if proc is self.proc else np.uint8
-        visuals = _visuals(proc.config, ids, arrays, pixel_type)
+        seen = visuals_of(proc.config, ids, arrays)
+        visuals = tuple(dataclasses.replace(v, pixels=v.pixels.astype(pixel_type)) for v in seen)
         return Sample(name, ids, labels, weights, positions[:, 0], visuals)
 
     def _cut(self, whole: Sample, messages: Sequence[Any], tools: Any, reason: str) -> Sample:
@@ -284,27 +285,6 @@ def eight_bit(proc: Processor) -> Processor:
             return proc
     image, video = (s.override(do_rescale=False, do_normalize=False) for s in settings)
     return dataclasses.replace(proc, image_settings=image, video_settings=video)
-
-
-def _visuals(
-    cfg: Config, ids: np.ndarray, arrays: dict[str, Any], pixel_type: Any
-) -> tuple[Visual, ...]:
-    """The pictures and clips of `Processor.inputs`, in order of their tokens."""
-    found = []
-    for pixels, grid, token in (
-        ("pixel_values", "image_grid_thw", cfg.image_token_id),
-        ("pixel_values_videos", "video_grid_thw", cfg.video_token_id),
-    ):
-        if grid not in arrays:
-            continue
-        places, patches = np.flatnonzero(ids == token), arrays[pixels].astype(pixel_type)
-        end, unit, clip = 0, cfg.vision.merge_unit, token == cfg.video_token_id
-        for thw in arrays[grid].tolist():
-            start, end = end, end + int(np.prod(thw))
-            at = places[start // unit : end // unit]
-            span = int(at[0]), int(at[-1]) + 1
-            found.append(Visual(patches[start:end], tuple(thw), clip, *span, b""))
-    return tuple(sorted(found, key=lambda visual: visual.start))
 
 
 def _checked(sample: Sample, cfg: Config) -> Sample:
