@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from qwen3vl_jax.sharding import platform
+from qwen3vl_jax.sharding import call_places, mesh_sizes, most_parts, on_shards, platform
 
 BLOCK = 512
 DECODE_BLOCK = 64  # keys at a time of a decode step on a CPU: they stay in its cache
@@ -47,15 +48,41 @@ def attend(
     lo: jax.Array | None,
     hi: jax.Array,
     dropout: Dropout | None = None,
+    names: tuple[str, str] = ("rows", "tokens"),
 ) -> jax.Array:
     """Softmax attention of q [B T N H] over k, v [B K S H], scale H^-0.5; returns [B T N H].
 
     lo, hi [B T] int32: query i sees keys lo <= s < hi; an empty range gives zeros (on a GPU kernel,
     anything finite). lo None means 0: a decode step on a filled cache. Scores and softmax are fp32.
     dropout is of the probabilities, whose rest is scaled up, on the XLA path of every platform.
+    names: logical axes of B and T. On a mesh each device attends with its rows, heads and queries to
+    all keys of those rows, which is context parallelism where T is cut: a query's range says where
+    it stands.
     """
-    if dropout is not None:
+    if dropout is not None:  # its bits are those of one device when XLA cuts them
         return _attend_blocks(q, k, v, lo, hi, dropout)
+    if not mesh_sizes():
+        return _attend(q, k, v, lo, hi)
+    rows, tokens = names
+    k, v = (_for_each_head_shard(x, q.shape[2]) for x in (k, v))
+    where = call_places((rows, q.shape[0]), (tokens, q.shape[1]), ("heads", k.shape[1]))
+    queries, keys, ranges = (
+        (rows, tokens, "heads", None), (rows, "heads", None, None), (rows, tokens),
+    )  # fmt: skip
+    lo = jnp.zeros_like(hi) if lo is None else lo
+    in_axes = (queries, keys, keys, ranges, ranges)
+    return on_shards(_attend, where, in_axes, queries, q, k, v, lo, hi)
+
+
+def _for_each_head_shard(x: jax.Array, query_heads: int) -> jax.Array:
+    """Keys or values [B K S H], repeated where the tensor axis has more devices than K."""
+    shards = most_parts("heads")
+    more = shards // math.gcd(shards, x.shape[1])
+    return jnp.repeat(x, more, axis=1) if query_heads % (x.shape[1] * more) == 0 else x
+
+
+def _attend(q, k, v, lo, hi) -> jax.Array:
+    """`attend` on one device."""
     if platform() == "gpu" and q.shape[1] > 1 and not cudnn_refusal(q.dtype.name, q.shape[-1]):
         return _attend_cudnn(q, k, v, lo, hi)
     return _attend_blocks(q, k, v, lo, hi)

@@ -181,7 +181,7 @@ def decode_step(
     """
     slot = cache.length[:, None]
     positions = jnp.broadcast_to((cache.length + cache.delta)[:, None], (3, *slot.shape))
-    x = embedded(params, tokens)[:, None]
+    x = embedded(params, tokens[:, None])
     mix = _cache_mix(cache, slot, slot + 1)
     x, kept = decode_layers(_lists(params["layers"]), cfg.text, x, positions, mix)
     k, v = (list(part) for part in zip(*kept, strict=True))

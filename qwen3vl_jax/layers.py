@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from qwen3vl_jax.lora import Adapted, low_rank
 from qwen3vl_jax.products import product
 from qwen3vl_jax.quantized import Quantized, Weight, factored
-from qwen3vl_jax.sharding import platform
+from qwen3vl_jax.sharding import mesh_sizes, platform
 
 ones, zeros = nn.initializers.ones, nn.initializers.zeros
 
@@ -56,8 +56,7 @@ def linear(
 ) -> jax.Array:
     """x [..., in] times w [out..., in...] -> [..., out...], summed in fp32, in the dtype of x.
 
-    `in_dims` trailing axes of w (and of x) are contracted. The weight keeps Hugging Face's axis order
-    and is flattened to 2-D here: XLA:CPU copies a 3-D weight at every call, which is many times slower.
+    `in_dims` trailing axes of w (and of x) are contracted. The weight keeps Hugging Face's axis order.
     """
     y = linear_fp32(x, w, in_dims)
     y = (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
@@ -68,15 +67,23 @@ def linear_fp32(x: jax.Array, w: Weight | Adapted, in_dims: int = 1) -> jax.Arra
     """`linear` whose result stays in fp32: logits, and everything before a bias."""
     if isinstance(w, Adapted):
         return linear_fp32(x, w.base, in_dims) + low_rank(x, w, in_dims)
-    lead, out = x.shape[: x.ndim - in_dims], w.shape[: w.ndim - in_dims]
-    rows, width = math.prod(lead), math.prod(w.shape[w.ndim - in_dims :])
     dtype = x.dtype if isinstance(w, Quantized) else w.dtype
     values, factor = factored(w, dtype, range(w.ndim - in_dims, w.ndim))
-    x2, w2 = x.reshape(rows, width), values.reshape(-1, width)
-    if rows == 1 and x.dtype == jnp.bfloat16 and platform() == "cpu":
-        x2 = jnp.repeat(x2, 2, axis=0)  # XLA:CPU has no fast bf16 vector-matrix product
-    y = product(x2, w2)[:rows].reshape(*lead, *out)
+    flat = (
+        platform() == "cpu" and not mesh_sizes()
+    )  # to merge axes that a mesh cuts would gather them
+    y = _flat_product(x, values, in_dims) if flat else product(x, values, in_dims)
     return y if factor is None else y * factor
+
+
+def _flat_product(x: jax.Array, w: jax.Array, in_dims: int) -> jax.Array:
+    """`product` in two dimensions: XLA:CPU copies a 3-D weight at every call, many times slower."""
+    lead, out = x.shape[: x.ndim - in_dims], w.shape[: w.ndim - in_dims]
+    rows, width = math.prod(lead), math.prod(w.shape[w.ndim - in_dims :])
+    x2, w2 = x.reshape(rows, width), w.reshape(-1, width)
+    if rows == 1 and x.dtype == jnp.bfloat16:
+        x2 = jnp.repeat(x2, 2, axis=0)  # XLA:CPU has no fast bf16 vector-matrix product
+    return product(x2, w2)[:rows].reshape(*lead, *out)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

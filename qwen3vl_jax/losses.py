@@ -16,6 +16,7 @@ from qwen3vl_jax.layers import linear_fp32, rms_norm
 from qwen3vl_jax.model import forward
 from qwen3vl_jax.moe import Routed
 from qwen3vl_jax.quantized import Weight
+from qwen3vl_jax.sharding import shard
 from qwen3vl_jax.structs import Batch, Features, Params
 
 IGNORE = -100
@@ -63,13 +64,18 @@ def chunked_cross_entropy(
 ) -> TokenSums:
     """Cross entropy of a head that holds logits of `chunk` words at a time, sums over all tokens.
 
-    x [n D] behind the final norm, table [V D], labels [n] (-100: not counted) already those of the
-    next token, weights [n], which have no gradient. The words are cut, not the tokens: a softmax over
+    x [.. D] behind the final norm, table [V D], labels [..] (-100: not counted) already those of the
+    next token, weights [..], which have no gradient. The words are cut, not the tokens: a softmax over
     pieces is exact, and each row of the table gets its gradient once, written in place, where cutting
     tokens would add up a whole table a chunk. The backward pass computes the logits again.
     Source: the online softmax of arXiv 1805.02867.
     """
-    return _sums_by_words(min(chunk, table.shape[0]), x, table, labels, weights)
+    return _sums_by_words(min(chunk, table.shape[0]), x, _spread(table), labels, weights)
+
+
+def _spread(table: Any) -> Any:
+    """A table whose words are whole on every device: pieces of them are cut out."""
+    return table if not isinstance(table, jax.Array) else shard(table, None, "embed")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -78,20 +84,20 @@ def _sums_by_words(chunk, x, table, labels, weights) -> TokenSums:
 
 
 def _reduced(chunk, x, table, labels, weights) -> tuple[TokenSums, jax.Array]:
-    """The sums, and log(sum(exp(logits))) [n]."""
+    """The sums, and log(sum(exp(logits))) [..]."""
 
     def body(carry, j):
         top, best, total, picked = carry
         logits, words = _piece(chunk, x, table, j)
         high = jnp.max(logits, -1)
         new_top = jnp.maximum(top, high)
-        total = total * jnp.exp(top - new_top) + jnp.sum(jnp.exp(logits - new_top[:, None]), -1)
+        total = total * jnp.exp(top - new_top) + jnp.sum(jnp.exp(logits - new_top[..., None]), -1)
         best = jnp.where(high > top, words[jnp.argmax(logits, -1)], best)
-        hit = jnp.where(words == labels[:, None], logits, 0.0)
+        hit = jnp.where(words == labels[..., None], logits, 0.0)
         return (new_top, best, total, picked + jnp.sum(hit, -1)), None
 
-    zero = jnp.zeros(len(x), jnp.float32)
-    start = (jnp.full(len(x), NEG), jnp.zeros(len(x), jnp.int32), zero, zero)
+    zero = jnp.zeros_like(labels, jnp.float32)
+    start = (jnp.full_like(zero, NEG), jnp.zeros_like(labels), zero, zero)
     pieces = jnp.arange(-(-table.shape[0] // chunk))
     top, best, total, picked = jax.lax.scan(body, start, pieces)[0]
     whole, counted = top + jnp.log(total), labels != IGNORE
@@ -102,7 +108,7 @@ def _reduced(chunk, x, table, labels, weights) -> tuple[TokenSums, jax.Array]:
 
 
 def _piece(chunk, x, table, j) -> tuple[jax.Array, jax.Array]:
-    """Logits [n chunk] of piece j, and its words [chunk]; NEG and -1 for those of an earlier piece."""
+    """Logits [.. chunk] of piece j, and its words [chunk]; NEG and -1 for those of an earlier piece."""
     start, words = _place(chunk, table.shape[0], j)
     logits = linear_fp32(x, _cut(table, table.shape[0], start, chunk))
     return jnp.where(words >= 0, logits, NEG), words
@@ -139,7 +145,7 @@ def _backward(chunk, kept, slopes):
     x, learned, still, labels, weights, whole = kept
     of_loss, of_z = (0.0 if isinstance(s, SymbolicZero) else s for s in slopes[:2])
     weights = jnp.where(labels != IGNORE, weights, 0.0)
-    scale = (weights * (of_loss + 2 * of_z * whole))[:, None]
+    scale = (weights * (of_loss + 2 * of_z * whole))[..., None]
     table = _merged(learned, still)
     vocab = table.shape[0]
 
@@ -148,8 +154,8 @@ def _backward(chunk, kept, slopes):
         start, words = _place(chunk, vocab, j)
         parts = _cut(learned, vocab, start, chunk), _cut(still, vocab, start, chunk)
         logits, pull = jax.vjp(lambda x, part: linear_fp32(x, _merged(part, parts[1])), x, parts[0])
-        slope = jnp.exp(logits - whole[:, None]) * scale
-        slope -= jnp.where(words == labels[:, None], (weights * of_loss)[:, None], 0.0)
+        slope = jnp.exp(logits - whole[..., None]) * scale
+        slope -= jnp.where(words == labels[..., None], (weights * of_loss)[..., None], 0.0)
         more_x, more = pull(jnp.where(words >= 0, slope, 0.0))
         d_table = jax.tree.map(lambda t, d: _added(t, d, start), d_table, more)
         return (d_x + more_x.astype(jnp.float32), d_table), None
@@ -184,8 +190,8 @@ def head_sums(
 ) -> TokenSums:
     """`chunked_cross_entropy` of the stream x [.. D] before the final norm; labels, weights [..]."""
     table = params["embed"] if cfg.tie_word_embeddings else params["head"]
-    x = rms_norm(x, params["norm"], cfg.text.rms_norm_eps).reshape(-1, x.shape[-1])
-    return chunked_cross_entropy(x, table, labels.reshape(-1), weights.reshape(-1), chunk)
+    x = rms_norm(x, params["norm"], cfg.text.rms_norm_eps)
+    return chunked_cross_entropy(x, table, labels, weights, chunk)
 
 
 class RouterSums(NamedTuple):
@@ -196,11 +202,13 @@ class RouterSums(NamedTuple):
 
 
 def router_sums(routed: Routed, mask: jax.Array) -> RouterSums:
-    """The sums of one layer; mask [n], true where a token counts."""
-    counted = mask.reshape(-1, 1).astype(jnp.float32)
-    experts = routed.probs.shape[-1]
-    hits = jax.nn.one_hot(routed.chosen, experts, dtype=jnp.float32)  # [n A E]
-    return RouterSums(jnp.sum(hits * counted[..., None], 0), jnp.sum(routed.probs * counted, 0))
+    """The sums of one layer; mask [..], true where a token counts."""
+    counted, experts = mask[..., None].astype(jnp.float32), routed.probs.shape[-1]
+    hits = jax.nn.one_hot(routed.chosen, experts, dtype=jnp.float32)  # [.. A E]
+    lead = tuple(range(mask.ndim))
+    return RouterSums(
+        jnp.sum(hits * counted[..., None], lead), jnp.sum(routed.probs * counted, lead)
+    )
 
 
 def balance_loss(sums: RouterSums, tokens: jax.Array) -> jax.Array:

@@ -6,6 +6,7 @@ be traced; the caller jits them (cfg static).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import operator
 from typing import Any, cast
@@ -19,7 +20,9 @@ from qwen3vl_jax.config import Config, TextConfig, VisionConfig
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.layers import linear_fp32, ones, rms_norm, weight
 from qwen3vl_jax.quantized import Quantized, take_rows
+from qwen3vl_jax.sharding import shard
 from qwen3vl_jax.structs import Batch, Features, Params
+from qwen3vl_jax.tensors import spell
 from qwen3vl_jax.text import Block, decode_layers
 from qwen3vl_jax.vision import PatchEmbed, PatchMerger, VisionBlock, vision_encode
 
@@ -86,6 +89,26 @@ def _boxed_params(key: jax.Array, cfg: Config) -> Params:
     return {**init(Tables(t, cfg.tie_word_embeddings)), "layers": layers, "vision": vision}
 
 
+def logical_axes(cfg: Config) -> dict[str, tuple[str | None, ...]]:
+    """{"layers.attn.qkv": ("kv_heads", None, None, "embed"), ..} of every parameter, one layer each.
+
+    Traced with one layer a tower: the names do not change with depth.
+    """
+    text = dataclasses.replace(cfg.text, num_hidden_layers=1)
+    vision = dataclasses.replace(cfg.vision, depth=1)
+    small = dataclasses.replace(cfg, text=text, vision=vision)
+    boxed = jax.eval_shape(functools.partial(_boxed_params, cfg=small), jax.random.key(0))
+    boxed = {**boxed, "layers": boxed["layers"][0]}
+    boxed["vision"] = {**boxed["vision"], "blocks": boxed["vision"]["blocks"][0]}
+    leaves = jax.tree_util.tree_leaves_with_path(
+        boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned)
+    )
+    return {
+        spell(tuple(k.key if hasattr(k, "key") else k.idx for k in path)): x.names
+        for path, x in leaves
+    }
+
+
 def stack_layers(params: Params) -> Params:
     """Per-layer lists -> one stacked array a parameter, for `lax.scan` (training)."""
 
@@ -117,7 +140,12 @@ def stream_dtype(params: Params) -> Any:
 
 def embedded(params: Params, tokens: jax.Array, dtype: Any = None) -> jax.Array:
     """Token embeddings [.. D] of tokens [..], in the dtype of the computation."""
-    return take_rows(params["embed"], tokens, stream_dtype(params) if dtype is None else dtype)
+    dtype = stream_dtype(params) if dtype is None else dtype
+    x = take_rows(params["embed"], tokens, dtype)
+    if tokens.ndim != 2:
+        return x
+    # As the table is cut, for a lookup must move no table; then rows, an axis at a time.
+    return shard(shard(x, None, None, "embed"), "rows", None, "embed")
 
 
 def embed_tokens(
@@ -134,18 +162,30 @@ def embed_tokens(
     rows, given = batch.vision_rows, batch.embeds
     x = embedded(params, batch.tokens, dtype) if given is None else jnp.asarray(given, dtype)
     if rows is None:
-        return x, None
+        return _stream(x), None
     if features is None:
         raise InputError(
             "the batch has image or video placeholders but neither pixels nor features=: give "
             "make_batch the pixel values, or pass what vision_encode returned"
         )
-    x = jnp.where(rows[..., None] >= 0, features.merged[rows].astype(x.dtype), x)
+    here = rows[..., None] >= 0
+    x = jnp.where(here, _feature_rows(features.merged, batch).astype(x.dtype), x)
     if not len(cfg.vision.deepstack_visual_indexes):
-        return x, None
-    rows = jnp.where(rows >= 0, rows, features.taps.shape[1])  # past the end: zeros
-    deepstack = jnp.take(features.taps, rows, axis=1, mode="fill", fill_value=0)
-    return x, deepstack.astype(x.dtype)
+        return _stream(x), None
+    deep = jnp.stack([_feature_rows(taps, batch) for taps in features.taps])
+    return _stream(x), jnp.where(here, deep, 0).astype(x.dtype)
+
+
+def _feature_rows(table: jax.Array, batch: Batch) -> jax.Array:
+    """Rows [B T D] of features [R D], each group of a batch's rows from its own part of them."""
+    groups, rows = batch.groups, cast(jax.Array, batch.vision_rows)
+    table = shard(table.reshape(groups, -1, table.shape[-1]), "rows", None, None)
+    found = jax.vmap(lambda t, r: t[r])(table, rows.reshape(groups, -1, rows.shape[-1]))
+    return _stream(found.reshape(*rows.shape, -1))
+
+
+def _stream(x: jax.Array) -> jax.Array:
+    return shard(x, "rows", "stream", None)
 
 
 def last_attended(segment_ids: jax.Array) -> jax.Array:

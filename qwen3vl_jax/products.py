@@ -7,29 +7,39 @@ In fp32 both functions are what autodiff gives.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 
-@jax.custom_vjp
-def product(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x [n in] times w [out in] -> [n out] in fp32; w is cast to the dtype of x."""
-    return _dot(x, w.astype(x.dtype), 1, 1)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def product(x: jax.Array, w: jax.Array, in_dims: int = 1) -> jax.Array:
+    """x [.. in..] times w [out.. in..] -> [.. out..] in fp32; w is cast to the dtype of x.
+
+    in_dims: how many trailing axes of both are summed over.
+    """
+    return _dot(x, w.astype(x.dtype), _last(x, in_dims), _last(w, in_dims))
 
 
-def _dot(a: jax.Array, b: jax.Array, i: int, j: int) -> jax.Array:
-    return jax.lax.dot_general(a, b, (((i,), (j,)), ((), ())), preferred_element_type=jnp.float32)
+def _dot(a: jax.Array, b: jax.Array, i: tuple[int, ...], j: tuple[int, ...]) -> jax.Array:
+    return jax.lax.dot_general(a, b, ((i, j), ((), ())), preferred_element_type=jnp.float32)
 
 
-def _product_forward(x, w):
-    return product(x, w), (x, w)
+def _last(x: jax.Array, count: int) -> tuple[int, ...]:
+    return tuple(range(x.ndim - count, x.ndim))
 
 
-def _product_backward(kept, slope):
+def _product_forward(x, w, in_dims):
+    return product(x, w, in_dims), (x, w)
+
+
+def _product_backward(in_dims, kept, slope):
     x, w = kept
-    slope = slope.astype(x.dtype)
-    d_x = _dot(slope, w.astype(x.dtype), 1, 0).astype(x.dtype)
-    return d_x, _dot(slope, x, 0, 0).astype(w.dtype)
+    slope, lead = slope.astype(x.dtype), tuple(range(x.ndim - in_dims))
+    outs = tuple(range(w.ndim - in_dims))
+    d_x = _dot(slope, w.astype(x.dtype), _last(slope, len(outs)), outs).astype(x.dtype)
+    return d_x, _dot(slope, x, lead, lead).astype(w.dtype)
 
 
 product.defvjp(_product_forward, _product_backward)

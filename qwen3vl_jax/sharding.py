@@ -1,8 +1,51 @@
-"""Where a program runs. Modules know logical axis names only; the ambient mesh is read here."""
+"""Where a program runs: the mesh, and one table from logical axes to mesh axes.
+
+Modules know logical axis names only. The ambient mesh (`jax.set_mesh`) is read here and nowhere
+else; without one every function of this file is the identity, and the model runs on one device.
+Dims as in layers.py.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from qwen3vl_jax.errors import InputError
+
+AXES = ("data", "fsdp", "expert", "sequence", "tensor")  # from the slowest links to the fastest
+
+# Logical axis -> the mesh axes that may cut it. An array's axis takes the largest set of them that is
+# free and divides it; the axes of an array choose in the order of this table.
+RULES: dict[str, tuple[str, ...]] = {
+    # activations
+    "rows": ("data", "fsdp", "expert"),  # of tokens
+    "vision_rows": AXES,  # of patches: the ViT is data-parallel over every device
+    "patches": ("sequence", "tensor"),  # of a row, where rows are fewer than devices
+    "tokens": ("sequence",),  # inside a layer; keys and values are gathered
+    "stream": ("sequence", "tensor"),  # tokens between two layers: arXiv 2205.05198
+    # both
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "expert": ("expert", "tensor"),
+    # parameters
+    "vocab": ("tensor",),
+    "embed": ("fsdp", "expert", "sequence", "tensor"),
+    "vision_embed": ("fsdp", "expert", "sequence", "tensor"),
+    "vision_heads": (),  # the ViT's weights are cut along vision_embed, to save memory
+    "vision_mlp": (),
+    "expert_mlp": (),
+}
+WHOLE_AT_MOST = 64 << 20  # bytes of a parameter that may stay whole on every device
+
+Where = Mapping[str, tuple[str, ...]]  # the mesh axes of each logical axis of a call
+Axes = Sequence[str | None]
 
 
 def platform() -> str:
@@ -12,3 +55,158 @@ def platform() -> str:
     name = getattr(device, "platform", None) or getattr(chosen, "platform", chosen)
     name = name or jax.default_backend()
     return "gpu" if name in ("cuda", "rocm") else name
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of AXES with `sizes` (axes left out are 1, one may be -1: all devices that are left).
+
+    devices: None is all there are. Slices of a TPU pod, and hosts of GPUs where data divides evenly
+    over them, are told apart by the data axis alone. Raises InputError where they do not divide.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    shape = mesh_shape(sizes, len(devices))
+    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    if slices > 1:
+        if shape[0] % slices:
+            raise InputError(
+                f"mesh.data is {shape[0]}, expected a multiple of the {slices} slices: only data goes "
+                "over the network between them"
+            )
+        inner, outer = (shape[0] // slices, *shape[1:]), (slices, *[1] * (len(AXES) - 1))
+        array = mesh_utils.create_hybrid_device_mesh(
+            inner, outer, devices, allow_split_physical_axes=True
+        )
+    else:
+        array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def mesh_shape(sizes: Mapping[str, int], count: int) -> tuple[int, ...]:
+    """The sizes of AXES for `count` devices. Raises InputError where they do not fit."""
+    for name in sizes:
+        if name not in AXES:
+            raise InputError(f"mesh.{name}: unknown axis; known: {', '.join(AXES)}")
+    asked = [sizes.get(name, 1) for name in AXES]
+    known = math.prod(n for n in asked if n != -1)
+    left = [name for name, n in zip(AXES, asked) if n == -1]
+    told = " x ".join(f"{name} {n}" for name, n in zip(AXES, asked) if n != 1) or "1"
+    if len(left) > 1 or count % known or (not left and known != count):
+        raise InputError(
+            f"mesh: {told}, expected a product of {count}, the number of devices (one axis may be -1)"
+        )
+    return tuple(count // known if n == -1 else n for n in asked)
+
+
+def mesh_sizes() -> dict[str, int]:
+    """The ambient mesh's axes of more than one device; empty without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return {} if mesh.empty else _sizes(mesh)
+
+
+def _sizes(mesh: Any) -> dict[str, int]:
+    return {name: n for name, n in mesh.shape.items() if n > 1}
+
+
+def places(named: Sequence[tuple[str | None, int]], sizes: Mapping[str, int]) -> Where:
+    """Which mesh axes cut which logical axis, for (logical axis, size) pairs of one array or call.
+
+    An axis that stands there more than once is cut so that each size divides.
+    """
+    wanted: dict[str, list[int]] = {}
+    for name, size in named:
+        if name is not None:
+            wanted.setdefault(name, []).append(size)
+    free, found = dict(sizes), {}
+    for name, axes in RULES.items():
+        if name in wanted:
+            found[name] = _largest([a for a in axes if a in free], free, wanted[name])
+            for axis in found[name]:
+                del free[axis]
+    if unknown := wanted.keys() - RULES.keys():
+        raise KeyError(f"logical axis {min(unknown)!r} has no rule")
+    return found
+
+
+def _largest(axes: list[str], sizes: Mapping[str, int], lengths: list[int]) -> tuple[str, ...]:
+    """The subset with the largest product that divides every length; of equal ones the first."""
+    best, most = (), 1
+    for bits in range(1, 1 << len(axes)):
+        chosen = tuple(a for i, a in enumerate(axes) if bits >> i & 1)
+        count = math.prod(sizes[a] for a in chosen)
+        if count > most and not any(n % count for n in lengths):
+            best, most = chosen, count
+    return best
+
+
+def spec(axes: Axes, where: Where) -> PartitionSpec:
+    """The PartitionSpec of an array whose axes have these logical names."""
+    return PartitionSpec(*(where.get(name) or None if name else None for name in axes))
+
+
+def shard(x: jax.Array, *axes: str | None) -> jax.Array:
+    """x laid out over the ambient mesh by the logical names of its axes."""
+    sizes = mesh_sizes()
+    if not sizes:
+        return x
+    where = places(list(zip(axes, x.shape, strict=True)), sizes)
+    return jax.lax.with_sharding_constraint(x, spec(axes, where))
+
+
+def on_shards(fn: Callable, where: Where, in_axes: Any, out_axes: Any, *args: Any) -> Any:
+    """fn(*args), run by each device on its part of the arguments (`jax.shard_map`).
+
+    where: of `call_places`, which sees the sizes. in_axes, out_axes: a tuple of logical names for each
+    argument and result; in place of one a PartitionSpec tree.
+    """
+    if not mesh_sizes():
+        return fn(*args)
+
+    def specs(axes: Any) -> Any:
+        if type(axes) is not tuple:
+            return axes
+        named = all(a is None or isinstance(a, str) for a in axes)
+        return spec(axes, where) if named else tuple(map(specs, axes))
+
+    mapped = jax.shard_map(
+        fn, in_specs=tuple(map(specs, in_axes)), out_specs=specs(out_axes), check_vma=False
+    )
+    return mapped(*args)
+
+
+def most_parts(name: str) -> int:
+    """Into how many parts the ambient mesh can cut a logical axis."""
+    sizes = mesh_sizes()
+    return math.prod(sizes.get(axis, 1) for axis in RULES[name])
+
+
+def call_places(*named: tuple[str | None, int]) -> Where:
+    """`places` over the ambient mesh, for one call of `on_shards`."""
+    return places(named, mesh_sizes())
+
+
+def array_sharding(mesh: Mesh, axes: Axes, x: Any) -> NamedSharding:
+    """The sharding of one array, or shape, by the logical names of its axes."""
+    where = places(list(zip(axes, x.shape, strict=True)), _sizes(mesh))
+    return NamedSharding(mesh, spec(axes, where))
+
+
+def shardings(mesh: Mesh | None, shapes: Mapping[str, Any], axes: Mapping[str, Axes]) -> dict:
+    """{name: NamedSharding} of parameters {name: shape and dtype} with the names of their axes.
+
+    mesh None gives None for each. Raises InputError for a parameter over WHOLE_AT_MOST bytes that
+    nothing cuts, though the mesh has axes for parameters.
+    """
+    if mesh is None:
+        return dict.fromkeys(shapes)
+    sizes, out = _sizes(mesh), {}
+    for name, x in shapes.items():
+        out[name] = array_sharding(mesh, axes[name], x)
+        cutters = [a for a in RULES["embed"] if a in sizes]
+        size = math.prod(x.shape) * np.dtype(x.dtype).itemsize
+        if cutters and size > WHOLE_AT_MOST and out[name].is_fully_replicated:
+            raise InputError(
+                f"{name} {list(x.shape)}: {size >> 20} MiB would stay whole on every device, since "
+                f"{', '.join(f'{a} = {sizes[a]}' for a in cutters)} divides none of its axes "
+                f"{list(axes[name])}; take smaller ones and a larger mesh.data"
+            )
+    return out

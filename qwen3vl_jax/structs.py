@@ -46,6 +46,9 @@ class Batch(flax.struct.PyTreeNode):
     vision: VisionInputs | None = None
     labels: jax.Array | None = None  # [B T] int32, -100 is not counted
     embeds: jax.Array | None = None  # [B T D]: in place of the embedded tokens
+    # Rows lie in so many groups, one behind another, each with an equal part of the features, which
+    # vision_rows counts from 0: a device then has the pictures of its own rows.
+    groups: int = flax.struct.field(pytree_node=False, default=1)
 
 
 class KVCache(flax.struct.PyTreeNode):

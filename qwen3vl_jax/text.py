@@ -17,6 +17,7 @@ from qwen3vl_jax.config import TextConfig
 from qwen3vl_jax.layers import ACTIVATIONS, apply, linear, ones, rms_norm, run_layers, weight, zeros
 from qwen3vl_jax.moe import Experts
 from qwen3vl_jax.rope import mrope, rotate
+from qwen3vl_jax.sharding import shard
 
 Mix = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
@@ -39,6 +40,7 @@ class Attention(nn.Module):
         fused = (k, (group + 2, None), h)
         bias = weight(self, "qkv_bias", *fused, init=zeros) if c.attention_bias else None
         qkv = linear(x, weight(self, "qkv", *fused, d), bias)  # [B T K G+2 H]
+        qkv = shard(qkv, "rows", "tokens", "kv_heads", None, None)
         query = qkv[..., :group, :].reshape(*x.shape[:2], c.num_attention_heads, c.head_dim)
         key, value = qkv[..., group, :], qkv[..., group + 1, :]
 
@@ -56,11 +58,12 @@ class Mlp(nn.Module):
     cfg: TextConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
+    def __call__(self, x: jax.Array) -> jax.Array:
         d, f = (self.cfg.hidden_size, "embed"), (self.cfg.intermediate_size, "mlp")
         gate_up = linear(x, weight(self, "gate_up", (2, None), f, d))
+        gate_up = shard(gate_up, "rows", "tokens", None, "mlp")
         hidden = ACTIVATIONS[self.cfg.hidden_act](gate_up[..., 0, :]) * gate_up[..., 1, :]
-        return linear(hidden, weight(self, "down", d, f)), None
+        return linear(hidden, weight(self, "down", d, f))
 
 
 class Block(nn.Module):
@@ -74,11 +77,16 @@ class Block(nn.Module):
             scale = weight(self, name, (self.cfg.hidden_size, None), init=ones)
             return rms_norm(y, scale, self.cfg.rms_norm_eps)
 
-        y, kept = Attention(self.cfg, name="attn")(norm("ln1", x), rotary, mix)
-        x = x + y
-        mlp = Experts if self.cfg.num_experts else Mlp
-        y, routed = mlp(self.cfg, name="mlp")(norm("ln2", x))
-        return x + y, kept, routed
+        def whole(y: jax.Array) -> jax.Array:
+            return shard(y, "rows", "tokens", None)
+
+        y, kept = Attention(self.cfg, name="attn")(whole(norm("ln1", x)), rotary, mix)
+        x = x + shard(y, "rows", "stream", None)
+        if self.cfg.num_experts:
+            y, routed = Experts(self.cfg, name="mlp")(norm("ln2", x))
+        else:
+            y, routed = Mlp(self.cfg, name="mlp")(whole(norm("ln2", x))), None
+        return x + shard(y, "rows", "stream", None), kept, routed
 
 
 def decode_layers(

@@ -14,6 +14,7 @@ from qwen3vl_jax.config import Config, VisionConfig
 from qwen3vl_jax.layers import ACTIVATIONS, LayerNorm, apply, linear, run_layers, weight, zeros
 from qwen3vl_jax.quantized import Weight, dense
 from qwen3vl_jax.rope import rotate, vision_rotary
+from qwen3vl_jax.sharding import shard
 from qwen3vl_jax.structs import Features, Params, VisionInputs
 
 
@@ -44,7 +45,8 @@ class VisionAttention(nn.Module):
                      weight(self, "qkv_bias", (3, None), n, h, init=zeros))  # fmt: skip
         q, k, v = (qkv[:, :, i] for i in range(3))
         q, k = (rotate(y.astype(jnp.float32), *rotary).astype(x.dtype) for y in (q, k))
-        out = attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), lo, hi)
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        out = attend(q, k, v, lo, hi, names=("vision_rows", "patches"))
         o, bias = weight(self, "o", d, n, h), weight(self, "o_bias", d, init=zeros)
         return linear(out, o, bias, in_dims=2)
 
@@ -73,7 +75,7 @@ class VisionBlock(nn.Module):
 
 
 class PatchMerger(nn.Module):
-    """Every merge_size^2 patches become one token: [W P Dv] -> [R D]. The GELU is the exact one.
+    """Every merge_size^2 patches become one token: [W P Dv] -> [W R D]. The GELU is the exact one.
 
     The main merger normalises patches and then groups them; a DeepStack merger the other way round.
     """
@@ -84,10 +86,11 @@ class PatchMerger(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = self.cfg.hidden_size * self.cfg.merge_unit
+        grouped = (*x.shape[:-2], -1, wide)
         if self.norm_after_grouping:
-            x = LayerNorm(name="norm")(x.reshape(-1, wide))
+            x = LayerNorm(name="norm")(x.reshape(grouped))
         else:
-            x = LayerNorm(name="norm")(x).reshape(-1, wide)
+            x = LayerNorm(name="norm")(x).reshape(grouped)
         d, f, out = (wide, "vision_mlp"), (wide, None), (self.cfg.out_hidden_size, "embed")
         x = linear(x, weight(self, "fc1", d, f), weight(self, "fc1_bias", d, init=zeros))
         x = ACTIVATIONS["gelu"](x)
@@ -96,7 +99,8 @@ class PatchMerger(nn.Module):
 
 def position_embedding(table: Weight, vis: VisionInputs) -> jax.Array:
     """Learned positions [W P Dv] in fp32, bilinear between the four neighbours in the table."""
-    return jnp.einsum("wpad,wpa->wpd", dense(table, jnp.float32)[vis.pos_index], vis.pos_weight)
+    table = shard(dense(table, jnp.float32), None, None)  # small, and looked up by every device
+    return jnp.einsum("wpad,wpa->wpd", table[vis.pos_index], vis.pos_weight)
 
 
 def vision_encode(
@@ -115,7 +119,7 @@ def vision_encode(
         vis = jax.tree.map(lambda x: x[None], vis)
     dtype = p["patch"]["weight"].dtype if dtype is None else dtype
     x = apply(PatchEmbed(c), p["patch"], vis.pixels.astype(dtype))
-    x = x + position_embedding(p["pos"], vis).astype(x.dtype)
+    x = _spread(x + position_embedding(p["pos"], vis).astype(x.dtype))
     rotary = vision_rotary(c.head_dim, c.rope_theta, vis.coords)
     count = len(c.deepstack_visual_indexes)
     slot = np.full(c.depth, count)  # past the end: dropped
@@ -124,12 +128,21 @@ def vision_encode(
 
     def body(carry, layer, i):
         x, taps = carry
-        x = apply(VisionBlock(c), layer, x, rotary, vis.lo, vis.hi)
+        x = _spread(apply(VisionBlock(c), layer, x, rotary, vis.lo, vis.hi))
         return (x, taps.at[slot[i]].set(x, mode="drop") if count else taps), None
 
     (x, taps), _ = run_layers(body, (x, jnp.zeros((count, *x.shape), x.dtype)), p["blocks"], remat)
-    merged = apply(PatchMerger(c, False), p["merger"], x)
-    deep = [apply(PatchMerger(c, True), q, t) for q, t in zip(p["deepstack"], taps, strict=True)]
+
+    def merge(last: bool, p: Params, x: jax.Array) -> jax.Array:
+        y = apply(PatchMerger(c, last), p, x)
+        return _spread(y).reshape(-1, y.shape[-1])
+
+    merged = merge(False, p["merger"], x)
+    deep = [merge(True, q, t) for q, t in zip(p["deepstack"], taps, strict=True)]
     return Features(
         merged, jnp.stack(deep) if deep else jnp.zeros((0, *merged.shape), merged.dtype)
     )
+
+
+def _spread(x: jax.Array) -> jax.Array:
+    return shard(x, "vision_rows", "patches", None)

@@ -83,7 +83,7 @@ def batch_sums(
     attended = batch.segment_ids > 0
 
     def keep(x, kept, routed):
-        return None if routed is None else losses.router_sums(routed, attended.reshape(-1))
+        return None if routed is None else losses.router_sums(routed, attended)
 
     x, routers = run_rows(
         params, cfg, batch.replace(vision=None), features, row_mix(batch, dropout), keep, dtype,

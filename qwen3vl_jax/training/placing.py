@@ -1,0 +1,103 @@
+"""Where the arrays of a run lie on a mesh: weights, optimizer, batches. Dims as in layers.py."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from qwen3vl_jax.config import Config
+from qwen3vl_jax.model import logical_axes
+from qwen3vl_jax.sharding import Axes, array_sharding, shardings
+from qwen3vl_jax.tensors import SCALE, VALUES
+from qwen3vl_jax.training.groups import Flat
+from qwen3vl_jax.training.packing import PackedBatch
+from qwen3vl_jax.training.step import TrainState
+
+_STACKS = ("layers.", "vision.blocks.")
+_BATCH: dict[str, Axes] = {  # by field; micro batches are an axis in front
+    "tokens": ("rows", "tokens"),
+    "positions": (None, "rows", "tokens"),
+    "segment_ids": ("rows", "tokens"),
+    "vision_rows": ("rows", "tokens"),
+    "labels": ("rows", "tokens"),
+    "weights": ("rows", "tokens"),
+    "delta": ("rows",),
+    "embeds": ("rows", "tokens", None),
+    "pixels": ("vision_rows", "patches", None),
+    "pos_index": ("vision_rows", "patches", None),
+    "pos_weight": ("vision_rows", "patches", None),
+    "coords": ("vision_rows", "patches", None),
+    "lo": ("vision_rows", "patches"),
+    "hi": ("vision_rows", "patches"),
+    "vision_labels": ("vision_rows",),
+}
+
+
+@functools.lru_cache(maxsize=4)
+def _known(cfg: Config) -> dict[str, Axes]:
+    found = logical_axes(cfg)
+    return {n: (None, *axes) if n.startswith(_STACKS) else axes for n, axes in found.items()}
+
+
+def axes_of(cfg: Config, shapes: Mapping[str, Any]) -> dict[str, Axes]:
+    """The logical names of the axes of each array of a flat tree with stacked layers.
+
+    Codes and scales of 8-bit weights have those of their weight. What has no names of its own, as
+    LoRA's matrices, is cut along its longest axis as "embed" is.
+    """
+    known = _known(cfg)
+
+    def of(name: str, x: Any) -> Axes:
+        place, _, last = name.rpartition(".")
+        axes = known.get(place if last in (VALUES, SCALE) else name)
+        return longest_axis(x) if axes is None else axes
+
+    return {name: of(name, x) for name, x in shapes.items()}
+
+
+def longest_axis(x: Any) -> Axes:
+    """ "embed" for the longest axis of an array, which is where it may be cut."""
+    at = int(np.argmax(x.shape)) if x.shape else -1
+    return tuple("embed" if i == at else None for i in range(len(x.shape)))
+
+
+def params_shardings(mesh: Mesh | None, cfg: Config, flat: Flat) -> dict[str, Any]:
+    """{name: NamedSharding} of weights, or None for each without a mesh. Raises InputError."""
+    return shardings(mesh, flat, axes_of(cfg, flat))
+
+
+def state_shardings(mesh: Mesh, cfg: Config, state: TrainState) -> TrainState:
+    """The sharding of each array of a state (arrays or shapes): moments lie as their weights do."""
+    found = params_shardings(mesh, cfg, state.weights)
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def of(path: Any, x: Any) -> Any:
+        for key in path:
+            name = getattr(key, "key", None)
+            if name in found:
+                same = x.shape == state.weights[name].shape
+                return found[name] if same else array_sharding(mesh, longest_axis(x), x)
+        return whole
+
+    return jax.tree_util.tree_map_with_path(of, state)
+
+
+def batch_shardings(mesh: Mesh, packed: PackedBatch) -> PackedBatch:
+    """The sharding of each array of micro batches [M ..] (arrays or shapes)."""
+
+    def of(path: Any, x: Any) -> Any:
+        return array_sharding(mesh, (None, *_BATCH[path[-1].name]), x)
+
+    return jax.tree_util.tree_map_with_path(of, packed)
+
+
+def placed(shapes: Any, where: Any) -> Any:
+    """ShapeDtypeStructs of a tree, each with its sharding: what is compiled ahead of time."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where
+    )
