@@ -47,15 +47,24 @@ def attend(
     lo: jax.Array | None,
     hi: jax.Array,
     dropout: Dropout | None = None,
+    key_segments: jax.Array | None = None,
 ) -> jax.Array:
     """Softmax attention of q [B T N H] over k, v [B K S H], scale H^-0.5; returns [B T N H].
 
     lo, hi [B T] int32: query i sees keys lo <= s < hi; an empty range gives zeros (on a GPU kernel,
     anything finite). lo None means 0: a decode step on a filled cache. Scores and softmax are fp32.
+    Where lo is given and T = S, q and k are of one row, and tokens of one segment have one lo (the TPU
+    kernel relies on it). key_segments [B S] int32 (`splash.segments` of the whole row) lets a shard of
+    a row (T < S) use that kernel; no other path needs it.
     dropout is of the probabilities, whose rest is scaled up, on the XLA path of every platform.
     """
     if dropout is not None:
         return _attend_blocks(q, k, v, lo, hi, dropout)
+    if platform() == "tpu":
+        from qwen3vl_jax import splash  # Pallas for a TPU is loaded where there is one
+
+        if not splash.splash_refusal(q.shape[1], k.shape[2], lo, key_segments):
+            return splash.splash_attend(q, k, v, lo, hi, key_segments=key_segments)
     if platform() == "gpu" and q.shape[1] > 1 and not cudnn_refusal(q.dtype.name, q.shape[-1]):
         return _attend_cudnn(q, k, v, lo, hi)
     return _attend_blocks(q, k, v, lo, hi)
@@ -244,6 +253,7 @@ def backends() -> list[tuple[str, bool, str]]:
     here = platform()
     refusal = cudnn_refusal("bfloat16", 128) if here == "gpu" else f"needs a GPU, this is {here}"
     use = "causal rows, and pictures alone in the ViT; bf16 and fp16"
+    tpu = "128 queries a row or more" if here == "tpu" else f"needs a TPU, this is {here}"
     return [
         (
             "xla blocks",
@@ -251,4 +261,5 @@ def backends() -> list[tuple[str, bool, str]]:
             "every platform, dtype and layout; online softmax, empty blocks skipped",
         ),
         ("cudnn", not refusal, refusal or use),
+        ("splash", here == "tpu", tpu),
     ]
