@@ -77,7 +77,7 @@ def splash_attend(
         residual_checkpoint_name=None, interpret=interpret,
     )  # fmt: skip
     out = cast(jax.Array, kernel(q, k, v, ids)).reshape(n, b, -1, h)[:, :, :t].transpose(1, 2, 0, 3)
-    return jnp.where(empty[..., None, None], 0, out)
+    return jnp.where(empty[..., None, None], 0, out)  # a block that visits nothing is 0 / 0
 
 
 def _block(length: int) -> int:
@@ -109,8 +109,7 @@ def _below(reach: jax.Array, key: jax.Array) -> jax.Array:
 def _seen(first: jax.Array, end: jax.Array, block_q: int, block_k: int, width: int) -> jax.Array:
     """Which blocks of keys each block of queries visits, [B T/block_q width/block_k] bool.
 
-    Those between the smallest `first` and the largest `end` [B T] of its queries; block 0 where there
-    are none, because the kernel divides by the sum over what it visits.
+    Those between the smallest `first` and the largest `end` [B T] of its queries.
     """
 
     def per_block(x, fill):
@@ -120,7 +119,7 @@ def _seen(first: jax.Array, end: jax.Array, block_q: int, block_k: int, width: i
     first = jnp.min(per_block(first, width), -1)[..., None]
     end = jnp.max(per_block(end, 0), -1)[..., None]
     start = block_k * jnp.arange(width // block_k)
-    return (first < start + block_k) & (end > start) | (end == 0) & (start == 0)
+    return (first < start + block_k) & (end > start)
 
 
 def _steps(seen: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -55,7 +55,10 @@ ROWS = packed(
 def test_packed_and_padded_rows(monkeypatch):
     """Several segments, padding on either side, a row of nearly nothing; G = 3."""
     monkeypatch.setattr(splash, "BLOCK", 128)
-    check(*causal_ranges(ROWS), *arrays(4, 256, 256, 16))
+    lo, hi = causal_ranges(ROWS)
+    lo = lo.at[1].set(150)  # padding may have any empty range
+    hi = hi.at[1].set(jnp.maximum(hi[1], 150))
+    check(lo, hi, *arrays(4, 256, 256, 16))
 
 
 def test_frames_of_the_vision_tower(monkeypatch):
@@ -109,7 +112,7 @@ def test_blocks_outside_every_range_are_not_visited():
     first, end = jnp.where(empty, 1536, lo), jnp.where(empty, 0, hi)
     seen = splash._seen(first, end, 512, 256, 1536)
     np.testing.assert_array_equal(
-        seen[0].astype(int), [[1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 0, 0], [1, 0, 0, 0, 0, 0]]
+        seen[0].astype(int), [[1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0]]
     )
     steps = splash._steps(jnp.concatenate([seen, seen]))[0]
     row = np.array([[0, 1, 1, 1, 1, 1], [2, 2, 2, 3, 3, 3], [0] * 6])
