@@ -78,7 +78,7 @@ def test_two_processes_lose_one_and_two_others_resume(files):
     want = losses(files, "one")
     assert list(want) == list(range(1, STEPS + 1))
 
-    both = start(files, "two", 2, 4, "mesh.fsdp=4", "mesh.tensor=2")
+    both = start(files, "two", 2, 4, "mesh.data=2", "mesh.fsdp=4")
     while both[0].poll() is None:
         rows = read_table(files / "two" / "metrics.csv")
         if rows and int(rows[-1]["step"]) >= 8:
@@ -95,8 +95,8 @@ def test_two_processes_lose_one_and_two_others_resume(files):
     before = losses(files, "two")
     assert 8 <= len(before) < STEPS
 
-    first, second = finish(start(files, "two", 2, 2, "mesh.fsdp=2", "mesh.tensor=2"))
-    assert "mesh.fsdp was 4, is now 2" in first
+    first, second = finish(start(files, "two", 2, 2, "mesh.fsdp=4"))
+    assert "mesh.data was 2, is now 1" in first
     assert "step" not in second  # the first process speaks for all
     for found in (before, losses(files, "two")):
         for step, loss in found.items():
