@@ -56,6 +56,7 @@ def asked_of(args: Any, environ: Mapping[str, str] = os.environ) -> Asked | None
             )
         return Asked(coordinator, count, index)
     many = any(environ.get(name, "1") not in ("", "1") for name in _KNOWN)
+    many = many or args.distributed
     return Asked() if many or any("," in environ.get(name, "") for name in _HOSTS) else None
 
 

@@ -107,8 +107,10 @@ def test_two_processes_lose_one_and_two_others_resume(files):
 def test_who_the_processes_are():
     """Options before variables before what the cluster says; half an answer is refused."""
 
-    def asked(coordinator="", count=0, index=-1, **environ):
-        args = Namespace(coordinator=coordinator, processes=count, process=index)
+    def asked(coordinator="", count=0, index=-1, distributed=False, **environ):
+        args = Namespace(
+            coordinator=coordinator, processes=count, process=index, distributed=distributed
+        )
         return processes.asked_of(args, environ)
 
     assert asked() is None and asked(SLURM_NTASKS="1") is None
@@ -116,6 +118,7 @@ def test_who_the_processes_are():
     told = {"JAX_COORDINATOR_ADDRESS": "b:2", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
     assert asked(**told) == ("b:2", 4, 3) and asked(index=1, **told) == ("b:2", 4, 1)
     assert asked(SLURM_NTASKS="8") == asked(TPU_WORKER_HOSTNAMES="a,b") == ("", 0, -1)
+    assert asked(distributed=True) == asked(SLURM_NTASKS="2")
     for half in ({"coordinator": "a:1"}, {"count": 2, "index": 2, "coordinator": "a:1"}):
         with pytest.raises(InputError, match="expected --coordinator HOST:PORT"):
             asked(**half)
