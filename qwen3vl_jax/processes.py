@@ -31,6 +31,9 @@ def add_arguments(parser: Any) -> None:
     group = parser.add_argument_group(
         "several processes (found by themselves under SLURM, MPI, GKE)"
     )
+    group.add_argument(
+        "--distributed", action="store_true", help="jax finds the others (hosts of a Cloud TPU slice)"
+    )
     group.add_argument("--coordinator", default="", help="HOST:PORT of process 0")
     group.add_argument("--processes", type=int, default=0, help="how many there are")
     group.add_argument("--process", type=int, default=-1, help="which of them this is, from 0")
