@@ -111,9 +111,7 @@ def test_steps_keep_their_program_and_their_memory():
     assert logits.sharding.spec == P("fsdp")
 
 
-@pytest.mark.parametrize(
-    ("name", "sparse"), [("tensor", False), ("fsdp", False), ("expert", True)]
-)
+@pytest.mark.parametrize(("name", "sparse"), [("tensor", False), ("fsdp", False), ("expert", True)])
 def test_a_decode_step_moves_no_weight(name, sparse):
     """What a collective sends is of the size of the tokens, whatever axes cut the weights."""
     case, mesh = case_of(sparse), mesh_of(name)
