@@ -102,8 +102,12 @@ def measure(scratch: Path, mesh: str) -> bool:
 def main() -> int:
     """The command; the exit code is 1 if a bound is missed."""
     parser = argparse.ArgumentParser("python -m benchmarks.sharded_load", description=__doc__)
-    parser.add_argument("--scratch", type=Path, help="where 9 GB are free; default: a temporary one")
-    parser.add_argument("--mesh", default="fsdp=4,tp=2", help="of eight devices, as infer.py has it")
+    parser.add_argument(
+        "--scratch", type=Path, help="where 9 GB are free; default: a temporary one"
+    )
+    parser.add_argument(
+        "--mesh", default="fsdp=4,tp=2", help="of eight devices, as infer.py has it"
+    )
     parser.add_argument("--read", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--index", type=int, help=argparse.SUPPRESS)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qwen3vl_jax.cli import Parser
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.processes import add_arguments as add_process_arguments
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "min_new_tokens",
              "presence_penalty")  # fmt: skip
@@ -24,7 +25,14 @@ MODES = {
 }
 # --mesh: the axes of sharding.AXES and their short names.
 MESH_AXES = {"dp": "data", "fsdp": "fsdp", "ep": "expert", "sp": "sequence", "tp": "tensor"}
-NEEDS = {"rows": ("input",), "dims": ("embed",), "instruction": ("embed", "rerank")}
+NEEDS = {
+    "rows": ("input",),
+    "coordinator": ("input",),
+    "processes": ("input",),
+    "process": ("input",),
+    "dims": ("embed",),
+    "instruction": ("embed", "rerank"),
+}
 
 
 def arguments(argv: list[str] | None, description: str) -> argparse.Namespace:
@@ -117,6 +125,7 @@ def arguments(argv: list[str] | None, description: str) -> argparse.Namespace:
         action="store_true",
         help="special tokens spelled in the text are special",
     )
+    add_process_arguments(p)
     return p.parse_args(argv)
 
 
