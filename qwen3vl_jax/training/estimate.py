@@ -27,6 +27,7 @@ class Held(NamedTuple):
     weights: Flat
     frozen: Flat
     state: Any  # TrainState
+    join: Any = None  # setup.Join
 
     def by_group(
         self, recipe: Recipe, cfg: Config
@@ -56,17 +57,20 @@ def _is_scale(name: str, flat: Flat) -> bool:
 def held(recipe: Recipe, cfg: Config) -> Held:
     """What a run of this recipe would hold. Raises InputError as `setup.cut` does."""
 
-    def make(params: Params) -> tuple[Flat, Flat]:
-        if recipe.lora.rank:
-            from qwen3vl_jax.training.adapters import cut_lora
+    joins: list[setup.Join] = []
 
-            return cut_lora(recipe, cfg, params)[:2]
-        return setup.cut(recipe, cfg, params)[:2]
+    def make(params: Params) -> tuple[Flat, Flat]:
+        cut = setup.cut
+        if recipe.lora.rank:
+            from qwen3vl_jax.training.adapters import cut_lora as cut
+        trainee = cut(recipe, cfg, params)
+        joins.append(trainee.join)  # which knows names and no arrays
+        return trainee.weights, trainee.frozen
 
     weights, frozen = jax.eval_shape(make, _params(recipe, cfg))
     rule = setup.rule_of(recipe, cfg, weights)
     state = jax.eval_shape(lambda w: setup.first_state(recipe, rule, w), weights)
-    return Held(weights, frozen, state)
+    return Held(weights, frozen, state, joins[0])
 
 
 def _params(recipe: Recipe, cfg: Config) -> Params:
