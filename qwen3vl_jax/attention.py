@@ -54,6 +54,8 @@ def attend(
 
     lo, hi [B T] int32: query i sees keys lo <= s < hi; an empty range gives zeros (on a GPU kernel,
     anything finite). lo None means 0: a decode step on a filled cache. Scores and softmax are fp32.
+    Where lo is given and T = S, q and k are of one row, and tokens of one segment have one lo (the TPU
+    kernel relies on it).
     dropout is of the probabilities, whose rest is scaled up, on the XLA path of every platform.
     names: logical axes of B and T. On a mesh each device attends with its rows, heads and queries to
     all keys of those rows, which is context parallelism where T is cut: a query's range says where
@@ -62,16 +64,19 @@ def attend(
     if dropout is not None:  # its bits are those of one device when XLA cuts them
         return _attend_blocks(q, k, v, lo, hi, dropout)
     if not mesh_sizes():
-        return _attend(q, k, v, lo, hi)
+        return _attend(q, k, v, hi, lo)
     rows, tokens = names
     k, v = (_for_each_head_shard(x, q.shape[2]) for x in (k, v))
     where = call_places((rows, q.shape[0]), (tokens, q.shape[1]), ("heads", k.shape[1]))
     queries, keys, ranges = (
         (rows, tokens, "heads", None), (rows, "heads", None, None), (rows, tokens),
     )  # fmt: skip
-    lo = jnp.zeros_like(hi) if lo is None else lo
-    in_axes = (queries, keys, keys, ranges, ranges)
-    return on_shards(_attend, where, in_axes, queries, q, k, v, lo, hi)
+    args, in_axes = [q, k, v, hi], [queries, keys, keys, ranges]
+    if lo is not None:
+        args, in_axes = [*args, lo], [*in_axes, ranges]
+        if q.shape[1] == k.shape[2]:  # what a shard of a row must know of the whole one
+            args, in_axes = [*args, jnp.where(hi > lo, lo + 1, 0)], [*in_axes, (rows, None)]
+    return on_shards(_attend, where, tuple(in_axes), queries, *args)
 
 
 def _for_each_head_shard(x: jax.Array, query_heads: int) -> jax.Array:
@@ -81,8 +86,13 @@ def _for_each_head_shard(x: jax.Array, query_heads: int) -> jax.Array:
     return jnp.repeat(x, more, axis=1) if query_heads % (x.shape[1] * more) == 0 else x
 
 
-def _attend(q, k, v, lo, hi) -> jax.Array:
-    """`attend` on one device."""
+def _attend(q, k, v, hi, lo=None, key_segments=None) -> jax.Array:
+    """`attend` on one device; key_segments [B S]: see splash.segments, of no use elsewhere."""
+    if platform() == "tpu":
+        from qwen3vl_jax import splash  # Pallas for a TPU is loaded where there is one
+
+        if not splash.splash_refusal(q.shape[1], k.shape[2], lo, key_segments):
+            return splash.splash_attend(q, k, v, lo, hi, key_segments=key_segments)
     if platform() == "gpu" and q.shape[1] > 1 and not cudnn_refusal(q.dtype.name, q.shape[-1]):
         return _attend_cudnn(q, k, v, lo, hi)
     return _attend_blocks(q, k, v, lo, hi)
@@ -271,6 +281,7 @@ def backends() -> list[tuple[str, bool, str]]:
     here = platform()
     refusal = cudnn_refusal("bfloat16", 128) if here == "gpu" else f"needs a GPU, this is {here}"
     use = "causal rows, and pictures alone in the ViT; bf16 and fp16"
+    tpu = "128 queries a row or more" if here == "tpu" else f"needs a TPU, this is {here}"
     return [
         (
             "xla blocks",
@@ -278,4 +289,5 @@ def backends() -> list[tuple[str, bool, str]]:
             "every platform, dtype and layout; online softmax, empty blocks skipped",
         ),
         ("cudnn", not refusal, refusal or use),
+        ("splash", here == "tpu", tpu),
     ]

@@ -131,7 +131,8 @@ def test_what_cudnn_cannot_do_is_said_once(caplog):
 
 def test_backends_are_listed():
     names = {name: available for name, available, _ in backends()}
-    assert names == {"xla blocks": True, "cudnn": jax.default_backend() == "gpu"}
+    here = jax.default_backend()
+    assert names == {"xla blocks": True, "cudnn": here == "gpu", "splash": here == "tpu"}
 
 
 @pytest.mark.parametrize("head", [64, 72, 128])
