@@ -12,6 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from qwen3vl_jax import processes
 from qwen3vl_jax.cli import EXPECTED, report
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.training.checks import check_run
@@ -31,6 +32,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="print parameters, memory, steps and one sample with its mask; train nothing",
     )
+    processes.add_arguments(parser)
     parser.add_argument(
         "changes", nargs="*", metavar="key=value", help="instead of what the recipe says"
     )
@@ -40,17 +42,18 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def train(recipe: Recipe, out: Path) -> None:
-    """Checks what can be checked without jax, then runs the recipe."""
+def train(recipe: Recipe, out: Path, asked: processes.Asked | None = None) -> None:
+    """Checks what can be checked without jax, joins the other processes, then runs the recipe."""
     check_run(recipe)
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file, expected a directory")
     if recipe.deterministic:
         make_deterministic()
         print(COST, file=sys.stderr)
+    processes.start(asked)
     from qwen3vl_jax.training.run import train as run
 
-    run(recipe, out)
+    processes.end_together(lambda: run(recipe, out))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
 
             dry_run(recipe)
         else:
-            train(recipe, args.out)
+            train(recipe, args.out, processes.asked_of(args))
     except EXPECTED as error:
         told = "interrupted: the same command goes on from the last checkpoint"
         return report(error, args.out or args.config, told)

@@ -97,6 +97,11 @@ def mesh_shape(sizes: Mapping[str, int], count: int) -> tuple[int, ...]:
     return tuple(count // known if n == -1 else n for n in asked)
 
 
+def rows_parts(mesh: Mesh) -> int:
+    """Into how many parts a mesh can cut rows."""
+    return math.prod(mesh.shape[axis] for axis in RULES["rows"])
+
+
 def mesh_sizes() -> dict[str, int]:
     """The ambient mesh's axes of more than one device; empty without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()

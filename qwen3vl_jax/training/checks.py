@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.training.recipe import Recipe, check_mesh
+from qwen3vl_jax.training.recipe import Recipe
 
 _EXTRA = ("grain", "tomli_w", "matplotlib", "tensorboardX")
 PYTHON = "python:"  # in front of a source that is a class
@@ -16,7 +16,6 @@ PYTHON = "python:"  # in front of a source that is a class
 def check_run(recipe: Recipe) -> None:
     """Raises InputError for a recipe that cannot start here: extras, mesh, model, files."""
     check_extras(recipe)
-    check_mesh(recipe)
     check_sources(recipe)
     if Path(recipe.ckpt).is_dir():
         Config.from_hf(Path(recipe.ckpt))

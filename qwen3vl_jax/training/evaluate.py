@@ -16,6 +16,7 @@ from qwen3vl_jax.generation import generate
 from qwen3vl_jax.model import unstack_layers
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.processing.reply import Reply, parse_reply
+from qwen3vl_jax.sharding import shard
 from qwen3vl_jax.structs import Batch, Params
 from qwen3vl_jax.training.packing import PackedBatch
 from qwen3vl_jax.training.recipe import Data, Step
@@ -44,7 +45,8 @@ def make_measure(cfg: Config, step: Step, join) -> Callable[..., tuple[jax.Array
     @jax.jit
     def measure(weights, frozen, packed: PackedBatch):
         sums = batch_sums(join(weights, frozen), cfg, packed, step).answers
-        return sums.loss, step_totals(packed).weight, sums.correct, sums.tokens
+        found = sums.loss, step_totals(packed).weight, sums.correct, sums.tokens
+        return tuple(shard(x) for x in found)
 
     return measure
 

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.training.memory import Memory
-from qwen3vl_jax.training.packing import PackedBatch, Waiting, build, choose, fill_of
+from qwen3vl_jax.training.packing import PackedBatch, Placed, Waiting, build, choose, fill_of
 from qwen3vl_jax.training.recipe import Data, Pack
 from qwen3vl_jax.training.records import open_records
 from qwen3vl_jax.training.samples import Refusal, Sample, SampleMaker, eight_bit
@@ -98,6 +98,14 @@ class Feed:
             raise error or StopIteration
         return drawn
 
+    def empty(self) -> Drawn:
+        """A batch of padding alone."""
+        return self._line.built([])
+
+    def whole_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        """What `set_state` takes: a feed alone knows all of it."""
+        return state
+
     def get_state(self) -> dict[str, Any]:
         """Where the feed is, as JSON data."""
         return {"order": dataclasses.asdict(self.order), **self._state}
@@ -163,16 +171,17 @@ class _Line:
             placed, self.waiting = choose(self.pack, self.waiting, self._draw)
             if not placed:
                 return None, self.state(), None
-            packed = build(
-                self.config, self.pack, placed, self.pixel_type, self.labelled, self.memory
-            )
-            packed = self.place(packed)
+            return self.built(placed), self.state(), None
         except Exception as error:  # it is raised where the batch is asked for
             return None, self.state(), error
+
+    def built(self, placed: Sequence[Placed]) -> Drawn:
+        """The batch of chosen samples."""
+        packed = build(self.config, self.pack, placed, self.pixel_type, self.labelled, self.memory)
         names: list[list[str]] = [[] for _ in range(self.pack.rows)]
         for found in placed:
             names[found.row].append(found.sample.name)
-        return Drawn(packed, names, fill_of(self.pack, placed)), self.state(), None
+        return Drawn(self.place(packed), names, fill_of(self.pack, placed))
 
     def state(self) -> dict[str, Any]:
         """Place of the next sample, places of those that wait, and counts: JSON data."""

@@ -87,13 +87,33 @@ def state_shardings(mesh: Mesh, cfg: Config, state: TrainState) -> TrainState:
     return jax.tree_util.tree_map_with_path(of, state)
 
 
+def batch_axis(path: Any) -> int:
+    """Along which axis of a batch's array, by its place in the tree, rows are counted."""
+    axes = _BATCH[path[-1].name]
+    return next(i for i, name in enumerate(axes) if name in ("rows", "vision_rows"))
+
+
+def batch_sharding(mesh: Mesh, path: Any, shape: tuple[int, ...]) -> NamedSharding:
+    """The sharding of one array of micro batches [M ..], by its place in the tree."""
+    axes = (None, *_BATCH[path[-1].name])
+    return array_sharding(mesh, axes, jax.ShapeDtypeStruct(shape, np.int32))
+
+
 def batch_shardings(mesh: Mesh, packed: PackedBatch) -> PackedBatch:
     """The sharding of each array of micro batches [M ..] (arrays or shapes)."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: batch_sharding(mesh, path, x.shape), packed
+    )
 
-    def of(path: Any, x: Any) -> Any:
-        return array_sharding(mesh, (None, *_BATCH[path[-1].name]), x)
 
-    return jax.tree_util.tree_map_with_path(of, packed)
+def put(x: Any, where: NamedSharding | None) -> jax.Array:
+    """An array that every process has wholly, or a global one, laid out as asked."""
+    if where is None:
+        return jax.numpy.asarray(x)
+    if isinstance(x, jax.Array) and (x.sharding == where or not x.is_fully_addressable):
+        return jax.device_put(x, where)
+    host = np.asarray(x)
+    return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
 
 
 def placed(shapes: Any, where: Any) -> Any:

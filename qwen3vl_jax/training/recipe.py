@@ -50,6 +50,7 @@ class Pack:
     vision_rows: int = 8
     vision_length: int = 4096
     lookahead: int = 64
+    groups: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,16 +239,6 @@ def _check_together(recipe: Recipe) -> None:
         for number, source in enumerate(sources, 1):
             if not source.path or not 0 < source.weight < math.inf:
                 raise InputError(f"{table}.sources {number}: expected a path and a weight above 0")
-
-
-def check_mesh(recipe: Recipe) -> None:
-    """Raises InputError for a mesh of several devices, which training cannot use yet."""
-    for name, size in flat(recipe.mesh, "mesh.").items():
-        if size not in (1, -1):
-            raise InputError(
-                f"{name} is {size}: a run uses one device for now; set it to 1, or take --dry-run, "
-                "which shows what each device of the mesh would hold"
-            )
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -6,7 +6,9 @@ import dataclasses
 import gc
 import itertools
 import json
-from contextlib import suppress
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tomli_w
+from jax.sharding import Mesh
 
+from qwen3vl_jax import processes
 from qwen3vl_jax.checkpoint import resolve
 from qwen3vl_jax.cli import memory_advice
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.sharding import AXES, make_mesh, rows_parts
 from qwen3vl_jax.training import estimate, evaluate, machine, run_dir, setup
 from qwen3vl_jax.training.checkpoints import Checkpoints
 from qwen3vl_jax.training.feed import Drawn, Feed
@@ -26,9 +31,10 @@ from qwen3vl_jax.training.model_files import open_model, write_model_files
 from qwen3vl_jax.training.optimizer import make_schedule
 from qwen3vl_jax.training.packing import PackedBatch
 from qwen3vl_jax.training.recipe import Data, Recipe, as_dict, flat
+from qwen3vl_jax.training.shares import Shares
 from qwen3vl_jax.training.speed import Speed
 from qwen3vl_jax.training.stop import Stop, Stopped, on_sigterm
-from qwen3vl_jax.training.watch import Watch
+from qwen3vl_jax.training.watch import Muted, Watch
 
 
 def train(recipe: Recipe, out: Path) -> None:
@@ -37,16 +43,18 @@ def train(recipe: Recipe, out: Path) -> None:
     Returns when all steps are done, or after SIGTERM, which saves first. Raises InputError for what
     cannot start, for a directory of another run, and where a loss is not a number.
     """
-    with on_sigterm() as stop, run_dir.opened(out):
-        first = max(run_dir.saved_steps(out), default=0)
+    mesh = mesh_of(recipe)
+    with on_sigterm() as stop, opened(out), nullcontext() if mesh is None else jax.set_mesh(mesh):
+        first = processes.from_first(max(run_dir.saved_steps(out), default=0))
         meta = run_dir.read_meta(out, first) if first else {}
         noted = check_fits(recipe, meta, out) if first else []
-        told = plain(as_dict(recipe)) | {"ckpt": whole_path(recipe.ckpt)}
-        (out / run_dir.CONFIG).write_text(tomli_w.dumps(told))
-        with Watch(out, recipe, first) as watch:
+        if processes.is_first():
+            told = plain(as_dict(recipe)) | {"ckpt": whole_path(recipe.ckpt)}
+            (out / run_dir.CONFIG).write_text(tomli_w.dumps(told))
+        with Watch(out, recipe, first) if processes.is_first() else Muted(out, first) as watch:
             for line in noted:
                 watch.progress.say(f"going on from step {first}: {line}")
-            run = Run(recipe, out, first, meta)
+            run = Run(recipe, out, first, meta, mesh)
             less = "step.remat=full or step.loss_chunk"
             try:
                 with memory_advice(run.sizes(), less if first else f"pack.rows, {less}"):
@@ -57,6 +65,40 @@ def train(recipe: Recipe, out: Path) -> None:
             watch.draw()
             done = "stopped by SIGTERM, saved" if stop.asked else "done"
             watch.progress.say(f"{out}: step {run.number} of {recipe.steps}, {done}")
+
+
+def mesh_of(recipe: Recipe) -> Mesh | None:
+    """The devices of a run; None is the first alone. Raises InputError where there are not as many."""
+    sizes, count = {n: getattr(recipe.mesh, n) for n in AXES}, jax.device_count()
+    wanted = math.prod(sizes.values())
+    if wanted == 1 and jax.process_count() == 1:
+        return None
+    few = 0 < wanted < count and jax.process_count() == 1
+    return make_mesh(sizes, jax.devices()[:wanted] if few else None)
+
+
+def groups_of(recipe: Recipe, mesh: Mesh | None, meta: dict[str, Any]) -> int:
+    """Into how many groups of their own samples the rows of a batch are cut, once for a whole run.
+
+    Raises InputError where the mesh cuts rows into parts that are no whole groups.
+    """
+    parts = 1 if mesh is None else rows_parts(mesh)
+    began = len(meta["data"].get("groups", [0])) if meta else 0
+    groups = began or recipe.pack.groups or parts
+    if groups % parts:
+        raise InputError(
+            f"the run has {groups} groups of rows, expected a multiple of mesh.data x mesh.fsdp x "
+            f"mesh.expert, which are {parts}; take fewer, or begin a run with pack.groups={parts}"
+        )
+    return groups
+
+
+@contextmanager
+def opened(out: Path) -> Iterator[None]:
+    """`run_dir.opened` in the first process, which the others wait for."""
+    with run_dir.opened(out) if processes.is_first() else nullcontext():
+        processes.wait_for_all("opened")
+        yield
 
 
 def check_fits(recipe: Recipe, meta: dict[str, Any], out: Path) -> list[str]:
@@ -84,10 +126,15 @@ def plain(value: Any) -> Any:
 class Run:
     """One run: everything it holds, and its loop. RUN_DIR is `out`."""
 
-    def __init__(self, recipe: Recipe, out: Path, first: int, meta: dict[str, Any]):
-        self.recipe, self.out, self.number = recipe, out, first
+    def __init__(
+        self, recipe: Recipe, out: Path, first: int, meta: dict[str, Any], mesh: Mesh | None = None
+    ):
+        self.recipe, self.out, self.number, self.mesh = recipe, out, first, mesh
+        self.groups = groups_of(recipe, mesh, meta)
         if not first:
-            write_model_files(recipe, out / run_dir.MODEL)
+            if processes.is_first():
+                write_model_files(recipe, out / run_dir.MODEL)
+            processes.wait_for_all("model files")
         self.proc, new_ids = open_model(recipe, out / run_dir.MODEL)
         self.cfg = self.proc.config
         if recipe.evaluate.every:
@@ -95,25 +142,26 @@ class Run:
         now = Config.from_hf(resolve(recipe.ckpt)).to_hf()
         self.meta = {"model": now, **meta}
         run_dir.check_model(now, self.meta["model"], out)
-        self.feed = Feed(recipe.data, recipe.pack, self.proc, recipe.seed, place=_to_device)
+        self.feed = self.make_feed(recipe.data, recipe.seed)
         if first:
             self.feed.set_state(self.meta["data"])
-        trainee = setup.prepare(recipe, self.cfg, new_ids)
+        trainee = setup.prepare(recipe, self.cfg, new_ids, mesh)
         self.frozen, self.join = trainee.frozen, trainee.join
         rule = setup.rule_of(recipe, self.cfg, trainee.weights)
-        self.step = setup.make_step(recipe, self.cfg, rule, self.join)
+        like = setup.shape_of_state(recipe, self.cfg, rule, trainee.weights, mesh)
+        self.step = setup.make_step(recipe, self.cfg, rule, self.join, like if mesh else None)
         self.saved = Checkpoints(out, recipe.checkpoints.keep, recipe.checkpoints.keep_best)
         if first:
-            like = jax.eval_shape(lambda w: setup.first_state(recipe, rule, w), trainee.weights)
             del trainee  # the weights make room before those of the checkpoint come
             self.state = self.saved.restore(first, like)
         else:
-            self.state = setup.first_state(recipe, rule, trainee.weights)
+            self.state = setup.begin(recipe, self.cfg, rule, trainee.weights, mesh)
         self.position: dict[str, Any] | None = None  # of the feed, before a draw that failed
         self.pending: list[tuple[int, dict[str, Any], list[Drawn]]] = []
         # A device runs beside the host, which tells of a step while the next one runs.
         self.overlap = jax.default_backend() != "cpu"
-        self.speed = Speed(recipe, self.cfg, self.state.weights)
+        devices = 1 if mesh is None else mesh.size
+        self.speed = Speed(recipe, self.cfg, self.state.weights, devices)
         # All at once: one asked for after a step would wait for the step that follows it.
         rates = make_schedule(recipe.optimizer, recipe.steps)(jnp.arange(recipe.steps))
         self.rates = np.broadcast_to(np.asarray(rates), recipe.steps)
@@ -132,13 +180,14 @@ class Run:
 
     def loop(self, watch: Watch, stop: Stop) -> None:
         """Every step that is left, or those until `stop` is asked; what was done is saved."""
-        if self.due_evaluation(self.number) and self.number not in watch.evaluations.steps:
+        done = processes.from_first(self.number in watch.evaluations.steps)
+        if self.due_evaluation(self.number) and not done:
             with suppress(Stopped):  # it ended before that
                 self.saved.score(self.number, self.evaluate(watch, stop))
         profiler = Profiler(self.recipe.report.profile, self.out)
         gc.freeze()  # else each collection looks through all that jax and the model have loaded
         watch.restart_clock()
-        while self.number < self.recipe.steps and not stop.asked:
+        while self.number < self.recipe.steps and not stop.asked_at(self.number):
             drawn = self.draw(stop)
             if not drawn:
                 break
@@ -208,17 +257,19 @@ class Run:
             raise self.not_finite(number, values, drawn)
         row = {"loss": values.pop("loss"), "lr": float(self.rates[number - 1])}
         row |= {"grad_norm": values.pop("grad_norm"), **values}
+        stats = [{name: float(x) for name, x in d.stats.items()} for d in drawn]
         for name in ("fill", "vision_fill"):
-            row[name] = float(np.mean([d.stats[name] for d in drawn]))
+            row[name] = float(np.mean([told[name] for told in stats]))
         for name in ("samples", "patches"):
-            row[name] = int(sum(d.stats[name] for d in drawn))
-        row |= self.speed.of([d.stats for d in drawn])
+            row[name] = int(sum(told[name] for told in stats))
+        row |= self.speed.of(stats)
         row["memory_gib"] = machine.memory_gib(jax.local_devices()[0])
         return row
 
     def not_finite(self, number: int, values: dict[str, Any], drawn: list[Drawn]) -> InputError:
         """What stops a run whose loss is not a number; the step's samples are in a file by then."""
-        path = self.out / f"not_finite_step_{number}.json"
+        which = f"_process_{jax.process_index()}" if jax.process_count() > 1 else ""
+        path = self.out / f"not_finite_step_{number}{which}.json"
         names = [name for d in drawn for row in d.names for name in row]
         found = {n: float(values[n]) for n in ("loss", "grad_norm")}
         text = {"step": number, **{n: str(x) for n, x in found.items()}, "samples": names}
@@ -239,7 +290,8 @@ class Run:
         asked, weights = self.recipe.evaluate, self.state.average or self.state.weights
         feed = self.held_out()
         try:
-            batches = (d.packed for d in itertools.islice(feed, asked.batches or None))
+            drawn = itertools.islice(feed, asked.batches or None)
+            batches = (jax.tree.map(lambda x: x[0], d.packed) for d in drawn)
             values = evaluate.mean_loss(self.measure, weights, self.frozen, batches, stop.check)
             records = feed.records(asked.generate) if asked.generate else []
         finally:
@@ -268,17 +320,23 @@ class Run:
             )
         feed.close()
 
-    def held_out(self) -> Feed:
+    def make_feed(self, data: Data, seed: int, once: bool = False) -> Feed | Shares:
+        """The batches of these sources; one device has them sent ahead."""
+        if self.mesh is not None or self.groups > 1:
+            return Shares(data, self.recipe.pack, self.proc, seed, self.groups, self.mesh, once)
+        return Feed(data, self.recipe.pack, self.proc, seed, once=once, place=_to_device)
+
+    def held_out(self) -> Feed | Shares:
         """One pass over the evaluation sources in their order, read in the recipe's way."""
         sources, told = self.recipe.evaluate.sources, self.recipe.data
         data: Data = dataclasses.replace(told, sources=sources, shuffle=False, workers=0)
-        return Feed(data, self.recipe.pack, self.proc, 0, once=True)
+        return self.make_feed(data, 0, once=True)
 
     def save(self, watch: Watch, score: float | None, due: bool) -> None:
         """Saves where a checkpoint is due, and where the evaluation was one of the best."""
         watch.refused(self.feed.refused)
         if due or self.saved.is_best(score):
-            position = self.position or self.feed.get_state()
+            position = self.feed.whole_state(self.position or self.feed.get_state())
             self.meta |= {"recipe": plain(flat(self.recipe)), "data": position}
             self.meta |= {"machine": machine.described(), "score": score}
             self.saved.save(self.state, self.meta, score)

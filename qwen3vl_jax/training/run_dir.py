@@ -25,7 +25,7 @@ MODEL = "model"  # the model's config.json, tokenizer and template, new tokens i
 # Keys of the recipe that a resumed run may change; any other would give another run.
 FREE = (
     "steps", "save_every", "report.", "evaluate.", "checkpoints.", "step.remat", "step.loss_chunk",
-    "data.bad_fraction", "data.workers", "optimizer.learning_rate", "optimizer.schedule",
+    "mesh.", "data.bad_fraction", "data.workers", "optimizer.learning_rate", "optimizer.schedule",
     "optimizer.warmup", "optimizer.final", "optimizer.weight_decay", "optimizer.clip",
 )  # fmt: skip
 
@@ -129,9 +129,7 @@ def check_recipe(now: Mapping[str, Any], then: Mapping[str, Any], run_dir: str |
     found = {name: text for name, text in differ.items() if text}
     fixed = [text for name, text in found.items() if not name.startswith(FREE)]
     if fixed:
-        mesh = all(text.startswith("mesh.") for text in fixed)
-        what = "mesh" if mesh else "recipe"
-        raise DiffersError(run_dir, what, "set it back or choose another --out", fixed)
+        raise DiffersError(run_dir, "recipe", "set it back or choose another --out", fixed)
     return list(found.values())
 
 

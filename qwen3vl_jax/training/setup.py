@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from convert.mapping import rows, tree_of
 from qwen3vl_jax.config import Config
@@ -19,6 +20,7 @@ from qwen3vl_jax.structs import Params
 from qwen3vl_jax.training import groups
 from qwen3vl_jax.training.groups import Flat
 from qwen3vl_jax.training.optimizer import make_optimizer
+from qwen3vl_jax.training.placing import params_shardings, placed, put, state_shardings
 from qwen3vl_jax.training.recipe import Recipe
 from qwen3vl_jax.training.stacked import layer_counts, load_stacked, place_of
 from qwen3vl_jax.training.step import TrainState, init_state, train_step
@@ -35,16 +37,20 @@ class Trainee(NamedTuple):
     join: Join
 
 
-def prepare(recipe: Recipe, cfg: Config, new_ids: Sequence[int] = ()) -> Trainee:
+def prepare(
+    recipe: Recipe, cfg: Config, new_ids: Sequence[int] = (), mesh: Mesh | None = None
+) -> Trainee:
     """The model that a run starts from, read or drawn, and cut; new_ids: of train.new_tokens.
+
+    Each array lies on the mesh as sharding.RULES say, and was read or drawn there.
 
     Raises InputError for what does not fit the model, and for 8-bit weights without LoRA.
     """
-    params = initial_params(recipe, cfg)
+    params = initial_params(recipe, cfg, mesh)
     if recipe.lora.rank:
         from qwen3vl_jax.training.adapters import cut_lora
 
-        return cut_lora(recipe, cfg, params)
+        return spread(cut_lora(recipe, cfg, params), cfg, mesh)
     leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Quantized))
     if any(isinstance(x, Quantized) for x in leaves):
         raise InputError(
@@ -59,10 +65,22 @@ def prepare(recipe: Recipe, cfg: Config, new_ids: Sequence[int] = ()) -> Trainee
         raise InputError(
             "train.new_tokens: train.freeze holds embeddings, so they cannot be learned"
         )
-    return trainee
+    return spread(trainee, cfg, mesh)
 
 
-def initial_params(recipe: Recipe, cfg: Config) -> Params:
+def spread(trainee: Trainee, cfg: Config, mesh: Mesh | None) -> Trainee:
+    """The same arrays, each where the mesh wants it. Raises InputError as sharding.shardings does."""
+    if mesh is None:
+        return trainee
+
+    def laid(flat: Flat) -> Flat:
+        where = params_shardings(mesh, cfg, flat)
+        return {n: put(x, where[n]) for n, x in flat.items()}
+
+    return trainee._replace(weights=laid(trainee.weights), frozen=laid(trainee.frozen))
+
+
+def initial_params(recipe: Recipe, cfg: Config, mesh: Mesh | None = None) -> Params:
     """The parameters that a run starts from, layers stacked, each in the dtype it is held in.
 
     recipe.init "checkpoint" reads them; "normal" draws them from initializer_range, "fan_in" with a
@@ -71,14 +89,22 @@ def initial_params(recipe: Recipe, cfg: Config) -> Params:
     dtype_of = held_dtypes(recipe, cfg)
     if recipe.init == "checkpoint":
         eight_bit = recipe.lora.rank and recipe.lora.base in ("int8", "fp8")
-        return load_stacked(recipe.ckpt, dtype_of, recipe.lora.base if eight_bit else None)
+        weights = recipe.lora.base if eight_bit else None
+        return load_stacked(recipe.ckpt, dtype_of, weights, functools.partial(where_of, mesh, cfg))
 
-    def make(key: jax.Array) -> Params:
+    unflatten = groups.flatten(tree_of_shapes(cfg))[1]
+
+    def make(key: jax.Array) -> Flat:
         params = stack_layers(_rescaled(init_params(key, cfg), cfg, recipe.init))
-        flat, unflatten = groups.flatten(params)
-        return unflatten({name: x.astype(dtype_of(name)) for name, x in flat.items()})
+        return {name: x.astype(dtype_of(name)) for name, x in groups.flatten(params)[0].items()}
 
-    return jax.jit(make)(jax.random.key(recipe.seed))
+    where = params_shardings(mesh, cfg, shapes(cfg)) if mesh else None
+    return unflatten(jax.jit(make, out_shardings=where)(jax.random.key(recipe.seed)))
+
+
+def where_of(mesh: Mesh | None, cfg: Config, name: str, x: Any) -> Any:
+    """The sharding of one array by its stacked name, None without a mesh."""
+    return params_shardings(mesh, cfg, {name: x})[name]
 
 
 def held_dtypes(recipe: Recipe, cfg: Config) -> Callable[[str], Any]:
@@ -101,12 +127,17 @@ def shapes(cfg: Config) -> Flat:
 
     From the converter's table: tracing the 94 layers of the largest model takes seconds.
     """
+    return groups.flatten(tree_of_shapes(cfg))[0]
+
+
+def tree_of_shapes(cfg: Config) -> Params:
+    """`shapes` as the tree of parameters with stacked layers."""
     leaves, counts = {}, layer_counts(cfg)
     for row in rows(cfg):
         place, layer = place_of(row.path)
         lead = () if layer is None else (counts[str(place[0])],)
         leaves[place] = jax.ShapeDtypeStruct((*lead, *row.shape), jnp.float32)
-    return groups.flatten(tree_of(cfg, leaves))[0]
+    return tree_of(cfg, leaves)
 
 
 def _rescaled(params: Params, cfg: Config, kind: str) -> Params:
@@ -150,9 +181,40 @@ def first_state(recipe: Recipe, rule: optax.GradientTransformation, weights: Fla
     return init_state(key, weights, rule, recipe.step, recipe.optimizer.ema)
 
 
-def make_step(recipe: Recipe, cfg: Config, rule: optax.GradientTransformation, join: Join) -> Step:
-    """The jitted step(state, frozen, packed) -> (state, metrics); the state is donated."""
+def shape_of_state(
+    recipe: Recipe, cfg: Config, rule: optax.GradientTransformation, weights: Flat,
+    mesh: Mesh | None = None,
+) -> TrainState:  # fmt: skip
+    """`first_state` as ShapeDtypeStructs, on a mesh with their shardings."""
+    state = jax.eval_shape(functools.partial(first_state, recipe, rule), weights)
+    return placed(state, state_shardings(mesh, cfg, state)) if mesh else state
+
+
+def begin(
+    recipe: Recipe, cfg: Config, rule: optax.GradientTransformation, weights: Flat,
+    mesh: Mesh | None = None,
+) -> TrainState:  # fmt: skip
+    """`first_state` of weights that lie on a mesh; they are donated there."""
+    if mesh is None:
+        return first_state(recipe, rule, weights)
+    make = functools.partial(first_state, recipe, rule)
+    where = jax.tree.map(lambda x: x.sharding, shape_of_state(recipe, cfg, rule, weights, mesh))
+    return jax.jit(make, donate_argnums=0, out_shardings=where)(weights)
+
+
+def make_step(
+    recipe: Recipe, cfg: Config, rule: optax.GradientTransformation, join: Join,
+    state: TrainState | None = None,
+) -> Step:  # fmt: skip
+    """The jitted step(state, frozen, packed) -> (state, metrics); the state is donated.
+
+    state: arrays or shapes with their shardings, which the new state has too; None on one device.
+    """
     step = functools.partial(
         train_step, cfg=cfg, step=recipe.step, optimizer=rule, join=join, ema=recipe.optimizer.ema
     )
-    return jax.jit(step, donate_argnums=0)
+    if state is None:
+        return jax.jit(step, donate_argnums=0)
+    where = jax.tree.map(lambda x: x.sharding, state)
+    whole = NamedSharding(where.step.mesh, PartitionSpec())
+    return jax.jit(step, donate_argnums=0, out_shardings=(where, whole))

@@ -16,9 +16,9 @@ from qwen3vl_jax.training.recipe import Recipe
 
 
 class Speed:
-    """FLOPs of a run's steps by what its recipe trains, and what its device could do at best."""
+    """FLOPs of a run's steps by what its recipe trains, and what its devices could do at best."""
 
-    def __init__(self, recipe: Recipe, cfg: Config, weights: Flat):
+    def __init__(self, recipe: Recipe, cfg: Config, weights: Flat, devices: int = 1):
         sparse = bool(cfg.text.num_experts)
         self._cfg = cfg
         self._how: dict[str, Any] = {}
@@ -27,7 +27,8 @@ class Speed:
         else:
             self._how = {"trained": {group_of(name, sparse) for name in weights}}
         peak = recipe.report.peak_tflops * 1e12
-        self._peak = peak or peak_flops(jax.local_devices()[0].device_kind)
+        peak = peak or peak_flops(jax.local_devices()[0].device_kind)
+        self._peak = peak and peak * devices
 
         self._padded = step_flops(cfg, full_work(recipe), **self._how)
 

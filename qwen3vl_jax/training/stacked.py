@@ -25,6 +25,9 @@ from qwen3vl_jax.tensors import TreePath, spell
 
 Place = tuple[TreePath, int | None]  # where a tensor lies with stacked layers, and its layer
 DtypeOf = Callable[[str], Any]  # of a parameter's stacked name
+WhereOf = Callable[
+    [str, Any], Any
+]  # of its stacked name and a ShapeDtypeStruct: its sharding or None
 
 
 def place_of(path: TreePath) -> Place:
@@ -41,18 +44,22 @@ def layer_counts(cfg: Config) -> dict[str, int]:
 
 
 def load_stacked(
-    ckpt: str | os.PathLike[str], dtype_of: DtypeOf, weights: str | None = None
+    ckpt: str | os.PathLike[str],
+    dtype_of: DtypeOf,
+    weights: str | None = None,
+    where_of: WhereOf = lambda name, x: None,
 ) -> Params:
     """The parameters of a checkpoint (as `load` takes it) with stacked layers.
 
     dtype_of: the dtype of each parameter by its stacked name; the codes and scales of 8-bit weights
-    keep theirs. weights: None, "int8" or "fp8", as in `load`. Each tensor is written into its stack by
+    keep theirs. weights: None, "int8" or "fp8", as in `load`. where_of: the sharding of each array by
+    its stacked name and shape, None the default device. Each tensor is written into its stack by
     a donated update, so that the peak is the parameters and one tensor. Raises InputError as `load`
     does, and for a checkpoint without a head that its config wants.
     """
     directory = resolve(ckpt)
     cfg = Config.from_hf(directory)
-    stacks = _Stacks(cfg, dtype_of)
+    stacks = _Stacks(cfg, dtype_of, where_of)
     if (directory / PARAMS).is_dir():
         _read_orbax(directory, cfg, weights, stacks)
     else:
@@ -89,29 +96,45 @@ def _read_orbax(directory: Any, cfg: Config, weights: str | None, stacks: _Stack
 class _Stacks:
     """Arrays by stacked path, filled tensor by tensor."""
 
-    def __init__(self, cfg: Config, dtype_of: DtypeOf):
+    def __init__(self, cfg: Config, dtype_of: DtypeOf, where_of: WhereOf):
         self.leaves: dict[TreePath, jax.Array] = {}
         self.known = {place_of(row.path)[0] for row in rows(cfg)}
-        self._counts, self._dtype_of = layer_counts(cfg), dtype_of
+        self._counts, self._dtype_of, self._where_of = layer_counts(cfg), dtype_of, where_of
 
     def put(self, path: TreePath, array: np.ndarray) -> None:
         """Takes one tensor; it is on the device when this returns."""
         place, layer = place_of(path)
         # any other place is the values or the scale of a weight held in 8 bits
         dtype = jnp.dtype(self._dtype_of(spell(place))) if place in self.known else array.dtype
+        lead = () if layer is None else (self._counts[str(place[0])],)
+        shape = jax.ShapeDtypeStruct((*lead, *array.shape), dtype)
+        where = self._where_of(spell(place), shape)
         if layer is None:
-            # jnp.array copies: a memory map must not be what the device computes with
-            self.leaves[place] = jnp.array(array).astype(dtype).block_until_ready()
+            self.leaves[place] = _on_device(array, where).astype(dtype).block_until_ready()
             return
         if place not in self.leaves:
-            self.leaves[place] = jnp.zeros((self._counts[str(place[0])], *array.shape), dtype)
-        stack = _write(self.leaves.pop(place), jnp.array(array), layer)
+            self.leaves[place] = jnp.zeros(shape.shape, dtype, device=where)
+        stack = _write(self.leaves.pop(place), _on_device(array, where, 1), layer, where=where)
         self.leaves[place] = stack.block_until_ready()
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _write(stack: jax.Array, layer: jax.Array, index: Any) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(stack, layer.astype(stack.dtype), index, 0)
+def _on_device(array: np.ndarray, where: Any, dropped: int = 0) -> jax.Array:
+    """A host array on the device, or the pieces of it that this process's devices hold.
+
+    dropped: leading axes of the sharding that the array does not have. It copies: a memory map must
+    not be what the device computes with.
+    """
+    if where is None:
+        return jnp.array(array)
+    spec = jax.sharding.PartitionSpec(*where.spec[dropped:])
+    where = jax.sharding.NamedSharding(where.mesh, spec)
+    return jax.make_array_from_callback(array.shape, where, lambda index: np.array(array[index]))
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnames="where")
+def _write(stack: jax.Array, layer: jax.Array, index: Any, *, where: Any) -> jax.Array:
+    stack = jax.lax.dynamic_update_index_in_dim(stack, layer.astype(stack.dtype), index, 0)
+    return stack if where is None else jax.lax.with_sharding_constraint(stack, where)
 
 
 def layers_of(name: str, array: np.ndarray) -> list[tuple[TreePath, np.ndarray]]:

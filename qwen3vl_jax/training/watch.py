@@ -123,6 +123,26 @@ class Watch:
             self._wandb.log({f"{kind}/{n}": x for n, x in plain.items()}, step=number)
 
 
+class Muted:
+    """The Watch of a process that tells nothing; the first one speaks for all."""
+
+    def __init__(self, out: Path, first: int = 0):
+        self.evaluations = self.progress = self
+
+    steps: tuple[int, ...] = ()
+
+    def __enter__(self) -> Muted:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        pass
+
+    def _nothing(self, *told: Any) -> None:
+        pass
+
+    step = evaluation = refused = draw = say = restart_clock = _nothing
+
+
 def _board(out: Path, recipe: Recipe, first: int) -> Any:
     if not recipe.report.tensorboard:
         return None
