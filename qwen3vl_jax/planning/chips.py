@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import math
 import os
 import re
+from pathlib import Path
 
 from qwen3vl_jax.errors import InputError
 
@@ -115,3 +117,23 @@ def prepare_environment(machine: Machine) -> None:
         # There is no GPU to time kernels on.
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_autotune_level=0".strip()
+
+
+def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the planner, which train.py and infer.py share."""
+    add = parser.add_argument
+    add("--plan", metavar="MACHINE", help="compile for a machine that is not here, as v5p:4x8x8 or "
+        "h100:8, and print whether it fits and how fast it could be")  # fmt: skip
+    add("--slices", type=int, default=1, help="with --plan: so many of it, over the network")
+    add("--tries", type=int, default=4, metavar="N",
+        help="with --plan: compiles spent on the largest batch that fits, 0: none")  # fmt: skip
+    add("--save", type=Path, metavar="FILE", help="with --plan: write the compiled program")
+
+
+def check_plan_arguments(args: argparse.Namespace) -> None:
+    """Raises InputError for an option of --plan without it."""
+    for name, default in (("slices", 1), ("save", None)):
+        if not args.plan and getattr(args, name) != default:
+            raise InputError(f"--{name} means something with --plan alone")
+    if args.tries < 0:
+        raise InputError(f"--tries is {args.tries}, expected a number from 0")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,13 +18,25 @@ from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.sharding import RULES
 from qwen3vl_jax.structs import Batch, VisionInputs
 from qwen3vl_jax.training import estimate, setup
+from qwen3vl_jax.training.flops import step_flops
 from qwen3vl_jax.training.groups import group_of
 from qwen3vl_jax.training.packing import PackedBatch
 from qwen3vl_jax.training.placing import batch_shardings, params_shardings, placed, state_shardings
 from qwen3vl_jax.training.recipe import Recipe
-from qwen3vl_jax.training.speed import adapter_sizes
+from qwen3vl_jax.training.speed import adapter_sizes, full_work
 
 _SIZE = re.compile(r"(235b-a22b|30b-a3b|32b|8b|4b|2b)", re.IGNORECASE)
+
+
+class Work(NamedTuple):
+    """What one run of a program does, counted from shapes."""
+
+    name: str  # of the time that it takes
+    model: float  # FLOPs of all devices, nothing twice
+    again: float  # with what is computed a second time
+    tokens: int
+    told: str  # which tokens
+    steps: int = 0  # of the whole run; 0 where there is no such thing
 
 
 class Program(NamedTuple):
@@ -34,6 +46,9 @@ class Program(NamedTuple):
     args: tuple[Any, ...]
     mesh: Mesh
     held: dict[str, int]  # bytes that a device holds before the program runs, by part
+    work: Work
+    inside: str  # what the program's own memory is for
+    gradients: int = 0  # bytes of a device
 
 
 def config_of(ckpt: str) -> Config:
@@ -85,7 +100,7 @@ def training_step(recipe: Recipe, cfg: Config, mesh: Mesh) -> Program:
     frozen = placed(parts.frozen, params_shardings(mesh, cfg, parts.frozen))
     packed = packed_batch(recipe, cfg, _parts("rows", sizes))
     packed = placed(packed, batch_shardings(mesh, packed))
-    step = setup.make_step(recipe, cfg, rule, parts.join)
+    step = setup.make_step(recipe, cfg, rule, parts.join, state)
     held = {
         f"trained weights ({recipe.step.weights})": state.weights,
         f"optimizer ({recipe.optimizer.name})": state.optimizer,
@@ -94,7 +109,21 @@ def training_step(recipe: Recipe, cfg: Config, mesh: Mesh) -> Program:
         "frozen weights": frozen,
         "batch": packed,
     }
-    return Program(step, (state, frozen, packed), mesh, _sizes(held))
+    grads = {n: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding)
+             for n, x in state.weights.items()}  # fmt: skip
+    return Program(
+        step, (state, frozen, packed), mesh, _sizes(held), work_of(recipe, cfg, parts.weights),
+        f"gradients, activations (remat {recipe.step.remat})", sum(map(_bytes, grads.values())),
+    )  # fmt: skip
+
+
+def work_of(recipe: Recipe, cfg: Config, weights: Mapping[str, Any]) -> Work:
+    """The arithmetic of a step whose rows are all full, one sample a row."""
+    how, work = trained_parts(recipe, cfg, weights), full_work(recipe)
+    model = step_flops(cfg, work, **how)
+    again = step_flops(cfg, work, **how, remat=recipe.step.remat)
+    told = "places of the packed rows, filled or not"
+    return Work("step time", model, again, work.tokens, told, recipe.steps)
 
 
 def packed_batch(recipe: Recipe, cfg: Config, groups: int) -> PackedBatch:
