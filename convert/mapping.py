@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from qwen3vl_jax.config import Config
-from qwen3vl_jax.tensors import TreePath, flatten, nest
+from qwen3vl_jax.tensors import Index, TreePath, flatten, nest
 
 TEXT, VISION, HEAD = "model.language_model.", "model.visual.", "lm_head."
 LAYER, BLOCK = TEXT + "layers.{i}.", VISION + "blocks.{i}."
@@ -161,6 +161,13 @@ class Row:
         """The tree's array from the file's tensors: a view of a single one, a copy of several."""
         parts = [tensor.reshape(part.shape) for tensor, part in zip(tensors, self.parts)]
         return parts[0] if self.axis is None else np.concatenate(parts, self.axis)
+
+    def cut(self, tensors: list[np.ndarray], index: Index) -> np.ndarray:
+        """A copy of `assemble(tensors)[index]`, and of no more unless the index cuts the parts' axis."""
+        if self.axis is None or index[self.axis].indices(n := self.shape[self.axis]) != (0, n, 1):
+            return np.array(self.assemble(tensors)[index])
+        parts = [tensor.reshape(part.shape)[index] for tensor, part in zip(tensors, self.parts)]
+        return np.concatenate(parts, self.axis)
 
     def assemble_scales(self, scales: list[np.ndarray], block: Block) -> np.ndarray:
         """The tree's scales from those of the file's tensors, one a block."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from convert.stored import MismatchError, check_weights
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.staging import CONFIG, QUANTISATION, read_config
-from qwen3vl_jax.tensors import SCALE, VALUES, LazyTensor, TreePath, spell
+from qwen3vl_jax.tensors import SCALE, VALUES, Index, LazyTensor, TreePath, spell
 
 LAYOUTS = ("released", "transformers5")
 _HEAD, _EMBED = "lm_head.weight", TEXT + "embed_tokens.weight"
@@ -139,8 +139,13 @@ class _Matcher:
             self.problems.append(f"dtype of {spell(row.path)}: {found}; expected one for all parts")
             return {}
         loads = [source.load for source in sources]
+
+        def parts(where: Sequence[Index]) -> list[np.ndarray]:
+            tensors = [load() for load in loads]
+            return [row.cut(tensors, index) for index in where]
+
         leaf = LazyTensor(
-            row.shape, sources[0].dtype, lambda: row.assemble([load() for load in loads])
+            row.shape, sources[0].dtype, lambda: row.assemble([load() for load in loads]), parts
         )
         scales = [source.scales for source in sources if source.scales]
         block = self.block

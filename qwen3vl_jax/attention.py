@@ -66,7 +66,8 @@ def attend(
     if not mesh_sizes():
         return _attend(q, k, v, hi, lo)
     rows, tokens = names
-    k, v = (_for_each_head_shard(x, q.shape[2]) for x in (k, v))
+    more = head_copies(q.shape[2], k.shape[1])
+    k, v = (jnp.repeat(x, more, axis=1) if more > 1 else x for x in (k, v))
     where = call_places((rows, q.shape[0]), (tokens, q.shape[1]), ("heads", k.shape[1]))
     queries, keys, ranges = (
         (rows, tokens, "heads", None), (rows, "heads", None, None), (rows, tokens),
@@ -79,11 +80,11 @@ def attend(
     return on_shards(_attend, where, tuple(in_axes), queries, *args)
 
 
-def _for_each_head_shard(x: jax.Array, query_heads: int) -> jax.Array:
-    """Keys or values [B K S H], repeated where the tensor axis has more devices than K."""
-    shards = most_parts("heads")
-    more = shards // math.gcd(shards, x.shape[1])
-    return jnp.repeat(x, more, axis=1) if query_heads % (x.shape[1] * more) == 0 else x
+def head_copies(query_heads: int, kv_heads: int) -> int:
+    """How often the ambient mesh has each key/value head where it cuts heads into more parts than K."""
+    parts = most_parts("heads")
+    more = parts // math.gcd(parts, kv_heads)
+    return more if query_heads % (kv_heads * more) == 0 else 1
 
 
 def _attend(q, k, v, hi, lo=None, key_segments=None) -> jax.Array:

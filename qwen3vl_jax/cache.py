@@ -8,26 +8,37 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from qwen3vl_jax.attention import BLOCK, attend, causal_ranges
+from qwen3vl_jax.attention import BLOCK, attend, causal_ranges, head_copies
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model import embedded, last_attended, run_rows, stream_dtype, unembed
-from qwen3vl_jax.sharding import platform
+from qwen3vl_jax.sharding import call_places, on_shards, platform, shard
 from qwen3vl_jax.structs import Batch, Features, KVCache, Params
 from qwen3vl_jax.text import decode_layers
 from qwen3vl_jax.vision import vision_encode
+
+_HELD = ("rows", "kv_heads", None, None)
 
 
 def init_cache(cfg: Config, rows: int, slots: int, dtype) -> KVCache:
     """An empty cache for `rows` rows of at least `slots` tokens, in whole blocks of attention.
 
-    On a CPU it is fp32, because XLA:CPU (jax 0.10) converts a whole bf16 cache at every write.
+    On a CPU it is fp32, because XLA:CPU (jax 0.10) converts a whole bf16 cache at every write. A mesh
+    that cuts heads into more parts than K has each head as often as that takes.
     """
     c = cfg.text
     dtype = jnp.float32 if platform() == "cpu" else dtype
-    shape = (rows, c.num_key_value_heads, _whole_blocks(slots), c.head_dim)
+    heads = c.num_key_value_heads
+    heads *= head_copies(c.num_attention_heads, heads)
+    shape = (rows, heads, _whole_blocks(slots), c.head_dim)
     k, v = ([jnp.zeros(shape, dtype) for _ in range(c.num_hidden_layers)] for _ in range(2))
-    return KVCache(k, v, length=jnp.zeros(rows, jnp.int32), delta=jnp.zeros(rows, jnp.int32))
+    return pinned(KVCache(k, v, jnp.zeros(rows, jnp.int32), jnp.zeros(rows, jnp.int32)))
+
+
+def pinned(cache: KVCache) -> KVCache:
+    """The cache as every function leaves it on the ambient mesh, so that none is compiled twice."""
+    k, v = ([shard(x, *_HELD) for x in part] for part in (cache.k, cache.v))
+    return cache.replace(k=k, v=v, length=shard(cache.length, None), delta=shard(cache.delta, None))
 
 
 def _whole_blocks(slots: int) -> int:
@@ -41,7 +52,7 @@ def grow_cache(cache: KVCache, slots: int) -> KVCache:
         raise InputError(f"grow_cache: slots is {slots}, the cache has {cache.slots} already")
     pad = ((0, 0), (0, 0), (0, _whole_blocks(slots) - cache.slots), (0, 0))
     k, v = ([jnp.pad(x, pad) for x in part] for part in (cache.k, cache.v))
-    return cache.replace(k=k, v=v)
+    return pinned(cache.replace(k=k, v=v))
 
 
 def insert_rows(cache: KVCache, rows: jax.Array, new: KVCache) -> KVCache:
@@ -60,13 +71,21 @@ def insert_rows(cache: KVCache, rows: jax.Array, new: KVCache) -> KVCache:
     )
     length = cache.length.at[rows].set(new.length, mode="drop")
     delta = cache.delta.at[rows].set(new.delta, mode="drop")
-    return cache.replace(k=k, v=v, length=length, delta=delta)
+    return pinned(cache.replace(k=k, v=v, length=length, delta=delta))
 
 
 def _write(old: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
     """new [B T K H] into old [B K S H] at slot [B T]; a slot past the end is dropped."""
-    rows = jnp.arange(old.shape[0])[:, None]
-    return old.at[rows, :, slot].set(new.astype(old.dtype), mode="drop")
+    more = old.shape[1] // new.shape[2]
+    new = jnp.repeat(new, more, axis=2) if more > 1 else new
+
+    def put(old, new, slot):
+        rows = jnp.arange(old.shape[0])[:, None]
+        return old.at[rows, :, slot].set(new.astype(old.dtype), mode="drop")
+
+    where = call_places(("rows", old.shape[0]), ("kv_heads", old.shape[1]))
+    in_axes = (_HELD, ("rows", None, "kv_heads", None), ("rows", None))
+    return on_shards(put, where, in_axes, _HELD, old, new, slot)
 
 
 def prefill(
@@ -185,8 +204,8 @@ def decode_step(
     mix = _cache_mix(cache, slot, slot + 1)
     x, kept = decode_layers(_lists(params["layers"]), cfg.text, x, positions, mix)
     k, v = (list(part) for part in zip(*kept, strict=True))
-    cache = cache.replace(k=k, v=v, length=cache.length + 1)
-    return cache, unembed(params, cfg, x[:, 0])
+    cache = pinned(cache.replace(k=k, v=v, length=cache.length + 1))
+    return cache, _logits(params, cfg, x[:, 0])
 
 
 def _cache_mix(cache: KVCache, slot: jax.Array, reach: jax.Array):
@@ -218,4 +237,9 @@ def _filled(params, cfg, cache, batch, k, v, x):
     """The cache after a batch, and the logits of its last tokens x [B D]."""
     count = jnp.sum(batch.segment_ids > 0, axis=1, dtype=jnp.int32)
     cache = cache.replace(k=k, v=v, length=cache.length + count, delta=cache.delta + batch.delta)
-    return cache, unembed(params, cfg, x)
+    return pinned(cache), _logits(params, cfg, x)
+
+
+def _logits(params, cfg, x):
+    # As the head is cut, for it must not move; then whole rows, of which tokens are drawn.
+    return shard(shard(unembed(params, cfg, x), None, "vocab"), "rows", None)

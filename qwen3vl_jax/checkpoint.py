@@ -11,7 +11,6 @@ An Orbax directory is complete in itself:
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import re
@@ -21,17 +20,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from convert import int8, matching, peft, readers
-from convert.mapping import tree_of
-from convert.stored import check_stored, check_weights, stored_kind
+from convert import peft, readers
+from convert.stored import check_stored
 from convert.to_orbax import PARAMS
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.staging import CONFIG, copy_files, read_config, staged, write_config
-from qwen3vl_jax.tensors import LazyTensor, TreePath, at_path, eight_bit, flatten, subtree
+from qwen3vl_jax.tensors import LazyTensor, flatten
 
 if TYPE_CHECKING:
-    from qwen3vl_jax.logit_error import Read
+    from jax.sharding import Mesh
+
     from qwen3vl_jax.structs import Params
 
 log = logging.getLogger("qwen3vl_jax")
@@ -42,6 +41,7 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
 def load(
     ckpt: str | os.PathLike[str],
     *,
+    mesh: Mesh | None = None,
     dtype: Any = None,
     weights: str | None = None,
     revision: str | None = None,
@@ -50,6 +50,8 @@ def load(
 ) -> tuple[Params, Config]:
     """(params, cfg) of an Orbax directory, a Hugging Face directory or a Hub id, on the default device.
 
+    mesh: each parameter is read straight into its shards, as sharding.RULES cut it; a process reads what
+    its devices hold, and its memory never more than that and one tensor. Compute in `jax.set_mesh(mesh)`.
     Tensors go to the device one by one, as stored or cast to `dtype` there; host memory holds a few at
     a time. A base model without a head gives params without "head" and a warning in the log.
     weights: None dequantises the FP8 of Hugging Face files to bf16 and takes an Orbax directory as it
@@ -60,47 +62,24 @@ def load(
     adapter: directory or Hub id of a PEFT adapter, whose matrices stay beside the weights they adapt
     (`lora.Adapted`), so that nothing is rounded and 8-bit weights stay so; `lora.merge` adds them up.
     Raises InputError for weights that are absent, damaged, incomplete, not those of config.json, or
-    not to be had in the form asked for, and for an adapter that does not fit.
+    not to be had in the form asked for, for an adapter that does not fit, and for a large parameter
+    that no axis of the mesh divides.
     """
+    from qwen3vl_jax import loading
+
     dtype = _floating(dtype)
     directory = resolve(ckpt, revision)
     cfg = Config.from_hf(directory)
     beside = None if adapter is None else peft.load_adapter(resolve(adapter), cfg)
-    if (directory / PARAMS).is_dir():
-        params = _load_orbax(directory, cfg, dtype, weights)
-    else:
-        params = _load_hf(directory, cfg, dtype, weights, expert_layout)
+    params = loading.load_params(
+        loading.Source(directory, cfg, weights, expert_layout), mesh, dtype
+    )
     if beside is not None:
         from qwen3vl_jax.lora import attach
 
         matrices, settings = beside
-        cast = {n: x if dtype is None else x.astype(dtype) for n, x in matrices.items()}
-        params = attach(params, cfg, cast, settings)
+        params = attach(params, cfg, loading.put_pairs(matrices, mesh, dtype), settings)
     return params, cfg
-
-
-def _load_hf(
-    directory: Path, cfg: Config, dtype: Any, weights: str | None, expert_layout: str | None
-) -> Params:
-    if any(directory.glob(f"{PARAMS}.orbax-checkpoint-tmp*")):
-        raise InputError(f"{directory}: its Orbax checkpoint was never finished; write it again")
-    as_stored = lazy = matching.open_hf(directory, cfg, expert_layout, weights)
-    if weights == "int8":
-        lazy = int8.quantised(cfg, as_stored)
-    import jax.numpy as jnp
-
-    from qwen3vl_jax.quantized import as_structs
-
-    codes = eight_bit(lazy)
-    # jnp.array copies; device_put would alias the memory map on a CPU, and a file may change.
-    leaves = {
-        path: _cast(jnp.array(leaf.load()), None if path in codes else dtype)
-        for path, leaf in lazy.items()
-    }
-    params = as_structs(tree_of(cfg, leaves))
-    if weights == "int8":
-        _log_error(directory, cfg, functools.partial(subtree, as_stored), params)
-    return params
 
 
 def _floating(dtype: Any) -> Any:
@@ -118,42 +97,6 @@ def _floating(dtype: Any) -> Any:
             f"load: dtype is {dtype!r}, expected float32, bfloat16 or float16 (8 bits are weights=)"
         )
     return found
-
-
-def _load_orbax(directory: Path, cfg: Config, dtype: Any, weights: str | None) -> Params:
-    import jax
-
-    from qwen3vl_jax.orbax_io import read_part, read_tree, stored_tensors
-    from qwen3vl_jax.quantized import as_structs
-
-    held = stored_tensors(directory / PARAMS)
-    check_stored(directory, cfg, held, read_config(directory))
-    check_weights(directory, stored_kind(held), weights)
-    rounding = weights == "int8" and stored_kind(held) is None
-    codes, rows = eight_bit(held), int8.quantised_rows(cfg) if rounding else {}
-
-    def sink(path: TreePath, array: np.ndarray) -> Any:
-        if path in rows:
-            pair = int8.quantise(rows[path], array)
-            return {key: _cast(jax.device_put(part), None) for key, part in pair.items()}
-        return _cast(jax.device_put(array), None if path in codes else dtype)
-
-    params = as_structs(read_tree(directory / PARAMS, sink))
-    if rounding:
-        _log_error(directory, cfg, functools.partial(read_part, directory / PARAMS), params)
-    return params
-
-
-def _cast(array: Any, dtype: Any) -> Any:
-    array = array if dtype is None else array.astype(dtype)
-    return array.block_until_ready()  # or the host copies of many tensors would wait at once
-
-
-def _log_error(directory: Path, cfg: Config, original: Read, params: Params) -> None:
-    from qwen3vl_jax.logit_error import logit_error
-
-    error = logit_error(cfg, original, functools.partial(at_path, params))
-    log.warning("%s: int8: %s", directory, error)
 
 
 def save_params(

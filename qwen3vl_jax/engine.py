@@ -29,6 +29,7 @@ from qwen3vl_jax.generation import (
     decode_steps,
     first_token,
     grow,
+    on_mesh,
     take,
 )
 from qwen3vl_jax.model import stream_dtype
@@ -36,6 +37,7 @@ from qwen3vl_jax.prefixes import Prefix, PrefixStore
 from qwen3vl_jax.processing.batch import bucket
 from qwen3vl_jax.processing.prompts import EncodedPrompt, group_batch, read_prompt
 from qwen3vl_jax.sampling import Sampling, SamplingRows, row_seeds
+from qwen3vl_jax.sharding import shard
 from qwen3vl_jax.structs import Params
 
 LOOK_AHEAD = 2  # prompts held ready, for each row
@@ -170,7 +172,7 @@ def _empty(params, cfg, rows, slots) -> DecodeState:
     """A state whose rows have all ended."""
     vocab, zero = cfg.text.vocab_size, jnp.zeros(rows, jnp.int32)
     none = jnp.zeros((rows, vocab), bool)
-    return DecodeState(
+    state = DecodeState(
         cache=init_cache(cfg, rows, slots, stream_dtype(params)),
         token=zero,
         logprob=jnp.zeros(rows, jnp.float32),
@@ -181,6 +183,7 @@ def _empty(params, cfg, rows, slots) -> DecodeState:
         answered=none,
         keys=jax.vmap(jax.random.key)(zero),
     )
+    return on_mesh(state)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "chunk"), donate_argnames="state")
@@ -205,7 +208,7 @@ def _admit(params, cfg, state, batch, features, prefix, new, stop_ids, chunk):
         return old.at[new.rows].set(x, mode="drop")
 
     state = jax.tree.map(put, state.replace(cache=None), first.replace(cache=None))
-    return state.replace(cache=cache), first.token, first.logprob
+    return on_mesh(state.replace(cache=cache)), shard(first.token, None), shard(first.logprob, None)
 
 
 class _Engine:

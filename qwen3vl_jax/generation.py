@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen3vl_jax.cache import decode_step, extend, grow_cache, prefill
+from qwen3vl_jax.cache import decode_step, extend, grow_cache, pinned, prefill
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.tokenizer import find_stop, stop_list
 from qwen3vl_jax.sampling import Sampling, draw, penalize, row_seeds
+from qwen3vl_jax.sharding import shard
 from qwen3vl_jax.structs import Batch, Features, KVCache, Params
 from qwen3vl_jax.vision import vision_encode
 
@@ -41,6 +42,16 @@ class DecodeState(flax.struct.PyTreeNode):
     seen: jax.Array  # [B V] bool: in prompt or answer
     answered: jax.Array  # [B V] bool: in the answer
     keys: jax.Array  # [B] random keys
+
+
+def on_mesh(state: DecodeState) -> DecodeState:
+    """The state as every dispatch leaves it on the ambient mesh, so that none is compiled twice."""
+    wide = {name: shard(getattr(state, name), "rows", None) for name in ("seen", "answered")}
+    rest = {name: shard(getattr(state, name), None) for name in _BY_ROW}
+    return state.replace(cache=pinned(state.cache), **wide, **rest)
+
+
+_BY_ROW = ("token", "logprob", "count", "limit", "done", "keys")
 
 
 @dataclasses.dataclass
@@ -113,7 +124,7 @@ def first_token(cache, logits, tokens, sampling, stop_ids, seeds, limit, logits_
         answered=jnp.zeros(logits.shape, bool),
         keys=jax.vmap(jax.random.key)(seeds),
     )
-    return _choose(logits, state, sampling, stop_ids, logits_fn)
+    return on_mesh(_choose(logits, state, sampling, stop_ids, logits_fn))
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "logits_fn"), donate_argnames="state")
@@ -141,7 +152,7 @@ def decode_steps(params, cfg, state, ended, sampling, stop_ids, steps, enough, l
     out = (jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32))
     state = state.replace(done=state.done | ended)
     _, state, out = jax.lax.while_loop(going, step, (0, state, out))
-    return state, *out
+    return on_mesh(state), *(shard(x, None, None) for x in out)
 
 
 encode = jax.jit(vision_encode, static_argnames="cfg")

@@ -9,7 +9,9 @@ reads them without this module.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.tensors import LazyTensor, TreePath, at_path, flatten
+from qwen3vl_jax.tensors import Index, LazyTensor, TreePath, at_path, flatten
 
 Sink = Callable[[TreePath, np.ndarray], Any]
 _GROUP = 64 << 20  # bytes written together; a single larger tensor goes alone
@@ -38,7 +40,7 @@ class _Handler(ocp.type_handlers.NumpyHandler):
     One by one also keeps a damaged file's error single: with others in flight, each would be reported.
     """
 
-    def __init__(self, sink: Sink):
+    def __init__(self, sink: Callable[[TreePath, Any], Any]):
         super().__init__(deepcopy_host_arrays=False)
         self._sink, self._context = sink, _context()
 
@@ -67,6 +69,48 @@ class _Handler(ocp.type_handlers.NumpyHandler):
         return leaves
 
 
+class _Opener(_Handler):
+    """Hands arrays to `sink` that are not read yet."""
+
+    async def deserialize(self, infos: Any, args: Any = None):
+        leaves = []
+        for info in infos:
+            spec = ocp.type_handlers.get_json_tspec_read(info, info.is_ocdbt_checkpoint)
+            store = await tensorstore.open(spec, open=True, read=True, context=info.ts_context)
+            leaves.append(self._sink(_place(info.keypath), _lazy(store)))
+        return leaves
+
+
+def _lazy(store: tensorstore.TensorStore) -> LazyTensor:
+    parts = functools.partial(_read_parts, store)
+    dtype = store.dtype.numpy_dtype
+    return LazyTensor(tuple(store.shape), dtype, lambda: store.read().result(), parts)
+
+
+def _read_parts(store: tensorstore.TensorStore, where: Sequence[Index]) -> list[np.ndarray]:
+    """Parts of a stored array, from its stored pieces one by one: each is read once, or not at all."""
+    ranges = [[s.indices(n)[:2] for s, n in zip(index, store.shape)] for index in where]
+    out = [np.empty([b - a for a, b in spans], store.dtype.numpy_dtype) for spans in ranges]
+    chunk = store.chunk_layout.read_chunk.shape or ()
+    for piece in _pieces(store.shape, [c or n for c, n in zip(chunk, store.shape)]):
+        block = None
+        for spans, part in zip(ranges, out):
+            met = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(spans, piece)]
+            if any(a >= b for a, b in met):
+                continue
+            if block is None:
+                block = store[tuple(slice(*span) for span in piece)].read().result()
+            to = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(met, spans))
+            part[to] = block[tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(met, piece))]
+    return out
+
+
+def _pieces(shape: Sequence[int], chunk: Sequence[int]) -> Iterator[tuple[tuple[int, int], ...]]:
+    """The (start, stop) of each axis of every piece of an array."""
+    cuts = [[(a, min(a + c, n)) for a in range(0, n, max(c, 1))] for n, c in zip(shape, chunk)]
+    return itertools.product(*cuts)
+
+
 def _groups(sizes: list[int]) -> Iterator[slice]:
     start, total = 0, 0
     for i, size in enumerate(sizes):
@@ -82,9 +126,9 @@ def _place(keypath: tuple[Any, ...]) -> TreePath:
     return tuple(key.key if hasattr(key, "key") else key.idx for key in keypath)
 
 
-def _tree_handler(sink: Sink) -> ocp.PyTreeCheckpointHandler:
+def _tree_handler(sink: Callable, kind: type[_Handler] = _Handler) -> ocp.PyTreeCheckpointHandler:
     registry = ocp.type_handlers.create_type_handler_registry(
-        (jax.Array, ocp.type_handlers.ArrayHandler()), (LazyTensor, _Handler(sink))
+        (jax.Array, ocp.type_handlers.ArrayHandler()), (LazyTensor, kind(sink))
     )
     # Not compressed: bf16 weights shrink little, and compression costs much speed and memory.
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
@@ -121,14 +165,27 @@ def read_tree(directory: Path, sink: Sink, under: TreePath = ()) -> Any:
     under: reads no array but those at or below this path, and gives what stands there, or None.
     Raises InputError for a directory that Orbax cannot read.
     """
+    return _read(directory, _tree_handler(sink), under)
 
+
+def open_tree(directory: Path, sink: Callable[[TreePath, LazyTensor], Any]) -> Any:
+    """`read_tree` whose sink is given each array unread: what it does not read costs nothing."""
+    return _read(directory, _tree_handler(sink, _Opener))
+
+
+def _read(directory: Path, handler: ocp.PyTreeCheckpointHandler, under: TreePath = ()) -> Any:
     def wanted(keypath: tuple[Any, ...], leaf: Any) -> Any:
         return leaf if _place(keypath)[: len(under)] == under else ocp.PLACEHOLDER
 
     stored = _metadata(directory)
     as_lazy = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=LazyTensor), stored)
     item = jax.tree.map_with_path(wanted, stored)
-    with _readable(directory), ocp.Checkpointer(_tree_handler(sink)) as checkpointer:
+    me = jax.process_index()  # others may read something else, or nothing: nobody is waited for
+    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+    with (
+        _readable(directory),
+        ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer,
+    ):
         args = ocp.args.PyTreeRestore(item, restore_args=as_lazy)
         found = checkpointer.restore(directory.absolute(), args=args)
     return at_path(found, under)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 TreePath = tuple[str | int, ...]  # a place in a parameter tree: ("layers", 3, "attn", "qkv")
+Index = tuple[slice, ...]  # a part of an array: one slice without a step for each axis
 VALUES, SCALE = "values", "scale"  # what stands at a place whose weight is held in 8 bits
 
 
@@ -20,6 +21,14 @@ class LazyTensor:
     shape: tuple[int, ...]
     dtype: np.dtype
     load: Callable[[], np.ndarray]
+    read: Callable[[Sequence[Index]], list[np.ndarray]] | None = None  # see `parts`
+
+    def parts(self, where: Sequence[Index]) -> list[np.ndarray]:
+        """Copies of some parts of the values; what else is read is not held, where that can be."""
+        if self.read is not None:
+            return self.read(where)
+        values = self.load()
+        return [np.array(values[index]) for index in where]
 
     @property
     def nbytes(self) -> int:

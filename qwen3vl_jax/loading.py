@@ -1,0 +1,209 @@
+"""From files to arrays on devices: one tensor of the host's at a time, on a mesh only its shards."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from convert import int8, matching
+from convert.mapping import tree_of
+from convert.stored import check_stored, check_weights, stored_kind
+from convert.to_orbax import PARAMS
+from qwen3vl_jax.config import Config
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.model import logical_axes
+from qwen3vl_jax.quantized import as_structs
+from qwen3vl_jax.sharding import array_sharding, shardings
+from qwen3vl_jax.staging import read_config
+from qwen3vl_jax.structs import Params
+from qwen3vl_jax.tensors import (
+    SCALE,
+    VALUES,
+    LazyTensor,
+    TreePath,
+    at_path,
+    eight_bit,
+    spell,
+    subtree,
+)
+
+if TYPE_CHECKING:
+    from qwen3vl_jax.logit_error import Read
+
+log = logging.getLogger("qwen3vl_jax")
+Leaves = Mapping[TreePath, LazyTensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A checkpoint's directory and the form that is asked of its weights, as `load` has it."""
+
+    directory: Path
+    cfg: Config
+    weights: str | None = None
+    expert_layout: str | None = None
+
+    @property
+    def is_orbax(self) -> bool:
+        return (self.directory / PARAMS).is_dir()
+
+    def stored(self) -> Leaves:
+        """The arrays as the files hold them; those of Orbax are read by orbax_io. Raises InputError."""
+        directory = self.directory
+        if not self.is_orbax:
+            if any(directory.glob(f"{PARAMS}.orbax-checkpoint-tmp*")):
+                raise InputError(
+                    f"{directory}: its Orbax checkpoint was never finished; write it again"
+                )
+            return matching.open_hf(directory, self.cfg, self.expert_layout, self.weights)
+        from qwen3vl_jax.orbax_io import stored_tensors
+
+        held = stored_tensors(directory / PARAMS)
+        check_stored(directory, self.cfg, held, read_config(directory))
+        check_weights(directory, stored_kind(held), self.weights)
+        return held
+
+    def asked(self, stored: Leaves) -> Leaves:
+        """The arrays as they will be held: codes and scales in place of what is rounded to int8."""
+        return int8.quantised(self.cfg, stored) if self.rounds(stored) else stored
+
+    def rounds(self, stored: Leaves) -> bool:
+        """Whether matrices are rounded to int8 here, and not held so already."""
+        return self.weights == "int8" and stored_kind(stored) is None
+
+
+def weights_bytes(source: Source, dtype: Any = None) -> int:
+    """Bytes that the parameters will take on devices; only headers are read. Raises InputError."""
+    leaves = source.asked(source.stored())
+    codes = eight_bit(leaves)
+    wide = None if dtype is None else np.dtype(dtype).itemsize
+
+    def size(path: TreePath, leaf: LazyTensor) -> int:
+        kept = leaf.dtype.itemsize if path in codes or wide is None else wide
+        return kept * math.prod(leaf.shape)
+
+    return sum(size(path, leaf) for path, leaf in leaves.items())
+
+
+def load_params(source: Source, mesh: Mesh | None, dtype: Any) -> Params:
+    """The parameters of a checkpoint, on the default device or cut over a mesh. Raises InputError."""
+    stored = source.stored()
+    asked = source.asked(stored)
+    put = _Put(path_shardings(mesh, source.cfg, asked), eight_bit(asked), dtype)
+    if source.is_orbax:
+        params, original = _from_orbax(source, stored, put)
+    else:
+        leaves = {path: put(path, leaf) for path, leaf in asked.items()}
+        params = as_structs(tree_of(source.cfg, leaves))
+        original = functools.partial(subtree, stored)
+    if source.rounds(stored):
+        _log_error(source, original, params)
+    return params
+
+
+def path_shardings(
+    mesh: Mesh | None, cfg: Config, leaves: Mapping[TreePath, Any]
+) -> dict[TreePath, NamedSharding | None]:
+    """Where each array of a tree of per-layer parameters lies; None without a mesh. Raises InputError.
+
+    leaves: anything with shape and dtype by path. Codes and scales lie as their weight would, as far as
+    their own axes divide.
+    """
+    if mesh is None:
+        return dict.fromkeys(leaves)
+    known = logical_axes(cfg)
+    axes = {spell(path): known[_kind(path)] for path in leaves}
+    found = shardings(mesh, {spell(path): leaf for path, leaf in leaves.items()}, axes)
+    return {path: found[spell(path)] for path in leaves}
+
+
+def _kind(path: TreePath) -> str:
+    """The name of a parameter in `logical_axes`: without the number of its layer."""
+    place = path[:-1] if path[-1] in (VALUES, SCALE) else path
+    numbered = ("layers", "blocks")
+    return spell(tuple(k for i, k in enumerate(place) if not i or place[i - 1] not in numbered))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Put:
+    """Puts an array of a path where it belongs, in the dtype it is to have there."""
+
+    where: Mapping[TreePath, NamedSharding | None]
+    codes: set[TreePath]
+    dtype: Any
+
+    def __call__(self, path: TreePath, leaf: LazyTensor) -> jax.Array:
+        array = placed(leaf, self.where[path])
+        if self.dtype is not None and path not in self.codes:
+            array = array.astype(self.dtype)
+        return array.block_until_ready()  # or the host copies of many tensors would wait at once
+
+
+def placed(leaf: LazyTensor, sharding: NamedSharding | None) -> jax.Array:
+    """A tensor on the default device, or its parts on the devices of this process that hold them."""
+    if sharding is None:
+        # jnp.array copies; device_put would alias the memory map on a CPU, and a file may change.
+        return jnp.array(leaf.load())
+
+    def key(index: Any) -> tuple[tuple[int, ...], ...]:
+        return tuple(s.indices(n) for s, n in zip(index, leaf.shape, strict=True))
+
+    local = sharding.addressable_devices_indices_map(leaf.shape).values()
+    wanted = {key(index): index for index in local if index is not None}
+    parts = dict(zip(wanted, leaf.parts(list(wanted.values())), strict=True))
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: parts[key(index)])
+
+
+def _from_orbax(
+    source: Source, stored: Leaves, put: Callable[[TreePath, LazyTensor], jax.Array]
+) -> tuple[Params, Read]:
+    from qwen3vl_jax.orbax_io import open_tree, read_part
+
+    directory = source.directory / PARAMS
+    rows = int8.quantised_rows(source.cfg) if source.rounds(stored) else {}
+
+    def sink(path: TreePath, leaf: LazyTensor) -> Any:
+        if path not in rows:
+            return put(path, leaf)
+        pair = int8.quantise(rows[path], leaf.load())
+        return {key: put((*path, key), in_memory(part)) for key, part in pair.items()}
+
+    return as_structs(open_tree(directory, sink)), functools.partial(read_part, directory)
+
+
+def in_memory(array: np.ndarray) -> LazyTensor:
+    """An array that is there, as one that is not."""
+    return LazyTensor(array.shape, array.dtype, lambda: array)
+
+
+def put_pairs(
+    matrices: Mapping[str, np.ndarray], mesh: Mesh | None, dtype: Any
+) -> dict[str, jax.Array]:
+    """An adapter's matrices where its weights are: experts' lie with their experts, others whole."""
+
+    def put(x: np.ndarray) -> jax.Array:
+        x = x if dtype is None else x.astype(dtype)
+        axes = ("expert" if x.ndim == 3 else None, *[None] * (x.ndim - 1))
+        return placed(in_memory(x), None if mesh is None else array_sharding(mesh, axes, x))
+
+    return {name: put(x) for name, x in matrices.items()}
+
+
+def _log_error(source: Source, original: Read, params: Params) -> None:
+    from qwen3vl_jax.logit_error import logit_error
+
+    if not all(x.is_fully_addressable for x in jax.tree.leaves(params)):
+        log.warning("%s: int8: what it changes is not measured on several hosts", source.directory)
+        return
+    error = logit_error(source.cfg, original, functools.partial(at_path, params))
+    log.warning("%s: int8: %s", source.directory, error)

@@ -1,0 +1,149 @@
+"""Eight devices give the numbers of one: gradients and steps of whole rows on every kind of mesh."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import ours
+import ours_train
+import pytest
+import tiny
+
+from qwen3vl_jax import moe, sharding
+from qwen3vl_jax.training import placing
+from qwen3vl_jax.training.recipe import Optimizer
+
+ROWS = (
+    [("text", 3), ("image", (1, 2, 2)), ("text", 6)],
+    [("text", 2), ("clip", (2, 1, 2)), ("text", 4)],
+    [("text", 13)],
+    [("text", 5), ("image", (1, 1, 3)), ("text", 5)],
+)
+MESHES = {
+    "fsdp": {"fsdp": 8},
+    "mixed": {"data": 2, "fsdp": 2, "tensor": 2},
+    "context": {"fsdp": 2, "expert": 2, "sequence": 2},
+    "expert": {"expert": 4, "tensor": 2},
+    "few rows": {"data": 2, "sequence": 2, "tensor": 2},
+}
+GROUPS = 8
+
+
+class Case:
+    """A tiny model, eight rows in eight groups, and what one device makes of them."""
+
+    def __init__(self, sparse: bool):
+        config = tiny.config_dict("golden", sparse)
+        if sparse:
+            config["text_config"]["num_experts"] = 8
+        ref = SimpleNamespace(config=config, weights=tiny.weights(config, 0))
+        self.params, self.cfg = ours.build(ref)
+        samples = [ours_train.sample(config, ROWS[i % 4], i) for i in range(GROUPS)]
+        packed = ours_train.pack(self.cfg, [[s] for s in samples])
+        self.plain = ours_train.micro(packed)
+        patches = packed.batch.vision.lo.shape[1] // self.cfg.vision.merge_unit
+        rows = packed.batch.vision_rows
+        own = rows - np.arange(GROUPS)[:, None] * patches
+        batch = packed.batch.replace(vision_rows=np.where(rows >= 0, own, -1), groups=GROUPS)
+        self.grouped = ours_train.micro(packed.replace(batch=batch))
+        self.weights, _ = ours_train.flat(self.params)
+        self.want = self.slopes(self.weights, self.plain)
+
+    def slopes(self, weights, packed):
+        run = ours_train.slopes(self.params, self.cfg)
+        return run(weights, packed, jax.random.key(0))
+
+    def on(self, mesh, run, *flat):
+        """run(*flat, batch) with flat trees and the batch laid out on a mesh."""
+        with jax.set_mesh(mesh):
+            flat = [
+                {n: placing.put(x, where[n]) for n, x in tree.items()}
+                for tree in flat
+                for where in [placing.params_shardings(mesh, self.cfg, tree)]
+            ]
+            where = placing.batch_shardings(mesh, self.grouped)
+            return run(*flat, jax.tree.map(placing.put, self.grouped, where))
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["dense", "moe"])
+def case(request):
+    return Case(request.param)
+
+
+def close(got, want, bound=1e-5):
+    """Loss, and each gradient to `bound` of its largest; the ViT's key bias has none but rounding."""
+    assert abs(float(got[1]) - float(want[1])) < bound * abs(float(want[1]))
+    for name, slope in want[0].items():
+        if not name.endswith("qkv_bias"):
+            assert ours.worst(np.asarray(got[0][name]), np.asarray(slope)) < bound, name
+
+
+def test_groups_on_one_device_are_the_same_batch(case):
+    close(case.slopes(case.weights, case.grouped), case.want)
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_gradients_of_eight_devices(case, name):
+    mesh = sharding.make_mesh(MESHES[name])
+    close(case.on(mesh, case.slopes, case.weights), case.want)
+
+
+def test_five_steps_of_eight_devices(case):
+    """AdamW with everything cut: losses to 1e-5, the change of the weights to 1 % by norm."""
+    rule = Optimizer(learning_rate=1e-3, weight_decay=0.01, clip=1.0)
+    state, _, one = ours_train.trainer(case.params, case.cfg, rule)
+    start, losses = state.weights, []
+    for _ in range(5):
+        state, told = one(state, {}, case.plain)
+        losses.append(float(told["loss"]))
+    mesh = sharding.make_mesh(MESHES["expert" if case.cfg.text.num_experts else "mixed"])
+
+    def run(packed):
+        state, _, step = ours_train.trainer(case.params, case.cfg, rule)
+        where = placing.state_shardings(mesh, case.cfg, state)
+        state = jax.tree.map(placing.put, state, where)
+        for want in losses:
+            state, told = step(state, {}, packed)
+            assert abs(float(told["loss"]) - want) < 1e-5 * want
+        return state.weights
+
+    got = case.on(mesh, run)
+    change, off = (
+        np.sqrt(sum(float(jnp.sum((np.asarray(a[n]) - np.asarray(b[n])) ** 2)) for n in start))
+        for a, b in ((state.weights, start), (got, state.weights))
+    )
+    assert off < 0.01 * change
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("run", ["scan", "ragged"])
+@pytest.mark.parametrize("chosen", ["one", "even"])
+def test_tokens_find_their_experts_on_other_devices(run, chosen, monkeypatch):
+    """The exchange is exact for both ways through the experts, also where all go to one expert."""
+    e, d, m, a = 8, 16, 12, 2
+    keys = jax.random.split(jax.random.key(3), 5)
+    x = jax.random.normal(keys[0], (4, 8, d))
+    gate_up = jax.random.normal(keys[1], (e, d, 2 * m)) * d**-0.5
+    down = jax.random.normal(keys[2], (e, m, d)) * m**-0.5
+    if chosen == "one":
+        which = jnp.full((4, 8, 1), 5)
+    else:
+        which = jax.random.randint(keys[3], (4, 8, a), 0, e)
+    share = jax.nn.softmax(jax.random.normal(keys[4], which.shape))
+    monkeypatch.setattr(moe, "platform", lambda: "cpu" if run == "scan" else "tpu")
+
+    def loss(x, share, gate_up, down):
+        y = moe.exchanged(x, share, which, gate_up, down, "silu")
+        return jnp.sum(jnp.sin(y)), y
+
+    def of():
+        slopes = jax.jit(jax.grad(loss, (0, 1, 2, 3), has_aux=True), compiler_options=ours_train.FAST)
+        return slopes(x, share, gate_up, down)
+
+    want = of()
+    for sizes in ({"expert": 4, "fsdp": 2}, {"expert": 2, "tensor": 4}, {"data": 8}):
+        with jax.set_mesh(sharding.make_mesh(sizes)):
+            got = of()
+        for ours_, one in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            assert ours.worst(np.asarray(ours_), np.asarray(one)) < 1e-5

@@ -1,0 +1,83 @@
+"""The table of rules: which mesh axes cut what, what is refused, and that only one file knows."""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import qwen3vl_jax as q3
+from qwen3vl_jax import sharding
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.training import placing, setup
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_modules_know_logical_names_only():
+    """No file but sharding.py reads the mesh or names one of its axes in a PartitionSpec."""
+    for path in (ROOT / "qwen3vl_jax").glob("*.py"):
+        if path.name == "sharding.py":
+            continue
+        text = path.read_text()
+        assert "get_abstract_mesh" not in text and not re.search(r"(?<!qwen3vl_)jax\.sharding", text), path
+        assert not re.search(r"""["'](fsdp|sequence)["']""", text), path
+
+
+def test_an_axis_takes_the_largest_set_that_divides_it():
+    def axes(*named, **sizes):
+        return sharding.places(named, sizes)
+
+    assert axes(("embed", 4096), fsdp=32, expert=8) == {"embed": ("fsdp", "expert")}
+    assert axes(("embed", 1152), fsdp=32, expert=8) == {"embed": ("fsdp",)}  # 1152 = 9 x 128
+    assert axes(("embed", 24), fsdp=4, expert=8) == {"embed": ("expert",)}
+    found = axes(("kv_heads", 8), ("embed", 4096), fsdp=4, tensor=2)
+    assert found == {"kv_heads": ("tensor",), "embed": ("fsdp",)}
+    found = axes(("kv_heads", 4), ("embed", 4096), fsdp=4, tensor=8)  # no head for each device
+    assert found == {"kv_heads": (), "embed": ("fsdp", "tensor")}
+    assert axes(("heads", 32), ("heads", 4), tensor=8) == {"heads": ()}
+    assert axes(("rows", 1), ("stream", 64), data=4, sequence=2, tensor=2) == {
+        "rows": (), "stream": ("sequence", "tensor")
+    }  # fmt: skip
+
+
+def test_every_parameter_of_every_size_has_a_place():
+    """Logical names for each parameter, and no large one stays whole on the meshes of the recipes."""
+    meshes = {"2b": {"fsdp": 8}, "8b": {"fsdp": 8}, "32b": {"fsdp": 4, "tensor": 2},
+              "30b-a3b": {"fsdp": 2, "expert": 4}, "235b-a22b": {"expert": 8}}  # fmt: skip
+    for name, sizes in meshes.items():
+        cfg = q3.Config.named(name)
+        shapes = setup.shapes(cfg)
+        mesh = sharding.make_mesh(sizes)
+        found = placing.params_shardings(mesh, cfg, shapes)
+        held = sum(where.shard_shape(shapes[n].shape) != shapes[n].shape for n, where in found.items())
+        assert held >= sum(x.size > 10**7 for x in shapes.values())
+
+
+def test_refusals_name_the_parameter_and_the_axis():
+    x = {"layers.mlp.down": jax.ShapeDtypeStruct((31, 1157, 1003), jnp.float32)}
+    mesh = sharding.make_mesh({"fsdp": 8})
+    with pytest.raises(InputError, match=r"layers\.mlp\.down .*fsdp = 8 divides none"):
+        sharding.shardings(mesh, x, {"layers.mlp.down": (None, "embed", "mlp")})
+    with pytest.raises(InputError, match="data 3, expected a product of 8"):
+        sharding.make_mesh({"data": 3})
+    with pytest.raises(InputError, match=r"mesh\.tp: unknown axis"):
+        sharding.make_mesh({"tp": 2})
+    assert sharding.mesh_shape({"fsdp": -1, "tensor": 2}, 8) == (1, 4, 1, 1, 2)
+
+
+def test_slices_are_told_apart_by_the_data_axis():
+    """Two slices of four devices each: data is the outer axis, and 3 parts of data are refused."""
+
+    class Chip:
+        platform, device_kind, process_index = "cpu", "cpu", 0
+
+        def __init__(self, i):
+            self.id, self.slice_index = i, i // 4
+
+    chips = [Chip(i) for i in range(8)]
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 4}, chips)
+    assert [[c.slice_index for c in row.ravel()] for row in mesh.devices] == [[0] * 4, [1] * 4]
+    with pytest.raises(InputError, match="multiple of the 2 slices"):
+        sharding.make_mesh({"data": 1, "fsdp": 8}, chips)
