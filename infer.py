@@ -15,9 +15,15 @@ from pathlib import Path
 from qwen3vl_jax.cli import Clock, memory_advice, one_line_errors, parts, sizes
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.options import arguments, check, input_options
+from qwen3vl_jax.planning.chips import (
+    prepare_environment,
+    read_machine,
+    read_sizes,
+)
 
 HERE = Path(__file__).resolve().parent
 DEMO, DEMO_PICTURE = HERE / "demo" / "checkpoint", HERE / "demo" / "pictures" / "grid.png"
+PLANNED_LENGTH = 32768  # tokens of prompt and answer that --plan reckons with without --max-len
 DEMO_PROMPT = "Read the digits row by row."
 
 
@@ -212,6 +218,22 @@ def measure(args: argparse.Namespace) -> None:
         print(json.dumps({"document": name, "score": round(float(score), 7)}))
 
 
+def plan(args: argparse.Namespace) -> None:
+    """Compiles a decode step and a prefill for a machine that is not here."""
+    machine = read_machine(args.plan, args.slices)
+    sizes = read_sizes(args.mesh) if args.mesh else {"tensor": -1}
+    prepare_environment(machine)
+    import jax.numpy as jnp
+
+    from qwen3vl_jax.planning.command import plan_serving
+    from qwen3vl_jax.planning.serving import Serving
+
+    dtype = jnp.dtype(args.dtype or "bfloat16")
+    slots = args.max_len or PLANNED_LENGTH
+    asked = Serving(args.rows, slots, args.prefill_chunk, dtype)
+    plan_serving(str(args.ckpt or DEMO), machine, sizes, asked, args.save)
+
+
 def answer(args, directory, processor, arrays, limit) -> str:
     """Loads the weights, prints the answer (timing on stderr) and returns it."""
     import qwen3vl_jax as q3
@@ -269,7 +291,9 @@ def main(argv: list[str] | None = None) -> None:
     start, args = time.perf_counter(), arguments(argv, (__doc__ or "").split("\n")[0])
     with one_line_errors():
         check(args)
-        if args.chat:
+        if args.plan:
+            plan(args)
+        elif args.chat:
             chat(args)
         elif args.input:
             batch(args)

@@ -39,6 +39,16 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="print parameters, memory, steps and one sample with its mask; train nothing",
     )
     add_plan_arguments(parser)
+    parser.add_argument(
+        "--tries",
+        type=int,
+        default=4,
+        metavar="N",
+        help="with --plan: compiles spent on the largest batch that fits, or on --search; 0: none",
+    )
+    parser.add_argument(
+        "--search", action="store_true", help="with --plan: try meshes and remat policies"
+    )
     processes.add_arguments(parser)
     parser.add_argument(
         "changes", nargs="*", metavar="key=value", help="instead of what the recipe says"
@@ -53,9 +63,12 @@ def plan(args: argparse.Namespace, recipe: Recipe) -> None:
     """Compiles the recipe's step for a machine that is not here."""
     machine = read_machine(args.plan, args.slices)
     prepare_environment(machine)
-    from qwen3vl_jax.planning.command import plan_training
+    from qwen3vl_jax.planning import command
 
-    plan_training(recipe, machine, args.save, args.tries)
+    if args.search:
+        command.search_training(recipe, machine, args.tries)
+    else:
+        command.plan_training(recipe, machine, args.save, args.tries)
 
 
 def train(recipe: Recipe, out: Path, asked: processes.Asked | None = None) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qwen3vl_jax.cli import Parser
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.planning.chips import add_plan_arguments
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "min_new_tokens",
              "presence_penalty")  # fmt: skip
@@ -21,8 +22,12 @@ MODES = {
     ),
     "embed": ("it prints a vector, no answer", _OF_ANSWERS),
     "rerank": ("it prints scores, no answer", _OF_ANSWERS),
+    "plan": (
+        "it compiles and answers nothing",
+        ("image", "video", "prompt", "system", "messages", "stream", "draw", "answers"),
+    ),
 }
-NEEDS = {"rows": ("input",), "dims": ("embed",), "instruction": ("embed", "rerank")}
+NEEDS = {"rows": ("input", "plan"), "mesh": ("plan",), "slices": ("plan",), "save": ("plan",), "dims": ("embed",), "instruction": ("embed", "rerank")}
 
 
 def arguments(argv: list[str] | None, description: str) -> argparse.Namespace:
@@ -109,6 +114,8 @@ def arguments(argv: list[str] | None, description: str) -> argparse.Namespace:
         action="store_true",
         help="special tokens spelled in the text are special",
     )
+    add("--mesh", metavar="tp=N,..", help="with --plan: how devices share the work (default: tp alone)")
+    add_plan_arguments(p)
     return p.parse_args(argv)
 
 

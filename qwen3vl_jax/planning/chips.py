@@ -120,20 +120,37 @@ def prepare_environment(machine: Machine) -> None:
 
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the planner, which train.py and infer.py share."""
+    """The options of the planner that train.py and infer.py share."""
     add = parser.add_argument
     add("--plan", metavar="MACHINE", help="compile for a machine that is not here, as v5p:4x8x8 or "
         "h100:8, and print whether it fits and how fast it could be")  # fmt: skip
     add("--slices", type=int, default=1, help="with --plan: so many of it, over the network")
-    add("--tries", type=int, default=4, metavar="N",
-        help="with --plan: compiles spent on the largest batch that fits, 0: none")  # fmt: skip
     add("--save", type=Path, metavar="FILE", help="with --plan: write the compiled program")
 
 
 def check_plan_arguments(args: argparse.Namespace) -> None:
     """Raises InputError for an option of --plan without it."""
-    for name, default in (("slices", 1), ("save", None)):
-        if not args.plan and getattr(args, name) != default:
+    defaults = {"slices": 1, "save": None, "search": False}
+    for name, default in defaults.items():
+        if not args.plan and getattr(args, name, default) != default:
             raise InputError(f"--{name} means something with --plan alone")
-    if args.tries < 0:
+    if getattr(args, "tries", 0) < 0:
         raise InputError(f"--tries is {args.tries}, expected a number from 0")
+
+
+_SHORT = {"dp": "data", "fsdp": "fsdp", "ep": "expert", "cp": "sequence", "tp": "tensor"}
+
+
+def read_sizes(text: str) -> dict[str, int]:
+    """{axis: devices} of "tp=8,ep=8" (or tensor=8, ..). Raises InputError."""
+    sizes = {}
+    for part in text.split(","):
+        name, _, count = part.partition("=")
+        name = _SHORT.get(name.strip(), name.strip())
+        if name not in _SHORT.values() or not re.fullmatch(r"-1|[1-9]\d*", count.strip()):
+            raise InputError(
+                f"--mesh {text!r}: expected like tp=8,ep=8; axes are {', '.join(_SHORT)} or "
+                f"{', '.join(_SHORT.values())}, sizes from 1, or -1 for what is left"
+            )
+        sizes[name] = int(count)
+    return sizes

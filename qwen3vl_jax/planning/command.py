@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -13,6 +14,7 @@ from qwen3vl_jax.planning.chips import Machine
 from qwen3vl_jax.planning.largest import LEVEL, largest
 from qwen3vl_jax.planning.program import Program, config_of, training_step
 from qwen3vl_jax.planning.report import Plan, plan_of, table
+from qwen3vl_jax.planning.serving import Serving, decoding, prefilling
 from qwen3vl_jax.planning.topology import devices_of
 from qwen3vl_jax.sharding import AXES, make_mesh, rows_parts
 from qwen3vl_jax.training.recipe import Recipe
@@ -35,6 +37,27 @@ def plan_training(
     console.print(table(plan, f"{recipe.ckpt}: one step", found))
     saved(plan, save, console)
     return plan
+
+
+def plan_serving(
+    ckpt: str, machine: Machine, sizes: Mapping[str, int], asked: Serving, save: Path | None = None,
+    console: Console | None = None,
+) -> tuple[Plan, Plan]:  # fmt: skip
+    """Prints the plans of a decode step and of a prefill; save: where the decode step goes.
+
+    Raises InputError for what cannot be compiled.
+    """
+    console = console or _console()
+    cfg, mesh = config_of(ckpt), make_mesh(sizes, devices_of(machine))
+    plans = []
+    for name, make in (("a decode step", decoding), ("a prefill", prefilling)):
+        program = make(cfg, mesh, asked)
+        done = watched(console, program, f"compiling {name} for {machine}")
+        plans.append(plan_of(machine, program, done))
+        told = f"{ckpt}: {name}, {asked.rows} rows of {asked.slots:,} tokens"
+        console.print(table(plans[-1], told))
+    saved(plans[0], save, console)
+    return plans[0], plans[1]
 
 
 def program_of(recipe: Recipe, cfg: Config, machine: Machine) -> Program:

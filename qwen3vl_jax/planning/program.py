@@ -112,7 +112,7 @@ def training_step(recipe: Recipe, cfg: Config, mesh: Mesh) -> Program:
     grads = {n: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding)
              for n, x in state.weights.items()}  # fmt: skip
     return Program(
-        step, (state, frozen, packed), mesh, _sizes(held), work_of(recipe, cfg, parts.weights),
+        step, (state, frozen, packed), mesh, held_bytes(held), work_of(recipe, cfg, parts.weights),
         f"gradients, activations (remat {recipe.step.remat})", sum(map(_bytes, grads.values())),
     )  # fmt: skip
 
@@ -151,7 +151,7 @@ def packed_batch(recipe: Recipe, cfg: Config, groups: int) -> PackedBatch:
     return PackedBatch(batch, of(floats, *rows), named)
 
 
-def _sizes(held: Mapping[str, Any]) -> dict[str, int]:
+def held_bytes(held: Mapping[str, Any]) -> dict[str, int]:
     """Bytes of a device's part of each tree, empty ones left out."""
     found = {name: sum(map(_bytes, jax.tree.leaves(tree))) for name, tree in held.items()}
     return {name: size for name, size in found.items() if size}
