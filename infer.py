@@ -6,6 +6,7 @@ python infer.py --ckpt DIR --image a.jpg --image b.jpg --prompt "What differs?" 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
@@ -14,12 +15,8 @@ from pathlib import Path
 
 from qwen3vl_jax.cli import Clock, memory_advice, one_line_errors, parts, sizes
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.options import arguments, check, input_options
-from qwen3vl_jax.planning.chips import (
-    prepare_environment,
-    read_machine,
-    read_sizes,
-)
+from qwen3vl_jax.options import arguments, check, input_options, mesh_sizes
+from qwen3vl_jax.planning.chips import prepare_environment, read_machine
 
 HERE = Path(__file__).resolve().parent
 DEMO, DEMO_PICTURE = HERE / "demo" / "checkpoint", HERE / "demo" / "pictures" / "grid.png"
@@ -113,14 +110,26 @@ def sampling_of(args, processor):
     return sampling
 
 
-def load(args: argparse.Namespace, directory: Path):
-    """(params, cfg) in --dtype, on a CPU in float32 unless that says otherwise."""
+def load(args: argparse.Namespace, directory: Path, scope: contextlib.ExitStack):
+    """(params, cfg) in --dtype, on a CPU in float32 unless that says otherwise.
+
+    On --mesh, or on the devices that a large model needs: scope keeps that mesh the ambient one.
+    """
     import jax
 
     import qwen3vl_jax as q3
+    from qwen3vl_jax.loading import Source
+    from qwen3vl_jax.spread import mesh_for
 
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else None)
-    return q3.load(directory, dtype=dtype, weights=args.weights, adapter=args.adapter)
+    source = Source(directory, q3.Config.from_hf(directory), args.weights)
+    mesh = mesh_for(mesh_sizes(args.mesh), source, dtype)
+    params, cfg = q3.load(
+        directory, mesh=mesh, dtype=dtype, weights=args.weights, adapter=args.adapter
+    )
+    if mesh is not None:
+        scope.enter_context(jax.set_mesh(mesh))
+    return params, cfg
 
 
 def on_disk(directory: Path) -> dict[str, int]:
@@ -129,16 +138,16 @@ def on_disk(directory: Path) -> dict[str, int]:
     return {"checkpoint on disk": stored}
 
 
-def loaded(args: argparse.Namespace, directory: Path):
+def loaded(args: argparse.Namespace, directory: Path, scope: contextlib.ExitStack):
     """`load`, once all of it is on the device; raises InputError where that has no room."""
     import jax
 
     advice = "--dtype bfloat16, --weights int8 or a smaller checkpoint"
     with memory_advice(on_disk(directory), advice):
-        return jax.block_until_ready(load(args, directory))
+        return jax.block_until_ready(load(args, directory, scope))
 
 
-def chat(args: argparse.Namespace) -> None:
+def chat(args: argparse.Namespace, scope: contextlib.ExitStack) -> None:
     """Talks in the terminal until the end of input."""
     from qwen3vl_jax.terminal import converse, looked
 
@@ -147,7 +156,7 @@ def chat(args: argparse.Namespace) -> None:
     media = [{"type": "image", "image": source} for source in args.image]
     media += [{"type": "video", "video": source} for source in args.video]
     media = [looked(processor, item, inputs) for item in media]
-    params, _ = loaded(args, directory)
+    params, _ = loaded(args, directory, scope)
     converse(
         params, processor, args.system, media, max_new_tokens=args.max_new_tokens, sampling=sampling,
         seed=args.seed, max_len=longest(args, processor), prefill_chunk=args.prefill_chunk,
@@ -155,7 +164,7 @@ def chat(args: argparse.Namespace) -> None:
     )  # fmt: skip
 
 
-def batch(args: argparse.Namespace) -> None:
+def batch(args: argparse.Namespace, scope: contextlib.ExitStack) -> None:
     """Answers a file of conversations into a file of answers; exit code 1 if lines had errors."""
     from qwen3vl_jax.batch_file import Settings, answer_file, largest
     from qwen3vl_jax.journal import digest_of
@@ -172,7 +181,7 @@ def batch(args: argparse.Namespace) -> None:
     held: dict[str, int] = {}
 
     def load_and_measure():
-        params, cfg = loaded(args, directory)
+        params, cfg = loaded(args, directory, scope)
         held.update(parts(params, cfg, *largest(processor, settings), "at most"))
         return params, cfg
 
@@ -184,7 +193,7 @@ def batch(args: argparse.Namespace) -> None:
         sys.exit(1)
 
 
-def measure(args: argparse.Namespace) -> None:
+def measure(args: argparse.Namespace, scope: contextlib.ExitStack) -> None:
     """Prints the vector of what is given (--embed), or a score a document (--rerank), as JSON."""
     import jax
 
@@ -200,7 +209,7 @@ def measure(args: argparse.Namespace) -> None:
         rows = [retrieval.rerank_conversation(thing, d, args.instruction) for d in documents]
         words = retrieval.yes_no_ids(processor.tokenizer)
     batch = processor(rows, **input_options(args))
-    params, cfg = loaded(args, directory)
+    params, cfg = loaded(args, directory, scope)
     advice = "--max-pixels, fewer --document, or --dtype bfloat16"
     held = sizes(params, cfg, batch)
     held.pop("cache (about)")  # there is none
@@ -221,7 +230,6 @@ def measure(args: argparse.Namespace) -> None:
 def plan(args: argparse.Namespace) -> None:
     """Compiles a decode step and a prefill for a machine that is not here."""
     machine = read_machine(args.plan, args.slices)
-    sizes = read_sizes(args.mesh) if args.mesh else {"tensor": -1}
     prepare_environment(machine)
     import jax.numpy as jnp
 
@@ -229,12 +237,12 @@ def plan(args: argparse.Namespace) -> None:
     from qwen3vl_jax.planning.serving import Serving
 
     dtype = jnp.dtype(args.dtype or "bfloat16")
-    slots = args.max_len or PLANNED_LENGTH
-    asked = Serving(args.rows, slots, args.prefill_chunk, dtype)
+    asked = Serving(args.rows, args.max_len or PLANNED_LENGTH, args.prefill_chunk, dtype)
+    sizes = mesh_sizes(args.mesh) or {"tensor": -1}
     plan_serving(str(args.ckpt or DEMO), machine, sizes, asked, args.save)
 
 
-def answer(args, directory, processor, arrays, limit) -> str:
+def answer(args, directory, processor, arrays, limit, scope) -> str:
     """Loads the weights, prints the answer (timing on stderr) and returns it."""
     import qwen3vl_jax as q3
     from qwen3vl_jax.processing.tokenizer import TextStream
@@ -244,7 +252,7 @@ def answer(args, directory, processor, arrays, limit) -> str:
     if args.answers > 1 and not sampling.temperature:
         print("temperature 0: the answers are all alike (try --temperature 1)", file=sys.stderr)
     clock = Clock()
-    params, cfg = loaded(args, directory)
+    params, cfg = loaded(args, directory, scope)
     loading = clock.lap()
     streams = [TextStream(processor.tokenizer, args.stop) for _ in range(args.answers)]
     prompt = int(arrays["attention_mask"].sum())
@@ -289,21 +297,21 @@ def answer(args, directory, processor, arrays, limit) -> str:
 def main(argv: list[str] | None = None) -> None:
     """The command line; exits 2 with one line for bad input."""
     start, args = time.perf_counter(), arguments(argv, (__doc__ or "").split("\n")[0])
-    with one_line_errors():
+    with one_line_errors(), contextlib.ExitStack() as scope:
         check(args)
         if args.plan:
             plan(args)
         elif args.chat:
-            chat(args)
+            chat(args, scope)
         elif args.input:
-            batch(args)
+            batch(args, scope)
         elif args.embed or args.rerank:
-            measure(args)
+            measure(args, scope)
         else:
             from qwen3vl_jax.processing.draw import draw_answer
 
             directory, processor, arrays, messages, limit = prepare(args)
-            text = answer(args, directory, processor, arrays, limit)
+            text = answer(args, directory, processor, arrays, limit, scope)
             if args.draw:
                 draw_answer(args.draw, messages, text, args.image if args.messages else [])
     print(f"total {time.perf_counter() - start:.1f} s", file=sys.stderr)

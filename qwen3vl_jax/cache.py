@@ -241,5 +241,6 @@ def _filled(params, cfg, cache, batch, k, v, x):
 
 
 def _logits(params, cfg, x):
-    # As the head is cut, for it must not move; then whole rows, of which tokens are drawn.
-    return shard(shard(unembed(params, cfg, x), None, "vocab"), "rows", None)
+    # As the head is cut, for it must not move; then whole rows, an axis at a time, to draw tokens of.
+    logits = shard(unembed(params, cfg, shard(x, "step_rows", None)), "step_rows", "vocab")
+    return shard(shard(logits, "rows", "vocab"), "rows", None)

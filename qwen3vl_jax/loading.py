@@ -27,8 +27,6 @@ from qwen3vl_jax.sharding import array_sharding, shardings
 from qwen3vl_jax.staging import read_config
 from qwen3vl_jax.structs import Params
 from qwen3vl_jax.tensors import (
-    SCALE,
-    VALUES,
     LazyTensor,
     TreePath,
     at_path,
@@ -121,17 +119,17 @@ def path_shardings(
     """
     if mesh is None:
         return dict.fromkeys(leaves)
-    known = logical_axes(cfg)
-    axes = {spell(path): known[_kind(path)] for path in leaves}
+    known, codes = logical_axes(cfg), eight_bit(leaves)
+    weight = {path: path[:-1] if path in codes else path for path in leaves}
+    axes = {spell(path): known[_kind(weight[path])] for path in leaves}
     found = shardings(mesh, {spell(path): leaf for path, leaf in leaves.items()}, axes)
     return {path: found[spell(path)] for path in leaves}
 
 
 def _kind(path: TreePath) -> str:
     """The name of a parameter in `logical_axes`: without the number of its layer."""
-    place = path[:-1] if path[-1] in (VALUES, SCALE) else path
     numbered = ("layers", "blocks")
-    return spell(tuple(k for i, k in enumerate(place) if not i or place[i - 1] not in numbered))
+    return spell(tuple(k for i, k in enumerate(path) if not i or path[i - 1] not in numbered))
 
 
 @dataclasses.dataclass(frozen=True)

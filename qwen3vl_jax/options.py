@@ -27,7 +27,10 @@ MODES = {
         ("image", "video", "prompt", "system", "messages", "stream", "draw", "answers"),
     ),
 }
-NEEDS = {"rows": ("input", "plan"), "mesh": ("plan",), "slices": ("plan",), "save": ("plan",), "dims": ("embed",), "instruction": ("embed", "rerank")}
+# --mesh: the axes of sharding.AXES and their short names.
+MESH_AXES = {"dp": "data", "fsdp": "fsdp", "ep": "expert", "sp": "sequence", "tp": "tensor"}
+NEEDS = {"rows": ("input", "plan"), "slices": ("plan",), "save": ("plan",), "dims": ("embed",),
+         "instruction": ("embed", "rerank")}  # fmt: skip
 
 
 def arguments(argv: list[str] | None, description: str) -> argparse.Namespace:
@@ -101,6 +104,12 @@ def arguments(argv: list[str] | None, description: str) -> argparse.Namespace:
         help="of the weights (default: the checkpoint's; float32 on a CPU)")  # fmt: skip
     add("--weights", choices=("fp8", "int8"), help="keep FP8 as it is, or round to int8")
     add(
+        "--mesh",
+        metavar="AXIS=N[,AXIS=N]",
+        help="spread the model over devices: tp (tensor), ep (expert), fsdp, dp (data), sp (sequence); "
+        "-1 is all that are left (default: one device, or all of this host if the model needs them)",
+    )
+    add(
         "--adapter", metavar="DIR", help="a LoRA adapter (PEFT's files, or a Hub id) on the weights"
     )
     add(
@@ -114,7 +123,6 @@ def arguments(argv: list[str] | None, description: str) -> argparse.Namespace:
         action="store_true",
         help="special tokens spelled in the text are special",
     )
-    add("--mesh", metavar="tp=N,..", help="with --plan: how devices share the work (default: tp alone)")
     add_plan_arguments(p)
     return p.parse_args(argv)
 
@@ -127,6 +135,7 @@ def check(args: argparse.Namespace) -> None:
     stop_list(args.stop)
     check_modes(args)
     check_numbers(args)
+    mesh_sizes(args.mesh)
     if args.rerank != bool(args.document):
         raise InputError("--rerank needs at least one --document, and a --document needs --rerank")
     if (args.embed or args.rerank) and not (args.prompt or args.image or args.video):
@@ -149,6 +158,29 @@ def check(args: argparse.Namespace) -> None:
         raise InputError(f"--draw {args.draw}: expected a name that ends in .png, .jpg or .webp")
     if args.ckpt:
         local_directory(args.ckpt, args.revision)
+
+
+def mesh_sizes(text: str | None) -> dict[str, int] | None:
+    """{axis of sharding.AXES: size} of --mesh; None without it. Raises InputError."""
+    if text is None:
+        return None
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, equals, number = (x.strip() for x in part.partition("="))
+        axis = name if name in MESH_AXES.values() else MESH_AXES.get(name)
+        known = ", ".join(f"{short} ({name})" for short, name in MESH_AXES.items())
+        if axis is None or not equals:
+            raise InputError(f"--mesh {text}: {part!r}, expected AXIS=N; axes: {known}")
+        if axis in sizes:
+            raise InputError(f"--mesh {text}: {axis} stands there twice")
+        if not number.removeprefix("-").isdecimal() or not (int(number) > 0 or int(number) == -1):
+            raise InputError(
+                f"--mesh {text}: {name} is {number!r}, expected a number from 1, or -1"
+            )
+        sizes[axis] = int(number)
+    if list(sizes.values()).count(-1) > 1:
+        raise InputError(f"--mesh {text}: -1 stands there twice")
+    return sizes
 
 
 def check_modes(args: argparse.Namespace) -> None:

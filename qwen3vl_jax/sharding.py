@@ -29,6 +29,7 @@ _TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 RULES: dict[str, tuple[str, ...]] = {
     # activations
     "rows": ("data", "fsdp", "expert"),  # of tokens
+    "step_rows": ("data",),  # in a layer of a decode step: its tokens go to the weights
     "vision_rows": AXES,  # of patches: the ViT is data-parallel over every device
     "patches": ("sequence", "tensor"),  # of a row, where rows are fewer than devices
     "tokens": ("sequence",),  # inside a layer; keys and values are gathered

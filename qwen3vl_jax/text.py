@@ -22,6 +22,18 @@ from qwen3vl_jax.sharding import shard
 Mix = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
+def rows_of(x: jax.Array) -> str:
+    """The logical axis of the rows of x [B T ..] inside a layer: a decode step's are few."""
+    return "rows" if x.shape[1] > 1 else "step_rows"
+
+
+def _streamed(y: jax.Array) -> jax.Array:
+    """What a layer adds to the stream [B T D], laid out as it is."""
+    if y.shape[1] == 1:  # first as the weight is cut that it comes from, then an axis at a time
+        y = shard(shard(y, rows_of(y), None, "embed"), rows_of(y), None, None)
+    return shard(y, "rows", "stream", None)
+
+
 class Attention(nn.Module):
     """Grouped-query attention, RMSNorm on each head of q and k before the rotary embedding.
 
@@ -40,7 +52,7 @@ class Attention(nn.Module):
         fused = (k, (group + 2, None), h)
         bias = weight(self, "qkv_bias", *fused, init=zeros) if c.attention_bias else None
         qkv = linear(x, weight(self, "qkv", *fused, d), bias)  # [B T K G+2 H]
-        qkv = shard(qkv, "rows", "tokens", "kv_heads", None, None)
+        qkv = shard(qkv, rows_of(x), "tokens", "kv_heads", None, None)
         query = qkv[..., :group, :].reshape(*x.shape[:2], c.num_attention_heads, c.head_dim)
         key, value = qkv[..., group, :], qkv[..., group + 1, :]
 
@@ -48,6 +60,7 @@ class Attention(nn.Module):
             return rotate(rms_norm(y, weight(self, name, h, init=ones), c.rms_norm_eps), *rotary)
 
         out, kept = mix(turn("q_norm", query), turn("k_norm", key), value)
+        out = shard(out, rows_of(x), "tokens", "heads", None)
         bias = weight(self, "o_bias", d, init=zeros) if c.attention_bias else None
         return linear(out, weight(self, "o", d, n, h), bias, in_dims=2), kept
 
@@ -61,7 +74,7 @@ class Mlp(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         d, f = (self.cfg.hidden_size, "embed"), (self.cfg.intermediate_size, "mlp")
         gate_up = linear(x, weight(self, "gate_up", (2, None), f, d))
-        gate_up = shard(gate_up, "rows", "tokens", None, "mlp")
+        gate_up = shard(gate_up, rows_of(x), "tokens", None, "mlp")
         hidden = ACTIVATIONS[self.cfg.hidden_act](gate_up[..., 0, :]) * gate_up[..., 1, :]
         return linear(hidden, weight(self, "down", d, f))
 
@@ -78,15 +91,15 @@ class Block(nn.Module):
             return rms_norm(y, scale, self.cfg.rms_norm_eps)
 
         def whole(y: jax.Array) -> jax.Array:
-            return shard(y, "rows", "tokens", None)
+            return shard(y, rows_of(y), "tokens", None)
 
         y, kept = Attention(self.cfg, name="attn")(whole(norm("ln1", x)), rotary, mix)
-        x = x + shard(y, "rows", "stream", None)
+        x = x + _streamed(y)
         if self.cfg.num_experts:
             y, routed = Experts(self.cfg, name="mlp")(norm("ln2", x))
-        else:
-            y, routed = Mlp(self.cfg, name="mlp")(whole(norm("ln2", x))), None
-        return x + shard(y, "rows", "stream", None), kept, routed
+            return x + shard(y, "rows", "stream", None), kept, routed
+        y = Mlp(self.cfg, name="mlp")(whole(norm("ln2", x)))
+        return x + _streamed(y), kept, None
 
 
 def decode_layers(

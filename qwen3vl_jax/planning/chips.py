@@ -137,20 +137,3 @@ def check_plan_arguments(args: argparse.Namespace) -> None:
     if getattr(args, "tries", 0) < 0:
         raise InputError(f"--tries is {args.tries}, expected a number from 0")
 
-
-_SHORT = {"dp": "data", "fsdp": "fsdp", "ep": "expert", "cp": "sequence", "tp": "tensor"}
-
-
-def read_sizes(text: str) -> dict[str, int]:
-    """{axis: devices} of "tp=8,ep=8" (or tensor=8, ..). Raises InputError."""
-    sizes = {}
-    for part in text.split(","):
-        name, _, count = part.partition("=")
-        name = _SHORT.get(name.strip(), name.strip())
-        if name not in _SHORT.values() or not re.fullmatch(r"-1|[1-9]\d*", count.strip()):
-            raise InputError(
-                f"--mesh {text!r}: expected like tp=8,ep=8; axes are {', '.join(_SHORT)} or "
-                f"{', '.join(_SHORT.values())}, sizes from 1, or -1 for what is left"
-            )
-        sizes[name] = int(count)
-    return sizes

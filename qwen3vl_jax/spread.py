@@ -1,0 +1,73 @@
+"""Over which of this host's devices infer.py spreads a model."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from qwen3vl_jax.config import TextConfig
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.loading import Source, weights_bytes
+from qwen3vl_jax.sharding import make_mesh, mesh_shape
+
+ROOM = 0.85  # of a device's memory for weights; the cache and pictures want the rest
+
+
+def mesh_for(asked: Mapping[str, int] | None, source: Source, dtype: Any) -> Mesh | None:
+    """The mesh that was asked for, or one for a model larger than a device; None: one device does.
+
+    asked: sizes of axes, one may be -1 for all devices of this host. What is chosen here is told on
+    stderr. Raises InputError for sizes that this host has no devices for, and where all of them together
+    do not hold the model.
+    """
+    devices = jax.local_devices()
+    sizes = chosen(source, dtype, devices) if asked is None else _checked(asked, len(devices))
+    count = math.prod(sizes.values())
+    return make_mesh(sizes, devices[:count]) if count > 1 else None
+
+
+def _checked(asked: Mapping[str, int], count: int) -> dict[str, int]:
+    if -1 in asked.values():
+        mesh_shape(asked, count)
+        known = math.prod(n for n in asked.values() if n != -1)
+        return {name: count // known if n == -1 else n for name, n in asked.items()}
+    if (wanted := math.prod(asked.values())) > count:
+        told = ",".join(f"{name}={n}" for name, n in asked.items())
+        raise InputError(f"--mesh {told}: needs {wanted} devices, this host has {count}")
+    return dict(asked)
+
+
+def chosen(source: Source, dtype: Any, devices: list[Any]) -> dict[str, int]:
+    """Sizes for a model whose weights are too large for one device, {} for others."""
+    limit = (devices[0].memory_stats() or {}).get("bytes_limit")
+    if limit is None or len(devices) == 1:
+        return {}
+    needed = weights_bytes(source, dtype)
+    if needed <= ROOM * limit:
+        return {}
+    sizes = spread(source.cfg.text, len(devices))
+    told = f"{needed / 2**30:.1f} GiB of weights, {limit / 2**30:.1f} GiB on a device"
+    if needed > ROOM * limit * len(devices):
+        raise InputError(
+            f"{source.directory}: {told}, of which this host has {len(devices)}: too few; take "
+            "--weights int8, --dtype bfloat16 or a smaller checkpoint"
+        )
+    flags = ",".join(f"{name}={n}" for name, n in sizes.items())
+    print(f"{told}: spread over {len(devices)} devices, --mesh {flags}", file=sys.stderr)
+    return sizes
+
+
+def spread(cfg: TextConfig, count: int) -> dict[str, int]:
+    """Sizes for all of `count` devices: tensor as far as it divides the key/value heads, then the rest.
+
+    The rest cuts experts where it divides them, else all weights (fsdp).
+    """
+    tensor = math.gcd(count, cfg.num_key_value_heads)
+    rest = count // tensor
+    name = "expert" if cfg.num_experts and cfg.num_experts % rest == 0 else "fsdp"
+    return {axis: n for axis, n in ((name, rest), ("tensor", tensor)) if n > 1}
