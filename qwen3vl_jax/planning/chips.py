@@ -38,11 +38,15 @@ class Chip:
 # says is available. GPUs: NVIDIA's data sheets of the SXM boards, NVLink 4 at 450 GB/s a direction, one
 # 400 Gb/s card a GPU as in DGX; hbm: of which jax takes all but a part for CUDA itself.
 CHIPS: dict[str, Chip] = {
-    "v4": Chip("tpu", 3, 2, round(15.25 * _GIB), 275e12 / 2, 1228e9 / 2, 50e9 / 2, 6.25e9 / 2, "2x2x2"),
+    "v4": Chip(
+        "tpu", 3, 2, round(15.25 * _GIB), 275e12 / 2, 1228e9 / 2, 50e9 / 2, 6.25e9 / 2, "2x2x2"
+    ),
     "v5e": Chip("tpu", 2, 1, round(15.75 * _GIB), 197e12, 819e9, 50e9, 3.125e9, "4x4"),
     "v5p": Chip("tpu", 3, 1, round(95.74 * _GIB), 459e12, 2765e9, 100e9, 6.25e9, "4x8x8"),
     "v6e": Chip("tpu", 2, 1, round(31.25 * _GIB), 918e12, 1640e9, 100e9, 12.5e9, "4x4"),
-    "tpu7x": Chip("tpu", 3, 2, round(94.75 * _GIB), 2307e12 / 2, 7380e9 / 2, 100e9 / 2, 12.5e9, "4x4x4"),
+    "tpu7x": Chip(
+        "tpu", 3, 2, round(94.75 * _GIB), 2307e12 / 2, 7380e9 / 2, 100e9 / 2, 12.5e9, "4x4x4"
+    ),
     "h100": Chip("gpu", 1, 1, round(79.1 * _GIB), 989e12, 3352e9, 450e9, 50e9, "8"),
     "h200": Chip("gpu", 1, 1, round(140.0 * _GIB), 989e12, 4800e9, 450e9, 50e9, "8"),
 }
@@ -136,4 +140,3 @@ def check_plan_arguments(args: argparse.Namespace) -> None:
             raise InputError(f"--{name} means something with --plan alone")
     if getattr(args, "tries", 0) < 0:
         raise InputError(f"--tries is {args.tries}, expected a number from 0")
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,11 +10,13 @@ from pathlib import Path
 from rich.console import Console
 
 from qwen3vl_jax.config import Config
+from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.planning import compiling
 from qwen3vl_jax.planning.chips import Machine
 from qwen3vl_jax.planning.largest import LEVEL, largest
 from qwen3vl_jax.planning.program import Program, config_of, training_step
-from qwen3vl_jax.planning.report import Plan, plan_of, table
+from qwen3vl_jax.planning.report import Plan, best, likeliest, plan_of, table
+from qwen3vl_jax.planning.search import Candidate, candidates
 from qwen3vl_jax.planning.serving import Serving, decoding, prefilling
 from qwen3vl_jax.planning.topology import devices_of
 from qwen3vl_jax.sharding import AXES, make_mesh, rows_parts
@@ -37,6 +40,31 @@ def plan_training(
     console.print(table(plan, f"{recipe.ckpt}: one step", found))
     saved(plan, save, console)
     return plan
+
+
+def search_training(
+    recipe: Recipe, machine: Machine, tries: int, console: Console | None = None
+) -> list[tuple[Candidate, Plan]]:
+    """Compiles the likeliest meshes and remat policies, and prints them, the fastest that fits first.
+
+    tries: how many are compiled; 0 prints what the estimate says. Raises InputError.
+    """
+    console = console or _console()
+    cfg = config_of(recipe.ckpt)
+    found, plans = candidates(recipe, cfg, machine), []
+    for number, each in enumerate(found[:tries], 1):
+        try:
+            program = program_of(each.recipe, cfg, machine)
+        except InputError as error:
+            print(f"{each}: {error}", file=sys.stderr)
+            continue
+        done = watched(console, program, f"compiling {number} of {tries}: {each}", LEVEL)
+        plans.append((each, plan_of(machine, program, done)))
+        print(f"{each}: {plans[-1][1].cause or 'fits'} ({done.seconds:.0f} s)", file=sys.stderr)
+    plans.sort(key=lambda pair: pair[1].times.most if pair[1].fits and pair[1].times else math.inf)
+    told = f"{recipe.ckpt} on {machine}: {len(found)} of the meshes may fit"
+    console.print(best(plans, told) if tries else likeliest(found[:10], told))
+    return plans
 
 
 def plan_serving(
@@ -105,4 +133,3 @@ def _largest(recipe: Recipe, cfg: Config, plan: Plan, tries: int, console: Conso
 def _console() -> Console:
     wide = sys.stdout.isatty()
     return Console(highlight=False, width=None if wide else 130)
-

@@ -31,7 +31,9 @@ class Compiled(NamedTuple):
 
     executable: Any
     cause: str  # XLA's own, "" for none
-    resharded: Counter[str]  # arrays that every device gets whole on their way from one layout to another
+    resharded: Counter[
+        str
+    ]  # arrays that every device gets whole on their way from one layout to another
     seconds: float
     cpu_seconds: float
     rss: float  # bytes, the most of this process

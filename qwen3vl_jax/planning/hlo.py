@@ -10,7 +10,9 @@ _BYTES = {"pred": 1, "token": 0, "opaque": 0}  # others end in their bits: bf16,
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(r"\b(calls|to_apply|condition|body)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"\b(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+))")
+_BRANCHES = re.compile(
+    r"\b(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+))"
+)
 _FAST = re.compile(r"S\([1-9]\d*\)")  # a memory space other than the device's main memory
 
 

@@ -1,8 +1,7 @@
-"""The programs of a run as shapes with shardings, which are compiled and never run. Dims as in layers.py."""
+"""The step of a run as shapes with shardings, to be compiled and never run. Dims as in layers.py."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Mapping

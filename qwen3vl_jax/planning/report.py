@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from rich.table import Table
@@ -12,6 +13,7 @@ from qwen3vl_jax.planning.compiling import Compiled
 from qwen3vl_jax.planning.hlo import parse
 from qwen3vl_jax.planning.program import Program
 from qwen3vl_jax.planning.roofline import Times, times_of
+from qwen3vl_jax.planning.search import Candidate
 from qwen3vl_jax.planning.traffic import Traffic, traffic
 
 GIB = 2**30
@@ -74,6 +76,33 @@ def table(plan: Plan, title: str, largest: str = "") -> Table:
     return out
 
 
+def best(plans: Sequence[tuple[Candidate, Plan]], title: str) -> Table:
+    """What a search compiled, one line each, compiled at a lower level of optimisation."""
+    out = Table(title=title, title_justify="left")
+    out.add_column("mesh and remat")
+    for name in ("verdict", "peak", "step time", "compile"):
+        out.add_column(name, justify="right")
+    for each, plan in plans:
+        peak = _gib(plan.done.peak) if plan.done.executable is not None else ""
+        verdict, time = "does not fit", ""
+        if plan.fits and plan.times is not None:
+            verdict = "fits"
+            time = f"{_seconds(plan.times.least)} to {_seconds(plan.times.most)}"
+        out.add_row(str(each), verdict, peak, time, f"{plan.done.seconds:.0f} s")
+    return out
+
+
+def likeliest(found: Sequence[Candidate], title: str) -> Table:
+    """What a search would compile, with what the estimate says of it."""
+    out = Table(title=title, title_justify="left")
+    out.add_column("mesh and remat")
+    for name in ("memory, about", "step time, about"):
+        out.add_column(name, justify="right")
+    for each in found:
+        out.add_row(str(each), _gib(each.memory), _seconds(each.seconds))
+    return out
+
+
 def _judge(machine: Machine) -> str:
     if machine.chip.platform == "tpu":
         return "XLA's own verdict"
@@ -93,7 +122,9 @@ def _add_memory(out: Table, plan: Plan) -> None:
         told += f"; gradients (float32) are {_gib(plan.program.gradients)}"
     out.add_row(plan.program.inside, _gib(rest), told)
     share = plan.done.peak / plan.machine.chip.hbm
-    out.add_row("peak of a device", _gib(plan.done.peak), f"{share:.0%} of {_gib(plan.machine.chip.hbm)}")
+    out.add_row(
+        "peak of a device", _gib(plan.done.peak), f"{share:.0%} of {_gib(plan.machine.chip.hbm)}"
+    )
 
 
 def _add_traffic(out: Table, plan: Plan) -> None:
@@ -103,14 +134,20 @@ def _add_traffic(out: Table, plan: Plan) -> None:
     again = work.again / work.model - 1
     told = f"counted from shapes; {again:.0%} more with what is computed again"
     out.add_row("FLOPs", f"{work.model / count:.3g}", f"of a device; {told}")
-    loops = f"; {moved.unknown_loops} loops of unknown length count once" * bool(moved.unknown_loops)
-    out.add_row("memory traffic", f"{_gib(moved.memory)}", f"of a device, from the compiled text{loops}")
+    loops = f"; {moved.unknown_loops} loops of unknown length count once" * bool(
+        moved.unknown_loops
+    )
+    out.add_row(
+        "memory traffic", f"{_gib(moved.memory)}", f"of a device, from the compiled text{loops}"
+    )
     kinds: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for each in moved.collectives:
         kinds[each.kind][0] += each.times
         kinds[each.kind][1] += each.times * each.moved
     for kind, (times, size) in sorted(kinds.items(), key=lambda item: -item[1][1]):
-        out.add_row(kind, _gib(size), f"{times:,.0f} a step, received by a device, loops multiplied")
+        out.add_row(
+            kind, _gib(size), f"{times:,.0f} a step, received by a device, loops multiplied"
+        )
 
 
 def _add_times(out: Table, plan: Plan) -> None:
@@ -121,12 +158,18 @@ def _add_times(out: Table, plan: Plan) -> None:
         if seconds:
             out.add_row(f"{name} time", _seconds(seconds), "at the maker's peak rate")
     least, most = times.least, times.most
-    out.add_row(work.name, f"{_seconds(least)} to {_seconds(most)}", "all at once; no exchange hidden")
+    out.add_row(
+        work.name, f"{_seconds(least)} to {_seconds(most)}", "all at once; no exchange hidden"
+    )
     peak = machine.devices * machine.chip.flops
     if work.steps:
         best, worst = (work.model / (peak * t) for t in (least, most))
-        out.add_row("MFU", f"{best:.0%} to {worst:.0%}", "an upper bound: products never run at the peak")
-    out.add_row("tokens a second", f"{work.tokens / least:,.0f} to {work.tokens / most:,.0f}", work.told)
+        out.add_row(
+            "MFU", f"{best:.0%} to {worst:.0%}", "an upper bound: products never run at the peak"
+        )
+    out.add_row(
+        "tokens a second", f"{work.tokens / least:,.0f} to {work.tokens / most:,.0f}", work.told
+    )
     if work.steps:
         hours = [machine.chips * work.steps * t / 3600 for t in (least, most)]
         told = f"{work.steps:,} steps, without evaluation and checkpoints"

@@ -83,12 +83,8 @@ def _gpu(machine: Machine) -> Any:
     hosts = max(machine.chips // GPUS_A_HOST, 1)
     shape = f"1x{hosts}x{machine.chips // hosts}"  # partitions, hosts, devices of a host
     chip = machine.chip
-    told = _HOPPER.format(
-        rate=round(chip.hbm_rate), memory=chip.hbm, name=_GPU_NAMES[machine.name]
-    )
-    return topologies.get_topology_desc(
-        shape, platform="cuda", topology=shape, target_config=told
-    )
+    told = _HOPPER.format(rate=round(chip.hbm_rate), memory=chip.hbm, name=_GPU_NAMES[machine.name])
+    return topologies.get_topology_desc(shape, platform="cuda", topology=shape, target_config=told)
 
 
 def _find_ptxas() -> None:

@@ -215,8 +215,10 @@ def _written(module: Module, name: str, shape: str) -> int:
         return _main(shape)
     total = 0
     for x, (full, main) in zip(results, parts, strict=True):
-        while x.op in _CLEAR and x.operands and x.operands[0] in body:
-            x = body[x.operands[0]]
-        small = size(body[x.operands[1]].shape) if x.op == "dynamic-update-slice" else full
+        source = x
+        while source.op in _CLEAR and source.operands and source.operands[0] in body:
+            source = body[source.operands[0]]
+        update = source.op == "dynamic-update-slice"
+        small = size(body[source.operands[1]].shape) if update else full
         total += small if main else 0
     return total
