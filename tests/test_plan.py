@@ -79,11 +79,11 @@ ENTRY %main (w: f32[6,256], x: bf16[128], r: f32[64]) -> f32[16] {
   %start = s32[] constant(0)
   %init = (s32[], f32[6,256]{1,0}, bf16[128]{0}) tuple(%start, %w, %x)
   %loop = (s32[], f32[6,256]{1,0}, bf16[128]{0}) while(%init), condition=%cond, body=%body
-  %sum = f32[64] all-reduce(%r), channel_id=3, replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}
+  %sum = f32[64] all-reduce(%r), channel_id=3, replica_groups=MESH
   %moved = f32[64]{0} collective-permute(%sum), channel_id=4, source_target_pairs={{0,1},{1,0}}
   ROOT %out = f32[16]{0} fusion(%moved), kind=kCustom, calls=%all-reduce-scatter.1
 }
-"""
+""".replace("MESH", "mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}")
 
 
 def test_collectives_of_a_loop_count_as_often_as_it_runs():

@@ -70,5 +70,5 @@ def _island(machine: Machine, device: Any, number: int) -> int:
 
 def _spanned(members: Sequence[Any]) -> int:
     """Along how many axes of the torus devices differ; two devices of a chip differ along none."""
-    coords = [tuple(getattr(d, "coords", (d.id,))) for d in members]
+    coords = [tuple(d.coords) if hasattr(d, "coords") else (d.id,) for d in members]
     return sum(len(set(axis)) > 1 for axis in zip(*coords, strict=True))
