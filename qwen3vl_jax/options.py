@@ -7,7 +7,11 @@ from pathlib import Path
 
 from qwen3vl_jax.cli import Parser
 from qwen3vl_jax.errors import InputError
+<<<<<<< HEAD
 from qwen3vl_jax.processes import add_arguments as add_process_arguments
+=======
+from qwen3vl_jax.planning.chips import add_plan_arguments
+>>>>>>> t-plan
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "min_new_tokens",
              "presence_penalty")  # fmt: skip
@@ -22,9 +26,14 @@ MODES = {
     ),
     "embed": ("it prints a vector, no answer", _OF_ANSWERS),
     "rerank": ("it prints scores, no answer", _OF_ANSWERS),
+    "plan": (
+        "it compiles and answers nothing",
+        ("image", "video", "prompt", "system", "messages", "stream", "draw", "answers"),
+    ),
 }
 # --mesh: the axes of sharding.AXES and their short names.
 MESH_AXES = {"dp": "data", "fsdp": "fsdp", "ep": "expert", "sp": "sequence", "tp": "tensor"}
+<<<<<<< HEAD
 NEEDS = {
     "rows": ("input",),
     "coordinator": ("input",),
@@ -33,6 +42,10 @@ NEEDS = {
     "dims": ("embed",),
     "instruction": ("embed", "rerank"),
 }
+=======
+NEEDS = {"rows": ("input", "plan"), "slices": ("plan",), "save": ("plan",), "dims": ("embed",),
+         "instruction": ("embed", "rerank")}  # fmt: skip
+>>>>>>> t-plan
 
 
 def arguments(argv: list[str] | None, description: str) -> argparse.Namespace:
@@ -125,7 +138,11 @@ def arguments(argv: list[str] | None, description: str) -> argparse.Namespace:
         action="store_true",
         help="special tokens spelled in the text are special",
     )
+<<<<<<< HEAD
     add_process_arguments(p)
+=======
+    add_plan_arguments(p)
+>>>>>>> t-plan
     return p.parse_args(argv)
 
 
