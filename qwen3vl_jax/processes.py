@@ -32,7 +32,9 @@ def add_arguments(parser: Any) -> None:
         "several processes (found by themselves under SLURM, MPI, GKE)"
     )
     group.add_argument(
-        "--distributed", action="store_true", help="jax finds the others (hosts of a Cloud TPU slice)"
+        "--distributed",
+        action="store_true",
+        help="jax finds the others (hosts of a Cloud TPU slice)",
     )
     group.add_argument("--coordinator", default="", help="HOST:PORT of process 0")
     group.add_argument("--processes", type=int, default=0, help="how many there are")
@@ -74,10 +76,12 @@ def start(asked: Asked | None) -> tuple[int, int]:
 
     if (os.environ.get("JAX_PLATFORMS") or "").startswith("cpu"):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    known = (asked.coordinator, asked.count, asked.index) if asked.coordinator else ()
+    known: dict[str, Any] = {}
+    if asked.coordinator:
+        known = dict(zip(("coordinator_address", "num_processes", "process_id"), asked, strict=True))
     try:
         jax.distributed.initialize(
-            *known, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT
+            **known, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT
         )
     except (RuntimeError, ValueError) as error:
         raise InputError(f"several processes: {' '.join(str(error).split())[:300]}") from error

@@ -73,7 +73,7 @@ def losses(files: Path, out: str) -> dict[int, float]:
 
 
 def test_two_processes_lose_one_and_two_others_resume(files):
-    """2 x 4 devices give the losses of one device; without one the other ends; 2 x 2 go on to the same end."""
+    """2 x 4 devices have the losses of one; without one process the other ends; 2 x 2 go on from there."""
     finish(start(files, "one", 1, 1))
     want = losses(files, "one")
     assert list(want) == list(range(1, STEPS + 1))
