@@ -78,7 +78,9 @@ def start(asked: Asked | None) -> tuple[int, int]:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     known: dict[str, Any] = {}
     if asked.coordinator:
-        known = dict(zip(("coordinator_address", "num_processes", "process_id"), asked, strict=True))
+        known = dict(
+            zip(("coordinator_address", "num_processes", "process_id"), asked, strict=True)
+        )
     try:
         jax.distributed.initialize(
             **known, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT

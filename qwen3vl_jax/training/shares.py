@@ -96,7 +96,9 @@ class Shares:
                 self.mesh, ("rows", None), jax.ShapeDtypeStruct(shape, np.float32)
             )
             found = jax.make_array_from_callback(
-                shape, where, lambda index: _part(held, (slice(None), *(index or ())), 0, self.groups)[0]
+                shape,
+                where,
+                lambda index: _part(held, (slice(None), *(index or ())), 0, self.groups)[0],
             )
             total = _summed(found)
         return {
