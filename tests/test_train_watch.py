@@ -138,7 +138,7 @@ def test_keys_that_are_younger_than_a_run(files):
 def fake_step(monkeypatch, values):
     """A step that costs nothing: values(number) -> (loss, gradient norm), or raises."""
 
-    def make(recipe, cfg, rule, join):
+    def make(recipe, cfg, rule, join, like=None):
         def step(state, frozen, packed):
             loss, norm = values(int(state.step) + 1)
             state = state.replace(step=state.step + 1)
