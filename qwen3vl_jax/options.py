@@ -26,10 +26,7 @@ MODES = {
 # --mesh: the axes of sharding.AXES and their short names.
 MESH_AXES = {"dp": "data", "fsdp": "fsdp", "ep": "expert", "sp": "sequence", "tp": "tensor"}
 NEEDS = {
-    "rows": ("input",),
-    "coordinator": ("input",),
-    "processes": ("input",),
-    "process": ("input",),
+    **dict.fromkeys(("rows", "coordinator", "processes", "process", "distributed"), ("input",)),
     "dims": ("embed",),
     "instruction": ("embed", "rerank"),
 }

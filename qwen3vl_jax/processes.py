@@ -32,7 +32,9 @@ def add_arguments(parser: Any) -> None:
         "several processes (found by themselves under SLURM, MPI, GKE)"
     )
     group.add_argument(
-        "--distributed", action="store_true", help="jax finds the others (hosts of a Cloud TPU slice)"
+        "--distributed",
+        action="store_true",
+        help="jax finds the others (hosts of a Cloud TPU slice)",
     )
     group.add_argument("--coordinator", default="", help="HOST:PORT of process 0")
     group.add_argument("--processes", type=int, default=0, help="how many there are")
@@ -84,10 +86,10 @@ def start(asked: Asked | None) -> tuple[int, int]:
     return jax.process_index(), jax.process_count()
 
 
-def end_together(run: Callable[[], _T]) -> _T:
+def end_together(run: Callable[[], _T], kept: str = "the last checkpoint") -> _T:
     """run(), whose failure because of another process that is gone ends this one with one line.
 
-    It ends at once, for the usual way out waits for the others.
+    kept: what the next start goes on from. It ends at once, for the usual way out waits for the others.
     """
     import jax
 
@@ -102,7 +104,7 @@ def end_together(run: Callable[[], _T]) -> _T:
             reason = " ".join(str(error).split())[:200]
             told = (
                 f"error: process {jax.process_index()}: another process of this run is gone ({reason}); "
-                "start all of them again: they go on from the last checkpoint"
+                f"start all of them again: they go on from {kept}"
             )
         else:
             raise

@@ -138,7 +138,9 @@ def test_tokens_find_their_experts_on_other_devices(run, chosen, monkeypatch):
         return jnp.sum(jnp.sin(y)), y
 
     def of():
-        slopes = jax.jit(jax.grad(loss, (0, 1, 2, 3), has_aux=True), compiler_options=ours_train.FAST)
+        slopes = jax.jit(
+            jax.grad(loss, (0, 1, 2, 3), has_aux=True), compiler_options=ours_train.FAST
+        )
         return slopes(x, share, gate_up, down)
 
     want = of()

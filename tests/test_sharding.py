@@ -21,7 +21,9 @@ def test_modules_know_logical_names_only():
         if path.name == "sharding.py":
             continue
         text = path.read_text()
-        assert not re.search(r"get_abstract_mesh|PartitionSpec\(|with_sharding_constraint", text), path
+        assert not re.search(r"get_abstract_mesh|PartitionSpec\(|with_sharding_constraint", text), (
+            path
+        )
         assert not re.search(r"""["'](fsdp|sequence)["']""", text), path
 
 
@@ -51,7 +53,9 @@ def test_every_parameter_of_every_size_has_a_place():
         shapes = setup.shapes(cfg)
         mesh = sharding.make_mesh(sizes)
         found = placing.params_shardings(mesh, cfg, shapes)
-        held = sum(where.shard_shape(shapes[n].shape) != shapes[n].shape for n, where in found.items())
+        held = sum(
+            where.shard_shape(shapes[n].shape) != shapes[n].shape for n, where in found.items()
+        )
         assert held >= sum(x.size > 10**7 for x in shapes.values())
 
 
