@@ -197,7 +197,7 @@ def batch(args: argparse.Namespace, scope: contextlib.ExitStack) -> None:
 
             return answer_file_together(*files, index, count)
 
-    if run() if count == 1 else processes.end_together(run):
+    if run() if count == 1 else processes.end_together(run, "the answers that are kept"):
         sys.exit(1)
 
 

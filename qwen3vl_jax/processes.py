@@ -90,10 +90,10 @@ def start(asked: Asked | None) -> tuple[int, int]:
     return jax.process_index(), jax.process_count()
 
 
-def end_together(run: Callable[[], _T]) -> _T:
+def end_together(run: Callable[[], _T], kept: str = "the last checkpoint") -> _T:
     """run(), whose failure because of another process that is gone ends this one with one line.
 
-    It ends at once, for the usual way out waits for the others.
+    kept: what the next start goes on from. It ends at once, for the usual way out waits for the others.
     """
     import jax
 
@@ -108,7 +108,7 @@ def end_together(run: Callable[[], _T]) -> _T:
             reason = " ".join(str(error).split())[:200]
             told = (
                 f"error: process {jax.process_index()}: another process of this run is gone ({reason}); "
-                "start all of them again: they go on from the last checkpoint"
+                f"start all of them again: they go on from {kept}"
             )
         else:
             raise
