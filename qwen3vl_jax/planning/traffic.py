@@ -113,8 +113,8 @@ def _inside(module: Module, name: str) -> Iterator[tuple[Instruction, bool]]:
 def _moved(module: Module, name: str, x: Instruction, kind: str, count: int) -> float:
     """Bytes that each of `count` devices receives."""
     parts = [n for n, _ in arrays(x.shape)]
-    if x.op.endswith("-start"):  # (what goes in, what comes out, ..)
-        parts = parts[1:2] if kind in ("all-gather", "collective-permute") else parts[:1]
+    if x.op.endswith("-start") and kind != "all-reduce":  # (what goes in, what comes out, ..)
+        parts = parts[len(x.operands) : 2 * len(x.operands)]
     out, share = sum(parts), (count - 1) / count
     if kind == "collective-permute":
         return float(out)
