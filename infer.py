@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+from qwen3vl_jax import processes
 from qwen3vl_jax.cli import Clock, memory_advice, one_line_errors, parts, sizes
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.options import arguments, check, input_options, mesh_sizes
@@ -185,11 +186,18 @@ def batch(args: argparse.Namespace, scope: contextlib.ExitStack) -> None:
         held.update(parts(params, cfg, *largest(processor, settings), "at most"))
         return params, cfg
 
-    with memory_advice(held, "--rows, --max-len, --max-pixels, or --dtype bfloat16"):
-        errors = answer_file(
-            load_and_measure, processor, args.input, args.output, settings, made_with
-        )
-    if errors:
+    index, count = processes.start(processes.asked_of(args))
+    files = (load_and_measure, processor, args.input, args.output, settings, made_with)
+
+    def run() -> int:
+        with memory_advice(held, "--rows, --max-len, --max-pixels, or --dtype bfloat16"):
+            if count == 1:
+                return answer_file(*files)
+            from qwen3vl_jax.replicas import answer_file_together
+
+            return answer_file_together(*files, index, count)
+
+    if run() if count == 1 else processes.end_together(run):
         sys.exit(1)
 
 

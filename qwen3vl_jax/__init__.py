@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from qwen3vl_jax.processing.processor import Processor
     from qwen3vl_jax.sampling import Sampling
     from qwen3vl_jax.scoring import embed, rerank, score
+    from qwen3vl_jax.sharding import make_mesh
     from qwen3vl_jax.structs import Batch, Features, KVCache, VisionInputs
     from qwen3vl_jax.vision import vision_encode
 
@@ -48,6 +49,7 @@ _HOME = {
     "processing.processor": ("Processor",),
     "sampling": ("Sampling",),
     "scoring": ("embed", "rerank", "score"),
+    "sharding": ("make_mesh",),
     "structs": ("Batch", "Features", "KVCache", "VisionInputs"),
     "vision": ("vision_encode",),
 }  # fmt: skip

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.journal import ERROR, Journal, Line, Result, read_lines
+from qwen3vl_jax.journal import ERROR, Journal, Line, Result, Share, read_lines
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.processing.tokenizer import TextStream, stop_list
 from qwen3vl_jax.sampling import Sampling, row_seeds
@@ -77,7 +77,25 @@ def answer_file(
     Raises InputError for files that cannot be used (see Journal), and for a line that changes meanwhile.
     """
     lines = read_lines(source)
-    rows = min(settings.rows, len(lines))
+    with Journal(out, lines, work_settings(source, out, settings, made_with)) as journal:
+        waiting = list(journal.missing())
+        if waiting:
+            answer_lines(load, proc, source, settings, journal, waiting)
+            tell_errors(journal)
+    return journal.errors
+
+
+def tell_errors(journal: Journal) -> None:
+    """Says on stderr how many lines could not be used, if any."""
+    if journal.errors:
+        told = f'{journal.errors} of them could not be used, see "error" there; the same command'
+        print(f"{told} tries them again, corrected or not", file=sys.stderr)
+
+
+def work_settings(
+    source: Path, out: Path, settings: Settings, made_with: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a journal says of its work. Raises InputError for an `out` that is the source."""
     if out.resolve() == source.resolve():
         raise InputError(f"--output {out}: is the input itself; name another file")
     kept = {**dataclasses.asdict(settings), **settings.sampling, **made_with}
@@ -87,25 +105,36 @@ def answer_file(
         "prefill_chunk",
     ):  # told one by one, and what changes no answer
         kept.pop(name)
-    with Journal(out, lines, kept) as journal:
-        waiting = list(journal.missing())
-        if not waiting:
-            return journal.errors
-        params, _ = load()
-        with _Progress(len(lines), len(lines) - len(waiting)) as progress:
-            work = _Work(params, proc, source, settings, journal, progress)
-            longest = LONG
-            try:
-                while waiting:
-                    waiting = work.run(waiting, rows, longest if rows > 1 else sys.maxsize)
-                    rows, longest = max(1, rows // 4), 4 * longest
-            except KeyboardInterrupt:
-                progress.bar.stop()
-                there = f"{len(journal.done)} of {len(lines)} are kept"
-                print(f"interrupted: {there}; the same command goes on", file=sys.stderr)
-                sys.exit(130)
-        print(progress.summary(out, journal), file=sys.stderr)
-    return journal.errors
+    return kept
+
+
+def answer_lines(
+    load: Callable[[], tuple[Any, Any]],
+    proc: Processor,
+    source: Path,
+    settings: Settings,
+    journal: Journal | Share,
+    waiting: list[Line],
+    shown: bool = True,
+) -> None:
+    """Answers these lines into a journal; shown: how it goes is told. Ends the process on Ctrl-C."""
+    params, _ = load()
+    there = len(journal.done)
+    total = there + len(waiting)
+    rows, longest = min(settings.rows, len(waiting)), LONG
+    with _Progress(total, there, shown) as progress:
+        work = _Work(params, proc, source, settings, journal, progress)
+        try:
+            while waiting:
+                waiting = work.run(waiting, rows, longest if rows > 1 else sys.maxsize)
+                rows, longest = max(1, rows // 4), 4 * longest
+        except KeyboardInterrupt:
+            progress.bar.stop()
+            told = f"{len(journal.done)} of {total} are kept"
+            print(f"interrupted: {told}; the same command goes on", file=sys.stderr)
+            sys.exit(130)
+    if shown:
+        print(progress.summary(journal), file=sys.stderr)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +145,7 @@ class _Work:
     proc: Processor
     source: Path
     settings: Settings
-    journal: Journal
+    journal: Journal | Share
     progress: _Progress
 
     def run(self, lines: list[Line], rows: int, longest: int) -> list[Line]:
@@ -245,7 +274,7 @@ def _result(proc: Processor, one: Prepared, answer: Any) -> Result:
 class _Progress:
     """The progress bar, with answers and tokens a second, and what is said at the end."""
 
-    def __init__(self, total: int, there: int):
+    def __init__(self, total: int, there: int, shown: bool):
         from rich.console import Console
         from rich.progress import (
             BarColumn,
@@ -257,7 +286,7 @@ class _Progress:
 
         self.bar = Progress(
             MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn(),
-            console=Console(stderr=True),
+            console=Console(stderr=True), disable=not shown,
         )  # fmt: skip
         self.task = self.bar.add_task("preparing", total=total, completed=there)
         self.parts: list[Any] = []
@@ -284,18 +313,15 @@ class _Progress:
     def rate(self) -> float:
         return sum(s.tokens for s in self.parts) / (time.perf_counter() - self.start)
 
-    def summary(self, out: Path, journal: Journal) -> str:
-        """One line for people, and one more if lines could not be used."""
+    def summary(self, journal: Journal | Share) -> str:
+        """One line for people."""
         count = {n: sum(getattr(s, n) for s in self.parts) for n in (
             "tokens", "steps", "row_steps", "prefilled", "reused", "encoded", "shown")}  # fmt: skip
         slots = sum(s.steps * s.rows for s in self.parts)
-        text = f"{out}: {len(journal.done)} lines"
+        text = f"{journal.out}: {len(journal.done)} lines"
         text += f" ({self.there} were there)" if self.there else ""
         text += f", {count['tokens']} tokens in {time.perf_counter() - self.start:.1f} s "
         text += f"({self.rate():.0f}/s), rows busy {count['row_steps'] / max(slots, 1):.0%}, "
         text += f"prompt tokens {count['prefilled']} run and {count['reused']} reused, "
         text += f"pictures {count['encoded']} encoded of {count['shown']} shown"
-        if journal.errors:
-            text += f'\n{journal.errors} of them could not be used, see "error" there; the same '
-            text += "command tries them again, corrected or not"
         return text

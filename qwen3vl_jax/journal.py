@@ -2,7 +2,8 @@
 
 Beside OUT lies OUT.journal while there is work left. Its first line says what was asked for, each
 other one holds an answer, written when it was finished and before OUT got it. A process that dies at
-any point leaves at worst half a line at the journal's end; the next one drops it and goes on.
+any point leaves at worst half a line at the journal's end; the next one drops it and goes on. Of
+several processes the first has OUT and its journal, the others OUT.journal.1, ..: see replicas.py.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -72,109 +73,64 @@ def read_lines(path: Path) -> list[Line]:
     return found
 
 
-class Journal:
-    """The answers that are there, and the two files that hold them; a context manager.
+class Kept:
+    """A journal's file: results that were finished, one a line. Only one process has it open."""
 
-    When it is left with an answer to every line the journal is removed; while there are errors it stays,
-    and the next process tries those lines again.
-    """
-
-    def __init__(self, out: Path, lines: list[Line], settings: Mapping[str, Any]):
-        """Takes up the work on `out` where it was left, or begins it.
-
-        Raises InputError while another process works on it, for an `out` that is not of this work,
-        and for a journal of other settings or of other lines.
-        """
-        self.out, self.path = out, out.with_name(out.name + ".journal")
-        self.lines, self.settings = lines, json.loads(json.dumps(settings))
-        self.done: set[int] = set()
-        self.errors = 0
-        self.next = 0  # of self.lines: the first one that `out` lacks
-        self._ahead: dict[int, Result] = {}  # finished before their turn
+    def __init__(
+        self,
+        path: Path,
+        out: Path,
+        lines: list[Line],
+        settings: Mapping[str, Any],
+        begin: Callable[[bool], None] = lambda begun: None,
+    ):
+        """Takes up what is there; begin(whether anything is) may refuse. Raises InputError as Journal."""
+        self.path, self.out, self.lines = path, out, lines
+        self.settings = json.loads(json.dumps(settings))
+        self.found: list[
+            tuple[int, Result]
+        ] = []  # what was there: answers, by the number of their line
         try:
-            self._check_free(self.path.exists() and self.path.stat().st_size > 0)
-            self.journal: BinaryIO = self.path.open("ab+")
+            begin(path.exists() and path.stat().st_size > 0)
+            self.file: BinaryIO = path.open("ab+")
         except OSError as e:
             raise InputError(f"--output {out}: cannot be written ({e.strerror})") from e
         try:
             self._lock()
-            self._take_up()
-            self.file: BinaryIO = out.open("wb")
+            self._take_up(begin)
         except BaseException:
-            self.journal.close()
+            self.file.close()
             raise
-        self._grow()
 
-    def __enter__(self) -> Journal:
-        return self
+    def append(self, line: Line, result: Result) -> None:
+        """Writes one result. Raises OSError."""
+        self._write({"line": line.number, "digest": line.digest, "result": result})
 
-    def __exit__(self, *_: object) -> None:
-        for file in (self.file, self.journal):
-            with contextlib.suppress(OSError):  # a full disk was told before
-                file.flush()
-                os.fsync(file.fileno())
-            with contextlib.suppress(OSError):
-                file.close()
-        if self.next == len(self.lines) and not self.errors:
-            self.path.unlink()
+    def close(self) -> None:
+        """Puts it on the disk; others may open it then."""
+        _close(self.file)
 
-    def missing(self) -> Iterator[Line]:
-        """The lines without a result."""
-        return (line for line in self.lines if line.number not in self.done)
-
-    def add(self, line: Line, result: Result) -> None:
-        """Keeps a finished result, and appends to `out` what is now due."""
-        try:
-            self._append({"line": line.number, "digest": line.digest, "result": result})
-            self._have(line.number, result)
-            self._grow()
-        except OSError as e:
-            raise InputError(
-                f"--output {self.out}: cannot be written ({e.strerror}); what was finished is kept, the "
-                "same command goes on"
-            ) from e
-
-    def _have(self, number: int, result: Result) -> None:
-        self.done.add(number)
-        self.errors += ERROR in result
-        self._ahead[number] = result
-
-    def _append(self, entry: Mapping[str, Any]) -> None:
-        self.journal.write(_text(entry))
-        self.journal.flush()
-
-    def _grow(self) -> None:
-        old = self.next
-        while self.next < len(self.lines) and self.lines[self.next].number in self._ahead:
-            self.file.write(_text(self._ahead.pop(self.lines[self.next].number)))
-            self.next += 1
-        if self.next > old:
-            self.file.flush()
-
-    def _check_free(self, begun: bool) -> None:
-        if self.out.exists() and self.out.stat().st_size and not begun:
-            raise InputError(
-                f"--output {self.out}: is there and has no journal to go on from: it is finished, or "
-                "another program's; name another file"
-            )
+    def _write(self, entry: Mapping[str, Any]) -> None:
+        self.file.write(_text(entry))
+        self.file.flush()
 
     def _lock(self) -> None:
         if fcntl is None:
             return
         busy = f"--output {self.out}: another process is writing it"
         try:
-            fcntl.flock(self.journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
             raise InputError(busy) from e
         # The other one may have ended, and removed what we opened, just before.
         if not self.path.exists() or not os.path.samestat(
-            os.fstat(self.journal.fileno()), self.path.stat()
+            os.fstat(self.file.fileno()), self.path.stat()
         ):
             raise InputError(busy)
 
-    def _take_up(self) -> None:
-        self.journal.seek(0)
-        whole = self.journal.read()
+    def _take_up(self, begin: Callable[[bool], None]) -> None:
+        self.file.seek(0)
+        whole = self.file.read()
         complete = whole[: whole.rfind(b"\n") + 1]
         if whole and not whole.startswith(b'{"settings": '):
             raise InputError(f"{self.path}: is no journal of this program; {self._afresh}")
@@ -186,14 +142,13 @@ class Journal:
         except (ValueError, KeyError, TypeError) as e:
             raise InputError(f"{self.path}: is no journal of this program; {self._afresh}") from e
         if not found:  # nothing was answered yet: begin with what is asked for now
-            self._check_free(begun=bool(answers))
-            self.journal.truncate(0)
-            self._append({"settings": self.settings})
+            begin(bool(answers))
+            self.file.truncate(0)
+            self._write({"settings": self.settings})
             return
         self._check_same(begun, found)
-        self.journal.truncate(len(complete))
-        for number, _, result in found:
-            self._have(number, result)
+        self.file.truncate(len(complete))
+        self.found = [(number, result) for number, _, result in found]
 
     def _check_same(self, begun: Mapping[str, Any], found: list[tuple[int, str, Result]]) -> None:
         for name in sorted(begun.keys() | self.settings.keys()):
@@ -214,6 +169,162 @@ class Journal:
     @property
     def _afresh(self) -> str:
         return f"delete {self.path.name} and {self.out.name} to start afresh"
+
+
+class Journal:
+    """The answers that are there, and the two files that hold them; a context manager.
+
+    When it is left with an answer to every line the journal is removed; while there are errors it stays,
+    and the next process tries those lines again.
+    """
+
+    def __init__(self, out: Path, lines: list[Line], settings: Mapping[str, Any]):
+        """Takes up the work on `out` where it was left, or begins it.
+
+        Raises InputError while another process works on it, for an `out` that is not of this work,
+        and for a journal of other settings or of other lines.
+        """
+        self.out, self.path = out, out.with_name(out.name + ".journal")
+        self.lines, self.settings = lines, settings
+        self.done: set[int] = set()
+        self.errors = 0
+        self.next = 0  # of self.lines: the first one that `out` lacks
+        self._ahead: dict[int, Result] = {}  # finished before their turn
+        left = [path for path in _shares(out) if path.stat().st_size]
+        self.kept = Kept(
+            self.path, out, lines, settings, lambda begun: self._check_free(begun or left)
+        )
+        try:
+            for number, result in self.kept.found:
+                self._have(number, result)
+            self.file: BinaryIO = out.open("wb")
+        except OSError as e:
+            self.kept.close()
+            raise InputError(f"--output {out}: cannot be written ({e.strerror})") from e
+        self._grow()
+        try:
+            for path in _shares(out):
+                self._take_over(path)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _close(self.file)
+        self.kept.close()
+        if self.next == len(self.lines) and not self.errors:
+            self.path.unlink()
+
+    def missing(self) -> Iterator[Line]:
+        """The lines without a result."""
+        return (line for line in self.lines if line.number not in self.done)
+
+    def add(self, line: Line, result: Result) -> None:
+        """Keeps a finished result, and appends to `out` what is now due."""
+        try:
+            self.kept.append(line, result)
+            self._have(line.number, result)
+            self._grow()
+        except OSError as e:
+            raise _unwritable(self.out, e) from e
+
+    def absorb(self, found: Iterable[tuple[int, Result]]) -> None:
+        """Keeps results of others by the number of their line, but for those that are there."""
+        by_number = {line.number: line for line in self.lines}
+        for number, result in found:
+            if number not in self.done:
+                self.add(by_number[number], result)
+
+    def sync(self) -> None:
+        """Puts what was added on the disk."""
+        os.fsync(self.kept.file.fileno())
+
+    def _take_over(self, path: Path) -> None:
+        """What another process left when it, or the first, was killed."""
+        left = Kept(path, self.out, self.lines, self.settings)
+        self.absorb(left.found)
+        self.sync()
+        path.unlink()
+        left.close()
+
+    def _have(self, number: int, result: Result) -> None:
+        self.done.add(number)
+        self.errors += ERROR in result
+        self._ahead[number] = result
+
+    def _grow(self) -> None:
+        old = self.next
+        while self.next < len(self.lines) and self.lines[self.next].number in self._ahead:
+            self.file.write(_text(self._ahead.pop(self.lines[self.next].number)))
+            self.next += 1
+        if self.next > old:
+            self.file.flush()
+
+    def _check_free(self, begun: object) -> None:
+        if self.out.exists() and self.out.stat().st_size and not begun:
+            raise InputError(
+                f"--output {self.out}: is there and has no journal to go on from: it is finished, or "
+                "another program's; name another file"
+            )
+
+
+class Share:
+    """The answers of one process of several beside the first, which takes them over."""
+
+    def __init__(self, out: Path, index: int, lines: list[Line], settings: Mapping[str, Any]):
+        """Raises InputError as Journal does."""
+        self.out, self.path = out, share_path(out, index)
+        self.kept = Kept(self.path, out, lines, settings)
+        self.done = {number for number, _ in self.kept.found}
+
+    def add(self, line: Line, result: Result) -> None:
+        """Keeps a finished result."""
+        try:
+            self.kept.append(line, result)
+        except OSError as e:
+            raise _unwritable(self.out, e) from e
+        self.done.add(line.number)
+
+    def __enter__(self) -> Share:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kept.close()
+
+
+def share_path(out: Path, index: int) -> Path:
+    """The journal of process `index`, from 1."""
+    return out.with_name(f"{out.name}.journal.{index}")
+
+
+def _shares(out: Path) -> list[Path]:
+    start = f"{out.name}.journal."
+    found = [p for p in out.parent.glob("*") if p.name.startswith(start)]
+    return sorted(p for p in found if p.name.removeprefix(start).isdecimal())
+
+
+def _unwritable(out: Path, error: OSError) -> InputError:
+    return InputError(
+        f"--output {out}: cannot be written ({error.strerror}); what was finished is kept, the same "
+        "command goes on"
+    )
+
+
+def results_in(text: bytes) -> list[tuple[int, Result]]:
+    """(number of its line, result) of the whole lines of a journal, or of a part of one."""
+    entries = map(json.loads, text.splitlines())
+    return [(e["line"], e["result"]) for e in entries if "line" in e]
+
+
+def _close(file: BinaryIO) -> None:
+    with contextlib.suppress(OSError):  # a full disk was told before
+        file.flush()
+        os.fsync(file.fileno())
+    with contextlib.suppress(OSError):
+        file.close()
 
 
 def _text(entry: Mapping[str, Any]) -> bytes:

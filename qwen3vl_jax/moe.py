@@ -199,7 +199,7 @@ def ragged_dot(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
 
     XLA runs jax.lax.ragged_dot densely on a GPU; tokamax has a grouped kernel. On a TPU XLA makes a
     grouped kernel of it itself, with tiles of its own choice for any shape. JAX's megablox takes tiles
-    (which a float32 product overflows), compiles 2 to 4 times as long, and saves one transposed copy
+    (which a float32 product overflows), compiles 2 to 7 times as long, and saves one transposed copy
     of `w` in the backward pass.
     """
     if platform() == "gpu" and (tokamax := _tokamax()) is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from qwen3vl_jax.cli import Parser
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.planning.chips import add_plan_arguments
+from qwen3vl_jax.processes import add_arguments as add_process_arguments
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "min_new_tokens",
              "presence_penalty")  # fmt: skip
@@ -29,8 +30,17 @@ MODES = {
 }
 # --mesh: the axes of sharding.AXES and their short names.
 MESH_AXES = {"dp": "data", "fsdp": "fsdp", "ep": "expert", "sp": "sequence", "tp": "tensor"}
-NEEDS = {"rows": ("input", "plan"), "slices": ("plan",), "save": ("plan",), "dims": ("embed",),
-         "instruction": ("embed", "rerank")}  # fmt: skip
+NEEDS = {
+    "rows": ("input", "plan"),
+    "slices": ("plan",),
+    "save": ("plan",),
+    "coordinator": ("input",),
+    "processes": ("input",),
+    "process": ("input",),
+    "distributed": ("input",),
+    "dims": ("embed",),
+    "instruction": ("embed", "rerank"),
+}
 
 
 def arguments(argv: list[str] | None, description: str) -> argparse.Namespace:
@@ -123,6 +133,7 @@ def arguments(argv: list[str] | None, description: str) -> argparse.Namespace:
         action="store_true",
         help="special tokens spelled in the text are special",
     )
+    add_process_arguments(p)
     add_plan_arguments(p)
     return p.parse_args(argv)
 

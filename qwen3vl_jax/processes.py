@@ -31,6 +31,11 @@ def add_arguments(parser: Any) -> None:
     group = parser.add_argument_group(
         "several processes (found by themselves under SLURM, MPI, GKE)"
     )
+    group.add_argument(
+        "--distributed",
+        action="store_true",
+        help="jax finds the others (hosts of a Cloud TPU slice)",
+    )
     group.add_argument("--coordinator", default="", help="HOST:PORT of process 0")
     group.add_argument("--processes", type=int, default=0, help="how many there are")
     group.add_argument("--process", type=int, default=-1, help="which of them this is, from 0")
@@ -56,6 +61,7 @@ def asked_of(args: Any, environ: Mapping[str, str] = os.environ) -> Asked | None
             )
         return Asked(coordinator, count, index)
     many = any(environ.get(name, "1") not in ("", "1") for name in _KNOWN)
+    many = many or args.distributed
     return Asked() if many or any("," in environ.get(name, "") for name in _HOSTS) else None
 
 
@@ -70,10 +76,14 @@ def start(asked: Asked | None) -> tuple[int, int]:
 
     if (os.environ.get("JAX_PLATFORMS") or "").startswith("cpu"):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    known = (asked.coordinator, asked.count, asked.index) if asked.coordinator else ()
+    known: dict[str, Any] = {}
+    if asked.coordinator:
+        known = dict(
+            zip(("coordinator_address", "num_processes", "process_id"), asked, strict=True)
+        )
     try:
         jax.distributed.initialize(
-            *known, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT
+            **known, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT
         )
     except (RuntimeError, ValueError) as error:
         raise InputError(f"several processes: {' '.join(str(error).split())[:300]}") from error

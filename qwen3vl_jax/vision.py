@@ -91,7 +91,11 @@ class PatchMerger(nn.Module):
             x = LayerNorm(name="norm")(x.reshape(grouped))
         else:
             x = LayerNorm(name="norm")(x).reshape(grouped)
-        d, f, out = (wide, "vision_mlp"), (wide, "vision_embed"), (self.cfg.out_hidden_size, "embed")
+        d, f, out = (
+            (wide, "vision_mlp"),
+            (wide, "vision_embed"),
+            (self.cfg.out_hidden_size, "embed"),
+        )
         x = linear(x, weight(self, "fc1", d, f), weight(self, "fc1_bias", d, init=zeros))
         x = ACTIVATIONS["gelu"](x)
         return linear(x, weight(self, "fc2", out, d), weight(self, "fc2_bias", out, init=zeros))

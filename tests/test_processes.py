@@ -38,6 +38,11 @@ def start(files: Path, out: str, count: int, devices: int, *changes: str) -> lis
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(files / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+    }
     flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
     command = [sys.executable, "train.py", "--config", str(files / "recipe.toml"), *changes]
     command += ["--out", str(files / out)]
@@ -45,7 +50,7 @@ def start(files: Path, out: str, count: int, devices: int, *changes: str) -> lis
     return [
         subprocess.Popen(
             [*command, *many, *(["--process", str(i)] if many else [])], cwd=ROOT,
-            env={**os.environ, "XLA_FLAGS": flags}, stdout=subprocess.PIPE,
+            env={**os.environ, **cache, "XLA_FLAGS": flags}, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True,
         )
         for i in range(count)
@@ -68,13 +73,12 @@ def losses(files: Path, out: str) -> dict[int, float]:
 
 
 def test_two_processes_lose_one_and_two_others_resume(files):
-    """2 x 4 devices give the losses of one; without one the other ends; 2 x 2 go on to the same end."""
-    one = start(files, "one", 1, 8, "mesh.fsdp=4", "mesh.tensor=2")
-    finish(one)
+    """2 x 4 devices have the losses of one; without one process the other ends; 2 x 2 go on from there."""
+    finish(start(files, "one", 1, 1))
     want = losses(files, "one")
     assert list(want) == list(range(1, STEPS + 1))
 
-    both = start(files, "two", 2, 4, "mesh.fsdp=4", "mesh.tensor=2")
+    both = start(files, "two", 2, 4, "mesh.data=2", "mesh.fsdp=4")
     while both[0].poll() is None:
         rows = read_table(files / "two" / "metrics.csv")
         if rows and int(rows[-1]["step"]) >= 8:
@@ -84,15 +88,15 @@ def test_two_processes_lose_one_and_two_others_resume(files):
     since = time.perf_counter()
     said = both[0].communicate(timeout=300)[0]
     both[1].communicate()
-    assert both[0].returncode == processes.LOST, said[-3000:]
+    # A collective that fails ends it with a line; where it waits for something else, JAX aborts it.
+    ends = {processes.LOST: "go on from the last checkpoint", -signal.SIGABRT: "another task died"}
+    assert ends[both[0].returncode] in said, said[-3000:]
     assert time.perf_counter() - since < 120
-    told = said.strip().splitlines()[-1]
-    assert "another process of this run is gone" in told and "last checkpoint" in told
     before = losses(files, "two")
     assert 8 <= len(before) < STEPS
 
-    first, second = finish(start(files, "two", 2, 2, "mesh.fsdp=2", "mesh.tensor=2"))
-    assert "mesh.fsdp was 4, is now 2" in first
+    first, second = finish(start(files, "two", 2, 2, "mesh.fsdp=4"))
+    assert "mesh.data was 2, is now 1" in first
     assert "step" not in second  # the first process speaks for all
     for found in (before, losses(files, "two")):
         for step, loss in found.items():
@@ -103,8 +107,10 @@ def test_two_processes_lose_one_and_two_others_resume(files):
 def test_who_the_processes_are():
     """Options before variables before what the cluster says; half an answer is refused."""
 
-    def asked(coordinator="", count=0, index=-1, **environ):
-        args = Namespace(coordinator=coordinator, processes=count, process=index)
+    def asked(coordinator="", count=0, index=-1, distributed=False, **environ):
+        args = Namespace(
+            coordinator=coordinator, processes=count, process=index, distributed=distributed
+        )
         return processes.asked_of(args, environ)
 
     assert asked() is None and asked(SLURM_NTASKS="1") is None
@@ -112,6 +118,7 @@ def test_who_the_processes_are():
     told = {"JAX_COORDINATOR_ADDRESS": "b:2", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
     assert asked(**told) == ("b:2", 4, 3) and asked(index=1, **told) == ("b:2", 4, 1)
     assert asked(SLURM_NTASKS="8") == asked(TPU_WORKER_HOSTNAMES="a,b") == ("", 0, -1)
+    assert asked(distributed=True) == asked(SLURM_NTASKS="2")
     for half in ({"coordinator": "a:1"}, {"count": 2, "index": 2, "coordinator": "a:1"}):
         with pytest.raises(InputError, match="expected --coordinator HOST:PORT"):
             asked(**half)

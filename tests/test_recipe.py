@@ -88,7 +88,6 @@ def test_changes_are_toml_or_bare_words():
     [
         (["data.sources.0.path=none.jsonl"], "'none.jsonl': no such file"),
         (["data.sources=[]"], "data.sources is empty"),
-        (["mesh.fsdp=8"], "mesh.fsdp is 8: a run uses one device for now"),
         (["report.wandb=project"], "wandb is not installed and report.wandb is set"),
         (["ckpt=/", "data.sources.0.path=python:x:Y"], "cannot read /config.json"),
     ],

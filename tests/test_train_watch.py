@@ -105,12 +105,12 @@ def test_a_finished_run_and_another_recipe(files, done, capsys):
 
 
 def test_what_a_checkpoint_does_not_fit_is_said():
-    """Another mesh, another model: each with its own word and every difference."""
-    now = {"mesh.fsdp": 8, "steps": 5, "report.every": 1, "data.workers": 2}
-    with pytest.raises(InputError, match=r"another mesh: mesh.fsdp was 1, is now 8"):
-        run_dir.check_recipe(now, {**now, "mesh.fsdp": 1}, "run")
-    other = {**now, "steps": 4, "data.workers": 0}
-    told = ["steps was 4, is now 5", "data.workers was 0, is now 2"]
+    """Another recipe, another model: each with its own word and every difference; a mesh may change."""
+    now = {"mesh.fsdp": 8, "seed": 1, "steps": 5, "report.every": 1, "data.workers": 2}
+    with pytest.raises(InputError, match=r"another recipe: seed was 0, is now 1"):
+        run_dir.check_recipe(now, {**now, "seed": 0}, "run")
+    other = {**now, "steps": 4, "data.workers": 0, "mesh.fsdp": 1}
+    told = ["mesh.fsdp was 1, is now 8", "steps was 4, is now 5", "data.workers was 0, is now 2"]
     assert run_dir.check_recipe(now, other, "run") == told
     with pytest.raises(
         InputError, match=r"another model: text_config.hidden_size was 64, is now 32"
@@ -138,7 +138,7 @@ def test_keys_that_are_younger_than_a_run(files):
 def fake_step(monkeypatch, values):
     """A step that costs nothing: values(number) -> (loss, gradient norm), or raises."""
 
-    def make(recipe, cfg, rule, join):
+    def make(recipe, cfg, rule, join, like=None):
         def step(state, frozen, packed):
             loss, norm = values(int(state.step) + 1)
             state = state.replace(step=state.step + 1)

@@ -51,7 +51,7 @@ def train(recipe: Recipe, out: Path) -> None:
         if processes.is_first():
             told = plain(as_dict(recipe)) | {"ckpt": whole_path(recipe.ckpt)}
             (out / run_dir.CONFIG).write_text(tomli_w.dumps(told))
-        with Watch(out, recipe, first) if processes.is_first() else Muted(out, first) as watch:
+        with Watch(out, recipe, first) if processes.is_first() else Muted() as watch:
             for line in noted:
                 watch.progress.say(f"going on from step {first}: {line}")
             run = Run(recipe, out, first, meta, mesh)
@@ -178,7 +178,7 @@ class Run:
         held = estimate.Held(self.state.weights, self.frozen, self.state)
         return estimate.memory(self.recipe, self.cfg, held)
 
-    def loop(self, watch: Watch, stop: Stop) -> None:
+    def loop(self, watch: Watch | Muted, stop: Stop) -> None:
         """Every step that is left, or those until `stop` is asked; what was done is saved."""
         done = processes.from_first(self.number in watch.evaluations.steps)
         if self.due_evaluation(self.number) and not done:
@@ -212,7 +212,7 @@ class Run:
         if stop.asked and self.number not in run_dir.saved_steps(self.out):
             self.save(watch, None, due=True)
 
-    def look_and_save(self, watch: Watch, stop: Stop, looks: bool, due: bool) -> None:
+    def look_and_save(self, watch: Watch | Muted, stop: Stop, looks: bool, due: bool) -> None:
         """Evaluates and saves; where evaluating fails or is cut short the step is saved all the same."""
         try:
             score = self.evaluate(watch, stop) if looks else None
@@ -244,7 +244,7 @@ class Run:
         self.position = None
         return drawn
 
-    def tell(self, watch: Watch, behind: int = 0) -> None:
+    def tell(self, watch: Watch | Muted, behind: int = 0) -> None:
         """Writes the steps down that were not yet, but for the last `behind`, which may still run."""
         while len(self.pending) > behind:
             number, metrics, drawn = self.pending.pop(0)
@@ -282,7 +282,7 @@ class Run:
             f"optimizer.learning_rate or look at these samples; the last checkpoint is of step {last}"
         )
 
-    def evaluate(self, watch: Watch, stop: Stop) -> float | None:
+    def evaluate(self, watch: Watch | Muted, stop: Stop) -> float | None:
         """The loss on the evaluation set, None where it is not finite; and answers if asked for.
 
         Raises Stopped where `stop` is asked in between; nothing is written then.
@@ -332,7 +332,7 @@ class Run:
         data: Data = dataclasses.replace(told, sources=sources, shuffle=False, workers=0)
         return self.make_feed(data, 0, once=True)
 
-    def save(self, watch: Watch, score: float | None, due: bool) -> None:
+    def save(self, watch: Watch | Muted, score: float | None, due: bool) -> None:
         """Saves where a checkpoint is due, and where the evaluation was one of the best."""
         watch.refused(self.feed.refused)
         if due or self.saved.is_best(score):

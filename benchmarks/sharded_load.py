@@ -1,0 +1,123 @@
+"""Memory of each process when a released 2B is read straight into shards, of both forms of files.
+
+    python -m benchmarks.sharded_load [--scratch DIR] [--mesh fsdp=4,tp=2]
+
+Two processes of four CPU devices read a checkpoint of the released shapes (random bf16 weights, 4.3 GB)
+over one mesh of eight; their anonymous memory is watched. The exit code is 1 where one took more than
+its share of the weights and 1.5 GiB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.convert import write_random
+from convert.to_orbax import to_orbax
+from qwen3vl_jax.options import mesh_sizes
+
+PROCESSES, DEVICES, ALLOWED = 2, 4, 3 << 29  # bytes beside the share
+
+
+def read(directory: Path, mesh: str, port: int, index: int) -> None:
+    """One process: loads, and prints seconds and the bytes that its devices hold."""
+    import jax
+
+    from qwen3vl_jax import load
+    from qwen3vl_jax.processes import Asked, start
+    from qwen3vl_jax.sharding import make_mesh
+
+    start(Asked(f"127.0.0.1:{port}", PROCESSES, index))
+    begun = time.perf_counter()
+    params, _ = load(directory, mesh=make_mesh(mesh_sizes(mesh) or {}))
+    seconds, leaves = time.perf_counter() - begun, jax.tree.leaves(params)
+    held = sum(shard.data.nbytes for x in leaves for shard in x.addressable_shards)
+    print(json.dumps({"seconds": seconds, "held": held}), flush=True)
+
+
+def anonymous(pid: int) -> int:
+    """RssAnon of a process in bytes, 0 once it is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+def watched(directory: Path, mesh: str) -> list[tuple[int, float, int]]:
+    """(peak RssAnon, seconds, bytes held) of each process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = f"--xla_force_host_platform_device_count={DEVICES}"
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "NPROC": "16", "XLA_FLAGS": flags}
+    command = [sys.executable, "-m", "benchmarks.sharded_load", "--mesh", mesh, "--read", directory]
+    children = [
+        subprocess.Popen(
+            [*command, f"--port={port}", f"--index={i}"], env=env, stdout=subprocess.PIPE, text=True
+        )
+        for i in range(PROCESSES)
+    ]
+    peaks = [0] * PROCESSES
+    while any(child.poll() is None for child in children):
+        peaks = [max(peak, anonymous(c.pid)) for peak, c in zip(peaks, children, strict=True)]
+        time.sleep(0.005)
+    found = []
+    for peak, child in zip(peaks, children, strict=True):
+        told, _ = child.communicate()
+        if child.returncode:
+            raise SystemExit(f"a process failed with exit code {child.returncode}")
+        result = json.loads(told.splitlines()[-1])
+        found.append((peak, result["seconds"], result["held"]))
+    return found
+
+
+def measure(scratch: Path, mesh: str) -> bool:
+    """Prints a line for each process and form; whether all stayed in bounds."""
+    source, orbax = scratch / "hf", scratch / "orbax"
+    source.mkdir()
+    total, _ = write_random(source, "2b")
+    bound = total // PROCESSES + ALLOWED
+    to_orbax(source, orbax)
+    good = True
+    for name, directory in (("Hugging Face", source), ("Orbax", orbax)):
+        for i, (peak, seconds, held) in enumerate(watched(directory, mesh)):
+            good &= peak <= bound
+            print(
+                f"{name:12s} process {i}: {held / 2**20:,.0f} MiB held of {total / 2**20:,.0f}, "
+                f"{seconds:.1f} s, peak RssAnon {peak / 2**20:,.0f} MiB of {bound / 2**20:,.0f} allowed "
+                f"({'ok' if peak <= bound else 'TOO MUCH'})",
+                flush=True,
+            )
+    return good
+
+
+def main() -> int:
+    """The command; the exit code is 1 if a bound is missed."""
+    parser = argparse.ArgumentParser("python -m benchmarks.sharded_load", description=__doc__)
+    parser.add_argument(
+        "--scratch", type=Path, help="where 9 GB are free; default: a temporary one"
+    )
+    parser.add_argument(
+        "--mesh", default="fsdp=4,tp=2", help="of eight devices, as infer.py has it"
+    )
+    parser.add_argument("--read", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--index", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.read:
+        read(options.read, options.mesh, options.port, options.index)
+        return 0
+    with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
+        return int(not measure(Path(folder), options.mesh))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""One file of lines answered by several processes, each a replica of the model with its own share.
+
+Every process keeps what it finished in a journal of its own, on a disk that the others see or not. At
+the end process 0 has all answers, in the order of the lines. Whoever is killed, the same command goes
+on, with any number of processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from orbax.checkpoint import multihost
+
+from qwen3vl_jax.batch_file import Settings, answer_lines, tell_errors, work_settings
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.journal import Journal, Line, Share, read_lines, results_in, share_path
+from qwen3vl_jax.processes import all_of, from_first
+from qwen3vl_jax.processing.processor import Processor
+
+_T = TypeVar("_T")
+SENT = 4 << 20  # bytes that a process sends at a time where the disk is not shared
+LONGEST = 30 * 24 * 3600 * 1000  # milliseconds that the first to finish waits for the last
+
+
+def answer_file_together(
+    load: Callable[[], tuple[Any, Any]],
+    proc: Processor,
+    source: Path,
+    out: Path,
+    settings: Settings,
+    made_with: Mapping[str, Any],
+    index: int,
+    count: int,
+) -> int:
+    """`batch_file.answer_file` by `count` processes that call it at once, this one the `index`th.
+
+    Process 0 writes `out`. Raises InputError as `answer_file` does, and where the processes do not see
+    the same lines.
+    """
+    lines, kept = _agreed(
+        lambda: (read_lines(source), work_settings(source, out, settings, made_with))
+    )
+    _check_alike(source, lines, kept)
+    first = _agreed(lambda: None if index else Journal(out, lines, kept))  # and what others left
+    with _agreed(lambda: first or Share(out, index, lines, kept)) as journal:
+        found = all_of(sorted(journal.done))
+        waiting = share_of(lines, {n for done in found for n in done}, index, count)
+        if waiting:
+            answer_lines(load, proc, source, settings, journal, waiting, index == 0)
+        multihost.get_barrier_sync_fn()(key="answered", timeout_ms=LONGEST)
+        _hand_over(first, out, index)
+        if not first:
+            share_path(out, index).unlink()
+        all_of(None)  # the others' journals are gone before that of process 0 goes
+    if first:
+        print(f"{out}: {len(lines)} lines of {count} processes", file=sys.stderr)
+        tell_errors(first)
+    return from_first(first.errors if first else 0)
+
+
+def _agreed(make: Callable[[], _T]) -> _T:
+    """make() of every process; where one refuses, all raise its InputError."""
+    made, told = None, ""
+    try:
+        made = make()
+    except InputError as e:
+        told = str(e)
+    if errors := [text for text in all_of(told) if text]:
+        raise InputError(errors[0])
+    return cast(_T, made)
+
+
+def share_of(lines: list[Line], done: set[int], index: int, count: int) -> list[Line]:
+    """What one process of `count` has to do of the lines that are not done."""
+    return [line for line in lines if line.number not in done][index::count]
+
+
+def _check_alike(source: Path, lines: list[Line], kept: Mapping[str, Any]) -> None:
+    text = repr([line.digest for line in lines]) + repr(sorted(kept.items(), key=repr))
+    found = all_of(hashlib.blake2b(text.encode(), digest_size=16).hexdigest())
+    if len(set(found)) > 1:
+        unlike = next(i for i, one in enumerate(found) if one != found[0])
+        raise InputError(
+            f"--input {source}: process {unlike} has other lines or options than process 0; give all "
+            "processes the same"
+        )
+
+
+def _hand_over(first: Journal | None, out: Path, index: int) -> None:
+    """Process 0 takes over the others' results: from their journals, or from them where it sees none."""
+    mine = "" if first else _digest(share_path(out, index))
+    told = all_of(mine)
+    seen = from_first([not d or _digest(share_path(out, i)) == d for i, d in enumerate(told)])
+    for i, there in enumerate(seen):
+        if first and there and i:
+            with share_path(out, i).open("rb") as file:
+                for text in _pieces(file):
+                    first.absorb(results_in(text))
+    rest = contextlib.nullcontext() if seen[index] else share_path(out, index).open("rb")
+    with rest as file:
+        pieces = _pieces(file) if file else iter(())
+        while any(sent := all_of(next(pieces, b"").decode())):
+            if first:
+                for text in sent:
+                    first.absorb(results_in(text.encode()))
+    if first:
+        first.sync()
+    all_of(None)  # from here on the others' journals may go
+
+
+def _pieces(file: Any) -> Iterator[bytes]:
+    """Whole lines of a file, SENT bytes and the rest of a line at a time."""
+    while lines := file.readlines(SENT):
+        yield b"".join(lines)
+
+
+def _digest(path: Path) -> str:
+    """Of a file's bytes; empty where there is none."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "blake2b").hexdigest()
+    except OSError:
+        return ""

@@ -1,0 +1,126 @@
+"""Several processes answer one file: each its share, all answers in order, whoever was killed."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import infer
+import qwen3vl_jax as q3
+from qwen3vl_jax.journal import Journal, Share, read_lines, share_path
+from qwen3vl_jax.replicas import share_of
+
+ROOT = Path(infer.__file__).parent
+LINES = 30
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """(the file of lines, the environment of a process, what one process answers)."""
+    folder = tmp_path_factory.mktemp("replicas")
+    lines = [
+        {"id": f"q{i}", "messages": [{"role": "user", "content": f"Say {i}."}], "logprobs": i == 3,
+         "temperature": float(i % 2), "max_new_tokens": 8 + i % 5}
+        for i in range(LINES)
+    ]  # fmt: skip
+    source = folder / "in.jsonl"
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines) + "not JSON\n")
+    env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+           "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+           "XLA_FLAGS": "--xla_backend_optimization_level=0"}  # fmt: skip
+    (child,) = start(source, [folder / "alone.jsonl"], env)
+    child.communicate()
+    assert child.returncode == 1  # one line could not be used
+    return source, env, (folder / "alone.jsonl").read_text()
+
+
+def start(source, outs, env):
+    """Processes that share a file, each with a name for its answers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, ROOT / "infer.py", "--input", source, "--dtype", "float32"]
+    command += ["--rows", "4"]
+    many = ["--coordinator", f"127.0.0.1:{port}", "--processes", str(len(outs))]
+    return [
+        subprocess.Popen(
+            [*command, "--output", out, *([*many, "--process", str(i)] if len(outs) > 1 else [])],
+            env=env, stderr=subprocess.PIPE, text=True,
+        )
+        for i, out in enumerate(outs)
+    ]  # fmt: skip
+
+
+def ended(children):
+    """What each said, once all have ended with the exit code of a line that could not be used."""
+    said = [child.communicate(timeout=120)[1] for child in children]
+    assert [child.returncode for child in children] == [1] * len(children), said
+    return said
+
+
+def answered(path):
+    return max(path.read_bytes().count(b"\n") - 1, 0) if path.exists() else 0
+
+
+def test_a_killed_share_is_taken_up_by_the_next_start(work, tmp_path):
+    """Killed in the middle, then again with two processes: the answers of one, each once."""
+    source, env, want = work
+    out = tmp_path / "out.jsonl"
+    children = start(source, [out, out], env)
+    while answered(share_path(out, 1)) < 5:
+        assert all(child.poll() is None for child in children), children[1].communicate()
+        time.sleep(0.005)
+    for child in children[::-1]:
+        os.kill(child.pid, signal.SIGKILL)
+        child.communicate()
+    left = answered(share_path(out, 1)), answered(tmp_path / "out.jsonl.journal")
+    assert 5 <= left[0] < LINES // 2 + 1
+    first, second = ended(start(source, [out, out], env))
+    assert "of 2 processes" in first and "1 of them could not be used" in first
+    assert "lines" not in second
+    assert out.read_text() == want
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl", "out.jsonl.journal"]
+
+
+def test_disks_that_are_not_shared(work, tmp_path):
+    """The others' answers are sent to process 0."""
+    source, env, want = work
+    outs = [tmp_path / name / "out.jsonl" for name in "ab"]
+    for out in outs:
+        out.parent.mkdir()
+    ended(start(source, outs, env))
+    assert outs[0].read_text() == want and not list(outs[1].parent.iterdir())
+
+
+def test_one_process_takes_over_what_several_left(tmp_path):
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(f"{i}\n" for i in range(6)))
+    lines = read_lines(source)
+    with Share(out, 2, lines, {"seed": 0}) as share:
+        share.add(lines[3], {"id": 3})
+        share.add(lines[4], {"id": 4, "error": "is tried again"})
+        with pytest.raises(q3.InputError, match="another process is writing"):
+            Journal(out, lines, {"seed": 0})
+    with pytest.raises(q3.InputError, match="seed 0, now it is 1"):
+        Journal(out, lines, {"seed": 1})
+    assert share_path(out, 2).exists()
+    with Journal(out, lines, {"seed": 0}) as journal:
+        assert journal.done == {4} and not share_path(out, 2).exists()
+        for line in list(journal.missing()):
+            journal.add(line, {"id": line.number - 1})
+    assert [json.loads(line)["id"] for line in out.read_text().splitlines()] == list(range(6))
+
+
+def test_shares_are_even_and_whole(tmp_path):
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(f"{i}\n" for i in range(11)))
+    lines, done = read_lines(source), {2, 3, 5}
+    shares = [share_of(lines, done, i, 3) for i in range(3)]
+    assert sorted(len(share) for share in shares) == [2, 3, 3]
+    assert {line.number for share in shares for line in share} == set(range(1, 12)) - done
