@@ -20,6 +20,7 @@ _FREE = frozenset((
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota",
     "partition-id", "replica-id", "opt-barrier", "while", "conditional", "call", "add-dependency",
 ))  # fmt: skip
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # in place; which operand is written
 _CLEAR = ("bitcast", "convert", "copy", "reshape", "transpose")  # the same values, looked through
 
 
@@ -112,8 +113,8 @@ def _inside(module: Module, name: str) -> Iterator[tuple[Instruction, bool]]:
 def _moved(module: Module, name: str, x: Instruction, kind: str, count: int) -> float:
     """Bytes that each of `count` devices receives."""
     parts = [n for n, _ in arrays(x.shape)]
-    if x.op.endswith("-start"):  # (what goes in, what comes out, ..)
-        parts = parts[1:2] if kind in ("all-gather", "collective-permute") else parts[:1]
+    if x.op.endswith("-start") and kind != "all-reduce":  # (what goes in, what comes out, ..)
+        parts = parts[len(x.operands) : 2 * len(x.operands)]
     out, share = sum(parts), (count - 1) / count
     if kind == "collective-permute":
         return float(out)
@@ -168,8 +169,11 @@ def _memory(module: Module, x: Instruction, shapes: dict[str, str]) -> float:
         return 2 * _main(x.shape)
     if x.op == "scatter":
         return 3 * _main(given[-1])
-    if x.op.endswith("-start"):  # its result repeats what goes in
-        return sum(map(_main, given)) + max((n for n, main in arrays(x.shape) if main), default=0)
+    if x.op == "slice-start":  # (whole, slice, ..)
+        n, main = list(arrays(x.shape))[1]
+        return n * (1 + main)
+    if x.op.endswith("-start") and x.shape.startswith("("):  # (what goes in, what comes out, ..)
+        return sum(n for n, main in list(arrays(x.shape))[:2] if main)
     return sum(map(_main, given)) + _main(x.shape)
 
 
@@ -193,9 +197,9 @@ def _touched(module: Module, name: str, number: int, shape: str) -> int:
                 continue
             if x.op in ("dynamic-slice", "slice", "gather") and x.operands[0] == value:
                 total += size(x.shape)
-            elif x.op == "dynamic-update-slice" and x.operands[0] == value:
+            elif x.op in _UPDATES and x.operands[0] == value:
                 pass  # written in place
-            elif x.op in _CLEAR:
+            elif x.op in _CLEAR and x is not module.roots[name]:
                 left.append(x.name)
             elif x.op == "fusion" and (inner := x.called("calls")):
                 places = [i for i, n in enumerate(x.operands) if n == value]
@@ -218,7 +222,7 @@ def _written(module: Module, name: str, shape: str) -> int:
         source = x
         while source.op in _CLEAR and source.operands and source.operands[0] in body:
             source = body[source.operands[0]]
-        update = source.op == "dynamic-update-slice"
-        small = size(body[source.operands[1]].shape) if update else full
+        update = _UPDATES.get(source.op)
+        small = full if update is None else size(body[source.operands[update]].shape)
         total += small if main else 0
     return total
