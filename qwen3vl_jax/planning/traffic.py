@@ -156,6 +156,10 @@ def _ints(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split(",")))
 
 
+# Of an array that is changed in place only the change is moved: how often, and which operand it is.
+_UPDATED = {"dynamic-update-slice": (2, 1), "scatter": (3, -1)}
+
+
 def _memory(module: Module, x: Instruction, shapes: dict[str, str]) -> float:
     """Bytes of main memory that one instruction reads and writes."""
     given = [shapes.get(name, "") for name in x.operands]
@@ -163,12 +167,11 @@ def _memory(module: Module, x: Instruction, shapes: dict[str, str]) -> float:
     if inner is not None:
         reads = sum(_touched(module, inner, i, s) for i, s in enumerate(given))
         return reads + _written(module, inner, x.shape)
-    if x.op == "dynamic-update-slice":
-        return 2 * _main(given[1])
+    if x.op in _UPDATED:
+        times, at = _UPDATED[x.op]
+        return times * _main(given[at])
     if x.op in ("dynamic-slice", "slice", "gather"):
         return 2 * _main(x.shape)
-    if x.op == "scatter":
-        return 3 * _main(given[-1])
     if x.op == "slice-start":  # (whole, slice, ..)
         n, main = list(arrays(x.shape))[1]
         return n * (1 + main)
