@@ -169,12 +169,17 @@ def _memory(module: Module, x: Instruction, shapes: dict[str, str]) -> float:
         return 2 * _main(x.shape)
     if x.op == "scatter":
         return 3 * _main(given[-1])
-    if x.op == "slice-start":  # (whole, slice, ..)
-        n, main = list(arrays(x.shape))[1]
-        return n * (1 + main)
-    if x.op.endswith("-start") and x.shape.startswith("("):  # (what goes in, what comes out, ..)
-        return sum(n for n, main in list(arrays(x.shape))[:2] if main)
+    if x.op.endswith("-start") and x.shape.startswith("("):
+        return _started(x)
     return sum(map(_main, given)) + _main(x.shape)
+
+
+def _started(x: Instruction) -> float:
+    """`_memory` of a copy, slice or exchange that runs beside others; its result begins with its input."""
+    ends = list(arrays(x.shape))[:2]
+    if x.op == "slice-start":  # reads as much as it writes
+        return ends[1][0] * (1 + ends[1][1])
+    return sum(n for n, main in ends if main)
 
 
 def _main(shape: str) -> int:
