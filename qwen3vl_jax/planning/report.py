@@ -132,7 +132,9 @@ def _add_traffic(out: Table, plan: Plan) -> None:
     moved, work, count = plan.moved, plan.program.work, plan.machine.devices
     assert moved is not None
     again = work.again / work.model - 1
-    told = f"counted from shapes; {again:.0%} more with what is computed again"
+    told = "counted from shapes"
+    if again:
+        told += f"; {again:.0%} more with what is computed again"
     out.add_row("FLOPs", f"{work.model / count:.3g}", f"of a device; {told}")
     loops = f"; {moved.unknown_loops} loops of unknown length count once" * bool(
         moved.unknown_loops

@@ -156,10 +156,6 @@ def _ints(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split(",")))
 
 
-# Of an array that is changed in place only the change is moved: how often, and which operand it is.
-_UPDATED = {"dynamic-update-slice": (2, 1), "scatter": (3, -1)}
-
-
 def _memory(module: Module, x: Instruction, shapes: dict[str, str]) -> float:
     """Bytes of main memory that one instruction reads and writes."""
     given = [shapes.get(name, "") for name in x.operands]
@@ -167,17 +163,23 @@ def _memory(module: Module, x: Instruction, shapes: dict[str, str]) -> float:
     if inner is not None:
         reads = sum(_touched(module, inner, i, s) for i, s in enumerate(given))
         return reads + _written(module, inner, x.shape)
-    if x.op in _UPDATED:
-        times, at = _UPDATED[x.op]
-        return times * _main(given[at])
+    if x.op == "dynamic-update-slice":
+        return 2 * _main(given[1])
     if x.op in ("dynamic-slice", "slice", "gather"):
         return 2 * _main(x.shape)
-    if x.op == "slice-start":  # (whole, slice, ..)
-        n, main = list(arrays(x.shape))[1]
-        return n * (1 + main)
-    if x.op.endswith("-start") and x.shape.startswith("("):  # (what goes in, what comes out, ..)
-        return sum(n for n, main in list(arrays(x.shape))[:2] if main)
+    if x.op == "scatter":
+        return 3 * _main(given[-1])
+    if x.op.endswith("-start") and x.shape.startswith("("):
+        return _started(x)
     return sum(map(_main, given)) + _main(x.shape)
+
+
+def _started(x: Instruction) -> float:
+    """`_memory` of a copy, slice or exchange that runs beside others; its result begins with its input."""
+    ends = list(arrays(x.shape))[:2]
+    if x.op == "slice-start":  # reads as much as it writes
+        return ends[1][0] * (1 + ends[1][1])
+    return sum(n for n, main in ends if main)
 
 
 def _main(shape: str) -> int:
