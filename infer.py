@@ -17,9 +17,11 @@ from qwen3vl_jax import processes
 from qwen3vl_jax.cli import Clock, memory_advice, one_line_errors, parts, sizes
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.options import arguments, check, input_options, mesh_sizes
+from qwen3vl_jax.planning.chips import prepare_environment, read_machine
 
 HERE = Path(__file__).resolve().parent
 DEMO, DEMO_PICTURE = HERE / "demo" / "checkpoint", HERE / "demo" / "pictures" / "grid.png"
+PLANNED_LENGTH = 32768  # tokens of prompt and answer that --plan reckons with without --max-len
 DEMO_PROMPT = "Read the digits row by row."
 
 
@@ -233,6 +235,21 @@ def measure(args: argparse.Namespace, scope: contextlib.ExitStack) -> None:
         print(json.dumps({"document": name, "score": round(float(score), 7)}))
 
 
+def plan(args: argparse.Namespace) -> None:
+    """Compiles a decode step and a prefill for a machine that is not here."""
+    machine = read_machine(args.plan, args.slices)
+    prepare_environment(machine)
+    import jax.numpy as jnp
+
+    from qwen3vl_jax.planning.command import plan_serving
+    from qwen3vl_jax.planning.serving import Serving
+
+    dtype = jnp.dtype(args.dtype or "bfloat16")
+    asked = Serving(args.rows, args.max_len or PLANNED_LENGTH, args.prefill_chunk, dtype)
+    sizes = mesh_sizes(args.mesh) or {"tensor": -1}
+    plan_serving(str(args.ckpt or DEMO), machine, sizes, asked, args.save)
+
+
 def answer(args, directory, processor, arrays, limit, scope) -> str:
     """Loads the weights, prints the answer (timing on stderr) and returns it."""
     import qwen3vl_jax as q3
@@ -290,7 +307,9 @@ def main(argv: list[str] | None = None) -> None:
     start, args = time.perf_counter(), arguments(argv, (__doc__ or "").split("\n")[0])
     with one_line_errors(), contextlib.ExitStack() as scope:
         check(args)
-        if args.chat:
+        if args.plan:
+            plan(args)
+        elif args.chat:
             chat(args, scope)
         elif args.input:
             batch(args)

@@ -15,6 +15,12 @@ from pathlib import Path
 from qwen3vl_jax import processes
 from qwen3vl_jax.cli import EXPECTED, report
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.planning.chips import (
+    add_plan_arguments,
+    check_plan_arguments,
+    prepare_environment,
+    read_machine,
+)
 from qwen3vl_jax.training.checks import check_run
 from qwen3vl_jax.training.determinism import COST, make_deterministic
 from qwen3vl_jax.training.recipe import Recipe, read_recipe
@@ -32,14 +38,37 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="print parameters, memory, steps and one sample with its mask; train nothing",
     )
+    add_plan_arguments(parser)
+    parser.add_argument(
+        "--tries",
+        type=int,
+        default=4,
+        metavar="N",
+        help="with --plan: compiles spent on the largest batch that fits, or on --search; 0: none",
+    )
+    parser.add_argument(
+        "--search", action="store_true", help="with --plan: try meshes and remat policies"
+    )
     processes.add_arguments(parser)
     parser.add_argument(
         "changes", nargs="*", metavar="key=value", help="instead of what the recipe says"
     )
     args = parser.parse_intermixed_args(argv)
-    if not args.out and not args.dry_run:
-        parser.error("the following arguments are required: --out (or --dry-run)")
+    if not args.out and not args.dry_run and not args.plan:
+        parser.error("the following arguments are required: --out (or --dry-run, or --plan)")
     return args
+
+
+def plan(args: argparse.Namespace, recipe: Recipe) -> None:
+    """Compiles the recipe's step for a machine that is not here."""
+    machine = read_machine(args.plan, args.slices)
+    prepare_environment(machine)
+    from qwen3vl_jax.planning import command
+
+    if args.search:
+        command.search_training(recipe, machine, args.tries)
+    else:
+        command.plan_training(recipe, machine, args.save, args.tries)
 
 
 def train(recipe: Recipe, out: Path, asked: processes.Asked | None = None) -> None:
@@ -61,7 +90,10 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     try:
         recipe = read_recipe(args.config, args.changes)
-        if args.dry_run:
+        check_plan_arguments(args)
+        if args.plan:
+            plan(args, recipe)
+        elif args.dry_run:
             from qwen3vl_jax.training.dryrun import dry_run
 
             dry_run(recipe)

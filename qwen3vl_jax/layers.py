@@ -72,7 +72,7 @@ def linear_fp32(x: jax.Array, w: Weight | Adapted, in_dims: int = 1) -> jax.Arra
     flat = (
         platform() == "cpu" and not mesh_sizes()
     )  # to merge axes that a mesh cuts would gather them
-    y = _flat_product(x, values, in_dims) if flat else product(x, values, in_dims)
+    y: Any = _flat_product(x, values, in_dims) if flat else product(x, values, in_dims)
     return y if factor is None else y * factor
 
 
@@ -83,7 +83,8 @@ def _flat_product(x: jax.Array, w: jax.Array, in_dims: int) -> jax.Array:
     x2, w2 = x.reshape(rows, width), w.reshape(-1, width)
     if rows == 1 and x.dtype == jnp.bfloat16:
         x2 = jnp.repeat(x2, 2, axis=0)  # XLA:CPU has no fast bf16 vector-matrix product
-    return product(x2, w2)[:rows].reshape(*lead, *out)
+    y: Any = product(x2, w2)
+    return y[:rows].reshape(*lead, *out)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qwen3vl_jax.cli import Parser
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.planning.chips import add_plan_arguments
 from qwen3vl_jax.processes import add_arguments as add_process_arguments
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "min_new_tokens",
@@ -22,11 +23,17 @@ MODES = {
     ),
     "embed": ("it prints a vector, no answer", _OF_ANSWERS),
     "rerank": ("it prints scores, no answer", _OF_ANSWERS),
+    "plan": (
+        "it compiles and answers nothing",
+        ("image", "video", "prompt", "system", "messages", "stream", "draw", "answers"),
+    ),
 }
 # --mesh: the axes of sharding.AXES and their short names.
 MESH_AXES = {"dp": "data", "fsdp": "fsdp", "ep": "expert", "sp": "sequence", "tp": "tensor"}
 NEEDS = {
-    **dict.fromkeys(("rows", "coordinator", "processes", "process", "distributed"), ("input",)),
+    "rows": ("input", "plan"),
+    **dict.fromkeys(("slices", "save"), ("plan",)),
+    **dict.fromkeys(("coordinator", "processes", "process", "distributed"), ("input",)),
     "dims": ("embed",),
     "instruction": ("embed", "rerank"),
 }
@@ -123,6 +130,7 @@ def arguments(argv: list[str] | None, description: str) -> argparse.Namespace:
         help="special tokens spelled in the text are special",
     )
     add_process_arguments(p)
+    add_plan_arguments(p)
     return p.parse_args(argv)
 
 

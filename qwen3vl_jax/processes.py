@@ -76,10 +76,14 @@ def start(asked: Asked | None) -> tuple[int, int]:
 
     if (os.environ.get("JAX_PLATFORMS") or "").startswith("cpu"):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    known = (asked.coordinator, asked.count, asked.index) if asked.coordinator else ()
+    known: dict[str, Any] = {}
+    if asked.coordinator:
+        known = dict(
+            zip(("coordinator_address", "num_processes", "process_id"), asked, strict=True)
+        )
     try:
         jax.distributed.initialize(
-            *known, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT
+            **known, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT
         )
     except (RuntimeError, ValueError) as error:
         raise InputError(f"several processes: {' '.join(str(error).split())[:300]}") from error

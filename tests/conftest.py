@@ -79,8 +79,12 @@ def _compiled_programs_end_with_their_file():
         gc.collect()
 
 
-def pytest_report_header() -> str:
-    """One line: with what the model is compared, or which files need torch."""
-    if HAS_TORCH:
-        return "parity: torch and transformers are installed, every file is collected"
-    return f"parity: torch is not installed, left out: {', '.join(collect_ignore)}"
+def pytest_report_header() -> list[str]:
+    """Two lines: with what the model is compared, whether a TPU program is compiled."""
+    parity = "torch and transformers are installed, every file is collected"
+    if not HAS_TORCH:
+        parity = f"torch is not installed, left out: {', '.join(collect_ignore)}"
+    tpu = "libtpu is installed, one TPU program is compiled"
+    if importlib.util.find_spec("libtpu") is None:
+        tpu = "libtpu is not installed (the extra tpu), left out: the TPU program of test_plan.py"
+    return [f"parity: {parity}", f"planner: {tpu}"]

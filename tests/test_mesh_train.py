@@ -126,10 +126,8 @@ def test_tokens_find_their_experts_on_other_devices(run, chosen, monkeypatch):
     x = jax.random.normal(keys[0], (4, 8, d))
     gate_up = jax.random.normal(keys[1], (e, d, 2 * m)) * d**-0.5
     down = jax.random.normal(keys[2], (e, m, d)) * m**-0.5
-    if chosen == "one":
-        which = jnp.full((4, 8, 1), 5)
-    else:
-        which = jax.random.randint(keys[3], (4, 8, a), 0, e)
+    which = jax.random.randint(keys[3], (4, 8, a), 0, e)
+    which = jnp.full((4, 8, 1), 5) if chosen == "one" else which
     share = jax.nn.softmax(jax.random.normal(keys[4], which.shape))
     monkeypatch.setattr(moe, "platform", lambda: "cpu" if run == "scan" else "tpu")
 

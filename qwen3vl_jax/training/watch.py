@@ -126,10 +126,10 @@ class Watch:
 class Muted:
     """The Watch of a process that tells nothing; the first one speaks for all."""
 
-    def __init__(self, out: Path, first: int = 0):
-        self.evaluations = self.progress = self
-
     steps: tuple[int, ...] = ()
+
+    def __init__(self) -> None:
+        self.evaluations = self.progress = self
 
     def __enter__(self) -> Muted:
         return self

@@ -1,0 +1,142 @@
+"""Names of machines, v5p:4x8x8 or h100:8, and what their chips can do. No jax."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import os
+import re
+from pathlib import Path
+
+from qwen3vl_jax.errors import InputError
+
+_GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One kind of chip. Rates are those of a jax device, in bytes or floating-point operations a second.
+
+    hbm is what a program may use. link is one direction of one link: of ICI, or of NVLink as a whole;
+    network is a device's share of its host's cards.
+    """
+
+    platform: str  # tpu or gpu
+    axes: int  # of its torus; a GPU's is a line
+    devices: int  # jax devices a chip
+    hbm: int  # bytes
+    flops: float  # dense bf16
+    hbm_rate: float
+    link: float
+    network: float
+    sizes: str  # an example
+
+
+# TPUs: cloud.google.com/tpu/docs/v4 .. v6e, tpu7x: peak bf16 and HBM bandwidth of a chip, its ICI (both
+# directions of all ports: 400, 800, 1200 GB/s), the network cards of a host. hbm: what XLA's compiler
+# says is available. GPUs: NVIDIA's data sheets of the SXM boards, NVLink 4 at 450 GB/s a direction, one
+# 400 Gb/s card a GPU as in DGX; hbm: of which jax takes all but a part for CUDA itself.
+CHIPS: dict[str, Chip] = {
+    "v4": Chip(
+        "tpu", 3, 2, round(15.25 * _GIB), 275e12 / 2, 1228e9 / 2, 50e9 / 2, 6.25e9 / 2, "2x2x2"
+    ),
+    "v5e": Chip("tpu", 2, 1, round(15.75 * _GIB), 197e12, 819e9, 50e9, 3.125e9, "4x4"),
+    "v5p": Chip("tpu", 3, 1, round(95.74 * _GIB), 459e12, 2765e9, 100e9, 6.25e9, "4x8x8"),
+    "v6e": Chip("tpu", 2, 1, round(31.25 * _GIB), 918e12, 1640e9, 100e9, 12.5e9, "4x4"),
+    "tpu7x": Chip(
+        "tpu", 3, 2, round(94.75 * _GIB), 2307e12 / 2, 7380e9 / 2, 100e9 / 2, 12.5e9, "4x4x4"
+    ),
+    "h100": Chip("gpu", 1, 1, round(79.1 * _GIB), 989e12, 3352e9, 450e9, 50e9, "8"),
+    "h200": Chip("gpu", 1, 1, round(140.0 * _GIB), 989e12, 4800e9, 450e9, 50e9, "8"),
+}
+GPUS_A_HOST = 8
+_QUIET = {  # else libtpu asks the cloud's metadata server, and says that it is not there
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # two plans at once
+    "TF_CPP_MIN_LOG_LEVEL": "2",
+    "TPU_STDERR_LOG_LEVEL": "2",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """So many slices of one shape of one chip."""
+
+    name: str
+    shape: tuple[int, ...]
+    slices: int = 1
+
+    @property
+    def chip(self) -> Chip:
+        """What its chips can do."""
+        return CHIPS[self.name]
+
+    @property
+    def chips(self) -> int:
+        """How many chips are paid for."""
+        return math.prod(self.shape) * self.slices
+
+    @property
+    def devices(self) -> int:
+        """How many devices jax sees."""
+        return self.chips * self.chip.devices
+
+    def __str__(self) -> str:
+        name = f"{self.name}:{'x'.join(map(str, self.shape))}"
+        return name if self.slices == 1 else f"{self.slices} slices of {name}"
+
+
+def read_machine(text: str, slices: int = 1) -> Machine:
+    """A machine from its name, as v5p:4x8x8 or h100:8. Raises InputError with the known forms."""
+    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", text.strip().lower())
+    known = ", ".join(f"{name}:{chip.sizes}" for name, chip in CHIPS.items())
+    if not found or found[1] not in CHIPS:
+        raise InputError(f"--plan {text!r}: unknown machine, expected one like {known}")
+    name, shape = found[1], tuple(map(int, found[2].split("x")))
+    chip = CHIPS[name]
+    if len(shape) != chip.axes or min(shape) < 1:
+        raise InputError(
+            f"--plan {text!r}: {name} has {chip.axes} sizes from 1, expected one like "
+            f"{name}:{chip.sizes}"
+        )
+    if slices < 1 or (slices > 1 and chip.platform != "tpu"):
+        raise InputError(f"--slices is {slices}, expected a number from 1, and 1 for {name}")
+    if chip.platform == "gpu" and shape[0] > GPUS_A_HOST and shape[0] % GPUS_A_HOST:
+        raise InputError(
+            f"--plan {text!r}: expected up to {GPUS_A_HOST} GPUs, or whole hosts of {GPUS_A_HOST}"
+        )
+    return Machine(name, shape, slices)
+
+
+def prepare_environment(machine: Machine) -> None:
+    """Sets what must be set before jax is imported: compile for the machine, run nothing."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if machine.chip.platform == "gpu":
+        # There is no GPU to time kernels on.
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_autotune_level=0".strip()
+
+
+def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the planner that train.py and infer.py share."""
+    add = parser.add_argument
+    add("--plan", metavar="MACHINE", help="compile for a machine that is not here, as v5p:4x8x8 or "
+        "h100:8, and print whether it fits and how fast it could be")  # fmt: skip
+    add("--slices", type=int, default=1, help="with --plan: so many of it, over the network")
+    add("--save", type=Path, metavar="FILE", help="with --plan: write the compiled program")
+
+
+def check_plan_arguments(args: argparse.Namespace) -> None:
+    """Raises InputError for an option of --plan without it."""
+    defaults = {"slices": 1, "save": None, "search": False}
+    for name, default in defaults.items():
+        if not args.plan and getattr(args, name, default) != default:
+            raise InputError(f"--{name} means something with --plan alone")
+    if getattr(args, "tries", 0) < 0:
+        raise InputError(f"--tries is {args.tries}, expected a number from 0")

@@ -1,0 +1,135 @@
+"""`train.py --plan`: compiles a recipe's step for a machine that is not here, and tells of it."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+
+from qwen3vl_jax.config import Config
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.planning import compiling
+from qwen3vl_jax.planning.chips import Machine
+from qwen3vl_jax.planning.largest import LEVEL, largest
+from qwen3vl_jax.planning.program import Program, config_of, training_step
+from qwen3vl_jax.planning.report import Plan, best, likeliest, plan_of, table
+from qwen3vl_jax.planning.search import Candidate, candidates
+from qwen3vl_jax.planning.serving import Serving, decoding, prefilling
+from qwen3vl_jax.planning.topology import devices_of
+from qwen3vl_jax.sharding import AXES, make_mesh, rows_parts
+from qwen3vl_jax.training.recipe import Recipe
+
+
+def plan_training(
+    recipe: Recipe, machine: Machine, save: Path | None = None, tries: int = 4,
+    console: Console | None = None,
+) -> Plan:  # fmt: skip
+    """Prints the plan of a run. tries: compiles spent on the largest batch, 0 leaves it out.
+
+    Raises InputError for what cannot be compiled; a program without room is a verdict.
+    """
+    console = console or _console()
+    cfg = config_of(recipe.ckpt)
+    program = program_of(recipe, cfg, machine)
+    done = watched(console, program, f"compiling {recipe.ckpt} for {machine}")
+    plan = plan_of(machine, program, done)
+    found = _largest(recipe, cfg, plan, tries, console) if tries else ""
+    console.print(table(plan, f"{recipe.ckpt}: one step", found))
+    saved(plan, save, console)
+    return plan
+
+
+def search_training(
+    recipe: Recipe, machine: Machine, tries: int, console: Console | None = None
+) -> list[tuple[Candidate, Plan]]:
+    """Compiles the likeliest meshes and remat policies, and prints them, the fastest that fits first.
+
+    tries: how many are compiled; 0 prints what the estimate says. Raises InputError.
+    """
+    console = console or _console()
+    cfg = config_of(recipe.ckpt)
+    found, plans = candidates(recipe, cfg, machine), []
+    for number, each in enumerate(found[:tries], 1):
+        try:
+            program = program_of(each.recipe, cfg, machine)
+        except InputError as error:
+            print(f"{each}: {error}", file=sys.stderr)
+            continue
+        done = watched(console, program, f"compiling {number} of {tries}: {each}", LEVEL)
+        plans.append((each, plan_of(machine, program, done)))
+        print(f"{each}: {plans[-1][1].cause or 'fits'} ({done.seconds:.0f} s)", file=sys.stderr)
+    plans.sort(key=lambda pair: pair[1].times.most if pair[1].fits and pair[1].times else math.inf)
+    told = f"{recipe.ckpt} on {machine}: {len(found)} of the meshes may fit"
+    console.print(best(plans, told) if tries else likeliest(found[:10], told))
+    return plans
+
+
+def plan_serving(
+    ckpt: str, machine: Machine, sizes: Mapping[str, int], asked: Serving, save: Path | None = None,
+    console: Console | None = None,
+) -> tuple[Plan, Plan]:  # fmt: skip
+    """Prints the plans of a decode step and of a prefill; save: where the decode step goes.
+
+    Raises InputError for what cannot be compiled.
+    """
+    console = console or _console()
+    cfg, mesh = config_of(ckpt), make_mesh(sizes, devices_of(machine))
+    plans = []
+    for name, make in (("a decode step", decoding), ("a prefill", prefilling)):
+        program = make(cfg, mesh, asked)
+        done = watched(console, program, f"compiling {name} for {machine}")
+        plans.append(plan_of(machine, program, done))
+        told = f"{ckpt}: {name}, {asked.rows} rows of {asked.slots:,} tokens"
+        console.print(table(plans[-1], told))
+    saved(plans[0], save, console)
+    return plans[0], plans[1]
+
+
+def program_of(recipe: Recipe, cfg: Config, machine: Machine) -> Program:
+    """The step of a recipe over its mesh of a machine's devices. Raises InputError."""
+    sizes = {name: getattr(recipe.mesh, name) for name in AXES}
+    return training_step(recipe, cfg, make_mesh(sizes, devices_of(machine)))
+
+
+def watched(console: Console, program: Program, what: str, level: str = "") -> compiling.Compiled:
+    """`compiled`, with a line about it while it lasts."""
+    with console.status(what) if console.is_terminal else console.capture():
+        return compiling.compiled(program, level)
+
+
+def saved(plan: Plan, path: Path | None, console: Console) -> None:
+    """Writes the compiled program where one was asked for and there is one."""
+    if path is not None and plan.done.executable is not None:
+        size = compiling.save(plan.done, path)
+        console.print(f"{path}: the compiled program, {size / 2**20:,.0f} MiB", markup=False)
+
+
+def _largest(recipe: Recipe, cfg: Config, plan: Plan, tries: int, console: Console) -> str:
+    """What is known of the largest pack.rows after some compiles."""
+    parts = rows_parts(plan.program.mesh)
+    held = sum(plan.program.held.values())
+    room = plan.machine.chip.hbm
+    if held > room:
+        return "none: what a device holds before the step is more than its memory"
+
+    def peak(tried: Recipe) -> int | None:
+        rows = tried.pack.rows
+        program = program_of(tried, cfg, plan.machine)
+        done = watched(console, program, f"compiling for {rows} rows at {LEVEL}", LEVEL)
+        told = "no room" if done.cause else f"{done.peak / 2**30:.2f} GiB"
+        print(f"pack.rows={rows}: {told} ({done.seconds:.0f} s)", file=sys.stderr)
+        return None if done.cause else done.peak
+
+    known = plan.done.peak if plan.fits else None
+    fits, fails = largest(recipe, parts, known, room, held, peak, tries)
+    if not fits:
+        return f"none, {fails} rows do not fit"
+    return f"pack.rows={fits}" + (f" to {fails - parts}" if fails - fits > parts else "")
+
+
+def _console() -> Console:
+    wide = sys.stdout.isatty()
+    return Console(highlight=False, width=None if wide else 130)

@@ -1,0 +1,133 @@
+"""One ahead-of-time compile: what it needed, what XLA refused, and what it warned of."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import resource
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.planning.program import Program
+
+_OVER = (  # (what, how much, of how much) in XLA's words
+    r"required for (HLO temporaries|[^()]*?) \((\S+)\) exceeds available HBM \((\S+?)\)",
+    r"(Used) (\S+) of (\S+) hbm",
+)
+_RESHARDED = re.compile(r"Involuntary full rematerialization.*?HLO operation:? %?(.*)")
+
+
+class Compiled(NamedTuple):
+    """What came of a program; executable None where there is no room for it."""
+
+    executable: Any
+    cause: str  # XLA's own, "" for none
+    resharded: Counter[
+        str
+    ]  # arrays that every device gets whole on their way from one layout to another
+    seconds: float
+    cpu_seconds: float
+    rss: float  # bytes, the most of this process
+
+    @property
+    def peak(self) -> int:
+        """Bytes of a device's memory at the fullest moment."""
+        return self.executable.memory_analysis().peak_memory_in_bytes
+
+
+def compiled(program: Program, level: str = "") -> Compiled:
+    """Compiles a program. level: XLA's (O0, O1), "" for that of a real run.
+
+    Raises InputError for what XLA refuses for another cause than memory.
+    """
+    begin, cpu = time.perf_counter(), time.process_time()
+    executable, cause = None, ""
+    with _level(level), jax.set_mesh(program.mesh), _stderr() as told:
+        try:
+            executable = program.fn.lower(*program.args).compile()
+        except jax.errors.JaxRuntimeError as error:
+            cause = refusal(str(error))
+    return Compiled(
+        executable, cause, resharded("".join(told)), time.perf_counter() - begin,
+        time.process_time() - cpu, _peak_rss(),
+    )  # fmt: skip
+
+
+def refusal(message: str) -> str:
+    """The numbers of XLA's message about memory. Raises InputError for another one."""
+    for pattern in _OVER:
+        if found := re.search(pattern, message):
+            what = "the program" if found[1] == "Used" else found[1]
+            return f"{what} {found[2]} of {found[3]} HBM"
+    first = " ".join(message.split())[:300]
+    if "RESOURCE_EXHAUSTED" in message and "vmem" not in message:
+        return first
+    raise InputError(f"XLA does not compile the program: {first}")
+
+
+def resharded(text: str) -> Counter[str]:
+    """The operations that XLA warns of, from what it writes to stderr, and how often."""
+    found: Counter[str] = Counter()
+    for line in _RESHARDED.findall(text):
+        name = re.search(r'op_name="([^"]*)"', line)
+        shape = re.search(r"= (\w+\[[\d,]*\])", line)
+        found[f"{shape[1] if shape else ''} {name[1] if name else line[:120]}".strip()] += 1
+    return found
+
+
+@contextlib.contextmanager
+def _level(level: str) -> Iterator[None]:
+    before = jax.config.jax_optimization_level  # type: ignore[attr-defined]
+    try:
+        if level:
+            jax.config.update("jax_optimization_level", level)
+        yield
+    finally:
+        jax.config.update("jax_optimization_level", before)
+
+
+@contextlib.contextmanager
+def _stderr() -> Iterator[list[str]]:
+    """Takes what the compiler's own code writes to stderr into the list, at the end."""
+    told: list[str] = []
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield told
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+            file.seek(0)
+            told.append(file.read().decode(errors="replace"))
+
+
+def _peak_rss() -> float:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+def save(done: Compiled, path: Path) -> int:
+    """Writes a compiled program for `load`; returns its bytes. Raises InputError where jax cannot."""
+    import pickle
+
+    from jax.experimental import serialize_executable
+
+    try:
+        payload = serialize_executable.serialize(done.executable)
+        data = pickle.dumps(payload)
+    except Exception as error:  # it depends on the back end, whose errors have no common class
+        raise InputError(f"--save {path}: this program cannot be saved: {error}") from None
+    path.write_bytes(data)
+    return len(data)

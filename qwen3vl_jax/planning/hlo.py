@@ -1,0 +1,128 @@
+"""The text of a compiled XLA program as computations of instructions, with what loops repeat."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+_BYTES = {"pred": 1, "token": 0, "opaque": 0}  # others end in their bits: bf16, s32, f8e4m3fn
+_ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?")
+_NAME = re.compile(r"%([\w.\-]+)")
+_CALLED = re.compile(r"\b(calls|to_apply|condition|body)=%?([\w.\-]+)")
+_BRANCHES = re.compile(
+    r"\b(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+))"
+)
+_FAST = re.compile(r"S\([1-9]\d*\)")  # a memory space other than the device's main memory
+
+
+class Instruction(NamedTuple):
+    """One line of a computation."""
+
+    name: str
+    shape: str  # as written; a tuple is in parentheses
+    op: str
+    operands: tuple[str, ...]  # names
+    given: str  # what stands between the parentheses
+    rest: str  # attributes
+
+    def called(self, key: str) -> str | None:
+        """The computation of an attribute: calls, body, condition, to_apply."""
+        return next((name for k, name in _CALLED.findall(self.rest) if k == key), None)
+
+    def branches(self) -> list[str]:
+        """The computations of a conditional."""
+        found = _BRANCHES.findall(self.rest)
+        return [n for many, one in found for n in ([one] if one else _NAME.findall(many))]
+
+
+Computation = list[Instruction]  # the last is not always the root
+
+
+class Module(NamedTuple):
+    """A program: its computations by name, the entry, and the root of each."""
+
+    computations: dict[str, Computation]
+    entry: str
+    roots: dict[str, Instruction]
+
+
+def parse(text: str) -> Module:
+    """Reads HLO text as `compiled.as_text()` gives it."""
+    computations: dict[str, Computation] = {}
+    roots, entry, current = {}, "", ""
+    for line in text.splitlines():
+        if line.startswith(("%", "ENTRY")) and line.endswith("{"):
+            current = _NAME.search(line)[1]  # type: ignore[index]
+            computations[current] = []
+            entry = current if line.startswith("ENTRY") else entry
+        elif line.startswith("  ") and " = " in line and current:
+            name, _, right = line.strip().partition(" = ")
+            found = _instruction(name.removeprefix("ROOT ").lstrip("%"), right)
+            computations[current].append(found)
+            if name.startswith("ROOT "):
+                roots[current] = found
+    return Module(computations, entry, roots)
+
+
+def _instruction(name: str, right: str) -> Instruction:
+    end = _closing(right, 0) + 1 if right.startswith("(") else right.index(" ")
+    shape, right = right[:end], right[end:].lstrip()
+    start = right.index("(")
+    end = _closing(right, start)
+    given = right[start + 1 : end]
+    return Instruction(
+        name, shape, right[:start], tuple(_NAME.findall(given)), given, right[end + 1 :]
+    )
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the parenthesis that opens at `start` closes."""
+    depth = 0
+    for found in re.compile(r"[()]").finditer(text, start):
+        depth += 1 if found[0] == "(" else -1
+        if not depth:
+            return found.start()
+    return len(text) - 1
+
+
+def arrays(shape: str) -> Iterator[tuple[int, bool]]:
+    """(bytes, whether in main memory) of each array of a shape."""
+    for kind, dims, layout in _ARRAY.findall(shape):
+        count = 1
+        for n in dims.split(",") if dims else ():
+            count *= int(n)
+        yield -(-count * _bits(kind) // 8), not _FAST.search(layout)
+
+
+def _bits(kind: str) -> int:
+    if kind in _BYTES:
+        return 8 * _BYTES[kind]
+    found = re.search(r"\d+", kind)
+    return int(found[0]) if found else 0
+
+
+def size(shape: str) -> int:
+    """Bytes of all arrays of a shape."""
+    return sum(n for n, _ in arrays(shape))
+
+
+def trip_count(module: Module, loop: Instruction) -> int | None:
+    """How often a while loop runs: its compiler says so, or it counts up to a constant; else None."""
+    if told := re.search(r'known_trip_count"?\s*:\s*\{\s*"?n"?\s*:\s*"?(\d+)', loop.rest):
+        return int(told[1])
+    condition = loop.called("condition") or ""
+    root = module.roots.get(condition)
+    if root is None:
+        return None
+    known = {x.name: x for x in module.computations[condition]}
+    compared, values = root, [known.get(name) for name in root.operands]
+    if inner := root.called("calls"):  # a fused comparison of what it is given
+        compared = module.roots[inner]
+    limits = [int(x.given) for x in values if x and x.op == "constant" and x.given.isdecimal()]
+    if compared.op != "compare" or "direction=LT" not in compared.rest:
+        return None
+    if inner:
+        inside = module.computations[inner]
+        limits += [int(x.given) for x in inside if x.op == "constant" and x.given.isdecimal()]
+    return limits[0] if len(limits) == 1 else None

@@ -1,0 +1,167 @@
+"""The step of a run as shapes with shardings, to be compiled and never run. Dims as in layers.py."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from qwen3vl_jax.config import Config
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.sharding import RULES
+from qwen3vl_jax.structs import Batch, VisionInputs
+from qwen3vl_jax.training import estimate, setup
+from qwen3vl_jax.training.flops import step_flops
+from qwen3vl_jax.training.groups import group_of
+from qwen3vl_jax.training.packing import PackedBatch
+from qwen3vl_jax.training.placing import batch_shardings, params_shardings, placed, state_shardings
+from qwen3vl_jax.training.recipe import Recipe
+from qwen3vl_jax.training.speed import adapter_sizes, full_work
+
+_SIZE = re.compile(r"(235b-a22b|30b-a3b|32b|8b|4b|2b)", re.IGNORECASE)
+
+
+class Work(NamedTuple):
+    """What one run of a program does, counted from shapes."""
+
+    name: str  # of the time that it takes
+    model: float  # FLOPs of all devices, nothing twice
+    again: float  # with what is computed a second time
+    tokens: int
+    told: str  # which tokens
+    steps: int = 0  # of the whole run; 0 where there is no such thing
+
+
+class Program(NamedTuple):
+    """A jitted function and its arguments for one mesh: shapes, dtypes and shardings."""
+
+    fn: Any
+    args: tuple[Any, ...]
+    mesh: Mesh
+    held: dict[str, int]  # bytes that a device holds before the program runs, by part
+    work: Work
+    inside: str  # what the program's own memory is for
+    gradients: int = 0  # bytes of a device
+
+
+def config_of(ckpt: str) -> Config:
+    """The model's sizes: of a directory, else those that were released under the size in its name.
+
+    No file of the Hub is read. Raises InputError where the name tells no size.
+    """
+    if Path(ckpt).is_dir():
+        return Config.from_hf(Path(ckpt))
+    if size := _SIZE.search(ckpt):
+        return Config.named(size[0])
+    raise InputError(
+        f"{ckpt}: no such directory, and its name holds none of the released sizes (as 8b)"
+    )
+
+
+def check_batch(recipe: Recipe, cfg: Config, sizes: Mapping[str, int]) -> None:
+    """Raises InputError for a batch or model that a mesh of these sizes does not divide."""
+    pack = recipe.pack
+    rows = _parts("rows", sizes)
+    for name, count in (("pack.rows", pack.rows), ("pack.vision_rows", pack.vision_rows)):
+        if count % rows:
+            raise InputError(
+                f"{name} is {count}, expected a multiple of {rows}: data x fsdp x expert of the mesh, "
+                "over which rows are spread"
+            )
+    for name, axis, count in (
+        ("pack.length", "sequence", pack.length),
+        ("the attention heads", "tensor", cfg.text.num_attention_heads),
+        ("the experts", "expert", cfg.text.num_experts),
+    ):
+        if count % sizes.get(axis, 1) or (not count and sizes.get(axis, 1) > 1):
+            raise InputError(
+                f"mesh.{axis} is {sizes[axis]}, which does not divide {name} ({count})"
+            )
+
+
+def _parts(axis: str, sizes: Mapping[str, int]) -> int:
+    return math.prod(sizes.get(name, 1) for name in RULES[axis])
+
+
+def training_step(recipe: Recipe, cfg: Config, mesh: Mesh) -> Program:
+    """The step that a run of this recipe takes on a mesh. Raises InputError."""
+    sizes = dict(mesh.shape)
+    check_batch(recipe, cfg, sizes)
+    parts = estimate.held(recipe, cfg)
+    rule = setup.rule_of(recipe, cfg, parts.weights)
+    state = placed(parts.state, state_shardings(mesh, cfg, parts.state))
+    frozen = placed(parts.frozen, params_shardings(mesh, cfg, parts.frozen))
+    packed = packed_batch(recipe, cfg, _parts("rows", sizes))
+    packed = placed(packed, batch_shardings(mesh, packed))
+    step = setup.make_step(recipe, cfg, rule, parts.join, state)
+    held = {
+        f"trained weights ({recipe.step.weights})": state.weights,
+        f"optimizer ({recipe.optimizer.name})": state.optimizer,
+        "compensation": state.rest,
+        "moving average": state.average,
+        "frozen weights": frozen,
+        "batch": packed,
+    }
+    grads = {n: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding)
+             for n, x in state.weights.items()}  # fmt: skip
+    return Program(
+        step, (state, frozen, packed), mesh, held_bytes(held), work_of(recipe, cfg, parts.weights),
+        f"gradients, activations (remat {recipe.step.remat})", sum(map(_bytes, grads.values())),
+    )  # fmt: skip
+
+
+def work_of(recipe: Recipe, cfg: Config, weights: Mapping[str, Any]) -> Work:
+    """The arithmetic of a step whose rows are all full, one sample a row."""
+    how, work = trained_parts(recipe, cfg, weights), full_work(recipe)
+    model = step_flops(cfg, work, **how)
+    again = step_flops(cfg, work, **how, remat=recipe.step.remat)
+    told = "places of the packed rows, filled or not"
+    return Work("step time", model, again, work.tokens, told, recipe.steps)
+
+
+def packed_batch(recipe: Recipe, cfg: Config, groups: int) -> PackedBatch:
+    """The micro batches [M ..] of a step, as shapes; pixels are bytes, as a run sends them."""
+    pack, c, many = recipe.pack, cfg.vision, recipe.step.accumulate
+
+    def of(dtype: Any, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct((many, *shape), dtype)
+
+    ints, floats = jnp.int32, jnp.float32
+    rows = (pack.rows, pack.length)
+    vision = vision_rows = named = None
+    if pack.vision_rows:
+        seen = (pack.vision_rows, pack.vision_length)
+        pixels = of(jnp.uint8, *seen, math.prod(c.patch_shape))
+        tables = of(ints, *seen, 4), of(floats, *seen, 4), of(ints, *seen, 2)
+        vision = VisionInputs(pixels, *tables, of(ints, *seen), of(ints, *seen))
+        vision_rows = of(ints, *rows)
+        if recipe.step.vision_labels:
+            named = of(ints, math.prod(seen) // c.merge_unit)
+    batch = Batch(
+        of(ints, *rows), of(ints, 3, *rows), of(ints, *rows), vision_rows, of(ints, pack.rows),
+        vision, of(ints, *rows), groups=groups,
+    )  # fmt: skip
+    return PackedBatch(batch, of(floats, *rows), named)
+
+
+def held_bytes(held: Mapping[str, Any]) -> dict[str, int]:
+    """Bytes of a device's part of each tree, empty ones left out."""
+    found = {name: sum(map(_bytes, jax.tree.leaves(tree))) for name, tree in held.items()}
+    return {name: size for name, size in found.items() if size}
+
+
+def _bytes(x: Any) -> int:
+    return math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize
+
+
+def trained_parts(recipe: Recipe, cfg: Config, weights: Mapping[str, Any]) -> dict[str, Any]:
+    """What `flops.step_flops` must know of what a recipe trains."""
+    if recipe.lora.rank:
+        return {"trained": (), "adapters": adapter_sizes(cfg, dict(weights))}
+    return {"trained": {group_of(name, bool(cfg.text.num_experts)) for name in weights}}

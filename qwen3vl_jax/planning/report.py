@@ -1,0 +1,184 @@
+"""What a compiled program says of a run, as numbers and as a table."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from rich.table import Table
+
+from qwen3vl_jax.planning.chips import Machine
+from qwen3vl_jax.planning.compiling import Compiled
+from qwen3vl_jax.planning.hlo import parse
+from qwen3vl_jax.planning.program import Program
+from qwen3vl_jax.planning.roofline import Times, times_of
+from qwen3vl_jax.planning.search import Candidate
+from qwen3vl_jax.planning.traffic import Traffic, traffic
+
+GIB = 2**30
+
+
+class Plan(NamedTuple):
+    """One program on one machine. Times and traffic are None where it does not fit."""
+
+    machine: Machine
+    program: Program
+    done: Compiled
+    moved: Traffic | None = None
+    times: Times | None = None
+
+    @property
+    def fits(self) -> bool:
+        """XLA's verdict; a GPU's compiler gives none, so its peak is compared with the memory."""
+        return self.done.executable is not None and self.done.peak <= self.machine.chip.hbm
+
+    @property
+    def cause(self) -> str:
+        """Why it does not fit."""
+        if self.done.cause or self.fits:
+            return self.done.cause
+        return f"the peak {_gib(self.done.peak)} of {_gib(self.machine.chip.hbm)} of memory"
+
+
+def plan_of(machine: Machine, program: Program, done: Compiled) -> Plan:
+    """Reads the compiled program."""
+    if done.executable is None:
+        return Plan(machine, program, done)
+    devices = list(program.mesh.devices.flat)
+    moved = traffic(parse(done.executable.as_text()), len(devices))
+    flops = program.work.again / len(devices)
+    return Plan(machine, program, done, moved, times_of(machine, devices, flops, moved))
+
+
+def table(plan: Plan, title: str, largest: str = "") -> Table:
+    """The whole of a plan; largest: what is known of the largest batch."""
+    out = Table(title=title, title_justify="left", show_header=False)
+    out.add_column("what")
+    out.add_column("value", justify="right")
+    out.add_column("how it is known", style="dim")
+    mesh = " x ".join(f"{n} {k}" for n, k in plan.program.mesh.shape.items() if k > 1) or "1 device"
+    out.add_row("machine", str(plan.machine), f"{plan.machine.devices:,} devices")
+    out.add_row("mesh", mesh, "")
+    verdict = "[bold green]fits[/]" if plan.fits else "[bold red]does not fit[/]"
+    out.add_row("verdict", verdict, plan.cause or _judge(plan.machine))
+    if largest:
+        out.add_row("largest batch", largest, "compiled at a lower level of optimisation")
+    _add_memory(out, plan)
+    if plan.fits:
+        _add_traffic(out, plan)
+        _add_times(out, plan)
+    out.add_section()
+    cpu = f"{plan.done.cpu_seconds:.0f} s of a core, {_gib(plan.done.rss)} of memory"
+    out.add_row("compiling", f"{plan.done.seconds:.0f} s", cpu)
+    for name, count in plan.done.resharded.most_common(8):
+        out.add_row("[yellow]resharded whole[/]", f"{count} x", name)
+    return out
+
+
+def best(plans: Sequence[tuple[Candidate, Plan]], title: str) -> Table:
+    """What a search compiled, one line each, compiled at a lower level of optimisation."""
+    out = Table(title=title, title_justify="left")
+    out.add_column("mesh and remat")
+    for name in ("verdict", "peak", "step time", "compile"):
+        out.add_column(name, justify="right")
+    for each, plan in plans:
+        peak = _gib(plan.done.peak) if plan.done.executable is not None else ""
+        verdict, time = "does not fit", ""
+        if plan.fits and plan.times is not None:
+            verdict = "fits"
+            time = f"{_seconds(plan.times.least)} to {_seconds(plan.times.most)}"
+        out.add_row(str(each), verdict, peak, time, f"{plan.done.seconds:.0f} s")
+    return out
+
+
+def likeliest(found: Sequence[Candidate], title: str) -> Table:
+    """What a search would compile, with what the estimate says of it."""
+    out = Table(title=title, title_justify="left")
+    out.add_column("mesh and remat")
+    for name in ("memory, about", "step time, about"):
+        out.add_column(name, justify="right")
+    for each in found:
+        out.add_row(str(each), _gib(each.memory), _seconds(each.seconds))
+    return out
+
+
+def _judge(machine: Machine) -> str:
+    if machine.chip.platform == "tpu":
+        return "XLA's own verdict"
+    return "an estimate: kernels are chosen on a GPU, whose libraries take memory too"
+
+
+def _add_memory(out: Table, plan: Plan) -> None:
+    out.add_section()
+    for name, size in plan.program.held.items():
+        out.add_row(name, _gib(size), "exact, of a device")
+    if plan.done.executable is None:
+        return
+    stats = plan.done.executable.memory_analysis()
+    rest = plan.done.peak - stats.argument_size_in_bytes
+    told = "peak less arguments"
+    if plan.program.gradients:
+        told += f"; gradients (float32) are {_gib(plan.program.gradients)}"
+    out.add_row(plan.program.inside, _gib(rest), told)
+    share = plan.done.peak / plan.machine.chip.hbm
+    out.add_row(
+        "peak of a device", _gib(plan.done.peak), f"{share:.0%} of {_gib(plan.machine.chip.hbm)}"
+    )
+
+
+def _add_traffic(out: Table, plan: Plan) -> None:
+    out.add_section()
+    moved, work, count = plan.moved, plan.program.work, plan.machine.devices
+    assert moved is not None
+    again = work.again / work.model - 1
+    told = f"counted from shapes; {again:.0%} more with what is computed again"
+    out.add_row("FLOPs", f"{work.model / count:.3g}", f"of a device; {told}")
+    loops = f"; {moved.unknown_loops} loops of unknown length count once" * bool(
+        moved.unknown_loops
+    )
+    out.add_row(
+        "memory traffic", f"{_gib(moved.memory)}", f"of a device, from the compiled text{loops}"
+    )
+    kinds: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for each in moved.collectives:
+        kinds[each.kind][0] += each.times
+        kinds[each.kind][1] += each.times * each.moved
+    for kind, (times, size) in sorted(kinds.items(), key=lambda item: -item[1][1]):
+        out.add_row(
+            kind, _gib(size), f"{times:,.0f} a step, received by a device, loops multiplied"
+        )
+
+
+def _add_times(out: Table, plan: Plan) -> None:
+    out.add_section()
+    times, work, machine = plan.times, plan.program.work, plan.machine
+    assert times is not None
+    for name, seconds in zip(("compute", "memory", "links", "network"), times, strict=True):
+        if seconds:
+            out.add_row(f"{name} time", _seconds(seconds), "at the maker's peak rate")
+    least, most = times.least, times.most
+    out.add_row(
+        work.name, f"{_seconds(least)} to {_seconds(most)}", "all at once; no exchange hidden"
+    )
+    peak = machine.devices * machine.chip.flops
+    if work.steps:
+        best, worst = (work.model / (peak * t) for t in (least, most))
+        out.add_row(
+            "MFU", f"{best:.0%} to {worst:.0%}", "an upper bound: products never run at the peak"
+        )
+    out.add_row(
+        "tokens a second", f"{work.tokens / least:,.0f} to {work.tokens / most:,.0f}", work.told
+    )
+    if work.steps:
+        hours = [machine.chips * work.steps * t / 3600 for t in (least, most)]
+        told = f"{work.steps:,} steps, without evaluation and checkpoints"
+        out.add_row("chip-hours", f"{hours[0]:,.0f} to {hours[1]:,.0f}", told)
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:,.2f} GiB" if size >= GIB / 100 else f"{size / 2**20:,.2f} MiB"
+
+
+def _seconds(t: float) -> str:
+    return f"{t:,.3g} s" if t >= 0.1 else f"{t * 1e3:,.3g} ms"

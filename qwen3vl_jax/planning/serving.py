@@ -1,0 +1,113 @@
+"""The programs of inference as shapes on a mesh: prefill of a prompt, and one decode step of all rows."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from convert.mapping import rows as tensor_rows
+from convert.mapping import tree_of
+from qwen3vl_jax.cache import decode_step, init_cache, prefill
+from qwen3vl_jax.config import Config
+from qwen3vl_jax.loading import path_shardings
+from qwen3vl_jax.planning.program import Program, Work, held_bytes
+from qwen3vl_jax.sharding import array_sharding
+from qwen3vl_jax.structs import Batch, KVCache, VisionInputs
+from qwen3vl_jax.training.flops import Work as Passed
+from qwen3vl_jax.training.flops import forward_flops
+
+PICTURE = 4096  # patches of the picture in a prompt: one of 1024 x 1024 pixels
+
+
+class Serving(NamedTuple):
+    """What is asked of a model: rows answered at a time, tokens of prompt and answer together."""
+
+    rows: int
+    slots: int
+    chunk: int | None
+    dtype: Any = jnp.bfloat16
+
+
+def decoding(cfg: Config, mesh: Mesh, asked: Serving) -> Program:
+    """One decode step onto a full cache, which is donated. Raises InputError."""
+    params, cache = weights(cfg, mesh, asked.dtype), empty_cache(cfg, mesh, asked)
+    tokens = _whole(mesh, jnp.int32, asked.rows)
+    fn = jax.jit(functools.partial(_decode, cfg=cfg), donate_argnums=1)
+    # A token sees the whole cache at worst.
+    flops = _flops(cfg, Passed(asked.rows, asked.rows * asked.slots, 0, 0))
+    work = Work("time of a decode step", flops, flops, asked.rows, "of all rows, cache full")
+    held = held_bytes({"weights": params, "cache": (cache.k, cache.v)})
+    return Program(fn, (params, cache, tokens), mesh, held, work, "the step itself")
+
+
+def _decode(params, cache, tokens, *, cfg):
+    return decode_step(params, cfg, cache, tokens)
+
+
+def prefilling(cfg: Config, mesh: Mesh, asked: Serving) -> Program:
+    """The prefill of one prompt as wide as the cache, with a picture. Raises InputError."""
+    params, width = weights(cfg, mesh, asked.dtype), asked.slots
+    patches = min(PICTURE, cfg.vision.merge_unit * width)
+    batch = _prompt(cfg, mesh, width, patches)
+    chunk = None if asked.chunk is None or asked.chunk >= width else asked.chunk
+
+    def run(params, batch):
+        return prefill(params, cfg, batch, width, chunk=chunk)
+
+    passed = Passed(width, width * (width + 1) // 2, patches, patches**2)
+    flops = _flops(cfg, passed, head=1)
+    work = Work("time of a prefill", flops, flops, width, f"one prompt, {patches} patches in it")
+    held = held_bytes({"weights": params, "prompt": batch})
+    return Program(jax.jit(run), (params, batch), mesh, held, work, "cache and activations")
+
+
+def _flops(cfg: Config, passed: Passed, head: int | None = None) -> float:
+    """FLOPs of a forward pass, of which `head` tokens (None: all) get logits."""
+    parts = forward_flops(cfg, passed)
+    if head is not None:
+        parts["head"] *= head / passed.tokens
+    return sum(parts.values())
+
+
+def weights(cfg: Config, mesh: Mesh, dtype: Any) -> Any:
+    """Parameters as per-layer lists of shapes, each with its sharding. Raises InputError."""
+    leaves = {row.path: jax.ShapeDtypeStruct(row.shape, dtype) for row in tensor_rows(cfg)}
+    where = path_shardings(mesh, cfg, leaves)
+    put = {
+        path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where[path])
+        for path, x in leaves.items()
+    }
+    return tree_of(cfg, put)
+
+
+def empty_cache(cfg: Config, mesh: Mesh, asked: Serving) -> KVCache:
+    """A cache as shapes, laid out as every function of cache.py leaves it."""
+    with jax.set_mesh(mesh):
+        shapes = jax.eval_shape(lambda: init_cache(cfg, asked.rows, asked.slots, asked.dtype))
+
+    def put(x: Any) -> Any:
+        axes = ("rows", "kv_heads", None, None) if len(x.shape) == 4 else (None,)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=array_sharding(mesh, axes, x))
+
+    return jax.tree.map(put, shapes)
+
+
+def _prompt(cfg: Config, mesh: Mesh, width: int, patches: int) -> Batch:
+    """One row of tokens, a picture among them."""
+    of = functools.partial(_whole, mesh)
+    vision = VisionInputs(
+        of(jnp.float32, patches, math.prod(cfg.vision.patch_shape)), of(jnp.int32, patches, 4),
+        of(jnp.float32, patches, 4), of(jnp.int32, patches, 2), of(jnp.int32, patches),
+        of(jnp.int32, patches),
+    )  # fmt: skip
+    row = functools.partial(of, jnp.int32)
+    return Batch(row(1, width), row(3, 1, width), row(1, width), row(1, width), row(1), vision)
+
+
+def _whole(mesh: Mesh, dtype: Any, *shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))

@@ -1,0 +1,96 @@
+"""The devices of a machine that is not here, from the compilers' own descriptions."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+from jax.experimental import topologies
+
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.planning.chips import GPUS_A_HOST, Machine
+
+_GPU_NAMES = {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200"}
+# What XLA is told of a GPU that it cannot ask: NVIDIA's figures of the Hopper chips.
+_HOPPER = """gpu_device_info {{
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: {rate}
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: {memory}
+  shared_memory_per_block_optin: 232448
+  cuda_compute_capability {{ major: 9 }}
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 8 }}
+runtime_version {{ major: 12 minor: 9 patch: 0 }}
+device_description_str: "{name}"
+"""
+
+
+def devices_of(machine: Machine) -> list[Any]:
+    """The devices of a machine, which can be compiled for and not run on.
+
+    Raises InputError where the compiler is not installed, or knows no such shape.
+    """
+    check_installed(machine)
+    tpu = machine.chip.platform == "tpu"
+    try:
+        return list((_tpu(machine) if tpu else _gpu(machine)).devices)
+    except Exception as error:  # the compilers raise whatever they like
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"--plan {machine}: the compiler refuses this shape: {reason}") from None
+
+
+def check_installed(machine: Machine) -> None:
+    """Raises InputError for a compiler that is not installed."""
+    if machine.chip.platform == "tpu":
+        wanted, install = "libtpu", "pip install 'qwen3vl-jax[tpu]'"
+    else:
+        wanted, install = "jax_cuda12_plugin", "pip install 'qwen3vl-jax[cuda]'"
+    if importlib.util.find_spec(wanted) is None:
+        raise InputError(
+            f"--plan {machine}: {wanted} is not installed, which compiles for it (no device is "
+            f"needed): {install} (in a clone: {install.replace('qwen3vl-jax', '.')})"
+        )
+
+
+def _tpu(machine: Machine) -> Any:
+    name = f"{machine.name}:{'x'.join(map(str, machine.shape))}"
+    options: dict[str, Any] = {}
+    if machine.slices > 1:
+        options["num_slices"] = machine.slices
+    if machine.chips < 4:  # less than the chips of a host
+        options["chips_per_host_bounds"] = (*machine.shape, 1, 1)[:3]
+    return topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+
+
+def _gpu(machine: Machine) -> Any:
+    _find_ptxas()
+    hosts = max(machine.chips // GPUS_A_HOST, 1)
+    shape = f"1x{hosts}x{machine.chips // hosts}"  # partitions, hosts, devices of a host
+    chip = machine.chip
+    told = _HOPPER.format(rate=round(chip.hbm_rate), memory=chip.hbm, name=_GPU_NAMES[machine.name])
+    return topologies.get_topology_desc(shape, platform="cuda", topology=shape, target_config=told)
+
+
+def _find_ptxas() -> None:
+    """Puts the assembler of NVIDIA's wheels on the path, where XLA looks for it."""
+    spec = importlib.util.find_spec("nvidia")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        binaries = Path(folder) / "cuda_nvcc" / "bin"
+        if binaries.is_dir():
+            os.environ["PATH"] = f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}"

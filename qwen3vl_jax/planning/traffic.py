@@ -1,0 +1,231 @@
+"""What one run of a compiled program moves: bytes of main memory, and between devices by collective.
+
+Read from the program's text. What stands in the body of a loop counts as often as the loop runs; of
+the branches of a conditional the one that moves least counts.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from qwen3vl_jax.planning.hlo import Instruction, Module, arrays, size, trip_count
+
+KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+_FREE = frozenset((
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota",
+    "partition-id", "replica-id", "opt-barrier", "while", "conditional", "call", "add-dependency",
+))  # fmt: skip
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # in place; which operand is written
+_CLEAR = ("bitcast", "convert", "copy", "reshape", "transpose")  # the same values, looked through
+
+
+class Collective(NamedTuple):
+    """One exchange, as often as it happens in a step."""
+
+    kind: str
+    times: float
+    moved: float  # bytes that each device must receive, once
+    group: tuple[int, ...]  # positions in the mesh of the first group of devices
+
+
+class Traffic(NamedTuple):
+    """Of one device, for one run of the program."""
+
+    memory: float  # bytes read and written in main memory
+    collectives: list[Collective]
+    unknown_loops: int  # counted once, for nothing says how often they run
+
+
+def traffic(module: Module, devices: int) -> Traffic:
+    """Adds up a program for `devices` devices."""
+    memory, found, unknown = 0.0, [], 0
+
+    def walk(name: str, times: float) -> float:
+        """Adds what a computation moves; returns its bytes of memory."""
+        nonlocal unknown
+        total, shapes = 0.0, {x.name: x.shape for x in module.computations[name]}
+        for x in module.computations[name]:
+            if x.op == "while":
+                count = trip_count(module, x)
+                unknown += count is None
+                total += (count or 1) * walk(x.called("body") or "", times * (count or 1))
+            elif x.op == "conditional":
+                total += least(x.branches(), times)
+            elif x.op == "call":
+                total += walk(x.called("to_apply") or "", times)
+            elif x.op not in _FREE and not x.op.endswith("-done"):
+                total += _memory(module, x, shapes)
+        found.extend(_collectives(module, name, times, devices))
+        return total
+
+    def least(branches: Sequence[str], times: float) -> float:
+        nonlocal unknown
+        best, kept, before = math.inf, [], len(found)
+        lost = unknown
+        for branch in branches:
+            unknown = lost
+            bytes_moved = walk(branch, times)
+            if bytes_moved < best:
+                best, kept = bytes_moved, found[before:]
+            del found[before:]
+        found.extend(kept)
+        return 0.0 if math.isinf(best) else best
+
+    memory = walk(module.entry, 1.0)
+    return Traffic(memory, found, unknown)
+
+
+def _collectives(module: Module, name: str, times: float, devices: int) -> Iterator[Collective]:
+    """Those of one computation and of what is fused in it.
+
+    One that runs beside several fusions stands in each of them, with the same channel.
+    """
+    seen = set()
+    for x, scatters in _inside(module, name):
+        kind = x.op.removesuffix("-start")
+        if kind not in KINDS:
+            continue
+        channel = re.search(r"channel_id=(\d+)", x.rest)
+        key = (kind, channel[1] if channel else x.name)
+        if key not in seen:
+            seen.add(key)
+            group = _group(x.rest, devices)
+            kind = "reduce-scatter" if scatters and kind == "all-reduce" else kind
+            yield Collective(kind, times, _moved(module, name, x, kind, len(group)), group)
+
+
+def _inside(module: Module, name: str) -> Iterator[tuple[Instruction, bool]]:
+    """Instructions of a computation and of its fusions; whether an all-reduce is cut up there."""
+    for x in module.computations[name]:
+        inner = x.called("calls") if x.op in ("fusion", "async-start") else None
+        if inner is None:
+            yield x, False
+        else:
+            scatters = "all-reduce-scatter" in inner
+            yield from ((y, scatters or more) for y, more in _inside(module, inner))
+
+
+def _moved(module: Module, name: str, x: Instruction, kind: str, count: int) -> float:
+    """Bytes that each of `count` devices receives."""
+    parts = [n for n, _ in arrays(x.shape)]
+    if x.op.endswith("-start") and kind != "all-reduce":  # (what goes in, what comes out, ..)
+        parts = parts[len(x.operands) : 2 * len(x.operands)]
+    out, share = sum(parts), (count - 1) / count
+    if kind == "collective-permute":
+        return float(out)
+    if kind == "all-reduce":
+        return 2 * share * out
+    if kind == "reduce-scatter" and x.op.startswith("reduce-scatter"):
+        return (count - 1) * float(out)
+    return share * out  # all-gather and all-to-all; a reduce-scatter written as an all-reduce
+
+
+def _group(text: str, devices: int) -> tuple[int, ...]:
+    """The devices of the first group of a collective: lists, a cut iota, or axes of a mesh."""
+    if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", text):
+        return int(pairs[1]), int(pairs[2])
+    if told := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
+        return tuple(map(int, told[1].split(",")))
+    if told := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", text):
+        return tuple(_iota(told[2]).reshape(_ints(told[1]))[0].tolist())
+    named = re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^)]*\)?)\))? \{([^}]*)\}", text
+    )
+    if named:
+        sizes = {n: int(k) for n, k in re.findall(r"'([^']+)'=(\d+)", named[1])}
+        ids = _iota(named[2]) if named[2] else np.arange(math.prod(sizes.values()))
+        ids = ids.reshape(tuple(sizes.values()))
+        wanted = re.findall(r"'([^']+)'", named[3])
+        return tuple(ids[tuple(slice(None) if n in wanted else 0 for n in sizes)].ravel().tolist())
+    return tuple(range(devices))
+
+
+def _iota(text: str) -> np.ndarray:
+    """[4,2]T(1,0): numbers from 0 in this shape, transposed."""
+    dims, order = re.search(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()  # type: ignore
+    ids = np.arange(math.prod(_ints(dims))).reshape(_ints(dims))
+    return ids.transpose(_ints(order)) if order else ids
+
+
+def _ints(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
+
+
+# Of an array that is changed in place only the change is moved: how often, and which operand it is.
+_UPDATED = {"dynamic-update-slice": (2, 1), "scatter": (3, -1)}
+
+
+def _memory(module: Module, x: Instruction, shapes: dict[str, str]) -> float:
+    """Bytes of main memory that one instruction reads and writes."""
+    given = [shapes.get(name, "") for name in x.operands]
+    inner = x.called("calls") if x.op == "fusion" else None
+    if inner is not None:
+        reads = sum(_touched(module, inner, i, s) for i, s in enumerate(given))
+        return reads + _written(module, inner, x.shape)
+    if x.op in _UPDATED:
+        times, at = _UPDATED[x.op]
+        return times * _main(given[at])
+    if x.op in ("dynamic-slice", "slice", "gather"):
+        return 2 * _main(x.shape)
+    if x.op == "slice-start":  # (whole, slice, ..)
+        n, main = list(arrays(x.shape))[1]
+        return n * (1 + main)
+    if x.op.endswith("-start") and x.shape.startswith("("):  # (what goes in, what comes out, ..)
+        return sum(n for n, main in list(arrays(x.shape))[:2] if main)
+    return sum(map(_main, given)) + _main(x.shape)
+
+
+def _main(shape: str) -> int:
+    return sum(n for n, main in arrays(shape) if main)
+
+
+def _touched(module: Module, name: str, number: int, shape: str) -> int:
+    """Bytes that a fusion reads of its argument: of one that it only takes slices of, the slices."""
+    if not (full := _main(shape)):
+        return 0
+    body = module.computations[name]
+    mine = [x for x in body if x.op == "parameter" and x.given.strip() == str(number)]
+    if not mine:
+        return full
+    total, left = 0, [mine[0].name]
+    while left:
+        value = left.pop()
+        for x in body:
+            if value not in x.operands:
+                continue
+            if x.op in ("dynamic-slice", "slice", "gather") and x.operands[0] == value:
+                total += size(x.shape)
+            elif x.op in _UPDATES and x.operands[0] == value:
+                pass  # written in place
+            elif x.op in _CLEAR and x is not module.roots[name]:
+                left.append(x.name)
+            elif x.op == "fusion" and (inner := x.called("calls")):
+                places = [i for i, n in enumerate(x.operands) if n == value]
+                total += sum(_touched(module, inner, i, shape) for i in places)
+            else:
+                return full
+    return min(total, full)
+
+
+def _written(module: Module, name: str, shape: str) -> int:
+    """Bytes that a fusion writes: of what it updates in place, the update."""
+    body = {x.name: x for x in module.computations[name]}
+    root = module.roots[name]
+    results = [body[n] for n in root.operands] if root.op == "tuple" else [root]
+    parts = list(arrays(shape))
+    if len(parts) != len(results):
+        return _main(shape)
+    total = 0
+    for x, (full, main) in zip(results, parts, strict=True):
+        source = x
+        while source.op in _CLEAR and source.operands and source.operands[0] in body:
+            source = body[source.operands[0]]
+        update = _UPDATES.get(source.op)
+        small = full if update is None else size(body[source.operands[update]].shape)
+        total += small if main else 0
+    return total

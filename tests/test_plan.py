@@ -1,0 +1,288 @@
+"""--plan: machines by name, what a compiled text moves, the largest batch, a real program."""
+
+import argparse
+import dataclasses
+import importlib.util
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import pytest
+import train_files
+from rich.console import Console
+
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.planning import chips, compiling, hlo, largest, program, report, roofline, search
+from qwen3vl_jax.planning.traffic import Collective, Traffic, traffic
+from qwen3vl_jax.sharding import make_mesh
+from qwen3vl_jax.training import recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = """HloModule jit_step, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%sliced (p0: f32[6,256], p1: s32[]) -> f32[1,256] {
+  %p0 = f32[6,256]{1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %slice = f32[1,256]{1,0} dynamic-slice(%p0, %p1, %zero), dynamic_slice_sizes={1,256}
+}
+
+%fused_gather.1 (q: bf16[128]) -> bf16[512] {
+  %q = bf16[128]{0} parameter(0)
+  ROOT %all-gather.5 = bf16[512]{0} all-gather(%q), channel_id=7, replica_groups=[2,4]<=[8], dimensions={0}
+}
+
+%fused_gather.2 (q: bf16[128]) -> bf16[512] {
+  %q = bf16[128]{0} parameter(0)
+  ROOT %all-gather.6 = bf16[512]{0} all-gather(%q), channel_id=7, replica_groups=[2,4]<=[8], dimensions={0}
+}
+
+%all-reduce-scatter.1 (r: f32[64]) -> f32[16] {
+  %r = f32[64]{0} parameter(0)
+  %all-reduce.9 = f32[64]{0} all-reduce(%r), channel_id=9, replica_groups=[2,4]<=[4,2]T(1,0), to_apply=%add
+  %at = s32[] constant(0)
+  ROOT %mine = f32[16]{0} dynamic-slice(%all-reduce.9, %at), dynamic_slice_sizes={16}
+}
+
+%body (state: (s32[], f32[6,256], bf16[128])) -> (s32[], f32[6,256], bf16[128]) {
+  %state = (s32[], f32[6,256]{1,0}, bf16[128]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %w = f32[6,256]{1,0} get-tuple-element(%state), index=1
+  %x = bf16[128]{0} get-tuple-element(%state), index=2
+  %taken = f32[1,256]{1,0:T(8,128)S(1)} fusion(%w, %i), kind=kLoop, calls=%sliced
+  %g1 = bf16[512]{0} fusion(%x), kind=kCustom, calls=%fused_gather.1
+  %g2 = bf16[512]{0} fusion(%x), kind=kCustom, calls=%fused_gather.2
+  ROOT %next = (s32[], f32[6,256]{1,0}, bf16[128]{0}) tuple(%i, %w, %x)
+}
+
+%cond (state: (s32[], f32[6,256], bf16[128])) -> pred[] {
+  %state = (s32[], f32[6,256]{1,0}, bf16[128]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %six = s32[] constant(6)
+  ROOT %lt = pred[] compare(%i, %six), direction=LT
+}
+
+ENTRY %main (w: f32[6,256], x: bf16[128], r: f32[64]) -> f32[16] {
+  %w = f32[6,256]{1,0} parameter(0)
+  %x = bf16[128]{0} parameter(1)
+  %r = f32[64]{0} parameter(2)
+  %start = s32[] constant(0)
+  %init = (s32[], f32[6,256]{1,0}, bf16[128]{0}) tuple(%start, %w, %x)
+  %loop = (s32[], f32[6,256]{1,0}, bf16[128]{0}) while(%init), condition=%cond, body=%body
+  %sum = f32[64] all-reduce(%r), channel_id=3, replica_groups=MESH
+  %moved = f32[64]{0} collective-permute(%sum), channel_id=4, source_target_pairs={{0,1},{1,0}}
+  ROOT %out = f32[16]{0} fusion(%moved), kind=kCustom, calls=%all-reduce-scatter.1
+}
+""".replace("MESH", "mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}")
+
+
+def test_collectives_of_a_loop_count_as_often_as_it_runs():
+    """Kinds, times, bytes received and groups; a gather in two fusions is one; a cut sum is a scatter."""
+    module = hlo.parse(TEXT)
+    found = traffic(module, 8)
+    assert found.unknown_loops == 0
+    assert sorted(found.collectives) == sorted([
+        Collective("all-gather", 6.0, 1024 * 3 / 4, (0, 1, 2, 3)),
+        Collective("all-reduce", 1.0, 2 * 256 / 2, (0, 1)),
+        Collective("collective-permute", 1.0, 256.0, (0, 1)),
+        Collective("reduce-scatter", 1.0, 256 * 3 / 4, (0, 2, 4, 6)),
+    ])  # fmt: skip
+    in_loop = (
+        1024 + 2 * (256 + 1024) + 4
+    )  # a slice of w and none of what S(1) holds; both gathers; i
+    assert found.memory == 6 * in_loop + 4 * 256 + 256 + 64
+
+
+def test_a_loop_without_a_constant_is_counted_once_and_told():
+    """The end of a loop that the program works out is not known."""
+    text = TEXT.replace("%six = s32[] constant(6)", "%six = s32[] add(%i, %i)")
+    assert traffic(hlo.parse(text), 8).unknown_loops == 1
+
+
+def test_a_slice_goes_over_its_links_and_slices_over_the_network():
+    """A ring along one axis, along two, and over two slices whose devices share the network."""
+    machine = chips.read_machine("v5p:2x2x1", 2)
+    devices = [SimpleNamespace(coords=(i % 2, i // 2 % 2, 0), slice_index=i // 4) for i in range(8)]
+    chip, size = machine.chip, 1e9
+
+    def seconds(group):
+        moved = Traffic(0.0, [Collective("all-gather", 2.0, size, group)], 0)
+        return roofline.times_of(machine, devices, 0.0, moved)[2:]
+
+    assert seconds((0, 1)) == pytest.approx((2 * size / (2 * chip.link), 0))
+    assert seconds((0, 1, 2, 3)) == pytest.approx((2 * size / (4 * chip.link), 0))
+    assert seconds((0, 4)) == pytest.approx((0, 2 * size / chip.network))
+    assert seconds((0, 1, 4, 5))[1] == pytest.approx(2 * size / 2 / chip.network)
+
+
+@pytest.mark.parametrize(
+    ("name", "devices"),
+    [("v5p:4x8x8", 256), ("V5E:16x16", 256), ("tpu7x:4x4x4", 128), ("h100:16", 16)],
+)
+def test_machines_by_name(name, devices):
+    """Their devices as jax counts them."""
+    assert chips.read_machine(name).devices == devices
+
+
+@pytest.mark.parametrize(
+    ("name", "slices", "told"),
+    [
+        ("v5litepod-16", 1, "unknown machine, expected one like v4:2x2x2"),
+        ("v5p:4x4", 1, "v5p has 3 sizes"),
+        ("h100:12", 1, "whole hosts of 8"),
+        ("h100:8", 2, "--slices is 2"),
+        ("v5e:4x4", 0, "--slices is 0"),
+    ],
+)
+def test_machines_that_are_none(name, slices, told):
+    """The message says which forms there are."""
+    with pytest.raises(InputError, match=told):
+        chips.read_machine(name, slices)
+
+
+def test_options_of_the_planner_need_it():
+    """--search without --plan."""
+    args = argparse.Namespace(plan=None, slices=1, save=None, search=True, tries=4)
+    with pytest.raises(InputError, match="--search means something with --plan"):
+        chips.check_plan_arguments(args)
+
+
+def test_a_missing_compiler_says_what_to_install(monkeypatch):
+    """libtpu is an extra."""
+    from qwen3vl_jax.planning import topology
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"libtpu is not installed.*qwen3vl-jax\[tpu\]"):
+        topology.devices_of(chips.read_machine("v5e:2x2"))
+
+
+def test_the_compilers_words_become_numbers():
+    """Memory is a verdict, anything else an error; warnings name the array."""
+    text = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
+    text += "(34.86G) exceeds available HBM (15.75G)."
+    assert compiling.refusal(text) == "HLO temporaries 34.86G of 15.75G HBM"
+    used = "RESOURCE_EXHAUSTED: ... memory space hbm. Used 18.2G of 15.75G hbm. Exceeded"
+    assert compiling.refusal(used) == "the program 18.2G of 15.75G HBM"
+    with pytest.raises(InputError, match="does not compile the program: INTERNAL: no"):
+        compiling.refusal("INTERNAL: no")
+    line = "W spmd.cc:1] [SPMD] Involuntary full rematerialization. The compiler cannot go from a to b "
+    line += 'for HLO operation %x = f32[8,4]{1,0} add(%y), metadata={op_name="jit(f)/add"}.\n'
+    assert compiling.resharded(2 * line) == {"f32[8,4] jit(f)/add": 2}
+
+
+@pytest.mark.parametrize(
+    ("base", "slope", "want"), [(1, 2, 8), (10, 2, 4), (10, 3, 2), (30, 1, 0), (0, 25, 0)]
+)
+def test_the_largest_batch_is_where_memory_ends(base, slope, want):
+    """Peaks that grow evenly with rows, in a room of 20 for rows in steps of two."""
+    compiled = []
+
+    def peak(tried):
+        compiled.append(tried.pack.rows)
+        return base + slope * tried.pack.rows
+
+    settings = recipe.Recipe("x", 1, pack=recipe.Pack(rows=2, vision_rows=4))
+    first = peak(settings)
+    known = first if first <= 20 else None
+    fits, fails = largest.largest(settings, 2, known, 20, base, peak, tries=6)
+    assert (fits, fails) == (want, want + 2)
+    assert len(compiled) == len(set(compiled)) <= 7
+    assert largest.of_size(settings, 2, 3).pack.vision_rows == 12
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A recipe for eight devices over a checkpoint without weights."""
+    folder = tmp_path_factory.mktemp("plan")
+    ckpt = train_files.checkpoint(folder / "ckpt", weights=False)
+    data = train_files.conversations(folder / "chats.jsonl")
+    return recipe.read_recipe(
+        train_files.write_recipe(folder / "recipe.toml", ckpt, data),
+        ["mesh.fsdp=4", "mesh.tensor=2", "pack.rows=4", "pack.vision_rows=8"],
+    )
+
+
+def test_a_step_is_compiled_and_told(small):
+    """On eight devices of this machine: bytes are those of real shards, the table has every part."""
+    cfg = program.config_of(small.ckpt)
+    mesh = make_mesh(vars(small.mesh), jax.devices())
+    text = dataclasses.replace(small, pack=dataclasses.replace(small.pack, vision_rows=0))
+    made = program.training_step(text, cfg, mesh)
+    done = compiling.compiled(made)
+    stats = done.executable.memory_analysis()
+    assert (
+        abs(sum(made.held.values()) - stats.argument_size_in_bytes) < 2048
+    )  # padding, key and step
+    machine = chips.read_machine("v5e:2x4")
+    plan = report.plan_of(machine, made, done)
+    assert plan.fits and plan.times.most >= plan.times.least > 0
+    kinds = {c.kind for c in plan.moved.collectives}
+    assert {"all-gather", "all-reduce"} <= kinds
+    out = io.StringIO()
+    Console(file=out, width=140).print(report.table(plan, "one step", "pack.rows=8"))
+    for part in ("fits", "optimizer (", "peak of a device", "MFU", "chip-hours", "pack.rows=8"):
+        assert part in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (["pack.rows=6"], "pack.rows is 6, expected a multiple of 4"),
+        (["mesh.fsdp=2"], "expected a product of 8"),
+        (["mesh.fsdp=1", "mesh.tensor=1", "mesh.expert=8"], "mesh.expert is 8"),
+    ],
+)
+def test_what_does_not_divide_is_refused_before_compiling(small, changes, told):
+    """Rows, devices, experts."""
+    cfg = program.config_of(small.ckpt)
+    changed = dataclasses.replace(small)
+    for change in changes:
+        key, value = change.split("=")
+        table, name = key.split(".")
+        part = dataclasses.replace(getattr(changed, table), **{name: int(value)})
+        changed = dataclasses.replace(changed, **{table: part})
+    if "mesh.expert=8" in changes:
+        pack = dataclasses.replace(changed.pack, rows=8)
+        changed = dataclasses.replace(changed, pack=pack)
+    with pytest.raises(InputError, match=told):
+        program.training_step(changed, cfg, make_mesh(vars(changed.mesh), jax.devices()))
+
+
+def test_a_search_tries_meshes_that_divide(small):
+    """All candidates use every device and cut rows evenly; the fastest by the estimate is first."""
+    cfg = program.config_of(small.ckpt)
+    found = search.candidates(small, cfg, chips.read_machine("v5e:2x4"))
+    assert [c.seconds for c in found] == sorted(c.seconds for c in found)
+    for each in found:
+        mesh = each.recipe.mesh
+        assert mesh.data * mesh.fsdp * mesh.expert * mesh.sequence * mesh.tensor == 8
+        assert small.pack.rows % (mesh.data * mesh.fsdp * mesh.expert) == 0
+    assert {c.recipe.step.remat for c in found} == {"dots", "full"}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the header says so")
+def test_a_tpu_program_of_the_command_line(small, tmp_path):
+    """train.py --plan for a v5e:2x4 that nobody has: XLA's verdict, and the program in a file."""
+    lines = [f"mesh.{k}={v}" for k, v in vars(small.mesh).items()]
+    lines += ["pack.rows=4", "pack.vision_rows=8"]
+    config = Path(small.ckpt).parent / "recipe.toml"
+    out = tmp_path / "step.bin"
+    env = {**os.environ, "XLA_FLAGS": "", "JAX_OPTIMIZATION_LEVEL": "O0"}
+    command = [sys.executable, "train.py", "--config", str(config), "--plan", "v5e:2x4"]
+    done = subprocess.run(
+        [*command, "--tries", "0", "--save", str(out), *lines],
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "XLA's own verdict" in done.stdout and "fits" in done.stdout
+    assert out.stat().st_size > 10_000
