@@ -130,3 +130,19 @@ def test_shares_are_even_and_whole(tmp_path):
     shares = [share_of(lines, done, i, 3) for i in range(3)]
     assert sorted(len(share) for share in shares) == [2, 3, 3]
     assert {line.number for share in shares for line in share} == set(range(1, 12)) - done
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--prompt", "x", "--processes", "2"], "--processes: means something only with --input"),
+        (["--input", "in", "--output", "out", "--processes", "2"], "expected --coordinator HOST"),
+    ],
+)
+def test_processes_that_cannot_be(tmp_path, capsys, monkeypatch, flags, told):
+    monkeypatch.chdir(tmp_path)
+    Path("in").write_text("{}\n")
+    with pytest.raises(SystemExit) as end:
+        infer.main(flags)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and told in line
