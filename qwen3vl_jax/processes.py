@@ -48,10 +48,9 @@ def asked_of(args: Any, environ: Mapping[str, str] = os.environ) -> Asked | None
     jax.distributed knows of the cluster.
     """
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    told = [environ.get(name, "") for name in names]
-    coordinator = args.coordinator or told[0]
-    count = args.processes or int(told[1] or 0)
-    index = args.process if args.process >= 0 else int(told[2] or -1)
+    coordinator = args.coordinator or environ.get(names[0], "")
+    count = args.processes or _number(names[1], environ, 0)
+    index = args.process if args.process >= 0 else _number(names[2], environ, -1)
     if coordinator or count or index >= 0:
         if not (coordinator and 0 <= index < count):
             raise InputError(
@@ -63,6 +62,14 @@ def asked_of(args: Any, environ: Mapping[str, str] = os.environ) -> Asked | None
     many = any(environ.get(name, "1") not in ("", "1") for name in _KNOWN)
     many = many or args.distributed
     return Asked() if many or "," in environ.get(_HOSTS, "") else None
+
+
+def _number(name: str, environ: Mapping[str, str], default: int) -> int:
+    """A variable that holds a number from 0. Raises InputError for another one."""
+    text = environ.get(name, "")
+    if text and not text.isdecimal():
+        raise InputError(f"{name} is {text!r}, expected a number from 0")
+    return int(text) if text else default
 
 
 def start(asked: Asked | None) -> tuple[int, int]:

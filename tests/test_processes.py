@@ -122,3 +122,5 @@ def test_who_the_processes_are():
     for half in ({"coordinator": "a:1"}, {"count": 2, "index": 2, "coordinator": "a:1"}):
         with pytest.raises(InputError, match="expected --coordinator HOST:PORT"):
             asked(**half)
+    with pytest.raises(InputError, match="JAX_PROCESS_ID is 'x', expected a number from 0"):
+        asked("a:1", 2, JAX_PROCESS_ID="x")
