@@ -165,7 +165,7 @@ def chat(args: argparse.Namespace, scope: contextlib.ExitStack) -> None:
     )  # fmt: skip
 
 
-def batch(args: argparse.Namespace, scope: contextlib.ExitStack) -> None:
+def batch(args: argparse.Namespace) -> None:
     """Answers a file of conversations into a file of answers; exit code 1 if lines had errors."""
     from qwen3vl_jax.batch_file import Settings, answer_file, largest
     from qwen3vl_jax.journal import digest_of
@@ -181,7 +181,7 @@ def batch(args: argparse.Namespace, scope: contextlib.ExitStack) -> None:
                  "chat_template": digest_of(processor.template.text(True).encode())}  # fmt: skip
     held: dict[str, int] = {}
 
-    def load_and_measure():
+    def load_and_measure(scope: contextlib.ExitStack):
         params, cfg = loaded(args, directory, scope)
         held.update(parts(params, cfg, *largest(processor, settings), "at most"))
         return params, cfg
@@ -197,7 +197,7 @@ def batch(args: argparse.Namespace, scope: contextlib.ExitStack) -> None:
 
             return answer_file_together(*files, index, count)
 
-    if run() if count == 1 else processes.end_together(run):
+    if run() if count == 1 else processes.end_together(run, "the answers that are kept"):
         sys.exit(1)
 
 
@@ -312,7 +312,7 @@ def main(argv: list[str] | None = None) -> None:
         elif args.chat:
             chat(args, scope)
         elif args.input:
-            batch(args, scope)
+            batch(args)
         elif args.embed or args.rerank:
             measure(args, scope)
         else:

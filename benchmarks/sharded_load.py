@@ -18,19 +18,24 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from benchmarks.convert import write_random
+from convert.matching import open_hf
 from convert.to_orbax import to_orbax
 from qwen3vl_jax.options import mesh_sizes
+from qwen3vl_jax.tensors import flatten
 
 PROCESSES, DEVICES, ALLOWED = 2, 4, 3 << 29  # bytes beside the share
 
 
-def read(directory: Path, mesh: str, port: int, index: int) -> None:
-    """One process: loads, and prints seconds and the bytes that its devices hold."""
+def read(directory: Path, source: Path, mesh: str, port: int, index: int) -> None:
+    """One process: loads, and prints seconds, the bytes that its devices hold, and if they are right."""
     import jax
 
-    from qwen3vl_jax import load
+    from qwen3vl_jax import Config, load
     from qwen3vl_jax.processes import Asked, start
     from qwen3vl_jax.sharding import make_mesh
 
@@ -39,7 +44,10 @@ def read(directory: Path, mesh: str, port: int, index: int) -> None:
     params, _ = load(directory, mesh=make_mesh(mesh_sizes(mesh) or {}))
     seconds, leaves = time.perf_counter() - begun, jax.tree.leaves(params)
     held = sum(shard.data.nbytes for x in leaves for shard in x.addressable_shards)
-    print(json.dumps({"seconds": seconds, "held": held}), flush=True)
+    files, arrays = open_hf(source, Config.from_hf(source)), dict(flatten(params))
+    shards = ((files[path], x.addressable_shards[-1]) for path, x in arrays.items())
+    equal = all(np.array_equal(leaf.parts([s.index])[0], np.asarray(s.data)) for leaf, s in shards)
+    print(json.dumps({"seconds": seconds, "held": held, "equal": equal}), flush=True)
 
 
 def anonymous(pid: int) -> int:
@@ -51,14 +59,15 @@ def anonymous(pid: int) -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
-def watched(directory: Path, mesh: str) -> list[tuple[int, float, int]]:
-    """(peak RssAnon, seconds, bytes held) of each process."""
+def watched(directory: Path, source: Path, mesh: str) -> list[tuple[int, dict[str, Any]]]:
+    """(peak RssAnon, what `read` prints) of each process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     flags = f"--xla_force_host_platform_device_count={DEVICES}"
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "NPROC": "16", "XLA_FLAGS": flags}
-    command = [sys.executable, "-m", "benchmarks.sharded_load", "--mesh", mesh, "--read", directory]
+    command = [sys.executable, "-m", "benchmarks.sharded_load", "--mesh", mesh]
+    command += ["--read", directory, "--source", source]
     children = [
         subprocess.Popen(
             [*command, f"--port={port}", f"--index={i}"], env=env, stdout=subprocess.PIPE, text=True
@@ -74,8 +83,7 @@ def watched(directory: Path, mesh: str) -> list[tuple[int, float, int]]:
         told, _ = child.communicate()
         if child.returncode:
             raise SystemExit(f"a process failed with exit code {child.returncode}")
-        result = json.loads(told.splitlines()[-1])
-        found.append((peak, result["seconds"], result["held"]))
+        found.append((peak, json.loads(told.splitlines()[-1])))
     return found
 
 
@@ -88,11 +96,12 @@ def measure(scratch: Path, mesh: str) -> bool:
     to_orbax(source, orbax)
     good = True
     for name, directory in (("Hugging Face", source), ("Orbax", orbax)):
-        for i, (peak, seconds, held) in enumerate(watched(directory, mesh)):
-            good &= peak <= bound
+        for i, (peak, told) in enumerate(watched(directory, source, mesh)):
+            good &= peak <= bound and told["equal"]
             print(
-                f"{name:12s} process {i}: {held / 2**20:,.0f} MiB held of {total / 2**20:,.0f}, "
-                f"{seconds:.1f} s, peak RssAnon {peak / 2**20:,.0f} MiB of {bound / 2**20:,.0f} allowed "
+                f"{name:12s} process {i}: {told['held'] / 2**20:,.0f} MiB held of "
+                f"{total / 2**20:,.0f}, equal {told['equal']}, {told['seconds']:.1f} s, peak RssAnon "
+                f"{peak / 2**20:,.0f} MiB of {bound / 2**20:,.0f} allowed "
                 f"({'ok' if peak <= bound else 'TOO MUCH'})",
                 flush=True,
             )
@@ -109,11 +118,12 @@ def main() -> int:
         "--mesh", default="fsdp=4,tp=2", help="of eight devices, as infer.py has it"
     )
     parser.add_argument("--read", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--source", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--index", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.read:
-        read(options.read, options.mesh, options.port, options.index)
+        read(options.read, options.source, options.mesh, options.port, options.index)
         return 0
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
         return int(not measure(Path(folder), options.mesh))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -23,6 +24,8 @@ THREADS = 4
 PREPARED = 8  # lines made ready ahead of the engine's own
 LONG = 8192  # tokens: longer lines come last, in fewer rows, since all rows share a cache's length
 ANSWER = 1024  # tokens at most that an answer is taken to need when lines are sorted by LONG
+# Gives (params, cfg), and enters into the stack what they are to be used in.
+Load = Callable[[contextlib.ExitStack], tuple[Any, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +62,7 @@ def largest(proc: Processor, settings: Settings) -> tuple[int, int]:
 
 
 def answer_file(
-    load: Callable[[], tuple[Any, Any]],
+    load: Load,
     proc: Processor,
     source: Path,
     out: Path,
@@ -70,7 +73,7 @@ def answer_file(
 
     The same call again goes on after a kill, and tries lines with errors again.
 
-    load: gives (params, cfg), called once the files are known to be usable. made_with: what else an
+    load: called once the files are known to be usable. made_with: what else an
     answer depends on; a later call must give the same. A line is {id?, messages, tools?, and any of
     KEYS}; a result {id, text, finish_reason, prompt_tokens, completion_tokens, logprobs?}, or
     {id, error, finish_reason "error"} for a line that cannot be used.
@@ -99,17 +102,12 @@ def work_settings(
     if out.resolve() == source.resolve():
         raise InputError(f"--output {out}: is the input itself; name another file")
     kept = {**dataclasses.asdict(settings), **settings.sampling, **made_with}
-    for name in (
-        "sampling",
-        "rows",
-        "prefill_chunk",
-    ):  # told one by one, and what changes no answer
-        kept.pop(name)
-    return kept
+    # The first is told one by one, the others change no answer.
+    return {k: v for k, v in kept.items() if k not in ("sampling", "rows", "prefill_chunk")}
 
 
 def answer_lines(
-    load: Callable[[], tuple[Any, Any]],
+    load: Load,
     proc: Processor,
     source: Path,
     settings: Settings,
@@ -118,11 +116,12 @@ def answer_lines(
     shown: bool = True,
 ) -> None:
     """Answers these lines into a journal; shown: how it goes is told. Ends the process on Ctrl-C."""
-    params, _ = load()
     there = len(journal.done)
     total = there + len(waiting)
     rows, longest = min(settings.rows, len(waiting)), LONG
-    with _Progress(total, there, shown) as progress:
+    with contextlib.ExitStack() as scope:
+        params, _ = load(scope)
+        progress = scope.enter_context(_Progress(total, there, shown))
         work = _Work(params, proc, source, settings, journal, progress)
         try:
             while waiting:

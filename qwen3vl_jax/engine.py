@@ -37,7 +37,6 @@ from qwen3vl_jax.prefixes import Prefix, PrefixStore
 from qwen3vl_jax.processing.batch import bucket
 from qwen3vl_jax.processing.prompts import EncodedPrompt, group_batch, read_prompt
 from qwen3vl_jax.sampling import Sampling, SamplingRows, row_seeds
-from qwen3vl_jax.sharding import shard
 from qwen3vl_jax.structs import Params
 
 LOOK_AHEAD = 2  # prompts held ready, for each row
@@ -172,7 +171,7 @@ def _empty(params, cfg, rows, slots) -> DecodeState:
     """A state whose rows have all ended."""
     vocab, zero = cfg.text.vocab_size, jnp.zeros(rows, jnp.int32)
     none = jnp.zeros((rows, vocab), bool)
-    state = DecodeState(
+    return on_mesh(DecodeState(
         cache=init_cache(cfg, rows, slots, stream_dtype(params)),
         token=zero,
         logprob=jnp.zeros(rows, jnp.float32),
@@ -182,8 +181,7 @@ def _empty(params, cfg, rows, slots) -> DecodeState:
         seen=none,
         answered=none,
         keys=jax.vmap(jax.random.key)(zero),
-    )
-    return on_mesh(state)
+    ))  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "chunk"), donate_argnames="state")
@@ -208,7 +206,7 @@ def _admit(params, cfg, state, batch, features, prefix, new, stop_ids, chunk):
         return old.at[new.rows].set(x, mode="drop")
 
     state = jax.tree.map(put, state.replace(cache=None), first.replace(cache=None))
-    return on_mesh(state.replace(cache=cache)), shard(first.token, None), shard(first.logprob, None)
+    return on_mesh(state.replace(cache=cache)), first.token, first.logprob
 
 
 class _Engine:

@@ -191,7 +191,7 @@ def put_pairs(
 
     def put(x: np.ndarray) -> jax.Array:
         x = x if dtype is None else x.astype(dtype)
-        axes = ("expert" if x.ndim == 3 else None, *[None] * (x.ndim - 1))
+        axes = (None, "expert", None, None) if x.ndim == 4 else (None,) * x.ndim  # layers in front
         return placed(in_memory(x), None if mesh is None else array_sharding(mesh, axes, x))
 
     return {name: put(x) for name, x in matrices.items()}

@@ -32,12 +32,8 @@ MODES = {
 MESH_AXES = {"dp": "data", "fsdp": "fsdp", "ep": "expert", "sp": "sequence", "tp": "tensor"}
 NEEDS = {
     "rows": ("input", "plan"),
-    "slices": ("plan",),
-    "save": ("plan",),
-    "coordinator": ("input",),
-    "processes": ("input",),
-    "process": ("input",),
-    "distributed": ("input",),
+    **dict.fromkeys(("slices", "save"), ("plan",)),
+    **dict.fromkeys(("coordinator", "processes", "process", "distributed"), ("input",)),
     "dims": ("embed",),
     "instruction": ("embed", "rerank"),
 }

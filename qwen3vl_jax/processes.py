@@ -14,8 +14,8 @@ _T = TypeVar("_T")
 HEARTBEAT = 30  # seconds without a sign of life after which a process counts as gone
 LOST = 4  # exit code of a process whose peers are gone
 # Variables by which jax.distributed finds the others itself: SLURM, Open MPI and PMI, GKE and TPU VMs.
-_KNOWN = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-_HOSTS = ("TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES")
+_KNOWN = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MEGASCALE_NUM_SLICES")
+_HOSTS = "TPU_WORKER_HOSTNAMES"
 
 
 class Asked(NamedTuple):
@@ -62,7 +62,7 @@ def asked_of(args: Any, environ: Mapping[str, str] = os.environ) -> Asked | None
         return Asked(coordinator, count, index)
     many = any(environ.get(name, "1") not in ("", "1") for name in _KNOWN)
     many = many or args.distributed
-    return Asked() if many or any("," in environ.get(name, "") for name in _HOSTS) else None
+    return Asked() if many or "," in environ.get(_HOSTS, "") else None
 
 
 def start(asked: Asked | None) -> tuple[int, int]:
@@ -90,10 +90,10 @@ def start(asked: Asked | None) -> tuple[int, int]:
     return jax.process_index(), jax.process_count()
 
 
-def end_together(run: Callable[[], _T]) -> _T:
+def end_together(run: Callable[[], _T], kept: str = "the last checkpoint") -> _T:
     """run(), whose failure because of another process that is gone ends this one with one line.
 
-    It ends at once, for the usual way out waits for the others.
+    kept: what the next start goes on from. It ends at once, for the usual way out waits for the others.
     """
     import jax
 
@@ -108,7 +108,7 @@ def end_together(run: Callable[[], _T]) -> _T:
             reason = " ".join(str(error).split())[:200]
             told = (
                 f"error: process {jax.process_index()}: another process of this run is gone ({reason}); "
-                "start all of them again: they go on from the last checkpoint"
+                f"start all of them again: they go on from {kept}"
             )
         else:
             raise

@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 
 from orbax.checkpoint import multihost
 
-from qwen3vl_jax.batch_file import Settings, answer_lines, tell_errors, work_settings
+from qwen3vl_jax.batch_file import Load, Settings, answer_lines, tell_errors, work_settings
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.journal import Journal, Line, Share, read_lines, results_in, share_path
 from qwen3vl_jax.processes import all_of, from_first
@@ -28,7 +28,7 @@ LONGEST = 30 * 24 * 3600 * 1000  # milliseconds that the first to finish waits f
 
 
 def answer_file_together(
-    load: Callable[[], tuple[Any, Any]],
+    load: Load,
     proc: Processor,
     source: Path,
     out: Path,

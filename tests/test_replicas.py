@@ -40,13 +40,13 @@ def work(tmp_path_factory):
     return source, env, (folder / "alone.jsonl").read_text()
 
 
-def start(source, outs, env):
+def start(source, outs, env, *more):
     """Processes that share a file, each with a name for its answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, ROOT / "infer.py", "--input", source, "--dtype", "float32"]
-    command += ["--rows", "4"]
+    command += ["--rows", "4", *more]
     many = ["--coordinator", f"127.0.0.1:{port}", "--processes", str(len(outs))]
     return [
         subprocess.Popen(
@@ -89,13 +89,19 @@ def test_a_killed_share_is_taken_up_by_the_next_start(work, tmp_path):
 
 
 def test_disks_that_are_not_shared(work, tmp_path):
-    """The others' answers are sent to process 0."""
+    """The others' answers are sent to process 0; each replica is spread over devices of its own."""
     source, env, want = work
+    env = {**env, "XLA_FLAGS": f"{env['XLA_FLAGS']} --xla_force_host_platform_device_count=2"}
     outs = [tmp_path / name / "out.jsonl" for name in "ab"]
     for out in outs:
         out.parent.mkdir()
-    ended(start(source, outs, env))
-    assert outs[0].read_text() == want and not list(outs[1].parent.iterdir())
+    ended(start(source, outs, env, "--mesh", "tp=2"))
+    assert texts(outs[0].read_text()) == texts(want)
+    assert not list(outs[1].parent.iterdir())
+
+
+def texts(answers):
+    return [(a["id"], a.get("text")) for a in map(json.loads, answers.splitlines())]
 
 
 def test_one_process_takes_over_what_several_left(tmp_path):
@@ -124,3 +130,19 @@ def test_shares_are_even_and_whole(tmp_path):
     shares = [share_of(lines, done, i, 3) for i in range(3)]
     assert sorted(len(share) for share in shares) == [2, 3, 3]
     assert {line.number for share in shares for line in share} == set(range(1, 12)) - done
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--prompt", "x", "--processes", "2"], "--processes: means something only with --input"),
+        (["--input", "in", "--output", "out", "--processes", "2"], "expected --coordinator HOST"),
+    ],
+)
+def test_processes_that_cannot_be(tmp_path, capsys, monkeypatch, flags, told):
+    monkeypatch.chdir(tmp_path)
+    Path("in").write_text("{}\n")
+    with pytest.raises(SystemExit) as end:
+        infer.main(flags)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and told in line

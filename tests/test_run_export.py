@@ -18,7 +18,7 @@ from qwen3vl_jax.training import recipe, run_dir, setup
 from qwen3vl_jax.training.adapters import adapter_of
 from qwen3vl_jax.training.checkpoints import Checkpoints
 from qwen3vl_jax.training.model_files import open_model, write_model_files
-from qwen3vl_jax.training.run import plain
+from qwen3vl_jax.training.start import plain
 
 
 @pytest.fixture(scope="module")

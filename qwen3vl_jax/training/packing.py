@@ -162,7 +162,7 @@ def build(
     if pack.vision_rows:
         merged = _merged_rows(cfg, seen)
         at = (tokens == cfg.image_token_id) | (tokens == cfg.video_token_id)
-        at &= spread.each(np.array([bool(p.spots) for p in placed]))
+        at &= spread.each(np.array([bool(p.spots) for p in placed], bool))
         vision_rows = np.full(at.shape, -1, np.int32)
         vision_rows[at] = merged
         vision = _vision(cfg, pack, seen, _pixels(cfg, pack, pixel_type, memory or Memory()))

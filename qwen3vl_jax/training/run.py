@@ -6,9 +6,7 @@ import dataclasses
 import gc
 import itertools
 import json
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,6 @@ from qwen3vl_jax.checkpoint import resolve
 from qwen3vl_jax.cli import memory_advice
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.sharding import AXES, make_mesh, rows_parts
 from qwen3vl_jax.training import estimate, evaluate, machine, run_dir, setup
 from qwen3vl_jax.training.checkpoints import Checkpoints
 from qwen3vl_jax.training.feed import Drawn, Feed
@@ -33,6 +30,7 @@ from qwen3vl_jax.training.packing import PackedBatch
 from qwen3vl_jax.training.recipe import Data, Recipe, as_dict, flat
 from qwen3vl_jax.training.shares import Shares
 from qwen3vl_jax.training.speed import Speed
+from qwen3vl_jax.training.start import check_fits, groups_of, mesh_of, opened, plain, whole_path
 from qwen3vl_jax.training.stop import Stop, Stopped, on_sigterm
 from qwen3vl_jax.training.watch import Muted, Watch
 
@@ -65,62 +63,6 @@ def train(recipe: Recipe, out: Path) -> None:
             watch.draw()
             done = "stopped by SIGTERM, saved" if stop.asked else "done"
             watch.progress.say(f"{out}: step {run.number} of {recipe.steps}, {done}")
-
-
-def mesh_of(recipe: Recipe) -> Mesh | None:
-    """The devices of a run; None is the first alone. Raises InputError where there are not as many."""
-    sizes, count = {n: getattr(recipe.mesh, n) for n in AXES}, jax.device_count()
-    wanted = math.prod(sizes.values())
-    if wanted == 1 and jax.process_count() == 1:
-        return None
-    few = 0 < wanted < count and jax.process_count() == 1
-    return make_mesh(sizes, jax.devices()[:wanted] if few else None)
-
-
-def groups_of(recipe: Recipe, mesh: Mesh | None, meta: dict[str, Any]) -> int:
-    """Into how many groups of their own samples the rows of a batch are cut, once for a whole run.
-
-    Raises InputError where the mesh cuts rows into parts that are no whole groups.
-    """
-    parts = 1 if mesh is None else rows_parts(mesh)
-    began = len(meta["data"].get("groups", [0])) if meta else 0
-    groups = began or recipe.pack.groups or parts
-    if groups % parts:
-        raise InputError(
-            f"the run has {groups} groups of rows, expected a multiple of mesh.data x mesh.fsdp x "
-            f"mesh.expert, which are {parts}; take fewer, or begin a run with pack.groups={parts}"
-        )
-    return groups
-
-
-@contextmanager
-def opened(out: Path) -> Iterator[None]:
-    """`run_dir.opened` in the first process, which the others wait for."""
-    with run_dir.opened(out) if processes.is_first() else nullcontext():
-        processes.wait_for_all("opened")
-        yield
-
-
-def check_fits(recipe: Recipe, meta: dict[str, Any], out: Path) -> list[str]:
-    """What differs from the run's start and may; raises InputError for what may not."""
-    # Keys that are younger than the run had their default.
-    then = plain(flat(Recipe("", 1))) | meta["recipe"]
-    now, then = (x | {"ckpt": whole_path(x["ckpt"])} for x in (plain(flat(recipe)), then))
-    changed = run_dir.check_recipe(now, then, out)
-    moved = machine.changes(meta["machine"])
-    if moved:
-        moved = ["not bit for bit, the machine differs: " + ", ".join(moved)]
-    return changed + moved
-
-
-def whole_path(ckpt: str) -> str:
-    """The place of a model from any folder; a Hub id stays what it is."""
-    return str(Path(ckpt).resolve()) if Path(ckpt).is_dir() else ckpt
-
-
-def plain(value: Any) -> Any:
-    """A recipe's values as JSON and TOML hold them."""
-    return json.loads(json.dumps(value, default=dataclasses.asdict))
 
 
 class Run:
