@@ -145,7 +145,7 @@ def embedded(params: Params, tokens: jax.Array, dtype: Any = None) -> jax.Array:
     if tokens.ndim != 2:
         return x
     # As the table is cut, for a lookup must move no table; then rows, an axis at a time.
-    return shard(shard(x, None, None, "embed"), "rows", None, "embed")
+    return shard(shard(x, "lookup_rows", None, "embed"), "rows", None, "embed")
 
 
 def embed_tokens(

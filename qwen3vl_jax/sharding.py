@@ -30,6 +30,7 @@ RULES: dict[str, tuple[str, ...]] = {
     # activations
     "rows": ("data", "fsdp", "expert"),  # of tokens
     "step_rows": ("data",),  # in a layer of a decode step: its tokens go to the weights
+    "lookup_rows": ("data",),  # of tokens that are looked up in a table cut along embed
     "vision_rows": AXES,  # of patches: the ViT is data-parallel over every device
     "patches": ("sequence", "tensor"),  # of a row, where rows are fewer than devices
     "tokens": ("sequence",),  # inside a layer; keys and values are gathered

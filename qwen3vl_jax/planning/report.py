@@ -58,7 +58,8 @@ def table(plan: Plan, title: str, largest: str = "") -> Table:
     out.add_column("value", justify="right")
     out.add_column("how it is known", style="dim")
     mesh = " x ".join(f"{n} {k}" for n, k in plan.program.mesh.shape.items() if k > 1) or "1 device"
-    out.add_row("machine", str(plan.machine), f"{plan.machine.devices:,} devices")
+    count = plan.machine.devices
+    out.add_row("machine", str(plan.machine), f"{count:,} device{'s' * (count > 1)}")
     out.add_row("mesh", mesh, "")
     verdict = "[bold green]fits[/]" if plan.fits else "[bold red]does not fit[/]"
     out.add_row("verdict", verdict, plan.cause or _judge(plan.machine))
