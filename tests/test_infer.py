@@ -299,7 +299,7 @@ def test_out_of_memory_is_one_line_with_bytes_and_the_option_that_helps():
 def test_weights_without_room_are_one_line(mode, capsys, monkeypatch):
     """Whatever is asked of them."""
 
-    def full(args, directory):
+    def full(*_):
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.")
 
     monkeypatch.setattr(infer, "load", full)
