@@ -95,9 +95,7 @@ def _step(run: Path, wanted: str | None) -> int:
     return chosen_step(run, wanted)
 
 
-def _whole(
-    recipe: Recipe, cfg: Config, weights: Path
-) -> tuple[dict[TreePath, LazyTensor], _Read]:
+def _whole(recipe: Recipe, cfg: Config, weights: Path) -> tuple[dict[TreePath, LazyTensor], _Read]:
     """What a run without LoRA gives: trained arrays of a step, and those it froze."""
     from qwen3vl_jax.orbax_io import read_tree, stored_tensors
     from qwen3vl_jax.training.stacked import layers_of, paths_of
@@ -117,9 +115,7 @@ def _whole(
     return leaves, read
 
 
-def _merged(
-    recipe: Recipe, cfg: Config, weights: Path
-) -> tuple[dict[TreePath, LazyTensor], _Read]:
+def _merged(recipe: Recipe, cfg: Config, weights: Path) -> tuple[dict[TreePath, LazyTensor], _Read]:
     """What a LoRA run gives: the checkpoint it began with (not rounded to 8 bits), and its adapter."""
     from convert.merging import merged
     from qwen3vl_jax.training.adapters import adapter_of

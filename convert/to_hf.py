@@ -21,9 +21,9 @@ from convert.stored import check_stored, stored_kind
 from convert.to_orbax import PARAMS, Progress
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.paths import new_file
 from qwen3vl_jax.staging import check_apart, copy_files, read_config, staged
 from qwen3vl_jax.tensors import SCALE, LazyTensor, TreePath
+from qwen3vl_jax.writing import new_file
 
 SHARD_SIZE = 5_000_000_000
 Sink = Callable[[TreePath, np.ndarray], Any]

@@ -12,7 +12,6 @@ import contextlib
 import importlib.util
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -84,7 +83,7 @@ def reached(path: object) -> Iterator[None]:
     """Turns what a store's client raises (no bucket, no right, no network) into one line."""
     try:
         yield
-    except (InputError, KeyboardInterrupt):
+    except (InputError, FileNotFoundError):
         raise
     except Exception as error:
         if not is_remote(str(path)):
@@ -115,7 +114,7 @@ def files_under(folder: Path, leave_out: Iterable[str] = ()) -> list[Path]:
         here = Path(place).relative_to(folder)
         if Path(place) == Path(folder):
             folders[:] = [f for f in folders if f not in left_out]
-            names = [n for n in names if n not in left_out]
+            names[:] = [n for n in names if n not in left_out]
         found += [here / name for name in names]
     return sorted(path for path in found if (folder / path).is_file())
 
@@ -190,46 +189,3 @@ def remove_tree(path: Path) -> None:
         return
     with contextlib.suppress(Exception):  # each store's client has errors of its own
         cast(Any, path).rmtree()
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file that a killed process leaves as it was, or as it is to be."""
-    if is_remote(path):
-        path.write_bytes(data)
-        return
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(data)
-    os.replace(part, path)
-
-
-class Spool:
-    """A file that lies on this machine's disk (TMPDIR) until `close` puts it to its place, whole."""
-
-    def __init__(self, path: Path):
-        self._path, self._file = path, tempfile.TemporaryFile()
-        self.write, self.flush, self.fileno = (
-            self._file.write, self._file.flush, self._file.fileno,
-        )  # fmt: skip
-
-    def close(self) -> None:
-        """Writes the object; nothing the second time."""
-        if self._file.closed:
-            return
-        try:
-            self._file.seek(0)
-            with self._path.open("wb") as out:
-                shutil.copyfileobj(self._file, cast(BinaryIO, out), _PIECE)
-        finally:
-            self._file.close()
-
-    def __enter__(self) -> Spool:
-        return self
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        """`close`, or after an error none of it."""
-        self._file.close() if error else self.close()
-
-
-def new_file(path: Path) -> BinaryIO:
-    """An empty file to write anywhere in; a remote one appears when it is closed."""
-    return cast(BinaryIO, Spool(path)) if is_remote(path) else path.open("w+b")
