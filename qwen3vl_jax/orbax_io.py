@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -227,7 +228,7 @@ def location(directory: Path) -> Any:
             "Hugging Face files are read from anywhere"
         )
     try:
-        from google.cloud import storage  # noqa: F401  # Orbax asks it what kind a bucket is
+        importlib.import_module("google.cloud.storage")  # Orbax asks it what kind a bucket is
     except ImportError:
         raise InputError(
             f"{directory}: Orbax needs google-cloud-storage: pip install 'qwen3vl-jax[gs]'"
