@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.paths import absolute, is_remote
+from qwen3vl_jax.paths import for_orbax
 from qwen3vl_jax.tensors import Index, LazyTensor, TreePath, at_path, flatten
 
 Sink = Callable[[TreePath, np.ndarray], Any]
@@ -143,7 +142,7 @@ def write_tree(
     save_args = jax.tree.map(lambda leaf: ocp.SaveArgs(chunk_byte_size=_CHUNK), tree)
     handler = _tree_handler(lambda path, array: wrote(array.nbytes))
     with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(location(directory), args=ocp.args.PyTreeSave(tree, save_args))
+        checkpointer.save(for_orbax(directory), args=ocp.args.PyTreeSave(tree, save_args))
 
 
 def stored_tensors(directory: Path) -> dict[TreePath, LazyTensor]:
@@ -200,7 +199,7 @@ def _read(directory: Path, handler: ocp.PyTreeCheckpointHandler, under: TreePath
         ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer,
     ):
         args = ocp.args.PyTreeRestore(item, restore_args=as_lazy)
-        found = checkpointer.restore(location(directory), args=args)
+        found = checkpointer.restore(for_orbax(directory), args=args)
     return at_path(found, under)
 
 
@@ -212,28 +211,7 @@ def read_part(directory: Path, path: TreePath) -> Any:
 def _metadata(directory: Path) -> Any:
     with _readable(directory):
         handler = _tree_handler(lambda path, array: None)
-        return handler.metadata(location(directory)).tree
-
-
-def location(directory: Path) -> Any:
-    """A directory as Orbax takes it. Raises InputError for a place that Orbax cannot read or write.
-
-    On gs:// Orbax renames nothing: what it wrote wholly holds COMMITTED.
-    """
-    if not is_remote(directory):
-        return directory.absolute()
-    if not str(directory).startswith("gs://"):
-        raise InputError(
-            f"{directory}: Orbax checkpoints are read and written in folders and on gs:// only; "
-            "Hugging Face files are read from anywhere"
-        )
-    try:
-        importlib.import_module("google.cloud.storage")  # Orbax asks it what kind a bucket is
-    except ImportError:
-        raise InputError(
-            f"{directory}: Orbax needs google-cloud-storage: pip install 'qwen3vl-jax[gs]'"
-        ) from None
-    return absolute(directory)
+        return handler.metadata(for_orbax(directory)).tree
 
 
 @contextlib.contextmanager

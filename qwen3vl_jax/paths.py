@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import importlib.util
 import os
 import shutil
@@ -189,3 +190,21 @@ def remove_tree(path: Path) -> None:
         return
     with contextlib.suppress(Exception):  # each store's client has errors of its own
         cast(Any, path).rmtree()
+
+
+def for_orbax(path: Path) -> Any:
+    """A place as Orbax takes it. Raises InputError for one that Orbax cannot read or write."""
+    if not is_remote(path):
+        return path.absolute()
+    if not str(path).startswith("gs://"):
+        raise InputError(
+            f"{path}: Orbax reads and writes checkpoints in folders and on gs:// only; take one of "
+            "them (Hugging Face files are read and written anywhere)"
+        )
+    try:
+        importlib.import_module("google.cloud.storage")  # Orbax asks it what kind a bucket is
+    except ImportError:
+        raise InputError(
+            f"{path}: Orbax needs google-cloud-storage there: pip install 'qwen3vl-jax[gs]'"
+        ) from None
+    return path

@@ -92,7 +92,7 @@ def test_what_a_place_is(bucket, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"s3:// needs a package: .*qwen3vl-jax\[s3\]"):
         as_path("s3://bucket/x")
     with pytest.raises(InputError, match="in folders and on gs:// only"):
-        orbax_io.location(epath.Path("s3://bucket/x"))
+        paths.for_orbax(epath.Path("s3://bucket/x"))
     data = bytes(range(256)) * 40
     bucket.put("bucket/bytes", data)
     monkeypatch.setattr(paths, "_PIECE", 100)

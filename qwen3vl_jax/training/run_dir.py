@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.paths import as_path, is_remote, kind, make_folder
+from qwen3vl_jax.paths import as_path, for_orbax, is_remote, kind, make_folder
 from qwen3vl_jax.training.tables import STEP, read_table
 
 try:
@@ -47,9 +47,11 @@ class DiffersError(InputError):
 def opened(out: Path) -> Iterator[Path]:
     """The run's directory, made where there is none, with no other process in it.
 
-    Raises InputError for a file, for a directory with other things in it, and while another run
-    writes there: but a remote place has no lock that a killed run lets go of, so there none is held.
+    Raises InputError for a file, for a directory with other things in it, for a place that Orbax does
+    not write to, and while another run writes there. A remote place has no lock that a killed run lets
+    go of, so none is held there.
     """
+    for_orbax(out)
     there = kind(out)
     if there == "file":
         raise InputError(f"--out {out}: is a file, expected a directory")
