@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.paths import file_size, files_under, is_remote, read_range
+from qwen3vl_jax.paths import file_size, files_under, is_remote, reached, read_range
 from qwen3vl_jax.staging import PARTIAL
 
 # In the order in which safetensors writes them: wide ones first, so that each lies aligned.
@@ -151,10 +151,8 @@ class Files:
 
 def _fetched(tensor: Stored, start: int, size: int) -> np.ndarray:
     """Some bytes of a tensor of an object, in its dtype. Raises InputError."""
-    try:
+    with reached(tensor.file):
         data = read_range(tensor.file, tensor.start + start, size)
-    except OSError as e:
-        raise InputError(f"{tensor.where}: cannot be read ({e}); run the same again") from e
     if len(data) != size:
         raise InputError(f"{tensor.where}: found {len(data)} bytes of {size}; fetch it again")
     return np.frombuffer(data, _READ[tensor.dtype])

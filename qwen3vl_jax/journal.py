@@ -124,6 +124,7 @@ class Kept:
             begin(bool(answers))
             self.log.cut(0)
             self._write({"settings": self.settings})
+            self.log.sync()  # a place that cannot be written to is told of at once
             return
         self._check_same(asked, found)
         self.log.cut(len(complete))

@@ -122,7 +122,8 @@ def files_under(folder: Path, leave_out: Iterable[str] = ()) -> list[Path]:
 
 def _objects(folder: Path, before: str, left_out: set[str]) -> Iterator[str]:
     for path in folder.iterdir():
-        if path.name and path.name not in left_out:
+        # An object named as the folder itself is how some tools show an empty one.
+        if path != folder and path.name not in left_out:
             if path.is_dir():
                 yield from _objects(path, f"{before}{path.name}/", set())
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -9,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from qwen3vl_jax.paths import copy_file, files_under, is_remote
+from qwen3vl_jax.paths import copy_file, files_under, is_remote, reached
 
 _PIECE = 32 << 20  # bytes in memory while a file is put to its place
 
@@ -66,6 +67,7 @@ class Growing:
         """text: what it holds to begin with."""
         write_whole(path, text.encode())
         self._path, self._parts, self._written = path, [text], time.monotonic()
+        self._stale = False  # whether the object lacks something
         self._file = None if is_remote(path) else path.open("a", newline="", encoding="utf-8")
 
     def write(self, text: str) -> None:
@@ -75,15 +77,19 @@ class Growing:
             self._file.flush()
             return
         self._parts.append(text)
+        self._stale = True
         if time.monotonic() - self._written >= self.EVERY:
-            self.sync()
+            self._written = time.monotonic()
+            with contextlib.suppress(Exception):  # of the store: it is tried again
+                self.sync()
 
     def sync(self) -> None:
         """Has all of it where it belongs."""
-        if not self._file and len(self._parts) > 1:
+        if not self._file and self._stale:
             self._parts = ["".join(self._parts)]
-            write_whole(self._path, self._parts[0].encode())
-            self._written = time.monotonic()
+            with reached(self._path):
+                write_whole(self._path, self._parts[0].encode())
+            self._written, self._stale = time.monotonic(), False
 
     def close(self) -> None:
         """The end of it."""
