@@ -8,10 +8,18 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.paths import absolute, copy_file, is_remote, kind, make_folder, remove_tree
+from qwen3vl_jax.paths import (
+    absolute,
+    copy_file,
+    is_remote,
+    kind,
+    make_folder,
+    reached,
+    remove_tree,
+)
 
 try:
     import fcntl
@@ -49,9 +57,11 @@ def _filled(out: Path) -> Iterator[Path]:
                 f"{out}: already exists, and an object store cannot put a new directory in its place; "
                 "choose another one, or remove it first"
             )
-        remove_tree(out)
+        with reached(out):
+            cast(Any, out).rmtree()
     try:
-        (out / PARTIAL).write_bytes(b"being written\n")
+        with reached(out):
+            (out / PARTIAL).write_bytes(b"being written\n")
         yield out
         (out / PARTIAL).unlink()
     except BaseException:

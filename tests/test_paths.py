@@ -5,6 +5,7 @@ import types
 
 import adapters
 import fake_gcs
+import fsspec
 import jax
 import numpy as np
 import pyarrow
@@ -81,6 +82,10 @@ def same(got, want):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
+def absent(name):
+    raise ImportError(f"no {name}")
+
+
 def test_what_a_place_is(bucket, tmp_path, monkeypatch):
     """Strings become pathlib's or epath's paths; other schemes and missing packages are refused."""
     assert as_path("a/b") == paths.Path("a/b") and not paths.is_remote("a/b")
@@ -89,8 +94,10 @@ def test_what_a_place_is(bucket, tmp_path, monkeypatch):
     assert as_path(place) == place and paths.absolute(place) == place
     with pytest.raises(InputError, match=r"knows no ftp://; expected a folder, gs://"):
         as_path("ftp://host/file")
-    with pytest.raises(InputError, match=r"s3:// needs a package: .*qwen3vl-jax\[s3\]"):
-        as_path("s3://bucket/x")
+    with monkeypatch.context() as patch:
+        patch.setattr(fsspec, "get_filesystem_class", absent)
+        with pytest.raises(InputError, match=r"s3:// needs a package: no s3; .*qwen3vl-jax\[s3\]"):
+            as_path("s3://bucket/x")
     with pytest.raises(InputError, match="in folders and on gs:// only"):
         paths.for_orbax(epath.Path("s3://bucket/x"))
     data = bytes(range(256)) * 40

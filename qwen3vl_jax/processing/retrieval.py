@@ -64,9 +64,8 @@ def rerank_conversation(
 
 def document(given: str) -> dict[str, Any]:
     """A thing from a command line: the file of a picture or else of a clip; what is no file is text."""
-    if not is_place(given) and not os.path.isfile(
-        given
-    ):  # nor is a text too long for a file's name
+    # Nor is a text too long for a file's name.
+    if not is_place(given) and not os.path.isfile(given):
         return {"text": given}
     return {"image" if is_picture(given) else "video": given}
 
