@@ -104,6 +104,12 @@ class FakeGcs(AbstractFileSystem):
         return _Written(path) if "w" in mode else _Read(self, path, mode, **kwargs)
 
 
+class FakeS3(FakeGcs):
+    """The same objects by another scheme."""
+
+    protocol = ("s3",)
+
+
 class _Read(AbstractBufferedFile):
     def _fetch_range(self, start, end):
         return STORE.read(self.path, start, end)
@@ -207,6 +213,7 @@ def served():
     os.environ["TENSORSTORE_GCS_HTTP_URL"] = f"http://127.0.0.1:{server.server_address[1]}"
     os.environ["GOOGLE_AUTH_TOKEN_FOR_TESTING"] = "none"
     fsspec.register_implementation("gcs", FakeGcs, clobber=True)
+    fsspec.register_implementation("s3", FakeS3, clobber=True)
     cloud, storage = types.ModuleType("google.cloud"), types.ModuleType("google.cloud.storage")
     storage.Client = lambda: types.SimpleNamespace(get_bucket=lambda name: object())
     cloud.storage = storage

@@ -199,6 +199,19 @@ def test_a_stopped_convert_leaves_nothing_loadable(bucket, local, direction, mon
     assert bucket.objects == before
 
 
+def test_another_store_holds_all_but_orbax(bucket, local, tmp_path, capsys):
+    """s3:// takes and gives Hugging Face files; Orbax's and runs are refused before anything is done."""
+    place = "s3://bucket/hf"
+    assert convert(["--to-hf", str(local / "orbax"), place]) == 0
+    same(q3.load(place)[0], q3.load(local / "hf")[0])
+    before = dict(bucket.objects)
+    assert convert([place, "s3://bucket/orbax"]) == 2
+    recipe = train_files.write_recipe(tmp_path / "r.toml", local / "hf", local / "chats.jsonl")
+    assert train.main(["--config", str(recipe), "--out", "s3://bucket/run"]) == 2
+    assert capsys.readouterr().err.count("in folders and on gs:// only") == 2
+    assert bucket.objects == before
+
+
 def test_an_unfinished_orbax_checkpoint_is_refused(bucket, local):
     """Without Orbax's own mark a directory with a config.json does not load."""
     assert convert([str(local / "hf"), f"{BUCKET}/orbax"]) == 0
