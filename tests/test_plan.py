@@ -20,6 +20,7 @@ from qwen3vl_jax.planning import chips, compiling, hlo, largest, program, report
 from qwen3vl_jax.planning.traffic import Collective, Traffic, traffic
 from qwen3vl_jax.sharding import make_mesh
 from qwen3vl_jax.training import recipe
+from qwen3vl_jax.training.preset import preset
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = """HloModule jit_step, is_scheduled=true
@@ -259,10 +260,13 @@ def test_what_does_not_divide_is_refused_before_compiling(small, changes, told):
 
 
 def test_a_search_tries_meshes_that_divide(small):
-    """All candidates use every device and cut rows evenly; the fastest by the estimate is first."""
+    """All candidates use every device and cut rows evenly; the preset, then the fastest is first."""
     cfg = program.config_of(small.ckpt)
     found = search.candidates(small, cfg, chips.read_machine("v5e:2x4"))
-    assert [c.seconds for c in found] == sorted(c.seconds for c in found)
+    usual = [c for c in found if vars(c.recipe.mesh) == vars(preset(cfg, small.pack, 8))]
+    others = found[len(usual) :]
+    assert usual and usual == found[: len(usual)]
+    assert [c.seconds for c in others] == sorted(c.seconds for c in others)
     for each in found:
         mesh = each.recipe.mesh
         assert mesh.data * mesh.fsdp * mesh.expert * mesh.sequence * mesh.tensor == 8
