@@ -10,13 +10,27 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import fp8_files
+import hf_files
 import jax
 import pytest
+import tiny
 import train_files
 from rich.console import Console
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.planning import chips, compiling, hlo, largest, program, report, roofline, search
+from qwen3vl_jax.loading import Source
+from qwen3vl_jax.planning import (
+    chips,
+    compiling,
+    hlo,
+    largest,
+    program,
+    report,
+    roofline,
+    search,
+    serving,
+)
 from qwen3vl_jax.planning.traffic import Collective, Traffic, traffic
 from qwen3vl_jax.sharding import make_mesh
 from qwen3vl_jax.training import recipe
@@ -290,3 +304,20 @@ def test_a_tpu_program_of_the_command_line(small, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "XLA's own verdict" in done.stdout and "fits" in done.stdout
     assert out.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_eight_bit_weights_are_planned_as_they_are_held(tmp_path, kind):
+    """The arrays of a plan are those that `load` reads: codes, scales, and the rest in its dtype."""
+    raw = tiny.config_dict("golden", True)
+    tensors = tiny.weights(raw, 0)
+    if kind == "fp8":
+        block = (128, 128)  # as released
+        raw, tensors = fp8_files.config(raw, block), fp8_files.quantised(tensors, block)
+    hf_files.write(tmp_path, raw, tensors)
+    cfg = program.config_of(str(tmp_path))
+    stored = Source(tmp_path, cfg, kind)
+    want = {path: (x.shape, x.dtype) for path, x in stored.asked(stored.stored()).items()}
+    asked = serving.Serving(1, 8, None, "float32", kind)
+    found = serving.held_arrays(cfg, asked)
+    assert {path: (x.shape, x.dtype) for path, x in found.items()} == want

@@ -19,6 +19,7 @@ from qwen3vl_jax.planning.search import Candidate, candidates
 from qwen3vl_jax.planning.serving import Serving, decoding, prefilling
 from qwen3vl_jax.planning.topology import devices_of
 from qwen3vl_jax.sharding import make_mesh, rows_parts, slice_count
+from qwen3vl_jax.spread import spread
 from qwen3vl_jax.training.preset import sizes_of, with_preset
 from qwen3vl_jax.training.recipe import Recipe
 
@@ -74,21 +75,25 @@ def search_training(
 
 
 def plan_serving(
-    ckpt: str, machine: Machine, sizes: Mapping[str, int], asked: Serving, save: Path | None = None,
-    console: Console | None = None,
+    ckpt: str, machine: Machine, sizes: Mapping[str, int] | None, asked: Serving,
+    save: Path | None = None, console: Console | None = None,
 ) -> tuple[Plan, Plan]:  # fmt: skip
     """Prints the plans of a decode step and of a prefill; save: where the decode step goes.
 
-    Raises InputError for what cannot be compiled.
+    sizes: None spreads the model over all devices as infer.py does. Raises InputError for what cannot
+    be compiled.
     """
     console = console or _console()
-    cfg, mesh = config_of(ckpt), make_mesh(sizes, devices_of(machine))
+    cfg = config_of(ckpt)
+    sizes = spread(cfg.text, machine.devices) if sizes is None else sizes
+    mesh = make_mesh(sizes, devices_of(machine))
     plans = []
     for name, make in (("a decode step", decoding), ("a prefill", prefilling)):
         program = make(cfg, mesh, asked)
         done = watched(console, program, f"compiling {name} for {machine}")
         plans.append(plan_of(machine, program, done))
         told = f"{ckpt}: {name}, {asked.rows} rows of {asked.slots:,} tokens"
+        told += f", {asked.weights} weights" if asked.weights else ""
         console.print(table(plans[-1], told))
     saved(plans[0], save, console)
     return plans[0], plans[1]
