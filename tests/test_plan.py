@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import fp8_files
 import hf_files
 import jax
+import numpy as np
 import pytest
 import tiny
 import train_files
@@ -227,7 +228,7 @@ def small(tmp_path_factory):
     )
 
 
-def test_a_step_is_compiled_and_told(small):
+def test_a_step_is_compiled_and_told(small, tmp_path):
     """On eight devices of this machine: bytes are those of real shards, the table has every part."""
     cfg = program.config_of(small.ckpt)
     mesh = make_mesh(vars(small.mesh), jax.devices())
@@ -247,6 +248,20 @@ def test_a_step_is_compiled_and_told(small):
     Console(file=out, width=140).print(report.table(plan, "one step", "pack.rows=8"))
     for part in ("fits", "optimizer (", "peak of a device", "MFU", "chip-hours", "pack.rows=8"):
         assert part in out.getvalue()
+    file = tmp_path / "step.bin"
+    assert compiling.save(done, file) == file.stat().st_size
+    _, metrics = compiling.load(file)(*jax.tree.map(empty, made.args))
+    assert jax.numpy.isfinite(metrics["loss"])
+    file.write_bytes(b"no program")
+    with pytest.raises(InputError, match="cannot be loaded on 8 x cpu"):
+        compiling.load(file)
+
+
+def empty(like):
+    """An array of a ShapeDtypeStruct, where that says."""
+    if jax.dtypes.issubdtype(like.dtype, jax.dtypes.prng_key):
+        return jax.device_put(jax.random.key(0), like.sharding)
+    return jax.device_put(np.zeros(like.shape, like.dtype), like.sharding)
 
 
 @pytest.mark.parametrize(
