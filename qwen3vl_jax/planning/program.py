@@ -20,7 +20,12 @@ from qwen3vl_jax.training import estimate, setup
 from qwen3vl_jax.training.flops import step_flops
 from qwen3vl_jax.training.groups import group_of
 from qwen3vl_jax.training.packing import PackedBatch
-from qwen3vl_jax.training.placing import batch_shardings, params_shardings, placed, state_shardings
+from qwen3vl_jax.training.placing import (
+    batch_shardings,
+    params_shardings,
+    state_shardings,
+    with_shardings,
+)
 from qwen3vl_jax.training.recipe import Recipe
 from qwen3vl_jax.training.speed import adapter_sizes, full_work
 
@@ -91,10 +96,10 @@ def training_step(recipe: Recipe, cfg: Config, mesh: Mesh) -> Program:
     check_batch(recipe, cfg, sizes)
     parts = estimate.held(recipe, cfg)
     rule = setup.rule_of(recipe, cfg, parts.weights)
-    state = placed(parts.state, state_shardings(mesh, cfg, parts.state))
-    frozen = placed(parts.frozen, params_shardings(mesh, cfg, parts.frozen))
+    state = with_shardings(parts.state, state_shardings(mesh, cfg, parts.state))
+    frozen = with_shardings(parts.frozen, params_shardings(mesh, cfg, parts.frozen))
     packed = packed_batch(recipe, cfg, rows_parts(sizes))
-    packed = placed(packed, batch_shardings(mesh, packed))
+    packed = with_shardings(packed, batch_shardings(mesh, packed))
     step = setup.make_step(recipe, cfg, rule, parts.join, state)
     held = {
         f"trained weights ({recipe.step.weights})": state.weights,
