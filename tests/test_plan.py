@@ -194,6 +194,8 @@ def test_the_compilers_words_become_numbers():
     line = "W spmd.cc:1] [SPMD] Involuntary full rematerialization. The compiler cannot go from a to b "
     line += 'for HLO operation %x = f32[8,4]{1,0} add(%y), metadata={op_name="jit(f)/add"}.\n'
     assert compiling.resharded(2 * line) == {"f32[8,4] jit(f)/add": 2}
+    bare = line.replace('op_name="jit(f)/add"', "")
+    assert compiling.resharded(bare) == {"f32[8,4] x": 1}
 
 
 @pytest.mark.parametrize(
@@ -241,6 +243,7 @@ def test_a_step_is_compiled_and_told(small, tmp_path):
     )  # padding, key and step
     machine = chips.read_machine("v5e:2x4")
     plan = report.plan_of(machine, made, done)
+    assert not done.resharded
     assert plan.fits and plan.times.most >= plan.times.least > 0
     kinds = {c.kind for c in plan.moved.collectives}
     assert {"all-gather", "all-reduce"} <= kinds

@@ -82,7 +82,9 @@ def resharded(text: str) -> Counter[str]:
     for line in _RESHARDED.findall(text):
         name = re.search(r'op_name="([^"]*)"', line)
         shape = re.search(r"= (\w+\[[\d,]*\])", line)
-        found[f"{shape[1] if shape else ''} {name[1] if name else line[:120]}".strip()] += 1
+        found[
+            f"{shape[1] if shape else ''} {name[1] if name else line.split(' = ')[0][:120]}".strip()
+        ] += 1
     return found
 
 
