@@ -7,6 +7,7 @@ import io
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.loading import Source
 from qwen3vl_jax.planning import (
     chips,
+    command,
     compiling,
     hlo,
     largest,
@@ -304,6 +306,28 @@ def test_a_search_tries_meshes_that_divide(small):
         assert mesh.data * mesh.fsdp * mesh.expert * mesh.sequence * mesh.tensor == 8
         assert small.pack.rows % (mesh.data * mesh.fsdp * mesh.expert) == 0
     assert {c.recipe.step.remat for c in found} == {"dots", "full"}
+
+
+def test_a_search_goes_on_after_a_mesh_that_does_not_compile(small, monkeypatch, capsys):
+    """Each is told as it ends: one that cannot be traced, one that XLA refuses, one without room."""
+    made = iter([ValueError("no such\nlayout"), InputError("XLA does not compile it")])
+
+    def program_of(*_):
+        if error := next(made, None):
+            raise error
+
+    done = compiling.Compiled(None, "16G of 15G HBM", Counter(), 2.0, 1.0, 0.0)
+    monkeypatch.setattr(command, "program_of", program_of)
+    monkeypatch.setattr(command, "watched", lambda *_: done)
+    out = io.StringIO()
+    machine = chips.read_machine("v5e:2x4")
+    plans = command.search_training(small, machine, 3, Console(file=out, width=140))
+    assert [plan.fits for _, plan in plans] == [False]
+    told = capsys.readouterr().err.splitlines()
+    assert [line.rsplit(": ", 1)[1] for line in told] == [
+        "no such layout", "XLA does not compile it", "16G of 15G HBM (2 s)"
+    ]  # fmt: skip
+    assert told[0].startswith("1 of 3: mesh.fsdp=4") and "does not fit" in out.getvalue()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the header says so")
