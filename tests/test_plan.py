@@ -360,6 +360,5 @@ def test_eight_bit_weights_are_planned_as_they_are_held(tmp_path, kind):
     cfg = program.config_of(str(tmp_path))
     stored = Source(tmp_path, cfg, kind)
     want = {path: (x.shape, x.dtype) for path, x in stored.asked(stored.stored()).items()}
-    asked = serving.Serving(1, 8, None, "float32", kind)
-    found = serving.held_arrays(cfg, asked)
+    found = serving.held_arrays(cfg, "float32", kind)
     assert {path: (x.shape, x.dtype) for path, x in found.items()} == want

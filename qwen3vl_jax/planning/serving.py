@@ -40,7 +40,7 @@ class Serving(NamedTuple):
 
 def decoding(cfg: Config, mesh: Mesh, asked: Serving) -> Program:
     """One decode step onto a full cache, which is donated. Raises InputError."""
-    params, cache = weights(cfg, mesh, asked), empty_cache(cfg, mesh, asked)
+    params, cache = weights(cfg, mesh, asked.dtype, asked.weights), empty_cache(cfg, mesh, asked)
     tokens = _whole(mesh, jnp.int32, asked.rows)
     fn = jax.jit(functools.partial(_decode, cfg=cfg), donate_argnums=1)
     # A token sees the whole cache at worst.
@@ -56,7 +56,7 @@ def _decode(params, cache, tokens, *, cfg):
 
 def prefilling(cfg: Config, mesh: Mesh, asked: Serving) -> Program:
     """The prefill of one prompt as wide as the cache, with a picture. Raises InputError."""
-    params, width = weights(cfg, mesh, asked), asked.slots
+    params, width = weights(cfg, mesh, asked.dtype, asked.weights), asked.slots
     patches = min(PICTURE, cfg.vision.merge_unit * width)
     batch = _prompt(cfg, mesh, width, patches)
     chunk = None if asked.chunk is None or asked.chunk >= width else asked.chunk
@@ -79,9 +79,12 @@ def _flops(cfg: Config, passed: Passed, head: int | None = None) -> float:
     return sum(parts.values())
 
 
-def weights(cfg: Config, mesh: Mesh, asked: Serving) -> Any:
-    """Parameters as per-layer lists of shapes, each with its sharding. Raises InputError."""
-    leaves = held_arrays(cfg, asked)
+def weights(cfg: Config, mesh: Mesh, dtype: Any, kind: str | None = None) -> Any:
+    """Parameters as per-layer lists of shapes, each with its sharding; kind: int8, fp8 or None.
+
+    Raises InputError.
+    """
+    leaves = held_arrays(cfg, dtype, kind)
     where = path_shardings(mesh, cfg, leaves)
     put = {
         path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where[path])
@@ -90,16 +93,16 @@ def weights(cfg: Config, mesh: Mesh, asked: Serving) -> Any:
     return as_structs(tree_of(cfg, put))
 
 
-def held_arrays(cfg: Config, asked: Serving) -> dict[TreePath, jax.ShapeDtypeStruct]:
+def held_arrays(cfg: Config, dtype: Any, kind: str | None) -> dict[TreePath, jax.ShapeDtypeStruct]:
     """What `load` holds of a model, by path: of 8-bit weights the codes and the scales."""
     out: dict[TreePath, jax.ShapeDtypeStruct] = {}
-    eight = quantised_rows(cfg) if asked.weights else {}
-    code = jnp.int8 if asked.weights == "int8" else jnp.float8_e4m3fn
+    eight = quantised_rows(cfg) if kind else {}
+    code = jnp.int8 if kind == "int8" else jnp.float8_e4m3fn
     for row in tensor_rows(cfg):
-        if row.path not in eight or (asked.weights == "fp8" and row.path in _BESIDE_FP8):
-            out[row.path] = jax.ShapeDtypeStruct(row.shape, asked.dtype)
+        if row.path not in eight or (kind == "fp8" and row.path in _BESIDE_FP8):
+            out[row.path] = jax.ShapeDtypeStruct(row.shape, dtype)
         else:
-            scales = row.channels if asked.weights == "int8" else row.scale_shape(_BLOCK)
+            scales = row.channels if kind == "int8" else row.scale_shape(_BLOCK)
             out[*row.path, VALUES] = jax.ShapeDtypeStruct(row.shape, code)
             out[*row.path, SCALE] = jax.ShapeDtypeStruct(scales, jnp.float32)
     return out
