@@ -246,9 +246,9 @@ def plan(args: argparse.Namespace) -> None:
     from qwen3vl_jax.planning.serving import Serving
 
     dtype = jnp.dtype(args.dtype or "bfloat16")
-    asked = Serving(args.rows, args.max_len or PLANNED_LENGTH, args.prefill_chunk, dtype)
-    sizes = mesh_sizes(args.mesh) or {"tensor": -1}
-    plan_serving(str(args.ckpt or DEMO), machine, sizes, asked, args.save)
+    length = args.max_len or PLANNED_LENGTH
+    asked = Serving(args.rows, length, args.prefill_chunk, dtype, args.weights)
+    plan_serving(str(args.ckpt or DEMO), machine, mesh_sizes(args.mesh), asked, args.save)
 
 
 def answer(args, directory, processor, arrays, limit, scope) -> str:

@@ -77,7 +77,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     """
     devices = jax.devices() if devices is None else list(devices)
     shape = mesh_shape(sizes, len(devices))
-    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    slices = slice_count(devices)
     if slices > 1:
         if shape[0] % slices:
             raise InputError(
@@ -91,6 +91,11 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     else:
         array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def slice_count(devices: Sequence[Any]) -> int:
+    """How many slices, or hosts of GPUs, devices are in: only the network joins them."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 def mesh_shape(sizes: Mapping[str, int], count: int) -> tuple[int, ...]:
@@ -114,9 +119,9 @@ def compiler_options(mesh: Mesh) -> dict[str, str] | None:
     return dict(_TPU_OPTIONS) if mesh.devices.flat[0].platform == "tpu" else None
 
 
-def rows_parts(mesh: Mesh) -> int:
-    """Into how many parts a mesh can cut rows."""
-    return math.prod(mesh.shape[axis] for axis in RULES["rows"])
+def rows_parts(sizes: Mapping[str, int]) -> int:
+    """Into how many parts a mesh of these sizes can cut rows."""
+    return math.prod(sizes.get(axis, 1) for axis in RULES["rows"])
 
 
 def mesh_sizes() -> dict[str, int]:

@@ -12,7 +12,8 @@ import tiny
 
 from qwen3vl_jax import moe, sharding
 from qwen3vl_jax.training import placing
-from qwen3vl_jax.training.recipe import Optimizer
+from qwen3vl_jax.training.preset import preset
+from qwen3vl_jax.training.recipe import Optimizer, Pack
 
 ROWS = (
     [("text", 3), ("image", (1, 2, 2)), ("text", 6)],
@@ -21,7 +22,7 @@ ROWS = (
     [("text", 5), ("image", (1, 1, 3)), ("text", 5)],
 )
 MESHES = {
-    "fsdp": {"fsdp": 8},
+    "preset": {},
     "mixed": {"data": 2, "fsdp": 2, "tensor": 2},
     "context": {"fsdp": 2, "expert": 2, "sequence": 2},
     "expert": {"expert": 4, "tensor": 2},
@@ -85,7 +86,10 @@ def test_groups_on_one_device_are_the_same_batch(case):
 
 @pytest.mark.parametrize("name", MESHES)
 def test_gradients_of_eight_devices(case, name):
-    mesh = sharding.make_mesh(MESHES[name])
+    pack = Pack(rows=GROUPS, vision_rows=GROUPS)
+    sizes = MESHES[name] or vars(preset(case.cfg, pack, 8))
+    assert name != "preset" or sizes["expert"] == (2 if case.cfg.text.num_experts else 1)
+    mesh = sharding.make_mesh(sizes)
     close(case.on(mesh, case.slopes, case.weights), case.want)
 
 

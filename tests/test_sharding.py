@@ -6,11 +6,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+import train_files
 
 import qwen3vl_jax as q3
 from qwen3vl_jax import sharding
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.training import placing, setup
+from qwen3vl_jax.training import placing, run_dir, setup, start
+from qwen3vl_jax.training.preset import preset
+from qwen3vl_jax.training.recipe import Mesh, Pack, Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,18 +51,38 @@ def test_an_axis_takes_the_largest_set_that_divides_it():
 
 
 def test_every_parameter_of_every_size_has_a_place():
-    """Logical names for each parameter, and no large one stays whole on the meshes of the recipes."""
-    meshes = {"2b": {"fsdp": 8}, "8b": {"fsdp": 8}, "32b": {"fsdp": 4, "tensor": 2},
-              "30b-a3b": {"fsdp": 2, "expert": 4}, "235b-a22b": {"expert": 8}}  # fmt: skip
-    for name, sizes in meshes.items():
+    """Logical names for each parameter, and no large one stays whole on the preset of eight devices."""
+    for name in ("2b", "8b", "32b", "30b-a3b", "235b-a22b"):
         cfg = q3.Config.named(name)
         shapes = setup.shapes(cfg)
-        mesh = sharding.make_mesh(sizes)
+        mesh = sharding.make_mesh(vars(preset(cfg, Pack(rows=8, vision_rows=8), 8)))
         found = placing.params_shardings(mesh, cfg, shapes)
         held = sum(
             where.shard_shape(shapes[n].shape) != shapes[n].shape for n, where in found.items()
         )
         assert held >= sum(x.size > 10**7 for x in shapes.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "slices", "rows", "want"),
+    [
+        ("8b", 8, 1, 16, Mesh(fsdp=8)),  # as in configs/sft_8b_full.toml
+        ("30b-a3b", 16, 1, 32, Mesh(fsdp=4, expert=4)),  # sft_30b_a3b
+        ("235b-a22b", 256, 1, 256, Mesh(fsdp=32, expert=8)),  # sft_235b_pod
+        ("235b-a22b", 512, 2, 512, Mesh(data=2, fsdp=32, expert=8)),
+        ("8b", 4096, 1, 4096, Mesh(data=32, fsdp=128)),
+        ("2b", 8, 1, 4, Mesh(fsdp=4, tensor=2)),  # fewer rows than devices
+        ("30b-a3b", 8, 1, 6, Mesh(fsdp=2, tensor=4)),
+        ("2b", 8, 2, 1, Mesh(data=2, fsdp=1, tensor=4)),  # refused later: the rows are too few
+        ("2b", 1, 1, 8, Mesh(fsdp=1)),
+    ],
+)
+def test_presets(name, count, slices, rows, want):
+    """Sizes by kind of model, devices, slices and rows."""
+    pack = Pack(rows=rows, vision_rows=2 * rows)
+    found = preset(q3.Config.named(name), pack, count, slices)
+    assert found == want
+    assert sharding.mesh_shape(vars(found), count)
 
 
 def test_refusals_name_the_parameter_and_the_axis():
@@ -88,3 +111,16 @@ def test_slices_are_told_apart_by_the_data_axis():
     assert [[c.slice_index for c in row.ravel()] for row in mesh.devices] == [[0] * 4, [1] * 4]
     with pytest.raises(InputError, match="multiple of the 2 slices"):
         sharding.make_mesh({"data": 1, "fsdp": 8}, chips)
+
+
+def test_a_recipe_without_a_mesh_takes_all_devices(tmp_path):
+    """As many parts as rows, or the groups that a run began with, divide; one that asks is left alone."""
+    ckpt = train_files.checkpoint(tmp_path / "ckpt", weights=False)
+    settings = Recipe(str(ckpt), 1, pack=Pack(rows=8, vision_rows=8))
+    assert start.laid_out(settings, tmp_path / "new").mesh == Mesh(fsdp=8)
+    saved = tmp_path / "run" / run_dir.CHECKPOINTS / "5" / run_dir.META
+    saved.mkdir(parents=True)
+    (saved / "metadata").write_text('{"data": {"groups": [{}, {}]}}')
+    assert start.laid_out(settings, tmp_path / "run").mesh == Mesh(fsdp=2, tensor=4)
+    asked = Recipe(str(ckpt), 1, mesh=Mesh(fsdp=1))
+    assert start.laid_out(asked, tmp_path / "new") is asked

@@ -18,6 +18,7 @@ RECIPE: dict[str, Any] = {
     "optimizer": {"learning_rate": 1e-3, "warmup": 2, "ema": 0.9},
     "step": {"dtype": "float32", "loss_chunk": 512, "remat": "none"},
     "report": {"every": 4, "tensorboard": False},
+    "mesh": {"fsdp": 1},
 }
 
 

@@ -57,8 +57,8 @@ _QUIET = {  # else libtpu asks the cloud's metadata server, and says that it is 
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5p-8",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # two plans at once
-    "TF_CPP_MIN_LOG_LEVEL": "2",
-    "TPU_STDERR_LOG_LEVEL": "2",
+    "TF_CPP_MIN_LOG_LEVEL": "1",  # warnings: `compiling` reads them
+    "TPU_STDERR_LOG_LEVEL": "1",
 }
 
 

@@ -130,7 +130,7 @@ class Report:
 @dataclasses.dataclass(frozen=True)
 class Mesh:
     data: int = 1
-    fsdp: int = 1
+    fsdp: int = 0
     tensor: int = 1
     expert: int = 1
     sequence: int = 1
@@ -232,8 +232,6 @@ def _check_together(recipe: Recipe) -> None:
     for name, factor in recipe.train.rates.items():
         if not 0 <= factor < math.inf:
             raise InputError(f"train.rates.{name} is {factor}, expected a finite number from 0")
-    if recipe.mesh.fsdp == 0:
-        raise InputError("mesh.fsdp is 0, expected a number from 1, or -1 for all that are left")
     if recipe.lora.adapter and not recipe.lora.rank:
         raise InputError("lora.adapter is set and lora.rank is 0, expected the adapter's rank")
     for table, sources in (("data", recipe.data.sources), ("evaluate", recipe.evaluate.sources)):

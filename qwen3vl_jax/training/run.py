@@ -27,10 +27,19 @@ from qwen3vl_jax.training.feed import Drawn, Feed
 from qwen3vl_jax.training.model_files import open_model, write_model_files
 from qwen3vl_jax.training.optimizer import make_schedule
 from qwen3vl_jax.training.packing import PackedBatch
+from qwen3vl_jax.training.preset import asks_for_mesh, spelled
 from qwen3vl_jax.training.recipe import Data, Recipe, as_dict, flat
 from qwen3vl_jax.training.shares import Shares
 from qwen3vl_jax.training.speed import Speed
-from qwen3vl_jax.training.start import check_fits, groups_of, mesh_of, opened, plain, whole_path
+from qwen3vl_jax.training.start import (
+    check_fits,
+    groups_of,
+    laid_out,
+    mesh_of,
+    opened,
+    plain,
+    whole_path,
+)
 from qwen3vl_jax.training.stop import Stop, Stopped, on_sigterm
 from qwen3vl_jax.training.watch import Muted, Watch
 from qwen3vl_jax.writing import Mirrored
@@ -42,6 +51,7 @@ def train(recipe: Recipe, out: Path) -> None:
     Returns when all steps are done, or after SIGTERM, which saves first. Raises InputError for what
     cannot start, for a directory of another run, and where a loss is not a number.
     """
+    asked, recipe = recipe, laid_out(recipe, out)
     mesh = mesh_of(recipe)
     with on_sigterm() as stop, opened(out), nullcontext() if mesh is None else jax.set_mesh(mesh):
         first = processes.from_first(max(run_dir.saved_steps(out), default=0))
@@ -53,6 +63,8 @@ def train(recipe: Recipe, out: Path) -> None:
         with Watch(out, recipe, first) if processes.is_first() else Muted() as watch:
             for line in noted:
                 watch.progress.say(f"going on from step {first}: {line}")
+            if mesh is not None and not asks_for_mesh(asked):
+                watch.progress.say(f"no [mesh]: {mesh.size} devices, {spelled(recipe.mesh)}")
             run = Run(recipe, out, first, meta, mesh)
             less = "step.remat=full or step.loss_chunk"
             try:
