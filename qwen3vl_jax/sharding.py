@@ -48,6 +48,9 @@ RULES: dict[str, tuple[str, ...]] = {
     "vision_mlp": (),
     "expert_mlp": (),
 }
+# The axes of the second are taken before others: a device's patches are then of its own rows' pictures,
+# and its process reads no other samples.
+FIRST = {"vision_rows": "rows"}
 WHOLE_AT_MOST = 64 << 20  # bytes of a parameter that may stay whole on every device
 
 Where = Mapping[str, tuple[str, ...]]  # the mesh axes of each logical axis of a call
@@ -133,14 +136,23 @@ def places(named: Sequence[tuple[str | None, int]], sizes: Mapping[str, int]) ->
         if name is not None:
             wanted.setdefault(name, []).append(size)
     free, found = dict(sizes), {}
-    for name, axes in RULES.items():
+    for name in RULES:
         if name in wanted:
-            found[name] = _largest([a for a in axes if a in free], free, wanted[name])
+            found[name] = _cutters(name, free, wanted[name])
             for axis in found[name]:
                 del free[axis]
     if unknown := wanted.keys() - RULES.keys():
         raise KeyError(f"logical axis {min(unknown)!r} has no rule")
     return found
+
+
+def _cutters(name: str, free: Mapping[str, int], lengths: list[int]) -> tuple[str, ...]:
+    """The free mesh axes that cut a logical axis of these lengths."""
+    before = RULES.get(FIRST.get(name, ""), ())
+    first = _largest([a for a in before if a in free], free, lengths)
+    count = math.prod(free[a] for a in first)
+    others = [a for a in RULES[name] if a in free and a not in before]
+    return first + _largest(others, free, [n // count for n in lengths])
 
 
 def _largest(axes: list[str], sizes: Mapping[str, int], lengths: list[int]) -> tuple[str, ...]:
