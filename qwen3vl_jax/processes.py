@@ -12,6 +12,7 @@ from qwen3vl_jax.errors import InputError
 
 _T = TypeVar("_T")
 HEARTBEAT = 30  # seconds without a sign of life after which a process counts as gone
+LONGEST = 30 * 24 * 3600 * 1000  # milliseconds that the first to come to a place waits for the last
 LOST = 4  # exit code of a process whose peers are gone
 # Variables by which jax.distributed finds the others itself: SLURM, Open MPI and PMI, GKE and TPU VMs.
 _KNOWN = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MEGASCALE_NUM_SLICES")
@@ -98,14 +99,17 @@ def start(asked: Asked | None) -> tuple[int, int]:
 
 
 def end_together(run: Callable[[], _T], kept: str = "the last checkpoint") -> _T:
-    """run(), whose failure because of another process that is gone ends this one with one line.
+    """run(), and what the slowest of them still has to do: else JAX takes that one for lost.
 
-    kept: what the next start goes on from. It ends at once, for the usual way out waits for the others.
+    A failure because of another process that is gone ends this one with one line; it ends at once, for
+    the usual way out waits for the others. kept: what the next start goes on from.
     """
     import jax
 
     try:
-        return run()
+        result = run()
+        wait_for_all("end")
+        return result
     except Exception as error:
         if jax.process_count() == 1:
             raise
@@ -131,13 +135,13 @@ def is_first() -> bool:
 
 
 def wait_for_all(name: str) -> None:
-    """Returns when every process has come here."""
+    """Returns when every process has come here, be it hours later."""
     import jax
 
     if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
+        from orbax.checkpoint import multihost
 
-        multihost_utils.sync_global_devices(name)
+        multihost.get_barrier_sync_fn()(key=name, timeout_ms=LONGEST)
 
 
 def from_first(value: Any) -> Any:
