@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
+from qwen3vl_jax.cli import EXPECTED, report
 from qwen3vl_jax.errors import InputError
 
 _T = TypeVar("_T")
@@ -16,6 +19,12 @@ LONGEST = 30 * 24 * 3600 * 1000  # milliseconds that the first to come to a plac
 LOST = 4  # exit code of a process whose peers are gone
 # Variables by which jax.distributed finds the others itself: SLURM, Open MPI and PMI, GKE and TPU VMs.
 _KNOWN = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MEGASCALE_NUM_SLICES")
+# How JAX's collectives and its coordination service speak of a process that does not answer.
+_GONE = re.compile(
+    "connect|socket|network|remote process|heartbeat|unhealthy|unreachable|timed out"
+    "|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED",
+    re.IGNORECASE,
+)
 _HOSTS = "TPU_WORKER_HOSTNAMES"
 
 
@@ -113,18 +122,27 @@ def end_together(run: Callable[[], _T], kept: str = "the last checkpoint") -> _T
     except Exception as error:
         if jax.process_count() == 1:
             raise
-        if isinstance(error, InputError):
-            told = f"error: {' '.join(str(error).split())}"
-        elif isinstance(error, jax.errors.JaxRuntimeError):
-            reason = " ".join(str(error).split())[:200]
-            told = (
-                f"error: process {jax.process_index()}: another process of this run is gone ({reason}); "
-                f"start all of them again: they go on from {kept}"
-            )
-        else:
-            raise
-        print(told, file=sys.stderr, flush=True)
-        os._exit(2 if isinstance(error, InputError) else LOST)
+        code = _tell(error, kept)
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _tell(error: Exception, kept: str) -> int:
+    """Prints why this process ends; gives its exit code."""
+    import jax
+
+    if isinstance(error, EXPECTED):
+        return report(error)
+    reason = " ".join(str(error).split())[:200]
+    if not (isinstance(error, jax.errors.JaxRuntimeError) and _GONE.search(str(error))):
+        traceback.print_exception(error)
+        return 1
+    print(
+        f"error: process {jax.process_index()}: another process of this run is gone ({reason}); "
+        f"start all of them again: they go on from {kept}",
+        file=sys.stderr,
+    )
+    return LOST
 
 
 def is_first() -> bool:

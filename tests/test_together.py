@@ -1,8 +1,12 @@
 """How processes that run as one begin and end, without starting any."""
 
+import os
+
+import jax
 import pytest
 
 from qwen3vl_jax import processes
+from qwen3vl_jax.errors import InputError
 
 
 def test_none_ends_before_the_slowest(monkeypatch):
@@ -14,3 +18,36 @@ def test_none_ends_before_the_slowest(monkeypatch):
     with pytest.raises(ZeroDivisionError):
         processes.end_together(lambda: 1 // 0)
     assert done == ["run", "end"]
+
+
+GONE = "error: process 0: another process of this run is gone"
+ENDS = [
+    (jax.errors.JaxRuntimeError("INTERNAL: Gloo: [..] Connection closed by peer [127.0.0.1]:7"), 4, GONE),
+    (jax.errors.JaxRuntimeError("INTERNAL: Barrier failed: Task 1 heartbeat timeout."), 4, GONE),
+    (jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Gloo context initialization"), 4, GONE),
+    (jax.errors.JaxRuntimeError("INTERNAL: NCCL: remote process exited or there was a .."), 4, GONE),
+    (jax.errors.JaxRuntimeError("INTERNAL: Mosaic failed to compile"), 1, "Mosaic failed to compile"),
+    (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), 1, "RESOURCE_EXHAUSTED"),
+    (ZeroDivisionError("by zero"), 1, "ZeroDivisionError: by zero"),
+    (InputError("pack.rows is 3"), 2, "error: pack.rows is 3"),
+    (FileNotFoundError(2, "No such file", "a.jsonl"), 2, "error: a.jsonl: No such file"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("error", "code", "told"), ENDS, ids=lambda x: str(x)[:40])
+def test_why_a_process_ends(monkeypatch, capsys, error, code, told):
+    """Only what speaks of another process is told as a lost one; it ends at once."""
+
+    def run():
+        raise error
+
+    def end(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(os, "_exit", end)
+    with pytest.raises(SystemExit) as ended:
+        processes.end_together(run)
+    said = capsys.readouterr().err
+    assert ended.value.code == code
+    assert told in said and (GONE in said) == (told == GONE)

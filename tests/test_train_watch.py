@@ -167,6 +167,20 @@ def test_a_loss_that_is_no_number_stops_the_run(files, monkeypatch, capsys, back
     assert run_dir.saved_steps(out) == [3]
 
 
+@pytest.mark.parametrize("part", ["prepare", "begin"])
+def test_no_room_for_the_weights(files, monkeypatch, capsys, part):
+    """Where a device has no room before the first step, the parts are told as later."""
+
+    def full(*_):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.")
+
+    monkeypatch.setattr(setup, part, full)
+    assert run(files, f"full-{part}") == 2
+    said = capsys.readouterr().err
+    assert "error: out of memory: " in said and "weights 0.00 GiB" in said
+    assert "lower it with pack.rows, step.remat=full" in said
+
+
 def test_ctrl_c_and_sigterm(files, monkeypatch, capsys):
     """Ctrl-C: 130 and a line. SIGTERM between steps: what was done is saved, exit code 0."""
 
