@@ -104,7 +104,16 @@ def start(asked: Asked | None) -> tuple[int, int]:
         )
     except (RuntimeError, ValueError) as error:
         raise InputError(f"several processes: {' '.join(str(error).split())[:300]}") from error
+    if _has_its_host(os.environ) and not os.environ.get("JAX_LOCAL_DEVICE_IDS"):
+        for name in ("jax_cuda_visible_devices", "jax_rocm_visible_devices"):
+            jax.config.update(name, "all")  # JAX takes one card of a launcher's process
     return jax.process_index(), jax.process_count()
+
+
+def _has_its_host(environ: Mapping[str, str]) -> bool:
+    """Whether SLURM or Open MPI started one process on each host: "1", or "1(x4)" on four."""
+    tasks = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("OMPI_COMM_WORLD_LOCAL_SIZE")
+    return bool(re.fullmatch(r"1(\(x\d+\))?", tasks or ""))
 
 
 def end_together(run: Callable[[], _T], kept: str = "the last checkpoint") -> _T:

@@ -1,6 +1,8 @@
 """How processes that run as one begin and end, without starting any."""
 
 import os
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -51,3 +53,28 @@ def test_why_a_process_ends(monkeypatch, capsys, error, code, told):
     said = capsys.readouterr().err
     assert ended.value.code == code
     assert told in said and (GONE in said) == (told == GONE)
+
+
+SEEN = """
+import socket, jax
+from jax._src.xla_bridge import CUDA_VISIBLE_DEVICES
+from qwen3vl_jax import processes
+
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{free.getsockname()[1]}"
+processes.start(processes.Asked(address, 1, 0))
+print(CUDA_VISIBLE_DEVICES.value)
+"""
+SRUN = {
+    "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "4",
+    "SLURM_PROCID": "1", "SLURM_LOCALID": "0",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("tasks", "cards"), [("1(x4)", "all"), ("2,1(x2)", "0")])
+def test_one_process_of_a_node_has_all_its_cards(tasks, cards):
+    """JAX takes one card for each task of SLURM, which is right where there are as many tasks."""
+    env = {**os.environ, **SRUN, "SLURM_STEP_TASKS_PER_NODE": tasks}
+    said = subprocess.run([sys.executable, "-c", SEEN], env=env, capture_output=True, text=True)
+    assert said.stdout.split() == [cards], said.stderr
