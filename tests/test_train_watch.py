@@ -14,8 +14,10 @@ import pytest
 import train_files
 
 import train
+from qwen3vl_jax import processes
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.training import evaluate, recipe, run_dir, setup
+from qwen3vl_jax.training.checkpoints import Checkpoints
 from qwen3vl_jax.training.progress import described
 from qwen3vl_jax.training.tables import Table, read_table
 from qwen3vl_jax.training.watch import Watch
@@ -206,6 +208,25 @@ def test_ctrl_c_and_sigterm(files, monkeypatch, capsys):
     assert run(files, "stopped", *changes) == 0
     steps = [int(row["step"]) for row in read_table(files / "stopped" / "metrics.csv")]
     assert steps == list(range(1, 10))
+
+
+def test_the_first_process_decides_what_sigterm_saves(files, monkeypatch):
+    """A step may just be on its way to the disk, which each process sees at its own time."""
+    saved, save = [], Checkpoints.save
+
+    def asked(number):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return 1.0, 0.5
+
+    def counted(self, state, *rest):
+        saved.append(int(state.step))
+        save(self, state, *rest)
+
+    fake_step(monkeypatch, asked)
+    monkeypatch.setattr(Checkpoints, "save", counted)
+    monkeypatch.setattr(processes, "from_first", lambda x: False if x is True else x)
+    assert run(files, "two", "save_every=1", "evaluate.every=0", "report.profile=[]") == 0
+    assert len(saved) == 2 and len(set(saved)) == 1
 
 
 def fake_scores(monkeypatch, scores):

@@ -152,7 +152,8 @@ class Run:
                 watch.restart_clock()
         profiler.end()
         self.tell(watch)
-        if stop.asked and self.number not in run_dir.saved_steps(self.out):
+        # The first process decides: a store's client may show others a listing of before.
+        if stop.asked and not processes.from_first(self.number in run_dir.saved_steps(self.out)):
             self.save(watch, None, due=True)
 
     def look_and_save(self, watch: Watch | Muted, stop: Stop, looks: bool, due: bool) -> None:
