@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
@@ -15,10 +16,11 @@ from qwen3vl_jax.errors import InputError
 
 _T = TypeVar("_T")
 HEARTBEAT = 30  # seconds without a sign of life after which a process counts as gone
+PATIENCE = 5  # seconds after which a process says that it waits for the others to start
 LONGEST = 30 * 24 * 3600 * 1000  # milliseconds that the first to come to a place waits for the last
 LOST = 4  # exit code of a process whose peers are gone
-# Variables by which jax.distributed finds the others itself: SLURM, Open MPI and PMI, GKE and TPU VMs.
-_KNOWN = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MEGASCALE_NUM_SLICES")
+# Variables by which jax.distributed finds the others itself: Open MPI and PMI, GKE and TPU VMs, SLURM.
+_KNOWN = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MEGASCALE_NUM_SLICES")
 # How JAX's collectives and its coordination service speak of a process that does not answer.
 _GONE = re.compile(
     "connect|socket|network|remote process|heartbeat|unhealthy|unreachable|timed out"
@@ -62,16 +64,23 @@ def asked_of(args: Any, environ: Mapping[str, str] = os.environ) -> Asked | None
     count = args.processes or _number(names[1], environ, 0)
     index = args.process if args.process >= 0 else _number(names[2], environ, -1)
     if coordinator or count or index >= 0:
-        if not (coordinator and 0 <= index < count):
+        if not (_is_address(coordinator) and 0 <= index < count):
             raise InputError(
                 f"several processes: coordinator {coordinator!r}, processes {count}, process {index}; "
                 "expected --coordinator HOST:PORT --processes N --process I, or the variables "
                 + ", ".join(names)
             )
         return Asked(coordinator, count, index)
-    many = any(environ.get(name, "1") not in ("", "1") for name in _KNOWN)
+    srun = ("SLURM_NTASKS",) if "SLURM_STEP_NODELIST" in environ else ()  # and not salloc alone
+    many = any(environ.get(name, "1") not in ("", "1") for name in (*_KNOWN, *srun))
     many = many or args.distributed
     return Asked() if many or "," in environ.get(_HOSTS, "") else None
+
+
+def _is_address(coordinator: str) -> bool:
+    """Whether it is HOST:PORT."""
+    host, _, port = coordinator.rpartition(":")
+    return bool(host) and port.isdecimal() and 1 <= int(port) <= 65535
 
 
 def _number(name: str, environ: Mapping[str, str], default: int) -> int:
@@ -98,16 +107,28 @@ def start(asked: Asked | None) -> tuple[int, int]:
         known = dict(
             zip(("coordinator_address", "num_processes", "process_id"), asked, strict=True)
         )
+    waits = threading.Timer(PATIENCE, _tell_waiting, [asked])
+    waits.daemon = True
+    waits.start()
     try:
         jax.distributed.initialize(
             **known, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT
         )
     except (RuntimeError, ValueError) as error:
         raise InputError(f"several processes: {' '.join(str(error).split())[:300]}") from error
+    finally:
+        waits.cancel()
     if _has_its_host(os.environ) and not os.environ.get("JAX_LOCAL_DEVICE_IDS"):
         for name in ("jax_cuda_visible_devices", "jax_rocm_visible_devices"):
             jax.config.update(name, "all")  # JAX takes one card of a launcher's process
     return jax.process_index(), jax.process_count()
+
+
+def _tell_waiting(asked: Asked) -> None:
+    told = "waiting for the other processes"
+    if asked.coordinator:
+        told = f"process {asked.index} of {asked.count}: {told} at {asked.coordinator}"
+    print(told, file=sys.stderr, flush=True)
 
 
 def _has_its_host(environ: Mapping[str, str]) -> bool:

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import time
+from argparse import Namespace
 
 import jax
 import pytest
@@ -20,6 +22,41 @@ def test_none_ends_before_the_slowest(monkeypatch):
     with pytest.raises(ZeroDivisionError):
         processes.end_together(lambda: 1 // 0)
     assert done == ["run", "end"]
+
+
+def asked(coordinator="", **environ):
+    many = Namespace(coordinator=coordinator, processes=2, process=0, distributed=False)
+    none = Namespace(coordinator="", processes=0, process=-1, distributed=False)
+    return processes.asked_of(many if coordinator else none, environ)
+
+
+@pytest.mark.parametrize("place", ["foo", "foo:", ":80", "foo:99999", "foo:0", "foo:http"])
+def test_what_is_no_address_is_refused(place):
+    """JAX has an IndexError for the one, and is silent for minutes at the other."""
+    with pytest.raises(
+        InputError, match=f"coordinator '{place}'.*expected --coordinator HOST:PORT"
+    ):
+        asked(place)
+
+
+def test_addresses():
+    for address in ("foo:80", "[::1]:65535"):
+        assert asked(address) == (address, 2, 0)
+
+
+def test_a_shell_of_slurm_is_one_process():
+    """Only srun starts several; salloc and sbatch have the count too."""
+    assert asked(SLURM_NTASKS="8") is None
+    assert asked(SLURM_NTASKS="8", SLURM_STEP_NODELIST="n[1-8]") == processes.Asked()
+    assert asked(SLURM_NTASKS="1", SLURM_STEP_NODELIST="n1") is None
+
+
+def test_a_process_that_waits_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(processes, "PATIENCE", 0.01)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: time.sleep(0.3))
+    processes.start(processes.Asked("foo:80", 2, 1))
+    said = capsys.readouterr().err
+    assert said == "process 1 of 2: waiting for the other processes at foo:80\n"
 
 
 GONE = "error: process 0: another process of this run is gone"
