@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from qwen3vl_jax.errors import InputError
 
@@ -88,6 +88,12 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     else:
         array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def layout_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
+    """A mesh of AXES without devices, for what asks only where arrays would lie."""
+    shape = tuple(sizes.get(name, 1) for name in AXES)
+    return AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def mesh_shape(sizes: Mapping[str, int], count: int) -> tuple[int, ...]:
@@ -212,13 +218,15 @@ def call_places(*named: tuple[str | None, int]) -> Where:
     return places(named, mesh_sizes())
 
 
-def array_sharding(mesh: Mesh, axes: Axes, x: Any) -> NamedSharding:
+def array_sharding(mesh: Mesh | AbstractMesh, axes: Axes, x: Any) -> NamedSharding:
     """The sharding of one array, or shape, by the logical names of its axes."""
     where = places(list(zip(axes, x.shape, strict=True)), _sizes(mesh))
     return NamedSharding(mesh, spec(axes, where))
 
 
-def shardings(mesh: Mesh | None, shapes: Mapping[str, Any], axes: Mapping[str, Axes]) -> dict:
+def shardings(
+    mesh: Mesh | AbstractMesh | None, shapes: Mapping[str, Any], axes: Mapping[str, Axes]
+) -> dict:
     """{name: NamedSharding} of parameters {name: shape and dtype} with the names of their axes.
 
     mesh None gives None for each. Raises InputError for a parameter over WHOLE_AT_MOST bytes that
