@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qwen3vl_jax.lora import Adapted
+from qwen3vl_jax.lora import Adapted, split
 from qwen3vl_jax.quantized import Quantized
 from qwen3vl_jax.sharding import Where, call_places, mesh_sizes, on_shards, spec
 
@@ -18,19 +18,29 @@ _EMBED = (1, 2)  # the axis D of gate_up [E D 2M] and of down [E M D]
 
 
 class Exchange(NamedTuple):
-    """How the tokens [B T ..] of one layer and its E experts lie on the mesh; without one, whole."""
+    """How the tokens [B T ..] of one layer and its E experts lie on the mesh; without one, whole.
+
+    Where D is cut, the many tokens of whole rows have the weights gathered to them; the few of a decode
+    step go to all parts of a weight, and what these make of them is summed.
+    """
 
     tokens: Where  # of rows and stream
     weights: Where  # of expert and embed
     experts: int
     sizes: dict[str, int]
+    partial: bool  # whether each device multiplies with its part of D
 
     @classmethod
-    def of(cls, shape: tuple[int, ...], experts: int) -> Exchange:
-        """For a stream of this shape [B T D]."""
-        tokens = call_places(("rows", shape[0]), ("stream", shape[1]))
+    def of(cls, shape: tuple[int, ...], gate_up: Any, down: Any) -> Exchange:
+        """For a stream of this shape [B T D] and the matrices of `each_expert`."""
+        experts, sizes = gate_up.shape[0], mesh_sizes()
         weights = call_places(("expert", experts), ("embed", shape[2]))
-        return cls(tokens, weights, experts, mesh_sizes())
+        parts = math.prod(sizes[a] for a in weights["embed"])
+        pairs = zip((gate_up, down), _EMBED, strict=True)
+        partial = shape[1] == 1 < parts and all(_divides(w, dim, parts) for w, dim in pairs)
+        rows = "step_rows" if partial else "rows"
+        tokens = call_places((rows, shape[0]), ("stream", shape[1]))
+        return cls(tokens, weights, experts, sizes, partial)
 
     @property
     def owners(self) -> tuple[str, ...]:
@@ -49,21 +59,28 @@ class Exchange(NamedTuple):
         return tuple(a for a in self.owners if a in cut)
 
     def on_shards(self, fn: Callable, tokens: Any, weights: Any) -> jax.Array:
-        """fn(tokens, weights) on each device: [B T ..] arrays and experts' matrices -> [B T D]."""
-        stream = ("rows", "stream", None)
+        """fn(tokens, weights) on each device: [B T ..] arrays and experts' matrices -> [B T D].
+
+        The first of the tokens' arrays has the axis D.
+        """
+        rows = "step_rows" if self.partial else "rows"
+        stream, others = (rows, "stream", "embed" if self.partial else None), (rows, "stream", None)
         held = tuple(self._specs(w, dim) for w, dim in zip(weights, _EMBED, strict=True))
-        in_axes = (tuple(stream for _ in tokens), held)
-        return on_shards(fn, self.tokens, in_axes, stream, tokens, weights)
+        in_axes = ((stream, *(others for _ in tokens[1:])), held)
+        where = {**self.tokens, "embed": self.weights["embed"]}
+        return on_shards(fn, where, in_axes, stream, tokens, weights)
 
     def _specs(self, w: Any, dim: int) -> Any:
-        """The layout of a matrix's leaves: its values are cut along E and D, the rest along E."""
-        names: list[str | None] = ["expert", None, None]
-        names[dim] = "embed"
-        values = _base(w)
+        """The layout of a matrix's leaves: all are cut along E, its values along D too.
+
+        So is what else has an axis D, where each device multiplies with its part.
+        """
+        cut = _along_embed(w, dim)[: None if self.partial else 1]
 
         def of(leaf: jax.Array) -> Any:
-            axes = names if leaf is values else ["expert"] + [None] * (leaf.ndim - 1)
-            return spec(axes, self.weights)
+            axis = next((axis for x, axis in cut if x is leaf), None)
+            named = {0: "expert", axis: "embed"}
+            return spec([named.get(i) for i in range(leaf.ndim)], self.weights)
 
         return jax.tree.map(of, w)
 
@@ -78,8 +95,11 @@ class Exchange(NamedTuple):
         return jax.tree.map(of, tokens)
 
     def whole(self, weights: Any, dtype: Any) -> Any:
-        """This device's experts with all of D, floating values cast before they are sent."""
-        axes = self.weights["embed"]
+        """This device's experts with all of D, floating values cast before they are sent.
+
+        With its part of D alone where each device multiplies with that.
+        """
+        axes = () if self.partial else self.weights["embed"]
 
         def of(w: Any, dim: int) -> Any:
             values = _base(w)
@@ -92,6 +112,10 @@ class Exchange(NamedTuple):
             return jax.tree.map(lambda leaf: full if leaf is values else leaf, w)
 
         return tuple(of(w, dim) for w, dim in zip(weights, _EMBED, strict=True))
+
+    def summed(self, y: jax.Array) -> jax.Array:
+        """What a product over D gives, from the devices' parts of it."""
+        return jax.lax.psum(y, self.weights["embed"]) if self.partial else y
 
     def first(self) -> Any:
         """The number of this device's first expert."""
@@ -112,6 +136,22 @@ def _base(w: Any) -> jax.Array:
     """The array that holds a weight's values."""
     w = w.base if isinstance(w, Adapted) else w
     return w.values if isinstance(w, Quantized) else w
+
+
+def _along_embed(w: Any, dim: int) -> list[tuple[jax.Array, int]]:
+    """The leaves of a matrix that have an axis D, its values first, and which axis that is."""
+    base, pair = split(w)
+    found = [(_base(w), dim)]
+    if isinstance(base, Quantized) and base.scale.shape[dim] > 1:
+        found.append((base.scale, dim))
+    if pair is not None:  # of gate_up what it takes, of down what it gives
+        found.append((pair.a, 2) if dim == 1 else (pair.b, 1))
+    return found
+
+
+def _divides(w: Any, dim: int, parts: int) -> bool:
+    """Whether all of a matrix that has an axis D can be cut along it alike."""
+    return not any(x.shape[axis] % parts for x, axis in _along_embed(w, dim))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from convert import int8, matching
 from convert.mapping import tree_of
@@ -80,15 +80,18 @@ class Source:
         return self.weights == "int8" and stored_kind(stored) is None
 
 
-def weights_bytes(source: Source, dtype: Any = None) -> int:
-    """Bytes that the parameters will take on devices; only headers are read. Raises InputError."""
+def weights_bytes(source: Source, dtype: Any = None, mesh: AbstractMesh | None = None) -> int:
+    """Bytes that the parameters will take on a device, alone or of a mesh. Raises InputError.
+
+    Only headers are read.
+    """
     leaves = source.asked(source.stored())
-    codes = eight_bit(leaves)
+    codes, where = eight_bit(leaves), path_shardings(mesh, source.cfg, leaves)
     wide = None if dtype is None else np.dtype(dtype).itemsize
 
     def size(path: TreePath, leaf: LazyTensor) -> int:
-        kept = leaf.dtype.itemsize if path in codes or wide is None else wide
-        return kept * math.prod(leaf.shape)
+        kept, place = leaf.dtype.itemsize if path in codes or wide is None else wide, where[path]
+        return kept * math.prod(leaf.shape if place is None else place.shard_shape(leaf.shape))
 
     return sum(size(path, leaf) for path, leaf in leaves.items())
 
@@ -128,7 +131,7 @@ def read_leaves(source: Source, stored: Leaves, put: Callable) -> dict[TreePath,
 
 
 def path_shardings(
-    mesh: Mesh | None, cfg: Config, leaves: Mapping[TreePath, Any]
+    mesh: Mesh | AbstractMesh | None, cfg: Config, leaves: Mapping[TreePath, Any]
 ) -> dict[TreePath, NamedSharding | None]:
     """Where each array of a tree of per-layer parameters lies; None without a mesh. Raises InputError.
 

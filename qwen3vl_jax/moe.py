@@ -71,7 +71,8 @@ def exchanged(x, share, chosen, gate_up, down, act: str) -> jax.Array:
     of a size that no router changes).
     """
     kept = _dropped(x.shape[:2], x.dtype, gate_up, down)
-    exchange = Exchange.of(x.shape, gate_up.shape[0])
+    weights = each_expert(gate_up), each_expert(down)
+    exchange = Exchange.of(x.shape, *weights)
     run = experts_scan if platform() == "cpu" else experts_ragged
 
     def here(tokens, weights):
@@ -79,10 +80,10 @@ def exchanged(x, share, chosen, gate_up, down, act: str) -> jax.Array:
         x, share, chosen, kept = exchange.gather(tokens)
         gate_up, down = exchange.whole(weights, x.dtype)
         chosen = chosen - exchange.first()
-        out = run(x, share, chosen, gate_up, down, act, kept, exchange.count)
+        parts = 1 if exchange.partial else exchange.count
+        out = run(x, share, chosen, gate_up, down, act, kept, parts, exchange.summed)
         return exchange.scatter(out.astype(x.dtype)).reshape(shape)
 
-    weights = each_expert(gate_up), each_expert(down)
     return exchange.on_shards(here, (x, share, chosen, kept), weights)
 
 
@@ -97,14 +98,16 @@ def _swiglu(gate_up: jax.Array, act: str) -> jax.Array:
     return ACTIVATIONS[act](gate) * up
 
 
-def experts_ragged(x, share, chosen, gate_up, down, act: str, kept=None, parts=1):
+def experts_ragged(x, share, chosen, gate_up, down, act: str, kept=None, parts=1, summed=None):
     """Tokens sorted by expert, two grouped matrix products, each result weighted and added back.
 
     x [n D], share and chosen [n A]; an index outside 0 .. e-1 is no expert of this device, which
     has one of `parts` sets of experts. kept: see `_dropped`, made here where it is not given. What
     goes beyond the room of the first pass is done in further passes, which an even router never
-    sees, and whose memory is that of one. Returns [n D] in fp32.
+    sees, and whose memory is that of one. summed: makes a product over D whole, where x and weights are
+    one part of D. Returns [n D] in fp32.
     """
+    summed = summed or (lambda y: y)
     kept = _dropped(x.shape[:1], x.dtype, gate_up, down) if kept is None else kept
     gate_up, down = each_expert(gate_up), each_expert(down)
     (n, per_token), count = chosen.shape, gate_up.shape[0]
@@ -122,7 +125,8 @@ def experts_ragged(x, share, chosen, gate_up, down, act: str, kept=None, parts=1
         here = (start + jnp.arange(room) < ends[-1])[:, None]
         edges = jnp.clip(jnp.pad(ends, (1, 0)), start, start + room)
         rows = _Rows(pair // per_token, expert[pair], jnp.diff(edges).astype(jnp.int32), here)
-        hidden = _swiglu(rows.times(x[rows.token], gate_up, kept[0]).astype(x.dtype), act)
+        wide = summed(rows.times(x[rows.token], gate_up, kept[0]))
+        hidden = _swiglu(wide.astype(x.dtype), act)
         out = rows.times(hidden, down, kept[1])
         out *= share.reshape(-1)[pair].astype(jnp.float32)[:, None]
         return jnp.zeros(x.shape, jnp.float32).at[rows.token].add(jnp.where(here, out, 0))
@@ -164,11 +168,12 @@ class _Rows(NamedTuple):
         return y + more.astype(jnp.float32) * pair.scale[self.expert][:, None]
 
 
-def experts_scan(x, share, chosen, gate_up, down, act: str, kept=None, parts=1):
+def experts_scan(x, share, chosen, gate_up, down, act: str, kept=None, parts=1, summed=None):
     """`experts_ragged`, one expert after another over all tokens, experts nobody chose skipped.
 
     XLA:CPU's fast form: jax.lax.ragged_dot runs every group densely there.
     """
+    summed = summed or (lambda y: y)
     kept = _dropped(x.shape[:1], x.dtype, gate_up, down) if kept is None else kept
     gate_up, down = each_expert(gate_up), each_expert(down)
     n, count = x.shape[0], gate_up.shape[0]
@@ -184,7 +189,7 @@ def experts_scan(x, share, chosen, gate_up, down, act: str, kept=None, parts=1):
         return y if pair is None else y + times(x if kept is None else x * kept, pair)
 
     def run(total, up_e, down_e, share_e):
-        hidden = _swiglu(product(x, up_e, kept[0]).astype(x.dtype), act)
+        hidden = _swiglu(summed(product(x, up_e, kept[0])).astype(x.dtype), act)
         return total + product(hidden, down_e, kept[1]) * share_e[:, None]
 
     def body(total, xs):

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
+import threading
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
+from qwen3vl_jax.cli import EXPECTED, report
 from qwen3vl_jax.errors import InputError
 
 _T = TypeVar("_T")
 HEARTBEAT = 30  # seconds without a sign of life after which a process counts as gone
+PATIENCE = 5  # seconds after which a process says that it waits for the others to start
+LONGEST = 30 * 24 * 3600 * 1000  # milliseconds that the first to come to a place waits for the last
 LOST = 4  # exit code of a process whose peers are gone
-# Variables by which jax.distributed finds the others itself: SLURM, Open MPI and PMI, GKE and TPU VMs.
-_KNOWN = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MEGASCALE_NUM_SLICES")
+# Variables by which jax.distributed finds the others itself: Open MPI and PMI, GKE and TPU VMs, SLURM.
+_KNOWN = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MEGASCALE_NUM_SLICES")
+# How JAX's collectives and its coordination service speak of a process that does not answer.
+_GONE = re.compile(
+    "connect|socket|network|remote process|heartbeat|unhealthy|unreachable|timed out"
+    "|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED",
+    re.IGNORECASE,
+)
 _HOSTS = "TPU_WORKER_HOSTNAMES"
 
 
@@ -52,16 +64,23 @@ def asked_of(args: Any, environ: Mapping[str, str] = os.environ) -> Asked | None
     count = args.processes or _number(names[1], environ, 0)
     index = args.process if args.process >= 0 else _number(names[2], environ, -1)
     if coordinator or count or index >= 0:
-        if not (coordinator and 0 <= index < count):
+        if not (_is_address(coordinator) and 0 <= index < count):
             raise InputError(
                 f"several processes: coordinator {coordinator!r}, processes {count}, process {index}; "
                 "expected --coordinator HOST:PORT --processes N --process I, or the variables "
                 + ", ".join(names)
             )
         return Asked(coordinator, count, index)
-    many = any(environ.get(name, "1") not in ("", "1") for name in _KNOWN)
+    srun = ("SLURM_NTASKS",) if "SLURM_STEP_NODELIST" in environ else ()  # and not salloc alone
+    many = any(environ.get(name, "1") not in ("", "1") for name in (*_KNOWN, *srun))
     many = many or args.distributed
     return Asked() if many or "," in environ.get(_HOSTS, "") else None
+
+
+def _is_address(coordinator: str) -> bool:
+    """Whether it is HOST:PORT."""
+    host, _, port = coordinator.rpartition(":")
+    return bool(host) and port.isdecimal() and 1 <= int(port) <= 65535
 
 
 def _number(name: str, environ: Mapping[str, str], default: int) -> int:
@@ -88,39 +107,72 @@ def start(asked: Asked | None) -> tuple[int, int]:
         known = dict(
             zip(("coordinator_address", "num_processes", "process_id"), asked, strict=True)
         )
+    waits = threading.Timer(PATIENCE, _tell_waiting, [asked])
+    waits.daemon = True
+    waits.start()
     try:
         jax.distributed.initialize(
             **known, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT
         )
     except (RuntimeError, ValueError) as error:
         raise InputError(f"several processes: {' '.join(str(error).split())[:300]}") from error
+    finally:
+        waits.cancel()
+    if _has_its_host(os.environ) and not os.environ.get("JAX_LOCAL_DEVICE_IDS"):
+        for name in ("jax_cuda_visible_devices", "jax_rocm_visible_devices"):
+            jax.config.update(name, "all")  # JAX takes one card of a launcher's process
     return jax.process_index(), jax.process_count()
 
 
-def end_together(run: Callable[[], _T], kept: str = "the last checkpoint") -> _T:
-    """run(), whose failure because of another process that is gone ends this one with one line.
+def _tell_waiting(asked: Asked) -> None:
+    told = "waiting for the other processes"
+    if asked.coordinator:
+        told = f"process {asked.index} of {asked.count}: {told} at {asked.coordinator}"
+    print(told, file=sys.stderr, flush=True)
 
-    kept: what the next start goes on from. It ends at once, for the usual way out waits for the others.
+
+def _has_its_host(environ: Mapping[str, str]) -> bool:
+    """Whether SLURM or Open MPI started one process on each host: "1", or "1(x4)" on four."""
+    tasks = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("OMPI_COMM_WORLD_LOCAL_SIZE")
+    return bool(re.fullmatch(r"1(\(x\d+\))?", tasks or ""))
+
+
+def end_together(run: Callable[[], _T], kept: str = "the last checkpoint") -> _T:
+    """run(), and what the slowest of them still has to do: else JAX takes that one for lost.
+
+    A failure because of another process that is gone ends this one with one line; it ends at once, for
+    the usual way out waits for the others. kept: what the next start goes on from.
     """
     import jax
 
     try:
-        return run()
+        result = run()
+        wait_for_all("end")
+        return result
     except Exception as error:
         if jax.process_count() == 1:
             raise
-        if isinstance(error, InputError):
-            told = f"error: {' '.join(str(error).split())}"
-        elif isinstance(error, jax.errors.JaxRuntimeError):
-            reason = " ".join(str(error).split())[:200]
-            told = (
-                f"error: process {jax.process_index()}: another process of this run is gone ({reason}); "
-                f"start all of them again: they go on from {kept}"
-            )
-        else:
-            raise
-        print(told, file=sys.stderr, flush=True)
-        os._exit(2 if isinstance(error, InputError) else LOST)
+        code = _tell(error, kept)
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _tell(error: Exception, kept: str) -> int:
+    """Prints why this process ends; gives its exit code."""
+    import jax
+
+    if isinstance(error, EXPECTED):
+        return report(error)
+    reason = " ".join(str(error).split())[:200]
+    if not (isinstance(error, jax.errors.JaxRuntimeError) and _GONE.search(str(error))):
+        traceback.print_exception(error)
+        return 1
+    print(
+        f"error: process {jax.process_index()}: another process of this run is gone ({reason}); "
+        f"start all of them again: they go on from {kept}",
+        file=sys.stderr,
+    )
+    return LOST
 
 
 def is_first() -> bool:
@@ -131,13 +183,13 @@ def is_first() -> bool:
 
 
 def wait_for_all(name: str) -> None:
-    """Returns when every process has come here."""
+    """Returns when every process has come here, be it hours later."""
     import jax
 
     if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
+        from orbax.checkpoint import multihost
 
-        multihost_utils.sync_global_devices(name)
+        multihost.get_barrier_sync_fn()(key=name, timeout_ms=LONGEST)
 
 
 def from_first(value: Any) -> Any:

@@ -13,18 +13,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from orbax.checkpoint import multihost
-
 from qwen3vl_jax.batch_file import Load, Settings, answer_lines, tell_errors, work_settings
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.journal import Journal, Line, Share, read_lines, results_in, share_path
 from qwen3vl_jax.kept_lines import digest, pieces, remove
-from qwen3vl_jax.processes import all_of, from_first
+from qwen3vl_jax.processes import all_of, from_first, wait_for_all
 from qwen3vl_jax.processing.processor import Processor
 
 _T = TypeVar("_T")
 SENT = 4 << 20  # bytes that a process sends at a time where the disk is not shared
-LONGEST = 30 * 24 * 3600 * 1000  # milliseconds that the first to finish waits for the last
 
 
 def answer_file_together(
@@ -53,7 +50,7 @@ def answer_file_together(
         if waiting:
             answer_lines(load, proc, source, settings, journal, waiting, index == 0)
         journal.sync()
-        multihost.get_barrier_sync_fn()(key="answered", timeout_ms=LONGEST)
+        wait_for_all("answered")
         _hand_over(first, out, index)
         if not first:
             remove(share_path(out, index))

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from qwen3vl_jax.errors import InputError
 
@@ -54,6 +54,9 @@ RULES: dict[str, tuple[str, ...]] = {
     "vision_mlp": (),
     "expert_mlp": (),
 }
+# The axes of the second are taken before others: a device's patches are then of its own rows' pictures,
+# and its process reads no other samples.
+FIRST = {"vision_rows": "rows"}
 WHOLE_AT_MOST = 64 << 20  # bytes of a parameter that may stay whole on every device
 
 Where = Mapping[str, tuple[str, ...]]  # the mesh axes of each logical axis of a call
@@ -96,6 +99,12 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
 def slice_count(devices: Sequence[Any]) -> int:
     """How many slices, or hosts of GPUs, devices are in: only the network joins them."""
     return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def layout_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
+    """A mesh of AXES without devices, for what asks only where arrays would lie."""
+    shape = tuple(sizes.get(name, 1) for name in AXES)
+    return AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def mesh_shape(sizes: Mapping[str, int], count: int) -> tuple[int, ...]:
@@ -144,14 +153,23 @@ def places(named: Sequence[tuple[str | None, int]], sizes: Mapping[str, int]) ->
         if name is not None:
             wanted.setdefault(name, []).append(size)
     free, found = dict(sizes), {}
-    for name, axes in RULES.items():
+    for name in RULES:
         if name in wanted:
-            found[name] = _largest([a for a in axes if a in free], free, wanted[name])
+            found[name] = _cutters(name, free, wanted[name])
             for axis in found[name]:
                 del free[axis]
     if unknown := wanted.keys() - RULES.keys():
         raise KeyError(f"logical axis {min(unknown)!r} has no rule")
     return found
+
+
+def _cutters(name: str, free: Mapping[str, int], lengths: list[int]) -> tuple[str, ...]:
+    """The free mesh axes that cut a logical axis of these lengths."""
+    before = RULES.get(FIRST.get(name, ""), ())
+    first = _largest([a for a in before if a in free], free, lengths)
+    count = math.prod(free[a] for a in first)
+    others = [a for a in RULES[name] if a in free and a not in before]
+    return first + _largest(others, free, [n // count for n in lengths])
 
 
 def _largest(axes: list[str], sizes: Mapping[str, int], lengths: list[int]) -> tuple[str, ...]:
@@ -228,13 +246,15 @@ def call_places(*named: tuple[str | None, int]) -> Where:
     return places(named, mesh_sizes())
 
 
-def array_sharding(mesh: Mesh, axes: Axes, x: Any) -> NamedSharding:
+def array_sharding(mesh: Mesh | AbstractMesh, axes: Axes, x: Any) -> NamedSharding:
     """The sharding of one array, or shape, by the logical names of its axes."""
     where = places(list(zip(axes, x.shape, strict=True)), _sizes(mesh))
     return NamedSharding(mesh, spec(axes, where))
 
 
-def shardings(mesh: Mesh | None, shapes: Mapping[str, Any], axes: Mapping[str, Axes]) -> dict:
+def shardings(
+    mesh: Mesh | AbstractMesh | None, shapes: Mapping[str, Any], axes: Mapping[str, Axes]
+) -> dict:
     """{name: NamedSharding} of parameters {name: shape and dtype} with the names of their axes.
 
     mesh None gives None for each. Raises InputError for a parameter over WHOLE_AT_MOST bytes that

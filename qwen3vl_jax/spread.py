@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from qwen3vl_jax.config import TextConfig
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.loading import Source, weights_bytes
-from qwen3vl_jax.sharding import make_mesh, mesh_shape
+from qwen3vl_jax.sharding import layout_mesh, make_mesh, mesh_shape
 
 ROOM = 0.85  # of a device's memory for weights; the cache and pictures want the rest
 
@@ -22,8 +22,8 @@ def mesh_for(asked: Mapping[str, int] | None, source: Source, dtype: Any) -> Mes
     """The mesh that was asked for, or one for a model larger than a device; None: one device does.
 
     asked: sizes of axes, one may be -1 for all devices of this host. What is chosen here is told on
-    stderr. Raises InputError for sizes that this host has no devices for, and where all of them together
-    do not hold the model.
+    stderr. Raises InputError for sizes that this host has no devices for, and where they do not hold
+    the model.
     """
     devices = jax.local_devices()
     sizes = chosen(source, dtype, devices) if asked is None else _checked(asked, len(devices))
@@ -51,23 +51,33 @@ def chosen(source: Source, dtype: Any, devices: list[Any]) -> dict[str, int]:
     if needed <= ROOM * limit:
         return {}
     sizes = spread(source.cfg.text, len(devices))
-    told = f"{needed / 2**30:.1f} GiB of weights, {limit / 2**30:.1f} GiB on a device"
-    if needed > ROOM * limit * len(devices):
+    count, held = math.prod(sizes.values()), weights_bytes(source, dtype, layout_mesh(sizes))
+    told = f"{needed / 2**30:.1f} GiB of weights, devices of {limit / 2**30:.1f} GiB"
+    if held > ROOM * limit:
         raise InputError(
-            f"{source.directory}: {told}, of which this host has {len(devices)}: too few; take "
-            "--weights int8, --dtype bfloat16 or a smaller checkpoint"
+            f"{source.directory}: {told}, of which this host has {len(devices)}: too few, {count} of them "
+            f"would hold {held / 2**30:.1f} GiB each; take --weights int8, --dtype bfloat16 or a smaller "
+            "checkpoint"
         )
     flags = ",".join(f"{name}={n}" for name, n in sizes.items())
-    print(f"{told}: spread over {len(devices)} devices, --mesh {flags}", file=sys.stderr)
+    each = f"{held / 2**30:.1f} GiB on each"
+    print(f"{told}: spread over {count} devices, --mesh {flags}, {each}", file=sys.stderr)
     return sizes
 
 
 def spread(cfg: TextConfig, count: int) -> dict[str, int]:
-    """Sizes for all of `count` devices: tensor as far as it divides the key/value heads, then the rest.
+    """Sizes for at most `count` devices that cut a model evenly.
 
-    The rest cuts experts where it divides them, else all weights (fsdp).
+    As much tensor as divides the key/value heads, for it cuts the cache too; then as many devices as can
+    be: the rest cuts experts where it divides them, else all weights along the hidden size (fsdp).
     """
-    tensor = math.gcd(count, cfg.num_key_value_heads)
-    rest = count // tensor
-    name = "expert" if cfg.num_experts and cfg.num_experts % rest == 0 else "fsdp"
+    found: list[tuple[int, int, str]] = []
+    for used in range(1, count + 1):
+        tensor = math.gcd(used, cfg.num_key_value_heads)
+        rest = used // tensor
+        if cfg.num_experts and cfg.num_experts % rest == 0:
+            found.append((tensor, rest, "expert"))
+        elif cfg.hidden_size % rest == 0:
+            found.append((tensor, rest, "fsdp"))
+    tensor, rest, name = max(found)
     return {axis: n for axis, n in ((name, rest), ("tensor", tensor)) if n > 1}

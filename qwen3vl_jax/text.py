@@ -97,7 +97,7 @@ class Block(nn.Module):
         x = x + _streamed(y)
         if self.cfg.num_experts:
             y, routed = Experts(self.cfg, name="mlp")(norm("ln2", x))
-            return x + shard(y, "rows", "stream", None), kept, routed
+            return x + _streamed(y), kept, routed
         y = Mlp(self.cfg, name="mlp")(whole(norm("ln2", x)))
         return x + _streamed(y), kept, None
 

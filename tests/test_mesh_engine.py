@@ -11,10 +11,11 @@ from meshes import mesh_of, model, on_mesh
 
 import infer
 import qwen3vl_jax as q3
+from convert.mapping import rows
 from convert.to_orbax import PARAMS
-from qwen3vl_jax import generation, spread
+from qwen3vl_jax import generation, sharding, spread
 from qwen3vl_jax.config import Config
-from qwen3vl_jax.loading import Source
+from qwen3vl_jax.loading import Source, path_shardings
 from qwen3vl_jax.options import MESH_AXES, mesh_sizes
 from qwen3vl_jax.sharding import AXES
 
@@ -129,12 +130,29 @@ def test_a_model_larger_than_a_device_is_spread(capsys):
     assert not capsys.readouterr().err
     assert spread.chosen(source, "float32", [Device(held // 2)] * 8) == {"fsdp": 4, "tensor": 2}
     assert "spread over 8 devices, --mesh fsdp=4,tensor=2" in capsys.readouterr().err
-    with pytest.raises(q3.InputError, match="this host has 8: too few"):
+    with pytest.raises(q3.InputError, match="this host has 8: too few, 8 of them would hold"):
         spread.chosen(source, "float32", [Device(held // 10)] * 8)
+    mesh = sharding.layout_mesh({"fsdp": 4, "tensor": 2})
+    uneven = spread.weights_bytes(source, "float32", mesh)
+    assert held / 8 < 0.99 * uneven  # small ones lie whole on each
+    with pytest.raises(q3.InputError, match="too few"):
+        spread.chosen(source, "float32", [Device(0.99 * uneven / spread.ROOM)] * 8)
+    few = [Device(1.01 * uneven / spread.ROOM)] * 8
+    assert spread.chosen(source, "float32", few) == {"fsdp": 4, "tensor": 2}
 
 
 def test_how_released_sizes_are_spread():
-    sizes = {name: Config.named(name).text for name in ("8b", "235b-a22b")}
-    assert spread.spread(sizes["8b"], 8) == {"tensor": 8}
-    assert spread.spread(sizes["8b"], 12) == {"fsdp": 3, "tensor": 4}
-    assert spread.spread(sizes["235b-a22b"], 8) == {"expert": 2, "tensor": 4}
+    """Every device that is used has an even share: also where the count does not divide a size."""
+    want = {
+        ("8b", 8): {"tensor": 8}, ("8b", 12): {"tensor": 8}, ("8b", 3): {"tensor": 2},
+        ("8b", 16): {"fsdp": 2, "tensor": 8}, ("32b", 6): {"tensor": 4},
+        ("30b-a3b", 6): {"tensor": 4}, ("235b-a22b", 8): {"expert": 2, "tensor": 4},
+    }  # fmt: skip
+    for (name, count), sizes in want.items():
+        cfg = Config.named(name)
+        assert spread.spread(cfg.text, count) == sizes
+        leaves = {tuple(row.path): jax.ShapeDtypeStruct(row.shape, np.float32) for row in rows(cfg)}
+        where = path_shardings(sharding.layout_mesh(sizes), cfg, leaves)
+        held = sum(np.prod(s.shard_shape(leaves[path].shape)) for path, s in where.items() if s)
+        total = sum(np.prod(x.shape) for x in leaves.values())
+        assert held < 1.15 * total / np.prod(list(sizes.values())), (name, count)

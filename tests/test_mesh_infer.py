@@ -12,7 +12,10 @@ from jax.sharding import PartitionSpec as P
 from meshes import mesh_of, model, on_mesh
 
 import qwen3vl_jax as q3
+from qwen3vl_jax import moe
 from qwen3vl_jax.cache import init_cache
+from qwen3vl_jax.lora import Adapted, Pair
+from qwen3vl_jax.quantized import Quantized
 
 MESHES = {
     "tensor": {"tensor": 2},
@@ -82,7 +85,9 @@ def test_steps_keep_their_program_and_their_memory():
     assert logits.sharding.spec == P("fsdp")
 
 
-@pytest.mark.parametrize(("name", "sparse"), [("tensor", False), ("fsdp", False), ("expert", True)])
+@pytest.mark.parametrize(
+    ("name", "sparse"), [("tensor", False), ("fsdp", False), ("expert", True), ("fsdp", True)]
+)
 def test_a_decode_step_moves_no_weight(name, sparse):
     """What a collective sends is of the size of the tokens, whatever axes cut the weights."""
     one, mesh = model(sparse), mesh_of(**MESHES[name])
@@ -92,6 +97,41 @@ def test_a_decode_step_moves_no_weight(name, sparse):
         step = ours.decode_step.lower(params, one.cfg, cache, jnp.zeros(4, jnp.int32))
         text = step.compile().as_text()
     assert moved(text) and max(moved(text)) <= 4 * one.cfg.text.vocab_size
+
+
+def held_as(kind, key, shape):
+    """A matrix of eight experts: plain, of 8 bits with a scale a column or a box, or adapted."""
+    values = jax.random.normal(key, shape)
+    if kind == "plain":
+        return values
+    if kind == "adapted":
+        a, b = (jax.random.normal(key, (8, *ab)) for ab in ((3, shape[1]), (shape[2], 3)))
+        return Adapted(values, {"": Pair(a, b, jnp.full(8, 0.5))})
+    boxes = {"column": (8, 1, shape[2]), "box": (8, shape[1] // 4, shape[2] // 4)}[kind]
+    scale = jax.random.uniform(key, boxes)
+    return Quantized((9 * values).astype(jnp.int8), scale)
+
+
+HELD = [(kind, "tpu") for kind in ("plain", "column", "box", "adapted")]
+
+
+@pytest.mark.parametrize(("kind", "backend"), [*HELD, ("box", "cpu"), ("adapted", "cpu")])
+def test_the_experts_of_a_step_take_parts_of_the_tokens(monkeypatch, kind, backend):
+    """However they are held, where every device has a part of their input."""
+    monkeypatch.setattr(moe, "platform", lambda: backend)
+    keys = jax.random.split(jax.random.key(0), 5)
+    x, share = jax.random.normal(keys[0], (4, 1, 32)), jax.random.uniform(keys[1], (4, 1, 2))
+    chosen = jax.random.randint(keys[2], (4, 1, 2), 0, 8)
+    weights = held_as(kind, keys[3], (8, 32, 24)), held_as(kind, keys[4], (8, 12, 32))
+
+    def run(*args):
+        return moe.exchanged(*args, act="silu")
+
+    want = jax.jit(run)(x, share, chosen, *weights)
+    with jax.set_mesh(mesh_of(data=2, fsdp=2, expert=2)):
+        step = jax.jit(run).lower(x, share, chosen, *weights).compile()
+        assert ours.worst(step(x, share, chosen, *weights), want) < 1e-5
+    assert max(moved(step.as_text())) <= 4 * 2 * 24  # the chosen experts' hidden values
 
 
 def moved(text):

@@ -70,6 +70,26 @@ def test_each_group_is_the_feed_of_its_number(proc, mesh):
     np.testing.assert_allclose(batches[0].stats["fill"], np.mean([t["fill"] for t in told]))
 
 
+def shares_held(mesh, axes, rows):
+    """Which part of the rows each device has: {device: (first, last)} of 1."""
+    shape = (rows, 64)
+    where = sharding.array_sharding(mesh, axes, jax.ShapeDtypeStruct(shape, np.int32))
+    found = {d: index[0].indices(rows) for d, index in where.devices_indices_map(shape).items()}
+    return {d: (first / rows, last / rows) for d, (first, last, _) in found.items()}
+
+
+def test_the_patches_of_a_device_are_of_its_rows():
+    """On every mesh of eight devices: so a process holds all groups that its devices' pictures are of."""
+    meshes = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=5) if np.prod(sizes) == 8]
+    assert len(meshes) == 35
+    for sizes, rows, vision_rows in itertools.product(meshes, (1, 2), (1, 2, 3, 4, 8)):
+        mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes)))
+        groups = sharding.rows_parts(mesh)
+        mine = shares_held(mesh, ("rows", "tokens"), groups * rows)
+        seen = shares_held(mesh, ("vision_rows", "patches"), groups * vision_rows)
+        assert all(mine[d][0] <= seen[d][0] and seen[d][1] <= mine[d][1] for d in mine), sizes
+
+
 def test_one_pass_has_each_sample_once(proc, mesh):
     """Groups end one after another; those at their end are padding until the last one is."""
     pack = Pack(rows=4, length=64, vision_rows=4, vision_length=128, lookahead=2)

@@ -14,8 +14,10 @@ import pytest
 import train_files
 
 import train
+from qwen3vl_jax import processes
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.training import evaluate, recipe, run_dir, setup
+from qwen3vl_jax.training.checkpoints import Checkpoints
 from qwen3vl_jax.training.progress import described
 from qwen3vl_jax.training.tables import Table, read_table
 from qwen3vl_jax.training.watch import Watch
@@ -167,6 +169,20 @@ def test_a_loss_that_is_no_number_stops_the_run(files, monkeypatch, capsys, back
     assert run_dir.saved_steps(out) == [3]
 
 
+@pytest.mark.parametrize("part", ["prepare", "begin"])
+def test_no_room_for_the_weights(files, monkeypatch, capsys, part):
+    """Where a device has no room before the first step, the parts are told as later."""
+
+    def full(*_):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.")
+
+    monkeypatch.setattr(setup, part, full)
+    assert run(files, f"full-{part}") == 2
+    said = capsys.readouterr().err
+    assert "error: out of memory: " in said and "weights 0.00 GiB" in said
+    assert "lower it with pack.rows, step.remat=full" in said
+
+
 def test_ctrl_c_and_sigterm(files, monkeypatch, capsys):
     """Ctrl-C: 130 and a line. SIGTERM between steps: what was done is saved, exit code 0."""
 
@@ -192,6 +208,25 @@ def test_ctrl_c_and_sigterm(files, monkeypatch, capsys):
     assert run(files, "stopped", *changes) == 0
     steps = [int(row["step"]) for row in read_table(files / "stopped" / "metrics.csv")]
     assert steps == list(range(1, 10))
+
+
+def test_the_first_process_decides_what_sigterm_saves(files, monkeypatch):
+    """A step may just be on its way to the disk, which each process sees at its own time."""
+    saved, save = [], Checkpoints.save
+
+    def asked(number):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return 1.0, 0.5
+
+    def counted(self, state, *rest):
+        saved.append(int(state.step))
+        save(self, state, *rest)
+
+    fake_step(monkeypatch, asked)
+    monkeypatch.setattr(Checkpoints, "save", counted)
+    monkeypatch.setattr(processes, "from_first", lambda x: False if x is True else x)
+    assert run(files, "two", "save_every=1", "evaluate.every=0", "report.profile=[]") == 0
+    assert len(saved) == 2 and len(set(saved)) == 1
 
 
 def fake_scores(monkeypatch, scores):

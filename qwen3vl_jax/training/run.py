@@ -65,25 +65,30 @@ def train(recipe: Recipe, out: Path) -> None:
                 watch.progress.say(f"going on from step {first}: {line}")
             if mesh is not None and not asks_for_mesh(asked):
                 watch.progress.say(f"no [mesh]: {mesh.size} devices, {spelled(recipe.mesh)}")
-            run = Run(recipe, out, first, meta, mesh)
+            held: dict[str, int] = {}
             less = "step.remat=full or step.loss_chunk"
-            try:
-                with memory_advice(run.sizes(), less if first else f"pack.rows, {less}"):
+            with memory_advice(held, less if first else f"pack.rows, {less}"):
+                run = Run(recipe, out, first, meta, mesh, held)
+                try:
                     run.loop(watch, stop)
-            finally:
-                run.close()
-                watch.refused(run.feed.refused)
+                finally:
+                    run.close()
+                    watch.refused(run.feed.refused)
             watch.draw()
             done = "stopped by SIGTERM, saved" if stop.asked else "done"
             watch.progress.say(f"{out}: step {run.number} of {recipe.steps}, {done}")
 
 
 class Run:
-    """One run: everything it holds, and its loop. RUN_DIR is `out`."""
+    """One run: everything it holds, and its loop. RUN_DIR is `out`.
+
+    held takes bytes by part as soon as they are known, for a device that has no room for them.
+    """
 
     def __init__(
-        self, recipe: Recipe, out: Path, first: int, meta: dict[str, Any], mesh: Mesh | None = None
-    ):
+        self, recipe: Recipe, out: Path, first: int, meta: dict[str, Any], mesh: Mesh | None,
+        held: dict[str, int],
+    ):  # fmt: skip
         self.recipe, self.out, self.number, self.mesh = recipe, out, first, mesh
         self.groups = groups_of(recipe, mesh, meta)
         if not first:
@@ -100,6 +105,7 @@ class Run:
         self.feed = self.make_feed(recipe.data, recipe.seed)
         if first:
             self.feed.set_state(self.meta["data"])
+        held.update(estimate.memory(recipe, self.cfg, estimate.held(recipe, self.cfg)))
         trainee = setup.prepare(recipe, self.cfg, new_ids, mesh)
         self.frozen, self.join = trainee.frozen, trainee.join
         rule = setup.rule_of(recipe, self.cfg, trainee.weights)
@@ -127,11 +133,6 @@ class Run:
         """Waits for what is being saved, and ends the workers."""
         self.feed.close()
         self.saved.close()
-
-    def sizes(self) -> dict[str, int]:
-        """Bytes by part, for the message of a device that runs out of memory."""
-        held = estimate.Held(self.state.weights, self.frozen, self.state)
-        return estimate.memory(self.recipe, self.cfg, held)
 
     def loop(self, watch: Watch | Muted, stop: Stop) -> None:
         """Every step that is left, or those until `stop` is asked; what was done is saved."""
