@@ -12,6 +12,9 @@ from qwen3vl_jax.errors import InputError
 
 _T = TypeVar("_T")
 HEARTBEAT = 30  # seconds without a sign of life after which a process counts as gone
+SHUTDOWN = (
+    300  # seconds that the others wait for process 0, which still draws and writes at the end
+)
 LOST = 4  # exit code of a process whose peers are gone
 # Variables by which jax.distributed finds the others itself: SLURM, Open MPI and PMI, GKE and TPU VMs.
 _KNOWN = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MEGASCALE_NUM_SLICES")
@@ -90,7 +93,7 @@ def start(asked: Asked | None) -> tuple[int, int]:
         )
     try:
         jax.distributed.initialize(
-            **known, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT
+            **known, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=SHUTDOWN
         )
     except (RuntimeError, ValueError) as error:
         raise InputError(f"several processes: {' '.join(str(error).split())[:300]}") from error
