@@ -58,6 +58,12 @@ def test_converted_weights_have_the_shapes_of_init_params(variant, moe):
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, abstract(cfg))
 
 
+@functools.partial(jax.jit, static_argnames="cfg")
+def inside(params, cfg, batch):
+    """Hidden states and attentions, by one program."""
+    return q3.hidden_states(params, cfg, batch), q3.attentions(params, cfg, batch)
+
+
 @pytest.mark.parametrize("name", golden_io.FILES)
 def test_hidden_states_and_attentions_of_4_57_1(name):
     golden = golden_io.load(name)
@@ -68,11 +74,10 @@ def test_hidden_states_and_attentions_of_4_57_1(name):
     assert (batch.positions == out["position_ids"])[:, at_tokens].all()
     padded = mask.shape[1] - mask.sum(1)
     np.testing.assert_array_equal(batch.delta, out["rope_deltas"][:, 0] + padded)
-    states = jax.jit(q3.hidden_states, static_argnames="cfg")(params, cfg, batch)
+    states, probs = inside(params, cfg, batch)
     assert states.shape == out["hidden_states"].shape
     for got, want in zip(states, out["hidden_states"], strict=True):
         assert ours.worst(np.asarray(got)[mask], want[mask]) < 2e-5
-    probs = jax.jit(q3.attentions, static_argnames="cfg")(params, cfg, batch)
     assert probs.shape == out["attentions"].shape
     seen = mask[:, None, :, None] & mask[:, None, None, :]
     for got, want in zip(probs, out["attentions"], strict=True):
