@@ -145,7 +145,8 @@ def embedded(params: Params, tokens: jax.Array, dtype: Any = None) -> jax.Array:
     if tokens.ndim != 2:
         return x
     # As the table is cut, for a lookup must move no table; then rows, an axis at a time.
-    return shard(shard(x, "lookup_rows", None, "embed"), "rows", None, "embed")
+    hidden = "embed" if tokens.shape[1] > 1 else "step_embed"
+    return shard(shard(x, "lookup_rows", None, hidden), "rows", None, hidden)
 
 
 def embed_tokens(

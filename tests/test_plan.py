@@ -103,6 +103,15 @@ def test_collectives_of_a_loop_count_as_often_as_it_runs():
     assert found.memory == 6 * in_loop + 4 * 256 + 256 + 64
 
 
+def test_collectives_outside_of_fusions_all_count():
+    """Two sums with one channel, as those of a shard_map have, are two."""
+    first = next(line for line in TEXT.splitlines() if "%sum = f32[64]" in line)
+    again = first.replace("%sum", "%twice").replace("%r)", "%sum)")
+    found = traffic(hlo.parse(TEXT.replace(first, f"{first}\n{again}")), 8).collectives
+    assert found.count(Collective("all-reduce", 1.0, 2 * 256 / 2, (0, 1))) == 2
+    assert sum(c.kind == "all-gather" for c in found) == 1  # in two fusions
+
+
 def test_a_loop_without_a_constant_is_counted_once_and_told():
     """The end of a loop that the program works out is not known."""
     text = TEXT.replace("%six = s32[] constant(6)", "%six = s32[] add(%i, %i)")

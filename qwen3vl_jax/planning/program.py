@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +13,7 @@ from jax.sharding import Mesh
 
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.paths import as_path, kind
 from qwen3vl_jax.sharding import RULES
 from qwen3vl_jax.structs import Batch, VisionInputs
 from qwen3vl_jax.training import estimate, setup
@@ -55,8 +55,8 @@ def config_of(ckpt: str) -> Config:
 
     No file of the Hub is read. Raises InputError where the name tells no size.
     """
-    if Path(ckpt).is_dir():
-        return Config.from_hf(Path(ckpt))
+    if kind(as_path(ckpt)) == "folder":
+        return Config.from_hf(ckpt)
     if size := _SIZE.search(ckpt):
         return Config.named(size[0])
     raise InputError(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.paths import as_path
 
 _T = TypeVar("_T")
 
@@ -184,7 +185,7 @@ def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
     A change's value is TOML, or a bare word for a string. Raises InputError for a file that cannot be
     read, a key that no recipe has, and a value that no run can have.
     """
-    path = Path(path)
+    path = as_path(path)
     try:
         raw = tomllib.loads(path.read_text())
     except (OSError, ValueError) as error:

@@ -33,6 +33,7 @@ from qwen3vl_jax.training.speed import Speed
 from qwen3vl_jax.training.start import check_fits, groups_of, mesh_of, opened, plain, whole_path
 from qwen3vl_jax.training.stop import Stop, Stopped, on_sigterm
 from qwen3vl_jax.training.watch import Muted, Watch
+from qwen3vl_jax.writing import Mirrored
 
 
 def train(recipe: Recipe, out: Path) -> None:
@@ -151,7 +152,8 @@ class Run:
                 watch.restart_clock()
         profiler.end()
         self.tell(watch)
-        if stop.asked and self.number not in run_dir.saved_steps(self.out):
+        # The first process decides: a store's client may show others a listing of before.
+        if stop.asked and not processes.from_first(self.number in run_dir.saved_steps(self.out)):
             self.save(watch, None, due=True)
 
     def look_and_save(self, watch: Watch | Muted, stop: Stop, looks: bool, due: bool) -> None:
@@ -278,6 +280,7 @@ class Run:
         """Saves where a checkpoint is due, and where the evaluation was one of the best."""
         watch.refused(self.feed.refused)
         if due or self.saved.is_best(score):
+            watch.sync()
             position = self.feed.whole_state(self.position or self.feed.get_state())
             self.meta |= {"recipe": plain(flat(self.recipe)), "data": position}
             self.meta |= {"machine": machine.described(), "score": score}
@@ -298,12 +301,13 @@ class Profiler:
     """A profiler trace of chosen steps in RUN_DIR/profile, which TensorBoard and XProf read."""
 
     def __init__(self, steps: tuple[int, ...], out: Path):
-        self._steps, self._folder, self._on = set(steps), out / "profile", False
+        self._steps, self._on = set(steps), False
+        self._traces = Mirrored(out / "profile") if steps else None
 
     def before(self, number: int) -> None:
         """Starts a trace with the first of several chosen steps in a row."""
-        if number in self._steps and not self._on:
-            jax.profiler.start_trace(str(self._folder))
+        if self._traces and number in self._steps and not self._on:
+            jax.profiler.start_trace(str(self._traces.folder))
             self._on = True
 
     def after(self, number: int, metrics: Any) -> None:
@@ -314,6 +318,7 @@ class Profiler:
 
     def end(self) -> None:
         """Ends a trace that is still on: the run ends before its last chosen step."""
-        if self._on:
+        if self._traces and self._on:
             jax.profiler.stop_trace()
             self._on = False
+            self._traces.sync()

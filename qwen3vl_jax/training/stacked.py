@@ -18,10 +18,11 @@ from convert.to_orbax import PARAMS
 from qwen3vl_jax.checkpoint import resolve
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.loading import in_memory, placed
 from qwen3vl_jax.quantized import as_structs
 from qwen3vl_jax.staging import read_config
 from qwen3vl_jax.structs import Params
-from qwen3vl_jax.tensors import TreePath, spell
+from qwen3vl_jax.tensors import LazyTensor, TreePath, spell
 
 Place = tuple[TreePath, int | None]  # where a tensor lies with stacked layers, and its layer
 DtypeOf = Callable[[str], Any]  # of a parameter's stacked name
@@ -67,7 +68,7 @@ def load_stacked(
         if weights == "int8":
             lazy = int8.quantised(cfg, lazy)
         for path, leaf in lazy.items():
-            stacks.put(path, leaf.load())
+            stacks.put(path, leaf)
     held = {path if path in stacks.known else path[:-1] for path in stacks.leaves}
     if missing := stacks.known - held:
         names = ", ".join(sorted(map(spell, missing)))
@@ -76,21 +77,21 @@ def load_stacked(
 
 
 def _read_orbax(directory: Any, cfg: Config, weights: str | None, stacks: _Stacks) -> None:
-    from qwen3vl_jax.orbax_io import read_tree, stored_tensors
+    from qwen3vl_jax.orbax_io import open_tree, stored_tensors
 
     held = stored_tensors(directory / PARAMS)
     check_stored(directory, cfg, held, read_config(directory))
     check_weights(directory, stored_kind(held), weights)
     rounded = int8.quantised_rows(cfg) if weights == "int8" and stored_kind(held) is None else {}
 
-    def sink(path: TreePath, array: np.ndarray) -> None:
+    def sink(path: TreePath, leaf: LazyTensor) -> None:
         if path not in rounded:
-            return stacks.put(path, array)
-        for key, part in int8.quantise(rounded[path], array).items():
-            stacks.put((*path, key), part)
+            return stacks.put(path, leaf)
+        for key, part in int8.quantise(rounded[path], leaf.load()).items():
+            stacks.put((*path, key), in_memory(part))
         return None
 
-    read_tree(directory / PARAMS, sink)
+    open_tree(directory / PARAMS, sink)
 
 
 class _Stacks:
@@ -101,34 +102,29 @@ class _Stacks:
         self.known = {place_of(row.path)[0] for row in rows(cfg)}
         self._counts, self._dtype_of, self._where_of = layer_counts(cfg), dtype_of, where_of
 
-    def put(self, path: TreePath, array: np.ndarray) -> None:
-        """Takes one tensor; it is on the device when this returns."""
+    def put(self, path: TreePath, leaf: LazyTensor) -> None:
+        """Takes one tensor, of which this process's shards are read; it is on the device in the end."""
         place, layer = place_of(path)
         # any other place is the values or the scale of a weight held in 8 bits
-        dtype = jnp.dtype(self._dtype_of(spell(place))) if place in self.known else array.dtype
+        dtype = jnp.dtype(self._dtype_of(spell(place))) if place in self.known else leaf.dtype
         lead = () if layer is None else (self._counts[str(place[0])],)
-        shape = jax.ShapeDtypeStruct((*lead, *array.shape), dtype)
+        shape = jax.ShapeDtypeStruct((*lead, *leaf.shape), dtype)
         where = self._where_of(spell(place), shape)
         if layer is None:
-            self.leaves[place] = _on_device(array, where).astype(dtype).block_until_ready()
+            self.leaves[place] = placed(leaf, where).astype(dtype).block_until_ready()
             return
         if place not in self.leaves:
             self.leaves[place] = jnp.zeros(shape.shape, dtype, device=where)
-        stack = _write(self.leaves.pop(place), _on_device(array, where, 1), layer, where=where)
+        stack = _write(self.leaves.pop(place), placed(leaf, _of_a_layer(where)), layer, where=where)
         self.leaves[place] = stack.block_until_ready()
 
 
-def _on_device(array: np.ndarray, where: Any, dropped: int = 0) -> jax.Array:
-    """A host array on the device, or the pieces of it that this process's devices hold.
-
-    dropped: leading axes of the sharding that the array does not have. It copies: a memory map must
-    not be what the device computes with.
-    """
+def _of_a_layer(where: Any) -> Any:
+    """The sharding of one layer of a stack."""
     if where is None:
-        return jnp.array(array)
-    spec = jax.sharding.PartitionSpec(*where.spec[dropped:])
-    where = jax.sharding.NamedSharding(where.mesh, spec)
-    return jax.make_array_from_callback(array.shape, where, lambda index: np.array(array[index]))
+        return None
+    spec = jax.sharding.PartitionSpec(*where.spec[1:])
+    return jax.sharding.NamedSharding(where.mesh, spec)
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames="where")

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from qwen3vl_jax import processes
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.paths import absolute, as_path, kind
 from qwen3vl_jax.sharding import AXES, make_mesh, rows_parts
 from qwen3vl_jax.training import machine, run_dir
 from qwen3vl_jax.training.recipe import Recipe, flat
@@ -68,7 +69,7 @@ def check_fits(recipe: Recipe, meta: dict[str, Any], out: Path) -> list[str]:
 
 def whole_path(ckpt: str) -> str:
     """The place of a model from any folder; a Hub id stays what it is."""
-    return str(Path(ckpt).resolve()) if Path(ckpt).is_dir() else ckpt
+    return str(absolute(ckpt)) if kind(as_path(ckpt)) == "folder" else ckpt
 
 
 def plain(value: Any) -> Any:

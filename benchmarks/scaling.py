@@ -1,0 +1,189 @@
+"""One GPU against two: decoding by tensor and expert parallelism, FSDP training, the planner's memory.
+
+    python -m benchmarks.scaling [--only decode|moe|train] [--tiny]
+
+Random weights of the released shapes: the 8B and the 30B-A3B decode 64 steps with a cache of 2,048
+tokens a row; the 2B trains as configs/sft_2b.toml says. Each case is a process of its own. What
+differs between one device and two is held against what bf16 costs by itself, that is the distance of
+one device from float32. The exit code is 1 where two are further away, or where the compiled
+program's memory is not within 5 % of the device's real peak. --tiny runs small shapes anywhere, to see
+that it runs (XLA_FLAGS=--xla_force_host_platform_device_count=2 on a CPU).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.scaling_cases import Case, config, run
+from qwen3vl_jax.planning.chips import CHIPS
+from qwen3vl_jax.training.flops import peak_flops
+
+TIMES, WITHIN = 1.2, 0.05  # bf16's own error; of the real peak of memory
+ROWS, SLOTS, STEPS = (1, 32), 2048, 64
+
+
+class Done(NamedTuple):
+    """A case and what came of it."""
+
+    case: Case
+    told: dict[str, Any]
+    found: dict[str, np.ndarray]
+
+
+def cases(only: str | None, tiny: bool) -> list[list[Case]]:
+    """Groups of cases, the first of each on one device."""
+    dense, moe, small = ("tiny", "tiny-moe", "tiny") if tiny else ("8b", "30b-a3b", "2b")
+    slots, steps, layers = (128, 4, 3) if tiny else (SLOTS, STEPS, 12)
+    length, rows = (128, 4) if tiny else (4096, 8)
+
+    def decode(model: str, axes: tuple[str, ...]) -> list[Case]:
+        one = Case("decode", model, {}, ROWS, slots, steps, layers, truth=True)
+        return [one, *(dataclasses.replace(one, sizes={a: 2}, truth=False) for a in axes)]
+
+    one = Case("train", small, {}, (rows,), length, 7, 1, truth=True)
+    two = dataclasses.replace(one, sizes={"fsdp": 2}, truth=False)
+    twice = dataclasses.replace(two, rows=(2 * rows,), layers=0)
+    known = {
+        "decode": decode(dense, ("tensor",)),
+        "moe": decode(moe, ("expert", "tensor")),
+        "train": [one, two, twice],
+    }
+    return [known[only]] if only else list(known.values())
+
+
+def child(case: Case, scratch: Path) -> Done:
+    """A case in a process of its own."""
+    out = scratch / "found.npz"
+    command = [sys.executable, "-m", "benchmarks.scaling", "--case"]
+    command += [json.dumps(dataclasses.asdict(case)), "--out", str(out)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{case}: failed with exit code {done.returncode}")
+    with np.load(out) as found:
+        return Done(case, json.loads(done.stdout.splitlines()[-1]), dict(found))
+
+
+def distance(x: np.ndarray, truth: np.ndarray) -> float:
+    """|x - truth| / |truth|."""
+    return float(np.linalg.norm(x - truth) / np.linalg.norm(truth))
+
+
+def compared(one: Done, two: Done) -> tuple[str, bool]:
+    """What two devices are apart from float32, beside what one is; whether that is as near."""
+    truth = one.found["float32"]
+    ours, theirs = (distance(d.found["bfloat16"], truth) for d in (two, one))
+    return f"{ours:.4f} ({theirs:.4f})", ours <= TIMES * theirs
+
+
+def mesh_name(case: Case) -> str:
+    """Its axes, as --mesh has them."""
+    return ",".join(f"{n}={k}" for n, k in case.sizes.items()) or "one device"
+
+
+def step_bytes(case: Case, rows: int) -> float:
+    """Bytes that a decode step must read: weights in bf16, of experts those that are hit, and the cache."""
+    cfg = config(case.model).text
+    d, h = cfg.hidden_size, cfg.head_dim
+    heads, kv = cfg.num_attention_heads, cfg.num_key_value_heads
+    mlp = 3 * d * cfg.intermediate_size
+    if cfg.num_experts:
+        missed = (1 - cfg.num_experts_per_tok / cfg.num_experts) ** rows
+        hit = cfg.num_experts * (1 - missed)
+        mlp = 3 * d * cfg.moe_intermediate_size * hit + d * cfg.num_experts
+    layer = d * h * (2 * heads + 2 * kv) + mlp
+    cache = 2 * kv * h * rows * (case.length - case.steps / 2)
+    return 2 * (cfg.num_hidden_layers * (layer + cache) + d * cfg.vocab_size)
+
+
+def decode_table(done: list[Done], rate: float | None) -> tuple[Table, bool]:
+    """ms a step, the least that memory allows, and the distance from float32."""
+    first, good = done[0], True
+    out = Table(
+        title=f"decode, {first.case.model}, {first.case.length} slots", title_justify="left"
+    )
+    for name in ("mesh", "rows", "ms a step", "tokens/s", "times one", "floor, ms", "from float32"):
+        out.add_column(name, justify="left" if name == "mesh" else "right")
+    for each in done:
+        told, near = compared(first, each)
+        good &= near
+        for rows in each.case.rows:
+            ms, alone = each.told["ms"][str(rows)], first.told["ms"][str(rows)]
+            least = rate and step_bytes(each.case, rows) / rate / each.case.devices * 1000
+            out.add_row(
+                mesh_name(each.case), str(rows), f"{ms:.2f}", f"{rows / ms * 1000:,.0f}",
+                f"{alone / ms:.2f}", f"{least:.2f}" if least else "", told,
+            )  # fmt: skip
+    return out, good
+
+
+def train_table(done: list[Done], peak: float | None) -> tuple[Table, bool]:
+    """Time, losses, memory, and the distance of gradients from float32."""
+    first, good = done[0], True
+    out = Table(title=f"training, {first.case.model}", title_justify="left")
+    for name in ("mesh", "rows", "ms a step", "tokens/s", "times one", "MFU", "peak, GiB",
+                 "planned", "last loss", "gradients from float32"):  # fmt: skip
+        out.add_column(name, justify="left" if name == "mesh" else "right")
+    for each in done:
+        t, alone = each.told, first.told
+        told, near = compared(first, each) if each.found else ("", True)
+        off = t["planned"] / t["peak"] - 1 if t["peak"] else 0.0
+        good &= near and abs(off) <= WITHIN
+        rate = t["tokens"] / t["ms"] * 1000
+        mfu = peak and t["flops"] / t["ms"] * 1000 / peak / each.case.devices
+        out.add_row(
+            mesh_name(each.case), str(each.case.rows[0]), f"{t['ms']:.0f}", f"{rate:,.0f}",
+            f"{rate / (alone['tokens'] / alone['ms'] * 1000):.2f}", f"{mfu:.1%}" if mfu else "",
+            f"{t['peak'] / 2**30:.2f}", f"{t['planned'] / 2**30:.2f} ({off:+.1%})",
+            f"{t['losses'][-1]:.5f}", told,
+        )  # fmt: skip
+    return out, good
+
+
+def main() -> int:
+    """The command; the exit code is 1 if a bound is missed."""
+    parser = argparse.ArgumentParser("python -m benchmarks.scaling", description=__doc__,
+                                     formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
+    parser.add_argument("--only", choices=("decode", "moe", "train"))
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.case:
+        given = json.loads(args.case)
+        print(json.dumps(run(Case(**given | {"rows": tuple(given["rows"])}), args.out)))
+        return 0
+    console, all_good, kind = Console(width=130), True, ""
+    with tempfile.TemporaryDirectory() as scratch:
+        for group in cases(args.only, args.tiny):
+            done = []
+            for case in group:
+                done.append(child(case, Path(scratch)))
+                print(
+                    f"{case.kind} {case.model} {mesh_name(case)}: {done[-1].told}", file=sys.stderr
+                )
+            kind = done[0].told["device"]
+            chip = next((c for name, c in CHIPS.items() if name in kind.lower()), None)
+            if group[0].kind == "decode":
+                table, good = decode_table(done, chip and chip.hbm_rate)
+            else:
+                table, good = train_table(done, peak_flops(kind))
+            console.print(table)
+            all_good &= good
+    print(f"{kind}; from float32: |x - float32| / |float32|, in brackets that of one device")
+    print("all bounds are met" if all_good else "MISSED: see above")
+    return int(not all_good)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

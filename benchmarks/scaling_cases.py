@@ -1,0 +1,261 @@
+"""What `benchmarks.scaling` runs in a process of its own: decoding and training on one mesh.
+
+A case prints one line of JSON; arrays to compare go to a file, so that memory is that of one case.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+import qwen3vl_jax as q3
+from demo.evaluate import CHECKPOINT
+from qwen3vl_jax.config import Config
+from qwen3vl_jax.planning.serving import Serving, empty_cache
+from qwen3vl_jax.planning.serving import weights as weight_shapes
+from qwen3vl_jax.processing.prompts import Visual
+from qwen3vl_jax.sharding import make_mesh
+from qwen3vl_jax.training import packing, setup
+from qwen3vl_jax.training.flops import real_work, step_flops
+from qwen3vl_jax.training.placing import batch_axis, batch_shardings, put
+from qwen3vl_jax.training.recipe import Recipe, read_recipe
+from qwen3vl_jax.training.samples import Sample
+from qwen3vl_jax.training.shares import divided
+from qwen3vl_jax.training.step import gradients
+
+RECIPE = Path(__file__).resolve().parent.parent / "configs" / "sft_2b.toml"
+EVERY = 997  # of a gradient's numbers, those that are compared
+GROUPS = 2  # of rows, so that one device and two have the same batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One run. sizes: of mesh axes; layers: of the decoder that is compared, the whole is timed."""
+
+    kind: str  # decode or train
+    model: str  # a released size, or tiny or tiny-moe
+    sizes: Mapping[str, int]
+    rows: tuple[int, ...]  # decode: one timing each; train: one number
+    length: int  # decode: slots, all but `steps` filled; train: tokens of a row
+    steps: int
+    layers: int = 0  # 0: nothing is compared
+    truth: bool = False  # compute it in float32 too
+
+    @property
+    def devices(self) -> int:
+        """How many it runs on."""
+        return math.prod(self.sizes.values())
+
+
+def config(model: str) -> Config:
+    """A released size, or the demo's with dense layers or experts."""
+    if not model.startswith("tiny"):
+        return Config.named(model)
+    cfg = Config.from_hf(CHECKPOINT)
+    if model == "tiny":
+        return cfg
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    return dataclasses.replace(cfg, text=dataclasses.replace(cfg.text, **experts))
+
+
+def run(case: Case, out: Path) -> dict[str, Any]:
+    """The figures of a case; what is compared is written to `out` (.npz)."""
+    mesh = make_mesh(case.sizes, jax.devices()[: case.devices])
+    with jax.set_mesh(mesh):
+        told, compared = (decoding if case.kind == "decode" else training)(case, mesh)
+    np.savez(out, **compared)
+    return told | {"device": jax.devices()[0].device_kind}
+
+
+def decoding(case: Case, mesh: Mesh) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """({"ms": {rows: ms a step}}, logits of a prefill and of decode steps)."""
+    cfg = config(case.model)
+    params, told = drawn(cfg, mesh), {}
+    for rows in case.rows:
+        told[rows] = decode_ms(case, cfg, mesh, params, rows)
+    del params
+    if not case.layers:
+        return {"ms": told}, {}
+    text = dataclasses.replace(cfg.text, num_hidden_layers=case.layers)
+    cfg = dataclasses.replace(cfg, text=text)
+    params = drawn(cfg, mesh)
+    found = {"bfloat16": answers(cfg, params)}
+    if case.truth:
+        wide = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+        del params
+        with jax.default_matmul_precision("highest"):
+            found["float32"] = answers(cfg, wide)
+    return {"ms": told}, found
+
+
+def drawn(cfg: Config, mesh: Mesh) -> q3.Params:
+    """Random bf16 weights in their shards: the same numbers on every mesh."""
+
+    @functools.partial(jax.jit, static_argnames=("shape", "where"))
+    def matrix(key, shape, where):
+        x = jax.random.normal(key, shape, jnp.bfloat16) * cfg.text.initializer_range * 2
+        return jax.lax.with_sharding_constraint(x, where)
+
+    shapes = weight_shapes(cfg, mesh, jnp.bfloat16)
+    leaves, tree = jax.tree.flatten(shapes)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    made = [
+        matrix(key, x.shape, x.sharding) if x.ndim > 1 else jnp.ones(x.shape, x.dtype)
+        for key, x in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(tree, made)
+
+
+def decode_ms(case: Case, cfg: Config, mesh: Mesh, params: q3.Params, rows: int) -> float:
+    """Milliseconds of a decode step with a cache that is full at the last one; median of five."""
+
+    @functools.partial(jax.jit, donate_argnames="cache")
+    def steps(params, cache, tokens):
+        def one(_, carry):
+            cache, logits = q3.decode_step(params, cfg, *carry)
+            return cache, jnp.argmax(logits, -1).astype(jnp.int32)
+
+        return jax.lax.fori_loop(0, case.steps, one, (cache, tokens))
+
+    shapes = empty_cache(cfg, mesh, Serving(rows, case.length, None))
+    where = jax.tree.map(lambda x: x.sharding, shapes)
+    zeros = jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
+                    out_shardings=where)  # fmt: skip
+    cache, tokens, times = zeros(), jnp.arange(rows, dtype=jnp.int32), []
+    filled = np.full(rows, shapes.slots - case.steps, np.int32)
+    for _ in range(6):
+        cache = cache.replace(length=jax.device_put(filled, where.length))
+        start = time.perf_counter()
+        cache, tokens = jax.block_until_ready(steps(params, cache, tokens))
+        times.append((time.perf_counter() - start) * 1000 / case.steps)
+    return sorted(times[1:])[2]
+
+
+def answers(cfg: Config, params: q3.Params, rows: int = 4, steps: int = 8) -> np.ndarray:
+    """Logits [steps + 1, B, V] after a prompt with a picture, and after tokens that are given."""
+    h, w, unit = 12, 20, cfg.vision.merge_unit
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 400, (rows, 100 + h * w // unit)).astype(np.int32)
+    ids[:, 9] = cfg.vision_start_token_id
+    ids[:, 10 : 10 + h * w // unit] = cfg.image_token_id
+    pixels = rng.standard_normal((rows * h * w, math.prod(cfg.vision.patch_shape)))
+    batch = q3.make_batch(
+        cfg,
+        input_ids=ids,
+        pixel_values=pixels.astype(np.float32),
+        image_grid_thw=[(1, h, w)] * rows,
+    )
+    slots = batch.tokens.shape[1] + steps
+    fill = jax.jit(lambda params, batch: q3.prefill(params, cfg, batch, slots))
+    step = jax.jit(lambda *given: q3.decode_step(given[0], cfg, *given[1:]), donate_argnums=1)
+    cache, logits = fill(params, batch)
+    found = [np.asarray(logits)]
+    for tokens in rng.integers(0, 400, (steps, rows)).astype(np.int32):
+        cache, logits = step(params, cache, tokens)
+        found.append(np.asarray(logits))
+    return np.stack(found)
+
+
+def training(case: Case, mesh: Mesh) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """(time, losses and memory of steps, some of the gradients of the first batch)."""
+    cfg, rows = config(case.model), case.rows[0]
+    changes = [
+        f"pack.rows={rows}", f"pack.vision_rows={rows}", f"pack.length={case.length}",
+        f"pack.vision_length={2 * case.length}", "init=normal", "steps=100", "optimizer.warmup=10",
+    ]  # fmt: skip
+    recipe = read_recipe(RECIPE, changes)
+    trainee = setup.prepare(recipe, cfg, mesh=mesh)
+    rule = setup.rule_of(recipe, cfg, trainee.weights)
+    like = setup.shape_of_state(recipe, cfg, rule, trainee.weights, mesh)
+    step = setup.make_step(recipe, cfg, rule, trainee.join, like)
+    batches = [rows_of(cfg, recipe, mesh, seed) for seed in range(2)]
+    state = setup.begin(recipe, cfg, rule, trainee.weights, mesh)
+    frozen, join = trainee.frozen, trainee.join
+    del trainee
+    compiled = step.lower(state, frozen, batches[0]).compile()
+    losses, times = [], []
+    for i in range(case.steps):
+        start = time.perf_counter()
+        state, metrics = compiled(state, frozen, batches[i % 2])
+        losses.append(float(metrics["loss"]))
+        times.append((time.perf_counter() - start) * 1000)
+    stats: Any = compiled.memory_analysis()
+    real = [d.memory_stats() or {} for d in mesh.devices.flat]
+    work = real_work(batches[0])
+    told = {
+        "ms": sorted(times[1:])[len(times) // 2 - 1],
+        "losses": losses,
+        "tokens": work.tokens,
+        "flops": step_flops(cfg, work, trained={"text", "merger", "embeddings", "head"}),
+        "planned": stats.peak_memory_in_bytes,
+        "peak": max(x.get("peak_bytes_in_use", 0) for x in real),
+    }
+    del state, compiled
+    found = {}
+    if case.layers:
+        weights = setup.prepare(recipe, cfg, mesh=mesh).weights
+        kinds = ("bfloat16", "float32") if case.truth else ("bfloat16",)
+        for dtype in kinds:
+            found[dtype] = some_gradients(recipe, cfg, weights, frozen, join, batches[0], dtype)
+    return told, found
+
+
+def some_gradients(
+    recipe: Recipe, cfg: Config, weights: Any, frozen: Any, join: Callable, packed: Any, dtype: str
+) -> np.ndarray:
+    """Every 997th number of each gradient, computed in `dtype`, as one array."""
+    how = dataclasses.replace(recipe.step, dtype=dtype)
+
+    @jax.jit
+    def some(weights, frozen, packed):
+        rebuild = lambda weights, key: join(weights, frozen, key)  # noqa: E731
+        grads, _, _ = gradients(weights, rebuild, cfg, packed, how, jax.random.key(0))
+        return {name: g.reshape(-1)[::EVERY] for name, g in grads.items()}
+
+    precision = "highest" if dtype == "float32" else "default"
+    with jax.default_matmul_precision(precision):
+        found = some(weights, frozen, packed)
+    return np.concatenate([np.asarray(found[name]) for name in sorted(found)])
+
+
+def rows_of(cfg: Config, recipe: Recipe, mesh: Mesh, seed: int) -> packing.PackedBatch:
+    """A batch [1 ..] of random samples with a picture each, in GROUPS groups of rows."""
+    rng, pack, parts = np.random.default_rng(seed), divided(recipe.pack, GROUPS), []
+    for _ in range(GROUPS):
+        coming = iter(packing.Waiting(i, sample(cfg, rng, pack.length)) for i in range(1 << 30))
+        chosen, _ = packing.choose(pack, [], lambda coming=coming: next(coming))
+        parts.append(packing.build(cfg, pack, chosen, np.uint8, False))
+
+    def join(path: Any, *xs: np.ndarray) -> np.ndarray:
+        return np.concatenate(xs, batch_axis(path))[None]
+
+    whole = jax.tree_util.tree_map_with_path(join, *parts)
+    whole = whole.replace(batch=whole.batch.replace(groups=GROUPS))
+    return jax.tree.map(put, whole, batch_shardings(mesh, whole))
+
+
+def sample(cfg: Config, rng: np.random.Generator, length: int) -> Sample:
+    """A conversation of an eighth to a half of a row, a third of it a picture."""
+    size = int(rng.integers(length // 8, length // 2))
+    side = max(int((size / 3) ** 0.5), 1)
+    h, w = 2 * side, 2 * max(size // 3 // side, 1)
+    count = h * w // cfg.vision.merge_unit
+    ids = rng.integers(0, 400, size).astype(np.int32)
+    ids[9 : 9 + count] = cfg.image_token_id
+    learned = np.arange(size) > size // 2
+    pixels = rng.integers(0, 256, (h * w, math.prod(cfg.vision.patch_shape))).astype(np.uint8)
+    return Sample(
+        "random", ids, np.where(learned, ids, packing.IGNORED), learned.astype(np.float32),
+        np.tile(np.arange(size, dtype=np.int32), (3, 1)),
+        (Visual(pixels, (1, h, w), False, 9, 9 + count, b""),),
+    )  # fmt: skip
