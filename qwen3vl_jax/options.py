@@ -6,6 +6,7 @@ import argparse
 
 from qwen3vl_jax.cli import Parser
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.mesh_axes import AXES, SHORT
 from qwen3vl_jax.paths import argument, is_remote
 from qwen3vl_jax.planning.chips import add_plan_arguments
 from qwen3vl_jax.processes import add_arguments as add_process_arguments
@@ -28,8 +29,6 @@ MODES = {
         ("image", "video", "prompt", "system", "messages", "stream", "draw", "answers"),
     ),
 }
-# --mesh: the axes of sharding.AXES and their short names.
-MESH_AXES = {"dp": "data", "fsdp": "fsdp", "ep": "expert", "sp": "sequence", "tp": "tensor"}
 NEEDS = {
     "rows": ("input", "plan"),
     **dict.fromkeys(("slices", "save"), ("plan",)),
@@ -173,15 +172,15 @@ def check(args: argparse.Namespace) -> None:
 
 
 def mesh_sizes(text: str | None) -> dict[str, int] | None:
-    """{axis of sharding.AXES: size} of --mesh; None without it. Raises InputError."""
+    """{one of AXES: size} of --mesh; None without it. Raises InputError."""
     if text is None:
         return None
     sizes: dict[str, int] = {}
     for part in text.split(","):
         name, equals, number = (x.strip() for x in part.partition("="))
-        axis = name if name in MESH_AXES.values() else MESH_AXES.get(name)
-        known = ", ".join(f"{short} ({name})" for short, name in MESH_AXES.items())
-        if axis is None or not equals:
+        axis = SHORT.get(name, name)
+        known = ", ".join((*AXES, *(f"{short} ({long})" for short, long in SHORT.items())))
+        if axis not in AXES or not equals:
             raise InputError(f"--mesh {text}: {part!r}, expected AXIS=N; axes: {known}")
         if axis in sizes:
             raise InputError(f"--mesh {text}: {axis} stands there twice")

@@ -282,7 +282,7 @@ def empty(like):
     ("changes", "told"),
     [
         (["pack.rows=6"], "pack.rows is 6, expected a multiple of 4"),
-        (["mesh.fsdp=2"], "expected a product of 8"),
+        (["mesh.fsdp=16"], "needs 32 devices, there are 8"),
         (["mesh.fsdp=1", "mesh.tensor=1", "mesh.expert=8"], "mesh.expert is 8"),
     ],
 )
