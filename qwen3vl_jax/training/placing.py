@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.model import logical_axes
@@ -66,7 +66,7 @@ def longest_axis(x: Any) -> Axes:
     return tuple("embed" if i == at else None for i in range(len(x.shape)))
 
 
-def params_shardings(mesh: Mesh | None, cfg: Config, flat: Flat) -> dict[str, Any]:
+def params_shardings(mesh: Mesh | AbstractMesh | None, cfg: Config, flat: Flat) -> dict[str, Any]:
     """{name: NamedSharding} of weights, or None for each without a mesh. Raises InputError."""
     return shardings(mesh, flat, axes_of(cfg, flat))
 
