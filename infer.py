@@ -14,7 +14,14 @@ import time
 from pathlib import Path
 
 from qwen3vl_jax import processes
-from qwen3vl_jax.cli import Clock, memory_advice, one_line_errors, parts, sizes
+from qwen3vl_jax.cli import (
+    Clock,
+    memory_advice,
+    one_line_errors,
+    parts,
+    sigterm_interrupts,
+    sizes,
+)
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.options import arguments, check, input_options, mesh_sizes
 from qwen3vl_jax.paths import absolute, file_size, files_under
@@ -198,7 +205,9 @@ def batch(args: argparse.Namespace) -> None:
 
             return answer_file_together(*files, index, count)
 
-    if run() if count == 1 else processes.end_together(run, "the answers that are kept"):
+    with sigterm_interrupts():
+        errors = run() if count == 1 else processes.end_together(run, "the answers that are kept")
+    if errors:
         sys.exit(1)
 
 

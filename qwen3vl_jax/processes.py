@@ -6,9 +6,12 @@ import json
 import os
 import re
 import sys
+import textwrap
 import threading
 import traceback
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 
 from qwen3vl_jax.cli import EXPECTED, report
@@ -18,6 +21,7 @@ _T = TypeVar("_T")
 HEARTBEAT = 30  # seconds without a sign of life after which a process counts as gone
 PATIENCE = 5  # seconds after which a process says that it waits for the others to start
 LONGEST = 30 * 24 * 3600 * 1000  # milliseconds that the first to come to a place waits for the last
+GRACE = 10  # seconds that an interrupted process waits for the others to be interrupted too
 LOST = 4  # exit code of a process whose peers are gone
 # Variables by which jax.distributed finds the others itself: Open MPI and PMI, GKE and TPU VMs, SLURM.
 _KNOWN = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MEGASCALE_NUM_SLICES")
@@ -115,7 +119,8 @@ def start(asked: Asked | None) -> tuple[int, int]:
             **known, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT
         )
     except (RuntimeError, ValueError) as error:
-        raise InputError(f"several processes: {' '.join(str(error).split())[:300]}") from error
+        reason = textwrap.shorten(str(error), 300, placeholder=" ..")
+        raise InputError(f"several processes: {reason}") from error
     finally:
         waits.cancel()
     if _has_its_host(os.environ) and not os.environ.get("JAX_LOCAL_DEVICE_IDS"):
@@ -141,7 +146,8 @@ def end_together(run: Callable[[], _T], kept: str = "the last checkpoint") -> _T
     """run(), and what the slowest of them still has to do: else JAX takes that one for lost.
 
     A failure because of another process that is gone ends this one with one line; it ends at once, for
-    the usual way out waits for the others. kept: what the next start goes on from.
+    the usual way out waits for the others. So does an interruption, which the others mostly get too.
+    kept: what the next start goes on from.
     """
     import jax
 
@@ -149,21 +155,26 @@ def end_together(run: Callable[[], _T], kept: str = "the last checkpoint") -> _T
         result = run()
         wait_for_all("end")
         return result
-    except Exception as error:
+    except BaseException as error:
         if jax.process_count() == 1:
             raise
         code = _tell(error, kept)
+        if not isinstance(error, Exception):
+            _meet("interrupted", GRACE)  # JAX aborts those that find process 0 gone
+        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 
 
-def _tell(error: Exception, kept: str) -> int:
+def _tell(error: BaseException, kept: str) -> int:
     """Prints why this process ends; gives its exit code."""
     import jax
 
+    if isinstance(error, SystemExit):  # it has told
+        return error.code if isinstance(error.code, int) else 1
     if isinstance(error, EXPECTED):
-        return report(error)
-    reason = " ".join(str(error).split())[:200]
+        return report(error, interrupted=f"interrupted: the same command goes on from {kept}")
+    reason = textwrap.shorten(str(error), 200, placeholder=" ..")
     if not (isinstance(error, jax.errors.JaxRuntimeError) and _GONE.search(str(error))):
         traceback.print_exception(error)
         return 1
@@ -183,13 +194,32 @@ def is_first() -> bool:
 
 
 def wait_for_all(name: str) -> None:
-    """Returns when every process has come here, be it hours later."""
+    """Returns when every process has come here, be it hours later; Ctrl-C is heard meanwhile."""
     import jax
 
     if jax.process_count() > 1:
-        from orbax.checkpoint import multihost
+        met = Future()  # of a thread, for signals are not heard in a call of JAX
 
-        multihost.get_barrier_sync_fn()(key=name, timeout_ms=LONGEST)
+        def wait() -> None:
+            try:
+                met.set_result(_barrier(name, LONGEST))
+            except BaseException as error:
+                met.set_exception(error)
+
+        threading.Thread(target=wait, daemon=True).start()
+        met.result()
+
+
+def _meet(name: str, seconds: float) -> None:
+    """Returns when every process has come here, or after so many seconds."""
+    with suppress(Exception):
+        _barrier(name, round(1000 * seconds))
+
+
+def _barrier(name: str, milliseconds: int) -> None:
+    from orbax.checkpoint import multihost
+
+    multihost.get_barrier_sync_fn()(key=name, timeout_ms=milliseconds)
 
 
 def from_first(value: Any) -> Any:
