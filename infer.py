@@ -178,6 +178,7 @@ def batch(args: argparse.Namespace) -> None:
     from qwen3vl_jax.batch_file import Settings, answer_file, largest
     from qwen3vl_jax.journal import digest_of
 
+    asked = processes.asked_of(args)
     directory, processor = opened(args)
     settings = Settings(
         dataclasses.asdict(sampling_of(args, processor)), args.max_new_tokens, args.seed,
@@ -194,7 +195,7 @@ def batch(args: argparse.Namespace) -> None:
         held.update(parts(params, cfg, *largest(processor, settings), "at most"))
         return params, cfg
 
-    index, count = processes.start(processes.asked_of(args))
+    index, count = processes.start(asked)
     files = (load_and_measure, processor, args.input, args.output, settings, made_with)
 
     def run() -> int:

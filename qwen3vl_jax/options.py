@@ -215,8 +215,8 @@ def check_modes(args: argparse.Namespace) -> None:
 
 def check_numbers(args: argparse.Namespace) -> None:
     """`check` of what is counted from 1, and of what goes with one answer alone."""
-    for name in ("rows", "answers", "prefill_chunk"):
-        if (count := getattr(args, name)) < 1:
+    for name in ("rows", "answers", "prefill_chunk", "max_len"):
+        if (count := getattr(args, name)) is not None and count < 1:
             raise InputError(f"--{name.replace('_', '-')} is {count}, expected a number from 1")
     one = [name for name in ("stream", "draw") if getattr(args, name)]
     if args.answers > 1 and one:

@@ -23,6 +23,11 @@ PATIENCE = 5  # seconds after which a process says that it waits for the others 
 LONGEST = 30 * 24 * 3600 * 1000  # milliseconds that the first to come to a place waits for the last
 GRACE = 10  # seconds that an interrupted process waits for the others to be interrupted too
 LOST = 4  # exit code of a process whose peers are gone
+_NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_EXPECTED = (
+    "expected --coordinator HOST:PORT --processes N --process I, or the variables "
+    + ", ".join(_NAMES)
+)
 # Variables by which jax.distributed finds the others itself: Open MPI and PMI, GKE and TPU VMs, SLURM.
 _KNOWN = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MEGASCALE_NUM_SLICES")
 # How JAX's collectives and its coordination service speak of a process that does not answer.
@@ -50,7 +55,7 @@ def add_arguments(parser: Any) -> None:
     group.add_argument(
         "--distributed",
         action="store_true",
-        help="jax finds the others (hosts of a Cloud TPU slice)",
+        help="jax finds the others (hosts of a Cloud TPU slice), where no variable says that there are any",
     )
     group.add_argument("--coordinator", default="", help="HOST:PORT of process 0")
     group.add_argument("--processes", type=int, default=0, help="how many there are")
@@ -63,16 +68,14 @@ def asked_of(args: Any, environ: Mapping[str, str] = os.environ) -> Asked | None
     Options first, then JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, then what
     jax.distributed knows of the cluster.
     """
-    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    coordinator = args.coordinator or environ.get(names[0], "")
-    count = args.processes or _number(names[1], environ, 0)
-    index = args.process if args.process >= 0 else _number(names[2], environ, -1)
+    coordinator = args.coordinator or environ.get(_NAMES[0], "")
+    count = args.processes or _number(_NAMES[1], environ, 0)
+    index = args.process if args.process >= 0 else _number(_NAMES[2], environ, -1)
     if coordinator or count or index >= 0:
         if not (_is_address(coordinator) and 0 <= index < count):
             raise InputError(
                 f"several processes: coordinator {coordinator!r}, processes {count}, process {index}; "
-                "expected --coordinator HOST:PORT --processes N --process I, or the variables "
-                + ", ".join(names)
+                f"{_EXPECTED}"
             )
         return Asked(coordinator, count, index)
     srun = ("SLURM_NTASKS",) if "SLURM_STEP_NODELIST" in environ else ()  # and not salloc alone
@@ -120,7 +123,8 @@ def start(asked: Asked | None) -> tuple[int, int]:
         )
     except (RuntimeError, ValueError) as error:
         reason = textwrap.shorten(str(error), 300, placeholder=" ..")
-        raise InputError(f"several processes: {reason}") from error
+        told = "" if asked.coordinator else f"; jax finds no cluster by itself here: {_EXPECTED}"
+        raise InputError(f"several processes: {reason}{told}") from error
     finally:
         waits.cancel()
     if _has_its_host(os.environ) and not os.environ.get("JAX_LOCAL_DEVICE_IDS"):
