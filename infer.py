@@ -17,6 +17,7 @@ from qwen3vl_jax import processes
 from qwen3vl_jax.cli import Clock, memory_advice, one_line_errors, parts, sizes
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.options import arguments, check, input_options, mesh_sizes
+from qwen3vl_jax.paths import absolute, file_size, files_under
 from qwen3vl_jax.planning.chips import prepare_environment, read_machine
 
 HERE = Path(__file__).resolve().parent
@@ -135,7 +136,7 @@ def load(args: argparse.Namespace, directory: Path, scope: contextlib.ExitStack)
 
 def on_disk(directory: Path) -> dict[str, int]:
     """Bytes of a checkpoint's files, for `memory_advice`."""
-    stored = sum(f.stat().st_size for f in directory.rglob("*") if f.is_file())
+    stored = sum(file_size(directory / name) for name in files_under(directory))
     return {"checkpoint on disk": stored}
 
 
@@ -176,8 +177,8 @@ def batch(args: argparse.Namespace) -> None:
         tuple(args.stop), longest(args, processor), input_options(args), args.rows,
         args.prefill_chunk,
     )  # fmt: skip
-    made_with = {"ckpt": str(directory.resolve()), "dtype": args.dtype, "weights": args.weights,
-                 **({"adapter": str(Path(args.adapter).resolve())} if args.adapter else {}),
+    made_with = {"ckpt": str(absolute(directory)), "dtype": args.dtype, "weights": args.weights,
+                 **({"adapter": str(absolute(args.adapter))} if args.adapter else {}),
                  "chat_template": digest_of(processor.template.text(True).encode())}  # fmt: skip
     held: dict[str, int] = {}
 
@@ -245,9 +246,9 @@ def plan(args: argparse.Namespace) -> None:
     from qwen3vl_jax.planning.serving import Serving
 
     dtype = jnp.dtype(args.dtype or "bfloat16")
-    asked = Serving(args.rows, args.max_len or PLANNED_LENGTH, args.prefill_chunk, dtype)
-    sizes = mesh_sizes(args.mesh) or {"tensor": -1}
-    plan_serving(str(args.ckpt or DEMO), machine, sizes, asked, args.save)
+    length = args.max_len or PLANNED_LENGTH
+    asked = Serving(args.rows, length, args.prefill_chunk, dtype, args.weights)
+    plan_serving(str(args.ckpt or DEMO), machine, mesh_sizes(args.mesh), asked, args.save)
 
 
 def answer(args, directory, processor, arrays, limit, scope) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from qwen3vl_jax import processes
 from qwen3vl_jax.cli import EXPECTED, report
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.paths import argument, kind
 from qwen3vl_jax.planning.chips import (
     add_plan_arguments,
     check_plan_arguments,
@@ -31,8 +32,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", type=Path, required=True, help="a recipe, see configs/")
-    parser.add_argument("--out", type=Path, help="the run's directory, new or of this run")
+    parser.add_argument("--config", type=argument, required=True, help="a recipe, see configs/")
+    parser.add_argument("--out", type=argument, help="the run's directory, new or of this run")
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -74,7 +75,7 @@ def plan(args: argparse.Namespace, recipe: Recipe) -> None:
 def train(recipe: Recipe, out: Path, asked: processes.Asked | None = None) -> None:
     """Checks what can be checked without jax, joins the other processes, then runs the recipe."""
     check_run(recipe)
-    if out.exists() and not out.is_dir():
+    if kind(out) == "file":
         raise InputError(f"--out {out}: is a file, expected a directory")
     if recipe.deterministic:
         make_deterministic()

@@ -24,6 +24,7 @@ from convert.to_orbax import Progress, to_orbax
 from qwen3vl_jax.checkpoint import resolve
 from qwen3vl_jax.cli import EXPECTED, report
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.paths import argument
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
@@ -45,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "source", help="Hugging Face directory or Hub id; with --to-hf an Orbax one, or a run's"
     )
-    parser.add_argument("out", type=Path, help="directory to write")
+    parser.add_argument("out", type=argument, help="directory to write")
     parser.add_argument("--to-hf", action="store_true", help="Orbax -> safetensors")
     parser.add_argument(
         "--force", action="store_true", help="replace OUT once the new one is complete"
@@ -58,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         "--weights", choices=WEIGHTS, help="keep FP8 as it is, or round to int8 (default: neither)"
     )
     parser.add_argument(
-        "--merge", type=Path, metavar="PEFT_DIR", help="a LoRA adapter to add to the weights"
+        "--merge", type=argument, metavar="PEFT_DIR", help="a LoRA adapter to add to the weights"
     )
     parser.add_argument(
         "--max-shard-size", type=_size, default=SHARD_SIZE, metavar="SIZE", help="default 5GB"

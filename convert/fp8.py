@@ -133,6 +133,10 @@ class Weight:
         self.read_into(out)
         return out
 
+    def sliced(self) -> np.ndarray:
+        """The values as something to take parts of; of an object as few bytes as can be."""
+        return self.load() if self.scales and not self.keep else self.files.sliced(self.tensor)
+
     def load_scales(self) -> np.ndarray:
         """The scales of kept codes: a read-only view of the file."""
         assert self.scales is not None

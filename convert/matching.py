@@ -35,6 +35,7 @@ class _Source:
     dtype: np.dtype
     load: Callable[[], np.ndarray]
     scales: Callable[[], np.ndarray] | None = None
+    sliced: Callable[[], np.ndarray] | None = None  # `load`, but of what is taken parts of alone
 
 
 def open_hf(
@@ -141,7 +142,7 @@ class _Matcher:
         loads = [source.load for source in sources]
 
         def parts(where: Sequence[Index]) -> list[np.ndarray]:
-            tensors = [load() for load in loads]
+            tensors = [(source.sliced or source.load)() for source in sources]
             return [row.cut(tensors, index) for index in where]
 
         leaf = LazyTensor(
@@ -268,4 +269,5 @@ class _Matcher:
 
 
 def _source(weight: Weight) -> _Source:
-    return _Source(weight.dtype, weight.load, weight.load_scales if weight.keep else None)
+    scales = weight.load_scales if weight.keep else None
+    return _Source(weight.dtype, weight.load, scales, weight.sliced)

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from convert.mapping import released_name
 from convert.places import Adapter, Place, places
 from convert.readers import DTYPES, Files, Stored, read_header
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.paths import as_path
 from qwen3vl_jax.staging import staged
 
 SETTINGS, MATRICES = "adapter_config.json", "adapter_model.safetensors"
@@ -67,8 +68,8 @@ def save_adapter(
         sides = [np.asarray(weights[f"{name}.{side}"]) for side in "ab"]
         tensors |= _tensors(known[name], sides[0], sides[1], adapter.ranks)
     settings = _settings(known, adapter) | {"base_model_name_or_path": base_name or None}
-    with staged(Path(out), needs=sum(x.nbytes for x in tensors.values())) as stage:
-        save_file(tensors, stage / MATRICES, metadata={"format": "pt"})
+    with staged(as_path(out), needs=sum(x.nbytes for x in tensors.values())) as stage:
+        (stage / MATRICES).write_bytes(save(tensors, metadata={"format": "pt"}))
         text = json.dumps(settings, indent=2) + "\n"
         (stage / SETTINGS).write_text(text, encoding="utf-8")
 
@@ -147,7 +148,7 @@ def load_adapter(directory: str | os.PathLike[str], cfg: Config) -> tuple[Matric
     files that cannot be read, modules this model does not have, shapes that do not fit, and kinds of
     adapter that are more than two matrices a module (DoRA, modules_to_save, biases).
     """
-    directory = Path(directory)
+    directory = as_path(directory)
     settings = _read_settings(directory)
     pairs = _read_pairs(directory, (cfg.text.vocab_size, cfg.text.hidden_size))
     known = places(cfg)

@@ -1,4 +1,7 @@
-"""Safetensors files, one or many, read through memory maps: a tensor costs no memory until it is used."""
+"""Safetensors files, one or many: a tensor costs no memory until it is used.
+
+Files of this machine are memory-mapped; of an object only the bytes that are asked for are fetched.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,14 @@ import os
 import struct
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ml_dtypes
 import numpy as np
 
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.paths import file_size, files_under, is_remote, reached, read_range
+from qwen3vl_jax.staging import PARTIAL
 
 # In the order in which safetensors writes them: wide ones first, so that each lies aligned.
 DTYPES = {
@@ -64,7 +69,7 @@ def read_header(path: Path) -> list[Stored]:
     Raises InputError for a file that is missing, truncated, or whose header contradicts itself.
     """
     try:
-        size = path.stat().st_size
+        size = file_size(path)
         with path.open("rb") as file:
             prefix = file.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
@@ -116,9 +121,14 @@ class Files:
         self._maps: dict[Path, mmap.mmap] = {}
 
     def view(self, tensor: Stored) -> np.ndarray:
-        """The tensor as a read-only view of its file, with no copy (unless it lies unaligned)."""
+        """The tensor as a read-only view of its file, with no copy (unless it is remote or unaligned).
+
+        Raises InputError for an object that can no longer be read.
+        """
         if tensor.nbytes == 0:
             return np.empty(tensor.shape, _READ[tensor.dtype])
+        if is_remote(tensor.file):
+            return _fetched(tensor, 0, tensor.nbytes).reshape(tensor.shape)
         if tensor.file not in self._maps:
             with tensor.file.open("rb") as file:
                 self._maps[tensor.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -131,6 +141,51 @@ class Files:
         dtype = _READ[tensor.dtype]
         flat = np.frombuffer(memory, dtype, math.prod(tensor.shape), tensor.start)
         return (flat if flat.flags.aligned else flat.copy()).reshape(tensor.shape)
+
+    def sliced(self, tensor: Stored) -> np.ndarray:
+        """The tensor as something to take parts of: `view`, or of an object what fetches them alone."""
+        if is_remote(tensor.file) and tensor.nbytes:
+            return cast(np.ndarray, _Slices(tensor, tensor.shape, {}))
+        return self.view(tensor)
+
+
+def _fetched(tensor: Stored, start: int, size: int) -> np.ndarray:
+    """Some bytes of a tensor of an object, in its dtype. Raises InputError."""
+    with reached(tensor.file):
+        data = read_range(tensor.file, tensor.start + start, size)
+    if len(data) != size:
+        raise InputError(f"{tensor.where}: found {len(data)} bytes of {size}; fetch it again")
+    return np.frombuffer(data, _READ[tensor.dtype])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Slices:
+    """What of an array `mapping.Row.cut` uses, over a tensor of an object.
+
+    A part is the range of the outermost axis that it lies in, cut further in memory. Ranges are kept as
+    long as this lives: the shards of one axis share them.
+    """
+
+    tensor: Stored
+    shape: tuple[int, ...]
+    kept: dict[tuple[int, int], np.ndarray]
+
+    def reshape(self, shape: tuple[int, ...]) -> _Slices:
+        return dataclasses.replace(self, shape=shape)
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        return self[(slice(None),) * len(self.shape)]
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        outer = next((i for i, n in enumerate(self.shape) if n > 1), 0)
+        start, stop, _ = index[outer].indices(self.shape[outer])
+        row = self.tensor.nbytes // self.shape[outer]
+        if (start, stop) not in self.kept:
+            self.kept[start, stop] = _fetched(self.tensor, start * row, (stop - start) * row)
+        part = self.kept[start, stop].reshape(
+            *self.shape[:outer], stop - start, *self.shape[outer + 1 :]
+        )
+        return part[(*index[:outer], slice(None), *index[outer + 1 :])]
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -189,10 +244,5 @@ def read_tensors(directory: Path) -> list[Stored]:
 
 def side_files(directory: Path, leave_out: Iterable[str] = ()) -> list[Path]:
     """Every file of a checkpoint that holds no weights, relative to it: config, tokenizer, ..."""
-    left_out = {".git", ".cache", *leave_out}
-    found = []
-    for folder, folders, names in os.walk(directory):
-        if Path(folder) == directory:
-            folders[:] = [f for f in folders if f not in left_out]
-        found += [Path(folder, n).relative_to(directory) for n in names if not is_weight_file(n)]
-    return sorted(path for path in found if (directory / path).is_file())
+    found = files_under(directory, {".git", ".cache", PARTIAL, *leave_out})
+    return [path for path in found if not is_weight_file(path.name)]

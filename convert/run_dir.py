@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from qwen3vl_jax.training.recipe import Recipe
 
 _RUN, _CHECKPOINTS = "config.toml", "checkpoints"
+_Read = Callable[[Sink, Sequence[TreePath]], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,9 +95,7 @@ def _step(run: Path, wanted: str | None) -> int:
     return chosen_step(run, wanted)
 
 
-def _whole(
-    recipe: Recipe, cfg: Config, weights: Path
-) -> tuple[dict[TreePath, LazyTensor], Callable[[Sink], None]]:
+def _whole(recipe: Recipe, cfg: Config, weights: Path) -> tuple[dict[TreePath, LazyTensor], _Read]:
     """What a run without LoRA gives: trained arrays of a step, and those it froze."""
     from qwen3vl_jax.orbax_io import read_tree, stored_tensors
     from qwen3vl_jax.training.stacked import layers_of, paths_of
@@ -104,30 +103,28 @@ def _whole(
     trained = {p for path in stored_tensors(weights) for p in paths_of(str(path[0]), cfg)}
     leaves = _base(recipe, cfg)
 
-    def read(sink: Sink) -> None:
+    def read(sink: Sink, order: Sequence[TreePath]) -> None:
         def trained_sink(path: TreePath, array: np.ndarray) -> None:
             for place, layer in layers_of(str(path[0]), array):
                 sink(place, layer.astype(leaves[place].dtype))
 
         read_tree(weights, trained_sink)
-        for path in leaves.keys() - trained:
+        for path in (path for path in order if path not in trained):
             sink(path, leaves[path].load())
 
     return leaves, read
 
 
-def _merged(
-    recipe: Recipe, cfg: Config, weights: Path
-) -> tuple[dict[TreePath, LazyTensor], Callable[[Sink], None]]:
+def _merged(recipe: Recipe, cfg: Config, weights: Path) -> tuple[dict[TreePath, LazyTensor], _Read]:
     """What a LoRA run gives: the checkpoint it began with (not rounded to 8 bits), and its adapter."""
     from convert.merging import merged
     from qwen3vl_jax.training.adapters import adapter_of
 
     leaves = merged(cfg, _base(recipe, cfg), _arrays(weights), adapter_of(recipe, cfg))
 
-    def read(sink: Sink) -> None:
-        for path, leaf in leaves.items():
-            sink(path, leaf.load())
+    def read(sink: Sink, order: Sequence[TreePath]) -> None:
+        for path in order:
+            sink(path, leaves[path].load())
 
     return leaves, read
 

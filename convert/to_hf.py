@@ -7,7 +7,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.staging import check_apart, copy_files, read_config, staged
 from qwen3vl_jax.tensors import SCALE, LazyTensor, TreePath
+from qwen3vl_jax.writing import new_file
 
 SHARD_SIZE = 5_000_000_000
 Sink = Callable[[TreePath, np.ndarray], Any]
@@ -57,7 +58,7 @@ def to_hf(
     cfg = Config.from_hf(source)
     if not (source / PARAMS).is_dir():
         raise InputError(f"{source}: holds no {PARAMS}, expected an Orbax checkpoint of convert")
-    from qwen3vl_jax.orbax_io import read_tree, stored_tensors
+    from qwen3vl_jax.orbax_io import read_in_order, stored_tensors
 
     stored = stored_tensors(source / PARAMS)
     block = check_stored(source, cfg, stored, read_config(source))
@@ -70,7 +71,7 @@ def to_hf(
     def finish(stage: Path) -> None:
         copy_files(source, side_files(source, leave_out=[PARAMS]), stage, fp8=block is not None)
 
-    read = functools.partial(read_tree, source / PARAMS)
+    read = functools.partial(read_in_order, source / PARAMS)
     return write_files(out, cfg, stored, read, finish, force, shard_size, progress, block)
 
 
@@ -78,7 +79,7 @@ def write_files(
     out: Path,
     cfg: Config,
     stored: Mapping[TreePath, LazyTensor],
-    read: Callable[[Sink], Any],
+    read: Callable[[Sink, Sequence[TreePath]], Any],
     finish: Callable[[Path], None],
     force: bool = False,
     shard_size: int = SHARD_SIZE,
@@ -87,8 +88,10 @@ def write_files(
 ) -> tuple[int, int]:
     """Writes the arrays of a parameter tree as safetensors, complete or not at all; (tensors, bytes).
 
-    stored: their shapes and dtypes by path. read(sink) calls sink(path, array) once for each, in any
-    order. finish(directory) adds the other files. block: of FP8 weights.
+    stored: their shapes and dtypes by path. read(sink, order) calls sink(path, array) once for
+    each; in that order one file after the other is filled. finish(directory) adds the other files, of
+    which config.json makes it loadable. block: of FP8 weights. A remote directory's files lie in
+    TMPDIR until they are filled.
     """
     by_place = {row.path: row for row in rows(cfg)}
     by_path = {path: by_place.get(path) or by_place[path[:-1]] for path in stored}
@@ -96,19 +99,24 @@ def write_files(
     shards = _shards(tensors, shard_size)
     total = sum(tensor.nbytes for tensor in tensors)
     with staged(out, force, needs=total) as stage, ExitStack() as files:
-        places = {}
+        places, left = {}, {shard: len(held) for shard, held in shards.items()}
+        handles = {shard: files.enter_context(new_file(stage / shard)) for shard in shards}
         for shard, held in shards.items():
-            handle = files.enter_context(open(stage / shard, "w+b")).fileno()
-            _write_header(handle, held)
-            places |= {tensor.name: (handle, tensor.offset) for tensor in held}
+            _write_header(handles[shard].fileno(), held)
+            places |= {tensor.name: (shard, tensor.offset) for tensor in held}
 
         def sink(path: TreePath, array: np.ndarray) -> None:
             for name, tensor in _split(by_path[path], path, array, block):
-                handle, offset = places[name]
-                _write(handle, offset, tensor)
+                shard, offset = places[name]
+                _write(handles[shard].fileno(), offset, tensor)
+                left[shard] -= 1
+                if not left[shard]:
+                    handles[shard].close()
             progress(array.nbytes, total)
 
-        read(sink)
+        first = {path: min(places[p.name][0] for p in row.parts) for path, row in by_path.items()}
+        read(sink, sorted(stored, key=lambda path: first[path]))
+        files.close()
         if len(shards) > 1:
             index = {tensor.name: shard for shard, held in shards.items() for tensor in held}
             text = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}

@@ -15,6 +15,7 @@ from convert.peft import load_adapter
 from convert.readers import side_files
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.paths import for_orbax
 from qwen3vl_jax.staging import check_apart, copy_files, staged
 from qwen3vl_jax.tensors import LazyTensor, TreePath, subtree
 
@@ -41,6 +42,7 @@ def to_orbax(
     Raises InputError before anything is written.
     """
     check_apart(source, out)
+    for_orbax(out)
     cfg = Config.from_hf(source)
     as_stored = leaves = open_hf(source, cfg, layout, weights)
     if adapter is not None:

@@ -14,7 +14,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qwen3vl_jax.sharding import call_places, mesh_sizes, most_parts, on_shards, platform
+from qwen3vl_jax.sharding import (
+    call_places,
+    compile_whole,
+    mesh_sizes,
+    most_parts,
+    on_shards,
+    platform,
+)
 
 BLOCK = 512
 DECODE_BLOCK = 64  # keys at a time of a decode step on a CPU: they stay in its cache
@@ -269,7 +276,7 @@ def cudnn_refusal(dtype: str, head_dim: int) -> str:
         return run(is_causal=True), run(query_seq_lengths=count, key_value_seq_lengths=count)
 
     try:
-        jax.jit(probe).lower(q, kv, kv, count).compile()
+        compile_whole(probe, q, kv, kv, count)
     except Exception as e:  # the reason is what matters: any failure means the other path
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         log.warning("attention for %s, head size %d runs on XLA: %s", dtype, head_dim, reason)

@@ -14,6 +14,7 @@ from typing import Any
 
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.journal import ERROR, Journal, Line, Result, Share, read_lines
+from qwen3vl_jax.paths import absolute
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.processing.tokenizer import TextStream, stop_list
 from qwen3vl_jax.sampling import Sampling, row_seeds
@@ -99,7 +100,7 @@ def work_settings(
     source: Path, out: Path, settings: Settings, made_with: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What a journal says of its work. Raises InputError for an `out` that is the source."""
-    if out.resolve() == source.resolve():
+    if absolute(out) == absolute(source):
         raise InputError(f"--output {out}: is the input itself; name another file")
     kept = {**dataclasses.asdict(settings), **settings.sampling, **made_with}
     # The first is told one by one, the others change no answer.

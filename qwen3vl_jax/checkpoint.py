@@ -25,6 +25,7 @@ from convert.stored import check_stored
 from convert.to_orbax import PARAMS
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.paths import as_path, is_remote, kind
 from qwen3vl_jax.staging import CONFIG, copy_files, read_config, staged, write_config
 from qwen3vl_jax.tensors import LazyTensor, flatten
 
@@ -50,6 +51,7 @@ def load(
 ) -> tuple[Params, Config]:
     """(params, cfg) of an Orbax directory, a Hugging Face directory or a Hub id, on the default device.
 
+    A directory may be remote (paths.py): of its files, no more than the tensors' bytes are fetched.
     mesh: each parameter is read straight into its shards, as sharding.RULES cut it; a process reads what
     its devices hold, and its memory never more than that and one tensor. Compute in `jax.set_mesh(mesh)`.
     Tensors go to the device one by one, as stored or cast to `dtype` there; host memory holds a few at
@@ -118,7 +120,7 @@ def save_params(
     from qwen3vl_jax.orbax_io import write_tree
     from qwen3vl_jax.quantized import as_dicts
 
-    source = None if files_from is None else Path(files_from)
+    source = None if files_from is None else as_path(files_from)
     raw = config.to_hf() if isinstance(config, Config) else config
     described = source if raw is None else raw
     if described is None:
@@ -134,9 +136,9 @@ def save_params(
     if not all(isinstance(leaf, LazyTensor) for leaf in leaves.values()):
         raise InputError("save_params: the parameters hold an adapter; save lora.merge(params)")
     told = read_config(source) if raw is None and source else raw or {}
-    fp8 = check_stored(Path(out), cfg, leaves, told) is not None
+    fp8 = check_stored(as_path(out), cfg, leaves, told) is not None
     names = readers.side_files(source, leave_out=[PARAMS]) if source else []
-    with staged(Path(out), force, needs=sum(leaf.nbytes for leaf in leaves.values())) as stage:
+    with staged(as_path(out), force, needs=sum(leaf.nbytes for leaf in leaves.values())) as stage:
         write_tree(stage / PARAMS, lazy)
         if source:
             kept = [name for name in names if raw is None or name != Path(CONFIG)]
@@ -146,7 +148,7 @@ def save_params(
 
 
 def resolve(ckpt: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """The local directory of a checkpoint; a Hub id is fetched into huggingface_hub's cache first.
+    """The directory of a checkpoint; a Hub id is fetched into huggingface_hub's cache first.
 
     Without network (or with HF_HUB_OFFLINE=1) the cache alone is used. Raises InputError for a name
     that is neither, for a repository or revision that does not exist, and for one not in the cache.
@@ -157,14 +159,15 @@ def resolve(ckpt: str | os.PathLike[str], revision: str | None = None) -> Path:
 
 def local_directory(ckpt: str | os.PathLike[str], revision: str | None = None) -> Path | None:
     """The directory of a checkpoint that is one; None for what can be a Hub id. Raises InputError."""
-    path = Path(ckpt)
-    if path.is_dir():
+    path = as_path(ckpt)
+    found = kind(path)
+    if found == "folder":
         if revision is not None:
             raise InputError(f"{path}: is a directory; a revision ({revision}) is for Hub ids only")
         return path
-    if path.exists():
+    if found:
         raise InputError(f"{path}: is a file, expected a checkpoint directory or a Hub id")
-    if not _HUB_ID.fullmatch(os.fspath(ckpt)):
+    if is_remote(path) or not _HUB_ID.fullmatch(os.fspath(ckpt)):
         raise InputError(
             f"{path}: no such directory (a Hub id looks like Qwen/Qwen3-VL-2B-Instruct)"
         )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.paths import as_path
 from qwen3vl_jax.rope_config import (
     RopeConfig,
     flag,
@@ -123,7 +124,7 @@ class Config:
         (rope_parameters, num_local_experts). Raises InputError with the key, what was found and
         what is allowed, for an absent key that fixes a shape and for a value not implemented.
         """
-        raw = source if isinstance(source, Mapping) else _read(Path(source))
+        raw = source if isinstance(source, Mapping) else _read(as_path(source))
         model_type = raw.get("model_type", "qwen3_vl")
         if not str(model_type).startswith("qwen3_vl"):
             raise InputError(

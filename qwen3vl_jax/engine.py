@@ -310,9 +310,8 @@ class _Engine:
         for i, (request, prompt) in enumerate(new):
             self.running[rows[i]] = _Running(request, len(prompt.ids))
             self.ended[rows[i]] = False
-            for old, x in zip(
-                *map(jax.tree.leaves, (self.sampling, brought.sampling)), strict=True
-            ):
+            held = jax.tree.leaves(self.sampling)
+            for old, x in zip(held, jax.tree.leaves(brought.sampling), strict=True):
                 old[rows[i]] = x[i]
             yield from self._take(rows[i], tokens[i], logprobs[i])
 

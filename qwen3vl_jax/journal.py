@@ -1,28 +1,26 @@
 """A file of answers that outlives its process: each line once, in the order of the questions.
 
-Beside OUT lies OUT.journal while there is work left. Its first line says what was asked for, each
-other one holds an answer, written when it was finished and before OUT got it. A process that dies at
-any point leaves at worst half a line at the journal's end; the next one drops it and goes on. Of
-several processes the first has OUT and its journal, the others OUT.journal.1, ..: see replicas.py.
+Beside OUT lies OUT.journal (a log of kept_lines) while there is work left. Its first line says what
+was asked for, each other one holds an answer, written when it was finished and before OUT got it. A
+process that dies at any point leaves at worst half a line at the journal's end; the next one drops it
+and goes on. Of several processes the first has OUT and its journal, the others OUT.journal.1, ..: see
+replicas.py. A remote OUT is put there whole when its process ends; until then the journal alone has
+the answers.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from qwen3vl_jax.errors import InputError
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such lock
-    fcntl = None
+from qwen3vl_jax.kept_lines import begun, close_file, open_log, remove
+from qwen3vl_jax.paths import file_size, is_remote, kind, read_range
+from qwen3vl_jax.writing import Spool
 
 Result = dict[str, Any]
 ERROR = "error"  # key of a result that is no answer: it is tried again by the next process
@@ -39,9 +37,7 @@ class Line:
 
     def read(self, source: Path) -> bytes:
         """Its bytes. Raises InputError where they are no longer those that were counted."""
-        with source.open("rb") as file:
-            file.seek(self.start)
-            text = file.read(self.size)
+        text = read_range(source, self.start, self.size)
         if digest_of(text) != self.digest:
             raise InputError(
                 f"--input {source}: line {self.number} changed while it was being answered; put the "
@@ -58,7 +54,7 @@ def digest_of(text: bytes) -> str:
 def read_lines(path: Path) -> list[Line]:
     """Every line that is not blank, without its text. Raises InputError for a file without any."""
     found, start = [], 0
-    if path.exists() and not path.is_file():
+    if kind(path) == "folder" or (path.exists() and not path.is_file()):
         raise InputError(f"--input {path}: is no file that can be read again, save it as one first")
     try:
         with path.open("rb") as file:
@@ -74,7 +70,7 @@ def read_lines(path: Path) -> list[Line]:
 
 
 class Kept:
-    """A journal's file: results that were finished, one a line. Only one process has it open."""
+    """A journal's log (kept_lines): results that were finished, one a line."""
 
     def __init__(
         self,
@@ -91,15 +87,14 @@ class Kept:
             tuple[int, Result]
         ] = []  # what was there: answers, by the number of their line
         try:
-            begin(path.exists() and path.stat().st_size > 0)
-            self.file: BinaryIO = path.open("ab+")
+            begin(begun(path))
+            self.log = open_log(path, f"--output {out}: another process is writing it")
         except OSError as e:
             raise InputError(f"--output {out}: cannot be written ({e.strerror})") from e
         try:
-            self._lock()
             self._take_up(begin)
         except BaseException:
-            self.file.close()
+            self.log.close()
             raise
 
     def append(self, line: Line, result: Result) -> None:
@@ -107,52 +102,37 @@ class Kept:
         self._write({"line": line.number, "digest": line.digest, "result": result})
 
     def close(self) -> None:
-        """Puts it on the disk; others may open it then."""
-        _close(self.file)
+        """Puts it where it is safe; others may open it then."""
+        self.log.close()
 
     def _write(self, entry: Mapping[str, Any]) -> None:
-        self.file.write(_text(entry))
-        self.file.flush()
-
-    def _lock(self) -> None:
-        if fcntl is None:
-            return
-        busy = f"--output {self.out}: another process is writing it"
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise InputError(busy) from e
-        # The other one may have ended, and removed what we opened, just before.
-        if not self.path.exists() or not os.path.samestat(
-            os.fstat(self.file.fileno()), self.path.stat()
-        ):
-            raise InputError(busy)
+        self.log.write(_text(entry))
 
     def _take_up(self, begin: Callable[[bool], None]) -> None:
-        self.file.seek(0)
-        whole = self.file.read()
+        whole = self.log.read()
         complete = whole[: whole.rfind(b"\n") + 1]
         if whole and not whole.startswith(b'{"settings": '):
             raise InputError(f"{self.path}: is no journal of this program; {self._afresh}")
         try:
             head, *answers = map(json.loads, complete.splitlines() or [b'{"settings": {}}'])
-            begun = head["settings"]
+            asked = head["settings"]
             found = [(a["line"], a["digest"], a["result"]) for a in answers]
             found = [entry for entry in found if ERROR not in entry[2]]
         except (ValueError, KeyError, TypeError) as e:
             raise InputError(f"{self.path}: is no journal of this program; {self._afresh}") from e
         if not found:  # nothing was answered yet: begin with what is asked for now
             begin(bool(answers))
-            self.file.truncate(0)
+            self.log.cut(0)
             self._write({"settings": self.settings})
+            self.log.sync()  # a place that cannot be written to is told of at once
             return
-        self._check_same(begun, found)
-        self.file.truncate(len(complete))
+        self._check_same(asked, found)
+        self.log.cut(len(complete))
         self.found = [(number, result) for number, _, result in found]
 
-    def _check_same(self, begun: Mapping[str, Any], found: list[tuple[int, str, Result]]) -> None:
-        for name in sorted(begun.keys() | self.settings.keys()):
-            old, new = begun.get(name), self.settings.get(name)
+    def _check_same(self, asked: Mapping[str, Any], found: list[tuple[int, str, Result]]) -> None:
+        for name in sorted(asked.keys() | self.settings.keys()):
+            old, new = asked.get(name), self.settings.get(name)
             if old != new:
                 raise InputError(
                     f"{self.path}: was begun with {name} {old!r}, now it is {new!r}; give the same "
@@ -190,14 +170,14 @@ class Journal:
         self.errors = 0
         self.next = 0  # of self.lines: the first one that `out` lacks
         self._ahead: dict[int, Result] = {}  # finished before their turn
-        left = [path for path in _shares(out) if path.stat().st_size]
+        left = [path for path in _shares(out) if begun(path)]
         self.kept = Kept(
-            self.path, out, lines, settings, lambda begun: self._check_free(begun or left)
+            self.path, out, lines, settings, lambda there: self._check_free(there or left)
         )
         try:
             for number, result in self.kept.found:
                 self._have(number, result)
-            self.file: BinaryIO = out.open("wb")
+            self.file = Spool(out) if is_remote(out) else out.open("wb")
         except OSError as e:
             self.kept.close()
             raise InputError(f"--output {out}: cannot be written ({e.strerror})") from e
@@ -213,10 +193,13 @@ class Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        _close(self.file)
-        self.kept.close()
+        try:
+            self.kept.close()
+            self.file.close() if isinstance(self.file, Spool) else close_file(self.file)
+        except Exception as e:  # a store's client has errors of its own
+            raise _unwritable(self.out, e) from e
         if self.next == len(self.lines) and not self.errors:
-            self.path.unlink()
+            remove(self.path)
 
     def missing(self) -> Iterator[Line]:
         """The lines without a result."""
@@ -239,15 +222,15 @@ class Journal:
                 self.add(by_number[number], result)
 
     def sync(self) -> None:
-        """Puts what was added on the disk."""
-        os.fsync(self.kept.file.fileno())
+        """Puts what was added where it is safe."""
+        self.kept.log.sync()
 
     def _take_over(self, path: Path) -> None:
         """What another process left when it, or the first, was killed."""
         left = Kept(path, self.out, self.lines, self.settings)
         self.absorb(left.found)
         self.sync()
-        path.unlink()
+        remove(path)
         left.close()
 
     def _have(self, number: int, result: Result) -> None:
@@ -263,8 +246,8 @@ class Journal:
         if self.next > old:
             self.file.flush()
 
-    def _check_free(self, begun: object) -> None:
-        if self.out.exists() and self.out.stat().st_size and not begun:
+    def _check_free(self, there: object) -> None:
+        if not there and self.out.exists() and file_size(self.out):
             raise InputError(
                 f"--output {self.out}: is there and has no journal to go on from: it is finished, or "
                 "another program's; name another file"
@@ -288,6 +271,10 @@ class Share:
             raise _unwritable(self.out, e) from e
         self.done.add(line.number)
 
+    def sync(self) -> None:
+        """Puts what was added where it is safe."""
+        self.kept.log.sync()
+
     def __enter__(self) -> Share:
         return self
 
@@ -302,14 +289,15 @@ def share_path(out: Path, index: int) -> Path:
 
 def _shares(out: Path) -> list[Path]:
     start = f"{out.name}.journal."
-    found = [p for p in out.parent.glob("*") if p.name.startswith(start)]
+    there = out.parent.iterdir() if out.parent.is_dir() else ()
+    found = [p for p in there if p.name.startswith(start)]
     return sorted(p for p in found if p.name.removeprefix(start).isdecimal())
 
 
-def _unwritable(out: Path, error: OSError) -> InputError:
+def _unwritable(out: Path, error: Exception) -> InputError:
     return InputError(
-        f"--output {out}: cannot be written ({error.strerror}); what was finished is kept, the same "
-        "command goes on"
+        f"--output {out}: cannot be written ({getattr(error, 'strerror', None) or error}); what was "
+        "finished is kept, the same command goes on"
     )
 
 
@@ -317,14 +305,6 @@ def results_in(text: bytes) -> list[tuple[int, Result]]:
     """(number of its line, result) of the whole lines of a journal, or of a part of one."""
     entries = map(json.loads, text.splitlines())
     return [(e["line"], e["result"]) for e in entries if "line" in e]
-
-
-def _close(file: BinaryIO) -> None:
-    with contextlib.suppress(OSError):  # a full disk was told before
-        file.flush()
-        os.fsync(file.fileno())
-    with contextlib.suppress(OSError):
-        file.close()
 
 
 def _text(entry: Mapping[str, Any]) -> bytes:

@@ -101,15 +101,33 @@ def load_params(source: Source, mesh: Mesh | None, dtype: Any) -> Params:
     stored = source.stored()
     asked = source.asked(stored)
     put = _Put(path_shardings(mesh, source.cfg, asked), eight_bit(asked), dtype)
-    if source.is_orbax:
-        params, original = _from_orbax(source, stored, put)
-    else:
-        leaves = {path: put(path, leaf) for path, leaf in asked.items()}
-        params = as_structs(tree_of(source.cfg, leaves))
-        original = functools.partial(subtree, stored)
+    params = as_structs(tree_of(source.cfg, read_leaves(source, stored, put)))
     if source.rounds(stored):
-        _log_error(source, original, params)
+        _log_error(source, stored, params)
     return params
+
+
+def read_leaves(source: Source, stored: Leaves, put: Callable) -> dict[TreePath, Any]:
+    """{path: put(path, LazyTensor)} of every array as it will be held, one after another.
+
+    stored: of the source. Raises InputError for files that cannot be read.
+    """
+    if not source.is_orbax:
+        return {path: put(path, leaf) for path, leaf in source.asked(stored).items()}
+    from qwen3vl_jax.orbax_io import open_tree
+
+    rows = int8.quantised_rows(source.cfg) if source.rounds(stored) else {}
+    found = {}
+
+    def sink(path: TreePath, leaf: LazyTensor) -> None:
+        if path not in rows:
+            found[path] = put(path, leaf)
+            return
+        for key, part in int8.quantise(rows[path], leaf.load()).items():
+            found[*path, key] = put((*path, key), in_memory(part))
+
+    open_tree(source.directory / PARAMS, sink)
+    return found
 
 
 def path_shardings(
@@ -144,13 +162,13 @@ class _Put:
     dtype: Any
 
     def __call__(self, path: TreePath, leaf: LazyTensor) -> jax.Array:
-        array = placed(leaf, self.where[path])
+        array = on_devices(leaf, self.where[path])
         if self.dtype is not None and path not in self.codes:
             array = array.astype(self.dtype)
         return array.block_until_ready()  # or the host copies of many tensors would wait at once
 
 
-def placed(leaf: LazyTensor, sharding: NamedSharding | None) -> jax.Array:
+def on_devices(leaf: LazyTensor, sharding: NamedSharding | None) -> jax.Array:
     """A tensor on the default device, or its parts on the devices of this process that hold them."""
     if sharding is None:
         # jnp.array copies; device_put would alias the memory map on a CPU, and a file may change.
@@ -163,23 +181,6 @@ def placed(leaf: LazyTensor, sharding: NamedSharding | None) -> jax.Array:
     wanted = {key(index): index for index in local if index is not None}
     parts = dict(zip(wanted, leaf.parts(list(wanted.values())), strict=True))
     return jax.make_array_from_callback(leaf.shape, sharding, lambda index: parts[key(index)])
-
-
-def _from_orbax(
-    source: Source, stored: Leaves, put: Callable[[TreePath, LazyTensor], jax.Array]
-) -> tuple[Params, Read]:
-    from qwen3vl_jax.orbax_io import open_tree, read_part
-
-    directory = source.directory / PARAMS
-    rows = int8.quantised_rows(source.cfg) if source.rounds(stored) else {}
-
-    def sink(path: TreePath, leaf: LazyTensor) -> Any:
-        if path not in rows:
-            return put(path, leaf)
-        pair = int8.quantise(rows[path], leaf.load())
-        return {key: put((*path, key), in_memory(part)) for key, part in pair.items()}
-
-    return as_structs(open_tree(directory, sink)), functools.partial(read_part, directory)
 
 
 def in_memory(array: np.ndarray) -> LazyTensor:
@@ -195,14 +196,18 @@ def put_pairs(
     def put(x: np.ndarray) -> jax.Array:
         x = x if dtype is None else x.astype(dtype)
         axes = (None, "expert", None, None) if x.ndim == 4 else (None,) * x.ndim  # layers in front
-        return placed(in_memory(x), None if mesh is None else array_sharding(mesh, axes, x))
+        return on_devices(in_memory(x), None if mesh is None else array_sharding(mesh, axes, x))
 
     return {name: put(x) for name, x in matrices.items()}
 
 
-def _log_error(source: Source, original: Read, params: Params) -> None:
+def _log_error(source: Source, stored: Leaves, params: Params) -> None:
     from qwen3vl_jax.logit_error import logit_error
+    from qwen3vl_jax.orbax_io import read_part
 
+    original: Read = functools.partial(subtree, stored)
+    if source.is_orbax:
+        original = functools.partial(read_part, source.directory / PARAMS)
     if not all(x.is_fully_addressable for x in jax.tree.leaves(params)):
         log.warning("%s: int8: what it changes is not measured on several hosts", source.directory)
         return

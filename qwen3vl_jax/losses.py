@@ -70,10 +70,10 @@ def chunked_cross_entropy(
     tokens would add up a whole table a chunk. The backward pass computes the logits again.
     Source: the online softmax of arXiv 1805.02867.
     """
-    return _sums_by_words(min(chunk, table.shape[0]), x, _spread(table), labels, weights)
+    return _sums_by_words(min(chunk, table.shape[0]), x, _whole_words(table), labels, weights)
 
 
-def _spread(table: Any) -> Any:
+def _whole_words(table: Any) -> Any:
     """A table whose words are whole on every device: pieces of them are cut out."""
     return table if not isinstance(table, jax.Array) else shard(table, None, "embed")
 

@@ -141,11 +141,15 @@ def stream_dtype(params: Params) -> Any:
 def embedded(params: Params, tokens: jax.Array, dtype: Any = None) -> jax.Array:
     """Token embeddings [.. D] of tokens [..], in the dtype of the computation."""
     dtype = stream_dtype(params) if dtype is None else dtype
-    x = take_rows(params["embed"], tokens, dtype)
     if tokens.ndim != 2:
-        return x
-    # As the table is cut, for a lookup must move no table; then rows, an axis at a time.
-    return shard(shard(x, "lookup_rows", None, "embed"), "rows", None, "embed")
+        return take_rows(params["embed"], tokens, dtype)
+    # As the table is cut, for a lookup must move no table; then from the channels to the tokens, and
+    # to the rows: the last axes of the mesh first, which XLA does without making x whole.
+    x = take_rows(params["embed"], shard(tokens, "lookup_rows", None), dtype)
+    hidden = "embed" if tokens.shape[1] > 1 else "step_embed"
+    for axes in (("lookup_rows", None), ("lookup_rows", "stream"), ("rows", "stream")):
+        x = shard(x, *axes, hidden)
+    return x
 
 
 def embed_tokens(

@@ -42,7 +42,7 @@ class Experts(nn.Module):
     def __call__(self, x: jax.Array) -> tuple[jax.Array, Routed]:
         c = self.cfg
         e, d, m = (c.num_experts, "expert"), (c.hidden_size, "embed"), c.moe_intermediate_size
-        router = weight(self, "router", (c.num_experts, None), d)
+        router = weight(self, "router", (c.num_experts, None), (c.hidden_size, "router_embed"))
         gate_up = weight(self, "gate_up", e, d, (2 * m, "expert_mlp"))
         down = weight(self, "down", e, (m, "expert_mlp"), d)
         share, routed = route(x, router, c.num_experts_per_tok)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from qwen3vl_jax.cli import Parser
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.paths import argument, is_remote
 from qwen3vl_jax.planning.chips import add_plan_arguments
 from qwen3vl_jax.processes import add_arguments as add_process_arguments
 
@@ -45,19 +45,24 @@ def arguments(argv: list[str] | None, description: str) -> argparse.Namespace:
     add = p.add_argument
     add("--ckpt", help="Orbax or Hugging Face directory, or a Hub id (default: the bundled demo)")
     add("--revision", help="branch, tag or commit of a Hub id")
-    add("--image", action="append", default=[], help="file or http(s) address; once a picture")
-    add("--video", action="append", default=[], help="file or http(s) address; once a clip")
+    add(
+        "--image",
+        action="append",
+        default=[],
+        help="file, gs:// or http(s) address; once a picture",
+    )
+    add("--video", action="append", default=[], help="file, gs:// or http(s) address; once a clip")
     add("--prompt", help="the question")
     add("--system", help="system text")
     add(
         "--messages",
-        type=Path,
+        type=argument,
         metavar="FILE",
         help="a conversation as JSON: [{role, content}, ..]",
     )
     add("--chat", action="store_true", help="talk in the terminal; --image and --video go first")
-    add("--input", type=Path, metavar="FILE.jsonl", help="answer one conversation a line")
-    add("--output", type=Path, metavar="FILE.jsonl", help="where the answers to --input go")
+    add("--input", type=argument, metavar="FILE.jsonl", help="answer one conversation a line")
+    add("--output", type=argument, metavar="FILE.jsonl", help="where the answers to --input go")
     add("--rows", type=int, default=16, help="with --input: answers at a time")
     add("--answers", type=int, default=1, help="so many answers, from one prefill")
     add(
@@ -76,7 +81,7 @@ def arguments(argv: list[str] | None, description: str) -> argparse.Namespace:
     )
     add("--instruction", help="what --embed or --rerank is for")
     add("--stream", action="store_true", help="print the answer as it comes")
-    add("--draw", type=Path, metavar="OUT.png", help="draw the answer's boxes and points")
+    add("--draw", type=argument, metavar="OUT.png", help="draw the answer's boxes and points")
     add("--max-new-tokens", type=int, default=1024)
     add(
         "--max-len",
@@ -120,7 +125,7 @@ def arguments(argv: list[str] | None, description: str) -> argparse.Namespace:
     )
     add(
         "--chat-template",
-        type=Path,
+        type=argument,
         metavar="FILE",
         help="a Jinja template in place of the checkpoint's",
     )
@@ -159,7 +164,7 @@ def check(args: argparse.Namespace) -> None:
         raise InputError("--prompt is empty, expected a question")
     if args.draw and str(args.draw) in args.image:
         raise InputError(f"--draw {args.draw}: it is the picture itself; name another file")
-    if args.draw and not args.draw.parent.is_dir():
+    if args.draw and not is_remote(args.draw) and not args.draw.parent.is_dir():
         raise InputError(f"--draw {args.draw}: no such directory {args.draw.parent}")
     if args.draw and args.draw.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise InputError(f"--draw {args.draw}: expected a name that ends in .png, .jpg or .webp")

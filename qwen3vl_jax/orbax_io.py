@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.paths import for_orbax
 from qwen3vl_jax.tensors import Index, LazyTensor, TreePath, at_path, flatten
 
 Sink = Callable[[TreePath, np.ndarray], Any]
@@ -141,7 +142,7 @@ def write_tree(
     save_args = jax.tree.map(lambda leaf: ocp.SaveArgs(chunk_byte_size=_CHUNK), tree)
     handler = _tree_handler(lambda path, array: wrote(array.nbytes))
     with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(directory.absolute(), args=ocp.args.PyTreeSave(tree, save_args))
+        checkpointer.save(for_orbax(directory), args=ocp.args.PyTreeSave(tree, save_args))
 
 
 def stored_tensors(directory: Path) -> dict[TreePath, LazyTensor]:
@@ -173,6 +174,17 @@ def open_tree(directory: Path, sink: Callable[[TreePath, LazyTensor], Any]) -> A
     return _read(directory, _tree_handler(sink, _Opener))
 
 
+def read_in_order(directory: Path, sink: Sink, order: Iterable[TreePath]) -> None:
+    """`read_tree` in an order of one's own, one array at a time. Raises InputError."""
+    found: dict[TreePath, LazyTensor] = {}
+    open_tree(directory, found.__setitem__)
+    for path in order:
+        with _readable(directory):
+            array = found.pop(path).load()
+        sink(path, array)
+        del array  # before the next one comes, not after
+
+
 def _read(directory: Path, handler: ocp.PyTreeCheckpointHandler, under: TreePath = ()) -> Any:
     def wanted(keypath: tuple[Any, ...], leaf: Any) -> Any:
         return leaf if _place(keypath)[: len(under)] == under else ocp.PLACEHOLDER
@@ -187,7 +199,7 @@ def _read(directory: Path, handler: ocp.PyTreeCheckpointHandler, under: TreePath
         ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer,
     ):
         args = ocp.args.PyTreeRestore(item, restore_args=as_lazy)
-        found = checkpointer.restore(directory.absolute(), args=args)
+        found = checkpointer.restore(for_orbax(directory), args=args)
     return at_path(found, under)
 
 
@@ -199,8 +211,7 @@ def read_part(directory: Path, path: TreePath) -> Any:
 def _metadata(directory: Path) -> Any:
     with _readable(directory):
         handler = _tree_handler(lambda path, array: None)
-        path: Any = directory.absolute()  # annotated as etils' Path, but any Path will do
-        return handler.metadata(path).tree
+        return handler.metadata(for_orbax(directory)).tree
 
 
 @contextlib.contextmanager

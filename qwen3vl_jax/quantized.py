@@ -40,7 +40,7 @@ def dense(w: Weight, dtype) -> jax.Array:
     """The weight itself, in `dtype`; an 8-bit one is multiplied out in float32 and then rounded."""
     if not isinstance(w, Quantized):
         return w.astype(dtype)
-    return (w.values.astype(jnp.float32) * _spread(w.scale, w.shape)).astype(dtype)
+    return (w.values.astype(jnp.float32) * _scale_of_each(w.scale, w.shape)).astype(dtype)
 
 
 def factored(w: Weight, dtype, axes: Iterable[int]) -> tuple[jax.Array, jax.Array | None]:
@@ -54,7 +54,7 @@ def factored(w: Weight, dtype, axes: Iterable[int]) -> tuple[jax.Array, jax.Arra
         return dense(w, dtype), None
     scale = jnp.squeeze(w.scale, axes)
     rest = [n for i, n in enumerate(w.shape) if i not in axes]
-    return w.values.astype(dtype), jnp.broadcast_to(_spread(scale, rest), rest)
+    return w.values.astype(dtype), jnp.broadcast_to(_scale_of_each(scale, rest), rest)
 
 
 def take_rows(w: Weight, index: Any, dtype) -> jax.Array:
@@ -65,7 +65,7 @@ def take_rows(w: Weight, index: Any, dtype) -> jax.Array:
     return dense(Quantized(w.values[index], w.scale[index // covered]), dtype)
 
 
-def _spread(scale: jax.Array, shape: Iterable[int]) -> jax.Array:
+def _scale_of_each(scale: jax.Array, shape: Iterable[int]) -> jax.Array:
     """Scales repeated to `shape` (axes of one scale are left to broadcasting)."""
     for axis, (n, count) in enumerate(zip(shape, scale.shape, strict=True)):
         if 1 < count < n:

@@ -7,16 +7,16 @@ on, with any number of processes.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from qwen3vl_jax.batch_file import Load, Settings, answer_lines, tell_errors, work_settings
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.journal import Journal, Line, Share, read_lines, results_in, share_path
+from qwen3vl_jax.kept_lines import digest, pieces, remove
 from qwen3vl_jax.processes import all_of, from_first, wait_for_all
 from qwen3vl_jax.processing.processor import Processor
 
@@ -49,10 +49,11 @@ def answer_file_together(
         waiting = share_of(lines, {n for done in found for n in done}, index, count)
         if waiting:
             answer_lines(load, proc, source, settings, journal, waiting, index == 0)
+        journal.sync()
         wait_for_all("answered")
         _hand_over(first, out, index)
         if not first:
-            share_path(out, index).unlink()
+            remove(share_path(out, index))
         all_of(None)  # the others' journals are gone before that of process 0 goes
     if first:
         print(f"{out}: {len(lines)} lines of {count} processes", file=sys.stderr)
@@ -90,36 +91,18 @@ def _check_alike(source: Path, lines: list[Line], kept: Mapping[str, Any]) -> No
 
 def _hand_over(first: Journal | None, out: Path, index: int) -> None:
     """Process 0 takes over the others' results: from their journals, or from them where it sees none."""
-    mine = "" if first else _digest(share_path(out, index))
+    mine = "" if first else digest(share_path(out, index))
     told = all_of(mine)
-    seen = from_first([not d or _digest(share_path(out, i)) == d for i, d in enumerate(told)])
+    seen = from_first([not d or digest(share_path(out, i)) == d for i, d in enumerate(told)])
     for i, there in enumerate(seen):
         if first and there and i:
-            with share_path(out, i).open("rb") as file:
-                for text in _pieces(file):
-                    first.absorb(results_in(text))
-    rest = contextlib.nullcontext() if seen[index] else share_path(out, index).open("rb")
-    with rest as file:
-        pieces = _pieces(file) if file else iter(())
-        while any(sent := all_of(next(pieces, b"").decode())):
-            if first:
-                for text in sent:
-                    first.absorb(results_in(text.encode()))
+            for text in pieces(share_path(out, i), SENT):
+                first.absorb(results_in(text))
+    rest = iter(()) if seen[index] else pieces(share_path(out, index), SENT)
+    while any(sent := all_of(next(rest, b"").decode())):
+        if first:
+            for text in sent:
+                first.absorb(results_in(text.encode()))
     if first:
         first.sync()
     all_of(None)  # from here on the others' journals may go
-
-
-def _pieces(file: Any) -> Iterator[bytes]:
-    """Whole lines of a file, SENT bytes and the rest of a line at a time."""
-    while lines := file.readlines(SENT):
-        yield b"".join(lines)
-
-
-def _digest(path: Path) -> str:
-    """Of a file's bytes; empty where there is none."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "blake2b").hexdigest()
-    except OSError:
-        return ""

@@ -30,6 +30,7 @@ RULES: dict[str, tuple[str, ...]] = {
     # activations
     "rows": ("data", "fsdp", "expert"),  # of tokens
     "step_rows": ("data",),  # in a layer of a decode step: its tokens go to the weights
+    "step_embed": ("fsdp", "expert", "sequence"),  # of their sums: tensor cuts what is summed
     "lookup_rows": ("data",),  # of tokens that are looked up in a table cut along embed
     "vision_rows": AXES,  # of patches: the ViT is data-parallel over every device
     "patches": ("sequence", "tensor"),  # of a row, where rows are fewer than devices
@@ -43,6 +44,11 @@ RULES: dict[str, tuple[str, ...]] = {
     # parameters
     "vocab": ("tensor",),
     "embed": ("fsdp", "expert", "sequence", "tensor"),
+    "router_embed": (
+        "fsdp",
+        "expert",
+        "sequence",
+    ),  # cut by tensor, a decode step would wait for it
     "vision_embed": ("fsdp", "expert", "sequence", "tensor"),
     "vision_heads": (),  # the ViT's weights are cut along vision_embed, to save memory
     "vision_mlp": (),
@@ -74,7 +80,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     """
     devices = jax.devices() if devices is None else list(devices)
     shape = mesh_shape(sizes, len(devices))
-    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    slices = slice_count(devices)
     if slices > 1:
         if shape[0] % slices:
             raise InputError(
@@ -88,6 +94,11 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     else:
         array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def slice_count(devices: Sequence[Any]) -> int:
+    """How many slices, or hosts of GPUs, devices are in: only the network joins them."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 def layout_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
@@ -117,9 +128,9 @@ def compiler_options(mesh: Mesh) -> dict[str, str] | None:
     return dict(_TPU_OPTIONS) if mesh.devices.flat[0].platform == "tpu" else None
 
 
-def rows_parts(mesh: Mesh) -> int:
-    """Into how many parts a mesh can cut rows."""
-    return math.prod(mesh.shape[axis] for axis in RULES["rows"])
+def rows_parts(sizes: Mapping[str, int]) -> int:
+    """Into how many parts a mesh of these sizes can cut rows."""
+    return math.prod(sizes.get(axis, 1) for axis in RULES["rows"])
 
 
 def mesh_sizes() -> dict[str, int]:
@@ -205,6 +216,23 @@ def on_shards(fn: Callable, where: Where, in_axes: Any, out_axes: Any, *args: An
         fn, in_specs=tuple(map(specs, in_axes)), out_specs=specs(out_axes), check_vma=False
     )
     return mapped(*args)
+
+
+def compile_whole(fn: Callable, *shapes: Any) -> None:
+    """Compiles fn for arguments that every device of the ambient mesh has wholly.
+
+    A program of its own, also when it is asked for while another one is traced, inside `on_shards` too.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        jax.jit(fn).lower(*shapes).compile()
+        return
+    whole = mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+    with jax.sharding.use_abstract_mesh(whole):
+        of_each = jax.shard_map(
+            fn, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False
+        )
+        jax.jit(of_each).lower(*shapes).compile()
 
 
 def most_parts(name: str) -> int:

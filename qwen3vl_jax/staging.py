@@ -8,9 +8,18 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.paths import (
+    absolute,
+    copy_file,
+    is_remote,
+    kind,
+    make_folder,
+    reached,
+    remove_tree,
+)
 
 try:
     import fcntl
@@ -18,19 +27,51 @@ except ImportError:  # Windows opens no directory: nothing there to lock, nor to
     fcntl = None
 
 CONFIG = "config.json"
+PARTIAL = ".partial"  # an object that is there while others are written beside it
 QUANTISATION = "quantization_config"  # its key in config.json or in the text_config there
 
 
 @contextlib.contextmanager
 def staged(out: Path, force: bool = False, needs: int = 0) -> Iterator[Path]:
-    """A directory beside `out` that takes its place when the block ends well, and is removed if not.
+    """A directory to fill that is `out` when the block ends well, and gone if not.
 
-    A killed process leaves `.NAME.partial`, which holds no config.json and so never loads; the next
-    run clears it. An old `out` stays until the new one is complete, then makes room (`force` only).
-    Raises InputError for an `out` that is in the way, a disk without `needs` free bytes, and while
-    another process writes to the same `out` (not on Windows, which has no such lock).
+    It lies beside `out` and takes its place; a killed process leaves `.NAME.partial`, which holds no
+    config.json and so never loads; the next run clears it. An old `out` stays until the new one is
+    complete, then makes room (`force` only). Raises InputError for an `out` that is in the way, a disk
+    without `needs` free bytes, and while another process writes to the same `out` (not on Windows,
+    which has no such lock).
+    A remote `out` is filled itself, so write the file that makes it loadable last. A killed process
+    leaves it without that file and with PARTIAL, by which the next run knows to clear it. `force`
+    replaces nothing there (the old one would be gone before the new one is whole), and nothing keeps
+    two processes from writing to the same place.
     """
-    out = Path(os.path.realpath(out))
+    with _filled(out) if is_remote(out) else _swapped(out, force, needs) as stage:
+        yield stage
+
+
+@contextlib.contextmanager
+def _filled(out: Path) -> Iterator[Path]:
+    if kind(out):
+        if kind(out / PARTIAL) != "file" or kind(out / CONFIG):
+            raise InputError(
+                f"{out}: already exists, and an object store cannot put a new directory in its place; "
+                "choose another one, or remove it first"
+            )
+        with reached(out):
+            cast(Any, out).rmtree()
+    try:
+        with reached(out):
+            (out / PARTIAL).write_bytes(b"being written\n")
+        yield out
+        (out / PARTIAL).unlink()
+    except BaseException:
+        remove_tree(out)
+        raise
+
+
+@contextlib.contextmanager
+def _swapped(out: Path, force: bool, needs: int) -> Iterator[Path]:
+    out = absolute(out)
     stage, old = out.parent / f".{out.name}.partial", out.parent / f".{out.name}.old"
     if old.is_dir() and not out.exists():
         old.rename(out)  # a run was killed between its last two steps
@@ -107,13 +148,13 @@ def copy_files(source: Path, names: Iterable[Path], target: Path, fp8: bool = Fa
     A config.json that speaks of quantised weights is written without, unless they are kept (fp8).
     """
     for name in sorted(names, key=lambda name: (name == Path(CONFIG), name)):
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        make_folder((target / name).parent)
         if name == Path(CONFIG) and not fp8:
             raw = read_config(source)
             if unquantised(raw) != raw:
                 write_config(target, raw)
                 continue
-        shutil.copyfile(source / name, target / name)
+        copy_file(source / name, target / name)
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -137,6 +178,6 @@ def unquantised(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_apart(source: Path, out: Path) -> None:
     """Raises InputError where one directory lies inside the other (or both are the same)."""
-    source, out = Path(os.path.realpath(source)), Path(os.path.realpath(out))
+    source, out = absolute(source), absolute(out)
     if source == out or source in out.parents or out in source.parents:
         raise InputError(f"{out}: lies in {source} or holds it; choose a directory apart from it")

@@ -30,7 +30,7 @@ def rows_of(x: jax.Array) -> str:
 def _streamed(y: jax.Array) -> jax.Array:
     """What a layer adds to the stream [B T D], laid out as it is."""
     if y.shape[1] == 1:  # first as the weight is cut that it comes from, then an axis at a time
-        y = shard(shard(y, rows_of(y), None, "embed"), rows_of(y), None, None)
+        y = shard(shard(y, rows_of(y), None, "step_embed"), rows_of(y), None, None)
     return shard(y, "rows", "stream", None)
 
 

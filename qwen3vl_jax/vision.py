@@ -123,7 +123,7 @@ def vision_encode(
         vis = jax.tree.map(lambda x: x[None], vis)
     dtype = p["patch"]["weight"].dtype if dtype is None else dtype
     x = apply(PatchEmbed(c), p["patch"], vis.pixels.astype(dtype))
-    x = _spread(x + position_embedding(p["pos"], vis).astype(x.dtype))
+    x = _cut_by_pictures(x + position_embedding(p["pos"], vis).astype(x.dtype))
     rotary = vision_rotary(c.head_dim, c.rope_theta, vis.coords)
     count = len(c.deepstack_visual_indexes)
     slot = np.full(c.depth, count)  # past the end: dropped
@@ -132,14 +132,14 @@ def vision_encode(
 
     def body(carry, layer, i):
         x, taps = carry
-        x = _spread(apply(VisionBlock(c), layer, x, rotary, vis.lo, vis.hi))
+        x = _cut_by_pictures(apply(VisionBlock(c), layer, x, rotary, vis.lo, vis.hi))
         return (x, taps.at[slot[i]].set(x, mode="drop") if count else taps), None
 
     (x, taps), _ = run_layers(body, (x, jnp.zeros((count, *x.shape), x.dtype)), p["blocks"], remat)
 
     def merge(last: bool, p: Params, x: jax.Array) -> jax.Array:
         y = apply(PatchMerger(c, last), p, x)
-        return _spread(y).reshape(-1, y.shape[-1])
+        return _cut_by_pictures(y).reshape(-1, y.shape[-1])
 
     merged = merge(False, p["merger"], x)
     deep = [merge(True, q, t) for q, t in zip(p["deepstack"], taps, strict=True)]
@@ -148,5 +148,5 @@ def vision_encode(
     )
 
 
-def _spread(x: jax.Array) -> jax.Array:
+def _cut_by_pictures(x: jax.Array) -> jax.Array:
     return shard(x, "vision_rows", "patches", None)

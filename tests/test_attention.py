@@ -54,6 +54,35 @@ def ranges(kind, b, t, s, rng):
 KINDS = ["causal", "left padded", "frames", "any"]
 
 
+def dense_jax(q, k, v, lo, hi):
+    k, v = (jnp.repeat(x, q.shape[2] // x.shape[1], axis=1) for x in (k, v))
+    scores = jnp.einsum("btnh,bnsh->bnts", q, k) * q.shape[-1] ** -0.5
+    s = jnp.arange(k.shape[2])
+    seen = ((s >= lo[..., None]) & (s < hi[..., None]))[:, None]
+    weights = jnp.where(seen, jax.nn.softmax(jnp.where(seen, scores, -1e30), -1), 0)
+    return jnp.einsum("bnts,bnsh->btnh", weights, v)
+
+
+def with_slopes(fn):
+    """A jitted function of (q, k, v, lo, hi): fn's result, and slopes of q, k and v."""
+
+    def loss(*x):
+        out = fn(*x)
+        return jnp.sum(jnp.sin(out)), out
+
+    def run(*x):
+        slopes, out = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(*x)
+        return out, slopes
+
+    return jax.jit(run)
+
+
+attended, compared = (
+    with_slopes(attend),
+    with_slopes(dense_jax),
+)  # one program a size, for all kinds
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", [37, BLOCK + 190, 2 * BLOCK])
 def test_equals_dense_softmax_and_its_gradient(kind, size):
@@ -62,24 +91,12 @@ def test_equals_dense_softmax_and_its_gradient(kind, size):
     lo, hi = ranges(kind, b, size, size, np.random.default_rng(size))
     want, probs = dense(q, key, v, lo, hi)
     lo, hi = (jnp.asarray(x, jnp.int32) for x in (lo, hi))
-    got = jax.jit(attend)(q, key, v, lo, hi)
+    got, slopes = attended(q, key, v, lo, hi)
     np.testing.assert_allclose(got, want, atol=2e-6)
     if size < 100:
         seen = np.asarray(hi > lo)[:, None, :, None]
         np.testing.assert_allclose(attention_probs(q, key, lo, hi) * seen, probs, atol=1e-6)
-
-    def dense_jax(q, key, v):
-        key, v = (jnp.repeat(x, n // k, axis=1) for x in (key, v))
-        scores = jnp.einsum("btnh,bnsh->bnts", q, key) * h**-0.5
-        s = jnp.arange(size)
-        seen = ((s >= lo[..., None]) & (s < hi[..., None]))[:, None]
-        weights = jnp.where(seen, jax.nn.softmax(jnp.where(seen, scores, -1e30), -1), 0)
-        return jnp.einsum("bnts,bnsh->btnh", weights, v)
-
-    def slope(fn):
-        return jax.jit(jax.grad(lambda *x: jnp.sum(jnp.sin(fn(*x))), argnums=(0, 1, 2)))(q, key, v)
-
-    for got, want in zip(slope(lambda *x: attend(*x, lo, hi)), slope(dense_jax), strict=True):
+    for got, want in zip(slopes, compared(q, key, v, lo, hi)[1], strict=True):
         np.testing.assert_allclose(got, want, atol=2e-5)
 
 

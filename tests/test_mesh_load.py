@@ -1,5 +1,7 @@
 """Weights read straight into their shards: the values of one device, each array where RULES put it."""
 
+import dataclasses
+import functools
 import json
 
 import adapters
@@ -21,6 +23,8 @@ from convert.to_orbax import to_orbax
 from qwen3vl_jax import loading, orbax_io, sharding
 from qwen3vl_jax.loading import Source, path_shardings, weights_bytes
 from qwen3vl_jax.tensors import flatten
+from qwen3vl_jax.training import setup, stacked
+from qwen3vl_jax.training.stacked import load_stacked
 
 LAYERS = {"num_hidden_layers": 1}
 ONE = {"depth": 1, "deepstack_visual_indexes": [0]}
@@ -69,6 +73,27 @@ def test_each_parameter_lies_where_the_rules_put_it(sparse, tmp_path):
         leaves = dict(flatten(got))
         for path, place in path_shardings(mesh(), cfg, leaves).items():
             assert leaves[path].sharding.is_equivalent_to(place, leaves[path].ndim), path
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "moe"])
+def test_training_reads_only_its_shards(sparse, tmp_path, monkeypatch):
+    """Stacked layers on a mesh: the values of one device, and no tensor is ever read whole."""
+    directories = written(tmp_path, sparse)
+    want = [load_stacked(directory, lambda name: "float32") for directory in directories]
+    cfg = q3.Config.from_hf(directories[0])
+
+    def parts_alone(leaf):
+        return dataclasses.replace(leaf, load=lambda: pytest.fail("reads the whole tensor"))
+
+    def read(source, stored, put):
+        return loading.read_leaves(source, stored, lambda path, x: put(path, parts_alone(x)))
+
+    monkeypatch.setattr(stacked, "read_leaves", read)
+    where = functools.partial(setup.where_of, mesh(), cfg)
+    for directory, one in zip(directories, want, strict=True):
+        got = load_stacked(directory, lambda name: "float32", where_of=where)
+        same(got, one)
+        assert got["layers"]["attn"]["qkv"].sharding.spec == P(None, "tensor", None, None, "fsdp")
 
 
 def test_the_dtype_asked_for(tmp_path):

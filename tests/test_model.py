@@ -58,6 +58,12 @@ def test_converted_weights_have_the_shapes_of_init_params(variant, moe):
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, abstract(cfg))
 
 
+@functools.partial(jax.jit, static_argnames="cfg")
+def inside(params, cfg, batch):
+    """Hidden states and attentions, by one program."""
+    return q3.hidden_states(params, cfg, batch), q3.attentions(params, cfg, batch)
+
+
 @pytest.mark.parametrize("name", golden_io.FILES)
 def test_hidden_states_and_attentions_of_4_57_1(name):
     golden = golden_io.load(name)
@@ -68,11 +74,10 @@ def test_hidden_states_and_attentions_of_4_57_1(name):
     assert (batch.positions == out["position_ids"])[:, at_tokens].all()
     padded = mask.shape[1] - mask.sum(1)
     np.testing.assert_array_equal(batch.delta, out["rope_deltas"][:, 0] + padded)
-    states = jax.jit(q3.hidden_states, static_argnames="cfg")(params, cfg, batch)
+    states, probs = inside(params, cfg, batch)
     assert states.shape == out["hidden_states"].shape
     for got, want in zip(states, out["hidden_states"], strict=True):
         assert ours.worst(np.asarray(got)[mask], want[mask]) < 2e-5
-    probs = jax.jit(q3.attentions, static_argnames="cfg")(params, cfg, batch)
     assert probs.shape == out["attentions"].shape
     seen = mask[:, None, :, None] & mask[:, None, None, :]
     for got, want in zip(probs, out["attentions"], strict=True):
@@ -217,8 +222,8 @@ def test_packed_rows_equal_single_rows():
 
 @pytest.mark.parametrize("moe", [False, True])
 def test_scan_over_stacked_layers_equals_the_loop(moe):
-    params, cfg = model(moe)
-    row = inputs("three_pictures")
+    params, cfg = model(moe, "plain")
+    row = inputs("three_pictures", variant="golden")
     labels = np.where(row["input_ids"] < 290, row["input_ids"], -100)
     batch = q3.make_batch(cfg, **row, labels=labels)
     stacked = q3.stack_layers(params)
@@ -232,8 +237,8 @@ def test_scan_over_stacked_layers_equals_the_loop(moe):
     pairs = zip(jax.tree.leaves(slope), jax.tree.leaves(scan_slope), strict=True)
     top = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(slope))
     assert all(float(jnp.abs(a - b).max()) < 1e-5 * top for a, b in pairs)
-    want = q3.hidden_states(params, cfg, batch)
-    assert ours.worst(q3.hidden_states(stacked, cfg, batch), want) < 1e-5
+    states = jax.jit(q3.hidden_states, static_argnames="cfg")
+    assert ours.worst(states(stacked, cfg, batch), states(params, cfg, batch)) < 1e-5
     with pytest.raises(q3.InputError, match="unstack_layers"):
         q3.prefill(stacked, cfg, batch, 64)
 

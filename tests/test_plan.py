@@ -7,19 +7,37 @@ import io
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import fp8_files
+import hf_files
 import jax
+import numpy as np
 import pytest
+import tiny
 import train_files
 from rich.console import Console
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.planning import chips, compiling, hlo, largest, program, report, roofline, search
+from qwen3vl_jax.loading import Source
+from qwen3vl_jax.planning import (
+    chips,
+    command,
+    compiling,
+    hlo,
+    largest,
+    program,
+    report,
+    roofline,
+    search,
+    serving,
+)
 from qwen3vl_jax.planning.traffic import Collective, Traffic, traffic
 from qwen3vl_jax.sharding import make_mesh
 from qwen3vl_jax.training import recipe
+from qwen3vl_jax.training.preset import preset
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = """HloModule jit_step, is_scheduled=true
@@ -103,6 +121,15 @@ def test_collectives_of_a_loop_count_as_often_as_it_runs():
     assert found.memory == 6 * in_loop + 4 * 256 + 256 + 64
 
 
+def test_collectives_outside_of_fusions_all_count():
+    """Two sums with one channel, as those of a shard_map have, are two."""
+    first = next(line for line in TEXT.splitlines() if "%sum = f32[64]" in line)
+    again = first.replace("%sum", "%twice").replace("%r)", "%sum)")
+    found = traffic(hlo.parse(TEXT.replace(first, f"{first}\n{again}")), 8).collectives
+    assert found.count(Collective("all-reduce", 1.0, 2 * 256 / 2, (0, 1))) == 2
+    assert sum(c.kind == "all-gather" for c in found) == 1  # in two fusions
+
+
 def test_a_loop_without_a_constant_is_counted_once_and_told():
     """The end of a loop that the program works out is not known."""
     text = TEXT.replace("%six = s32[] constant(6)", "%six = s32[] add(%i, %i)")
@@ -178,6 +205,8 @@ def test_the_compilers_words_become_numbers():
     line = "W spmd.cc:1] [SPMD] Involuntary full rematerialization. The compiler cannot go from a to b "
     line += 'for HLO operation %x = f32[8,4]{1,0} add(%y), metadata={op_name="jit(f)/add"}.\n'
     assert compiling.resharded(2 * line) == {"f32[8,4] jit(f)/add": 2}
+    bare = line.replace('op_name="jit(f)/add"', "")
+    assert compiling.resharded(bare) == {"f32[8,4] x": 1}
 
 
 @pytest.mark.parametrize(
@@ -212,7 +241,7 @@ def small(tmp_path_factory):
     )
 
 
-def test_a_step_is_compiled_and_told(small):
+def test_a_step_is_compiled_and_told(small, tmp_path):
     """On eight devices of this machine: bytes are those of real shards, the table has every part."""
     cfg = program.config_of(small.ckpt)
     mesh = make_mesh(vars(small.mesh), jax.devices())
@@ -225,6 +254,7 @@ def test_a_step_is_compiled_and_told(small):
     )  # padding, key and step
     machine = chips.read_machine("v5e:2x4")
     plan = report.plan_of(machine, made, done)
+    assert not done.resharded
     assert plan.fits and plan.times.most >= plan.times.least > 0
     kinds = {c.kind for c in plan.moved.collectives}
     assert {"all-gather", "all-reduce"} <= kinds
@@ -232,6 +262,20 @@ def test_a_step_is_compiled_and_told(small):
     Console(file=out, width=140).print(report.table(plan, "one step", "pack.rows=8"))
     for part in ("fits", "optimizer (", "peak of a device", "MFU", "chip-hours", "pack.rows=8"):
         assert part in out.getvalue()
+    file = tmp_path / "step.bin"
+    assert compiling.save(done, file) == file.stat().st_size
+    _, metrics = compiling.load(file)(*jax.tree.map(empty, made.args))
+    assert jax.numpy.isfinite(metrics["loss"])
+    file.write_bytes(b"no program")
+    with pytest.raises(InputError, match="cannot be loaded on 8 x cpu"):
+        compiling.load(file)
+
+
+def empty(like):
+    """An array of a ShapeDtypeStruct, where that says."""
+    if jax.dtypes.issubdtype(like.dtype, jax.dtypes.prng_key):
+        return jax.device_put(jax.random.key(0), like.sharding)
+    return jax.device_put(np.zeros(like.shape, like.dtype), like.sharding)
 
 
 @pytest.mark.parametrize(
@@ -259,15 +303,40 @@ def test_what_does_not_divide_is_refused_before_compiling(small, changes, told):
 
 
 def test_a_search_tries_meshes_that_divide(small):
-    """All candidates use every device and cut rows evenly; the fastest by the estimate is first."""
+    """All candidates use every device and cut rows evenly; the preset, then the fastest is first."""
     cfg = program.config_of(small.ckpt)
     found = search.candidates(small, cfg, chips.read_machine("v5e:2x4"))
-    assert [c.seconds for c in found] == sorted(c.seconds for c in found)
+    usual = [c for c in found if vars(c.recipe.mesh) == vars(preset(cfg, small.pack, 8))]
+    others = found[len(usual) :]
+    assert usual and usual == found[: len(usual)]
+    assert [c.seconds for c in others] == sorted(c.seconds for c in others)
     for each in found:
         mesh = each.recipe.mesh
         assert mesh.data * mesh.fsdp * mesh.expert * mesh.sequence * mesh.tensor == 8
         assert small.pack.rows % (mesh.data * mesh.fsdp * mesh.expert) == 0
     assert {c.recipe.step.remat for c in found} == {"dots", "full"}
+
+
+def test_a_search_goes_on_after_a_mesh_that_does_not_compile(small, monkeypatch, capsys):
+    """Each is told as it ends: one that cannot be traced, one that XLA refuses, one without room."""
+    made = iter([ValueError("no such\nlayout"), InputError("XLA does not compile it")])
+
+    def program_of(*_):
+        if error := next(made, None):
+            raise error
+
+    done = compiling.Compiled(None, "16G of 15G HBM", Counter(), 2.0, 1.0, 0.0)
+    monkeypatch.setattr(command, "program_of", program_of)
+    monkeypatch.setattr(command, "watched", lambda *_: done)
+    out = io.StringIO()
+    machine = chips.read_machine("v5e:2x4")
+    plans = command.search_training(small, machine, 3, Console(file=out, width=140))
+    assert [plan.fits for _, plan in plans] == [False]
+    told = capsys.readouterr().err.splitlines()
+    assert [line.rsplit(": ", 1)[1] for line in told] == [
+        "no such layout", "XLA does not compile it", "16G of 15G HBM (2 s)"
+    ]  # fmt: skip
+    assert told[0].startswith("1 of 3: mesh.fsdp=4") and "does not fit" in out.getvalue()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the header says so")
@@ -286,3 +355,19 @@ def test_a_tpu_program_of_the_command_line(small, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "XLA's own verdict" in done.stdout and "fits" in done.stdout
     assert out.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_eight_bit_weights_are_planned_as_they_are_held(tmp_path, kind):
+    """The arrays of a plan are those that `load` reads: codes, scales, and the rest in its dtype."""
+    raw = tiny.config_dict("golden", True)
+    tensors = tiny.weights(raw, 0)
+    if kind == "fp8":
+        block = (128, 128)  # as released
+        raw, tensors = fp8_files.config(raw, block), fp8_files.quantised(tensors, block)
+    hf_files.write(tmp_path, raw, tensors)
+    cfg = program.config_of(str(tmp_path))
+    stored = Source(tmp_path, cfg, kind)
+    want = {path: (x.shape, x.dtype) for path, x in stored.asked(stored.stored()).items()}
+    found = serving.held_arrays(cfg, "float32", kind)
+    assert {path: (x.shape, x.dtype) for path, x in found.items()} == want

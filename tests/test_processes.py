@@ -1,5 +1,6 @@
 """Several processes train as one: the losses of one, a lost process ends the others, any number resumes."""
 
+import json
 import os
 import signal
 import socket
@@ -10,14 +11,19 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import toy_checkpoint
 import train_files
+from tokenizers import Tokenizer
 
+import train
 from qwen3vl_jax import processes
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.training.tables import read_table
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 20
+PACK = {"rows": 8, "vision_rows": 8, "groups": 8}
+SHARED = {"pack": PACK, "optimizer": {"ema": 0.0}, "steps": STEPS}
 
 
 @pytest.fixture(scope="module")
@@ -26,40 +32,45 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     ckpt = train_files.checkpoint(folder / "ckpt")
     data = train_files.conversations(folder / "chats.jsonl", 96)
-    pack = {"rows": 8, "vision_rows": 8, "groups": 8}
-    train_files.write_recipe(
-        folder / "recipe.toml", ckpt, data, pack=pack, optimizer={"ema": 0.0}, steps=STEPS
-    )
+    train_files.write_recipe(folder / "recipe.toml", ckpt, data, **SHARED)
     return folder
 
 
 def start(files: Path, out: str, count: int, devices: int, *changes: str) -> list[subprocess.Popen]:
-    """train.py as `count` processes with some devices each; children share compiled programs."""
+    """train.py as `count` processes with some devices each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": str(files / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
-    }
-    flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
+    count_flag = "--xla_force_host_platform_device_count"
+    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if not flag.startswith(count_flag)]
+    env = {**os.environ, "XLA_FLAGS": " ".join([*flags, f"{count_flag}={devices}"])}
     command = [sys.executable, "train.py", "--config", str(files / "recipe.toml"), *changes]
-    command += ["--out", str(files / out)]
-    many = [] if count == 1 else ["--coordinator", address, "--processes", str(count)]
+    command += ["--out", str(files / out), "--coordinator", address, "--processes", str(count)]
     return [
         subprocess.Popen(
-            [*command, *many, *(["--process", str(i)] if many else [])], cwd=ROOT,
-            env={**os.environ, **cache, "XLA_FLAGS": flags}, stdout=subprocess.PIPE,
+            [*command, "--process", str(i)], cwd=ROOT, env=env, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True,
         )
         for i in range(count)
     ]  # fmt: skip
 
 
+def alone(files: Path, out: str, *changes: str) -> dict[int, float]:
+    """The losses of this one process with its eight devices."""
+    recipe = str(files / "recipe.toml")
+    assert train.main(["--config", recipe, *changes, "--out", str(files / out)]) == 0
+    found = losses(files, out)
+    assert list(found) == list(range(1, STEPS + 1))
+    return found
+
+
 def finish(started: list[subprocess.Popen]) -> list[str]:
     """The outputs of processes that end well."""
-    said = [process.communicate(timeout=300)[0] for process in started]
+    try:
+        said = [process.communicate(timeout=900)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
     for process, out in zip(started, said):
         assert process.returncode == 0, out[-3000:]
     return said
@@ -72,12 +83,14 @@ def losses(files: Path, out: str) -> dict[int, float]:
     return found
 
 
-def test_two_processes_lose_one_and_two_others_resume(files):
-    """2 x 4 devices have the losses of one; without one process the other ends; 2 x 2 go on from there."""
-    finish(start(files, "one", 1, 1))
-    want = losses(files, "one")
-    assert list(want) == list(range(1, STEPS + 1))
+def assert_close(got: dict[int, float], want: dict[int, float]) -> None:
+    for step, loss in got.items():
+        assert abs(loss - want[step]) < 1e-5 * want[step], step
 
+
+def test_two_processes_lose_one_and_two_others_resume(files):
+    """2 x 4 devices have the losses of 1 x 8; one killed, the other ends; 2 x 2 go on from there."""
+    want = alone(files, "one", "mesh.data=2", "mesh.fsdp=4")
     both = start(files, "two", 2, 4, "mesh.data=2", "mesh.fsdp=4")
     while both[0].poll() is None:
         rows = read_table(files / "two" / "metrics.csv")
@@ -98,10 +111,49 @@ def test_two_processes_lose_one_and_two_others_resume(files):
     first, second = finish(start(files, "two", 2, 2, "mesh.fsdp=4"))
     assert "mesh.data was 2, is now 1" in first
     assert "step" not in second  # the first process speaks for all
-    for found in (before, losses(files, "two")):
-        for step, loss in found.items():
-            assert abs(loss - want[step]) < 1e-5 * want[step], step
+    assert_close(before, want)
+    assert_close(losses(files, "two"), want)
     assert list(losses(files, "two")) == list(want)
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory):
+    """A recipe of a sparse model. Groups 3 to 7 see no picture.
+
+    Nine samples are held out, each more than half a row: the last batch of an evaluation has one.
+    """
+    folder = tmp_path_factory.mktemp("sparse")
+    ckpt = train_files.checkpoint(folder / "ckpt", moe=True)
+    data = train_files.conversations(folder / "chats.jsonl", 96, pictured=(8, 3))
+    answer = "one " * 20
+    tokens = Tokenizer.from_str(toy_checkpoint.tokenizer_json()).encode(answer)
+    assert train_files.RECIPE["pack"]["length"] / 2 < len(tokens) < 80
+    turns = [{"role": "user", "content": "say"}, {"role": "assistant", "content": answer}]
+    held_out = folder / "held_out.jsonl"
+    held_out.write_text((json.dumps({"messages": turns}) + "\n") * 9)
+    asked = {"sources": [{"path": str(held_out)}], "every": STEPS, "generate": 2}
+    sources = {"sources": [{"path": str(data)}], "shuffle": False}
+    train_files.write_recipe(
+        folder / "recipe.toml", ckpt, data, **SHARED, mesh={"fsdp": 2, "expert": 4},
+        evaluate={**asked, "max_new_tokens": 4}, data=sources,
+    )  # fmt: skip
+    return folder
+
+
+def test_four_processes_share_experts_and_evaluate(sparse):
+    """4 x 2 devices have the losses, the evaluation and the answers of 1 x 8; two hosts see text only."""
+    want = alone(sparse, "one")
+    said = finish(start(sparse, "four", 4, 2))
+    assert [("step" in out) for out in said] == [True, False, False, False]
+    assert_close(losses(sparse, "four"), want)
+    one, four = (read_table(sparse / out / "evaluation.csv") for out in ("one", "four"))
+    assert len(one) == len(four) == 1
+    for name in ("loss", "accuracy", "exact"):
+        assert abs(float(four[0][name]) - float(one[0][name])) <= 1e-5 * float(one[0][name])
+    answers = [
+        (sparse / out / "answers" / f"step_{STEPS}.jsonl").read_text() for out in ("one", "four")
+    ]
+    assert answers[0] == answers[1] and len(answers[0].splitlines()) == 2
 
 
 def test_who_the_processes_are():

@@ -64,7 +64,7 @@ def test_every_key_is_explained_once():
         ("ckpt=''", "ckpt is empty"),
         ("train.rates.merger=-1.0", "train.rates.merger is -1.0, expected a finite number from 0"),
         ("data.sources.0.weight=nan", "data.sources 1: expected a path and a weight above 0"),
-        ("mesh.fsdp=0", "mesh.fsdp is 0"),
+        ("mesh.fsdp=-2", "mesh.fsdp is -2"),
     ],
 )
 def test_what_no_run_can_have_is_named(change, words):

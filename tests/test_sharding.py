@@ -8,11 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import train_files
 
 import qwen3vl_jax as q3
 from qwen3vl_jax import sharding
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.training import placing, setup
+from qwen3vl_jax.training import placing, run_dir, setup, start
+from qwen3vl_jax.training.preset import preset
+from qwen3vl_jax.training.recipe import Mesh, Pack, Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -69,19 +72,43 @@ def test_an_axis_takes_the_largest_set_that_divides_it():
 
 
 def test_every_parameter_of_every_size_has_a_place():
-    """Logical names for each parameter, and no large one stays whole on the meshes of the recipes."""
-    meshes = {"2b": {"fsdp": 8}, "8b": {"fsdp": 16}, "32b": {"fsdp": 4, "tensor": 2},
-              "30b-a3b": {"fsdp": 8, "expert": 8}, "235b-a22b": {"fsdp": 32, "expert": 8}}  # fmt: skip
-    for name, sizes in meshes.items():
+    """Logical names for each parameter, and no large one stays whole on presets as large as recipes'."""
+    counts = {"2b": 8, "8b": 16, "32b": 8, "30b-a3b": 64, "235b-a22b": 256}
+    for name, count in counts.items():
         cfg = q3.Config.named(name)
-        shapes = setup.shapes(cfg)
+        shapes, sizes = (
+            setup.shapes(cfg),
+            vars(preset(cfg, Pack(rows=count, vision_rows=count), count)),
+        )
         found = placing.params_shardings(sharding.layout_mesh(sizes), cfg, shapes)
         held = {n: where.shard_shape(shapes[n].shape) for n, where in found.items()}
         large = [n for n, x in shapes.items() if x.size > 10**7]
         assert len(large) > 5
         assert not [n for n in large if held[n] == shapes[n].shape], name
-        total, count = sum(x.size for x in shapes.values()), np.prod(list(sizes.values()))
+        total = sum(x.size for x in shapes.values())
         assert sum(map(np.prod, held.values())) < 1.1 * total / count, name
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "slices", "rows", "want"),
+    [
+        ("8b", 8, 1, 16, Mesh(fsdp=8)),  # as in configs/sft_8b_full.toml
+        ("30b-a3b", 16, 1, 32, Mesh(fsdp=4, expert=4)),  # sft_30b_a3b
+        ("235b-a22b", 256, 1, 256, Mesh(fsdp=32, expert=8)),  # sft_235b_pod
+        ("235b-a22b", 512, 2, 512, Mesh(data=2, fsdp=32, expert=8)),
+        ("8b", 4096, 1, 4096, Mesh(data=32, fsdp=128)),
+        ("2b", 8, 1, 4, Mesh(fsdp=4, tensor=2)),  # fewer rows than devices
+        ("30b-a3b", 8, 1, 6, Mesh(fsdp=2, tensor=4)),
+        ("2b", 8, 2, 1, Mesh(data=2, fsdp=1, tensor=4)),  # refused later: the rows are too few
+        ("2b", 1, 1, 8, Mesh(fsdp=1)),
+    ],
+)
+def test_presets(name, count, slices, rows, want):
+    """Sizes by kind of model, devices, slices and rows."""
+    pack = Pack(rows=rows, vision_rows=2 * rows)
+    found = preset(q3.Config.named(name), pack, count, slices)
+    assert found == want
+    assert sharding.mesh_shape(vars(found), count)
 
 
 def test_refusals_name_the_parameter_and_the_axis():
@@ -110,3 +137,16 @@ def test_slices_are_told_apart_by_the_data_axis():
     assert [[c.slice_index for c in row.ravel()] for row in mesh.devices] == [[0] * 4, [1] * 4]
     with pytest.raises(InputError, match="multiple of the 2 slices"):
         sharding.make_mesh({"data": 1, "fsdp": 8}, chips)
+
+
+def test_a_recipe_without_a_mesh_takes_all_devices(tmp_path):
+    """As many parts as rows, or the groups that a run began with, divide; one that asks is left alone."""
+    ckpt = train_files.checkpoint(tmp_path / "ckpt", weights=False)
+    settings = Recipe(str(ckpt), 1, pack=Pack(rows=8, vision_rows=8))
+    assert start.laid_out(settings, tmp_path / "new").mesh == Mesh(fsdp=8)
+    saved = tmp_path / "run" / run_dir.CHECKPOINTS / "5" / run_dir.META
+    saved.mkdir(parents=True)
+    (saved / "metadata").write_text('{"data": {"groups": [{}, {}]}}')
+    assert start.laid_out(settings, tmp_path / "run").mesh == Mesh(fsdp=2, tensor=4)
+    asked = Recipe(str(ckpt), 1, mesh=Mesh(fsdp=1))
+    assert start.laid_out(asked, tmp_path / "new") is asked

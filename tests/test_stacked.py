@@ -4,8 +4,12 @@ import jax
 import numpy as np
 import pytest
 import train_files
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import qwen3vl_jax as q3
+from convert.to_orbax import to_orbax
+from qwen3vl_jax.sharding import make_mesh
 from qwen3vl_jax.tensors import flatten
 from qwen3vl_jax.training import groups, setup
 from qwen3vl_jax.training.stacked import layers_of, load_stacked, paths_of
@@ -42,3 +46,24 @@ def test_each_parameter_has_the_dtype_it_is_held_in(tmp_path):
     )
     for name, x in groups.flatten(found)[0].items():
         assert x.dtype == ("bfloat16" if name.startswith("vision") else "float32"), name
+
+
+def test_a_mesh_gets_the_same_arrays_in_its_shards(tmp_path):
+    """where_of decides where each stack lies, and nothing else changes."""
+    train_files.checkpoint(tmp_path / "hf")
+    to_orbax(tmp_path / "hf", tmp_path / "orbax")
+    mesh = make_mesh({"fsdp": 4, "tensor": 2})
+
+    def where(name, x):
+        cut = [i for i, n in enumerate(x.shape) if n % 4 == 0 and i]
+        axes = [None] * x.ndim
+        for i, axis in zip(cut, ("fsdp", "tensor")):
+            axes[i] = axis
+        return NamedSharding(mesh, P(*axes))
+
+    want = load_stacked(tmp_path / "hf", lambda name: "float32")
+    for form in ("hf", "orbax"):
+        got = load_stacked(tmp_path / form, lambda name: "float32", where_of=where)
+        assert jax.tree.structure(got) == jax.tree.structure(want)
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+            assert a.sharding == where("", a) and np.array_equal(a, b)

@@ -18,6 +18,7 @@ RECIPE: dict[str, Any] = {
     "optimizer": {"learning_rate": 1e-3, "warmup": 2, "ema": 0.9},
     "step": {"dtype": "float32", "loss_chunk": 512, "remat": "none"},
     "report": {"every": 4, "tensorboard": False},
+    "mesh": {"fsdp": 1},
 }
 
 
@@ -29,6 +30,8 @@ def checkpoint(directory: Path, moe: bool = False, weights: bool = True, spare: 
     raw = toy_checkpoint.config(moe=moe)
     raw["text_config"] |= hf_files.SMALL["text"]
     raw["vision_config"] |= hf_files.SMALL["vision"]
+    if moe:
+        raw["text_config"]["num_experts"] = 8  # four devices share them
     raw["text_config"]["vocab_size"] += spare
     hf_files.write(directory, raw, tiny.weights(raw, 0))
     if not weights:
@@ -39,12 +42,13 @@ def checkpoint(directory: Path, moe: bool = False, weights: bool = True, spare: 
     return directory
 
 
-def conversations(path: Path, count: int = 24) -> Path:
-    """Short chats in a JSONL file, every third about a picture beside it."""
+def conversations(path: Path, count: int = 24, pictured: tuple[int, int] = (3, 1)) -> Path:
+    """Short chats in a JSONL file, in each (group, first) the first ones about a picture beside it."""
     lines = []
+    group, first = pictured
     for i in range(count):
         content: list[dict[str, Any]] = [{"type": "text", "text": f"say {i}"}]
-        if i % 3 == 0:
+        if i % group < first:
             name = f"{path.stem}_{i % 6}.png"
             Image.new("RGB", (12 + 4 * (i % 6), 16), (40 * (i % 6), 80, 90)).save(
                 path.parent / name

@@ -7,9 +7,9 @@ import dataclasses
 import math
 import os
 import re
-from pathlib import Path
 
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.paths import argument
 
 _GIB = 2**30
 
@@ -57,8 +57,8 @@ _QUIET = {  # else libtpu asks the cloud's metadata server, and says that it is 
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5p-8",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # two plans at once
-    "TF_CPP_MIN_LOG_LEVEL": "2",
-    "TPU_STDERR_LOG_LEVEL": "2",
+    "TF_CPP_MIN_LOG_LEVEL": "1",  # warnings: `compiling` reads them
+    "TPU_STDERR_LOG_LEVEL": "1",
 }
 
 
@@ -129,7 +129,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     add("--plan", metavar="MACHINE", help="compile for a machine that is not here, as v5p:4x8x8 or "
         "h100:8, and print whether it fits and how fast it could be")  # fmt: skip
     add("--slices", type=int, default=1, help="with --plan: so many of it, over the network")
-    add("--save", type=Path, metavar="FILE", help="with --plan: write the compiled program")
+    add("--save", type=argument, metavar="FILE", help="with --plan: write the compiled program")
 
 
 def check_plan_arguments(args: argparse.Namespace) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from rich.console import Console
 
 from qwen3vl_jax.config import Config
-from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.planning import compiling
 from qwen3vl_jax.planning.chips import Machine
 from qwen3vl_jax.planning.largest import LEVEL, largest
@@ -19,7 +18,9 @@ from qwen3vl_jax.planning.report import Plan, best, likeliest, plan_of, table
 from qwen3vl_jax.planning.search import Candidate, candidates
 from qwen3vl_jax.planning.serving import Serving, decoding, prefilling
 from qwen3vl_jax.planning.topology import devices_of
-from qwen3vl_jax.sharding import AXES, make_mesh, rows_parts
+from qwen3vl_jax.sharding import make_mesh, rows_parts, slice_count
+from qwen3vl_jax.spread import spread
+from qwen3vl_jax.training.preset import sizes_of, with_preset
 from qwen3vl_jax.training.recipe import Recipe
 
 
@@ -33,6 +34,8 @@ def plan_training(
     """
     console = console or _console()
     cfg = config_of(recipe.ckpt)
+    devices = devices_of(machine)
+    recipe = with_preset(recipe, cfg, len(devices), slice_count(devices))
     program = program_of(recipe, cfg, machine)
     done = watched(console, program, f"compiling {recipe.ckpt} for {machine}")
     plan = plan_of(machine, program, done)
@@ -45,7 +48,7 @@ def plan_training(
 def search_training(
     recipe: Recipe, machine: Machine, tries: int, console: Console | None = None
 ) -> list[tuple[Candidate, Plan]]:
-    """Compiles the likeliest meshes and remat policies, and prints them, the fastest that fits first.
+    """Compiles the preset and the likeliest meshes and remat policies, and prints them, the fastest first.
 
     tries: how many are compiled; 0 prints what the estimate says. Raises InputError.
     """
@@ -53,14 +56,18 @@ def search_training(
     cfg = config_of(recipe.ckpt)
     found, plans = candidates(recipe, cfg, machine), []
     for number, each in enumerate(found[:tries], 1):
+        print(
+            f"{number} of {min(tries, len(found))}: {each}: ", end="", file=sys.stderr, flush=True
+        )
         try:
             program = program_of(each.recipe, cfg, machine)
-        except InputError as error:
-            print(f"{each}: {error}", file=sys.stderr)
+            done = watched(console, program, f"compiling {each}", LEVEL)
+            plan = plan_of(machine, program, done)
+        except Exception as error:  # whatever tracing and the compilers raise: there are others
+            print(" ".join(str(error).split())[:300], file=sys.stderr)
             continue
-        done = watched(console, program, f"compiling {number} of {tries}: {each}", LEVEL)
-        plans.append((each, plan_of(machine, program, done)))
-        print(f"{each}: {plans[-1][1].cause or 'fits'} ({done.seconds:.0f} s)", file=sys.stderr)
+        print(f"{plan.cause or 'fits'} ({done.seconds:.0f} s)", file=sys.stderr)
+        plans.append((each, plan))
     plans.sort(key=lambda pair: pair[1].times.most if pair[1].fits and pair[1].times else math.inf)
     told = f"{recipe.ckpt} on {machine}: {len(found)} of the meshes may fit"
     console.print(best(plans, told) if tries else likeliest(found[:10], told))
@@ -68,21 +75,25 @@ def search_training(
 
 
 def plan_serving(
-    ckpt: str, machine: Machine, sizes: Mapping[str, int], asked: Serving, save: Path | None = None,
-    console: Console | None = None,
+    ckpt: str, machine: Machine, sizes: Mapping[str, int] | None, asked: Serving,
+    save: Path | None = None, console: Console | None = None,
 ) -> tuple[Plan, Plan]:  # fmt: skip
     """Prints the plans of a decode step and of a prefill; save: where the decode step goes.
 
-    Raises InputError for what cannot be compiled.
+    sizes: None spreads the model over all devices as infer.py does. Raises InputError for what cannot
+    be compiled.
     """
     console = console or _console()
-    cfg, mesh = config_of(ckpt), make_mesh(sizes, devices_of(machine))
+    cfg = config_of(ckpt)
+    sizes = spread(cfg.text, machine.devices) if sizes is None else sizes
+    mesh = make_mesh(sizes, devices_of(machine))
     plans = []
     for name, make in (("a decode step", decoding), ("a prefill", prefilling)):
         program = make(cfg, mesh, asked)
         done = watched(console, program, f"compiling {name} for {machine}")
         plans.append(plan_of(machine, program, done))
         told = f"{ckpt}: {name}, {asked.rows} rows of {asked.slots:,} tokens"
+        told += f", {asked.weights} weights" if asked.weights else ""
         console.print(table(plans[-1], told))
     saved(plans[0], save, console)
     return plans[0], plans[1]
@@ -90,8 +101,7 @@ def plan_serving(
 
 def program_of(recipe: Recipe, cfg: Config, machine: Machine) -> Program:
     """The step of a recipe over its mesh of a machine's devices. Raises InputError."""
-    sizes = {name: getattr(recipe.mesh, name) for name in AXES}
-    return training_step(recipe, cfg, make_mesh(sizes, devices_of(machine)))
+    return training_step(recipe, cfg, make_mesh(sizes_of(recipe), devices_of(machine)))
 
 
 def watched(console: Console, program: Program, what: str, level: str = "") -> compiling.Compiled:
@@ -109,7 +119,7 @@ def saved(plan: Plan, path: Path | None, console: Console) -> None:
 
 def _largest(recipe: Recipe, cfg: Config, plan: Plan, tries: int, console: Console) -> str:
     """What is known of the largest pack.rows after some compiles."""
-    parts = rows_parts(plan.program.mesh)
+    parts = rows_parts(plan.program.mesh.shape)
     held = sum(plan.program.held.values())
     room = plan.machine.chip.hbm
     if held > room:

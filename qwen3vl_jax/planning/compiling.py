@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import re
 import resource
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from jax.experimental import serialize_executable
 
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.planning.program import Program
@@ -80,7 +82,9 @@ def resharded(text: str) -> Counter[str]:
     for line in _RESHARDED.findall(text):
         name = re.search(r'op_name="([^"]*)"', line)
         shape = re.search(r"= (\w+\[[\d,]*\])", line)
-        found[f"{shape[1] if shape else ''} {name[1] if name else line[:120]}".strip()] += 1
+        found[
+            f"{shape[1] if shape else ''} {name[1] if name else line.split(' = ')[0][:120]}".strip()
+        ] += 1
     return found
 
 
@@ -120,10 +124,6 @@ def _peak_rss() -> float:
 
 def save(done: Compiled, path: Path) -> int:
     """Writes a compiled program for `load`; returns its bytes. Raises InputError where jax cannot."""
-    import pickle
-
-    from jax.experimental import serialize_executable
-
     try:
         payload = serialize_executable.serialize(done.executable)
         data = pickle.dumps(payload)
@@ -131,3 +131,20 @@ def save(done: Compiled, path: Path) -> int:
         raise InputError(f"--save {path}: this program cannot be saved: {error}") from None
     path.write_bytes(data)
     return len(data)
+
+
+def load(path: Path) -> Any:
+    """The program that `save` wrote, to be called with arrays of its shapes and shardings.
+
+    jax reads it only where it has the devices it was compiled for, as many and of that kind, and the
+    same version of jax and of the compiler (libtpu). A file is a pickle: whoever writes it can run
+    anything here. Raises InputError where it cannot be read.
+    """
+    try:
+        payload, arguments, results = pickle.loads(path.read_bytes())
+        return serialize_executable.deserialize_and_load(payload, arguments, results)
+    except Exception as error:  # as in `save`
+        raise InputError(
+            f"{path}: cannot be loaded on {jax.device_count()} x {jax.devices()[0].device_kind}: "
+            f"expected a file of --save for these devices and versions, found: {error}"
+        ) from None

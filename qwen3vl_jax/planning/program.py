@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,13 +13,19 @@ from jax.sharding import Mesh
 
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.sharding import RULES
+from qwen3vl_jax.paths import as_path, kind
+from qwen3vl_jax.sharding import rows_parts
 from qwen3vl_jax.structs import Batch, VisionInputs
 from qwen3vl_jax.training import estimate, setup
 from qwen3vl_jax.training.flops import step_flops
 from qwen3vl_jax.training.groups import group_of
 from qwen3vl_jax.training.packing import PackedBatch
-from qwen3vl_jax.training.placing import batch_shardings, params_shardings, placed, state_shardings
+from qwen3vl_jax.training.placing import (
+    batch_shardings,
+    params_shardings,
+    state_shardings,
+    with_shardings,
+)
 from qwen3vl_jax.training.recipe import Recipe
 from qwen3vl_jax.training.speed import adapter_sizes, full_work
 
@@ -55,8 +60,8 @@ def config_of(ckpt: str) -> Config:
 
     No file of the Hub is read. Raises InputError where the name tells no size.
     """
-    if Path(ckpt).is_dir():
-        return Config.from_hf(Path(ckpt))
+    if kind(as_path(ckpt)) == "folder":
+        return Config.from_hf(ckpt)
     if size := _SIZE.search(ckpt):
         return Config.named(size[0])
     raise InputError(
@@ -67,7 +72,7 @@ def config_of(ckpt: str) -> Config:
 def check_batch(recipe: Recipe, cfg: Config, sizes: Mapping[str, int]) -> None:
     """Raises InputError for a batch or model that a mesh of these sizes does not divide."""
     pack = recipe.pack
-    rows = _parts("rows", sizes)
+    rows = rows_parts(sizes)
     for name, count in (("pack.rows", pack.rows), ("pack.vision_rows", pack.vision_rows)):
         if count % rows:
             raise InputError(
@@ -85,20 +90,16 @@ def check_batch(recipe: Recipe, cfg: Config, sizes: Mapping[str, int]) -> None:
             )
 
 
-def _parts(axis: str, sizes: Mapping[str, int]) -> int:
-    return math.prod(sizes.get(name, 1) for name in RULES[axis])
-
-
 def training_step(recipe: Recipe, cfg: Config, mesh: Mesh) -> Program:
     """The step that a run of this recipe takes on a mesh. Raises InputError."""
     sizes = dict(mesh.shape)
     check_batch(recipe, cfg, sizes)
     parts = estimate.held(recipe, cfg)
     rule = setup.rule_of(recipe, cfg, parts.weights)
-    state = placed(parts.state, state_shardings(mesh, cfg, parts.state))
-    frozen = placed(parts.frozen, params_shardings(mesh, cfg, parts.frozen))
-    packed = packed_batch(recipe, cfg, _parts("rows", sizes))
-    packed = placed(packed, batch_shardings(mesh, packed))
+    state = with_shardings(parts.state, state_shardings(mesh, cfg, parts.state))
+    frozen = with_shardings(parts.frozen, params_shardings(mesh, cfg, parts.frozen))
+    packed = packed_batch(recipe, cfg, rows_parts(sizes))
+    packed = with_shardings(packed, batch_shardings(mesh, packed))
     step = setup.make_step(recipe, cfg, rule, parts.join, state)
     held = {
         f"trained weights ({recipe.step.weights})": state.weights,

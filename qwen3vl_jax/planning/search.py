@@ -13,6 +13,7 @@ from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.planning.chips import Machine
 from qwen3vl_jax.planning.program import check_batch, work_of
 from qwen3vl_jax.training import estimate
+from qwen3vl_jax.training.preset import preset, spelled
 from qwen3vl_jax.training.recipe import Mesh, Recipe
 
 REMATS = ("dots", "full")  # "none" needs several times the memory; "offload" the host's
@@ -28,30 +29,33 @@ class Candidate(NamedTuple):
     memory: int  # bytes of a device
 
     def __str__(self) -> str:
-        mesh = " ".join(f"mesh.{n}={k}" for n, k in vars(self.recipe.mesh).items() if k != 1)
-        return f"{mesh or 'one device'} step.remat={self.recipe.step.remat}"
+        return f"{spelled(self.recipe.mesh)} step.remat={self.recipe.step.remat}"
 
 
 def candidates(recipe: Recipe, cfg: Config, machine: Machine) -> list[Candidate]:
-    """All that divide and may fit, the fastest by the estimate first. Raises InputError for none.
+    """All that divide and may fit: the preset, what is thought to fit, the rest; in each the fastest
+    by the estimate first. Raises InputError for none.
 
-    The recipe's own mesh and batch are kept as they are: only how devices share the work changes.
+    The recipe's batch is kept as it is: only how devices share the work changes.
     """
-    parts = estimate.held(recipe, cfg)
+    parts, room = estimate.held(recipe, cfg), machine.chip.hbm
+    usual = preset(cfg, recipe.pack, machine.devices, machine.slices)
     found = []
     for mesh in _meshes(recipe, cfg, machine):
         for remat in REMATS:
             step = dataclasses.replace(recipe.step, remat=remat)
             tried = dataclasses.replace(recipe, mesh=mesh, step=step)
             memory = sum(estimate.memory(tried, cfg, parts).values())
-            if memory <= _SLACK * machine.chip.hbm:
+            if memory <= _SLACK * room:
                 found.append(Candidate(tried, _seconds(tried, cfg, parts, machine), memory))
     if not found:
         raise InputError(
             f"--search: no mesh of {machine} divides pack.rows {recipe.pack.rows} and has room; take "
             "more devices, other rows, or step.weights=bfloat16"
         )
-    return sorted(found, key=lambda c: (c.seconds, c.memory))
+    return sorted(
+        found, key=lambda c: (c.recipe.mesh != usual, c.memory > room, c.seconds, c.memory)
+    )
 
 
 def _meshes(recipe: Recipe, cfg: Config, machine: Machine) -> Iterator[Mesh]:

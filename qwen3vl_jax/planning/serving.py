@@ -10,17 +10,21 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from convert.int8 import quantised_rows
 from convert.mapping import rows as tensor_rows
 from convert.mapping import tree_of
 from qwen3vl_jax.cache import decode_step, init_cache, prefill
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.loading import path_shardings
 from qwen3vl_jax.planning.program import Program, Work, held_bytes
+from qwen3vl_jax.quantized import as_structs
 from qwen3vl_jax.sharding import array_sharding, whole
 from qwen3vl_jax.structs import Batch, KVCache, VisionInputs
+from qwen3vl_jax.tensors import SCALE, VALUES, TreePath
 from qwen3vl_jax.training.flops import Work as Passed
 from qwen3vl_jax.training.flops import forward_flops
 
+_BLOCK, _BESIDE_FP8 = (128, 128), (("embed",), ("head",))  # of the released FP8 files
 PICTURE = 4096  # patches of the picture in a prompt: one of 1024 x 1024 pixels
 
 
@@ -31,11 +35,12 @@ class Serving(NamedTuple):
     slots: int
     chunk: int | None
     dtype: Any = jnp.bfloat16
+    weights: str | None = None  # int8 or fp8, as `load` has it
 
 
 def decoding(cfg: Config, mesh: Mesh, asked: Serving) -> Program:
     """One decode step onto a full cache, which is donated. Raises InputError."""
-    params, cache = weights(cfg, mesh, asked.dtype), empty_cache(cfg, mesh, asked)
+    params, cache = weights(cfg, mesh, asked.dtype, asked.weights), empty_cache(cfg, mesh, asked)
     tokens = _whole(mesh, jnp.int32, asked.rows)
     fn = jax.jit(functools.partial(_decode, cfg=cfg), donate_argnums=1)
     # A token sees the whole cache at worst.
@@ -51,7 +56,7 @@ def _decode(params, cache, tokens, *, cfg):
 
 def prefilling(cfg: Config, mesh: Mesh, asked: Serving) -> Program:
     """The prefill of one prompt as wide as the cache, with a picture. Raises InputError."""
-    params, width = weights(cfg, mesh, asked.dtype), asked.slots
+    params, width = weights(cfg, mesh, asked.dtype, asked.weights), asked.slots
     patches = min(PICTURE, cfg.vision.merge_unit * width)
     batch = _prompt(cfg, mesh, width, patches)
     chunk = None if asked.chunk is None or asked.chunk >= width else asked.chunk
@@ -74,15 +79,33 @@ def _flops(cfg: Config, passed: Passed, head: int | None = None) -> float:
     return sum(parts.values())
 
 
-def weights(cfg: Config, mesh: Mesh, dtype: Any) -> Any:
-    """Parameters as per-layer lists of shapes, each with its sharding. Raises InputError."""
-    leaves = {row.path: jax.ShapeDtypeStruct(row.shape, dtype) for row in tensor_rows(cfg)}
+def weights(cfg: Config, mesh: Mesh, dtype: Any, kind: str | None = None) -> Any:
+    """Parameters as per-layer lists of shapes, each with its sharding; kind: int8, fp8 or None.
+
+    Raises InputError.
+    """
+    leaves = held_arrays(cfg, dtype, kind)
     where = path_shardings(mesh, cfg, leaves)
     put = {
         path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where[path])
         for path, x in leaves.items()
     }
-    return tree_of(cfg, put)
+    return as_structs(tree_of(cfg, put))
+
+
+def held_arrays(cfg: Config, dtype: Any, kind: str | None) -> dict[TreePath, jax.ShapeDtypeStruct]:
+    """What `load` holds of a model, by path: of 8-bit weights the codes and the scales."""
+    out: dict[TreePath, jax.ShapeDtypeStruct] = {}
+    eight = quantised_rows(cfg) if kind else {}
+    code = jnp.int8 if kind == "int8" else jnp.float8_e4m3fn
+    for row in tensor_rows(cfg):
+        if row.path not in eight or (kind == "fp8" and row.path in _BESIDE_FP8):
+            out[row.path] = jax.ShapeDtypeStruct(row.shape, dtype)
+        else:
+            scales = row.channels if kind == "int8" else row.scale_shape(_BLOCK)
+            out[*row.path, VALUES] = jax.ShapeDtypeStruct(row.shape, code)
+            out[*row.path, SCALE] = jax.ShapeDtypeStruct(scales, jnp.float32)
+    return out
 
 
 def empty_cache(cfg: Config, mesh: Mesh, asked: Serving) -> KVCache:

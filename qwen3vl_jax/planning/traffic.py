@@ -83,31 +83,33 @@ def traffic(module: Module, devices: int) -> Traffic:
 def _collectives(module: Module, name: str, times: float, devices: int) -> Iterator[Collective]:
     """Those of one computation and of what is fused in it.
 
-    One that runs beside several fusions stands in each of them, with the same channel.
+    One that runs beside several fusions stands in each of them, with the same channel. Outside of
+    fusions a channel tells nothing: those of a `shard_map` all have the same.
     """
     seen = set()
-    for x, scatters in _inside(module, name):
+    for x, fused, scatters in _inside(module, name):
         kind = x.op.removesuffix("-start")
         if kind not in KINDS:
             continue
         channel = re.search(r"channel_id=(\d+)", x.rest)
-        key = (kind, channel[1] if channel else x.name)
+        group = _group(x.rest, devices)
+        key = (kind, channel[1] if fused and channel else x.name, group)
         if key not in seen:
             seen.add(key)
-            group = _group(x.rest, devices)
             kind = "reduce-scatter" if scatters and kind == "all-reduce" else kind
             yield Collective(kind, times, _moved(module, name, x, kind, len(group)), group)
 
 
-def _inside(module: Module, name: str) -> Iterator[tuple[Instruction, bool]]:
-    """Instructions of a computation and of its fusions; whether an all-reduce is cut up there."""
+def _inside(module: Module, name: str) -> Iterator[tuple[Instruction, bool, bool]]:
+    """Instructions of a computation and of its fusions; whether fused, and an all-reduce cut up there."""
     for x in module.computations[name]:
         inner = x.called("calls") if x.op in ("fusion", "async-start") else None
         if inner is None:
-            yield x, False
+            yield x, False, False
         else:
-            scatters = "all-reduce-scatter" in inner
-            yield from ((y, scatters or more) for y, more in _inside(module, inner))
+            beside, scatters = x.op == "fusion", "all-reduce-scatter" in inner
+            found = _inside(module, inner)
+            yield from ((y, beside or deep, scatters or more) for y, deep, more in found)
 
 
 def _moved(module: Module, name: str, x: Instruction, kind: str, count: int) -> float:

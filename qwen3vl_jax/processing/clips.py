@@ -19,10 +19,12 @@ from qwen3vl_jax.processing.pictures import (
     MAX_FETCH_BYTES,
     data_uri,
     fetch,
+    is_place,
     load_image,
     local_path,
     one_line,
     short,
+    stored,
     to_rgb,
 )
 
@@ -73,7 +75,7 @@ def open_clip(
     max_bytes: int = MAX_FETCH_BYTES,
     timeout: float = FETCH_SECONDS,
 ) -> Clip:
-    """A clip of a path, http(s) or file URL, data URI, bytes, list of frames, or array.
+    """A clip of a path, http(s), gs:// or file URL, data URI, bytes, list of frames, or array.
 
     Files hold their own times. Arrays are [T H W C] or [T C H W], whole numbers 0 to 255; lists
     hold what `load_image` reads, one frame each, and are used whole. Both need the rate of their
@@ -104,6 +106,9 @@ def open_clip(
         return _from_file(lambda: io.BytesIO(data), short(source, 80))
     if scheme == "file":
         source = local_path(source)
+    if is_place(source):
+        held = stored(source)
+        return _from_file(lambda: io.BytesIO(held), short(source))
     path = source
     return _from_file(lambda: open(path, "rb"), short(path))
 

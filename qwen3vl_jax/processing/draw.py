@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import re
 import sys
@@ -92,7 +93,14 @@ def draw_answer(out: Path, messages: list[dict], text: str, beside: list[str]) -
         name = out if number == 1 else out.with_stem(f"{out.stem}-{number}")
         source = next(feed) if medium.source is None else medium.source
         try:
-            draw_marks(load_image(source), marks).save(name)
+            _save(draw_marks(load_image(source), marks), name)
         except OSError as e:
             raise InputError(f"--draw {name}: cannot write ({e.strerror or e})") from e
         print(f"drew {len(marks)} marks on {name}", file=sys.stderr)
+
+
+def _save(image: Image.Image, name: Path) -> None:
+    """Writes a picture in the format that its name says."""
+    made, format = io.BytesIO(), Image.registered_extensions()[name.suffix.lower()]
+    image.save(made, format)
+    name.write_bytes(made.getvalue())

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.paths import as_path
 from qwen3vl_jax.processing.pictures import load_image, to_rgb
 
 __all__ = ["ImageSettings", "load_image", "preprocess", "smart_resize"]
@@ -78,7 +79,7 @@ class ImageSettings:
         Raises InputError.
         """
         for name in ("processor_config.json", cls.FILE):
-            path = Path(directory) / name
+            path = as_path(directory) / name
             if not path.is_file():
                 continue
             try:

@@ -7,6 +7,7 @@ import binascii
 import contextlib
 import io
 import os
+import re
 import struct
 import threading
 import time
@@ -21,6 +22,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.paths import as_path, reached
 
 # Opening by name keeps decoders that start other programs (EPS) or rarely see use out of reach.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
@@ -29,6 +31,7 @@ MAX_FETCH_BYTES = 64 * 2**20
 FETCH_SECONDS = 20.0
 _FETCH_CHUNK = 1 << 16
 _FETCH_SCHEMES = ("http", "https")
+_STORED = re.compile("(gs|s3|az)://")
 # First bytes of base64 text of a picture: without them, text is far more likely a path with a typo.
 _MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
 
@@ -36,7 +39,7 @@ _MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0
 def load_image(
     source: Any, *, max_bytes: int = MAX_FETCH_BYTES, timeout: float = FETCH_SECONDS
 ) -> Image.Image:
-    """Reads a picture: PIL image, array, bytes, path, base64 text, data URI, file or http(s) URL.
+    """Reads a picture: PIL image, array, bytes, path, base64 text, data URI, file, gs:// or http(s) URL.
 
     Arrays are [H W], [H W C] or [C H W] with 1, 3 or 4 channels: uint8, uint16 (scaled to 8 bits),
     bool, or floats from 0 to 1. Returns an upright 8-bit image of mode L, LA, P, RGB, RGBA, CMYK
@@ -78,7 +81,8 @@ def is_picture(path: str) -> bool:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            Image.open(path, formats=FORMATS).close()
+            file = io.BytesIO(stored(path)) if is_place(path) else path
+            Image.open(file, formats=FORMATS).close()
     except Image.UnidentifiedImageError:
         return False
     except Exception:  # known, and too large or broken: `load_image` says so
@@ -106,6 +110,8 @@ def _from_text(text: str, max_bytes: int, timeout: float) -> Image.Image:
         return _decode(io.BytesIO(data_uri(text)), "data URI")
     if scheme == "file":
         return _open(local_path(text))
+    if is_place(text):
+        return _open(text)
     if not _exists(text):
         try:
             data = decode_base64(text)
@@ -126,6 +132,8 @@ def _exists(path: str) -> bool:
 def _open(path: str) -> Image.Image:
     name = short(path)
     try:
+        if is_place(path):
+            return _decode(io.BytesIO(stored(path)), name)
         with open(path, "rb") as file:
             return _decode(file, name)
     except InputError:
@@ -133,6 +141,21 @@ def _open(path: str) -> Image.Image:
     except (OSError, ValueError) as e:
         reason = "no such file" if isinstance(e, FileNotFoundError) else getattr(e, "strerror", e)
         raise InputError(f"{name}: cannot read this picture: {reason}") from e
+
+
+def is_place(text: str) -> bool:
+    """Whether a text names an object of a store: gs://bucket/cat.png."""
+    return _STORED.match(text) is not None
+
+
+def stored(place: str) -> bytes:
+    """Bytes of an object. Raises InputError."""
+    name = short(place)
+    try:
+        with reached(name):
+            return as_path(place).read_bytes()
+    except FileNotFoundError as e:
+        raise InputError(f"{name}: cannot be read: no such file") from e
 
 
 def local_path(uri: str) -> str:

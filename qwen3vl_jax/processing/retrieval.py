@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.processing.pictures import is_picture
+from qwen3vl_jax.processing.pictures import is_picture, is_place
 
 REPRESENT = "Represent the user's input."
 RETRIEVE = "Given a search query, retrieve relevant candidates that answer the query."
@@ -64,7 +64,8 @@ def rerank_conversation(
 
 def document(given: str) -> dict[str, Any]:
     """A thing from a command line: the file of a picture or else of a clip; what is no file is text."""
-    if not os.path.isfile(given):  # nor is a text too long for a file's name
+    # Nor is a text too long for a file's name.
+    if not is_place(given) and not os.path.isfile(given):
         return {"text": given}
     return {"image" if is_picture(given) else "video": given}
 

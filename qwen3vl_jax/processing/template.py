@@ -14,6 +14,7 @@ import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.paths import as_path
 
 _CONTINUE = "CONTINUE_FINAL_MESSAGE_TAG "
 
@@ -33,7 +34,7 @@ class ChatTemplate:
         chat_template.json, processor_config.json, tokenizer_config.json. chosen: a file, a
         template's own text, or the name of one of several. Without any, `render` raises InputError.
         """
-        found = _templates(Path(directory))
+        found = _templates(as_path(directory))
         if chosen is None:
             return cls(found, str(directory))
         text = str(chosen)
@@ -42,8 +43,8 @@ class ChatTemplate:
         if "{{" in text or "{%" in text:
             return cls({"default": text})
         if text.endswith(".json"):
-            return cls(_named(_load(Path(text)).get("chat_template"), Path(text)), text)
-        return cls({"default": _read(Path(text))}, text)
+            return cls(_named(_load(as_path(text)).get("chat_template"), as_path(text)), text)
+        return cls({"default": _read(as_path(text))}, text)
 
     def text(self, with_tools: bool) -> str:
         """The template's text: "tool_use" if there are tools and it exists, else "default"."""

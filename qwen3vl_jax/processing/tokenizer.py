@@ -12,6 +12,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.paths import as_path
 
 # How Qwen2's vocabulary cuts text before it merges bytes: contractions, words, single digits,
 # punctuation, line ends, spaces. It belongs to the vocabulary; vocab.json does not hold it.
@@ -63,7 +64,7 @@ class Tokenizer:
         Added tokens come from tokenizer.json, tokenizer_config.json (added_tokens_decoder) and
         added_tokens.json; both ways give the same ids. Raises InputError.
         """
-        directory = Path(directory)
+        directory = as_path(directory)
         config = _read_json(directory / "tokenizer_config.json", default={})
         names = {**_read_json(directory / "special_tokens_map.json", default={}), **config}
         if (directory / "tokenizer.json").is_file():
@@ -233,7 +234,7 @@ def _read_json(path: Path, default: Any = None) -> Any:
 
 def _from_file(path: Path) -> tokenizers.Tokenizer:
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
+        return tokenizers.Tokenizer.from_buffer(path.read_bytes())
     except Exception as e:  # tokenizers raises Exception itself
         raise InputError(f"{path}: cannot read this tokenizer: {' '.join(str(e).split())}") from e
 

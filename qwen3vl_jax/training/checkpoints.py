@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from qwen3vl_jax.orbax_io import stored_tensors
+from qwen3vl_jax.paths import as_path, for_orbax
 from qwen3vl_jax.training.run_dir import CHECKPOINTS, META, DiffersError, scores
 from qwen3vl_jax.training.step import TrainState
 
@@ -48,8 +49,8 @@ class Checkpoints:
             preservation_policy=stays,
             cleanup_tmp_directories=True,  # what a killed process left half written
         )
-        self._dir = Path(run_dir).absolute()
-        self._manager = ocp.CheckpointManager(self._dir / CHECKPOINTS, options=options)
+        self._dir = as_path(run_dir)
+        self._manager = ocp.CheckpointManager(for_orbax(self._dir / CHECKPOINTS), options=options)
 
     def is_best(self, score: float | None) -> bool:
         """Whether a step with this loss would be one of the best that are kept."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
 
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.paths import as_path, kind
 from qwen3vl_jax.training.recipe import Recipe
 
 _EXTRA = ("grain", "tomli_w", "matplotlib", "tensorboardX")
@@ -17,8 +17,8 @@ def check_run(recipe: Recipe) -> None:
     """Raises InputError for a recipe that cannot start here: extras, mesh, model, files."""
     check_extras(recipe)
     check_sources(recipe)
-    if Path(recipe.ckpt).is_dir():
-        Config.from_hf(Path(recipe.ckpt))
+    if kind(as_path(recipe.ckpt)) == "folder":
+        Config.from_hf(recipe.ckpt)
 
 
 def check_extras(recipe: Recipe) -> None:
@@ -40,7 +40,7 @@ def check_sources(recipe: Recipe) -> None:
     for table, sources in (("data", recipe.data.sources), ("evaluate", recipe.evaluate.sources)):
         for number, source in enumerate(sources):
             name = f"{table}.sources.{number}"
-            if not source.path.startswith(PYTHON) and not Path(source.path).exists():
+            if not source.path.startswith(PYTHON) and not kind(as_path(source.path)):
                 raise InputError(f"{name}.path is {source.path!r}: no such file")
-            if source.media and not Path(source.media).is_dir():
+            if source.media and kind(as_path(source.media)) != "folder":
                 raise InputError(f"{name}.media is {source.media!r}: no such folder")

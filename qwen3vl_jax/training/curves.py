@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 from qwen3vl_jax.training.tables import STEP, read_table
@@ -39,7 +40,9 @@ def draw_curves(metrics: Path, evaluation: Path, out: Path) -> None:
                 axes.legend()
             if title == "gradient norm" and all(float(r["grad_norm"]) > 0 for r in trained):
                 axes.set_yscale("log")
-        figure.savefig(out, dpi=110)
+        drawn = io.BytesIO()
+        figure.savefig(drawn, dpi=110, format="png")
+        out.write_bytes(drawn.getvalue())
 
 
 def _line(axes, rows: list[dict[str, str]], name: str, label: str, style: str) -> None:

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.paths import as_path, kind
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.processing.tokenizer import Tokenizer
 from qwen3vl_jax.training import estimate
@@ -62,7 +63,7 @@ def _say(console: Console, text: str) -> None:
 def _opened(recipe: Recipe) -> tuple[Config, Processor | None, list[str]]:
     """(config, processor if its files are here, what is missing)."""
     ckpt = recipe.ckpt
-    if Path(ckpt).exists() or not (size := _SIZE.search(ckpt)):
+    if kind(as_path(ckpt)) or not (size := _SIZE.search(ckpt)):
         return *_with_new_tokens(recipe, ckpt), []
     from huggingface_hub import snapshot_download
 

@@ -8,8 +8,9 @@ from convert.readers import side_files
 from convert.to_orbax import PARAMS
 from qwen3vl_jax.checkpoint import resolve
 from qwen3vl_jax.config import Config
+from qwen3vl_jax.paths import is_remote, remove_tree
 from qwen3vl_jax.processing.processor import Processor
-from qwen3vl_jax.staging import copy_files, staged
+from qwen3vl_jax.staging import CONFIG, copy_files, staged
 from qwen3vl_jax.training.recipe import Recipe
 
 
@@ -19,6 +20,8 @@ def write_model_files(recipe: Recipe, target: Path) -> None:
     Raises InputError for a checkpoint that is not there, and for tokens that cannot be added.
     """
     source = resolve(recipe.ckpt)
+    if is_remote(target) and (target / CONFIG).is_file():
+        remove_tree(target)  # this run's own, of a start that did not come to a checkpoint
     with staged(target, force=True) as stage:
         copy_files(source, side_files(source, leave_out=[PARAMS]), stage)
         if recipe.train.new_tokens:

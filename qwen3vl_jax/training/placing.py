@@ -115,7 +115,7 @@ def put(x: Any, where: NamedSharding | None) -> jax.Array:
     return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
 
 
-def placed(shapes: Any, where: Any) -> Any:
+def with_shardings(shapes: Any, where: Any) -> Any:
     """ShapeDtypeStructs of a tree, each with its sharding: what is compiled ahead of time."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where

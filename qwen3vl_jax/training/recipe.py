@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.paths import as_path
 
 _T = TypeVar("_T")
 
@@ -129,7 +130,7 @@ class Report:
 @dataclasses.dataclass(frozen=True)
 class Mesh:
     data: int = 1
-    fsdp: int = 1
+    fsdp: int = 0
     tensor: int = 1
     expert: int = 1
     sequence: int = 1
@@ -184,7 +185,7 @@ def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
     A change's value is TOML, or a bare word for a string. Raises InputError for a file that cannot be
     read, a key that no recipe has, and a value that no run can have.
     """
-    path = Path(path)
+    path = as_path(path)
     try:
         raw = tomllib.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -231,8 +232,6 @@ def _check_together(recipe: Recipe) -> None:
     for name, factor in recipe.train.rates.items():
         if not 0 <= factor < math.inf:
             raise InputError(f"train.rates.{name} is {factor}, expected a finite number from 0")
-    if recipe.mesh.fsdp == 0:
-        raise InputError("mesh.fsdp is 0, expected a number from 1, or -1 for all that are left")
     if recipe.lora.adapter and not recipe.lora.rank:
         raise InputError("lora.adapter is set and lora.rank is 0, expected the adapter's rank")
     for table, sources in (("data", recipe.data.sources), ("evaluate", recipe.evaluate.sources)):

@@ -6,18 +6,19 @@ pictures and clips inside the messages and their relative paths made whole.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib
 import logging
 import os
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
 
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.paths import as_path, is_remote, read_range
 from qwen3vl_jax.training.chat_form import Record, chat_form, parsed, without_nulls
 from qwen3vl_jax.training.recipe import Source
 
@@ -47,7 +48,7 @@ def open_records(source: Source) -> Records:
     if source.path.startswith("python:"):
         found: Records = Made.of(source)
     else:
-        path = Path(source.path)
+        path = as_path(source.path)
         if source.options:
             names = ", ".join(source.options)
             raise InputError(f"{path}: options ({names}) are for python:module:Class sources")
@@ -79,7 +80,7 @@ class Lines:
     def of(cls, path: str, media: str) -> Lines:
         """Looks through the file once; lines of at most one byte are no records."""
         ends = [np.zeros(0, np.int64)]
-        with open(path, "rb") as file:
+        with as_path(path).open("rb") as file:
             start = 0
             while chunk := file.read(_CHUNK):
                 ends.append(start + np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")))
@@ -97,9 +98,7 @@ class Lines:
 
     def read(self, index: int) -> Record:
         begin, end, _ = self.spans[index].tolist()
-        with open(self.path, "rb") as file:
-            file.seek(begin)
-            return chat_form(parsed(file.read(end - begin)), self.media)
+        return chat_form(parsed(read_range(as_path(self.path), begin, end - begin)), self.media)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +121,7 @@ class Items:
 
 def _json(path: str, media: str) -> Records:
     """A .json file: one list, or else a record a line."""
-    with open(path, "rb") as file:
+    with as_path(path).open("rb") as file:
         if file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] != b"[":
             return Lines.of(path, media)
         file.seek(0)
@@ -144,10 +143,9 @@ class Table:
     @classmethod
     def of(cls, path: str, media: str) -> Table:
         import pyarrow
-        from pyarrow import parquet
 
         try:
-            with parquet.ParquetFile(path) as file:
+            with _parquet(path) as file:
                 columns = tuple(n for n in file.schema_arrow.names if n in _COLUMNS)
                 meta = file.metadata
                 groups = [meta.row_group(g) for g in range(meta.num_row_groups)]
@@ -176,11 +174,22 @@ class Table:
         return chat_form(without_nulls(row), self.media)
 
 
-@functools.lru_cache(maxsize=4)
-def _row_group(path: str, group: int, columns: tuple[str, ...]) -> Any:
+@contextlib.contextmanager
+def _parquet(path: str) -> Iterator[Any]:
+    """A parquet file; of an object the ranges that are asked for."""
     from pyarrow import parquet
 
-    with parquet.ParquetFile(path) as file:
+    if not is_remote(path):
+        with parquet.ParquetFile(path) as file:
+            yield file
+        return
+    with as_path(path).open("rb") as read, parquet.ParquetFile(read) as file:
+        yield file
+
+
+@functools.lru_cache(maxsize=4)
+def _row_group(path: str, group: int, columns: tuple[str, ...]) -> Any:
+    with _parquet(path) as file:
         return file.read_row_group(group, columns=list(columns))
 
 
@@ -194,6 +203,8 @@ class Array:
 
     @classmethod
     def of(cls, path: str, media: str) -> Array:
+        if is_remote(path):
+            raise InputError(f"{path}: ArrayRecord is read from disks; use JSONL or parquet there")
         try:
             return cls(path, media, len(_array(path)))
         except (RuntimeError, ValueError) as error:

@@ -27,12 +27,22 @@ from qwen3vl_jax.training.feed import Drawn, Feed
 from qwen3vl_jax.training.model_files import open_model, write_model_files
 from qwen3vl_jax.training.optimizer import make_schedule
 from qwen3vl_jax.training.packing import PackedBatch
+from qwen3vl_jax.training.preset import asks_for_mesh, spelled
 from qwen3vl_jax.training.recipe import Data, Recipe, as_dict, flat
 from qwen3vl_jax.training.shares import Shares
 from qwen3vl_jax.training.speed import Speed
-from qwen3vl_jax.training.start import check_fits, groups_of, mesh_of, opened, plain, whole_path
+from qwen3vl_jax.training.start import (
+    check_fits,
+    groups_of,
+    laid_out,
+    mesh_of,
+    opened,
+    plain,
+    whole_path,
+)
 from qwen3vl_jax.training.stop import Stop, Stopped, on_sigterm
 from qwen3vl_jax.training.watch import Muted, Watch
+from qwen3vl_jax.writing import Mirrored
 
 
 def train(recipe: Recipe, out: Path) -> None:
@@ -41,6 +51,7 @@ def train(recipe: Recipe, out: Path) -> None:
     Returns when all steps are done, or after SIGTERM, which saves first. Raises InputError for what
     cannot start, for a directory of another run, and where a loss is not a number.
     """
+    asked, recipe = recipe, laid_out(recipe, out)
     mesh = mesh_of(recipe)
     with on_sigterm() as stop, opened(out), nullcontext() if mesh is None else jax.set_mesh(mesh):
         first = processes.from_first(max(run_dir.saved_steps(out), default=0))
@@ -52,6 +63,8 @@ def train(recipe: Recipe, out: Path) -> None:
         with Watch(out, recipe, first) if processes.is_first() else Muted() as watch:
             for line in noted:
                 watch.progress.say(f"going on from step {first}: {line}")
+            if mesh is not None and not asks_for_mesh(asked):
+                watch.progress.say(f"no [mesh]: {mesh.size} devices, {spelled(recipe.mesh)}")
             held: dict[str, int] = {}
             less = "step.remat=full or step.loss_chunk"
             with memory_advice(held, less if first else f"pack.rows, {less}"):
@@ -281,6 +294,7 @@ class Run:
         """Saves where a checkpoint is due, and where the evaluation was one of the best."""
         if due or self.saved.is_best(score):
             watch.refused(_refused_anywhere(self.feed))
+            watch.sync()
             position = self.feed.whole_state(self.position or self.feed.get_state())
             self.meta |= {"recipe": plain(flat(self.recipe)), "data": position}
             self.meta |= {"machine": machine.described(), "score": score}
@@ -306,12 +320,13 @@ class Profiler:
     """A profiler trace of chosen steps in RUN_DIR/profile, which TensorBoard and XProf read."""
 
     def __init__(self, steps: tuple[int, ...], out: Path):
-        self._steps, self._folder, self._on = set(steps), out / "profile", False
+        self._steps, self._on = set(steps), False
+        self._traces = Mirrored(out / "profile") if steps else None
 
     def before(self, number: int) -> None:
         """Starts a trace with the first of several chosen steps in a row."""
-        if number in self._steps and not self._on:
-            jax.profiler.start_trace(str(self._folder))
+        if self._traces and number in self._steps and not self._on:
+            jax.profiler.start_trace(str(self._traces.folder))
             self._on = True
 
     def after(self, number: int, metrics: Any) -> None:
@@ -322,6 +337,7 @@ class Profiler:
 
     def end(self) -> None:
         """Ends a trace that is still on: the run ends before its last chosen step."""
-        if self._on:
+        if self._traces and self._on:
             jax.profiler.stop_trace()
             self._on = False
+            self._traces.sync()

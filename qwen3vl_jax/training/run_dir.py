@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.paths import as_path, for_orbax, is_remote, kind, make_folder
 from qwen3vl_jax.training.tables import STEP, read_table
 
 try:
@@ -20,6 +21,7 @@ except ImportError:  # Windows opens no directory, so there is nothing to lock
 
 CHECKPOINTS, META, CONFIG = "checkpoints", "meta", "config.toml"
 EVALUATION = "evaluation.csv"
+COMMITTED = "commit_success.txt"  # Orbax's, in a step on gs://
 MODEL = "model"  # the model's config.json, tokenizer and template, new tokens in it
 
 # Keys of the recipe that a resumed run may change; any other would give another run.
@@ -45,15 +47,18 @@ class DiffersError(InputError):
 def opened(out: Path) -> Iterator[Path]:
     """The run's directory, made where there is none, with no other process in it.
 
-    Raises InputError for a file, for a directory with other things in it, and while another run
-    writes there.
+    Raises InputError for a file, for a directory with other things in it, for a place that Orbax does
+    not write to, and while another run writes there. A remote place has no lock that a killed run lets
+    go of, so none is held there.
     """
-    if out.exists() and not out.is_dir():
+    for_orbax(out)
+    there = kind(out)
+    if there == "file":
         raise InputError(f"--out {out}: is a file, expected a directory")
-    if out.is_dir() and any(out.iterdir()) and not (out / CONFIG).is_file():
+    if there and any(out.iterdir()) and not (out / CONFIG).is_file():
         raise InputError(f"--out {out}: holds files and no {CONFIG} of a run; choose another one")
-    out.mkdir(parents=True, exist_ok=True)
-    lock = os.open(out, os.O_RDONLY) if fcntl else None
+    make_folder(out)
+    lock = os.open(out, os.O_RDONLY) if fcntl and not is_remote(out) else None
     try:
         if lock is not None and fcntl:
             try:
@@ -67,15 +72,19 @@ def opened(out: Path) -> Iterator[Path]:
 
 
 def saved_steps(run_dir: str | Path) -> list[int]:
-    """The steps of a run that were saved wholly, ascending; Orbax renames a step when it is whole."""
-    folder = Path(run_dir) / CHECKPOINTS
+    """The steps of a run that were saved wholly, ascending.
+
+    Orbax gives a step its name when it is whole, or on an object store writes COMMITTED last.
+    """
+    folder = as_path(run_dir) / CHECKPOINTS
     found = folder.iterdir() if folder.is_dir() else ()
-    return sorted(int(p.name) for p in found if p.name.isdecimal() and _meta_file(p).is_file())
+    last = (lambda step: step / COMMITTED) if is_remote(folder) else _meta_file
+    return sorted(int(p.name) for p in found if p.name.isdecimal() and last(p).is_file())
 
 
 def read_meta(run_dir: str | Path, step: int) -> dict[str, Any]:
     """What was saved beside a step's state. Raises InputError for a file that cannot be read."""
-    path = _meta_file(Path(run_dir) / CHECKPOINTS / str(step))
+    path = _meta_file(as_path(run_dir) / CHECKPOINTS / str(step))
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -91,7 +100,7 @@ def scores(run_dir: str | Path) -> dict[int, float]:
 
     A step in which the run ended is saved before its evaluation, which only evaluation.csv tells.
     """
-    rows = read_table(Path(run_dir) / EVALUATION)
+    rows = read_table(as_path(run_dir) / EVALUATION)
     later = {int(row[STEP]): float(row["loss"]) for row in rows if row.get("loss")}
     steps = saved_steps(run_dir)
     found = {step: read_meta(run_dir, step).get("score") for step in steps}

@@ -21,7 +21,7 @@ from qwen3vl_jax.structs import Params
 from qwen3vl_jax.training import groups
 from qwen3vl_jax.training.groups import Flat
 from qwen3vl_jax.training.optimizer import make_optimizer
-from qwen3vl_jax.training.placing import params_shardings, placed, put, state_shardings
+from qwen3vl_jax.training.placing import params_shardings, put, state_shardings, with_shardings
 from qwen3vl_jax.training.recipe import Recipe
 from qwen3vl_jax.training.stacked import layer_counts, load_stacked, place_of
 from qwen3vl_jax.training.step import TrainState, init_state, train_step
@@ -188,7 +188,7 @@ def shape_of_state(
 ) -> TrainState:  # fmt: skip
     """`first_state` as ShapeDtypeStructs, on a mesh with their shardings."""
     state = jax.eval_shape(functools.partial(first_state, recipe, rule), weights)
-    return placed(state, state_shardings(mesh, cfg, state)) if mesh else state
+    return with_shardings(state, state_shardings(mesh, cfg, state)) if mesh else state
 
 
 def begin(

@@ -1,4 +1,4 @@
-"""A checkpoint read straight into stacked layers: one tensor of the host's at a time, no second copy."""
+"""A checkpoint read straight into stacked layers: of one tensor at a time the shards, no second copy."""
 
 from __future__ import annotations
 
@@ -11,17 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert import int8, matching
 from convert.mapping import rows, tree_of
-from convert.stored import check_stored, check_weights, stored_kind
-from convert.to_orbax import PARAMS
 from qwen3vl_jax.checkpoint import resolve
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.loading import Source, on_devices, read_leaves
 from qwen3vl_jax.quantized import as_structs
-from qwen3vl_jax.staging import read_config
 from qwen3vl_jax.structs import Params
-from qwen3vl_jax.tensors import TreePath, spell
+from qwen3vl_jax.tensors import LazyTensor, TreePath, spell
 
 Place = tuple[TreePath, int | None]  # where a tensor lies with stacked layers, and its layer
 DtypeOf = Callable[[str], Any]  # of a parameter's stacked name
@@ -59,38 +56,13 @@ def load_stacked(
     """
     directory = resolve(ckpt)
     cfg = Config.from_hf(directory)
-    stacks = _Stacks(cfg, dtype_of, where_of)
-    if (directory / PARAMS).is_dir():
-        _read_orbax(directory, cfg, weights, stacks)
-    else:
-        lazy = matching.open_hf(directory, cfg, None, weights)
-        if weights == "int8":
-            lazy = int8.quantised(cfg, lazy)
-        for path, leaf in lazy.items():
-            stacks.put(path, leaf.load())
+    source, stacks = Source(directory, cfg, weights), _Stacks(cfg, dtype_of, where_of)
+    read_leaves(source, source.stored(), stacks.put)
     held = {path if path in stacks.known else path[:-1] for path in stacks.leaves}
     if missing := stacks.known - held:
         names = ", ".join(sorted(map(spell, missing)))
         raise InputError(f"{directory}: holds no {names}, which training needs")
     return as_structs(tree_of(cfg, stacks.leaves))
-
-
-def _read_orbax(directory: Any, cfg: Config, weights: str | None, stacks: _Stacks) -> None:
-    from qwen3vl_jax.orbax_io import read_tree, stored_tensors
-
-    held = stored_tensors(directory / PARAMS)
-    check_stored(directory, cfg, held, read_config(directory))
-    check_weights(directory, stored_kind(held), weights)
-    rounded = int8.quantised_rows(cfg) if weights == "int8" and stored_kind(held) is None else {}
-
-    def sink(path: TreePath, array: np.ndarray) -> None:
-        if path not in rounded:
-            return stacks.put(path, array)
-        for key, part in int8.quantise(rounded[path], array).items():
-            stacks.put((*path, key), part)
-        return None
-
-    read_tree(directory / PARAMS, sink)
 
 
 class _Stacks:
@@ -101,34 +73,28 @@ class _Stacks:
         self.known = {place_of(row.path)[0] for row in rows(cfg)}
         self._counts, self._dtype_of, self._where_of = layer_counts(cfg), dtype_of, where_of
 
-    def put(self, path: TreePath, array: np.ndarray) -> None:
-        """Takes one tensor; it is on the device when this returns."""
+    def put(self, path: TreePath, leaf: LazyTensor) -> None:
+        """Takes one tensor; what this process holds of it is on its devices when this returns."""
         place, layer = place_of(path)
         # any other place is the values or the scale of a weight held in 8 bits
-        dtype = jnp.dtype(self._dtype_of(spell(place))) if place in self.known else array.dtype
+        dtype = jnp.dtype(self._dtype_of(spell(place))) if place in self.known else leaf.dtype
         lead = () if layer is None else (self._counts[str(place[0])],)
-        shape = jax.ShapeDtypeStruct((*lead, *array.shape), dtype)
+        shape = jax.ShapeDtypeStruct((*lead, *leaf.shape), dtype)
         where = self._where_of(spell(place), shape)
         if layer is None:
-            self.leaves[place] = _on_device(array, where).astype(dtype).block_until_ready()
+            self.leaves[place] = on_devices(leaf, where).astype(dtype).block_until_ready()
             return
         if place not in self.leaves:
             self.leaves[place] = jnp.zeros(shape.shape, dtype, device=where)
-        stack = _write(self.leaves.pop(place), _on_device(array, where, 1), layer, where=where)
+        stack = _write(self.leaves.pop(place), on_devices(leaf, inner(where)), layer, where=where)
         self.leaves[place] = stack.block_until_ready()
 
 
-def _on_device(array: np.ndarray, where: Any, dropped: int = 0) -> jax.Array:
-    """A host array on the device, or the pieces of it that this process's devices hold.
-
-    dropped: leading axes of the sharding that the array does not have. It copies: a memory map must
-    not be what the device computes with.
-    """
+def inner(where: Any) -> Any:
+    """The sharding of a layer of a stack that lies so."""
     if where is None:
-        return jnp.array(array)
-    spec = jax.sharding.PartitionSpec(*where.spec[dropped:])
-    where = jax.sharding.NamedSharding(where.mesh, spec)
-    return jax.make_array_from_callback(array.shape, where, lambda index: np.array(array[index]))
+        return None
+    return jax.sharding.NamedSharding(where.mesh, jax.sharding.PartitionSpec(*where.spec[1:]))
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames="where")

@@ -14,15 +14,33 @@ import jax
 from jax.sharding import Mesh
 
 from qwen3vl_jax import processes
+from qwen3vl_jax.checkpoint import resolve
+from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.sharding import AXES, make_mesh, rows_parts
+from qwen3vl_jax.paths import absolute, as_path, kind
+from qwen3vl_jax.sharding import make_mesh, rows_parts, slice_count
 from qwen3vl_jax.training import machine, run_dir
+from qwen3vl_jax.training.preset import asks_for_mesh, preset, sizes_of
 from qwen3vl_jax.training.recipe import Recipe, flat
+
+
+def laid_out(recipe: Recipe, out: Path) -> Recipe:
+    """The recipe with a mesh: where it asks for none, the preset of all devices there are.
+
+    out: the run's directory. Rows of a run that goes on are cut as its groups allow.
+    """
+    if asks_for_mesh(recipe):
+        return recipe
+    cfg, devices, pack = Config.from_hf(resolve(recipe.ckpt)), jax.devices(), recipe.pack
+    if first := max(run_dir.saved_steps(out), default=0):
+        pack = dataclasses.replace(pack, groups=_groups(run_dir.read_meta(out, first)))
+    mesh = preset(cfg, pack, len(devices), slice_count(devices))
+    return dataclasses.replace(recipe, mesh=mesh)
 
 
 def mesh_of(recipe: Recipe) -> Mesh | None:
     """The devices of a run; None is the first alone. Raises InputError where there are not as many."""
-    sizes, count = {n: getattr(recipe.mesh, n) for n in AXES}, jax.device_count()
+    sizes, count = sizes_of(recipe), jax.device_count()
     wanted = math.prod(sizes.values())
     if wanted == 1 and jax.process_count() == 1:
         return None
@@ -35,15 +53,18 @@ def groups_of(recipe: Recipe, mesh: Mesh | None, meta: dict[str, Any]) -> int:
 
     Raises InputError where the mesh cuts rows into parts that are no whole groups.
     """
-    parts = 1 if mesh is None else rows_parts(mesh)
-    began = len(meta["data"].get("groups", [0])) if meta else 0
-    groups = began or recipe.pack.groups or parts
+    parts = 1 if mesh is None else rows_parts(mesh.shape)
+    groups = (_groups(meta) if meta else 0) or recipe.pack.groups or parts
     if groups % parts:
         raise InputError(
             f"the run has {groups} groups of rows, expected a multiple of mesh.data x mesh.fsdp x "
             f"mesh.expert, which are {parts}; take fewer, or begin a run with pack.groups={parts}"
         )
     return groups
+
+
+def _groups(meta: dict[str, Any]) -> int:
+    return len(meta["data"].get("groups", [0]))
 
 
 @contextmanager
@@ -68,7 +89,7 @@ def check_fits(recipe: Recipe, meta: dict[str, Any], out: Path) -> list[str]:
 
 def whole_path(ckpt: str) -> str:
     """The place of a model from any folder; a Hub id stays what it is."""
-    return str(Path(ckpt).resolve()) if Path(ckpt).is_dir() else ckpt
+    return str(absolute(ckpt)) if kind(as_path(ckpt)) == "folder" else ckpt
 
 
 def plain(value: Any) -> Any:

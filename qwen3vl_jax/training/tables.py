@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from qwen3vl_jax.writing import Growing
 
 STEP = "step"
 
 
 class Table:
-    """A CSV file with a row a step. Rows are on their way to the disk when `write` returns."""
+    """A CSV file with a row a step. Rows are on their way to the disk when `write` returns.
+
+    A remote one is written whole, at most every Growing.EVERY seconds and by `sync`.
+    """
 
     def __init__(self, path: Path, first: int = 0):
         """first: the step a run goes on from; rows after it, and a torn last one, are taken out."""
@@ -28,25 +32,26 @@ class Table:
         row = {STEP: str(step), **{name: spelled(value) for name, value in values.items()}}
         self.steps.add(step)
         if new := [name for name in row if name not in self._columns]:
+            self.sync()
             rows = read_table(self._path)
             self._columns += new
             self._rewrite([*rows, row])
         else:
             self._file.write(self._text([row]))
-            self._file.flush()
+
+    def sync(self) -> None:
+        """Has all rows where others can read them."""
+        self._file.sync()
 
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
-        part = self._path.with_name(self._path.name + ".part")
-        head = ",".join(self._columns) + "\n" if self._columns else ""
-        part.write_text(head + self._text(rows))
-        os.replace(part, self._path)  # a killed process leaves the old file or the new one
         if hasattr(self, "_file"):
             self._file.close()
-        self._file = self._path.open("a", newline="")
+        head = ",".join(self._columns) + "\n" if self._columns else ""
+        self._file = Growing(self._path, head + self._text(rows))
 
     def _text(self, rows: list[dict[str, str]]) -> str:
         out = io.StringIO()

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.paths import as_path, make_folder
 from qwen3vl_jax.processing.tokenizer import Tokenizer
 from qwen3vl_jax.quantized import Quantized
 from qwen3vl_jax.structs import Params
@@ -32,13 +33,13 @@ def add_tokens(
     as <tool_call> is: found by their spelling, shown in answers. vocab_size: rows of the model's
     table. Raises InputError for names that cannot be added and where the spare rows do not suffice.
     """
-    source, out = Path(directory_in), Path(directory_out)
+    source, out = as_path(directory_in), as_path(directory_out)
     tokenizer = Tokenizer.from_pretrained(source)
     ids = new_ids(tokenizer, names, vocab_size)
     entries = [
         {"content": name, **_FLAGS, "special": False, "id": i} for name, i in zip(names, ids)
     ]
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     changed = _changed_files(source, entries)
     for file, content in changed.items():
         text = json.dumps(content, indent=2, ensure_ascii=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import time
 import zlib
@@ -12,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qwen3vl_jax.paths import absolute, make_folder
 from qwen3vl_jax.training.curves import draw_curves
 from qwen3vl_jax.training.progress import Progress
 from qwen3vl_jax.training.recipe import Recipe, as_dict
 from qwen3vl_jax.training.run_dir import EVALUATION
 from qwen3vl_jax.training.tables import Table
+from qwen3vl_jax.writing import Mirrored
 
 if TYPE_CHECKING:
     from qwen3vl_jax.training.evaluate import Answered
@@ -33,7 +36,9 @@ class Watch:
         self.metrics = Table(out / METRICS, first)
         self.evaluations = Table(out / EVALUATION, first)
         self.progress = Progress(recipe.steps, first)
-        self._board, self._wandb = _board(out, recipe, first), _wandb(out, recipe)
+        self._others = Mirrored(out)
+        self._board = _board(self._others.folder, recipe, first)
+        self._wandb = _wandb(out, self._others.folder, recipe)
         self._refused = _read_refused(out / REFUSED)
         self._since = time.perf_counter()
 
@@ -47,8 +52,17 @@ class Watch:
         self.evaluations.close()
         if self._board:
             self._board.close()
+        self._others.close()
         if self._wandb:
             self._wandb.finish(exit_code=int(kind is not None))
+
+    def sync(self) -> None:
+        """Has what was told where it belongs: before a step is saved that a resumed run goes on from."""
+        self.metrics.sync()
+        self.evaluations.sync()
+        if self._board:
+            self._board.flush()
+        self._others.sync()
 
     def restart_clock(self) -> None:
         """The next step's time starts now: what came before (evaluating, saving) is not its own."""
@@ -83,7 +97,7 @@ class Watch:
         if not answers:
             return
         folder = self.out / "answers"
-        folder.mkdir(exist_ok=True)
+        make_folder(folder)
         lines = [json.dumps(a._asdict() | {"exact": a.exact}, ensure_ascii=False) for a in answers]
         path = folder / f"step_{number}.jsonl"
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -100,8 +114,9 @@ class Watch:
         if not new:
             return
         self._refused |= new
-        with (self.out / REFUSED).open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([("sample", "reason"), *self._refused.items()])
+        text = io.StringIO()
+        csv.writer(text).writerows([("sample", "reason"), *self._refused.items()])
+        (self.out / REFUSED).write_bytes(text.getvalue().encode())
         (name, reason), more = next(iter(new.items())), len(new) - 1
         rest = f" (and {more} more, see {REFUSED})" if more else ""
         self.progress.say(f"left out or cut: {name}: {reason}{rest}")
@@ -140,27 +155,27 @@ class Muted:
     def _nothing(self, *told: Any) -> None:
         pass
 
-    step = evaluation = refused = draw = say = restart_clock = _nothing
+    step = evaluation = refused = draw = say = restart_clock = sync = _nothing
 
 
-def _board(out: Path, recipe: Recipe, first: int) -> Any:
+def _board(folder: Path, recipe: Recipe, first: int) -> Any:
     if not recipe.report.tensorboard:
         return None
     from tensorboardX import SummaryWriter
 
     # purge_step hides what a killed run wrote after the checkpoint
-    return SummaryWriter(str(out / "tensorboard"), purge_step=first + 1)
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1)
 
 
-def _wandb(out: Path, recipe: Recipe) -> Any:
+def _wandb(out: Path, folder: Path, recipe: Recipe) -> Any:
     if not recipe.report.wandb:
         return None
     import wandb  # pyright: ignore[reportMissingImports]
 
-    path = out.resolve()
+    path = absolute(out)
     unique = f"{path.name}-{zlib.crc32(str(path).encode()):08x}"  # the same when the run resumes
     return wandb.init(
-        project=recipe.report.wandb, name=path.name, id=unique, resume="allow", dir=str(out),
+        project=recipe.report.wandb, name=path.name, id=unique, resume="allow", dir=str(folder),
         config=as_dict(recipe),
     )  # fmt: skip
 
@@ -168,8 +183,8 @@ def _wandb(out: Path, recipe: Recipe) -> Any:
 def _read_refused(path: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        return {row[0]: row[1] for row in list(csv.reader(file))[1:] if len(row) == 2}
+    text = io.StringIO(path.read_bytes().decode(), newline="")
+    return {row[0]: row[1] for row in list(csv.reader(text))[1:] if len(row) == 2}
 
 
 def _short(text: str) -> str:

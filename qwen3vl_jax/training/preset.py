@@ -1,0 +1,51 @@
+"""The mesh of a recipe that asks for none, by the kind of the model and the number of devices."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from qwen3vl_jax.config import Config
+from qwen3vl_jax.training.recipe import Mesh, Pack, Recipe
+
+# A dense model is cut over all devices (fsdp), one of experts over fsdp x expert, the latter the largest
+# of these that is not larger than the former: tokens go to every device of that axis.
+_EXPERT = (8, 4, 2)
+_FSDP = 128  # at most, then data: the vision tower's 1,152 channels are 9 x 128
+
+
+def asks_for_mesh(recipe: Recipe) -> bool:
+    """Whether a recipe says how devices are arranged: any axis of another size than its default."""
+    return recipe.mesh != Mesh()
+
+
+def sizes_of(recipe: Recipe) -> dict[str, int]:
+    """The sizes of sharding.AXES that a recipe asks for; fsdp may be -1."""
+    return {name: n or 1 for name, n in vars(recipe.mesh).items()}
+
+
+def spelled(mesh: Mesh) -> str:
+    """A mesh as a command line has it: mesh.fsdp=4 mesh.expert=2."""
+    return " ".join(f"mesh.{name}={n}" for name, n in vars(mesh).items() if n != 1) or "one device"
+
+
+def with_preset(recipe: Recipe, cfg: Config, count: int, slices: int = 1) -> Recipe:
+    """The recipe itself, or with the `preset` of `count` devices where it asks for no mesh."""
+    if asks_for_mesh(recipe):
+        return recipe
+    return dataclasses.replace(recipe, mesh=preset(cfg, recipe.pack, count, slices))
+
+
+def preset(cfg: Config, pack: Pack, count: int, slices: int = 1) -> Mesh:
+    """A mesh of `count` devices in equal `slices`, over which data alone goes.
+
+    Where rows, or the groups they are in, do not divide evenly over the devices, tensor has the rest.
+    """
+    rows = math.gcd(pack.rows, pack.vision_rows, pack.groups)
+    parts = math.gcd(max(rows // slices, 1), count // slices)  # of the rows of a slice
+    experts = cfg.text.num_experts
+    fitting = (n for n in _EXPERT if experts and not experts % n and not parts % n)
+    expert = next((n for n in fitting if n * n <= parts), 1)
+    fsdp = math.gcd(parts // expert, _FSDP)
+    data = slices * parts // (expert * fsdp)
+    return Mesh(data=data, fsdp=fsdp, expert=expert, tensor=count // (slices * parts))
