@@ -246,6 +246,11 @@ def call_places(*named: tuple[str | None, int]) -> Where:
     return places(named, mesh_sizes())
 
 
+def whole(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array that every device has all of."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
 def array_sharding(mesh: Mesh | AbstractMesh, axes: Axes, x: Any) -> NamedSharding:
     """The sharding of one array, or shape, by the logical names of its axes."""
     where = places(list(zip(axes, x.shape, strict=True)), _sizes(mesh))

@@ -93,6 +93,19 @@ def _config(out):
     return Config.from_hf(out / run_dir.MODEL)
 
 
+def test_what_other_processes_refuse_is_told(files, monkeypatch):
+    """Each process reads its own samples; process 0 hears of all that were refused when it saves."""
+
+    def all_of(value):
+        return [value, [["elsewhere.jsonl:7", "torn"]]] if isinstance(value, list) else [value]
+
+    monkeypatch.setattr(processes, "all_of", all_of)
+    fake_step(monkeypatch, lambda number: (1.0, 0.5))
+    assert run(files, "others", "evaluate.every=0", "report.profile=[]") == 0
+    with (files / "others" / "refused.csv").open() as file:
+        assert ["elsewhere.jsonl:7", "torn"] in list(csv.reader(file))
+
+
 def test_a_finished_run_and_another_recipe(files, done, capsys):
     """The same command again changes nothing; keys that would make another run are listed."""
     before = (done / "metrics.csv").read_bytes()

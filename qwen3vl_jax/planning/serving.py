@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from convert.int8 import quantised_rows
 from convert.mapping import rows as tensor_rows
@@ -18,7 +18,7 @@ from qwen3vl_jax.config import Config
 from qwen3vl_jax.loading import path_shardings
 from qwen3vl_jax.planning.program import Program, Work, held_bytes
 from qwen3vl_jax.quantized import as_structs
-from qwen3vl_jax.sharding import array_sharding
+from qwen3vl_jax.sharding import array_sharding, whole
 from qwen3vl_jax.structs import Batch, KVCache, VisionInputs
 from qwen3vl_jax.tensors import SCALE, VALUES, TreePath
 from qwen3vl_jax.training.flops import Work as Passed
@@ -133,4 +133,4 @@ def _prompt(cfg: Config, mesh: Mesh, width: int, patches: int) -> Batch:
 
 
 def _whole(mesh: Mesh, dtype: Any, *shape: int) -> Any:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=whole(mesh))

@@ -8,11 +8,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.model import logical_axes
-from qwen3vl_jax.sharding import Axes, array_sharding, shardings
+from qwen3vl_jax.sharding import Axes, array_sharding, shardings, whole
 from qwen3vl_jax.tensors import SCALE, VALUES
 from qwen3vl_jax.training.groups import Flat
 from qwen3vl_jax.training.packing import PackedBatch
@@ -66,7 +66,7 @@ def longest_axis(x: Any) -> Axes:
     return tuple("embed" if i == at else None for i in range(len(x.shape)))
 
 
-def params_shardings(mesh: Mesh | None, cfg: Config, flat: Flat) -> dict[str, Any]:
+def params_shardings(mesh: Mesh | AbstractMesh | None, cfg: Config, flat: Flat) -> dict[str, Any]:
     """{name: NamedSharding} of weights, or None for each without a mesh. Raises InputError."""
     return shardings(mesh, flat, axes_of(cfg, flat))
 
@@ -74,7 +74,6 @@ def params_shardings(mesh: Mesh | None, cfg: Config, flat: Flat) -> dict[str, An
 def state_shardings(mesh: Mesh, cfg: Config, state: TrainState) -> TrainState:
     """The sharding of each array of a state (arrays or shapes): moments lie as their weights do."""
     found = params_shardings(mesh, cfg, state.weights)
-    whole = NamedSharding(mesh, PartitionSpec())
 
     def of(path: Any, x: Any) -> Any:
         for key in path:
@@ -82,7 +81,7 @@ def state_shardings(mesh: Mesh, cfg: Config, state: TrainState) -> TrainState:
             if name in found:
                 same = x.shape == state.weights[name].shape
                 return found[name] if same else array_sharding(mesh, longest_axis(x), x)
-        return whole
+        return whole(mesh)
 
     return jax.tree_util.tree_map_with_path(of, state)
 

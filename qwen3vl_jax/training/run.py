@@ -250,6 +250,7 @@ class Run:
             drawn = itertools.islice(feed, asked.batches or None)
             batches = (jax.tree.map(lambda x: x[0], d.packed) for d in drawn)
             values = evaluate.mean_loss(self.measure, weights, self.frozen, batches, stop.check)
+            watch.refused(_refused_anywhere(feed))
             records = feed.records(asked.generate) if asked.generate else []
         finally:
             watch.refused(feed.refused)
@@ -291,13 +292,18 @@ class Run:
 
     def save(self, watch: Watch | Muted, score: float | None, due: bool) -> None:
         """Saves where a checkpoint is due, and where the evaluation was one of the best."""
-        watch.refused(self.feed.refused)
         if due or self.saved.is_best(score):
+            watch.refused(_refused_anywhere(self.feed))
             watch.sync()
             position = self.feed.whole_state(self.position or self.feed.get_state())
             self.meta |= {"recipe": plain(flat(self.recipe)), "data": position}
             self.meta |= {"machine": machine.described(), "score": score}
             self.saved.save(self.state, self.meta, score)
+
+
+def _refused_anywhere(feed: Feed | Shares) -> list[tuple[str, str]]:
+    """What all processes left out or cut (all of them call it); `feed.refused` is of this one."""
+    return [(name, reason) for told in processes.all_of(feed.refused) for name, reason in told]
 
 
 def _to_device(packed: PackedBatch) -> PackedBatch:

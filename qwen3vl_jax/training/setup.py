@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from convert.mapping import rows, tree_of
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model import init_params, stack_layers
 from qwen3vl_jax.quantized import Quantized
-from qwen3vl_jax.sharding import compiler_options
+from qwen3vl_jax.sharding import compiler_options, whole
 from qwen3vl_jax.structs import Params
 from qwen3vl_jax.training import groups
 from qwen3vl_jax.training.groups import Flat
@@ -218,10 +218,9 @@ def make_step(
         return jax.jit(step, donate_argnums=0)
     where = jax.tree.map(lambda x: x.sharding, state)
     mesh = where.step.mesh
-    whole = NamedSharding(mesh, PartitionSpec())
     return jax.jit(
         step,
         donate_argnums=0,
-        out_shardings=(where, whole),
+        out_shardings=(where, whole(mesh)),
         compiler_options=compiler_options(mesh),
     )
