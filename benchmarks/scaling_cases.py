@@ -40,7 +40,7 @@ GROUPS = 2  # of rows, so that one device and two have the same batch
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One run. sizes: of mesh axes; layers: of the decoder that is compared, the whole is timed."""
+    """One run. sizes: of mesh axes; timed, layers: of the decoder that is timed, and compared."""
 
     kind: str  # decode or train
     model: str  # a released size, or tiny or tiny-moe
@@ -48,6 +48,7 @@ class Case:
     rows: tuple[int, ...]  # decode: one timing each; train: one number
     length: int  # decode: slots, all but `steps` filled; train: tokens of a row
     steps: int
+    timed: int = 0  # 0: all of them
     layers: int = 0  # 0: nothing is compared
     truth: bool = False  # compute it in float32 too
 
@@ -57,8 +58,15 @@ class Case:
         return math.prod(self.sizes.values())
 
 
-def config(model: str) -> Config:
-    """A released size, or the demo's with dense layers or experts."""
+def config(model: str, layers: int = 0) -> Config:
+    """A released size, or the demo's with dense layers or experts; layers: of the decoder, 0 all."""
+    cfg = whole_config(model)
+    text = dataclasses.replace(cfg.text, num_hidden_layers=layers or cfg.text.num_hidden_layers)
+    return dataclasses.replace(cfg, text=text)
+
+
+def whole_config(model: str) -> Config:
+    """`config` with all its layers."""
     if not model.startswith("tiny"):
         return Config.named(model)
     cfg = Config.from_hf(CHECKPOINT)
@@ -73,21 +81,21 @@ def run(case: Case, out: Path) -> dict[str, Any]:
     mesh = make_mesh(case.sizes, jax.devices()[: case.devices])
     with jax.set_mesh(mesh):
         told, compared = (decoding if case.kind == "decode" else training)(case, mesh)
-    np.savez(out, **compared)
+    arrays: Any = compared
+    np.savez(out, **arrays)
     return told | {"device": jax.devices()[0].device_kind}
 
 
 def decoding(case: Case, mesh: Mesh) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """({"ms": {rows: ms a step}}, logits of a prefill and of decode steps)."""
-    cfg = config(case.model)
+    cfg = config(case.model, case.timed)
     params, told = drawn(cfg, mesh), {}
     for rows in case.rows:
         told[rows] = decode_ms(case, cfg, mesh, params, rows)
     del params
     if not case.layers:
         return {"ms": told}, {}
-    text = dataclasses.replace(cfg.text, num_hidden_layers=case.layers)
-    cfg = dataclasses.replace(cfg, text=text)
+    cfg = config(case.model, case.layers)
     params = drawn(cfg, mesh)
     found = {"bfloat16": answers(cfg, params)}
     if case.truth:

@@ -208,8 +208,14 @@ def ragged_dot(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
     of `w` in the backward pass.
     """
     if platform() == "gpu" and (tokamax := _tokamax()) is not None:
-        return tokamax.ragged_dot(x, w, sizes)
+        return _shared(tokamax.ragged_dot, x, w, sizes)
     return jax.lax.ragged_dot(x, w, sizes)
+
+
+@functools.partial(jax.jit, static_argnames="kernel")
+def _shared(kernel, x, w, sizes):
+    """One function of a program for all layers: a kernel takes a second or two to be lowered."""
+    return kernel(x, w, sizes)
 
 
 def _tokamax():

@@ -43,11 +43,7 @@ RULES: dict[str, tuple[str, ...]] = {
     # parameters
     "vocab": ("tensor",),
     "embed": ("fsdp", "expert", "sequence", "tensor"),
-    "router_embed": (
-        "fsdp",
-        "expert",
-        "sequence",
-    ),  # cut by tensor, a decode step would wait for it
+    "router_embed": ("fsdp", "expert", "sequence"),  # by tensor, a decode step would wait for it
     "vision_embed": ("fsdp", "expert", "sequence", "tensor"),
     "vision_heads": (),  # the ViT's weights are cut along vision_embed, to save memory
     "vision_mlp": (),

@@ -1,11 +1,14 @@
 """The two ways through the experts are one function."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import ours
 import pytest
 
+from qwen3vl_jax import moe
 from qwen3vl_jax.moe import experts_ragged, experts_scan, route
 
 N, D, M, E, A = 23, 12, 10, 7, 3
@@ -56,3 +59,30 @@ def test_all_tokens_to_one_expert(run):
     want = naive(x, np.ones((N, 1)), np.asarray(chosen), gate_up, down)
     got = run(x, jnp.ones((N, 1)), chosen, gate_up, down, "silu")
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_gpu_kernel_is_lowered_once_for_all_layers(monkeypatch):
+    """Layers of the same shape share one function: tokamax's kernels take seconds each to lower."""
+    traced = []
+
+    def ragged_dot(x, w, sizes):
+        traced.append(x.shape)
+        return jax.lax.ragged_dot(x, w, sizes)
+
+    monkeypatch.setattr(moe, "platform", lambda: "gpu")
+    monkeypatch.setattr(moe, "_tokamax", lambda: SimpleNamespace(ragged_dot=ragged_dot))
+    x, sizes = jnp.ones((6, 5)), jnp.array([2, 4], jnp.int32)
+    w = jax.random.normal(jax.random.key(0), (3, 2, 5, 5))
+
+    def layers(x):
+        for layer in w:
+            x = moe.ragged_dot(x, layer, sizes)
+        return x
+
+    lowered = jax.jit(layers).lower(x)
+    assert traced == [(6, 5)]
+    want = x
+    for layer in w:
+        want = jax.lax.ragged_dot(want, layer, sizes)
+    np.testing.assert_allclose(lowered.compile()(x), want, rtol=1e-5)
+    assert lowered.as_text().count("ragged_dot") <= 2

@@ -169,8 +169,10 @@ def test_who_the_processes_are():
     assert asked("a:1", 2, 0) == ("a:1", 2, 0)
     told = {"JAX_COORDINATOR_ADDRESS": "b:2", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
     assert asked(**told) == ("b:2", 4, 3) and asked(index=1, **told) == ("b:2", 4, 1)
-    assert asked(SLURM_NTASKS="8") == asked(TPU_WORKER_HOSTNAMES="a,b") == ("", 0, -1)
-    assert asked(distributed=True) == asked(SLURM_NTASKS="2")
+    srun = {"SLURM_NTASKS": "8", "SLURM_STEP_NODELIST": "n[1-8]"}
+    assert asked(SLURM_NTASKS="8") is None  # a shell of salloc
+    assert asked(**srun) == asked(TPU_WORKER_HOSTNAMES="a,b") == ("", 0, -1)
+    assert asked(distributed=True) == asked(**srun)
     for half in ({"coordinator": "a:1"}, {"count": 2, "index": 2, "coordinator": "a:1"}):
         with pytest.raises(InputError, match="expected --coordinator HOST:PORT"):
             asked(**half)
