@@ -243,6 +243,29 @@ def test_a_tpu_program_of_the_command_line(small, tmp_path):
     assert out.stat().st_size > 10_000
 
 
+EVERY_TPU = """
+from qwen3vl_jax.planning import chips
+machines = [chips.read_machine(f"{n}:{c.sizes}") for n, c in chips.CHIPS.items() if c.platform == "tpu"]
+chips.prepare_environment(machines[0])
+from qwen3vl_jax.planning.topology import devices_of
+from qwen3vl_jax.sharding import make_mesh
+for machine in machines:
+    print(machine, make_mesh({"fsdp": machine.devices}, devices_of(machine)).size == machine.devices)
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the header says so")
+def test_every_kind_of_tpu_has_the_devices_of_its_entry():
+    """libtpu makes as many as CHIPS says, and jax arranges them."""
+    done = subprocess.run(
+        [sys.executable, "-c", EVERY_TPU], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split("\n")[:-1] == [
+        "v4:2x2x2 True", "v5e:4x4 True", "v5p:4x8x8 True", "v6e:4x4 True", "tpu7x:4x4x4 True"
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_eight_bit_weights_are_planned_as_they_are_held(tmp_path, kind):
     """The arrays of a plan are those that `load` reads: codes, scales, and the rest in its dtype."""

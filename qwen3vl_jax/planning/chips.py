@@ -38,9 +38,7 @@ class Chip:
 # says is available. GPUs: NVIDIA's data sheets of the SXM boards, NVLink 4 at 450 GB/s a direction, one
 # 400 Gb/s card a GPU as in DGX; hbm: of which jax takes all but a part for CUDA itself.
 CHIPS: dict[str, Chip] = {
-    "v4": Chip(
-        "tpu", 3, 2, round(15.25 * _GIB), 275e12 / 2, 1228e9 / 2, 50e9 / 2, 6.25e9 / 2, "2x2x2"
-    ),
+    "v4": Chip("tpu", 3, 1, round(30.75 * _GIB), 275e12, 1228e9, 50e9, 6.25e9, "2x2x2"),
     "v5e": Chip("tpu", 2, 1, round(15.75 * _GIB), 197e12, 819e9, 50e9, 3.125e9, "4x4"),
     "v5p": Chip("tpu", 3, 1, round(95.74 * _GIB), 459e12, 2765e9, 100e9, 6.25e9, "4x8x8"),
     "v6e": Chip("tpu", 2, 1, round(31.25 * _GIB), 918e12, 1640e9, 100e9, 12.5e9, "4x4"),

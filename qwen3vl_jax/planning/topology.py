@@ -12,6 +12,9 @@ from jax.experimental import topologies
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.planning.chips import GPUS_A_HOST, Machine
 
+_MEGACORE = {
+    "v4": {"chip_config_name": "megacore"}
+}  # both cores of a chip are a device, as on a VM
 _GPU_NAMES = {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200"}
 # What XLA is told of a GPU that it cannot ask: NVIDIA's figures of the Hopper chips.
 _HOPPER = """gpu_device_info {{
@@ -70,7 +73,7 @@ def check_installed(machine: Machine) -> None:
 
 def _tpu(machine: Machine) -> Any:
     name = f"{machine.name}:{'x'.join(map(str, machine.shape))}"
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = dict(_MEGACORE.get(machine.name, {}))
     if machine.slices > 1:
         options["num_slices"] = machine.slices
     if machine.chips < 4:  # less than the chips of a host
