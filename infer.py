@@ -18,7 +18,7 @@ from qwen3vl_jax.cli import Clock, memory_advice, one_line_errors, parts, sizes
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.options import arguments, check, input_options, mesh_sizes
 from qwen3vl_jax.paths import absolute, file_size, files_under
-from qwen3vl_jax.planning.chips import prepare_environment, read_machine
+from qwen3vl_jax.planning.chips import allow_gpu_memory, prepare_environment, read_machine
 
 HERE = Path(__file__).resolve().parent
 DEMO, DEMO_PICTURE = HERE / "demo" / "checkpoint", HERE / "demo" / "pictures" / "grid.png"
@@ -308,6 +308,7 @@ def main(argv: list[str] | None = None) -> None:
     start, args = time.perf_counter(), arguments(argv, (__doc__ or "").split("\n")[0])
     with one_line_errors(), contextlib.ExitStack() as scope:
         check(args)
+        allow_gpu_memory()
         if args.plan:
             plan(args)
         elif args.chat:

@@ -63,6 +63,18 @@ def test_machines_that_are_none(name, slices, told):
         chips.read_machine(name, slices)
 
 
+def test_a_run_takes_the_memory_that_a_plan_reckons_with():
+    """Unless the user says how much, by either name of the variable: jax refuses both."""
+    environ = {}
+    chips.allow_gpu_memory(environ)
+    assert environ == {"XLA_CLIENT_MEM_FRACTION": str(chips.GPU_SHARE)}
+    assert chips.CHIPS["h100"].hbm == round(79.1 * chips.GPU_SHARE * 2**30)
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        environ = {name: "0.5"}
+        chips.allow_gpu_memory(environ)
+        assert environ == {name: "0.5"}
+
+
 def test_options_of_the_planner_need_it():
     """--search without --plan."""
     args = argparse.Namespace(plan=None, slices=1, save=None, search=True, tries=4)

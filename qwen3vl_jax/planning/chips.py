@@ -7,11 +7,15 @@ import dataclasses
 import math
 import os
 import re
+from collections.abc import MutableMapping
 
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.paths import argument
 
 _GIB = 2**30
+# Of a GPU's memory, to programs: jax takes 0.75 by itself; CUDA, cuDNN and NCCL need some GiB beside.
+GPU_SHARE = 0.9
+_FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # the second is older
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Chip:
 # TPUs: cloud.google.com/tpu/docs/v4 .. v6e, tpu7x: peak bf16 and HBM bandwidth of a chip, its ICI (both
 # directions of all ports: 400, 800, 1200 GB/s), the network cards of a host. hbm: what XLA's compiler
 # says is available. GPUs: NVIDIA's data sheets of the SXM boards, NVLink 4 at 450 GB/s a direction, one
-# 400 Gb/s card a GPU as in DGX; hbm: of which jax takes all but a part for CUDA itself.
+# 400 Gb/s card a GPU as in DGX; hbm: the share of CUDA's total that train.py and infer.py let jax take.
 CHIPS: dict[str, Chip] = {
     "v4": Chip("tpu", 3, 1, round(30.75 * _GIB), 275e12, 1228e9, 50e9, 6.25e9, "2x2x2"),
     "v5e": Chip("tpu", 2, 1, round(15.75 * _GIB), 197e12, 819e9, 50e9, 3.125e9, "4x4"),
@@ -45,8 +49,8 @@ CHIPS: dict[str, Chip] = {
     "tpu7x": Chip(
         "tpu", 3, 2, round(94.75 * _GIB), 2307e12 / 2, 7380e9 / 2, 100e9 / 2, 12.5e9, "4x4x4"
     ),
-    "h100": Chip("gpu", 1, 1, round(79.1 * _GIB), 989e12, 3352e9, 450e9, 50e9, "8"),
-    "h200": Chip("gpu", 1, 1, round(140.0 * _GIB), 989e12, 4800e9, 450e9, 50e9, "8"),
+    "h100": Chip("gpu", 1, 1, round(79.1 * GPU_SHARE * _GIB), 989e12, 3352e9, 450e9, 50e9, "8"),
+    "h200": Chip("gpu", 1, 1, round(140.0 * GPU_SHARE * _GIB), 989e12, 4800e9, 450e9, 50e9, "8"),
 }
 GPUS_A_HOST = 8
 _QUIET = {  # else libtpu asks the cloud's metadata server, and says that it is not there
@@ -108,6 +112,12 @@ def read_machine(text: str, slices: int = 1) -> Machine:
             f"--plan {text!r}: expected up to {GPUS_A_HOST} GPUs, or whole hosts of {GPUS_A_HOST}"
         )
     return Machine(name, shape, slices)
+
+
+def allow_gpu_memory(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Lets jax take GPU_SHARE of a GPU, unless a variable says how much; call it before jax is imported."""
+    if not any(environ.get(name) for name in _FRACTIONS):
+        environ[_FRACTIONS[0]] = str(GPU_SHARE)
 
 
 def prepare_environment(machine: Machine) -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from rich.table import Table
 
-from qwen3vl_jax.planning.chips import Machine
+from qwen3vl_jax.planning.chips import GPU_SHARE, Machine
 from qwen3vl_jax.planning.compiling import Compiled
 from qwen3vl_jax.planning.hlo import parse
 from qwen3vl_jax.planning.program import Program
@@ -107,7 +107,7 @@ def likeliest(found: Sequence[Candidate], title: str) -> Table:
 def _judge(machine: Machine) -> str:
     if machine.chip.platform == "tpu":
         return "XLA's own verdict"
-    return "an estimate: kernels are chosen on a GPU, whose libraries take memory too"
+    return f"an estimate: kernels are chosen on a GPU, of which runs ask jax for {GPU_SHARE:.0%}"
 
 
 def _add_memory(out: Table, plan: Plan) -> None:

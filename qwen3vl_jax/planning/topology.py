@@ -10,11 +10,10 @@ from typing import Any
 from jax.experimental import topologies
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.planning.chips import GPUS_A_HOST, Machine
+from qwen3vl_jax.planning.chips import GPU_SHARE, GPUS_A_HOST, Machine
 
-_MEGACORE = {
-    "v4": {"chip_config_name": "megacore"}
-}  # both cores of a chip are a device, as on a VM
+# Both cores of a chip as one device, as on a VM.
+_MEGACORE = {"v4": {"chip_config_name": "megacore"}}
 _GPU_NAMES = {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200"}
 # What XLA is told of a GPU that it cannot ask: NVIDIA's figures of the Hopper chips.
 _HOPPER = """gpu_device_info {{
@@ -86,7 +85,8 @@ def _gpu(machine: Machine) -> Any:
     hosts = max(machine.chips // GPUS_A_HOST, 1)
     shape = f"1x{hosts}x{machine.chips // hosts}"  # partitions, hosts, devices of a host
     chip = machine.chip
-    told = _HOPPER.format(rate=round(chip.hbm_rate), memory=chip.hbm, name=_GPU_NAMES[machine.name])
+    memory, name = round(chip.hbm / GPU_SHARE), _GPU_NAMES[machine.name]
+    told = _HOPPER.format(rate=round(chip.hbm_rate), memory=memory, name=name)
     return topologies.get_topology_desc(shape, platform="cuda", topology=shape, target_config=told)
 
 
