@@ -107,6 +107,16 @@ def test_the_compilers_words_become_numbers():
     assert compiling.resharded(bare) == {"f32[8,4] x": 1}
 
 
+def test_warnings_of_python_and_errors_of_the_compiler_are_shown(capfd):
+    """The rest of the compiler's log is read and kept back."""
+    with compiling._stderr() as told:
+        print("attention runs on XLA", file=sys.stderr)
+        os.write(2, b"W0101 spmd.cc:1] moved\nE0101 x.cc:1] broken\n")
+    assert capfd.readouterr().err == "attention runs on XLA\n"
+    assert told == ["W0101 spmd.cc:1] moved\nE0101 x.cc:1] broken\n"]
+    assert compiling.errors(told[0]) == "E0101 x.cc:1] broken\n"
+
+
 @pytest.mark.parametrize(
     ("base", "slope", "want"), [(1, 2, 8), (10, 2, 4), (10, 3, 2), (30, 1, 0), (0, 25, 0)]
 )
@@ -160,6 +170,9 @@ def test_a_step_is_compiled_and_told(small, tmp_path):
     Console(file=out, width=140).print(report.table(plan, "one step", "pack.rows=8"))
     for part in ("fits", "optimizer (", "peak of a device", "MFU", "chip-hours", "pack.rows=8"):
         assert part in out.getvalue()
+    without = plan._replace(done=done._replace(kernels="cuDNN not found."))
+    Console(file=out, width=140).print(report.table(without, "one step"))
+    assert "XLA blocks" in out.getvalue() and "cuDNN not found." in out.getvalue()
     file = tmp_path / "step.bin"
     assert compiling.save(done, file) == file.stat().st_size
     _, metrics = compiling.load(file)(*jax.tree.map(empty, made.args))

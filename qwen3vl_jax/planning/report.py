@@ -65,6 +65,10 @@ def table(plan: Plan, title: str, largest: str = "") -> Table:
     out.add_row("verdict", verdict, plan.cause or _judge(plan.machine))
     if largest:
         out.add_row("largest batch", largest, "compiled at a lower level of optimisation")
+    if plan.done.kernels:
+        out.add_row(
+            "attention", "XLA blocks", f"a GPU with cuDNN uses that: {plan.done.kernels[:80]}"
+        )
     _add_memory(out, plan)
     if plan.fits:
         _add_traffic(out, plan)
