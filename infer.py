@@ -243,12 +243,14 @@ def plan(args: argparse.Namespace) -> None:
     import jax.numpy as jnp
 
     from qwen3vl_jax.planning.command import plan_serving
+    from qwen3vl_jax.planning.program import config_of
     from qwen3vl_jax.planning.serving import Serving
 
-    dtype = jnp.dtype(args.dtype or "bfloat16")
-    length = args.max_len or PLANNED_LENGTH
+    dtype, ckpt = jnp.dtype(args.dtype or "bfloat16"), str(args.ckpt or DEMO)
+    limit = config_of(ckpt).text.max_position_embeddings
+    length = min(limit, PLANNED_LENGTH) if args.max_len is None else args.max_len
     asked = Serving(args.rows, length, args.prefill_chunk, dtype, args.weights)
-    plan_serving(str(args.ckpt or DEMO), machine, mesh_sizes(args.mesh), asked, args.save)
+    plan_serving(ckpt, machine, mesh_sizes(args.mesh), asked, args.save)
 
 
 def answer(args, directory, processor, arrays, limit, scope) -> str:

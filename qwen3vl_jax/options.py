@@ -63,7 +63,7 @@ def arguments(argv: list[str] | None, description: str) -> argparse.Namespace:
     add("--chat", action="store_true", help="talk in the terminal; --image and --video go first")
     add("--input", type=argument, metavar="FILE.jsonl", help="answer one conversation a line")
     add("--output", type=argument, metavar="FILE.jsonl", help="where the answers to --input go")
-    add("--rows", type=int, default=16, help="with --input: answers at a time")
+    add("--rows", type=int, default=16, help="with --input or --plan: answers at a time")
     add("--answers", type=int, default=1, help="so many answers, from one prefill")
     add(
         "--embed",
@@ -86,7 +86,7 @@ def arguments(argv: list[str] | None, description: str) -> argparse.Namespace:
     add(
         "--max-len",
         type=int,
-        help="longest prompt and answer together (default: the model's limit)",
+        help="longest prompt and answer together (default: the model's limit; with --plan at most 32,768)",
     )
     add("--temperature", type=float, help="0 takes the likeliest token (default of these six: the "
         "checkpoint's generation_config.json)")  # fmt: skip
@@ -219,6 +219,8 @@ def check_numbers(args: argparse.Namespace) -> None:
     for name in ("rows", "answers", "prefill_chunk"):
         if (count := getattr(args, name)) < 1:
             raise InputError(f"--{name.replace('_', '-')} is {count}, expected a number from 1")
+    if args.max_len is not None and args.max_len < 1:
+        raise InputError(f"--max-len is {args.max_len}, expected a number from 1")
     one = [name for name in ("stream", "draw") if getattr(args, name)]
     if args.answers > 1 and one:
         raise InputError(f"--answers: not with --{one[0]}")

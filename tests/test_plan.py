@@ -10,17 +10,13 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import fp8_files
-import hf_files
 import jax
 import numpy as np
 import pytest
-import tiny
 import train_files
 from rich.console import Console
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.loading import Source
 from qwen3vl_jax.planning import (
     chips,
     command,
@@ -29,7 +25,6 @@ from qwen3vl_jax.planning import (
     program,
     report,
     search,
-    serving,
 )
 from qwen3vl_jax.sharding import make_mesh
 from qwen3vl_jax.training import recipe
@@ -289,19 +284,3 @@ def test_every_kind_of_tpu_has_the_devices_of_its_entry():
     assert done.stdout.split("\n")[:-1] == [
         "v4:2x2x2 True", "v5e:4x4 True", "v5p:4x8x8 True", "v6e:4x4 True", "tpu7x:4x4x4 True"
     ]  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_eight_bit_weights_are_planned_as_they_are_held(tmp_path, kind):
-    """The arrays of a plan are those that `load` reads: codes, scales, and the rest in its dtype."""
-    raw = tiny.config_dict("golden", True)
-    tensors = tiny.weights(raw, 0)
-    if kind == "fp8":
-        block = (128, 128)  # as released
-        raw, tensors = fp8_files.config(raw, block), fp8_files.quantised(tensors, block)
-    hf_files.write(tmp_path, raw, tensors)
-    cfg = program.config_of(str(tmp_path))
-    stored = Source(tmp_path, cfg, kind)
-    want = {path: (x.shape, x.dtype) for path, x in stored.asked(stored.stored()).items()}
-    found = serving.held_arrays(cfg, "float32", kind)
-    assert {path: (x.shape, x.dtype) for path, x in found.items()} == want

@@ -88,14 +88,15 @@ def plan_serving(
     sizes = spread(cfg.text, machine.devices) if sizes is None else sizes
     mesh = make_mesh(sizes, devices_of(machine))
     plans = []
-    for name, make in (("a decode step", decoding), ("a prefill", prefilling)):
+    for name, make in (("a decode step", decoding), ("prompts taken in", prefilling)):
         program = make(cfg, mesh, asked)
         done = watched(console, program, f"compiling {name} for {machine}")
         plans.append(plan_of(machine, program, done))
         told = f"{ckpt}: {name}, {asked.rows} rows of {asked.slots:,} tokens"
         told += f", {asked.weights} weights" if asked.weights else ""
         console.print(table(plans[-1], told))
-    saved(plans[0], save, console)
+        if make is decoding:
+            saved(plans[0], save, console)
     return plans[0], plans[1]
 
 
@@ -111,8 +112,10 @@ def watched(console: Console, program: Program, what: str, level: str = "") -> c
 
 
 def saved(plan: Plan, path: Path | None, console: Console) -> None:
-    """Writes the compiled program where one was asked for and there is one."""
-    if path is not None and plan.done.executable is not None:
+    """Writes the compiled program where one was asked for, or says that there is none."""
+    if path is not None and plan.done.executable is None:
+        console.print(f"{path}: not written, the program does not fit", markup=False)
+    elif path is not None:
         size = compiling.save(plan.done, path)
         console.print(f"{path}: the compiled program, {size / 2**20:,.0f} MiB", markup=False)
 

@@ -111,7 +111,7 @@ def likeliest(found: Sequence[Candidate], title: str) -> Table:
 def _judge(machine: Machine) -> str:
     if machine.chip.platform == "tpu":
         return "XLA's own verdict"
-    return f"an estimate: kernels are chosen on a GPU, of which runs ask jax for {GPU_SHARE:.0%}"
+    return f"an estimate: a GPU chooses kernels, and lets jax have {GPU_SHARE:.0%}"
 
 
 def _add_memory(out: Table, plan: Plan) -> None:
