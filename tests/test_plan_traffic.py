@@ -103,8 +103,33 @@ def test_a_loop_without_a_constant_is_counted_once_and_told():
     assert traffic(hlo.parse(text), 8).unknown_loops == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "rings"),
+    [("v5e:16x16", (True, True)), ("v5e:8x16", (False, True)), ("v6e:4x4", (False, False)),
+     ("v5p:4x8x8", (True, True, True)), ("v4:2x2x4", (False, False, False)), ("h100:8", (False,))],
+)  # fmt: skip
+def test_axes_of_a_torus_are_rings_where_their_ends_are_linked(name, rings):
+    """v5e and v6e: 16 chips; v4, v5p, tpu7x: whole cubes of 4x4x4."""
+    assert chips.read_machine(name).rings == rings
+
+
+def test_a_ring_has_twice_the_links_of_a_line():
+    """A group of all 16 chips of a row of v5e:16x16, of half of it, of the whole slice."""
+    machine = chips.read_machine("v5e:16x16")
+    devices = [SimpleNamespace(coords=(i % 16, i // 16, 0)) for i in range(256)]
+
+    def lanes(group):
+        moved = Traffic(0.0, [Collective("all-gather", 1.0, 1e9, tuple(group))], 0)
+        return 1e9 / roofline.times_of(machine, devices, 0.0, moved).links / machine.chip.link
+
+    assert lanes(range(16)) == pytest.approx(2)
+    assert lanes(range(8)) == pytest.approx(1)
+    assert lanes(range(32)) == pytest.approx(3)
+    assert lanes(range(256)) == pytest.approx(4)
+
+
 def test_a_slice_goes_over_its_links_and_slices_over_the_network():
-    """A ring along one axis, along two, and over two slices whose devices share the network."""
+    """A line along one axis, along two, and over two slices whose devices share the network."""
     machine = chips.read_machine("v5p:2x2x1", 2)
     devices = [SimpleNamespace(coords=(i % 2, i // 2 % 2, 0), slice_index=i // 4) for i in range(8)]
     chip, size = machine.chip, 1e9
@@ -113,8 +138,8 @@ def test_a_slice_goes_over_its_links_and_slices_over_the_network():
         moved = Traffic(0.0, [Collective("all-gather", 2.0, size, group)], 0)
         return roofline.times_of(machine, devices, 0.0, moved)[2:]
 
-    assert seconds((0, 1)) == pytest.approx((2 * size / (2 * chip.link), 0))
-    assert seconds((0, 1, 2, 3)) == pytest.approx((2 * size / (4 * chip.link), 0))
+    assert seconds((0, 1)) == pytest.approx((2 * size / chip.link, 0))
+    assert seconds((0, 1, 2, 3)) == pytest.approx((2 * size / (2 * chip.link), 0))
     assert seconds((0, 4)) == pytest.approx((0, 2 * size / chip.network))
     assert seconds((0, 1, 4, 5))[1] == pytest.approx(2 * size / 2 / chip.network)
 

@@ -87,6 +87,17 @@ class Machine:
         """How many devices jax sees."""
         return self.chips * self.chip.devices
 
+    @property
+    def rings(self) -> tuple[bool, ...]:
+        """Of each axis of a slice whether its last chips are linked to its first.
+
+        On v5e and v6e those of 16; on the others all of a slice of whole cubes of 4x4x4.
+        """
+        if self.chip.axes == 2:
+            return tuple(n == 16 for n in self.shape)
+        cubes = self.chip.platform == "tpu" and all(n % 4 == 0 for n in self.shape)
+        return (cubes,) * len(self.shape)
+
     def __str__(self) -> str:
         name = f"{self.name}:{'x'.join(map(str, self.shape))}"
         return name if self.slices == 1 else f"{self.slices} slices of {name}"

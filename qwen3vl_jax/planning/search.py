@@ -97,4 +97,5 @@ def _seconds(recipe: Recipe, cfg: Config, parts: estimate.Held, machine: Machine
     inner = mesh.tensor * mesh.sequence
     shared = stream * (4 * (1 - 1 / mesh.tensor) + 2 * (1 - 1 / mesh.sequence))
     tokens = 2 * stream * (mesh.expert - 1) / inner
-    return compute + (weights + shared + tokens) / (2 * chip.axes * chip.link)
+    lanes = sum(1 + ring for n, ring in zip(machine.shape, machine.rings, strict=True) if n > 1)
+    return compute + (weights + shared + tokens) / (chip.link * max(lanes, 1))
