@@ -184,10 +184,22 @@ def empty(like):
     return jax.device_put(np.zeros(like.shape, like.dtype), like.sharding)
 
 
+def test_a_step_has_the_groups_of_a_run(small):
+    """pack.groups, else as many as the mesh cuts rows into."""
+    cfg = program.config_of(small.ckpt)
+    mesh = make_mesh({"fsdp": 2, "tensor": 2, "sequence": 2}, jax.devices())
+    pack = dataclasses.replace(small.pack, groups=4)
+    for changed, groups in ((small, 2), (dataclasses.replace(small, pack=pack), 4)):
+        made = program.training_step(changed, cfg, mesh)
+        assert made.args[2].batch.groups == groups
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
         (["pack.rows=6"], "pack.rows is 6, expected a multiple of 4"),
+        (["pack.groups=6"], "pack.groups is 6, expected a multiple of 4"),
+        (["pack.groups=8"], "pack.rows is 4, expected a multiple of 8: pack.groups"),
         (["mesh.fsdp=2"], "expected a product of 8"),
         (["mesh.fsdp=1", "mesh.tensor=1", "mesh.expert=8"], "mesh.expert is 8"),
     ],

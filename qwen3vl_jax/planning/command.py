@@ -13,12 +13,12 @@ from qwen3vl_jax.config import Config
 from qwen3vl_jax.planning import compiling
 from qwen3vl_jax.planning.chips import Machine
 from qwen3vl_jax.planning.largest import LEVEL, largest
-from qwen3vl_jax.planning.program import Program, config_of, training_step
+from qwen3vl_jax.planning.program import Program, config_of, groups_of, training_step
 from qwen3vl_jax.planning.report import Plan, best, likeliest, plan_of, table
 from qwen3vl_jax.planning.search import Candidate, candidates
 from qwen3vl_jax.planning.serving import Serving, decoding, prefilling
 from qwen3vl_jax.planning.topology import devices_of
-from qwen3vl_jax.sharding import make_mesh, rows_parts, slice_count
+from qwen3vl_jax.sharding import make_mesh, slice_count
 from qwen3vl_jax.spread import spread
 from qwen3vl_jax.training.preset import sizes_of, with_preset
 from qwen3vl_jax.training.recipe import Recipe
@@ -122,7 +122,7 @@ def saved(plan: Plan, path: Path | None, console: Console) -> None:
 
 def _largest(recipe: Recipe, cfg: Config, plan: Plan, tries: int, console: Console) -> str:
     """What is known of the largest pack.rows after some compiles."""
-    parts = rows_parts(plan.program.mesh.shape)
+    parts = groups_of(recipe, plan.program.mesh.shape)
     held = sum(plan.program.held.values())
     room = plan.machine.chip.hbm
     if held > room:
