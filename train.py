@@ -92,8 +92,8 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; 0, 2 for bad input, 130 for Ctrl-C. SIGTERM saves and gives 0."""
     args = arguments(argv)
     try:
-        recipe = read_recipe(args.config, args.changes)
         check_plan_arguments(args)
+        recipe = read_recipe(args.config, args.changes)
         if args.plan:
             plan(args, recipe)
         elif args.dry_run:

@@ -7,7 +7,7 @@ import argparse
 from qwen3vl_jax.cli import Parser
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.paths import argument, is_remote
-from qwen3vl_jax.planning.chips import add_plan_arguments
+from qwen3vl_jax.planning.chips import add_plan_arguments, check_plan_arguments
 from qwen3vl_jax.processes import add_arguments as add_process_arguments
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "min_new_tokens",
@@ -147,6 +147,7 @@ def check(args: argparse.Namespace) -> None:
     stop_list(args.stop)
     check_modes(args)
     check_numbers(args)
+    check_plan_arguments(args)
     mesh_sizes(args.mesh)
     if args.rerank != bool(args.document):
         raise InputError("--rerank needs at least one --document, and a --document needs --rerank")

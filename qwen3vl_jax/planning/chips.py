@@ -10,7 +10,7 @@ import re
 from collections.abc import MutableMapping
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.paths import argument
+from qwen3vl_jax.paths import argument, is_remote
 
 _GIB = 2**30
 # Of a GPU's memory, to programs: jax takes 0.75 by itself; CUDA, cuDNN and NCCL need some GiB beside.
@@ -116,8 +116,10 @@ def read_machine(text: str, slices: int = 1) -> Machine:
             f"--plan {text!r}: {name} has {chip.axes} sizes from 1, expected one like "
             f"{name}:{chip.sizes}"
         )
-    if slices < 1 or (slices > 1 and chip.platform != "tpu"):
-        raise InputError(f"--slices is {slices}, expected a number from 1, and 1 for {name}")
+    if slices < 1:
+        raise InputError(f"--slices is {slices}, expected a number from 1")
+    if slices > 1 and chip.platform != "tpu":
+        raise InputError(f"--slices is {slices}: {name} has none, say how many as {name}:32")
     if chip.platform == "gpu" and shape[0] > GPUS_A_HOST and shape[0] % GPUS_A_HOST:
         raise InputError(
             f"--plan {text!r}: expected up to {GPUS_A_HOST} GPUs, or whole hosts of {GPUS_A_HOST}"
@@ -152,10 +154,18 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_plan_arguments(args: argparse.Namespace) -> None:
-    """Raises InputError for an option of --plan without it."""
+    """Raises InputError for an option of --plan without it, and for what does not go together."""
     defaults = {"slices": 1, "save": None, "search": False}
     for name, default in defaults.items():
         if not args.plan and getattr(args, name, default) != default:
             raise InputError(f"--{name} means something with --plan alone")
     if getattr(args, "tries", 0) < 0:
         raise InputError(f"--tries is {args.tries}, expected a number from 0")
+    if args.plan and getattr(args, "dry_run", False):
+        raise InputError("--plan and --dry-run: give one of them")
+    if args.save and getattr(args, "search", False):
+        raise InputError("--save: not with --search, which compiles many")
+    if args.plan:
+        read_machine(args.plan, args.slices)
+    if args.save and not is_remote(args.save) and not args.save.parent.is_dir():
+        raise InputError(f"--save {args.save}: no such directory {args.save.parent}")

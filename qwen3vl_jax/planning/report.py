@@ -97,14 +97,15 @@ def best(plans: Sequence[tuple[Candidate, Plan]], title: str) -> Table:
     return out
 
 
-def likeliest(found: Sequence[Candidate], title: str) -> Table:
-    """What a search would compile, with what the estimate says of it."""
+def likeliest(found: Sequence[Candidate], title: str, room: int) -> Table:
+    """What a search would compile, with what the estimate says of it; room: bytes of a device."""
     out = Table(title=title, title_justify="left")
     out.add_column("mesh and remat")
-    for name in ("memory, about", "step time, about"):
+    for name in ("memory, about", "of", "step time, about"):
         out.add_column(name, justify="right")
     for each in found:
-        out.add_row(str(each), _gib(each.memory), _seconds(each.seconds))
+        more = "[red]more than [/]" * (each.memory > room)
+        out.add_row(str(each), _gib(each.memory), more + _gib(room), _seconds(each.seconds))
     return out
 
 
@@ -180,7 +181,11 @@ def _add_times(out: Table, plan: Plan) -> None:
     if work.steps:
         hours = [machine.chips * work.steps * t / 3600 for t in (least, most)]
         told = f"{work.steps:,} steps, without evaluation and checkpoints"
-        out.add_row("chip-hours", f"{hours[0]:,.0f} to {hours[1]:,.0f}", told)
+        out.add_row("chip-hours", f"{_digits(hours[0])} to {_digits(hours[1])}", told)
+
+
+def _digits(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.2g}"
 
 
 def _gib(size: float) -> str:
