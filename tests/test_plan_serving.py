@@ -49,6 +49,26 @@ def test_prompts_are_taken_in_beside_the_cache_of_all_rows(tmp_path, monkeypatch
     assert stats.alias_size_in_bytes >= made.held["cache"]  # donated
     assert taken.done.peak > sum(made.held.values()) and step.fits
     assert "2 prompts, 1024 patches in each" in out.getvalue()
+    pair, _ = command.plan_serving(
+        str(tmp_path / "ckpt"), machine, {"tensor": 2}, asked, None, console(out)
+    )
+    assert pair.program.mesh.size == 2 and "8 devices, 2 in use" in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("size", "machine", "kind", "want"),
+    [
+        ("8b", "v5p:2x2x1", None, {}),
+        ("8b", "v5e:2x2", None, {"tensor": 4}),
+        ("8b", "v5e:2x2", "int8", {}),
+        ("30b-a3b", "v5e:4x4", None, {"expert": 4, "tensor": 4}),
+    ],
+)
+def test_without_a_mesh_a_plan_takes_the_devices_that_a_run_takes(size, machine, kind, want):
+    """One where the weights have room, else as many as the model is spread over."""
+    asked = serving.Serving(16, 256, None, weights=kind)
+    cfg = program.config_of(size)
+    assert command.usual_sizes(cfg, chips.read_machine(machine), asked) == want
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])

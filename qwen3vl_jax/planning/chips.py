@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import math
 import os
 import re
@@ -133,8 +134,25 @@ def allow_gpu_memory(environ: MutableMapping[str, str] = os.environ) -> None:
         environ[_FRACTIONS[0]] = str(GPU_SHARE)
 
 
+def check_installed(machine: Machine) -> None:
+    """Raises InputError for a compiler that is not installed."""
+    if machine.chip.platform == "tpu":
+        wanted, install = "libtpu", "pip install 'qwen3vl-jax[tpu]'"
+    else:
+        wanted, install = "jax_cuda12_plugin", "pip install 'qwen3vl-jax[cuda]'"
+    if importlib.util.find_spec(wanted) is None:
+        raise InputError(
+            f"--plan {machine}: {wanted} is not installed, which compiles for it (no device is "
+            f"needed): {install} (in a clone: {install.replace('qwen3vl-jax', '.')})"
+        )
+
+
 def prepare_environment(machine: Machine) -> None:
-    """Sets what must be set before jax is imported: compile for the machine, run nothing."""
+    """Sets what must be set before jax is imported: compile for the machine, run nothing.
+
+    Raises InputError for a compiler that is not installed.
+    """
+    check_installed(machine)
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     os.environ["JAX_PLATFORMS"] = "cpu"

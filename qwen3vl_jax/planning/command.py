@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax.numpy as jnp
 from rich.console import Console
 
 from qwen3vl_jax.config import Config
@@ -16,10 +17,10 @@ from qwen3vl_jax.planning.largest import LEVEL, largest
 from qwen3vl_jax.planning.program import Program, config_of, groups_of, training_step
 from qwen3vl_jax.planning.report import Plan, best, likeliest, plan_of, table
 from qwen3vl_jax.planning.search import Candidate, candidates, mesh_of
-from qwen3vl_jax.planning.serving import Serving, decoding, prefilling
+from qwen3vl_jax.planning.serving import Serving, decoding, held_arrays, prefilling
 from qwen3vl_jax.planning.topology import devices_of
 from qwen3vl_jax.sharding import make_mesh, slice_count
-from qwen3vl_jax.spread import spread
+from qwen3vl_jax.spread import ROOM, spread
 from qwen3vl_jax.training.preset import asks_for_mesh, spelled, with_preset
 from qwen3vl_jax.training.recipe import Recipe
 
@@ -87,14 +88,14 @@ def plan_serving(
 ) -> tuple[Plan, Plan]:  # fmt: skip
     """Prints the plans of a decode step and of a prefill; save: where the decode step goes.
 
-    sizes: None spreads the model over all devices as infer.py does. Raises InputError for what cannot
-    be compiled.
+    sizes: None is what infer.py takes without --mesh: one device where the weights have room there, else
+    it spreads them. Raises InputError for what cannot be compiled.
     """
     console = console or _console()
     cfg = config_of(ckpt)
-    sizes = spread(cfg.text, machine.devices) if sizes is None else sizes
-    mesh = make_mesh(sizes, devices_of(machine))
-    plans = []
+    sizes = usual_sizes(cfg, machine, asked) if sizes is None else sizes
+    used = None if -1 in sizes.values() else max(math.prod(sizes.values()), 1)
+    mesh, plans = make_mesh(sizes, devices_of(machine)[:used]), []
     for name, make in (("a decode step", decoding), ("prompts taken in", prefilling)):
         program = make(cfg, mesh, asked)
         done = watched(console, program, f"compiling {name} for {machine}")
@@ -105,6 +106,13 @@ def plan_serving(
         if make is decoding:
             saved(plans[0], save, console)
     return plans[0], plans[1]
+
+
+def usual_sizes(cfg: Config, machine: Machine, asked: Serving) -> dict[str, int]:
+    """The sizes of the mesh that infer.py takes without --mesh, {} for one device."""
+    held = held_arrays(cfg, asked.dtype, asked.weights).values()
+    size = sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in held)
+    return {} if size <= ROOM * machine.chip.hbm else spread(cfg.text, machine.devices)
 
 
 def program_of(recipe: Recipe, cfg: Config, machine: Machine) -> Program:

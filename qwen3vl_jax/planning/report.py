@@ -58,8 +58,9 @@ def table(plan: Plan, title: str, largest: str = "") -> Table:
     out.add_column("value", justify="right")
     out.add_column("how it is known", style="dim")
     mesh = " x ".join(f"{n} {k}" for n, k in plan.program.mesh.shape.items() if k > 1) or "1 device"
-    count = plan.machine.devices
-    out.add_row("machine", str(plan.machine), f"{count:,} device{'s' * (count > 1)}")
+    count, used = plan.machine.devices, plan.program.mesh.size
+    of_them = f", {used:,} in use" * (used != count)
+    out.add_row("machine", str(plan.machine), f"{count:,} device{'s' * (count > 1)}{of_them}")
     out.add_row("mesh", mesh, "")
     verdict = "[bold green]fits[/]" if plan.fits else "[bold red]does not fit[/]"
     out.add_row("verdict", verdict, plan.cause or _judge(plan.machine))
@@ -135,7 +136,7 @@ def _add_memory(out: Table, plan: Plan) -> None:
 
 def _add_traffic(out: Table, plan: Plan) -> None:
     out.add_section()
-    moved, work, count = plan.moved, plan.program.work, plan.machine.devices
+    moved, work, count = plan.moved, plan.program.work, plan.program.mesh.size
     assert moved is not None
     again = work.again / work.model - 1
     told = "counted from shapes"
@@ -169,7 +170,7 @@ def _add_times(out: Table, plan: Plan) -> None:
     out.add_row(
         work.name, f"{_seconds(least)} to {_seconds(most)}", "all at once; no exchange hidden"
     )
-    peak = machine.devices * machine.chip.flops
+    peak = plan.program.mesh.size * machine.chip.flops
     if work.steps:
         best, worst = (work.model / (peak * t) for t in (least, most))
         out.add_row(

@@ -10,7 +10,7 @@ from typing import Any
 from jax.experimental import topologies
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.planning.chips import GPU_SHARE, GPUS_A_HOST, Machine
+from qwen3vl_jax.planning.chips import GPU_SHARE, GPUS_A_HOST, Machine, check_installed
 
 # Both cores of a chip as one device, as on a VM.
 _MEGACORE = {"v4": {"chip_config_name": "megacore"}}
@@ -55,19 +55,6 @@ def devices_of(machine: Machine) -> list[Any]:
     except Exception as error:  # the compilers raise whatever they like
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"--plan {machine}: the compiler refuses this shape: {reason}") from None
-
-
-def check_installed(machine: Machine) -> None:
-    """Raises InputError for a compiler that is not installed."""
-    if machine.chip.platform == "tpu":
-        wanted, install = "libtpu", "pip install 'qwen3vl-jax[tpu]'"
-    else:
-        wanted, install = "jax_cuda12_plugin", "pip install 'qwen3vl-jax[cuda]'"
-    if importlib.util.find_spec(wanted) is None:
-        raise InputError(
-            f"--plan {machine}: {wanted} is not installed, which compiles for it (no device is "
-            f"needed): {install} (in a clone: {install.replace('qwen3vl-jax', '.')})"
-        )
 
 
 def _tpu(machine: Machine) -> Any:
