@@ -155,6 +155,26 @@ BETWEEN_SLICES = """
             '_xla_megascale_transfer_type="ALL_REDUCE"}')  # fmt: skip
 
 
+GROUPS = "{{100000,200000},{100001,200001},{100002,200002},{100003,200003}}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "name", "moved"),
+    [
+        ("ALL_GATHER", '"{1,2}x{0:3}"', "all-gather", 128),
+        ("REDUCE_SCATTER", '"{1,2}x{0:3}"', "reduce-scatter", 256),
+        ("ALL_TO_ALL", GROUPS, "all-to-all", 128),
+        ("ONE_TO_ONE", GROUPS.replace("0,2", "0->2"), "collective-permute", 256),
+    ],
+)
+def test_exchanges_between_slices(kind, target, name, moved):
+    """Of 256 bytes that come in, what is not a device's own; a pair as libtpu writes it is one, too."""
+    lines = BETWEEN_SLICES.replace('"{1,2}x{0:3}"', target).replace("ALL_REDUCE", kind)
+    text = TEXT.replace("\n  %start = s32[] constant(0)", lines + "  %start = s32[] constant(0)")
+    found = [c for c in traffic(hlo.parse(text), 8).collectives if "slices" in c.kind]
+    assert found == [Collective(f"{name} between slices", 1.0, float(moved), (0, 4))]
+
+
 def test_what_the_hosts_exchange_between_slices_is_on_the_network():
     """A send and a recv of libtpu are one all-reduce; of two slices a device receives its array once."""
     text = TEXT.replace(

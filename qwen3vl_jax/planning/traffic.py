@@ -17,10 +17,11 @@ from qwen3vl_jax.planning.hlo import Instruction, Module, arrays, size, trip_cou
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 BETWEEN = " between slices"
-# libtpu leaves what crosses slices to the runtime of the hosts: a send and a recv for each exchange.
-_MEGASCALE = re.compile(
-    r'_xla_megascale_target="\{([\d,:]+)\}x\{([\d,:]+)\}".*_xla_megascale_transfer_type="(\w+)"'
-)
+# libtpu leaves what crosses slices to the runtime of the hosts: a send and a recv for each exchange,
+# with slices x devices, or with groups of devices whose number is their slice's times _SLICE.
+_TARGET = re.compile(r'_xla_megascale_target="?(\{[-\d,:>{}x]+\})')
+_TYPE = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+_SLICE = 100_000
 _FREE = frozenset((
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota",
     "partition-id", "replica-id", "opt-barrier", "while", "conditional", "call", "add-dependency",
@@ -136,16 +137,27 @@ def _moved(module: Module, name: str, x: Instruction, kind: str, count: int) -> 
 
 def _between_slices(x: Instruction, times: float) -> Collective | None:
     """What one device receives from its like in other slices, from a recv of the hosts' runtime."""
-    told = _MEGASCALE.search(x.rest)
-    if not told:
+    target, told = _TARGET.search(x.rest), _TYPE.search(x.rest)
+    if not target or not told:
         return None
-    slices, inside = _numbers(told[1]), len(_numbers(told[2]))
+    slices, inside = _slices(target[1])
     out, count = float(next(arrays(x.shape))[0]), len(slices)
-    kind = told[3].lower().replace("_", "-")
+    kind = told[1].lower().replace("_", "-").replace("one-to-one", "collective-permute")
     shares = {"all-reduce": 2 * (count - 1) / count, "reduce-scatter": count - 1.0}
     share = shares.get(kind, (count - 1) / count if kind.startswith("all-") else 1.0)
     group = tuple((n - min(slices)) * inside for n in slices)
     return Collective(kind + BETWEEN, times, share * out, group)
+
+
+def _slices(target: str) -> tuple[list[int], int]:
+    """The slices of the first group of an exchange, and how many devices each of them has."""
+    if told := re.fullmatch(r"\{([\d,:]+)\}x\{([\d,:]+)\}", target):
+        return _numbers(told[1]), len(_numbers(told[2]))
+    first, every = (
+        [int(n) for n in re.findall(r"\d+", text)] for text in (target[: target.index("}")], target)
+    )
+    slices = sorted({n // _SLICE for n in first})
+    return slices, len({n for n in every if n // _SLICE == slices[0]})
 
 
 def _numbers(text: str) -> list[int]:
