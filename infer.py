@@ -14,7 +14,14 @@ import time
 from pathlib import Path
 
 from qwen3vl_jax import processes
-from qwen3vl_jax.cli import Clock, memory_advice, one_line_errors, parts, sizes
+from qwen3vl_jax.cli import (
+    Clock,
+    memory_advice,
+    one_line_errors,
+    parts,
+    sigterm_interrupts,
+    sizes,
+)
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.options import arguments, check, input_options, mesh_sizes
 from qwen3vl_jax.paths import absolute, file_size, files_under
@@ -171,6 +178,7 @@ def batch(args: argparse.Namespace) -> None:
     from qwen3vl_jax.batch_file import Settings, answer_file, largest
     from qwen3vl_jax.journal import digest_of
 
+    asked = processes.asked_of(args)
     directory, processor = opened(args)
     settings = Settings(
         dataclasses.asdict(sampling_of(args, processor)), args.max_new_tokens, args.seed,
@@ -187,7 +195,7 @@ def batch(args: argparse.Namespace) -> None:
         held.update(parts(params, cfg, *largest(processor, settings), "at most"))
         return params, cfg
 
-    index, count = processes.start(processes.asked_of(args))
+    index, count = processes.start(asked)
     files = (load_and_measure, processor, args.input, args.output, settings, made_with)
 
     def run() -> int:
@@ -198,7 +206,9 @@ def batch(args: argparse.Namespace) -> None:
 
             return answer_file_together(*files, index, count)
 
-    if run() if count == 1 else processes.end_together(run, "the answers that are kept"):
+    with sigterm_interrupts():
+        errors = run() if count == 1 else processes.end_together(run, "the answers that are kept")
+    if errors:
         sys.exit(1)
 
 

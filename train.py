@@ -56,6 +56,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "changes", nargs="*", metavar="key=value", help="instead of what the recipe says"
     )
     args = parser.parse_intermixed_args(argv)
+    if args.dry_run and args.plan:
+        parser.error("--dry-run and --plan: give one of them")
     if not args.out and not args.dry_run and not args.plan:
         parser.error("the following arguments are required: --out (or --dry-run, or --plan)")
     return args

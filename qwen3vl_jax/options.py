@@ -6,6 +6,7 @@ import argparse
 
 from qwen3vl_jax.cli import Parser
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.mesh_axes import AXES, SHORT
 from qwen3vl_jax.paths import argument, is_remote
 from qwen3vl_jax.planning.chips import add_plan_arguments, check_plan_arguments
 from qwen3vl_jax.processes import add_arguments as add_process_arguments
@@ -28,8 +29,6 @@ MODES = {
         ("image", "video", "prompt", "system", "messages", "stream", "draw", "answers"),
     ),
 }
-# --mesh: the axes of sharding.AXES and their short names.
-MESH_AXES = {"dp": "data", "fsdp": "fsdp", "ep": "expert", "sp": "sequence", "tp": "tensor"}
 NEEDS = {
     "rows": ("input", "plan"),
     **dict.fromkeys(("slices", "save"), ("plan",)),
@@ -174,15 +173,15 @@ def check(args: argparse.Namespace) -> None:
 
 
 def mesh_sizes(text: str | None) -> dict[str, int] | None:
-    """{axis of sharding.AXES: size} of --mesh; None without it. Raises InputError."""
+    """{one of AXES: size} of --mesh; None without it. Raises InputError."""
     if text is None:
         return None
     sizes: dict[str, int] = {}
     for part in text.split(","):
         name, equals, number = (x.strip() for x in part.partition("="))
-        axis = name if name in MESH_AXES.values() else MESH_AXES.get(name)
-        known = ", ".join(f"{short} ({name})" for short, name in MESH_AXES.items())
-        if axis is None or not equals:
+        axis = SHORT.get(name, name)
+        known = ", ".join((*AXES, *(f"{short} ({long})" for short, long in SHORT.items())))
+        if axis not in AXES or not equals:
             raise InputError(f"--mesh {text}: {part!r}, expected AXIS=N; axes: {known}")
         if axis in sizes:
             raise InputError(f"--mesh {text}: {axis} stands there twice")
@@ -217,8 +216,8 @@ def check_modes(args: argparse.Namespace) -> None:
 
 def check_numbers(args: argparse.Namespace) -> None:
     """`check` of what is counted from 1, and of what goes with one answer alone."""
-    for name in ("rows", "answers", "prefill_chunk"):
-        if (count := getattr(args, name)) < 1:
+    for name in ("rows", "answers", "prefill_chunk", "max_len"):
+        if (count := getattr(args, name)) is not None and count < 1:
             raise InputError(f"--{name.replace('_', '-')} is {count}, expected a number from 1")
     if args.max_len is not None and args.max_len < 1:
         raise InputError(f"--max-len is {args.max_len}, expected a number from 1")

@@ -6,9 +6,12 @@ import json
 import os
 import re
 import sys
+import textwrap
 import threading
 import traceback
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 
 from qwen3vl_jax.cli import EXPECTED, report
@@ -18,7 +21,13 @@ _T = TypeVar("_T")
 HEARTBEAT = 30  # seconds without a sign of life after which a process counts as gone
 PATIENCE = 5  # seconds after which a process says that it waits for the others to start
 LONGEST = 30 * 24 * 3600 * 1000  # milliseconds that the first to come to a place waits for the last
+GRACE = 10  # seconds that an interrupted process waits for the others to be interrupted too
 LOST = 4  # exit code of a process whose peers are gone
+_NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_EXPECTED = (
+    "expected --coordinator HOST:PORT --processes N --process I, or the variables "
+    + ", ".join(_NAMES)
+)
 # Variables by which jax.distributed finds the others itself: Open MPI and PMI, GKE and TPU VMs, SLURM.
 _KNOWN = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MEGASCALE_NUM_SLICES")
 # How JAX's collectives and its coordination service speak of a process that does not answer.
@@ -46,7 +55,7 @@ def add_arguments(parser: Any) -> None:
     group.add_argument(
         "--distributed",
         action="store_true",
-        help="jax finds the others (hosts of a Cloud TPU slice)",
+        help="jax finds the others (hosts of a Cloud TPU slice), where no variable says that there are any",
     )
     group.add_argument("--coordinator", default="", help="HOST:PORT of process 0")
     group.add_argument("--processes", type=int, default=0, help="how many there are")
@@ -59,16 +68,14 @@ def asked_of(args: Any, environ: Mapping[str, str] = os.environ) -> Asked | None
     Options first, then JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, then what
     jax.distributed knows of the cluster.
     """
-    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    coordinator = args.coordinator or environ.get(names[0], "")
-    count = args.processes or _number(names[1], environ, 0)
-    index = args.process if args.process >= 0 else _number(names[2], environ, -1)
+    coordinator = args.coordinator or environ.get(_NAMES[0], "")
+    count = args.processes or _number(_NAMES[1], environ, 0)
+    index = args.process if args.process >= 0 else _number(_NAMES[2], environ, -1)
     if coordinator or count or index >= 0:
         if not (_is_address(coordinator) and 0 <= index < count):
             raise InputError(
                 f"several processes: coordinator {coordinator!r}, processes {count}, process {index}; "
-                "expected --coordinator HOST:PORT --processes N --process I, or the variables "
-                + ", ".join(names)
+                f"{_EXPECTED}"
             )
         return Asked(coordinator, count, index)
     srun = ("SLURM_NTASKS",) if "SLURM_STEP_NODELIST" in environ else ()  # and not salloc alone
@@ -115,7 +122,9 @@ def start(asked: Asked | None) -> tuple[int, int]:
             **known, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT
         )
     except (RuntimeError, ValueError) as error:
-        raise InputError(f"several processes: {' '.join(str(error).split())[:300]}") from error
+        reason = textwrap.shorten(str(error), 300, placeholder=" ..")
+        told = "" if asked.coordinator else f"; jax finds no cluster by itself here: {_EXPECTED}"
+        raise InputError(f"several processes: {reason}{told}") from error
     finally:
         waits.cancel()
     if _has_its_host(os.environ) and not os.environ.get("JAX_LOCAL_DEVICE_IDS"):
@@ -141,7 +150,8 @@ def end_together(run: Callable[[], _T], kept: str = "the last checkpoint") -> _T
     """run(), and what the slowest of them still has to do: else JAX takes that one for lost.
 
     A failure because of another process that is gone ends this one with one line; it ends at once, for
-    the usual way out waits for the others. kept: what the next start goes on from.
+    the usual way out waits for the others. So does an interruption, which the others mostly get too.
+    kept: what the next start goes on from.
     """
     import jax
 
@@ -149,21 +159,26 @@ def end_together(run: Callable[[], _T], kept: str = "the last checkpoint") -> _T
         result = run()
         wait_for_all("end")
         return result
-    except Exception as error:
+    except BaseException as error:
         if jax.process_count() == 1:
             raise
         code = _tell(error, kept)
+        if not isinstance(error, Exception):
+            _meet("interrupted", GRACE)  # JAX aborts those that find process 0 gone
+        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 
 
-def _tell(error: Exception, kept: str) -> int:
+def _tell(error: BaseException, kept: str) -> int:
     """Prints why this process ends; gives its exit code."""
     import jax
 
+    if isinstance(error, SystemExit):  # it has told
+        return error.code if isinstance(error.code, int) else 1
     if isinstance(error, EXPECTED):
-        return report(error)
-    reason = " ".join(str(error).split())[:200]
+        return report(error, interrupted=f"interrupted: the same command goes on from {kept}")
+    reason = textwrap.shorten(str(error), 200, placeholder=" ..")
     if not (isinstance(error, jax.errors.JaxRuntimeError) and _GONE.search(str(error))):
         traceback.print_exception(error)
         return 1
@@ -183,13 +198,32 @@ def is_first() -> bool:
 
 
 def wait_for_all(name: str) -> None:
-    """Returns when every process has come here, be it hours later."""
+    """Returns when every process has come here, be it hours later; Ctrl-C is heard meanwhile."""
     import jax
 
     if jax.process_count() > 1:
-        from orbax.checkpoint import multihost
+        met = Future()  # of a thread, for signals are not heard in a call of JAX
 
-        multihost.get_barrier_sync_fn()(key=name, timeout_ms=LONGEST)
+        def wait() -> None:
+            try:
+                met.set_result(_barrier(name, LONGEST))
+            except BaseException as error:
+                met.set_exception(error)
+
+        threading.Thread(target=wait, daemon=True).start()
+        met.result()
+
+
+def _meet(name: str, seconds: float) -> None:
+    """Returns when every process has come here, or after so many seconds."""
+    with suppress(Exception):
+        _barrier(name, round(1000 * seconds))
+
+
+def _barrier(name: str, milliseconds: int) -> None:
+    from orbax.checkpoint import multihost
+
+    multihost.get_barrier_sync_fn()(key=name, timeout_ms=milliseconds)
 
 
 def from_first(value: Any) -> Any:

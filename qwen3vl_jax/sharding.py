@@ -17,8 +17,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from qwen3vl_jax.errors import InputError
-
-AXES = ("data", "fsdp", "expert", "sequence", "tensor")  # from the slowest links to the fastest
+from qwen3vl_jax.mesh_axes import AXES, SHORT
 
 # XLA otherwise cuts a product with a weight that lies cut along its inner axis into one a device, and
 # adds each into the whole fp32 result in main memory: five times the traffic of a gathered weight.
@@ -71,10 +70,15 @@ def platform() -> str:
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of AXES with `sizes` (axes left out are 1, one may be -1: all devices that are left).
 
-    devices: None is all there are. Slices of a TPU pod, and hosts of GPUs where data divides evenly
-    over them, are told apart by the data axis alone. Raises InputError where they do not divide.
+    devices: None is all there are; a smaller mesh takes the first of them, in one process. Names are
+    those of AXES or of SHORT. Slices of a TPU pod are told apart by the data axis alone. Raises
+    InputError where sizes and devices do not fit.
     """
     devices = jax.devices() if devices is None else list(devices)
+    sizes = _long_names(sizes)
+    wanted = math.prod(sizes.values())
+    if -1 not in sizes.values() and 0 < wanted < len(devices) and _run_here(devices):
+        devices = devices[:wanted]
     shape = mesh_shape(sizes, len(devices))
     slices = slice_count(devices)
     if slices > 1:
@@ -92,6 +96,18 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def _long_names(sizes: Mapping[str, int]) -> dict[str, int]:
+    named = {SHORT.get(name, name): n for name, n in sizes.items()}
+    if len(named) < len(sizes):
+        raise InputError(f"mesh: an axis stands there twice in {dict(sizes)}")
+    return named
+
+
+def _run_here(devices: Sequence[Any]) -> bool:
+    """Whether all are this process's own: another one would have no part in a program of a few."""
+    return set(devices) <= set(jax.local_devices())
+
+
 def slice_count(devices: Sequence[Any]) -> int:
     """How many slices, or hosts of GPUs, devices are in: only the network joins them."""
     return len({getattr(device, "slice_index", 0) for device in devices})
@@ -105,13 +121,17 @@ def layout_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
 
 def mesh_shape(sizes: Mapping[str, int], count: int) -> tuple[int, ...]:
     """The sizes of AXES for `count` devices. Raises InputError where they do not fit."""
-    for name in sizes:
+    for name, n in sizes.items():
         if name not in AXES:
             raise InputError(f"mesh.{name}: unknown axis; known: {', '.join(AXES)}")
+        if n != -1 and n < 1:
+            raise InputError(f"mesh.{name} is {n}, expected a number from 1, or -1")
     asked = [sizes.get(name, 1) for name in AXES]
     known = math.prod(n for n in asked if n != -1)
     left = [name for name, n in zip(AXES, asked) if n == -1]
     told = " x ".join(f"{name} {n}" for name, n in zip(AXES, asked) if n != 1) or "1"
+    if known > count:
+        raise InputError(f"mesh: {told} needs {known} devices, there are {count}")
     if len(left) > 1 or count % known or (not left and known != count):
         raise InputError(
             f"mesh: {told}, expected a product of {count}, the number of devices (one axis may be -1)"

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from qwen3vl_jax.config import TextConfig
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.loading import Source, weights_bytes
-from qwen3vl_jax.sharding import layout_mesh, make_mesh, mesh_shape
+from qwen3vl_jax.sharding import layout_mesh, make_mesh
 
 ROOM = 0.85  # of a device's memory for weights; the cache and pictures want the rest
 
@@ -26,20 +26,9 @@ def mesh_for(asked: Mapping[str, int] | None, source: Source, dtype: Any) -> Mes
     the model.
     """
     devices = jax.local_devices()
-    sizes = chosen(source, dtype, devices) if asked is None else _checked(asked, len(devices))
-    count = math.prod(sizes.values())
-    return make_mesh(sizes, devices[:count]) if count > 1 else None
-
-
-def _checked(asked: Mapping[str, int], count: int) -> dict[str, int]:
-    if -1 in asked.values():
-        mesh_shape(asked, count)
-        known = math.prod(n for n in asked.values() if n != -1)
-        return {name: count // known if n == -1 else n for name, n in asked.items()}
-    if (wanted := math.prod(asked.values())) > count:
-        told = ",".join(f"{name}={n}" for name, n in asked.items())
-        raise InputError(f"--mesh {told}: needs {wanted} devices, this host has {count}")
-    return dict(asked)
+    sizes = chosen(source, dtype, devices) if asked is None else asked
+    mesh = make_mesh(sizes, devices)
+    return mesh if mesh.size > 1 else None
 
 
 def chosen(source: Source, dtype: Any, devices: list[Any]) -> dict[str, int]:

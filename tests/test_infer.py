@@ -200,6 +200,7 @@ BAD = {
     "no such checkpoint": (lambda: ("--ckpt", "nowhere", *ASK), ["nowhere"]),
     "no template": (lambda: checkpoint("mute", drop=["chat_template*"]), ["template"]),
     "prompt longer than the cache": (lambda: (*ASK, "--max-len", 8), ["prompt has", "8"]),
+    "a cache of nothing": (lambda: (*ASK, "--max-len", 0), ["--max-len is 0, expected a number"]),
     "placeholder without a picture": (lambda: messages([{"type": "image"}]), ["placeholder"]),
     "picture without a placeholder": (
         lambda: (*messages("hi"), "--image", infer.DEMO_PICTURE),

@@ -16,8 +16,7 @@ from convert.to_orbax import PARAMS
 from qwen3vl_jax import generation, sharding, spread
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.loading import Source, path_shardings
-from qwen3vl_jax.options import MESH_AXES, mesh_sizes
-from qwen3vl_jax.sharding import AXES
+from qwen3vl_jax.options import mesh_sizes
 
 
 def test_streams_keep_one_program(monkeypatch):
@@ -87,7 +86,6 @@ def test_the_command_line_takes_a_mesh(capsys):
 
 
 def test_mesh_flags():
-    assert tuple(MESH_AXES.values()) == AXES
     assert mesh_sizes("tp=2, expert=-1") == {"tensor": 2, "expert": -1}
     assert mesh_sizes(None) is None
 
@@ -95,13 +93,13 @@ def test_mesh_flags():
 @pytest.mark.parametrize(
     ("flag", "told"),
     [
-        ("tp", "'tp', expected AXIS=N; axes: dp (data)"),
+        ("tp", "'tp', expected AXIS=N; axes: data, fsdp, expert, sequence, tensor, dp (data)"),
         ("xp=2", "'xp=2', expected AXIS=N"),
         ("tp=0", "tp is '0', expected a number from 1, or -1"),
         ("tp=two", "tp is 'two'"),
         ("tp=2,tensor=2", "tensor stands there twice"),
         ("tp=-1,ep=-1", "-1 stands there twice"),
-        ("tp=16", "needs 16 devices, this host has 8"),
+        ("tp=16", "mesh: tensor 16 needs 16 devices, there are 8"),
         ("tp=3,dp=-1", "expected a product of 8"),
     ],
 )

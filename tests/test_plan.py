@@ -165,7 +165,7 @@ def test_a_step_has_the_groups_of_a_run(small):
         (["pack.rows=6"], "pack.rows is 6, expected a multiple of 4"),
         (["pack.groups=6"], "pack.groups is 6, expected a multiple of 4"),
         (["pack.groups=8"], "pack.rows is 4, expected a multiple of 8: pack.groups"),
-        (["mesh.fsdp=2"], "expected a product of 8"),
+        (["mesh.fsdp=16"], "needs 32 devices, there are 8"),
         (["mesh.fsdp=1", "mesh.tensor=1", "mesh.expert=8"], "mesh.expert is 8"),
     ],
 )

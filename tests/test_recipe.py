@@ -102,9 +102,11 @@ def test_the_command_refuses_before_it_starts(changes, words, tmp_path, capsys):
 
 def test_out_must_be_a_run_or_new(tmp_path, capsys):
     """Without --out it is asked for; a file, and a folder of other things, are left alone."""
-    with pytest.raises(SystemExit) as end:
-        train.main(["--config", str(FIRST)])
-    assert end.value.code == 2 and "--out" in capsys.readouterr().err
+    plans = ["--dry-run", "--plan", "v5e:2x2"]
+    for flags, told in (([], "required: --out"), (plans, "--dry-run and --plan: give one of them")):
+        with pytest.raises(SystemExit) as end:
+            train.main(["--config", str(FIRST), *flags])
+        assert end.value.code == 2 and told in capsys.readouterr().err
     (tmp_path / "file").write_text("x")
     common = ["--config", str(FIRST), "data.sources.0.path=python:x:Y"]
     assert train.main([*common, "--out", str(tmp_path / "file")]) == 2

@@ -87,6 +87,28 @@ def test_a_killed_share_is_taken_up_by_the_next_start(work, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl", "out.jsonl.journal"]
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_sigterm_stops_at_once_and_keeps_the_answers(work, tmp_path, count):
+    """Sent to all while they answer: 130, what is done is kept, and the same command goes on."""
+    source, env, want = work
+    out = tmp_path / "out.jsonl"
+    children = start(source, [out] * count, env)
+    journals = [tmp_path / "out.jsonl.journal", *(share_path(out, i) for i in range(1, count))]
+    while not all(answered(path) for path in journals):
+        assert all(child.poll() is None for child in children), children[-1].communicate()
+        time.sleep(0.005)
+    for child in children:
+        child.send_signal(signal.SIGTERM)
+    since = time.perf_counter()
+    said = [child.communicate(timeout=60)[1] for child in children]
+    assert [child.returncode for child in children] == [130] * count, said
+    assert time.perf_counter() - since < 15
+    assert all("interrupted: " in text and "the same command goes on" in text for text in said)
+    assert 0 < sum(map(answered, journals)) < LINES and "Traceback" not in "".join(said)
+    ended(start(source, [out] * count, env))
+    assert out.read_text() == want
+
+
 def test_disks_that_are_not_shared(work, tmp_path):
     """The others' answers are sent to process 0; each replica is spread over devices of its own."""
     source, env, want = work

@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 LAYS_OUT = {"sharding.py", "training/stacked.py"}  # the second takes the layers' axis from a layout
-# What makes meshes: flags, presets, the recipe's table of them, and the planner that tries them.
-NAMES_AXES = {"sharding.py", "spread.py", "options.py", "training/recipe.py", "training/estimate.py",
+# What makes meshes: their names, presets, the recipe's table of them, and the planner that tries them.
+NAMES_AXES = {"sharding.py", "spread.py", "mesh_axes.py", "training/recipe.py", "training/estimate.py",
               "planning/search.py", "planning/program.py"}  # fmt: skip
 
 
@@ -37,7 +37,7 @@ def test_modules_know_logical_names_only():
         if any(map(names_an_axis, ast.walk(ast.parse(text)))):
             named.add(name)
     assert laid == LAYS_OUT
-    assert named <= NAMES_AXES and named > {"sharding.py", "spread.py", "options.py"}
+    assert named <= NAMES_AXES and named > {"sharding.py", "spread.py", "mesh_axes.py"}
 
 
 def names_an_axis(node):
@@ -116,11 +116,35 @@ def test_refusals_name_the_parameter_and_the_axis():
     mesh = sharding.make_mesh({"fsdp": 8})
     with pytest.raises(InputError, match=r"layers\.mlp\.down .*fsdp = 8 divides none"):
         sharding.shardings(mesh, x, {"layers.mlp.down": (None, "embed", "mlp")})
-    with pytest.raises(InputError, match="data 3, expected a product of 8"):
-        sharding.make_mesh({"data": 3})
-    with pytest.raises(InputError, match=r"mesh\.tp: unknown axis"):
-        sharding.make_mesh({"tp": 2})
-    assert sharding.mesh_shape({"fsdp": -1, "tensor": 2}, 8) == (1, 4, 1, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "told"),
+    [
+        ({"tensor": 3, "fsdp": -1}, "fsdp -1 x tensor 3, expected a product of 8"),
+        ({"data": -1, "fsdp": -1}, "expected a product of 8"),
+        ({"fsdp": 16}, "fsdp 16 needs 16 devices, there are 8"),
+        ({"xp": 2}, r"mesh\.xp: unknown axis"),
+        ({"tp": 2, "tensor": 2}, "an axis stands there twice"),
+        ({"tensor": 0}, r"mesh\.tensor is 0, expected a number from 1"),
+    ],
+)
+def test_meshes_that_cannot_be(sizes, told):
+    with pytest.raises(InputError, match=told):
+        sharding.make_mesh(sizes)
+
+
+def test_a_smaller_mesh_takes_the_first_devices(monkeypatch):
+    """With names long or short; of several processes each needs a part, so that is refused there."""
+    for sizes in ({"tensor": 2, "data": 1}, {"tp": 2}):
+        assert list(sharding.make_mesh(sizes).devices.flat) == jax.devices()[:2]
+    assert (
+        list(sharding.make_mesh({"fsdp": 3}, jax.devices()[4:]).devices.flat) == jax.devices()[4:7]
+    )
+    assert sharding.make_mesh({"fsdp": -1, "tp": 2}).devices.shape == (1, 4, 1, 1, 2)
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:4])
+    with pytest.raises(InputError, match="tensor 2, expected a product of 8"):
+        sharding.make_mesh({"tensor": 2})
 
 
 def test_slices_are_told_apart_by_the_data_axis():

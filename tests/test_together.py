@@ -59,10 +59,25 @@ def test_a_process_that_waits_says_so(monkeypatch, capsys):
     assert said == "process 1 of 2: waiting for the other processes at foo:80\n"
 
 
+def test_no_cluster_is_told_what_to_give(monkeypatch):
+    """--distributed where jax finds none."""
+
+    def initialize(**_):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    told = (
+        "should be defined.; jax finds no cluster by itself here: expected --coordinator HOST:PORT"
+    )
+    with pytest.raises(InputError, match=told):
+        processes.start(processes.Asked())
+
+
 GONE = "error: process 0: another process of this run is gone"
 ENDS = [
     (jax.errors.JaxRuntimeError("INTERNAL: Gloo: [..] Connection closed by peer [127.0.0.1]:7"), 4, GONE),
     (jax.errors.JaxRuntimeError("INTERNAL: Barrier failed: Task 1 heartbeat timeout."), 4, GONE),
+    (jax.errors.JaxRuntimeError("UNAVAILABLE: " + "word " * 99), 4, "word word ..); start all of them"),
     (jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Gloo context initialization"), 4, GONE),
     (jax.errors.JaxRuntimeError("INTERNAL: NCCL: remote process exited or there was a .."), 4, GONE),
     (jax.errors.JaxRuntimeError("INTERNAL: Mosaic failed to compile"), 1, "Mosaic failed to compile"),
@@ -70,6 +85,8 @@ ENDS = [
     (ZeroDivisionError("by zero"), 1, "ZeroDivisionError: by zero"),
     (InputError("pack.rows is 3"), 2, "error: pack.rows is 3"),
     (FileNotFoundError(2, "No such file", "a.jsonl"), 2, "error: a.jsonl: No such file"),
+    (KeyboardInterrupt(), 130, "interrupted: the same command goes on from the last checkpoint"),
+    (SystemExit(130), 130, ""),
 ]  # fmt: skip
 
 
@@ -85,11 +102,12 @@ def test_why_a_process_ends(monkeypatch, capsys, error, code, told):
 
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(processes, "_meet", lambda *_: None)
     with pytest.raises(SystemExit) as ended:
         processes.end_together(run)
     said = capsys.readouterr().err
     assert ended.value.code == code
-    assert told in said and (GONE in said) == (told == GONE)
+    assert told in said and (GONE in said) == (code == processes.LOST)
 
 
 SEEN = """

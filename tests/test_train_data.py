@@ -16,7 +16,7 @@ from PIL import Image
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.processing.template import ChatTemplate
-from qwen3vl_jax.training import records, samples
+from qwen3vl_jax.training import records, samples, shares
 from qwen3vl_jax.training.chat_form import chat_form
 from qwen3vl_jax.training.recipe import Data, Pack, Source
 
@@ -323,9 +323,13 @@ def test_vision_rows_hold_whole_merged_rows(proc):
 @pytest.mark.parametrize(
     "pack, words",
     [
-        (dataclasses.replace(PACK, vision_length=32), "a picture or frame of 40 patches"),
+        (dataclasses.replace(PACK, vision_length=32), "40 patches, pack.vision_length is 32; data"),
         (dataclasses.replace(PACK, vision_rows=0), "pack.vision_rows is 0"),
-        (dataclasses.replace(PACK, vision_rows=1, vision_length=64), "80 patches in its pictures"),
+        (dataclasses.replace(PACK, vision_rows=1, vision_length=64), "a batch has 1 rows of 64"),
+        (
+            shares.divided(dataclasses.replace(PACK, rows=4, vision_rows=4, vision_length=64), 4),
+            "80 patches in its pictures and clips, each of 4 groups of a batch has 1 rows of 64",
+        ),
     ],
 )
 def test_more_patches_than_there_are(proc, pack, words):

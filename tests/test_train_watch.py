@@ -214,7 +214,9 @@ def test_ctrl_c_and_sigterm(files, monkeypatch, capsys):
     assert "interrupted: the same command goes on" in capsys.readouterr().err
     fake_step(monkeypatch, asked)
     assert run(files, "stopped", *changes) == 0
-    assert "step 5 of 9, stopped by SIGTERM, saved" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "step 5 of 9, stopped by SIGTERM, saved" in told
+    assert told.index("compiling the step ..") < told.index("step 1/9 ")
     assert run_dir.saved_steps(files / "stopped") == [5]
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert list((files / "stopped" / "profile").rglob("*.xplane.pb"))

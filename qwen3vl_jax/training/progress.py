@@ -34,6 +34,11 @@ class Progress:
         """One line that stays."""
         self._console.print(text, highlight=False, soft_wrap=True, markup=False)
 
+    def compiling(self) -> None:
+        """The first step begins: a line where there is no bar, which says so from the start."""
+        if not self._console.is_terminal:
+            self.say("compiling the step ..")
+
     def step(self, number: int, row: Mapping[str, Any], seconds: float, shown: bool) -> None:
         """A step is done; shown: whether it is worth a line where there is no bar."""
         self._told += 1

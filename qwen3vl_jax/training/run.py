@@ -143,12 +143,15 @@ class Run:
         profiler = Profiler(self.recipe.report.profile, self.out)
         gc.freeze()  # else each collection looks through all that jax and the model have loaded
         watch.restart_clock()
+        begun = self.number
         while self.number < self.recipe.steps and not stop.asked_at(self.number):
             drawn = self.draw(stop)
             if not drawn:
                 break
             self.number += 1
             packed = jax.tree.map(_joined, *(d.packed for d in drawn))
+            if self.number == begun + 1:
+                watch.progress.compiling()
             profiler.before(self.number)
             self.state, metrics = self.step(self.state, self.frozen, packed)
             profiler.after(self.number, metrics)

@@ -170,19 +170,21 @@ def processor_options(data: Data) -> dict[str, Any]:
 
 
 def misfit(cfg: Config, pack: Pack, sample: Sample) -> str:
-    """Why a sample does not fit an empty batch, or ""."""
+    """Why a sample does not fit an empty batch, or ""; pack: of a group, where groups cut the batch."""
     if len(sample.ids) > pack.length:
         return f"{len(sample.ids)} tokens, pack.length is {pack.length}"
     if not sample.visuals:
         return ""
     largest = max(h * w for _, h, w in (v.grid for v in sample.visuals))
     if largest > pack.vision_length or not pack.vision_rows:
-        rows = f"pack.vision_rows is {pack.vision_rows}, pack.vision_length {pack.vision_length}"
-        return f"a picture or frame of {largest} patches, {rows}; data.max_pixels makes it smaller"
+        room = f"vision_length is {pack.vision_length}" if pack.vision_rows else "vision_rows is 0"
+        told = f"a picture or frame of {largest} patches, pack.{room}"
+        return f"{told}; data.max_pixels makes it smaller"
     if not frames_fit(pack, [v.grid for v in sample.visuals]):
         total = sum(t * h * w for t, h, w in (v.grid for v in sample.visuals))
+        room = f"each of {pack.groups} groups of a batch has" if pack.groups > 1 else "a batch has"
         rows = f"{pack.vision_rows} rows of {pack.vision_length}"
-        return f"{total} patches in its pictures and clips, a batch has {rows}"
+        return f"{total} patches in its pictures and clips, {room} {rows}"
     return ""
 
 

@@ -149,9 +149,8 @@ def divided(pack: Pack, groups: int) -> Pack:
                 f"pack.{name} is {rows}, expected a multiple of {groups}: the groups that "
                 "mesh.data x mesh.fsdp x mesh.expert (or pack.groups) cut rows into"
             )
-    return dataclasses.replace(
-        pack, rows=pack.rows // groups, vision_rows=pack.vision_rows // groups
-    )
+    rows, vision_rows = pack.rows // groups, pack.vision_rows // groups
+    return dataclasses.replace(pack, rows=rows, vision_rows=vision_rows, groups=groups)
 
 
 def _mine(mesh: Any, shape: tuple[int, ...], groups: int) -> list[int]:

@@ -40,12 +40,9 @@ def laid_out(recipe: Recipe, out: Path) -> Recipe:
 
 def mesh_of(recipe: Recipe) -> Mesh | None:
     """The devices of a run; None is the first alone. Raises InputError where there are not as many."""
-    sizes, count = sizes_of(recipe), jax.device_count()
-    wanted = math.prod(sizes.values())
-    if wanted == 1 and jax.process_count() == 1:
-        return None
-    few = 0 < wanted < count and jax.process_count() == 1
-    return make_mesh(sizes, jax.devices()[:wanted] if few else None)
+    sizes = sizes_of(recipe)
+    alone = math.prod(sizes.values()) == 1 and jax.process_count() == 1
+    return None if alone else make_mesh(sizes)
 
 
 def groups_of(recipe: Recipe, mesh: Mesh | None, meta: dict[str, Any]) -> int:

@@ -155,7 +155,7 @@ class Muted:
     def _nothing(self, *told: Any) -> None:
         pass
 
-    step = evaluation = refused = draw = say = restart_clock = sync = _nothing
+    step = evaluation = refused = draw = say = compiling = restart_clock = sync = _nothing
 
 
 def _board(folder: Path, recipe: Recipe, first: int) -> Any:
