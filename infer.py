@@ -25,7 +25,7 @@ from qwen3vl_jax.cli import (
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.options import arguments, check, input_options, mesh_sizes
 from qwen3vl_jax.paths import absolute, file_size, files_under
-from qwen3vl_jax.planning.chips import prepare_environment, read_machine
+from qwen3vl_jax.planning.chips import allow_gpu_memory, prepare_environment, read_machine
 
 HERE = Path(__file__).resolve().parent
 DEMO, DEMO_PICTURE = HERE / "demo" / "checkpoint", HERE / "demo" / "pictures" / "grid.png"
@@ -253,12 +253,14 @@ def plan(args: argparse.Namespace) -> None:
     import jax.numpy as jnp
 
     from qwen3vl_jax.planning.command import plan_serving
+    from qwen3vl_jax.planning.program import config_of
     from qwen3vl_jax.planning.serving import Serving
 
-    dtype = jnp.dtype(args.dtype or "bfloat16")
-    length = args.max_len or PLANNED_LENGTH
+    dtype, ckpt = jnp.dtype(args.dtype or "bfloat16"), str(args.ckpt or DEMO)
+    limit = config_of(ckpt).text.max_position_embeddings
+    length = min(limit, PLANNED_LENGTH) if args.max_len is None else args.max_len
     asked = Serving(args.rows, length, args.prefill_chunk, dtype, args.weights)
-    plan_serving(str(args.ckpt or DEMO), machine, mesh_sizes(args.mesh), asked, args.save)
+    plan_serving(ckpt, machine, mesh_sizes(args.mesh), asked, args.save)
 
 
 def answer(args, directory, processor, arrays, limit, scope) -> str:
@@ -318,6 +320,7 @@ def main(argv: list[str] | None = None) -> None:
     start, args = time.perf_counter(), arguments(argv, (__doc__ or "").split("\n")[0])
     with one_line_errors(), contextlib.ExitStack() as scope:
         check(args)
+        allow_gpu_memory()
         if args.plan:
             plan(args)
         elif args.chat:

@@ -18,6 +18,7 @@ from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.paths import argument, kind
 from qwen3vl_jax.planning.chips import (
     add_plan_arguments,
+    allow_gpu_memory,
     check_plan_arguments,
     prepare_environment,
     read_machine,
@@ -82,6 +83,7 @@ def train(recipe: Recipe, out: Path, asked: processes.Asked | None = None) -> No
     if recipe.deterministic:
         make_deterministic()
         print(COST, file=sys.stderr)
+    allow_gpu_memory()
     processes.start(asked)
     from qwen3vl_jax.training.run import train as run
 
@@ -92,8 +94,8 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; 0, 2 for bad input, 130 for Ctrl-C. SIGTERM saves and gives 0."""
     args = arguments(argv)
     try:
-        recipe = read_recipe(args.config, args.changes)
         check_plan_arguments(args)
+        recipe = read_recipe(args.config, args.changes)
         if args.plan:
             plan(args, recipe)
         elif args.dry_run:

@@ -35,7 +35,7 @@ from qwen3vl_jax.generation import (
 from qwen3vl_jax.model import stream_dtype
 from qwen3vl_jax.prefixes import Prefix, PrefixStore
 from qwen3vl_jax.processing.batch import bucket
-from qwen3vl_jax.processing.prompts import EncodedPrompt, group_batch, read_prompt
+from qwen3vl_jax.processing.prompts import EncodedPrompt, group_batch, group_size, read_prompt
 from qwen3vl_jax.sampling import Sampling, SamplingRows, row_seeds
 from qwen3vl_jax.structs import Params
 
@@ -216,7 +216,7 @@ class _Engine:
         self.params, self.cfg, self.decode, self.chunk = params, cfg, decode, chunk
         self.stop_ids, self.stops = tuple(stop_ids), np.asarray(stop_ids, np.int32)
         self.rows, self.stats = rows, stats
-        self.group = max(1, rows // 8)  # prompts that are prefilled together
+        self.group = group_size(rows)
         self.waiting: list[tuple[Request, EncodedPrompt]] = []
         self.running: dict[int, _Running] = {}
         self.features = FeatureStore(params, cfg)

@@ -8,7 +8,7 @@ from qwen3vl_jax.cli import Parser
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.mesh_axes import AXES, SHORT
 from qwen3vl_jax.paths import argument, is_remote
-from qwen3vl_jax.planning.chips import add_plan_arguments
+from qwen3vl_jax.planning.chips import add_plan_arguments, check_plan_arguments
 from qwen3vl_jax.processes import add_arguments as add_process_arguments
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "min_new_tokens",
@@ -62,7 +62,7 @@ def arguments(argv: list[str] | None, description: str) -> argparse.Namespace:
     add("--chat", action="store_true", help="talk in the terminal; --image and --video go first")
     add("--input", type=argument, metavar="FILE.jsonl", help="answer one conversation a line")
     add("--output", type=argument, metavar="FILE.jsonl", help="where the answers to --input go")
-    add("--rows", type=int, default=16, help="with --input: answers at a time")
+    add("--rows", type=int, default=16, help="with --input or --plan: answers at a time")
     add("--answers", type=int, default=1, help="so many answers, from one prefill")
     add(
         "--embed",
@@ -85,7 +85,7 @@ def arguments(argv: list[str] | None, description: str) -> argparse.Namespace:
     add(
         "--max-len",
         type=int,
-        help="longest prompt and answer together (default: the model's limit)",
+        help="longest prompt and answer together (default: the model's limit; with --plan at most 32,768)",
     )
     add("--temperature", type=float, help="0 takes the likeliest token (default of these six: the "
         "checkpoint's generation_config.json)")  # fmt: skip
@@ -146,6 +146,7 @@ def check(args: argparse.Namespace) -> None:
     stop_list(args.stop)
     check_modes(args)
     check_numbers(args)
+    check_plan_arguments(args)
     mesh_sizes(args.mesh)
     if args.rerank != bool(args.document):
         raise InputError("--rerank needs at least one --document, and a --document needs --rerank")
@@ -218,6 +219,8 @@ def check_numbers(args: argparse.Namespace) -> None:
     for name in ("rows", "answers", "prefill_chunk", "max_len"):
         if (count := getattr(args, name)) is not None and count < 1:
             raise InputError(f"--{name.replace('_', '-')} is {count}, expected a number from 1")
+    if args.max_len is not None and args.max_len < 1:
+        raise InputError(f"--max-len is {args.max_len}, expected a number from 1")
     one = [name for name in ("stream", "draw") if getattr(args, name)]
     if args.answers > 1 and one:
         raise InputError(f"--answers: not with --{one[0]}")

@@ -7,20 +7,21 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax.numpy as jnp
 from rich.console import Console
 
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.planning import compiling
 from qwen3vl_jax.planning.chips import Machine
 from qwen3vl_jax.planning.largest import LEVEL, largest
-from qwen3vl_jax.planning.program import Program, config_of, training_step
+from qwen3vl_jax.planning.program import Program, config_of, groups_of, training_step
 from qwen3vl_jax.planning.report import Plan, best, likeliest, plan_of, table
-from qwen3vl_jax.planning.search import Candidate, candidates
-from qwen3vl_jax.planning.serving import Serving, decoding, prefilling
+from qwen3vl_jax.planning.search import Candidate, candidates, mesh_of
+from qwen3vl_jax.planning.serving import Serving, decoding, held_arrays, prefilling
 from qwen3vl_jax.planning.topology import devices_of
-from qwen3vl_jax.sharding import make_mesh, rows_parts, slice_count
-from qwen3vl_jax.spread import spread
-from qwen3vl_jax.training.preset import sizes_of, with_preset
+from qwen3vl_jax.sharding import make_mesh, slice_count
+from qwen3vl_jax.spread import ROOM, spread
+from qwen3vl_jax.training.preset import asks_for_mesh, spelled, with_preset
 from qwen3vl_jax.training.recipe import Recipe
 
 
@@ -54,23 +55,30 @@ def search_training(
     """
     console = console or _console()
     cfg = config_of(recipe.ckpt)
-    found, plans = candidates(recipe, cfg, machine), []
-    for number, each in enumerate(found[:tries], 1):
-        print(
-            f"{number} of {min(tries, len(found))}: {each}: ", end="", file=sys.stderr, flush=True
+    found, plans, spent = candidates(recipe, cfg, machine), [], 0
+    if asks_for_mesh(recipe):
+        _say(
+            f"--search: meshes in place of {spelled(recipe.mesh)}, first that one if {machine} has it"
         )
+    for each in found:
+        if spent == tries:
+            break
+        told = f"{spent + 1} of {min(tries, len(found))}: {each}"
         try:
             program = program_of(each.recipe, cfg, machine)
-            done = watched(console, program, f"compiling {each}", LEVEL)
-            plan = plan_of(machine, program, done)
+            spent += 1
+            plan = plan_of(machine, program, watched(console, program, told, LEVEL))
         except Exception as error:  # whatever tracing and the compilers raise: there are others
-            print(" ".join(str(error).split())[:300], file=sys.stderr)
+            _say(f"{each}: {' '.join(str(error).split())[:300]}")
             continue
-        print(f"{plan.cause or 'fits'} ({done.seconds:.0f} s)", file=sys.stderr)
+        _say(f"{each}: {plan.cause or 'fits'} ({plan.done.seconds:.0f} s)")
         plans.append((each, plan))
     plans.sort(key=lambda pair: pair[1].times.most if pair[1].fits and pair[1].times else math.inf)
-    told = f"{recipe.ckpt} on {machine}: {len(found)} of the meshes may fit"
-    console.print(best(plans, told) if tries else likeliest(found[:10], told))
+    told = f"{recipe.ckpt} on {machine}: {len(found)} of the meshes and policies may fit"
+    if tries:
+        console.print(best(plans, f"{told}; compiled at {LEVEL}, a lower level of optimisation"))
+    else:
+        console.print(likeliest(found[:10], told, machine.chip.hbm))
     return plans
 
 
@@ -80,46 +88,64 @@ def plan_serving(
 ) -> tuple[Plan, Plan]:  # fmt: skip
     """Prints the plans of a decode step and of a prefill; save: where the decode step goes.
 
-    sizes: None spreads the model over all devices as infer.py does. Raises InputError for what cannot
-    be compiled.
+    sizes: None is what infer.py takes without --mesh: one device where the weights have room there, else
+    it spreads them. Raises InputError for what cannot be compiled.
     """
     console = console or _console()
     cfg = config_of(ckpt)
-    sizes = spread(cfg.text, machine.devices) if sizes is None else sizes
-    mesh = make_mesh(sizes, devices_of(machine))
-    plans = []
-    for name, make in (("a decode step", decoding), ("a prefill", prefilling)):
+    sizes = usual_sizes(cfg, machine, asked) if sizes is None else sizes
+    used = None if -1 in sizes.values() else max(math.prod(sizes.values()), 1)
+    mesh, plans = make_mesh(sizes, devices_of(machine)[:used]), []
+    for name, make in (("a decode step", decoding), ("prompts taken in", prefilling)):
         program = make(cfg, mesh, asked)
         done = watched(console, program, f"compiling {name} for {machine}")
         plans.append(plan_of(machine, program, done))
         told = f"{ckpt}: {name}, {asked.rows} rows of {asked.slots:,} tokens"
         told += f", {asked.weights} weights" if asked.weights else ""
         console.print(table(plans[-1], told))
-    saved(plans[0], save, console)
+        if make is decoding:
+            saved(plans[0], save, console)
     return plans[0], plans[1]
+
+
+def usual_sizes(cfg: Config, machine: Machine, asked: Serving) -> dict[str, int]:
+    """The sizes of the mesh that infer.py takes without --mesh, {} for one device."""
+    held = held_arrays(cfg, asked.dtype, asked.weights).values()
+    size = sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in held)
+    return {} if size <= ROOM * machine.chip.hbm else spread(cfg.text, machine.devices)
 
 
 def program_of(recipe: Recipe, cfg: Config, machine: Machine) -> Program:
     """The step of a recipe over its mesh of a machine's devices. Raises InputError."""
-    return training_step(recipe, cfg, make_mesh(sizes_of(recipe), devices_of(machine)))
+    sizes = vars(mesh_of(recipe, cfg, machine))
+    return training_step(recipe, cfg, make_mesh(sizes, devices_of(machine)))
 
 
 def watched(console: Console, program: Program, what: str, level: str = "") -> compiling.Compiled:
-    """`compiled`, with a line about it while it lasts."""
-    with console.status(what) if console.is_terminal else console.capture():
-        return compiling.compiled(program, level)
+    """`compiled`, with a line about it: while it lasts on a terminal, before it elsewhere."""
+    if console.is_terminal:
+        with console.status(what):
+            return compiling.compiled(program, level)
+    _say(f"{what} ..")
+    return compiling.compiled(program, level)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def saved(plan: Plan, path: Path | None, console: Console) -> None:
-    """Writes the compiled program where one was asked for and there is one."""
-    if path is not None and plan.done.executable is not None:
+    """Writes the compiled program where one was asked for, or says that there is none."""
+    if path is not None and plan.done.executable is None:
+        console.print(f"{path}: not written, the program does not fit", markup=False)
+    elif path is not None:
         size = compiling.save(plan.done, path)
         console.print(f"{path}: the compiled program, {size / 2**20:,.0f} MiB", markup=False)
 
 
 def _largest(recipe: Recipe, cfg: Config, plan: Plan, tries: int, console: Console) -> str:
     """What is known of the largest pack.rows after some compiles."""
-    parts = rows_parts(plan.program.mesh.shape)
+    parts = groups_of(recipe, plan.program.mesh.shape)
     held = sum(plan.program.held.values())
     room = plan.machine.chip.hbm
     if held > room:
@@ -130,7 +156,7 @@ def _largest(recipe: Recipe, cfg: Config, plan: Plan, tries: int, console: Conso
         program = program_of(tried, cfg, plan.machine)
         done = watched(console, program, f"compiling for {rows} rows at {LEVEL}", LEVEL)
         told = "no room" if done.cause else f"{done.peak / 2**30:.2f} GiB"
-        print(f"pack.rows={rows}: {told} ({done.seconds:.0f} s)", file=sys.stderr)
+        _say(f"pack.rows={rows}: {told} ({done.seconds:.0f} s)")
         return None if done.cause else done.peak
 
     known = plan.done.peak if plan.fits else None

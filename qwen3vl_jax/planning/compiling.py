@@ -18,13 +18,16 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import serialize_executable
 
+from qwen3vl_jax.attention import cudnn_refusal
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.planning.program import Program
+from qwen3vl_jax.sharding import platform
 
 _OVER = (  # (what, how much, of how much) in XLA's words
     r"required for (HLO temporaries|[^()]*?) \((\S+)\) exceeds available HBM \((\S+?)\)",
     r"(Used) (\S+) of (\S+) hbm",
 )
+_HEAD = 128  # size of the heads of every released decoder
 _RESHARDED = re.compile(r"Involuntary full rematerialization.*?HLO operation:? %?(.*)")
 
 
@@ -39,6 +42,7 @@ class Compiled(NamedTuple):
     seconds: float
     cpu_seconds: float
     rss: float  # bytes, the most of this process
+    kernels: str = ""  # why attention is not by the kernel that a GPU has for it
 
     @property
     def peak(self) -> int:
@@ -52,15 +56,18 @@ def compiled(program: Program, level: str = "") -> Compiled:
     Raises InputError for what XLA refuses for another cause than memory.
     """
     begin, cpu = time.perf_counter(), time.process_time()
-    executable, cause = None, ""
+    executable, cause, kernels = None, "", ""
     with _level(level), jax.set_mesh(program.mesh), _stderr() as told:
         try:
+            kernels = cudnn_refusal("bfloat16", _HEAD) if platform() == "gpu" else ""
             executable = program.fn.lower(*program.args).compile()
         except jax.errors.JaxRuntimeError as error:
             cause = refusal(str(error))
+    text = "".join(told)
+    sys.stderr.write(errors(text))
     return Compiled(
-        executable, cause, resharded("".join(told)), time.perf_counter() - begin,
-        time.process_time() - cpu, _peak_rss(),
+        executable, cause, resharded(text), time.perf_counter() - begin,
+        time.process_time() - cpu, _peak_rss(), kernels,
     )  # fmt: skip
 
 
@@ -88,6 +95,11 @@ def resharded(text: str) -> Counter[str]:
     return found
 
 
+def errors(text: str) -> str:
+    """The lines of XLA's log that are more than warnings."""
+    return "".join(line for line in text.splitlines(True) if re.match(r"[EF]\d{4} ", line))
+
+
 @contextlib.contextmanager
 def _level(level: str) -> Iterator[None]:
     before = jax.config.jax_optimization_level  # type: ignore[attr-defined]
@@ -101,16 +113,20 @@ def _level(level: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _stderr() -> Iterator[list[str]]:
-    """Takes what the compiler's own code writes to stderr into the list, at the end."""
+    """Takes what the compiler's own code writes to stderr into the list, at the end.
+
+    What Python writes there, as a warning that a kernel is missing, is shown.
+    """
     told: list[str] = []
     sys.stderr.flush()
     kept = os.dup(2)
-    with tempfile.TemporaryFile() as file:
+    shown = open(kept, "w", closefd=False, buffering=1)  # noqa: SIM115
+    with tempfile.TemporaryFile() as file, contextlib.redirect_stderr(shown):
         os.dup2(file.fileno(), 2)
         try:
             yield told
         finally:
-            sys.stderr.flush()
+            shown.flush()
             os.dup2(kept, 2)
             os.close(kept)
             file.seek(0)

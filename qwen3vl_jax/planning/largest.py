@@ -36,7 +36,7 @@ def largest(
     fits, fails = (now, _LIMIT * now) if known is not None else (0, now)
     points = {now: known} if known is not None else {}
     for _ in range(tries):
-        if fails - fits <= 1:
+        if fails - fits <= _step(fits):
             break
         times = _guess(points, room, held, fits, fails)
         try:
@@ -50,8 +50,13 @@ def largest(
     return fits * parts, fails * parts
 
 
+def _step(fits: int) -> int:
+    """How near the end is near enough: an eighth."""
+    return max(fits // 8, 1)
+
+
 def _guess(points: dict[int, int], room: int, held: int, fits: int, fails: int) -> int:
-    """Where a line through the peaks known so far meets the memory, strictly between both."""
+    """Where a line through the peaks known so far meets the memory, between both and not near them."""
     sizes = sorted(points)[-2:]
     if not sizes:
         return (fits + fails) // 2
@@ -59,4 +64,4 @@ def _guess(points: dict[int, int], room: int, held: int, fits: int, fails: int) 
     if len(sizes) == 2:
         x0, y0 = sizes[0], points[sizes[0]]
     slope = max((y - y0) / (x - x0), 1)
-    return min(max(int(x + (room - y) / slope), fits + 1), fails - 1)
+    return min(max(int(x + (room - y) / slope), fits + _step(fits)), fails - 1)

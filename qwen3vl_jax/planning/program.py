@@ -71,14 +71,16 @@ def config_of(ckpt: str) -> Config:
 
 def check_batch(recipe: Recipe, cfg: Config, sizes: Mapping[str, int]) -> None:
     """Raises InputError for a batch or model that a mesh of these sizes does not divide."""
-    pack = recipe.pack
-    rows = rows_parts(sizes)
-    for name, count in (("pack.rows", pack.rows), ("pack.vision_rows", pack.vision_rows)):
-        if count % rows:
-            raise InputError(
-                f"{name} is {count}, expected a multiple of {rows}: data x fsdp x expert of the mesh, "
-                "over which rows are spread"
-            )
+    pack, rows, groups = recipe.pack, rows_parts(sizes), groups_of(recipe, sizes)
+    for name, count, parts in (
+        ("pack.groups", groups, rows),
+        ("pack.rows", pack.rows, groups),
+        ("pack.vision_rows", pack.vision_rows, groups),
+    ):
+        if count % parts:
+            why = "data x fsdp x expert of the mesh, over which rows are spread"
+            why = why if parts == rows else "pack.groups, into which rows are cut"
+            raise InputError(f"{name} is {count}, expected a multiple of {parts}: {why}")
     for name, axis, count in (
         ("pack.length", "sequence", pack.length),
         ("the attention heads", "tensor", cfg.text.num_attention_heads),
@@ -90,6 +92,11 @@ def check_batch(recipe: Recipe, cfg: Config, sizes: Mapping[str, int]) -> None:
             )
 
 
+def groups_of(recipe: Recipe, sizes: Mapping[str, int]) -> int:
+    """Into how many groups of their own samples a new run of this recipe cuts its rows."""
+    return recipe.pack.groups or rows_parts(sizes)
+
+
 def training_step(recipe: Recipe, cfg: Config, mesh: Mesh) -> Program:
     """The step that a run of this recipe takes on a mesh. Raises InputError."""
     sizes = dict(mesh.shape)
@@ -98,7 +105,7 @@ def training_step(recipe: Recipe, cfg: Config, mesh: Mesh) -> Program:
     rule = setup.rule_of(recipe, cfg, parts.weights)
     state = with_shardings(parts.state, state_shardings(mesh, cfg, parts.state))
     frozen = with_shardings(parts.frozen, params_shardings(mesh, cfg, parts.frozen))
-    packed = packed_batch(recipe, cfg, rows_parts(sizes))
+    packed = packed_batch(recipe, cfg, groups_of(recipe, sizes))
     packed = with_shardings(packed, batch_shardings(mesh, packed))
     step = setup.make_step(recipe, cfg, rule, parts.join, state)
     held = {

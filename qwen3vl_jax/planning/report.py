@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from rich.table import Table
 
-from qwen3vl_jax.planning.chips import Machine
+from qwen3vl_jax.planning.chips import GPU_SHARE, Machine
 from qwen3vl_jax.planning.compiling import Compiled
 from qwen3vl_jax.planning.hlo import parse
 from qwen3vl_jax.planning.program import Program
@@ -58,13 +58,18 @@ def table(plan: Plan, title: str, largest: str = "") -> Table:
     out.add_column("value", justify="right")
     out.add_column("how it is known", style="dim")
     mesh = " x ".join(f"{n} {k}" for n, k in plan.program.mesh.shape.items() if k > 1) or "1 device"
-    count = plan.machine.devices
-    out.add_row("machine", str(plan.machine), f"{count:,} device{'s' * (count > 1)}")
+    count, used = plan.machine.devices, plan.program.mesh.size
+    of_them = f", {used:,} in use" * (used != count)
+    out.add_row("machine", str(plan.machine), f"{count:,} device{'s' * (count > 1)}{of_them}")
     out.add_row("mesh", mesh, "")
     verdict = "[bold green]fits[/]" if plan.fits else "[bold red]does not fit[/]"
     out.add_row("verdict", verdict, plan.cause or _judge(plan.machine))
     if largest:
         out.add_row("largest batch", largest, "compiled at a lower level of optimisation")
+    if plan.done.kernels:
+        out.add_row(
+            "attention", "XLA blocks", f"a GPU with cuDNN uses that: {plan.done.kernels[:80]}"
+        )
     _add_memory(out, plan)
     if plan.fits:
         _add_traffic(out, plan)
@@ -93,21 +98,22 @@ def best(plans: Sequence[tuple[Candidate, Plan]], title: str) -> Table:
     return out
 
 
-def likeliest(found: Sequence[Candidate], title: str) -> Table:
-    """What a search would compile, with what the estimate says of it."""
+def likeliest(found: Sequence[Candidate], title: str, room: int) -> Table:
+    """What a search would compile, with what the estimate says of it; room: bytes of a device."""
     out = Table(title=title, title_justify="left")
     out.add_column("mesh and remat")
-    for name in ("memory, about", "step time, about"):
+    for name in ("memory, about", "of", "step time, about"):
         out.add_column(name, justify="right")
     for each in found:
-        out.add_row(str(each), _gib(each.memory), _seconds(each.seconds))
+        more = "[red]more than [/]" * (each.memory > room)
+        out.add_row(str(each), _gib(each.memory), more + _gib(room), _seconds(each.seconds))
     return out
 
 
 def _judge(machine: Machine) -> str:
     if machine.chip.platform == "tpu":
         return "XLA's own verdict"
-    return "an estimate: kernels are chosen on a GPU, whose libraries take memory too"
+    return f"an estimate: a GPU chooses kernels, and lets jax have {GPU_SHARE:.0%}"
 
 
 def _add_memory(out: Table, plan: Plan) -> None:
@@ -130,7 +136,7 @@ def _add_memory(out: Table, plan: Plan) -> None:
 
 def _add_traffic(out: Table, plan: Plan) -> None:
     out.add_section()
-    moved, work, count = plan.moved, plan.program.work, plan.machine.devices
+    moved, work, count = plan.moved, plan.program.work, plan.program.mesh.size
     assert moved is not None
     again = work.again / work.model - 1
     told = "counted from shapes"
@@ -164,7 +170,7 @@ def _add_times(out: Table, plan: Plan) -> None:
     out.add_row(
         work.name, f"{_seconds(least)} to {_seconds(most)}", "all at once; no exchange hidden"
     )
-    peak = machine.devices * machine.chip.flops
+    peak = plan.program.mesh.size * machine.chip.flops
     if work.steps:
         best, worst = (work.model / (peak * t) for t in (least, most))
         out.add_row(
@@ -176,7 +182,11 @@ def _add_times(out: Table, plan: Plan) -> None:
     if work.steps:
         hours = [machine.chips * work.steps * t / 3600 for t in (least, most)]
         told = f"{work.steps:,} steps, without evaluation and checkpoints"
-        out.add_row("chip-hours", f"{hours[0]:,.0f} to {hours[1]:,.0f}", told)
+        out.add_row("chip-hours", f"{_digits(hours[0])} to {_digits(hours[1])}", told)
+
+
+def _digits(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.2g}"
 
 
 def _gib(size: float) -> str:

@@ -46,15 +46,15 @@ def times_of(machine: Machine, devices: Sequence[Any], flops: float, moved: Traf
 def _seconds(machine: Machine, devices: Sequence[Any], each: Collective) -> tuple[float, float]:
     """(over links, over the network) of one exchange.
 
-    A ring along each axis of the torus that the group spans, both ways. A group over several slices
-    or hosts sends over the network what its devices there share between them.
+    A ring along each axis of the torus that the group spans, both ways where it is closed. A group over
+    several slices or hosts sends over the network what its devices there share between them.
     """
     chip, members = machine.chip, [devices[i] for i in each.group if i < len(devices)]
     if len(members) < 2:
         return 0.0, 0.0
     places = {_island(machine, d, i) for d, i in zip(members, each.group)}
-    axes = _spanned(members) if chip.platform == "tpu" else 0.5  # NVLink's rate is a direction's
-    rate = 2 * max(axes, 0.5) * chip.link
+    # NVLink's rate is a direction's of all its links.
+    rate = chip.link * (_lanes(machine, members) if chip.platform == "tpu" else 1)
     if len(places) == 1:
         return each.moved / rate, 0.0
     inside = len(members) // len(places)
@@ -68,7 +68,13 @@ def _island(machine: Machine, device: Any, number: int) -> int:
     return number // GPUS_A_HOST
 
 
-def _spanned(members: Sequence[Any]) -> int:
-    """Along how many axes of the torus devices differ; two devices of a chip differ along none."""
+def _lanes(machine: Machine, members: Sequence[Any]) -> int:
+    """How many directions of links bring a device its data.
+
+    Two of each axis that the group has all of, if that is a ring; one of another axis it spans, whose
+    last devices get everything from one side. Two devices of one chip differ along no axis.
+    """
     coords = [tuple(d.coords) if hasattr(d, "coords") else (d.id,) for d in members]
-    return sum(len(set(axis)) > 1 for axis in zip(*coords, strict=True))
+    spans = [len(set(axis)) for axis in zip(*coords, strict=True)]
+    sizes = zip(spans, machine.shape, machine.rings, strict=False)  # coords of 2-D slices end in 0
+    return max(sum(1 + (ring and span == n) for span, n, ring in sizes if span > 1), 1)

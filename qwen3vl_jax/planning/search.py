@@ -12,11 +12,12 @@ from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.planning.chips import Machine
 from qwen3vl_jax.planning.program import check_batch, work_of
+from qwen3vl_jax.sharding import AXES, mesh_shape
 from qwen3vl_jax.training import estimate
-from qwen3vl_jax.training.preset import preset, spelled
+from qwen3vl_jax.training.preset import asks_for_mesh, preset, sizes_of, spelled
 from qwen3vl_jax.training.recipe import Mesh, Recipe
 
-REMATS = ("dots", "full")  # "none" needs several times the memory; "offload" the host's
+REMATS = ("none", "dots", "full")  # beside the recipe's own; "offload" needs the host's memory
 _SLACK = 1.25  # how far the estimate of memory may be off before it rules a mesh out
 _TENSOR, _SEQUENCE = (1, 2, 4, 8), (1, 2, 4)
 
@@ -33,16 +34,23 @@ class Candidate(NamedTuple):
 
 
 def candidates(recipe: Recipe, cfg: Config, machine: Machine) -> list[Candidate]:
-    """All that divide and may fit: the preset, what is thought to fit, the rest; in each the fastest
-    by the estimate first. Raises InputError for none.
+    """All that divide and are near the memory: those thought to fit first, of them the recipe's own
+    mesh or the preset, then the fastest by the estimate. Raises InputError for none.
 
     The recipe's batch is kept as it is: only how devices share the work changes.
     """
     parts, room = estimate.held(recipe, cfg), machine.chip.hbm
-    usual = preset(cfg, recipe.pack, machine.devices, machine.slices)
+    try:
+        first = mesh_of(recipe, cfg, machine)
+    except InputError:  # of other devices
+        first = preset(cfg, recipe.pack, machine.devices, machine.slices)
     found = []
-    for mesh in _meshes(recipe, cfg, machine):
-        for remat in REMATS:
+    for mesh in dict.fromkeys((first, *_meshes(machine, cfg))):
+        try:
+            check_batch(recipe, cfg, vars(mesh))
+        except InputError:
+            continue
+        for remat in dict.fromkeys((recipe.step.remat, *REMATS)):
             step = dataclasses.replace(recipe.step, remat=remat)
             tried = dataclasses.replace(recipe, mesh=mesh, step=step)
             memory = sum(estimate.memory(tried, cfg, parts).values())
@@ -54,29 +62,33 @@ def candidates(recipe: Recipe, cfg: Config, machine: Machine) -> list[Candidate]
             "more devices, other rows, or step.weights=bfloat16"
         )
     return sorted(
-        found, key=lambda c: (c.recipe.mesh != usual, c.memory > room, c.seconds, c.memory)
+        found, key=lambda c: (c.memory > room, c.recipe.mesh != first, c.seconds, c.memory)
     )
 
 
-def _meshes(recipe: Recipe, cfg: Config, machine: Machine) -> Iterator[Mesh]:
-    """Every mesh of a machine's devices that a batch can be cut for."""
+def mesh_of(recipe: Recipe, cfg: Config, machine: Machine) -> Mesh:
+    """The mesh that a recipe asks for, else the preset. Raises InputError for one of other devices."""
+    usual = preset(cfg, recipe.pack, machine.devices, machine.slices)
+    if not asks_for_mesh(recipe):
+        return usual
+    try:
+        shape = mesh_shape(sizes_of(recipe), machine.devices)
+    except InputError as error:
+        hint = f"for {machine} take {spelled(usual)}, or no mesh at all"
+        raise InputError(f"{error}; {hint}") from None
+    return Mesh(**dict(zip(AXES, shape, strict=True)))
+
+
+def _meshes(machine: Machine, cfg: Config) -> Iterator[Mesh]:
+    """Every mesh of a machine's devices over whose slices data alone goes."""
     count = machine.devices
     experts = [n for n in _divisors(count) if n <= 64] if cfg.text.num_experts else [1]
     for tensor, sequence, expert in itertools.product(_TENSOR, _SEQUENCE, experts):
         inner = tensor * sequence * expert
-        if count % inner:
-            continue
-        for fsdp in _divisors(count // inner):
+        for fsdp in _divisors(count // inner) if count % inner == 0 else ():
             data = count // inner // fsdp
-            sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "expert": expert,
-                     "sequence": sequence}  # fmt: skip
-            if data % machine.slices:
-                continue
-            try:
-                check_batch(recipe, cfg, sizes)
-            except InputError:
-                continue
-            yield Mesh(**sizes)
+            if data % machine.slices == 0:
+                yield Mesh(data=data, fsdp=fsdp, tensor=tensor, expert=expert, sequence=sequence)
 
 
 def _divisors(count: int) -> list[int]:
@@ -97,4 +109,5 @@ def _seconds(recipe: Recipe, cfg: Config, parts: estimate.Held, machine: Machine
     inner = mesh.tensor * mesh.sequence
     shared = stream * (4 * (1 - 1 / mesh.tensor) + 2 * (1 - 1 / mesh.sequence))
     tokens = 2 * stream * (mesh.expert - 1) / inner
-    return compute + (weights + shared + tokens) / (2 * chip.axes * chip.link)
+    lanes = sum(1 + ring for n, ring in zip(machine.shape, machine.rings, strict=True) if n > 1)
+    return compute + (weights + shared + tokens) / (chip.link * max(lanes, 1))

@@ -13,10 +13,11 @@ from jax.sharding import Mesh
 from convert.int8 import quantised_rows
 from convert.mapping import rows as tensor_rows
 from convert.mapping import tree_of
-from qwen3vl_jax.cache import decode_step, init_cache, prefill
+from qwen3vl_jax.cache import decode_step, init_cache, insert_rows, prefill
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.loading import path_shardings
 from qwen3vl_jax.planning.program import Program, Work, held_bytes
+from qwen3vl_jax.processing.prompts import group_size
 from qwen3vl_jax.quantized import as_structs
 from qwen3vl_jax.sharding import array_sharding, whole
 from qwen3vl_jax.structs import Batch, KVCache, VisionInputs
@@ -55,20 +56,30 @@ def _decode(params, cache, tokens, *, cfg):
 
 
 def prefilling(cfg: Config, mesh: Mesh, asked: Serving) -> Program:
-    """The prefill of one prompt as wide as the cache, with a picture. Raises InputError."""
-    params, width = weights(cfg, mesh, asked.dtype, asked.weights), asked.slots
+    """A group of prompts as wide as the cache put into it, a picture in each; the cache is donated.
+
+    The most that `serve` holds: the cache of all rows, and beside it the prompts it takes in together.
+    Raises InputError.
+    """
+    params, cache = weights(cfg, mesh, asked.dtype, asked.weights), empty_cache(cfg, mesh, asked)
+    width, count = asked.slots, group_size(asked.rows)
     patches = min(PICTURE, cfg.vision.merge_unit * width)
-    batch = _prompt(cfg, mesh, width, patches)
+    batch = _prompts(cfg, mesh, count, width, patches)
     chunk = None if asked.chunk is None or asked.chunk >= width else asked.chunk
 
-    def run(params, batch):
-        return prefill(params, cfg, batch, width, chunk=chunk)
+    def run(params, cache, batch, rows):
+        new, logits = prefill(params, cfg, batch, width, chunk=chunk)
+        return insert_rows(cache, rows, new), logits
 
-    passed = Passed(width, width * (width + 1) // 2, patches, patches**2)
-    flops = _flops(cfg, passed, head=1)
-    work = Work("time of a prefill", flops, flops, width, f"one prompt, {patches} patches in it")
-    held = held_bytes({"weights": params, "prompt": batch})
-    return Program(jax.jit(run), (params, batch), mesh, held, work, "cache and activations")
+    passed = Passed(count * width, count * (width * (width + 1) // 2), count * patches,
+                    count * patches**2)  # fmt: skip
+    flops = _flops(cfg, passed, head=count)
+    told = f"{count} prompt{'s' * (count > 1)}, {patches} patches in each"
+    work = Work("time of a prefill", flops, flops, count * width, told)
+    held = held_bytes({"weights": params, "cache": (cache.k, cache.v), "prompts": batch})
+    args = params, cache, batch, _whole(mesh, jnp.int32, count)
+    fn = jax.jit(run, donate_argnums=1)
+    return Program(fn, args, mesh, held, work, "prompts' cache, activations")
 
 
 def _flops(cfg: Config, passed: Passed, head: int | None = None) -> float:
@@ -120,16 +131,22 @@ def empty_cache(cfg: Config, mesh: Mesh, asked: Serving) -> KVCache:
     return jax.tree.map(put, shapes)
 
 
-def _prompt(cfg: Config, mesh: Mesh, width: int, patches: int) -> Batch:
-    """One row of tokens, a picture among them."""
-    of = functools.partial(_whole, mesh)
+def _prompts(cfg: Config, mesh: Mesh, count: int, width: int, patches: int) -> Batch:
+    """Rows of tokens, a picture of so many patches in each."""
+    of, seen = functools.partial(_whole, mesh), count * patches
     vision = VisionInputs(
-        of(jnp.float32, patches, math.prod(cfg.vision.patch_shape)), of(jnp.int32, patches, 4),
-        of(jnp.float32, patches, 4), of(jnp.int32, patches, 2), of(jnp.int32, patches),
-        of(jnp.int32, patches),
+        of(jnp.float32, seen, math.prod(cfg.vision.patch_shape)), of(jnp.int32, seen, 4),
+        of(jnp.float32, seen, 4), of(jnp.int32, seen, 2), of(jnp.int32, seen), of(jnp.int32, seen),
     )  # fmt: skip
     row = functools.partial(of, jnp.int32)
-    return Batch(row(1, width), row(3, 1, width), row(1, width), row(1, width), row(1), vision)
+    return Batch(
+        row(count, width),
+        row(3, count, width),
+        row(count, width),
+        row(count, width),
+        row(count),
+        vision,
+    )
 
 
 def _whole(mesh: Mesh, dtype: Any, *shape: int) -> Any:

@@ -10,8 +10,10 @@ from typing import Any
 from jax.experimental import topologies
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.planning.chips import GPUS_A_HOST, Machine
+from qwen3vl_jax.planning.chips import GPU_SHARE, GPUS_A_HOST, Machine, check_installed
 
+# Both cores of a chip as one device, as on a VM.
+_MEGACORE = {"v4": {"chip_config_name": "megacore"}}
 _GPU_NAMES = {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200"}
 # What XLA is told of a GPU that it cannot ask: NVIDIA's figures of the Hopper chips.
 _HOPPER = """gpu_device_info {{
@@ -55,22 +57,9 @@ def devices_of(machine: Machine) -> list[Any]:
         raise InputError(f"--plan {machine}: the compiler refuses this shape: {reason}") from None
 
 
-def check_installed(machine: Machine) -> None:
-    """Raises InputError for a compiler that is not installed."""
-    if machine.chip.platform == "tpu":
-        wanted, install = "libtpu", "pip install 'qwen3vl-jax[tpu]'"
-    else:
-        wanted, install = "jax_cuda12_plugin", "pip install 'qwen3vl-jax[cuda]'"
-    if importlib.util.find_spec(wanted) is None:
-        raise InputError(
-            f"--plan {machine}: {wanted} is not installed, which compiles for it (no device is "
-            f"needed): {install} (in a clone: {install.replace('qwen3vl-jax', '.')})"
-        )
-
-
 def _tpu(machine: Machine) -> Any:
     name = f"{machine.name}:{'x'.join(map(str, machine.shape))}"
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = dict(_MEGACORE.get(machine.name, {}))
     if machine.slices > 1:
         options["num_slices"] = machine.slices
     if machine.chips < 4:  # less than the chips of a host
@@ -83,7 +72,8 @@ def _gpu(machine: Machine) -> Any:
     hosts = max(machine.chips // GPUS_A_HOST, 1)
     shape = f"1x{hosts}x{machine.chips // hosts}"  # partitions, hosts, devices of a host
     chip = machine.chip
-    told = _HOPPER.format(rate=round(chip.hbm_rate), memory=chip.hbm, name=_GPU_NAMES[machine.name])
+    memory, name = round(chip.hbm / GPU_SHARE), _GPU_NAMES[machine.name]
+    told = _HOPPER.format(rate=round(chip.hbm_rate), memory=memory, name=name)
     return topologies.get_topology_desc(shape, platform="cuda", topology=shape, target_config=told)
 
 

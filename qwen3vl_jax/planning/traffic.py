@@ -16,6 +16,12 @@ import numpy as np
 from qwen3vl_jax.planning.hlo import Instruction, Module, arrays, size, trip_count
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+BETWEEN = " between slices"
+# libtpu leaves what crosses slices to the runtime of the hosts: a send and a recv for each exchange,
+# with slices x devices, or with groups of devices whose number is their slice's times _SLICE.
+_TARGET = re.compile(r'_xla_megascale_target="?(\{[-\d,:>{}x]+\})')
+_TYPE = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+_SLICE = 100_000
 _FREE = frozenset((
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota",
     "partition-id", "replica-id", "opt-barrier", "while", "conditional", "call", "add-dependency",
@@ -27,7 +33,7 @@ _CLEAR = ("bitcast", "convert", "copy", "reshape", "transpose")  # the same valu
 class Collective(NamedTuple):
     """One exchange, as often as it happens in a step."""
 
-    kind: str
+    kind: str  # of KINDS, or that and BETWEEN
     times: float
     moved: float  # bytes that each device must receive, once
     group: tuple[int, ...]  # positions in the mesh of the first group of devices
@@ -89,6 +95,8 @@ def _collectives(module: Module, name: str, times: float, devices: int) -> Itera
     seen = set()
     for x, fused, scatters in _inside(module, name):
         kind = x.op.removesuffix("-start")
+        if x.op == "recv" and (found := _between_slices(x, times)):
+            yield found
         if kind not in KINDS:
             continue
         channel = re.search(r"channel_id=(\d+)", x.rest)
@@ -125,6 +133,37 @@ def _moved(module: Module, name: str, x: Instruction, kind: str, count: int) -> 
     if kind == "reduce-scatter" and x.op.startswith("reduce-scatter"):
         return (count - 1) * float(out)
     return share * out  # all-gather and all-to-all; a reduce-scatter written as an all-reduce
+
+
+def _between_slices(x: Instruction, times: float) -> Collective | None:
+    """What one device receives from its like in other slices, from a recv of the hosts' runtime."""
+    target, told = _TARGET.search(x.rest), _TYPE.search(x.rest)
+    if not target or not told:
+        return None
+    slices, inside = _slices(target[1])
+    out, count = float(next(arrays(x.shape))[0]), len(slices)
+    kind = told[1].lower().replace("_", "-").replace("one-to-one", "collective-permute")
+    shares = {"all-reduce": 2 * (count - 1) / count, "reduce-scatter": count - 1.0}
+    share = shares.get(kind, (count - 1) / count if kind.startswith("all-") else 1.0)
+    group = tuple((n - min(slices)) * inside for n in slices)
+    return Collective(kind + BETWEEN, times, share * out, group)
+
+
+def _slices(target: str) -> tuple[list[int], int]:
+    """The slices of the first group of an exchange, and how many devices each of them has."""
+    if told := re.fullmatch(r"\{([\d,:]+)\}x\{([\d,:]+)\}", target):
+        return _numbers(told[1]), len(_numbers(told[2]))
+    first, every = (
+        [int(n) for n in re.findall(r"\d+", text)] for text in (target[: target.index("}")], target)
+    )
+    slices = sorted({n // _SLICE for n in first})
+    return slices, len({n for n in every if n // _SLICE == slices[0]})
+
+
+def _numbers(text: str) -> list[int]:
+    """1,2,5:7 as 1 2 5 6 7."""
+    ends = (tuple(map(int, part.split(":"))) for part in text.split(","))
+    return [n for end in ends for n in range(end[0], end[-1] + 1)]
 
 
 def _group(text: str, devices: int) -> tuple[int, ...]:
@@ -171,7 +210,7 @@ def _memory(module: Module, x: Instruction, shapes: dict[str, str]) -> float:
         return 2 * _main(x.shape)
     if x.op == "scatter":
         return 3 * _main(given[-1])
-    if x.op.endswith("-start") and x.shape.startswith("("):
+    if x.op in ("send", "recv") or (x.op.endswith("-start") and x.shape.startswith("(")):
         return _started(x)
     return sum(map(_main, given)) + _main(x.shape)
 
@@ -179,6 +218,8 @@ def _memory(module: Module, x: Instruction, shapes: dict[str, str]) -> float:
 def _started(x: Instruction) -> float:
     """`_memory` of a copy, slice or exchange that runs beside others; its result begins with its input."""
     ends = list(arrays(x.shape))[:2]
+    if x.op in ("send", "recv"):
+        return ends[0][0]
     if x.op == "slice-start":  # reads as much as it writes
         return ends[1][0] * (1 + ends[1][1])
     return sum(n for n, main in ends if main)

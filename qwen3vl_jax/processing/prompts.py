@@ -100,6 +100,11 @@ def shared_start(a: EncodedPrompt, b: EncodedPrompt) -> int:
     return count
 
 
+def group_size(rows: int) -> int:
+    """How many prompts are prefilled together where so many rows are answered."""
+    return max(1, rows // 8)
+
+
 def group_batch(cfg: Config, prompts: Sequence[EncodedPrompt], width: int) -> Batch:
     """Prompts as a Batch [A width] without pixels: its vision rows count `in_feature_order`."""
     ids = np.zeros((len(prompts), width), np.int32)

@@ -1,0 +1,100 @@
+"""--plan: machines by name, their devices and memory, options that do not go together."""
+
+import argparse
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.planning import chips
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize(
+    ("name", "devices"),
+    [("v5p:4x8x8", 256), ("V5E:16x16", 256), ("tpu7x:4x4x4", 128), ("h100:16", 16)],
+)
+def test_machines_by_name(name, devices):
+    """Their devices as jax counts them."""
+    assert chips.read_machine(name).devices == devices
+
+
+@pytest.mark.parametrize(
+    ("name", "slices", "told"),
+    [
+        ("v5litepod-16", 1, "unknown machine, expected one like v4:2x2x2"),
+        ("v5p:4x4", 1, "v5p has 3 sizes"),
+        ("h100:12", 1, "whole hosts of 8"),
+        ("h100:8", 2, "--slices is 2: h100 has none"),
+        ("v5e:4x4", 0, "--slices is 0, expected a number from 1$"),
+    ],
+)
+def test_machines_that_are_none(name, slices, told):
+    """The message says which forms there are."""
+    with pytest.raises(InputError, match=told):
+        chips.read_machine(name, slices)
+
+
+def test_a_run_takes_the_memory_that_a_plan_reckons_with():
+    """Unless the user says how much, by either name of the variable: jax refuses both."""
+    environ = {}
+    chips.allow_gpu_memory(environ)
+    assert environ == {"XLA_CLIENT_MEM_FRACTION": str(chips.GPU_SHARE)}
+    assert chips.CHIPS["h100"].hbm == round(79.1 * chips.GPU_SHARE * 2**30)
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        environ = {name: "0.5"}
+        chips.allow_gpu_memory(environ)
+        assert environ == {name: "0.5"}
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"plan": None, "search": True}, "--search means something with --plan"),
+        ({"dry_run": True}, "--plan and --dry-run"),
+        ({"search": True, "save": Path("x")}, "--save: not with --search"),
+        ({"save": Path("/nowhere/x")}, "no such directory /nowhere"),
+        ({"plan": "v9:2x2"}, "unknown machine"),
+    ],
+)
+def test_options_of_the_planner_are_refused_at_once(given, told):
+    """What does not go together, before anything is read."""
+    usual = {"plan": "v5e:2x2", "slices": 1, "save": None, "search": False, "tries": 4}
+    with pytest.raises(InputError, match=told):
+        chips.check_plan_arguments(argparse.Namespace(**usual | given))
+
+
+def test_a_missing_compiler_says_what_to_install(monkeypatch):
+    """libtpu is an extra."""
+    from qwen3vl_jax.planning import topology
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"libtpu is not installed.*qwen3vl-jax\[tpu\]"):
+        topology.devices_of(chips.read_machine("v5e:2x2"))
+
+
+EVERY_TPU = """
+from qwen3vl_jax.planning import chips
+machines = [chips.read_machine(f"{n}:{c.sizes}") for n, c in chips.CHIPS.items() if c.platform == "tpu"]
+chips.prepare_environment(machines[0])
+from qwen3vl_jax.planning.topology import devices_of
+from qwen3vl_jax.sharding import make_mesh
+for machine in machines:
+    print(machine, make_mesh({"fsdp": machine.devices}, devices_of(machine)).size == machine.devices)
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the header says so")
+def test_every_kind_of_tpu_has_the_devices_of_its_entry():
+    """libtpu makes as many as CHIPS says, and jax arranges them."""
+    done = subprocess.run(
+        [sys.executable, "-c", EVERY_TPU], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split("\n")[:-1] == [
+        "v4:2x2x2 True", "v5e:4x4 True", "v5p:4x8x8 True", "v6e:4x4 True", "tpu7x:4x4x4 True"
+    ]  # fmt: skip
