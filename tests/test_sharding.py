@@ -174,3 +174,20 @@ def test_a_recipe_without_a_mesh_takes_all_devices(tmp_path):
     assert start.laid_out(settings, tmp_path / "run").mesh == Mesh(fsdp=2, tensor=4)
     asked = Recipe(str(ckpt), 1, mesh=Mesh(fsdp=1))
     assert start.laid_out(asked, tmp_path / "new") is asked
+
+
+def test_a_program_of_its_own_compiles_while_another_is_traced():
+    """As attention asks whether cuDNN serves it, outside of shards and inside."""
+    asked = jax.ShapeDtypeStruct((3,), jnp.float32)
+
+    def traced(x):
+        sharding.compile_whole(lambda y: (jnp.sin(y), y), asked)
+        return 2 * x
+
+    def over_shards(x):
+        where = sharding.call_places(("heads", len(x)))
+        return sharding.on_shards(traced, where, (("heads",),), ("heads",), traced(x))
+
+    assert jax.jit(over_shards)(jnp.ones(4)).tolist() == [4.0] * 4
+    with jax.set_mesh(sharding.make_mesh({"tensor": 2})):
+        assert jax.jit(over_shards)(jnp.ones(4)).tolist() == [4.0] * 4
