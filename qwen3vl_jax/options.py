@@ -26,7 +26,7 @@ MODES = {
     "rerank": ("it prints scores, no answer", _OF_ANSWERS),
     "plan": (
         "it compiles and answers nothing",
-        ("image", "video", "prompt", "system", "messages", "stream", "draw", "answers"),
+        ("image", "video", "prompt", "system", "messages", "stream", "draw", "answers", "adapter"),
     ),
 }
 NEEDS = {
@@ -219,8 +219,6 @@ def check_numbers(args: argparse.Namespace) -> None:
     for name in ("rows", "answers", "prefill_chunk", "max_len"):
         if (count := getattr(args, name)) is not None and count < 1:
             raise InputError(f"--{name.replace('_', '-')} is {count}, expected a number from 1")
-    if args.max_len is not None and args.max_len < 1:
-        raise InputError(f"--max-len is {args.max_len}, expected a number from 1")
     one = [name for name in ("stream", "draw") if getattr(args, name)]
     if args.answers > 1 and one:
         raise InputError(f"--answers: not with --{one[0]}")
