@@ -239,7 +239,6 @@ BAD = {
         lambda: ("--rerank", *ASK, "--document", "x", "--dims", 3),
         ["--dims", "only with --embed"],
     ),
-    "plan and adapter": (lambda: ("--plan", "v5e:2x2", "--adapter", "x"), ["leave --adapter out"]),
     "chat and answers": (lambda: ("--chat", "--answers", 2), ["--chat", "leave --answers out"]),
     "rows alone": (lambda: (*ASK, "--rows", 2), ["--rows", "only with --input"]),
     "instruction alone": (lambda: (*ASK, "--instruction", "x"), ["--embed or --rerank"]),

@@ -9,6 +9,8 @@ import pytest
 import tiny
 from rich.console import Console
 
+from qwen3vl_jax import options
+from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.loading import Source
 from qwen3vl_jax.planning import chips, command, program, serving
 from qwen3vl_jax.sharding import make_mesh
@@ -85,3 +87,9 @@ def test_eight_bit_weights_are_planned_as_they_are_held(tmp_path, kind):
     want = {path: (x.shape, x.dtype) for path, x in stored.asked(stored.stored()).items()}
     found = serving.held_arrays(cfg, "float32", kind)
     assert {path: (x.shape, x.dtype) for path, x in found.items()} == want
+
+
+def test_an_adapter_is_refused_for_it_would_not_be_counted():
+    args = options.arguments(["--plan", "v5e:2x2", "--adapter", "DIR"], "")
+    with pytest.raises(InputError, match="answers nothing, leave --adapter out"):
+        options.check_modes(args)
