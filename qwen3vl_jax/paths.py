@@ -171,13 +171,6 @@ def copy_file(source: Path, target: Path) -> None:
         shutil.copyfileobj(cast(BinaryIO, read), cast(BinaryIO, write), _PIECE)
 
 
-def copy_tree(source: Path, target: Path) -> None:
-    """Copies every file below a folder."""
-    for name in files_under(source):
-        make_folder((target / name).parent)
-        copy_file(source / name, target / name)
-
-
 def make_folder(path: Path) -> None:
     """Makes a folder and those above it; objects need none."""
     if not is_remote(path):
