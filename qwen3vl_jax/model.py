@@ -145,7 +145,10 @@ def embedded(params: Params, tokens: jax.Array, dtype: Any = None) -> jax.Array:
         return take_rows(params["embed"], tokens, dtype)
     # As the table is cut, for a lookup must move no table; then from the channels to the tokens, and
     # to the rows: the last axes of the mesh first, which XLA does without making x whole.
-    x = take_rows(params["embed"], shard(tokens, "lookup_rows", None), dtype)
+    # One token is looked up twice: XLA makes a slice of a lookup of one, and the whole table for that.
+    looked_up = tokens if tokens.size > 1 else jnp.repeat(tokens, 2, axis=1)
+    x = take_rows(params["embed"], shard(looked_up, "lookup_rows", None), dtype)
+    x = x[:, : tokens.shape[1]]
     hidden = "embed" if tokens.shape[1] > 1 else "step_embed"
     for axes in (("lookup_rows", None), ("lookup_rows", "stream"), ("rows", "stream")):
         x = shard(x, *axes, hidden)
