@@ -23,7 +23,7 @@ from qwen3vl_jax.cli import (
     sizes,
 )
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.options import arguments, check, input_options, mesh_sizes
+from qwen3vl_jax.options import arguments, check, input_options, mesh_sizes, read_messages
 from qwen3vl_jax.paths import absolute, file_size, files_under
 from qwen3vl_jax.planning.chips import allow_gpu_memory, prepare_environment, read_machine
 
@@ -42,19 +42,7 @@ def conversation(args: argparse.Namespace) -> tuple[list[dict], list[dict] | Non
             raise InputError(
                 "--messages: the file holds the whole conversation, leave --prompt and --system out"
             )
-        try:
-            found = json.loads(args.messages.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as e:
-            raise InputError(f"--messages {args.messages}: expected a JSON file, found: {e}") from e
-        messages, tools = (found, None) if isinstance(found, list) else (None, None)
-        if isinstance(found, dict):
-            messages, tools = found.get("messages"), found.get("tools")
-        if not isinstance(messages, list):
-            raise InputError(
-                f"--messages {args.messages}: expected a list of messages, or an object with a list "
-                'under "messages"'
-            )
-        return messages, tools
+        return read_messages(args.messages)
     if not args.ckpt and not args.image and not args.video:
         args.image, args.prompt = [str(DEMO_PICTURE)], args.prompt or DEMO_PROMPT
     seen = "clip" if args.video else "picture" if args.image else None
@@ -122,7 +110,8 @@ def sampling_of(args, processor):
 def load(args: argparse.Namespace, directory: Path, scope: contextlib.ExitStack):
     """(params, cfg) in --dtype, on a CPU in float32 unless that says otherwise.
 
-    On --mesh, or on the devices that a large model needs: scope keeps that mesh the ambient one.
+    On --mesh, or on the devices that a large model needs: scope keeps that mesh the ambient one. With
+    --input it is of this process's devices, else of those of all.
     """
     import jax
 
@@ -132,7 +121,8 @@ def load(args: argparse.Namespace, directory: Path, scope: contextlib.ExitStack)
 
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else None)
     source = Source(directory, q3.Config.from_hf(directory), args.weights)
-    mesh = mesh_for(mesh_sizes(args.mesh), source, dtype)
+    devices = jax.local_devices() if args.input else jax.devices()
+    mesh = mesh_for(mesh_sizes(args.mesh), source, dtype, devices)
     params, cfg = q3.load(
         directory, mesh=mesh, dtype=dtype, weights=args.weights, adapter=args.adapter
     )
@@ -315,6 +305,26 @@ def answer(args, directory, processor, arrays, limit, scope) -> str:
     return texts[0]
 
 
+def ask(args: argparse.Namespace, scope: contextlib.ExitStack) -> None:
+    """Answers one conversation: with --mesh on the devices of all processes, and the first one tells."""
+    index, count = processes.start(processes.asked_of(args)) if args.mesh else (0, 1)
+
+    def run() -> None:
+        given = prepare(args) if count == 1 else processes.agreed(lambda: prepare(args))
+        directory, processor, arrays, messages, limit = given
+        if count > 1:
+            seen = {**vars(args), "process": 0, **{k: x.tobytes() for k, x in arrays.items()}}
+            processes.check_alike("--mesh: other options, prompt or pictures", repr(seen).encode())
+        with processes.quiet(index > 0):
+            text = answer(args, directory, processor, arrays, limit, scope)
+        if args.draw and not index:
+            from qwen3vl_jax.processing.draw import draw_answer
+
+            draw_answer(args.draw, messages, text, args.image if args.messages else [])
+
+    run() if count == 1 else processes.end_together(run, "the beginning")
+
+
 def main(argv: list[str] | None = None) -> None:
     """The command line; exits 2 with one line for bad input."""
     start, args = time.perf_counter(), arguments(argv, (__doc__ or "").split("\n")[0])
@@ -330,12 +340,7 @@ def main(argv: list[str] | None = None) -> None:
         elif args.embed or args.rerank:
             measure(args, scope)
         else:
-            from qwen3vl_jax.processing.draw import draw_answer
-
-            directory, processor, arrays, messages, limit = prepare(args)
-            text = answer(args, directory, processor, arrays, limit, scope)
-            if args.draw:
-                draw_answer(args.draw, messages, text, args.image if args.messages else [])
+            ask(args, scope)
     print(f"total {time.perf_counter() - start:.1f} s", file=sys.stderr)
 
 

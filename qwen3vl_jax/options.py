@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+from pathlib import Path
 
 from qwen3vl_jax.cli import Parser
 from qwen3vl_jax.errors import InputError
@@ -15,24 +17,23 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "mi
              "presence_penalty")  # fmt: skip
 _OF_ANSWERS = ("system", "messages", "stream", "draw", "max_new_tokens", "max_len", *_SAMPLING, "seed",
                "prefill_chunk", "stop", "answers")  # fmt: skip
+_OF_ONE = ("image", "video", "prompt", "system", "messages", "stream", "draw", "answers")
+_PROCESSES = ("coordinator", "processes", "process", "distributed")
 # What asks for something other than one answer: why options have no meaning there, and which.
 MODES = {
-    "chat": ("it asks for the questions itself", ("prompt", "messages", "draw", "answers")),
-    "input": (
-        "its lines hold whole conversations",
-        ("image", "video", "prompt", "system", "messages", "stream", "draw", "answers"),
+    "chat": (
+        "it asks for the questions itself",
+        ("prompt", "messages", "draw", "answers", *_PROCESSES),
     ),
-    "embed": ("it prints a vector, no answer", _OF_ANSWERS),
-    "rerank": ("it prints scores, no answer", _OF_ANSWERS),
-    "plan": (
-        "it compiles and answers nothing",
-        ("image", "video", "prompt", "system", "messages", "stream", "draw", "answers", "adapter"),
-    ),
+    "input": ("its lines hold whole conversations", _OF_ONE),
+    "embed": ("it prints a vector, no answer", (*_OF_ANSWERS, *_PROCESSES)),
+    "rerank": ("it prints scores, no answer", (*_OF_ANSWERS, *_PROCESSES)),
+    "plan": ("it compiles and answers nothing", (*_OF_ONE, "adapter", *_PROCESSES)),
 }
 NEEDS = {
     "rows": ("input", "plan"),
     **dict.fromkeys(("slices", "save"), ("plan",)),
-    **dict.fromkeys(("coordinator", "processes", "process", "distributed"), ("input",)),
+    **dict.fromkeys(_PROCESSES, ("input", "mesh")),
     "dims": ("embed",),
     "instruction": ("embed", "rerank"),
 }
@@ -206,11 +207,12 @@ def check_modes(args: argparse.Namespace) -> None:
         raise InputError(f"--{modes[0]} and --{modes[1]}: give one of them")
     mode = modes[0] if modes else ""
     why, without = MODES.get(mode, ("", ()))
+    asks = mode or ("mesh" if "mesh" in given else "")  # one answer, of all the devices of a mesh
     for name in given:
         flag = f"--{name.replace('_', '-')}"
         if name in without:
             raise InputError(f"--{mode}: {why}, leave {flag} out")
-        if mode not in NEEDS.get(name, (mode,)):
+        if asks not in NEEDS.get(name, (asks,)):
             raise InputError(f"{flag}: means something only with --{' or --'.join(NEEDS[name])}")
 
 
@@ -231,3 +233,20 @@ def input_options(args: argparse.Namespace) -> dict:
              "video_max_pixels": "max_pixels"}  # fmt: skip
     clips = {ours: v for name, ours in names.items() if (v := getattr(args, name)) is not None}
     return {**pictures, "videos_kwargs": clips, "allow_special": args.allow_special}
+
+
+def read_messages(path: Path) -> tuple[list[dict], list[dict] | None]:
+    """The messages of a --messages file and the tools they may call; raises InputError."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise InputError(f"--messages {path}: expected a JSON file, found: {e}") from e
+    messages, tools = (found, None) if isinstance(found, list) else (None, None)
+    if isinstance(found, dict):
+        messages, tools = found.get("messages"), found.get("tools")
+    if not isinstance(messages, list):
+        raise InputError(
+            f"--messages {path}: expected a list of messages, or an object with a list under "
+            '"messages"'
+        )
+    return messages, tools

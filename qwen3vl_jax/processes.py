@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import os
 import re
@@ -9,10 +11,10 @@ import sys
 import textwrap
 import threading
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import suppress
-from typing import Any, NamedTuple, TypeVar
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from typing import Any, NamedTuple, TypeVar, cast
 
 from qwen3vl_jax.cli import EXPECTED, report
 from qwen3vl_jax.errors import InputError
@@ -197,6 +199,16 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+@contextmanager
+def quiet(silent: bool) -> Iterator[None]:
+    """What is printed here is lost in a process that another one speaks for; errors are not."""
+    with ExitStack() as stack:
+        if silent:
+            stack.enter_context(redirect_stdout(io.StringIO()))
+            stack.enter_context(redirect_stderr(io.StringIO()))
+        yield
+
+
 def wait_for_all(name: str) -> None:
     """Returns when every process has come here, be it hours later; Ctrl-C is heard meanwhile."""
     import jax
@@ -246,3 +258,25 @@ def all_of(value: Any) -> list[Any]:
     padded[: len(data)] = data
     found = multihost_utils.process_allgather(padded)
     return [json.loads(bytes(row[:size])) for row, size in zip(found, sizes, strict=True)]
+
+
+def agreed(make: Callable[[], _T]) -> _T:
+    """make() of every process; where one refuses, all raise its InputError."""
+    made, told = None, ""
+    try:
+        made = make()
+    except InputError as e:
+        told = str(e)
+    if errors := [text for text in all_of(told) if text]:
+        raise InputError(errors[0])
+    return cast(_T, made)
+
+
+def check_alike(what: str, seen: bytes) -> None:
+    """Raises InputError in every process where one has seen other bytes than the first."""
+    found = all_of(hashlib.blake2b(seen, digest_size=16).hexdigest())
+    if len(set(found)) > 1:
+        unlike = next(i for i, one in enumerate(found) if one != found[0])
+        raise InputError(
+            f"{what} in process {unlike} than in process 0; give all processes the same"
+        )

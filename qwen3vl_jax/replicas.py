@@ -7,20 +7,17 @@ on, with any number of processes.
 
 from __future__ import annotations
 
-import hashlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 from qwen3vl_jax.batch_file import Load, Settings, answer_lines, tell_errors, work_settings
-from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.journal import Journal, Line, Share, read_lines, results_in, share_path
 from qwen3vl_jax.kept_lines import digest, pieces, remove
-from qwen3vl_jax.processes import all_of, from_first, wait_for_all
+from qwen3vl_jax.processes import agreed, all_of, check_alike, from_first, wait_for_all
 from qwen3vl_jax.processing.processor import Processor
 
-_T = TypeVar("_T")
 SENT = 4 << 20  # bytes that a process sends at a time where the disk is not shared
 
 
@@ -39,12 +36,12 @@ def answer_file_together(
     Process 0 writes `out`. Raises InputError as `answer_file` does, and where the processes do not see
     the same lines.
     """
-    lines, kept = _agreed(
+    lines, kept = agreed(
         lambda: (read_lines(source), work_settings(source, out, settings, made_with))
     )
     _check_alike(source, lines, kept)
-    first = _agreed(lambda: None if index else Journal(out, lines, kept))  # and what others left
-    with _agreed(lambda: first or Share(out, index, lines, kept)) as journal:
+    first = agreed(lambda: None if index else Journal(out, lines, kept))  # and what others left
+    with agreed(lambda: first or Share(out, index, lines, kept)) as journal:
         found = all_of(sorted(journal.done))
         waiting = share_of(lines, {n for done in found for n in done}, index, count)
         if waiting:
@@ -61,32 +58,14 @@ def answer_file_together(
     return from_first(first.errors if first else 0)
 
 
-def _agreed(make: Callable[[], _T]) -> _T:
-    """make() of every process; where one refuses, all raise its InputError."""
-    made, told = None, ""
-    try:
-        made = make()
-    except InputError as e:
-        told = str(e)
-    if errors := [text for text in all_of(told) if text]:
-        raise InputError(errors[0])
-    return cast(_T, made)
-
-
 def share_of(lines: list[Line], done: set[int], index: int, count: int) -> list[Line]:
     """What one process of `count` has to do of the lines that are not done."""
     return [line for line in lines if line.number not in done][index::count]
 
 
 def _check_alike(source: Path, lines: list[Line], kept: Mapping[str, Any]) -> None:
-    text = repr([line.digest for line in lines]) + repr(sorted(kept.items(), key=repr))
-    found = all_of(hashlib.blake2b(text.encode(), digest_size=16).hexdigest())
-    if len(set(found)) > 1:
-        unlike = next(i for i, one in enumerate(found) if one != found[0])
-        raise InputError(
-            f"--input {source}: process {unlike} has other lines or options than process 0; give all "
-            "processes the same"
-        )
+    seen = repr([line.digest for line in lines]) + repr(sorted(kept.items(), key=repr))
+    check_alike(f"--input {source}: other lines or options", seen.encode())
 
 
 def _hand_over(first: Journal | None, out: Path, index: int) -> None:

@@ -1,4 +1,4 @@
-"""Over which of this host's devices infer.py spreads a model."""
+"""Over which devices infer.py spreads a model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from qwen3vl_jax.config import TextConfig
@@ -18,14 +17,14 @@ from qwen3vl_jax.sharding import layout_mesh, make_mesh
 ROOM = 0.85  # of a device's memory for weights; the cache and pictures want the rest
 
 
-def mesh_for(asked: Mapping[str, int] | None, source: Source, dtype: Any) -> Mesh | None:
+def mesh_for(
+    asked: Mapping[str, int] | None, source: Source, dtype: Any, devices: list[Any]
+) -> Mesh | None:
     """The mesh that was asked for, or one for a model larger than a device; None: one device does.
 
-    asked: sizes of axes, one may be -1 for all devices of this host. What is chosen here is told on
-    stderr. Raises InputError for sizes that this host has no devices for, and where they do not hold
-    the model.
+    asked: sizes of axes, one may be -1 for all of the devices. What is chosen here is told on stderr.
+    Raises InputError for sizes that there are no devices for, and where they do not hold the model.
     """
-    devices = jax.local_devices()
     sizes = chosen(source, dtype, devices) if asked is None else asked
     mesh = make_mesh(sizes, devices)
     return mesh if mesh.size > 1 else None

@@ -41,18 +41,23 @@ def work(tmp_path_factory):
 
 def start(source, outs, env, *more):
     """Processes that share a file, each with a name for its answers."""
+    options = ["--input", source, "--rows", "4", *more]
+    return spawned([[*options, "--output", out] for out in outs], env)
+
+
+def spawned(options, env):
+    """infer.py once with each of these options, as processes that know each other."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, ROOT / "infer.py", "--input", source, "--dtype", "float32"]
-    command += ["--rows", "4", *more]
-    many = ["--coordinator", f"127.0.0.1:{port}", "--processes", str(len(outs))]
+    many = ["--coordinator", f"127.0.0.1:{port}", "--processes", str(len(options)), "--process"]
+    command = [sys.executable, ROOT / "infer.py", "--dtype", "float32"]
     return [
         subprocess.Popen(
-            [*command, "--output", out, *([*many, "--process", str(i)] if len(outs) > 1 else [])],
-            env=env, stderr=subprocess.PIPE, text=True,
+            [*command, *given, *([*many, str(i)] if len(options) > 1 else [])],
+            env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
-        for i, out in enumerate(outs)
+        for i, given in enumerate(options)
     ]  # fmt: skip
 
 
@@ -167,3 +172,23 @@ def test_processes_that_cannot_be(tmp_path, capsys, monkeypatch, flags, told):
         infer.main(flags)
     (line,) = capsys.readouterr().err.splitlines()
     assert end.value.code == 2 and told in line
+
+
+def test_one_prompt_is_answered_on_the_devices_of_all(work, capsys):
+    """--mesh over two processes: the answer of one device, told once; unlike prompts are refused."""
+    env = {**work[1], "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=2")}
+    asked = ["--image", ROOT / "demo/pictures/grid.png", "--temperature", "1", "--seed", "3"]
+    infer.main([*map(str, asked), "--prompt", "Say 1."])
+    want = capsys.readouterr().out
+
+    def said(*prompts):
+        mesh = [*asked, "--mesh", "fsdp=2,tp=2", "--prompt"]
+        children = spawned([[*mesh, prompt] for prompt in prompts], env)
+        told = [child.communicate(timeout=240) for child in children]
+        return [child.returncode for child in children], *zip(*told, strict=True)
+
+    codes, answers, rest = said("Say 1.", "Say 1.")
+    assert codes == [0, 0] and answers[0].endswith(want), rest
+    assert want not in answers[1] and "decode" in rest[0] and "decode" not in rest[1]
+    codes, answers, rest = said("Say 1.", "Say 2.")
+    assert codes == [2, 2] and all("in process 1 than in process 0" in text for text in rest)
