@@ -24,6 +24,7 @@ class Exchange(NamedTuple):
     step go to all parts of a weight, and what these make of them is summed.
     """
 
+    rows: str  # the logical axis of the tokens' rows
     tokens: Where  # of rows and stream
     weights: Where  # of expert and embed
     experts: int
@@ -38,9 +39,9 @@ class Exchange(NamedTuple):
         parts = math.prod(sizes[a] for a in weights["embed"])
         pairs = zip((gate_up, down), _EMBED, strict=True)
         partial = shape[1] == 1 < parts and all(_divides(w, dim, parts) for w, dim in pairs)
-        rows = "step_rows" if partial else "rows"
+        rows = "step_rows" if shape[1] == 1 else "rows"
         tokens = call_places((rows, shape[0]), ("stream", shape[1]))
-        return cls(tokens, weights, experts, sizes, partial)
+        return cls(rows, tokens, weights, experts, sizes, partial)
 
     @property
     def owners(self) -> tuple[str, ...]:
@@ -63,8 +64,8 @@ class Exchange(NamedTuple):
 
         The first of the tokens' arrays has the axis D.
         """
-        rows = "step_rows" if self.partial else "rows"
-        stream, others = (rows, "stream", "embed" if self.partial else None), (rows, "stream", None)
+        others = (self.rows, "stream", None)
+        stream = (self.rows, "stream", "embed" if self.partial else None)
         held = tuple(self._specs(w, dim) for w, dim in zip(weights, _EMBED, strict=True))
         in_axes = ((stream, *(others for _ in tokens[1:])), held)
         where = {**self.tokens, "embed": self.weights["embed"]}

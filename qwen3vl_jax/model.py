@@ -149,9 +149,10 @@ def embedded(params: Params, tokens: jax.Array, dtype: Any = None) -> jax.Array:
     looked_up = tokens if tokens.size > 1 else jnp.repeat(tokens, 2, axis=1)
     x = take_rows(params["embed"], shard(looked_up, "lookup_rows", None), dtype)
     x = x[:, : tokens.shape[1]]
-    hidden = "embed" if tokens.shape[1] > 1 else "step_embed"
+    if tokens.shape[1] == 1:
+        return shard(shard(x, "lookup_rows", None, "step_embed"), "step_rows", None, None)
     for axes in (("lookup_rows", None), ("lookup_rows", "stream"), ("rows", "stream")):
-        x = shard(x, *axes, hidden)
+        x = shard(x, *axes, "embed")
     return x
 
 

@@ -28,7 +28,7 @@ _TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 RULES: dict[str, tuple[str, ...]] = {
     # activations
     "rows": ("data", "fsdp", "expert"),  # of tokens
-    "step_rows": ("data",),  # in a layer of a decode step: its tokens go to the weights
+    "step_rows": ("data",),  # of a decode step: its tokens go to the weights
     "step_embed": ("fsdp", "expert", "sequence"),  # of their sums: tensor cuts what is summed
     "lookup_rows": ("data",),  # of tokens that are looked up in a table cut along embed
     "vision_rows": AXES,  # of patches: the ViT is data-parallel over every device

@@ -29,8 +29,8 @@ def rows_of(x: jax.Array) -> str:
 
 def _streamed(y: jax.Array) -> jax.Array:
     """What a layer adds to the stream [B T D], laid out as it is."""
-    if y.shape[1] == 1:  # first as the weight is cut that it comes from, then an axis at a time
-        y = shard(shard(y, rows_of(y), None, "step_embed"), rows_of(y), None, None)
+    if y.shape[1] == 1:  # first as the weight is cut that it comes from
+        return shard(shard(y, "step_rows", None, "step_embed"), "step_rows", None, None)
     return shard(y, "rows", "stream", None)
 
 
