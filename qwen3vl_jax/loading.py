@@ -23,7 +23,7 @@ from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model import logical_axes
 from qwen3vl_jax.quantized import as_structs
-from qwen3vl_jax.sharding import array_sharding, shardings
+from qwen3vl_jax.sharding import array_sharding, check_divides, shardings
 from qwen3vl_jax.staging import read_config
 from qwen3vl_jax.structs import Params
 from qwen3vl_jax.tensors import (
@@ -143,7 +143,9 @@ def path_shardings(
     known, codes = logical_axes(cfg), eight_bit(leaves)
     weight = {path: path[:-1] if path in codes else path for path in leaves}
     axes = {spell(path): known[_kind(weight[path])] for path in leaves}
-    found = shardings(mesh, {spell(path): leaf for path, leaf in leaves.items()}, axes)
+    shapes = {spell(path): leaf for path, leaf in leaves.items()}
+    found = shardings(mesh, shapes, axes)
+    check_divides(mesh, shapes, axes)
     return {path: found[spell(path)] for path in leaves}
 
 

@@ -53,6 +53,9 @@ RULES: dict[str, tuple[str, ...]] = {
 # and its process reads no other samples.
 FIRST = {"vision_rows": "rows"}
 WHOLE_AT_MOST = 64 << 20  # bytes of a parameter that may stay whole on every device
+SPARED = (
+    1 / 4
+)  # of the bytes of a model's parameters that a mesh axis may cut, what it may leave uncut
 
 Where = Mapping[str, tuple[str, ...]]  # the mesh axes of each logical axis of a call
 Axes = Sequence[str | None]
@@ -295,3 +298,29 @@ def shardings(
                 f"{list(axes[name])}; take smaller ones and a larger mesh.data"
             )
     return out
+
+
+def check_divides(
+    mesh: Mesh | AbstractMesh | None, shapes: Mapping[str, Any], axes: Mapping[str, Axes]
+) -> None:
+    """Raises InputError for an axis of the mesh that leaves more than SPARED of a whole model uncut.
+
+    shapes and axes are those of `shardings`. The largest parameter that the axis does not divide is named.
+    """
+    for axis, n in _sizes(mesh).items() if mesh is not None else ():
+        may, uncut = 0, {}
+        for name, x in shapes.items():
+            if not any(axis in RULES[a] for a in axes[name] if a is not None):
+                continue
+            size = math.prod(x.shape) * np.dtype(x.dtype).itemsize
+            may += size
+            where = places(list(zip(axes[name], x.shape, strict=True)), _sizes(mesh))
+            if not any(axis in cutters for cutters in where.values()):
+                uncut[name] = size
+        if sum(uncut.values()) > SPARED * may:
+            name = max(uncut, key=lambda name: uncut[name])
+            raise InputError(
+                f"{name} {list(shapes[name].shape)}: {axis} = {n} divides none of its axes "
+                f"{list(axes[name])} that are left to it, and would leave {sum(uncut.values()) / may:.0%} "
+                "of the parameters whole; take a size that divides them, and a larger mesh.data"
+            )

@@ -1,6 +1,7 @@
 """The table of rules: which mesh axes cut what, what is refused, and that only one file knows."""
 
 import ast
+import contextlib
 import re
 from pathlib import Path
 
@@ -116,6 +117,25 @@ def test_refusals_name_the_parameter_and_the_axis():
     mesh = sharding.make_mesh({"fsdp": 8})
     with pytest.raises(InputError, match=r"layers\.mlp\.down .*fsdp = 8 divides none"):
         sharding.shardings(mesh, x, {"layers.mlp.down": (None, "embed", "mlp")})
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "told"),
+    [
+        ("8b", {"fsdp": 3, "tensor": 2}, r"gate_up .*: fsdp = 3 divides none"),
+        ("8b", {"fsdp": 7, "tensor": 8}, r"gate_up .*: fsdp = 7 divides none"),
+        ("30b-a3b", {"expert": 6, "tensor": 8}, r"gate_up .*: expert = 6 divides none"),
+        ("2b", {"data": 2, "sequence": 3}, r"gate_up .*: sequence = 3 divides none"),
+        ("235b-a22b", {"fsdp": 16, "expert": 8, "sequence": 2}, ""),  # the tower: by 128 of the 256
+        ("8b", {"tensor": 16}, ""),  # eight key/value heads: embed is cut in their place
+        ("2b", {"data": 3, "fsdp": 512}, ""),  # and the rules divide the tower too
+    ],
+)
+def test_an_axis_that_divides_little_of_a_model_is_refused(name, sizes, told):
+    """Also where another axis cuts each of its parameters."""
+    cfg, mesh = q3.Config.named(name), sharding.layout_mesh(sizes)
+    with pytest.raises(InputError, match=told) if told else contextlib.nullcontext():
+        placing.check_mesh(mesh, cfg, setup.shapes(cfg))
 
 
 @pytest.mark.parametrize(

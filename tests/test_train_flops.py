@@ -74,6 +74,12 @@ def test_step_flops_follow_what_is_trained():
     assert of(remat="full") - whole == pytest.approx(decoder + vision)
     assert of(remat="none") - whole == pytest.approx(parts["head"])
     assert of(trained=("head",)) == pytest.approx(forward + parts["head"])
+    untied, tied = (dataclasses.replace(cfg, tie_word_embeddings=x) for x in (False, True))
+    least = ("embeddings", "text")  # a tied head is trained as the embedding that it is
+    more = flops.step_flops(tied, work, trained=least) - flops.step_flops(
+        untied, work, trained=least
+    )
+    assert more == pytest.approx(parts["head"])
 
 
 def test_matrices_are_those_of_the_parameters():

@@ -11,10 +11,12 @@ import jax.numpy as jnp
 from convert import int8
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.quantized import as_structs
+from qwen3vl_jax.sharding import layout_mesh
 from qwen3vl_jax.structs import Params
 from qwen3vl_jax.tensors import SCALE, VALUES, nest
 from qwen3vl_jax.training import groups, setup
 from qwen3vl_jax.training.groups import Flat
+from qwen3vl_jax.training.placing import check_mesh, params_shardings
 from qwen3vl_jax.training.recipe import Mesh, Recipe
 from qwen3vl_jax.training.stacked import layer_counts, place_of
 
@@ -89,40 +91,48 @@ def _params(recipe: Recipe, cfg: Config) -> Params:
     return as_structs(nest(leaves.items(), empty=() if taps else [("vision", "deepstack")]))
 
 
+def sizes(mesh: Mesh) -> dict[str, int]:
+    """The sizes of a mesh's axes; one of -1 (all that are left) counts as 1."""
+    return {name: max(n, 1) for name, n in vars(mesh).items()}
+
+
 def devices(mesh: Mesh) -> int:
-    """How many devices a mesh has; an axis of -1 (all that are left) counts as 1."""
-    return math.prod(max(n, 1) for n in vars(mesh).values())
+    """How many devices a mesh has, by `sizes`."""
+    return math.prod(sizes(mesh).values())
 
 
 def memory(recipe: Recipe, cfg: Config, parts: Held) -> dict[str, int]:
-    """Bytes on each device by part. Weights, gradients and optimizer are exact on one device; what
-    the step computes with is an estimate. A mesh is taken to divide everything evenly."""
-    state, count = parts.state, devices(recipe.mesh) // recipe.mesh.data
+    """Bytes on each device by part: weights, gradients and optimizer exactly, the rest an estimate.
+
+    Raises InputError for a mesh that does not divide the model.
+    """
+    state, mesh = parts.state, layout_mesh(sizes(recipe.mesh))
+    check_mesh(mesh, cfg, setup.shapes(cfg))
+
+    def share(flat: Flat) -> int:
+        where = params_shardings(mesh, cfg, flat)
+        return sum(_bytes(x, where[name].shard_shape(x.shape)) for name, x in flat.items())
+
     fp32 = {n: jax.ShapeDtypeStruct(x.shape, jnp.float32) for n, x in parts.weights.items()}
-    grads = _share(fp32, count) * (2 if recipe.step.accumulate > 1 else 1)
-    moments = sum(map(_bytes, jax.tree.leaves(state.optimizer)))
-    whole = sum(map(_bytes, jax.tree.leaves(parts.weights)))
-    share = _share(parts.weights, count) / max(whole, 1)
+    moments = sum(_bytes(x, x.shape) for x in jax.tree.leaves(state.optimizer))
+    whole = sum(_bytes(x, x.shape) for x in jax.tree.leaves(parts.weights))
     found = {
-        f"trained weights ({recipe.step.weights})": _share(parts.weights, count),
-        "frozen weights": _share(parts.frozen, count),
-        "gradients (float32)": grads,
-        f"optimizer ({recipe.optimizer.name})": round(moments * share),
-        "compensation": _share(state.rest or {}, count),
-        "moving average": _share(state.average or {}, count),
+        f"trained weights ({recipe.step.weights})": share(parts.weights),
+        "frozen weights": share(parts.frozen),
+        "gradients (float32)": share(fp32) * (2 if recipe.step.accumulate > 1 else 1),
+        f"optimizer ({recipe.optimizer.name})": round(
+            moments * share(parts.weights) / max(whole, 1)
+        ),
+        "compensation": share(state.rest or {}),
+        "moving average": share(state.average or {}),
         f"activations (remat {recipe.step.remat}), about": _activations(recipe, cfg),
         "logits of a chunk of the loss": _logits(recipe, cfg),
     }
     return {name: size for name, size in found.items() if size}
 
 
-def _share(flat: Flat, count: int) -> int:
-    """Bytes of a device's part of parameters, which every axis of a mesh but data cuts."""
-    return sum(map(_bytes, flat.values())) // count
-
-
-def _bytes(x: Any) -> int:
-    return math.prod(x.shape) * jnp.dtype(x.dtype).itemsize
+def _bytes(x: Any, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * jnp.dtype(x.dtype).itemsize
 
 
 def _logits(recipe: Recipe, cfg: Config) -> int:

@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.model import logical_axes
-from qwen3vl_jax.sharding import Axes, array_sharding, shardings, whole
+from qwen3vl_jax.sharding import Axes, array_sharding, check_divides, shardings, whole
 from qwen3vl_jax.tensors import SCALE, VALUES
 from qwen3vl_jax.training.groups import Flat
 from qwen3vl_jax.training.packing import PackedBatch
@@ -69,6 +69,11 @@ def longest_axis(x: Any) -> Axes:
 def params_shardings(mesh: Mesh | AbstractMesh | None, cfg: Config, flat: Flat) -> dict[str, Any]:
     """{name: NamedSharding} of weights, or None for each without a mesh. Raises InputError."""
     return shardings(mesh, flat, axes_of(cfg, flat))
+
+
+def check_mesh(mesh: Mesh | AbstractMesh | None, cfg: Config, model: Flat) -> None:
+    """Raises InputError where an axis of the mesh does not divide the parameters of a whole model."""
+    check_divides(mesh, model, axes_of(cfg, model))
 
 
 def state_shardings(mesh: Mesh, cfg: Config, state: TrainState) -> TrainState:

@@ -21,7 +21,13 @@ from qwen3vl_jax.structs import Params
 from qwen3vl_jax.training import groups
 from qwen3vl_jax.training.groups import Flat
 from qwen3vl_jax.training.optimizer import make_optimizer
-from qwen3vl_jax.training.placing import params_shardings, put, state_shardings, with_shardings
+from qwen3vl_jax.training.placing import (
+    check_mesh,
+    params_shardings,
+    put,
+    state_shardings,
+    with_shardings,
+)
 from qwen3vl_jax.training.recipe import Recipe
 from qwen3vl_jax.training.stacked import layer_counts, load_stacked, place_of
 from qwen3vl_jax.training.step import TrainState, init_state, train_step
@@ -45,8 +51,10 @@ def prepare(
 
     Each array lies on the mesh as sharding.RULES say, and was read or drawn there.
 
-    Raises InputError for what does not fit the model, and for 8-bit weights without LoRA.
+    Raises InputError for what does not fit the model, a mesh that does not divide it, and 8-bit weights
+    without LoRA.
     """
+    check_mesh(mesh, cfg, shapes(cfg))
     params = initial_params(recipe, cfg, mesh)
     if recipe.lora.rank:
         from qwen3vl_jax.training.adapters import cut_lora
