@@ -49,11 +49,12 @@ def load(
     expert_layout: str | None = None,
     adapter: str | os.PathLike[str] | None = None,
 ) -> tuple[Params, Config]:
-    """(params, cfg) of an Orbax directory, a Hugging Face directory or a Hub id, on the default device.
+    """(params, cfg) of an Orbax directory, a Hugging Face directory or a Hub id, on a device or a mesh.
 
     A directory may be remote (paths.py): of its files, no more than the tensors' bytes are fetched.
-    mesh: each parameter is read straight into its shards, as sharding.RULES cut it; a process reads what
-    its devices hold, and its memory never more than that and one tensor. Compute in `jax.set_mesh(mesh)`.
+    mesh: None is that of `jax.set_mesh`, and without one the default device. Each parameter is read
+    straight into its shards, as sharding.RULES cut it; a process reads what its devices hold, and its
+    memory never more than that and one tensor. Compute in `jax.set_mesh(mesh)`.
     Tensors go to the device one by one, as stored or cast to `dtype` there; host memory holds a few at
     a time. A base model without a head gives params without "head" and a warning in the log.
     weights: None dequantises the FP8 of Hugging Face files to bf16 and takes an Orbax directory as it
@@ -64,12 +65,13 @@ def load(
     adapter: directory or Hub id of a PEFT adapter, whose matrices stay beside the weights they adapt
     (`lora.Adapted`), so that nothing is rounded and 8-bit weights stay so; `lora.merge` adds them up.
     Raises InputError for weights that are absent, damaged, incomplete, not those of config.json, or
-    not to be had in the form asked for, for an adapter that does not fit, and for a large parameter
-    that no axis of the mesh divides.
+    not to be had in the form asked for, for an adapter that does not fit, and for an axis of the mesh
+    that does not divide the parameters.
     """
     from qwen3vl_jax import loading
+    from qwen3vl_jax.sharding import ambient_mesh
 
-    dtype = _floating(dtype)
+    dtype, mesh = _floating(dtype), ambient_mesh() if mesh is None else mesh
     directory = resolve(ckpt, revision)
     cfg = Config.from_hf(directory)
     beside = None if adapter is None else peft.load_adapter(resolve(adapter), cfg)

@@ -152,6 +152,12 @@ def rows_parts(sizes: Mapping[str, int]) -> int:
     return math.prod(sizes.get(axis, 1) for axis in RULES["rows"])
 
 
+def ambient_mesh() -> Mesh | None:
+    """The mesh of `jax.set_mesh` with its devices; not to be asked for inside jit."""
+    mesh = jax.sharding.get_mesh()
+    return None if mesh.empty else mesh
+
+
 def mesh_sizes() -> dict[str, int]:
     """The ambient mesh's axes of more than one device; empty without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -73,6 +73,9 @@ def test_each_parameter_lies_where_the_rules_put_it(sparse, tmp_path):
         leaves = dict(flatten(got))
         for path, place in path_shardings(mesh(), cfg, leaves).items():
             assert leaves[path].sharding.is_equivalent_to(place, leaves[path].ndim), path
+    with jax.set_mesh(mesh()):
+        ambient, _ = q3.load(directory)
+    assert jax.tree.all(jax.tree.map(lambda x, y: x.sharding == y.sharding, ambient, got))
 
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "moe"])
