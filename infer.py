@@ -313,8 +313,9 @@ def ask(args: argparse.Namespace, scope: contextlib.ExitStack) -> None:
         given = prepare(args) if count == 1 else processes.agreed(lambda: prepare(args))
         directory, processor, arrays, messages, limit = given
         if count > 1:
-            seen = {**vars(args), "process": 0, **{k: x.tobytes() for k, x in arrays.items()}}
-            processes.check_alike("--mesh: other options, prompt or pictures", repr(seen).encode())
+            seen = [repr({**vars(args), "process": 0}).encode()]
+            seen += [x.tobytes() for x in arrays.values()]
+            processes.check_alike("--mesh: other options, prompt or pictures", *seen)
         with processes.quiet(index > 0):
             text = answer(args, directory, processor, arrays, limit, scope)
         if args.draw and not index:

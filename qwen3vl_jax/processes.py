@@ -272,9 +272,12 @@ def agreed(make: Callable[[], _T]) -> _T:
     return cast(_T, made)
 
 
-def check_alike(what: str, seen: bytes) -> None:
+def check_alike(what: str, *seen: bytes) -> None:
     """Raises InputError in every process where one has seen other bytes than the first."""
-    found = all_of(hashlib.blake2b(seen, digest_size=16).hexdigest())
+    digest = hashlib.blake2b(digest_size=16)
+    for part in seen:
+        digest.update(part)
+    found = all_of(digest.hexdigest())
     if len(set(found)) > 1:
         unlike = next(i for i, one in enumerate(found) if one != found[0])
         raise InputError(

@@ -53,9 +53,7 @@ RULES: dict[str, tuple[str, ...]] = {
 # and its process reads no other samples.
 FIRST = {"vision_rows": "rows"}
 WHOLE_AT_MOST = 64 << 20  # bytes of a parameter that may stay whole on every device
-SPARED = (
-    1 / 4
-)  # of the bytes of a model's parameters that a mesh axis may cut, what it may leave uncut
+SPARED = 1 / 4  # of the bytes of parameters that a mesh axis may cut, what it may leave uncut
 
 Where = Mapping[str, tuple[str, ...]]  # the mesh axes of each logical axis of a call
 Axes = Sequence[str | None]
