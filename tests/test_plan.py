@@ -218,12 +218,40 @@ def test_what_may_not_fit_is_last_and_marked(small, monkeypatch):
 
 
 def test_a_mesh_of_other_devices_is_refused_with_one_that_is_not(small):
-    """The message names the preset, with which a search begins."""
+    """The message names the preset, with what turns the recipe's mesh into it; a search takes others."""
     machine = chips.read_machine("v5e:2x2")
-    with pytest.raises(InputError, match=r"for v5e:2x2 take mesh.fsdp=4, or no mesh"):
+    told = r"for all of them; for v5e:2x2 add mesh.fsdp=4 mesh.tensor=1 to the command"
+    with pytest.raises(InputError, match=told):
         search.mesh_of(small, cfg := program.config_of(small.ckpt), machine)
     found = search.candidates(small, cfg, machine)
-    assert found[0].recipe.mesh == preset(cfg, small.pack, 4)
+    assert preset(cfg, small.pack, 4) in [c.recipe.mesh for c in found]
+
+
+@pytest.mark.parametrize(
+    ("machine", "sizes", "used"),
+    [("h100:8", {"fsdp": 1}, 1), ("h200:4", {"fsdp": 2}, 2), ("h100:8", {"fsdp": -1}, 8)],
+)
+def test_a_plan_of_a_smaller_mesh_is_of_the_first_gpus(small, machine, sizes, used):
+    """As a run of one process; several hosts need every device."""
+    cfg, asked = (
+        program.config_of(small.ckpt),
+        dataclasses.replace(small, mesh=recipe.Mesh(**sizes)),
+    )
+    pack = dataclasses.replace(small.pack, rows=8)
+    asked = dataclasses.replace(asked, pack=pack)
+    found = search.mesh_of(asked, cfg, chips.read_machine(machine))
+    assert np.prod(list(vars(found).values())) == used
+    if used == 1:
+        with pytest.raises(InputError, match="expected a product of 16"):
+            search.mesh_of(asked, cfg, chips.read_machine("h100:16"))
+
+
+def test_a_plan_compiles_for_no_more_devices_than_its_mesh(small, monkeypatch):
+    """The first of the machine's."""
+    monkeypatch.setattr(command, "devices_of", lambda machine: jax.devices())
+    asked = dataclasses.replace(small, mesh=recipe.Mesh(fsdp=2))
+    made = command.program_of(asked, program.config_of(small.ckpt), chips.read_machine("h100:8"))
+    assert list(made.mesh.devices.flat) == jax.devices()[:2]
 
 
 def test_a_search_goes_on_after_a_mesh_that_does_not_compile(small, monkeypatch, capsys):

@@ -118,7 +118,8 @@ def usual_sizes(cfg: Config, machine: Machine, asked: Serving) -> dict[str, int]
 def program_of(recipe: Recipe, cfg: Config, machine: Machine) -> Program:
     """The step of a recipe over its mesh of a machine's devices. Raises InputError."""
     sizes = vars(mesh_of(recipe, cfg, machine))
-    return training_step(recipe, cfg, make_mesh(sizes, devices_of(machine)))
+    devices = devices_of(machine)[: math.prod(sizes.values())]
+    return training_step(recipe, cfg, make_mesh(sizes, devices))
 
 
 def watched(console: Console, program: Program, what: str, level: str = "") -> compiling.Compiled:

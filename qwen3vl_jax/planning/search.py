@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.planning.chips import Machine
+from qwen3vl_jax.planning.chips import GPUS_A_HOST, Machine
 from qwen3vl_jax.planning.program import check_batch, work_of
 from qwen3vl_jax.sharding import AXES, mesh_shape
 from qwen3vl_jax.training import estimate
-from qwen3vl_jax.training.preset import asks_for_mesh, preset, sizes_of, spelled
+from qwen3vl_jax.training.preset import asks_for_mesh, changed, preset, sizes_of, spelled
 from qwen3vl_jax.training.recipe import Mesh, Recipe
 
 REMATS = ("none", "dots", "full")  # beside the recipe's own; "offload" needs the host's memory
@@ -67,16 +67,30 @@ def candidates(recipe: Recipe, cfg: Config, machine: Machine) -> list[Candidate]
 
 
 def mesh_of(recipe: Recipe, cfg: Config, machine: Machine) -> Mesh:
-    """The mesh that a recipe asks for, else the preset. Raises InputError for one of other devices."""
-    usual = preset(cfg, recipe.pack, machine.devices, machine.slices)
+    """The mesh that a recipe asks for, else the preset. Raises InputError for one of other devices.
+
+    A smaller one is of the first GPUs of a host, as in a run; of a TPU slice all chips are taken.
+    """
     if not asks_for_mesh(recipe):
-        return usual
+        return preset(cfg, recipe.pack, machine.devices, machine.slices)
+    sizes = sizes_of(recipe)
     try:
-        shape = mesh_shape(sizes_of(recipe), machine.devices)
+        shape = mesh_shape(sizes, _used(sizes, machine))
     except InputError as error:
-        hint = f"for {machine} take {spelled(usual)}, or no mesh at all"
+        usual = preset(cfg, recipe.pack, machine.devices, machine.slices)
+        why = "a plan is for all of them; " if machine.chip.platform == "tpu" else ""
+        hint = f"{why}for {machine} add {changed(recipe.mesh, usual)} to the command"
         raise InputError(f"{error}; {hint}") from None
     return Mesh(**dict(zip(AXES, shape, strict=True)))
+
+
+def _used(sizes: Mapping[str, int], machine: Machine) -> int:
+    """How many devices a mesh takes: of one host of GPUs no more than it needs."""
+    one_host = machine.chip.platform == "gpu" and machine.devices <= GPUS_A_HOST
+    known = -1 not in sizes.values()
+    return (
+        min(math.prod(sizes.values()), machine.devices) if one_host and known else machine.devices
+    )
 
 
 def _meshes(machine: Machine, cfg: Config) -> Iterator[Mesh]:
@@ -98,11 +112,12 @@ def _divisors(count: int) -> list[int]:
 def _seconds(recipe: Recipe, cfg: Config, parts: estimate.Held, machine: Machine) -> float:
     """About how long a step takes: arithmetic, and the exchanges that a mesh is known to need."""
     mesh, chip, t = recipe.mesh, machine.chip, cfg.text
-    compute = work_of(recipe, cfg, parts.weights).again / machine.devices / chip.flops
+    count = estimate.devices(mesh)
+    compute = work_of(recipe, cfg, parts.weights).again / count / chip.flops
     passes = 3 if recipe.step.remat == "full" else 2  # forward, again, backward
     size = sum(math.prod(x.shape) for x in parts.weights.values())
     gathered = size / (mesh.tensor * mesh.expert) * recipe.step.accumulate
-    weights = gathered * (2 * passes + 4) * (mesh.fsdp > 1) + 8 * size / machine.devices
+    weights = gathered * (2 * passes + 4) * (mesh.fsdp > 1) + 8 * size * (count > 1) / count
     rows = mesh.data * mesh.fsdp * mesh.expert
     places = recipe.pack.rows * recipe.pack.length * recipe.step.accumulate / rows
     stream = 2 * places * t.hidden_size * t.num_hidden_layers * passes  # bytes, once a pass

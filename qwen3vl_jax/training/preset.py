@@ -29,6 +29,14 @@ def spelled(mesh: Mesh) -> str:
     return " ".join(f"mesh.{name}={n}" for name, n in vars(mesh).items() if n != 1) or "one device"
 
 
+def changed(before: Mesh, after: Mesh) -> str:
+    """What a command line needs to have one mesh in place of another: also the axes that become 1."""
+    sizes = {name: (n, getattr(before, name)) for name, n in vars(after).items()}
+    return " ".join(
+        f"mesh.{name}={n}" for name, (n, old) in sizes.items() if n != 1 or old not in (0, 1)
+    )
+
+
 def with_preset(recipe: Recipe, cfg: Config, count: int, slices: int = 1) -> Recipe:
     """The recipe itself, or with the `preset` of `count` devices where it asks for no mesh."""
     if asks_for_mesh(recipe):
