@@ -223,6 +223,9 @@ def test_a_mesh_of_other_devices_is_refused_with_one_that_is_not(small):
     told = r"for all of them; for v5e:2x2 add mesh.fsdp=4 mesh.tensor=1 to the command"
     with pytest.raises(InputError, match=told):
         search.mesh_of(small, cfg := program.config_of(small.ckpt), machine)
+    few = "for v5p:4x4x4 add mesh.fsdp=64 mesh.tensor=1 pack.rows=64 pack.vision_rows=64 to"
+    with pytest.raises(InputError, match=few):  # two heads, so that more rows are the way
+        search.mesh_of(small, cfg, chips.read_machine("v5p:4x4x4"))
     found = search.candidates(small, cfg, machine)
     assert preset(cfg, small.pack, 4) in [c.recipe.mesh for c in found]
 

@@ -14,7 +14,7 @@ from qwen3vl_jax.planning.chips import GPUS_A_HOST, Machine
 from qwen3vl_jax.planning.program import check_batch, work_of
 from qwen3vl_jax.sharding import AXES, mesh_shape
 from qwen3vl_jax.training import estimate
-from qwen3vl_jax.training.preset import asks_for_mesh, changed, preset, sizes_of, spelled
+from qwen3vl_jax.training.preset import asks_for_mesh, changed, enough, preset, sizes_of, spelled
 from qwen3vl_jax.training.recipe import Mesh, Recipe
 
 REMATS = ("none", "dots", "full")  # beside the recipe's own; "offload" needs the host's memory
@@ -77,11 +77,22 @@ def mesh_of(recipe: Recipe, cfg: Config, machine: Machine) -> Mesh:
     try:
         shape = mesh_shape(sizes, _used(sizes, machine))
     except InputError as error:
-        usual = preset(cfg, recipe.pack, machine.devices, machine.slices)
         why = "a plan is for all of them; " if machine.chip.platform == "tpu" else ""
-        hint = f"{why}for {machine} add {changed(recipe.mesh, usual)} to the command"
-        raise InputError(f"{error}; {hint}") from None
+        raise InputError(f"{error}; {why}{_hint(recipe, cfg, machine)}") from None
     return Mesh(**dict(zip(AXES, shape, strict=True)))
+
+
+def _hint(recipe: Recipe, cfg: Config, machine: Machine) -> str:
+    """What to do about a mesh of other devices."""
+    pack, more = recipe.pack, ""
+    try:
+        usual = preset(cfg, pack, machine.devices, machine.slices)
+    except InputError:  # too few rows
+        rows = enough(pack, machine.devices)
+        pack = dataclasses.replace(pack, **rows)
+        more = "".join(f" pack.{name}={n}" for name, n in rows.items())
+        usual = preset(cfg, pack, machine.devices, machine.slices)
+    return f"for {machine} add {changed(recipe.mesh, usual)}{more} to the command"
 
 
 def _used(sizes: Mapping[str, int], machine: Machine) -> int:
