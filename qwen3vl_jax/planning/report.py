@@ -14,7 +14,7 @@ from qwen3vl_jax.planning.hlo import parse
 from qwen3vl_jax.planning.program import Program
 from qwen3vl_jax.planning.roofline import Times, times_of
 from qwen3vl_jax.planning.search import Candidate
-from qwen3vl_jax.planning.traffic import Traffic, traffic
+from qwen3vl_jax.planning.traffic import FROM_HOST, TO_HOST, Traffic, traffic
 
 GIB = 2**30
 
@@ -154,18 +154,22 @@ def _add_traffic(out: Table, plan: Plan) -> None:
         kinds[each.kind][0] += each.times
         kinds[each.kind][1] += each.times * each.moved
     for kind, (times, size) in sorted(kinds.items(), key=lambda item: -item[1][1]):
-        out.add_row(
-            kind, _gib(size), f"{times:,.0f} a step, received by a device, loops multiplied"
-        )
+        who = "of a device" if kind in (TO_HOST, FROM_HOST) else "received by a device"
+        out.add_row(kind, _gib(size), f"{times:,.0f} a step, {who}, loops multiplied")
 
 
 def _add_times(out: Table, plan: Plan) -> None:
     out.add_section()
     times, work, machine = plan.times, plan.program.work, plan.machine
     assert times is not None
-    for name, seconds in zip(("compute", "memory", "links", "network"), times, strict=True):
+    names = ("compute", "memory", "links", "network", "host copies")
+    for name, seconds in zip(names, times, strict=True):
         if seconds:
             out.add_row(f"{name} time", _seconds(seconds), "at the maker's peak rate")
+    copied = plan.moved and any(c.kind in (TO_HOST, FROM_HOST) for c in plan.moved.collectives)
+    if copied and not machine.chip.host:
+        told = f"the rate of {machine.name}'s link to its host is not known: the step takes longer"
+        out.add_row("host copies time", "[yellow]not counted[/]", told)
     least, most = times.least, times.most
     out.add_row(
         work.name, f"{_seconds(least)} to {_seconds(most)}", "all at once; no exchange hidden"
