@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from qwen3vl_jax.config import Config
@@ -34,18 +36,19 @@ class Candidate(NamedTuple):
 
 
 def candidates(recipe: Recipe, cfg: Config, machine: Machine) -> list[Candidate]:
-    """All that divide and are near the memory: those thought to fit first, of them the recipe's own
-    mesh or the preset, then the fastest by the estimate. Raises InputError for none.
+    """All that divide and are near the memory: those thought to fit first, of them each mesh once, with
+    its fastest policy, before any again; a mesh that the recipe asks for leads, then the fastest by the
+    estimate. Raises InputError for none.
 
     The recipe's batch is kept as it is: only how devices share the work changes.
     """
     parts, room = estimate.held(recipe, cfg), machine.chip.hbm
-    try:
-        first = mesh_of(recipe, cfg, machine)
-    except InputError:  # of other devices
-        first = preset(cfg, recipe.pack, machine.devices, machine.slices)
-    found = []
-    for mesh in dict.fromkeys((first, *_meshes(machine, cfg))):
+    own, found = None, []
+    with contextlib.suppress(
+        InputError
+    ):  # it is of other devices, or rows are too few for a preset
+        own = mesh_of(recipe, cfg, machine)
+    for mesh in dict.fromkeys((*([own] if own else []), *_meshes(machine, cfg))):
         try:
             check_batch(recipe, cfg, vars(mesh))
         except InputError:
@@ -61,9 +64,18 @@ def candidates(recipe: Recipe, cfg: Config, machine: Machine) -> list[Candidate]
             f"--search: no mesh of {machine} divides pack.rows {recipe.pack.rows} and has room; take "
             "more devices, other rows, or step.weights=bfloat16"
         )
-    return sorted(
-        found, key=lambda c: (c.memory > room, c.recipe.mesh != first, c.seconds, c.memory)
-    )
+    return _in_turn(found, own if asks_for_mesh(recipe) else None, room)
+
+
+def _in_turn(found: Iterable[Candidate], own: Mesh | None, room: int) -> list[Candidate]:
+    """In the order of `candidates`; own: the mesh that leads."""
+    seen: Counter[tuple[bool, Mesh]] = Counter()
+    ranked = []
+    for c in sorted(found, key=lambda c: (c.seconds, c.memory)):
+        over, mesh = c.memory > room, c.recipe.mesh
+        ranked.append((over, seen[over, mesh], mesh != own, c))
+        seen[over, mesh] += 1
+    return [c for *_, c in sorted(ranked, key=lambda each: each[:3])]
 
 
 def mesh_of(recipe: Recipe, cfg: Config, machine: Machine) -> Mesh:
@@ -136,4 +148,15 @@ def _seconds(recipe: Recipe, cfg: Config, parts: estimate.Held, machine: Machine
     shared = stream * (4 * (1 - 1 / mesh.tensor) + 2 * (1 - 1 / mesh.sequence))
     tokens = 2 * stream * (mesh.expert - 1) / inner
     lanes = sum(1 + ring for n, ring in zip(machine.shape, machine.rings, strict=True) if n > 1)
-    return compute + (weights + shared + tokens) / (chip.link * max(lanes, 1))
+    host = _copied(recipe, cfg, parts) / chip.host if chip.host else 0.0
+    return compute + (weights + shared + tokens) / (chip.link * max(lanes, 1)) + host
+
+
+def _copied(recipe: Recipe, cfg: Config, parts: estimate.Held) -> int:
+    """About how many bytes a device copies to the host and back: what "dots" would keep."""
+    if recipe.step.remat != "offload":
+        return 0
+    steps = (dataclasses.replace(recipe.step, remat=remat) for remat in ("dots", "full"))
+    tried = (dataclasses.replace(recipe, step=step) for step in steps)
+    kept, again = (sum(estimate.memory(each, cfg, parts).values()) for each in tried)
+    return 2 * (kept - again) * recipe.step.accumulate
