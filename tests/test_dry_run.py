@@ -12,6 +12,7 @@ from rich.console import Console
 
 from convert.mapping import rows
 from qwen3vl_jax.config import Config
+from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.training import estimate, recipe
 from qwen3vl_jax.training.dryrun import dry_run
 
@@ -106,3 +107,27 @@ def test_new_tokens_are_seen(small):
     with pytest.raises(recipe.InputError, match="there are rows for 0 more"):
         said(spare)
     assert (Path(small.ckpt) / "tokenizer.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (
+            ["lora.rank=2"],
+            "'merger' is not trained: LoRA trains lora.targets .'text'. alone; take it",
+        ),
+        (
+            ["train.freeze=['merger']"],
+            "'merger' is not trained: train.freeze holds it; take it out",
+        ),
+        (["train.rates={nothing=1.0}"], "'nothing' names no parameter of this model"),
+        (["train.rates.vision=0.5", "lora.rank=2", "lora.targets=['merger']"], "'vision' is not"),
+    ],
+)
+def test_rates_of_what_is_not_trained_are_refused_with_the_cause(tmp_path, changes, told):
+    """LoRA, or train.freeze; with what to do."""
+    ckpt = train_files.checkpoint(tmp_path / "ckpt", weights=False)
+    path = train_files.write_recipe(tmp_path / "r.toml", ckpt, tmp_path / "none.jsonl")
+    settings = recipe.read_recipe(path, ["train.rates={merger=2.0}", *changes])
+    with pytest.raises(InputError, match=told):
+        estimate.held(settings, Config.from_hf(ckpt))

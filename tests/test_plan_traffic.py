@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from qwen3vl_jax.planning import chips, hlo, roofline
-from qwen3vl_jax.planning.traffic import Collective, Traffic, traffic
+from qwen3vl_jax.planning.traffic import FROM_HOST, TO_HOST, Collective, Traffic, traffic
 
 TEXT = """HloModule jit_step, is_scheduled=true
 
@@ -136,7 +136,7 @@ def test_a_slice_goes_over_its_links_and_slices_over_the_network():
 
     def seconds(group):
         moved = Traffic(0.0, [Collective("all-gather", 2.0, size, group)], 0)
-        return roofline.times_of(machine, devices, 0.0, moved)[2:]
+        return roofline.times_of(machine, devices, 0.0, moved)[2:4]
 
     assert seconds((0, 1)) == pytest.approx((2 * size / chip.link, 0))
     assert seconds((0, 1, 2, 3)) == pytest.approx((2 * size / (2 * chip.link), 0))
@@ -190,3 +190,64 @@ def test_what_the_hosts_exchange_between_slices_is_on_the_network():
     moved = Traffic(0.0, [c for c in found.collectives if "slices" in c.kind], 0)
     times = roofline.times_of(machine, devices, 0.0, moved)
     assert times.links == 0 and times.network == pytest.approx(256 / machine.chip.network)
+
+
+OFFLOAD = """HloModule jit_step, is_scheduled=true
+
+%update (p0: bf16[6,256], p1: bf16[1,256], p2: s32[]) -> bf16[6,256] {
+  %p0 = bf16[6,256]{1,0:S(5)} parameter(0)
+  %p1 = bf16[1,256]{1,0} parameter(1)
+  %p2 = s32[] parameter(2)
+  ROOT %put = bf16[6,256]{1,0:S(5)} dynamic-update-slice(%p0, %p1, %p2, %p2)
+}
+
+%body (state: (s32[], bf16[6,256], bf16[1,256])) -> (s32[], bf16[6,256], bf16[1,256]) {
+  %state = (s32[], bf16[6,256]{1,0:S(5)}, bf16[1,256]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %kept = bf16[6,256]{1,0:S(5)} get-tuple-element(%state), index=1
+  %x = bf16[1,256]{1,0} get-tuple-element(%state), index=2
+  %put-start = ((bf16[6,256]{1,0:S(5)}, bf16[1,256]{1,0}, s32[]), bf16[6,256]{1,0:S(5)}, u32[]) PUT
+  %put-done = bf16[6,256]{1,0:S(5)} FINISH(%put-start)
+  ROOT %next = (s32[], bf16[6,256]{1,0:S(5)}, bf16[1,256]{1,0}) tuple(%i, %put-done, %x)
+}
+
+%cond (state: (s32[], bf16[6,256], bf16[1,256])) -> pred[] {
+  %state = (s32[], bf16[6,256]{1,0:S(5)}, bf16[1,256]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %six = s32[] constant(6)
+  ROOT %lt = pred[] compare(%i, %six), direction=LT
+}
+
+ENTRY %main (x: bf16[1,256]) -> bf16[6,256] {
+  %x = bf16[1,256]{1,0} parameter(0)
+  %start = s32[] constant(0)
+  %room = bf16[6,256]{1,0:S(5)} custom-call(), custom_call_target="AllocateBuffer"
+  %init = (s32[], bf16[6,256]{1,0:S(5)}, bf16[1,256]{1,0}) tuple(%start, %room, %x)
+  %loop = (s32[], bf16[6,256]{1,0:S(5)}, bf16[1,256]{1,0}) while(%init), condition=%cond, body=%body
+  %kept = bf16[6,256]{1,0:S(5)} get-tuple-element(%loop), index=1
+  %take-start = ((bf16[6,256]{1,0:S(5)}, s32[]), bf16[1,256]{1,0}, u32[]) dynamic-slice-start(%kept, %start)
+  %take-done = bf16[1,256]{1,0} dynamic-slice-done(%take-start)
+  %all-start = (bf16[6,256]{1,0}, bf16[6,256]{1,0:S(5)}, u32[]) copy-start(%kept)
+  ROOT %all-done = bf16[6,256]{1,0} copy-done(%all-start)
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("put", "done"),
+    [
+        ("fusion-start(%kept, %x, %i), kind=kCustom, calls=%update", "fusion-done"),  # of GPUs
+        ("dynamic-update-slice-start(%kept, %x, %i, %i)", "dynamic-update-slice-done"),  # of TPUs
+    ],
+)
+def test_copies_to_the_host_and_back_are_counted(put, done):
+    """Of a loop as often as it runs; of a slice its bytes; the rate of a GPU's link is known."""
+    moved = traffic(hlo.parse(OFFLOAD.replace("PUT", put).replace("FINISH", done)), 1)
+    assert [c for c in moved.collectives if c.kind == TO_HOST] == [
+        Collective(TO_HOST, 6.0, 512.0, ())
+    ]
+    back = [c.moved for c in moved.collectives if c.kind == FROM_HOST]
+    assert back == [512.0, 6 * 512.0]
+    times = roofline.times_of(chips.read_machine("h100:1"), [object()], 0.0, moved)
+    assert times.host == pytest.approx(13 * 512 / 64e9) and times.most >= times.host
+    assert roofline.times_of(chips.read_machine("v5e:2x2"), [object()], 0.0, moved).host == 0

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import dataclasses
 import re
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import train_files
 import qwen3vl_jax as q3
 from qwen3vl_jax import sharding
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.planning.program import check_batch
 from qwen3vl_jax.training import placing, run_dir, setup, start
 from qwen3vl_jax.training.preset import preset
 from qwen3vl_jax.training.recipe import Mesh, Pack, Recipe
@@ -100,16 +102,50 @@ def test_every_parameter_of_every_size_has_a_place():
         ("8b", 4096, 1, 4096, Mesh(data=32, fsdp=128)),
         ("2b", 8, 1, 4, Mesh(fsdp=4, tensor=2)),  # fewer rows than devices
         ("30b-a3b", 8, 1, 6, Mesh(fsdp=2, tensor=4)),
-        ("2b", 8, 2, 1, Mesh(data=2, fsdp=1, tensor=4)),  # refused later: the rows are too few
+        ("2b", 64, 1, 2, Mesh(fsdp=2, tensor=16, sequence=2)),  # 16 heads
+        ("8b", 256, 1, 4, Mesh(fsdp=4, tensor=32, sequence=2)),
         ("2b", 1, 1, 8, Mesh(fsdp=1)),
     ],
 )
 def test_presets(name, count, slices, rows, want):
     """Sizes by kind of model, devices, slices and rows."""
     pack = Pack(rows=rows, vision_rows=2 * rows)
-    found = preset(q3.Config.named(name), pack, count, slices)
+    cfg = q3.Config.named(name)
+    found = preset(cfg, pack, count, slices)
     assert found == want
     assert sharding.mesh_shape(vars(found), count)
+    check_batch(Recipe("x", 1, pack=pack, mesh=found), cfg, vars(found))
+
+
+@pytest.mark.parametrize(
+    ("count", "slices", "pack", "told"),
+    [
+        (4096, 1, Pack(rows=16, vision_rows=16), "take pack.rows=4096 pack.vision_rows=4096, or"),
+        (
+            1024,
+            1,
+            Pack(rows=4, vision_rows=0),
+            "pack.rows is 4, which no .* take pack.rows=1024, or",
+        ),
+        (8, 2, Pack(rows=1, vision_rows=2), "of 8 devices in 2 slices .* take pack.rows=8"),
+        (
+            3,
+            1,
+            Pack(rows=4, vision_rows=6, length=1024),
+            "pack.rows is 4, which no .* pack.rows=6, or",
+        ),
+        (512, 1, Pack(rows=512, vision_rows=512, groups=2), "take pack.groups=512, or"),
+    ],
+)
+def test_no_preset_for_too_few_rows(count, slices, pack, told):
+    """The message says which rows would do, and they do."""
+    cfg = q3.Config.named("8b")
+    with pytest.raises(InputError, match=told) as caught:
+        preset(cfg, pack, count, slices)
+    taken = {k: int(n) for k, n in re.findall(r"pack\.(\w+)=(\d+)", str(caught.value))}
+    more = dataclasses.replace(pack, **taken)
+    sizes = vars(preset(cfg, more, count, slices))
+    check_batch(Recipe("x", 1, pack=more), cfg, sizes)
 
 
 def test_refusals_name_the_parameter_and_the_axis():
@@ -191,7 +227,7 @@ def test_a_recipe_without_a_mesh_takes_all_devices(tmp_path):
     saved = tmp_path / "run" / run_dir.CHECKPOINTS / "5" / run_dir.META
     saved.mkdir(parents=True)
     (saved / "metadata").write_text('{"data": {"groups": [{}, {}]}}')
-    assert start.laid_out(settings, tmp_path / "run").mesh == Mesh(fsdp=2, tensor=4)
+    assert start.laid_out(settings, tmp_path / "run").mesh == Mesh(fsdp=2, tensor=2, sequence=2)
     asked = Recipe(str(ckpt), 1, mesh=Mesh(fsdp=1))
     assert start.laid_out(asked, tmp_path / "new") is asked
 

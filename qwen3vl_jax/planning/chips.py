@@ -24,7 +24,8 @@ class Chip:
     """One kind of chip. Rates are those of a jax device, in bytes or floating-point operations a second.
 
     hbm is what a program may use. link is one direction of one link: of ICI, or of NVLink as a whole;
-    network is a device's share of its host's cards.
+    network is a device's share of its host's cards; host is one direction of its link to the host's
+    memory, 0 where that is not published.
     """
 
     platform: str  # tpu or gpu
@@ -36,12 +37,14 @@ class Chip:
     link: float
     network: float
     sizes: str  # an example
+    host: float = 0.0
 
 
 # TPUs: cloud.google.com/tpu/docs/v4 .. v6e, tpu7x: peak bf16 and HBM bandwidth of a chip, its ICI (both
 # directions of all ports: 400, 800, 1200 GB/s), the network cards of a host. hbm: what XLA's compiler
 # says is available. GPUs: NVIDIA's data sheets of the SXM boards, NVLink 4 at 450 GB/s a direction, one
-# 400 Gb/s card a GPU as in DGX; hbm: the share of CUDA's total that train.py and infer.py let jax take.
+# 400 Gb/s card a GPU as in DGX, PCIe 5 x16 to the host at 64 GB/s a direction by its specification; hbm:
+# the share of CUDA's total that train.py and infer.py let jax take.
 CHIPS: dict[str, Chip] = {
     "v4": Chip("tpu", 3, 1, round(30.75 * _GIB), 275e12, 1228e9, 50e9, 6.25e9, "2x2x2"),
     "v5e": Chip("tpu", 2, 1, round(15.75 * _GIB), 197e12, 819e9, 50e9, 3.125e9, "4x4"),
@@ -50,8 +53,12 @@ CHIPS: dict[str, Chip] = {
     "tpu7x": Chip(
         "tpu", 3, 2, round(94.75 * _GIB), 2307e12 / 2, 7380e9 / 2, 100e9 / 2, 12.5e9, "4x4x4"
     ),
-    "h100": Chip("gpu", 1, 1, round(79.1 * GPU_SHARE * _GIB), 989e12, 3352e9, 450e9, 50e9, "8"),
-    "h200": Chip("gpu", 1, 1, round(140.0 * GPU_SHARE * _GIB), 989e12, 4800e9, 450e9, 50e9, "8"),
+    "h100": Chip(
+        "gpu", 1, 1, round(79.1 * GPU_SHARE * _GIB), 989e12, 3352e9, 450e9, 50e9, "8", 64e9
+    ),
+    "h200": Chip(
+        "gpu", 1, 1, round(140.0 * GPU_SHARE * _GIB), 989e12, 4800e9, 450e9, 50e9, "8", 64e9
+    ),
 }
 GPUS_A_HOST = 8
 _QUIET = {  # else libtpu asks the cloud's metadata server, and says that it is not there

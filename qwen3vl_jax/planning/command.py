@@ -15,7 +15,7 @@ from qwen3vl_jax.planning import compiling
 from qwen3vl_jax.planning.chips import Machine
 from qwen3vl_jax.planning.largest import LEVEL, largest
 from qwen3vl_jax.planning.program import Program, config_of, groups_of, training_step
-from qwen3vl_jax.planning.report import Plan, best, likeliest, plan_of, table
+from qwen3vl_jax.planning.report import Plan, best, likeliest, plan_of, table, without_memory
 from qwen3vl_jax.planning.search import Candidate, candidates, mesh_of
 from qwen3vl_jax.planning.serving import Serving, decoding, held_arrays, prefilling
 from qwen3vl_jax.planning.topology import devices_of
@@ -49,7 +49,7 @@ def plan_training(
 def search_training(
     recipe: Recipe, machine: Machine, tries: int, console: Console | None = None
 ) -> list[tuple[Candidate, Plan]]:
-    """Compiles the preset and the likeliest meshes and remat policies, and prints them, the fastest first.
+    """Compiles the likeliest meshes and remat policies, and prints them, the fastest first.
 
     tries: how many are compiled; 0 prints what the estimate says. Raises InputError.
     """
@@ -73,10 +73,10 @@ def search_training(
             continue
         _say(f"{each}: {plan.cause or 'fits'} ({plan.done.seconds:.0f} s)")
         plans.append((each, plan))
-    plans.sort(key=lambda pair: pair[1].times.most if pair[1].fits and pair[1].times else math.inf)
+    plans.sort(key=lambda pair: without_memory(pair[1]).most if pair[1].fits else math.inf)
     told = f"{recipe.ckpt} on {machine}: {len(found)} of the meshes and policies may fit"
     if tries:
-        console.print(best(plans, f"{told}; compiled at {LEVEL}, a lower level of optimisation"))
+        console.print(best(plans, f"{told}; compiled at {LEVEL}"))
     else:
         console.print(likeliest(found[:10], told, machine.chip.hbm))
     return plans
@@ -118,7 +118,8 @@ def usual_sizes(cfg: Config, machine: Machine, asked: Serving) -> dict[str, int]
 def program_of(recipe: Recipe, cfg: Config, machine: Machine) -> Program:
     """The step of a recipe over its mesh of a machine's devices. Raises InputError."""
     sizes = vars(mesh_of(recipe, cfg, machine))
-    return training_step(recipe, cfg, make_mesh(sizes, devices_of(machine)))
+    devices = devices_of(machine)[: math.prod(sizes.values())]
+    return training_step(recipe, cfg, make_mesh(sizes, devices))
 
 
 def watched(console: Console, program: Program, what: str, level: str = "") -> compiling.Compiled:

@@ -13,6 +13,7 @@ _CALLED = re.compile(r"\b(calls|to_apply|condition|body)=%?([\w.\-]+)")
 _BRANCHES = re.compile(
     r"\b(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+))"
 )
+_HOST = "S(5)"  # the memory space of the host
 _FAST = re.compile(r"S\([1-9]\d*\)")  # a memory space other than the device's main memory
 
 
@@ -93,6 +94,32 @@ def arrays(shape: str) -> Iterator[tuple[int, bool]]:
         for n in dims.split(",") if dims else ():
             count *= int(n)
         yield -(-count * _bits(kind) // 8), not _FAST.search(layout)
+
+
+def on_host(shape: str) -> list[tuple[int, bool]]:
+    """(bytes, whether in the host's memory) of each array of a shape."""
+    layouts = [layout for _, _, layout in _ARRAY.findall(shape)]
+    return [(n, _HOST in where) for (n, _), where in zip(arrays(shape), layouts, strict=True)]
+
+
+def result(x: Instruction) -> str:
+    """The shape that an instruction makes: of one that runs beside others without what it was given."""
+    if not x.op.endswith("-start") or not x.shape.startswith("("):
+        return x.shape
+    if x.shape.startswith("(("):  # ((what goes in), what comes out, ..)
+        return _first_array(x.shape[_closing(x.shape, 1) :])
+    parts = _ARRAY.finditer(x.shape)
+    if (
+        x.op != "copy-start"
+    ):  # (what goes in, what comes out, ..); a copy has these the other way round
+        next(parts, None)
+    found = next(parts, None)
+    return found[0] if found else ""
+
+
+def _first_array(text: str) -> str:
+    found = _ARRAY.search(text)
+    return found[0] if found else ""
 
 
 def _bits(kind: str) -> int:

@@ -1,4 +1,4 @@
-"""How long a program takes at best on a machine: arithmetic, main memory, links, network."""
+"""How long a program takes at best on a machine: arithmetic, main memory, links, network, host."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from qwen3vl_jax.planning.chips import GPUS_A_HOST, Machine
-from qwen3vl_jax.planning.traffic import Collective, Traffic
+from qwen3vl_jax.planning.traffic import FROM_HOST, TO_HOST, Collective, Traffic
 
 
 class Times(NamedTuple):
@@ -20,27 +20,31 @@ class Times(NamedTuple):
     memory: float
     links: float
     network: float
+    host: float = 0.0  # copies to its memory and back; 0 also where the link's rate is not known
 
     @property
     def least(self) -> float:
-        """Everything at the same time: the longest of the four."""
+        """Everything at the same time: the longest of the five."""
         return max(self)
 
     @property
     def most(self) -> float:
-        """No exchange hidden: arithmetic or memory, then links, then network."""
-        return max(self.compute, self.memory) + self.links + self.network
+        """No exchange hidden: arithmetic or memory, then links, then network, then the host."""
+        return max(self.compute, self.memory) + self.links + self.network + self.host
 
 
 def times_of(machine: Machine, devices: Sequence[Any], flops: float, moved: Traffic) -> Times:
     """devices: in the order of the mesh. flops: of each device, with what is computed again."""
     chip = machine.chip
-    links = network = 0.0
+    links = network = host = 0.0
     for each in moved.collectives:
+        if each.kind in (TO_HOST, FROM_HOST):
+            host += each.times * each.moved / chip.host if chip.host else 0.0
+            continue
         a, b = _seconds(machine, devices, each)
         links += a * each.times
         network += b * each.times
-    return Times(flops / chip.flops, moved.memory / chip.hbm_rate, links, network)
+    return Times(flops / chip.flops, moved.memory / chip.hbm_rate, links, network, host)
 
 
 def _seconds(machine: Machine, devices: Sequence[Any], each: Collective) -> tuple[float, float]:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.planning.chips import Machine
+from qwen3vl_jax.planning.chips import GPUS_A_HOST, Machine
 from qwen3vl_jax.planning.program import check_batch, work_of
 from qwen3vl_jax.sharding import AXES, mesh_shape
 from qwen3vl_jax.training import estimate
-from qwen3vl_jax.training.preset import asks_for_mesh, preset, sizes_of, spelled
+from qwen3vl_jax.training.preset import asks_for_mesh, changed, enough, preset, sizes_of, spelled
 from qwen3vl_jax.training.recipe import Mesh, Recipe
 
 REMATS = ("none", "dots", "full")  # beside the recipe's own; "offload" needs the host's memory
@@ -34,18 +36,19 @@ class Candidate(NamedTuple):
 
 
 def candidates(recipe: Recipe, cfg: Config, machine: Machine) -> list[Candidate]:
-    """All that divide and are near the memory: those thought to fit first, of them the recipe's own
-    mesh or the preset, then the fastest by the estimate. Raises InputError for none.
+    """All that divide and are near the memory: those thought to fit first, of them each mesh once, with
+    its fastest policy, before any again; a mesh that the recipe asks for leads, then the fastest by the
+    estimate. Raises InputError for none.
 
     The recipe's batch is kept as it is: only how devices share the work changes.
     """
     parts, room = estimate.held(recipe, cfg), machine.chip.hbm
-    try:
-        first = mesh_of(recipe, cfg, machine)
-    except InputError:  # of other devices
-        first = preset(cfg, recipe.pack, machine.devices, machine.slices)
-    found = []
-    for mesh in dict.fromkeys((first, *_meshes(machine, cfg))):
+    own, found = None, []
+    with contextlib.suppress(
+        InputError
+    ):  # it is of other devices, or rows are too few for a preset
+        own = mesh_of(recipe, cfg, machine)
+    for mesh in dict.fromkeys((*([own] if own else []), *_meshes(machine, cfg))):
         try:
             check_batch(recipe, cfg, vars(mesh))
         except InputError:
@@ -61,22 +64,56 @@ def candidates(recipe: Recipe, cfg: Config, machine: Machine) -> list[Candidate]
             f"--search: no mesh of {machine} divides pack.rows {recipe.pack.rows} and has room; take "
             "more devices, other rows, or step.weights=bfloat16"
         )
-    return sorted(
-        found, key=lambda c: (c.memory > room, c.recipe.mesh != first, c.seconds, c.memory)
-    )
+    return _in_turn(found, own if asks_for_mesh(recipe) else None, room)
+
+
+def _in_turn(found: Iterable[Candidate], own: Mesh | None, room: int) -> list[Candidate]:
+    """In the order of `candidates`; own: the mesh that leads."""
+    seen: Counter[tuple[bool, Mesh]] = Counter()
+    ranked = []
+    for c in sorted(found, key=lambda c: (c.seconds, c.memory)):
+        over, mesh = c.memory > room, c.recipe.mesh
+        ranked.append((over, seen[over, mesh], mesh != own, c))
+        seen[over, mesh] += 1
+    return [c for *_, c in sorted(ranked, key=lambda each: each[:3])]
 
 
 def mesh_of(recipe: Recipe, cfg: Config, machine: Machine) -> Mesh:
-    """The mesh that a recipe asks for, else the preset. Raises InputError for one of other devices."""
-    usual = preset(cfg, recipe.pack, machine.devices, machine.slices)
+    """The mesh that a recipe asks for, else the preset. Raises InputError for one of other devices.
+
+    A smaller one is of the first GPUs of a host, as in a run; of a TPU slice all chips are taken.
+    """
     if not asks_for_mesh(recipe):
-        return usual
+        return preset(cfg, recipe.pack, machine.devices, machine.slices)
+    sizes = sizes_of(recipe)
     try:
-        shape = mesh_shape(sizes_of(recipe), machine.devices)
+        shape = mesh_shape(sizes, _used(sizes, machine))
     except InputError as error:
-        hint = f"for {machine} take {spelled(usual)}, or no mesh at all"
-        raise InputError(f"{error}; {hint}") from None
+        why = "a plan is for all of them; " if machine.chip.platform == "tpu" else ""
+        raise InputError(f"{error}; {why}{_hint(recipe, cfg, machine)}") from None
     return Mesh(**dict(zip(AXES, shape, strict=True)))
+
+
+def _hint(recipe: Recipe, cfg: Config, machine: Machine) -> str:
+    """What to do about a mesh of other devices."""
+    pack, more = recipe.pack, ""
+    try:
+        usual = preset(cfg, pack, machine.devices, machine.slices)
+    except InputError:  # too few rows
+        rows = enough(pack, machine.devices)
+        pack = dataclasses.replace(pack, **rows)
+        more = "".join(f" pack.{name}={n}" for name, n in rows.items())
+        usual = preset(cfg, pack, machine.devices, machine.slices)
+    return f"for {machine} add {changed(recipe.mesh, usual)}{more} to the command"
+
+
+def _used(sizes: Mapping[str, int], machine: Machine) -> int:
+    """How many devices a mesh takes: of one host of GPUs no more than it needs."""
+    one_host = machine.chip.platform == "gpu" and machine.devices <= GPUS_A_HOST
+    known = -1 not in sizes.values()
+    return (
+        min(math.prod(sizes.values()), machine.devices) if one_host and known else machine.devices
+    )
 
 
 def _meshes(machine: Machine, cfg: Config) -> Iterator[Mesh]:
@@ -98,11 +135,12 @@ def _divisors(count: int) -> list[int]:
 def _seconds(recipe: Recipe, cfg: Config, parts: estimate.Held, machine: Machine) -> float:
     """About how long a step takes: arithmetic, and the exchanges that a mesh is known to need."""
     mesh, chip, t = recipe.mesh, machine.chip, cfg.text
-    compute = work_of(recipe, cfg, parts.weights).again / machine.devices / chip.flops
+    count = estimate.devices(mesh)
+    compute = work_of(recipe, cfg, parts.weights).again / count / chip.flops
     passes = 3 if recipe.step.remat == "full" else 2  # forward, again, backward
     size = sum(math.prod(x.shape) for x in parts.weights.values())
     gathered = size / (mesh.tensor * mesh.expert) * recipe.step.accumulate
-    weights = gathered * (2 * passes + 4) * (mesh.fsdp > 1) + 8 * size / machine.devices
+    weights = gathered * (2 * passes + 4) * (mesh.fsdp > 1) + 8 * size * (count > 1) / count
     rows = mesh.data * mesh.fsdp * mesh.expert
     places = recipe.pack.rows * recipe.pack.length * recipe.step.accumulate / rows
     stream = 2 * places * t.hidden_size * t.num_hidden_layers * passes  # bytes, once a pass
@@ -110,4 +148,15 @@ def _seconds(recipe: Recipe, cfg: Config, parts: estimate.Held, machine: Machine
     shared = stream * (4 * (1 - 1 / mesh.tensor) + 2 * (1 - 1 / mesh.sequence))
     tokens = 2 * stream * (mesh.expert - 1) / inner
     lanes = sum(1 + ring for n, ring in zip(machine.shape, machine.rings, strict=True) if n > 1)
-    return compute + (weights + shared + tokens) / (chip.link * max(lanes, 1))
+    host = _copied(recipe, cfg, parts) / chip.host if chip.host else 0.0
+    return compute + (weights + shared + tokens) / (chip.link * max(lanes, 1)) + host
+
+
+def _copied(recipe: Recipe, cfg: Config, parts: estimate.Held) -> int:
+    """About how many bytes a device copies to the host and back: what "dots" would keep."""
+    if recipe.step.remat != "offload":
+        return 0
+    steps = (dataclasses.replace(recipe.step, remat=remat) for remat in ("dots", "full"))
+    tried = (dataclasses.replace(recipe, step=step) for step in steps)
+    kept, again = (sum(estimate.memory(each, cfg, parts).values()) for each in tried)
+    return 2 * (kept - again) * recipe.step.accumulate

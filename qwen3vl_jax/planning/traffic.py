@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qwen3vl_jax.planning.hlo import Instruction, Module, arrays, size, trip_count
+from qwen3vl_jax.planning.hlo import Instruction, Module, arrays, on_host, result, size, trip_count
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 BETWEEN = " between slices"
+TO_HOST, FROM_HOST = "copies to the host", "copies from the host"
 # libtpu leaves what crosses slices to the runtime of the hosts: a send and a recv for each exchange,
 # with slices x devices, or with groups of devices whose number is their slice's times _SLICE.
 _TARGET = re.compile(r'_xla_megascale_target="?(\{[-\d,:>{}x]+\})')
@@ -31,12 +32,14 @@ _CLEAR = ("bitcast", "convert", "copy", "reshape", "transpose")  # the same valu
 
 
 class Collective(NamedTuple):
-    """One exchange, as often as it happens in a step."""
+    """One exchange, as often as it happens in a step; also a copy to the host or back."""
 
-    kind: str  # of KINDS, or that and BETWEEN
+    kind: str  # of KINDS, or that and BETWEEN, or TO_HOST, FROM_HOST
     times: float
-    moved: float  # bytes that each device must receive, once
-    group: tuple[int, ...]  # positions in the mesh of the first group of devices
+    moved: float  # bytes that each device must receive, once; TO_HOST: send
+    group: tuple[
+        int, ...
+    ]  # positions in the mesh of the first group of devices; none with the host
 
 
 class Traffic(NamedTuple):
@@ -67,6 +70,7 @@ def traffic(module: Module, devices: int) -> Traffic:
             elif x.op not in _FREE and not x.op.endswith("-done"):
                 total += _memory(module, x, shapes)
         found.extend(_collectives(module, name, times, devices))
+        found.extend(_host_copies(module, name, times))
         return total
 
     def least(branches: Sequence[str], times: float) -> float:
@@ -106,6 +110,22 @@ def _collectives(module: Module, name: str, times: float, devices: int) -> Itera
             seen.add(key)
             kind = "reduce-scatter" if scatters and kind == "all-reduce" else kind
             yield Collective(kind, times, _moved(module, name, x, kind, len(group)), group)
+
+
+def _host_copies(module: Module, name: str, times: float) -> Iterator[Collective]:
+    """What one computation writes to the memory of the host and reads of it, as remat "offload" does."""
+    shapes = {x.name: x.shape for x in module.computations[name]}
+    for x in module.computations[name]:
+        if x.op in _FREE or x.op.endswith("-done"):
+            continue
+        given = [part for n in x.operands for part in on_host(shapes.get(n, ""))]
+        made = on_host(result(x))
+        if any(host for _, host in made):  # an update of a part of it, or all
+            sent = max((n for n, host in given if not host), default=0)
+            if sent:
+                yield Collective(TO_HOST, times, float(sent), ())
+        elif any(host for _, host in given):
+            yield Collective(FROM_HOST, times, float(sum(n for n, _ in made)), ())
 
 
 def _inside(module: Module, name: str) -> Iterator[tuple[Instruction, bool, bool]]:

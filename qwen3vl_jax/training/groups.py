@@ -72,6 +72,25 @@ def frozen_names(names: Sequence[str], freeze: Iterable[str], sparse: bool) -> s
     return frozen
 
 
+def check_trained(
+    rates: Iterable[str], trained: Iterable[str], every: Iterable[str], why: str, sparse: bool
+) -> None:
+    """Raises InputError for a name in `train.rates` of parameters that are not trained.
+
+    every: the model's names; why: what to say of those that are not among the trained.
+    """
+    trained = list(trained)
+    for wanted in rates:
+        try:
+            matches(trained, wanted, "train.rates", sparse)
+        except InputError:
+            matches(every, wanted, "train.rates", sparse)
+            raise InputError(
+                f"train.rates: {wanted!r} is not trained: {why}; take it out (train.rates={{}} on a "
+                "command line), or name what is trained"
+            ) from None
+
+
 def learning_rates(names: Sequence[str], rates: Mapping[str, float], sparse: bool) -> Flat:
     """{name: factor of the learning rate} of trained parameters; later entries of `rates` win."""
     factors = dict.fromkeys(names, 1.0)

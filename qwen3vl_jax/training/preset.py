@@ -6,11 +6,13 @@ import dataclasses
 import math
 
 from qwen3vl_jax.config import Config
+from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.training.recipe import Mesh, Pack, Recipe
 
 # A dense model is cut over all devices (fsdp), one of experts over fsdp x expert, the latter the largest
 # of these that is not larger than the former: tokens go to every device of that axis.
 _EXPERT = (8, 4, 2)
+_SEQUENCE = 4  # at most: each part of a row needs the keys and values of all
 _FSDP = 128  # at most, then data: the vision tower's 1,152 channels are 9 x 128
 
 
@@ -29,8 +31,19 @@ def spelled(mesh: Mesh) -> str:
     return " ".join(f"mesh.{name}={n}" for name, n in vars(mesh).items() if n != 1) or "one device"
 
 
+def changed(before: Mesh, after: Mesh) -> str:
+    """What a command line needs to have one mesh in place of another: also the axes that become 1."""
+    sizes = {name: (n, getattr(before, name)) for name, n in vars(after).items()}
+    return " ".join(
+        f"mesh.{name}={n}" for name, (n, old) in sizes.items() if n != 1 or old not in (0, 1)
+    )
+
+
 def with_preset(recipe: Recipe, cfg: Config, count: int, slices: int = 1) -> Recipe:
-    """The recipe itself, or with the `preset` of `count` devices where it asks for no mesh."""
+    """The recipe itself, or with the `preset` of `count` devices where it asks for no mesh.
+
+    Raises InputError as that does.
+    """
     if asks_for_mesh(recipe):
         return recipe
     return dataclasses.replace(recipe, mesh=preset(cfg, recipe.pack, count, slices))
@@ -39,13 +52,33 @@ def with_preset(recipe: Recipe, cfg: Config, count: int, slices: int = 1) -> Rec
 def preset(cfg: Config, pack: Pack, count: int, slices: int = 1) -> Mesh:
     """A mesh of `count` devices in equal `slices`, over which data alone goes.
 
-    Where rows, or the groups they are in, do not divide evenly over the devices, tensor has the rest.
+    Where rows, or the groups they are in, do not divide evenly over the devices, tensor has the rest as
+    far as it divides the heads, then sequence. Raises InputError where even so some are left.
     """
     rows = math.gcd(pack.rows, pack.vision_rows, pack.groups)
     parts = math.gcd(max(rows // slices, 1), count // slices)  # of the rows of a slice
+    tensor = math.gcd(count // (slices * parts), cfg.text.num_attention_heads)
+    sequence = count // (slices * parts * tensor)
+    if rows % slices or sequence > _SEQUENCE or pack.length % sequence:
+        raise InputError(_too_few(pack, count, slices))
     experts = cfg.text.num_experts
     fitting = (n for n in _EXPERT if experts and not experts % n and not parts % n)
     expert = next((n for n in fitting if n * n <= parts), 1)
     fsdp = math.gcd(parts // expert, _FSDP)
     data = slices * parts // (expert * fsdp)
-    return Mesh(data=data, fsdp=fsdp, expert=expert, tensor=count // (slices * parts))
+    return Mesh(data=data, fsdp=fsdp, expert=expert, tensor=tensor, sequence=sequence)
+
+
+def _too_few(pack: Pack, count: int, slices: int) -> str:
+    """What to say of rows that do not divide over so many devices: one row a device always does."""
+    more = enough(pack, count)
+    told = ", ".join(f"pack.{name} is {getattr(pack, name)}" for name in more)
+    taken = " ".join(f"pack.{name}={n}" for name, n in more.items())
+    where = f"{count} devices" + f" in {slices} slices" * (slices > 1)
+    return f"{told}, which no mesh of {where} divides; take {taken}, or fewer devices"
+
+
+def enough(pack: Pack, count: int) -> dict[str, int]:
+    """{key of a pack: what it would have to be} for whole rows on each of `count` devices."""
+    names = ("rows", "vision_rows", "groups")
+    return {k: -(-n // count) * count for k in names if (n := getattr(pack, k)) and n % count}

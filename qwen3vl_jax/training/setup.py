@@ -179,7 +179,14 @@ def _sparse(cfg: Config) -> bool:
 
 
 def rule_of(recipe: Recipe, cfg: Config, weights: Flat) -> optax.GradientTransformation:
-    """The optimizer of the trained weights."""
+    """The optimizer of the trained weights. Raises InputError for a train.rates of what is not trained."""
+    lora, every = recipe.lora, list(shapes(cfg))
+    why = (
+        f"LoRA trains lora.targets {list(lora.targets)} alone"
+        if lora.rank
+        else "train.freeze holds it"
+    )
+    groups.check_trained(recipe.train.rates, list(weights), every, why, _sparse(cfg))
     factors = groups.learning_rates(list(weights), recipe.train.rates, _sparse(cfg))
     return make_optimizer(recipe.optimizer, recipe.steps, factors)
 
