@@ -18,7 +18,7 @@ from qwen3vl_jax.planning.program import Program, config_of, groups_of, training
 from qwen3vl_jax.planning.report import Plan, best, likeliest, plan_of, table
 from qwen3vl_jax.planning.search import Candidate, candidates, mesh_of
 from qwen3vl_jax.planning.serving import Serving, decoding, held_arrays, prefilling
-from qwen3vl_jax.planning.topology import devices_of
+from qwen3vl_jax.planning.topology import devices_of, first_devices
 from qwen3vl_jax.sharding import make_mesh, slice_count
 from qwen3vl_jax.spread import ROOM, spread
 from qwen3vl_jax.training.preset import asks_for_mesh, spelled, with_preset
@@ -94,8 +94,9 @@ def plan_serving(
     console = console or _console()
     cfg = config_of(ckpt)
     sizes = usual_sizes(cfg, machine, asked) if sizes is None else sizes
-    used = None if -1 in sizes.values() else max(math.prod(sizes.values()), 1)
-    mesh, plans = make_mesh(sizes, devices_of(machine)[:used]), []
+    devices = devices_of(machine)
+    used = len(devices) if -1 in sizes.values() else math.prod(sizes.values())
+    mesh, plans = make_mesh(sizes, first_devices(devices, used)), []
     for name, make in (("a decode step", decoding), ("prompts taken in", prefilling)):
         program = make(cfg, mesh, asked)
         done = watched(console, program, f"compiling {name} for {machine}")
