@@ -84,12 +84,51 @@ def test_a_large_batch_is_not_sought_to_the_last_row():
 
     def peak(tried):
         compiled.append(tried.pack.rows)
-        return 10 + tried.pack.rows if tried.pack.rows > 8 else 17
+        return 10 + tried.pack.rows
 
     settings = recipe.Recipe("x", 1, pack=recipe.Pack(rows=8, vision_rows=8))
-    fits, fails = largest.largest(settings, 1, 17, 1010, 10, peak)
+    fits, fails = largest.largest(settings, 1, 18, 1010, 10, peak)
     assert fits <= 1000 < fails and fails - fits <= fits // 8 + 1
     assert len(compiled) <= 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "base", "slope", "told"),
+    [
+        (40, 300, 12, 0.9),  # XLA's number of a program without room is of a part of it
+        (40, 300, 12, 1.0),
+        (16, 9000, 680, 1.0),
+        (1000, 9000, 680, 1.0),
+        (100, 9000, 680, None),  # or it has none
+    ],
+)
+def test_what_does_not_fit_tells_where_to_look(rows, base, slope, told):
+    """Four tries leave an eighth, also where memory bends: a larger batch needs more for each row."""
+    room, compiled = 71190, []
+
+    def peak(tried):
+        compiled.append(rows := tried.pack.rows)
+        need = base + slope * rows + slope * max(rows - 64, 0) // 2
+        if need <= room:
+            return need
+        return None if told is None else max(int(told * need), room + 1)
+
+    settings = recipe.Recipe("x", 1, pack=recipe.Pack(rows=rows, vision_rows=2 * rows))
+    known = peak(settings)
+    fits, fails = largest.largest(settings, 1, known, room, base, peak)
+    assert peak(largest.of_size(settings, 1, fits)) <= room
+    assert fails in compiled and fails - fits <= fits // 8 + 1
+
+
+def test_the_largest_batch_is_told_with_what_does_not_fit():
+    """Both ends, since rows between them were not tried; XLA's number of a refused program is read."""
+    assert command.told_largest(8, 12) == "pack.rows=8 fits, 12 does not"
+    assert command.told_largest(0, 2) == "none, 2 rows do not fit"
+    assert compiling.needed("HLO temporaries 34.5G of 15.75G HBM") == round(34.5 * 2**30)
+    assert compiling.needed("the program 512.00M of 15.75G HBM") == 512 << 20
+    assert compiling.needed("RESOURCE_EXHAUSTED: no room") is None
+    refused = compiling.Compiled(None, "HLO temporaries 9G of 15.75G HBM", Counter(), 2.0, 1.0, 0.0)
+    assert command._needed(refused, 16 << 30) == (16 << 30) + 1
 
 
 def test_small_runs_have_digits():

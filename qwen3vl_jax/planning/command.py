@@ -156,15 +156,24 @@ def _largest(recipe: Recipe, cfg: Config, plan: Plan, tries: int, console: Conso
         rows = tried.pack.rows
         program = program_of(tried, cfg, plan.machine)
         done = watched(console, program, f"compiling for {rows} rows at {LEVEL}", LEVEL)
-        told = "no room" if done.cause else f"{done.peak / 2**30:.2f} GiB"
+        told = done.cause or f"{done.peak / 2**30:.2f} GiB"
         _say(f"pack.rows={rows}: {told} ({done.seconds:.0f} s)")
-        return None if done.cause else done.peak
+        return _needed(done, room)
 
-    known = plan.done.peak if plan.fits else None
-    fits, fails = largest(recipe, parts, known, room, held, peak, tries)
-    if not fits:
-        return f"none, {fails} rows do not fit"
-    return f"pack.rows={fits}" + (f" to {fails - parts}" if fails - fits > parts else "")
+    known = _needed(plan.done, room)
+    return told_largest(*largest(recipe, parts, known, room, held, peak, tries))
+
+
+def _needed(done: compiling.Compiled, room: int) -> int | None:
+    """Bytes of a device; of a program that XLA refuses what it says, more than `room`, if it says so."""
+    if not done.cause:
+        return done.peak
+    return max(needed, room + 1) if (needed := compiling.needed(done.cause)) else None
+
+
+def told_largest(fits: int, fails: int) -> str:
+    """What `largest` found, in words."""
+    return f"pack.rows={fits} fits, {fails} does not" if fits else f"none, {fails} rows do not fit"
 
 
 def _console() -> Console:
