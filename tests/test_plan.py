@@ -198,6 +198,17 @@ def test_a_step_has_the_groups_of_a_run(small):
         assert made.args[2].batch.groups == groups
 
 
+def test_a_step_without_pictures_needs_room_for_the_tower(small):
+    """What it does not read is an argument too: a run holds it."""
+    pack = dataclasses.replace(small.pack, vision_rows=0)
+    changed, mesh = dataclasses.replace(small, pack=pack), make_mesh(vars(small.mesh), jax.devices())
+    made = program.training_step(changed, program.config_of(small.ckpt), mesh)
+    with jax.set_mesh(mesh):
+        text = made.fn.lower(*made.args).as_text()
+    taken = text[text.index("@main(") :].split("->")[0].count("%arg")
+    assert taken == len(jax.tree.leaves(made.args))
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
