@@ -201,7 +201,10 @@ def test_a_step_has_the_groups_of_a_run(small):
 def test_a_step_without_pictures_needs_room_for_the_tower(small):
     """What it does not read is an argument too: a run holds it."""
     pack = dataclasses.replace(small.pack, vision_rows=0)
-    changed, mesh = dataclasses.replace(small, pack=pack), make_mesh(vars(small.mesh), jax.devices())
+    changed, mesh = (
+        dataclasses.replace(small, pack=pack),
+        make_mesh(vars(small.mesh), jax.devices()),
+    )
     made = program.training_step(changed, program.config_of(small.ckpt), mesh)
     with jax.set_mesh(mesh):
         text = made.fn.lower(*made.args).as_text()
@@ -215,6 +218,7 @@ def test_a_step_without_pictures_needs_room_for_the_tower(small):
         (["pack.rows=6"], "pack.rows is 6, expected a multiple of 4"),
         (["pack.groups=6"], "pack.groups is 6, expected a multiple of 4"),
         (["pack.groups=8"], "pack.rows is 4, expected a multiple of 8: pack.groups"),
+        (["pack.vision_length=10"], "pack.vision_length is 10, expected a multiple of 4"),
         (["mesh.fsdp=16"], "needs 32 devices, there are 8"),
         (["mesh.fsdp=1", "mesh.tensor=1", "mesh.expert=8"], "mesh.expert is 8"),
     ],

@@ -21,6 +21,7 @@ from qwen3vl_jax.planning.serving import Serving, decoding, held_arrays, prefill
 from qwen3vl_jax.planning.topology import devices_of, first_devices
 from qwen3vl_jax.sharding import make_mesh, slice_count
 from qwen3vl_jax.spread import ROOM, spread
+from qwen3vl_jax.training.checks import check_vision_length
 from qwen3vl_jax.training.preset import asks_for_mesh, spelled, with_preset
 from qwen3vl_jax.training.recipe import Recipe
 
@@ -55,6 +56,7 @@ def search_training(
     """
     console = console or _console()
     cfg = config_of(recipe.ckpt)
+    check_vision_length(recipe.pack, cfg)  # no mesh would do
     found, plans, spent = candidates(recipe, cfg, machine), [], 0
     if asks_for_mesh(recipe):
         _say(

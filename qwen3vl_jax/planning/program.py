@@ -17,6 +17,7 @@ from qwen3vl_jax.paths import as_path, kind
 from qwen3vl_jax.sharding import rows_parts
 from qwen3vl_jax.structs import Batch, VisionInputs
 from qwen3vl_jax.training import estimate, setup
+from qwen3vl_jax.training.checks import check_vision_length
 from qwen3vl_jax.training.flops import step_flops
 from qwen3vl_jax.training.groups import group_of
 from qwen3vl_jax.training.packing import PackedBatch
@@ -71,6 +72,7 @@ def config_of(ckpt: str) -> Config:
 
 def check_batch(recipe: Recipe, cfg: Config, sizes: Mapping[str, int]) -> None:
     """Raises InputError for a batch or model that a mesh of these sizes does not divide."""
+    check_vision_length(recipe.pack, cfg)
     pack, rows, groups = recipe.pack, rows_parts(sizes), groups_of(recipe, sizes)
     for name, count, parts in (
         ("pack.groups", groups, rows),

@@ -7,7 +7,7 @@ import importlib.util
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.paths import as_path, kind
-from qwen3vl_jax.training.recipe import Recipe
+from qwen3vl_jax.training.recipe import Pack, Recipe
 
 _EXTRA = ("grain", "tomli_w", "matplotlib", "tensorboardX")
 PYTHON = "python:"  # in front of a source that is a class
@@ -18,7 +18,14 @@ def check_run(recipe: Recipe) -> None:
     check_extras(recipe)
     check_sources(recipe)
     if kind(as_path(recipe.ckpt)) == "folder":
-        Config.from_hf(recipe.ckpt)
+        check_vision_length(recipe.pack, Config.from_hf(recipe.ckpt))
+
+
+def check_vision_length(pack: Pack, cfg: Config) -> None:
+    """Raises InputError for vision rows that would cut a merged row."""
+    unit, length = cfg.vision.merge_unit, pack.vision_length
+    if pack.vision_rows and length % unit:
+        raise InputError(f"pack.vision_length is {length}, expected a multiple of {unit}")
 
 
 def check_extras(recipe: Recipe) -> None:

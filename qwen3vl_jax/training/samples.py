@@ -22,6 +22,7 @@ from qwen3vl_jax.processing.positions import rope_index
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.processing.prompts import Visual, visuals_of
 from qwen3vl_jax.processing.tokenizer import Tokenizer
+from qwen3vl_jax.training.checks import check_vision_length
 from qwen3vl_jax.training.packing import frames_fit
 from qwen3vl_jax.training.recipe import Data, Pack
 
@@ -81,9 +82,7 @@ class SampleMaker:
 
     def __post_init__(self) -> None:
         """Raises InputError for vision rows that would cut a merged row."""
-        unit, length = self.proc.config.vision.merge_unit, self.pack.vision_length
-        if self.pack.vision_rows and length % unit:
-            raise InputError(f"pack.vision_length is {length}, expected a multiple of {unit}")
+        check_vision_length(self.pack, self.proc.config)
 
     @functools.cached_property
     def _processor(self) -> Processor:
