@@ -60,6 +60,7 @@ def test_a_run_takes_the_memory_that_a_plan_reckons_with():
         ({"dry_run": True}, "--plan and --dry-run"),
         ({"search": True, "save": Path("x")}, "--save: not with --search"),
         ({"save": Path("/nowhere/x")}, "no such directory /nowhere"),
+        ({"save": ROOT}, f"--save {ROOT}: is a directory, expected a file"),
         ({"plan": "v9:2x2"}, "unknown machine"),
     ],
 )

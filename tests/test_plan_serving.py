@@ -103,3 +103,10 @@ def test_an_adapter_is_refused_for_it_would_not_be_counted():
     args = options.arguments(["--plan", "v5e:2x2", "--adapter", "DIR"], "")
     with pytest.raises(InputError, match="answers nothing, leave --adapter out"):
         options.check_modes(args)
+
+
+def test_more_tokens_than_the_model_has_positions_for_are_refused():
+    """Before anything is compiled."""
+    asked, machine = serving.Serving(1, 999_999_999, None), chips.read_machine("v5e:2x2")
+    with pytest.raises(InputError, match="--max-len is 999999999, expected at most 262144"):
+        command.plan_serving("8b", machine, {}, asked)

@@ -11,7 +11,7 @@ import re
 from collections.abc import MutableMapping
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.paths import argument, is_remote
+from qwen3vl_jax.paths import argument, is_remote, kind
 
 _GIB = 2**30
 # Of a GPU's memory, to programs: jax takes 0.75 by itself; CUDA, cuDNN and NCCL need some GiB beside.
@@ -187,3 +187,5 @@ def check_plan_arguments(args: argparse.Namespace) -> None:
         read_machine(args.plan, args.slices)
     if args.save and not is_remote(args.save) and not args.save.parent.is_dir():
         raise InputError(f"--save {args.save}: no such directory {args.save.parent}")
+    if args.save and kind(args.save) == "folder":
+        raise InputError(f"--save {args.save}: is a directory, expected a file")

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from qwen3vl_jax.config import Config
+from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.planning import compiling
 from qwen3vl_jax.planning.chips import Machine
 from qwen3vl_jax.planning.largest import LEVEL, largest
@@ -95,6 +96,8 @@ def plan_serving(
     """
     console = console or _console()
     cfg = config_of(ckpt)
+    if asked.slots > (most := cfg.text.max_position_embeddings):
+        raise InputError(f"--max-len is {asked.slots}, expected at most {most}, the model's limit")
     sizes = usual_sizes(cfg, machine, asked) if sizes is None else sizes
     devices = devices_of(machine)
     used = len(devices) if -1 in sizes.values() else math.prod(sizes.values())
