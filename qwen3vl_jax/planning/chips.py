@@ -166,7 +166,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the planner that train.py and infer.py share."""
     add = parser.add_argument
     add("--plan", metavar="MACHINE", help="compile for a machine that is not here, as v5p:4x8x8 or "
-        "h100:8, and print whether it fits and how fast it could be")  # fmt: skip
+        "h100:8, and print whether it fits (else exit code 1) and how fast it could be")  # fmt: skip
     add("--slices", type=int, default=1, help="with --plan: so many of it, over the network")
     add("--save", type=argument, metavar="FILE", help="with --plan: write the compiled program")
 
