@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from qwen3vl_jax.planning import command, compiling, largest
@@ -79,3 +80,14 @@ def test_the_largest_batch_is_told_with_what_does_not_fit():
     assert compiling.needed("RESOURCE_EXHAUSTED: no room") is None
     refused = compiling.Compiled(None, "HLO temporaries 9G of 15.75G HBM", Counter(), 2.0, 1.0, 0.0)
     assert command._needed(refused, 16 << 30) == (16 << 30) + 1
+
+
+def test_a_first_peak_of_another_level_does_not_mislead():
+    """Those of the 2B on an H100, in 0.01 GiB: the recipe's own is of a whole compile, and far less."""
+    rows, sizes = (22, 30, 35, 49), (5855, 6228, 6809, 9135)
+
+    def peak(tried):
+        return int(np.interp(tried.pack.rows, rows, sizes))
+
+    settings = recipe.Recipe("x", 1, pack=recipe.Pack(rows=16, vision_rows=16))
+    assert largest.largest(settings, 1, 3885, 7119, 2103, peak) == (36, 40)

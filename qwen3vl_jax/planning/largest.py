@@ -9,7 +9,8 @@ from typing import NamedTuple
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.training.recipe import Recipe
 
-LEVEL = "O1"  # a third of the time of a whole compile; the peak is within some percent of that
+# A third of the time of a whole compile; the peak is within some percent on a TPU, above it on a GPU.
+LEVEL = "O1"
 _LIMIT = 256  # times the smallest batch
 
 # The bytes that a recipe's step needs, more than the room for one that does not fit; None: not known,
@@ -85,13 +86,23 @@ def _guess(found: _Bracket, room: int) -> int:
 
 
 def _crossing(points: Mapping[int, int], room: int) -> int | None:
-    """Where a line through two of the points is at `room`: one on each side of it, else the nearest two."""
-    under = [n for n in sorted(points) if points[n] <= room][-2:]
+    """Where a line through two of the points is at `room`: one on each side of it, else the nearest two.
+
+    Of sizes that all fit the line is no flatter than from no rows: a line of two close sizes may point
+    anywhere, and the recipe's own peak is of another level.
+    """
+    under = [n for n in sorted(points) if points[n] <= room]
     over = [n for n in sorted(points) if points[n] > room][:2]
-    if under[-1:] == [0] and len(over) == 2:  # of no rows: it lies below the line of the others
-        under = []
-    pair = [under[-1], over[0]] if under and over else under + over
-    if len(pair) < 2:
-        return None
-    (x0, y0), (x, y) = ((n, points[n]) for n in pair)
-    return int(x + (room - y) * (x - x0) / (y - y0)) if y > y0 else None
+    if over and under != [0]:
+        pairs = [(under[-1], over[0])] if under else [tuple(over)]
+    elif over:  # that of no rows lies below the line of the others
+        pairs = [tuple(over) if len(over) == 2 else (0, over[0])]
+    else:
+        pairs = [(n, under[-1]) for n in (0, *under[-2:-1])]
+    found = [_meets(points, *pair, room) for pair in pairs if len(pair) == 2]
+    return min((n for n in found if n is not None), default=None)
+
+
+def _meets(points: Mapping[int, int], first: int, second: int, room: int) -> int | None:
+    grown = points[second] - points[first]
+    return second + (room - points[second]) * (second - first) // grown if grown > 0 else None
