@@ -219,10 +219,9 @@ def measure(args: argparse.Namespace, scope: contextlib.ExitStack) -> None:
         words = retrieval.yes_no_ids(processor.tokenizer)
     batch = processor(rows, **input_options(args))
     params, cfg = loaded(args, directory, scope)
-    advice = "--max-pixels, fewer --document, or --dtype bfloat16"
     held = sizes(params, cfg, batch)
     held.pop("cache (about)")  # there is none
-    with memory_advice(held, advice):
+    with memory_advice(held, "--max-pixels, fewer --document, or --dtype bfloat16"):
         if args.embed:
             embed = jax.jit(q3.embed, static_argnames=("cfg", "dims"))
             found = jax.device_get(embed(params, cfg, batch, dims=args.dims))
@@ -237,7 +236,7 @@ def measure(args: argparse.Namespace, scope: contextlib.ExitStack) -> None:
 
 
 def plan(args: argparse.Namespace) -> None:
-    """Compiles a decode step and a prefill for a machine that is not here."""
+    """Compiles a decode step and a prefill for a machine that is not here; exit code 1 without room."""
     machine = read_machine(args.plan, args.slices)
     prepare_environment(machine)
     import jax.numpy as jnp
@@ -247,10 +246,12 @@ def plan(args: argparse.Namespace) -> None:
     from qwen3vl_jax.planning.serving import Serving
 
     dtype, ckpt = jnp.dtype(args.dtype or "bfloat16"), str(args.ckpt or DEMO)
-    limit = config_of(ckpt).text.max_position_embeddings
-    length = min(limit, PLANNED_LENGTH) if args.max_len is None else args.max_len
+    usual = min(config_of(ckpt).text.max_position_embeddings, PLANNED_LENGTH)
+    length = usual if args.max_len is None else args.max_len
     asked = Serving(args.rows, length, args.prefill_chunk, dtype, args.weights)
-    plan_serving(ckpt, machine, mesh_sizes(args.mesh), asked, args.save)
+    plans = plan_serving(ckpt, machine, mesh_sizes(args.mesh), asked, args.save)
+    if not all(each.fits for each in plans):
+        sys.exit(1)
 
 
 def answer(args, directory, processor, arrays, limit, scope) -> str:

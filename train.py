@@ -63,16 +63,16 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def plan(args: argparse.Namespace, recipe: Recipe) -> None:
-    """Compiles the recipe's step for a machine that is not here."""
+def plan(args: argparse.Namespace, recipe: Recipe) -> bool:
+    """Compiles the recipe's step for a machine that is not here; whether it fits, or one of a search."""
     machine = read_machine(args.plan, args.slices)
     prepare_environment(machine)
     from qwen3vl_jax.planning import command
 
     if args.search:
-        command.search_training(recipe, machine, args.tries)
-    else:
-        command.plan_training(recipe, machine, args.save, args.tries)
+        found = command.search_training(recipe, machine, args.tries)
+        return not args.tries or any(each.fits for _, each in found)
+    return command.plan_training(recipe, machine, args.save, args.tries).fits
 
 
 def train(recipe: Recipe, out: Path, asked: processes.Asked | None = None) -> None:
@@ -91,14 +91,17 @@ def train(recipe: Recipe, out: Path, asked: processes.Asked | None = None) -> No
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; 0, 2 for bad input, 130 for Ctrl-C. SIGTERM saves and gives 0."""
+    """The command line; 0, 1 for a plan that does not fit, 2 for bad input, 130 for Ctrl-C.
+
+    SIGTERM saves and gives 0.
+    """
     args = arguments(argv)
     try:
         check_plan_arguments(args)
         recipe = read_recipe(args.config, args.changes)
         if args.plan:
-            plan(args, recipe)
-        elif args.dry_run:
+            return 0 if plan(args, recipe) else 1
+        if args.dry_run:
             from qwen3vl_jax.training.dryrun import dry_run
 
             dry_run(recipe)

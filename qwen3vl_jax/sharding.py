@@ -89,12 +89,26 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
                 "over the network between them"
             )
         inner, outer = (shape[0] // slices, *shape[1:]), (slices, *[1] * (len(AXES) - 1))
-        array = mesh_utils.create_hybrid_device_mesh(
-            inner, outer, devices, allow_split_physical_axes=True
-        )
+        try:
+            array = mesh_utils.create_hybrid_device_mesh(
+                inner, outer, devices, allow_split_physical_axes=True
+            )
+        except (AssertionError, ValueError) as error:  # slices of different sizes
+            raise InputError(
+                f"mesh: {len(devices)} devices of {slices} slices make no mesh of {shape}; take all "
+                f"devices of each: {' '.join(str(error).split())[:200]}"
+            ) from None
     else:
-        array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        array = _arranged(shape, devices)
     return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _arranged(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+    """Devices of one slice by their links; in their own order where they fill no box of it."""
+    try:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    except (AssertionError, ValueError, NotImplementedError):
+        return np.array(devices, dtype=object).reshape(shape)
 
 
 def _long_names(sizes: Mapping[str, int]) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""--plan: the largest batch, a search, a real program."""
+"""--plan: a search, a real program."""
 
 import dataclasses
 import importlib.util
@@ -16,12 +16,13 @@ import pytest
 import train_files
 from rich.console import Console
 
+import infer
+import train
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.planning import (
     chips,
     command,
     compiling,
-    largest,
     program,
     report,
     roofline,
@@ -58,40 +59,6 @@ def test_warnings_of_python_and_errors_of_the_compiler_are_shown(capfd):
     assert capfd.readouterr().err == "attention runs on XLA\n"
     assert told == ["W0101 spmd.cc:1] moved\nE0101 x.cc:1] broken\n"]
     assert compiling.errors(told[0]) == "E0101 x.cc:1] broken\n"
-
-
-@pytest.mark.parametrize(
-    ("base", "slope", "want"), [(1, 2, 8), (10, 2, 4), (10, 3, 2), (30, 1, 0), (0, 25, 0)]
-)
-def test_the_largest_batch_is_where_memory_ends(base, slope, want):
-    """Peaks that grow evenly with rows, in a room of 20 for rows in steps of two."""
-    compiled = []
-
-    def peak(tried):
-        compiled.append(tried.pack.rows)
-        return base + slope * tried.pack.rows
-
-    settings = recipe.Recipe("x", 1, pack=recipe.Pack(rows=2, vision_rows=4))
-    first = peak(settings)
-    known = first if first <= 20 else None
-    fits, fails = largest.largest(settings, 2, known, 20, base, peak, tries=6)
-    assert (fits, fails) == (want, want + 2)
-    assert len(compiled) == len(set(compiled)) <= 7
-    assert largest.of_size(settings, 2, 3).pack.vision_rows == 12
-
-
-def test_a_large_batch_is_not_sought_to_the_last_row():
-    """Two compiles beside the recipe's own find 1,000 rows to an eighth."""
-    compiled = []
-
-    def peak(tried):
-        compiled.append(tried.pack.rows)
-        return 10 + tried.pack.rows if tried.pack.rows > 8 else 17
-
-    settings = recipe.Recipe("x", 1, pack=recipe.Pack(rows=8, vision_rows=8))
-    fits, fails = largest.largest(settings, 1, 17, 1010, 10, peak)
-    assert fits <= 1000 < fails and fails - fits <= fits // 8 + 1
-    assert len(compiled) <= 2
 
 
 def test_small_runs_have_digits():
@@ -159,6 +126,20 @@ def test_a_step_has_the_groups_of_a_run(small):
     for changed, groups in ((small, 2), (dataclasses.replace(small, pack=pack), 4)):
         made = program.training_step(changed, cfg, mesh)
         assert made.args[2].batch.groups == groups
+
+
+def test_a_step_without_pictures_needs_room_for_the_tower(small):
+    """What it does not read is an argument too: a run holds it."""
+    pack = dataclasses.replace(small.pack, vision_rows=0)
+    changed, mesh = (
+        dataclasses.replace(small, pack=pack),
+        make_mesh(vars(small.mesh), jax.devices()),
+    )
+    made = program.training_step(changed, program.config_of(small.ckpt), mesh)
+    with jax.set_mesh(mesh):
+        text = made.fn.lower(*made.args).as_text()
+    taken = text[text.index("@main(") :].split("->")[0].count("%arg")
+    assert taken == len(jax.tree.leaves(made.args))
 
 
 @pytest.mark.parametrize(
@@ -318,6 +299,28 @@ def test_a_search_ranks_without_the_time_of_memory(small, monkeypatch):
     plans = command.search_training(small, machine, 2, Console(file=out, width=140))
     assert [plan.times.memory for _, plan in plans] == [9e-3, 1e-3]
     assert "1 ms to 2 ms" in out.getvalue() and "time is left out" in out.getvalue()
+
+
+def test_a_plan_that_does_not_fit_ends_with_one(monkeypatch):
+    """train.py and infer.py: 0 where all fits, 1 where not; of a search one that fits will do."""
+    fits, full = types.SimpleNamespace(fits=True), types.SimpleNamespace(fits=False)
+    argv = ["--config", str(ROOT / "configs" / "demo.toml"), "--plan", "v5e:2x2"]
+    for module in (train, infer):
+        monkeypatch.setattr(module, "prepare_environment", lambda machine: None)
+    for plan in (fits, full):
+        monkeypatch.setattr(command, "plan_training", lambda *_, plan=plan: plan)
+        assert train.main(argv) == (not plan.fits)
+    for found, code in (([full, fits], 0), ([full], 1), ([], 1)):
+        monkeypatch.setattr(
+            command, "search_training", lambda *_, found=found: [(None, p) for p in found]
+        )
+        assert train.main([*argv, "--search"]) == code
+    assert train.main([*argv, "--search", "--tries", "0"]) == 0  # an estimate is no verdict
+    monkeypatch.setattr(command, "plan_serving", lambda *_: (fits, fits))
+    infer.main(["--plan", "v5e:2x2"])
+    monkeypatch.setattr(command, "plan_serving", lambda *_: (fits, full))
+    with pytest.raises(SystemExit, match=r"^1$"):
+        infer.main(["--plan", "v5e:2x2"])
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the header says so")

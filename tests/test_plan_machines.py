@@ -2,8 +2,10 @@
 
 import argparse
 import importlib.util
+import itertools
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,7 @@ def test_a_run_takes_the_memory_that_a_plan_reckons_with():
         ({"dry_run": True}, "--plan and --dry-run"),
         ({"search": True, "save": Path("x")}, "--save: not with --search"),
         ({"save": Path("/nowhere/x")}, "no such directory /nowhere"),
+        ({"save": ROOT}, f"--save {ROOT}: is a directory, expected a file"),
         ({"plan": "v9:2x2"}, "unknown machine"),
     ],
 )
@@ -75,6 +78,55 @@ def test_a_missing_compiler_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"libtpu is not installed.*qwen3vl-jax\[tpu\]"):
         topology.devices_of(chips.read_machine("v5e:2x2"))
+
+
+def chips_of(*sizes):
+    """Devices of a slice of a TPU, in the compiler's order: the first axis runs fastest."""
+    return [
+        types.SimpleNamespace(
+            platform="tpu", coords=at[::-1], core_on_chip=0, slice_index=0, process_index=0,
+            device_kind="TPU v5 lite", id=number,
+        )
+        for number, at in enumerate(itertools.product(*map(range, sizes[::-1])))
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("sizes", "used", "told"),
+    [
+        ((2, 2, 1), 3, "3 of 4 devices.* a mesh of all 4, or of 1, 2 of them"),
+        (
+            (2, 4, 1),
+            6,
+            "6 of 8 devices.* a mesh of all 8, or of 1, 2, 4 of them",
+        ),  # a box: libtpu aborts
+        ((4, 4, 1), 6, "of 1, 2, 4, 8 of them"),
+        ((2, 2, 2), 3, "3 of 8 devices"),
+    ],
+)
+def test_a_part_of_a_tpu_that_is_no_slice_is_refused(sizes, used, told):
+    """What is one stays a part; all devices, and GPUs, are taken as they are."""
+    from qwen3vl_jax.planning import topology
+
+    devices = chips_of(*sizes)
+    with pytest.raises(InputError, match=told):
+        topology.first_devices(devices, used)
+    for count in (1, 2, 4):
+        assert topology.first_devices(devices, count) == devices[:count]
+    assert topology.first_devices(devices, len(devices)) == devices
+    assert topology.first_devices(devices, 999) == devices  # make_mesh counts them
+    for device in devices:
+        device.platform = "gpu"
+    assert topology.first_devices(devices, 3) == devices[:3]
+
+
+def test_devices_that_fill_no_box_make_a_mesh_in_their_order():
+    """jax has an assertion there, of no use to anybody."""
+    from qwen3vl_jax import sharding
+
+    devices = chips_of(2, 2, 1)[:3]
+    shape = sharding.mesh_shape({"tensor": 3}, 3)
+    assert list(sharding._arranged(shape, devices).flat) == devices
 
 
 EVERY_TPU = """

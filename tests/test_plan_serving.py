@@ -57,6 +57,16 @@ def test_prompts_are_taken_in_beside_the_cache_of_all_rows(tmp_path, monkeypatch
     assert pair.program.mesh.size == 2 and "8 devices, 2 in use" in out.getvalue()
 
 
+def test_a_decode_step_needs_room_for_the_tower_that_it_does_not_read(tmp_path):
+    """The peak is no less than the weights and the cache, all of which a device holds."""
+    raw = tiny.config_dict("golden", False)
+    hf_files.write(tmp_path, raw, tiny.weights(raw, 0))
+    mesh = make_mesh({}, jax.devices()[:1])
+    made = serving.decoding(program.config_of(str(tmp_path)), mesh, serving.Serving(2, 64, None))
+    done = command.compiling.compiled(made)
+    assert done.peak >= sum(made.held.values())
+
+
 @pytest.mark.parametrize(
     ("size", "machine", "kind", "want"),
     [
@@ -93,3 +103,10 @@ def test_an_adapter_is_refused_for_it_would_not_be_counted():
     args = options.arguments(["--plan", "v5e:2x2", "--adapter", "DIR"], "")
     with pytest.raises(InputError, match="answers nothing, leave --adapter out"):
         options.check_modes(args)
+
+
+def test_more_tokens_than_the_model_has_positions_for_are_refused():
+    """Before anything is compiled."""
+    asked, machine = serving.Serving(1, 999_999_999, None), chips.read_machine("v5e:2x2")
+    with pytest.raises(InputError, match="--max-len is 999999999, expected at most 262144"):
+        command.plan_serving("8b", machine, {}, asked)

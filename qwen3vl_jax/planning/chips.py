@@ -11,7 +11,7 @@ import re
 from collections.abc import MutableMapping
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.paths import argument, is_remote
+from qwen3vl_jax.paths import argument, is_remote, kind
 
 _GIB = 2**30
 # Of a GPU's memory, to programs: jax takes 0.75 by itself; CUDA, cuDNN and NCCL need some GiB beside.
@@ -173,7 +173,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the planner that train.py and infer.py share."""
     add = parser.add_argument
     add("--plan", metavar="MACHINE", help="compile for a machine that is not here, as v5p:4x8x8 or "
-        "h100:8, and print whether it fits and how fast it could be")  # fmt: skip
+        "h100:8, and print whether it fits (else exit code 1) and how fast it could be")  # fmt: skip
     add("--slices", type=int, default=1, help="with --plan: so many of it, over the network")
     add("--save", type=argument, metavar="FILE", help="with --plan: write the compiled program")
 
@@ -194,3 +194,5 @@ def check_plan_arguments(args: argparse.Namespace) -> None:
         read_machine(args.plan, args.slices)
     if args.save and not is_remote(args.save) and not args.save.parent.is_dir():
         raise InputError(f"--save {args.save}: no such directory {args.save.parent}")
+    if args.save and kind(args.save) == "folder":
+        raise InputError(f"--save {args.save}: is a directory, expected a file")

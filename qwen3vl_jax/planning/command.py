@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from qwen3vl_jax.config import Config
+from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.planning import compiling
 from qwen3vl_jax.planning.chips import Machine
 from qwen3vl_jax.planning.largest import LEVEL, largest
@@ -18,9 +19,10 @@ from qwen3vl_jax.planning.program import Program, config_of, groups_of, training
 from qwen3vl_jax.planning.report import Plan, best, likeliest, plan_of, table, without_memory
 from qwen3vl_jax.planning.search import Candidate, candidates, mesh_of
 from qwen3vl_jax.planning.serving import Serving, decoding, held_arrays, prefilling
-from qwen3vl_jax.planning.topology import devices_of
+from qwen3vl_jax.planning.topology import devices_of, first_devices
 from qwen3vl_jax.sharding import make_mesh, slice_count
 from qwen3vl_jax.spread import ROOM, spread
+from qwen3vl_jax.training.checks import check_vision_length
 from qwen3vl_jax.training.preset import asks_for_mesh, spelled, with_preset
 from qwen3vl_jax.training.recipe import Recipe
 
@@ -55,6 +57,7 @@ def search_training(
     """
     console = console or _console()
     cfg = config_of(recipe.ckpt)
+    check_vision_length(recipe.pack, cfg)  # no mesh would do
     found, plans, spent = candidates(recipe, cfg, machine), [], 0
     if asks_for_mesh(recipe):
         _say(
@@ -93,9 +96,12 @@ def plan_serving(
     """
     console = console or _console()
     cfg = config_of(ckpt)
+    if asked.slots > (most := cfg.text.max_position_embeddings):
+        raise InputError(f"--max-len is {asked.slots}, expected at most {most}, the model's limit")
     sizes = usual_sizes(cfg, machine, asked) if sizes is None else sizes
-    used = None if -1 in sizes.values() else max(math.prod(sizes.values()), 1)
-    mesh, plans = make_mesh(sizes, devices_of(machine)[:used]), []
+    devices = devices_of(machine)
+    used = len(devices) if -1 in sizes.values() else math.prod(sizes.values())
+    mesh, plans = make_mesh(sizes, first_devices(devices, used)), []
     for name, make in (("a decode step", decoding), ("prompts taken in", prefilling)):
         program = make(cfg, mesh, asked)
         done = watched(console, program, f"compiling {name} for {machine}")
@@ -156,15 +162,24 @@ def _largest(recipe: Recipe, cfg: Config, plan: Plan, tries: int, console: Conso
         rows = tried.pack.rows
         program = program_of(tried, cfg, plan.machine)
         done = watched(console, program, f"compiling for {rows} rows at {LEVEL}", LEVEL)
-        told = "no room" if done.cause else f"{done.peak / 2**30:.2f} GiB"
+        told = done.cause or f"{done.peak / 2**30:.2f} GiB"
         _say(f"pack.rows={rows}: {told} ({done.seconds:.0f} s)")
-        return None if done.cause else done.peak
+        return _needed(done, room)
 
-    known = plan.done.peak if plan.fits else None
-    fits, fails = largest(recipe, parts, known, room, held, peak, tries)
-    if not fits:
-        return f"none, {fails} rows do not fit"
-    return f"pack.rows={fits}" + (f" to {fails - parts}" if fails - fits > parts else "")
+    known = _needed(plan.done, room)
+    return told_largest(*largest(recipe, parts, known, room, held, peak, tries))
+
+
+def _needed(done: compiling.Compiled, room: int) -> int | None:
+    """Bytes of a device; of a program that XLA refuses what it says, more than `room`, if it says so."""
+    if not done.cause:
+        return done.peak
+    return max(needed, room + 1) if (needed := compiling.needed(done.cause)) else None
+
+
+def told_largest(fits: int, fails: int) -> str:
+    """What `largest` found, in words."""
+    return f"pack.rows={fits} fits, {fails} does not" if fits else f"none, {fails} rows do not fit"
 
 
 def _console() -> Console:

@@ -83,6 +83,12 @@ def refusal(message: str) -> str:
     raise InputError(f"XLA does not compile the program: {first}")
 
 
+def needed(cause: str) -> int | None:
+    """Bytes that a program needs by what `refusal` gave; None where XLA told no number."""
+    found = re.search(r" ([\d.]+)([KMGT]?) of \S+ HBM$", cause)
+    return round(float(found[1]) * 2 ** (10 * " KMGT".index(found[2] or " "))) if found else None
+
+
 def resharded(text: str) -> Counter[str]:
     """The operations that XLA warns of, from what it writes to stderr, and how often."""
     found: Counter[str] = Counter()

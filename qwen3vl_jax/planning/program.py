@@ -111,7 +111,7 @@ def training_step(recipe: Recipe, cfg: Config, mesh: Mesh) -> Program:
     frozen = with_shardings(parts.frozen, params_shardings(mesh, cfg, parts.frozen))
     packed = packed_batch(recipe, cfg, groups_of(recipe, sizes))
     packed = with_shardings(packed, batch_shardings(mesh, packed))
-    step = setup.make_step(recipe, cfg, rule, parts.join, state)
+    step = setup.make_step(recipe, cfg, rule, parts.join, state, keep_unused=True)
     held = {
         f"trained weights ({recipe.step.weights})": state.weights,
         f"optimizer ({recipe.optimizer.name})": state.optimizer,

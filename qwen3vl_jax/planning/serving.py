@@ -43,7 +43,8 @@ def decoding(cfg: Config, mesh: Mesh, asked: Serving) -> Program:
     """One decode step onto a full cache, which is donated. Raises InputError."""
     params, cache = weights(cfg, mesh, asked.dtype, asked.weights), empty_cache(cfg, mesh, asked)
     tokens = _whole(mesh, jnp.int32, asked.rows)
-    fn = jax.jit(functools.partial(_decode, cfg=cfg), donate_argnums=1)
+    # The vision tower, which no decode step reads, lies there too.
+    fn = jax.jit(functools.partial(_decode, cfg=cfg), donate_argnums=1, keep_unused=True)
     # A token sees the whole cache at worst.
     flops = _flops(cfg, Passed(asked.rows, asked.rows * asked.slots, 0, 0))
     work = Work("time of a decode step", flops, flops, asked.rows, "of all rows, cache full")
@@ -78,7 +79,7 @@ def prefilling(cfg: Config, mesh: Mesh, asked: Serving) -> Program:
     work = Work("time of a prefill", flops, flops, count * width, told)
     held = held_bytes({"weights": params, "cache": (cache.k, cache.v), "prompts": batch})
     args = params, cache, batch, _whole(mesh, jnp.int32, count)
-    fn = jax.jit(run, donate_argnums=1)
+    fn = jax.jit(run, donate_argnums=1, keep_unused=True)
     return Program(fn, args, mesh, held, work, "prompts' cache, activations")
 
 

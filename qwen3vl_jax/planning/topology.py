@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,32 @@ def devices_of(machine: Machine) -> list[Any]:
     except Exception as error:  # the compilers raise whatever they like
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"--plan {machine}: the compiler refuses this shape: {reason}") from None
+
+
+def first_devices(devices: Sequence[Any], used: int) -> list[Any]:
+    """The first `used` of a machine's devices; all for as many or more.
+
+    Raises InputError where they are a part of a TPU that no slice looks like: its compiler aborts.
+    """
+    if used >= len(devices) or _is_slice(devices[:used]):
+        return list(devices[:used])
+    counts = [2**n for n in range(len(devices).bit_length()) if _is_slice(devices[: 2**n])]
+    known = ", ".join(str(n) for n in counts if n < len(devices))
+    raise InputError(
+        f"mesh: {used} of {len(devices)} devices, which are no slice of a TPU: take a mesh of all "
+        f"{len(devices)}, or of {known} of them, or a smaller machine"
+    )
+
+
+def _is_slice(devices: Sequence[Any]) -> bool:
+    """Whether devices fill a box of a torus whose sizes are powers of two; of GPUs any do."""
+    if devices[0].platform != "tpu":
+        return True
+    if len({getattr(device, "slice_index", 0) for device in devices}) > 1:
+        return False
+    places = {(*device.coords, device.core_on_chip) for device in devices}
+    sizes = [max(axis) - min(axis) + 1 for axis in zip(*places, strict=True)]
+    return math.prod(sizes) == len(devices) and not any(n & (n - 1) for n in sizes)
 
 
 def _tpu(machine: Machine) -> Any:

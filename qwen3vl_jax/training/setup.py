@@ -220,11 +220,12 @@ def begin(
 
 def make_step(
     recipe: Recipe, cfg: Config, rule: optax.GradientTransformation, join: Join,
-    state: TrainState | None = None,
+    state: TrainState | None = None, keep_unused: bool = False,
 ) -> Step:  # fmt: skip
     """The jitted step(state, frozen, packed) -> (state, metrics); the state is donated.
 
     state: arrays or shapes with their shardings, which the new state has too; None on one device.
+    keep_unused: what the step does not read counts in its memory, as a run holds it all the same.
     """
     step = functools.partial(
         train_step, cfg=cfg, step=recipe.step, optimizer=rule, join=join, ema=recipe.optimizer.ema
@@ -238,4 +239,5 @@ def make_step(
         donate_argnums=0,
         out_shardings=(where, whole(mesh)),
         compiler_options=compiler_options(mesh),
+        keep_unused=keep_unused,
     )

@@ -1,0 +1,93 @@
+"""--plan: the largest batch that fits, by few compiles."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from qwen3vl_jax.planning import command, compiling, largest
+from qwen3vl_jax.training import recipe
+
+
+@pytest.mark.parametrize(
+    ("base", "slope", "want"), [(1, 2, 8), (10, 2, 4), (10, 3, 2), (30, 1, 0), (0, 25, 0)]
+)
+def test_the_largest_batch_is_where_memory_ends(base, slope, want):
+    """Peaks that grow evenly with rows, in a room of 20 for rows in steps of two."""
+    compiled = []
+
+    def peak(tried):
+        compiled.append(tried.pack.rows)
+        return base + slope * tried.pack.rows
+
+    settings = recipe.Recipe("x", 1, pack=recipe.Pack(rows=2, vision_rows=4))
+    first = peak(settings)
+    known = first if first <= 20 else None
+    fits, fails = largest.largest(settings, 2, known, 20, base, peak, tries=6)
+    assert (fits, fails) == (want, want + 2)
+    assert len(compiled) == len(set(compiled)) <= 7
+    assert largest.of_size(settings, 2, 3).pack.vision_rows == 12
+
+
+def test_a_large_batch_is_not_sought_to_the_last_row():
+    """Two compiles beside the recipe's own find 1,000 rows to an eighth."""
+    compiled = []
+
+    def peak(tried):
+        compiled.append(tried.pack.rows)
+        return 10 + tried.pack.rows
+
+    settings = recipe.Recipe("x", 1, pack=recipe.Pack(rows=8, vision_rows=8))
+    fits, fails = largest.largest(settings, 1, 18, 1010, 10, peak)
+    assert fits <= 1000 < fails and fails - fits <= fits // 8 + 1
+    assert len(compiled) <= 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "base", "slope", "told"),
+    [
+        (40, 300, 12, 0.9),  # XLA's number of a program without room is of a part of it
+        (40, 300, 12, 1.0),
+        (16, 9000, 680, 1.0),
+        (1000, 9000, 680, 1.0),
+        (100, 9000, 680, None),  # or it has none
+    ],
+)
+def test_what_does_not_fit_tells_where_to_look(rows, base, slope, told):
+    """Four tries leave an eighth, also where memory bends: a larger batch needs more for each row."""
+    room, compiled = 71190, []
+
+    def peak(tried):
+        compiled.append(rows := tried.pack.rows)
+        need = base + slope * rows + slope * max(rows - 64, 0) // 2
+        if need <= room:
+            return need
+        return None if told is None else max(int(told * need), room + 1)
+
+    settings = recipe.Recipe("x", 1, pack=recipe.Pack(rows=rows, vision_rows=2 * rows))
+    known = peak(settings)
+    fits, fails = largest.largest(settings, 1, known, room, base, peak)
+    assert peak(largest.of_size(settings, 1, fits)) <= room
+    assert fails in compiled and fails - fits <= fits // 8 + 1
+
+
+def test_the_largest_batch_is_told_with_what_does_not_fit():
+    """Both ends, since rows between them were not tried; XLA's number of a refused program is read."""
+    assert command.told_largest(8, 12) == "pack.rows=8 fits, 12 does not"
+    assert command.told_largest(0, 2) == "none, 2 rows do not fit"
+    assert compiling.needed("HLO temporaries 34.5G of 15.75G HBM") == round(34.5 * 2**30)
+    assert compiling.needed("the program 512.00M of 15.75G HBM") == 512 << 20
+    assert compiling.needed("RESOURCE_EXHAUSTED: no room") is None
+    refused = compiling.Compiled(None, "HLO temporaries 9G of 15.75G HBM", Counter(), 2.0, 1.0, 0.0)
+    assert command._needed(refused, 16 << 30) == (16 << 30) + 1
+
+
+def test_a_first_peak_of_another_level_does_not_mislead():
+    """Those of the 2B on an H100, in 0.01 GiB: the recipe's own is of a whole compile, and far less."""
+    rows, sizes = (22, 30, 35, 49), (5855, 6228, 6809, 9135)
+
+    def peak(tried):
+        return int(np.interp(tried.pack.rows, rows, sizes))
+
+    settings = recipe.Recipe("x", 1, pack=recipe.Pack(rows=16, vision_rows=16))
+    assert largest.largest(settings, 1, 3885, 7119, 2103, peak) == (36, 40)
