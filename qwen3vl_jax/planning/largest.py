@@ -9,8 +9,7 @@ from typing import NamedTuple
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.training.recipe import Recipe
 
-# A third of the time of a whole compile; the peak is within some percent on a TPU, above it on a GPU.
-LEVEL = "O1"
+LEVEL = "O1"  # a third of the time of a whole compile; the peak is within some percent of that
 _LIMIT = 256  # times the smallest batch
 
 # The bytes that a recipe's step needs, more than the room for one that does not fit; None: not known,
@@ -88,8 +87,8 @@ def _guess(found: _Bracket, room: int) -> int:
 def _crossing(points: Mapping[int, int], room: int) -> int | None:
     """Where a line through two of the points is at `room`: one on each side of it, else the nearest two.
 
-    Of sizes that all fit the line is no flatter than from no rows: a line of two close sizes may point
-    anywhere, and the recipe's own peak is of another level.
+    Of sizes that all fit the line is no flatter than from no rows: peaks grow unevenly, and a line of two
+    close sizes may point anywhere.
     """
     under = [n for n in sorted(points) if points[n] <= room]
     over = [n for n in sorted(points) if points[n] > room][:2]
