@@ -37,9 +37,7 @@ class Collective(NamedTuple):
     kind: str  # of KINDS, or that and BETWEEN, or TO_HOST, FROM_HOST
     times: float
     moved: float  # bytes that each device must receive, once; TO_HOST: send
-    group: tuple[
-        int, ...
-    ]  # positions in the mesh of the first group of devices; none with the host
+    group: tuple[int, ...]  # positions in the mesh of the first group of devices; empty: the host
 
 
 class Traffic(NamedTuple):
