@@ -107,7 +107,7 @@ def _arranged(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
     """Devices of one slice by their links; in their own order where they fill no box of it."""
     try:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    except (AssertionError, ValueError, NotImplementedError):
+    except (AssertionError, ValueError, NotImplementedError):  # by the kind of chip and of gap
         return np.array(devices, dtype=object).reshape(shape)
 
 
@@ -325,20 +325,22 @@ def check_divides(
 
     shapes and axes are those of `shardings`. The largest parameter that the axis does not divide is named.
     """
-    for axis, n in _sizes(mesh).items() if mesh is not None else ():
-        may, uncut = 0, {}
-        for name, x in shapes.items():
-            if not any(axis in RULES[a] for a in axes[name] if a is not None):
-                continue
-            size = math.prod(x.shape) * np.dtype(x.dtype).itemsize
-            may += size
-            where = places(list(zip(axes[name], x.shape, strict=True)), _sizes(mesh))
-            if not any(axis in cutters for cutters in where.values()):
-                uncut[name] = size
-        if sum(uncut.values()) > SPARED * may:
-            name = max(uncut, key=lambda name: uncut[name])
+    sizes = {} if mesh is None else _sizes(mesh)
+    size = {n: math.prod(x.shape) * np.dtype(x.dtype).itemsize for n, x in shapes.items()}
+    may = {n: {a for name in axes[n] if name for a in RULES[name]} for n in shapes}
+    cut = {
+        n: {a for cutters in places(list(zip(axes[n], x.shape, strict=True)), sizes).values()
+            for a in cutters}
+        for n, x in shapes.items()
+    }  # fmt: skip
+    for axis, count in sizes.items():
+        asked = [n for n in shapes if axis in may[n]]
+        uncut = [n for n in asked if axis not in cut[n]]
+        left, all_of_them = (sum(size[n] for n in names) for names in (uncut, asked))
+        if left > SPARED * all_of_them:
+            name = max(uncut, key=lambda n: size[n])
             raise InputError(
-                f"{name} {list(shapes[name].shape)}: {axis} = {n} divides none of its axes "
-                f"{list(axes[name])} that are left to it, and would leave {sum(uncut.values()) / may:.0%} "
+                f"{name} {list(shapes[name].shape)}: {axis} = {count} divides none of its axes "
+                f"{list(axes[name])} that are left to it, and would leave {left / all_of_them:.0%} "
                 "of the parameters whole; take a size that divides them, and a larger mesh.data"
             )

@@ -109,9 +109,8 @@ def result(x: Instruction) -> str:
     if x.shape.startswith("(("):  # ((what goes in), what comes out, ..)
         return _first_array(x.shape[_closing(x.shape, 1) :])
     parts = _ARRAY.finditer(x.shape)
-    if (
-        x.op != "copy-start"
-    ):  # (what goes in, what comes out, ..); a copy has these the other way round
+    # (what goes in, what comes out, ..); a copy has these the other way round.
+    if x.op != "copy-start":
         next(parts, None)
     found = next(parts, None)
     return found[0] if found else ""

@@ -44,9 +44,8 @@ def candidates(recipe: Recipe, cfg: Config, machine: Machine) -> list[Candidate]
     """
     parts, room = estimate.held(recipe, cfg), machine.chip.hbm
     own, found = None, []
-    with contextlib.suppress(
-        InputError
-    ):  # it is of other devices, or rows are too few for a preset
+    # The recipe's mesh may be of other devices, and rows too few for a preset.
+    with contextlib.suppress(InputError):
         own = mesh_of(recipe, cfg, machine)
     for mesh in dict.fromkeys((*([own] if own else []), *_meshes(machine, cfg))):
         try:

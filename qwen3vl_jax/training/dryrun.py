@@ -19,9 +19,11 @@ from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.paths import as_path, kind
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.processing.tokenizer import Tokenizer
-from qwen3vl_jax.training import estimate
+from qwen3vl_jax.sharding import layout_mesh
+from qwen3vl_jax.training import estimate, setup
 from qwen3vl_jax.training.checks import check_sources
 from qwen3vl_jax.training.model_files import open_model, write_model_files
+from qwen3vl_jax.training.placing import check_mesh
 from qwen3vl_jax.training.recipe import Recipe
 
 _SMALL_FILES = ["*.json", "*.txt", "*.jinja"]  # everything of a checkpoint but its weights
@@ -38,6 +40,7 @@ def dry_run(recipe: Recipe, console: Console | None = None) -> None:
     """
     console = console or Console(soft_wrap=False, highlight=False)
     cfg, proc, missing = _opened(recipe)
+    check_mesh(layout_mesh(estimate.sizes(recipe.mesh)), cfg, setup.shapes(cfg))
     parts = estimate.held(recipe, cfg)
     console.print(_parameters(recipe, cfg, parts))
     console.print(_memory(recipe, cfg, parts))

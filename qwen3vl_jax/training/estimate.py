@@ -16,7 +16,7 @@ from qwen3vl_jax.structs import Params
 from qwen3vl_jax.tensors import SCALE, VALUES, nest
 from qwen3vl_jax.training import groups, setup
 from qwen3vl_jax.training.groups import Flat
-from qwen3vl_jax.training.placing import check_mesh, params_shardings
+from qwen3vl_jax.training.placing import params_shardings
 from qwen3vl_jax.training.recipe import Mesh, Recipe
 from qwen3vl_jax.training.stacked import layer_counts, place_of
 
@@ -102,27 +102,22 @@ def devices(mesh: Mesh) -> int:
 
 
 def memory(recipe: Recipe, cfg: Config, parts: Held) -> dict[str, int]:
-    """Bytes on each device by part: weights, gradients and optimizer exactly, the rest an estimate.
-
-    Raises InputError for a mesh that does not divide the model.
-    """
+    """Bytes on each device by part: weights, gradients and optimizer exactly, the rest an estimate."""
     state, mesh = parts.state, layout_mesh(sizes(recipe.mesh))
-    check_mesh(mesh, cfg, setup.shapes(cfg))
 
     def share(flat: Flat) -> int:
         where = params_shardings(mesh, cfg, flat)
         return sum(_bytes(x, where[name].shard_shape(x.shape)) for name, x in flat.items())
 
     fp32 = {n: jax.ShapeDtypeStruct(x.shape, jnp.float32) for n, x in parts.weights.items()}
+    weights = share(parts.weights)
     moments = sum(_bytes(x, x.shape) for x in jax.tree.leaves(state.optimizer))
     whole = sum(_bytes(x, x.shape) for x in jax.tree.leaves(parts.weights))
     found = {
-        f"trained weights ({recipe.step.weights})": share(parts.weights),
+        f"trained weights ({recipe.step.weights})": weights,
         "frozen weights": share(parts.frozen),
         "gradients (float32)": share(fp32) * (2 if recipe.step.accumulate > 1 else 1),
-        f"optimizer ({recipe.optimizer.name})": round(
-            moments * share(parts.weights) / max(whole, 1)
-        ),
+        f"optimizer ({recipe.optimizer.name})": round(moments * weights / max(whole, 1)),
         "compensation": share(state.rest or {}),
         "moving average": share(state.average or {}),
         f"activations (remat {recipe.step.remat}), about": _activations(recipe, cfg),
