@@ -1,0 +1,124 @@
+"""Commands that write, for benchmarks.full_disk and benchmarks.kills: one `Case` for each.
+
+A case is run as a child process: its inputs lie in one folder, what it writes in another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMIT = 600  # seconds that a command may take
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A command, where it reads and writes, and what it must leave.
+
+    prepare(inputs) makes its inputs, once. command(inputs, disk) gives the arguments of Python.
+    result(disk) is what a finished command has left, compared with ==. begun(disk): whether the part
+    has begun in which it is killed. kept(disk): a count of what is finished, which never sinks.
+    """
+
+    prepare: Callable[[Path], None]
+    command: Callable[[Path, Path], list[str]]
+    result: Callable[[Path], Any]
+    begun: Callable[[Path], bool]
+    kept: Callable[[Path], int] = lambda disk: 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """A command's exit code (-9: killed here), its stderr, and how long it ran after it had begun."""
+
+    code: int
+    said: str
+    seconds: float
+    kept: int  # the most that `Case.kept` gave while it ran
+
+    def faults(self, code: int) -> list[str]:
+        """What is wrong with an end by `code`: for 2, one line that says why."""
+        found = [f"exit code {self.code}, expected {code}"] if self.code != code else []
+        if "Traceback" in self.said:
+            found.append("a traceback")
+        if code == 2 and self.said.count("error: ") != 1:
+            found.append("not one line that says why")
+        return found + [self.said[-2000:]] * bool(found)
+
+
+def start(case: Case, inputs: Path, disk: Path) -> subprocess.Popen[str]:
+    """The command as a child of this process."""
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(inputs / "cache"),
+           "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # fmt: skip
+    command = [sys.executable, *case.command(inputs, disk)]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=env, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+
+
+def run(
+    case: Case,
+    inputs: Path,
+    disk: Path,
+    kill_after: float = LIMIT,
+    watch: Callable[[], object] = lambda: None,
+) -> Ended:
+    """Runs the command to its end, or kills it (-9) so many seconds after it has begun."""
+    child = start(case, inputs, disk)
+    since, begun, most = time.perf_counter(), 0.0, 0
+    while child.poll() is None:
+        now = time.perf_counter()
+        begun = begun or (case.begun(disk) and now)
+        if (begun and now - begun >= kill_after) or now - since >= LIMIT:
+            child.kill()
+            break
+        most = max(most, case.kept(disk))
+        watch()
+        time.sleep(0.005)
+    said = child.communicate()[1]
+    seconds = time.perf_counter() - begun if begun else 0.0
+    return Ended(child.returncode, said, seconds, most)
+
+
+def size(path: Path) -> int:
+    """Bytes of a file, 0 where there is none."""
+    return path.stat().st_size if path.exists() else 0
+
+
+def _answered(disk: Path) -> int:
+    """Whole lines of a batch's OUT.partial, or of OUT once that is there."""
+    for name, extra in (("out.jsonl", 0), ("out.jsonl.partial", 1)):
+        path = disk / name
+        if path.exists():
+            return max(path.read_bytes().count(b"\n") - extra, 0)
+    return 0
+
+
+def _prompts(inputs: Path) -> None:
+    lines = (
+        {"id": f"q{i}", "messages": [{"role": "user", "content": f"Say {i}."}], "logprobs": True,
+         "temperature": float(i % 2), "max_new_tokens": 10 + i % 7}
+        for i in range(60)
+    )  # fmt: skip
+    (inputs / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+BATCH = Case(
+    _prompts,
+    lambda inputs, disk: [
+        "infer.py", "--input", str(inputs / "in.jsonl"), "--output", str(disk / "out.jsonl"),
+        "--dtype", "float32", "--rows", "4"],
+    lambda disk: {path.name: path.read_bytes() for path in disk.iterdir()},
+    lambda disk: _answered(disk) > 0,
+    _answered,
+)  # fmt: skip
+
+CASES = {"batch": BATCH}

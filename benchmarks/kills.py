@@ -1,0 +1,79 @@
+"""Commands that are killed (-9), and two at once: ``python -m benchmarks.kills [batch ..]``.
+
+Each case is killed at moments spread over its work; the same command must then end as one that was never
+killed. Of two that start at the same time on one output, one must win and the other end with exit code 2
+and one line. The exit code is 1 if a case does not keep to that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cases import CASES, Case, Ended, run, start
+
+
+def killed(case: Case, inputs: Path, disk: Path, after: float, want: tuple[int, Any]) -> list[str]:
+    """What is wrong with a command killed so many seconds after it began, and started again."""
+    code, result = want
+    first = run(case, inputs, disk, kill_after=after)
+    faults = [] if first.code == -9 else first.faults(code)
+    if (kept := case.kept(disk)) < first.kept:
+        faults.append(f"lost {first.kept - kept} of {first.kept} that were finished")
+    if first.code == -9:
+        faults += run(case, inputs, disk).faults(code)
+    if case.result(disk) != result:
+        faults.append("another result")
+    return [f"killed, {kept} kept" if first.code == -9 else "ended before", *faults]
+
+
+def two_at_once(case: Case, inputs: Path, disk: Path, want: tuple[int, Any]) -> list[str]:
+    """What is wrong with two commands on one output."""
+    code, result = want
+    children = [start(case, inputs, disk) for _ in range(2)]
+    said = [child.communicate()[1] for child in children]
+    ended = [Ended(c.returncode, text, 0.0, 0) for c, text in zip(children, said, strict=True)]
+    first, second = sorted(ended, key=lambda one: one.code != code)
+    faults = first.faults(code) + second.faults(2)
+    return faults + ["another result"] * (case.result(disk) != result)
+
+
+def main() -> int:
+    """Runs the cases; prints a line for each kill."""
+    parser = argparse.ArgumentParser(description="Commands that are killed, and two at once.")
+    parser.add_argument("cases", nargs="*", default=list(CASES), help=", ".join(CASES))
+    parser.add_argument("--kills", type=int, default=20)
+    args = parser.parse_args()
+    wrong = 0
+    for name in args.cases:
+        with tempfile.TemporaryDirectory() as folder:
+            places = [Path(folder, str(i)) for i in range(args.kills + 3)]
+            for place in places:
+                place.mkdir()
+            inputs, disk, both, *others = places
+            case = CASES[name]
+            case.prepare(inputs)
+            run(case, inputs, both)  # compiles
+            both.rename(Path(folder, "compiled"))
+            both.mkdir()
+            alone = run(case, inputs, disk)
+            want = alone.code, case.result(disk)
+            print(f"{name}: exit code {alone.code}, {alone.seconds:.1f} s of work", flush=True)
+            for i, place in enumerate(others):
+                after = alone.seconds * i / len(others)
+                ended, *faults = killed(case, inputs, place, after, want)
+                wrong += bool(faults)
+                told = "; ".join(faults) or "ok"
+                print(f"{name}: after {after:.2f} s: {ended}; {told}", flush=True)
+            faults = two_at_once(case, inputs, both, want)
+            wrong += bool(faults)
+            print(f"{name}: two at once: {'; '.join(faults) or 'ok'}", flush=True)
+    print(f"{wrong} wrong")
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
