@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
 import sys
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ from qwen3vl_jax.cli import (
     sizes,
 )
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.json_text import write_json
 from qwen3vl_jax.options import arguments, check, input_options, mesh_sizes, read_messages
 from qwen3vl_jax.paths import absolute, file_size, files_under
 from qwen3vl_jax.planning.chips import allow_gpu_memory, prepare_environment, read_machine
@@ -229,10 +229,10 @@ def measure(args: argparse.Namespace, scope: contextlib.ExitStack) -> None:
             rerank = jax.jit(q3.rerank, static_argnames=("cfg", "yes_no"))
             found = jax.device_get(rerank(params, cfg, batch, words))
     if args.embed:
-        print(json.dumps([round(float(x), 7) for x in found[0]]))
+        print(write_json([round(float(x), 7) for x in found[0]], "--embed"))
         return
     for name, score in zip(args.document, found, strict=True):
-        print(json.dumps({"document": name, "score": round(float(score), 7)}))
+        print(write_json({"document": name, "score": round(float(score), 7)}, "--rerank"))
 
 
 def plan(args: argparse.Namespace) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import difflib
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from convert.places import Adapter, Place, places
 from convert.readers import DTYPES, Files, Stored, read_header
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.json_text import read_json_file, write_json
 from qwen3vl_jax.paths import as_path
 from qwen3vl_jax.staging import staged
 
@@ -70,7 +70,7 @@ def save_adapter(
     settings = _settings(known, adapter) | {"base_model_name_or_path": base_name or None}
     with staged(as_path(out), needs=sum(x.nbytes for x in tensors.values())) as stage:
         (stage / MATRICES).write_bytes(save(tensors, metadata={"format": "pt"}))
-        text = json.dumps(settings, indent=2) + "\n"
+        text = write_json(settings, SETTINGS, indent=2) + "\n"
         (stage / SETTINGS).write_text(text, encoding="utf-8")
 
 
@@ -184,12 +184,11 @@ def load_adapter(directory: str | os.PathLike[str], cfg: Config) -> tuple[Matric
 def _read_settings(directory: Path) -> dict[str, Any]:
     if not directory.is_dir():
         raise InputError(f"{directory}: no such directory, expected a PEFT adapter's")
-    try:
-        settings = json.loads((directory / SETTINGS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise InputError(f"{directory}: expected a PEFT adapter with {SETTINGS}, found: {e}") from e
-    if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
-        kind = settings.get("peft_type") if isinstance(settings, dict) else settings
+    if not (directory / SETTINGS).is_file():
+        raise InputError(f"{directory}: has no {SETTINGS}, expected a PEFT adapter's directory")
+    settings = read_json_file(directory / SETTINGS)
+    if settings.get("peft_type") != "LORA":
+        kind = settings.get("peft_type")
         raise InputError(f"{directory}: peft_type is {kind!r}, expected 'LORA'")
     for key in _REFUSED:
         if settings.get(key):

@@ -6,7 +6,6 @@ Files of this machine are memory-mapped; of an object only the bytes that are as
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import mmap
 import os
@@ -19,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.json_text import read_json, read_json_file
 from qwen3vl_jax.paths import file_size, files_under, is_remote, reached, read_range
 from qwen3vl_jax.staging import PARTIAL
 
@@ -78,13 +78,10 @@ def read_header(path: Path) -> list[Stored]:
                     f"{path}: truncated or no safetensors file ({size} bytes, its header alone should "
                     f"have {length}); fetch it again"
                 )
-            header = json.loads(file.read(length))
+            text = file.read(length)
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror}); fetch it again") from e
-    except (ValueError, RecursionError) as e:
-        if isinstance(e, InputError):
-            raise
-        raise InputError(f"{path}: the safetensors header is not JSON; fetch it again") from e
+    header = read_json(text, f"{path}: the safetensors header")
     if not isinstance(header, dict):
         raise InputError(f"{path}: the safetensors header is no object; fetch it again")
     header.pop("__metadata__", None)
@@ -219,10 +216,10 @@ def refuse_pickles(where: object, names: Iterable[str]) -> None:
 
 def _indexed(directory: Path, index: Path) -> list[Path]:
     try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = read_json_file(index)["weight_map"]
         shards = sorted(set(names.values()))
         plain = all(os.path.basename(shard) == shard for shard in shards)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except (KeyError, TypeError, AttributeError) as e:
         raise InputError(
             f"{index}: not a safetensors index with a weight_map; fetch it again"
         ) from e

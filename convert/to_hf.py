@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from convert.stored import check_stored, stored_kind
 from convert.to_orbax import PARAMS, Progress
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.json_text import write_json
 from qwen3vl_jax.staging import check_apart, copy_files, read_config, staged
 from qwen3vl_jax.tensors import SCALE, LazyTensor, TreePath
 from qwen3vl_jax.writing import new_file
@@ -119,8 +119,9 @@ def write_files(
         files.close()
         if len(shards) > 1:
             index = {tensor.name: shard for shard, held in shards.items() for tensor in held}
-            text = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
-            (stage / INDEX).write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
+            found = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
+            text = write_json(found, INDEX, indent=2) + "\n"
+            (stage / INDEX).write_text(text, encoding="utf-8")
         finish(stage)
     return len(tensors), total
 
@@ -178,7 +179,7 @@ def _write_header(handle: int, tensors: list[_Tensor]) -> None:
         entry = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape)}
         header[tensor.name] = {**entry, "data_offsets": [offset, end]}
         tensor.offset, offset = offset, end
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = write_json(header, "safetensors header", separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
     for tensor in ordered:

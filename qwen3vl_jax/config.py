@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.json_text import read_json, read_json_file, write_json
 from qwen3vl_jax.paths import as_path
 from qwen3vl_jax.rope_config import (
     RopeConfig,
@@ -170,20 +170,13 @@ class Config:
         vision["rope_parameters"] = {"rope_type": "axial", "rope_theta": vision.pop("rope_theta")}
         arch = f"Qwen3VL{'Moe' if moe else ''}ForConditionalGeneration"
         plain = {**top, "text_config": text, "vision_config": vision}
-        return json.loads(json.dumps({"architectures": [arch], "model_type": name, **plain}))
+        found = {"architectures": [arch], "model_type": name, **plain}
+        return read_json(write_json(found, "config"), "config")
 
 
 def _read(path: Path) -> Mapping[str, Any]:
     path = path / "config.json" if path.is_dir() else path
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise InputError(f"config: cannot read {path} ({e.strerror}); a checkpoint has one") from e
-    except ValueError as e:
-        raise InputError(f"config: {path} is not JSON ({e})") from e
-    if not isinstance(raw, Mapping):
-        raise InputError(f"config: {path} holds {type(raw).__name__}, expected an object")
-    return raw
+    return read_json_file(path, f"config: {path}")
 
 
 def _int(raw: Mapping, key: str, where: str, at_least: int = 1, default: int | None = None) -> int:

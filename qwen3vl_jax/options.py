@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from qwen3vl_jax.cli import Parser
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.json_text import read_json_file
 from qwen3vl_jax.mesh_axes import AXES, SHORT
 from qwen3vl_jax.paths import argument, is_remote
 from qwen3vl_jax.planning.chips import add_plan_arguments, check_plan_arguments
@@ -237,10 +237,7 @@ def input_options(args: argparse.Namespace) -> dict:
 
 def read_messages(path: Path) -> tuple[list[dict], list[dict] | None]:
     """The messages of a --messages file and the tools they may call; raises InputError."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise InputError(f"--messages {path}: expected a JSON file, found: {e}") from e
+    found = read_json_file(path, f"--messages {path}", (list, dict))
     messages, tools = (found, None) if isinstance(found, list) else (None, None)
     if isinstance(found, dict):
         messages, tools = found.get("messages"), found.get("tools")

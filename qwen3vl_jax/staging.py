@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.json_text import read_json_file, write_json
 from qwen3vl_jax.paths import (
     absolute,
     copy_file,
@@ -159,12 +159,12 @@ def copy_files(source: Path, names: Iterable[Path], target: Path, fp8: bool = Fa
 
 def read_config(directory: Path) -> dict[str, Any]:
     """The dict of a directory's config.json."""
-    return json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    return read_json_file(directory / CONFIG)
 
 
 def write_config(directory: Path, raw: Mapping[str, Any], fp8: bool = False) -> None:
     """Writes a config.json, without quantization_config unless the weights are kept so (fp8)."""
-    text = json.dumps(raw if fp8 else unquantised(raw), indent=2) + "\n"
+    text = write_json(raw if fp8 else unquantised(raw), CONFIG, indent=2) + "\n"
     (directory / CONFIG).write_text(text, encoding="utf-8")
 
 

@@ -186,7 +186,7 @@ def test_template_files(tmp_path):
             shown(bad)
     (tmp_path / "chat_template.jinja").unlink()
     (tmp_path / "chat_template.json").write_text("not JSON")
-    with pytest.raises(InputError, match=r"chat_template\.json: not a JSON"):
+    with pytest.raises(InputError, match=r"chat_template\.json: not JSON"):
         shown()
 
 

@@ -118,7 +118,7 @@ def test_generation_config(tmp_path, caplog):
         read_generation_config(tmp_path)
     assert "num_beams 4" in caplog.text and "typical_p" not in caplog.text
     for bad, words in (
-        ("[]", "expected an object"), ("{", "cannot read"), ('{"eos_token_id": "x"}', "eos_token_id"),
+        ("[]", "expected an object"), ("{", "not JSON"), ('{"eos_token_id": "x"}', "eos_token_id"),
         ('{"temperature": "hot"}', "temperature is 'hot'"),
     ):  # fmt: skip
         path.write_text(bad)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.json_text import read_json_file
 
 # What transformers 4.57.1 takes where a file says to sample and leaves these out.
 _SAMPLED = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
@@ -25,12 +25,7 @@ def read_generation_config(directory: Path) -> dict[str, Any]:
     path = directory / "generation_config.json"
     if not path.is_file():
         return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise InputError(f"{path}: cannot read this JSON file: {e}") from e
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: holds {type(found).__name__}, expected an object")
+    found = read_json_file(path)
     eos = found.get("eos_token_id")
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from typing import Any
 
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.json_text import write_json
 
 _PRIVATE = [*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE)]
 
@@ -92,4 +92,4 @@ def _unused_character(seen: str) -> str:
 
 
 def _json_escape(character: str) -> str:
-    return json.dumps(character)[1:-1]
+    return write_json(character, "text")[1:-1]

@@ -6,7 +6,6 @@ Source: the image processor of Qwen2-VL with Qwen3-VL's settings (its PIL backen
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.json_text import read_json_file
 from qwen3vl_jax.paths import as_path
 from qwen3vl_jax.processing.pictures import load_image, to_rgb
 
@@ -82,12 +82,7 @@ class ImageSettings:
             path = as_path(directory) / name
             if not path.is_file():
                 continue
-            try:
-                raw = json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as e:
-                raise InputError(f"{path}: cannot read {cls.KIND} settings: {e}") from e
-            if not isinstance(raw, Mapping):
-                raise InputError(f"{path}: holds {type(raw).__name__}, expected an object")
+            raw = read_json_file(path)
             if name == cls.FILE or cls.SECTION in raw:
                 return cls.from_dict(raw, base)
         log.warning("%s: no %s; released %s settings are used", directory, cls.FILE, cls.KIND)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.json_text import write_json
 from qwen3vl_jax.processing import pictures
 from qwen3vl_jax.processing.chat import (
     Medium,
@@ -247,7 +247,9 @@ class Processor:
         plain_tools, variables = _plain_tools(tools), plain_data(dict(template_vars))
         escape = None
         if not allow_special:
-            seen = json.dumps([messages, plain_tools, variables], ensure_ascii=False)
+            seen = write_json(
+                [messages, plain_tools, variables], "conversation", ensure_ascii=False
+            )
             seen += self.template.text(bool(tools))
             added = self.tokenizer.added.keys() - self.tokenizer.special.keys()
             escape = Escape(self.tokenizer.special, added, seen)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import functools
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.json_text import read_json_file, write_json
 from qwen3vl_jax.paths import as_path
 
 _CONTINUE = "CONTINUE_FINAL_MESSAGE_TAG "
@@ -147,15 +147,7 @@ def _read(path: Path) -> str:
 
 
 def _load(path: Path) -> Mapping[str, Any]:
-    try:
-        raw = json.loads(_read(path))
-    except ValueError as e:
-        if isinstance(e, InputError):
-            raise
-        raise InputError(f"{path}: not a JSON file: {e}") from e
-    if not isinstance(raw, Mapping):
-        raise InputError(f"{path}: holds {type(raw).__name__}, expected an object")
-    return raw
+    return read_json_file(path)
 
 
 @functools.lru_cache(maxsize=32)
@@ -181,8 +173,13 @@ class _Generation(jinja2.ext.Extension):
 
 def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
     # Jinja's own filter escapes HTML, which a model never saw in training.
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    return write_json(
+        value,
+        "tojson",
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.json_text import read_json_file
 from qwen3vl_jax.paths import as_path
 
 # How Qwen2's vocabulary cuts text before it merges bytes: contractions, words, single digits,
@@ -223,13 +223,7 @@ def _byte_alphabet() -> dict[int, str]:
 def _read_json(path: Path, default: Any = None) -> Any:
     if default is not None and not path.is_file():
         return default
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise InputError(f"{path}: cannot read this JSON file: {e}") from e
-    if not isinstance(found, Mapping):
-        raise InputError(f"{path}: holds {type(found).__name__}, expected an object")
-    return found
+    return read_json_file(path)
 
 
 def _from_file(path: Path) -> tokenizers.Tokenizer:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.json_text import read_json
 
 Record = dict[str, Any]
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
@@ -164,15 +164,9 @@ def _from_json(value: Any, name: str) -> Any:
     """What a column of JSON text says; anything else as it is."""
     if not isinstance(value, str):
         return value
-    try:
-        return parsed(value.encode())
-    except InputError as error:
-        raise InputError(f"{name}: {error}") from None
+    return read_json(value, name)
 
 
 def parsed(text: bytes) -> Any:
     """JSON data of a text. Raises InputError."""
-    try:
-        return json.loads(text.removeprefix(b"\xef\xbb\xbf"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"not JSON: {error}") from None
+    return read_json(text, "", large=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.generation import generate
+from qwen3vl_jax.json_text import write_json
 from qwen3vl_jax.model import unstack_layers
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.processing.reply import Reply, parse_reply
@@ -159,7 +159,7 @@ def _answer_some(
 def expected(message: Any) -> str:
     """What a record's answer says, as `spelled` shows an answer that writes the same."""
     calls = [call.get("function") or call for call in message.get("tool_calls") or ()]
-    written = (f"<tool_call>{json.dumps(call)}</tool_call>" for call in calls)
+    written = (f"<tool_call>{write_json(call, 'tool_calls')}</tool_call>" for call in calls)
     text = _words(message) + "".join(written)
     return spelled(parse_reply(text))
 
@@ -167,7 +167,7 @@ def expected(message: Any) -> str:
 def spelled(reply: Reply) -> str:
     """An answer without its reasoning; each call of a tool is a line, its arguments in order."""
     calls = (
-        json.dumps({"name": call.name, "arguments": call.arguments}, sort_keys=True)
+        write_json({"name": call.name, "arguments": call.arguments}, "tool_calls", sort_keys=True)
         for call in reply.tool_calls
     )
     return "\n".join([*filter(None, [reply.content.strip()]), *calls])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import itertools
-import json
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from qwen3vl_jax.checkpoint import resolve
 from qwen3vl_jax.cli import memory_advice
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.json_text import write_json
 from qwen3vl_jax.training import estimate, evaluate, machine, run_dir, setup
 from qwen3vl_jax.training.checkpoints import Checkpoints
 from qwen3vl_jax.training.feed import Drawn, Feed
@@ -233,7 +233,7 @@ class Run:
         names = [name for d in drawn for row in d.names for name in row]
         found = {n: float(values[n]) for n in ("loss", "grad_norm")}
         text = {"step": number, **{n: str(x) for n, x in found.items()}, "samples": names}
-        path.write_text(json.dumps(text, indent=2) + "\n")
+        path.write_text(write_json(text, path.name, indent=2) + "\n")
         self.saved.wait()
         last = max(run_dir.saved_steps(self.out), default=0)
         return InputError(

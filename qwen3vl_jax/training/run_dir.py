@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.json_text import read_json_file, write_json
 from qwen3vl_jax.paths import as_path, for_orbax, is_remote, kind, make_folder
 from qwen3vl_jax.training.tables import STEP, read_table
 
@@ -86,9 +86,9 @@ def read_meta(run_dir: str | Path, step: int) -> dict[str, Any]:
     """What was saved beside a step's state. Raises InputError for a file that cannot be read."""
     path = _meta_file(as_path(run_dir) / CHECKPOINTS / str(step))
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); the step is damaged") from None
+        return read_json_file(path)
+    except InputError as error:
+        raise InputError(f"{error}; the step is damaged") from None
 
 
 def _meta_file(step: Path) -> Path:
@@ -157,7 +157,7 @@ def _differs(name: str, now: Mapping[str, Any], then: Mapping[str, Any]) -> str:
 
 
 def _show(values: Mapping[str, Any], name: str) -> str:
-    return json.dumps(values[name]) if name in values else "not there"
+    return write_json(values[name], name) if name in values else "not there"
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

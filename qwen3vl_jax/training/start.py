@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,6 +16,7 @@ from qwen3vl_jax import processes
 from qwen3vl_jax.checkpoint import resolve
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.json_text import read_json, write_json
 from qwen3vl_jax.paths import absolute, as_path, kind
 from qwen3vl_jax.sharding import make_mesh, rows_parts, slice_count
 from qwen3vl_jax.training import machine, run_dir
@@ -91,4 +91,4 @@ def whole_path(ckpt: str) -> str:
 
 def plain(value: Any) -> Any:
     """A recipe's values as JSON and TOML hold them."""
-    return json.loads(json.dumps(value, default=dataclasses.asdict))
+    return read_json(write_json(value, "recipe", default=dataclasses.asdict), "recipe")

@@ -6,7 +6,6 @@ tokens take. A table never grows: that would change the shapes of a checkpoint.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.json_text import read_json_file, write_json
 from qwen3vl_jax.paths import as_path, make_folder
 from qwen3vl_jax.processing.tokenizer import Tokenizer
 from qwen3vl_jax.quantized import Quantized
@@ -42,7 +42,7 @@ def add_tokens(
     make_folder(out)
     changed = _changed_files(source, entries)
     for file, content in changed.items():
-        text = json.dumps(content, indent=2, ensure_ascii=False)
+        text = write_json(content, file, indent=2, ensure_ascii=False)
         (out / file).write_text(text + "\n", encoding="utf-8")
     return ids
 
@@ -75,7 +75,7 @@ def _changed_files(source: Path, entries: list[dict[str, Any]]) -> dict[str, Any
     """The files that list added tokens, with the new ones behind the old."""
     changed: dict[str, Any] = {}
     found = {
-        file: json.loads((source / file).read_text(encoding="utf-8"))
+        file: read_json_file(source / file)
         for file in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")
         if (source / file).is_file()
     }

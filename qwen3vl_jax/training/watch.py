@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import time
 import zlib
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qwen3vl_jax.json_text import write_json
 from qwen3vl_jax.paths import absolute, make_folder
 from qwen3vl_jax.training.curves import draw_curves
 from qwen3vl_jax.training.progress import Progress
@@ -98,7 +98,10 @@ class Watch:
             return
         folder = self.out / "answers"
         make_folder(folder)
-        lines = [json.dumps(a._asdict() | {"exact": a.exact}, ensure_ascii=False) for a in answers]
+        lines = [
+            write_json(a._asdict() | {"exact": a.exact}, "answers", ensure_ascii=False)
+            for a in answers
+        ]
         path = folder / f"step_{number}.jsonl"
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         for a in answers[: self.recipe.report.samples]:
