@@ -80,16 +80,21 @@ def read_json_file(path: Path, where: str = "", kind: type | tuple[type, ...] = 
     return found
 
 
-def read_json_at(text: str, at: int) -> tuple[Any, int] | None:
-    """The data whose JSON begins at a place of a model's answer, and where it ends; None for none.
+def read_json_at(text: str, at: int) -> tuple[Any, int]:
+    """The data whose JSON begins at a place of a model's answer, and where it ends.
 
     Takes raw line breaks and tabs inside strings, which models write; the rest is as in `read_json`.
     """
     try:
         found, end = _LENIENT.raw_decode(text, at)
         _check_depth(found)
-    except (ValueError, RecursionError):
-        return None
+        _check_strings(found)
+    except json.JSONDecodeError as e:
+        raise InputError(f"not JSON ({e.msg.removesuffix(' at')}, character {e.pos})") from None
+    except _Refused as e:
+        raise InputError(str(e)) from None
+    except RecursionError:
+        raise InputError(f"JSON nested more than {MAX_DEPTH} deep") from None
     return found, end
 
 

@@ -18,7 +18,7 @@ from convert.places import Adapter, places
 from qwen3vl_jax.cli import memory_advice
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.processing.draw import Mark, draw_answer, draw_marks, find_marks
+from qwen3vl_jax.processing.draw import Mark, draw_answer, draw_marks, find_marks, read_marks
 
 DEMO = Path(infer.DEMO)
 
@@ -113,6 +113,48 @@ def test_marks_are_read_from_fenced_cut_and_mixed_answers():
     text = 'Here:\n```json\n[{"bbox_2d": [1, 2, 3, 4], "label": "a"}, {"point_2d": [5, 6.5]}, {"bbo'
     assert find_marks(text) == [Mark((1, 2, 3, 4), "a"), Mark((5, 6.5), "")]
     assert find_marks('{"bbox_2d": [1, 2], "label": 3} {"bbox_2d": ["x", 2, 3, 4]} {bad}') == []
+
+
+BOX = '"bbox_2d": [1, 2, 3, 4]'
+ENTRIES = {
+    # labels found, entries that cannot be read
+    r'[{%s, "label": "\\frac{a}{b}"}, {%s, "label": "\frac{a}{b} \sqrt{c}"}]': (
+        [r"\frac{a}{b}", r"\frac{a}{b} \sqrt{c}"],
+        0,
+    ),
+    '{%s, "label": "a", "attributes": {"colour": {"name": "red"}}}': (["a"], 0),
+    '{"objects": [{%s, "label": "a"}], "more": {"left": {%s, "label": "b"}}}': (["a", "b"], 0),
+    '```json\n[{%s, "label": "a"}]\n```\nand\n```json\n[{%s}, {%s, "label": null}]\n```': (
+        ["a", "", ""],
+        0,
+    ),
+    '[{%s, "label": "a } b"}, {%s, "label": "c {': (["a } b"], 1),
+    '[{%s, "label": "a"}, {"bbox_2d": [1, 2, NaN, 4]}, {"bbox_2d": [1, 2, 3, 1e999]}]': (["a"], 2),
+    '[{%s, "label": "a\nb"}, {"bbox_2d": [1, 2, 3, "4"]}, {"bbox_2d": null}]': (["a\nb"], 2),
+    '{"bbox_2d": [[1, 2, 3, 4], [1, 2, 3, 4]], "label": "a"}': (["a", "a"], 0),
+    "{'bbox_2d': [1, 2, 3, 4]} {": ([], 1),
+    "{" * 20_000 + "[" * 20_000: ([], 0),
+}
+
+
+@pytest.mark.parametrize("text", ENTRIES, ids=range(len(ENTRIES)))
+def test_entries_are_read_as_json(text):
+    """Braces in labels, nested objects, several lists; what cannot be read is counted."""
+    marks, unread = read_marks(text.replace("%s", BOX))
+    assert ([mark.label for mark in marks], unread) == ENTRIES[text]
+    assert {mark.place for mark in marks} <= {(1, 2, 3, 4)}
+
+
+def test_what_is_not_drawn_is_said(capsys, tmp_path):
+    """Places far outside the image, and entries that are no JSON: a line each, and no error."""
+    text = '{"bbox_2d": [1, 2, NaN, 4]} {"bbox_2d": [-1e308, 2, 1e308, 4], "label": "%s"} {%s}'
+    text = text % ("a" * 100_000, BOX)
+    Image.new("RGB", (300, 300)).save(tmp_path / "a.png")
+    ask = [{"role": "user", "content": [{"type": "image", "image": str(tmp_path / "a.png")}]}]
+    draw_answer(tmp_path / "b.png", ask, text, [])
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3 and lines[0].startswith("--draw: 1 entries") and "1 marks" in lines[1]
+    assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_box_is_drawn_where_it_says():

@@ -58,7 +58,9 @@ def test_what_json_allows_is_read():
     deep = read_json("[" * 100 + "]" * 100, "x")
     assert write_json(deep, "x") == "[" * 100 + "]" * 100
     assert read_json_at('see {"a": "b\n\tc"} there', 4) == ({"a": "b\n\tc"}, 17)
-    assert read_json_at("[NaN]", 0) is None and read_json_at(DEEP, 0) is None
+    for text in ("[NaN]", DEEP, "[1", '["\\ud83d"]'):
+        with pytest.raises(InputError):
+            read_json_at(text, 0)
 
 
 def test_nan_is_never_written():
@@ -102,7 +104,6 @@ def test_only_regular_files_are_opened(tmp_path):
 def test_no_other_module_reads_json():
     """One reader: the transport between processes alone speaks to itself."""
     own = {"json_text.py", "processes.py", "journal.py", "batch_file.py", "samples.py"}
-    own |= {"draw.py", "reply.py"}
     for folder in ("qwen3vl_jax", "convert"):
         for path in (ROOT / folder).rglob("*.py"):
             imports = re.search(r"^\s*(import|from) json\b", path.read_text(), re.M)

@@ -91,6 +91,51 @@ def test_what_is_no_call_stays_text():
         assert parse_reply(f"{broken}\n{call}") == Reply(broken, None, (ToolCall("f", {}),))
 
 
+CALLS = {
+    '{"name": "f", "arguments": {"a": "x\n\ty"}}': [("f", {"a": "x\n\ty"})],
+    '{"name": "f", "arguments": null}': [("f", {})],
+    '{"name": "f", "arguments": ""}': [("f", {})],
+    '{"name": "f", "arguments": "{\\"a\\": \\"x\\ny\\"}"}': [("f", {"a": "x\ny"})],
+    '{"name": "f", "parameters": {"a": 1}}': [("f", {"a": 1})],
+    '{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}': [("f", {"a": 1})],
+    '{"name": "f"}\n{"name": "g"}': [("f", {}), ("g", {})],
+    '[{"name": "f"}, {"name": "g"}]': [("f", {}), ("g", {})],
+    '```json\n{"name": "f"}\n```': [("f", {})],
+    '{"name": "f", "arguments": {"a": "</think> </tool_call>"}}': [
+        ("f", {"a": "</think> </tool_call>"})
+    ],
+}
+NO_CALLS = {
+    '{"name": "f", "arguments": {"a": NaN}}': "NaN",
+    '{"name": "f", "arguments": {"a": 1, "a": 2}}': "twice",
+    '{"name": "f", "arguments": "a"}': "not JSON",
+    '{"name": "f", "arguments": "{} {}"}': "after the JSON",
+    '{"name": "f", "arguments": [1]}': "got list, expected an object",
+    '{"name": "f", "arguments": {}, "parameters": {}}': "unknown key 'parameters'",
+    '{"name": "f", "args": {"a": 1}}': "unknown key 'args'",
+    '{"arguments": {}}': "a name",
+    "{'name': 'f'}": "not JSON",
+    "[" * 5000: "nested",
+    '{"name": "f", "arguments": {"a": "\\ud83d"}}': "surrogate",
+}
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_calls_are_not_lost(proc, caplog, closed):
+    """As models write them; what cannot be read stays in the text, and a warning says why."""
+    for inside, expected in CALLS.items():
+        end = "\n</tool_call>" if closed else ""
+        found = parse_reply(f"I look.\n<tool_call>\n{inside}{end}")
+        assert [(c.name, c.arguments) for c in found.tool_calls] == expected, inside
+        assert (found.content, found.reasoning, found.unparsed) == ("I look.", None, ())
+    for inside, why in NO_CALLS.items():
+        text = f"I look.\n<tool_call>\n{inside}" + ("\n</tool_call>" if closed else "")
+        caplog.clear()
+        found = proc.parse(text)
+        assert found == Reply(text) and len(found.unparsed) == 1
+        assert why in caplog.text and "character 8" in caplog.text, inside
+
+
 def test_an_open_think_in_the_prompt(proc):
     ids = proc.tokenizer.encode("hm</think>yes", "")
     assert proc.parse(ids, "<|im_start|>assistant\n<think>\n") == Reply("yes", "hm")

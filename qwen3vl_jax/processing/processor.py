@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -43,6 +44,8 @@ from qwen3vl_jax.processing.videos import VideoSettings, preprocess_video
 
 if TYPE_CHECKING:
     from qwen3vl_jax.structs import Batch
+
+log = logging.getLogger("qwen3vl_jax")
 
 
 @dataclasses.dataclass
@@ -228,10 +231,14 @@ class Processor:
     def parse(self, answer: Any, prompt: str = "") -> Reply:
         """The parts of an answer (text, or its token ids): reasoning, content and tool calls.
 
+        A call that cannot be read stays in the content, and a warning says why.
         prompt: the rendered prompt; one that ends with an open <think> makes what follows reasoning.
         """
         text = answer if isinstance(answer, str) else self.decode(answer)
-        return parse_reply(text, thinking=prompt.rstrip().endswith("<think>"))
+        reply = parse_reply(text, thinking=prompt.rstrip().endswith("<think>"))
+        for line in reply.unparsed:
+            log.warning("%s", line)
+        return reply
 
     def _prompt(
         self,

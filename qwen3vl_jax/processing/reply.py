@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from typing import Any
 
-_CALL, _CALL_END = re.compile(r"<tool_call>\s*"), re.compile(r"\s*</tool_call>")
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.json_text import read_json_at
+
+_CALL = re.compile(r"<tool_call>\s*(?:```(?:json)?\s*)?")
+# The last tag of an answer may be missing.
+_CALL_END = re.compile(r"\s*(?:```\s*)?(?:</tool_call>|(?=<tool_call>)|\Z)")
+_BETWEEN = re.compile(r"[\s,]*")
+_KEYS = ("name", "arguments", "parameters", "id", "type")
 _OPEN, _CLOSE = "<think>", "</think>"
 
 
@@ -21,11 +27,15 @@ class ToolCall:
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """An answer in its parts; `reasoning` is None where the model was not thinking aloud."""
+    """An answer in its parts; `reasoning` is None where the model was not thinking aloud.
+
+    unparsed: a line for each <tool_call> that is not one, whose text is still in `content`.
+    """
 
     content: str
     reasoning: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
+    unparsed: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
     def message(self) -> dict[str, Any]:
         """The answer as the next message of its conversation, as templates take it."""
@@ -46,38 +56,66 @@ def parse_reply(text: str, thinking: bool = False) -> Reply:
     Reasoning is what stands before </think>; an answer cut off while thinking is all reasoning. A
     <tool_call> that is not JSON with a name and an object of arguments stays in the content.
     """
-    reasoning = None
-    if _CLOSE in text:
-        before, _, text = text.partition(_CLOSE)
-        reasoning = before.removeprefix(_OPEN).strip("\n")
-    elif thinking or text.lstrip().startswith(_OPEN):
+    reasoning, opened = None, thinking or text.lstrip().startswith(_OPEN)
+    close = text.find(_CLOSE)
+    if close >= 0 and not opened:
+        # Arguments of a call may spell the tag.
+        close = -1 if any(a < close < b for a, b, _ in _blocks(text)[0]) else close
+    if close >= 0:
+        reasoning = text[:close].removeprefix(_OPEN).strip("\n")
+        text = text[close + len(_CLOSE) :]
+    elif opened:
         reasoning, text = text.lstrip().removeprefix(_OPEN).strip("\n"), ""
-    content, calls = _take_calls(text)
-    if calls or reasoning is not None:
+    blocks, unparsed = _blocks(text)
+    starts, ends = [0, *(b for _, b, _ in blocks)], [*(a for a, _, _ in blocks), len(text)]
+    content = "".join(text[a:b] for a, b in zip(starts, ends, strict=True))
+    if blocks or reasoning is not None:
         content = content.strip("\n")
-    return Reply(content, reasoning, tuple(calls))
+    calls = tuple(call for _, _, found in blocks for call in found)
+    return Reply(content, reasoning, calls, tuple(unparsed))
 
 
-def _take_calls(text: str) -> tuple[str, list[ToolCall]]:
-    """The text without its calls, and these; arguments may spell the tags themselves."""
-    kept, calls, at = "", [], 0
+def _blocks(text: str) -> tuple[list[tuple[int, int, list[ToolCall]]], list[str]]:
+    """(start, end, calls) of each <tool_call> block, and a line for each that cannot be read."""
+    blocks: list[tuple[int, int, list[ToolCall]]] = []
+    unparsed = []
     for opened in _CALL.finditer(text):
-        if opened.start() >= at and (found := _call(text, opened.end())):
-            kept += text[at : opened.start()]
-            calls.append(found[0])
-            at = found[1]
-    return kept + text[at:], calls
+        if blocks and opened.start() < blocks[-1][1]:
+            continue
+        try:
+            calls, end = _calls(text, opened.end())
+            blocks.append((opened.start(), end, calls))
+        except InputError as e:
+            unparsed.append(f"<tool_call> at character {opened.start()}: {e}; it stays text")
+    return blocks, unparsed
 
 
-def _call(text: str, at: int) -> tuple[ToolCall, int] | None:
-    """The call whose JSON begins at a place of the text, and where its closing tag ends."""
-    try:
-        found, end = json.JSONDecoder().raw_decode(text, at)
-        arguments = found.get("arguments", {})
-        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except (ValueError, AttributeError, RecursionError):
-        return None
-    closed = _CALL_END.match(text, end)
-    if not closed or not isinstance(found.get("name"), str) or not isinstance(arguments, dict):
-        return None
-    return ToolCall(found["name"], arguments), closed.end()
+def _calls(text: str, at: int) -> tuple[list[ToolCall], int]:
+    """The calls of a block whose JSON begins at a place of the text, and where its closing tag ends."""
+    found: list[Any] = []
+    while True:
+        value, at = read_json_at(text, at)
+        found += value if isinstance(value, list) else [value]
+        if closed := _CALL_END.match(text, at):
+            return [_call(each) for each in found], closed.end()
+        at = _BETWEEN.match(text, at).end()  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def _call(found: Any) -> ToolCall:
+    if isinstance(found, dict) and isinstance(found.get("function"), dict):
+        found = found["function"]
+    if not isinstance(found, dict) or not isinstance(found.get("name"), str):
+        raise InputError("expected an object with a name and arguments")
+    key = "arguments" if "arguments" in found else "parameters"
+    if unknown := [k for k in found if k not in _KEYS or k == "parameters" != key]:
+        raise InputError(f"unknown key {unknown[0][:40]!r}, expected name and arguments")
+    arguments = found.get(key)
+    if isinstance(arguments, str):
+        text = arguments.strip() or "null"
+        arguments, end = read_json_at(text, 0)
+        if end != len(text):
+            raise InputError("arguments: text after the JSON")
+    arguments = {} if arguments is None else arguments
+    if not isinstance(arguments, dict):
+        raise InputError(f"arguments: got {type(arguments).__name__}, expected an object")
+    return ToolCall(found["name"], arguments)
