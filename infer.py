@@ -91,7 +91,14 @@ def prepare(args: argparse.Namespace):
 
 def longest(args, processor) -> int:
     """Tokens that prompt and answer may have together."""
-    return processor.config.text.max_position_embeddings if args.max_len is None else args.max_len
+    most = processor.config.text.max_position_embeddings
+    if args.max_len is not None and args.max_len > most:
+        print(
+            f"--max-len {args.max_len}: the model has {most} positions (max_position_embeddings), "
+            "what lies beyond may be answered badly",
+            file=sys.stderr,
+        )
+    return most if args.max_len is None else args.max_len
 
 
 def sampling_of(args, processor):

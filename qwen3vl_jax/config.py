@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.errors import InputError, shown
 from qwen3vl_jax.json_text import read_json, read_json_file, write_json
 from qwen3vl_jax.paths import as_path
 from qwen3vl_jax.rope_config import (
+    MAX_INT,
     RopeConfig,
     flag,
     integer,
@@ -21,6 +22,7 @@ from qwen3vl_jax.rope_config import (
     number,
     one_of,
     read_rope,
+    warn_once,
 )
 
 TEXT_ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu")
@@ -33,6 +35,9 @@ _TEXT_DEFAULTS = {
     "num_experts_per_tok": 4,
     "initializer_range": 0.02,
 }
+# Names of so many parameters are listed before a file is read.
+_MOST = {"num_hidden_layers": 1_000, "depth": 1_000, "num_experts": 10_000,
+         "num_local_experts": 10_000}  # fmt: skip
 _VISION_DEFAULTS = {"hidden_act": "gelu_pytorch_tanh"}
 _TOKEN_DEFAULTS = {
     "image_token_id": 151655,
@@ -126,13 +131,14 @@ class Config:
         """
         raw = source if isinstance(source, Mapping) else _read(as_path(source))
         model_type = raw.get("model_type", "qwen3_vl")
-        if not str(model_type).startswith("qwen3_vl"):
+        if not isinstance(model_type, str) or not model_type.startswith("qwen3_vl"):
             raise InputError(
-                f"config: model_type is {model_type!r}, expected qwen3_vl or qwen3_vl_moe"
+                f"config: model_type is {shown(model_type)}, expected qwen3_vl or qwen3_vl_moe"
             )
         for part in ("text_config", "vision_config"):
             if not isinstance(raw.get(part), Mapping):
-                raise InputError(f"config: {part} is {raw.get(part)!r}, expected an object")
+                raise InputError(f"config: {part} is {shown(raw.get(part))}, expected an object")
+        _warn_of_misplaced(raw)
         text_raw = raw["text_config"]
         is_moe = "moe" in model_type or "moe" in str(text_raw.get("model_type", ""))
         text, vision = _text(text_raw, is_moe), _vision(raw["vision_config"])
@@ -179,20 +185,33 @@ def _read(path: Path) -> Mapping[str, Any]:
     return read_json_file(path, f"config: {path}")
 
 
+def _warn_of_misplaced(raw: Mapping[str, Any]) -> None:
+    """Warns of settings of the decoder beside text_config, where transformers does not see them either."""
+    names = {field.name for field in dataclasses.fields(TextConfig)} - {"rope"}
+    for key in sorted(names | {"rope_scaling", "rope_parameters", "rope_theta"}):
+        if raw.get(key) is not None and raw[key] != raw["text_config"].get(key):
+            warn_once(
+                f"config: {key} {shown(raw[key])} at the top of config.json is not used; "
+                "put it into text_config"
+            )
+
+
 def _int(raw: Mapping, key: str, where: str, at_least: int = 1, default: int | None = None) -> int:
     value = raw.get(key, default)
     if value is None:
         raise InputError(f"config: {where}{key} is absent; it fixes a shape and has no default")
     if isinstance(value, (list, tuple)) and value and all(v == value[0] for v in value):
         value = value[0]  # transformers 5 may write a square patch as [16, 16]
-    return integer(value, where + key, at_least)
+    return integer(value, where + key, at_least, _MOST.get(key, MAX_INT))
 
 
 def _eos(value: Any) -> tuple[int, ...]:
     """End ids: none, one, or a list."""
     found = () if value is None else value if isinstance(value, (list, tuple)) else (value,)
-    if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in found):
-        raise InputError(f"config: eos_token_id is {value!r}, expected a token id, a list or null")
+    if any(type(i) is not int or not 0 <= i <= MAX_INT for i in found):
+        raise InputError(
+            f"config: eos_token_id is {shown(value)}, expected a token id, a list or null"
+        )
     return tuple(found)
 
 
@@ -225,6 +244,8 @@ def _text(raw: Mapping[str, Any], is_moe: bool) -> TextConfig:
     max_positions = _int({"max_position_embeddings": get("max_position_embeddings")},
                          "max_position_embeddings", where)  # fmt: skip
     head_dim = head_dim or shape["hidden_size"] // heads
+    if head_dim % 2:
+        raise InputError(f"config: {where}head_dim is {head_dim}, expected an even number")
     return TextConfig(
         **shape,
         intermediate_size=_int(raw, "intermediate_size", where) if dense_width is None else 0,
@@ -247,7 +268,7 @@ def _experts(raw: Mapping[str, Any], is_moe: bool) -> dict[str, int]:
     if raw.get("mlp_only_layers"):
         found = raw["mlp_only_layers"]
         raise InputError(
-            f"config: {where}mlp_only_layers is {found!r}, implemented: [] (all sparse)"
+            f"config: {where}mlp_only_layers is {shown(found)}, implemented: [] (all sparse)"
         )
     one_of(raw.get("decoder_sparse_step", 1), where + "decoder_sparse_step", (1,))
     key = "num_local_experts" if raw.get("num_experts") is None else "num_experts"
@@ -299,7 +320,7 @@ def _vision(raw: Mapping[str, Any]) -> VisionConfig:
         a >= b for a, b in itertools.pairwise(taps)
     ):
         raise InputError(
-            f"config: {where}deepstack_visual_indexes is {list(taps)}, expected increasing layer "
+            f"config: {where}deepstack_visual_indexes is {shown(list(taps))}, expected increasing layer "
             f"numbers from 0 to depth - 1 = {depth - 1}"
         )
     act = raw.get("hidden_act") or _VISION_DEFAULTS["hidden_act"]

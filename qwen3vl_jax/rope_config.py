@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 import sys
 from collections.abc import Mapping
 from typing import Any
 
-from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.errors import InputError, shown
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 # What code and class of transformers 4.57.1 fill in where the keys are absent.
 DEFAULT_THETA = 5_000_000.0
 DEFAULT_SECTION = (24, 20, 20)
-
-
+MAX_INT = 2**31 - 1
+# Of what scales frequencies: more is infinite in fp32.
+_MAX_NUMBER = 1e15
+log = logging.getLogger("qwen3vl_jax")
 # What each scaled rope type needs, beyond what has a default.
 ROPE_NEEDS = {
     "default": (),
@@ -61,46 +65,57 @@ class RopeConfig:
 
 def one_of(value: Any, key: str, allowed: tuple) -> Any:
     """The value, if it is allowed; raises InputError with key, found and allowed."""
-    if value not in allowed:
+    if isinstance(value, bool) or value not in allowed:
         names = ", ".join(map(str, allowed))
-        raise InputError(f"config: {key} is {value!r}, implemented: {names}")
+        raise InputError(f"config: {key} is {shown(value)}, implemented: {names}")
     return value
 
 
-def number(value: Any, key: str, above: float | None = None) -> float:
+@functools.lru_cache(maxsize=256)
+def warn_once(text: str) -> None:
+    """Warns of what is not used; once, however often a config is read."""
+    log.warning("%s", text)
+
+
+def number(
+    value: Any, key: str, above: float | None = None, at_most: float = sys.float_info.max
+) -> float:
     """A finite number >= 0, or > `above`; raises InputError with key, found and expected."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if is_number and 0 <= value <= sys.float_info.max and (above is None or value > above):
+    if is_number and 0 <= value <= at_most and (above is None or value > above):
         return float(value)
     expected = ">= 0" if above is None else f"> {above:g}"
-    raise InputError(f"config: {key} is {value!r}, expected a number {expected}")
+    expected += f" and <= {at_most:g}" if at_most < sys.float_info.max else ""
+    raise InputError(f"config: {key} is {shown(value)}, expected a number {expected}")
 
 
-def integer(value: Any, key: str, at_least: int = 1) -> int:
-    """An integer of at least `at_least`; raises InputError with key, found and expected."""
+def integer(value: Any, key: str, at_least: int = 1, at_most: int = MAX_INT) -> int:
+    """An integer from `at_least` to `at_most`; raises InputError with key, found and expected."""
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise InputError(f"config: {key} is {value!r}, expected an integer >= {at_least}")
+        raise InputError(f"config: {key} is {shown(value)}, expected an integer >= {at_least}")
+    if value > at_most:
+        raise InputError(f"config: {key} is {shown(value)}, expected at most {at_most}")
     return value
 
 
 def flag(value: Any, key: str) -> bool:
     """True or false; raises InputError with key, found and expected."""
     if not isinstance(value, bool):
-        raise InputError(f"config: {key} is {value!r}, expected true or false")
+        raise InputError(f"config: {key} is {shown(value)}, expected true or false")
     return value
 
 
 def items(value: Any, key: str) -> tuple[Any, ...]:
     """The items of a list; raises InputError with key, found and expected."""
     if not isinstance(value, (list, tuple)):
-        raise InputError(f"config: {key} is {value!r}, expected a list")
+        raise InputError(f"config: {key} is {shown(value)}, expected a list")
     return tuple(value)
 
 
 def mapping(value: Any, key: str) -> dict[str, Any]:
     """A copy of an object, empty for null; raises InputError with key, found and expected."""
     if value is not None and not isinstance(value, Mapping):
-        raise InputError(f"config: {key} is {value!r}, expected an object")
+        raise InputError(f"config: {key} is {shown(value)}, expected an object")
     return dict(value or {})
 
 
@@ -118,21 +133,21 @@ def read_rope(raw: Mapping[str, Any], head_dim: int, max_positions: int) -> Rope
     rope_type = "default" if rope_type == "mrope" else rope_type
     one_of(rope_type, where + "rope_type", ROPE_TYPES)
     if given.get("mrope_interleaved", True) is not True:
-        found = given["mrope_interleaved"]
-        raise InputError(f"config: {where}mrope_interleaved is {found!r}, implemented: true")
+        found = shown(given["mrope_interleaved"])
+        raise InputError(f"config: {where}mrope_interleaved is {found}, implemented: true")
     partial = given.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
     one_of(1.0 if partial is None else partial, where + "partial_rotary_factor", (1.0,))
     section = given.get("mrope_section")
     section = items(DEFAULT_SECTION if section is None else section, where + "mrope_section")
     section = tuple(integer(n, where + "mrope_section", at_least=0) for n in section)
-    if len(section) != 3 or sum(section) * 2 != head_dim:
+    if len(section) != 3:
         raise InputError(
-            f"config: {where}mrope_section is {list(section)}, expected three numbers (T, H, W) "
-            f"that sum to head_dim / 2 = {head_dim / 2:g}"
+            f"config: {where}mrope_section is {shown(list(section))}, expected three numbers (T, H, W)"
         )
     for key in ROPE_NEEDS[rope_type]:
         if given.get(key) is None:
             raise InputError(f"config: {where}{key} is absent; rope_type {rope_type!r} needs it")
+    _warn_of_unused(given, where, rope_type)
     fields = {} if rope_type == "default" else _scaling(given, where, head_dim)
     if rope_type in ("yarn", "longrope", "llama3"):
         original = _original(raw, given, where) or max_positions
@@ -142,8 +157,29 @@ def read_rope(raw: Mapping[str, Any], head_dim: int, max_positions: int) -> Rope
     inside = given.get("rope_theta") is not None
     theta = given["rope_theta"] if inside else raw.get("rope_theta")
     theta = DEFAULT_THETA if theta is None else theta
-    theta = number(theta, f"{where if inside else 'text_config.'}rope_theta", above=0)
-    return RopeConfig(rope_type, theta, section, **fields)
+    theta_key = f"{where if inside else 'text_config.'}rope_theta"
+    theta = number(theta, theta_key, above=0, at_most=_MAX_NUMBER)
+    rope = RopeConfig(rope_type, theta, section, **fields)
+    if rope_type == "llama3" and rope.low_freq_factor == rope.high_freq_factor:
+        raise InputError(f"config: {where}low_freq_factor is high_freq_factor, expected less")
+    if rope_type == "dynamic" and head_dim <= 2:
+        raise InputError(f"config: text_config.head_dim is {head_dim}, 'dynamic' needs more than 2")
+    if rope_type == "yarn" and theta == 1:
+        raise InputError(f"config: {theta_key} is 1, 'yarn' needs another number")
+    if rope_type == "longrope" and rope.original_max_position_embeddings == 1:
+        raise InputError(f"config: {where}original_max_position_embeddings is 1, expected more")
+    return rope
+
+
+def _warn_of_unused(given: Mapping[str, Any], where: str, rope_type: str) -> None:
+    """Warns of keys that change nothing: misspelt ones, and those of a type that is not named."""
+    known = {"rope_type", "type", "mrope_interleaved", "mrope_section", "rope_theta"}
+    known.add("partial_rotary_factor")
+    if rope_type != "default":
+        known |= {field.name for field in dataclasses.fields(RopeConfig)} - {"theta"}
+    for key in given:
+        if key not in known:
+            warn_once(f"config: {where}{key[:80]} is not used with rope_type {rope_type!r}")
 
 
 def _scaling(given: Mapping[str, Any], where: str, head_dim: int) -> dict[str, Any]:
@@ -155,7 +191,7 @@ def _scaling(given: Mapping[str, Any], where: str, head_dim: int) -> dict[str, A
         if value is None:
             continue
         if name in ("short_factor", "long_factor"):
-            found[name] = tuple(number(n, key, above=0) for n in items(value, key))
+            found[name] = tuple(number(n, key, 0, _MAX_NUMBER) for n in items(value, key))
             if len(found[name]) != head_dim // 2:
                 raise InputError(
                     f"config: {key} has {len(found[name])} numbers, expected head_dim / 2 = "
@@ -166,7 +202,8 @@ def _scaling(given: Mapping[str, Any], where: str, head_dim: int) -> dict[str, A
         elif name == "truncate":
             found[name] = flag(value, key)
         else:
-            found[name] = number(value, key, above=None if "mscale" in name else 0)
+            above = None if "mscale" in name else 0
+            found[name] = number(value, key, above, _MAX_NUMBER)
     return found
 
 

@@ -2,14 +2,15 @@
 
 import copy
 import dataclasses
+import functools
 
 import pytest
 import tiny
 
 from qwen3vl_jax.config import Config
-from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.errors import InputError, shown
 from qwen3vl_jax.released import RELEASED, released_config
-from qwen3vl_jax.rope_config import ROPE_TYPES
+from qwen3vl_jax.rope_config import ROPE_TYPES, warn_once
 
 
 def changed(where="text_config", moe=False, **changes):
@@ -102,7 +103,6 @@ def scaled(**keys):
     [
         (changed(rope_scaling=scaled(rope_type="su")), ["rope_type", "'su'", "yarn"]),
         (changed(rope_scaling=scaled(mrope_interleaved=False)), ["mrope_interleaved", "False", "true"]),
-        (changed(rope_scaling=scaled(mrope_section=[3, 3, 3])), ["mrope_section", "[3, 3, 3]", "8"]),
         (changed(rope_scaling=scaled(mrope_section=[4, 4])), ["mrope_section", "[4, 4]"]),
         (changed(rope_scaling=scaled(rope_type="linear")), ["factor is absent", "linear"]),
         (changed(rope_scaling=scaled(partial_rotary_factor=0.5)), ["partial_rotary_factor", "0.5"]),
@@ -170,8 +170,73 @@ def test_malformed_values_are_refused_with_key_found_and_expected(raw, key, foun
     with pytest.raises(InputError) as error:
         Config.from_hf(raw)
     message = str(error.value)
-    assert f"{key}" in message and f" is {found!r}, expected " in message, message
+    assert f"{key}" in message and f" is {shown(found)}, expected " in message, message
     assert expected in message.split("expected", 1)[1], message
+
+
+MISPLACED = {
+    "rope_scaling": {"rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 262144},
+    "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 3.0},
+    "rope_theta": 1e6,
+    "max_position_embeddings": 1_000_000,
+    "hidden_size": 64,
+}
+
+
+@pytest.mark.parametrize("key", MISPLACED)
+def test_settings_of_the_decoder_at_the_top_are_said(caplog, key):
+    """As in transformers they are not used; a warning says where they belong, once."""
+    warn_once.cache_clear()
+    raw = changed("", **{key: MISPLACED[key]})
+    assert Config.from_hf(raw) == Config.from_hf(raw) == Config.from_hf(changed(""))
+    (line,) = [r.getMessage() for r in caplog.records]
+    assert f"{key} " in line and "top of config.json" in line and "text_config" in line
+    caplog.clear()
+    Config.from_hf(changed("", vocab_size=320, rope_scaling=None))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"factor": 2.0}, "factor"),
+        ({"rope_type": "yarn", "orginal_max_position_embeddings": 8}, "orginal_max"),
+        ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8}, None),
+    ],
+)
+def test_keys_of_a_rope_that_change_nothing_are_said(caplog, keys, named):
+    warn_once.cache_clear()
+    Config.from_hf(changed(rope_scaling=scaled(**keys)))
+    assert [named in r.getMessage() for r in caplog.records] == [True] * (named is not None)
+
+
+# Values that no key may have, or that only some may: none ends in a traceback.
+STRANGE = (None, True, -1, 0, 1.5, 10**39, 1e308, 5e-324, "x", [], [[]], {}, {"a": 1}, ["x"] * 10_000)
+
+
+@pytest.mark.parametrize("rope", ["yarn", "longrope", "llama3"])
+def test_strange_values_are_one_short_line_whatever_the_key(rope):
+    base = tiny.config_dict("base", rope == "yarn", rope)
+    places = [((), key) for key in base]
+    places += [((part,), key) for part in ("text_config", "vision_config") for key in base[part]]
+    places += [(("text_config", "rope_scaling"), k) for k in base["text_config"]["rope_scaling"]]
+    for path, key in places:
+        for value in STRANGE:
+            raw = copy.deepcopy(base)
+            part = functools.reduce(lambda d, k: d[k], path, raw)
+            part[key] = value
+            try:
+                hash(Config.from_hf(raw))
+            except InputError as error:
+                assert "\n" not in str(error) and len(str(error)) < 300
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "depth", "num_experts"])
+def test_layers_without_end_are_refused(key):
+    """Before anything lists their parameters."""
+    raw = changed("vision_config" if key == "depth" else "text_config", moe=True, **{key: 10**9})
+    with pytest.raises(InputError, match=f"{key} is 1000000000, expected at most"):
+        Config.from_hf(raw)
 
 
 def test_rope_scaling_counts_whole_where_rope_parameters_is_there_too():

@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -383,3 +384,12 @@ def test_embed_prints_a_unit_vector(capsys):
         )
         vector = np.array(json.loads(capsys.readouterr().out))
         assert vector.shape == (dims,) and abs(np.linalg.norm(vector) - 1) < 1e-5
+
+
+def test_a_length_beyond_the_positions_is_said(capsys):
+    text = SimpleNamespace(max_position_embeddings=4096)
+    model = SimpleNamespace(config=SimpleNamespace(text=text))
+    for length, said in ((None, False), (4096, False), (4097, True)):
+        found = infer.longest(SimpleNamespace(max_len=length), model)
+        err = capsys.readouterr().err
+        assert found == (length or 4096) and ("--max-len 4097: the model has 4096" in err) == said

@@ -6,8 +6,12 @@ import ours
 import pytest
 import reference
 import tiny
+import torch
+from transformers import Qwen3VLTextConfig
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 
 import qwen3vl_jax as q3
+from qwen3vl_jax.rope import mrope
 
 BOUND = 2e-5
 SPARSE = (
@@ -59,6 +63,24 @@ def test_rope_types_below_and_above_their_limit(rope, moe):
     plain = reference.build("golden", moe, "plain")
     if rope != "plain":
         assert ours.worst(want, reference.logits(plain, inputs)) > 1e-3  # the scaling shows
+
+
+SECTIONS = [(8, [16, 8, 8]), (16, [3, 3, 3]), (16, [8, 0, 0]), (16, [1, 9, 2]), (6, [1, 1, 1])]
+
+
+@pytest.mark.parametrize(("head_dim", "section"), SECTIONS)
+def test_sections_of_any_sum_are_cut_as_in_transformers(head_dim, section):
+    """Sections of other sums than head_dim / 2: H and W are cut at its end, T takes what they leave."""
+    raw = tiny.config_dict("base")
+    raw["text_config"]["head_dim"] = head_dim
+    raw["text_config"]["rope_scaling"]["mrope_section"] = section
+    cfg = q3.Config.from_hf(raw)
+    positions = np.random.default_rng(0).integers(0, 99, (3, 2, 7)).astype(np.int32)
+    theirs = Qwen3VLTextRotaryEmbedding(Qwen3VLTextConfig(**raw["text_config"]))
+    wanted = theirs(torch.zeros(1), torch.from_numpy(positions))
+    for ours, their in zip(mrope(cfg.text, positions, np.float32), wanted, strict=True):
+        np.testing.assert_allclose(ours[:, :, 0], their[..., : head_dim // 2], atol=1e-5)
+    assert q3.Config.from_hf(cfg.to_hf()) == cfg
 
 
 @pytest.mark.parametrize("rope", ["yarn", "dynamic", "longrope"])
