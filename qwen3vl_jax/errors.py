@@ -1,6 +1,5 @@
 """The one exception for what a user gave: a file, an argument, a checkpoint."""
 
-
 from typing import Any
 
 

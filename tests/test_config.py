@@ -175,7 +175,11 @@ def test_malformed_values_are_refused_with_key_found_and_expected(raw, key, foun
 
 
 MISPLACED = {
-    "rope_scaling": {"rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 262144},
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 3.0,
+        "original_max_position_embeddings": 262144,
+    },
     "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 3.0},
     "rope_theta": 1e6,
     "max_position_embeddings": 1_000_000,
@@ -211,7 +215,22 @@ def test_keys_of_a_rope_that_change_nothing_are_said(caplog, keys, named):
 
 
 # Values that no key may have, or that only some may: none ends in a traceback.
-STRANGE = (None, True, -1, 0, 1.5, 10**39, 1e308, 5e-324, "x", [], [[]], {}, {"a": 1}, ["x"] * 10_000)
+STRANGE = (
+    None,
+    True,
+    -1,
+    0,
+    1.5,
+    10**39,
+    1e308,
+    5e-324,
+    "x",
+    [],
+    [[]],
+    {},
+    {"a": 1},
+    ["x"] * 10_000,
+)
 
 
 @pytest.mark.parametrize("rope", ["yarn", "longrope", "llama3"])

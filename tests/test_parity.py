@@ -78,8 +78,8 @@ def test_sections_of_any_sum_are_cut_as_in_transformers(head_dim, section):
     positions = np.random.default_rng(0).integers(0, 99, (3, 2, 7)).astype(np.int32)
     theirs = Qwen3VLTextRotaryEmbedding(Qwen3VLTextConfig(**raw["text_config"]))
     wanted = theirs(torch.zeros(1), torch.from_numpy(positions))
-    for ours, their in zip(mrope(cfg.text, positions, np.float32), wanted, strict=True):
-        np.testing.assert_allclose(ours[:, :, 0], their[..., : head_dim // 2], atol=1e-5)
+    for mine, their in zip(mrope(cfg.text, positions, np.float32), wanted, strict=True):
+        np.testing.assert_allclose(mine[:, :, 0], their[..., : head_dim // 2], atol=1e-5)
     assert q3.Config.from_hf(cfg.to_hf()) == cfg
 
 
