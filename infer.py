@@ -35,7 +35,7 @@ DEMO_PROMPT = "Read the digits row by row."
 
 def conversation(args: argparse.Namespace) -> tuple[list[dict], list[dict] | None]:
     """The messages to answer and the tools they may call; raises InputError for a file without."""
-    from qwen3vl_jax.processing.pictures import load_image
+    from qwen3vl_jax.processing.media import load_image
 
     if args.messages:
         if args.prompt or args.system:

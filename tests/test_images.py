@@ -15,8 +15,9 @@ import pytest
 from PIL import Image
 
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.processing.fetching import fetch
 from qwen3vl_jax.processing.images import ImageSettings, load_image, preprocess, smart_resize
-from qwen3vl_jax.processing.pictures import fetch, to_rgb
+from qwen3vl_jax.processing.pictures import to_rgb
 
 
 def picture(height=24, width=40, seed=0):
@@ -390,20 +391,20 @@ def test_text_sources(tmp_path):
 def test_files_that_are_no_pictures(tmp_path):
     refused(lambda: load_image(tmp_path / "gone.png"), "gone.png", "no such file")
     refused(lambda: load_image("no/such/picture"), "no such file")
-    refused(lambda: load_image("a\0b"), "picture")
-    refused(lambda: load_image("x" * 5000), "picture")
+    refused(lambda: load_image("a\0b"), "image")
+    refused(lambda: load_image("x" * 5000), "image")
     refused(lambda: load_image(tmp_path), "directory")
     text = tmp_path / "notes.png"
     text.write_text("these are\nwords")
-    refused(lambda: load_image(text), "notes.png", "not a picture", "these are")
+    refused(lambda: load_image(text), "notes.png", "not an image")
     text.write_text("")
     refused(lambda: load_image(text), "empty")
     (tmp_path / "new\nline.png").write_text("words")
-    refused(lambda: load_image(tmp_path / "new\nline.png"), "not a picture")
-    refused(lambda: load_image(b"%!PS-Adobe-3.0 EPSF-3.0\n"), "not a picture")
+    refused(lambda: load_image(tmp_path / "new\nline.png"), "not an image")
+    refused(lambda: load_image(b"%!PS-Adobe-3.0 EPSF-3.0\n"), "not an image")
     refused(lambda: load_image("data:image/png;base64"), "comma")
     refused(lambda: load_image("data:image/png;base64,!!"), "base64")
-    refused(lambda: load_image("data:text/plain,hello"), "not a picture")
+    refused(lambda: load_image("data:text/plain,hello"), "not an image")
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
@@ -416,7 +417,7 @@ def test_truncated_files(form, tmp_path):
     lazy = Image.open(io.BytesIO(data))  # opened by the caller, read only now
     lazy.fp = io.BytesIO(data[: len(data) // 2])
     if form != "WEBP":  # which Pillow reads when it opens
-        refused(lambda: load_image(lazy), "picture")
+        refused(lambda: load_image(lazy), "truncated image")
 
 
 def test_decompression_bombs(tmp_path):
@@ -500,15 +501,15 @@ def test_http_pictures(server, no_proxy):
 
 def test_http_refusals(server, no_proxy):
     refused(lambda: load_image(f"{server}/gone"), "/gone", "404")
-    refused(lambda: load_image(f"{server}/text"), "/text", "not a picture")
-    refused(lambda: load_image(f"{server}/to-file"), "not allowed")
+    refused(lambda: load_image(f"{server}/text"), "/text", "not an image")
+    refused(lambda: load_image(f"{server}/to-file"), "away from http(s)")
     refused(lambda: load_image(f"{server}/to-ftp"), "away from http(s)")
     refused(lambda: load_image(f"{server}/loop"), "/loop")
     refused(lambda: load_image(f"{server}/short"), "/short")
     refused(lambda: load_image(f"{server}/endless", max_bytes=200_000), "200000 bytes")
     refused(lambda: load_image(f"{server}/ok.png", max_bytes=100), "100 bytes")
-    refused(lambda: load_image("http://127.0.0.1:9/x.png"), "cannot fetch")
-    refused(lambda: load_image("https://[bad/x.png"), "cannot fetch")
+    refused(lambda: load_image("http://127.0.0.1:9/x.png"), "cannot be fetched")
+    refused(lambda: load_image("https://[bad/x.png"), "cannot be fetched")
 
 
 @pytest.mark.parametrize("path", ["/drip", "/silent"])

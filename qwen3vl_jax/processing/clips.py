@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import itertools
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,19 +12,9 @@ import numpy as np
 from PIL import Image
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.processing.pictures import (
-    FETCH_SECONDS,
-    MAX_FETCH_BYTES,
-    data_uri,
-    fetch,
-    is_place,
-    load_image,
-    local_path,
-    one_line,
-    short,
-    stored,
-    to_rgb,
-)
+from qwen3vl_jax.processing.media import load_image, open_source
+from qwen3vl_jax.processing.media_rules import one_line, short
+from qwen3vl_jax.processing.pictures import to_rgb
 
 _CHANNELS = (1, 3, 4)
 _TURNS = {0: 0, 90: 1, 180: 2, 270: 3}  # degrees counterclockwise to np.rot90's k
@@ -71,46 +59,25 @@ def open_clip(
     source: Any,
     metadata: Any = None,
     sample_fps: Any = None,
-    *,
-    max_bytes: int = MAX_FETCH_BYTES,
-    timeout: float = FETCH_SECONDS,
+    **limits: Any,
 ) -> Clip:
-    """A clip of a path, http(s), gs:// or file URL, data URI, bytes, list of frames, or array.
+    """A clip of any form that `open_source` takes, a list of frames, or an array.
 
     Files hold their own times. Arrays are [T H W C] or [T C H W], whole numbers 0 to 255; lists
     hold what `load_image` reads, one frame each, and are used whole. Both need the rate of their
     frames: metadata {fps, frames_indices (the frames' numbers in their source), total_num_frames},
-    or sample_fps. max_bytes and timeout (seconds) bound a URL. Raises InputError.
+    or sample_fps. limits: max_bytes and timeout (seconds) of a URL, rules. Raises InputError.
     """
     if isinstance(source, (list, tuple)):
-        return _from_list(source, _Given.of(metadata, sample_fps))
+        return _from_list(source, _Given.of(metadata, sample_fps), limits)
     if hasattr(source, "__array__"):
         return _from_array(source, _Given.of(metadata, sample_fps))
     if metadata is not None or sample_fps is not None:
         raise InputError(
             "video_metadata and sample_fps describe arrays and lists of frames; a file has its own"
         )
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        data = bytes(source)
-        return _from_file(lambda: io.BytesIO(data), "video bytes")
-    if isinstance(source, os.PathLike):
-        source = os.fspath(source)
-    if not isinstance(source, str):
-        raise InputError(
-            f"video: found {type(source).__name__}, expected a path, URL, bytes, list of frames or "
-            "array"
-        )
-    scheme = source[:8].split(":", 1)[0].lower() if ":" in source[:8] else ""
-    if scheme in ("http", "https", "data"):
-        data = data_uri(source) if scheme == "data" else fetch(source, max_bytes, timeout)
-        return _from_file(lambda: io.BytesIO(data), short(source, 80))
-    if scheme == "file":
-        source = local_path(source)
-    if is_place(source):
-        held = stored(source)
-        return _from_file(lambda: io.BytesIO(held), short(source))
-    path = source
-    return _from_file(lambda: open(path, "rb"), short(path))
+    found = open_source(source, "video", **limits)
+    return _from_file(found.open, found.name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,14 +127,14 @@ class _Given:
         return Clip("", total, self.fps, size, array, read, can_sample=can_sample and whole)
 
 
-def _from_list(frames: Sequence[Any], given: _Given) -> Clip:
+def _from_list(frames: Sequence[Any], given: _Given, limits: Mapping[str, Any]) -> Clip:
     if not frames:
         raise InputError("video: the list has no frame")
-    size = _size(to_rgb(load_image(frames[0])))
+    size = _size(to_rgb(load_image(frames[0], **limits)))
 
     def read(places: np.ndarray) -> Iterator[Image.Image]:
         for place in places:
-            frame = to_rgb(load_image(frames[place]))
+            frame = to_rgb(load_image(frames[place], **limits))
             if _size(frame) != size:
                 raise InputError(
                     f"video: frame {place} has {frame.width} x {frame.height} pixels and the first "
@@ -290,12 +257,7 @@ class _opened:
     def __enter__(self) -> Any:
         import av
 
-        try:
-            self.file = self.start()
-        except (OSError, ValueError) as e:
-            missing = isinstance(e, FileNotFoundError)
-            reason = "no such file" if missing else _reason(e)
-            raise InputError(f"{self.name}: cannot read this video: {reason}") from e
+        self.file = self.start()
         try:
             options = {"protocol_whitelist": "none"}
             self.container = av.open(self.file, container_options=options)

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.json_text import read_json_at
 from qwen3vl_jax.processing.chat import read_conversation
-from qwen3vl_jax.processing.pictures import load_image
+from qwen3vl_jax.processing.media import load_image
 
 GRID = 1000  # answers count from 0 to 1000 across each side, x before y (reference section 6.10)
 SIZES = {"bbox_2d": 4, "point_2d": 2}

@@ -18,7 +18,8 @@ from PIL import Image
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.json_text import read_json_file
 from qwen3vl_jax.paths import as_path
-from qwen3vl_jax.processing.pictures import load_image, to_rgb
+from qwen3vl_jax.processing.media import load_image
+from qwen3vl_jax.processing.pictures import to_rgb
 
 __all__ = ["ImageSettings", "load_image", "preprocess", "smart_resize"]
 

@@ -1,334 +1,288 @@
-"""A picture from anywhere (file, bytes, base64, URL, array, PIL) as an 8-bit PIL image."""
+"""An image file, array or PIL image as an upright 8-bit PIL image, within a limit of memory."""
 
 from __future__ import annotations
 
-import base64
-import binascii
 import contextlib
+import ctypes
+import functools
 import io
-import os
-import re
+import logging
 import struct
 import threading
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.paths import as_path, reached
 
-# Opening by name keeps decoders that start other programs (EPS) or rarely see use out of reach.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-MAX_PICTURE_PIXELS = 178_956_970  # where Pillow itself refuses: 0.5 GB once decoded to RGB
-MAX_FETCH_BYTES = 64 * 2**20
-FETCH_SECONDS = 20.0
-_FETCH_CHUNK = 1 << 16
-_FETCH_SCHEMES = ("http", "https")
-_STORED = re.compile("(gs|s3|az)://")
-# First bytes of base64 text of a picture: without them, text is far more likely a path with a typo.
-_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
+# These start other programs, open what they hold as any other format, or show nothing by themselves.
+_UNSAFE = ("EPS", "IPTC", "FPX", "MIC", "WMF", "BUFR", "GRIB", "HDF5", "MPEG")
+MAX_IMAGE_BYTES = 3 * 2**29  # held while one image is decoded, and by all threads together
+_BYTES_A_PIXEL = {"WEBP": 16, "JPEG2000": 20, "AVIF": 12}  # held while decoding; of others 8
+_SLOW = 768  # of decoders in Python, which take seconds a megapixel
+_STRIP = 1 << 21  # pixels that are converted at a time
+logging.getLogger("PIL").addHandler(
+    logging.NullHandler()
+)  # what it says of a file is in our errors
 
 
-def load_image(
-    source: Any, *, max_bytes: int = MAX_FETCH_BYTES, timeout: float = FETCH_SECONDS
-) -> Image.Image:
-    """Reads a picture: PIL image, array, bytes, path, base64 text, data URI, file, gs:// or http(s) URL.
-
-    Arrays are [H W], [H W C] or [C H W] with 1, 3 or 4 channels: uint8, uint16 (scaled to 8 bits),
-    bool, or floats from 0 to 1. Returns an upright 8-bit image of mode L, LA, P, RGB, RGBA, CMYK
-    or the like (`to_rgb` makes it RGB); of an animation the first frame. `max_bytes` and `timeout`
-    (seconds, all told) bound a URL. Raises InputError.
-    """
-    if isinstance(source, Image.Image):
-        with _refusals("picture"):
-            source.load()
-            return _upright_8bit(source, "picture")
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        return _decode(io.BytesIO(source), "picture bytes")
-    if isinstance(source, os.PathLike):
-        return _open(os.fspath(source))
-    if isinstance(source, str):
-        return _from_text(source, max_bytes, timeout)
-    if hasattr(source, "__array__"):
-        return _from_array(np.asarray(source))
-    raise InputError(
-        f"picture: found {type(source).__name__}, expected a path, URL, base64 text, bytes, array "
-        "or PIL image"
-    )
+def formats() -> tuple[str, ...]:
+    """Names of the formats that are read: all that Pillow has here, but those that are not safe."""
+    Image.init()
+    return tuple(name for name in Image.ID if name in Image.OPEN and name not in _UNSAFE)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB of any 8-bit mode, transparency laid on white. Raises InputError for other modes."""
+def is_image(data: bytes | BinaryIO) -> bool:
+    """Whether a file begins as an image does; the rest of it may be damaged."""
+    file = io.BytesIO(data) if isinstance(data, bytes) else data
     try:
-        if "A" in image.getbands() or image.info.get("transparency") is not None:
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-            image = Image.alpha_composite(white, image)
-        return image.convert("RGB")
-    except ValueError as e:
-        raise InputError(f"picture: mode {image.mode} cannot be converted to RGB ({e})") from e
-
-
-def is_picture(path: str) -> bool:
-    """Whether a file begins as a picture does; what stands behind that may be damaged."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            file = io.BytesIO(stored(path)) if is_place(path) else path
-            Image.open(file, formats=FORMATS).close()
+        with _quiet():
+            Image.open(file, formats=formats()).close()
     except Image.UnidentifiedImageError:
         return False
-    except Exception:  # known, and too large or broken: `load_image` says so
+    except Exception:  # known, and too large or broken: `decoded` says so
         return True
     return True
 
 
-def decode_base64(text: str, name: str = "base64 picture") -> bytes:
-    """Bytes of base64 text; line breaks, the URL alphabet and missing padding are fine.
-
-    Raises InputError.
-    """
-    compact = "".join(text.split()).translate(str.maketrans("-_", "+/")).rstrip("=")
-    try:
-        return base64.b64decode(compact + "=" * (-len(compact) % 4), validate=True)
-    except (binascii.Error, ValueError) as e:
-        raise InputError(f"{name}: not base64 text ({e}): {short(text)}") from e
-
-
-def _from_text(text: str, max_bytes: int, timeout: float) -> Image.Image:
-    scheme = text[:8].split(":", 1)[0].lower() if ":" in text[:8] else ""
-    if scheme in _FETCH_SCHEMES:
-        return _decode(io.BytesIO(fetch(text, max_bytes, timeout)), short(text))
-    if scheme == "data":
-        return _decode(io.BytesIO(data_uri(text)), "data URI")
-    if scheme == "file":
-        return _open(local_path(text))
-    if is_place(text):
-        return _open(text)
-    if not _exists(text):
-        try:
-            data = decode_base64(text)
-        except InputError:
-            data = b""
-        if data.startswith(_MAGIC):
-            return _decode(io.BytesIO(data), "base64 picture")
-    return _open(text)
-
-
-def _exists(path: str) -> bool:
-    try:
-        return os.path.exists(path)
-    except (OSError, ValueError):  # too long for a name, or a null byte: not a path
-        return False
-
-
-def _open(path: str) -> Image.Image:
-    name = short(path)
-    try:
-        if is_place(path):
-            return _decode(io.BytesIO(stored(path)), name)
-        with open(path, "rb") as file:
-            return _decode(file, name)
-    except InputError:
-        raise
-    except (OSError, ValueError) as e:
-        reason = "no such file" if isinstance(e, FileNotFoundError) else getattr(e, "strerror", e)
-        raise InputError(f"{name}: cannot read this picture: {reason}") from e
-
-
-def is_place(text: str) -> bool:
-    """Whether a text names an object of a store: gs://bucket/cat.png."""
-    return _STORED.match(text) is not None
-
-
-def stored(place: str) -> bytes:
-    """Bytes of an object. Raises InputError."""
-    name = short(place)
-    try:
-        with reached(name):
-            return as_path(place).read_bytes()
-    except FileNotFoundError as e:
-        raise InputError(f"{name}: cannot be read: no such file") from e
-
-
-def local_path(uri: str) -> str:
-    """The path of a file: address."""
-    parts = urllib.parse.urlsplit(uri)
-    return urllib.request.url2pathname(parts.netloc + parts.path)
-
-
-def data_uri(text: str) -> bytes:
-    """Bytes of a data: URI, base64 or percent-encoded. Raises InputError."""
-    head, comma, body = text.partition(",")
-    if not comma:
-        raise InputError(f"data URI: no comma after its media type: {short(text)}")
-    if head.lower().endswith(";base64"):
-        return decode_base64(urllib.parse.unquote(body), "data URI")
-    return urllib.parse.unquote_to_bytes(body)
-
-
-def _decode(file: Any, name: str) -> Image.Image:
-    """An upright 8-bit image from an open binary file."""
-    with _refusals(name), warnings.catch_warnings():
-        # Pillow warns of large pictures, which have a limit of their own here, and of odd metadata.
-        warnings.simplefilter("ignore")
-        try:
-            image = Image.open(file, formats=FORMATS)
-        except Image.UnidentifiedImageError as e:
-            file.seek(0)
-            found = file.read(12)
-            what = f"it begins with {found!r}" if found else "it is empty"
-            raise InputError(f"{name}: not a picture ({', '.join(FORMATS)}); {what}") from e
-        _check_pixels(image, name)
-        image.load()
-        return _upright_8bit(image, name)
-
-
 @contextlib.contextmanager
-def _refusals(name: str) -> Iterator[None]:
-    """Turns what Pillow raises for a bad file into an InputError."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Image.DecompressionBombError as e:
-        raise InputError(f"{name}: refused as a decompression bomb: {one_line(e)}") from e
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, struct.error) as e:
-        raise InputError(f"{name}: damaged or truncated picture: {one_line(e)}") from e
+def decoded(file: BinaryIO, name: str) -> Iterator[Image.Image]:
+    """An upright 8-bit image of a file; its memory counts while the context is open.
+
+    The mode is L, LA, P, RGB, RGBA, CMYK or the like (`to_rgb` makes it RGB); of an animation the
+    first frame. Raises InputError.
+    """
+    with _refusals(name), _quiet():
+        size = file.seek(0, io.SEEK_END)
+        if size > MAX_IMAGE_BYTES:
+            raise InputError(f"{name}: {size} bytes, expected an image file of at most {_LIMIT}")
+        file.seek(0)
+        try:
+            image = Image.open(file, formats=formats())
+        except Image.UnidentifiedImageError as e:
+            found = "not an image that Pillow reads" if size else "not an image, it is empty"
+            raise InputError(f"{name}: {found}") from e
+    with _memory(_cost(image, name)):
+        with _refusals(name), _quiet(), _tiff_errors():
+            image.load()
+        yield upright_8bit(image, name)
 
 
-def _check_pixels(image: Image.Image, name: str) -> None:
-    if image.width * image.height > MAX_PICTURE_PIXELS:
-        raise InputError(
-            f"{name}: refused as a decompression bomb: {image.width} x {image.height} pixels, at "
-            f"most {MAX_PICTURE_PIXELS} are read"
-        )
-
-
-def _upright_8bit(image: Image.Image, name: str) -> Image.Image:
+def upright_8bit(image: Image.Image, name: str) -> Image.Image:
+    """A PIL image turned as its EXIF data says, 16 bits scaled to 8. Raises InputError."""
     if 0 in image.size:
-        raise InputError(f"{name}: the picture is empty ({image.width} x {image.height})")
-    _check_pixels(image, name)
-    # Unreadable EXIF says nothing of a rotation.
-    with contextlib.suppress(OSError, ValueError, SyntaxError, TypeError, KeyError, struct.error):
-        image = ImageOps.exif_transpose(image)
-    if image.mode == "F":
-        raise InputError(f"{name}: mode F (floats) has no known range; scale it to 8 bits first")
-    if not image.mode.startswith("I"):
+        raise InputError(f"{name}: the image is empty ({image.width} x {image.height})")
+    _cost(image, name)
+    with _refusals(name), _quiet():
+        image.load()
+        # Unreadable EXIF says nothing of a rotation.
+        with contextlib.suppress(
+            OSError, ValueError, SyntaxError, TypeError, KeyError, struct.error
+        ):
+            if image.getexif().get(0x0112, 1) != 1:
+                image = ImageOps.exif_transpose(image)
+        return _scaled(image, name) if image.mode[0] in "IF" else image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB of any 8-bit mode, transparency laid on white. Raises InputError for other modes."""
+    if image.mode == "RGB" and image.info.get("transparency") is None:
         return image
-    # Pillow saturates at 255 when it converts these; the picture would be white.
-    values = np.asarray(image).astype(np.int64)
-    low, high = int(values.min()), int(values.max())
-    if low < 0 or high > 65535:
-        raise InputError(f"{name}: mode {image.mode}, values {low} to {high}, expected 0 to 65535")
-    return Image.fromarray(_scale_16bit(values))
+    out = Image.new("RGB", image.size)
+    try:
+        for box in _strips(image):
+            out.paste(_on_white(image.crop(box)), box)
+    except ValueError as e:
+        raise InputError(f"image: mode {image.mode} cannot be converted to RGB") from e
+    return out
 
 
-def _scale_16bit(values: np.ndarray) -> np.ndarray:
-    return ((values.astype(np.int64) * 255 + 32767) // 65535).astype(np.uint8)
+def from_array(array: np.ndarray) -> Image.Image:
+    """An image of an array [H W], [H W C] or [C H W] with 1, 3 or 4 channels.
 
-
-def _from_array(array: np.ndarray) -> Image.Image:
+    uint8, uint16 (scaled to 8 bits), bool, or floats from 0 to 1. Raises InputError.
+    """
     channels = (1, 3, 4)
     if array.ndim == 3 and array.shape[2] not in channels and array.shape[0] in channels:
         array = np.moveaxis(array, 0, 2)
     if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in channels)) or not array.size:
         raise InputError(
-            f"picture array: shape {list(array.shape)}, expected [H W], [H W C] or [C H W] with "
+            f"image array: shape {list(array.shape)}, expected [H W], [H W C] or [C H W] with "
             "1, 3 or 4 channels"
         )
+    if array.shape[0] * array.shape[1] * 8 > MAX_IMAGE_BYTES:
+        raise InputError(f"image array: shape {list(array.shape)}, expected {_LIMIT} at most")
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    if array.dtype != np.uint8:
+        convert = _to_8bit(array)
+        rows = max(1, _STRIP // array.shape[1])
+        parts = [convert(array[at : at + rows]) for at in range(0, len(array), rows)]
+        array = np.concatenate(parts)
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _to_8bit(array: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     if array.dtype == np.uint16:
-        array = _scale_16bit(array)
-    elif array.dtype == np.bool_:
-        array = array.astype(np.uint8) * 255
-    elif np.issubdtype(array.dtype, np.floating):
+        return _scale_16bit
+    if array.dtype == np.bool_:
+        return lambda part: part.astype(np.uint8) * 255
+    if np.issubdtype(array.dtype, np.floating):
         low, high = float(array.min()), float(array.max())
         if not (low >= 0 and high <= 1):
             raise InputError(
-                f"picture array: {array.dtype} from {low:g} to {high:g}, expected 0 to 1 (or uint8)"
+                f"image array: {array.dtype} from {low:g} to {high:g}, expected 0 to 1 (or uint8)"
             )
-        array = np.round(array.astype(np.float64) * 255).astype(np.uint8)
-    elif array.dtype != np.uint8:
-        raise InputError(
-            f"picture array: dtype {array.dtype}, expected uint8, uint16, bool or floats (0 to 1)"
-        )
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[..., 0]
-    return _upright_8bit(Image.fromarray(np.ascontiguousarray(array)), "picture array")
+        return lambda part: np.round(part.astype(np.float64) * 255).astype(np.uint8)
+    raise InputError(
+        f"image array: dtype {array.dtype}, expected uint8, uint16, bool or floats (0 to 1)"
+    )
 
 
-class _HttpOnly(urllib.request.HTTPRedirectHandler):
-    # The signature is urllib's.
-    def redirect_request(self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: str):
-        if urllib.parse.urlsplit(newurl).scheme not in _FETCH_SCHEMES:
-            fp.close()
+def _scaled(image: Image.Image, name: str) -> Image.Image:
+    """8 bits of a mode of 16, which Pillow itself would cut off at 255: the image would be white."""
+    if image.mode == "F":
+        raise InputError(f"{name}: mode F (floats) has no known range; scale it to 8 bits first")
+    out = Image.new("L", image.size)
+    for box in _strips(image):
+        values = np.asarray(image.crop(box))
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high > 65535:
             raise InputError(
-                f"{short(req.full_url)}: redirected away from http(s): {short(newurl)}"
+                f"{name}: mode {image.mode}, values {low} to {high}, expected 0 to 65535"
             )
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
+        out.paste(Image.fromarray(_scale_16bit(values)), box)
+    return out
 
 
-def fetch(url: str, max_bytes: int = MAX_FETCH_BYTES, timeout: float = FETCH_SECONDS) -> bytes:
-    """Bytes of an http(s) URL, at most `max_bytes`, within `timeout` seconds. Raises InputError."""
-    name = short(url)
-    result: list[bytes | Exception] = []
+def _scale_16bit(values: np.ndarray) -> np.ndarray:
+    return ((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
 
-    def work() -> None:
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
+    rows = max(1, _STRIP // image.width)
+    for top in range(0, image.height, rows):
+        yield 0, top, image.width, min(top + rows, image.height)
+
+
+def _cost(image: Image.Image, name: str) -> int:
+    """Bytes that are held while an image is decoded. Raises InputError where they are too many."""
+    each = _BYTES_A_PIXEL.get(image.format or "", 8)
+    if any(tile[0] in Image.DECODERS for tile in getattr(image, "tile", ())):
+        each = _SLOW
+    pixels = image.width * image.height
+    if pixels * each > MAX_IMAGE_BYTES or pixels > _MOST_PIXELS:
+        most = min(MAX_IMAGE_BYTES // each, _MOST_PIXELS)
+        raise InputError(
+            f"{name}: refused as a decompression bomb: {image.width} x {image.height} pixels, "
+            f"expected at most {most} of {image.format or 'an image'}"
+        )
+    return pixels * each
+
+
+_MOST_PIXELS = 178_956_970  # where Pillow itself refuses
+_LIMIT = f"{MAX_IMAGE_BYTES >> 20} MiB"
+
+
+@contextlib.contextmanager
+def _refusals(name: str) -> Iterator[None]:
+    """Turns what Pillow raises for a bad file into an InputError that holds nothing of the file."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Image.DecompressionBombError as e:
+        raise InputError(f"{name}: refused as a decompression bomb, too many pixels") from e
+    except MemoryError as e:
+        raise InputError(f"{name}: there is not enough memory for this image") from e
+    except Exception as e:  # decoders raise whatever the bytes lead them to
+        raise InputError(f"{name}: damaged or truncated image") from e
+
+
+class _Memory:
+    """Bytes that the threads of this process hold while they decode."""
+
+    def __init__(self) -> None:
+        self.held, self.free = 0, threading.Condition()
+
+    @contextlib.contextmanager
+    def __call__(self, count: int) -> Iterator[None]:
+        """Waits until there is room for so many more, or nothing else is held."""
+        with self.free:
+            self.free.wait_for(lambda: not self.held or self.held + count <= MAX_IMAGE_BYTES)
+            self.held += count
         try:
-            result.append(_read_url(url, name, max_bytes, time.monotonic() + timeout, timeout))
-        except Exception as e:
-            if isinstance(e, urllib.error.HTTPError):
-                e.close()
-            result.append(e)
-
-    # A socket's own timeout starts again with each byte that drips in; none covers a name look-up.
-    worker = threading.Thread(target=work, daemon=True)
-    worker.start()
-    worker.join(timeout)
-    found = result[0] if result else TimeoutError()
-    if isinstance(found, bytes):
-        return found
-    if isinstance(found, InputError):
-        raise found
-    if isinstance(found, TimeoutError) or isinstance(getattr(found, "reason", None), TimeoutError):
-        raise InputError(f"{name}: no picture within {timeout:g} seconds") from found
-    reason = one_line(getattr(found, "reason", found))
-    if isinstance(found, urllib.error.HTTPError):
-        raise InputError(f"{name}: the server answered {found.code} {reason}") from found
-    raise InputError(f"{name}: cannot fetch this picture: {reason}") from found
+            yield
+        finally:
+            with self.free:
+                self.held -= count
+                self.free.notify_all()
 
 
-def _read_url(url: str, name: str, max_bytes: int, deadline: float, timeout: float) -> bytes:
-    request = urllib.request.Request(url, headers={"User-Agent": "qwen3vl-jax"})
-    with urllib.request.build_opener(_HttpOnly).open(request, timeout=timeout) as response:
-        data = bytearray()
-        while chunk := response.read1(_FETCH_CHUNK):
-            data += chunk
-            if len(data) > max_bytes:
-                raise InputError(
-                    f"{name}: the answer is longer than the limit of {max_bytes} bytes"
-                )
-            if time.monotonic() > deadline:
-                raise TimeoutError
-        expected = response.headers.get("Content-Length", "")
-    if expected.isdigit() and len(data) != int(expected):
-        raise InputError(f"{name}: the answer ended after {len(data)} of {expected} bytes")
-    return bytes(data)
+class _Quiet:
+    """Pillow warns of large images, which have a limit of their own here, and of odd metadata.
+
+    The filters of warnings are one for all threads: the first one in sets them, the last one out
+    puts them back.
+    """
+
+    def __init__(self) -> None:
+        self.inside, self.lock, self.scope = 0, threading.Lock(), contextlib.ExitStack()
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self.lock:
+            if not self.inside:
+                self.scope.enter_context(warnings.catch_warnings())
+                warnings.filterwarnings("ignore", module=r"PIL|qwen3vl_jax\.processing\.pictures")
+            self.inside += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.inside -= 1
+                if not self.inside:
+                    self.scope.close()
 
 
-def one_line(error: Any) -> str:
-    """What an error says, without line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__
+_memory, _quiet = _Memory(), _Quiet()
+_tiff_failed = threading.local()
 
 
-def short(text: str, limit: int = 120) -> str:
-    """A path or address as a message shows it."""
-    text = text if text.isprintable() else repr(text)[1:-1]
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+@contextlib.contextmanager
+def _tiff_errors() -> Iterator[None]:
+    """Raises what libtiff would write to stderr, of files that Pillow takes for whole."""
+    _set_tiff_handlers()
+    _tiff_failed.flag = False
+    yield
+    if _tiff_failed.flag:
+        raise OSError("libtiff found an error")
+
+
+@functools.cache
+def _set_tiff_handlers() -> Any:
+    """Handlers of libtiff's errors and warnings, which are of the process; they are kept alive here."""
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p)
+    def failed(module: Any, text: Any, values: Any) -> None:
+        _tiff_failed.flag = True
+
+    with contextlib.suppress(OSError, AttributeError):  # a Pillow whose libtiff cannot be reached
+        library = ctypes.CDLL(Image.core.__file__)
+        library.TIFFSetErrorHandler.restype = library.TIFFSetWarningHandler.restype = (
+            ctypes.c_void_p
+        )
+        library.TIFFSetErrorHandler(failed)
+        library.TIFFSetWarningHandler(None)
+    return failed

@@ -14,7 +14,6 @@ import numpy as np
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.json_text import write_json
-from qwen3vl_jax.processing import pictures
 from qwen3vl_jax.processing.chat import (
     Medium,
     hand_out,
@@ -29,6 +28,8 @@ from qwen3vl_jax.processing.defaults import (
 )
 from qwen3vl_jax.processing.escape import Escape
 from qwen3vl_jax.processing.images import ImageSettings, preprocess
+from qwen3vl_jax.processing.media import opened_image
+from qwen3vl_jax.processing.media_rules import FETCH_SECONDS, MAX_FETCH_BYTES, MediaRules
 from qwen3vl_jax.processing.reply import Reply, parse_reply
 from qwen3vl_jax.processing.rows import (
     Arrays,
@@ -60,8 +61,9 @@ class Processor:
     stop_ids: tuple[int, ...]  # ids that end an answer
     sampling: dict[str, float]  # arguments of Sampling that the checkpoint asks for
     wrap_clips: bool = False  # one more vision_start .. vision_end around each whole clip
-    max_fetch_bytes: int = pictures.MAX_FETCH_BYTES  # of a picture given by URL
-    fetch_seconds: float = pictures.FETCH_SECONDS
+    max_fetch_bytes: int = MAX_FETCH_BYTES  # of an image or video given by URL
+    fetch_seconds: float = FETCH_SECONDS
+    media_rules: MediaRules = dataclasses.field(default_factory=MediaRules)
 
     @classmethod
     def from_pretrained(
@@ -179,7 +181,7 @@ class Processor:
             prompts = [self._prompt(row, tools, **options) for row in rows]
         media = hand_out([prompt.media for prompt in prompts], images, videos)
         media = with_clip_options(media, videos_kwargs or {})
-        seen = [[self._see(medium, settings) for medium in row] for row in media]
+        seen = self._see_all(media, settings)
         return self._arrays(prompts, seen, padding_side, continuations)
 
     def __call__(self, conversations: Any = None, **options: Any) -> Batch:
@@ -302,16 +304,35 @@ class Processor:
         out = text_arrays(tokenizer, config, rows, side, continuations)
         return out | media_arrays([one for row in seen for one in row])
 
+    def _see_all(self, media: list[list[Medium]], settings: ImageSettings) -> list[list[Seen]]:
+        """The patches of all media. Raises InputError where they are more than the rules allow."""
+        limit, held, seen = self.media_rules.max_batch_bytes, 0, []
+        for row in media:
+            seen.append([])
+            for medium in row:
+                seen[-1].append(self._see(medium, settings))
+                held += seen[-1][-1].rows.nbytes
+                if held > limit:
+                    raise InputError(
+                        f"images and videos: more than {limit >> 20} MiB of patches in one call; give "
+                        "fewer, lower max_pixels, or raise Processor.media_rules.max_batch_bytes"
+                    )
+        return seen
+
     def _see(self, medium: Medium, settings: ImageSettings) -> Seen:
         if isinstance(medium.source, Seen):
             return medium.source
-        limits = {"max_bytes": self.max_fetch_bytes, "timeout": self.fetch_seconds}
+        limits = {
+            "max_bytes": self.max_fetch_bytes,
+            "timeout": self.fetch_seconds,
+            "rules": self.media_rules,
+        }
         if medium.kind == "video":
             return Seen(
                 *preprocess_video(medium.source, self.video_settings, limits, **medium.overrides)
             )
-        picture = pictures.load_image(medium.source, **limits)
-        return Seen(*preprocess(picture, settings, **medium.overrides))
+        with opened_image(medium.source, **limits) as image:
+            return Seen(*preprocess(image, settings, **medium.overrides))
 
 
 def _is_many(conversations: Any) -> bool:

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.processing.pictures import is_picture, is_place
+from qwen3vl_jax.processing.media import is_place, open_source
+from qwen3vl_jax.processing.pictures import is_image
 
 REPRESENT = "Represent the user's input."
 RETRIEVE = "Given a search query, retrieve relevant candidates that answer the query."
@@ -67,7 +68,8 @@ def document(given: str) -> dict[str, Any]:
     # Nor is a text too long for a file's name.
     if not is_place(given) and not os.path.isfile(given):
         return {"text": given}
-    return {"image" if is_picture(given) else "video": given}
+    with open_source(given).open() as file:
+        return {"image" if is_image(file) else "video": given}
 
 
 def _text(text: str) -> dict[str, Any]:

@@ -1,0 +1,278 @@
+"""The one reader of media: every form of a source of an image or video, as a file to read."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import dataclasses
+import io
+import os
+import re
+import stat
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.paths import as_path, is_remote, reached
+from qwen3vl_jax.processing.fetching import fetch
+from qwen3vl_jax.processing.media_rules import (
+    FETCH_SECONDS,
+    MAX_FETCH_BYTES,
+    MediaRules,
+    short,
+)
+from qwen3vl_jax.processing.pictures import decoded, from_array, is_image, upright_8bit
+
+_URL = re.compile("https?://", re.IGNORECASE)
+_DATA = re.compile("data:[^;,/]{0,64}[;,/]", re.IGNORECASE)
+_FILE = re.compile("file:/", re.IGNORECASE)
+_STORED = re.compile("(gs|s3|az)://")
+_KEYS = ("bytes", "url", "path", "base64")
+_NO_FILES = ("/proc/", "/sys/")
+_KINDS = {stat.S_IFDIR: "directory", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket",
+          stat.S_IFCHR: "device", stat.S_IFBLK: "device"}  # fmt: skip
+
+
+def load_image(
+    source: Any,
+    *,
+    max_bytes: int = MAX_FETCH_BYTES,
+    timeout: float = FETCH_SECONDS,
+    rules: MediaRules | None = None,
+) -> Image.Image:
+    """Reads an image: PIL image, array, or any form that `open_source` takes.
+
+    Arrays are as `from_array` takes them. Returns an upright 8-bit image of mode L, LA, P, RGB, RGBA,
+    CMYK or the like (`to_rgb` makes it RGB); of an animation the first frame. Raises InputError.
+    """
+    with opened_image(source, max_bytes=max_bytes, timeout=timeout, rules=rules) as image:
+        return image
+
+
+@contextlib.contextmanager
+def opened_image(source: Any, **limits: Any) -> Iterator[Image.Image]:
+    """`load_image` whose memory counts among that of all threads as long as the context is open."""
+    if isinstance(source, Image.Image):
+        yield upright_8bit(source, "image")
+    elif hasattr(source, "__array__"):
+        try:
+            array = np.asarray(source)
+        except Exception as e:  # a class of its own: whatever it raises
+            raise InputError(f"image: {type(source).__name__} gives no array") from e
+        yield from_array(array)
+    else:
+        found = open_source(source, "image", **limits)
+        with found.open() as file, decoded(file, found.name) as image:
+            yield image
+
+
+@dataclasses.dataclass(frozen=True)
+class MediaFile:
+    """An image or video before it is decoded; `open` gives a new file at its start, each time.
+
+    `open` raises InputError for what cannot be opened.
+    """
+
+    name: str
+    open: Callable[[], BinaryIO]
+
+
+def open_source(
+    source: Any,
+    key: str = "image",
+    *,
+    max_bytes: int = MAX_FETCH_BYTES,
+    timeout: float = FETCH_SECONDS,
+    rules: MediaRules | None = None,
+) -> MediaFile:
+    """A file of any form of source that is no array, PIL image or list.
+
+    Forms: path, http(s), gs:// or file URL, data URI, base64 text, bytes, and an object with bytes,
+    url, path or base64, as {"bytes": .., "path": ..} of Hugging Face's data sets. key: "image" or
+    "video". max_bytes and timeout (seconds) bound a URL. Raises InputError.
+    """
+    rules = rules or MediaRules()
+    if isinstance(source, Mapping):
+        source = inner(source, key)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return _held(f"{key} bytes", bytes(source))
+    is_path = isinstance(source, os.PathLike)
+    text = os.fspath(source) if is_path else source
+    if not isinstance(text, str):
+        raise InputError(
+            f"{key}: found {type(source).__name__}, expected a path, URL, data URI, base64 text, bytes, "
+            "array, PIL image, or an object with one of them"
+        )
+    name, form = (
+        short(text),
+        "path" if is_path and not is_remote(text) else form_of(text, key, rules.root),
+    )
+    if form == "url":
+        return _held(name, fetch(text, max_bytes, timeout, rules))
+    if form == "data":
+        return _held("data URI", data_uri(text))
+    if form == "base64":
+        return _held(f"base64 {key}", decode_base64(text))
+    if form == "store":
+        rules.check_host("/".join(text.split("/")[:3]), None, key)
+        return _held(name, stored(text))
+    path = local_path(text) if form == "file" else text
+    return MediaFile(name, lambda: _open(path, key, rules))
+
+
+def inner(given: Mapping[str, Any], key: str) -> Any:
+    """The source in an object: of {bytes, path} the bytes, where there are any. Raises InputError."""
+    found = {name: given[name] for name in _KEYS if given.get(name)}
+    if "bytes" in found:
+        found.pop("path", None)
+    if len(found) != 1:
+        names = ", ".join(found) or ", ".join(map(str, list(given)[:8])) or "nothing"
+        raise InputError(f"{key}: got an object with {names}, expected bytes, url, path or base64")
+    ((name, source),) = found.items()
+    if name in ("bytes", "base64") and isinstance(source, str) and not _DATA.match(source):
+        return "data:;base64," + source
+    return source
+
+
+def form_of(text: str, key: str, folder: str = "") -> str:
+    """What a text is: "url", "data", "file", "store", "base64" or "path".
+
+    base64 is what decodes to an image (a video, for the key "video") and names no file in `folder`.
+    """
+    for form, pattern in (("url", _URL), ("data", _DATA), ("file", _FILE), ("store", _STORED)):
+        if pattern.match(text):
+            return form
+    try:
+        data = decode_base64(text)
+    except InputError:
+        return "path"
+    seen = is_image(data) if key == "image" else _is_video(data)
+    return "base64" if seen and not _exists(os.path.join(folder, text)) else "path"
+
+
+def within(source: Any, key: str, folder: str) -> Any:
+    """A source whose relative path, in any form and in lists, begins in a folder."""
+    if isinstance(source, (list, tuple)):  # the frames of a video
+        return [within(frame, "image", folder) for frame in source]
+    if isinstance(source, Mapping):
+        return {k: within(v, key, folder) if k in ("url", "path") else v for k, v in source.items()}
+    if isinstance(source, str) and form_of(source, key, folder) == "path":
+        return os.path.join(folder, source)
+    return source
+
+
+def _held(name: str, data: bytes) -> MediaFile:
+    return MediaFile(name, lambda: io.BytesIO(data))
+
+
+def _is_video(data: bytes) -> bool:
+    import av
+
+    try:
+        with av.open(io.BytesIO(data), container_options={"protocol_whitelist": "none"}) as file:
+            return bool(file.streams.video)
+    except (av.FFmpegError, ValueError, OSError):
+        return False
+
+
+def _exists(path: str) -> bool:
+    try:
+        return os.path.exists(path)
+    except (OSError, ValueError):  # too long for a name, or a null byte: not a path
+        return False
+
+
+def _open(path: str, key: str, rules: MediaRules) -> BinaryIO:
+    """A regular file, opened so that nothing waits and no link leads out of the root meanwhile."""
+    name = short(path)
+    try:
+        real = rules.local(path, key)
+        if os.path.realpath(real).startswith(_NO_FILES):
+            raise InputError(
+                f"{name}: cannot read this {key}: expected a regular file, not of /proc or /sys"
+            )
+        # Opening a device may already do something.
+        _check_regular(os.stat(real), name, key)
+        handle = _open_below(rules.root, real) if rules.root else os.open(real, _FLAGS)
+        try:
+            _check_regular(os.fstat(handle), name, key)
+        except BaseException:
+            os.close(handle)
+            raise
+        return os.fdopen(handle, "rb")
+    except InputError:
+        raise
+    except (OSError, ValueError) as e:
+        reason = "no such file" if isinstance(e, FileNotFoundError) else getattr(e, "strerror", e)
+        raise InputError(f"{name}: cannot read this {key}: {reason}") from e
+
+
+_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+def _open_below(root: str, real: str) -> int:
+    """A file below a folder, folder by folder: links that were put there meanwhile are not followed."""
+    handle = os.open(os.path.realpath(root), _FLAGS | os.O_DIRECTORY)
+    for part in os.path.relpath(real, os.path.realpath(root)).split(os.sep):
+        try:
+            below = os.open(part, _FLAGS | os.O_NOFOLLOW, dir_fd=handle)
+        finally:
+            os.close(handle)
+        handle = below
+    return handle
+
+
+def _check_regular(found: os.stat_result, name: str, key: str) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(found.st_mode), "special file")
+        raise InputError(f"{name}: cannot read this {key}: it is a {kind}, expected a regular file")
+
+
+def is_place(text: str) -> bool:
+    """Whether a text names an object of a store: gs://bucket/cat.png."""
+    return _STORED.match(text) is not None
+
+
+def stored(place: str) -> bytes:
+    """Bytes of an object. Raises InputError."""
+    name = short(place)
+    try:
+        with reached(name):
+            return as_path(place).read_bytes()
+    except FileNotFoundError as e:
+        raise InputError(f"{name}: cannot be read: no such file") from e
+
+
+def local_path(uri: str) -> str:
+    """The path of a file: address."""
+    parts = urllib.parse.urlsplit(uri)
+    host = "" if parts.netloc.lower() == "localhost" else parts.netloc
+    return urllib.request.url2pathname(host + parts.path)
+
+
+def data_uri(text: str) -> bytes:
+    """Bytes of a data: URI, base64 or percent-encoded. Raises InputError."""
+    head, comma, body = text.partition(",")
+    if not comma:
+        raise InputError(f"data URI: got {short(text)}, expected a comma after its media type")
+    if head.lower().endswith(";base64"):
+        return decode_base64(urllib.parse.unquote(body), "data URI")
+    return urllib.parse.unquote_to_bytes(body)
+
+
+def decode_base64(text: str, name: str = "base64 text") -> bytes:
+    """Bytes of base64 text; line breaks, the URL alphabet and missing padding are fine.
+
+    Raises InputError.
+    """
+    compact = "".join(text.split()).translate(str.maketrans("-_", "+/")).rstrip("=")
+    try:
+        return base64.b64decode(compact + "=" * (-len(compact) % 4), validate=True)
+    except (binascii.Error, ValueError) as e:
+        raise InputError(f"{name}: not base64 text ({e}): {short(text)}") from e
