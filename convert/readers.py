@@ -239,6 +239,14 @@ def read_tensors(directory: Path) -> list[Stored]:
     return [tensor for file in weight_files(directory) for tensor in read_header(file)]
 
 
+def holds_head(directory: Path) -> bool | None:
+    """Whether the files of a Hugging Face directory hold a head; None where there are no such files."""
+    try:
+        return any(tensor.name.endswith("lm_head.weight") for tensor in read_tensors(directory))
+    except (InputError, OSError):
+        return None
+
+
 def side_files(directory: Path, leave_out: Iterable[str] = ()) -> list[Path]:
     """Every file of a checkpoint that holds no weights, relative to it: config, tokenizer, ..."""
     found = files_under(directory, {".git", ".cache", PARTIAL, *leave_out})

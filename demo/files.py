@@ -113,6 +113,7 @@ def make_config(tokenizer: Tokenizer) -> dict:
             "rope_type": "default",
         },
         "rope_theta": 5000000,
+        "tie_word_embeddings": True,
         "use_cache": True,
         "vocab_size": VOCABULARY,
     }

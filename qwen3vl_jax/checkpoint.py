@@ -146,7 +146,7 @@ def save_params(
             kept = [name for name in names if raw is None or name != Path(CONFIG)]
             copy_files(source, kept, stage, fp8)
         if raw is not None:
-            write_config(stage, raw, fp8)
+            write_config(stage, raw, cfg.tie_word_embeddings, fp8)
 
 
 def resolve(ckpt: str | os.PathLike[str], revision: str | None = None) -> Path:

@@ -25,6 +25,7 @@ from qwen3vl_jax.rope_config import (
     warn_once,
 )
 
+TIED = "tie_word_embeddings"
 TEXT_ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu")
 # What the class of transformers 4.57.1 fills in for a key that is absent. Only keys that fix no shape.
 _TEXT_DEFAULTS = {
@@ -144,8 +145,7 @@ class Config:
         text, vision = _text(text_raw, is_moe), _vision(raw["vision_config"])
         _check_towers(text, vision)
         tokens = {k: _int(raw, k, "", at_least=0, default=d) for k, d in _TOKEN_DEFAULTS.items()}
-        tied = raw.get("tie_word_embeddings")
-        tied = False if tied is None else flag(tied, "tie_word_embeddings")
+        tied = _is_tied(raw, source)
         eos = _eos(text_raw.get("eos_token_id", raw.get("eos_token_id")))
         return cls(text, vision, **tokens, tie_word_embeddings=tied, eos_token_ids=eos)
 
@@ -167,17 +167,34 @@ class Config:
             for key in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
                 del text[key]
         name = "qwen3_vl_moe" if moe else "qwen3_vl"
-        text["model_type"] = f"{name}_text"
+        text |= {"model_type": f"{name}_text", TIED: self.tie_word_embeddings}
         text["eos_token_id"] = self.eos_token_ids[0] if len(self.eos_token_ids) == 1 else None
         if len(self.eos_token_ids) > 1:
             text["eos_token_id"] = list(self.eos_token_ids)
-        top = {k: getattr(self, k) for k in (*_TOKEN_DEFAULTS, "tie_word_embeddings")}
+        top = {k: getattr(self, k) for k in (*_TOKEN_DEFAULTS, TIED)}
         vision = {**dataclasses.asdict(self.vision), "model_type": name}
         vision["rope_parameters"] = {"rope_type": "axial", "rope_theta": vision.pop("rope_theta")}
         arch = f"Qwen3VL{'Moe' if moe else ''}ForConditionalGeneration"
         plain = {**top, "text_config": text, "vision_config": vision}
         found = {"architectures": [arch], "model_type": name, **plain}
         return read_json(write_json(found, "config"), "config")
+
+
+def _is_tied(raw: Mapping[str, Any], source: Any) -> bool:
+    """Whether the head is the embedding; raises InputError for what is no flag.
+
+    transformers 5 reads the key at the top, transformers 4 the one in text_config. Where the second
+    alone is true, a directory without a head is tied, and one that holds a head (as transformers 5
+    writes mixtures of experts) is not.
+    """
+    places = {TIED: raw, f"text_config.{TIED}": raw["text_config"]}
+    top, text = (part.get(TIED) is not None and flag(part[TIED], where) for where, part in places.items())
+    if top or not text or isinstance(source, Mapping):
+        return top
+    from convert.readers import holds_head
+
+    path = as_path(source)
+    return holds_head(path if path.is_dir() else path.parent) is False
 
 
 def _read(path: Path) -> Mapping[str, Any]:

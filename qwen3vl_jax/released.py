@@ -56,6 +56,7 @@ def released_config(size: str) -> dict[str, Any]:
             "head_dim": 128,
             "hidden_act": "silu",
             "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": tied,
             "rope_theta": 5_000_000,
             "rope_scaling": section,
             "attention_bias": False,

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from qwen3vl_jax.config import TIED, Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.json_text import read_json_file, write_json
 from qwen3vl_jax.paths import (
@@ -145,14 +146,14 @@ def _flush(directory: Path) -> None:
 def copy_files(source: Path, names: Iterable[Path], target: Path, fp8: bool = False) -> None:
     """Copies files by relative name, config.json last: a directory without it is no checkpoint.
 
-    A config.json that speaks of quantised weights is written without, unless they are kept (fp8).
+    config.json is written anew where `as_written` changes it.
     """
     for name in sorted(names, key=lambda name: (name == Path(CONFIG), name)):
         make_folder((target / name).parent)
-        if name == Path(CONFIG) and not fp8:
-            raw = read_config(source)
-            if unquantised(raw) != raw:
-                write_config(target, raw)
+        if name == Path(CONFIG):
+            raw, tied = read_config(source), Config.from_hf(source).tie_word_embeddings
+            if as_written(raw, tied, fp8) != raw:
+                write_config(target, raw, tied, fp8)
                 continue
         copy_file(source / name, target / name)
 
@@ -162,17 +163,26 @@ def read_config(directory: Path) -> dict[str, Any]:
     return read_json_file(directory / CONFIG)
 
 
-def write_config(directory: Path, raw: Mapping[str, Any], fp8: bool = False) -> None:
-    """Writes a config.json, without quantization_config unless the weights are kept so (fp8)."""
-    text = write_json(raw if fp8 else unquantised(raw), CONFIG, indent=2) + "\n"
+def write_config(directory: Path, raw: Mapping[str, Any], tied: bool, fp8: bool = False) -> None:
+    """Writes a config.json: `as_written`."""
+    text = write_json(as_written(raw, tied, fp8), CONFIG, indent=2) + "\n"
     (directory / CONFIG).write_text(text, encoding="utf-8")
 
 
-def unquantised(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json's dict without quantization_config, at the top and in text_config."""
-    left = {key: value for key, value in raw.items() if key != QUANTISATION}
+def as_written(raw: Mapping[str, Any], tied: bool, fp8: bool = False) -> dict[str, Any]:
+    """A config.json's dict as it describes what we write.
+
+    It is without quantization_config unless the weights are kept so (fp8). Whether the head is tied
+    is said at the top and in text_config: transformers 5 reads the one, transformers 4 the other.
+    """
+    left = dict(raw)
     if isinstance(text := left.get("text_config"), Mapping):
-        left["text_config"] = {key: text[key] for key in text if key != QUANTISATION}
+        left["text_config"] = dict(text)
+    for part in (left, left.get("text_config", {})):
+        if not fp8:
+            part.pop(QUANTISATION, None)
+        if part.get(TIED, False) is not tied:
+            part[TIED] = tied
     return left
 
 

@@ -145,7 +145,7 @@ def _unfinished(orbax):
 
 
 BAD = {
-    "no_config": (lambda d: (d / "config.json").unlink(), "cannot read", "cannot read"),
+    "no_config": (lambda d: (d / "config.json").unlink(), "cannot be read", "cannot be read"),
     "other_width": (
         lambda d: _reconfigure(d, intermediate_size=64),
         r"gate_proj.weight in .*: found \[56, 40\], expected \[64, 40\] \(and 5 more\)",

@@ -1,8 +1,11 @@
 """Live transformers: what its save_pretrained writes converts, and what --to-hf writes it loads."""
 
+import json
+
 import fp8_files as fp8
 import hf_files as hf
 import numpy as np
+import ours
 import pytest
 import reference
 import torch
@@ -12,7 +15,9 @@ from transformers import AutoModelForImageTextToText
 from convert.mapping import to_hf as to_released
 from convert.to_hf import to_hf
 from convert.to_orbax import to_orbax
-from qwen3vl_jax.checkpoint import load
+from qwen3vl_jax import make_batch
+from qwen3vl_jax.checkpoint import load, save_params
+from qwen3vl_jax.config import TIED
 
 KINDS = {"dense": ("base", False), "moe": ("base", True), "tied": ("tied", False),
          "tied_moe": ("tied", True), "biases": ("attention_bias", False)}  # fmt: skip
@@ -76,3 +81,32 @@ def test_fp8_to_orbax_to_bf16_in_transformers(kind, tmp_path):
         got["lm_head.weight"] = got["model.language_model.embed_tokens.weight"]
     assert want.keys() == got.keys()
     hf.assert_same(hf.turned(got) if kind == "moe" else got, want)
+
+
+# tie_word_embeddings at the top and in text_config, as files have them, and whether a head is stored.
+TIES = ((True, None, False), (None, True, False), (False, True, True), (False, None, True))
+
+
+@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
+@pytest.mark.parametrize("top, text, head", TIES)
+def test_every_file_we_write_has_the_same_head_in_every_version(top, text, head, moe, tmp_path):
+    """Converted, saved and exported: both keys say what is true, and the logits are the reference's."""
+    raw, tensors = hf.small("base" if head else "tied", moe)
+    raw["tie_word_embeddings"] = top
+    raw["text_config"]["tie_word_embeddings"] = text
+    to_orbax(hf.write(tmp_path / "hf", raw, tensors), tmp_path / "orbax")
+    params, cfg = load(tmp_path / "hf", dtype="float32")
+    save_params(tmp_path / "saved", params, cfg)
+    to_hf(tmp_path / "orbax", tmp_path / "back")
+    to_hf(tmp_path / "saved", tmp_path / "saved_back")
+    for name in ("orbax", "saved", "back", "saved_back"):
+        written = json.loads((tmp_path / name / "config.json").read_text())
+        keys = {bool(part.get(TIED)) for part in (written, written["text_config"])}
+        assert keys == {not head} == {cfg.tie_word_embeddings}, name
+    ids = np.arange(1, 9)[None]
+    want = ours.forward(params, cfg, make_batch(cfg, input_ids=ids))[:, :8]
+    for name in ("back", "saved_back"):
+        model = reference.open_hf(tmp_path / name, moe)
+        with torch.no_grad():
+            got = model(input_ids=torch.from_numpy(ids)).logits
+        np.testing.assert_allclose(got, want, atol=2e-5, err_msg=name)

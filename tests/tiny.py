@@ -62,7 +62,7 @@ ROPE_LIMIT = 32  # positions; the scaled rope types change at it
 # name -> (text overrides, vision overrides, top-level overrides)
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "base": ({}, {}, {}),
-    "tied": ({}, {}, {"tie_word_embeddings": True}),
+    "tied": ({"tie_word_embeddings": True}, {}, {"tie_word_embeddings": True}),
     "mha": ({"num_key_value_heads": 6}, {}, {}),
     "mqa": ({"num_key_value_heads": 1}, {}, {}),
     "no_taps": ({}, {"deepstack_visual_indexes": []}, {}),
@@ -82,7 +82,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {},
     ),
     "mqa_tied_one_tap": (
-        {"num_key_value_heads": 1},
+        {"num_key_value_heads": 1, "tie_word_embeddings": True},
         {"deepstack_visual_indexes": [3], "num_position_embeddings": 25},
         {"tie_word_embeddings": True},
     ),

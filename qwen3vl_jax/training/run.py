@@ -101,7 +101,7 @@ class Run:
             self.check_held_out()
         now = Config.from_hf(resolve(recipe.ckpt)).to_hf()
         self.meta = {"model": now, **meta}
-        run_dir.check_model(now, self.meta["model"], out)
+        run_dir.check_model(now, Config.from_hf(self.meta["model"]).to_hf(), out)
         self.feed = self.make_feed(recipe.data, recipe.seed)
         if first:
             self.feed.set_state(self.meta["data"])

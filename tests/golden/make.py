@@ -25,10 +25,14 @@ tokenizer and template of tests/toy_checkpoint.py (tokenizer_crc32 is of its voc
   {name}.input_ids [1, T], {name}.image_grid_thw, {name}.video_grid_thw,
   {name}.position_ids [3, 1, T], {name}.rope_deltas [1, 1]
 All are float32 or int64.
+
+--check also loads checkpoints with config files of our writing, and the demo's: the head must be the
+stored one, or the embedding where it is tied.
 """
 
 import argparse
 import functools
+import itertools
 import json
 import sys
 import tempfile
@@ -39,7 +43,7 @@ from typing import Any
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 
 import chats  # noqa: E402
 import golden_io  # noqa: E402
@@ -150,6 +154,60 @@ def _processor() -> Any:
         )
 
 
+# tie_word_embeddings at the top and in text_config, as files have them; the first two are tied.
+TIES = ((True, None), (False, True), (False, False), (False, True))
+
+
+def heads() -> list[str]:
+    """What is wrong with the heads of checkpoints that are read with config files of our writing.
+
+    They are written as save_params does, and as what copies a checkpoint's files does.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from qwen3vl_jax.config import Config
+    from qwen3vl_jax.staging import CONFIG, copy_files, write_config
+
+    faults = []
+    for moe, (i, (top, text)) in itertools.product((False, True), enumerate(TIES)):
+        raw = tiny.config_dict("golden", moe) | {"tie_word_embeddings": i < 2}
+        tensors = {n: torch.from_numpy(a) for n, a in tiny.weights(raw, golden_io.SEED).items()}
+        raw["tie_word_embeddings"] = top
+        raw["text_config"]["tie_word_embeddings"] = text
+        with tempfile.TemporaryDirectory() as name:
+            source, saved, copied = (Path(name) / kind for kind in ("source", "saved", "copied"))
+            for folder in (source, saved, copied):
+                folder.mkdir()
+                save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+            (source / CONFIG).write_text(json.dumps(raw))
+            cfg = Config.from_hf(source)
+            write_config(saved, cfg.to_hf(), cfg.tie_word_embeddings)
+            copy_files(source, [Path(CONFIG)], copied)
+            for folder in (saved, copied):
+                faults += _head_faults(folder, tensors, moe, f"{folder.name}, {moe}, {top}, {text}")
+    demo = HERE.parent.parent / "demo" / "checkpoint"
+    return faults + _head_faults(demo, load_file(demo / "model.safetensors"), False, "demo")
+
+
+def _head_faults(folder: Path, tensors: dict[str, Any], moe: bool, what: str) -> list[str]:
+    """One line where the loaded model's logits are not those of the stored tensors."""
+    import torch
+    import transformers
+
+    kind = getattr(transformers, f"Qwen3VL{'Moe' if moe else ''}ForConditionalGeneration")
+    model = kind.from_pretrained(folder, dtype=torch.float32).eval()
+    embed = "model.language_model.embed_tokens.weight"
+    head = tensors.get("lm_head.weight", tensors[embed]).float()
+    ids = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        hidden = model.model(input_ids=ids).last_hidden_state
+        off = (model(input_ids=ids).logits - hidden @ head.T).abs().max()
+    if not (model.get_input_embeddings().weight == tensors[embed].float()).all() or off > TOLERANCE:
+        return [f"{what}: logits off by {off:.2e}"]
+    return []
+
+
 def differences(found: dict[str, np.ndarray], kept: dict[str, np.ndarray]) -> list[str]:
     """One line for each array that is missing, of another shape, or further off than TOLERANCE."""
     lines = [f"{name}: only on one side" for name in sorted(found.keys() ^ kept.keys())]
@@ -188,6 +246,10 @@ def main() -> int:
         else:
             np.savez_compressed(path, **arrays)  # pyright: ignore[reportArgumentType]
             print(f"{path.name}: {path.stat().st_size:,} bytes")
+    if check:
+        lines = heads()
+        faults += lines
+        print(f"heads: {len(lines)} checkpoints read wrongly")
     print("\n".join(faults), end="\n" if faults else "")
     return 1 if faults else 0
 
