@@ -188,7 +188,9 @@ def _is_tied(raw: Mapping[str, Any], source: Any) -> bool:
     writes mixtures of experts) is not.
     """
     places = {TIED: raw, f"text_config.{TIED}": raw["text_config"]}
-    top, text = (part.get(TIED) is not None and flag(part[TIED], where) for where, part in places.items())
+    top, text = (
+        part.get(TIED) is not None and flag(part[TIED], where) for where, part in places.items()
+    )
     if top or not text or isinstance(source, Mapping):
         return top
     from convert.readers import holds_head
