@@ -29,7 +29,7 @@ from qwen3vl_jax.training import packing, setup
 from qwen3vl_jax.training.flops import real_work, step_flops
 from qwen3vl_jax.training.placing import batch_axis, batch_shardings, put
 from qwen3vl_jax.training.recipe import Recipe, read_recipe
-from qwen3vl_jax.training.samples import Sample
+from qwen3vl_jax.training.sample import Sample
 from qwen3vl_jax.training.shares import divided
 from qwen3vl_jax.training.step import gradients
 

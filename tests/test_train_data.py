@@ -175,12 +175,12 @@ def test_every_kind_of_file_gives_the_same_sample(proc, tmp_path):
         (folder / "b.png").write_bytes(second)
         clips.write(folder / "c.mp4", clips.bars(6))
     names = {"image": ["pics/a.png", "pics/b.png"], "video": "pics/c.mp4"}
-    said_ = [("human", "<image>\nOne <video> and\n<image> ?"), ("gpt", "Yes <image>")]
+    said_ = [("human", "<image>\nOne <video> and\n<image> ?"), ("gpt", "Yes \\<image>")]
     official = {**names, "conversations": [{"from": f, "value": v} for f, v in said_]}
     items = [{"type": "image", "image": "pics/a.png"}, {"type": "text", "text": "One"},
              {"type": "video", "video": "pics/c.mp4"}, {"type": "text", "text": "and"},
              {"type": "image_url", "image_url": {"url": "pics/b.png"}}, "?"]  # fmt: skip
-    chat = {"messages": [{"role": "user", "content": items}, said("Yes <image>")]}
+    chat = {"messages": [{"role": "user", "content": items}, said("Yes \\<image>")]}
     tagged = {"role": "user", "content": "<image>One<video>and<image>?"}
     beside = {"messages": [tagged, chat["messages"][1]], "images": names["image"],
               "videos": names["video"]}  # fmt: skip
@@ -228,10 +228,35 @@ def test_every_kind_of_file_gives_the_same_sample(proc, tmp_path):
 
 HUMAN, GPT = {"from": "human", "value": "<image> a"}, {"from": "gpt", "value": "b"}
 ASKED, ANSWERED = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+CALLED = calls("crop", x=1)
+PAIR = {"ref": ["a dog"], "bbox": [[1, 2, 3, 4]]}
+BESIDE = {"images": [chats.picture(8, 8)["image"]]}
+# name -> (a record, words of the refusal)
 REFUSED = {
     "no such picture": ({"image": "none.png", "conversations": [HUMAN, GPT]}, "none.png"),
-    "a tag too many": ({"conversations": [HUMAN, GPT]}, "without a image"),
+    "a tag too many": ({"conversations": [HUMAN, GPT]}, "1: a place for an image without an image"),
+    "a tag without any image": ({"messages": [user("<image>a"), ANSWERED]}, "without an image left"),
+    "a second tag": (BESIDE | {"messages": [user("<image>a"), ANSWERED, user("<image>b"), ANSWERED]},
+                     "message 3: a place for an image"),
+    "a video's tag": (BESIDE | {"messages": [user("<image><video>"), ANSWERED]}, "without a video left"),
+    "a tag beside an item": (BESIDE | {"messages": [user({"type": "image"}, "<image>a"), ANSWERED]},
+                             "message 1: a place for an image"),
+    "a tag of the system": ({"messages": [system("<image>"), ASKED, ANSWERED]}, "message 1: a place"),
+    "a system text's tag": ({"system": "<image>", "messages": [ASKED, ANSWERED]}, "message 0: a place"),
+    "a tag of a tool": ({"messages": [ASKED, CALLED, {"role": "tool", "content": "<image>"}, ANSWERED]},
+                        "message 3: a place"),
+    "an answer's tag": (BESIDE | {"messages": [ASKED, said("<image>")]}, "2: <image> in an assistant"),
+    "a thought's tag": ({"messages": [ASKED, said("b", reasoning_content="<video>")]},
+                        "2: <video> in an assistant"),
+    "an answer's own item": ({"messages": [ASKED, {"role": "assistant", "content": [
+        chats.picture(8, 8), "b"]}]}, "0 image placeholder"),
+    "a placeholder": ({"messages": [ASKED, said("<|image_pad|>")]}, "the assistant says <.image_pad"),
     "a picture too many": ({"image": ["a", "b"], "conversations": [HUMAN, GPT]}, "2 image.s. for 1"),
+    "no tag": ({"image": "a", "messages": [ASKED, ANSWERED]}, "1 image.s. for 0"),
+    "frames as videos": ({"video": ["a", "b"], "messages": [user("<video>"), ANSWERED]},
+                         "2 video.s. for 1 .* is a list in the list"),
+    "items out of order": (BESIDE | {"messages": [user({"type": "image", "index": 1}), ANSWERED]},
+                           "index is 1, expected 0"),
     "no shape": ({"text": "hi"}, "expected messages or conversations"),
     "both shapes": ({"messages": [ASKED], "conversations": [HUMAN]}, "one of the two"),
     "no message": ({"messages": []}, "at least one"),
@@ -239,12 +264,54 @@ REFUSED = {
     "an unknown role": ({"messages": [{"role": "x", "content": "a"}, ANSWERED]}, "role is 'x'"),
     "no answer": ({"messages": [ASKED]}, "nothing to learn"),
     "all switched off": ({"messages": [ASKED, {**ANSWERED, "train": False}]}, "nothing to learn"),
+    "a weight of nothing": ({"messages": [ASKED, {**ANSWERED, "weight": 0}]}, "nothing to learn"),
     "a switch of text": ({"messages": [ASKED, {**ANSWERED, "train": "no"}]}, "train is 'no'"),
+    "a loss of text": ({"messages": [ASKED, {**ANSWERED, "loss": 0.5}]}, "loss is 0.5, expected true"),
+    "a weight below 0": ({"messages": [ASKED, {**ANSWERED, "weight": -1}]}, "weight is -1"),
+    "an infinite weight": ({"messages": [ASKED, {**ANSWERED, "weight": np.inf}]}, "weight is inf"),
+    "on and off": ({"messages": [ASKED, {**ANSWERED, "loss": True, "weight": 0}]}, "say on and off"),
+    "a user to be learned": ({"messages": [{**ASKED, "loss": True}, ANSWERED]}, "only an assistant"),
     "an answer with turns": ({"messages": [ASKED, said(f"b{FALSE}c")]}, "says <.im_start"),
     "own normalisation": ({"messages": [
         user({"type": "image", "image": "a", "image_mean": 0.1}), ANSWERED]},
-        "image_mean of a single picture"),
+        "image_mean of a single image"),
     "a list": ([1, 2], "found list"),
+    "preferences": ({"messages": [ASKED, ANSWERED], "rejected_response": "c"},
+                    "'rejected_response' .answers are trained on, not preferences"),
+    "a class": ({"messages": [ASKED, ANSWERED], "label": False}, "'label' .answers are trained on"),
+    "a key misspelt": ({"mesages": [ASKED], "messages": [ASKED, ANSWERED]}, "did you mean messages"),
+    "a message's key": ({"messages": [ASKED, {**ANSWERED, "function_call": {}}]},
+                        "message 2: unknown key 'function_call'"),
+    "an item's key": ({"messages": [user({"type": "text", "text": "a", "train": 0}), ANSWERED]},
+                      "content item: unknown key 'train'"),
+    "a turn's key": ({"conversations": [HUMAN | {"value": "a"}, GPT | {"role": "x"}]},
+                     "2: unknown key 'role'"),
+    "no content": ({"messages": [{"role": "user"}, ANSWERED]}, "message 1: it has no content"),
+    "two systems": ({"system": "a", "messages": [system("b"), ASKED, ANSWERED]}, "one system text"),
+    "a system of numbers": ({"system": 3, "messages": [ASKED, ANSWERED]}, "system: found int"),
+    "calls without a name": ({"messages": [ASKED, said("", tool_calls=[{"arguments": {}}])]},
+                             "message 2: tool_calls: expected a list of objects with name"),
+    "calls that are no JSON": ({"messages": [ASKED, said("", tool_calls="[{")]},
+                               "message 2: tool_calls: not JSON"),
+    "a later system": ({"messages": [ASKED, ANSWERED, system("s"), ASKED, ANSWERED]},
+                       "message 3: the chat template leaves out a system message behind others"),
+    "a developer": ({"messages": [{"role": "developer", "content": "s"}, ASKED, ANSWERED]},
+                    "message 1: the chat template leaves out a developer message"),
+    "thoughts": ({"messages": [ASKED, said("b", reasoning_content="why")]},
+                 "message 2: the chat template leaves out reasoning_content"),
+    "a box without objects": ({"messages": [ASKED, said("<bbox>")]}, "without an entry of objects.bbox"),
+    "an object left": (BESIDE | {"objects": PAIR, "messages": [user("<image>"), said("<ref-object>")]},
+                       "objects.bbox: 1 more than there are <bbox> tags"),
+    "a box outside": (BESIDE | {"objects": {"bbox": [[1, 2, 9, 4]]},
+                                "messages": [user("<image>"), said("<bbox>")]}, "inside 8 x 8 pixels"),
+    "width and height": (BESIDE | {"objects": {"bbox": [[4, 4, 2, 2]]},
+                                   "messages": [user("<image>"), said("<bbox>")]}, "two corners"),
+    "a box of no image": ({"objects": {"bbox": [[1, 2, 3, 4]]}, "messages": [ASKED, said("<bbox>")]},
+                          "which of 0 image"),
+    "three numbers": (BESIDE | {"objects": {"bbox": [[1, 2, 3]]},
+                                "messages": [user("<image>"), said("<bbox>")]}, "or .x, y"),
+    "an unknown object": (BESIDE | {"objects": {"mask": []}, "messages": [user("<image>"), ANSWERED]},
+                          "objects: found mask"),
 }  # fmt: skip
 
 
@@ -260,6 +327,181 @@ def test_bad_records_say_why(proc, case):
     record, words = REFUSED[case]
     with pytest.raises(InputError, match=words):
         samples.SampleMaker(proc, Data(), PACK)("x:1", chat_form(record))
+
+
+IMAGE = chats.picture(20, 40)["image"]
+TURNS = [user("<image>a"), said("b")]
+OFFICIAL = {"image": IMAGE, "conversations": [HUMAN | {"value": "<image>a"}, GPT]}
+# name -> (a record, one that means the same)
+MEANS = {
+    "a system text": ({"system": "s", "messages": [ASKED, ANSWERED]},
+                      {"messages": [system("s"), ASKED, ANSWERED]}),
+    "a system text beside conversations": (OFFICIAL | {"system": "s"}, {"messages": [
+        system("s"), user({"type": "image", "image": IMAGE}, "a"), ANSWERED]}),
+    "no system text": ({"system": "", "messages": [ASKED, ANSWERED]}, {"messages": [ASKED, ANSWERED]}),
+    "metadata": ({"id": 7, "source": "x", "label": None, "messages": [ASKED, ANSWERED]},
+                 {"messages": [ASKED, ANSWERED]}),
+    "tags of both kinds of text": ({"images": [IMAGE, IMAGE], "messages": [
+        {"role": "user", "content": "<image>a<image>"}, ANSWERED]},
+        {"images": [IMAGE, IMAGE], "messages": [user("<image>a", "<image>"), ANSWERED]}),
+    "a tool's image": ({"images": [IMAGE], "messages": [ASKED, CALLED, result("<image>"), ANSWERED]},
+                       {"messages": [ASKED, CALLED, result({"type": "image", "image": IMAGE}),
+                                     ANSWERED]}),
+    "numbered items": ({"images": [IMAGE, PICTURE["image"]], "messages": [
+        user({"type": "image", "index": 0, "text": None}, {"type": "image", "index": 1}), ANSWERED]},
+        {"messages": [user({"type": "image", "image": IMAGE}, PICTURE), ANSWERED]}),
+    "loss": ({"messages": [ASKED, {**ANSWERED, "loss": False}, ASKED, {**ANSWERED, "loss": True}]},
+             {"messages": [ASKED, {**ANSWERED, "train": False}, ASKED, ANSWERED]}),
+    "weight 0 and 1": ({"messages": [{**ASKED, "weight": 0}, {**ANSWERED, "weight": 0}, ASKED,
+                                     {**ANSWERED, "weight": 1}]},
+                       {"messages": [ASKED, {**ANSWERED, "train": False}, ASKED, ANSWERED]}),
+    "calls of text": ({"messages": [ASKED, said("", tool_calls=json.dumps(CALLED["tool_calls"])),
+                                    result("1"), ANSWERED]},
+                      {"messages": [ASKED, CALLED, result("1"), ANSWERED]}),
+    "a call of nothing": ({"messages": [ASKED, said("", tool_calls=[{"name": "f", "arguments": None}])]},
+                          {"messages": [ASKED, said("", tool_calls=[{"name": "f", "arguments": {}}])]}),
+    "no tools": ({"tools": "", "messages": [ASKED, {**ANSWERED, "tool_calls": ""}]},
+                 {"messages": [ASKED, ANSWERED]}),
+    "objects": ({"images": [IMAGE], "objects": {"ref": ["a dog", "it"], "bbox": [
+        [4, 5.0, 20, 20], [10, 10]]}, "messages": [user("<image>Where is <ref-object>?"),
+        said('{"bbox_2d": <bbox>, "label": "<ref-object>"} <bbox> \\<bbox>')]},
+        {"messages": [user({"type": "image", "image": IMAGE}, "Where is a dog?"),
+                      said('{"bbox_2d": [100, 250, 500, 1000], "label": "it"} [250, 500] \\<bbox>')]}),
+    "objects of a second image": ({"images": [PICTURE["image"], IMAGE], "objects": {
+        "bbox": [[4, 10, 8, 10]], "image_id": [1]}, "messages": [user("<image><image>"), said("<bbox>")]},
+        {"messages": [user(PICTURE, {"type": "image", "image": IMAGE}), said("[100, 500, 200, 500]")]}),
+    "objects from 0 to 1": ({"objects": {"bbox": [[0.1, 0.25, 1, 1]], "bbox_type": "norm1"},
+                             "images": [IMAGE], "messages": [user("<image>"), said("<bbox>")]},
+                            {"messages": [user({"type": "image", "image": IMAGE}),
+                                          said("[100, 250, 1000, 1000]")]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MEANS)
+def test_every_key_of_a_record_means_something(proc, case):
+    """The sample is that of a plain record: the same ids, labels, weights and pixels."""
+    maker = samples.SampleMaker(proc, Data(), PACK)
+    got, want = (maker("x:1", chat_form(record)) for record in MEANS[case])
+    for name in ("ids", "labels", "weights", "positions"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(want, name), err_msg=name)
+    for one, other in zip(got.visuals, want.visuals, strict=True):
+        np.testing.assert_array_equal(one.pixels, other.pixels)
+
+
+def test_a_source_says_what_its_boxes_count_and_which_keys_do_not_matter(proc):
+    record = {"images": [IMAGE], "objects": {"bbox": [[4, 5, 20, 1000]]}, "score": 3,
+              "messages": [user("<image>"), {**said("<bbox>"), "stars": 5}]}  # fmt: skip
+    source = Source("", boxes="norm1000", ignore=("score", "stars"))
+    text = chat_form(record, source)["messages"][1]
+    assert text == {"role": "assistant", "content": "[4, 5, 20, 1000]"}
+
+
+def test_a_tag_with_a_backslash_is_text(proc):
+    """In every role's text and in content items; the text is trained as it is meant."""
+    record = {"messages": [user("write \\<image>"), said("\\<image> and \\<video>")]}
+    sample = sample_of(proc, **record)
+    assert learned(proc, sample) == ["<image> and <video>" + END] and not sample.visuals
+    assert "write <image>" in proc.decode(sample.ids)
+
+
+def test_weights_of_messages(proc):
+    messages = [user("a"), {**said("b"), "weight": 0.5}, user("c"), {**said("d"), "weight": 2}]
+    weights = sample_of(proc, messages).weights
+    assert sorted(set(weights.tolist())) == [0.0, 0.5, 2.0]
+
+
+def test_special_tokens_of_a_prompt_are_tokens_where_the_recipe_says_so(processors):
+    """As in the reference, which knows no other way; what ends a turn stays refused."""
+    proc = processors["instruct"]
+    asked = [user("<|object_ref_start|>cat<|object_ref_end|>"), said("x")]
+    ids = sample_of(proc, asked, data=Data(allow_special=True)).ids
+    assert {151646, 151647} <= set(ids.tolist())
+    assert not {151646, 151647} & set(sample_of(proc, asked).ids.tolist())
+    for token in ("<|im_end|>", "<|image_pad|>"):
+        with pytest.raises(InputError, match="the user says"):
+            sample_of(proc, [user(f"a{token}"), said("x")], data=Data(allow_special=True))
+
+
+def test_a_record_may_be_a_list_of_records(tmp_path):
+    """The packed form of the official code, in JSONL and in a JSON list; each has a name of its own."""
+    one, two = ({"messages": [user(x), said(x)]} for x in "ab")
+    lines = [[one, two], one, [two], [], "[{"]
+    text = "\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines)
+    (tmp_path / "a.jsonl").write_text(text)
+    (tmp_path / "b.json").write_text(json.dumps([[one, two], one]))
+    found = records.open_records(Source(str(tmp_path / "a.jsonl")))
+    names = [found.name(i) for i in range(len(found))]
+    assert names == [
+        "a.jsonl:1.1",
+        "a.jsonl:1.2",
+        "a.jsonl:2",
+        "a.jsonl:3.1",
+        "a.jsonl:4",
+        "a.jsonl:5",
+    ]
+    assert [found.read(i)["messages"][1]["content"] for i in range(4)] == ["a", "b", "a", "b"]
+    for index, words in ((4, "found list"), (5, "not JSON")):
+        with pytest.raises(InputError, match=words):
+            found.read(index)
+    found = records.open_records(Source(str(tmp_path / "b.json")))
+    assert [found.name(i) for i in range(3)] == ["b.json:1.1", "b.json:1.2", "b.json:2"]
+    assert found.read(1)["messages"][1]["content"] == "b"
+
+
+def test_columns_that_mean_nothing_are_refused(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = [{"messages": json.dumps([user("a"), said("b")]), "label": 1}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match="found the columns label, which have no meaning"):
+        records.open_records(Source(str(tmp_path / "a.parquet")))
+    found = records.open_records(Source(str(tmp_path / "a.parquet"), ignore=("label",)))
+    assert found.read(0)["messages"][1]["content"] == "b"
+
+
+WRONG = {
+    "a token without a row": ({"ids": 726}, "token 726 is outside the vocabulary of 726"),
+    "a negative token": ({"ids": -3}, "token -3 is outside"),
+    "a token of 64 bits": ({"ids": np.int64(2**32 + 5)}, "token 4294967301 is outside"),
+    "tokens that are no whole numbers": ({"ids": np.float32}, "expected integers"),
+    "a label without a row": ({"labels": 9999}, "9999 is neither -100 nor a token of 726"),
+    "a label of another token": ({"labels": 5}, "neither their own token nor -100"),
+    "no finite weight": ({"weights": np.nan}, "expected finite numbers from 0"),
+    "a negative weight": ({"weights": -1}, "expected finite numbers from 0"),
+    "a negative position": ({"positions": -1}, "positions: expected whole numbers from 0"),
+    "a placeholder too many": ({"ids": "image"}, "1 placeholders without an image"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_ready_samples_are_checked_as_all_are(proc, case):
+    """Ids, labels, weights and positions of a Sample that a class made."""
+    changes, words = WRONG[case]
+    good = sample_of(proc, [user("a"), said("b")])
+    maker, changed = samples.SampleMaker(proc, Data(), PACK), {}
+    for name, value in changes.items():
+        array = getattr(good, name)
+        if isinstance(value, type):
+            changed[name] = array.astype(value)
+            continue
+        array = array.astype(np.float64 if isinstance(value, float) else np.int64)
+        array[..., -2] = proc.config.image_token_id if value == "image" else value
+        changed[name] = array
+    if changes.get("ids") == "image":
+        changed["labels"] = np.where(good.labels == good.ids[-2], -100, good.labels)
+        changed["weights"] = np.where(changed["labels"] == -100, 0, good.weights)
+    assert maker("x", good).ids.dtype == np.int32
+    with pytest.raises(InputError, match=words):
+        maker("x", dataclasses.replace(good, **changed))
+
+
+def test_tokens_that_a_tokenizer_has_beyond_the_embedding_are_refused(proc):
+    """As infer.py refuses them: they would be clamped to the last row, and a target would count 0."""
+    text = dataclasses.replace(proc.config.text, vocab_size=proc.tokenizer.id_of(END))
+    small = dataclasses.replace(proc, config=dataclasses.replace(proc.config, text=text))
+    with pytest.raises(InputError, match=f"is outside the vocabulary of {text.vocab_size}"):
+        sample_of(small, [user("a"), said("b")])
 
 
 @pytest.mark.parametrize(

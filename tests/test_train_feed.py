@@ -22,7 +22,7 @@ from qwen3vl_jax.training import feed as feeds
 from qwen3vl_jax.training import packing, parcel
 from qwen3vl_jax.training.memory import Memory
 from qwen3vl_jax.training.recipe import Data, Pack, Source
-from qwen3vl_jax.training.samples import Refusal, Sample
+from qwen3vl_jax.training.sample import Refusal, Sample
 
 PACK = Pack(rows=3, length=96, vision_rows=2, vision_length=256, lookahead=6)
 

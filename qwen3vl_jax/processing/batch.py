@@ -16,6 +16,7 @@ from qwen3vl_jax.processing.positions import (
     frames_by_token,
     grid_array,
     ids_and_mask,
+    integers,
     rope_index,
 )
 from qwen3vl_jax.structs import Batch, VisionInputs
@@ -206,27 +207,43 @@ def _checked_rows(
     cfg: Config, ids: np.ndarray, mask: np.ndarray, labels, given: bool
 ) -> np.ndarray | None:
     """The labels [B T], once labels and given ids are known to be those of rows that hold something."""
-    size = cfg.text.vocab_size
     if not mask.any(axis=1).all() or not ids.size:
         empty = int(np.argmin(mask.any(axis=1))) if ids.size else 0
         raise InputError(f"input_ids: row {empty} of shape {ids.shape} has no attended token")
-    wrong = ids[mask & ((ids < 0) | (ids >= size))]
-    if wrong.size and given:
-        raise InputError(f"input_ids: token {wrong[0]} is outside the vocabulary of {size}")
+    if given:
+        check_ids("input_ids", ids[mask], cfg.text.vocab_size)
     if labels is None:
         return None
-    labels = np.asarray(labels).astype(np.int32)
+    labels = check_labels("labels", labels, cfg.text.vocab_size)
     if labels.shape != ids.shape:
         raise InputError(f"labels: shape {labels.shape}, expected that of input_ids {ids.shape}")
+    return labels
+
+
+def check_ids(name: str, given: Any, size: int) -> np.ndarray:
+    """Token ids as int32 of the same shape. Raises InputError for one without an embedding row.
+
+    size: rows of the embedding.
+    """
+    ids = integers(name, given)
+    wrong = ids[(ids < 0) | (ids >= size)]
+    if wrong.size:
+        raise InputError(f"{name}: token {wrong[0]} is outside the vocabulary of {size}")
+    return ids.astype(np.int32)
+
+
+def check_labels(name: str, given: Any, size: int) -> np.ndarray:
+    """Labels as int32 of the same shape. Raises InputError for one that is neither a token nor -100."""
+    labels = integers(name, given)
     wrong = labels[(labels >= size) | ((labels < 0) & (labels != -100))]
     if wrong.size:
-        raise InputError(f"labels: {wrong[0]} is neither -100 nor a token of {size}")
-    return labels
+        raise InputError(f"{name}: {wrong[0]} is neither -100 nor a token of {size}")
+    return labels.astype(np.int32)
 
 
 def _segments(mask: np.ndarray, segment_ids) -> np.ndarray:
     if segment_ids is not None:
-        segments = np.asarray(segment_ids).astype(np.int32)
+        segments = integers("segment_ids", segment_ids).astype(np.int32)
         if segments.shape != mask.shape:
             raise InputError(f"segment_ids: shape {segments.shape}, expected {mask.shape}")
         return np.where(mask, segments, 0)
@@ -242,7 +259,7 @@ def _segments(mask: np.ndarray, segment_ids) -> np.ndarray:
 
 
 def _positions(position_ids, shape: tuple[int, ...]) -> np.ndarray:
-    positions = np.asarray(position_ids).astype(np.int32)
+    positions = integers("position_ids", position_ids).astype(np.int32)
     if positions.shape == shape:
         positions = np.broadcast_to(positions, (3, *shape))
     if positions.shape != (3, *shape):

@@ -41,7 +41,7 @@ def rope_index(
 
 def ids_and_mask(input_ids, attention_mask) -> tuple[np.ndarray, np.ndarray]:
     """input_ids as int32 [B T] and attention_mask as bool [B T] (all True without one), checked."""
-    ids = _integers("input_ids", input_ids)
+    ids = integers("input_ids", input_ids)
     if ids.ndim != 2:
         raise InputError(f"input_ids: shape {ids.shape}, expected [B T]")
     mask = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask) != 0
@@ -49,10 +49,11 @@ def ids_and_mask(input_ids, attention_mask) -> tuple[np.ndarray, np.ndarray]:
         raise InputError(
             f"attention_mask: shape {mask.shape}, expected that of input_ids {ids.shape}"
         )
-    return ids.astype(np.int32), mask
+    # A larger number would become another token.
+    return np.clip(ids, -1, 2**31 - 1).astype(np.int32), mask
 
 
-def _integers(name: str, given) -> np.ndarray:
+def integers(name: str, given) -> np.ndarray:
     """An argument as int64, with rows of one length; an empty one may have any type."""
     try:
         found = np.asarray(given)
@@ -65,7 +66,7 @@ def _integers(name: str, given) -> np.ndarray:
 
 def grid_array(name: str, grid) -> np.ndarray:
     """A grid argument as int64 [n 3], checked; None and [] are no grids."""
-    grid = _integers(name, [] if grid is None else grid)
+    grid = integers(name, [] if grid is None else grid)
     grid = grid if grid.size else np.zeros((0, 3), np.int64)
     if grid.ndim != 2 or grid.shape[1] != 3 or (grid < 1).any():
         raise InputError(

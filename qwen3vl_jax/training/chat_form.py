@@ -1,7 +1,12 @@
-"""Records of both shapes in one: {"messages": [...], "tools"?: [...]}, media inside the messages."""
+"""Records of both shapes in one: {"messages": [...], "tools"?: [...]}, media inside the messages.
+
+Every key of a record, a message and a content item means something here, or is refused.
+"""
 
 from __future__ import annotations
 
+import difflib
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -9,111 +14,280 @@ from typing import Any
 
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.json_text import read_json
+from qwen3vl_jax.processing import images, videos
+from qwen3vl_jax.training.objects import with_objects
+from qwen3vl_jax.training.recipe import Source
 
 Record = dict[str, Any]
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
           "system": "system", "tool": "tool", "observation": "tool"}  # fmt: skip
 _POOLS = {"image": ("image", "images"), "video": ("video", "videos")}
 _PLACES = ("image", "video", "image_url", "video_url", "url", "path")
-_TAG = re.compile("(<image>|<video>)")
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+_SWITCHES = ("train", "loss", "weight")
+FIELDS = (
+    "messages",
+    "conversations",
+    "system",
+    "tools",
+    "objects",
+    *_POOLS["image"],
+    *_POOLS["video"],
+)
+# What says where a record comes from, and changes nothing; a source may name more in `ignore`.
+METADATA = ("id", "idx", "index", "uid", "uuid", "source", "dataset", "split", "task", "category",
+            "language", "metadata", "width", "height", "num_tokens")  # fmt: skip
+_MESSAGE = ("name", "tool_calls", "tool_call_id", *_REASONING, *_SWITCHES)
+_ITEM = (
+    "type",
+    "text",
+    "index",
+    "base64",
+    "nframes",
+    *_PLACES,
+    *images.OVERRIDES,
+    *videos.OVERRIDES,
+)
+_TAG = re.compile(r"(?<!\\)(<image>|<video>)")
+_LITERAL = re.compile(r"\\(<(?:image|video)>)")
+_HOW = "a tag that is meant as text has a backslash in front of it: \\<image>"
+_A = {"image": "an image", "video": "a video"}
+_PREFERENCES = dict.fromkeys(
+    (
+        "chosen",
+        "rejected",
+        "rejected_response",
+        "rejected_messages",
+        "rejected_images",
+        "label",
+        "labels",
+    ),
+    "answers are trained on, not preferences or classes",
+)
 _LONGEST_PATH = 4096
 
 
-def chat_form(record: Any, media: str = "") -> Record:
-    """A record of either shape as {"messages", "tools"?}; media: the folder of relative paths.
+def chat_form(record: Any, source: Source | None = None) -> Record:
+    """A record of either shape as {"messages", "tools"?}; source: the file that it is of.
 
-    In the shape of the official code, {image | video, conversations: [{from, value}]}, each <image>
-    and <video> of a user's text is the next picture or clip, and the text around it is stripped, as
-    there. In chat shape a record may hold images and videos beside its messages: for content items
-    without a source and for tags, in order. Raises InputError, also where they do not come out even.
+    In the shape of the official code, {image | video, conversations: [{from, value}]}, the text of a
+    user is stripped, as there. In both shapes each <image> and <video> of any text, and each content
+    item without a source, is the next image or video that the record holds beside its messages; \\<image>
+    is the text <image>. Raises InputError, also where they do not come out even and for unknown keys.
     """
-    if not isinstance(record, Mapping):
-        raise InputError(f"found {type(record).__name__}, expected an object")
-    keys = [k for k in ("messages", "conversations") if record.get(k) is not None]
-    if len(keys) != 1:
+    source = source or Source("")
+    shapes = ("messages", "conversations")
+    if isinstance(record, Mapping) and sum(record.get(k) is not None for k in shapes) != 1:
         raise InputError("expected messages or conversations, one of the two")
+    record = _fields(record, (*FIELDS, *METADATA, *source.ignore), "")
+    keys = [k for k in shapes if k in record]
     turns = _from_json(record[keys[0]], keys[0])
     if not isinstance(turns, Sequence) or isinstance(turns, (str, bytes)) or not turns:
         raise InputError(f"{keys[0]}: expected a list of messages, and at least one")
-    pools = {kind: _pool(record, names) for kind, names in _POOLS.items()}
-    given = {kind: len(pool) for kind, pool in pools.items()}
-    messages = [_message(turn, number, pools) for number, turn in enumerate(turns, 1)]
+    pools = {kind: _pool(record, kind) for kind in _POOLS}
+    turns, first = _with_system(turns, record.get("system"))
+    numbered = enumerate(turns, first)
+    messages = [_message(turn, number, pools, source.ignore) for number, turn in numbered]
     for kind, pool in pools.items():
         if pool:
+            frames = "; a video given as frames is a list in the list" if kind == "video" else ""
             raise InputError(
-                f"{given[kind]} {kind}(s) for {given[kind] - len(pool)} <{kind}> tag(s) or content "
-                "item(s), expected one each"
+                f"{pool.total} {kind}(s) for {pool.total - len(pool)} <{kind}> tag(s) or content "
+                f"item(s), expected one each{frames}"
             )
-    out: Record = {"messages": [_with_media(message, media) for message in messages]}
-    if (tools := _from_json(record.get("tools"), "tools")) is not None:
+    messages = [_with_media(message, source.media) for message in messages]
+    objects = _from_json(record.get("objects"), "objects")
+    out: Record = {"messages": with_objects(messages, objects, source.boxes)}
+    if tools := _from_json(record.get("tools"), "tools"):
         out["tools"] = tools
     return out
 
 
-def _message(turn: Any, number: int, pools: dict[str, list[Any]]) -> dict[str, Any]:
-    """One message in chat form; its pictures and clips are taken off the pools."""
-    if not isinstance(turn, Mapping):
-        raise InputError(f"message {number}: found {type(turn).__name__}, expected an object")
-    if "from" not in turn:
-        content = turn.get("content")
-        tags = any(pools.values()) and turn.get("role") != "assistant"
-        if isinstance(content, str) and tags and _TAG.search(content):
-            return {**turn, "content": _by_tag(content, number, pools, strip=False)}
-        if isinstance(content, (list, tuple, Mapping)):
-            items = [content] if isinstance(content, Mapping) else content
-            return {**turn, "content": [_filled(item, number, pools) for item in items]}
-        return dict(turn)
-    role, value = turn["from"], turn.get("value")
-    if not isinstance(role, str) or role not in _ROLES:
-        raise InputError(f"message {number}: from is {role!r}, expected {', '.join(_ROLES)}")
-    if not isinstance(value, str):
-        raise InputError(f"message {number}: value is {type(value).__name__}, expected a text")
-    message = {k: v for k, v in turn.items() if k not in ("from", "value")}
-    message["role"] = _ROLES[role]
-    user = message["role"] in ("user", "tool")
-    message["content"] = _by_tag(value, number, pools, strip=True) if user else value
-    return message
+def _with_system(turns: Sequence[Any], text: Any) -> tuple[Sequence[Any], int]:
+    """The messages behind a record's own system text, and the number of the first."""
+    if text is None or _blank(text):
+        return turns, 1
+    first = turns[0] if isinstance(turns[0], Mapping) else {}
+    if not isinstance(text, str) or "system" in (first.get("role"), first.get("from")):
+        found = (
+            type(text).__name__ if not isinstance(text, str) else "a text, and message 1 is one too"
+        )
+        raise InputError(f"system: found {found}, expected one system text")
+    return [{"role": "system", "content": text}, *turns], 0
 
 
-def _by_tag(text: str, number: int, pools: dict[str, list[Any]], strip: bool) -> Any:
+def _fields(given: Any, known: Sequence[str], where: str) -> dict[str, Any]:
+    """An object without its nulls. Raises InputError for a key that means nothing here."""
+    if not isinstance(given, Mapping):
+        several = (
+            "; only files of JSON may hold lists of records" if isinstance(given, list) else ""
+        )
+        raise InputError(f"{where}found {type(given).__name__}, expected an object{several}")
+    found = {key: value for key, value in given.items() if value is not None}
+    for key in found:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, 1, 0.75)
+            hint = f"did you mean {near[0]}" if near else "it means nothing here"
+            raise InputError(
+                f"{where}unknown key {key!r} ({_PREFERENCES.get(key, hint)}); leave it out, or name it "
+                "in the source's ignore"
+            )
+    return found
+
+
+def _message(
+    turn: Any, number: int, pools: dict[str, list[Any]], ignore: Sequence[str]
+) -> dict[str, Any]:
+    """One message in chat form; its images and videos are taken off the pools."""
+    where = f"message {number}: "
+    official = isinstance(turn, Mapping) and "from" in turn
+    known = (*(("from", "value") if official else ("role", "content")), *_MESSAGE, *ignore)
+    message = {k: v for k, v in _fields(turn, known, where).items() if k not in ignore}
+    if official:
+        role, value = message.pop("from"), message.pop("value", None)
+        if not isinstance(role, str) or role not in _ROLES:
+            raise InputError(f"{where}from is {role!r}, expected {', '.join(_ROLES)}")
+        if not isinstance(value, str):
+            raise InputError(f"{where}value is {type(value).__name__}, expected a text")
+        message = {"role": _ROLES[role], "content": value, **message}
+    role = message.get("role")
+    if calls := _calls(message.pop("tool_calls", None), where):
+        message["tool_calls"] = calls
+    if "content" in message:
+        strip = official and role in ("user", "tool")
+        message["content"] = _content(message["content"], role, where, pools, strip)
+    elif not calls and not any(key in message for key in _REASONING):
+        raise InputError(f"{where}it has no content, expected a text or a list of content items")
+    for key in _REASONING:
+        if isinstance(message.get(key), str):
+            message[key] = _by_tag(message[key], "assistant", where, pools, False)
+    return _switched(message, where)
+
+
+def _content(content: Any, role: Any, where: str, pools: dict[str, list[Any]], strip: bool) -> Any:
+    """A message's content whose tags and empty places are filled."""
+    if isinstance(content, str):
+        return _by_tag(content, role, where, pools, strip)
+    items = list(content) if isinstance(content, (list, tuple)) else [content]
+    out: list[Any] = []
+    for given in items:
+        plain = not isinstance(given, Mapping)
+        item = given if plain else _fields(given, _ITEM, f"{where}content item: ")
+        text = item.get("text") if isinstance(item, Mapping) else item
+        if isinstance(text, str):
+            text = _by_tag(text, role, where, pools, False)
+            out += [{"type": "text", "text": text}] if isinstance(text, str) else text
+        else:
+            out.append(_filled(item, where, pools))
+    return out
+
+
+def _by_tag(text: str, role: Any, where: str, pools: dict[str, list[Any]], strip: bool) -> Any:
     """A text as content: each tag is the next of its pool, what lies between them is text."""
     parts = [part.strip() if strip else part for part in _TAG.split(text)]
     if len(parts) == 1:
-        return parts[0]
+        return _LITERAL.sub(r"\1", parts[0])
     items = []
     for part in parts:
-        if _TAG.fullmatch(part):
-            items.append(_next(part[1:-1], number, pools))
-        elif part:
-            items.append({"type": "text", "text": part})
+        if not _TAG.fullmatch(part):
+            items += [{"type": "text", "text": _LITERAL.sub(r"\1", part)}] if part else []
+        elif role == "assistant":
+            raise InputError(f"{where}{part} in an assistant's text, where none can stand; {_HOW}")
+        else:
+            items.append(_next(part[1:-1], where, pools))
     return items
 
 
-def _next(kind: str, number: int, pools: dict[str, list[Any]]) -> dict[str, Any]:
+def _next(kind: str, where: str, pools: dict[str, list[Any]]) -> dict[str, Any]:
     if not pools[kind]:
-        raise InputError(f"message {number}: a <{kind}> without a {kind} left for it")
-    return {"type": kind, kind: pools[kind].pop(0)}
+        raise InputError(f"{where}a place for {_A[kind]} without {_A[kind]} left for it; {_HOW}")
+    return pools[kind].pop(0)
 
 
-def _filled(item: Any, number: int, pools: dict[str, list[Any]]) -> Any:
-    """A content item; an empty place for a picture or clip takes the next of its pool."""
-    if not isinstance(item, Mapping):
+def _filled(item: Any, where: str, pools: dict[str, list[Any]]) -> Any:
+    """A content item; an empty place for an image or video takes the next of its pool."""
+    if not isinstance(item, dict):
         return item
-    item = {k: v for k, v in item.items() if v is not None}
-    kind = item.get("type")
-    if kind in pools and not any(key in item for key in (*_PLACES, "base64")):
-        return {**item, **_next(kind, number, pools)}
-    return item
+    kind, index = item.get("type"), item.pop("index", None)
+    if kind not in pools or any(key in item for key in (*_PLACES, "base64")):
+        return item
+    pool = pools[kind]
+    if index is not None and index != (at := pool.total - len(pool)):
+        raise InputError(f"{where}index is {index!r}, expected {at}: items take {kind}s in order")
+    return {**_next(kind, where, pools), **item}
 
 
-def _pool(record: Mapping[str, Any], names: Sequence[str]) -> list[Any]:
-    """The pictures or clips that lie beside the messages of a record, in order."""
+def _calls(given: Any, where: str) -> list[dict[str, Any]]:
+    """Calls of tools as {name, arguments} or with these under "function"; also of JSON text."""
+    calls = _from_json(given, f"{where}tool_calls") or []
+    for call in calls if isinstance(calls, (list, tuple)) else [calls]:
+        called = (call.get("function") or call) if isinstance(call, Mapping) else None
+        if not isinstance(called, Mapping) or not isinstance(called.get("name"), str):
+            raise InputError(
+                f"{where}tool_calls: expected a list of objects with name and arguments"
+            )
+        if isinstance(text := called.get("arguments"), str):
+            _from_json(text, f"{where}arguments of {called['name']}")
+    return [_with_arguments(call) for call in calls]
+
+
+def _with_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
+    """A call whose arguments are there: null and nothing are {}."""
+    if isinstance(inner := call.get("function"), Mapping):
+        return {**call, "function": _with_arguments(inner)}
+    arguments = call.get("arguments")
+    return {**call, "arguments": {} if arguments in (None, "") else arguments}
+
+
+def _switched(message: dict[str, Any], where: str) -> dict[str, Any]:
+    """A message whose train, loss and weight are one "train" (true, false) and one "weight" above 0."""
+    given = {key: message.pop(key) for key in _SWITCHES if key in message}
+    weight = given.pop("weight", 1)
+    for key, value in given.items():
+        if not isinstance(value, bool):
+            raise InputError(f"{where}{key} is {value!r}, expected true or false")
+    if (
+        isinstance(weight, bool)
+        or not isinstance(weight, (int, float))
+        or not 0 <= weight < math.inf
+    ):
+        raise InputError(f"{where}weight is {weight!r}, expected a number from 0")
+    says = {*given.values(), *([False] if weight == 0 else [])}
+    if len(says) > 1:
+        raise InputError(f"{where}train, loss and weight say on and off, expected one of them")
+    if message.get("role") != "assistant" and (True in says or weight not in (0, 1)):
+        raise InputError(f"{where}it is to be learned, and only an assistant's message can be")
+    message |= {"train": says.pop()} if says else {}
+    return message | ({"weight": float(weight)} if weight not in (0, 1) else {})
+
+
+class _Pool(list[Any]):
+    """The images or videos beside the messages of a record that are left, and how many there were."""
+
+    def __init__(self, items: Sequence[Any]):
+        super().__init__(items)
+        self.total = len(items)
+
+
+def _pool(record: Mapping[str, Any], kind: str) -> _Pool:
+    """The images or videos that lie beside the messages of a record, in order, as content items."""
     found: list[Any] = []
-    for name in names:
+    for name in _POOLS[kind]:
         given = record.get(name)
         given = given if isinstance(given, (list, tuple)) else [given]
-        found += [_source(x, name) for x in given if x is not None and not _blank(x)]
-    return found
+        found += [_pooled(x, kind, name) for x in given if x is not None and not _blank(x)]
+    return _Pool(found)
+
+
+def _pooled(given: Any, kind: str, name: str) -> dict[str, Any]:
+    """One of them: a source, the frames of a video, or an object with settings beside its source."""
+    if isinstance(given, Mapping) and kind == "video" and "frames" in given:
+        given = {("video" if key == "frames" else key): value for key, value in given.items()}
+    if isinstance(given, Mapping) and kind in given:
+        return {"type": kind, **_fields(given, _ITEM, f"{name}: ")}
+    if kind == "video" and isinstance(given, (list, tuple)):
+        return {"type": kind, kind: [_source(frame, name) for frame in given]}
+    return {"type": kind, kind: _source(given, name)}
 
 
 def _blank(given: Any) -> bool:
@@ -125,8 +299,8 @@ def _source(given: Any, name: str) -> Any:
     """A picture or clip; of {bytes, path}, as in Hugging Face's data sets, the bytes come first."""
     if isinstance(given, Mapping):
         given = given.get("bytes") or given.get("path")
-    if not isinstance(given, (str, bytes)) or not given:
-        raise InputError(f"{name}: found {type(given).__name__}, expected a path or bytes")
+    if given is None:
+        raise InputError(f"{name}: found an object, expected bytes or a path in it")
     return given
 
 
@@ -161,12 +335,7 @@ def without_nulls(value: Any) -> Any:
 
 
 def _from_json(value: Any, name: str) -> Any:
-    """What a column of JSON text says; anything else as it is."""
+    """What a column of JSON text says, None for an empty one; anything else as it is."""
     if not isinstance(value, str):
         return value
-    return read_json(value, name)
-
-
-def parsed(text: bytes) -> Any:
-    """JSON data of a text. Raises InputError."""
-    return read_json(text, "", large=True)
+    return None if _blank(value) else read_json(value, name)

@@ -22,7 +22,8 @@ from qwen3vl_jax.training.memory import Memory
 from qwen3vl_jax.training.packing import PackedBatch, Placed, Waiting, build, choose, fill_of
 from qwen3vl_jax.training.recipe import Data, Pack
 from qwen3vl_jax.training.records import open_records
-from qwen3vl_jax.training.samples import Refusal, Sample, SampleMaker, eight_bit
+from qwen3vl_jax.training.sample import Refusal, Sample
+from qwen3vl_jax.training.samples import SampleMaker, eight_bit
 from qwen3vl_jax.training.stream import Order, iterate, make_stream
 
 _FEWEST = 100  # records that a fraction is of, at least

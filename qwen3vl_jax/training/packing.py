@@ -22,7 +22,7 @@ from qwen3vl_jax.training.memory import Memory
 from qwen3vl_jax.training.recipe import Pack
 
 if TYPE_CHECKING:
-    from qwen3vl_jax.training.samples import Sample
+    from qwen3vl_jax.training.sample import Sample
 
 IGNORED = -100
 Grid = tuple[int, int, int]

@@ -22,7 +22,7 @@ import numpy as np
 
 from qwen3vl_jax.processing.prompts import Visual
 from qwen3vl_jax.training.packing import one_frame
-from qwen3vl_jax.training.samples import Refusal, Sample
+from qwen3vl_jax.training.sample import Refusal, Sample
 
 _FOLDER = "/dev/shm"
 _FREE = ".free"  # ends the name of a file that was read

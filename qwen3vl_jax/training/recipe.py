@@ -26,6 +26,10 @@ class Source:
     weight: float = 1.0
     media: str = ""  # folder of relative paths; "": the file's own
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    # what objects.bbox of its records counts
+    boxes: str = "pixels"
+    # keys of its records and messages that are passed over
+    ignore: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Data:
     fps: float = 0.0
     max_frames: int = 0
     add_vision_id: bool = False
+    allow_special: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +167,7 @@ _CHOICES = {
     "init": ("checkpoint", "normal", "fan_in"),
     "data.too_long": ("refuse", "cut"),
     "data.weighting": ("token", "sqrt"),
+    "sources.boxes": ("pixels", "norm1000"),
     "lora.base": ("bfloat16", "float32", "int8", "fp8"),
     "optimizer.name": ("adamw", "adafactor", "muon", "sgd"),
     "optimizer.schedule": ("cosine", "linear", "constant"),
@@ -238,6 +244,11 @@ def _check_together(recipe: Recipe) -> None:
         for number, source in enumerate(sources, 1):
             if not source.path or not 0 < source.weight < math.inf:
                 raise InputError(f"{table}.sources {number}: expected a path and a weight above 0")
+            if source.boxes not in _CHOICES["sources.boxes"]:
+                known = ", ".join(_CHOICES["sources.boxes"])
+                raise InputError(
+                    f"{table}.sources {number}: boxes is {source.boxes!r}, expected one of {known}"
+                )
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:

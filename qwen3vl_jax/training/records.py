@@ -18,12 +18,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.json_text import read_json
 from qwen3vl_jax.paths import as_path, is_remote, read_range
-from qwen3vl_jax.training.chat_form import Record, chat_form, parsed, without_nulls
+from qwen3vl_jax.training.chat_form import FIELDS, METADATA, Record, chat_form, without_nulls
 from qwen3vl_jax.training.recipe import Source
 
 log = logging.getLogger("qwen3vl_jax")
-_COLUMNS = ("messages", "conversations", "tools", "image", "images", "video", "videos")
 _LARGE = 64 * 2**20  # bytes of a row group
 _SUFFIXES = ".jsonl, .json, .parquet, .array_record or python:module:Class"
 _CHUNK = 1 << 24
@@ -54,13 +54,13 @@ def open_records(source: Source) -> Records:
             raise InputError(f"{path}: options ({names}) are for python:module:Class sources")
         if not path.is_file():
             raise InputError(f"{path}: no such file, expected {_SUFFIXES}")
-        media = source.media or str(path.parent)
+        here = dataclasses.replace(source, media=source.media or str(path.parent))
         kinds = {".jsonl": Lines.of, ".ndjson": Lines.of, ".json": _json, ".parquet": Table.of,
                  ".array_record": Array.of, ".arrayrecord": Array.of}  # fmt: skip
         if path.suffix not in kinds:
             raise InputError(f"{path}: unknown kind of file {path.suffix!r}, expected {_SUFFIXES}")
         try:
-            found = kinds[path.suffix](str(path), media)
+            found = kinds[path.suffix](str(path), here)
         except OSError as error:
             raise InputError(f"{path}: cannot read this file: {error}") from None
     if not len(found):
@@ -73,32 +73,63 @@ class Lines:
     """A JSONL file: where its lines begin is known, and one line is read at a time."""
 
     path: str
-    media: str
-    spans: np.ndarray  # [n 3] int64: first byte, byte behind the last, number of the line
+    source: Source
+    # [n 4] int64: first byte, byte behind the last, number of the line, place in its list or -1
+    spans: np.ndarray
 
     @classmethod
-    def of(cls, path: str, media: str) -> Lines:
-        """Looks through the file once; lines of at most one byte are no records."""
-        ends = [np.zeros(0, np.int64)]
+    def of(cls, path: str, source: Source) -> Lines:
+        """Looks through the file once; lines of at most one byte are no records, a list is several."""
+        ends, lists = [np.zeros(0, np.int64)], []
         with as_path(path).open("rb") as file:
-            start = 0
+            start, last = 0, b"\n"
             while chunk := file.read(_CHUNK):
-                ends.append(start + np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")))
-                start += len(chunk)
+                data = np.frombuffer(last + chunk, np.uint8)
+                ends.append(start + np.flatnonzero(data[1:] == ord("\n")))
+                lists.append(start + np.flatnonzero((data[:-1] == 10) & (data[1:] == ord("["))))
+                start, last = start + len(chunk), chunk[-1:]
         ends = np.append(np.concatenate(ends), start)
         begins = np.concatenate([[0], ends[:-1] + 1])
-        spans = np.stack([begins, ends, np.arange(1, len(ends) + 1)], 1)
-        return cls(path, media, spans[ends - begins > 1])
+        spans = np.stack([begins, ends, np.arange(1, len(ends) + 1), np.full(len(ends), -1)], 1)
+        spans = spans[ends - begins > 1]
+        if lists and len(packed := np.concatenate(lists)):
+            held = np.zeros(len(spans), np.int64)
+            for row in np.flatnonzero(np.isin(spans[:, 0], packed)).tolist():
+                held[row] = _listed(path, spans[row])
+            counts = np.maximum(held, 1)
+            places = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+            spans = np.repeat(spans, counts, 0)
+            spans[:, 3] = np.where(np.repeat(held, counts) > 0, places, -1)
+        return cls(path, source, spans)
 
     def __len__(self) -> int:
         return len(self.spans)
 
     def name(self, index: int) -> str:
-        return f"{os.path.basename(self.path)}:{self.spans[index, 2]}"
+        return _named(self.path, *self.spans[index, 2:].tolist())
 
     def read(self, index: int) -> Record:
-        begin, end, _ = self.spans[index].tolist()
-        return chat_form(parsed(read_range(as_path(self.path), begin, end - begin)), self.media)
+        begin, end, _, place = self.spans[index].tolist()
+        record = _parsed(self.path, begin, end)
+        return chat_form(record if place < 0 else record[place], self.source)
+
+
+def _listed(path: str, span: np.ndarray) -> int:
+    """How many records the list on a line holds; 0 for a line that is refused when it is read."""
+    begin, end = span[:2].tolist()
+    try:
+        return len(_parsed(path, begin, end))
+    except InputError:
+        return 0
+
+
+def _parsed(path: str, begin: int, end: int) -> Any:
+    return read_json(read_range(as_path(path), begin, end - begin), "", large=True)
+
+
+def _named(path: str, number: int, place: int = -1) -> str:
+    """Where a record stands: its line or place from 1, and its place from 1 in a list of records."""
+    return f"{os.path.basename(path)}:{number}" + (f".{place + 1}" if place >= 0 else "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,29 +137,33 @@ class Items:
     """A JSON file that holds one list of records; it is kept in memory, unlike JSONL."""
 
     path: str
-    media: str
-    items: list[Any]
+    source: Source
+    items: list[tuple[str, Any]]  # names and records
 
     def __len__(self) -> int:
         return len(self.items)
 
     def name(self, index: int) -> str:
-        return f"{os.path.basename(self.path)}:{index + 1}"
+        return self.items[index][0]
 
     def read(self, index: int) -> Record:
-        return chat_form(self.items[index], self.media)
+        return chat_form(self.items[index][1], self.source)
 
 
-def _json(path: str, media: str) -> Records:
-    """A .json file: one list, or else a record a line."""
+def _json(path: str, source: Source) -> Records:
+    """A .json file: one list, in which a list is several records, or else a record a line."""
     with as_path(path).open("rb") as file:
         if file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] != b"[":
-            return Lines.of(path, media)
+            return Lines.of(path, source)
         file.seek(0)
-        try:
-            return Items(path, media, parsed(file.read()))
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from None
+        found = read_json(file.read(), path, large=True)
+    items: list[tuple[str, Any]] = []
+    for number, item in enumerate(found, 1):
+        if isinstance(item, list) and item:
+            items += [(_named(path, number, at), one) for at, one in enumerate(item)]
+        else:
+            items.append((_named(path, number), item))
+    return Items(path, source, items)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,21 +171,27 @@ class Table:
     """A parquet file. One row group is read at a time, so shuffled files want small ones."""
 
     path: str
-    media: str
+    source: Source
     columns: tuple[str, ...]
     ends: np.ndarray  # [g] rows up to the end of each row group
 
     @classmethod
-    def of(cls, path: str, media: str) -> Table:
+    def of(cls, path: str, source: Source) -> Table:
         import pyarrow
 
         try:
             with _parquet(path) as file:
-                columns = tuple(n for n in file.schema_arrow.names if n in _COLUMNS)
+                names = [n for n in file.schema_arrow.names if n not in source.ignore]
                 meta = file.metadata
                 groups = [meta.row_group(g) for g in range(meta.num_row_groups)]
         except pyarrow.ArrowException as error:
             raise InputError(f"{path}: not a parquet file: {error}") from None
+        if unknown := set(names) - {*FIELDS, *METADATA}:
+            raise InputError(
+                f"{path}: found the columns {', '.join(sorted(unknown))}, which have no meaning here; "
+                "name those that are to be passed over in the source's ignore"
+            )
+        columns = tuple(name for name in names if name in FIELDS)
         if not {"messages", "conversations"} & set(columns):
             raise InputError(f"{path}: it has neither a column messages nor a column conversations")
         if (largest := max((g.total_byte_size for g in groups), default=0)) > _LARGE:
@@ -158,20 +199,20 @@ class Table:
                 "%s: row groups of up to %d MiB, and shuffling reads a whole one for each record; "
                 "written with row_group_size=64 or so it is read faster", path, largest >> 20
             )  # fmt: skip
-        return cls(path, media, columns, np.cumsum([g.num_rows for g in groups], dtype=np.int64))
+        return cls(path, source, columns, np.cumsum([g.num_rows for g in groups], dtype=np.int64))
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def name(self, index: int) -> str:
-        return f"{os.path.basename(self.path)}:{index + 1}"
+        return _named(self.path, index + 1)
 
     def read(self, index: int) -> Record:
         group = int(np.searchsorted(self.ends, index, side="right"))
         rows = _row_group(self.path, group, self.columns)
         at = index - int(self.ends[group]) + rows.num_rows
         row = rows.slice(at, 1).to_pylist()[0]
-        return chat_form(without_nulls(row), self.media)
+        return chat_form(without_nulls(row), self.source)
 
 
 @contextlib.contextmanager
@@ -198,15 +239,15 @@ class Array:
     """An ArrayRecord file whose records are JSON texts."""
 
     path: str
-    media: str
+    source: Source
     count: int
 
     @classmethod
-    def of(cls, path: str, media: str) -> Array:
+    def of(cls, path: str, source: Source) -> Array:
         if is_remote(path):
             raise InputError(f"{path}: ArrayRecord is read from disks; use JSONL or parquet there")
         try:
-            return cls(path, media, len(_array(path)))
+            return cls(path, source, len(_array(path)))
         except (RuntimeError, ValueError) as error:
             raise InputError(f"{path}: not an ArrayRecord file: {error}") from None
 
@@ -214,10 +255,10 @@ class Array:
         return self.count
 
     def name(self, index: int) -> str:
-        return f"{os.path.basename(self.path)}:{index + 1}"
+        return _named(self.path, index + 1)
 
     def read(self, index: int) -> Record:
-        return chat_form(parsed(_array(self.path)[index]), self.media)
+        return chat_form(read_json(_array(self.path)[index], "", large=True), self.source)
 
 
 @functools.lru_cache(maxsize=64)
@@ -235,9 +276,8 @@ class Made:
     pickle. A true `vision_labels` says that its samples name what their vision rows show.
     """
 
-    path: str
+    source: Source
     maker: Any
-    media: str
 
     @classmethod
     def of(cls, source: Source) -> Made:
@@ -250,7 +290,7 @@ class Made:
                 f"{source.path}: expected python:module:Class that can be imported: {error}"
             ) from None
         try:
-            return cls(source.path, kind(**source.options), source.media)
+            return cls(source, kind(**source.options))
         except TypeError as error:
             raise InputError(f"{source.path}: its options do not fit: {error}") from None
 
@@ -262,8 +302,8 @@ class Made:
         return len(self.maker)
 
     def name(self, index: int) -> str:
-        return f"{self.path.removeprefix('python:')}:{index + 1}"
+        return f"{self.source.path.removeprefix('python:')}:{index + 1}"
 
     def read(self, index: int) -> Any:
         made = self.maker[index]
-        return chat_form(made, self.media) if isinstance(made, Mapping) else made
+        return chat_form(made, self.source) if isinstance(made, Mapping) else made

@@ -20,48 +20,24 @@ from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.positions import rope_index
 from qwen3vl_jax.processing.processor import Processor
-from qwen3vl_jax.processing.prompts import Visual, visuals_of
+from qwen3vl_jax.processing.prompts import visuals_of
 from qwen3vl_jax.processing.tokenizer import Tokenizer
 from qwen3vl_jax.training.checks import check_vision_length
 from qwen3vl_jax.training.packing import frames_fit
 from qwen3vl_jax.training.recipe import Data, Pack
+from qwen3vl_jax.training.sample import IGNORED, Sample, check_sample
+from qwen3vl_jax.training.shown import Shown
 
-IGNORED = -100
 START, END = "<|im_start|>", "<|im_end|>"
 _HEAD = "assistant\n"
+# What no message may spell where its special tokens are special.
+_RESERVED = (START, END, "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
 _OWN_VALUES = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
 _MIDDLE = 0.5
 
 
 class TooLarge(InputError):
     """A record that is fine but does not fit the rows that are trained on."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """One conversation, ready to be packed: t tokens, r merged vision rows."""
-
-    name: str  # where it came from: "chats.jsonl:17"
-    ids: np.ndarray  # [t] int32, a placeholder for each merged patch
-    labels: np.ndarray  # [t] int32: the token itself where it is learned, else -100; not moved
-    weights: np.ndarray  # [t] float32: of each learned token in the loss, 0 elsewhere
-    positions: np.ndarray  # [3 t] int32: MRoPE ids of this conversation alone
-    visuals: tuple[
-        Visual, ...
-    ] = ()  # in order of their tokens; uint8 pixels are not normalised yet
-    vision_labels: np.ndarray | None = (
-        None  # [r] int32: a token that names each merged row, or -100
-    )
-    note: str = ""  # what was cut off
-
-
-@dataclasses.dataclass(frozen=True)
-class Refusal:
-    """A record that gives no sample; bad: it is wrong, not too large."""
-
-    name: str
-    reason: str
-    bad: bool
 
 
 class Turn(NamedTuple):
@@ -89,6 +65,10 @@ class SampleMaker:
         return eight_bit(self.proc)
 
     @functools.cached_property
+    def _shown(self) -> Shown:
+        return Shown(lambda messages, tools: self.proc.render(messages, tools, False))
+
+    @functools.cached_property
     def _opening(self) -> str:
         """What a generation prompt holds behind the head of a turn: "<think>\\n", or nothing."""
         asked = [{"role": "user", "content": "?"}]
@@ -101,15 +81,15 @@ class SampleMaker:
         return added.removeprefix(START + _HEAD)
 
     def __call__(self, name: str, record: Any) -> Sample:
-        """The sample of a record in chat form, or a ready one once it is known to fit.
+        """The sample of a record in chat form, or a ready one once it is known to fit, both checked.
 
         Raises InputError with the reason for a bad one, TooLarge for one that does not fit.
         """
         if isinstance(record, Sample):
-            reason = misfit(self.proc.config, self.pack, _checked(record, self.proc.config))
-            if reason:
+            sample = check_sample(record, self.proc.config)
+            if reason := misfit(self.proc.config, self.pack, sample):
                 raise TooLarge(reason)
-            return record
+            return sample
         if not isinstance(record, dict) or "messages" not in record:
             found = type(record).__name__
             raise InputError(f"found {found}, expected a record in chat form or a Sample")
@@ -117,13 +97,14 @@ class SampleMaker:
         whole = self.encode(name, messages, record.get("tools"))
         reason = misfit(self.proc.config, self.pack, whole)
         if reason:
-            return self._cut(whole, messages, record.get("tools"), reason)
-        return _learned(whole)
+            whole = self._cut(whole, messages, record.get("tools"), reason)
+        return check_sample(whole, self.proc.config)
 
     def encode(self, name: str, messages: Sequence[Any], tools: Any) -> Sample:
         """The whole conversation as a sample, however long, learned or not."""
         data, proc = self.data, self._processor
-        _check_messages(messages, proc is not self.proc)
+        _check_messages(messages, proc is not self.proc, data.allow_special)
+        self._shown.check(messages, tools)
         options = processor_options(data)
         arrays = proc.inputs(told(messages), tools=tools, add_generation_prompt=False, **options)
         ids = arrays["input_ids"][0].astype(np.int32)
@@ -154,17 +135,18 @@ class SampleMaker:
 
 def told(messages: Sequence[Any]) -> list[dict[str, Any]]:
     """Messages as a template takes them, without what says whether they are learned."""
-    return [{k: v for k, v in m.items() if k != "train"} for m in messages]
+    return [{k: v for k, v in m.items() if k not in ("train", "weight")} for m in messages]
 
 
 def processor_options(data: Data) -> dict[str, Any]:
-    """What the recipe asks of a processor: sizes of pictures, frames of clips, numbers of both."""
+    """What the recipe asks of a processor: sizes of images and videos, special tokens of prompts."""
     clips = {"fps": data.fps, "max_frames": data.max_frames, "max_pixels": data.clip_max_pixels}
     return {
         "template_vars": {"add_vision_id": True} if data.add_vision_id else None,
         "videos_kwargs": {k: v for k, v in clips.items() if v},
         "min_pixels": data.min_pixels or None,
         "max_pixels": data.max_pixels or None,
+        "allow_special": data.allow_special,
     }
 
 
@@ -225,7 +207,7 @@ def _targets(
 
     A turn that does not follow the generation prompt, as an earlier one of a thinking template whose
     reasoning the template has dropped, could never be written that way: it is learned only where its
-    message has "train": true. "train": false switches any turn off.
+    message has "train": true. "train": false switches any turn off; "weight" is a factor of its tokens.
     """
     answers = [message for message in messages if message["role"] == "assistant"]
     if len(answers) != len(turns):
@@ -239,38 +221,31 @@ def _targets(
         if (turn.prompted if switch is None else switch) and turn.end > turn.start:
             place = slice(turn.start, turn.end)
             labels[place] = ids[place]
-            weights[place] = (turn.end - turn.start) ** -0.5 if weighting == "sqrt" else 1.0
+            whole = (turn.end - turn.start) ** -0.5 if weighting == "sqrt" else 1.0
+            weights[place] = whole * message.get("weight", 1)
     return labels, weights
 
 
-def _learned(sample: Sample) -> Sample:
-    if not (sample.labels != IGNORED).any():
-        raise InputError("nothing to learn: no assistant turn is rendered that is switched on")
-    return sample
-
-
-def _check_messages(messages: Sequence[Any], own_values: bool) -> None:
+def _check_messages(messages: Sequence[Any], own_values: bool, allow_special: bool) -> None:
     """Refuses what the processor lets through and training cannot take."""
     if not isinstance(messages, (list, tuple)):
         raise InputError(f"messages: found {type(messages).__name__}, expected a list")
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise InputError(f"message {number}: expected an object with role and content")
-        if not isinstance(message.get("train"), (bool, type(None))):
-            raise InputError(
-                f"message {number}: train is {message['train']!r}, expected true or false"
-            )
-        if message["role"] == "assistant":
+        if message["role"] == "assistant" or allow_special:
             said = json.dumps(message, default=lambda _: "").lower()
-            for token in (START, END):
+            for token in _RESERVED:
                 if token in said:
-                    raise InputError(f"message {number}: the assistant says {token}, a turn token")
+                    raise InputError(
+                        f"message {number}: the {message['role']} says {token}, which is the template's"
+                    )
         content = message.get("content")
         for item in content if isinstance(content, (list, tuple)) and own_values else ():
             found = [key for key in _OWN_VALUES if isinstance(item, dict) and key in item]
             if found:
                 raise InputError(
-                    f"message {number}: {found[0]} of a single picture, which training has no use for"
+                    f"message {number}: {found[0]} of a single image, which training has no use for"
                 )
 
 
@@ -286,27 +261,3 @@ def eight_bit(proc: Processor) -> Processor:
             return proc
     image, video = (s.override(do_rescale=False, do_normalize=False) for s in settings)
     return dataclasses.replace(proc, image_settings=image, video_settings=video)
-
-
-def _checked(sample: Sample, cfg: Config) -> Sample:
-    """A ready sample whose arrays fit together. Raises InputError."""
-    t, unit = len(sample.ids), cfg.vision.merge_unit
-    shapes = {"ids": (t,), "labels": (t,), "weights": (t,), "positions": (3, t)}
-    for name, shape in shapes.items():
-        if (found := np.shape(getattr(sample, name))) != shape:
-            raise InputError(f"{sample.name}: {name} has shape {found}, expected {shape}")
-    rows = 0
-    for visual in sample.visuals:
-        patches, width = int(np.prod(visual.grid)), int(np.prod(cfg.vision.patch_shape))
-        if visual.pixels.shape != (patches, width):
-            raise InputError(
-                f"{sample.name}: pixels have shape {visual.pixels.shape}, expected {(patches, width)}"
-            )
-        rows += patches // unit
-    tokens = np.count_nonzero(sample.ids == cfg.image_token_id)
-    tokens += np.count_nonzero(sample.ids == cfg.video_token_id)
-    if rows != tokens:
-        raise InputError(f"{sample.name}: {tokens} placeholders for {rows} merged rows")
-    if sample.vision_labels is not None and len(sample.vision_labels) != rows:
-        raise InputError(f"{sample.name}: {len(sample.vision_labels)} vision labels for {rows}")
-    return _learned(sample)

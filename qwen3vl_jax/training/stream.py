@@ -17,7 +17,8 @@ import numpy as np
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.training.parcel import Inbox, memory_folder, send
 from qwen3vl_jax.training.records import Records
-from qwen3vl_jax.training.samples import Refusal, Sample, SampleMaker, TooLarge
+from qwen3vl_jax.training.sample import Refusal, Sample
+from qwen3vl_jax.training.samples import SampleMaker, TooLarge
 
 GROUP = 16  # samples that a worker hands over at a time
 AHEAD = 2  # groups that a worker has ready
