@@ -13,6 +13,7 @@ from PIL import Image
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing import videos as clip_settings
 from qwen3vl_jax.processing.images import OVERRIDES, whole
+from qwen3vl_jax.processing.media import inner
 
 _PICTURE_KEYS = ("image", "image_url", "url", "path", "base64")
 _PICTURE_TYPES = ("image", "image_url", "input_image")
@@ -224,10 +225,8 @@ def _source(item: Mapping[str, Any], keys: Iterable[str], where: str) -> Any:
     if not found:
         return None
     source = item[found[0]]
-    if isinstance(source, Mapping):  # OpenAI's {"url": ...}
-        if not isinstance(source.get("url"), str):
-            raise InputError(f"{where}: {found[0]} is an object, expected a url in it")
-        source = source["url"]
+    if isinstance(source, Mapping):
+        source = inner(source, f"{where}: {found[0]}")
     if found[0] == "base64" and isinstance(source, str) and not source.startswith("data:"):
         return "data:;base64," + source
     return source

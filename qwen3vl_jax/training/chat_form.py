@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.json_text import read_json
 from qwen3vl_jax.processing import images, videos
+from qwen3vl_jax.processing.media import within
 from qwen3vl_jax.training.objects import with_objects
 from qwen3vl_jax.training.recipe import Source
 
@@ -64,7 +64,6 @@ _PREFERENCES = dict.fromkeys(
     ),
     "answers are trained on, not preferences or classes",
 )
-_LONGEST_PATH = 4096
 
 
 def chat_form(record: Any, source: Source | None = None) -> Record:
@@ -285,23 +284,12 @@ def _pooled(given: Any, kind: str, name: str) -> dict[str, Any]:
         given = {("video" if key == "frames" else key): value for key, value in given.items()}
     if isinstance(given, Mapping) and kind in given:
         return {"type": kind, **_fields(given, _ITEM, f"{name}: ")}
-    if kind == "video" and isinstance(given, (list, tuple)):
-        return {"type": kind, kind: [_source(frame, name) for frame in given]}
-    return {"type": kind, kind: _source(given, name)}
+    return {"type": kind, kind: given}
 
 
 def _blank(given: Any) -> bool:
     """Whether this is the "" that stands for no picture in files whose other records have one."""
     return isinstance(given, str) and not given
-
-
-def _source(given: Any, name: str) -> Any:
-    """A picture or clip; of {bytes, path}, as in Hugging Face's data sets, the bytes come first."""
-    if isinstance(given, Mapping):
-        given = given.get("bytes") or given.get("path")
-    if given is None:
-        raise InputError(f"{name}: found an object, expected bytes or a path in it")
-    return given
 
 
 def _with_media(message: dict[str, Any], media: str) -> dict[str, Any]:
@@ -312,19 +300,12 @@ def _with_media(message: dict[str, Any], media: str) -> dict[str, Any]:
     items = []
     for item in content:
         places = [key for key in _PLACES if isinstance(item, Mapping) and key in item]
-        items.append({**item, **{k: _whole(item[k], media) for k in places}} if places else item)
+        kinds = ["video" if "video" in (key[:5], item.get("type")) else "image" for key in places]
+        whole = {
+            key: within(item[key], kind, media) for key, kind in zip(places, kinds, strict=True)
+        }
+        items.append({**item, **whole} if places else item)
     return {**message, "content": items}
-
-
-def _whole(place: Any, media: str) -> Any:
-    """A path made whole; addresses, data and what is no text stay as they are."""
-    if isinstance(place, (list, tuple)):  # the frames of a clip
-        return [_whole(frame, media) for frame in place]
-    if isinstance(place, Mapping) and isinstance(place.get("url"), str):
-        return {**place, "url": _whole(place["url"], media)}
-    if not isinstance(place, str) or len(place) > _LONGEST_PATH or re.match(r"\w{2,5}:", place):
-        return place
-    return os.path.join(media, place)
 
 
 def without_nulls(value: Any) -> Any:

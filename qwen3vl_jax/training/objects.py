@@ -14,7 +14,7 @@ from typing import Any
 
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.chat import read_conversation
-from qwen3vl_jax.processing.pictures import load_image
+from qwen3vl_jax.processing.media import load_image
 
 _TAG = re.compile(r"(?<!\\)<(ref-object|bbox)>")
 _LITERAL = re.compile(r"\\(<(?:ref-object|bbox)>)")
