@@ -7,6 +7,7 @@ import pytest
 import toy_checkpoint as toy
 
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.processing import tokenizer_file
 from qwen3vl_jax.processing.tokenizer import TextStream, Tokenizer, find_stop
 
 
@@ -255,3 +256,65 @@ def test_malformed_tokenizer_files(file, content, words, tmp_path):
 def test_text_that_is_not_unicode(tokenizer):
     with pytest.raises(InputError, match="surrogate"):
         tokenizer.encode("a\ud800b")
+
+
+def regex(pattern):
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+def replace(pattern, content):
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+ADDED = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+# Of a tokenizer.json: what is changed, and the words of the refusal. The library aborts or panics on
+# most of them, when it reads the file or at the first text.
+HOSTILE = {
+    "prefix": ({"model": {"continuing_subword_prefix": "\0"}}, "continuing_subword_prefix is '"),
+    "long prefix": ({"model": {"continuing_subword_prefix": "##"}}, "continuing_subword_prefix"),
+    "suffix": ({"model": {"end_of_word_suffix": "</w>"}}, "end_of_word_suffix is '</w>'"),
+    "dropout": ({"model": {"dropout": 0.5}}, "dropout is 0.5, expected null"),
+    "unigram": ({"model": {"type": "Unigram"}}, "model type is 'Unigram', expected BPE"),
+    "word piece": ({"model": {"type": "WordPiece"}}, "expected BPE"),
+    "no model": ({"model": None}, "model is None"),
+    "merge of no tokens": ({"model": {"merges": [["zz", "qq"]]}}, "out of vocabulary"),
+    "no bytes": ({"model": {"vocab": {"a": 0}, "merges": []}, "added_tokens": []}, "no token for byte"),
+    "id": ({"added_tokens": [{**ADDED, "id": 4_000_000_000, "content": "<x>"}]}, "has id 7.. in the"),
+    "charsmap": ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AA=="}}, "charsmap"),
+    "replace": ({"normalizer": replace({"Regex": "a*"}, "bb")}, "index out of bounds"),
+    "length": ({"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "non-zero"),
+    "regex": ({"pre_tokenizer": regex("(a+)+$")}, "retry-limit"),
+    "bad regex": ({"pre_tokenizer": regex("(")}, "parenthesis"),
+    "endless": ({"normalizer": {"type": "Sequence", "normalizers": [replace({"String": "a"}, "aa")] * 40}},
+                "does not end|memory|aborts"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_tokenizers_that_end_the_process_are_refused(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizer_file, "_SECONDS", 2)
+    change, words = HOSTILE[name]
+    toy.save_tokenizer(tmp_path)
+    raw = json.loads((tmp_path / "tokenizer.json").read_text())
+    for key, value in change.items():
+        raw[key] = {**raw[key], **value} if key == "model" and value else value
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(InputError, match=words) as error:
+        Tokenizer.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_another_pipeline_that_works_is_taken(tokenizer, tmp_path):
+    """It was tried in a process of its own; a panic at some later text is an error of that text."""
+    toy.save_tokenizer(tmp_path)
+    raw = json.loads((tmp_path / "tokenizer.json").read_text())
+    words = regex(r"\p{L}+|(z+)+$|\s+|[^\s\p{L}]+")
+    raw["pre_tokenizer"]["pretokenizers"][0] = words
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    other = Tokenizer.from_pretrained(tmp_path)
+    assert other.decode(other.encode("Hello there")) == "Hello there"
+    raw["pre_tokenizer"]["pretokenizers"][0] = regex("(z+)+$")
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    other = Tokenizer.from_pretrained(tmp_path)
+    with pytest.raises(InputError, match="text: .*retry-limit"):
+        other.encode("z" * 50 + "!")

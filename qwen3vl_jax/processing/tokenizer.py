@@ -13,13 +13,8 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.json_text import read_json_file
 from qwen3vl_jax.paths import as_path
+from qwen3vl_jax.processing.tokenizer_file import WORDS, load_tokenizer_json, panics_are_errors
 
-# How Qwen2's vocabulary cuts text before it merges bytes: contractions, words, single digits,
-# punctuation, line ends, spaces. It belongs to the vocabulary; vocab.json does not hold it.
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 _NAMED = (
     "bos_token",
     "eos_token",
@@ -54,6 +49,9 @@ class Tokenizer:
         renumbered = self._textual.get_added_tokens_decoder()
         self._real_id = {i: self.added[token.content] for i, token in renumbered.items()}
         self._byte_of = {c: b for b, c in _byte_alphabet().items()}
+        for character, byte in self._byte_of.items():
+            if backend.token_to_id(character) is None:
+                raise InputError(f"tokenizer: no token for byte {byte}, texts that hold it would be cut")
         self.eos_id = None if eos is None else self.id_of(eos)
         self.pad_id = self.eos_id if pad is None else self.id_of(pad)
 
@@ -68,7 +66,7 @@ class Tokenizer:
         config = _read_json(directory / "tokenizer_config.json", default={})
         names = {**_read_json(directory / "special_tokens_map.json", default={}), **config}
         if (directory / "tokenizer.json").is_file():
-            backend = _from_file(directory / "tokenizer.json")
+            backend = load_tokenizer_json(directory / "tokenizer.json")
         else:
             missing = [n for n in ("vocab.json", "merges.txt") if not (directory / n).is_file()]
             if missing:
@@ -97,7 +95,8 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as e:
             raise InputError(f"text: character {e.start} is half of a surrogate pair") from e
-        found = self.backend.encode(text, add_special_tokens=False)
+        with panics_are_errors("text"):
+            found = self.backend.encode(text, add_special_tokens=False)
         if not mark or mark not in text:
             return found.ids
         ids: list[int] = []
@@ -110,7 +109,8 @@ class Tokenizer:
         return ids + self._encode_textual(text[start:].replace(mark, ""))
 
     def _encode_textual(self, text: str) -> list[int]:
-        found = self._textual.encode(text, add_special_tokens=False).ids
+        with panics_are_errors("text"):
+            found = self._textual.encode(text, add_special_tokens=False).ids
         return [self._real_id.get(i, i) for i in found]
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
@@ -118,7 +118,10 @@ class Tokenizer:
         ids = [int(i) for i in ids]
         if ids and min(ids) < 0:
             raise InputError(f"token ids: found {min(ids)}, expected none below 0")
-        return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        if ids and max(ids) >= 2**32:
+            raise InputError(f"token ids: found {max(ids)}, expected less than 2**32")
+        with panics_are_errors("token ids"):
+            return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def id_of(self, token: str) -> int:
         """Id of a token by its spelling. Raises InputError."""
@@ -226,13 +229,6 @@ def _read_json(path: Path, default: Any = None) -> Any:
     return read_json_file(path)
 
 
-def _from_file(path: Path) -> tokenizers.Tokenizer:
-    try:
-        return tokenizers.Tokenizer.from_buffer(path.read_bytes())
-    except Exception as e:  # tokenizers raises Exception itself
-        raise InputError(f"{path}: cannot read this tokenizer: {' '.join(str(e).split())}") from e
-
-
 def _from_vocab(directory: Path, added: Sequence[tuple[int | None, AddedToken]]):
     """Qwen2's pipeline over vocab.json and merges.txt."""
     vocab = dict(_read_json(directory / "vocab.json"))
@@ -250,12 +246,10 @@ def _from_vocab(directory: Path, added: Sequence[tuple[int | None, AddedToken]])
         if len(pair) != 2:
             raise InputError(f"{directory / 'merges.txt'}: line {number + 1} is not two tokens")
         merges.append((pair[0], pair[1]))
-    try:
+    with panics_are_errors(f"{directory}: vocab.json and merges.txt do not fit"):
         backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    except Exception as e:  # tokenizers raises Exception itself
-        raise InputError(f"{directory}: vocab.json and merges.txt do not fit: {e}") from e
     backend.normalizer = normalizers.NFC()
-    words = pre_tokenizers.Split(Regex(_WORDS), behavior="isolated")
+    words = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([words, level])
     backend.decoder = decoders.ByteLevel()

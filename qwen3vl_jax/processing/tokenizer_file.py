@@ -1,0 +1,113 @@
+"""tokenizer.json, checked before the tokenizers library sees it: some files abort the process there."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from qwen3vl_jax.errors import InputError, shown
+from qwen3vl_jax.json_text import read_json_file
+
+# How Qwen2's vocabulary cuts text before it merges bytes: contractions, words, single digits,
+# punctuation, line ends, spaces. It belongs to the vocabulary; vocab.json does not hold it.
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+_SIMPLE = ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "ByteLevel", "Digits")
+_SECONDS = 10
+# What a pipeline that is not Qwen's is tried with, in a process of its own.
+_TRIAL = """
+import sys
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+except (ImportError, ValueError):
+    pass
+import tokenizers
+backend = tokenizers.Tokenizer.from_buffer(sys.stdin.buffer.read())
+backend.no_truncation()
+backend.no_padding()
+words = ["Hello, world! it's 12345 \\u00e9\\u5b57\\U0001f600\\n\\n  end", "", "<|im_start|>"]
+for text in words + [piece * 3000 + "!" for piece in ("a", "ab ", " ", "\\n", "1", "'", "\\u0301")]:
+    backend.decode(backend.encode(text, add_special_tokens=False).ids)
+"""
+
+
+def load_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
+    """The tokenizer of a tokenizer.json; a pipeline other than Qwen's is tried in a child process first.
+
+    Raises InputError for a model that is no plain BPE, and for a file that the library cannot take.
+    """
+    raw = read_json_file(path)
+    _check_model(raw.get("model"), path)
+    data = path.read_bytes()
+    if not all(_is_known(raw.get(part)) for part in _PARTS):
+        _try_in_a_child(data, path)
+    with panics_are_errors(f"{path}: cannot read this tokenizer"):
+        backend = tokenizers.Tokenizer.from_buffer(data)
+    for token in raw.get("added_tokens") or []:
+        found = backend.token_to_id(token["content"])
+        if found != token["id"]:
+            raise InputError(
+                f"{path}: added token {shown(token['content'])} has id {found} in the tokenizer and "
+                f"{token['id']} in added_tokens"
+            )
+    return backend
+
+
+@contextlib.contextmanager
+def panics_are_errors(what: str) -> Iterator[None]:
+    """Turns what the tokenizers library raises, panics of its Rust code too, into an InputError."""
+    try:
+        yield
+    except BaseException as e:
+        # A panic is no Exception, so that nothing takes it by accident.
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+            raise
+        raise InputError(f"{what}: {' '.join(str(e).split())[:300]}") from e
+
+
+def _check_model(model: Any, path: Path) -> None:
+    if not isinstance(model, Mapping):
+        raise InputError(f"{path}: model is {shown(model)}, expected an object")
+    if model.get("type", "BPE") != "BPE":
+        raise InputError(f"{path}: model type is {shown(model['type'])}, expected BPE")
+    for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+        if model.get(key):
+            raise InputError(f"{path}: model {key} is {shown(model[key])}, expected null")
+
+
+def _is_known(part: Any) -> bool:
+    """Whether a part of the pipeline is one that cannot fail or hang."""
+    if part is None:
+        return True
+    if not isinstance(part, Mapping):
+        return False
+    for key in ("normalizers", "pretokenizers"):
+        if part.get("type") == "Sequence" and isinstance(part.get(key), list):
+            return all(isinstance(x, Mapping) and _is_known(x) for x in part[key])
+    if part.get("type") == "Split":
+        return part.get("pattern") == {"Regex": WORDS} and part.get("behavior") == "Isolated"
+    return part.get("type") in _SIMPLE
+
+
+def _try_in_a_child(data: bytes, path: Path) -> None:
+    command = [sys.executable, "-c", _TRIAL]
+    try:
+        done = subprocess.run(command, input=data, capture_output=True, timeout=_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise InputError(
+            f"{path}: this tokenizer does not end on a short text within {_SECONDS} s"
+        ) from None
+    if done.returncode:
+        lines = done.stderr.decode(errors="replace").strip().splitlines()
+        reason = lines[-1][:300] if done.returncode == 1 and lines else "the library aborts"
+        raise InputError(f"{path}: cannot read this tokenizer: {reason}")
