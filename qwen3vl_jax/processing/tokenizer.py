@@ -51,7 +51,9 @@ class Tokenizer:
         self._byte_of = {c: b for b, c in _byte_alphabet().items()}
         for character, byte in self._byte_of.items():
             if backend.token_to_id(character) is None:
-                raise InputError(f"tokenizer: no token for byte {byte}, texts that hold it would be cut")
+                raise InputError(
+                    f"tokenizer: no token for byte {byte}, texts that hold it would be cut"
+                )
         self.eos_id = None if eos is None else self.id_of(eos)
         self.pad_id = self.eos_id if pad is None else self.id_of(pad)
 
