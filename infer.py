@@ -23,7 +23,14 @@ from qwen3vl_jax.cli import (
 )
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.json_text import write_json
-from qwen3vl_jax.options import arguments, check, input_options, mesh_sizes, read_messages
+from qwen3vl_jax.options import (
+    arguments,
+    check,
+    input_options,
+    media_rules,
+    mesh_sizes,
+    read_messages,
+)
 from qwen3vl_jax.paths import absolute, file_size, files_under
 from qwen3vl_jax.planning.chips import allow_gpu_memory, prepare_environment, read_machine
 
@@ -177,6 +184,7 @@ def batch(args: argparse.Namespace) -> None:
 
     asked = processes.asked_of(args)
     directory, processor = opened(args)
+    processor = dataclasses.replace(processor, media_rules=media_rules(args))
     settings = Settings(
         dataclasses.asdict(sampling_of(args, processor)), args.max_new_tokens, args.seed,
         tuple(args.stop), longest(args, processor), input_options(args), args.rows,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from qwen3vl_jax.cli import Parser
@@ -12,6 +13,7 @@ from qwen3vl_jax.mesh_axes import AXES, SHORT
 from qwen3vl_jax.paths import argument, is_remote
 from qwen3vl_jax.planning.chips import add_plan_arguments, check_plan_arguments
 from qwen3vl_jax.processes import add_arguments as add_process_arguments
+from qwen3vl_jax.processing.media_rules import MediaRules
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "min_new_tokens",
              "presence_penalty")  # fmt: skip
@@ -34,6 +36,7 @@ NEEDS = {
     "rows": ("input", "plan"),
     **dict.fromkeys(("slices", "save"), ("plan",)),
     **dict.fromkeys(_PROCESSES, ("input", "mesh")),
+    **dict.fromkeys(("media_root", "allow_hosts"), ("input",)),
     "dims": ("embed",),
     "instruction": ("embed", "rerank"),
 }
@@ -134,6 +137,10 @@ def arguments(argv: list[str] | None, description: str) -> argparse.Namespace:
         action="store_true",
         help="special tokens spelled in the text are special",
     )
+    add("--media-root", metavar="DIR",
+        help="with --input: local images and videos are read below this folder alone")  # fmt: skip
+    add("--allow-hosts", metavar="HOST[,HOST]", help="with --input: images and videos are read from "
+        "these hosts (and gs://buckets) alone, private ones too (default: any public host)")  # fmt: skip
     add_process_arguments(p)
     add_plan_arguments(p)
     return p.parse_args(argv)
@@ -169,6 +176,7 @@ def check(args: argparse.Namespace) -> None:
         raise InputError(f"--draw {args.draw}: no such directory {args.draw.parent}")
     if args.draw and args.draw.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise InputError(f"--draw {args.draw}: expected a name that ends in .png, .jpg or .webp")
+    media_rules(args)
     if args.ckpt:
         local_directory(args.ckpt, args.revision)
 
@@ -224,6 +232,17 @@ def check_numbers(args: argparse.Namespace) -> None:
     one = [name for name in ("stream", "draw") if getattr(args, name)]
     if args.answers > 1 and one:
         raise InputError(f"--answers: not with --{one[0]}")
+
+
+def media_rules(args: argparse.Namespace) -> MediaRules:
+    """What the lines of --input may read. Raises InputError."""
+    root, hosts = args.media_root, args.allow_hosts
+    if root is not None and not os.path.isdir(root):
+        raise InputError(f"--media-root: got {root!r}, expected a folder that exists")
+    named = None if hosts is None else tuple(host.strip() for host in hosts.split(","))
+    if named is not None and not all(named):
+        raise InputError(f"--allow-hosts: got {hosts!r}, expected names of hosts, HOST[,HOST]")
+    return MediaRules(root or "", named, trusted=False)
 
 
 def input_options(args: argparse.Namespace) -> dict:

@@ -12,10 +12,12 @@ from PIL import Image
 
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing import videos as clip_settings
-from qwen3vl_jax.processing.images import OVERRIDES, whole
+from qwen3vl_jax.processing.images import OVERRIDES
 from qwen3vl_jax.processing.media import inner
+from qwen3vl_jax.processing.setting_checks import whole
 
-_PICTURE_KEYS = ("image", "image_url", "url", "path", "base64")
+_SOURCES = ("url", "path", "base64", "bytes")
+_PICTURE_KEYS = ("image", "image_url", *_SOURCES)
 _PICTURE_TYPES = ("image", "image_url", "input_image")
 _CLIP_KEYS = ("video", "video_url")
 _CLIP_TYPES = ("video", "video_url", "input_video")
@@ -85,7 +87,7 @@ def _item(item: Any, media: list[Medium], where: str) -> dict[str, Any]:
     given = {k: v for k, v in item.items() if v is not None}
     kind = given.get("type", "")
     if kind in _CLIP_TYPES or (not kind and any(k in given for k in _CLIP_KEYS)):
-        keys = (*_CLIP_KEYS, "url", "path", "base64")
+        keys = (*_CLIP_KEYS, *_SOURCES)
         if "nframes" in given:  # qwen-vl-utils, which rounds to whole pairs
             if "num_frames" in given:
                 raise InputError(
@@ -219,17 +221,16 @@ def _list(images: Any) -> list[Any]:
 
 
 def _source(item: Mapping[str, Any], keys: Iterable[str], where: str) -> Any:
-    found = [key for key in keys if key in item]
+    found = {key: item[key] for key in keys if key in item}
+    if "bytes" in found:  # {"bytes": .., "path": ..}
+        found.pop("path", None)
     if len(found) > 1:
         raise InputError(f"{where}: a content item has several sources: {', '.join(found)}")
-    if not found:
-        return None
-    source = item[found[0]]
-    if isinstance(source, Mapping):
-        source = inner(source, f"{where}: {found[0]}")
-    if found[0] == "base64" and isinstance(source, str) and not source.startswith("data:"):
-        return "data:;base64," + source
-    return source
+    for key, source in found.items():
+        if key in ("bytes", "base64"):
+            return inner({key: source}, f"{where}: {key}")
+        return inner(source, f"{where}: {key}") if isinstance(source, Mapping) else source
+    return None
 
 
 def plain_data(value: Any) -> Any:

@@ -20,13 +20,20 @@ from qwen3vl_jax.json_text import read_json_file
 from qwen3vl_jax.paths import as_path
 from qwen3vl_jax.processing.media import load_image
 from qwen3vl_jax.processing.pictures import to_rgb
+from qwen3vl_jax.processing.setting_checks import (
+    channels,
+    number,
+    resampling,
+    whole,
+    yes_or_no,
+)
 
 __all__ = ["ImageSettings", "load_image", "preprocess", "smart_resize"]
 
 log = logging.getLogger("qwen3vl_jax")
 MAX_ASPECT = 200
 _NOUNS = {"image": "picture", "video": "video"}
-_RESAMPLE = {int(r): r for r in Image.Resampling}
+MAX_PATCH_BYTES = 2**30  # of one image or video
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +145,7 @@ class ImageSettings:
 def _size_pixels(kind: str, size: Any) -> dict[str, Any]:
     if not isinstance(size, Mapping):
         raise InputError(
-            f"{kind} setting size is {size!r}, expected shortest_edge and longest_edge"
+            f"{kind} setting size is {type(size).__name__}, expected shortest_edge and longest_edge"
         )
     size = {k: v for k, v in size.items() if v is not None}
     names = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}
@@ -151,64 +158,16 @@ def _size_pixels(kind: str, size: Any) -> dict[str, Any]:
     return {names[key]: value for key, value in size.items()}
 
 
-def yes_or_no(name: str, value: Any) -> bool:
-    """The value of a setting that is true or false. Raises InputError."""
-    if not isinstance(value, (bool, np.bool_)):
-        raise InputError(f"{name} is {value!r}, expected true or false")
-    return bool(value)
-
-
-def whole(name: str, value: Any) -> int:
-    """The value of a setting that counts from 1. Raises InputError."""
-    number = _number(name, value)
-    if number != int(number) or number < 1:
-        raise InputError(f"{name} is {value!r}, expected a whole number from 1")
-    return int(value)
-
-
-def _number(name: str, value: Any) -> float:
-    is_number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value):
-        raise InputError(f"{name} is {value!r}, expected a number")
-    return float(value)
-
-
-def positive(name: str, value: Any) -> float:
-    """The value of a setting that is a number above 0. Raises InputError."""
-    if not (number := _number(name, value)) > 0:
-        raise InputError(f"{name} is {value!r}, expected a number above 0")
-    return number
-
-
-def _channels(name: str, value: Any) -> tuple[float, ...] | float:
-    if isinstance(value, (list, tuple, np.ndarray)):
-        found = tuple(_number(name, v) for v in value)
-    else:
-        found = _number(name, value)
-    if name.endswith("image_std") and 0 in (found if isinstance(found, tuple) else (found,)):
-        raise InputError(f"{name} is {value!r}, expected no zero")
-    return found
-
-
-def _filter(name: str, value: Any) -> int:
-    if isinstance(value, str) and value.upper() in Image.Resampling.__members__:
-        return int(Image.Resampling[value.upper()])
-    if isinstance(value, bool) or value not in _RESAMPLE:
-        names = ", ".join(f"{n} {r.name.lower()}" for n, r in sorted(_RESAMPLE.items()))
-        raise InputError(f"{name} is {value!r}, expected one of {names}")
-    return int(value)
-
-
 ImageSettings.CHECKS = {
     "do_resize": yes_or_no,
     "min_pixels": whole,
     "max_pixels": whole,
-    "resample": _filter,
+    "resample": resampling,
     "do_rescale": yes_or_no,
-    "rescale_factor": _number,
+    "rescale_factor": number,
     "do_normalize": yes_or_no,
-    "image_mean": _channels,
-    "image_std": _channels,
+    "image_mean": channels,
+    "image_std": channels,
     "do_convert_rgb": yes_or_no,
     "resized_height": whole,
     "resized_width": whole,
@@ -264,9 +223,21 @@ def preprocess(
     if settings.do_resize:
         limits = settings.factor, settings.min_pixels, settings.max_pixels
         size = settings.fixed_size or smart_resize(picture.height, picture.width, *limits)
+    frames, channels = settings.temporal_patch_size, len(picture.getbands())
+    check_patches(size or (picture.height, picture.width), frames, channels)
     pixels = resized(picture, size, settings)
     table = value_table(settings, pixels.shape[2])
     return patch_rows([pixels], table, settings)
+
+
+def check_patches(size: tuple[int, int], frames: int, channels: int = 3) -> None:
+    """Raises InputError for patches of frames of a size (height, width) that are too many bytes."""
+    height, width = size
+    if (held := height * width * frames * channels * 4) > MAX_PATCH_BYTES:
+        raise InputError(
+            f"{frames} frame(s) of {width} x {height} pixels: {held >> 20} MiB of patches, expected at "
+            f"most {MAX_PATCH_BYTES >> 20}; lower max_pixels, min_pixels or the size"
+        )
 
 
 def resized(
@@ -284,6 +255,16 @@ def resized(
 def value_table(settings: ImageSettings, channels: int) -> np.ndarray:
     """What an 8-bit value of a channel becomes, rounded as the reference does: [C 256] float32."""
     values = np.broadcast_to(np.arange(256, dtype=np.float64), (channels, 256))
+    with np.errstate(all="ignore"):
+        values = _normalized(values, settings, channels)
+    if not np.isfinite(values).all():
+        raise InputError(
+            "rescale_factor, image_mean, image_std: values that are not finite, expected about -1 to 1"
+        )
+    return values
+
+
+def _normalized(values: np.ndarray, settings: ImageSettings, channels: int) -> np.ndarray:
     if settings.do_rescale:
         values = values * settings.rescale_factor
     values = values.astype(np.float32)

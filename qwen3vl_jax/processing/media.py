@@ -162,7 +162,7 @@ def within(source: Any, key: str, folder: str) -> Any:
         return [within(frame, "image", folder) for frame in source]
     if isinstance(source, Mapping):
         return {k: within(v, key, folder) if k in ("url", "path") else v for k, v in source.items()}
-    if isinstance(source, str) and form_of(source, key, folder) == "path":
+    if isinstance(source, str) and source and form_of(source, key, folder) == "path":
         return os.path.join(folder, source)
     return source
 

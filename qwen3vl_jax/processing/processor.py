@@ -27,8 +27,7 @@ from qwen3vl_jax.processing.defaults import (
     stop_ids,
 )
 from qwen3vl_jax.processing.escape import Escape
-from qwen3vl_jax.processing.images import ImageSettings, preprocess
-from qwen3vl_jax.processing.media import opened_image
+from qwen3vl_jax.processing.images import ImageSettings
 from qwen3vl_jax.processing.media_rules import FETCH_SECONDS, MAX_FETCH_BYTES, MediaRules
 from qwen3vl_jax.processing.reply import Reply, parse_reply
 from qwen3vl_jax.processing.rows import (
@@ -37,11 +36,13 @@ from qwen3vl_jax.processing.rows import (
     Seen,
     media_arrays,
     row_ids,
+    see,
+    see_all,
     text_arrays,
 )
 from qwen3vl_jax.processing.template import ChatTemplate
 from qwen3vl_jax.processing.tokenizer import Tokenizer
-from qwen3vl_jax.processing.videos import VideoSettings, preprocess_video
+from qwen3vl_jax.processing.videos import VideoSettings
 
 if TYPE_CHECKING:
     from qwen3vl_jax.structs import Batch
@@ -167,7 +168,7 @@ class Processor:
             raise InputError("processor: expected conversations or text=, one of the two")
         if padding_side not in ("right", "left"):
             raise InputError(f"padding_side is {padding_side!r}, expected right or left")
-        settings = self.image_settings.override(**image_overrides)
+        settings = self._settings(image_overrides)
         if text is not None:
             prompts = self._raw_prompts(text)
         else:
@@ -181,7 +182,7 @@ class Processor:
             prompts = [self._prompt(row, tools, **options) for row in rows]
         media = hand_out([prompt.media for prompt in prompts], images, videos)
         media = with_clip_options(media, videos_kwargs or {})
-        seen = self._see_all(media, settings)
+        seen = see_all(media, settings, self.video_settings, self._limits())
         return self._arrays(prompts, seen, padding_side, continuations)
 
     def __call__(self, conversations: Any = None, **options: Any) -> Batch:
@@ -214,10 +215,11 @@ class Processor:
 
         Options as in `inputs`; later calls' have no effect on it. Raises InputError.
         """
-        settings = self.image_settings.override(**image_overrides)
+        settings = self._settings(image_overrides)
         _, media = read_conversation([{"role": "user", "content": [item]}])
         ((medium,),) = with_clip_options([media], videos_kwargs or {})
-        return {"type": medium.kind, medium.kind: self._see(medium, settings)}
+        seen = see(medium, settings, self.video_settings, self._limits())
+        return {"type": medium.kind, medium.kind: seen}
 
     def decode(self, tokens: Any, skip_special_tokens: bool = True) -> Any:
         """Text of token ids: a string for one row, a list of strings for several."""
@@ -304,35 +306,19 @@ class Processor:
         out = text_arrays(tokenizer, config, rows, side, continuations)
         return out | media_arrays([one for row in seen for one in row])
 
-    def _see_all(self, media: list[list[Medium]], settings: ImageSettings) -> list[list[Seen]]:
-        """The patches of all media. Raises InputError where they are more than the rules allow."""
-        limit, held, seen = self.media_rules.max_batch_bytes, 0, []
-        for row in media:
-            seen.append([])
-            for medium in row:
-                seen[-1].append(self._see(medium, settings))
-                held += seen[-1][-1].rows.nbytes
-                if held > limit:
-                    raise InputError(
-                        f"images and videos: more than {limit >> 20} MiB of patches in one call; give "
-                        "fewer, lower max_pixels, or raise Processor.media_rules.max_batch_bytes"
-                    )
-        return seen
+    def _settings(self, overrides: Mapping[str, Any]) -> ImageSettings:
+        """The image settings of a call. Raises InputError for sizes that are not the model's."""
+        for name in ("patch_size", "temporal_patch_size", "merge_size"):
+            if overrides.get(name) not in (None, getattr(self.image_settings, name)):
+                raise InputError(f"image setting {name}: it is the model's; leave it out")
+        return self.image_settings.override(**overrides)
 
-    def _see(self, medium: Medium, settings: ImageSettings) -> Seen:
-        if isinstance(medium.source, Seen):
-            return medium.source
-        limits = {
+    def _limits(self) -> dict[str, Any]:
+        return {
             "max_bytes": self.max_fetch_bytes,
             "timeout": self.fetch_seconds,
             "rules": self.media_rules,
         }
-        if medium.kind == "video":
-            return Seen(
-                *preprocess_video(medium.source, self.video_settings, limits, **medium.overrides)
-            )
-        with opened_image(medium.source, **limits) as image:
-            return Seen(*preprocess(image, settings, **medium.overrides))
 
 
 def _is_many(conversations: Any) -> bool:

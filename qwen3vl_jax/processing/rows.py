@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -12,8 +12,10 @@ import numpy as np
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.chat import Medium, placeholder_mismatch
+from qwen3vl_jax.processing.images import ImageSettings, preprocess
+from qwen3vl_jax.processing.media import opened_image
 from qwen3vl_jax.processing.tokenizer import Tokenizer
-from qwen3vl_jax.processing.videos import UsedFrames
+from qwen3vl_jax.processing.videos import UsedFrames, VideoSettings, preprocess_video
 
 Arrays = dict[str, Any]
 IGNORED = -100  # label of a token that is not scored
@@ -35,6 +37,51 @@ class Seen:
     rows: np.ndarray
     grid: tuple[int, int, int]
     used: UsedFrames | None = None
+
+
+def see_all(
+    media: Sequence[Sequence[Medium]],
+    image_settings: ImageSettings,
+    video_settings: VideoSettings,
+    limits: Mapping[str, Any],
+) -> list[list[Seen]]:
+    """The patches of all media of a call. limits: as `open_source` takes them.
+
+    Raises InputError where all of them are more bytes than the rules allow.
+    """
+    most, held, seen = limits["rules"].max_batch_bytes, 0, []
+    for row in media:
+        seen.append([])
+        for medium in row:
+            found = see(medium, image_settings, video_settings, limits)
+            seen[-1].append(found)
+            held += found.rows.nbytes
+            if held > most:
+                raise InputError(
+                    f"images and videos: more than {most >> 20} MiB of patches in one call; give fewer, "
+                    "lower max_pixels, or raise Processor.media_rules.max_batch_bytes"
+                )
+    return seen
+
+
+def see(
+    medium: Medium,
+    image_settings: ImageSettings,
+    video_settings: VideoSettings,
+    limits: Mapping[str, Any],
+) -> Seen:
+    """The patches of an image or video. Raises InputError."""
+    if isinstance(medium.source, Seen):
+        return medium.source
+    try:
+        if medium.kind == "video":
+            return Seen(
+                *preprocess_video(medium.source, video_settings, limits, **medium.overrides)
+            )
+        with opened_image(medium.source, **limits) as image:
+            return Seen(*preprocess(image, image_settings, **medium.overrides))
+    except MemoryError as e:
+        raise InputError(f"{medium.kind}: not enough memory for it; lower max_pixels") from e
 
 
 def row_ids(

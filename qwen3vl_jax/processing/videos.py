@@ -17,13 +17,12 @@ from qwen3vl_jax.processing.clips import Clip, open_clip
 from qwen3vl_jax.processing.images import (
     MAX_ASPECT,
     ImageSettings,
+    check_patches,
     patch_rows,
-    positive,
     resized,
     value_table,
-    whole,
-    yes_or_no,
 )
+from qwen3vl_jax.processing.setting_checks import positive, whole, yes_or_no
 
 # Settings of transformers' base class that its Qwen3-VL processor never reads.
 _WITHOUT_EFFECT = ("size_divisor", "default_to_square", "do_center_crop", "crop_size")
@@ -244,6 +243,7 @@ def _rows(
         raise InputError(f"video: {len(chosen)} frame(s); pass a single frame as a picture")
     groups = -(-len(chosen) // temporal)
     tokens = height // unit * (width // unit)
+    check_patches((height, width), groups * temporal)
     rows = np.empty((groups * tokens, 3 * temporal * unit**2), np.float32)
     table = value_table(settings, 3)
     frames = (resized(frame, size, settings) for frame in clip.read(chosen))
