@@ -211,7 +211,7 @@ def batch(args: argparse.Namespace) -> None:
 
             return answer_file_together(*files, index, count)
 
-    with sigterm_interrupts():
+    with sigterm_interrupts(5 if count == 1 else 5 + processes.GRACE):
         errors = run() if count == 1 else processes.end_together(run, "the answers that are kept")
     if errors:
         sys.exit(1)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
+import queue
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.journal import ERROR, Journal, Line, Result, Share, read_lines
+from qwen3vl_jax.journal import ERROR, Journal, Line, Result, read_lines
+from qwen3vl_jax.json_text import read_json
 from qwen3vl_jax.paths import absolute
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.processing.tokenizer import TextStream, stop_list
@@ -45,7 +46,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A line that can be answered: the engine's request, and how its answer is progress."""
+    """One input line ready for the engine: its request, and how to format its answer."""
 
     line: Line
     id: Any
@@ -72,7 +73,8 @@ def answer_file(
 ) -> int:
     """Answers every line of `source` into `out`; gives the number of lines with errors.
 
-    The same call again goes on after a kill, and tries lines with errors again.
+    The same call again goes on after a kill or a full disk, and tries lines with errors again. `out`
+    is put in its place at the end; see journal.py.
 
     load: called once the files are known to be usable. made_with: what else an
     answer depends on; a later call must give the same. A line is {id?, messages, tools?, and any of
@@ -85,7 +87,8 @@ def answer_file(
         waiting = list(journal.missing())
         if waiting:
             answer_lines(load, proc, source, settings, journal, waiting)
-            tell_errors(journal)
+        journal.finish()
+        tell_errors(journal)
     return journal.errors
 
 
@@ -112,7 +115,7 @@ def answer_lines(
     proc: Processor,
     source: Path,
     settings: Settings,
-    journal: Journal | Share,
+    journal: Journal,
     waiting: list[Line],
     shown: bool = True,
 ) -> None:
@@ -145,7 +148,7 @@ class _Work:
     proc: Processor
     source: Path
     settings: Settings
-    journal: Journal | Share
+    journal: Journal
     progress: _Progress
 
     def run(self, lines: list[Line], rows: int, longest: int) -> list[Line]:
@@ -186,42 +189,65 @@ class _Work:
 
 
 def _ahead(make: Callable[[Line], Any], lines: list[Line]) -> Iterator[Any]:
-    """make(line) of every line, made by threads ahead of need, roughly in order; None: none is ready."""
-    waiting: list[Future] = []
-    rest, pool = iter(lines), ThreadPoolExecutor(THREADS)
+    """make(line) of every line, made by threads ahead of need, roughly in order; None: none is ready.
+
+    They are daemons: the process ends without one that hangs.
+    """
+    rest, asked, made = iter(lines), queue.SimpleQueue(), queue.SimpleQueue()
+
+    def work() -> None:
+        while (line := asked.get()) is not None:
+            try:
+                made.put((make(line), None))
+            except BaseException as e:
+                made.put((None, e))
+
+    for _ in range(THREADS):
+        threading.Thread(target=work, daemon=True).start()
+    count = 0
     try:
         while True:
-            while len(waiting) < PREPARED and (line := next(rest, None)) is not None:
-                waiting.append(pool.submit(make, line))
-            if not waiting:
+            while count < PREPARED and (line := next(rest, None)) is not None:
+                asked.put(line)
+                count += 1
+            if not count:
                 return
-            ready = next((future for future in waiting if future.done()), None)
-            if ready is not None:
-                waiting.remove(ready)
-            yield None if ready is None else ready.result()
+            if made.empty():
+                yield None
+                continue
+            found, error = made.get()
+            if error:
+                raise error
+            count -= 1
+            yield found
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        for _ in range(THREADS):
+            asked.put(None)
 
 
 def _read(proc: Processor, source: Path, line: Line, settings: Settings):
     """A Prepared, or (line, its error's result)."""
-    text, found = line.read(source), None
+    text, name = line.read(source), line.number
     try:
-        found = json.loads(text)
-        if isinstance(found, dict):
-            found = {key: x for key, x in found.items() if x is not None or key == "id"}
+        found = read_json(text, "")
         if not isinstance(found, dict):
             raise InputError(f"expected an object, found {type(found).__name__}")
-        return _asked(proc, found, line, settings)
+        name = found.get("id", name)
+        found = {key: x for key, x in found.items() if x is not None}
+        return _asked(proc, found, line, settings, name)
     except Exception as e:  # whatever a line holds, the others go on
         kind = "" if isinstance(e, InputError) else f"{type(e).__name__}: "
-        kind = "not a JSON object: " if found is None else kind
-        name = found.get("id", line.number) if isinstance(found, dict) else line.number
-        error = f"line {line.number}: {kind}{' '.join(str(e).split())}"
-        return line, {"id": name, ERROR: error, "finish_reason": "error"}
+        return line, _error(line, name, kind + str(e))
 
 
-def _asked(proc: Processor, found: dict[str, Any], line: Line, settings: Settings) -> Prepared:
+def _error(line: Line, name: Any, why: str) -> Result:
+    said = f"line {line.number}: {' '.join(why.split())}"
+    return {"id": name, ERROR: said, "finish_reason": "error"}
+
+
+def _asked(
+    proc: Processor, found: dict[str, Any], line: Line, settings: Settings, name: Any
+) -> Prepared:
     from qwen3vl_jax.engine import Request
 
     if unknown := [key for key in found if key not in KEYS]:
@@ -250,10 +276,12 @@ def _asked(proc: Processor, found: dict[str, Any], line: Line, settings: Setting
         )
     limit = min(limit, settings.max_len - prompt)
     request = Request(line.number, arrays, limit, sampling, seed, stop)
-    return Prepared(line, found.get("id", line.number), request, prompt, stop, wanted)
+    return Prepared(line, name, request, prompt, stop, wanted)
 
 
 def _result(proc: Processor, one: Prepared, answer: Any) -> Result:
+    if answer.finish_reason == "error":
+        return _error(one.line, one.id, answer.error)
     text = TextStream(proc.tokenizer, one.stop)
     spoken = text.push(t for t in answer.tokens if t not in proc.stop_ids) + text.flush()
     result: Result = {
@@ -313,7 +341,7 @@ class _Progress:
     def rate(self) -> float:
         return sum(s.tokens for s in self.parts) / (time.perf_counter() - self.start)
 
-    def summary(self, journal: Journal | Share) -> str:
+    def summary(self, journal: Journal) -> str:
         """One line for people."""
         count = {n: sum(getattr(s, n) for s in self.parts) for n in (
             "tokens", "steps", "row_steps", "prefilled", "reused", "encoded", "shown")}  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -61,8 +62,12 @@ def one_line_errors() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM, by which a scheduler takes a machine back, ends what is done here as Ctrl-C does."""
+def sigterm_interrupts(seconds: float) -> Iterator[None]:
+    """SIGTERM, by which a scheduler takes a machine back, ends what is done here as Ctrl-C does.
+
+    So many seconds after either of them the process ends whatever it does: Python's handlers wait for
+    the main thread, which may be in a compilation.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set a handler
         return
@@ -71,11 +76,27 @@ def sigterm_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # some send it twice
         raise KeyboardInterrupt
 
+    heard, bell = os.pipe()
+    os.set_blocking(bell, False)
+    threading.Thread(target=_end_after, args=(heard, seconds), daemon=True).start()
+    woken = signal.set_wakeup_fd(bell, warn_on_full_buffer=False)
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+        signal.set_wakeup_fd(woken)
+        os.close(bell)
+
+
+def _end_after(heard: int, seconds: float) -> None:
+    """Ends the process so many seconds after a signal that is to stop it."""
+    while number := os.read(heard, 1):
+        if number[0] in (signal.SIGINT, signal.SIGTERM):
+            time.sleep(seconds)
+            os.write(2, b"interrupted: the same command goes on\n")
+            os._exit(130)
+    os.close(heard)
 
 
 @contextlib.contextmanager

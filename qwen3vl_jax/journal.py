@@ -1,34 +1,39 @@
-"""A file of answers that outlives its process: each line once, in the order of the questions.
+"""Answers that outlive their process: one a line in OUT.partial, put into OUT in order at the end.
 
-Beside OUT lies OUT.journal (a log of kept_lines) while there is work left. Its first line says what
-was asked for, each other one holds an answer, written when it was finished and before OUT got it. A
-process that dies at any point leaves at worst half a line at the journal's end; the next one drops it
-and goes on. Of several processes the first has OUT and its journal, the others OUT.journal.1, ..: see
-replicas.py. A remote OUT is put there whole when its process ends; until then the journal alone has
-the answers.
+Every line of OUT.partial is a JSON object that ends with a checksum of its other bytes: {"settings",
+"checksum"} at each start, {"line", "digest", "result", "checksum"} for each finished answer. A killed
+process leaves at worst a torn line. OUT is put in its place when each line of the input has a result;
+only then OUT.partial goes, and it stays while some results are errors, which the next process tries
+again. Of several processes the first has OUT and OUT.partial, the others have OUT.partial.1, ..
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from qwen3vl_jax.append_log import AppendLog, begun
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.kept_lines import begun, close_file, open_log, remove
-from qwen3vl_jax.paths import file_size, is_remote, kind, read_range
-from qwen3vl_jax.writing import Spool
+from qwen3vl_jax.json_text import read_json, write_json
+from qwen3vl_jax.paths import absolute, file_size, is_remote, kind, read_range
+from qwen3vl_jax.writing import replacing
 
 Result = dict[str, Any]
 ERROR = "error"  # key of a result that is no answer: it is tried again by the next process
+_NAMED = 10  # damaged lines that are named
+_CHECKSUM = b', "checksum": "'
+_RESULT = b', "result": '
+_BEGIN = b'{"settings": '  # of a log
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One line of the questions: its number from 1, where it lies, and a digest of its bytes."""
+    """One line of the questions: its number from 1, its first byte, its bytes, and their digest."""
 
     number: int
     start: int
@@ -47,7 +52,7 @@ class Line:
 
 
 def digest_of(text: bytes) -> str:
-    """What two lines share that ask the same."""
+    """The same for two lines that ask the same."""
     return hashlib.blake2b(text.strip(), digest_size=16).hexdigest()
 
 
@@ -69,246 +74,253 @@ def read_lines(path: Path) -> list[Line]:
     return found
 
 
-class Kept:
-    """A journal's log (kept_lines): results that were finished, one a line."""
-
-    def __init__(
-        self,
-        path: Path,
-        out: Path,
-        lines: list[Line],
-        settings: Mapping[str, Any],
-        begin: Callable[[bool], None] = lambda begun: None,
-    ):
-        """Takes up what is there; begin(whether anything is) may refuse. Raises InputError as Journal."""
-        self.path, self.out, self.lines = path, out, lines
-        self.settings = json.loads(json.dumps(settings))
-        self.found: list[
-            tuple[int, Result]
-        ] = []  # what was there: answers, by the number of their line
-        try:
-            begin(begun(path))
-            self.log = open_log(path, f"--output {out}: another process is writing it")
-        except OSError as e:
-            raise InputError(f"--output {out}: cannot be written ({e.strerror})") from e
-        try:
-            self._take_up(begin)
-        except BaseException:
-            self.log.close()
-            raise
-
-    def append(self, line: Line, result: Result) -> None:
-        """Writes one result. Raises OSError."""
-        self._write({"line": line.number, "digest": line.digest, "result": result})
-
-    def close(self) -> None:
-        """Puts it where it is safe; others may open it then."""
-        self.log.close()
-
-    def _write(self, entry: Mapping[str, Any]) -> None:
-        self.log.write(_text(entry))
-
-    def _take_up(self, begin: Callable[[bool], None]) -> None:
-        whole = self.log.read()
-        complete = whole[: whole.rfind(b"\n") + 1]
-        if whole and not whole.startswith(b'{"settings": '):
-            raise InputError(f"{self.path}: is no journal of this program; {self._afresh}")
-        try:
-            head, *answers = map(json.loads, complete.splitlines() or [b'{"settings": {}}'])
-            asked = head["settings"]
-            found = [(a["line"], a["digest"], a["result"]) for a in answers]
-            found = [entry for entry in found if ERROR not in entry[2]]
-        except (ValueError, KeyError, TypeError) as e:
-            raise InputError(f"{self.path}: is no journal of this program; {self._afresh}") from e
-        if not found:  # nothing was answered yet: begin with what is asked for now
-            begin(bool(answers))
-            self.log.cut(0)
-            self._write({"settings": self.settings})
-            self.log.sync()  # a place that cannot be written to is told of at once
-            return
-        self._check_same(asked, found)
-        self.log.cut(len(complete))
-        self.found = [(number, result) for number, _, result in found]
-
-    def _check_same(self, asked: Mapping[str, Any], found: list[tuple[int, str, Result]]) -> None:
-        for name in sorted(asked.keys() | self.settings.keys()):
-            old, new = asked.get(name), self.settings.get(name)
-            if old != new:
-                raise InputError(
-                    f"{self.path}: was begun with {name} {old!r}, now it is {new!r}; give the same "
-                    f"again, or {self._afresh}"
-                )
-        digests = {line.number: line.digest for line in self.lines}
-        for number, digest, _ in found:
-            if digests.get(number) != digest:
-                raise InputError(
-                    f"{self.path}: line {number} of the input is no longer the one that was answered; "
-                    f"put it back, or {self._afresh}"
-                )
-
-    @property
-    def _afresh(self) -> str:
-        return f"delete {self.path.name} and {self.out.name} to start afresh"
-
-
 class Journal:
-    """The answers that are there, and the two files that hold them; a context manager.
+    """The results that are there, in OUT.partial while there is work; a context manager."""
 
-    When it is left with an answer to every line the journal is removed; while there are errors it stays,
-    and the next process tries those lines again.
-    """
-
-    def __init__(self, out: Path, lines: list[Line], settings: Mapping[str, Any]):
-        """Takes up the work on `out` where it was left, or begins it.
+    def __init__(self, out: Path, lines: list[Line], settings: Mapping[str, Any], index: int = 0):
+        """Takes up the work on `out` where it was left, or begins it; process `index` of several.
 
         Raises InputError while another process works on it, for an `out` that is not of this work,
-        and for a journal of other settings or of other lines.
+        and for an OUT.partial of other settings, of other lines, or of another program.
         """
-        self.out, self.path = out, out.with_name(out.name + ".journal")
-        self.lines, self.settings = lines, settings
+        self.out, self._place = out, absolute(out)
+        self.path = self._place.with_name(f"{self._place.name}.partial" + f".{index}" * bool(index))
+        self.lines, self.index = lines, index
+        said = write_json(settings, "the settings", sort_keys=True)
+        self.settings = read_json(said, "the settings")
+        self._digests = {one.number: digest_of(f"{one.digest} {said}".encode()) for one in lines}
         self.done: set[int] = set()
         self.errors = 0
-        self.next = 0  # of self.lines: the first one that `out` lacks
-        self._ahead: dict[int, Result] = {}  # finished before their turn
-        left = [path for path in _shares(out) if begun(path)]
-        self.kept = Kept(
-            self.path, out, lines, settings, lambda there: self._check_free(there or left)
-        )
+        # Where the log has the result of a line: its first byte, and bytes.
+        self._at: dict[int, tuple[int, int]] = {}
         try:
-            for number, result in self.kept.found:
-                self._have(number, result)
-            self.file = Spool(out) if is_remote(out) else out.open("wb")
+            self.log = AppendLog(self.path, self._busy)
         except OSError as e:
-            self.kept.close()
             raise InputError(f"--output {out}: cannot be written ({e.strerror})") from e
-        self._grow()
         try:
-            for path in _shares(out):
-                self._take_over(path)
+            with self._writing():
+                self._begin([] if index else _others(self.path))
         except BaseException:
-            self.__exit__()
+            if not self.log.size:
+                with contextlib.suppress(OSError):
+                    self.log.remove()
+            self.log.close()
             raise
 
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type | None, *_: object) -> None:
         try:
-            self.kept.close()
-            self.file.close() if isinstance(self.file, Spool) else close_file(self.file)
-        except Exception as e:  # a store's client has errors of its own
-            raise _unwritable(self.out, e) from e
-        if self.next == len(self.lines) and not self.errors:
-            remove(self.path)
+            self.sync()
+        except InputError:
+            # After an error of the block that one is told.
+            if not kind:
+                raise
+        finally:
+            self.log.close()
 
     def missing(self) -> Iterator[Line]:
         """The lines without a result."""
         return (line for line in self.lines if line.number not in self.done)
 
     def add(self, line: Line, result: Result) -> None:
-        """Keeps a finished result, and appends to `out` what is now due."""
-        try:
-            self.kept.append(line, result)
-            self._have(line.number, result)
-            self._grow()
-        except OSError as e:
-            raise _unwritable(self.out, e) from e
-
-    def absorb(self, found: Iterable[tuple[int, Result]]) -> None:
-        """Keeps results of others by the number of their line, but for those that are there."""
-        by_number = {line.number: line for line in self.lines}
-        for number, result in found:
-            if number not in self.done:
-                self.add(by_number[number], result)
+        """Keeps a finished result. Raises InputError where it cannot be written."""
+        entry = {"line": line.number, "digest": self._digests[line.number], "result": result}
+        self._copy(line.number, _line(entry), ERROR in result)
 
     def sync(self) -> None:
-        """Puts what was added where it is safe."""
-        self.kept.log.sync()
+        """Puts what was added where it is safe. Raises InputError."""
+        with self._writing():
+            self.log.sync()
+
+    def pieces(self, size: int) -> Iterator[str]:
+        """The results as text for `absorb`, about so many bytes at a time."""
+        texts: list[bytes] = []
+        for place in self._at.values():
+            texts.append(self.log.read(*place))
+            if sum(map(len, texts)) >= size:
+                yield b"".join(texts).decode()
+                texts = []
+        yield b"".join(texts).decode()
+
+    def absorb(self, pieces: list[str]) -> None:
+        """Keeps results of others, but for lines that have one. Raises InputError."""
+        for text in pieces:
+            for line in text.encode().splitlines(keepends=True):
+                entry = _entry(line)
+                if entry is None:
+                    raise InputError(f"--output {self.out}: an answer was damaged on its way here")
+                if entry["line"] not in self.done:
+                    self._copy(entry["line"], line, ERROR in entry["result"])
+
+    def finish(self) -> None:
+        """Puts OUT in its place, for every line has a result; removes OUT.partial if none is an error.
+
+        Raises InputError where that cannot be; OUT and OUT.partial are then as they were.
+        """
+        with self._writing():
+            self.log.sync()
+            with replacing(self._place) as file:
+                for line in self.lines:
+                    file.write(self._result(line.number) + b"\n")
+            if not self.errors:
+                self.log.remove()
+
+    def _begin(self, others: list[Path]) -> None:
+        """Takes up what is there. Raises OSError too: a place without room is told of at once."""
+        self._at = self._take_up(self.log)
+        self.done.update(self._at)
+        self._check_free(bool(self.log.size) or any(map(begun, others)))
+        self.log.append(_line({"settings": self.settings}))
+        self.log.sync()
+        for path in others:
+            self._take_over(path)
 
     def _take_over(self, path: Path) -> None:
-        """What another process left when it, or the first, was killed."""
-        left = Kept(path, self.out, self.lines, self.settings)
-        self.absorb(left.found)
-        self.sync()
-        remove(path)
-        left.close()
+        """Keeps what another process left when it, or the first, was killed."""
+        left = AppendLog(path, self._busy)
+        try:
+            for number, place in self._take_up(left).items():
+                if number not in self.done:
+                    self._copy(number, left.read(*place))
+            self.log.sync()
+            left.remove()
+        finally:
+            left.close()
 
-    def _have(self, number: int, result: Result) -> None:
+    def _take_up(self, log: AppendLog) -> dict[int, tuple[int, int]]:
+        """The places of the answers in a log by the number of their line; names damaged lines."""
+        found: dict[int, tuple[int, int]] = {}
+        digests: dict[int, str] = {}
+        settings, damaged, text, count = None, [], b"\n", 0
+        for count, (start, text) in enumerate(log.lines(), 1):
+            entry = _entry(text)
+            if entry is None:
+                damaged.append(count)
+            elif "settings" in entry:
+                settings = entry["settings"]
+            elif ERROR not in entry["result"]:
+                found[entry["line"]] = start, len(text)
+                digests[entry["line"]] = entry["digest"]
+        if len(damaged) == count and not _BEGIN.startswith(log.read(0, len(_BEGIN))):
+            raise InputError(f"{log.path}: holds no line of this program; {self._afresh}")
+        if found:
+            self._check_same(log.path, settings, digests)
+        if damaged:
+            named = ", ".join(map(str, damaged[:_NAMED])) + ", .." * (len(damaged) > _NAMED)
+            told = f"{log.path}: damaged or cut off, and left out: line {named}; prompts without an"
+            print(f"{told} answer are answered again", file=sys.stderr)
+        if not text.endswith(b"\n"):
+            log.cut(start)
+        return found
+
+    def _check_same(self, path: Path, asked: Any, digests: Mapping[int, str]) -> None:
+        for name in sorted(asked.keys() | self.settings.keys()) if asked is not None else ():
+            old, new = asked.get(name), self.settings.get(name)
+            if old != new:
+                raise InputError(
+                    f"{path}: was begun with {name} {old!r}, now it is {new!r}; give the same again, "
+                    f"or {self._afresh}"
+                )
+        for number, digest in digests.items():
+            if self._digests.get(number) != digest:
+                raise InputError(
+                    f"{path}: line {number} of the input is no longer the one that was answered"
+                    f"{' or the options are others' * (asked is None)}; put it back, or {self._afresh}"
+                )
+
+    def _copy(self, number: int, text: bytes, error: bool = False) -> None:
+        """Appends a line of a log with the result of a line of the input."""
+        with self._writing():
+            start = self.log.append(text)
+        self._at[number] = start, len(text)
         self.done.add(number)
-        self.errors += ERROR in result
-        self._ahead[number] = result
+        self.errors += error
 
-    def _grow(self) -> None:
-        old = self.next
-        while self.next < len(self.lines) and self.lines[self.next].number in self._ahead:
-            self.file.write(_text(self._ahead.pop(self.lines[self.next].number)))
-            self.next += 1
-        if self.next > old:
-            self.file.flush()
-
-    def _check_free(self, there: object) -> None:
-        if not there and self.out.exists() and file_size(self.out):
+    def _result(self, number: int) -> bytes:
+        """A result's JSON, as it was written."""
+        text = self.log.read(*self._at[number])
+        if not _sound(text):
             raise InputError(
-                f"--output {self.out}: is there and has no journal to go on from: it is finished, or "
-                "another program's; name another file"
+                f"{self.path}: the answer of line {number} is damaged; the same command gives it again"
+            )
+        return text.rpartition(_CHECKSUM)[0].partition(_RESULT)[2]
+
+    def _check_free(self, begun: bool) -> None:
+        """Raises InputError for an `out` that is no file, or not of the work that has begun."""
+        there = kind(self._place)
+        if there == "folder" or (there and not self._place.is_file()):
+            raise InputError(f"--output {self.out}: is no regular file; name another one")
+        if begun or self.index:
+            return
+        old = self._place.with_name(f"{self._place.name}.journal")
+        if kind(old):
+            raise InputError(
+                f"{old}: is of an earlier version of this program; finish the work with that version, or "
+                f"delete {old.name} and {self._place.name} to start afresh"
+            )
+        if there and file_size(self._place):
+            raise InputError(
+                f"--output {self.out}: is there and has no {self.path.name} to go on from: it is "
+                "finished, or another program's; name another file"
             )
 
-
-class Share:
-    """The answers of one process of several beside the first, which takes them over."""
-
-    def __init__(self, out: Path, index: int, lines: list[Line], settings: Mapping[str, Any]):
-        """Raises InputError as Journal does."""
-        self.out, self.path = out, share_path(out, index)
-        self.kept = Kept(self.path, out, lines, settings)
-        self.done = {number for number, _ in self.kept.found}
-
-    def add(self, line: Line, result: Result) -> None:
-        """Keeps a finished result."""
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
         try:
-            self.kept.append(line, result)
-        except OSError as e:
-            raise _unwritable(self.out, e) from e
-        self.done.add(line.number)
+            yield
+        except Exception as e:
+            # A store's client has errors of its own.
+            if isinstance(e, InputError) or not (isinstance(e, OSError) or is_remote(self.out)):
+                raise
+            raise InputError(
+                f"--output {self.out}: cannot be written ({getattr(e, 'strerror', None) or e}); what was "
+                "finished is kept, the same command goes on"
+            ) from e
 
-    def sync(self) -> None:
-        """Puts what was added where it is safe."""
-        self.kept.log.sync()
+    @property
+    def _busy(self) -> str:
+        return f"--output {self.out}: another process is writing it"
 
-    def __enter__(self) -> Share:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.kept.close()
-
-
-def share_path(out: Path, index: int) -> Path:
-    """The journal of process `index`, from 1."""
-    return out.with_name(f"{out.name}.journal.{index}")
+    @property
+    def _afresh(self) -> str:
+        return f"delete {self.path.name} and {self._place.name} to start afresh"
 
 
-def _shares(out: Path) -> list[Path]:
-    start = f"{out.name}.journal."
-    there = out.parent.iterdir() if out.parent.is_dir() else ()
+def _others(path: Path) -> list[Path]:
+    """What processes beside the first have left of their logs."""
+    start = f"{path.name}."
+    there = path.parent.iterdir() if path.parent.is_dir() else ()
     found = [p for p in there if p.name.startswith(start)]
     return sorted(p for p in found if p.name.removeprefix(start).isdecimal())
 
 
-def _unwritable(out: Path, error: Exception) -> InputError:
-    return InputError(
-        f"--output {out}: cannot be written ({getattr(error, 'strerror', None) or error}); what was "
-        "finished is kept, the same command goes on"
-    )
-
-
-def results_in(text: bytes) -> list[tuple[int, Result]]:
-    """(number of its line, result) of the whole lines of a journal, or of a part of one."""
-    entries = map(json.loads, text.splitlines())
-    return [(e["line"], e["result"]) for e in entries if "line" in e]
-
-
-def _text(entry: Mapping[str, Any]) -> bytes:
+def _entry(text: bytes) -> dict[str, Any] | None:
+    """What a line of a log says; None for one that is damaged or torn."""
+    if not _sound(text):
+        return None
     try:
-        return json.dumps(entry, ensure_ascii=False).encode() + b"\n"
-    except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell and UTF-8 cannot
-        return json.dumps(entry).encode() + b"\n"
+        entry = read_json(text, "a line", large=True)
+    except InputError:
+        return None
+    answer = {"line": int, "digest": str, "result": dict}
+    kinds = {"settings": dict} if "settings" in entry else answer
+    return entry if all(isinstance(entry.get(key), kind) for key, kind in kinds.items()) else None
+
+
+def _sound(text: bytes) -> bool:
+    said, _, checksum = text.rpartition(_CHECKSUM)
+    return checksum == _checksum(said)
+
+
+def _line(entry: Mapping[str, Any]) -> bytes:
+    text = write_json(entry, "a result", ensure_ascii=False)[:-1]
+    # Half a surrogate pair, as in the name of a file, becomes a question mark.
+    said = text.encode(errors="replace")
+    return said + _CHECKSUM + _checksum(said)
+
+
+def _checksum(said: bytes) -> bytes:
+    """The end of a line: after its checksum."""
+    return hashlib.blake2b(said, digest_size=8).hexdigest().encode() + b'"}\n'

@@ -1,24 +1,24 @@
 """One file of lines answered by several processes, each a replica of the model with its own share.
 
-Every process keeps what it finished in a journal of its own, on a disk that the others see or not. At
-the end process 0 has all answers, in the order of the lines. Whoever is killed, the same command goes
+Every process keeps what it finished in a log of its own, on a disk that the others see or not. At the
+end process 0 is sent all answers, and puts them in order. Whoever is killed, the same command goes
 on, with any number of processes.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qwen3vl_jax.batch_file import Load, Settings, answer_lines, tell_errors, work_settings
-from qwen3vl_jax.journal import Journal, Line, Share, read_lines, results_in, share_path
-from qwen3vl_jax.kept_lines import digest, pieces, remove
+from qwen3vl_jax.journal import Journal, Line, read_lines
 from qwen3vl_jax.processes import agreed, all_of, check_alike, from_first, wait_for_all
 from qwen3vl_jax.processing.processor import Processor
 
-SENT = 4 << 20  # bytes that a process sends at a time where the disk is not shared
+SENT = 4 << 20  # bytes that a process sends at a time
 
 
 def answer_file_together(
@@ -41,17 +41,17 @@ def answer_file_together(
     )
     _check_alike(source, lines, kept)
     first = agreed(lambda: None if index else Journal(out, lines, kept))  # and what others left
-    with agreed(lambda: first or Share(out, index, lines, kept)) as journal:
+    with agreed(lambda: first or Journal(out, lines, kept, index)) as journal:
         found = all_of(sorted(journal.done))
         waiting = share_of(lines, {n for done in found for n in done}, index, count)
         if waiting:
             answer_lines(load, proc, source, settings, journal, waiting, index == 0)
-        journal.sync()
         wait_for_all("answered")
-        _hand_over(first, out, index)
-        if not first:
-            remove(share_path(out, index))
-        all_of(None)  # the others' journals are gone before that of process 0 goes
+        _hand_over(journal, index)
+        if index:
+            journal.log.remove()
+        all_of(None)  # the others' logs are gone before that of process 0 goes
+        agreed(lambda: first and first.finish())
     if first:
         print(f"{out}: {len(lines)} lines of {count} processes", file=sys.stderr)
         tell_errors(first)
@@ -68,20 +68,9 @@ def _check_alike(source: Path, lines: list[Line], kept: Mapping[str, Any]) -> No
     check_alike(f"--input {source}: other lines or options", seen.encode())
 
 
-def _hand_over(first: Journal | None, out: Path, index: int) -> None:
-    """Process 0 takes over the others' results: from their journals, or from them where it sees none."""
-    mine = "" if first else digest(share_path(out, index))
-    told = all_of(mine)
-    seen = from_first([not d or digest(share_path(out, i)) == d for i, d in enumerate(told)])
-    for i, there in enumerate(seen):
-        if first and there and i:
-            for text in pieces(share_path(out, i), SENT):
-                first.absorb(results_in(text))
-    rest = iter(()) if seen[index] else pieces(share_path(out, index), SENT)
-    while any(sent := all_of(next(rest, b"").decode())):
-        if first:
-            for text in sent:
-                first.absorb(results_in(text.encode()))
-    if first:
-        first.sync()
-    all_of(None)  # from here on the others' journals may go
+def _hand_over(journal: Journal, index: int) -> None:
+    """Process 0 takes over the others' results, and puts them on its disk."""
+    pieces = journal.pieces(SENT) if index else iter(())
+    while any(sent := all_of(next(pieces, ""))):
+        agreed(functools.partial(journal.absorb, [] if index else sent))
+    agreed(journal.sync)

@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -20,9 +21,43 @@ def write_whole(path: Path, data: bytes) -> None:
     if is_remote(path):
         path.write_bytes(data)
         return
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(data)
-    os.replace(part, path)
+    with replacing(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to fill that takes the place of `path` when the block ends well and it is on the disk.
+
+    After an error, a full disk's too, `path` is as it was. A remote one is put whole.
+    """
+    if is_remote(path):
+        with Spool(path) as file:
+            yield cast(BinaryIO, file)
+        return
+    new = path.with_name(f".{path.name}.new")
+    try:
+        with new.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            new.unlink()
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Puts the names of a folder's files on the disk. Raises OSError."""
+    if os.name != "posix":
+        return  # Windows opens no folder
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 class Spool:

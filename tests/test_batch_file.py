@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import prompt_lines
@@ -15,8 +16,8 @@ import pytest
 import infer
 import qwen3vl_jax as q3
 from demo import evaluate
-from qwen3vl_jax import engine, generation, prefixes
-from qwen3vl_jax.journal import Journal, read_lines
+from qwen3vl_jax import engine, generation, json_text, prefixes
+from qwen3vl_jax.journal import read_lines
 from qwen3vl_jax.processing.batch import bucket
 from qwen3vl_jax.processing.prompts import read_prompt
 
@@ -48,7 +49,7 @@ def ask(params, proc, arrays, count, **options):
 
 
 def answers(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json_text.read_json(line, "") for line in path.read_text().splitlines()]
 
 
 def run(*arguments):
@@ -95,37 +96,36 @@ def test_300_mixed_prompts_answer_as_each_alone(demo, work, monkeypatch):
     assert counts[1] == len(touched) and sum(counts) <= 24, (counts, touched)
 
 
-def test_a_file_killed_three_times_has_each_answer_once(work, tmp_path):
-    """kill -9 at three random moments, then to the end: all answers, in order, each once."""
+def test_a_killed_file_has_each_answer_once(work, tmp_path):
+    """kill -9 at a random moment, then to the end: all answers, in order, each once."""
     source, lines, _, alone = work
     out = tmp_path / "out.jsonl"
-    journal = tmp_path / "out.jsonl.journal"
+    partial = tmp_path / "out.jsonl.partial"
     env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "XLA_FLAGS": ""}  # fmt: skip
     command = [sys.executable, ROOT / "infer.py", "--input", source, "--output", out]
     command += ["--dtype", "float32"]
 
-    def there():
-        return journal.read_bytes().count(b"\n") if journal.exists() else 0
+    def kept():
+        return partial.read_bytes().count(b'{"line"') if partial.exists() else 0
 
-    rng = np.random.default_rng()
-    for share in np.sort(rng.uniform(0.05, 0.9, 3)):
-        child = subprocess.Popen(command, env=env, stderr=subprocess.PIPE)
-        while there() <= share * len(lines) and child.poll() is None:
-            time.sleep(0.01)
-        os.kill(child.pid, signal.SIGKILL)
-        child.communicate()
-        assert journal.exists(), "it was done before it could be killed"
-    kept = there()
+    child = subprocess.Popen(command, env=env, stderr=subprocess.PIPE)
+    enough = np.random.default_rng().uniform(0.05, 0.9) * len(lines)
+    while kept() <= enough and child.poll() is None:
+        time.sleep(0.01)
+    os.kill(child.pid, signal.SIGKILL)
+    child.communicate()
+    assert partial.exists() and not out.exists(), "it was done before it could be killed"
+    there = kept()
     ended = subprocess.run(command, env=env, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    assert f"({kept - 1} were there)" in ended.stderr.replace("\n", " ")
+    assert f"({there} were there)" in ended.stderr.replace("\n", " ")
     assert [a["id"] for a in answers(out)] == [line["id"] for line in lines]
     proc = q3.Processor.from_pretrained(evaluate.CHECKPOINT)
     for answer, (tokens, reason) in zip(answers(out), alone, strict=True):
         assert answer["text"] == proc.decode(tokens) and answer["finish_reason"] == reason
         assert answer["completion_tokens"] == len(tokens)
-    assert not journal.exists()
+    assert not partial.exists()
 
 
 def message(words, **more):
@@ -136,8 +136,13 @@ def test_bad_lines_are_told_in_their_own_record(demo, tmp_path, capsys):
     """Each kind of bad line, good ones between them, blank lines skipped; ids default to the number."""
     bad = {
         "[1]\n": "expected an object, found list",
-        '{"messages": \n': "not a JSON object",
-        "\udcff\n".encode("utf-8", "surrogateescape").decode("latin1"): "not a JSON object",
+        '{"messages": \n': "not JSON",
+        "\udcff\n".encode("utf-8", "surrogateescape").decode("latin1"): "not JSON",
+        '{"id": NaN, "messages": []}\n': "NaN is not JSON",
+        '{"id": -1e999, "messages": []}\n': "the number -1e999 is too large",
+        json.dumps(message("hi", id=[[3]], seed=int("9" * 400))) + "\n": "an integer of 400 digits",
+        json.dumps(message("hi", id=json.loads("[" * 200 + "]" * 200))) + "\n": "100 deep",
+        json.dumps(message("hi", temperature=1e308 * 10)) + "\n": "Infinity is not JSON",
         json.dumps({"messages": "hi"}) + "\n": "a list of messages",
         json.dumps(message("hi", max_tokens=3)) + "\n": "unknown key 'max_tokens'",
         json.dumps(message("hi", max_new_tokens=0)) + "\n": "max_new_tokens is 0",
@@ -150,7 +155,7 @@ def test_bad_lines_are_told_in_their_own_record(demo, tmp_path, capsys):
         json.dumps(message("long " * 4000)) + "\n": "(--max-len)",
         json.dumps(message([{"type": "image", "image": "gone.png"}])) + "\n": "gone.png: ",
         json.dumps({"messages": [[{"role": "user", "content": "a"}]] * 2}) + "\n": "conversation",
-        "[" * 100_000 + "\n": "not a JSON object",
+        "[" * 100_000 + "\n": "100 deep",
     }
     lines = [x for text in bad for x in (text, "\n", message("Hi"))]
     source, out = prompt_lines.write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
@@ -234,9 +239,9 @@ def refused(capsys, *arguments):
 
 
 def test_files_that_cannot_be_used_are_refused(tmp_path, capsys):
-    """No input, an output that is there, other options, changed lines, two processes, half a line."""
+    """No input, an output that is there or cannot be, lines that change."""
     source = prompt_lines.write(tmp_path / "in.jsonl", [message(f"Hi {i}") for i in range(3)])
-    out, journal = tmp_path / "out.jsonl", tmp_path / "out.jsonl.journal"
+    out = tmp_path / "out.jsonl"
     both = ("--input", source, "--output", out)
     assert "give both" in refused(capsys, "--input", source)
     assert "leave --prompt out" in refused(capsys, *both, "--prompt", "Hi")
@@ -253,35 +258,64 @@ def test_files_that_cannot_be_used_are_refused(tmp_path, capsys):
     assert "cannot be written" in refused(capsys, "--input", source, "--output", gone)
 
     run(*both)
-    assert "has no journal to go on from" in refused(capsys, *both)
+    assert "is there and has no out.jsonl.partial" in refused(capsys, *both)
     lines = read_lines(source)
-    out.unlink()
-    Journal(out, lines, {"seed": 7}).__exit__()  # begun, and ended before the first answer
-    run(*both)  # so that other settings are free
-    assert len(answers(out)) == 3 and not journal.exists()
-    out.unlink()
-    with Journal(out, lines, {"seed": 0}) as begun:
-        begun.add(lines[1], {"id": 2, "text": "kept"})
-        begun.add(lines[2], {"id": 3, "error": "no network"})
-        assert "another process" in refused(capsys, *both)
-    assert "was begun with" in refused(capsys, *both)
-    with pytest.raises(q3.InputError, match="seed 0, now it is 1"):
-        Journal(out, lines, {"seed": 1})
-    with pytest.raises(q3.InputError, match="line 2 of the input"):
-        Journal(out, [lines[0], lines[2]], {"seed": 0})
-    with journal.open("a") as file:
-        file.write('{"line": 3, "dig')
-    with Journal(out, lines, {"seed": 0}) as again:  # an error is tried again
-        assert [line.number for line in again.missing()] == [1, 3] and not out.read_text()
-        again.add(lines[0], {"id": 1, "text": "a"})
-        assert out.read_text().count("\n") == 2
-        again.add(lines[2], {"id": "\ud800", "text": "c"})
-    assert [a["id"] for a in answers(out)] == [1, 2, "\ud800"] and not journal.exists()
-    for text in ("no journal\n", "something else, without an end", '{"settings": 3'):
-        journal.write_text(text)
-        assert "no journal" in refused(capsys, *both) and journal.read_text() == text
-    journal.write_text("")
-    assert "has no journal to go on from" in refused(capsys, *both) and out.stat().st_size
     source.write_text(source.read_text().replace("Hi 1", "Ha 1"))
     with pytest.raises(q3.InputError, match="line 2 changed while"):
         lines[1].read(source)
+
+
+def test_an_answer_that_is_no_answer(demo, tmp_path, monkeypatch, capsys):
+    """What the engine ends with an error is one in OUT, and asked again by the same command."""
+    source = prompt_lines.write(tmp_path / "in.jsonl", [message("Hi"), message("Ho")])
+    many, out = engine.generate_many, tmp_path / "out.jsonl"
+
+    def failing(*given, **options):
+        for one in many(*given, **options):
+            wrong = {"finish_reason": "error", "error": "logits are not finite"}
+            yield SimpleNamespace(**{**vars(one), **(wrong if one.key == 2 else {})})
+
+    monkeypatch.setattr(engine, "generate_many", failing)
+    with pytest.raises(SystemExit) as ended:
+        run("--input", source, "--output", out)
+    assert ended.value.code == 1 and "1 of them could not be used" in capsys.readouterr().err
+    said = {"id": 2, "error": "line 2: logits are not finite", "finish_reason": "error"}
+    first = answers(out)[0]
+    assert answers(out)[1] == said and (tmp_path / "out.jsonl.partial").exists()
+    monkeypatch.setattr(engine, "generate_many", many)
+    run("--input", source, "--output", out)
+    assert answers(out)[0] == first and "text" in answers(out)[1]
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == ["out.jsonl"]
+
+
+BLOCKED = """
+import hashlib, sys, threading, time
+from qwen3vl_jax.batch_file import _ahead
+from qwen3vl_jax.cli import one_line_errors, sigterm_interrupts
+
+def hangs(line):
+    print("begun", flush=True)
+    threading.Event().wait()
+
+with one_line_errors(), sigterm_interrupts(float(sys.argv[1])):
+    for _ in _ahead(hangs, [1]):
+        if sys.argv[2] == "compiles":  # nor does this hear of a signal
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+        time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize(("seconds", "main"), [("60", "waits"), ("0.1", "compiles")])
+def test_a_stop_ends_the_process_whatever_hangs(seconds, main):
+    """SIGTERM, with worker threads that never return, and a main thread that does not hear of it."""
+    command = [sys.executable, "-c", BLOCKED, seconds, main]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as child:
+        assert child.stdout.readline() == "begun\n"
+        time.sleep(0.2)
+        child.send_signal(signal.SIGTERM)
+        try:
+            assert child.wait(5) == 130
+        finally:
+            child.kill()
+        assert child.stderr.read().startswith("interrupted")

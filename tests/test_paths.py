@@ -22,11 +22,10 @@ from convert.matching import open_hf
 from convert.peft import load_adapter, save_adapter
 from convert.readers import read_tensors
 from convert.to_orbax import to_orbax
-from qwen3vl_jax import engine, orbax_io, paths, sharding
+from qwen3vl_jax import append_log, engine, orbax_io, paths, sharding
 from qwen3vl_jax.batch_file import Settings, answer_file
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.journal import Journal, Share, read_lines, share_path
-from qwen3vl_jax.kept_lines import PartLog, digest
+from qwen3vl_jax.journal import Journal, read_lines
 from qwen3vl_jax.paths import as_path
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.training import records, run_dir, setup
@@ -414,7 +413,7 @@ def test_answers_outlive_a_kill(asked, bucket, tmp_path, monkeypatch):
     assert asked(tmp_path / "in.jsonl", tmp_path / "out.jsonl") == 1
     want = (tmp_path / "out.jsonl").read_bytes()
     source, out = f"{BUCKET}/in.jsonl", f"{BUCKET}/out.jsonl"
-    monkeypatch.setattr(PartLog, "EVERY", 0.0)
+    monkeypatch.setattr(append_log, "SYNC_EVERY", 0.0)
     add, count, killed = Journal.add, [], {}
 
     def dying(self, line, result):
@@ -431,7 +430,7 @@ def test_answers_outlive_a_kill(asked, bucket, tmp_path, monkeypatch):
     bucket.objects.update(killed)
     assert "bucket/out.jsonl" not in bucket.objects
     assert (
-        len(held(bucket, "out.jsonl.journal")) == 5
+        len(held(bucket, "out.jsonl.partial")) == 5
     )  # one a write: what was asked, and four answers
     first, count[:] = list(count), [None] * 10
     assert asked(source, out) == 1
@@ -440,25 +439,23 @@ def test_answers_outlive_a_kill(asked, bucket, tmp_path, monkeypatch):
     bucket.put("bucket/in.jsonl", bucket.objects["bucket/in.jsonl"][0].replace(
         b"not JSON", b'{"messages": [{"role": "user", "content": "mended"}]}'))  # fmt: skip
     assert asked(source, out) == 0
-    assert not held(bucket, "out.jsonl.journal")
-    with pytest.raises(InputError, match="has no journal to go on from"):
+    assert not held(bucket, "out.jsonl.partial")
+    with pytest.raises(InputError, match=r"has no out\.jsonl\.partial to go on from"):
         asked(source, out)
 
 
 def test_the_share_of_another_process_is_taken_over(asked, bucket):
-    """Parts of OUT.journal.1 come into OUT, and are gone then; a digest is the same for all who look."""
+    """Parts of OUT.partial.1 come into OUT.partial, and are gone then."""
     out = as_path(f"{BUCKET}/out.jsonl")
     lines = read_lines(as_path(f"{BUCKET}/in.jsonl"))
-    with Share(out, 1, lines, {"seed": 0}) as share:
+    with Journal(out, lines, {"seed": 0}, 1) as share:
         share.add(lines[2], {"id": "q2", "text": "two"})
         share.sync()
         share.add(lines[0], {"id": "q0", "text": "none"})
-    assert len(held(bucket, "out.jsonl.journal.1")) == 3  # what was asked, and one a sync
-    assert digest(share_path(out, 1)) and not digest(share_path(out, 2))
+    assert len(held(bucket, "out.jsonl.partial.1")) == 3  # what was asked, and one a sync
     with Journal(out, lines, {"seed": 0}) as journal:
         assert journal.done == {1, 3}
-    assert not held(bucket, "out.jsonl.journal.1")
-    assert bucket.objects["bucket/out.jsonl"][0] == b'{"id": "q0", "text": "none"}\n'
+    assert not held(bucket, "out.jsonl.partial.1") and "bucket/out.jsonl" not in bucket.objects
     with pytest.raises(InputError, match="was begun with seed 0"):
         Journal(out, lines, {"seed": 1})
 

@@ -13,7 +13,7 @@ import pytest
 
 import infer
 import qwen3vl_jax as q3
-from qwen3vl_jax.journal import Journal, Share, read_lines, share_path
+from qwen3vl_jax.journal import Journal, read_lines
 from qwen3vl_jax.replicas import share_of
 
 ROOT = Path(infer.__file__).parent
@@ -68,8 +68,12 @@ def ended(children):
     return said
 
 
+def partial(out, index=0):
+    return out.with_name(f"{out.name}.partial" + f".{index}" * bool(index))
+
+
 def answered(path):
-    return max(path.read_bytes().count(b"\n") - 1, 0) if path.exists() else 0
+    return path.read_bytes().count(b'{"line"') if path.exists() else 0
 
 
 def test_a_killed_share_is_taken_up_by_the_next_start(work, tmp_path):
@@ -77,19 +81,19 @@ def test_a_killed_share_is_taken_up_by_the_next_start(work, tmp_path):
     source, env, want = work
     out = tmp_path / "out.jsonl"
     children = start(source, [out, out], env)
-    while answered(share_path(out, 1)) < 5:
+    while answered(partial(out, 1)) < 5:
         assert all(child.poll() is None for child in children), children[1].communicate()
         time.sleep(0.005)
     for child in children[::-1]:
         os.kill(child.pid, signal.SIGKILL)
         child.communicate()
-    left = answered(share_path(out, 1)), answered(tmp_path / "out.jsonl.journal")
+    left = answered(partial(out, 1)), answered(partial(out))
     assert 5 <= left[0] < LINES // 2 + 1
     first, second = ended(start(source, [out, out], env))
     assert "of 2 processes" in first and "1 of them could not be used" in first
     assert "lines" not in second
     assert out.read_text() == want
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl", "out.jsonl.journal"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl", "out.jsonl.partial"]
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -98,7 +102,7 @@ def test_sigterm_stops_at_once_and_keeps_the_answers(work, tmp_path, count):
     source, env, want = work
     out = tmp_path / "out.jsonl"
     children = start(source, [out] * count, env)
-    journals = [tmp_path / "out.jsonl.journal", *(share_path(out, i) for i in range(1, count))]
+    journals = [partial(out, i) for i in range(count)]
     while not all(answered(path) for path in journals):
         assert all(child.poll() is None for child in children), children[-1].communicate()
         time.sleep(0.005)
@@ -134,18 +138,19 @@ def test_one_process_takes_over_what_several_left(tmp_path):
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(f"{i}\n" for i in range(6)))
     lines = read_lines(source)
-    with Share(out, 2, lines, {"seed": 0}) as share:
+    with Journal(out, lines, {"seed": 0}, 2) as share:
         share.add(lines[3], {"id": 3})
         share.add(lines[4], {"id": 4, "error": "is tried again"})
         with pytest.raises(q3.InputError, match="another process is writing"):
             Journal(out, lines, {"seed": 0})
     with pytest.raises(q3.InputError, match="seed 0, now it is 1"):
         Journal(out, lines, {"seed": 1})
-    assert share_path(out, 2).exists()
+    assert partial(out, 2).exists()
     with Journal(out, lines, {"seed": 0}) as journal:
-        assert journal.done == {4} and not share_path(out, 2).exists()
+        assert journal.done == {4} and not partial(out, 2).exists()
         for line in list(journal.missing()):
             journal.add(line, {"id": line.number - 1})
+        journal.finish()
     assert [json.loads(line)["id"] for line in out.read_text().splitlines()] == list(range(6))
 
 
