@@ -2,8 +2,10 @@
 
 import dataclasses
 import io
+import json
 import math
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -19,11 +21,13 @@ from qwen3vl_jax.training.dryrun import dry_run
 CONFIGS = train_files.ROOT / "configs"
 
 
-def said(settings: recipe.Recipe, colour: bool = False) -> str:
-    """What a dry run prints."""
+def said(settings: recipe.Recipe, colour: bool = False, refused: str = "") -> str:
+    """What a dry run prints; refused: words of the refusal at its end."""
     out = io.StringIO()
     system = "standard" if colour else None
-    dry_run(settings, Console(file=out, width=120, force_terminal=colour, color_system=system))
+    console = Console(file=out, width=120, force_terminal=colour, color_system=system)
+    with pytest.raises(InputError, match=refused) if refused else nullcontext():
+        dry_run(settings, console)
     return out.getvalue()
 
 
@@ -35,14 +39,15 @@ def count(cfg: Config) -> int:
 def test_a_pod_recipe_needs_no_weights_no_hub_and_no_mesh(monkeypatch):
     """sft_235b_pod: all 235 billion parameters, memory of one of 256 devices, what is not here."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    text = said(recipe.read_recipe(CONFIGS / "sft_235b_pod.toml"))
+    settings = recipe.read_recipe(CONFIGS / "sft_235b_pod.toml")
+    text = said(settings, refused="data.sources.0.path is 'data/train.jsonl': no such file")
     cfg = Config.named("235b-a22b")
     held = estimate.held(recipe.read_recipe(CONFIGS / "sft_235b_pod.toml"), cfg)
     groups = held.by_group(recipe.read_recipe(CONFIGS / "sft_235b_pod.toml"), cfg)
     assert sum(a + b for a, b, _ in groups.values()) == count(cfg) > 235e9
     assert groups["vision"][0] == groups["router"][0] == 0 < groups["merger"][0]
     assert f"{groups['experts'][0]:,}" in text and "memory of each of 256 devices" in text
-    assert "steps: 10,000" in text and "data/train.jsonl" in text and "cannot be had" in text
+    assert "steps: 10,000" in text and "cannot be had" in text
 
 
 @pytest.mark.parametrize(
@@ -94,10 +99,55 @@ def test_a_sample_shows_its_mask(small):
     )
     assert shown and 0 < int(shown[2]) < int(shown[1])
     targets = re.findall(r"\[\[(.*?)\]\]", shown[3], re.S)
-    assert [re.fullmatch(r"(\d+) and \1<\|im_end\|>\n?", t) is not None for t in targets] == [True]
+    assert re.fullmatch(r"(\d+) and \1{{<\|im_end\|>}}\n?", targets[1]) and len(targets) == 2
     coloured = said(small, colour=True)
-    assert "[[" not in coloured and "\x1b[1;32m" in coloured
+    assert (
+        "[[" not in coloured and "\x1b[1;32m" in coloured and "\x1b[1;7;32m<|im_end|>" in coloured
+    )
     assert "epochs: about" in text and "of 24 records" in text and "filled: " in text
+
+
+def test_special_tokens_do_not_look_like_text(small, tmp_path):
+    """What a prompt spells is text, or with data.allow_special a token, and a sample shows which."""
+    turns = [{"role": "user", "content": "say <|im_start|>"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    changed = dataclasses.replace(
+        small.data,
+        sources=(dataclasses.replace(small.data.sources[0], path=f"{tmp_path}/a.jsonl"),),
+    )
+    text = said(dataclasses.replace(small, data=changed))
+    assert "say <|im_start|>{{<|im_end|>}}" in text and "{{<|im_start|>}}user" in text
+
+
+def test_all_that_is_left_out_is_named(small, tmp_path):
+    """Of data and of evaluation; where a run would refuse, so does the dry run, and else not."""
+    good = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    lines = [json.dumps({"messages": good})] * 20
+    lines[3], lines[17], lines[9] = "{", json.dumps({"messages": good, "label": 1}), json.dumps({
+        "messages": [{"role": "user", "content": "word " * 200}, good[1]]})  # fmt: skip
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "b.jsonl").write_text("\n".join([*lines[:3], json.dumps({"messages": good[:1]})]))
+    sources = [
+        (dataclasses.replace(small.data.sources[0], path=f"{tmp_path}/{n}.jsonl"),) for n in "ab"
+    ]
+    data = dataclasses.replace(small.data, sources=sources[0], bad_fraction=0.1)
+    settings = dataclasses.replace(small, data=data)
+    text = said(settings)
+    for name, reason in (
+        ("4", "not JSON"),
+        ("18", "unknown key 'label'"),
+        ("10", "tokens, pack.length"),
+    ):
+        assert re.search(f"left out: a.jsonl:{name}: .*{reason}", text)
+    strict = dataclasses.replace(settings, data=dataclasses.replace(data, bad_fraction=0.09))
+    text = said(strict, refused="2 of 20 records are bad, more than data.bad_fraction 0.09 allows")
+    assert text.count("left out: ") == 3 and "memory of" in text
+    asked = recipe.Evaluate(every=5, sources=sources[1], generate=2)
+    with_evaluation = dataclasses.replace(settings, evaluate=asked)
+    text = said(with_evaluation, refused="1 of 4 records are bad")
+    assert "left out: b.jsonl:4: nothing to learn" in text
+    lone = dataclasses.replace(with_evaluation, evaluate=dataclasses.replace(asked, every=0))
+    assert "b.jsonl" not in said(lone)
 
 
 def test_new_tokens_are_seen(small):

@@ -29,14 +29,15 @@ from qwen3vl_jax.training.recipe import Recipe
 _SMALL_FILES = ["*.json", "*.txt", "*.jinja"]  # everything of a checkpoint but its weights
 _SIZE = re.compile(r"(235b-a22b|30b-a3b|32b|8b|4b|2b)", re.IGNORECASE)
 _BATCHES = 4  # drawn to measure fill and samples a step
-_TARGET, _OTHER = "bold green", "dim"
+_TARGET, _OTHER, _SPECIAL = "bold green", "dim", " reverse"
 
 
 def dry_run(recipe: Recipe, console: Console | None = None) -> None:
     """Prints parameters by group, memory by part, steps and epochs, and one sample with its mask.
 
     A Hub id whose files cannot be had is read as the released size in its name, and what that leaves
-    out is said; so are sources that are not here. Raises InputError for all else that cannot run.
+    out is said. Every record of data and evaluation is read, and each that gives no sample is named.
+    Raises InputError for all that a run refuses; where that is the data, after all else is printed.
     """
     console = console or Console(soft_wrap=False, highlight=False)
     cfg, proc, missing = _opened(recipe)
@@ -44,19 +45,41 @@ def dry_run(recipe: Recipe, console: Console | None = None) -> None:
     parts = estimate.held(recipe, cfg)
     console.print(_parameters(recipe, cfg, parts))
     console.print(_memory(recipe, cfg, parts))
-    drawn, records = [], 0
+    drawn, records, wrong = [], 0, list[InputError]()
     try:
         check_sources(recipe)
         if proc is not None:
+            wrong += _survey(recipe, proc, console)
             drawn, records = _draw(recipe, proc)
     except InputError as error:
-        missing.append(str(error))
+        wrong.append(error)
     _say(console, "\n".join(_steps(recipe, drawn, records)))
     if proc is not None and drawn:
         text = rendered(proc.tokenizer, cfg, drawn[0], marks=console.color_system is None)
         console.print(text, soft_wrap=True)
     for line in missing:
         _say(console, f"not shown: {line}")
+    if wrong:
+        raise wrong[0]
+
+
+def _survey(recipe: Recipe, proc: Processor, console: Console) -> list[InputError]:
+    """Names what training and evaluation leave out; gives why a run would refuse either."""
+    from qwen3vl_jax.training.feed import Feed, Refusal, check_answers, survey
+
+    def tell(refusal: Refusal) -> None:
+        _say(console, f"left out: {refusal.name}: {' '.join(refusal.reason.split())}")
+
+    wrong, asked = [], recipe.evaluate
+    held_out = dataclasses.replace(recipe.data, sources=asked.sources, shuffle=False)
+    for data in [recipe.data, *([held_out] if asked.every else [])]:
+        try:
+            survey(data, recipe.pack, proc, tell)
+            if data is held_out:
+                check_answers(Feed(data, recipe.pack, proc, 0, once=True), asked.generate)
+        except InputError as error:
+            wrong.append(error)
+    return wrong
 
 
 def _say(console: Console, text: str) -> None:
@@ -152,20 +175,27 @@ def _steps(recipe: Recipe, drawn: list[Any], records: int) -> list[str]:
 
 
 def rendered(tokenizer: Tokenizer, cfg: Config, drawn: Any, marks: bool) -> Text:
-    """The first sample of a batch: targets in colour, or between [[ and ]] where there is none."""
+    """The first sample of a batch: targets and special tokens in colour, or between marks."""
     batch = drawn.packed.batch
     row = int(np.argmax(np.asarray(batch.segment_ids)[:, 0] > 0))
     inside = np.asarray(batch.segment_ids)[row] == 1
     ids, labels = np.asarray(batch.tokens)[row][inside], np.asarray(batch.labels)[row][inside]
     name, targets = drawn.names[row][0], labels != -100
     text = Text(f"{name}: {len(ids)} tokens, {int(targets.sum())} of them are targets\n")
-    pads = (cfg.image_token_id, cfg.video_token_id)
-    for (target, pad), run in itertools.groupby(
-        zip(ids.tolist(), targets.tolist()), lambda x: (x[1], x[0] if x[0] in pads else None)
-    ):
-        held = [token for token, _ in run]
-        piece = f"{tokenizer.token_of(pad)} x {len(held)}" if pad is not None else None
-        piece = piece or tokenizer.decode(held, skip_special_tokens=False)
-        piece = f"[[{piece}]]" if target and marks else piece
-        text.append(piece, style=_TARGET if target else _OTHER)
+    text.append("[[target]], {{special token}}\n" if marks else "", style=_OTHER)
+    pads, special = (cfg.image_token_id, cfg.video_token_id), set(tokenizer.added.values())
+    for target, run in itertools.groupby(zip(ids.tolist(), targets.tolist()), lambda x: x[1]):
+        text.append("[[" if target and marks else "")
+        for token, same in itertools.groupby(
+            (token for token, _ in run), lambda x: x if x in special else None
+        ):
+            held = list(same)
+            piece = tokenizer.decode(held, skip_special_tokens=False)
+            if token in pads and len(held) > 1:
+                piece = f"{tokenizer.token_of(token)} x {len(held)}"
+            if token is not None and marks:
+                piece = f"{{{{{piece}}}}}"
+            style = _TARGET if target else _OTHER
+            text.append(piece, style=style + _SPECIAL * (token is not None))
+        text.append("]]" if target and marks else "")
     return text

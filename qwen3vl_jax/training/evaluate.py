@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.generation import generate
-from qwen3vl_jax.json_text import write_json
+from qwen3vl_jax.json_text import read_json, write_json
 from qwen3vl_jax.model import unstack_layers
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.processing.reply import Reply, parse_reply
@@ -158,7 +158,10 @@ def _answer_some(
 
 def expected(message: Any) -> str:
     """What a record's answer says, as `spelled` shows an answer that writes the same."""
-    calls = [call.get("function") or call for call in message.get("tool_calls") or ()]
+    calls = [dict(call.get("function") or call) for call in message.get("tool_calls") or ()]
+    for call in calls:
+        if isinstance(text := call.get("arguments"), str):
+            call["arguments"] = read_json(text, "arguments")
     written = (f"<tool_call>{write_json(call, 'tool_calls')}</tool_call>" for call in calls)
     text = _words(message) + "".join(written)
     return spelled(parse_reply(text))

@@ -24,11 +24,12 @@ from qwen3vl_jax.training.recipe import Data, Pack
 from qwen3vl_jax.training.records import open_records
 from qwen3vl_jax.training.sample import Refusal, Sample
 from qwen3vl_jax.training.samples import SampleMaker, eight_bit
-from qwen3vl_jax.training.stream import Order, iterate, make_stream
+from qwen3vl_jax.training.stream import SHUFFLED, Order, Reader, iterate, make_stream
 
 _FEWEST = 100  # records that a fraction is of, at least
 _SHOWN = 5  # bad records in a message
 _KEPT = 1000  # refusals that are kept by name
+_FEW = 500  # records that are read sooner than workers start
 _MOST_TOO_LARGE = 0.5
 _BATCHES_AHEAD = 1  # and one more that waits for its place
 _TICK = 0.2  # seconds
@@ -75,7 +76,8 @@ class Feed:
             seed=seed,
             process=[process_index, process_count],
         )
-        stream = make_stream(self.sources, SampleMaker(proc, data, pack), self.order)
+        self._maker = SampleMaker(proc, data, pack)
+        stream = make_stream(self.sources, self._maker, self.order)
         labelled = any(getattr(source, "vision_labels", False) for source in self.sources)
         pixel_type = np.float32 if eight_bit(proc) is proc else np.uint8
         self._line = _Line(stream, data, pack, proc.config, pixel_type, labelled)
@@ -124,20 +126,26 @@ class Feed:
         self._state, self._stale = self._line.state(), False
 
     def records(self, count: int) -> list[tuple[str, dict[str, Any]]]:
-        """The first `count` (name, record in chat form) that end in an answer; bad ones are left out."""
+        """The first `count` (name, record in chat form) that end in an answer and give a sample.
+
+        The others are among the `refused`, as they are for the loss.
+        """
         found: list[tuple[str, dict[str, Any]]] = []
         for source in self.sources:
+            read = Reader(source, self._maker)
             for index in range(len(source)):
                 if len(found) == count:
                     return found
-                try:
-                    record = source.read(index)
-                except InputError:
+                made = read(index)
+                if isinstance(made, Refusal):
+                    self._line.keep(made.name, made.reason)
                     continue
+                record = source.read(index)
                 if not isinstance(record, dict):
                     break  # ready samples have no words
                 if record["messages"][-1].get("role") == "assistant":
                     found.append((source.name(index), record))
+        self._state = self._line.state()
         return found
 
     @property
@@ -222,17 +230,18 @@ class _Line:
                 self._count(made)
                 continue
             if made.note:
-                self._list(made.name, made.note)
+                self.keep(made.name, made.note)
             return Waiting(self.next - 1, made)
         return None
 
-    def _list(self, name: str, reason: str) -> None:
+    def keep(self, name: str, reason: str) -> None:
+        """Keeps what was left out or cut, by name."""
         if len(self.refused) < _KEPT:
             self.refused[name] = reason
 
     def _count(self, refusal: Refusal) -> None:
         """Takes note of a refusal. Raises InputError where there are too many."""
-        self._list(refusal.name, refusal.reason)
+        self.keep(refusal.name, refusal.reason)
         self.counts["bad" if refusal.bad else "too_large"] += 1
         read, bad, too_large = (self.counts[name] for name in ("read", "bad", "too_large"))
         least = max(read, min(_FEWEST, self.total))
@@ -241,16 +250,55 @@ class _Line:
         fraction, epochs = self.data.bad_fraction, -(-read // max(self.total, 1))
         # No more than whole epochs may have, nor than chance lets come early: four deviations.
         early = fraction * least + 4 * (fraction * least) ** 0.5
-        if bad > min(fraction * epochs * self.total, early):
-            raise InputError(
-                f"{bad} of {read} records are bad, more than data.bad_fraction "
-                f"{self.data.bad_fraction:g} allows:{shown}"
-            )
-        if too_large > _MOST_TOO_LARGE * least:
-            raise InputError(
-                f"{too_large} of {read} records do not fit a row; raise pack.length or "
-                f"pack.vision_length, or lower data.max_pixels:{shown}"
-            )
+        most = min(fraction * epochs * self.total, early), _MOST_TOO_LARGE * least
+        _check_counts(read, bad, too_large, most, fraction, shown)
+
+
+def _check_counts(
+    read: int, bad: int, too_large: int, most: tuple[float, float], fraction: float, shown: str
+) -> None:
+    """Raises InputError where more records are bad or too large than `most` allows."""
+    if bad > most[0]:
+        raise InputError(
+            f"{bad} of {read} records are bad, more than data.bad_fraction {fraction:g} allows:{shown}"
+        )
+    if too_large > most[1]:
+        raise InputError(
+            f"{too_large} of {read} records do not fit a row; raise pack.length or "
+            f"pack.vision_length, or lower data.max_pixels:{shown}"
+        )
+
+
+def survey(data: Data, pack: Pack, proc: Processor, tell: Callable[[Refusal], None]) -> None:
+    """Reads every record of the sources once, and tells of each that gives no sample.
+
+    Sources without an end are left out. Raises InputError where a run would refuse the data, at the end.
+    """
+    sources = [found for found in map(open_records, data.sources) if len(found) < SHUFFLED]
+    total, counts = sum(map(len, sources)), {True: 0, False: 0}
+    order = Order([], [1.0] * len(sources), shuffle=False, once=True, seed=0, process=[0, 1])
+    stream = make_stream(sources, SampleMaker(proc, data, pack), order) if sources else ()
+    workers = data.workers if total > _FEW else 0
+    coming, end = iterate(stream, 0, workers, proc.config.vision.patch_shape)
+    try:
+        for made in coming:
+            if isinstance(made, Refusal):
+                counts[made.bad] += 1
+                tell(made)
+    finally:
+        end()
+    fraction = data.bad_fraction
+    most = fraction * total, _MOST_TOO_LARGE * total
+    _check_counts(total, counts[True], counts[False], most, fraction, " they are named above")
+
+
+def check_answers(feed: Any, count: int) -> None:
+    """Raises InputError where evaluate.generate asks for answers and no record has one."""
+    if count and not feed.records(1):
+        raise InputError(
+            "evaluate.generate: evaluate.sources hold no conversation that ends in an answer "
+            "(ready samples have no words); set it to 0"
+        )
 
 
 class _Ahead:

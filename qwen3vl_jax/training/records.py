@@ -79,20 +79,24 @@ class Lines:
 
     @classmethod
     def of(cls, path: str, source: Source) -> Lines:
-        """Looks through the file once; lines of at most one byte are no records, a list is several."""
-        ends, lists = [np.zeros(0, np.int64)], []
+        """Looks through the file once; empty lines are no records, a list is several."""
+        none = np.zeros(0, np.int64)
+        ends, lists, returns = [none], [none], [none]
         with as_path(path).open("rb") as file:
             start, last = 0, b"\n"
             while chunk := file.read(_CHUNK):
                 data = np.frombuffer(last + chunk, np.uint8)
                 ends.append(start + np.flatnonzero(data[1:] == ord("\n")))
-                lists.append(start + np.flatnonzero((data[:-1] == 10) & (data[1:] == ord("["))))
+                begins = np.flatnonzero(data[:-1] == ord("\n"))
+                lists.append(start + begins[data[begins + 1] == ord("[")])
+                returns.append(start + begins[data[begins + 1] == ord("\r")])
                 start, last = start + len(chunk), chunk[-1:]
         ends = np.append(np.concatenate(ends), start)
         begins = np.concatenate([[0], ends[:-1] + 1])
         spans = np.stack([begins, ends, np.arange(1, len(ends) + 1), np.full(len(ends), -1)], 1)
-        spans = spans[ends - begins > 1]
-        if lists and len(packed := np.concatenate(lists)):
+        empty = np.isin(begins, np.concatenate(returns)) & (ends - begins == 1)
+        spans = spans[(ends > begins) & ~empty]
+        if len(packed := np.concatenate(lists)):
             held = np.zeros(len(spans), np.int64)
             for row in np.flatnonzero(np.isin(spans[:, 0], packed)).tolist():
                 held[row] = _listed(path, spans[row])

@@ -23,7 +23,7 @@ from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.json_text import write_json
 from qwen3vl_jax.training import estimate, evaluate, machine, run_dir, setup
 from qwen3vl_jax.training.checkpoints import Checkpoints
-from qwen3vl_jax.training.feed import Drawn, Feed
+from qwen3vl_jax.training.feed import Drawn, Feed, check_answers
 from qwen3vl_jax.training.model_files import open_model, write_model_files
 from qwen3vl_jax.training.optimizer import make_schedule
 from qwen3vl_jax.training.packing import PackedBatch
@@ -70,6 +70,7 @@ def train(recipe: Recipe, out: Path) -> None:
             with memory_advice(held, less if first else f"pack.rows, {less}"):
                 run = Run(recipe, out, first, meta, mesh, held)
                 try:
+                    watch.refused(run.left_out)
                     run.loop(watch, stop)
                 finally:
                     run.close()
@@ -97,8 +98,7 @@ class Run:
             processes.wait_for_all("model files")
         self.proc, new_ids = open_model(recipe, out / run_dir.MODEL)
         self.cfg = self.proc.config
-        if recipe.evaluate.every:
-            self.check_held_out()
+        self.left_out = self.check_held_out() if recipe.evaluate.every else []
         now = Config.from_hf(resolve(recipe.ckpt)).to_hf()
         self.meta = {"model": now, **meta}
         run_dir.check_model(now, Config.from_hf(self.meta["model"]).to_hf(), out)
@@ -271,15 +271,19 @@ class Run:
         watch.progress.say("the evaluation's loss is not a number: this step cannot be the best")
         return None
 
-    def check_held_out(self) -> None:
-        """Raises InputError for evaluation sources that would end the run hours later."""
-        feed = self.held_out()
-        if self.recipe.evaluate.generate and not feed.records(1):
-            raise InputError(
-                "evaluate.generate: evaluate.sources hold no conversation that ends in an answer "
-                "(ready samples have no words); set it to 0"
-            )
-        feed.close()
+    def check_held_out(self) -> list[tuple[str, str]]:
+        """What evaluations will leave out. Raises InputError for sources that they cannot use.
+
+        Reads what an evaluation reads, as it would else end the run hours later.
+        """
+        feed = self.held_out(self.recipe.data.bad_fraction)
+        try:
+            for _ in itertools.islice(feed, self.recipe.evaluate.batches or None):
+                pass
+            check_answers(feed, self.recipe.evaluate.generate)
+            return feed.refused
+        finally:
+            feed.close()
 
     def make_feed(self, data: Data, seed: int, once: bool = False) -> Feed | Shares:
         """The batches of these sources; one device has them sent ahead."""
@@ -287,10 +291,12 @@ class Run:
             return Shares(data, self.recipe.pack, self.proc, seed, self.groups, self.mesh, once)
         return Feed(data, self.recipe.pack, self.proc, seed, once=once, place=_to_device)
 
-    def held_out(self) -> Feed | Shares:
+    def held_out(self, bad_fraction: float = 1.0) -> Feed | Shares:
         """One pass over the evaluation sources in their order, read in the recipe's way."""
         sources, told = self.recipe.evaluate.sources, self.recipe.data
-        data: Data = dataclasses.replace(told, sources=sources, shuffle=False, workers=0)
+        data: Data = dataclasses.replace(
+            told, sources=sources, shuffle=False, workers=0, bad_fraction=bad_fraction
+        )
         return self.make_feed(data, 0, once=True)
 
     def save(self, watch: Watch | Muted, score: float | None, due: bool) -> None:
