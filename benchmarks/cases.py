@@ -74,16 +74,18 @@ def run(
     """Runs the command to its end, or kills it (-9) so many seconds after it has begun."""
     child = start(case, inputs, disk)
     since, begun, most = time.perf_counter(), 0.0, 0
-    while child.poll() is None:
-        now = time.perf_counter()
-        begun = begun or (case.begun(disk) and now)
-        if (begun and now - begun >= kill_after) or now - since >= LIMIT:
-            child.kill()
-            break
-        most = max(most, case.kept(disk))
-        watch()
-        time.sleep(0.005)
-    said = child.communicate()[1]
+    try:
+        while child.poll() is None:
+            now = time.perf_counter()
+            begun = begun or (case.begun(disk) and now)
+            if (begun and now - begun >= kill_after) or now - since >= LIMIT:
+                break
+            most = max(most, case.kept(disk))
+            watch()
+            time.sleep(0.005)
+    finally:
+        child.kill()
+        said = child.communicate()[1]
     seconds = time.perf_counter() - begun if begun else 0.0
     return Ended(child.returncode, said, seconds, most)
 
@@ -104,8 +106,8 @@ def _answered(disk: Path) -> int:
 
 def _prompts(inputs: Path) -> None:
     lines = (
-        {"id": f"q{i}", "messages": [{"role": "user", "content": f"Say {i}."}], "logprobs": True,
-         "temperature": float(i % 2), "max_new_tokens": 10 + i % 7}
+        {"id": f"q{i}", "messages": [{"role": "user", "content": f"Hi {i}"}], "logprobs": True,
+         "temperature": float(i % 2), "max_new_tokens": 20 + i % 7}
         for i in range(60)
     )  # fmt: skip
     (inputs / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

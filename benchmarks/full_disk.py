@@ -53,19 +53,19 @@ def with_room(case: Case, inputs: Path, disk: Path) -> tuple[Ended, object, int]
         subprocess.run(["umount", disk], check=True)
 
 
-def at(case: Case, inputs: Path, disk: Path, size: int, want: tuple[Ended, object]) -> list[str]:
+def at(case: Case, inputs: Path, disk: Path, size: int, code: int, result: object) -> list[str]:
     """What is wrong where the disk holds `size` bytes; first the word for how it ended."""
     mount(disk, size)
     try:
         full = run(case, inputs, disk)
-        if full.code == want[0].code:
-            return ["fits"] + ["another result"] * (case.result(disk) != want[1])
+        if full.code == code:
+            return ["fits"] + ["another result"] * (case.result(disk) != result)
         faults = full.faults(2)
         if case.kept(disk) < full.kept:
             faults.append(f"lost {full.kept - case.kept(disk)} of {full.kept} that were finished")
         mount(disk, ROOM, again=True)
-        faults += run(case, inputs, disk).faults(want[0].code)
-        return ["full"] + faults + ["another result"] * (case.result(disk) != want[1])
+        faults += run(case, inputs, disk).faults(code)
+        return ["full"] + faults + ["another result"] * (case.result(disk) != result)
     finally:
         subprocess.run(["umount", disk], check=True)
 
@@ -83,10 +83,10 @@ def main() -> int:
             inputs.mkdir()
             disk.mkdir()
             CASES[name].prepare(inputs)
-            *want, needed = with_room(CASES[name], inputs, disk)
-            print(f"{name}: exit code {want[0].code}, needs {needed:,} bytes", flush=True)
+            want, result, needed = with_room(CASES[name], inputs, disk)
+            print(f"{name}: exit code {want.code}, needs {needed:,} bytes", flush=True)
             for size in places(needed, args.places):
-                ended, *faults = at(CASES[name], inputs, disk, size, want)
+                ended, *faults = at(CASES[name], inputs, disk, size, want.code, result)
                 wrong += bool(faults)
                 print(f"{name}: {size:,} bytes: {ended}; {'; '.join(faults) or 'ok'}", flush=True)
     print(f"{wrong} wrong")

@@ -233,9 +233,9 @@ def _read(proc: Processor, source: Path, line: Line, settings: Settings):
         if not isinstance(found, dict):
             raise InputError(f"expected an object, found {type(found).__name__}")
         name = found.get("id", name)
-        found = {key: x for key, x in found.items() if x is not None}
-        return _asked(proc, found, line, settings, name)
-    except Exception as e:  # whatever a line holds, the others go on
+        found = {key: x for key, x in found.items() if x is not None} | {"id": name}
+        return _asked(proc, found, line, settings)
+    except BaseException as e:  # whatever a line holds, a library's panic too, the others go on
         kind = "" if isinstance(e, InputError) else f"{type(e).__name__}: "
         return line, _error(line, name, kind + str(e))
 
@@ -245,9 +245,7 @@ def _error(line: Line, name: Any, why: str) -> Result:
     return {"id": name, ERROR: said, "finish_reason": "error"}
 
 
-def _asked(
-    proc: Processor, found: dict[str, Any], line: Line, settings: Settings, name: Any
-) -> Prepared:
+def _asked(proc: Processor, found: dict[str, Any], line: Line, settings: Settings) -> Prepared:
     from qwen3vl_jax.engine import Request
 
     if unknown := [key for key in found if key not in KEYS]:
@@ -276,7 +274,7 @@ def _asked(
         )
     limit = min(limit, settings.max_len - prompt)
     request = Request(line.number, arrays, limit, sampling, seed, stop)
-    return Prepared(line, name, request, prompt, stop, wanted)
+    return Prepared(line, found["id"], request, prompt, stop, wanted)
 
 
 def _result(proc: Processor, one: Prepared, answer: Any) -> Result:
@@ -304,16 +302,10 @@ class _Progress:
 
     def __init__(self, total: int, there: int, shown: bool):
         from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-        )
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
         self.bar = Progress(
-            MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn(),
+            MofNCompleteColumn(), BarColumn(), "{task.description}", TimeRemainingColumn(),
             console=Console(stderr=True), disable=not shown,
         )  # fmt: skip
         self.task = self.bar.add_task("preparing", total=total, completed=there)

@@ -216,8 +216,9 @@ class Journal:
         return found
 
     def _check_same(self, path: Path, asked: Any, digests: Mapping[int, str]) -> None:
-        for name in sorted(asked.keys() | self.settings.keys()) if asked is not None else ():
-            old, new = asked.get(name), self.settings.get(name)
+        said = self.settings if asked is None else asked
+        for name in sorted(said.keys() | self.settings.keys()):
+            old, new = said.get(name), self.settings.get(name)
             if old != new:
                 raise InputError(
                     f"{path}: was begun with {name} {old!r}, now it is {new!r}; give the same again, "
