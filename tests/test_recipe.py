@@ -48,16 +48,25 @@ def test_every_key_is_explained_once():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ("optimizer.learning_rat=1", "did you mean optimizer.learning_rate?"),
-        ("save_evry=1", "did you mean save_every?"),
+        (
+            "optimizer.learning_rat=1",
+            "optimizer.learning_rat=1: unknown key optimizer.learning_rat; did",
+        ),
+        ("save_evry=1", "save_evry=1: unknown key save_evry; did you mean save_every?"),
+        ("optimiser.b1=0", "optimiser.b1=0: unknown key optimiser; did you mean optimizer?"),
         ("steps=0", "steps is 0, expected a number from 1"),
-        ("steps=many", "expected a whole number"),
+        ("steps=many", "steps=many: steps is 'many', expected a whole number"),
         ("steps=50", "more than optimizer.warmup (100)"),
         ("optimizer.learning_rate=nan", "expected a finite number"),
         ("optimizer.b2=1.0", "from 0 to below 1"),
         ("step.remat=some", "expected one of none, full, dots, offload"),
         ("steps.more=1", "steps is no table"),
-        ("data.sources.1.path=x", "no place in a list of 1"),
+        ("data.sources.2.path=x", "no place in a list of 1"),
+        (
+            "data.sources.0.pth=x",
+            "data.sources.0.pth=x: unknown key data.sources.0.pth; did you mean",
+        ),
+        ("evaluate.sources.1.path=x", "no place in a list of 0"),
         ("steps", "expected key=value"),
         ("data.sources=[{path='x', weigth=2}]", "did you mean data.sources[0].weight?"),
         ("evaluate.every=5", "evaluate.sources is empty"),
@@ -82,6 +91,51 @@ def test_changes_are_toml_or_bare_words():
     assert (found.steps, found.init, found.data.sources[0].path) == (7, "normal", "a.jsonl")
     assert found.train.freeze == ("text",) and found.optimizer.learning_rate == 1.0
     assert found.train.rates == {"merger": 2.0, "head": 0.5}
+
+
+def test_changes_lengthen_lists_and_reach_names_with_dots():
+    """One place more than there is, in a list that the file has, or has not."""
+    changes = ["evaluate.sources.0.path=a", "evaluate.sources.1.path=b", "data.sources.1.path=2024",
+               "train.freeze.1=text", "train.rates.layers.attn.*=0.5", "report.wandb=7",
+               "data.sources.0.options.few=3"]  # fmt: skip
+    found = recipe.read_recipe(FIRST, changes)
+    assert [source.path for source in found.evaluate.sources] == ["a", "b"]
+    assert found.data.sources[1].path == "2024" and found.train.freeze == ("vision", "text")
+    assert found.train.rates["layers.attn.*"] == 0.5 and found.report.wandb == "7"
+    assert found.data.sources[0].options == {"few": 3}
+
+
+def test_paths_of_a_recipe(tmp_path, monkeypatch):
+    """From the working directory, else from the recipe's own; what looks like a path is no Hub id."""
+    (tmp_path / "there" / "models" / "base").mkdir(parents=True)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    path = tmp_path / "there" / "r.toml"
+    (tmp_path / "there" / "a.jsonl").write_text("")
+
+    def read(*changes):
+        path.write_text("ckpt = 'models/base'\nsteps = 1\n[[data.sources]]\npath = 'a.jsonl'\n")
+        return recipe.read_recipe(path, changes)
+
+    found = read()
+    assert found.ckpt == str(path.parent / "models" / "base")
+    assert found.data.sources[0].path == str(path.parent / "a.jsonl")
+    (tmp_path / "here" / "models" / "base").mkdir(parents=True)
+    assert read().ckpt == "models/base"
+    for name in ("models/none", "./x", "../a/b", "~/x", "a/b/c", "/none"):
+        with pytest.raises(InputError, match=re.escape(f"ckpt: got {name!r}, expected a folder")):
+            read(f"ckpt={name}")
+    assert read("ckpt=Qwen/Qwen3-VL-2B-Instruct").ckpt == "Qwen/Qwen3-VL-2B-Instruct"
+
+
+def test_recipes_by_name(tmp_path, monkeypatch):
+    """From anywhere; what is not there is answered with what is."""
+    monkeypatch.chdir(tmp_path)
+    assert recipe.read_recipe("sft_8b_lora") == recipe.read_recipe(CONFIGS / "sft_8b_lora.toml")
+    with pytest.raises(InputError, match=r"sft_9b: no such file; by name there are demo, .*sft_2b"):
+        recipe.read_recipe("sft_9b")
+    with pytest.raises(InputError, match="no such file"):
+        recipe.read_recipe("configs/sft_2b")
 
 
 @pytest.mark.parametrize(

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
+import os
 import tomllib
-import types
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.paths import as_path
-
-_T = TypeVar("_T")
+from qwen3vl_jax.paths import as_path, is_remote
+from qwen3vl_jax.training.toml_tables import apply_change, build
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,19 +183,64 @@ _BELOW_ONE = ("data.bad_fraction", "lora.dropout", "optimizer.b1", "optimizer.b2
 
 
 def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
-    """The recipe of a TOML file after ``table.key=value`` changes.
+    """The recipe of a TOML file, or of a name in configs/, after ``table.key=value`` changes.
 
-    A change's value is TOML, or a bare word for a string. Raises InputError for a file that cannot be
-    read, a key that no recipe has, and a value that no run can have.
+    A change's value is TOML, or a bare word for a string. Relative paths are looked for in the working
+    directory, then in the recipe's own. Raises InputError for a file that cannot be read, a key that no
+    recipe has, and a value that no run can have.
     """
-    path = as_path(path)
+    path = _file_of(as_path(path))
     try:
         raw = tomllib.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"--config {path}: expected a TOML file, found: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"--config {path}: expected a TOML file, found: {reason}") from None
     for change in changes:
-        _apply(raw, change)
-    return check(_build(Recipe, raw, "", str(path)))
+        apply_change(Recipe, raw, change)
+    return check(_placed(build(Recipe, raw, "", str(path)), path.parent))
+
+
+def _file_of(path: Path) -> Path:
+    """The path itself, or of a name alone the recipe in configs/. Raises InputError for neither."""
+    bundled = Path(__file__).resolve().parents[2] / "configs"
+    if is_remote(path) or path.exists():
+        return path
+    named = bundled / f"{path.name.removesuffix('.toml')}.toml"
+    if len(path.parts) == 1 and named.is_file():
+        return named
+    known = ", ".join(sorted(found.stem for found in bundled.glob("*.toml")))
+    raise InputError(
+        f"--config {path}: no such file" + (f"; by name there are {known}" * bool(known))
+    )
+
+
+def _placed(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with its paths as they are found from the working directory. Raises InputError."""
+
+    def found(name: str) -> str:
+        here = not name or name.startswith("python:") or is_remote(name) or os.path.exists(name)
+        return name if here or not (folder / name).exists() else str(folder / name)
+
+    def sources(given: tuple[Source, ...]) -> tuple[Source, ...]:
+        return tuple(
+            dataclasses.replace(x, path=found(x.path), media=found(x.media)) for x in given
+        )
+
+    ckpt, first = found(recipe.ckpt), Path(recipe.ckpt).parts[:1]
+    if first and not is_remote(ckpt) and not os.path.exists(ckpt):
+        looks = recipe.ckpt.startswith((".", "~", "/")) or len(Path(recipe.ckpt).parts) > 2
+        if looks or any(Path(at, *first).is_dir() for at in (".", folder)):
+            raise InputError(
+                f"ckpt: got {recipe.ckpt!r}, expected a folder that is there, in the working directory "
+                f"or in {folder}, or a Hub id"
+            )
+    return dataclasses.replace(
+        recipe,
+        ckpt=ckpt,
+        data=dataclasses.replace(recipe.data, sources=sources(recipe.data.sources)),
+        evaluate=dataclasses.replace(recipe.evaluate, sources=sources(recipe.evaluate.sources)),
+        lora=dataclasses.replace(recipe.lora, adapter=found(recipe.lora.adapter)),
+    )
 
 
 def as_dict(recipe: Recipe) -> dict[str, Any]:
@@ -258,76 +300,3 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
         found, name = getattr(value, field.name), prefix + field.name
         out |= flat(found, f"{name}.") if dataclasses.is_dataclass(found) else {name: found}
     return out
-
-
-def _apply(raw: dict[str, Any], change: str) -> None:
-    """One ``table.key=value`` written into the raw tables."""
-    name, equals, text = change.partition("=")
-    if not equals or not name:
-        raise InputError(f"{change!r}: expected key=value or table.key=value")
-    try:
-        value = tomllib.loads(f"x = {text}")["x"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    *tables, key = name.strip().split(".")
-    at: Any = raw
-    for part in tables:
-        at = _inside(at, part, change)
-    if isinstance(at, list):
-        at[_place(at, key, change)] = value
-    else:
-        at[key] = value
-
-
-def _inside(at: Any, part: str, change: str) -> Any:
-    """The table or list that a part of a change's key names; a table is made where none is."""
-    found = at[_place(at, part, change)] if isinstance(at, list) else at.setdefault(part, {})
-    if not isinstance(found, (dict, list)):
-        raise InputError(f"{change}: {part} is no table, expected key=value or table.key=value")
-    return found
-
-
-def _place(items: list[Any], part: str, change: str) -> int:
-    """Where in a list a change's key points: data.sources.0.path."""
-    if not part.isdecimal() or int(part) >= len(items):
-        raise InputError(f"{change}: {part!r} is no place in a list of {len(items)} (from 0)")
-    return int(part)
-
-
-def _build(kind: type[_T], raw: Any, prefix: str, where: str) -> _T:
-    """A dataclass from a table; its annotations say what each key may be."""
-    if not isinstance(raw, Mapping):
-        raise InputError(f"{where}: {prefix.rstrip('.')} is {raw!r}, expected a table of keys")
-    fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, kind))}
-    hints = typing.get_type_hints(kind)
-    for key in raw:
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, 1)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(fields)}"
-            raise InputError(f"{where}: unknown key {prefix}{key}; {hint}")
-    for name, field in fields.items():
-        plain = field.default is dataclasses.MISSING
-        if plain and field.default_factory is dataclasses.MISSING and name not in raw:
-            raise InputError(f"{where}: {prefix}{name} is missing and has no default")
-    values = {k: _value(hints[k], v, f"{prefix}{k}", where) for k, v in raw.items()}
-    return kind(**values)
-
-
-def _value(hint: Any, found: Any, name: str, where: str) -> Any:
-    """One value as its annotation wants it."""
-    if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(Any, hint), found, f"{name}.", where)
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin is tuple and isinstance(found, (list, tuple)):
-        return tuple(_value(inner[0], x, f"{name}[{i}]", where) for i, x in enumerate(found))
-    if origin is dict and isinstance(found, Mapping):
-        return {str(k): _value(inner[1], v, f"{name}.{k}", where) for k, v in found.items()}
-    if hint is Any:
-        return found
-    if hint is float and type(found) is int:
-        return float(found)
-    if isinstance(hint, type) and not isinstance(hint, types.GenericAlias) and type(found) is hint:
-        return found
-    words = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
-    expected = words.get(hint, "a list" if origin is tuple else "a table")
-    raise InputError(f"{where}: {name} is {found!r}, expected {expected}")
