@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from qwen3vl_jax.errors import InputError
 
 _T = TypeVar("_T")
+_NO_TABLE = "is no table, expected key=value or table.key=value"
 
 
 def apply_change(kind: type, raw: dict[str, Any], change: str) -> None:
@@ -36,9 +37,7 @@ def apply_change(kind: type, raw: dict[str, Any], change: str) -> None:
         _put(at, key, held[0] if held else fresh)
         at = at[key]
         if not isinstance(at, (dict, list)):
-            raise InputError(
-                f"{change}: {prefix[:-1]} is {at!r} in the file, expected a table or list"
-            )
+            raise InputError(f"{change}: {prefix[:-1]} {_NO_TABLE}")
     _put(at, key, _changed(hint, text, name, change))
 
 
@@ -63,7 +62,7 @@ def _hint_inside(hint: Any, part: str, prefix: str, change: str, at: Any) -> Any
     if typing.get_origin(hint) is dict or (hint is Any and isinstance(at, dict)):
         return inner[1] if inner else Any
     name = prefix.rstrip(".")
-    raise InputError(f"{change}: {name} is no table, expected key=value or table.key=value")
+    raise InputError(f"{change}: {name} {_NO_TABLE}")
 
 
 def _changed(hint: Any, text: str, name: str, change: str) -> Any:
