@@ -3,6 +3,8 @@
 import base64
 import io
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -220,6 +222,61 @@ def test_environment():
         shown("{{ ''.__class__.__mro__ }}")
     with pytest.raises(InputError, match="chat template"):
         shown("{{ x.append(1) }}", x=[])
+
+
+HOSTILE = {
+    "endless": ("{% for a in range(9999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "end"),
+    "repeated": ("{{ 'a' * 10**10 }}", "memory"),
+    "doubled": (
+        "{% set ns = namespace(x='aaaaaaaaaa') %}{% for i in range(60) %}"
+        "{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+        "memory",
+    ),
+    "formatted": ("{{ '%9999999999d' % 1 }}", "memory"),
+    "long": ("{{ 'a' * 20000000 }}", "20,000,000 characters"),
+    "calls itself": ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "calls itself"),
+    "nested blocks": ("{% for a in [1] %}" * 60 + "{% endfor %}" * 60, "too many statically nested"),
+    "nested conditions": ("{% if 1 %}" * 3000 + "{% endif %}" * 3000, "nested too deep"),
+    "nested parentheses": ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "nested too deep"),
+    "large number": ("{{ 7 ** (10 ** 9) }}", "end|memory|digits"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_template_cannot_fill_or_stop_the_process(name):
+    """One line within seconds, in a thread as well; the next prompt is rendered as ever."""
+    text, words = HOSTILE[name]
+
+    def shown(text):
+        return ChatTemplate({"default": text}, "a.jinja").render([], None, False, False, {})
+
+    with ThreadPoolExecutor(1) as pool, pytest.raises(InputError, match=words) as error:
+        pool.submit(shown, text).result(60)
+    assert str(error.value).startswith("a.jinja: ") and "\n" not in str(error.value)
+    assert shown("{{ 1 + 1 }}") == "2"
+
+
+def test_templates_are_rendered_whatever_the_threads():
+    """Many threads at a time, each has its own text."""
+    template = ChatTemplate({"default": "{{ messages[0] }}"})
+    with ThreadPoolExecutor(8) as pool:
+        found = pool.map(lambda i: template.render([i], None, False, False, {}), range(200))
+        assert list(found) == [str(i) for i in range(200)]
+
+
+def test_templates_that_are_no_file_or_too_large(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "large").write_bytes(b" " * (5 << 20))
+    for name, words in (("pipe", "no regular file"), ("large", "5,242,880 bytes")):
+        with pytest.raises(InputError, match=words):
+            ChatTemplate.from_dir(tmp_path, tmp_path / name)
+
+
+def test_a_conversation_without_end_is_refused():
+    loop = []
+    loop.append(loop)
+    with pytest.raises(InputError, match="nested more than 100 deep"):
+        read_conversation([{"role": "user", "content": "x", "more": loop}])
 
 
 def test_prompts():

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.json_text import MAX_DEPTH
 from qwen3vl_jax.processing import videos as clip_settings
 from qwen3vl_jax.processing.images import OVERRIDES
 from qwen3vl_jax.processing.media import inner
@@ -233,17 +234,20 @@ def _source(item: Mapping[str, Any], keys: Iterable[str], where: str) -> Any:
     return None
 
 
-def plain_data(value: Any) -> Any:
+def plain_data(value: Any, depth: int = 0) -> Any:
     """JSON data without its owner's classes, whose methods a template could call."""
+    if depth > MAX_DEPTH:
+        raise InputError(f"conversation: data nested more than {MAX_DEPTH} deep")
+    depth += 1
     if value is None or isinstance(value, bool):
         return value
     for kind in (str, int, float):
         if isinstance(value, kind):
             return kind(value)
     if isinstance(value, Mapping):
-        return {plain_data(k): plain_data(v) for k, v in value.items()}
+        return {plain_data(k, depth): plain_data(v, depth) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain_data(v) for v in value]
+        return [plain_data(v, depth) for v in value]
     if getattr(value, "ndim", None) == 0:  # a numpy number
         return plain_data(value.item())
     return f"<{type(value).__name__}>"

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import datetime
-import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.ext
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.json_text import read_json_file, write_json
-from qwen3vl_jax.paths import as_path
+from qwen3vl_jax.json_text import read_json_file
+from qwen3vl_jax.paths import as_path, file_size, reached
+from qwen3vl_jax.processing.render import render
 
+_LARGEST = 1 << 22
 _CONTINUE = "CONTINUE_FINAL_MESSAGE_TAG "
 
 
 class ChatTemplate:
-    """A Jinja chat template (or several by name), rendered in a sandbox as transformers does."""
+    """A Jinja chat template (or several by name), rendered in a sandbox as transformers does (`render`)."""
 
     def __init__(self, templates: Mapping[str, str], source: str = "chat template"):
         self.templates = dict(templates)
@@ -69,21 +65,25 @@ class ChatTemplate:
     ) -> str:
         """The prompt. continue_final_message leaves the last message open and adds no new turn.
 
-        Raises InputError with the template's own words where it refuses.
+        Raises InputError with the template's own words where it refuses, or does not end.
         """
         template, final = self.text(bool(tools)), ""
         if continue_final_message:
             add_generation_prompt = False
             messages, final = _open_end(messages)
         try:
-            rendered = _compiled(template).render(
-                messages=messages,
-                tools=tools,
-                add_generation_prompt=add_generation_prompt,
-                **{"documents": None, **variables},
+            rendered = render(
+                template,
+                {
+                    "messages": messages,
+                    "tools": tools,
+                    "add_generation_prompt": add_generation_prompt,
+                    "documents": None,
+                    **variables,
+                },
             )
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as e:
-            raise InputError(f"{self.source}: {' '.join(str(e).split())}") from e
+        except InputError as e:
+            raise InputError(f"{self.source}: {e}") from None
         if not continue_final_message:
             return rendered
         at = rendered.rfind(_CONTINUE.strip())
@@ -140,7 +140,14 @@ def _named(raw: Any, path: Path) -> dict[str, str]:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        with reached(path):
+            if path.exists() and not path.is_file():
+                raise InputError(f"{path}: cannot read this chat template: it is no regular file")
+            if path.exists() and (size := file_size(path)) > _LARGEST:
+                raise InputError(f"{path}: {size:,} bytes, a template has at most {_LARGEST:,}")
+            return path.read_text(encoding="utf-8")
+    except InputError:
+        raise
     except (OSError, ValueError) as e:
         reason = getattr(e, "strerror", None) or e
         raise InputError(f"{path}: cannot read this chat template: {reason}") from e
@@ -148,40 +155,3 @@ def _read(path: Path) -> str:
 
 def _load(path: Path) -> Mapping[str, Any]:
     return read_json_file(path)
-
-
-@functools.lru_cache(maxsize=32)
-def _compiled(template: str) -> jinja2.Template:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment.from_string(template)
-
-
-class _Generation(jinja2.ext.Extension):
-    """Accepts the block that marks assistant text for training, and renders what is inside."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser):
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    # Jinja's own filter escapes HTML, which a model never saw in training.
-    return write_json(
-        value,
-        "tojson",
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
-
-
-def _raise(message: str) -> None:
-    raise jinja2.TemplateError(message)
