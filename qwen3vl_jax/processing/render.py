@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import dataclasses
 import datetime
 import functools
 import json
@@ -39,8 +40,8 @@ def render(template: str, variables: Mapping[str, Any]) -> str:
     Raises InputError in the template's own words where it refuses, and for one that does not end, or
     needs too much memory.
     """
-    with _lock:
-        return _server().ask(template, variables)
+    with _KEPT.lock:
+        return _KEPT.ready().ask(template, variables)
 
 
 class _Server:
@@ -88,29 +89,32 @@ class _Server:
         return code
 
 
-_lock = threading.Lock()
-_kept: list[_Server] = []
+@dataclasses.dataclass
+class _Kept:
+    """The process's own server, and who may ask it: one thread at a time."""
+
+    lock: Any = dataclasses.field(default_factory=threading.Lock)
+    server: _Server | None = None
+
+    def ready(self) -> _Server:
+        server = self.server
+        if server is None or server.pid != os.getpid() or server.process.poll() is not None:
+            server = self.server = _Server()
+        return server
+
+    def renew(self) -> None:
+        """After a fork: another thread may have held the lock."""
+        self.lock = threading.Lock()
+
+    def end(self) -> None:
+        if self.server and self.server.pid == os.getpid():
+            self.server.close()
 
 
-def _server() -> _Server:
-    if not _kept or _kept[0].pid != os.getpid() or _kept[0].process.poll() is not None:
-        _kept[:] = [_Server()]
-    return _kept[0]
-
-
-def _new_lock() -> None:
-    global _lock
-    _lock = threading.Lock()
-
-
-@atexit.register
-def _close() -> None:
-    if _kept and _kept[0].pid == os.getpid():
-        _kept.pop().close()
-
-
+_KEPT = _Kept()
+atexit.register(_KEPT.end)
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_new_lock)
+    os.register_at_fork(after_in_child=_KEPT.renew)
 
 
 # ---- in the child ----
@@ -142,7 +146,10 @@ def _rendered(data: bytes) -> tuple[bool, bytes]:
         template, variables = pickle.loads(data)
         text = _compiled(template).render(**variables)
         if len(text) > LENGTH:
-            return False, f"it writes {len(text):,} characters, at most {LENGTH:,} are taken".encode()
+            return (
+                False,
+                f"it writes {len(text):,} characters, at most {LENGTH:,} are taken".encode(),
+            )
         return True, text.encode("utf-8", "surrogatepass")
     except MemoryError:
         return False, b"it needs too much memory"
