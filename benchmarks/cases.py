@@ -96,17 +96,17 @@ def size(path: Path) -> int:
 
 
 def _answered(disk: Path) -> int:
-    """Whole lines of a batch's OUT.partial, or of OUT once that is there."""
-    for name, extra in (("out.jsonl", 0), ("out.jsonl.partial", 1)):
-        path = disk / name
-        if path.exists():
-            return max(path.read_bytes().count(b"\n") - extra, 0)
+    """Answers in a batch's OUT, or before that is there in OUT.partial."""
+    for name, answer in (("out.jsonl", b"\n"), ("out.jsonl.partial", b'{"line"')):
+        if (path := disk / name).exists():
+            return path.read_bytes().count(answer)
     return 0
 
 
 def _prompts(inputs: Path) -> None:
+    """60 prompts; by their long names OUT takes some 15 pages, and OUT.partial as many."""
     lines = (
-        {"id": f"q{i}", "messages": [{"role": "user", "content": f"Hi {i}"}], "logprobs": True,
+        {"id": f"q{i}" + 800 * ".", "messages": [{"role": "user", "content": f"Hi {i}"}],
          "temperature": float(i % 2), "max_new_tokens": 20 + i % 7}
         for i in range(60)
     )  # fmt: skip

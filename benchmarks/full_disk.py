@@ -1,7 +1,7 @@
 """Commands on a disk that is full: ``python -m benchmarks.full_disk [batch ..]``.
 
-Each case runs on a tmpfs, first with room, then with less and less: spread over what it needs, and the last
-pages one by one. Without room it must end with exit code 2 and one line, and lose nothing that was
+Each case runs on a tmpfs, first with room, then with less than it needs: sizes spread over that, and the
+last ones page by page. Without room it must end with exit code 2 and one line, and lose nothing that was
 finished; with room again the same command must end as the first one did. Mounting needs root, or
 `unshare -rm python -m benchmarks.full_disk`. The exit code is 1 if a case does not keep to that.
 """
@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.cases import CASES, Case, Ended, run
@@ -33,13 +34,25 @@ def used(disk: Path) -> int:
     return (found.f_blocks - found.f_bfree) * found.f_frsize
 
 
-def places(needed: int, count: int) -> list[int]:
-    """Sizes below what is needed: half of them the last pages, the others spread evenly."""
-    pages = needed // PAGE
-    last = range(max(pages - count // 2, 1), pages)
-    before = max(last.start - 1, 1)
-    spread = {1 + round(i * before / (count - len(last))) for i in range(count - len(last))}
-    return [PAGE * n for n in sorted(spread | set(last))]
+def spread(fits: Callable[[int], bool], pages: int, count: int) -> None:
+    """Tries `count` sizes that do not fit: over `pages`, then below the least that fits."""
+    full = {max(1, round(i * pages / (count // 2))) for i in range(count // 2)}
+    full = {size for size in sorted(full) if not fits(size)}
+    low, high = max(full, default=0), pages
+    while not fits(high):
+        full.add(high)
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        if fits(middle):
+            high = middle
+        else:
+            full.add(middle)
+            low = middle
+    while len(full) < count and low > 1:
+        low -= 1
+        if low not in full and not fits(low):
+            full.add(low)
 
 
 def with_room(case: Case, inputs: Path, disk: Path) -> tuple[Ended, object, int]:
@@ -70,6 +83,26 @@ def at(case: Case, inputs: Path, disk: Path, size: int, code: int, result: objec
         subprocess.run(["umount", disk], check=True)
 
 
+def tried(name: str, count: int, folder: Path) -> int:
+    """Runs a case at so many sizes; gives how often it did not keep to what it must."""
+    case, inputs, disk = CASES[name], folder / "inputs", folder / "disk"
+    inputs.mkdir()
+    disk.mkdir()
+    case.prepare(inputs)
+    want, result, needed = with_room(case, inputs, disk)
+    print(f"{name}: exit code {want.code} with room", flush=True)
+    wrong = []
+
+    def fits(pages: int) -> bool:
+        ended, *faults = at(case, inputs, disk, PAGE * pages, want.code, result)
+        wrong.extend(faults)
+        print(f"{name}: {PAGE * pages:,} bytes: {ended}; {'; '.join(faults) or 'ok'}", flush=True)
+        return ended == "fits"
+
+    spread(fits, -(-needed // PAGE), count)
+    return len(wrong)
+
+
 def main() -> int:
     """Runs the cases; prints a line for each size."""
     parser = argparse.ArgumentParser(description="Commands on a disk that is full.")
@@ -79,16 +112,7 @@ def main() -> int:
     wrong = 0
     for name in args.cases:
         with tempfile.TemporaryDirectory() as folder:
-            inputs, disk = Path(folder, "inputs"), Path(folder, "disk")
-            inputs.mkdir()
-            disk.mkdir()
-            CASES[name].prepare(inputs)
-            want, result, needed = with_room(CASES[name], inputs, disk)
-            print(f"{name}: exit code {want.code}, needs {needed:,} bytes", flush=True)
-            for size in places(needed, args.places):
-                ended, *faults = at(CASES[name], inputs, disk, size, want.code, result)
-                wrong += bool(faults)
-                print(f"{name}: {size:,} bytes: {ended}; {'; '.join(faults) or 'ok'}", flush=True)
+            wrong += tried(name, args.places, Path(folder))
     print(f"{wrong} wrong")
     return int(bool(wrong))
 
