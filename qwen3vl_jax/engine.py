@@ -27,6 +27,7 @@ from qwen3vl_jax.generation import (
     cache_slots,
     checked_stop_ids,
     decode_steps,
+    fault_of,
     first_token,
     grow,
     on_mesh,
@@ -63,14 +64,16 @@ class Request:
 class Finished:
     """An answer: its tokens, with the stop id that ended it, and their log-probabilities (fp32).
 
-    finish_reason is "stop" or "length". Log-probabilities are the model's own, before penalties,
-    temperature and filters.
+    finish_reason is "stop", "length", or "error" where logits were not finite: `error` then says so, and
+    tokens are those before. Log-probabilities are the model's own, before penalties, temperature and
+    filters.
     """
 
     key: Any
     tokens: list[int]
     logprobs: list[float]
     finish_reason: str
+    error: str = ""
 
 
 @dataclasses.dataclass
@@ -209,6 +212,13 @@ def _admit(params, cfg, state, batch, features, prefix, new, stop_ids, chunk):
     return on_mesh(state.replace(cache=cache)), first.token, first.logprob
 
 
+@functools.partial(jax.jit, donate_argnames="state")
+def _emptied(state, row) -> DecodeState:
+    """The state with zeros in a row's cache: NaN there would reach the next answer, as 0 times NaN."""
+    k, v = ([x.at[row].set(0) for x in part] for part in (state.cache.k, state.cache.v))
+    return on_mesh(state.replace(cache=state.cache.replace(k=k, v=v)))
+
+
 class _Engine:
     """The host's side: who waits, which row answers what, and what is kept for later prompts."""
 
@@ -270,10 +280,14 @@ class _Engine:
         count = len(run.tokens) - old
         run.logprobs += logprobs[:count].tolist()
         self.stats.tokens += count
-        if stop or len(run.tokens) >= request.max_new_tokens:
+        fault = "" if stop else fault_of(tokens, old)
+        if fault:
+            self.state = _emptied(self.state, row)
+        if stop or fault or len(run.tokens) >= request.max_new_tokens:
             self.ended[row] = True
             del self.running[row]
-            yield Finished(request.key, run.tokens, run.logprobs, "stop" if stop else "length")
+            reason = "error" if fault else "stop" if stop else "length"
+            yield Finished(request.key, run.tokens, run.logprobs, reason, fault)
 
     def _room(self, needed: int) -> None:
         """A cache with `needed` slots a row, doubled as often as it takes."""

@@ -11,3 +11,11 @@ def shown(value: Any, limit: int = 80) -> str:
     """A value as an error line names it: its repr, cut to `limit` characters."""
     text = repr(value)
     return text if len(text) <= limit else f"{text[:limit]} .."
+
+
+def not_finite(key: str) -> str:
+    """The message for numbers of the model that are NaN or infinite."""
+    return (
+        f"{key}: got NaN or infinity, expected numbers; use --dtype bfloat16 (dtype=) or float32, and if "
+        "they give the same, the checkpoint's weights are damaged"
+    )

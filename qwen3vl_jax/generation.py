@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Generator, Sequence
 
 import flax.struct
@@ -16,7 +17,7 @@ import numpy as np
 
 from qwen3vl_jax.cache import decode_step, extend, grow_cache, pinned, prefill
 from qwen3vl_jax.config import Config
-from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.errors import InputError, not_finite
 from qwen3vl_jax.processing.tokenizer import find_stop, stop_list
 from qwen3vl_jax.sampling import Sampling, draw, penalize, row_seeds
 from qwen3vl_jax.sharding import shard
@@ -25,8 +26,12 @@ from qwen3vl_jax.vision import vision_encode
 
 # (logits [B V] after the penalties, state) -> logits. A pure function; pass the same object each time,
 # it is part of what a compiled program is found by.
+log = logging.getLogger("qwen3vl_jax")
 LogitsFn = Callable[[jax.Array, "DecodeState"], jax.Array]
 STEPS = 16  # decode steps a dispatch: the host looks at the answer in between
+# In place of a token: the row had ended; its logits were not finite, the model's own or those after
+# penalties and logits_fn.
+ENDED, NOT_FINITE, NOT_FINITE_AFTER = -1, -2, -3
 SMALLEST_CACHE = 256
 
 
@@ -58,29 +63,54 @@ _BY_ROW = ("token", "logprob", "count", "limit", "done", "keys")
 class Answer:
     """tokens [B max_new_tokens] int32 (a stop id that ended a row is kept), lengths [B], reasons.
 
-    finish_reasons are "stop" (stop id or stop string) or "length". Beyond its length a row holds a stop
-    id (0 without any).
+    finish_reasons are "stop" (stop id or stop string), "length", or "error" where logits were not finite:
+    errors [B] then says so, and is "" otherwise. Beyond its length a row holds a stop id (0 without any).
     """
 
     tokens: np.ndarray
     lengths: np.ndarray
     finish_reasons: list[str]
+    errors: list[str] = dataclasses.field(default_factory=list)
+
+
+class NotFiniteError(InputError):
+    """Logits were not finite: `rows` maps a row of the batch to what is wrong with its answer."""
+
+    def __init__(self, rows: dict[int, str]):
+        super().__init__("; ".join(f"row {row}: {text}" for row, text in rows.items()))
+        self.rows = rows
+
+
+def fault_of(tokens: np.ndarray, count: int) -> str:
+    """What is wrong with a row's new tokens [n], "" if nothing is; count: tokens answered before."""
+    wrong = np.flatnonzero(tokens < ENDED)
+    if not len(wrong):
+        return ""
+    place = f"logits of answer token {count + int(wrong[0]) + 1}"
+    if tokens[wrong[0]] == NOT_FINITE_AFTER:
+        return (
+            f"{place}: got no finite number after penalties and logits_fn, expected one; use milder ones"
+        )
+    return not_finite(place)
 
 
 def _choose(logits, state, sampling, stop_ids, logits_fn) -> DecodeState:
     rows, likely = jnp.arange(logits.shape[0]), jax.nn.log_softmax(logits)
+    finite = jnp.isfinite(logits).all(axis=1)
     logits = penalize(logits, sampling, state.seen, state.answered, state.count, stop_ids)
     if logits_fn is not None:
         logits = logits_fn(logits, state)
     token = draw(logits, sampling, state.keys, state.count)
-    live = ~state.done
-    mark = (rows, jnp.where(live, token, logits.shape[1]))
+    usable = jnp.isfinite(jnp.max(logits, axis=1))  # a mask may hold -inf, but not everywhere
+    wrong, live = ~(finite & usable), ~state.done
+    mark = (rows, jnp.where(live & ~wrong, token, logits.shape[1]))
+    token = jnp.where(wrong, jnp.where(finite, NOT_FINITE_AFTER, NOT_FINITE), token)
     count = state.count + live
     return state.replace(
         token=token,
         logprob=likely[rows, token],
         count=count,
-        done=state.done | jnp.any(token[:, None] == stop_ids, axis=1) | (count >= state.limit),
+        done=state.done | wrong | jnp.any(token[:, None] == stop_ids, axis=1) | (count >= state.limit),
         seen=state.seen.at[mark].set(True, mode="drop"),
         answered=state.answered.at[mark].set(True, mode="drop"),
     )
@@ -131,8 +161,8 @@ def first_token(cache, logits, tokens, sampling, stop_ids, seeds, limit, logits_
 def decode_steps(params, cfg, state, ended, sampling, stop_ids, steps, enough, logits_fn):
     """At most `steps` decode steps in one dispatch, fewer once `enough` rows have ended.
 
-    ended [B] bool: rows that the host ends now. Returns the state, tokens [B STEPS] (-1 where a row had
-    ended or no step was taken) and their log-probabilities [B STEPS].
+    ended [B] bool: rows that the host ends now. Returns the state, tokens [B STEPS] (ENDED where a row had
+    ended or no step was taken, NOT_FINITE where its logits ended it) and their log-probabilities [B STEPS].
     """
 
     def going(carry):
@@ -145,11 +175,11 @@ def decode_steps(params, cfg, state, ended, sampling, stop_ids, steps, enough, l
         kept = jnp.where(old.done, old.cache.length, cache.length)  # an ended row stays as it is
         new = old.replace(cache=cache.replace(length=kept))
         new = _choose(logits, new, sampling, stop_ids, logits_fn)
-        tokens = tokens.at[:, i].set(jnp.where(old.done, -1, new.token))
+        tokens = tokens.at[:, i].set(jnp.where(old.done, ENDED, new.token))
         return i + 1, new, (tokens, logprobs.at[:, i].set(new.logprob))
 
     shape = (state.token.shape[0], STEPS)
-    out = (jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32))
+    out = (jnp.full(shape, ENDED, jnp.int32), jnp.zeros(shape, jnp.float32))
     state = state.replace(done=state.done | ended)
     _, state, out = jax.lax.while_loop(going, step, (0, state, out))
     return on_mesh(state), *(shard(x, None, None) for x in out)
@@ -192,7 +222,8 @@ def stream(
     a kept one that the batch goes on from, as in `extend` (given away); the generator's return value is
     the cache after the answer, less its last token. before [B n] int32: the tokens in that cache, which
     the repetition penalty sees too (those past the vocabulary are none). Raises InputError, before
-    anything runs, for values out of range, a prompt too long and packed rows.
+    anything runs, for values out of range, a prompt too long and packed rows; and a NotFiniteError once all
+    rows have ended, if the logits of some were not finite (they end there, the others go on).
     """
     if copies < 1:
         raise InputError(f"copies is {copies}, expected answers to a prompt from 1")
@@ -241,9 +272,20 @@ def _stream(
         params, cfg, batch, features, cache, before, *choice, limit, slots, copies, logits_fn, chunk
     )
     made, rows, none = 1, len(seeds), np.zeros(len(seeds), bool)
-    ended = yield np.asarray(state.token)[:, None]
-    while made < max_new_tokens:
+    faults: dict[int, str] = {}
+
+    def checked(new: np.ndarray, before: int) -> Generator[np.ndarray, np.ndarray | None, np.ndarray]:
+        """Yields columns that hold tokens, ENDED elsewhere; returns the rows that the host ends."""
+        for row in np.flatnonzero((new < ENDED).any(axis=1)).tolist():
+            faults[row] = fault_of(new[row], before)
+        ended = yield np.maximum(new[:, (new >= 0).any(axis=0)], ENDED)
         ended = none if ended is None else np.asarray(ended, bool)
+        for row in np.flatnonzero(ended).tolist():
+            faults.pop(row, None)  # its answer ended before
+        return ended
+
+    ended = yield from checked(np.asarray(state.token)[:, None], 0)
+    while made < max_new_tokens:
         if np.all(np.asarray(state.done) | ended):
             break
         count = min(steps, max_new_tokens - made)
@@ -252,9 +294,11 @@ def _stream(
         state, out, _ = decode_steps(
             params, cfg, state, ended, sampling, stops, count, rows, logits_fn
         )
-        made += count
         out = np.asarray(out)[:, :count]
-        ended = yield out[:, (out >= 0).any(0)]
+        ended = yield from checked(out, made)
+        made += count
+    if faults:
+        raise NotFiniteError(faults)
     return state.cache
 
 
@@ -301,7 +345,8 @@ def generate(
     """Answers every row of the batch; arguments are those of `stream`.
 
     stop_strings end a row with the token that completes one; they need `decode` (tokens -> text, a
-    Processor's). Raises InputError as `stream` does.
+    Processor's). A row whose logits are not finite ends there, with a warning and the finish_reason
+    "error". Raises InputError as `stream` does for values out of range.
     """
     strings = stop_list(stop_strings)
     if strings and decode is None:
@@ -322,12 +367,16 @@ def generate(
                 stopped[b] = take(answers[b], new[b], stops, strings, decode)
             new = chunks.send(stopped)
     except StopIteration:
-        pass
+        faults = {}
+    except NotFiniteError as error:
+        faults = error.rows
+        log.warning("generate: %s", error)
     tokens = np.full((rows, max_new_tokens), stops[0] if stops else 0, np.int32)
     for b, answer in enumerate(answers):
         tokens[b, : len(answer)] = answer
     lengths = np.array([len(a) for a in answers], np.int32)
-    return Answer(tokens, lengths, ["stop" if s else "length" for s in stopped])
+    reasons = ["error" if b in faults else "stop" if s else "length" for b, s in enumerate(stopped)]
+    return Answer(tokens, lengths, reasons, [faults.get(b, "") for b in range(rows)])
 
 
 def take(answer: list[int], new: np.ndarray, stops, stop_strings, decode) -> bool:

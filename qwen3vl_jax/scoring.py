@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qwen3vl_jax.config import Config
-from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.errors import InputError, not_finite
 from qwen3vl_jax.layers import rms_norm
 from qwen3vl_jax.model import last_attended, row_mix, run_rows, unembed
 from qwen3vl_jax.structs import Batch, Features, Params
@@ -21,7 +22,8 @@ def score(
 
     batch.labels [B T] holds the tokens to score and -100 elsewhere (Processor's continuations=
     makes them), where the result is 0. Logits exist for 512 positions at a time. Raises InputError for
-    a batch without labels.
+    a batch without labels and, outside of jit, for a row whose result is not finite: so do `embed` and
+    `rerank`.
     """
     if batch.labels is None:
         raise InputError("score: the batch has no labels; make it with continuations= or labels=")
@@ -43,7 +45,7 @@ def score(
 
     found = jax.lax.map(one, (spans(x), spans(labels)))
     found = jnp.moveaxis(found, 0, 1).reshape(rows, -1)[:, :width]
-    return jnp.pad(found, ((0, 0), (1, 0)))
+    return check_finite("score", jnp.pad(found, ((0, 0), (1, 0))))
 
 
 def embed(
@@ -62,8 +64,10 @@ def embed(
     if dims is not None and not 1 <= dims <= cfg.text.hidden_size:
         raise InputError(f"embed: dims is {dims}, expected 1 to {cfg.text.hidden_size}")
     x = _last(_stream(params, cfg, batch, features), batch)
-    x = rms_norm(x, params["norm"], cfg.text.rms_norm_eps).astype(jnp.float32)[:, :dims]
-    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+    x = rms_norm(x, params["norm"], cfg.text.rms_norm_eps).astype(jnp.float32)
+    whole = jnp.isfinite(x).all(axis=-1, keepdims=True)  # what dims leaves out too
+    x = jnp.where(whole, x, jnp.nan)[:, :dims]
+    return check_finite("embed", x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12))
 
 
 def rerank(
@@ -81,7 +85,19 @@ def rerank(
     """
     logits = unembed(params, cfg, _last(_stream(params, cfg, batch, features), batch))
     yes, no = yes_no
-    return jax.nn.sigmoid(logits[:, yes] - logits[:, no])
+    more = logits[:, yes] - logits[:, no]
+    scores = jnp.where(jnp.isfinite(more), jax.nn.sigmoid(more), jnp.nan)  # infinity is no certainty
+    return check_finite("rerank", scores)
+
+
+def check_finite(what: str, found: jax.Array) -> jax.Array:
+    """The numbers [B ..] themselves; raises InputError naming a row that is not finite, if not traced."""
+    if isinstance(found, jax.core.Tracer):
+        return found
+    wrong = ~np.isfinite(np.asarray(found)).reshape(len(found), -1).all(axis=1)
+    if wrong.any():
+        raise InputError(not_finite(f"{what}, row {int(np.argmax(wrong))}"))
+    return found
 
 
 def _stream(params, cfg, batch, features):
