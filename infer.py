@@ -10,14 +10,16 @@ import contextlib
 import dataclasses
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from qwen3vl_jax import processes
 from qwen3vl_jax.cli import (
-    Clock,
+    Status,
     memory_advice,
     one_line_errors,
     parts,
+    run_script,
     sigterm_interrupts,
     sizes,
 )
@@ -121,7 +123,21 @@ def sampling_of(args, processor):
     return sampling
 
 
-def load(args: argparse.Namespace, directory: Path, scope: contextlib.ExitStack):
+def demo_notice(args: argparse.Namespace, messages: Sequence[dict] | None = None) -> str:
+    """What to say of the bundled checkpoint where --ckpt is not given; "" where it is."""
+    if args.ckpt:
+        return ""
+    import numpy as np
+
+    from demo.notice import notice
+
+    content = messages[-1]["content"] if messages and not args.messages else []
+    images = [x["image"].convert("RGB").resize((128, 128), 0) for x in content if x["type"] == "image"]
+    shown = DEMO_PICTURE.relative_to(HERE) if args.image == [str(DEMO_PICTURE)] else ""
+    return notice(content[-1]["text"] if content else None, [np.asarray(x) for x in images], str(shown))
+
+
+def load(args: argparse.Namespace, directory: Path, scope: contextlib.ExitStack, status: Status):
     """(params, cfg) in --dtype, on a CPU in float32 unless that says otherwise.
 
     On --mesh, or on the devices that a large model needs: scope keeps that mesh the ambient one. With
@@ -137,6 +153,7 @@ def load(args: argparse.Namespace, directory: Path, scope: contextlib.ExitStack)
     source = Source(directory, q3.Config.from_hf(directory), args.weights)
     devices = jax.local_devices() if args.input else jax.devices()
     mesh = mesh_for(mesh_sizes(args.mesh), source, dtype, devices)
+    status.show(f"loading {directory}")
     params, cfg = q3.load(
         directory, mesh=mesh, dtype=dtype, weights=args.weights, adapter=args.adapter
     )
@@ -151,16 +168,22 @@ def on_disk(directory: Path) -> dict[str, int]:
     return {"checkpoint on disk": stored}
 
 
-def loaded(args: argparse.Namespace, directory: Path, scope: contextlib.ExitStack):
+def loaded(
+    args: argparse.Namespace, directory: Path, scope: contextlib.ExitStack, status: Status, notice=""
+):
     """`load`, once all of it is on the device; raises InputError where that has no room."""
     import jax
 
     advice = "--dtype bfloat16, --weights int8 or a smaller checkpoint"
     with memory_advice(on_disk(directory), advice):
-        return jax.block_until_ready(load(args, directory, scope))
+        ready = jax.block_until_ready(load(args, directory, scope, status))
+    status.stop()
+    if notice:
+        print(notice, file=sys.stderr)
+    return ready
 
 
-def chat(args: argparse.Namespace, scope: contextlib.ExitStack) -> None:
+def chat(args: argparse.Namespace, scope: contextlib.ExitStack, status: Status) -> None:
     """Talks in the terminal until the end of input."""
     from qwen3vl_jax.terminal import converse, looked
 
@@ -169,7 +192,7 @@ def chat(args: argparse.Namespace, scope: contextlib.ExitStack) -> None:
     media = [{"type": "image", "image": source} for source in args.image]
     media += [{"type": "video", "video": source} for source in args.video]
     media = [looked(processor, item, inputs) for item in media]
-    params, _ = loaded(args, directory, scope)
+    params, _ = loaded(args, directory, scope, status, demo_notice(args))
     converse(
         params, processor, args.system, media, max_new_tokens=args.max_new_tokens, sampling=sampling,
         seed=args.seed, max_len=longest(args, processor), prefill_chunk=args.prefill_chunk,
@@ -177,7 +200,7 @@ def chat(args: argparse.Namespace, scope: contextlib.ExitStack) -> None:
     )  # fmt: skip
 
 
-def batch(args: argparse.Namespace) -> None:
+def batch(args: argparse.Namespace, status: Status) -> None:
     """Answers a file of conversations into a file of answers; exit code 1 if lines had errors."""
     from qwen3vl_jax.batch_file import Settings, answer_file, largest
     from qwen3vl_jax.journal import digest_of
@@ -196,7 +219,7 @@ def batch(args: argparse.Namespace) -> None:
     held: dict[str, int] = {}
 
     def load_and_measure(scope: contextlib.ExitStack):
-        params, cfg = loaded(args, directory, scope)
+        params, cfg = loaded(args, directory, scope, status, demo_notice(args))
         held.update(parts(params, cfg, *largest(processor, settings), "at most"))
         return params, cfg
 
@@ -217,12 +240,13 @@ def batch(args: argparse.Namespace) -> None:
         sys.exit(1)
 
 
-def measure(args: argparse.Namespace, scope: contextlib.ExitStack) -> None:
+def measure(args: argparse.Namespace, scope: contextlib.ExitStack, status: Status) -> None:
     """Prints the vector of what is given (--embed), or a score a document (--rerank), as JSON."""
     import jax
 
     import qwen3vl_jax as q3
     from qwen3vl_jax.processing import retrieval
+    from qwen3vl_jax.scoring import check_dims, check_finite
 
     directory, processor = opened(args)
     thing = {"text": args.prompt, "image": args.image, "video": args.video}
@@ -233,7 +257,9 @@ def measure(args: argparse.Namespace, scope: contextlib.ExitStack) -> None:
         rows = [retrieval.rerank_conversation(thing, d, args.instruction) for d in documents]
         words = retrieval.yes_no_ids(processor.tokenizer)
     batch = processor(rows, **input_options(args))
-    params, cfg = loaded(args, directory, scope)
+    check_dims(processor.config, args.dims)
+    params, cfg = loaded(args, directory, scope, status, demo_notice(args))
+    status.show("compiling")
     held = sizes(params, cfg, batch)
     held.pop("cache (about)")  # there is none
     with memory_advice(held, "--max-pixels, fewer --document, or --dtype bfloat16"):
@@ -243,6 +269,8 @@ def measure(args: argparse.Namespace, scope: contextlib.ExitStack) -> None:
         else:
             rerank = jax.jit(q3.rerank, static_argnames=("cfg", "yes_no"))
             found = jax.device_get(rerank(params, cfg, batch, words))
+    status.stop()
+    check_finite("--embed" if args.embed else "--rerank", found)
     if args.embed:
         print(write_json([round(float(x), 7) for x in found[0]], "--embed"))
         return
@@ -269,71 +297,26 @@ def plan(args: argparse.Namespace) -> None:
         sys.exit(1)
 
 
-def answer(args, directory, processor, arrays, limit, scope) -> str:
-    """Loads the weights, prints the answer (timing on stderr) and returns it."""
-    import qwen3vl_jax as q3
-    from qwen3vl_jax.processing.tokenizer import TextStream
-
-    sampling = sampling_of(args, processor)
-    batch = q3.make_batch(processor.config, **arrays)
-    if args.answers > 1 and not sampling.temperature:
-        print("temperature 0: the answers are all alike (try --temperature 1)", file=sys.stderr)
-    clock = Clock()
-    params, cfg = loaded(args, directory, scope)
-    loading = clock.lap()
-    streams = [TextStream(processor.tokenizer, args.stop) for _ in range(args.answers)]
-    prompt = int(arrays["attention_mask"].sum())
-    room = min(args.max_new_tokens, limit - prompt)
-    chunks = q3.stream(params, cfg, batch, max_new_tokens=room, sampling=sampling, seed=args.seed,
-                       stop_ids=processor.stop_ids, max_len=limit, copies=args.answers,
-                       prefill_chunk=args.prefill_chunk)  # fmt: skip
-    texts, ended = [""] * args.answers, [False] * args.answers
-    count, prefill = 0, 0.0
-
-    def show(row: int, piece: str) -> None:
-        texts[row] += piece
-        if args.stream:
-            print(piece, end="", flush=True)
-
-    with memory_advice(sizes(params, cfg, batch), "--max-pixels, --max-len, or --dtype bfloat16"):
-        for new in chunks:
-            prefill = prefill or clock.lap()
-            count += new.shape[1]
-            for row, text in enumerate(streams):
-                ids = new[row][new[row] >= 0].tolist()
-                show(row, text.push(t for t in ids if t not in processor.stop_ids))
-                ended[row] |= text.stopped is not None or any(t in processor.stop_ids for t in ids)
-            if all(ended):
-                break
-    for row, text in enumerate(streams):
-        show(row, text.flush())
-    decode = clock.lap()
-    for row, text in enumerate(texts):
-        print("" if args.stream else f"[{row + 1}] {text}" if args.answers > 1 else text)
-    if not all(ended):
-        why = "--max-new-tokens" if room == args.max_new_tokens else "--max-len"
-        print(f"the answer was cut off after {count} tokens ({why})", file=sys.stderr)
-    report = f"load {loading:.1f} s, compile {clock.compiling:.1f} s, "
-    report += f"prefill {prompt} tokens {prompt / prefill:.0f}/s"
-    if count > 1:
-        report += f", decode {count - 1} tokens {(count - 1) / decode:.1f}/s"
-    print(report, file=sys.stderr)
-    return texts[0]
-
-
-def ask(args: argparse.Namespace, scope: contextlib.ExitStack) -> None:
+def ask(args: argparse.Namespace, scope: contextlib.ExitStack, status: Status) -> None:
     """Answers one conversation: with --mesh on the devices of all processes, and the first one tells."""
     index, count = processes.start(processes.asked_of(args)) if args.mesh else (0, 1)
 
     def run() -> None:
+        from qwen3vl_jax.ask import answer
+
         given = prepare(args) if count == 1 else processes.agreed(lambda: prepare(args))
         directory, processor, arrays, messages, limit = given
         if count > 1:
             seen = [repr({**vars(args), "process": 0}).encode()]
             seen += [x.tobytes() for x in arrays.values()]
             processes.check_alike("--mesh: other options, prompt or pictures", *seen)
+        sampling = sampling_of(args, processor)
         with processes.quiet(index > 0):
-            text = answer(args, directory, processor, arrays, limit, scope)
+
+            def load_all():
+                return loaded(args, directory, scope, status, demo_notice(args, messages))
+
+            text = answer(args, processor, arrays, limit, sampling, load_all, status)
         if args.draw and not index:
             from qwen3vl_jax.processing.draw import draw_answer
 
@@ -345,21 +328,23 @@ def ask(args: argparse.Namespace, scope: contextlib.ExitStack) -> None:
 def main(argv: list[str] | None = None) -> None:
     """The command line; exits 2 with one line for bad input."""
     start, args = time.perf_counter(), arguments(argv, (__doc__ or "").split("\n")[0])
-    with one_line_errors(), contextlib.ExitStack() as scope:
+    with one_line_errors(), Status() as status, contextlib.ExitStack() as scope:
         check(args)
         allow_gpu_memory()
+        if not args.plan:
+            status.show(f"loading {args.ckpt or 'the bundled demo'}", line=False)
         if args.plan:
             plan(args)
         elif args.chat:
-            chat(args, scope)
+            chat(args, scope, status)
         elif args.input:
-            batch(args)
+            batch(args, status)
         elif args.embed or args.rerank:
-            measure(args, scope)
+            measure(args, scope, status)
         else:
-            ask(args, scope)
+            ask(args, scope, status)
     print(f"total {time.perf_counter() - start:.1f} s", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

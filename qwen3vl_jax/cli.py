@@ -6,16 +6,19 @@ import argparse
 import contextlib
 import os
 import signal
+import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 from qwen3vl_jax.errors import InputError
 
 EXPECTED = (InputError, OSError, KeyboardInterrupt)  # what `report` takes
 _LISTED = 20  # problems printed
+GRACE = 3  # seconds
+interrupt_heard = threading.Event()  # set by whoever handles SIGINT, see `run_script`
 
 
 def report(error: BaseException, where: object = "", interrupted: str = "interrupted") -> int:
@@ -59,6 +62,111 @@ def one_line_errors() -> Iterator[None]:
         yield
     except EXPECTED as e:
         sys.exit(report(e))
+
+
+def run_script(main: Callable[[], Any]) -> None:
+    """Runs a command line as the whole process: Ctrl-C ends it with one line and exit code 130.
+
+    The usual way out of the interpreter takes apart what threads of JAX still use, and crashes there.
+    What does not hear Ctrl-C (XLA while it compiles) is ended GRACE seconds after it.
+    """
+    pressed = threading.Event()
+    reader, writer = socket.socketpair()
+
+    def interrupt(*_: Any) -> None:
+        pressed.set()
+        interrupt_heard.set()
+        raise KeyboardInterrupt
+
+    def end_deaf() -> None:
+        presses = 0
+        while True:
+            presses += reader.recv(16).count(signal.SIGINT)
+            if presses and interrupt_heard.wait(GRACE):
+                interrupt_heard.clear()
+                presses = 0
+            elif presses > (signal.getsignal(signal.SIGINT) is not interrupt):  # another: a chat's
+                _end_interrupted(told=False)
+
+    writer.setblocking(False)
+    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    before = signal.signal(signal.SIGINT, interrupt)
+    threading.Thread(target=end_deaf, daemon=True).start()
+    code: Any = 0
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        if not pressed.is_set():
+            raise
+        code = report(KeyboardInterrupt())
+    if code == 130:
+        _end_interrupted(told=True)
+    signal.signal(signal.SIGINT, before)
+    sys.exit(code)
+
+
+def _end_interrupted(told: bool) -> NoReturn:
+    """Ends the process now, with what was printed."""
+    with contextlib.suppress(OSError, ValueError):
+        if not told:
+            shown = "\x1b[?25h" if sys.stderr.isatty() else ""  # the cursor, which a spinner hides
+            print(f"{shown}interrupted", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(130)
+
+
+class Status:
+    """What a command does just now, on stderr: a spinner on a terminal, elsewhere a line a step.
+
+    The line comes when the step is done, or has taken DELAY seconds: bad input is refused in one line.
+    """
+
+    DELAY = 5
+
+    def __init__(self) -> None:
+        self._spinner: Any = None
+        self._line: threading.Timer | None = None
+
+    def show(self, text: str, line: bool = True) -> None:
+        """Begins a step; line: whether it is worth one where stderr is no terminal."""
+        if self._spinner is None and not sys.stderr.isatty():
+            self.stop()
+            if line:
+                self._line = threading.Timer(self.DELAY, _print_line, [text])
+                self._line.daemon = True
+                self._line.start()
+            return
+        from rich.console import Console
+        from rich.text import Text
+
+        if self._spinner is None:
+            self._spinner = Console(stderr=True).status(Text(text))
+            self._spinner.start()
+        self._spinner.update(Text(text))
+
+    def stop(self, failed: bool = False) -> None:
+        """Ends the step: call it before anything else is printed."""
+        if self._spinner is not None:
+            self._spinner.stop()
+            self._spinner = None
+        line, self._line = self._line, None
+        if line is not None and line.is_alive():
+            line.cancel()
+            if not failed:
+                _print_line(*line.args)
+
+    def __enter__(self) -> Status:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop(failed=error[0] is not None)
+
+
+def _print_line(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -61,13 +61,18 @@ def embed(
     dims (static) keeps the first of them and normalises again (Matryoshka). Source: Qwen3-VL-Embedding.
     Raises InputError for dims that the model does not have.
     """
-    if dims is not None and not 1 <= dims <= cfg.text.hidden_size:
-        raise InputError(f"embed: dims is {dims}, expected 1 to {cfg.text.hidden_size}")
+    check_dims(cfg, dims)
     x = _last(_stream(params, cfg, batch, features), batch)
     x = rms_norm(x, params["norm"], cfg.text.rms_norm_eps).astype(jnp.float32)
     whole = jnp.isfinite(x).all(axis=-1, keepdims=True)  # what dims leaves out too
     x = jnp.where(whole, x, jnp.nan)[:, :dims]
     return check_finite("embed", x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12))
+
+
+def check_dims(cfg: Config, dims: int | None) -> None:
+    """Raises InputError for dims that a vector of `embed` does not have."""
+    if dims is not None and not 1 <= dims <= cfg.text.hidden_size:
+        raise InputError(f"embed: dims is {dims}, expected 1 to {cfg.text.hidden_size}")
 
 
 def rerank(

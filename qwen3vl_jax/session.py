@@ -40,8 +40,8 @@ def take_turn(
     stop: str | Sequence[str] = (),
     inputs: Mapping[str, Any] | None = None,
     **options: Any,
-) -> Generator[str, None, tuple[str, Kept]]:
-    """Answers a conversation: yields text as it comes, returns (answer, what to keep).
+) -> Generator[str, bool | None, tuple[str, Kept]]:
+    """Answers a conversation: yields text as it comes, returns (answer, what to keep). `send` ends it.
 
     messages hold all turns so far, earlier ones unchanged since `kept` was made: what the rendered
     conversation shares with it from the start is not run again, pictures included. Give `kept` away.
@@ -61,15 +61,17 @@ def take_turn(
         params, proc.config, batch, cache=cache, before=before, max_new_tokens=room,
         stop_ids=proc.stop_ids, **options,
     )  # fmt: skip
+    enough: Any = None
     while True:
         try:
-            new = chunks.send(None if text.stopped is None else np.array([True]))[0].tolist()
+            last = enough or text.stopped is not None
+            new = chunks.send(np.array([True]) if last else None)[0].tolist()
         except StopIteration as end:
             cache = end.value
             break
         answer += new
         pieces.append(text.push(t for t in new if t not in proc.stop_ids))
-        yield pieces[-1]
+        enough = yield pieces[-1]
     pieces.append(text.flush())
     yield pieces[-1]
     ended = text.stopped is not None or answer[-1] in proc.stop_ids

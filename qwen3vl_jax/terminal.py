@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import re
+import signal
 import sys
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import jax
 
-from qwen3vl_jax.cli import memory_advice, parts
+from qwen3vl_jax.cli import Status, interrupt_heard, memory_advice, parts
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.session import Kept, take_turn
 from qwen3vl_jax.structs import Params
 
-HELP = "/image PATH and /video PATH go with the next question; /new starts afresh; /quit ends"
+HELP = (
+    "/image PATH and /video PATH go with the next question; /new starts afresh; /quit ends, /help says "
+    "this; Ctrl-C stops an answer, and the chat where there is none"
+)
+# What the keys of a terminal send that is no text: arrows, function keys, control characters.
+_KEYS = re.compile(r"\x1b(?:\[[0-9;?]*[ -/]*[@-~]|O.|.)?|[\x00-\x08\x0b-\x1f\x7f]")
 ADVICE = "/new, --max-pixels, --prefill-chunk, or --dtype bfloat16"
 Item = dict[str, Any]
 
@@ -25,12 +34,55 @@ def looked(proc: Processor, item: Item, inputs: Mapping[str, Any] | None) -> Ite
     return proc.look(item, **{k: v for k, v in (inputs or {}).items() if k not in names})
 
 
+def read_line(prompt: str) -> str:
+    """A line of the user's: edited and recalled with the arrow keys where Python has readline."""
+    if not sys.stdin.isatty():
+        return input()
+    try:
+        import readline  # noqa: F401  what input() uses from now on
+    except ImportError:
+        pass
+    if sys.stdout.isatty():
+        return input(prompt)
+    print(prompt, end="", file=sys.stderr, flush=True)  # the answers go to a file
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line
+
+
+class _Stop:
+    """Whether Ctrl-C was pressed while an answer came; pressed again, it ends the chat."""
+
+    def __init__(self) -> None:
+        self.pressed = False
+
+    @contextmanager
+    def heard(self) -> Iterator[None]:
+        """Until its end SIGINT only marks the first press."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def press(*_: Any) -> None:
+            interrupt_heard.set()
+            if self.pressed:
+                raise KeyboardInterrupt
+            self.pressed = True
+
+        before = signal.signal(signal.SIGINT, press)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
 def converse(
     params: Params,
     proc: Processor,
     system: str | None = None,
     waiting: list[Item] | None = None,
-    read: Callable[[str], str] = input,
+    read: Callable[[str], str] = read_line,
     **options: Any,
 ) -> None:
     """Reads questions until /quit or the end of input, and prints each answer as it comes.
@@ -45,25 +97,30 @@ def converse(
     print(HELP, file=sys.stderr)
     while True:
         try:
-            line = read("> " if sys.stdin.isatty() else "").strip()
+            typed = read("> ")
         except EOFError:
             return
+        line = _KEYS.sub("", typed).strip()
         command, _, rest = line.partition(" ")
         if command == "/quit":
             return
         if command == "/new":
             messages, kept, waiting = list(opening), None, []
             continue
+        if command in ("/help", "/?"):
+            print(HELP, file=sys.stderr)
+            continue
         try:
             if command in ("/image", "/video"):
                 item = {"type": command[1:], command[1:]: rest.strip()}
                 waiting.append(looked(proc, item, inputs))
             elif command.startswith("/"):
-                raise InputError(f"{command}: {HELP}")
+                raise InputError(f"{command}: no such command; {HELP}")
             elif line:
-                content, waiting = [*waiting, {"type": "text", "text": line}], []
+                content = [*waiting, {"type": "text", "text": line}]
                 asked = [*messages, {"role": "user", "content": content}]
                 answer, kept = _answered(params, proc, asked, kept, options)
+                waiting = []
                 prompt = proc.render(asked)  # which may open a <think> for the answer
                 messages = [*asked, proc.parse(answer, prompt).message()]
         except InputError as e:
@@ -83,16 +140,22 @@ def _answered(
     patches = sum(len(one.rows) for one in seen)
     slots = options["max_new_tokens"] + patches // proc.config.vision.merge_unit
     slots += 0 if kept is None else len(kept.ids)
-    turn = take_turn(params, proc, asked, kept, **options)
-    with memory_advice(parts(params, proc.config, slots, patches, "about"), ADVICE):
-        while True:
-            try:
-                print(next(turn), end="", flush=True)
-            except StopIteration as end:
-                print(flush=True)
-                answer, keep = end.value
-                break
-    if not keep.ended:
+    turn, stop = take_turn(params, proc, asked, kept, **options), _Stop()
+    sizes = parts(params, proc.config, slots, patches, "about")
+    with memory_advice(sizes, ADVICE), stop.heard(), Status() as status:
+        status.show("compiling and reading" if kept is None else "reading", line=False)
+        try:
+            piece = next(turn)
+            while True:
+                status.stop()
+                print(piece, end="", flush=True)
+                piece = turn.send(stop.pressed)
+        except StopIteration as end:
+            print(flush=True)
+            answer, keep = end.value
+    if stop.pressed:
+        print("stopped: what was said stays in the conversation", file=sys.stderr)
+    elif not keep.ended:
         print("the answer was cut off (--max-new-tokens, --max-len)", file=sys.stderr)
     return answer, keep
 

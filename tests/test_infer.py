@@ -3,6 +3,8 @@
 import io
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,6 +42,69 @@ def test_without_arguments_the_demo_answers_and_says_how_long_it_took(capsys):
     assert all(word.isdigit() for row in rows for word in row) and len(rows) >= 2
     for word in ("load", "compile", "prefill", "decode", "total"):
         assert word in err
+    first = [line.split(":")[0].split("/")[0] for line in err.splitlines()[:3]]
+    assert first == ["loading ", "no --ckpt", "compiling"], err
+    assert "demo/pictures/grid.png" in err and infer.DEMO_PROMPT in err and "wrong" not in err
+
+
+def test_the_demo_says_when_it_is_asked_what_it_does_not_know(capsys):
+    """An image that is no digits, a question of another kind, both; nothing of it with --ckpt."""
+    noise = np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)
+    Image.fromarray(noise).save("photo.png")
+    few = ("--max-new-tokens", 2)
+    for options, words in (
+        (("--image", "photo.png"), ("image is none of digits and the question is none",)),
+        (("--image", "photo.png", "--prompt", "Count the 7s."), ("(the image is none of digits: ",)),
+        (("--prompt", "What is a cat?"), ("(the question is none that it has learned: ",)),
+        (("--image", infer.DEMO_PICTURE, "--prompt", "find every three."), ("nothing else, --ckpt",)),
+    ):
+        err = run(capsys, *options, *few).err
+        (line,) = [line for line in err.splitlines() if line.startswith("no --ckpt: ")]
+        assert all(word in line for word in words) and "handwritten digits" in line, line
+    assert "no --ckpt" not in run(capsys, "--ckpt", DEMO, "--prompt", "Hi", *few).err
+
+
+def test_no_answer_of_numbers_that_are_none(capsys):
+    """A vision tower with NaN: one error, exit code 2, and text alone goes on."""
+
+    def spoil(tensors):
+        name = next(name for name in tensors if name.endswith("patch_embed.proj.bias"))
+        tensors[name] = np.full_like(tensors[name], np.nan)
+        return tensors
+
+    ckpt, name, image, file = checkpoint("broken", spoil)
+    ask = (ckpt, name, image, file, "--prompt", infer.DEMO_PROMPT)
+    for mode in ((), ("--stream",), ("--embed",)):
+        with pytest.raises(SystemExit) as stop:
+            run(capsys, *ask, *mode)
+        out, err = capsys.readouterr()
+        assert stop.value.code == 2 and out == "", out
+        assert err.splitlines()[-1].startswith("error: ") and "--dtype bfloat16" in err, err
+    assert run(capsys, ckpt, name, "--prompt", "Hi").out.startswith("I am a very small Qwen3-VL.")
+
+
+def test_ctrl_c_ends_the_process_cleanly():
+    """While it compiles: one line, exit code 130, what was printed is there, and nothing crashes."""
+    code = (
+        "import os, signal, threading, jax\n"
+        "from qwen3vl_jax import cli\n"
+        "def main():\n"
+        "    print('said', end='')\n"
+        "    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
+        "    with cli.one_line_errors():\n"
+        "        {work}\n"
+        "    print('never')\n"
+        "cli.GRACE = 1\n"
+        "cli.run_script(main)\n"
+    )
+    deaf = "import ctypes; ctypes.CDLL(None).sleep(99)"  # as XLA is while it compiles
+    swallowed = "\n        try: threading.Event().wait(99)\n        except KeyboardInterrupt: raise ValueError"
+    for work in ("threading.Event().wait(99)", deaf, swallowed):
+        done = subprocess.run(
+            [sys.executable, "-c", code.replace("{work}", work)], capture_output=True, text=True,
+            timeout=60, cwd=DEMO.parent.parent,
+        )  # fmt: skip
+        assert (done.returncode, done.stdout, done.stderr) == (130, "said", "interrupted\n")
 
 
 def test_int8_weights_answer_and_their_error_is_told(capsys, caplog):

@@ -1,7 +1,11 @@
 """A conversation with its cache kept: the vision tower runs once a picture, answers are the same."""
 
+import contextlib
 import dataclasses
+import io
 import shutil
+import signal
+import sys
 
 import clips
 import jax
@@ -189,12 +193,12 @@ def test_chat_in_the_terminal(demo, capsys, tmp_path):
     proc, params = demo
     first = shutil.copy(GRID, tmp_path / "first.png")
     lines = ["Read the digits.", "/image gone.png", "/video gone.mp4", "", "/what",
-             "How many digits are there?", "/new", f"/image {GRID}", "Count the digits."]  # fmt: skip
+             "/help", "\x1b[A\x1b[D", "How many\x1b[C digits are there?", "/new", f"/image {GRID}", "Count the digits."]  # fmt: skip
 
     def read(prompt):
         if not lines:
             raise EOFError
-        if len(lines) == 8:
+        if len(lines) == 10:
             first.unlink()
         return lines.pop(0)
 
@@ -202,8 +206,67 @@ def test_chat_in_the_terminal(demo, capsys, tmp_path):
     terminal.converse(params, proc, None, media, read, max_new_tokens=40)
     out, err = capsys.readouterr()
     assert out == "5 6 8 9\n5 5 0 2\n9 9 0 4\n12\n12\n"
-    assert "error: gone.png: " in err and "error: /what: " in err and err.count("error") == 3
+    assert "error: gone.png: " in err and "error: /what: no such" in err and err.count("error") == 3
+    assert err.count("/help says this") == 3  # at the start, after /help and in the error
+    assert out.count("\x1b") == 0
     assert "error: gone.mp4: " in err and "cut off" not in err
     turn = session.take_turn(params, proc, [user(*TURNS[0])], max_new_tokens=9, max_len=20)
     with pytest.raises(q3.InputError, match=r"may have 20 \(max_len\)"):
         next(turn)
+
+
+def test_ctrl_c_stops_an_answer_and_then_the_chat(demo, capsys):
+    """What was said stays in the conversation; without an answer that comes, Ctrl-C ends the chat."""
+    proc, params = demo
+    seen = []
+
+    def read(prompt):
+        seen.append(signal.getsignal(signal.SIGINT))
+        if len(seen) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return "Read the digits."
+
+    class Terminal:
+        """stdout: Ctrl-C is pressed at the first piece of an answer."""
+
+        def __init__(self, presses):
+            self.presses, self.text = presses, ""
+
+        def write(self, text):
+            self.text += text
+            for _ in range(self.presses if text.strip() else 0):
+                signal.raise_signal(signal.SIGINT)
+            self.presses = 0
+
+        def flush(self):
+            pass
+
+    media = [{"type": "image", "image": GRID}]
+    stdout = Terminal(1)
+    with contextlib.redirect_stdout(stdout), pytest.raises(KeyboardInterrupt):
+        terminal.converse(params, proc, None, list(media), read, max_new_tokens=60)
+    assert "5 6 8 9\n5 5 0 2\n9 9 0 4\n".startswith(stdout.text.rstrip("\n")) and stdout.text[-1] == "\n"
+    assert len(stdout.text) < 20 and "stopped" in capsys.readouterr().err
+    assert seen[0] is seen[1] is signal.default_int_handler
+    with contextlib.redirect_stdout(Terminal(2)), pytest.raises(KeyboardInterrupt):
+        terminal.converse(params, proc, None, list(media), lambda _: "Count all.", max_new_tokens=60)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_lines_are_edited_where_there_is_readline(monkeypatch, capsys):
+    """readline is loaded for a terminal; a prompt does not go among answers that go to a file."""
+    monkeypatch.setitem(sys.modules, "readline", None)
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    assert terminal.read_line("> ") == "hello\n"
+    with pytest.raises(EOFError):
+        terminal.read_line("> ")
+    out, err = capsys.readouterr()
+    assert out == "" and err == "> > "
+    monkeypatch.delitem(sys.modules, "readline")
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    assert terminal.read_line("> ") == "hello" and capsys.readouterr().out == ""
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    with pytest.raises(EOFError):
+        terminal.read_line("> ")
+    assert "readline" in sys.modules

@@ -1,0 +1,58 @@
+"""What the bundled checkpoint says of itself to those who ask it without --ckpt."""
+
+import re
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from demo import tasks
+
+PAPER, NEAR = 0.5, 40  # at least this share of a picture of digits is within so many levels of its paper
+
+
+def notice(question: str | None, images: Sequence[np.ndarray] = (), bundled: str = "") -> str:
+    """One line: what the checkpoint knows, and whether the question or an image is something else.
+
+    question: None where it is not known yet; images: uint8 [H W 3]; bundled: the name of our own.
+    """
+    found = []
+    if not all(map(shows_digits, images)):
+        found.append("the image is none of digits")
+    if question is not None and not knows(question):
+        found.append("the question is none that it has learned")
+    wrong = f" ({' and '.join(found)}: expect a wrong answer)" if found else ""
+    asked = f' about {bundled}: "{question}"' if bundled else ""
+    return (
+        f"no --ckpt: the bundled demo answers{asked}; it knows handwritten digits and nothing else{wrong}, "
+        "--ckpt takes a real checkpoint, as Qwen/Qwen3-VL-2B-Instruct"
+    )
+
+
+def shows_digits(image: np.ndarray) -> bool:
+    """Whether most of an image has one colour, as the paper of digits has and no photograph."""
+    levels = image.reshape(-1, image.shape[-1]).astype(np.int16)
+    away = np.abs(levels - np.median(levels, axis=0)).max(axis=1)
+    return bool((away < NEAR).mean() >= PAPER)
+
+
+def knows(question: str) -> bool:
+    """Whether it is one of the wordings that the checkpoint was trained on, of any digit."""
+    asked = " ".join(question.split()).lower()
+    learned = [words for kind, words in tasks.WORDINGS.items() if kind != "reverse"]
+    return any(
+        re.fullmatch(_pattern(wording), asked)
+        for wording in (*(w for words in learned for w in words), *tasks.WHEN, *tasks.HELLO)
+    )
+
+
+def _pattern(wording: str) -> str:
+    """The wording with every digit in place of its fields."""
+    def one_of(values: Iterable[str]) -> str:
+        return f"(?:{'|'.join(values)})"
+
+    fields = {"d": "[0-9]", "one": one_of(tasks.ONE), "many": one_of(tasks.MANY)}
+    fields |= {"row": "[0-9]", "col": "[0-9]"}
+    text = re.escape(wording.lower())
+    for name, values in fields.items():
+        text = text.replace(re.escape(f"{{{name}}}"), values)
+    return text
