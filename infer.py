@@ -132,9 +132,13 @@ def demo_notice(args: argparse.Namespace, messages: Sequence[dict] | None = None
     from demo.notice import notice
 
     content = messages[-1]["content"] if messages and not args.messages else []
-    images = [x["image"].convert("RGB").resize((128, 128), 0) for x in content if x["type"] == "image"]
+    images = [
+        x["image"].convert("RGB").resize((128, 128), 0) for x in content if x["type"] == "image"
+    ]
     shown = DEMO_PICTURE.relative_to(HERE) if args.image == [str(DEMO_PICTURE)] else ""
-    return notice(content[-1]["text"] if content else None, [np.asarray(x) for x in images], str(shown))
+    return notice(
+        content[-1]["text"] if content else None, [np.asarray(x) for x in images], str(shown)
+    )
 
 
 def load(args: argparse.Namespace, directory: Path, scope: contextlib.ExitStack, status: Status):
@@ -169,7 +173,11 @@ def on_disk(directory: Path) -> dict[str, int]:
 
 
 def loaded(
-    args: argparse.Namespace, directory: Path, scope: contextlib.ExitStack, status: Status, notice=""
+    args: argparse.Namespace,
+    directory: Path,
+    scope: contextlib.ExitStack,
+    status: Status,
+    notice="",
 ):
     """`load`, once all of it is on the device; raises InputError where that has no room."""
     import jax

@@ -7,7 +7,10 @@ import numpy as np
 
 from demo import tasks
 
-PAPER, NEAR = 0.5, 40  # at least this share of a picture of digits is within so many levels of its paper
+PAPER, NEAR = (
+    0.5,
+    40,
+)  # at least this share of a picture of digits is within so many levels of its paper
 
 
 def notice(question: str | None, images: Sequence[np.ndarray] = (), bundled: str = "") -> str:
@@ -47,6 +50,7 @@ def knows(question: str) -> bool:
 
 def _pattern(wording: str) -> str:
     """The wording with every digit in place of its fields."""
+
     def one_of(values: Iterable[str]) -> str:
         return f"(?:{'|'.join(values)})"
 

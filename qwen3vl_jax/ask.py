@@ -42,7 +42,9 @@ class Texts:
         for row, text in enumerate(self.streams):
             self._show(row, text.flush())
         for row, text in enumerate(self.texts):
-            print("" if self.args.stream else f"[{row + 1}] {text}" if len(self.texts) > 1 else text)
+            print(
+                "" if self.args.stream else f"[{row + 1}] {text}" if len(self.texts) > 1 else text
+            )
         sys.stdout.flush()
 
 
@@ -73,7 +75,9 @@ def answer(
                        prefill_chunk=args.prefill_chunk)  # fmt: skip
     texts, count, prefill = Texts(args, processor), 0, 0.0
     try:
-        with memory_advice(sizes(params, cfg, batch), "--max-pixels, --max-len, or --dtype bfloat16"):
+        with memory_advice(
+            sizes(params, cfg, batch), "--max-pixels, --max-len, or --dtype bfloat16"
+        ):
             new = next(chunks)
             while True:
                 status.stop()

@@ -88,9 +88,7 @@ def fault_of(tokens: np.ndarray, count: int) -> str:
         return ""
     place = f"logits of answer token {count + int(wrong[0]) + 1}"
     if tokens[wrong[0]] == NOT_FINITE_AFTER:
-        return (
-            f"{place}: got no finite number after penalties and logits_fn, expected one; use milder ones"
-        )
+        return f"{place}: got no finite number after penalties and logits_fn, expected one; use milder ones"
     return not_finite(place)
 
 
@@ -110,7 +108,10 @@ def _choose(logits, state, sampling, stop_ids, logits_fn) -> DecodeState:
         token=token,
         logprob=likely[rows, token],
         count=count,
-        done=state.done | wrong | jnp.any(token[:, None] == stop_ids, axis=1) | (count >= state.limit),
+        done=state.done
+        | wrong
+        | jnp.any(token[:, None] == stop_ids, axis=1)
+        | (count >= state.limit),
         seen=state.seen.at[mark].set(True, mode="drop"),
         answered=state.answered.at[mark].set(True, mode="drop"),
     )
@@ -274,7 +275,9 @@ def _stream(
     made, rows, none = 1, len(seeds), np.zeros(len(seeds), bool)
     faults: dict[int, str] = {}
 
-    def checked(new: np.ndarray, before: int) -> Generator[np.ndarray, np.ndarray | None, np.ndarray]:
+    def checked(
+        new: np.ndarray, before: int
+    ) -> Generator[np.ndarray, np.ndarray | None, np.ndarray]:
         """Yields columns that hold tokens, ENDED elsewhere; returns the rows that the host ends."""
         for row in np.flatnonzero((new < ENDED).any(axis=1)).tolist():
             faults[row] = fault_of(new[row], before)

@@ -91,7 +91,9 @@ def rerank(
     logits = unembed(params, cfg, _last(_stream(params, cfg, batch, features), batch))
     yes, no = yes_no
     more = logits[:, yes] - logits[:, no]
-    scores = jnp.where(jnp.isfinite(more), jax.nn.sigmoid(more), jnp.nan)  # infinity is no certainty
+    scores = jnp.where(
+        jnp.isfinite(more), jax.nn.sigmoid(more), jnp.nan
+    )  # infinity is no certainty
     return check_finite("rerank", scores)
 
 

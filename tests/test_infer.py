@@ -54,9 +54,15 @@ def test_the_demo_says_when_it_is_asked_what_it_does_not_know(capsys):
     few = ("--max-new-tokens", 2)
     for options, words in (
         (("--image", "photo.png"), ("image is none of digits and the question is none",)),
-        (("--image", "photo.png", "--prompt", "Count the 7s."), ("(the image is none of digits: ",)),
+        (
+            ("--image", "photo.png", "--prompt", "Count the 7s."),
+            ("(the image is none of digits: ",),
+        ),
         (("--prompt", "What is a cat?"), ("(the question is none that it has learned: ",)),
-        (("--image", infer.DEMO_PICTURE, "--prompt", "find every three."), ("nothing else, --ckpt",)),
+        (
+            ("--image", infer.DEMO_PICTURE, "--prompt", "find every three."),
+            ("nothing else, --ckpt",),
+        ),
     ):
         err = run(capsys, *options, *few).err
         (line,) = [line for line in err.splitlines() if line.startswith("no --ckpt: ")]

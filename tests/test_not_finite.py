@@ -45,7 +45,10 @@ def test_the_row_ends_and_the_others_go_on():
         params, cfg = broken(token)
         batch = q3.make_batch(cfg, **pad_batch(found[:2]))
         answer = q3.generate(params, cfg, batch, **OPTIONS)
-        assert answer.finish_reasons == ["error", "length"] and answer.lengths.tolist() == [kept, 20]
+        assert answer.finish_reasons == ["error", "length"] and answer.lengths.tolist() == [
+            kept,
+            20,
+        ]
         assert f"answer token {kept + 1}: got NaN" in answer.errors[0] and answer.errors[1] == ""
         assert "--dtype bfloat16" in answer.errors[0]
         np.testing.assert_array_equal(answer.tokens[1], answers[1])
@@ -57,7 +60,9 @@ def test_the_row_ends_and_the_others_go_on():
         assert (joined[0] >= 0).sum() == kept and joined.min() >= -1
         np.testing.assert_array_equal(joined[1][joined[1] >= 0], answers[1])
         hot = q3.Sampling(temperature=0.8, top_k=9)
-        assert q3.generate(params, cfg, batch, sampling=hot, **OPTIONS).finish_reasons[1] == "length"
+        assert (
+            q3.generate(params, cfg, batch, sampling=hot, **OPTIONS).finish_reasons[1] == "length"
+        )
 
 
 def test_an_answer_that_ended_before_is_whole():
@@ -95,7 +100,9 @@ def test_the_engine_goes_on_with_the_same_row():
     beside = q3.generate(*model(), q3.make_batch(model()[1], **long), **OPTIONS).tokens[0]
     ids = wrong["input_ids"][0]
     params, cfg = broken(ids[only(ids, *others, *answers, beside)])
-    asked = [q3.Request(*x, 20) for x in (("long", long), ("wrong", wrong), (0, found[0]), (2, found[2]))]
+    asked = [
+        q3.Request(*x, 20) for x in (("long", long), ("wrong", wrong), (0, found[0]), (2, found[2]))
+    ]
     done = {one.key: one for one in q3.generate_many(params, cfg, asked, stop_ids=(), rows=2)}
     failed = done.pop("wrong")
     assert failed.finish_reason == "error" and "--dtype bfloat16" in failed.error

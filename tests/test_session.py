@@ -245,11 +245,16 @@ def test_ctrl_c_stops_an_answer_and_then_the_chat(demo, capsys):
     stdout = Terminal(1)
     with contextlib.redirect_stdout(stdout), pytest.raises(KeyboardInterrupt):
         terminal.converse(params, proc, None, list(media), read, max_new_tokens=60)
-    assert "5 6 8 9\n5 5 0 2\n9 9 0 4\n".startswith(stdout.text.rstrip("\n")) and stdout.text[-1] == "\n"
+    assert (
+        "5 6 8 9\n5 5 0 2\n9 9 0 4\n".startswith(stdout.text.rstrip("\n"))
+        and stdout.text[-1] == "\n"
+    )
     assert len(stdout.text) < 20 and "stopped" in capsys.readouterr().err
     assert seen[0] is seen[1] is signal.default_int_handler
     with contextlib.redirect_stdout(Terminal(2)), pytest.raises(KeyboardInterrupt):
-        terminal.converse(params, proc, None, list(media), lambda _: "Count all.", max_new_tokens=60)
+        terminal.converse(
+            params, proc, None, list(media), lambda _: "Count all.", max_new_tokens=60
+        )
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
