@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import jax
@@ -38,10 +38,8 @@ def read_line(prompt: str) -> str:
     """A line of the user's: edited and recalled with the arrow keys where Python has readline."""
     if not sys.stdin.isatty():
         return input()
-    try:
+    with suppress(ImportError):
         import readline  # noqa: F401  what input() uses from now on
-    except ImportError:
-        pass
     if sys.stdout.isatty():
         return input(prompt)
     print(prompt, end="", file=sys.stderr, flush=True)  # the answers go to a file

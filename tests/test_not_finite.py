@@ -72,7 +72,7 @@ def test_an_answer_that_ended_before_is_whole():
     params, cfg = broken(answers[0][spoken])
     batch = q3.make_batch(cfg, **found[0])
     stop = str(answers[0][spoken])
-    one = q3.generate(params, cfg, batch, stop_strings=stop, decode=lambda ids: str(ids), **OPTIONS)
+    one = q3.generate(params, cfg, batch, stop_strings=stop, decode=str, **OPTIONS)
     assert one.finish_reasons == ["stop"] and one.errors == [""]
 
 

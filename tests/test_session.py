@@ -193,7 +193,8 @@ def test_chat_in_the_terminal(demo, capsys, tmp_path):
     proc, params = demo
     first = shutil.copy(GRID, tmp_path / "first.png")
     lines = ["Read the digits.", "/image gone.png", "/video gone.mp4", "", "/what",
-             "/help", "\x1b[A\x1b[D", "How many\x1b[C digits are there?", "/new", f"/image {GRID}", "Count the digits."]  # fmt: skip
+             "/help", "\x1b[A\x1b[D", "How many\x1b[C digits are there?", "/new",
+             f"/image {GRID}", "Count the digits."]  # fmt: skip
 
     def read(prompt):
         if not lines:
