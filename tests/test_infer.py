@@ -104,7 +104,9 @@ def test_ctrl_c_ends_the_process_cleanly():
         "cli.run_script(main)\n"
     )
     deaf = "import ctypes; ctypes.CDLL(None).sleep(99)"  # as XLA is while it compiles
-    swallowed = "try: threading.Event().wait(99)\n        except KeyboardInterrupt: raise ValueError"
+    swallowed = (
+        "try: threading.Event().wait(99)\n        except KeyboardInterrupt: raise ValueError"
+    )
     for work in ("threading.Event().wait(99)", deaf, swallowed):
         done = subprocess.run(
             [sys.executable, "-c", code.replace("{work}", work)], capture_output=True, text=True,
