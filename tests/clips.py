@@ -18,24 +18,24 @@ def waves(count, height, width, seed=0):
     return np.clip(np.moveaxis(np.array(frames), 1, 3) + noise, 0, 255).astype(np.uint8)
 
 
-def bars(count, height=48, width=64):
-    """Frames whose brightness is their number: 8 t, so that a decoded frame tells which it is."""
-    return np.broadcast_to(
-        (8 * np.arange(count, dtype=np.uint8))[:, None, None, None], (count, height, width, 3)
-    )
+def bars(count, height=48, width=64, step=8):
+    """Frames whose brightness is their number: step t, so that a decoded frame tells which it is."""
+    values = (step * np.arange(count)).astype(np.uint8)
+    return np.broadcast_to(values[:, None, None, None], (count, height, width, 3))
 
 
 def write(
-    path, frames, rate=10, codec="libx264", pixels="yuv420p", turn=None, times=None, **options
+    path, frames, rate=10, codec="libx264", pixels="yuv420p", times=None, movflags=None, **options
 ):
-    """Encodes frames [T H W 3 or 4]; times (seconds) make the rate vary; returns the path."""
-    with av.open(str(path), "w") as container:
+    """Encodes frames [T H W 3 or 4]; times (seconds) make the rate vary; returns the path.
+
+    options are the codec's.
+    """
+    with av.open(str(path), "w", options={"movflags": movflags} if movflags else {}) as container:
         stream = container.add_stream(codec, rate=rate)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = pixels
         stream.options = {k: str(v) for k, v in options.items()}
-        if turn is not None:
-            stream.set_display_rotation(turn)
         if times is not None:
             stream.codec_context.time_base = Fraction(1, 1000)
         for number, frame in enumerate(frames):
@@ -45,6 +45,43 @@ def write(
                 picture.pts, picture.time_base = round(1000 * times[number]), Fraction(1, 1000)
             container.mux(stream.encode(picture))
         container.mux(stream.encode())
+    return path
+
+
+def write_colour(path, colour, codec, matrix, full):
+    """A clip of one colour whose file says its matrix (None: nothing) and range."""
+    rgb = np.broadcast_to(np.uint8(colour), (3, 32, 32, 3))
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=10)
+        stream.height, stream.width, stream.pix_fmt = (
+            32,
+            32,
+            "yuvj420p" if codec == "mjpeg" else "yuv420p",
+        )
+        context = stream.codec_context
+        context.color_range = 2 if full else 1
+        if matrix:
+            context.colorspace = context.color_primaries = context.color_trc = matrix
+        for frame in rgb:
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            picture = picture.reformat(
+                format=stream.pix_fmt, dst_colorspace=matrix or 5, dst_color_range=2 if full else 1
+            )
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+    return path
+
+
+def copy(source, path, skip=0.0):
+    """The same packets in another file, whose first `skip` seconds are not to be shown."""
+    with av.open(str(source)) as old, av.open(str(path), "w") as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for packet in old.demux(old.streams.video[0]):
+            if packet.size:
+                shift = round(skip / packet.time_base)
+                packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
+                packet.stream = stream
+                new.mux(packet)
     return path
 
 

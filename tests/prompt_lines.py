@@ -36,7 +36,7 @@ def mixed(folder: Path) -> list[dict]:
             system = [{"role": "system", "content": RULES}]
         elif i % 30 == 4:
             frames = [str(name)] * 4
-            content = [{"type": "video", "video": frames, "sample_fps": 2}, content[1]]
+            content = [{"type": "video", "video": frames, "video_metadata": {"fps": 2}}, content[1]]
         turns = [{"role": "user", "content": content}]
         if i % 10 == 5:
             turns += [{"role": "assistant", "content": "5"}]

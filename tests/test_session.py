@@ -59,7 +59,8 @@ TURNS = (
     [picture(3), text("Read the digits.")],
     [text("How many digits are there?")],
     [picture(5), text("and here?"), picture(7)],
-    [{"type": "video", "video": clips.waves(5, 40, 70), "sample_fps": 2}, text("Count the nines.")],
+    [{"type": "video", "video": clips.waves(5, 40, 70), "video_metadata": {"fps": 2}},
+     text("Count the nines.")],
     [text("Find every 4.")],
 )  # fmt: skip
 

@@ -1,7 +1,9 @@
 """Clips: files of several kinds, frame lists, arrays; sampling, sizes, times; what is refused."""
 
 import base64
+import io
 import json
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -23,10 +25,10 @@ from qwen3vl_jax.processing.videos import (
 )
 
 
-def numbers(source, places, **given):
+def numbers(source, places, step=8):
     """Which frame of `bars` stands at each place, told from its brightness."""
-    found = open_clip(source, **given).read(np.asarray(places))
-    return [round(float(np.asarray(frame).mean()) / 8) for frame in found]
+    found = open_clip(source).read(np.asarray(places))
+    return [round(float(np.asarray(frame).mean()) / step) for frame in found]
 
 
 @pytest.mark.parametrize(
@@ -71,8 +73,9 @@ def test_frames_and_arrays_are_the_same_clip():
     ):  # fmt: skip
         found = preprocess_video(source, video_metadata={"fps": 7}, do_sample_frames=False)
         np.testing.assert_array_equal(found[0], expected[0])
-    for given in ({"fps": 7}, {"sample_fps": 7}, {"video_metadata": {"fps": 7}}):
-        found = preprocess_video([Image.fromarray(frame) for frame in frames], **given)
+    for given in ({"sample_fps": 7}, {"video_metadata": {"fps": 7}}):
+        listed = [Image.fromarray(frame) for frame in frames]
+        found = preprocess_video(listed, do_sample_frames=False, **given)
         np.testing.assert_array_equal(found[0], expected[0])
         assert found[2] == expected[2]
     grey = frames[..., :1]
@@ -80,6 +83,44 @@ def test_frames_and_arrays_are_the_same_clip():
     np.testing.assert_array_equal(
         found[0], preprocess_video(np.repeat(grey, 3, 3), sample_fps=7)[0]
     )
+
+
+def test_one_rule_for_every_form_of_the_same_frames(tmp_path):
+    """File, array, list, files of frames, folder, pair: 13 frames at 5 a second are sampled to 5."""
+    frames = clips.bars(13)
+    images = [Image.fromarray(frame) for frame in frames]
+    file = clips.write(tmp_path / "a.mkv", frames, 5, "ffv1", "bgr0")
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for number, image in enumerate(images):
+        image.save(folder / f"frame{number}.png")  # frame10 is behind frame9
+    (folder / "notes.txt").write_text("5 frames a second")
+    paths = [str(folder / f"frame{number}.png") for number in range(13)]
+    held = [base64.b64encode(Path(path).read_bytes()).decode() for path in paths]
+    joined = "data:video/png;base64," + ",".join(held)
+    rate = {"video_metadata": {"fps": 5.0}}
+    expected = preprocess_video(file)
+    assert expected[2].indices == (0, 3, 6, 9, 12) and expected[1][0] == 3
+    for source, options in (
+        (frames, rate), (images, rate), (images, {"sample_fps": 5}), (frames, {"sample_fps": 5}),
+        (list(frames), rate), (paths, rate), (folder, rate), (folder.as_uri(), rate), (joined, rate),
+        ((images, {"fps": 5.0}), {}), ((frames, {"fps": 5.0, "total_num_frames": 13}), {}),
+    ):  # fmt: skip
+        found = preprocess_video(source, **options)
+        np.testing.assert_array_equal(found[0], expected[0])
+        assert found[1:] == expected[1:]
+    for source in (frames, images, paths, folder, joined):  # and without a rate
+        with pytest.raises(InputError, match="frames without times"):
+            preprocess_video(source)
+
+
+def test_num_frames_above_the_length_repeats_frames(tmp_path):
+    """As both versions of transformers do, for a file and for frames."""
+    frames = clips.bars(5)
+    path = clips.write(tmp_path / "a.mp4", frames)
+    for source, options in ((path, {}), (frames, {"sample_fps": 10})):
+        used = preprocess_video(source, num_frames=8, **options)[2]
+        assert used.indices == (0, 1, 1, 2, 2, 3, 3, 4)
 
 
 def test_frames_chosen_before_keep_their_times():
@@ -141,30 +182,64 @@ def test_start_and_end(tmp_path):
 
 
 def test_variable_frame_rate(tmp_path):
-    """Frames are chosen evenly in time, and their times are their own."""
-    times = [*np.arange(10) / 10, *(1 + np.arange(10) / 2)]  # a second at 10 fps, then 2 fps
-    path = clips.write(tmp_path / "a.mkv", clips.bars(20), 10, times=times)
+    """What is on the screen at moments even in time: the last frame that has begun."""
+    # Two seconds at 10 a second, a screen that stands still to 60, two seconds more.
+    times = [*np.arange(20) / 10, *(60 + np.arange(20) / 10)]
+    path = clips.write(tmp_path / "a.mkv", clips.bars(40, step=6), 10, times=times)
     clip = open_clip(path)
     assert clip.times is not None and np.allclose(clip.times, times, atol=2e-3)
-    used = preprocess_video(path, num_frames=6)[2]
-    assert used.indices[0] == 0 and used.indices[-1] == 19
-    assert np.allclose(used.seconds, [times[i] for i in used.indices], atol=2e-3)
-    gaps = np.diff(used.seconds)
-    assert gaps.max() <= 1.6 and gaps.min() >= 0.5  # even frames would be 0.4 and 2 seconds apart
-    assert numbers(path, used.indices) == list(used.indices)
+    used = preprocess_video(path)[2]
+    moments = np.linspace(0, 61.9, 40)
+    assert np.allclose(used.seconds, moments, atol=2e-3)
+    begun = [max(i for i, t in enumerate(times) if t <= m + 1e-3) for m in moments]
+    assert list(used.indices) == begun and begun[1:38] == [15, *[19] * 36]
+    assert np.allclose(used.timestamps, moments.reshape(-1, 2).mean(1), atol=2e-3)
+    # the still screen alone: its frame began before the cut
+    used = preprocess_video(path, video_start=31, video_end=57)[2]
+    assert set(used.indices) == {19} and used.seconds[0] == 31 and used.seconds[-1] == 57
 
 
-def test_a_turned_clip_is_upright(tmp_path):
-    """Rotation metadata, as telephones write it."""
-    frames = np.zeros((6, 48, 64, 3), np.uint8)
-    frames[:, :24, :32] = 255  # the corner at the top left
-    for turn, corner in ((90, (1, 0)), (180, (1, 1)), (270, (0, 1))):
-        clip = open_clip(clips.write(tmp_path / f"{turn}.mp4", frames, turn=turn))
-        assert clip.size == ((48, 64) if turn == 180 else (64, 48))
-        found = np.asarray(next(clip.read(np.array([0]))))
+def with_matrix(path, numbers):
+    """Puts a display matrix into an MP4 file: a, b, c, d of x' = a x + c y, y' = b x + d y."""
+    data = bytearray(path.read_bytes())
+    at = data.index(b"tkhd") + 44
+    a, b, c, d = (number << 16 for number in numbers)
+    data[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+
+
+def test_a_turned_or_mirrored_clip_is_upright(tmp_path):
+    """All eight display matrices; the corners are those of ffmpeg, which turns by itself."""
+    frames = np.zeros((4, 48, 64, 3), np.uint8)
+    corners = {(0, 0): 240, (0, 1): 160, (1, 0): 80, (1, 1): 0}
+    for (y, x), value in corners.items():
+        frames[:, 24 * y : 24 * y + 24, 32 * x : 32 * x + 32] = value
+    path = clips.write(tmp_path / "a.mp4", frames)
+    for matrix, shown in (
+        ((1, 0, 0, 1), [3, 2, 1, 0]), ((0, 1, -1, 0), [1, 3, 0, 2]), ((-1, 0, 0, -1), [0, 1, 2, 3]),
+        ((0, -1, 1, 0), [2, 0, 3, 1]), ((-1, 0, 0, 1), [2, 3, 0, 1]), ((1, 0, 0, -1), [1, 0, 3, 2]),
+        ((0, 1, 1, 0), [3, 1, 2, 0]), ((0, -1, -1, 0), [0, 2, 1, 3]),
+    ):  # fmt: skip
+        with_matrix(path, matrix)
+        clip = open_clip(path)
         height, width = clip.size
-        quarters = found.reshape(2, height // 2, 2, width // 2, 3).mean((1, 3, 4))
-        assert np.unravel_index(quarters.argmax(), (2, 2)) == corner and quarters.min() < 5
+        assert (height, width) == ((48, 64) if matrix[0] else (64, 48))
+        found = np.asarray(next(clip.read(np.array([1]))))
+        quarters = found.reshape(2, height // 2, 2, width // 2, 3).mean((1, 3, 4)).reshape(-1)
+        assert (quarters / 80).round().tolist() == shown
+
+
+def test_colours(tmp_path):
+    """What the file says of its matrix and range holds; the numbers are ffmpeg's, within 3."""
+    for name, codec, matrix, full in (
+        ("bt709.mp4", "libx264", 1, False), ("bt601.mp4", "libx264", 5, False),
+        ("full.mp4", "libx264", 1, True), ("full601.mp4", "libx264", 5, True),
+        ("none.mp4", "libx264", None, False), ("motion.avi", "mjpeg", None, True),
+    ):  # fmt: skip
+        for colour in ((200, 30, 30), (30, 200, 30), (30, 30, 200), (128, 128, 128)):
+            path = clips.write_colour(tmp_path / name, colour, codec, matrix, full)
+            found = np.asarray(next(open_clip(path).read(np.array([1]))))
+            assert np.abs(found.mean((0, 1)) - colour).max() <= 3, (name, colour, found[0, 0])
 
 
 def test_transparency_is_white(tmp_path):
@@ -186,13 +261,15 @@ def test_what_is_refused(tmp_path):
     empty.touch()
     playlist = tmp_path / "list.m3u8"
     playlist.write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3,\n{whole}\n#EXT-X-ENDLIST\n")
+    nothing = tmp_path / "nothing"
+    nothing.mkdir()
     one = clips.write(tmp_path / "one.mp4", clips.waves(1, 64, 64))
     still = tmp_path / "still.gif"
     Image.fromarray(clips.waves(1, 32, 32)[0]).save(still)
     frames = list(clips.waves(4, 32, 32))
     for source, options, words in (
         (tmp_path / "gone.mp4", {}, r"gone\.mp4: cannot read this video: no such file"),
-        (tmp_path, {}, "cannot read this video"),
+        (nothing, {}, r"nothing: no image in this folder"),
         (cut, {}, r"cut\.mp4: not a video, or its header is cut"),
         (text, {}, r"text\.mp4: not a video"),
         (empty, {}, r"empty\.mp4: not a video"),
@@ -202,8 +279,13 @@ def test_what_is_refused(tmp_path):
         (one, {"do_resize": False}, "1 frame.* as a picture"),
         (still, {}, r"still\.gif: .*1 frame.* as a picture"),
         (whole, {"fps": 2, "num_frames": 4}, "both given"),
-        (whole, {"num_frames": 99}, r"a\.mkv: .*99 for a clip of 30 frames"),
-        (whole, {"fps": 0}, "video setting fps is 0"),
+        (whole, {"num_frames": 10**8}, r"a\.mkv: .*100000000 frames need .* GiB"),
+        (whole, {"min_pixels": 10**12}, "GiB as patches, expected at most 3 GiB"),
+        (whole, {"patch_size": 10**6}, "GiB as patches, expected at most 3 GiB"),
+        (whole, {"temporal_patch_size": 10**9}, "expected at least 1000000000"),
+        (whole, {"fps": 0}, "video setting fps: got 0"),
+        (whole, {"fps": 1e308}, r"video setting fps: got 1e\+308, expected frames a second"),
+        (whole, {"fps": 10**400}, "video setting fps: got 1000"),
         (whole, {"video_metadata": {"fps": 3}}, "a file has its own"),
         (whole, {"crop_size": 3}, "crop_size: it has no effect"),
         (whole, {"size_divisor": 32}, "no effect"),
@@ -215,17 +297,22 @@ def test_what_is_refused(tmp_path):
         (np.array(frames), {"fps": 2}, r"frames without times"),
         (frames, {"video_metadata": {"fps": 2, "frames_indices": [1, 2]}}, "2 frames_indices for 4"),
         (frames, {"video_metadata": {"fps": 2, "frames_indices": [3, 2, 1, 0]}}, "fall"),
-        (np.array(frames), {"video_metadata": {"fps": 2, "total_num_frames": 9}}, "array of 4"),
+        (np.array(frames), {"video_metadata": {"fps": 2, "total_num_frames": 9}}, "9 for 4 frames"),
+        (frames, {"video_metadata": {"fps": 2, "total_num_frames": 9}}, "9 for 4 frames"),
         (frames, {"video_metadata": {"fps": 2}, "sample_fps": 2}, "both given"),
-        (frames, {"sample_fps": "2"}, "expected frames a second"),
-        (frames, {"sample_fps": np.inf}, "fps is inf, expected frames a second"),
+        (frames, {"sample_fps": "two"}, "fps: got 'two', expected frames a second"),
+        (frames, {"sample_fps": np.inf}, "fps: got inf, expected frames a second"),
+        (frames, {"sample_fps": 1e308}, r"fps: got 1e\+308, expected frames a second"),
+        ((frames, {"fps": 10**400}), {}, "fps: got 1000"),
+        ((frames, {"fps": 2}), {"video_metadata": {"fps": 2}}, "paired with its own"),
+        (frames, {"fps": 2}, "frames without times"),
         (frames, {"video_metadata": {"fps": 2, "frames_indices": ["a"] * 4}}, "whole numbers"),
         (frames, {"video_metadata": {"fps": 2, "frames_indices": [0, 1, 2, 3.5]}}, "whole numbers"),
         (frames, {"video_metadata": {"fps": 2, "frames_indices": [[0], [1, 2]]}}, "whole numbers"),
         (whole, {"resized_height": 64}, "both resized_height and resized_width"),
-        (frames[:1], {"fps": 1}, "as a picture"),
-        ([], {"fps": 1}, "no frame"),
-        ([frames[0], frames[1][:16]], {"fps": 1}, "frame 1 has 32 x 16 pixels and the first 32 x 32"),
+        (frames[:1], {"sample_fps": 1}, "as a picture"),
+        ([], {"sample_fps": 1}, "no frame"),
+        ([frames[0], frames[1][:16]], {"sample_fps": 1}, "frame 1 has 32 x 16 pixels"),
         (np.array(frames) / 255, {"sample_fps": 1}, "whole numbers from 0 to 255"),
         (np.array(frames)[0], {"sample_fps": 1}, r"shape \[32, 32, 3\]"),
         (np.zeros((4, 32, 6401, 3), np.uint8), {"sample_fps": 1}, "200 times"),
@@ -236,18 +323,85 @@ def test_what_is_refused(tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_a_clip_cut_short_says_where(tmp_path):
-    """A file whose end is missing: never fewer frames in silence."""
-    path = clips.write(tmp_path / "a.mkv", clips.waves(60, 64, 96))
-    data = path.read_bytes()
-    for share in (0.3, 0.6, 0.9):
-        path.write_bytes(data[: int(share * len(data))])
-        try:
+def test_a_cut_clip_is_what_is_left_of_it(tmp_path, caplog):
+    """A file whose end is missing: the frames that are there, and never in silence."""
+    for name, options in (("a.mkv", {}), ("a.mp4", {"movflags": "faststart"})):
+        path = clips.write(tmp_path / name, clips.waves(60, 64, 96), **options)
+        data = path.read_bytes()
+        for share in (0.3, 0.6):
+            path.write_bytes(data[: int(share * len(data))])
+            caplog.clear()
             used = preprocess_video(path, fps=5)[2]
-        except InputError as e:
-            assert "a.mkv" in str(e)
-        else:  # what is there is whole: the frames of the packets that are left
-            assert used.indices[-1] == open_clip(path).total - 1 < 59
+            assert 2 <= len(used.indices) < 30
+            assert used.indices[-1] == open_clip(path).total - 1 < 40
+            assert name in caplog.text and ("cut" in caplog.text or "damaged" in caplog.text)
+
+
+def test_what_plays_is_sampled(tmp_path, caplog):
+    """Cut without encoding anew, begun between key frames: what a player shows, without a word."""
+    source = clips.write(tmp_path / "a.mp4", clips.bars(60, step=4), g=20, bf=2)
+    for name in ("edit.mp4", "edit.mov"):
+        path = clips.copy(source, tmp_path / name, skip=1.7)
+        clip = open_clip(path)
+        assert (clip.total, clip.fps, clip.times) == (43, 10, None)
+        assert numbers(path, [0, 10, 42], 4) == [17, 27, 59]
+        used = preprocess_video(path)[2]
+        assert used.indices == (0, 6, 12, 18, 24, 30, 36, 42) and used.timestamps[0] == 0.3
+    stream = clips.copy(source, tmp_path / "a.ts")
+    data = stream.read_bytes()
+    begun = tmp_path / "begun.ts"
+    packets = [data[i : i + 188] for i in range(0, len(data), 188)]
+    begun.write_bytes(b"".join(packets[len(packets) // 3 :]))
+    clip = open_clip(begun)
+    assert (clip.total, clip.fps) == (40, 10) and preprocess_video(begun)[2].indices[-1] == 39
+    assert numbers(begun, [0, 39], 4) == [20, 59]
+    assert not caplog.records
+
+
+def test_a_damaged_stretch_loses_its_frames(tmp_path, caplog):
+    """And nothing else; the video is named. What holds no frame at all is refused."""
+    whole = clips.write(tmp_path / "a.mp4", clips.waves(60, 64, 96), g=10)
+    data = bytearray(whole.read_bytes())
+    at, length = data.index(b"mdat") + 4, len(data)
+    data[at + length // 3 : at + length // 2] = bytes(length // 2 - length // 3)
+    bad = tmp_path / "bad.mp4"
+    bad.write_bytes(data)
+    used = preprocess_video(bad)[2]
+    assert "bad.mp4: damaged video: the" in caplog.text and len(caplog.records) == 1
+    total = open_clip(bad).recount().total
+    assert 20 < total < 60 and used.indices[-1] == total - 1
+    assert used.seconds[0] == 0 and 5.85 < used.seconds[-1] <= 5.9  # at its own time
+    found, right = (next(open_clip(p).read(np.array([0]))) for p in (bad, whole))
+    assert found == right
+    data[at : at + 2 * length // 3] = bytes(2 * length // 3)
+    bad.write_bytes(data[: at + 2 * length // 3] + bytes(10))
+    with pytest.raises(InputError, match=r"bad\.mp4: "):
+        preprocess_video(bad)
+
+
+def test_animated_images(tmp_path):
+    """WebP, PNG and GIF: by path, bytes and data URI, whatever the name says."""
+    images = [Image.fromarray(frame) for frame in clips.bars(13)]
+    expected = preprocess_video(clips.bars(13), video_metadata={"fps": 5})
+    for kind in ("WEBP", "PNG", "GIF"):
+        file = io.BytesIO()
+        options = {"lossless": True} if kind == "WEBP" else {}
+        images[0].save(file, kind, save_all=True, append_images=images[1:], duration=200, **options)
+        path = tmp_path / f"a.{kind.lower()}"
+        path.write_bytes(file.getvalue())
+        uri = f"data:image/{kind.lower()};base64," + base64.b64encode(file.getvalue()).decode()
+        for source in (path, file.getvalue(), uri):
+            found = preprocess_video(source)
+            np.testing.assert_array_equal(found[0], expected[0])
+            assert found[1:] == expected[1:]
+    images[0].save(
+        path, "WEBP", save_all=True, append_images=images[1:4], duration=[100, 900, 100, 50]
+    )
+    used = preprocess_video(path, num_frames=5)[2]
+    assert used.indices == (0, 1, 1, 1, 3) and np.allclose(used.seconds, np.linspace(0, 1.1, 5))
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(InputError, match=r"a\.gif: "):
+        preprocess_video(path)
 
 
 @pytest.fixture(scope="module")
@@ -292,27 +446,37 @@ def test_each_clip_has_its_own_options(proc, tmp_path):
 
     whole = [3, 16, 24]  # 6 frames in whole cells of 8 x 8 pixels, patches of 4
     assert grid({}) == [whole]
-    small, large = {"max_pixels": 6 * 32 * 48}, {"min_pixels": 6 * 128 * 192}
+    # of an item a limit bounds a frame, of the call all frames together
+    small, large = {"max_pixels": 32 * 48}, {"min_pixels": 128 * 192}
     assert grid({}, small, large) == [whole, [3, 8, 12], [3, 32, 48]]
-    assert grid({}, {"max_pixels": 6 * 16 * 24}, videos_kwargs=small) == [[3, 8, 12], [3, 4, 6]]
-    assert grid({}, {"num_frames": 2}, videos_kwargs={"fps": 5}) == [[8, 16, 24], [1, 16, 24]]
-    assert grid({}, {"fps": 5}, videos_kwargs={"num_frames": 2}) == [[1, 16, 24], [8, 16, 24]]
+    call = {"max_pixels": 6 * 32 * 48}
+    assert grid({}, {"max_pixels": 16 * 24}, videos_kwargs=call) == [[3, 8, 12], [3, 4, 6]]
+    assert grid({"fps": 2.0}, {"fps": 5}, videos_kwargs=call) == [[3, 8, 12], [7, 4, 6]]
+    assert grid({}, {"num_frames": 3}, videos_kwargs={"fps": 5}) == [[8, 16, 24], [2, 16, 24]]
+    assert grid({}, {"fps": 5, **small}, videos_kwargs={"num_frames": 2}) == [
+        [1, 16, 24], [7, 8, 12]]  # fmt: skip
     size = {"size": {"shortest_edge": 64, "longest_edge": 6 * 32 * 48}}
-    assert grid(size, {"max_frames": 4}, {"fps": 5}, {"num_frames": 3}) == [
-        [3, 8, 12], [2, 16, 24], [8, 16, 24], [2, 16, 24]]  # fmt: skip
-    assert grid({"nframes": 5}, {"nframes": 7}, videos_kwargs={"fps": 5}) == [
-        [2, 16, 24], [4, 16, 24]]  # fmt: skip
+    assert grid(size, {"max_frames": 4, **size}, {"num_frames": 3}) == [
+        [3, 8, 12], [2, 8, 14], [2, 16, 24]]  # fmt: skip
+    assert grid({"nframes": 5, **small}, {"nframes": 7, **small}, videos_kwargs={"fps": 5}) == [
+        [2, 8, 12], [4, 8, 12]]  # fmt: skip
     assert grid({"resized_height": 30, "resized_width": 45}) == [[3, 8, 12]]
+    assert grid({"total_pixels": 3 * 16 * 24, "min_pixels": 64}) == [[3, 4, 6]]
     cut = {"video_start": 1.0, "video_end": 2.0, "fps": 10}
     (used,) = proc.inputs([user({"video": path, **cut})])["video_metadata"]
-    assert used.indices == tuple(range(10, 21)) and used.timestamps[0] == 1.05
+    assert used.indices == (10, 11, 12, 13, 14, 16, 17, 18, 19, 20) and used.timestamps[0] == 1.05
     for own, call, words in (
         ({"fps": 2, "num_frames": 4}, {}, "both given"),
         ({}, {"fps": 2, "num_frames": 4}, "both given"),
-        (large, small, "min_pixels 147456 is above max_pixels 9216"),
+        ({**large, **small}, {}, "min_pixels 24576 is above max_pixels 1536"),
         ({"max_pixels": 0}, {}, "max_pixels is 0"),
+        ({"min_pixels": 10**12}, {}, "GiB as patches, expected at most 3 GiB"),
+        ({"patch_size": 64}, {}, "patch_size, which is the model's; leave it out"),
+        ({**small, **size}, {}, "size and a limit of pixels are both given"),
         ({"crop_size": 8}, {}, "crop_size: it has no effect"),
-        ({"total_pixels": 9999}, {}, "total_pixels, which is unknown; give max_pixels"),
+        ({"fps": 1e308}, {}, r"fps: got 1e\+308, expected frames a second"),
+        ({"fps": 10**400}, {}, "fps: got 1000"),
+        ({"nframes": 99}, {}, "100 frames are asked for .* expected 2 to 30"),
         ({"max_frame": 8}, {}, "max_frame, which is unknown; give max_frames"),
         ({"nframes": 0}, {}, "nframes is 0"),
         ({"nframes": 4, "num_frames": 4}, {}, "nframes and num_frames"),
@@ -339,21 +503,36 @@ def test_clips_beside_the_text(proc):
     kwargs = {"do_sample_frames": False, "video_metadata": [{"fps": 4}, {"fps": 3}]}
     chat = [user({"type": "video"}, {"type": "text", "text": "x"}, {"type": "video"})]
     a = proc.inputs(chat, videos=[first, second], videos_kwargs=kwargs)
+    pairs = [(first, {"fps": 4}), (second, {"fps": 3})]
+    paired = proc.inputs(chat, videos=pairs, videos_kwargs={"do_sample_frames": False})
+    np.testing.assert_array_equal(paired["pixel_values_videos"], a["pixel_values_videos"])
     assert a["video_grid_thw"][:, 0].tolist() == [2, 3]
     assert [used.fps for used in a["video_metadata"]] == [4, 3]
     b = proc.inputs(text=proc.render(chat), videos=[first, second], videos_kwargs=kwargs)
     for key in ("input_ids", "pixel_values_videos", "video_grid_thw"):
         np.testing.assert_array_equal(a[key], b[key])
     listed = [Image.fromarray(frame) for frame in first]
-    one = proc.inputs([user({"type": "video", "fps": 4})], videos=listed)
-    np.testing.assert_array_equal(
-        one["pixel_values_videos"], a["pixel_values_videos"][: len(one["pixel_values_videos"])]
-    )
+    alone = [user({"type": "video"})]
+    for given in (
+        listed,
+        [listed],
+        {"frames": listed, "video_metadata": {"fps": 4}},
+        (listed, {"fps": 4}),
+    ):
+        kwargs = {} if given not in (listed, [listed]) else {"video_metadata": {"fps": 4}}
+        one = proc.inputs(alone, videos=given, videos_kwargs=kwargs)
+        np.testing.assert_array_equal(
+            one["pixel_values_videos"], a["pixel_values_videos"][: len(one["pixel_values_videos"])]
+        )
+    uneven = [listed[0], listed[1].crop((0, 0, 64, 16))]
     for options, words in (
         ({"videos": [first]}, r"2 video placeholder\(s\) in the prompt for 1 clip"),
         ({"videos": [first, second], "videos_kwargs": {"video_metadata": [{}]}}, "1 for 2 clip"),
         ({"videos": [first, second]}, "frames without times"),
-    ):
+        ({"videos": [uneven, uneven], "videos_kwargs": {"video_metadata": [{"fps": 4}] * 2}},
+         "frame 1 has 64 x 16 pixels and the first 64 x 32"),
+        ({"videos": [[listed, uneven], first]}, "video: found|expected|frames"),
+    ):  # fmt: skip
         with pytest.raises(InputError, match=words):
             proc.inputs(chat, **options)
 

@@ -7,7 +7,6 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from qwen3vl_jax.errors import InputError
@@ -15,17 +14,19 @@ from qwen3vl_jax.json_text import MAX_DEPTH
 from qwen3vl_jax.processing import videos as clip_settings
 from qwen3vl_jax.processing.images import OVERRIDES
 from qwen3vl_jax.processing.media import inner
-from qwen3vl_jax.processing.setting_checks import whole
+from qwen3vl_jax.processing.qwen_items import KEYS, VideoItem
 
 _SOURCES = ("url", "path", "base64", "bytes")
 _PICTURE_KEYS = ("image", "image_url", *_SOURCES)
 _PICTURE_TYPES = ("image", "image_url", "input_image")
-_CLIP_KEYS = ("video", "video_url")
+_CLIP_KEYS = ("video", "video_url", "frames")
 _CLIP_TYPES = ("video", "video_url", "input_video")
 _TEXT_TYPES = ("text", "input_text", "output_text")
 _ROLES = ("system", "user", "assistant", "tool", "developer", "function")
-_RIVALS = {"fps": "num_frames", "num_frames": "fps"}
-_NOT_OURS = {"total_pixels": "max_pixels, which bounds all frames of a clip together"}
+_RIVALS = {"fps": ("nframes", "num_frames"), "num_frames": ("nframes", "fps")}
+_SIZES = ("min_pixels", "max_pixels", "size", "resized_height", "resized_width")
+# Sizes that are the model's, not an item's.
+_FIXED = ("patch_size", "temporal_patch_size", "merge_size")
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -89,14 +90,15 @@ def _item(item: Any, media: list[Medium], where: str) -> dict[str, Any]:
     kind = given.get("type", "")
     if kind in _CLIP_TYPES or (not kind and any(k in given for k in _CLIP_KEYS)):
         keys = (*_CLIP_KEYS, *_SOURCES)
-        if "nframes" in given:  # qwen-vl-utils, which rounds to whole pairs
-            if "num_frames" in given:
-                raise InputError(
-                    f"{where}: a clip has nframes and num_frames, expected one of them"
-                )
-            given["num_frames"] = 2 * round(whole("nframes", given.pop("nframes")) / 2)
-        overrides = _settings(given, clip_settings.OVERRIDES, keys, where)
-        media.append(Medium("video", _source(given, keys, where), overrides))
+        own = _settings(given, clip_settings.OVERRIDES, keys, where)
+        source = _source(given, keys, where)
+        try:
+            rule = VideoItem.of(own)
+        except InputError as e:
+            raise InputError(f"{where}: {e}") from None
+        # What is left are settings of transformers' video processor.
+        left = {k: v for k, v in own.items() if k not in KEYS}
+        media.append(Medium("video", source, {"item": rule, **left}))
         return {"type": "video", "video": "video"}
     if kind in _PICTURE_TYPES or (not kind and any(k in given for k in _PICTURE_KEYS)):
         overrides = _settings(given, OVERRIDES, _PICTURE_KEYS, where)
@@ -113,10 +115,13 @@ def _settings(
 ) -> dict[str, Any]:
     """The settings of a content item; raises InputError for what is meant as one and is none."""
     for key in map(str, item):
+        if key in _FIXED:
+            raise InputError(
+                f"{where}: a content item has {key}, which is the model's; leave it out"
+            )
         near = difflib.get_close_matches(key, (*names, *sources), 1, 0.85)
-        advice = _NOT_OURS.get(key, near[0] if near else "")
-        if advice and key not in ("type", *names, *sources):
-            raise InputError(f"{where}: a content item has {key}, which is unknown; give {advice}")
+        if near and key not in ("type", *names, *sources):
+            raise InputError(f"{where}: a content item has {key}, which is unknown; give {near[0]}")
     return {name: item[name] for name in names if name in item}
 
 
@@ -131,12 +136,24 @@ def read_picture(given: Any, overrides: Mapping[str, Any]) -> Medium:
     return Medium("image", media[0].source, {**overrides, **media[0].overrides})
 
 
+def _read_video(given: Any, medium: Medium) -> Medium:
+    """A video passed beside the text, perhaps an object with settings of its own."""
+    if not isinstance(given, Mapping):
+        said = {k: v for k, v in medium.overrides.items() if k != "item" or v.given}
+        return Medium("video", given, said)
+    media: list[Medium] = []
+    _item({"type": "video", **given}, media, "videos")
+    if [(m.kind, m.source is None) for m in media] != [("video", False)]:
+        raise InputError("videos: an object without a video in it")
+    return Medium("video", media[0].source, {**medium.overrides, **media[0].overrides})
+
+
 def hand_out(rows: list[list[Medium]], images: Any, videos: Any = None) -> list[list[Medium]]:
     """The media of each row, those without a source filled from what was passed beside the text.
 
     images: one, a list taken in order, or a list a row. videos: one clip (a list of frames that are
-    not text is one), or a list of clips taken in order. Raises InputError if they do not come out
-    even.
+    not text is one, and so are a video and its metadata), or a list of them taken in order. Raises
+    InputError if they do not come out even.
     """
     pictures, clips = iter(_pictures(rows, images)), iter(_clips(rows, videos))
 
@@ -145,7 +162,7 @@ def hand_out(rows: list[list[Medium]], images: Any, videos: Any = None) -> list[
             return medium
         if medium.kind == "image":
             return read_picture(next(pictures), medium.overrides)
-        return dataclasses.replace(medium, source=next(clips))
+        return _read_video(next(clips), medium)
 
     return [[filled(medium) for medium in row] for row in rows]
 
@@ -168,8 +185,13 @@ def with_clip_options(
     def extended(medium: Medium) -> Medium:
         if medium.kind != "video":
             return medium
-        own = medium.overrides
-        under = {k: v for k, v in options.items() if _RIVALS.get(k) not in own}
+        own, rule = dict(medium.overrides), medium.overrides.get("item")
+        names = {*own, *(rule.given if rule else ())}
+        under = {k: v for k, v in options.items() if not names & {k, *_RIVALS.get(k, ())}}
+        if rule and not names.isdisjoint((*_SIZES, "total_pixels")):
+            under = {k: v for k, v in under.items() if k not in _SIZES}
+        elif rule and not under.keys().isdisjoint(_SIZES):
+            own["item"] = dataclasses.replace(rule, resizes=False)
         return dataclasses.replace(medium, overrides={"video_metadata": next(feed), **under, **own})
 
     return [[extended(medium) for medium in row] for row in media]
@@ -180,10 +202,9 @@ def _waiting(rows: list[list[Medium]], kind: str) -> list[int]:
 
 
 def _clips(rows: list[list[Medium]], videos: Any) -> list[Any]:
-    given = list(videos) if isinstance(videos, (list, tuple)) else [videos]
-    if videos is None:
-        given = []
-    elif given and all(isinstance(v, Image.Image) or np.ndim(v) == 3 for v in given):
+    is_list = isinstance(videos, (list, tuple)) and not clip_settings.is_pair(videos)
+    given = [] if videos is None else list(videos) if is_list else [videos]
+    if given and all(isinstance(v, Image.Image) or getattr(v, "ndim", 0) == 3 for v in given):
         given = [given]
     if len(given) != (wanted := sum(_waiting(rows, "video"))):
         raise InputError(placeholder_mismatch("", wanted, len(given), "video", "clip"))

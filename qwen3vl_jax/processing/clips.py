@@ -1,10 +1,10 @@
-"""A clip from anywhere (file, bytes, URL, list of frames, array), read frame by frame."""
+"""A video from anywhere: file, bytes, URL, folder or list of frames, array; read frame by frame."""
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import math
+import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,140 +12,165 @@ import numpy as np
 from PIL import Image
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.processing.media import load_image, open_source
-from qwen3vl_jax.processing.media_rules import one_line, short
+from qwen3vl_jax.processing.animations import is_animation, open_animation
+from qwen3vl_jax.processing.media import load_image, local_path, open_source
+from qwen3vl_jax.processing.media_rules import MediaRules, short
 from qwen3vl_jax.processing.pictures import to_rgb
+from qwen3vl_jax.processing.video_files import open_file
+from qwen3vl_jax.processing.video_times import Clip
 
+Fit = Callable[[Image.Image], Image.Image]
 _CHANNELS = (1, 3, 4)
-_TURNS = {0: 0, 90: 1, 180: 2, 270: 3}  # degrees counterclockwise to np.rot90's k
 _ADVICE = 'give the rate of its frames: video_metadata={"fps": ...} or sample_fps'
+# Frames a second that mean something; beyond them are typing errors.
+_SLOWEST, _FASTEST = 1e-6, 1e6
+# "data:video/jpeg;base64,AAAA,BBBB": frames one after another.
+_JOINED = re.compile(r"data:video/(jpeg|jpg|png|webp);base64,", re.IGNORECASE)
 
 
-@dataclasses.dataclass(frozen=True)
-class Clip:
-    """What is known of a clip before its frames are decoded.
+def open_clip(source: Any, metadata: Any = None, sample_fps: Any = None, **limits: Any) -> Clip:
+    """A video of any form that `open_source` takes, or of frames.
 
-    size is (height, width); `indices` [total] is each frame's number in its source, which differs
-    from 0, 1, ... where frames were chosen before; `times` [total] seconds from the first frame,
-    where they do not follow from `fps`. `read` yields the RGB frames at places that do not fall.
+    Files hold their own times. What `as_frames` finds to be frames needs their rate: metadata {fps,
+    frames_indices (the frames' numbers in their source), total_num_frames}, or sample_fps. limits:
+    max_bytes and timeout (seconds) of a URL, rules. Raises InputError.
     """
-
-    name: str
-    total: int
-    fps: float
-    size: tuple[int, int]
-    indices: np.ndarray
-    read: Callable[[np.ndarray], Iterator[Image.Image]]
-    times: np.ndarray | None = None
-    can_sample: bool = True
-
-    def seconds(self, places: np.ndarray) -> list[float]:
-        """When the frames at some places are shown."""
-        if self.times is not None:
-            return [float(t) for t in self.times[places]]
-        return [int(i) / self.fps for i in self.indices[places]]
-
-    def even_in_time(self, places: np.ndarray) -> np.ndarray:
-        """Places spread evenly over frames, moved to be even in time where the rate varies."""
-        if self.times is None:
-            return places
-        wanted = np.linspace(self.times[places[0]], self.times[places[-1]], len(places))
-        after = np.clip(np.searchsorted(self.times, wanted), 1, self.total - 1)
-        before_is_nearer = wanted - self.times[after - 1] <= self.times[after] - wanted
-        return np.clip(after - before_is_nearer, places[0], places[-1])
-
-
-def open_clip(
-    source: Any,
-    metadata: Any = None,
-    sample_fps: Any = None,
-    **limits: Any,
-) -> Clip:
-    """A clip of any form that `open_source` takes, a list of frames, or an array.
-
-    Files hold their own times. Arrays are [T H W C] or [T C H W], whole numbers 0 to 255; lists
-    hold what `load_image` reads, one frame each, and are used whole. Both need the rate of their
-    frames: metadata {fps, frames_indices (the frames' numbers in their source), total_num_frames},
-    or sample_fps. limits: max_bytes and timeout (seconds) of a URL, rules. Raises InputError.
-    """
-    if isinstance(source, (list, tuple)):
-        return _from_list(source, _Given.of(metadata, sample_fps), limits)
-    if hasattr(source, "__array__"):
-        return _from_array(source, _Given.of(metadata, sample_fps))
+    frames = as_frames(source, limits.get("rules"))
+    if frames is not None:
+        load = lambda frame: to_rgb(load_image(frame, **limits))  # noqa: E731
+        return open_frames(frames, metadata, sample_fps, load)
     if metadata is not None or sample_fps is not None:
         raise InputError(
             "video_metadata and sample_fps describe arrays and lists of frames; a file has its own"
         )
     found = open_source(source, "video", **limits)
-    return _from_file(found.open, found.name)
+    with found.open() as file:
+        head = file.read(16)
+    return (open_animation if is_animation(head) else open_file)(found.open, found.name)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Given:
-    """What a caller said of an array or a list of frames."""
+def as_frames(source: Any, rules: MediaRules | None = None) -> Sequence[Any] | np.ndarray | None:
+    """The frames that a source holds one by one, None for a video file.
 
-    fps: float
-    indices: list[int] | None
-    total: int | None
-
-    @classmethod
-    def of(cls, metadata: Any, sample_fps: Any) -> _Given:
-        if metadata is None:
-            metadata = {}
-        if not isinstance(metadata, Mapping):
-            raise InputError(f"video_metadata: found {type(metadata).__name__}, expected an object")
-        if sample_fps is not None and metadata.get("fps") is not None:
-            raise InputError("video: sample_fps and video_metadata's fps are both given")
-        fps = metadata.get("fps") if sample_fps is None else sample_fps
-        if fps is None:
-            raise InputError(f"video: frames without times; {_ADVICE}")
-        number = isinstance(fps, (int, float, np.number)) and not isinstance(fps, bool)
-        if not number or not fps > 0 or not math.isfinite(fps):
-            raise InputError(f"video: fps is {fps!r}, expected frames a second above 0")
-        indices = metadata.get("frames_indices")
-        if indices is not None:
-            indices = _whole_numbers("video_metadata: frames_indices", indices)
-        return cls(float(fps), indices, metadata.get("total_num_frames"))
-
-    def clip(self, total: int, size: tuple[int, int], read: Any, can_sample: bool) -> Clip:
-        if total == 0:
-            raise InputError("video: it has no frame")
-        indices = list(range(total)) if self.indices is None else self.indices
-        if len(indices) != total:
-            raise InputError(
-                f"video_metadata: {len(indices)} frames_indices for {total} frames, expected one each"
-            )
-        if any(b < a for a, b in itertools.pairwise(indices)) or indices[0] < 0:
-            raise InputError("video_metadata: frames_indices fall or are negative")
-        whole = self.indices is None or indices == list(range(total))
-        if can_sample and whole and self.total not in (None, total):
-            raise InputError(
-                f"video_metadata: total_num_frames is {self.total} for an array of {total} frames; if "
-                "they were chosen before, pass frames_indices and do_sample_frames=False"
-            )
-        array = np.asarray(indices, np.int64)
-        return Clip("", total, self.fps, size, array, read, can_sample=can_sample and whole)
+    A list of what `load_image` reads; an array [T H W C] or [T C H W] of whole numbers 0 to 255,
+    given back as [T H W C]; a folder of images, in the order of the numbers in their names;
+    "data:video/jpeg;base64," with frames joined by commas. Raises InputError.
+    """
+    if isinstance(source, (list, tuple)):
+        return source
+    if hasattr(source, "__array__"):
+        return _array(source)
+    if isinstance(source, os.PathLike):
+        source = os.fspath(source)
+    if not isinstance(source, str):
+        return None
+    if joined := _JOINED.match(source):
+        head = f"data:image/{joined[1]};base64,"
+        return [head + text for text in source[joined.end() :].split(",") if text]
+    path = local_path(source) if source[:6].lower() == "file:/" else source
+    return _folder(path, rules or MediaRules())
 
 
-def _from_list(frames: Sequence[Any], given: _Given, limits: Mapping[str, Any]) -> Clip:
-    if not frames:
-        raise InputError("video: the list has no frame")
-    size = _size(to_rgb(load_image(frames[0], **limits)))
+def _folder(path: str, rules: MediaRules) -> list[str] | None:
+    try:
+        if not os.path.isdir(os.path.join(rules.root, path)):
+            return None
+        found = os.listdir(rules.local(path, "video"))
+    except (OSError, ValueError):
+        return None
+    kinds = Image.registered_extensions()
+    names = [n for n in found if os.path.splitext(n)[1].lower() in kinds and n[0] != "."]
+    if not names:
+        raise InputError(f"{short(path)}: no image in this folder, expected the frames of a video")
+
+    def order(name: str) -> list[Any]:
+        parts = re.split("([0-9]+)", name)
+        return [int(part) if number % 2 else part for number, part in enumerate(parts)]
+
+    return [os.path.join(path, name) for name in sorted(names, key=order)]
+
+
+def open_frames(
+    frames: Sequence[Any] | np.ndarray,
+    metadata: Any,
+    sample_fps: Any,
+    load: Fit | Callable[[Any], Image.Image],
+    is_sampled: bool = False,
+) -> Clip:
+    """A video of frames that `as_frames` found. Raises InputError.
+
+    load: an RGB image of one frame. is_sampled: the frames were sampled before and are all used.
+    """
+    total = len(frames)
+    if total == 0:
+        raise InputError("video: it has no frame")
+    fps, indices, is_source = _described(total, metadata, sample_fps, is_sampled)
+    is_array = isinstance(frames, np.ndarray)
+    get = (lambda frame: load(_image(frame))) if is_array else load
+    first = get(frames[0])
+    height, width = first.height, first.width
 
     def read(places: np.ndarray) -> Iterator[Image.Image]:
         for place in places:
-            frame = to_rgb(load_image(frames[place], **limits))
-            if _size(frame) != size:
+            frame = get(frames[place])
+            if (frame.height, frame.width) != (height, width):
                 raise InputError(
                     f"video: frame {place} has {frame.width} x {frame.height} pixels and the first "
-                    f"{size[1]} x {size[0]}; all must have one size"
+                    f"{width} x {height}; all must have one size"
                 )
             yield frame
 
-    return given.clip(len(frames), size, read, can_sample=False)
+    array = np.asarray(indices, np.int64)
+    return Clip("", total, fps, (height, width), array, read, can_sample=is_source)
 
 
-def _from_array(source: Any, given: _Given) -> Clip:
+def frame_rate(name: str, value: Any) -> float:
+    """Frames a second, from a number or its text. Raises InputError."""
+    try:
+        if isinstance(value, bool) or not isinstance(value, (int, float, str, np.number)):
+            raise ValueError
+        number = float(value)
+        if not _SLOWEST <= number <= _FASTEST:
+            raise ValueError
+    except (ValueError, OverflowError):
+        raise InputError(
+            f"{name}: got {short(repr(value), 40)}, expected frames a second from {_SLOWEST:g} to "
+            f"{_FASTEST:g}"
+        ) from None
+    return number
+
+
+def _described(
+    total: int, metadata: Any, sample_fps: Any, is_sampled: bool
+) -> tuple[float, list[int], bool]:
+    """Rate and source numbers of frames, and whether they are a source that may be sampled."""
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, Mapping):
+        raise InputError(f"video_metadata: found {type(metadata).__name__}, expected an object")
+    if sample_fps is not None and metadata.get("fps") is not None:
+        raise InputError("video: sample_fps and video_metadata's fps are both given")
+    fps = metadata.get("fps") if sample_fps is None else sample_fps
+    if fps is None:
+        raise InputError(f"video: frames without times; {_ADVICE}")
+    fps = frame_rate("video: fps", fps)
+    given, every = metadata.get("frames_indices"), list(range(total))
+    indices = every if given is None else _whole_numbers("video_metadata: frames_indices", given)
+    if len(indices) != total:
+        raise InputError(
+            f"video_metadata: {len(indices)} frames_indices for {total} frames, expected one each"
+        )
+    if any(b < a for a, b in itertools.pairwise(indices)) or indices[0] < 0:
+        raise InputError("video_metadata: frames_indices fall or are negative")
+    count = metadata.get("total_num_frames")
+    if indices == every and not is_sampled and count not in (None, total):
+        raise InputError(
+            f"video_metadata: total_num_frames is {short(repr(count), 40)} for {total} frames; if they "
+            "were chosen before, pass frames_indices and do_sample_frames=False"
+        )
+    return fps, indices, indices == every and not is_sampled
+
+
+def _array(source: Any) -> np.ndarray:
     array = np.asarray(source)
     if array.ndim == 4 and array.shape[1] in _CHANNELS:
         array = np.moveaxis(array, 1, 3)
@@ -159,13 +184,12 @@ def _from_array(source: Any, given: _Given) -> Clip:
             f"video array: {array.dtype} from {array.min():g} to {array.max():g}, expected whole "
             "numbers from 0 to 255 that are not all 0 or 1 (scale and round it to uint8)"
         )
+    return array
 
-    def read(places: np.ndarray) -> Iterator[Image.Image]:
-        for place in places:
-            frame = np.ascontiguousarray(array[place].astype(np.uint8))
-            yield to_rgb(Image.fromarray(frame[..., 0] if frame.shape[2] == 1 else frame))
 
-    return given.clip(len(array), array.shape[1:3], read, can_sample=True)
+def _image(frame: np.ndarray) -> Image.Image:
+    frame = np.ascontiguousarray(frame.astype(np.uint8))
+    return Image.fromarray(frame[..., 0] if frame.shape[2] == 1 else frame)
 
 
 def _whole_numbers(name: str, given: Any) -> list[int]:
@@ -181,123 +205,9 @@ def _whole_numbers(name: str, given: Any) -> list[int]:
     return whole.tolist()
 
 
-def _size(picture: Image.Image) -> tuple[int, int]:
-    return picture.height, picture.width
-
-
 def _whole_bytes(array: np.ndarray) -> bool:
     """Whether an array of another dtype holds 8-bit values; one of 0 and 1 alone may be scaled."""
     if array.dtype == np.bool_ or not np.issubdtype(array.dtype, np.number):
         return False
     low, high = array.min(), array.max()
     return bool(low >= 0 and 1 < high <= 255 and (array == np.floor(array)).all())
-
-
-def _from_file(start: Callable[[], Any], name: str) -> Clip:
-    with _opened(start, name) as container:
-        stream = _video_stream(container, name)
-        points = [p.pts if p.pts is not None else p.dts for p in container.demux(stream) if p.size]
-        rate, base = stream.average_rate, stream.time_base
-    if not points:
-        raise InputError(f"{name}: the video has no frame")
-    with _opened(start, name) as container:
-        first = next(_frames(container, name), None)
-    if first is None:
-        raise InputError(f"{name}: no frame of the video can be decoded")
-    fps, times = _times(points, rate, base, name)
-
-    def read(places: np.ndarray) -> Iterator[Image.Image]:
-        wanted = iter([int(place) for place in places])
-        place = next(wanted, None)
-        with _opened(start, name) as container:
-            for number, frame in enumerate(_frames(container, name)):
-                if number == place:
-                    picture = _upright(frame)
-                while number == place:
-                    yield picture
-                    place = next(wanted, None)
-                if place is None:
-                    return
-        raise InputError(
-            f"the file is cut or damaged: it ends before frame {place} of {len(points)}"
-        )
-
-    size = _size(_upright(first))
-    return Clip(name, len(points), fps, size, np.arange(len(points)), read, times)
-
-
-def _times(
-    points: Sequence[Any], rate: Any, base: Any, name: str
-) -> tuple[float, np.ndarray | None]:
-    """Frames a second, and the seconds of each frame if the rate varies by more than half a frame."""
-    known = [point for point in points if point is not None]
-    if len(points) == 1:
-        return float(rate or 1), None
-    if base is None or len(known) != len(points):
-        if not rate:
-            raise InputError(f"{name}: the file says neither the times nor the rate of its frames")
-        return float(rate), None
-    times = np.sort(np.asarray(known, np.float64)) * float(base)
-    times -= times[0]
-    fps = float(rate) if rate else (len(times) - 1) / max(float(times[-1]), 1e-9)
-    if np.abs(times - np.arange(len(times)) / fps).max() <= 0.5 / fps:
-        return fps, None
-    return (len(times) - 1) / max(float(times[-1]), 1e-9), times
-
-
-class _opened:
-    """A PyAV container over an open file; what FFmpeg raises becomes an InputError.
-
-    Only the file's own bytes are read: a playlist cannot name other files or addresses.
-    """
-
-    def __init__(self, start: Callable[[], Any], name: str):
-        self.start, self.name = start, name
-
-    def __enter__(self) -> Any:
-        import av
-
-        self.file = self.start()
-        try:
-            options = {"protocol_whitelist": "none"}
-            self.container = av.open(self.file, container_options=options)
-        except (av.FFmpegError, ValueError, OSError) as e:
-            self.file.close()
-            raise InputError(f"{self.name}: not a video, or its header is cut: {_reason(e)}") from e
-        return self.container
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        import av
-
-        self.container.close()
-        self.file.close()
-        if isinstance(error, av.FFmpegError):
-            raise InputError(f"{self.name}: damaged video: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or one_line(error)
-
-
-def _video_stream(container: Any, name: str) -> Any:
-    from av.stream import Disposition
-
-    cover = Disposition.attached_pic
-    streams = [s for s in container.streams.video if not s.disposition & cover]
-    if not streams:
-        kinds = sorted({s.type for s in container.streams}) or ["nothing"]
-        raise InputError(f"{name}: no video in this file, it holds {', '.join(kinds)}")
-    streams[0].thread_type = "AUTO"
-    return streams[0]
-
-
-def _frames(container: Any, name: str) -> Iterator[Any]:
-    return container.decode(_video_stream(container, name))
-
-
-def _upright(frame: Any) -> Image.Image:
-    """RGB of a decoded frame, turned as its metadata says, transparency laid on white."""
-    alpha = any(part.is_alpha for part in frame.format.components)
-    values = frame.to_ndarray(format="rgba" if alpha else "rgb24")
-    turns = _TURNS.get(round(frame.rotation) % 360, 0)
-    return to_rgb(Image.fromarray(np.ascontiguousarray(np.rot90(values, turns))))

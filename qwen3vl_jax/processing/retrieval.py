@@ -22,7 +22,8 @@ JUDGE = (
 )
 TOKEN = 32 * 32  # pixels of a token
 PICTURE = {"min_pixels": 4 * TOKEN, "max_pixels": 1800 * TOKEN}
-CLIP = {"fps": 1.0, "max_frames": 64, "max_pixels": 10 * 768 * TOKEN}
+CLIP = {"fps": 1.0, "max_frames": 64}
+FRAMES = {"total_pixels": 10 * 768 * TOKEN}
 KEYS = ("video", "image", "text")  # the order in which a thing's parts are shown
 
 
@@ -86,7 +87,9 @@ def _parts(name: str, thing: Mapping[str, Any]) -> list[dict[str, Any]]:
         given = [] if given is None else given
         several = isinstance(given, Sequence) and not isinstance(given, (str, bytes))
         for one in given if several else [given]:
-            found.append({"type": key, key: one, **limits})
+            is_list = not isinstance(one, (str, bytes, os.PathLike))
+            own = FRAMES if key == "video" and is_list else limits
+            found.append({"type": key, key: one, **own})
     return found or [_text("NULL")]
 
 

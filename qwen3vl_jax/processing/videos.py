@@ -1,4 +1,4 @@
-"""Clips to patch rows: which frames are used, their size, their patches, their times as text.
+"""Videos to patches: which frames are used, their size, their patches, their times as text.
 
 Source: the video processor of Qwen3-VL (transformers), whose names the settings keep.
 """
@@ -6,88 +6,28 @@ Source: the video processor of Qwen3-VL (transformers), whose names the settings
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.processing.clips import Clip, open_clip
-from qwen3vl_jax.processing.images import (
-    MAX_ASPECT,
-    ImageSettings,
-    check_patches,
-    patch_rows,
-    resized,
-    value_table,
-)
-from qwen3vl_jax.processing.setting_checks import positive, whole, yes_or_no
+from qwen3vl_jax.processing.clips import as_frames, open_clip, open_frames
+from qwen3vl_jax.processing.images import patch_rows, resized, value_table
+from qwen3vl_jax.processing.media import load_image
+from qwen3vl_jax.processing.pictures import to_rgb
+from qwen3vl_jax.processing.qwen_items import KEYS as ITEM_RULES
+from qwen3vl_jax.processing.qwen_items import VideoItem
+from qwen3vl_jax.processing.video_settings import WITHOUT_EFFECT, VideoSettings, smart_resize
+from qwen3vl_jax.processing.video_times import Clip, FramesDiffer
 
-# Settings of transformers' base class that its Qwen3-VL processor never reads.
-_WITHOUT_EFFECT = ("size_divisor", "default_to_square", "do_center_crop", "crop_size")
-
-
-@dataclasses.dataclass(frozen=True)
-class VideoSettings(ImageSettings):
-    """Every setting that changes numbers, with the released values.
-
-    min_pixels and max_pixels bound frames x height x width of a whole clip. Frames are sampled at
-    `fps` a second, at least min_frames and at most max_frames, or num_frames of them if that is set.
-    cap_pixels_per_frame also bounds each frame, to max_video_tokens tokens.
-    """
-
-    KIND: ClassVar[str] = "video"
-    SECTION: ClassVar[str] = "video_processor"
-    FILE: ClassVar[str] = "video_preprocessor_config.json"
-
-    min_pixels: int = 4096
-    max_pixels: int = 25165824
-    do_sample_frames: bool = True
-    fps: float | None = 2.0
-    num_frames: int | None = None
-    min_frames: int = 4
-    max_frames: int = 768
-    cap_pixels_per_frame: bool = False
-    max_video_tokens: int = 768
-
-    def override(self, **changes: Any) -> VideoSettings:
-        """A copy with some settings changed, as `ImageSettings.override`.
-
-        fps and num_frames exclude each other: either one takes the other's place. Raises InputError
-        for both, for an unknown name or value, and for settings without effect in the reference.
-        """
-        changes = {name: value for name, value in changes.items() if value is not None}
-        for name in _WITHOUT_EFFECT:
-            if name in changes:
-                raise InputError(
-                    f"video setting {name}: it has no effect on Qwen3-VL's clips; leave it out"
-                )
-        if "fps" in changes and "num_frames" in changes:
-            raise InputError(
-                f"video settings: fps {changes['fps']} and num_frames {changes['num_frames']} are "
-                "both given; give the one that says how to sample"
-            )
-        settings = super().override(**changes)
-        if "num_frames" in changes:
-            settings = dataclasses.replace(settings, fps=None)
-        elif "fps" in changes:
-            settings = dataclasses.replace(settings, num_frames=None)
-        return settings
-
-
-VideoSettings.CHECKS = {
-    **ImageSettings.CHECKS,
-    "do_sample_frames": yes_or_no,
-    "fps": positive,
-    "num_frames": whole,
-    "min_frames": whole,
-    "max_frames": whole,
-    "cap_pixels_per_frame": yes_or_no,
-    "max_video_tokens": whole,
-}
-CLIP_OPTIONS = ("video_metadata", "video_start", "video_end", "sample_fps")  # of a content item
-OVERRIDES = (*VideoSettings.CHECKS, "size", *_WITHOUT_EFFECT, *CLIP_OPTIONS)
+# Of the patches of one video; a video at qwen-vl-utils' limits has 2.7 GiB of them.
+MAX_VIDEO_BYTES = 3 * 2**30
+# What says which video is meant, beside the settings.
+CLIP_OPTIONS = ("video_metadata", "video_start", "video_end", "sample_fps")
+# What a video in a message may have.
+OVERRIDES = (*VideoSettings.CHECKS, "size", *WITHOUT_EFFECT, *CLIP_OPTIONS, *ITEM_RULES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,56 +44,20 @@ class UsedFrames:
     timestamps: tuple[float, ...]
 
 
-def smart_resize(
-    frames: int,
-    height: int,
-    width: int,
-    factor: int = 32,
-    temporal_factor: int = 2,
-    min_pixels: int = 4096,
-    max_pixels: int = 25165824,
-) -> tuple[int, int]:
-    """Height and width that the frames of a clip are resized to, multiples of `factor`.
-
-    frames x height x width stays within the limits, as far as the rounding of the reference allows.
-    Raises InputError for a single frame, and for a ratio of sides above 200.
-    """
-    if frames < temporal_factor:
-        raise InputError(
-            f"video: {frames} frame(s), expected at least {temporal_factor}; pass a single frame as "
-            "a picture"
-        )
-    if height < factor or width < factor:
-        scale = max(factor / height, factor / width)
-        height, width = int(height * scale), int(width * scale)
-    if max(height, width) / min(height, width) > MAX_ASPECT:
-        raise InputError(
-            f"video: {width} x {height} pixels, one side is more than {MAX_ASPECT} times the other"
-        )
-    high, wide = (round(side / factor) * factor for side in (height, width))
-    area = round(frames / temporal_factor) * temporal_factor * high * wide
-    if area > max_pixels:
-        ratio = math.sqrt((frames * height * width) / max_pixels)
-        high, wide = (
-            max(factor, math.floor(side / ratio / factor) * factor) for side in (height, width)
-        )
-    elif area < min_pixels:
-        ratio = math.sqrt(min_pixels / (frames * height * width))
-        high, wide = (math.ceil(side * ratio / factor) * factor for side in (height, width))
-    return high, wide
+def frame_count(total: int, fps: float, settings: VideoSettings) -> int:
+    """How many of `total` frames at `fps` a second are used; num_frames may be more than `total`."""
+    if settings.num_frames is not None:
+        return settings.num_frames
+    least, most = settings.min_frames, settings.max_frames
+    if settings.fps is None:
+        return min(max(total, least), most)
+    # As floats: the reference rounds down what is left of a large number after its limits.
+    return int(min(max(total / fps * settings.fps, least), most, total))
 
 
 def sample_frames(first: int, last: int, fps: float, settings: VideoSettings) -> np.ndarray:
     """Indices [n] of the frames used of those from `first` to `last`, which pass `fps` a second."""
-    total = last - first + 1
-    count = settings.num_frames
-    if count is None and settings.fps is not None:
-        count = int(total / fps * settings.fps)
-        count = min(max(count, settings.min_frames), settings.max_frames, total)
-    elif count is None:
-        count = min(max(total, settings.min_frames), settings.max_frames)
-    elif count > total:
-        raise InputError(f"video: num_frames is {count} for a clip of {total} frames")
+    count = frame_count(last - first + 1, fps, settings)
     return np.linspace(first, last, count).round().astype(np.int64)
 
 
@@ -161,93 +65,177 @@ def preprocess_video(
     source: Any,
     settings: VideoSettings | None = None,
     limits: Mapping[str, Any] | None = None,
+    item: VideoItem | None = None,
     **overrides: Any,
 ) -> tuple[np.ndarray, tuple[int, int, int], UsedFrames]:
-    """Patch rows of one clip, its grid and the frames it uses.
+    """Patch rows of one video, its grid and the frames it uses.
 
-    source: anything `open_clip` reads. overrides: settings for this call; video_metadata {fps,
-    frames_indices, total_num_frames} or sample_fps says what arrays and lists of frames are;
-    video_start and video_end (seconds) cut. A list of frames is used whole, its fps is their rate.
+    source: anything `open_clip` reads, or such a thing and its metadata as a pair. overrides:
+    settings for this call; video_metadata {fps, frames_indices, total_num_frames} or sample_fps says
+    what arrays and lists of frames are; video_start and video_end (seconds) cut. item: of a message,
+    read as qwen-vl-utils reads it. Sampling is the same for a file, a list of frames and an array.
     limits: max_bytes and timeout of a URL. Frames pass one by one: memory does not grow with the
-    clip. Returns rows [t*h*w, C*Tp*P*P] float32 in merge order and (t, h, w). Raises InputError.
+    video. Returns rows [t*h*w, C*Tp*P*P] float32 in merge order and (t, h, w). Raises InputError.
     """
     options = {name: overrides.pop(name, None) for name in CLIP_OPTIONS}
-    metadata, sample_fps = options["video_metadata"], options["sample_fps"]
-    if isinstance(source, (list, tuple)) and metadata is None and sample_fps is None:
-        sample_fps = overrides.pop("fps", None)
     settings = (settings or VideoSettings()).override(**overrides)
-    clip = open_clip(source, metadata, sample_fps, **(limits or {}))
+    if is_pair(source):
+        source, metadata = source
+        if options["video_metadata"] is not None:
+            raise InputError("video_metadata: given beside a video that is paired with its own")
+        options["video_metadata"] = metadata
+    clip, item = _opened(source, settings, limits or {}, item, options)
     try:
-        chosen = _choose(clip, settings, options["video_start"], options["video_end"])
-        rows, grid = _rows(clip, chosen, settings)
+        try:
+            return _seen(clip, settings, item, options)
+        except FramesDiffer:
+            assert clip.recount is not None
+            return _seen(clip.recount(), settings, item, options)
     except InputError as e:
         raise (InputError(f"{clip.name}: {e}") if clip.name else e) from None
-    seconds = clip.seconds(chosen)
-    padded = [*seconds, *[seconds[-1]] * (-len(seconds) % settings.temporal_patch_size)]
-    pairs = zip(
-        padded[:: settings.temporal_patch_size],
-        padded[settings.temporal_patch_size - 1 :: settings.temporal_patch_size],
-        strict=True,
-    )
-    used = UsedFrames(
-        clip.fps,
-        tuple(int(i) for i in clip.indices[chosen]),
-        tuple(seconds),
-        tuple((first + last) / 2 for first, last in pairs),
-    )
-    return rows, grid, used
 
 
-def _choose(clip: Clip, settings: VideoSettings, start: Any, end: Any) -> np.ndarray:
-    """Places among the clip's frames of those that are used."""
-    first, last = 0, clip.total - 1
-    if start is not None or end is not None:
-        seconds = np.asarray(clip.seconds(np.arange(clip.total)))
-        low = 0.0 if start is None else _second("video_start", start)
-        high = float(seconds[-1]) if end is None else _second("video_end", end)
-        inside = np.flatnonzero((seconds >= low - 1e-6) & (seconds <= high + 1e-6))
-        if not len(inside):
-            raise InputError(
-                f"no frame from second {low:g} to {high:g}; the frames are at {seconds[0]:g} to "
-                f"{seconds[-1]:g}"
-            )
-        first, last = int(inside[0]), int(inside[-1])
+def is_pair(source: Any) -> bool:
+    """Whether this is a video and its metadata, as qwen-vl-utils returns them."""
+    pair = isinstance(source, (list, tuple)) and len(source) == 2
+    return pair and isinstance(source[1], Mapping) and not isinstance(source[0], Mapping)
+
+
+def _opened(
+    source: Any,
+    settings: VideoSettings,
+    limits: Mapping[str, Any],
+    item: VideoItem | None,
+    options: Mapping[str, Any],
+) -> tuple[Clip, VideoItem | None]:
+    """The video, and the item if its rules hold: those of an item that says anything.
+
+    In a message frames without metadata were sampled before, in pairs.
+    """
+    metadata, called = options["video_metadata"], options["sample_fps"]
+    sample_fps = called if called is not None or item is None else item.sample_fps
+    rule = item if item is not None and item.given else None
+    frames = as_frames(source, limits.get("rules"))
+    if frames is None:
+        return open_clip(source, metadata, sample_fps, **limits), rule
+
+    def load(frame: Any) -> Image.Image:
+        image = to_rgb(load_image(frame, **limits))
+        if item is None or metadata is not None or not (item.resizes and settings.do_resize):
+            return image
+        high, wide = item.first_size(image.height, image.width, settings.factor)
+        return image.resize((wide, high), settings.resample)
+
+    if item is None or metadata is not None:
+        is_sampled = not settings.do_sample_frames
+        return open_frames(frames, metadata, sample_fps, load, is_sampled), rule
+    if len(frames) % 2:
+        frames = [*frames, frames[-1]]
+    return open_frames(frames, None, called or item.frame_fps, load, True), item
+
+
+def _seen(
+    clip: Clip, settings: VideoSettings, item: VideoItem | None, options: Mapping[str, Any]
+) -> tuple[np.ndarray, tuple[int, int, int], UsedFrames]:
+    start, end = options["video_start"], options["video_end"]
+    chosen, seconds = _choose(clip, settings, item, start, end)
+    rows, grid = _rows(clip, chosen, settings, item)
+    temporal = settings.temporal_patch_size
+    padded = [*seconds, *[seconds[-1]] * (-len(seconds) % temporal)]
+    pairs = zip(padded[::temporal], padded[temporal - 1 :: temporal], strict=True)
+    indices = tuple(clip.indices[chosen].tolist())
+    times = tuple((first + last) / 2 for first, last in pairs)
+    return rows, grid, UsedFrames(clip.fps, indices, tuple(seconds), times)
+
+
+def _choose(
+    clip: Clip, settings: VideoSettings, item: VideoItem | None, start: Any, end: Any
+) -> tuple[np.ndarray, list[float]]:
+    """Places among the clip's frames of those that are used, and the moments they stand for."""
+    begins = clip.seconds(np.arange(clip.total))
+    low = begins[0] if start is None else _second("video_start", start)
+    high = begins[-1] if end is None else _second("video_end", end)
+    inside = np.flatnonzero((begins >= low - 1e-6) & (begins <= high + 1e-6))
+    if clip.times is not None and begins[0] <= low <= min(high, begins[-1]):
+        # A frame that begins before the cut may still be on the screen.
+        first, last = clip.on_screen(np.array([low, high]))
+        inside = np.arange(first, last + 1)
+    if not len(inside):
+        raise InputError(
+            f"no frame from second {low:g} to {high:g}; the frames are at {begins[0]:g} to "
+            f"{begins[-1]:g}"
+        )
     if not (settings.do_sample_frames and clip.can_sample):
-        return np.arange(first, last + 1)
-    return clip.even_in_time(sample_frames(first, last, clip.fps, settings))
+        return inside, begins[inside].tolist()
+    total = len(inside)
+    if clip.times is not None:
+        low, high = max(low, begins[0]), min(high, begins[-1])
+        total = round((high - low) * clip.fps) + 1
+    asks = item is not None and (item.fps or item.nframes)
+    if item is None or (settings.num_frames is not None and not asks):
+        count = frame_count(total, clip.fps, settings)
+    else:
+        least, most = settings.min_frames, settings.max_frames
+        count = item.frame_count(total, clip.fps, settings.fps, least, most)
+    _check_bytes(count * 3 * 4 * settings.factor**2, count)
+    if clip.times is not None:
+        moments = np.linspace(low, high, count)
+        return clip.on_screen(moments), moments.tolist()
+    places = np.linspace(inside[0], inside[-1], count).round().astype(np.int64)
+    return places, clip.seconds(places).tolist()
+
+
+def _check_bytes(needed: int, frames: int) -> None:
+    if needed > MAX_VIDEO_BYTES:
+        raise InputError(
+            f"video: its {frames} frames need {needed / 2**30:.3g} GiB as patches, expected at most "
+            f"{MAX_VIDEO_BYTES / 2**30:g} GiB; lower num_frames, fps, min_pixels or max_pixels"
+        )
 
 
 def _second(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
-        raise InputError(f"{name} is {value!r}, expected seconds from 0")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e9:
+        raise InputError(f"{name} is {value!r:.40}, expected seconds from 0")
     return float(value)
 
 
+def _frame_size(
+    clip: Clip, frames: int, settings: VideoSettings, item: VideoItem | None
+) -> tuple[int, int] | None:
+    """Height and width that the frames are resized to, None to leave them."""
+    temporal = settings.temporal_patch_size
+    if not settings.do_resize:
+        if frames < temporal:
+            raise InputError(f"video: {frames} frame(s); pass a single frame as a picture")
+        return None
+    if item is not None and item.resizes:
+        return item.frame_size(frames, *clip.size, settings.factor)
+    limit = settings.max_pixels
+    if settings.cap_pixels_per_frame:
+        per = min(settings.max_video_tokens * settings.factor**2, limit // frames)
+        limit = max(per, int(settings.min_pixels * 1.05)) * frames
+    size = smart_resize(
+        frames, *clip.size, settings.factor, temporal, settings.min_pixels, limit
+    )  # refuses a single frame, and a strip, whatever size is asked for
+    return settings.fixed_size or size
+
+
 def _rows(
-    clip: Clip, chosen: np.ndarray, settings: VideoSettings
+    clip: Clip, chosen: np.ndarray, settings: VideoSettings, item: VideoItem | None
 ) -> tuple[np.ndarray, tuple[int, int, int]]:
     """Patch rows of the chosen frames, filled group by group as they are decoded."""
     temporal, unit = settings.temporal_patch_size, settings.patch_size
-    height, width = clip.size
-    size = None
-    if settings.do_resize:
-        limit = settings.max_pixels
-        if settings.cap_pixels_per_frame:
-            per = min(settings.max_video_tokens * settings.factor**2, limit // len(chosen))
-            limit = max(per, int(settings.min_pixels * 1.05)) * len(chosen)
-        size = smart_resize(
-            len(chosen), height, width, settings.factor, temporal, settings.min_pixels, limit
-        )  # refuses a single frame, and a strip, whatever size is asked for
-        height, width = size = settings.fixed_size or size
-    elif len(chosen) < temporal:
-        raise InputError(f"video: {len(chosen)} frame(s); pass a single frame as a picture")
+    size = _frame_size(clip, len(chosen), settings, item)
+    height, width = size or clip.size
     groups = -(-len(chosen) // temporal)
     tokens = height // unit * (width // unit)
-    check_patches((height, width), groups * temporal)
+    _check_bytes(groups * temporal * height * width * 12, len(chosen))
     rows = np.empty((groups * tokens, 3 * temporal * unit**2), np.float32)
     table = value_table(settings, 3)
     frames = (resized(frame, size, settings) for frame in clip.read(chosen))
     for number, group in enumerate(_grouped(frames, temporal)):
+        if any(frame.shape[:2] != (height, width) for frame in group):
+            raise InputError("video: its frames have several sizes, which do_resize=False leaves")
         rows[number * tokens : (number + 1) * tokens] = patch_rows(group, table, settings)[0]
     return rows, (groups, height // unit, width // unit)
 

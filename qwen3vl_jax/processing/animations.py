@@ -1,0 +1,78 @@
+"""Animated images as videos, where FFmpeg plays none: WebP and PNG, which Pillow reads."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.processing.media_rules import one_line
+from qwen3vl_jax.processing.pictures import MAX_IMAGE_BYTES, to_rgb
+from qwen3vl_jax.processing.video_times import Clip, timing
+
+# Milliseconds of a frame that gives none, as browsers show it.
+_UNTIMED = 100
+# Held while a frame is decoded.
+_BYTES_A_PIXEL = 16
+_BROKEN = (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, KeyError)
+log = logging.getLogger("qwen3vl_jax")
+
+
+def is_animation(head: bytes) -> bool:
+    """Whether a file that begins with these 16 bytes is a WebP or PNG."""
+    return head.startswith(b"\x89PNG\r\n\x1a\n") or (head[:4], head[8:12]) == (b"RIFF", b"WEBP")
+
+
+def open_animation(start: Callable[[], Any], name: str) -> Clip:
+    """An animated WebP or PNG, which Pillow plays."""
+    milliseconds, size, error = [], (0, 0), None
+    try:
+        for frame in _shown(start, name):
+            size = frame.size[::-1]
+            milliseconds.append(round(frame.info.get("duration") or _UNTIMED))
+    except _BROKEN as e:
+        error = e
+    if not milliseconds:
+        raise InputError(f"{name}: no frame of the video can be decoded") from error
+    if error is not None:
+        log.warning("%s: damaged video: the first %d frames are used", name, len(milliseconds))
+    points = np.cumsum([0, *milliseconds[:-1]]).tolist()
+    fps, times = timing(points, 0.001, [1000 / milliseconds[0]], name)
+    total = len(points)
+
+    def read(places: np.ndarray) -> Iterator[Image.Image]:
+        wanted = [int(place) for place in places]
+        for number, frame in enumerate(_shown(start, name)):
+            picture = to_rgb(frame) if number in wanted else None
+            for _ in range(wanted.count(number)):
+                assert picture is not None
+                yield picture
+            if number >= wanted[-1]:
+                return
+
+    return Clip(name, total, fps, size, np.arange(total), read, times)
+
+
+def _shown(start: Callable[[], Any], name: str) -> Iterator[Image.Image]:
+    """The frames of an animation, one after another."""
+    with start() as file:
+        if file.seek(0, io.SEEK_END) > MAX_IMAGE_BYTES:
+            raise InputError(
+                f"{name}: expected an animation of at most {MAX_IMAGE_BYTES >> 20} MiB"
+            )
+        file.seek(0)
+        try:
+            image = Image.open(file, formats=("WEBP", "PNG"))
+        except (*_BROKEN, Image.DecompressionBombError) as e:
+            raise InputError(f"{name}: not a video, or its header is cut: {one_line(e)}") from e
+        if image.width * image.height * _BYTES_A_PIXEL > MAX_IMAGE_BYTES:
+            raise InputError(f"{name}: {image.width} x {image.height} pixels, too many to read")
+        for number in range(getattr(image, "n_frames", 1)):
+            image.seek(number)
+            image.load()
+            yield image

@@ -1,0 +1,145 @@
+"""Videos in messages as qwen-vl-utils reads them: how many frames are used, and of what size.
+
+Source: fetch_video of qwen-vl-utils 0.0.14, whose rules and defaults these are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.processing.clips import frame_rate
+from qwen3vl_jax.processing.images import MAX_ASPECT
+from qwen3vl_jax.processing.setting_checks import whole
+
+# Tokens of a frame, and of a picture: least and most; and of a whole video, the most.
+_FRAME_TOKENS, _IMAGE_TOKENS, _VIDEO_TOKENS = (128, 768), (4, 16384), 128000 * 0.9
+_SAMPLE_FPS = 2.0
+_SIZES = ("min_pixels", "max_pixels", "total_pixels", "resized_height", "resized_width")
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoItem:
+    """The settings of a video in a message, None where it has none.
+
+    min_pixels and max_pixels bound a frame, total_pixels all frames of the video (in pairs).
+    sample_fps is the rate of a list of frames, which are all used; raw_fps is put in its place in
+    their times.
+    """
+
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    total_pixels: int | None = None
+    resized_height: int | None = None
+    resized_width: int | None = None
+    fps: float | None = None
+    nframes: int | None = None
+    min_frames: int | None = None
+    max_frames: int | None = None
+    sample_fps: float | None = None
+    raw_fps: float | None = None
+    # Whether the sizes of frames follow from it too.
+    resizes: bool = True
+
+    @classmethod
+    def of(cls, item: Mapping[str, Any]) -> VideoItem:
+        """Takes the settings of a content item. Raises InputError for a value that is none."""
+        given: dict[str, Any] = {}
+        for name in KEYS:
+            if (value := item.get(name)) is not None:
+                check = frame_rate if name.endswith("fps") else whole
+                given[name] = check(f"video: {name}", value)
+        found = cls(**given, resizes="size" not in item)
+        if not found.resizes and not found.given.isdisjoint(_SIZES):
+            raise InputError(
+                "video: size and a limit of pixels are both given, expected one of them"
+            )
+        for a, b in (("fps", "nframes"), ("fps", "num_frames"), ("nframes", "num_frames")):
+            if item.get(a) is not None and item.get(b) is not None:
+                raise InputError(f"video: {a} and {b} are both given, expected one of them")
+        if (found.resized_height is None) != (found.resized_width is None):
+            raise InputError("video: give both resized_height and resized_width")
+        return found
+
+    @property
+    def given(self) -> set[str]:
+        """The names of the settings that the item has."""
+        return {name for name in KEYS if getattr(self, name) is not None}
+
+    @property
+    def frame_fps(self) -> float:
+        """The rate by which a list of frames is timed; fps is an older name of it."""
+        return self.raw_fps or self.sample_fps or self.fps or _SAMPLE_FPS
+
+    def frame_count(self, total: int, rate: float, fps: float | None, least: int, most: int) -> int:
+        """How many of `total` frames at `rate` a second are used, an even number.
+
+        fps, least, most: what holds where the item says nothing. Raises InputError for less than two.
+        """
+        if self.nframes is not None:
+            count = 2 * round(self.nframes / 2)
+        else:
+            least = 2 * math.ceil((self.min_frames or least) / 2)
+            most = 2 * math.floor((self.max_frames or min(most, total)) / 2)
+            wanted = total / rate * (self.fps or fps or _SAMPLE_FPS)
+            count = 2 * math.floor(min(max(wanted, least), most, total) / 2)
+        if not 2 <= count <= total:
+            raise InputError(
+                f"video: {count} frames are asked for (nframes, max_frames), expected 2 to {total}, "
+                "the frames it has; pass a single frame as an image"
+            )
+        return count
+
+    def frame_size(self, frames: int, height: int, width: int, factor: int) -> tuple[int, int]:
+        """Height and width that the frames of a video are resized to. Raises InputError."""
+        area = factor**2
+        fixed = self._fixed(factor)
+        low = _FRAME_TOKENS[0] * area if self.min_pixels is None else self.min_pixels
+        total = _VIDEO_TOKENS * area if self.total_pixels is None else self.total_pixels
+        cap = max(min(_FRAME_TOKENS[1] * area, total / frames * 2), int(low * 1.05))
+        high = cap if self.max_pixels is None else min(self.max_pixels, cap)
+        return fixed or self._size(height, width, factor, low, high)
+
+    def first_size(self, height: int, width: int, factor: int) -> tuple[int, int]:
+        """Height and width that each frame of a list is brought to first, as an image."""
+        least, most = (tokens * factor**2 for tokens in _IMAGE_TOKENS)
+        low, high = self.min_pixels or least, self.max_pixels or most
+        return self._fixed(factor) or self._size(height, width, factor, low, high)
+
+    def _fixed(self, factor: int) -> tuple[int, int] | None:
+        if self.resized_height is None or self.resized_width is None:
+            return None
+        least, most = (tokens * factor**2 for tokens in _IMAGE_TOKENS)
+        return _smart_resize(self.resized_height, self.resized_width, factor, least, most)
+
+    def _size(
+        self, height: int, width: int, factor: int, low: float, high: float
+    ) -> tuple[int, int]:
+        if low > high and self.min_pixels is not None and self.max_pixels is not None:
+            raise InputError(f"video: min_pixels {low} is above max_pixels {high}")
+        return _smart_resize(height, width, factor, min(low, high), high)
+
+
+KEYS = tuple(field.name for field in dataclasses.fields(VideoItem) if field.name != "resizes")
+
+
+def _smart_resize(
+    height: int, width: int, factor: int, min_pixels: float, max_pixels: float
+) -> tuple[int, int]:
+    """Height and width of an image, multiples of `factor`, within the limits of its area."""
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise InputError(
+            f"video: {width} x {height} pixels, one side is more than {MAX_ASPECT} times the other"
+        )
+    high, wide = (max(factor, round(side / factor) * factor) for side in (height, width))
+    if high * wide > max_pixels:
+        ratio = math.sqrt(height * width / max_pixels)
+        sides = (math.floor(side / ratio / factor) * factor for side in (height, width))
+        high, wide = (max(factor, side) for side in sides)
+    elif high * wide < min_pixels:
+        ratio = math.sqrt(min_pixels / (height * width))
+        high, wide = (math.ceil(side * ratio / factor) * factor for side in (height, width))
+    return high, wide

@@ -1,0 +1,240 @@
+"""Video files: the frames that a player shows, when it shows them, upright and in RGB."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.processing.pictures import to_rgb
+from qwen3vl_jax.processing.video_times import Clip, FramesDiffer, reason, timing
+
+# What may be missing at the end of a whole file, in seconds.
+_SLACK = 0.5
+log = logging.getLogger("qwen3vl_jax")
+
+
+def open_file(start: Callable[[], Any], name: str) -> Clip:
+    """The video in a file that `start` opens; its name is for messages. Raises InputError."""
+    try:
+        found = _count_packets(start, name)
+    except FramesDiffer:
+        return _count_frames(start, name)
+    return _clip(start, name, found, functools.partial(_count_frames, start, name))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """The frames of a file as they are counted: their times in units of `base`, in order."""
+
+    points: list[Any]
+    base: Any
+    rates: list[Any]
+    size: tuple[int, int]
+    is_exact: bool  # the points are those of the decoded frames
+
+
+def _clip(start: Any, name: str, found: _Found, recount: Callable[[], Clip] | None) -> Clip:
+    points, total = found.points, len(found.points)
+    fps, times = timing(points, found.base, found.rates, name)
+
+    def read(places: np.ndarray) -> Iterator[Image.Image]:
+        wanted = iter([int(place) for place in places])
+        place = next(wanted, None)
+        damage: list[Any] | None = [] if recount is None else None
+        with _opened(start, name) as (container, stream):
+            for number, frame in enumerate(_frames(container, stream, damage)):
+                is_other = number >= total or (found.is_exact and frame.pts != points[number])
+                if recount is not None and (is_other or frame.is_corrupt):
+                    raise FramesDiffer
+                if number == place:
+                    picture = _upright(frame)
+                while number == place:
+                    yield picture
+                    place = next(wanted, None)
+                if place is None:
+                    return
+        if recount is not None:
+            raise FramesDiffer
+        raise InputError(f"damaged video: it ends before frame {place} of {total}")
+
+    return Clip(name, total, fps, found.size, np.arange(total), read, times, True, recount)
+
+
+def _count_packets(start: Any, name: str) -> _Found:
+    """The frames that the packets of a file promise, without decoding more than the first.
+
+    Raises FramesDiffer where that is no use.
+    """
+    with _opened(start, name) as (container, stream):
+        end, packets = _demuxed(container, stream)
+        base, rates = stream.time_base, _rates(stream)
+        length, begin = container.duration, container.start_time or 0
+    is_exact = all(p.pts is not None for p in packets)
+    points = [p.pts if p.pts is not None else p.dts for p in packets if not p.is_discard]
+    with _opened(start, name) as (container, stream):
+        first = next(_frames(container, stream, None), None)
+    if first is None or not points or any(p.is_corrupt for p in packets):
+        raise FramesDiffer
+    size = _upright(first).size[::-1]
+    if None not in points:
+        points.sort()
+    if is_exact and first.pts is not None:
+        # A stream that begins between key frames shows nothing before the first of them.
+        points = [point for point in points if point >= first.pts]
+    if length and end is not None and (missing := (length + begin) / 1e6 - end) > _SLACK:
+        log.warning("%s: the video is cut: its last %.1f seconds are missing", name, missing)
+    return _Found(points, base, rates, size, is_exact)
+
+
+def _demuxed(container: Any, video: Any) -> tuple[float | None, list[Any]]:
+    """When the last packet of any stream ends, in seconds, and the packets of the video stream."""
+    import av
+
+    end, packets = None, []
+    try:
+        for packet in container.demux():
+            point = packet.pts if packet.pts is not None else packet.dts
+            if packet.stream.index == video.index and packet.size:
+                packets.append(
+                    _Packet(packet.pts, packet.dts, packet.is_discard, packet.is_corrupt)
+                )
+            if point is not None:
+                ends = float((point + (packet.duration or 0)) * packet.time_base)
+                end = ends if end is None else max(end, ends)
+    except av.FFmpegError:
+        raise FramesDiffer from None
+    return end, packets
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Packet:
+    pts: int | None
+    dts: int | None
+    is_discard: bool
+    is_corrupt: bool
+
+
+def _count_frames(start: Any, name: str) -> Clip:
+    """The video with the frames that can be decoded, found by decoding all of them.
+
+    Raises InputError if there is none.
+    """
+    points: list[Any] = []
+    damage: list[Any] = []
+    size = None
+    with _opened(start, name) as (container, stream):
+        for frame in _frames(container, stream, damage):
+            size = size or _upright(frame).size[::-1]
+            points.append(frame.pts if frame.pts is not None else frame.dts)
+            if frame.is_corrupt:
+                damage.append(None)
+        base, rates = stream.time_base, _rates(stream)
+    if size is None:
+        raise InputError(f"{name}: no frame of the video can be decoded")
+    if damage:
+        log.warning(
+            "%s: damaged video: the %d frames that can be decoded are used, %d errors in it",
+            name, len(points), len(damage),
+        )  # fmt: skip
+    return _clip(start, name, _Found(points, base, rates, size, False), None)
+
+
+def _rates(stream: Any) -> list[Any]:
+    """Frames a second as the file and FFmpeg give them, the most trusted first."""
+    rates = (stream.average_rate, stream.guessed_rate, stream.base_rate)
+    return [rate for rate in rates if rate]
+
+
+def _frames(container: Any, stream: Any, damage: list[Any] | None) -> Iterator[Any]:
+    """The decoded frames in the order of their display.
+
+    damage: takes the errors that are passed over; without it an error raises FramesDiffer.
+    """
+    import av
+
+    packets, is_over = container.demux(stream), False
+    while not is_over:
+        frames = []
+        try:
+            packet = next(packets, None)
+            is_over = packet is None
+            if damage is not None and packet is not None and packet.is_corrupt:
+                damage.append(packet)
+            # None empties the decoder.
+            frames = stream.decode(packet)
+        except av.EOFError:
+            is_over = True
+        except av.FFmpegError as error:
+            if damage is None:
+                raise FramesDiffer from None
+            damage.append(error)
+        yield from frames
+
+
+class _opened:
+    """A PyAV container and its video stream; what FFmpeg raises becomes an InputError.
+
+    Only the file's own bytes are read: a playlist cannot name other files or addresses.
+    """
+
+    def __init__(self, start: Callable[[], Any], name: str):
+        self.start, self.name = start, name
+
+    def __enter__(self) -> tuple[Any, Any]:
+        import av
+
+        self.file = self.start()
+        try:
+            options = {"protocol_whitelist": "none"}
+            self.container = av.open(self.file, container_options=options)
+        except (av.FFmpegError, ValueError, OSError) as e:
+            self.file.close()
+            raise InputError(f"{self.name}: not a video, or its header is cut: {reason(e)}") from e
+        try:
+            return self.container, _video_stream(self.container, self.name)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        import av
+
+        self.container.close()
+        self.file.close()
+        if isinstance(error, av.FFmpegError):
+            raise InputError(f"{self.name}: damaged video: {reason(error)}") from error
+
+
+def _video_stream(container: Any, name: str) -> Any:
+    from av.stream import Disposition
+
+    cover = Disposition.attached_pic
+    streams = [s for s in container.streams.video if not s.disposition & cover]
+    if not streams:
+        kinds = sorted({s.type for s in container.streams}) or ["nothing"]
+        raise InputError(f"{name}: no video in this file, it holds {', '.join(kinds)}")
+    streams[0].thread_type = "AUTO"
+    return streams[0]
+
+
+def _upright(frame: Any) -> Image.Image:
+    """RGB of a decoded frame, turned and mirrored as its metadata says, transparency on white."""
+    from av.sidedata.sidedata import Type
+
+    alpha = any(part.is_alpha for part in frame.format.components)
+    values = frame.to_ndarray(format="rgba" if alpha else "rgb24")
+    found = [bytes(data) for data in frame.side_data if data.type == Type.DISPLAYMATRIX]
+    if found:
+        # Rows of a 3 x 3 matrix: x' = a x + c y, y' = b x + d y, 16.16 bits each.
+        a, b, _, c, d = np.frombuffer(found[0], "=i4")[:5].tolist()
+        if abs(b) + abs(c) > abs(a) + abs(d):
+            values, a, d = values.swapaxes(0, 1), c, b
+        values = values[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+    return to_rgb(Image.fromarray(np.ascontiguousarray(values)))
