@@ -1,10 +1,10 @@
 """Answers that outlive their process: one a line in OUT.partial, put into OUT in order at the end.
 
 Every line of OUT.partial is a JSON object that ends with a checksum of its other bytes: {"settings",
-"checksum"} at each start, {"line", "digest", "result", "checksum"} for each finished answer. A killed
-process leaves at worst a torn line. OUT is put in its place when each line of the input has a result;
-only then OUT.partial goes, and it stays while some results are errors, which the next process tries
-again. Of several processes the first has OUT and OUT.partial, the others have OUT.partial.1, ..
+"checksum"} at each start, {"line", "digest", "error", "result", "checksum"} for each finished line, where
+error says whether the next process is to try it again. A killed process leaves at worst a torn line. OUT
+is put in its place when each line of the input has a result; only then OUT.partial goes, and it stays
+while some are errors. Of several processes the first has OUT and OUT.partial, the others OUT.partial.1, ..
 """
 
 from __future__ import annotations
@@ -126,8 +126,9 @@ class Journal:
 
     def add(self, line: Line, result: Result) -> None:
         """Keeps a finished result. Raises InputError where it cannot be written."""
-        entry = {"line": line.number, "digest": self._digests[line.number], "result": result}
-        self._copy(line.number, _line(entry), ERROR in result)
+        digest, error = self._digests[line.number], ERROR in result
+        entry = {"line": line.number, "digest": digest, "error": error, "result": result}
+        self._copy(line.number, _line(entry), error)
 
     def sync(self) -> None:
         """Puts what was added where it is safe. Raises InputError."""
@@ -136,13 +137,13 @@ class Journal:
 
     def pieces(self, size: int) -> Iterator[str]:
         """The results as text for `absorb`, about so many bytes at a time."""
-        texts: list[bytes] = []
+        text = bytearray()
         for place in self._at.values():
-            texts.append(self.log.read(*place))
-            if sum(map(len, texts)) >= size:
-                yield b"".join(texts).decode()
-                texts = []
-        yield b"".join(texts).decode()
+            text += self.log.read(*place)
+            if len(text) >= size:
+                yield text.decode()
+                text.clear()
+        yield text.decode()
 
     def absorb(self, pieces: list[str]) -> None:
         """Keeps results of others, but for lines that have one. Raises InputError."""
@@ -152,7 +153,7 @@ class Journal:
                 if entry is None:
                     raise InputError(f"--output {self.out}: an answer was damaged on its way here")
                 if entry["line"] not in self.done:
-                    self._copy(entry["line"], line, ERROR in entry["result"])
+                    self._copy(entry["line"], line, entry["error"])
 
     def finish(self) -> None:
         """Puts OUT in its place, for every line has a result; removes OUT.partial if none is an error.
@@ -200,7 +201,7 @@ class Journal:
                 damaged.append(count)
             elif "settings" in entry:
                 settings = entry["settings"]
-            elif ERROR not in entry["result"]:
+            elif not entry["error"]:
                 found[entry["line"]] = start, len(text)
                 digests[entry["line"]] = entry["digest"]
         if len(damaged) == count and not _BEGIN.startswith(log.read(0, len(_BEGIN))):
@@ -241,12 +242,12 @@ class Journal:
 
     def _result(self, number: int) -> bytes:
         """A result's JSON, as it was written."""
-        text = self.log.read(*self._at[number])
-        if not _sound(text):
+        said = _said(self.log.read(*self._at[number]))
+        if said is None:
             raise InputError(
                 f"{self.path}: the answer of line {number} is damaged; the same command gives it again"
             )
-        return text.rpartition(_CHECKSUM)[0].partition(_RESULT)[2]
+        return said.partition(_RESULT)[2]
 
     def _check_free(self, begun: bool) -> None:
         """Raises InputError for an `out` that is no file, or not of the work that has begun."""
@@ -298,21 +299,23 @@ def _others(path: Path) -> list[Path]:
 
 
 def _entry(text: bytes) -> dict[str, Any] | None:
-    """What a line of a log says; None for one that is damaged or torn."""
-    if not _sound(text):
+    """What a line of a log says, but for its result; None for one that is damaged or torn."""
+    if (said := _said(text)) is None:
         return None
+    head = said if said.startswith(_BEGIN) else said.partition(_RESULT)[0]
     try:
-        entry = read_json(text, "a line", large=True)
+        entry = read_json(head + b"}", "")
     except InputError:
         return None
-    answer = {"line": int, "digest": str, "result": dict}
-    kinds = {"settings": dict} if "settings" in entry else answer
+    kinds = {"line": int, "digest": str, "error": bool}
+    kinds = {"settings": dict} if "settings" in entry else kinds
     return entry if all(isinstance(entry.get(key), kind) for key, kind in kinds.items()) else None
 
 
-def _sound(text: bytes) -> bool:
+def _said(text: bytes) -> bytes | None:
+    """A line's bytes before its checksum, if that is right."""
     said, _, checksum = text.rpartition(_CHECKSUM)
-    return checksum == _checksum(said)
+    return said if checksum == _checksum(said) else None
 
 
 def _line(entry: Mapping[str, Any]) -> bytes:
