@@ -93,7 +93,7 @@ def train(recipe: Recipe, out: Path, asked: processes.Asked | None = None) -> No
 def main(argv: list[str] | None = None) -> int:
     """The command line; 0, 1 for a plan that does not fit, 2 for bad input, 130 for Ctrl-C.
 
-    SIGTERM saves and gives 0.
+    SIGTERM and the first Ctrl-C save what was done; SIGTERM gives 0, and a second Ctrl-C ends at once.
     """
     args = arguments(argv)
     try:

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import tomllib
 import types
 
@@ -16,7 +17,7 @@ import train_files
 import train
 from qwen3vl_jax import processes
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.training import evaluate, recipe, run_dir, setup
+from qwen3vl_jax.training import evaluate, recipe, run_dir, setup, stop
 from qwen3vl_jax.training.checkpoints import Checkpoints
 from qwen3vl_jax.training.progress import described
 from qwen3vl_jax.training.tables import Table, read_table
@@ -197,32 +198,50 @@ def test_no_room_for_the_weights(files, monkeypatch, capsys, part):
 
 
 def test_ctrl_c_and_sigterm(files, monkeypatch, capsys):
-    """Ctrl-C: 130 and a line. SIGTERM between steps: what was done is saved, exit code 0."""
-
-    def interrupted(number):
-        raise KeyboardInterrupt
+    """Between steps: what was done is saved; the exit code is 130 and a line, or 0."""
+    sent = {3: signal.SIGINT, 5: signal.SIGTERM}
 
     def asked(number):
-        if number == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
+        if number in sent:
+            os.kill(os.getpid(), sent.pop(number))
         return 1.0, 0.5
 
-    changes = ["steps=9", "save_every=7", "evaluate.every=0", "report.profile=[]"]
-    fake_step(monkeypatch, interrupted)
-    changes += ["report.profile=[5,6]"]
-    assert run(files, "stopped", *changes) == 130
-    assert "interrupted: the same command goes on" in capsys.readouterr().err
+    changes = ["steps=9", "save_every=7", "evaluate.every=0", "report.profile=[5,6]"]
     fake_step(monkeypatch, asked)
+    assert run(files, "stopped", *changes) == 130
+    told = capsys.readouterr()
+    assert "interrupted: the same command goes on" in told.err
+    assert "step 3 of 9, stopped by Ctrl-C, saved" in told.out
+    assert run_dir.saved_steps(files / "stopped") == [3]
     assert run(files, "stopped", *changes) == 0
     told = capsys.readouterr().out
     assert "step 5 of 9, stopped by SIGTERM, saved" in told
-    assert told.index("compiling the step ..") < told.index("step 1/9 ")
+    assert told.index("compiling the step ..") < told.index("step 4/9 ")
     assert run_dir.saved_steps(files / "stopped") == [5]
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert list((files / "stopped" / "profile").rglob("*.xplane.pb"))
     assert run(files, "stopped", *changes) == 0
     steps = [int(row["step"]) for row in read_table(files / "stopped" / "metrics.csv")]
     assert steps == list(range(1, 10))
+
+
+def test_a_second_ctrl_c_ends_at_once(monkeypatch, capfd):
+    """Whatever the main thread does; before the first step one is enough."""
+    ended = threading.Event()
+    monkeypatch.setattr(stop.os, "_exit", lambda code: ended.set() if code == 130 else None)
+    with pytest.raises(KeyboardInterrupt), stop.catch_signals() as asked:
+        assert not asked.asked_at(0)
+        signal.raise_signal(signal.SIGINT)
+        assert asked.asked == "Ctrl-C" and asked.asked_at(1)
+        assert not ended.wait(0.2)
+        signal.raise_signal(signal.SIGINT)
+        assert ended.wait(10)
+    told = capfd.readouterr().err
+    assert "Ctrl-C again ends at once" in told and "the same command goes on" in told
+    with pytest.raises(KeyboardInterrupt), stop.catch_signals() as asked:
+        signal.raise_signal(signal.SIGINT)
+    assert not asked.asked
 
 
 def test_the_first_process_decides_what_sigterm_saves(files, monkeypatch):
@@ -284,7 +303,7 @@ def test_an_evaluation_that_cannot_run(files, monkeypatch, capsys):
     assert run(files, "typo", *SCORED, typo) == 2
     assert "Redy" in capsys.readouterr().err
     ready = "evaluate.sources=[{path='python:train_sources:Ready', options={count=2}}]"
-    assert run(files, "typo", *SCORED, ready, "evaluate.generate=2") == 2
+    assert run(files, "typo", *SCORED, ready, "evaluate.generate=2", "data.bad_fraction=0.9") == 2
     assert "evaluate.generate: evaluate.sources hold no conv" in capsys.readouterr().err
     assert not run_dir.saved_steps(files / "typo")
     changes = [*SCORED, "save_every=8", "checkpoints.keep_best=2"]
@@ -300,6 +319,30 @@ def test_an_evaluation_that_cannot_run(files, monkeypatch, capsys):
         files / "ckpt"
     )
     assert run_dir.scores(files / "fails") == {2: 1.0, 4: 2.0, 8: 4.0}
+
+
+def test_evaluation_records_that_give_no_sample(files, monkeypatch, capsys):
+    """Found before the first step, left out by name, and never the end of an evaluation later."""
+    held_out = files / "mixed.jsonl"
+    lines = (files / "held_out.jsonl").read_text().splitlines()
+    off = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "train": False}]
+    lines[1:1] = [
+        json.dumps({"messages": off}),
+        '{"messages": [{"role": "user", "content": null}]}',
+    ]
+    held_out.write_text("\n".join(lines))
+    fake_step(monkeypatch, lambda number: (1.0, 0.5))
+    changes = [*SCORED, "steps=2", "evaluate.generate=3", f"evaluate.sources.0.path={held_out}"]
+    assert run(files, "mixed", *changes) == 2
+    said = capsys.readouterr().err
+    assert "2 of 3 records are bad, more than data.bad_fraction 0.2 allows" in said
+    assert "mixed.jsonl:2: nothing to learn" in said and not run_dir.saved_steps(files / "mixed")
+    assert run(files, "mixed", *changes, "data.bad_fraction=0.4") == 0
+    with (files / "mixed" / "refused.csv").open() as file:
+        named = dict(list(csv.reader(file))[1:])
+    assert {"mixed.jsonl:2", "mixed.jsonl:3"} <= named.keys()
+    answers = (files / "mixed" / "answers" / "step_2.jsonl").read_text().splitlines()
+    assert [json.loads(line)["name"] for line in answers] == [f"mixed.jsonl:{i}" for i in (1, 4, 5)]
 
 
 def test_sigterm_in_an_evaluation(files, monkeypatch):

@@ -40,7 +40,7 @@ from qwen3vl_jax.training.start import (
     plain,
     whole_path,
 )
-from qwen3vl_jax.training.stop import Stop, Stopped, on_sigterm
+from qwen3vl_jax.training.stop import Stop, Stopped, catch_signals
 from qwen3vl_jax.training.watch import Muted, Watch
 from qwen3vl_jax.writing import Mirrored
 
@@ -53,7 +53,11 @@ def train(recipe: Recipe, out: Path) -> None:
     """
     asked, recipe = recipe, laid_out(recipe, out)
     mesh = mesh_of(recipe)
-    with on_sigterm() as stop, opened(out), nullcontext() if mesh is None else jax.set_mesh(mesh):
+    with (
+        catch_signals() as stop,
+        opened(out),
+        nullcontext() if mesh is None else jax.set_mesh(mesh),
+    ):
         first = processes.from_first(max(run_dir.saved_steps(out), default=0))
         meta = run_dir.read_meta(out, first) if first else {}
         noted = check_fits(recipe, meta, out) if first else []
@@ -76,7 +80,7 @@ def train(recipe: Recipe, out: Path) -> None:
                     run.close()
                     watch.refused(run.feed.refused)
             watch.draw()
-            done = "stopped by SIGTERM, saved" if stop.asked else "done"
+            done = f"stopped by {stop.asked}, saved" if stop.asked else "done"
             watch.progress.say(f"{out}: step {run.number} of {recipe.steps}, {done}")
 
 
