@@ -154,6 +154,8 @@ def test_bad_lines_are_told_in_their_own_record(demo, tmp_path, capsys):
         json.dumps(message("hi", logprobs=1)) + "\n": "logprobs is 1",
         json.dumps(message("long " * 4000)) + "\n": "(--max-len)",
         json.dumps(message([{"type": "image", "image": "gone.png"}])) + "\n": "gone.png: ",
+        json.dumps(message([{"type": "image", "image": "/dev/zero"}])) + "\n": "it is a device",
+        json.dumps(message([{"image_url": "http://127.0.0.1:9/a"}])) + "\n": "a host that is named",
         json.dumps({"messages": [[{"role": "user", "content": "a"}]] * 2}) + "\n": "conversation",
         "[" * 100_000 + "\n": "100 deep",
     }

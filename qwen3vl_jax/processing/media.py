@@ -109,10 +109,10 @@ def open_source(
             f"{key}: found {type(source).__name__}, expected a path, URL, data URI, base64 text, bytes, "
             "array, PIL image, or an object with one of them"
         )
-    name, form = (
-        short(text),
-        "path" if is_path and not is_remote(text) else form_of(text, key, rules.root),
-    )
+    if not text:
+        raise InputError(f"{key}: got an empty text, expected a path, URL, data URI or base64 text")
+    name = short(text)
+    form = "path" if is_path and not is_remote(text) else form_of(text, key, rules.root)
     if form == "url":
         return _held(name, fetch(text, max_bytes, timeout, rules))
     if form == "data":
@@ -162,7 +162,8 @@ def within(source: Any, key: str, folder: str) -> Any:
         return [within(frame, "image", folder) for frame in source]
     if isinstance(source, Mapping):
         return {k: within(v, key, folder) if k in ("url", "path") else v for k, v in source.items()}
-    if isinstance(source, str) and source and form_of(source, key, folder) == "path":
+    is_path = isinstance(source, os.PathLike) and not is_remote(source)
+    if is_path or (isinstance(source, str) and source and form_of(source, key, folder) == "path"):
         return os.path.join(folder, source)
     return source
 

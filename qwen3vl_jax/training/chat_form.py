@@ -43,6 +43,7 @@ _ITEM = (
     "text",
     "index",
     "base64",
+    "bytes",
     "nframes",
     *_PLACES,
     *images.OVERRIDES,
@@ -208,7 +209,7 @@ def _filled(item: Any, where: str, pools: dict[str, list[Any]]) -> Any:
     if not isinstance(item, dict):
         return item
     kind, index = item.get("type"), item.pop("index", None)
-    if kind not in pools or any(key in item for key in (*_PLACES, "base64")):
+    if kind not in pools or any(key in item for key in (*_PLACES, "base64", "bytes")):
         return item
     pool = pools[kind]
     if index is not None and index != (at := pool.total - len(pool)):
