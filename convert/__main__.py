@@ -1,6 +1,8 @@
 """python -m convert HF_DIR OUT_DIR, and back: python -m convert --to-hf CKPT_DIR OUT_DIR.
 
 --to-hf takes a run of train.py too: python -m convert --to-hf RUN_DIR OUT_DIR [--step best|last|N].
+python -m convert --verify DIR: whether a converted or saved checkpoint, or all steps of a run, are as they
+were written.
 """
 
 from __future__ import annotations
@@ -17,12 +19,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from convert.matching import LAYOUTS
-from convert.run_dir import Wanted, is_run, run_to_hf
+from convert.run_dir import CHECKPOINTS, Wanted, is_run, run_to_hf
 from convert.stored import WEIGHTS
 from convert.to_hf import SHARD_SIZE, to_hf
-from convert.to_orbax import Progress, to_orbax
+from convert.to_orbax import PARAMS, Progress, to_orbax
 from qwen3vl_jax.checkpoint import resolve
 from qwen3vl_jax.cli import EXPECTED, report
+from qwen3vl_jax.digests import DamagedError, saved_trees
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.paths import argument
 
@@ -46,7 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "source", help="Hugging Face directory or Hub id; with --to-hf an Orbax one, or a run's"
     )
-    parser.add_argument("out", type=argument, help="directory to write")
+    parser.add_argument("out", type=argument, nargs="?", help="directory to write")
+    parser.add_argument("--verify", action="store_true", help="read SOURCE, write nothing")
     parser.add_argument("--to-hf", action="store_true", help="Orbax -> safetensors")
     parser.add_argument(
         "--force", action="store_true", help="replace OUT once the new one is complete"
@@ -98,7 +102,33 @@ def _bar(title: str) -> Iterator[Progress]:
             bar.stop()
 
 
+def _verify(directory: Path) -> None:
+    """Reads a checkpoint, or all steps of a run, against the digests of its tensors."""
+    from qwen3vl_jax.orbax_io import verify_tree
+
+    trees, problems, count, total = [directory / PARAMS], [], 0, 0
+    if is_run(directory):
+        from qwen3vl_jax.training.run_dir import saved_steps
+
+        steps = [directory / CHECKPOINTS / str(step) for step in saved_steps(directory)]
+        trees = [step / name for step in steps for name in saved_trees(step)]
+    if not trees or not trees[0].is_dir():
+        raise InputError(f"{directory}: holds no {PARAMS}, expected an Orbax checkpoint or a run")
+    for tree in trees:
+        try:
+            found = verify_tree(tree)
+            count, total = count + found[0], total + found[1]
+        except DamagedError as error:
+            problems += [f"{tree.relative_to(directory)}: {problem}" for problem in error.problems]
+    if problems:
+        raise DamagedError(directory, problems)
+    print(f"{directory}: {count} tensors, {total / 1e6:,.1f} MB, as they were saved")
+
+
 def _run(options: argparse.Namespace) -> None:
+    if options.verify:
+        _verify(resolve(options.source, options.revision))
+        return
     source = resolve(options.source, options.revision)
     start = time.perf_counter()
     with _bar("to Hugging Face" if options.to_hf else "to Orbax") as progress:
@@ -137,13 +167,16 @@ def _check_no_run_options(options: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; 0, or 2 with one line on stderr (and a list where tensors do not fit)."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.verify == (options.out is not None):
+        parser.error("--verify takes one directory" if options.verify else "OUT_DIR is missing")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # an accelerator's memory is not needed
     try:
         _run(options)
     except EXPECTED as e:
-        return report(e, options.out, "interrupted: nothing was written")
+        return report(e, options.out or options.source, "interrupted: nothing was written")
     return 0
 
 

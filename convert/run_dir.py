@@ -24,7 +24,7 @@ from qwen3vl_jax.tensors import LazyTensor, TreePath
 if TYPE_CHECKING:
     from qwen3vl_jax.training.recipe import Recipe
 
-_RUN, _CHECKPOINTS = "config.toml", "checkpoints"
+_RUN, CHECKPOINTS = "config.toml", "checkpoints"
 _Read = Callable[[Sink, Sequence[TreePath]], None]
 
 
@@ -39,7 +39,7 @@ class Wanted:
 
 def is_run(directory: Path) -> bool:
     """Whether this is a directory that train.py writes."""
-    return (directory / _RUN).is_file() and (directory / _CHECKPOINTS).is_dir()
+    return (directory / _RUN).is_file() and (directory / CHECKPOINTS).is_dir()
 
 
 def run_to_hf(
@@ -65,7 +65,7 @@ def run_to_hf(
     recipe = read_recipe(run / _RUN)
     cfg = Config.from_hf(run / MODEL)
     number = _step(run, wanted.step)
-    saved = run / _CHECKPOINTS / str(number)
+    saved = run / CHECKPOINTS / str(number)
     averaged = (saved / "average").is_dir() and not wanted.raw
     weights = saved / ("average" if averaged else "weights")
     told = f"step {number}{', averaged weights' if averaged else ''}, "

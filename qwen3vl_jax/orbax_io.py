@@ -9,8 +9,10 @@ reads them without this module.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,17 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
+from qwen3vl_jax.digests import (
+    DIGESTS,
+    DamagedError,
+    check_digests,
+    digest,
+    kept_digests,
+)
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.json_text import write_json
 from qwen3vl_jax.paths import for_orbax
-from qwen3vl_jax.tensors import Index, LazyTensor, TreePath, at_path, flatten
+from qwen3vl_jax.tensors import Index, LazyTensor, TreePath, at_path, flatten, spell
 
 Sink = Callable[[TreePath, np.ndarray], Any]
 _GROUP = 64 << 20  # bytes written together; a single larger tensor goes alone
@@ -56,7 +66,7 @@ class _Handler(ocp.type_handlers.NumpyHandler):
             for future in await super().serialize(arrays, infos[group], args[group]):
                 future.result()
             for info, array in zip(infos[group], arrays):
-                self._sink(_place(info.keypath), array)
+                self._sink(place(info.keypath), array)
             del arrays, array, future  # before the next group comes, not after
         return []
 
@@ -65,7 +75,7 @@ class _Handler(ocp.type_handlers.NumpyHandler):
         leaves = []
         for info, arg in zip(infos, args):
             (array,) = await super().deserialize([info], [arg])
-            leaves.append(self._sink(_place(info.keypath), array))
+            leaves.append(self._sink(place(info.keypath), array))
             del array  # before the next one comes, not after
         return leaves
 
@@ -78,7 +88,7 @@ class _Opener(_Handler):
         for info in infos:
             spec = ocp.type_handlers.get_json_tspec_read(info, info.is_ocdbt_checkpoint)
             store = await tensorstore.open(spec, open=True, read=True, context=info.ts_context)
-            leaves.append(self._sink(_place(info.keypath), _lazy(store)))
+            leaves.append(self._sink(place(info.keypath), _lazy(store)))
         return leaves
 
 
@@ -122,9 +132,10 @@ def _groups(sizes: list[int]) -> Iterator[slice]:
     yield slice(start, len(sizes))
 
 
-def _place(keypath: tuple[Any, ...]) -> TreePath:
+def place(keypath: tuple[Any, ...]) -> TreePath:
     """The place of a leaf: its keys as they are in the tree."""
-    return tuple(key.key if hasattr(key, "key") else key.idx for key in keypath)
+    kinds = ("key", "idx", "name")
+    return tuple(next(getattr(k, kind) for kind in kinds if hasattr(k, kind)) for k in keypath)
 
 
 def _tree_handler(sink: Callable, kind: type[_Handler] = _Handler) -> ocp.PyTreeCheckpointHandler:
@@ -138,11 +149,20 @@ def _tree_handler(sink: Callable, kind: type[_Handler] = _Handler) -> ocp.PyTree
 def write_tree(
     directory: Path, tree: Any, wrote: Callable[[int], None] = lambda nbytes: None
 ) -> None:
-    """Writes a tree of LazyTensors as an Orbax checkpoint; `wrote` hears of each tensor's bytes."""
+    """Writes a tree of LazyTensors as an Orbax checkpoint, and the digest of each.
+
+    `wrote` hears of each tensor's bytes. Raises InputError where there is no room.
+    """
     save_args = jax.tree.map(lambda leaf: ocp.SaveArgs(chunk_byte_size=_CHUNK), tree)
-    handler = _tree_handler(lambda path, array: wrote(array.nbytes))
-    with ocp.Checkpointer(handler) as checkpointer:
+    digests: dict[str, str] = {}
+
+    def sink(path: TreePath, array: np.ndarray) -> None:
+        digests[spell(path)] = digest(array)
+        wrote(array.nbytes)
+
+    with writable(directory), ocp.Checkpointer(_tree_handler(sink)) as checkpointer:
         checkpointer.save(for_orbax(directory), args=ocp.args.PyTreeSave(tree, save_args))
+    (directory / DIGESTS).write_text(write_json(digests, DIGESTS, indent=0) + "\n")
 
 
 def stored_tensors(directory: Path) -> dict[TreePath, LazyTensor]:
@@ -164,14 +184,63 @@ def read_tree(directory: Path, sink: Sink, under: TreePath = ()) -> Any:
     """Reads each array of a checkpoint; gives the tree of what `sink(path, array)` returned.
 
     under: reads no array but those at or below this path, and gives what stands there, or None.
-    Raises InputError for a directory that Orbax cannot read.
+    Raises DamagedError for a directory that Orbax cannot read, and for an array that is not the one
+    that was saved.
     """
-    return _read(directory, _tree_handler(sink), under)
+    kept = kept_digests(directory)
+
+    def checked(path: TreePath, array: np.ndarray) -> Any:
+        _check(directory, kept, path, array)
+        return sink(path, array)
+
+    return _read(directory, _tree_handler(checked), under)
+
+
+def _check(directory: Path, kept: dict[str, str] | None, path: TreePath, array: np.ndarray) -> None:
+    if kept is not None and digest(array) != kept.get(spell(path)):
+        raise DamagedError(directory, [f"{spell(path)} is not as it was saved"])
+
+
+def verify_tree(directory: Path) -> tuple[int, int]:
+    """(arrays, bytes) of an Orbax checkpoint, all of them read and as they were saved.
+
+    Raises DamagedError that lists those which are not, InputError for a checkpoint without digests.
+    """
+    kept = kept_digests(directory)
+    if kept is None:
+        raise InputError(
+            f"{directory}: holds no digests, expected those that convert and train.py save; "
+            f"it is of an older release: write it again"
+        )
+    found: dict[str, str] = {}
+    sizes: list[int] = []
+
+    def sink(path: TreePath, array: np.ndarray) -> None:
+        found[spell(path)] = digest(array)
+        sizes.append(array.nbytes)
+
+    _read(directory, _tree_handler(sink))
+    check_digests(directory, found, kept)
+    return len(sizes), sum(sizes)
 
 
 def open_tree(directory: Path, sink: Callable[[TreePath, LazyTensor], Any]) -> Any:
-    """`read_tree` whose sink is given each array unread: what it does not read costs nothing."""
-    return _read(directory, _tree_handler(sink, _Opener))
+    """`read_tree` whose sink is given each array unread: what it does not read costs nothing.
+
+    An array that is read in parts is not checked.
+    """
+    kept = kept_digests(directory)
+
+    def checked(path: TreePath, leaf: LazyTensor) -> Any:
+        def load() -> np.ndarray:
+            with readable(directory):
+                array = leaf.load()
+            _check(directory, kept, path, array)
+            return array
+
+        return sink(path, dataclasses.replace(leaf, load=load))
+
+    return _read(directory, _tree_handler(checked, _Opener))
 
 
 def read_in_order(directory: Path, sink: Sink, order: Iterable[TreePath]) -> None:
@@ -179,15 +248,14 @@ def read_in_order(directory: Path, sink: Sink, order: Iterable[TreePath]) -> Non
     found: dict[TreePath, LazyTensor] = {}
     open_tree(directory, found.__setitem__)
     for path in order:
-        with _readable(directory):
-            array = found.pop(path).load()
+        array = found.pop(path).load()
         sink(path, array)
         del array  # before the next one comes, not after
 
 
 def _read(directory: Path, handler: ocp.PyTreeCheckpointHandler, under: TreePath = ()) -> Any:
     def wanted(keypath: tuple[Any, ...], leaf: Any) -> Any:
-        return leaf if _place(keypath)[: len(under)] == under else ocp.PLACEHOLDER
+        return leaf if place(keypath)[: len(under)] == under else ocp.PLACEHOLDER
 
     stored = _metadata(directory)
     as_lazy = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=LazyTensor), stored)
@@ -195,7 +263,7 @@ def _read(directory: Path, handler: ocp.PyTreeCheckpointHandler, under: TreePath
     me = jax.process_index()  # others may read something else, or nothing: nobody is waited for
     alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
     with (
-        _readable(directory),
+        readable(directory),
         ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer,
     ):
         args = ocp.args.PyTreeRestore(item, restore_args=as_lazy)
@@ -209,18 +277,44 @@ def read_part(directory: Path, path: TreePath) -> Any:
 
 
 def _metadata(directory: Path) -> Any:
-    with _readable(directory):
+    with readable(directory):
         handler = _tree_handler(lambda path, array: None)
         return handler.metadata(for_orbax(directory)).tree
 
 
+# How a place that cannot be reached, and may be whole, is spoken of.
+_AWAY = re.compile(
+    "PERMISSION_DENIED|UNAVAILABLE|UNAUTHENTICATED|DEADLINE_EXCEEDED|Permission denied"
+)
+_FULL = re.compile("No space left|RESOURCE_EXHAUSTED|quota|File too large", re.IGNORECASE)
+_OTHERS = (InputError, RuntimeError, MemoryError)  # of a device without room, and our own
+
+
 @contextlib.contextmanager
-def _readable(directory: Path) -> Iterator[None]:
+def readable(directory: Path) -> Iterator[None]:
     """What Orbax and TensorStore raise for files that are damaged or gone, as one line."""
     try:
         yield
-    except InputError:
+    except _OTHERS:
         raise
-    except (ValueError, OSError, KeyError, TypeError, AttributeError) as e:
-        reason = " ".join(str(e).split())[:200]
-        raise InputError(f"{directory}: not a readable Orbax checkpoint ({reason})") from e
+    except Exception as e:  # Orbax raises that class itself
+        if _AWAY.search(reason := _reason(e)):
+            raise InputError(f"{directory}: cannot be read ({reason})") from e
+        raise DamagedError(directory, [f"not a readable Orbax checkpoint ({reason})"]) from e
+
+
+@contextlib.contextmanager
+def writable(directory: Path) -> Iterator[None]:
+    """What Orbax and TensorStore raise for a disk without room, as one line."""
+    try:
+        yield
+    except _OTHERS:
+        raise
+    except Exception as e:
+        if not (isinstance(e, OSError) or _FULL.search(str(e)) or _AWAY.search(str(e))):
+            raise
+        raise InputError(f"{directory}: cannot be written ({_reason(e)}); make room there") from e
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error.__cause__ or error).split())[:200]

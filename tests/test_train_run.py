@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import train_files
 
+from qwen3vl_jax.training.run_dir import saved_steps
 from qwen3vl_jax.training.tables import read_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,9 +71,9 @@ def whole(files):
 
 @pytest.fixture(scope="module")
 def broken(files, whole):
-    """The same run, killed -9 at three moments and once asked to end by SIGTERM."""
+    """The same run, killed -9 at three moments, once asked to end by SIGTERM, its last step damaged."""
     out, chance = files / "broken", random.Random()
-    moments = sorted(chance.sample(range(1, STEPS - 3), 4))
+    moments = [*sorted(chance.sample(range(1, STEPS - 9), 3)), STEPS - 9 + chance.randrange(6)]
     print(f"killed at {moments}")
     said = []
     for sent, moment in zip([signal.SIGKILL] * 3 + [signal.SIGTERM], moments):
@@ -82,6 +83,9 @@ def broken(files, whole):
         process.send_signal(sent)
         said.append(process.communicate(timeout=300)[0])
         assert process.returncode == (-9 if sent == signal.SIGKILL else 0), said[-1][-3000:]
+    last = out / "checkpoints" / str(saved_steps(out)[-1])
+    largest = max(last.glob("*/ocdbt.process_0/d/*"), key=lambda path: path.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
     return [*said, finish(start(files, "broken"))], out
 
 
@@ -96,7 +100,7 @@ def leaves(folder: Path) -> dict[str, np.ndarray]:
 
 
 def test_a_killed_run_goes_on_bit_for_bit(whole, broken):
-    """Three kills and a SIGTERM later: every loss and norm, all of the state, each step once."""
+    """Three kills, a SIGTERM and a damaged step later: every loss and norm, all of the state."""
     want, got = (read_table(out / "metrics.csv") for _, out in (whole, broken))
     assert [int(row["step"]) for row in got] == list(range(1, STEPS + 1))
     same = [name for name in want[0] if name not in ("seconds", "tokens_per_s", "tflops", "mfu",
@@ -112,14 +116,19 @@ def test_a_killed_run_goes_on_bit_for_bit(whole, broken):
 
 
 def test_sigterm_saves_the_step_it_came_in(broken):
-    """The run that SIGTERM ended says so, and the next one goes on from its last step."""
-    asked, last = broken[0][3:]
+    """The run that SIGTERM ended says so, and its step is kept aside: a file of it was cut afterwards.
+
+    The next run names it and goes on from the step before.
+    """
+    (asked, last), out = broken[0][3:], broken[1]
     assert "stopped by SIGTERM, saved" in asked
     step = int(asked.rsplit(": step ", 1)[1].split()[0])
     first = int(
         next(line for line in last.splitlines() if line.startswith("step ")).split("/")[0][5:]
     )
-    assert first == step + 1
+    assert first == max(n for n in range(0, step, 5)) + 1
+    assert f"checkpoints/{step}/" in last and "damaged: " in last
+    assert (out / "damaged" / str(step)).is_dir()
 
 
 def test_what_a_run_directory_holds(whole):

@@ -11,8 +11,11 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from qwen3vl_jax.orbax_io import stored_tensors
+from qwen3vl_jax import processes
+from qwen3vl_jax.digests import DamagedError, check_digests, digests, kept_digests, with_checksum
+from qwen3vl_jax.orbax_io import place, readable, stored_tensors, writable
 from qwen3vl_jax.paths import as_path, for_orbax
+from qwen3vl_jax.tensors import spell
 from qwen3vl_jax.training.run_dir import CHECKPOINTS, META, DiffersError, scores
 from qwen3vl_jax.training.step import TrainState
 
@@ -49,8 +52,8 @@ class Checkpoints:
             preservation_policy=stays,
             cleanup_tmp_directories=True,  # what a killed process left half written
         )
-        self._dir = as_path(run_dir)
-        self._manager = ocp.CheckpointManager(for_orbax(self._dir / CHECKPOINTS), options=options)
+        self._folder = as_path(run_dir) / CHECKPOINTS
+        self._manager = ocp.CheckpointManager(for_orbax(self._folder), options=options)
 
     def is_best(self, score: float | None) -> bool:
         """Whether a step with this loss would be one of the best that are kept."""
@@ -65,51 +68,82 @@ class Checkpoints:
 
     def save(self, state: TrainState, meta: Mapping[str, Any], score: float | None = None) -> None:
         """Saves in the background; meta is JSON data: the recipe and where the data stands."""
-        parts = {
+        parts: dict[str, Any] = {
             WEIGHTS: ocp.args.StandardSave(state.weights),
             STATE: ocp.args.StandardSave(_rest(state)),
-            META: ocp.args.JsonSave({**meta, "score": score}),
         }
         if state.average is not None:
             parts[AVERAGE] = ocp.args.StandardSave(state.average)
+        parts[META] = ocp.args.JsonSave(with_checksum({**meta, "score": score, "digests": {
+            name: digests(_by_path(part.item)) for name, part in parts.items()}}))  # fmt: skip
         self.score(int(state.step), score)
-        self._manager.save(int(state.step), args=ocp.args.Composite(**parts))
-
-    def restore(self, step: int, state: TrainState) -> TrainState:
-        """The state of a step, in the shapes and places of `state` (arrays or ShapeDtypeStructs).
-
-        Raises DiffersError that lists the weights which a run of this recipe does not have.
-        """
-        self._check(step, state)
-        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        parts = {
-            WEIGHTS: ocp.args.StandardRestore(target.weights),
-            STATE: ocp.args.StandardRestore(_rest(target)),
-        }
-        if state.average is not None:
-            parts[AVERAGE] = ocp.args.StandardRestore(target.average)
-        found = self._manager.restore(step, args=ocp.args.Composite(**parts))
-        return state.replace(weights=found[WEIGHTS], average=found.get(AVERAGE), **found[STATE])
-
-    def _check(self, step: int, state: TrainState) -> None:
-        where = self._dir / CHECKPOINTS / str(step)
-        then = {path[0]: _shape(x) for path, x in stored_tensors(where / WEIGHTS).items()}
-        now = {n: _shape(x) for n, x in state.weights.items()}
-        found = [
-            f"{name} was {then.get(name, 'not trained')}, is now {now.get(name, 'not trained')}"
-            for name in {**then, **now}
-            if then.get(name) != now.get(name)
-        ]
-        if found:
-            raise DiffersError(where, "set of weights", "choose another --out", found)
+        with writable(self._folder):
+            self._manager.save(int(state.step), args=ocp.args.Composite(**parts))
 
     def wait(self) -> None:
-        """Returns when everything that was saved is on disk."""
-        self._manager.wait_until_finished()
+        """Returns when everything that was saved is on disk. Raises InputError for a full one."""
+        with writable(self._folder):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits, and lets go of the folder."""
-        self._manager.close()
+        with writable(self._folder):
+            self._manager.close()
+
+
+def restore(run_dir: str | Path, step: int, state: TrainState) -> TrainState:
+    """The state of a step, in the shapes and places of `state` (arrays or ShapeDtypeStructs).
+
+    Raises DamagedError, in every process, for a step that does not read whole and as it was saved, and
+    DiffersError that lists the weights which a run of this recipe does not have.
+    """
+    where = as_path(run_dir) / CHECKPOINTS / str(step)
+    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+    parts = {WEIGHTS: target.weights, STATE: _rest(target)}
+    if state.average is not None:
+        parts[AVERAGE] = target.average
+
+    found, error = {}, None
+    try:
+        _check_shapes(where, state)
+        found = {name: _restored(where / name, part) for name, part in parts.items()}
+    except DamagedError as e:
+        error = e
+    if told := [text for text in processes.all_of(error and str(error)) if text]:
+        raise error or DamagedError(where, told)
+    for name, part in found.items():
+        kept = kept_digests(where / name)
+        if kept is not None:
+            check_digests(where / name, digests(_by_path(part)), kept)
+    return state.replace(weights=found[WEIGHTS], average=found.get(AVERAGE), **found[STATE])
+
+
+def _restored(where: Path, target: Any) -> Any:
+    me = jax.process_index()  # one that finds damage comes to no barrier
+    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+    handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
+    with (
+        readable(where),
+        ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer,
+    ):
+        return checkpointer.restore(for_orbax(where), args=ocp.args.StandardRestore(target))
+
+
+def _check_shapes(where: Path, state: TrainState) -> None:
+    then = {path[0]: _shape(x) for path, x in stored_tensors(where / WEIGHTS).items()}
+    now = {n: _shape(x) for n, x in state.weights.items()}
+    found = [
+        f"{name} was {then.get(name, 'not trained')}, is now {now.get(name, 'not trained')}"
+        for name in {**then, **now}
+        if then.get(name) != now.get(name)
+    ]
+    if found:
+        raise DiffersError(where, "set of weights", "choose another --out", found)
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    """The arrays of a state by where they lie in it, as its files name them."""
+    return {spell(place(path)): x for path, x in jax.tree.leaves_with_path(tree)}
 
 
 def _shape(x: Any) -> str:

@@ -19,10 +19,11 @@ from qwen3vl_jax import processes
 from qwen3vl_jax.checkpoint import resolve
 from qwen3vl_jax.cli import memory_advice
 from qwen3vl_jax.config import Config
+from qwen3vl_jax.digests import DamagedError
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.json_text import write_json
 from qwen3vl_jax.training import estimate, evaluate, machine, run_dir, setup
-from qwen3vl_jax.training.checkpoints import Checkpoints
+from qwen3vl_jax.training.checkpoints import Checkpoints, restore
 from qwen3vl_jax.training.feed import Drawn, Feed, check_answers
 from qwen3vl_jax.training.model_files import open_model, write_model_files
 from qwen3vl_jax.training.optimizer import make_schedule
@@ -30,7 +31,7 @@ from qwen3vl_jax.training.packing import PackedBatch
 from qwen3vl_jax.training.preset import asks_for_mesh, spelled
 from qwen3vl_jax.training.recipe import Data, Recipe, as_dict, flat
 from qwen3vl_jax.training.shares import Shares
-from qwen3vl_jax.training.speed import Speed
+from qwen3vl_jax.training.speed import Profiler, Speed
 from qwen3vl_jax.training.start import (
     check_fits,
     groups_of,
@@ -42,7 +43,7 @@ from qwen3vl_jax.training.start import (
 )
 from qwen3vl_jax.training.stop import Stop, Stopped, catch_signals
 from qwen3vl_jax.training.watch import Muted, Watch
-from qwen3vl_jax.writing import Mirrored
+from qwen3vl_jax.writing import write_whole
 
 
 def train(recipe: Recipe, out: Path) -> None:
@@ -52,36 +53,52 @@ def train(recipe: Recipe, out: Path) -> None:
     cannot start, for a directory of another run, and where a loss is not a number.
     """
     asked, recipe = recipe, laid_out(recipe, out)
-    mesh = mesh_of(recipe)
+    mesh, notes = mesh_of(recipe), []
+    if mesh is not None and not asks_for_mesh(asked):
+        notes.append(f"no [mesh]: {mesh.size} devices, {spelled(recipe.mesh)}")
+    damaged: list[DamagedError] = []
     with (
         catch_signals() as stop,
         opened(out),
         nullcontext() if mesh is None else jax.set_mesh(mesh),
     ):
-        first = processes.from_first(max(run_dir.saved_steps(out), default=0))
-        meta = run_dir.read_meta(out, first) if first else {}
-        noted = check_fits(recipe, meta, out) if first else []
-        if processes.is_first():
-            told = plain(as_dict(recipe)) | {"ckpt": whole_path(recipe.ckpt)}
-            (out / run_dir.CONFIG).write_text(tomli_w.dumps(told))
-        with Watch(out, recipe, first) if processes.is_first() else Muted() as watch:
-            for line in noted:
-                watch.progress.say(f"going on from step {first}: {line}")
-            if mesh is not None and not asks_for_mesh(asked):
-                watch.progress.say(f"no [mesh]: {mesh.size} devices, {spelled(recipe.mesh)}")
-            held: dict[str, int] = {}
-            less = "step.remat=full or step.loss_chunk"
-            with memory_advice(held, less if first else f"pack.rows, {less}"):
-                run = Run(recipe, out, first, meta, mesh, held)
+        for first in processes.from_first(run_dir.saved_steps(out)[::-1] or [0]):
+            try:
+                return _go_on(recipe, out, first, mesh, stop, notes)
+            except DamagedError as error:
+                damaged.append(error)
+                notes.append(f"{error}; it is moved to {out / run_dir.DAMAGED}")
+        raise damaged[0]
+
+
+def _go_on(
+    recipe: Recipe, out: Path, first: int, mesh: Mesh | None, stop: Stop, notes: list[str]
+) -> None:
+    """Runs a recipe from a saved step. Raises DamagedError where that does not read whole."""
+    meta = run_dir.read_meta(out, first) if first else {}
+    changed = check_fits(recipe, meta, out) if first else []
+    if processes.is_first():
+        written = plain(as_dict(recipe)) | {"ckpt": whole_path(recipe.ckpt)}
+        write_whole(out / run_dir.CONFIG, tomli_w.dumps(written).encode())
+    held: dict[str, int] = {}
+    less = "step.remat=full or step.loss_chunk"
+    with memory_advice(held, less if first else f"pack.rows, {less}"):
+        run = Run(recipe, out, first, meta, mesh, held)
+        try:
+            with Watch(out, recipe, first) if processes.is_first() else Muted() as watch:
+                for line in [*(f"going on from step {first}: {x}" for x in changed), *notes]:
+                    watch.progress.say(line)
                 try:
                     watch.refused(run.left_out)
                     run.loop(watch, stop)
                 finally:
                     run.close()
                     watch.refused(run.feed.refused)
-            watch.draw()
-            done = f"stopped by {stop.asked}, saved" if stop.asked else "done"
-            watch.progress.say(f"{out}: step {run.number} of {recipe.steps}, {done}")
+                watch.draw()
+                done = f"stopped by {stop.asked}, saved" if stop.asked else "done"
+                watch.progress.say(f"{out}: step {run.number} of {recipe.steps}, {done}")
+        finally:
+            run.close()
 
 
 class Run:
@@ -94,7 +111,7 @@ class Run:
         self, recipe: Recipe, out: Path, first: int, meta: dict[str, Any], mesh: Mesh | None,
         held: dict[str, int],
     ):  # fmt: skip
-        self.recipe, self.out, self.number, self.mesh = recipe, out, first, mesh
+        self.recipe, self.out, self.number, self.mesh, self.closed = recipe, out, first, mesh, False
         self.groups = groups_of(recipe, mesh, meta)
         if not first:
             if processes.is_first():
@@ -115,12 +132,15 @@ class Run:
         rule = setup.rule_of(recipe, self.cfg, trainee.weights)
         like = setup.shape_of_state(recipe, self.cfg, rule, trainee.weights, mesh)
         self.step = setup.make_step(recipe, self.cfg, rule, self.join, like if mesh else None)
-        self.saved = Checkpoints(out, recipe.checkpoints.keep, recipe.checkpoints.keep_best)
         if first:
             del trainee  # the weights make room before those of the checkpoint come
-            self.state = self.saved.restore(first, like)
+            self.state = restore(out, first, like)
+            if processes.is_first():
+                run_dir.set_aside(out, after=first)
+            processes.wait_for_all("damaged steps")
         else:
             self.state = setup.begin(recipe, self.cfg, rule, trainee.weights, mesh)
+        self.saved = Checkpoints(out, recipe.checkpoints.keep, recipe.checkpoints.keep_best)
         self.position: dict[str, Any] | None = None  # of the feed, before a draw that failed
         self.pending: list[tuple[int, dict[str, Any], list[Drawn]]] = []
         # A device runs beside the host, which tells of a step while the next one runs.
@@ -135,8 +155,10 @@ class Run:
 
     def close(self) -> None:
         """Waits for what is being saved, and ends the workers."""
-        self.feed.close()
-        self.saved.close()
+        if not self.closed:
+            self.closed = True
+            self.feed.close()
+            self.saved.close()
 
     def loop(self, watch: Watch | Muted, stop: Stop) -> None:
         """Every step that is left, or those until `stop` is asked; what was done is saved."""
@@ -327,30 +349,3 @@ def _to_device(packed: PackedBatch) -> PackedBatch:
 def _joined(first: jax.Array, *others: jax.Array) -> jax.Array:
     """Micro batches [M ..] of a step."""
     return jnp.concatenate([first, *others]) if others else first
-
-
-class Profiler:
-    """A profiler trace of chosen steps in RUN_DIR/profile, which TensorBoard and XProf read."""
-
-    def __init__(self, steps: tuple[int, ...], out: Path):
-        self._steps, self._on = set(steps), False
-        self._traces = Mirrored(out / "profile") if steps else None
-
-    def before(self, number: int) -> None:
-        """Starts a trace with the first of several chosen steps in a row."""
-        if self._traces and number in self._steps and not self._on:
-            jax.profiler.start_trace(str(self._traces.folder))
-            self._on = True
-
-    def after(self, number: int, metrics: Any) -> None:
-        """Ends it with the last, when the device has done it."""
-        if self._on and number + 1 not in self._steps:
-            jax.block_until_ready(metrics)
-            self.end()
-
-    def end(self) -> None:
-        """Ends a trace that is still on: the run ends before its last chosen step."""
-        if self._traces and self._on:
-            jax.profiler.stop_trace()
-            self._on = False
-            self._traces.sync()

@@ -9,9 +9,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from qwen3vl_jax import digests
+from qwen3vl_jax.digests import META, DamagedError
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.json_text import read_json_file, write_json
-from qwen3vl_jax.paths import as_path, for_orbax, is_remote, kind, make_folder
+from qwen3vl_jax.json_text import write_json
+from qwen3vl_jax.paths import as_path, for_orbax, is_remote, kind, make_folder, remove_tree
 from qwen3vl_jax.training.tables import STEP, read_table
 
 try:
@@ -19,7 +21,7 @@ try:
 except ImportError:  # Windows opens no directory, so there is nothing to lock
     fcntl = None
 
-CHECKPOINTS, META, CONFIG = "checkpoints", "meta", "config.toml"
+CHECKPOINTS, CONFIG, DAMAGED = "checkpoints", "config.toml", "damaged"
 EVALUATION = "evaluation.csv"
 COMMITTED = "commit_success.txt"  # Orbax's, in a step on gs://
 MODEL = "model"  # the model's config.json, tokenizer and template, new tokens in it
@@ -55,7 +57,8 @@ def opened(out: Path) -> Iterator[Path]:
     there = kind(out)
     if there == "file":
         raise InputError(f"--out {out}: is a file, expected a directory")
-    if there and any(out.iterdir()) and not (out / CONFIG).is_file():
+    parts = {CONFIG, CONFIG + ".part"}  # the second is what a killed process left
+    if there and any(p.name not in parts for p in out.iterdir()) and not (out / CONFIG).is_file():
         raise InputError(f"--out {out}: holds files and no {CONFIG} of a run; choose another one")
     make_folder(out)
     lock = os.open(out, os.O_RDONLY) if fcntl and not is_remote(out) else None
@@ -83,16 +86,22 @@ def saved_steps(run_dir: str | Path) -> list[int]:
 
 
 def read_meta(run_dir: str | Path, step: int) -> dict[str, Any]:
-    """What was saved beside a step's state. Raises InputError for a file that cannot be read."""
-    path = _meta_file(as_path(run_dir) / CHECKPOINTS / str(step))
-    try:
-        return read_json_file(path)
-    except InputError as error:
-        raise InputError(f"{error}; the step is damaged") from None
+    """What was saved beside a step's state. Raises DamagedError for what is not as it was saved."""
+    return digests.read_meta(as_path(run_dir) / CHECKPOINTS / str(step))
 
 
 def _meta_file(step: Path) -> Path:
     return step / META / "metadata"
+
+
+def set_aside(run_dir: Path, after: int) -> None:
+    """Moves the saved steps after one to RUN_DIR/damaged: the run goes on from it."""
+    folder = run_dir / DAMAGED
+    for step in saved_steps(run_dir):
+        if step > after:
+            make_folder(folder)
+            remove_tree(folder / str(step))
+            (run_dir / CHECKPOINTS / str(step)).rename(folder / str(step))
 
 
 def scores(run_dir: str | Path) -> dict[int, float]:
@@ -103,7 +112,10 @@ def scores(run_dir: str | Path) -> dict[int, float]:
     rows = read_table(as_path(run_dir) / EVALUATION)
     later = {int(row[STEP]): float(row["loss"]) for row in rows if row.get("loss")}
     steps = saved_steps(run_dir)
-    found = {step: read_meta(run_dir, step).get("score") for step in steps}
+    found: dict[int, float | None] = {}
+    for step in steps:
+        with contextlib.suppress(DamagedError):
+            found[step] = read_meta(run_dir, step).get("score")
     found = {step: later.get(step) if x is None else x for step, x in found.items()}
     return {step: x for step, x in found.items() if x is not None and math.isfinite(x)}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from qwen3vl_jax.config import Config
 from qwen3vl_jax.training.flops import Work, peak_flops, step_flops
 from qwen3vl_jax.training.groups import Flat, group_of
 from qwen3vl_jax.training.recipe import Recipe
+from qwen3vl_jax.writing import Mirrored
 
 
 class Speed:
@@ -58,3 +60,30 @@ def adapter_sizes(cfg: Config, weights: Flat) -> dict[str, int]:
         share = cfg.text.num_experts_per_tok / cfg.text.num_experts
         found["experts"] = round(found["experts"] * share)
     return dict(found)
+
+
+class Profiler:
+    """A profiler trace of chosen steps in RUN_DIR/profile, which TensorBoard and XProf read."""
+
+    def __init__(self, steps: tuple[int, ...], out: Path):
+        self._steps, self._on = set(steps), False
+        self._traces = Mirrored(out / "profile") if steps else None
+
+    def before(self, number: int) -> None:
+        """Starts a trace with the first of several chosen steps in a row."""
+        if self._traces and number in self._steps and not self._on:
+            jax.profiler.start_trace(str(self._traces.folder))
+            self._on = True
+
+    def after(self, number: int, metrics: Any) -> None:
+        """Ends it with the last, when the device has done it."""
+        if self._on and number + 1 not in self._steps:
+            jax.block_until_ready(metrics)
+            self.end()
+
+    def end(self) -> None:
+        """Ends a trace that is still on: the run ends before its last chosen step."""
+        if self._traces and self._on:
+            jax.profiler.stop_trace()
+            self._on = False
+            self._traces.sync()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from qwen3vl_jax import processes
 from qwen3vl_jax.checkpoint import resolve
 from qwen3vl_jax.config import Config
+from qwen3vl_jax.digests import DamagedError
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.json_text import read_json, write_json
 from qwen3vl_jax.paths import absolute, as_path, kind
@@ -32,8 +33,10 @@ def laid_out(recipe: Recipe, out: Path) -> Recipe:
     if asks_for_mesh(recipe):
         return recipe
     cfg, devices, pack = Config.from_hf(resolve(recipe.ckpt)), jax.devices(), recipe.pack
-    if first := max(run_dir.saved_steps(out), default=0):
-        pack = dataclasses.replace(pack, groups=_groups(run_dir.read_meta(out, first)))
+    for step in reversed(run_dir.saved_steps(out)):
+        with suppress(DamagedError):
+            pack = dataclasses.replace(pack, groups=_groups(run_dir.read_meta(out, step)))
+            break
     mesh = preset(cfg, pack, len(devices), slice_count(devices))
     return dataclasses.replace(recipe, mesh=mesh)
 

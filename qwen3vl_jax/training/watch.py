@@ -19,7 +19,7 @@ from qwen3vl_jax.training.progress import Progress
 from qwen3vl_jax.training.recipe import Recipe, as_dict
 from qwen3vl_jax.training.run_dir import EVALUATION
 from qwen3vl_jax.training.tables import Table
-from qwen3vl_jax.writing import Mirrored
+from qwen3vl_jax.writing import Mirrored, write_whole
 
 if TYPE_CHECKING:
     from qwen3vl_jax.training.evaluate import Answered
@@ -119,7 +119,7 @@ class Watch:
         self._refused |= new
         text = io.StringIO()
         csv.writer(text).writerows([("sample", "reason"), *self._refused.items()])
-        (self.out / REFUSED).write_bytes(text.getvalue().encode())
+        write_whole(self.out / REFUSED, text.getvalue().encode())
         (name, reason), more = next(iter(new.items())), len(new) - 1
         rest = f" (and {more} more, see {REFUSED})" if more else ""
         self.progress.say(f"left out or cut: {name}: {reason}{rest}")
