@@ -123,19 +123,18 @@ def answer_lines(
     there = len(journal.done)
     total = there + len(waiting)
     rows, longest = min(settings.rows, len(waiting)), LONG
-    with contextlib.ExitStack() as scope:
-        params, _ = load(scope)
-        progress = scope.enter_context(_Progress(total, there, shown))
-        work = _Work(params, proc, source, settings, journal, progress)
-        try:
+    try:
+        with contextlib.ExitStack() as scope:
+            params, _ = load(scope)
+            progress = scope.enter_context(_Progress(total, there, shown))
+            work = _Work(params, proc, source, settings, journal, progress)
             while waiting:
                 waiting = work.run(waiting, rows, longest if rows > 1 else sys.maxsize)
                 rows, longest = max(1, rows // 4), 4 * longest
-        except KeyboardInterrupt:
-            progress.bar.stop()
-            told = f"{len(journal.done)} of {total} are kept"
-            print(f"interrupted: {told}; the same command goes on", file=sys.stderr)
-            sys.exit(130)
+    except KeyboardInterrupt:
+        told = f"{len(journal.done)} of {total} are kept"
+        print(f"interrupted: {told}; the same command goes on", file=sys.stderr)
+        sys.exit(130)
     if shown:
         print(progress.summary(journal), file=sys.stderr)
 
