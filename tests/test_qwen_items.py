@@ -85,7 +85,7 @@ def test_examples_of_the_readme(tmp_path):
         assert used is None or used.timestamps[:2] == times
 
 
-def test_lists_of_frames():
+def test_lists_of_frames(caplog):
     """All frames are used, in pairs, sized as images first; times go by sample_fps."""
     frames = [Image.new("RGB", (640, 480))] * 13
     other = [frames[0], Image.new("RGB", (645, 483))]
@@ -104,6 +104,11 @@ def test_lists_of_frames():
         assert (used.timestamps[0], used.timestamps[-1]) == pytest.approx((first, last))
     with pytest.raises(InputError, match="frame 1 has 480 x 640 pixels and the first 640 x 480"):
         seen({"type": "video", "video": turned})
+    assert not caplog.records
+    _, found, _ = seen(
+        {"type": "video", "video": frames, "sample_fps": 5, "fps": 1, "max_frames": 4}
+    )
+    assert found[0] == 7 and "are all used, whatever fps, max_frames says" in caplog.text
     # what says how the frames are to be sampled is another form, transformers'
     item = {"type": "video", "video": frames, "video_metadata": {"fps": 5}}
     _, found, used = seen(item)

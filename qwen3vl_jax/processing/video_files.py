@@ -37,6 +37,7 @@ class _Found:
     base: Any
     rates: list[Any]
     size: tuple[int, int]
+    matrix: tuple[int, ...]
     is_exact: bool  # the points are those of the decoded frames
 
 
@@ -54,7 +55,7 @@ def _clip(start: Any, name: str, found: _Found, recount: Callable[[], Clip] | No
                 if recount is not None and (is_other or frame.is_corrupt):
                     raise FramesDiffer
                 if number == place:
-                    picture = _upright(frame)
+                    picture = _upright(frame, found.matrix)
                 while number == place:
                     yield picture
                     place = next(wanted, None)
@@ -80,9 +81,11 @@ def _count_packets(start: Any, name: str) -> _Found:
     points = [p.pts if p.pts is not None else p.dts for p in packets if not p.is_discard]
     with _opened(start, name) as (container, stream):
         first = next(_frames(container, stream, None), None)
-    if first is None or not points or any(p.is_corrupt for p in packets):
+    clock = [p.dts for p in packets if p.dts is not None]
+    if first is None or not points or any(p.is_corrupt for p in packets) or clock != sorted(clock):
         raise FramesDiffer
-    size = _upright(first).size[::-1]
+    matrix = _matrix(first)
+    size = _upright(first, matrix).size[::-1]
     if None not in points:
         points.sort()
     if is_exact and first.pts is not None:
@@ -90,7 +93,7 @@ def _count_packets(start: Any, name: str) -> _Found:
         points = [point for point in points if point >= first.pts]
     if length and end is not None and (missing := (length + begin) / 1e6 - end) > _SLACK:
         log.warning("%s: the video is cut: its last %.1f seconds are missing", name, missing)
-    return _Found(points, base, rates, size, is_exact)
+    return _Found(points, base, rates, size, matrix, is_exact)
 
 
 def _demuxed(container: Any, video: Any) -> tuple[float | None, list[Any]]:
@@ -128,10 +131,12 @@ def _count_frames(start: Any, name: str) -> Clip:
     """
     points: list[Any] = []
     damage: list[Any] = []
-    size = None
+    size, matrix = None, (1, 0, 0, 1)
     with _opened(start, name) as (container, stream):
         for frame in _frames(container, stream, damage):
-            size = size or _upright(frame).size[::-1]
+            if size is None:
+                matrix = _matrix(frame)
+                size = _upright(frame, matrix).size[::-1]
             points.append(frame.pts if frame.pts is not None else frame.dts)
             if frame.is_corrupt:
                 damage.append(None)
@@ -143,7 +148,7 @@ def _count_frames(start: Any, name: str) -> Clip:
             "%s: damaged video: the %d frames that can be decoded are used, %d errors in it",
             name, len(points), len(damage),
         )  # fmt: skip
-    return _clip(start, name, _Found(points, base, rates, size, False), None)
+    return _clip(start, name, _Found(points, base, rates, size, matrix, False), None)
 
 
 def _rates(stream: Any) -> list[Any]:
@@ -220,21 +225,33 @@ def _video_stream(container: Any, name: str) -> Any:
     if not streams:
         kinds = sorted({s.type for s in container.streams}) or ["nothing"]
         raise InputError(f"{name}: no video in this file, it holds {', '.join(kinds)}")
-    streams[0].thread_type = "AUTO"
-    return streams[0]
+    # Of an animated AVIF not the still image that stands for it.
+    best = container.streams.best("video")
+    stream = best if best in streams else streams[0]
+    stream.thread_type = "AUTO"
+    return stream
 
 
-def _upright(frame: Any) -> Image.Image:
-    """RGB of a decoded frame, turned and mirrored as its metadata says, transparency on white."""
+def _matrix(frame: Any) -> tuple[int, ...]:
+    """a, b, c, d of the display matrix: x' = a x + c y, y' = b x + d y.
+
+    A frame that is asked for it lives until the garbage is collected: ask one a file.
+    """
     from av.sidedata.sidedata import Type
 
+    for data in frame.side_data:
+        if data.type == Type.DISPLAYMATRIX:
+            a, b, _, c, d = np.frombuffer(bytes(data), "=i4")[:5].tolist()
+            return a, b, c, d
+    return 1, 0, 0, 1
+
+
+def _upright(frame: Any, matrix: tuple[int, ...]) -> Image.Image:
+    """RGB of a decoded frame, turned and mirrored by a display matrix, transparency on white."""
     alpha = any(part.is_alpha for part in frame.format.components)
     values = frame.to_ndarray(format="rgba" if alpha else "rgb24")
-    found = [bytes(data) for data in frame.side_data if data.type == Type.DISPLAYMATRIX]
-    if found:
-        # Rows of a 3 x 3 matrix: x' = a x + c y, y' = b x + d y, 16.16 bits each.
-        a, b, _, c, d = np.frombuffer(found[0], "=i4")[:5].tolist()
-        if abs(b) + abs(c) > abs(a) + abs(d):
-            values, a, d = values.swapaxes(0, 1), c, b
-        values = values[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+    a, b, c, d = matrix
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        values, a, d = values.swapaxes(0, 1), c, b
+    values = values[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
     return to_rgb(Image.fromarray(np.ascontiguousarray(values)))

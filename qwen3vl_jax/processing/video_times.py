@@ -60,8 +60,12 @@ def timing(
         if not rates:
             raise InputError(f"{name}: the file says neither the times nor the rate of its frames")
         return float(rates[0]), None
-    times = np.sort(np.asarray(points, np.float64)) * float(base)
-    times -= times[0]
+    times = np.asarray(points, np.float64) * float(base)
+    steps = np.diff(times)
+    if (back := steps < 0).any():
+        # Files that were joined end to end: the clock begins anew, and the player goes on.
+        steps[back] = np.median(steps[~back]) if not back.all() else 1 / float((*rates, 1)[0])
+    times = np.concatenate([[0.0], np.cumsum(steps)])
     mean = (len(times) - 1) / max(float(times[-1]), 1e-9)
     for fps in (*map(float, rates), mean):
         if np.abs(times - np.arange(len(times)) / fps).max() <= 0.5 / fps:

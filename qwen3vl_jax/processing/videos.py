@@ -6,6 +6,8 @@ Source: the video processor of Qwen3-VL (transformers), whose names the settings
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -24,6 +26,7 @@ from qwen3vl_jax.processing.video_times import Clip, FramesDiffer
 
 # Of the patches of one video; a video at qwen-vl-utils' limits has 2.7 GiB of them.
 MAX_VIDEO_BYTES = 3 * 2**30
+log = logging.getLogger("qwen3vl_jax")
 # What says which video is meant, beside the settings.
 CLIP_OPTIONS = ("video_metadata", "video_start", "video_end", "sample_fps")
 # What a video in a message may have.
@@ -84,6 +87,7 @@ def preprocess_video(
         if options["video_metadata"] is not None:
             raise InputError("video_metadata: given beside a video that is paired with its own")
         options["video_metadata"] = metadata
+    options["asked"] = overrides.keys()
     clip, item = _opened(source, settings, limits or {}, item, options)
     try:
         try:
@@ -129,9 +133,24 @@ def _opened(
     if item is None or metadata is not None:
         is_sampled = not settings.do_sample_frames
         return open_frames(frames, metadata, sample_fps, load, is_sampled), rule
+    unused = {*options["asked"], *item.given} & {
+        "num_frames",
+        "nframes",
+        "min_frames",
+        "max_frames",
+    }
+    if "fps" in options["asked"] or (item.fps and item.sample_fps):
+        unused.add("fps")
+    if unused:
+        _warn_unused(", ".join(sorted(unused)))
     if len(frames) % 2:
         frames = [*frames, frames[-1]]
     return open_frames(frames, None, called or item.frame_fps, load, True), item
+
+
+@functools.cache
+def _warn_unused(names: str) -> None:
+    log.warning("frames in a message were sampled before and are all used, whatever %s says", names)
 
 
 def _seen(
