@@ -242,7 +242,7 @@ def media_rules(args: argparse.Namespace) -> MediaRules:
     named = None if hosts is None else tuple(host.strip() for host in hosts.split(","))
     if named is not None and not all(named):
         raise InputError(f"--allow-hosts: got {hosts!r}, expected names of hosts, HOST[,HOST]")
-    return MediaRules(root or "", named, trusted=False)
+    return MediaRules(root or "", named, trusted=False, max_batch_bytes=4 * 2**30)
 
 
 def input_options(args: argparse.Namespace) -> dict:

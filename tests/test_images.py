@@ -1,6 +1,5 @@
 """Pictures: every source and mode, the resizing rule, settings, refusals."""
 
-import base64
 import contextlib
 import http.server
 import io
@@ -372,22 +371,6 @@ def test_arrays():
 
 
 # ---- sources ----
-def test_text_sources(tmp_path):
-    array = picture()
-    data = encoded(array)
-    path = tmp_path / "a picture.png"
-    path.write_bytes(data)
-    text = base64.b64encode(data).decode()
-    broken = "\n".join(text[i : i + 76] for i in range(0, len(text), 76))
-    sources = [
-        str(path), path, path.as_uri(), data, bytearray(data), text, broken, text.rstrip("="),
-        base64.urlsafe_b64encode(data).decode(), f"data:image/png;base64,{text}",
-        "data:image/png," + "".join(f"%{b:02x}" for b in data),
-    ]  # fmt: skip
-    for source in sources:
-        np.testing.assert_array_equal(rgb(source), array)
-
-
 def test_files_that_are_no_pictures(tmp_path):
     refused(lambda: load_image(tmp_path / "gone.png"), "gone.png", "no such file")
     refused(lambda: load_image("no/such/picture"), "no such file")

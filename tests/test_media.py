@@ -123,6 +123,7 @@ FORMS = {
     "percent data URI": lambda f, u: "data:image/png," + "".join(f"%{b:02x}" for b in PNG),
     "base64": lambda folder, url: TEXT,
     "base64 in lines": lambda folder, url: base64.encodebytes(PNG).decode(),
+    "base64 of URLs": lambda folder, url: base64.urlsafe_b64encode(PNG).decode().rstrip("="),
     "bytes": lambda folder, url: PNG,
     "bytearray": lambda folder, url: bytearray(PNG),
     "bytes and path": lambda folder, url: {"bytes": PNG, "path": "gone.png"},
@@ -146,11 +147,10 @@ def doors(proc, folder, kind, source, **more):
     ask = [{"role": "user", "content": [item]}]
     empty = [{"role": "user", "content": [{"type": kind}]}]
     yield proc.inputs(ask)[key]
-    if not isinstance(source, list):
-        yield proc.inputs(empty, **beside)[key]
+    yield proc.inputs(empty, **beside)[key]
     answer = {"role": "assistant", "content": "yes"}
     turns = [{"from": "human", "value": f"<{kind}>"}, {"from": "gpt", "value": "yes"}]
-    maker = SampleMaker(proc, Data(), Pack(length=500, vision_length=4096))
+    maker = SampleMaker(proc, Data(), Pack(length=4000, vision_length=16384))
     pooled = source if not more else {kind: source, **more}
     for record in (
         {"messages": [*ask, answer]},
@@ -173,9 +173,13 @@ def test_every_form_by_every_door(proc, folder, server, monkeypatch, form):
 def test_frames_of_every_form(proc, folder, server, monkeypatch):
     monkeypatch.chdir(folder)
     frames = [FORMS[form](folder, server) for form in FORMS]
-    expected = next(doors(proc, folder, "video", [PIXELS] * len(frames), fps=1))
-    for found in doors(proc, folder, "video", frames, fps=1):
-        np.testing.assert_allclose(found, expected, atol=1e-6)
+    alike = list(doors(proc, folder, "video", [PIXELS] * len(frames), sample_fps=2))
+    found = list(doors(proc, folder, "video", frames, sample_fps=2))
+    for patches, expected in zip(found, alike, strict=True):
+        np.testing.assert_allclose(patches, expected, atol=1e-6)
+    # Frames in a message are sized as qwen-vl-utils does, in training too.
+    for patches in found[2:]:
+        np.testing.assert_allclose(patches, found[0], atol=1e-6)
 
 
 def test_videos_of_every_form(proc, folder, server, monkeypatch):
@@ -336,9 +340,10 @@ def test_link_local_is_never_meant():
 def test_options_of_a_batch(tmp_path):
     both = ["--input", "a", "--output", "b"]
     read = lambda *more: options.media_rules(options.arguments([*both, *more], ""))  # noqa: E731
-    assert read() == MediaRules(trusted=False)
+    rules = functools.partial(MediaRules, trusted=False, max_batch_bytes=4 * 2**30)
+    assert read() == rules()
     found = read("--media-root", str(tmp_path), "--allow-hosts", "a.org, 10.0.0.1")
-    assert found == MediaRules(str(tmp_path), ("a.org", "10.0.0.1"), trusted=False)
+    assert found == rules(str(tmp_path), ("a.org", "10.0.0.1"))
     refused(lambda: read("--media-root", str(tmp_path / "gone")), "--media-root: got", "exists")
     refused(lambda: read("--allow-hosts", "a,,b"), "--allow-hosts: got")
     alone = options.arguments(["--prompt", "hi", "--media-root", str(tmp_path)], "")

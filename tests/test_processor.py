@@ -1,18 +1,15 @@
 """The processor: directories, prompts with pictures, raw text, overrides, batches, errors."""
 
-import http.server
 import json
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import hub
 import numpy as np
 import pytest
 import toy_checkpoint as toy
-from PIL import Image
 
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.images import preprocess
@@ -331,30 +328,6 @@ def test_bad_calls(proc):
         with pytest.raises(InputError, match=words) as caught:
             proc.inputs(**options)
         assert "\n" not in str(caught.value)
-
-
-def test_pictures_by_url(proc, tmp_path, monkeypatch):
-    monkeypatch.setenv("no_proxy", "*")
-    Image.fromarray(picture(16, 16)).save(tmp_path / "a.png")
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *args):
-            super().__init__(*args, directory=str(tmp_path))
-
-        def log_message(self, *args):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}).start()
-        url = f"http://127.0.0.1:{server.server_port}/a.png"
-        chat = [user({"type": "image_url", "image_url": {"url": url}}, "hi")]
-        found = proc.inputs(chat)
-        tight = Processor(**{**vars(proc), "max_fetch_bytes": 50})
-        with pytest.raises(InputError, match="50 bytes"):
-            tight.inputs(chat)
-        server.shutdown()
-    expected = proc.inputs([user({"image": picture(16, 16)}, "hi")])
-    np.testing.assert_array_equal(found["pixel_values"], expected["pixel_values"])
 
 
 def test_batch(proc):

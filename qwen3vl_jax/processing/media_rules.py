@@ -30,7 +30,7 @@ class MediaRules:
     root: str = ""
     hosts: tuple[str, ...] | None = None
     trusted: bool = True
-    max_batch_bytes: int = 4 * 2**30
+    max_batch_bytes: int = 8 * 2**30
 
     def local(self, path: str, key: str) -> str:
         """The path to open for a local path. Raises InputError for one outside the root."""
@@ -56,7 +56,7 @@ class MediaRules:
         InputError if one is private, loopback or link-local and may not be used, OSError for none.
         """
         found = [place for *_, place in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
-        if self._names(host, port) or all(self._allows(place[0], given) for place in found):
+        if self._names(host, port) or all(self._allows(str(place[0]), given) for place in found):
             return found
         raise InputError(
             f"{key}: got a private, loopback or link-local address for {short(host)}, expected a "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import io
 import logging
 import struct
@@ -263,16 +262,14 @@ _tiff_failed = threading.local()
 @contextlib.contextmanager
 def _tiff_errors() -> Iterator[None]:
     """Raises what libtiff would write to stderr, of files that Pillow takes for whole."""
-    _set_tiff_handlers()
     _tiff_failed.flag = False
     yield
     if _tiff_failed.flag:
         raise OSError("libtiff found an error")
 
 
-@functools.cache
 def _set_tiff_handlers() -> Any:
-    """Handlers of libtiff's errors and warnings, which are of the process; they are kept alive here."""
+    """Sets what libtiff calls for errors and warnings in this process; what is returned must be kept."""
 
     @ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p)
     def failed(module: Any, text: Any, values: Any) -> None:
@@ -286,3 +283,6 @@ def _set_tiff_handlers() -> Any:
         library.TIFFSetErrorHandler(failed)
         library.TIFFSetWarningHandler(None)
     return failed
+
+
+_TIFF_HANDLER = _set_tiff_handlers()
