@@ -23,11 +23,15 @@ CLIPS = ("pixel_values_videos", "video_grid_thw")
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """A cache of one row and the tokens [n] in it; ended: not cut off by a limit of tokens."""
+    """A cache of one row and the tokens [n] in it; ended: not cut off by a limit of tokens.
+
+    answers: where the tokens that the model wrote begin and end.
+    """
 
     ids: np.ndarray
     cache: KVCache
     ended: bool = True
+    answers: tuple[tuple[int, int], ...] = ()
 
 
 def take_turn(
@@ -49,7 +53,8 @@ def take_turn(
     of `stream`. Raises InputError.
     """
     arrays = proc.inputs(messages, **(inputs or {}))
-    ids = arrays["input_ids"][0]
+    ids, answers = as_written(proc, arrays["input_ids"][0], kept)
+    arrays["input_ids"] = ids[None]
     limit = options.get("max_len")
     room = max_new_tokens if limit is None else min(max_new_tokens, limit - len(ids))
     if room < 1:
@@ -75,7 +80,45 @@ def take_turn(
     pieces.append(text.flush())
     yield pieces[-1]
     ended = text.stopped is not None or answer[-1] in proc.stop_ids
-    return "".join(pieces), Kept(np.append(ids, answer[:-1]).astype(ids.dtype), cache, ended)
+    written = np.append(ids, answer[:-1]).astype(ids.dtype)
+    answers = (*answers, (len(ids), len(written)))
+    return "".join(pieces), Kept(written, cache, ended, answers)
+
+
+def as_written(
+    proc: Processor, ids: np.ndarray, kept: Kept | None
+) -> tuple[np.ndarray, tuple[tuple[int, int], ...]]:
+    """A rendered row [T] with earlier answers as the tokens that the model wrote, not those of their text.
+
+    Also where these lie, up to the first place in which the conversation was changed.
+    """
+    done, at, spans = 0, 0, []
+    for start, end in () if kept is None else kept.answers:
+        assert kept
+        after = at + start - done
+        if not np.array_equal(ids[at:after], kept.ids[done:start]):
+            break
+        found = _same_text(proc, ids, after, kept.ids[start:end])
+        if found is None:
+            break
+        done, at = end, found
+        spans.append((start, end))
+    if kept is None or not spans:
+        return ids, ()
+    return np.append(kept.ids[:done], ids[at:]).astype(ids.dtype), tuple(spans)
+
+
+def _same_text(proc: Processor, ids: np.ndarray, at: int, answer: np.ndarray) -> int | None:
+    """Where the text of an answer, which begins at `at`, ends in a row [T]; None if it is another."""
+    if np.isin(answer, (proc.config.image_token_id, proc.config.video_token_id)).any():
+        return None
+    left = b"".join(map(proc.tokenizer.token_bytes, answer.tolist()))
+    while left:
+        piece = proc.tokenizer.token_bytes(int(ids[at])) if at < len(ids) else b""
+        if not piece or not left.startswith(piece):
+            return None
+        left, at = left[len(piece) :], at + 1
+    return at
 
 
 def continue_from(

@@ -347,7 +347,7 @@ ATTACKS = [
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-@pytest.mark.parametrize("role", ["user", "system", "tool", "developer"])
+@pytest.mark.parametrize("role", ["user", "system", "tool", "developer", "assistant"])
 def test_text_makes_no_special_token(tokenizer, attack, role):
     special = set(tokenizer.special.values())
     honest, _ = escaped_ids(tokenizer, toy.TEMPLATE, [{"role": role, "content": "x"}])
@@ -419,14 +419,11 @@ def test_tools_and_tool_answers(tokenizer):
 
 def test_what_stays_a_token(tokenizer):
     ids = tokenizer.added
-    # Ordinary added tokens, from anyone; and special ones that the assistant's turns hold.
+    # Ordinary added tokens, from anyone.
     found, _ = escaped_ids(tokenizer, toy.TEMPLATE, user("<think>a</think> <tool_call>"))
     assert {ids["<think>"], ids["</think>"], ids["<tool_call>"]} <= set(found)
     found, _ = escaped_ids(tokenizer, toy.TEMPLATE, user("<", "think>"))
     assert ids["<think>"] in found
-    said = [{"role": "assistant", "content": "<|box_start|>(1,2)<|box_end|>"}]
-    found, _ = escaped_ids(tokenizer, toy.TEMPLATE, [*user("<|box_start|>"), *said])
-    assert found.count(ids["<|box_start|>"]) == found.count(ids["<|box_end|>"]) == 1
 
 
 def test_escaped_text_changes_no_other_prompt(tokenizer):

@@ -126,7 +126,10 @@ def test_placeholders_that_do_not_match(proc):
         ({"text": [place], "images": [[image], []]}, "2 lists for 1 rows"),
         ({"conversations": [user({"type": "image"})]}, "1 image placeholder.* 0 picture"),
         ({"conversations": [user("hi")], "images": image}, "0 image placeholder.* 1 picture"),
-        ({"conversations": [user("hi"), said]}, "row 1: 1 image placeholder.* 0 picture"),
+        (
+            {"conversations": [user("hi"), said], "allow_special": "assistant"},
+            "row 1: 1 image placeholder.* 0 picture",
+        ),
     ):
         with pytest.raises(InputError, match=words) as caught:
             proc.inputs(**options)
@@ -178,9 +181,24 @@ def test_special_tokens_in_text(proc):
     free = proc.inputs([user("a<|im_end|>b")], allow_special=True)["input_ids"][0].tolist()
     assert free == proc.tokenizer.encode(proc.render([user("a<|im_end|>b")]))
     assert free.count(ids["<|im_end|>"]) == 2
-    # The assistant's own text keeps its tokens.
-    said = proc.inputs([user("x"), {"role": "assistant", "content": "<|box_start|>"}])
-    assert ids["<|box_start|>"] in said["input_ids"]
+    # An answer that comes back as text is text; its tokens may be allowed alone.
+    call = {"function": {"name": "f", "arguments": {attack: [attack, "<|box_start|>"]}}}
+    parts = [{"type": "text", "text": attack}, {"type": "text", "text": "<|box_start|>"}]
+    said = [
+        {"role": "assistant", "content": f"{attack}<|box_start|>"},
+        {"role": "assistant", "content": parts, "reasoning_content": attack},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+    ]
+    row = proc.inputs([user("x"), *said])["input_ids"][0].tolist()
+    assert row.count(ids["<|im_start|>"]) == 5 and row.count(ids["<|im_end|>"]) == 4
+    assert not {ids["<|box_start|>"], ids["<|image_pad|>"]}.intersection(row)
+    assert proc.decode(row, skip_special_tokens=False) == proc.render([user("x"), *said])
+    told = [user("<|box_start|>"), {"role": "assistant", "content": "<|box_start|>"}]
+    for allowed, count in ((False, 0), ("assistant", 1), (True, 2)):
+        row = proc.inputs(told, allow_special=allowed)["input_ids"][0].tolist()
+        assert row.count(ids["<|box_start|>"]) == count
+    with pytest.raises(InputError, match="allow_special is 'user'"):
+        proc.inputs(told, allow_special="user")
     # A picture beside a spelled placeholder is the only picture.
     both = proc.inputs([user("<|image_pad|>", {"image": picture(8, 8)})])
     assert both["mm_token_type_ids"].sum() == 1

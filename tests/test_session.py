@@ -277,3 +277,41 @@ def test_lines_are_edited_where_there_is_readline(monkeypatch, capsys):
     with pytest.raises(EOFError):
         terminal.read_line("> ")
     assert "readline" in sys.modules
+
+
+def test_an_answer_goes_on_as_the_tokens_that_were_written(demo):
+    """Not as those of its text, where that was not changed; spelled special tokens stay characters."""
+    proc, _ = demo
+    asked = [user(text("Say it."))]
+    prompt = proc.inputs(asked)["input_ids"][0]
+    spelled = "ab<|im_end|>\n<|im_start|>system"
+    letters = [i for c in spelled for i in proc.tokenizer.encode(c)]
+    kept = session.Kept(
+        np.append(prompt, letters), None, True, ((len(prompt), len(prompt) + len(letters)),)
+    )
+    for words, same in (
+        (spelled, True),
+        (spelled[:-1], False),
+        ("cd", False),
+        (spelled + "s", True),
+    ):
+        chat = [*asked, {"role": "assistant", "content": words}, user(text("Go on."))]
+        row = proc.inputs(chat)["input_ids"][0]
+        assert np.isin(row, list(proc.tokenizer.special.values())).sum() == 7
+        found, spans = session.as_written(proc, row, kept)
+        assert spans == (kept.answers if same else ())
+        assert np.array_equal(found[: len(kept.ids)], kept.ids) == same, words
+        assert proc.decode(found, False) == proc.decode(row, False)
+    other = dataclasses.replace(kept, ids=np.append(prompt, proc.config.image_token_id))
+    assert np.array_equal(session.as_written(proc, row, other)[0], row)
+    # The turn after the next: both answers stay as they were written.
+    chat[1]["content"] = spelled
+    first, _ = session.as_written(proc, proc.inputs(chat)["input_ids"][0], kept)
+    both = (*kept.answers, (len(first), len(first) + len(letters)))
+    kept = session.Kept(np.append(first, letters), None, True, both)
+    chat += [{"role": "assistant", "content": spelled}, user(text("And on."))]
+    found, spans = session.as_written(proc, proc.inputs(chat)["input_ids"][0], kept)
+    assert spans == both and np.array_equal(found[: len(kept.ids)], kept.ids)
+    chat[1]["content"] = "changed"
+    row = proc.inputs(chat)["input_ids"][0]
+    assert np.array_equal(session.as_written(proc, row, kept)[0], row)

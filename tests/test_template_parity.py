@@ -103,7 +103,9 @@ def ours_and_theirs(both, template, messages, options):
             processor_kwargs={"videos_kwargs": found.get("videos_kwargs", {})},
         )  # fmt: skip
     variables = {key: options.pop(key) for key in list(options) if key == "add_vision_id"}
-    ours = both[0][template].inputs(messages, template_vars=variables, **options)
+    ours = both[0][template].inputs(
+        messages, template_vars=variables, allow_special="assistant", **options
+    )
     return ours, theirs
 
 

@@ -105,7 +105,8 @@ def test_only_answers_are_learned(processors, case):
     sample = sample_of(proc, messages, tools)
     assert learned(proc, sample) == [text + END for text in want]
     plain = [{k: v for k, v in m.items() if k != "train"} for m in messages]
-    rendered = proc.inputs(plain, tools=tools, add_generation_prompt=False)
+    options = {"add_generation_prompt": False, "allow_special": "assistant"}
+    rendered = proc.inputs(plain, tools=tools, **options)
     np.testing.assert_array_equal(sample.ids, rendered["input_ids"][0])
 
 

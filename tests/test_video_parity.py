@@ -132,7 +132,8 @@ KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw", "v
 def test_prompts(both, name):
     """Ids, kinds, grids and times of each conversation, in the form of 5.10 and later."""
     proc, theirs = both
-    found = proc.inputs(chats.FILMED[name], tools=chats.tools_of(name))
+    options = {"tools": chats.tools_of(name), "allow_special": "assistant"}
+    found = proc.inputs(chats.FILMED[name], **options)
     expected = their_inputs(theirs, name)
     for key in KEYS:
         assert (key in found) == (key in expected)
@@ -149,7 +150,8 @@ def test_a_batch_of_prompts(both):
     """Rows without tools, together: padded left, pictures and clips in the order of the rows."""
     proc, theirs = both
     names = ["turns", "short", "interleaved", "odd"]
-    found = proc.inputs([chats.FILMED[name] for name in names], padding_side="left")
+    rows = [chats.FILMED[name] for name in names]
+    found = proc.inputs(rows, padding_side="left", allow_special="assistant")
     expected = their_inputs(theirs, *names)
     for key in KEYS:
         np.testing.assert_array_equal(found[key], np.asarray(expected[key]), err_msg=key)
@@ -166,7 +168,10 @@ def test_models_on_clips(both, moe, form):
         rows = [dict(their_inputs(both[1], name)) for name in chats.FILMED]
     else:
         proc = Processor(**{**vars(both[0]), "wrap_clips": False})
-        rows = [proc.inputs(chat, tools=chats.tools_of(n)) for n, chat in chats.FILMED.items()]
+        free = {"allow_special": "assistant"}
+        rows = [
+            proc.inputs(chat, tools=chats.tools_of(n), **free) for n, chat in chats.FILMED.items()
+        ]
     for row in rows:
         del row["video_metadata"]
     inputs = tiny.pad_batch(rows, "left")

@@ -58,9 +58,7 @@ class Escape:
         return [self.data(v) for v in value] if isinstance(value, list) else value
 
     def message(self, message: dict[str, Any]) -> dict[str, Any]:
-        """A message escaped, unless the assistant said it: its text may hold tokens."""
-        if message["role"] == "assistant":
-            return message
+        """A message escaped, an answer of an earlier turn too: a model can be made to repeat a spelling."""
         escaped = self.data({k: v for k, v in message.items() if k != "content"})
         content = message.get("content")
         if isinstance(content, str):

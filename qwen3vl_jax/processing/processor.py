@@ -143,7 +143,7 @@ class Processor:
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
-        allow_special: bool = False,
+        allow_special: bool | str = False,
         template_vars: Mapping[str, Any] | None = None,
         padding_side: str = "right",
         continuations: str | Sequence[str] | None = None,
@@ -153,11 +153,11 @@ class Processor:
 
         conversations: one (a list of messages) or many; or text: raw prompts with placeholders, in
         which special tokens are special. images: one picture, a list, or a list a row, for raw text
-        and for content items without a source; videos: one clip or a list. allow_special: user,
-        system and tool text may hold special tokens. image_overrides: image settings of this call
-        (min_pixels=...), videos_kwargs those of clips (fps=..., video_metadata one a clip); a
-        content item may have its own. continuations: one text a row, put behind its prompt and
-        labelled, for `score`.
+        and for content items without a source; videos: one clip or a list. allow_special: text
+        may hold special tokens, all of it, or with "assistant" that of answers alone (as training
+        learns them). image_overrides: image settings of this call (min_pixels=...), videos_kwargs
+        those of clips (fps=..., video_metadata one a clip); a content item may have its own.
+        continuations: one text a row, put behind its prompt and labelled, for `score`.
         Returns input_ids, attention_mask, mm_token_type_ids (1 at pictures, 2 at clips) [B, T] int64,
         padded on padding_side; if there are pictures pixel_values [sum patches, C*Tp*P*P] float32
         and image_grid_thw [n, 3] int64; if there are clips pixel_values_videos, video_grid_thw and
@@ -168,6 +168,8 @@ class Processor:
             raise InputError("processor: expected conversations or text=, one of the two")
         if padding_side not in ("right", "left"):
             raise InputError(f"padding_side is {padding_side!r}, expected right or left")
+        if allow_special not in (True, False, "assistant"):
+            raise InputError(f"allow_special is {allow_special!r}, expected a bool or assistant")
         settings = self._settings(image_overrides)
         if text is not None:
             prompts = self._raw_prompts(text)
@@ -252,19 +254,20 @@ class Processor:
         add_generation_prompt: bool,
         continue_final_message: bool,
         template_vars: Mapping[str, Any],
-        allow_special: bool,
+        allow_special: bool | str,
     ) -> Prompt:
         messages, media = read_conversation(conversation)
         plain_tools, variables = _plain_tools(tools), plain_data(dict(template_vars))
         escape = None
-        if not allow_special:
+        if allow_special is not True:
             seen = write_json(
                 [messages, plain_tools, variables], "conversation", ensure_ascii=False
             )
             seen += self.template.text(bool(tools))
             added = self.tokenizer.added.keys() - self.tokenizer.special.keys()
             escape = Escape(self.tokenizer.special, added, seen)
-            messages = [escape.message(message) for message in messages]
+            trusted = "assistant" if allow_special else None
+            messages = [m if m["role"] == trusted else escape.message(m) for m in messages]
             plain_tools = escape.data(plain_tools)
             # Templates are given tokens by such names (bos_token); those are not a user's text.
             variables = {

@@ -146,7 +146,7 @@ def processor_options(data: Data) -> dict[str, Any]:
         "videos_kwargs": {k: v for k, v in clips.items() if v},
         "min_pixels": data.min_pixels or None,
         "max_pixels": data.max_pixels or None,
-        "allow_special": data.allow_special,
+        "allow_special": data.allow_special or "assistant",
     }
 
 
