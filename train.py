@@ -15,6 +15,7 @@ from pathlib import Path
 from qwen3vl_jax import processes
 from qwen3vl_jax.cli import EXPECTED, report
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.native_output import tidy_output
 from qwen3vl_jax.paths import argument, kind
 from qwen3vl_jax.planning.chips import (
     add_plan_arguments,
@@ -114,4 +115,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    tidy_output(processes.lost_line, processes.LOST)
     sys.exit(main())

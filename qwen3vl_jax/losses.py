@@ -27,8 +27,9 @@ def loss_fn(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Next-token cross entropy in fp32, the mean over labels [B T] that are not -100.
 
-    The logits of token t are held against the label of token t + 1, as in transformers. Metrics:
-    loss, tokens (how many labels counted), correct (how many of them the argmax hits).
+    The logits of token t are held against the label of token t + 1, as in transformers. Where all
+    labels are -100 the loss is 0, with zero gradients; transformers gives nan. Metrics: loss, tokens
+    (how many labels counted), correct (how many of them the argmax hits).
     """
     if batch.labels is None:
         raise InputError("loss_fn: the batch has no labels; make_batch takes labels=")

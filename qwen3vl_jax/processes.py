@@ -180,16 +180,30 @@ def _tell(error: BaseException, kept: str) -> int:
         return error.code if isinstance(error.code, int) else 1
     if isinstance(error, EXPECTED):
         return report(error, interrupted=f"interrupted: the same command goes on from {kept}")
-    reason = textwrap.shorten(str(error), 200, placeholder=" ..")
-    if not (isinstance(error, jax.errors.JaxRuntimeError) and _GONE.search(str(error))):
+    # A collective of its own process fails as a ValueError that begins with the status.
+    status = isinstance(error, ValueError) and re.match("[A-Z_]+: ", str(error))
+    jaxs = status or isinstance(error, jax.errors.JaxRuntimeError)
+    if not (jaxs and _GONE.search(str(error))):
         traceback.print_exception(error)
         return 1
-    print(
-        f"error: process {jax.process_index()}: another process of this run is gone ({reason}); "
-        f"start all of them again: they go on from {kept}",
-        file=sys.stderr,
-    )
+    print(_lost(str(error), kept), file=sys.stderr)
     return LOST
+
+
+def _lost(words: str, kept: str) -> str:
+    import jax
+
+    reason = textwrap.shorten(words, 200, placeholder=" ..")
+    return (
+        f"error: process {jax.process_index()}: another process of this run is gone ({reason}); "
+        f"start all of them again: they go on from {kept}"
+    )
+
+
+def lost_line(words: str) -> str:
+    """What to say where JAX aborts this process with these words: "" unless another one is gone."""
+    found = re.search(r"(UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED|heartbeat|unhealthy)[^\n]*", words)
+    return _lost(found[0], "the last checkpoint") if found and "coordination" in words else ""
 
 
 def is_first() -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -101,9 +102,10 @@ def test_two_processes_lose_one_and_two_others_resume(files):
     since = time.perf_counter()
     said = both[0].communicate(timeout=300)[0]
     both[1].communicate()
-    # A collective that fails ends it with a line; where it waits for something else, JAX aborts it.
-    ends = {processes.LOST: "go on from the last checkpoint", -signal.SIGABRT: "another task died"}
-    assert ends[both[0].returncode] in said, said[-3000:]
+    # A collective that fails ends it, or JAX that aborts it: with one line either way.
+    assert both[0].returncode == processes.LOST, said[-3000:]
+    assert said.count("go on from the last checkpoint") == 1
+    assert not re.search(r"Gloo. Rank|^[EWF]\d{4} |Traceback", said, re.M), said[-3000:]
     assert time.perf_counter() - since < 120
     before = losses(files, "two")
     assert 8 <= len(before) < STEPS

@@ -82,6 +82,8 @@ ENDS = [
     (jax.errors.JaxRuntimeError("INTERNAL: NCCL: remote process exited or there was a .."), 4, GONE),
     (jax.errors.JaxRuntimeError("INTERNAL: Mosaic failed to compile"), 1, "Mosaic failed to compile"),
     (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), 1, "RESOURCE_EXHAUSTED"),
+    (ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer"), 4, GONE),
+    (ValueError("cannot connect these dots"), 1, "ValueError: cannot connect"),
     (ZeroDivisionError("by zero"), 1, "ZeroDivisionError: by zero"),
     (InputError("pack.rows is 3"), 2, "error: pack.rows is 3"),
     (FileNotFoundError(2, "No such file", "a.jsonl"), 2, "error: a.jsonl: No such file"),
