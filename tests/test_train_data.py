@@ -423,6 +423,39 @@ def test_special_tokens_of_a_prompt_are_tokens_where_the_recipe_says_so(processo
             sample_of(proc, [user(f"a{token}"), said("x")], data=Data(allow_special=True))
 
 
+def test_videos_of_a_record_may_be_frames(proc, tmp_path):
+    """A list in the list, an object with their rate, a folder; beside the file, as in a content item."""
+    frames = tmp_path / "frames"
+    frames.mkdir()
+    names = [f"frames/{i}.png" for i in range(6)]
+    for i, name in enumerate(names):
+        (tmp_path / name).write_bytes(png((40, 24), 40 * i))
+    source, maker = Source("", media=str(tmp_path)), samples.SampleMaker(proc, Data(), PACK)
+
+    def sample(item, tag="<video>a", **beside):
+        messages = [user(*([item] if item else []), tag), said("b")]
+        return maker("x", chat_form({"messages": messages} | beside, source))
+
+    listed = sample({"type": "video", "video": names}, "a")
+    rated = sample({"type": "video", "video": names, "sample_fps": 1}, "a")
+    assert not np.array_equal(listed.ids, rated.ids)
+    for got, want in (
+        (sample(None, videos=[names]), listed),
+        (sample(None, video=[names]), listed),
+        (sample(None, videos=["frames"]), sample({"type": "video", "video": "frames"}, "a")),
+        (sample(None, videos=[{"frames": names, "sample_fps": 1}]), rated),
+        (sample(None, video={"video": names, "sample_fps": 1}), rated),
+        (sample({"type": "video"}, "a", videos=[{"video": names, "sample_fps": 1}]), rated),
+    ):
+        np.testing.assert_array_equal(got.ids, want.ids)
+        (one,), (other,) = got.visuals, want.visuals
+        np.testing.assert_array_equal(one.pixels, other.pixels)
+    with pytest.raises(InputError, match=r"6 video.s. for 1 .* is a list in the list"):
+        sample(None, videos=names)
+    with pytest.raises(InputError, match="videos: unknown key 'rate'"):
+        sample(None, videos=[{"frames": names, "rate": 1}])
+
+
 def test_a_record_may_be_a_list_of_records(tmp_path):
     """The packed form of the official code, in JSONL and in a JSON list; each has a name of its own."""
     one, two = ({"messages": [user(x), said(x)]} for x in "ab")

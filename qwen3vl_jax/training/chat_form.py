@@ -22,7 +22,9 @@ Record = dict[str, Any]
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
           "system": "system", "tool": "tool", "observation": "tool"}  # fmt: skip
 _POOLS = {"image": ("image", "images"), "video": ("video", "videos")}
-_PLACES = ("image", "video", "image_url", "video_url", "url", "path")
+_SOURCES = ("bytes", "path", "url", "base64")
+_VIDEOS = ("video", "video_url", "frames")
+_PLACES = ("image", "image_url", *_VIDEOS, *_SOURCES)
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _SWITCHES = ("train", "loss", "weight")
 FIELDS = (
@@ -281,9 +283,7 @@ def _pool(record: Mapping[str, Any], kind: str) -> _Pool:
 
 def _pooled(given: Any, kind: str, name: str) -> dict[str, Any]:
     """One of them: a source, the frames of a video, or an object with settings beside its source."""
-    if isinstance(given, Mapping) and kind == "video" and "frames" in given:
-        given = {("video" if key == "frames" else key): value for key, value in given.items()}
-    if isinstance(given, Mapping) and kind in given:
+    if isinstance(given, Mapping) and not set(given) <= {*_SOURCES}:
         return {"type": kind, **_fields(given, _ITEM, f"{name}: ")}
     return {"type": kind, kind: given}
 
@@ -301,7 +301,8 @@ def _with_media(message: dict[str, Any], media: str) -> dict[str, Any]:
     items = []
     for item in content:
         places = [key for key in _PLACES if isinstance(item, Mapping) and key in item]
-        kinds = ["video" if "video" in (key[:5], item.get("type")) else "image" for key in places]
+        of_video = isinstance(item, Mapping) and str(item.get("type")) in (*_VIDEOS, "input_video")
+        kinds = ["video" if of_video or key in _VIDEOS else "image" for key in places]
         whole = {
             key: within(item[key], kind, media) for key, kind in zip(places, kinds, strict=True)
         }
