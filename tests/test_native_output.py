@@ -25,7 +25,7 @@ if sys.argv[1] == "abort":
 LOST = "E1128 18:00:04.1 1 coordination_service.cc:1549] tasks are unhealthy\n1\nThe tasks have crashed\n"
 LOST += (
     "F1128 18:00:05.1 1 client.h:80] Terminating process because the JAX distributed service detected "
-    "fatal errors. absl::Status: UNAVAILABLE\\n\\nRPC: /x.CoordinationService\\n    @  0x7fa64d440634  absl\\n"
+    "fatal errors. absl::Status: UNAVAILABLE\n\nRPC: /x.CoordinationService\n    @  0x7fa64d440634  x\n"
 )
 WARNING = "W1128 18:00:03.1 1 gemm.cc:1] native\n"
 
