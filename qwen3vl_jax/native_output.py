@@ -23,7 +23,7 @@ _NOISE = re.compile(
 )
 # What the coordination service says of a process that is gone, over several lines.
 _LOST = re.compile(
-    rb"[IWEF]\d{4} .*(coordination_service|preemption_sync_manager|distributed_runtime)"
+    rb"[IWEF]\d{4} .*(coordination_service|preemption_sync_manager|JAX distributed service)"
 )
 _KEPT = 200  # lines that were dropped, for an abort that has another cause
 _SOON = 0.2  # seconds
