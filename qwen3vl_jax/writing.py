@@ -38,6 +38,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     new = path.with_name(f".{path.name}.new")
     try:
         with new.open("wb") as file:
+            if path.exists():
+                shutil.copymode(path, new)
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -261,13 +261,14 @@ def test_any_name_comes_back(out, lines):
 
 
 def test_an_output_by_two_names_is_one(out, lines):
-    """A link is followed, and stays."""
+    """A link is followed, and stays, as do the rights of what was there."""
+    out.touch(0o600)
     link = out.with_name("link")
     link.symlink_to(out)
     with Journal(out, lines, SETTINGS), pytest.raises(InputError, match="another process is"):
         Journal(link, lines, SETTINGS)
     answer(link, lines)
-    assert link.is_symlink() and out.read_bytes() == WANT
+    assert link.is_symlink() and out.read_bytes() == WANT and out.stat().st_mode & 0o777 == 0o600
 
 
 def test_a_result_that_is_no_json_is_refused(out, lines):
