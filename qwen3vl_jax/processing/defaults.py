@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.errors import InputError, shown
 from qwen3vl_jax.json_text import read_json_file
 
 # What transformers 4.57.1 takes where a file says to sample and leaves these out.
@@ -28,12 +28,12 @@ def read_generation_config(directory: Path) -> dict[str, Any]:
     found = read_json_file(path)
     eos = found.get("eos_token_id")
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        raise InputError(f"{path}: eos_token_id is {eos!r}, expected token ids")
+    if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
+        raise InputError(f"{path}: eos_token_id is {shown(eos)}, expected token ids")
     for name in (*_SAMPLED, "min_p", *_ALWAYS):
         value = found.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise InputError(f"{path}: {name} is {value!r}, expected a number")
+            raise InputError(f"{path}: {name} is {shown(value)}, expected a number")
     for name, off in _OTHER.items():
         if found.get(name, off) not in (off, None):
             log.warning("%s: %s %r is not implemented and ignored", path, name, found[name])

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import jinja2
 
 SECONDS = 2  # of computing, for one prompt
-MEMORY = 1 << 30
+MEMORY = 1 << 29
 LENGTH = 1 << 24  # characters of a prompt
 _ERROR = 2000  # characters of a template's own words
 _HEAD = struct.Struct("<?Q")
