@@ -7,26 +7,23 @@ ViT and a filled cache alike, so no [T S] mask exists anywhere. Dims as in layer
 from __future__ import annotations
 
 import functools
-import logging
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from qwen3vl_jax.sharding import (
-    call_places,
-    compile_whole,
-    mesh_sizes,
-    most_parts,
-    on_shards,
-    platform,
-)
+from qwen3vl_jax import attention_gpu
+from qwen3vl_jax.attention_gpu import cudnn_refusal
+from qwen3vl_jax.sharding import call_places, mesh_sizes, most_parts, on_shards, platform
 
 BLOCK = 512
 DECODE_BLOCK = 64  # keys at a time of a decode step on a CPU: they stay in its cache
 NEG = -1e30
-log = logging.getLogger("qwen3vl_jax")
+# What a row holds, as far as a caller knows it when the program is traced; kernels are chosen by it.
+# "frames": segments that tokens see wholly. "causal": segments that they see up to themselves. "prompt":
+# one causal segment, from the first token on. "any": nothing is known but lo and hi.
+Layout = Literal["frames", "causal", "prompt", "any"]
 
 
 def causal_ranges(segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -56,13 +53,17 @@ def attend(
     hi: jax.Array,
     dropout: Dropout | None = None,
     names: tuple[str, str] = ("rows", "tokens"),
+    layout: Layout = "any",
+    segments: int = 0,
 ) -> jax.Array:
     """Softmax attention of q [B T N H] over k, v [B K S H], scale H^-0.5; returns [B T N H].
 
-    lo, hi [B T] int32: query i sees keys lo <= s < hi; an empty range gives zeros (on a GPU kernel,
-    anything finite). lo None means 0: a decode step on a filled cache. Scores and softmax are fp32.
-    Where lo is given and T = S, q and k are of one row, and tokens of one segment have one lo (the TPU
-    kernel relies on it).
+    lo, hi [B T] int32: query i sees keys lo <= s < hi; an empty range gives zeros (of a "prompt",
+    anything finite). Scores and softmax are fp32. Where lo is given and T = S, q and k are of one row,
+    and tokens of one segment have one lo. lo None means 0: the queries are one run of tokens that
+    stands behind a filled cache, each sees the cache up to itself.
+    layout: what the rows hold, and segments: how many of them a row holds at most (static), 0 where
+    that is not known. A GPU kernel serves "any" not at all, the others where T = S.
     dropout is of the probabilities, whose rest is scaled up, on the XLA path of every platform.
     names: logical axes of B and T. On a mesh each device attends with its rows, heads and queries to
     all keys of those rows, which is context parallelism where T is cut: a query's range says where
@@ -70,8 +71,9 @@ def attend(
     """
     if dropout is not None:  # its bits are those of one device when XLA cuts them
         return _attend_blocks(q, k, v, lo, hi, dropout)
+    run = functools.partial(_attend, layout, segments)
     if not mesh_sizes():
-        return _attend(q, k, v, hi, lo)
+        return run(q, k, v, hi, lo)
     rows, tokens = names
     more = head_copies(q.shape[2], k.shape[1])
     k, v = (jnp.repeat(x, more, axis=1) if more > 1 else x for x in (k, v))
@@ -84,7 +86,7 @@ def attend(
         args, in_axes = [*args, lo], [*in_axes, ranges]
         if q.shape[1] == k.shape[2]:  # what a shard of a row must know of the whole one
             args, in_axes = [*args, jnp.where(hi > lo, lo + 1, 0)], [*in_axes, (rows, None)]
-    return on_shards(_attend, where, tuple(in_axes), queries, *args)
+    return on_shards(run, where, tuple(in_axes), queries, *args)
 
 
 def head_copies(query_heads: int, kv_heads: int) -> int:
@@ -94,16 +96,31 @@ def head_copies(query_heads: int, kv_heads: int) -> int:
     return more if query_heads % (kv_heads * more) == 0 else 1
 
 
-def _attend(q, k, v, hi, lo=None, key_segments=None) -> jax.Array:
+def _attend(layout: Layout, segments: int, q, k, v, hi, lo=None, key_segments=None) -> jax.Array:
     """`attend` on one device; key_segments [B S]: see splash.segments, of no use elsewhere."""
     if platform() == "tpu":
         from qwen3vl_jax import splash  # Pallas for a TPU is loaded where there is one
 
         if not splash.splash_refusal(q.shape[1], k.shape[2], lo, key_segments):
             return splash.splash_attend(q, k, v, lo, hi, key_segments=key_segments)
-    if platform() == "gpu" and q.shape[1] > 1 and not cudnn_refusal(q.dtype.name, q.shape[-1]):
-        return _attend_cudnn(q, k, v, lo, hi)
+    if _on_cudnn(layout, q, k, lo):
+        if lo is None:
+            return attention_gpu.attend_behind_cache(q, k, v, hi)
+        if layout == "prompt":
+            return attention_gpu.attend_row(q, k, v)
+        if segments:
+            return attention_gpu.attend_packed(q, k, v, lo, hi, layout == "causal", segments)
+        return attention_gpu.attend_segments(q, k, v, lo, hi, layout == "causal", _attend_blocks)
     return _attend_blocks(q, k, v, lo, hi)
+
+
+def _on_cudnn(layout: Layout, q, k, lo) -> bool:
+    """Whether cuDNN serves these queries: of a run behind a cache, or of rows of a known layout."""
+    if platform() != "gpu" or q.shape[1] == 1:
+        return False
+    if lo is not None and (layout == "any" or q.shape[1] != k.shape[2]):
+        return False
+    return not cudnn_refusal(q.dtype.name, q.shape[-1])
 
 
 def attention_probs(q: jax.Array, k: jax.Array, lo: jax.Array, hi: jax.Array) -> jax.Array:
@@ -230,65 +247,11 @@ def _finish(carry):
     return out / jnp.where(total > 0, total, 1.0)[..., None]
 
 
-def _attend_cudnn(q, k, v, lo, hi):
-    """cuDNN where the ranges have one of its two shapes, decided on the device, else blocks.
-
-    Causal rows padded on the right, and rows that all see one prefix (a picture alone in the ViT).
-    """
-    t, slots = q.shape[1], k.shape[2]
-    lo = jnp.zeros_like(hi) if lo is None else lo
-    empty, reach = hi <= lo, jnp.max(hi, axis=1)
-    causal = jnp.all(empty | ((lo == 0) & (hi == jnp.arange(1, t + 1)))) & (t == slots)
-    prefix = jnp.all(empty | ((lo == 0) & (hi == reach[:, None])))
-    choice = jnp.where(causal, 0, jnp.where(prefix, 1, 2))
-
-    def cudnn(q, k, v, **kwargs):
-        k, v = (x.transpose(0, 2, 1, 3).astype(q.dtype) for x in (k, v))
-        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **kwargs)
-
-    def over_prefix(q, k, v):
-        lengths = jnp.maximum(reach, 1).astype(jnp.int32)
-        queries = jnp.full_like(lengths, t)
-        return cudnn(q, k, v, query_seq_lengths=queries, key_value_seq_lengths=lengths)
-
-    def over_blocks(q, k, v):
-        return _attend_blocks(q, k, v, lo, hi)
-
-    branches = [functools.partial(cudnn, is_causal=True), over_prefix, over_blocks]
-    return jax.lax.switch(choice, branches, q, k, v)
-
-
-@functools.cache
-def cudnn_refusal(dtype: str, head_dim: int) -> str:
-    """Why cuDNN attention does not serve this dtype and head size here, or ""; logged once a reason.
-
-    It is asked, not guessed: one tiny program is compiled, so an old GPU, a missing cuDNN and a dtype
-    that it lacks all answer for themselves.
-    """
-    if dtype == "float32":
-        return "cuDNN attention has no float32"
-    q = jax.ShapeDtypeStruct((1, 64, 2, head_dim), dtype)
-    kv = jax.ShapeDtypeStruct((1, 64, 1, head_dim), dtype)
-    count = jax.ShapeDtypeStruct((1,), jnp.int32)
-
-    def probe(q, k, v, count):  # the two forms that _attend_cudnn uses, grouped queries included
-        run = functools.partial(jax.nn.dot_product_attention, q, k, v, implementation="cudnn")
-        return run(is_causal=True), run(query_seq_lengths=count, key_value_seq_lengths=count)
-
-    try:
-        compile_whole(probe, q, kv, kv, count)
-    except Exception as e:  # the reason is what matters: any failure means the other path
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        log.warning("attention for %s, head size %d runs on XLA: %s", dtype, head_dim, reason)
-        return reason
-    return ""
-
-
 def backends() -> list[tuple[str, bool, str]]:
     """Each attention back end as (name, available here, why or what for)."""
     here = platform()
     refusal = cudnn_refusal("bfloat16", 128) if here == "gpu" else f"needs a GPU, this is {here}"
-    use = "causal rows, and pictures alone in the ViT; bf16 and fp16"
+    use = "packed rows, prompts, images and videos, tokens behind a cache; bf16 and fp16"
     tpu = "128 queries a row or more" if here == "tpu" else f"needs a TPU, this is {here}"
     return [
         (

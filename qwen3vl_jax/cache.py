@@ -106,17 +106,35 @@ def prefill(
     """
     rows, width = batch.tokens.shape
     cache = init_cache(cfg, rows, max(max_len, width), stream_dtype(params))
+    batch = _from_the_left(batch)
     lo, hi = causal_ranges(batch.segment_ids)
-    valid = batch.segment_ids > 0
-    slot = jnp.where(valid, jnp.arange(width) - lo, cache.slots)
+    slot = jnp.where(batch.segment_ids > 0, jnp.arange(width), cache.slots)
     if chunk is not None:
         return _fill_in_chunks(params, cfg, cache, batch, features, slot, chunk)
 
     def mix(i, q, k, v):
         new = (_write(cache.k[i], k, slot), _write(cache.v[i], v, slot))
-        return attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), lo, hi), new
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        return attend(q, k, v, lo, hi, layout="prompt"), new
 
     return _fill(params, cfg, cache, batch, features, mix)
+
+
+def _from_the_left(batch: Batch) -> Batch:
+    """The batch with each row's tokens moved to the row's start, its padding behind them."""
+    width = batch.tokens.shape[1]
+    first = jnp.argmax(batch.segment_ids > 0, axis=1)[:, None]
+    index = (jnp.arange(width) + first) % width
+
+    def moved(x: jax.Array) -> jax.Array:
+        at = index.reshape(*index.shape, *[1] * (x.ndim - 2))
+        return jnp.take_along_axis(x, at, axis=1)
+
+    named = {
+        name: getattr(batch, name) for name in ("tokens", "segment_ids", "vision_rows", "embeds")
+    }
+    fields = {name: moved(x) for name, x in named.items() if x is not None}
+    return batch.replace(**fields, positions=jax.vmap(moved)(batch.positions))
 
 
 def _fill_in_chunks(params, cfg, cache, batch, features, slot, chunk):

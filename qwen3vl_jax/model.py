@@ -230,7 +230,8 @@ def row_mix(batch: Batch, dropout: Dropout | None = None):
 
     def mix(i, q, k, v):
         drop = dropout and Dropout(jax.random.fold_in(dropout.key, i), dropout.rate)
-        return attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), lo, hi, drop), None
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        return attend(q, k, v, lo, hi, drop, layout="causal"), None
 
     return mix
 
@@ -285,7 +286,7 @@ def attentions(
 
     def mix(i, q, k, v):
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        return attend(q, k, v, lo, hi), attention_probs(q, k, lo, hi)
+        return attend(q, k, v, lo, hi, layout="causal"), attention_probs(q, k, lo, hi)
 
     _, probs = run_rows(params, cfg, batch, features, mix)
     return jnp.stack(probs) if isinstance(probs, list) else probs

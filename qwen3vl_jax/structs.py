@@ -26,6 +26,8 @@ class VisionInputs(flax.struct.PyTreeNode):
     coords: jax.Array  # [P 2] int32: row and column inside the frame, for the 2-D rotary
     lo: jax.Array  # [P] int32: a patch attends to patches lo <= s < hi, those of its own frame
     hi: jax.Array  # [P] int32
+    # At most so many images and frames lie in a row; 0: nobody has counted them.
+    frames: int = flax.struct.field(pytree_node=False, default=0)
 
 
 class Features(flax.struct.PyTreeNode):

@@ -36,6 +36,7 @@ class VisionAttention(nn.Module):
     """Attention of every patch to its own frame; q and k turned by row and column, in fp32."""
 
     cfg: VisionConfig
+    frames: int = 0
 
     @nn.compact
     def __call__(self, x, rotary, lo, hi) -> jax.Array:
@@ -46,7 +47,8 @@ class VisionAttention(nn.Module):
         q, k, v = (qkv[:, :, i] for i in range(3))
         q, k = (rotate(y.astype(jnp.float32), *rotary).astype(x.dtype) for y in (q, k))
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        out = attend(q, k, v, lo, hi, names=("vision_rows", "patches"))
+        names = ("vision_rows", "patches")
+        out = attend(q, k, v, lo, hi, names=names, layout="frames", segments=self.frames)
         o, bias = weight(self, "o", d, n, h), weight(self, "o_bias", d, init=zeros)
         return linear(out, o, bias, in_dims=2)
 
@@ -66,11 +68,12 @@ class VisionBlock(nn.Module):
     """One ViT layer, pre-LN: x [W P D] -> [W P D]."""
 
     cfg: VisionConfig
+    frames: int = 0
 
     @nn.compact
     def __call__(self, x, rotary, lo, hi) -> jax.Array:
         y = LayerNorm(name="ln1")(x)
-        x = x + VisionAttention(self.cfg, name="attn")(y, rotary, lo, hi)
+        x = x + VisionAttention(self.cfg, self.frames, name="attn")(y, rotary, lo, hi)
         return x + VisionMlp(self.cfg, name="mlp")(LayerNorm(name="ln2")(x))
 
 
@@ -132,7 +135,7 @@ def vision_encode(
 
     def body(carry, layer, i):
         x, taps = carry
-        x = _cut_by_pictures(apply(VisionBlock(c), layer, x, rotary, vis.lo, vis.hi))
+        x = _cut_by_pictures(apply(VisionBlock(c, vis.frames), layer, x, rotary, vis.lo, vis.hi))
         return (x, taps.at[slot[i]].set(x, mode="drop") if count else taps), None
 
     (x, taps), _ = run_layers(body, (x, jnp.zeros((count, *x.shape), x.dtype)), p["blocks"], remat)

@@ -70,7 +70,15 @@ def make_vision(cfg: Config, pixels, grid_thw, pad: bool = True) -> VisionInputs
     lo, hi = (np.repeat(x, sizes).astype(np.int32) for x in (ends - sizes, ends))
     rows = c.merge_unit * bucket(-(-count // c.merge_unit)) if pad else count
     out = (_pad_rows(x, rows) for x in (pixels, index, weights, coords, lo, hi))
-    return VisionInputs(*out)
+    return VisionInputs(*out, frames=_frame_bound(len(sizes), rows))
+
+
+def _frame_bound(frames: int, patches: int) -> int:
+    """A power of two that holds so many frames, as large as frames of 256 patches need.
+
+    It is part of a compiled program: pictures of usual sizes then share that of their bucket.
+    """
+    return 1 << (max(frames, -(-patches // 256), 2) - 1).bit_length()
 
 
 def _pad_rows(x: np.ndarray, rows: int) -> Any:

@@ -1,0 +1,178 @@
+"""The GPU's attention: on a GPU cuDNN itself, elsewhere a stand-in that follows its documented tables."""
+
+import enum
+import functools
+import inspect
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_attention import arrays, dense_jax
+from tiny import config_dict
+
+from qwen3vl_jax import attention, attention_gpu
+from qwen3vl_jax.config import Config
+from qwen3vl_jax.processing.batch import make_vision
+
+ON_GPU = jax.default_backend() == "gpu"
+Mask = enum.Enum("Mask", "PADDING PADDING_CAUSAL")
+
+
+@jax.custom_vjp
+def junk_outside(x, inside):
+    """x, with NaN in its gradient outside: cuDNN writes no gradient there."""
+    return x
+
+
+junk_outside.defvjp(
+    lambda x, inside: (x, inside), lambda inside, g: (jnp.where(inside, g, jnp.nan), None)
+)
+
+
+def stand_in(q, k, v, bias, mask, q_size, k_size, q_start=None, k_start=None, *, scale, mask_type,
+             return_residual=False):  # fmt: skip
+    """What cuDNN computes, segment by segment; NaN for tokens of none, in values and gradients."""
+    b, t, n, _ = q.shape
+    if q_start is None:
+        q_size, k_size = q_size[:, None], k_size[:, None]
+        q_start = k_start = jnp.zeros((b, 2), jnp.int32)
+    at, keys = jnp.arange(t), jnp.arange(k.shape[1])
+    inside = (at >= q_start[:, :-1, None]) & (at < (q_start[:, :-1] + q_size)[..., None])
+    inside &= (q_size >= 0)[..., None]  # [B M T]
+    seen = (keys >= k_start[:, :-1, None]) & (keys < (k_start[:, :-1] + k_size)[..., None])
+    pairs = inside[..., None] & seen[:, :, None]
+    if mask_type is Mask.PADDING_CAUSAL:
+        behind = at[:, None] - q_start[:, :-1, None, None] >= keys - k_start[:, :-1, None, None]
+        pairs &= behind
+    pairs = jnp.any(pairs, axis=1)[:, None]
+    real, real_keys = (jnp.any(x, axis=1)[..., None, None] for x in (inside, seen))
+    q = junk_outside(q, real)
+    k, v = (junk_outside(x, real_keys) for x in (k, v))
+    k, v = (jnp.repeat(x, n // x.shape[2], axis=2) for x in (k, v))
+    scores = jnp.where(pairs, jnp.einsum("btnh,bsnh->bnts", q, k) * scale, -1e30)
+    sums = jax.nn.logsumexp(scores, axis=-1)
+    probs = jnp.where(pairs, jnp.exp(scores - sums[..., None]), 0)
+    ended = jnp.all(q_start[:, -1] == -1) | (q_size.shape[1] == 1)
+    real &= ended  # cuDNN reads on where the last entry of a row is another
+    out = jnp.where(real, jnp.einsum("bnts,bsnh->btnh", probs, v), jnp.nan)
+    if not return_residual:
+        return out
+    first = jnp.maximum(q_start[:, :1], 0)  # sums are counted from the first token of a segment
+    moved = jnp.take_along_axis(sums, jnp.minimum(at + first, t - 1)[:, None], axis=2)
+    rest = jnp.full(((q_start.shape[1] - 2) * b, n, t), -jnp.inf)
+    return out, jnp.concatenate([moved, rest])
+
+
+@pytest.fixture(autouse=True)
+def cudnn(monkeypatch):
+    """Programs are traced as on a GPU."""
+    if not ON_GPU:
+        fake = types.SimpleNamespace(MaskType=Mask, dot_product_attention=stand_in)
+        monkeypatch.setattr(attention_gpu, "_cudnn", lambda: fake)
+        monkeypatch.setattr(attention, "platform", lambda: "gpu")
+        monkeypatch.setattr(attention, "cudnn_refusal", lambda dtype, head: "")
+
+
+DTYPE = jnp.bfloat16 if ON_GPU else jnp.float32
+BOUND = 0.03 if ON_GPU else 2e-5
+
+
+def ranges(rows, t, causal):
+    """lo and hi of rows that are given as (padding before, lengths of segments)."""
+    lo, hi = np.zeros((2, len(rows), t), np.int32)
+    for row, (padding, sizes) in enumerate(rows):
+        ends = padding + np.cumsum(sizes)
+        for start, end in zip(ends - sizes, ends, strict=True):
+            lo[row, start:end] = start
+            hi[row, start:end] = np.arange(start, end) + 1 if causal else end
+    return jnp.asarray(lo), jnp.asarray(hi)
+
+
+ROWS = [(0, [1, 40, 7]), (5, [60, 31]), (0, [96])]
+
+
+@pytest.mark.parametrize(("layout", "heads"), [("causal", (6, 2, 128)), ("frames", (4, 4, 72))])
+@pytest.mark.parametrize("segments", [0, 3, 16])
+def test_segments_equal_softmax_over_a_mask(layout, segments, heads):
+    """Values, zeros of padding and all three gradients, segments counted by the host or not."""
+    q, k, v = (x.astype(DTYPE) for x in arrays(3, 96, *heads, 96))
+    lo, hi = ranges(ROWS, 96, layout == "causal")
+    real = (hi > lo)[..., None, None]
+
+    def run(fn, *x):
+        def loss(*x):
+            out = fn(*x, lo, hi)
+            return jnp.sum(jnp.sin(out.astype(jnp.float32)) * real), out
+
+        return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*x)
+
+    slopes, out = run(
+        functools.partial(attention.attend, layout=layout, segments=segments), q, k, v
+    )
+    want_slopes, want = run(dense_jax, *(x.astype(jnp.float32) for x in (q, k, v)))
+    assert (np.asarray(out)[~np.asarray(real[..., 0, 0])] == 0).all()
+    np.testing.assert_allclose(np.asarray(out, np.float32), want, atol=BOUND)
+    for got, expected in zip(slopes, want_slopes, strict=True):
+        np.testing.assert_allclose(np.asarray(got, np.float32), expected, atol=2 * BOUND)
+
+
+@pytest.mark.parametrize("count", [attention_gpu.FEW, attention_gpu.MANY, attention_gpu.MANY + 1])
+def test_uncounted_segments_are_right_however_many(count):
+    """Few, many, and more than cuDNN is asked for."""
+    q, k, v = (x.astype(DTYPE) for x in arrays(2, 192, 4, 2, 64, 192))
+    lo, hi = ranges([(0, [2] * count), (0, [192])], 192, True)
+    got = jax.jit(functools.partial(attention.attend, layout="causal"))(q, k, v, lo, hi)
+    want = dense_jax(*(x.astype(jnp.float32) for x in (q, k, v)), lo, hi)
+    np.testing.assert_allclose(np.asarray(got, np.float32), want, atol=BOUND)
+
+
+def test_more_segments_than_were_counted_are_no_numbers():
+    q, k, v = (x.astype(DTYPE) for x in arrays(2, 96, 4, 2, 64, 96))
+    lo, hi = ranges([(0, [10] * 4), (0, [96])], 96, False)
+    run = jax.jit(attention_gpu.attend_packed, static_argnums=(5, 6))
+    out = np.asarray(run(q, k, v, lo, hi, False, 3), np.float32)
+    assert np.isnan(out[0, :40]).all() and not np.isnan(out[1]).any()
+
+
+@pytest.mark.parametrize("slots", [96, 512])
+def test_a_run_behind_a_cache_sees_what_is_filled_and_itself(slots):
+    """Nothing before it, something, no run at all, and up to the last slot."""
+    t = 37
+    q, k, v = (x.astype(DTYPE) for x in arrays(4, t, 4, 2, 64, slots))
+    start, left, count = (
+        np.array([0, 21, 9, slots - t]),
+        np.array([0, 3, 0, 0]),
+        np.array([t, 30, 0, t]),
+    )
+    index = np.arange(t)
+    real = (index >= left[:, None]) & (index < (left + count)[:, None])
+    hi = np.where(real, start[:, None] + index - left[:, None] + 1, 0).astype(np.int32)
+    got = jax.jit(lambda *x: attention.attend(*x, None, hi))(q, k, v)
+    want = dense_jax(*(x.astype(jnp.float32) for x in (q, k, v)), np.zeros_like(hi), hi)
+    np.testing.assert_allclose(np.asarray(got, np.float32), want, atol=BOUND)
+
+
+def test_jax_still_has_what_the_packed_layout_needs():
+    """A release that moves or renames it falls back to XLA blocks; this says so first."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    names = list(inspect.signature(cudnn.dot_product_attention).parameters)
+    assert names[:9] == ["query", "key", "value", "bias", "mask", "q_seqlen", "kv_seqlen",
+                         "q_offsets", "kv_offsets"]  # fmt: skip
+    assert {"scale", "mask_type", "return_residual"} <= set(names)
+    assert {"PADDING", "PADDING_CAUSAL"} <= set(cudnn.MaskType.__members__)
+
+
+def test_images_of_usual_sizes_share_one_program():
+    """The count of frames that a program is compiled for follows the bucket of patches."""
+    cfg = Config.from_hf(config_dict())
+
+    def frames(*grids):
+        patches = sum(t * h * w for t, h, w in grids)
+        pixels = np.zeros((patches, int(np.prod(cfg.vision.patch_shape))), np.float32)
+        return make_vision(cfg, pixels, np.array(grids)).frames
+
+    assert frames((1, 32, 32)) == frames((2, 16, 16), (2, 16, 16)) == 8
+    assert frames((40, 2, 2)) == 64 and frames((1, 4, 4)) == 2
