@@ -285,6 +285,8 @@ REFUSED = {
                         "message 2: unknown key 'function_call'"),
     "an item's key": ({"messages": [user({"type": "text", "text": "a", "train": 0}), ANSWERED]},
                       "content item: unknown key 'train'"),
+    "a text beside an image": ({"messages": [user({**chats.picture(8, 8), "text": "a"}), ANSWERED]},
+                               "message 1: content item: it holds 'a' and more"),
     "a turn's key": ({"conversations": [HUMAN | {"value": "a"}, GPT | {"role": "x"}]},
                      "2: unknown key 'role'"),
     "no content": ({"messages": [{"role": "user"}, ANSWERED]}, "message 1: it has no content"),
@@ -351,6 +353,9 @@ MEANS = {
     "numbered items": ({"images": [IMAGE, PICTURE["image"]], "messages": [
         user({"type": "image", "index": 0, "text": None}, {"type": "image", "index": 1}), ANSWERED]},
         {"messages": [user({"type": "image", "image": IMAGE}, PICTURE), ANSWERED]}),
+    "empty places": ({"messages": [user({**PICTURE, "text": ""}, {"type": "text", "text": "a", "image": "",
+                                                                  "video": None}), ANSWERED]},
+                     {"messages": [user(PICTURE, "a"), ANSWERED]}),
     "loss": ({"messages": [ASKED, {**ANSWERED, "loss": False}, ASKED, {**ANSWERED, "loss": True}]},
              {"messages": [ASKED, {**ANSWERED, "train": False}, ASKED, ANSWERED]}),
     "weight 0 and 1": ({"messages": [{**ASKED, "weight": 0}, {**ANSWERED, "weight": 0}, ASKED,
@@ -528,6 +533,27 @@ def test_ready_samples_are_checked_as_all_are(proc, case):
     assert maker("x", good).ids.dtype == np.int32
     with pytest.raises(InputError, match=words):
         maker("x", dataclasses.replace(good, **changed))
+
+
+def test_pixels_of_a_ready_sample_are_checked(proc):
+    """What is normalised, not finite, or lies on other placeholders would be trained on as it is."""
+    good = sample_of(proc, [user(PICTURE, FILM, "a"), said("b")])
+    maker, (one, other) = samples.SampleMaker(proc, Data(), PACK), good.visuals
+    for changed, words in (
+        (
+            dataclasses.replace(one, pixels=one.pixels.astype(np.float32)),
+            "are float32, expected uint8",
+        ),
+        (dataclasses.replace(one, pixels=one.pixels * np.nan), "are float64, expected uint8 or"),
+        (dataclasses.replace(one, pixels=np.float32(one.pixels) * np.nan), "not all finite"),
+        (dataclasses.replace(one, clip=True), "placeholders of its kind"),
+        (dataclasses.replace(one, start=one.start + 1), "placeholders of its kind"),
+        (dataclasses.replace(one, pixels=one.pixels[1:]), "pixels have shape"),
+    ):
+        with pytest.raises(InputError, match=words):
+            maker("x", dataclasses.replace(good, visuals=(changed, other)))
+    with pytest.raises(InputError, match="placeholders without an image or video"):
+        maker("x", dataclasses.replace(good, visuals=(one,)))
 
 
 def test_tokens_that_a_tokenizer_has_beyond_the_embedding_are_refused(proc):

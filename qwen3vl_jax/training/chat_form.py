@@ -25,48 +25,24 @@ _POOLS = {"image": ("image", "images"), "video": ("video", "videos")}
 _SOURCES = ("bytes", "path", "url", "base64")
 _VIDEOS = ("video", "video_url", "frames")
 _PLACES = ("image", "image_url", *_VIDEOS, *_SOURCES)
+_MEDIA = ("image", "image_url", "input_image", "video", "video_url", "input_video")
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _SWITCHES = ("train", "loss", "weight")
-FIELDS = (
-    "messages",
-    "conversations",
-    "system",
-    "tools",
-    "objects",
-    *_POOLS["image"],
-    *_POOLS["video"],
-)
+FIELDS = ("messages", "conversations", "system", "tools", "objects", *_POOLS["image"],
+          *_POOLS["video"])  # fmt: skip
 # What says where a record comes from, and changes nothing; a source may name more in `ignore`.
 METADATA = ("id", "idx", "index", "uid", "uuid", "source", "dataset", "split", "task", "category",
             "language", "metadata", "width", "height", "num_tokens")  # fmt: skip
 _MESSAGE = ("name", "tool_calls", "tool_call_id", *_REASONING, *_SWITCHES)
-_ITEM = (
-    "type",
-    "text",
-    "index",
-    "base64",
-    "bytes",
-    "nframes",
-    *_PLACES,
-    *images.OVERRIDES,
-    *videos.OVERRIDES,
-)
+_ITEM = ("type", "text", "index", *_PLACES, *images.OVERRIDES, *videos.OVERRIDES)
 _TAG = re.compile(r"(?<!\\)(<image>|<video>)")
 _LITERAL = re.compile(r"\\(<(?:image|video)>)")
 _HOW = "a tag that is meant as text has a backslash in front of it: \\<image>"
 _A = {"image": "an image", "video": "a video"}
 _PREFERENCES = dict.fromkeys(
-    (
-        "chosen",
-        "rejected",
-        "rejected_response",
-        "rejected_messages",
-        "rejected_images",
-        "label",
-        "labels",
-    ),
-    "answers are trained on, not preferences or classes",
-)
+    ("chosen", "rejected", "rejected_response", "rejected_messages", "rejected_images", "label",
+     "labels"), "answers are trained on, not preferences or classes",
+)  # fmt: skip
 
 
 def chat_form(record: Any, source: Source | None = None) -> Record:
@@ -170,11 +146,9 @@ def _content(content: Any, role: Any, where: str, pools: dict[str, list[Any]], s
     """A message's content whose tags and empty places are filled."""
     if isinstance(content, str):
         return _by_tag(content, role, where, pools, strip)
-    items = list(content) if isinstance(content, (list, tuple)) else [content]
     out: list[Any] = []
-    for given in items:
-        plain = not isinstance(given, Mapping)
-        item = given if plain else _fields(given, _ITEM, f"{where}content item: ")
+    for given in content if isinstance(content, (list, tuple)) else [content]:
+        item = _item(given, where) if isinstance(given, Mapping) else given
         text = item.get("text") if isinstance(item, Mapping) else item
         if isinstance(text, str):
             text = _by_tag(text, role, where, pools, False)
@@ -182,6 +156,16 @@ def _content(content: Any, role: Any, where: str, pools: dict[str, list[Any]], s
         else:
             out.append(_filled(item, where, pools))
     return out
+
+
+def _item(given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A content item without its empty places; it holds a text, or an image or video."""
+    item = _fields(given, _ITEM, f"{where}content item: ")
+    item = {k: v for k, v in item.items() if not (k in _PLACES and _blank(v))}
+    is_media = item.get("type", "text") in _MEDIA or any(k in item for k in _PLACES)
+    if "text" in item and is_media and not _blank(text := item.pop("text")):
+        raise InputError(f"{where}content item: it holds {text!r} and more, expected one of them")
+    return item
 
 
 def _by_tag(text: str, role: Any, where: str, pools: dict[str, list[Any]], strip: bool) -> Any:
@@ -211,7 +195,7 @@ def _filled(item: Any, where: str, pools: dict[str, list[Any]]) -> Any:
     if not isinstance(item, dict):
         return item
     kind, index = item.get("type"), item.pop("index", None)
-    if kind not in pools or any(key in item for key in (*_PLACES, "base64", "bytes")):
+    if kind not in pools or any(key in item for key in _PLACES):
         return item
     pool = pools[kind]
     if index is not None and index != (at := pool.total - len(pool)):

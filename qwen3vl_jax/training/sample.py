@@ -99,7 +99,9 @@ def _check_visuals(sample: Sample, ids: np.ndarray, cfg: Config) -> tuple[tuple[
             raise InputError(
                 f"{where}pixels have shape {visual.pixels.shape}, expected {(t * h * w, width)}"
             )
-        if visual.pixels.dtype.kind == "f" and not np.isfinite(visual.pixels).all():
+        if visual.pixels.dtype not in (np.uint8, np.float32):
+            raise InputError(f"{where}pixels are {visual.pixels.dtype}, expected uint8 or float32")
+        if visual.pixels.dtype == np.float32 and not np.isfinite(visual.pixels).all():
             raise InputError(f"{where}pixels are not all finite")
         token = cfg.video_token_id if visual.clip else cfg.image_token_id
         at = slice(visual.start, visual.end)

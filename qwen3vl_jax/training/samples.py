@@ -87,6 +87,8 @@ class SampleMaker:
         """
         if isinstance(record, Sample):
             sample = check_sample(record, self.proc.config)
+            if self._processor is not self.proc:
+                _check_eight_bit(sample)
             if reason := misfit(self.proc.config, self.pack, sample):
                 raise TooLarge(reason)
             return sample
@@ -247,6 +249,13 @@ def _check_messages(messages: Sequence[Any], own_values: bool, allow_special: bo
                 raise InputError(
                     f"message {number}: {found[0]} of a single image, which training has no use for"
                 )
+
+
+def _check_eight_bit(sample: Sample) -> None:
+    """Raises InputError for normalised pixels, where batches hold what is before that."""
+    for number, visual in enumerate(sample.visuals, 1):
+        if visual.pixels.dtype != np.uint8:
+            raise InputError(f"visuals {number}: pixels are {visual.pixels.dtype}, expected uint8")
 
 
 def eight_bit(proc: Processor) -> Processor:
