@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from pathlib import Path
 
 from qwen3vl_jax.cli import Parser
@@ -240,7 +241,7 @@ def media_rules(args: argparse.Namespace) -> MediaRules:
     if root is not None and not os.path.isdir(root):
         raise InputError(f"--media-root: got {root!r}, expected a folder that exists")
     named = None if hosts is None else tuple(host.strip() for host in hosts.split(","))
-    if named is not None and not all(named):
+    if not all(re.fullmatch("((gs|s3|az)://)?[^/]+", host) for host in named or ()):
         raise InputError(f"--allow-hosts: got {hosts!r}, expected names of hosts, HOST[,HOST]")
     return MediaRules(root or "", named, trusted=False, max_batch_bytes=4 * 2**30)
 

@@ -119,6 +119,7 @@ FORMS = {
     "a scheme as a name": lambda folder, url: "coco:7.png",
     "a name that is base64": lambda folder, url: "QUJD",
     "http URL": lambda folder, url: f"{url}/a%20b.png",
+    "http URL as typed": lambda folder, url: f"{url}/a b.png",
     "data URI": lambda folder, url: f"data:image/png;base64,{TEXT}",
     "percent data URI": lambda f, u: "data:image/png," + "".join(f"%{b:02x}" for b in PNG),
     "base64": lambda folder, url: TEXT,
@@ -345,7 +346,8 @@ def test_options_of_a_batch(tmp_path):
     found = read("--media-root", str(tmp_path), "--allow-hosts", "a.org, 10.0.0.1")
     assert found == rules(str(tmp_path), ("a.org", "10.0.0.1"))
     refused(lambda: read("--media-root", str(tmp_path / "gone")), "--media-root: got", "exists")
-    refused(lambda: read("--allow-hosts", "a,,b"), "--allow-hosts: got")
+    for hosts in ("a,,b", "https://a.org", "10.0.0.0/8", ""):
+        refused(lambda hosts=hosts: read("--allow-hosts", hosts), "--allow-hosts: got")
     alone = options.arguments(["--prompt", "hi", "--media-root", str(tmp_path)], "")
     refused(lambda: options.check(alone), "--media-root", "--input")
 

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import http.client
 import socket
+import string
 import threading
 import time
 import urllib.error
@@ -78,7 +79,15 @@ def _why(error: Exception, timeout: float) -> str:
 
 def _read(opener: Any, url: str, name: str, max_bytes: int, timeout: float) -> bytes:
     deadline = time.monotonic() + timeout
-    request = urllib.request.Request(url, headers={"User-Agent": "qwen3vl-jax"})
+    # Spaces and letters beyond ASCII are written as a browser sends them.
+    parts = urllib.parse.urlsplit(url)
+    quoted = {
+        part: urllib.parse.quote(getattr(parts, part), safe=string.punctuation)
+        for part in ("path", "query")
+    }
+    request = urllib.request.Request(
+        parts._replace(**quoted).geturl(), headers={"User-Agent": "qwen3vl-jax"}
+    )
     with opener.open(request, timeout=timeout) as response:
         data = bytearray()
         while chunk := response.read1(_CHUNK):
@@ -111,11 +120,12 @@ def _opener(url: str, name: str, rules: MediaRules) -> urllib.request.OpenerDire
         def reach(self, kind: Any, req: Any) -> Any:
             parts = urllib.parse.urlsplit(req.full_url)
             host = parts.hostname or ""
-            rules.check_host(host, parts.port, name)
+            port = parts.port or (443 if parts.scheme == "https" else 80)
+            rules.check_host(host, port, name)
             is_direct = req.host == parts.netloc
             if not is_direct:  # the proxy looks the host up; what is known of it here is checked
                 with contextlib.suppress(OSError):
-                    rules.addresses(host, parts.port or 0, host == first, name)
+                    rules.addresses(host, port, host == first, name)
 
             def connection(*args: Any, **options: Any) -> Any:
                 made = kind(*args, **options)

@@ -64,7 +64,7 @@ class MediaRules:
         )
 
     def _names(self, host: str, port: int | None) -> bool:
-        named = [name.rstrip("./").lower() for name in self.hosts or ()]
+        named = [name.strip("[]").rstrip("./").lower() for name in self.hosts or ()]
         host = host.rstrip("./").lower()
         return host in named or f"{host}:{port}" in named
 
