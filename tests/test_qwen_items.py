@@ -12,7 +12,7 @@ from PIL import Image
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.chat import read_conversation
 from qwen3vl_jax.processing.images import preprocess
-from qwen3vl_jax.processing.qwen_items import VideoItem
+from qwen3vl_jax.processing.qwen_items import VideoItem, image_limits
 from qwen3vl_jax.processing.videos import preprocess_video
 
 TOKEN = 32 * 32
@@ -23,7 +23,7 @@ def seen(item):
     content = [item, {"type": "text", "text": "Describe this."}]
     _, (medium,) = read_conversation([{"role": "user", "content": content}])
     if medium.kind == "image":
-        return (*preprocess(medium.source, **medium.overrides), None)
+        return (*preprocess(medium.source, **image_limits(medium.overrides, 32)), None)
     return preprocess_video(medium.source, **medium.overrides)
 
 
@@ -79,6 +79,7 @@ def test_examples_of_the_readme(tmp_path):
         (picture, (1, 86, 128), 2752, ()),
         ({**picture, "resized_height": 280, "resized_width": 420}, (1, 18, 26), 117, ()),
         ({**picture, "min_pixels": 50176, "max_pixels": 50176}, (1, 10, 16), 40, ()),
+        ({"image": Image.new("RGB", (100, 100)), "max_pixels": 100000}, (1, 6, 6), 9, ()),
     ):
         rows, found, used = seen(item)
         assert tuple(found) == grid and len(rows) == 4 * tokens == np.prod(grid)

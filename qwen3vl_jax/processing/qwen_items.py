@@ -1,4 +1,4 @@
-"""Videos in messages as qwen-vl-utils reads them: how many frames are used, and of what size.
+"""Media in messages as qwen-vl-utils reads them: how many frames are used, and of what size.
 
 Source: fetch_video of qwen-vl-utils 0.0.14, whose rules and defaults these are.
 """
@@ -121,6 +121,17 @@ class VideoItem:
         if low > high and self.min_pixels is not None and self.max_pixels is not None:
             raise InputError(f"video: min_pixels {low} is above max_pixels {high}")
         return _smart_resize(height, width, factor, min(low, high), high)
+
+
+def image_limits(item: Mapping[str, Any], factor: int) -> dict[str, Any]:
+    """The settings of an image in a message, with both limits where it has one of them."""
+    least, most = (tokens * factor**2 for tokens in _IMAGE_TOKENS)
+    low, high = item.get("min_pixels"), item.get("max_pixels")
+    if "size" not in item and low is None and high is not None:
+        return {**item, "min_pixels": min(least, whole("image: max_pixels", high))}
+    if "size" not in item and high is None and low is not None:
+        return {**item, "max_pixels": max(most, whole("image: min_pixels", low))}
+    return dict(item)
 
 
 KEYS = tuple(field.name for field in dataclasses.fields(VideoItem) if field.name != "resizes")

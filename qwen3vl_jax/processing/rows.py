@@ -14,6 +14,7 @@ from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.chat import Medium, placeholder_mismatch
 from qwen3vl_jax.processing.images import ImageSettings, preprocess
 from qwen3vl_jax.processing.media import opened_image
+from qwen3vl_jax.processing.qwen_items import image_limits
 from qwen3vl_jax.processing.tokenizer import Tokenizer
 from qwen3vl_jax.processing.videos import UsedFrames, VideoSettings, preprocess_video
 
@@ -79,7 +80,8 @@ def see(
                 *preprocess_video(medium.source, video_settings, limits, **medium.overrides)
             )
         with opened_image(medium.source, **limits) as image:
-            return Seen(*preprocess(image, image_settings, **medium.overrides))
+            own = image_limits(medium.overrides, image_settings.factor)
+            return Seen(*preprocess(image, image_settings, **own))
     except MemoryError as e:
         raise InputError(f"{medium.kind}: not enough memory for it; lower max_pixels") from e
 
