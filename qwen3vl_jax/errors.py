@@ -2,9 +2,20 @@
 
 from typing import Any
 
+_LONGEST = 1200  # characters
+
 
 class InputError(ValueError):
-    """A one-line message that names the thing, what was expected, what was found, what to do."""
+    """A one-line message that names the thing, what was expected, what was found, what to do.
+
+    Line breaks, and the middle of what is too long for a line, are left out, whatever was quoted.
+    """
+
+    def __init__(self, message: str = ""):
+        text = " ".join(part for line in message.splitlines() if (part := line.strip()))
+        if len(text) > _LONGEST:
+            text = f"{text[: _LONGEST - 300]} .. {text[-300:]}"
+        super().__init__(text)
 
 
 def shown(value: Any, limit: int = 80) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 from pathlib import Path
 
@@ -90,6 +91,13 @@ def test_every_file_of_a_checkpoint_is_read_so(tmp_path, text):
             with pytest.raises(InputError, match=re.escape(name)) as e:
                 call(folder)
             assert "\n" not in str(e.value)
+
+
+def test_an_error_is_one_line_however_long_what_it_quotes():
+    assert str(InputError("a: got b,\n  expected c")) == "a: got b, expected c"
+    error = pickle.loads(pickle.dumps(InputError(f"a: got {'b' * 9999}, expected c")))
+    assert str(error).startswith("a: got bbb") and str(error).endswith("bbb, expected c")
+    assert len(str(error)) < 1300
 
 
 def test_only_regular_files_are_opened(tmp_path):

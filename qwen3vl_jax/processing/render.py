@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import datetime
 import functools
-import json
 import os
 import pickle
 import signal
@@ -23,11 +22,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.json_text import write_json
 
 if TYPE_CHECKING:
     import jinja2
 
-SECONDS = 2  # of computing, for one prompt
+SECONDS = 1  # of computing, for one prompt
 MEMORY = 1 << 29
 LENGTH = 1 << 24  # characters of a prompt
 _ERROR = 2000  # characters of a template's own words
@@ -188,11 +188,11 @@ def _compiled(template: str) -> jinja2.Template:
 
 def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
     # Jinja's own filter escapes HTML, which a model never saw in training.
-    return json.dumps(
+    return write_json(
         value,
+        "tojson",
         ensure_ascii=ensure_ascii,
         indent=indent,
         separators=separators,
         sort_keys=sort_keys,
-        allow_nan=False,
     )
