@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torchvision_shim  # noqa: F401
 import toy_checkpoint as toy
+from chats import free
 from PIL import Image
 from transformers import (
     Qwen2Tokenizer,
@@ -270,9 +271,7 @@ def test_a_conversation(both, name):
         text = theirs.apply_chat_template(CHATS[name], tokenize=False, **options)
         assert ours.render(CHATS[name], **options) == text
         expected = their_inputs(theirs, [CHATS[name]], **options)
-        assert_inputs_equal(
-            ours.inputs(CHATS[name], allow_special="assistant", **options), expected
-        )
+        assert_inputs_equal(ours.inputs(CHATS[name], **free(CHATS[name]), **options), expected)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -280,7 +279,7 @@ def test_many_conversations(both, side):
     ours, theirs = both
     chats = [CHATS[k] for k in ("text", "pictures", "plain", "turns", "picture")]
     expected = their_inputs(theirs, chats, padding_side=side, add_generation_prompt=True)
-    assert_inputs_equal(ours.inputs(chats, padding_side=side, allow_special="assistant"), expected)
+    assert_inputs_equal(ours.inputs(chats, padding_side=side, **free(chats)), expected)
 
 
 def test_variables_and_open_ends(both):

@@ -24,7 +24,7 @@ def golden():
 def test_ids_grids_and_positions(proc, golden, name):
     """Frames and their times stand where the template's vision_start .. vision_end pair was."""
     kept, tools = golden[name], chats.tools_of(name)
-    found = proc.inputs(chats.FILMED[name], tools=tools, allow_special="assistant")
+    found = proc.inputs(chats.FILMED[name], tools=tools, **chats.free(chats.FILMED[name]))
     for key in golden_io.PROMPT_KEYS:
         assert (key in found) == (key in kept)
         if key in kept:
@@ -33,7 +33,7 @@ def test_ids_grids_and_positions(proc, golden, name):
     positions, delta = q3.rope_index(proc.config, *arrays)
     np.testing.assert_array_equal(positions, kept["position_ids"])
     np.testing.assert_array_equal(delta, kept["rope_deltas"][:, 0])
-    batch = proc(chats.FILMED[name], tools=tools, allow_special="assistant")
+    batch = proc(chats.FILMED[name], tools=tools, **chats.free(chats.FILMED[name]))
     np.testing.assert_array_equal(batch.positions[:, :, : positions.shape[2]], positions)
     text = proc.decode(found["input_ids"][0])
     for used in found["video_metadata"]:
@@ -44,7 +44,7 @@ def test_the_form_of_5_10_has_one_more_pair_a_clip(proc, golden):
     wrapped = Processor(**{**vars(proc), "wrap_clips": True})
     for name, kept in golden.items():
         ids, clips = kept["input_ids"][0], len(kept["video_grid_thw"])
-        options = {"tools": chats.tools_of(name), "allow_special": "assistant"}
+        options = {"tools": chats.tools_of(name), **chats.free(chats.FILMED[name])}
         found = wrapped.inputs(chats.FILMED[name], **options)
         longer = found["input_ids"][0]
         assert len(longer) == len(ids) + 2 * clips

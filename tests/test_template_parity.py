@@ -104,7 +104,7 @@ def ours_and_theirs(both, template, messages, options):
         )  # fmt: skip
     variables = {key: options.pop(key) for key in list(options) if key == "add_vision_id"}
     ours = both[0][template].inputs(
-        messages, template_vars=variables, allow_special="assistant", **options
+        messages, template_vars=variables, **chats.free(messages), **options
     )
     return ours, theirs
 

@@ -105,7 +105,7 @@ def test_only_answers_are_learned(processors, case):
     sample = sample_of(proc, messages, tools)
     assert learned(proc, sample) == [text + END for text in want]
     plain = [{k: v for k, v in m.items() if k != "train"} for m in messages]
-    options = {"add_generation_prompt": False, "allow_special": "assistant"}
+    options = {"add_generation_prompt": False, **chats.free(plain)}
     rendered = proc.inputs(plain, tools=tools, **options)
     np.testing.assert_array_equal(sample.ids, rendered["input_ids"][0])
 

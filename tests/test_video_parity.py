@@ -132,7 +132,7 @@ KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw", "v
 def test_prompts(both, name):
     """Ids, kinds, grids and times of each conversation, in the form of 5.10 and later."""
     proc, theirs = both
-    options = {"tools": chats.tools_of(name), "allow_special": "assistant"}
+    options = {"tools": chats.tools_of(name), **chats.free(chats.FILMED[name])}
     found = proc.inputs(chats.FILMED[name], **options)
     expected = their_inputs(theirs, name)
     for key in KEYS:
@@ -151,7 +151,7 @@ def test_a_batch_of_prompts(both):
     proc, theirs = both
     names = ["turns", "short", "interleaved", "odd"]
     rows = [chats.FILMED[name] for name in names]
-    found = proc.inputs(rows, padding_side="left", allow_special="assistant")
+    found = proc.inputs(rows, padding_side="left", **chats.free(rows))
     expected = their_inputs(theirs, *names)
     for key in KEYS:
         np.testing.assert_array_equal(found[key], np.asarray(expected[key]), err_msg=key)
@@ -168,9 +168,9 @@ def test_models_on_clips(both, moe, form):
         rows = [dict(their_inputs(both[1], name)) for name in chats.FILMED]
     else:
         proc = Processor(**{**vars(both[0]), "wrap_clips": False})
-        free = {"allow_special": "assistant"}
         rows = [
-            proc.inputs(chat, tools=chats.tools_of(n), **free) for n, chat in chats.FILMED.items()
+            proc.inputs(chat, tools=chats.tools_of(n), **chats.free(chat))
+            for n, chat in chats.FILMED.items()
         ]
     for row in rows:
         del row["video_metadata"]
