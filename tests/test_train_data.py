@@ -294,6 +294,12 @@ REFUSED = {
     "a system of numbers": ({"system": 3, "messages": [ASKED, ANSWERED]}, "system: found int"),
     "calls without a name": ({"messages": [ASKED, said("", tool_calls=[{"arguments": {}}])]},
                              "message 2: tool_calls: expected a list of objects with name"),
+    "a call's other key": ({"messages": [ASKED, said("", tool_calls=[{"name": "f", "parameters": {}}])]},
+                           "message 2: tool_calls: unknown key 'parameters'"),
+    "arguments that are no JSON": ({"messages": [ASKED, said("", tool_calls=[
+        {"name": "f", "arguments": "{x"}])]}, "message 2: arguments of f: not JSON"),
+    "arguments that are no object": ({"messages": [ASKED, said("", tool_calls=[
+        {"name": "f", "arguments": [1]}])]}, "expected a list of objects with name and arguments"),
     "calls that are no JSON": ({"messages": [ASKED, said("", tool_calls="[{")]},
                                "message 2: tool_calls: not JSON"),
     "a later system": ({"messages": [ASKED, ANSWERED, system("s"), ASKED, ANSWERED]},
@@ -364,6 +370,9 @@ MEANS = {
     "calls of text": ({"messages": [ASKED, said("", tool_calls=json.dumps(CALLED["tool_calls"])),
                                     result("1"), ANSWERED]},
                       {"messages": [ASKED, CALLED, result("1"), ANSWERED]}),
+    "one call": ({"messages": [ASKED, said("", tool_calls={"name": "f", "arguments": '{"x": 1}'})]},
+                 {"messages": [ASKED, said("", tool_calls=[
+                     {"function": {"name": "f", "arguments": '{"x": 1}'}}])]}),
     "a call of nothing": ({"messages": [ASKED, said("", tool_calls=[{"name": "f", "arguments": None}])]},
                           {"messages": [ASKED, said("", tool_calls=[{"name": "f", "arguments": {}}])]}),
     "no tools": ({"tools": "", "messages": [ASKED, {**ANSWERED, "tool_calls": ""}]},

@@ -37,7 +37,7 @@ _MESSAGE = ("name", "tool_calls", "tool_call_id", *_REASONING, *_SWITCHES)
 _ITEM = ("type", "text", "index", *_PLACES, *images.OVERRIDES, *videos.OVERRIDES)
 _TAG = re.compile(r"(?<!\\)(<image>|<video>)")
 _LITERAL = re.compile(r"\\(<(?:image|video)>)")
-_HOW = "a tag that is meant as text has a backslash in front of it: \\<image>"
+_HOW = "a tag that is meant as text has a backslash in front of it, \\<{}>"
 _A = {"image": "an image", "video": "a video"}
 _PREFERENCES = dict.fromkeys(
     ("chosen", "rejected", "rejected_response", "rejected_messages", "rejected_images", "label",
@@ -178,7 +178,8 @@ def _by_tag(text: str, role: Any, where: str, pools: dict[str, list[Any]], strip
         if not _TAG.fullmatch(part):
             items += [{"type": "text", "text": _LITERAL.sub(r"\1", part)}] if part else []
         elif role == "assistant":
-            raise InputError(f"{where}{part} in an assistant's text, where none can stand; {_HOW}")
+            how = _HOW.format(part[1:-1])
+            raise InputError(f"{where}{part} in an assistant's text, where none can stand; {how}")
         else:
             items.append(_next(part[1:-1], where, pools))
     return items
@@ -186,7 +187,8 @@ def _by_tag(text: str, role: Any, where: str, pools: dict[str, list[Any]], strip
 
 def _next(kind: str, where: str, pools: dict[str, list[Any]]) -> dict[str, Any]:
     if not pools[kind]:
-        raise InputError(f"{where}a place for {_A[kind]} without {_A[kind]} left for it; {_HOW}")
+        how = _HOW.format(kind)
+        raise InputError(f"{where}a place for {_A[kind]} without {_A[kind]} left for it; {how}")
     return pools[kind].pop(0)
 
 
@@ -204,25 +206,32 @@ def _filled(item: Any, where: str, pools: dict[str, list[Any]]) -> Any:
 
 
 def _calls(given: Any, where: str) -> list[dict[str, Any]]:
-    """Calls of tools as {name, arguments} or with these under "function"; also of JSON text."""
-    calls = _from_json(given, f"{where}tool_calls") or []
+    """Calls of tools in OpenAI's form, which every template knows; also of JSON text.
+
+    Arguments of null or nothing are {}.
+    """
+    calls, out = _from_json(given, f"{where}tool_calls") or [], []
     for call in calls if isinstance(calls, (list, tuple)) else [calls]:
-        called = (call.get("function") or call) if isinstance(call, Mapping) else None
-        if not isinstance(called, Mapping) or not isinstance(called.get("name"), str):
+        named = f"{where}tool_calls: "
+        nested = isinstance(call, Mapping) and call.get("function")
+        inner = (
+            _fields(call, ("id", "type", "index", "function"), named)["function"]
+            if nested
+            else call
+        )
+        called = _fields(inner, ("id", "type", "name", "arguments"), named)
+        name, arguments = called.get("name"), called.get("arguments", "")
+        if not isinstance(name, str) or not isinstance(arguments, (str, Mapping)):
             raise InputError(
                 f"{where}tool_calls: expected a list of objects with name and arguments"
             )
-        if isinstance(text := called.get("arguments"), str):
-            _from_json(text, f"{where}arguments of {called['name']}")
-    return [_with_arguments(call) for call in calls]
-
-
-def _with_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
-    """A call whose arguments are there: null and nothing are {}."""
-    if isinstance(inner := call.get("function"), Mapping):
-        return {**call, "function": _with_arguments(inner)}
-    arguments = call.get("arguments")
-    return {**call, "arguments": {} if arguments in (None, "") else arguments}
+        if (
+            isinstance(arguments, str)
+            and _from_json(arguments, f"{where}arguments of {name}") is None
+        ):
+            arguments = {}
+        out.append({"type": "function", "function": {"name": name, "arguments": arguments}})
+    return out
 
 
 def _switched(message: dict[str, Any], where: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ class Shown:
 
     def check(self, messages: Sequence[Any], tools: Any) -> None:
         """Raises InputError for what the template passes over without a word."""
-        call = {"name": _WORD, "arguments": {}}
+        call = {"type": "function", "function": {"name": _WORD, "arguments": {}}}
         tool = {"type": "function", "function": {"name": _WORD, "parameters": {}}}
         said = {"role": "assistant", "content": "a"}
         if tools and not self._shows("tools", [_ASKED], [tool]):
