@@ -230,13 +230,15 @@ def preprocess(
     return patch_rows([pixels], table, settings)
 
 
-def check_patches(size: tuple[int, int], frames: int, channels: int = 3) -> None:
+def check_patches(
+    size: tuple[int, int], frames: int, channels: int = 3, most: int = MAX_PATCH_BYTES
+) -> None:
     """Raises InputError for patches of frames of a size (height, width) that are too many bytes."""
     height, width = size
-    if (held := height * width * frames * channels * 4) > MAX_PATCH_BYTES:
+    if (held := height * width * frames * channels * 4) > most:
         raise InputError(
             f"{frames} frame(s) of {width} x {height} pixels: {held >> 20} MiB of patches, expected at "
-            f"most {MAX_PATCH_BYTES >> 20}; lower max_pixels, min_pixels or the size"
+            f"most {most >> 20}; lower max_pixels, min_pixels or the size"
         )
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.clips import as_frames, open_clip, open_frames
-from qwen3vl_jax.processing.images import patch_rows, resized, value_table
+from qwen3vl_jax.processing.images import check_patches, patch_rows, resized, value_table
 from qwen3vl_jax.processing.media import load_image
 from qwen3vl_jax.processing.pictures import to_rgb
 from qwen3vl_jax.processing.qwen_items import KEYS as ITEM_RULES
@@ -29,6 +29,7 @@ MAX_VIDEO_BYTES = 3 * 2**30
 log = logging.getLogger("qwen3vl_jax")
 # What says which video is meant, beside the settings.
 CLIP_OPTIONS = ("video_metadata", "video_start", "video_end", "sample_fps")
+_SAMPLING = ("fps", "num_frames", "nframes", "min_frames", "max_frames")
 # What a video in a message may have.
 OVERRIDES = (*VideoSettings.CHECKS, "size", *WITHOUT_EFFECT, *CLIP_OPTIONS, *ITEM_RULES)
 
@@ -133,14 +134,9 @@ def _opened(
     if item is None or metadata is not None:
         is_sampled = not settings.do_sample_frames
         return open_frames(frames, metadata, sample_fps, load, is_sampled), rule
-    unused = {*options["asked"], *item.given} & {
-        "num_frames",
-        "nframes",
-        "min_frames",
-        "max_frames",
-    }
-    if "fps" in options["asked"] or (item.fps and item.sample_fps):
-        unused.add("fps")
+    unused = {*options["asked"], *item.given} & set(_SAMPLING)
+    if item.fps and not item.sample_fps:
+        unused -= {"fps"} - options["asked"]
     if unused:
         _warn_unused(", ".join(sorted(unused)))
     if len(frames) % 2:
@@ -196,20 +192,12 @@ def _choose(
     else:
         least, most = settings.min_frames, settings.max_frames
         count = item.frame_count(total, clip.fps, settings.fps, least, most)
-    _check_bytes(count * 3 * 4 * settings.factor**2, count)
+    check_patches((settings.factor, settings.factor), count, most=MAX_VIDEO_BYTES)
     if clip.times is not None:
         moments = np.linspace(low, high, count)
         return clip.on_screen(moments), moments.tolist()
     places = np.linspace(inside[0], inside[-1], count).round().astype(np.int64)
     return places, clip.seconds(places).tolist()
-
-
-def _check_bytes(needed: int, frames: int) -> None:
-    if needed > MAX_VIDEO_BYTES:
-        raise InputError(
-            f"video: its {frames} frames need {needed / 2**30:.3g} GiB as patches, expected at most "
-            f"{MAX_VIDEO_BYTES / 2**30:g} GiB; lower num_frames, fps, min_pixels or max_pixels"
-        )
 
 
 def _second(name: str, value: Any) -> float:
@@ -248,7 +236,7 @@ def _rows(
     height, width = size or clip.size
     groups = -(-len(chosen) // temporal)
     tokens = height // unit * (width // unit)
-    _check_bytes(groups * temporal * height * width * 12, len(chosen))
+    check_patches((height, width), groups * temporal, most=MAX_VIDEO_BYTES)
     rows = np.empty((groups * tokens, 3 * temporal * unit**2), np.float32)
     table = value_table(settings, 3)
     frames = (resized(frame, size, settings) for frame in clip.read(chosen))
