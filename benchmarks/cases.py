@@ -123,4 +123,81 @@ BATCH = Case(
     _answered,
 )  # fmt: skip
 
-CASES = {"batch": BATCH}
+
+def _converted(out: Path) -> Any:
+    """The files of a directory that convert wrote; those of an Orbax tree have names by chance."""
+    from qwen3vl_jax.orbax_io import verify_tree
+
+    if (params := out / "params").is_dir():
+        verify_tree(params)
+    files = [path for path in out.rglob("*") if path.is_file() and path.parent.name != "d"]
+    kept = [p for p in files if params not in p.parents or p.name == "digests.json"]
+    return {str(path.relative_to(out)): path.read_bytes() for path in kept}
+
+
+def _is_being_written(disk: Path) -> bool:
+    return (disk / ".out.partial").is_dir() or (disk / "out").is_dir()
+
+
+DEMO = ROOT / "demo" / "checkpoint"
+CONVERT = Case(
+    lambda inputs: None,
+    lambda inputs, disk: ["-m", "convert", str(DEMO), str(disk / "out")],
+    lambda disk: _converted(disk / "out"),
+    _is_being_written,
+)
+
+
+def _recipe(inputs: Path) -> None:
+    """A run of 8 steps over chats without images, which saves every second one."""
+    turns = ({"role": role, "content": f"{role} 7 8 9 " * 9} for role in ("user", "assistant"))
+    (inputs / "chats.jsonl").write_text(f"{json.dumps({'messages': list(turns)})}\n" * 40)
+    (inputs / "recipe.toml").write_text(
+        f"ckpt = {json.dumps(str(DEMO))}\nsteps = 8\nsave_every = 2\n"
+        f"data.sources = [{{path = {json.dumps(str(inputs / 'chats.jsonl'))}}}]\n"
+        "data.workers = 0\npack.rows = 2\npack.length = 256\n"
+        'checkpoints.keep = 2\nmesh.fsdp = 1\nstep.remat = "none"\ntrain.freeze = ["vision"]\n'
+    )
+
+
+def _train(inputs: Path, out: Path) -> list[str]:
+    return ["train.py", "--config", str(inputs / "recipe.toml"), "--out", str(out)]
+
+
+def _last_step(disk: Path) -> int:
+    from qwen3vl_jax.training.run_dir import saved_steps
+
+    return max(saved_steps(disk / "run"), default=0)
+
+
+def _trained(disk: Path) -> Any:
+    """The losses of a run, and the digests of its last step."""
+    from qwen3vl_jax.training.run_dir import read_meta
+    from qwen3vl_jax.training.tables import read_table
+
+    rows = [(row["step"], row["loss"]) for row in read_table(disk / "run" / "metrics.csv")]
+    return rows, read_meta(disk / "run", _last_step(disk))["digests"]
+
+
+TRAIN = Case(
+    _recipe,
+    lambda inputs, disk: _train(inputs, disk / "run"),
+    _trained,
+    lambda disk: _last_step(disk) > 0,
+    _last_step,
+)
+
+
+def _run_to_export(inputs: Path) -> None:
+    _recipe(inputs)
+    subprocess.run([sys.executable, *_train(inputs, inputs / "run")], cwd=ROOT, check=True)
+
+
+EXPORT = Case(
+    _run_to_export,
+    lambda inputs, disk: ["-m", "convert", "--to-hf", str(inputs / "run"), str(disk / "out")],
+    lambda disk: _converted(disk / "out"),
+    _is_being_written,
+)
+
+CASES = {"batch": BATCH, "convert": CONVERT, "train": TRAIN, "export": EXPORT}

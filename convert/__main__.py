@@ -24,7 +24,7 @@ from convert.stored import WEIGHTS
 from convert.to_hf import SHARD_SIZE, to_hf
 from convert.to_orbax import PARAMS, Progress, to_orbax
 from qwen3vl_jax.checkpoint import resolve
-from qwen3vl_jax.cli import EXPECTED, report
+from qwen3vl_jax.cli import EXPECTED, report, run_script, signals_later
 from qwen3vl_jax.digests import DamagedError, saved_trees
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.paths import argument
@@ -104,7 +104,8 @@ def _bar(title: str) -> Iterator[Progress]:
 
 def _verify(directory: Path) -> None:
     """Reads a checkpoint, or all steps of a run, against the digests of its tensors."""
-    from qwen3vl_jax.orbax_io import verify_tree
+    with signals_later():
+        from qwen3vl_jax.orbax_io import verify_tree
 
     trees, problems, count, total = [directory / PARAMS], [], 0, 0
     if is_run(directory):
@@ -180,6 +181,18 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def _run_and_end() -> None:
+    """`main`, and the end of the process without the interpreter's: threads may still write."""
+    try:
+        code = main()
+    except SystemExit as end:
+        code = end.code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 0)
+
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half written goes
-    sys.exit(main())
+    # So that what is half written goes.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    run_script(_run_and_end)

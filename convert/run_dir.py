@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from convert.readers import side_files
 from convert.stored import check_stored, stored_kind
 from convert.to_hf import SHARD_SIZE, Sink, write_files
 from convert.to_orbax import PARAMS, Progress
+from qwen3vl_jax.cli import signals_later
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.staging import check_apart, copy_files, read_config
@@ -71,6 +73,8 @@ def run_to_hf(
     told = f"step {number}{', averaged weights' if averaged else ''}, "
     if wanted.adapter and not recipe.lora.rank:
         raise InputError(f"{run}: --adapter is for LoRA, and this run's lora.rank is 0")
+    with signals_later():
+        importlib.import_module("qwen3vl_jax.orbax_io")
     if wanted.adapter:
         return (*_write_adapter(recipe, cfg, weights, out), told + "PEFT adapter, ")
     if recipe.lora.rank:

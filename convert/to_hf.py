@@ -18,6 +18,7 @@ from convert.mapping import Block, Row, rows
 from convert.readers import DTYPE_NAMES, INDEX, SINGLE, side_files
 from convert.stored import check_stored, stored_kind
 from convert.to_orbax import PARAMS, Progress
+from qwen3vl_jax.cli import signals_later
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.json_text import write_json
@@ -58,7 +59,8 @@ def to_hf(
     cfg = Config.from_hf(source)
     if not (source / PARAMS).is_dir():
         raise InputError(f"{source}: holds no {PARAMS}, expected an Orbax checkpoint of convert")
-    from qwen3vl_jax.orbax_io import read_in_order, stored_tensors
+    with signals_later():
+        from qwen3vl_jax.orbax_io import read_in_order, stored_tensors
 
     stored = stored_tensors(source / PARAMS)
     block = check_stored(source, cfg, stored, read_config(source))

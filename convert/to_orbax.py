@@ -13,6 +13,7 @@ from convert.matching import open_hf
 from convert.merging import merged
 from convert.peft import load_adapter
 from convert.readers import side_files
+from qwen3vl_jax.cli import signals_later
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.paths import for_orbax
@@ -55,7 +56,8 @@ def to_orbax(
         )
     total = sum(leaf.nbytes for leaf in leaves.values())
     with staged(out, force, needs=total) as stage:
-        from qwen3vl_jax.orbax_io import write_tree
+        with signals_later():
+            from qwen3vl_jax.orbax_io import write_tree
 
         write_tree(stage / PARAMS, tree_of(cfg, leaves), lambda done: progress(done, total))
         copy_files(source, side_files(source), stage, fp8=weights == "fp8")

@@ -118,6 +118,29 @@ def _end_interrupted(told: bool) -> NoReturn:
     os._exit(130)
 
 
+@contextlib.contextmanager
+def signals_later() -> Iterator[None]:
+    """Ctrl-C and SIGTERM that come here are heard at the end of it.
+
+    For the first import of jax: its extensions abort the process where a handler raises in them.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = {
+        n: signal.signal(n, lambda n, _: came.append(n)) for n in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came[:1]:
+            handler = before[number]
+            handler(number, None) if callable(handler) else signal.raise_signal(number)
+
+
 class Status:
     """What a command does just now, on stderr: a spinner on a terminal, elsewhere a line a step.
 

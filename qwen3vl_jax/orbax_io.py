@@ -12,6 +12,8 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import logging
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -39,6 +41,14 @@ _GROUP = 64 << 20  # bytes written together; a single larger tensor goes alone
 _CHUNK = 128 << 20  # bytes of one stored piece, the least that a process reads for its shard
 
 
+def _is_said_once(record: logging.LogRecord) -> bool:
+    """Whether Orbax does not also raise what it logs: the errors of its threads come to who waits."""
+    return not (record.exc_info and "orbax" in record.pathname)
+
+
+logging.getLogger("absl").addFilter(_is_said_once)
+
+
 def _context() -> tensorstore.Context:
     # Whoever writes a checkpoint flushes it once, at the end: a flush a group is slow.
     cache = {"total_bytes_limit": 100_000_000}
@@ -54,6 +64,13 @@ class _Handler(ocp.type_handlers.NumpyHandler):
     def __init__(self, sink: Callable[[TreePath, Any], Any]):
         super().__init__(deepcopy_host_arrays=False)
         self._sink, self._context = sink, _context()
+        self._failed: list[Exception] = []
+
+    async def _open_and_write(self, value: Any, tspec: Any, ts_context: Any):
+        try:  # the others of a group are waited for too: they would call a loop that is closed
+            await super()._open_and_write(value, tspec, ts_context)
+        except Exception as e:
+            self._failed.append(e)
 
     async def metadata(self, infos: Any):
         return [found for info in infos for found in await super(_Handler, self).metadata([info])]
@@ -65,6 +82,8 @@ class _Handler(ocp.type_handlers.NumpyHandler):
             arrays = [value.load() for value in values[group]]
             for future in await super().serialize(arrays, infos[group], args[group]):
                 future.result()
+            if self._failed:
+                raise self._failed[0]
             for info, array in zip(infos[group], arrays):
                 self._sink(place(info.keypath), array)
             del arrays, array, future  # before the next group comes, not after
@@ -317,4 +336,8 @@ def writable(directory: Path) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    return " ".join(str(error.__cause__ or error).split())[:200]
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = " ".join(str(error.__cause__ or error).split())
+    system = re.search(r"OS error (\d+)", text)
+    return os.strerror(int(system[1])) if system else text[:200]

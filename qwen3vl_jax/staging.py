@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,6 +29,7 @@ except ImportError:  # Windows opens no directory: nothing there to lock, nor to
     fcntl = None
 
 CONFIG = "config.json"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PARTIAL = ".partial"  # an object that is there while others are written beside it
 QUANTISATION = "quantization_config"  # its key in config.json or in the text_config there
 
@@ -46,8 +48,13 @@ def staged(out: Path, force: bool = False, needs: int = 0) -> Iterator[Path]:
     replaces nothing there (the old one would be gone before the new one is whole), and nothing keeps
     two processes from writing to the same place.
     """
-    with _filled(out) if is_remote(out) else _swapped(out, force, needs) as stage:
-        yield stage
+    try:
+        with _filled(out) if is_remote(out) else _swapped(out, force, needs) as stage:
+            yield stage
+    except OSError as e:
+        if e.errno not in _FULL:
+            raise
+        raise InputError(f"{out}: cannot be written ({e.strerror}); make room there") from e
 
 
 @contextlib.contextmanager
@@ -88,10 +95,11 @@ def _swapped(out: Path, force: bool, needs: int) -> Iterator[Path]:
         raise InputError(f"{out}: cannot be written ({e.strerror})") from e
     try:
         if lock is not None:
-            _only_writer(lock, out)
-        _empty(stage)
-        shutil.rmtree(old, ignore_errors=True)
+            _only_writer(lock, stage, out)
         try:
+            _check_free_to_write(out, force)  # another process may have finished since
+            _empty(stage)
+            shutil.rmtree(old, ignore_errors=True)
             yield stage
             if fcntl:
                 _flush(stage)
@@ -118,10 +126,13 @@ def _check_free_to_write(out: Path, force: bool) -> None:
         raise InputError(f"{out}: holds no {CONFIG}; --force replaces checkpoints only")
 
 
-def _only_writer(lock: int, out: Path) -> None:
+def _only_writer(lock: int, stage: Path, out: Path) -> None:
+    """Takes the lock of a stage; one that has become another's output meanwhile is not ours."""
     assert fcntl
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not stage.exists() or not os.path.samestat(os.fstat(lock), stage.stat()):
+            raise BlockingIOError
     except BlockingIOError as e:
         raise InputError(f"{out}: another process is writing it; wait for it or stop it") from e
 

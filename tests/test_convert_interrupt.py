@@ -2,17 +2,21 @@
 
 import fcntl
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import hf_files as hf
 import pytest
 
+import convert.__main__ as convert
 from convert.to_hf import to_hf
 from convert.to_orbax import to_orbax
-from qwen3vl_jax import InputError
+from qwen3vl_jax import InputError, staging
 from qwen3vl_jax.checkpoint import load
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CHILD = """
 import sys, time
 from pathlib import Path
+import convert.__main__ as convert
 from convert.to_hf import to_hf
 from convert.to_orbax import to_orbax
 
@@ -127,3 +132,63 @@ def test_one_writer_at_a_time(sources, tmp_path):
     os.close(handle)
     to_orbax(sources["to_orbax"], tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("sent, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_command_ends_at_once_and_leaves_nothing(sent, code, tmp_path):
+    """One line for Ctrl-C, and no word of the threads that were still writing."""
+    command = [
+        sys.executable,
+        "-m",
+        "convert",
+        str(ROOT / "demo" / "checkpoint"),
+        str(tmp_path / "o"),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as child:
+        while child.poll() is None and not hf.listing(tmp_path):
+            time.sleep(0.01)
+        time.sleep(0.2)
+        child.send_signal(sent)
+        said = child.communicate(timeout=60)[1]
+    assert child.returncode == code, said
+    lines = [line for line in said.splitlines() if "to Orbax" not in line]
+    assert lines == (["interrupted: nothing was written"] if code == 130 else [])
+    assert hf.listing(tmp_path) == []
+
+
+def test_a_writer_that_comes_late_replaces_nothing(tmp_path, monkeypatch):
+    """Of two that began at once the first has finished when the second gets the lock."""
+    out = tmp_path / "out"
+
+    def finish_first(*args):
+        monkeypatch.undo()
+        with staging.staged(out) as stage:
+            (stage / "config.json").write_text("first")
+        (tmp_path / ".out.partial").mkdir(exist_ok=True)
+
+    monkeypatch.setattr(
+        staging.shutil, "disk_usage", lambda path: finish_first() or shutil.disk_usage(path)
+    )
+    with pytest.raises(InputError, match="already exists"), staging.staged(out):
+        raise AssertionError
+    assert (out / "config.json").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("direction", ["to_orbax", "to_hf"])
+def test_a_full_disk_is_one_line(direction, sources, tmp_path, capsys):
+    """At several lengths that a file may have; with room again the same command ends."""
+    command = [*["--to-hf"][: direction == "to_hf"], str(sources[direction]), str(tmp_path / "out")]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for most in (100, 20_000, 60_000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+        try:
+            assert convert.main(command) == 2
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and "cannot be written (File too large)" in said
+        assert hf.listing(tmp_path) == []
+    assert convert.main(command) == 0
+    load(tmp_path / "out")

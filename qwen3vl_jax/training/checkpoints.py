@@ -13,8 +13,9 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from qwen3vl_jax import processes
 from qwen3vl_jax.digests import DamagedError, check_digests, digests, kept_digests, with_checksum
+from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.orbax_io import place, readable, stored_tensors, writable
-from qwen3vl_jax.paths import as_path, for_orbax
+from qwen3vl_jax.paths import as_path, for_orbax, remove_tree
 from qwen3vl_jax.tensors import spell
 from qwen3vl_jax.training.run_dir import CHECKPOINTS, META, DiffersError, scores
 from qwen3vl_jax.training.step import TrainState
@@ -85,10 +86,21 @@ class Checkpoints:
         with writable(self._folder):
             self._manager.wait_until_finished()
 
-    def close(self) -> None:
-        """Waits, and lets go of the folder."""
+    def check(self) -> None:
+        """Raises InputError where a step that is being saved found no room."""
         with writable(self._folder):
-            self._manager.close()
+            self._manager.check_for_errors()
+
+    def close(self) -> None:
+        """Waits, and lets go of the folder; what could not be saved makes room."""
+        try:
+            with writable(self._folder):
+                self._manager.close()
+        except InputError:
+            if processes.is_first():
+                for part in self._folder.glob("*.orbax-checkpoint-tmp*"):
+                    remove_tree(part)
+            raise
 
 
 def restore(run_dir: str | Path, step: int, state: TrainState) -> TrainState:

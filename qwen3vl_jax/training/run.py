@@ -186,6 +186,7 @@ class Run:
             self.pending.append((self.number, metrics, told))
             del drawn, packed
             self.tell(watch, behind=int(self.overlap))
+            self.saved.check()
             due = self.number % self.recipe.save_every == 0 or self.number == self.recipe.steps
             looks = self.due_evaluation(self.number) and not stop.asked
             if due or looks:

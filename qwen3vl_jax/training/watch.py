@@ -167,7 +167,12 @@ def _board(folder: Path, recipe: Recipe, first: int) -> Any:
     from tensorboardX import SummaryWriter
 
     # purge_step hides what a killed run wrote after the checkpoint
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1)
+    board = SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1)
+    # Its thread would die of a full disk unheard, and who hands it an event wait for ever.
+    events: Any = board.file_writer.event_writer
+    events._worker.stop()
+    events.add_event = events._ev_writer.write_event
+    return board
 
 
 def _wandb(out: Path, folder: Path, recipe: Recipe) -> Any:
