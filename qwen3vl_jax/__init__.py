@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         forward,
         hidden_states,
         init_params,
+        last_hidden_state,
         stack_layers,
         unstack_layers,
     )
@@ -42,8 +43,8 @@ _HOME = {
     "errors": ("InputError",),
     "generation": ("Answer", "generate", "stream"),
     "losses": ("loss_fn",),
-    "model": ("attentions", "forward", "hidden_states", "init_params", "stack_layers",
-              "unstack_layers"),
+    "model": ("attentions", "forward", "hidden_states", "init_params", "last_hidden_state",
+              "stack_layers", "unstack_layers"),
     "processing.batch": ("make_batch", "make_vision"),
     "processing.positions": ("rope_index",),
     "processing.processor": ("Processor",),
@@ -61,3 +62,7 @@ def __getattr__(name: str):
     if name not in _MODULE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_MODULE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__} - {"TYPE_CHECKING", "importlib"})

@@ -13,7 +13,7 @@ from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model import embedded, last_attended, run_rows, stream_dtype, unembed
 from qwen3vl_jax.sharding import call_places, on_shards, platform, shard
-from qwen3vl_jax.structs import Batch, Features, KVCache, Params
+from qwen3vl_jax.structs import Batch, Features, KVCache, Params, check_call
 from qwen3vl_jax.text import decode_layers
 from qwen3vl_jax.vision import vision_encode
 
@@ -104,6 +104,7 @@ def prefill(
     (static): as many tokens of each row at a time, so that activations do not grow with the prompt;
     the vision tower still runs first and whole.
     """
+    check_call(params, cfg, batch=batch)
     rows, width = batch.tokens.shape
     cache = init_cache(cfg, rows, max(max_len, width), stream_dtype(params))
     batch = _from_the_left(batch)
@@ -196,6 +197,7 @@ def extend(
     The batch is made as for prefill, positions from 0: they are moved behind the cache here. The
     caller makes room first (`grow_cache`): tokens past the last slot are dropped. chunk: as in prefill.
     """
+    check_call(params, cfg, cache=cache, batch=batch)
     lo, _ = causal_ranges(batch.segment_ids)
     valid = batch.segment_ids > 0
     place = cache.length[:, None] + jnp.arange(batch.tokens.shape[1]) - lo
@@ -216,6 +218,7 @@ def decode_step(
     The caller makes room first (`grow_cache`): a token past the last slot is not kept, and the logits
     are then wrong. Layers are per-layer lists.
     """
+    check_call(params, cfg, cache=cache)
     slot = cache.length[:, None]
     positions = jnp.broadcast_to((cache.length + cache.delta)[:, None], (3, *slot.shape))
     x = embedded(params, tokens[:, None])

@@ -38,7 +38,7 @@ from qwen3vl_jax.prefixes import Prefix, PrefixStore
 from qwen3vl_jax.processing.batch import bucket
 from qwen3vl_jax.processing.prompts import EncodedPrompt, group_batch, group_size, read_prompt
 from qwen3vl_jax.sampling import Sampling, SamplingRows, row_seeds
-from qwen3vl_jax.structs import Params
+from qwen3vl_jax.structs import Params, check_call
 
 LOOK_AHEAD = 2  # prompts held ready, for each row
 EXPECTED = 256  # answer tokens that the first cache has room for: it grows for longer ones
@@ -120,6 +120,7 @@ def generate_many(
     prefill_chunk: as in `prefill`, for wider prompts. `stats` is counted up. Layers are per-layer lists.
     Raises InputError for rows or prefill_chunk below 1, and for a request's values out of range.
     """
+    check_call(params, cfg)
     if rows < 1:
         raise InputError(f"rows is {rows}, expected answers at a time from 1")
     if prefill_chunk is not None and prefill_chunk < 1:

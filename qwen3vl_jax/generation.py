@@ -21,7 +21,7 @@ from qwen3vl_jax.errors import InputError, not_finite
 from qwen3vl_jax.processing.tokenizer import find_stop, stop_list
 from qwen3vl_jax.sampling import Sampling, draw, penalize, row_seeds
 from qwen3vl_jax.sharding import shard
-from qwen3vl_jax.structs import Batch, Features, KVCache, Params
+from qwen3vl_jax.structs import Batch, Features, KVCache, Params, check_call
 from qwen3vl_jax.vision import vision_encode
 
 # (logits [B V] after the penalties, state) -> logits. A pure function; pass the same object each time,
@@ -226,6 +226,7 @@ def stream(
     anything runs, for values out of range, a prompt too long and packed rows; and a NotFiniteError once all
     rows have ended, if the logits of some were not finite (they end there, the others go on).
     """
+    check_call(params, cfg, batch=batch)
     if copies < 1:
         raise InputError(f"copies is {copies}, expected answers to a prompt from 1")
     rows = copies * batch.tokens.shape[0]
@@ -351,6 +352,7 @@ def generate(
     Processor's). A row whose logits are not finite ends there, with a warning and the finish_reason
     "error". Raises InputError as `stream` does for values out of range.
     """
+    check_call(params, cfg, batch=batch)
     strings = stop_list(stop_strings)
     if strings and decode is None:
         raise InputError("stop_strings need decode=, the function from tokens to text")

@@ -17,7 +17,7 @@ from qwen3vl_jax.model import forward
 from qwen3vl_jax.moe import Routed
 from qwen3vl_jax.quantized import Weight
 from qwen3vl_jax.sharding import shard
-from qwen3vl_jax.structs import Batch, Features, Params
+from qwen3vl_jax.structs import Batch, Features, Params, check_call
 
 IGNORE = -100
 
@@ -31,6 +31,7 @@ def loss_fn(
     labels are -100 the loss is 0, with zero gradients; transformers gives nan. Metrics: loss, tokens
     (how many labels counted), correct (how many of them the argmax hits).
     """
+    check_call(params, cfg, batch=batch)
     if batch.labels is None:
         raise InputError("loss_fn: the batch has no labels; make_batch takes labels=")
     logits = forward(params, cfg, batch, features=features)[:, :-1]

@@ -21,7 +21,7 @@ from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.layers import linear_fp32, ones, rms_norm, weight
 from qwen3vl_jax.quantized import Quantized, take_rows
 from qwen3vl_jax.sharding import shard
-from qwen3vl_jax.structs import Batch, Features, Params
+from qwen3vl_jax.structs import Batch, Features, Params, check_call
 from qwen3vl_jax.tensors import spell
 from qwen3vl_jax.text import Block, decode_layers
 from qwen3vl_jax.vision import PatchEmbed, PatchMerger, VisionBlock, vision_encode
@@ -58,6 +58,11 @@ def init_params(key: jax.Array, cfg: Config, dtype=jnp.float32) -> Params:
 
     `jax.eval_shape(functools.partial(init_params, cfg=cfg), key)` gives the shapes for free.
     """
+    if not isinstance(cfg, Config):
+        raise InputError(
+            f"cfg: got {'an array' if isinstance(cfg, jax.Array) else type(cfg).__name__}, expected a "
+            "Config; the order is (key, cfg, dtype)"
+        )
     boxed = _boxed_params(key, cfg)
     return jax.tree.map(lambda x: x.astype(dtype), nn.unbox(boxed))
 
@@ -250,6 +255,7 @@ def forward(
     side it is padded on, and no more than the batch is wide (a shorter row repeats its first); an array
     [m] of token indices those. Raises InputError for a negative number.
     """
+    check_call(params, cfg, batch=batch)
     x, _ = run_rows(params, cfg, batch, features, row_mix(batch))
     if getattr(logits_to_keep, "ndim", 0) or isinstance(logits_to_keep, (list, tuple)):
         x = x[:, jnp.asarray(logits_to_keep)]
@@ -268,8 +274,9 @@ def hidden_states(
     """The residual stream [L+1 B T D]: embeddings with vision written in, then after each layer.
 
     Each with its DeepStack addition, the last before the final norm: what ForConditionalGeneration of
-    transformers 4.57.1 returns.
+    transformers 4.57.1 returns. Behind that norm: `last_hidden_state`.
     """
+    check_call(params, cfg, batch=batch)
     if features is None and batch.vision is not None:
         features = vision_encode(params, cfg, batch.vision)
     x, _ = embed_tokens(params, cfg, batch, features)
@@ -278,10 +285,23 @@ def hidden_states(
     return jnp.concatenate([x[None], after])
 
 
+def last_hidden_state(
+    params: Params, cfg: Config, batch: Batch, *, features: Features | None = None
+) -> jax.Array:
+    """The decoder's output [B T D], after the final norm: transformers' last_hidden_state.
+
+    In the dtype of the parameters; what stands at padding tokens means nothing.
+    """
+    check_call(params, cfg, batch=batch)
+    x, _ = run_rows(params, cfg, batch, features, row_mix(batch))
+    return rms_norm(x, params["norm"], cfg.text.rms_norm_eps)
+
+
 def attentions(
     params: Params, cfg: Config, batch: Batch, *, features: Features | None = None
 ) -> jax.Array:
     """Attention probabilities [L B N T T] of every layer, in the dtype of the parameters."""
+    check_call(params, cfg, batch=batch)
     lo, hi = causal_ranges(batch.segment_ids)
 
     def mix(i, q, k, v):

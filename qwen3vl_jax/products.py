@@ -2,7 +2,8 @@
 
 Autodiff of a bf16 product summed in fp32 multiplies an fp32 cotangent with bf16 operands, which a
 GPU can only do in fp32; and it rounds a weight's gradient to bf16 before it reaches an fp32 weight.
-In fp32 both functions are what autodiff gives.
+In fp32 both functions are what autodiff gives. Forward mode (jax.jvp) works wherever x and w have one
+dtype; fp32 weights under a 16-bit stream, as in training, have reverse mode alone.
 """
 
 from __future__ import annotations
@@ -11,54 +12,85 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def product(x: jax.Array, w: jax.Array, in_dims: int = 1) -> jax.Array:
     """x [.. in..] times w [out.. in..] -> [.. out..] in fp32; w is cast to the dtype of x.
 
     in_dims: how many trailing axes of both are summed over.
     """
-    return _dot(x, w.astype(x.dtype), _last(x, in_dims), _last(w, in_dims))
+    if x.dtype != w.dtype:
+        return _cast_product(x, w, in_dims)
+    return _dot(x, w, in_dims) if x.dtype == jnp.float32 else _short_product(x, w, in_dims)
 
 
-def _dot(a: jax.Array, b: jax.Array, i: tuple[int, ...], j: tuple[int, ...]) -> jax.Array:
-    return jax.lax.dot_general(a, b, ((i, j), ((), ())), preferred_element_type=jnp.float32)
+def _dot(x: jax.Array, w: jax.Array, in_dims: int, dtype=jnp.float32) -> jax.Array:
+    return _contract(x, w, _last(x, in_dims), _last(w, in_dims), dtype)
+
+
+def _contract(a, b, i: tuple[int, ...], j: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
+    return jax.lax.dot_general(a, b, ((i, j), ((), ())), preferred_element_type=dtype)
 
 
 def _last(x: jax.Array, count: int) -> tuple[int, ...]:
     return tuple(range(x.ndim - count, x.ndim))
 
 
-def _product_forward(x, w, in_dims):
-    return product(x, w, in_dims), (x, w)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _short_product(x, w, in_dims):
+    """`product` of two arrays of one 16-bit dtype."""
+    return _dot(x, w, in_dims)
 
 
-def _product_backward(in_dims, kept, slope):
+def _short_jvp(in_dims, primals, tangents):
+    """Each tangent is a product of 16-bit result: what autodiff makes of it has a 16-bit cotangent."""
+    (x, w), (d_x, d_w) = primals, tangents
+    out = _dot(x, w, in_dims)
+    parts = ((d_x, w), (x, d_w))
+    more = [_dot(*pair, in_dims, x.dtype) for pair in parts if not _is_zero(*pair)]
+    wide = [part.astype(jnp.float32) for part in more]
+    return out, sum(wide[1:], wide[0]) if wide else jnp.zeros_like(out)
+
+
+def _is_zero(*arrays) -> bool:
+    return any(isinstance(array, SymbolicZero) for array in arrays)
+
+
+_short_product.defjvp(_short_jvp, symbolic_zeros=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _cast_product(x, w, in_dims):
+    """`product` of a weight that is cast: its gradient keeps the bits of its own dtype."""
+    return _dot(x, w.astype(x.dtype), in_dims)
+
+
+def _cast_forward(x, w, in_dims):
+    return _cast_product(x, w, in_dims), (x, w)
+
+
+def _cast_backward(in_dims, kept, slope):
     x, w = kept
     slope, lead = slope.astype(x.dtype), tuple(range(x.ndim - in_dims))
     outs = tuple(range(w.ndim - in_dims))
-    d_x = _dot(slope, w.astype(x.dtype), _last(slope, len(outs)), outs).astype(x.dtype)
-    return d_x, _dot(slope, x, lead, lead).astype(w.dtype)
+    d_x = _contract(slope, w.astype(x.dtype), _last(slope, len(outs)), outs).astype(x.dtype)
+    return d_x, _contract(slope, x, lead, lead).astype(w.dtype)
 
 
-product.defvjp(_product_forward, _product_backward)
+_cast_product.defvjp(_cast_forward, _cast_backward)
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def rows(table: jax.Array, index: jax.Array) -> jax.Array:
     """table[index]; the gradients of a row that is looked up often are summed in fp32."""
     return table[index]
 
 
-def _rows_forward(table, index):
-    return table[index], (table, index)
-
-
-def _rows_backward(kept, slope):
-    table, index = kept
-    total = jnp.zeros(table.shape, jnp.float32).at[index].add(slope.astype(jnp.float32))
-    return total.astype(table.dtype), None
-
-
-rows.defvjp(_rows_forward, _rows_backward)
+@functools.partial(rows.defjvp, symbolic_zeros=True)
+def _rows_jvp(primals, tangents):
+    (table, index), (slope, _) = primals, tangents
+    found = table[index]
+    if _is_zero(slope):
+        return found, jnp.zeros_like(found)
+    return found, slope.astype(jnp.float32)[index].astype(table.dtype)

@@ -10,7 +10,7 @@ from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError, not_finite
 from qwen3vl_jax.layers import rms_norm
 from qwen3vl_jax.model import last_attended, row_mix, run_rows, unembed
-from qwen3vl_jax.structs import Batch, Features, Params
+from qwen3vl_jax.structs import Batch, Features, Params, check_call
 
 SPAN = 512  # tokens whose logits over the vocabulary are held at once
 
@@ -25,6 +25,7 @@ def score(
     a batch without labels and, outside of jit, for a row whose result is not finite: so do `embed` and
     `rerank`.
     """
+    check_call(params, cfg, batch=batch)
     if batch.labels is None:
         raise InputError("score: the batch has no labels; make it with continuations= or labels=")
     x = _stream(params, cfg, batch, features)[:, :-1]
@@ -61,6 +62,7 @@ def embed(
     dims (static) keeps the first of them and normalises again (Matryoshka). Source: Qwen3-VL-Embedding.
     Raises InputError for dims that the model does not have.
     """
+    check_call(params, cfg, batch=batch)
     check_dims(cfg, dims)
     x = _last(_stream(params, cfg, batch, features), batch)
     x = rms_norm(x, params["norm"], cfg.text.rms_norm_eps).astype(jnp.float32)
@@ -88,6 +90,7 @@ def rerank(
     The sigmoid of the logit of "yes" less that of "no" (token ids) after the last token. Source:
     Qwen3-VL-Reranker.
     """
+    check_call(params, cfg, batch=batch)
     logits = unembed(params, cfg, _last(_stream(params, cfg, batch, features), batch))
     yes, no = yes_no
     more = logits[:, yes] - logits[:, no]

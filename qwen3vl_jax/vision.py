@@ -15,7 +15,7 @@ from qwen3vl_jax.layers import ACTIVATIONS, LayerNorm, apply, linear, run_layers
 from qwen3vl_jax.quantized import Weight, dense
 from qwen3vl_jax.rope import rotate, vision_rotary
 from qwen3vl_jax.sharding import shard
-from qwen3vl_jax.structs import Features, Params, VisionInputs
+from qwen3vl_jax.structs import Features, Params, VisionInputs, check_call
 
 
 class PatchEmbed(nn.Module):
@@ -121,6 +121,7 @@ def vision_encode(
     Tap k is the residual stream right after block deepstack_visual_indexes[k], through its own merger.
     `params` is the whole tree or its "vision" part.
     """
+    check_call(params, cfg, vision=vis)
     p, c = params.get("vision", params), cfg.vision
     if vis.lo.ndim == 1:
         vis = jax.tree.map(lambda x: x[None], vis)

@@ -1,5 +1,6 @@
 """The house: what is installed works outside the clone, and the package keeps to its own rules."""
 
+import importlib
 import re
 import subprocess
 import sys
@@ -88,6 +89,19 @@ def test_checks_do_not_wait_for_jax(module):
     """Files and arguments are checked by modules that do not import jax."""
     code = f"import sys, {module}; print([m for m in ('jax', 'torch', 'flax') if m in sys.modules])"
     assert run("-W", "error", "-c", code).strip() == "[]"
+
+
+def test_the_package_lists_and_explains_its_functions():
+    """dir and completion without jax; help with signatures and docstrings, one for each name."""
+    code = "import sys, qwen3vl_jax as q; print('jax' in sys.modules, *dir(q)); help(q)"
+    names, text = run("-c", code).split("\n", 1)
+    assert names.startswith("False ")
+    public = importlib.import_module("qwen3vl_jax").__all__
+    assert set(public) < set(names.split())
+    assert not {"importlib", "TYPE_CHECKING"} & set(names.split())
+    for line in ("forward(params:", "Logits [B T V] in fp32", "load(", "class Processor(", "class Batch("):
+        assert line in text, line
+    assert all(name in text for name in public)
 
 
 def test_sources_are_ascii_and_leaf_linen():

@@ -46,8 +46,11 @@ def test_embed(moe, side):
     params, cfg = ours.build(ref)
     inputs = reference.mixed(ref, side, ROWS)
     batch = q3.make_batch(cfg, **inputs)
-    hidden = torch.from_numpy(reference.last_hidden(ref, inputs))
-    mask = inputs["attention_mask"]
+    states = reference.last_hidden(ref, inputs)
+    hidden, mask = torch.from_numpy(states), inputs["attention_mask"]
+    got = np.asarray(jax.jit(q3.last_hidden_state, static_argnames="cfg")(params, cfg, batch))
+    real = mask > 0
+    assert ours.worst(got[:, : real.shape[1]][real], states[real]) < 1e-5
     last = mask.shape[1] - 1 - np.flip(mask, 1).argmax(1)
     state = hidden[torch.arange(len(mask)), torch.from_numpy(last)]
     for dims in (None, 17):

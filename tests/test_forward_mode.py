@@ -1,0 +1,94 @@
+"""Forward mode (jax.jvp, jacfwd) of the model: against differences, reverse mode, and one on the other."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import ours
+import pytest
+import tiny
+
+import qwen3vl_jax as q3
+from qwen3vl_jax.products import product, rows
+
+
+@functools.cache
+def model(moe):
+    class Tiny:
+        config = tiny.config_dict("golden", moe)
+        weights = tiny.weights(config, 0)
+
+    params, cfg = ours.build(Tiny)
+    row = tiny.inputs(Tiny.config, "one_picture")
+    return q3.stack_layers(params), cfg, q3.make_batch(cfg, **row)
+
+
+def random_like(tree, seed):
+    """Directions of the size of what they change."""
+    keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(tree))))
+    return jax.tree.map(lambda x: jax.random.normal(next(keys), x.shape, x.dtype) * jnp.std(x), tree)
+
+
+def dot(a, b):
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return float(sum(jnp.vdot(x.astype(jnp.float32), y.astype(jnp.float32)) for x, y in pairs))
+
+
+@pytest.mark.parametrize("moe", [False, True])
+def test_of_logits_by_weights_and_pixels(moe):
+    """The directional difference, and <u, J v> = <J^T u, v>; the tower and the experts too."""
+    params, cfg, batch = model(moe)
+    real = np.asarray(batch.segment_ids > 0)[..., None]
+
+    @jax.jit
+    def logits(params, pixels):
+        seen = batch.replace(vision=batch.vision.replace(pixels=pixels))
+        return jnp.where(real, q3.forward(params, cfg, seen), 0.0)
+
+    at = (params, jnp.asarray(batch.vision.pixels))
+    way = (random_like(params, 1), random_like(at[1], 2))
+    out, change = jax.jit(lambda at, way: jax.jvp(logits, at, way))(at, way)
+    u = jax.random.normal(jax.random.key(3), out.shape)
+    back = jax.jit(lambda at, u: jax.vjp(logits, *at)[1](u))(at, u)
+    assert abs(dot(u, change) - dot(back, way)) < 1e-4 * np.sqrt(dot(u, u) * dot(change, change))
+    size = 3e-5 if moe else 1e-3  # a router's choice must not change
+    ends = [logits(*jax.tree.map(lambda x, d, s=s: x + s * size * d, at, way)) for s in (1, -1)]
+    assert ours.worst(change, (ends[0] - ends[1]) / (2 * size)) < (2e-2 if moe else 5e-3)
+
+
+def test_jacobians_and_second_derivatives():
+    """jacfwd equals jacrev; a Hessian's product with a vector the same by forward over reverse."""
+    params, cfg, batch = model(False)
+    labels = np.where(batch.segment_ids > 0, batch.tokens, -100)
+    batch = batch.replace(labels=labels)
+
+    def loss(norm):
+        return q3.loss_fn({**params, "norm": norm}, cfg, batch)[0]
+
+    norm = params["norm"]
+    gradient = jax.jit(jax.grad(loss))(norm)
+    assert ours.worst(jax.jit(jax.jacfwd(loss))(norm), gradient) < 1e-4
+    way = random_like(jnp.arange(norm.size, dtype=jnp.float32), 0) / norm.size
+    curved = jax.jit(lambda at: jax.jvp(jax.grad(loss), (at,), (way,))[1])(norm)
+    again = jax.jit(jax.grad(lambda at: jnp.vdot(jax.grad(loss)(at), way)))(norm)
+    assert ours.worst(curved, again) < 1e-4
+
+
+def test_16_bit_products_and_lookups():
+    """<u, J v> = <J^T u, v>, each rounded as its dtype is; no product for a frozen weight."""
+    rng = np.random.default_rng(0)
+    x, w, u, d_x, d_w = (
+        jnp.asarray(rng.normal(size=s), jnp.bfloat16)
+        for s in ((64, 48), (40, 48), (64, 40), (64, 48), (40, 48))
+    )
+    out, change = jax.jvp(product, (x, w), (d_x, d_w))
+    back = jax.vjp(product, x, w)[1](u.astype(jnp.float32))
+    assert (out.dtype, change.dtype, back[1].dtype) == (jnp.float32, jnp.float32, jnp.bfloat16)
+    both = dot(u, change), dot(back, (d_x, d_w))
+    assert abs(both[0] - both[1]) < 2**-7 * np.sqrt(dot(u, u) * dot(change, change))
+    jaxpr = str(jax.make_jaxpr(lambda x: jax.jvp(lambda x: product(x, w), (x,), (x,)))(x))
+    assert jaxpr.count("dot_general") == 2
+    found, change = jax.jvp(lambda table: rows(table, jnp.array([3, 3, 0])), (w,), (d_w,))
+    np.testing.assert_array_equal(change, d_w[jnp.array([3, 3, 0])])
+    np.testing.assert_array_equal(found, w[jnp.array([3, 3, 0])])
