@@ -24,6 +24,7 @@ from qwen3vl_jax.cli import (
     sizes,
 )
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.native_output import tidy_output
 from qwen3vl_jax.json_text import write_json
 from qwen3vl_jax.options import (
     arguments,
@@ -34,7 +35,12 @@ from qwen3vl_jax.options import (
     read_messages,
 )
 from qwen3vl_jax.paths import absolute, file_size, files_under
-from qwen3vl_jax.planning.chips import allow_gpu_memory, prepare_environment, read_machine
+from qwen3vl_jax.planning.chips import (
+    allow_gpu_memory,
+    prepare_environment,
+    quiet_libtpu,
+    read_machine,
+)
 
 HERE = Path(__file__).resolve().parent
 DEMO, DEMO_PICTURE = HERE / "demo" / "checkpoint", HERE / "demo" / "pictures" / "grid.png"
@@ -339,6 +345,9 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors(), Status() as status, contextlib.ExitStack() as scope:
         check(args)
         allow_gpu_memory()
+        if __name__ == "__main__" and not args.plan:
+            quiet_libtpu()
+            tidy_output(stdout=not args.chat)
         if not args.plan:
             status.show(f"loading {args.ckpt or 'the bundled demo'}", line=False)
         if args.plan:

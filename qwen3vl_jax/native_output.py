@@ -47,16 +47,19 @@ class Filter:
         return False
 
 
-def tidy_output(lost: Callable[[str], str] | None = None, code: int = 1) -> None:
+def tidy_output(
+    lost: Callable[[str], str] | None = None, code: int = 1, *, stdout: bool = True
+) -> None:
     """Filters what libraries write to stdout and stderr from now on; Python's own lines pass as they are.
 
-    lost: what to say where they abort the process, of their words, or "" for an abort as usual; it
+    stdout: leave it alone where it is False: readline edits lines of the real one only. lost: what to say where they abort the process, of their words, or "" for an abort as usual; it
     ends with `code` then. Call it once, in a program's main thread.
     """
-    filters = [_filtered(1, "stdout"), _filtered(2, "stderr")]
+    if stdout:
+        _filtered(1, "stdout")
+    errors, pipe, told = _filtered(2, "stderr")
     if lost is None:
         return
-    errors, pipe, told = filters[1]
 
     def aborted(_: int) -> None:
         # What was written just before is on its way through the thread.

@@ -53,6 +53,32 @@ def test_a_run_takes_the_memory_that_a_plan_reckons_with():
         assert environ == {name: "0.5"}
 
 
+def test_libtpu_is_quiet_where_no_tpu_is(tmp_path, monkeypatch):
+    """Without a TPU, or with a network card alone; not where one may be, nor against the user."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    (tmp_path / "dev" / "vfio").mkdir(parents=True)
+    card = tmp_path / "sys" / "bus" / "pci" / "devices" / "0000:00:05.0"
+    card.mkdir(parents=True)
+    for vendor, device, node, quiet in (
+        ("0x10de", "0x2330", "", True),
+        ("0x1ae0", "0x0042", "", True),
+        ("0x1ae0", "0x006f", "", False),
+        ("0x8086", "0x0042", "accel0", False),
+    ):
+        (card / "vendor").write_text(f"{vendor}\n")
+        (card / "device").write_text(f"{device}\n")
+        if node:
+            (tmp_path / "dev" / node).touch()
+        environ = {"TPU_ACCELERATOR_TYPE": "mine"}
+        chips.quiet_libtpu(environ, str(tmp_path))
+        assert (environ.get("TPU_MIN_LOG_LEVEL") == "3") is quiet, (vendor, device)
+        assert environ["TPU_ACCELERATOR_TYPE"] == "mine" and "JAX_PLATFORMS" not in environ
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    environ = {}
+    chips.quiet_libtpu(environ, str(tmp_path / "nothing"))
+    assert environ == {}
+
+
 @pytest.mark.parametrize(
     ("given", "told"),
     [

@@ -9,6 +9,7 @@ import math
 import os
 import re
 from collections.abc import MutableMapping
+from pathlib import Path
 
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.paths import argument, is_remote, kind
@@ -139,6 +140,29 @@ def allow_gpu_memory(environ: MutableMapping[str, str] = os.environ) -> None:
     """Lets jax take GPU_SHARE of a GPU, unless a variable says how much; call it before jax is imported."""
     if not any(environ.get(name) for name in _FRACTIONS):
         environ[_FRACTIONS[0]] = str(GPU_SHARE)
+
+
+def quiet_libtpu(environ: MutableMapping[str, str] = os.environ, root: str = "/") -> None:
+    """Keeps libtpu (the extra tpu) from telling its errors where no TPU is; call it before jax is imported.
+
+    root: of the files that show devices. Google's PCI devices other than its network card may be TPUs.
+    """
+    cards = Path(root, "sys/bus/pci/devices").glob("*")
+    found = [[_read_id(card / name) for name in ("vendor", "device")] for card in cards]
+    possible = any(vendor == "0x1ae0" and device != "0x0042" for vendor, device in found)
+    nodes = (name for kind in ("accel*", "vfio/*") for name in Path(root, "dev").glob(kind))
+    if not possible and not any(nodes) and importlib.util.find_spec("libtpu"):
+        levels = {"TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
+        for name, value in {**_QUIET, **levels}.items():
+            if name.startswith("TPU_"):
+                environ.setdefault(name, value)
+
+
+def _read_id(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
 
 
 def check_installed(machine: Machine) -> None:
