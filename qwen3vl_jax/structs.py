@@ -32,7 +32,13 @@ def check_call(params: Any, cfg: Any, **given: Any) -> None:
 
     The order of the arguments is that of a call, so that the message can say it.
     """
-    kinds = {"params": Mapping, "cfg": Config, "batch": Batch, "vision": VisionInputs, "cache": KVCache}
+    kinds = {
+        "params": Mapping,
+        "cfg": Config,
+        "batch": Batch,
+        "vision": VisionInputs,
+        "cache": KVCache,
+    }
     given = {"params": params, "cfg": cfg, **given}
     for name, value in given.items():
         if not isinstance(value, kinds[name]):

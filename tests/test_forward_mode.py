@@ -27,7 +27,9 @@ def model(moe):
 def random_like(tree, seed):
     """Directions of the size of what they change."""
     keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(tree))))
-    return jax.tree.map(lambda x: jax.random.normal(next(keys), x.shape, x.dtype) * jnp.std(x), tree)
+    return jax.tree.map(
+        lambda x: jax.random.normal(next(keys), x.shape, x.dtype) * jnp.std(x), tree
+    )
 
 
 def dot(a, b):

@@ -99,7 +99,13 @@ def test_the_package_lists_and_explains_its_functions():
     public = importlib.import_module("qwen3vl_jax").__all__
     assert set(public) < set(names.split())
     assert not {"importlib", "TYPE_CHECKING"} & set(names.split())
-    for line in ("forward(params:", "Logits [B T V] in fp32", "load(", "class Processor(", "class Batch("):
+    for line in (
+        "forward(params:",
+        "Logits [B T V] in fp32",
+        "load(",
+        "class Processor(",
+        "class Batch(",
+    ):
         assert line in text, line
     assert all(name in text for name in public)
 

@@ -30,7 +30,9 @@ def test_structs_print_as_shapes(given):
     assert traced == [text]
     x = jnp.zeros((1, 2, 3, 4), jnp.bfloat16)
     cache = q3.KVCache([x, x], [x, x[0]], batch.delta, batch.delta)
-    assert str(cache).startswith("KVCache(k=2 x bfloat16[1,2,3,4], v=[bfloat16[1,2,3,4], bfloat16[2,3,4]]")
+    assert str(cache).startswith(
+        "KVCache(k=2 x bfloat16[1,2,3,4], v=[bfloat16[1,2,3,4], bfloat16[2,3,4]]"
+    )
     assert str(q3.Features(x, None)) == "Features(merged=bfloat16[1,2,3,4])"
     assert str(jax.tree.map(lambda _: "s", q3.Features(x, x))) == "Features(merged='s', taps='s')"
 
@@ -39,12 +41,20 @@ def test_swapped_arguments_are_named(given):
     """Traced or not, in every public function of (params, cfg, inputs)."""
     params, cfg, batch = given
     key = jax.random.key(0)
-    for call in (lambda: q3.init_params(cfg, key), lambda: jax.jit(lambda k: q3.init_params(cfg, k))(key)):
-        with pytest.raises(q3.InputError, match=r"cfg: got an array, .*order is \(key, cfg, dtype\)"):
+    for call in (
+        lambda: q3.init_params(cfg, key),
+        lambda: jax.jit(lambda k: q3.init_params(cfg, k))(key),
+    ):
+        with pytest.raises(
+            q3.InputError, match=r"cfg: got an array, .*order is \(key, cfg, dtype\)"
+        ):
             call()
     generate = functools.partial(q3.generate, max_new_tokens=1)
     stream = functools.partial(q3.stream, max_new_tokens=1)
-    prefill, rerank = functools.partial(q3.prefill, max_len=9), functools.partial(q3.rerank, yes_no=(1, 2))
+    prefill, rerank = (
+        functools.partial(q3.prefill, max_len=9),
+        functools.partial(q3.rerank, yes_no=(1, 2)),
+    )
     of_batch = (q3.forward, q3.hidden_states, q3.last_hidden_state, q3.attentions, q3.loss_fn, q3.score,
                 q3.embed, rerank, prefill, generate, stream)  # fmt: skip
     for function in of_batch:
@@ -52,11 +62,16 @@ def test_swapped_arguments_are_named(given):
             function(cfg, params, batch)
         with pytest.raises(q3.InputError, match="cfg: got Batch, expected a Config"):
             function(params, batch, cfg)
-        with pytest.raises(q3.InputError, match="batch: got dict, expected a Batch, which make_batch"):
+        with pytest.raises(
+            q3.InputError, match="batch: got dict, expected a Batch, which make_batch"
+        ):
             function(params, cfg, {"input_ids": batch.tokens})
     with pytest.raises(q3.InputError, match="vision: got Batch, expected VisionInputs"):
         q3.vision_encode(params, cfg, batch)
-    for call in (lambda: q3.extend(params, cfg, batch, batch), lambda: q3.decode_step(params, cfg, batch, batch)):
+    for call in (
+        lambda: q3.extend(params, cfg, batch, batch),
+        lambda: q3.decode_step(params, cfg, batch, batch),
+    ):
         with pytest.raises(q3.InputError, match="cache: got Batch, expected a KVCache"):
             call()
     with pytest.raises(q3.InputError, match="cfg: got list"):
