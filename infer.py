@@ -24,8 +24,8 @@ from qwen3vl_jax.cli import (
     sizes,
 )
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.native_output import tidy_output
 from qwen3vl_jax.json_text import write_json
+from qwen3vl_jax.native_output import tidy_output
 from qwen3vl_jax.options import (
     arguments,
     check,

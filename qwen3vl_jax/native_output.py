@@ -52,8 +52,9 @@ def tidy_output(
 ) -> None:
     """Filters what libraries write to stdout and stderr from now on; Python's own lines pass as they are.
 
-    stdout: leave it alone where it is False: readline edits lines of the real one only. lost: what to say where they abort the process, of their words, or "" for an abort as usual; it
-    ends with `code` then. Call it once, in a program's main thread.
+    lost: what to say where they abort the process, of their words, or "" for an abort as usual; it
+    ends with `code` then. stdout: whether it is filtered too; readline edits lines of the real one alone.
+    Call it once, in a program's main thread.
     """
     if stdout:
         _filtered(1, "stdout")
