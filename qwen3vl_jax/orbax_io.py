@@ -339,5 +339,5 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = " ".join(str(error.__cause__ or error).split())
-    system = re.search(r"OS error (\d+)", text)
+    system = re.search(r"os_error_code='(\d+)'", text)
     return os.strerror(int(system[1])) if system else text[:200]
