@@ -1,8 +1,9 @@
 """Mutated inputs of every kind: ``python -m benchmarks.fuzz --minutes N [--kinds images,chats]``.
 
 Tries as many as it can in warm child processes, and counts for each kind: tried, refused in one line,
-answered, tracebacks, hangs (10 s) and those over 2 GiB. The exit code is 1 if one of the last three is not
-0. What was found is kept as a folder of --out, KIND-NUMBER, which ``--replay FOLDER`` tries again.
+answered, tracebacks, hangs (10 s, and more where the machine has other work) and those over 2 GiB. The exit
+code is 1 if one of the last three is not 0. What was found is kept as a folder of --out, KIND-NUMBER, which
+``--replay FOLDER`` tries again.
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ class Worker:
     """A warm child, started anew after one that hangs or ends."""
 
     def __init__(self, scratch: Path):
-        self.scratch, self.child = scratch, None
+        self.scratch = scratch
+        self.child: Any = None
 
     def ask(self, kind: str, number: int) -> tuple[str, str]:
         """The outcome of an input, and what was said."""
@@ -117,11 +119,11 @@ class Worker:
         return ("over 2 GiB", f"{peak:,} bytes") if peak > PEAK else (outcome, said)
 
     def _line(self, kind: str, number: int, seconds: float) -> str | None:
-        assert self.child
         stdin, stdout = self.child.stdin, self.child.stdout
         try:
             stdin.write(f"{kind} {number}\n")
             stdin.flush()
+            seconds *= max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
             text = stdout.readline() if select.select([stdout], [], [], seconds)[0] else None
         except BrokenPipeError:
             text = ""
@@ -143,7 +145,7 @@ def run(kinds: list[str], minutes: float, first: int, workers: int, out: Path) -
     waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
     end, lock = time.monotonic() + 60 * minutes, threading.Lock()
     numbers = dict.fromkeys(kinds, first)
-    seen: set[str] = set()
+    seen: set[tuple[str, str, str]] = set()
     for kind in kinds:
         waiting.put(kind)
 

@@ -9,21 +9,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen3vl_jax.errors import InputError, shown
-from qwen3vl_jax.json_text import read_json, read_json_file, write_json
-from qwen3vl_jax.paths import as_path
-from qwen3vl_jax.rope_config import (
-    MAX_INT,
-    RopeConfig,
+from qwen3vl_jax.config_checks import (
+    end_ids,
     flag,
-    integer,
     items,
     mapping,
     number,
     one_of,
-    read_rope,
-    warn_once,
+    required_int,
+    warn_of_misplaced,
 )
+from qwen3vl_jax.errors import InputError, shown
+from qwen3vl_jax.json_text import read_json, read_json_file, write_json
+from qwen3vl_jax.paths import as_path
+from qwen3vl_jax.rope_config import RopeConfig, read_rope
 
 TIED = "tie_word_embeddings"
 TEXT_ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu")
@@ -36,9 +35,6 @@ _TEXT_DEFAULTS = {
     "num_experts_per_tok": 4,
     "initializer_range": 0.02,
 }
-# Names of so many parameters are listed before a file is read.
-_MOST = {"num_hidden_layers": 1_000, "depth": 1_000, "num_experts": 10_000,
-         "num_local_experts": 10_000}  # fmt: skip
 _VISION_DEFAULTS = {"hidden_act": "gelu_pytorch_tanh"}
 _TOKEN_DEFAULTS = {
     "image_token_id": 151655,
@@ -139,14 +135,16 @@ class Config:
         for part in ("text_config", "vision_config"):
             if not isinstance(raw.get(part), Mapping):
                 raise InputError(f"config: {part} is {shown(raw.get(part))}, expected an object")
-        _warn_of_misplaced(raw)
+        warn_of_misplaced(raw, [field.name for field in dataclasses.fields(TextConfig)])
         text_raw = raw["text_config"]
         is_moe = "moe" in model_type or "moe" in str(text_raw.get("model_type", ""))
         text, vision = _text(text_raw, is_moe), _vision(raw["vision_config"])
         _check_towers(text, vision)
-        tokens = {k: _int(raw, k, "", at_least=0, default=d) for k, d in _TOKEN_DEFAULTS.items()}
+        tokens = {
+            k: required_int(raw, k, "", at_least=0, default=d) for k, d in _TOKEN_DEFAULTS.items()
+        }
         tied = _is_tied(raw, source)
-        eos = _eos(text_raw.get("eos_token_id", raw.get("eos_token_id")))
+        eos = end_ids(text_raw.get("eos_token_id", raw.get("eos_token_id")))
         return cls(text, vision, **tokens, tie_word_embeddings=tied, eos_token_ids=eos)
 
     @classmethod
@@ -204,55 +202,29 @@ def _read(path: Path) -> Mapping[str, Any]:
     return read_json_file(path, f"config: {path}")
 
 
-def _warn_of_misplaced(raw: Mapping[str, Any]) -> None:
-    """Warns of settings of the decoder beside text_config, where transformers does not see them either."""
-    names = {field.name for field in dataclasses.fields(TextConfig)} - {"rope"}
-    for key in sorted(names | {"rope_scaling", "rope_parameters", "rope_theta"}):
-        if raw.get(key) is not None and raw[key] != raw["text_config"].get(key):
-            warn_once(
-                f"config: {key} {shown(raw[key])} at the top of config.json is not used; "
-                "put it into text_config"
-            )
-
-
-def _int(raw: Mapping, key: str, where: str, at_least: int = 1, default: int | None = None) -> int:
-    value = raw.get(key, default)
-    if value is None:
-        raise InputError(f"config: {where}{key} is absent; it fixes a shape and has no default")
-    if isinstance(value, (list, tuple)) and value and all(v == value[0] for v in value):
-        value = value[0]  # transformers 5 may write a square patch as [16, 16]
-    return integer(value, where + key, at_least, _MOST.get(key, MAX_INT))
-
-
-def _eos(value: Any) -> tuple[int, ...]:
-    """End ids: none, one, or a list."""
-    found = () if value is None else value if isinstance(value, (list, tuple)) else (value,)
-    if any(type(i) is not int or not 0 <= i <= MAX_INT for i in found):
-        raise InputError(
-            f"config: eos_token_id is {shown(value)}, expected a token id, a list or null"
-        )
-    return tuple(found)
-
-
 def _text(raw: Mapping[str, Any], is_moe: bool) -> TextConfig:
     where = "text_config."
     get = lambda key: raw[key] if raw.get(key) is not None else _TEXT_DEFAULTS[key]  # noqa: E731
     shape = {
-        k: _int(raw, k, where)
+        k: required_int(raw, k, where)
         for k in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
     }
     heads = shape["num_attention_heads"]
     if "head_dim" not in raw or ("num_key_value_heads" not in raw):
         key = "num_key_value_heads" if "head_dim" in raw else "head_dim"
         raise InputError(f"config: {where}{key} is absent; it fixes a shape (null is allowed)")
-    head_dim = _int(raw, "head_dim", where, default=None) if raw["head_dim"] is not None else None
+    head_dim = (
+        required_int(raw, "head_dim", where, default=None) if raw["head_dim"] is not None else None
+    )
     if head_dim is None and shape["hidden_size"] % heads:
         raise InputError(
             f"config: {where}head_dim is null and hidden_size {shape['hidden_size']} does not divide "
             f"by num_attention_heads {heads}"
         )
     kv_heads = (
-        heads if raw["num_key_value_heads"] is None else _int(raw, "num_key_value_heads", where)
+        heads
+        if raw["num_key_value_heads"] is None
+        else required_int(raw, "num_key_value_heads", where)
     )
     if heads % kv_heads:
         raise InputError(
@@ -260,14 +232,16 @@ def _text(raw: Mapping[str, Any], is_moe: bool) -> TextConfig:
         )
     experts = _experts(raw, is_moe)
     dense_width = 0 if experts["num_experts"] and raw.get("intermediate_size") is None else None
-    max_positions = _int({"max_position_embeddings": get("max_position_embeddings")},
+    max_positions = required_int({"max_position_embeddings": get("max_position_embeddings")},
                          "max_position_embeddings", where)  # fmt: skip
     head_dim = head_dim or shape["hidden_size"] // heads
     if head_dim % 2:
         raise InputError(f"config: {where}head_dim is {head_dim}, expected an even number")
     return TextConfig(
         **shape,
-        intermediate_size=_int(raw, "intermediate_size", where) if dense_width is None else 0,
+        intermediate_size=required_int(raw, "intermediate_size", where)
+        if dense_width is None
+        else 0,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
         max_position_embeddings=max_positions,
@@ -295,14 +269,14 @@ def _experts(raw: Mapping[str, Any], is_moe: bool) -> dict[str, int]:
         raise InputError(
             f"config: {where}num_experts is absent; it fixes a shape and has no default"
         )
-    experts = _int(raw, key, where)
+    experts = required_int(raw, key, where)
     per_token = raw.get("num_experts_per_tok", _TEXT_DEFAULTS["num_experts_per_tok"])
-    per_token = _int({"num_experts_per_tok": per_token}, "num_experts_per_tok", where)
+    per_token = required_int({"num_experts_per_tok": per_token}, "num_experts_per_tok", where)
     if per_token > experts:
         raise InputError(
             f"config: {where}num_experts_per_tok is {per_token}, expected <= {experts}"
         )
-    width = _int(raw, "moe_intermediate_size", where)
+    width = required_int(raw, "moe_intermediate_size", where)
     return {
         "num_experts": experts,
         "num_experts_per_tok": per_token,
@@ -318,7 +292,7 @@ def _vision(raw: Mapping[str, Any]) -> VisionConfig:
         if f.name
         not in ("deepstack_visual_indexes", "hidden_act", "rope_theta", "initializer_range")
     ]
-    shape = {k: _int(raw, k, where) for k in ints}
+    shape = {k: required_int(raw, k, where) for k in ints}
     if math.isqrt(shape["num_position_embeddings"]) ** 2 != shape["num_position_embeddings"]:
         found = shape["num_position_embeddings"]
         raise InputError(

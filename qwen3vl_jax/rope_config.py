@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import logging
-import sys
 from collections.abc import Mapping
 from typing import Any
 
+from qwen3vl_jax.config_checks import flag, integer, items, mapping, number, one_of, warn_once
 from qwen3vl_jax.errors import InputError, shown
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 # What code and class of transformers 4.57.1 fill in where the keys are absent.
 DEFAULT_THETA = 5_000_000.0
 DEFAULT_SECTION = (24, 20, 20)
-MAX_INT = 2**31 - 1
 # Of what scales frequencies: more is infinite in fp32.
 _MAX_NUMBER = 1e15
-log = logging.getLogger("qwen3vl_jax")
 # What each scaled rope type needs, beyond what has a default.
 ROPE_NEEDS = {
     "default": (),
@@ -61,62 +57,6 @@ class RopeConfig:
                 kept.add(field.name)
         scaling = {name: getattr(self, name) for name in sorted(kept - {"theta"})}
         return {**scaling, "mrope_interleaved": True}
-
-
-def one_of(value: Any, key: str, allowed: tuple) -> Any:
-    """The value, if it is allowed; raises InputError with key, found and allowed."""
-    if isinstance(value, bool) or value not in allowed:
-        names = ", ".join(map(str, allowed))
-        raise InputError(f"config: {key} is {shown(value)}, implemented: {names}")
-    return value
-
-
-@functools.lru_cache(maxsize=256)
-def warn_once(text: str) -> None:
-    """Warns of what is not used; once, however often a config is read."""
-    log.warning("%s", text)
-
-
-def number(
-    value: Any, key: str, above: float | None = None, at_most: float = sys.float_info.max
-) -> float:
-    """A finite number >= 0, or > `above`; raises InputError with key, found and expected."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if is_number and 0 <= value <= at_most and (above is None or value > above):
-        return float(value)
-    expected = ">= 0" if above is None else f"> {above:g}"
-    expected += f" and <= {at_most:g}" if at_most < sys.float_info.max else ""
-    raise InputError(f"config: {key} is {shown(value)}, expected a number {expected}")
-
-
-def integer(value: Any, key: str, at_least: int = 1, at_most: int = MAX_INT) -> int:
-    """An integer from `at_least` to `at_most`; raises InputError with key, found and expected."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise InputError(f"config: {key} is {shown(value)}, expected an integer >= {at_least}")
-    if value > at_most:
-        raise InputError(f"config: {key} is {shown(value)}, expected at most {at_most}")
-    return value
-
-
-def flag(value: Any, key: str) -> bool:
-    """True or false; raises InputError with key, found and expected."""
-    if not isinstance(value, bool):
-        raise InputError(f"config: {key} is {shown(value)}, expected true or false")
-    return value
-
-
-def items(value: Any, key: str) -> tuple[Any, ...]:
-    """The items of a list; raises InputError with key, found and expected."""
-    if not isinstance(value, (list, tuple)):
-        raise InputError(f"config: {key} is {shown(value)}, expected a list")
-    return tuple(value)
-
-
-def mapping(value: Any, key: str) -> dict[str, Any]:
-    """A copy of an object, empty for null; raises InputError with key, found and expected."""
-    if value is not None and not isinstance(value, Mapping):
-        raise InputError(f"config: {key} is {shown(value)}, expected an object")
-    return dict(value or {})
 
 
 def read_rope(raw: Mapping[str, Any], head_dim: int, max_positions: int) -> RopeConfig:

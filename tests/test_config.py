@@ -8,9 +8,10 @@ import pytest
 import tiny
 
 from qwen3vl_jax.config import Config
+from qwen3vl_jax.config_checks import warn_once
 from qwen3vl_jax.errors import InputError, shown
 from qwen3vl_jax.released import RELEASED, released_config
-from qwen3vl_jax.rope_config import ROPE_TYPES, warn_once
+from qwen3vl_jax.rope_config import ROPE_TYPES
 
 
 def changed(where="text_config", moe=False, **changes):

@@ -50,7 +50,11 @@ class _Server:
     def __init__(self) -> None:
         code = "import sys; sys.path[:] = {!r}; from {} import serve; serve()"
         code = code.format(sys.path, "qwen3vl_jax.processing.render")
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        pipes: Any = {
+            "stdin": subprocess.PIPE,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.DEVNULL,
+        }
         self.pid = os.getpid()
         self.process: Any = subprocess.Popen([sys.executable, "-c", code], **pipes)
         if self.process.stdout.read(1) != b"!":
