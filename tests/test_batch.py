@@ -152,6 +152,19 @@ def test_what_does_not_fit_is_refused(changes, words):
     assert "\n" not in message and all(w in message for w in words), message
 
 
+def test_numbers_that_would_become_others_are_refused():
+    """A token of 64 bits is not cut to 32, and labels and positions are whole numbers."""
+    cfg = q3.Config.from_hf(tiny.config_dict())
+    for given, words in (
+        ({"input_ids": [[5, 2**32 + 5]]}, "outside the vocabulary"),
+        ({"input_ids": [[5, 5]], "labels": [[5, 2**32 + 5]]}, "neither -100 nor a token"),
+        ({"input_ids": [[5, 5]], "labels": [[5.0, 5.5]]}, "labels: expected integers"),
+        ({"input_ids": [[5, 5]], "position_ids": [[0.0, 0.5]]}, "position_ids: expected integers"),
+    ):
+        with pytest.raises(q3.InputError, match=words):
+            q3.make_batch(cfg, **given)
+
+
 def test_no_grids_may_be_none_or_empty():
     batch = q3.make_batch(CFG, **row("text", image_grid_thw=[], video_grid_thw=np.zeros((0, 3))))
     np.testing.assert_array_equal(batch.tokens, q3.make_batch(CFG, **row("text")).tokens)

@@ -240,9 +240,17 @@ def check_ids(name: str, given: Any, size: int) -> np.ndarray:
     return ids.astype(np.int32)
 
 
+def _counted(name: str, given: Any) -> np.ndarray:
+    """Whole numbers as int64, also where they are held as floats. Raises InputError for others."""
+    found = host_array(given)
+    if found.dtype.kind == "f" and np.array_equal(found, np.rint(found)):
+        found = found.astype(np.int64)
+    return integers(name, found)
+
+
 def check_labels(name: str, given: Any, size: int) -> np.ndarray:
     """Labels as int32 of the same shape. Raises InputError for one that is neither a token nor -100."""
-    labels = integers(name, given)
+    labels = _counted(name, given)
     wrong = labels[(labels >= size) | ((labels < 0) & (labels != -100))]
     if wrong.size:
         raise InputError(f"{name}: {wrong[0]} is neither -100 nor a token of {size}")
@@ -267,7 +275,7 @@ def _segments(mask: np.ndarray, segment_ids) -> np.ndarray:
 
 
 def _positions(position_ids, shape: tuple[int, ...]) -> np.ndarray:
-    positions = integers("position_ids", position_ids).astype(np.int32)
+    positions = _counted("position_ids", position_ids).astype(np.int32)
     if positions.shape == shape:
         positions = np.broadcast_to(positions, (3, *shape))
     if positions.shape != (3, *shape):

@@ -22,7 +22,7 @@ from qwen3vl_jax.paths import absolute, as_path, kind
 from qwen3vl_jax.sharding import make_mesh, rows_parts, slice_count
 from qwen3vl_jax.training import machine, run_dir
 from qwen3vl_jax.training.preset import asks_for_mesh, preset, sizes_of
-from qwen3vl_jax.training.recipe import Recipe, flat
+from qwen3vl_jax.training.recipe import Recipe, Source, flat
 
 
 def laid_out(recipe: Recipe, out: Path) -> Recipe:
@@ -79,6 +79,9 @@ def check_fits(recipe: Recipe, meta: dict[str, Any], out: Path) -> list[str]:
     """What differs from the run's start and may; raises InputError for what may not."""
     # Keys that are younger than the run had their default.
     then = plain(flat(Recipe("", 1))) | meta["recipe"]
+    source = plain(dataclasses.asdict(Source("")))
+    for name in ("data.sources", "evaluate.sources"):
+        then[name] = [source | given for given in then[name]]
     now, then = (x | {"ckpt": whole_path(x["ckpt"])} for x in (plain(flat(recipe)), then))
     changed = run_dir.check_recipe(now, then, out)
     moved = machine.changes(meta["machine"])
