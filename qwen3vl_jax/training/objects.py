@@ -7,7 +7,6 @@ name, each <bbox> the next box. Boxes are written as Qwen3-VL writes them, [x1, 
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -81,7 +80,7 @@ def _spelled(
     """Each box as Qwen3-VL writes it. An image that is read for its size takes its place in messages."""
     given, ids = _listed(objects, "bbox"), _listed(objects, "image_id")
     kind = objects.get("bbox_type") or next(k for k, v in _TYPES.items() if v == boxes)
-    if kind not in _TYPES:
+    if not isinstance(kind, str) or kind not in _TYPES:
         raise InputError(f"objects.bbox_type: got {kind!r}, expected {', '.join(_TYPES)}")
     ids += [0] * (len(given) - len(ids))
     places = [
@@ -120,7 +119,7 @@ def _size(content: list[Any], at: int) -> tuple[int, int]:
 
 def _box(box: Any, size: tuple[int, int], kind: str) -> str:
     numbers = list(box) if isinstance(box, (list, tuple)) else []
-    plain = all(type(x) in (int, float) and math.isfinite(x) for x in numbers)
+    plain = all(type(x) in (int, float) and abs(x) <= 1e9 for x in numbers)
     if len(numbers) not in (2, 4) or not plain:
         raise InputError(f"objects.bbox: got {box!r}, expected [x1, y1, x2, y2] or [x, y]")
     out = [round(x / size[i % 2] * _TOP) for i, x in enumerate(numbers)]
