@@ -25,10 +25,9 @@ _SIMPLE = ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "ByteLevel", "Digits")
 _SECONDS = 10
 # What a pipeline that is not Qwen's is tried with, in a process of its own.
 _TRIAL = """
-import sys
 try:
     import resource
-    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+    resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
 except (ImportError, ValueError):
     pass
 import tokenizers
@@ -100,7 +99,7 @@ def _is_known(part: Any) -> bool:
 
 
 def _try_in_a_child(data: bytes, path: Path) -> None:
-    command = [sys.executable, "-c", _TRIAL]
+    command = [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}{_TRIAL}"]
     try:
         done = subprocess.run(command, input=data, capture_output=True, timeout=_SECONDS)
     except subprocess.TimeoutExpired:
