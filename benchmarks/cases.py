@@ -37,11 +37,11 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-    """A command's exit code (-9: killed here), its stderr, and how long it ran after it had begun."""
+    """A command's exit code (-9: killed here), its stderr, and how long it worked."""
 
     code: int
     said: str
-    seconds: float
+    seconds: float  # from when it had begun until the last was kept, or to its end
     kept: int  # the most that `Case.kept` gave while it ran
 
     def faults(self, code: int) -> list[str]:
@@ -74,19 +74,21 @@ def run(
     """Runs the command to its end, or kills it (-9) so many seconds after it has begun."""
     child = start(case, inputs, disk)
     since, begun, most = time.perf_counter(), 0.0, 0
+    finished = 0.0
     try:
         while child.poll() is None:
             now = time.perf_counter()
             begun = begun or (case.begun(disk) and now)
             if (begun and now - begun >= kill_after) or now - since >= LIMIT:
                 break
-            most = max(most, case.kept(disk))
+            if (kept := case.kept(disk)) > most:
+                most, finished = kept, time.perf_counter()
             watch()
             time.sleep(0.005)
     finally:
         child.kill()
         said = child.communicate()[1]
-    seconds = time.perf_counter() - begun if begun else 0.0
+    seconds = (finished or time.perf_counter()) - begun if begun else 0.0
     return Ended(child.returncode, said, seconds, most)
 
 

@@ -1,8 +1,9 @@
 """Commands that are killed (-9), and two at once: ``python -m benchmarks.kills [batch ..]``.
 
 Each case is killed at moments spread over its work; the same command must then end as one that was never
-killed, unless all was in its place when the kill came. Of two that start at the same time on one output, one must win and the other end with exit code 2
-and one line. The exit code is 1 if a case does not keep to that.
+killed, unless all was in its place when the kill came. Of two that start at the same time on one output,
+one must win and the other end with exit code 2 and one line. The exit code is 1 if a case does not keep
+to that.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def main() -> int:
             want = alone.code, case.result(disk)
             print(f"{name}: exit code {alone.code}, {alone.seconds:.1f} s of work", flush=True)
             for i, place in enumerate(others):
-                after = alone.seconds * i / len(others)
+                after = alone.seconds * i / max(len(others) - 1, 1)
                 ended, *faults = killed(case, inputs, place, after, want)
                 wrong += bool(faults)
                 told = "; ".join(faults) or "ok"
