@@ -11,8 +11,8 @@ class InputError(ValueError):
     Line breaks, and the middle of what is too long for a line, are left out, whatever was quoted.
     """
 
-    def __init__(self, message: str = ""):
-        text = " ".join(part for line in message.splitlines() if (part := line.strip()))
+    def __init__(self, message: object = ""):
+        text = " ".join(part for line in str(message).splitlines() if (part := line.strip()))
         if len(text) > _LONGEST:
             text = f"{text[: _LONGEST - 300]} .. {text[-300:]}"
         super().__init__(text)
