@@ -21,8 +21,8 @@ from qwen3vl_jax.processing.clips import open_clip
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.processing.videos import (
     VideoSettings,
+    frame_count,
     preprocess_video,
-    sample_frames,
     smart_resize,
 )
 
@@ -145,13 +145,15 @@ def test_frames_chosen_before_keep_their_times():
 def test_sampling_rules():
     """The reference's golden example, and the limits of each setting."""
     settings = VideoSettings()
-    assert sample_frames(0, 99, 25, settings).tolist() == [0, 14, 28, 42, 57, 71, 85, 99]
-    assert len(sample_frames(0, 9, 25, settings)) == 4  # min_frames
-    assert sample_frames(0, 2, 25, settings).tolist() == [0, 1, 2]
-    assert len(sample_frames(0, 10**5, 25, settings)) == 768
-    assert len(sample_frames(0, 10**5, 25, settings.override(max_frames=100))) == 100
-    assert sample_frames(10, 20, 5, settings.override(num_frames=3)).tolist() == [10, 15, 20]
-    assert sample_frames(0, 49, 25, settings.override(fps=0.5, min_frames=1)).tolist() == [0]
+    frames = np.zeros((100, 32, 32, 3), np.uint8)
+    used = preprocess_video(frames, sample_fps=25)[2]
+    assert used.indices == (0, 14, 28, 42, 57, 71, 85, 99)
+    for total, fps, changes, count in (
+        (10, 25, {}, 4), (3, 25, {}, 3), (10**5, 25, {}, 768), (10**5, 25, {"max_frames": 100}, 100),
+        (11, 5, {"num_frames": 3}, 3), (11, 5, {"num_frames": 30}, 30),
+        (50, 25, {"fps": 0.5, "min_frames": 1}, 1), (50, 1e-6, {"fps": 1e6}, 50),
+    ):  # fmt: skip
+        assert frame_count(total, fps, settings.override(**changes)) == count
     only = settings.override(num_frames=5)
     assert only.fps is None and only.override(fps=3).num_frames is None
 

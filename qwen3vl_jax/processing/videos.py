@@ -59,12 +59,6 @@ def frame_count(total: int, fps: float, settings: VideoSettings) -> int:
     return int(min(max(total / fps * settings.fps, least), most, total))
 
 
-def sample_frames(first: int, last: int, fps: float, settings: VideoSettings) -> np.ndarray:
-    """Indices [n] of the frames used of those from `first` to `last`, which pass `fps` a second."""
-    count = frame_count(last - first + 1, fps, settings)
-    return np.linspace(first, last, count).round().astype(np.int64)
-
-
 def preprocess_video(
     source: Any,
     settings: VideoSettings | None = None,
