@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
@@ -16,6 +17,7 @@ from qwen3vl_jax.processing.animations import is_animation, open_animation
 from qwen3vl_jax.processing.media import load_image, local_path, open_source
 from qwen3vl_jax.processing.media_rules import MediaRules, short
 from qwen3vl_jax.processing.pictures import to_rgb
+from qwen3vl_jax.processing.setting_checks import number, shown
 from qwen3vl_jax.processing.video_files import open_file
 from qwen3vl_jax.processing.video_times import Clip
 
@@ -126,18 +128,15 @@ def open_frames(
 
 def frame_rate(name: str, value: Any) -> float:
     """Frames a second, from a number or its text. Raises InputError."""
-    try:
-        if isinstance(value, bool) or not isinstance(value, (int, float, str, np.number)):
-            raise ValueError
-        number = float(value)
-        if not _SLOWEST <= number <= _FASTEST:
-            raise ValueError
-    except (ValueError, OverflowError):
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    found = number(name, value)
+    if not _SLOWEST <= found <= _FASTEST:
         raise InputError(
-            f"{name}: got {short(repr(value), 40)}, expected frames a second from {_SLOWEST:g} to "
-            f"{_FASTEST:g}"
-        ) from None
-    return number
+            f"{name} is {found:g}, expected frames a second from {_SLOWEST:g} to {_FASTEST:g}"
+        )
+    return found
 
 
 def _described(
@@ -164,7 +163,7 @@ def _described(
     count = metadata.get("total_num_frames")
     if indices == every and not is_sampled and count not in (None, total):
         raise InputError(
-            f"video_metadata: total_num_frames is {short(repr(count), 40)} for {total} frames; if they "
+            f"video_metadata: total_num_frames is {shown(count)} for {total} frames; if they "
             "were chosen before, pass frames_indices and do_sample_frames=False"
         )
     return fps, indices, indices == every and not is_sampled
@@ -201,7 +200,7 @@ def _whole_numbers(name: str, given: Any) -> list[int]:
     except (ValueError, TypeError, OverflowError):
         exact = False
     if not exact:
-        raise InputError(f"{name}: found {short(repr(given), 60)}, expected whole numbers")
+        raise InputError(f"{name}: found {shown(given)}, expected whole numbers")
     return whole.tolist()
 
 

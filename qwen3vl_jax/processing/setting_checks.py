@@ -49,11 +49,15 @@ def positive(name: str, value: Any) -> float:
 
 
 def _not(name: str, value: Any, expected: str) -> InputError:
+    return InputError(f"{name} is {shown(value)}, expected {expected}")
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it, whatever it is."""
     try:
-        found = short(repr(value), 60)
+        return short(repr(value), 60)
     except ValueError:  # an integer of thousands of digits
-        found = "a number too long to print"
-    return InputError(f"{name} is {found}, expected {expected}")
+        return "a number too long to print"
 
 
 def channels(name: str, value: Any) -> tuple[float, ...] | float:

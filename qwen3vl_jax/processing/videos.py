@@ -21,6 +21,7 @@ from qwen3vl_jax.processing.media import load_image
 from qwen3vl_jax.processing.pictures import to_rgb
 from qwen3vl_jax.processing.qwen_items import KEYS as ITEM_RULES
 from qwen3vl_jax.processing.qwen_items import VideoItem
+from qwen3vl_jax.processing.setting_checks import shown
 from qwen3vl_jax.processing.video_settings import WITHOUT_EFFECT, VideoSettings, smart_resize
 from qwen3vl_jax.processing.video_times import Clip, FramesDiffer
 
@@ -196,7 +197,7 @@ def _choose(
 
 def _second(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e9:
-        raise InputError(f"{name} is {value!r:.40}, expected seconds from 0")
+        raise InputError(f"{name} is {shown(value)}, expected seconds from 0")
     return float(value)
 
 
