@@ -155,6 +155,8 @@ def _to_hf(options: argparse.Namespace, source: Path, progress: Progress) -> tup
 
 def _to_orbax(options: argparse.Namespace, source: Path, progress: Progress):
     _check_no_run_options(options)
+    if is_run(source):
+        raise InputError(f"{source}: a run of train.py, expected a checkpoint; give --to-hf first")
     layout, weights, merge = options.expert_layout, options.weights, options.merge
     return *to_orbax(source, options.out, options.force, layout, progress, weights, merge), ""
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from convert import matching
 from convert.mapping import rows
+from convert.places import Adapter
 from convert.readers import side_files
 from convert.stored import check_stored, stored_kind
 from convert.to_hf import SHARD_SIZE, Sink, write_files
@@ -66,11 +67,7 @@ def run_to_hf(
     check_apart(run, out)
     recipe = read_recipe(run / _RUN)
     cfg = Config.from_hf(run / MODEL)
-    number = _step(run, wanted.step)
-    saved = run / CHECKPOINTS / str(number)
-    averaged = (saved / "average").is_dir() and not wanted.raw
-    weights = saved / ("average" if averaged else "weights")
-    told = f"step {number}{', averaged weights' if averaged else ''}, "
+    weights, told = _weights(run, wanted)
     if wanted.adapter and not recipe.lora.rank:
         raise InputError(f"{run}: --adapter is for LoRA, and this run's lora.rank is 0")
     with signals_later():
@@ -88,6 +85,63 @@ def run_to_hf(
 
     written = write_files(out, cfg, stored, read, finish, force, shard_size, progress)
     return (*written, told)
+
+
+def run_leaves(run: Path, cfg: Config) -> tuple[dict[TreePath, LazyTensor], str]:
+    """The parameters of a run's best step, or its last, by path, and which step. Raises InputError.
+
+    As `run_to_hf` writes them; of what was trained one stack of layers is in memory at a time, so read
+    them in their order.
+    """
+    from qwen3vl_jax.orbax_io import open_tree
+    from qwen3vl_jax.training.recipe import read_recipe
+    from qwen3vl_jax.training.stacked import layers_of, paths_of
+
+    recipe, (weights, told) = read_recipe(run / _RUN), _weights(run, Wanted())
+    if recipe.lora.rank:
+        return _merged(recipe, cfg, weights)[0], told + "merged"
+    leaves, stacks = _base(recipe, cfg), {}
+    open_tree(weights, lambda path, leaf: stacks.update({str(path[0]): leaf}))
+
+    @functools.lru_cache(maxsize=1)
+    def layers(name: str) -> dict[TreePath, np.ndarray]:
+        return dict(layers_of(name, stacks[name].load()))
+
+    for name, path in [(n, path) for n in stacks for path in paths_of(n, cfg)]:
+        leaf = leaves[path]
+
+        def load(
+            name: str = name, path: TreePath = path, dtype: np.dtype = leaf.dtype
+        ) -> np.ndarray:
+            return layers(name)[path].astype(dtype)
+
+        leaves[path] = LazyTensor(leaf.shape, leaf.dtype, load)
+    return leaves, told.removesuffix(", ")
+
+
+def run_adapter(run: Path, cfg: Config) -> tuple[dict[str, np.ndarray], Adapter]:
+    """The adapter of a LoRA run's best step, or its last, as `peft.load_adapter` gives one."""
+    from qwen3vl_jax.training.adapters import adapter_of
+    from qwen3vl_jax.training.recipe import read_recipe
+    from qwen3vl_jax.training.run_dir import MODEL
+
+    recipe = read_recipe(run / _RUN)
+    if not recipe.lora.rank:
+        raise InputError(f"{run}: holds no adapter (its lora.rank is 0); give it as the checkpoint")
+    if Config.from_hf(run / MODEL) != cfg:
+        raise InputError(
+            f"{run}: its adapter is for {recipe.ckpt}, whose config.json is another one"
+        )
+    return _arrays(_weights(run, Wanted())[0]), adapter_of(recipe, cfg)
+
+
+def _weights(run: Path, wanted: Wanted) -> tuple[Path, str]:
+    """Where the weights of a run's step are, and what they are."""
+    number = _step(run, wanted.step)
+    saved = run / CHECKPOINTS / str(number)
+    averaged = (saved / "average").is_dir() and not wanted.raw
+    told = f"step {number}{', averaged weights' if averaged else ''}, "
+    return saved / ("average" if averaged else "weights"), told
 
 
 def _step(run: Path, wanted: str | None) -> int:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from convert import peft, readers
+from convert.run_dir import is_run, run_adapter
 from convert.stored import check_stored
 from convert.to_orbax import PARAMS
 from qwen3vl_jax.config import Config
@@ -62,8 +63,11 @@ def load(
     (convert/int8.py says which) and logs by how much logits change. `dtype` is that of everything
     else and of the computation. Each such weight is a `quantized.Quantized`.
     revision: branch, tag or commit of a Hub id. expert_layout: as `python -m convert` has it.
-    adapter: directory or Hub id of a PEFT adapter, whose matrices stay beside the weights they adapt
-    (`lora.Adapted`), so that nothing is rounded and 8-bit weights stay so; `lora.merge` adds them up.
+    The directory of a run of train.py gives the weights of its best step, or its last (a LoRA run's
+    merged).
+    adapter: directory or Hub id of a PEFT adapter, or a LoRA run's directory, whose matrices stay
+    beside the weights they adapt (`lora.Adapted`), so that nothing is rounded and 8-bit weights stay
+    so; `lora.merge` adds them up.
     Raises InputError for weights that are absent, damaged, incomplete, not those of config.json, or
     not to be had in the form asked for, for an adapter that does not fit, and for an axis of the mesh
     that does not divide the parameters.
@@ -74,7 +78,7 @@ def load(
     dtype, mesh = _floating(dtype), ambient_mesh() if mesh is None else mesh
     directory = resolve(ckpt, revision)
     cfg = Config.from_hf(directory)
-    beside = None if adapter is None else peft.load_adapter(resolve(adapter), cfg)
+    beside = None if adapter is None else _adapter(resolve(adapter), cfg)
     params = loading.load_params(
         loading.Source(directory, cfg, weights, expert_layout), mesh, dtype
     )
@@ -84,6 +88,11 @@ def load(
         matrices, settings = beside
         params = attach(params, cfg, loading.put_pairs(matrices, mesh, dtype), settings)
     return params, cfg
+
+
+def _adapter(directory: Path, cfg: Config) -> tuple[dict[str, np.ndarray], peft.Adapter]:
+    run = is_run(directory)
+    return run_adapter(directory, cfg) if run else peft.load_adapter(directory, cfg)
 
 
 def _floating(dtype: Any) -> Any:

@@ -197,8 +197,13 @@ def _is_tied(raw: Mapping[str, Any], source: Any) -> bool:
     return holds_head(path if path.is_dir() else path.parent) is False
 
 
+def model_folder(directory: Path) -> Path:
+    """Where a checkpoint's config and tokenizer are: its directory, of a run of train.py RUN_DIR/model."""
+    return directory / "model" if (directory / "config.toml").is_file() else directory
+
+
 def _read(path: Path) -> Mapping[str, Any]:
-    path = path / "config.json" if path.is_dir() else path
+    path = model_folder(path) / "config.json" if path.is_dir() else path
     return read_json_file(path, f"config: {path}")
 
 

@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from convert import int8, matching
 from convert.mapping import tree_of
+from convert.run_dir import is_run, run_leaves
 from convert.stored import check_stored, check_weights, stored_kind
 from convert.to_orbax import PARAMS
 from qwen3vl_jax.config import Config
@@ -58,6 +59,11 @@ class Source:
     def stored(self) -> Leaves:
         """The arrays as the files hold them; those of Orbax are read by orbax_io. Raises InputError."""
         directory = self.directory
+        if is_run(directory):
+            leaves, which = run_leaves(directory, self.cfg)
+            check_weights(directory, None, self.weights)
+            log.warning("%s: %s", directory, which)
+            return leaves
         if not self.is_orbax:
             if any(directory.glob(f"{PARAMS}.orbax-checkpoint-tmp*")):
                 raise InputError(

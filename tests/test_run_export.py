@@ -1,5 +1,7 @@
 """python -m convert --to-hf RUN_DIR: a saved step as Hugging Face files, merged or as an adapter."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,11 +49,26 @@ def saved(folder, ckpt, change=lambda weights: weights, scores=(None,), **tables
     return out, settings
 
 
+def same_trees(got, want):
+    """The same config, structure, dtypes and bytes."""
+    assert got[1] == want[1]
+    flat = jax.tree.leaves_with_path(got[0])
+    for (path, a), (other, b) in zip(flat, jax.tree.leaves_with_path(want[0]), strict=True):
+        assert (path, a.dtype, a.tobytes()) == (other, b.dtype, b.tobytes())
+
+
 def test_what_was_not_changed_is_the_checkpoint_again(tmp_path, ckpt):
     """Frozen and trained tensors, in the dtypes and bytes of the files they came from; the rest too."""
-    out, _ = saved(tmp_path / "a", ckpt, train={"freeze": ["vision", "layers.attn.*"]})
+    out, settings = saved(tmp_path / "a", ckpt, train={"freeze": ["vision", "layers.attn.*"]})
     run_to_hf(out, tmp_path / "hf")
     assert_same(read(tmp_path / "hf"), read(ckpt))
+    same_trees(q3.load(out), q3.load(ckpt))  # --ckpt RUN_DIR
+    assert q3.Processor.from_pretrained(out).stop_ids == q3.Processor.from_pretrained(ckpt).stop_ids
+    with pytest.raises(InputError, match="holds no adapter"):
+        q3.load(ckpt, adapter=out)
+    assert command.main([str(out), str(tmp_path / "no")]) == 2
+    with pytest.raises(InputError, match="a run of train"):
+        write_model_files(dataclasses.replace(settings, ckpt=str(out)), tmp_path / "no")
     for name in ("config.json", "tokenizer.json", "chat_template.jinja"):
         assert (tmp_path / "hf" / name).read_bytes() == (ckpt / name).read_bytes()
 
@@ -66,6 +83,7 @@ def test_trained_weights_average_and_new_tokens(tmp_path, ckpt, capsys):
     assert "step 10, averaged weights" in capsys.readouterr().out
     assert command.main(["--to-hf", "--raw", str(out), str(tmp_path / "raw")]) == 0
     first = setup.prepare(settings, q3.Config.from_hf(ckpt), [_id(out)]).weights
+    same_trees(q3.load(out), q3.load(tmp_path / "mean"))
     for folder, more in (("mean", 0), ("raw", 1)):
         params, _ = q3.load(tmp_path / folder)
         for name in ("embed", "norm"):
@@ -125,6 +143,8 @@ def test_lora_is_merged_or_written_as_an_adapter(tmp_path, ckpt, base):
     plain_base, _ = q3.load(ckpt, dtype="float32")
     want = q3.unstack_layers(merge(attach(q3.stack_layers(plain_base), cfg, weights, adapter)))
     got, _ = q3.load(tmp_path / "hf")
+    same_trees(q3.load(out), (got, cfg))  # --ckpt RUN_DIR and --adapter RUN_DIR
+    same_trees(q3.load(ckpt, adapter=out), q3.load(ckpt, adapter=tmp_path / "peft"))
     flat = jax.tree.leaves_with_path(got)
     for (path, a), b in zip(flat, jax.tree.leaves(want)):
         # the base is bf16 there and sums are rounded to it: 8 bits

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qwen3vl_jax.config import Config
+from qwen3vl_jax.config import Config, model_folder
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.json_text import write_json
 from qwen3vl_jax.processing.chat import (
@@ -82,7 +82,7 @@ class Processor:
         """
         from qwen3vl_jax.checkpoint import resolve
 
-        directory = resolve(source, revision)
+        directory = model_folder(resolve(source, revision))
         config = Config.from_hf(directory)
         tokenizer = Tokenizer.from_pretrained(directory)
         vision = config.vision

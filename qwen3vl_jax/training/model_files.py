@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from convert.readers import side_files
+from convert.run_dir import is_run
 from convert.to_orbax import PARAMS
 from qwen3vl_jax.checkpoint import resolve
 from qwen3vl_jax.config import Config
+from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.paths import is_remote, remove_tree
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.staging import CONFIG, copy_files, staged
@@ -20,6 +22,11 @@ def write_model_files(recipe: Recipe, target: Path) -> None:
     Raises InputError for a checkpoint that is not there, and for tokens that cannot be added.
     """
     source = resolve(recipe.ckpt)
+    if is_run(source):
+        raise InputError(
+            f"ckpt: got {source}, a run of train.py, expected a checkpoint; write its weights first: "
+            f"python -m convert --to-hf {source} OUT_DIR"
+        )
     if is_remote(target) and (target / CONFIG).is_file():
         remove_tree(target)  # this run's own, of a start that did not come to a checkpoint
     with staged(target, force=True) as stage:
