@@ -60,6 +60,8 @@ def test_reranker_prompts(proc):
     assert "<Instruct>: mine<Query>:NULL\n<Document>:NULL" in proc.render(
         rerank_conversation({}, {}, "mine")
     )
+    with pytest.raises(InputError, match="thing: got list, expected an object"):
+        embed_conversation(["a"])
     with pytest.raises(InputError, match="document: key 'txt'"):
         rerank_conversation({"text": "q"}, {"txt": "d"})
 
