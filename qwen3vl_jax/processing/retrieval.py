@@ -79,7 +79,9 @@ def _text(text: str) -> dict[str, Any]:
 
 def _parts(name: str, thing: Mapping[str, Any]) -> list[dict[str, Any]]:
     if not isinstance(thing, Mapping) or (unknown := [key for key in thing if key not in KEYS]):
-        found = f"key {unknown[0]!r}" if isinstance(thing, Mapping) else f"got {type(thing).__name__}"
+        found = (
+            f"key {unknown[0]!r}" if isinstance(thing, Mapping) else f"got {type(thing).__name__}"
+        )
         raise InputError(f"{name}: {found}, expected an object with {', '.join(KEYS)}")
     found = []
     for key, limits in zip(KEYS, (CLIP, PICTURE, {}), strict=True):
