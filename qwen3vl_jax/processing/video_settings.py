@@ -55,8 +55,8 @@ class VideoSettings(ImageSettings):
                 )
         if "fps" in changes and "num_frames" in changes:
             raise InputError(
-                f"video settings: fps {changes['fps']} and num_frames {changes['num_frames']} are "
-                "both given; give the one that says how to sample"
+                "video settings: fps and num_frames are both given; give the one that says how to "
+                "sample"
             )
         settings = super().override(**changes)
         if "num_frames" in changes:

@@ -136,7 +136,8 @@ def _opened(
         _warn_unused(", ".join(sorted(unused)))
     if len(frames) % 2:
         frames = [*frames, frames[-1]]
-    return open_frames(frames, None, called or item.frame_fps, load, True), item
+    rate = item.frame_fps if called is None else called
+    return open_frames(frames, None, rate, load, True), item
 
 
 @functools.cache
