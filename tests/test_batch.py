@@ -159,6 +159,7 @@ def test_numbers_that_would_become_others_are_refused():
         ({"input_ids": [[5, 2**32 + 5]]}, "outside the vocabulary"),
         ({"input_ids": [[5, 5]], "labels": [[5, 2**32 + 5]]}, "neither -100 nor a token"),
         ({"input_ids": [[5, 5]], "labels": [[5.0, 5.5]]}, "labels: expected integers"),
+        ({"input_ids": [[5, 5]], "labels": [[5], [5, 5]]}, "labels: expected rows of one length"),
         ({"input_ids": [[5, 5]], "position_ids": [[0.0, 0.5]]}, "position_ids: expected integers"),
     ):
         with pytest.raises(q3.InputError, match=words):

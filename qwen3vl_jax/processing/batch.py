@@ -242,7 +242,10 @@ def check_ids(name: str, given: Any, size: int) -> np.ndarray:
 
 def _counted(name: str, given: Any) -> np.ndarray:
     """Whole numbers as int64, also where they are held as floats. Raises InputError for others."""
-    found = host_array(given)
+    try:
+        found = host_array(given)
+    except ValueError:
+        return integers(name, given)
     if found.dtype.kind == "f" and np.array_equal(found, np.rint(found)):
         found = found.astype(np.int64)
     return integers(name, found)

@@ -114,7 +114,7 @@ def _fields(given: Any, known: Sequence[str], where: str) -> dict[str, Any]:
 
 
 def _message(
-    turn: Any, number: int, pools: dict[str, list[Any]], ignore: Sequence[str]
+    turn: Any, number: int, pools: dict[str, _Pool], ignore: Sequence[str]
 ) -> dict[str, Any]:
     """One message in chat form; its images and videos are taken off the pools."""
     where = f"message {number}: "
@@ -142,7 +142,7 @@ def _message(
     return _switched(message, where)
 
 
-def _content(content: Any, role: Any, where: str, pools: dict[str, list[Any]], strip: bool) -> Any:
+def _content(content: Any, role: Any, where: str, pools: dict[str, _Pool], strip: bool) -> Any:
     """A message's content whose tags and empty places are filled."""
     if isinstance(content, str):
         return _by_tag(content, role, where, pools, strip)
@@ -168,7 +168,7 @@ def _item(given: Mapping[str, Any], where: str) -> dict[str, Any]:
     return item
 
 
-def _by_tag(text: str, role: Any, where: str, pools: dict[str, list[Any]], strip: bool) -> Any:
+def _by_tag(text: str, role: Any, where: str, pools: dict[str, _Pool], strip: bool) -> Any:
     """A text as content: each tag is the next of its pool, what lies between them is text."""
     parts = [part.strip() if strip else part for part in _TAG.split(text)]
     if len(parts) == 1:
@@ -185,14 +185,14 @@ def _by_tag(text: str, role: Any, where: str, pools: dict[str, list[Any]], strip
     return items
 
 
-def _next(kind: str, where: str, pools: dict[str, list[Any]]) -> dict[str, Any]:
+def _next(kind: str, where: str, pools: dict[str, _Pool]) -> dict[str, Any]:
     if not pools[kind]:
         how = _HOW.format(kind)
         raise InputError(f"{where}a place for {_A[kind]} without {_A[kind]} left for it; {how}")
     return pools[kind].pop(0)
 
 
-def _filled(item: Any, where: str, pools: dict[str, list[Any]]) -> Any:
+def _filled(item: Any, where: str, pools: dict[str, _Pool]) -> Any:
     """A content item; an empty place for an image or video takes the next of its pool."""
     if not isinstance(item, dict):
         return item
