@@ -19,7 +19,7 @@ from qwen3vl_jax.cache import decode_step, extend, grow_cache, pinned, prefill
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError, not_finite
 from qwen3vl_jax.processing.tokenizer import find_stop, stop_list
-from qwen3vl_jax.sampling import Sampling, draw, penalize, row_seeds
+from qwen3vl_jax.sampling import NOT_FINITE, Sampling, draw, penalize, row_seeds
 from qwen3vl_jax.sharding import shard
 from qwen3vl_jax.structs import Batch, Features, KVCache, Params, check_call
 from qwen3vl_jax.vision import vision_encode
@@ -29,9 +29,9 @@ from qwen3vl_jax.vision import vision_encode
 log = logging.getLogger("qwen3vl_jax")
 LogitsFn = Callable[[jax.Array, "DecodeState"], jax.Array]
 STEPS = 16  # decode steps a dispatch: the host looks at the answer in between
-# In place of a token: the row had ended; its logits were not finite, the model's own or those after
+# In place of a token: the row had ended; its logits were not finite (NOT_FINITE), or were so only after
 # penalties and logits_fn.
-ENDED, NOT_FINITE, NOT_FINITE_AFTER = -1, -2, -3
+ENDED, NOT_FINITE_AFTER = -1, -3
 SMALLEST_CACHE = 256
 
 
@@ -94,19 +94,19 @@ def fault_of(tokens: np.ndarray, count: int) -> str:
 
 def _choose(logits, state, sampling, stop_ids, logits_fn) -> DecodeState:
     rows, likely = jnp.arange(logits.shape[0]), jax.nn.log_softmax(logits)
-    finite = jnp.isfinite(logits).all(axis=1)
     logits = penalize(logits, sampling, state.seen, state.answered, state.count, stop_ids)
     if logits_fn is not None:
         logits = logits_fn(logits, state)
-    token = draw(logits, sampling, state.keys, state.count)
-    usable = jnp.isfinite(jnp.max(logits, axis=1))  # a mask may hold -inf, but not everywhere
-    wrong, live = ~(finite & usable), ~state.done
+    token, live = draw(logits, sampling, state.keys, state.count), ~state.done
+    logprob = likely[rows, jnp.maximum(token, 0)]  # no number if a single logit is NaN or infinity
+    token = jnp.where(token == NOT_FINITE, NOT_FINITE_AFTER, token)
+    token = jnp.where(jnp.isfinite(logprob), token, NOT_FINITE)
+    wrong = token < 0
     mark = (rows, jnp.where(live & ~wrong, token, logits.shape[1]))
-    token = jnp.where(wrong, jnp.where(finite, NOT_FINITE_AFTER, NOT_FINITE), token)
     count = state.count + live
     return state.replace(
         token=token,
-        logprob=likely[rows, token],
+        logprob=logprob,
         count=count,
         done=state.done
         | wrong

@@ -13,6 +13,7 @@ import numpy as np
 
 from qwen3vl_jax.errors import InputError
 
+NOT_FINITE = -2  # in place of a token
 Rows = float | Sequence[float]  # one value for all rows, or one a row
 
 
@@ -121,16 +122,24 @@ def restrict(logits: jax.Array, s: SamplingRows) -> jax.Array:
 
 
 def draw(logits: jax.Array, s: SamplingRows, keys: jax.Array, count: jax.Array) -> jax.Array:
-    """One token a row [B] int32: argmax at temperature 0, else drawn with the row's own key."""
+    """One token a row [B] int32: argmax at temperature 0, else drawn with the row's own key.
+
+    NOT_FINITE where the largest logit is no finite number.
+    """
+    rows = jnp.arange(logits.shape[0])
+
+    def checked(tokens, logits):
+        return jnp.where(jnp.isfinite(logits[rows, tokens]), tokens, NOT_FINITE)
 
     def sampled(logits):
         row_keys = jax.vmap(jax.random.fold_in)(keys, count)
         below_best = logits - jnp.max(logits, axis=1, keepdims=True)  # finite at any temperature
         tokens = jax.vmap(jax.random.categorical)(row_keys, restrict(below_best, s))
-        return jnp.where(s.temperature > 0, tokens, jnp.argmax(logits, axis=1))
+        tokens = jnp.where(s.temperature > 0, tokens, jnp.argmax(logits, axis=1))
+        return checked(tokens, below_best)  # all NaN where one logit is
 
     def greedy(logits):
-        return jnp.argmax(logits, axis=1)
+        return checked(jnp.argmax(logits, axis=1), logits)
 
     return jax.lax.cond(jnp.any(s.temperature > 0), sampled, greedy, logits).astype(jnp.int32)
 
