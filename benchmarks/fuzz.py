@@ -100,6 +100,7 @@ class Worker:
     def __init__(self, scratch: Path):
         self.scratch = scratch
         self.child: Any = None
+        self.code = 0  # of a child that ended
 
     def ask(self, kind: str, number: int) -> tuple[str, str]:
         """The outcome of an input, and what was said."""
@@ -114,7 +115,7 @@ class Worker:
         if text is None:
             return "hang", f"no answer within {SECONDS} s"
         if not text:
-            return "traceback", "the process ended"
+            return "traceback", f"the process ended with {self.code}"
         outcome, said, peak = json.loads(text)
         return ("over 2 GiB", f"{peak:,} bytes") if peak > PEAK else (outcome, said)
 
@@ -134,8 +135,11 @@ class Worker:
     def close(self) -> None:
         """Ends the child."""
         if self.child is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.child.wait(timeout=0.5)
             self.child.kill()
             self.child.communicate()
+            self.code = self.child.returncode
             self.child = None
 
 

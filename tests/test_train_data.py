@@ -304,6 +304,8 @@ REFUSED = {
                                "message 2: tool_calls: not JSON"),
     "a later system": ({"messages": [ASKED, ANSWERED, system("s"), ASKED, ANSWERED]},
                        "message 3: the chat template leaves out a system message behind others"),
+    "a type that is none": ({"messages": [user({"type": {"a": 1}, "image": "a.png"}), ANSWERED]}, "type"),
+    "from nobody": ({"conversations": [{"from": None, "value": "a"}, GPT]}, "message 1: from is None"),
     "a developer": ({"messages": [{"role": "developer", "content": "s"}, ASKED, ANSWERED]},
                     "message 1: the chat template leaves out a developer message"),
     "thoughts": ({"messages": [ASKED, said("b", reasoning_content="why")]},

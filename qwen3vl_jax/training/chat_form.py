@@ -122,7 +122,7 @@ def _message(
     known = (*(("from", "value") if official else ("role", "content")), *_MESSAGE, *ignore)
     message = {k: v for k, v in _fields(turn, known, where).items() if k not in ignore}
     if official:
-        role, value = message.pop("from"), message.pop("value", None)
+        role, value = message.pop("from", None), message.pop("value", None)
         if not isinstance(role, str) or role not in _ROLES:
             raise InputError(f"{where}from is {role!r}, expected {', '.join(_ROLES)}")
         if not isinstance(value, str):
@@ -197,7 +197,7 @@ def _filled(item: Any, where: str, pools: dict[str, _Pool]) -> Any:
     if not isinstance(item, dict):
         return item
     kind, index = item.get("type"), item.pop("index", None)
-    if kind not in pools or any(key in item for key in _PLACES):
+    if not isinstance(kind, str) or kind not in pools or any(key in item for key in _PLACES):
         return item
     pool = pools[kind]
     if index is not None and index != (at := pool.total - len(pool)):
