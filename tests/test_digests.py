@@ -1,6 +1,7 @@
 """Digests: what is read is what was saved, in converted checkpoints and in the steps of a run."""
 
 import random
+import resource
 import shutil
 
 import hf_files as hf
@@ -145,3 +146,13 @@ def test_a_step_that_is_damaged_is_not_restored(tmp_path, capsys):
         path.write_bytes(data)
     run_dir.set_aside(out, after=5)
     assert run_dir.saved_steps(out) == [5] and (out / "damaged" / "10").is_dir()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    kept = Checkpoints(out, keep=2)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(InputError, match="cannot be written .File too large"):
+            kept.save(state.replace(step=jnp.int32(20)), {})
+            kept.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["5"]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +18,13 @@ from qwen3vl_jax import processes
 from qwen3vl_jax.digests import DamagedError, check_digests, digests, kept_digests, with_checksum
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.orbax_io import place, readable, stored_tensors, writable
-from qwen3vl_jax.paths import as_path, for_orbax, remove_tree
+from qwen3vl_jax.paths import as_path, for_orbax, is_remote, remove_tree
 from qwen3vl_jax.tensors import spell
 from qwen3vl_jax.training.run_dir import CHECKPOINTS, META, DiffersError, scores
 from qwen3vl_jax.training.step import TrainState
 
 WEIGHTS, AVERAGE, STATE = "weights", "average", "state"
+_BESIDE = 8192  # bytes that a saved array takes beside its values, at most
 
 
 @dataclasses.dataclass
@@ -39,6 +43,13 @@ class _Best(policies.PreservationPolicy):
         return [step in best for step in steps]
 
 
+def _unraisable(found: Any, before: Any = sys.unraisablehook) -> None:
+    """Leaves out what comes of writes that Orbax no longer waits for, since another has failed."""
+    left = getattr(getattr(found.object, "cr_code", None), "co_filename", "")
+    if "orbax" not in left and str(found.exc_value) != "Event loop is closed":
+        before(found)
+
+
 class Checkpoints:
     """The folder RUN_DIR/checkpoints: one directory a step, each with weights, state and meta.
 
@@ -53,6 +64,7 @@ class Checkpoints:
             preservation_policy=stays,
             cleanup_tmp_directories=True,  # what a killed process left half written
         )
+        sys.unraisablehook = _unraisable
         self._folder = as_path(run_dir) / CHECKPOINTS
         self._manager = ocp.CheckpointManager(for_orbax(self._folder), options=options)
 
@@ -78,6 +90,7 @@ class Checkpoints:
         parts[META] = ocp.args.JsonSave(with_checksum({**meta, "score": score, "digests": {
             name: digests(_by_path(part.item)) for name, part in parts.items()}}))  # fmt: skip
         self.score(int(state.step), score)
+        _check_room(self._folder, state)
         with writable(self._folder):
             self._manager.save(int(state.step), args=ocp.args.Composite(**parts))
 
@@ -100,6 +113,7 @@ class Checkpoints:
             if processes.is_first():
                 for part in self._folder.glob("*.orbax-checkpoint-tmp*"):
                     remove_tree(part)
+            gc.collect()  # what Orbax left of its writes, while `_unraisable` is heard
             raise
 
 
@@ -151,6 +165,17 @@ def _check_shapes(where: Path, state: TrainState) -> None:
     ]
     if found:
         raise DiffersError(where, "set of weights", "choose another --out", found)
+
+
+def _check_room(folder: Path, state: TrainState) -> None:
+    """Raises InputError where the disk surely has no room for a state, before any of it is written."""
+    arrays = jax.tree.leaves(state)
+    needs = sum(x.nbytes for x in arrays) + _BESIDE * len(arrays)
+    if not is_remote(folder) and (free := shutil.disk_usage(folder).free) < needs:
+        raise InputError(
+            f"{folder}: {free:,} bytes free, {needs:,} needed for a step; make room there: the same "
+            f"command goes on from the last step that was saved"
+        )
 
 
 def _by_path(tree: Any) -> dict[str, Any]:
