@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from qwen3vl_jax import processes
-from qwen3vl_jax.cli import EXPECTED, report
+from qwen3vl_jax.cli import EXPECTED, end_process, report
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.native_output import tidy_output
 from qwen3vl_jax.paths import argument, kind
@@ -116,4 +116,5 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     tidy_output(processes.lost_line, processes.LOST)
-    sys.exit(main())
+    ended = main()
+    end_process(ended) if ended == 2 else sys.exit(ended)  # of a save that failed, Orbax left work

@@ -24,7 +24,7 @@ from convert.stored import WEIGHTS
 from convert.to_hf import SHARD_SIZE, to_hf
 from convert.to_orbax import PARAMS, Progress, to_orbax
 from qwen3vl_jax.checkpoint import resolve
-from qwen3vl_jax.cli import EXPECTED, report, run_script, signals_later
+from qwen3vl_jax.cli import EXPECTED, end_process, report, run_script, signals_later
 from qwen3vl_jax.digests import DamagedError, saved_trees
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.paths import argument
@@ -189,9 +189,7 @@ def _run_and_end() -> None:
         code = main()
     except SystemExit as end:
         code = end.code
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code if isinstance(code, int) else 0)
+    end_process(code if isinstance(code, int) else 0)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import os
 import signal
@@ -116,6 +117,14 @@ def _end_interrupted(told: bool) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(130)
+
+
+def end_process(code: int) -> NoReturn:
+    """Ends the process without the interpreter's own end, which threads of libraries may still crash."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """Digests: what is read is what was saved, in converted checkpoints and in the steps of a run."""
 
 import random
-import resource
 import shutil
+from types import SimpleNamespace
 
 import hf_files as hf
 import jax
@@ -21,7 +21,7 @@ from qwen3vl_jax.checkpoint import load
 from qwen3vl_jax.digests import DamagedError
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.orbax_io import read_tree
-from qwen3vl_jax.training import recipe, run_dir, setup
+from qwen3vl_jax.training import checkpoints, recipe, run_dir, setup
 from qwen3vl_jax.training.checkpoints import Checkpoints, restore
 
 
@@ -106,7 +106,7 @@ def test_a_damaged_checkpoint_is_found_by_verify_load_and_the_way_back(orbax, tm
     load(damaged)
 
 
-def test_a_step_that_is_damaged_is_not_restored(tmp_path, capsys):
+def test_a_step_that_is_damaged_is_not_restored(tmp_path, capsys, monkeypatch):
     """Truncated, a bit of its arrays or of its meta: refused; the step before it is whole; --verify too."""
     ckpt = train_files.checkpoint(tmp_path / "ckpt")
     path = train_files.write_recipe(tmp_path / "recipe.toml", ckpt, tmp_path / "none.jsonl")
@@ -146,13 +146,9 @@ def test_a_step_that_is_damaged_is_not_restored(tmp_path, capsys):
         path.write_bytes(data)
     run_dir.set_aside(out, after=5)
     assert run_dir.saved_steps(out) == [5] and (out / "damaged" / "10").is_dir()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     kept = Checkpoints(out, keep=2)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-    try:
-        with pytest.raises(InputError, match="cannot be written .File too large"):
-            kept.save(state.replace(step=jnp.int32(20)), {})
-            kept.close()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
+    with pytest.raises(InputError, match="1,000,000 bytes free"):
+        kept.save(state.replace(step=jnp.int32(20)), {})
+    kept.close()
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["5"]
