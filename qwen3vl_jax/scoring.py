@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError, not_finite
@@ -102,7 +103,7 @@ def rerank(
 
 def check_finite(what: str, found: jax.Array) -> jax.Array:
     """The numbers [B ..] themselves; raises InputError naming a row that is not finite, if not traced."""
-    if isinstance(found, jax.core.Tracer):
+    if isinstance(found, Tracer):
         return found
     wrong = ~np.isfinite(np.asarray(found)).reshape(len(found), -1).all(axis=1)
     if wrong.any():

@@ -53,16 +53,17 @@ def _brief(value: Any) -> str:
     if isinstance(value, (list, tuple)) and value:
         found = [_brief(x) for x in value]
         return f"{len(found)} x {found[0]}" if len(set(found)) == 1 else f"[{', '.join(found)}]"
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
-        return f"{value.dtype}[{','.join(map(str, value.shape))}]"
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    if shape is not None and dtype is not None:
+        return f"{dtype}[{','.join(map(str, shape))}]"
     return repr(value)
 
 
-def brief(struct: Any) -> str:
+def brief(self: Any) -> str:
     """A struct as the dtypes and shapes of its arrays, absent ones left out."""
-    fields = ((field.name, getattr(struct, field.name)) for field in dataclasses.fields(struct))
+    fields = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
     shown = (f"{name}={_brief(value)}" for name, value in fields if value is not None)
-    return f"{type(struct).__name__}({', '.join(shown)})"
+    return f"{type(self).__name__}({', '.join(shown)})"
 
 
 class VisionInputs(flax.struct.PyTreeNode):
