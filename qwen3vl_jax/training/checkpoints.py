@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from qwen3vl_jax.training.run_dir import CHECKPOINTS, META, DiffersError, scores
 from qwen3vl_jax.training.step import TrainState
 
 WEIGHTS, AVERAGE, STATE = "weights", "average", "state"
-_BESIDE = 8192  # bytes that a saved array takes beside its values, at most
 
 
 @dataclasses.dataclass
@@ -64,7 +64,7 @@ class Checkpoints:
             preservation_policy=stays,
             cleanup_tmp_directories=True,  # what a killed process left half written
         )
-        sys.unraisablehook = _unraisable
+        sys.unraisablehook, self._failed = _unraisable, False
         self._folder = as_path(run_dir) / CHECKPOINTS
         self._manager = ocp.CheckpointManager(for_orbax(self._folder), options=options)
 
@@ -91,29 +91,38 @@ class Checkpoints:
             name: digests(_by_path(part.item)) for name, part in parts.items()}}))  # fmt: skip
         self.score(int(state.step), score)
         _check_room(self._folder, state)
-        with writable(self._folder):
+        with self._saving():
             self._manager.save(int(state.step), args=ocp.args.Composite(**parts))
 
     def wait(self) -> None:
         """Returns when everything that was saved is on disk. Raises InputError for a full one."""
-        with writable(self._folder):
+        with self._saving():
             self._manager.wait_until_finished()
 
     def check(self) -> None:
         """Raises InputError where a step that is being saved found no room."""
-        with writable(self._folder):
+        with self._saving():
             self._manager.check_for_errors()
 
     def close(self) -> None:
         """Waits, and lets go of the folder; what could not be saved makes room."""
         try:
-            with writable(self._folder):
+            with self._saving():
                 self._manager.close()
-        except InputError:
-            if processes.is_first():
+        finally:
+            if self._failed and processes.is_first():
                 for part in self._folder.glob("*.orbax-checkpoint-tmp*"):
                     remove_tree(part)
-            gc.collect()  # what Orbax left of its writes, while `_unraisable` is heard
+            if self._failed:
+                gc.collect()  # what Orbax left of its writes, while `_unraisable` is heard
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        try:
+            with writable(self._folder):
+                yield
+        except InputError:
+            self._failed = True
             raise
 
 
@@ -168,9 +177,8 @@ def _check_shapes(where: Path, state: TrainState) -> None:
 
 
 def _check_room(folder: Path, state: TrainState) -> None:
-    """Raises InputError where the disk surely has no room for a state, before any of it is written."""
-    arrays = jax.tree.leaves(state)
-    needs = sum(x.nbytes for x in arrays) + _BESIDE * len(arrays)
+    """Raises InputError where the disk has no room for a state as it is in memory, before it is written."""
+    needs = sum(x.nbytes for x in jax.tree.leaves(state))
     if not is_remote(folder) and (free := shutil.disk_usage(folder).free) < needs:
         raise InputError(
             f"{folder}: {free:,} bytes free, {needs:,} needed for a step; make room there: the same "
