@@ -70,6 +70,7 @@ def chunked_cross_entropy(
     next token, weights [..], which have no gradient. The words are cut, not the tokens: a softmax over
     pieces is exact, and each row of the table gets its gradient once, written in place, where cutting
     tokens would add up a whole table a chunk. The backward pass computes the logits again.
+    There is no forward mode; `loss_fn` has it.
     Source: the online softmax of arXiv 1805.02867.
     """
     return _sums_by_words(min(chunk, table.shape[0]), x, _whole_words(table), labels, weights)
