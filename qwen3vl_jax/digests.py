@@ -40,7 +40,8 @@ def digest(x: np.ndarray) -> str:
     if x.nbytes < _LARGE or x.ndim < 2:
         return _finished(x, _added(bits))
     with ThreadPoolExecutor(_THREADS) as pool:
-        return _finished(x, sum(pool.map(_added, np.array_split(bits, _THREADS))))
+        parts = list(pool.map(_added, np.array_split(bits, _THREADS)))
+    return _finished(x, np.add.reduce(parts, 0, bits.dtype))
 
 
 def _added(bits: np.ndarray) -> np.ndarray:

@@ -53,10 +53,9 @@ def train(recipe: Recipe, out: Path) -> None:
     cannot start, for a directory of another run, and where a loss is not a number.
     """
     asked, recipe = recipe, laid_out(recipe, out)
-    mesh, notes = mesh_of(recipe), []
+    mesh, notes, damaged = mesh_of(recipe), [], []
     if mesh is not None and not asks_for_mesh(asked):
         notes.append(f"no [mesh]: {mesh.size} devices, {spelled(recipe.mesh)}")
-    damaged: list[DamagedError] = []
     with (
         catch_signals() as stop,
         opened(out),
@@ -81,8 +80,7 @@ def _go_on(
         written = plain(as_dict(recipe)) | {"ckpt": whole_path(recipe.ckpt)}
         write_whole(out / run_dir.CONFIG, tomli_w.dumps(written).encode())
     held: dict[str, int] = {}
-    less = "step.remat=full or step.loss_chunk"
-    with memory_advice(held, less if first else f"pack.rows, {less}"):
+    with memory_advice(held, "pack.rows, " * (not first) + "step.remat=full or step.loss_chunk"):
         run = Run(recipe, out, first, meta, mesh, held)
         try:
             with Watch(out, recipe, first) if processes.is_first() else Muted() as watch:

@@ -169,7 +169,8 @@ def _board(folder: Path, recipe: Recipe, first: int) -> Any:
     # purge_step hides what a killed run wrote after the checkpoint
     board = SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1)
     # Its thread would die of a full disk unheard, and who hands it an event wait for ever.
-    events: Any = board.file_writer.event_writer
+    writer: Any = board.file_writer
+    events = writer.event_writer
     events._worker.stop()
     events.add_event = events._ev_writer.write_event
     return board

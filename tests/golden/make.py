@@ -171,7 +171,7 @@ def heads() -> list[str]:
 
     faults = []
     for moe, (i, (top, text)) in itertools.product((False, True), enumerate(TIES)):
-        raw = tiny.config_dict("golden", moe) | {"tie_word_embeddings": i < 2}
+        raw: dict[str, Any] = tiny.config_dict("golden", moe) | {"tie_word_embeddings": i < 2}
         tensors = {n: torch.from_numpy(a) for n, a in tiny.weights(raw, golden_io.SEED).items()}
         raw["tie_word_embeddings"] = top
         raw["text_config"]["tie_word_embeddings"] = text
