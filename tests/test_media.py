@@ -206,7 +206,8 @@ def test_base64_of_any_length(folder, monkeypatch):
 
 
 def test_objects_without_a_source():
-    for source in ({}, {"bytes": None, "path": ""}, {"link": "a"}, {"url": "a", "path": "b"}, ""):
+    for source in ({}, {"bytes": None, "path": ""}, {"link": "a"}, {"url": "a", "path": "b"}, "",
+                   {"url": "a", "max_pixels": 9}, {"bytes": np.zeros(2), "url": "a"}):  # fmt: skip
         refused(lambda source=source: load_image(source), "image: got", "expected")
 
 
@@ -401,7 +402,7 @@ def test_decoders_in_python_get_small_images():
 def test_threads_share_the_limit_of_decoded_bytes():
     found = []
     worker = threading.Thread(target=lambda: found.append(load_image(PNG)))
-    with pictures._memory(pictures.MAX_IMAGE_BYTES):
+    with pictures.decode_memory(pictures.MAX_IMAGE_BYTES):
         worker.start()
         worker.join(0.1)
         assert not found

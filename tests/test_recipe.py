@@ -75,6 +75,10 @@ def test_every_key_is_explained_once():
         ("train.rates.merger=-1.0", "train.rates.merger is -1.0, expected a finite number from 0"),
         ("data.sources.0.weight=nan", "data.sources 1: expected a path and a weight above 0"),
         ("mesh.fsdp=-2", "mesh.fsdp is -2"),
+        ("seed=9223372036854775808", "seed is 9223372036854775808, expected a number up to"),
+        ("pack.rows=10000000000", "pack.rows is 10000000000, expected a number up to"),
+        ("pack.length=100000000", "expected at most 268435456"),
+        ("mesh.tensor=2000000", "expected at most 1048576 devices"),
     ],
 )
 def test_what_no_run_can_have_is_named(change, words):
@@ -97,12 +101,13 @@ def test_changes_lengthen_lists_and_reach_names_with_dots():
     """One place more than there is, in a list that the file has, or has not."""
     changes = ["evaluate.sources.0.path=a", "evaluate.sources.1.path=b", "data.sources.1.path=2024",
                "train.freeze.1=text", "train.rates.layers.attn.*=0.5", "report.wandb=7",
-               "data.sources.0.options.few=3"]  # fmt: skip
+               "data.sources.0.options.few=3", "lora.targets.1=vision"]  # fmt: skip
     found = recipe.read_recipe(FIRST, changes)
     assert [source.path for source in found.evaluate.sources] == ["a", "b"]
     assert found.data.sources[1].path == "2024" and found.train.freeze == ("vision", "text")
     assert found.train.rates["layers.attn.*"] == 0.5 and found.report.wandb == "7"
     assert found.data.sources[0].options == {"few": 3}
+    assert found.lora.targets == ("text", "vision")
 
 
 def test_paths_of_a_recipe(tmp_path, monkeypatch):

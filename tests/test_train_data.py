@@ -300,6 +300,10 @@ REFUSED = {
         {"name": "f", "arguments": "{x"}])]}, "message 2: arguments of f: not JSON"),
     "arguments that are no object": ({"messages": [ASKED, said("", tool_calls=[
         {"name": "f", "arguments": [1]}])]}, "expected a list of objects with name and arguments"),
+    "arguments that are a number's text": ({"messages": [ASKED, said("", tool_calls=[
+        {"name": "f", "arguments": "0"}])]}, "2: arguments of f: got 0, expected an object"),
+    "a limit in an address": ({"messages": [user({"type": "image_url", "image_url": {
+        "url": "a.png", "max_pixels": 9}}), ANSWERED]}, "an object with url, max_pixels, expected"),
     "calls that are no JSON": ({"messages": [ASKED, said("", tool_calls="[{")]},
                                "message 2: tool_calls: not JSON"),
     "a later system": ({"messages": [ASKED, ANSWERED, system("s"), ASKED, ANSWERED]},
@@ -335,6 +339,8 @@ def test_an_empty_place_is_no_picture():
     turns = [{"from": "human", "value": "a"}, GPT]
     want = chat_form({"conversations": turns})
     assert chat_form({"image": "", "video": [""], "conversations": turns}) == want
+    stored = {"image": {"bytes": None, "path": None}, "videos": [{}], "conversations": turns}
+    assert chat_form(stored) == want
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -590,6 +596,8 @@ def test_tokens_that_a_tokenizer_has_beyond_the_embedding_are_refused(proc):
         ("bad.json", "not JSON"),
         ("python:nowhere:Thing", "can be imported"),
         ("python:train_sources:Ready", "options do not fit"),
+        ("python:.nowhere:Thing", "can be imported"),
+        ("python:json:JSONDecoder", "a class with __len__ and __getitem__"),
     ],
 )
 def test_sources_that_cannot_be_opened(tmp_path, path, words):

@@ -274,6 +274,8 @@ def test_what_is_refused(tmp_path):
     still = tmp_path / "still.gif"
     Image.fromarray(clips.waves(1, 32, 32)[0]).save(still)
     frames = list(clips.waves(4, 32, 32))
+    # A screen of 16,000 x 16,000 pixels that is told in 8 bytes.
+    wide = b"GIF89a" + struct.pack("<HH", 16000, 16000) + still.read_bytes()[10:]
     for source, options, words in (
         (tmp_path / "gone.mp4", {}, r"gone\.mp4: cannot read this video: no such file"),
         (nothing, {}, r"nothing: no image in this folder"),
@@ -285,6 +287,7 @@ def test_what_is_refused(tmp_path):
         (one, {}, r"one\.mp4: .*1 frame.* as a picture"),
         (one, {"do_resize": False}, "1 frame.* as a picture"),
         (still, {}, r"still\.gif: .*1 frame.* as a picture"),
+        (wide, {}, "bomb: 16000 x 16000 pixels, expected at most 50331648 of a video"),
         (whole, {"fps": 2, "num_frames": 4}, "both given"),
         (whole, {"num_frames": 10**8}, r"a\.mkv: 100000000 frame.* MiB of patches, expected at most 3072"),
         (whole, {"min_pixels": 10**12}, "MiB of patches, expected at most 3072"),

@@ -11,8 +11,7 @@ import numpy as np
 from PIL import Image
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.processing.media_rules import one_line
-from qwen3vl_jax.processing.pictures import MAX_IMAGE_BYTES, to_rgb
+from qwen3vl_jax.processing.pictures import MAX_IMAGE_BYTES, decode_bytes, decode_memory, to_rgb
 from qwen3vl_jax.processing.video_times import Clip, timing
 
 # Milliseconds of a frame that gives none, as browsers show it.
@@ -69,10 +68,9 @@ def _shown(start: Callable[[], Any], name: str) -> Iterator[Image.Image]:
         try:
             image = Image.open(file, formats=("WEBP", "PNG"))
         except (*_BROKEN, Image.DecompressionBombError) as e:
-            raise InputError(f"{name}: not a video, or its header is cut: {one_line(e)}") from e
-        if image.width * image.height * _BYTES_A_PIXEL > MAX_IMAGE_BYTES:
-            raise InputError(f"{name}: {image.width} x {image.height} pixels, too many to read")
-        for number in range(getattr(image, "n_frames", 1)):
-            image.seek(number)
-            image.load()
-            yield image
+            raise InputError(f"{name}: not a video, or its header is cut") from e
+        with decode_memory(decode_bytes(*image.size, _BYTES_A_PIXEL, "an animation", name)):
+            for number in range(getattr(image, "n_frames", 1)):
+                image.seek(number)
+                image.load()
+                yield image

@@ -128,16 +128,22 @@ def open_source(
 
 def inner(given: Mapping[str, Any], key: str) -> Any:
     """The source in an object: of {bytes, path} the bytes, where there are any. Raises InputError."""
-    found = {name: given[name] for name in _KEYS if given.get(name)}
+    found = {k: v for k, v in given.items() if v is not None and not _is_empty(v)}
+    # A key of OpenAI's models alone.
+    found.pop("detail", None)
     if "bytes" in found:
         found.pop("path", None)
-    if len(found) != 1:
-        names = ", ".join(found) or ", ".join(map(str, list(given)[:8])) or "nothing"
+    if len(found) != 1 or not set(found) <= set(_KEYS):
+        names = short(", ".join(map(str, found or given)) or "nothing")
         raise InputError(f"{key}: got an object with {names}, expected bytes, url, path or base64")
     ((name, source),) = found.items()
     if name in ("bytes", "base64") and isinstance(source, str) and not _DATA.match(source):
         return "data:;base64," + source
     return source
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, (str, bytes)) and not value
 
 
 def form_of(text: str, key: str, folder: str = "") -> str:

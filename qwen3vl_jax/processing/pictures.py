@@ -64,7 +64,7 @@ def decoded(file: BinaryIO, name: str) -> Iterator[Image.Image]:
         except Image.UnidentifiedImageError as e:
             found = "not an image that Pillow reads" if size else "not an image, it is empty"
             raise InputError(f"{name}: {found}") from e
-    with _memory(_cost(image, name)):
+    with decode_memory(_cost(image, name)):
         with _refusals(name), _quiet(), _tiff_errors():
             image.load()
         yield upright_8bit(image, name)
@@ -176,18 +176,24 @@ def _strips(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
 
 
 def _cost(image: Image.Image, name: str) -> int:
-    """Bytes that are held while an image is decoded. Raises InputError where they are too many."""
     each = _BYTES_A_PIXEL.get(image.format or "", 8)
     if any(tile[0] in Image.DECODERS for tile in getattr(image, "tile", ())):
         each = _SLOW
-    pixels = image.width * image.height
-    if pixels * each > MAX_IMAGE_BYTES or pixels > _MOST_PIXELS:
-        most = min(MAX_IMAGE_BYTES // each, _MOST_PIXELS)
+    return decode_bytes(*image.size, each, image.format or "an image", name)
+
+
+def decode_bytes(width: int, height: int, each: int, kind: str, name: str) -> int:
+    """Bytes held while an image or frame is decoded, `each` a pixel.
+
+    Raises InputError where they are too many.
+    """
+    most = min(MAX_IMAGE_BYTES // each, _MOST_PIXELS)
+    if width * height > most:
         raise InputError(
-            f"{name}: refused as a decompression bomb: {image.width} x {image.height} pixels, "
-            f"expected at most {most} of {image.format or 'an image'}"
+            f"{name}: refused as a decompression bomb: {width} x {height} pixels, expected at most "
+            f"{most} of {kind}"
         )
-    return pixels * each
+    return width * height * each
 
 
 _MOST_PIXELS = 178_956_970  # where Pillow itself refuses
@@ -255,7 +261,7 @@ class _Quiet:
                     self.scope.close()
 
 
-_memory, _quiet = _Memory(), _Quiet()
+decode_memory, _quiet = _Memory(), _Quiet()
 _tiff_failed = threading.local()
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,11 +14,20 @@ import numpy as np
 from PIL import Image
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.processing.pictures import to_rgb
+from qwen3vl_jax.processing.pictures import (
+    MAX_IMAGE_BYTES,
+    decode_bytes,
+    decode_memory,
+    to_rgb,
+)
 from qwen3vl_jax.processing.video_times import Clip, FramesDiffer, reason, timing
 
 # What may be missing at the end of a whole file, in seconds.
 _SLACK = 0.5
+# Held while frames are decoded: those of the decoder, and copies in RGB.
+_BYTES_A_PIXEL = 32
+# Of the frames that the decoder's threads hold.
+_THREAD_PIXELS = 1 << 27
 log = logging.getLogger("qwen3vl_jax")
 
 
@@ -183,38 +194,44 @@ def _frames(container: Any, stream: Any, damage: list[Any] | None) -> Iterator[A
         yield from frames
 
 
-class _opened:
+@contextlib.contextmanager
+def _opened(start: Callable[[], Any], name: str) -> Iterator[tuple[Any, Any]]:
     """A PyAV container and its video stream; what FFmpeg raises becomes an InputError.
 
     Only the file's own bytes are read: a playlist cannot name other files or addresses.
     """
+    import av
 
-    def __init__(self, start: Callable[[], Any], name: str):
-        self.start, self.name = start, name
-
-    def __enter__(self) -> tuple[Any, Any]:
-        import av
-
-        self.file = self.start()
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(start())
         try:
             options = {"protocol_whitelist": "none"}
-            self.container = av.open(self.file, container_options=options)
+            container = stack.enter_context(av.open(file, container_options=options))
         except (av.FFmpegError, ValueError, OSError) as e:
-            self.file.close()
-            raise InputError(f"{self.name}: not a video, or its header is cut: {reason(e)}") from e
+            raise InputError(f"{name}: not a video, or its header is cut: {reason(e)}") from e
+        stream = _video_stream(container, name)
+        stack.enter_context(decode_memory(_limited(stream, name)))
         try:
-            return self.container, _video_stream(self.container, self.name)
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
+            yield container, stream
+        except av.FFmpegError as e:
+            raise InputError(f"{name}: damaged video: {reason(e)}") from e
 
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        import av
 
-        self.container.close()
-        self.file.close()
-        if isinstance(error, av.FFmpegError):
-            raise InputError(f"{self.name}: damaged video: {reason(error)}") from error
+def _limited(stream: Any, name: str) -> int:
+    """Bytes held while a stream is decoded; sets the decoder's limits of size and threads.
+
+    Raises InputError for frames that are too large.
+    """
+    held = decode_bytes(stream.width, stream.height, _BYTES_A_PIXEL, "a video", name)
+    # Later frames of a file may be larger than it says.
+    most = MAX_IMAGE_BYTES // _BYTES_A_PIXEL
+    stream.codec_context.options = {"max_pixels": str(most)}
+    stream.thread_type = "AUTO"
+    # Each thread holds frames of its own.
+    threads = _THREAD_PIXELS // max(held // _BYTES_A_PIXEL, 1)
+    if threads < 16:
+        stream.codec_context.thread_count = min(threads, os.cpu_count() or 1)
+    return held
 
 
 def _video_stream(container: Any, name: str) -> Any:
@@ -227,9 +244,7 @@ def _video_stream(container: Any, name: str) -> Any:
         raise InputError(f"{name}: no video in this file, it holds {', '.join(kinds)}")
     # Of an animated AVIF not the still image that stands for it.
     best = container.streams.best("video")
-    stream = best if best in streams else streams[0]
-    stream.thread_type = "AUTO"
-    return stream
+    return best if best in streams else streams[0]
 
 
 def _matrix(frame: Any) -> tuple[int, ...]:

@@ -225,11 +225,11 @@ def _calls(given: Any, where: str) -> list[dict[str, Any]]:
             raise InputError(
                 f"{where}tool_calls: expected a list of objects with name and arguments"
             )
-        if (
-            isinstance(arguments, str)
-            and _from_json(arguments, f"{where}arguments of {name}") is None
-        ):
-            arguments = {}
+        if isinstance(arguments, str):
+            found = _from_json(arguments, f"{where}arguments of {name}")
+            if not isinstance(found, Mapping | None):
+                raise InputError(f"{where}arguments of {name}: got {found!r}, expected an object")
+            arguments = arguments if found else {}
         out.append({"type": "function", "function": {"name": name, "arguments": arguments}})
     return out
 
@@ -282,7 +282,9 @@ def _pooled(given: Any, kind: str, name: str) -> dict[str, Any]:
 
 
 def _blank(given: Any) -> bool:
-    """Whether this is the "" that stands for no picture in files whose other records have one."""
+    """Whether this stands for no image in files whose other records have one: "", or only nulls."""
+    if isinstance(given, Mapping):
+        return all(value is None for value in given.values())
     return isinstance(given, str) and not given
 
 

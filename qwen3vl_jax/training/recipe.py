@@ -178,6 +178,10 @@ _LEAST = {  # everything else is from 0
     "step.accumulate": 1, "step.loss_chunk": 1, "checkpoints.keep": 1, "report.every": 1,
     "mesh.data": 1, "mesh.tensor": 1, "mesh.expert": 1, "mesh.sequence": 1, "mesh.fsdp": -1,
 }  # fmt: skip
+# Whole numbers of everything else are up to 2^31 - 1.
+_MOST = {"seed": 2**63 - 1}
+_MOST_PLACES = 2**28  # of the tokens or patches of a batch
+_MOST_DEVICES = 2**20
 _BELOW_ONE = ("data.bad_fraction", "lora.dropout", "optimizer.b1", "optimizer.b2",
               "optimizer.ema", "step.attention_dropout")  # fmt: skip
 
@@ -259,10 +263,24 @@ def check(recipe: Recipe) -> Recipe:
             raise InputError(f"{name} is {value}, expected a finite number")
         if number and value < _LEAST.get(name, 0):
             raise InputError(f"{name} is {value}, expected a number from {_LEAST.get(name, 0)}")
+        if type(value) is int and value > (most := _MOST.get(name, 2**31 - 1)):
+            raise InputError(f"{name} is {value}, expected a number up to {most}")
         if name in _BELOW_ONE and value >= 1:
             raise InputError(f"{name} is {value}, expected a number from 0 to below 1")
+    _check_sizes(recipe)
     _check_together(recipe)
     return recipe
+
+
+def _check_sizes(recipe: Recipe) -> None:
+    pack, mesh = recipe.pack, dataclasses.astuple(recipe.mesh)
+    places = max(pack.rows * pack.length, pack.vision_rows * pack.vision_length)
+    if places > _MOST_PLACES:
+        raise InputError(
+            f"pack: a batch of {places} tokens or patches, expected at most {_MOST_PLACES}"
+        )
+    if math.prod(max(size, 1) for size in mesh) > _MOST_DEVICES:
+        raise InputError(f"mesh: got {mesh}, expected at most {_MOST_DEVICES} devices")
 
 
 def _check_together(recipe: Recipe) -> None:

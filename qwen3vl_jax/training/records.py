@@ -289,14 +289,17 @@ class Made:
         module, _, name = source.path.removeprefix("python:").partition(":")
         try:
             kind = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError, ValueError) as error:
+        except (ImportError, AttributeError, ValueError, TypeError, SyntaxError) as error:
             raise InputError(
                 f"{source.path}: expected python:module:Class that can be imported: {error}"
             ) from None
         try:
-            return cls(source, kind(**source.options))
+            maker = kind(**source.options)
         except TypeError as error:
             raise InputError(f"{source.path}: its options do not fit: {error}") from None
+        if not hasattr(maker, "__len__") or not hasattr(maker, "__getitem__"):
+            raise InputError(f"{source.path}: expected a class with __len__ and __getitem__")
+        return cls(source, maker)
 
     @property
     def vision_labels(self) -> bool:

@@ -24,7 +24,7 @@ def apply_change(kind: type, raw: dict[str, Any], change: str) -> None:
         raise InputError(f"{change!r}: expected key=value or table.key=value")
     at, hint, prefix, parts = raw, kind, "", name.split(".")
     while True:
-        part = parts.pop(0)
+        part, table = parts.pop(0), hint
         if typing.get_origin(hint) is dict and typing.get_args(hint)[1] is not Any:
             part, parts = ".".join([part, *parts]), []
         hint = _hint_inside(hint, part, prefix, change, at)
@@ -33,7 +33,8 @@ def apply_change(kind: type, raw: dict[str, Any], change: str) -> None:
         held = at[key : key + 1] if isinstance(at, list) else [at[key]] if key in at else []
         if not parts:
             break
-        fresh: Any = [] if typing.get_origin(hint) is tuple else {}
+        is_list = typing.get_origin(hint) is tuple
+        fresh: Any = list(getattr(table, part, ())) if is_list else {}
         _put(at, key, held[0] if held else fresh)
         at = at[key]
         if not isinstance(at, (dict, list)):
