@@ -45,7 +45,12 @@ def digest(x: np.ndarray) -> str:
 
 
 def _added(bits: np.ndarray) -> np.ndarray:
-    return np.add.reduce(bits, tuple(range(bits.ndim - 1)), bits.dtype)
+    if bits.ndim < 2 or not bits.size:
+        return np.add.reduce(bits, tuple(range(bits.ndim - 1)), bits.dtype)
+    width = bits.shape[-1]
+    fold = 16 if bits.size % (16 * width) == 0 and width * bits.itemsize <= 4096 else 1
+    wide = np.add.reduce(bits.reshape(-1, fold * width), 0, bits.dtype)  # long rows add faster
+    return np.add.reduce(wide.reshape(fold, width), 0, bits.dtype)
 
 
 def digests(arrays: Mapping[str, Any]) -> dict[str, str]:

@@ -29,22 +29,22 @@ from qwen3vl_jax.training.checkpoints import Checkpoints, restore
                                    ml_dtypes.float8_e4m3fn])  # fmt: skip
 def test_a_digest_is_the_same_wherever_an_array_lies(dtype, monkeypatch):
     """In numpy, on a device and over a mesh; one bit of any value, the shape and the dtype change it."""
-    x = np.random.default_rng(0).normal(0, 50, (4, 3, 8)).astype(dtype)
+    x = np.random.default_rng(0).normal(0, 50, (4, 12, 8)).astype(dtype)
     mesh = sharding.make_mesh({"data": 2, "tensor": 4})
     where = NamedSharding(mesh, PartitionSpec("data", None, "tensor"))
     on_mesh = digests.digests({"a": jax.device_put(jnp.asarray(x), where)})
     assert on_mesh == digests.digests({"a": jnp.asarray(x)}) == {"a": digests.digest(x)}
     seen = {
         digests.digest(x),
-        digests.digest(x.reshape(4, 24)),
+        digests.digest(x.reshape(4, 96)),
         digests.digest(x.view(f"V{x.itemsize}")),
     }
     bits = np.unpackbits(x.view(np.uint8).ravel())
-    for i in range(0, bits.size, 41):
+    for i in range(0, bits.size, 163):
         bits[i] ^= 1
         seen.add(digests.digest(np.packbits(bits).view(dtype).reshape(x.shape)))
         bits[i] ^= 1
-    assert len(seen) == 3 + len(range(0, bits.size, 41))
+    assert len(seen) == 3 + len(range(0, bits.size, 163))
     assert len({digests.digest(np.zeros(s, dtype)) for s in ((), (1,), (0, 3))}) == 3
     monkeypatch.setattr(digests, "_LARGE", 1)  # added by several threads
     assert {"a": digests.digest(x)} == on_mesh
