@@ -75,7 +75,8 @@ def _numbers(given) -> np.ndarray:
     """The values as the device will see them; raises TypeError for "5" and True, which numpy takes."""
     if np.asarray(given).dtype.kind in "bOSU":
         raise TypeError("not numbers")
-    return np.ravel(np.asarray(given, np.float32))
+    with np.errstate(over="ignore"):
+        return np.ravel(np.asarray(given, np.float32))
 
 
 class SamplingRows(flax.struct.PyTreeNode):

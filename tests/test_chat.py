@@ -1,6 +1,7 @@
 """Conversations and chat templates: spellings of content, where templates are found, smuggling."""
 
 import base64
+import enum
 import io
 import json
 import os
@@ -95,15 +96,17 @@ def test_messages_become_plain_data():
         def write(self):
             raise AssertionError
 
+    class Role(str, enum.Enum):
+        ANSWERS = "assistant"
+
     given = [
         {
-            "role": "assistant",
+            "role": Role.ANSWERS,
             "content": None,
             "name": None,
             "thinking": "hm",
             "tool_calls": ({"function": {"name": "f", "arguments": {"n": Number(3)}}},),
             "score": np.float32(0.5),
-            "extra": {1},
         }
     ]
     messages, _ = read_conversation(given)
@@ -111,7 +114,7 @@ def test_messages_become_plain_data():
     assert messages[0]["reasoning_content"] == messages[0]["thinking"] == "hm"
     assert type(messages[0]["tool_calls"][0]["function"]["arguments"]["n"]) is int
     assert messages[0]["score"] == 0.5
-    assert messages[0]["extra"] == "<set>"
+    assert messages[0]["role"] == "assistant" and type(messages[0]["role"]) is str
     assert given[0]["content"] is None  # the caller's own is left as it was
 
 
@@ -126,6 +129,7 @@ def test_messages_become_plain_data():
         ([{"role": 3, "content": "x"}], "role"),
         ([{"role": "usr", "content": "x"}], "message 1: role is 'usr'"),
         (user(3), "int"),
+        ([{"role": "user", "content": "x", "extra": {1}}], "got set, expected text, numbers"),
         (user({"type": "audio", "audio": "x.wav"}), "'audio'"),
         (user({"type": "text"}), "'text'"),
         (user({}), "none"),

@@ -176,6 +176,7 @@ def test_a_temperature_near_0_is_greedy():
         ({"min_p": 2}, ["min_p", "2"]),
         ({"repetition_penalty": 0}, ["repetition_penalty", "0"]),
         ({"presence_penalty": 3}, ["presence_penalty", "3"]),
+        ({"top_k": 1e40}, ["top_k", "1e+40", "2^30"]),
         ({"min_new_tokens": -1}, ["min_new_tokens", "-1"]),
         ({"temperature": [1.0, 2.0]}, ["temperature", "2 values"]),
         ({"temperature": "hot"}, ["temperature", "hot"]),

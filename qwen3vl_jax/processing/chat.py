@@ -27,6 +27,8 @@ _RIVALS = {"fps": ("nframes", "num_frames"), "num_frames": ("nframes", "fps")}
 _SIZES = ("min_pixels", "max_pixels", "size", "resized_height", "resized_width")
 # Sizes that are the model's, not an item's.
 _FIXED = ("patch_size", "temporal_patch_size", "merge_size")
+# Variables of a template that the processor fills.
+_TAKEN = ("self", "messages", "tools", "add_generation_prompt")
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -262,7 +264,10 @@ def plain_data(value: Any, depth: int = 0) -> Any:
     depth += 1
     if value is None or isinstance(value, bool):
         return value
-    for kind in (str, int, float):
+    if isinstance(value, str):
+        # An enum's name is not its text.
+        return str.__str__(value)
+    for kind in (int, float):
         if isinstance(value, kind):
             return kind(value)
     if isinstance(value, Mapping):
@@ -271,4 +276,23 @@ def plain_data(value: Any, depth: int = 0) -> Any:
         return [plain_data(v, depth) for v in value]
     if getattr(value, "ndim", None) == 0:  # a numpy number
         return plain_data(value.item())
-    return f"<{type(value).__name__}>"
+    raise InputError(
+        f"conversation: got {type(value).__name__}, expected text, numbers, lists and objects"
+    )
+
+
+def plain_variables(given: Mapping[str, Any]) -> dict[str, Any]:
+    """`plain_data` of a template's variables. Raises InputError for names that have a meaning already."""
+    if wrong := [k for k in given if not isinstance(k, str) or k in _TAKEN]:
+        raise InputError(f"template_vars: got {wrong[0]!r}, expected names but {', '.join(_TAKEN)}")
+    return plain_data(dict(given))
+
+
+def plain_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[Any] | None:
+    """`plain_data` of a conversation's tools. Raises InputError."""
+    if tools is None:
+        return None
+    if not isinstance(tools, Sequence) or not all(isinstance(t, Mapping) for t in tools):
+        found = f"found {type(tools).__name__}, " if not isinstance(tools, list) else ""
+        raise InputError(f"tools: {found}expected a list of JSON schemas (objects)")
+    return [plain_data(tool) for tool in tools]

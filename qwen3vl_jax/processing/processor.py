@@ -17,7 +17,8 @@ from qwen3vl_jax.json_text import write_json
 from qwen3vl_jax.processing.chat import (
     Medium,
     hand_out,
-    plain_data,
+    plain_tools,
+    plain_variables,
     read_conversation,
     with_clip_options,
 )
@@ -257,18 +258,18 @@ class Processor:
         allow_special: bool | str,
     ) -> Prompt:
         messages, media = read_conversation(conversation)
-        plain_tools, variables = _plain_tools(tools), plain_data(dict(template_vars))
+        listed, variables = plain_tools(tools), plain_variables(template_vars)
         escape = None
         if allow_special is not True:
             seen = write_json(
-                [messages, plain_tools, variables], "conversation", ensure_ascii=False
+                [messages, listed, variables], "conversation", ensure_ascii=False
             )
             seen += self.template.text(bool(tools))
             added = self.tokenizer.added.keys() - self.tokenizer.special.keys()
             escape = Escape(self.tokenizer.special, added, seen)
             trusted = "assistant" if allow_special else None
             messages = [m if m["role"] == trusted else escape.message(m) for m in messages]
-            plain_tools = escape.data(plain_tools)
+            listed = escape.data(listed)
             # Templates are given tokens by such names (bos_token); those are not a user's text.
             variables = {
                 k: v if k.endswith("_token") else escape.data(v) for k, v in variables.items()
@@ -277,7 +278,7 @@ class Processor:
         given = {k: self.tokenizer.token_of(i) for k, i in names.items() if i is not None}
         rendered = self.template.render(
             messages,
-            plain_tools,
+            listed,
             add_generation_prompt,
             continue_final_message,
             {**given, **variables},
@@ -332,15 +333,6 @@ def _is_many(conversations: Any) -> bool:
             "of conversations (raw text goes in text=)"
         )
     return bool(conversations) and not isinstance(conversations[0], Mapping)
-
-
-def _plain_tools(tools: Sequence[Mapping[str, Any]] | None) -> Any:
-    if tools is None:
-        return None
-    if not isinstance(tools, Sequence) or not all(isinstance(t, Mapping) for t in tools):
-        found = f"found {type(tools).__name__}, " if not isinstance(tools, list) else ""
-        raise InputError(f"tools: {found}expected a list of JSON schemas (objects)")
-    return [plain_data(tool) for tool in tools]
 
 
 def _check_token(tokenizer: Tokenizer, token_id: int, name: str, directory: Path) -> None:
