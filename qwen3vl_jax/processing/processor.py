@@ -261,9 +261,7 @@ class Processor:
         listed, variables = plain_tools(tools), plain_variables(template_vars)
         escape = None
         if allow_special is not True:
-            seen = write_json(
-                [messages, listed, variables], "conversation", ensure_ascii=False
-            )
+            seen = write_json([messages, listed, variables], "conversation", ensure_ascii=False)
             seen += self.template.text(bool(tools))
             added = self.tokenizer.added.keys() - self.tokenizer.special.keys()
             escape = Escape(self.tokenizer.special, added, seen)
