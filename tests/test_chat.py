@@ -96,7 +96,7 @@ def test_messages_become_plain_data():
         def write(self):
             raise AssertionError
 
-    class Role(str, enum.Enum):
+    class Role(str, enum.Enum):  # noqa: UP042
         ANSWERS = "assistant"
 
     given = [

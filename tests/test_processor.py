@@ -218,7 +218,7 @@ def test_template_variables(tmp_path):
     assert not set(row[2:]) & set(ids.values())
     assert proc.render([user("x")], n=1, **given).endswith("<|im_end|><|im_end|>2")
     for name in ("messages", "tools", "self", 1):
-        with pytest.raises(InputError, match="template_vars: got .*expected names but self"):
+        with pytest.raises(InputError, match=r"template_vars: got .*names but self"):
             proc.inputs([user("x")], template_vars={name: []})
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.errors import InputError, shown
 from qwen3vl_jax.json_text import read_json_file
 from qwen3vl_jax.paths import as_path
 from qwen3vl_jax.processing.tokenizer_file import WORDS, load_tokenizer_json, panics_are_errors
@@ -24,6 +24,8 @@ _NAMED = (
     "cls_token",
     "mask_token",
 )
+# What every pipeline has to give back.
+_SAMPLE = "hello, w\u00f6rld 1\nend"
 _LISTED = ("additional_special_tokens", "extra_special_tokens")
 
 
@@ -54,6 +56,9 @@ class Tokenizer:
                 raise InputError(
                     f"tokenizer: no token for byte {byte}, texts that hold it would be cut"
                 )
+        back = backend.decode(backend.encode(_SAMPLE, add_special_tokens=False).ids)
+        if back.strip() != _SAMPLE:
+            raise InputError(f"tokenizer: {_SAMPLE!r} comes back as {shown(back)}, it loses text")
         self.eos_id = None if eos is None else self.id_of(eos)
         self.pad_id = self.eos_id if pad is None else self.id_of(pad)
 
