@@ -8,6 +8,7 @@ import sys
 import threading
 import tomllib
 import types
+from unittest import mock
 
 import jax
 import numpy as np
@@ -416,7 +417,8 @@ def test_loggers_are_told(files, tmp_path, monkeypatch):
     wandb = types.ModuleType("wandb")
     wandb.init = lambda **given: calls.append(given) or stub  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    board = types.SimpleNamespace(add_scalar=lambda *_: None, close=lambda: None)
+    events = types.SimpleNamespace(_worker=mock.Mock(), _ev_writer=mock.Mock())
+    board = mock.Mock(file_writer=types.SimpleNamespace(event_writer=events))
     monkeypatch.setattr(
         tensorboardX, "SummaryWriter", lambda _, purge_step: boards.append(purge_step) or board
     )
@@ -430,6 +432,7 @@ def test_loggers_are_told(files, tmp_path, monkeypatch):
     assert first["project"] == "team" and first["id"] == again["id"] and first["resume"] == "allow"
     assert (step, values["train/loss"], asked[1]) == (1, 1.0, {"evaluation/loss": 2.0})
     assert code == {"exit_code": 0} and boards == [1, 4]
+    assert events._worker.stop.call_count == 2 and events.add_event is events._ev_writer.write_event
 
 
 def test_tables_are_cut_back_and_grow_columns(tmp_path):
