@@ -1,6 +1,7 @@
 """Conversations and chat templates: spellings of content, where templates are found, smuggling."""
 
 import base64
+import dataclasses
 import enum
 import io
 import json
@@ -13,7 +14,7 @@ import toy_checkpoint as toy
 from PIL import Image
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.processing.chat import read_conversation, read_picture
+from qwen3vl_jax.processing.chat import Medium, read_conversation, read_medium
 from qwen3vl_jax.processing.escape import Escape
 from qwen3vl_jax.processing.images import load_image
 from qwen3vl_jax.processing.template import ChatTemplate
@@ -133,6 +134,8 @@ def test_messages_become_plain_data():
         (user({"type": "audio", "audio": "x.wav"}), "'audio'"),
         (user({"type": "text"}), "'text'"),
         (user({}), "none"),
+        (user({"type": "text", "text": "x", "image": "a.png"}), "has text and image, expected one"),
+        (user({"text": "x", "video": "a.mp4", "image": None}), "has text and video, expected one"),
         (user({"type": "image", "image": "a", "url": "b"}), "several sources"),
         (user({"type": "image_url", "image_url": {"link": "b"}}), "url"),
         (user({"type": "image", "image": "a", "max_pixel": 9}), "max_pixel, .* give max_pixels"),
@@ -146,12 +149,13 @@ def test_bad_conversations(conversation, words):
 
 
 def test_pictures_beside_the_text():
-    assert read_picture("a.png", {"max_pixels": 7}).source == "a.png"
-    found = read_picture({"url": "a.png", "max_pixels": 9}, {"max_pixels": 7, "min_pixels": 1})
+    empty = Medium("image", None, {"max_pixels": 7, "min_pixels": 1})
+    assert read_medium("a.png", empty) == dataclasses.replace(empty, source="a.png")
+    found = read_medium({"url": "a.png", "max_pixels": 9}, empty)
     assert (found.source, found.overrides) == ("a.png", {"max_pixels": 9, "min_pixels": 1})
     for bad in ({"type": "image"}, {"text": "x"}, {"video": "x.mp4"}):
         with pytest.raises(InputError, match="images"):
-            read_picture(bad, {})
+            read_medium(bad, empty)
 
 
 # ---- where templates are ----

@@ -326,6 +326,7 @@ def test_what_is_refused(tmp_path):
         ([], {"sample_fps": 1}, "no frame"),
         ([frames[0], frames[1][:16]], {"sample_fps": 1}, "frame 1 has 32 x 16 pixels"),
         (np.array(frames) / 255, {"sample_fps": 1}, "whole numbers from 0 to 255"),
+        (np.array(frames).astype("U3"), {"sample_fps": 1}, "got <U3, expected whole numbers"),
         (np.array(frames)[0], {"sample_fps": 1}, r"shape \[32, 32, 3\]"),
         (np.zeros((4, 32, 6401, 3), np.uint8), {"sample_fps": 1}, "200 times"),
         (7, {}, "found int"),

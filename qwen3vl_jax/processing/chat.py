@@ -13,7 +13,7 @@ from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.json_text import MAX_DEPTH
 from qwen3vl_jax.processing import videos as clip_settings
 from qwen3vl_jax.processing.images import OVERRIDES
-from qwen3vl_jax.processing.media import inner
+from qwen3vl_jax.processing.media import inner, is_empty
 from qwen3vl_jax.processing.qwen_items import KEYS, VideoItem
 
 _SOURCES = ("url", "path", "base64", "bytes")
@@ -90,6 +90,9 @@ def _item(item: Any, media: list[Medium], where: str) -> dict[str, Any]:
         )
     given = {k: v for k, v in item.items() if v is not None}
     kind = given.get("type", "")
+    places = [k for k in (*_CLIP_KEYS, *_PICTURE_KEYS) if k in given and not is_empty(given[k])]
+    if places and given.get("text"):
+        raise InputError(f"{where}: a content item has text and {places[0]}, expected one of them")
     if kind in _CLIP_TYPES or (not kind and any(k in given for k in _CLIP_KEYS)):
         keys = (*_CLIP_KEYS, *_SOURCES)
         own = _settings(given, clip_settings.OVERRIDES, keys, where)
@@ -127,27 +130,17 @@ def _settings(
     return {name: item[name] for name in names if name in item}
 
 
-def read_picture(given: Any, overrides: Mapping[str, Any]) -> Medium:
-    """A picture passed beside the text: what `load_image` reads, or a content item."""
+def read_medium(given: Any, medium: Medium) -> Medium:
+    """An image or video passed beside the text: its source, or an object with settings of its own."""
+    kind = medium.kind
     if not isinstance(given, Mapping):
-        return Medium("image", given, overrides)
+        own = {k: v for k, v in medium.overrides.items() if k != "item" or v.given}
+        return Medium(kind, given, own)
     media: list[Medium] = []
-    _item(given, media, "images")
-    if [(m.kind, m.source is None) for m in media] != [("image", False)]:
-        raise InputError("images: an object without a picture in it")
-    return Medium("image", media[0].source, {**overrides, **media[0].overrides})
-
-
-def _read_video(given: Any, medium: Medium) -> Medium:
-    """A video passed beside the text, perhaps an object with settings of its own."""
-    if not isinstance(given, Mapping):
-        said = {k: v for k, v in medium.overrides.items() if k != "item" or v.given}
-        return Medium("video", given, said)
-    media: list[Medium] = []
-    _item({"type": "video", **given}, media, "videos")
-    if [(m.kind, m.source is None) for m in media] != [("video", False)]:
-        raise InputError("videos: an object without a video in it")
-    return Medium("video", media[0].source, {**medium.overrides, **media[0].overrides})
+    _item({"type": kind, **given}, media, f"{kind}s")
+    if [(m.kind, m.source is None) for m in media] != [(kind, False)]:
+        raise InputError(f"{kind}s: got an object without its source, expected one of them")
+    return Medium(kind, media[0].source, {**medium.overrides, **media[0].overrides})
 
 
 def hand_out(rows: list[list[Medium]], images: Any, videos: Any = None) -> list[list[Medium]]:
@@ -162,9 +155,7 @@ def hand_out(rows: list[list[Medium]], images: Any, videos: Any = None) -> list[
     def filled(medium: Medium) -> Medium:
         if medium.source is not None:
             return medium
-        if medium.kind == "image":
-            return read_picture(next(pictures), medium.overrides)
-        return _read_video(next(clips), medium)
+        return read_medium(next(pictures if medium.kind == "image" else clips), medium)
 
     return [[filled(medium) for medium in row] for row in rows]
 

@@ -180,8 +180,8 @@ def _array(source: Any) -> np.ndarray:
         )
     if array.dtype != np.uint8 and not _whole_bytes(array):
         raise InputError(
-            f"video array: {array.dtype} from {array.min():g} to {array.max():g}, expected whole "
-            "numbers from 0 to 255 that are not all 0 or 1 (scale and round it to uint8)"
+            f"video array: got {array.dtype}, expected whole numbers from 0 to 255 that are not all "
+            "0 or 1 (scale and round it to uint8)"
         )
     return array
 

@@ -107,7 +107,7 @@ def _read(opener: Any, url: str, name: str, max_bytes: int, timeout: float) -> b
 
 def _opener(url: str, name: str, rules: MediaRules) -> urllib.request.OpenerDirector:
     """What opens http(s) alone and asks the rules before each connection."""
-    first = _host(url)
+    first = urllib.parse.urlsplit(url).hostname or ""
     connect = functools.partial(_connect, first=first, name=name, rules=rules)
 
     class Handler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
@@ -158,10 +158,6 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
             raise
 
     http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
-
-
-def _host(url: str) -> str:
-    return urllib.parse.urlsplit(url).hostname or ""
 
 
 def _connect(

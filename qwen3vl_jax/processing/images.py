@@ -1,4 +1,4 @@
-"""Pictures to patch rows: resizing rule, 8-bit resize, normalisation, merge order.
+"""Images to patches: resizing rule, 8-bit resize, normalisation, merge order.
 
 Source: the image processor of Qwen2-VL with Qwen3-VL's settings (its PIL backend, bit for bit).
 """
@@ -32,7 +32,6 @@ __all__ = ["ImageSettings", "load_image", "preprocess", "smart_resize"]
 
 log = logging.getLogger("qwen3vl_jax")
 MAX_ASPECT = 200
-_NOUNS = {"image": "picture", "video": "video"}
 MAX_PATCH_BYTES = 2**30  # of one image or video
 
 
@@ -59,9 +58,8 @@ class ImageSettings:
     image_mean: tuple[float, ...] | float = (0.5, 0.5, 0.5)
     image_std: tuple[float, ...] | float = (0.5, 0.5, 0.5)
     do_convert_rgb: bool = True
-    resized_height: int | None = (
-        None  # with resized_width: in place of the limits, as qwen-vl-utils
-    )
+    # With resized_width in place of the limits, as in qwen-vl-utils.
+    resized_height: int | None = None
     resized_width: int | None = None
     patch_size: int = 16
     temporal_patch_size: int = 2
@@ -187,21 +185,44 @@ def smart_resize(
     InputError for a ratio of sides above 200. Source: smart_resize of the reference implementation.
     """
     if min(height, width) < 1:
-        raise InputError(f"picture: {width} x {height} pixels, expected at least 1 x 1")
-    if max(height, width) / min(height, width) > MAX_ASPECT:
-        raise InputError(
-            f"picture: {width} x {height} pixels, one side is more than {MAX_ASPECT} times the "
-            "other; crop it or paste it on a larger background"
-        )
+        raise InputError(f"image: {width} x {height} pixels, expected at least 1 x 1")
+    check_aspect(height, width, "image")
     high, wide = (round(side / factor) * factor for side in (height, width))
-    if high * wide > max_pixels:
-        ratio = math.sqrt((height * width) / max_pixels)
-        high, wide = (
-            max(factor, math.floor(side / ratio / factor) * factor) for side in (height, width)
+    # A side may have been rounded to 0: the lower limit brings it back.
+    return fit_area((height, width), (high, wide), factor, min_pixels, max_pixels)
+
+
+def check_aspect(height: int, width: int, kind: str) -> None:
+    """Raises InputError for a ratio of sides above 200."""
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise InputError(
+            f"{kind}: {width} x {height} pixels, one side is more than {MAX_ASPECT} times the other; "
+            "crop it or paste it on a larger background"
         )
-    elif high * wide < min_pixels:  # a side may have been rounded to 0: this brings it back
-        ratio = math.sqrt(min_pixels / (height * width))
-        high, wide = (math.ceil(side * ratio / factor) * factor for side in (height, width))
+
+
+def fit_area(
+    sides: tuple[int, int],
+    rounded: tuple[int, int],
+    factor: int,
+    least: float,
+    most: float,
+    frames: int = 1,
+    padded: int = 1,
+) -> tuple[int, int]:
+    """The rounded sides, or where their area is not within the limits the sides scaled by one ratio.
+
+    The area is that of `frames`, padded to `padded` of them.
+    """
+    area = padded * rounded[0] * rounded[1]
+    if area > most:
+        ratio = math.sqrt(frames * sides[0] * sides[1] / most)
+        high, wide = (max(factor, math.floor(x / ratio / factor) * factor) for x in sides)
+    elif area < least:
+        ratio = math.sqrt(least / (frames * sides[0] * sides[1]))
+        high, wide = (math.ceil(x * ratio / factor) * factor for x in sides)
+    else:
+        high, wide = rounded
     return high, wide
 
 
@@ -296,7 +317,7 @@ def patch_rows(
     patch, merge, frames = settings.patch_size, settings.merge_size, settings.temporal_patch_size
     if height % settings.factor or width % settings.factor:
         raise InputError(
-            f"{_NOUNS[settings.KIND]}: {width} x {height} pixels with do_resize off, expected multiples of "
+            f"{settings.KIND}: {width} x {height} pixels with do_resize off, expected multiples of "
             f"patch_size x merge_size = {settings.factor}"
         )
     h, w = height // patch, width // patch

@@ -128,7 +128,7 @@ def open_source(
 
 def inner(given: Mapping[str, Any], key: str) -> Any:
     """The source in an object: of {bytes, path} the bytes, where there are any. Raises InputError."""
-    found = {k: v for k, v in given.items() if v is not None and not _is_empty(v)}
+    found = {k: v for k, v in given.items() if v is not None and not is_empty(v)}
     # A key of OpenAI's models alone.
     found.pop("detail", None)
     if "bytes" in found:
@@ -142,7 +142,8 @@ def inner(given: Mapping[str, Any], key: str) -> Any:
     return source
 
 
-def _is_empty(value: Any) -> bool:
+def is_empty(value: Any) -> bool:
+    """Whether a source is "" or b"", which stand for none."""
     return isinstance(value, (str, bytes)) and not value
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.clips import frame_rate
-from qwen3vl_jax.processing.images import MAX_ASPECT
+from qwen3vl_jax.processing.images import check_aspect, fit_area
 from qwen3vl_jax.processing.setting_checks import whole
 
 # Tokens of a frame, and of a picture: least and most; and of a whole video, the most.
@@ -141,16 +141,6 @@ def _smart_resize(
     height: int, width: int, factor: int, min_pixels: float, max_pixels: float
 ) -> tuple[int, int]:
     """Height and width of an image, multiples of `factor`, within the limits of its area."""
-    if max(height, width) > MAX_ASPECT * min(height, width):
-        raise InputError(
-            f"video: {width} x {height} pixels, one side is more than {MAX_ASPECT} times the other"
-        )
+    check_aspect(height, width, "video")
     high, wide = (max(factor, round(side / factor) * factor) for side in (height, width))
-    if high * wide > max_pixels:
-        ratio = math.sqrt(height * width / max_pixels)
-        sides = (math.floor(side / ratio / factor) * factor for side in (height, width))
-        high, wide = (max(factor, side) for side in sides)
-    elif high * wide < min_pixels:
-        ratio = math.sqrt(min_pixels / (height * width))
-        high, wide = (math.ceil(side * ratio / factor) * factor for side in (height, width))
-    return high, wide
+    return fit_area((height, width), (high, wide), factor, min_pixels, max_pixels)

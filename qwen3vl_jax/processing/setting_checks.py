@@ -41,13 +41,6 @@ def number(name: str, value: Any) -> float:
     raise _not(name, value, "a number")
 
 
-def positive(name: str, value: Any) -> float:
-    """The value of a setting that is a number above 0. Raises InputError."""
-    if not (found := number(name, value)) > 0:
-        raise _not(name, value, "a number above 0")
-    return found
-
-
 def _not(name: str, value: Any, expected: str) -> InputError:
     return InputError(f"{name} is {shown(value)}, expected {expected}")
 

@@ -6,12 +6,11 @@ Source: the video processor of Qwen3-VL (transformers), whose names the settings
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, ClassVar
 
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.clips import frame_rate
-from qwen3vl_jax.processing.images import MAX_ASPECT, ImageSettings
+from qwen3vl_jax.processing.images import ImageSettings, check_aspect, fit_area
 from qwen3vl_jax.processing.setting_checks import whole, yes_or_no
 
 # Settings of transformers' base class that its Qwen3-VL processor never reads.
@@ -100,18 +99,8 @@ def smart_resize(
     if height < factor or width < factor:
         scale = max(factor / height, factor / width)
         height, width = int(height * scale), int(width * scale)
-    if max(height, width) / min(height, width) > MAX_ASPECT:
-        raise InputError(
-            f"video: {width} x {height} pixels, one side is more than {MAX_ASPECT} times the other"
-        )
+    check_aspect(height, width, "video")
     high, wide = (round(side / factor) * factor for side in (height, width))
-    area = round(frames / temporal_factor) * temporal_factor * high * wide
-    if area > max_pixels:
-        ratio = math.sqrt((frames * height * width) / max_pixels)
-        high, wide = (
-            max(factor, math.floor(side / ratio / factor) * factor) for side in (height, width)
-        )
-    elif area < min_pixels:
-        ratio = math.sqrt(min_pixels / (frames * height * width))
-        high, wide = (math.ceil(side * ratio / factor) * factor for side in (height, width))
-    return high, wide
+    padded = round(frames / temporal_factor) * temporal_factor
+    limits = min_pixels, max_pixels
+    return fit_area((height, width), (high, wide), factor, *limits, frames, padded)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -236,19 +237,9 @@ def _rows(
     rows = np.empty((groups * tokens, 3 * temporal * unit**2), np.float32)
     table = value_table(settings, 3)
     frames = (resized(frame, size, settings) for frame in clip.read(chosen))
-    for number, group in enumerate(_grouped(frames, temporal)):
+    for number in range(groups):
+        group = list(itertools.islice(frames, temporal))
         if any(frame.shape[:2] != (height, width) for frame in group):
             raise InputError("video: its frames have several sizes, which do_resize=False leaves")
         rows[number * tokens : (number + 1) * tokens] = patch_rows(group, table, settings)[0]
     return rows, (groups, height // unit, width // unit)
-
-
-def _grouped(frames: Iterator[np.ndarray], count: int) -> Iterator[list[np.ndarray]]:
-    group: list[np.ndarray] = []
-    for frame in frames:
-        group.append(frame)
-        if len(group) == count:
-            yield group
-            group = []
-    if group:
-        yield group

@@ -24,12 +24,10 @@ class Sample:
     labels: np.ndarray  # [t] int32: the token itself where it is learned, else -100; not moved
     weights: np.ndarray  # [t] float32: of each learned token in the loss, 0 elsewhere
     positions: np.ndarray  # [3 t] int32: MRoPE ids of this conversation alone
-    visuals: tuple[
-        Visual, ...
-    ] = ()  # in order of their tokens; uint8 pixels are not normalised yet
-    vision_labels: np.ndarray | None = (
-        None  # [r] int32: a token that names each merged row, or -100
-    )
+    # in order of their tokens; uint8 pixels are not normalised yet
+    visuals: tuple[Visual, ...] = ()
+    # [r] int32: a token that names each merged row, or -100
+    vision_labels: np.ndarray | None = None
     note: str = ""  # what was cut off
 
 
