@@ -273,6 +273,9 @@ REFUSED = {
     "on and off": ({"messages": [ASKED, {**ANSWERED, "loss": True, "weight": 0}]}, "say on and off"),
     "a user to be learned": ({"messages": [{**ASKED, "loss": True}, ANSWERED]}, "only an assistant"),
     "an answer with turns": ({"messages": [ASKED, said(f"b{FALSE}c")]}, "says <.im_start"),
+    "an answer's turn in two texts": ({"messages": [ASKED, {"role": "assistant", "content": [
+        {"type": "text", "text": "<|im_"}, {"type": "text", "text": "end|>"}]}]}, "says <.im_end"),
+    "an endless weight": ({"messages": [ASKED, {**ANSWERED, "weight": 1e39}]}, "weight is 1e.39"),
     "own normalisation": ({"messages": [
         user({"type": "image", "image": "a", "image_mean": 0.1}), ANSWERED]},
         "image_mean of a single image"),
@@ -447,6 +450,9 @@ def test_special_tokens_of_a_prompt_are_tokens_where_the_recipe_says_so(processo
     for token in ("<|im_end|>", "<|image_pad|>"):
         with pytest.raises(InputError, match="the user says"):
             sample_of(proc, [user(f"a{token}"), said("x")], data=Data(allow_special=True))
+    tools = [{"type": "function", "function": {"name": "f", "description": "<|im_end|>"}}]
+    with pytest.raises(InputError, match="tools: they say"):
+        sample_of(proc, asked, tools=tools, data=Data(allow_special=True))
 
 
 def test_videos_of_a_record_may_be_frames(proc, tmp_path):
@@ -528,6 +534,7 @@ WRONG = {
     "a label without a row": ({"labels": 9999}, "9999 is neither -100 nor a token of 726"),
     "a label of another token": ({"labels": 5}, "neither their own token nor -100"),
     "no finite weight": ({"weights": np.nan}, "expected finite numbers from 0"),
+    "a weight beyond float32": ({"weights": 1e39}, "expected finite numbers from 0"),
     "a negative weight": ({"weights": -1}, "expected finite numbers from 0"),
     "a negative position": ({"positions": -1}, "positions: expected whole numbers from 0"),
     "a placeholder too many": ({"ids": "image"}, "1 placeholders without an image"),

@@ -6,7 +6,6 @@ Every key of a record, a message and a content item means something here, or is 
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,6 +27,7 @@ _PLACES = ("image", "image_url", *_VIDEOS, *_SOURCES)
 _MEDIA = ("image", "image_url", "input_image", "video", "video_url", "input_video")
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _SWITCHES = ("train", "loss", "weight")
+_MOST_WEIGHT = 1_000_000
 FIELDS = ("messages", "conversations", "system", "tools", "objects", *_POOLS["image"],
           *_POOLS["video"])  # fmt: skip
 # What says where a record comes from, and changes nothing; a source may name more in `ignore`.
@@ -241,12 +241,8 @@ def _switched(message: dict[str, Any], where: str) -> dict[str, Any]:
     for key, value in given.items():
         if not isinstance(value, bool):
             raise InputError(f"{where}{key} is {value!r}, expected true or false")
-    if (
-        isinstance(weight, bool)
-        or not isinstance(weight, (int, float))
-        or not 0 <= weight < math.inf
-    ):
-        raise InputError(f"{where}weight is {weight!r}, expected a number from 0")
+    if type(weight) not in (int, float) or not 0 <= weight <= _MOST_WEIGHT:
+        raise InputError(f"{where}weight is {weight!r}, expected a number from 0 to {_MOST_WEIGHT}")
     says = {*given.values(), *([False] if weight == 0 else [])}
     if len(says) > 1:
         raise InputError(f"{where}train, loss and weight say on and off, expected one of them")

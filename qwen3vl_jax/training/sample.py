@@ -47,7 +47,11 @@ def check_sample(sample: Sample, cfg: Config) -> Sample:
     if ids.ndim != 1 or not t:
         raise InputError(f"ids: shape {ids.shape}, expected [t] and at least one token")
     labels = check_labels("labels", sample.labels, cfg.text.vocab_size)
-    weights, positions = np.asarray(sample.weights), integers("positions", sample.positions)
+    positions, weights = integers("positions", sample.positions), np.asarray(sample.weights)
+    if weights.dtype.kind not in "fiu":
+        raise InputError(f"weights: got {weights.dtype}, expected finite numbers from 0")
+    with np.errstate(over="ignore"):
+        weights = weights.astype(np.float32)
     shapes = {
         "labels": (labels, (t,)),
         "weights": (weights, (t,)),
@@ -59,7 +63,7 @@ def check_sample(sample: Sample, cfg: Config) -> Sample:
     learned = labels != IGNORED
     if (labels != ids)[learned].any():
         raise InputError("labels: some are neither their own token nor -100; they are not moved")
-    if weights.dtype.kind not in "fiu" or not np.isfinite(weights).all() or (weights < 0).any():
+    if not np.isfinite(weights).all() or (weights < 0).any():
         raise InputError("weights: expected finite numbers from 0")
     if weights[~learned].any():
         raise InputError("weights: above 0 where a label is -100")
@@ -73,10 +77,8 @@ def check_sample(sample: Sample, cfg: Config) -> Sample:
         seen = check_labels("vision_labels", seen, cfg.text.vocab_size)
         if seen.shape != (rows,):
             raise InputError(f"vision_labels: shape {seen.shape}, expected ({rows},)")
-    return Sample(
-        sample.name, ids, labels, weights.astype(np.float32), positions.astype(np.int32), visuals,
-        seen, sample.note,
-    )  # fmt: skip
+    positions = positions.astype(np.int32)
+    return Sample(sample.name, ids, labels, weights, positions, visuals, seen, sample.note)
 
 
 def _check_visuals(sample: Sample, ids: np.ndarray, cfg: Config) -> tuple[tuple[Visual, ...], int]:

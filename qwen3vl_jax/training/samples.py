@@ -106,6 +106,8 @@ class SampleMaker:
         """The whole conversation as a sample, however long, learned or not."""
         data, proc = self.data, self._processor
         _check_messages(messages, proc is not self.proc, data.allow_special)
+        if data.allow_special and (token := _reserved(tools)):
+            raise InputError(f"tools: they say {token}, which is the template's")
         self._shown.check(messages, tools)
         options = processor_options(data)
         arrays = proc.inputs(told(messages), tools=tools, add_generation_prompt=False, **options)
@@ -235,13 +237,9 @@ def _check_messages(messages: Sequence[Any], own_values: bool, allow_special: bo
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise InputError(f"message {number}: expected an object with role and content")
-        if message["role"] == "assistant" or allow_special:
-            said = json.dumps(message, default=lambda _: "").lower()
-            for token in _RESERVED:
-                if token in said:
-                    raise InputError(
-                        f"message {number}: the {message['role']} says {token}, which is the template's"
-                    )
+        role = message["role"]
+        if (role == "assistant" or allow_special) and (token := _reserved(message)):
+            raise InputError(f"message {number}: the {role} says {token}, which is the template's")
         content = message.get("content")
         for item in content if isinstance(content, (list, tuple)) and own_values else ():
             found = [key for key in _OWN_VALUES if isinstance(item, dict) and key in item]
@@ -249,6 +247,16 @@ def _check_messages(messages: Sequence[Any], own_values: bool, allow_special: bo
                 raise InputError(
                     f"message {number}: {found[0]} of a single image, which training has no use for"
                 )
+
+
+def _reserved(given: Any) -> str:
+    """The first token of `_RESERVED` in a message or tools, also where it is joined of texts, or ""."""
+    content = given.get("content") if isinstance(given, dict) else None
+    items = content if isinstance(content, (list, tuple)) else ()
+    texts = (item.get("text", "") if isinstance(item, dict) else item for item in items)
+    joined = "".join(text for text in texts if isinstance(text, str))
+    said = (json.dumps(given, default=lambda _: "") + joined).lower()
+    return next((token for token in _RESERVED if token in said), "")
 
 
 def _check_eight_bit(sample: Sample) -> None:
