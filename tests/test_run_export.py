@@ -35,7 +35,7 @@ def saved(folder, ckpt, change=lambda weights: weights, scores=(None,), **tables
     path = train_files.write_recipe(folder / "recipe.toml", ckpt, folder / "none.jsonl", **tables)
     settings, out = recipe.read_recipe(path), folder / "run"
     out.mkdir()
-    (out / run_dir.CONFIG).write_text(tomli_w.dumps(plain(recipe.as_dict(settings))))
+    (out / run_dir.CONFIG).write_text(tomli_w.dumps(plain(dataclasses.asdict(settings))))
     write_model_files(settings, out / run_dir.MODEL)
     proc, ids = open_model(settings, out / run_dir.MODEL)
     trainee = setup.prepare(settings, proc.config, ids)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import re
@@ -17,15 +16,12 @@ from qwen3vl_jax.processing.animations import is_animation, open_animation
 from qwen3vl_jax.processing.media import load_image, local_path, open_source
 from qwen3vl_jax.processing.media_rules import MediaRules, short
 from qwen3vl_jax.processing.pictures import to_rgb
-from qwen3vl_jax.processing.setting_checks import number, shown
+from qwen3vl_jax.processing.setting_checks import frame_rate, shown
 from qwen3vl_jax.processing.video_files import open_file
 from qwen3vl_jax.processing.video_times import Clip
 
-Fit = Callable[[Image.Image], Image.Image]
 _CHANNELS = (1, 3, 4)
 _ADVICE = 'give the rate of its frames: video_metadata={"fps": ...} or sample_fps'
-# Frames a second that mean something; beyond them are typing errors.
-_SLOWEST, _FASTEST = 1e-6, 1e6
 # "data:video/jpeg;base64,AAAA,BBBB": frames one after another.
 _JOINED = re.compile(r"data:video/(jpeg|jpg|png|webp);base64,", re.IGNORECASE)
 
@@ -96,7 +92,7 @@ def open_frames(
     frames: Sequence[Any] | np.ndarray,
     metadata: Any,
     sample_fps: Any,
-    load: Fit | Callable[[Any], Image.Image],
+    load: Callable[[Any], Image.Image],
     is_sampled: bool = False,
 ) -> Clip:
     """A video of frames that `as_frames` found. Raises InputError.
@@ -124,19 +120,6 @@ def open_frames(
 
     array = np.asarray(indices, np.int64)
     return Clip("", total, fps, (height, width), array, read, can_sample=is_source)
-
-
-def frame_rate(name: str, value: Any) -> float:
-    """Frames a second, from a number or its text. Raises InputError."""
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            value = float(value)
-    found = number(name, value)
-    if not _SLOWEST <= found <= _FASTEST:
-        raise InputError(
-            f"{name} is {found:g}, expected frames a second from {_SLOWEST:g} to {_FASTEST:g}"
-        )
-    return found
 
 
 def _described(

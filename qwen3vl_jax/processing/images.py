@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -20,13 +20,7 @@ from qwen3vl_jax.json_text import read_json_file
 from qwen3vl_jax.paths import as_path
 from qwen3vl_jax.processing.media import load_image
 from qwen3vl_jax.processing.pictures import to_rgb
-from qwen3vl_jax.processing.setting_checks import (
-    channels,
-    number,
-    resampling,
-    whole,
-    yes_or_no,
-)
+from qwen3vl_jax.processing.setting_checks import checks
 
 __all__ = ["ImageSettings", "load_image", "preprocess", "smart_resize"]
 
@@ -46,7 +40,6 @@ class ImageSettings:
     KIND: ClassVar[str] = "image"
     SECTION: ClassVar[str] = "image_processor"  # of processor_config.json
     FILE: ClassVar[str] = "preprocessor_config.json"
-    CHECKS: ClassVar[dict[str, Callable[[str, Any], Any]]] = {}  # the settings, filled below
 
     do_resize: bool = True
     min_pixels: int = 65536
@@ -75,7 +68,7 @@ class ImageSettings:
         raw = raw.get(cls.SECTION, raw)
         if not isinstance(raw, Mapping):
             raise InputError(f"{cls.KIND} settings: found {type(raw).__name__}, expected an object")
-        known = {k: raw[k] for k in (*cls.CHECKS, "size") if raw.get(k) is not None}
+        known = {k: raw[k] for k in (*checks(cls), "size") if raw.get(k) is not None}
         return (base or cls()).override(**known)
 
     @classmethod
@@ -103,14 +96,12 @@ class ImageSettings:
         changes = {k: v for k, v in changes.items() if v is not None}
         kind = self.KIND
         given = {**_size_pixels(kind, changes.pop("size", {})), **changes}
+        known = checks(type(self))
         for name in given:
-            if name not in self.CHECKS:
-                known = ", ".join((*self.CHECKS, "size"))
-                raise InputError(f"{kind} setting {name!r} is unknown, known: {known}")
-        checked = {
-            name: self.CHECKS[name](f"{kind} setting {name}", value)
-            for name, value in given.items()
-        }
+            if name not in known:
+                names = ", ".join((*known, "size"))
+                raise InputError(f"{kind} setting {name!r} is unknown, known: {names}")
+        checked = {k: known[k](f"{kind} setting {k}", v) for k, v in given.items()}
         if "min_pixels" not in checked and "max_pixels" in checked:
             checked["min_pixels"] = min(self.min_pixels, checked["max_pixels"])
         if "max_pixels" not in checked and "min_pixels" in checked:
@@ -156,24 +147,7 @@ def _size_pixels(kind: str, size: Any) -> dict[str, Any]:
     return {names[key]: value for key, value in size.items()}
 
 
-ImageSettings.CHECKS = {
-    "do_resize": yes_or_no,
-    "min_pixels": whole,
-    "max_pixels": whole,
-    "resample": resampling,
-    "do_rescale": yes_or_no,
-    "rescale_factor": number,
-    "do_normalize": yes_or_no,
-    "image_mean": channels,
-    "image_std": channels,
-    "do_convert_rgb": yes_or_no,
-    "resized_height": whole,
-    "resized_width": whole,
-    "patch_size": whole,
-    "temporal_patch_size": whole,
-    "merge_size": whole,
-}
-OVERRIDES = (*ImageSettings.CHECKS, "size")
+OVERRIDES = (*checks(ImageSettings), "size")
 
 
 def smart_resize(

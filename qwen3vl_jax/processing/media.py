@@ -39,19 +39,13 @@ _KINDS = {stat.S_IFDIR: "directory", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socke
           stat.S_IFCHR: "device", stat.S_IFBLK: "device"}  # fmt: skip
 
 
-def load_image(
-    source: Any,
-    *,
-    max_bytes: int = MAX_FETCH_BYTES,
-    timeout: float = FETCH_SECONDS,
-    rules: MediaRules | None = None,
-) -> Image.Image:
-    """Reads an image: PIL image, array, or any form that `open_source` takes.
+def load_image(source: Any, **limits: Any) -> Image.Image:
+    """Reads an image: PIL image, array, or any form that `open_source` takes, with its limits.
 
     Arrays are as `from_array` takes them. Returns an upright 8-bit image of mode L, LA, P, RGB, RGBA,
     CMYK or the like (`to_rgb` makes it RGB); of an animation the first frame. Raises InputError.
     """
-    with opened_image(source, max_bytes=max_bytes, timeout=timeout, rules=rules) as image:
+    with opened_image(source, **limits) as image:
         return image
 
 

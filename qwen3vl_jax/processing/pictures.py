@@ -23,9 +23,8 @@ MAX_IMAGE_BYTES = 3 * 2**29  # held while one image is decoded, and by all threa
 _BYTES_A_PIXEL = {"WEBP": 16, "JPEG2000": 20, "AVIF": 12}  # held while decoding; of others 8
 _SLOW = 768  # of decoders in Python, which take seconds a megapixel
 _STRIP = 1 << 21  # pixels that are converted at a time
-logging.getLogger("PIL").addHandler(
-    logging.NullHandler()
-)  # what it says of a file is in our errors
+# What Pillow says of a file is in our errors.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 def formats() -> tuple[str, ...]:
@@ -49,11 +48,7 @@ def is_image(data: bytes | BinaryIO) -> bool:
 
 @contextlib.contextmanager
 def decoded(file: BinaryIO, name: str) -> Iterator[Image.Image]:
-    """An upright 8-bit image of a file; its memory counts while the context is open.
-
-    The mode is L, LA, P, RGB, RGBA, CMYK or the like (`to_rgb` makes it RGB); of an animation the
-    first frame. Raises InputError.
-    """
+    """`load_image` of a file; its memory counts while the context is open. Raises InputError."""
     with _refusals(name), _quiet():
         size = file.seek(0, io.SEEK_END)
         if size > MAX_IMAGE_BYTES:

@@ -11,9 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.processing.clips import frame_rate
 from qwen3vl_jax.processing.images import check_aspect, fit_area
-from qwen3vl_jax.processing.setting_checks import whole
+from qwen3vl_jax.processing.setting_checks import check_int, frame_rate
 
 # Tokens of a frame, and of a picture: least and most; and of a whole video, the most.
 _FRAME_TOKENS, _IMAGE_TOKENS, _VIDEO_TOKENS = (128, 768), (4, 16384), 128000 * 0.9
@@ -50,7 +49,7 @@ class VideoItem:
         given: dict[str, Any] = {}
         for name in KEYS:
             if (value := item.get(name)) is not None:
-                check = frame_rate if name.endswith("fps") else whole
+                check = frame_rate if name.endswith("fps") else check_int
                 given[name] = check(f"video: {name}", value)
         found = cls(**given, resizes="size" not in item)
         if not found.resizes and not found.given.isdisjoint(_SIZES):
@@ -128,9 +127,9 @@ def image_limits(item: Mapping[str, Any], factor: int) -> dict[str, Any]:
     least, most = (tokens * factor**2 for tokens in _IMAGE_TOKENS)
     low, high = item.get("min_pixels"), item.get("max_pixels")
     if "size" not in item and low is None and high is not None:
-        return {**item, "min_pixels": min(least, whole("image: max_pixels", high))}
+        return {**item, "min_pixels": min(least, check_int("image: max_pixels", high))}
     if "size" not in item and high is None and low is not None:
-        return {**item, "max_pixels": max(most, whole("image: min_pixels", low))}
+        return {**item, "max_pixels": max(most, check_int("image: min_pixels", low))}
     return dict(item)
 
 

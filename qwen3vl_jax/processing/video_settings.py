@@ -9,9 +9,7 @@ import dataclasses
 from typing import Any, ClassVar
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.processing.clips import frame_rate
 from qwen3vl_jax.processing.images import ImageSettings, check_aspect, fit_area
-from qwen3vl_jax.processing.setting_checks import whole, yes_or_no
 
 # Settings of transformers' base class that its Qwen3-VL processor never reads.
 WITHOUT_EFFECT = ("size_divisor", "default_to_square", "do_center_crop", "crop_size")
@@ -63,18 +61,6 @@ class VideoSettings(ImageSettings):
         elif "fps" in changes:
             settings = dataclasses.replace(settings, num_frames=None)
         return settings
-
-
-VideoSettings.CHECKS = {
-    **ImageSettings.CHECKS,
-    "do_sample_frames": yes_or_no,
-    "fps": frame_rate,
-    "num_frames": whole,
-    "min_frames": whole,
-    "max_frames": whole,
-    "cap_pixels_per_frame": yes_or_no,
-    "max_video_tokens": whole,
-}
 
 
 def smart_resize(

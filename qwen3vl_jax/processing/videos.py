@@ -22,7 +22,7 @@ from qwen3vl_jax.processing.media import load_image
 from qwen3vl_jax.processing.pictures import to_rgb
 from qwen3vl_jax.processing.qwen_items import KEYS as ITEM_RULES
 from qwen3vl_jax.processing.qwen_items import VideoItem
-from qwen3vl_jax.processing.setting_checks import shown
+from qwen3vl_jax.processing.setting_checks import checks, shown
 from qwen3vl_jax.processing.video_settings import WITHOUT_EFFECT, VideoSettings, smart_resize
 from qwen3vl_jax.processing.video_times import Clip, FramesDiffer
 
@@ -33,7 +33,7 @@ log = logging.getLogger("qwen3vl_jax")
 CLIP_OPTIONS = ("video_metadata", "video_start", "video_end", "sample_fps")
 _SAMPLING = ("fps", "num_frames", "nframes", "min_frames", "max_frames")
 # What a video in a message may have.
-OVERRIDES = (*VideoSettings.CHECKS, "size", *WITHOUT_EFFECT, *CLIP_OPTIONS, *ITEM_RULES)
+OVERRIDES = (*checks(VideoSettings), "size", *WITHOUT_EFFECT, *CLIP_OPTIONS, *ITEM_RULES)
 
 
 @dataclasses.dataclass(frozen=True)

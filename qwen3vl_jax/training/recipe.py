@@ -247,11 +247,6 @@ def _placed(recipe: Recipe, folder: Path) -> Recipe:
     )
 
 
-def as_dict(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain data, every key written out: what config.toml of a run holds."""
-    return dataclasses.asdict(recipe)
-
-
 def check(recipe: Recipe) -> Recipe:
     """The recipe itself. Raises InputError for values that no run can have."""
     for name, value in flat(recipe).items():

@@ -29,7 +29,7 @@ from qwen3vl_jax.training.model_files import open_model, write_model_files
 from qwen3vl_jax.training.optimizer import make_schedule
 from qwen3vl_jax.training.packing import PackedBatch
 from qwen3vl_jax.training.preset import asks_for_mesh, spelled
-from qwen3vl_jax.training.recipe import Data, Recipe, as_dict, flat
+from qwen3vl_jax.training.recipe import Data, Recipe, flat
 from qwen3vl_jax.training.shares import Shares
 from qwen3vl_jax.training.speed import Profiler, Speed
 from qwen3vl_jax.training.start import (
@@ -77,7 +77,7 @@ def _go_on(
     meta = run_dir.read_meta(out, first) if first else {}
     changed = check_fits(recipe, meta, out) if first else []
     if processes.is_first():
-        written = plain(as_dict(recipe)) | {"ckpt": whole_path(recipe.ckpt)}
+        written = plain(dataclasses.asdict(recipe)) | {"ckpt": whole_path(recipe.ckpt)}
         write_whole(out / run_dir.CONFIG, tomli_w.dumps(written).encode())
     held: dict[str, int] = {}
     with memory_advice(held, "pack.rows, " * (not first) + "step.remat=full or step.loss_chunk"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import time
 import zlib
@@ -16,7 +17,7 @@ from qwen3vl_jax.json_text import write_json
 from qwen3vl_jax.paths import absolute, make_folder
 from qwen3vl_jax.training.curves import draw_curves
 from qwen3vl_jax.training.progress import Progress
-from qwen3vl_jax.training.recipe import Recipe, as_dict
+from qwen3vl_jax.training.recipe import Recipe
 from qwen3vl_jax.training.run_dir import EVALUATION
 from qwen3vl_jax.training.tables import Table
 from qwen3vl_jax.writing import Mirrored, write_whole
@@ -185,7 +186,7 @@ def _wandb(out: Path, folder: Path, recipe: Recipe) -> Any:
     unique = f"{path.name}-{zlib.crc32(str(path).encode()):08x}"  # the same when the run resumes
     return wandb.init(
         project=recipe.report.wandb, name=path.name, id=unique, resume="allow", dir=str(folder),
-        config=as_dict(recipe),
+        config=dataclasses.asdict(recipe),
     )  # fmt: skip
 
 
