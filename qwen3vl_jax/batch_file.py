@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.errors import InputError, check_int
 from qwen3vl_jax.journal import ERROR, Journal, Line, Result, read_lines
 from qwen3vl_jax.json_text import read_json
 from qwen3vl_jax.paths import absolute
@@ -253,16 +253,11 @@ def _asked(proc: Processor, found: dict[str, Any], line: Line, settings: Setting
         raise InputError('expected a list of messages under "messages"')
     sampling = Sampling(**{**settings.sampling, **{k: found[k] for k in SAMPLING if k in found}})
     sampling.rows(1)
-    limit = found.get("max_new_tokens", settings.max_new_tokens)
-    if type(limit) is not int or limit < 1:
-        raise InputError(f"max_new_tokens is {limit!r}, expected a whole number from 1")
+    limit = check_int("max_new_tokens", found.get("max_new_tokens", settings.max_new_tokens))
     if type(wanted := found.get("logprobs", False)) is not bool:
         raise InputError(f"logprobs is {wanted!r}, expected true or false")
     seed = int(row_seeds(found.get("seed", (settings.seed + line.number - 1) % 2**32), 1)[0])
-    stop = found.get("stop", settings.stop)
-    if not isinstance(stop, (str, list, tuple)) or not all(isinstance(s, str) for s in stop):
-        raise InputError(f"stop is {stop!r}, expected a string or a list of strings")
-    stop = stop_list(stop)
+    stop = stop_list(found.get("stop", settings.stop))
     arrays = proc.inputs(messages, tools=found.get("tools"), **settings.inputs)
     rows, prompt = arrays["input_ids"].shape
     if rows != 1:

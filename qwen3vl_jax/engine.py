@@ -19,20 +19,10 @@ import numpy as np
 
 from qwen3vl_jax.cache import extend, grow_cache, init_cache, insert_rows, prefill
 from qwen3vl_jax.config import Config
-from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.decoding import STEPS, DecodeState, decode_steps, fault_of, first_token, on_mesh
+from qwen3vl_jax.errors import InputError, check_int
 from qwen3vl_jax.features import FeatureStore
-from qwen3vl_jax.generation import (
-    STEPS,
-    DecodeState,
-    cache_slots,
-    checked_stop_ids,
-    decode_steps,
-    fault_of,
-    first_token,
-    grow,
-    on_mesh,
-    take,
-)
+from qwen3vl_jax.generation import cache_slots, checked_stop_ids, grow, take
 from qwen3vl_jax.model import stream_dtype
 from qwen3vl_jax.prefixes import Prefix, PrefixStore
 from qwen3vl_jax.processing.batch import bucket
@@ -118,13 +108,11 @@ def generate_many(
     the longest of the rows decides for all). stop_strings need `decode` (tokens -> text). A picture that
     comes again is not encoded again, and what several waiting prompts begin with is prefilled once.
     prefill_chunk: as in `prefill`, for wider prompts. `stats` is counted up. Layers are per-layer lists.
-    Raises InputError for rows or prefill_chunk below 1, and for a request's values out of range.
+    Raises InputError for values out of range.
     """
     check_call(params, cfg)
-    if rows < 1:
-        raise InputError(f"rows is {rows}, expected answers at a time from 1")
-    if prefill_chunk is not None and prefill_chunk < 1:
-        raise InputError(f"prefill_chunk is {prefill_chunk}, expected tokens from 1")
+    check_int("rows", rows)
+    check_int("prefill_chunk", 1 if prefill_chunk is None else prefill_chunk)
     stop_ids = checked_stop_ids(cfg, stop_ids)
     engine = _Engine(params, cfg, stop_ids, decode, rows, prefill_chunk, stats or Stats())
     source, more = iter(requests), True
@@ -206,10 +194,8 @@ def _admit(params, cfg, state, batch, features, prefix, new, stop_ids, chunk):
     first = first_token(cache, logits, tokens, new.sampling, stop_ids, new.seeds, new.limit, None)
     cache = insert_rows(state.cache, new.rows, first.cache)
 
-    def put(old, x):
-        return old.at[new.rows].set(x, mode="drop")
-
-    state = jax.tree.map(put, state.replace(cache=None), first.replace(cache=None))
+    pair = (state.replace(cache=None), first.replace(cache=None))
+    state = jax.tree.map(lambda old, x: old.at[new.rows].set(x, mode="drop"), *pair)
     return on_mesh(state.replace(cache=cache)), first.token, first.logprob
 
 
@@ -226,8 +212,7 @@ class _Engine:
     def __init__(self, params, cfg, stop_ids, decode, rows, chunk, stats):
         self.params, self.cfg, self.decode, self.chunk = params, cfg, decode, chunk
         self.stop_ids, self.stops = tuple(stop_ids), np.asarray(stop_ids, np.int32)
-        self.rows, self.stats = rows, stats
-        self.group = group_size(rows)
+        self.rows, self.stats, self.group = rows, stats, group_size(rows)
         self.waiting: list[tuple[Request, EncodedPrompt]] = []
         self.running: dict[int, _Running] = {}
         self.features = FeatureStore(params, cfg)
@@ -241,8 +226,7 @@ class _Engine:
         """Puts a request behind those that wait."""
         request.sampling.rows(1)
         row_seeds(request.seed, 1)
-        if not 1 <= request.max_new_tokens < 2**31:
-            raise InputError(f"max_new_tokens is {request.max_new_tokens}, expected 1 to 2^31 - 1")
+        check_int("max_new_tokens", request.max_new_tokens)
         if request.stop_strings and self.decode is None:
             raise InputError("stop_strings need decode=, the function from tokens to text")
         prompt = read_prompt(self.cfg, request.arrays)

@@ -1,5 +1,6 @@
 """The one exception for what a user gave: a file, an argument, a checkpoint."""
 
+import operator
 from typing import Any
 
 _LONGEST = 1200  # characters
@@ -30,3 +31,14 @@ def not_finite(key: str) -> str:
         f"{key}: got NaN or infinity, expected numbers; use --dtype bfloat16 (dtype=) or float32, and if "
         "they give the same, the checkpoint's weights are damaged"
     )
+
+
+def check_int(key: str, value: Any, at_most: int = 2**31 - 1) -> int:
+    """The value, a whole number from 1. Raises InputError for what is none, and for a larger one."""
+    try:
+        found = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        found = 0
+    if not 1 <= found <= at_most:
+        raise InputError(f"{key}: got {shown(value)}, expected a whole number from 1 to {at_most}")
+    return found

@@ -10,53 +10,28 @@ import functools
 import logging
 from collections.abc import Callable, Generator, Sequence
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen3vl_jax.cache import decode_step, extend, grow_cache, pinned, prefill
+from qwen3vl_jax.cache import extend, grow_cache, prefill
 from qwen3vl_jax.config import Config
-from qwen3vl_jax.errors import InputError, not_finite
+from qwen3vl_jax.decoding import (
+    ENDED,
+    STEPS,
+    LogitsFn,
+    decode_steps,
+    fault_of,
+    first_token,
+)
+from qwen3vl_jax.errors import InputError, check_int, shown
 from qwen3vl_jax.processing.tokenizer import find_stop, stop_list
-from qwen3vl_jax.sampling import NOT_FINITE, Sampling, draw, penalize, row_seeds
-from qwen3vl_jax.sharding import shard
+from qwen3vl_jax.sampling import Sampling, row_seeds
 from qwen3vl_jax.structs import Batch, Features, KVCache, Params, check_call
 from qwen3vl_jax.vision import vision_encode
 
-# (logits [B V] after the penalties, state) -> logits. A pure function; pass the same object each time,
-# it is part of what a compiled program is found by.
 log = logging.getLogger("qwen3vl_jax")
-LogitsFn = Callable[[jax.Array, "DecodeState"], jax.Array]
-STEPS = 16  # decode steps a dispatch: the host looks at the answer in between
-# In place of a token: the row had ended; its logits were not finite (NOT_FINITE), or were so only after
-# penalties and logits_fn.
-ENDED, NOT_FINITE_AFTER = -1, -3
 SMALLEST_CACHE = 256
-
-
-class DecodeState(flax.struct.PyTreeNode):
-    """Everything a decode step needs and changes, one entry a row."""
-
-    cache: KVCache
-    token: jax.Array  # [B] int32: chosen, not yet in the cache
-    logprob: jax.Array  # [B] float32: of `token`, before penalties, temperature and filters
-    count: jax.Array  # [B] int32: answer tokens so far, `token` included
-    limit: jax.Array  # [B] int32: answer tokens at which a row ends
-    done: jax.Array  # [B] bool
-    seen: jax.Array  # [B V] bool: in prompt or answer
-    answered: jax.Array  # [B V] bool: in the answer
-    keys: jax.Array  # [B] random keys
-
-
-def on_mesh(state: DecodeState) -> DecodeState:
-    """The state as every dispatch leaves it on the ambient mesh, so that none is compiled twice."""
-    wide = {name: shard(getattr(state, name), "rows", None) for name in ("seen", "answered")}
-    rest = {name: shard(getattr(state, name), None) for name in _BY_ROW}
-    return state.replace(cache=pinned(state.cache), **wide, **rest)
-
-
-_BY_ROW = ("token", "logprob", "count", "limit", "done", "keys")
 
 
 @dataclasses.dataclass
@@ -81,42 +56,6 @@ class NotFiniteError(InputError):
         self.rows = rows
 
 
-def fault_of(tokens: np.ndarray, count: int) -> str:
-    """What is wrong with a row's new tokens [n], "" if nothing is; count: tokens answered before."""
-    wrong = np.flatnonzero(tokens < ENDED)
-    if not len(wrong):
-        return ""
-    place = f"logits of answer token {count + int(wrong[0]) + 1}"
-    if tokens[wrong[0]] == NOT_FINITE_AFTER:
-        return f"{place}: got no finite number after penalties and logits_fn, expected one; use milder ones"
-    return not_finite(place)
-
-
-def _choose(logits, state, sampling, stop_ids, logits_fn) -> DecodeState:
-    rows, likely = jnp.arange(logits.shape[0]), jax.nn.log_softmax(logits)
-    logits = penalize(logits, sampling, state.seen, state.answered, state.count, stop_ids)
-    if logits_fn is not None:
-        logits = logits_fn(logits, state)
-    token, live = draw(logits, sampling, state.keys, state.count), ~state.done
-    logprob = likely[rows, jnp.maximum(token, 0)]  # no number if a single logit is NaN or infinity
-    token = jnp.where(token == NOT_FINITE, NOT_FINITE_AFTER, token)
-    token = jnp.where(jnp.isfinite(logprob), token, NOT_FINITE)
-    wrong = token < 0
-    mark = (rows, jnp.where(live & ~wrong, token, logits.shape[1]))
-    count = state.count + live
-    return state.replace(
-        token=token,
-        logprob=logprob,
-        count=count,
-        done=state.done
-        | wrong
-        | jnp.any(token[:, None] == stop_ids, axis=1)
-        | (count >= state.limit),
-        seen=state.seen.at[mark].set(True, mode="drop"),
-        answered=state.answered.at[mark].set(True, mode="drop"),
-    )
-
-
 @functools.partial(
     jax.jit,
     static_argnames=("cfg", "slots", "copies", "logits_fn", "chunk"),
@@ -138,52 +77,6 @@ def _start(
         for part in (cache, logits, tokens)
     )
     return first_token(cache, logits, tokens, sampling, stop_ids, seeds, limit, logits_fn)
-
-
-def first_token(cache, logits, tokens, sampling, stop_ids, seeds, limit, logits_fn) -> DecodeState:
-    """The state after a prefill: tokens [B T] are the prompt's, past the vocabulary at padding."""
-    (rows, _), zero = logits.shape, jnp.zeros(logits.shape[0], jnp.int32)
-    seen = jnp.zeros(logits.shape, bool).at[jnp.arange(rows)[:, None], tokens]
-    state = DecodeState(
-        cache=cache,
-        token=zero,
-        logprob=jnp.zeros(rows, jnp.float32),
-        count=zero,
-        limit=jnp.broadcast_to(jnp.asarray(limit, jnp.int32), rows),
-        done=zero > 0,
-        seen=seen.set(True, mode="drop"),
-        answered=jnp.zeros(logits.shape, bool),
-        keys=jax.vmap(jax.random.key)(seeds),
-    )
-    return on_mesh(_choose(logits, state, sampling, stop_ids, logits_fn))
-
-
-@functools.partial(jax.jit, static_argnames=("cfg", "logits_fn"), donate_argnames="state")
-def decode_steps(params, cfg, state, ended, sampling, stop_ids, steps, enough, logits_fn):
-    """At most `steps` decode steps in one dispatch, fewer once `enough` rows have ended.
-
-    ended [B] bool: rows that the host ends now. Returns the state, tokens [B STEPS] (ENDED where a row had
-    ended or no step was taken, NOT_FINITE where its logits ended it) and their log-probabilities [B STEPS].
-    """
-
-    def going(carry):
-        i, state, _ = carry
-        return (i < steps) & (jnp.sum(state.done) < enough)
-
-    def step(carry):
-        i, old, (tokens, logprobs) = carry
-        cache, logits = decode_step(params, cfg, old.cache, old.token)
-        kept = jnp.where(old.done, old.cache.length, cache.length)  # an ended row stays as it is
-        new = old.replace(cache=cache.replace(length=kept))
-        new = _choose(logits, new, sampling, stop_ids, logits_fn)
-        tokens = tokens.at[:, i].set(jnp.where(old.done, ENDED, new.token))
-        return i + 1, new, (tokens, logprobs.at[:, i].set(new.logprob))
-
-    shape = (state.token.shape[0], STEPS)
-    out = (jnp.full(shape, ENDED, jnp.int32), jnp.zeros(shape, jnp.float32))
-    state = state.replace(done=state.done | ended)
-    _, state, out = jax.lax.while_loop(going, step, (0, state, out))
-    return on_mesh(state), *(shard(x, None, None) for x in out)
 
 
 encode = jax.jit(vision_encode, static_argnames="cfg")
@@ -227,9 +120,7 @@ def stream(
     rows have ended, if the logits of some were not finite (they end there, the others go on).
     """
     check_call(params, cfg, batch=batch)
-    if copies < 1:
-        raise InputError(f"copies is {copies}, expected answers to a prompt from 1")
-    rows = copies * batch.tokens.shape[0]
+    rows = check_int("copies", copies) * batch.tokens.shape[0]
     segments = np.asarray(batch.segment_ids)
     if segments.max(initial=0) > 1:
         raise InputError(
@@ -244,8 +135,7 @@ def stream(
         row_seeds(seed, rows),
         logits_fn,
     )
-    if prefill_chunk is not None and prefill_chunk < 1:
-        raise InputError(f"prefill_chunk is {prefill_chunk}, expected tokens from 1")
+    check_int("prefill_chunk", 1 if prefill_chunk is None else prefill_chunk)
     chunk = prefill_chunk if prefill_chunk and batch.tokens.shape[1] > prefill_chunk else None
     if before is not None and before.shape != (len(segments), kept):
         raise InputError(f"before: shape {before.shape}, the cache holds {(len(segments), kept)}")
@@ -308,20 +198,19 @@ def _stream(
 
 def checked_stop_ids(cfg: Config, stop_ids: int | Sequence[int] | None) -> tuple[int, ...]:
     """Ids that end an answer, the config's for None; raises InputError outside the vocabulary."""
-    given = cfg.eos_token_ids if stop_ids is None else stop_ids
-    ids = tuple(int(i) for i in np.ravel(np.asarray(given, np.int64)))
-    wrong = [i for i in ids if not 0 <= i < cfg.text.vocab_size]
-    if wrong:
-        raise InputError(f"stop_ids: {wrong[0]} is outside the vocabulary of {cfg.text.vocab_size}")
-    return ids
+    given = np.ravel(cfg.eos_token_ids if stop_ids is None else stop_ids)
+    size = cfg.text.vocab_size
+    if given.size and (given.dtype.kind not in "iu" or given.min() < 0 or given.max() >= size):
+        raise InputError(
+            f"stop_ids: got {shown(stop_ids)}, expected ids in the vocabulary of {size}"
+        )
+    return tuple(given.tolist())
 
 
 def _check_lengths(max_new_tokens: int, prompt: int, max_len: int | None, steps: int) -> None:
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens is {max_new_tokens}, expected >= 1")
-    if not 1 <= steps <= STEPS:
-        raise InputError(f"steps is {steps}, expected 1 to {STEPS}")
-    if max_len is not None and prompt + max_new_tokens > max_len:
+    check_int("max_new_tokens", max_new_tokens)
+    check_int("steps", steps, STEPS)
+    if max_len is not None and prompt + max_new_tokens > check_int("max_len", max_len):
         raise InputError(
             f"the prompt has {prompt} tokens and the answer may have {max_new_tokens}, but the cache "
             f"holds {max_len}: shorten the prompt, use fewer pixels, or allow a longer cache"
@@ -353,6 +242,8 @@ def generate(
     "error". Raises InputError as `stream` does for values out of range.
     """
     check_call(params, cfg, batch=batch)
+    check_int("copies", copies)
+    check_int("max_new_tokens", max_new_tokens)
     strings = stop_list(stop_strings)
     if strings and decode is None:
         raise InputError("stop_strings need decode=, the function from tokens to text")

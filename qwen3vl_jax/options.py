@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from qwen3vl_jax.cli import Parser
-from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.errors import InputError, check_int
 from qwen3vl_jax.json_text import read_json_file
 from qwen3vl_jax.mesh_axes import AXES, SHORT
 from qwen3vl_jax.paths import argument, is_remote
@@ -161,10 +161,6 @@ def check(args: argparse.Namespace) -> None:
         raise InputError("--rerank needs at least one --document, and a --document needs --rerank")
     if (args.embed or args.rerank) and not (args.prompt or args.image or args.video):
         raise InputError("--embed, --rerank: nothing given; expected --prompt, --image or --video")
-    if args.max_new_tokens < 1:
-        raise InputError(
-            f"--max-new-tokens: max_new_tokens is {args.max_new_tokens}, expected >= 1"
-        )
     if args.ckpt is not None and not args.ckpt:
         raise InputError("--ckpt is empty, expected a directory or a Hub id")
     if args.adapter is not None and not args.adapter:
@@ -227,9 +223,9 @@ def check_modes(args: argparse.Namespace) -> None:
 
 def check_numbers(args: argparse.Namespace) -> None:
     """`check` of what is counted from 1, and of what goes with one answer alone."""
-    for name in ("rows", "answers", "prefill_chunk", "max_len"):
-        if (count := getattr(args, name)) is not None and count < 1:
-            raise InputError(f"--{name.replace('_', '-')} is {count}, expected a number from 1")
+    for name in ("rows", "answers", "prefill_chunk", "max_len", "max_new_tokens"):
+        if (count := getattr(args, name)) is not None:
+            check_int(f"--{name.replace('_', '-')}", count)
     one = [name for name in ("stream", "draw") if getattr(args, name)]
     if args.answers > 1 and one:
         raise InputError(f"--answers: not with --{one[0]}")

@@ -92,6 +92,8 @@ def rerank(
     Qwen3-VL-Reranker.
     """
     check_call(params, cfg, batch=batch)
+    if any(isinstance(i, int) and not 0 <= i < cfg.text.vocab_size for i in yes_no):
+        raise InputError(f"yes_no: got {yes_no}, expected ids in the vocabulary")
     logits = unembed(params, cfg, _last(_stream(params, cfg, batch, features), batch))
     yes, no = yes_no
     more = logits[:, yes] - logits[:, no]

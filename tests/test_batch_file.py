@@ -145,12 +145,12 @@ def test_bad_lines_are_told_in_their_own_record(demo, tmp_path, capsys):
         json.dumps(message("hi", temperature=1e308 * 10)) + "\n": "Infinity is not JSON",
         json.dumps({"messages": "hi"}) + "\n": "a list of messages",
         json.dumps(message("hi", max_tokens=3)) + "\n": "unknown key 'max_tokens'",
-        json.dumps(message("hi", max_new_tokens=0)) + "\n": "max_new_tokens is 0",
+        json.dumps(message("hi", max_new_tokens=0)) + "\n": "max_new_tokens: got 0",
         json.dumps(message("hi", temperature="hot")) + "\n": "temperature is 'hot'",
         json.dumps(message("hi", temperature=[0.1, 0.2])) + "\n": "temperature has 2 values",
         json.dumps(message("hi", seed=-1)) + "\n": "seed is -1",
-        json.dumps(message("hi", stop=[""])) + "\n": "stop strings: found an empty one",
-        json.dumps(message("hi", stop=3)) + "\n": "stop is 3",
+        json.dumps(message("hi", stop=[""])) + "\n": "stop: got [''], expected",
+        json.dumps(message("hi", stop=3)) + "\n": "stop: got 3",
         json.dumps(message("hi", logprobs=1)) + "\n": "logprobs is 1",
         json.dumps(message("long " * 4000)) + "\n": "(--max-len)",
         json.dumps(message([{"type": "image", "image": "gone.png"}])) + "\n": "gone.png: ",
@@ -251,8 +251,8 @@ def test_files_that_cannot_be_used_are_refused(tmp_path, capsys):
     prompt_lines.write(tmp_path / "empty", ["\n", "\n"])
     assert "holds no line" in refused(capsys, "--input", tmp_path / "empty", "--output", out)
     assert "is the input itself" in refused(capsys, "--input", source, "--output", source)
-    assert "--rows is 0" in refused(capsys, *both, "--rows", 0)
-    assert "--prefill-chunk is 0" in refused(capsys, *both, "--prefill-chunk", 0)
+    assert "--rows: got 0" in refused(capsys, *both, "--rows", 0)
+    assert "--prefill-chunk: got 0" in refused(capsys, *both, "--prefill-chunk", 0)
     assert "is no file" in refused(capsys, "--input", tmp_path, "--output", out)
     run(*both, "--rows", 10**9)  # no more than lines
     out.unlink()

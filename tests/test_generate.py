@@ -179,7 +179,7 @@ def test_copies_are_the_answers_that_their_seeds_give():
             assert made.lengths[copy] == length
             assert made.finish_reasons[copy] == alone.finish_reasons[row]
             np.testing.assert_array_equal(made.tokens[copy, :length], alone.tokens[row, :length])
-    with pytest.raises(q3.InputError, match="copies is 0"):
+    with pytest.raises(q3.InputError, match="copies: got 0"):
         q3.generate(params, cfg, batch, copies=0, **options)
 
 
@@ -193,12 +193,18 @@ def test_logits_fn_decides():
 def test_lengths_out_of_range():
     for options, words in (
         ({"max_len": 20}, "the prompt has 13 tokens.*20"),
-        ({"count": 0}, "max_new_tokens is 0"),
-        ({"steps": 17}, "steps is 17"),
+        ({"count": 0}, "max_new_tokens: got 0"),
+        ({"count": 2.5}, "max_new_tokens: got 2.5"),
+        ({"count": 10**12}, "max_new_tokens: got 1000000000000, expected .* to 2147483647"),
+        ({"max_len": "20"}, "max_len: got '20'"),
+        ({"prefill_chunk": 2.0}, "prefill_chunk: got 2.0"),
+        ({"steps": 17}, "steps: got 17, expected a whole number from 1 to 16"),
         ({"seed": [1, 2, 3]}, "seed has 3"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": 2**32}, "seed is 4294967296"),
-        ({"stop_ids": (-1,)}, "stop_ids: -1"),
+        ({"stop_ids": (-1,)}, r"stop_ids: got \(-1,\), expected ids in the vocabulary"),
+        ({"stop_ids": [1.7]}, "stop_ids: got .1.7"),
+        ({"stop_ids": 10**30}, "stop_ids: got 10"),
         ({"sampling": q3.Sampling(top_p=1.5)}, "top_p is 1.5"),
         ({"stop_strings": [""], "decode": str}, "empty"),
     ):

@@ -316,7 +316,10 @@ BAD = {
     "no such checkpoint": (lambda: ("--ckpt", "nowhere", *ASK), ["nowhere"]),
     "no template": (lambda: checkpoint("mute", drop=["chat_template*"]), ["template"]),
     "prompt longer than the cache": (lambda: (*ASK, "--max-len", 8), ["prompt has", "8"]),
-    "a cache of nothing": (lambda: (*ASK, "--max-len", 0), ["--max-len is 0, expected a number"]),
+    "a cache of nothing": (
+        lambda: (*ASK, "--max-len", 0),
+        ["--max-len: got 0, expected a whole number"],
+    ),
     "placeholder without a picture": (lambda: messages([{"type": "image"}]), ["placeholder"]),
     "picture without a placeholder": (
         lambda: (*messages("hi"), "--image", infer.DEMO_PICTURE),
@@ -325,7 +328,7 @@ BAD = {
     "hub id without network": (lambda: ("--ckpt", "Qwen/Qwen3-VL-2B-Instruct", *ASK), ["Qwen/"]),
     "temperature": (lambda: (*ASK, "--temperature", -1), ["temperature", "-1"]),
     "top-p": (lambda: (*ASK, "--top-p", 1.5), ["top_p", "1.5"]),
-    "new tokens": (lambda: (*ASK, "--max-new-tokens", 0), ["max_new_tokens", "0"]),
+    "new tokens": (lambda: (*ASK, "--max-new-tokens", 0), ["--max-new-tokens: got 0"]),
     "messages are no json": (lambda: ("--messages", DEMO / "chat_template.jinja"), ["--messages"]),
     "messages and prompt": (lambda: (*messages("hi"), "--prompt", "x"), ["--prompt"]),
     "pixels": (lambda: (*ASK, "--max-pixels", -5), ["max_pixels", "-5"]),

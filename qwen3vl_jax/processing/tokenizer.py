@@ -202,10 +202,12 @@ class TextStream:
 
 def stop_list(stop: str | Sequence[str]) -> tuple[str, ...]:
     """Stop strings as a tuple; raises InputError for an empty one, which would stop everything."""
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    if "" in stops:
-        raise InputError("stop strings: found an empty one")
-    return stops
+    stops = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(stops, Sequence) or not all(s and isinstance(s, str) for s in stops):
+        raise InputError(
+            f"stop: got {shown(stop)}, expected a string or a list of them, none empty"
+        )
+    return tuple(stops)
 
 
 def find_stop(text: str, stops: Sequence[str]) -> tuple[int, str | None]:
