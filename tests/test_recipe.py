@@ -75,6 +75,8 @@ def test_every_key_is_explained_once():
         ("train.rates.merger=-1.0", "train.rates.merger is -1.0, expected a finite number from 0"),
         ("data.sources.0.weight=nan", "data.sources 1: expected a path and a weight above 0"),
         ("mesh.fsdp=-2", "mesh.fsdp is -2"),
+        ("seed=1" + "0" * 400, "expected a number up to"),
+        ("seed=1" + "0" * 5000, "expected a whole number"),
         ("seed=9223372036854775808", "seed is 9223372036854775808, expected a number up to"),
         ("pack.rows=10000000000", "pack.rows is 10000000000, expected a number up to"),
         ("pack.length=100000000", "expected at most 268435456"),

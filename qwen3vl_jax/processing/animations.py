@@ -32,7 +32,7 @@ def open_animation(start: Callable[[], Any], name: str) -> Clip:
     milliseconds, size, error = [], (0, 0), None
     try:
         for frame in _shown(start, name):
-            size = frame.size[::-1]
+            size = frame.height, frame.width
             milliseconds.append(round(frame.info.get("duration") or _UNTIMED))
     except _BROKEN as e:
         error = e

@@ -96,7 +96,7 @@ def _count_packets(start: Any, name: str) -> _Found:
     if first is None or not points or any(p.is_corrupt for p in packets) or clock != sorted(clock):
         raise FramesDiffer
     matrix = _matrix(first)
-    size = _upright(first, matrix).size[::-1]
+    shown = _upright(first, matrix)
     if None not in points:
         points.sort()
     if is_exact and first.pts is not None:
@@ -104,7 +104,7 @@ def _count_packets(start: Any, name: str) -> _Found:
         points = [point for point in points if point >= first.pts]
     if length and end is not None and (missing := (length + begin) / 1e6 - end) > _SLACK:
         log.warning("%s: the video is cut: its last %.1f seconds are missing", name, missing)
-    return _Found(points, base, rates, size, matrix, is_exact)
+    return _Found(points, base, rates, (shown.height, shown.width), matrix, is_exact)
 
 
 def _demuxed(container: Any, video: Any) -> tuple[float | None, list[Any]]:
@@ -147,7 +147,8 @@ def _count_frames(start: Any, name: str) -> Clip:
         for frame in _frames(container, stream, damage):
             if size is None:
                 matrix = _matrix(frame)
-                size = _upright(frame, matrix).size[::-1]
+                shown = _upright(frame, matrix)
+                size = shown.height, shown.width
             points.append(frame.pts if frame.pts is not None else frame.dts)
             if frame.is_corrupt:
                 damage.append(None)

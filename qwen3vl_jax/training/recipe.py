@@ -253,13 +253,12 @@ def check(recipe: Recipe) -> Recipe:
         if name in _CHOICES and value not in _CHOICES[name]:
             known = ", ".join(_CHOICES[name])
             raise InputError(f"{name} is {value!r}, expected one of {known}")
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if number and not math.isfinite(value):
-            raise InputError(f"{name} is {value}, expected a finite number")
-        if number and value < _LEAST.get(name, 0):
-            raise InputError(f"{name} is {value}, expected a number from {_LEAST.get(name, 0)}")
-        if type(value) is int and value > (most := _MOST.get(name, 2**31 - 1)):
+        if type(value) is int and value > (most := _MOST.get(name) or 2**31 - 1):
             raise InputError(f"{name} is {value}, expected a number up to {most}")
+        if type(value) is float and not math.isfinite(value):
+            raise InputError(f"{name} is {value}, expected a finite number")
+        if type(value) in (int, float) and value < (least := _LEAST.get(name, 0)):
+            raise InputError(f"{name} is {value}, expected a number from {least}")
         if name in _BELOW_ONE and value >= 1:
             raise InputError(f"{name} is {value}, expected a number from 0 to below 1")
     _check_sizes(recipe)

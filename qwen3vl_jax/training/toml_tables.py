@@ -70,7 +70,7 @@ def _changed(hint: Any, text: str, name: str, change: str) -> Any:
     """A change's value: TOML that fits the key, or the text itself for a string."""
     try:
         value = tomllib.loads(f"x = {text}")["x"]
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         value = text
     if hint is str and not isinstance(value, str):
         value = text
