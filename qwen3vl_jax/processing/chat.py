@@ -222,7 +222,7 @@ def _pictures(rows: list[list[Medium]], images: Any) -> list[Any]:
 def placeholder_mismatch(
     where: str, placeholders: int, found: int, kind: str = "image", noun: str = "picture"
 ) -> str:
-    """What to say of a prompt that has more or fewer places than pictures or clips."""
+    """The error of a prompt that has more or fewer placeholders than images or videos."""
     return (
         f"{where}{placeholders} {kind} placeholder(s) in the prompt for {found} {noun}(s); each {noun} "
         f"needs a content item of its own, and each such item a path or one of {kind}s="

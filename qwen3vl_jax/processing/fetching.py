@@ -71,10 +71,9 @@ def _why(error: Exception, timeout: float) -> str:
     if code is not None:
         return f"the server answered {code} {http.client.responses.get(code, '')}".rstrip()
     # Other errors may repeat what the server sent.
-    told = (
-        one_line(reason) if isinstance(reason, OSError) else "no address of http(s), or no answer"
-    )
-    return f"cannot be fetched: {told}"
+    if isinstance(reason, OSError):
+        return f"cannot be fetched: {one_line(reason)}"
+    return "cannot be fetched: no address of http(s), or no answer"
 
 
 def _read(opener: Any, url: str, name: str, max_bytes: int, timeout: float) -> bytes:

@@ -1,4 +1,4 @@
-"""What is known of a video before its frames are decoded: how many there are, and when they are shown."""
+"""The frames of a video before they are decoded: how many there are, and when they are shown."""
 
 from __future__ import annotations
 

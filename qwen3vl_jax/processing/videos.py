@@ -38,7 +38,7 @@ OVERRIDES = (*checks(VideoSettings), "size", *WITHOUT_EFFECT, *CLIP_OPTIONS, *IT
 
 @dataclasses.dataclass(frozen=True)
 class UsedFrames:
-    """What of a clip the model sees: index and time of each frame, and the time of each grid frame.
+    """The frames of a video that the model sees: their indices and times, and the prompt's times.
 
     `indices` count the source's frames from 0, `seconds` from its start; `timestamps` is the mean
     time of the frames that share patches, as the prompt's text says it.

@@ -85,22 +85,19 @@ def _with_system(turns: Sequence[Any], text: Any) -> tuple[Sequence[Any], int]:
     """The messages behind a record's own system text, and the number of the first."""
     if text is None or _blank(text):
         return turns, 1
+    if not isinstance(text, str):
+        raise InputError(f"system: found {type(text).__name__}, expected one system text")
     first = turns[0] if isinstance(turns[0], Mapping) else {}
-    if not isinstance(text, str) or "system" in (first.get("role"), first.get("from")):
-        found = (
-            type(text).__name__ if not isinstance(text, str) else "a text, and message 1 is one too"
-        )
-        raise InputError(f"system: found {found}, expected one system text")
+    if "system" in (first.get("role"), first.get("from")):
+        raise InputError("system: message 1 is a system text too, expected one system text")
     return [{"role": "system", "content": text}, *turns], 0
 
 
 def _fields(given: Any, known: Sequence[str], where: str) -> dict[str, Any]:
     """An object without its nulls. Raises InputError for a key that means nothing here."""
     if not isinstance(given, Mapping):
-        several = (
-            "; only files of JSON may hold lists of records" if isinstance(given, list) else ""
-        )
-        raise InputError(f"{where}found {type(given).__name__}, expected an object{several}")
+        how = "; only files of JSON may hold lists of records" * isinstance(given, list)
+        raise InputError(f"{where}found {type(given).__name__}, expected an object{how}")
     found = {key: value for key, value in given.items() if value is not None}
     for key in found:
         if key not in known:
@@ -211,20 +208,15 @@ def _calls(given: Any, where: str) -> list[dict[str, Any]]:
     Arguments of null or nothing are {}.
     """
     calls, out = _from_json(given, f"{where}tool_calls") or [], []
-    for call in calls if isinstance(calls, (list, tuple)) else [calls]:
+    for given_call in calls if isinstance(calls, (list, tuple)) else [calls]:
         named = f"{where}tool_calls: "
-        nested = isinstance(call, Mapping) and call.get("function")
-        inner = (
-            _fields(call, ("id", "type", "index", "function"), named)["function"]
-            if nested
-            else call
-        )
-        called = _fields(inner, ("id", "type", "name", "arguments"), named)
+        call = given_call
+        if isinstance(call, Mapping) and call.get("function"):
+            call = _fields(call, ("id", "type", "index", "function"), named)["function"]
+        called = _fields(call, ("id", "type", "name", "arguments"), named)
         name, arguments = called.get("name"), called.get("arguments", "")
         if not isinstance(name, str) or not isinstance(arguments, (str, Mapping)):
-            raise InputError(
-                f"{where}tool_calls: expected a list of objects with name and arguments"
-            )
+            raise InputError(f"{named}expected a list of objects with name and arguments")
         if isinstance(arguments, str):
             found = _from_json(arguments, f"{where}arguments of {name}")
             if not isinstance(found, Mapping | None):
@@ -289,16 +281,15 @@ def _with_media(message: dict[str, Any], media: str) -> dict[str, Any]:
     content = message.get("content")
     if not isinstance(content, list):
         return message
-    items = []
-    for item in content:
-        places = [key for key in _PLACES if isinstance(item, Mapping) and key in item]
-        of_video = isinstance(item, Mapping) and str(item.get("type")) in (*_VIDEOS, "input_video")
-        kinds = ["video" if of_video or key in _VIDEOS else "image" for key in places]
-        whole = {
-            key: within(item[key], kind, media) for key, kind in zip(places, kinds, strict=True)
-        }
-        items.append({**item, **whole} if places else item)
-    return {**message, "content": items}
+
+    def placed(item: Any) -> Any:
+        if not isinstance(item, Mapping):
+            return item
+        is_video = str(item.get("type")) in (*_VIDEOS, "input_video")
+        kinds = {k: "video" if is_video or k in _VIDEOS else "image" for k in _PLACES}
+        return {k: within(v, kinds[k], media) if k in kinds else v for k, v in item.items()}
+
+    return {**message, "content": [placed(item) for item in content]}
 
 
 def without_nulls(value: Any) -> Any:
