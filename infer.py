@@ -21,10 +21,8 @@ from qwen3vl_jax.cli import (
     parts,
     run_script,
     sigterm_interrupts,
-    sizes,
 )
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.json_text import write_json
 from qwen3vl_jax.native_output import tidy_output
 from qwen3vl_jax.options import (
     arguments,
@@ -256,40 +254,11 @@ def batch(args: argparse.Namespace, status: Status) -> None:
 
 def measure(args: argparse.Namespace, scope: contextlib.ExitStack, status: Status) -> None:
     """Prints the vector of what is given (--embed), or a score a document (--rerank), as JSON."""
-    import jax
-
-    import qwen3vl_jax as q3
-    from qwen3vl_jax.processing import retrieval
-    from qwen3vl_jax.scoring import check_dims, check_finite
+    from qwen3vl_jax.ask import measured
 
     directory, processor = opened(args)
-    thing = {"text": args.prompt, "image": args.image, "video": args.video}
-    if args.embed:
-        rows = [retrieval.embed_conversation(thing, args.instruction)]
-    else:
-        documents = [retrieval.document(given) for given in args.document]
-        rows = [retrieval.rerank_conversation(thing, d, args.instruction) for d in documents]
-        words = retrieval.yes_no_ids(processor.tokenizer)
-    batch = processor(rows, **input_options(args))
-    check_dims(processor.config, args.dims)
-    params, cfg = loaded(args, directory, scope, status, demo_notice(args))
-    status.show("compiling")
-    held = sizes(params, cfg, batch)
-    held.pop("cache (about)")  # there is none
-    with memory_advice(held, "--max-pixels, fewer --document, or --dtype bfloat16"):
-        if args.embed:
-            embed = jax.jit(q3.embed, static_argnames=("cfg", "dims"))
-            found = jax.device_get(embed(params, cfg, batch, dims=args.dims))
-        else:
-            rerank = jax.jit(q3.rerank, static_argnames=("cfg", "yes_no"))
-            found = jax.device_get(rerank(params, cfg, batch, words))
-    status.stop()
-    check_finite("--embed" if args.embed else "--rerank", found)
-    if args.embed:
-        print(write_json([round(float(x), 7) for x in found[0]], "--embed"))
-        return
-    for name, score in zip(args.document, found, strict=True):
-        print(write_json({"document": name, "score": round(float(score), 7)}, "--rerank"))
+    notice = demo_notice(args)
+    measured(args, processor, lambda: loaded(args, directory, scope, status, notice), status)
 
 
 def plan(args: argparse.Namespace) -> None:

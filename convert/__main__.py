@@ -24,7 +24,7 @@ from convert.stored import WEIGHTS
 from convert.to_hf import SHARD_SIZE, to_hf
 from convert.to_orbax import PARAMS, Progress, to_orbax
 from qwen3vl_jax.checkpoint import resolve
-from qwen3vl_jax.cli import EXPECTED, end_process, report, run_script, signals_later
+from qwen3vl_jax.cli import EXPECTED, Parser, end_process, report, run_script, signals_later
 from qwen3vl_jax.digests import DamagedError, saved_trees
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.paths import argument
@@ -41,7 +41,7 @@ def _size(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "python -m convert",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -168,12 +168,25 @@ def _check_no_run_options(options: argparse.Namespace) -> None:
         )
 
 
+def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Ends the process for options that do not go together."""
+    if not options.verify and options.out is None:
+        parser.error("OUT_DIR is missing")
+    idle = ("expert_layout",) if options.to_hf else ("max_shard_size",)
+    if options.verify:
+        idle = vars(options).keys() - {"source", "verify", "revision"}
+    mode = "with --verify" if options.verify else f"with{'' if options.to_hf else 'out'} --to-hf"
+    for name in idle:
+        if getattr(options, name) != parser.get_default(name):
+            said = "OUT_DIR" if name == "out" else f"--{name.replace('_', '-')}"
+            parser.error(f"{said}: means nothing {mode}, leave it out")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line; 0, or 2 with one line on stderr (and a list where tensors do not fit)."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    if options.verify == (options.out is not None):
-        parser.error("--verify takes one directory" if options.verify else "OUT_DIR is missing")
+    _check(parser, options)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # an accelerator's memory is not needed
     try:

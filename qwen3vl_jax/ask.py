@@ -1,4 +1,4 @@
-"""One conversation's answers, printed as they come: what infer.py does by default."""
+"""What infer.py prints: the answers to one conversation as they come, vectors and scores."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 
 import qwen3vl_jax as q3
 from qwen3vl_jax.cli import Clock, Status, memory_advice, sizes
+from qwen3vl_jax.json_text import write_json
+from qwen3vl_jax.options import input_options
+from qwen3vl_jax.processing import retrieval
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.processing.tokenizer import TextStream
 from qwen3vl_jax.sampling import Sampling
+from qwen3vl_jax.scoring import check_dims, check_finite
 
 
 class Texts:
@@ -101,3 +106,39 @@ def answer(
         report += f", decode {count - 1} tokens {(count - 1) / decode:.1f}/s"
     print(report, file=sys.stderr)
     return texts.texts[0]
+
+
+def measured(
+    args: argparse.Namespace,
+    processor: Processor,
+    load: Callable[[], tuple[Any, Any]],
+    status: Status,
+) -> None:
+    """Prints a vector (--embed), or a score a document (--rerank), as JSON. Raises InputError."""
+    thing = {"text": args.prompt, "image": args.image, "video": args.video}
+    if args.embed:
+        rows = [retrieval.embed_conversation(thing, args.instruction)]
+    else:
+        documents = [retrieval.document(given) for given in args.document]
+        rows = [retrieval.rerank_conversation(thing, d, args.instruction) for d in documents]
+        words = retrieval.yes_no_ids(processor.tokenizer)
+    batch = processor(rows, **input_options(args))
+    check_dims(processor.config, args.dims)
+    params, cfg = load()
+    status.show("compiling")
+    held = sizes(params, cfg, batch)
+    held.pop("cache (about)")  # there is none
+    with memory_advice(held, "--max-pixels, fewer --document, or --dtype bfloat16"):
+        if args.embed:
+            embed = jax.jit(q3.embed, static_argnames=("cfg", "dims"))
+            found = jax.device_get(embed(params, cfg, batch, dims=args.dims))
+        else:
+            rerank = jax.jit(q3.rerank, static_argnames=("cfg", "yes_no"))
+            found = jax.device_get(rerank(params, cfg, batch, words))
+    status.stop()
+    check_finite("--embed" if args.embed else "--rerank", found)
+    if args.embed:
+        print(write_json([round(float(x), 7) for x in found[0]], "--embed"))
+        return
+    for name, score in zip(args.document, found, strict=True):
+        print(write_json({"document": name, "score": round(float(score), 7)}, "--rerank"))

@@ -12,6 +12,7 @@ from typing import Any
 from qwen3vl_jax.config_checks import (
     end_ids,
     flag,
+    integer,
     items,
     mapping,
     number,
@@ -35,7 +36,6 @@ _TEXT_DEFAULTS = {
     "num_experts_per_tok": 4,
     "initializer_range": 0.02,
 }
-_VISION_DEFAULTS = {"hidden_act": "gelu_pytorch_tanh"}
 _TOKEN_DEFAULTS = {
     "image_token_id": 151655,
     "video_token_id": 151656,
@@ -218,35 +218,28 @@ def _text(raw: Mapping[str, Any], is_moe: bool) -> TextConfig:
     if "head_dim" not in raw or ("num_key_value_heads" not in raw):
         key = "num_key_value_heads" if "head_dim" in raw else "head_dim"
         raise InputError(f"config: {where}{key} is absent; it fixes a shape (null is allowed)")
-    head_dim = (
-        required_int(raw, "head_dim", where, default=None) if raw["head_dim"] is not None else None
-    )
+    head_dim = None if raw["head_dim"] is None else required_int(raw, "head_dim", where)
     if head_dim is None and shape["hidden_size"] % heads:
         raise InputError(
             f"config: {where}head_dim is null and hidden_size {shape['hidden_size']} does not divide "
             f"by num_attention_heads {heads}"
         )
-    kv_heads = (
-        heads
-        if raw["num_key_value_heads"] is None
-        else required_int(raw, "num_key_value_heads", where)
-    )
+    kv_heads = raw["num_key_value_heads"]
+    kv_heads = heads if kv_heads is None else required_int(raw, "num_key_value_heads", where)
     if heads % kv_heads:
         raise InputError(
             f"config: {where}num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
         )
     experts = _experts(raw, is_moe)
-    dense_width = 0 if experts["num_experts"] and raw.get("intermediate_size") is None else None
-    max_positions = required_int({"max_position_embeddings": get("max_position_embeddings")},
-                         "max_position_embeddings", where)  # fmt: skip
+    no_dense = experts["num_experts"] and raw.get("intermediate_size") is None
+    max_positions = get("max_position_embeddings")
+    max_positions = integer(max_positions, where + "max_position_embeddings")
     head_dim = head_dim or shape["hidden_size"] // heads
     if head_dim % 2:
         raise InputError(f"config: {where}head_dim is {head_dim}, expected an even number")
     return TextConfig(
         **shape,
-        intermediate_size=required_int(raw, "intermediate_size", where)
-        if dense_width is None
-        else 0,
+        intermediate_size=0 if no_dense else required_int(raw, "intermediate_size", where),
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
         max_position_embeddings=max_positions,
@@ -263,8 +256,7 @@ def _experts(raw: Mapping[str, Any], is_moe: bool) -> dict[str, int]:
     where = "text_config."
     if not is_moe:
         return {"num_experts": 0, "num_experts_per_tok": 0, "moe_intermediate_size": 0}
-    if raw.get("mlp_only_layers"):
-        found = raw["mlp_only_layers"]
+    if found := raw.get("mlp_only_layers"):
         raise InputError(
             f"config: {where}mlp_only_layers is {shown(found)}, implemented: [] (all sparse)"
         )
@@ -276,7 +268,7 @@ def _experts(raw: Mapping[str, Any], is_moe: bool) -> dict[str, int]:
         )
     experts = required_int(raw, key, where)
     per_token = raw.get("num_experts_per_tok", _TEXT_DEFAULTS["num_experts_per_tok"])
-    per_token = required_int({"num_experts_per_tok": per_token}, "num_experts_per_tok", where)
+    per_token = integer(per_token, where + "num_experts_per_tok")
     if per_token > experts:
         raise InputError(
             f"config: {where}num_experts_per_tok is {per_token}, expected <= {experts}"
@@ -321,16 +313,16 @@ def _vision(raw: Mapping[str, Any]) -> VisionConfig:
             f"config: {where}deepstack_visual_indexes is {shown(list(taps))}, expected increasing layer "
             f"numbers from 0 to depth - 1 = {depth - 1}"
         )
-    act = raw.get("hidden_act") or _VISION_DEFAULTS["hidden_act"]
-    one_of(act, where + "hidden_act", TEXT_ACTIVATIONS)
-    theta = mapping(raw.get("rope_parameters"), where + "rope_parameters").get("rope_theta")
-    theta = VisionConfig.rope_theta if theta is None else theta
-    spread = raw.get("initializer_range")
-    spread = VisionConfig.initializer_range if spread is None else spread
+    rope = mapping(raw.get("rope_parameters"), where + "rope_parameters")
+    given = {**raw, "rope_theta": rope.get("rope_theta")}
+    names = ("hidden_act", "rope_theta", "initializer_range")
+    act, theta, spread = (
+        getattr(VisionConfig, name) if given.get(name) is None else given[name] for name in names
+    )
     return VisionConfig(
         **shape,
         deepstack_visual_indexes=taps,
-        hidden_act=act,
+        hidden_act=one_of(act, where + "hidden_act", TEXT_ACTIVATIONS),
         rope_theta=number(theta, where + "rope_parameters.rope_theta", above=0),
         initializer_range=number(spread, where + "initializer_range"),
     )

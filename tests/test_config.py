@@ -109,6 +109,7 @@ def scaled(**keys):
         (changed(rope_scaling=scaled(partial_rotary_factor=0.5)), ["partial_rotary_factor", "0.5"]),
         (changed(hidden_act="mish"), ["text_config.hidden_act", "mish", "silu"]),
         (changed("vision_config", hidden_act="mish"), ["vision_config.hidden_act", "mish"]),
+        (changed("vision_config", hidden_act=0), ["vision_config.hidden_act is 0"]),
         (changed("vision_config", deepstack_visual_indexes=[1, 1]), ["deepstack", "[1, 1]", "increasing"]),
         (changed("vision_config", deepstack_visual_indexes=[2, 1]), ["deepstack", "increasing"]),
         (changed("vision_config", deepstack_visual_indexes=[1, 6]), ["deepstack", "depth - 1 = 5"]),

@@ -1,5 +1,6 @@
 """Hugging Face -> Orbax -> Hugging Face: every byte back, every layout read, every bad file refused."""
 
+import contextlib
 import json
 import math
 
@@ -221,3 +222,20 @@ def test_command_line(tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             main([*arguments, f"--max-shard-size={bad}"])
         assert stop.value.code == 2
+    for given, words in (
+        ([*arguments[1:], "--max-shard-size=5GB", "--force"], None),
+        (
+            [*arguments[1:], "--max-shard-size=5MB"],
+            "--max-shard-size: means nothing without --to-hf",
+        ),
+        ([*arguments, "--expert-layout=released"], "--expert-layout: means nothing with --to-hf"),
+        (["--verify", *arguments[1:]], "OUT_DIR: means nothing with --verify"),
+        (["--verify", "x", "--force"], "--force: means nothing with --verify"),
+        (["x"], "OUT_DIR is missing"),
+        ([], "required: source"),
+    ):
+        capsys.readouterr()
+        with contextlib.suppress(SystemExit):
+            assert main(given) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and (words or "error: ") in said

@@ -39,7 +39,9 @@ class ChatTemplate:
         if "{{" in text or "{%" in text:
             return cls({"default": text})
         if text.endswith(".json"):
-            return cls(_named(_load(as_path(text)).get("chat_template"), as_path(text)), text)
+            return cls(
+                _named(read_json_file(as_path(text)).get("chat_template"), as_path(text)), text
+            )
         return cls({"default": _read(as_path(text))}, text)
 
     def text(self, with_tools: bool) -> str:
@@ -115,7 +117,7 @@ def _templates(directory: Path) -> dict[str, str]:
         return {**found, "default": _read(directory / "chat_template.jinja")}
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
         if (directory / name).is_file():
-            named = _named(_load(directory / name).get("chat_template"), directory / name)
+            named = _named(read_json_file(directory / name).get("chat_template"), directory / name)
             if named:
                 return {**found, **named}
     return found
@@ -151,7 +153,3 @@ def _read(path: Path) -> str:
     except (OSError, ValueError) as e:
         reason = getattr(e, "strerror", None) or e
         raise InputError(f"{path}: cannot read this chat template: {reason}") from e
-
-
-def _load(path: Path) -> Mapping[str, Any]:
-    return read_json_file(path)

@@ -70,8 +70,8 @@ class Tokenizer:
         added_tokens.json; both ways give the same ids. Raises InputError.
         """
         directory = as_path(directory)
-        config = _read_json(directory / "tokenizer_config.json", default={})
-        names = {**_read_json(directory / "special_tokens_map.json", default={}), **config}
+        config = _read_json(directory / "tokenizer_config.json")
+        names = {**_read_json(directory / "special_tokens_map.json"), **config}
         if (directory / "tokenizer.json").is_file():
             backend = load_tokenizer_json(directory / "tokenizer.json")
         else:
@@ -232,15 +232,13 @@ def _byte_alphabet() -> dict[int, str]:
     return {b: chr(b) for b in printable} | {b: chr(256 + n) for n, b in enumerate(others)}
 
 
-def _read_json(path: Path, default: Any = None) -> Any:
-    if default is not None and not path.is_file():
-        return default
-    return read_json_file(path)
+def _read_json(path: Path) -> dict[str, Any]:
+    return read_json_file(path) if path.is_file() else {}
 
 
 def _from_vocab(directory: Path, added: Sequence[tuple[int | None, AddedToken]]):
     """Qwen2's pipeline over vocab.json and merges.txt."""
-    vocab = dict(_read_json(directory / "vocab.json"))
+    vocab = read_json_file(directory / "vocab.json")
     # A token that the vocabulary holds keeps its id when it is added; others would be numbered on.
     vocab |= {token.content: i for i, token in added if i is not None}
     try:
@@ -278,7 +276,7 @@ def _added_tokens(
         special |= {_content(token) for token in listed}
     found: dict[str, tuple[int | None, AddedToken]] = {}
     path = directory / "added_tokens.json"
-    for name, i in _read_json(path, default={}).items():
+    for name, i in _read_json(path).items():
         is_special = name in special
         number = _token_id(i, f"{path}: id of {name!r}")
         found[name] = (number, AddedToken(name, special=is_special, normalized=False))
