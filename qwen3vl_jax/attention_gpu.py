@@ -67,14 +67,18 @@ def attend_segments(q, k, v, lo, hi, causal: bool, blocks: Callable) -> jax.Arra
     """`attend_packed` where nobody has counted the segments; `blocks(q, k, v, lo, hi)` for very many."""
     most = jnp.max(jnp.sum((hi > lo) & (lo == jnp.arange(lo.shape[1])), axis=1))
 
-    def few(*args):
-        return attend_packed(*args, causal, FEW)
+    def few(q, k, v, lo, hi):
+        return attend_packed(q, k, v, lo, hi, causal, FEW)
 
     def many(q, k, v, lo, hi):
         b, t, n, h = q.shape
         q = q.reshape(b, t, k.shape[1], -1, h).transpose(2, 0, 1, 3, 4)
         k, v = (x.swapaxes(0, 1)[:, :, None] for x in (k, v))
-        out = jax.lax.map(lambda x: attend_packed(*x, lo, hi, causal, MANY), (q, k, v))
+
+        def head(x):
+            return attend_packed(x[0], x[1], x[2], lo, hi, causal, MANY)
+
+        out = jax.lax.map(head, (q, k, v))
         return out.transpose(1, 2, 0, 3, 4).reshape(b, t, n, h)
 
     choice = jnp.int32(most > FEW) + jnp.int32(most > MANY)

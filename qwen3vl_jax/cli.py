@@ -146,7 +146,7 @@ def signals_later() -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
         for number in came[:1]:
-            handler = before[number]
+            handler = before[signal.Signals(number)]
             handler(number, None) if callable(handler) else signal.raise_signal(number)
 
 
