@@ -254,12 +254,14 @@ def input_options(args: argparse.Namespace) -> dict:
 def read_messages(path: Path) -> tuple[list[dict], list[dict] | None]:
     """The messages of a --messages file and the tools they may call; raises InputError."""
     found = read_json_file(path, f"--messages {path}", (list, dict))
-    messages, tools = (found, None) if isinstance(found, list) else (None, None)
-    if isinstance(found, dict):
-        messages, tools = found.get("messages"), found.get("tools")
-    if not isinstance(messages, list):
+    found = {"messages": found} if isinstance(found, list) else found
+    if unknown := found.keys() - {"messages", "tools"}:
+        raise InputError(
+            f"--messages {path}: unknown key {min(unknown)[:80]!r}, expected messages and tools"
+        )
+    if not isinstance(found.get("messages"), list):
         raise InputError(
             f"--messages {path}: expected a list of messages, or an object with a list under "
             '"messages"'
         )
-    return messages, tools
+    return found["messages"], found.get("tools")

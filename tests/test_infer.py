@@ -338,6 +338,14 @@ BAD = {
         lambda: (*picture("own.png", jpeg()), "--draw", "own.png"),
         ["own.png", "itself"],
     ),
+    "messages with another key": (
+        lambda: (
+            Path("chat.json").write_text('{"messages": [], "tool": []}'),
+            "--messages",
+            "chat.json",
+        )[1:],
+        ["unknown key 'tool', expected messages and tools"],
+    ),
     "messages of another shape": (
         lambda: (Path("chat.json").write_text('{"messages": null}'), "--messages", "chat.json")[1:],
         ["chat.json", "list of messages"],
