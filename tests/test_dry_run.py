@@ -146,6 +146,9 @@ def test_all_that_is_left_out_is_named(small, tmp_path):
     with_evaluation = dataclasses.replace(settings, evaluate=asked)
     text = said(with_evaluation, refused="1 of 4 records are bad")
     assert "left out: b.jsonl:4: nothing to learn" in text
+    # An answer to nothing is fine for the loss, and nothing to generate.
+    (tmp_path / "b.jsonl").write_text(json.dumps({"messages": good[1:]}))
+    said(with_evaluation, refused="no conversation that ends in an answer")
     lone = dataclasses.replace(with_evaluation, evaluate=dataclasses.replace(asked, every=0))
     assert "b.jsonl" not in said(lone)
 

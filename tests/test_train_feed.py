@@ -173,9 +173,7 @@ def test_bad_records_are_named_and_stop_the_run_past_a_fraction(proc, tmp_path):
     again.set_state(json.loads(json.dumps(feed.get_state())))
     assert again.refused == feed.refused
     strict = feeds.Feed(Data(sources=(source,), bad_fraction=0.04), PACK, proc, 0)
-    with pytest.raises(
-        InputError, match=r"2 of \d+ records are bad.*\n  a.jsonl:\d+: .*\n  a.jsonl:"
-    ):
+    with pytest.raises(InputError, match=r"2 of \d+ records are bad.*: a.jsonl:.*; a.jsonl:"):
         take(strict, 30)
 
 

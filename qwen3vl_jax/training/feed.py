@@ -126,7 +126,7 @@ class Feed:
         self._state, self._stale = self._line.state(), False
 
     def records(self, count: int) -> list[tuple[str, dict[str, Any]]]:
-        """The first `count` (name, record in chat form) that end in an answer and give a sample.
+        """The first `count` (name, record in chat form) that ask, end in an answer and give a sample.
 
         The others are among the `refused`, as they are for the loss.
         """
@@ -143,7 +143,8 @@ class Feed:
                 record = source.read(index)
                 if not isinstance(record, dict):
                     break  # ready samples have no words
-                if record["messages"][-1].get("role") == "assistant":
+                messages = record["messages"]
+                if len(messages) > 1 and messages[-1].get("role") == "assistant":
                     found.append((source.name(index), record))
         self._state = self._line.state()
         return found
@@ -246,7 +247,7 @@ class _Line:
         read, bad, too_large = (self.counts[name] for name in ("read", "bad", "too_large"))
         least = max(read, min(_FEWEST, self.total))
         first = itertools.islice(self.refused.items(), _SHOWN)
-        shown = "".join(f"\n  {name}: {reason}" for name, reason in first)
+        shown = "; ".join(f"{name}: {reason}" for name, reason in first)
         fraction, epochs = self.data.bad_fraction, -(-read // max(self.total, 1))
         # No more than whole epochs may have, nor than chance lets come early: four deviations.
         early = fraction * least + 4 * (fraction * least) ** 0.5
@@ -260,12 +261,12 @@ def _check_counts(
     """Raises InputError where more records are bad or too large than `most` allows."""
     if bad > most[0]:
         raise InputError(
-            f"{bad} of {read} records are bad, more than data.bad_fraction {fraction:g} allows:{shown}"
+            f"{bad} of {read} records are bad, more than data.bad_fraction {fraction:g} allows: {shown}"
         )
     if too_large > most[1]:
         raise InputError(
             f"{too_large} of {read} records do not fit a row; raise pack.length or "
-            f"pack.vision_length, or lower data.max_pixels:{shown}"
+            f"pack.vision_length, or lower data.max_pixels: {shown}"
         )
 
 
@@ -289,7 +290,7 @@ def survey(data: Data, pack: Pack, proc: Processor, tell: Callable[[Refusal], No
         end()
     fraction = data.bad_fraction
     most = fraction * total, _MOST_TOO_LARGE * total
-    _check_counts(total, counts[True], counts[False], most, fraction, " they are named above")
+    _check_counts(total, counts[True], counts[False], most, fraction, "they are named above")
 
 
 def check_answers(feed: Any, count: int) -> None:
