@@ -105,6 +105,9 @@ def test_lists_of_frames(caplog):
         assert (used.timestamps[0], used.timestamps[-1]) == pytest.approx((first, last))
     with pytest.raises(InputError, match="frame 1 has 480 x 640 pixels and the first 640 x 480"):
         seen({"type": "video", "video": turned})
+    for rate in ("sample_fps", "raw_fps"):
+        with pytest.raises(InputError, match="raw_fps describe arrays and lists of frames"):
+            seen({"type": "video", "video": "a.mp4", rate: 5})
     assert not caplog.records
     _, found, _ = seen(
         {"type": "video", "video": frames, "sample_fps": 5, "fps": 1, "max_frames": 4}

@@ -167,6 +167,8 @@ def with_clip_options(
 
     A clip's own fps takes the place of the call's num_frames, and its num_frames that of fps.
     """
+    if not isinstance(videos_kwargs, Mapping):
+        raise InputError(f"videos_kwargs: got {type(videos_kwargs).__name__}, expected an object")
     options = dict(videos_kwargs)
     metadata = options.pop("video_metadata", None)
     clips = sum(medium.kind == "video" for row in media for medium in row)

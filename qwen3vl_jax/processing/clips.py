@@ -39,7 +39,8 @@ def open_clip(source: Any, metadata: Any = None, sample_fps: Any = None, **limit
         return open_frames(frames, metadata, sample_fps, load)
     if metadata is not None or sample_fps is not None:
         raise InputError(
-            "video_metadata and sample_fps describe arrays and lists of frames; a file has its own"
+            "video_metadata, sample_fps and raw_fps describe arrays and lists of frames; a file has "
+            "its own"
         )
     found = open_source(source, "video", **limits)
     with found.open() as file:

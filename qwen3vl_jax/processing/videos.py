@@ -114,7 +114,8 @@ def _opened(
     In a message frames without metadata were sampled before, in pairs.
     """
     metadata, called = options["video_metadata"], options["sample_fps"]
-    sample_fps = called if called is not None or item is None else item.sample_fps
+    rate_in_item = None if item is None else item.sample_fps or item.raw_fps
+    sample_fps = rate_in_item if called is None else called
     rule = item if item is not None and item.given else None
     frames = as_frames(source, limits.get("rules"))
     if frames is None:
