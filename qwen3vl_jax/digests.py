@@ -2,7 +2,8 @@
 
 A digest is the crc32 of a tensor's dtype, its shape and its sums: the bits of its values as unsigned
 integers, added along all axes but the last, modulo 2 to the power of their width. One changed value
-always changes it. Adding runs at the speed of memory, and each device adds what it holds.
+always changes it, rows that change places do not. Adding runs at the speed of memory, and each device
+adds what it holds.
 """
 
 from __future__ import annotations

@@ -44,7 +44,9 @@ def read_json(text: str | bytes, where: str, large: bool = False) -> Any:
         text = _decoded(text)
         if not large and sum(map(text.count, ",[{")) > MAX_VALUES:
             raise _Refused(f"JSON of more than {MAX_VALUES:,} values")
-        found = _strict(text)
+        found = _STRICT.decode(text)
+        if text.count("[") + text.count("{") > MAX_DEPTH:
+            _check_depth(found)
         if _HALF.search(text):
             _check_strings(found)
     except json.JSONDecodeError as e:
@@ -98,27 +100,10 @@ def read_json_at(text: str, at: int) -> tuple[Any, int]:
     return found, end
 
 
-def write_json(
-    value: Any,
-    where: str,
-    *,
-    indent: int | None = None,
-    sort_keys: bool = False,
-    ensure_ascii: bool = True,
-    separators: tuple[str, str] | None = None,
-    default: Any = None,
-) -> str:
-    """JSON text of a value, as json.dumps spells it. Raises InputError for NaN and what is no data."""
+def write_json(value: Any, where: str, **options: Any) -> str:
+    """JSON text of a value; options are those of json.dumps. Raises InputError for NaN and no data."""
     try:
-        return json.dumps(
-            value,
-            indent=indent,
-            sort_keys=sort_keys,
-            ensure_ascii=ensure_ascii,
-            separators=separators,
-            default=default,
-            allow_nan=False,
-        )
+        return json.dumps(value, allow_nan=False, **options)
     except (ValueError, TypeError, RecursionError) as e:
         raise InputError(f"{where}: cannot be written as JSON ({e})") from e
 
@@ -166,13 +151,6 @@ _HOOKS: Any = {
 }
 _LENIENT = json.JSONDecoder(strict=False, **_HOOKS)
 _STRICT = json.JSONDecoder(**_HOOKS)
-
-
-def _strict(text: str) -> Any:
-    found = _STRICT.decode(text)
-    if text.count("[") + text.count("{") > MAX_DEPTH:
-        _check_depth(found)
-    return found
 
 
 def _check_depth(found: Any) -> None:

@@ -192,11 +192,5 @@ def _compiled(template: str) -> jinja2.Template:
 
 def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
     # Jinja's own filter escapes HTML, which a model never saw in training.
-    return write_json(
-        value,
-        "tojson",
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
+    options = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
+    return write_json(value, "tojson", ensure_ascii=ensure_ascii, **options)
