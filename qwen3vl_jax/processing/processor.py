@@ -152,18 +152,16 @@ class Processor:
     ) -> Arrays:
         """What transformers' processor would return, as numpy arrays.
 
-        conversations: one (a list of messages) or many; or text: raw prompts with placeholders, in
-        which special tokens are special. images: one picture, a list, or a list a row, for raw text
-        and for content items without a source; videos: one clip or a list. allow_special: text
-        may hold special tokens, all of it, or with "assistant" that of answers alone (as training
-        learns them). image_overrides: image settings of this call (min_pixels=...), videos_kwargs
-        those of clips (fps=..., video_metadata one a clip); a content item may have its own.
-        continuations: one text a row, put behind its prompt and labelled, for `score`.
-        Returns input_ids, attention_mask, mm_token_type_ids (1 at pictures, 2 at clips) [B, T] int64,
-        padded on padding_side; if there are pictures pixel_values [sum patches, C*Tp*P*P] float32
-        and image_grid_thw [n, 3] int64; if there are clips pixel_values_videos, video_grid_thw and
-        video_metadata, a list of UsedFrames; with continuations labels [B, T] int64, -100 but on
-        them. Raises InputError.
+        conversations: one (a list of messages) or many; or text: raw prompts with placeholders and
+        special tokens. images: one, a list, or a list a row, for raw text and for content items
+        without a source; videos: one or a list. allow_special: texts may hold special tokens, or with
+        "assistant" those of answers alone (training). image_overrides: image settings of this call
+        (min_pixels=...); videos_kwargs: those of videos (fps=..., video_metadata one a video); a
+        content item may have its own. continuations: one text a row after its prompt, for `score`.
+        Returns input_ids, attention_mask, mm_token_type_ids (1 at images, 2 at videos) [B, T] int64,
+        padded on padding_side, and with continuations labels, -100 but on them; of images
+        pixel_values [sum patches, C*Tp*P*P] float32 and image_grid_thw [n, 3] int64; of videos
+        pixel_values_videos, video_grid_thw and video_metadata, a list of UsedFrames. Raises InputError.
         """
         if (conversations is None) == (text is None):
             raise InputError("processor: expected conversations or text=, one of the two")
@@ -175,12 +173,9 @@ class Processor:
         if text is not None:
             prompts = self._raw_prompts(text)
         else:
-            options = {
-                "add_generation_prompt": add_generation_prompt,
-                "continue_final_message": continue_final_message,
-                "template_vars": template_vars or {},
-                "allow_special": allow_special,
-            }
+            options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt}
+            options |= {"continue_final_message": continue_final_message}
+            options |= {"template_vars": template_vars or {}, "allow_special": allow_special}
             rows = conversations if _is_many(conversations) else [conversations]
             prompts = [self._prompt(row, tools, **options) for row in rows]
         media = hand_out([prompt.media for prompt in prompts], images, videos)

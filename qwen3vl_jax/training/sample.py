@@ -11,8 +11,7 @@ from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.batch import check_ids, check_labels
 from qwen3vl_jax.processing.positions import integers
 from qwen3vl_jax.processing.prompts import Visual
-
-IGNORED = -100
+from qwen3vl_jax.processing.rows import IGNORED
 
 
 @dataclasses.dataclass(frozen=True)

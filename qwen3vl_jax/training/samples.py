@@ -21,11 +21,12 @@ from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.positions import rope_index
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.processing.prompts import visuals_of
+from qwen3vl_jax.processing.rows import IGNORED
 from qwen3vl_jax.processing.tokenizer import Tokenizer
 from qwen3vl_jax.training.checks import check_vision_length
 from qwen3vl_jax.training.packing import frames_fit
 from qwen3vl_jax.training.recipe import Data, Pack
-from qwen3vl_jax.training.sample import IGNORED, Sample, check_sample
+from qwen3vl_jax.training.sample import Sample, check_sample
 from qwen3vl_jax.training.shown import Shown
 
 START, END = "<|im_start|>", "<|im_end|>"
