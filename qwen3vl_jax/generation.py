@@ -129,8 +129,11 @@ def stream(
     kept = 0 if cache is None else int(np.max(cache.length))
     prompt = kept + int(np.max(np.sum(segments > 0, axis=1)))
     _check_lengths(max_new_tokens, prompt, max_len, steps)
+    sampling = Sampling() if sampling is None else sampling
+    if not isinstance(sampling, Sampling):
+        raise InputError(f"sampling: got {shown(sampling)}, expected a Sampling")
     choice = (
-        (sampling or Sampling()).rows(rows),
+        sampling.rows(rows),
         np.asarray(checked_stop_ids(cfg, stop_ids), np.int32),
         row_seeds(seed, rows),
         logits_fn,

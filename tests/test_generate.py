@@ -206,6 +206,7 @@ def test_lengths_out_of_range():
         ({"stop_ids": [1.7]}, "stop_ids: got .1.7"),
         ({"stop_ids": 10**30}, "stop_ids: got 10"),
         ({"sampling": q3.Sampling(top_p=1.5)}, "top_p is 1.5"),
+        ({"sampling": {"top_p": 0.5}}, "sampling: got .*, expected a Sampling"),
         ({"stop_strings": [""], "decode": str}, "empty"),
     ):
         with pytest.raises(q3.InputError, match=words):

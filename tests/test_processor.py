@@ -349,6 +349,9 @@ def test_bad_calls(proc):
         with pytest.raises(InputError, match=words) as caught:
             proc.inputs(**options)
         assert "\n" not in str(caught.value)
+    for tokens in ("a", ["a"], [1.5], None, [None]):
+        with pytest.raises(InputError, match=r"decode: got .*, expected token ids"):
+            proc.decode(tokens)
 
 
 def test_batch(proc):

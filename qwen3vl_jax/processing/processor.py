@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from qwen3vl_jax.config import Config, model_folder
-from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.errors import InputError, shown
 from qwen3vl_jax.json_text import write_json
 from qwen3vl_jax.processing.chat import (
     Medium,
@@ -223,8 +223,9 @@ class Processor:
         """Text of token ids: a string for one row, a list of strings for several."""
         if hasattr(tokens, "__array__"):
             tokens = np.asarray(tokens).tolist()
-        if isinstance(tokens, int):
-            tokens = [tokens]
+        tokens = [tokens] if isinstance(tokens, int) else tokens
+        if isinstance(tokens, str) or not isinstance(tokens, Iterable):
+            raise InputError(f"decode: got {shown(tokens)}, expected token ids")
         tokens = list(tokens)
         if tokens and not isinstance(tokens[0], int) and getattr(tokens[0], "ndim", 1):
             return [self.decode(row, skip_special_tokens) for row in tokens]
