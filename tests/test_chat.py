@@ -14,7 +14,7 @@ import toy_checkpoint as toy
 from PIL import Image
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.processing.chat import Medium, read_conversation, read_medium
+from qwen3vl_jax.processing.chat import Medium, check_messages, read_conversation, read_medium
 from qwen3vl_jax.processing.escape import Escape
 from qwen3vl_jax.processing.images import load_image
 from qwen3vl_jax.processing.template import ChatTemplate
@@ -82,7 +82,7 @@ def test_other_items():
             {"type": "video", "video": "clip.mp4"},
             {"type": "video_url", "video_url": {"url": "http://x/clip.mp4"}},
             {"video": ["0.png", "1.png"]},
-            {"type": "image", "image": "x.png", "max_pixels": 5, "do_resize": False, "note": 1},
+            {"type": "image", "image": "x.png", "max_pixels": 5, "do_resize": False, "text": ""},
         )
     )
     kinds = [item["type"] for item in messages[0]["content"]]
@@ -132,20 +132,50 @@ def test_messages_become_plain_data():
         (user(3), "int"),
         ([{"role": "user", "content": "x", "extra": {1}}], "got set, expected text, numbers"),
         (user({"type": "audio", "audio": "x.wav"}), "'audio'"),
-        (user({"type": "text"}), "'text'"),
+        (user({"type": "text"}), "type 'text' without .* found nothing"),
+        (user({"type": "text", "txt": "x"}), "type 'text' without a 'text' .* found 'txt'"),
+        (user({"typ": "text", "text": "x"}), "unknown key 'typ' .did you mean type"),
+        (user({"text": "x", "max_pixels": 9}), "unknown key 'max_pixels'"),
+        (user({"type": "image", "image": "a", "video": "b"}), "unknown key 'video'"),
+        (user({"type": "video", "video": "b", "note": 1}), "unknown key 'note'"),
         (user({}), "none"),
         (user({"type": "text", "text": "x", "image": "a.png"}), "has text and image, expected one"),
         (user({"text": "x", "video": "a.mp4", "image": None}), "has text and video, expected one"),
         (user({"type": "image", "image": "a", "url": "b"}), "several sources"),
         (user({"type": "image_url", "image_url": {"link": "b"}}), "url"),
-        (user({"type": "image", "image": "a", "max_pixel": 9}), "max_pixel, .* give max_pixels"),
-        (user({"type": "image", "images": "a"}), "images, which is unknown; give image"),
+        (user({"type": "image", "image": "a", "max_pixel": 9}), "max_pixel'.* mean max_pixels"),
+        (user({"type": "image", "images": "a"}), "'images' .did you mean image"),
     ],
 )
 def test_bad_conversations(conversation, words):
     with pytest.raises(InputError, match=words) as caught:
         read_conversation(conversation)
     assert "\n" not in str(caught.value)
+
+
+def test_messages_hold_what_the_template_knows():
+    """The keys of Hugging Face's and OpenAI's messages, and those that a template names itself."""
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    good = [
+        *user("x"),
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": "8", "tool_call_id": "1", "name": "f"},
+        {"role": "user", "content": [], "mood": "calm", "score": 1, "age": 3},
+    ]
+    names = "{{ message.mood }}{{ message['score'] }}{{ messages[0].age }}{{ message.get('more') }}"
+    check_messages(good, names)
+    bad = {
+        "unknown key 'mood' .it means nothing": good[3:],
+        "unknown key 'images' .*item of the content": [{**good[0], "images": ["a.png"]}],
+        "unknown key 'nmae' .did you mean name": [{**good[0], "nmae": "x"}],
+        "content is missing": [{"role": "user"}],
+        "message 1: content is missing": [{"role": "assistant", "tool_calls": []}],
+        "tool_calls: unknown key 'args'": [{**good[1], "tool_calls": [{"name": "f", "args": {}}]}],
+        "tool_calls: found str": [{**good[1], "tool_calls": "f()"}],
+    }
+    for words, messages in bad.items():
+        with pytest.raises(InputError, match=words):
+            check_messages(messages, "{{ message.content }}")
 
 
 def test_pictures_beside_the_text():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -29,7 +30,16 @@ _SIZES = ("min_pixels", "max_pixels", "size", "resized_height", "resized_width")
 _FIXED = ("patch_size", "temporal_patch_size", "merge_size")
 # Variables of a template that the processor fills.
 _TAKEN = ("self", "messages", "tools", "add_generation_prompt")
-_REASONING = ("reasoning_content", "thinking", "reasoning")
+REASONING = ("reasoning_content", "thinking", "reasoning")
+CALL_KEYS = ("name", "arguments")
+# What a message may have besides its role and content.
+MESSAGE_KEYS = ("name", "tool_calls", "tool_call_id", *REASONING)
+_HINTS = dict.fromkeys(
+    ("image", "images", "image_url", "video", "videos", "video_url"),
+    'an image or video is an item of the content, {"type": "image", "image": "a.png"}',
+)
+# A template's own name of what a message has: message.x, message['x'], message.get('x').
+_NAMED = re.compile(r"""\bmessages?(?:\[[^\]]*\])?(?:\.get\(|\.|\[)['"]?([A-Za-z_]\w*)""")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +81,45 @@ def read_conversation(conversation: Any) -> tuple[list[dict[str, Any]], list[Med
         elif content is not None:
             items = content if isinstance(content, (list, tuple)) else [content]
             plain["content"] = [_item(item, media, where) for item in items]
-        reasoning = next((plain[k] for k in _REASONING if plain.get(k) is not None), None)
+        reasoning = next((plain[k] for k in REASONING if plain.get(k) is not None), None)
         if reasoning is not None:
             plain = {"thinking": reasoning, **plain, "reasoning_content": reasoning}
         messages.append(plain)
     return messages, media
+
+
+def check_messages(messages: Sequence[Mapping[str, Any]], template: str) -> None:
+    """Raises InputError for a message without content, and for keys that the template does not know."""
+    known = ("role", "content", *MESSAGE_KEYS, *_NAMED.findall(template))
+    for number, message in enumerate(messages, 1):
+        where = f"message {number}: "
+        fields(message, known, where, hints=_HINTS)
+        if not any(k in message for k in ("content", *REASONING)) and not message.get("tool_calls"):
+            raise InputError(f"{where}content is missing, expected a text or a list of items")
+        calls = message.get("tool_calls") or []
+        for given in calls if isinstance(calls, list) else [calls]:
+            keys, said = ("id", "type", "index", "function", *CALL_KEYS), f"{where}tool_calls: "
+            if function := fields(given, keys, said).get("function"):
+                fields(function, CALL_KEYS, said)
+
+
+def fields(
+    given: Any,
+    known: Sequence[str],
+    where: str,
+    advice: str = "leave it out",
+    hints: Mapping[str, str] = {},
+) -> dict[str, Any]:
+    """An object without its nulls. Raises InputError for a key that means nothing here."""
+    if not isinstance(given, Mapping):
+        raise InputError(f"{where}found {type(given).__name__}, expected an object")
+    found = {key: value for key, value in given.items() if value is not None}
+    for key in found:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, 1, 0.75)
+            hint = f"did you mean {near[0]}" if near else "it means nothing here"
+            raise InputError(f"{where}unknown key {key!r} ({hints.get(key, hint)}); {advice}")
+    return found
 
 
 def _item(item: Any, media: list[Medium], where: str) -> dict[str, Any]:
@@ -106,10 +150,16 @@ def _item(item: Any, media: list[Medium], where: str) -> dict[str, Any]:
         media.append(Medium("video", source, {"item": rule, **left}))
         return {"type": "video", "video": "video"}
     if kind in _PICTURE_TYPES or (not kind and any(k in given for k in _PICTURE_KEYS)):
+        # A key of OpenAI's models alone.
+        given.pop("detail", None)
         overrides = _settings(given, OVERRIDES, _PICTURE_KEYS, where)
         media.append(Medium("image", _source(given, _PICTURE_KEYS, where), overrides))
         return {"type": "image", "image": "image"}
-    if (kind in _TEXT_TYPES or not kind) and isinstance(given.get("text"), str):
+    if kind in _TEXT_TYPES or (not kind and "text" in given):
+        if not isinstance(given.get("text"), str):
+            others = ", ".join(repr(k) for k in given if k != "type") or "nothing"
+            raise InputError(f"{where}: type 'text' without a 'text' that is one; found {others}")
+        _settings(given, (), ("text",), where)
         return {"type": "text", "text": given["text"]}
     found = f"type {kind!r}" if kind else f"the keys {', '.join(map(str, given)) or '(none)'}"
     raise InputError(f"{where}: a content item has {found}, expected text, an image or a video")
@@ -118,15 +168,15 @@ def _item(item: Any, media: list[Medium], where: str) -> dict[str, Any]:
 def _settings(
     item: Mapping[str, Any], names: Sequence[str], sources: Sequence[str], where: str
 ) -> dict[str, Any]:
-    """The settings of a content item; raises InputError for what is meant as one and is none."""
-    for key in map(str, item):
-        if key in _FIXED:
+    """The settings of a content item; raises InputError for a key that means nothing in it."""
+    empty = {k for k in (*_CLIP_KEYS, *_PICTURE_KEYS, "text") if is_empty(item.get(k))}
+    for key in _FIXED:
+        if key in item:
             raise InputError(
                 f"{where}: a content item has {key}, which is the model's; leave it out"
             )
-        near = difflib.get_close_matches(key, (*names, *sources), 1, 0.85)
-        if near and key not in ("type", *names, *sources):
-            raise InputError(f"{where}: a content item has {key}, which is unknown; give {near[0]}")
+    filled = {k: v for k, v in item.items() if k not in empty}
+    fields(filled, ("type", *sources, *names), f"{where}: content item: ")
     return {name: item[name] for name in names if name in item}
 
 

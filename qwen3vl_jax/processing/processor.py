@@ -16,6 +16,7 @@ from qwen3vl_jax.errors import InputError, shown
 from qwen3vl_jax.json_text import write_json
 from qwen3vl_jax.processing.chat import (
     Medium,
+    check_messages,
     hand_out,
     plain_tools,
     plain_variables,
@@ -254,6 +255,7 @@ class Processor:
         allow_special: bool | str,
     ) -> Prompt:
         messages, media = read_conversation(conversation)
+        check_messages(messages, self.template.text(bool(tools)))
         listed, variables = plain_tools(tools), plain_variables(template_vars)
         escape = None
         if allow_special is not True:

@@ -5,7 +5,6 @@ Every key of a record, a message and a content item means something here, or is 
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.json_text import read_json
 from qwen3vl_jax.processing import images, videos
+from qwen3vl_jax.processing.chat import CALL_KEYS, MESSAGE_KEYS, REASONING, fields
 from qwen3vl_jax.processing.media import within
 from qwen3vl_jax.training.objects import with_objects
 from qwen3vl_jax.training.recipe import Source
@@ -25,7 +25,6 @@ _SOURCES = ("bytes", "path", "url", "base64")
 _VIDEOS = ("video", "video_url", "frames")
 _PLACES = ("image", "image_url", *_VIDEOS, *_SOURCES)
 _MEDIA = ("image", "image_url", "input_image", "video", "video_url", "input_video")
-_REASONING = ("reasoning_content", "thinking", "reasoning")
 _SWITCHES = ("train", "loss", "weight")
 _MOST_WEIGHT = 1_000_000
 FIELDS = ("messages", "conversations", "system", "tools", "objects", *_POOLS["image"],
@@ -33,7 +32,7 @@ FIELDS = ("messages", "conversations", "system", "tools", "objects", *_POOLS["im
 # What says where a record comes from, and changes nothing; a source may name more in `ignore`.
 METADATA = ("id", "idx", "index", "uid", "uuid", "source", "dataset", "split", "task", "category",
             "language", "metadata", "width", "height", "num_tokens")  # fmt: skip
-_MESSAGE = ("name", "tool_calls", "tool_call_id", *_REASONING, *_SWITCHES)
+_MESSAGE = (*MESSAGE_KEYS, *_SWITCHES)
 _ITEM = ("type", "text", "index", *_PLACES, *images.OVERRIDES, *videos.OVERRIDES)
 _TAG = re.compile(r"(?<!\\)(<image>|<video>)")
 _LITERAL = re.compile(r"\\(<(?:image|video)>)")
@@ -95,19 +94,12 @@ def _with_system(turns: Sequence[Any], text: Any) -> tuple[Sequence[Any], int]:
 
 def _fields(given: Any, known: Sequence[str], where: str) -> dict[str, Any]:
     """An object without its nulls. Raises InputError for a key that means nothing here."""
-    if not isinstance(given, Mapping):
-        how = "; only files of JSON may hold lists of records" * isinstance(given, list)
-        raise InputError(f"{where}found {type(given).__name__}, expected an object{how}")
-    found = {key: value for key, value in given.items() if value is not None}
-    for key in found:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, 1, 0.75)
-            hint = f"did you mean {near[0]}" if near else "it means nothing here"
-            raise InputError(
-                f"{where}unknown key {key!r} ({_PREFERENCES.get(key, hint)}); leave it out, or name it "
-                "in the source's ignore"
-            )
-    return found
+    if isinstance(given, list):
+        raise InputError(
+            f"{where}found list, expected an object; only files of JSON may hold lists of records"
+        )
+    advice = "leave it out, or name it in the source's ignore"
+    return fields(given, known, where, advice, _PREFERENCES)
 
 
 def _message(
@@ -131,9 +123,9 @@ def _message(
     if "content" in message:
         strip = official and role in ("user", "tool")
         message["content"] = _content(message["content"], role, where, pools, strip)
-    elif not calls and not any(key in message for key in _REASONING):
+    elif not calls and not any(key in message for key in REASONING):
         raise InputError(f"{where}it has no content, expected a text or a list of content items")
-    for key in _REASONING:
+    for key in REASONING:
         if isinstance(message.get(key), str):
             message[key] = _by_tag(message[key], "assistant", where, pools, False)
     return _switched(message, where)
@@ -213,7 +205,7 @@ def _calls(given: Any, where: str) -> list[dict[str, Any]]:
         call = given_call
         if isinstance(call, Mapping) and call.get("function"):
             call = _fields(call, ("id", "type", "index", "function"), named)["function"]
-        called = _fields(call, ("id", "type", "name", "arguments"), named)
+        called = _fields(call, ("id", "type", *CALL_KEYS), named)
         name, arguments = called.get("name"), called.get("arguments", "")
         if not isinstance(name, str) or not isinstance(arguments, (str, Mapping)):
             raise InputError(f"{named}expected a list of objects with name and arguments")
