@@ -320,6 +320,13 @@ def test_an_evaluation_that_cannot_run(files, monkeypatch, capsys):
         files / "ckpt"
     )
     assert run_dir.scores(files / "fails") == {2: 1.0, 4: 2.0, 8: 4.0}
+    # What runs no step leaves config.toml as it is.
+    config = (files / "fails" / "config.toml").read_bytes()
+    assert run(files, "fails", *changes, "optimizer.learning_rate=0.5") == 0
+    assert "no step is left, config.toml stays: optimizer.learning_rate" in capsys.readouterr().out
+    assert run(files, "fails", *changes, "steps=4") == 2
+    assert "steps: got 4, expected at least 8, which" in capsys.readouterr().err
+    assert (files / "fails" / "config.toml").read_bytes() == config
 
 
 def test_evaluation_records_that_give_no_sample(files, monkeypatch, capsys):

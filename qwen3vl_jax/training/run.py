@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tomli_w
 from jax.sharding import Mesh
 
 from qwen3vl_jax import processes
@@ -39,11 +38,10 @@ from qwen3vl_jax.training.start import (
     mesh_of,
     opened,
     plain,
-    whole_path,
+    write_config,
 )
 from qwen3vl_jax.training.stop import Stop, Stopped, catch_signals
 from qwen3vl_jax.training.watch import Muted, Watch
-from qwen3vl_jax.writing import write_whole
 
 
 def train(recipe: Recipe, out: Path) -> None:
@@ -75,16 +73,17 @@ def _go_on(
 ) -> None:
     """Runs a recipe from a saved step. Raises DamagedError where that does not read whole."""
     meta = run_dir.read_meta(out, first) if first else {}
-    changed = check_fits(recipe, meta, out) if first else []
-    if processes.is_first():
-        written = plain(dataclasses.asdict(recipe)) | {"ckpt": whole_path(recipe.ckpt)}
-        write_whole(out / run_dir.CONFIG, tomli_w.dumps(written).encode())
+    changed = check_fits(recipe, meta, out, first) if first else []
+    if not first:
+        write_config(recipe, out)
     held: dict[str, int] = {}
     with memory_advice(held, "pack.rows, " * (not first) + "step.remat=full or step.loss_chunk"):
         run = Run(recipe, out, first, meta, mesh, held)
+        if 0 < first < recipe.steps:  # else it says what was run
+            write_config(recipe, out)
         try:
             with Watch(out, recipe, first) if processes.is_first() else Muted() as watch:
-                for line in [*(f"going on from step {first}: {x}" for x in changed), *notes]:
+                for line in [*changed, *notes]:
                     watch.progress.say(line)
                 try:
                     watch.refused(run.left_out)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import tomli_w
 from jax.sharding import Mesh
 
 from qwen3vl_jax import processes
@@ -23,6 +24,7 @@ from qwen3vl_jax.sharding import make_mesh, rows_parts, slice_count
 from qwen3vl_jax.training import machine, run_dir
 from qwen3vl_jax.training.preset import asks_for_mesh, preset, sizes_of
 from qwen3vl_jax.training.recipe import Recipe, Source, flat
+from qwen3vl_jax.writing import write_whole
 
 
 def laid_out(recipe: Recipe, out: Path) -> Recipe:
@@ -75,8 +77,16 @@ def opened(out: Path) -> Iterator[None]:
         yield
 
 
-def check_fits(recipe: Recipe, meta: dict[str, Any], out: Path) -> list[str]:
-    """What differs from the run's start and may; raises InputError for what may not."""
+def check_fits(recipe: Recipe, meta: dict[str, Any], out: Path, done: int = 0) -> list[str]:
+    """Lines on what differs from the run's start and may; raises InputError for what may not.
+
+    done: the steps that were saved, which a run cannot be shorter than.
+    """
+    if recipe.steps < done:
+        raise InputError(
+            f"steps: got {recipe.steps}, expected at least {done}, which {out} has done; choose "
+            "another --out for a shorter run"
+        )
     # Keys that are younger than the run had their default.
     then = plain(flat(Recipe("", 1))) | meta["recipe"]
     source = plain(dataclasses.asdict(Source("")))
@@ -87,7 +97,16 @@ def check_fits(recipe: Recipe, meta: dict[str, Any], out: Path) -> list[str]:
     moved = machine.changes(meta["machine"])
     if moved:
         moved = ["not bit for bit, the machine differs: " + ", ".join(moved)]
-    return changed + moved
+    stays = f"no step is left, {run_dir.CONFIG} stays"
+    why = stays if recipe.steps == done else f"going on from step {done}"
+    return [f"{why}: {line}" for line in changed + moved]
+
+
+def write_config(recipe: Recipe, out: Path) -> None:
+    """RUN_DIR/config.toml, which the first process writes."""
+    if processes.is_first():
+        written = plain(dataclasses.asdict(recipe)) | {"ckpt": whole_path(recipe.ckpt)}
+        write_whole(out / run_dir.CONFIG, tomli_w.dumps(written).encode())
 
 
 def whole_path(ckpt: str) -> str:
