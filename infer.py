@@ -92,6 +92,8 @@ def prepare(args: argparse.Namespace):
               f"{used.seconds[-1]:.1f}, {wide} x {high}", file=sys.stderr)  # fmt: skip
     limit = longest(args, processor)
     rows, prompt = arrays["input_ids"].shape
+    if args.draw and "image_grid_thw" not in arrays:
+        raise InputError("--draw: the conversation has no image to draw on; give --image")
     if rows != 1:
         raise InputError(f"--messages: the file holds {rows} conversations, expected one")
     if prompt >= limit:

@@ -65,4 +65,5 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__} - {"TYPE_CHECKING", "importlib"})
+    hidden = {"TYPE_CHECKING", "importlib", "_HOME", "_MODULE"}
+    return sorted({*globals(), *__all__} - hidden)

@@ -96,6 +96,10 @@ def answer(
         status.stop()
         if count:
             texts.finish()
+    for number, text in enumerate(texts.texts, 1):
+        if not text.strip():
+            which = f" {number}" * (len(texts.texts) > 1)
+            print(f"answer{which} is empty: the model said nothing", file=sys.stderr)
     decode = clock.lap()
     if not texts.ended.all():
         why = "--max-new-tokens" if room == args.max_new_tokens else "--max-len"

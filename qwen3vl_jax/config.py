@@ -203,7 +203,13 @@ def model_folder(directory: Path) -> Path:
 
 
 def _read(path: Path) -> Mapping[str, Any]:
-    path = model_folder(path) / "config.json" if path.is_dir() else path
+    if path.is_dir():
+        folder, path = path, model_folder(path) / "config.json"
+        if not path.is_file():
+            raise InputError(
+                f"{folder}: no checkpoint and no run in this folder; {path}: cannot be read (it does "
+                "not exist)"
+            )
     return read_json_file(path, f"config: {path}")
 
 

@@ -226,6 +226,11 @@ class Journal:
                     f"or {self._afresh}"
                 )
         for number, digest in digests.items():
+            if number > (last := max(self._digests, default=0)):
+                raise InputError(
+                    f"{path}: line {number} of the input was answered, which now ends with line {last}; "
+                    f"put it back, or {self._afresh}"
+                )
             if self._digests.get(number) != digest:
                 raise InputError(
                     f"{path}: line {number} of the input is no longer the one that was answered"

@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import ctypes
 import faulthandler
+import logging
 import os
 import re
 import signal
@@ -59,6 +60,7 @@ def tidy_output(
     if stdout:
         _filtered(1, "stdout")
     errors, pipe, told = _filtered(2, "stderr")
+    logging.basicConfig(format="%(message)s")
     if lost is None:
         return
 

@@ -33,6 +33,11 @@ MODES = {
     "rerank": ("it prints scores, no answer", (*_OF_ANSWERS, *_PROCESSES)),
     "plan": ("it compiles and answers nothing", (*_OF_ONE, "adapter", *_PROCESSES)),
 }
+# Settings of one kind of media.
+MEDIA = {
+    **dict.fromkeys(("min_pixels", "max_pixels"), "image"),
+    **dict.fromkeys(("fps", "num_frames", "max_frames", "video_max_pixels"), "video"),
+}
 NEEDS = {
     "rows": ("input", "plan"),
     **dict.fromkeys(("slices", "save"), ("plan",)),
@@ -219,6 +224,14 @@ def check_modes(args: argparse.Namespace) -> None:
             raise InputError(f"--{mode}: {why}, leave {flag} out")
         if asks not in NEEDS.get(name, (asks,)):
             raise InputError(f"{flag}: means something only with --{' or --'.join(NEEDS[name])}")
+    # Conversations of files, and of a chat, may have any media; without --ckpt the demo has its image.
+    if args.messages or args.input or args.chat or args.document:
+        return
+    demo = not (args.ckpt or args.video or mode)
+    for name in given:
+        kind = MEDIA.get(name, "")
+        if kind and not getattr(args, kind) and not (demo and kind == "image"):
+            raise InputError(f"--{name.replace('_', '-')}: means something only with --{kind}")
 
 
 def check_numbers(args: argparse.Namespace) -> None:

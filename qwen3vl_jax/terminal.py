@@ -100,7 +100,7 @@ def converse(
             return
         line = _KEYS.sub("", typed).strip()
         command, _, rest = line.partition(" ")
-        if command == "/quit":
+        if command == "/quit" or line in ("exit", "quit"):
             return
         if command == "/new":
             messages, kept, waiting = list(opening), None, []
@@ -110,8 +110,11 @@ def converse(
             continue
         try:
             if command in ("/image", "/video"):
-                item = {"type": command[1:], command[1:]: rest.strip()}
-                waiting.append(looked(proc, item, inputs))
+                path = rest.strip()
+                if not path:
+                    raise InputError(f"{command} needs a PATH")
+                waiting.append(looked(proc, {"type": command[1:], command[1:]: path}, inputs))
+                print(f"{path}: goes with the next question", file=sys.stderr)
             elif command.startswith("/"):
                 raise InputError(f"{command}: no such command; {HELP}")
             elif line:
@@ -153,6 +156,8 @@ def _answered(
             answer, keep = end.value
     if stop.pressed:
         print("stopped: what was said stays in the conversation", file=sys.stderr)
+    elif not answer.strip():
+        print("the answer is empty: the model said nothing", file=sys.stderr)
     elif not keep.ended:
         print("the answer was cut off (--max-new-tokens, --max-len)", file=sys.stderr)
     return answer, keep

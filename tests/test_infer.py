@@ -381,6 +381,39 @@ BAD = {
     "no adapter": (lambda: (*ASK, "--adapter", DEMO), ["PEFT", "adapter_config.json"]),
     "empty adapter": (lambda: (*ASK, "--adapter", ""), ["--adapter is empty"]),
     "chunk": (lambda: (*ASK, "--prefill-chunk", 0), ["chunk", "0"]),
+    "draw on no image": (
+        lambda: ("--ckpt", DEMO, "--prompt", "hi", "--draw", "out.png"),
+        ["--draw: the conversation has no image"],
+    ),
+    "fps without a video": (lambda: (*ASK, "--fps", 2), ["--fps", "only with --video"]),
+    "min pixels of no image": (
+        lambda: ("--video", "x.mp4", "--min-pixels", 9),
+        ["--min-pixels", "only with --image"],
+    ),
+    "second image too thin": (
+        lambda: (*ASK[:2], *picture("long.png", long_picture())),
+        ["image 2: ", "200 times"],
+    ),
+    "image too large": (
+        lambda: (*ASK, "--min-pixels", 2**30),
+        ["error: 3", " MiB of patches, expected"],
+    ),
+    "image without a place": (
+        lambda: (*messages("hi"), "--image", infer.DEMO_PICTURE),
+        ["0 image placeholder(s)", "{type: image}", "(--image)"],
+    ),
+    "message with an image beside its content": (
+        lambda: (
+            Path("chat.json").write_text('[{"role": "user", "content": "hi", "image": "a.png"}]'),
+            "--messages",
+            "chat.json",
+        )[1:],
+        ["message 1: unknown key 'image' (an image or video is an item of the content"],
+    ),
+    "empty folder": (
+        lambda: (Path("none").mkdir(), *ASK, "--ckpt", "none")[1:],
+        ["none: no checkpoint and no run in this folder"],
+    ),
     "draw to a text file": (lambda: (*ASK, "--draw", "out.txt"), ["out.txt"]),
 }
 

@@ -224,6 +224,7 @@ def test_what_is_not_of_this_work_is_refused(out, lines, capsys):
     whole = kept_of(out, lines)
     refused("begun with seed 0, now it is 1", settings={**SETTINGS, "seed": 1})
     refused("line 2 of the input is no longer", lines=[lines[0], *lines[2:]])
+    refused("line 2 of the input was answered, which now ends with line 1", lines=lines[:1])
     # Without the line of the settings an answer still knows what it was made with.
     partial(out).write_bytes(b"x" + whole)
     refused("line 1 of the input is no longer the one .* or the options", settings={"seed": 1})

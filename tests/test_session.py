@@ -194,13 +194,11 @@ def test_chat_in_the_terminal(demo, capsys, tmp_path):
     proc, params = demo
     first = shutil.copy(GRID, tmp_path / "first.png")
     lines = ["Read the digits.", "/image gone.png", "/video gone.mp4", "", "/what",
-             "/help", "\x1b[A\x1b[D", "How many\x1b[C digits are there?", "/new",
-             f"/image {GRID}", "Count the digits."]  # fmt: skip
+             "/help", "\x1b[A\x1b[D", "/video", "How many\x1b[C digits are there?", "/new",
+             f"/image {GRID}", "Count the digits.", "exit", "unread"]  # fmt: skip
 
     def read(prompt):
-        if not lines:
-            raise EOFError
-        if len(lines) == 10:
+        if len(lines) == 13:
             first.unlink()
         return lines.pop(0)
 
@@ -208,7 +206,9 @@ def test_chat_in_the_terminal(demo, capsys, tmp_path):
     terminal.converse(params, proc, None, media, read, max_new_tokens=40)
     out, err = capsys.readouterr()
     assert out == "5 6 8 9\n5 5 0 2\n9 9 0 4\n12\n12\n"
-    assert "error: gone.png: " in err and "error: /what: no such" in err and err.count("error") == 3
+    assert "error: gone.png: " in err and "error: /what: no such" in err and err.count("error") == 4
+    assert "error: /video needs a PATH" in err and f"{GRID}: goes with the next question" in err
+    assert lines == ["unread"]
     assert err.count("/help says this") == 3  # at the start, after /help and in the error
     assert out.count("\x1b") == 0
     assert "error: gone.mp4: " in err and "cut off" not in err

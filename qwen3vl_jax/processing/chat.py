@@ -277,7 +277,8 @@ def placeholder_mismatch(
     """The error of a prompt that has more or fewer placeholders than images or videos."""
     return (
         f"{where}{placeholders} {kind} placeholder(s) in the prompt for {found} {noun}(s); each {noun} "
-        f"needs a content item of its own, and each such item a path or one of {kind}s="
+        f"needs a content item of its own ({{type: {kind}}}), and each such item a path, "
+        f"or one of {kind}s= (--{kind})"
     )
 
 

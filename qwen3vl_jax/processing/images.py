@@ -219,7 +219,7 @@ def preprocess(
         limits = settings.factor, settings.min_pixels, settings.max_pixels
         size = settings.fixed_size or smart_resize(picture.height, picture.width, *limits)
     frames, channels = settings.temporal_patch_size, len(picture.getbands())
-    check_patches(size or (picture.height, picture.width), frames, channels)
+    check_patches(size or (picture.height, picture.width), 1, frames * channels)
     pixels = resized(picture, size, settings)
     table = value_table(settings, pixels.shape[2])
     return patch_rows([pixels], table, settings)
@@ -230,9 +230,10 @@ def check_patches(
 ) -> None:
     """Raises InputError for patches of frames of a size (height, width) that are too many bytes."""
     height, width = size
+    whole = f"{frames} frames of " * (frames > 1)
     if (held := height * width * frames * channels * 4) > most:
         raise InputError(
-            f"{frames} frame(s) of {width} x {height} pixels: {held >> 20} MiB of patches, expected at "
+            f"{whole}{width} x {height} pixels: {held >> 20} MiB of patches, expected at "
             f"most {most >> 20}; lower max_pixels, min_pixels or the size"
         )
 

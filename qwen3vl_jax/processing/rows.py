@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -14,6 +16,7 @@ from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.chat import Medium, placeholder_mismatch
 from qwen3vl_jax.processing.images import ImageSettings, preprocess
 from qwen3vl_jax.processing.media import opened_image
+from qwen3vl_jax.processing.media_rules import short
 from qwen3vl_jax.processing.qwen_items import image_limits
 from qwen3vl_jax.processing.tokenizer import Tokenizer
 from qwen3vl_jax.processing.videos import UsedFrames, VideoSettings, preprocess_video
@@ -51,10 +54,20 @@ def see_all(
     Raises InputError where all of them are more bytes than the rules allow.
     """
     most, held, seen = limits["rules"].max_batch_bytes, 0, []
+    count, several = Counter(), sum(map(len, media)) > 1
     for row in media:
         seen.append([])
         for medium in row:
-            found = see(medium, image_settings, video_settings, limits)
+            kind, source = medium.kind, medium.source
+            count[kind] += 1
+            try:
+                found = see(medium, image_settings, video_settings, limits)
+            except InputError as e:
+                name = f"{kind} {count[kind]}"
+                name = short(str(source)) if isinstance(source, (str, os.PathLike)) else name
+                if not several or str(e).startswith(name):
+                    raise
+                raise InputError(f"{name}: {str(e).removeprefix(f'{kind}: ')}") from e
             seen[-1].append(found)
             held += found.rows.nbytes
             if held > most:
