@@ -396,7 +396,7 @@ BAD = {
     ),
     "image too large": (
         lambda: (*ASK, "--min-pixels", 2**30),
-        ["error: 3", " MiB of patches, expected"],
+        ["error: an image of 3", " MiB of patches, expected"],
     ),
     "image without a place": (
         lambda: (*messages("hi"), "--image", infer.DEMO_PICTURE),

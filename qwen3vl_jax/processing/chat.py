@@ -158,7 +158,8 @@ def _item(item: Any, media: list[Medium], where: str) -> dict[str, Any]:
     if kind in _TEXT_TYPES or (not kind and "text" in given):
         if not isinstance(given.get("text"), str):
             others = ", ".join(repr(k) for k in given if k != "type") or "nothing"
-            raise InputError(f"{where}: type 'text' without a 'text' that is one; found {others}")
+            others = f"{type(given['text']).__name__} there" if "text" in given else others
+            raise InputError(f"{where}: type 'text' without 'text'; found {others}")
         _settings(given, (), ("text",), where)
         return {"type": "text", "text": given["text"]}
     found = f"type {kind!r}" if kind else f"the keys {', '.join(map(str, given)) or '(none)'}"

@@ -230,7 +230,7 @@ def check_patches(
 ) -> None:
     """Raises InputError for patches of frames of a size (height, width) that are too many bytes."""
     height, width = size
-    whole = f"{frames} frames of " * (frames > 1)
+    whole = f"{frames} frames of " if frames > 1 else "an image of "
     if (held := height * width * frames * channels * 4) > most:
         raise InputError(
             f"{whole}{width} x {height} pixels: {held >> 20} MiB of patches, expected at "
