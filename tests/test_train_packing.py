@@ -69,7 +69,7 @@ def rows_of(config, given) -> PackedBatch:
         out[0, : len(x)] = x
         return out
 
-    vision = jax.tree.map(two_rows, batch.vision)
+    vision = jax.tree.map(two_rows, batch.vision).replace(frames=0)
     return PackedBatch(batch.replace(vision=vision), padded([s.weights for s in given], 0))
 
 
