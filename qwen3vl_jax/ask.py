@@ -98,8 +98,8 @@ def answer(
             texts.finish()
     for number, text in enumerate(texts.texts, 1):
         if not text.strip():
-            which = f" {number}" * (len(texts.texts) > 1)
-            print(f"answer{which} is empty: the model said nothing", file=sys.stderr)
+            which = f"answer {number}" if len(texts.texts) > 1 else "the answer"
+            print(f"{which} is empty", file=sys.stderr)
     decode = clock.lap()
     if not texts.ended.all():
         why = "--max-new-tokens" if room == args.max_new_tokens else "--max-len"

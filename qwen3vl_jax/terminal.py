@@ -157,7 +157,7 @@ def _answered(
     if stop.pressed:
         print("stopped: what was said stays in the conversation", file=sys.stderr)
     elif not answer.strip():
-        print("the answer is empty: the model said nothing", file=sys.stderr)
+        print("the answer is empty", file=sys.stderr)
     elif not keep.ended:
         print("the answer was cut off (--max-new-tokens, --max-len)", file=sys.stderr)
     return answer, keep

@@ -149,6 +149,8 @@ def test_streamed_and_whole_answers_are_the_same(capsys):
 def test_stop_text_is_cut_off(capsys):
     out = run(capsys).out
     assert run(capsys, "--stop", out[2:5]).out.rstrip("\n") == out[:2]
+    empty = run(capsys, "--stop", out[0])
+    assert empty.out == "\n" and "the answer is empty\n" in empty.err
 
 
 def test_seeds_and_sampling(capsys):

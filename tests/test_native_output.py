@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 SCRIPT = """
-import os, sys
+import logging, os, sys
 from qwen3vl_jax.native_output import tidy_output
 tidy_output(lambda words: "error: gone" if "unhealthy" in words else "", 4)
 print("out")
 print("err", file=sys.stderr)
+logging.warning("note")
 os.write(1, b"[Gloo] Rank 1 is connected to 1 peer ranks. Expected number of connected\\nnative out\\n")
 stars = b"*" * 32
 os.write(2, b"E1128 18:00:02.1 1 slow_operation_alarm.cc:73] \\n" + stars + b"\\n")
@@ -33,8 +34,8 @@ WARNING = "W1128 18:00:03.1 1 gemm.cc:1] native\n"
 @pytest.mark.parametrize(
     ("end", "words", "code", "err"),
     [
-        ("well", "", 0, f"err\n{WARNING}"),
-        ("well", "last words", 0, f"err\n{WARNING}last words"),
+        ("well", "", 0, f"err\nnote\n{WARNING}"),
+        ("well", "last words", 0, f"err\nnote\n{WARNING}last words"),
         ("abort", LOST, 4, "error: gone\n"),
         ("abort", "F1128 18:00:04.1 1 gemm.cc:7] Check failed\n", -6, "Check failed"),
     ],
