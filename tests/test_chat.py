@@ -161,7 +161,7 @@ def test_messages_hold_what_the_template_knows():
         *user("x"),
         {"role": "assistant", "tool_calls": [call]},
         {"role": "tool", "content": "8", "tool_call_id": "1", "name": "f"},
-        {"role": "user", "content": [], "mood": "calm", "score": 1, "age": 3},
+        {"role": "user", "content": [], "mood": "calm", "score": 1, "age": 3, "annotations": []},
     ]
     names = "{{ message.mood }}{{ message['score'] }}{{ messages[0].age }}{{ message.get('more') }}"
     check_messages(good, names)

@@ -34,7 +34,7 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 CALL_KEYS = ("name", "arguments")
 # What a message may have besides its role and content.
 MESSAGE_KEYS = ("name", "tool_calls", "tool_call_id", *REASONING)
-_HINTS = dict.fromkeys(
+_HINTS: Mapping[str, str] = dict.fromkeys(
     ("image", "images", "image_url", "video", "videos", "video_url"),
     'an image or video is an item of the content, {"type": "image", "image": "a.png"}',
 )
@@ -93,7 +93,8 @@ def check_messages(messages: Sequence[Mapping[str, Any]], template: str) -> None
     known = ("role", "content", *MESSAGE_KEYS, *_NAMED.findall(template))
     for number, message in enumerate(messages, 1):
         where = f"message {number}: "
-        fields(message, known, where, hints=_HINTS)
+        # An answer of OpenAI's library has lists without an entry.
+        fields({k: v for k, v in message.items() if v != []}, known, where, hints=_HINTS)
         if not any(k in message for k in ("content", *REASONING)) and not message.get("tool_calls"):
             raise InputError(f"{where}content is missing, expected a text or a list of items")
         calls = message.get("tool_calls") or []

@@ -38,7 +38,7 @@ _TAG = re.compile(r"(?<!\\)(<image>|<video>)")
 _LITERAL = re.compile(r"\\(<(?:image|video)>)")
 _HOW = "a tag that is meant as text has a backslash in front of it, \\<{}>"
 _A = {"image": "an image", "video": "a video"}
-_PREFERENCES = dict.fromkeys(
+_PREFERENCES: Mapping[str, str] = dict.fromkeys(
     ("chosen", "rejected", "rejected_response", "rejected_messages", "rejected_images", "label",
      "labels"), "answers are trained on, not preferences or classes",
 )  # fmt: skip
