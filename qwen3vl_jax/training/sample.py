@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -49,8 +50,9 @@ def check_sample(sample: Sample, cfg: Config) -> Sample:
     positions, weights = integers("positions", sample.positions), np.asarray(sample.weights)
     if weights.dtype.kind not in "fiu":
         raise InputError(f"weights: got {weights.dtype}, expected finite numbers from 0")
-    with np.errstate(over="ignore"):
-        weights = weights.astype(np.float32)
+    if weights.dtype != np.float32:
+        with np.errstate(over="ignore"):
+            weights = weights.astype(np.float32)
     shapes = {
         "labels": (labels, (t,)),
         "weights": (weights, (t,)),
@@ -60,13 +62,14 @@ def check_sample(sample: Sample, cfg: Config) -> Sample:
         if found.shape != shape:
             raise InputError(f"{name}: shape {found.shape}, expected {shape}")
     learned = labels != IGNORED
-    if (labels != ids)[learned].any():
+    if ((labels != ids) & learned).any():
         raise InputError("labels: some are neither their own token nor -100; they are not moved")
-    if not np.isfinite(weights).all() or (weights < 0).any():
+    # Comparisons with NaN are false.
+    if not 0 <= weights.min() or not weights.max() < np.inf:
         raise InputError("weights: expected finite numbers from 0")
-    if weights[~learned].any():
+    if (weights * ~learned).any():
         raise InputError("weights: above 0 where a label is -100")
-    if ((positions < 0) | (positions >= 2**31)).any():
+    if positions.min() < 0 or positions.max() >= 2**31:
         raise InputError("positions: expected whole numbers from 0")
     if not weights[1:].any():
         raise InputError("nothing to learn: no assistant turn is rendered that is switched on")
@@ -86,8 +89,8 @@ def _check_visuals(sample: Sample, ids: np.ndarray, cfg: Config) -> tuple[tuple[
     Each lies on placeholders of its own kind, and none is left over.
     """
     unit, side = cfg.vision.merge_unit, cfg.vision.spatial_merge_size
-    width, rows, last = int(np.prod(cfg.vision.patch_shape)), 0, 0
-    left = np.isin(ids, (cfg.image_token_id, cfg.video_token_id))
+    width, rows, last = math.prod(cfg.vision.patch_shape), 0, 0
+    left = (ids == cfg.image_token_id) | (ids == cfg.video_token_id)
     for number, visual in enumerate(sample.visuals, 1):
         where, (t, h, w) = f"visuals {number}: ", visual.grid
         if min(t, h, w) < 1 or h % side or w % side or (t > 1 and not visual.clip):
