@@ -65,7 +65,7 @@ def check_sample(sample: Sample, cfg: Config) -> Sample:
     if ((labels != ids) & learned).any():
         raise InputError("labels: some are neither their own token nor -100; they are not moved")
     # Comparisons with NaN are false.
-    if not 0 <= weights.min() or not weights.max() < np.inf:
+    if not weights.min() >= 0 or not weights.max() < np.inf:
         raise InputError("weights: expected finite numbers from 0")
     if (weights * ~learned).any():
         raise InputError("weights: above 0 where a label is -100")
