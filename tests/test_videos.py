@@ -263,6 +263,8 @@ def test_what_is_refused(tmp_path):
     whole = clips.write(tmp_path / "a.mkv", clips.waves(30, 64, 64))
     cut = tmp_path / "cut.mp4"
     cut.write_bytes(clips.write(tmp_path / "b.mp4", clips.waves(30, 64, 64)).read_bytes()[:3000])
+    strange = tmp_path / "strange.mp4"
+    strange.write_bytes((tmp_path / "b.mp4").read_bytes().replace(b"avc1", b"zzz1"))
     text, empty = tmp_path / "text.mp4", tmp_path / "empty.mp4"
     text.write_text("no video")
     empty.touch()
@@ -280,6 +282,7 @@ def test_what_is_refused(tmp_path):
         (tmp_path / "gone.mp4", {}, r"gone\.mp4: cannot read this video: no such file"),
         (nothing, {}, r"nothing: no image in this folder"),
         (cut, {}, r"cut\.mp4: not a video, or its header is cut"),
+        (strange, {}, r"strange\.mp4: the codec of this video is unknown"),
         (text, {}, r"text\.mp4: not a video"),
         (empty, {}, r"empty\.mp4: not a video"),
         (playlist, {}, r"list\.m3u8: "),

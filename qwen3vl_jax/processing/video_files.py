@@ -243,6 +243,10 @@ def _video_stream(container: Any, name: str) -> Any:
     if not streams:
         kinds = sorted({s.type for s in container.streams}) or ["nothing"]
         raise InputError(f"{name}: no video in this file, it holds {', '.join(kinds)}")
+    # A stream of a codec that FFmpeg does not have has no decoder.
+    streams = [s for s in streams if s.codec_context is not None]
+    if not streams:
+        raise InputError(f"{name}: the codec of this video is unknown; convert it, as to H.264")
     # Of an animated AVIF not the still image that stands for it.
     best = container.streams.best("video")
     return best if best in streams else streams[0]
