@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import faulthandler
 import json
 import logging
 import os
@@ -31,6 +32,7 @@ from qwen3vl_jax.errors import InputError
 
 SECONDS = 10
 PEAK = 2 << 30
+DIED = "died.txt"  # of a worker
 COLUMNS = ("tried", "refused", "answered", "traceback", "hang", "over 2 GiB")
 FAULTS = COLUMNS[3:]
 
@@ -74,6 +76,9 @@ def serve(scratch: Path) -> None:
     for stream in (1, 2):
         os.dup2(null, stream)
     logging.disable(logging.CRITICAL)
+    scratch.mkdir(parents=True, exist_ok=True)
+    # What a crash of a library leaves is told by the process that asked.
+    faulthandler.enable((scratch / DIED).open("w"))
     for line in sys.stdin:
         kind, number = line.split()
         folder = scratch / f"{kind}-{number}"
@@ -115,7 +120,9 @@ class Worker:
         if text is None:
             return "hang", f"no answer within {SECONDS} s"
         if not text:
-            return "traceback", f"the process ended with {self.code}"
+            with contextlib.suppress(OSError):
+                text = (self.scratch / DIED).read_text()
+            return "traceback", f"the process ended with {self.code}\n{text}"
         outcome, said, peak = json.loads(text)
         return ("over 2 GiB", f"{peak:,} bytes") if peak > PEAK else (outcome, said)
 
@@ -136,7 +143,7 @@ class Worker:
         """Ends the child."""
         if self.child is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.child.wait(timeout=0.5)
+                self.child.wait(timeout=5)
             self.child.kill()
             self.child.communicate()
             self.code = self.child.returncode
