@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import io
 import json
@@ -93,7 +94,7 @@ def changed(rng: random.Random, value: Any) -> Any:
                 if isinstance(part[key], (dict, list)):
                     left.append(part[key])
         if not places:
-            return rng.choice(STRANGE)
+            return copy.deepcopy(rng.choice(STRANGE))
         part, key = rng.choice(places)
         change = rng.randrange(6)
         if change == 0:
@@ -105,9 +106,10 @@ def changed(rng: random.Random, value: Any) -> Any:
             part[key] = json.loads(json.dumps(other.get(name) if isinstance(other, dict) else other[0]))\
                 if other else None  # fmt: skip
         elif change == 3 and isinstance(part, list):
-            part += [part[key]] * rng.choice((1, 2, 50))
+            part += [copy.deepcopy(part[key]) for _ in range(rng.choice((1, 2, 50)))]
         else:
-            part[key] = rng.choice(STRANGE)
+            # A copy: a later change must not reach the table, nor put a value into itself.
+            part[key] = copy.deepcopy(rng.choice(STRANGE))
     return value
 
 
