@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import batch, convert
+from benchmarks import batch, convert, kills
 
 
 def test_the_bounds_of_batch():
@@ -27,3 +27,18 @@ def test_the_bounds_of_convert(monkeypatch, tmp_path, capsys, peak, equal, code)
     monkeypatch.setattr(sys, "argv", ["convert", "small", "--scratch", str(tmp_path)])
     assert convert.main() == code
     assert ("TOO MUCH" in capsys.readouterr().out) == (peak == 2**40)
+
+
+def test_kills_that_come_too_late_do_not_count():
+    """The work is over sooner than was measured: the moments move, and all kills are real."""
+    moments = []
+
+    def kill(after):
+        moments.append(after)
+        return after < 4
+
+    assert kills.spread(10.0, 20, kill) == 20
+    real = sorted(after for after in moments if after < 4)
+    assert len(real) == 20 and real[0] == 0 and real[-1] > 3
+    assert max(np.diff(real)) < 0.6
+    assert kills.spread(10.0, 20, lambda after: False) == 0
