@@ -101,7 +101,7 @@ def prefill(
 
     The cache has room for max_len tokens a row, prompt and answer, and never less than the batch is
     wide. Rows may be padded left or right; each is one segment. Layers are per-layer lists. chunk
-    (static): as many tokens of each row at a time, so that activations do not grow with the prompt;
+    (static): at most as many tokens of each row at a time, so that activations do not grow with the prompt;
     the vision tower still runs first and whole.
     """
     check_call(params, cfg, batch=batch)
@@ -148,6 +148,7 @@ def _fill_in_chunks(params, cfg, cache, batch, features, slot, chunk):
     rows, width = batch.tokens.shape
     last, longest = last_attended(batch.segment_ids), jnp.max(batch.positions)
     count = -(-width // chunk)
+    chunk = -(-width // count)  # pieces of one length, so that the last is not mostly padding
 
     def pieces(x, fill):
         """[B T ...] -> [count B chunk ...]."""

@@ -174,5 +174,5 @@ def test_images_of_usual_sizes_share_one_program():
         pixels = np.zeros((patches, int(np.prod(cfg.vision.patch_shape))), np.float32)
         return make_vision(cfg, pixels, np.array(grids)).frames
 
-    assert frames((1, 32, 32)) == frames((2, 16, 16), (2, 16, 16)) == 8
+    assert frames((1, 32, 32)) == frames((2, 16, 16), (2, 16, 16)) == 4
     assert frames((40, 2, 2)) == 64 and frames((1, 4, 4)) == 2

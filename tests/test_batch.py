@@ -46,7 +46,13 @@ def test_pictures_and_frames_without_text_between_them():
 
 
 def test_buckets():
-    assert len(BUCKETS) <= 24 and BUCKETS[-1] >= 1 << 20  # the model card's 1M
+    assert BUCKETS[-1] >= 1 << 20  # the model card's 1M
+    # Few programs: at most seven sizes between a number and its double, all in whole rows of 8.
+    assert all(sum(a < b <= 2 * a for b in BUCKETS) <= 7 for a in BUCKETS)
+    assert not any(size % 8 for size in BUCKETS)
+    # A size holds whatever is over the one before it: the least of that pays most.
+    assert all(b <= 1.12 * (a + 1) for a, b in itertools.pairwise(BUCKETS) if a >= 257)
+    assert all(bucket(count) <= 1.12 * count for count in range(257, 1 << 13))
     assert all(b <= 1.5 * a for a, b in itertools.pairwise(BUCKETS))
     assert bucket(1) == BUCKETS[0] and bucket(BUCKETS[3]) == BUCKETS[3]
     assert bucket(BUCKETS[3] + 1) == BUCKETS[4]

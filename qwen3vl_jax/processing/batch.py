@@ -21,16 +21,11 @@ from qwen3vl_jax.processing.positions import (
 )
 from qwen3vl_jax.structs import Batch, VisionInputs
 
-
-def _table() -> tuple[int, ...]:
-    sizes = [96]
-    while sizes[-1] < 1 << 20:
-        step = 8 if sizes[-1] < 4096 else 64
-        sizes.append(int(sizes[-1] * 1.5) // step * step)
-    return tuple(sizes)
-
-
-BUCKETS = _table()  # 24 sizes from 96 to over 2^20, neighbours at most 1.5x apart
+# Seven sizes an octave, neighbours at most 12 % apart: eighths of one would be 12.5 %. They start a
+# little over a power of two, for images often have one of patches, and a prompt a template besides.
+_STEPS = (33, 36, 40, 44, 49, 54, 60)
+# All are multiples of 8, up to over 2^20; short prompts share a few.
+BUCKETS = (96, 144, 200, *(step << octave for octave in range(3, 16) for step in _STEPS))
 
 
 def bucket(count: int) -> int:
@@ -78,7 +73,7 @@ def _frame_bound(frames: int, patches: int) -> int:
 
     It is part of a compiled program: pictures of usual sizes then share that of their bucket.
     """
-    return 1 << (max(frames, -(-patches // 256), 2) - 1).bit_length()
+    return 1 << (max(frames, patches // 256, 2) - 1).bit_length()
 
 
 def _pad_rows(x: np.ndarray, rows: int) -> Any:
