@@ -13,18 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from qwen3vl_jax import processes
-from qwen3vl_jax.cli import (
-    Status,
-    memory_advice,
-    one_line_errors,
-    parts,
-    run_script,
-    sigterm_interrupts,
-)
-from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.native_output import tidy_output
-from qwen3vl_jax.options import (
+from qwen3vl_jax.cli.infer_arguments import (
     arguments,
     check,
     input_options,
@@ -32,13 +21,24 @@ from qwen3vl_jax.options import (
     mesh_sizes,
     read_messages,
 )
-from qwen3vl_jax.paths import absolute, file_size, files_under
+from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.planning.chips import (
     allow_gpu_memory,
     prepare_environment,
     quiet_libtpu,
     read_machine,
 )
+from qwen3vl_jax.runtime import distributed
+from qwen3vl_jax.runtime.console import (
+    Status,
+    memory_advice,
+    one_line_errors,
+    parts,
+    run_script,
+    sigterm_interrupts,
+)
+from qwen3vl_jax.runtime.native_output import tidy_output
+from qwen3vl_jax.storage.paths import absolute, file_size, files_under
 
 HERE = Path(__file__).resolve().parent
 DEMO, DEMO_PICTURE = HERE / "demo" / "checkpoint", HERE / "demo" / "pictures" / "grid.png"
@@ -71,8 +71,8 @@ def conversation(args: argparse.Namespace) -> tuple[list[dict], list[dict] | Non
 
 def opened(args: argparse.Namespace):
     """The checkpoint's directory and its processor; raises InputError."""
-    from qwen3vl_jax.checkpoint import resolve
     from qwen3vl_jax.processing.processor import Processor
+    from qwen3vl_jax.storage.hub import resolve
 
     directory = resolve(args.ckpt or DEMO, args.revision)
     return directory, Processor.from_pretrained(directory, args.chat_template)
@@ -119,7 +119,7 @@ def longest(args, processor) -> int:
 def sampling_of(args, processor):
     """How tokens are chosen: the checkpoint's way, changed by the flags; raises InputError."""
     import qwen3vl_jax as q3
-    from qwen3vl_jax.sampling import row_seeds
+    from qwen3vl_jax.inference.sampling import row_seeds
 
     fields = (field.name for field in dataclasses.fields(q3.Sampling))
     flags = {name: v for name in fields if (v := getattr(args, name)) is not None}
@@ -156,8 +156,8 @@ def load(args: argparse.Namespace, directory: Path, scope: contextlib.ExitStack,
     import jax
 
     import qwen3vl_jax as q3
-    from qwen3vl_jax.loading import Source
-    from qwen3vl_jax.spread import mesh_for
+    from qwen3vl_jax.checkpoint.auto_mesh import mesh_for
+    from qwen3vl_jax.checkpoint.device_load import Source
 
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else None)
     source = Source(directory, q3.Config.from_hf(directory), args.weights)
@@ -199,7 +199,7 @@ def loaded(
 
 def chat(args: argparse.Namespace, scope: contextlib.ExitStack, status: Status) -> None:
     """Talks in the terminal until the end of input."""
-    from qwen3vl_jax.terminal import converse, looked
+    from qwen3vl_jax.cli.chat import converse, looked
 
     directory, processor = opened(args)
     sampling, inputs = sampling_of(args, processor), input_options(args)
@@ -216,10 +216,10 @@ def chat(args: argparse.Namespace, scope: contextlib.ExitStack, status: Status) 
 
 def batch(args: argparse.Namespace, status: Status) -> None:
     """Answers a file of conversations into a file of answers; exit code 1 if lines had errors."""
-    from qwen3vl_jax.batch_file import Settings, answer_file, largest
-    from qwen3vl_jax.journal import digest_of
+    from qwen3vl_jax.cli.batch import Settings, answer_file, largest
+    from qwen3vl_jax.cli.batch_journal import digest_of
 
-    asked = processes.asked_of(args)
+    asked = distributed.asked_of(args)
     directory, processor = opened(args)
     processor = dataclasses.replace(processor, media_rules=media_rules(args))
     settings = Settings(
@@ -237,26 +237,26 @@ def batch(args: argparse.Namespace, status: Status) -> None:
         held.update(parts(params, cfg, *largest(processor, settings), "at most"))
         return params, cfg
 
-    index, count = processes.start(asked)
+    index, count = distributed.start(asked)
     files = (load_and_measure, processor, args.input, args.output, settings, made_with)
 
     def run() -> int:
         with memory_advice(held, "--rows, --max-len, --max-pixels, or --dtype bfloat16"):
             if count == 1:
                 return answer_file(*files)
-            from qwen3vl_jax.replicas import answer_file_together
+            from qwen3vl_jax.cli.replicas import answer_file_together
 
             return answer_file_together(*files, index, count)
 
-    with sigterm_interrupts(5 if count == 1 else 5 + processes.GRACE):
-        errors = run() if count == 1 else processes.end_together(run, "the answers that are kept")
+    with sigterm_interrupts(5 if count == 1 else 5 + distributed.GRACE):
+        errors = run() if count == 1 else distributed.end_together(run, "the answers that are kept")
     if errors:
         sys.exit(1)
 
 
 def measure(args: argparse.Namespace, scope: contextlib.ExitStack, status: Status) -> None:
     """Prints the vector of what is given (--embed), or a score a document (--rerank), as JSON."""
-    from qwen3vl_jax.ask import measured
+    from qwen3vl_jax.cli.ask import measured
 
     directory, processor = opened(args)
     notice = demo_notice(args)
@@ -284,30 +284,30 @@ def plan(args: argparse.Namespace) -> None:
 
 def ask(args: argparse.Namespace, scope: contextlib.ExitStack, status: Status) -> None:
     """Answers one conversation: with --mesh on the devices of all processes, and the first one tells."""
-    index, count = processes.start(processes.asked_of(args)) if args.mesh else (0, 1)
+    index, count = distributed.start(distributed.asked_of(args)) if args.mesh else (0, 1)
 
     def run() -> None:
-        from qwen3vl_jax.ask import answer
+        from qwen3vl_jax.cli.ask import answer
 
-        given = prepare(args) if count == 1 else processes.agreed(lambda: prepare(args))
+        given = prepare(args) if count == 1 else distributed.agreed(lambda: prepare(args))
         directory, processor, arrays, messages, limit = given
         if count > 1:
             seen = [repr({**vars(args), "process": 0}).encode()]
             seen += [x.tobytes() for x in arrays.values()]
-            processes.check_alike("--mesh: other options, prompt or pictures", *seen)
+            distributed.check_alike("--mesh: other options, prompt or pictures", *seen)
         sampling = sampling_of(args, processor)
-        with processes.quiet(index > 0):
+        with distributed.quiet(index > 0):
 
             def load_all():
                 return loaded(args, directory, scope, status, demo_notice(args, messages))
 
             text = answer(args, processor, arrays, limit, sampling, load_all, status)
         if args.draw and not index:
-            from qwen3vl_jax.processing.draw import draw_answer
+            from qwen3vl_jax.cli.draw import draw_answer
 
             draw_answer(args.draw, messages, text, args.image if args.messages else [])
 
-    run() if count == 1 else processes.end_together(run, "the beginning")
+    run() if count == 1 else distributed.end_together(run, "the beginning")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -12,11 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from qwen3vl_jax import processes
-from qwen3vl_jax.cli import EXPECTED, end_process, report
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.native_output import tidy_output
-from qwen3vl_jax.paths import argument, kind
 from qwen3vl_jax.planning.chips import (
     add_plan_arguments,
     allow_gpu_memory,
@@ -24,6 +20,10 @@ from qwen3vl_jax.planning.chips import (
     prepare_environment,
     read_machine,
 )
+from qwen3vl_jax.runtime import distributed
+from qwen3vl_jax.runtime.console import EXPECTED, end_process, report
+from qwen3vl_jax.runtime.native_output import tidy_output
+from qwen3vl_jax.storage.paths import argument, kind
 from qwen3vl_jax.training.checks import check_run
 from qwen3vl_jax.training.determinism import COST, make_deterministic
 from qwen3vl_jax.training.recipe import Recipe, read_recipe
@@ -52,7 +52,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--search", action="store_true", help="with --plan: try meshes and remat policies"
     )
-    processes.add_arguments(parser)
+    distributed.add_arguments(parser)
     parser.add_argument(
         "changes", nargs="*", metavar="key=value", help="instead of what the recipe says"
     )
@@ -76,7 +76,7 @@ def plan(args: argparse.Namespace, recipe: Recipe) -> bool:
     return command.plan_training(recipe, machine, args.save, args.tries).fits
 
 
-def train(recipe: Recipe, out: Path, asked: processes.Asked | None = None) -> None:
+def train(recipe: Recipe, out: Path, asked: distributed.Asked | None = None) -> None:
     """Checks what can be checked without jax, joins the other processes, then runs the recipe."""
     check_run(recipe)
     if kind(out) == "file":
@@ -85,10 +85,10 @@ def train(recipe: Recipe, out: Path, asked: processes.Asked | None = None) -> No
         make_deterministic()
         print(COST, file=sys.stderr)
     allow_gpu_memory()
-    processes.start(asked)
-    from qwen3vl_jax.training.run import train as run
+    distributed.start(asked)
+    from qwen3vl_jax.training.loop import train as run
 
-    processes.end_together(lambda: run(recipe, out))
+    distributed.end_together(lambda: run(recipe, out))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -103,11 +103,11 @@ def main(argv: list[str] | None = None) -> int:
         if args.plan:
             return 0 if plan(args, recipe) else 1
         if args.dry_run:
-            from qwen3vl_jax.training.dryrun import dry_run
+            from qwen3vl_jax.training.reporting.dry_run import dry_run
 
             dry_run(recipe)
         else:
-            train(recipe, args.out, processes.asked_of(args))
+            train(recipe, args.out, distributed.asked_of(args))
     except EXPECTED as error:
         told = "interrupted: the same command goes on from the last checkpoint"
         return report(error, args.out or args.config, told)
@@ -115,6 +115,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    tidy_output(processes.lost_line, processes.LOST)
+    tidy_output(distributed.lost_line, distributed.LOST)
     ended = main()
     end_process(ended) if ended == 2 else sys.exit(ended)  # of a save that failed, Orbax left work

@@ -128,7 +128,7 @@ BATCH = Case(
 
 def _converted(out: Path) -> Any:
     """The files of a directory that convert wrote; those of an Orbax tree have names by chance."""
-    from qwen3vl_jax.orbax_io import verify_tree
+    from qwen3vl_jax.checkpoint.orbax_io import verify_tree
 
     if (params := out / "params").is_dir():
         verify_tree(params)
@@ -174,8 +174,8 @@ def _last_step(disk: Path) -> int:
 
 def _trained(disk: Path) -> Any:
     """The losses of a run, and the digests of its last step."""
+    from qwen3vl_jax.training.reporting.metrics_table import read_table
     from qwen3vl_jax.training.run_dir import read_meta
-    from qwen3vl_jax.training.tables import read_table
 
     rows = [(row["step"], row["loss"]) for row in read_table(disk / "run" / "metrics.csv")]
     return rows, read_meta(disk / "run", _last_step(disk))["digests"]

@@ -25,8 +25,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from convert.mapping import rows
 from qwen3vl_jax import Config
+from qwen3vl_jax.checkpoint.name_map import rows
 from qwen3vl_jax.released import released_config
 
 GIB, MB = 2**30, 10**6
@@ -150,7 +150,7 @@ def run(case: str, scratch: Path) -> bool:
 
 def tensors_equal(left: Path, right: Path) -> bool:
     """Whether two directories hold the same tensors, bytes and all."""
-    from convert.readers import Files, read_tensors
+    from qwen3vl_jax.storage.safetensors_files import Files, read_tensors
 
     files, sides = Files(), [{t.name: t for t in read_tensors(d)} for d in (left, right)]
     a, b = sides

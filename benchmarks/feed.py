@@ -13,10 +13,10 @@ import numpy as np
 
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.processing.processor import Processor
-from qwen3vl_jax.processing.prompts import Visual
-from qwen3vl_jax.training.feed import Feed
+from qwen3vl_jax.processing.prompt_slices import Visual
+from qwen3vl_jax.training.data.feed import Feed
+from qwen3vl_jax.training.data.sample import Sample
 from qwen3vl_jax.training.recipe import Data, Pack, Source
-from qwen3vl_jax.training.sample import Sample
 
 CHECKPOINT = Path(__file__).parent.parent / "demo" / "checkpoint"
 BATCHES, POOL = 20, 256

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from qwen3vl_jax.layers import linear, rms_norm
+from qwen3vl_jax.model.layers import linear, rms_norm
 
 
 @dataclasses.dataclass(frozen=True)

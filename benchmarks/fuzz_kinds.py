@@ -18,13 +18,17 @@ import numpy as np
 from PIL import Image
 
 from demo.examples import CHECKPOINT
+from qwen3vl_jax.cli.infer_arguments import read_messages
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.options import read_messages
-from qwen3vl_jax.processing.defaults import read_generation_config, sampling_defaults, stop_ids
+from qwen3vl_jax.processing.chat_template import ChatTemplate
+from qwen3vl_jax.processing.generation_config import (
+    read_generation_config,
+    sampling_defaults,
+    stop_ids,
+)
+from qwen3vl_jax.processing.parse_reply import parse_reply
 from qwen3vl_jax.processing.processor import Processor
-from qwen3vl_jax.processing.reply import parse_reply
-from qwen3vl_jax.processing.template import ChatTemplate
 from qwen3vl_jax.processing.tokenizer import Tokenizer
 
 Files = dict[str, bytes]
@@ -242,12 +246,12 @@ def _make_line(rng: random.Random) -> Files:
 
 
 def _use_line(folder: Path) -> None:
-    from qwen3vl_jax import batch_file
-    from qwen3vl_jax.journal import read_lines
+    from qwen3vl_jax.cli import batch
+    from qwen3vl_jax.cli.batch_journal import read_lines
 
-    settings = batch_file.Settings({}, 5, 0, (), 4096, {})
+    settings = batch.Settings({}, 5, 0, (), 4096, {})
     for line in read_lines(folder / "in.jsonl"):
-        found = batch_file._read(processor(), folder / "in.jsonl", line, settings)
+        found = batch._read(processor(), folder / "in.jsonl", line, settings)
         if isinstance(found, tuple):
             error = found[1]["error"]
             if re.match(r"line \d+: \w+(Error|Exception|Exit|Interrupt): ", error):
@@ -256,9 +260,9 @@ def _use_line(folder: Path) -> None:
 
 
 def _use_record(folder: Path) -> None:
+    from qwen3vl_jax.training.data.make_samples import SampleMaker
+    from qwen3vl_jax.training.data.records import open_records
     from qwen3vl_jax.training.recipe import Data, Pack, Source
-    from qwen3vl_jax.training.records import open_records
-    from qwen3vl_jax.training.samples import SampleMaker
 
     found = open_records(Source(str(folder / "records.jsonl")))
     maker = SampleMaker(
@@ -269,7 +273,7 @@ def _use_record(folder: Path) -> None:
 
 
 def _use_config(folder: Path) -> None:
-    from qwen3vl_jax.sampling import Sampling
+    from qwen3vl_jax.inference.sampling import Sampling
 
     cfg = Config.from_hf(folder)
     hash(Config.from_hf(cfg.to_hf()))
@@ -325,7 +329,7 @@ ANSWERS = {n: {"id": n, "text": f"answer {n} \u00e9"} for n in (1, 2, 3)}
 def journal() -> bytes:
     import tempfile
 
-    from qwen3vl_jax.journal import Journal, read_lines
+    from qwen3vl_jax.cli.batch_journal import Journal, read_lines
 
     with tempfile.TemporaryDirectory() as name:
         source = Path(name, "in.jsonl")
@@ -337,7 +341,7 @@ def journal() -> bytes:
 
 
 def _use_journal(folder: Path) -> None:
-    from qwen3vl_jax.journal import Journal, read_lines
+    from qwen3vl_jax.cli.batch_journal import Journal, read_lines
 
     out = folder / "out.jsonl"
     with Journal(out, read_lines(folder / "in.jsonl"), {"seed": 1}) as kept:
@@ -380,7 +384,7 @@ def _make_checkpoint(rng: random.Random) -> Files:
 
 
 def _use_checkpoint(folder: Path) -> None:
-    from qwen3vl_jax.checkpoint import load
+    from qwen3vl_jax.loading import load
 
     load(folder)
 

@@ -53,7 +53,7 @@ def measure(path: str) -> None:
     """Runs the processor in this process and prints what it took as JSON."""
     from demo.evaluate import CHECKPOINT
     from qwen3vl_jax.processing.processor import Processor
-    from qwen3vl_jax.processing.videos import VideoSettings
+    from qwen3vl_jax.processing.video_patches import VideoSettings
 
     demo = Processor.from_pretrained(CHECKPOINT)  # for its tokenizer; its clips are smaller
     proc = Processor(**{**vars(demo), "video_settings": VideoSettings()})

@@ -21,17 +21,18 @@ from jax.sharding import Mesh
 import qwen3vl_jax as q3
 from demo.evaluate import CHECKPOINT
 from qwen3vl_jax.config import Config
+from qwen3vl_jax.model.sharding import make_mesh
 from qwen3vl_jax.planning.serving import Serving, empty_cache
 from qwen3vl_jax.planning.serving import weights as weight_shapes
-from qwen3vl_jax.processing.prompts import Visual
-from qwen3vl_jax.sharding import make_mesh
-from qwen3vl_jax.training import packing, setup
-from qwen3vl_jax.training.flops import real_work, step_flops
-from qwen3vl_jax.training.placing import batch_axis, batch_shardings, put
+from qwen3vl_jax.processing.prompt_slices import Visual
+from qwen3vl_jax.training import train_model
+from qwen3vl_jax.training.data import packing
+from qwen3vl_jax.training.data.global_batches import divided
+from qwen3vl_jax.training.data.sample import Sample
 from qwen3vl_jax.training.recipe import Recipe, read_recipe
-from qwen3vl_jax.training.sample import Sample
-from qwen3vl_jax.training.shares import divided
-from qwen3vl_jax.training.step import gradients
+from qwen3vl_jax.training.reporting.flops import real_work, step_flops
+from qwen3vl_jax.training.state_sharding import batch_axis, batch_shardings, put
+from qwen3vl_jax.training.train_step import gradients
 
 RECIPE = Path(__file__).resolve().parent.parent / "configs" / "sft_2b.toml"
 EVERY = 997  # of a gradient's numbers, those that are compared
@@ -182,12 +183,12 @@ def training(case: Case, mesh: Mesh) -> tuple[dict[str, Any], dict[str, np.ndarr
         f"pack.vision_length={2 * case.length}", "init=normal", "steps=100", "optimizer.warmup=10",
     ]  # fmt: skip
     recipe = read_recipe(RECIPE, changes)
-    trainee = setup.prepare(recipe, cfg, mesh=mesh)
-    rule = setup.rule_of(recipe, cfg, trainee.weights)
-    like = setup.shape_of_state(recipe, cfg, rule, trainee.weights, mesh)
-    step = setup.make_step(recipe, cfg, rule, trainee.join, like)
+    trainee = train_model.prepare(recipe, cfg, mesh=mesh)
+    rule = train_model.rule_of(recipe, cfg, trainee.weights)
+    like = train_model.shape_of_state(recipe, cfg, rule, trainee.weights, mesh)
+    step = train_model.make_step(recipe, cfg, rule, trainee.join, like)
     batches = [rows_of(cfg, recipe, mesh, seed) for seed in range(2)]
-    state = setup.begin(recipe, cfg, rule, trainee.weights, mesh)
+    state = train_model.begin(recipe, cfg, rule, trainee.weights, mesh)
     frozen, join = trainee.frozen, trainee.join
     del trainee
     compiled = step.lower(state, frozen, batches[0]).compile()
@@ -211,7 +212,7 @@ def training(case: Case, mesh: Mesh) -> tuple[dict[str, Any], dict[str, np.ndarr
     del state, compiled
     found = {}
     if case.layers:
-        weights = setup.prepare(recipe, cfg, mesh=mesh).weights
+        weights = train_model.prepare(recipe, cfg, mesh=mesh).weights
         kinds = ("bfloat16", "float32") if case.truth else ("bfloat16",)
         for dtype in kinds:
             found[dtype] = some_gradients(recipe, cfg, weights, frozen, join, batches[0], dtype)

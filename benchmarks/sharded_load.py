@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.convert import write_random
-from convert.matching import open_hf
 from convert.to_orbax import to_orbax
-from qwen3vl_jax.options import mesh_sizes
-from qwen3vl_jax.tensors import flatten
+from qwen3vl_jax.checkpoint.hf_reader import open_hf
+from qwen3vl_jax.checkpoint.lazy_tensor import flatten
+from qwen3vl_jax.cli.infer_arguments import mesh_sizes
 
 PROCESSES, DEVICES, ALLOWED = 2, 4, 3 << 29  # bytes beside the share
 
@@ -36,8 +36,8 @@ def read(directory: Path, source: Path, mesh: str, port: int, index: int) -> Non
     import jax
 
     from qwen3vl_jax import Config, load
-    from qwen3vl_jax.processes import Asked, start
-    from qwen3vl_jax.sharding import make_mesh
+    from qwen3vl_jax.model.sharding import make_mesh
+    from qwen3vl_jax.runtime.distributed import Asked, start
 
     start(Asked(f"127.0.0.1:{port}", PROCESSES, index))
     begun = time.perf_counter()

@@ -18,16 +18,25 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from convert.matching import LAYOUTS
-from convert.run_dir import CHECKPOINTS, Wanted, is_run, run_to_hf
-from convert.stored import WEIGHTS
+from convert.from_run import CHECKPOINTS, Wanted, run_to_hf
 from convert.to_hf import SHARD_SIZE, to_hf
-from convert.to_orbax import PARAMS, Progress, to_orbax
-from qwen3vl_jax.checkpoint import resolve
-from qwen3vl_jax.cli import EXPECTED, Parser, end_process, report, run_script, signals_later
-from qwen3vl_jax.digests import DamagedError, saved_trees
+from convert.to_orbax import Progress, to_orbax
+from qwen3vl_jax.checkpoint.config_files import PARAMS
+from qwen3vl_jax.checkpoint.digests import DamagedError, saved_trees
+from qwen3vl_jax.checkpoint.hf_reader import LAYOUTS
+from qwen3vl_jax.checkpoint.validate import WEIGHTS
+from qwen3vl_jax.config import is_run
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.paths import argument
+from qwen3vl_jax.runtime.console import (
+    EXPECTED,
+    Parser,
+    end_process,
+    report,
+    run_script,
+    signals_later,
+)
+from qwen3vl_jax.storage.hub import resolve
+from qwen3vl_jax.storage.paths import argument
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
@@ -105,7 +114,7 @@ def _bar(title: str) -> Iterator[Progress]:
 def _verify(directory: Path) -> None:
     """Reads a checkpoint, or all steps of a run, against the digests of its tensors."""
     with signals_later():
-        from qwen3vl_jax.orbax_io import verify_tree
+        from qwen3vl_jax.checkpoint.orbax_io import verify_tree
 
     trees, problems, count, total = [directory / PARAMS], [], 0, 0
     if is_run(directory):

@@ -196,7 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--wrong", action="store_true", help="print the answers that were wrong")
     args = parser.parse_args(arguments)
-    from qwen3vl_jax.cli import one_line_errors
+    from qwen3vl_jax.runtime.console import one_line_errors
 
     with one_line_errors():
         start = time.perf_counter()

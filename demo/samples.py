@@ -17,8 +17,8 @@ from demo.films import Film
 from demo.pictures import Picture
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.processing.positions import rope_index
-from qwen3vl_jax.processing.prompts import Visual
-from qwen3vl_jax.training.sample import Sample
+from qwen3vl_jax.processing.prompt_slices import Visual
+from qwen3vl_jax.training.data.sample import Sample
 
 ENDLESS = 2**31  # too long to be shuffled: it is random as it is
 LONGEST = 256  # tokens of a conversation

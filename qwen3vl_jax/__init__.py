@@ -10,14 +10,34 @@ from typing import TYPE_CHECKING
 from qwen3vl_jax.version import __version__
 
 if TYPE_CHECKING:
-    from qwen3vl_jax.cache import decode_step, extend, grow_cache, prefill
-    from qwen3vl_jax.checkpoint import load, save_params
+    from qwen3vl_jax.checkpoint.save import save_params
     from qwen3vl_jax.config import Config
-    from qwen3vl_jax.engine import Finished, Request, Stats, generate_many
     from qwen3vl_jax.errors import InputError
-    from qwen3vl_jax.generation import Answer, generate, stream
-    from qwen3vl_jax.losses import loss_fn
-    from qwen3vl_jax.model import (
+    from qwen3vl_jax.inference.engine import (
+        Finished,
+        Request,
+        Stats,
+        generate_many,
+    )
+    from qwen3vl_jax.inference.generate import Answer, generate, stream
+    from qwen3vl_jax.inference.sampling import Sampling
+    from qwen3vl_jax.inference.scoring import embed, rerank, score
+    from qwen3vl_jax.loading import load
+    from qwen3vl_jax.model.cache import (
+        decode_step,
+        extend,
+        grow_cache,
+        prefill,
+    )
+    from qwen3vl_jax.model.losses import loss_fn
+    from qwen3vl_jax.model.sharding import make_mesh
+    from qwen3vl_jax.model.structs import (
+        Batch,
+        Features,
+        KVCache,
+        VisionInputs,
+    )
+    from qwen3vl_jax.model.transformer import (
         attentions,
         forward,
         hidden_states,
@@ -26,33 +46,30 @@ if TYPE_CHECKING:
         stack_layers,
         unstack_layers,
     )
+    from qwen3vl_jax.model.vision import vision_encode
     from qwen3vl_jax.processing.batch import make_batch, make_vision
     from qwen3vl_jax.processing.positions import rope_index
     from qwen3vl_jax.processing.processor import Processor
-    from qwen3vl_jax.sampling import Sampling
-    from qwen3vl_jax.scoring import embed, rerank, score
-    from qwen3vl_jax.sharding import make_mesh
-    from qwen3vl_jax.structs import Batch, Features, KVCache, VisionInputs
-    from qwen3vl_jax.vision import vision_encode
 
 _HOME = {
-    "cache": ("decode_step", "extend", "grow_cache", "prefill"),
-    "checkpoint": ("load", "save_params"),
+    "checkpoint.save": ("save_params",),
     "config": ("Config",),
-    "engine": ("Finished", "Request", "Stats", "generate_many"),
     "errors": ("InputError",),
-    "generation": ("Answer", "generate", "stream"),
-    "losses": ("loss_fn",),
-    "model": ("attentions", "forward", "hidden_states", "init_params", "last_hidden_state",
-              "stack_layers", "unstack_layers"),
+    "inference.engine": ("Finished", "Request", "Stats", "generate_many"),
+    "inference.generate": ("Answer", "generate", "stream"),
+    "inference.sampling": ("Sampling",),
+    "inference.scoring": ("embed", "rerank", "score"),
+    "loading": ("load",),
+    "model.cache": ("decode_step", "extend", "grow_cache", "prefill"),
+    "model.losses": ("loss_fn",),
+    "model.sharding": ("make_mesh",),
+    "model.structs": ("Batch", "Features", "KVCache", "VisionInputs"),
+    "model.transformer": ("attentions", "forward", "hidden_states", "init_params", "last_hidden_state",
+                          "stack_layers", "unstack_layers"),
+    "model.vision": ("vision_encode",),
     "processing.batch": ("make_batch", "make_vision"),
     "processing.positions": ("rope_index",),
     "processing.processor": ("Processor",),
-    "sampling": ("Sampling",),
-    "scoring": ("embed", "rerank", "score"),
-    "sharding": ("make_mesh",),
-    "structs": ("Batch", "Features", "KVCache", "VisionInputs"),
-    "vision": ("vision_encode",),
 }  # fmt: skip
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 __all__ = ["__version__", *_MODULE]

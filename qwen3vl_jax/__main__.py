@@ -8,7 +8,7 @@ import os
 import platform
 import sys
 
-from qwen3vl_jax.cli import one_line_errors
+from qwen3vl_jax.runtime.console import one_line_errors
 
 PACKAGES = (
     "jax",
@@ -77,7 +77,7 @@ def needs(size: str) -> list[tuple[str, ...]]:
 
     import jax
 
-    from qwen3vl_jax.model import init_params
+    from qwen3vl_jax.model.transformer import init_params
 
     tree = jax.eval_shape(functools.partial(init_params, cfg=cfg), jax.random.key(0))
     parts = {
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     show(f"devices (host: {host_memory()})", ("device", "kind", "memory"), list(found))
 
-    from qwen3vl_jax.attention import backends
+    from qwen3vl_jax.model.attention import backends
 
     rows = [(name, "yes" if usable else "no", why) for name, usable, why in backends()]
     show("attention back ends", ("name", "available", "why"), rows)

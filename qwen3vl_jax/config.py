@@ -21,10 +21,14 @@ from qwen3vl_jax.config_checks import (
     warn_of_misplaced,
 )
 from qwen3vl_jax.errors import InputError, shown
-from qwen3vl_jax.json_text import read_json, read_json_file, write_json
-from qwen3vl_jax.paths import as_path
 from qwen3vl_jax.rope_config import RopeConfig, read_rope
+from qwen3vl_jax.storage.json_text import read_json, read_json_file, write_json
+from qwen3vl_jax.storage.paths import as_path
+from qwen3vl_jax.storage.safetensors_files import holds_head
 
+# The axes of a mesh, from the slowest links to the fastest, and their short names.
+AXES = ("data", "fsdp", "expert", "sequence", "tensor")
+SHORT = {"dp": "data", "ep": "expert", "sp": "sequence", "tp": "tensor"}
 TIED = "tie_word_embeddings"
 TEXT_ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu")
 # What the class of transformers 4.57.1 fills in for a key that is absent. Only keys that fix no shape.
@@ -191,8 +195,6 @@ def _is_tied(raw: Mapping[str, Any], source: Any) -> bool:
     )
     if top or not text or isinstance(source, Mapping):
         return top
-    from convert.readers import holds_head
-
     path = as_path(source)
     return holds_head(path if path.is_dir() else path.parent) is False
 
@@ -200,6 +202,11 @@ def _is_tied(raw: Mapping[str, Any], source: Any) -> bool:
 def model_folder(directory: Path) -> Path:
     """Where a checkpoint's config and tokenizer are: its directory, of a run of train.py RUN_DIR/model."""
     return directory / "model" if (directory / "config.toml").is_file() else directory
+
+
+def is_run(directory: Path) -> bool:
+    """Whether this is a directory that train.py writes."""
+    return (directory / "config.toml").is_file() and (directory / "checkpoints").is_dir()
 
 
 def _read(path: Path) -> Mapping[str, Any]:

@@ -1,223 +1,98 @@
-"""From files to arrays on devices: one tensor of the host's at a time, on a mesh only its shards."""
+"""q3.load: the weights of any checkpoint, a run of train.py among them, on a device or a mesh."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import logging
-import math
-from collections.abc import Callable, Mapping
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import Mesh
 
-from convert import int8, matching
-from convert.mapping import tree_of
-from convert.run_dir import is_run, run_leaves
-from convert.stored import check_stored, check_weights, stored_kind
-from convert.to_orbax import PARAMS
-from qwen3vl_jax.config import Config
+from qwen3vl_jax.checkpoint.adapter_map import Adapter
+from qwen3vl_jax.checkpoint.adapters import attach
+from qwen3vl_jax.checkpoint.device_load import Source, load_params, put_pairs
+from qwen3vl_jax.checkpoint.peft_io import load_adapter
+from qwen3vl_jax.config import Config, is_run
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.model import logical_axes
-from qwen3vl_jax.quantized import as_structs
-from qwen3vl_jax.sharding import array_sharding, check_divides, shardings
-from qwen3vl_jax.staging import read_config
-from qwen3vl_jax.structs import Params
-from qwen3vl_jax.tensors import (
-    LazyTensor,
-    TreePath,
-    at_path,
-    eight_bit,
-    spell,
-    subtree,
-)
-
-if TYPE_CHECKING:
-    from qwen3vl_jax.logit_error import Read
+from qwen3vl_jax.model.sharding import ambient_mesh
+from qwen3vl_jax.model.structs import Params
+from qwen3vl_jax.storage.hub import resolve
+from qwen3vl_jax.training.run_params import run_adapter, run_leaves
 
 log = logging.getLogger("qwen3vl_jax")
-Leaves = Mapping[TreePath, LazyTensor]
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """A checkpoint's directory and the form that is asked of its weights, as `load` has it."""
+def load(
+    ckpt: str | os.PathLike[str],
+    *,
+    mesh: Mesh | None = None,
+    dtype: Any = None,
+    weights: str | None = None,
+    revision: str | None = None,
+    expert_layout: str | None = None,
+    adapter: str | os.PathLike[str] | None = None,
+) -> tuple[Params, Config]:
+    """(params, cfg) of an Orbax directory, a Hugging Face directory or a Hub id, on a device or a mesh.
 
-    directory: Path
-    cfg: Config
-    weights: str | None = None
-    expert_layout: str | None = None
-
-    @property
-    def is_orbax(self) -> bool:
-        return (self.directory / PARAMS).is_dir()
-
-    def stored(self) -> Leaves:
-        """The arrays as the files hold them; those of Orbax are read by orbax_io. Raises InputError."""
-        directory = self.directory
-        if is_run(directory):
-            leaves, which = run_leaves(directory, self.cfg)
-            check_weights(directory, None, self.weights)
-            log.warning("%s: %s", directory, which)
-            return leaves
-        if not self.is_orbax:
-            if any(directory.glob(f"{PARAMS}.orbax-checkpoint-tmp*")):
-                raise InputError(
-                    f"{directory}: its Orbax checkpoint was never finished; write it again"
-                )
-            return matching.open_hf(directory, self.cfg, self.expert_layout, self.weights)
-        from qwen3vl_jax.orbax_io import stored_tensors
-
-        held = stored_tensors(directory / PARAMS)
-        check_stored(directory, self.cfg, held, read_config(directory))
-        check_weights(directory, stored_kind(held), self.weights)
-        return held
-
-    def asked(self, stored: Leaves) -> Leaves:
-        """The arrays as they will be held: codes and scales in place of what is rounded to int8."""
-        return int8.quantised(self.cfg, stored) if self.rounds(stored) else stored
-
-    def rounds(self, stored: Leaves) -> bool:
-        """Whether matrices are rounded to int8 here, and not held so already."""
-        return self.weights == "int8" and stored_kind(stored) is None
-
-
-def weights_bytes(source: Source, dtype: Any = None, mesh: AbstractMesh | None = None) -> int:
-    """Bytes that the parameters will take on a device, alone or of a mesh. Raises InputError.
-
-    Only headers are read.
+    A directory may be remote (paths.py): of its files, no more than the tensors' bytes are fetched.
+    mesh: None is that of `jax.set_mesh`, and without one the default device. Each parameter is read
+    straight into its shards, as sharding.RULES cut it; a process reads what its devices hold, and its
+    memory never more than that and one tensor. Compute in `jax.set_mesh(mesh)`.
+    Tensors go to the device one by one, as stored or cast to `dtype` there; host memory holds a few at
+    a time. A base model without a head gives params without "head" and a warning in the log.
+    weights: None dequantises the FP8 of Hugging Face files to bf16 and takes an Orbax directory as it
+    is; "fp8" keeps the codes and scales of an FP8 checkpoint; "int8" rounds the decoder's matrices
+    (checkpoint/int8.py says which). `dtype` is that of everything
+    else and of the computation. Each such weight is a `quantized.Quantized`.
+    revision: branch, tag or commit of a Hub id. expert_layout: as `python -m convert` has it.
+    The directory of a run of train.py gives the weights of its best step, or its last (a LoRA run's
+    merged).
+    adapter: directory or Hub id of a PEFT adapter, or a LoRA run's directory, whose matrices stay
+    beside the weights they adapt (`lora.Adapted`), so that nothing is rounded and 8-bit weights stay
+    so; `qwen3vl_jax.lora.merge` adds them up.
+    Raises InputError for weights that are absent, damaged, incomplete, not those of config.json, or
+    not to be had in the form asked for, for an adapter that does not fit, and for an axis of the mesh
+    that does not divide the parameters.
     """
-    leaves = source.asked(source.stored())
-    codes, where = eight_bit(leaves), path_shardings(mesh, source.cfg, leaves)
-    wide = None if dtype is None else np.dtype(dtype).itemsize
-
-    def size(path: TreePath, leaf: LazyTensor) -> int:
-        kept, place = leaf.dtype.itemsize if path in codes or wide is None else wide, where[path]
-        return kept * math.prod(leaf.shape if place is None else place.shard_shape(leaf.shape))
-
-    return sum(size(path, leaf) for path, leaf in leaves.items())
-
-
-def load_params(source: Source, mesh: Mesh | None, dtype: Any) -> Params:
-    """The parameters of a checkpoint, on the default device or cut over a mesh. Raises InputError."""
-    stored = source.stored()
-    asked = source.asked(stored)
-    put = _Put(path_shardings(mesh, source.cfg, asked), eight_bit(asked), dtype)
-    params = as_structs(tree_of(source.cfg, read_leaves(source, stored, put)))
-    if source.rounds(stored):
-        _log_error(source, stored, params)
-    return params
+    dtype, mesh = _floating(dtype), ambient_mesh() if mesh is None else mesh
+    directory = resolve(ckpt, revision)
+    cfg = Config.from_hf(directory)
+    beside = None if adapter is None else _adapter(resolve(adapter), cfg)
+    params = load_params(source_of(directory, cfg, weights, expert_layout), mesh, dtype)
+    if beside is not None:
+        matrices, settings = beside
+        params = attach(params, cfg, put_pairs(matrices, mesh, dtype), settings)
+    return params, cfg
 
 
-def read_leaves(source: Source, stored: Leaves, put: Callable) -> dict[TreePath, Any]:
-    """{path: put(path, LazyTensor)} of every array as it will be held, one after another.
+def source_of(
+    directory: Path, cfg: Config, weights: str | None = None, expert_layout: str | None = None
+) -> Source:
+    """A checkpoint's directory, or a run's, and the form that is asked of its weights."""
+    leaves = None
+    if is_run(directory):
+        leaves, which = run_leaves(directory, cfg)
+        log.warning("%s: %s", directory, which)
+    return Source(directory, cfg, weights, expert_layout, leaves)
 
-    stored: of the source. Raises InputError for files that cannot be read.
-    """
-    if not source.is_orbax:
-        return {path: put(path, leaf) for path, leaf in source.asked(stored).items()}
-    from qwen3vl_jax.orbax_io import open_tree
 
-    rows = int8.quantised_rows(source.cfg) if source.rounds(stored) else {}
-    found = {}
+def _adapter(directory: Path, cfg: Config) -> tuple[dict[str, np.ndarray], Adapter]:
+    return (run_adapter if is_run(directory) else load_adapter)(directory, cfg)
 
-    def sink(path: TreePath, leaf: LazyTensor) -> None:
-        if path not in rows:
-            found[path] = put(path, leaf)
-            return
-        for key, part in int8.quantise(rows[path], leaf.load()).items():
-            found[*path, key] = put((*path, key), in_memory(part))
 
-    open_tree(source.directory / PARAMS, sink)
+def _floating(dtype: Any) -> Any:
+    """A dtype that weights can be cast to, as JAX has it, or None; raises InputError."""
+    if dtype is None:
+        return None
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found not in (jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16):
+        raise InputError(
+            f"load: dtype is {dtype!r}, expected float32, bfloat16 or float16 (8 bits are weights=)"
+        )
     return found
-
-
-def path_shardings(
-    mesh: Mesh | AbstractMesh | None, cfg: Config, leaves: Mapping[TreePath, Any]
-) -> dict[TreePath, NamedSharding | None]:
-    """Where each array of a tree of per-layer parameters lies; None without a mesh. Raises InputError.
-
-    leaves: anything with shape and dtype by path. Codes and scales lie as their weight would, as far as
-    their own axes divide.
-    """
-    if mesh is None:
-        return dict.fromkeys(leaves)
-    known, codes = logical_axes(cfg), eight_bit(leaves)
-    weight = {path: path[:-1] if path in codes else path for path in leaves}
-    axes = {spell(path): known[_kind(weight[path])] for path in leaves}
-    shapes = {spell(path): leaf for path, leaf in leaves.items()}
-    found = shardings(mesh, shapes, axes)
-    check_divides(mesh, shapes, axes)
-    return {path: found[spell(path)] for path in leaves}
-
-
-def _kind(path: TreePath) -> str:
-    """The name of a parameter in `logical_axes`: without the number of its layer."""
-    numbered = ("layers", "blocks")
-    return spell(tuple(k for i, k in enumerate(path) if not i or path[i - 1] not in numbered))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Put:
-    """Puts an array of a path where it belongs, in the dtype it is to have there."""
-
-    where: Mapping[TreePath, NamedSharding | None]
-    codes: set[TreePath]
-    dtype: Any
-
-    def __call__(self, path: TreePath, leaf: LazyTensor) -> jax.Array:
-        array = on_devices(leaf, self.where[path])
-        if self.dtype is not None and path not in self.codes:
-            array = array.astype(self.dtype)
-        return array.block_until_ready()  # or the host copies of many tensors would wait at once
-
-
-def on_devices(leaf: LazyTensor, sharding: NamedSharding | None) -> jax.Array:
-    """A tensor on the default device, or its parts on the devices of this process that hold them."""
-    if sharding is None:
-        # jnp.array copies; device_put would alias the memory map on a CPU, and a file may change.
-        return jnp.array(leaf.load())
-
-    def key(index: Any) -> tuple[tuple[int, ...], ...]:
-        return tuple(s.indices(n) for s, n in zip(index, leaf.shape, strict=True))
-
-    local = sharding.addressable_devices_indices_map(leaf.shape).values()
-    wanted = {key(index): index for index in local if index is not None}
-    parts = dict(zip(wanted, leaf.parts(list(wanted.values())), strict=True))
-    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: parts[key(index)])
-
-
-def in_memory(array: np.ndarray) -> LazyTensor:
-    """An array that is there, as one that is not."""
-    return LazyTensor(array.shape, array.dtype, lambda: array)
-
-
-def put_pairs(
-    matrices: Mapping[str, np.ndarray], mesh: Mesh | None, dtype: Any
-) -> dict[str, jax.Array]:
-    """An adapter's matrices where its weights are: experts' lie with their experts, others whole."""
-
-    def put(x: np.ndarray) -> jax.Array:
-        x = x if dtype is None else x.astype(dtype)
-        axes = (None, "expert", None, None) if x.ndim == 4 else (None,) * x.ndim  # layers in front
-        return on_devices(in_memory(x), None if mesh is None else array_sharding(mesh, axes, x))
-
-    return {name: put(x) for name, x in matrices.items()}
-
-
-def _log_error(source: Source, stored: Leaves, params: Params) -> None:
-    from qwen3vl_jax.logit_error import logit_error
-    from qwen3vl_jax.orbax_io import read_part
-
-    original: Read = functools.partial(subtree, stored)
-    if source.is_orbax:
-        original = functools.partial(read_part, source.directory / PARAMS)
-    if not all(x.is_fully_addressable for x in jax.tree.leaves(params)):
-        log.warning("%s: int8: what it changes is not measured on several hosts", source.directory)
-        return
-    error = logit_error(source.cfg, original, functools.partial(at_path, params))
-    log.warning("%s: int8: %s", source.directory, error)

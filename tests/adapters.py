@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from convert.places import Adapter, places
-from qwen3vl_jax.training.adapters import targeted
+from qwen3vl_jax.checkpoint.adapter_map import Adapter, places
+from qwen3vl_jax.training.lora_targets import targeted
 
 RANK, ALPHA = 4, 6.0
 EVERYTHING = {

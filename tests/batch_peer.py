@@ -6,7 +6,7 @@ import torchvision_shim  # noqa: F401
 import transformers
 from tiny import pad_batch
 
-from convert.mapping import to_hf
+from qwen3vl_jax.checkpoint.name_map import to_hf
 
 
 def build(raw, cfg, params):

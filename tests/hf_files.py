@@ -9,7 +9,7 @@ import numpy as np
 import tiny
 from safetensors.numpy import save_file
 
-from convert.readers import Files, read_tensors
+from qwen3vl_jax.storage.safetensors_files import Files, read_tensors
 
 Tensors = dict[str, np.ndarray]
 SIDE_FILES = {"tokenizer.json": "{}", "chat_template.jinja": "{{ x }}", "extra/notes.txt": "n\n"}

@@ -9,9 +9,9 @@ import ours
 import tiny
 
 import qwen3vl_jax as q3
-from qwen3vl_jax import sharding
-from qwen3vl_jax.loading import path_shardings
-from qwen3vl_jax.tensors import flatten, nest
+from qwen3vl_jax.checkpoint.device_load import path_shardings
+from qwen3vl_jax.checkpoint.lazy_tensor import flatten, nest
+from qwen3vl_jax.model import sharding
 
 # Eight query heads, so that four devices can share two key/value heads; one layer of each kind.
 TEXT = {"num_attention_heads": 8, "num_hidden_layers": 1, "intermediate_size": 112}

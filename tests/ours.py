@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import qwen3vl_jax as q3
-from convert import mapping
+from qwen3vl_jax.checkpoint import name_map
 
 forward = jax.jit(q3.forward, static_argnames=("cfg", "logits_to_keep"))
 vision_encode = jax.jit(q3.vision_encode, static_argnames="cfg")
@@ -17,7 +17,7 @@ decode_step = jax.jit(q3.decode_step, static_argnames="cfg", donate_argnames="ca
 def build(ref, dtype=jnp.float32):
     """(params, cfg) of a reference or golden model (anything with .config and .weights)."""
     cfg = q3.Config.from_hf(ref.config)
-    params = mapping.from_hf(cfg, ref.weights)
+    params = name_map.from_hf(cfg, ref.weights)
     return jax.tree.map(lambda x: jnp.asarray(x, dtype), params), cfg
 
 

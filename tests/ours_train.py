@@ -10,9 +10,14 @@ import ours
 import tiny
 
 import qwen3vl_jax as q3
-from qwen3vl_jax.structs import Batch, VisionInputs
-from qwen3vl_jax.training import groups, optimizer, recipe, step
-from qwen3vl_jax.training.packing import PackedBatch
+from qwen3vl_jax.model.structs import Batch, VisionInputs
+from qwen3vl_jax.training import (
+    optimizer,
+    param_groups,
+    recipe,
+    train_step,
+)
+from qwen3vl_jax.training.data.packing import PackedBatch
 
 FP32 = recipe.Step(dtype="float32", remat="none", loss_chunk=16)
 FAST = {"xla_backend_optimization_level": 0}  # half the compile time, and nothing here runs long
@@ -124,7 +129,7 @@ def micro(*batches: PackedBatch) -> PackedBatch:
 
 def flat(params):
     """(weights, join) of per-layer parameters, everything trained."""
-    weights, unflatten = groups.flatten(q3.stack_layers(params))
+    weights, unflatten = param_groups.flatten(q3.stack_layers(params))
     return weights, lambda weights, frozen, key=None: unflatten({**weights, **frozen})
 
 
@@ -133,10 +138,14 @@ def slopes(params, cfg, settings=FP32):
     _, join = flat(params)
 
     def run(weights, packed, key):
-        grads, sums, totals = step.gradients(
+        grads, sums, totals = train_step.gradients(
             weights, lambda w, k: join(w, {}, k), cfg, packed, settings, key
         )
-        return grads, step.total_loss(sums, totals, settings), step.step_metrics(sums, totals)
+        return (
+            grads,
+            train_step.total_loss(sums, totals, settings),
+            train_step.step_metrics(sums, totals),
+        )
 
     return jax.jit(run, compiler_options=FAST)
 
@@ -145,14 +154,14 @@ def trainer(params, cfg, rule: recipe.Optimizer, settings=FP32, steps=100, freez
     """(state, frozen, jitted train_step) of a run over all or some parameters."""
     weights, join = flat(params)
     sparse = bool(cfg.text.num_experts)
-    stopped = groups.frozen_names(list(weights), freeze, sparse)
+    stopped = param_groups.frozen_names(list(weights), freeze, sparse)
     frozen = {n: x for n, x in weights.items() if n in stopped}
     held = jnp.dtype(settings.weights)
     weights = {n: x.astype(held) for n, x in weights.items() if n not in stopped}
-    factors = groups.learning_rates(list(weights), rates or {}, sparse)
+    factors = param_groups.learning_rates(list(weights), rates or {}, sparse)
     rule_of = optimizer.make_optimizer(rule, steps, factors)
-    state = step.init_state(jax.random.key(1), weights, rule_of, settings, rule.ema)
+    state = train_step.init_state(jax.random.key(1), weights, rule_of, settings, rule.ema)
     run = functools.partial(
-        step.train_step, cfg=cfg, step=settings, optimizer=rule_of, join=join, ema=rule.ema
+        train_step.train_step, cfg=cfg, step=settings, optimizer=rule_of, join=join, ema=rule.ema
     )
     return state, frozen, jax.jit(run, compiler_options=FAST)

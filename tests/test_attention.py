@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwen3vl_jax.attention import (
+from qwen3vl_jax.model.attention import (
     BLOCK,
     attend,
     attention_probs,

@@ -12,8 +12,8 @@ import pytest
 from test_attention import arrays, dense_jax
 from tiny import config_dict
 
-from qwen3vl_jax import attention, attention_gpu
 from qwen3vl_jax.config import Config
+from qwen3vl_jax.model import attention, attention_gpu
 from qwen3vl_jax.processing.batch import make_vision
 
 ON_GPU = jax.default_backend() == "gpu"

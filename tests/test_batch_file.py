@@ -16,10 +16,11 @@ import pytest
 import infer
 import qwen3vl_jax as q3
 from demo import evaluate
-from qwen3vl_jax import engine, generation, json_text, prefixes
-from qwen3vl_jax.journal import read_lines
+from qwen3vl_jax.cli.batch_journal import read_lines
+from qwen3vl_jax.inference import engine, generate, prefix_cache
 from qwen3vl_jax.processing.batch import bucket
-from qwen3vl_jax.processing.prompts import read_prompt
+from qwen3vl_jax.processing.prompt_slices import read_prompt
+from qwen3vl_jax.storage import json_text
 
 ROOT = Path(infer.__file__).parent
 
@@ -60,7 +61,7 @@ def test_300_mixed_prompts_answer_as_each_alone(demo, work, monkeypatch):
     """Tokens and reasons equal; rows busy, a picture encoded once, one program a bucket: counted."""
     proc, params = demo
     _, lines, arrays, alone = work
-    programs = (generation.encode, engine._admit, prefixes.run_prefill, generation.decode_steps)
+    programs = (generate.encode, engine._admit, prefix_cache.run_prefill, generate.decode_steps)
     admit, touched = engine._admit, set()
 
     def admitted(params, cfg, state, batch, features, prefix, *rest):
@@ -214,7 +215,7 @@ def test_each_line_has_its_own_sampling(demo, tmp_path):
 
 def test_long_lines_come_last_in_fewer_rows(demo, tmp_path, monkeypatch):
     """A line that needs much of the cache waits until the others are done; the order stays."""
-    from qwen3vl_jax import batch_file
+    from qwen3vl_jax.cli import batch as batch_file
 
     monkeypatch.setattr(batch_file, "LONG", 60)
     asked = []

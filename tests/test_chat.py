@@ -14,10 +14,15 @@ import toy_checkpoint as toy
 from PIL import Image
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.processing.chat import Medium, check_messages, read_conversation, read_medium
-from qwen3vl_jax.processing.escape import Escape
-from qwen3vl_jax.processing.images import load_image
-from qwen3vl_jax.processing.template import ChatTemplate
+from qwen3vl_jax.processing.chat_template import ChatTemplate
+from qwen3vl_jax.processing.escape_special import Escape
+from qwen3vl_jax.processing.image_patches import load_image
+from qwen3vl_jax.processing.messages import (
+    Medium,
+    check_messages,
+    read_conversation,
+    read_medium,
+)
 from qwen3vl_jax.processing.tokenizer import Tokenizer
 
 RED = np.zeros((8, 8, 3), np.uint8) + np.array([255, 0, 0], np.uint8)

@@ -16,10 +16,13 @@ import numpy as np
 import pytest
 
 from convert.__main__ import main
-from convert.mapping import to_hf
 from convert.to_orbax import to_orbax
-from qwen3vl_jax import Config, InputError, init_params, staging
-from qwen3vl_jax.checkpoint import load, resolve, save_params
+from qwen3vl_jax import Config, InputError, init_params
+from qwen3vl_jax.checkpoint.name_map import to_hf
+from qwen3vl_jax.checkpoint.save import save_params
+from qwen3vl_jax.loading import load
+from qwen3vl_jax.storage import atomic_dir
+from qwen3vl_jax.storage.hub import resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = {"dense": ("base", False), "moe": ("base", True), "tied": ("tied", False),
@@ -213,10 +216,10 @@ def test_only_the_checkpoint_is_positional(tmp_path):
 def test_where_there_is_no_lock(copies, tmp_path, monkeypatch):
     """Without fcntl (Windows) checkpoints are written all the same, with no flush of directories."""
     source, _ = copies
-    monkeypatch.setattr(staging, "fcntl", None)
+    monkeypatch.setattr(atomic_dir, "fcntl", None)
     monkeypatch.setattr(os, "fsync", None)
-    with staging.staged(tmp_path / "new") as stage:
-        staging.copy_files(source, [Path("config.json")], stage)
+    with atomic_dir.staged(tmp_path / "new") as stage:
+        atomic_dir.copy_files(source, [Path("config.json")], stage)
     assert (tmp_path / "new" / "config.json").is_file()
 
 

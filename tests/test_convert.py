@@ -10,12 +10,13 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny
 
-from convert import mapping, readers
 from convert.__main__ import main
-from convert.matching import MismatchError, open_hf
 from convert.to_hf import to_hf
 from convert.to_orbax import to_orbax
 from qwen3vl_jax import Config, InputError
+from qwen3vl_jax.checkpoint import name_map
+from qwen3vl_jax.checkpoint.hf_reader import MismatchError, open_hf
+from qwen3vl_jax.storage import safetensors_files
 
 TEXT = "model.language_model."
 KINDS = {
@@ -40,7 +41,7 @@ def moe():
 @pytest.mark.parametrize("size", RELEASED)
 def test_table_names_every_released_tensor(size):
     """As many tensors as a released checkpoint holds, each of whose axes the tree keeps."""
-    rows = mapping.rows(Config.named(size))
+    rows = name_map.rows(Config.named(size))
     parts = [part for row in rows for part in row.parts]
     assert len({part.name for part in parts}) == len(parts) == RELEASED[size]
     for row in rows:
@@ -51,7 +52,7 @@ def test_table_agrees_with_independent_names_and_shapes():
     """The names and shapes that the tests write down for themselves."""
     for variant, sparse in KINDS.values():
         raw = tiny.config_dict(variant, sparse)
-        parts = [part for row in mapping.rows(Config.from_hf(raw)) for part in row.parts]
+        parts = [part for row in name_map.rows(Config.from_hf(raw)) for part in row.parts]
         assert {part.name: part.hf_shape for part in parts} == tiny.tensor_shapes(raw)
 
 
@@ -59,12 +60,12 @@ def test_one_part_is_a_view_and_split_undoes_assemble():
     """A single tensor is reshaped without a copy; fused ones come apart as they were."""
     raw, tensors = hf.small()
     cfg = Config.from_hf(raw)
-    for row in mapping.rows(cfg):
+    for row in name_map.rows(cfg):
         parts = [tensors[part.name] for part in row.parts]
         whole = row.assemble(parts)
         assert whole.shape == row.shape
         assert np.shares_memory(whole, parts[0]) == (len(parts) == 1)
-    hf.assert_same(mapping.to_hf(cfg, mapping.from_hf(cfg, tensors)), tensors)
+    hf.assert_same(name_map.to_hf(cfg, name_map.from_hf(cfg, tensors)), tensors)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -84,15 +85,15 @@ def test_round_trip(kind, shards, tmp_path):
     for directory in (tmp_path / "orbax", back):
         for name in ("config.json", *hf.SIDE_FILES):
             assert (directory / name).read_bytes() == (source / name).read_bytes()
-    weights = [p.name for p in back.iterdir() if readers.is_weight_file(p.name)]
+    weights = [p.name for p in back.iterdir() if safetensors_files.is_weight_file(p.name)]
     if shards == 1:
         assert weights == ["model.safetensors"]
         assert (back / weights[0]).read_bytes() == (source / weights[0]).read_bytes()
         return
-    index = json.loads((back / readers.INDEX).read_text())
+    index = json.loads((back / safetensors_files.INDEX).read_text())
     assert index["metadata"] == {"total_size": total}
     assert index["weight_map"].keys() == tensors.keys()
-    assert {*index["weight_map"].values(), readers.INDEX} == set(weights)
+    assert {*index["weight_map"].values(), safetensors_files.INDEX} == set(weights)
 
 
 def test_orbax_restores_without_this_package(tmp_path):
@@ -102,7 +103,7 @@ def test_orbax_restores_without_this_package(tmp_path):
     with ocp.StandardCheckpointer() as checkpointer:
         tree = checkpointer.restore(tmp_path / "orbax" / "params")
     assert isinstance(tree["layers"], list)
-    hf.assert_same(mapping.to_hf(Config.from_hf(raw), tree), tensors)
+    hf.assert_same(name_map.to_hf(Config.from_hf(raw), tree), tensors)
 
 
 @pytest.mark.parametrize("layout", [hf.turned, hf.one_by_one])
@@ -135,8 +136,8 @@ def test_square_down_projection_follows_gate_up(tmp_path):
     cfg = Config.from_hf(raw)
     for name, held in (("a", tensors), ("b", hf.turned(tensors))):
         leaves = open_hf(hf.write(tmp_path / name, raw, held), cfg)
-        tree = mapping.tree_of(cfg, {path: leaf.load() for path, leaf in leaves.items()})
-        hf.assert_same(mapping.to_hf(cfg, tree), tensors)
+        tree = name_map.tree_of(cfg, {path: leaf.load() for path, leaf in leaves.items()})
+        hf.assert_same(name_map.to_hf(cfg, tree), tensors)
 
 
 @pytest.mark.parametrize(
@@ -162,8 +163,8 @@ def test_prefixes_of_re_exports(rename, tmp_path):
     held["language_model.rotary_emb.original_inv_freq"] = np.ones(4, np.float32)
     cfg = Config.from_hf(raw)
     leaves = open_hf(hf.write(tmp_path, raw, held), cfg)
-    tree = mapping.tree_of(cfg, {path: leaf.load() for path, leaf in leaves.items()})
-    hf.assert_same(mapping.to_hf(cfg, tree), tensors)
+    tree = name_map.tree_of(cfg, {path: leaf.load() for path, leaf in leaves.items()})
+    hf.assert_same(name_map.to_hf(cfg, tree), tensors)
 
 
 def test_tied_file_may_repeat_its_embedding(tmp_path):
@@ -194,7 +195,7 @@ def test_index_and_header_by_other_hands(tmp_path):
     """Shards without an index, an unaligned file, and a tensor of another dtype are read as they are."""
     raw, tensors = hf.small()
     source = hf.write(tmp_path / "hf", raw, tensors, 2)
-    (source / readers.INDEX).unlink()
+    (source / safetensors_files.INDEX).unlink()
     for path in source.glob("*.safetensors"):  # one space more: every tensor now lies unaligned
         data = path.read_bytes()
         length = int.from_bytes(data[:8], "little")

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 from convert.__main__ import main
-from convert.fp8 import dequantise
-from convert.mapping import to_hf as to_released
-from convert.matching import open_hf
 from convert.to_hf import to_hf
 from convert.to_orbax import to_orbax
 from qwen3vl_jax import Config, InputError
-from qwen3vl_jax.checkpoint import load, save_params
+from qwen3vl_jax.checkpoint.fp8 import dequantise
+from qwen3vl_jax.checkpoint.hf_reader import open_hf
+from qwen3vl_jax.checkpoint.name_map import to_hf as to_released
+from qwen3vl_jax.checkpoint.save import save_params
+from qwen3vl_jax.loading import load
 
 LAYER = "model.language_model.layers.0."
 Q, NORM = LAYER + "self_attn.q_proj.weight", LAYER + "input_layernorm.weight"

@@ -16,8 +16,9 @@ import pytest
 import convert.__main__ as convert
 from convert.to_hf import to_hf
 from convert.to_orbax import to_orbax
-from qwen3vl_jax import InputError, staging
-from qwen3vl_jax.checkpoint import load
+from qwen3vl_jax import InputError
+from qwen3vl_jax.loading import load
+from qwen3vl_jax.storage import atomic_dir
 
 ROOT = Path(__file__).resolve().parent.parent
 # Runs a conversion that says when it is half done, then waits to be killed.
@@ -163,14 +164,14 @@ def test_a_writer_that_comes_late_replaces_nothing(tmp_path, monkeypatch):
 
     def finish_first(*args):
         monkeypatch.undo()
-        with staging.staged(out) as stage:
+        with atomic_dir.staged(out) as stage:
             (stage / "config.json").write_text("first")
         (tmp_path / ".out.partial").mkdir(exist_ok=True)
 
     monkeypatch.setattr(
-        staging.shutil, "disk_usage", lambda path: finish_first() or shutil.disk_usage(path)
+        atomic_dir.shutil, "disk_usage", lambda path: finish_first() or shutil.disk_usage(path)
     )
-    with pytest.raises(InputError, match="already exists"), staging.staged(out):
+    with pytest.raises(InputError, match="already exists"), atomic_dir.staged(out):
         raise AssertionError
     assert (out / "config.json").read_text() == "first"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

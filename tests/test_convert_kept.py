@@ -16,12 +16,14 @@ import tiny
 
 import qwen3vl_jax as q3
 from convert.__main__ import main
-from convert.mapping import rows
 from convert.to_hf import to_hf
 from convert.to_orbax import to_orbax
 from qwen3vl_jax import InputError
-from qwen3vl_jax.checkpoint import load, save_params
-from qwen3vl_jax.quantized import Quantized, as_dicts, dense
+from qwen3vl_jax.checkpoint.device_load import as_dicts
+from qwen3vl_jax.checkpoint.name_map import rows
+from qwen3vl_jax.checkpoint.save import save_params
+from qwen3vl_jax.loading import load
+from qwen3vl_jax.model.quantized import Quantized, dense
 
 KINDS = {"dense": ("base", False), "moe": ("base", True), "tied": ("tied", False)}
 # Ragged and across heads (16 wide), half a head, a head, larger than any side, strips of one row.

@@ -12,8 +12,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from convert.mapping import rows
 from qwen3vl_jax import Config
+from qwen3vl_jax.checkpoint.name_map import rows
 from qwen3vl_jax.released import released_config
 
 ROOT = Path(__file__).resolve().parent.parent

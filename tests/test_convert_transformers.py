@@ -12,12 +12,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from convert.mapping import to_hf as to_released
 from convert.to_hf import to_hf
 from convert.to_orbax import to_orbax
 from qwen3vl_jax import make_batch
-from qwen3vl_jax.checkpoint import load, save_params
+from qwen3vl_jax.checkpoint.name_map import to_hf as to_released
+from qwen3vl_jax.checkpoint.save import save_params
 from qwen3vl_jax.config import TIED
+from qwen3vl_jax.loading import load
 
 KINDS = {"dense": ("base", False), "moe": ("base", True), "tied": ("tied", False),
          "tied_moe": ("tied", True), "biases": ("attention_bias", False)}  # fmt: skip

@@ -16,12 +16,18 @@ from jax.sharding import NamedSharding, PartitionSpec
 import convert.__main__ as command
 from convert.to_hf import to_hf
 from convert.to_orbax import to_orbax
-from qwen3vl_jax import digests, sharding
-from qwen3vl_jax.checkpoint import load
-from qwen3vl_jax.digests import DamagedError
+from qwen3vl_jax.checkpoint import digests
+from qwen3vl_jax.checkpoint.digests import DamagedError
+from qwen3vl_jax.checkpoint.orbax_io import read_tree
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.orbax_io import read_tree
-from qwen3vl_jax.training import checkpoints, recipe, run_dir, setup
+from qwen3vl_jax.loading import load
+from qwen3vl_jax.model import sharding
+from qwen3vl_jax.training import (
+    checkpoints,
+    recipe,
+    run_dir,
+    train_model,
+)
 from qwen3vl_jax.training.checkpoints import Checkpoints, restore
 
 
@@ -111,9 +117,9 @@ def test_a_step_that_is_damaged_is_not_restored(tmp_path, capsys, monkeypatch):
     ckpt = train_files.checkpoint(tmp_path / "ckpt")
     path = train_files.write_recipe(tmp_path / "recipe.toml", ckpt, tmp_path / "none.jsonl")
     settings, out = recipe.read_recipe(path), tmp_path / "run"
-    trainee = setup.prepare(settings, setup.Config.from_hf(ckpt))
-    rule = setup.rule_of(settings, setup.Config.from_hf(ckpt), trainee.weights)
-    state = setup.first_state(settings, rule, trainee.weights)
+    trainee = train_model.prepare(settings, train_model.Config.from_hf(ckpt))
+    rule = train_model.rule_of(settings, train_model.Config.from_hf(ckpt), trainee.weights)
+    state = train_model.first_state(settings, rule, trainee.weights)
     kept = Checkpoints(out, keep=2)
     for step in (5, 10):
         kept.save(state.replace(step=jnp.int32(step)), {"data": {"at": step}})

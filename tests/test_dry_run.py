@@ -12,11 +12,12 @@ import pytest
 import train_files
 from rich.console import Console
 
-from convert.mapping import rows
+from qwen3vl_jax.checkpoint.name_map import rows
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.training import estimate, recipe
-from qwen3vl_jax.training.dryrun import dry_run
+from qwen3vl_jax.training import recipe
+from qwen3vl_jax.training.reporting import memory_estimate
+from qwen3vl_jax.training.reporting.dry_run import dry_run
 
 CONFIGS = train_files.ROOT / "configs"
 
@@ -42,7 +43,7 @@ def test_a_pod_recipe_needs_no_weights_no_hub_and_no_mesh(monkeypatch):
     settings = recipe.read_recipe(CONFIGS / "sft_235b_pod.toml")
     text = said(settings, refused="data.sources.0.path is 'data/train.jsonl': no such file")
     cfg = Config.named("235b-a22b")
-    held = estimate.held(recipe.read_recipe(CONFIGS / "sft_235b_pod.toml"), cfg)
+    held = memory_estimate.held(recipe.read_recipe(CONFIGS / "sft_235b_pod.toml"), cfg)
     groups = held.by_group(recipe.read_recipe(CONFIGS / "sft_235b_pod.toml"), cfg)
     assert sum(a + b for a, b, _ in groups.values()) == count(cfg) > 235e9
     assert groups["vision"][0] == groups["router"][0] == 0 < groups["merger"][0]
@@ -57,8 +58,8 @@ def test_lora_holds_its_base_as_asked(base, size):
     """Memory of the frozen base by its form; the optimizer is of the adapter alone."""
     settings = recipe.read_recipe(CONFIGS / "sft_8b_lora.toml", [f"lora.base={base}"])
     cfg = Config.named("8b")
-    parts = estimate.held(settings, cfg)
-    found = estimate.memory(settings, cfg, parts)
+    parts = memory_estimate.held(settings, cfg)
+    found = memory_estimate.memory(settings, cfg, parts)
     trained = sum(math.prod(x.shape) for x in parts.weights.values())
     assert found["optimizer (adamw)"] == pytest.approx(8 * trained, rel=1e-3)
     assert found["trained weights (float32)"] == 4 * trained < 0.05 * 4 * count(cfg)
@@ -71,8 +72,8 @@ def test_memory_of_weights_is_what_a_state_holds():
     changes = ["optimizer.ema=0.9", "step.weights=bfloat16", "step.rounding=compensated"]
     settings = recipe.read_recipe(CONFIGS / "sft_2b.toml", changes)
     cfg = Config.named("2b")
-    parts = estimate.held(settings, cfg)
-    found = estimate.memory(settings, cfg, parts)
+    parts = memory_estimate.held(settings, cfg)
+    found = memory_estimate.memory(settings, cfg, parts)
     trained = sum(math.prod(x.shape) for x in parts.weights.values())
     assert trained + sum(math.prod(x.shape) for x in parts.frozen.values()) == count(cfg)
     assert found["trained weights (bfloat16)"] == found["compensation"] == 2 * trained
@@ -183,4 +184,4 @@ def test_rates_of_what_is_not_trained_are_refused_with_the_cause(tmp_path, chang
     path = train_files.write_recipe(tmp_path / "r.toml", ckpt, tmp_path / "none.jsonl")
     settings = recipe.read_recipe(path, ["train.rates={merger=2.0}", *changes])
     with pytest.raises(InputError, match=told):
-        estimate.held(settings, Config.from_hf(ckpt))
+        memory_estimate.held(settings, Config.from_hf(ckpt))

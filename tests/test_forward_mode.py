@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 import qwen3vl_jax as q3
-from qwen3vl_jax.products import product, rows
+from qwen3vl_jax.model.matmul import product, rows
 
 
 @functools.cache

@@ -15,8 +15,13 @@ from PIL import Image
 
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.fetching import fetch
-from qwen3vl_jax.processing.images import ImageSettings, load_image, preprocess, smart_resize
-from qwen3vl_jax.processing.pictures import to_rgb
+from qwen3vl_jax.processing.image_loading import to_rgb
+from qwen3vl_jax.processing.image_patches import (
+    ImageSettings,
+    load_image,
+    preprocess,
+    smart_resize,
+)
 
 
 def picture(height=24, width=40, seed=0):

@@ -16,12 +16,18 @@ from safetensors.numpy import load_file, save_file
 import infer
 import qwen3vl_jax as q3
 import qwen3vl_jax.__main__ as about
-from convert.peft import save_adapter
-from convert.places import Adapter, places
-from qwen3vl_jax.cli import memory_advice
+from qwen3vl_jax.checkpoint.adapter_map import Adapter, places
+from qwen3vl_jax.checkpoint.peft_io import save_adapter
+from qwen3vl_jax.cli.draw import (
+    Mark,
+    draw_answer,
+    draw_marks,
+    find_marks,
+    read_marks,
+)
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.processing.draw import Mark, draw_answer, draw_marks, find_marks, read_marks
+from qwen3vl_jax.runtime.console import memory_advice
 
 DEMO = Path(infer.DEMO)
 
@@ -481,7 +487,7 @@ def test_work_without_room_is_told_by_part(capsys, monkeypatch):
     def full(params, cfg, batch, dims=None, **options):
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.")
 
-    monkeypatch.setattr("qwen3vl_jax.engine.generate_many", full)
+    monkeypatch.setattr("qwen3vl_jax.inference.engine.generate_many", full)
     monkeypatch.setattr(q3, "embed", full)
     Path("in.jsonl").write_text('{"messages": []}')
     for options, words in (

@@ -17,15 +17,17 @@ import pytest
 import tiny
 
 import qwen3vl_jax as q3
-from convert import int8
+from benchmarks.int8_error import logit_error
 from convert.__main__ import main
-from convert.mapping import from_hf, rows
 from convert.to_orbax import to_orbax
 from qwen3vl_jax import Config, InputError
-from qwen3vl_jax.checkpoint import load, save_params
-from qwen3vl_jax.logit_error import logit_error
-from qwen3vl_jax.quantized import Quantized, as_dicts, dense
-from qwen3vl_jax.tensors import at_path, flatten
+from qwen3vl_jax.checkpoint import int8
+from qwen3vl_jax.checkpoint.device_load import as_dicts
+from qwen3vl_jax.checkpoint.lazy_tensor import at_path, flatten
+from qwen3vl_jax.checkpoint.name_map import from_hf, rows
+from qwen3vl_jax.checkpoint.save import save_params
+from qwen3vl_jax.loading import load
+from qwen3vl_jax.model.quantized import Quantized, dense
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = {"dense": ("base", False), "moe": ("base", True), "tied": ("tied", False),

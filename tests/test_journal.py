@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from qwen3vl_jax.cli.batch_journal import Journal, read_lines
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.journal import Journal, read_lines
 
 SETTINGS = {"seed": 0, "stop": []}
 RESULTS = [{"id": 1, "text": "one"}, {"id": "b", "text": 'zw\u00f6lf", "checksum": "0"}'},

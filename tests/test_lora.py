@@ -13,17 +13,19 @@ import pytest
 import tiny
 
 import qwen3vl_jax as q3
-from convert import int8, mapping
-from convert.peft import save_adapter
+from qwen3vl_jax.checkpoint import int8, name_map
+from qwen3vl_jax.checkpoint.adapters import merge
+from qwen3vl_jax.checkpoint.device_load import as_structs
+from qwen3vl_jax.checkpoint.lazy_tensor import flatten
+from qwen3vl_jax.checkpoint.peft_io import save_adapter
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.layers import linear, linear_fp32
-from qwen3vl_jax.lora import Adapted, Pair, merge
-from qwen3vl_jax.moe import experts_ragged, experts_scan
-from qwen3vl_jax.quantized import Quantized, as_structs, dense
-from qwen3vl_jax.tensors import flatten
+from qwen3vl_jax.model.layers import linear, linear_fp32
+from qwen3vl_jax.model.lora import Adapted, Pair
+from qwen3vl_jax.model.moe import experts_ragged, experts_scan
+from qwen3vl_jax.model.quantized import Quantized, dense
 from qwen3vl_jax.training import recipe
-from qwen3vl_jax.training.adapters import cut_lora, first_values, targeted
-from qwen3vl_jax.training.step import gradients
+from qwen3vl_jax.training.lora_targets import cut_lora, first_values, targeted
+from qwen3vl_jax.training.train_step import gradients
 
 SMALL = {
     "text": {"num_hidden_layers": 2},
@@ -38,7 +40,7 @@ def small():
     raw["text_config"] |= SMALL["text"]
     raw["vision_config"] |= SMALL["vision"]
     cfg = q3.Config.from_hf(raw)
-    params = jax.tree.map(jnp.asarray, mapping.from_hf(cfg, tiny.weights(raw, 0)))
+    params = jax.tree.map(jnp.asarray, name_map.from_hf(cfg, tiny.weights(raw, 0)))
     return raw, params, cfg
 
 
@@ -169,7 +171,7 @@ def in_int8(params, cfg):
     for path, x in flatten(params):
         found = int8.quantise(rows[path], np.asarray(x)) if path in rows else None
         leaves |= {(*path, k): jnp.asarray(v) for k, v in found.items()} if found else {path: x}
-    return as_structs(mapping.tree_of(cfg, leaves))
+    return as_structs(name_map.tree_of(cfg, leaves))
 
 
 def slopes(trainee, cfg, packed, settings):

@@ -19,19 +19,19 @@ import pytest
 import toy_checkpoint as toy
 from PIL import Image
 
-from qwen3vl_jax import options
+from qwen3vl_jax.cli import infer_arguments
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.processing import pictures
+from qwen3vl_jax.processing import image_loading
 from qwen3vl_jax.processing.fetching import fetch
-from qwen3vl_jax.processing.images import ImageSettings, load_image, preprocess
+from qwen3vl_jax.processing.image_loading import is_image, to_rgb
+from qwen3vl_jax.processing.image_patches import ImageSettings, load_image, preprocess
 from qwen3vl_jax.processing.media import open_source
 from qwen3vl_jax.processing.media_rules import MediaRules
-from qwen3vl_jax.processing.pictures import is_image, to_rgb
 from qwen3vl_jax.processing.processor import Processor
-from qwen3vl_jax.processing.videos import preprocess_video
-from qwen3vl_jax.training.chat_form import chat_form
+from qwen3vl_jax.processing.video_patches import preprocess_video
+from qwen3vl_jax.training.data.chat_format import chat_form
+from qwen3vl_jax.training.data.make_samples import SampleMaker
 from qwen3vl_jax.training.recipe import Data, Pack, Source
-from qwen3vl_jax.training.samples import SampleMaker
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
 SECRET = "token-of-the-bank"
@@ -341,7 +341,7 @@ def test_link_local_is_never_meant():
 
 def test_options_of_a_batch(tmp_path):
     both = ["--input", "a", "--output", "b"]
-    read = lambda *more: options.media_rules(options.arguments([*both, *more], ""))  # noqa: E731
+    read = lambda *more: infer_arguments.media_rules(infer_arguments.arguments([*both, *more], ""))  # noqa: E731
     rules = functools.partial(MediaRules, trusted=False, max_batch_bytes=4 * 2**30)
     assert read() == rules()
     found = read("--media-root", str(tmp_path), "--allow-hosts", "a.org, 10.0.0.1")
@@ -349,8 +349,8 @@ def test_options_of_a_batch(tmp_path):
     refused(lambda: read("--media-root", str(tmp_path / "gone")), "--media-root: got", "exists")
     for hosts in ("a,,b", "https://a.org", "10.0.0.0/8", ""):
         refused(lambda hosts=hosts: read("--allow-hosts", hosts), "--allow-hosts: got")
-    alone = options.arguments(["--prompt", "hi", "--media-root", str(tmp_path)], "")
-    refused(lambda: options.check(alone), "--media-root", "--input")
+    alone = infer_arguments.arguments(["--prompt", "hi", "--media-root", str(tmp_path)], "")
+    refused(lambda: infer_arguments.check(alone), "--media-root", "--input")
 
 
 def test_no_message_holds_what_is_in_a_file(server, tmp_path):
@@ -402,7 +402,7 @@ def test_decoders_in_python_get_small_images():
 def test_threads_share_the_limit_of_decoded_bytes():
     found = []
     worker = threading.Thread(target=lambda: found.append(load_image(PNG)))
-    with pictures.decode_memory(pictures.MAX_IMAGE_BYTES):
+    with image_loading.decode_memory(image_loading.MAX_IMAGE_BYTES):
         worker.start()
         worker.join(0.1)
         assert not found

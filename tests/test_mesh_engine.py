@@ -11,26 +11,28 @@ from meshes import mesh_of, model, on_mesh
 
 import infer
 import qwen3vl_jax as q3
-from convert.mapping import rows
-from convert.to_orbax import PARAMS
-from qwen3vl_jax import generation, sharding, spread
+from qwen3vl_jax.checkpoint import auto_mesh
+from qwen3vl_jax.checkpoint.config_files import PARAMS
+from qwen3vl_jax.checkpoint.device_load import Source, path_shardings
+from qwen3vl_jax.checkpoint.name_map import rows
+from qwen3vl_jax.cli.infer_arguments import mesh_sizes
 from qwen3vl_jax.config import Config
-from qwen3vl_jax.loading import Source, path_shardings
-from qwen3vl_jax.options import mesh_sizes
+from qwen3vl_jax.inference import generate
+from qwen3vl_jax.model import sharding
 
 
 def test_streams_keep_one_program(monkeypatch):
     """Two answers a prompt, sampled, over several dispatches and a cache that grows."""
-    monkeypatch.setattr(generation, "SMALLEST_CACHE", 32)
+    monkeypatch.setattr(generate, "SMALLEST_CACHE", 32)
     one, mesh = model(False), mesh_of(data=2, tensor=2)
     batch = one.batch("short", "text")
     hot = q3.Sampling(temperature=1.5, top_k=9, repetition_penalty=1.2)
     ask = {"max_new_tokens": 40, "sampling": hot, "stop_ids": (), "copies": 2}
     want = q3.generate(one.params, one.cfg, batch, **ask)
     with jax.set_mesh(mesh):
-        known = generation.decode_steps._cache_size()
+        known = generate.decode_steps._cache_size()
         got = q3.generate(on_mesh(one.params, one.cfg, mesh), one.cfg, batch, **ask)
-        programs = generation.decode_steps._cache_size() - known
+        programs = generate.decode_steps._cache_size() - known
     np.testing.assert_array_equal(got.tokens, want.tokens)
     assert programs == 2  # one a size of the cache
 
@@ -122,21 +124,21 @@ def test_a_model_larger_than_a_device_is_spread(capsys):
     """The demo on devices of a few hundred kB; what fits, or cannot be known, stays on one."""
     source = Source(infer.DEMO, Config.from_hf(infer.DEMO))
     assert not (infer.DEMO / PARAMS).exists()
-    held = spread.weights_bytes(source, "float32")
+    held = auto_mesh.weights_bytes(source, "float32")
     for limit, count in ((2 * held, 8), (None, 8), (held, 1)):
-        assert spread.chosen(source, "float32", [Device(limit)] * count) == {}
+        assert auto_mesh.chosen(source, "float32", [Device(limit)] * count) == {}
     assert not capsys.readouterr().err
-    assert spread.chosen(source, "float32", [Device(held // 2)] * 8) == {"fsdp": 4, "tensor": 2}
+    assert auto_mesh.chosen(source, "float32", [Device(held // 2)] * 8) == {"fsdp": 4, "tensor": 2}
     assert "spread over 8 devices, --mesh fsdp=4,tensor=2" in capsys.readouterr().err
     with pytest.raises(q3.InputError, match="this host has 8: too few, 8 of them would hold"):
-        spread.chosen(source, "float32", [Device(held // 10)] * 8)
+        auto_mesh.chosen(source, "float32", [Device(held // 10)] * 8)
     mesh = sharding.layout_mesh({"fsdp": 4, "tensor": 2})
-    uneven = spread.weights_bytes(source, "float32", mesh)
+    uneven = auto_mesh.weights_bytes(source, "float32", mesh)
     assert held / 8 < 0.99 * uneven  # small ones lie whole on each
     with pytest.raises(q3.InputError, match="too few"):
-        spread.chosen(source, "float32", [Device(0.99 * uneven / spread.ROOM)] * 8)
-    few = [Device(1.01 * uneven / spread.ROOM)] * 8
-    assert spread.chosen(source, "float32", few) == {"fsdp": 4, "tensor": 2}
+        auto_mesh.chosen(source, "float32", [Device(0.99 * uneven / auto_mesh.ROOM)] * 8)
+    few = [Device(1.01 * uneven / auto_mesh.ROOM)] * 8
+    assert auto_mesh.chosen(source, "float32", few) == {"fsdp": 4, "tensor": 2}
 
 
 def test_how_released_sizes_are_spread():
@@ -148,7 +150,7 @@ def test_how_released_sizes_are_spread():
     }  # fmt: skip
     for (name, count), sizes in want.items():
         cfg = Config.named(name)
-        assert spread.spread(cfg.text, count) == sizes
+        assert auto_mesh.spread(cfg.text, count) == sizes
         leaves = {tuple(row.path): jax.ShapeDtypeStruct(row.shape, np.float32) for row in rows(cfg)}
         where = path_shardings(sharding.layout_mesh(sizes), cfg, leaves)
         held = sum(np.prod(s.shard_shape(leaves[path].shape)) for path, s in where.items() if s)

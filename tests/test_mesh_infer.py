@@ -12,10 +12,10 @@ from jax.sharding import PartitionSpec as P
 from meshes import mesh_of, model, on_mesh
 
 import qwen3vl_jax as q3
-from qwen3vl_jax import moe
-from qwen3vl_jax.cache import init_cache
-from qwen3vl_jax.lora import Adapted, Pair
-from qwen3vl_jax.quantized import Quantized
+from qwen3vl_jax.model import moe
+from qwen3vl_jax.model.cache import init_cache
+from qwen3vl_jax.model.lora import Adapted, Pair
+from qwen3vl_jax.model.quantized import Quantized
 
 MESHES = {
     "tensor": {"tensor": 2},

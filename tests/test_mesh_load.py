@@ -17,14 +17,15 @@ import tiny
 from jax.sharding import PartitionSpec as P
 
 import qwen3vl_jax as q3
-from convert.matching import open_hf
-from convert.peft import save_adapter
 from convert.to_orbax import to_orbax
-from qwen3vl_jax import loading, orbax_io, sharding
-from qwen3vl_jax.loading import Source, path_shardings, weights_bytes
-from qwen3vl_jax.tensors import flatten
-from qwen3vl_jax.training import setup, stacked
-from qwen3vl_jax.training.stacked import load_stacked
+from qwen3vl_jax.checkpoint import device_load, orbax_io
+from qwen3vl_jax.checkpoint.device_load import Source, path_shardings, weights_bytes
+from qwen3vl_jax.checkpoint.hf_reader import open_hf
+from qwen3vl_jax.checkpoint.lazy_tensor import flatten
+from qwen3vl_jax.checkpoint.peft_io import save_adapter
+from qwen3vl_jax.model import sharding
+from qwen3vl_jax.training import stacked_load, train_model
+from qwen3vl_jax.training.stacked_load import load_stacked
 
 LAYERS = {"num_hidden_layers": 1}
 ONE = {"depth": 1, "deepstack_visual_indexes": [0]}
@@ -89,10 +90,10 @@ def test_training_reads_only_its_shards(sparse, tmp_path, monkeypatch):
         return dataclasses.replace(leaf, load=lambda: pytest.fail("reads the whole tensor"))
 
     def read(source, stored, put):
-        return loading.read_leaves(source, stored, lambda path, x: put(path, parts_alone(x)))
+        return device_load.read_leaves(source, stored, lambda path, x: put(path, parts_alone(x)))
 
-    monkeypatch.setattr(stacked, "read_leaves", read)
-    where = functools.partial(setup.where_of, mesh(), cfg)
+    monkeypatch.setattr(stacked_load, "read_leaves", read)
+    where = functools.partial(train_model.where_of, mesh(), cfg)
     for directory, one in zip(directories, want, strict=True):
         got = load_stacked(directory, lambda name: "float32", where_of=where)
         same(got, one)
@@ -112,7 +113,7 @@ def test_the_dtype_asked_for(tmp_path):
 def test_eight_bits(sparse, tmp_path, monkeypatch):
     """Codes lie as their weight, scales where they divide, rounded to int8 here or kept as fp8."""
     if sparse:  # what rounding changes is measured once
-        monkeypatch.setattr(loading, "_log_error", lambda *_: None)
+        monkeypatch.setattr(device_load, "_log_error", lambda *_: None)
     plain, kept = tmp_path / "plain", tmp_path / "fp8"
     for weights, folder in (("int8", plain), ("fp8", kept)):
         for directory in written(folder, sparse, weights == "fp8"):

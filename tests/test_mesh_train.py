@@ -11,9 +11,9 @@ import ours_train
 import pytest
 import tiny
 
-from qwen3vl_jax import moe, sharding
-from qwen3vl_jax.training import placing
-from qwen3vl_jax.training.preset import preset
+from qwen3vl_jax.model import moe, sharding
+from qwen3vl_jax.training import state_sharding
+from qwen3vl_jax.training.mesh_preset import preset
 from qwen3vl_jax.training.recipe import Optimizer, Pack
 
 ROWS = (
@@ -56,9 +56,11 @@ class Case:
         rule = Optimizer(learning_rate=1e-3, weight_decay=0.01, clip=1.0)
         state, _, step = ours_train.trainer(self.params, self.cfg, rule)
         if mesh:
-            where = placing.state_shardings(mesh, self.cfg, state)
-            state = jax.tree.map(placing.put, state, where)
-            packed = jax.tree.map(placing.put, packed, placing.batch_shardings(mesh, packed))
+            where = state_sharding.state_shardings(mesh, self.cfg, state)
+            state = jax.tree.map(state_sharding.put, state, where)
+            packed = jax.tree.map(
+                state_sharding.put, packed, state_sharding.batch_shardings(mesh, packed)
+            )
         start, losses, first = jax.tree.map(np.asarray, state.weights), [], {}
         with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
             for _ in range(5):

@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 import qwen3vl_jax as q3
-from qwen3vl_jax.cache import init_cache
+from qwen3vl_jax.model.cache import init_cache
 
 COUNTS = {
     "2b": 2_127_532_032,

@@ -8,8 +8,8 @@ import numpy as np
 import ours
 import pytest
 
-from qwen3vl_jax import moe
-from qwen3vl_jax.moe import experts_ragged, experts_scan, route
+from qwen3vl_jax.model import moe
+from qwen3vl_jax.model.moe import experts_ragged, experts_scan, route
 
 N, D, M, E, A = 23, 12, 10, 7, 3
 

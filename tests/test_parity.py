@@ -11,7 +11,7 @@ from transformers import Qwen3VLTextConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 
 import qwen3vl_jax as q3
-from qwen3vl_jax.rope import mrope
+from qwen3vl_jax.model.rope import mrope
 
 BOUND = 2e-5
 SPARSE = (

@@ -18,20 +18,24 @@ from PIL import Image
 import qwen3vl_jax as q3
 import train
 from convert.__main__ import main as convert
-from convert.matching import open_hf
-from convert.peft import load_adapter, save_adapter
-from convert.readers import read_tensors
 from convert.to_orbax import to_orbax
-from qwen3vl_jax import append_log, engine, orbax_io, paths, sharding
-from qwen3vl_jax.batch_file import Settings, answer_file
+from qwen3vl_jax.checkpoint import orbax_io
+from qwen3vl_jax.checkpoint.hf_reader import open_hf
+from qwen3vl_jax.checkpoint.peft_io import load_adapter, save_adapter
+from qwen3vl_jax.cli.batch import Settings, answer_file
+from qwen3vl_jax.cli.batch_journal import Journal, read_lines
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.journal import Journal, read_lines
-from qwen3vl_jax.paths import as_path
+from qwen3vl_jax.inference import engine
+from qwen3vl_jax.model import sharding
 from qwen3vl_jax.processing.processor import Processor
-from qwen3vl_jax.training import records, run_dir, setup
+from qwen3vl_jax.storage import append_log, paths
+from qwen3vl_jax.storage.paths import as_path
+from qwen3vl_jax.storage.remote_files import Growing
+from qwen3vl_jax.storage.safetensors_files import read_tensors
+from qwen3vl_jax.training import run_dir, train_model
+from qwen3vl_jax.training.data import records
 from qwen3vl_jax.training.recipe import Source
-from qwen3vl_jax.training.tables import read_table
-from qwen3vl_jax.writing import Growing
+from qwen3vl_jax.training.reporting.metrics_table import read_table
 
 BUCKET = "gs://bucket"
 
@@ -181,14 +185,14 @@ def test_a_stopped_convert_leaves_nothing_loadable(bucket, local, direction, mon
         killed.update(bucket.objects)
         raise RuntimeError("stopped")
 
-    monkeypatch.setattr("qwen3vl_jax.staging.copy_file", stop)
+    monkeypatch.setattr("qwen3vl_jax.storage.atomic_dir.copy_file", stop)
     with pytest.raises(RuntimeError, match="stopped"):
         convert([*flags, str(source), out])
     assert not bucket.objects and len(killed) > 1
     bucket.objects.update(killed)
     with pytest.raises(InputError, match=r"config\.json"):
         q3.load(out)
-    monkeypatch.setattr("qwen3vl_jax.staging.copy_file", copied)
+    monkeypatch.setattr("qwen3vl_jax.storage.atomic_dir.copy_file", copied)
     bucket.put("bucket/out/rest", b"of the killed one")
     assert convert([*flags, str(source), out]) == 0
     assert "rest" not in held(bucket, "out")
@@ -297,7 +301,7 @@ def told(out):
 
 def test_a_killed_run_goes_on_as_a_local_one(bucket, local, tmp_path, monkeypatch):
     """Model, data and RUN_DIR on gs://, killed between two saves: steps, state and files of one run."""
-    monkeypatch.setattr(setup, "make_step", plain_step)
+    monkeypatch.setattr(train_model, "make_step", plain_step)
     place = put(bucket, local)
     data = (local / "chats.jsonl").read_text() + '{"messages": [{"role": "user"\n'
     (local / "chats.jsonl").write_text(data)
@@ -322,14 +326,14 @@ def test_a_killed_run_goes_on_as_a_local_one(bucket, local, tmp_path, monkeypatc
 
         return once
 
-    monkeypatch.setattr(setup, "make_step", dying)
+    monkeypatch.setattr(train_model, "make_step", dying)
     with pytest.raises(RuntimeError, match="killed"):
         train.main(commands[1])
     bucket.objects.clear()
     bucket.objects.update(killed)
     out = as_path(f"{BUCKET}/run")
     assert 3 in run_dir.saved_steps(out) and len(told(out)) < 7
-    monkeypatch.setattr(setup, "make_step", plain_step)
+    monkeypatch.setattr(train_model, "make_step", plain_step)
     assert train.main(commands[1]) == 0
     assert told(out) == told(tmp_path / "run") and len(told(out)) == 9
     assert run_dir.saved_steps(out) == run_dir.saved_steps(tmp_path / "run") == [6, 9]

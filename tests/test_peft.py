@@ -16,15 +16,19 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import qwen3vl_jax as q3
-from convert import mapping
-from convert.merging import merged
-from convert.peft import MATRICES, SETTINGS, load_adapter, save_adapter
 from convert.to_orbax import to_orbax
+from qwen3vl_jax.checkpoint import name_map
+from qwen3vl_jax.checkpoint.adapters import attach, merge, merged
+from qwen3vl_jax.checkpoint.lazy_tensor import LazyTensor, flatten
+from qwen3vl_jax.checkpoint.peft_io import (
+    MATRICES,
+    SETTINGS,
+    load_adapter,
+    save_adapter,
+)
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.lora import attach, merge
-from qwen3vl_jax.tensors import LazyTensor, flatten
 from qwen3vl_jax.training import recipe
-from qwen3vl_jax.training.adapters import cut_lora
+from qwen3vl_jax.training.lora_targets import cut_lora
 
 BOUND = 2e-5
 pytestmark = [
@@ -77,7 +81,7 @@ class Case:
         """The released tensors with the adapter added."""
         params = jax.jit(merge)(attach(self.params, self.cfg, weights, adapter))
         params = q3.unstack_layers(jax.tree.map(np.array, params))
-        return mapping.to_hf(self.cfg, params)
+        return name_map.to_hf(self.cfg, params)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["dense", "moe"])
@@ -118,10 +122,10 @@ def test_nothing_changes_at_first_and_the_loop_is_the_scan(case):
 
 def test_merged_it_gives_equal_logits_in_transformers(case):
     named = case.merged(case.weights, case.adapter)
-    leaves = dict(flatten(mapping.from_hf(case.cfg, case.ref.weights)))
+    leaves = dict(flatten(name_map.from_hf(case.cfg, case.ref.weights)))
     lazy = {path: LazyTensor(x.shape, x.dtype, lambda x=x: x) for path, x in leaves.items()}
     added = merged(case.cfg, lazy, case.weights, case.adapter)
-    for row in mapping.rows(case.cfg):
+    for row in name_map.rows(case.cfg):
         for name, x in row.split(added[row.path].load()):
             np.testing.assert_allclose(named[name], x, rtol=1e-5, atol=1e-6)
     assert named.keys() == case.ref.weights.keys()
@@ -272,7 +276,7 @@ def test_load_and_convert_take_an_adapter(case, tmp_path):
     folder = reference.save(case.ref, tmp_path / "base")
     to_orbax(folder, tmp_path / "merged", adapter=case.folder)
     params, _ = q3.load(tmp_path / "merged")
-    named = mapping.to_hf(case.cfg, jax.tree.map(np.asarray, params))
+    named = name_map.to_hf(case.cfg, jax.tree.map(np.asarray, params))
     for name, x in case.merged(case.weights, case.adapter).items():
         np.testing.assert_allclose(named[name], x, rtol=1e-5, atol=1e-6)
     params, cfg = q3.load(folder, adapter=case.folder)

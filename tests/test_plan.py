@@ -19,6 +19,7 @@ from rich.console import Console
 import infer
 import train
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.model.sharding import make_mesh
 from qwen3vl_jax.planning import (
     chips,
     command,
@@ -28,9 +29,8 @@ from qwen3vl_jax.planning import (
     roofline,
     search,
 )
-from qwen3vl_jax.sharding import make_mesh
 from qwen3vl_jax.training import recipe
-from qwen3vl_jax.training.preset import preset
+from qwen3vl_jax.training.mesh_preset import preset
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -9,11 +9,11 @@ import pytest
 import tiny
 from rich.console import Console
 
-from qwen3vl_jax import options
+from qwen3vl_jax.checkpoint.device_load import Source
+from qwen3vl_jax.cli import infer_arguments
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.loading import Source
+from qwen3vl_jax.model.sharding import make_mesh
 from qwen3vl_jax.planning import chips, command, program, serving
-from qwen3vl_jax.sharding import make_mesh
 
 
 def console(out):
@@ -100,9 +100,9 @@ def test_eight_bit_weights_are_planned_as_they_are_held(tmp_path, kind):
 
 
 def test_an_adapter_is_refused_for_it_would_not_be_counted():
-    args = options.arguments(["--plan", "v5e:2x2", "--adapter", "DIR"], "")
+    args = infer_arguments.arguments(["--plan", "v5e:2x2", "--adapter", "DIR"], "")
     with pytest.raises(InputError, match="answers nothing, leave --adapter out"):
-        options.check_modes(args)
+        infer_arguments.check_modes(args)
 
 
 def test_more_tokens_than_the_model_has_positions_for_are_refused():

@@ -17,9 +17,9 @@ import train_files
 from tokenizers import Tokenizer
 
 import train
-from qwen3vl_jax import processes
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.training.tables import read_table
+from qwen3vl_jax.runtime import distributed as processes
+from qwen3vl_jax.training.reporting.metrics_table import read_table
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 20

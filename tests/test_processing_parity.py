@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from qwen3vl_jax.processing.images import ImageSettings, preprocess, smart_resize
+from qwen3vl_jax.processing.image_patches import ImageSettings, preprocess, smart_resize
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.processing.tokenizer import Tokenizer
 

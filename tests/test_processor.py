@@ -12,7 +12,7 @@ import pytest
 import toy_checkpoint as toy
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.processing.images import preprocess
+from qwen3vl_jax.processing.image_patches import preprocess
 from qwen3vl_jax.processing.processor import Processor
 
 

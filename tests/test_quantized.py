@@ -7,11 +7,12 @@ import numpy as np
 import ours
 import pytest
 
-from qwen3vl_jax.cli import sizes
+from qwen3vl_jax.checkpoint.device_load import as_dicts, as_structs
 from qwen3vl_jax.config import Config
-from qwen3vl_jax.layers import linear, linear_fp32
-from qwen3vl_jax.moe import experts_ragged, experts_scan
-from qwen3vl_jax.quantized import Quantized, as_dicts, as_structs, dense, take_rows
+from qwen3vl_jax.model.layers import linear, linear_fp32
+from qwen3vl_jax.model.moe import experts_ragged, experts_scan
+from qwen3vl_jax.model.quantized import Quantized, dense, take_rows
+from qwen3vl_jax.runtime.console import sizes
 
 BOUND = 1e-5
 # Shape of a weight, of its scales, axes that a product sums over.

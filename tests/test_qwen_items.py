@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.processing.chat import read_conversation
-from qwen3vl_jax.processing.images import preprocess
+from qwen3vl_jax.processing.image_patches import preprocess
+from qwen3vl_jax.processing.messages import read_conversation
 from qwen3vl_jax.processing.qwen_items import VideoItem, image_limits
-from qwen3vl_jax.processing.videos import preprocess_video
+from qwen3vl_jax.processing.video_patches import preprocess_video
 
 TOKEN = 32 * 32
 

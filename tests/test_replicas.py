@@ -13,8 +13,8 @@ import pytest
 
 import infer
 import qwen3vl_jax as q3
-from qwen3vl_jax.journal import Journal, read_lines
-from qwen3vl_jax.replicas import share_of
+from qwen3vl_jax.cli.batch_journal import Journal, read_lines
+from qwen3vl_jax.cli.replicas import share_of
 
 ROOT = Path(infer.__file__).parent
 LINES = 30

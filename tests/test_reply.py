@@ -8,14 +8,14 @@ import pytest
 import toy_checkpoint as toy
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.processing.defaults import (
+from qwen3vl_jax.processing.chat_template import ChatTemplate
+from qwen3vl_jax.processing.generation_config import (
     read_generation_config,
     sampling_defaults,
     stop_ids,
 )
+from qwen3vl_jax.processing.parse_reply import Reply, ToolCall, parse_reply
 from qwen3vl_jax.processing.processor import Processor
-from qwen3vl_jax.processing.reply import Reply, ToolCall, parse_reply
-from qwen3vl_jax.processing.template import ChatTemplate
 
 
 @pytest.fixture(scope="module")

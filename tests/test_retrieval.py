@@ -7,7 +7,7 @@ from PIL import Image
 
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.processor import Processor
-from qwen3vl_jax.processing.retrieval import (
+from qwen3vl_jax.processing.retrieval_prompts import (
     document,
     embed_conversation,
     rerank_conversation,

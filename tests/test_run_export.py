@@ -12,15 +12,15 @@ from hf_files import assert_same, read
 
 import convert.__main__ as command
 import qwen3vl_jax as q3
-from convert.peft import load_adapter
-from convert.run_dir import Wanted, run_to_hf
+from convert.from_run import Wanted, run_to_hf
+from qwen3vl_jax.checkpoint.adapters import attach, merge
+from qwen3vl_jax.checkpoint.peft_io import load_adapter
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.lora import attach, merge
-from qwen3vl_jax.training import recipe, run_dir, setup
-from qwen3vl_jax.training.adapters import adapter_of
+from qwen3vl_jax.training import recipe, run_dir, train_model
 from qwen3vl_jax.training.checkpoints import Checkpoints
+from qwen3vl_jax.training.lora_targets import adapter_of
 from qwen3vl_jax.training.model_files import open_model, write_model_files
-from qwen3vl_jax.training.start import plain
+from qwen3vl_jax.training.resume import plain
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +38,9 @@ def saved(folder, ckpt, change=lambda weights: weights, scores=(None,), **tables
     (out / run_dir.CONFIG).write_text(tomli_w.dumps(plain(dataclasses.asdict(settings))))
     write_model_files(settings, out / run_dir.MODEL)
     proc, ids = open_model(settings, out / run_dir.MODEL)
-    trainee = setup.prepare(settings, proc.config, ids)
-    rule = setup.rule_of(settings, proc.config, trainee.weights)
-    state = setup.first_state(settings, rule, trainee.weights)
+    trainee = train_model.prepare(settings, proc.config, ids)
+    rule = train_model.rule_of(settings, proc.config, trainee.weights)
+    state = train_model.first_state(settings, rule, trainee.weights)
     kept = Checkpoints(out, keep=len(scores))
     for i, score in enumerate(scores, 1):
         new = state.replace(step=jnp.int32(10 * i), weights=change(state.weights))
@@ -82,7 +82,7 @@ def test_trained_weights_average_and_new_tokens(tmp_path, ckpt, capsys):
     assert command.main(["--to-hf", str(out), str(tmp_path / "mean")]) == 0
     assert "step 10, averaged weights" in capsys.readouterr().out
     assert command.main(["--to-hf", "--raw", str(out), str(tmp_path / "raw")]) == 0
-    first = setup.prepare(settings, q3.Config.from_hf(ckpt), [_id(out)]).weights
+    first = train_model.prepare(settings, q3.Config.from_hf(ckpt), [_id(out)]).weights
     same_trees(q3.load(out), q3.load(tmp_path / "mean"))
     for folder, more in (("mean", 0), ("raw", 1)):
         params, _ = q3.load(tmp_path / folder)
@@ -136,7 +136,7 @@ def test_lora_is_merged_or_written_as_an_adapter(tmp_path, ckpt, base):
     run_to_hf(out, tmp_path / "hf")
     assert run_to_hf(out, tmp_path / "peft", Wanted(adapter=True))[2] == "step 10, PEFT adapter, "
     weights, adapter = load_adapter(tmp_path / "peft", cfg)
-    trainee = setup.prepare(settings, cfg)
+    trainee = train_model.prepare(settings, cfg)
     for name, x in grown(trainee.weights).items():
         np.testing.assert_array_equal(weights[name], x)
     assert adapter == adapter_of(settings, cfg)

@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationConfig, set_seed
 
 import qwen3vl_jax as q3
-from qwen3vl_jax.sampling import draw, penalize, restrict
+from qwen3vl_jax.inference.sampling import draw, penalize, restrict
 
 OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0,
        "min_new_tokens": 0}  # fmt: skip

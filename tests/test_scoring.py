@@ -11,7 +11,7 @@ import tiny
 import torch
 
 import qwen3vl_jax as q3
-from qwen3vl_jax import scoring
+from qwen3vl_jax.inference import scoring
 
 ROWS = ("clips_and_picture", "text", "three_pictures")
 

@@ -14,7 +14,9 @@ import pytest
 
 import qwen3vl_jax as q3
 from demo import evaluate, examples
-from qwen3vl_jax import cache, generation, session, terminal
+from qwen3vl_jax.cli import chat as terminal
+from qwen3vl_jax.inference import chat_session, generate
+from qwen3vl_jax.model import cache
 
 
 @pytest.fixture(scope="module")
@@ -80,16 +82,16 @@ def test_each_turn_answers_as_the_whole_conversation(demo, monkeypatch, count, c
         cache, "_fill_in_chunks",
         lambda *given, fill=cache._fill_in_chunks: pieces.append(given[-1]) or fill(*given),
     )  # fmt: skip
-    encoded, encode = [], generation.encode
+    encoded, encode = [], generate.encode
     monkeypatch.setattr(
-        generation, "encode",
+        generate, "encode",
         lambda params, cfg, vision: encoded.append(len(vision.pixels)) or encode(params, cfg, vision),
     )  # fmt: skip
     messages, kept = [], None
     for number, items in enumerate(TURNS):
         messages.append(user(*items))
         encoded.clear()
-        turn = session.take_turn(
+        turn = chat_session.take_turn(
             params, proc, messages, kept, max_new_tokens=count, prefill_chunk=chunk,
             sampling=sampling, seed=number,
         )  # fmt: skip
@@ -107,10 +109,12 @@ def test_only_what_is_new_is_run(demo):
     """The second turn's batch holds the new turn alone, at the positions of the whole."""
     proc, params = demo
     messages = [user(*TURNS[0])]
-    _, (answer, kept) = finish(session.take_turn(params, proc, messages, None, max_new_tokens=40))
+    _, (answer, kept) = finish(
+        chat_session.take_turn(params, proc, messages, None, max_new_tokens=40)
+    )
     messages += [{"role": "assistant", "content": answer}, user(*TURNS[2])]
     arrays = proc.inputs(messages)
-    batch, cache = session.continue_from(proc.config, arrays, kept)
+    batch, cache = chat_session.continue_from(proc.config, arrays, kept)
     ids = arrays["input_ids"][0]
     start = int(cache.length[0])
     assert start >= len(kept.ids) - 1 and (batch.segment_ids[0] > 0).sum() == len(ids) - start
@@ -126,9 +130,9 @@ def test_an_earlier_turn_that_changed_is_run_again(demo):
     """Another first question: nothing of the old answer is used; another picture cuts before it."""
     proc, params = demo
     first = [user(*TURNS[0])]
-    _, (_, kept) = finish(session.take_turn(params, proc, first, None, max_new_tokens=40))
+    _, (_, kept) = finish(chat_session.take_turn(params, proc, first, None, max_new_tokens=40))
     changed = [user(TURNS[0][0], text("Count the digits."))]
-    _, (again, _) = finish(session.take_turn(params, proc, changed, kept, max_new_tokens=40))
+    _, (again, _) = finish(chat_session.take_turn(params, proc, changed, kept, max_new_tokens=40))
     assert again == anew(params, proc, changed, 40)
 
 
@@ -137,12 +141,12 @@ def test_a_stop_text_ends_a_turn(demo):
     proc, params = demo
     messages = [user({"type": "image", "image": GRID}, text("Read the digits."))]
     _, (answer, kept) = finish(
-        session.take_turn(params, proc, messages, max_new_tokens=40, stop=["8", "7"])
+        chat_session.take_turn(params, proc, messages, max_new_tokens=40, stop=["8", "7"])
     )
     assert answer == "5 6 " and kept.ended  # of "5 6 8 9\n.."
     prompt = proc.inputs(messages)["input_ids"].size
     messages += [{"role": "assistant", "content": answer}, user(*TURNS[1])]
-    _, cache = session.continue_from(proc.config, proc.inputs(messages), kept)
+    _, cache = chat_session.continue_from(proc.config, proc.inputs(messages), kept)
     start = int(cache.length[0])
     assert proc.decode(kept.ids[prompt:start]).strip() == "5 6" and start < len(kept.ids)
 
@@ -173,7 +177,7 @@ def test_a_chat_goes_on(demo, capsys, monkeypatch):
             kept.cache["keys"].delete()  # given away, as a turn gives it
             raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.")
         yield "hm"
-        return "hm", session.Kept(np.zeros(5, int), {"keys": jax.numpy.ones(3)}, False)
+        return "hm", chat_session.Kept(np.zeros(5, int), {"keys": jax.numpy.ones(3)}, False)
 
     monkeypatch.setattr(terminal, "take_turn", turn)
     read = typed("one", "two", "three")
@@ -212,7 +216,7 @@ def test_chat_in_the_terminal(demo, capsys, tmp_path):
     assert err.count("/help says this") == 3  # at the start, after /help and in the error
     assert out.count("\x1b") == 0
     assert "error: gone.mp4: " in err and "cut off" not in err
-    turn = session.take_turn(params, proc, [user(*TURNS[0])], max_new_tokens=9, max_len=20)
+    turn = chat_session.take_turn(params, proc, [user(*TURNS[0])], max_new_tokens=9, max_len=20)
     with pytest.raises(q3.InputError, match=r"may have 20 \(max_len\)"):
         next(turn)
 
@@ -286,7 +290,7 @@ def test_an_answer_goes_on_as_the_tokens_that_were_written(demo):
     prompt = proc.inputs(asked)["input_ids"][0]
     spelled = "ab<|im_end|>\n<|im_start|>system"
     letters = [i for c in spelled for i in proc.tokenizer.encode(c)]
-    kept = session.Kept(
+    kept = chat_session.Kept(
         np.append(prompt, letters), None, True, ((len(prompt), len(prompt) + len(letters)),)
     )
     for words, same in (
@@ -298,20 +302,20 @@ def test_an_answer_goes_on_as_the_tokens_that_were_written(demo):
         chat = [*asked, {"role": "assistant", "content": words}, user(text("Go on."))]
         row = proc.inputs(chat)["input_ids"][0]
         assert np.isin(row, list(proc.tokenizer.special.values())).sum() == 7
-        found, spans = session.as_written(proc, row, kept)
+        found, spans = chat_session.as_written(proc, row, kept)
         assert spans == (kept.answers if same else ())
         assert np.array_equal(found[: len(kept.ids)], kept.ids) == same, words
         assert proc.decode(found, False) == proc.decode(row, False)
     other = dataclasses.replace(kept, ids=np.append(prompt, proc.config.image_token_id))
-    assert np.array_equal(session.as_written(proc, row, other)[0], row)
+    assert np.array_equal(chat_session.as_written(proc, row, other)[0], row)
     # The turn after the next: both answers stay as they were written.
     chat[1]["content"] = spelled
-    first, _ = session.as_written(proc, proc.inputs(chat)["input_ids"][0], kept)
+    first, _ = chat_session.as_written(proc, proc.inputs(chat)["input_ids"][0], kept)
     both = (*kept.answers, (len(first), len(first) + len(letters)))
-    kept = session.Kept(np.append(first, letters), None, True, both)
+    kept = chat_session.Kept(np.append(first, letters), None, True, both)
     chat += [{"role": "assistant", "content": spelled}, user(text("And on."))]
-    found, spans = session.as_written(proc, proc.inputs(chat)["input_ids"][0], kept)
+    found, spans = chat_session.as_written(proc, proc.inputs(chat)["input_ids"][0], kept)
     assert spans == both and np.array_equal(found[: len(kept.ids)], kept.ids)
     chat[1]["content"] = "changed"
     row = proc.inputs(chat)["input_ids"][0]
-    assert np.array_equal(session.as_written(proc, row, kept)[0], row)
+    assert np.array_equal(chat_session.as_written(proc, row, kept)[0], row)

@@ -13,11 +13,16 @@ import pytest
 import train_files
 
 import qwen3vl_jax as q3
-from qwen3vl_jax import sharding
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.model import sharding
 from qwen3vl_jax.planning.program import check_batch
-from qwen3vl_jax.training import placing, run_dir, setup, start
-from qwen3vl_jax.training.preset import preset
+from qwen3vl_jax.training import (
+    resume,
+    run_dir,
+    state_sharding,
+    train_model,
+)
+from qwen3vl_jax.training.mesh_preset import preset
 from qwen3vl_jax.training.recipe import Mesh, Pack, Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,10 +85,10 @@ def test_every_parameter_of_every_size_has_a_place():
     for name, count in counts.items():
         cfg = q3.Config.named(name)
         shapes, sizes = (
-            setup.shapes(cfg),
+            train_model.shapes(cfg),
             vars(preset(cfg, Pack(rows=count, vision_rows=count), count)),
         )
-        found = placing.params_shardings(sharding.layout_mesh(sizes), cfg, shapes)
+        found = state_sharding.params_shardings(sharding.layout_mesh(sizes), cfg, shapes)
         held = {n: where.shard_shape(shapes[n].shape) for n, where in found.items()}
         large = [n for n, x in shapes.items() if x.size > 10**7]
         assert len(large) > 5
@@ -171,7 +176,7 @@ def test_an_axis_that_divides_little_of_a_model_is_refused(name, sizes, told):
     """Also where another axis cuts each of its parameters."""
     cfg, mesh = q3.Config.named(name), sharding.layout_mesh(sizes)
     with pytest.raises(InputError, match=told) if told else contextlib.nullcontext():
-        placing.check_mesh(mesh, cfg, setup.shapes(cfg))
+        state_sharding.check_mesh(mesh, cfg, train_model.shapes(cfg))
 
 
 @pytest.mark.parametrize(
@@ -223,13 +228,13 @@ def test_a_recipe_without_a_mesh_takes_all_devices(tmp_path):
     """As many parts as rows, or the groups that a run began with, divide; one that asks is left alone."""
     ckpt = train_files.checkpoint(tmp_path / "ckpt", weights=False)
     settings = Recipe(str(ckpt), 1, pack=Pack(rows=8, vision_rows=8))
-    assert start.laid_out(settings, tmp_path / "new").mesh == Mesh(fsdp=8)
+    assert resume.laid_out(settings, tmp_path / "new").mesh == Mesh(fsdp=8)
     saved = tmp_path / "run" / run_dir.CHECKPOINTS / "5" / run_dir.META
     saved.mkdir(parents=True)
     (saved / "metadata").write_text('{"data": {"groups": [{}, {}]}}')
-    assert start.laid_out(settings, tmp_path / "run").mesh == Mesh(fsdp=2, tensor=2, sequence=2)
+    assert resume.laid_out(settings, tmp_path / "run").mesh == Mesh(fsdp=2, tensor=2, sequence=2)
     asked = Recipe(str(ckpt), 1, mesh=Mesh(fsdp=1))
-    assert start.laid_out(asked, tmp_path / "new") is asked
+    assert resume.laid_out(asked, tmp_path / "new") is asked
 
 
 def test_a_program_of_its_own_compiles_while_another_is_traced():

@@ -10,13 +10,13 @@ import pytest
 import tiny
 import toy_checkpoint as toy
 
-from qwen3vl_jax import sharding
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.model import sharding
 from qwen3vl_jax.processing.processor import Processor
-from qwen3vl_jax.training.feed import Feed
+from qwen3vl_jax.training.data.feed import Feed
+from qwen3vl_jax.training.data.global_batches import Shares, divided
 from qwen3vl_jax.training.recipe import Data, Pack, Source
-from qwen3vl_jax.training.shares import Shares, divided
 
 GROUPS = 4
 DATA = Data(sources=(Source("python:train_sources:Ready", options={"count": 30}),))

@@ -10,10 +10,10 @@ import ours
 import tiny
 
 import qwen3vl_jax as q3
-from qwen3vl_jax import attention, splash
-from qwen3vl_jax.attention import _attend_blocks, causal_ranges
-from qwen3vl_jax.cache import init_cache
-from qwen3vl_jax.splash import segments, splash_attend, splash_refusal
+from qwen3vl_jax.model import attention, attention_tpu
+from qwen3vl_jax.model.attention import _attend_blocks, causal_ranges
+from qwen3vl_jax.model.attention_tpu import segments, splash_attend, splash_refusal
+from qwen3vl_jax.model.cache import init_cache
 
 HEADS, KEY_HEADS = 6, 2
 
@@ -53,7 +53,7 @@ ROWS = packed(
 
 def test_packed_and_padded_rows(monkeypatch):
     """Several segments, padding on either side, a row of nearly nothing; G = 3."""
-    monkeypatch.setattr(splash, "BLOCK", 128)
+    monkeypatch.setattr(attention_tpu, "BLOCK", 128)
     lo, hi = causal_ranges(ROWS)
     lo = lo.at[1].set(150)  # padding may have any empty range
     hi = hi.at[1].set(jnp.maximum(hi[1], 150))
@@ -62,7 +62,7 @@ def test_packed_and_padded_rows(monkeypatch):
 
 def test_frames_of_the_vision_tower(monkeypatch):
     """Pictures of any size in a row that is no multiple of a block; padding sees nothing."""
-    monkeypatch.setattr(splash, "BLOCK", 128)
+    monkeypatch.setattr(attention_tpu, "BLOCK", 128)
     sizes = np.array([64, 100, 36, 120])
     ends = np.cumsum(sizes)
     lo, hi = (np.pad(np.repeat(x, sizes), (0, 50))[None] for x in (ends - sizes, ends))
@@ -71,7 +71,7 @@ def test_frames_of_the_vision_tower(monkeypatch):
 
 def test_a_shard_of_a_row(monkeypatch):
     """T < S, the shard's place in the row known on the device only."""
-    monkeypatch.setattr(splash, "BLOCK", 128)
+    monkeypatch.setattr(attention_tpu, "BLOCK", 128)
     rows = packed([(1, 200), (2, 300), (0, 12)], [(1, 512)])
     lo, hi = causal_ranges(rows)
     whole = segments(lo, hi)
@@ -109,11 +109,11 @@ def test_blocks_outside_every_range_are_not_visited():
     lo, hi = causal_ranges(packed([(1, 512), (2, 512), (0, 512)]))
     empty = hi <= lo
     first, end = jnp.where(empty, 1536, lo), jnp.where(empty, 0, hi)
-    seen = splash._seen(first, end, 512, 256, 1536)
+    seen = attention_tpu._seen(first, end, 512, 256, 1536)
     np.testing.assert_array_equal(
         seen[0].astype(int), [[1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0]]
     )
-    steps = splash._steps(jnp.concatenate([seen, seen]))[0]
+    steps = attention_tpu._steps(jnp.concatenate([seen, seen]))[0]
     row = np.array([[0, 1, 1, 1, 1, 1], [2, 2, 2, 3, 3, 3], [0] * 6])
     np.testing.assert_array_equal(steps[0], np.concatenate([row, row + 6]))
 
@@ -121,10 +121,10 @@ def test_blocks_outside_every_range_are_not_visited():
 def test_block_sizes_divide_padded_lengths():
     """Multiples of 128 up to 512, and less than a block of 128 more for every block."""
     for length in (128, 129, 640, 4096, 4100, 65536):
-        block = splash._block(length)
+        block = attention_tpu._block(length)
         count = -(-length // block)
         assert block % 128 == 0 and block <= 512 and count * block - length < 128 * count
-    assert [splash._block(n) for n in (128, 640, 1152, 4096)] == [128, 384, 384, 512]
+    assert [attention_tpu._block(n) for n in (128, 640, 1152, 4096)] == [128, 384, 384, 512]
 
 
 def test_what_is_refused():
@@ -159,7 +159,7 @@ def test_the_model_is_the_same_on_the_kernel(monkeypatch):
         return splash_attend(q, *args, **kwargs, interpret=True)
 
     monkeypatch.setattr(attention, "platform", lambda: "tpu")
-    monkeypatch.setattr(splash, "splash_attend", interpreted)
+    monkeypatch.setattr(attention_tpu, "splash_attend", interpreted)
     got = jax.jit(lambda p: q3.forward(p, cfg, batch, logits_to_keep=1))(params)
     assert ours.worst(got, want) < 1e-5
     assert calls == [batch.vision.lo.shape[0], batch.tokens.shape[1]]

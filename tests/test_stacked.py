@@ -9,10 +9,10 @@ from jax.sharding import PartitionSpec as P
 
 import qwen3vl_jax as q3
 from convert.to_orbax import to_orbax
-from qwen3vl_jax.sharding import make_mesh
-from qwen3vl_jax.tensors import flatten
-from qwen3vl_jax.training import groups, setup
-from qwen3vl_jax.training.stacked import layers_of, load_stacked, paths_of
+from qwen3vl_jax.checkpoint.lazy_tensor import flatten
+from qwen3vl_jax.model.sharding import make_mesh
+from qwen3vl_jax.training import param_groups, train_model
+from qwen3vl_jax.training.stacked_load import layers_of, load_stacked, paths_of
 
 
 @pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
@@ -28,8 +28,8 @@ def test_stacked_arrays_are_those_of_load(tmp_path, moe):
             assert jax.tree.structure(got) == jax.tree.structure(want)
             for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
                 assert a.dtype == b.dtype and np.array_equal(a, b)
-    flat = groups.flatten(load_stacked(tmp_path / "hf", lambda name: "float32"))[0]
-    shapes = setup.shapes(cfg)
+    flat = param_groups.flatten(load_stacked(tmp_path / "hf", lambda name: "float32"))[0]
+    shapes = train_model.shapes(cfg)
     assert [(n, x.shape) for n, x in flat.items()] == [(n, x.shape) for n, x in shapes.items()]
     left = dict(flatten(params))
     for name, stack in flat.items():
@@ -44,7 +44,7 @@ def test_each_parameter_has_the_dtype_it_is_held_in(tmp_path):
     found = load_stacked(
         tmp_path / "hf", lambda name: "bfloat16" if name.startswith("vision") else "float32"
     )
-    for name, x in groups.flatten(found)[0].items():
+    for name, x in param_groups.flatten(found)[0].items():
         assert x.dtype == ("bfloat16" if name.startswith("vision") else "float32"), name
 
 

@@ -13,8 +13,8 @@ from chats import calls, clip, picture, result, said, system, user
 from transformers import Qwen2Tokenizer, Qwen3VLProcessor, Qwen3VLVideoProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from qwen3vl_jax.processing.chat_template import ChatTemplate
 from qwen3vl_jax.processing.processor import Processor
-from qwen3vl_jax.processing.template import ChatTemplate
 
 TEMPLATES = toy.RELEASED_TEMPLATES
 TALL, WIDE, TINY = picture(40, 16), picture(17, 60), picture(8, 8)

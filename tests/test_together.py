@@ -9,25 +9,25 @@ from argparse import Namespace
 import jax
 import pytest
 
-from qwen3vl_jax import processes
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.runtime import distributed
 
 
 def test_none_ends_before_the_slowest(monkeypatch):
     """JAX aborts a process that has ended more than the heartbeat before another."""
     done = []
-    monkeypatch.setattr(processes, "wait_for_all", done.append)
-    assert processes.end_together(lambda: done.append("run") or 3) == 3
+    monkeypatch.setattr(distributed, "wait_for_all", done.append)
+    assert distributed.end_together(lambda: done.append("run") or 3) == 3
     assert done == ["run", "end"]
     with pytest.raises(ZeroDivisionError):
-        processes.end_together(lambda: 1 // 0)
+        distributed.end_together(lambda: 1 // 0)
     assert done == ["run", "end"]
 
 
 def asked(coordinator="", **environ):
     many = Namespace(coordinator=coordinator, processes=2, process=0, distributed=False)
     none = Namespace(coordinator="", processes=0, process=-1, distributed=False)
-    return processes.asked_of(many if coordinator else none, environ)
+    return distributed.asked_of(many if coordinator else none, environ)
 
 
 @pytest.mark.parametrize("place", ["foo", "foo:", ":80", "foo:99999", "foo:0", "foo:http"])
@@ -47,14 +47,14 @@ def test_addresses():
 def test_a_shell_of_slurm_is_one_process():
     """Only srun starts several; salloc and sbatch have the count too."""
     assert asked(SLURM_NTASKS="8") is None
-    assert asked(SLURM_NTASKS="8", SLURM_STEP_NODELIST="n[1-8]") == processes.Asked()
+    assert asked(SLURM_NTASKS="8", SLURM_STEP_NODELIST="n[1-8]") == distributed.Asked()
     assert asked(SLURM_NTASKS="1", SLURM_STEP_NODELIST="n1") is None
 
 
 def test_a_process_that_waits_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(processes, "PATIENCE", 0.01)
+    monkeypatch.setattr(distributed, "PATIENCE", 0.01)
     monkeypatch.setattr(jax.distributed, "initialize", lambda **_: time.sleep(0.3))
-    processes.start(processes.Asked("foo:80", 2, 1))
+    distributed.start(distributed.Asked("foo:80", 2, 1))
     said = capsys.readouterr().err
     assert said == "process 1 of 2: waiting for the other processes at foo:80\n"
 
@@ -70,7 +70,7 @@ def test_no_cluster_is_told_what_to_give(monkeypatch):
         "should be defined.; jax finds no cluster by itself here: expected --coordinator HOST:PORT"
     )
     with pytest.raises(InputError, match=told):
-        processes.start(processes.Asked())
+        distributed.start(distributed.Asked())
 
 
 GONE = "error: process 0: another process of this run is gone"
@@ -104,12 +104,12 @@ def test_why_a_process_ends(monkeypatch, capsys, error, code, told):
 
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(os, "_exit", end)
-    monkeypatch.setattr(processes, "_meet", lambda *_: None)
+    monkeypatch.setattr(distributed, "_meet", lambda *_: None)
     with pytest.raises(SystemExit) as ended:
-        processes.end_together(run)
+        distributed.end_together(run)
     said = capsys.readouterr().err
     assert ended.value.code == code
-    assert told in said and (GONE in said) == (code == processes.LOST)
+    assert told in said and (GONE in said) == (code == distributed.LOST)
 
 
 SEEN = """

@@ -14,10 +14,10 @@ from chats import calls, result, said, system, user
 from PIL import Image
 
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.processing.chat_template import ChatTemplate
 from qwen3vl_jax.processing.processor import Processor
-from qwen3vl_jax.processing.template import ChatTemplate
-from qwen3vl_jax.training import records, samples, shares
-from qwen3vl_jax.training.chat_form import chat_form
+from qwen3vl_jax.training.data import global_batches, make_samples, records
+from qwen3vl_jax.training.data.chat_format import chat_form
 from qwen3vl_jax.training.recipe import Data, Pack, Source
 
 PACK = Pack(rows=1, length=2000, vision_rows=2, vision_length=4096)
@@ -46,7 +46,7 @@ def proc(tmp_path_factory):
 
 def sample_of(proc, messages, tools=None, data=Data(), pack=PACK):  # noqa: B008 frozen
     record = chat_form({"messages": messages} | ({"tools": tools} if tools else {}))
-    return samples.SampleMaker(proc, data, pack)("here:1", record)
+    return make_samples.SampleMaker(proc, data, pack)("here:1", record)
 
 
 def learned(proc, sample) -> list[str]:
@@ -213,7 +213,7 @@ def test_every_kind_of_file_gives_the_same_sample(proc, tmp_path):
     sources = {name: Source(str(tmp_path / name)) for name in ("a.jsonl", "b.json", "c.parquet",
                "d.parquet", "e.array_record", "other/f.jsonl")}  # fmt: skip
     sources["g"] = Source(str(tmp_path / "a.jsonl"), media=str(tmp_path / "other"))
-    maker, found = samples.SampleMaker(proc, Data(), PACK), {}
+    maker, found = make_samples.SampleMaker(proc, Data(), PACK), {}
     for key, source in sources.items():
         opened = records.open_records(source)
         found |= {f"{key} {opened.name(i)}": maker("x", opened.read(i)) for i in range(len(opened))}
@@ -350,7 +350,7 @@ def test_an_empty_place_is_no_picture():
 def test_bad_records_say_why(proc, case):
     record, words = REFUSED[case]
     with pytest.raises(InputError, match=words):
-        samples.SampleMaker(proc, Data(), PACK)("x:1", chat_form(record))
+        make_samples.SampleMaker(proc, Data(), PACK)("x:1", chat_form(record))
 
 
 IMAGE = chats.picture(20, 40)["image"]
@@ -410,7 +410,7 @@ MEANS = {
 @pytest.mark.parametrize("case", MEANS)
 def test_every_key_of_a_record_means_something(proc, case):
     """The sample is that of a plain record: the same ids, labels, weights and pixels."""
-    maker = samples.SampleMaker(proc, Data(), PACK)
+    maker = make_samples.SampleMaker(proc, Data(), PACK)
     got, want = (maker("x:1", chat_form(record)) for record in MEANS[case])
     for name in ("ids", "labels", "weights", "positions"):
         np.testing.assert_array_equal(getattr(got, name), getattr(want, name), err_msg=name)
@@ -462,7 +462,7 @@ def test_videos_of_a_record_may_be_frames(proc, tmp_path):
     names = [f"frames/{i}.png" for i in range(6)]
     for i, name in enumerate(names):
         (tmp_path / name).write_bytes(png((40, 24), 40 * i))
-    source, maker = Source("", media=str(tmp_path)), samples.SampleMaker(proc, Data(), PACK)
+    source, maker = Source("", media=str(tmp_path)), make_samples.SampleMaker(proc, Data(), PACK)
 
     def sample(item, tag="<video>a", **beside):
         messages = [user(*([item] if item else []), tag), said("b")]
@@ -546,7 +546,7 @@ def test_ready_samples_are_checked_as_all_are(proc, case):
     """Ids, labels, weights and positions of a Sample that a class made."""
     changes, words = WRONG[case]
     good = sample_of(proc, [user("a"), said("b")])
-    maker, changed = samples.SampleMaker(proc, Data(), PACK), {}
+    maker, changed = make_samples.SampleMaker(proc, Data(), PACK), {}
     for name, value in changes.items():
         array = getattr(good, name)
         if isinstance(value, type):
@@ -566,7 +566,7 @@ def test_ready_samples_are_checked_as_all_are(proc, case):
 def test_pixels_of_a_ready_sample_are_checked(proc):
     """What is normalised, not finite, or lies on other placeholders would be trained on as it is."""
     good = sample_of(proc, [user(PICTURE, FILM, "a"), said("b")])
-    maker, (one, other) = samples.SampleMaker(proc, Data(), PACK), good.visuals
+    maker, (one, other) = make_samples.SampleMaker(proc, Data(), PACK), good.visuals
     for changed, words in (
         (
             dataclasses.replace(one, pixels=one.pixels.astype(np.float32)),
@@ -630,7 +630,7 @@ def test_too_long_is_refused_or_cut_between_turns(proc):
     short = dataclasses.replace(PACK, length=sizes[0] - 1)
     for data, pack in ((Data(), short), (Data(too_long="cut"), short)):
         with pytest.raises(
-            samples.TooLarge, match=f"{sizes[3]} tokens, pack.length is {sizes[0] - 1}"
+            make_samples.TooLarge, match=f"{sizes[3]} tokens, pack.length is {sizes[0] - 1}"
         ):
             sample_of(proc, messages, data=data, pack=pack)
 
@@ -648,8 +648,8 @@ def test_vision_rows_hold_whole_merged_rows(proc):
     """Else the rows behind the first would show other patches than theirs."""
     pack = dataclasses.replace(PACK, vision_length=34)
     with pytest.raises(InputError, match=r"pack.vision_length is 34, expected a multiple of 4"):
-        samples.SampleMaker(proc, Data(), pack)
-    samples.SampleMaker(proc, Data(), dataclasses.replace(pack, vision_rows=0))
+        make_samples.SampleMaker(proc, Data(), pack)
+    make_samples.SampleMaker(proc, Data(), dataclasses.replace(pack, vision_rows=0))
 
 
 @pytest.mark.parametrize(
@@ -659,11 +659,13 @@ def test_vision_rows_hold_whole_merged_rows(proc):
         (dataclasses.replace(PACK, vision_rows=0), "pack.vision_rows is 0"),
         (dataclasses.replace(PACK, vision_rows=1, vision_length=64), "a batch has 1 rows of 64"),
         (
-            shares.divided(dataclasses.replace(PACK, rows=4, vision_rows=4, vision_length=64), 4),
+            global_batches.divided(
+                dataclasses.replace(PACK, rows=4, vision_rows=4, vision_length=64), 4
+            ),
             "80 patches in its pictures and clips, each of 4 groups of a batch has 1 rows of 64",
         ),
     ],
 )
 def test_more_patches_than_there_are(proc, pack, words):
-    with pytest.raises(samples.TooLarge, match=words):
+    with pytest.raises(make_samples.TooLarge, match=words):
         sample_of(proc, [user(PICTURE, PICTURE), said("b")], pack=pack)

@@ -8,7 +8,8 @@ import toy_checkpoint as toy
 from chats import calls, picture, said, user
 
 from qwen3vl_jax.processing.processor import Processor
-from qwen3vl_jax.training import evaluate, samples
+from qwen3vl_jax.training import evaluate
+from qwen3vl_jax.training.data import make_samples
 from qwen3vl_jax.training.recipe import Data, Pack
 
 
@@ -82,7 +83,7 @@ def test_questions_are_read_as_the_recipe_says(proc, generated):
     got, refused = answers(proc, asked, data)
     assert [(a.name, a.exact) for a in got] == [("r:0", True), ("r:2", False)]
     assert [name for name, _ in refused] == ["r:1"] and "/none/such.png" in refused[0][1]
-    trained = samples.SampleMaker(proc, data, Pack())("r:0", {"messages": asked[0]})
+    trained = make_samples.SampleMaker(proc, data, Pack())("r:0", {"messages": asked[0]})
     tokens = np.asarray(generated.batches[0].tokens)[0]
     count = (trained.ids == proc.config.image_token_id).sum()
     assert (tokens == proc.config.image_token_id).sum() == count

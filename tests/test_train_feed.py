@@ -18,11 +18,11 @@ from chats import said, user
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.processor import Processor
-from qwen3vl_jax.training import feed as feeds
-from qwen3vl_jax.training import packing, parcel
-from qwen3vl_jax.training.memory import Memory
+from qwen3vl_jax.training.data import feed as feeds
+from qwen3vl_jax.training.data import packing, worker_transport
+from qwen3vl_jax.training.data.memory import Memory
+from qwen3vl_jax.training.data.sample import Refusal, Sample
 from qwen3vl_jax.training.recipe import Data, Pack, Source
-from qwen3vl_jax.training.sample import Refusal, Sample
 
 PACK = Pack(rows=3, length=96, vision_rows=2, vision_length=256, lookahead=6)
 
@@ -223,11 +223,11 @@ def group_of_samples(config) -> list:
 def test_what_workers_send_is_what_comes(tiny_proc, monkeypatch, tmp_path, room):
     """Through a file in memory, or where that has no room through the pipe: the same batch."""
     config, shape = tiny_proc.config, tiny_proc.config.vision.patch_shape
-    given, inbox = group_of_samples(config), parcel.Inbox()
+    given, inbox = group_of_samples(config), worker_transport.Inbox()
     if not room:
         full = OSError(errno.ENOSPC, "No space left on device")
-        monkeypatch.setattr(parcel, "_file", mock.Mock(side_effect=full))
-    sent = pickle.loads(pickle.dumps(parcel.send(str(tmp_path), shape, given)))
+        monkeypatch.setattr(worker_transport, "_file", mock.Mock(side_effect=full))
+    sent = pickle.loads(pickle.dumps(worker_transport.send(str(tmp_path), shape, given)))
     assert isinstance(sent.block, str) == room
     apart = sum(v.pixels.nbytes for s in given[:-2] for v in s.visuals)
     table = 24 * sum(len(s.ids) for s in given if isinstance(s, Sample))
@@ -247,7 +247,7 @@ def test_what_workers_send_is_what_comes(tiny_proc, monkeypatch, tmp_path, room)
         assert not any(name.endswith(".free") for name in names)
         del got, samples, waiting, placed
         assert {p.name for p in tmp_path.iterdir()} == {f"{name}.free" for name in names}
-        second = parcel.send(str(tmp_path), shape, given[:1])
+        second = worker_transport.send(str(tmp_path), shape, given[:1])
         assert {p.name for p in tmp_path.iterdir()} == names
         np.testing.assert_array_equal(second.opened(inbox)[0].ids, given[0].ids)
 

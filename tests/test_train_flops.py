@@ -13,8 +13,9 @@ import pytest
 import tiny
 
 import qwen3vl_jax as q3
-from qwen3vl_jax.training import flops, step
+from qwen3vl_jax.training import train_step
 from qwen3vl_jax.training.determinism import deterministic_flags, make_deterministic
+from qwen3vl_jax.training.reporting import flops
 
 
 def config(**text):
@@ -123,7 +124,7 @@ def test_peaks_by_device_kind():
 def test_a_scanned_step_holds_no_logits_and_no_second_weights():
     """Temporary memory of the gradients of fp32 weights, computed in bf16 with full remat."""
     cfg, raw = config(vocab_size=4096, num_hidden_layers=24)
-    settings = step.Step(dtype="bfloat16", remat="full", loss_chunk=512)
+    settings = train_step.Step(dtype="bfloat16", remat="full", loss_chunk=512)
     weights = jax.eval_shape(lambda p: ours_train.flat(p)[0], shapes(cfg))
     _, unflatten = ours_train.groups.flatten(jax.eval_shape(q3.stack_layers, shapes(cfg)))
     text = ours_train.pack(cfg, [[ours_train.sample(raw, [("text", 40)])]], length=512)
@@ -131,7 +132,7 @@ def test_a_scanned_step_holds_no_logits_and_no_second_weights():
 
     def run(weights, packed):
         rebuild = lambda weights, key: unflatten(weights)  # noqa: E731
-        return step.gradients(weights, rebuild, cfg, packed, settings, jax.random.key(0))
+        return train_step.gradients(weights, rebuild, cfg, packed, settings, jax.random.key(0))
 
     jitted = jax.jit(run, compiler_options=ours_train.FAST)
     compiled = jitted.lower(weights, packed).compile()

@@ -9,13 +9,18 @@ import ours
 import pytest
 
 from benchmarks import loss_memory
-from qwen3vl_jax import losses
-from qwen3vl_jax.attention import BLOCK, Dropout, attend, causal_ranges
-from qwen3vl_jax.layers import linear_fp32
-from qwen3vl_jax.model import row_mix
-from qwen3vl_jax.products import product, rows
-from qwen3vl_jax.quantized import Quantized
-from qwen3vl_jax.structs import Batch
+from qwen3vl_jax.model import losses
+from qwen3vl_jax.model.attention import (
+    BLOCK,
+    Dropout,
+    attend,
+    causal_ranges,
+)
+from qwen3vl_jax.model.layers import linear_fp32
+from qwen3vl_jax.model.matmul import product, rows
+from qwen3vl_jax.model.quantized import Quantized
+from qwen3vl_jax.model.structs import Batch
+from qwen3vl_jax.model.transformer import row_mix
 
 N, D, V = 50, 24, 97
 

@@ -12,7 +12,7 @@ import pytest
 from ours_train import FAST
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.training import groups
+from qwen3vl_jax.training import param_groups
 from qwen3vl_jax.training.optimizer import (
     apply_update,
     exact,
@@ -22,7 +22,7 @@ from qwen3vl_jax.training.optimizer import (
     split_bits,
 )
 from qwen3vl_jax.training.recipe import Optimizer, Step
-from qwen3vl_jax.training.step import init_state, updated
+from qwen3vl_jax.training.train_step import init_state, updated
 
 SHAPES = {
     "embed": (11, 6),
@@ -148,16 +148,16 @@ NAMES = [
 
 def test_groups_and_patterns():
     """A group's name means the group alone, everything else is a pattern; later rates win."""
-    frozen = groups.frozen_names(NAMES, ["vision", "router", "*.ln1"], True)
+    frozen = param_groups.frozen_names(NAMES, ["vision", "router", "*.ln1"], True)
     assert frozen == {"vision.blocks.attn.qkv", "vision.pos", "layers.mlp.router", "layers.ln1"}
-    rates = groups.learning_rates(
+    rates = param_groups.learning_rates(
         NAMES, {"merger": 3.0, "vision.merger": 2.0, "experts": 0.5}, True
     )
     assert {n: f for n, f in rates.items() if f != 1} == {
         "vision.deepstack.0.fc1": 3.0, "vision.merger.norm.scale": 2.0, "layers.mlp.down": 0.5,
     }  # fmt: skip
-    assert [groups.group_of(n, False) for n in NAMES[4:6]] == ["text", "text"]
-    assert [n for n in NAMES if not groups.decays(n)] == [
+    assert [param_groups.group_of(n, False) for n in NAMES[4:6]] == ["text", "text"]
+    assert [n for n in NAMES if not param_groups.decays(n)] == [
         "layers.ln1", "norm", "vision.merger.norm.scale",
     ]  # fmt: skip
 
@@ -169,9 +169,9 @@ def test_groups_and_patterns():
 def test_names_that_mean_nothing(wanted, words):
     names = [n for n in NAMES if n != "head"]
     with pytest.raises(InputError, match=f"train.freeze: '{wanted}'.*{words}"):
-        groups.frozen_names(names, [wanted], True)
+        param_groups.frozen_names(names, [wanted], True)
     with pytest.raises(InputError, match="nothing is left"):
-        groups.frozen_names(names, [*groups.GROUPS.keys() - {"head"}], True)
+        param_groups.frozen_names(names, [*param_groups.GROUPS.keys() - {"head"}], True)
 
 
 def test_rounding_by_chance_is_unbiased():

@@ -14,8 +14,9 @@ import train_sources
 import qwen3vl_jax as q3
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.batch import make_vision
-from qwen3vl_jax.training import groups, packing, recipe, step
-from qwen3vl_jax.training.packing import PackedBatch
+from qwen3vl_jax.training import param_groups, recipe, train_step
+from qwen3vl_jax.training.data import packing
+from qwen3vl_jax.training.data.packing import PackedBatch
 
 PACK = recipe.Pack(rows=5, length=72, vision_rows=2, vision_length=192, lookahead=8)
 SETTINGS = recipe.Step(dtype="float32", remat="none", loss_chunk=32)
@@ -86,17 +87,17 @@ def model(moe):
     """(flat weights, config, jitted gradients of one micro batch)."""
     raw = tiny.config_dict("golden", moe)
     params, config = ours.build(golden_io.Golden(raw, tiny.weights(raw, 0), {}, {}))
-    weights, unflatten = groups.flatten(q3.stack_layers(params))
+    weights, unflatten = param_groups.flatten(q3.stack_layers(params))
 
     # At level 0 a program compiles in half the time, and its numbers are as good.
     @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     def run(weights, packed):
         one = jax.tree.map(lambda x: x[None], packed)
         key = jax.random.key(0)
-        grads, sums, totals = step.gradients(
+        grads, sums, totals = train_step.gradients(
             weights, lambda w, k: unflatten(w), config, one, SETTINGS, key
         )
-        return step.total_loss(sums, totals, SETTINGS), grads
+        return train_step.total_loss(sums, totals, SETTINGS), grads
 
     return weights, config, run
 

@@ -14,8 +14,8 @@ import tiny
 import torch
 
 import qwen3vl_jax as q3
-from convert.mapping import to_hf
-from qwen3vl_jax.training import groups, step
+from qwen3vl_jax.checkpoint.name_map import to_hf
+from qwen3vl_jax.training import param_groups, train_step
 from qwen3vl_jax.training.optimizer import make_optimizer
 from qwen3vl_jax.training.recipe import Optimizer
 
@@ -46,7 +46,7 @@ class Case:
 
     def released(self, weights):
         """Flat stacked arrays under torch's names and axes."""
-        _, unflatten = groups.flatten(q3.stack_layers(self.params))
+        _, unflatten = param_groups.flatten(q3.stack_layers(self.params))
         tree = q3.unstack_layers(unflatten(weights))
         named = to_hf(self.cfg, jax.tree.map(np.asarray, tree))
         turned = {n: x.swapaxes(1, 2) if ".experts." in n else x for n, x in named.items()}
@@ -128,8 +128,10 @@ def test_five_steps_of_adamw(case):
     rule = make_optimizer(
         dataclasses.replace(settings, clip=0.5), 5, dict.fromkeys(case.weights, 1.0)
     )
-    state = step.init_state(jax.random.key(0), case.weights, rule, ours_train.FP32, 0.0)
-    update = jax.jit(lambda state, grads: step.updated(state, grads, rule, 0.0, jax.random.key(0)))
+    state = train_step.init_state(jax.random.key(0), case.weights, rule, ours_train.FP32, 0.0)
+    update = jax.jit(
+        lambda state, grads: train_step.updated(state, grads, rule, 0.0, jax.random.key(0))
+    )
     for _ in range(5):
         torch_rule.zero_grad()
         want = torch_loss(model, case.inputs, case.labels)

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import train_files
 
+from qwen3vl_jax.training.reporting.metrics_table import read_table
 from qwen3vl_jax.training.run_dir import saved_steps
-from qwen3vl_jax.training.tables import read_table
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = train_files.RECIPE["steps"]
@@ -91,7 +91,7 @@ def broken(files, whole):
 
 def leaves(folder: Path) -> dict[str, np.ndarray]:
     """Every array of a saved step, by item and place."""
-    from qwen3vl_jax.orbax_io import read_tree
+    from qwen3vl_jax.checkpoint.orbax_io import read_tree
 
     found = {}
     for item in ("weights", "average", "state"):

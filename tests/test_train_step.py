@@ -11,7 +11,7 @@ import ours_train
 import pytest
 
 import qwen3vl_jax as q3
-from qwen3vl_jax.training import groups, step
+from qwen3vl_jax.training import param_groups, train_step
 from qwen3vl_jax.training.recipe import Optimizer
 
 PICTURE = [("text", 3), ("image", (1, 2, 2)), ("text", 6)]
@@ -155,7 +155,7 @@ def test_frozen_parameters_are_in_no_state(run, tiny_model):
     state, frozen, _, _ = run
     names = set(tiny_model.weights)
     assert set(frozen) == {
-        n for n in names if groups.group_of(n, False) == "vision" or n.endswith("q_norm")
+        n for n in names if param_groups.group_of(n, False) == "vision" or n.endswith("q_norm")
     }
     assert set(state.weights) == names - set(frozen)
     trained = sum(x.size for x in state.weights.values())
@@ -195,12 +195,13 @@ def test_the_balance_loss_of_micro_batches():
         pack = ours_train.pack(cfg, [[(inputs, inputs["input_ids"])]])
         packs.append(pack.replace(batch=pack.batch.replace(vision=None, vision_rows=None)))
     run = jax.jit(
-        lambda pack: step.batch_sums(stacked, cfg, pack, settings), compiler_options=ours_train.FAST
+        lambda pack: train_step.batch_sums(stacked, cfg, pack, settings),
+        compiler_options=ours_train.FAST,
     )
-    sums, totals = [run(pack) for pack in packs], [step.step_totals(pack) for pack in packs]
-    whole = step.step_totals(ours_train.micro(*packs))
-    got = step.total_loss(jax.tree.map(jnp.add, *sums), whole, settings)
-    alone = [step.step_metrics(s, t) for s, t in zip(sums, totals)]
+    sums, totals = [run(pack) for pack in packs], [train_step.step_totals(pack) for pack in packs]
+    whole = train_step.step_totals(ours_train.micro(*packs))
+    got = train_step.total_loss(jax.tree.map(jnp.add, *sums), whole, settings)
+    alone = [train_step.step_metrics(s, t) for s, t in zip(sums, totals)]
     share = np.array([float(t.weight / whole.weight) for t in totals])
     want = share @ [float(m["loss"]) for m in alone]
     want += (np.array([13, 5]) / 18) @ [float(m["balance_loss"]) for m in alone]
@@ -209,7 +210,7 @@ def test_the_balance_loss_of_micro_batches():
 
 def test_experts_load_and_balance_leave_padding_out():
     """One expert that takes every token: E times the largest share there is; padding is not seen."""
-    from qwen3vl_jax import losses, moe
+    from qwen3vl_jax.model import losses, moe
 
     chosen = np.array([[0], [0], [0], [3], [4]])
     hot = moe.Routed(jax.nn.one_hot(chosen[:, 0], 7), jnp.asarray(chosen))

@@ -9,9 +9,9 @@ import toy_checkpoint as toy
 from transformers import Qwen2Tokenizer
 
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.model.quantized import Quantized
 from qwen3vl_jax.processing.tokenizer import Tokenizer
-from qwen3vl_jax.quantized import Quantized
-from qwen3vl_jax.training.tokens import add_tokens, new_rows
+from qwen3vl_jax.training.new_tokens import add_tokens, new_rows
 
 NAMES = ["<point>", "</point>", "<|north|>"]
 

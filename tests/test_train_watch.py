@@ -16,13 +16,19 @@ import pytest
 import train_files
 
 import train
-from qwen3vl_jax import processes
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.training import evaluate, recipe, run_dir, setup, stop
+from qwen3vl_jax.runtime import distributed
+from qwen3vl_jax.training import (
+    evaluate,
+    recipe,
+    run_dir,
+    stop,
+    train_model,
+)
 from qwen3vl_jax.training.checkpoints import Checkpoints
-from qwen3vl_jax.training.progress import described
-from qwen3vl_jax.training.tables import Table, read_table
-from qwen3vl_jax.training.watch import Watch
+from qwen3vl_jax.training.reporting.metrics_table import Table, read_table
+from qwen3vl_jax.training.reporting.progress import described
+from qwen3vl_jax.training.reporting.run_log import Watch
 
 
 @pytest.fixture(scope="module")
@@ -78,12 +84,12 @@ def test_refused_records_traces_and_what_is_saved(done):
         listed = list(csv.reader(file))
     assert len(listed) == 2 and listed[1][0].endswith("chats.jsonl:25")
     assert list((done / "profile").rglob("*.xplane.pb"))
-    from qwen3vl_jax.orbax_io import stored_tensors
+    from qwen3vl_jax.checkpoint.orbax_io import stored_tensors
 
     best = run_dir.chosen_step(done, "best")
     assert run_dir.saved_steps(done) == sorted({best, 4})
     names = {str(path[0]) for path in stored_tensors(done / "checkpoints" / "4" / "weights")}
-    assert names == {n for n in setup.shapes(_config(done)) if n.startswith(("vision.merger",
+    assert names == {n for n in train_model.shapes(_config(done)) if n.startswith(("vision.merger",
                      "vision.deepstack", "embed", "head"))}  # fmt: skip
     row = read_table(done / "metrics.csv")[-1]
     assert float(row["tflops"]) > 0 and not row["mfu"] and "flops" not in row
@@ -101,7 +107,7 @@ def test_what_other_processes_refuse_is_told(files, monkeypatch):
     def all_of(value):
         return [value, [["elsewhere.jsonl:7", "torn"]]] if isinstance(value, list) else [value]
 
-    monkeypatch.setattr(processes, "all_of", all_of)
+    monkeypatch.setattr(distributed, "all_of", all_of)
     fake_step(monkeypatch, lambda number: (1.0, 0.5))
     assert run(files, "others", "evaluate.every=0", "report.profile=[]") == 0
     with (files / "others" / "refused.csv").open() as file:
@@ -139,13 +145,13 @@ def test_what_a_checkpoint_does_not_fit_is_said():
 
 def test_keys_that_are_younger_than_a_run(files):
     """A run of an earlier version goes on: what it did not know had its default."""
-    from qwen3vl_jax.training import machine
-    from qwen3vl_jax.training.start import check_fits, plain
+    from qwen3vl_jax.training import environment
+    from qwen3vl_jax.training.resume import check_fits, plain
 
     told = recipe.read_recipe(files / "recipe.toml")
     then = plain(recipe.flat(told))
     del then["step.balance_loss"], then["data.allow_special"], then["data.sources"][0]["ignore"]
-    meta = {"recipe": then, "machine": machine.described()}
+    meta = {"recipe": then, "machine": environment.described()}
     assert check_fits(told, meta, files) == []
     other = recipe.read_recipe(files / "recipe.toml", ["step.balance_loss=0.1"])
     with pytest.raises(InputError, match=r"step.balance_loss was 0.0, is now 0.1"):
@@ -164,7 +170,7 @@ def fake_step(monkeypatch, values):
 
         return step
 
-    monkeypatch.setattr(setup, "make_step", make)
+    monkeypatch.setattr(train_model, "make_step", make)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
@@ -191,7 +197,7 @@ def test_no_room_for_the_weights(files, monkeypatch, capsys, part):
     def full(*_):
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.")
 
-    monkeypatch.setattr(setup, part, full)
+    monkeypatch.setattr(train_model, part, full)
     assert run(files, f"full-{part}") == 2
     said = capsys.readouterr().err
     assert "error: out of memory: " in said and "weights 0.00 GiB" in said
@@ -259,7 +265,7 @@ def test_the_first_process_decides_what_sigterm_saves(files, monkeypatch):
 
     fake_step(monkeypatch, asked)
     monkeypatch.setattr(Checkpoints, "save", counted)
-    monkeypatch.setattr(processes, "from_first", lambda x: False if x is True else x)
+    monkeypatch.setattr(distributed, "from_first", lambda x: False if x is True else x)
     assert run(files, "two", "save_every=1", "evaluate.every=0", "report.profile=[]") == 0
     assert len(saved) == 2 and len(set(saved)) == 1
 
@@ -376,7 +382,7 @@ def test_sigterm_in_an_evaluation(files, monkeypatch):
 
 def test_sigterm_that_ends_the_workers_too(files, monkeypatch):
     """Reading fails in the middle of a step's draw: that step is not done, and its samples come again."""
-    from qwen3vl_jax.training import run as module
+    from qwen3vl_jax.training import loop as module
 
     class Dying(module.Feed):
         drawn = 0

@@ -21,7 +21,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import qwen3vl_jax as q3
 from qwen3vl_jax.processing.processor import Processor
-from qwen3vl_jax.processing.videos import VideoSettings, preprocess_video, smart_resize
+from qwen3vl_jax.processing.video_patches import VideoSettings, preprocess_video, smart_resize
 
 BOUND = 2e-5  # of the largest magnitude
 RELEASED = {

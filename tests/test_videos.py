@@ -17,9 +17,9 @@ import toy_checkpoint as toy
 from PIL import Image
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.processing.clips import open_clip
 from qwen3vl_jax.processing.processor import Processor
-from qwen3vl_jax.processing.videos import (
+from qwen3vl_jax.processing.video_loading import open_clip
+from qwen3vl_jax.processing.video_patches import (
     VideoSettings,
     frame_count,
     preprocess_video,

@@ -5,8 +5,8 @@ import tiny
 
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.processing.positions import rope_index
-from qwen3vl_jax.processing.prompts import Visual
-from qwen3vl_jax.training.sample import Sample
+from qwen3vl_jax.processing.prompt_slices import Visual
+from qwen3vl_jax.training.data.sample import Sample
 
 KINDS = ((), ((1, 4, 6),), ((2, 4, 4),), ((1, 4, 4), (3, 6, 4)), ((1, 6, 6), (1, 2, 2)))
 

@@ -12,7 +12,7 @@ from collections.abc import MutableMapping
 from pathlib import Path
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.paths import argument, is_remote, kind
+from qwen3vl_jax.storage.paths import argument, is_remote, kind
 
 _GIB = 2**30
 # Of a GPU's memory, to programs: jax takes 0.75 by itself; CUDA, cuDNN and NCCL need some GiB beside.

@@ -10,8 +10,10 @@ from pathlib import Path
 import jax.numpy as jnp
 from rich.console import Console
 
+from qwen3vl_jax.checkpoint.auto_mesh import ROOM, spread
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.model.sharding import make_mesh, slice_count
 from qwen3vl_jax.planning import compiling
 from qwen3vl_jax.planning.chips import Machine
 from qwen3vl_jax.planning.largest import LEVEL, largest
@@ -20,10 +22,8 @@ from qwen3vl_jax.planning.report import Plan, best, likeliest, plan_of, table, w
 from qwen3vl_jax.planning.search import Candidate, candidates, mesh_of
 from qwen3vl_jax.planning.serving import Serving, decoding, held_arrays, prefilling
 from qwen3vl_jax.planning.topology import devices_of, first_devices
-from qwen3vl_jax.sharding import make_mesh, slice_count
-from qwen3vl_jax.spread import ROOM, spread
 from qwen3vl_jax.training.checks import check_vision_length
-from qwen3vl_jax.training.preset import asks_for_mesh, spelled, with_preset
+from qwen3vl_jax.training.mesh_preset import asks_for_mesh, spelled, with_preset
 from qwen3vl_jax.training.recipe import Recipe
 
 

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import serialize_executable
 
-from qwen3vl_jax.attention import cudnn_refusal
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.model.attention import cudnn_refusal
+from qwen3vl_jax.model.sharding import platform
 from qwen3vl_jax.planning.program import Program
-from qwen3vl_jax.sharding import platform
 
 _OVER = (  # (what, how much, of how much) in XLA's words
     r"required for (HLO temporaries|[^()]*?) \((\S+)\) exceeds available HBM \((\S+?)\)",

@@ -13,23 +13,24 @@ from jax.sharding import Mesh
 
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.paths import as_path, kind
-from qwen3vl_jax.sharding import layout_mesh, rows_parts
-from qwen3vl_jax.structs import Batch, VisionInputs
-from qwen3vl_jax.training import estimate, setup
+from qwen3vl_jax.model.sharding import layout_mesh, rows_parts
+from qwen3vl_jax.model.structs import Batch, VisionInputs
+from qwen3vl_jax.storage.paths import as_path, kind
+from qwen3vl_jax.training import train_model
 from qwen3vl_jax.training.checks import check_vision_length
-from qwen3vl_jax.training.flops import step_flops
-from qwen3vl_jax.training.groups import group_of
-from qwen3vl_jax.training.packing import PackedBatch
-from qwen3vl_jax.training.placing import (
+from qwen3vl_jax.training.data.packing import PackedBatch
+from qwen3vl_jax.training.param_groups import group_of
+from qwen3vl_jax.training.recipe import Recipe
+from qwen3vl_jax.training.reporting import memory_estimate
+from qwen3vl_jax.training.reporting.flops import step_flops
+from qwen3vl_jax.training.reporting.speed import adapter_sizes, full_work
+from qwen3vl_jax.training.state_sharding import (
     batch_shardings,
     check_mesh,
     params_shardings,
     state_shardings,
     with_shardings,
 )
-from qwen3vl_jax.training.recipe import Recipe
-from qwen3vl_jax.training.speed import adapter_sizes, full_work
 
 _SIZE = re.compile(r"(235b-a22b|30b-a3b|32b|8b|4b|2b)", re.IGNORECASE)
 
@@ -73,7 +74,7 @@ def config_of(ckpt: str) -> Config:
 
 def check_batch(recipe: Recipe, cfg: Config, sizes: Mapping[str, int]) -> None:
     """Raises InputError for a batch or model that a mesh of these sizes does not divide."""
-    check_mesh(layout_mesh(sizes), cfg, setup.shapes(cfg))
+    check_mesh(layout_mesh(sizes), cfg, train_model.shapes(cfg))
     check_vision_length(recipe.pack, cfg)
     pack, rows, groups = recipe.pack, rows_parts(sizes), groups_of(recipe, sizes)
     for name, count, parts in (
@@ -105,13 +106,13 @@ def training_step(recipe: Recipe, cfg: Config, mesh: Mesh) -> Program:
     """The step that a run of this recipe takes on a mesh. Raises InputError."""
     sizes = dict(mesh.shape)
     check_batch(recipe, cfg, sizes)
-    parts = estimate.held(recipe, cfg)
-    rule = setup.rule_of(recipe, cfg, parts.weights)
+    parts = memory_estimate.held(recipe, cfg)
+    rule = train_model.rule_of(recipe, cfg, parts.weights)
     state = with_shardings(parts.state, state_shardings(mesh, cfg, parts.state))
     frozen = with_shardings(parts.frozen, params_shardings(mesh, cfg, parts.frozen))
     packed = packed_batch(recipe, cfg, groups_of(recipe, sizes))
     packed = with_shardings(packed, batch_shardings(mesh, packed))
-    step = setup.make_step(recipe, cfg, rule, parts.join, state, keep_unused=True)
+    step = train_model.make_step(recipe, cfg, rule, parts.join, state, keep_unused=True)
     held = {
         f"trained weights ({recipe.step.weights})": state.weights,
         f"optimizer ({recipe.optimizer.name})": state.optimizer,

@@ -12,12 +12,19 @@ from typing import NamedTuple
 
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.model.sharding import AXES, mesh_shape
 from qwen3vl_jax.planning.chips import GPUS_A_HOST, Machine
 from qwen3vl_jax.planning.program import check_batch, work_of
-from qwen3vl_jax.sharding import AXES, mesh_shape
-from qwen3vl_jax.training import estimate
-from qwen3vl_jax.training.preset import asks_for_mesh, changed, enough, preset, sizes_of, spelled
+from qwen3vl_jax.training.mesh_preset import (
+    asks_for_mesh,
+    changed,
+    enough,
+    preset,
+    sizes_of,
+    spelled,
+)
 from qwen3vl_jax.training.recipe import Mesh, Recipe
+from qwen3vl_jax.training.reporting import memory_estimate
 
 REMATS = ("none", "dots", "full")  # beside the recipe's own; "offload" needs the host's memory
 _SLACK = 1.25  # how far the estimate of memory may be off before it rules a mesh out
@@ -42,7 +49,7 @@ def candidates(recipe: Recipe, cfg: Config, machine: Machine) -> list[Candidate]
 
     The recipe's batch is kept as it is: only how devices share the work changes.
     """
-    parts, room = estimate.held(recipe, cfg), machine.chip.hbm
+    parts, room = memory_estimate.held(recipe, cfg), machine.chip.hbm
     own, found = None, []
     # The recipe's mesh may be of other devices, and rows too few for a preset.
     with contextlib.suppress(InputError):
@@ -55,7 +62,7 @@ def candidates(recipe: Recipe, cfg: Config, machine: Machine) -> list[Candidate]
         for remat in dict.fromkeys((recipe.step.remat, *REMATS)):
             step = dataclasses.replace(recipe.step, remat=remat)
             tried = dataclasses.replace(recipe, mesh=mesh, step=step)
-            memory = sum(estimate.memory(tried, cfg, parts).values())
+            memory = sum(memory_estimate.memory(tried, cfg, parts).values())
             if memory <= _SLACK * room:
                 found.append(Candidate(tried, _seconds(tried, cfg, parts, machine), memory))
     if not found:
@@ -131,10 +138,10 @@ def _divisors(count: int) -> list[int]:
     return [n for n in range(1, count + 1) if count % n == 0]
 
 
-def _seconds(recipe: Recipe, cfg: Config, parts: estimate.Held, machine: Machine) -> float:
+def _seconds(recipe: Recipe, cfg: Config, parts: memory_estimate.Held, machine: Machine) -> float:
     """About how long a step takes: arithmetic, and the exchanges that a mesh is known to need."""
     mesh, chip, t = recipe.mesh, machine.chip, cfg.text
-    count = estimate.devices(mesh)
+    count = memory_estimate.devices(mesh)
     compute = work_of(recipe, cfg, parts.weights).again / count / chip.flops
     passes = 3 if recipe.step.remat == "full" else 2  # forward, again, backward
     size = sum(math.prod(x.shape) for x in parts.weights.values())
@@ -151,11 +158,11 @@ def _seconds(recipe: Recipe, cfg: Config, parts: estimate.Held, machine: Machine
     return compute + (weights + shared + tokens) / (chip.link * max(lanes, 1)) + host
 
 
-def _copied(recipe: Recipe, cfg: Config, parts: estimate.Held) -> int:
+def _copied(recipe: Recipe, cfg: Config, parts: memory_estimate.Held) -> int:
     """About how many bytes a device copies to the host and back: what "dots" would keep."""
     if recipe.step.remat != "offload":
         return 0
     steps = (dataclasses.replace(recipe.step, remat=remat) for remat in ("dots", "full"))
     tried = (dataclasses.replace(recipe, step=step) for step in steps)
-    kept, again = (sum(estimate.memory(each, cfg, parts).values()) for each in tried)
+    kept, again = (sum(memory_estimate.memory(each, cfg, parts).values()) for each in tried)
     return 2 * (kept - again) * recipe.step.accumulate

@@ -10,20 +10,24 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from convert.int8 import quantised_rows
-from convert.mapping import rows as tensor_rows
-from convert.mapping import tree_of
-from qwen3vl_jax.cache import decode_step, init_cache, insert_rows, prefill
+from qwen3vl_jax.checkpoint.device_load import as_structs, path_shardings
+from qwen3vl_jax.checkpoint.int8 import quantised_rows
+from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES, TreePath
+from qwen3vl_jax.checkpoint.name_map import rows as tensor_rows
+from qwen3vl_jax.checkpoint.name_map import tree_of
 from qwen3vl_jax.config import Config
-from qwen3vl_jax.loading import path_shardings
+from qwen3vl_jax.model.cache import (
+    decode_step,
+    init_cache,
+    insert_rows,
+    prefill,
+)
+from qwen3vl_jax.model.sharding import array_sharding, whole
+from qwen3vl_jax.model.structs import Batch, KVCache, VisionInputs
 from qwen3vl_jax.planning.program import Program, Work, held_bytes
-from qwen3vl_jax.processing.prompts import group_size
-from qwen3vl_jax.quantized import as_structs
-from qwen3vl_jax.sharding import array_sharding, whole
-from qwen3vl_jax.structs import Batch, KVCache, VisionInputs
-from qwen3vl_jax.tensors import SCALE, VALUES, TreePath
-from qwen3vl_jax.training.flops import Work as Passed
-from qwen3vl_jax.training.flops import forward_flops
+from qwen3vl_jax.processing.prompt_slices import group_size
+from qwen3vl_jax.training.reporting.flops import Work as Passed
+from qwen3vl_jax.training.reporting.flops import forward_flops
 
 _BLOCK, _BESIDE_FP8 = (128, 128), (("embed",), ("head",))  # of the released FP8 files
 PICTURE = 4096  # patches of the picture in a prompt: one of 1024 x 1024 pixels

@@ -1,0 +1,1 @@
+"""Text, images and videos -> token ids and patches, in numpy."""

@@ -11,7 +11,12 @@ import numpy as np
 from PIL import Image
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.processing.pictures import MAX_IMAGE_BYTES, decode_bytes, decode_memory, to_rgb
+from qwen3vl_jax.processing.image_loading import (
+    MAX_IMAGE_BYTES,
+    decode_bytes,
+    decode_memory,
+    to_rgb,
+)
 from qwen3vl_jax.processing.video_times import Clip, timing
 
 # Milliseconds of a frame that gives none, as browsers show it.

@@ -12,6 +12,7 @@ import numpy as np
 
 from qwen3vl_jax.config import Config, VisionConfig
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.model.structs import Batch, VisionInputs
 from qwen3vl_jax.processing.positions import (
     frames_by_token,
     grid_array,
@@ -19,7 +20,6 @@ from qwen3vl_jax.processing.positions import (
     integers,
     rope_index,
 )
-from qwen3vl_jax.structs import Batch, VisionInputs
 
 # Seven sizes an octave, neighbours at most 12 % apart: eighths of one would be 12.5 %. They start a
 # little over a power of two, for images often have one of patches, and a prompt a template besides.

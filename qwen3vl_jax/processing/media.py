@@ -19,15 +19,20 @@ import numpy as np
 from PIL import Image
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.paths import as_path, is_remote, reached
 from qwen3vl_jax.processing.fetching import fetch
+from qwen3vl_jax.processing.image_loading import (
+    decoded,
+    from_array,
+    is_image,
+    upright_8bit,
+)
 from qwen3vl_jax.processing.media_rules import (
     FETCH_SECONDS,
     MAX_FETCH_BYTES,
     MediaRules,
     short,
 )
-from qwen3vl_jax.processing.pictures import decoded, from_array, is_image, upright_8bit
+from qwen3vl_jax.storage.paths import as_path, is_remote, reached
 
 _URL = re.compile("https?://", re.IGNORECASE)
 _DATA = re.compile("data:[^;,/]{0,64}[;,/]", re.IGNORECASE)

@@ -13,26 +13,8 @@ import numpy as np
 
 from qwen3vl_jax.config import Config, model_folder
 from qwen3vl_jax.errors import InputError, shown
-from qwen3vl_jax.json_text import write_json
-from qwen3vl_jax.processing.chat import (
-    Medium,
-    check_messages,
-    hand_out,
-    plain_tools,
-    plain_variables,
-    read_conversation,
-    with_clip_options,
-)
-from qwen3vl_jax.processing.defaults import (
-    read_generation_config,
-    sampling_defaults,
-    stop_ids,
-)
-from qwen3vl_jax.processing.escape import Escape
-from qwen3vl_jax.processing.images import ImageSettings
-from qwen3vl_jax.processing.media_rules import FETCH_SECONDS, MAX_FETCH_BYTES, MediaRules
-from qwen3vl_jax.processing.reply import Reply, parse_reply
-from qwen3vl_jax.processing.rows import (
+from qwen3vl_jax.processing.chat_template import ChatTemplate
+from qwen3vl_jax.processing.encoding import (
     Arrays,
     Prompt,
     Seen,
@@ -42,12 +24,30 @@ from qwen3vl_jax.processing.rows import (
     see_all,
     text_arrays,
 )
-from qwen3vl_jax.processing.template import ChatTemplate
+from qwen3vl_jax.processing.escape_special import Escape
+from qwen3vl_jax.processing.generation_config import (
+    read_generation_config,
+    sampling_defaults,
+    stop_ids,
+)
+from qwen3vl_jax.processing.image_patches import ImageSettings
+from qwen3vl_jax.processing.media_rules import FETCH_SECONDS, MAX_FETCH_BYTES, MediaRules
+from qwen3vl_jax.processing.messages import (
+    Medium,
+    check_messages,
+    hand_out,
+    plain_tools,
+    plain_variables,
+    read_conversation,
+    with_clip_options,
+)
+from qwen3vl_jax.processing.parse_reply import Reply, parse_reply
 from qwen3vl_jax.processing.tokenizer import Tokenizer
-from qwen3vl_jax.processing.videos import VideoSettings
+from qwen3vl_jax.processing.video_patches import VideoSettings
+from qwen3vl_jax.storage.json_text import write_json
 
 if TYPE_CHECKING:
-    from qwen3vl_jax.structs import Batch
+    from qwen3vl_jax.model.structs import Batch
 
 log = logging.getLogger("qwen3vl_jax")
 
@@ -82,7 +82,7 @@ class Processor:
         one of the checkpoint's. revision: branch, tag or commit of a Hub id, whose weights are
         fetched too. Raises InputError that names what is missing or does not fit.
         """
-        from qwen3vl_jax.checkpoint import resolve
+        from qwen3vl_jax.storage.hub import resolve
 
         directory = model_folder(resolve(source, revision))
         config = Config.from_hf(directory)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.processing.images import check_aspect, fit_area
+from qwen3vl_jax.processing.image_patches import check_aspect, fit_area
 from qwen3vl_jax.processing.setting_checks import check_int, frame_rate
 
 # Tokens of a frame, and of a picture: least and most; and of a whole video, the most.

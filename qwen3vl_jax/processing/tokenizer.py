@@ -11,9 +11,9 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from qwen3vl_jax.errors import InputError, shown
-from qwen3vl_jax.json_text import read_json_file
-from qwen3vl_jax.paths import as_path
 from qwen3vl_jax.processing.tokenizer_file import WORDS, load_tokenizer_json, panics_are_errors
+from qwen3vl_jax.storage.json_text import read_json_file
+from qwen3vl_jax.storage.paths import as_path
 
 _NAMED = (
     "bos_token",

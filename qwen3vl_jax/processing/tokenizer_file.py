@@ -12,7 +12,7 @@ from typing import Any
 import tokenizers
 
 from qwen3vl_jax.errors import InputError, shown
-from qwen3vl_jax.json_text import read_json_file
+from qwen3vl_jax.storage.json_text import read_json_file
 
 # How Qwen2's vocabulary cuts text before it merges bytes: contractions, words, single digits,
 # punctuation, line ends, spaces. It belongs to the vocabulary; vocab.json does not hold it.

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.processing.pictures import (
+from qwen3vl_jax.processing.image_loading import (
     MAX_IMAGE_BYTES,
     decode_bytes,
     decode_memory,

@@ -9,7 +9,7 @@ import dataclasses
 from typing import Any, ClassVar
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.processing.images import ImageSettings, check_aspect, fit_area
+from qwen3vl_jax.processing.image_patches import ImageSettings, check_aspect, fit_area
 
 # Settings of transformers' base class that its Qwen3-VL processor never reads.
 WITHOUT_EFFECT = ("size_divisor", "default_to_square", "do_center_crop", "crop_size")

@@ -1,1 +1,1 @@
-"""Fine-tuning: data, packing, the step, checkpoints. `train.py` runs it; the parts are importable."""
+"""What train.py runs: recipes, the loop, the train step, checkpoints of a run."""

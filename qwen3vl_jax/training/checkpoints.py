@@ -15,14 +15,30 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from qwen3vl_jax import processes
-from qwen3vl_jax.digests import DamagedError, check_digests, digests, kept_digests, with_checksum
+from qwen3vl_jax.checkpoint.digests import (
+    DamagedError,
+    check_digests,
+    digests,
+    kept_digests,
+    with_checksum,
+)
+from qwen3vl_jax.checkpoint.lazy_tensor import spell
+from qwen3vl_jax.checkpoint.orbax_io import (
+    place,
+    readable,
+    stored_tensors,
+    writable,
+)
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.orbax_io import place, readable, stored_tensors, writable
-from qwen3vl_jax.paths import as_path, for_orbax, is_remote, remove_tree
-from qwen3vl_jax.tensors import spell
+from qwen3vl_jax.runtime import distributed
+from qwen3vl_jax.storage.paths import (
+    as_path,
+    for_orbax,
+    is_remote,
+    remove_tree,
+)
 from qwen3vl_jax.training.run_dir import CHECKPOINTS, META, DiffersError, scores
-from qwen3vl_jax.training.step import TrainState
+from qwen3vl_jax.training.train_step import TrainState
 
 WEIGHTS, AVERAGE, STATE = "weights", "average", "state"
 
@@ -110,7 +126,7 @@ class Checkpoints:
             with self._saving():
                 self._manager.close()
         finally:
-            if self._failed and processes.is_first():
+            if self._failed and distributed.is_first():
                 for part in self._folder.glob("*.orbax-checkpoint-tmp*"):
                     remove_tree(part)
             if self._failed:
@@ -144,7 +160,7 @@ def restore(run_dir: str | Path, step: int, state: TrainState) -> TrainState:
         found = {name: _restored(where / name, part) for name, part in parts.items()}
     except DamagedError as e:
         error = e
-    if told := [text for text in processes.all_of(error and str(error)) if text]:
+    if told := [text for text in distributed.all_of(error and str(error)) if text]:
         raise error or DamagedError(where, told)
     for name, part in found.items():
         kept = kept_digests(where / name)

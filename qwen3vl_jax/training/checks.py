@@ -6,7 +6,7 @@ import importlib.util
 
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.paths import as_path, kind
+from qwen3vl_jax.storage.paths import as_path, kind
 from qwen3vl_jax.training.recipe import Pack, Recipe
 
 _EXTRA = ("grain", "tomli_w", "matplotlib", "tensorboardX")

@@ -11,17 +11,17 @@ import jax.numpy as jnp
 
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.generation import generate
-from qwen3vl_jax.json_text import read_json, write_json
-from qwen3vl_jax.model import unstack_layers
+from qwen3vl_jax.inference.generate import generate
+from qwen3vl_jax.model.sharding import shard
+from qwen3vl_jax.model.structs import Batch, Params
+from qwen3vl_jax.model.transformer import unstack_layers
+from qwen3vl_jax.processing.parse_reply import Reply, parse_reply
 from qwen3vl_jax.processing.processor import Processor
-from qwen3vl_jax.processing.reply import Reply, parse_reply
-from qwen3vl_jax.sharding import shard
-from qwen3vl_jax.structs import Batch, Params
-from qwen3vl_jax.training.packing import PackedBatch
+from qwen3vl_jax.storage.json_text import read_json, write_json
+from qwen3vl_jax.training.data.make_samples import processor_options, told
+from qwen3vl_jax.training.data.packing import PackedBatch
 from qwen3vl_jax.training.recipe import Data, Step
-from qwen3vl_jax.training.samples import processor_options, told
-from qwen3vl_jax.training.step import batch_sums, step_totals
+from qwen3vl_jax.training.train_step import batch_sums, step_totals
 
 ROWS = 8  # prompts answered together
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from convert.readers import side_files
-from convert.run_dir import is_run
-from convert.to_orbax import PARAMS
-from qwen3vl_jax.checkpoint import resolve
-from qwen3vl_jax.config import Config
+from qwen3vl_jax.checkpoint.config_files import PARAMS, copy_files
+from qwen3vl_jax.config import Config, is_run
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.paths import is_remote, remove_tree
 from qwen3vl_jax.processing.processor import Processor
-from qwen3vl_jax.staging import CONFIG, copy_files, staged
+from qwen3vl_jax.storage.atomic_dir import CONFIG, staged
+from qwen3vl_jax.storage.hub import resolve
+from qwen3vl_jax.storage.paths import is_remote, remove_tree
+from qwen3vl_jax.storage.safetensors_files import side_files
 from qwen3vl_jax.training.recipe import Recipe
 
 
@@ -32,7 +31,7 @@ def write_model_files(recipe: Recipe, target: Path) -> None:
     with staged(target, force=True) as stage:
         copy_files(source, side_files(source, leave_out=[PARAMS]), stage)
         if recipe.train.new_tokens:
-            from qwen3vl_jax.training.tokens import add_tokens
+            from qwen3vl_jax.training.new_tokens import add_tokens
 
             rows = Config.from_hf(source).text.vocab_size
             add_tokens(source, stage, recipe.train.new_tokens, rows)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from qwen3vl_jax.training.groups import Flat, decays
+from qwen3vl_jax.training.param_groups import Flat, decays
 from qwen3vl_jax.training.recipe import Optimizer
 
 Schedule = Callable[[Any], Any]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.paths import as_path, is_remote
+from qwen3vl_jax.storage.paths import as_path, is_remote
 from qwen3vl_jax.training.toml_tables import apply_change, build
 
 

@@ -9,12 +9,19 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen3vl_jax import digests
-from qwen3vl_jax.digests import META, DamagedError
+from qwen3vl_jax.checkpoint import digests
+from qwen3vl_jax.checkpoint.digests import META, DamagedError
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.json_text import write_json
-from qwen3vl_jax.paths import as_path, for_orbax, is_remote, kind, make_folder, remove_tree
-from qwen3vl_jax.training.tables import STEP, read_table
+from qwen3vl_jax.storage.json_text import write_json
+from qwen3vl_jax.storage.paths import (
+    as_path,
+    for_orbax,
+    is_remote,
+    kind,
+    make_folder,
+    remove_tree,
+)
+from qwen3vl_jax.training.reporting.metrics_table import STEP, read_table
 
 try:
     import fcntl

@@ -166,8 +166,9 @@ def heads() -> list[str]:
     import torch
     from safetensors.torch import load_file, save_file
 
+    from qwen3vl_jax.checkpoint.config_files import copy_files, write_config
     from qwen3vl_jax.config import Config
-    from qwen3vl_jax.staging import CONFIG, copy_files, write_config
+    from qwen3vl_jax.storage.atomic_dir import CONFIG
 
     faults = []
     for moe, (i, (top, text)) in itertools.product((False, True), enumerate(TIES)):

@@ -1,0 +1,67 @@
+"""A run of train.py -> a Hugging Face directory, or the PEFT adapter of a LoRA run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from convert.to_hf import SHARD_SIZE, write_files
+from convert.to_orbax import Progress
+from qwen3vl_jax.checkpoint.config_files import copy_files
+from qwen3vl_jax.checkpoint.peft_io import save_adapter
+from qwen3vl_jax.config import Config
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.storage.atomic_dir import check_apart
+from qwen3vl_jax.storage.safetensors_files import side_files
+from qwen3vl_jax.training.lora_targets import adapter_of
+from qwen3vl_jax.training.recipe import Recipe, read_recipe
+from qwen3vl_jax.training.run_dir import CONFIG, MODEL
+from qwen3vl_jax.training.run_params import (
+    SavedStep,
+    flat_arrays,
+    merged_leaves,
+    step_weights,
+    trained_leaves,
+)
+
+
+def run_to_hf(
+    run: Path,
+    out: Path,
+    wanted: SavedStep | None = None,
+    force: bool = False,
+    shard_size: int = SHARD_SIZE,
+    progress: Progress = lambda done, total: None,
+) -> tuple[int, int, str]:
+    """Writes a saved step under released names; (tensors, bytes, which step and what of it).
+
+    Each tensor has the dtype of the checkpoint that the run began with (bf16 where there is none, or
+    where it was FP8). What the run froze is read from that checkpoint. A LoRA run is merged into it in
+    fp32; wanted.adapter writes its adapter instead. A run that keeps an average gives that, but for
+    wanted.raw. Raises InputError.
+    """
+    wanted = wanted or SavedStep()
+    check_apart(run, out)
+    recipe = read_recipe(run / CONFIG)
+    cfg = Config.from_hf(run / MODEL)
+    weights, told = step_weights(run, wanted)
+    if wanted.adapter and not recipe.lora.rank:
+        raise InputError(f"{run}: --adapter is for LoRA, and this run's lora.rank is 0")
+    if wanted.adapter:
+        return (*_write_adapter(recipe, cfg, weights, out), told + "PEFT adapter, ")
+    if recipe.lora.rank:
+        stored, read = merged_leaves(recipe, cfg, weights)
+        told += "merged, "
+    else:
+        stored, read = trained_leaves(recipe, cfg, weights)
+
+    def finish(stage: Path) -> None:
+        copy_files(run / MODEL, side_files(run / MODEL), stage)
+
+    written = write_files(out, cfg, stored, read, finish, force, shard_size, progress)
+    return (*written, told)
+
+
+def _write_adapter(recipe: Recipe, cfg: Config, weights: Path, out: Path) -> tuple[int, int]:
+    arrays = flat_arrays(weights)
+    save_adapter(out, cfg, arrays, adapter_of(recipe, cfg), base_name=recipe.ckpt)
+    return len(arrays), sum(x.nbytes for x in arrays.values())

@@ -1,0 +1,1 @@
+"""Files of weights <-> the parameter tree: Orbax, Hugging Face, PEFT, FP8 and int8."""

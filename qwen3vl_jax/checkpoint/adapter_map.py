@@ -1,0 +1,136 @@
+"""Where an adapter can sit: every PEFT module of a model, and the array of the tree that holds it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from qwen3vl_jax.checkpoint.lazy_tensor import TreePath
+from qwen3vl_jax.checkpoint.name_map import Part, Row, rows
+from qwen3vl_jax.config import Config
+
+_NOT_ADAPTED = ("embed", "pos", "weight")  # tables, and the patch embedding's kernel
+_STACKS = ("layers", "blocks")
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """One module of PEFT (q_proj) in all layers of a tower, as part of one array of the tree.
+
+    Its matrices are A [rank inner] and B [outer rank], experts' [E rank inner] and [E outer rank],
+    all with a leading axis of layers where the tower is stacked.
+    """
+
+    weight: str  # "layers.attn.qkv": the array's flat name, layers stacked
+    part: str  # "q_proj"
+    modules: tuple[str, ...]  # "model.language_model.layers.0.self_attn.q_proj", one a layer
+    paths: tuple[TreePath, ...]  # of the array in a tree whose layers are lists, one a layer
+    parameter: str | None  # of a module that is no Linear: "gate_up_proj", the router's "weight"
+    stacked: bool
+    experts: int  # 0: one matrix
+    inner: int
+    outer: int
+    axis: int | None  # of the array (without layers) along which parts lie side by side
+    spans: tuple[tuple[str, int, int], ...]  # every part of the array: name, first, behind the last
+
+    @property
+    def name(self) -> str:
+        """layers.attn.qkv.q_proj: its matrices are NAME.a and NAME.b."""
+        return f"{self.weight}.{self.part}"
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """What PEFT's target_modules or target_parameters call it, one a layer."""
+        tail = f".{self.parameter}" if self.parameter else ""
+        return tuple(module + tail for module in self.modules)
+
+    def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of A and B over all layers."""
+        lead = (len(self.modules),) if self.stacked else ()
+        lead = (*lead, self.experts) if self.experts else lead
+        return (*lead, rank, self.inner), (*lead, self.outer, rank)
+
+
+def places(cfg: Config) -> dict[str, Place]:
+    """Every place of a model by name, in the order of its towers."""
+    grouped: dict[str, list[tuple[Row, int]]] = {}
+    for row in rows(cfg):
+        if row.path[-1] not in _NOT_ADAPTED and len(row.parts[0].axes) > 1:
+            for k, part in enumerate(row.parts):
+                name = f"{_flat_name(row.path)}.{_label(part)}"
+                grouped.setdefault(name, []).append((row, k))
+    return {name: _place(found) for name, found in grouped.items()}
+
+
+def _flat_name(path: TreePath) -> str:
+    kept = [k for i, k in enumerate(path) if isinstance(k, str) or path[i - 1] not in _STACKS]
+    return ".".join(map(str, kept))
+
+
+def _label(part: Part) -> str:
+    return part.name.removesuffix(".weight").rsplit(".", 1)[-1]
+
+
+def _place(found: list[tuple[Row, int]]) -> Place:
+    row, k = found[0]
+    *experts, _, _ = shape = row.parts[k].hf_shape
+    _, parameter = _module(row.parts[k].name)
+    outer, inner = shape[::-1][:2] if experts else shape
+    return Place(
+        weight=_flat_name(row.path),
+        part=_label(row.parts[k]),
+        modules=tuple(_module(row.parts[k].name)[0] for row, k in found),
+        paths=tuple(row.path for row, _ in found),
+        parameter=parameter,
+        stacked=any(key in _STACKS for key in row.path),
+        experts=experts[0] if experts else 0,
+        inner=inner,
+        outer=outer,
+        axis=row.axis,
+        spans=tuple(_spans(row)),
+    )
+
+
+def _module(name: str) -> tuple[str, str | None]:
+    """(module, its parameter unless it is a Linear's weight) of a released tensor's name."""
+    module, _, last = name.rpartition(".")
+    if last == "weight":
+        return module, "weight" if module.endswith(".mlp.gate") else None
+    return module, last
+
+
+def _spans(row: Row) -> Iterator[tuple[str, int, int]]:
+    start = 0
+    for part in row.parts:
+        stop = start + (0 if row.axis is None else part.shape[row.axis])
+        yield _label(part), start, stop
+        start = stop
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """What an adapter is beside its matrices: rank and alpha by place and layer, rank 0 for none.
+
+    Matrices of a place are as wide as its largest rank, the rest of a layer's is zero.
+    """
+
+    ranks: dict[str, tuple[int, ...]]
+    alphas: dict[str, tuple[float, ...]]
+    dropout: float = 0.0
+    rslora: bool = False  # scale alpha / sqrt(rank) in place of alpha / rank, arXiv 2312.03732
+
+    def scales(self, name: str) -> list[float]:
+        """What B A x is multiplied by in each layer of a place."""
+        power = 0.5 if self.rslora else 1.0
+        pairs = zip(self.alphas[name], self.ranks[name], strict=True)
+        return [alpha / rank**power if rank else 0.0 for alpha, rank in pairs]
+
+    @staticmethod
+    def uniform(
+        wanted: dict[str, tuple[bool, ...]], rank: int, alpha: float, **rest: Any
+    ) -> Adapter:
+        """One rank and alpha in every layer that is wanted of each place."""
+        ranks = {name: tuple(rank * here for here in layers) for name, layers in wanted.items()}
+        alphas = {name: (alpha,) * len(layers) for name, layers in wanted.items()}
+        return Adapter(ranks, alphas, **rest)

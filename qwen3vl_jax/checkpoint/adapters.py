@@ -1,0 +1,157 @@
+"""LoRA adapters put beside weights, or added to them one tensor in memory at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qwen3vl_jax.checkpoint.adapter_map import Adapter, Place, places
+from qwen3vl_jax.checkpoint.lazy_tensor import (
+    VALUES,
+    LazyTensor,
+    TreePath,
+    spell,
+)
+from qwen3vl_jax.config import Config
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.model.lora import Adapted, Pair
+from qwen3vl_jax.model.quantized import Quantized, dense
+from qwen3vl_jax.model.structs import Params
+
+
+def merged(
+    cfg: Config,
+    leaves: Mapping[TreePath, LazyTensor],
+    weights: Mapping[str, np.ndarray],
+    adapter: Adapter,
+) -> dict[TreePath, LazyTensor]:
+    """The leaves with what an adapter adds, summed in fp32 and rounded to each leaf's dtype.
+
+    weights: {NAME.a, NAME.b} of `places`, layers stacked. bf16 keeps 8 bits of a weight, so what is
+    below 1/256 of it is rounded off. Raises InputError for weights that are held in 8 bits.
+    """
+    known = places(cfg)
+    added: dict[TreePath, list[tuple[Place, int]]] = {}
+    for name, ranks in adapter.ranks.items():
+        for i, rank in enumerate(ranks):
+            if rank:
+                added.setdefault(known[name].paths[i], []).append((known[name], i))
+    out = dict(leaves)
+    for path, parts in added.items():
+        if (*path, VALUES) in leaves:
+            raise InputError(
+                f"{spell(path)} is held in 8 bits, which an adapter cannot be added to; merge it into "
+                f"the 16-bit checkpoint, or keep it beside the weights (load with adapter=)"
+            )
+        out[path] = _sum(leaves[path], parts, weights, adapter)
+    return out
+
+
+def _sum(leaf: LazyTensor, parts: list[tuple[Place, int]], weights, adapter: Adapter) -> LazyTensor:
+    def load() -> np.ndarray:
+        whole = leaf.load().astype(np.float32)
+        for place, i in parts:
+            _, start, stop = next(span for span in place.spans if span[0] == place.part)
+            here = (
+                ... if place.axis is None else (slice(None),) * place.axis + (slice(start, stop),)
+            )
+            sides = (np.asarray(weights[f"{place.name}.{side}"]) for side in "ab")
+            a, b = (x[i] if place.stacked else x for x in sides)
+            made = adapter.scales(place.name)[i] * _product(place, a, b)
+            whole[here] += made.reshape(whole[here].shape)
+        return whole.astype(leaf.dtype)
+
+    return dataclasses.replace(leaf, load=load)
+
+
+def _product(place: Place, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """B A [outer inner], or experts' A^T B^T [E inner outer], in fp32."""
+    a, b = a.astype(np.float32), b.astype(np.float32)
+    return (b @ a).swapaxes(1, 2) if place.experts else b @ a
+
+
+def attach(
+    params: Params, cfg: Config, weights: Mapping[str, Any], adapter: Adapter,
+    key: Callable[[str], jax.Array] | None = None,
+) -> Params:  # fmt: skip
+    """The parameters with an adapter's matrices beside them; layers may be lists or stacked.
+
+    weights: {NAME.a, NAME.b} of `places`. key(NAME): of a place's dropout, None for no dropout.
+    """
+    known, found = places(cfg), {}
+    for name in adapter.ranks:
+        found.setdefault(known[name].weight, []).append(known[name])
+    for weight, parts in found.items():
+        pairs = {p.part: _pair(p, weights, adapter, key) for p in parts}
+        params = _put(params, weight.split("."), parts[0], pairs)
+    return params
+
+
+def _pair(place: Place, weights, adapter: Adapter, key) -> Pair:
+    scales = jnp.asarray(adapter.scales(place.name), jnp.float32)
+    keys = None if key is None or not adapter.dropout else key(place.name)
+    if place.stacked and keys is not None:
+        keys = jax.random.split(keys, len(place.modules))
+    return Pair(
+        a=jnp.asarray(weights[f"{place.name}.a"]),
+        b=jnp.asarray(weights[f"{place.name}.b"]),
+        scale=scales if place.stacked else scales[0],
+        key=keys,
+        rate=adapter.dropout,
+    )
+
+
+def _put(node: Any, path: list[str], place: Place, pairs: dict[str, Pair]) -> Any:
+    """A copy of a tree, shared but for the path to one weight, which is adapted."""
+    if not path:
+        return Adapted(node, pairs, place.axis, place.spans)
+    head, *rest = path
+    if isinstance(node, (list, tuple)) and head.isdecimal():
+        at = int(head)
+        return [_put(x, rest, place, pairs) if i == at else x for i, x in enumerate(node)]
+    if isinstance(node, (list, tuple)):  # layers, whose number no name holds
+        layers = (jax.tree.map(lambda x, i=i: x[i], pairs) for i in range(len(node)))
+        return [_put(x, path, place, one) for x, one in zip(node, layers, strict=True)]
+    return {**node, head: _put(node[head], rest, place, pairs)}
+
+
+def merge(params: Params, dtype: Any = None) -> Params:
+    """Plain parameters: each adapted weight with its pairs added, and 8-bit ones multiplied out.
+
+    Sums are fp32, then rounded to the base's dtype (bf16 keeps 8 bits of a weight: an update below
+    1/256 of it is lost, which adapters kept beside their weights never are). dtype: of what was held
+    in 8 bits, None is that of the norms.
+    """
+    wide = params["norm"].dtype if dtype is None else dtype
+
+    def plain(w: Any) -> Any:
+        if not isinstance(w, Adapted):
+            return dense(w, wide) if isinstance(w, Quantized) else w
+        to = wide if isinstance(w.base, Quantized) else w.base.dtype
+        whole = jax.vmap(_whole) if next(iter(w.pairs.values())).scale.ndim else _whole
+        return whole(w).astype(to)
+
+    return jax.tree.map(plain, params, is_leaf=lambda w: isinstance(w, (Adapted, Quantized)))
+
+
+def _whole(w: Adapted) -> jax.Array:
+    """The weight that an adapted one stands for, in fp32."""
+    base = dense(w.base, jnp.float32)
+    pieces = []
+    for name, start, stop in w.spans:
+        shape = w.shape
+        if w.axis is not None:
+            shape = (*shape[: w.axis], stop - start, *shape[w.axis + 1 :])
+        pair = w.pairs.get(name)
+        if pair is None:
+            pieces.append(jnp.zeros(shape, jnp.float32))
+            continue
+        a, b = pair.a.astype(jnp.float32), pair.b.astype(jnp.float32)
+        product = jnp.einsum("eor,eri->eio", b, a) if a.ndim == 3 else b @ a
+        pieces.append((pair.scale * product).reshape(shape))
+    return base + (pieces[0] if w.axis is None else jnp.concatenate(pieces, w.axis))

@@ -1,0 +1,71 @@
+"""Over which devices infer.py spreads a model."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from jax.sharding import Mesh
+
+from qwen3vl_jax.checkpoint.device_load import Source, weights_bytes
+from qwen3vl_jax.config import TextConfig
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.model.sharding import layout_mesh, make_mesh
+
+ROOM = 0.85  # of a device's memory for weights; the cache and pictures want the rest
+
+
+def mesh_for(
+    asked: Mapping[str, int] | None, source: Source, dtype: Any, devices: list[Any]
+) -> Mesh | None:
+    """The mesh that was asked for, or one for a model larger than a device; None: one device does.
+
+    asked: sizes of axes, one may be -1 for all of the devices. What is chosen here is told on stderr.
+    Raises InputError for sizes that there are no devices for, and where they do not hold the model.
+    """
+    sizes = chosen(source, dtype, devices) if asked is None else asked
+    mesh = make_mesh(sizes, devices)
+    return mesh if mesh.size > 1 else None
+
+
+def chosen(source: Source, dtype: Any, devices: list[Any]) -> dict[str, int]:
+    """Sizes for a model whose weights are too large for one device, {} for others."""
+    limit = (devices[0].memory_stats() or {}).get("bytes_limit")
+    if limit is None or len(devices) == 1:
+        return {}
+    needed = weights_bytes(source, dtype)
+    if needed <= ROOM * limit:
+        return {}
+    sizes = spread(source.cfg.text, len(devices))
+    count, held = math.prod(sizes.values()), weights_bytes(source, dtype, layout_mesh(sizes))
+    told = f"{needed / 2**30:.1f} GiB of weights, devices of {limit / 2**30:.1f} GiB"
+    if held > ROOM * limit:
+        raise InputError(
+            f"{source.directory}: {told}, of which this host has {len(devices)}: too few, {count} of them "
+            f"would hold {held / 2**30:.1f} GiB each; take --weights int8, --dtype bfloat16 or a smaller "
+            "checkpoint"
+        )
+    flags = ",".join(f"{name}={n}" for name, n in sizes.items())
+    each = f"{held / 2**30:.1f} GiB on each"
+    print(f"{told}: spread over {count} devices, --mesh {flags}, {each}", file=sys.stderr)
+    return sizes
+
+
+def spread(cfg: TextConfig, count: int) -> dict[str, int]:
+    """Sizes for at most `count` devices that cut a model evenly.
+
+    As much tensor as divides the key/value heads, for it cuts the cache too; then as many devices as can
+    be: the rest cuts experts where it divides them, else all weights along the hidden size (fsdp).
+    """
+    found: list[tuple[int, int, str]] = []
+    for used in range(1, count + 1):
+        tensor = math.gcd(used, cfg.num_key_value_heads)
+        rest = used // tensor
+        if cfg.num_experts and cfg.num_experts % rest == 0:
+            found.append((tensor, rest, "expert"))
+        elif cfg.hidden_size % rest == 0:
+            found.append((tensor, rest, "fsdp"))
+    tensor, rest, name = max(found)
+    return {axis: n for axis, n in ((name, rest), ("tensor", tensor)) if n > 1}

@@ -1,0 +1,60 @@
+"""The files beside a checkpoint's weights, and its config.json as it describes what we write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from qwen3vl_jax.config import TIED, Config
+from qwen3vl_jax.storage.atomic_dir import CONFIG
+from qwen3vl_jax.storage.json_text import read_json_file, write_json
+from qwen3vl_jax.storage.paths import copy_file, make_folder
+
+# The Orbax item inside a checkpoint directory.
+PARAMS = "params"
+# Its key in config.json or in the text_config there.
+QUANTISATION = "quantization_config"
+
+
+def copy_files(source: Path, names: Iterable[Path], target: Path, fp8: bool = False) -> None:
+    """Copies files by relative name, config.json last: a directory without it is no checkpoint.
+
+    config.json is written anew where `as_written` changes it.
+    """
+    for name in sorted(names, key=lambda name: (name == Path(CONFIG), name)):
+        make_folder((target / name).parent)
+        if name == Path(CONFIG):
+            raw, tied = read_config(source), Config.from_hf(source).tie_word_embeddings
+            if as_written(raw, tied, fp8) != raw:
+                write_config(target, raw, tied, fp8)
+                continue
+        copy_file(source / name, target / name)
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The dict of a directory's config.json."""
+    return read_json_file(directory / CONFIG)
+
+
+def write_config(directory: Path, raw: Mapping[str, Any], tied: bool, fp8: bool = False) -> None:
+    """Writes a config.json: `as_written`."""
+    text = write_json(as_written(raw, tied, fp8), CONFIG, indent=2) + "\n"
+    (directory / CONFIG).write_text(text, encoding="utf-8")
+
+
+def as_written(raw: Mapping[str, Any], tied: bool, fp8: bool = False) -> dict[str, Any]:
+    """A config.json's dict as it describes what we write.
+
+    It is without quantization_config unless the weights are kept so (fp8). Whether the head is tied
+    is said at the top and in text_config: transformers 5 reads the one, transformers 4 the other.
+    """
+    left = dict(raw)
+    if isinstance(text := left.get("text_config"), Mapping):
+        left["text_config"] = dict(text)
+    for part in (left, left.get("text_config", {})):
+        if not fp8:
+            part.pop(QUANTISATION, None)
+        if part.get(TIED, False) is not tied:
+            part[TIED] = tied
+    return left

@@ -1,0 +1,213 @@
+"""From files to arrays on devices: one tensor of the host's at a time, on a mesh only its shards."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+
+from qwen3vl_jax.checkpoint import hf_reader, int8
+from qwen3vl_jax.checkpoint.config_files import PARAMS, read_config
+from qwen3vl_jax.checkpoint.lazy_tensor import (
+    SCALE,
+    VALUES,
+    LazyTensor,
+    TreePath,
+    eight_bit,
+    spell,
+)
+from qwen3vl_jax.checkpoint.name_map import tree_of
+from qwen3vl_jax.checkpoint.orbax_io import open_tree, stored_tensors
+from qwen3vl_jax.checkpoint.validate import check_stored, check_weights, stored_kind
+from qwen3vl_jax.config import Config
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.model.quantized import Quantized
+from qwen3vl_jax.model.sharding import array_sharding, check_divides, shardings
+from qwen3vl_jax.model.structs import Params
+from qwen3vl_jax.model.transformer import logical_axes
+
+Leaves = Mapping[TreePath, LazyTensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A checkpoint's directory and the form that is asked of its weights, as `load` has it."""
+
+    directory: Path
+    cfg: Config
+    weights: str | None = None
+    expert_layout: str | None = None
+    # What a run of train.py has learned, which is read by training/run_params.py.
+    run: Leaves | None = None
+
+    @property
+    def is_orbax(self) -> bool:
+        return (self.directory / PARAMS).is_dir()
+
+    def stored(self) -> Leaves:
+        """The arrays as the files hold them; those of Orbax are read by orbax_io. Raises InputError."""
+        directory = self.directory
+        if self.run is not None:
+            check_weights(directory, None, self.weights)
+            return self.run
+        if not self.is_orbax:
+            if any(directory.glob(f"{PARAMS}.orbax-checkpoint-tmp*")):
+                raise InputError(
+                    f"{directory}: its Orbax checkpoint was never finished; write it again"
+                )
+            return hf_reader.open_hf(directory, self.cfg, self.expert_layout, self.weights)
+        held = stored_tensors(directory / PARAMS)
+        check_stored(directory, self.cfg, held, read_config(directory))
+        check_weights(directory, stored_kind(held), self.weights)
+        return held
+
+    def asked(self, stored: Leaves) -> Leaves:
+        """The arrays as they will be held: codes and scales in place of what is rounded to int8."""
+        return int8.quantised(self.cfg, stored) if self.rounds(stored) else stored
+
+    def rounds(self, stored: Leaves) -> bool:
+        """Whether matrices are rounded to int8 here, and not held so already."""
+        return self.weights == "int8" and stored_kind(stored) is None
+
+
+def weights_bytes(source: Source, dtype: Any = None, mesh: AbstractMesh | None = None) -> int:
+    """Bytes that the parameters will take on a device, alone or of a mesh. Raises InputError.
+
+    Only headers are read.
+    """
+    leaves = source.asked(source.stored())
+    codes, where = eight_bit(leaves), path_shardings(mesh, source.cfg, leaves)
+    wide = None if dtype is None else np.dtype(dtype).itemsize
+
+    def size(path: TreePath, leaf: LazyTensor) -> int:
+        kept, place = leaf.dtype.itemsize if path in codes or wide is None else wide, where[path]
+        return kept * math.prod(leaf.shape if place is None else place.shard_shape(leaf.shape))
+
+    return sum(size(path, leaf) for path, leaf in leaves.items())
+
+
+def load_params(source: Source, mesh: Mesh | None, dtype: Any) -> Params:
+    """The parameters of a checkpoint, on the default device or cut over a mesh. Raises InputError."""
+    stored = source.stored()
+    asked = source.asked(stored)
+    put = _Put(path_shardings(mesh, source.cfg, asked), eight_bit(asked), dtype)
+    return as_structs(tree_of(source.cfg, read_leaves(source, stored, put)))
+
+
+def read_leaves(source: Source, stored: Leaves, put: Callable) -> dict[TreePath, Any]:
+    """{path: put(path, LazyTensor)} of every array as it will be held, one after another.
+
+    stored: of the source. Raises InputError for files that cannot be read.
+    """
+    if not source.is_orbax:
+        return {path: put(path, leaf) for path, leaf in source.asked(stored).items()}
+    rows = int8.quantised_rows(source.cfg) if source.rounds(stored) else {}
+    found = {}
+
+    def sink(path: TreePath, leaf: LazyTensor) -> None:
+        if path not in rows:
+            found[path] = put(path, leaf)
+            return
+        for key, part in int8.quantise(rows[path], leaf.load()).items():
+            found[*path, key] = put((*path, key), in_memory(part))
+
+    open_tree(source.directory / PARAMS, sink)
+    return found
+
+
+def path_shardings(
+    mesh: Mesh | AbstractMesh | None, cfg: Config, leaves: Mapping[TreePath, Any]
+) -> dict[TreePath, NamedSharding | None]:
+    """Where each array of a tree of per-layer parameters lies; None without a mesh. Raises InputError.
+
+    leaves: anything with shape and dtype by path. Codes and scales lie as their weight would, as far as
+    their own axes divide.
+    """
+    if mesh is None:
+        return dict.fromkeys(leaves)
+    known, codes = logical_axes(cfg), eight_bit(leaves)
+    weight = {path: path[:-1] if path in codes else path for path in leaves}
+    axes = {spell(path): known[_kind(weight[path])] for path in leaves}
+    shapes = {spell(path): leaf for path, leaf in leaves.items()}
+    found = shardings(mesh, shapes, axes)
+    check_divides(mesh, shapes, axes)
+    return {path: found[spell(path)] for path in leaves}
+
+
+def _kind(path: TreePath) -> str:
+    """The name of a parameter in `logical_axes`: without the number of its layer."""
+    numbered = ("layers", "blocks")
+    return spell(tuple(k for i, k in enumerate(path) if not i or path[i - 1] not in numbered))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Put:
+    """Puts an array of a path where it belongs, in the dtype it is to have there."""
+
+    where: Mapping[TreePath, NamedSharding | None]
+    codes: set[TreePath]
+    dtype: Any
+
+    def __call__(self, path: TreePath, leaf: LazyTensor) -> jax.Array:
+        array = on_devices(leaf, self.where[path])
+        if self.dtype is not None and path not in self.codes:
+            array = array.astype(self.dtype)
+        return array.block_until_ready()  # or the host copies of many tensors would wait at once
+
+
+def on_devices(leaf: LazyTensor, sharding: NamedSharding | None) -> jax.Array:
+    """A tensor on the default device, or its parts on the devices of this process that hold them."""
+    if sharding is None:
+        # jnp.array copies; device_put would alias the memory map on a CPU, and a file may change.
+        return jnp.array(leaf.load())
+
+    def key(index: Any) -> tuple[tuple[int, ...], ...]:
+        return tuple(s.indices(n) for s, n in zip(index, leaf.shape, strict=True))
+
+    local = sharding.addressable_devices_indices_map(leaf.shape).values()
+    wanted = {key(index): index for index in local if index is not None}
+    parts = dict(zip(wanted, leaf.parts(list(wanted.values())), strict=True))
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: parts[key(index)])
+
+
+def in_memory(array: np.ndarray) -> LazyTensor:
+    """An array that is there, as one that is not."""
+    return LazyTensor(array.shape, array.dtype, lambda: array)
+
+
+def put_pairs(
+    matrices: Mapping[str, np.ndarray], mesh: Mesh | None, dtype: Any
+) -> dict[str, jax.Array]:
+    """An adapter's matrices where its weights are: experts' lie with their experts, others whole."""
+
+    def put(x: np.ndarray) -> jax.Array:
+        x = x if dtype is None else x.astype(dtype)
+        axes = (None, "expert", None, None) if x.ndim == 4 else (None,) * x.ndim  # layers in front
+        return on_devices(in_memory(x), None if mesh is None else array_sharding(mesh, axes, x))
+
+    return {name: put(x) for name, x in matrices.items()}
+
+
+def as_structs(tree: Any) -> Any:
+    """A tree as files hold it, with a Quantized in place of each dict of values and scale."""
+    if isinstance(tree, dict):
+        if tree.keys() == {VALUES, SCALE}:
+            return Quantized(**tree)
+        return {key: as_structs(child) for key, child in tree.items()}
+    return [as_structs(child) for child in tree] if isinstance(tree, list) else tree
+
+
+def as_dicts(tree: Any) -> Any:
+    """The inverse of `as_structs`."""
+
+    def opened(leaf: Any) -> Any:
+        return {VALUES: leaf.values, SCALE: leaf.scale} if isinstance(leaf, Quantized) else leaf
+
+    return jax.tree.map(opened, tree, is_leaf=lambda leaf: isinstance(leaf, Quantized))

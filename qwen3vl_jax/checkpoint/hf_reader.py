@@ -1,0 +1,297 @@
+"""Which stored tensors make which array of the parameter tree, or the list of what does not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from qwen3vl_jax.checkpoint.config_files import QUANTISATION, read_config
+from qwen3vl_jax.checkpoint.fp8 import (
+    SUFFIX,
+    Weight,
+    block_of,
+    misfit,
+)
+from qwen3vl_jax.checkpoint.lazy_tensor import (
+    SCALE,
+    VALUES,
+    Index,
+    LazyTensor,
+    TreePath,
+    spell,
+)
+from qwen3vl_jax.checkpoint.name_map import (
+    TEXT,
+    Row,
+    released_name,
+    rows,
+)
+from qwen3vl_jax.checkpoint.validate import MismatchError, check_weights
+from qwen3vl_jax.config import Config
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.storage.atomic_dir import CONFIG
+from qwen3vl_jax.storage.safetensors_files import (
+    DTYPES,
+    FP8,
+    Files,
+    Stored,
+    read_tensors,
+)
+
+LAYOUTS = ("released", "transformers5")
+_HEAD, _EMBED = "lm_head.weight", TEXT + "embed_tokens.weight"
+_ROWS = 4096  # of the embedding, compared at a time
+log = logging.getLogger("qwen3vl_jax")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """A tensor in the released layout: its dtype, and how it is read from what is stored.
+
+    scales: of codes that are kept, one a block of the released layout.
+    """
+
+    dtype: np.dtype
+    load: Callable[[], np.ndarray]
+    scales: Callable[[], np.ndarray] | None = None
+    sliced: Callable[[], np.ndarray] | None = None  # `load`, but of what is taken parts of alone
+
+
+def open_hf(
+    directory: Path, cfg: Config, layout: str | None = None, weights: str | None = None
+) -> dict[TreePath, LazyTensor]:
+    """The arrays of a Hugging Face directory's parameter tree, by path; only headers are read.
+
+    FP8 tensors are bf16 here, dequantised when they are loaded; with weights "fp8" they are values
+    and scale. Weights "int8" only refuses FP8 files.
+    layout: how fused experts lie ("released" or "transformers5"), needed only where their shape does
+    not tell. A file without a head gives a tree without one, and a warning in the log.
+    Raises InputError for files that cannot be read, MismatchError for tensors that do not fit.
+    """
+    if layout not in (None, *LAYOUTS):
+        raise InputError(f"expert layout is {layout!r}, expected {' or '.join(LAYOUTS)}")
+    return _Matcher(directory, cfg, layout, weights).match()
+
+
+class _Matcher:
+    """What is stored and not yet used (`found`), what was (`sources`; None: a problem was noted)."""
+
+    def __init__(self, directory: Path, cfg: Config, layout: str | None, weights: str | None):
+        self.directory, self.cfg, self.layout = directory, cfg, layout
+        self.keep = weights == "fp8"
+        self.files = Files()
+        self.problems: list[str] = []
+        self.sources: dict[str, _Source | None] = {}
+        self.block = block_of(directory, read_config(directory))
+        found = self._by_released_name(read_tensors(directory))
+        self.scales = {name: found.pop(name) for name in list(found) if name.endswith(SUFFIX)}
+        self.found = found
+        held = "fp8" if any(tensor.dtype in FP8 for tensor in found.values()) else None
+        check_weights(directory, held, weights)
+
+    def match(self) -> dict[TreePath, LazyTensor]:
+        """Every array of the tree; raises MismatchError with all problems at once."""
+        if self.cfg.text.num_experts:
+            for i in range(self.cfg.text.num_hidden_layers):
+                self._experts(f"{TEXT}layers.{i}.mlp.experts.")
+        self._tied_head()
+        wanted = rows(self.cfg)
+        if not self.cfg.tie_word_embeddings and _HEAD not in self.found:
+            log.warning(
+                "%s: no %s (a base model): it can embed, not generate", self.directory, _HEAD
+            )
+            wanted = [row for row in wanted if row.path != ("head",)]
+        leaves: dict[TreePath, LazyTensor] = {}
+        for row in wanted:
+            leaves |= self._leaves(row)
+        for tensor in (*self.found.values(), *self.scales.values()):
+            self.problems.append(f"unknown {tensor.where} {list(tensor.shape)}")
+        if self.problems:
+            raise MismatchError(self.directory, self.problems)
+        return leaves
+
+    def _by_released_name(self, tensors: list[Stored]) -> dict[str, Stored]:
+        groups: dict[str, list[Stored]] = defaultdict(list)
+        for tensor in tensors:
+            if tensor.dtype in FP8 and self.block is None:
+                raise InputError(
+                    f"{tensor.where}: {tensor.dtype}, but {CONFIG} has no {QUANTISATION} with the "
+                    f"size of its blocks; fetch {CONFIG} again or take the bf16 release"
+                )
+            name = released_name(tensor.name)
+            if name is not None:
+                groups[name].append(tensor)
+        for name, group in groups.items():
+            if len(group) > 1:
+                places = " and ".join(tensor.where for tensor in group)
+                self.problems.append(f"duplicated {name}: {places}")
+        return {name: group[0] for name, group in groups.items()}
+
+    def _take(self, name: str, shape: tuple[int, ...]) -> Weight | None:
+        """Uses up a stored tensor and its scales; notes what is wrong with them and gives None."""
+        tensor, scales = self.found.pop(name, None), self.scales.pop(name + SUFFIX, None)
+        if tensor is None:
+            but = f" (only its scales: {scales.where})" if scales else ""
+            self.problems.append(f"missing {name} {list(shape)}{but}")
+        elif tensor.shape != shape:
+            found = f"found {list(tensor.shape)}, expected {list(shape)}"
+            self.problems.append(f"shape of {tensor.where}: {found}")
+        elif tensor.dtype not in DTYPES | FP8:
+            found = f"found {tensor.dtype}, expected {', '.join(DTYPES | FP8)}"
+            self.problems.append(f"dtype of {tensor.where}: {found}")
+        elif problem := misfit(tensor, scales, self.block):
+            self.problems.append(problem)
+        else:
+            return Weight(self.files, tensor, scales, self.block, self.keep and scales is not None)
+        return None
+
+    def _leaves(self, row: Row) -> dict[TreePath, LazyTensor]:
+        """A row's array, or the two of a kept one; nothing where a problem was noted."""
+        for part in row.parts:
+            if part.name not in self.sources:
+                weight = self._take(part.name, part.hf_shape)
+                self.sources[part.name] = weight and _source(weight)
+        sources = [source for part in row.parts if (source := self.sources[part.name])]
+        if len(sources) < len(row.parts):
+            return {}
+        if len({source.dtype for source in sources}) > 1:
+            found = ", ".join(f"{p.name} {s.dtype}" for p, s in zip(row.parts, sources))
+            self.problems.append(f"dtype of {spell(row.path)}: {found}; expected one for all parts")
+            return {}
+        loads = [source.load for source in sources]
+
+        def parts(where: Sequence[Index]) -> list[np.ndarray]:
+            tensors = [(source.sliced or source.load)() for source in sources]
+            return [row.cut(tensors, index) for index in where]
+
+        leaf = LazyTensor(
+            row.shape, sources[0].dtype, lambda: row.assemble([load() for load in loads]), parts
+        )
+        scales = [source.scales for source in sources if source.scales]
+        block = self.block
+        if not scales or block is None:
+            return {row.path: leaf}
+
+        def scale() -> np.ndarray:
+            return row.assemble_scales([load() for load in scales], block)
+
+        shape = row.scale_shape(block)
+        return {
+            (*row.path, VALUES): leaf,
+            (*row.path, SCALE): LazyTensor(shape, DTYPES["F32"], scale),
+        }
+
+    def _tied_head(self) -> None:
+        """Drops the head of a tied file where it repeats the embedding; raises where it does not."""
+        head, embed = self.found.get(_HEAD), self.found.get(_EMBED)
+        if not self.cfg.tie_word_embeddings or head is None or embed is None:
+            return
+        scales = (self.scales.get(name + SUFFIX) for name in (_HEAD, _EMBED))
+        if not (self._same(head, embed) and self._same(*scales)):
+            raise InputError(
+                f"{self.directory}: {_HEAD} differs from {_EMBED}, but config.json ties them; set "
+                f"tie_word_embeddings to false there to keep both"
+            )
+        del self.found[_HEAD]
+        self.scales.pop(_HEAD + SUFFIX, None)
+
+    def _same(self, one: Stored | None, other: Stored | None) -> bool:
+        """Whether two tensors have the same dtype, shape and bytes (or neither is there)."""
+        if one is None or other is None:
+            return one is other
+        if (one.shape, one.dtype) != (other.shape, other.dtype) or one.dtype not in DTYPES | FP8:
+            return False
+        a, b = (self.files.view(tensor).view(np.uint8) for tensor in (one, other))
+        cuts = range(0, len(a), _ROWS)
+        return all(np.array_equal(a[i : i + _ROWS], b[i : i + _ROWS]) for i in cuts)
+
+    def _experts(self, prefix: str) -> None:
+        """One layer's experts: as released, as transformers 5 writes them, or one by one."""
+        t = self.cfg.text
+        e, d, m = t.num_experts, t.hidden_size, t.moe_intermediate_size
+        shapes = {"gate_up_proj": (e, d, 2 * m), "down_proj": (e, m, d)}
+        if f"{prefix}0.gate_proj.weight" in self.found:
+            names = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+            for fused, shape in shapes.items():
+                self.sources[prefix + fused] = self._gathered(prefix, names[fused], shape)
+            return
+        stored = self.found.get(prefix + "gate_up_proj")
+        if stored is None:
+            return
+        if self.layout is None and d == 2 * m and stored.shape == (e, d, d):
+            raise InputError(
+                f"{stored.where}: {list(stored.shape)} may be the released layout or that of "
+                f"transformers 5 (hidden_size is twice moe_intermediate_size): say which "
+                f"(--expert-layout {' or '.join(LAYOUTS)})"
+            )
+        # gate_up decides for both: down alone tells nothing where d == m.
+        found_turned = self.layout is None and stored.shape == (e, 2 * m, d)
+        if found_turned or self.layout == LAYOUTS[1]:
+            for fused, (_, inner, outer) in shapes.items():
+                weight = self._take(prefix + fused, (e, outer, inner))
+                self.sources[prefix + fused] = weight and self._turned(weight)
+
+    def _gathered(
+        self, prefix: str, names: tuple[str, ...], shape: tuple[int, int, int]
+    ) -> _Source | None:
+        """[E, in, out] from each expert's own [out, in] matrices (gate and up side by side)."""
+        e, inner, outer = shape
+        width = outer // len(names)
+        wanted = [f"{prefix}{j}.{name}.weight" for j in range(e) for name in names]
+        weights = [self._take(name, (width, inner)) for name in wanted]
+        stored = [weight for weight in weights if weight]
+        if len(stored) < len(wanted):
+            return None
+        if len({weight.dtype for weight in stored}) > 1:
+            self.problems.append(f"dtype of {prefix}*: found several, expected one")
+            return None
+
+        def load() -> np.ndarray:
+            out = np.empty(shape, stored[0].dtype)
+            for k, weight in enumerate(stored):
+                j, part = divmod(k, len(names))
+                weight.read_into(out[j, :, part * width : (part + 1) * width].T)
+            return out
+
+        def scales() -> np.ndarray:
+            sides = [weight.load_scales().T for weight in stored]
+            experts = zip(*(sides[k :: len(names)] for k in range(len(names))))
+            return np.stack([np.concatenate(each, axis=1) for each in experts])
+
+        if not stored[0].keep:
+            return _Source(stored[0].dtype, load)
+        self._check_turned_blocks(f"{prefix}*", width if len(names) > 1 else 0)
+        return _Source(stored[0].dtype, load, scales)
+
+    def _turned(self, weight: Weight) -> _Source:
+        """[E, in, out] from a stored [E, out, in]."""
+        e, outer, inner = weight.tensor.shape
+
+        def load() -> np.ndarray:
+            out = np.empty((e, inner, outer), weight.dtype)
+            weight.read_into(out.transpose(0, 2, 1))
+            return out
+
+        if not weight.keep:
+            return _Source(weight.dtype, load)
+        self._check_turned_blocks(weight.tensor.where)
+        return _Source(weight.dtype, load, lambda: weight.load_scales().transpose(0, 2, 1))
+
+    def _check_turned_blocks(self, where: str, width: int = 0) -> None:
+        """Notes blocks that the released layout of experts cannot have: not square, or cut at `width`."""
+        assert self.block is not None
+        if self.block[0] != self.block[1] or width % self.block[0]:
+            self.problems.append(
+                f"blocks of {where}: {list(self.block)} do not fit the released layout of experts, in "
+                f"which FP8 is kept; load or convert it without weights fp8"
+            )
+
+
+def _source(weight: Weight) -> _Source:
+    scales = weight.load_scales if weight.keep else None
+    return _Source(weight.dtype, weight.load, scales, weight.sliced)

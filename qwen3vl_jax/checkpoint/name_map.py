@@ -1,0 +1,285 @@
+"""One table: where each Hugging Face tensor lives in the parameter tree, and its shape there.
+
+A spec lists the tree's axes by letter; letters in brackets are one axis in the Hugging Face file. So
+"D (N H)" is [D, N*H] there and [D, N, H] here: a reshape, which is a view, both ways. Rows with
+several names are parts that lie side by side along one axis of the tree's array.
+
+Text: V vocabulary, D hidden, N query heads, K key/value heads, G = N / K, H head, F feed-forward,
+E experts, M expert width. Vision: L positions, W hidden, A heads, B head, U feed-forward, C channels,
+T frames, P patch side, X = merge^2 * W, O merger output.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from qwen3vl_jax.checkpoint.lazy_tensor import (
+    Index,
+    TreePath,
+    flatten,
+    nest,
+)
+from qwen3vl_jax.config import Config
+
+TEXT, VISION, HEAD = "model.language_model.", "model.visual.", "lm_head."
+LAYER, BLOCK = TEXT + "layers.{i}.", VISION + "blocks.{i}."
+TAP = VISION + "deepstack_merger_list.{i}."
+
+Block = tuple[int, int]  # the sides of what one FP8 scale covers, along a file's last two axes
+
+# section | tree path | axis of the parts, or None | (Hugging Face name, spec) of each part
+_Table = tuple[tuple[str, str, int | None, tuple[tuple[str, str], ...]], ...]
+_TABLE: _Table = (
+    ("top", "embed", None, ((TEXT + "embed_tokens.weight", "V D"),)),
+    ("top", "norm", None, ((TEXT + "norm.weight", "D"),)),
+    ("head", "head", None, ((HEAD + "weight", "V D"),)),
+    ("layer", "layers.{i}.ln1", None, ((LAYER + "input_layernorm.weight", "D"),)),
+    ("layer", "layers.{i}.ln2", None, ((LAYER + "post_attention_layernorm.weight", "D"),)),
+    ("layer", "layers.{i}.attn.qkv", 1, (
+        (LAYER + "self_attn.q_proj.weight", "(K G H) D"),
+        (LAYER + "self_attn.k_proj.weight", "(K 1 H) D"),
+        (LAYER + "self_attn.v_proj.weight", "(K 1 H) D"))),
+    ("layer", "layers.{i}.attn.o", None, ((LAYER + "self_attn.o_proj.weight", "D (N H)"),)),
+    ("layer", "layers.{i}.attn.q_norm", None, ((LAYER + "self_attn.q_norm.weight", "H"),)),
+    ("layer", "layers.{i}.attn.k_norm", None, ((LAYER + "self_attn.k_norm.weight", "H"),)),
+    ("bias", "layers.{i}.attn.qkv_bias", 1, (
+        (LAYER + "self_attn.q_proj.bias", "(K G H)"),
+        (LAYER + "self_attn.k_proj.bias", "(K 1 H)"),
+        (LAYER + "self_attn.v_proj.bias", "(K 1 H)"))),
+    ("bias", "layers.{i}.attn.o_bias", None, ((LAYER + "self_attn.o_proj.bias", "D"),)),
+    ("dense", "layers.{i}.mlp.gate_up", 0, (
+        (LAYER + "mlp.gate_proj.weight", "(1 F) D"),
+        (LAYER + "mlp.up_proj.weight", "(1 F) D"))),
+    ("dense", "layers.{i}.mlp.down", None, ((LAYER + "mlp.down_proj.weight", "D F"),)),
+    ("moe", "layers.{i}.mlp.router", None, ((LAYER + "mlp.gate.weight", "E D"),)),
+    ("moe", "layers.{i}.mlp.gate_up", None, ((LAYER + "mlp.experts.gate_up_proj", "E D 2M"),)),
+    ("moe", "layers.{i}.mlp.down", None, ((LAYER + "mlp.experts.down_proj", "E M D"),)),
+    ("top", "vision.patch.weight", None, ((VISION + "patch_embed.proj.weight", "W C T P P"),)),
+    ("top", "vision.patch.bias", None, ((VISION + "patch_embed.proj.bias", "W"),)),
+    ("top", "vision.pos", None, ((VISION + "pos_embed.weight", "L W"),)),
+    ("block", "vision.blocks.{i}.ln1.scale", None, ((BLOCK + "norm1.weight", "W"),)),
+    ("block", "vision.blocks.{i}.ln1.bias", None, ((BLOCK + "norm1.bias", "W"),)),
+    ("block", "vision.blocks.{i}.ln2.scale", None, ((BLOCK + "norm2.weight", "W"),)),
+    ("block", "vision.blocks.{i}.ln2.bias", None, ((BLOCK + "norm2.bias", "W"),)),
+    ("block", "vision.blocks.{i}.attn.qkv", None, ((BLOCK + "attn.qkv.weight", "(3 A B) W"),)),
+    ("block", "vision.blocks.{i}.attn.qkv_bias", None, ((BLOCK + "attn.qkv.bias", "(3 A B)"),)),
+    ("block", "vision.blocks.{i}.attn.o", None, ((BLOCK + "attn.proj.weight", "W (A B)"),)),
+    ("block", "vision.blocks.{i}.attn.o_bias", None, ((BLOCK + "attn.proj.bias", "W"),)),
+    ("block", "vision.blocks.{i}.mlp.fc1", None, ((BLOCK + "mlp.linear_fc1.weight", "U W"),)),
+    ("block", "vision.blocks.{i}.mlp.fc1_bias", None, ((BLOCK + "mlp.linear_fc1.bias", "U"),)),
+    ("block", "vision.blocks.{i}.mlp.fc2", None, ((BLOCK + "mlp.linear_fc2.weight", "W U"),)),
+    ("block", "vision.blocks.{i}.mlp.fc2_bias", None, ((BLOCK + "mlp.linear_fc2.bias", "W"),)),
+    *((section, f"{path}.{leaf}", None, ((f"{name}{source}", spec),))
+      for section, path, name, norm in (
+          ("top", "vision.merger", VISION + "merger.", "W"),
+          ("tap", "vision.deepstack.{i}", TAP, "X"))
+      for leaf, source, spec in (
+          ("norm.scale", "norm.weight", norm),
+          ("norm.bias", "norm.bias", norm),
+          ("fc1", "linear_fc1.weight", "X X"),
+          ("fc1_bias", "linear_fc1.bias", "X"),
+          ("fc2", "linear_fc2.weight", "O X"),
+          ("fc2_bias", "linear_fc2.bias", "O"))),
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One Hugging Face tensor: its name and, for each axis in the file, the axes of the tree it holds."""
+
+    name: str
+    axes: tuple[tuple[int, ...], ...]
+
+    @property
+    def hf_shape(self) -> tuple[int, ...]:
+        """The shape in the file."""
+        return tuple(map(math.prod, self.axes))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape in the tree's array."""
+        return tuple(n for axis in self.axes for n in axis)
+
+    def scale_shape(self, block: Block) -> tuple[int, ...]:
+        """The shape in the tree of the scales of blocks [A, B] along the file's last two axes.
+
+        A scale of the tree covers as many elements of an axis as divide both that axis and the
+        block, so that a block that crosses heads needs nothing but to be written several times.
+        """
+        cut = zip(self.axes, self._covered(block))
+        return tuple(n for axis, (_, few) in cut for n in (*axis[:-1], axis[-1] // few))
+
+    def spread(self, scales: np.ndarray, block: Block) -> np.ndarray:
+        """The tree's scales from the file's, one a block."""
+        for i, (side, few) in enumerate(self._covered(block)):
+            first = np.arange(0, self.hf_shape[i], few)
+            scales = np.take(scales, first // side, axis=i)
+        return scales.reshape(self.scale_shape(block))
+
+    def gather(self, scales: np.ndarray, block: Block) -> np.ndarray:
+        """The file's scales from the tree's: the exact inverse of `spread`."""
+        covered = self._covered(block)
+        fine = scales.reshape([n // few for n, (_, few) in zip(self.hf_shape, covered)])
+        return fine[tuple(slice(None, None, side // few) for side, few in covered)]
+
+    def _covered(self, block: Block) -> list[tuple[int, int]]:
+        """For each axis of the file: elements a block covers, elements a scale of the tree covers."""
+        sides = (1,) * (len(self.axes) - 2) + block
+        return [(side, math.gcd(axis[-1], side)) for axis, side in zip(self.axes, sides)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One array of the parameter tree and the Hugging Face tensors it is made of."""
+
+    path: TreePath
+    parts: tuple[Part, ...]
+    axis: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The array's shape: that of its part, or of all parts side by side."""
+        return self._beside([part.shape for part in self.parts])
+
+    def scale_shape(self, block: Block) -> tuple[int, ...]:
+        """The shape of the scales of an FP8 array whose parts are stored in blocks."""
+        return self._beside([part.scale_shape(block) for part in self.parts])
+
+    @property
+    def summed(self) -> range:
+        """A matrix's axes that a product sums over: the file has [out, in], or experts [E, in, out]."""
+        before, inner, *_ = self.parts[0].axes
+        return range(len(before), len(before) + len(inner))
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """The shape of one scale an output channel: 1 along the summed axes."""
+        return tuple(1 if i in self.summed else n for i, n in enumerate(self.shape))
+
+    def assemble(self, tensors: list[np.ndarray]) -> np.ndarray:
+        """The tree's array from the file's tensors: a view of a single one, a copy of several."""
+        parts = [tensor.reshape(part.shape) for tensor, part in zip(tensors, self.parts)]
+        return parts[0] if self.axis is None else np.concatenate(parts, self.axis)
+
+    def cut(self, tensors: list[np.ndarray], index: Index) -> np.ndarray:
+        """A copy of `assemble(tensors)[index]`, and of no more unless the index cuts the parts' axis."""
+        if self.axis is None or index[self.axis].indices(n := self.shape[self.axis]) != (0, n, 1):
+            return np.array(self.assemble(tensors)[index])
+        parts = [tensor.reshape(part.shape)[index] for tensor, part in zip(tensors, self.parts)]
+        return np.concatenate(parts, self.axis)
+
+    def assemble_scales(self, scales: list[np.ndarray], block: Block) -> np.ndarray:
+        """The tree's scales from those of the file's tensors, one a block."""
+        parts = [part.spread(scale, block) for scale, part in zip(scales, self.parts)]
+        return parts[0] if self.axis is None else np.concatenate(parts, self.axis)
+
+    def split(self, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+        """(name, tensor) as in the file: the exact inverse of `assemble`."""
+        for part, piece in self._pieces(array):
+            yield part.name, piece.reshape(part.hf_shape)
+
+    def split_scales(self, array: np.ndarray, block: Block) -> Iterator[tuple[str, np.ndarray]]:
+        """(name of the tensor, its scales) as in the file: the exact inverse of `assemble_scales`."""
+        for part, piece in self._pieces(array):
+            yield part.name, part.gather(piece, block)
+
+    def _beside(self, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
+        shape = list(shapes[0])
+        if self.axis is not None:
+            shape[self.axis] = sum(each[self.axis] for each in shapes)
+        return tuple(shape)
+
+    def _pieces(self, array: np.ndarray) -> Iterator[tuple[Part, np.ndarray]]:
+        start = 0
+        for part in self.parts:
+            piece = array
+            if self.axis is not None:
+                stop = start + part.shape[self.axis]
+                piece = array[(slice(None),) * self.axis + (slice(start, stop),)]
+                start = stop
+            yield part, piece
+
+
+def _sizes(cfg: Config) -> dict[str, int]:
+    t, v = cfg.text, cfg.vision
+    channels, frames, side, _ = v.patch_shape
+    return {
+        "1": 1, "3": 3, "V": t.vocab_size, "D": t.hidden_size, "N": t.num_attention_heads,
+        "K": t.num_key_value_heads, "G": t.num_attention_heads // t.num_key_value_heads,
+        "H": t.head_dim, "F": t.intermediate_size, "E": t.num_experts, "M": t.moe_intermediate_size,
+        "2M": 2 * t.moe_intermediate_size, "L": v.num_position_embeddings, "W": v.hidden_size,
+        "A": v.num_heads, "B": v.head_dim, "U": v.intermediate_size, "C": channels, "T": frames,
+        "P": side, "X": v.merge_unit * v.hidden_size, "O": v.out_hidden_size,
+    }  # fmt: skip
+
+
+def _counts(cfg: Config) -> dict[str, int]:
+    """How often each section of the table occurs; 0 leaves it out."""
+    layers = cfg.text.num_hidden_layers
+    return {
+        "top": 1,
+        "head": int(not cfg.tie_word_embeddings),
+        "layer": layers,
+        "bias": layers * cfg.text.attention_bias,
+        "dense": layers * (cfg.text.num_experts == 0),
+        "moe": layers * (cfg.text.num_experts > 0),
+        "block": cfg.vision.depth,
+        "tap": len(cfg.vision.deepstack_visual_indexes),
+    }
+
+
+def _part(name: str, spec: str, sizes: dict[str, int]) -> Part:
+    groups = re.findall(r"\(.*?\)|\S+", spec)
+    axes = (tuple(sizes[letter] for letter in group.strip("()").split()) for group in groups)
+    return Part(name, tuple(axes))
+
+
+def rows(cfg: Config) -> list[Row]:
+    """Every array of a config's parameter tree, with the Hugging Face tensors it is made of."""
+    sizes, counts = _sizes(cfg), _counts(cfg)
+    found = []
+    for section, path, axis, parts in _TABLE:
+        for i in range(counts[section]):
+            keys = path.format(i=i).split(".")
+            place = tuple(int(key) if key.isdecimal() else key for key in keys)
+            found.append(Row(place, tuple(_part(n.format(i=i), s, sizes) for n, s in parts), axis))
+    return found
+
+
+def tree_of(cfg: Config, leaves: Mapping[TreePath, Any]) -> Any:
+    """The parameter tree of a config from its leaves by path (a model without taps keeps its [])."""
+    taps = cfg.vision.deepstack_visual_indexes
+    return nest(leaves.items(), empty=() if taps else [("vision", "deepstack")])
+
+
+def from_hf(cfg: Config, tensors: Mapping[str, np.ndarray]) -> Any:
+    """The parameter tree from arrays under their released names and in the released layout."""
+    leaves = {row.path: row.assemble([tensors[p.name] for p in row.parts]) for row in rows(cfg)}
+    return tree_of(cfg, leaves)
+
+
+def to_hf(cfg: Config, params: Any) -> dict[str, np.ndarray]:
+    """Arrays under their released names and in the released layout: the inverse of `from_hf`."""
+    leaves = dict(flatten(params))
+    pieces = (row.split(np.asarray(leaves[row.path])) for row in rows(cfg) if row.path in leaves)
+    return {name: tensor for piece in pieces for name, tensor in piece}
+
+
+def released_name(name: str) -> str | None:
+    """The released spelling of a tensor's name in a re-export; None for a rotary table's buffer.
+
+    Wrappers put "module." or "model." in front, base models leave "model." or "language_model." out.
+    """
+    if name.endswith("inv_freq"):
+        return None
+    bare = re.sub(r"^(?:(?:module|model)\.)+", "", name)
+    if bare.startswith("visual."):
+        return "model." + bare
+    bare = re.sub(r"^language_model\.(?:model\.)?", "", bare)
+    return bare if bare.startswith(HEAD) else TEXT + bare

@@ -1,0 +1,294 @@
+"""Adapters in PEFT's files: adapter_config.json and adapter_model.safetensors, written and read.
+
+Experts lie there as PEFT's ParamWrapper has them: A [E r, inner] by expert and rank, B [outer, r E] by
+rank and expert, and the two parameters of one module nested, the inner one under "base_layer".
+"""
+
+from __future__ import annotations
+
+import collections
+import difflib
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save
+
+from qwen3vl_jax.checkpoint.adapter_map import Adapter, Place, places
+from qwen3vl_jax.checkpoint.name_map import released_name
+from qwen3vl_jax.config import Config
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.storage.atomic_dir import staged
+from qwen3vl_jax.storage.json_text import read_json_file, write_json
+from qwen3vl_jax.storage.paths import as_path
+from qwen3vl_jax.storage.safetensors_files import (
+    DTYPES,
+    Files,
+    Stored,
+    read_header,
+)
+
+SETTINGS, MATRICES = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX, _NESTED = "base_model.model.", ".base_layer"
+_KEY = re.compile(
+    r"(?:base_model\.model\.)?(?P<module>.+?)(?P<nested>(?:\.base_layer)*)"
+    r"\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight"
+)
+_TABLE = re.compile(r".*\b(?:lm_head|embed_tokens)(?:\.base_layer)?\.weight")
+# Settings under which an adapter is more than two matrices a module, or its base is not the release.
+_REFUSED = (
+    "use_dora", "lora_bias", "fan_in_fan_out", "modules_to_save", "trainable_token_indices",
+    "layer_replication", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config",
+    "velora_config", "kasa_config", "monteclora_config", "megatron_config",
+)  # fmt: skip
+_PLAIN_STARTS = (
+    True,
+    False,
+    None,
+    "gaussian",
+    "eva",
+)  # init_lora_weights that leave the base alone
+
+Matrices = dict[str, np.ndarray]
+
+
+def save_adapter(
+    out: str | os.PathLike[str],
+    cfg: Config,
+    weights: Mapping[str, Any],
+    adapter: Adapter,
+    base_name: str = "",
+) -> None:
+    """Writes a directory that PEFT loads onto transformers' model; complete or not at all.
+
+    weights: {NAME.a, NAME.b} of `places`, layers stacked, as training holds them; they are written in
+    their dtype. base_name: of the model it belongs to. Raises InputError where `out` exists.
+    """
+    known = places(cfg)
+    tensors: Matrices = {}
+    for name in adapter.ranks:
+        sides = [np.asarray(weights[f"{name}.{side}"]) for side in "ab"]
+        tensors |= _tensors(known[name], sides[0], sides[1], adapter.ranks)
+    settings = _settings(known, adapter) | {"base_model_name_or_path": base_name or None}
+    with staged(as_path(out), needs=sum(x.nbytes for x in tensors.values())) as stage:
+        (stage / MATRICES).write_bytes(save(tensors, metadata={"format": "pt"}))
+        text = write_json(settings, SETTINGS, indent=2) + "\n"
+        (stage / SETTINGS).write_text(text, encoding="utf-8")
+
+
+def _tensors(
+    place: Place, a: np.ndarray, b: np.ndarray, ranks: Mapping[str, tuple[int, ...]]
+) -> Matrices:
+    """The files' tensors of one place."""
+    found = {}
+    for i, (module, rank) in enumerate(zip(place.modules, ranks[place.name], strict=True)):
+        if not rank:
+            continue
+        one = (a[i], b[i]) if place.stacked else (a, b)
+        one_a, one_b = one[0][..., :rank, :], one[1][..., :rank]
+        if place.experts:
+            one_a = one_a.reshape(-1, place.inner)
+            one_b = one_b.transpose(1, 2, 0).reshape(place.outer, -1)
+        other = f"{place.name.removesuffix('gate_up.gate_up_proj')}down.down_proj"
+        inner = place.parameter == "gate_up_proj" and any(ranks.get(other, ())[i : i + 1])
+        key = f"{_PREFIX}{module}{_NESTED if inner else ''}"
+        found[f"{key}.lora_A.weight"] = np.ascontiguousarray(one_a)
+        found[f"{key}.lora_B.weight"] = np.ascontiguousarray(one_b)
+    return found
+
+
+def _settings(known: Mapping[str, Place], adapter: Adapter) -> dict[str, Any]:
+    """adapter_config.json. PEFT cannot load target_parameters with a dropout, which only trains."""
+    flat = {
+        (known[name].parameter is not None, target): pair
+        for name, ranks in adapter.ranks.items()
+        for target, *pair in zip(known[name].targets, ranks, adapter.alphas[name], strict=True)
+        if pair[0]
+    }
+    (rank, alpha), _ = collections.Counter(tuple(pair) for pair in flat.values()).most_common(1)[0]
+    unlike = {target: pair for (_, target), pair in flat.items() if pair != [rank, alpha]}
+    names = [[target for kind, target in flat if kind is fused] for fused in (False, True)]
+    every = [target for place in known.values() for target in place.targets]
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": _whole(alpha),
+        "lora_dropout": 0.0 if names[1] else adapter.dropout,
+        "target_modules": _shortened(names[0], every),
+        "rank_pattern": {re.escape(target): rank for target, (rank, _) in unlike.items()},
+        "alpha_pattern": {re.escape(n): _whole(alpha) for n, (_, alpha) in unlike.items()},
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "use_dora": False,
+        "use_rslora": adapter.rslora,
+    }
+    return settings | ({"target_parameters": _shortened(names[1], every)} if names[1] else {})
+
+
+def _whole(alpha: float) -> float:
+    return int(alpha) if alpha == int(alpha) else alpha
+
+
+def _shortened(names: list[str], every: list[str]) -> list[str]:
+    """Endings behind the layer's number in place of whole names, where they name nothing else."""
+    chosen, wanted = [], set(names)
+    for name in names:
+        ending = re.split(r"\.\d+\.", name)[-1]
+        named = {other for other in every if other == ending or other.endswith(f".{ending}")}
+        chosen.append(ending if named <= wanted else name)
+    return list(dict.fromkeys(chosen))
+
+
+def load_adapter(directory: str | os.PathLike[str], cfg: Config) -> tuple[Matrices, Adapter]:
+    """({NAME.a, NAME.b}, settings) of a PEFT directory: matrices of `places`, layers stacked.
+
+    Layers without an adapter, and ranks below a place's largest, are zero. Raises InputError for
+    files that cannot be read, modules this model does not have, shapes that do not fit, and kinds of
+    adapter that are more than two matrices a module (DoRA, modules_to_save, biases).
+    """
+    directory = as_path(directory)
+    settings = _read_settings(directory)
+    pairs = _read_pairs(directory, (cfg.text.vocab_size, cfg.text.hidden_size))
+    known = places(cfg)
+    by_module = collections.defaultdict(list)
+    for place in known.values():
+        for i, module in enumerate(place.modules):
+            by_module[module].append((place, i))
+    found: dict[str, dict[int, tuple[np.ndarray, np.ndarray]]] = {}
+    for module, a, b in pairs:
+        if module not in by_module:
+            near = difflib.get_close_matches(module, by_module, 1)
+            hint = f"; did it mean {near[0]}?" if near else ""
+            raise InputError(f"{directory}: this model has no module {module} to adapt{hint}")
+        place, i, one = _placed(directory, module, by_module[module], a, b)
+        if i in found.setdefault(place.name, {}):
+            raise InputError(f"{directory}: {module} is adapted twice")
+        found[place.name][i] = one
+    ordered = {name: found[name] for name in known if name in found}
+    ranks = {
+        n: _by_layer(known[n], {i: a.shape[-2] for i, (a, _) in o.items()})
+        for n, o in ordered.items()
+    }
+    alphas = {n: tuple(_alpha(settings, target) for target in known[n].targets) for n in ordered}
+    dropout = float(settings.get("lora_dropout") or 0.0)
+    adapter = Adapter(ranks, alphas, dropout, bool(settings.get("use_rslora")))
+    weights: Matrices = {}
+    for name, layers in ordered.items():
+        sides = _stacked(known[name], layers, max(ranks[name]))
+        weights |= {f"{name}.a": sides[0], f"{name}.b": sides[1]}
+    return weights, adapter
+
+
+def _read_settings(directory: Path) -> dict[str, Any]:
+    if not directory.is_dir():
+        raise InputError(f"{directory}: no such directory, expected a PEFT adapter's")
+    if not (directory / SETTINGS).is_file():
+        raise InputError(f"{directory}: has no {SETTINGS}, expected a PEFT adapter's directory")
+    settings = read_json_file(directory / SETTINGS)
+    if settings.get("peft_type") != "LORA":
+        kind = settings.get("peft_type")
+        raise InputError(f"{directory}: peft_type is {kind!r}, expected 'LORA'")
+    for key in _REFUSED:
+        if settings.get(key):
+            raise InputError(
+                f"{directory}: {key} is {settings[key]!r}; only plain LoRA is read, two matrices a "
+                f"module: merge the adapter with PEFT and load the whole model"
+            )
+    if settings.get("bias", "none") != "none":
+        raise InputError(f"{directory}: bias is {settings['bias']!r}, expected 'none'")
+    start = settings.get("init_lora_weights", True)
+    if start not in _PLAIN_STARTS:
+        raise InputError(
+            f"{directory}: init_lora_weights is {start!r}, which changed the weights it was trained "
+            f"on; save it with PEFT's path_initial_model_for_weight_conversion"
+        )
+    return settings
+
+
+def _read_pairs(
+    directory: Path, table: tuple[int, ...]
+) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """(module, A, B) of every pair as the file has them; table: the shape of the embedding."""
+    file, files = directory / MATRICES, Files()
+    if not file.is_file() and any(directory.glob("adapter_model.bin")):
+        raise InputError(
+            f"{directory}: holds its matrices as a pickle, which is not read (reading one runs the "
+            f"code in it); save it again with safe_serialization"
+        )
+    found: dict[tuple[str, str], dict[str, Stored]] = {}
+    for tensor in read_header(file):
+        match = _KEY.fullmatch(tensor.name)
+        if _TABLE.fullmatch(tensor.name) and tensor.shape == table:
+            continue  # PEFT puts a copy of the base's beside an adapter of lm_head
+        if match is None or tensor.dtype not in DTYPES:
+            raise InputError(f"{directory}: {tensor.name} ({tensor.dtype}) is no matrix of a LoRA")
+        name = released_name(f"{match['module']}.weight") or ""
+        place = (name.removesuffix(".weight"), match["nested"])
+        found.setdefault(place, {})[match["side"]] = tensor
+    if not found:
+        raise InputError(f"{file}: holds no matrices")
+    out = []
+    for (module, _), sides in found.items():
+        if len(sides) < 2:
+            raise InputError(f"{directory}: {module} has lora_{next(iter(sides))} alone")
+        out.append((module, files.view(sides["A"]), files.view(sides["B"])))
+    return out
+
+
+def _placed(
+    where: Path, module: str, options: list[tuple[Place, int]], a: np.ndarray, b: np.ndarray
+) -> tuple[Place, int, tuple[np.ndarray, np.ndarray]]:
+    """Which place and layer a pair belongs to, and the pair in our axes.
+
+    The shapes tell the two parameters of experts apart. An older PEFT took [E, out, in], which
+    transformers 5 has, for [E, in, out]: its A and B stand for each other's side.
+    """
+    sides = (a.shape[-1], b.shape[0]) if a.ndim == b.ndim == 2 else ()
+    for turned in (False, True) if options[0][0].experts else (False,):
+        for place, i in options:
+            count = max(place.experts, 1)
+            fits = sides == ((place.outer, place.inner) if turned else (place.inner, place.outer))
+            if not fits or a.shape[0] != b.shape[1] or a.shape[0] % count or not len(a):
+                continue
+            if not place.experts:
+                return place, i, (a, b)
+            a, b = a.reshape(count, -1, a.shape[1]), b.reshape(len(b), -1, count)
+            if turned:
+                return place, i, (b.transpose(2, 1, 0), a.transpose(0, 2, 1))
+            return place, i, (a, b.transpose(2, 0, 1))
+    wanted = " or ".join(f"[r {p.inner}] and [{p.outer} r]" for p, _ in options)
+    raise InputError(
+        f"{where}: {module} has A {list(a.shape)} and B {list(b.shape)}, expected {wanted}"
+    )
+
+
+def _by_layer(place: Place, values: Mapping[int, int]) -> tuple[int, ...]:
+    return tuple(values.get(i, 0) for i in range(len(place.modules)))
+
+
+def _alpha(settings: Mapping[str, Any], target: str) -> float:
+    """lora_alpha of a module, or what alpha_pattern says of it: the first pattern that its name ends in."""
+    for pattern, alpha in (settings.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", target):
+            return float(alpha)
+    return float(settings.get("lora_alpha", 8))
+
+
+def _stacked(
+    place: Place, layers: Mapping[int, tuple[np.ndarray, np.ndarray]], rank: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """A and B of a place, layers stacked, zero where there is nothing."""
+    dtype = np.result_type(*(side.dtype for pair in layers.values() for side in pair))
+    a, b = (np.zeros(shape, dtype) for shape in place.shapes(rank))
+    for i, (one_a, one_b) in layers.items():
+        here = i if place.stacked else ...
+        a[here][..., : one_a.shape[-2], :] = one_a
+        b[here][..., : one_b.shape[-1]] = one_b
+    return a, b

@@ -1,0 +1,75 @@
+"""Checkpoints: an Orbax directory, a Hugging Face directory, or a Hub id.
+
+An Orbax directory is complete in itself:
+
+    config.json                      as Hugging Face writes it
+    tokenizer.json, chat_template.*, preprocessor_config.json, ...
+    params/                          the tree of init_params; layers are lists, one array a layer
+
+`orbax.checkpoint.StandardCheckpointer().restore(DIR / "params")` reads it without this package.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from qwen3vl_jax.checkpoint.config_files import PARAMS, copy_files, read_config, write_config
+from qwen3vl_jax.checkpoint.device_load import as_dicts
+from qwen3vl_jax.checkpoint.lazy_tensor import LazyTensor, flatten
+from qwen3vl_jax.checkpoint.orbax_io import write_tree
+from qwen3vl_jax.checkpoint.validate import check_stored
+from qwen3vl_jax.config import Config
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.model.structs import Params
+from qwen3vl_jax.storage.atomic_dir import CONFIG, staged
+from qwen3vl_jax.storage.paths import as_path
+from qwen3vl_jax.storage.safetensors_files import side_files
+
+
+def save_params(
+    out: str | os.PathLike[str],
+    params: Params,
+    config: Config | Mapping[str, Any] | None = None,
+    files_from: str | os.PathLike[str] | None = None,
+    force: bool = False,
+) -> None:
+    """Writes an Orbax directory from a parameter tree: complete or not at all.
+
+    config: a Config or a config.json's dict; None takes the config.json of files_from.
+    files_from: a checkpoint directory whose tokenizer, template and other files are copied.
+    FP8 weights need a config with their quantization_config: a Config has none.
+    Raises InputError where `out` is in the way (force replaces a checkpoint) or params do not fit.
+    """
+    source = None if files_from is None else as_path(files_from)
+    raw = config.to_hf() if isinstance(config, Config) else config
+    described = source if raw is None else raw
+    if described is None:
+        raise InputError("save_params: no config and no files_from, expected one of them")
+    cfg = Config.from_hf(described)
+
+    def lazy_copy(x: Any) -> LazyTensor:
+        # Of a copy: a jax.Array keeps the host's side of a transfer for as long as it lives.
+        return LazyTensor(tuple(x.shape), np.dtype(x.dtype), lambda: np.asarray(x.copy()))
+
+    lazy = jax.tree.map(lazy_copy, as_dicts(params))
+    leaves = dict(flatten(lazy))
+    if not all(isinstance(leaf, LazyTensor) for leaf in leaves.values()):
+        raise InputError(
+            "save_params: the parameters hold an adapter; save qwen3vl_jax.lora.merge(params)"
+        )
+    told = read_config(source) if raw is None and source else raw or {}
+    fp8 = check_stored(as_path(out), cfg, leaves, told) is not None
+    names = side_files(source, leave_out=[PARAMS]) if source else []
+    with staged(as_path(out), force, needs=sum(leaf.nbytes for leaf in leaves.values())) as stage:
+        write_tree(stage / PARAMS, lazy)
+        if source:
+            kept = [name for name in names if raw is None or name != Path(CONFIG)]
+            copy_files(source, kept, stage, fp8)
+        if raw is not None:
+            write_config(stage, raw, cfg.tie_word_embeddings, fp8)

@@ -1,0 +1,101 @@
+"""What a checkpoint holds, against what its config and the caller ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qwen3vl_jax.checkpoint.config_files import QUANTISATION
+from qwen3vl_jax.checkpoint.fp8 import block_of
+from qwen3vl_jax.checkpoint.lazy_tensor import (
+    SCALE,
+    VALUES,
+    LazyTensor,
+    TreePath,
+    spell,
+)
+from qwen3vl_jax.checkpoint.name_map import Block, rows
+from qwen3vl_jax.config import Config
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.storage.atomic_dir import CONFIG
+from qwen3vl_jax.storage.safetensors_files import FP8
+
+WEIGHTS = ("fp8", "int8")
+_KINDS = {FP8["F8_E4M3"]: "fp8", np.dtype(np.int8): "int8"}
+
+
+class MismatchError(InputError):
+    """Tensors that do not fit the config: one line, and every problem in `problems`."""
+
+    def __init__(self, where: Path | str, problems: list[str]):
+        self.problems = problems
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        super().__init__(f"{where}: tensors do not fit config.json: {problems[0]}{more}")
+
+
+def check_weights(where: Path, held: str | None, weights: str | None) -> None:
+    """Raises InputError for weights that a checkpoint of fp8, int8 or other (None) ones cannot give."""
+    if weights not in (None, *WEIGHTS):
+        raise InputError(f"weights is {weights!r}, expected None or {' or '.join(WEIGHTS)}")
+    if weights == "fp8" and held != "fp8":
+        found = "int8 weights" if held else "no FP8 weights"
+        raise InputError(
+            f"{where}: holds {found}; weights fp8 keeps those of an FP8 release as they are: take one, "
+            f"or leave it out" + ("" if held else ", or take weights int8")
+        )
+    if weights == "int8" and held == "fp8":
+        raise InputError(
+            f"{where}: holds FP8 weights, which int8 would round once more; take weights fp8, which "
+            f"needs no more memory, or the bf16 release"
+        )
+
+
+def stored_kind(stored: Mapping[TreePath, LazyTensor]) -> str | None:
+    """What the arrays of an Orbax checkpoint hold: fp8, int8, or None for neither."""
+    kinds = {_KINDS.get(leaf.dtype) for path, leaf in stored.items() if path[-1] == VALUES}
+    return min((kind for kind in kinds if kind), default=None)
+
+
+def check_stored(
+    where: Path, cfg: Config, stored: Mapping[TreePath, LazyTensor], raw: Mapping[str, Any]
+) -> Block | None:
+    """Raises MismatchError unless the arrays of an Orbax checkpoint are those of the config.
+
+    raw: the config.json's dict, which says how large FP8 blocks are; returns that of FP8 weights.
+    An untied head may be absent (a base model).
+    """
+    block = block_of(where, raw) if stored_kind(stored) == "fp8" else None
+    wanted: dict[TreePath, tuple[int, ...]] = {}
+    problems = []
+    for row in rows(cfg):
+        values, scale = (*row.path, VALUES), (*row.path, SCALE)
+        if values not in stored or len(row.parts[0].axes) < 2:
+            if row.path != ("head",) or row.path in stored:
+                wanted[row.path] = row.shape
+            continue
+        kind = _KINDS.get(stored[values].dtype)
+        wanted[values] = row.shape
+        wanted[scale] = row.scale_shape(block) if kind == "fp8" and block else row.channels
+        if kind is None or (kind == "fp8" and block is None):
+            expected = f"int8, or float8_e4m3fn with {QUANTISATION} in {CONFIG}"
+            problems.append(_dtype_problem(values, stored, expected))
+        if scale in stored and stored[scale].dtype != np.float32:
+            problems.append(_dtype_problem(scale, stored, "float32"))
+    problems += [
+        f"missing {spell(path)} {list(wanted[path])}" for path in wanted.keys() - stored.keys()
+    ]
+    problems += [f"unknown {spell(path)}" for path in stored.keys() - wanted.keys()]
+    for path in wanted.keys() & stored.keys():
+        if stored[path].shape != wanted[path]:
+            found = f"found {list(stored[path].shape)}, expected {list(wanted[path])}"
+            problems.append(f"shape of {spell(path)}: {found}")
+    if problems:
+        raise MismatchError(where, sorted(problems))
+    return block
+
+
+def _dtype_problem(path: TreePath, stored: Mapping[TreePath, LazyTensor], expected: str) -> str:
+    return f"dtype of {spell(path)}: found {stored[path].dtype}, expected {expected}"

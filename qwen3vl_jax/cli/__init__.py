@@ -1,0 +1,1 @@
+"""What infer.py and train.py run."""

@@ -1,0 +1,341 @@
+"""Answers that outlive their process: one a line in OUT.partial, put into OUT in order at the end.
+
+Every line of OUT.partial is a JSON object that ends with a checksum of its other bytes: {"settings",
+"checksum"} at each start, {"line", "digest", "error", "result", "checksum"} for each finished line, where
+error says whether the next process is to try it again. A killed process leaves at worst a torn line. OUT
+is put in its place when each line of the input has a result; only then OUT.partial goes, and it stays
+while some are errors. Of several processes the first has OUT and OUT.partial, the others OUT.partial.1, ..
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.storage.append_log import AppendLog, begun
+from qwen3vl_jax.storage.json_text import read_json, write_json
+from qwen3vl_jax.storage.paths import (
+    absolute,
+    file_size,
+    is_remote,
+    kind,
+    read_range,
+)
+from qwen3vl_jax.storage.remote_files import replacing
+
+Result = dict[str, Any]
+ERROR = "error"  # key of a result that is no answer: it is tried again by the next process
+_NAMED = 10  # damaged lines that are named
+_CHECKSUM = b', "checksum": "'
+_RESULT = b', "result": '
+_BEGIN = b'{"settings": '  # of a log
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One line of the questions: its number from 1, its first byte, its bytes, and their digest."""
+
+    number: int
+    start: int
+    size: int
+    digest: str
+
+    def read(self, source: Path) -> bytes:
+        """Its bytes. Raises InputError where they are no longer those that were counted."""
+        text = read_range(source, self.start, self.size)
+        if digest_of(text) != self.digest:
+            raise InputError(
+                f"--input {source}: line {self.number} changed while it was being answered; put the "
+                "file back as it was and run the same command again"
+            )
+        return text
+
+
+def digest_of(text: bytes) -> str:
+    """The same for two lines that ask the same."""
+    return hashlib.blake2b(text.strip(), digest_size=16).hexdigest()
+
+
+def read_lines(path: Path) -> list[Line]:
+    """Every line that is not blank, without its text. Raises InputError for a file without any."""
+    found, start = [], 0
+    if kind(path) == "folder" or (path.exists() and not path.is_file()):
+        raise InputError(f"--input {path}: is no file that can be read again, save it as one first")
+    try:
+        with path.open("rb") as file:
+            for number, text in enumerate(file, 1):
+                if text.strip():
+                    found.append(Line(number, start, len(text), digest_of(text)))
+                start += len(text)
+    except OSError as e:
+        raise InputError(f"--input {path}: cannot be read ({e.strerror})") from e
+    if not found:
+        raise InputError(f"--input {path}: holds no line, expected one JSON object a line")
+    return found
+
+
+class Journal:
+    """The results that are there, in OUT.partial while there is work; a context manager."""
+
+    def __init__(self, out: Path, lines: list[Line], settings: Mapping[str, Any], index: int = 0):
+        """Takes up the work on `out` where it was left, or begins it; process `index` of several.
+
+        Raises InputError while another process works on it, for an `out` that is not of this work,
+        and for an OUT.partial of other settings, of other lines, or of another program.
+        """
+        self.out, self._place = out, absolute(out)
+        self.path = self._place.with_name(f"{self._place.name}.partial" + f".{index}" * bool(index))
+        self.lines, self.index = lines, index
+        said = write_json(settings, "the settings", sort_keys=True)
+        self.settings = read_json(said, "the settings")
+        self._digests = {one.number: digest_of(f"{one.digest} {said}".encode()) for one in lines}
+        self.done: set[int] = set()
+        self.errors = 0
+        # Where the log has the result of a line: its first byte, and bytes.
+        self._at: dict[int, tuple[int, int]] = {}
+        try:
+            self.log = AppendLog(self.path, self._busy)
+        except OSError as e:
+            raise InputError(f"--output {out}: cannot be written ({e.strerror})") from e
+        try:
+            with self._writing():
+                self._begin([] if index else _others(self.path))
+        except BaseException:
+            if not self.log.size:
+                with contextlib.suppress(OSError):
+                    self.log.remove()
+            self.log.close()
+            raise
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        try:
+            self.sync()
+        except InputError:
+            # After an error of the block that one is told.
+            if not kind:
+                raise
+        finally:
+            self.log.close()
+
+    def missing(self) -> Iterator[Line]:
+        """The lines without a result."""
+        return (line for line in self.lines if line.number not in self.done)
+
+    def add(self, line: Line, result: Result) -> None:
+        """Keeps a finished result. Raises InputError where it cannot be written."""
+        digest, error = self._digests[line.number], ERROR in result
+        entry = {"line": line.number, "digest": digest, "error": error, "result": result}
+        self._copy(line.number, _line(entry), error)
+
+    def sync(self) -> None:
+        """Puts what was added where it is safe. Raises InputError."""
+        with self._writing():
+            self.log.sync()
+
+    def pieces(self, size: int) -> Iterator[str]:
+        """The results as text for `absorb`, about so many bytes at a time."""
+        text = bytearray()
+        for place in self._at.values():
+            text += self.log.read(*place)
+            if len(text) >= size:
+                yield text.decode()
+                text.clear()
+        yield text.decode()
+
+    def absorb(self, pieces: list[str]) -> None:
+        """Keeps results of others, but for lines that have one. Raises InputError."""
+        for text in pieces:
+            for line in text.encode().splitlines(keepends=True):
+                entry = _entry(line)
+                if entry is None:
+                    raise InputError(f"--output {self.out}: an answer was damaged on its way here")
+                if entry["line"] not in self.done:
+                    self._copy(entry["line"], line, entry["error"])
+
+    def finish(self) -> None:
+        """Puts OUT in its place, for every line has a result; removes OUT.partial if none is an error.
+
+        Raises InputError where that cannot be; OUT and OUT.partial are then as they were.
+        """
+        with self._writing():
+            self.log.sync()
+            with replacing(self._place) as file:
+                for line in self.lines:
+                    file.write(self._result(line.number) + b"\n")
+            if not self.errors:
+                self.log.remove()
+
+    def _begin(self, others: list[Path]) -> None:
+        """Takes up what is there. Raises OSError too: a place without room is told of at once."""
+        self._at = self._take_up(self.log)
+        self.done.update(self._at)
+        self._check_free(bool(self.log.size) or any(map(begun, others)))
+        self.log.append(_line({"settings": self.settings}))
+        self.log.sync()
+        for path in others:
+            self._take_over(path)
+
+    def _take_over(self, path: Path) -> None:
+        """Keeps what another process left when it, or the first, was killed."""
+        left = AppendLog(path, self._busy)
+        try:
+            for number, place in self._take_up(left).items():
+                if number not in self.done:
+                    self._copy(number, left.read(*place))
+            self.log.sync()
+            left.remove()
+        finally:
+            left.close()
+
+    def _take_up(self, log: AppendLog) -> dict[int, tuple[int, int]]:
+        """The places of the answers in a log by the number of their line; names damaged lines."""
+        found: dict[int, tuple[int, int]] = {}
+        digests: dict[int, str] = {}
+        settings, damaged, text, count = None, [], b"\n", 0
+        for count, (start, text) in enumerate(log.lines(), 1):
+            entry = _entry(text)
+            if entry is None:
+                damaged.append(count)
+            elif "settings" in entry:
+                settings = entry["settings"]
+            elif not entry["error"]:
+                found[entry["line"]] = start, len(text)
+                digests[entry["line"]] = entry["digest"]
+        if len(damaged) == count and not _BEGIN.startswith(log.read(0, len(_BEGIN))):
+            raise InputError(f"{log.path}: holds no line of this program; {self._afresh}")
+        if found:
+            self._check_same(log.path, settings, digests)
+        if damaged:
+            named = ", ".join(map(str, damaged[:_NAMED])) + ", .." * (len(damaged) > _NAMED)
+            told = f"{log.path}: damaged or cut off, and left out: line {named}; prompts without an"
+            print(f"{told} answer are answered again", file=sys.stderr)
+        if not text.endswith(b"\n"):
+            log.cut(start)
+        return found
+
+    def _check_same(self, path: Path, asked: Any, digests: Mapping[int, str]) -> None:
+        said = self.settings if asked is None else asked
+        for name in sorted(said.keys() | self.settings.keys()):
+            old, new = said.get(name), self.settings.get(name)
+            if old != new:
+                raise InputError(
+                    f"{path}: was begun with {name} {old!r}, now it is {new!r}; give the same again, "
+                    f"or {self._afresh}"
+                )
+        for number, digest in digests.items():
+            if number > (last := max(self._digests, default=0)):
+                raise InputError(
+                    f"{path}: line {number} of the input was answered, which now ends with line {last}; "
+                    f"put it back, or {self._afresh}"
+                )
+            if self._digests.get(number) != digest:
+                raise InputError(
+                    f"{path}: line {number} of the input is no longer the one that was answered"
+                    f"{' or the options are others' * (asked is None)}; put it back, or {self._afresh}"
+                )
+
+    def _copy(self, number: int, text: bytes, error: bool = False) -> None:
+        """Appends a line of a log with the result of a line of the input."""
+        with self._writing():
+            start = self.log.append(text)
+        self._at[number] = start, len(text)
+        self.done.add(number)
+        self.errors += error
+
+    def _result(self, number: int) -> bytes:
+        """A result's JSON, as it was written."""
+        said = _said(self.log.read(*self._at[number]))
+        if said is None:
+            raise InputError(
+                f"{self.path}: the answer of line {number} is damaged; the same command gives it again"
+            )
+        return said.partition(_RESULT)[2]
+
+    def _check_free(self, begun: bool) -> None:
+        """Raises InputError for an `out` that is no file, or not of the work that has begun."""
+        there = kind(self._place)
+        if there == "folder" or (there and not self._place.is_file()):
+            raise InputError(f"--output {self.out}: is no regular file; name another one")
+        if begun or self.index:
+            return
+        old = self._place.with_name(f"{self._place.name}.journal")
+        if kind(old):
+            raise InputError(
+                f"{old}: is of an earlier version of this program; finish the work with that version, or "
+                f"delete {old.name} and {self._place.name} to start afresh"
+            )
+        if there and file_size(self._place):
+            raise InputError(
+                f"--output {self.out}: is there and has no {self.path.name} to go on from: it is "
+                "finished, or another program's; name another file"
+            )
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as e:
+            # A store's client has errors of its own.
+            if isinstance(e, InputError) or not (isinstance(e, OSError) or is_remote(self.out)):
+                raise
+            raise InputError(
+                f"--output {self.out}: cannot be written ({getattr(e, 'strerror', None) or e}); what was "
+                "finished is kept, the same command goes on"
+            ) from e
+
+    @property
+    def _busy(self) -> str:
+        return f"--output {self.out}: another process is writing it"
+
+    @property
+    def _afresh(self) -> str:
+        return f"delete {self.path.name} and {self._place.name} to start afresh"
+
+
+def _others(path: Path) -> list[Path]:
+    """What processes beside the first have left of their logs."""
+    start = f"{path.name}."
+    there = path.parent.iterdir() if path.parent.is_dir() else ()
+    found = [p for p in there if p.name.startswith(start)]
+    return sorted(p for p in found if p.name.removeprefix(start).isdecimal())
+
+
+def _entry(text: bytes) -> dict[str, Any] | None:
+    """What a line of a log says, but for its result; None for one that is damaged or torn."""
+    if (said := _said(text)) is None:
+        return None
+    head = said if said.startswith(_BEGIN) else said.partition(_RESULT)[0]
+    try:
+        entry = read_json(head + b"}", "")
+    except InputError:
+        return None
+    kinds = {"line": int, "digest": str, "error": bool}
+    kinds = {"settings": dict} if "settings" in entry else kinds
+    return entry if all(isinstance(entry.get(key), kind) for key, kind in kinds.items()) else None
+
+
+def _said(text: bytes) -> bytes | None:
+    """A line's bytes before its checksum, if that is right."""
+    said, _, checksum = text.rpartition(_CHECKSUM)
+    return said if checksum == _checksum(said) else None
+
+
+def _line(entry: Mapping[str, Any]) -> bytes:
+    text = write_json(entry, "a result", ensure_ascii=False)[:-1]
+    # Half a surrogate pair, as in the name of a file, becomes a question mark.
+    said = text.encode(errors="replace")
+    return said + _CHECKSUM + _checksum(said)
+
+
+def _checksum(said: bytes) -> bytes:
+    """The end of a line: after its checksum."""
+    return hashlib.blake2b(said, digest_size=8).hexdigest().encode() + b'"}\n'

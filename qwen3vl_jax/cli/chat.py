@@ -1,0 +1,173 @@
+"""A chat in the terminal: turns read line by line, answers streamed, the cache kept between turns."""
+
+from __future__ import annotations
+
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import jax
+
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.inference.chat_session import Kept, take_turn
+from qwen3vl_jax.model.structs import Params
+from qwen3vl_jax.processing.processor import Processor
+from qwen3vl_jax.runtime.console import (
+    Status,
+    interrupt_heard,
+    memory_advice,
+    parts,
+)
+
+HELP = (
+    "/image PATH and /video PATH go with the next question; /new starts afresh; /quit ends, /help says "
+    "this; Ctrl-C stops an answer, and the chat where there is none"
+)
+# What the keys of a terminal send that is no text: arrows, function keys, control characters.
+_KEYS = re.compile(r"\x1b(?:\[[0-9;?]*[ -/]*[@-~]|O.|.)?|[\x00-\x08\x0b-\x1f\x7f]")
+ADVICE = "/new, --max-pixels, --prefill-chunk, or --dtype bfloat16"
+Item = dict[str, Any]
+
+
+def looked(proc: Processor, item: Item, inputs: Mapping[str, Any] | None) -> Item:
+    """A picture or clip, read once for the whole chat; inputs as in `take_turn`. Raises InputError."""
+    names = ("allow_special", "template_vars")  # of the text
+    return proc.look(item, **{k: v for k, v in (inputs or {}).items() if k not in names})
+
+
+def read_line(prompt: str) -> str:
+    """A line of the user's: edited and recalled with the arrow keys where Python has readline."""
+    if not sys.stdin.isatty():
+        return input()
+    with suppress(ImportError):
+        import readline  # noqa: F401  what input() uses from now on
+    if sys.stdout.isatty():
+        return input(prompt)
+    print(prompt, end="", file=sys.stderr, flush=True)  # the answers go to a file
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line
+
+
+class _Stop:
+    """Whether Ctrl-C was pressed while an answer came; pressed again, it ends the chat."""
+
+    def __init__(self) -> None:
+        self.pressed = False
+
+    @contextmanager
+    def heard(self) -> Iterator[None]:
+        """Until its end SIGINT only marks the first press."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def press(*_: Any) -> None:
+            interrupt_heard.set()
+            if self.pressed:
+                raise KeyboardInterrupt
+            self.pressed = True
+
+        before = signal.signal(signal.SIGINT, press)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+def converse(
+    params: Params,
+    proc: Processor,
+    system: str | None = None,
+    waiting: list[Item] | None = None,
+    read: Callable[[str], str] = read_line,
+    **options: Any,
+) -> None:
+    """Reads questions until /quit or the end of input, and prints each answer as it comes.
+
+    waiting: pictures and clips that go with the first question; options are those of `take_turn`. What
+    a turn cannot use (no such file, a prompt too long) is told in one line, and the chat goes on.
+    """
+    opening = [{"role": "system", "content": system}] if system else []
+    inputs = options.get("inputs")
+    messages, kept = list(opening), None
+    waiting = [looked(proc, item, inputs) for item in waiting or ()]
+    print(HELP, file=sys.stderr)
+    while True:
+        try:
+            typed = read("> ")
+        except EOFError:
+            return
+        line = _KEYS.sub("", typed).strip()
+        command, _, rest = line.partition(" ")
+        if command == "/quit" or line in ("exit", "quit"):
+            return
+        if command == "/new":
+            messages, kept, waiting = list(opening), None, []
+            continue
+        if command in ("/help", "/?"):
+            print(HELP, file=sys.stderr)
+            continue
+        try:
+            if command in ("/image", "/video"):
+                path = rest.strip()
+                if not path:
+                    raise InputError(f"{command} needs a PATH")
+                waiting.append(looked(proc, {"type": command[1:], command[1:]: path}, inputs))
+                print(f"{path}: goes with the next question", file=sys.stderr)
+            elif command.startswith("/"):
+                raise InputError(f"{command}: no such command; {HELP}")
+            elif line:
+                content = [*waiting, {"type": "text", "text": line}]
+                asked = [*messages, {"role": "user", "content": content}]
+                answer, kept = _answered(params, proc, asked, kept, options)
+                waiting = []
+                prompt = proc.render(asked)  # which may open a <think> for the answer
+                messages = [*asked, proc.parse(answer, prompt).message()]
+        except InputError as e:
+            print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+            kept = kept if kept and not _gone(kept) else None
+
+
+def _answered(
+    params: Params,
+    proc: Processor,
+    asked: list[Item],
+    kept: Kept | None,
+    options: Mapping[str, Any],
+) -> tuple[str, Kept]:
+    """Prints the pieces of a turn as they come and gives what it returns; raises InputError."""
+    seen = [item[item["type"]] for item in asked[-1]["content"] if item["type"] != "text"]
+    patches = sum(len(one.rows) for one in seen)
+    slots = options["max_new_tokens"] + patches // proc.config.vision.merge_unit
+    slots += 0 if kept is None else len(kept.ids)
+    turn, stop = take_turn(params, proc, asked, kept, **options), _Stop()
+    sizes = parts(params, proc.config, slots, patches, "about")
+    with memory_advice(sizes, ADVICE), stop.heard(), Status() as status:
+        status.show("compiling and reading" if kept is None else "reading", line=False)
+        try:
+            piece = next(turn)
+            while True:
+                status.stop()
+                print(piece, end="", flush=True)
+                piece = turn.send(stop.pressed)
+        except StopIteration as end:
+            print(flush=True)
+            answer, keep = end.value
+    if stop.pressed:
+        print("stopped: what was said stays in the conversation", file=sys.stderr)
+    elif not answer.strip():
+        print("the answer is empty", file=sys.stderr)
+    elif not keep.ended:
+        print("the answer was cut off (--max-new-tokens, --max-len)", file=sys.stderr)
+    return answer, keep
+
+
+def _gone(kept: Kept) -> bool:
+    """Whether a turn that failed had already given the cache's memory away."""
+    return any(isinstance(x, jax.Array) and x.is_deleted() for x in jax.tree.leaves(kept.cache))

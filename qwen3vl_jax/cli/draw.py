@@ -1,0 +1,156 @@
+"""Draws the boxes and points of an answer on the picture it speaks of."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.processing.media import load_image
+from qwen3vl_jax.processing.messages import read_conversation
+from qwen3vl_jax.storage.json_text import read_json_at
+
+GRID = 1000  # answers count from 0 to 1000 across each side, x before y (reference section 6.10)
+SIZES = {"bbox_2d": 4, "point_2d": 2}
+LABEL = 80  # characters of a label that are drawn
+_KEY = re.compile(r"""["'](?:bbox|point)_2d["']\s*:""")
+_BACKSLASH = re.compile(r'(\\["\\/nrt]|\\u[0-9a-fA-F]{4})|\\')
+COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#000075")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mark:
+    """A box (x1, y1, x2, y2) or a point (x, y) on the 0-1000 grid, and its label."""
+
+    place: tuple[float, ...]
+    label: str
+
+
+def find_marks(text: str) -> list[Mark]:
+    """The bbox_2d and point_2d entries of an answer, in order; other text around them is ignored.
+
+    Reads whole JSON (plain or in a code fence, any number of lists, nested objects) and, of an answer
+    that was cut off, the objects that are complete.
+    """
+    return read_marks(text)[0]
+
+
+def read_marks(text: str) -> tuple[list[Mark], int]:
+    """`find_marks`, and how many entries of an answer could not be read."""
+    # Labels in TeX have backslashes that JSON does not know.
+    text = _BACKSLASH.sub(lambda found: found[1] or r"\\", text)
+    marks: list[Mark] = []
+    at, unread = 0, 0
+    while at < len(text):
+        begin = text.find("{", at)
+        begin = len(text) if begin < 0 else begin
+        unread += len(_KEY.findall(text, at, begin))
+        try:
+            found, at = read_json_at(text, begin)
+        except InputError:
+            at = begin + 1
+            continue
+        for place, label in _entries(found):
+            marks += [Mark(tuple(p), label) for p in place or ()]
+            unread += not place
+    return marks, unread
+
+
+def _entries(found: Any) -> Iterator[tuple[list[list[float]] | None, str]]:
+    """The places, and the label, of each entry in JSON data; None for a place that is none."""
+    if isinstance(found, list):
+        for each in found:
+            yield from _entries(each)
+    elif isinstance(found, dict):
+        label = found.get("label")
+        label = "" if label is None else str(label)
+        for key, value in found.items():
+            if key in SIZES:
+                yield _places(value, SIZES[key]), label
+            else:
+                yield from _entries(value)
+
+
+def _places(value: Any, size: int) -> list[list[float]] | None:
+    """One place or a list of several, each of `size` numbers."""
+    several = value if isinstance(value, list) and value and isinstance(value[0], list) else [value]
+    for place in several:
+        if not isinstance(place, list) or len(place) != size or not all(map(_number, place)):
+            return None
+    return several
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def draw_marks(image: Image.Image, marks: list[Mark]) -> Image.Image:
+    """A copy of the picture with every mark drawn, one colour a label."""
+    image = image.convert("RGB")
+    if min(image.size) < 256:  # small pictures are enlarged, or lines and labels would hide them
+        factor = -(-256 // min(image.size))
+        image = image.resize(
+            (image.width * factor, image.height * factor), Image.Resampling.NEAREST
+        )
+    pen, width = ImageDraw.Draw(image), max(2, min(image.size) // 200)
+    font = ImageFont.load_default(size=max(12, min(image.size) // 40))
+    labels = {label: n for n, label in enumerate(dict.fromkeys(mark.label for mark in marks))}
+    for mark in marks:
+        color = COLORS[labels[mark.label] % len(COLORS)]
+        place = [min(max(v, -GRID), 2 * GRID) / GRID for v in mark.place]
+        x, y = ([v * side for v in place[axis::2]] for axis, side in enumerate(image.size))
+        if len(x) == 1:
+            r = 3 * width
+            pen.ellipse((x[0] - r, y[0] - r, x[0] + r, y[0] + r), fill=color, outline="white")
+        else:
+            pen.rectangle((min(x), min(y), max(x), max(y)), outline=color, width=width)
+        if label := mark.label[:LABEL]:
+            corner = (min(x) + width, min(y) + width)
+            pen.rectangle(pen.textbbox(corner, label, font=font), fill=color)
+            pen.text(corner, label, fill="white", font=font)
+    return image
+
+
+def draw_answer(out: Path, messages: list[dict], text: str, beside: list[str]) -> None:
+    """Draws the answer's marks on each picture of the conversation: OUT.png, OUT-2.png, ..
+
+    beside: files of pictures without a source. Raises InputError for a file that cannot be written.
+    """
+    (marks, unread), feed = read_marks(text), iter(beside)
+    if unread:
+        print(
+            f"--draw: {unread} entries of the answer cannot be read (not JSON, cut off, or no "
+            "numbers); they are not drawn",
+            file=sys.stderr,
+        )
+    if outside := sum(not all(0 <= v <= GRID for v in mark.place) for mark in marks):
+        print(
+            f"--draw: {outside} marks reach outside the image, expected coordinates from 0 to {GRID}",
+            file=sys.stderr,
+        )
+    if not marks:
+        print("--draw: the answer holds no bbox_2d or point_2d; nothing is drawn", file=sys.stderr)
+        return
+    pictures = [m for m in read_conversation(messages)[1] if m.kind == "image"]
+    for number, medium in enumerate(pictures, 1):
+        name = out if number == 1 else out.with_stem(f"{out.stem}-{number}")
+        source = next(feed) if medium.source is None else medium.source
+        try:
+            _save(draw_marks(load_image(source), marks), name)
+        except OSError as e:
+            raise InputError(f"--draw {name}: cannot write ({e.strerror or e})") from e
+        print(f"drew {len(marks)} marks on {name}", file=sys.stderr)
+
+
+def _save(image: Image.Image, name: Path) -> None:
+    """Writes a picture in the format that its name says."""
+    made, format = io.BytesIO(), Image.registered_extensions()[name.suffix.lower()]
+    image.save(made, format)
+    name.write_bytes(made.getvalue())

@@ -1,0 +1,1 @@
+"""Tokens out: generation, the batch engine, chat sessions, scores and embeddings."""

@@ -1,0 +1,134 @@
+"""Numbers instead of text: log-probabilities of given tokens, embeddings, reranking. Dims: layers.py."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from qwen3vl_jax.config import Config
+from qwen3vl_jax.errors import InputError, not_finite
+from qwen3vl_jax.model.layers import rms_norm
+from qwen3vl_jax.model.structs import (
+    Batch,
+    Features,
+    Params,
+    check_call,
+)
+from qwen3vl_jax.model.transformer import (
+    last_attended,
+    row_mix,
+    run_rows,
+    unembed,
+)
+
+SPAN = 512  # tokens whose logits over the vocabulary are held at once
+
+
+def score(
+    params: Params, cfg: Config, batch: Batch, *, features: Features | None = None
+) -> jax.Array:
+    """Log-probability of each labelled token after everything before it: float32 [B T].
+
+    batch.labels [B T] holds the tokens to score and -100 elsewhere (Processor's continuations=
+    makes them), where the result is 0. Logits exist for 512 positions at a time. Raises InputError for
+    a batch without labels and, outside of jit, for a row whose result is not finite: so do `embed` and
+    `rerank`.
+    """
+    check_call(params, cfg, batch=batch)
+    if batch.labels is None:
+        raise InputError("score: the batch has no labels; make it with continuations= or labels=")
+    x = _stream(params, cfg, batch, features)[:, :-1]
+    rows, width, _ = x.shape
+    pad = -width % SPAN if width > SPAN else 0
+    labels = jnp.pad(batch.labels[:, 1:], ((0, 0), (0, pad)), constant_values=-100)
+    x = jnp.pad(x, ((0, 0), (0, pad), (0, 0)))
+    count = max((width + pad) // SPAN, 1)
+
+    def spans(a):
+        return jnp.moveaxis(a.reshape(rows, count, -1, *a.shape[2:]), 1, 0)
+
+    def one(span):
+        x, labels = span
+        logits = unembed(params, cfg, x)
+        picked = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], -1)[..., 0]
+        return jnp.where(labels >= 0, picked - jax.nn.logsumexp(logits, -1), 0.0)
+
+    found = jax.lax.map(one, (spans(x), spans(labels)))
+    found = jnp.moveaxis(found, 0, 1).reshape(rows, -1)[:, :width]
+    return check_finite("score", jnp.pad(found, ((0, 0), (1, 0))))
+
+
+def embed(
+    params: Params,
+    cfg: Config,
+    batch: Batch,
+    *,
+    dims: int | None = None,
+    features: Features | None = None,
+) -> jax.Array:
+    """Unit vectors of whole rows, float32 [B D]: the last token's state after the final norm.
+
+    dims (static) keeps the first of them and normalises again (Matryoshka). Source: Qwen3-VL-Embedding.
+    Raises InputError for dims that the model does not have.
+    """
+    check_call(params, cfg, batch=batch)
+    check_dims(cfg, dims)
+    x = _last(_stream(params, cfg, batch, features), batch)
+    x = rms_norm(x, params["norm"], cfg.text.rms_norm_eps).astype(jnp.float32)
+    whole = jnp.isfinite(x).all(axis=-1, keepdims=True)  # what dims leaves out too
+    x = jnp.where(whole, x, jnp.nan)[:, :dims]
+    return check_finite("embed", x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12))
+
+
+def check_dims(cfg: Config, dims: int | None) -> None:
+    """Raises InputError for dims that a vector of `embed` does not have."""
+    if dims is not None and not 1 <= dims <= cfg.text.hidden_size:
+        raise InputError(f"embed: dims is {dims}, expected 1 to {cfg.text.hidden_size}")
+
+
+def rerank(
+    params: Params,
+    cfg: Config,
+    batch: Batch,
+    yes_no: tuple[int, int],
+    *,
+    features: Features | None = None,
+) -> jax.Array:
+    """How well each row's document answers its query, float32 [B] from 0 to 1.
+
+    The sigmoid of the logit of "yes" less that of "no" (token ids) after the last token. Source:
+    Qwen3-VL-Reranker.
+    """
+    check_call(params, cfg, batch=batch)
+    if any(isinstance(i, int) and not 0 <= i < cfg.text.vocab_size for i in yes_no):
+        raise InputError(f"yes_no: got {yes_no}, expected ids in the vocabulary")
+    logits = unembed(params, cfg, _last(_stream(params, cfg, batch, features), batch))
+    yes, no = yes_no
+    more = logits[:, yes] - logits[:, no]
+    scores = jnp.where(
+        jnp.isfinite(more), jax.nn.sigmoid(more), jnp.nan
+    )  # infinity is no certainty
+    return check_finite("rerank", scores)
+
+
+def check_finite(what: str, found: jax.Array) -> jax.Array:
+    """The numbers [B ..] themselves; raises InputError naming a row that is not finite, if not traced."""
+    if isinstance(found, Tracer):
+        return found
+    wrong = ~np.isfinite(np.asarray(found)).reshape(len(found), -1).all(axis=1)
+    if wrong.any():
+        raise InputError(not_finite(f"{what}, row {int(np.argmax(wrong))}"))
+    return found
+
+
+def _stream(params, cfg, batch, features):
+    """The residual stream [B T D] after the last layer."""
+    return run_rows(params, cfg, batch, features, row_mix(batch))[0]
+
+
+def _last(x, batch):
+    """What stands at each row's last attended token: [B T D] -> [B D]."""
+    last = last_attended(batch.segment_ids)
+    return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]

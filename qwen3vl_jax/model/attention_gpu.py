@@ -1,0 +1,171 @@
+"""attend() on a GPU: cuDNN's fused attention for rows of contiguous segments, and for a filled cache.
+
+A row holds segments one behind another: the frames of the ViT, packed samples, one prompt. cuDNN takes
+their starts and lengths (its packed, or THD, layout): no mask exists, and nothing outside a segment is
+computed. How many segments a row holds at most is part of the program. In the forward pass one too many
+costs a fifth of a microsecond; in the backward pass each has fp32 buffers of a whole row.
+Dims as in layers.py.
+
+JAX offers the packed layout in a private module only. `cudnn_refusal` asks once whether it is there and
+works on this GPU; where it is not, `attend` falls back to XLA blocks.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qwen3vl_jax.model.sharding import compile_whole
+
+# Segments a row that a program is compiled for where the host does not say: few, and many with heads
+# one after another, so that the buffers of the backward pass stay small. Rows of more take XLA blocks.
+FEW, MANY = 8, 64
+log = logging.getLogger("qwen3vl_jax")
+
+
+def _cudnn() -> Any:
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    return fused_attention_stablehlo
+
+
+@functools.cache
+def cudnn_refusal(dtype: str, head_dim: int) -> str:
+    """Why cuDNN attention does not serve this dtype and head size here, or ""; logged once a reason.
+
+    It is asked, not guessed: one tiny program is compiled, so an old GPU, a missing cuDNN, a dtype
+    that it lacks and a JAX that has moved its private module all answer for themselves.
+    """
+    if dtype == "float32":
+        return "cuDNN attention has no float32"
+    q = jax.ShapeDtypeStruct((1, 64, 2, head_dim), dtype)
+    kv = jax.ShapeDtypeStruct((1, 1, 64, head_dim), dtype)
+    ranges = jax.ShapeDtypeStruct((1, 64), jnp.int32)
+
+    def probe(q, k, v, lo, hi):
+        return (
+            attend_packed(q, k, v, lo, hi, True, 2),
+            attend_row(q, k, v),
+            attend_behind_cache(q, k, v, hi),
+        )
+
+    try:
+        compile_whole(probe, q, kv, kv, ranges, ranges)
+    except Exception as e:  # the reason is what matters: any failure means the other path
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        log.warning("attention for %s, head size %d runs on XLA: %s", dtype, head_dim, reason)
+        return reason
+    return ""
+
+
+def attend_segments(q, k, v, lo, hi, causal: bool, blocks: Callable) -> jax.Array:
+    """`attend_packed` where nobody has counted the segments; `blocks(q, k, v, lo, hi)` for very many."""
+    most = jnp.max(jnp.sum((hi > lo) & (lo == jnp.arange(lo.shape[1])), axis=1))
+
+    def few(q, k, v, lo, hi):
+        return attend_packed(q, k, v, lo, hi, causal, FEW)
+
+    def many(q, k, v, lo, hi):
+        b, t, n, h = q.shape
+        q = q.reshape(b, t, k.shape[1], -1, h).transpose(2, 0, 1, 3, 4)
+        k, v = (x.swapaxes(0, 1)[:, :, None] for x in (k, v))
+
+        def head(x):
+            return attend_packed(x[0], x[1], x[2], lo, hi, causal, MANY)
+
+        out = jax.lax.map(head, (q, k, v))
+        return out.transpose(1, 2, 0, 3, 4).reshape(b, t, n, h)
+
+    choice = jnp.int32(most > FEW) + jnp.int32(most > MANY)
+    return jax.lax.switch(choice, (few, many, blocks), q, k, v, lo, hi)
+
+
+def attend_packed(q, k, v, lo, hi, causal: bool, most: int) -> jax.Array:
+    """Attention of q [B T N H] to k, v [B K T H] of its own segment; returns [B T N H].
+
+    lo, hi [B T] int32 as in `attend`: a segment is contiguous and starts at the lo of its tokens, which
+    see all of it or, causal, it up to themselves. Other tokens (hi <= lo) give zeros. A row holds at
+    most `most` segments; tokens of further ones give NaN.
+    """
+    cudnn, real = _cudnn(), (hi > lo)[..., None, None]
+    k, v = (x.swapaxes(1, 2).astype(q.dtype) for x in (k, v))
+    lengths = segment_lengths(lo, hi)
+    # cuDNN takes one segment a row for a row that is not packed.
+    starts = jax.vmap(lambda x: jnp.nonzero(x, size=max(most, 2), fill_value=-1)[0])(lengths > 0)
+    starts = starts.astype(jnp.int32)
+    sizes = jnp.where(starts >= 0, jnp.take_along_axis(lengths, starts, axis=1), -1)
+    starts = jnp.pad(starts, ((0, 0), (0, 1)), constant_values=-1)
+    mask = cudnn.MaskType.PADDING_CAUSAL if causal else cudnn.MaskType.PADDING
+    q, k, v = (_masked_slope(x, real) for x in (q, k, v))
+    out = cudnn.dot_product_attention(
+        q, k, v, None, None, sizes, sizes, starts, starts, scale=q.shape[-1] ** -0.5, mask_type=mask
+    )
+    beyond = jnp.sum(lengths > 0, axis=1) > most
+    out = jnp.where(beyond[:, None, None, None], jnp.nan, out)
+    return jnp.where(real, out, 0)
+
+
+@jax.custom_vjp
+def _masked_slope(x, mine):
+    """x, whose gradient is 0 where `mine` is not: cuDNN leaves there what the memory held."""
+    return x
+
+
+_masked_slope.defvjp(lambda x, mine: (x, mine), lambda mine, g: (jnp.where(mine, g, 0), None))
+
+
+def segment_lengths(lo: jax.Array, hi: jax.Array) -> jax.Array:
+    """The length [B T] int32 of the segment that starts at a token, 0 at every other token."""
+    index = jnp.arange(lo.shape[1], dtype=jnp.int32)
+    real = hi > lo
+    after = jnp.roll(jnp.where(real, lo, -1), -1, axis=1).at[:, -1].set(-1)
+    ends = jnp.where(real & (after != lo), index + 1, lo.shape[1])
+    end = jax.lax.cummin(ends, axis=1, reverse=True)
+    return jnp.where(real & (lo == index), end - index, 0)
+
+
+def attend_row(q, k, v) -> jax.Array:
+    """Causal attention of q [B T N H] to k, v [B K T H], rows of one segment from their first token on."""
+    k, v = (x.swapaxes(1, 2).astype(q.dtype) for x in (k, v))
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+
+
+def attend_behind_cache(q, k, v, hi) -> jax.Array:
+    """Attention of a run of new tokens, written behind what a cache held, to all of it up to themselves.
+
+    q [B T N H], k, v [B K S H], hi [B T] int32: each row's tokens stand one behind another, the first
+    that is real sees `start` older keys and itself, the next one more; hi is 0 at padding, which gives
+    zeros. Two calls of cuDNN, of the older keys and of the run itself, joined by their logsumexp; for
+    inference, it has no gradient.
+    """
+    cudnn, (b, t, _, h) = _cudnn(), q.shape
+    k, v = (x.swapaxes(1, 2).astype(q.dtype) for x in (k, v))
+    real = hi > 0
+    count = jnp.sum(real, axis=1, dtype=jnp.int32)
+    first = jnp.argmax(real, axis=1).astype(jnp.int32)
+    start = jnp.maximum(jnp.max(hi, axis=1) - count, 0).astype(jnp.int32)
+    call = functools.partial(
+        cudnn.dot_product_attention, q, k, v, None, None, scale=h**-0.5, return_residual=True
+    )
+    none = jnp.full((b, 2), -1, jnp.int32)
+    sizes = jnp.concatenate([count[:, None], none[:, :1]], axis=1)
+    q_starts, k_starts = (jnp.concatenate([x[:, None], none], axis=1) for x in (first, start))
+    own, own_sum = call(sizes, sizes, q_starts, k_starts, mask_type=cudnn.MaskType.PADDING_CAUSAL)
+    whole = jnp.full(b, t, jnp.int32)
+    older, older_sum = call(whole, jnp.maximum(start, 1), mask_type=cudnn.MaskType.PADDING)
+    own_sum = _at_tokens(own_sum[:b], first)
+    older_sum = jnp.where((start > 0)[:, None, None], older_sum.reshape(b, -1, t), -jnp.inf)
+    share = jax.nn.sigmoid(own_sum - older_sum).transpose(0, 2, 1)[..., None]
+    out = jnp.where(share < 1, older * (1 - share), 0) + own * share
+    return jnp.where(real[..., None, None], out, 0).astype(q.dtype)
+
+
+def _at_tokens(sums, first):
+    """The logsumexp [B N T] of a run, which cuDNN counts from the run's first token, at its tokens."""
+    index = jnp.maximum(jnp.arange(sums.shape[-1]) - first[:, None], 0)
+    return jnp.take_along_axis(sums, index[:, None], axis=2)

@@ -1,0 +1,155 @@
+"""The checkpoint's chat template: finding it, and rendering it as transformers does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.processing.template_process import render
+from qwen3vl_jax.storage.json_text import read_json_file
+from qwen3vl_jax.storage.paths import as_path, file_size, reached
+
+_LARGEST = 1 << 22
+_CONTINUE = "CONTINUE_FINAL_MESSAGE_TAG "
+
+
+class ChatTemplate:
+    """A Jinja chat template (or several by name), rendered in a sandbox as transformers does (`render`)."""
+
+    def __init__(self, templates: Mapping[str, str], source: str = "chat template"):
+        self.templates = dict(templates)
+        self.source = source
+
+    @classmethod
+    def from_dir(cls, directory: str | Path, chosen: str | Path | None = None) -> ChatTemplate:
+        """The template of a checkpoint directory, or the chosen one.
+
+        Looked for in this order: chat_template.jinja (with additional_chat_templates/),
+        chat_template.json, processor_config.json, tokenizer_config.json. chosen: a file, a
+        template's own text, or the name of one of several. Without any, `render` raises InputError.
+        """
+        found = _templates(as_path(directory))
+        if chosen is None:
+            return cls(found, str(directory))
+        text = str(chosen)
+        if text in found:
+            return cls({"default": found[text]}, f"chat template {text}")
+        if "{{" in text or "{%" in text:
+            return cls({"default": text})
+        if text.endswith(".json"):
+            return cls(
+                _named(read_json_file(as_path(text)).get("chat_template"), as_path(text)), text
+            )
+        return cls({"default": _read(as_path(text))}, text)
+
+    def text(self, with_tools: bool) -> str:
+        """The template's text: "tool_use" if there are tools and it exists, else "default"."""
+        name = "tool_use" if with_tools and "tool_use" in self.templates else "default"
+        if name in self.templates:
+            return self.templates[name]
+        if self.templates:
+            names = ", ".join(sorted(self.templates))
+            raise InputError(f"{self.source}: several chat templates, name one: {names}")
+        raise InputError(
+            f"{self.source}: no chat template (chat_template.jinja, chat_template.json or in "
+            "tokenizer_config.json); pass one, or raw text with text="
+        )
+
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        variables: Mapping[str, Any],
+    ) -> str:
+        """The prompt. continue_final_message leaves the last message open and adds no new turn.
+
+        Raises InputError with the template's own words where it refuses, or does not end.
+        """
+        template, final = self.text(bool(tools)), ""
+        if continue_final_message:
+            add_generation_prompt = False
+            messages, final = _open_end(messages)
+        try:
+            rendered = render(
+                template,
+                {
+                    "messages": messages,
+                    "tools": tools,
+                    "add_generation_prompt": add_generation_prompt,
+                    "documents": None,
+                    **variables,
+                },
+            )
+        except InputError as e:
+            raise InputError(f"{self.source}: {e}") from None
+        if not continue_final_message:
+            return rendered
+        at = rendered.rfind(_CONTINUE.strip())
+        if at < 0 or final.strip() not in rendered:
+            raise InputError(f"{self.source}: it drops the last message, which cannot be continued")
+        kept = rendered[at:].startswith(_CONTINUE)
+        return rendered[:at] if kept else rendered[:at].rstrip()
+
+
+def _open_end(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
+    """Messages whose last text ends in a tag that says where to cut, and that text."""
+    *before, last = messages
+    content = last.get("content")
+    if isinstance(content, str):
+        return [*before, {**last, "content": content + _CONTINUE}], content
+    items = list(content or [])
+    for i in reversed(range(len(items))):
+        if "text" in items[i]:
+            text = items[i]["text"]
+            items[i] = {**items[i], "text": text + _CONTINUE}
+            return [*before, {**last, "content": items}], text
+    raise InputError("continue_final_message: the last message has no text to continue")
+
+
+def _templates(directory: Path) -> dict[str, str]:
+    more = sorted((directory / "additional_chat_templates").glob("*.jinja"))
+    found = {path.stem: _read(path) for path in more}
+    if (directory / "chat_template.jinja").is_file():
+        return {**found, "default": _read(directory / "chat_template.jinja")}
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        if (directory / name).is_file():
+            named = _named(read_json_file(directory / name).get("chat_template"), directory / name)
+            if named:
+                return {**found, **named}
+    return found
+
+
+def _named(raw: Any, path: Path) -> dict[str, str]:
+    """Templates by name, of one text, an object, or a list of {name, template}."""
+    if isinstance(raw, str):
+        return {"default": raw}
+    if isinstance(raw, Mapping):
+        return {str(k): str(v) for k, v in raw.items()}
+    if raw is not None and not isinstance(raw, list):
+        raise InputError(f"{path}: chat_template is {raw!r}, expected a text, an object or a list")
+    for entry in raw or []:
+        if not isinstance(entry, Mapping) or not {"name", "template"} <= entry.keys():
+            raise InputError(
+                f"{path}: chat_template lists {str(entry)[:80]!r}, expected an object with name "
+                "and template"
+            )
+    return {str(t["name"]): str(t["template"]) for t in raw or []}
+
+
+def _read(path: Path) -> str:
+    try:
+        with reached(path):
+            if path.exists() and not path.is_file():
+                raise InputError(f"{path}: cannot read this chat template: it is no regular file")
+            if path.exists() and (size := file_size(path)) > _LARGEST:
+                raise InputError(f"{path}: {size:,} bytes, a template has at most {_LARGEST:,}")
+            return path.read_text(encoding="utf-8")
+    except InputError:
+        raise
+    except (OSError, ValueError) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise InputError(f"{path}: cannot read this chat template: {reason}") from e

@@ -1,0 +1,121 @@
+"""What an answer's text holds: reasoning, what is said, and calls of tools."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.storage.json_text import read_json_at
+
+_CALL = re.compile(r"<tool_call>\s*(?:```(?:json)?\s*)?")
+# The last tag of an answer may be missing.
+_CALL_END = re.compile(r"\s*(?:```\s*)?(?:</tool_call>|(?=<tool_call>)|\Z)")
+_BETWEEN = re.compile(r"[\s,]*")
+_KEYS = ("name", "arguments", "parameters", "id", "type")
+_OPEN, _CLOSE = "<think>", "</think>"
+
+
+@dataclasses.dataclass(frozen=True)
+class ToolCall:
+    """A function the model wants called, and its arguments."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """An answer in its parts; `reasoning` is None where the model was not thinking aloud.
+
+    unparsed: a line for each <tool_call> that is not one, whose text is still in `content`.
+    """
+
+    content: str
+    reasoning: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    unparsed: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+
+    def message(self) -> dict[str, Any]:
+        """The answer as the next message of its conversation, as templates take it."""
+        found: dict[str, Any] = {"role": "assistant", "content": self.content}
+        if self.reasoning is not None:
+            found["reasoning_content"] = self.reasoning
+        if self.tool_calls:
+            found["tool_calls"] = [
+                {"type": "function", "function": dataclasses.asdict(call)}
+                for call in self.tool_calls
+            ]
+        return found
+
+
+def parse_reply(text: str, thinking: bool = False) -> Reply:
+    """Splits an answer's text; thinking: the prompt had already opened <think>.
+
+    Reasoning is what stands before </think>; an answer cut off while thinking is all reasoning. A
+    <tool_call> that is not JSON with a name and an object of arguments stays in the content.
+    """
+    reasoning, opened = None, thinking or text.lstrip().startswith(_OPEN)
+    close = text.find(_CLOSE)
+    if close >= 0 and not opened:
+        # Arguments of a call may spell the tag.
+        close = -1 if any(a < close < b for a, b, _ in _blocks(text)[0]) else close
+    if close >= 0:
+        reasoning = text[:close].removeprefix(_OPEN).strip("\n")
+        text = text[close + len(_CLOSE) :]
+    elif opened:
+        reasoning, text = text.lstrip().removeprefix(_OPEN).strip("\n"), ""
+    blocks, unparsed = _blocks(text)
+    starts, ends = [0, *(b for _, b, _ in blocks)], [*(a for a, _, _ in blocks), len(text)]
+    content = "".join(text[a:b] for a, b in zip(starts, ends, strict=True))
+    if blocks or reasoning is not None:
+        content = content.strip("\n")
+    calls = tuple(call for _, _, found in blocks for call in found)
+    return Reply(content, reasoning, calls, tuple(unparsed))
+
+
+def _blocks(text: str) -> tuple[list[tuple[int, int, list[ToolCall]]], list[str]]:
+    """(start, end, calls) of each <tool_call> block, and a line for each that cannot be read."""
+    blocks: list[tuple[int, int, list[ToolCall]]] = []
+    unparsed = []
+    for opened in _CALL.finditer(text):
+        if blocks and opened.start() < blocks[-1][1]:
+            continue
+        try:
+            calls, end = _calls(text, opened.end())
+            blocks.append((opened.start(), end, calls))
+        except InputError as e:
+            unparsed.append(f"<tool_call> at character {opened.start()}: {e}; it stays text")
+    return blocks, unparsed
+
+
+def _calls(text: str, at: int) -> tuple[list[ToolCall], int]:
+    """The calls of a block whose JSON begins at a place of the text, and where its closing tag ends."""
+    found: list[Any] = []
+    while True:
+        value, at = read_json_at(text, at)
+        found += value if isinstance(value, list) else [value]
+        if closed := _CALL_END.match(text, at):
+            return [_call(each) for each in found], closed.end()
+        at = _BETWEEN.match(text, at).end()  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def _call(found: Any) -> ToolCall:
+    if isinstance(found, dict) and isinstance(found.get("function"), dict):
+        found = found["function"]
+    if not isinstance(found, dict) or not isinstance(found.get("name"), str):
+        raise InputError("expected an object with a name and arguments")
+    key = "arguments" if "arguments" in found else "parameters"
+    if unknown := [k for k in found if k not in _KEYS or k == "parameters" != key]:
+        raise InputError(f"unknown key {unknown[0][:40]!r}, expected name and arguments")
+    arguments = found.get(key)
+    if isinstance(arguments, str):
+        text = arguments.strip() or "null"
+        arguments, end = read_json_at(text, 0)
+        if end != len(text):
+            raise InputError("arguments: text after the JSON")
+    arguments = {} if arguments is None else arguments
+    if not isinstance(arguments, dict):
+        raise InputError(f"arguments: got {type(arguments).__name__}, expected an object")
+    return ToolCall(found["name"], arguments)

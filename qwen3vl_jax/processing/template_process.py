@@ -1,0 +1,196 @@
+"""Renders chat templates as transformers does, in a process that one may fill or block without harm.
+
+A checkpoint's template is a program of somebody else. The sandbox keeps it from files and from the
+objects of Python; the child process, one for all templates, bounds its time and memory.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import dataclasses
+import datetime
+import functools
+import os
+import pickle
+import signal
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.storage.json_text import write_json
+
+if TYPE_CHECKING:
+    import jinja2
+
+SECONDS = 1  # of computing, for one prompt
+MEMORY = 1 << 29
+LENGTH = 1 << 24  # characters of a prompt
+_ERROR = 2000  # characters of a template's own words
+_HEAD = struct.Struct("<?Q")
+
+
+def render(template: str, variables: Mapping[str, Any]) -> str:
+    """The text of a Jinja template with variables of plain data.
+
+    Raises InputError in the template's own words where it refuses, and for one that does not end, or
+    needs too much memory.
+    """
+    with _KEPT.lock:
+        return _KEPT.ready().ask(template, variables)
+
+
+class _Server:
+    """The child process; it ends with this one."""
+
+    def __init__(self) -> None:
+        code = "import sys; sys.path[:] = {!r}; from {} import serve; serve()"
+        code = code.format(sys.path, "qwen3vl_jax.processing.template_process")
+        pipes: Any = {
+            "stdin": subprocess.PIPE,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.DEVNULL,
+        }
+        self.pid = os.getpid()
+        self.process: Any = subprocess.Popen([sys.executable, "-c", code], **pipes)
+        if self.process.stdout.read(1) != b"!":
+            self.close()
+            raise InputError("chat template: the process that renders it does not start")
+
+    def ask(self, template: str, variables: Mapping[str, Any]) -> str:
+        data = pickle.dumps((template, dict(variables)))
+        try:
+            self.process.stdin.write(_HEAD.pack(True, len(data)) + data)
+            self.process.stdin.flush()
+            head = self.process.stdout.read(_HEAD.size)
+            done, size = _HEAD.unpack(head)
+            text = self.process.stdout.read(size).decode("utf-8", "surrogatepass")
+        except BaseException as e:
+            # Also where an answer was not waited for: the next one would be taken for it.
+            code = self.close()
+            if not isinstance(e, (OSError, struct.error)):
+                raise
+            ends = {-getattr(signal, "SIGPROF", 0): f"it does not end within {SECONDS} s"}
+            raise InputError(ends.get(code, "it needs too much memory, or is too deep")) from None
+        if not done:
+            raise InputError(text)
+        return text
+
+    def close(self) -> int:
+        """Ends the process; gives its exit code."""
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+        try:
+            code = self.process.wait(timeout=1)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            code = self.process.wait()
+        self.process.stdout.close()
+        return code
+
+
+@dataclasses.dataclass
+class _Kept:
+    """The process's own server, and who may ask it: one thread at a time."""
+
+    lock: Any = dataclasses.field(default_factory=threading.Lock)
+    server: _Server | None = None
+
+    def ready(self) -> _Server:
+        server = self.server
+        if server is None or server.pid != os.getpid() or server.process.poll() is not None:
+            server = self.server = _Server()
+        return server
+
+    def renew(self) -> None:
+        """After a fork: another thread may have held the lock."""
+        self.lock = threading.Lock()
+
+    def end(self) -> None:
+        if self.server and self.server.pid == os.getpid():
+            self.server.close()
+
+
+_KEPT = _Kept()
+atexit.register(_KEPT.end)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_KEPT.renew)
+
+
+# ---- in the child ----
+def serve() -> None:
+    """Answers the requests on stdin until it is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    timer = getattr(signal, "setitimer", lambda *_: None)
+    which = getattr(signal, "ITIMER_PROF", 0)
+    requests, answers = sys.stdin.buffer, sys.stdout.buffer
+    _compiled("")
+    answers.write(b"!")
+    answers.flush()
+    while head := requests.read(_HEAD.size):
+        data = requests.read(_HEAD.unpack(head)[1])
+        timer(which, SECONDS)  # whose signal ends the process
+        done, text = _rendered(data)
+        timer(which, 0)
+        answers.write(_HEAD.pack(done, len(text)) + text)
+        answers.flush()
+
+
+def _rendered(data: bytes) -> tuple[bool, bytes]:
+    """Whether a request is rendered, and its text, else the error's."""
+    try:
+        template, variables = pickle.loads(data)
+        text = _compiled(template).render(**variables)
+        if len(text) > LENGTH:
+            return (
+                False,
+                f"it writes {len(text):,} characters, at most {LENGTH:,} are taken".encode(),
+            )
+        return True, text.encode("utf-8", "surrogatepass")
+    except MemoryError:
+        return False, b"it needs too much memory"
+    except RecursionError:
+        return False, b"it is nested too deep, or calls itself without end"
+    except Exception as e:
+        text = " ".join(str(e).split())[:_ERROR] or type(e).__name__
+        return False, text.encode("utf-8", "replace")
+
+
+@functools.lru_cache(maxsize=32)
+def _compiled(template: str) -> jinja2.Template:
+    import jinja2.ext
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(jinja2.ext.Extension):
+        """Accepts the block that marks assistant text for training, and renders what is inside."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser):
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment.from_string(template)
+
+
+def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    # Jinja's own filter escapes HTML, which a model never saw in training.
+    options = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
+    return write_json(value, "tojson", ensure_ascii=ensure_ascii, **options)

@@ -1,0 +1,196 @@
+"""A video from anywhere: file, bytes, URL, folder or list of frames, array; read frame by frame."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.processing.animations import is_animation, open_animation
+from qwen3vl_jax.processing.image_loading import to_rgb
+from qwen3vl_jax.processing.media import load_image, local_path, open_source
+from qwen3vl_jax.processing.media_rules import MediaRules, short
+from qwen3vl_jax.processing.setting_checks import frame_rate, shown
+from qwen3vl_jax.processing.video_files import open_file
+from qwen3vl_jax.processing.video_times import Clip
+
+_CHANNELS = (1, 3, 4)
+_ADVICE = 'give the rate of its frames: video_metadata={"fps": ...} or sample_fps'
+# "data:video/jpeg;base64,AAAA,BBBB": frames one after another.
+_JOINED = re.compile(r"data:video/(jpeg|jpg|png|webp);base64,", re.IGNORECASE)
+
+
+def open_clip(source: Any, metadata: Any = None, sample_fps: Any = None, **limits: Any) -> Clip:
+    """A video of any form that `open_source` takes, or of frames.
+
+    Files hold their own times. What `as_frames` finds to be frames needs their rate: metadata {fps,
+    frames_indices (the frames' numbers in their source), total_num_frames}, or sample_fps. limits:
+    max_bytes and timeout (seconds) of a URL, rules. Raises InputError.
+    """
+    frames = as_frames(source, limits.get("rules"))
+    if frames is not None:
+        load = lambda frame: to_rgb(load_image(frame, **limits))  # noqa: E731
+        return open_frames(frames, metadata, sample_fps, load)
+    if metadata is not None or sample_fps is not None:
+        raise InputError(
+            "video_metadata, sample_fps and raw_fps describe arrays and lists of frames; a file has "
+            "its own"
+        )
+    found = open_source(source, "video", **limits)
+    with found.open() as file:
+        head = file.read(16)
+    return (open_animation if is_animation(head) else open_file)(found.open, found.name)
+
+
+def as_frames(source: Any, rules: MediaRules | None = None) -> Sequence[Any] | np.ndarray | None:
+    """The frames that a source holds one by one, None for a video file.
+
+    A list of what `load_image` reads; an array [T H W C] or [T C H W] of whole numbers 0 to 255,
+    given back as [T H W C]; a folder of images, in the order of the numbers in their names;
+    "data:video/jpeg;base64," with frames joined by commas. Raises InputError.
+    """
+    if isinstance(source, (list, tuple)):
+        return source
+    if hasattr(source, "__array__"):
+        return _array(source)
+    if isinstance(source, os.PathLike):
+        source = os.fspath(source)
+    if not isinstance(source, str):
+        return None
+    if joined := _JOINED.match(source):
+        head = f"data:image/{joined[1]};base64,"
+        return [head + text for text in source[joined.end() :].split(",") if text]
+    path = local_path(source) if source[:6].lower() == "file:/" else source
+    return _folder(path, rules or MediaRules())
+
+
+def _folder(path: str, rules: MediaRules) -> list[str] | None:
+    try:
+        if not os.path.isdir(os.path.join(rules.root, path)):
+            return None
+        found = os.listdir(rules.local(path, "video"))
+    except (OSError, ValueError):
+        return None
+    kinds = Image.registered_extensions()
+    names = [n for n in found if os.path.splitext(n)[1].lower() in kinds and n[0] != "."]
+    if not names:
+        raise InputError(f"{short(path)}: no image in this folder, expected the frames of a video")
+
+    def order(name: str) -> list[Any]:
+        parts = re.split("([0-9]+)", name)
+        return [int(part) if number % 2 else part for number, part in enumerate(parts)]
+
+    return [os.path.join(path, name) for name in sorted(names, key=order)]
+
+
+def open_frames(
+    frames: Sequence[Any] | np.ndarray,
+    metadata: Any,
+    sample_fps: Any,
+    load: Callable[[Any], Image.Image],
+    is_sampled: bool = False,
+) -> Clip:
+    """A video of frames that `as_frames` found. Raises InputError.
+
+    load: an RGB image of one frame. is_sampled: the frames were sampled before and are all used.
+    """
+    total = len(frames)
+    if total == 0:
+        raise InputError("video: it has no frame")
+    fps, indices, is_source = _described(total, metadata, sample_fps, is_sampled)
+    is_array = isinstance(frames, np.ndarray)
+    get = (lambda frame: load(_image(frame))) if is_array else load
+    first = get(frames[0])
+    height, width = first.height, first.width
+
+    def read(places: np.ndarray) -> Iterator[Image.Image]:
+        for place in places:
+            frame = get(frames[place])
+            if (frame.height, frame.width) != (height, width):
+                raise InputError(
+                    f"video: frame {place} has {frame.width} x {frame.height} pixels and the first "
+                    f"{width} x {height}; all must have one size"
+                )
+            yield frame
+
+    array = np.asarray(indices, np.int64)
+    return Clip("", total, fps, (height, width), array, read, can_sample=is_source)
+
+
+def _described(
+    total: int, metadata: Any, sample_fps: Any, is_sampled: bool
+) -> tuple[float, list[int], bool]:
+    """Rate and source numbers of frames, and whether they are a source that may be sampled."""
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, Mapping):
+        raise InputError(f"video_metadata: found {type(metadata).__name__}, expected an object")
+    if sample_fps is not None and metadata.get("fps") is not None:
+        raise InputError("video: sample_fps and video_metadata's fps are both given")
+    fps = metadata.get("fps") if sample_fps is None else sample_fps
+    if fps is None:
+        raise InputError(f"video: frames without times; {_ADVICE}")
+    fps = frame_rate("video: fps", fps)
+    given, every = metadata.get("frames_indices"), list(range(total))
+    indices = every if given is None else _whole_numbers("video_metadata: frames_indices", given)
+    if len(indices) != total:
+        raise InputError(
+            f"video_metadata: {len(indices)} frames_indices for {total} frames, expected one each"
+        )
+    if any(b < a for a, b in itertools.pairwise(indices)) or indices[0] < 0:
+        raise InputError("video_metadata: frames_indices fall or are negative")
+    count = metadata.get("total_num_frames")
+    if indices == every and not is_sampled and count not in (None, total):
+        raise InputError(
+            f"video_metadata: total_num_frames is {shown(count)} for {total} frames; if they "
+            "were chosen before, pass frames_indices and do_sample_frames=False"
+        )
+    return fps, indices, indices == every and not is_sampled
+
+
+def _array(source: Any) -> np.ndarray:
+    array = np.asarray(source)
+    if array.ndim == 4 and array.shape[1] in _CHANNELS:
+        array = np.moveaxis(array, 1, 3)
+    if array.ndim != 4 or array.shape[3] not in _CHANNELS or not array.size:
+        raise InputError(
+            f"video array: shape {list(np.shape(source))}, expected [T H W C] or [T C H W] with 1, 3 "
+            "or 4 channels"
+        )
+    if array.dtype != np.uint8 and not _whole_bytes(array):
+        raise InputError(
+            f"video array: got {array.dtype}, expected whole numbers from 0 to 255 that are not all "
+            "0 or 1 (scale and round it to uint8)"
+        )
+    return array
+
+
+def _image(frame: np.ndarray) -> Image.Image:
+    frame = np.ascontiguousarray(frame.astype(np.uint8))
+    return Image.fromarray(frame[..., 0] if frame.shape[2] == 1 else frame)
+
+
+def _whole_numbers(name: str, given: Any) -> list[int]:
+    """A list of whole numbers, from any array type; raises InputError."""
+    try:
+        found = np.asarray(given).reshape(-1)
+        whole = found.astype(np.int64)
+        exact = found.dtype != np.bool_ and bool((whole == found).all())
+    except (ValueError, TypeError, OverflowError):
+        exact = False
+    if not exact:
+        raise InputError(f"{name}: found {shown(given)}, expected whole numbers")
+    return whole.tolist()
+
+
+def _whole_bytes(array: np.ndarray) -> bool:
+    """Whether an array of another dtype holds 8-bit values; one of 0 and 1 alone may be scaled."""
+    if array.dtype == np.bool_ or not np.issubdtype(array.dtype, np.number):
+        return False
+    low, high = array.min(), array.max()
+    return bool(low >= 0 and 1 < high <= 255 and (array == np.floor(array)).all())

@@ -1,0 +1,299 @@
+"""Several processes as one program: their start, what they agree on, and their common end."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import sys
+import textwrap
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from typing import Any, NamedTuple, TypeVar, cast
+
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.runtime.console import EXPECTED, report
+
+_T = TypeVar("_T")
+HEARTBEAT = 30  # seconds without a sign of life after which a process counts as gone
+PATIENCE = 5  # seconds after which a process says that it waits for the others to start
+LONGEST = 30 * 24 * 3600 * 1000  # milliseconds that the first to come to a place waits for the last
+GRACE = 10  # seconds that an interrupted process waits for the others to be interrupted too
+LOST = 4  # exit code of a process whose peers are gone
+_NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_EXPECTED = (
+    "expected --coordinator HOST:PORT --processes N --process I, or the variables "
+    + ", ".join(_NAMES)
+)
+# Variables by which jax.distributed finds the others itself: Open MPI and PMI, GKE and TPU VMs, SLURM.
+_KNOWN = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MEGASCALE_NUM_SLICES")
+# How JAX's collectives and its coordination service speak of a process that does not answer.
+_GONE = re.compile(
+    "connect|socket|network|remote process|heartbeat|unhealthy|unreachable|timed out"
+    "|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED",
+    re.IGNORECASE,
+)
+_HOSTS = "TPU_WORKER_HOSTNAMES"
+
+
+class Asked(NamedTuple):
+    """What the command line says of the processes; empty: the environment's variables."""
+
+    coordinator: str = ""  # HOST:PORT of process 0
+    count: int = 0
+    index: int = -1
+
+
+def add_arguments(parser: Any) -> None:
+    """The options of a program of several processes."""
+    group = parser.add_argument_group(
+        "several processes (found by themselves under SLURM, MPI, GKE)"
+    )
+    group.add_argument(
+        "--distributed",
+        action="store_true",
+        help="jax finds the others (hosts of a Cloud TPU slice), where no variable says that there are any",
+    )
+    group.add_argument("--coordinator", default="", help="HOST:PORT of process 0")
+    group.add_argument("--processes", type=int, default=0, help="how many there are")
+    group.add_argument("--process", type=int, default=-1, help="which of them this is, from 0")
+
+
+def asked_of(args: Any, environ: Mapping[str, str] = os.environ) -> Asked | None:
+    """Who the processes are, or None for one alone. Raises InputError for half an answer.
+
+    Options first, then JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, then what
+    jax.distributed knows of the cluster.
+    """
+    coordinator = args.coordinator or environ.get(_NAMES[0], "")
+    count = args.processes or _number(_NAMES[1], environ, 0)
+    index = args.process if args.process >= 0 else _number(_NAMES[2], environ, -1)
+    if coordinator or count or index >= 0:
+        if not (_is_address(coordinator) and 0 <= index < count):
+            raise InputError(
+                f"several processes: coordinator {coordinator!r}, processes {count}, process {index}; "
+                f"{_EXPECTED}"
+            )
+        return Asked(coordinator, count, index)
+    srun = ("SLURM_NTASKS",) if "SLURM_STEP_NODELIST" in environ else ()  # and not salloc alone
+    many = any(environ.get(name, "1") not in ("", "1") for name in (*_KNOWN, *srun))
+    many = many or args.distributed
+    return Asked() if many or "," in environ.get(_HOSTS, "") else None
+
+
+def _is_address(coordinator: str) -> bool:
+    """Whether it is HOST:PORT."""
+    host, _, port = coordinator.rpartition(":")
+    return bool(host) and port.isdecimal() and 1 <= int(port) <= 65535
+
+
+def _number(name: str, environ: Mapping[str, str], default: int) -> int:
+    """A variable that holds a number from 0. Raises InputError for another one."""
+    text = environ.get(name, "")
+    if text and not text.isdecimal():
+        raise InputError(f"{name} is {text!r}, expected a number from 0")
+    return int(text) if text else default
+
+
+def start(asked: Asked | None) -> tuple[int, int]:
+    """Joins the others; (this process's index, how many there are). Nothing to do for one alone.
+
+    Call it before jax meets a device. A process that is gone ends the others within two minutes.
+    """
+    if asked is None:
+        return 0, 1
+    import jax
+
+    if (os.environ.get("JAX_PLATFORMS") or "").startswith("cpu"):
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    known: dict[str, Any] = {}
+    if asked.coordinator:
+        known = dict(
+            zip(("coordinator_address", "num_processes", "process_id"), asked, strict=True)
+        )
+    waits = threading.Timer(PATIENCE, _tell_waiting, [asked])
+    waits.daemon = True
+    waits.start()
+    try:
+        jax.distributed.initialize(
+            **known, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT
+        )
+    except (RuntimeError, ValueError) as error:
+        reason = textwrap.shorten(str(error), 300, placeholder=" ..")
+        told = "" if asked.coordinator else f"; jax finds no cluster by itself here: {_EXPECTED}"
+        raise InputError(f"several processes: {reason}{told}") from error
+    finally:
+        waits.cancel()
+    if _has_its_host(os.environ) and not os.environ.get("JAX_LOCAL_DEVICE_IDS"):
+        for name in ("jax_cuda_visible_devices", "jax_rocm_visible_devices"):
+            jax.config.update(name, "all")  # JAX takes one card of a launcher's process
+    return jax.process_index(), jax.process_count()
+
+
+def _tell_waiting(asked: Asked) -> None:
+    told = "waiting for the other processes"
+    if asked.coordinator:
+        told = f"process {asked.index} of {asked.count}: {told} at {asked.coordinator}"
+    print(told, file=sys.stderr, flush=True)
+
+
+def _has_its_host(environ: Mapping[str, str]) -> bool:
+    """Whether SLURM or Open MPI started one process on each host: "1", or "1(x4)" on four."""
+    tasks = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("OMPI_COMM_WORLD_LOCAL_SIZE")
+    return bool(re.fullmatch(r"1(\(x\d+\))?", tasks or ""))
+
+
+def end_together(run: Callable[[], _T], kept: str = "the last checkpoint") -> _T:
+    """run(), and what the slowest of them still has to do: else JAX takes that one for lost.
+
+    A failure because of another process that is gone ends this one with one line; it ends at once, for
+    the usual way out waits for the others. So does an interruption, which the others mostly get too.
+    kept: what the next start goes on from.
+    """
+    import jax
+
+    try:
+        result = run()
+        wait_for_all("end")
+        return result
+    except BaseException as error:
+        if jax.process_count() == 1:
+            raise
+        code = _tell(error, kept)
+        if not isinstance(error, Exception):
+            _meet("interrupted", GRACE)  # JAX aborts those that find process 0 gone
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _tell(error: BaseException, kept: str) -> int:
+    """Prints why this process ends; gives its exit code."""
+    import jax
+
+    if isinstance(error, SystemExit):  # it has told
+        return error.code if isinstance(error.code, int) else 1
+    if isinstance(error, EXPECTED):
+        return report(error, interrupted=f"interrupted: the same command goes on from {kept}")
+    # A collective of its own process fails as a ValueError that begins with the status.
+    status = isinstance(error, ValueError) and re.match("[A-Z_]+: ", str(error))
+    jaxs = status or isinstance(error, jax.errors.JaxRuntimeError)
+    if not (jaxs and _GONE.search(str(error))):
+        traceback.print_exception(error)
+        return 1
+    print(_lost(str(error), kept), file=sys.stderr)
+    return LOST
+
+
+def _lost(words: str, kept: str) -> str:
+    import jax
+
+    reason = textwrap.shorten(words, 200, placeholder=" ..")
+    return (
+        f"error: process {jax.process_index()}: another process of this run is gone ({reason}); "
+        f"start all of them again: they go on from {kept}"
+    )
+
+
+def lost_line(words: str) -> str:
+    """What to say where JAX aborts this process with these words: "" unless another one is gone."""
+    found = re.search(r"(UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED|heartbeat|unhealthy)[^\n]*", words)
+    return _lost(found[0], "the last checkpoint") if found and "coordination" in words else ""
+
+
+def is_first() -> bool:
+    """Whether this process writes what one of them writes."""
+    import jax
+
+    return jax.process_index() == 0
+
+
+@contextmanager
+def quiet(silent: bool) -> Iterator[None]:
+    """What is printed here is lost in a process that another one speaks for; errors are not."""
+    with ExitStack() as stack:
+        if silent:
+            stack.enter_context(redirect_stdout(io.StringIO()))
+            stack.enter_context(redirect_stderr(io.StringIO()))
+        yield
+
+
+def wait_for_all(name: str) -> None:
+    """Returns when every process has come here, be it hours later; Ctrl-C is heard meanwhile."""
+    import jax
+
+    if jax.process_count() > 1:
+        met = Future()  # of a thread, for signals are not heard in a call of JAX
+
+        def wait() -> None:
+            try:
+                met.set_result(_barrier(name, LONGEST))
+            except BaseException as error:
+                met.set_exception(error)
+
+        threading.Thread(target=wait, daemon=True).start()
+        met.result()
+
+
+def _meet(name: str, seconds: float) -> None:
+    """Returns when every process has come here, or after so many seconds."""
+    with suppress(Exception):
+        _barrier(name, round(1000 * seconds))
+
+
+def _barrier(name: str, milliseconds: int) -> None:
+    from orbax.checkpoint import multihost
+
+    multihost.get_barrier_sync_fn()(key=name, timeout_ms=milliseconds)
+
+
+def from_first(value: Any) -> Any:
+    """JSON data of process 0, given to all."""
+    return all_of(value)[0]
+
+
+def all_of(value: Any) -> list[Any]:
+    """JSON data of every process, by its index, given to all."""
+    import jax
+    import numpy as np
+
+    if jax.process_count() == 1:
+        return [value]
+    from jax.experimental import multihost_utils
+
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(data)))
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: len(data)] = data
+    found = multihost_utils.process_allgather(padded)
+    return [json.loads(bytes(row[:size])) for row, size in zip(found, sizes, strict=True)]
+
+
+def agreed(make: Callable[[], _T]) -> _T:
+    """make() of every process; where one refuses, all raise its InputError."""
+    made, told = None, ""
+    try:
+        made = make()
+    except InputError as e:
+        told = str(e)
+    if errors := [text for text in all_of(told) if text]:
+        raise InputError(errors[0])
+    return cast(_T, made)
+
+
+def check_alike(what: str, *seen: bytes) -> None:
+    """Raises InputError in every process where one has seen other bytes than the first."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in seen:
+        digest.update(part)
+    found = all_of(digest.hexdigest())
+    if len(set(found)) > 1:
+        unlike = next(i for i, one in enumerate(found) if one != found[0])
+        raise InputError(
+            f"{what} in process {unlike} than in process 0; give all processes the same"
+        )

@@ -1,0 +1,147 @@
+"""A log of whole lines that outlives its process.
+
+A file grows by a line at a time and is locked while it is open. On an object store nothing grows: a log
+is a folder of parts there, one put whole every SYNC_EVERY seconds and at the end, so that a killed process
+loses what it wrote since the last one. No lock keeps two processes from the same folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.storage.paths import is_remote, reached, remove_tree
+from qwen3vl_jax.storage.remote_files import sync_folder
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such lock
+    fcntl = None
+
+SYNC_EVERY = 15.0  # seconds
+_READERS = 16  # parts that are read at a time
+
+
+class AppendLog:
+    """Whole lines in a file, locked while it is open; of a remote one a copy here, and parts there."""
+
+    def __init__(self, path: Path, busy: str):
+        """Raises InputError(busy) while another process has it open, and OSError."""
+        self.path, self.remote = path, is_remote(path)
+        self._file: Any = (
+            tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+            if self.remote
+            else path.open("ab+", buffering=0)
+        )
+        try:
+            self._part = self._fetch() if self.remote else self._lock(busy)
+            # Bytes that are there, and of them those that are known to be safe.
+            self.size = self._file.seek(0, os.SEEK_END)
+            self._safe = self.size if self.remote else 0
+        except BaseException:
+            self._file.close()
+            raise
+        self._synced = time.monotonic()
+
+    def _lock(self, busy: str) -> int:
+        if fcntl is None:
+            return 0
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise InputError(busy) from e
+        # The other one may have ended, and removed what we opened, just before.
+        if not self.path.exists() or not os.path.samestat(
+            os.fstat(self._file.fileno()), self.path.stat()
+        ):
+            raise InputError(busy)
+        return 0
+
+    def _fetch(self) -> int:
+        """Copies the parts; gives the number of the last."""
+        with reached(self.path), ThreadPoolExecutor(_READERS) as pool:
+            parts = _parts(self.path)
+            for text in pool.map(lambda part: part.read_bytes(), parts):
+                self._put(text if text.endswith(b"\n") else text + b"\n")
+        return int(parts[-1].name) if parts else 0
+
+    def _put(self, text: bytes) -> None:
+        rest = memoryview(text)
+        while rest:
+            rest = rest[self._file.write(rest) :]
+
+    def lines(self) -> Iterator[tuple[int, bytes]]:
+        """(first byte, text) of each line; the last may be torn."""
+        start = 0
+        with open(self._file.fileno(), "rb", closefd=False) as file:
+            file.seek(0)
+            for text in file:
+                yield start, text
+                start += len(text)
+
+    def read(self, start: int, size: int) -> bytes:
+        """Some of its bytes."""
+        self._file.seek(start)
+        return self._file.read(size)
+
+    def cut(self, size: int) -> None:
+        """Leaves the first bytes, whole lines."""
+        self._file.truncate(size)
+        self.size = size
+
+    def append(self, line: bytes) -> int:
+        """Adds a line; gives its first byte. Raises OSError, and tries to leave nothing of it then."""
+        start = self.size
+        try:
+            self._file.seek(start)
+            self._put(line)
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._file.truncate(start)
+            raise
+        self.size = start + len(line)
+        if time.monotonic() - self._synced >= SYNC_EVERY:
+            self.sync()
+        return start
+
+    def sync(self) -> None:
+        """Puts what was added where it is safe. Raises OSError; InputError for a store that fails."""
+        if self.size == self._safe:
+            return
+        if not self.remote:
+            os.fsync(self._file.fileno())
+            if not self._safe:
+                sync_folder(self.path.parent)
+        else:
+            with reached(self.path):
+                text = self.read(self._safe, self.size - self._safe)
+                (self.path / f"{self._part + 1:08d}").write_bytes(text)
+            self._part += 1
+        self._safe, self._synced = self.size, time.monotonic()
+
+    def remove(self) -> None:
+        """The end of it."""
+        remove_tree(self.path) if self.remote else self.path.unlink()
+
+    def close(self) -> None:
+        """Others may open it then."""
+        self._file.close()
+
+
+def begun(path: Path) -> bool:
+    """Whether a log holds anything."""
+    if is_remote(path):
+        return bool(_parts(path))
+    return path.exists() and path.stat().st_size > 0
+
+
+def _parts(path: Path) -> list[Path]:
+    found = path.iterdir() if path.is_dir() else ()
+    return sorted(part for part in found if part.name.isdecimal())

@@ -1,0 +1,156 @@
+"""Directories that appear complete or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.storage.paths import (
+    absolute,
+    is_remote,
+    kind,
+    reached,
+    remove_tree,
+)
+
+try:
+    import fcntl
+except ImportError:  # Windows opens no directory: nothing there to lock, nor to flush
+    fcntl = None
+
+CONFIG = "config.json"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+PARTIAL = ".partial"  # an object that is there while others are written beside it
+
+
+@contextlib.contextmanager
+def staged(out: Path, force: bool = False, needs: int = 0) -> Iterator[Path]:
+    """A directory to fill that is `out` when the block ends well, and gone if not.
+
+    It lies beside `out` and takes its place; a killed process leaves `.NAME.partial`, which holds no
+    config.json and so never loads; the next run clears it. An old `out` stays until the new one is
+    complete, then makes room (`force` only). Raises InputError for an `out` that is in the way, a disk
+    without `needs` free bytes, and while another process writes to the same `out` (not on Windows,
+    which has no such lock).
+    A remote `out` is filled itself, so write the file that makes it loadable last. A killed process
+    leaves it without that file and with PARTIAL, by which the next run knows to clear it. `force`
+    replaces nothing there (the old one would be gone before the new one is whole), and nothing keeps
+    two processes from writing to the same place.
+    """
+    try:
+        with _filled(out) if is_remote(out) else _swapped(out, force, needs) as stage:
+            yield stage
+    except OSError as e:
+        if e.errno not in _FULL:
+            raise
+        raise InputError(f"{out}: cannot be written ({e.strerror}); make room there") from e
+
+
+@contextlib.contextmanager
+def _filled(out: Path) -> Iterator[Path]:
+    if kind(out):
+        if kind(out / PARTIAL) != "file" or kind(out / CONFIG):
+            raise InputError(
+                f"{out}: already exists, and an object store cannot put a new directory in its place; "
+                "choose another one, or remove it first"
+            )
+        with reached(out):
+            cast(Any, out).rmtree()
+    try:
+        with reached(out):
+            (out / PARTIAL).write_bytes(b"being written\n")
+        yield out
+        (out / PARTIAL).unlink()
+    except BaseException:
+        remove_tree(out)
+        raise
+
+
+@contextlib.contextmanager
+def _swapped(out: Path, force: bool, needs: int) -> Iterator[Path]:
+    out = absolute(out)
+    stage, old = out.parent / f".{out.name}.partial", out.parent / f".{out.name}.old"
+    if old.is_dir() and not out.exists():
+        old.rename(out)  # a run was killed between its last two steps
+    _check_free_to_write(out, force)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(out.parent).free
+        if free < needs:
+            raise InputError(f"{out.parent}: {free:,} bytes free, {needs:,} needed")
+        stage.mkdir(exist_ok=True)
+        lock = os.open(stage, os.O_RDONLY) if fcntl else None
+    except OSError as e:
+        raise InputError(f"{out}: cannot be written ({e.strerror})") from e
+    try:
+        if lock is not None:
+            _only_writer(lock, stage, out)
+        try:
+            _check_free_to_write(out, force)  # another process may have finished since
+            _empty(stage)
+            shutil.rmtree(old, ignore_errors=True)
+            yield stage
+            if fcntl:
+                _flush(stage)
+        except BaseException:
+            shutil.rmtree(stage, ignore_errors=True)
+            raise
+        if out.exists():
+            out.rename(old)
+        stage.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _check_free_to_write(out: Path, force: bool) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise InputError(f"{out}: is a file, expected a directory to write")
+    if not force:
+        raise InputError(f"{out}: already exists; choose another directory or pass --force")
+    if any(out.iterdir()) and not (out / CONFIG).is_file():
+        raise InputError(f"{out}: holds no {CONFIG}; --force replaces checkpoints only")
+
+
+def _only_writer(lock: int, stage: Path, out: Path) -> None:
+    """Takes the lock of a stage; one that has become another's output meanwhile is not ours."""
+    assert fcntl
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not stage.exists() or not os.path.samestat(os.fstat(lock), stage.stat()):
+            raise BlockingIOError
+    except BlockingIOError as e:
+        raise InputError(f"{out}: another process is writing it; wait for it or stop it") from e
+
+
+def _empty(directory: Path) -> None:
+    for path in directory.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _flush(directory: Path) -> None:
+    """Puts every file on the disk: a power cut after the rename must not leave holes."""
+    for folder, _, names in os.walk(directory):
+        for path in (*(Path(folder, name) for name in names), Path(folder)):
+            handle = os.open(path, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+
+
+def check_apart(source: Path, out: Path) -> None:
+    """Raises InputError where one directory lies inside the other (or both are the same)."""
+    source, out = absolute(source), absolute(out)
+    if source == out or source in out.parents or out in source.parents:
+        raise InputError(f"{out}: lies in {source} or holds it; choose a directory apart from it")

@@ -1,0 +1,75 @@
+"""Checkpoints by name: a directory, or a Hub id that is fetched into huggingface_hub's cache."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.storage.paths import as_path, is_remote, kind
+from qwen3vl_jax.storage.safetensors_files import refuse_pickles
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+
+
+def resolve(ckpt: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """The directory of a checkpoint; a Hub id is fetched into huggingface_hub's cache first.
+
+    Without network (or with HF_HUB_OFFLINE=1) the cache alone is used. Raises InputError for a name
+    that is neither, for a repository or revision that does not exist, and for one not in the cache.
+    """
+    found = local_directory(ckpt, revision)
+    return _fetch(os.fspath(ckpt), revision) if found is None else found
+
+
+def local_directory(ckpt: str | os.PathLike[str], revision: str | None = None) -> Path | None:
+    """The directory of a checkpoint that is one; None for what can be a Hub id. Raises InputError."""
+    path = as_path(ckpt)
+    found = kind(path)
+    if found == "folder":
+        if revision is not None:
+            raise InputError(f"{path}: is a directory; a revision ({revision}) is for Hub ids only")
+        return path
+    if found:
+        raise InputError(f"{path}: is a file, expected a checkpoint directory or a Hub id")
+    if is_remote(path) or not _HUB_ID.fullmatch(os.fspath(ckpt)):
+        raise InputError(
+            f"{path}: no such directory (a Hub id looks like Qwen/Qwen3-VL-2B-Instruct)"
+        )
+    return None
+
+
+def _fetch(repo: str, revision: str | None) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    at = repo if revision is None else f"{repo} at revision {revision}"
+    try:
+        found = Path(snapshot_download(repo, revision=revision, allow_patterns=_HUB_FILES))
+    except errors.GatedRepoError as e:
+        raise InputError(f"{at}: access is gated; accept its terms and log in to the Hub") from e
+    except errors.RevisionNotFoundError as e:
+        raise InputError(f"{at}: the repository has no such revision") from e
+    except errors.RepositoryNotFoundError as e:
+        raise InputError(f"{at}: no such directory, and no such repository on the Hub") from e
+    except errors.LocalEntryNotFoundError as e:
+        raise InputError(
+            f"{at}: no such directory; the Hub is out of reach and the cache lacks it, or part of it"
+        ) from e
+    except Exception as e:  # what its HTTP library raises changes from version to version
+        reason = " ".join(str(e).split())[:200]
+        raise InputError(f"{at}: cannot be fetched from the Hub ({reason})") from e
+    if not any(found.glob("*.safetensors")):
+        refuse_pickles(at, _hub_names(repo, found.name))
+    return found
+
+
+def _hub_names(repo: str, commit: str) -> list[str]:
+    """The files of a commit on the Hub; none where it is out of reach."""
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().list_repo_files(repo, revision=commit)
+    except Exception:  # what its HTTP library raises changes from version to version
+        return []

@@ -1,0 +1,188 @@
+"""JSON text: the one reader and the one writer of the project, which refuse what JSON does not allow.
+
+Raises InputError, one line that names `where`, for whatever is not plain JSON data of moderate depth.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.storage.paths import file_size, reached
+
+MAX_DEPTH = 100
+MAX_DIGITS = 40
+# Values of one text: each takes about 70 bytes of memory at most.
+MAX_VALUES = 10_000_000
+MAX_BYTES = 1 << 30
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+_CONTAINERS = (dict, list)
+
+
+class _Refused(ValueError):
+    """What the parser's hooks raise: syntax that JSON has, or Python's reader takes, and we do not."""
+
+
+def read_json(text: str | bytes, where: str, large: bool = False) -> Any:
+    """The data of a JSON text (UTF-8 where it is bytes); `where` names its source in errors.
+
+    large: of any size, for data files that are the user's own.
+
+    Raises InputError for invalid UTF-8 or JSON, NaN and Infinity, numbers that are infinite as floats,
+    integers over 40 digits, an object with one key twice, half a surrogate pair, and for data deeper
+    than 100 levels or, unless large, of over 1 GiB or 10 million values.
+    """
+    before = f"{where}: " if where else ""
+    try:
+        if len(text) > MAX_BYTES and not large:
+            raise _Refused(f"{len(text):,} bytes, expected at most {MAX_BYTES:,}")
+        text = _decoded(text)
+        if not large and sum(map(text.count, ",[{")) > MAX_VALUES:
+            raise _Refused(f"JSON of more than {MAX_VALUES:,} values")
+        found = _STRICT.decode(text)
+        if text.count("[") + text.count("{") > MAX_DEPTH:
+            _check_depth(found)
+        if _HALF.search(text):
+            _check_strings(found)
+    except json.JSONDecodeError as e:
+        place = f"column {e.colno}" if "\n" not in e.doc else f"line {e.lineno}, column {e.colno}"
+        raise InputError(f"{before}not JSON ({e.msg.removesuffix(' at')} at {place})") from None
+    except _Refused as e:
+        raise InputError(f"{before}{e}") from None
+    except (RecursionError, MemoryError):
+        raise InputError(f"{before}JSON nested more than {MAX_DEPTH} deep, or too large") from None
+    return found
+
+
+def read_json_file(path: Path, where: str = "", kind: type | tuple[type, ...] = dict) -> Any:
+    """`read_json` of a regular file of at most 1 GiB that holds data of a kind (an object, if not said).
+
+    where: what names the file in errors instead of its path.
+    """
+    where = where or str(path)
+    try:
+        with reached(path):
+            if not path.is_file():
+                what = "is no regular file" if path.exists() else "does not exist"
+                raise InputError(f"{where}: cannot be read (it {what})")
+            if (size := file_size(path)) > MAX_BYTES:
+                raise InputError(f"{where}: {size:,} bytes, expected at most {MAX_BYTES:,}")
+            text = path.read_bytes()
+    except OSError as e:
+        raise InputError(f"{where}: cannot be read ({e.strerror or e})") from e
+    found = read_json(text, where)
+    if not isinstance(found, kind):
+        expected = "an object" if kind is dict else "a list or an object"
+        raise InputError(f"{where}: holds {type(found).__name__}, expected {expected}")
+    return found
+
+
+def read_json_at(text: str, at: int) -> tuple[Any, int]:
+    """The data whose JSON begins at a place of a model's answer, and where it ends.
+
+    Takes raw line breaks and tabs inside strings, which models write; the rest is as in `read_json`.
+    """
+    try:
+        found, end = _LENIENT.raw_decode(text, at)
+        _check_depth(found)
+        _check_strings(found)
+    except json.JSONDecodeError as e:
+        raise InputError(f"not JSON ({e.msg.removesuffix(' at')}, character {e.pos})") from None
+    except _Refused as e:
+        raise InputError(str(e)) from None
+    except RecursionError:
+        raise InputError(f"JSON nested more than {MAX_DEPTH} deep") from None
+    return found, end
+
+
+def write_json(value: Any, where: str, **options: Any) -> str:
+    """JSON text of a value; options are those of json.dumps. Raises InputError for NaN and no data."""
+    try:
+        return json.dumps(value, allow_nan=False, **options)
+    except (ValueError, TypeError, RecursionError) as e:
+        raise InputError(f"{where}: cannot be written as JSON ({e})") from e
+
+
+def _decoded(text: str | bytes) -> str:
+    if isinstance(text, str):
+        _check_string(text)
+        return text.removeprefix("\ufeff")
+    try:
+        return text.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise _Refused(f"byte {e.start} is not UTF-8, expected JSON text in UTF-8") from None
+
+
+def _constant(name: str) -> Any:
+    raise _Refused(f"{name} is not JSON, expected a number")
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise _Refused(f"an integer of {len(digits)} digits, expected at most {MAX_DIGITS}")
+    return int(digits)
+
+
+def _float(digits: str) -> float:
+    if math.isinf(found := float(digits)):
+        raise _Refused(f"the number {digits[:20]} is too large")
+    return found
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise _Refused(f"the key {twice[:80]!r} is there twice")
+    return found
+
+
+_HOOKS: Any = {
+    "parse_constant": _constant,
+    "parse_int": _integer,
+    "parse_float": _float,
+    "object_pairs_hook": _object,
+}
+_LENIENT = json.JSONDecoder(strict=False, **_HOOKS)
+_STRICT = json.JSONDecoder(**_HOOKS)
+
+
+def _check_depth(found: Any) -> None:
+    level = [found]
+    for _ in range(MAX_DEPTH):
+        level = [x for each in level for x in _children(each) if isinstance(x, _CONTAINERS)]
+        if not level:
+            return
+    raise _Refused(f"JSON nested more than {MAX_DEPTH} deep")
+
+
+def _children(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def _check_strings(found: Any) -> None:
+    """Refuses half a surrogate pair, which JSON can spell and no text can hold."""
+    left = [found]
+    while left:
+        value = left.pop()
+        if isinstance(value, str):
+            _check_string(value)
+        elif isinstance(value, _CONTAINERS):
+            left.extend(_children(value))
+            if isinstance(value, dict):
+                left.extend(value)
+
+
+def _check_string(value: str) -> None:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise _Refused("half of a surrogate pair in a text") from None

@@ -1,0 +1,259 @@
+"""Safetensors files, one or many: a tensor costs no memory until it is used.
+
+Files of this machine are memory-mapped; of an object only the bytes that are asked for are fetched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import mmap
+import os
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, cast
+
+import ml_dtypes
+import numpy as np
+
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.storage.atomic_dir import PARTIAL
+from qwen3vl_jax.storage.json_text import read_json, read_json_file
+from qwen3vl_jax.storage.paths import (
+    file_size,
+    files_under,
+    is_remote,
+    reached,
+    read_range,
+)
+
+# In the order in which safetensors writes them: wide ones first, so that each lies aligned.
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+}
+FP8 = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)}  # comes with scales
+DTYPE_NAMES = {dtype: name for name, dtype in (DTYPES | FP8).items()}
+_READ = DTYPES | FP8
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_OTHER_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin.index.json", ".h5", ".msgpack",
+                  ".gguf", ".onnx", ".onnx_data")  # fmt: skip
+_MAX_HEADER = 100_000_000  # the format's own limit
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """One tensor in a file: where it lies and how it is written."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+    @property
+    def where(self) -> str:
+        """Name and file, for a message."""
+        return f"{self.name} in {self.file.name}"
+
+
+def is_weight_file(name: str) -> bool:
+    """Whether a file holds weights (of any framework) and so is not copied beside a checkpoint."""
+    lower = name.lower()
+    pickled = lower.endswith(PICKLES) and not lower.startswith("training_args")
+    return pickled or lower.endswith(_OTHER_WEIGHTS)
+
+
+def read_header(path: Path) -> list[Stored]:
+    """The tensors of one safetensors file.
+
+    Raises InputError for a file that is missing, truncated, or whose header contradicts itself.
+    """
+    try:
+        size = file_size(path)
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+            if length > min(_MAX_HEADER, size - 8):
+                raise InputError(
+                    f"{path}: truncated or no safetensors file ({size} bytes, its header alone should "
+                    f"have {length}); fetch it again"
+                )
+            text = file.read(length)
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read ({e.strerror}); fetch it again") from e
+    header = read_json(text, f"{path}: the safetensors header")
+    if not isinstance(header, dict):
+        raise InputError(f"{path}: the safetensors header is no object; fetch it again")
+    header.pop("__metadata__", None)
+    stored = [_entry(path, name, entry, 8 + length) for name, entry in header.items()]
+    end = max((t.start + t.nbytes for t in stored), default=8 + length)
+    if end != size:
+        what = "truncated" if end > size else "too long"
+        raise InputError(f"{path}: {what}: {size} bytes, its header says {end}; fetch it again")
+    if sum(t.nbytes for t in stored) != size - 8 - length:
+        raise InputError(f"{path}: tensors of its header overlap or repeat; fetch it again")
+    return stored
+
+
+def _entry(path: Path, name: str, entry: Any, base: int) -> Stored:
+    try:
+        dtype, shape = entry["dtype"], tuple(entry["shape"])
+        begin, end = entry["data_offsets"]
+        fits = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end))
+        if dtype in _READ:
+            fits = fits and end - begin == math.prod(shape) * _READ[dtype].itemsize
+        if not (fits and isinstance(dtype, str)):
+            raise ValueError
+    except (KeyError, TypeError, ValueError) as e:
+        raise InputError(
+            f"{path}: the header's entry for {name} contradicts itself: {entry}"
+        ) from e
+    return Stored(path, name, dtype, shape, base + begin, end - begin)
+
+
+class Files:
+    """Maps each safetensors file when one of its tensors is first viewed, for as long as views live."""
+
+    def __init__(self) -> None:
+        self._maps: dict[Path, mmap.mmap] = {}
+
+    def view(self, tensor: Stored) -> np.ndarray:
+        """The tensor as a read-only view of its file, with no copy (unless it is remote or unaligned).
+
+        Raises InputError for an object that can no longer be read.
+        """
+        if tensor.nbytes == 0:
+            return np.empty(tensor.shape, _READ[tensor.dtype])
+        if is_remote(tensor.file):
+            return _fetched(tensor, 0, tensor.nbytes).reshape(tensor.shape)
+        if tensor.file not in self._maps:
+            with tensor.file.open("rb") as file:
+                self._maps[tensor.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        memory = self._maps[tensor.file]
+        if hasattr(
+            memory, "madvise"
+        ):  # read ahead: a page fault at a time is slow from a cold disk
+            page = tensor.start // mmap.PAGESIZE * mmap.PAGESIZE
+            memory.madvise(mmap.MADV_WILLNEED, page, tensor.start + tensor.nbytes - page)
+        dtype = _READ[tensor.dtype]
+        flat = np.frombuffer(memory, dtype, math.prod(tensor.shape), tensor.start)
+        return (flat if flat.flags.aligned else flat.copy()).reshape(tensor.shape)
+
+    def sliced(self, tensor: Stored) -> np.ndarray:
+        """The tensor as something to take parts of: `view`, or of an object what fetches them alone."""
+        if is_remote(tensor.file) and tensor.nbytes:
+            return cast(np.ndarray, _Slices(tensor, tensor.shape, {}))
+        return self.view(tensor)
+
+
+def _fetched(tensor: Stored, start: int, size: int) -> np.ndarray:
+    """Some bytes of a tensor of an object, in its dtype. Raises InputError."""
+    with reached(tensor.file):
+        data = read_range(tensor.file, tensor.start + start, size)
+    if len(data) != size:
+        raise InputError(f"{tensor.where}: found {len(data)} bytes of {size}; fetch it again")
+    return np.frombuffer(data, _READ[tensor.dtype])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Slices:
+    """What of an array `mapping.Row.cut` uses, over a tensor of an object.
+
+    A part is the range of the outermost axis that it lies in, cut further in memory. Ranges are kept as
+    long as this lives: the shards of one axis share them.
+    """
+
+    tensor: Stored
+    shape: tuple[int, ...]
+    kept: dict[tuple[int, int], np.ndarray]
+
+    def reshape(self, shape: tuple[int, ...]) -> _Slices:
+        return dataclasses.replace(self, shape=shape)
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        return self[(slice(None),) * len(self.shape)]
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        outer = next((i for i, n in enumerate(self.shape) if n > 1), 0)
+        start, stop, _ = index[outer].indices(self.shape[outer])
+        row = self.tensor.nbytes // self.shape[outer]
+        if (start, stop) not in self.kept:
+            self.kept[start, stop] = _fetched(self.tensor, start * row, (stop - start) * row)
+        part = self.kept[start, stop].reshape(
+            *self.shape[:outer], stop - start, *self.shape[outer + 1 :]
+        )
+        return part[(*index[:outer], slice(None), *index[outer + 1 :])]
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a Hugging Face directory, all present.
+
+    Raises InputError for a directory with only pickles, without weights, or with a shard missing.
+    """
+    index = directory / INDEX
+    if index.is_file():
+        return _indexed(directory, index)
+    if (directory / SINGLE).is_file():
+        return [directory / SINGLE]
+    found = sorted(p for p in directory.glob("*.safetensors") if p.is_file())
+    adapters = [p.name for p in found if p.name.startswith("adapter_")]
+    if adapters:
+        raise InputError(f"{directory}: holds an adapter ({adapters[0]}), expected a whole model")
+    if found:
+        return found
+    refuse_pickles(directory, [p.name for p in directory.iterdir()])
+    raise InputError(f"{directory}: no weights found, expected {SINGLE} or {INDEX}")
+
+
+def refuse_pickles(where: object, names: Iterable[str]) -> None:
+    """Raises InputError if there are pickles among the files of a checkpoint without safetensors."""
+    if pickles := sorted(name for name in names if name.endswith(PICKLES)):
+        raise InputError(
+            f"{where}: holds weights only as a pickle ({pickles[0]}); reading one runs the code in "
+            f"it, so only safetensors are read: save it again with safe_serialization"
+        )
+
+
+def _indexed(directory: Path, index: Path) -> list[Path]:
+    try:
+        names = read_json_file(index)["weight_map"]
+        shards = sorted(set(names.values()))
+        plain = all(os.path.basename(shard) == shard for shard in shards)
+    except (KeyError, TypeError, AttributeError) as e:
+        raise InputError(
+            f"{index}: not a safetensors index with a weight_map; fetch it again"
+        ) from e
+    if not shards or not plain:
+        raise InputError(f"{index}: its weight_map names no shard, or a file outside {directory}")
+    missing = [shard for shard in shards if not (directory / shard).is_file()]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(
+            f"{directory}: shard {missing[0]}{more} of {len(shards)} is missing; fetch it again"
+        )
+    return [directory / shard for shard in shards]
+
+
+def read_tensors(directory: Path) -> list[Stored]:
+    """Every tensor of a Hugging Face directory's safetensors files, from their headers alone."""
+    return [tensor for file in weight_files(directory) for tensor in read_header(file)]
+
+
+def holds_head(directory: Path) -> bool | None:
+    """Whether the files of a Hugging Face directory hold a head; None where there are no such files."""
+    try:
+        return any(tensor.name.endswith("lm_head.weight") for tensor in read_tensors(directory))
+    except (InputError, OSError):
+        return None
+
+
+def side_files(directory: Path, leave_out: Iterable[str] = ()) -> list[Path]:
+    """Every file of a checkpoint that holds no weights, relative to it: config, tokenizer, ..."""
+    found = files_under(directory, {".git", ".cache", PARTIAL, *leave_out})
+    return [path for path in found if not is_weight_file(path.name)]

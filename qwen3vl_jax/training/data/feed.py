@@ -1,0 +1,350 @@
+"""Batches of a run: samples as they come from stream.py, packed here into rows.
+
+A sample is a function of its place in the stream, whichever process makes it, so the batches are the
+same for any number of workers, and a position is one number and the places of the samples that wait.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from qwen3vl_jax.config import Config
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.processing.processor import Processor
+from qwen3vl_jax.training.data.make_samples import SampleMaker, eight_bit
+from qwen3vl_jax.training.data.memory import Memory
+from qwen3vl_jax.training.data.packing import (
+    PackedBatch,
+    Placed,
+    Waiting,
+    build,
+    choose,
+    fill_of,
+)
+from qwen3vl_jax.training.data.records import open_records
+from qwen3vl_jax.training.data.sample import Refusal, Sample
+from qwen3vl_jax.training.data.stream import (
+    SHUFFLED,
+    Order,
+    Reader,
+    iterate,
+    make_stream,
+)
+from qwen3vl_jax.training.recipe import Data, Pack
+
+_FEWEST = 100  # records that a fraction is of, at least
+_SHOWN = 5  # bad records in a message
+_KEPT = 1000  # refusals that are kept by name
+_FEW = 500  # records that are read sooner than workers start
+_MOST_TOO_LARGE = 0.5
+_BATCHES_AHEAD = 1  # and one more that waits for its place
+_TICK = 0.2  # seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """One batch, the names of each row's samples, and what packing.fill_of says of it."""
+
+    packed: Any  # PackedBatch; None once its step is under way
+    names: list[list[str]]
+    stats: dict[str, float]
+
+
+class Feed:
+    """An endless iterator of packed batches, or with `once` one pass in order whose last is not full.
+
+    process_index of process_count: which part of every epoch is this process's. Raises InputError
+    where sources cannot be opened, and from next() once more than data.bad_fraction of the records
+    read are bad. With workers, batches are packed ahead in a thread; `close` ends both. place: what
+    is done to every batch, there too: a device is best sent it before its turn comes.
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        pack: Pack,
+        proc: Processor,
+        seed: int,
+        *,
+        once: bool = False,
+        process_index: int = 0,
+        process_count: int = 1,
+        place: Callable[[PackedBatch], PackedBatch] = lambda packed: packed,
+    ):
+        if not data.sources:
+            raise InputError("data.sources is empty, expected at least one file of records")
+        self.sources = [open_records(source) for source in data.sources]
+        self.order = Order(
+            sources=[[given.path, len(found)] for given, found in zip(data.sources, self.sources)],
+            weights=[source.weight for source in data.sources],
+            shuffle=data.shuffle and not once,
+            once=once,
+            seed=seed,
+            process=[process_index, process_count],
+        )
+        self._maker = SampleMaker(proc, data, pack)
+        stream = make_stream(self.sources, self._maker, self.order)
+        labelled = any(getattr(source, "vision_labels", False) for source in self.sources)
+        pixel_type = np.float32 if eight_bit(proc) is proc else np.uint8
+        self._line = _Line(stream, data, pack, proc.config, pixel_type, labelled)
+        self._line.total, self._line.place = sum(map(len, self.sources)), place
+        self._state = self._line.state()
+        self._ahead: _Ahead | None = None
+        self._stale = False  # whether the line is ahead of the state, for a thread that was ended
+
+    def __iter__(self) -> Iterator[Drawn]:
+        return self
+
+    def __next__(self) -> Drawn:
+        """The next batch. Raises StopIteration at the end of one pass, InputError for bad records."""
+        if self._stale:
+            self._line.restore(self._state)
+            self._stale = False
+        if self._line.data.workers and self._ahead is None:
+            self._ahead = _Ahead(self._line.step)
+        drawn, self._state, error = self._ahead.take() if self._ahead else self._line.step()
+        if drawn is None:
+            raise error or StopIteration
+        return drawn
+
+    def empty(self) -> Drawn:
+        """A batch of padding alone."""
+        return self._line.built([])
+
+    def whole_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        """What `set_state` takes: a feed alone knows all of it."""
+        return state
+
+    def get_state(self) -> dict[str, Any]:
+        """Where the feed is, as JSON data."""
+        return {"order": dataclasses.asdict(self.order), **self._state}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on where get_state was called. Raises InputError for the state of other data."""
+        for key, ours in dataclasses.asdict(self.order).items():
+            if (theirs := state["order"].get(key)) != ours:
+                raise InputError(
+                    f"data position: {key} is {ours}, and {theirs} in the checkpoint; go on with the "
+                    "same data, or begin a new run"
+                )
+        self.close()
+        self._line.restore(state)
+        self._state, self._stale = self._line.state(), False
+
+    def records(self, count: int) -> list[tuple[str, dict[str, Any]]]:
+        """The first `count` (name, record in chat form) that ask, end in an answer and give a sample.
+
+        The others are among the `refused`, as they are for the loss.
+        """
+        found: list[tuple[str, dict[str, Any]]] = []
+        for source in self.sources:
+            read = Reader(source, self._maker)
+            for index in range(len(source)):
+                if len(found) == count:
+                    return found
+                made = read(index)
+                if isinstance(made, Refusal):
+                    self._line.keep(made.name, made.reason)
+                    continue
+                record = source.read(index)
+                if not isinstance(record, dict):
+                    break  # ready samples have no words
+                messages = record["messages"]
+                if len(messages) > 1 and messages[-1].get("role") == "assistant":
+                    found.append((source.name(index), record))
+        self._state = self._line.state()
+        return found
+
+    @property
+    def refused(self) -> list[tuple[str, str]]:
+        """(name, reason) of what gave no sample so far, or a shorter one; the first thousand."""
+        return [(name, reason) for name, reason in self._state["refused"]]
+
+    def close(self) -> None:
+        """Ends thread and workers; the next batch starts them again."""
+        if self._ahead is not None:
+            self._ahead.stop()
+            self._ahead, self._stale = None, True
+        self._line.end()
+
+
+class _Line:
+    """The samples of a stream in batches, one after another, and where it is."""
+
+    def __init__(
+        self, stream: Any, data: Data, pack: Pack, config: Config, pixel_type: Any, labelled: bool
+    ):
+        self.stream, self.data, self.pack, self.config = stream, data, pack, config
+        self.pixel_type, self.labelled, self.total = pixel_type, labelled, 0
+        self.memory = Memory()
+        self.place: Callable[[PackedBatch], PackedBatch] = lambda packed: packed
+        self.end: Callable[[], None] = lambda: None
+        self._begin(0)
+
+    def step(self) -> tuple[Drawn | None, dict[str, Any], Exception | None]:
+        """(the next batch or None at the end, the state behind it, what stopped it)."""
+        try:
+            placed, self.waiting = choose(self.pack, self.waiting, self._draw)
+            if not placed:
+                return None, self.state(), None
+            return self.built(placed), self.state(), None
+        except Exception as error:  # it is raised where the batch is asked for
+            return None, self.state(), error
+
+    def built(self, placed: Sequence[Placed]) -> Drawn:
+        """The batch of chosen samples."""
+        packed = build(self.config, self.pack, placed, self.pixel_type, self.labelled, self.memory)
+        names: list[list[str]] = [[] for _ in range(self.pack.rows)]
+        for found in placed:
+            names[found.row].append(found.sample.name)
+        return Drawn(self.place(packed), names, fill_of(self.pack, placed))
+
+    def state(self) -> dict[str, Any]:
+        """Place of the next sample, places of those that wait, and counts: JSON data."""
+        waiting = [drawn.place for drawn in self.waiting]
+        refused = [list(pair) for pair in self.refused.items()]
+        return {"next": self.next, "waiting": waiting, **self.counts, "refused": refused}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Makes the samples that waited again, and goes on behind the last that was drawn."""
+        self._begin(state["next"])
+        self.counts = {name: state[name] for name in self.counts}
+        self.refused = dict(state["refused"])
+        for place in state["waiting"]:
+            sample = self.stream[place]
+            if isinstance(sample, Refusal):
+                raise InputError(f"{sample.name}: was fine before the run stopped: {sample.reason}")
+            self.waiting.append(Waiting(place, sample))
+
+    def _begin(self, first: int) -> None:
+        self.end()
+        self.end = lambda: None
+        self.coming: Iterator[Sample | Refusal] | None = None
+        self.next, self.waiting = first, list[Waiting]()
+        self.counts = {"read": 0, "bad": 0, "too_large": 0}
+        self.refused: dict[str, str] = {}
+
+    def _draw(self) -> Waiting | None:
+        """The next sample of the stream, None behind its end."""
+        if self.coming is None:
+            self.coming, self.end = iterate(
+                self.stream, self.next, self.data.workers, self.config.vision.patch_shape
+            )
+        for made in self.coming:
+            self.next += 1
+            self.counts["read"] += 1
+            if isinstance(made, Refusal):
+                self._count(made)
+                continue
+            if made.note:
+                self.keep(made.name, made.note)
+            return Waiting(self.next - 1, made)
+        return None
+
+    def keep(self, name: str, reason: str) -> None:
+        """Keeps what was left out or cut, by name."""
+        if len(self.refused) < _KEPT:
+            self.refused[name] = reason
+
+    def _count(self, refusal: Refusal) -> None:
+        """Takes note of a refusal. Raises InputError where there are too many."""
+        self.keep(refusal.name, refusal.reason)
+        self.counts["bad" if refusal.bad else "too_large"] += 1
+        read, bad, too_large = (self.counts[name] for name in ("read", "bad", "too_large"))
+        least = max(read, min(_FEWEST, self.total))
+        first = itertools.islice(self.refused.items(), _SHOWN)
+        shown = "; ".join(f"{name}: {reason}" for name, reason in first)
+        fraction, epochs = self.data.bad_fraction, -(-read // max(self.total, 1))
+        # No more than whole epochs may have, nor than chance lets come early: four deviations.
+        early = fraction * least + 4 * (fraction * least) ** 0.5
+        most = min(fraction * epochs * self.total, early), _MOST_TOO_LARGE * least
+        _check_counts(read, bad, too_large, most, fraction, shown)
+
+
+def _check_counts(
+    read: int, bad: int, too_large: int, most: tuple[float, float], fraction: float, shown: str
+) -> None:
+    """Raises InputError where more records are bad or too large than `most` allows."""
+    if bad > most[0]:
+        raise InputError(
+            f"{bad} of {read} records are bad, more than data.bad_fraction {fraction:g} allows: {shown}"
+        )
+    if too_large > most[1]:
+        raise InputError(
+            f"{too_large} of {read} records do not fit a row; raise pack.length or "
+            f"pack.vision_length, or lower data.max_pixels: {shown}"
+        )
+
+
+def survey(data: Data, pack: Pack, proc: Processor, tell: Callable[[Refusal], None]) -> None:
+    """Reads every record of the sources once, and tells of each that gives no sample.
+
+    Sources without an end are left out. Raises InputError where a run would refuse the data, at the end.
+    """
+    sources = [found for found in map(open_records, data.sources) if len(found) < SHUFFLED]
+    total, counts = sum(map(len, sources)), {True: 0, False: 0}
+    order = Order([], [1.0] * len(sources), shuffle=False, once=True, seed=0, process=[0, 1])
+    stream = make_stream(sources, SampleMaker(proc, data, pack), order) if sources else ()
+    workers = data.workers if total > _FEW else 0
+    coming, end = iterate(stream, 0, workers, proc.config.vision.patch_shape)
+    try:
+        for made in coming:
+            if isinstance(made, Refusal):
+                counts[made.bad] += 1
+                tell(made)
+    finally:
+        end()
+    fraction = data.bad_fraction
+    most = fraction * total, _MOST_TOO_LARGE * total
+    _check_counts(total, counts[True], counts[False], most, fraction, "they are named above")
+
+
+def check_answers(feed: Any, count: int) -> None:
+    """Raises InputError where evaluate.generate asks for answers and no record has one."""
+    if count and not feed.records(1):
+        raise InputError(
+            "evaluate.generate: evaluate.sources hold no conversation that ends in an answer "
+            "(ready samples have no words); set it to 0"
+        )
+
+
+class _Ahead:
+    """A thread that has the next few batches ready."""
+
+    def __init__(self, step: Callable[[], tuple[Any, Any, Any]]):
+        self._step, self._stopped = step, threading.Event()
+        self._ready: queue.Queue[tuple[Any, Any, Any]] = queue.Queue(_BATCHES_AHEAD)
+        self._last: tuple[Any, Any, Any] | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def take(self) -> tuple[Any, Any, Any]:
+        """What the next step gave; the last one again behind the end."""
+        found = self._last or self._ready.get()
+        if found[0] is None:
+            self._last = found
+        return found
+
+    def stop(self) -> None:
+        """Waits for the step that is being made."""
+        self._stopped.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stopped.is_set():
+            found = self._step()
+            while not self._stopped.is_set():
+                try:
+                    self._ready.put(found, timeout=_TICK)
+                    break
+                except queue.Full:
+                    continue
+            if found[0] is None:
+                return

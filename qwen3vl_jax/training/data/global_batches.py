@@ -1,0 +1,191 @@
+"""Batches of a mesh: every group of rows from a feed of its own, put together as global arrays.
+
+A group's samples follow from its number alone, whichever process reads them: the same groups give
+the same batches on any mesh and any number of processes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.model.sharding import array_sharding, shard
+from qwen3vl_jax.processing.processor import Processor
+from qwen3vl_jax.runtime import distributed
+from qwen3vl_jax.training.data.feed import Drawn, Feed
+from qwen3vl_jax.training.data.packing import PackedBatch
+from qwen3vl_jax.training.recipe import Data, Pack
+from qwen3vl_jax.training.state_sharding import batch_axis, batch_sharding
+
+
+class Shares:
+    """A Feed of `groups` groups, of which this process reads those that its devices compute.
+
+    mesh None: one device has them all. Its batches have a leading axis of one micro batch. Raises
+    InputError as Feed does, and where rows do not divide.
+    """
+
+    def __init__(
+        self, data: Data, pack: Pack, proc: Processor, seed: int, groups: int, mesh: Any = None,
+        once: bool = False,
+    ):  # fmt: skip
+        self.groups, self.mesh = groups, mesh
+        self.pack = divided(pack, groups)
+        shape = (1, pack.rows, pack.length)
+        mine = _mine(mesh, shape, groups)
+        workers = -(-data.workers // len(mine))
+        data = dataclasses.replace(data, workers=workers)
+        self.feeds = {
+            g: Feed(data, self.pack, proc, seed, once=once, process_index=g, process_count=groups)
+            for g in mine
+        }
+        self._once = once
+
+    def __iter__(self) -> Shares:
+        return self
+
+    def __next__(self) -> Drawn:
+        """The next batch; with `once` the last ones have empty groups."""
+        drawn: dict[int, Any] = {g: next(feed, None) for g, feed in self.feeds.items()}
+        if self._once:
+            drawn = self._filled(drawn)
+        names = [row for d in drawn.values() for row in d.names]
+        packed = self._together({g: d.packed for g, d in drawn.items()})
+        return Drawn(packed, names, self._stats({g: d.stats for g, d in drawn.items()}))
+
+    def _filled(self, drawn: dict[int, Any]) -> dict[int, Any]:
+        """Empty batches in place of those of groups that are at their end; all ends raise."""
+        left = any(d is not None for d in drawn.values())
+        if not any(distributed.all_of(left)):
+            raise StopIteration
+        empty = next(iter(self.feeds.values())).empty
+        return {g: empty() if d is None else d for g, d in drawn.items()}
+
+    def _together(self, parts: dict[int, PackedBatch]) -> PackedBatch:
+        """Global arrays [1 ..] of the groups' parts."""
+
+        def join(path: Any, *leaves: np.ndarray) -> jax.Array:
+            axis = batch_axis(path)
+            held = dict(zip(parts, leaves, strict=True))
+            if self.mesh is None:
+                return jax.device_put(
+                    np.concatenate([held[g] for g in range(self.groups)], axis)[None]
+                )
+            shape = _whole(leaves[0].shape, axis, self.groups)
+            where = batch_sharding(self.mesh, path, shape)
+            return jax.make_array_from_callback(
+                shape, where, lambda index: _part(held, index, axis, shape[axis + 1])
+            )
+
+        whole = jax.tree_util.tree_map_with_path(join, *parts.values())
+        return whole.replace(batch=whole.batch.replace(groups=self.groups))
+
+    def _stats(self, told: dict[int, dict[str, float]]) -> dict[str, Any]:
+        """packing.fill_of of all groups: shares are means, the rest are sums."""
+        names = list(next(iter(told.values())))
+        held = {g: np.array([[stats[n] for n in names]], np.float32) for g, stats in told.items()}
+        if self.mesh is None:
+            total = np.sum([held[g][0] for g in held], 0)
+        else:
+            shape = (self.groups, len(names))
+            where = array_sharding(
+                self.mesh, ("rows", None), jax.ShapeDtypeStruct(shape, np.float32)
+            )
+            found = jax.make_array_from_callback(
+                shape,
+                where,
+                lambda index: _part(held, (slice(None), *(index or ())), 0, self.groups)[0],
+            )
+            total = _summed(found)
+        return {
+            n: total[i] / (self.groups if n.endswith("fill") else 1) for i, n in enumerate(names)
+        }
+
+    def get_state(self) -> dict[str, Any]:
+        """Where this process's feeds are; `whole_state` makes JSON data of all of it."""
+        return {str(g): feed.get_state() for g, feed in self.feeds.items()}
+
+    def whole_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        """What `set_state` takes, from the states of all processes (all of them call it)."""
+        found: dict[str, Any] = {}
+        for part in distributed.all_of(state):
+            found |= part
+        return {"groups": [found[str(g)] for g in range(self.groups)]}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on where `whole_state` was told of. Raises InputError for the state of other data."""
+        states = state.get("groups", [state])
+        if len(states) != self.groups:
+            raise InputError(
+                f"data position: the run has {len(states)} groups of rows, this start {self.groups}"
+            )
+        for g, feed in self.feeds.items():
+            feed.set_state(states[g])
+
+    def records(self, count: int) -> list[tuple[str, dict[str, Any]]]:
+        """As Feed.records: the same on every process."""
+        return next(iter(self.feeds.values())).records(count)
+
+    @property
+    def refused(self) -> list[tuple[str, str]]:
+        """As Feed.refused, of this process's groups."""
+        return [pair for feed in self.feeds.values() for pair in feed.refused]
+
+    def close(self) -> None:
+        """Ends threads and workers; the next batch starts them again."""
+        for feed in self.feeds.values():
+            feed.close()
+
+
+def divided(pack: Pack, groups: int) -> Pack:
+    """The rows of one group. Raises InputError where they do not divide."""
+    for name in ("rows", "vision_rows"):
+        if (rows := getattr(pack, name)) % groups:
+            raise InputError(
+                f"pack.{name} is {rows}, expected a multiple of {groups}: the groups that "
+                "mesh.data x mesh.fsdp x mesh.expert (or pack.groups) cut rows into"
+            )
+    rows, vision_rows = pack.rows // groups, pack.vision_rows // groups
+    return dataclasses.replace(pack, rows=rows, vision_rows=vision_rows, groups=groups)
+
+
+def _mine(mesh: Any, shape: tuple[int, ...], groups: int) -> list[int]:
+    """The groups that devices of this process have rows of."""
+    if mesh is None:
+        return list(range(groups))
+    where = array_sharding(mesh, (None, "rows", "tokens"), jax.ShapeDtypeStruct(shape, np.int32))
+    rows, found = shape[1], set()
+    held: dict[Any, Any] = dict(where.addressable_devices_indices_map(shape))
+    for index in held.values():
+        first, last, _ = index[1].indices(rows)
+        found |= set(range(first * groups // rows, -(-last * groups // rows)))
+    return sorted(found)
+
+
+def _whole(shape: tuple[int, ...], axis: int, groups: int) -> tuple[int, ...]:
+    """The shape of a global array [1 ..] of groups of this shape."""
+    return (1, *shape[:axis], shape[axis] * groups, *shape[axis + 1 :])
+
+
+def _part(held: dict[int, Any], index: Any, axis: int, total: int) -> np.ndarray:
+    """The piece of a global array [1 ..] that `index` names, from the groups that are held here.
+
+    total: the length of the axis that groups are cut along.
+    """
+    size = next(iter(held.values())).shape[axis]
+    first, last, _ = index[axis + 1].indices(total)
+    groups = range(first // size, -(-last // size))
+    joined = np.concatenate([held[g] for g in groups], axis) if len(groups) > 1 else held[groups[0]]
+    inner = list(index[1:])
+    inner[axis] = slice(first - groups[0] * size, last - groups[0] * size)
+    return joined[tuple(inner)][None]
+
+
+@jax.jit
+def _summed(found: jax.Array) -> jax.Array:
+    """Sums over the first axis, known to every process."""
+    return shard(jax.numpy.sum(found, 0), None)

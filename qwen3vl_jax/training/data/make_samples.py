@@ -1,0 +1,281 @@
+"""A record to a sample: token ids, which of them are learned and how much, pictures and clips.
+
+Learned is what the model would have had to write: the text of an assistant's turn and the <|im_end|>
+behind it, not the newline that the template adds. Turns are found in the rendered conversation: what
+users, tools and the system say is encoded so that it holds no turn token, whatever it spells, and so
+each <|im_start|> is the template's own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from qwen3vl_jax.config import Config
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.processing.encoding import IGNORED
+from qwen3vl_jax.processing.positions import rope_index
+from qwen3vl_jax.processing.processor import Processor
+from qwen3vl_jax.processing.prompt_slices import visuals_of
+from qwen3vl_jax.processing.tokenizer import Tokenizer
+from qwen3vl_jax.training.checks import check_vision_length
+from qwen3vl_jax.training.data.packing import frames_fit
+from qwen3vl_jax.training.data.sample import Sample, check_sample
+from qwen3vl_jax.training.data.shown import Shown
+from qwen3vl_jax.training.recipe import Data, Pack
+
+START, END = "<|im_start|>", "<|im_end|>"
+_HEAD = "assistant\n"
+# What no message may spell where its special tokens are special.
+_RESERVED = (START, END, "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+_OWN_VALUES = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+_MIDDLE = 0.5
+
+
+class TooLarge(InputError):
+    """A record that is fine but does not fit the rows that are trained on."""
+
+
+class Turn(NamedTuple):
+    """Where an assistant's turn lies among the tokens."""
+
+    start: int  # the first token that the model would write
+    end: int  # behind its <|im_end|>
+    prompted: bool  # whether it follows a generation prompt, as an answer does
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleMaker:
+    """What turns records into samples; it goes to worker processes."""
+
+    proc: Processor
+    data: Data
+    pack: Pack
+
+    def __post_init__(self) -> None:
+        """Raises InputError for vision rows that would cut a merged row."""
+        check_vision_length(self.pack, self.proc.config)
+
+    @functools.cached_property
+    def _processor(self) -> Processor:
+        return eight_bit(self.proc)
+
+    @functools.cached_property
+    def _shown(self) -> Shown:
+        return Shown(lambda messages, tools: self.proc.render(messages, tools, False))
+
+    @functools.cached_property
+    def _opening(self) -> str:
+        """What a generation prompt holds behind the head of a turn: "<think>\\n", or nothing."""
+        asked = [{"role": "user", "content": "?"}]
+        closed, opened = (self.proc.render(asked, None, prompt) for prompt in (False, True))
+        added = opened[len(closed) :]
+        if not opened.startswith(closed) or not added.startswith(START + _HEAD):
+            raise InputError(
+                f"chat template: its generation prompt is {added!r}, expected {START + _HEAD!r} first"
+            )
+        return added.removeprefix(START + _HEAD)
+
+    def __call__(self, name: str, record: Any) -> Sample:
+        """The sample of a record in chat form, or a ready one once it is known to fit, both checked.
+
+        Raises InputError with the reason for a bad one, TooLarge for one that does not fit.
+        """
+        if isinstance(record, Sample):
+            sample = check_sample(record, self.proc.config)
+            if self._processor is not self.proc:
+                _check_eight_bit(sample)
+            if reason := misfit(self.proc.config, self.pack, sample):
+                raise TooLarge(reason)
+            return sample
+        if not isinstance(record, dict) or "messages" not in record:
+            found = type(record).__name__
+            raise InputError(f"found {found}, expected a record in chat form or a Sample")
+        messages = record["messages"]
+        whole = self.encode(name, messages, record.get("tools"))
+        reason = misfit(self.proc.config, self.pack, whole)
+        if reason:
+            whole = self._cut(whole, messages, record.get("tools"), reason)
+        return check_sample(whole, self.proc.config)
+
+    def encode(self, name: str, messages: Sequence[Any], tools: Any) -> Sample:
+        """The whole conversation as a sample, however long, learned or not."""
+        data, proc = self.data, self._processor
+        _check_messages(messages, proc is not self.proc, data.allow_special)
+        if data.allow_special and (token := _reserved(tools)):
+            raise InputError(f"tools: they say {token}, which is the template's")
+        self._shown.check(messages, tools)
+        options = processor_options(data)
+        arrays = proc.inputs(told(messages), tools=tools, add_generation_prompt=False, **options)
+        ids = arrays["input_ids"][0].astype(np.int32)
+        turns = assistant_turns(proc.tokenizer, ids, self._opening)
+        labels, weights = _targets(ids, turns, messages, data.weighting)
+        grids = arrays.get("image_grid_thw"), arrays.get("video_grid_thw")
+        positions, _ = rope_index(proc.config, ids[None], *grids)
+        pixel_type = np.float32 if proc is self.proc else np.uint8
+        seen = visuals_of(proc.config, ids, arrays)
+        visuals = tuple(dataclasses.replace(v, pixels=v.pixels.astype(pixel_type)) for v in seen)
+        return Sample(name, ids, labels, weights, positions[:, 0], visuals)
+
+    def _cut(self, whole: Sample, messages: Sequence[Any], tools: Any, reason: str) -> Sample:
+        """The longest beginning that fits, ends after an answer, and holds something to learn."""
+        if self.data.too_long != "cut":
+            raise TooLarge(reason)
+        ends = [turn.end for turn in assistant_turns(self.proc.tokenizer, whole.ids, "")]
+        at = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        for end, last in reversed(list(zip(ends, at, strict=True))):
+            if last == len(messages) - 1 or end > self.pack.length:
+                continue  # rendered anew, a beginning is never shorter than it is in the whole
+            kept = self.encode(whole.name, messages[: last + 1], tools)
+            if (kept.labels != IGNORED).any() and not misfit(self.proc.config, self.pack, kept):
+                note = f"cut to {last + 1} of {len(messages)} messages: {reason}"
+                return dataclasses.replace(kept, note=note)
+        raise TooLarge(f"{reason}; no beginning that ends after an answer fits")
+
+
+def told(messages: Sequence[Any]) -> list[dict[str, Any]]:
+    """Messages as a template takes them, without what says whether they are learned."""
+    return [{k: v for k, v in m.items() if k not in ("train", "weight")} for m in messages]
+
+
+def processor_options(data: Data) -> dict[str, Any]:
+    """What the recipe asks of a processor: sizes of images and videos, special tokens of prompts."""
+    clips = {"fps": data.fps, "max_frames": data.max_frames, "max_pixels": data.clip_max_pixels}
+    return {
+        "template_vars": {"add_vision_id": True} if data.add_vision_id else None,
+        "videos_kwargs": {k: v for k, v in clips.items() if v},
+        "min_pixels": data.min_pixels or None,
+        "max_pixels": data.max_pixels or None,
+        "allow_special": data.allow_special or "assistant",
+    }
+
+
+def misfit(cfg: Config, pack: Pack, sample: Sample) -> str:
+    """Why a sample does not fit an empty batch, or ""; pack: of a group, where groups cut the batch."""
+    if len(sample.ids) > pack.length:
+        return f"{len(sample.ids)} tokens, pack.length is {pack.length}"
+    if not sample.visuals:
+        return ""
+    largest = max(h * w for _, h, w in (v.grid for v in sample.visuals))
+    if largest > pack.vision_length or not pack.vision_rows:
+        room = f"vision_length is {pack.vision_length}" if pack.vision_rows else "vision_rows is 0"
+        told = f"a picture or frame of {largest} patches, pack.{room}"
+        return f"{told}; data.max_pixels makes it smaller"
+    if not frames_fit(pack, [v.grid for v in sample.visuals]):
+        total = sum(t * h * w for t, h, w in (v.grid for v in sample.visuals))
+        room = f"each of {pack.groups} groups of a batch has" if pack.groups > 1 else "a batch has"
+        rows = f"{pack.vision_rows} rows of {pack.vision_length}"
+        return f"{total} patches in its pictures and clips, {room} {rows}"
+    return ""
+
+
+def assistant_turns(tokenizer: Tokenizer, ids: np.ndarray, opening: str) -> list[Turn]:
+    """The assistant's turns in rendered ids [T]; opening: what a generation prompt adds to the head.
+
+    A token that begins in the head belongs to it. Raises InputError for a turn that does not end.
+    """
+    starts, ends = (np.flatnonzero(ids == tokenizer.id_of(token)) for token in (START, END))
+    head, full = _HEAD.encode(), (_HEAD + opening).encode()
+    turns = []
+    for start in (starts + 1).tolist():
+        after = int(np.searchsorted(ends, start))
+        end = int(ends[after]) if after < len(ends) else len(ids)
+        first, said = _behind(tokenizer, ids[start:end], len(head))
+        if not said.startswith(head):
+            continue
+        if end == len(ids):
+            raise InputError(f"the template leaves an assistant's turn without {END}")
+        behind, said = _behind(tokenizer, ids[start:end], len(full))
+        prompted = said.startswith(full)
+        turns.append(Turn(start + (behind if prompted else first), end + 1, prompted))
+    return turns
+
+
+def _behind(tokenizer: Tokenizer, ids: np.ndarray, size: int) -> tuple[int, bytes]:
+    """How many ids begin within the first `size` bytes of their text, and the text of those."""
+    said, count = b"", 0
+    while count < len(ids) and len(said) < size:
+        said += tokenizer.token_bytes(int(ids[count]), skip_special_tokens=False)
+        count += 1
+    return count, said
+
+
+def _targets(
+    ids: np.ndarray, turns: Sequence[Turn], messages: Sequence[Any], weighting: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Labels and weights [T] of the assistant's turns that are learned.
+
+    A turn that does not follow the generation prompt, as an earlier one of a thinking template whose
+    reasoning the template has dropped, could never be written that way: it is learned only where its
+    message has "train": true. "train": false switches any turn off; "weight" is a factor of its tokens.
+    """
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if len(answers) != len(turns):
+        raise InputError(
+            f"the template writes {len(turns)} assistant turn(s) for {len(answers)} message(s)"
+        )
+    labels = np.full_like(ids, IGNORED)
+    weights = np.zeros(len(ids), np.float32)
+    for turn, message in zip(turns, answers):
+        switch = message.get("train")
+        if (turn.prompted if switch is None else switch) and turn.end > turn.start:
+            place = slice(turn.start, turn.end)
+            labels[place] = ids[place]
+            whole = (turn.end - turn.start) ** -0.5 if weighting == "sqrt" else 1.0
+            weights[place] = whole * message.get("weight", 1)
+    return labels, weights
+
+
+def _check_messages(messages: Sequence[Any], own_values: bool, allow_special: bool) -> None:
+    """Refuses what the processor lets through and training cannot take."""
+    if not isinstance(messages, (list, tuple)):
+        raise InputError(f"messages: found {type(messages).__name__}, expected a list")
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise InputError(f"message {number}: expected an object with role and content")
+        role = message["role"]
+        if (role == "assistant" or allow_special) and (token := _reserved(message)):
+            raise InputError(f"message {number}: the {role} says {token}, which is the template's")
+        content = message.get("content")
+        for item in content if isinstance(content, (list, tuple)) and own_values else ():
+            found = [key for key in _OWN_VALUES if isinstance(item, dict) and key in item]
+            if found:
+                raise InputError(
+                    f"message {number}: {found[0]} of a single image, which training has no use for"
+                )
+
+
+def _reserved(given: Any) -> str:
+    """The first token of `_RESERVED` in a message or tools, also where it is joined of texts, or ""."""
+    content = given.get("content") if isinstance(given, dict) else None
+    items = content if isinstance(content, (list, tuple)) else ()
+    texts = (item.get("text", "") if isinstance(item, dict) else item for item in items)
+    joined = "".join(text for text in texts if isinstance(text, str))
+    said = (json.dumps(given, default=lambda _: "") + joined).lower()
+    return next((token for token in _RESERVED if token in said), "")
+
+
+def _check_eight_bit(sample: Sample) -> None:
+    """Raises InputError for normalised pixels, where batches hold what is before that."""
+    for number, visual in enumerate(sample.visuals, 1):
+        if visual.pixels.dtype != np.uint8:
+            raise InputError(f"visuals {number}: pixels are {visual.pixels.dtype}, expected uint8")
+
+
+def eight_bit(proc: Processor) -> Processor:
+    """A processor of 8-bit values, where the checkpoint normalises as released; else proc itself.
+
+    The device makes x / 127.5 - 1 of them, so that batches need a quarter of the memory.
+    """
+    settings = (proc.image_settings, proc.video_settings)
+    for s in settings:
+        usual = s.do_rescale and s.do_normalize and abs(s.rescale_factor - 1 / 255) < 1e-9
+        if not usual or not np.all(np.equal((s.image_mean, s.image_std), _MIDDLE)):
+            return proc
+    image, video = (s.override(do_rescale=False, do_normalize=False) for s in settings)
+    return dataclasses.replace(proc, image_settings=image, video_settings=video)

@@ -1,0 +1,132 @@
+"""Names and boxes of objects beside the messages of a record, put where its texts have tags for them.
+
+{"objects": {"ref": [..], "bbox": [..]}} as ms-swift has it: each <ref-object> of a text is the next
+name, each <bbox> the next box. Boxes are written as Qwen3-VL writes them, [x1, y1, x2, y2] from 0 to
+1000 over the image; two numbers are a point.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.processing.media import load_image
+from qwen3vl_jax.processing.messages import read_conversation
+
+_TAG = re.compile(r"(?<!\\)<(ref-object|bbox)>")
+_LITERAL = re.compile(r"\\(<(?:ref-object|bbox)>)")
+_TEXTS = ("content", "reasoning_content", "thinking", "reasoning")
+_KEYS = {"ref-object": "ref", "bbox": "bbox"}
+_TYPES = {"real": "pixels", "norm1": "norm1", "norm1000": "norm1000"}
+_TOP = 1000
+
+
+def with_objects(
+    messages: Sequence[dict[str, Any]], objects: Any, boxes: str
+) -> list[dict[str, Any]]:
+    """Messages whose tags are filled; boxes: "pixels" or "norm1000", where objects has no bbox_type.
+
+    Images whose size is asked are read, once. Raises InputError for tags without an object, objects
+    without a tag, and boxes that are not two or four numbers inside their image.
+    """
+    objects = {} if objects is None else objects
+    known = ("ref", "bbox", "bbox_type", "image_id")
+    if not isinstance(objects, Mapping) or not set(objects) <= set(known):
+        found = ", ".join(objects) if isinstance(objects, Mapping) else type(objects).__name__
+        raise InputError(f"objects: found {found}, expected an object of {', '.join(known)}")
+    refs, messages = _listed(objects, "ref"), [dict(message) for message in messages]
+    if not all(isinstance(ref, str) for ref in refs):
+        raise InputError(f"objects.ref: got {refs!r}, expected a list of texts")
+    left = {"ref-object": refs, "bbox": _spelled(messages, objects, boxes)}
+
+    def fill(found: re.Match[str]) -> str:
+        if not left[found[1]]:
+            key = _KEYS[found[1]]
+            raise InputError(
+                f"a {found[0]} without an entry of objects.{key} left for it; a tag that is meant as "
+                f"text has a backslash in front of it: \\{found[0]}"
+            )
+        return left[found[1]].pop(0)
+
+    def filled(text: Any) -> Any:
+        return _LITERAL.sub(r"\1", _TAG.sub(fill, text)) if isinstance(text, str) else text
+
+    for message in messages:
+        for key in _TEXTS:
+            if isinstance(items := message.get(key), list):
+                texts = [isinstance(i, Mapping) and "text" in i for i in items]
+                pairs = zip(items, texts, strict=True)
+                message[key] = [{**i, "text": filled(i["text"])} if t else i for i, t in pairs]
+            elif key in message:
+                message[key] = filled(items)
+    for tag, rest in left.items():
+        if rest:
+            raise InputError(f"objects.{_KEYS[tag]}: {len(rest)} more than there are <{tag}> tags")
+    return messages
+
+
+def _listed(objects: Mapping[str, Any], name: str) -> list[Any]:
+    given = objects.get(name) or []
+    if not isinstance(given, (list, tuple)):
+        raise InputError(f"objects.{name}: got {type(given).__name__}, expected a list")
+    return list(given)
+
+
+def _spelled(
+    messages: Sequence[dict[str, Any]], objects: Mapping[str, Any], boxes: str
+) -> list[str]:
+    """Each box as Qwen3-VL writes it. An image that is read for its size takes its place in messages."""
+    given, ids = _listed(objects, "bbox"), _listed(objects, "image_id")
+    kind = objects.get("bbox_type") or next(k for k, v in _TYPES.items() if v == boxes)
+    if not isinstance(kind, str) or kind not in _TYPES:
+        raise InputError(f"objects.bbox_type: got {kind!r}, expected {', '.join(_TYPES)}")
+    ids += [0] * (len(given) - len(ids))
+    places = [
+        (message["content"], i)
+        for message in messages if isinstance(message.get("content"), list)
+        for i, item in enumerate(message["content"]) if _is_image(item)
+    ]  # fmt: skip
+    sizes: dict[int, tuple[int, int]] = {}
+    for number, at in enumerate(ids, 1):
+        if type(at) is not int or not 0 <= at < len(places) or number > len(given):
+            raise InputError(
+                f"objects.image_id: got {ids}, expected for each of {len(given)} boxes which of "
+                f"{len(places)} image(s) it lies in, from 0"
+            )
+        if _TYPES[kind] == "pixels" and at not in sizes:
+            sizes[at] = _size(*places[at])
+    fixed = (1, 1) if kind == "norm1" else (_TOP, _TOP)
+    return [_box(box, sizes.get(at, fixed), kind) for box, at in zip(given, ids, strict=True)]
+
+
+def _is_image(item: Any) -> bool:
+    if isinstance(item, Mapping):
+        return item.get("type", "image" if "image" in item else "") in (
+            "image", "image_url", "input_image"
+        )  # fmt: skip
+    return not isinstance(item, str)
+
+
+def _size(content: list[Any], at: int) -> tuple[int, int]:
+    """Width and height of a content item's image, which is read here and not again."""
+    _, (medium,) = read_conversation([{"role": "user", "content": [content[at]]}])
+    image = load_image(medium.source)
+    content[at] = {**medium.overrides, "type": "image", "image": image}
+    return image.size
+
+
+def _box(box: Any, size: tuple[int, int], kind: str) -> str:
+    numbers = list(box) if isinstance(box, (list, tuple)) else []
+    plain = all(type(x) in (int, float) and abs(x) <= 1e9 for x in numbers)
+    if len(numbers) not in (2, 4) or not plain:
+        raise InputError(f"objects.bbox: got {box!r}, expected [x1, y1, x2, y2] or [x, y]")
+    out = [round(x / size[i % 2] * _TOP) for i, x in enumerate(numbers)]
+    if min(out) < 0 or max(out) > _TOP or (len(out) == 4 and (out[0] > out[2] or out[1] > out[3])):
+        inside = f"{size[0]} x {size[1]} pixels" if _TYPES[kind] == "pixels" else f"0 to {size[0]}"
+        raise InputError(
+            f"objects.bbox: got {box!r}, expected two corners inside {inside}; the source's boxes (or "
+            "bbox_type) says what they count"
+        )
+    return str(out)

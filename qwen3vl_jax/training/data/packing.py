@@ -1,0 +1,329 @@
+"""Samples to batches of one fixed shape. Numpy on the host; dims as in layers.py.
+
+Tokens go to the first of B rows of T that has room, patches to the first of W rows of P: a picture,
+or a frame of a clip, lies in one row. Frames attend each to itself, so a clip may go over several.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import flax.struct
+import jax
+import numpy as np
+
+from qwen3vl_jax.config import Config
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.model.structs import Batch, VisionInputs
+from qwen3vl_jax.processing.batch import make_vision
+from qwen3vl_jax.training.data.memory import Memory
+from qwen3vl_jax.training.recipe import Pack
+
+if TYPE_CHECKING:
+    from qwen3vl_jax.training.data.sample import Sample
+
+IGNORED = -100
+Grid = tuple[int, int, int]
+
+
+class PackedBatch(flax.struct.PyTreeNode):
+    """Rows of several samples each; padding has segment 0, weight 0 and label -100.
+
+    The fields of batch.vision are [W P ..] with ranges counted inside a row, and batch.vision_rows
+    counts the merged rows of all of them. Its pixels are uint8 before normalisation, or float32.
+    """
+
+    batch: Batch
+    weights: jax.Array  # [B T] float32 of each label in the loss; 0 at a sample's first token
+    vision_labels: jax.Array | None = None  # [R] int32: what a merged row shows, -100 not told
+
+
+class Waiting(NamedTuple):
+    """A sample that is drawn and not packed, and its place in the stream that it came from."""
+
+    place: int
+    sample: Sample
+
+
+class Placed(NamedTuple):
+    """A sample and where it went."""
+
+    sample: Sample
+    row: int
+    start: int  # its first token in the row
+    spots: list[list[tuple[int, int]]]  # of each visual: first patch over all rows, patches
+
+
+class Room:
+    """What is still free in a batch. Lists: rows are few, and numpy takes longer to look at them."""
+
+    def __init__(self, pack: Pack):
+        self.length, self.vision_length = pack.length, pack.vision_length
+        self.tokens, self.patches = (
+            [pack.length] * pack.rows,
+            [pack.vision_length] * pack.vision_rows,
+        )
+        self.left = pack.rows * pack.length
+
+    def place(self, sample: Sample) -> Placed | None:
+        """Takes the room of a sample, the first there is, or leaves all as it was for None."""
+        size = len(sample.ids)
+        row = _first(self.tokens, size)
+        if row is None:
+            return None
+        spots: list[list[tuple[int, int]]] = []
+        if sample.visuals:
+            before = self.patches.copy()
+            for visual in sample.visuals:
+                spot = self.spread(visual.grid)
+                if spot is None:
+                    self.patches = before
+                    return None
+                spots.append(spot)
+        start = self.length - self.tokens[row]
+        self.tokens[row] -= size
+        self.left -= size
+        return Placed(sample, row, start, spots)
+
+    def spread(self, grid: Grid) -> list[tuple[int, int]] | None:
+        """Takes the room of t frames of h x w patches: (first patch over all rows, patches), or None."""
+        left, frame = grid[0], grid[1] * grid[2]
+        spot: list[tuple[int, int]] = []
+        row = _first(self.patches, frame)
+        while row is not None:
+            free = self.patches[row]
+            count = min(left, free // frame) * frame
+            spot.append(((row + 1) * self.vision_length - free, count))
+            self.patches[row] -= count
+            left -= count // frame
+            if not left:
+                return spot
+            row = _first(self.patches, frame, row + 1)
+        return None
+
+
+def _first(free: Sequence[int], size: int, start: int = 0) -> int | None:
+    """The first row from `start` on that has room."""
+    for row in range(start, len(free)):
+        if free[row] >= size:
+            return row
+    return None
+
+
+def frames_fit(pack: Pack, grids: Sequence[Grid]) -> bool:
+    """Whether pictures and clips of one sample fit an empty batch."""
+    room = Room(pack)
+    return all(room.spread(grid) is not None for grid in grids)
+
+
+def choose(
+    pack: Pack, waiting: Sequence[Waiting], draw: Callable[[], Waiting | None]
+) -> tuple[list[Placed], list[Waiting]]:
+    """The samples of one batch by first fit, in the order in which they were drawn, and those left.
+
+    Samples are drawn until pack.lookahead of them wait that do not fit, or draw() has no more. The
+    first that waits always fits an empty batch, so none waits for long.
+    """
+    room, placed, left = Room(pack), [], []
+    coming = iter(waiting)
+    while room.left and len(left) < max(pack.lookahead, 1):
+        drawn = next(coming, None) or draw()
+        if drawn is None:
+            break
+        spot = room.place(drawn.sample)
+        if spot is None:
+            left.append(drawn)
+        else:
+            placed.append(spot)
+    return placed, [*left, *coming]
+
+
+def build(
+    cfg: Config, pack: Pack, placed: Sequence[Placed], pixel_type: Any, with_labels: bool,
+    memory: Memory | None = None,
+) -> PackedBatch:  # fmt: skip
+    """The arrays of chosen samples; with_labels: vision_labels are wanted. Raises InputError.
+
+    memory: where the pixels lie. Samples lie in a row one behind another from its start, so that each
+    other field is written in one call, in their order.
+    """
+    placed = sorted(placed, key=lambda p: (p.row, p.start))
+    samples, seen = [p.sample for p in placed], [p for p in placed if p.spots]
+    rows, starts = (np.array([getattr(p, name) for p in placed], int) for name in ("row", "start"))
+    spread = _Spread(rows, np.array([len(s.ids) for s in samples], int), (pack.rows, pack.length))
+    tokens = spread([s.ids for s in samples], np.int32)
+    labels = spread([s.labels for s in samples], np.int32, IGNORED)
+    weights = spread([s.weights for s in samples], np.float32)
+    labels[rows, starts], weights[rows, starts] = IGNORED, 0.0
+    number = np.arange(1, len(rows) + 1) - np.searchsorted(rows, rows)
+    vision_rows, vision, named = None, None, None
+    if pack.vision_rows:
+        merged = _merged_rows(cfg, seen)
+        at = (tokens == cfg.image_token_id) | (tokens == cfg.video_token_id)
+        at &= spread.each(np.array([bool(p.spots) for p in placed], bool))
+        vision_rows = np.full(at.shape, -1, np.int32)
+        vision_rows[at] = merged
+        vision = _vision(cfg, pack, seen, _pixels(cfg, pack, pixel_type, memory or Memory()))
+        named = _vision_labels(cfg, pack, seen, merged) if with_labels else None
+    positions = spread([s.positions for s in samples], np.int32, before=(3,))
+    fields: Any = tokens, positions, spread.each(number.astype(np.int32)), vision_rows
+    delta: Any = np.zeros(pack.rows, np.int32)
+    told: Any = (labels, weights, named)
+    return PackedBatch(Batch(*fields, delta=delta, vision=vision, labels=told[0]), *told[1:])
+
+
+class _Spread:
+    """Arrays one after another -> rows of one shape, the rest of each row filled up."""
+
+    def __init__(self, rows: np.ndarray, sizes: np.ndarray, shape: tuple[int, int]):
+        """rows, sizes [n]: of what is written, in order of its place."""
+        self._shape = shape
+        self.used = np.bincount(rows, sizes, minlength=shape[0]).astype(int)  # [rows]
+        ends = np.cumsum(np.bincount(rows, minlength=shape[0]))
+        self._parts = list(zip([0, *ends.tolist()], ends.tolist(), (shape[1] - self.used).tolist()))
+        self._given = np.arange(len(rows)) + rows  # places among parts and rests
+        self._sizes = np.empty(len(rows) + shape[0], int)
+        self._sizes[self._given] = sizes
+        self._sizes[ends + np.arange(shape[0])] = shape[1] - self.used
+
+    def __call__(
+        self, parts: Sequence[np.ndarray], dtype: Any, fill: int = 0,
+        before: tuple[int, ...] = (), behind: tuple[int, ...] = (),
+    ) -> np.ndarray:  # fmt: skip
+        """Parts [before t behind] -> [before, *shape, behind]."""
+        rest = np.full((*before, self._shape[1], *behind), fill, dtype)
+        pieces = []
+        for first, end, left in self._parts:
+            pieces += parts[first:end]
+            pieces.append(rest[(*[slice(None)] * len(before), slice(left))])
+        joined = np.concatenate(pieces, len(before), dtype=dtype)
+        return joined.reshape(*before, *self._shape, *behind)
+
+    def each(self, values: np.ndarray) -> np.ndarray:
+        """One value [n] for all of each part, 0 elsewhere."""
+        spread = np.zeros(len(self._sizes), values.dtype)
+        spread[self._given] = values
+        return np.repeat(spread, self._sizes).reshape(self._shape)
+
+
+def _merged_rows(cfg: Config, seen: Sequence[Placed]) -> np.ndarray:
+    """The merged row of each placeholder of samples, one after another."""
+    spots = [spot for p in seen for visual in p.spots for spot in visual]
+    first, count = np.array(spots, int).reshape(-1, 2).T // cfg.vision.merge_unit
+    return np.repeat(first - (np.cumsum(count) - count), count) + np.arange(count.sum())
+
+
+def _vision_labels(
+    cfg: Config, pack: Pack, seen: Sequence[Placed], merged: np.ndarray
+) -> np.ndarray:
+    """What each merged row of a batch shows [R]."""
+    unit = cfg.vision.merge_unit
+    out = np.full(pack.vision_rows * pack.vision_length // unit, IGNORED, np.int32)
+    told = [np.zeros(0, np.int32)]
+    for sample, _, _, spots in seen:
+        count = sum(n for spot in spots for _, n in spot) // unit
+        labels = sample.vision_labels
+        told.append(np.full(count, IGNORED) if labels is None else labels)
+    out[merged] = np.concatenate(told)
+    return out
+
+
+def _pixels(cfg: Config, pack: Pack, pixel_type: Any, memory: Memory) -> np.ndarray:
+    """Room for the pixels of all patches, whatever it holds: zeros would be written twice."""
+    shape = pack.vision_rows * pack.vision_length, int(np.prod(cfg.vision.patch_shape))
+    size = shape[0] * shape[1] * np.dtype(pixel_type).itemsize
+    return memory.empty(size).view(pixel_type).reshape(shape)
+
+
+def _vision(cfg: Config, pack: Pack, seen: Sequence[Placed], pixels: np.ndarray) -> VisionInputs:
+    """The pictures and clips of samples as vision inputs [W P ..]; padding sees nothing."""
+    frames: list[tuple[int, VisionInputs]] = []  # first patch over all rows, tables
+    known: dict[Any, VisionInputs] = {}  # to hash a config takes longer than to write a picture
+    for sample, _, _, spots in seen:
+        for visual, spot in zip(sample.visuals, spots, strict=True):
+            (_, h, w), done = visual.grid, 0
+            table, frame = known.get((h, w)), h * w
+            if table is None:
+                table = known[h, w] = _frame(cfg, h, w)
+            for first, count in spot:
+                given = _as_type(visual.pixels[done : done + count], pixels.dtype)
+                _write(pixels[first : first + count], given, cfg.vision.patch_shape)
+                frames += [(at, table) for at in range(first, first + count, frame)]
+                done += count
+    frames.sort(key=lambda frame: frame[0])
+    tables, shape = [table for _, table in frames], (pack.vision_rows, pack.vision_length)
+    sizes = np.array([len(table.coords) for table in tables], int)
+    row, first = divmod(np.array([at for at, _ in frames], int), shape[1])
+    spread = _Spread(row, sizes, shape)
+    for number, used in enumerate(spread.used.tolist()):
+        pixels[number * shape[1] + used : (number + 1) * shape[1]] = 0
+    fields: Any = {
+        name: spread([getattr(table, name) for table in tables], dtype, behind=(width,))
+        for name, dtype, width in (
+            ("pos_index", np.int32, 4), ("pos_weight", np.float32, 4), ("coords", np.int32, 2)
+        )
+    }  # fmt: skip
+    given: Any = pixels.reshape(*shape, -1)
+    lo, hi = (spread.each(x.astype(np.int32)) for x in (first, first + sizes))
+    ranges: Any = {"lo": lo, "hi": hi}
+    return VisionInputs(given, **fields, **ranges)
+
+
+@functools.lru_cache(maxsize=1024)
+def _frame(cfg: Config, h: int, w: int) -> VisionInputs:
+    """The tables of one frame; its pixels are nothing."""
+    pixels = np.zeros((h * w, int(np.prod(cfg.vision.patch_shape))), np.float32)
+    made = make_vision(cfg, pixels, [(1, h, w)], pad=False)
+    return made.replace(pixels=np.zeros(0, np.float32))
+
+
+def one_frame(pixels: np.ndarray, patch_shape: tuple[int, ...]) -> np.ndarray:
+    """Patches uint8 [p C] without the second frame [p C/2], where all show their first one twice.
+
+    patch_shape: (channels, 2, height, width). A picture does; others, and floats, stay as they are.
+    """
+    if pixels.dtype != np.uint8 or patch_shape[1] != 2:
+        return pixels
+    frames = pixels.reshape(-1, patch_shape[0], 2, patch_shape[2] * patch_shape[3])
+    if not np.array_equal(frames[:, :, 0], frames[:, :, 1]):
+        return pixels
+    return np.ascontiguousarray(frames[:, :, 0]).reshape(len(pixels), -1)
+
+
+def _write(out: np.ndarray, pixels: np.ndarray, patch_shape: tuple[int, ...]) -> None:
+    """Patches into out [p C], each frame twice where `one_frame` has left one."""
+    if pixels.shape == out.shape:
+        out[:] = pixels
+    else:
+        frames = out.reshape(len(out), patch_shape[0], 2, -1)
+        frames[:] = pixels.reshape(len(out), patch_shape[0], 1, -1)
+
+
+def _as_type(pixels: np.ndarray, wanted: np.dtype) -> np.ndarray:
+    """Pixels of a sample as the batch holds them: 8-bit values, or normalised ones. Raises InputError."""
+    if pixels.dtype == wanted:
+        return pixels
+    if wanted == np.float32 and pixels.dtype == np.uint8:
+        return pixels.astype(np.float32) / 127.5 - 1
+    raise InputError(f"pixels are {pixels.dtype}, expected {wanted} before normalisation")
+
+
+def fill_of(pack: Pack, placed: Sequence[Placed]) -> dict[str, float]:
+    """How full a batch is: shares of its tokens and patches, and counts.
+
+    pairs: of tokens, one of which sees the other; patch_pairs: of patches that see each other.
+    """
+    tokens = sum(len(p.sample.ids) for p in placed)
+    grids = [v.grid for p in placed for v in p.sample.visuals]
+    patches = sum(t * h * w for t, h, w in grids)
+    return {
+        "fill": tokens / (pack.rows * pack.length),
+        "vision_fill": patches / max(pack.vision_rows * pack.vision_length, 1),
+        "samples": float(len(placed)),
+        "tokens": float(tokens),
+        "patches": float(patches),
+        "pairs": float(sum(n * (n + 1) // 2 for n in (len(p.sample.ids) for p in placed))),
+        "patch_pairs": float(sum(t * (h * w) ** 2 for t, h, w in grids)),
+    }

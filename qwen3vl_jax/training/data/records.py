@@ -1,0 +1,322 @@
+"""Records of training files, read by index: JSONL, a JSON list, parquet, ArrayRecord, a Python class.
+
+Whatever the file, a record comes out in chat form, {"messages": [...], "tools"?: [...]}, with its
+pictures and clips inside the messages and their relative paths made whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.storage.json_text import read_json
+from qwen3vl_jax.storage.paths import as_path, is_remote, read_range
+from qwen3vl_jax.training.data.chat_format import (
+    FIELDS,
+    METADATA,
+    Record,
+    chat_form,
+    without_nulls,
+)
+from qwen3vl_jax.training.recipe import Source
+
+log = logging.getLogger("qwen3vl_jax")
+_LARGE = 64 * 2**20  # bytes of a row group
+_SUFFIXES = ".jsonl, .json, .parquet, .array_record or python:module:Class"
+_CHUNK = 1 << 24
+
+
+class Records(Protocol):
+    """A source by index. Reading the same index gives the same record in every process."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """Where a record stands, as messages say it: "chats.jsonl:17"."""
+        ...
+
+    def read(self, index: int) -> Any:
+        """The record in chat form, or what a Python class made. Raises InputError with the reason."""
+        ...
+
+
+def open_records(source: Source) -> Records:
+    """The records of a source. Raises InputError for one that cannot be opened or is empty."""
+    if source.path.startswith("python:"):
+        found: Records = Made.of(source)
+    else:
+        path = as_path(source.path)
+        if source.options:
+            names = ", ".join(source.options)
+            raise InputError(f"{path}: options ({names}) are for python:module:Class sources")
+        if not path.is_file():
+            raise InputError(f"{path}: no such file, expected {_SUFFIXES}")
+        here = dataclasses.replace(source, media=source.media or str(path.parent))
+        kinds = {".jsonl": Lines.of, ".ndjson": Lines.of, ".json": _json, ".parquet": Table.of,
+                 ".array_record": Array.of, ".arrayrecord": Array.of}  # fmt: skip
+        if path.suffix not in kinds:
+            raise InputError(f"{path}: unknown kind of file {path.suffix!r}, expected {_SUFFIXES}")
+        try:
+            found = kinds[path.suffix](str(path), here)
+        except OSError as error:
+            raise InputError(f"{path}: cannot read this file: {error}") from None
+    if not len(found):
+        raise InputError(f"{source.path}: it holds no record")
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Lines:
+    """A JSONL file: where its lines begin is known, and one line is read at a time."""
+
+    path: str
+    source: Source
+    # [n 4] int64: first byte, byte behind the last, number of the line, place in its list or -1
+    spans: np.ndarray
+
+    @classmethod
+    def of(cls, path: str, source: Source) -> Lines:
+        """Looks through the file once; empty lines are no records, a list is several."""
+        none = np.zeros(0, np.int64)
+        ends, lists, returns = [none], [none], [none]
+        with as_path(path).open("rb") as file:
+            start, last = 0, b"\n"
+            while chunk := file.read(_CHUNK):
+                data = np.frombuffer(last + chunk, np.uint8)
+                ends.append(start + np.flatnonzero(data[1:] == ord("\n")))
+                begins = np.flatnonzero(data[:-1] == ord("\n"))
+                lists.append(start + begins[data[begins + 1] == ord("[")])
+                returns.append(start + begins[data[begins + 1] == ord("\r")])
+                start, last = start + len(chunk), chunk[-1:]
+        ends = np.append(np.concatenate(ends), start)
+        begins = np.concatenate([[0], ends[:-1] + 1])
+        spans = np.stack([begins, ends, np.arange(1, len(ends) + 1), np.full(len(ends), -1)], 1)
+        empty = np.isin(begins, np.concatenate(returns)) & (ends - begins == 1)
+        spans = spans[(ends > begins) & ~empty]
+        if len(packed := np.concatenate(lists)):
+            held = np.zeros(len(spans), np.int64)
+            for row in np.flatnonzero(np.isin(spans[:, 0], packed)).tolist():
+                held[row] = _listed(path, spans[row])
+            counts = np.maximum(held, 1)
+            places = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+            spans = np.repeat(spans, counts, 0)
+            spans[:, 3] = np.where(np.repeat(held, counts) > 0, places, -1)
+        return cls(path, source, spans)
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def name(self, index: int) -> str:
+        return _named(self.path, *self.spans[index, 2:].tolist())
+
+    def read(self, index: int) -> Record:
+        begin, end, _, place = self.spans[index].tolist()
+        record = _parsed(self.path, begin, end)
+        return chat_form(record if place < 0 else record[place], self.source)
+
+
+def _listed(path: str, span: np.ndarray) -> int:
+    """How many records the list on a line holds; 0 for a line that is refused when it is read."""
+    begin, end = span[:2].tolist()
+    try:
+        return len(_parsed(path, begin, end))
+    except InputError:
+        return 0
+
+
+def _parsed(path: str, begin: int, end: int) -> Any:
+    return read_json(read_range(as_path(path), begin, end - begin), "", large=True)
+
+
+def _named(path: str, number: int, place: int = -1) -> str:
+    """Where a record stands: its line or place from 1, and its place from 1 in a list of records."""
+    return f"{os.path.basename(path)}:{number}" + (f".{place + 1}" if place >= 0 else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Items:
+    """A JSON file that holds one list of records; it is kept in memory, unlike JSONL."""
+
+    path: str
+    source: Source
+    items: list[tuple[str, Any]]  # names and records
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def name(self, index: int) -> str:
+        return self.items[index][0]
+
+    def read(self, index: int) -> Record:
+        return chat_form(self.items[index][1], self.source)
+
+
+def _json(path: str, source: Source) -> Records:
+    """A .json file: one list, in which a list is several records, or else a record a line."""
+    with as_path(path).open("rb") as file:
+        if file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] != b"[":
+            return Lines.of(path, source)
+        file.seek(0)
+        found = read_json(file.read(), path, large=True)
+    items: list[tuple[str, Any]] = []
+    for number, item in enumerate(found, 1):
+        if isinstance(item, list) and item:
+            items += [(_named(path, number, at), one) for at, one in enumerate(item)]
+        else:
+            items.append((_named(path, number), item))
+    return Items(path, source, items)
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A parquet file. One row group is read at a time, so shuffled files want small ones."""
+
+    path: str
+    source: Source
+    columns: tuple[str, ...]
+    ends: np.ndarray  # [g] rows up to the end of each row group
+
+    @classmethod
+    def of(cls, path: str, source: Source) -> Table:
+        import pyarrow
+
+        try:
+            with _parquet(path) as file:
+                names = [n for n in file.schema_arrow.names if n not in source.ignore]
+                meta = file.metadata
+                groups = [meta.row_group(g) for g in range(meta.num_row_groups)]
+        except pyarrow.ArrowException as error:
+            raise InputError(f"{path}: not a parquet file: {error}") from None
+        if unknown := set(names) - {*FIELDS, *METADATA}:
+            raise InputError(
+                f"{path}: found the columns {', '.join(sorted(unknown))}, which have no meaning here; "
+                "name those that are to be passed over in the source's ignore"
+            )
+        columns = tuple(name for name in names if name in FIELDS)
+        if not {"messages", "conversations"} & set(columns):
+            raise InputError(f"{path}: it has neither a column messages nor a column conversations")
+        if (largest := max((g.total_byte_size for g in groups), default=0)) > _LARGE:
+            log.warning(
+                "%s: row groups of up to %d MiB, and shuffling reads a whole one for each record; "
+                "written with row_group_size=64 or so it is read faster", path, largest >> 20
+            )  # fmt: skip
+        return cls(path, source, columns, np.cumsum([g.num_rows for g in groups], dtype=np.int64))
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def name(self, index: int) -> str:
+        return _named(self.path, index + 1)
+
+    def read(self, index: int) -> Record:
+        group = int(np.searchsorted(self.ends, index, side="right"))
+        rows = _row_group(self.path, group, self.columns)
+        at = index - int(self.ends[group]) + rows.num_rows
+        row = rows.slice(at, 1).to_pylist()[0]
+        return chat_form(without_nulls(row), self.source)
+
+
+@contextlib.contextmanager
+def _parquet(path: str) -> Iterator[Any]:
+    """A parquet file; of an object the ranges that are asked for."""
+    from pyarrow import parquet
+
+    if not is_remote(path):
+        with parquet.ParquetFile(path) as file:
+            yield file
+        return
+    with as_path(path).open("rb") as read, parquet.ParquetFile(read) as file:
+        yield file
+
+
+@functools.lru_cache(maxsize=4)
+def _row_group(path: str, group: int, columns: tuple[str, ...]) -> Any:
+    with _parquet(path) as file:
+        return file.read_row_group(group, columns=list(columns))
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """An ArrayRecord file whose records are JSON texts."""
+
+    path: str
+    source: Source
+    count: int
+
+    @classmethod
+    def of(cls, path: str, source: Source) -> Array:
+        if is_remote(path):
+            raise InputError(f"{path}: ArrayRecord is read from disks; use JSONL or parquet there")
+        try:
+            return cls(path, source, len(_array(path)))
+        except (RuntimeError, ValueError) as error:
+            raise InputError(f"{path}: not an ArrayRecord file: {error}") from None
+
+    def __len__(self) -> int:
+        return self.count
+
+    def name(self, index: int) -> str:
+        return _named(self.path, index + 1)
+
+    def read(self, index: int) -> Record:
+        return chat_form(read_json(_array(self.path)[index], "", large=True), self.source)
+
+
+@functools.lru_cache(maxsize=64)
+def _array(path: str) -> Any:
+    import grain
+
+    return grain.sources.ArrayRecordDataSource(path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """What a Python class makes by index: records in chat form, or samples ready to be packed.
+
+    The class has __len__ and __getitem__, is a function of the index alone, and goes to workers by
+    pickle. A true `vision_labels` says that its samples name what their vision rows show.
+    """
+
+    source: Source
+    maker: Any
+
+    @classmethod
+    def of(cls, source: Source) -> Made:
+        """Makes the class with the source's options."""
+        module, _, name = source.path.removeprefix("python:").partition(":")
+        try:
+            kind = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError, TypeError, SyntaxError) as error:
+            raise InputError(
+                f"{source.path}: expected python:module:Class that can be imported: {error}"
+            ) from None
+        try:
+            maker = kind(**source.options)
+        except TypeError as error:
+            raise InputError(f"{source.path}: its options do not fit: {error}") from None
+        if not hasattr(maker, "__len__") or not hasattr(maker, "__getitem__"):
+            raise InputError(f"{source.path}: expected a class with __len__ and __getitem__")
+        return cls(source, maker)
+
+    @property
+    def vision_labels(self) -> bool:
+        return bool(getattr(self.maker, "vision_labels", False))
+
+    def __len__(self) -> int:
+        return len(self.maker)
+
+    def name(self, index: int) -> str:
+        return f"{self.source.path.removeprefix('python:')}:{index + 1}"
+
+    def read(self, index: int) -> Any:
+        made = self.maker[index]
+        return chat_form(made, self.source) if isinstance(made, Mapping) else made

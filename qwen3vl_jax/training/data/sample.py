@@ -1,0 +1,120 @@
+"""One conversation ready to be packed, and the one check that every one passes, whoever made it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+
+from qwen3vl_jax.config import Config
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.processing.batch import check_ids, check_labels
+from qwen3vl_jax.processing.encoding import IGNORED
+from qwen3vl_jax.processing.positions import integers
+from qwen3vl_jax.processing.prompt_slices import Visual
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One conversation, ready to be packed: t tokens, r merged vision rows."""
+
+    name: str  # where it came from: "chats.jsonl:17"
+    ids: np.ndarray  # [t] int32, a placeholder for each merged patch
+    labels: np.ndarray  # [t] int32: the token itself where it is learned, else -100; not moved
+    weights: np.ndarray  # [t] float32: of each learned token in the loss, 0 elsewhere
+    positions: np.ndarray  # [3 t] int32: MRoPE ids of this conversation alone
+    # in order of their tokens; uint8 pixels are not normalised yet
+    visuals: tuple[Visual, ...] = ()
+    # [r] int32: a token that names each merged row, or -100
+    vision_labels: np.ndarray | None = None
+    note: str = ""  # what was cut off
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """A record that gives no sample; bad: it is wrong, not too large."""
+
+    name: str
+    reason: str
+    bad: bool
+
+
+def check_sample(sample: Sample, cfg: Config) -> Sample:
+    """A sample whose arrays fit together and the model, whoever made it. Raises InputError."""
+    ids = check_ids("ids", sample.ids, cfg.text.vocab_size)
+    t = len(ids)
+    if ids.ndim != 1 or not t:
+        raise InputError(f"ids: shape {ids.shape}, expected [t] and at least one token")
+    labels = check_labels("labels", sample.labels, cfg.text.vocab_size)
+    positions, weights = integers("positions", sample.positions), np.asarray(sample.weights)
+    if weights.dtype.kind not in "fiu":
+        raise InputError(f"weights: got {weights.dtype}, expected finite numbers from 0")
+    if weights.dtype != np.float32:
+        with np.errstate(over="ignore"):
+            weights = weights.astype(np.float32)
+    shapes = {
+        "labels": (labels, (t,)),
+        "weights": (weights, (t,)),
+        "positions": (positions, (3, t)),
+    }
+    for name, (found, shape) in shapes.items():
+        if found.shape != shape:
+            raise InputError(f"{name}: shape {found.shape}, expected {shape}")
+    learned = labels != IGNORED
+    if ((labels != ids) & learned).any():
+        raise InputError("labels: some are neither their own token nor -100; they are not moved")
+    # Comparisons with NaN are false.
+    if not weights.min() >= 0 or not weights.max() < np.inf:
+        raise InputError("weights: expected finite numbers from 0")
+    if (weights * ~learned).any():
+        raise InputError("weights: above 0 where a label is -100")
+    if positions.min() < 0 or positions.max() >= 2**31:
+        raise InputError("positions: expected whole numbers from 0")
+    if not weights[1:].any():
+        raise InputError("nothing to learn: no assistant turn is rendered that is switched on")
+    visuals, rows = _check_visuals(sample, ids, cfg)
+    seen = sample.vision_labels
+    if seen is not None:
+        seen = check_labels("vision_labels", seen, cfg.text.vocab_size)
+        if seen.shape != (rows,):
+            raise InputError(f"vision_labels: shape {seen.shape}, expected ({rows},)")
+    positions = positions.astype(np.int32)
+    return Sample(sample.name, ids, labels, weights, positions, visuals, seen, sample.note)
+
+
+def _check_visuals(sample: Sample, ids: np.ndarray, cfg: Config) -> tuple[tuple[Visual, ...], int]:
+    """A sample's images and videos in order, and their merged rows. Raises InputError.
+
+    Each lies on placeholders of its own kind, and none is left over.
+    """
+    unit, side = cfg.vision.merge_unit, cfg.vision.spatial_merge_size
+    width, rows, last = math.prod(cfg.vision.patch_shape), 0, 0
+    left = (ids == cfg.image_token_id) | (ids == cfg.video_token_id)
+    for number, visual in enumerate(sample.visuals, 1):
+        where, (t, h, w) = f"visuals {number}: ", visual.grid
+        if min(t, h, w) < 1 or h % side or w % side or (t > 1 and not visual.clip):
+            raise InputError(
+                f"{where}grid {visual.grid}, expected sides that are multiples of {side}"
+            )
+        if visual.pixels.shape != (t * h * w, width):
+            raise InputError(
+                f"{where}pixels have shape {visual.pixels.shape}, expected {(t * h * w, width)}"
+            )
+        if visual.pixels.dtype not in (np.uint8, np.float32):
+            raise InputError(f"{where}pixels are {visual.pixels.dtype}, expected uint8 or float32")
+        if visual.pixels.dtype == np.float32 and not np.isfinite(visual.pixels).all():
+            raise InputError(f"{where}pixels are not all finite")
+        token = cfg.video_token_id if visual.clip else cfg.image_token_id
+        at = slice(visual.start, visual.end)
+        merged = t * h * w // unit
+        if visual.start < last or np.count_nonzero(ids[at] == token) != merged:
+            raise InputError(
+                f"{where}expected {merged} placeholders of its kind from token {visual.start} to "
+                f"{visual.end}, behind those of the one before"
+            )
+        left[at] = False
+        rows, last = rows + merged, visual.end
+    if left.any():
+        raise InputError(f"ids: {np.count_nonzero(left)} placeholders without an image or video")
+    return tuple(sample.visuals), rows

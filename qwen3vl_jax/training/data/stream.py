@@ -1,0 +1,143 @@
+"""Samples by their place in an endless stream: what grain shuffles, mixes, shards and reads in workers."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.training.data.make_samples import SampleMaker, TooLarge
+from qwen3vl_jax.training.data.records import Records
+from qwen3vl_jax.training.data.sample import Refusal, Sample
+from qwen3vl_jax.training.data.worker_transport import Inbox, memory_folder, send
+
+GROUP = 16  # samples that a worker hands over at a time
+AHEAD = 2  # groups that a worker has ready
+SHUFFLED = 2**31  # a longer source, which only a class can be, is its own shuffle
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """Index of a source -> its sample, or why there is none. Runs in workers."""
+
+    records: Records
+    maker: SampleMaker
+
+    def __call__(self, index: int) -> Sample | Refusal:
+        name = self.records.name(index)
+        try:
+            return self.maker(name, self.records.read(index))
+        except TooLarge as error:
+            return Refusal(name, str(error), bad=False)
+        except InputError as error:
+            return Refusal(name, str(error), bad=True)
+        except Exception as error:  # a damaged record can break any decoder, and must have a name
+            return Refusal(
+                name, f"{type(error).__name__}: {' '.join(str(error).split())}", bad=True
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """What the place of a sample follows from; a checkpoint keeps it, so it is JSON data."""
+
+    sources: list[list[Any]]  # [path, records]
+    weights: list[float]
+    shuffle: bool
+    once: bool
+    seed: int
+    process: list[int]  # index and count
+
+
+def make_stream(sources: Sequence[Records], maker: SampleMaker, order: Order) -> Any:
+    """A grain data set of samples by place.
+
+    Every epoch of a source has each of its records once, in a new order where they are shuffled;
+    processes take turns at its places. Sources are mixed by weight, or follow each other for one pass.
+    """
+    import grain
+
+    index, count = order.process
+    parts = []
+    for number, records in enumerate(sources):
+        part = grain.MapDataset.range(len(records))
+        if order.shuffle and len(records) < SHUFFLED:
+            words = np.random.SeedSequence([order.seed, number]).generate_state(1)
+            part = part.shuffle(seed=int(words[0]))
+        part = part if order.once else part.repeat()
+        part = part.slice(slice(index, None, count)).map(Reader(records, maker))
+        parts += [part] if len(part) else []  # one pass over fewer records than processes
+    if not parts:
+        return ()
+    if len(parts) == 1:
+        return parts[0]
+    if order.once:
+        return grain.MapDataset.concatenate(parts)
+    return grain.MapDataset.mix(parts, order.weights)
+
+
+def iterate(
+    stream: Any, first: int, workers: int, patch_shape: tuple[int, ...]
+) -> tuple[Iterator[Any], Callable[[], None]]:
+    """The samples from place `first` on, in order however many workers, and what ends the workers."""
+    if not workers or not len(stream):
+        return (stream[place] for place in range(first, len(stream))), lambda: None
+    import grain
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # grain's workers read its flags, which no one sets here
+    folder = memory_folder()
+    pack = functools.partial(send, folder, patch_shape)
+    groups = stream.slice(slice(first, None)).batch(GROUP, batch_fn=pack)
+    reading = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=AHEAD)
+    begin = functools.partial(_begin_worker, folder)
+    single = groups.to_iter_dataset(reading)
+    iterator: Any = iter(single.mp_prefetch(options, worker_init_fn=begin))
+
+    def end() -> None:
+        iterator.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+    return _one_by_one(iterator), end
+
+
+def _one_by_one(groups: Iterator[Any]) -> Iterator[Any]:
+    """The samples of groups. Raises InputError where a worker is no more."""
+    inbox = Inbox()
+    try:
+        for group in groups:
+            yield from group.opened(inbox)
+    except RuntimeError as error:
+        raise InputError(
+            f"data.workers: a worker process ended ({error}). Too little memory is the usual reason: "
+            "lower data.workers or data.max_pixels"
+        ) from error
+
+
+def _begin_worker(folder: str, index: int, count: int) -> None:
+    """A worker leaves the accelerator and signals to its parent, and outlives neither it nor its files."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    for number in (signal.SIGINT, signal.SIGTERM):  # the parent saves first, and then ends us
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        if parent is not None:
+            parent.join()
+            shutil.rmtree(folder, ignore_errors=True)
+            os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()

@@ -1,0 +1,192 @@
+"""Groups of samples on their way from a worker to the process that packs them.
+
+Arrays go as one block through a file in memory (/dev/shm), which the receiver maps: nothing is copied
+or parsed before they are packed. The files are used again, because fresh pages cost more than what is
+written to them. Where there is no room for them, blocks go through the pipe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import mmap
+import os
+import tempfile
+import weakref
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from qwen3vl_jax.processing.prompt_slices import Visual
+from qwen3vl_jax.training.data.packing import one_frame
+from qwen3vl_jax.training.data.sample import Refusal, Sample
+
+_FOLDER = "/dev/shm"
+_FREE = ".free"  # ends the name of a file that was read
+_FIELDS = 6  # int32 of each token: id, label, weight (a float32's bits), positions
+
+
+class _Seen(NamedTuple):
+    """A Visual whose pixels are elsewhere."""
+
+    place: int  # of its pixels among the parcel's
+    rest: tuple[Any, ...]  # its other fields
+
+
+class _Told(NamedTuple):
+    """A Sample whose arrays are elsewhere."""
+
+    name: str
+    note: str
+    tokens: int
+    merged: int  # rows that have a vision label, -1: it has none
+    seen: list[_Seen]
+
+
+@dataclasses.dataclass(frozen=True)
+class Parcel:
+    """Refusals, and of samples everything but their arrays, which are one block.
+
+    The block: fields of tokens [_FIELDS n], vision labels, and each array of pixels; of n tokens.
+    """
+
+    items: list[Refusal | _Told]
+    pixels: list[tuple[tuple[int, ...], str]]  # shapes and types
+    size: int  # of the block in bytes
+    block: str | bytes  # the path of a file, or the bytes themselves
+
+    def opened(self, inbox: Inbox) -> list[Sample | Refusal]:
+        """What was sent, once; its arrays are not to be written to."""
+        if isinstance(self.block, str):
+            block = inbox.read(self.block, self.size)
+        else:
+            block = np.frombuffer(self.block, np.uint8)
+        told = [item for item in self.items if isinstance(item, _Told)]
+        count = sum(item.tokens for item in told)
+        table = block[: 4 * _FIELDS * count].view(np.int32).reshape(_FIELDS, count)
+        end = table.nbytes + 4 * sum(max(item.merged, 0) for item in told)
+        labels, pixels = block[table.nbytes : end].view(np.int32), []
+        for shape, kind in self.pixels:
+            start, end = end, end + math.prod(shape) * np.dtype(kind).itemsize
+            pixels.append(block[start:end].view(kind).reshape(shape))
+        samples = _samples(told, table, labels, pixels)
+        return [next(samples) if isinstance(item, _Told) else item for item in self.items]
+
+
+class Inbox:
+    """The files of a folder as arrays: one is free again once nothing refers to its array."""
+
+    def __init__(self) -> None:
+        self._maps: dict[str, mmap.mmap] = {}
+
+    def read(self, path: str, size: int) -> np.ndarray:
+        """The first `size` bytes of a file."""
+        pages = self._maps.get(path)
+        if pages is None or len(pages) < size:
+            with open(path, "rb") as file:
+                pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._maps[path] = pages
+        # Views of this array refer to it, not to the pages, which are no array.
+        array = np.frombuffer(pages, np.uint8, size)
+        weakref.finalize(array, _release, path).atexit = False
+        return array
+
+
+def _release(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):  # the feed was closed
+        os.rename(path, path + _FREE)
+
+
+def _samples(
+    told: Sequence[_Told], table: np.ndarray, labels: np.ndarray, pixels: Sequence[np.ndarray]
+) -> Iterator[Sample]:
+    """Samples whose arrays are views of a parcel's."""
+    (ids, targets, bits), positions = table[:3], table[3:]
+    weights, start, first = bits.view(np.float32), 0, 0
+    for item in told:
+        at = slice(start, start + item.tokens)
+        visuals = tuple(Visual(pixels[place], *rest) for place, rest in item.seen)
+        named = None if item.merged < 0 else labels[first : first + item.merged]
+        yield Sample(
+            item.name,
+            ids[at],
+            targets[at],
+            weights[at],
+            positions[:, at],
+            visuals,
+            named,
+            item.note,
+        )
+        start, first = start + item.tokens, first + max(item.merged, 0)
+
+
+def send(folder: str, patch_shape: tuple[int, ...], group: Sequence[Sample | Refusal]) -> Parcel:
+    """A group as a parcel; folder: of `memory_folder`. Pictures go as one frame."""
+    samples = [item for item in group if isinstance(item, Sample)]
+    places: dict[int, int] = {}  # samples may share a picture, which is sent once
+    sent: list[np.ndarray] = []
+
+    def seen(visual: Visual) -> _Seen:
+        place = places.setdefault(id(visual.pixels), len(sent))
+        if place == len(sent):
+            sent.append(one_frame(visual.pixels, patch_shape))
+        return _Seen(place, (visual.grid, visual.clip, visual.start, visual.end, visual.digest))
+
+    def told(s: Sample) -> _Told:
+        merged = -1 if s.vision_labels is None else len(s.vision_labels)
+        return _Told(s.name, s.note, len(s.ids), merged, [seen(v) for v in s.visuals])
+
+    items = [told(item) if isinstance(item, Sample) else item for item in group]
+    table = np.empty((_FIELDS, sum(len(s.ids) for s in samples)), np.int32)
+    if samples:
+        np.concatenate([s.ids for s in samples], out=table[0])
+        np.concatenate([s.labels for s in samples], out=table[1])
+        np.concatenate([s.weights for s in samples], out=table[2].view(np.float32))
+        np.concatenate([s.positions for s in samples], 1, out=table[3:])
+    labels = [s.vision_labels.astype(np.int32) for s in samples if s.vision_labels is not None]
+    arrays: Any = [np.ascontiguousarray(x) for x in (table, *labels, *sent)]
+    block = b"".join(arrays)
+    shapes = [(pixels.shape, pixels.dtype.str) for pixels in sent]
+    return Parcel(items, shapes, len(block), _written(folder, block) or block)
+
+
+def _written(folder: str, block: bytes) -> str:
+    """The path of a file that begins with a block; "" where there is no room, as in many containers."""
+    if not folder or not block:
+        return ""
+    path = ""
+    try:
+        path = _file(folder)
+        with open(path, "r+b", buffering=0) as file:
+            if file.write(block) == len(block):
+                return path
+    except OSError:
+        pass
+    if path:
+        os.unlink(path)
+    return ""
+
+
+def _file(folder: str) -> str:
+    """The path of a file that was read, or a new one, for this process alone."""
+    for free in Path(folder).glob("*" + _FREE):
+        taken = str(free).removesuffix(_FREE)
+        try:
+            os.rename(free, taken)
+            return taken
+        except FileNotFoundError:  # another worker was first
+            continue
+    file, path = tempfile.mkstemp(dir=folder)
+    os.close(file)
+    return path
+
+
+def memory_folder() -> str:
+    """A new folder for files in memory; "" where the system has none."""
+    try:
+        return tempfile.mkdtemp(prefix="qwen3vl_jax-", dir=_FOLDER)
+    except OSError:
+        return ""

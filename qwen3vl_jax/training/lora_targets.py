@@ -1,0 +1,174 @@
+"""LoRA in a run: which weights get an adapter, its first values, and the base that stays as it is."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qwen3vl_jax.checkpoint.adapter_map import Adapter, Place, places
+from qwen3vl_jax.checkpoint.adapters import attach
+from qwen3vl_jax.checkpoint.peft_io import load_adapter
+from qwen3vl_jax.config import Config
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.model.structs import Params
+from qwen3vl_jax.training import param_groups
+from qwen3vl_jax.training.optimizer import named_key
+from qwen3vl_jax.training.param_groups import Flat
+from qwen3vl_jax.training.recipe import Lora, Recipe
+from qwen3vl_jax.training.trainee import Trainee
+
+_SAME = {"mergers": "merger"}
+
+
+def cut_lora(recipe: Recipe, cfg: Config, params: Params) -> Trainee:
+    """An adapter's matrices to train, in step.weights, over parameters that stay (layers stacked).
+
+    The base is held as lora.base says; 8-bit weights stay as they were read, and what is beside them
+    takes the dtype of the computation. Raises InputError for targets and adapters that do not fit.
+    """
+    adapter, weights = first_values(recipe, cfg)
+    _check_frozen(recipe, cfg, weights)
+    still = recipe.lora.base if recipe.lora.base in ("bfloat16", "float32") else recipe.step.dtype
+    flat, unflatten = param_groups.flatten(params)
+    eight_bit = any(name.endswith(".values") for name in flat)
+    if eight_bit != (recipe.lora.base in ("int8", "fp8")):
+        found = "8 bits" if eight_bit else "16 or 32 bits"
+        raise InputError(f"lora.base is {recipe.lora.base}, the parameters are held in {found}")
+    frozen = {n: _held(flat, n, jnp.dtype(still)) for n in flat}
+    held = jnp.dtype(recipe.step.weights)
+    weights = {n: jnp.asarray(x, held) for n, x in weights.items()}
+
+    def join(weights: Flat, frozen: Flat, key: jax.Array | None = None) -> Params:
+        keys = key if key is None else functools.partial(named_key, named_key(key, "lora"))
+        return attach(unflatten(frozen), cfg, weights, adapter, keys)
+
+    return Trainee(weights, frozen, join)
+
+
+def _check_frozen(recipe: Recipe, cfg: Config, weights: Flat) -> None:
+    """Raises InputError where train.freeze names what lora.targets adapts; all else is frozen anyway."""
+    sparse = bool(cfg.text.num_experts)
+    for wanted in recipe.train.freeze:
+        known = wanted in param_groups.GROUPS
+        for name in weights:
+            group = param_groups.group_of(name, sparse)
+            if group == wanted if known else fnmatch.fnmatchcase(name, wanted):
+                raise InputError(
+                    f"train.freeze: {wanted!r} names {name}, which lora.targets trains; drop one of them"
+                )
+
+
+def _held(flat: Flat, name: str, dtype: Any) -> jax.Array:
+    """A frozen leaf; 8-bit values and their scales stay as they are."""
+    x, eight_bit = flat[name], f"{name.rsplit('.', 1)[0]}.values" in flat
+    return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) and not eight_bit else x
+
+
+def adapter_of(recipe: Recipe, cfg: Config) -> Adapter:
+    """Ranks and alphas of a run's adapter, which `peft_io.save_adapter` wants beside its matrices."""
+    wanted = targeted(recipe.lora.targets, cfg)
+    lora = recipe.lora
+    new = Adapter.uniform(wanted, lora.rank, lora.alpha or lora.rank, dropout=lora.dropout)
+    return _continued(lora, new, load_adapter(lora.adapter, cfg)[1]) if lora.adapter else new
+
+
+def first_values(recipe: Recipe, cfg: Config) -> tuple[Adapter, Flat]:
+    """(settings, matrices in fp32) before the first step: of lora.adapter, where it has them, or new.
+
+    A new A is uniform within 1 / sqrt(inputs), as PEFT draws it, from a key of its own name; B is 0.
+    """
+    adapter, known = adapter_of(recipe, cfg), places(cfg)
+    given: Flat = dict(load_adapter(recipe.lora.adapter, cfg)[0]) if recipe.lora.adapter else {}
+    key = named_key(jax.random.key(recipe.seed), "lora")
+    for name, ranks in adapter.ranks.items():
+        if f"{name}.a" not in given:
+            a, b = _drawn(known[name], ranks, named_key(key, name))
+            given |= {f"{name}.a": a, f"{name}.b": b}
+    return adapter, {f"{n}.{s}": given[f"{n}.{s}"] for n in adapter.ranks for s in "ab"}
+
+
+def _drawn(place: Place, ranks: tuple[int, ...], key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A at random and B zero, [L ..] where layers are stacked; A is zero in layers of rank 0."""
+    shape_a, shape_b = place.shapes(max(ranks))
+    bound = place.inner**-0.5
+    a = jax.random.uniform(key, shape_a, jnp.float32, -bound, bound)
+    here = jnp.asarray(ranks if place.stacked else ranks[0]) > 0
+    here = here.reshape(here.shape + (1,) * (a.ndim - here.ndim))
+    return jnp.where(here, a, 0), jnp.zeros(shape_b, jnp.float32)
+
+
+def _continued(lora: Lora, new: Adapter, old: Adapter) -> Adapter:
+    """The settings of an adapter that is trained on; places of lora.targets that it lacks are new."""
+    outside = [name for name in old.ranks if name not in new.ranks]
+    if outside:
+        raise InputError(
+            f"lora.adapter {lora.adapter}: adapts {outside[0]}, which lora.targets "
+            f"{list(lora.targets)} does not name; add it there"
+        )
+    found = sorted({rank for ranks in old.ranks.values() for rank in ranks if rank})
+    if lora.rank not in found:
+        raise InputError(f"lora.rank is {lora.rank}, that of {lora.adapter} is {found[-1]}")
+    alphas = sorted({alpha for layers in old.alphas.values() for alpha in layers})
+    if lora.alpha and lora.alpha not in alphas:
+        raise InputError(f"lora.alpha is {lora.alpha:g}, that of {lora.adapter} is {alphas[-1]:g}")
+    fill = lora.alpha or alphas[-1]
+    filled = {name: (fill,) * len(layers) for name, layers in new.alphas.items()}
+    return Adapter({**new.ranks, **old.ranks}, {**filled, **old.alphas}, lora.dropout, old.rslora)
+
+
+def targeted(targets: Iterable[str], cfg: Config) -> dict[str, tuple[bool, ...]]:
+    """Which layers of which places are named: by group, by pattern over names, or as PEFT does.
+
+    "text", "layers.attn.*", "q_proj" and "model.language_model.layers.0.self_attn.q_proj" all name
+    some. Raises InputError for a target that names nothing an adapter can sit on.
+    """
+    known, sparse = places(cfg), bool(cfg.text.num_experts)
+    wanted: dict[str, tuple[bool, ...]] = {}
+    for target in targets:
+        found = {n: _named(p, _SAME.get(target, target), sparse) for n, p in known.items()}
+        if not any(map(any, found.values())):
+            raise InputError(_unknown(target, known))
+        for name, layers in found.items():
+            before = wanted.get(name, (False,) * len(layers))
+            wanted[name] = tuple(a or b for a, b in zip(before, layers, strict=True))
+    if not wanted:
+        raise InputError("lora.targets is empty, expected groups (text) or modules (q_proj)")
+    return {name: layers for name, layers in wanted.items() if any(layers)}
+
+
+def _named(place: Place, target: str, sparse: bool) -> tuple[bool, ...]:
+    """In which layers a target names a place."""
+    if target in param_groups.GROUPS:
+        return (param_groups.group_of(place.weight, sparse) == target,) * len(place.modules)
+    whole = place.name.startswith(f"{target}.") or any(
+        fnmatch.fnmatchcase(name, target) for name in (place.name, place.weight)
+    )
+    return tuple(
+        whole
+        or other == target
+        or other.endswith(f".{target}")
+        or fnmatch.fnmatchcase(other, target)
+        for other in place.targets
+    )
+
+
+def _unknown(target: str, known: dict[str, Place]) -> str:
+    inside = {param_groups.group_of(place.weight, True) for place in known.values()}
+    names = [*param_groups.GROUPS, *known, *(place.part for place in known.values())]
+    near = [
+        n
+        for n in difflib.get_close_matches(target, names, 4)
+        if n in inside or n not in param_groups.GROUPS
+    ]
+    hint = (
+        f"did you mean {', '.join(dict.fromkeys(near))}?"
+        if near
+        else "for example text, vision or q_proj"
+    )
+    return f"lora.targets: {target!r} names nothing an adapter can sit on in this model; {hint}"

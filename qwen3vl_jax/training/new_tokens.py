@@ -1,0 +1,123 @@
+"""New tokens: spelled out in the tokenizer's files, with rows of the embedding (and head) to learn.
+
+The released tables have spare rows behind the last token (151,936 rows, 151,669 ids), which new
+tokens take. A table never grows: that would change the shapes of a checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.model.quantized import Quantized
+from qwen3vl_jax.model.structs import Params
+from qwen3vl_jax.processing.tokenizer import Tokenizer
+from qwen3vl_jax.storage.json_text import read_json_file, write_json
+from qwen3vl_jax.storage.paths import as_path, make_folder
+
+_FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+
+
+def add_tokens(
+    directory_in: str | Path, directory_out: str | Path, names: Sequence[str], vocab_size: int
+) -> list[int]:
+    """The ids of new tokens, written into the tokenizer files of directory_out.
+
+    tokenizer.json, and added_tokens_decoder and added_tokens.json where directory_in has them; other
+    files are left alone, and both directories may be the same. The tokens are ordinary added ones,
+    as <tool_call> is: found by their spelling, shown in answers. vocab_size: rows of the model's
+    table. Raises InputError for names that cannot be added and where the spare rows do not suffice.
+    """
+    source, out = as_path(directory_in), as_path(directory_out)
+    tokenizer = Tokenizer.from_pretrained(source)
+    ids = new_ids(tokenizer, names, vocab_size)
+    entries = [
+        {"content": name, **_FLAGS, "special": False, "id": i} for name, i in zip(names, ids)
+    ]
+    make_folder(out)
+    changed = _changed_files(source, entries)
+    for file, content in changed.items():
+        text = write_json(content, file, indent=2, ensure_ascii=False)
+        (out / file).write_text(text + "\n", encoding="utf-8")
+    return ids
+
+
+def new_ids(tokenizer: Tokenizer, names: Sequence[str], vocab_size: int) -> list[int]:
+    """The first free ids for new tokens. Raises InputError, see `add_tokens`."""
+    for number, name in enumerate(names):
+        if not isinstance(name, str) or not name or name != name.strip():
+            raise InputError(
+                f"train.new_tokens: {name!r} is no name of a token; expected text without spaces "
+                "around it"
+            )
+        if name in names[:number]:
+            raise InputError(f"train.new_tokens: {name!r} is there twice")
+        if (known := tokenizer.backend.token_to_id(name)) is not None:
+            raise InputError(
+                f"train.new_tokens: {name!r} is a token already, with id {known}; leave it out"
+            )
+    first = max(tokenizer.backend.get_vocab(with_added_tokens=True).values()) + 1
+    spare = max(vocab_size - first, 0)
+    if len(names) > spare:
+        raise InputError(
+            f"train.new_tokens: {len(names)} tokens, but the embedding has {vocab_size} rows and its "
+            f"tokenizer uses {first}: there are rows for {spare} more; tables do not grow"
+        )
+    return list(range(first, first + len(names)))
+
+
+def _changed_files(source: Path, entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """The files that list added tokens, with the new ones behind the old."""
+    changed: dict[str, Any] = {}
+    found = {
+        file: read_json_file(source / file)
+        for file in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")
+        if (source / file).is_file()
+    }
+    if (whole := found.get("tokenizer.json")) is not None:
+        changed["tokenizer.json"] = {
+            **whole,
+            "added_tokens": [*(whole.get("added_tokens") or []), *entries],
+        }
+    config = found.get("tokenizer_config.json", {})
+    if (known := config.get("added_tokens_decoder")) is not None:
+        new = {str(e["id"]): {k: v for k, v in e.items() if k != "id"} for e in entries}
+        changed["tokenizer_config.json"] = {**config, "added_tokens_decoder": {**known, **new}}
+    if (known := found.get("added_tokens.json")) is not None:
+        changed["added_tokens.json"] = {**known, **{e["content"]: e["id"] for e in entries}}
+    if not changed:
+        raise InputError(
+            f"{source}: none of its tokenizer files lists added tokens; expected tokenizer.json"
+        )
+    return changed
+
+
+def new_rows(params: Params, ids: Sequence[int]) -> Params:
+    """Parameters whose rows `ids` of the embedding, and of an untied head, are the mean of the others.
+
+    The mean is over the rows before the first new one, in fp32: those that tokens use. Raises
+    InputError for tables held in 8 bits, whose rows cannot be set.
+    """
+    if not len(ids):
+        return params
+    new = dict(params)
+    for name in ("embed", "head"):
+        if name not in params:
+            continue
+        if isinstance(params[name], Quantized):
+            raise InputError(
+                f"train.new_tokens: the weight {name!r} is held in 8 bits; start from a checkpoint "
+                "that holds it in 16 or 32"
+            )
+        new[name] = _with_mean(jnp.asarray(params[name]), jnp.asarray(ids), min(ids))
+    return new
+
+
+def _with_mean(table: jax.Array, ids: jax.Array, used: int) -> jax.Array:
+    mean = jax.jit(lambda x: jnp.mean(x[:used].astype(jnp.float32), 0))(table)
+    return table.at[ids].set(mean.astype(table.dtype))

@@ -1,0 +1,1 @@
+"""What a run tells: logs, metrics, FLOPs, memory estimates, the dry run."""

@@ -1,0 +1,207 @@
+"""`--dry-run`: what a recipe would train, hold and see, without reading or making a weight."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from qwen3vl_jax.config import Config
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.model.sharding import layout_mesh
+from qwen3vl_jax.processing.processor import Processor
+from qwen3vl_jax.processing.tokenizer import Tokenizer
+from qwen3vl_jax.storage.paths import as_path, kind
+from qwen3vl_jax.training import train_model
+from qwen3vl_jax.training.checks import check_sources
+from qwen3vl_jax.training.model_files import open_model, write_model_files
+from qwen3vl_jax.training.recipe import Recipe
+from qwen3vl_jax.training.reporting import memory_estimate
+from qwen3vl_jax.training.state_sharding import check_mesh
+
+_SMALL_FILES = ["*.json", "*.txt", "*.jinja"]  # everything of a checkpoint but its weights
+_SIZE = re.compile(r"(235b-a22b|30b-a3b|32b|8b|4b|2b)", re.IGNORECASE)
+_BATCHES = 4  # drawn to measure fill and samples a step
+_TARGET, _OTHER, _SPECIAL = "bold green", "dim", " reverse"
+
+
+def dry_run(recipe: Recipe, console: Console | None = None) -> None:
+    """Prints parameters by group, memory by part, steps and epochs, and one sample with its mask.
+
+    A Hub id whose files cannot be had is read as the released size in its name, and what that leaves
+    out is said. Every record of data and evaluation is read, and each that gives no sample is named.
+    Raises InputError for all that a run refuses; where that is the data, after all else is printed.
+    """
+    console = console or Console(soft_wrap=False, highlight=False)
+    cfg, proc, missing = _opened(recipe)
+    check_mesh(layout_mesh(memory_estimate.sizes(recipe.mesh)), cfg, train_model.shapes(cfg))
+    parts = memory_estimate.held(recipe, cfg)
+    console.print(_parameters(recipe, cfg, parts))
+    console.print(_memory(recipe, cfg, parts))
+    drawn, records, wrong = [], 0, list[InputError]()
+    try:
+        check_sources(recipe)
+        if proc is not None:
+            wrong += _survey(recipe, proc, console)
+            drawn, records = _draw(recipe, proc)
+    except InputError as error:
+        wrong.append(error)
+    _say(console, "\n".join(_steps(recipe, drawn, records)))
+    if proc is not None and drawn:
+        text = rendered(proc.tokenizer, cfg, drawn[0], marks=console.color_system is None)
+        console.print(text, soft_wrap=True)
+    for line in missing:
+        _say(console, f"not shown: {line}")
+    if wrong:
+        raise wrong[0]
+
+
+def _survey(recipe: Recipe, proc: Processor, console: Console) -> list[InputError]:
+    """Names what training and evaluation leave out; gives why a run would refuse either."""
+    from qwen3vl_jax.training.data.feed import (
+        Feed,
+        Refusal,
+        check_answers,
+        survey,
+    )
+
+    def tell(refusal: Refusal) -> None:
+        _say(console, f"left out: {refusal.name}: {' '.join(refusal.reason.split())}")
+
+    wrong, asked = [], recipe.evaluate
+    held_out = dataclasses.replace(recipe.data, sources=asked.sources, shuffle=False)
+    for data in [recipe.data, *([held_out] if asked.every else [])]:
+        try:
+            survey(data, recipe.pack, proc, tell)
+            if data is held_out:
+                check_answers(Feed(data, recipe.pack, proc, 0, once=True), asked.generate)
+        except InputError as error:
+            wrong.append(error)
+    return wrong
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, soft_wrap=True)
+
+
+def _opened(recipe: Recipe) -> tuple[Config, Processor | None, list[str]]:
+    """(config, processor if its files are here, what is missing)."""
+    ckpt = recipe.ckpt
+    if kind(as_path(ckpt)) or not (size := _SIZE.search(ckpt)):
+        return *_with_new_tokens(recipe, ckpt), []
+    from huggingface_hub import snapshot_download
+
+    try:
+        return *_with_new_tokens(recipe, snapshot_download(ckpt, allow_patterns=_SMALL_FILES)), []
+    except Exception as error:  # what its HTTP library raises changes from version to version
+        reason = " ".join(str(error).split())[:120]
+        told = f"a sample: {ckpt} cannot be had ({reason}); sizes are those of a released {size[0]}"
+        return Config.named(size[0]), None, [told]
+
+
+def _with_new_tokens(recipe: Recipe, directory: str) -> tuple[Config, Processor]:
+    """What a run would work with: its model files, written to a folder that is gone afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "model"
+        write_model_files(dataclasses.replace(recipe, ckpt=directory), target)
+        proc, _ = open_model(recipe, target)
+    return proc.config, proc
+
+
+def _parameters(recipe: Recipe, cfg: Config, parts: memory_estimate.Held) -> Table:
+    table = Table(title=f"{recipe.ckpt}: parameters", title_justify="left")
+    table.add_column("group")
+    for name in ("trained", "frozen", "learning rate x"):
+        table.add_column(name, justify="right")
+    totals = [0, 0]
+    for group, (trained, frozen, rates) in parts.by_group(recipe, cfg).items():
+        table.add_row(group, f"{trained:,}", f"{frozen:,}", " ".join(f"{r:g}" for r in rates))
+        totals = [totals[0] + trained, totals[1] + frozen]
+    share = f"{totals[0] / max(sum(totals), 1):.2%} trained"
+    table.add_section()
+    table.add_row("all", f"{totals[0]:,}", f"{totals[1]:,}", share)
+    return table
+
+
+def _memory(recipe: Recipe, cfg: Config, parts: memory_estimate.Held) -> Table:
+    devices = memory_estimate.devices(recipe.mesh)
+    title = f"memory of each of {devices:,} devices" if devices > 1 else "memory of the device"
+    table = Table(title=title, title_justify="left")
+    table.add_column("part")
+    found = memory_estimate.memory(recipe, cfg, parts)
+    total = sum(found.values())
+    unit, name = (2**30, "GiB") if total >= 2**30 else (2**20, "MiB")
+    table.add_column(name, justify="right")
+    for part, size in found.items():
+        table.add_row(part, f"{size / unit:,.2f}")
+    table.add_section()
+    table.add_row("all, about", f"{total / unit:,.2f}")
+    return table
+
+
+def _draw(recipe: Recipe, proc: Processor) -> tuple[list[Any], int]:
+    """Some batches as the run would draw them, and how many records the sources have."""
+    from qwen3vl_jax.training.data.feed import Feed
+
+    feed = Feed(dataclasses.replace(recipe.data, workers=0), recipe.pack, proc, recipe.seed)
+    try:
+        drawn = list(itertools.islice(feed, _BATCHES))
+        return drawn, sum(len(source) for source in feed.sources)
+    finally:
+        feed.close()
+
+
+def _steps(recipe: Recipe, drawn: list[Any], records: int) -> list[str]:
+    pack, many = recipe.pack, recipe.step.accumulate
+    places = pack.rows * pack.length * many
+    lines = [
+        f"steps: {recipe.steps:,}, each {many} x {pack.rows} rows of {pack.length:,} tokens = "
+        f"{places:,} places, and {many} x {pack.vision_rows} rows of {pack.vision_length:,} patches"
+    ]
+    if drawn:
+        fill, vision, samples = (
+            float(np.mean([d.stats[name] for d in drawn]))
+            for name in ("fill", "vision_fill", "samples")
+        )
+        seen = samples * many * recipe.steps
+        lines += [
+            f"filled: {fill:.0%} of tokens, {vision:.0%} of patches, {samples * many:.1f} samples a "
+            f"step (of {len(drawn)} batches)",
+            f"epochs: about {seen / max(records, 1):.2f} of {records:,} records",
+        ]
+    return lines
+
+
+def rendered(tokenizer: Tokenizer, cfg: Config, drawn: Any, marks: bool) -> Text:
+    """The first sample of a batch: targets and special tokens in colour, or between marks."""
+    batch = drawn.packed.batch
+    row = int(np.argmax(np.asarray(batch.segment_ids)[:, 0] > 0))
+    inside = np.asarray(batch.segment_ids)[row] == 1
+    ids, labels = np.asarray(batch.tokens)[row][inside], np.asarray(batch.labels)[row][inside]
+    name, targets = drawn.names[row][0], labels != -100
+    text = Text(f"{name}: {len(ids)} tokens, {int(targets.sum())} of them are targets\n")
+    text.append("[[target]], {{special token}}\n" if marks else "", style=_OTHER)
+    pads, special = (cfg.image_token_id, cfg.video_token_id), set(tokenizer.added.values())
+    for target, run in itertools.groupby(zip(ids.tolist(), targets.tolist()), lambda x: x[1]):
+        text.append("[[" if target and marks else "")
+        for token, same in itertools.groupby(
+            (token for token, _ in run), lambda x: x if x in special else None
+        ):
+            held = list(same)
+            piece = tokenizer.decode(held, skip_special_tokens=False)
+            if token in pads and len(held) > 1:
+                piece = f"{tokenizer.token_of(token)} x {len(held)}"
+            if token is not None and marks:
+                piece = f"{{{{{piece}}}}}"
+            style = _TARGET if target else _OTHER
+            text.append(piece, style=style + _SPECIAL * (token is not None))
+        text.append("]]" if target and marks else "")
+    return text

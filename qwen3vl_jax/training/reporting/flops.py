@@ -1,0 +1,163 @@
+"""Floating-point operations of a training step, counted from shapes, and what devices could do.
+
+A multiply and an add are two. Norms, rotary embeddings, softmax and activations are left out, as in
+every published count (PaLM, arXiv 2204.02311, appendix B). Dims as in layers.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+
+import numpy as np
+
+from qwen3vl_jax.config import Config
+from qwen3vl_jax.training.data.packing import PackedBatch
+
+# Dense bf16 FLOP/s of one jax device, from the makers' data sheets, longest match first.
+_PEAK = {
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA A100": 312e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6": 918e12,
+    "TPU7x": 2307e12 / 2,  # a chip is two devices
+}
+# Where a batch passes each group: a trained one needs the gradient of all that is behind it, and of
+# its own tower, which is many layers.
+_PLACE = {
+    "vision": 0,
+    "merger": 1,
+    "embeddings": 2,
+    "text": 3,
+    "router": 3,
+    "experts": 3,
+    "head": 4,
+}
+_TOWERS = (0, 3)
+_ATTENTION = {"attention": "text", "vision_attention": "vision"}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bf16 FLOP/s of one device (jax.devices()[0].device_kind); None where it is not known."""
+    found = [name for name in _PEAK if device_kind.startswith(name)]
+    return _PEAK[max(found, key=len)] if found else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """How much passes through the model; sums of several batches add up."""
+
+    tokens: int  # of the decoder
+    pairs: int  # of a query and a key it sees, in one decoder layer
+    patches: int  # of the ViT
+    patch_pairs: int  # of two patches that see each other, in one ViT layer
+
+    def __add__(self, other: Work) -> Work:
+        mine, others = dataclasses.astuple(self), dataclasses.astuple(other)
+        return Work(*(a + b for a, b in zip(mine, others)))
+
+
+def real_work(packed: PackedBatch) -> Work:
+    """What a batch (or micro batches [M ..]) holds without padding, pairs from the real ranges."""
+    ids = np.asarray(packed.batch.segment_ids)
+    sizes = [np.bincount(row[row > 0]).astype(np.int64) for row in ids.reshape(-1, ids.shape[-1])]
+    pairs = sum(int(np.sum(n * (n + 1) // 2)) for n in sizes)
+    patches = patch_pairs = 0
+    if (vision := packed.batch.vision) is not None:
+        seen = np.maximum(np.asarray(vision.hi, np.int64) - np.asarray(vision.lo, np.int64), 0)
+        patches, patch_pairs = int(np.sum(seen > 0)), int(np.sum(seen))
+    return Work(int(np.sum(ids > 0)), pairs, patches, patch_pairs)
+
+
+def padded_work(packed: PackedBatch) -> Work:
+    """The same of the whole arrays: every row full, one sample a row, one frame a ViT row."""
+    shape = packed.batch.tokens.shape
+    tokens, length = int(np.prod(shape)), shape[-1]
+    patches = patch_pairs = 0
+    if packed.batch.vision is not None:
+        shape = packed.batch.vision.lo.shape
+        patches, patch_pairs = int(np.prod(shape)), int(np.prod(shape)) * shape[-1]
+    return Work(tokens, tokens * (length + 1) // 2, patches, patch_pairs)
+
+
+def forward_flops(cfg: Config, work: Work) -> dict[str, float]:
+    """FLOPs of one forward pass by group of parameters; "attention" and "vision_attention" have none."""
+    t, c = cfg.text, cfg.vision
+    heads = t.num_attention_heads * t.head_dim
+    keys = t.num_key_value_heads * t.head_dim
+    weights = {"text": t.hidden_size * (2 * heads + 2 * keys)}
+    if t.num_experts:
+        weights["router"] = t.hidden_size * t.num_experts
+        expert = 3 * t.hidden_size * t.moe_intermediate_size
+        weights["experts"] = t.num_experts_per_tok * expert
+    else:
+        weights["text"] += 3 * t.hidden_size * t.intermediate_size
+    wide, mergers = c.hidden_size * c.merge_unit, 1 + len(c.deepstack_visual_indexes)
+    block = 4 * c.hidden_size**2 + 2 * c.hidden_size * c.intermediate_size
+    patch = int(np.prod(c.patch_shape)) * c.hidden_size
+    rows = work.patches // c.merge_unit
+    out = {name: 2.0 * work.tokens * t.num_hidden_layers * n for name, n in weights.items()}
+    return out | {
+        "attention": 4.0 * work.pairs * t.num_hidden_layers * heads,
+        "head": 2.0 * work.tokens * t.vocab_size * t.hidden_size,
+        "vision": 2.0 * work.patches * (patch + c.depth * block),
+        "vision_attention": 4.0 * work.patch_pairs * c.depth * c.hidden_size,
+        "merger": 2.0 * rows * mergers * (wide**2 + wide * c.out_hidden_size),
+    }
+
+
+def step_flops(
+    cfg: Config,
+    work: Work,
+    *,
+    trained: Collection[str] = tuple(_PLACE),
+    adapters: Mapping[str, int] | None = None,
+    remat: str = "",
+) -> float:
+    """FLOPs of forward and backward: gradients of activations where they are needed, and of weights
+    in the trained groups alone.
+
+    trained: names of `groups.GROUPS`. adapters: {group: parameters of low-rank pairs on it}, of
+    experts those that one token meets; such a group need not be in `trained`. remat: "" is what the
+    model needs (for MFU: nothing counts twice); a name of `layers.REMAT` adds what that policy and
+    the chunked loss compute again.
+    """
+    if cfg.tie_word_embeddings and "embeddings" in trained:  # one table, and two products with it
+        trained = {*trained, "head"}
+    parts, adapters = forward_flops(cfg, work), adapters or {}
+    first = min((_PLACE[name] for name in (*trained, *adapters)), default=len(_PLACE))
+    total = sum(parts.values())
+    for name, flops in parts.items():
+        back = _goes_back(name, first)
+        if name in _ATTENTION:
+            total += 2 * flops * back
+        else:
+            total += flops * back + flops * (name in trained)
+    rows = work.patches // cfg.vision.merge_unit
+    for name, count in adapters.items():
+        passed = {"vision": work.patches, "merger": rows}.get(name, work.tokens)
+        total += 6.0 * count * passed
+    return total + (_again(parts, first, remat) if remat else 0.0)
+
+
+def _goes_back(name: str, first: int) -> bool:
+    """Whether the backward pass goes through a part, if the first trained group is at `first`."""
+    place = _PLACE[_ATTENTION.get(name, name)]
+    return place > first or (place == first and place in _TOWERS)
+
+
+def _again(parts: Mapping[str, float], first: int, remat: str) -> float:
+    """What is computed a second time: the logits, and what the policy forgets of layers.
+
+    "dots" and "offload" keep what `linear` gives, so attention and the experts come again.
+    """
+    cheap = ("vision_attention", "attention", "router", "experts")
+    forgotten = {"none": (), "full": ("vision", "text", *cheap)}.get(remat, cheap)
+    again = [n for n in forgotten if _goes_back(n, first)]
+    return sum(parts.get(n, 0.0) for n in (*again, "head"))

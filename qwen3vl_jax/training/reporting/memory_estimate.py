@@ -1,0 +1,164 @@
+"""How many parameters a recipe trains and what a device would hold, from shapes alone."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from qwen3vl_jax.checkpoint import int8
+from qwen3vl_jax.checkpoint.device_load import as_structs
+from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES, nest
+from qwen3vl_jax.config import Config
+from qwen3vl_jax.model.sharding import layout_mesh
+from qwen3vl_jax.model.structs import Params
+from qwen3vl_jax.training import param_groups, train_model
+from qwen3vl_jax.training.param_groups import Flat
+from qwen3vl_jax.training.recipe import Mesh, Recipe
+from qwen3vl_jax.training.stacked_load import layer_counts, place_of
+from qwen3vl_jax.training.state_sharding import params_shardings
+
+_EIGHT_BIT = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
+
+
+class Held(NamedTuple):
+    """Shapes and dtypes of what a run holds: ShapeDtypeStructs by name."""
+
+    weights: Flat
+    frozen: Flat
+    state: Any  # TrainState
+    join: Any = None  # setup.Join
+
+    def by_group(
+        self, recipe: Recipe, cfg: Config
+    ) -> dict[str, tuple[int, int, tuple[float, ...]]]:
+        """{group: (parameters trained, parameters frozen, factors of the learning rate)}."""
+        sparse = bool(cfg.text.num_experts)
+        rates = param_groups.learning_rates(list(self.weights), recipe.train.rates, sparse)
+        out = {}
+        for group in param_groups.GROUPS:
+            trained = [n for n in self.weights if param_groups.group_of(n, sparse) == group]
+            frozen = [n for n in self.frozen if param_groups.group_of(n, sparse) == group]
+            frozen = [n for n in frozen if not _is_scale(n, self.frozen)]
+            if trained or frozen:
+                counts = [
+                    sum(math.prod(flat[n].shape) for n in names)
+                    for flat, names in ((self.weights, trained), (self.frozen, frozen))
+                ]
+                out[group] = (*counts, tuple(sorted({rates[n] for n in trained})))
+        return out
+
+
+def _is_scale(name: str, flat: Flat) -> bool:
+    place, _, last = name.rpartition(".")
+    return last == SCALE and f"{place}.{VALUES}" in flat
+
+
+def held(recipe: Recipe, cfg: Config) -> Held:
+    """What a run of this recipe would hold. Raises InputError as `setup.cut` does."""
+
+    joins: list[train_model.Join] = []
+
+    def make(params: Params) -> tuple[Flat, Flat]:
+        cut = train_model.cut
+        if recipe.lora.rank:
+            from qwen3vl_jax.training.lora_targets import cut_lora as cut
+        trainee = cut(recipe, cfg, params)
+        joins.append(trainee.join)  # which knows names and no arrays
+        return trainee.weights, trainee.frozen
+
+    weights, frozen = jax.eval_shape(make, _params(recipe, cfg))
+    rule = train_model.rule_of(recipe, cfg, weights)
+    state = jax.eval_shape(lambda w: train_model.first_state(recipe, rule, w), weights)
+    return Held(weights, frozen, state, joins[0])
+
+
+def _params(recipe: Recipe, cfg: Config) -> Params:
+    """The shapes of the parameters that a run reads, those of 8-bit weights as values and scales."""
+    leaves = {tuple(name.split(".")): x for name, x in train_model.shapes(cfg).items()}
+    leaves = {tuple(int(k) if k.isdecimal() else k for k in path): x for path, x in leaves.items()}
+    if recipe.lora.rank and (dtype := _EIGHT_BIT.get(recipe.lora.base)) is not None:
+        counts = layer_counts(cfg)
+        for path, row in int8.quantised_rows(cfg).items():
+            place, layer = place_of(path)
+            many = () if layer is None else (counts[str(place[0])],)
+            leaves.pop(place, None)
+            leaves[(*place, VALUES)] = jax.ShapeDtypeStruct((*many, *row.shape), dtype)
+            leaves[(*place, SCALE)] = jax.ShapeDtypeStruct((*many, *row.channels), jnp.float32)
+    taps = cfg.vision.deepstack_visual_indexes
+    return as_structs(nest(leaves.items(), empty=() if taps else [("vision", "deepstack")]))
+
+
+def sizes(mesh: Mesh) -> dict[str, int]:
+    """The sizes of a mesh's axes; one of -1 (all that are left) counts as 1."""
+    return {name: max(n, 1) for name, n in vars(mesh).items()}
+
+
+def devices(mesh: Mesh) -> int:
+    """How many devices a mesh has, by `sizes`."""
+    return math.prod(sizes(mesh).values())
+
+
+def memory(recipe: Recipe, cfg: Config, parts: Held) -> dict[str, int]:
+    """Bytes on each device by part: weights, gradients and optimizer exactly, the rest an estimate."""
+    state, mesh = parts.state, layout_mesh(sizes(recipe.mesh))
+
+    def share(flat: Flat) -> int:
+        where = params_shardings(mesh, cfg, flat)
+        return sum(_bytes(x, where[name].shard_shape(x.shape)) for name, x in flat.items())
+
+    fp32 = {n: jax.ShapeDtypeStruct(x.shape, jnp.float32) for n, x in parts.weights.items()}
+    weights = share(parts.weights)
+    moments = sum(_bytes(x, x.shape) for x in jax.tree.leaves(state.optimizer))
+    whole = sum(_bytes(x, x.shape) for x in jax.tree.leaves(parts.weights))
+    found = {
+        f"trained weights ({recipe.step.weights})": weights,
+        "frozen weights": share(parts.frozen),
+        "gradients (float32)": share(fp32) * (2 if recipe.step.accumulate > 1 else 1),
+        f"optimizer ({recipe.optimizer.name})": round(moments * weights / max(whole, 1)),
+        "compensation": share(state.rest or {}),
+        "moving average": share(state.average or {}),
+        f"activations (remat {recipe.step.remat}), about": _activations(recipe, cfg),
+        "logits of a chunk of the loss": _logits(recipe, cfg),
+    }
+    return {name: size for name, size in found.items() if size}
+
+
+def _bytes(x: Any, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * jnp.dtype(x.dtype).itemsize
+
+
+def _logits(recipe: Recipe, cfg: Config) -> int:
+    """Bytes of the logits of some words for all tokens, and of their gradient, in fp32."""
+    tokens = recipe.pack.rows * recipe.pack.length / devices(recipe.mesh)
+    return round(2 * 4 * tokens * min(recipe.step.loss_chunk, cfg.text.vocab_size))
+
+
+def _activations(recipe: Recipe, cfg: Config) -> int:
+    """Bytes kept from the forward pass of one micro batch, and of one layer that is computed again."""
+    t, v, split = cfg.text, cfg.vision, devices(recipe.mesh)
+    item = jnp.dtype(recipe.step.dtype).itemsize
+    width = t.num_experts_per_tok * t.moe_intermediate_size or t.intermediate_size
+    heads = (t.num_attention_heads + 2 * t.num_key_value_heads) * t.head_dim
+    # (stream, products: q k v, o, gate and up, down) values a token and layer
+    text = (t.hidden_size, heads + 2 * t.hidden_size + 2 * width)
+    image = (v.hidden_size, 5 * v.hidden_size + v.intermediate_size)
+    tokens = recipe.pack.rows * recipe.pack.length / split
+    patches = recipe.pack.vision_rows * recipe.pack.vision_length / split
+    total = 0.0
+    for places, layers, (stream, products) in (
+        (tokens, t.num_hidden_layers, text),
+        (patches, v.depth, image),
+    ):
+        all_of_one = 2 * stream + 1.5 * products  # with norms and activations
+        kept = {
+            "full": stream,
+            "offload": 0,
+            "dots": stream + products,
+            "none": stream + all_of_one,
+        }[recipe.step.remat]
+        again = 0 if recipe.step.remat == "none" else all_of_one
+        total += places * item * (layers * kept + again)
+    return round(total)

@@ -1,0 +1,81 @@
+"""metrics.csv and its like: one row a step, cut back to the checkpoint when a run resumes."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qwen3vl_jax.storage.remote_files import Growing
+
+STEP = "step"
+
+
+class Table:
+    """A CSV file with a row a step. Rows are on their way to the disk when `write` returns.
+
+    A remote one is written whole, at most every Growing.EVERY seconds and by `sync`.
+    """
+
+    def __init__(self, path: Path, first: int = 0):
+        """first: the step a run goes on from; rows after it, and a torn last one, are taken out."""
+        self._path = path
+        rows = [row for row in read_table(path) if int(row[STEP]) <= first]
+        self._columns = list(rows[0]) if rows else []
+        self.steps = {int(row[STEP]) for row in rows}
+        self._rewrite(rows)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Adds the row of a step; a column that was not there before is empty in earlier rows."""
+        row = {STEP: str(step), **{name: spelled(value) for name, value in values.items()}}
+        self.steps.add(step)
+        if new := [name for name in row if name not in self._columns]:
+            self.sync()
+            rows = read_table(self._path)
+            self._columns += new
+            self._rewrite([*rows, row])
+        else:
+            self._file.write(self._text([row]))
+
+    def sync(self) -> None:
+        """Has all rows where others can read them."""
+        self._file.sync()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def _rewrite(self, rows: list[dict[str, str]]) -> None:
+        if hasattr(self, "_file"):
+            self._file.close()
+        head = ",".join(self._columns) + "\n" if self._columns else ""
+        self._file = Growing(self._path, head + self._text(rows))
+
+    def _text(self, rows: list[dict[str, str]]) -> str:
+        out = io.StringIO()
+        csv.DictWriter(out, self._columns, lineterminator="\n").writerows(rows)
+        return out.getvalue()
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """The whole rows of a table, as written; none for a file that is not there."""
+    if not path.is_file():
+        return []
+    text = path.read_text()
+    whole = text[: text.rfind("\n") + 1]  # what follows the last line's end was being written
+    rows = csv.DictReader(io.StringIO(whole), restval="")
+    return [row for row in rows if (row.get(STEP) or "").isdecimal()]
+
+
+def spelled(value: Any) -> str:
+    """A number so that float32 comes back exactly; numbers of an array with blanks between them."""
+    if value is None:
+        return ""
+    if isinstance(value, (str, int)):
+        return str(value)
+    if getattr(value, "ndim", 0):
+        return " ".join(f"{x:.4g}" for x in value.reshape(-1).tolist())
+    number = float(value)
+    return str(int(number)) if number.is_integer() and abs(number) < 1e15 else f"{number:.9g}"

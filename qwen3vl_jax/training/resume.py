@@ -1,0 +1,119 @@
+"""Before the first step: the devices of a run, its groups of rows, its directory, what it goes on from."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import jax
+import tomli_w
+from jax.sharding import Mesh
+
+from qwen3vl_jax.checkpoint.digests import DamagedError
+from qwen3vl_jax.config import Config
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.model.sharding import make_mesh, rows_parts, slice_count
+from qwen3vl_jax.runtime import distributed
+from qwen3vl_jax.storage.hub import resolve
+from qwen3vl_jax.storage.json_text import read_json, write_json
+from qwen3vl_jax.storage.paths import absolute, as_path, kind
+from qwen3vl_jax.storage.remote_files import write_whole
+from qwen3vl_jax.training import environment, run_dir
+from qwen3vl_jax.training.mesh_preset import asks_for_mesh, preset, sizes_of
+from qwen3vl_jax.training.recipe import Recipe, Source, flat
+
+
+def laid_out(recipe: Recipe, out: Path) -> Recipe:
+    """The recipe with a mesh: where it asks for none, the preset of all devices there are.
+
+    out: the run's directory. Rows of a run that goes on are cut as its groups allow.
+    """
+    if asks_for_mesh(recipe):
+        return recipe
+    cfg, devices, pack = Config.from_hf(resolve(recipe.ckpt)), jax.devices(), recipe.pack
+    for step in reversed(run_dir.saved_steps(out)):
+        with suppress(DamagedError):
+            pack = dataclasses.replace(pack, groups=_groups(run_dir.read_meta(out, step)))
+            break
+    mesh = preset(cfg, pack, len(devices), slice_count(devices))
+    return dataclasses.replace(recipe, mesh=mesh)
+
+
+def mesh_of(recipe: Recipe) -> Mesh | None:
+    """The devices of a run; None is the first alone. Raises InputError where there are not as many."""
+    sizes = sizes_of(recipe)
+    alone = math.prod(sizes.values()) == 1 and jax.process_count() == 1
+    return None if alone else make_mesh(sizes)
+
+
+def groups_of(recipe: Recipe, mesh: Mesh | None, meta: dict[str, Any]) -> int:
+    """Into how many groups of their own samples the rows of a batch are cut, once for a whole run.
+
+    Raises InputError where the mesh cuts rows into parts that are no whole groups.
+    """
+    parts = 1 if mesh is None else rows_parts(mesh.shape)
+    groups = (_groups(meta) if meta else 0) or recipe.pack.groups or parts
+    if groups % parts:
+        raise InputError(
+            f"the run has {groups} groups of rows, expected a multiple of mesh.data x mesh.fsdp x "
+            f"mesh.expert, which are {parts}; take fewer, or begin a run with pack.groups={parts}"
+        )
+    return groups
+
+
+def _groups(meta: dict[str, Any]) -> int:
+    return len(meta["data"].get("groups", [0]))
+
+
+@contextmanager
+def opened(out: Path) -> Iterator[None]:
+    """`run_dir.opened` in the first process, which the others wait for."""
+    with run_dir.opened(out) if distributed.is_first() else nullcontext():
+        distributed.wait_for_all("opened")
+        yield
+
+
+def check_fits(recipe: Recipe, meta: dict[str, Any], out: Path, done: int = 0) -> list[str]:
+    """Lines on what differs from the run's start and may; raises InputError for what may not.
+
+    done: the steps that were saved, which a run cannot be shorter than.
+    """
+    if recipe.steps < done:
+        raise InputError(
+            f"steps: got {recipe.steps}, expected at least {done}, which {out} has done; choose "
+            "another --out for a shorter run"
+        )
+    # Keys that are younger than the run had their default.
+    then = plain(flat(Recipe("", 1))) | meta["recipe"]
+    source = plain(dataclasses.asdict(Source("")))
+    for name in ("data.sources", "evaluate.sources"):
+        then[name] = [source | given for given in then[name]]
+    now, then = (x | {"ckpt": whole_path(x["ckpt"])} for x in (plain(flat(recipe)), then))
+    changed = run_dir.check_recipe(now, then, out)
+    moved = environment.changes(meta["machine"])
+    if moved:
+        moved = ["not bit for bit, the machine differs: " + ", ".join(moved)]
+    stays = f"no step is left, {run_dir.CONFIG} stays"
+    why = stays if recipe.steps == done else f"going on from step {done}"
+    return [f"{why}: {line}" for line in changed + moved]
+
+
+def write_config(recipe: Recipe, out: Path) -> None:
+    """RUN_DIR/config.toml, which the first process writes."""
+    if distributed.is_first():
+        written = plain(dataclasses.asdict(recipe)) | {"ckpt": whole_path(recipe.ckpt)}
+        write_whole(out / run_dir.CONFIG, tomli_w.dumps(written).encode())
+
+
+def whole_path(ckpt: str) -> str:
+    """The place of a model from any folder; a Hub id stays what it is."""
+    return str(absolute(ckpt)) if kind(as_path(ckpt)) == "folder" else ckpt
+
+
+def plain(value: Any) -> Any:
+    """A recipe's values as JSON and TOML hold them."""
+    return read_json(write_json(value, "recipe", default=dataclasses.asdict), "recipe")

@@ -1,0 +1,124 @@
+"""A checkpoint read straight into stacked layers: of one tensor at a time the shards, no second copy."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qwen3vl_jax.checkpoint.device_load import Source, as_structs, on_devices, read_leaves
+from qwen3vl_jax.checkpoint.lazy_tensor import LazyTensor, TreePath, spell
+from qwen3vl_jax.checkpoint.name_map import rows, tree_of
+from qwen3vl_jax.config import Config
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.model.structs import Params
+from qwen3vl_jax.storage.hub import resolve
+
+Place = tuple[TreePath, int | None]  # where a tensor lies with stacked layers, and its layer
+DtypeOf = Callable[[str], Any]  # of a parameter's stacked name
+WhereOf = Callable[
+    [str, Any], Any
+]  # of its stacked name and a ShapeDtypeStruct: its sharding or None
+
+
+def place_of(path: TreePath) -> Place:
+    """(stacked path, layer) of a path with layers in lists; other paths stay, with layer None."""
+    for depth, key in ((1, ("layers",)), (2, ("vision", "blocks"))):
+        if path[:depth] == key:
+            return (*path[:depth], *path[depth + 1 :]), int(path[depth])
+    return path, None
+
+
+def layer_counts(cfg: Config) -> dict[str, int]:
+    """How many layers each stack has, by the first part of its path."""
+    return {"layers": cfg.text.num_hidden_layers, "vision": cfg.vision.depth}
+
+
+def load_stacked(
+    ckpt: str | os.PathLike[str],
+    dtype_of: DtypeOf,
+    weights: str | None = None,
+    where_of: WhereOf = lambda name, x: None,
+) -> Params:
+    """The parameters of a checkpoint (as `load` takes it) with stacked layers.
+
+    dtype_of: the dtype of each parameter by its stacked name; the codes and scales of 8-bit weights
+    keep theirs. weights: None, "int8" or "fp8", as in `load`. where_of: the sharding of each array by
+    its stacked name and shape, None the default device. Each tensor is written into its stack by
+    a donated update, so that the peak is the parameters and one tensor. Raises InputError as `load`
+    does, and for a checkpoint without a head that its config wants.
+    """
+    directory = resolve(ckpt)
+    cfg = Config.from_hf(directory)
+    source, stacks = Source(directory, cfg, weights), _Stacks(cfg, dtype_of, where_of)
+    read_leaves(source, source.stored(), stacks.put)
+    held = {path if path in stacks.known else path[:-1] for path in stacks.leaves}
+    if missing := stacks.known - held:
+        names = ", ".join(sorted(map(spell, missing)))
+        raise InputError(f"{directory}: holds no {names}, which training needs")
+    return as_structs(tree_of(cfg, stacks.leaves))
+
+
+class _Stacks:
+    """Arrays by stacked path, filled tensor by tensor."""
+
+    def __init__(self, cfg: Config, dtype_of: DtypeOf, where_of: WhereOf):
+        self.leaves: dict[TreePath, jax.Array] = {}
+        self.known = {place_of(row.path)[0] for row in rows(cfg)}
+        self._counts, self._dtype_of, self._where_of = layer_counts(cfg), dtype_of, where_of
+
+    def put(self, path: TreePath, leaf: LazyTensor) -> None:
+        """Takes one tensor; what this process holds of it is on its devices when this returns."""
+        place, layer = place_of(path)
+        # any other place is the values or the scale of a weight held in 8 bits
+        dtype = jnp.dtype(self._dtype_of(spell(place))) if place in self.known else leaf.dtype
+        lead = () if layer is None else (self._counts[str(place[0])],)
+        shape = jax.ShapeDtypeStruct((*lead, *leaf.shape), dtype)
+        where = self._where_of(spell(place), shape)
+        if layer is None:
+            self.leaves[place] = on_devices(leaf, where).astype(dtype).block_until_ready()
+            return
+        if place not in self.leaves:
+            self.leaves[place] = jnp.zeros(shape.shape, dtype, device=where)
+        stack = _write(self.leaves.pop(place), on_devices(leaf, inner(where)), layer, where=where)
+        self.leaves[place] = stack.block_until_ready()
+
+
+def inner(where: Any) -> Any:
+    """The sharding of a layer of a stack that lies so."""
+    if where is None:
+        return None
+    return jax.sharding.NamedSharding(where.mesh, jax.sharding.PartitionSpec(*where.spec[1:]))
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnames="where")
+def _write(stack: jax.Array, layer: jax.Array, index: Any, *, where: Any) -> jax.Array:
+    stack = jax.lax.dynamic_update_index_in_dim(stack, layer.astype(stack.dtype), index, 0)
+    return stack if where is None else jax.lax.with_sharding_constraint(stack, where)
+
+
+def layers_of(name: str, array: np.ndarray) -> list[tuple[TreePath, np.ndarray]]:
+    """(tree path, array) of each layer of a stacked parameter, or of the parameter itself."""
+    depth, path = _cut(name)
+    if depth is None:
+        return [(path, array)]
+    return [((*path[:depth], i, *path[depth:]), layer) for i, layer in enumerate(array)]
+
+
+def paths_of(name: str, cfg: Config) -> list[TreePath]:
+    """The tree paths of a stacked parameter's layers, or of the parameter itself."""
+    depth, path = _cut(name)
+    if depth is None:
+        return [path]
+    return [(*path[:depth], i, *path[depth:]) for i in range(layer_counts(cfg)[str(path[0])])]
+
+
+def _cut(name: str) -> tuple[int | None, TreePath]:
+    """(where a layer's number stands in a parameter's tree path, the path without it)."""
+    path = tuple(int(key) if key.isdecimal() else key for key in name.split("."))
+    return (1 if path[0] == "layers" else 2 if path[:2] == ("vision", "blocks") else None), path

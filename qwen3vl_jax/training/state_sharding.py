@@ -1,0 +1,133 @@
+"""Where the arrays of a run lie on a mesh: weights, optimizer, batches. Dims as in layers.py."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+
+from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES
+from qwen3vl_jax.config import Config
+from qwen3vl_jax.model.sharding import (
+    Axes,
+    array_sharding,
+    check_divides,
+    shardings,
+    whole,
+)
+from qwen3vl_jax.model.transformer import logical_axes
+from qwen3vl_jax.training.data.packing import PackedBatch
+from qwen3vl_jax.training.param_groups import Flat
+from qwen3vl_jax.training.train_step import TrainState
+
+_STACKS = ("layers.", "vision.blocks.")
+_BATCH: dict[str, Axes] = {  # by field; micro batches are an axis in front
+    "tokens": ("rows", "tokens"),
+    "positions": (None, "rows", "tokens"),
+    "segment_ids": ("rows", "tokens"),
+    "vision_rows": ("rows", "tokens"),
+    "labels": ("rows", "tokens"),
+    "weights": ("rows", "tokens"),
+    "delta": ("rows",),
+    "embeds": ("rows", "tokens", None),
+    "pixels": ("vision_rows", "patches", None),
+    "pos_index": ("vision_rows", "patches", None),
+    "pos_weight": ("vision_rows", "patches", None),
+    "coords": ("vision_rows", "patches", None),
+    "lo": ("vision_rows", "patches"),
+    "hi": ("vision_rows", "patches"),
+    "vision_labels": ("vision_rows",),
+}
+
+
+@functools.lru_cache(maxsize=4)
+def _known(cfg: Config) -> dict[str, Axes]:
+    found = logical_axes(cfg)
+    return {n: (None, *axes) if n.startswith(_STACKS) else axes for n, axes in found.items()}
+
+
+def axes_of(cfg: Config, shapes: Mapping[str, Any]) -> dict[str, Axes]:
+    """The logical names of the axes of each array of a flat tree with stacked layers.
+
+    Codes and scales of 8-bit weights have those of their weight. What has no names of its own, as
+    LoRA's matrices, is cut along its longest axis as "embed" is.
+    """
+    known = _known(cfg)
+
+    def of(name: str, x: Any) -> Axes:
+        place, _, last = name.rpartition(".")
+        axes = known.get(place if last in (VALUES, SCALE) else name)
+        return longest_axis(x) if axes is None else axes
+
+    return {name: of(name, x) for name, x in shapes.items()}
+
+
+def longest_axis(x: Any) -> Axes:
+    """ "embed" for the longest axis of an array, which is where it may be cut."""
+    at = int(np.argmax(x.shape)) if x.shape else -1
+    return tuple("embed" if i == at else None for i in range(len(x.shape)))
+
+
+def params_shardings(mesh: Mesh | AbstractMesh | None, cfg: Config, flat: Flat) -> dict[str, Any]:
+    """{name: NamedSharding} of weights, or None for each without a mesh. Raises InputError."""
+    return shardings(mesh, flat, axes_of(cfg, flat))
+
+
+def check_mesh(mesh: Mesh | AbstractMesh | None, cfg: Config, model: Flat) -> None:
+    """Raises InputError where an axis of the mesh does not divide the parameters of a whole model."""
+    check_divides(mesh, model, axes_of(cfg, model))
+
+
+def state_shardings(mesh: Mesh, cfg: Config, state: TrainState) -> TrainState:
+    """The sharding of each array of a state (arrays or shapes): moments lie as their weights do."""
+    found = params_shardings(mesh, cfg, state.weights)
+
+    def of(path: Any, x: Any) -> Any:
+        for key in path:
+            name = getattr(key, "key", None)
+            if name in found:
+                same = x.shape == state.weights[name].shape
+                return found[name] if same else array_sharding(mesh, longest_axis(x), x)
+        return whole(mesh)
+
+    return jax.tree_util.tree_map_with_path(of, state)
+
+
+def batch_axis(path: Any) -> int:
+    """Along which axis of a batch's array, by its place in the tree, rows are counted."""
+    axes = _BATCH[path[-1].name]
+    return next(i for i, name in enumerate(axes) if name in ("rows", "vision_rows"))
+
+
+def batch_sharding(mesh: Mesh, path: Any, shape: tuple[int, ...]) -> NamedSharding:
+    """The sharding of one array of micro batches [M ..], by its place in the tree."""
+    axes = (None, *_BATCH[path[-1].name])
+    return array_sharding(mesh, axes, jax.ShapeDtypeStruct(shape, np.int32))
+
+
+def batch_shardings(mesh: Mesh, packed: PackedBatch) -> PackedBatch:
+    """The sharding of each array of micro batches [M ..] (arrays or shapes)."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: batch_sharding(mesh, path, x.shape), packed
+    )
+
+
+def put(x: Any, where: NamedSharding | None) -> jax.Array:
+    """An array that every process has wholly, or a global one, laid out as asked."""
+    if where is None:
+        return jax.numpy.asarray(x)
+    if isinstance(x, jax.Array) and (x.sharding == where or not x.is_fully_addressable):
+        return jax.device_put(x, where)
+    host = np.asarray(x)
+    return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
+
+
+def with_shardings(shapes: Any, where: Any) -> Any:
+    """ShapeDtypeStructs of a tree, each with its sharding: what is compiled ahead of time."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where
+    )

@@ -1,0 +1,235 @@
+"""From a checkpoint to what a step needs: trained weights, frozen ones, and how they make a model."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from qwen3vl_jax.checkpoint.name_map import rows, tree_of
+from qwen3vl_jax.config import Config
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.model.quantized import Quantized
+from qwen3vl_jax.model.sharding import compiler_options, whole
+from qwen3vl_jax.model.structs import Params
+from qwen3vl_jax.model.transformer import init_params, stack_layers
+from qwen3vl_jax.training import param_groups
+from qwen3vl_jax.training.lora_targets import cut_lora
+from qwen3vl_jax.training.new_tokens import new_rows
+from qwen3vl_jax.training.optimizer import make_optimizer
+from qwen3vl_jax.training.param_groups import Flat
+from qwen3vl_jax.training.recipe import Recipe
+from qwen3vl_jax.training.stacked_load import layer_counts, load_stacked, place_of
+from qwen3vl_jax.training.state_sharding import (
+    check_mesh,
+    params_shardings,
+    put,
+    state_shardings,
+    with_shardings,
+)
+from qwen3vl_jax.training.train_step import TrainState, init_state, train_step
+from qwen3vl_jax.training.trainee import Join, Trainee
+
+Step = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+
+
+def prepare(
+    recipe: Recipe, cfg: Config, new_ids: Sequence[int] = (), mesh: Mesh | None = None
+) -> Trainee:
+    """The model that a run starts from, read or drawn, and cut; new_ids: of train.new_tokens.
+
+    Each array lies on the mesh as sharding.RULES say, and was read or drawn there.
+
+    Raises InputError for what does not fit the model, a mesh that does not divide it, and 8-bit weights
+    without LoRA.
+    """
+    check_mesh(mesh, cfg, shapes(cfg))
+    params = initial_params(recipe, cfg, mesh)
+    if recipe.lora.rank:
+        return spread(cut_lora(recipe, cfg, params), cfg, mesh)
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Quantized))
+    if any(isinstance(x, Quantized) for x in leaves):
+        raise InputError(
+            f"{recipe.ckpt}: holds 8-bit weights, which only LoRA can train over; set lora.rank"
+        )
+    if new_ids and recipe.init == "checkpoint":
+        params = new_rows(params, new_ids)
+    trainee = cut(recipe, cfg, params)
+    if new_ids and "embed" not in trainee.weights:
+        raise InputError(
+            "train.new_tokens: train.freeze holds embeddings, so they cannot be learned"
+        )
+    return spread(trainee, cfg, mesh)
+
+
+def spread(trainee: Trainee, cfg: Config, mesh: Mesh | None) -> Trainee:
+    """The same arrays, each where the mesh wants it. Raises InputError as sharding.shardings does."""
+    if mesh is None:
+        return trainee
+
+    def laid(flat: Flat) -> Flat:
+        where = params_shardings(mesh, cfg, flat)
+        return {n: put(x, where[n]) for n, x in flat.items()}
+
+    return trainee._replace(weights=laid(trainee.weights), frozen=laid(trainee.frozen))
+
+
+def initial_params(recipe: Recipe, cfg: Config, mesh: Mesh | None = None) -> Params:
+    """The parameters that a run starts from, layers stacked, each in the dtype it is held in.
+
+    recipe.init "checkpoint" reads them; "normal" draws them from initializer_range, "fan_in" with a
+    deviation of 1 / sqrt(inputs), without which a tower of a few hundred channels starts too quiet.
+    """
+    dtype_of = held_dtypes(recipe, cfg)
+    if recipe.init == "checkpoint":
+        eight_bit = recipe.lora.rank and recipe.lora.base in ("int8", "fp8")
+        weights = recipe.lora.base if eight_bit else None
+        return load_stacked(recipe.ckpt, dtype_of, weights, functools.partial(where_of, mesh, cfg))
+
+    unflatten = param_groups.flatten(tree_of_shapes(cfg))[1]
+
+    def make(key: jax.Array) -> Flat:
+        params = stack_layers(_rescaled(init_params(key, cfg), cfg, recipe.init))
+        return {
+            name: x.astype(dtype_of(name)) for name, x in param_groups.flatten(params)[0].items()
+        }
+
+    where = params_shardings(mesh, cfg, shapes(cfg)) if mesh else None
+    return unflatten(jax.jit(make, out_shardings=where)(jax.random.key(recipe.seed)))
+
+
+def where_of(mesh: Mesh | None, cfg: Config, name: str, x: Any) -> Any:
+    """The sharding of one array by its stacked name, None without a mesh."""
+    return params_shardings(mesh, cfg, {name: x})[name]
+
+
+def held_dtypes(recipe: Recipe, cfg: Config) -> Callable[[str], Any]:
+    """The dtype in which each parameter is held, by its stacked name: trained, or frozen.
+
+    Raises InputError for a group that train.freeze names and the model does not have.
+    """
+    if recipe.lora.rank:
+        plain = recipe.lora.base in ("float32", "bfloat16")
+        base = jnp.dtype(recipe.lora.base if plain else recipe.step.dtype)
+        return lambda name: base
+    stopped = param_groups.frozen_names(list(shapes(cfg)), recipe.train.freeze, _sparse(cfg))
+    held, still = jnp.dtype(recipe.step.weights), jnp.dtype(recipe.step.dtype)
+    return lambda name: still if name in stopped else held
+
+
+@functools.lru_cache(maxsize=4)
+def shapes(cfg: Config) -> Flat:
+    """{stacked name: fp32 ShapeDtypeStruct} of a model's parameters, to be read only.
+
+    From the converter's table: tracing the 94 layers of the largest model takes seconds.
+    """
+    return param_groups.flatten(tree_of_shapes(cfg))[0]
+
+
+def tree_of_shapes(cfg: Config) -> Params:
+    """`shapes` as the tree of parameters with stacked layers."""
+    leaves, counts = {}, layer_counts(cfg)
+    for row in rows(cfg):
+        place, layer = place_of(row.path)
+        lead = () if layer is None else (counts[str(place[0])],)
+        leaves[place] = jax.ShapeDtypeStruct((*lead, *row.shape), jnp.float32)
+    return tree_of(cfg, leaves)
+
+
+def _rescaled(params: Params, cfg: Config, kind: str) -> Params:
+    def rescale(path, x):
+        name = path[-1].key
+        if kind != "fan_in" or x.ndim < 2 or "bias" in name or name in ("embed", "pos"):
+            return x
+        fan_in = x[0].size if name in ("o", "weight") else x.shape[-1]
+        return x * (fan_in**-0.5 / cfg.text.initializer_range)
+
+    return jax.tree_util.tree_map_with_path(rescale, params)
+
+
+def cut(recipe: Recipe, cfg: Config, params: Params) -> Trainee:
+    """Which parameters are trained; each is cast to the dtype it is held in. Raises InputError."""
+    flat, unflatten = param_groups.flatten(params)
+    stopped = param_groups.frozen_names(list(flat), recipe.train.freeze, _sparse(cfg))
+    dtype_of = held_dtypes(recipe, cfg)
+    held = {name: x.astype(dtype_of(name)) for name, x in flat.items()}
+
+    def join(weights: Flat, frozen: Flat, key: Any = None) -> Params:
+        return unflatten({**weights, **frozen})
+
+    weights = {name: x for name, x in held.items() if name not in stopped}
+    return Trainee(weights, {name: held[name] for name in held if name in stopped}, join)
+
+
+def _sparse(cfg: Config) -> bool:
+    return bool(cfg.text.num_experts)
+
+
+def rule_of(recipe: Recipe, cfg: Config, weights: Flat) -> optax.GradientTransformation:
+    """The optimizer of the trained weights. Raises InputError for a train.rates of what is not trained."""
+    lora, every = recipe.lora, list(shapes(cfg))
+    why = (
+        f"LoRA trains lora.targets {list(lora.targets)} alone"
+        if lora.rank
+        else "train.freeze holds it"
+    )
+    param_groups.check_trained(recipe.train.rates, list(weights), every, why, _sparse(cfg))
+    factors = param_groups.learning_rates(list(weights), recipe.train.rates, _sparse(cfg))
+    return make_optimizer(recipe.optimizer, recipe.steps, factors)
+
+
+def first_state(recipe: Recipe, rule: optax.GradientTransformation, weights: Flat) -> TrainState:
+    """The state before the first step; trace it with jax.eval_shape for its shapes alone."""
+    key = jax.random.fold_in(jax.random.key(recipe.seed), 1)
+    return init_state(key, weights, rule, recipe.step, recipe.optimizer.ema)
+
+
+def shape_of_state(
+    recipe: Recipe, cfg: Config, rule: optax.GradientTransformation, weights: Flat,
+    mesh: Mesh | None = None,
+) -> TrainState:  # fmt: skip
+    """`first_state` as ShapeDtypeStructs, on a mesh with their shardings."""
+    state = jax.eval_shape(functools.partial(first_state, recipe, rule), weights)
+    return with_shardings(state, state_shardings(mesh, cfg, state)) if mesh else state
+
+
+def begin(
+    recipe: Recipe, cfg: Config, rule: optax.GradientTransformation, weights: Flat,
+    mesh: Mesh | None = None,
+) -> TrainState:  # fmt: skip
+    """`first_state` of weights that lie on a mesh; they are donated there."""
+    if mesh is None:
+        return first_state(recipe, rule, weights)
+    make = functools.partial(first_state, recipe, rule)
+    where = jax.tree.map(lambda x: x.sharding, shape_of_state(recipe, cfg, rule, weights, mesh))
+    return jax.jit(make, donate_argnums=0, out_shardings=where)(weights)
+
+
+def make_step(
+    recipe: Recipe, cfg: Config, rule: optax.GradientTransformation, join: Join,
+    state: TrainState | None = None, keep_unused: bool = False,
+) -> Step:  # fmt: skip
+    """The jitted step(state, frozen, packed) -> (state, metrics); the state is donated.
+
+    state: arrays or shapes with their shardings, which the new state has too; None on one device.
+    keep_unused: what the step does not read counts in its memory, as a run holds it all the same.
+    """
+    step = functools.partial(
+        train_step, cfg=cfg, step=recipe.step, optimizer=rule, join=join, ema=recipe.optimizer.ema
+    )
+    if state is None:
+        return jax.jit(step, donate_argnums=0)
+    where = jax.tree.map(lambda x: x.sharding, state)
+    mesh = where.step.mesh
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(where, whole(mesh)),
+        compiler_options=compiler_options(mesh),
+        keep_unused=keep_unused,
+    )

@@ -1,0 +1,228 @@
+"""One training step as a pure function: losses of packed rows, accumulation, the update.
+
+Dims as in layers.py; W rows of the ViT with P patches each, M micro batches a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, cast
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from qwen3vl_jax.config import Config
+from qwen3vl_jax.model import losses
+from qwen3vl_jax.model.attention import Dropout
+from qwen3vl_jax.model.structs import Params
+from qwen3vl_jax.model.transformer import row_mix, run_rows
+from qwen3vl_jax.model.vision import vision_encode
+from qwen3vl_jax.training.data.packing import PackedBatch
+from qwen3vl_jax.training.optimizer import apply_update, exact, named_key
+from qwen3vl_jax.training.param_groups import Flat
+from qwen3vl_jax.training.recipe import Step
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """Everything that a run changes; what is frozen is not in it. A checkpoint holds all of it."""
+
+    step: jax.Array  # int32, updates done
+    key: jax.Array  # uint32 [2], of the run; every step folds its number in
+    weights: Flat  # {name: array} of what is trained
+    optimizer: Any
+    rest: Flat | None  # int16, the lower halves of compensated bf16 weights
+    average: Flat | None  # fp32, moving average of the weights
+
+
+class Sums(NamedTuple):
+    """Sums over the tokens of one or several micro batches."""
+
+    answers: losses.TokenSums
+    seen: losses.TokenSums | None  # of vision rows, see PackedBatch.vision_labels
+    routers: losses.RouterSums | None  # [L ..]
+    balance: jax.Array  # balance loss times tokens
+
+
+def init_state(
+    key: jax.Array, weights: Flat, optimizer: optax.GradientTransformation, step: Step, ema: float
+) -> TrainState:
+    """A run before its first step; the optimizer's moments are fp32 whatever the weights are."""
+    compensated = step.weights == "bfloat16" and step.rounding == "compensated"
+
+    @jax.jit  # so that the fp32 copy that the optimizer looks at is never made
+    def rest(weights: Flat) -> tuple[Any, Flat | None, Flat | None]:
+        wide = {name: x.astype(jnp.float32) for name, x in weights.items()}
+        left = (
+            {n: jnp.zeros(x.shape, jnp.int16) for n, x in weights.items()} if compensated else None
+        )
+        return optimizer.init(wide), left, wide if ema else None
+
+    moments, left, average = rest(weights)
+    step_0 = jnp.zeros((), jnp.int32)
+    return TrainState(step_0, jax.random.key_data(key), weights, moments, left, average)
+
+
+def batch_sums(
+    params: Params, cfg: Config, packed: PackedBatch, step: Step, key: jax.Array | None = None
+) -> Sums:
+    """The sums of one packed batch, params stacked; key: of dropout, None is none (evaluation).
+
+    Computes in step.dtype whatever the weights are held in. Labels are moved one token to the left;
+    a sample's first token has weight 0, so nothing is predicted across samples.
+    """
+    batch, dtype = packed.batch, jnp.dtype(step.dtype)
+    features = None
+    if (vision := batch.vision) is not None:
+        vision = vision.replace(pixels=normalised(vision.pixels))
+        features = vision_encode(params, cfg, vision, dtype=dtype, remat=step.remat)
+    dropout = None
+    if key is not None and step.attention_dropout:
+        dropout = Dropout(named_key(key, "attention"), step.attention_dropout)
+    attended = batch.segment_ids > 0
+
+    def keep(x, kept, routed):
+        return None if routed is None else losses.router_sums(routed, attended)
+
+    x, routers = run_rows(
+        params, cfg, batch.replace(vision=None), features, row_mix(batch, dropout), keep, dtype,
+        step.remat,
+    )  # fmt: skip
+    given: Any = batch.labels
+    labels = jnp.pad(given[:, 1:], ((0, 0), (0, 1)), constant_values=losses.IGNORE)
+    weights = jnp.pad(packed.weights[:, 1:], ((0, 0), (0, 1)))
+    answers = losses.head_sums(params, cfg, x, labels, weights, step.loss_chunk)
+    seen, tokens = None, jnp.sum(attended)
+    if packed.vision_labels is not None and features is not None:
+        named = packed.vision_labels
+        even = jnp.ones(named.shape, jnp.float32)
+        seen = losses.head_sums(params, cfg, features.merged, named, even, step.loss_chunk)
+    balance = jnp.zeros((), jnp.float32)
+    if routers is not None:
+        balance = losses.balance_loss(routers, tokens) * tokens
+    return Sums(answers, seen, routers, balance)
+
+
+def normalised(pixels: jax.Array) -> jax.Array:
+    """Pixels as the ViT takes them: bytes are scaled to -1 .. 1, which is what the processor does.
+
+    uint8 x becomes (x / 255 - 0.5) / 0.5 in fp32: a quarter of the bytes to keep and to send.
+    """
+    return pixels.astype(jnp.float32) / 127.5 - 1 if pixels.dtype == jnp.uint8 else pixels
+
+
+class Totals(NamedTuple):
+    """What a step's sums are divided by, known before the first micro batch runs."""
+
+    weight: jax.Array  # of all target tokens
+    seen: jax.Array  # vision rows that have a label
+    tokens: jax.Array  # that are not padding
+
+
+def step_totals(packed: PackedBatch) -> Totals:
+    """Totals of one batch, or of micro batches with a leading axis."""
+    weights = jnp.where(packed.batch.labels == losses.IGNORE, 0.0, packed.weights)
+    named = packed.vision_labels
+    seen = jnp.zeros((), jnp.int32) if named is None else jnp.sum(named != losses.IGNORE)
+    tokens = jnp.sum(packed.batch.segment_ids > 0)
+    return Totals(jnp.maximum(jnp.sum(weights), 1e-9), jnp.maximum(seen, 1), jnp.maximum(tokens, 1))
+
+
+def total_loss(sums: Sums, totals: Totals, step: Step) -> jax.Array:
+    """The scalar that is minimised: its parts add up over micro batches.
+
+    The balance loss, a product of two means, is that of each micro batch, weighted by its tokens.
+    """
+    loss = (sums.answers.loss + step.z_loss * sums.answers.z) / totals.weight
+    if sums.seen is not None:
+        loss = loss + step.vision_labels * sums.seen.loss / totals.seen
+    return loss + step.balance_loss * sums.balance / totals.tokens
+
+
+def gradients(
+    weights: Flat, rebuild, cfg: Config, packed: PackedBatch, step: Step, key: jax.Array
+) -> tuple[Flat, Sums, Totals]:
+    """fp32 gradients of a step, [M ..] micro batches one after another: (gradients, sums, totals).
+
+    rebuild(weights, key) gives the whole parameter tree.
+    """
+    totals = step_totals(packed)
+
+    def loss(weights, micro, key):
+        sums = batch_sums(rebuild(weights, key), cfg, micro, step, key)
+        return total_loss(sums, totals, step), sums
+
+    def of(micro, i):
+        grads, sums = jax.grad(loss, has_aux=True)(weights, micro, jax.random.fold_in(key, i))
+        return {n: g.astype(jnp.float32) for n, g in grads.items()}, sums
+
+    def take(i):
+        return jax.tree.map(lambda x: x[i], packed)
+
+    if len(packed.weights) == 1:
+        return *of(take(0), 0), totals
+
+    def body(carry, xs):
+        return jax.tree.map(jnp.add, carry, of(*xs)), None
+
+    shapes = jax.eval_shape(of, take(0), 0)
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    count = jnp.arange(len(packed.weights))
+    (grads, sums), _ = jax.lax.scan(body, zero, (packed, count))
+    return grads, sums, totals
+
+
+def train_step(
+    state: TrainState, frozen: Mapping[str, Any], packed: PackedBatch, *, cfg: Config, step: Step,
+    optimizer: optax.GradientTransformation, join, ema: float,
+) -> tuple[TrainState, dict[str, jax.Array]]:  # fmt: skip
+    """One update from micro batches [M ..]: (new state, metrics). Jit it and donate the state.
+
+    join(weights, frozen, key) makes the parameter tree, stacked.
+    """
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    rebuild = lambda weights, key: join(weights, frozen, key)  # noqa: E731
+    grads, sums, totals = gradients(state.weights, rebuild, cfg, packed, step, key)
+    new = updated(state, grads, optimizer, ema, named_key(key, "rounding"))
+    return new, step_metrics(sums, totals) | {"grad_norm": optax.tree.norm(grads)}
+
+
+def updated(
+    state: TrainState, grads: Flat, optimizer: optax.GradientTransformation, ema: float,
+    key: jax.Array,
+) -> TrainState:  # fmt: skip
+    """The state after one update with fp32 gradients; key: of stochastic rounding."""
+    updates, moments = optimizer.update(grads, state.optimizer, state.weights)
+    updates, rests = cast(Flat, updates), state.rest or {}
+    pairs = {n: apply_update(n, w, updates[n], key, rests.get(n)) for n, w in state.weights.items()}
+    average = state.average and {
+        n: ema * old + (1 - ema) * exact(*pairs[n]) for n, old in state.average.items()
+    }
+    return state.replace(
+        step=state.step + 1,
+        weights={n: new for n, (new, _) in pairs.items()},
+        optimizer=moments,
+        rest=state.rest and {n: rest for n, (_, rest) in pairs.items()},
+        average=average,
+    )
+
+
+def step_metrics(sums: Sums, totals: Totals) -> dict[str, jax.Array]:
+    """Means of the parts of the loss, and what the routers did."""
+    out = {
+        "loss": sums.answers.loss / totals.weight,
+        "accuracy": sums.answers.correct / jnp.maximum(sums.answers.tokens, 1),
+        "targets": sums.answers.tokens,
+        "tokens": totals.tokens,
+    }
+    if sums.seen is not None:
+        out["vision_loss"] = sums.seen.loss / totals.seen
+    if sums.routers is not None:
+        load = jnp.sum(sums.routers.chosen, 1)  # [L E]
+        load = load / jnp.maximum(jnp.sum(load, -1, keepdims=True), 1)
+        even = load * load.shape[-1]  # 1: as many tokens as an even share
+        out |= {"balance_loss": sums.balance / totals.tokens}
+        out |= {"expert_load_max": jnp.max(even), "expert_load_min": jnp.min(even)}
+        out |= {"expert_load": jnp.mean(even, 0)}
+    return out
