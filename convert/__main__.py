@@ -18,9 +18,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from convert.from_run import CHECKPOINTS, Wanted, run_to_hf
-from convert.to_hf import SHARD_SIZE, to_hf
-from convert.to_orbax import Progress, to_orbax
+from convert import SHARD_SIZE, Progress
 from qwen3vl_jax.checkpoint.config_files import PARAMS
 from qwen3vl_jax.checkpoint.digests import DamagedError, saved_trees
 from qwen3vl_jax.checkpoint.hf_reader import LAYOUTS
@@ -118,7 +116,7 @@ def _verify(directory: Path) -> None:
 
     trees, problems, count, total = [directory / PARAMS], [], 0, 0
     if is_run(directory):
-        from qwen3vl_jax.training.run_dir import saved_steps
+        from qwen3vl_jax.training.run_dir import CHECKPOINTS, saved_steps
 
         steps = [directory / CHECKPOINTS / str(step) for step in saved_steps(directory)]
         trees = [step / name for step in steps for name in saved_trees(step)]
@@ -155,10 +153,17 @@ def _to_hf(options: argparse.Namespace, source: Path, progress: Progress) -> tup
     if option := "--weights" if options.weights else "--merge" if options.merge else "":
         raise InputError(f"{option}: the way back writes what CKPT_DIR holds; leave it out")
     if is_run(source):
-        wanted = Wanted(options.step, options.adapter, options.raw)
+        with signals_later():
+            from convert.from_run import run_to_hf
+            from qwen3vl_jax.training.run_params import SavedStep
+
+        wanted = SavedStep(options.step, options.adapter, options.raw)
         size = options.max_shard_size
         return run_to_hf(source, options.out, wanted, options.force, size, progress)
     _check_no_run_options(options)
+    with signals_later():
+        from convert.to_hf import to_hf
+
     return *to_hf(source, options.out, options.force, options.max_shard_size, progress), ""
 
 
@@ -166,6 +171,9 @@ def _to_orbax(options: argparse.Namespace, source: Path, progress: Progress):
     _check_no_run_options(options)
     if is_run(source):
         raise InputError(f"{source}: a run of train.py, expected a checkpoint; give --to-hf first")
+    with signals_later():
+        from convert.to_orbax import to_orbax
+
     layout, weights, merge = options.expert_layout, options.weights, options.merge
     return *to_orbax(source, options.out, options.force, layout, progress, weights, merge), ""
 

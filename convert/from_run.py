@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from convert.to_hf import SHARD_SIZE, write_files
-from convert.to_orbax import Progress
+from convert import SHARD_SIZE, Progress
+from convert.to_hf import write_files
 from qwen3vl_jax.checkpoint.config_files import copy_files
 from qwen3vl_jax.checkpoint.peft_io import save_adapter
 from qwen3vl_jax.config import Config

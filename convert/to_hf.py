@@ -13,15 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from convert.to_orbax import Progress
+from convert import SHARD_SIZE, Progress
 from qwen3vl_jax.checkpoint.config_files import PARAMS, copy_files, read_config
 from qwen3vl_jax.checkpoint.fp8 import SUFFIX, scale_shape
 from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, LazyTensor, TreePath
 from qwen3vl_jax.checkpoint.name_map import Block, Row, rows
+from qwen3vl_jax.checkpoint.orbax_io import read_in_order, stored_tensors
 from qwen3vl_jax.checkpoint.validate import check_stored, stored_kind
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.runtime.console import signals_later
 from qwen3vl_jax.storage.atomic_dir import check_apart, staged
 from qwen3vl_jax.storage.json_text import write_json
 from qwen3vl_jax.storage.remote_files import new_file
@@ -32,7 +32,6 @@ from qwen3vl_jax.storage.safetensors_files import (
     side_files,
 )
 
-SHARD_SIZE = 5_000_000_000
 Sink = Callable[[TreePath, np.ndarray], Any]
 
 
@@ -65,9 +64,6 @@ def to_hf(
     cfg = Config.from_hf(source)
     if not (source / PARAMS).is_dir():
         raise InputError(f"{source}: holds no {PARAMS}, expected an Orbax checkpoint of convert")
-    with signals_later():
-        from qwen3vl_jax.checkpoint.orbax_io import read_in_order, stored_tensors
-
     stored = stored_tensors(source / PARAMS)
     block = check_stored(source, cfg, stored, read_config(source))
     if stored_kind(stored) == "int8":

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
+from convert import Progress
 from qwen3vl_jax.checkpoint.adapters import merged
 from qwen3vl_jax.checkpoint.config_files import PARAMS, copy_files
 from qwen3vl_jax.checkpoint.hf_reader import open_hf
 from qwen3vl_jax.checkpoint.int8 import quantised
 from qwen3vl_jax.checkpoint.name_map import tree_of
+from qwen3vl_jax.checkpoint.orbax_io import write_tree
 from qwen3vl_jax.checkpoint.peft_io import load_adapter
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.runtime.console import signals_later
 from qwen3vl_jax.storage.atomic_dir import check_apart, staged
 from qwen3vl_jax.storage.paths import for_orbax
 from qwen3vl_jax.storage.safetensors_files import side_files
-
-Progress = Callable[[int, int], None]  # (bytes just done, bytes in all)
 
 
 def to_orbax(
@@ -52,9 +50,6 @@ def to_orbax(
         )
     total = sum(leaf.nbytes for leaf in leaves.values())
     with staged(out, force, needs=total) as stage:
-        with signals_later():
-            from qwen3vl_jax.checkpoint.orbax_io import write_tree
-
         write_tree(stage / PARAMS, tree_of(cfg, leaves), lambda done: progress(done, total))
         copy_files(source, side_files(source), stage, fp8=weights == "fp8")
     return len(leaves), total

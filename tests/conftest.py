@@ -39,16 +39,16 @@ HAS_TORCH = importlib.util.find_spec("torch") is not None
 
 
 def _torch_files() -> list[str]:
-    """The files of this directory that import torch, transformers, or another such file."""
+    """The files of the tests that import torch, transformers, or another such file."""
     names = {"torch", "transformers"}
     imports = {
         path: set(re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.MULTILINE))
-        for path in sorted(Path(__file__).parent.glob("*.py"))
+        for path in sorted(Path(__file__).parent.rglob("*.py"))
         if path.name != "conftest.py"
     }
     for _ in imports:
         names |= {path.stem for path, found in imports.items() if found & names}
-    return [path.name for path in imports if path.stem in names]
+    return [str(path) for path in imports if path.stem in names]
 
 
 # torch is an extra, and not built for every Python: without it the tests that compare with it are

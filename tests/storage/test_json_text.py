@@ -23,7 +23,7 @@ from qwen3vl_jax.storage.json_text import (
     write_json,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DEEP = "[" * 100_000
 REFUSED = {
     DEEP: "nested",

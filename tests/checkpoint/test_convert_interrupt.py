@@ -20,7 +20,7 @@ from qwen3vl_jax import InputError
 from qwen3vl_jax.loading import load
 from qwen3vl_jax.storage import atomic_dir
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # Runs a conversion that says when it is half done, then waits to be killed.
 CHILD = """
 import sys, time

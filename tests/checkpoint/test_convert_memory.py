@@ -16,7 +16,7 @@ from qwen3vl_jax import Config
 from qwen3vl_jax.checkpoint.name_map import rows
 from qwen3vl_jax.released import released_config
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MIB = 2**20
 CHILD = """
 import ctypes, gc, json, sys, threading, time

@@ -25,7 +25,7 @@ from qwen3vl_jax.training import (
 from qwen3vl_jax.training.mesh_preset import preset
 from qwen3vl_jax.training.recipe import Mesh, Pack, Recipe
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 LAYS_OUT = {"sharding.py", "training/stacked.py"}  # the second takes the layers' axis from a layout

@@ -235,7 +235,7 @@ def test_a_turned_or_mirrored_clip_is_upright(tmp_path):
 
 def test_colours(tmp_path):
     """What the file says of its matrix and range holds, which av before 17 does not read."""
-    needs = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    needs = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     (floor,) = (need for need in needs["dependencies"] if need.startswith("av>="))
     assert float(floor.removeprefix("av>=")) >= 17 <= float(av.__version__[:2])
     for name, codec, matrix, full in (
@@ -585,7 +585,7 @@ def test_memory_does_not_grow_with_the_clip(tmp_path):
             preset="ultrafast",
         )  # fmt: skip
         done = subprocess.run(
-            [sys.executable, "-c", LONG, str(path)], cwd=Path(__file__).parents[1],
+            [sys.executable, "-c", LONG, str(path)], cwd=Path(__file__).parents[2],
             capture_output=True, text=True, check=True,
         )  # fmt: skip
         frames, peak = map(int, done.stdout.split())

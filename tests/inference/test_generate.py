@@ -255,7 +255,7 @@ print("buckets", len(touched), "compiled", counts, "again", len(compiled) - seen
 
 
 def test_twenty_sizes_compile_once_a_bucket_and_twenty_more_nothing():
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     code = COUNT.format(path=[str(here), str(here.parent)])
     out = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, timeout=300

@@ -13,7 +13,7 @@ import pytest
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.planning import chips
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import train_files
 from qwen3vl_jax.training.reporting.metrics_table import read_table
 from qwen3vl_jax.training.run_dir import saved_steps
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 STEPS = train_files.RECIPE["steps"]
 
 

@@ -29,7 +29,7 @@ from qwen3vl_jax.checkpoint.save import save_params
 from qwen3vl_jax.loading import load
 from qwen3vl_jax.model.quantized import Quantized, dense
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 KINDS = {"dense": ("base", False), "moe": ("base", True), "tied": ("tied", False),
          "biases": ("attention_bias", False)}  # fmt: skip
 # For each quantised array of a tree the axes that its scales do not have (their size is 1); experts are

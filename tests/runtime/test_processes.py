@@ -21,7 +21,7 @@ from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.runtime import distributed as processes
 from qwen3vl_jax.training.reporting.metrics_table import read_table
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 STEPS = 20
 PACK = {"rows": 8, "vision_rows": 8, "groups": 8}
 SHARED = {"pack": PACK, "optimizer": {"ema": 0.0}, "steps": STEPS}

@@ -42,7 +42,7 @@ WARNING = "W1128 18:00:03.1 1 gemm.cc:1] native\n"
 )
 def test_what_passes(end, words, code, err):
     command = [sys.executable, "-c", SCRIPT, end, words]
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     found = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert (found.returncode, found.stdout) == (code, "out\nnative out\n")
     if end == "well":

@@ -32,7 +32,7 @@ from qwen3vl_jax.planning import (
 from qwen3vl_jax.training import recipe
 from qwen3vl_jax.training.mesh_preset import preset
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_compilers_words_become_numbers():

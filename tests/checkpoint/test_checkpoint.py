@@ -24,7 +24,7 @@ from qwen3vl_jax.loading import load
 from qwen3vl_jax.storage import atomic_dir
 from qwen3vl_jax.storage.hub import resolve
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 KINDS = {"dense": ("base", False), "moe": ("base", True), "tied": ("tied", False),
          "no_taps": ("no_taps", False)}  # fmt: skip
 

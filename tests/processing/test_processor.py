@@ -306,7 +306,7 @@ def test_hub_ids(proc, tmp_path, monkeypatch):
     with hub.serve({"Qwen/Tiny": {"main": Path(main), "v2": Path(other)}}) as server:
         environment = {**os.environ, **home, "HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0"}
         done = subprocess.run(
-            [sys.executable, "-c", code], cwd=Path(__file__).parents[1], env=environment,
+            [sys.executable, "-c", code], cwd=Path(__file__).parents[2], env=environment,
             capture_output=True, text=True, check=False,
         )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
@@ -376,4 +376,4 @@ def test_no_jax_is_imported(tmp_path):
         "p.inputs([{'role': 'user', 'content': 'hi'}])\n"
         "assert not {'jax', 'flax', 'torch', 'transformers'} & set(sys.modules), 'imported'\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
