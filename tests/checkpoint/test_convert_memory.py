@@ -60,10 +60,7 @@ print(json.dumps({name: watch(step) for name, step in steps.items()}))
 
 
 def test_memory_is_bounded(tmp_path):
-    """Peaks above the start: both directions a group (64 MiB) and two tensors, loads also the weights.
-
-    int8 also runs the layers, one at a time, to measure what it changes, and compiles them for that.
-    """
+    """Peaks above the start: both directions a group (64 MiB) and two tensors, loads also the weights."""
     raw = released_config("2b")
     raw["text_config"] |= {"vocab_size": 8_000, "hidden_size": 1024, "num_hidden_layers": 6}
     raw["text_config"] |= {"intermediate_size": 3072, "num_attention_heads": 8}
@@ -98,7 +95,7 @@ def test_memory_is_bounded(tmp_path):
     bound = 2 * largest + 128 * MIB
     assert peaks["to_orbax"] < bound
     assert peaks["to_hf"] < bound
-    assert peaks["to_int8"] < bound + 256 * MIB
+    assert peaks["to_int8"] < bound + 128 * MIB
     # On a CPU the device's memory is the host's, so the weights themselves count.
     assert peaks["load_hf"] < total + bound
     assert peaks["load_orbax"] < total + bound

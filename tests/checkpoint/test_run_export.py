@@ -12,7 +12,7 @@ from hf_files import assert_same, read
 
 import convert.__main__ as command
 import qwen3vl_jax as q3
-from convert.from_run import Wanted, run_to_hf
+from convert.from_run import run_to_hf
 from qwen3vl_jax.checkpoint.adapters import attach, merge
 from qwen3vl_jax.checkpoint.peft_io import load_adapter
 from qwen3vl_jax.errors import InputError
@@ -21,6 +21,7 @@ from qwen3vl_jax.training.checkpoints import Checkpoints
 from qwen3vl_jax.training.lora_targets import adapter_of
 from qwen3vl_jax.training.model_files import open_model, write_model_files
 from qwen3vl_jax.training.resume import plain
+from qwen3vl_jax.training.run_params import SavedStep
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +135,9 @@ def test_lora_is_merged_or_written_as_an_adapter(tmp_path, ckpt, base):
     out, settings = saved(tmp_path / "d", ckpt, grown, lora=lora, optimizer={"ema": 0.0})
     cfg = q3.Config.from_hf(ckpt)
     run_to_hf(out, tmp_path / "hf")
-    assert run_to_hf(out, tmp_path / "peft", Wanted(adapter=True))[2] == "step 10, PEFT adapter, "
+    assert (
+        run_to_hf(out, tmp_path / "peft", SavedStep(adapter=True))[2] == "step 10, PEFT adapter, "
+    )
     weights, adapter = load_adapter(tmp_path / "peft", cfg)
     trainee = train_model.prepare(settings, cfg)
     for name, x in grown(trainee.weights).items():

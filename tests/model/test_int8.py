@@ -3,8 +3,6 @@
 import functools
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import fp8_files as fp8
@@ -17,13 +15,14 @@ import pytest
 import tiny
 
 import qwen3vl_jax as q3
+from benchmarks import int8_error
 from benchmarks.int8_error import logit_error
 from convert.__main__ import main
 from convert.to_orbax import to_orbax
 from qwen3vl_jax import Config, InputError
 from qwen3vl_jax.checkpoint import int8
 from qwen3vl_jax.checkpoint.device_load import as_dicts
-from qwen3vl_jax.checkpoint.lazy_tensor import at_path, flatten
+from qwen3vl_jax.checkpoint.lazy_tensor import at_path, eight_bit, flatten
 from qwen3vl_jax.checkpoint.name_map import from_hf, rows
 from qwen3vl_jax.checkpoint.save import save_params
 from qwen3vl_jax.loading import load
@@ -88,20 +87,15 @@ def test_formula_and_what_it_is_for(kind):
         assert (got.dtype, got.tobytes()) == (plain[path].dtype, plain[path].tobytes()), path
 
 
-def test_every_form_gives_the_same(kind, tmp_path, caplog):
+def test_every_form_gives_the_same(kind, tmp_path):
     """Rounded while loading files or an Orbax directory, loaded as int8, saved and loaded."""
     _, _, source, directory = kind
     params, cfg = load(directory)
     to_orbax(source, tmp_path / "bf16")
-    assert caplog.text == ""
-    for number, form in enumerate((source, tmp_path / "bf16")):
+    for form in (source, tmp_path / "bf16"):
         assert bits(load(form, weights="int8")[0]) == bits(params)
-        assert len(re.findall(LINE, caplog.text)) == number + 1
-    first, second = (float(record.args[1].rms) for record in caplog.records)
-    assert first == pytest.approx(second, rel=1e-3)  # one measurement, both ways
     save_params(tmp_path / "saved", params, cfg)
     assert bits(load(tmp_path / "saved", weights="int8")[0]) == bits(params)
-    assert len(caplog.records) == 2  # what is int8 already is not measured again
 
 
 def test_logits_and_dtype(kind):
@@ -213,26 +207,30 @@ def test_error_grows_with_the_difference():
     assert re.fullmatch(LINE.removeprefix("int8: "), str(much))
 
 
-def test_without_a_head_hidden_states_are_compared(tmp_path, caplog):
+def test_without_a_head_hidden_states_are_compared():
     """A base model has no logits; the line says so."""
     raw, tensors = hf.small()
-    del tensors["lm_head.weight"]
-    to_orbax(hf.write(tmp_path / "hf", raw, tensors), tmp_path / "int8", weights="int8")
-    assert re.search(r"int8: final hidden states differ by \d\.\d\d% rms \(\S+ of the largest at most\)$",
-                     caplog.text, re.MULTILINE)  # fmt: skip
+    head = tensors.pop("lm_head.weight")
+    cfg = Config.from_hf(raw)
+    tree = from_hf(cfg, tensors | {"lm_head.weight": head})
+    del tree["head"]
+    changed = {**tree, "norm": tree["norm"] * 1.1}
+    line = str(logit_error(cfg, reader(tree), reader(changed)))
+    assert re.fullmatch(
+        r"final hidden states differ by \S+% rms \(\S+ of the largest at most\)", line
+    )
 
 
-def test_command_line_prints_one_line(tmp_path):
-    """python -m convert --weights int8: the measured line on stderr, and a config.json as it was."""
+def test_command_line_rounds_and_keeps_the_config(tmp_path, capsys):
+    """python -m convert --weights int8 writes 8-bit weights; the benchmark prints their error."""
     raw, tensors = hf.small()
     source = hf.write(tmp_path / "hf", raw, tensors)
-    command = [sys.executable, "-W", "error", "-m", "convert", source, tmp_path / "int8"]
-    done = subprocess.run(
-        [*command, "--weights", "int8"], capture_output=True, text=True, cwd=ROOT, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert len(re.findall(rf"^{tmp_path}/int8: {LINE}$", done.stderr, re.MULTILINE)) == 1
+    assert main([str(source), str(tmp_path / "int8"), "--weights", "int8"]) == 0
     assert (tmp_path / "int8" / "config.json").read_text() == (source / "config.json").read_text()
+    assert eight_bit(dict(flatten(as_dicts(load(tmp_path / "int8")[0]))))
+    capsys.readouterr()
+    int8_error.main(str(source))
+    assert re.fullmatch(LINE.removeprefix("int8: ") + "\n", capsys.readouterr().out)
 
 
 # ---- what is refused ----

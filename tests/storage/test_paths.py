@@ -185,14 +185,14 @@ def test_a_stopped_convert_leaves_nothing_loadable(bucket, local, direction, mon
         killed.update(bucket.objects)
         raise RuntimeError("stopped")
 
-    monkeypatch.setattr("qwen3vl_jax.storage.atomic_dir.copy_file", stop)
+    monkeypatch.setattr("qwen3vl_jax.checkpoint.config_files.copy_file", stop)
     with pytest.raises(RuntimeError, match="stopped"):
         convert([*flags, str(source), out])
     assert not bucket.objects and len(killed) > 1
     bucket.objects.update(killed)
     with pytest.raises(InputError, match=r"config\.json"):
         q3.load(out)
-    monkeypatch.setattr("qwen3vl_jax.storage.atomic_dir.copy_file", copied)
+    monkeypatch.setattr("qwen3vl_jax.checkpoint.config_files.copy_file", copied)
     bucket.put("bucket/out/rest", b"of the killed one")
     assert convert([*flags, str(source), out]) == 0
     assert "rest" not in held(bucket, "out")
