@@ -1,5 +1,6 @@
 """The house: what is installed works outside the clone, and the package keeps to its own rules."""
 
+import ast
 import importlib
 import re
 import subprocess
@@ -16,12 +17,37 @@ SOURCES = sorted(
     for path in (ROOT / folder).glob("**/*.py" if folder != "." else "*.py")
 )
 NUMPY_ONLY = (
-    "qwen3vl_jax.errors",
     "qwen3vl_jax.config",
-    "qwen3vl_jax.processing",
-    "convert",
+    "qwen3vl_jax.processing.processor",
+    "qwen3vl_jax.processing.media",
+    "qwen3vl_jax.storage.hub",
+    "qwen3vl_jax.cli.infer_arguments",
+    "convert.__main__",
+    "infer",
     "train",
 )
+# What each folder may import. A folder's own modules and those of "errors" are open to it.
+CONFIG = {"config", "config_checks", "rope_config", "released"}
+PURE = {"model", *CONFIG, "storage"}
+LIBRARY = {*PURE, "processing", "checkpoint", "inference", "training", "runtime"}
+MAY_IMPORT = {
+    "errors": set(),
+    "version": set(),
+    "storage": set(),
+    "runtime": set(),
+    "config": {*CONFIG, "storage"},
+    "model": CONFIG,
+    "processing": PURE,
+    "checkpoint": PURE,
+    "inference": {"model", "processing", *CONFIG},
+    "training": LIBRARY,
+    "planning": LIBRARY,
+    "loading": LIBRARY,
+    "lora": {"checkpoint"},
+    "cli": {*LIBRARY, "planning", "loading", "__init__"},
+    "__init__": {*LIBRARY, "loading", "version"},
+    "__main__": {*LIBRARY, "version"},
+}
 
 
 def in_tests(path: Path) -> bool:
@@ -118,3 +144,80 @@ def test_sources_are_ascii_and_leaf_linen():
         if not in_tests(path):
             assert not re.search(r"\bnnx\b|\bnn\.(scan|remat|vmap|jit)\b", text), path
             assert "transformers" not in re.findall(r"^\s*(?:import|from) (\w+)", text, re.M), path
+
+
+def own_imports(path: Path) -> list[tuple[str, bool]]:
+    """(module of the package or of convert, whether a function imports it) of a source's imports."""
+    tree, found = ast.parse(path.read_text()), []
+    inside = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        for node in ast.walk(function)
+    }
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        ours = [name for name in names if name.split(".")[0] in ("qwen3vl_jax", "convert")]
+        found += [(name, id(node) in inside) for name in ours]
+    return found
+
+
+def module_of(name: str) -> str:
+    """The module's file that an imported name is, or is in."""
+    parts = name.split(".")
+    while parts and not (ROOT / Path(*parts)).with_suffix(".py").exists():
+        parts.pop()
+    return ".".join(parts) or name.split(".")[0]
+
+
+def folder_of(module: str) -> str:
+    """The folder of a module of the package, or its name where it lies at the top."""
+    inner = module.split(".")[1:]
+    name = inner[0] if inner else "__init__"
+    return "config" if name in CONFIG else name
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name."""
+    paths = (path for path in SOURCES if path.is_relative_to(ROOT / "qwen3vl_jax"))
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in paths}
+
+
+def test_folders_import_downwards():
+    """The table of imports, and no import of convert: whoever reads a folder reads nothing above it."""
+    wrong = []
+    for name, path in modules().items():
+        own = folder_of(name.removesuffix(".__init__"))
+        for imported, _ in own_imports(path):
+            target = folder_of(module_of(imported))
+            if imported.startswith("convert") or target not in MAY_IMPORT[own] | {own, "errors"}:
+                wrong.append(f"{name} imports {imported}")
+    assert not wrong
+
+
+def test_no_circle():
+    """Each module can be put above all that it imports."""
+    graph = {
+        name: {module_of(imported) for imported, _ in own_imports(path)} - {name}
+        for name, path in modules().items()
+    }
+    while free := [name for name, needs in graph.items() if not needs & graph.keys()]:
+        for name in free:
+            del graph[name]
+    assert not graph, sorted(graph)
+
+
+def test_imports_stand_at_the_top():
+    """Functions import nothing of our own, but in cli/, which answers a bad option before jax is there."""
+    late = [
+        f"{name}: {imported}"
+        for name, path in modules().items()
+        if folder_of(name) not in ("cli", "__main__")
+        for imported, inside in own_imports(path)
+        if inside
+    ]
+    assert late == ["qwen3vl_jax.model.attention: qwen3vl_jax.model.attention_tpu"]

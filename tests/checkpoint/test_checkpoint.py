@@ -236,7 +236,7 @@ def test_command_line_folds_lines(tmp_path, capsys):
 # ---- Hub ids, against a server on this machine ----
 ASK = """
 import sys
-from qwen3vl_jax.checkpoint import resolve
+from qwen3vl_jax.storage.hub import resolve
 from qwen3vl_jax.errors import InputError
 assert "jax" not in sys.modules
 for line in sys.stdin:

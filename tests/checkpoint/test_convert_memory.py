@@ -24,7 +24,7 @@ from pathlib import Path
 import jax, orbax.checkpoint
 from convert.to_hf import to_hf
 from convert.to_orbax import to_orbax
-from qwen3vl_jax.checkpoint import load
+from qwen3vl_jax.loading import load
 
 def anonymous():
     with open("/proc/self/status") as status:

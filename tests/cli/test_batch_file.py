@@ -293,8 +293,8 @@ def test_an_answer_that_is_no_answer(demo, tmp_path, monkeypatch, capsys):
 
 BLOCKED = """
 import hashlib, sys, threading, time
-from qwen3vl_jax.batch_file import _ahead
-from qwen3vl_jax.cli import one_line_errors, sigterm_interrupts
+from qwen3vl_jax.cli.batch import _ahead
+from qwen3vl_jax.runtime.console import one_line_errors, sigterm_interrupts
 
 def hangs(line):
     print("begun", flush=True)

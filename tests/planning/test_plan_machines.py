@@ -160,7 +160,7 @@ from qwen3vl_jax.planning import chips
 machines = [chips.read_machine(f"{n}:{c.sizes}") for n, c in chips.CHIPS.items() if c.platform == "tpu"]
 chips.prepare_environment(machines[0])
 from qwen3vl_jax.planning.topology import devices_of
-from qwen3vl_jax.sharding import make_mesh
+from qwen3vl_jax.model.sharding import make_mesh
 for machine in machines:
     print(machine, make_mesh({"fsdp": machine.devices}, devices_of(machine)).size == machine.devices)
 """

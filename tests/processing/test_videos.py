@@ -570,7 +570,7 @@ def test_users_cannot_smuggle_a_clip_in(proc):
 
 LONG = """
 import resource, sys
-from qwen3vl_jax.processing.videos import preprocess_video
+from qwen3vl_jax.processing.video_patches import preprocess_video
 rows, grid, used = preprocess_video(sys.argv[1], fps=2, max_pixels=2000000)
 print(len(used.indices), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """

@@ -9,7 +9,7 @@ import pytest
 
 SCRIPT = """
 import logging, os, sys
-from qwen3vl_jax.native_output import tidy_output
+from qwen3vl_jax.runtime.native_output import tidy_output
 tidy_output(lambda words: "error: gone" if "unhealthy" in words else "", 4)
 print("out")
 print("err", file=sys.stderr)
