@@ -21,6 +21,7 @@ from qwen3vl_jax.config_checks import (
     warn_of_misplaced,
 )
 from qwen3vl_jax.errors import InputError, shown
+from qwen3vl_jax.released import released_config
 from qwen3vl_jax.rope_config import RopeConfig, read_rope
 from qwen3vl_jax.storage.json_text import read_json, read_json_file, write_json
 from qwen3vl_jax.storage.paths import as_path
@@ -154,8 +155,6 @@ class Config:
     @classmethod
     def named(cls, size: str) -> Config:
         """The config of a released size: 2b, 4b, 8b, 32b, 30b-a3b or 235b-a22b."""
-        from qwen3vl_jax.released import released_config
-
         return cls.from_hf(released_config(size))
 
     def to_hf(self) -> dict[str, Any]:

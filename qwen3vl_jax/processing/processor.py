@@ -44,6 +44,7 @@ from qwen3vl_jax.processing.messages import (
 from qwen3vl_jax.processing.parse_reply import Reply, parse_reply
 from qwen3vl_jax.processing.tokenizer import Tokenizer
 from qwen3vl_jax.processing.video_patches import VideoSettings
+from qwen3vl_jax.storage.hub import resolve
 from qwen3vl_jax.storage.json_text import write_json
 
 if TYPE_CHECKING:
@@ -82,8 +83,6 @@ class Processor:
         one of the checkpoint's. revision: branch, tag or commit of a Hub id, whose weights are
         fetched too. Raises InputError that names what is missing or does not fit.
         """
-        from qwen3vl_jax.storage.hub import resolve
-
         directory = model_folder(resolve(source, revision))
         config = Config.from_hf(directory)
         tokenizer = Tokenizer.from_pretrained(directory)
@@ -189,9 +188,10 @@ class Processor:
 
         Raises InputError.
         """
-        arrays = self.inputs(conversations, **options)
+        # A Batch holds jax arrays; all else here is numpy, for workers and checks without jax.
         from qwen3vl_jax.processing.batch import make_batch
 
+        arrays = self.inputs(conversations, **options)
         return make_batch(
             self.config,
             input_ids=arrays["input_ids"],

@@ -12,6 +12,7 @@ from qwen3vl_jax.storage.atomic_dir import CONFIG, staged
 from qwen3vl_jax.storage.hub import resolve
 from qwen3vl_jax.storage.paths import is_remote, remove_tree
 from qwen3vl_jax.storage.safetensors_files import side_files
+from qwen3vl_jax.training.new_tokens import add_tokens
 from qwen3vl_jax.training.recipe import Recipe
 
 
@@ -31,8 +32,6 @@ def write_model_files(recipe: Recipe, target: Path) -> None:
     with staged(target, force=True) as stage:
         copy_files(source, side_files(source, leave_out=[PARAMS]), stage)
         if recipe.train.new_tokens:
-            from qwen3vl_jax.training.new_tokens import add_tokens
-
             rows = Config.from_hf(source).text.vocab_size
             add_tokens(source, stage, recipe.train.new_tokens, rows)
 

@@ -22,6 +22,7 @@ from qwen3vl_jax.processing.tokenizer import Tokenizer
 from qwen3vl_jax.storage.paths import as_path, kind
 from qwen3vl_jax.training import train_model
 from qwen3vl_jax.training.checks import check_sources
+from qwen3vl_jax.training.data.feed import Feed, Refusal, check_answers, survey
 from qwen3vl_jax.training.model_files import open_model, write_model_files
 from qwen3vl_jax.training.recipe import Recipe
 from qwen3vl_jax.training.reporting import memory_estimate
@@ -66,12 +67,6 @@ def dry_run(recipe: Recipe, console: Console | None = None) -> None:
 
 def _survey(recipe: Recipe, proc: Processor, console: Console) -> list[InputError]:
     """Names what training and evaluation leave out; gives why a run would refuse either."""
-    from qwen3vl_jax.training.data.feed import (
-        Feed,
-        Refusal,
-        check_answers,
-        survey,
-    )
 
     def tell(refusal: Refusal) -> None:
         _say(console, f"left out: {refusal.name}: {' '.join(refusal.reason.split())}")
@@ -149,8 +144,6 @@ def _memory(recipe: Recipe, cfg: Config, parts: memory_estimate.Held) -> Table:
 
 def _draw(recipe: Recipe, proc: Processor) -> tuple[list[Any], int]:
     """Some batches as the run would draw them, and how many records the sources have."""
-    from qwen3vl_jax.training.data.feed import Feed
-
     feed = Feed(dataclasses.replace(recipe.data, workers=0), recipe.pack, proc, recipe.seed)
     try:
         drawn = list(itertools.islice(feed, _BATCHES))

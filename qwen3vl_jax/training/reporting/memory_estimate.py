@@ -15,6 +15,7 @@ from qwen3vl_jax.config import Config
 from qwen3vl_jax.model.sharding import layout_mesh
 from qwen3vl_jax.model.structs import Params
 from qwen3vl_jax.training import param_groups, train_model
+from qwen3vl_jax.training.lora_targets import cut_lora
 from qwen3vl_jax.training.param_groups import Flat
 from qwen3vl_jax.training.recipe import Mesh, Recipe
 from qwen3vl_jax.training.stacked_load import layer_counts, place_of
@@ -62,9 +63,7 @@ def held(recipe: Recipe, cfg: Config) -> Held:
     joins: list[train_model.Join] = []
 
     def make(params: Params) -> tuple[Flat, Flat]:
-        cut = train_model.cut
-        if recipe.lora.rank:
-            from qwen3vl_jax.training.lora_targets import cut_lora as cut
+        cut = cut_lora if recipe.lora.rank else train_model.cut
         trainee = cut(recipe, cfg, params)
         joins.append(trainee.join)  # which knows names and no arrays
         return trainee.weights, trainee.frozen
