@@ -24,7 +24,7 @@ from convert import peft, readers
 from convert.run_dir import is_run, run_adapter
 from convert.stored import check_stored
 from convert.to_orbax import PARAMS
-from qwen3vl_jax.config import Config
+from qwen3vl_jax.config import TIED, Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.paths import as_path, is_remote, kind
 from qwen3vl_jax.staging import CONFIG, copy_files, read_config, staged, write_config
@@ -137,6 +137,11 @@ def save_params(
     if described is None:
         raise InputError("save_params: no config and no files_from, expected one of them")
     cfg = Config.from_hf(described)
+    told = read_config(source) if raw is None and source else raw or {}
+    if told["text_config"].get(TIED) and "head" not in params:
+        # As `Config.from_hf` reads a directory without a head; the key at the top may say otherwise.
+        raw = told = {**told, TIED: True}
+        cfg = Config.from_hf(told)
 
     def lazy_copy(x: Any) -> LazyTensor:
         # Of a copy: a jax.Array keeps the host's side of a transfer for as long as it lives.
@@ -146,7 +151,6 @@ def save_params(
     leaves = dict(flatten(lazy))
     if not all(isinstance(leaf, LazyTensor) for leaf in leaves.values()):
         raise InputError("save_params: the parameters hold an adapter; save lora.merge(params)")
-    told = read_config(source) if raw is None and source else raw or {}
     fp8 = check_stored(as_path(out), cfg, leaves, told) is not None
     names = readers.side_files(source, leave_out=[PARAMS]) if source else []
     with staged(as_path(out), force, needs=sum(leaf.nbytes for leaf in leaves.values())) as stage:
