@@ -27,6 +27,8 @@ from qwen3vl_jax.native_output import tidy_output
 from qwen3vl_jax.options import (
     arguments,
     check,
+    check_media,
+    check_media_of_lines,
     input_options,
     media_rules,
     mesh_sizes,
@@ -86,6 +88,8 @@ def prepare(args: argparse.Namespace):
     if args.messages:
         beside = {"images": args.image or None, "videos": args.video or None}
     arrays = processor.inputs(messages, tools=tools, **beside, **input_options(args))
+    held = {kind for kind in ("image", "video") if f"{kind}_grid_thw" in arrays}
+    check_media(args, held, "the conversation has no {}; leave it out")
     for number, used in enumerate(arrays.pop("video_metadata", ()), 1):
         _, high, wide = processor.config.vision.patch_size * arrays["video_grid_thw"][number - 1]
         print(f"clip {number}: {len(used.indices)} frames, second {used.seconds[0]:.1f} to "
@@ -220,6 +224,7 @@ def batch(args: argparse.Namespace, status: Status) -> None:
     from qwen3vl_jax.journal import digest_of
 
     asked = processes.asked_of(args)
+    check_media_of_lines(args)
     directory, processor = opened(args)
     processor = dataclasses.replace(processor, media_rules=media_rules(args))
     settings = Settings(

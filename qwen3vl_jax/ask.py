@@ -13,7 +13,7 @@ import numpy as np
 import qwen3vl_jax as q3
 from qwen3vl_jax.cli import Clock, Status, memory_advice, sizes
 from qwen3vl_jax.json_text import write_json
-from qwen3vl_jax.options import input_options
+from qwen3vl_jax.options import check_media, input_options
 from qwen3vl_jax.processing import retrieval
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.processing.tokenizer import TextStream
@@ -125,6 +125,9 @@ def measured(
     else:
         documents = [retrieval.document(given) for given in args.document]
         rows = [retrieval.rerank_conversation(thing, d, args.instruction) for d in documents]
+    held = {item["type"] for row in rows for message in row for item in message["content"]}
+    check_media(args, held, "there is no {}; leave it out")
+    if args.rerank:
         words = retrieval.yes_no_ids(processor.tokenizer)
     batch = processor(rows, **input_options(args))
     check_dims(processor.config, args.dims)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from qwen3vl_jax.cli import Parser
@@ -37,6 +38,11 @@ MODES = {
 MEDIA = {
     **dict.fromkeys(("min_pixels", "max_pixels"), "image"),
     **dict.fromkeys(("fps", "num_frames", "max_frames", "video_max_pixels"), "video"),
+}
+# What a line of JSON with such a medium holds: its key or type, or characters that are escaped.
+_WORDS = {
+    "image": re.compile(rb"image|url|path|base64|bytes|\\u"),
+    "video": re.compile(rb"video|frames|\\u"),
 }
 NEEDS = {
     "rows": ("input", "plan"),
@@ -228,10 +234,28 @@ def check_modes(args: argparse.Namespace) -> None:
     if args.messages or args.input or args.chat or args.document:
         return
     demo = not (args.ckpt or args.video or mode)
-    for name in given:
-        kind = MEDIA.get(name, "")
-        if kind and not getattr(args, kind) and not (demo and kind == "image"):
-            raise InputError(f"--{name.replace('_', '-')}: means something only with --{kind}")
+    held = {kind for kind in MEDIA.values() if getattr(args, kind) or (demo and kind == "image")}
+    check_media(args, held, "means something only with --{}")
+
+
+def check_media(args: argparse.Namespace, held: Collection[str], why: str) -> None:
+    """Raises InputError for a setting of images, or videos, that finds none; held: kinds that there are."""
+    for name, kind in MEDIA.items():
+        if getattr(args, name) is not None and kind not in held:
+            raise InputError(f"--{name.replace('_', '-')}: {why.format(kind)}")
+
+
+def check_media_of_lines(args: argparse.Namespace) -> None:
+    """`check_media` of an --input file, by the words without which no line has images, or videos."""
+    wanted = {kind for name, kind in MEDIA.items() if getattr(args, name) is not None}
+    if not wanted or not args.input.is_file():
+        return
+    with args.input.open("rb") as file:
+        for line in file:
+            wanted = {kind for kind in wanted if not _WORDS[kind].search(line)}
+            if not wanted:
+                return
+    check_media(args, set(_WORDS) - wanted, f"no line of {args.input} has {{}}s; leave it out")
 
 
 def check_numbers(args: argparse.Namespace) -> None:
