@@ -22,6 +22,7 @@ from qwen3vl_jax.cli import (
     run_script,
     sigterm_interrupts,
 )
+from qwen3vl_jax.compile_cache import PROGRAMS, keep_programs
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.native_output import tidy_output
 from qwen3vl_jax.options import (
@@ -163,6 +164,7 @@ def load(args: argparse.Namespace, directory: Path, scope: contextlib.ExitStack,
     from qwen3vl_jax.loading import Source
     from qwen3vl_jax.spread import mesh_for
 
+    keep_programs(not args.no_compile_cache)
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else None)
     source = Source(directory, q3.Config.from_hf(directory), args.weights)
     devices = jax.local_devices() if args.input else jax.devices()
@@ -336,6 +338,8 @@ def main(argv: list[str] | None = None) -> None:
             measure(args, scope, status)
         else:
             ask(args, scope, status)
+    if not args.plan:
+        print(PROGRAMS, file=sys.stderr)
     print(f"total {time.perf_counter() - start:.1f} s", file=sys.stderr)
 
 

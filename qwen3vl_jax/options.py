@@ -9,6 +9,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from qwen3vl_jax.cli import Parser
+from qwen3vl_jax.compile_cache import HELP
 from qwen3vl_jax.errors import InputError, check_int
 from qwen3vl_jax.json_text import read_json_file
 from qwen3vl_jax.mesh_axes import AXES, SHORT
@@ -32,7 +33,10 @@ MODES = {
     "input": ("its lines hold whole conversations", _OF_ONE),
     "embed": ("it prints a vector, no answer", (*_OF_ANSWERS, *_PROCESSES)),
     "rerank": ("it prints scores, no answer", (*_OF_ANSWERS, *_PROCESSES)),
-    "plan": ("it compiles and answers nothing", (*_OF_ONE, "adapter", *_PROCESSES)),
+    "plan": (
+        "it compiles and answers nothing",
+        (*_OF_ONE, "adapter", "no_compile_cache", *_PROCESSES),
+    ),
 }
 # Settings of one kind of media.
 MEDIA = {
@@ -106,9 +110,8 @@ def arguments(argv: list[str] | None, description: str) -> argparse.Namespace:
     add("--temperature", type=float, help="0 takes the likeliest token (default of these six: the "
         "checkpoint's generation_config.json)")  # fmt: skip
     add("--top-k", type=int)
-    add("--top-p", type=float)
-    add("--min-p", type=float)
-    add("--repetition-penalty", type=float)
+    for name in ("--top-p", "--min-p", "--repetition-penalty"):
+        add(name, type=float)
     add("--min-new-tokens", type=int)
     add("--presence-penalty", type=float, default=0.0)
     add("--seed", type=int, default=0)
@@ -153,6 +156,7 @@ def arguments(argv: list[str] | None, description: str) -> argparse.Namespace:
         help="with --input: local images and videos are read below this folder alone")  # fmt: skip
     add("--allow-hosts", metavar="HOST[,HOST]", help="with --input: images and videos are read from "
         "these hosts (and gs://buckets) alone, private ones too (default: any public host)")  # fmt: skip
+    add("--no-compile-cache", action="store_true", help=HELP)
     add_process_arguments(p)
     add_plan_arguments(p)
     return p.parse_args(argv)
