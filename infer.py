@@ -16,6 +16,8 @@ from pathlib import Path
 from qwen3vl_jax.cli.infer_arguments import (
     arguments,
     check,
+    check_media,
+    check_media_of_lines,
     input_options,
     media_rules,
     mesh_sizes,
@@ -29,6 +31,7 @@ from qwen3vl_jax.planning.chips import (
     read_machine,
 )
 from qwen3vl_jax.runtime import distributed
+from qwen3vl_jax.runtime.compile_cache import PROGRAMS, keep_programs
 from qwen3vl_jax.runtime.console import (
     Status,
     memory_advice,
@@ -86,6 +89,8 @@ def prepare(args: argparse.Namespace):
     if args.messages:
         beside = {"images": args.image or None, "videos": args.video or None}
     arrays = processor.inputs(messages, tools=tools, **beside, **input_options(args))
+    held = {kind for kind in ("image", "video") if f"{kind}_grid_thw" in arrays}
+    check_media(args, held, "the conversation has no {}; leave it out")
     for number, used in enumerate(arrays.pop("video_metadata", ()), 1):
         _, high, wide = processor.config.vision.patch_size * arrays["video_grid_thw"][number - 1]
         print(f"clip {number}: {len(used.indices)} frames, second {used.seconds[0]:.1f} to "
@@ -159,6 +164,7 @@ def load(args: argparse.Namespace, directory: Path, scope: contextlib.ExitStack,
     from qwen3vl_jax.checkpoint.auto_mesh import mesh_for
     from qwen3vl_jax.checkpoint.device_load import Source
 
+    keep_programs(not args.no_compile_cache)
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else None)
     source = Source(directory, q3.Config.from_hf(directory), args.weights)
     devices = jax.local_devices() if args.input else jax.devices()
@@ -220,6 +226,7 @@ def batch(args: argparse.Namespace, status: Status) -> None:
     from qwen3vl_jax.cli.batch_journal import digest_of
 
     asked = distributed.asked_of(args)
+    check_media_of_lines(args)
     directory, processor = opened(args)
     processor = dataclasses.replace(processor, media_rules=media_rules(args))
     settings = Settings(
@@ -331,6 +338,8 @@ def main(argv: list[str] | None = None) -> None:
             measure(args, scope, status)
         else:
             ask(args, scope, status)
+    if not args.plan:
+        print(PROGRAMS, file=sys.stderr)
     print(f"total {time.perf_counter() - start:.1f} s", file=sys.stderr)
 
 

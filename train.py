@@ -21,6 +21,7 @@ from qwen3vl_jax.planning.chips import (
     read_machine,
 )
 from qwen3vl_jax.runtime import distributed
+from qwen3vl_jax.runtime.compile_cache import HELP, PROGRAMS, keep_programs
 from qwen3vl_jax.runtime.console import EXPECTED, end_process, report
 from qwen3vl_jax.runtime.native_output import tidy_output
 from qwen3vl_jax.storage.paths import argument, kind
@@ -52,6 +53,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--search", action="store_true", help="with --plan: try meshes and remat policies"
     )
+    parser.add_argument("--no-compile-cache", action="store_true", help=HELP)
     distributed.add_arguments(parser)
     parser.add_argument(
         "changes", nargs="*", metavar="key=value", help="instead of what the recipe says"
@@ -59,6 +61,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_intermixed_args(argv)
     if args.dry_run and args.plan:
         parser.error("--dry-run and --plan: give one of them")
+    if args.no_compile_cache and (args.dry_run or args.plan):
+        parser.error("--no-compile-cache: means something only for a run that trains")
     if not args.out and not args.dry_run and not args.plan:
         parser.error("the following arguments are required: --out (or --dry-run, or --plan)")
     return args
@@ -76,7 +80,9 @@ def plan(args: argparse.Namespace, recipe: Recipe) -> bool:
     return command.plan_training(recipe, machine, args.save, args.tries).fits
 
 
-def train(recipe: Recipe, out: Path, asked: distributed.Asked | None = None) -> None:
+def train(
+    recipe: Recipe, out: Path, asked: distributed.Asked | None = None, cache: bool = True
+) -> None:
     """Checks what can be checked without jax, joins the other processes, then runs the recipe."""
     check_run(recipe)
     if kind(out) == "file":
@@ -85,10 +91,17 @@ def train(recipe: Recipe, out: Path, asked: distributed.Asked | None = None) -> 
         make_deterministic()
         print(COST, file=sys.stderr)
     allow_gpu_memory()
-    distributed.start(asked)
-    from qwen3vl_jax.training.loop import train as run
+    index, _ = distributed.start(asked)
 
-    distributed.end_together(lambda: run(recipe, out))
+    def run() -> None:
+        keep_programs(cache)
+        from qwen3vl_jax.training.loop import train
+
+        train(recipe, out)
+
+    distributed.end_together(run)
+    if not index:
+        print(PROGRAMS, file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -107,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
 
             dry_run(recipe)
         else:
-            train(recipe, args.out, distributed.asked_of(args))
+            train(recipe, args.out, distributed.asked_of(args), not args.no_compile_cache)
     except EXPECTED as error:
         told = "interrupted: the same command goes on from the last checkpoint"
         return report(error, args.out or args.config, told)

@@ -1,9 +1,9 @@
 """Digests of saved tensors, by which a tensor that is read is known to be the one that was written.
 
 A digest is the crc32 of a tensor's dtype, its shape and its sums: the bits of its values as unsigned
-integers, added along all axes but the last, modulo 2 to the power of their width. One changed value
-always changes it, rows that change places do not. Adding runs at the speed of memory, and each device
-adds what it holds.
+integers, added along all axes but the last, modulo 2 to the power of their width. Adding runs at the
+speed of memory, and each device adds what it holds. One changed value always changes the digest. Not
+seen are rows, layers or experts of one tensor that change places, and changes that cancel in a sum.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 import qwen3vl_jax as q3
-from qwen3vl_jax.cli.infer_arguments import input_options
+from qwen3vl_jax.cli.infer_arguments import check_media, input_options
 from qwen3vl_jax.inference.sampling import Sampling
 from qwen3vl_jax.inference.scoring import check_dims, check_finite
 from qwen3vl_jax.processing import retrieval_prompts
@@ -132,6 +132,9 @@ def measured(
         rows = [
             retrieval_prompts.rerank_conversation(thing, d, args.instruction) for d in documents
         ]
+    held = {item["type"] for row in rows for message in row for item in message["content"]}
+    check_media(args, held, "there is no {}; leave it out")
+    if args.rerank:
         words = retrieval_prompts.yes_no_ids(processor.tokenizer)
     batch = processor(rows, **input_options(args))
     check_dims(processor.config, args.dims)

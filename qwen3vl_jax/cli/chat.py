@@ -128,7 +128,7 @@ def converse(
                 answer, kept = _answered(params, proc, asked, kept, options)
                 waiting = []
                 prompt = proc.render(asked)  # which may open a <think> for the answer
-                messages = [*asked, proc.parse(answer, prompt).message()]
+                messages = [*asked, _said(proc, answer, prompt)]
         except InputError as e:
             print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
             kept = kept if kept and not _gone(kept) else None
@@ -166,6 +166,15 @@ def _answered(
     elif not keep.ended:
         print("the answer was cut off (--max-new-tokens, --max-len)", file=sys.stderr)
     return answer, keep
+
+
+def _said(proc: Processor, answer: str, prompt: str) -> Item:
+    """An answer as a message; its reasoning stays in the text where the template has no other place."""
+    message = proc.parse(answer, prompt).message()
+    if "reasoning_content" in message and not proc.template.writes_of_answers("reasoning_content"):
+        opened = "<think>\n" if prompt.rstrip().endswith("<think>") else ""
+        return {"role": "assistant", "content": opened + answer}
+    return message
 
 
 def _gone(kept: Kept) -> bool:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from qwen3vl_jax.config import AXES, SHORT
 from qwen3vl_jax.errors import InputError, check_int
 from qwen3vl_jax.planning.chips import add_plan_arguments, check_plan_arguments
 from qwen3vl_jax.processing.media_rules import MediaRules
+from qwen3vl_jax.runtime.compile_cache import HELP
 from qwen3vl_jax.runtime.console import Parser
 from qwen3vl_jax.runtime.distributed import add_arguments as add_process_arguments
 from qwen3vl_jax.storage.json_text import read_json_file
@@ -31,12 +33,20 @@ MODES = {
     "input": ("its lines hold whole conversations", _OF_ONE),
     "embed": ("it prints a vector, no answer", (*_OF_ANSWERS, *_PROCESSES)),
     "rerank": ("it prints scores, no answer", (*_OF_ANSWERS, *_PROCESSES)),
-    "plan": ("it compiles and answers nothing", (*_OF_ONE, "adapter", *_PROCESSES)),
+    "plan": (
+        "it compiles and answers nothing",
+        (*_OF_ONE, "adapter", "no_compile_cache", *_PROCESSES),
+    ),
 }
 # Settings of one kind of media.
 MEDIA = {
     **dict.fromkeys(("min_pixels", "max_pixels"), "image"),
     **dict.fromkeys(("fps", "num_frames", "max_frames", "video_max_pixels"), "video"),
+}
+# What a line of JSON with such a medium holds: its key or type, or characters that are escaped.
+_WORDS = {
+    "image": re.compile(rb"image|url|path|base64|bytes|\\u"),
+    "video": re.compile(rb"video|frames|\\u"),
 }
 NEEDS = {
     "rows": ("input", "plan"),
@@ -100,9 +110,8 @@ def arguments(argv: list[str] | None, description: str) -> argparse.Namespace:
     add("--temperature", type=float, help="0 takes the likeliest token (default of these six: the "
         "checkpoint's generation_config.json)")  # fmt: skip
     add("--top-k", type=int)
-    add("--top-p", type=float)
-    add("--min-p", type=float)
-    add("--repetition-penalty", type=float)
+    for name in ("--top-p", "--min-p", "--repetition-penalty"):
+        add(name, type=float)
     add("--min-new-tokens", type=int)
     add("--presence-penalty", type=float, default=0.0)
     add("--seed", type=int, default=0)
@@ -147,6 +156,7 @@ def arguments(argv: list[str] | None, description: str) -> argparse.Namespace:
         help="with --input: local images and videos are read below this folder alone")  # fmt: skip
     add("--allow-hosts", metavar="HOST[,HOST]", help="with --input: images and videos are read from "
         "these hosts (and gs://buckets) alone, private ones too (default: any public host)")  # fmt: skip
+    add("--no-compile-cache", action="store_true", help=HELP)
     add_process_arguments(p)
     add_plan_arguments(p)
     return p.parse_args(argv)
@@ -154,8 +164,8 @@ def arguments(argv: list[str] | None, description: str) -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     """Raises InputError for options that do not go together or are out of range."""
-    from qwen3vl_jax.processing.tokenizer import stop_list
     from qwen3vl_jax.storage.hub import local_directory
+    from qwen3vl_jax.processing.tokenizer import stop_list
 
     stop_list(args.stop)
     check_modes(args)
@@ -228,10 +238,28 @@ def check_modes(args: argparse.Namespace) -> None:
     if args.messages or args.input or args.chat or args.document:
         return
     demo = not (args.ckpt or args.video or mode)
-    for name in given:
-        kind = MEDIA.get(name, "")
-        if kind and not getattr(args, kind) and not (demo and kind == "image"):
-            raise InputError(f"--{name.replace('_', '-')}: means something only with --{kind}")
+    held = {kind for kind in MEDIA.values() if getattr(args, kind) or (demo and kind == "image")}
+    check_media(args, held, "means something only with --{}")
+
+
+def check_media(args: argparse.Namespace, held: Collection[str], why: str) -> None:
+    """Raises InputError for a setting of images, or videos, that finds none; held: kinds that there are."""
+    for name, kind in MEDIA.items():
+        if getattr(args, name) is not None and kind not in held:
+            raise InputError(f"--{name.replace('_', '-')}: {why.format(kind)}")
+
+
+def check_media_of_lines(args: argparse.Namespace) -> None:
+    """`check_media` of an --input file, by the words without which no line has images, or videos."""
+    wanted = {kind for name, kind in MEDIA.items() if getattr(args, name) is not None}
+    if not wanted or not args.input.is_file():
+        return
+    with args.input.open("rb") as file:
+        for line in file:
+            wanted = {kind for kind in wanted if not _WORDS[kind].search(line)}
+            if not wanted:
+                return
+    check_media(args, set(_WORDS) - wanted, f"no line of {args.input} has {{}}s; leave it out")
 
 
 def check_numbers(args: argparse.Namespace) -> None:

@@ -62,13 +62,16 @@ def fault_of(tokens: np.ndarray, count: int) -> str:
 
 def _choose(logits, state, sampling, stop_ids, logits_fn) -> DecodeState:
     rows, likely = jnp.arange(logits.shape[0]), jax.nn.log_softmax(logits)
+    # A mask of logits_fn may hold -infinity, the model's own logits may not: the log-probability of
+    # the chosen token is NaN where any logit is NaN or +infinity, the lowest is -infinity where one is.
+    lowest = jnp.min(logits, axis=1)
     logits = penalize(logits, sampling, state.seen, state.answered, state.count, stop_ids)
     if logits_fn is not None:
         logits = logits_fn(logits, state)
     token, live = draw(logits, sampling, state.keys, state.count), ~state.done
-    logprob = likely[rows, jnp.maximum(token, 0)]  # NaN where a logit is NaN or +infinity
+    logprob = likely[rows, jnp.maximum(token, 0)]
     token = jnp.where(token == NOT_FINITE, NOT_FINITE_AFTER, token)
-    token = jnp.where(jnp.isfinite(logprob), token, NOT_FINITE)
+    token = jnp.where(jnp.isfinite(logprob) & jnp.isfinite(lowest), token, NOT_FINITE)
     wrong = token < 0
     mark = (rows, jnp.where(live & ~wrong, token, logits.shape[1]))
     count = state.count + live

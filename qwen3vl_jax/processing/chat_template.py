@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,12 @@ from qwen3vl_jax.storage.paths import as_path, file_size, reached
 
 _LARGEST = 1 << 22
 _CONTINUE = "CONTINUE_FINAL_MESSAGE_TAG "
+# What is looked for in a prompt, to see whether the template writes it.
+_WORD = "zq7"
+_ASKED = {"role": "user", "content": "?"}
+_CALL = {"type": "function", "function": {"name": _WORD, "arguments": {}}}
+_TOOL = {"type": "function", "function": {"name": _WORD, "parameters": {}}}
+_ANSWER_PARTS: Mapping[str, Any] = {"tool_calls": [_CALL], "reasoning_content": _WORD}
 
 
 class ChatTemplate:
@@ -21,6 +27,7 @@ class ChatTemplate:
     def __init__(self, templates: Mapping[str, str], source: str = "chat template"):
         self.templates = dict(templates)
         self.source = source
+        self._written: dict[str, bool] = {}
 
     @classmethod
     def from_dir(cls, directory: str | Path, chosen: str | Path | None = None) -> ChatTemplate:
@@ -93,6 +100,40 @@ class ChatTemplate:
             raise InputError(f"{self.source}: it drops the last message, which cannot be continued")
         kept = rendered[at:].startswith(_CONTINUE)
         return rendered[:at] if kept else rendered[:at].rstrip()
+
+    def check_written(self, messages: Sequence[Mapping[str, Any]], tools: Any) -> None:
+        """Raises InputError for what the template would leave out of the prompt without a word.
+
+        These are tools, roles, tool calls and reasoning; each is found by one prompt of its kind.
+        """
+        if tools and not self._writes("tools", [_ASKED], [_TOOL]):
+            raise InputError("tools: the chat template has no place for tools; leave them out")
+        for number, message in enumerate(messages, 1):
+            role, where = message["role"], f"message {number}: "
+            if role != "assistant":
+                kind = f"a {role} message" + " behind others" * (number > 1)
+                probe = {"role": role, "content": _WORD}
+                if not self._writes(kind, [*([_ASKED] if number > 1 else []), probe, _ASKED]):
+                    raise InputError(f"{where}the chat template leaves out {kind}")
+            for key in _ANSWER_PARTS:
+                if message.get(key) and not self.writes_of_answers(key):
+                    raise InputError(
+                        f"{where}the chat template leaves out {key}; take it out, or write it into content"
+                    )
+
+    def writes_of_answers(self, key: str) -> bool:
+        """Whether the template writes the tool_calls or the reasoning_content of an answer."""
+        said = {"role": "assistant", "content": "a", key: _ANSWER_PARTS[key]}
+        return self._writes(key, [_ASKED, said])
+
+    def _writes(self, kind: str, messages: list[dict[str, Any]], tools: Any = None) -> bool:
+        if kind not in self._written:
+            try:
+                self._written[kind] = _WORD in self.render(messages, tools, False, False, {})
+            except InputError:
+                # A template that refuses will say so of the conversation itself.
+                self._written[kind] = True
+        return self._written[kind]
 
 
 def _open_end(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:

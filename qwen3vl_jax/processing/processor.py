@@ -257,6 +257,7 @@ class Processor:
         messages, media = read_conversation(conversation)
         check_messages(messages, self.template.text(bool(tools)))
         listed, variables = plain_tools(tools), plain_variables(template_vars)
+        self.template.check_written(messages, listed)
         escape = None
         if allow_special is not True:
             seen = write_json([messages, listed, variables], "conversation", ensure_ascii=False)

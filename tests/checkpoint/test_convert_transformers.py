@@ -85,7 +85,8 @@ def test_fp8_to_orbax_to_bf16_in_transformers(kind, tmp_path):
 
 
 # tie_word_embeddings at the top and in text_config, as files have them, and whether a head is stored.
-TIES = ((True, None, False), (None, True, False), (False, True, True), (False, None, True))
+TIES = ((True, None, False), (None, True, False), (False, True, False), (False, True, True),
+        (False, None, True))  # fmt: skip
 
 
 @pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
@@ -98,15 +99,17 @@ def test_every_file_we_write_has_the_same_head_in_every_version(top, text, head,
     to_orbax(hf.write(tmp_path / "hf", raw, tensors), tmp_path / "orbax")
     params, cfg = load(tmp_path / "hf", dtype="float32")
     save_params(tmp_path / "saved", params, cfg)
+    save_params(tmp_path / "raw", params, raw)
     to_hf(tmp_path / "orbax", tmp_path / "back")
     to_hf(tmp_path / "saved", tmp_path / "saved_back")
-    for name in ("orbax", "saved", "back", "saved_back"):
+    to_hf(tmp_path / "raw", tmp_path / "raw_back")
+    for name in ("orbax", "saved", "raw", "back", "saved_back", "raw_back"):
         written = json.loads((tmp_path / name / "config.json").read_text())
         keys = {bool(part.get(TIED)) for part in (written, written["text_config"])}
         assert keys == {not head} == {cfg.tie_word_embeddings}, name
     ids = np.arange(1, 9)[None]
     want = ours.forward(params, cfg, make_batch(cfg, input_ids=ids))[:, :8]
-    for name in ("back", "saved_back"):
+    for name in ("back", "saved_back", "raw_back"):
         model = reference.open_hf(tmp_path / name, moe)
         with torch.no_grad():
             got = model(input_ids=torch.from_numpy(ids)).logits

@@ -1,6 +1,8 @@
 """Digests: what is read is what was saved, in converted checkpoints and in the steps of a run."""
 
+import contextlib
 import random
+import resource
 import shutil
 from types import SimpleNamespace
 
@@ -158,3 +160,15 @@ def test_a_step_that_is_damaged_is_not_restored(tmp_path, capsys, monkeypatch):
         kept.save(state.replace(step=jnp.int32(20)), {})
     kept.close()
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["5"]
+    monkeypatch.undo()
+    kept, limits = Checkpoints(out, keep=2), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(InputError, match=r"cannot be written \(File too large\); make room"):
+            kept.save(state.replace(step=jnp.int32(15)), {})
+            kept.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        with contextlib.suppress(InputError):
+            kept.close()
+    assert run_dir.saved_steps(out) == [5] and int(restore(out, 5, state).step) == 5

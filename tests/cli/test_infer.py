@@ -1,5 +1,6 @@
 """infer.py as a person runs it: answers, drawings, and one line with exit code 2 for bad input."""
 
+import contextlib
 import io
 import json
 import shutil
@@ -25,6 +26,7 @@ from qwen3vl_jax.cli.draw import (
     find_marks,
     read_marks,
 )
+from qwen3vl_jax.cli.infer_arguments import arguments, check_media_of_lines
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.runtime.console import memory_advice
@@ -309,6 +311,23 @@ def messages(content):
     return ("--messages", "chat.json")
 
 
+def lines(*conversation):
+    Path("in.jsonl").write_text(json.dumps({"messages": conversation}) + "\n")
+    return ("--input", "in.jsonl", "--output", "out.jsonl")
+
+
+def test_settings_of_media_that_lines_may_have(tmp_path):
+    """A word of a video's item is enough, also one that is escaped; the rest is seen line by line."""
+    path, asked = tmp_path / "in.jsonl", ["--fps", "2", "--output", "o", "--input"]
+    for text, fine in (("frames", True), ("video", True), ("\\u0076ideo", True), ("image", False)):
+        path.write_text(f'{{"a": 1}}\n{{"b": "{text}"}}\n')
+        args = arguments([*asked, str(path)], "")
+        with (
+            contextlib.nullcontext() if fine else pytest.raises(InputError, match="--fps: no line")
+        ):
+            check_media_of_lines(args)
+
+
 ASK = ("--image", infer.DEMO_PICTURE, "--prompt", "hi")
 BAD = {
     "no such picture": (lambda: ("--image", "nowhere.png"), ["nowhere.png"]),
@@ -392,6 +411,18 @@ BAD = {
         ["--draw: the conversation has no image"],
     ),
     "fps without a video": (lambda: (*ASK, "--fps", 2), ["--fps", "only with --video"]),
+    "fps of a conversation without a video": (
+        lambda: (*messages("a video"), "--fps", 2),
+        ["--fps: the conversation has no video"],
+    ),
+    "max pixels of lines without an image": (
+        lambda: (*lines({"role": "user", "content": "hi"}), "--max-pixels", 4096),
+        ["--max-pixels: no line of in.jsonl has images"],
+    ),
+    "frames of documents without a video": (
+        lambda: ("--rerank", "--prompt", "hi", "--document", "a", "--num-frames", 4),
+        ["--num-frames: there is no video"],
+    ),
     "min pixels of no image": (
         lambda: ("--video", "x.mp4", "--min-pixels", 9),
         ["--min-pixels", "only with --image"],
@@ -429,7 +460,7 @@ def test_bad_input_is_one_line_and_code_2_and_writes_nothing(case, capsys, monke
     monkeypatch.setenv("HF_HUB_CACHE", str(Path.cwd() / "empty"))
     make, words = BAD[case]
     options = [str(option) for option in make()]
-    if not {"--draw", "--embed", "--rerank", "--chat"}.intersection(options):
+    if not {"--draw", "--embed", "--rerank", "--chat", "--input"}.intersection(options):
         options += ["--draw", "drawn.png"]
     before = sorted(Path.cwd().rglob("*"))
     with pytest.raises(SystemExit) as stop:

@@ -6,6 +6,7 @@ import io
 import shutil
 import signal
 import sys
+from pathlib import Path
 
 import clips
 import jax
@@ -36,6 +37,10 @@ def text(words):
 
 def user(*items):
     return {"role": "user", "content": list(items)}
+
+
+def said(words):
+    return {"role": "assistant", "content": words}
 
 
 def finish(turn):
@@ -167,7 +172,8 @@ def typed(*lines):
 def test_a_chat_goes_on(demo, capsys, monkeypatch):
     """After reasoning that was cut off, which is no content; and after a turn without room."""
     proc, params = demo
-    thinking = type(proc.template)({"default": proc.template.text(False) + "<think>\n"})
+    text = Path(__file__).with_name("thinking.jinja").read_text()
+    thinking = type(proc.template)({"default": text})
     proc = dataclasses.replace(proc, template=thinking)
     asked = []
 
@@ -188,6 +194,14 @@ def test_a_chat_goes_on(demo, capsys, monkeypatch):
     thought = {"role": "assistant", "content": "", "reasoning_content": "hm"}
     assert [m for m in asked[2][0] if m["role"] == "assistant"] == [thought]
     assert [kept is None for _, kept in asked] == [True, False, True]
+
+
+def test_reasoning_stays_in_the_text_where_the_template_has_no_place_for_it(demo):
+    """As the model wrote it, also what the prompt had opened."""
+    proc, _ = demo
+    assert terminal._said(proc, "<think>a</think>b", "") == said("<think>a</think>b")
+    assert terminal._said(proc, "a</think>b", "x<think>\n") == said("<think>\na</think>b")
+    assert terminal._said(proc, "b", "") == said("b")
 
 
 def test_chat_in_the_terminal(demo, capsys, tmp_path):

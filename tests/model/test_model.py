@@ -251,6 +251,9 @@ def test_loss_is_transformers_loss():
     log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     want = -np.mean([log_probs[t, row["input_ids"][0, t + 1]] for t in range(12)])
     np.testing.assert_allclose(q3.loss_fn(params, cfg, batch)[0], want, rtol=1e-5)
+    # Nothing to learn is 0, where transformers gives nan.
+    nothing = q3.make_batch(cfg, **row, labels=np.full_like(row["input_ids"], -100))
+    assert q3.loss_fn(params, cfg, nothing)[0] == 0
 
 
 def test_some_logits_only_and_kept_features_and_embeddings():

@@ -92,6 +92,17 @@ def test_penalties_and_logits_fn_are_held_to_it_too():
     assert q3.generate(*model(), batch, **OPTIONS, **masked).finish_reasons == ["length"]
 
 
+@pytest.mark.parametrize("value", [np.inf, -np.inf])
+def test_a_logit_that_is_not_drawn_is_held_to_it_too(value):
+    """Infinity of either sign in the head of one token: one of the two is a logit of -infinity."""
+    params, cfg = model()
+    params = {**params, "head": params["head"].at[5, 0].set(value)}
+    batch = q3.make_batch(cfg, **texts()[0][0])
+    for sampling in (q3.Sampling(), q3.Sampling(temperature=0.8, top_k=9)):
+        one = q3.generate(params, cfg, batch, sampling=sampling, **OPTIONS)
+        assert one.finish_reasons == ["error"] and "answer token 1: got NaN" in one.errors[0]
+
+
 def test_the_engine_goes_on_with_the_same_row():
     """A short answer follows a long prompt that broke, in its row of the cache and beside a long one."""
     found, answers = texts()

@@ -222,6 +222,8 @@ def test_one_limit_moves_the_other():
         {"merge_size": True},
         {"resample": 9},
         {"resample": "sharp"},
+        {"resample": []},
+        {"max_pixels": 10**400},
         {"do_resize": "yes"},
         {"image_std": [0.5, 0.0, 0.5]},
         {"image_mean": ["a"]},

@@ -135,7 +135,8 @@ def test_placeholders_that_do_not_match(proc):
             proc.inputs(**options)
         assert "\n" not in str(caught.value)
     # A template that writes no place for a picture.
-    blind = Processor(**{**vars(proc), "template": type(proc.template)({"default": "x"})})
+    text = "{% for m in messages if m.content is string %}{{ m.content }}{% endfor %}x"
+    blind = Processor(**{**vars(proc), "template": type(proc.template)({"default": text})})
     with pytest.raises(InputError, match=r"row 1: 0 image placeholder.* 1 picture"):
         blind.inputs([user({"image": image})])
 
@@ -294,7 +295,10 @@ def test_directories(tmp_path):
 
 
 def test_hub_ids(proc, tmp_path, monkeypatch):
-    main, other = toy.save(tmp_path / "main"), toy.save(tmp_path / "other", template="{{ 'v2' }}")
+    main, other = (
+        toy.save(tmp_path / "main"),
+        toy.save(tmp_path / "other", template="v2 {{ messages[0].content }}"),
+    )
     home = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     code = (
         "import sys; from qwen3vl_jax.processing.processor import Processor\n"
@@ -310,7 +314,7 @@ def test_hub_ids(proc, tmp_path, monkeypatch):
             capture_output=True, text=True, check=False,
         )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.splitlines() == [repr(proc.render([user("hi")])), "'v2'"]
+    assert done.stdout.splitlines() == [repr(proc.render([user("hi")])), "'v2 hi'"]
     with pytest.raises(InputError, match="a revision"):
         Processor.from_pretrained(main, revision="v2")
 
@@ -321,6 +325,28 @@ def test_template_of_the_user(tmp_path):
     mine.write_text("Q: {{ messages[0].content }}")
     proc = Processor.from_pretrained(str(tmp_path), chat_template=mine)
     assert proc.render([user("why")]) == "Q: why"
+
+
+def test_what_a_template_leaves_out_is_refused(proc):
+    """Roles, tools, calls and reasoning, as in training; one prompt of each kind is tried once."""
+    text = "{% for m in messages if m.role in ('user', 'assistant') %}{{ m.content }}{% endfor %}"
+    template = type(proc.template)({"default": text})
+    bare = Processor(**{**vars(proc), "template": template})
+    said = {"role": "assistant", "content": "b"}
+    call = {"function": {"name": "f", "arguments": {}}}
+    for messages, tools, words in (
+        ([{"role": "developer", "content": "s"}, user("a")], None, "message 1: .* a developer message"),
+        ([user("a"), {"role": "tool", "content": "3"}], None, "message 2: .* a tool message behind"),
+        ([user("a"), {**said, "thinking": "hm"}], None, "message 2: .* leaves out reasoning_content"),
+        ([user("a"), {**said, "tool_calls": [call]}], None, "message 2: .* leaves out tool_calls"),
+        ([user("a")], [{"name": "f"}], "tools: the chat template has no place"),
+    ):  # fmt: skip
+        for asked in (bare.inputs, bare.render):
+            with pytest.raises(InputError, match=words):
+                asked(messages, tools=tools)
+    assert bare.render([user("a"), said, user("c")]) == "abc"
+    whole = proc.render([user("a"), {**said, "tool_calls": [call], "reasoning": "hm"}])
+    assert "hm" in whole and '"f"' in whole
 
 
 # ---- what is asked wrongly ----

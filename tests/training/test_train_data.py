@@ -247,6 +247,9 @@ REFUSED = {
     "a tag of a tool": ({"messages": [ASKED, CALLED, {"role": "tool", "content": "<image>"}, ANSWERED]},
                         "message 3: a place"),
     "an answer's tag": (BESIDE | {"messages": [ASKED, said("<image>")]}, "2: <image> in an assistant"),
+    "a sound": ({"messages": [user("<audio>What is this?"), ANSWERED]},
+                "message 1: <audio>: the model takes images and videos alone; a tag that is meant"),
+    "sounds": ({"audios": ["a.wav"], "messages": [user("hi"), ANSWERED]}, "unknown key 'audios'"),
     "a thought's tag": ({"messages": [ASKED, said("b", reasoning_content="<video>")]},
                         "2: <video> in an assistant"),
     "an answer's own item": ({"messages": [ASKED, {"role": "assistant", "content": [
@@ -428,9 +431,9 @@ def test_a_source_says_what_its_boxes_count_and_which_keys_do_not_matter(proc):
 
 def test_a_tag_with_a_backslash_is_text(proc):
     """In every role's text and in content items; the text is trained as it is meant."""
-    record = {"messages": [user("write \\<image>"), said("\\<image> and \\<video>")]}
+    record = {"messages": [user("write \\<image>"), said("\\<image> and \\<video>\\<audio>")]}
     sample = sample_of(proc, **record)
-    assert learned(proc, sample) == ["<image> and <video>" + END] and not sample.visuals
+    assert learned(proc, sample) == ["<image> and <video><audio>" + END] and not sample.visuals
     assert "write <image>" in proc.decode(sample.ids)
 
 

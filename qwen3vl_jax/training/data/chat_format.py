@@ -39,8 +39,8 @@ METADATA = ("id", "idx", "index", "uid", "uuid", "source", "dataset", "split", "
             "language", "metadata", "width", "height", "num_tokens")  # fmt: skip
 _MESSAGE = (*MESSAGE_KEYS, *_SWITCHES)
 _ITEM = ("type", "text", "index", *_PLACES, *image_patches.OVERRIDES, *video_patches.OVERRIDES)
-_TAG = re.compile(r"(?<!\\)(<image>|<video>)")
-_LITERAL = re.compile(r"\\(<(?:image|video)>)")
+_TAG = re.compile(r"(?<!\\)(<image>|<video>|<audio>)")
+_LITERAL = re.compile(r"\\(<(?:image|video|audio)>)")
 _HOW = "a tag that is meant as text has a backslash in front of it, \\<{}>"
 _A = {"image": "an image", "video": "a video"}
 _PREFERENCES: Mapping[str, str] = dict.fromkeys(
@@ -171,6 +171,9 @@ def _by_tag(text: str, role: Any, where: str, pools: dict[str, _Pool], strip: bo
     for part in parts:
         if not _TAG.fullmatch(part):
             items += [{"type": "text", "text": _LITERAL.sub(r"\1", part)}] if part else []
+        elif part == "<audio>":
+            how = _HOW.format("audio")
+            raise InputError(f"{where}<audio>: the model takes images and videos alone; {how}")
         elif role == "assistant":
             how = _HOW.format(part[1:-1])
             raise InputError(f"{where}{part} in an assistant's text, where none can stand; {how}")

@@ -26,7 +26,6 @@ from qwen3vl_jax.processing.tokenizer import Tokenizer
 from qwen3vl_jax.training.checks import check_vision_length
 from qwen3vl_jax.training.data.packing import frames_fit
 from qwen3vl_jax.training.data.sample import Sample, check_sample
-from qwen3vl_jax.training.data.shown import Shown
 from qwen3vl_jax.training.recipe import Data, Pack
 
 START, END = "<|im_start|>", "<|im_end|>"
@@ -64,10 +63,6 @@ class SampleMaker:
     @functools.cached_property
     def _processor(self) -> Processor:
         return eight_bit(self.proc)
-
-    @functools.cached_property
-    def _shown(self) -> Shown:
-        return Shown(lambda messages, tools: self.proc.render(messages, tools, False))
 
     @functools.cached_property
     def _opening(self) -> str:
@@ -109,7 +104,6 @@ class SampleMaker:
         _check_messages(messages, proc is not self.proc, data.allow_special)
         if data.allow_special and (token := _reserved(tools)):
             raise InputError(f"tools: they say {token}, which is the template's")
-        self._shown.check(messages, tools)
         options = processor_options(data)
         arrays = proc.inputs(told(messages), tools=tools, add_generation_prompt=False, **options)
         ids = arrays["input_ids"][0].astype(np.int32)

@@ -1,0 +1,114 @@
+"""The compile cache: what XLA compiled, kept in the user's own folder for the next process.
+
+JAX runs what it finds there, so the folder must be one that nobody else can write.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qwen3vl_jax.errors import InputError
+
+VARIABLE = "JAX_COMPILATION_CACHE_DIR"
+HELP = f"compile anew (default: programs are kept in {VARIABLE}, else in ~/.cache/qwen3vl_jax)"
+
+
+class Programs:
+    """Counts the programs that this process compiled and those that it found in the folder `where`."""
+
+    def __init__(self) -> None:
+        self.where, self.all, self.found, self.heard = "", 0, 0, False
+
+    def begin(self, where: str) -> None:
+        """Counts from here on."""
+        import jax
+
+        self.where, self.all, self.found = where, 0, 0
+        if not self.heard:
+            jax.monitoring.register_event_duration_secs_listener(self._asked)
+            jax.monitoring.register_event_listener(self._read)
+        self.heard = True
+
+    def _asked(self, event: str, _: float, **kwargs: Any) -> None:
+        self.all += event == "/jax/core/compile/backend_compile_duration"
+
+    def _read(self, event: str, **kwargs: Any) -> None:
+        self.found += event == "/jax/compilation_cache/cache_hits"
+
+    def __str__(self) -> str:
+        found = f"{self.found} found in {self.where}" if self.where else "no compile cache"
+        return f"programs: {self.all - self.found} compiled, {found}"
+
+
+PROGRAMS = Programs()  # of this process
+
+
+def keep_programs(wanted: bool, environ: Mapping[str, str] = os.environ) -> None:
+    """Makes JAX keep what it compiles, XLA's choices of kernels too; call it before anything is compiled.
+
+    The folder is that of VARIABLE, else the user's own, made with mode 0700. Where none can be made,
+    nothing is kept. Raises InputError for one that others can write.
+    """
+    import jax
+
+    jax.config.update("jax_enable_compilation_cache", wanted)
+    where = environ.get(VARIABLE, "") if wanted else ""
+    if wanted and not where:
+        try:
+            name = f"{jax.__version__}{_processor(jax.default_backend())}"
+            where = str(_made(_base(environ), name))
+        except OSError as error:
+            print(f"compile cache: {error.filename}: {error.strerror}", file=sys.stderr)
+        else:
+            jax.config.update("jax_compilation_cache_dir", where)
+            for limit in ("min_compile_time_secs", "min_entry_size_bytes"):
+                if f"JAX_PERSISTENT_CACHE_{limit.upper()}" not in environ:
+                    jax.config.update(f"jax_persistent_cache_{limit}", 0)
+    PROGRAMS.begin(where)
+
+
+def _base(environ: Mapping[str, str]) -> Path:
+    given = Path(environ.get("XDG_CACHE_HOME", ""))
+    return (
+        given if given.is_absolute() else Path(environ.get("HOME", "/"), ".cache")
+    ) / "qwen3vl_jax"
+
+
+def _processor(backend: str) -> str:
+    """For a CPU, whose programs use its own instructions: a name of what it has."""
+    if backend != "cpu":
+        return ""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    known = sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
+    text = repr((os.uname().machine, known)).encode()
+    return "-cpu-" + hashlib.blake2b(text, digest_size=4).hexdigest()
+
+
+def _made(base: Path, name: str) -> Path:
+    """The folder `name` in `base`, made where it is not; raises InputError where others can write it."""
+    base.parent.mkdir(parents=True, exist_ok=True)
+    for folder in (base, base / name):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+        wrong = ""
+        if not stat.S_ISDIR(found.st_mode):
+            wrong = "which is a link"
+        elif found.st_uid != os.geteuid():
+            wrong = f"which belongs to another user ({found.st_uid})"
+        elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            wrong = f"which others can write (mode {stat.S_IMODE(found.st_mode):04o})"
+        if wrong:
+            raise InputError(
+                f"compile cache: got {folder}, {wrong}, expected a folder that you alone can write: "
+                f"remove it, set {VARIABLE}, or give --no-compile-cache"
+            )
+    return base / name
