@@ -22,7 +22,7 @@ PACKAGES = (
     "pillow",
     "tokamax",
 )
-OPTIONAL = {"tokamax": "not installed (optional: pip install 'qwen3vl-jax[cuda]')"}
+OPTIONAL = {"tokamax": "not installed (optional: pip install 'qwen3vl-jax[moe]')"}
 
 
 def versions() -> list[tuple[str, str]]:

@@ -225,7 +225,7 @@ def _shared(kernel, x, w, sizes):
 
 def _tokamax():
     try:
-        import tokamax  # the extra `cuda` brings it
+        import tokamax  # the extra `moe` brings it
     except ImportError:
         return None
     return tokamax
