@@ -164,8 +164,8 @@ def arguments(argv: list[str] | None, description: str) -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     """Raises InputError for options that do not go together or are out of range."""
-    from qwen3vl_jax.storage.hub import local_directory
     from qwen3vl_jax.processing.tokenizer import stop_list
+    from qwen3vl_jax.storage.hub import local_directory
 
     stop_list(args.stop)
     check_modes(args)
