@@ -171,7 +171,7 @@ def conversation() -> dict[str, Any]:
         {"role": "user", "content": items},
         {"role": "assistant", "content": "<think>\nhm\n</think>\n\nLook.", "tool_calls": [call]},
         {"role": "tool", "content": [{"type": "text", "text": "3"}]},
-        {"role": "assistant", "content": "Three.", "reasoning_content": "So."},
+        {"role": "assistant", "content": "Three."},
         {"role": "user", "content": "Thanks"},
     ]
     tool = {"name": "f", "parameters": {"type": "object", "properties": {"x": {"type": "array"}}}}
