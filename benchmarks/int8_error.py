@@ -20,10 +20,10 @@ from qwen3vl_jax.checkpoint.int8 import quantised
 from qwen3vl_jax.checkpoint.lazy_tensor import TreePath, subtree
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.model.layers import linear_fp32, rms_norm
-from qwen3vl_jax.model.quantized import take_rows
+from qwen3vl_jax.model.quantized import embedding_lookup
 from qwen3vl_jax.model.structs import Batch
 from qwen3vl_jax.model.text import decode_layers
-from qwen3vl_jax.model.transformer import row_mix
+from qwen3vl_jax.model.transformer import full_attention
 from qwen3vl_jax.storage.hub import resolve
 
 _TOKENS = 64
@@ -52,7 +52,7 @@ class LogitError:
 def logit_error(cfg: Config, original: Read, changed: Read) -> LogitError:
     """Runs 64 fixed random tokens through both decoders, in float32, layer by layer."""
     batch = _row_of_text(cfg.text.vocab_size)
-    mix = row_mix(batch)
+    mix = full_attention(batch)
     reads = [lambda path, read=read: as_structs(read(path)) for read in (original, changed)]
 
     @jax.jit
@@ -60,7 +60,7 @@ def logit_error(cfg: Config, original: Read, changed: Read) -> LogitError:
         return decode_layers([layer], cfg.text, x, batch.positions, mix)[0]
 
     with jax.default_matmul_precision("highest"):
-        streams = [take_rows(read(("embed",)), batch.tokens, jnp.float32) for read in reads]
+        streams = [embedding_lookup(read(("embed",)), batch.tokens, jnp.float32) for read in reads]
         for i in range(cfg.text.num_hidden_layers):
             # The second waits for the first, or both would have their layer on the device.
             streams = [run(read(("layers", i)), x).block_until_ready()

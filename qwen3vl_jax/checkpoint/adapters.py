@@ -20,7 +20,7 @@ from qwen3vl_jax.checkpoint.lazy_tensor import (
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model.lora import Adapted, Pair
-from qwen3vl_jax.model.quantized import Quantized, dense
+from qwen3vl_jax.model.quantized import Quantized, dequantize
 from qwen3vl_jax.model.structs import Params
 
 
@@ -131,7 +131,7 @@ def merge(params: Params, dtype: Any = None) -> Params:
 
     def plain(w: Any) -> Any:
         if not isinstance(w, Adapted):
-            return dense(w, wide) if isinstance(w, Quantized) else w
+            return dequantize(w, wide) if isinstance(w, Quantized) else w
         to = wide if isinstance(w.base, Quantized) else w.base.dtype
         whole = jax.vmap(_whole) if next(iter(w.pairs.values())).scale.ndim else _whole
         return whole(w).astype(to)
@@ -141,7 +141,7 @@ def merge(params: Params, dtype: Any = None) -> Params:
 
 def _whole(w: Adapted) -> jax.Array:
     """The weight that an adapted one stands for, in fp32."""
-    base = dense(w.base, jnp.float32)
+    base = dequantize(w.base, jnp.float32)
     pieces = []
     for name, start, stop in w.spans:
         shape = w.shape

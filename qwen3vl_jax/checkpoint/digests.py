@@ -71,13 +71,13 @@ def _device_sums(mesh: Any) -> Any:
     import jax
     import jax.numpy as jnp
 
-    from qwen3vl_jax.model.sharding import whole
+    from qwen3vl_jax.model.sharding import replicated
 
     def sums(x: jax.Array) -> jax.Array:
         bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"u{x.dtype.itemsize}"))
         return bits.sum(range(x.ndim - 1), dtype=bits.dtype)
 
-    everywhere = whole(mesh) if mesh else None
+    everywhere = replicated(mesh) if mesh else None
     return jax.jit(functools.partial(jax.tree.map, sums), out_shardings=everywhere)
 
 

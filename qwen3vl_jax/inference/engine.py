@@ -44,7 +44,7 @@ from qwen3vl_jax.model.cache import (
     prefill,
 )
 from qwen3vl_jax.model.structs import Params, check_call
-from qwen3vl_jax.model.transformer import stream_dtype
+from qwen3vl_jax.model.transformer import compute_dtype
 from qwen3vl_jax.processing.batch import bucket
 from qwen3vl_jax.processing.prompt_slices import (
     EncodedPrompt,
@@ -187,7 +187,7 @@ def _empty(params, cfg, rows, slots) -> DecodeState:
     vocab, zero = cfg.text.vocab_size, jnp.zeros(rows, jnp.int32)
     none = jnp.zeros((rows, vocab), bool)
     return on_mesh(DecodeState(
-        cache=init_cache(cfg, rows, slots, stream_dtype(params)),
+        cache=init_cache(cfg, rows, slots, compute_dtype(params)),
         token=zero,
         logprob=jnp.zeros(rows, jnp.float32),
         count=zero,

@@ -17,10 +17,10 @@ from qwen3vl_jax.model.structs import (
     check_call,
 )
 from qwen3vl_jax.model.transformer import (
+    full_attention,
     last_attended,
-    row_mix,
-    run_rows,
-    unembed,
+    lm_logits,
+    run_decoder,
 )
 
 SPAN = 512  # tokens whose logits over the vocabulary are held at once
@@ -51,7 +51,7 @@ def score(
 
     def one(span):
         x, labels = span
-        logits = unembed(params, cfg, x)
+        logits = lm_logits(params, cfg, x)
         picked = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], -1)[..., 0]
         return jnp.where(labels >= 0, picked - jax.nn.logsumexp(logits, -1), 0.0)
 
@@ -104,7 +104,7 @@ def rerank(
     check_call(params, cfg, batch=batch)
     if any(isinstance(i, int) and not 0 <= i < cfg.text.vocab_size for i in yes_no):
         raise InputError(f"yes_no: got {yes_no}, expected ids in the vocabulary")
-    logits = unembed(params, cfg, _last(_stream(params, cfg, batch, features), batch))
+    logits = lm_logits(params, cfg, _last(_stream(params, cfg, batch, features), batch))
     yes, no = yes_no
     more = logits[:, yes] - logits[:, no]
     scores = jnp.where(
@@ -125,7 +125,7 @@ def check_finite(what: str, found: jax.Array) -> jax.Array:
 
 def _stream(params, cfg, batch, features):
     """The residual stream [B T D] after the last layer."""
-    return run_rows(params, cfg, batch, features, row_mix(batch))[0]
+    return run_decoder(params, cfg, batch, features, full_attention(batch))[0]
 
 
 def _last(x, batch):

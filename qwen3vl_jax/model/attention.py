@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from qwen3vl_jax.model import attention_gpu
 from qwen3vl_jax.model.attention_gpu import cudnn_refusal
 from qwen3vl_jax.model.sharding import (
-    call_places,
+    max_parts,
+    mesh_axes_for,
     mesh_sizes,
-    most_parts,
     on_shards,
     platform,
 )
@@ -83,7 +83,7 @@ def attend(
     rows, tokens = names
     more = head_copies(q.shape[2], k.shape[1])
     k, v = (jnp.repeat(x, more, axis=1) if more > 1 else x for x in (k, v))
-    where = call_places((rows, q.shape[0]), (tokens, q.shape[1]), ("heads", k.shape[1]))
+    where = mesh_axes_for((rows, q.shape[0]), (tokens, q.shape[1]), ("heads", k.shape[1]))
     queries, keys, ranges = (
         (rows, tokens, "heads", None), (rows, "heads", None, None), (rows, tokens),
     )  # fmt: skip
@@ -97,7 +97,7 @@ def attend(
 
 def head_copies(query_heads: int, kv_heads: int) -> int:
     """How often the ambient mesh has each key/value head where it cuts heads into more parts than K."""
-    parts = most_parts("heads")
+    parts = max_parts("heads")
     more = parts // math.gcd(parts, kv_heads)
     return more if query_heads % (kv_heads * more) == 0 else 1
 

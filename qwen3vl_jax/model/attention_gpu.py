@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qwen3vl_jax.model.sharding import compile_whole
+from qwen3vl_jax.model.sharding import compile_replicated
 
 # Segments a row that a program is compiled for where the host does not say: few, and many with heads
 # one after another, so that the buffers of the backward pass stay small. Rows of more take XLA blocks.
@@ -55,7 +55,7 @@ def cudnn_refusal(dtype: str, head_dim: int) -> str:
         )
 
     try:
-        compile_whole(probe, q, kv, kv, ranges, ranges)
+        compile_replicated(probe, q, kv, kv, ranges, ranges)
     except Exception as e:  # the reason is what matters: any failure means the other path
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         log.warning("attention for %s, head size %d runs on XLA: %s", dtype, head_dim, reason)

@@ -102,7 +102,7 @@ def _line(x: jax.Array, block: int, axis: int = 0) -> jax.Array:
 
 
 def _below(reach: jax.Array, key: jax.Array) -> jax.Array:
-    """The kernel's mask, beside the segments: places count over all rows."""
+    """The kernel's mask, beside the segments: positions count over all rows."""
     return key < reach
 
 

@@ -17,7 +17,7 @@ from qwen3vl_jax.model.attention import (
     head_copies,
 )
 from qwen3vl_jax.model.sharding import (
-    call_places,
+    mesh_axes_for,
     on_shards,
     platform,
     shard,
@@ -31,11 +31,11 @@ from qwen3vl_jax.model.structs import (
 )
 from qwen3vl_jax.model.text import decode_layers
 from qwen3vl_jax.model.transformer import (
-    embedded,
+    compute_dtype,
+    embed_lookup,
     last_attended,
-    run_rows,
-    stream_dtype,
-    unembed,
+    lm_logits,
+    run_decoder,
 )
 from qwen3vl_jax.model.vision import vision_encode
 
@@ -105,7 +105,7 @@ def _write(old: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
         rows = jnp.arange(old.shape[0])[:, None]
         return old.at[rows, :, slot].set(new.astype(old.dtype), mode="drop")
 
-    where = call_places(("rows", old.shape[0]), ("kv_heads", old.shape[1]))
+    where = mesh_axes_for(("rows", old.shape[0]), ("kv_heads", old.shape[1]))
     in_axes = (_HELD, ("rows", None, "kv_heads", None), ("rows", None))
     return on_shards(put, where, in_axes, _HELD, old, new, slot)
 
@@ -128,7 +128,7 @@ def prefill(
     """
     check_call(params, cfg, batch=batch)
     rows, width = batch.tokens.shape
-    cache = init_cache(cfg, rows, max(max_len, width), stream_dtype(params))
+    cache = init_cache(cfg, rows, max(max_len, width), compute_dtype(params))
     batch = _from_the_left(batch)
     lo, hi = causal_ranges(batch.segment_ids)
     slot = jnp.where(batch.segment_ids > 0, jnp.arange(width), cache.slots)
@@ -193,15 +193,15 @@ def _fill_in_chunks(params, cfg, cache, batch, features, slot, chunk):
         piece = batch.replace(**fields, vision=None, labels=None)
         filled = cache.replace(k=k, v=v)
         reach = jnp.where(piece.segment_ids > 0, slot + 1, 0)
-        mix = _cache_mix(filled, slot, reach)
-        x, new = run_rows(params, cfg, piece, features, mix, longest=longest)
+        mix = cached_attention(filled, slot, reach)
+        x, new = run_decoder(params, cfg, piece, features, mix, longest=longest)
         mine = last - start
         here = jnp.take_along_axis(x, jnp.clip(mine, 0, chunk - 1)[:, None, None], axis=1)[:, 0]
         inside = ((mine >= 0) & (mine < chunk))[:, None]
         k, v = (list(part) for part in zip(*new, strict=True))
         return ((k, v), jnp.where(inside, here, kept)), None
 
-    x = jnp.zeros((rows, cfg.text.hidden_size), stream_dtype(params))
+    x = jnp.zeros((rows, cfg.text.hidden_size), compute_dtype(params))
     ((k, v), x), _ = jax.lax.scan(body, ((cache.k, cache.v), x), (cut, slots, starts))
     return _filled(params, cfg, cache, batch, k, v, x)
 
@@ -230,7 +230,7 @@ def extend(
     batch = batch.replace(positions=batch.positions + start[:, None])
     if chunk is not None:
         return _fill_in_chunks(params, cfg, cache, batch, features, slot, chunk)
-    return _fill(params, cfg, cache, batch, features, _cache_mix(cache, slot, reach))
+    return _fill(params, cfg, cache, batch, features, cached_attention(cache, slot, reach))
 
 
 def decode_step(
@@ -244,15 +244,15 @@ def decode_step(
     check_call(params, cfg, cache=cache)
     slot = cache.length[:, None]
     positions = jnp.broadcast_to((cache.length + cache.delta)[:, None], (3, *slot.shape))
-    x = embedded(params, tokens[:, None])
-    mix = _cache_mix(cache, slot, slot + 1)
+    x = embed_lookup(params, tokens[:, None])
+    mix = cached_attention(cache, slot, slot + 1)
     x, kept = decode_layers(_lists(params["layers"]), cfg.text, x, positions, mix)
     k, v = (list(part) for part in zip(*kept, strict=True))
     cache = pinned(cache.replace(k=k, v=v, length=cache.length + 1))
     return cache, _logits(params, cfg, x[:, 0])
 
 
-def _cache_mix(cache: KVCache, slot: jax.Array, reach: jax.Array):
+def cached_attention(cache: KVCache, slot: jax.Array, reach: jax.Array):
     """Write first, then attend to the written array: the other order copies the cache at every step."""
 
     def mix(i, q, k, v):
@@ -270,7 +270,7 @@ def _lists(layers):
 
 def _fill(params, cfg, cache, batch, features, mix):
     params = {**params, "layers": _lists(params["layers"])}
-    x, kept = run_rows(params, cfg, batch, features, mix)
+    x, kept = run_decoder(params, cfg, batch, features, mix)
     k, v = (list(part) for part in zip(*kept, strict=True))
     last = last_attended(batch.segment_ids)
     x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
@@ -286,5 +286,5 @@ def _filled(params, cfg, cache, batch, k, v, x):
 
 def _logits(params, cfg, x):
     # As the head is cut, for it must not move; then whole rows, an axis at a time, to draw tokens of.
-    logits = shard(unembed(params, cfg, shard(x, "step_rows", None)), "step_rows", "vocab")
+    logits = shard(lm_logits(params, cfg, shard(x, "step_rows", None)), "step_rows", "vocab")
     return shard(shard(logits, "rows", "vocab"), "rows", None)

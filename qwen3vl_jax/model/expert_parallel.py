@@ -14,7 +14,7 @@ from qwen3vl_jax.model.lora import Adapted, split
 from qwen3vl_jax.model.quantized import Quantized
 from qwen3vl_jax.model.sharding import (
     Where,
-    call_places,
+    mesh_axes_for,
     mesh_sizes,
     on_shards,
     spec,
@@ -23,7 +23,7 @@ from qwen3vl_jax.model.sharding import (
 _EMBED = (1, 2)  # the axis D of gate_up [E D 2M] and of down [E M D]
 
 
-class Exchange(NamedTuple):
+class ExpertParallel(NamedTuple):
     """How the tokens [B T ..] of one layer and its E experts lie on the mesh; without one, whole.
 
     Where D is cut, the many tokens of whole rows have the weights gathered to them; the few of a decode
@@ -38,15 +38,15 @@ class Exchange(NamedTuple):
     partial: bool  # whether each device multiplies with its part of D
 
     @classmethod
-    def of(cls, shape: tuple[int, ...], gate_up: Any, down: Any) -> Exchange:
+    def of(cls, shape: tuple[int, ...], gate_up: Any, down: Any) -> ExpertParallel:
         """For a stream of this shape [B T D] and the matrices of `each_expert`."""
         experts, sizes = gate_up.shape[0], mesh_sizes()
-        weights = call_places(("expert", experts), ("embed", shape[2]))
+        weights = mesh_axes_for(("expert", experts), ("embed", shape[2]))
         parts = math.prod(sizes[a] for a in weights["embed"])
         pairs = zip((gate_up, down), _EMBED, strict=True)
         partial = shape[1] == 1 < parts and all(_divides(w, dim, parts) for w, dim in pairs)
         rows = "step_rows" if shape[1] == 1 else "rows"
-        tokens = call_places((rows, shape[0]), ("stream", shape[1]))
+        tokens = mesh_axes_for((rows, shape[0]), ("stream", shape[1]))
         return cls(rows, tokens, weights, experts, sizes, partial)
 
     @property

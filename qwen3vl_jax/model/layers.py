@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from qwen3vl_jax.model.lora import Adapted, low_rank
+from qwen3vl_jax.model.lora import Adapted, lora_delta
 from qwen3vl_jax.model.matmul import product
-from qwen3vl_jax.model.quantized import Quantized, Weight, factored
+from qwen3vl_jax.model.quantized import Quantized, Weight, scaled_matmul_parts
 from qwen3vl_jax.model.sharding import mesh_sizes, platform
 
 ones, zeros = nn.initializers.ones, nn.initializers.zeros
@@ -66,9 +66,9 @@ def linear(
 def linear_fp32(x: jax.Array, w: Weight | Adapted, in_dims: int = 1) -> jax.Array:
     """`linear` whose result stays in fp32: logits, and everything before a bias."""
     if isinstance(w, Adapted):
-        return linear_fp32(x, w.base, in_dims) + low_rank(x, w, in_dims)
+        return linear_fp32(x, w.base, in_dims) + lora_delta(x, w, in_dims)
     dtype = x.dtype if isinstance(w, Quantized) else w.dtype
-    values, factor = factored(w, dtype, range(w.ndim - in_dims, w.ndim))
+    values, factor = scaled_matmul_parts(w, dtype, range(w.ndim - in_dims, w.ndim))
     flat = (
         platform() == "cpu" and not mesh_sizes()
     )  # to merge axes that a mesh cuts would gather them

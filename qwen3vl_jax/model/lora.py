@@ -46,7 +46,7 @@ class Adapted(flax.struct.PyTreeNode):
         return self.base.ndim
 
 
-def low_rank(x: jax.Array, w: Adapted, in_dims: int) -> jax.Array:
+def lora_delta(x: jax.Array, w: Adapted, in_dims: int) -> jax.Array:
     """What the pairs of w add to x W, fp32: x [..., in] -> [..., out], each part in its own place."""
     lead, out = x.shape[: x.ndim - in_dims], w.shape[: w.ndim - in_dims]
     flat = x.reshape(*lead, -1)
@@ -55,13 +55,15 @@ def low_rank(x: jax.Array, w: Adapted, in_dims: int) -> jax.Array:
         shape = out if w.axis is None else (*out[: w.axis], stop - start, *out[w.axis + 1 :])
         pair = w.pairs.get(name)
         whole = (*lead, *shape)
-        pieces.append(times(flat, pair).reshape(whole) if pair else jnp.zeros(whole, jnp.float32))
+        pieces.append(
+            lora_product(flat, pair).reshape(whole) if pair else jnp.zeros(whole, jnp.float32)
+        )
     return pieces[0] if w.axis is None else jnp.concatenate(pieces, len(lead) + w.axis)
 
 
-def times(x: jax.Array, pair: Pair) -> jax.Array:
+def lora_product(x: jax.Array, pair: Pair) -> jax.Array:
     """scale (drop(x) A) B in fp32: x [.. in] -> [.. out]."""
-    kept = kept_share(pair, x.shape, x.dtype)
+    kept = dropout_mask(pair, x.shape, x.dtype)
     x = x if kept is None else x * kept
     low = _dot(x, pair.a).astype(x.dtype)
     return _dot(low, pair.b) * pair.scale
@@ -72,7 +74,7 @@ def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
     return jax.lax.dot_general(x, w.astype(x.dtype), contract, preferred_element_type=jnp.float32)
 
 
-def kept_share(pair: Pair | None, shape: tuple[int, ...], dtype: Any) -> jax.Array | None:
+def dropout_mask(pair: Pair | None, shape: tuple[int, ...], dtype: Any) -> jax.Array | None:
     """What dropout multiplies values of a shape with: 0, or 1 / (1 - rate); None without dropout."""
     if pair is None or pair.key is None or not pair.rate:
         return None

@@ -13,7 +13,7 @@ from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model.attention import NEG
 from qwen3vl_jax.model.layers import linear_fp32, rms_norm
-from qwen3vl_jax.model.moe import Routed
+from qwen3vl_jax.model.moe import RouterOutput
 from qwen3vl_jax.model.quantized import Weight
 from qwen3vl_jax.model.sharding import shard
 from qwen3vl_jax.model.structs import (
@@ -193,7 +193,7 @@ def _added(total: jax.Array, more: jax.Array, start: jax.Array) -> jax.Array:
 _sums_by_words.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def head_sums(
+def lm_head_sums(
     params: Params, cfg: Config, x: jax.Array, labels: jax.Array, weights: jax.Array, chunk: int
 ) -> TokenSums:
     """`chunked_cross_entropy` of the stream x [.. D] before the final norm; labels, weights [..]."""
@@ -205,14 +205,14 @@ def head_sums(
 class RouterSums(NamedTuple):
     """What one sparse layer's router did, over tokens that are not padding."""
 
-    chosen: jax.Array  # [A E] fp32: how often expert e was choice a
+    counts: jax.Array  # [A E] fp32: how often expert e was choice a
     probs: jax.Array  # [E] fp32: sum of its probabilities
 
 
-def router_sums(routed: Routed, mask: jax.Array) -> RouterSums:
+def router_sums(routed: RouterOutput, mask: jax.Array) -> RouterSums:
     """The sums of one layer; mask [..], true where a token counts."""
     counted, experts = mask[..., None].astype(jnp.float32), routed.probs.shape[-1]
-    hits = jax.nn.one_hot(routed.chosen, experts, dtype=jnp.float32)  # [.. A E]
+    hits = jax.nn.one_hot(routed.expert_index, experts, dtype=jnp.float32)  # [.. A E]
     lead = tuple(range(mask.ndim))
     return RouterSums(
         jnp.sum(hits * counted[..., None], lead), jnp.sum(routed.probs * counted, lead)
@@ -226,5 +226,5 @@ def balance_loss(sums: RouterSums, tokens: jax.Array) -> jax.Array:
     tokens: how many counted in each. Source: Switch Transformer, arXiv 2101.03961, eq. 4 to 6.
     """
     total = jnp.maximum(tokens * sums.probs.shape[0], 1)
-    share, prob = jnp.sum(sums.chosen, 0) / total, jnp.sum(sums.probs, 0) / total
+    share, prob = jnp.sum(sums.counts, 0) / total, jnp.sum(sums.probs, 0) / total
     return sums.probs.shape[-1] * jnp.sum(share * prob)

@@ -82,12 +82,12 @@ _cast_product.defvjp(_cast_forward, _cast_backward)
 
 
 @jax.custom_jvp
-def rows(table: jax.Array, index: jax.Array) -> jax.Array:
+def gather_rows(table: jax.Array, index: jax.Array) -> jax.Array:
     """table[index]; the gradients of a row that is looked up often are summed in fp32."""
     return table[index]
 
 
-@functools.partial(rows.defjvp, symbolic_zeros=True)
+@functools.partial(gather_rows.defjvp, symbolic_zeros=True)
 def _rows_jvp(primals, tangents):
     (table, index), (slope, _) = primals, tangents
     found = table[index]

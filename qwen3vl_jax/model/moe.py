@@ -14,25 +14,26 @@ import jax
 import jax.numpy as jnp
 
 from qwen3vl_jax.config import TextConfig
-from qwen3vl_jax.model.expert_parallel import Exchange
+from qwen3vl_jax.model.expert_parallel import ExpertParallel
 from qwen3vl_jax.model.layers import ACTIVATIONS, linear_fp32, weight
 from qwen3vl_jax.model.lora import (
+    dropout_mask,
     each_expert,
-    kept_share,
+    lora_product,
     split,
-    times,
 )
-from qwen3vl_jax.model.quantized import factored
+from qwen3vl_jax.model.quantized import scaled_matmul_parts
 from qwen3vl_jax.model.sharding import platform
 
-ROOM = 1.5  # times an even router's share: what a device's experts take in their first pass
+# Times an even router's share of tokens: what a device's experts take in their first pass.
+CAPACITY_FACTOR = 1.5
 
 
-class Routed(NamedTuple):
+class RouterOutput(NamedTuple):
     """How a router chose."""
 
     probs: jax.Array  # [B T E] fp32, over all experts
-    chosen: jax.Array  # [B T A]
+    expert_index: jax.Array  # [B T A]
 
 
 class Experts(nn.Module):
@@ -44,17 +45,17 @@ class Experts(nn.Module):
     cfg: TextConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, Routed]:
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, RouterOutput]:
         c = self.cfg
         e, d, m = (c.num_experts, "expert"), (c.hidden_size, "embed"), c.moe_intermediate_size
         router = weight(self, "router", (c.num_experts, None), (c.hidden_size, "router_embed"))
         gate_up = weight(self, "gate_up", e, d, (2 * m, "expert_mlp"))
         down = weight(self, "down", e, (m, "expert_mlp"), d)
         share, routed = route(x, router, c.num_experts_per_tok)
-        return exchanged(x, share, routed.chosen, gate_up, down, c.hidden_act), routed
+        return moe_apply(x, share, routed.expert_index, gate_up, down, c.hidden_act), routed
 
 
-def route(x: jax.Array, router: jax.Array, per_token: int) -> tuple[jax.Array, Routed]:
+def route(x: jax.Array, router: jax.Array, per_token: int) -> tuple[jax.Array, RouterOutput]:
     """x [.. D] -> shares [.. A] of the chosen experts, which sum to 1 in the dtype of x, and the choice.
 
     Softmax over all experts in fp32, then the top A renormalised (always: the reference ignores
@@ -64,10 +65,10 @@ def route(x: jax.Array, router: jax.Array, per_token: int) -> tuple[jax.Array, R
     probs = jax.nn.softmax(logits, axis=-1)
     share, chosen = jax.lax.top_k(probs, per_token)
     share = (share / jnp.sum(share, -1, keepdims=True)).astype(x.dtype)
-    return share, Routed(probs, chosen)
+    return share, RouterOutput(probs, chosen)
 
 
-def exchanged(x, share, chosen, gate_up, down, act: str) -> jax.Array:
+def moe_apply(x, share, chosen, gate_up, down, act: str) -> jax.Array:
     """Every token through its experts, wherever they are: [B T D] -> [B T D].
 
     Devices that share a set of experts between them gather each other's tokens, run their own experts
@@ -77,7 +78,7 @@ def exchanged(x, share, chosen, gate_up, down, act: str) -> jax.Array:
     """
     kept = _dropped(x.shape[:2], x.dtype, gate_up, down)
     weights = each_expert(gate_up), each_expert(down)
-    exchange = Exchange.of(x.shape, *weights)
+    exchange = ExpertParallel.of(x.shape, *weights)
     run = experts_scan if platform() == "cpu" else experts_ragged
 
     def here(tokens, weights):
@@ -95,7 +96,7 @@ def exchanged(x, share, chosen, gate_up, down, act: str) -> jax.Array:
 def _dropped(lead: tuple[int, ...], dtype: Any, *weights: Any) -> list[jax.Array | None]:
     """What dropout leaves of the inputs of each weight's pair [*lead in], None without dropout."""
     pairs = ((w, split(w)[1]) for w in weights)
-    return [kept_share(pair, (*lead, w.shape[1]), dtype) for w, pair in pairs]
+    return [dropout_mask(pair, (*lead, w.shape[1]), dtype) for w, pair in pairs]
 
 
 def _swiglu(gate_up: jax.Array, act: str) -> jax.Array:
@@ -119,7 +120,7 @@ def experts_ragged(x, share, chosen, gate_up, down, act: str, kept=None, parts=1
     mine = (chosen >= 0) & (chosen < count)
     expert = jnp.where(mine, chosen, count).reshape(-1)
     total = n * per_token
-    room = min(total, math.ceil(ROOM * total / parts))
+    room = min(total, math.ceil(CAPACITY_FACTOR * total / parts))
     passes = math.ceil(total / room)
     order = jnp.pad(jnp.argsort(expert), (0, passes * room - total))
     ends = jnp.cumsum(jnp.bincount(expert, length=count))
@@ -162,7 +163,7 @@ class _Rows(NamedTuple):
         x = jnp.where(
             self.here, x, 0
         )  # else what a kernel leaves behind the last row has a gradient
-        values, factor = factored(base, x.dtype, (1,))
+        values, factor = scaled_matmul_parts(base, x.dtype, (1,))
         y = ragged_dot(x, values, self.sizes).astype(jnp.float32)
         y = y if factor is None else y * factor[self.expert]
         if pair is None:
@@ -188,10 +189,10 @@ def experts_scan(x, share, chosen, gate_up, down, act: str, kept=None, parts=1, 
 
     def product(x, w, kept):
         base, pair = split(w)
-        values, factor = factored(base, x.dtype, (0,))
+        values, factor = scaled_matmul_parts(base, x.dtype, (0,))
         y = jnp.dot(x, values, preferred_element_type=jnp.float32)
         y = y if factor is None else y * factor
-        return y if pair is None else y + times(x if kept is None else x * kept, pair)
+        return y if pair is None else y + lora_product(x if kept is None else x * kept, pair)
 
     def run(total, up_e, down_e, share_e):
         hidden = _swiglu(summed(product(x, up_e, kept[0])).astype(x.dtype), act)

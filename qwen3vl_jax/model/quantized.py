@@ -10,7 +10,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from qwen3vl_jax.model.matmul import rows
+from qwen3vl_jax.model.matmul import gather_rows
 
 
 class Quantized(flax.struct.PyTreeNode):
@@ -35,33 +35,35 @@ class Quantized(flax.struct.PyTreeNode):
 Weight = jax.Array | Quantized
 
 
-def dense(w: Weight, dtype) -> jax.Array:
+def dequantize(w: Weight, dtype) -> jax.Array:
     """The weight itself, in `dtype`; an 8-bit one is multiplied out in float32 and then rounded."""
     if not isinstance(w, Quantized):
         return w.astype(dtype)
     return (w.values.astype(jnp.float32) * _scale_of_each(w.scale, w.shape)).astype(dtype)
 
 
-def factored(w: Weight, dtype, axes: Iterable[int]) -> tuple[jax.Array, jax.Array | None]:
+def scaled_matmul_parts(
+    w: Weight, dtype, axes: Iterable[int]
+) -> tuple[jax.Array, jax.Array | None]:
     """(values to multiply with, factor of the product or None) where a product sums over `axes`.
 
     Scales that do not change along the axes stay outside (float32, in the shape of w without the
-    axes): nobody has to write the weight out in 16 bits. Others are multiplied in, as `dense` does.
+    axes): nobody has to write the weight out in 16 bits. Others are multiplied in, as `dequantize` does.
     """
     axes = tuple(axes)
     if not isinstance(w, Quantized) or math.prod(w.scale.shape[i] for i in axes) > 1:
-        return dense(w, dtype), None
+        return dequantize(w, dtype), None
     scale = jnp.squeeze(w.scale, axes)
     rest = [n for i, n in enumerate(w.shape) if i not in axes]
     return w.values.astype(dtype), jnp.broadcast_to(_scale_of_each(scale, rest), rest)
 
 
-def take_rows(w: Weight, index: Any, dtype) -> jax.Array:
+def embedding_lookup(w: Weight, index: Any, dtype) -> jax.Array:
     """Rows w[index] in `dtype`: the embedding."""
     if not isinstance(w, Quantized):
-        return rows(jnp.asarray(w), index).astype(dtype)
+        return gather_rows(jnp.asarray(w), index).astype(dtype)
     covered = w.shape[0] // w.scale.shape[0]
-    return dense(Quantized(w.values[index], w.scale[index // covered]), dtype)
+    return dequantize(Quantized(w.values[index], w.scale[index // covered]), dtype)
 
 
 def _scale_of_each(scale: jax.Array, shape: Iterable[int]) -> jax.Array:

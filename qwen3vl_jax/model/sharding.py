@@ -52,8 +52,10 @@ RULES: dict[str, tuple[str, ...]] = {
 # The axes of the second are taken before others: a device's patches are then of its own rows' pictures,
 # and its process reads no other samples.
 FIRST = {"vision_rows": "rows"}
-WHOLE_AT_MOST = 64 << 20  # bytes of a parameter that may stay whole on every device
-SPARED = 1 / 4  # of the bytes of parameters that a mesh axis may cut, what it may leave uncut
+MAX_REPLICATED = 64 << 20  # bytes of a parameter that may stay whole on every device
+MAX_UNSHARDED = (
+    1 / 4
+)  # of the bytes of parameters that a mesh axis may cut, what it may leave uncut
 
 Where = Mapping[str, tuple[str, ...]]  # the mesh axes of each logical axis of a call
 Axes = Sequence[str | None]
@@ -159,7 +161,7 @@ def compiler_options(mesh: Mesh) -> dict[str, str] | None:
     return dict(_TPU_OPTIONS) if mesh.devices.flat[0].platform == "tpu" else None
 
 
-def rows_parts(sizes: Mapping[str, int]) -> int:
+def batch_parts(sizes: Mapping[str, int]) -> int:
     """Into how many parts a mesh of these sizes can cut rows."""
     return math.prod(sizes.get(axis, 1) for axis in RULES["rows"])
 
@@ -180,7 +182,7 @@ def _sizes(mesh: Any) -> dict[str, int]:
     return {name: n for name, n in mesh.shape.items() if n > 1}
 
 
-def places(named: Sequence[tuple[str | None, int]], sizes: Mapping[str, int]) -> Where:
+def resolve_axes(named: Sequence[tuple[str | None, int]], sizes: Mapping[str, int]) -> Where:
     """Which mesh axes cut which logical axis, for (logical axis, size) pairs of one array or call.
 
     An axis that stands there more than once is cut so that each size divides.
@@ -230,14 +232,14 @@ def shard(x: jax.Array, *axes: str | None) -> jax.Array:
     sizes = mesh_sizes()
     if not sizes:
         return x
-    where = places(list(zip(axes, x.shape, strict=True)), sizes)
+    where = resolve_axes(list(zip(axes, x.shape, strict=True)), sizes)
     return jax.lax.with_sharding_constraint(x, spec(axes, where))
 
 
 def on_shards(fn: Callable, where: Where, in_axes: Any, out_axes: Any, *args: Any) -> Any:
     """fn(*args), run by each device on its part of the arguments (`jax.shard_map`).
 
-    where: of `call_places`, which sees the sizes. in_axes, out_axes: a tuple of logical names for each
+    where: of `mesh_axes_for`, which sees the sizes. in_axes, out_axes: a tuple of logical names for each
     argument and result; in place of one a PartitionSpec tree.
     """
     if not mesh_sizes():
@@ -255,7 +257,7 @@ def on_shards(fn: Callable, where: Where, in_axes: Any, out_axes: Any, *args: An
     return mapped(*args)
 
 
-def compile_whole(fn: Callable, *shapes: Any) -> None:
+def compile_replicated(fn: Callable, *shapes: Any) -> None:
     """Compiles fn for arguments that every device of the ambient mesh has wholly.
 
     A program of its own, also when it is asked for while another one is traced, inside `on_shards` too.
@@ -272,25 +274,25 @@ def compile_whole(fn: Callable, *shapes: Any) -> None:
         jax.jit(of_each).lower(*shapes).compile()
 
 
-def most_parts(name: str) -> int:
+def max_parts(name: str) -> int:
     """Into how many parts the ambient mesh can cut a logical axis."""
     sizes = mesh_sizes()
     return math.prod(sizes.get(axis, 1) for axis in RULES[name])
 
 
-def call_places(*named: tuple[str | None, int]) -> Where:
-    """`places` over the ambient mesh, for one call of `on_shards`."""
-    return places(named, mesh_sizes())
+def mesh_axes_for(*named: tuple[str | None, int]) -> Where:
+    """`resolve_axes` over the ambient mesh, for one call of `on_shards`."""
+    return resolve_axes(named, mesh_sizes())
 
 
-def whole(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of an array that every device has all of."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def array_sharding(mesh: Mesh | AbstractMesh, axes: Axes, x: Any) -> NamedSharding:
     """The sharding of one array, or shape, by the logical names of its axes."""
-    where = places(list(zip(axes, x.shape, strict=True)), _sizes(mesh))
+    where = resolve_axes(list(zip(axes, x.shape, strict=True)), _sizes(mesh))
     return NamedSharding(mesh, spec(axes, where))
 
 
@@ -299,7 +301,7 @@ def shardings(
 ) -> dict:
     """{name: NamedSharding} of parameters {name: shape and dtype} with the names of their axes.
 
-    mesh None gives None for each. Raises InputError for a parameter over WHOLE_AT_MOST bytes that
+    mesh None gives None for each. Raises InputError for a parameter over MAX_REPLICATED bytes that
     nothing cuts, though the mesh has axes for parameters.
     """
     if mesh is None:
@@ -309,7 +311,7 @@ def shardings(
         out[name] = array_sharding(mesh, axes[name], x)
         cutters = [a for a in RULES["embed"] if a in sizes]
         size = math.prod(x.shape) * np.dtype(x.dtype).itemsize
-        if cutters and size > WHOLE_AT_MOST and out[name].is_fully_replicated:
+        if cutters and size > MAX_REPLICATED and out[name].is_fully_replicated:
             raise InputError(
                 f"{name} {list(x.shape)}: {size >> 20} MiB would stay whole on every device, since "
                 f"{', '.join(f'{a} = {sizes[a]}' for a in cutters)} divides none of its axes "
@@ -321,7 +323,7 @@ def shardings(
 def check_divides(
     mesh: Mesh | AbstractMesh | None, shapes: Mapping[str, Any], axes: Mapping[str, Axes]
 ) -> None:
-    """Raises InputError for an axis of the mesh that leaves more than SPARED of a whole model uncut.
+    """Raises InputError for an axis of the mesh that leaves more than MAX_UNSHARDED of a whole model uncut.
 
     shapes and axes are those of `shardings`. The largest parameter that the axis does not divide is named.
     """
@@ -329,7 +331,7 @@ def check_divides(
     size = {n: math.prod(x.shape) * np.dtype(x.dtype).itemsize for n, x in shapes.items()}
     may = {n: {a for name in axes[n] if name for a in RULES[name]} for n in shapes}
     cut = {
-        n: {a for cutters in places(list(zip(axes[n], x.shape, strict=True)), sizes).values()
+        n: {a for cutters in resolve_axes(list(zip(axes[n], x.shape, strict=True)), sizes).values()
             for a in cutters}
         for n, x in shapes.items()
     }  # fmt: skip
@@ -337,7 +339,7 @@ def check_divides(
         asked = [n for n in shapes if axis in may[n]]
         uncut = [n for n in asked if axis not in cut[n]]
         left, all_of_them = (sum(size[n] for n in names) for names in (uncut, asked))
-        if left > SPARED * all_of_them:
+        if left > MAX_UNSHARDED * all_of_them:
             name = max(uncut, key=lambda n: size[n])
             raise InputError(
                 f"{name} {list(shapes[name].shape)}: {axis} = {count} divides none of its axes "

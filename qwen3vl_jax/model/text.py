@@ -126,7 +126,7 @@ def decode_layers(
 
     `mix(i, q, k, v)` attends in layer i. `deepstack` [n B T D] is added after layers 0 .. n-1, to the
     whole residual stream (zero rows where there is no vision). `keep(x, kept, routed)` picks what is
-    returned in place of what mix kept; routed is how a sparse layer's router chose (moe.Routed).
+    returned in place of what mix kept; routed is how a sparse layer's router chose (moe.RouterOutput).
     longest: as in `mrope`.
     """
     rotary = mrope(cfg, positions, x.dtype, longest)

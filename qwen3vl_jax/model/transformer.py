@@ -29,7 +29,7 @@ from qwen3vl_jax.model.layers import (
     rms_norm,
     weight,
 )
-from qwen3vl_jax.model.quantized import Quantized, take_rows
+from qwen3vl_jax.model.quantized import Quantized, embedding_lookup
 from qwen3vl_jax.model.sharding import shard
 from qwen3vl_jax.model.structs import (
     Batch,
@@ -153,22 +153,22 @@ def _per_layer(layers):
     return [jax.tree.map(lambda x, i=i: x[i], layers) for i in range(count)]
 
 
-def stream_dtype(params: Params) -> Any:
+def compute_dtype(params: Params) -> Any:
     """The dtype of the computation: the embedding's, or the final norm's where that is in 8 bits."""
     embed = params["embed"]
     return (params["norm"] if isinstance(embed, Quantized) else embed).dtype
 
 
-def embedded(params: Params, tokens: jax.Array, dtype: Any = None) -> jax.Array:
+def embed_lookup(params: Params, tokens: jax.Array, dtype: Any = None) -> jax.Array:
     """Token embeddings [.. D] of tokens [..], in the dtype of the computation."""
-    dtype = stream_dtype(params) if dtype is None else dtype
+    dtype = compute_dtype(params) if dtype is None else dtype
     if tokens.ndim != 2:
-        return take_rows(params["embed"], tokens, dtype)
+        return embedding_lookup(params["embed"], tokens, dtype)
     # As the table is cut, for a lookup must move no table; then from the channels to the tokens, and
     # to the rows: the last axes of the mesh first, which XLA does without making x whole.
     # One token is looked up twice: XLA makes a slice of a lookup of one, and the whole table for that.
     looked_up = tokens if tokens.size > 1 else jnp.repeat(tokens, 2, axis=1)
-    x = take_rows(params["embed"], shard(looked_up, "lookup_rows", None), dtype)
+    x = embedding_lookup(params["embed"], shard(looked_up, "lookup_rows", None), dtype)
     x = x[:, : tokens.shape[1]]
     if tokens.shape[1] == 1:
         return shard(shard(x, "lookup_rows", None, "step_embed"), "step_rows", None, None)
@@ -187,9 +187,9 @@ def embed_tokens(
     """
     if features is None and batch.vision is not None:
         features = vision_encode(params, cfg, batch.vision)
-    dtype = stream_dtype(params) if dtype is None else dtype
+    dtype = compute_dtype(params) if dtype is None else dtype
     rows, given = batch.vision_rows, batch.embeds
-    x = embedded(params, batch.tokens, dtype) if given is None else jnp.asarray(given, dtype)
+    x = embed_lookup(params, batch.tokens, dtype) if given is None else jnp.asarray(given, dtype)
     if rows is None:
         return _stream(x), None
     if features is None:
@@ -223,7 +223,7 @@ def last_attended(segment_ids: jax.Array) -> jax.Array:
     return jnp.max(jnp.where(segment_ids > 0, index, 0), axis=1)
 
 
-def unembed(params: Params, cfg: Config, x: jax.Array) -> jax.Array:
+def lm_logits(params: Params, cfg: Config, x: jax.Array) -> jax.Array:
     """Final norm and head: x [.. D] -> logits [.. V] in fp32."""
     table = params["embed"] if cfg.tie_word_embeddings else params.get("head")
     if table is None:
@@ -234,7 +234,7 @@ def unembed(params: Params, cfg: Config, x: jax.Array) -> jax.Array:
     return linear_fp32(rms_norm(x, params["norm"], cfg.text.rms_norm_eps), table)
 
 
-def run_rows(
+def run_decoder(
     params: Params, cfg: Config, batch: Batch, features, mix, keep=None, dtype=None, remat="none",
     longest=None,
 ):  # fmt: skip
@@ -245,8 +245,8 @@ def run_rows(
     )
 
 
-def row_mix(batch: Batch, dropout: Dropout | None = None):
-    """The way to attend of whole rows, for `run_rows`: each token to its own segment, up to itself."""
+def full_attention(batch: Batch, dropout: Dropout | None = None):
+    """The way to attend of whole rows, for `run_decoder`: each token to its own segment, up to itself."""
     lo, hi = causal_ranges(batch.segment_ids)
 
     def mix(i, q, k, v):
@@ -272,7 +272,7 @@ def forward(
     [m] of token indices those. Raises InputError for a negative number.
     """
     check_call(params, cfg, batch=batch)
-    x, _ = run_rows(params, cfg, batch, features, row_mix(batch))
+    x, _ = run_decoder(params, cfg, batch, features, full_attention(batch))
     if getattr(logits_to_keep, "ndim", 0) or isinstance(logits_to_keep, (list, tuple)):
         x = x[:, jnp.asarray(logits_to_keep)]
     elif count := operator.index(cast(Any, logits_to_keep)):
@@ -281,7 +281,7 @@ def forward(
         last, count = last_attended(batch.segment_ids), min(count, x.shape[1])
         kept = jnp.maximum(last[:, None] + jnp.arange(1 - count, 1), 0)
         x = jnp.take_along_axis(x, kept[..., None], axis=1)
-    return unembed(params, cfg, x)
+    return lm_logits(params, cfg, x)
 
 
 def hidden_states(
@@ -296,7 +296,9 @@ def hidden_states(
     if features is None and batch.vision is not None:
         features = vision_encode(params, cfg, batch.vision)
     x, _ = embed_tokens(params, cfg, batch, features)
-    _, after = run_rows(params, cfg, batch, features, row_mix(batch), keep=lambda x, *_: x)
+    _, after = run_decoder(
+        params, cfg, batch, features, full_attention(batch), keep=lambda x, *_: x
+    )
     after = jnp.stack(after) if isinstance(after, list) else after
     return jnp.concatenate([x[None], after])
 
@@ -309,7 +311,7 @@ def last_hidden_state(
     In the dtype of the parameters; what stands at padding tokens means nothing.
     """
     check_call(params, cfg, batch=batch)
-    x, _ = run_rows(params, cfg, batch, features, row_mix(batch))
+    x, _ = run_decoder(params, cfg, batch, features, full_attention(batch))
     return rms_norm(x, params["norm"], cfg.text.rms_norm_eps)
 
 
@@ -324,5 +326,5 @@ def attentions(
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         return attend(q, k, v, lo, hi, layout="causal"), attention_probs(q, k, lo, hi)
 
-    _, probs = run_rows(params, cfg, batch, features, mix)
+    _, probs = run_decoder(params, cfg, batch, features, mix)
     return jnp.stack(probs) if isinstance(probs, list) else probs

@@ -20,7 +20,7 @@ from qwen3vl_jax.model.layers import (
     weight,
     zeros,
 )
-from qwen3vl_jax.model.quantized import Weight, dense
+from qwen3vl_jax.model.quantized import Weight, dequantize
 from qwen3vl_jax.model.rope import rotate, vision_rotary
 from qwen3vl_jax.model.sharding import shard
 from qwen3vl_jax.model.structs import (
@@ -119,7 +119,9 @@ class PatchMerger(nn.Module):
 
 def position_embedding(table: Weight, vis: VisionInputs) -> jax.Array:
     """Learned positions [W P Dv] in fp32, bilinear between the four neighbours in the table."""
-    table = shard(dense(table, jnp.float32), None, None)  # small, and looked up by every device
+    table = shard(
+        dequantize(table, jnp.float32), None, None
+    )  # small, and looked up by every device
     return jnp.einsum("wpad,wpa->wpd", table[vis.pos_index], vis.pos_weight)
 
 

@@ -22,7 +22,7 @@ from qwen3vl_jax.model.cache import (
     insert_rows,
     prefill,
 )
-from qwen3vl_jax.model.sharding import array_sharding, whole
+from qwen3vl_jax.model.sharding import array_sharding, replicated
 from qwen3vl_jax.model.structs import Batch, KVCache, VisionInputs
 from qwen3vl_jax.planning.program import Program, Work, held_bytes
 from qwen3vl_jax.processing.prompt_slices import group_size
@@ -155,4 +155,4 @@ def _prompts(cfg: Config, mesh: Mesh, count: int, width: int, patches: int) -> B
 
 
 def _whole(mesh: Mesh, dtype: Any, *shape: int) -> Any:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=whole(mesh))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(mesh))

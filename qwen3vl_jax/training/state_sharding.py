@@ -16,8 +16,8 @@ from qwen3vl_jax.model.sharding import (
     Axes,
     array_sharding,
     check_divides,
+    replicated,
     shardings,
-    whole,
 )
 from qwen3vl_jax.model.transformer import logical_axes
 from qwen3vl_jax.training.data.packing import PackedBatch
@@ -92,7 +92,7 @@ def state_shardings(mesh: Mesh, cfg: Config, state: TrainState) -> TrainState:
             if name in found:
                 same = x.shape == state.weights[name].shape
                 return found[name] if same else array_sharding(mesh, longest_axis(x), x)
-        return whole(mesh)
+        return replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(of, state)
 

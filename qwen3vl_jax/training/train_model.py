@@ -15,7 +15,7 @@ from qwen3vl_jax.checkpoint.name_map import rows, tree_of
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model.quantized import Quantized
-from qwen3vl_jax.model.sharding import compiler_options, whole
+from qwen3vl_jax.model.sharding import compiler_options, replicated
 from qwen3vl_jax.model.structs import Params
 from qwen3vl_jax.model.transformer import init_params, stack_layers
 from qwen3vl_jax.training import param_groups
@@ -229,7 +229,7 @@ def make_step(
     return jax.jit(
         step,
         donate_argnums=0,
-        out_shardings=(where, whole(mesh)),
+        out_shardings=(where, replicated(mesh)),
         compiler_options=compiler_options(mesh),
         keep_unused=keep_unused,
     )

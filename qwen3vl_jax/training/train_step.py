@@ -17,7 +17,7 @@ from qwen3vl_jax.config import Config
 from qwen3vl_jax.model import losses
 from qwen3vl_jax.model.attention import Dropout
 from qwen3vl_jax.model.structs import Params
-from qwen3vl_jax.model.transformer import row_mix, run_rows
+from qwen3vl_jax.model.transformer import full_attention, run_decoder
 from qwen3vl_jax.model.vision import vision_encode
 from qwen3vl_jax.training.data.packing import PackedBatch
 from qwen3vl_jax.training.optimizer import apply_update, exact, named_key
@@ -85,19 +85,19 @@ def batch_sums(
     def keep(x, kept, routed):
         return None if routed is None else losses.router_sums(routed, attended)
 
-    x, routers = run_rows(
-        params, cfg, batch.replace(vision=None), features, row_mix(batch, dropout), keep, dtype,
+    x, routers = run_decoder(
+        params, cfg, batch.replace(vision=None), features, full_attention(batch, dropout), keep, dtype,
         step.remat,
     )  # fmt: skip
     given: Any = batch.labels
     labels = jnp.pad(given[:, 1:], ((0, 0), (0, 1)), constant_values=losses.IGNORE)
     weights = jnp.pad(packed.weights[:, 1:], ((0, 0), (0, 1)))
-    answers = losses.head_sums(params, cfg, x, labels, weights, step.loss_chunk)
+    answers = losses.lm_head_sums(params, cfg, x, labels, weights, step.loss_chunk)
     seen, tokens = None, jnp.sum(attended)
     if packed.vision_labels is not None and features is not None:
         named = packed.vision_labels
         even = jnp.ones(named.shape, jnp.float32)
-        seen = losses.head_sums(params, cfg, features.merged, named, even, step.loss_chunk)
+        seen = losses.lm_head_sums(params, cfg, features.merged, named, even, step.loss_chunk)
     balance = jnp.zeros((), jnp.float32)
     if routers is not None:
         balance = losses.balance_loss(routers, tokens) * tokens
@@ -219,7 +219,7 @@ def step_metrics(sums: Sums, totals: Totals) -> dict[str, jax.Array]:
     if sums.seen is not None:
         out["vision_loss"] = sums.seen.loss / totals.seen
     if sums.routers is not None:
-        load = jnp.sum(sums.routers.chosen, 1)  # [L E]
+        load = jnp.sum(sums.routers.counts, 1)  # [L E]
         load = load / jnp.maximum(jnp.sum(load, -1, keepdims=True), 1)
         even = load * load.shape[-1]  # 1: as many tokens as an even share
         out |= {"balance_loss": sums.balance / totals.tokens}

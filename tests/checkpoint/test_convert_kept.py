@@ -23,7 +23,7 @@ from qwen3vl_jax.checkpoint.device_load import as_dicts
 from qwen3vl_jax.checkpoint.name_map import rows
 from qwen3vl_jax.checkpoint.save import save_params
 from qwen3vl_jax.loading import load
-from qwen3vl_jax.model.quantized import Quantized, dense
+from qwen3vl_jax.model.quantized import Quantized, dequantize
 
 KINDS = {"dense": ("base", False), "moe": ("base", True), "tied": ("tied", False)}
 # Ragged and across heads (16 wide), half a head, a head, larger than any side, strips of one row.
@@ -38,7 +38,7 @@ def is_quantized(leaf):
 
 def multiplied_out(params, dtype):
     """The tree with plain arrays in `dtype`."""
-    return jax.tree.map(lambda w: dense(w, dtype), params, is_leaf=is_quantized)
+    return jax.tree.map(lambda w: dequantize(w, dtype), params, is_leaf=is_quantized)
 
 
 def bits(tree):

@@ -151,7 +151,7 @@ def test_a_parameter_that_an_axis_does_not_divide_is_named(tmp_path, monkeypatch
     for directory in (source, orbax):
         with pytest.raises(q3.InputError, match=r"^\S+ \[.*: tensor = 7 divides none"):
             q3.load(directory, mesh=uneven)
-    monkeypatch.setattr(sharding, "WHOLE_AT_MOST", 100)
+    monkeypatch.setattr(sharding, "MAX_REPLICATED", 100)
     with pytest.raises(q3.InputError, match=r"^embed .*tensor = 7 divides none"):
         q3.load(source, mesh=uneven)
 

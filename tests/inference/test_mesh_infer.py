@@ -127,7 +127,7 @@ def test_the_experts_of_a_step_take_parts_of_the_tokens(monkeypatch, kind, backe
     weights = held_as(kind, keys[3], (8, 32, 24)), held_as(kind, keys[4], (8, 12, 32))
 
     def run(*args):
-        return moe.exchanged(*args, act="silu")
+        return moe.moe_apply(*args, act="silu")
 
     want = jax.jit(run)(x, share, chosen, *weights)
     with jax.set_mesh(mesh_of(data=2, fsdp=2, expert=2)):

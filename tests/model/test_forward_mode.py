@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 import qwen3vl_jax as q3
-from qwen3vl_jax.model.matmul import product, rows
+from qwen3vl_jax.model.matmul import gather_rows, product
 
 
 @functools.cache
@@ -91,6 +91,6 @@ def test_16_bit_products_and_lookups():
     assert abs(both[0] - both[1]) < 2**-7 * np.sqrt(dot(u, u) * dot(change, change))
     jaxpr = str(jax.make_jaxpr(lambda x: jax.jvp(lambda x: product(x, w), (x,), (x,)))(x))
     assert jaxpr.count("dot_general") == 2
-    found, change = jax.jvp(lambda table: rows(table, jnp.array([3, 3, 0])), (w,), (d_w,))
+    found, change = jax.jvp(lambda table: gather_rows(table, jnp.array([3, 3, 0])), (w,), (d_w,))
     np.testing.assert_array_equal(change, d_w[jnp.array([3, 3, 0])])
     np.testing.assert_array_equal(found, w[jnp.array([3, 3, 0])])

@@ -26,7 +26,7 @@ from qwen3vl_jax.checkpoint.lazy_tensor import at_path, eight_bit, flatten
 from qwen3vl_jax.checkpoint.name_map import from_hf, rows
 from qwen3vl_jax.checkpoint.save import save_params
 from qwen3vl_jax.loading import load
-from qwen3vl_jax.model.quantized import Quantized, dense
+from qwen3vl_jax.model.quantized import Quantized, dequantize
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = {"dense": ("base", False), "moe": ("base", True), "tied": ("tied", False),
@@ -52,7 +52,7 @@ def bits(tree):
 
 def multiplied_out(params):
     """The tree with plain float32 arrays."""
-    return jax.tree.map(lambda w: dense(w, jnp.float32), params, is_leaf=is_quantized)
+    return jax.tree.map(lambda w: dequantize(w, jnp.float32), params, is_leaf=is_quantized)
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -22,7 +22,7 @@ from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model.layers import linear, linear_fp32
 from qwen3vl_jax.model.lora import Adapted, Pair
 from qwen3vl_jax.model.moe import experts_ragged, experts_scan
-from qwen3vl_jax.model.quantized import Quantized, dense
+from qwen3vl_jax.model.quantized import Quantized, dequantize
 from qwen3vl_jax.training import recipe
 from qwen3vl_jax.training.lora_targets import cut_lora, first_values, targeted
 from qwen3vl_jax.training.train_step import gradients
@@ -84,7 +84,7 @@ def test_linear(name, kind):
     x = jax.random.normal(jax.random.key(0), (6, *shape[len(shape) - in_dims :]))
     whole = merge({"norm": jnp.ones(1), "w": w})["w"]
     assert whole.shape == w.shape
-    assert ours.worst(whole, dense(w.base, jnp.float32)) > 0.1
+    assert ours.worst(whole, dequantize(w.base, jnp.float32)) > 0.1
     assert ours.worst(linear_fp32(x, w, in_dims), linear_fp32(x, whole, in_dims)) < 1e-5
     made = jax.make_jaxpr(lambda x, w: linear_fp32(x, w, in_dims))(x, w).jaxpr.eqns
     large = {str(eqn.primitive) for eqn in made if eqn.outvars[0].aval.size == np.prod(shape)}

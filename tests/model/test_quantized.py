@@ -11,7 +11,7 @@ from qwen3vl_jax.checkpoint.device_load import as_dicts, as_structs
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.model.layers import linear, linear_fp32
 from qwen3vl_jax.model.moe import experts_ragged, experts_scan
-from qwen3vl_jax.model.quantized import Quantized, dense, take_rows
+from qwen3vl_jax.model.quantized import Quantized, dequantize, embedding_lookup
 from qwen3vl_jax.runtime.console import sizes
 
 BOUND = 1e-5
@@ -51,7 +51,7 @@ def test_linear_and_rows(name, kind):
     shape, scales, in_dims = LINEARS[name]
     w = quantized(shape, scales, kind=kind)
     full = by_index(w)
-    np.testing.assert_allclose(dense(w, jnp.float32), full, rtol=1e-6)
+    np.testing.assert_allclose(dequantize(w, jnp.float32), full, rtol=1e-6)
     inner = shape[len(shape) - in_dims :]
     x = jax.random.normal(jax.random.key(1), (5, *inner))
     flat = full.reshape(*shape[: len(shape) - in_dims], -1)
@@ -61,7 +61,7 @@ def test_linear_and_rows(name, kind):
     assert half.dtype == jnp.bfloat16
     assert ours.worst(half.astype(jnp.float32), want) < 2**-6
     index = np.arange(shape[0])[None, ::-1]
-    np.testing.assert_allclose(take_rows(w, index, jnp.float32), full[index], rtol=1e-6)
+    np.testing.assert_allclose(embedding_lookup(w, index, jnp.float32), full[index], rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", LINEARS)
@@ -93,7 +93,9 @@ def test_experts(run, scales, kind):
         np.random.default_rng(0).permuted(np.tile(np.arange(e), (n, 1)), axis=1)[:, :3]
     )
     share = jnp.full((n, 3), 1 / 3)
-    want = run(x, share, chosen, dense(gate_up, jnp.float32), dense(down, jnp.float32), "silu")
+    want = run(
+        x, share, chosen, dequantize(gate_up, jnp.float32), dequantize(down, jnp.float32), "silu"
+    )
     got = jax.jit(run, static_argnums=5)(x, share, chosen, gate_up, down, "silu")
     assert ours.worst(got, want) < BOUND
 

@@ -72,7 +72,7 @@ def names_an_axis(node):
 
 def test_an_axis_takes_the_largest_set_that_divides_it():
     def axes(*named, **sizes):
-        return sharding.places(named, sizes)
+        return sharding.resolve_axes(named, sizes)
 
     assert axes(("embed", 4096), fsdp=32, expert=8) == {"embed": ("fsdp", "expert")}
     assert axes(("embed", 1152), fsdp=32, expert=8) == {"embed": ("fsdp",)}  # 1152 = 9 x 128
@@ -250,11 +250,11 @@ def test_a_program_of_its_own_compiles_while_another_is_traced():
     asked = jax.ShapeDtypeStruct((3,), jnp.float32)
 
     def traced(x):
-        sharding.compile_whole(lambda y: (jnp.sin(y), y), asked)
+        sharding.compile_replicated(lambda y: (jnp.sin(y), y), asked)
         return 2 * x
 
     def over_shards(x):
-        where = sharding.call_places(("heads", len(x)))
+        where = sharding.mesh_axes_for(("heads", len(x)))
         return sharding.on_shards(traced, where, (("heads",),), ("heads",), traced(x))
 
     assert jax.jit(over_shards)(jnp.ones(4)).tolist() == [4.0] * 4

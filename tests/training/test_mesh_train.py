@@ -125,7 +125,7 @@ def test_tokens_find_their_experts_on_other_devices(run, chosen, monkeypatch):
     monkeypatch.setattr(moe, "platform", lambda: "cpu" if run == "scan" else "tpu")
 
     def loss(x, share, gate_up, down):
-        y = moe.exchanged(x, share, which, gate_up, down, "silu")
+        y = moe.moe_apply(x, share, which, gate_up, down, "silu")
         return jnp.sum(jnp.sin(y)), y
 
     def of():

@@ -84,7 +84,7 @@ def test_the_patches_of_a_device_are_of_its_rows():
     assert len(meshes) == 35
     for sizes, rows, vision_rows in itertools.product(meshes, (1, 2), (1, 2, 3, 4, 8)):
         mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes)))
-        groups = sharding.rows_parts(mesh.shape)
+        groups = sharding.batch_parts(mesh.shape)
         mine = shares_held(mesh, ("rows", "tokens"), groups * rows)
         seen = shares_held(mesh, ("vision_rows", "patches"), groups * vision_rows)
         assert all(mine[d][0] <= seen[d][0] and seen[d][1] <= mine[d][1] for d in mine), sizes

@@ -17,10 +17,10 @@ from qwen3vl_jax.model.attention import (
     causal_ranges,
 )
 from qwen3vl_jax.model.layers import linear_fp32
-from qwen3vl_jax.model.matmul import product, rows
+from qwen3vl_jax.model.matmul import gather_rows, product
 from qwen3vl_jax.model.quantized import Quantized
 from qwen3vl_jax.model.structs import Batch
-from qwen3vl_jax.model.transformer import row_mix
+from qwen3vl_jax.model.transformer import full_attention
 
 N, D, V = 50, 24, 97
 
@@ -103,7 +103,7 @@ def test_gradients_of_bf16_products():
     assert ours.worst(d_w, exact) < 1e-6
     table = jnp.zeros((4, 2), jnp.bfloat16)
     index = jnp.zeros(1000, jnp.int32)
-    total = jax.grad(lambda t: jnp.sum(rows(t, index).astype(jnp.float32)))(table)
+    total = jax.grad(lambda t: jnp.sum(gather_rows(t, index).astype(jnp.float32)))(table)
     assert float(total[0, 0]) == 1000  # one by one in bf16 it would stop at 256
 
 
@@ -127,7 +127,7 @@ def test_attention_dropout():
     assert abs(np.corrcoef(share[: t - BLOCK, 0], share[BLOCK:, 0])[0, 1]) < 0.2
     ids = jnp.ones((1, 9), jnp.int32)
     batch = Batch(ids, jnp.zeros((3, 1, 9), jnp.int32), ids, None, jnp.zeros(1))
-    mix = row_mix(batch, Dropout(key, 0.5))
+    mix = full_attention(batch, Dropout(key, 0.5))
     q, k = jax.random.normal(key, (2, 1, 9, 2, 4))
     first, again, second = (np.asarray(mix(i, q, k, k)[0]) for i in (0, 0, 1))
     np.testing.assert_array_equal(first, again)

@@ -213,7 +213,7 @@ def test_experts_load_and_balance_leave_padding_out():
     from qwen3vl_jax.model import losses, moe
 
     chosen = np.array([[0], [0], [0], [3], [4]])
-    hot = moe.Routed(jax.nn.one_hot(chosen[:, 0], 7), jnp.asarray(chosen))
+    hot = moe.RouterOutput(jax.nn.one_hot(chosen[:, 0], 7), jnp.asarray(chosen))
     sums = losses.router_sums(hot, jnp.arange(5) < 3)
     stacked = jax.tree.map(lambda x: x[None], sums)
     assert float(losses.balance_loss(stacked, jnp.int32(3))) == 7.0
