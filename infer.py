@@ -24,13 +24,9 @@ from qwen3vl_jax.cli.infer_arguments import (
     read_messages,
 )
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.planning.chips import (
-    allow_gpu_memory,
-    prepare_environment,
-    quiet_libtpu,
-    read_machine,
-)
+from qwen3vl_jax.planning.machines import prepare_environment, read_machine
 from qwen3vl_jax.runtime import distributed
+from qwen3vl_jax.runtime.chips import allow_gpu_memory, quiet_libtpu
 from qwen3vl_jax.runtime.compile_cache import PROGRAMS, keep_programs
 from qwen3vl_jax.runtime.console import (
     Status,

@@ -13,14 +13,14 @@ import sys
 from pathlib import Path
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.planning.chips import (
+from qwen3vl_jax.planning.machines import (
     add_plan_arguments,
-    allow_gpu_memory,
     check_plan_arguments,
     prepare_environment,
     read_machine,
 )
 from qwen3vl_jax.runtime import distributed
+from qwen3vl_jax.runtime.chips import allow_gpu_memory
 from qwen3vl_jax.runtime.compile_cache import HELP, PROGRAMS, keep_programs
 from qwen3vl_jax.runtime.console import EXPECTED, end_process, report
 from qwen3vl_jax.runtime.native_output import tidy_output

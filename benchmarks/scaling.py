@@ -28,8 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.scaling_cases import Case, config, run
-from qwen3vl_jax.planning.chips import CHIPS
-from qwen3vl_jax.training.reporting.flops import peak_flops
+from qwen3vl_jax.runtime.chips import CHIPS, peak_flops
 
 TIMES, WITHIN = 1.2, 0.05  # bf16's own error; of the real peak of memory
 ROWS, SLOTS, STEPS = (1, 32), 2048, 64

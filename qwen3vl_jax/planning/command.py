@@ -15,8 +15,8 @@ from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model.sharding import make_mesh, slice_count
 from qwen3vl_jax.planning import compiling
-from qwen3vl_jax.planning.chips import Machine
 from qwen3vl_jax.planning.largest import LEVEL, largest
+from qwen3vl_jax.planning.machines import Machine
 from qwen3vl_jax.planning.program import Program, config_of, groups_of, training_step
 from qwen3vl_jax.planning.report import Plan, best, likeliest, plan_of, table, without_memory
 from qwen3vl_jax.planning.search import Candidate, candidates, mesh_of

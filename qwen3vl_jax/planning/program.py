@@ -22,8 +22,7 @@ from qwen3vl_jax.training.data.packing import PackedBatch
 from qwen3vl_jax.training.param_groups import group_of
 from qwen3vl_jax.training.recipe import Recipe
 from qwen3vl_jax.training.reporting import memory_estimate
-from qwen3vl_jax.training.reporting.flops import step_flops
-from qwen3vl_jax.training.reporting.speed import adapter_sizes, full_work
+from qwen3vl_jax.training.reporting.flops import adapter_sizes, full_work, step_flops
 from qwen3vl_jax.training.state_sharding import (
     batch_shardings,
     check_mesh,

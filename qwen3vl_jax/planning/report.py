@@ -8,13 +8,14 @@ from typing import NamedTuple
 
 from rich.table import Table
 
-from qwen3vl_jax.planning.chips import GPU_SHARE, Machine
 from qwen3vl_jax.planning.compiling import Compiled
 from qwen3vl_jax.planning.hlo import parse
+from qwen3vl_jax.planning.machines import Machine
 from qwen3vl_jax.planning.program import Program
 from qwen3vl_jax.planning.roofline import Times, times_of
 from qwen3vl_jax.planning.search import Candidate
 from qwen3vl_jax.planning.traffic import FROM_HOST, TO_HOST, Traffic, traffic
+from qwen3vl_jax.runtime.chips import GPU_SHARE
 
 GIB = 2**30
 # Less is fused: on v5e:2x2 demo.toml's step moves 3.6 GiB in place of 0.2; its exchanges are the same.

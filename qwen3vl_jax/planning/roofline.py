@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from qwen3vl_jax.planning.chips import GPUS_A_HOST, Machine
+from qwen3vl_jax.planning.machines import GPUS_A_HOST, Machine
 from qwen3vl_jax.planning.traffic import FROM_HOST, TO_HOST, Collective, Traffic
 
 

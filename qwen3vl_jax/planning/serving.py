@@ -26,8 +26,7 @@ from qwen3vl_jax.model.sharding import array_sharding, replicated
 from qwen3vl_jax.model.structs import Batch, KVCache, VisionInputs
 from qwen3vl_jax.planning.program import Program, Work, held_bytes
 from qwen3vl_jax.processing.prompt_slices import group_size
-from qwen3vl_jax.training.reporting.flops import Work as Passed
-from qwen3vl_jax.training.reporting.flops import forward_flops
+from qwen3vl_jax.training.reporting.flops import Counts, forward_flops
 
 _BLOCK, _BESIDE_FP8 = (128, 128), (("embed",), ("head",))  # of the released FP8 files
 PICTURE = 4096  # patches of the picture in a prompt: one of 1024 x 1024 pixels
@@ -50,7 +49,7 @@ def decoding(cfg: Config, mesh: Mesh, asked: Serving) -> Program:
     # The vision tower, which no decode step reads, lies there too.
     fn = jax.jit(functools.partial(_decode, cfg=cfg), donate_argnums=1, keep_unused=True)
     # A token sees the whole cache at worst.
-    flops = _flops(cfg, Passed(asked.rows, asked.rows * asked.slots, 0, 0))
+    flops = _flops(cfg, Counts(asked.rows, asked.rows * asked.slots, 0, 0))
     work = Work("time of a decode step", flops, flops, asked.rows, "of all rows, cache full")
     held = held_bytes({"weights": params, "cache": (cache.k, cache.v)})
     return Program(fn, (params, cache, tokens), mesh, held, work, "the step itself")
@@ -76,7 +75,7 @@ def prefilling(cfg: Config, mesh: Mesh, asked: Serving) -> Program:
         new, logits = prefill(params, cfg, batch, width, chunk=chunk)
         return insert_rows(cache, rows, new), logits
 
-    passed = Passed(count * width, count * (width * (width + 1) // 2), count * patches,
+    passed = Counts(count * width, count * (width * (width + 1) // 2), count * patches,
                     count * patches**2)  # fmt: skip
     flops = _flops(cfg, passed, head=count)
     told = f"{count} prompt{'s' * (count > 1)}, {patches} patches in each"
@@ -87,7 +86,7 @@ def prefilling(cfg: Config, mesh: Mesh, asked: Serving) -> Program:
     return Program(fn, args, mesh, held, work, "prompts' cache, activations")
 
 
-def _flops(cfg: Config, passed: Passed, head: int | None = None) -> float:
+def _flops(cfg: Config, passed: Counts, head: int | None = None) -> float:
     """FLOPs of a forward pass, of which `head` tokens (None: all) get logits."""
     parts = forward_flops(cfg, passed)
     if head is not None:

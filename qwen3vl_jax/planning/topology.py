@@ -12,7 +12,8 @@ from typing import Any
 from jax.experimental import topologies
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.planning.chips import GPU_SHARE, GPUS_A_HOST, Machine, check_installed
+from qwen3vl_jax.planning.machines import GPUS_A_HOST, Machine, check_installed
+from qwen3vl_jax.runtime.chips import GPU_SHARE
 
 # Both cores of a chip as one device, as on a VM.
 _MEGACORE = {"v4": {"chip_config_name": "megacore"}}

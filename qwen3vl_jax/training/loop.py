@@ -36,8 +36,8 @@ from qwen3vl_jax.training.model_files import open_model, write_model_files
 from qwen3vl_jax.training.optimizer import make_schedule
 from qwen3vl_jax.training.recipe import Data, Recipe, flat
 from qwen3vl_jax.training.reporting import memory_estimate
-from qwen3vl_jax.training.reporting.run_log import Muted, Watch
-from qwen3vl_jax.training.reporting.speed import Profiler, Speed
+from qwen3vl_jax.training.reporting.flops import Speed
+from qwen3vl_jax.training.reporting.run_log import Muted, Profiler, Watch
 from qwen3vl_jax.training.resume import (
     check_fits,
     groups_of,

@@ -21,9 +21,9 @@ import train
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model.sharding import make_mesh
 from qwen3vl_jax.planning import (
-    chips,
     command,
     compiling,
+    machines,
     program,
     report,
     roofline,
@@ -89,7 +89,7 @@ def test_a_step_is_compiled_and_told(small, tmp_path):
     assert (
         abs(sum(made.held.values()) - stats.argument_size_in_bytes) < 2048
     )  # padding, key and step
-    machine = chips.read_machine("v5e:2x4")
+    machine = machines.read_machine("v5e:2x4")
     plan = report.plan_of(machine, made, done)
     assert not done.resharded
     assert plan.fits and plan.times.most >= plan.times.least > 0
@@ -171,7 +171,7 @@ def test_what_does_not_divide_is_refused_before_compiling(small, changes, told):
 
 def test_a_search_tries_meshes_that_divide(small):
     """All use every device and cut rows evenly; the recipe's own, then each mesh once by its time."""
-    cfg, machine = program.config_of(small.ckpt), chips.read_machine("v5e:2x4")
+    cfg, machine = program.config_of(small.ckpt), machines.read_machine("v5e:2x4")
     bare = dataclasses.replace(small, mesh=recipe.Mesh())
     usual = preset(cfg, small.pack, 8)
     for asked in (small, bare):
@@ -195,17 +195,17 @@ def test_an_estimate_counts_copies_to_the_host(small):
     """At the rate of a GPU's link; otherwise offload is as fast as dots."""
     cfg, step = program.config_of(small.ckpt), dataclasses.replace(small.step, remat="offload")
     asked = dataclasses.replace(small, step=step)
-    found = search.candidates(asked, cfg, chips.read_machine("h100:8"))
+    found = search.candidates(asked, cfg, machines.read_machine("h100:8"))
     seconds = {c.recipe.step.remat: c.seconds for c in found if c.recipe.mesh == small.mesh}
     assert seconds["offload"] > seconds["dots"]
 
 
 def test_what_may_not_fit_is_last_and_marked(small, monkeypatch):
     """Remat policies that the estimate finds too large for a chip are below all others."""
-    cfg, machine = program.config_of(small.ckpt), chips.read_machine("v5e:2x4")
+    cfg, machine = program.config_of(small.ckpt), machines.read_machine("v5e:2x4")
     sizes = {"none": 1.2, "dots": 0.9, "full": 0.5}
     monkeypatch.setattr(
-        search.estimate, "memory", lambda r, *_: {"all": machine.chip.hbm * sizes[r.step.remat]}
+        search.memory_estimate, "memory", lambda r, *_: {"all": machine.chip.hbm * sizes[r.step.remat]}
     )
     found = search.candidates(small, cfg, machine)
     over = [c.recipe.step.remat == "none" for c in found]
@@ -217,13 +217,13 @@ def test_what_may_not_fit_is_last_and_marked(small, monkeypatch):
 
 def test_a_mesh_of_other_devices_is_refused_with_one_that_is_not(small):
     """The message names the preset, with what turns the recipe's mesh into it; a search takes others."""
-    machine = chips.read_machine("v5e:2x2")
+    machine = machines.read_machine("v5e:2x2")
     told = r"for all of them; for v5e:2x2 add mesh.fsdp=4 mesh.tensor=1 to the command"
     with pytest.raises(InputError, match=told):
         search.mesh_of(small, cfg := program.config_of(small.ckpt), machine)
     few = "for v5p:4x4x4 add mesh.fsdp=64 mesh.tensor=1 pack.rows=64 pack.vision_rows=64 to"
     with pytest.raises(InputError, match=few):  # two heads, so that more rows are the way
-        search.mesh_of(small, cfg, chips.read_machine("v5p:4x4x4"))
+        search.mesh_of(small, cfg, machines.read_machine("v5p:4x4x4"))
     found = search.candidates(small, cfg, machine)
     assert preset(cfg, small.pack, 4) in [c.recipe.mesh for c in found]
 
@@ -240,18 +240,18 @@ def test_a_plan_of_a_smaller_mesh_is_of_the_first_gpus(small, machine, sizes, us
     )
     pack = dataclasses.replace(small.pack, rows=8)
     asked = dataclasses.replace(asked, pack=pack)
-    found = search.mesh_of(asked, cfg, chips.read_machine(machine))
+    found = search.mesh_of(asked, cfg, machines.read_machine(machine))
     assert np.prod(list(vars(found).values())) == used
     if used == 1:
         with pytest.raises(InputError, match="expected a product of 16"):
-            search.mesh_of(asked, cfg, chips.read_machine("h100:16"))
+            search.mesh_of(asked, cfg, machines.read_machine("h100:16"))
 
 
 def test_a_plan_compiles_for_no_more_devices_than_its_mesh(small, monkeypatch):
     """The first of the machine's."""
     monkeypatch.setattr(command, "devices_of", lambda machine: jax.devices())
     asked = dataclasses.replace(small, mesh=recipe.Mesh(fsdp=2))
-    made = command.program_of(asked, program.config_of(small.ckpt), chips.read_machine("h100:8"))
+    made = command.program_of(asked, program.config_of(small.ckpt), machines.read_machine("h100:8"))
     assert list(made.mesh.devices.flat) == jax.devices()[:2]
 
 
@@ -273,7 +273,7 @@ def test_a_search_goes_on_after_a_mesh_that_does_not_compile(small, monkeypatch,
     monkeypatch.setattr(command, "program_of", program_of)
     monkeypatch.setattr(command, "watched", watched)
     out = io.StringIO()
-    machine = chips.read_machine("v5e:2x4")
+    machine = machines.read_machine("v5e:2x4")
     plans = command.search_training(small, machine, 2, Console(file=out, width=140))
     assert [plan.fits for _, plan in plans] == [False]
     told = capsys.readouterr().err.splitlines()
@@ -287,7 +287,7 @@ def test_a_search_goes_on_after_a_mesh_that_does_not_compile(small, monkeypatch,
 
 def test_a_search_ranks_without_the_time_of_memory(small, monkeypatch):
     """A lower level of optimisation moves several times what a run does, by no rule."""
-    machine = chips.read_machine("v5e:2x4")
+    machine = machines.read_machine("v5e:2x4")
     times = iter([roofline.Times(2e-3, 1e-3, 1e-3, 0.0), roofline.Times(1e-3, 9e-3, 1e-3, 0.0)])
     stats = types.SimpleNamespace(peak_memory_in_bytes=1)
     fitting = types.SimpleNamespace(memory_analysis=lambda: stats)

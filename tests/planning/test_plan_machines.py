@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.planning import chips
+from qwen3vl_jax.planning import machines
+from qwen3vl_jax.runtime import chips
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 )
 def test_machines_by_name(name, devices):
     """Their devices as jax counts them."""
-    assert chips.read_machine(name).devices == devices
+    assert machines.read_machine(name).devices == devices
 
 
 @pytest.mark.parametrize(
@@ -38,7 +39,7 @@ def test_machines_by_name(name, devices):
 def test_machines_that_are_none(name, slices, told):
     """The message says which forms there are."""
     with pytest.raises(InputError, match=told):
-        chips.read_machine(name, slices)
+        machines.read_machine(name, slices)
 
 
 def test_a_run_takes_the_memory_that_a_plan_reckons_with():
@@ -94,7 +95,7 @@ def test_options_of_the_planner_are_refused_at_once(given, told):
     """What does not go together, before anything is read."""
     usual = {"plan": "v5e:2x2", "slices": 1, "save": None, "search": False, "tries": 4}
     with pytest.raises(InputError, match=told):
-        chips.check_plan_arguments(argparse.Namespace(**usual | given))
+        machines.check_plan_arguments(argparse.Namespace(**usual | given))
 
 
 def test_a_missing_compiler_says_what_to_install(monkeypatch):
@@ -103,7 +104,7 @@ def test_a_missing_compiler_says_what_to_install(monkeypatch):
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"libtpu is not installed.*qwen3vl-jax\[tpu\]"):
-        topology.devices_of(chips.read_machine("v5e:2x2"))
+        topology.devices_of(machines.read_machine("v5e:2x2"))
 
 
 def chips_of(*sizes):
@@ -156,12 +157,13 @@ def test_devices_that_fill_no_box_make_a_mesh_in_their_order():
 
 
 EVERY_TPU = """
-from qwen3vl_jax.planning import chips
-machines = [chips.read_machine(f"{n}:{c.sizes}") for n, c in chips.CHIPS.items() if c.platform == "tpu"]
-chips.prepare_environment(machines[0])
+from qwen3vl_jax.planning import machines
+from qwen3vl_jax.runtime import chips
+all_of_them = [machines.read_machine(f"{n}:{c.sizes}") for n, c in chips.CHIPS.items() if c.platform == "tpu"]
+machines.prepare_environment(all_of_them[0])
 from qwen3vl_jax.planning.topology import devices_of
 from qwen3vl_jax.model.sharding import make_mesh
-for machine in machines:
+for machine in all_of_them:
     print(machine, make_mesh({"fsdp": machine.devices}, devices_of(machine)).size == machine.devices)
 """
 

@@ -13,7 +13,7 @@ from qwen3vl_jax.checkpoint.device_load import Source
 from qwen3vl_jax.cli import infer_arguments
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model.sharding import make_mesh
-from qwen3vl_jax.planning import chips, command, program, serving
+from qwen3vl_jax.planning import command, machines, program, serving
 
 
 def console(out):
@@ -41,7 +41,7 @@ def test_prompts_are_taken_in_beside_the_cache_of_all_rows(tmp_path, monkeypatch
     monkeypatch.setattr(command, "watched", compiled)
     monkeypatch.setattr(command, "devices_of", lambda machine: jax.devices())
     monkeypatch.setattr(command, "saved", lambda *_: written.append("saved"))
-    out, machine = io.StringIO(), chips.read_machine("v5e:2x4")
+    out, machine = io.StringIO(), machines.read_machine("v5e:2x4")
     sizes = {"data": 4, "tensor": 2}
     step, taken = command.plan_serving(
         str(tmp_path / "ckpt"), machine, sizes, asked, None, console(out)
@@ -80,7 +80,7 @@ def test_without_a_mesh_a_plan_takes_the_devices_that_a_run_takes(size, machine,
     """One where the weights have room, else as many as the model is spread over."""
     asked = serving.Serving(16, 256, None, weights=kind)
     cfg = program.config_of(size)
-    assert command.usual_sizes(cfg, chips.read_machine(machine), asked) == want
+    assert command.usual_sizes(cfg, machines.read_machine(machine), asked) == want
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
@@ -107,6 +107,6 @@ def test_an_adapter_is_refused_for_it_would_not_be_counted():
 
 def test_more_tokens_than_the_model_has_positions_for_are_refused():
     """Before anything is compiled."""
-    asked, machine = serving.Serving(1, 999_999_999, None), chips.read_machine("v5e:2x2")
+    asked, machine = serving.Serving(1, 999_999_999, None), machines.read_machine("v5e:2x2")
     with pytest.raises(InputError, match="--max-len is 999999999, expected at most 262144"):
         command.plan_serving("8b", machine, {}, asked)

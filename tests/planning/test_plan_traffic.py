@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from qwen3vl_jax.planning import chips, hlo, roofline
+from qwen3vl_jax.planning import hlo, machines, roofline
 from qwen3vl_jax.planning.traffic import FROM_HOST, TO_HOST, Collective, Traffic, traffic
 
 TEXT = """HloModule jit_step, is_scheduled=true
@@ -110,12 +110,12 @@ def test_a_loop_without_a_constant_is_counted_once_and_told():
 )  # fmt: skip
 def test_axes_of_a_torus_are_rings_where_their_ends_are_linked(name, rings):
     """v5e and v6e: 16 chips; v4, v5p, tpu7x: whole cubes of 4x4x4."""
-    assert chips.read_machine(name).rings == rings
+    assert machines.read_machine(name).rings == rings
 
 
 def test_a_ring_has_twice_the_links_of_a_line():
     """A group of all 16 chips of a row of v5e:16x16, of half of it, of the whole slice."""
-    machine = chips.read_machine("v5e:16x16")
+    machine = machines.read_machine("v5e:16x16")
     devices = [SimpleNamespace(coords=(i % 16, i // 16, 0)) for i in range(256)]
 
     def lanes(group):
@@ -130,7 +130,7 @@ def test_a_ring_has_twice_the_links_of_a_line():
 
 def test_a_slice_goes_over_its_links_and_slices_over_the_network():
     """A line along one axis, along two, and over two slices whose devices share the network."""
-    machine = chips.read_machine("v5p:2x2x1", 2)
+    machine = machines.read_machine("v5p:2x2x1", 2)
     devices = [SimpleNamespace(coords=(i % 2, i // 2 % 2, 0), slice_index=i // 4) for i in range(8)]
     chip, size = machine.chip, 1e9
 
@@ -185,7 +185,7 @@ def test_what_the_hosts_exchange_between_slices_is_on_the_network():
         Collective("all-reduce between slices", 1.0, 256.0, (0, 4))
     ]
     assert found.memory == without.memory + 2 * 256
-    machine = chips.read_machine("v5e:2x2", 2)
+    machine = machines.read_machine("v5e:2x2", 2)
     devices = [SimpleNamespace(coords=(i % 2, i // 2 % 2, 0), slice_index=i // 4) for i in range(8)]
     moved = Traffic(0.0, [c for c in found.collectives if "slices" in c.kind], 0)
     times = roofline.times_of(machine, devices, 0.0, moved)
@@ -248,6 +248,6 @@ def test_copies_to_the_host_and_back_are_counted(put, done):
     ]
     back = [c.moved for c in moved.collectives if c.kind == FROM_HOST]
     assert back == [512.0, 6 * 512.0]
-    times = roofline.times_of(chips.read_machine("h100:1"), [object()], 0.0, moved)
+    times = roofline.times_of(machines.read_machine("h100:1"), [object()], 0.0, moved)
     assert times.host == pytest.approx(13 * 512 / 64e9) and times.most >= times.host
-    assert roofline.times_of(chips.read_machine("v5e:2x2"), [object()], 0.0, moved).host == 0
+    assert roofline.times_of(machines.read_machine("v5e:2x2"), [object()], 0.0, moved).host == 0

@@ -13,6 +13,7 @@ import pytest
 import tiny
 
 import qwen3vl_jax as q3
+from qwen3vl_jax.runtime import chips
 from qwen3vl_jax.training import train_step
 from qwen3vl_jax.training.determinism import deterministic_flags, make_deterministic
 from qwen3vl_jax.training.reporting import flops
@@ -40,7 +41,7 @@ def test_forward_flops_are_those_that_xla_counts():
     counted = run.lower(shapes(cfg), batch=batch).compile().cost_analysis()["flops"]
     # One block of keys serves all queries here, so XLA computes every pair.
     t, p = batch.tokens.size, len(batch.vision.lo)
-    said = sum(flops.forward_flops(cfg, flops.Work(t, t * t, p, p * p)).values())
+    said = sum(flops.forward_flops(cfg, flops.Counts(t, t * t, p, p * p)).values())
     assert 1 < counted / said < 1.05
 
 
@@ -52,15 +53,15 @@ def test_work_is_counted_from_the_ranges():
     packed = ours_train.pack(cfg, [samples, samples[:1]], length=32, patches=32)
     clip = samples[1][0]["input_ids"].size
     real = flops.real_work(packed)
-    assert real == flops.Work(10 + clip, 15 + clip * (clip + 1) // 2 + 15, 16, 2 * 8**2)
-    assert flops.padded_work(packed) == flops.Work(64, 64 * 33 // 2, 64, 64 * 32)
+    assert real == flops.Counts(10 + clip, 15 + clip * (clip + 1) // 2 + 15, 16, 2 * 8**2)
+    assert flops.padded_work(packed) == flops.Counts(64, 64 * 33 // 2, 64, 64 * 32)
     assert flops.real_work(ours_train.micro(packed, packed)) == real + real
 
 
 def test_step_flops_follow_what_is_trained():
     """Twice the forward again for the backward; frozen towers, adapters and remat as they should."""
     cfg, _ = config()
-    work = flops.Work(1000, 300_000, 400, 40_000)
+    work = flops.Counts(1000, 300_000, 400, 40_000)
     parts = flops.forward_flops(cfg, work)
     forward, of = sum(parts.values()), functools.partial(flops.step_flops, cfg, work)
     whole = of()
@@ -93,7 +94,7 @@ def test_matrices_are_those_of_the_parameters():
         if cfg.text.num_experts:
             experts = sum(math.prod(layer["mlp"][n].shape) for n in ("gate_up", "down"))
             count -= experts * (1 - cfg.text.num_experts_per_tok / cfg.text.num_experts)
-        parts = flops.forward_flops(cfg, flops.Work(1, 0, 4, 0))
+        parts = flops.forward_flops(cfg, flops.Counts(1, 0, 4, 0))
         found = sum(parts.get(n, 0) for n in ("text", "router", "experts"))
         assert found == pytest.approx(2 * count * cfg.text.num_hidden_layers)
         assert parts["head"] == 2 * math.prod(tree["embed"].shape)
@@ -117,8 +118,8 @@ def test_peaks_by_device_kind():
         "TPU v5e": 197e12, "TPU v5p": 459e12, "TPU v5": 459e12, "TPU v6 lite": 918e12,
         "TPU v6e": 918e12, "TPU7x": 1153.5e12,
     }  # fmt: skip
-    assert {kind: flops.peak_flops(kind) for kind in known} == known
-    assert flops.peak_flops("cpu") is None
+    assert {kind: chips.peak_flops(kind) for kind in known} == known
+    assert chips.peak_flops("cpu") is None
 
 
 def test_a_scanned_step_holds_no_logits_and_no_second_weights():
@@ -126,7 +127,7 @@ def test_a_scanned_step_holds_no_logits_and_no_second_weights():
     cfg, raw = config(vocab_size=4096, num_hidden_layers=24)
     settings = train_step.Step(dtype="bfloat16", remat="full", loss_chunk=512)
     weights = jax.eval_shape(lambda p: ours_train.flat(p)[0], shapes(cfg))
-    _, unflatten = ours_train.groups.flatten(jax.eval_shape(q3.stack_layers, shapes(cfg)))
+    _, unflatten = ours_train.param_groups.flatten(jax.eval_shape(q3.stack_layers, shapes(cfg)))
     text = ours_train.pack(cfg, [[ours_train.sample(raw, [("text", 40)])]], length=512)
     packed = ours_train.micro(text.replace(batch=text.batch.replace(vision=None, vision_rows=None)))
 
@@ -155,4 +156,4 @@ def test_flags_of_bit_equality():
     environ = {}
     make_deterministic(environ)
     assert environ == {"XLA_FLAGS": deterministic_flags()}
-    assert dataclasses.is_dataclass(flops.Work) and np.isfinite(jnp.float32(1))
+    assert dataclasses.is_dataclass(flops.Counts) and np.isfinite(jnp.float32(1))

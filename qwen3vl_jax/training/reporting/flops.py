@@ -1,4 +1,4 @@
-"""Floating-point operations of a training step, counted from shapes, and what devices could do.
+"""Floating-point operations of a training step, counted from shapes, for MFU.
 
 A multiply and an add are two. Norms, rotary embeddings, softmax and activations are left out, as in
 every published count (PaLM, arXiv 2204.02311, appendix B). Dims as in layers.py.
@@ -7,27 +7,20 @@ every published count (PaLM, arXiv 2204.02311, appendix B). Dims as in layers.py
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+import math
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
+import jax
 import numpy as np
 
 from qwen3vl_jax.config import Config
+from qwen3vl_jax.runtime.chips import peak_flops
 from qwen3vl_jax.training.data.packing import PackedBatch
+from qwen3vl_jax.training.param_groups import Flat, group_of
+from qwen3vl_jax.training.recipe import Recipe
 
-# Dense bf16 FLOP/s of one jax device, from the makers' data sheets, longest match first.
-_PEAK = {
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100 NVL": 835e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA A100": 312e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6": 918e12,
-    "TPU7x": 2307e12 / 2,  # a chip is two devices
-}
 # Where a batch passes each group: a trained one needs the gradient of all that is behind it, and of
 # its own tower, which is many layers.
 _PLACE = {
@@ -43,14 +36,8 @@ _TOWERS = (0, 3)
 _ATTENTION = {"attention": "text", "vision_attention": "vision"}
 
 
-def peak_flops(device_kind: str) -> float | None:
-    """Dense bf16 FLOP/s of one device (jax.devices()[0].device_kind); None where it is not known."""
-    found = [name for name in _PEAK if device_kind.startswith(name)]
-    return _PEAK[max(found, key=len)] if found else None
-
-
 @dataclasses.dataclass(frozen=True)
-class Work:
+class Counts:
     """How much passes through the model; sums of several batches add up."""
 
     tokens: int  # of the decoder
@@ -58,12 +45,12 @@ class Work:
     patches: int  # of the ViT
     patch_pairs: int  # of two patches that see each other, in one ViT layer
 
-    def __add__(self, other: Work) -> Work:
+    def __add__(self, other: Counts) -> Counts:
         mine, others = dataclasses.astuple(self), dataclasses.astuple(other)
-        return Work(*(a + b for a, b in zip(mine, others)))
+        return Counts(*(a + b for a, b in zip(mine, others)))
 
 
-def real_work(packed: PackedBatch) -> Work:
+def real_work(packed: PackedBatch) -> Counts:
     """What a batch (or micro batches [M ..]) holds without padding, pairs from the real ranges."""
     ids = np.asarray(packed.batch.segment_ids)
     sizes = [np.bincount(row[row > 0]).astype(np.int64) for row in ids.reshape(-1, ids.shape[-1])]
@@ -72,10 +59,10 @@ def real_work(packed: PackedBatch) -> Work:
     if (vision := packed.batch.vision) is not None:
         seen = np.maximum(np.asarray(vision.hi, np.int64) - np.asarray(vision.lo, np.int64), 0)
         patches, patch_pairs = int(np.sum(seen > 0)), int(np.sum(seen))
-    return Work(int(np.sum(ids > 0)), pairs, patches, patch_pairs)
+    return Counts(int(np.sum(ids > 0)), pairs, patches, patch_pairs)
 
 
-def padded_work(packed: PackedBatch) -> Work:
+def padded_work(packed: PackedBatch) -> Counts:
     """The same of the whole arrays: every row full, one sample a row, one frame a ViT row."""
     shape = packed.batch.tokens.shape
     tokens, length = int(np.prod(shape)), shape[-1]
@@ -83,10 +70,10 @@ def padded_work(packed: PackedBatch) -> Work:
     if packed.batch.vision is not None:
         shape = packed.batch.vision.lo.shape
         patches, patch_pairs = int(np.prod(shape)), int(np.prod(shape)) * shape[-1]
-    return Work(tokens, tokens * (length + 1) // 2, patches, patch_pairs)
+    return Counts(tokens, tokens * (length + 1) // 2, patches, patch_pairs)
 
 
-def forward_flops(cfg: Config, work: Work) -> dict[str, float]:
+def forward_flops(cfg: Config, work: Counts) -> dict[str, float]:
     """FLOPs of one forward pass by group of parameters; "attention" and "vision_attention" have none."""
     t, c = cfg.text, cfg.vision
     heads = t.num_attention_heads * t.head_dim
@@ -114,7 +101,7 @@ def forward_flops(cfg: Config, work: Work) -> dict[str, float]:
 
 def step_flops(
     cfg: Config,
-    work: Work,
+    work: Counts,
     *,
     trained: Collection[str] = tuple(_PLACE),
     adapters: Mapping[str, int] | None = None,
@@ -161,3 +148,48 @@ def _again(parts: Mapping[str, float], first: int, remat: str) -> float:
     forgotten = {"none": (), "full": ("vision", "text", *cheap)}.get(remat, cheap)
     again = [n for n in forgotten if _goes_back(n, first)]
     return sum(parts.get(n, 0.0) for n in (*again, "head"))
+
+
+class Speed:
+    """FLOPs of a run's steps by what its recipe trains, and what its devices could do at best."""
+
+    def __init__(self, recipe: Recipe, cfg: Config, weights: Flat, devices: int = 1):
+        sparse = bool(cfg.text.num_experts)
+        self._cfg = cfg
+        self._how: dict[str, Any] = {}
+        if recipe.lora.rank:
+            self._how = {"trained": (), "adapters": adapter_sizes(cfg, weights)}
+        else:
+            self._how = {"trained": {group_of(name, sparse) for name in weights}}
+        peak = recipe.report.peak_tflops * 1e12
+        peak = peak or peak_flops(jax.local_devices()[0].device_kind)
+        self._peak = peak and peak * devices
+
+        self._padded = step_flops(cfg, full_work(recipe), **self._how)
+
+    def of(self, micro: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+        """{"flops", "padded_flops", "peak_flops"} of a step, given packing.fill_of its micro batches."""
+        names = ("tokens", "pairs", "patches", "patch_pairs")
+        real = Counts(*(int(sum(m[name] for m in micro)) for name in names))
+        flops = step_flops(self._cfg, real, **self._how)
+        return {"flops": flops, "padded_flops": self._padded, "peak_flops": self._peak}
+
+
+def full_work(recipe: Recipe) -> Counts:
+    """What a step passes through the model with its padding: `flops.padded_work` of its batches."""
+    pack, many = recipe.pack, recipe.step.accumulate
+    tokens, patches = many * pack.rows * pack.length, many * pack.vision_rows * pack.vision_length
+    pairs = tokens * (pack.length + 1) // 2
+    return Counts(tokens, pairs, patches, patches * pack.vision_length)
+
+
+def adapter_sizes(cfg: Config, weights: Flat) -> dict[str, int]:
+    """{group: parameters of low-rank pairs}, of experts those that a token meets."""
+    sparse, found = bool(cfg.text.num_experts), Counter()
+    for name, x in weights.items():
+        group = group_of(name, sparse)
+        found[group] += math.prod(x.shape)
+    if sparse and "experts" in found:
+        share = cfg.text.num_experts_per_tok / cfg.text.num_experts
+        found["experts"] = round(found["experts"] * share)
+    return dict(found)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 
 from qwen3vl_jax.storage.json_text import write_json
@@ -200,3 +201,30 @@ def _read_refused(path: Path) -> dict[str, str]:
 def _short(text: str) -> str:
     text = " ".join(text.split())
     return repr(text if len(text) <= _SHOWN else text[:_SHOWN] + "...")
+
+
+class Profiler:
+    """A profiler trace of chosen steps in RUN_DIR/profile, which TensorBoard and XProf read."""
+
+    def __init__(self, steps: tuple[int, ...], out: Path):
+        self._steps, self._on = set(steps), False
+        self._traces = Mirrored(out / "profile") if steps else None
+
+    def before(self, number: int) -> None:
+        """Starts a trace with the first of several chosen steps in a row."""
+        if self._traces and number in self._steps and not self._on:
+            jax.profiler.start_trace(str(self._traces.folder))
+            self._on = True
+
+    def after(self, number: int, metrics: Any) -> None:
+        """Ends it with the last, when the device has done it."""
+        if self._on and number + 1 not in self._steps:
+            jax.block_until_ready(metrics)
+            self.end()
+
+    def end(self) -> None:
+        """Ends a trace that is still on: the run ends before its last chosen step."""
+        if self._traces and self._on:
+            jax.profiler.stop_trace()
+            self._on = False
+            self._traces.sync()
