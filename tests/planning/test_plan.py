@@ -205,7 +205,9 @@ def test_what_may_not_fit_is_last_and_marked(small, monkeypatch):
     cfg, machine = program.config_of(small.ckpt), machines.read_machine("v5e:2x4")
     sizes = {"none": 1.2, "dots": 0.9, "full": 0.5}
     monkeypatch.setattr(
-        search.memory_estimate, "memory", lambda r, *_: {"all": machine.chip.hbm * sizes[r.step.remat]}
+        search.memory_estimate,
+        "memory",
+        lambda r, *_: {"all": machine.chip.hbm * sizes[r.step.remat]},
     )
     found = search.candidates(small, cfg, machine)
     over = [c.recipe.step.remat == "none" for c in found]
