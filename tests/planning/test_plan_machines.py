@@ -159,7 +159,8 @@ def test_devices_that_fill_no_box_make_a_mesh_in_their_order():
 EVERY_TPU = """
 from qwen3vl_jax.planning import machines
 from qwen3vl_jax.runtime import chips
-all_of_them = [machines.read_machine(f"{n}:{c.sizes}") for n, c in chips.CHIPS.items() if c.platform == "tpu"]
+tpus = [name for name, chip in chips.CHIPS.items() if chip.platform == "tpu"]
+all_of_them = [machines.read_machine(f"{name}:{chips.CHIPS[name].sizes}") for name in tpus]
 machines.prepare_environment(all_of_them[0])
 from qwen3vl_jax.planning.topology import devices_of
 from qwen3vl_jax.model.sharding import make_mesh
