@@ -66,22 +66,22 @@ def search_training(
     for each in found:
         if spent == tries:
             break
-        told = f"{spent + 1} of {min(tries, len(found))}: {each}"
+        note = f"{spent + 1} of {min(tries, len(found))}: {each}"
         try:
             program = program_of(each.recipe, cfg, machine)
             spent += 1
-            plan = plan_of(machine, program, watched(console, program, told, LEVEL))
+            plan = plan_of(machine, program, watched(console, program, note, LEVEL))
         except Exception as error:  # whatever tracing and the compilers raise: there are others
             _say(f"{each}: {' '.join(str(error).split())[:300]}")
             continue
         _say(f"{each}: {plan.cause or 'fits'} ({plan.done.seconds:.0f} s)")
         plans.append((each, plan))
     plans.sort(key=lambda pair: without_memory(pair[1]).most if pair[1].fits else math.inf)
-    told = f"{recipe.ckpt} on {machine}: {len(found)} of the meshes and policies may fit"
+    note = f"{recipe.ckpt} on {machine}: {len(found)} of the meshes and policies may fit"
     if tries:
-        console.print(best(plans, f"{told}; compiled at {LEVEL}"))
+        console.print(best(plans, f"{note}; compiled at {LEVEL}"))
     else:
-        console.print(likeliest(found[:10], told, machine.chip.hbm))
+        console.print(likeliest(found[:10], note, machine.chip.hbm))
     return plans
 
 
@@ -106,9 +106,9 @@ def plan_serving(
         program = make(cfg, mesh, asked)
         done = watched(console, program, f"compiling {name} for {machine}")
         plans.append(plan_of(machine, program, done))
-        told = f"{ckpt}: {name}, {asked.rows} rows of {asked.slots:,} tokens"
-        told += f", {asked.weights} weights" if asked.weights else ""
-        console.print(table(plans[-1], told))
+        note = f"{ckpt}: {name}, {asked.rows} rows of {asked.slots:,} tokens"
+        note += f", {asked.weights} weights" if asked.weights else ""
+        console.print(table(plans[-1], note))
         if make is decoding:
             saved(plans[0], save, console)
     return plans[0], plans[1]
@@ -162,12 +162,12 @@ def _largest(recipe: Recipe, cfg: Config, plan: Plan, tries: int, console: Conso
         rows = tried.pack.rows
         program = program_of(tried, cfg, plan.machine)
         done = watched(console, program, f"compiling for {rows} rows at {LEVEL}", LEVEL)
-        told = done.cause or f"{done.peak / 2**30:.2f} GiB"
-        _say(f"pack.rows={rows}: {told} ({done.seconds:.0f} s)")
+        note = done.cause or f"{done.peak / 2**30:.2f} GiB"
+        _say(f"pack.rows={rows}: {note} ({done.seconds:.0f} s)")
         return _needed(done, room)
 
     known = _needed(plan.done, room)
-    return told_largest(*largest(recipe, parts, known, room, held, peak, tries))
+    return largest_text(*largest(recipe, parts, known, room, held, peak, tries))
 
 
 def _needed(done: compiling.Compiled, room: int) -> int | None:
@@ -177,7 +177,7 @@ def _needed(done: compiling.Compiled, room: int) -> int | None:
     return max(needed, room + 1) if (needed := compiling.needed(done.cause)) else None
 
 
-def told_largest(fits: int, fails: int) -> str:
+def largest_text(fits: int, fails: int) -> str:
     """What `largest` found, in words."""
     return f"pack.rows={fits} fits, {fails} does not" if fits else f"none, {fails} rows do not fit"
 

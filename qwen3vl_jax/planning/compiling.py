@@ -57,13 +57,13 @@ def compiled(program: Program, level: str = "") -> Compiled:
     """
     begin, cpu = time.perf_counter(), time.process_time()
     executable, cause, kernels = None, "", ""
-    with _level(level), jax.set_mesh(program.mesh), _stderr() as told:
+    with _level(level), jax.set_mesh(program.mesh), _stderr() as lines:
         try:
             kernels = cudnn_refusal("bfloat16", _HEAD) if platform() == "gpu" else ""
             executable = program.fn.lower(*program.args).compile()
         except jax.errors.JaxRuntimeError as error:
             cause = refusal(str(error))
-    text = "".join(told)
+    text = "".join(lines)
     sys.stderr.write(errors(text))
     return Compiled(
         executable, cause, resharded(text), time.perf_counter() - begin,
@@ -84,7 +84,7 @@ def refusal(message: str) -> str:
 
 
 def needed(cause: str) -> int | None:
-    """Bytes that a program needs by what `refusal` gave; None where XLA told no number."""
+    """Bytes that a program needs by what `refusal` gave; None where XLA gives no number."""
     found = re.search(r" ([\d.]+)([KMGT]?) of \S+ HBM$", cause)
     return round(float(found[1]) * 2 ** (10 * " KMGT".index(found[2] or " "))) if found else None
 
@@ -123,20 +123,20 @@ def _stderr() -> Iterator[list[str]]:
 
     What Python writes there, as a warning that a kernel is missing, is shown.
     """
-    told: list[str] = []
+    lines: list[str] = []
     sys.stderr.flush()
     kept = os.dup(2)
     shown = open(kept, "w", closefd=False, buffering=1)  # noqa: SIM115
     with tempfile.TemporaryFile() as file, contextlib.redirect_stderr(shown):
         os.dup2(file.fileno(), 2)
         try:
-            yield told
+            yield lines
         finally:
             shown.flush()
             os.dup2(kept, 2)
             os.close(kept)
             file.seek(0)
-            told.append(file.read().decode(errors="replace"))
+            lines.append(file.read().decode(errors="replace"))
 
 
 def _peak_rss() -> float:

@@ -135,8 +135,8 @@ def size(shape: str) -> int:
 
 def trip_count(module: Module, loop: Instruction) -> int | None:
     """How often a while loop runs: its compiler says so, or it counts up to a constant; else None."""
-    if told := re.search(r'known_trip_count"?\s*:\s*\{\s*"?n"?\s*:\s*"?(\d+)', loop.rest):
-        return int(told[1])
+    if match := re.search(r'known_trip_count"?\s*:\s*\{\s*"?n"?\s*:\s*"?(\d+)', loop.rest):
+        return int(match[1])
     condition = loop.called("condition") or ""
     root = module.roots.get(condition)
     if root is None:

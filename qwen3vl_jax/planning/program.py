@@ -41,7 +41,7 @@ class Work(NamedTuple):
     model: float  # FLOPs of all devices, nothing twice
     again: float  # with what is computed a second time
     tokens: int
-    told: str  # which tokens
+    note: str  # which tokens
     steps: int = 0  # of the whole run; 0 where there is no such thing
 
 
@@ -133,8 +133,8 @@ def work_of(recipe: Recipe, cfg: Config, weights: Mapping[str, Any]) -> Work:
     how, work = trained_parts(recipe, cfg, weights), full_work(recipe)
     model = step_flops(cfg, work, **how)
     again = step_flops(cfg, work, **how, remat=recipe.step.remat)
-    told = "places of the packed rows, filled or not"
-    return Work("step time", model, again, work.tokens, told, recipe.steps)
+    note = "places of the packed rows, filled or not"
+    return Work("step time", model, again, work.tokens, note, recipe.steps)
 
 
 def packed_batch(recipe: Recipe, cfg: Config, groups: int) -> PackedBatch:

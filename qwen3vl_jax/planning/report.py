@@ -134,10 +134,10 @@ def _add_memory(out: Table, plan: Plan) -> None:
         return
     stats = plan.done.executable.memory_analysis()
     rest = plan.done.peak - stats.argument_size_in_bytes
-    told = "peak less arguments"
+    note = "peak less arguments"
     if plan.program.gradients:
-        told += f"; gradients (float32) are {_gib(plan.program.gradients)}"
-    out.add_row(plan.program.inside, _gib(rest), told)
+        note += f"; gradients (float32) are {_gib(plan.program.gradients)}"
+    out.add_row(plan.program.inside, _gib(rest), note)
     share = plan.done.peak / plan.machine.chip.hbm
     out.add_row(
         "peak of a device", _gib(plan.done.peak), f"{share:.0%} of {_gib(plan.machine.chip.hbm)}"
@@ -149,10 +149,10 @@ def _add_traffic(out: Table, plan: Plan) -> None:
     moved, work, count = plan.moved, plan.program.work, plan.program.mesh.size
     assert moved is not None
     again = work.again / work.model - 1
-    told = "counted from shapes"
+    note = "counted from shapes"
     if again:
-        told += f"; {again:.0%} more with what is computed again"
-    out.add_row("FLOPs", f"{work.model / count:.3g}", f"of a device; {told}")
+        note += f"; {again:.0%} more with what is computed again"
+    out.add_row("FLOPs", f"{work.model / count:.3g}", f"of a device; {note}")
     loops = f"; {moved.unknown_loops} loops of unknown length count once" * bool(
         moved.unknown_loops
     )
@@ -177,8 +177,8 @@ def _add_times(out: Table, plan: Plan) -> None:
         if seconds:
             out.add_row(f"{name} time", _seconds(seconds), "at the maker's peak rate")
     if _copies_untimed(plan):
-        told = f"the rate of {machine.name}'s link to its host is not known: the step takes longer"
-        out.add_row("host copies time", "[yellow]not counted[/]", told)
+        note = f"the rate of {machine.name}'s link to its host is not known: the step takes longer"
+        out.add_row("host copies time", "[yellow]not counted[/]", note)
     least, most = times.least, times.most
     out.add_row(
         work.name, f"{_seconds(least)} to {_seconds(most)}", "all at once; no exchange hidden"
@@ -190,12 +190,12 @@ def _add_times(out: Table, plan: Plan) -> None:
             "MFU", f"{best:.0%} to {worst:.0%}", "an upper bound: products never run at the peak"
         )
     out.add_row(
-        "tokens a second", f"{work.tokens / least:,.0f} to {work.tokens / most:,.0f}", work.told
+        "tokens a second", f"{work.tokens / least:,.0f} to {work.tokens / most:,.0f}", work.note
     )
     if work.steps:
         hours = [machine.chips * work.steps * t / 3600 for t in (least, most)]
-        told = f"{work.steps:,} steps, without evaluation and checkpoints"
-        out.add_row("chip-hours", f"{_digits(hours[0])} to {_digits(hours[1])}", told)
+        note = f"{work.steps:,} steps, without evaluation and checkpoints"
+        out.add_row("chip-hours", f"{_digits(hours[0])} to {_digits(hours[1])}", note)
 
 
 def _copies_untimed(plan: Plan) -> bool:

@@ -45,7 +45,7 @@ class Serving(NamedTuple):
 def decoding(cfg: Config, mesh: Mesh, asked: Serving) -> Program:
     """One decode step onto a full cache, which is donated. Raises InputError."""
     params, cache = weights(cfg, mesh, asked.dtype, asked.weights), empty_cache(cfg, mesh, asked)
-    tokens = _whole(mesh, jnp.int32, asked.rows)
+    tokens = _replicated_shape(mesh, jnp.int32, asked.rows)
     # The vision tower, which no decode step reads, lies there too.
     fn = jax.jit(functools.partial(_decode, cfg=cfg), donate_argnums=1, keep_unused=True)
     # A token sees the whole cache at worst.
@@ -78,10 +78,10 @@ def prefilling(cfg: Config, mesh: Mesh, asked: Serving) -> Program:
     passed = Counts(count * width, count * (width * (width + 1) // 2), count * patches,
                     count * patches**2)  # fmt: skip
     flops = _flops(cfg, passed, head=count)
-    told = f"{count} prompt{'s' * (count > 1)}, {patches} patches in each"
-    work = Work("time of a prefill", flops, flops, count * width, told)
+    note = f"{count} prompt{'s' * (count > 1)}, {patches} patches in each"
+    work = Work("time of a prefill", flops, flops, count * width, note)
     held = held_bytes({"weights": params, "cache": (cache.k, cache.v), "prompts": batch})
-    args = params, cache, batch, _whole(mesh, jnp.int32, count)
+    args = params, cache, batch, _replicated_shape(mesh, jnp.int32, count)
     fn = jax.jit(run, donate_argnums=1, keep_unused=True)
     return Program(fn, args, mesh, held, work, "prompts' cache, activations")
 
@@ -137,7 +137,7 @@ def empty_cache(cfg: Config, mesh: Mesh, asked: Serving) -> KVCache:
 
 def _prompts(cfg: Config, mesh: Mesh, count: int, width: int, patches: int) -> Batch:
     """Rows of tokens, a picture of so many patches in each."""
-    of, seen = functools.partial(_whole, mesh), count * patches
+    of, seen = functools.partial(_replicated_shape, mesh), count * patches
     vision = VisionInputs(
         of(jnp.float32, seen, math.prod(cfg.vision.patch_shape)), of(jnp.int32, seen, 4),
         of(jnp.float32, seen, 4), of(jnp.int32, seen, 2), of(jnp.int32, seen), of(jnp.int32, seen),
@@ -153,5 +153,5 @@ def _prompts(cfg: Config, mesh: Mesh, count: int, width: int, patches: int) -> B
     )
 
 
-def _whole(mesh: Mesh, dtype: Any, *shape: int) -> Any:
+def _replicated_shape(mesh: Mesh, dtype: Any, *shape: int) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(mesh))

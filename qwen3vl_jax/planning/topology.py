@@ -18,7 +18,7 @@ from qwen3vl_jax.runtime.chips import GPU_SHARE
 # Both cores of a chip as one device, as on a VM.
 _MEGACORE = {"v4": {"chip_config_name": "megacore"}}
 _GPU_NAMES = {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200"}
-# What XLA is told of a GPU that it cannot ask: NVIDIA's figures of the Hopper chips.
+# What XLA must be told of a GPU that it cannot ask: NVIDIA's figures of the Hopper chips.
 _HOPPER = """gpu_device_info {{
   threads_per_block_limit: 1024
   threads_per_warp: 32
@@ -102,8 +102,10 @@ def _gpu(machine: Machine) -> Any:
     shape = f"1x{hosts}x{machine.chips // hosts}"  # partitions, hosts, devices of a host
     chip = machine.chip
     memory, name = round(chip.hbm / GPU_SHARE), _GPU_NAMES[machine.name]
-    told = _HOPPER.format(rate=round(chip.hbm_rate), memory=memory, name=name)
-    return topologies.get_topology_desc(shape, platform="cuda", topology=shape, target_config=told)
+    description = _HOPPER.format(rate=round(chip.hbm_rate), memory=memory, name=name)
+    return topologies.get_topology_desc(
+        shape, platform="cuda", topology=shape, target_config=description
+    )
 
 
 def _find_ptxas() -> None:

@@ -155,12 +155,12 @@ def _moved(module: Module, name: str, x: Instruction, kind: str, count: int) -> 
 
 def _between_slices(x: Instruction, times: float) -> Collective | None:
     """What one device receives from its like in other slices, from a recv of the hosts' runtime."""
-    target, told = _TARGET.search(x.rest), _TYPE.search(x.rest)
-    if not target or not told:
+    target, match = _TARGET.search(x.rest), _TYPE.search(x.rest)
+    if not target or not match:
         return None
     slices, inside = _slices(target[1])
     out, count = float(next(arrays(x.shape))[0]), len(slices)
-    kind = told[1].lower().replace("_", "-").replace("one-to-one", "collective-permute")
+    kind = match[1].lower().replace("_", "-").replace("one-to-one", "collective-permute")
     shares = {"all-reduce": 2 * (count - 1) / count, "reduce-scatter": count - 1.0}
     share = shares.get(kind, (count - 1) / count if kind.startswith("all-") else 1.0)
     group = tuple((n - min(slices)) * inside for n in slices)
@@ -169,8 +169,8 @@ def _between_slices(x: Instruction, times: float) -> Collective | None:
 
 def _slices(target: str) -> tuple[list[int], int]:
     """The slices of the first group of an exchange, and how many devices each of them has."""
-    if told := re.fullmatch(r"\{([\d,:]+)\}x\{([\d,:]+)\}", target):
-        return _numbers(told[1]), len(_numbers(told[2]))
+    if match := re.fullmatch(r"\{([\d,:]+)\}x\{([\d,:]+)\}", target):
+        return _numbers(match[1]), len(_numbers(match[2]))
     first, every = (
         [int(n) for n in re.findall(r"\d+", text)] for text in (target[: target.index("}")], target)
     )
@@ -188,10 +188,10 @@ def _group(text: str, devices: int) -> tuple[int, ...]:
     """The devices of the first group of a collective: lists, a cut iota, or axes of a mesh."""
     if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", text):
         return int(pairs[1]), int(pairs[2])
-    if told := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
-        return tuple(map(int, told[1].split(",")))
-    if told := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", text):
-        return tuple(_iota(told[2]).reshape(_ints(told[1]))[0].tolist())
+    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
+        return tuple(map(int, match[1].split(",")))
+    if match := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", text):
+        return tuple(_iota(match[2]).reshape(_ints(match[1]))[0].tolist())
     named = re.search(
         r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^)]*\)?)\))? \{([^}]*)\}", text
     )

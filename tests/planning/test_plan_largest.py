@@ -73,8 +73,8 @@ def test_what_does_not_fit_tells_where_to_look(rows, base, slope, told):
 
 def test_the_largest_batch_is_told_with_what_does_not_fit():
     """Both ends, since rows between them were not tried; XLA's number of a refused program is read."""
-    assert command.told_largest(8, 12) == "pack.rows=8 fits, 12 does not"
-    assert command.told_largest(0, 2) == "none, 2 rows do not fit"
+    assert command.largest_text(8, 12) == "pack.rows=8 fits, 12 does not"
+    assert command.largest_text(0, 2) == "none, 2 rows do not fit"
     assert compiling.needed("HLO temporaries 34.5G of 15.75G HBM") == round(34.5 * 2**30)
     assert compiling.needed("the program 512.00M of 15.75G HBM") == 512 << 20
     assert compiling.needed("RESOURCE_EXHAUSTED: no room") is None
