@@ -25,6 +25,7 @@ from qwen3vl_jax.model.sharding import (
 
 BLOCK = 512
 DECODE_BLOCK = 64  # keys at a time of a decode step on a CPU: they stay in its cache
+CUDNN_STEP = 16384  # slots of a cache's rows together from which on cuDNN is the faster decode step
 NEG = -1e30
 # What a row holds, as far as a caller knows it when the program is traced; kernels are chosen by it.
 # "frames": segments that tokens see wholly. "causal": segments that they see up to themselves. "prompt":
@@ -111,7 +112,8 @@ def _attend(layout: Layout, segments: int, q, k, v, hi, lo=None, key_segments=No
             return attention_tpu.splash_attend(q, k, v, lo, hi, key_segments=key_segments)
     if _on_cudnn(layout, q, k, lo):
         if lo is None:
-            return attention_gpu.attend_behind_cache(q, k, v, hi)
+            attend_cache = attention_gpu.attend_behind_cache
+            return (attention_gpu.attend_step if q.shape[1] == 1 else attend_cache)(q, k, v, hi)
         if layout == "prompt":
             return attention_gpu.attend_row(q, k, v)
         if segments:
@@ -121,8 +123,8 @@ def _attend(layout: Layout, segments: int, q, k, v, hi, lo=None, key_segments=No
 
 
 def _on_cudnn(layout: Layout, q, k, lo) -> bool:
-    """Whether cuDNN serves these queries: of a run behind a cache, or of rows of a known layout."""
-    if platform() != "gpu" or q.shape[1] == 1:
+    """Whether cuDNN serves these queries: behind a cache, or of rows of a known layout."""
+    if platform() != "gpu" or (q.shape[1] == 1 and k.shape[0] * k.shape[2] < CUDNN_STEP):
         return False
     if lo is not None and (layout == "any" or q.shape[1] != k.shape[2]):
         return False

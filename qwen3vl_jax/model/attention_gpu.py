@@ -52,6 +52,7 @@ def cudnn_refusal(dtype: str, head_dim: int) -> str:
             attend_packed(q, k, v, lo, hi, True, 2),
             attend_row(q, k, v),
             attend_behind_cache(q, k, v, hi),
+            attend_step(q[:, :1], k, v, hi[:, :1]),
         )
 
     try:
@@ -135,33 +136,57 @@ def attend_row(q, k, v) -> jax.Array:
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
 
 
+def attend_step(q, k, v, hi) -> jax.Array:
+    """Attention of one token a row, q [B 1 N H], to the first hi [B 1] int32 keys of k, v [B K S H].
+
+    Keys that are not filled are not read, and the cache is taken as it lies. No gradient.
+    """
+    cudnn, k, v = _cudnn(), k.astype(q.dtype), v.astype(q.dtype)
+    reach = jnp.clip(hi[:, 0], 1, k.shape[2])
+    out = cudnn.dot_product_attention(
+        q.swapaxes(1, 2), k, v, None, None, jnp.ones_like(reach), reach, scale=q.shape[-1] ** -0.5,
+        mask_type=cudnn.MaskType.PADDING, qkv_layout="BNTH",
+    )  # fmt: skip
+    return jnp.where(hi[..., None, None] > 0, out.swapaxes(1, 2), 0)
+
+
 def attend_behind_cache(q, k, v, hi) -> jax.Array:
     """Attention of a run of new tokens, written behind what a cache held, to all of it up to themselves.
 
     q [B T N H], k, v [B K S H], hi [B T] int32: each row's tokens stand one behind another, the first
     that is real sees `start` older keys and itself, the next one more; hi is 0 at padding, which gives
-    zeros. Two calls of cuDNN, of the older keys and of the run itself, joined by their logsumexp; for
-    inference, it has no gradient.
+    zeros. Two calls of cuDNN, of the older keys as they lie and of the run itself, joined by their
+    logsumexp; for inference, it has no gradient.
     """
-    cudnn, (b, t, _, h) = _cudnn(), q.shape
-    k, v = (x.swapaxes(1, 2).astype(q.dtype) for x in (k, v))
-    real = hi > 0
+    cudnn, (b, t, _, h), slots = _cudnn(), q.shape, k.shape[2]
+    k, v, real = k.astype(q.dtype), v.astype(q.dtype), hi > 0
     count = jnp.sum(real, axis=1, dtype=jnp.int32)
     first = jnp.argmax(real, axis=1).astype(jnp.int32)
     start = jnp.maximum(jnp.max(hi, axis=1) - count, 0).astype(jnp.int32)
-    call = functools.partial(
-        cudnn.dot_product_attention, q, k, v, None, None, scale=h**-0.5, return_residual=True
-    )
+    call = functools.partial(cudnn.dot_product_attention, scale=h**-0.5, return_residual=True)
     none = jnp.full((b, 2), -1, jnp.int32)
     sizes = jnp.concatenate([count[:, None], none[:, :1]], axis=1)
-    q_starts, k_starts = (jnp.concatenate([x[:, None], none], axis=1) for x in (first, start))
-    own, own_sum = call(sizes, sizes, q_starts, k_starts, mask_type=cudnn.MaskType.PADDING_CAUSAL)
-    whole = jnp.full(b, t, jnp.int32)
-    older, older_sum = call(whole, jnp.maximum(start, 1), mask_type=cudnn.MaskType.PADDING)
-    own_sum = _at_tokens(own_sum[:b], first)
+    window = jnp.minimum(start, slots - t)  # T keys that hold the run's
+
+    def own(x):
+        return jax.vmap(lambda x, at: jax.lax.dynamic_slice_in_dim(x, at, t, 1))(x, window)
+
+    q_starts, k_starts = (
+        jnp.concatenate([x[:, None], none], axis=1) for x in (first, start - window)
+    )
+    run, run_sum = call(
+        q, own(k).swapaxes(1, 2), own(v).swapaxes(1, 2), None, None, sizes, sizes, q_starts, k_starts,
+        mask_type=cudnn.MaskType.PADDING_CAUSAL,
+    )  # fmt: skip
+    older, older_sum = call(
+        q.swapaxes(1, 2), k, v, None, None, jnp.full(b, t, jnp.int32), jnp.maximum(start, 1),
+        mask_type=cudnn.MaskType.PADDING, qkv_layout="BNTH",
+    )  # fmt: skip
+    older = older.swapaxes(1, 2)
+    run_sum = _at_tokens(run_sum[:b], first)
     older_sum = jnp.where((start > 0)[:, None, None], older_sum.reshape(b, -1, t), -jnp.inf)
-    share = jax.nn.sigmoid(own_sum - older_sum).transpose(0, 2, 1)[..., None]
-    out = jnp.where(share < 1, older * (1 - share), 0) + own * share
+    share = jax.nn.sigmoid(run_sum - older_sum).transpose(0, 2, 1)[..., None]
+    out = jnp.where(share < 1, older * (1 - share), 0) + run * share
     return jnp.where(real[..., None, None], out, 0).astype(q.dtype)
 
 

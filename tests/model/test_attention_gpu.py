@@ -32,8 +32,13 @@ junk_outside.defvjp(
 
 
 def stand_in(q, k, v, bias, mask, q_size, k_size, q_start=None, k_start=None, *, scale, mask_type,
-             return_residual=False):  # fmt: skip
+             return_residual=False, qkv_layout="BTNH"):  # fmt: skip
     """What cuDNN computes, segment by segment; NaN for tokens of none, in values and gradients."""
+    if qkv_layout == "BNTH":
+        q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+        out = stand_in(q, k, v, bias, mask, q_size, k_size, q_start, k_start, scale=scale,
+                       mask_type=mask_type, return_residual=return_residual)  # fmt: skip
+        return (out[0].swapaxes(1, 2), out[1]) if return_residual else out.swapaxes(1, 2)
     b, t, n, _ = q.shape
     if q_start is None:
         q_size, k_size = q_size[:, None], k_size[:, None]
@@ -154,6 +159,20 @@ def test_a_run_behind_a_cache_sees_what_is_filled_and_itself(slots):
     np.testing.assert_allclose(np.asarray(got, np.float32), want, atol=BOUND)
 
 
+@pytest.mark.parametrize(("rows", "slots"), [(3, 96), (4, 4096)])
+def test_a_decode_step_sees_what_is_filled(rows, slots, monkeypatch):
+    """A small cache by XLA and a large one by cuDNN, for a row that has nothing too."""
+    asked = []
+    step = attention_gpu.attend_step
+    monkeypatch.setattr(attention_gpu, "attend_step", lambda *x: asked.append(1) or step(*x))
+    q, k, v = (x.astype(DTYPE) for x in arrays(rows, 1, 6, 2, 128, slots))
+    hi = jnp.array([[0], [1], [slots], [slots + 1]], jnp.int32)[:rows]
+    got = jax.jit(lambda *x: attention.attend(*x, None, hi))(q, k, v)
+    want = dense_jax(*(x.astype(jnp.float32) for x in (q, k, v)), jnp.zeros_like(hi), hi)
+    np.testing.assert_allclose(np.asarray(got, np.float32), want, atol=BOUND)
+    assert len(asked) == (rows * slots >= attention.CUDNN_STEP)
+
+
 def test_jax_still_has_what_the_packed_layout_needs():
     """A release that moves or renames it falls back to XLA blocks; this says so first."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
@@ -161,7 +180,7 @@ def test_jax_still_has_what_the_packed_layout_needs():
     names = list(inspect.signature(cudnn.dot_product_attention).parameters)
     assert names[:9] == ["query", "key", "value", "bias", "mask", "q_seqlen", "kv_seqlen",
                          "q_offsets", "kv_offsets"]  # fmt: skip
-    assert {"scale", "mask_type", "return_residual"} <= set(names)
+    assert {"scale", "mask_type", "return_residual", "qkv_layout"} <= set(names)
     assert {"PADDING", "PADDING_CAUSAL"} <= set(cudnn.MaskType.__members__)
 
 
