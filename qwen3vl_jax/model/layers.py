@@ -58,9 +58,23 @@ def linear(
 
     `in_dims` trailing axes of w (and of x) are contracted. The weight keeps Hugging Face's axis order.
     """
+    if isinstance(w, jax.Array) and _in_short(x, in_dims):
+        y = product(x, w, in_dims, x.dtype)
+        if bias is not None:  # a kernel of the product adds it before it rounds
+            y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape).astype(x.dtype)
+        return checkpoint_name(y, PRODUCT)
     y = linear_fp32(x, w, in_dims)
     y = (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
     return checkpoint_name(y, PRODUCT)
+
+
+def _in_short(x: jax.Array, in_dims: int) -> bool:
+    """Whether a product of x is written in its 16 bits: a GPU otherwise writes fp32 and reads it again.
+
+    Not one of few rows, nor on a mesh: its sum may be cut into parts, which were then added in 16 bits.
+    """
+    many = math.prod(x.shape[: x.ndim - in_dims]) >= MANY_ROWS
+    return many and x.dtype.itemsize == 2 and platform() == "gpu" and not mesh_sizes()
 
 
 def linear_fp32(x: jax.Array, w: Weight | Adapted, in_dims: int = 1) -> jax.Array:
@@ -112,6 +126,7 @@ class LayerNorm(nn.Module):
         return (y * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
 
 
+MANY_ROWS = 256
 PRODUCT = "product"  # what `linear` gives, to the policies of jax.checkpoint
 _policies = jax.checkpoint_policies
 REMAT: dict[str, Callable | None] = {  # what the backward pass finds saved of each layer

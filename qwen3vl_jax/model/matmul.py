@@ -9,20 +9,22 @@ dtype; fp32 weights under a 16-bit stream, as in training, have reverse mode alo
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 
-def product(x: jax.Array, w: jax.Array, in_dims: int = 1) -> jax.Array:
-    """x [.. in..] times w [out.. in..] -> [.. out..] in fp32; w is cast to the dtype of x.
+def product(x: jax.Array, w: jax.Array, in_dims: int = 1, dtype: Any = jnp.float32) -> jax.Array:
+    """x [.. in..] times w [out.. in..] -> [.. out..] in `dtype`, summed in fp32; w is cast to that of x.
 
     in_dims: how many trailing axes of both are summed over.
     """
     if x.dtype != w.dtype:
-        return _cast_product(x, w, in_dims)
-    return _dot(x, w, in_dims) if x.dtype == jnp.float32 else _short_product(x, w, in_dims)
+        return _cast_product(x, w, in_dims, dtype)
+    short = x.dtype != jnp.float32
+    return _short_product(x, w, in_dims, dtype) if short else _dot(x, w, in_dims, dtype)
 
 
 def _dot(x: jax.Array, w: jax.Array, in_dims: int, dtype=jnp.float32) -> jax.Array:
@@ -37,20 +39,20 @@ def _last(x: jax.Array, count: int) -> tuple[int, ...]:
     return tuple(range(x.ndim - count, x.ndim))
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _short_product(x, w, in_dims):
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _short_product(x, w, in_dims, dtype):
     """`product` of two arrays of one 16-bit dtype."""
-    return _dot(x, w, in_dims)
+    return _dot(x, w, in_dims, dtype)
 
 
-def _short_jvp(in_dims, primals, tangents):
+def _short_jvp(in_dims, dtype, primals, tangents):
     """Each tangent is a product of 16-bit result: what autodiff makes of it has a 16-bit cotangent."""
     (x, w), (d_x, d_w) = primals, tangents
-    out = _dot(x, w, in_dims)
+    out = _dot(x, w, in_dims, dtype)
     parts = ((d_x, w), (x, d_w))
     more = [_dot(*pair, in_dims, x.dtype) for pair in parts if not _is_zero(*pair)]
     wide = [part.astype(jnp.float32) for part in more]
-    return out, sum(wide[1:], wide[0]) if wide else jnp.zeros_like(out)
+    return out, sum(wide[1:], wide[0]).astype(dtype) if wide else jnp.zeros_like(out)
 
 
 def _is_zero(*arrays) -> bool:
@@ -60,21 +62,21 @@ def _is_zero(*arrays) -> bool:
 _short_product.defjvp(_short_jvp, symbolic_zeros=True)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _cast_product(x, w, in_dims):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _cast_product(x, w, in_dims, dtype):
     """`product` of a weight that is cast: its gradient keeps the bits of its own dtype."""
-    return _dot(x, w.astype(x.dtype), in_dims)
+    return _dot(x, w.astype(x.dtype), in_dims, dtype)
 
 
-def _cast_forward(x, w, in_dims):
-    return _cast_product(x, w, in_dims), (x, w)
+def _cast_forward(x, w, in_dims, dtype):
+    return _cast_product(x, w, in_dims, dtype), (x, w)
 
 
-def _cast_backward(in_dims, kept, slope):
+def _cast_backward(in_dims, dtype, kept, slope):
     x, w = kept
     slope, lead = slope.astype(x.dtype), tuple(range(x.ndim - in_dims))
     outs = tuple(range(w.ndim - in_dims))
-    d_x = _contract(slope, w.astype(x.dtype), _last(slope, len(outs)), outs).astype(x.dtype)
+    d_x = _contract(slope, w.astype(x.dtype), _last(slope, len(outs)), outs, x.dtype)
     return d_x, _contract(slope, x, lead, lead).astype(w.dtype)
 
 

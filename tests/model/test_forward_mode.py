@@ -10,7 +10,8 @@ import pytest
 import tiny
 
 import qwen3vl_jax as q3
-from qwen3vl_jax.model.matmul import gather_rows, product
+from qwen3vl_jax.model import layers, matmul
+from qwen3vl_jax.model.matmul import gather_rows
 
 
 @functools.cache
@@ -77,16 +78,18 @@ def test_jacobians_and_second_derivatives():
     assert ours.worst(curved, again) < 1e-4
 
 
-def test_16_bit_products_and_lookups():
+@pytest.mark.parametrize("rounded", [jnp.float32, jnp.bfloat16])
+def test_16_bit_products_and_lookups(rounded):
     """<u, J v> = <J^T u, v>, each rounded as its dtype is; no product for a frozen weight."""
+    product = functools.partial(matmul.product, dtype=rounded)
     rng = np.random.default_rng(0)
     x, w, u, d_x, d_w = (
         jnp.asarray(rng.normal(size=s), jnp.bfloat16)
         for s in ((64, 48), (40, 48), (64, 40), (64, 48), (40, 48))
     )
     out, change = jax.jvp(product, (x, w), (d_x, d_w))
-    back = jax.vjp(product, x, w)[1](u.astype(jnp.float32))
-    assert (out.dtype, change.dtype, back[1].dtype) == (jnp.float32, jnp.float32, jnp.bfloat16)
+    back = jax.vjp(product, x, w)[1](u.astype(rounded))
+    assert (out.dtype, change.dtype, back[1].dtype) == (rounded, rounded, jnp.bfloat16)
     both = dot(u, change), dot(back, (d_x, d_w))
     assert abs(both[0] - both[1]) < 2**-7 * np.sqrt(dot(u, u) * dot(change, change))
     jaxpr = str(jax.make_jaxpr(lambda x: jax.jvp(lambda x: product(x, w), (x,), (x,)))(x))
@@ -94,3 +97,29 @@ def test_16_bit_products_and_lookups():
     found, change = jax.jvp(lambda table: gather_rows(table, jnp.array([3, 3, 0])), (w,), (d_w,))
     np.testing.assert_array_equal(change, d_w[jnp.array([3, 3, 0])])
     np.testing.assert_array_equal(found, w[jnp.array([3, 3, 0])])
+
+
+@pytest.mark.parametrize(("rows", "dtype", "written"), [
+    (256, jnp.bfloat16, "bf16"), (255, jnp.bfloat16, "f32"), (256, jnp.float32, "f32"),
+])  # fmt: skip
+def test_a_gpu_writes_products_of_many_rows_in_16_bits(monkeypatch, rows, dtype, written):
+    """Values and gradients, weights in fp32 as in training, are those of fp32 products, rounded once."""
+    rng = np.random.default_rng(0)
+    x, w, bias, slope = (
+        jnp.asarray(rng.normal(size=s), t)
+        for s, t in (((rows, 48), dtype), ((40, 48), jnp.float32), ((40,), jnp.float32),
+                     ((rows, 40), dtype))
+    )  # fmt: skip
+
+    def run(*given):
+        out, back = jax.vjp(layers.linear, *given)
+        return out, *back(slope)
+
+    want = run(x, w, bias)
+    monkeypatch.setattr(layers, "platform", lambda: "gpu")
+    for got, expected in zip(run(x, w, bias), want, strict=True):
+        assert got.dtype == expected.dtype
+        error = jnp.abs(got.astype(jnp.float32) - expected.astype(jnp.float32)).max()
+        assert error <= 2**-7 * jnp.abs(expected.astype(jnp.float32)).max()
+    (first, *_) = str(jax.make_jaxpr(layers.linear)(x, w)).split("dot_general")
+    assert f":{written}[{rows},40]" in first.splitlines()[-1]
