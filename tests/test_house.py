@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted(
     path
-    for folder in ("qwen3vl_jax", "convert", "demo", "benchmarks", "tests", ".")
+    for folder in ("qwen3vl_jax", "convert", "demo", "benchmarks", "examples", "tests", ".")
     for path in (ROOT / folder).glob("**/*.py" if folder != "." else "*.py")
 )
 NUMPY_ONLY = (
