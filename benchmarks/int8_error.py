@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,7 +17,8 @@ import numpy as np
 
 from qwen3vl_jax.checkpoint.device_load import Source, as_structs
 from qwen3vl_jax.checkpoint.int8 import quantised
-from qwen3vl_jax.checkpoint.lazy_tensor import TreePath, subtree
+from qwen3vl_jax.checkpoint.lazy_tensor import LazyTensor
+from qwen3vl_jax.checkpoint.param_paths import TreePath, nest
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.model.layers import linear_fp32, rms_norm
 from qwen3vl_jax.model.quantized import embedding_lookup
@@ -47,6 +48,15 @@ class LogitError:
         if self.agreeing is None:
             return text
         return f"{text}, the likeliest token agrees at {self.agreeing} of {self.tokens} places"
+
+
+def subtree(leaves: Mapping[TreePath, LazyTensor], path: TreePath) -> Any:
+    """The loaded values at a path: an array, a tree of arrays, or None."""
+    if path in leaves:
+        return leaves[path].load()
+    depth = len(path)
+    found = [(p[depth:], leaf.load()) for p, leaf in leaves.items() if p[:depth] == path]
+    return nest(found) if found else None
 
 
 def logit_error(cfg: Config, original: Read, changed: Read) -> LogitError:

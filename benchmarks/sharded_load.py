@@ -25,7 +25,7 @@ import numpy as np
 from benchmarks.convert import write_random
 from convert.to_orbax import to_orbax
 from qwen3vl_jax.checkpoint.hf_reader import open_hf
-from qwen3vl_jax.checkpoint.lazy_tensor import flatten
+from qwen3vl_jax.checkpoint.param_paths import flatten
 from qwen3vl_jax.cli.infer_arguments import mesh_sizes
 
 PROCESSES, DEVICES, ALLOWED = 2, 4, 3 << 29  # bytes beside the share

@@ -16,9 +16,10 @@ import numpy as np
 from convert import SHARD_SIZE, Progress
 from qwen3vl_jax.checkpoint.config_files import PARAMS, copy_files, read_config
 from qwen3vl_jax.checkpoint.fp8 import SUFFIX, scale_shape
-from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, LazyTensor, TreePath
+from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, LazyTensor
 from qwen3vl_jax.checkpoint.name_map import Block, Row, rows
 from qwen3vl_jax.checkpoint.orbax_io import read_in_order, stored_tensors
+from qwen3vl_jax.checkpoint.param_paths import TreePath
 from qwen3vl_jax.checkpoint.validate import check_stored, stored_kind
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError

@@ -10,7 +10,7 @@ import tiny
 
 import qwen3vl_jax as q3
 from qwen3vl_jax.checkpoint.device_load import path_shardings
-from qwen3vl_jax.checkpoint.lazy_tensor import flatten, nest
+from qwen3vl_jax.checkpoint.param_paths import flatten, nest
 from qwen3vl_jax.model import sharding
 
 # Eight query heads, so that four devices can share two key/value heads; one layer of each kind.

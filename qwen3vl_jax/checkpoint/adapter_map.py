@@ -6,12 +6,11 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from qwen3vl_jax.checkpoint.lazy_tensor import TreePath
 from qwen3vl_jax.checkpoint.name_map import Part, Row, rows
+from qwen3vl_jax.checkpoint.param_paths import TreePath, path_str, split_layer_index
 from qwen3vl_jax.config import Config
 
 _NOT_ADAPTED = ("embed", "pos", "weight")  # tables, and the patch embedding's kernel
-_STACKS = ("layers", "blocks")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +63,7 @@ def places(cfg: Config) -> dict[str, Place]:
 
 
 def _flat_name(path: TreePath) -> str:
-    kept = [k for i, k in enumerate(path) if isinstance(k, str) or path[i - 1] not in _STACKS]
-    return ".".join(map(str, kept))
+    return path_str(split_layer_index(path)[0])
 
 
 def _label(part: Part) -> str:
@@ -83,7 +81,7 @@ def _place(found: list[tuple[Row, int]]) -> Place:
         modules=tuple(_module(row.parts[k].name)[0] for row, k in found),
         paths=tuple(row.path for row, _ in found),
         parameter=parameter,
-        stacked=any(key in _STACKS for key in row.path),
+        stacked=split_layer_index(row.path)[1] is not None,
         experts=experts[0] if experts else 0,
         inner=inner,
         outer=outer,

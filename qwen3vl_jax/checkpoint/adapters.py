@@ -11,12 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen3vl_jax.checkpoint.adapter_map import Adapter, Place, places
-from qwen3vl_jax.checkpoint.lazy_tensor import (
-    VALUES,
-    LazyTensor,
-    TreePath,
-    spell,
-)
+from qwen3vl_jax.checkpoint.lazy_tensor import VALUES, LazyTensor
+from qwen3vl_jax.checkpoint.param_paths import TreePath, path_str
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model.lora import Adapted, Pair
@@ -45,7 +41,7 @@ def merged(
     for path, parts in added.items():
         if (*path, VALUES) in leaves:
             raise InputError(
-                f"{spell(path)} is held in 8 bits, which an adapter cannot be added to; merge it into "
+                f"{path_str(path)} is held in 8 bits, which an adapter cannot be added to; merge it into "
                 f"the 16-bit checkpoint, or keep it beside the weights (load with adapter=)"
             )
         out[path] = _sum(leaves[path], parts, weights, adapter)

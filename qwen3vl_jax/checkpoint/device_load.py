@@ -15,16 +15,10 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from qwen3vl_jax.checkpoint import hf_reader, int8
 from qwen3vl_jax.checkpoint.config_files import PARAMS, read_config
-from qwen3vl_jax.checkpoint.lazy_tensor import (
-    SCALE,
-    VALUES,
-    LazyTensor,
-    TreePath,
-    eight_bit,
-    spell,
-)
+from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES, LazyTensor, eight_bit, in_memory
 from qwen3vl_jax.checkpoint.name_map import tree_of
 from qwen3vl_jax.checkpoint.orbax_io import open_tree, stored_tensors
+from qwen3vl_jax.checkpoint.param_paths import TreePath, path_str, split_layer_index
 from qwen3vl_jax.checkpoint.validate import check_stored, check_weights, stored_kind
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
@@ -134,17 +128,11 @@ def path_shardings(
         return dict.fromkeys(leaves)
     known, codes = logical_axes(cfg), eight_bit(leaves)
     weight = {path: path[:-1] if path in codes else path for path in leaves}
-    axes = {spell(path): known[_kind(weight[path])] for path in leaves}
-    shapes = {spell(path): leaf for path, leaf in leaves.items()}
+    axes = {path_str(path): known[path_str(split_layer_index(weight[path])[0])] for path in leaves}
+    shapes = {path_str(path): leaf for path, leaf in leaves.items()}
     found = shardings(mesh, shapes, axes)
     check_divides(mesh, shapes, axes)
-    return {path: found[spell(path)] for path in leaves}
-
-
-def _kind(path: TreePath) -> str:
-    """The name of a parameter in `logical_axes`: without the number of its layer."""
-    numbered = ("layers", "blocks")
-    return spell(tuple(k for i, k in enumerate(path) if not i or path[i - 1] not in numbered))
+    return {path: found[path_str(path)] for path in leaves}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,11 +163,6 @@ def on_devices(leaf: LazyTensor, sharding: NamedSharding | None) -> jax.Array:
     wanted = {key(index): index for index in local if index is not None}
     parts = dict(zip(wanted, leaf.parts(list(wanted.values())), strict=True))
     return jax.make_array_from_callback(leaf.shape, sharding, lambda index: parts[key(index)])
-
-
-def in_memory(array: np.ndarray) -> LazyTensor:
-    """An array that is there, as one that is not."""
-    return LazyTensor(array.shape, array.dtype, lambda: array)
 
 
 def put_pairs(

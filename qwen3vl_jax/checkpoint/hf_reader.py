@@ -17,20 +17,14 @@ from qwen3vl_jax.checkpoint.fp8 import (
     block_of,
     misfit,
 )
-from qwen3vl_jax.checkpoint.lazy_tensor import (
-    SCALE,
-    VALUES,
-    Index,
-    LazyTensor,
-    TreePath,
-    spell,
-)
+from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES, Index, LazyTensor
 from qwen3vl_jax.checkpoint.name_map import (
     TEXT,
     Row,
     released_name,
     rows,
 )
+from qwen3vl_jax.checkpoint.param_paths import TreePath, path_str
 from qwen3vl_jax.checkpoint.validate import MismatchError, check_weights
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
@@ -161,7 +155,9 @@ class _Matcher:
             return {}
         if len({source.dtype for source in sources}) > 1:
             found = ", ".join(f"{p.name} {s.dtype}" for p, s in zip(row.parts, sources))
-            self.problems.append(f"dtype of {spell(row.path)}: {found}; expected one for all parts")
+            self.problems.append(
+                f"dtype of {path_str(row.path)}: {found}; expected one for all parts"
+            )
             return {}
         loads = [source.load for source in sources]
 

@@ -15,14 +15,9 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from qwen3vl_jax.checkpoint.lazy_tensor import (
-    SCALE,
-    VALUES,
-    LazyTensor,
-    TreePath,
-    spell,
-)
+from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES, LazyTensor
 from qwen3vl_jax.checkpoint.name_map import Row, rows
+from qwen3vl_jax.checkpoint.param_paths import TreePath, path_str
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 
@@ -83,7 +78,7 @@ def scales_of(row: Row, array: np.ndarray) -> np.ndarray:
         flat[strip] = np.where(top == 0, 1, top)
     if not np.isfinite(scale).all():
         raise InputError(
-            f"{spell(row.path)}: holds infinite weights or not-a-numbers, which int8 cannot hold; "
+            f"{path_str(row.path)}: holds infinite weights or not-a-numbers, which int8 cannot hold; "
             f"fetch the checkpoint again or load it without int8"
         )
     return scale

@@ -19,12 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from qwen3vl_jax.checkpoint.lazy_tensor import (
-    Index,
-    TreePath,
-    flatten,
-    nest,
-)
+from qwen3vl_jax.checkpoint.lazy_tensor import Index
+from qwen3vl_jax.checkpoint.param_paths import TreePath, flatten, nest, parse_path
 from qwen3vl_jax.config import Config
 
 TEXT, VISION, HEAD = "model.language_model.", "model.visual.", "lm_head."
@@ -246,9 +242,8 @@ def rows(cfg: Config) -> list[Row]:
     found = []
     for section, path, axis, parts in _TABLE:
         for i in range(counts[section]):
-            keys = path.format(i=i).split(".")
-            place = tuple(int(key) if key.isdecimal() else key for key in keys)
-            found.append(Row(place, tuple(_part(n.format(i=i), s, sizes) for n, s in parts), axis))
+            held = tuple(_part(name.format(i=i), spec, sizes) for name, spec in parts)
+            found.append(Row(parse_path(path.format(i=i)), held, axis))
     return found
 
 

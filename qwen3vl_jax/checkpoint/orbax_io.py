@@ -31,14 +31,8 @@ from qwen3vl_jax.checkpoint.digests import (
     digest,
     kept_digests,
 )
-from qwen3vl_jax.checkpoint.lazy_tensor import (
-    Index,
-    LazyTensor,
-    TreePath,
-    at_path,
-    flatten,
-    spell,
-)
+from qwen3vl_jax.checkpoint.lazy_tensor import Index, LazyTensor
+from qwen3vl_jax.checkpoint.param_paths import TreePath, at_path, flatten, path_str, tree_path
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.storage.json_text import write_json
 from qwen3vl_jax.storage.paths import for_orbax
@@ -92,7 +86,7 @@ class _Handler(ocp.type_handlers.NumpyHandler):
             if self._failed:
                 raise self._failed[0]
             for info, array in zip(infos[group], arrays):
-                self._sink(place(info.keypath), array)
+                self._sink(tree_path(info.keypath), array)
             del arrays, array, future  # before the next group comes, not after
         return []
 
@@ -101,7 +95,7 @@ class _Handler(ocp.type_handlers.NumpyHandler):
         leaves = []
         for info, arg in zip(infos, args):
             (array,) = await super().deserialize([info], [arg])
-            leaves.append(self._sink(place(info.keypath), array))
+            leaves.append(self._sink(tree_path(info.keypath), array))
             del array  # before the next one comes, not after
         return leaves
 
@@ -114,7 +108,7 @@ class _Opener(_Handler):
         for info in infos:
             spec = ocp.type_handlers.get_json_tspec_read(info, info.is_ocdbt_checkpoint)
             store = await tensorstore.open(spec, open=True, read=True, context=info.ts_context)
-            leaves.append(self._sink(place(info.keypath), _lazy(store)))
+            leaves.append(self._sink(tree_path(info.keypath), _lazy(store)))
         return leaves
 
 
@@ -158,12 +152,6 @@ def _groups(sizes: list[int]) -> Iterator[slice]:
     yield slice(start, len(sizes))
 
 
-def place(keypath: tuple[Any, ...]) -> TreePath:
-    """The place of a leaf: its keys as they are in the tree."""
-    kinds = ("key", "idx", "name")
-    return tuple(next(getattr(k, kind) for kind in kinds if hasattr(k, kind)) for k in keypath)
-
-
 def _tree_handler(sink: Callable, kind: type[_Handler] = _Handler) -> ocp.PyTreeCheckpointHandler:
     registry = ocp.type_handlers.create_type_handler_registry(
         (jax.Array, ocp.type_handlers.ArrayHandler()), (LazyTensor, kind(sink))
@@ -183,7 +171,7 @@ def write_tree(
     digests: dict[str, str] = {}
 
     def sink(path: TreePath, array: np.ndarray) -> None:
-        digests[spell(path)] = digest(array)
+        digests[path_str(path)] = digest(array)
         wrote(array.nbytes)
 
     with writable(directory), ocp.Checkpointer(_tree_handler(sink)) as checkpointer:
@@ -223,8 +211,8 @@ def read_tree(directory: Path, sink: Sink, under: TreePath = ()) -> Any:
 
 
 def _check(directory: Path, kept: dict[str, str] | None, path: TreePath, array: np.ndarray) -> None:
-    if kept is not None and digest(array) != kept.get(spell(path)):
-        raise DamagedError(directory, [f"{spell(path)} is not as it was saved"])
+    if kept is not None and digest(array) != kept.get(path_str(path)):
+        raise DamagedError(directory, [f"{path_str(path)} is not as it was saved"])
 
 
 def verify_tree(directory: Path) -> tuple[int, int]:
@@ -242,7 +230,7 @@ def verify_tree(directory: Path) -> tuple[int, int]:
     sizes: list[int] = []
 
     def sink(path: TreePath, array: np.ndarray) -> None:
-        found[spell(path)] = digest(array)
+        found[path_str(path)] = digest(array)
         sizes.append(array.nbytes)
 
     _read(directory, _tree_handler(sink))
@@ -281,7 +269,7 @@ def read_in_order(directory: Path, sink: Sink, order: Iterable[TreePath]) -> Non
 
 def _read(directory: Path, handler: ocp.PyTreeCheckpointHandler, under: TreePath = ()) -> Any:
     def wanted(keypath: tuple[Any, ...], leaf: Any) -> Any:
-        return leaf if place(keypath)[: len(under)] == under else ocp.PLACEHOLDER
+        return leaf if tree_path(keypath)[: len(under)] == under else ocp.PLACEHOLDER
 
     stored = _metadata(directory)
     as_lazy = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=LazyTensor), stored)

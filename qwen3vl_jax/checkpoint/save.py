@@ -21,8 +21,9 @@ import numpy as np
 
 from qwen3vl_jax.checkpoint.config_files import PARAMS, copy_files, read_config, write_config
 from qwen3vl_jax.checkpoint.device_load import as_dicts
-from qwen3vl_jax.checkpoint.lazy_tensor import LazyTensor, flatten
+from qwen3vl_jax.checkpoint.lazy_tensor import LazyTensor
 from qwen3vl_jax.checkpoint.orbax_io import write_tree
+from qwen3vl_jax.checkpoint.param_paths import flatten
 from qwen3vl_jax.checkpoint.validate import check_stored
 from qwen3vl_jax.config import TIED, Config
 from qwen3vl_jax.errors import InputError

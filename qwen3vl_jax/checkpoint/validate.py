@@ -10,14 +10,9 @@ import numpy as np
 
 from qwen3vl_jax.checkpoint.config_files import QUANTISATION
 from qwen3vl_jax.checkpoint.fp8 import block_of
-from qwen3vl_jax.checkpoint.lazy_tensor import (
-    SCALE,
-    VALUES,
-    LazyTensor,
-    TreePath,
-    spell,
-)
+from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES, LazyTensor
 from qwen3vl_jax.checkpoint.name_map import Block, rows
+from qwen3vl_jax.checkpoint.param_paths import TreePath, path_str
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.storage.atomic_dir import CONFIG
@@ -85,17 +80,17 @@ def check_stored(
         if scale in stored and stored[scale].dtype != np.float32:
             problems.append(_dtype_problem(scale, stored, "float32"))
     problems += [
-        f"missing {spell(path)} {list(wanted[path])}" for path in wanted.keys() - stored.keys()
+        f"missing {path_str(path)} {list(wanted[path])}" for path in wanted.keys() - stored.keys()
     ]
-    problems += [f"unknown {spell(path)}" for path in stored.keys() - wanted.keys()]
+    problems += [f"unknown {path_str(path)}" for path in stored.keys() - wanted.keys()]
     for path in wanted.keys() & stored.keys():
         if stored[path].shape != wanted[path]:
             found = f"found {list(stored[path].shape)}, expected {list(wanted[path])}"
-            problems.append(f"shape of {spell(path)}: {found}")
+            problems.append(f"shape of {path_str(path)}: {found}")
     if problems:
         raise MismatchError(where, sorted(problems))
     return block
 
 
 def _dtype_problem(path: TreePath, stored: Mapping[TreePath, LazyTensor], expected: str) -> str:
-    return f"dtype of {spell(path)}: found {stored[path].dtype}, expected {expected}"
+    return f"dtype of {path_str(path)}: found {stored[path].dtype}, expected {expected}"

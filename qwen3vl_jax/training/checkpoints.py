@@ -22,13 +22,12 @@ from qwen3vl_jax.checkpoint.digests import (
     kept_digests,
     with_checksum,
 )
-from qwen3vl_jax.checkpoint.lazy_tensor import spell
 from qwen3vl_jax.checkpoint.orbax_io import (
-    place,
     readable,
     stored_tensors,
     writable,
 )
+from qwen3vl_jax.checkpoint.param_paths import path_str, tree_path
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.runtime import distributed
 from qwen3vl_jax.storage.paths import (
@@ -204,7 +203,7 @@ def _check_room(folder: Path, state: TrainState) -> None:
 
 def _by_path(tree: Any) -> dict[str, Any]:
     """The arrays of a state by where they lie in it, as its files name them."""
-    return {spell(place(path)): x for path, x in jax.tree.leaves_with_path(tree)}
+    return {path_str(tree_path(path)): x for path, x in jax.tree.leaves_with_path(tree)}
 
 
 def _shape(x: Any) -> str:

@@ -14,9 +14,10 @@ from qwen3vl_jax.checkpoint.adapter_map import Adapter
 from qwen3vl_jax.checkpoint.adapters import merged
 from qwen3vl_jax.checkpoint.config_files import PARAMS, read_config
 from qwen3vl_jax.checkpoint.hf_reader import open_hf
-from qwen3vl_jax.checkpoint.lazy_tensor import LazyTensor, TreePath
+from qwen3vl_jax.checkpoint.lazy_tensor import LazyTensor
 from qwen3vl_jax.checkpoint.name_map import rows
 from qwen3vl_jax.checkpoint.orbax_io import open_tree, read_part, read_tree, stored_tensors
+from qwen3vl_jax.checkpoint.param_paths import TreePath
 from qwen3vl_jax.checkpoint.validate import check_stored, stored_kind
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError

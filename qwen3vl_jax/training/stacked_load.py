@@ -12,31 +12,37 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen3vl_jax.checkpoint.device_load import Source, as_structs, on_devices, read_leaves
-from qwen3vl_jax.checkpoint.lazy_tensor import LazyTensor, TreePath, spell
+from qwen3vl_jax.checkpoint.lazy_tensor import LazyTensor
 from qwen3vl_jax.checkpoint.name_map import rows, tree_of
+from qwen3vl_jax.checkpoint.param_paths import (
+    TreePath,
+    join_layer_index,
+    parse_path,
+    path_str,
+    split_layer_index,
+)
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model.structs import Params
 from qwen3vl_jax.storage.hub import resolve
 
-Place = tuple[TreePath, int | None]  # where a tensor lies with stacked layers, and its layer
-DtypeOf = Callable[[str], Any]  # of a parameter's stacked name
-WhereOf = Callable[
-    [str, Any], Any
-]  # of its stacked name and a ShapeDtypeStruct: its sharding or None
-
-
-def place_of(path: TreePath) -> Place:
-    """(stacked path, layer) of a path with layers in lists; other paths stay, with layer None."""
-    for depth, key in ((1, ("layers",)), (2, ("vision", "blocks"))):
-        if path[:depth] == key:
-            return (*path[:depth], *path[depth + 1 :]), int(path[depth])
-    return path, None
+# The dtype of a parameter by its stacked name.
+DtypeOf = Callable[[str], Any]
+# The sharding, or None, of a parameter by its stacked name and its ShapeDtypeStruct.
+WhereOf = Callable[[str, Any], Any]
 
 
 def layer_counts(cfg: Config) -> dict[str, int]:
     """How many layers each stack has, by the first part of its path."""
     return {"layers": cfg.text.num_hidden_layers, "vision": cfg.vision.depth}
+
+
+def stacked(
+    cfg: Config, path: TreePath, shape: tuple[int, ...]
+) -> tuple[TreePath, tuple[int, ...]]:
+    """The path and the shape with layers stacked, from those of one layer's parameter."""
+    path, layer = split_layer_index(path)
+    return path, shape if layer is None else (layer_counts(cfg)[str(path[0])], *shape)
 
 
 def load_stacked(
@@ -59,7 +65,7 @@ def load_stacked(
     read_leaves(source, source.stored(), stacks.put)
     held = {path if path in stacks.known else path[:-1] for path in stacks.leaves}
     if missing := stacks.known - held:
-        names = ", ".join(sorted(map(spell, missing)))
+        names = ", ".join(sorted(map(path_str, missing)))
         raise InputError(f"{directory}: holds no {names}, which training needs")
     return as_structs(tree_of(cfg, stacks.leaves))
 
@@ -69,24 +75,23 @@ class _Stacks:
 
     def __init__(self, cfg: Config, dtype_of: DtypeOf, where_of: WhereOf):
         self.leaves: dict[TreePath, jax.Array] = {}
-        self.known = {place_of(row.path)[0] for row in rows(cfg)}
-        self._counts, self._dtype_of, self._where_of = layer_counts(cfg), dtype_of, where_of
+        self.known = {split_layer_index(row.path)[0] for row in rows(cfg)}
+        self._cfg, self._dtype_of, self._where_of = cfg, dtype_of, where_of
 
     def put(self, path: TreePath, leaf: LazyTensor) -> None:
         """Takes one tensor; what this process holds of it is on its devices when this returns."""
-        place, layer = place_of(path)
-        # any other place is the values or the scale of a weight held in 8 bits
-        dtype = jnp.dtype(self._dtype_of(spell(place))) if place in self.known else leaf.dtype
-        lead = () if layer is None else (self._counts[str(place[0])],)
-        shape = jax.ShapeDtypeStruct((*lead, *leaf.shape), dtype)
-        where = self._where_of(spell(place), shape)
+        layer = split_layer_index(path)[1]
+        path, shape = stacked(self._cfg, path, leaf.shape)
+        # A path that is not known is the values or the scale of a weight held in 8 bits.
+        dtype = jnp.dtype(self._dtype_of(path_str(path))) if path in self.known else leaf.dtype
+        where = self._where_of(path_str(path), jax.ShapeDtypeStruct(shape, dtype))
         if layer is None:
-            self.leaves[place] = on_devices(leaf, where).astype(dtype).block_until_ready()
+            self.leaves[path] = on_devices(leaf, where).astype(dtype).block_until_ready()
             return
-        if place not in self.leaves:
-            self.leaves[place] = jnp.zeros(shape.shape, dtype, device=where)
-        stack = _write(self.leaves.pop(place), on_devices(leaf, inner(where)), layer, where=where)
-        self.leaves[place] = stack.block_until_ready()
+        if path not in self.leaves:
+            self.leaves[path] = jnp.zeros(shape, dtype, device=where)
+        stack = _write(self.leaves.pop(path), on_devices(leaf, inner(where)), layer, where=where)
+        self.leaves[path] = stack.block_until_ready()
 
 
 def inner(where: Any) -> Any:
@@ -104,21 +109,12 @@ def _write(stack: jax.Array, layer: jax.Array, index: Any, *, where: Any) -> jax
 
 def layers_of(name: str, array: np.ndarray) -> list[tuple[TreePath, np.ndarray]]:
     """(tree path, array) of each layer of a stacked parameter, or of the parameter itself."""
-    depth, path = _cut(name)
-    if depth is None:
-        return [(path, array)]
-    return [((*path[:depth], i, *path[depth:]), layer) for i, layer in enumerate(array)]
+    path = parse_path(name)
+    paths = join_layer_index(path, len(array) if array.ndim else 0)
+    return [(path, array)] if paths == [path] else list(zip(paths, array, strict=True))
 
 
 def paths_of(name: str, cfg: Config) -> list[TreePath]:
     """The tree paths of a stacked parameter's layers, or of the parameter itself."""
-    depth, path = _cut(name)
-    if depth is None:
-        return [path]
-    return [(*path[:depth], i, *path[depth:]) for i in range(layer_counts(cfg)[str(path[0])])]
-
-
-def _cut(name: str) -> tuple[int | None, TreePath]:
-    """(where a layer's number stands in a parameter's tree path, the path without it)."""
-    path = tuple(int(key) if key.isdecimal() else key for key in name.split("."))
-    return (1 if path[0] == "layers" else 2 if path[:2] == ("vision", "blocks") else None), path
+    path = parse_path(name)
+    return join_layer_index(path, layer_counts(cfg).get(str(path[0]), 0))

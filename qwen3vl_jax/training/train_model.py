@@ -24,7 +24,7 @@ from qwen3vl_jax.training.new_tokens import new_rows
 from qwen3vl_jax.training.optimizer import make_optimizer
 from qwen3vl_jax.training.param_groups import Flat
 from qwen3vl_jax.training.recipe import Recipe
-from qwen3vl_jax.training.stacked_load import layer_counts, load_stacked, place_of
+from qwen3vl_jax.training.stacked_load import load_stacked, stacked
 from qwen3vl_jax.training.state_sharding import (
     check_mesh,
     params_shardings,
@@ -133,11 +133,8 @@ def shapes(cfg: Config) -> Flat:
 
 def tree_of_shapes(cfg: Config) -> Params:
     """`shapes` as the tree of parameters with stacked layers."""
-    leaves, counts = {}, layer_counts(cfg)
-    for row in rows(cfg):
-        place, layer = place_of(row.path)
-        lead = () if layer is None else (counts[str(place[0])],)
-        leaves[place] = jax.ShapeDtypeStruct((*lead, *row.shape), jnp.float32)
+    stacks = dict(stacked(cfg, row.path, row.shape) for row in rows(cfg))
+    leaves = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in stacks.items()}
     return tree_of(cfg, leaves)
 
 

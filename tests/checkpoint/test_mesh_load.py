@@ -21,7 +21,7 @@ from convert.to_orbax import to_orbax
 from qwen3vl_jax.checkpoint import device_load, orbax_io
 from qwen3vl_jax.checkpoint.device_load import Source, path_shardings, weights_bytes
 from qwen3vl_jax.checkpoint.hf_reader import open_hf
-from qwen3vl_jax.checkpoint.lazy_tensor import flatten
+from qwen3vl_jax.checkpoint.param_paths import flatten
 from qwen3vl_jax.checkpoint.peft_io import save_adapter
 from qwen3vl_jax.model import sharding
 from qwen3vl_jax.training import stacked_load, train_model

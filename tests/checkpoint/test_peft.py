@@ -19,7 +19,8 @@ import qwen3vl_jax as q3
 from convert.to_orbax import to_orbax
 from qwen3vl_jax.checkpoint import name_map
 from qwen3vl_jax.checkpoint.adapters import attach, merge, merged
-from qwen3vl_jax.checkpoint.lazy_tensor import LazyTensor, flatten
+from qwen3vl_jax.checkpoint.lazy_tensor import LazyTensor
+from qwen3vl_jax.checkpoint.param_paths import flatten
 from qwen3vl_jax.checkpoint.peft_io import (
     MATRICES,
     SETTINGS,

@@ -22,8 +22,9 @@ from convert.to_orbax import to_orbax
 from qwen3vl_jax import Config, InputError
 from qwen3vl_jax.checkpoint import int8
 from qwen3vl_jax.checkpoint.device_load import as_dicts
-from qwen3vl_jax.checkpoint.lazy_tensor import at_path, eight_bit, flatten
+from qwen3vl_jax.checkpoint.lazy_tensor import eight_bit
 from qwen3vl_jax.checkpoint.name_map import from_hf, rows
+from qwen3vl_jax.checkpoint.param_paths import at_path, flatten
 from qwen3vl_jax.checkpoint.save import save_params
 from qwen3vl_jax.loading import load
 from qwen3vl_jax.model.quantized import Quantized, dequantize

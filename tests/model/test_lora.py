@@ -16,7 +16,7 @@ import qwen3vl_jax as q3
 from qwen3vl_jax.checkpoint import int8, name_map
 from qwen3vl_jax.checkpoint.adapters import merge
 from qwen3vl_jax.checkpoint.device_load import as_structs
-from qwen3vl_jax.checkpoint.lazy_tensor import flatten
+from qwen3vl_jax.checkpoint.param_paths import flatten
 from qwen3vl_jax.checkpoint.peft_io import save_adapter
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model.layers import linear, linear_fp32

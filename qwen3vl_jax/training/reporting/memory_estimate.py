@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from qwen3vl_jax.checkpoint import int8
 from qwen3vl_jax.checkpoint.device_load import as_structs
-from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES, nest
+from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES
+from qwen3vl_jax.checkpoint.param_paths import nest, parse_path
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.model.sharding import layout_mesh
 from qwen3vl_jax.model.structs import Params
@@ -18,7 +19,7 @@ from qwen3vl_jax.training import param_groups, train_model
 from qwen3vl_jax.training.lora_targets import cut_lora
 from qwen3vl_jax.training.param_groups import Flat
 from qwen3vl_jax.training.recipe import Mesh, Recipe
-from qwen3vl_jax.training.stacked_load import layer_counts, place_of
+from qwen3vl_jax.training.stacked_load import stacked
 from qwen3vl_jax.training.state_sharding import params_shardings
 
 _EIGHT_BIT = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
@@ -76,16 +77,14 @@ def held(recipe: Recipe, cfg: Config) -> Held:
 
 def _params(recipe: Recipe, cfg: Config) -> Params:
     """The shapes of the parameters that a run reads, those of 8-bit weights as values and scales."""
-    leaves = {tuple(name.split(".")): x for name, x in train_model.shapes(cfg).items()}
-    leaves = {tuple(int(k) if k.isdecimal() else k for k in path): x for path, x in leaves.items()}
+    leaves = {parse_path(name): x for name, x in train_model.shapes(cfg).items()}
     if recipe.lora.rank and (dtype := _EIGHT_BIT.get(recipe.lora.base)) is not None:
-        counts = layer_counts(cfg)
         for path, row in int8.quantised_rows(cfg).items():
-            place, layer = place_of(path)
-            many = () if layer is None else (counts[str(place[0])],)
-            leaves.pop(place, None)
-            leaves[(*place, VALUES)] = jax.ShapeDtypeStruct((*many, *row.shape), dtype)
-            leaves[(*place, SCALE)] = jax.ShapeDtypeStruct((*many, *row.channels), jnp.float32)
+            name, shape = stacked(cfg, path, row.shape)
+            leaves.pop(name, None)
+            leaves[(*name, VALUES)] = jax.ShapeDtypeStruct(shape, dtype)
+            scales = stacked(cfg, path, row.channels)[1]
+            leaves[(*name, SCALE)] = jax.ShapeDtypeStruct(scales, jnp.float32)
     taps = cfg.vision.deepstack_visual_indexes
     return as_structs(nest(leaves.items(), empty=() if taps else [("vision", "deepstack")]))
 
