@@ -18,7 +18,7 @@ FILES = [
 # Distributions whose name is not that of the module.
 DISTRIBUTIONS = {"PIL": "pillow", "orbax": "orbax-checkpoint", "absl": "absl-py"}
 OURS = {"qwen3vl_jax", "convert", "demo"}
-NOT_FOR_USERS = ("test", "dev")
+NOT_FOR_USERS = ("test-base", "test", "dev")
 
 
 def declared(requirements: list[str]) -> set[str]:
