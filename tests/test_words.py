@@ -1,0 +1,53 @@
+"""One word has one meaning, the field's: docs/glossary.md. Old words define nothing new."""
+
+import ast
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# What each is called: message, format, replicated or all, loaded, overflow, shards or gates, global,
+# sum over devices, sharded, block, image, video, deepstack, log, batch, packed, pending, logger,
+# in an atomic directory, attention.
+OLD_WORDS = frozenset(
+    """told spell spelled whole opened further share shares exchanged summed spread parcel
+    picture pictures clip clips taps tell say drawn placed waiting muted watch staged mix""".split()
+)
+# Names from before this rule. One that is gone leaves the set, and none is added.
+LEFT = frozenset(
+    """
+    Clip Drawn Muted Parcel Placed Shares Waiting Watch _Spread _Told _clip _clips
+    _cut_by_pictures _drawn _opened _pictures _placed _say _spelled _summed _tell
+    _tell_waiting _waiting _whole _whole_backward _whole_blocks _whole_bytes _whole_forward
+    _whole_numbers _whole_words clip clips drawn further mix open_clip opened opened_image
+    picture placed say share share_e share_of spelled spread staged summed taps tell
+    tell_errors told waiting watch whole whole_path whole_state with_clip_options
+    write_whole
+    """.split()
+)
+
+
+def words_of(name: str) -> set[str]:
+    """The words of an identifier, in lower case."""
+    return {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)}
+
+
+def defined(path: Path) -> set[str]:
+    """The functions, classes and parameters that a file defines."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        if isinstance(node, ast.arg):
+            names.add(node.arg)
+    return names
+
+
+def names_with_old_words() -> set[str]:
+    """Of all definitions of the package."""
+    names = set().union(*map(defined, (ROOT / "qwen3vl_jax").rglob("*.py")))
+    return {name for name in names if words_of(name) & OLD_WORDS}
+
+
+def test_old_words_define_nothing_new():
+    """What is not LEFT from before has the field's name."""
+    assert names_with_old_words() <= LEFT
