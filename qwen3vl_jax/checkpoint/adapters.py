@@ -50,25 +50,30 @@ def merged(
 
 def _sum(leaf: LazyTensor, parts: list[tuple[Place, int]], weights, adapter: Adapter) -> LazyTensor:
     def load() -> np.ndarray:
-        whole = leaf.load().astype(np.float32)
+        weight = leaf.load().astype(np.float32)
         for place, i in parts:
-            _, start, stop = next(span for span in place.spans if span[0] == place.part)
-            here = (
-                ... if place.axis is None else (slice(None),) * place.axis + (slice(start, stop),)
-            )
+            span = next(span for span in place.spans if span[0] == place.part)
             sides = (np.asarray(weights[f"{place.name}.{side}"]) for side in "ab")
             a, b = (x[i] if place.stacked else x for x in sides)
-            made = adapter.scales(place.name)[i] * _product(place, a, b)
-            whole[here] += made.reshape(whole[here].shape)
-        return whole.astype(leaf.dtype)
+            weight = _add_product(weight, place.axis, span, a, b, adapter.scales(place.name)[i])
+        return weight.astype(leaf.dtype)
 
     return dataclasses.replace(leaf, load=load)
 
 
-def _product(place: Place, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """B A [outer inner], or experts' A^T B^T [E inner outer], in fp32."""
-    a, b = a.astype(np.float32), b.astype(np.float32)
-    return (b @ a).swapaxes(1, 2) if place.experts else b @ a
+def _add_product(weight, axis: int | None, span: tuple[str, int, int], a, b, scale):
+    """weight + scale B A in fp32, within a span of its axis; numpy or jax, numpy in place.
+
+    Experts have A [E r in] and B [E out r], their weight is [E in out].
+    """
+    here = ... if axis is None else (slice(None),) * axis + (slice(*span[1:]),)
+    product = b.astype(np.float32) @ a.astype(np.float32)
+    product = product.swapaxes(1, 2) if product.ndim == 3 else product
+    added = (scale * product).reshape(weight[here].shape)
+    if not isinstance(weight, np.ndarray):
+        return weight.at[here].add(added)
+    weight[here] += added
+    return weight
 
 
 def attach(
@@ -129,25 +134,14 @@ def merge(params: Params, dtype: Any = None) -> Params:
         if not isinstance(w, Adapted):
             return dequantize(w, wide) if isinstance(w, Quantized) else w
         to = wide if isinstance(w.base, Quantized) else w.base.dtype
-        whole = jax.vmap(_whole) if next(iter(w.pairs.values())).scale.ndim else _whole
-        return whole(w).astype(to)
+        stacked = next(iter(w.pairs.values())).scale.ndim
+        return (jax.vmap(added) if stacked else added)(w).astype(to)
+
+    def added(w: Adapted) -> jax.Array:
+        weight = dequantize(w.base, jnp.float32)
+        for span in w.spans:
+            if pair := w.pairs.get(span[0]):
+                weight = _add_product(weight, w.axis, span, pair.a, pair.b, pair.scale)
+        return weight
 
     return jax.tree.map(plain, params, is_leaf=lambda w: isinstance(w, (Adapted, Quantized)))
-
-
-def _whole(w: Adapted) -> jax.Array:
-    """The weight that an adapted one stands for, in fp32."""
-    base = dequantize(w.base, jnp.float32)
-    pieces = []
-    for name, start, stop in w.spans:
-        shape = w.shape
-        if w.axis is not None:
-            shape = (*shape[: w.axis], stop - start, *shape[w.axis + 1 :])
-        pair = w.pairs.get(name)
-        if pair is None:
-            pieces.append(jnp.zeros(shape, jnp.float32))
-            continue
-        a, b = pair.a.astype(jnp.float32), pair.b.astype(jnp.float32)
-        product = jnp.einsum("eor,eri->eio", b, a) if a.ndim == 3 else b @ a
-        pieces.append((pair.scale * product).reshape(shape))
-    return base + (pieces[0] if w.axis is None else jnp.concatenate(pieces, w.axis))
