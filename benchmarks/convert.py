@@ -26,7 +26,7 @@ import ml_dtypes
 import numpy as np
 
 from qwen3vl_jax import Config
-from qwen3vl_jax.checkpoint.name_map import rows
+from qwen3vl_jax.checkpoint.name_map import param_specs
 from qwen3vl_jax.released import released_config
 
 GIB, MB = 2**30, 10**6
@@ -47,7 +47,9 @@ def write_random(directory: Path, case: str) -> tuple[int, int]:
     text, top = CASES[case]
     raw = released_config("2b")
     raw = {**raw, **top, "text_config": {**raw["text_config"], **text}}
-    parts = sorted((p.name, p.hf_shape) for row in rows(Config.from_hf(raw)) for p in row.parts)
+    parts = sorted(
+        (p.name, p.hf_shape) for row in param_specs(Config.from_hf(raw)) for p in row.parts
+    )
     if case == "moe5":
         parts = [(n, (s[0], s[2], s[1]) if ".experts." in n else s) for n, s in parts]
     block = np.random.default_rng(0).standard_normal(1 << 24, np.float32) * 0.02

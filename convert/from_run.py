@@ -43,14 +43,14 @@ def run_to_hf(
     check_apart(run, out)
     recipe = read_recipe(run / CONFIG)
     cfg = Config.from_hf(run / MODEL)
-    weights, told = step_weights(run, wanted)
+    weights, message = step_weights(run, wanted)
     if wanted.adapter and not recipe.lora.rank:
         raise InputError(f"{run}: --adapter is for LoRA, and this run's lora.rank is 0")
     if wanted.adapter:
-        return (*_write_adapter(recipe, cfg, weights, out), told + "PEFT adapter, ")
+        return (*_write_adapter(recipe, cfg, weights, out), message + "PEFT adapter, ")
     if recipe.lora.rank:
         stored, read = merged_leaves(recipe, cfg, weights)
-        told += "merged, "
+        message += "merged, "
     else:
         stored, read = trained_leaves(recipe, cfg, weights)
 
@@ -58,7 +58,7 @@ def run_to_hf(
         copy_files(run / MODEL, side_files(run / MODEL), stage)
 
     written = write_files(out, cfg, stored, read, finish, force, shard_size, progress)
-    return (*written, told)
+    return (*written, message)
 
 
 def _write_adapter(recipe: Recipe, cfg: Config, weights: Path, out: Path) -> tuple[int, int]:

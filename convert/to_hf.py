@@ -17,13 +17,13 @@ from convert import SHARD_SIZE, Progress
 from qwen3vl_jax.checkpoint.config_files import PARAMS, copy_files, read_config
 from qwen3vl_jax.checkpoint.fp8 import SUFFIX, scale_shape
 from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, LazyTensor
-from qwen3vl_jax.checkpoint.name_map import Block, Row, rows
+from qwen3vl_jax.checkpoint.name_map import Block, ParamSpec, param_specs
 from qwen3vl_jax.checkpoint.orbax_io import read_in_order, stored_tensors
 from qwen3vl_jax.checkpoint.param_paths import TreePath
 from qwen3vl_jax.checkpoint.validate import check_stored, stored_kind
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.storage.atomic_dir import check_apart, staged
+from qwen3vl_jax.storage.atomic_dir import atomic_dir, check_apart
 from qwen3vl_jax.storage.json_text import write_json
 from qwen3vl_jax.storage.remote_files import new_file
 from qwen3vl_jax.storage.safetensors_files import (
@@ -98,12 +98,12 @@ def write_files(
     which config.json makes it loadable. block: of FP8 weights. A remote directory's files lie in
     TMPDIR until they are filled.
     """
-    by_place = {row.path: row for row in rows(cfg)}
-    by_path = {path: by_place.get(path) or by_place[path[:-1]] for path in stored}
+    by_weight = {param.path: param for param in param_specs(cfg)}
+    by_path = {path: by_weight.get(path) or by_weight[path[:-1]] for path in stored}
     tensors = _tensors(by_path, stored, block)
     shards = _shards(tensors, shard_size)
     total = sum(tensor.nbytes for tensor in tensors)
-    with staged(out, force, needs=total) as stage, ExitStack() as files:
+    with atomic_dir(out, force, needs=total) as stage, ExitStack() as files:
         places, left = {}, {shard: len(held) for shard, held in shards.items()}
         handles = {shard: files.enter_context(new_file(stage / shard)) for shard in shards}
         for shard, held in shards.items():
@@ -119,7 +119,9 @@ def write_files(
                     handles[shard].close()
             progress(array.nbytes, total)
 
-        first = {path: min(places[p.name][0] for p in row.parts) for path, row in by_path.items()}
+        first = {
+            path: min(places[p.name][0] for p in param.parts) for path, param in by_path.items()
+        }
         read(sink, sorted(stored, key=lambda path: first[path]))
         files.close()
         if len(shards) > 1:
@@ -132,28 +134,30 @@ def write_files(
 
 
 def _split(
-    row: Row, path: TreePath, array: np.ndarray, block: Block | None
+    param: ParamSpec, path: TreePath, array: np.ndarray, block: Block | None
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, tensor) in the files of a stored array: a row's own, its codes, or their scales."""
-    if block is not None and path == (*row.path, SCALE):
-        scales = row.split_scales(array, block)
+    """(name, tensor) in the files of a stored array: a parameter's own, its codes, or their scales."""
+    if block is not None and path == (*param.path, SCALE):
+        scales = param.split_scales(array, block)
         return ((name + SUFFIX, tensor) for name, tensor in scales)
-    return row.split(array)
+    return param.split(array)
 
 
 def _tensors(
-    by_path: Mapping[TreePath, Row], stored: Mapping[TreePath, LazyTensor], block: Block | None
+    by_path: Mapping[TreePath, ParamSpec],
+    stored: Mapping[TreePath, LazyTensor],
+    block: Block | None,
 ) -> list[_Tensor]:
     found = []
-    for path, row in by_path.items():
+    for path, param in by_path.items():
         dtype = stored[path].dtype
         if dtype not in DTYPE_NAMES:
-            raise InputError(f"{row.parts[0].name}: dtype {dtype} has no name in safetensors")
-        if block is not None and path == (*row.path, SCALE):
+            raise InputError(f"{param.parts[0].name}: dtype {dtype} has no name in safetensors")
+        if block is not None and path == (*param.path, SCALE):
             found += [_Tensor(part.name + SUFFIX, dtype, scale_shape(part.hf_shape, block))
-                      for part in row.parts]  # fmt: skip
+                      for part in param.parts]  # fmt: skip
         else:
-            found += [_Tensor(part.name, dtype, part.hf_shape) for part in row.parts]
+            found += [_Tensor(part.name, dtype, part.hf_shape) for part in param.parts]
     return sorted(found, key=lambda tensor: tensor.name)
 
 

@@ -14,7 +14,7 @@ from qwen3vl_jax.checkpoint.orbax_io import write_tree
 from qwen3vl_jax.checkpoint.peft_io import load_adapter
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.storage.atomic_dir import check_apart, staged
+from qwen3vl_jax.storage.atomic_dir import atomic_dir, check_apart
 from qwen3vl_jax.storage.paths import for_orbax
 from qwen3vl_jax.storage.safetensors_files import side_files
 
@@ -49,7 +49,7 @@ def to_orbax(
             f"{source}: holds {PARAMS!r}, which would collide with the Orbax checkpoint"
         )
     total = sum(leaf.nbytes for leaf in leaves.values())
-    with staged(out, force, needs=total) as stage:
+    with atomic_dir(out, force, needs=total) as stage:
         write_tree(stage / PARAMS, tree_of(cfg, leaves), lambda done: progress(done, total))
         copy_files(source, side_files(source), stage, fp8=weights == "fp8")
     return len(leaves), total

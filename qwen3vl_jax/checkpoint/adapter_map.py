@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from qwen3vl_jax.checkpoint.name_map import Part, Row, rows
+from qwen3vl_jax.checkpoint.name_map import HFTensor, ParamSpec, param_specs
 from qwen3vl_jax.checkpoint.param_paths import TreePath, path_str, split_layer_index
 from qwen3vl_jax.config import Config
 
@@ -14,7 +14,7 @@ _NOT_ADAPTED = ("embed", "pos", "weight")  # tables, and the patch embedding's k
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class LoraTarget:
     """One module of PEFT (q_proj) in all layers of a tower, as part of one array of the tree.
 
     Its matrices are A [rank inner] and B [outer rank], experts' [E rank inner] and [E outer rank],
@@ -51,42 +51,42 @@ class Place:
         return (*lead, rank, self.inner), (*lead, self.outer, rank)
 
 
-def places(cfg: Config) -> dict[str, Place]:
+def lora_targets(cfg: Config) -> dict[str, LoraTarget]:
     """Every place of a model by name, in the order of its towers."""
-    grouped: dict[str, list[tuple[Row, int]]] = {}
-    for row in rows(cfg):
-        if row.path[-1] not in _NOT_ADAPTED and len(row.parts[0].axes) > 1:
-            for k, part in enumerate(row.parts):
-                name = f"{_flat_name(row.path)}.{_label(part)}"
-                grouped.setdefault(name, []).append((row, k))
-    return {name: _place(found) for name, found in grouped.items()}
+    grouped: dict[str, list[tuple[ParamSpec, int]]] = {}
+    for param in param_specs(cfg):
+        if param.path[-1] not in _NOT_ADAPTED and len(param.parts[0].axes) > 1:
+            for k, part in enumerate(param.parts):
+                name = f"{_flat_name(param.path)}.{_label(part)}"
+                grouped.setdefault(name, []).append((param, k))
+    return {name: _target(found) for name, found in grouped.items()}
 
 
 def _flat_name(path: TreePath) -> str:
     return path_str(split_layer_index(path)[0])
 
 
-def _label(part: Part) -> str:
+def _label(part: HFTensor) -> str:
     return part.name.removesuffix(".weight").rsplit(".", 1)[-1]
 
 
-def _place(found: list[tuple[Row, int]]) -> Place:
-    row, k = found[0]
-    *experts, _, _ = shape = row.parts[k].hf_shape
-    _, parameter = _module(row.parts[k].name)
+def _target(found: list[tuple[ParamSpec, int]]) -> LoraTarget:
+    param, k = found[0]
+    *experts, _, _ = shape = param.parts[k].hf_shape
+    _, parameter = _module(param.parts[k].name)
     outer, inner = shape[::-1][:2] if experts else shape
-    return Place(
-        weight=_flat_name(row.path),
-        part=_label(row.parts[k]),
-        modules=tuple(_module(row.parts[k].name)[0] for row, k in found),
-        paths=tuple(row.path for row, _ in found),
+    return LoraTarget(
+        weight=_flat_name(param.path),
+        part=_label(param.parts[k]),
+        modules=tuple(_module(param.parts[k].name)[0] for param, k in found),
+        paths=tuple(param.path for param, _ in found),
         parameter=parameter,
-        stacked=split_layer_index(row.path)[1] is not None,
+        stacked=split_layer_index(param.path)[1] is not None,
         experts=experts[0] if experts else 0,
         inner=inner,
         outer=outer,
-        axis=row.axis,
-        spans=tuple(_spans(row)),
+        axis=param.axis,
+        spans=tuple(_spans(param)),
     )
 
 
@@ -98,10 +98,10 @@ def _module(name: str) -> tuple[str, str | None]:
     return module, last
 
 
-def _spans(row: Row) -> Iterator[tuple[str, int, int]]:
+def _spans(param: ParamSpec) -> Iterator[tuple[str, int, int]]:
     start = 0
-    for part in row.parts:
-        stop = start + (0 if row.axis is None else part.shape[row.axis])
+    for part in param.parts:
+        stop = start + (0 if param.axis is None else part.shape[param.axis])
         yield _label(part), start, stop
         start = stop
 

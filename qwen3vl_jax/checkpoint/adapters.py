@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen3vl_jax.checkpoint.adapter_map import Adapter, Place, places
+from qwen3vl_jax.checkpoint.adapter_map import Adapter, LoraTarget, lora_targets
 from qwen3vl_jax.checkpoint.lazy_tensor import VALUES, LazyTensor
 from qwen3vl_jax.checkpoint.param_paths import TreePath, path_str
 from qwen3vl_jax.config import Config
@@ -28,11 +28,11 @@ def merged(
 ) -> dict[TreePath, LazyTensor]:
     """The leaves with what an adapter adds, summed in fp32 and rounded to each leaf's dtype.
 
-    weights: {NAME.a, NAME.b} of `places`, layers stacked. bf16 keeps 8 bits of a weight, so what is
+    weights: {NAME.a, NAME.b} of `lora_targets`, layers stacked. bf16 keeps 8 bits of a weight, so what is
     below 1/256 of it is rounded off. Raises InputError for weights that are held in 8 bits.
     """
-    known = places(cfg)
-    added: dict[TreePath, list[tuple[Place, int]]] = {}
+    known = lora_targets(cfg)
+    added: dict[TreePath, list[tuple[LoraTarget, int]]] = {}
     for name, ranks in adapter.ranks.items():
         for i, rank in enumerate(ranks):
             if rank:
@@ -48,14 +48,16 @@ def merged(
     return out
 
 
-def _sum(leaf: LazyTensor, parts: list[tuple[Place, int]], weights, adapter: Adapter) -> LazyTensor:
+def _sum(
+    leaf: LazyTensor, parts: list[tuple[LoraTarget, int]], weights, adapter: Adapter
+) -> LazyTensor:
     def load() -> np.ndarray:
         weight = leaf.load().astype(np.float32)
-        for place, i in parts:
-            span = next(span for span in place.spans if span[0] == place.part)
-            sides = (np.asarray(weights[f"{place.name}.{side}"]) for side in "ab")
-            a, b = (x[i] if place.stacked else x for x in sides)
-            weight = _add_product(weight, place.axis, span, a, b, adapter.scales(place.name)[i])
+        for target, i in parts:
+            span = next(span for span in target.spans if span[0] == target.part)
+            sides = (np.asarray(weights[f"{target.name}.{side}"]) for side in "ab")
+            a, b = (x[i] if target.stacked else x for x in sides)
+            weight = _add_product(weight, target.axis, span, a, b, adapter.scales(target.name)[i])
         return weight.astype(leaf.dtype)
 
     return dataclasses.replace(leaf, load=load)
@@ -82,9 +84,9 @@ def attach(
 ) -> Params:  # fmt: skip
     """The parameters with an adapter's matrices beside them; layers may be lists or stacked.
 
-    weights: {NAME.a, NAME.b} of `places`. key(NAME): of a place's dropout, None for no dropout.
+    weights: {NAME.a, NAME.b} of `lora_targets`. key(NAME): of a target's dropout, None for no dropout.
     """
-    known, found = places(cfg), {}
+    known, found = lora_targets(cfg), {}
     for name in adapter.ranks:
         found.setdefault(known[name].weight, []).append(known[name])
     for weight, parts in found.items():
@@ -93,32 +95,32 @@ def attach(
     return params
 
 
-def _pair(place: Place, weights, adapter: Adapter, key) -> Pair:
-    scales = jnp.asarray(adapter.scales(place.name), jnp.float32)
-    keys = None if key is None or not adapter.dropout else key(place.name)
-    if place.stacked and keys is not None:
-        keys = jax.random.split(keys, len(place.modules))
+def _pair(target: LoraTarget, weights, adapter: Adapter, key) -> Pair:
+    scales = jnp.asarray(adapter.scales(target.name), jnp.float32)
+    keys = None if key is None or not adapter.dropout else key(target.name)
+    if target.stacked and keys is not None:
+        keys = jax.random.split(keys, len(target.modules))
     return Pair(
-        a=jnp.asarray(weights[f"{place.name}.a"]),
-        b=jnp.asarray(weights[f"{place.name}.b"]),
-        scale=scales if place.stacked else scales[0],
+        a=jnp.asarray(weights[f"{target.name}.a"]),
+        b=jnp.asarray(weights[f"{target.name}.b"]),
+        scale=scales if target.stacked else scales[0],
         key=keys,
         rate=adapter.dropout,
     )
 
 
-def _put(node: Any, path: list[str], place: Place, pairs: dict[str, Pair]) -> Any:
+def _put(node: Any, path: list[str], target: LoraTarget, pairs: dict[str, Pair]) -> Any:
     """A copy of a tree, shared but for the path to one weight, which is adapted."""
     if not path:
-        return Adapted(node, pairs, place.axis, place.spans)
+        return Adapted(node, pairs, target.axis, target.spans)
     head, *rest = path
     if isinstance(node, (list, tuple)) and head.isdecimal():
         at = int(head)
-        return [_put(x, rest, place, pairs) if i == at else x for i, x in enumerate(node)]
+        return [_put(x, rest, target, pairs) if i == at else x for i, x in enumerate(node)]
     if isinstance(node, (list, tuple)):  # layers, whose number no name holds
         layers = (jax.tree.map(lambda x, i=i: x[i], pairs) for i in range(len(node)))
-        return [_put(x, path, place, one) for x, one in zip(node, layers, strict=True)]
-    return {**node, head: _put(node[head], rest, place, pairs)}
+        return [_put(x, path, target, one) for x, one in zip(node, layers, strict=True)]
+    return {**node, head: _put(node[head], rest, target, pairs)}
 
 
 def merge(params: Params, dtype: Any = None) -> Params:

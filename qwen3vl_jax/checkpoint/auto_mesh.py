@@ -22,7 +22,7 @@ def mesh_for(
 ) -> Mesh | None:
     """The mesh that was asked for, or one for a model larger than a device; None: one device does.
 
-    asked: sizes of axes, one may be -1 for all of the devices. What is chosen here is told on stderr.
+    asked: sizes of axes, one may be -1 for all of the devices. What is chosen here is message on stderr.
     Raises InputError for sizes that there are no devices for, and where they do not hold the model.
     """
     sizes = chosen(source, dtype, devices) if asked is None else asked
@@ -38,22 +38,22 @@ def chosen(source: Source, dtype: Any, devices: list[Any]) -> dict[str, int]:
     needed = weights_bytes(source, dtype)
     if needed <= ROOM * limit:
         return {}
-    sizes = spread(source.cfg.text, len(devices))
+    sizes = auto_mesh(source.cfg.text, len(devices))
     count, held = math.prod(sizes.values()), weights_bytes(source, dtype, layout_mesh(sizes))
-    told = f"{needed / 2**30:.1f} GiB of weights, devices of {limit / 2**30:.1f} GiB"
+    message = f"{needed / 2**30:.1f} GiB of weights, devices of {limit / 2**30:.1f} GiB"
     if held > ROOM * limit:
         raise InputError(
-            f"{source.directory}: {told}, of which this host has {len(devices)}: too few, {count} of them "
-            f"would hold {held / 2**30:.1f} GiB each; take --weights int8, --dtype bfloat16 or a smaller "
-            "checkpoint"
+            f"{source.directory}: {message}, of which this host has {len(devices)}: too few, {count} of "
+            f"them would hold {held / 2**30:.1f} GiB each; take --weights int8, --dtype bfloat16 or a "
+            "smaller checkpoint"
         )
     flags = ",".join(f"{name}={n}" for name, n in sizes.items())
     each = f"{held / 2**30:.1f} GiB on each"
-    print(f"{told}: spread over {count} devices, --mesh {flags}, {each}", file=sys.stderr)
+    print(f"{message}: spread over {count} devices, --mesh {flags}, {each}", file=sys.stderr)
     return sizes
 
 
-def spread(cfg: TextConfig, count: int) -> dict[str, int]:
+def auto_mesh(cfg: TextConfig, count: int) -> dict[str, int]:
     """Sizes for at most `count` devices that cut a model evenly.
 
     As much tensor as divides the key/value heads, for it cuts the cache too; then as many devices as can

@@ -20,9 +20,9 @@ from qwen3vl_jax.checkpoint.fp8 import (
 from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES, Index, LazyTensor
 from qwen3vl_jax.checkpoint.name_map import (
     TEXT,
-    Row,
+    ParamSpec,
+    param_specs,
     released_name,
-    rows,
 )
 from qwen3vl_jax.checkpoint.param_paths import TreePath, path_str
 from qwen3vl_jax.checkpoint.validate import MismatchError, check_weights
@@ -94,15 +94,15 @@ class _Matcher:
             for i in range(self.cfg.text.num_hidden_layers):
                 self._experts(f"{TEXT}layers.{i}.mlp.experts.")
         self._tied_head()
-        wanted = rows(self.cfg)
+        wanted = param_specs(self.cfg)
         if not self.cfg.tie_word_embeddings and _HEAD not in self.found:
             log.warning(
                 "%s: no %s (a base model): it can embed, not generate", self.directory, _HEAD
             )
-            wanted = [row for row in wanted if row.path != ("head",)]
+            wanted = [param for param in wanted if param.path != ("head",)]
         leaves: dict[TreePath, LazyTensor] = {}
-        for row in wanted:
-            leaves |= self._leaves(row)
+        for param in wanted:
+            leaves |= self._leaves(param)
         for tensor in (*self.found.values(), *self.scales.values()):
             self.problems.append(f"unknown {tensor.where} {list(tensor.shape)}")
         if self.problems:
@@ -144,42 +144,42 @@ class _Matcher:
             return Weight(self.files, tensor, scales, self.block, self.keep and scales is not None)
         return None
 
-    def _leaves(self, row: Row) -> dict[TreePath, LazyTensor]:
-        """A row's array, or the two of a kept one; nothing where a problem was noted."""
-        for part in row.parts:
+    def _leaves(self, param: ParamSpec) -> dict[TreePath, LazyTensor]:
+        """A parameter's array, or the two of a kept one; nothing where a problem was noted."""
+        for part in param.parts:
             if part.name not in self.sources:
                 weight = self._take(part.name, part.hf_shape)
                 self.sources[part.name] = weight and _source(weight)
-        sources = [source for part in row.parts if (source := self.sources[part.name])]
-        if len(sources) < len(row.parts):
+        sources = [source for part in param.parts if (source := self.sources[part.name])]
+        if len(sources) < len(param.parts):
             return {}
         if len({source.dtype for source in sources}) > 1:
-            found = ", ".join(f"{p.name} {s.dtype}" for p, s in zip(row.parts, sources))
+            found = ", ".join(f"{p.name} {s.dtype}" for p, s in zip(param.parts, sources))
             self.problems.append(
-                f"dtype of {path_str(row.path)}: {found}; expected one for all parts"
+                f"dtype of {path_str(param.path)}: {found}; expected one for all parts"
             )
             return {}
         loads = [source.load for source in sources]
 
         def parts(where: Sequence[Index]) -> list[np.ndarray]:
             tensors = [(source.sliced or source.load)() for source in sources]
-            return [row.cut(tensors, index) for index in where]
+            return [param.cut(tensors, index) for index in where]
 
         leaf = LazyTensor(
-            row.shape, sources[0].dtype, lambda: row.assemble([load() for load in loads]), parts
+            param.shape, sources[0].dtype, lambda: param.assemble([load() for load in loads]), parts
         )
         scales = [source.scales for source in sources if source.scales]
         block = self.block
         if not scales or block is None:
-            return {row.path: leaf}
+            return {param.path: leaf}
 
         def scale() -> np.ndarray:
-            return row.assemble_scales([load() for load in scales], block)
+            return param.assemble_scales([load() for load in scales], block)
 
-        shape = row.scale_shape(block)
+        shape = param.scale_shape(block)
         return {
-            (*row.path, VALUES): leaf,
-            (*row.path, SCALE): LazyTensor(shape, DTYPES["F32"], scale),
+            (*param.path, VALUES): leaf,
+            (*param.path, SCALE): LazyTensor(shape, DTYPES["F32"], scale),
         }
 
     def _tied_head(self) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES, LazyTensor
-from qwen3vl_jax.checkpoint.name_map import Row, rows
+from qwen3vl_jax.checkpoint.name_map import ParamSpec, param_specs
 from qwen3vl_jax.checkpoint.param_paths import TreePath, path_str
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
@@ -25,18 +25,18 @@ _STRIP = 1 << 22  # weights looked at together, so that their float32 copy is sm
 _INT8, _SCALE = np.dtype(np.int8), np.dtype(np.float32)
 
 
-def quantised_rows(cfg: Config) -> dict[TreePath, Row]:
+def int8_params(cfg: Config) -> dict[TreePath, ParamSpec]:
     """The arrays that int8 is for, by path."""
     return {
-        row.path: row
-        for row in rows(cfg)
-        if len(row.parts[0].axes) > 1 and row.path[0] != "vision" and row.path[-1] != "router"
+        param.path: param
+        for param in param_specs(cfg)
+        if len(param.parts[0].axes) > 1 and param.path[0] != "vision" and param.path[-1] != "router"
     }
 
 
 def quantised(cfg: Config, leaves: Mapping[TreePath, LazyTensor]) -> dict[TreePath, LazyTensor]:
     """The leaves with codes and scales in place of each array that int8 is for; nothing is read yet."""
-    wanted = quantised_rows(cfg)
+    wanted = int8_params(cfg)
     out: dict[TreePath, LazyTensor] = {}
     for path, leaf in leaves.items():
         if path in wanted:
@@ -46,47 +46,47 @@ def quantised(cfg: Config, leaves: Mapping[TreePath, LazyTensor]) -> dict[TreePa
     return out
 
 
-def _pair(row: Row, leaf: LazyTensor) -> dict[TreePath, LazyTensor]:
+def _pair(param: ParamSpec, leaf: LazyTensor) -> dict[TreePath, LazyTensor]:
     def values() -> np.ndarray:
-        return quantise(row, leaf.load())[VALUES]
+        return quantise(param, leaf.load())[VALUES]
 
     def scale() -> np.ndarray:
-        return scales_of(row, leaf.load())
+        return scales_of(param, leaf.load())
 
     return {
-        (*row.path, VALUES): LazyTensor(row.shape, _INT8, values),
-        (*row.path, SCALE): LazyTensor(row.channels, _SCALE, scale),
+        (*param.path, VALUES): LazyTensor(param.shape, _INT8, values),
+        (*param.path, SCALE): LazyTensor(param.channels, _SCALE, scale),
     }
 
 
-def quantise(row: Row, array: np.ndarray) -> dict[str, np.ndarray]:
+def quantise(param: ParamSpec, array: np.ndarray) -> dict[str, np.ndarray]:
     """Codes and scales of a tree's array; raises InputError for a weight that is not finite."""
-    scale = scales_of(row, array)
+    scale = scales_of(param, array)
     codes = np.empty(array.shape, np.int8)
-    flat, flat_scale = _flat(row, codes), _flat(row, scale)
-    for strip, values in _strips(_flat(row, array)):
+    flat, flat_scale = _flat(param, codes), _flat(param, scale)
+    for strip, values in _strips(_flat(param, array)):
         flat[strip] = np.rint(values / flat_scale[strip])
     return {VALUES: codes, SCALE: scale}
 
 
-def scales_of(row: Row, array: np.ndarray) -> np.ndarray:
+def scales_of(param: ParamSpec, array: np.ndarray) -> np.ndarray:
     """The scales alone; a channel of zeros has 1."""
-    scale = np.empty(row.channels, np.float32)
-    flat = _flat(row, scale)
-    for strip, values in _strips(_flat(row, array)):
+    scale = np.empty(param.channels, np.float32)
+    flat = _flat(param, scale)
+    for strip, values in _strips(_flat(param, array)):
         top = np.max(np.abs(values), axis=1, keepdims=True) / 127
         flat[strip] = np.where(top == 0, 1, top)
     if not np.isfinite(scale).all():
         raise InputError(
-            f"{path_str(row.path)}: holds infinite weights or not-a-numbers, which int8 cannot hold; "
+            f"{path_str(param.path)}: holds infinite weights or not-a-numbers, which int8 cannot hold; "
             f"fetch the checkpoint again or load it without int8"
         )
     return scale
 
 
-def _flat(row: Row, array: np.ndarray) -> np.ndarray:
+def _flat(param: ParamSpec, array: np.ndarray) -> np.ndarray:
     """A view [before, summed, after] of a tree's array or of its scales."""
-    first, last = row.summed[0], row.summed[-1] + 1
+    first, last = param.summed[0], param.summed[-1] + 1
     cut = (array.shape[:first], array.shape[first:last], array.shape[last:])
     return array.reshape([math.prod(axes) for axes in cut])
 

@@ -86,7 +86,7 @@ _TABLE: _Table = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class HFTensor:
     """One Hugging Face tensor: its name and, for each axis in the file, the axes of the tree it holds."""
 
     name: str
@@ -131,11 +131,11 @@ class Part:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class ParamSpec:
     """One array of the parameter tree and the Hugging Face tensors it is made of."""
 
     path: TreePath
-    parts: tuple[Part, ...]
+    parts: tuple[HFTensor, ...]
     axis: int | None = None
 
     @property
@@ -191,7 +191,7 @@ class Row:
             shape[self.axis] = sum(each[self.axis] for each in shapes)
         return tuple(shape)
 
-    def _pieces(self, array: np.ndarray) -> Iterator[tuple[Part, np.ndarray]]:
+    def _pieces(self, array: np.ndarray) -> Iterator[tuple[HFTensor, np.ndarray]]:
         start = 0
         for part in self.parts:
             piece = array
@@ -230,20 +230,20 @@ def _counts(cfg: Config) -> dict[str, int]:
     }
 
 
-def _part(name: str, spec: str, sizes: dict[str, int]) -> Part:
+def _part(name: str, spec: str, sizes: dict[str, int]) -> HFTensor:
     groups = re.findall(r"\(.*?\)|\S+", spec)
     axes = (tuple(sizes[letter] for letter in group.strip("()").split()) for group in groups)
-    return Part(name, tuple(axes))
+    return HFTensor(name, tuple(axes))
 
 
-def rows(cfg: Config) -> list[Row]:
+def param_specs(cfg: Config) -> list[ParamSpec]:
     """Every array of a config's parameter tree, with the Hugging Face tensors it is made of."""
     sizes, counts = _sizes(cfg), _counts(cfg)
     found = []
     for section, path, axis, parts in _TABLE:
         for i in range(counts[section]):
             held = tuple(_part(name.format(i=i), spec, sizes) for name, spec in parts)
-            found.append(Row(parse_path(path.format(i=i)), held, axis))
+            found.append(ParamSpec(parse_path(path.format(i=i)), held, axis))
     return found
 
 
@@ -255,14 +255,16 @@ def tree_of(cfg: Config, leaves: Mapping[TreePath, Any]) -> Any:
 
 def from_hf(cfg: Config, tensors: Mapping[str, np.ndarray]) -> Any:
     """The parameter tree from arrays under their released names and in the released layout."""
-    leaves = {row.path: row.assemble([tensors[p.name] for p in row.parts]) for row in rows(cfg)}
+    specs = param_specs(cfg)
+    leaves = {s.path: s.assemble([tensors[part.name] for part in s.parts]) for s in specs}
     return tree_of(cfg, leaves)
 
 
 def to_hf(cfg: Config, params: Any) -> dict[str, np.ndarray]:
     """Arrays under their released names and in the released layout: the inverse of `from_hf`."""
     leaves = dict(flatten(params))
-    pieces = (row.split(np.asarray(leaves[row.path])) for row in rows(cfg) if row.path in leaves)
+    specs = (spec for spec in param_specs(cfg) if spec.path in leaves)
+    pieces = (spec.split(np.asarray(leaves[spec.path])) for spec in specs)
     return {name: tensor for piece in pieces for name, tensor in piece}
 
 

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from qwen3vl_jax.checkpoint.adapter_map import Adapter, Place, places
+from qwen3vl_jax.checkpoint.adapter_map import Adapter, LoraTarget, lora_targets
 from qwen3vl_jax.checkpoint.name_map import released_name
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.storage.atomic_dir import staged
+from qwen3vl_jax.storage.atomic_dir import atomic_dir
 from qwen3vl_jax.storage.json_text import read_json_file, write_json
 from qwen3vl_jax.storage.paths import as_path
 from qwen3vl_jax.storage.safetensors_files import (
@@ -64,23 +64,23 @@ def save_adapter(
 ) -> None:
     """Writes a directory that PEFT loads onto transformers' model; complete or not at all.
 
-    weights: {NAME.a, NAME.b} of `places`, layers stacked, as training holds them; they are written in
+    weights: {NAME.a, NAME.b} of `lora_targets`, layers stacked, as training holds them; they are written in
     their dtype. base_name: of the model it belongs to. Raises InputError where `out` exists.
     """
-    known = places(cfg)
+    known = lora_targets(cfg)
     tensors: Matrices = {}
     for name in adapter.ranks:
         sides = [np.asarray(weights[f"{name}.{side}"]) for side in "ab"]
         tensors |= _tensors(known[name], sides[0], sides[1], adapter.ranks)
     settings = _settings(known, adapter) | {"base_model_name_or_path": base_name or None}
-    with staged(as_path(out), needs=sum(x.nbytes for x in tensors.values())) as stage:
+    with atomic_dir(as_path(out), needs=sum(x.nbytes for x in tensors.values())) as stage:
         (stage / MATRICES).write_bytes(save(tensors, metadata={"format": "pt"}))
         text = write_json(settings, SETTINGS, indent=2) + "\n"
         (stage / SETTINGS).write_text(text, encoding="utf-8")
 
 
 def _tensors(
-    place: Place, a: np.ndarray, b: np.ndarray, ranks: Mapping[str, tuple[int, ...]]
+    place: LoraTarget, a: np.ndarray, b: np.ndarray, ranks: Mapping[str, tuple[int, ...]]
 ) -> Matrices:
     """The files' tensors of one place."""
     found = {}
@@ -100,7 +100,7 @@ def _tensors(
     return found
 
 
-def _settings(known: Mapping[str, Place], adapter: Adapter) -> dict[str, Any]:
+def _settings(known: Mapping[str, LoraTarget], adapter: Adapter) -> dict[str, Any]:
     """adapter_config.json. PEFT cannot load target_parameters with a dropout, which only trains."""
     flat = {
         (known[name].parameter is not None, target): pair
@@ -147,7 +147,7 @@ def _shortened(names: list[str], every: list[str]) -> list[str]:
 
 
 def load_adapter(directory: str | os.PathLike[str], cfg: Config) -> tuple[Matrices, Adapter]:
-    """({NAME.a, NAME.b}, settings) of a PEFT directory: matrices of `places`, layers stacked.
+    """({NAME.a, NAME.b}, settings) of a PEFT directory: matrices of `lora_targets`, layers stacked.
 
     Layers without an adapter, and ranks below a place's largest, are zero. Raises InputError for
     files that cannot be read, modules this model does not have, shapes that do not fit, and kinds of
@@ -156,7 +156,7 @@ def load_adapter(directory: str | os.PathLike[str], cfg: Config) -> tuple[Matric
     directory = as_path(directory)
     settings = _read_settings(directory)
     pairs = _read_pairs(directory, (cfg.text.vocab_size, cfg.text.hidden_size))
-    known = places(cfg)
+    known = lora_targets(cfg)
     by_module = collections.defaultdict(list)
     for place in known.values():
         for i, module in enumerate(place.modules):
@@ -243,8 +243,8 @@ def _read_pairs(
 
 
 def _placed(
-    where: Path, module: str, options: list[tuple[Place, int]], a: np.ndarray, b: np.ndarray
-) -> tuple[Place, int, tuple[np.ndarray, np.ndarray]]:
+    where: Path, module: str, options: list[tuple[LoraTarget, int]], a: np.ndarray, b: np.ndarray
+) -> tuple[LoraTarget, int, tuple[np.ndarray, np.ndarray]]:
     """Which place and layer a pair belongs to, and the pair in our axes.
 
     The shapes tell the two parameters of experts apart. An older PEFT took [E, out, in], which
@@ -269,7 +269,7 @@ def _placed(
     )
 
 
-def _by_layer(place: Place, values: Mapping[int, int]) -> tuple[int, ...]:
+def _by_layer(place: LoraTarget, values: Mapping[int, int]) -> tuple[int, ...]:
     return tuple(values.get(i, 0) for i in range(len(place.modules)))
 
 
@@ -282,7 +282,7 @@ def _alpha(settings: Mapping[str, Any], target: str) -> float:
 
 
 def _stacked(
-    place: Place, layers: Mapping[int, tuple[np.ndarray, np.ndarray]], rank: int
+    place: LoraTarget, layers: Mapping[int, tuple[np.ndarray, np.ndarray]], rank: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """A and B of a place, layers stacked, zero where there is nothing."""
     dtype = np.result_type(*(side.dtype for pair in layers.values() for side in pair))

@@ -28,7 +28,7 @@ from qwen3vl_jax.checkpoint.validate import check_stored
 from qwen3vl_jax.config import TIED, Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model.structs import Params
-from qwen3vl_jax.storage.atomic_dir import CONFIG, staged
+from qwen3vl_jax.storage.atomic_dir import CONFIG, atomic_dir
 from qwen3vl_jax.storage.paths import as_path
 from qwen3vl_jax.storage.safetensors_files import side_files
 
@@ -53,11 +53,11 @@ def save_params(
     if described is None:
         raise InputError("save_params: no config and no files_from, expected one of them")
     cfg = Config.from_hf(described)
-    told = read_config(source) if raw is None and source else raw or {}
-    if told["text_config"].get(TIED) and "head" not in params:
+    described = read_config(source) if raw is None and source else raw or {}
+    if described["text_config"].get(TIED) and "head" not in params:
         # As `Config.from_hf` reads a directory without a head; the key at the top may say otherwise.
-        raw = told = {**told, TIED: True}
-        cfg = Config.from_hf(told)
+        raw = described = {**described, TIED: True}
+        cfg = Config.from_hf(described)
 
     def lazy_copy(x: Any) -> LazyTensor:
         # Of a copy: a jax.Array keeps the host's side of a transfer for as long as it lives.
@@ -69,9 +69,11 @@ def save_params(
         raise InputError(
             "save_params: the parameters hold an adapter; save qwen3vl_jax.lora.merge(params)"
         )
-    fp8 = check_stored(as_path(out), cfg, leaves, told) is not None
+    fp8 = check_stored(as_path(out), cfg, leaves, described) is not None
     names = side_files(source, leave_out=[PARAMS]) if source else []
-    with staged(as_path(out), force, needs=sum(leaf.nbytes for leaf in leaves.values())) as stage:
+    with atomic_dir(
+        as_path(out), force, needs=sum(leaf.nbytes for leaf in leaves.values())
+    ) as stage:
         write_tree(stage / PARAMS, lazy)
         if source:
             kept = [name for name in names if raw is None or name != Path(CONFIG)]

@@ -11,7 +11,7 @@ import numpy as np
 from qwen3vl_jax.checkpoint.config_files import QUANTISATION
 from qwen3vl_jax.checkpoint.fp8 import block_of
 from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES, LazyTensor
-from qwen3vl_jax.checkpoint.name_map import Block, rows
+from qwen3vl_jax.checkpoint.name_map import Block, param_specs
 from qwen3vl_jax.checkpoint.param_paths import TreePath, path_str
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
@@ -65,15 +65,15 @@ def check_stored(
     block = block_of(where, raw) if stored_kind(stored) == "fp8" else None
     wanted: dict[TreePath, tuple[int, ...]] = {}
     problems = []
-    for row in rows(cfg):
-        values, scale = (*row.path, VALUES), (*row.path, SCALE)
-        if values not in stored or len(row.parts[0].axes) < 2:
-            if row.path != ("head",) or row.path in stored:
-                wanted[row.path] = row.shape
+    for param in param_specs(cfg):
+        values, scale = (*param.path, VALUES), (*param.path, SCALE)
+        if values not in stored or len(param.parts[0].axes) < 2:
+            if param.path != ("head",) or param.path in stored:
+                wanted[param.path] = param.shape
             continue
         kind = _KINDS.get(stored[values].dtype)
-        wanted[values] = row.shape
-        wanted[scale] = row.scale_shape(block) if kind == "fp8" and block else row.channels
+        wanted[values] = param.shape
+        wanted[scale] = param.scale_shape(block) if kind == "fp8" and block else param.channels
         if kind is None or (kind == "fp8" and block is None):
             expected = f"int8, or float8_e4m3fn with {QUANTISATION} in {CONFIG}"
             problems.append(_dtype_problem(values, stored, expected))

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax.numpy as jnp
 from rich.console import Console
 
-from qwen3vl_jax.checkpoint.auto_mesh import ROOM, spread
+from qwen3vl_jax.checkpoint.auto_mesh import ROOM, auto_mesh
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model.sharding import make_mesh, slice_count
@@ -118,7 +118,7 @@ def usual_sizes(cfg: Config, machine: Machine, asked: Serving) -> dict[str, int]
     """The sizes of the mesh that infer.py takes without --mesh, {} for one device."""
     held = held_arrays(cfg, asked.dtype, asked.weights).values()
     size = sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in held)
-    return {} if size <= ROOM * machine.chip.hbm else spread(cfg.text, machine.devices)
+    return {} if size <= ROOM * machine.chip.hbm else auto_mesh(cfg.text, machine.devices)
 
 
 def program_of(recipe: Recipe, cfg: Config, machine: Machine) -> Program:

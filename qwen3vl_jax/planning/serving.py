@@ -11,10 +11,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from qwen3vl_jax.checkpoint.device_load import as_structs, path_shardings
-from qwen3vl_jax.checkpoint.int8 import quantised_rows
+from qwen3vl_jax.checkpoint.int8 import int8_params
 from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES, TreePath
-from qwen3vl_jax.checkpoint.name_map import rows as tensor_rows
-from qwen3vl_jax.checkpoint.name_map import tree_of
+from qwen3vl_jax.checkpoint.name_map import param_specs, tree_of
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.model.cache import (
     decode_step,
@@ -111,9 +110,9 @@ def weights(cfg: Config, mesh: Mesh, dtype: Any, kind: str | None = None) -> Any
 def held_arrays(cfg: Config, dtype: Any, kind: str | None) -> dict[TreePath, jax.ShapeDtypeStruct]:
     """What `load` holds of a model, by path: of 8-bit weights the codes and the scales."""
     out: dict[TreePath, jax.ShapeDtypeStruct] = {}
-    eight = quantised_rows(cfg) if kind else {}
+    eight = int8_params(cfg) if kind else {}
     code = jnp.int8 if kind == "int8" else jnp.float8_e4m3fn
-    for row in tensor_rows(cfg):
+    for row in param_specs(cfg):
         if row.path not in eight or (kind == "fp8" and row.path in _BESIDE_FP8):
             out[row.path] = jax.ShapeDtypeStruct(row.shape, dtype)
         else:

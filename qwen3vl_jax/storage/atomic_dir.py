@@ -30,7 +30,7 @@ PARTIAL = ".partial"  # an object that is there while others are written beside 
 
 
 @contextlib.contextmanager
-def staged(out: Path, force: bool = False, needs: int = 0) -> Iterator[Path]:
+def atomic_dir(out: Path, force: bool = False, needs: int = 0) -> Iterator[Path]:
     """A directory to fill that is `out` when the block ends well, and gone if not.
 
     It lies beside `out` and takes its place; a killed process leaves `.NAME.partial`, which holds no

@@ -163,7 +163,7 @@ def _fetched(tensor: Stored, start: int, size: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class _Slices:
-    """What of an array `mapping.Row.cut` uses, over a tensor of an object.
+    """What of an array `ParamSpec.cut` uses, over a tensor of an object.
 
     A part is the range of the outermost axis that it lies in, cut further in memory. Ranges are kept as
     long as this lives: the shards of one axis share them.

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qwen3vl_jax.checkpoint.adapter_map import Adapter, Place, places
+from qwen3vl_jax.checkpoint.adapter_map import Adapter, LoraTarget, lora_targets
 from qwen3vl_jax.checkpoint.adapters import attach
 from qwen3vl_jax.checkpoint.peft_io import load_adapter
 from qwen3vl_jax.config import Config
@@ -83,7 +83,7 @@ def first_values(recipe: Recipe, cfg: Config) -> tuple[Adapter, Flat]:
 
     A new A is uniform within 1 / sqrt(inputs), as PEFT draws it, from a key of its own name; B is 0.
     """
-    adapter, known = adapter_of(recipe, cfg), places(cfg)
+    adapter, known = adapter_of(recipe, cfg), lora_targets(cfg)
     given: Flat = dict(load_adapter(recipe.lora.adapter, cfg)[0]) if recipe.lora.adapter else {}
     key = named_key(jax.random.key(recipe.seed), "lora")
     for name, ranks in adapter.ranks.items():
@@ -93,18 +93,20 @@ def first_values(recipe: Recipe, cfg: Config) -> tuple[Adapter, Flat]:
     return adapter, {f"{n}.{s}": given[f"{n}.{s}"] for n in adapter.ranks for s in "ab"}
 
 
-def _drawn(place: Place, ranks: tuple[int, ...], key: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _drawn(
+    module: LoraTarget, ranks: tuple[int, ...], key: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """A at random and B zero, [L ..] where layers are stacked; A is zero in layers of rank 0."""
-    shape_a, shape_b = place.shapes(max(ranks))
-    bound = place.inner**-0.5
+    shape_a, shape_b = module.shapes(max(ranks))
+    bound = module.inner**-0.5
     a = jax.random.uniform(key, shape_a, jnp.float32, -bound, bound)
-    here = jnp.asarray(ranks if place.stacked else ranks[0]) > 0
+    here = jnp.asarray(ranks if module.stacked else ranks[0]) > 0
     here = here.reshape(here.shape + (1,) * (a.ndim - here.ndim))
     return jnp.where(here, a, 0), jnp.zeros(shape_b, jnp.float32)
 
 
 def _continued(lora: Lora, new: Adapter, old: Adapter) -> Adapter:
-    """The settings of an adapter that is trained on; places of lora.targets that it lacks are new."""
+    """The settings of an adapter that is trained on; modules of lora.targets that it lacks are new."""
     outside = [name for name in old.ranks if name not in new.ranks]
     if outside:
         raise InputError(
@@ -123,12 +125,12 @@ def _continued(lora: Lora, new: Adapter, old: Adapter) -> Adapter:
 
 
 def targeted(targets: Iterable[str], cfg: Config) -> dict[str, tuple[bool, ...]]:
-    """Which layers of which places are named: by group, by pattern over names, or as PEFT does.
+    """Which layers of which modules are named: by group, by pattern over names, or as PEFT does.
 
     "text", "layers.attn.*", "q_proj" and "model.language_model.layers.0.self_attn.q_proj" all name
     some. Raises InputError for a target that names nothing an adapter can sit on.
     """
-    known, sparse = places(cfg), bool(cfg.text.num_experts)
+    known, sparse = lora_targets(cfg), bool(cfg.text.num_experts)
     wanted: dict[str, tuple[bool, ...]] = {}
     for target in targets:
         found = {n: _named(p, _SAME.get(target, target), sparse) for n, p in known.items()}
@@ -142,25 +144,25 @@ def targeted(targets: Iterable[str], cfg: Config) -> dict[str, tuple[bool, ...]]
     return {name: layers for name, layers in wanted.items() if any(layers)}
 
 
-def _named(place: Place, target: str, sparse: bool) -> tuple[bool, ...]:
-    """In which layers a target names a place."""
+def _named(module: LoraTarget, target: str, sparse: bool) -> tuple[bool, ...]:
+    """In which layers a target names a module."""
     if target in param_groups.GROUPS:
-        return (param_groups.group_of(place.weight, sparse) == target,) * len(place.modules)
-    whole = place.name.startswith(f"{target}.") or any(
-        fnmatch.fnmatchcase(name, target) for name in (place.name, place.weight)
+        return (param_groups.group_of(module.weight, sparse) == target,) * len(module.modules)
+    whole = module.name.startswith(f"{target}.") or any(
+        fnmatch.fnmatchcase(name, target) for name in (module.name, module.weight)
     )
     return tuple(
         whole
         or other == target
         or other.endswith(f".{target}")
         or fnmatch.fnmatchcase(other, target)
-        for other in place.targets
+        for other in module.targets
     )
 
 
-def _unknown(target: str, known: dict[str, Place]) -> str:
-    inside = {param_groups.group_of(place.weight, True) for place in known.values()}
-    names = [*param_groups.GROUPS, *known, *(place.part for place in known.values())]
+def _unknown(target: str, known: dict[str, LoraTarget]) -> str:
+    inside = {param_groups.group_of(module.weight, True) for module in known.values()}
+    names = [*param_groups.GROUPS, *known, *(module.part for module in known.values())]
     near = [
         n
         for n in difflib.get_close_matches(target, names, 4)

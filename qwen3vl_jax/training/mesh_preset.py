@@ -72,10 +72,10 @@ def preset(cfg: Config, pack: Pack, count: int, slices: int = 1) -> Mesh:
 def _too_few(pack: Pack, count: int, slices: int) -> str:
     """What to say of rows that do not divide over so many devices: one row a device always does."""
     more = enough(pack, count)
-    told = ", ".join(f"pack.{name} is {getattr(pack, name)}" for name in more)
+    message = ", ".join(f"pack.{name} is {getattr(pack, name)}" for name in more)
     taken = " ".join(f"pack.{name}={n}" for name, n in more.items())
     where = f"{count} devices" + f" in {slices} slices" * (slices > 1)
-    return f"{told}, which no mesh of {where} divides; take {taken}, or fewer devices"
+    return f"{message}, which no mesh of {where} divides; take {taken}, or fewer devices"
 
 
 def enough(pack: Pack, count: int) -> dict[str, int]:

@@ -8,7 +8,7 @@ from qwen3vl_jax.checkpoint.config_files import PARAMS, copy_files
 from qwen3vl_jax.config import Config, is_run
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.processor import Processor
-from qwen3vl_jax.storage.atomic_dir import CONFIG, staged
+from qwen3vl_jax.storage.atomic_dir import CONFIG, atomic_dir
 from qwen3vl_jax.storage.hub import resolve
 from qwen3vl_jax.storage.paths import is_remote, remove_tree
 from qwen3vl_jax.storage.safetensors_files import side_files
@@ -29,7 +29,7 @@ def write_model_files(recipe: Recipe, target: Path) -> None:
         )
     if is_remote(target) and (target / CONFIG).is_file():
         remove_tree(target)  # this run's own, of a start that did not come to a checkpoint
-    with staged(target, force=True) as stage:
+    with atomic_dir(target, force=True) as stage:
         copy_files(source, side_files(source, leave_out=[PARAMS]), stage)
         if recipe.train.new_tokens:
             rows = Config.from_hf(source).text.vocab_size

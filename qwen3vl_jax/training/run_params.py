@@ -15,7 +15,7 @@ from qwen3vl_jax.checkpoint.adapters import merged
 from qwen3vl_jax.checkpoint.config_files import PARAMS, read_config
 from qwen3vl_jax.checkpoint.hf_reader import open_hf
 from qwen3vl_jax.checkpoint.lazy_tensor import LazyTensor
-from qwen3vl_jax.checkpoint.name_map import rows
+from qwen3vl_jax.checkpoint.name_map import param_specs
 from qwen3vl_jax.checkpoint.orbax_io import open_tree, read_part, read_tree, stored_tensors
 from qwen3vl_jax.checkpoint.param_paths import TreePath
 from qwen3vl_jax.checkpoint.validate import check_stored, stored_kind
@@ -48,9 +48,9 @@ def run_leaves(run: Path, cfg: Config) -> tuple[dict[TreePath, LazyTensor], str]
     As `run_to_hf` writes them; of what was trained one stack of layers is in memory at a time, so read
     them in their order.
     """
-    recipe, (weights, told) = read_recipe(run / CONFIG), step_weights(run, SavedStep())
+    recipe, (weights, message) = read_recipe(run / CONFIG), step_weights(run, SavedStep())
     if recipe.lora.rank:
-        return merged_leaves(recipe, cfg, weights)[0], told + "merged"
+        return merged_leaves(recipe, cfg, weights)[0], message + "merged"
     leaves, stacks = _base(recipe, cfg), {}
     open_tree(weights, lambda path, leaf: stacks.update({str(path[0]): leaf}))
 
@@ -67,7 +67,7 @@ def run_leaves(run: Path, cfg: Config) -> tuple[dict[TreePath, LazyTensor], str]
             return layers(name)[path].astype(dtype)
 
         leaves[path] = LazyTensor(leaf.shape, leaf.dtype, load)
-    return leaves, told.removesuffix(", ")
+    return leaves, message.removesuffix(", ")
 
 
 def run_adapter(run: Path, cfg: Config) -> tuple[dict[str, np.ndarray], Adapter]:
@@ -87,8 +87,8 @@ def step_weights(run: Path, wanted: SavedStep) -> tuple[Path, str]:
     number = _step(run, wanted.step)
     saved = run / CHECKPOINTS / str(number)
     averaged = (saved / "average").is_dir() and not wanted.raw
-    told = f"step {number}{', averaged weights' if averaged else ''}, "
-    return saved / ("average" if averaged else "weights"), told
+    message = f"step {number}{', averaged weights' if averaged else ''}, "
+    return saved / ("average" if averaged else "weights"), message
 
 
 def _step(run: Path, wanted: str | None) -> int:
@@ -164,6 +164,8 @@ def _drawn(recipe: Recipe, cfg: Config) -> dict[TreePath, LazyTensor]:
 
     dtype = np.dtype(ml_dtypes.bfloat16)
     return {
-        row.path: LazyTensor(row.shape, dtype, lambda path=row.path: arrays()[path].astype(dtype))
-        for row in rows(cfg)
+        param.path: LazyTensor(
+            param.shape, dtype, lambda path=param.path: arrays()[path].astype(dtype)
+        )
+        for param in param_specs(cfg)
     }

@@ -13,7 +13,7 @@ import numpy as np
 
 from qwen3vl_jax.checkpoint.device_load import Source, as_structs, on_devices, read_leaves
 from qwen3vl_jax.checkpoint.lazy_tensor import LazyTensor
-from qwen3vl_jax.checkpoint.name_map import rows, tree_of
+from qwen3vl_jax.checkpoint.name_map import param_specs, tree_of
 from qwen3vl_jax.checkpoint.param_paths import (
     TreePath,
     join_layer_index,
@@ -75,7 +75,7 @@ class _Stacks:
 
     def __init__(self, cfg: Config, dtype_of: DtypeOf, where_of: WhereOf):
         self.leaves: dict[TreePath, jax.Array] = {}
-        self.known = {split_layer_index(row.path)[0] for row in rows(cfg)}
+        self.known = {split_layer_index(param.path)[0] for param in param_specs(cfg)}
         self._cfg, self._dtype_of, self._where_of = cfg, dtype_of, where_of
 
     def put(self, path: TreePath, leaf: LazyTensor) -> None:

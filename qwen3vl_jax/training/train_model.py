@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from qwen3vl_jax.checkpoint.name_map import rows, tree_of
+from qwen3vl_jax.checkpoint.name_map import param_specs, tree_of
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model.quantized import Quantized
@@ -133,7 +133,7 @@ def shapes(cfg: Config) -> Flat:
 
 def tree_of_shapes(cfg: Config) -> Params:
     """`shapes` as the tree of parameters with stacked layers."""
-    stacks = dict(stacked(cfg, row.path, row.shape) for row in rows(cfg))
+    stacks = dict(stacked(cfg, param.path, param.shape) for param in param_specs(cfg))
     leaves = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in stacks.items()}
     return tree_of(cfg, leaves)
 

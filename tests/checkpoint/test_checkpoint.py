@@ -219,7 +219,7 @@ def test_where_there_is_no_lock(copies, tmp_path, monkeypatch):
     source, _ = copies
     monkeypatch.setattr(atomic_dir, "fcntl", None)
     monkeypatch.setattr(os, "fsync", None)
-    with atomic_dir.staged(tmp_path / "new") as stage:
+    with atomic_dir.atomic_dir(tmp_path / "new") as stage:
         config_files.copy_files(source, [Path("config.json")], stage)
     assert (tmp_path / "new" / "config.json").is_file()
 

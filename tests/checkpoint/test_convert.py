@@ -41,7 +41,7 @@ def moe():
 @pytest.mark.parametrize("size", RELEASED)
 def test_table_names_every_released_tensor(size):
     """As many tensors as a released checkpoint holds, each of whose axes the tree keeps."""
-    rows = name_map.rows(Config.named(size))
+    rows = name_map.param_specs(Config.named(size))
     parts = [part for row in rows for part in row.parts]
     assert len({part.name for part in parts}) == len(parts) == RELEASED[size]
     for row in rows:
@@ -52,7 +52,7 @@ def test_table_agrees_with_independent_names_and_shapes():
     """The names and shapes that the tests write down for themselves."""
     for variant, sparse in KINDS.values():
         raw = tiny.config_dict(variant, sparse)
-        parts = [part for row in name_map.rows(Config.from_hf(raw)) for part in row.parts]
+        parts = [part for row in name_map.param_specs(Config.from_hf(raw)) for part in row.parts]
         assert {part.name: part.hf_shape for part in parts} == tiny.tensor_shapes(raw)
 
 
@@ -60,7 +60,7 @@ def test_one_part_is_a_view_and_split_undoes_assemble():
     """A single tensor is reshaped without a copy; fused ones come apart as they were."""
     raw, tensors = hf.small()
     cfg = Config.from_hf(raw)
-    for row in name_map.rows(cfg):
+    for row in name_map.param_specs(cfg):
         parts = [tensors[part.name] for part in row.parts]
         whole = row.assemble(parts)
         assert whole.shape == row.shape

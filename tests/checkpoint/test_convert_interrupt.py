@@ -164,14 +164,14 @@ def test_a_writer_that_comes_late_replaces_nothing(tmp_path, monkeypatch):
 
     def finish_first(*args):
         monkeypatch.undo()
-        with atomic_dir.staged(out) as stage:
+        with atomic_dir.atomic_dir(out) as stage:
             (stage / "config.json").write_text("first")
         (tmp_path / ".out.partial").mkdir(exist_ok=True)
 
     monkeypatch.setattr(
         atomic_dir.shutil, "disk_usage", lambda path: finish_first() or shutil.disk_usage(path)
     )
-    with pytest.raises(InputError, match="already exists"), atomic_dir.staged(out):
+    with pytest.raises(InputError, match="already exists"), atomic_dir.atomic_dir(out):
         raise AssertionError
     assert (out / "config.json").read_text() == "first"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

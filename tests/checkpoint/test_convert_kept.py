@@ -20,7 +20,7 @@ from convert.to_hf import to_hf
 from convert.to_orbax import to_orbax
 from qwen3vl_jax import InputError
 from qwen3vl_jax.checkpoint.device_load import as_dicts
-from qwen3vl_jax.checkpoint.name_map import rows
+from qwen3vl_jax.checkpoint.name_map import param_specs
 from qwen3vl_jax.checkpoint.save import save_params
 from qwen3vl_jax.loading import load
 from qwen3vl_jax.model.quantized import Quantized, dequantize
@@ -77,7 +77,7 @@ def test_every_form_is_the_dequantised_weights(kind, block, tmp_path):
     source, held = write(tmp_path / "hf", kind, block, shards=3)
     params, cfg = load(source, weights="fp8")
     stored = [w for w in jax.tree.leaves(params, is_leaf=is_quantized) if is_quantized(w)]
-    parts = [row for row in rows(cfg) if fp8.QUANTISED.search(row.parts[0].name)]
+    parts = [row for row in param_specs(cfg) if fp8.QUANTISED.search(row.parts[0].name)]
     assert len(stored) == len(parts) > 5
     assert {w.values.dtype for w in stored} == {np.dtype(ml_dtypes.float8_e4m3fn)}
     assert {w.scale.dtype for w in stored} == {np.dtype(np.float32)}
@@ -196,12 +196,12 @@ def test_whatever_a_file_quantises_is_kept(tmp_path):
 @pytest.mark.parametrize("size", ["2b", "4b", "8b", "32b", "30b-a3b", "235b-a22b"])
 def test_memory_of_released_sizes(size):
     """Codes and scales in blocks of 128 take at most 0.51 of the bf16 bytes."""
-    found = [r for r in rows(q3.Config.named(size)) if fp8.QUANTISED.search(r.parts[0].name)]
+    found = [r for r in param_specs(q3.Config.named(size)) if fp8.QUANTISED.search(r.parts[0].name)]
     codes = sum(int(np.prod(row.shape)) for row in found)
     scales = 4 * sum(int(np.prod(row.scale_shape((128, 128)))) for row in found)
     assert codes + scales <= 0.51 * 2 * codes
     if size == "30b-a3b":  # the released file's own numbers: nothing is written twice
-        parts = [part for row in rows(q3.Config.named(size)) for part in row.parts]
+        parts = [part for row in param_specs(q3.Config.named(size)) for part in row.parts]
         count = sum(len(row.parts) for row in found)
         assert (len(parts) + count, count) == (1170, 288)
         assert (codes, scales) == (29_896_998_912, 7_299_072)

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from qwen3vl_jax import Config
-from qwen3vl_jax.checkpoint.name_map import rows
+from qwen3vl_jax.checkpoint.name_map import param_specs
 from qwen3vl_jax.released import released_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,7 +67,7 @@ def test_memory_is_bounded(tmp_path):
     raw["vision_config"] |= {"depth": 2, "deepstack_visual_indexes": [0], "out_hidden_size": 1024}
     source = tmp_path / "hf"
     source.mkdir()
-    parts = [part for row in rows(Config.from_hf(raw)) for part in row.parts]
+    parts = [part for row in param_specs(Config.from_hf(raw)) for part in row.parts]
     sizes = {part.name: 2 * int(np.prod(part.hf_shape)) for part in parts}
     header, end = {}, 0
     for part in parts:

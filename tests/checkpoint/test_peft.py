@@ -126,7 +126,7 @@ def test_merged_it_gives_equal_logits_in_transformers(case):
     leaves = dict(flatten(name_map.from_hf(case.cfg, case.ref.weights)))
     lazy = {path: LazyTensor(x.shape, x.dtype, lambda x=x: x) for path, x in leaves.items()}
     added = merged(case.cfg, lazy, case.weights, case.adapter)
-    for row in name_map.rows(case.cfg):
+    for row in name_map.param_specs(case.cfg):
         for name, x in row.split(added[row.path].load()):
             np.testing.assert_allclose(named[name], x, rtol=1e-5, atol=1e-6)
     assert named.keys() == case.ref.weights.keys()

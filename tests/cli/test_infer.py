@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 import infer
 import qwen3vl_jax as q3
 import qwen3vl_jax.__main__ as about
-from qwen3vl_jax.checkpoint.adapter_map import Adapter, places
+from qwen3vl_jax.checkpoint.adapter_map import Adapter, lora_targets
 from qwen3vl_jax.checkpoint.peft_io import save_adapter
 from qwen3vl_jax.cli.draw import (
     Mark,
@@ -131,9 +131,11 @@ def test_int8_weights_answer(capsys):
 def test_an_adapter_changes_the_answer_and_none_of_the_weights(capsys):
     """One whose B is zero answers as the demo does, to the last token; one with another B does not."""
     cfg = Config.from_hf(DEMO)
-    settings = Adapter.uniform({n: (True,) * len(p.modules) for n, p in places(cfg).items()}, 2, 2)
+    settings = Adapter.uniform(
+        {n: (True,) * len(p.modules) for n, p in lora_targets(cfg).items()}, 2, 2
+    )
     rng, matrices = np.random.default_rng(0), {}
-    for name, place in places(cfg).items():
+    for name, place in lora_targets(cfg).items():
         a, b = place.shapes(2)
         matrices |= {f"{name}.a": rng.standard_normal(a).astype(np.float32)}
         matrices |= {f"{name}.b": np.zeros(b, np.float32)}

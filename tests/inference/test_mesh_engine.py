@@ -14,7 +14,7 @@ import qwen3vl_jax as q3
 from qwen3vl_jax.checkpoint import auto_mesh
 from qwen3vl_jax.checkpoint.config_files import PARAMS
 from qwen3vl_jax.checkpoint.device_load import Source, path_shardings
-from qwen3vl_jax.checkpoint.name_map import rows
+from qwen3vl_jax.checkpoint.name_map import param_specs
 from qwen3vl_jax.cli.infer_arguments import mesh_sizes
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.inference import generate
@@ -150,8 +150,10 @@ def test_how_released_sizes_are_spread():
     }  # fmt: skip
     for (name, count), sizes in want.items():
         cfg = Config.named(name)
-        assert auto_mesh.spread(cfg.text, count) == sizes
-        leaves = {tuple(row.path): jax.ShapeDtypeStruct(row.shape, np.float32) for row in rows(cfg)}
+        assert auto_mesh.auto_mesh(cfg.text, count) == sizes
+        leaves = {
+            tuple(row.path): jax.ShapeDtypeStruct(row.shape, np.float32) for row in param_specs(cfg)
+        }
         where = path_shardings(sharding.layout_mesh(sizes), cfg, leaves)
         held = sum(np.prod(s.shard_shape(leaves[path].shape)) for path, s in where.items() if s)
         total = sum(np.prod(x.shape) for x in leaves.values())

@@ -23,7 +23,7 @@ from qwen3vl_jax import Config, InputError
 from qwen3vl_jax.checkpoint import int8
 from qwen3vl_jax.checkpoint.device_load import as_dicts
 from qwen3vl_jax.checkpoint.lazy_tensor import eight_bit
-from qwen3vl_jax.checkpoint.name_map import from_hf, rows
+from qwen3vl_jax.checkpoint.name_map import from_hf, param_specs
 from qwen3vl_jax.checkpoint.param_paths import at_path, flatten
 from qwen3vl_jax.checkpoint.save import save_params
 from qwen3vl_jax.loading import load
@@ -139,7 +139,7 @@ def test_pictures_chunked_prefill_and_generate(tmp_path):
 @pytest.mark.parametrize("size", ["2b", "4b", "8b", "32b", "30b-a3b", "235b-a22b"])
 def test_memory_of_released_sizes(size):
     """Codes and scales take at most 0.51 of the bf16 bytes."""
-    found = int8.quantised_rows(Config.named(size)).values()
+    found = int8.int8_params(Config.named(size)).values()
     codes = sum(int(np.prod(row.shape)) for row in found)
     scales = 4 * sum(int(np.prod(row.channels)) for row in found)
     assert codes + scales <= 0.51 * 2 * codes
@@ -148,7 +148,7 @@ def test_memory_of_released_sizes(size):
 def test_strips_are_the_whole(monkeypatch):
     """An array larger than a strip is rounded as in one piece, whichever axis is summed."""
     cfg = Config.from_hf(hf.small(moe=True)[0])
-    by_path = {row.path: row for row in rows(cfg)}
+    by_path = {row.path: row for row in param_specs(cfg)}
     rng = np.random.default_rng(0)
     for path in (("embed",), ("layers", 0, "attn", "qkv"), ("layers", 0, "mlp", "gate_up")):
         array = rng.standard_normal(by_path[path].shape).astype(np.float32)

@@ -166,7 +166,7 @@ def test_dropout_has_a_key_of_its_own_in_each_module_and_layer(small):
 
 def in_int8(params, cfg):
     """The parameters with codes and scales where int8 is for."""
-    rows = int8.quantised_rows(cfg)
+    rows = int8.int8_params(cfg)
     leaves = {}
     for path, x in flatten(params):
         found = int8.quantise(rows[path], np.asarray(x)) if path in rows else None

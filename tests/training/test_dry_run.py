@@ -12,7 +12,7 @@ import pytest
 import train_files
 from rich.console import Console
 
-from qwen3vl_jax.checkpoint.name_map import rows
+from qwen3vl_jax.checkpoint.name_map import param_specs
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.training import recipe
@@ -34,7 +34,7 @@ def said(settings: recipe.Recipe, colour: bool = False, refused: str = "") -> st
 
 def count(cfg: Config) -> int:
     """Parameters of a model by the table of the converter."""
-    return sum(math.prod(row.shape) for row in rows(cfg))
+    return sum(math.prod(row.shape) for row in param_specs(cfg))
 
 
 def test_a_pod_recipe_needs_no_weights_no_hub_and_no_mesh(monkeypatch):

@@ -79,11 +79,11 @@ def _params(recipe: Recipe, cfg: Config) -> Params:
     """The shapes of the parameters that a run reads, those of 8-bit weights as values and scales."""
     leaves = {parse_path(name): x for name, x in train_model.shapes(cfg).items()}
     if recipe.lora.rank and (dtype := _EIGHT_BIT.get(recipe.lora.base)) is not None:
-        for path, row in int8.quantised_rows(cfg).items():
-            name, shape = stacked(cfg, path, row.shape)
+        for path, param in int8.int8_params(cfg).items():
+            name, shape = stacked(cfg, path, param.shape)
             leaves.pop(name, None)
             leaves[(*name, VALUES)] = jax.ShapeDtypeStruct(shape, dtype)
-            scales = stacked(cfg, path, row.channels)[1]
+            scales = stacked(cfg, path, param.channels)[1]
             leaves[(*name, SCALE)] = jax.ShapeDtypeStruct(scales, jnp.float32)
     taps = cfg.vision.deepstack_visual_indexes
     return as_structs(nest(leaves.items(), empty=() if taps else [("vision", "deepstack")]))
