@@ -102,7 +102,7 @@ def read_leaves(source: Source, stored: Leaves, put: Callable) -> dict[TreePath,
     """
     if not source.is_orbax:
         return {path: put(path, leaf) for path, leaf in source.asked(stored).items()}
-    rows = int8.quantised_rows(source.cfg) if source.rounds(stored) else {}
+    rows = int8.int8_params(source.cfg) if source.rounds(stored) else {}
     found = {}
 
     def sink(path: TreePath, leaf: LazyTensor) -> None:
