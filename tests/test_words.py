@@ -5,9 +5,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# What each is called: message, format, replicated or all, loaded, overflow, shards or gates, global,
-# sum over devices, sharded, block, image, video, deepstack, log, batch, packed, pending, logger,
-# in an atomic directory, attention.
+# Words of version 0.1 for which the field has another, or that had several meanings.
 OLD_WORDS = """
     told spell spelled whole opened further share shares exchanged summed spread parcel
     picture pictures clip clips taps tell say drawn placed waiting muted watch staged mix
