@@ -10,17 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from qwen3vl_jax.config_checks import (
-    end_ids,
+    REQUIRED,
     flag,
     integer,
     items,
     mapping,
     number,
     one_of,
-    required_int,
+    read_fields,
+    refused,
+    size,
+    token_ids,
     warn_of_misplaced,
 )
-from qwen3vl_jax.errors import InputError, shown
+from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.released import released_config
 from qwen3vl_jax.rope_config import RopeConfig, read_rope
 from qwen3vl_jax.storage.json_text import read_json, read_json_file, write_json
@@ -32,21 +35,46 @@ AXES = ("data", "fsdp", "expert", "sequence", "tensor")
 SHORT = {"dp": "data", "ep": "expert", "sp": "sequence", "tp": "tensor"}
 TIED = "tie_word_embeddings"
 TEXT_ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu")
-# What the class of transformers 4.57.1 fills in for a key that is absent. Only keys that fix no shape.
-_TEXT_DEFAULTS = {
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "attention_bias": False,
-    "max_position_embeddings": 128_000,
-    "num_experts_per_tok": 4,
-    "initializer_range": 0.02,
-}
-_TOKEN_DEFAULTS = {
+_EXPERTS_PER_TOKEN = 4
+_TOKENS = {
     "image_token_id": 151655,
     "video_token_id": 151656,
     "vision_start_token_id": 151652,
     "vision_end_token_id": 151653,
 }
+# {key: (check, default)}. Keys that fix a shape have none, others that of transformers 4.57.1.
+_TEXT = {
+    "vocab_size": (size(), REQUIRED),
+    "hidden_size": (size(), REQUIRED),
+    "num_hidden_layers": (size(1_000), REQUIRED),
+    "num_attention_heads": (size(), REQUIRED),
+    "max_position_embeddings": (integer(), 128_000),
+    "hidden_act": (one_of(*TEXT_ACTIVATIONS), "silu"),
+    "rms_norm_eps": (number(), 1e-6),
+    "attention_bias": (flag, False),
+    "initializer_range": (number(), 0.02),
+}
+_EXPERTS = {
+    "num_experts": (size(10_000), REQUIRED),
+    "num_experts_per_tok": (integer(), REQUIRED),
+    "moe_intermediate_size": (size(), REQUIRED),
+}
+_VISION = {
+    "depth": (size(1_000), REQUIRED),
+    "hidden_size": (size(), REQUIRED),
+    "intermediate_size": (size(), REQUIRED),
+    "num_heads": (size(), REQUIRED),
+    "in_channels": (size(), REQUIRED),
+    "patch_size": (size(), REQUIRED),
+    "temporal_patch_size": (size(), REQUIRED),
+    "spatial_merge_size": (size(), REQUIRED),
+    "num_position_embeddings": (size(), REQUIRED),
+    "out_hidden_size": (size(), REQUIRED),
+    "deepstack_visual_indexes": (items, REQUIRED),
+    "hidden_act": (one_of(*TEXT_ACTIVATIONS), "gelu_pytorch_tanh"),
+    "initializer_range": (number(), 0.02),
+}
+_VISION_ROPE = {"rope_theta": (number(above=0), 10_000.0)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,23 +124,23 @@ class VisionConfig:
 
     @property
     def merge_unit(self) -> int:
-        """Patches that become one token."""
+        """Patches merged into one token."""
         return self.spatial_merge_size**2
 
     @property
     def patch_shape(self) -> tuple[int, int, int, int]:
-        """Channels, frames, rows and columns of one patch: the order of a pixel row's features."""
+        """(channels, frames, height, width) of one patch: the order of its pixels."""
         return (self.in_channels, self.temporal_patch_size, self.patch_size, self.patch_size)
 
     @property
     def grid_side(self) -> int:
-        """Side of the square table of learned positions."""
+        """Side of the square position embedding table."""
         return math.isqrt(self.num_position_embeddings)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything of a checkpoint that the code depends on; hashable, so it can be a static argument."""
+    """The shapes and switches of a model; hashable, so it can be a static argument of jit."""
 
     text: TextConfig
     vision: VisionConfig
@@ -125,31 +153,28 @@ class Config:
 
     @classmethod
     def from_hf(cls, source: Mapping[str, Any] | str | Path) -> Config:
-        """Reads a config.json (its dict, its path, or the directory that holds it).
+        """Reads a config.json: its dict, its path, or the directory that holds it.
 
         Takes the released form (rope_theta, rope_scaling, num_experts) and that of transformers 5
-        (rope_parameters, num_local_experts). Raises InputError with the key, what was found and
-        what is allowed, for an absent key that fixes a shape and for a value not implemented.
+        (rope_parameters, num_local_experts). Raises InputError for an absent key that fixes a shape
+        and for a value that is not implemented.
         """
         raw = source if isinstance(source, Mapping) else _read(as_path(source))
         model_type = raw.get("model_type", "qwen3_vl")
         if not isinstance(model_type, str) or not model_type.startswith("qwen3_vl"):
-            raise InputError(
-                f"config: model_type is {shown(model_type)}, expected qwen3_vl or qwen3_vl_moe"
-            )
+            raise refused("model_type", model_type, "qwen3_vl or qwen3_vl_moe")
         for part in ("text_config", "vision_config"):
             if not isinstance(raw.get(part), Mapping):
-                raise InputError(f"config: {part} is {shown(raw.get(part))}, expected an object")
+                raise refused(part, raw.get(part), "an object")
         warn_of_misplaced(raw, [field.name for field in dataclasses.fields(TextConfig)])
         text_raw = raw["text_config"]
         is_moe = "moe" in model_type or "moe" in str(text_raw.get("model_type", ""))
         text, vision = _text(text_raw, is_moe), _vision(raw["vision_config"])
         _check_towers(text, vision)
-        tokens = {
-            k: required_int(raw, k, "", at_least=0, default=d) for k, d in _TOKEN_DEFAULTS.items()
-        }
+        required = dict.fromkeys(_TOKENS, (integer(at_least=0), REQUIRED))
+        tokens = read_fields({**_TOKENS, **raw}, "", required)
         tied = _is_tied(raw, source)
-        eos = end_ids(text_raw.get("eos_token_id", raw.get("eos_token_id")))
+        eos = token_ids(text_raw.get("eos_token_id", raw.get("eos_token_id")), "eos_token_id")
         return cls(text, vision, **tokens, tie_word_embeddings=tied, eos_token_ids=eos)
 
     @classmethod
@@ -158,7 +183,7 @@ class Config:
         return cls.from_hf(released_config(size))
 
     def to_hf(self) -> dict[str, Any]:
-        """The config.json of this config, in the released form; `from_hf` gives the same config back."""
+        """The config.json of this config in the released form: the inverse of `from_hf`."""
         moe = self.text.num_experts > 0
         text = dataclasses.asdict(self.text)
         del text["rope"]
@@ -172,7 +197,7 @@ class Config:
         text["eos_token_id"] = self.eos_token_ids[0] if len(self.eos_token_ids) == 1 else None
         if len(self.eos_token_ids) > 1:
             text["eos_token_id"] = list(self.eos_token_ids)
-        top = {k: getattr(self, k) for k in (*_TOKEN_DEFAULTS, TIED)}
+        top = {k: getattr(self, k) for k in (*_TOKENS, TIED)}
         vision = {**dataclasses.asdict(self.vision), "model_type": name}
         vision["rope_parameters"] = {"rope_type": "axial", "rope_theta": vision.pop("rope_theta")}
         arch = f"Qwen3VL{'Moe' if moe else ''}ForConditionalGeneration"
@@ -182,11 +207,11 @@ class Config:
 
 
 def _is_tied(raw: Mapping[str, Any], source: Any) -> bool:
-    """Whether the head is the embedding; raises InputError for what is no flag.
+    """Whether the head is the embedding. Raises InputError.
 
-    transformers 5 reads the key at the top, transformers 4 the one in text_config. Where the second
-    alone is true, a directory without a head is tied, and one that holds a head (as transformers 5
-    writes mixtures of experts) is not.
+    transformers 5 reads the key at the top, transformers 4 the key in text_config. If only the latter
+    is true, the files decide: a directory with a head is not tied. transformers 5 writes such
+    mixtures of experts.
     """
     places = {TIED: raw, f"text_config.{TIED}": raw["text_config"]}
     top, text = (
@@ -199,12 +224,12 @@ def _is_tied(raw: Mapping[str, Any], source: Any) -> bool:
 
 
 def model_folder(directory: Path) -> Path:
-    """Where a checkpoint's config and tokenizer are: its directory, of a run of train.py RUN_DIR/model."""
+    """The folder of a checkpoint's config and tokenizer: its directory, or a run's RUN_DIR/model."""
     return directory / "model" if (directory / "config.toml").is_file() else directory
 
 
 def is_run(directory: Path) -> bool:
-    """Whether this is a directory that train.py writes."""
+    """Whether a directory is a RUN_DIR of train.py."""
     return (directory / "config.toml").is_file() and (directory / "checkpoints").is_dir()
 
 
@@ -221,134 +246,77 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 def _text(raw: Mapping[str, Any], is_moe: bool) -> TextConfig:
     where = "text_config."
-    get = lambda key: raw[key] if raw.get(key) is not None else _TEXT_DEFAULTS[key]  # noqa: E731
-    shape = {
-        k: required_int(raw, k, where)
-        for k in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    for key in ("head_dim", "num_key_value_heads"):
+        if key not in raw:
+            raise InputError(f"config: {where}{key} is absent; it fixes a shape (null is allowed)")
+    found = read_fields(raw, where, _TEXT)
+    hidden, heads = found["hidden_size"], found["num_attention_heads"]
+    if raw["head_dim"] is None and hidden % heads:
+        raise refused(where + "hidden_size", hidden, f"a multiple of num_attention_heads {heads}")
+    derived = {
+        "head_dim": (size(), hidden // heads),
+        "num_key_value_heads": (size(), heads),
     }
-    heads = shape["num_attention_heads"]
-    if "head_dim" not in raw or ("num_key_value_heads" not in raw):
-        key = "num_key_value_heads" if "head_dim" in raw else "head_dim"
-        raise InputError(f"config: {where}{key} is absent; it fixes a shape (null is allowed)")
-    head_dim = None if raw["head_dim"] is None else required_int(raw, "head_dim", where)
-    if head_dim is None and shape["hidden_size"] % heads:
+    found |= read_fields(raw, where, derived)
+    if heads % (kv_heads := found["num_key_value_heads"]):
         raise InputError(
-            f"config: {where}head_dim is null and hidden_size {shape['hidden_size']} does not divide "
-            f"by num_attention_heads {heads}"
+            f"config: {where}num_attention_heads {heads} is no multiple of num_key_value_heads "
+            f"{kv_heads}"
         )
-    kv_heads = raw["num_key_value_heads"]
-    kv_heads = heads if kv_heads is None else required_int(raw, "num_key_value_heads", where)
-    if heads % kv_heads:
-        raise InputError(
-            f"config: {where}num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
-        )
-    experts = _experts(raw, is_moe)
-    no_dense = experts["num_experts"] and raw.get("intermediate_size") is None
-    max_positions = get("max_position_embeddings")
-    max_positions = integer(max_positions, where + "max_position_embeddings")
-    head_dim = head_dim or shape["hidden_size"] // heads
-    if head_dim % 2:
-        raise InputError(f"config: {where}head_dim is {head_dim}, expected an even number")
-    return TextConfig(
-        **shape,
-        intermediate_size=0 if no_dense else required_int(raw, "intermediate_size", where),
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        max_position_embeddings=max_positions,
-        rope=read_rope(raw, head_dim, max_positions),
-        hidden_act=one_of(get("hidden_act"), where + "hidden_act", TEXT_ACTIVATIONS),
-        rms_norm_eps=number(get("rms_norm_eps"), where + "rms_norm_eps"),
-        attention_bias=flag(get("attention_bias"), where + "attention_bias"),
-        initializer_range=number(get("initializer_range"), where + "initializer_range"),
-        **experts,
-    )
+    if (head_dim := found["head_dim"]) % 2:
+        raise refused(where + "head_dim", head_dim, "an even number")
+    if is_moe:
+        found |= _experts(raw, where)
+    # Released mixtures of experts have the key, re-exports may leave it out.
+    dense = {"intermediate_size": (size(), REQUIRED)}
+    unused = is_moe and raw.get("intermediate_size") is None
+    found |= {"intermediate_size": 0} if unused else read_fields(raw, where, dense)
+    return TextConfig(**found, rope=read_rope(raw, head_dim, found["max_position_embeddings"]))
 
 
-def _experts(raw: Mapping[str, Any], is_moe: bool) -> dict[str, int]:
-    where = "text_config."
-    if not is_moe:
-        return {"num_experts": 0, "num_experts_per_tok": 0, "moe_intermediate_size": 0}
-    if found := raw.get("mlp_only_layers"):
-        raise InputError(
-            f"config: {where}mlp_only_layers is {shown(found)}, implemented: [] (all sparse)"
-        )
-    one_of(raw.get("decoder_sparse_step", 1), where + "decoder_sparse_step", (1,))
-    key = "num_local_experts" if raw.get("num_experts") is None else "num_experts"
-    if raw.get(key) is None:
-        raise InputError(
-            f"config: {where}num_experts is absent; it fixes a shape and has no default"
-        )
-    experts = required_int(raw, key, where)
-    per_token = raw.get("num_experts_per_tok", _TEXT_DEFAULTS["num_experts_per_tok"])
-    per_token = integer(per_token, where + "num_experts_per_tok")
-    if per_token > experts:
-        raise InputError(
-            f"config: {where}num_experts_per_tok is {per_token}, expected <= {experts}"
-        )
-    width = required_int(raw, "moe_intermediate_size", where)
-    return {
-        "num_experts": experts,
-        "num_experts_per_tok": per_token,
-        "moe_intermediate_size": width,
-    }
+def _experts(raw: Mapping[str, Any], where: str) -> dict[str, int]:
+    if layers := raw.get("mlp_only_layers"):
+        raise refused(where + "mlp_only_layers", layers, "[] (all sparse)")
+    one_of(1)(raw.get("decoder_sparse_step", 1), where + "decoder_sparse_step")
+    given = {"num_experts_per_tok": _EXPERTS_PER_TOKEN, **raw}
+    if given.get("num_experts") is None:
+        given["num_experts"] = given.get("num_local_experts")
+    found = read_fields(given, where, _EXPERTS)
+    if found["num_experts_per_tok"] > found["num_experts"]:
+        expected = f"<= num_experts = {found['num_experts']}"
+        raise refused(where + "num_experts_per_tok", found["num_experts_per_tok"], expected)
+    return found
 
 
 def _vision(raw: Mapping[str, Any]) -> VisionConfig:
     where = "vision_config."
-    ints = [
-        f.name
-        for f in dataclasses.fields(VisionConfig)
-        if f.name
-        not in ("deepstack_visual_indexes", "hidden_act", "rope_theta", "initializer_range")
-    ]
-    shape = {k: required_int(raw, k, where) for k in ints}
-    if math.isqrt(shape["num_position_embeddings"]) ** 2 != shape["num_position_embeddings"]:
-        found = shape["num_position_embeddings"]
-        raise InputError(
-            f"config: {where}num_position_embeddings is {found}, expected a square number"
-        )
-    if shape["hidden_size"] % (4 * shape["num_heads"]):
-        raise InputError(
-            f"config: {where}hidden_size is {shape['hidden_size']}, expected a multiple of 4 x num_heads "
-            f"= {4 * shape['num_heads']} (2-D rotary splits a head in four)"
-        )
-    if raw.get("deepstack_visual_indexes") is None:
-        raise InputError(
-            f"config: {where}deepstack_visual_indexes is absent; it fixes shapes ([] = none)"
-        )
-    taps = items(raw["deepstack_visual_indexes"], where + "deepstack_visual_indexes")
-    depth = shape["depth"]
-    if any(type(t) is not int or not 0 <= t < depth for t in taps) or any(
-        a >= b for a, b in itertools.pairwise(taps)
-    ):
-        raise InputError(
-            f"config: {where}deepstack_visual_indexes is {shown(list(taps))}, expected increasing layer "
-            f"numbers from 0 to depth - 1 = {depth - 1}"
-        )
+    found = read_fields(raw, where, _VISION)
+    table, width, heads = (
+        found[k] for k in ("num_position_embeddings", "hidden_size", "num_heads")
+    )
+    if math.isqrt(table) ** 2 != table:
+        raise refused(where + "num_position_embeddings", table, "a square number")
+    if width % (4 * heads):
+        expected = f"a multiple of 4 x num_heads = {4 * heads} (2-D rotary splits a head in four)"
+        raise refused(where + "hidden_size", width, expected)
+    taps, depth = found["deepstack_visual_indexes"], found["depth"]
+    valid = all(type(t) is int and 0 <= t < depth for t in taps)
+    if not valid or any(a >= b for a, b in itertools.pairwise(taps)):
+        expected = f"increasing layer numbers from 0 to depth - 1 = {depth - 1}"
+        raise refused(where + "deepstack_visual_indexes", list(taps), expected)
     rope = mapping(raw.get("rope_parameters"), where + "rope_parameters")
-    given = {**raw, "rope_theta": rope.get("rope_theta")}
-    names = ("hidden_act", "rope_theta", "initializer_range")
-    act, theta, spread = (
-        getattr(VisionConfig, name) if given.get(name) is None else given[name] for name in names
-    )
-    return VisionConfig(
-        **shape,
-        deepstack_visual_indexes=taps,
-        hidden_act=one_of(act, where + "hidden_act", TEXT_ACTIVATIONS),
-        rope_theta=number(theta, where + "rope_parameters.rope_theta", above=0),
-        initializer_range=number(spread, where + "initializer_range"),
-    )
+    found |= read_fields(rope, where + "rope_parameters.", _VISION_ROPE)
+    return VisionConfig(**found)
 
 
 def _check_towers(text: TextConfig, vision: VisionConfig) -> None:
+    """Raises InputError for towers that do not fit each other."""
     if vision.out_hidden_size != text.hidden_size:
-        raise InputError(
-            f"config: vision_config.out_hidden_size is {vision.out_hidden_size}, expected "
-            f"text_config.hidden_size = {text.hidden_size}"
-        )
+        expected = f"text_config.hidden_size = {text.hidden_size}"
+        raise refused("vision_config.out_hidden_size", vision.out_hidden_size, expected)
     taps = len(vision.deepstack_visual_indexes)
     if taps > text.num_hidden_layers:
         raise InputError(
-            f"config: vision_config.deepstack_visual_indexes has {taps} taps, expected at most "
+            f"config: vision_config.deepstack_visual_indexes: got {taps} taps, expected at most "
             f"text_config.num_hidden_layers = {text.num_hidden_layers}"
         )

@@ -1,102 +1,137 @@
-"""Checks of one value of a config.json; each raises InputError with key, found and expected."""
+"""Checks of config.json values. Each raises InputError: "config: <key>: got .., expected ..".
+
+A check is a function (value, key) -> value. `read_fields` applies a table of them.
+"""
 
 from __future__ import annotations
 
 import functools
 import logging
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from qwen3vl_jax.errors import InputError, shown
 
 MAX_INT = 2**31 - 1
-# Names of so many parameters are listed before a file is read.
-_MOST = {"num_hidden_layers": 1_000, "depth": 1_000, "num_experts": 10_000,
-         "num_local_experts": 10_000}  # fmt: skip
+# The default of a key that fixes a shape.
+REQUIRED = object()
+Check = Callable[[Any, str], Any]
 log = logging.getLogger("qwen3vl_jax")
 
 
-def one_of(value: Any, key: str, allowed: tuple) -> Any:
-    """The value, if it is allowed; raises InputError with key, found and allowed."""
-    if isinstance(value, bool) or value not in allowed:
-        names = ", ".join(map(str, allowed))
-        raise InputError(f"config: {key} is {shown(value)}, implemented: {names}")
-    return value
+def refused(key: str, value: Any, expected: str) -> InputError:
+    """The error for a value that is not allowed."""
+    return InputError(f"config: {key}: got {shown(value)}, expected {expected}")
 
 
-@functools.lru_cache(maxsize=256)
-def warn_once(text: str) -> None:
-    """Warns of what is not used; once, however often a config is read."""
-    log.warning("%s", text)
+def read_fields(
+    raw: Mapping[str, Any], where: str, table: Mapping[str, tuple[Check, Any]]
+) -> dict[str, Any]:
+    """The checked values of a table {key: (check, default)}; null counts as absent.
+
+    where: what stands before each key in a message.
+    """
+    found = {}
+    for key, (check, default) in table.items():
+        value = default if raw.get(key) is None else raw[key]
+        if value is REQUIRED:
+            raise InputError(f"config: {where}{key} is absent; it fixes a shape and has no default")
+        found[key] = check(value, where + key)
+    return found
 
 
-def number(
-    value: Any, key: str, above: float | None = None, at_most: float = sys.float_info.max
-) -> float:
-    """A finite number >= 0, or > `above`; raises InputError with key, found and expected."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if is_number and 0 <= value <= at_most and (above is None or value > above):
-        return float(value)
-    expected = ">= 0" if above is None else f"> {above:g}"
+def one_of(*allowed: Any) -> Check:
+    """A check for one of a few values."""
+
+    def check(value: Any, key: str) -> Any:
+        if isinstance(value, bool) or value not in allowed:
+            raise refused(key, value, ", ".join(map(str, allowed)))
+        return value
+
+    return check
+
+
+def number(above: float | None = None, at_most: float = sys.float_info.max) -> Check:
+    """A check for a finite number from 0 or above `above`."""
+    expected = "a number >= 0" if above is None else f"a number > {above:g}"
     expected += f" and <= {at_most:g}" if at_most < sys.float_info.max else ""
-    raise InputError(f"config: {key} is {shown(value)}, expected a number {expected}")
+
+    def check(value: Any, key: str) -> float:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not (is_number and 0 <= value <= at_most) or (above is not None and value <= above):
+            raise refused(key, value, expected)
+        return float(value)
+
+    return check
 
 
-def integer(value: Any, key: str, at_least: int = 1, at_most: int = MAX_INT) -> int:
-    """An integer from `at_least` to `at_most`; raises InputError with key, found and expected."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise InputError(f"config: {key} is {shown(value)}, expected an integer >= {at_least}")
-    if value > at_most:
-        raise InputError(f"config: {key} is {shown(value)}, expected at most {at_most}")
-    return value
+def integer(at_least: int = 1, at_most: int = MAX_INT) -> Check:
+    """A check for an integer in a range."""
+
+    def check(value: Any, key: str) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+            raise refused(key, value, f"an integer >= {at_least}")
+        if value > at_most:
+            raise refused(key, value, f"at most {at_most}")
+        return value
+
+    return check
+
+
+def size(at_most: int = MAX_INT) -> Check:
+    """A check for a length: `integer`, or a list of equal ones (transformers 5: a [16, 16] patch)."""
+
+    def check(value: Any, key: str) -> int:
+        if isinstance(value, (list, tuple)) and value and all(v == value[0] for v in value):
+            value = value[0]
+        return integer(1, at_most)(value, key)
+
+    return check
+
+
+def each(check: Check) -> Check:
+    """A check for a list whose items pass a check."""
+    return lambda value, key: tuple(check(item, key) for item in items(value, key))
 
 
 def flag(value: Any, key: str) -> bool:
-    """True or false; raises InputError with key, found and expected."""
+    """A check for true or false."""
     if not isinstance(value, bool):
-        raise InputError(f"config: {key} is {shown(value)}, expected true or false")
+        raise refused(key, value, "true or false")
     return value
 
 
 def items(value: Any, key: str) -> tuple[Any, ...]:
-    """The items of a list; raises InputError with key, found and expected."""
+    """A check for a list."""
     if not isinstance(value, (list, tuple)):
-        raise InputError(f"config: {key} is {shown(value)}, expected a list")
+        raise refused(key, value, "a list")
     return tuple(value)
 
 
 def mapping(value: Any, key: str) -> dict[str, Any]:
-    """A copy of an object, empty for null; raises InputError with key, found and expected."""
+    """A check for an object or null, which is empty."""
     if value is not None and not isinstance(value, Mapping):
-        raise InputError(f"config: {key} is {shown(value)}, expected an object")
+        raise refused(key, value, "an object")
     return dict(value or {})
 
 
-def required_int(
-    raw: Mapping[str, Any], key: str, where: str, at_least: int = 1, default: int | None = None
-) -> int:
-    """`integer` of a key, which has to be there without a default; raises InputError."""
-    value = raw.get(key, default)
-    if value is None:
-        raise InputError(f"config: {where}{key} is absent; it fixes a shape and has no default")
-    if isinstance(value, (list, tuple)) and value and all(v == value[0] for v in value):
-        value = value[0]  # transformers 5 may write a square patch as [16, 16]
-    return integer(value, where + key, at_least, _MOST.get(key, MAX_INT))
-
-
-def end_ids(value: Any) -> tuple[int, ...]:
-    """End ids: none, one, or a list; raises InputError."""
+def token_ids(value: Any, key: str) -> tuple[int, ...]:
+    """A check for a token id, a list of them, or null."""
     found = () if value is None else value if isinstance(value, (list, tuple)) else (value,)
     if any(type(i) is not int or not 0 <= i <= MAX_INT for i in found):
-        raise InputError(
-            f"config: eos_token_id is {shown(value)}, expected a token id, a list or null"
-        )
+        raise refused(key, value, "a token id, a list or null")
     return tuple(found)
 
 
+@functools.lru_cache(maxsize=256)
+def warn_once(text: str) -> None:
+    """Warns of an unused setting, once however often a config is read."""
+    log.warning("%s", text)
+
+
 def warn_of_misplaced(raw: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Warns of settings of the decoder beside text_config, where transformers does not see them either."""
+    """Warns of decoder settings beside text_config, which transformers does not read either."""
     rope = {"rope_scaling", "rope_parameters", "rope_theta"}
     for key in sorted({*names, *rope} - {"rope"}):
         if raw.get(key) is not None and raw[key] != raw["text_config"].get(key):

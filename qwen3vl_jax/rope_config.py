@@ -1,4 +1,4 @@
-"""How the decoder's rotary embedding is configured, read from a text_config."""
+"""The rotary embedding of the decoder, read from a text_config."""
 
 from __future__ import annotations
 
@@ -6,16 +6,23 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from qwen3vl_jax.config_checks import flag, integer, items, mapping, number, one_of, warn_once
-from qwen3vl_jax.errors import InputError, shown
+from qwen3vl_jax.config_checks import (
+    each,
+    flag,
+    integer,
+    mapping,
+    number,
+    one_of,
+    read_fields,
+    refused,
+    warn_once,
+)
+from qwen3vl_jax.errors import InputError
 
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
-# What code and class of transformers 4.57.1 fill in where the keys are absent.
+# Defaults of transformers 4.57.1.
 DEFAULT_THETA = 5_000_000.0
 DEFAULT_SECTION = (24, 20, 20)
-# Of what scales frequencies: more is infinite in fp32.
-_MAX_NUMBER = 1e15
-# What each scaled rope type needs, beyond what has a default.
+# The keys that each rope type needs.
 ROPE_NEEDS = {
     "default": (),
     "linear": ("factor",),
@@ -24,13 +31,33 @@ ROPE_NEEDS = {
     "longrope": ("short_factor", "long_factor"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
+ROPE_TYPES = tuple(ROPE_NEEDS)
+# A larger scale or base makes infinite frequencies in fp32.
+_MAX_NUMBER = 1e15
+_POSITIVE = number(0, _MAX_NUMBER)
+# The keys that scale frequencies. An absent one keeps the default of RopeConfig.
+_SCALING = {
+    "original_max_position_embeddings": integer(),
+    "factor": _POSITIVE,
+    "attention_factor": _POSITIVE,
+    "beta_fast": _POSITIVE,
+    "beta_slow": _POSITIVE,
+    "mscale": number(None, _MAX_NUMBER),
+    "mscale_all_dim": number(None, _MAX_NUMBER),
+    "truncate": flag,
+    "low_freq_factor": _POSITIVE,
+    "high_freq_factor": _POSITIVE,
+    "short_factor": each(_POSITIVE),
+    "long_factor": each(_POSITIVE),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
     """Rotary embedding of the decoder: base, MRoPE sections (T, H, W) and scaling.
 
-    Fields have the names of Hugging Face's `rope_parameters`; what a type does not use keeps its default.
+    Fields have the names of Hugging Face's `rope_parameters`. Fields that a type does not use keep
+    their default.
     """
 
     rope_type: str = "default"
@@ -50,7 +77,7 @@ class RopeConfig:
     long_factor: tuple[float, ...] = ()
 
     def to_hf(self) -> dict[str, Any]:
-        """`rope_scaling` of the released form: what the type needs and what is not the default."""
+        """`rope_scaling` in the released form: keys that the type needs or that are not the default."""
         kept = {"rope_type", "mrope_section", *ROPE_NEEDS[self.rope_type]}
         for field in dataclasses.fields(self):
             if getattr(self, field.name) != field.default:
@@ -60,9 +87,9 @@ class RopeConfig:
 
 
 def read_rope(raw: Mapping[str, Any], head_dim: int, max_positions: int) -> RopeConfig:
-    """RopeConfig of a text_config, in the released form or that of transformers 5; raises InputError.
+    """RopeConfig of a text_config, in the released form or that of transformers 5.
 
-    With both forms present rope_scaling counts, whole, as in transformers 5.23.
+    If both forms are there, rope_scaling alone counts, as in transformers 5.23. Raises InputError.
     """
     scaling, parameters = (
         mapping(raw.get(key), f"text_config.{key}") for key in ("rope_scaling", "rope_parameters")
@@ -71,19 +98,15 @@ def read_rope(raw: Mapping[str, Any], head_dim: int, max_positions: int) -> Rope
     where = f"text_config.{'rope_parameters' if parameters and not scaling else 'rope_scaling'}."
     rope_type = given.get("rope_type", given.get("type", "default"))
     rope_type = "default" if rope_type == "mrope" else rope_type
-    one_of(rope_type, where + "rope_type", ROPE_TYPES)
+    one_of(*ROPE_TYPES)(rope_type, where + "rope_type")
     if given.get("mrope_interleaved", True) is not True:
-        found = shown(given["mrope_interleaved"])
-        raise InputError(f"config: {where}mrope_interleaved is {found}, implemented: true")
+        raise refused(where + "mrope_interleaved", given["mrope_interleaved"], "true")
     partial = given.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
-    one_of(1.0 if partial is None else partial, where + "partial_rotary_factor", (1.0,))
-    section = given.get("mrope_section")
-    section = items(DEFAULT_SECTION if section is None else section, where + "mrope_section")
-    section = tuple(integer(n, where + "mrope_section", at_least=0) for n in section)
+    one_of(1.0)(1.0 if partial is None else partial, where + "partial_rotary_factor")
+    table = {"mrope_section": (each(integer(at_least=0)), DEFAULT_SECTION)}
+    section = read_fields(given, where, table)["mrope_section"]
     if len(section) != 3:
-        raise InputError(
-            f"config: {where}mrope_section is {shown(list(section))}, expected three numbers (T, H, W)"
-        )
+        raise refused(where + "mrope_section", list(section), "three numbers (T, H, W)")
     for key in ROPE_NEEDS[rope_type]:
         if given.get(key) is None:
             raise InputError(f"config: {where}{key} is absent; rope_type {rope_type!r} needs it")
@@ -94,63 +117,54 @@ def read_rope(raw: Mapping[str, Any], head_dim: int, max_positions: int) -> Rope
         fields["original_max_position_embeddings"] = original
         if rope_type != "llama3" and "factor" not in fields:
             fields["factor"] = max_positions / original
-    inside = given.get("rope_theta") is not None
-    theta = given["rope_theta"] if inside else raw.get("rope_theta")
-    theta = DEFAULT_THETA if theta is None else theta
-    theta_key = f"{where if inside else 'text_config.'}rope_theta"
-    theta = number(theta, theta_key, above=0, at_most=_MAX_NUMBER)
-    rope = RopeConfig(rope_type, theta, section, **fields)
-    if rope_type == "llama3" and rope.low_freq_factor == rope.high_freq_factor:
-        raise InputError(f"config: {where}low_freq_factor is high_freq_factor, expected less")
-    if rope_type == "dynamic" and head_dim <= 2:
-        raise InputError(f"config: text_config.head_dim is {head_dim}, 'dynamic' needs more than 2")
-    if rope_type == "yarn" and theta == 1:
-        raise InputError(f"config: {theta_key} is 1, 'yarn' needs another number")
-    if rope_type == "longrope" and rope.original_max_position_embeddings == 1:
-        raise InputError(f"config: {where}original_max_position_embeddings is 1, expected more")
+    part, prefix = (raw, "text_config.") if given.get("rope_theta") is None else (given, where)
+    theta = {"rope_theta": (_POSITIVE, DEFAULT_THETA)}
+    rope = RopeConfig(rope_type, read_fields(part, prefix, theta)["rope_theta"], section, **fields)
+    _check_formula(rope, where, prefix, head_dim)
     return rope
 
 
+def _check_formula(rope: RopeConfig, where: str, theta_where: str, head_dim: int) -> None:
+    """Raises InputError for values at which the formula of a rope type divides by zero."""
+    kind, original = rope.rope_type, "original_max_position_embeddings"
+    if kind == "llama3" and rope.low_freq_factor == rope.high_freq_factor:
+        raise refused(where + "low_freq_factor", rope.low_freq_factor, "less than high_freq_factor")
+    if kind == "dynamic" and head_dim <= 2:
+        raise refused("text_config.head_dim", head_dim, "more than 2 with rope_type 'dynamic'")
+    if kind == "yarn" and rope.theta == 1:
+        raise refused(theta_where + "rope_theta", 1, "another number with rope_type 'yarn'")
+    if kind == "longrope" and rope.original_max_position_embeddings == 1:
+        raise refused(where + original, 1, "more with rope_type 'longrope'")
+
+
 def _warn_of_unused(given: Mapping[str, Any], where: str, rope_type: str) -> None:
-    """Warns of keys that change nothing: misspelt ones, and those of a type that is not named."""
+    """Warns of keys that change nothing: misspelt, or of another rope type."""
     known = {"rope_type", "type", "mrope_interleaved", "mrope_section", "rope_theta"}
     known.add("partial_rotary_factor")
     if rope_type != "default":
-        known |= {field.name for field in dataclasses.fields(RopeConfig)} - {"theta"}
+        known |= _SCALING.keys()
     for key in given:
         if key not in known:
             warn_once(f"config: {where}{key[:80]} is not used with rope_type {rope_type!r}")
 
 
 def _scaling(given: Mapping[str, Any], where: str, head_dim: int) -> dict[str, Any]:
-    """What scales the frequencies, of the fields of RopeConfig that are present."""
-    plain = {"rope_type", "theta", "mrope_section"}
-    found: dict[str, Any] = {}
-    for name in (f.name for f in dataclasses.fields(RopeConfig) if f.name not in plain):
-        value, key = given.get(name), where + name
-        if value is None:
-            continue
-        if name in ("short_factor", "long_factor"):
-            found[name] = tuple(number(n, key, 0, _MAX_NUMBER) for n in items(value, key))
-            if len(found[name]) != head_dim // 2:
-                raise InputError(
-                    f"config: {key} has {len(found[name])} numbers, expected head_dim / 2 = "
-                    f"{head_dim // 2}"
-                )
-        elif name == "original_max_position_embeddings":
-            found[name] = integer(value, key)
-        elif name == "truncate":
-            found[name] = flag(value, key)
-        else:
-            above = None if "mscale" in name else 0
-            found[name] = number(value, key, above, _MAX_NUMBER)
+    """The fields of RopeConfig that scale frequencies, those that are present."""
+    present = {key: check for key, check in _SCALING.items() if given.get(key) is not None}
+    found = {key: check(given[key], where + key) for key, check in present.items()}
+    for key in ("short_factor", "long_factor"):
+        if key in found and len(found[key]) != head_dim // 2:
+            raise InputError(
+                f"config: {where}{key}: got {len(found[key])} numbers, expected head_dim / 2 = "
+                f"{head_dim // 2}"
+            )
     return found
 
 
 def _original(raw: Mapping[str, Any], given: Mapping[str, Any], where: str) -> int | None:
-    """The positions before scaling; the top level counts first, as in transformers."""
+    """The number of positions before scaling; text_config counts first, as in transformers."""
     name = "original_max_position_embeddings"
     for part, prefix in ((raw, "text_config."), (given, where)):
         if part.get(name) is not None:
-            return integer(part[name], prefix + name)
+            return integer()(part[name], prefix + name)
     return None

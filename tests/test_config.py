@@ -109,7 +109,7 @@ def scaled(**keys):
         (changed(rope_scaling=scaled(partial_rotary_factor=0.5)), ["partial_rotary_factor", "0.5"]),
         (changed(hidden_act="mish"), ["text_config.hidden_act", "mish", "silu"]),
         (changed("vision_config", hidden_act="mish"), ["vision_config.hidden_act", "mish"]),
-        (changed("vision_config", hidden_act=0), ["vision_config.hidden_act is 0"]),
+        (changed("vision_config", hidden_act=0), ["vision_config.hidden_act: got 0"]),
         (changed("vision_config", deepstack_visual_indexes=[1, 1]), ["deepstack", "[1, 1]", "increasing"]),
         (changed("vision_config", deepstack_visual_indexes=[2, 1]), ["deepstack", "increasing"]),
         (changed("vision_config", deepstack_visual_indexes=[1, 6]), ["deepstack", "depth - 1 = 5"]),
@@ -172,7 +172,7 @@ def test_malformed_values_are_refused_with_key_found_and_expected(raw, key, foun
     with pytest.raises(InputError) as error:
         Config.from_hf(raw)
     message = str(error.value)
-    assert f"{key}" in message and f" is {shown(found)}, expected " in message, message
+    assert f"{key}" in message and f": got {shown(found)}, expected " in message, message
     assert expected in message.split("expected", 1)[1], message
 
 
@@ -256,7 +256,7 @@ def test_strange_values_are_one_short_line_whatever_the_key(rope):
 def test_layers_without_end_are_refused(key):
     """Before anything lists their parameters."""
     raw = changed("vision_config" if key == "depth" else "text_config", moe=True, **{key: 10**9})
-    with pytest.raises(InputError, match=f"{key} is 1000000000, expected at most"):
+    with pytest.raises(InputError, match=f"{key}: got 1000000000, expected at most"):
         Config.from_hf(raw)
 
 
