@@ -1,29 +1,118 @@
-"""What infer.py prints: the answers to one conversation as they come, vectors and scores."""
+"""infer.py without another mode: answers one conversation, and prints the answer as it comes."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 import qwen3vl_jax as q3
-from qwen3vl_jax.cli.infer_arguments import check_media, input_options
-from qwen3vl_jax.inference.sampling import Sampling
-from qwen3vl_jax.inference.scoring import check_dims, check_finite
-from qwen3vl_jax.processing import retrieval_prompts
+from qwen3vl_jax.cli.common import (
+    DEMO_IMAGE,
+    DEMO_PROMPT,
+    demo_notice,
+    load_checkpoint,
+    max_length,
+    open_checkpoint,
+    read_sampling,
+)
+from qwen3vl_jax.cli.infer_arguments import check_media, input_options, read_messages
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.processing.media import load_image
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.processing.tokenizer import TextStream
-from qwen3vl_jax.runtime.console import (
-    Clock,
-    Status,
-    memory_advice,
-    sizes,
-)
-from qwen3vl_jax.storage.json_text import write_json
+from qwen3vl_jax.runtime import distributed
+from qwen3vl_jax.runtime.console import Clock, Status, memory_advice, sizes
+
+
+class Prompt(NamedTuple):
+    """One conversation ready for the model: `arrays` are those of Processor.inputs."""
+
+    directory: Path
+    processor: Processor
+    arrays: dict[str, Any]
+    messages: list[dict]
+    limit: int  # tokens of prompt and answer
+
+
+def run(args: argparse.Namespace, scope: contextlib.ExitStack, status: Status) -> None:
+    """Prints the answers. With --mesh over several processes only the first one prints."""
+    index, count = distributed.start(distributed.asked_of(args)) if args.mesh else (0, 1)
+
+    def ask() -> None:
+        prompt = read_prompt(args) if count == 1 else distributed.agreed(lambda: read_prompt(args))
+        if count > 1:
+            seen = [repr({**vars(args), "process": 0}).encode()]
+            seen += [x.tobytes() for x in prompt.arrays.values()]
+            distributed.check_alike("--mesh: other options, prompt or images", *seen)
+
+        def load() -> tuple[Any, q3.Config]:
+            notice = demo_notice(args, prompt.messages)
+            return load_checkpoint(args, prompt.directory, scope, status, notice)
+
+        with distributed.quiet(index > 0):
+            text = answer(args, prompt, load, status)
+        if args.draw and not index:
+            from qwen3vl_jax.cli.draw import draw_answer
+
+            draw_answer(args.draw, prompt.messages, text, args.image if args.messages else [])
+
+    ask() if count == 1 else distributed.end_together(ask, "the beginning")
+
+
+def conversation(args: argparse.Namespace) -> tuple[list[dict], list[dict] | None]:
+    """The messages to answer and the tools they may call. Raises InputError."""
+    if args.messages:
+        if args.prompt or args.system:
+            raise InputError(
+                "--messages: the file holds the whole conversation, leave --prompt and --system out"
+            )
+        return read_messages(args.messages)
+    if not args.ckpt and not args.image and not args.video:
+        args.image, args.prompt = [str(DEMO_IMAGE)], args.prompt or DEMO_PROMPT
+    seen = "video" if args.video else "image" if args.image else None
+    prompt = args.prompt or (seen and f"Describe this {seen}.")
+    if not prompt:
+        raise InputError("nothing to ask: give --prompt, --image, --video or --messages")
+    content = [{"type": "image", "image": load_image(source)} for source in args.image]
+    content += [{"type": "video", "video": source} for source in args.video]
+    content.append({"type": "text", "text": prompt})
+    system = [{"role": "system", "content": args.system}] if args.system else []
+    return [*system, {"role": "user", "content": content}], None
+
+
+def read_prompt(args: argparse.Namespace) -> Prompt:
+    """All that can be refused without jax. Raises InputError."""
+    messages, tools = conversation(args)
+    directory, processor = open_checkpoint(args)
+    media = {"images": args.image or None, "videos": args.video or None} if args.messages else {}
+    arrays = processor.inputs(messages, tools=tools, **media, **input_options(args))
+    held = {kind for kind in ("image", "video") if f"{kind}_grid_thw" in arrays}
+    check_media(args, held, "the conversation has no {}; leave it out")
+    for number, used in enumerate(arrays.pop("video_metadata", ()), 1):
+        _, height, width = processor.config.vision.patch_size * arrays["video_grid_thw"][number - 1]
+        print(
+            f"video {number}: {len(used.indices)} frames, second {used.seconds[0]:.1f} to "
+            f"{used.seconds[-1]:.1f}, {width} x {height}",
+            file=sys.stderr,
+        )
+    limit = max_length(args, processor)
+    rows, length = arrays["input_ids"].shape
+    if args.draw and "image" not in held:
+        raise InputError("--draw: the conversation has no image to draw on; give --image")
+    if rows != 1:
+        raise InputError(f"--messages: the file holds {rows} conversations, expected one")
+    if length >= limit:
+        raise InputError(
+            f"the prompt has {length} tokens and the cache holds {limit} (--max-len): shorten the "
+            "prompt, lower --max-pixels (--video-max-pixels, --fps), or allow more"
+        )
+    return Prompt(directory, processor, arrays, messages, limit)
 
 
 class Texts:
@@ -36,7 +125,7 @@ class Texts:
         self.ended = np.zeros(args.answers, bool)
 
     def add(self, new: np.ndarray) -> None:
-        """Takes new tokens [B n], negative ones are none."""
+        """Takes new tokens [B n]; negative ones are none."""
         for row, text in enumerate(self.streams):
             ids = new[row][new[row] >= 0].tolist()
             self._show(row, text.push(t for t in ids if t not in self.stop_ids))
@@ -52,42 +141,46 @@ class Texts:
         for row, text in enumerate(self.streams):
             self._show(row, text.flush())
         for row, text in enumerate(self.texts):
-            print(
-                "" if self.args.stream else f"[{row + 1}] {text}" if len(self.texts) > 1 else text
-            )
+            numbered = f"[{row + 1}] {text}" if len(self.texts) > 1 else text
+            print("" if self.args.stream else numbered)
         sys.stdout.flush()
+
+    def tell_empty(self) -> None:
+        """Says on stderr which answers have no text."""
+        for number, text in enumerate(self.texts, 1):
+            if not text.strip():
+                which = f"answer {number}" if len(self.texts) > 1 else "the answer"
+                print(f"{which} is empty", file=sys.stderr)
 
 
 def answer(
     args: argparse.Namespace,
-    processor: Processor,
-    arrays: dict[str, Any],
-    limit: int,
-    sampling: Sampling,
-    load: Callable[[], tuple[Any, Any]],
+    prompt: Prompt,
+    load: Callable[[], tuple[Any, q3.Config]],
     status: Status,
 ) -> str:
     """Loads the weights, prints the answers (timing on stderr) and returns the first of them.
 
-    What was said is printed too where Ctrl-C or logits that are not finite end it. Raises InputError.
+    Ctrl-C, or logits that are not finite, end it: what was answered is printed first. Raises InputError.
     """
-    batch = q3.make_batch(processor.config, **arrays)
+    processor = prompt.processor
+    sampling = read_sampling(args, processor)
+    batch = q3.make_batch(processor.config, **prompt.arrays)
     if args.answers > 1 and not sampling.temperature:
         print("temperature 0: the answers are all alike (try --temperature 1)", file=sys.stderr)
     clock = Clock()
     params, cfg = load()
     loading = clock.lap()
     status.show("compiling")
-    prompt = int(arrays["attention_mask"].sum())
-    room = min(args.max_new_tokens, limit - prompt)
+    length = int(prompt.arrays["attention_mask"].sum())
+    room = min(args.max_new_tokens, prompt.limit - length)
     chunks = q3.stream(params, cfg, batch, max_new_tokens=room, sampling=sampling, seed=args.seed,
-                       stop_ids=processor.stop_ids, max_len=limit, copies=args.answers,
+                       stop_ids=processor.stop_ids, max_len=prompt.limit, copies=args.answers,
                        prefill_chunk=args.prefill_chunk)  # fmt: skip
     texts, count, prefill = Texts(args, processor), 0, 0.0
+    held, advice = sizes(params, cfg, batch), "--max-pixels, --max-len, or --dtype bfloat16"
     try:
-        with memory_advice(
-            sizes(params, cfg, batch), "--max-pixels, --max-len, or --dtype bfloat16"
-        ):
+        with memory_advice(held, advice), contextlib.suppress(StopIteration):
             new = next(chunks)
             while True:
                 status.stop()
@@ -95,64 +188,18 @@ def answer(
                 count += new.shape[1]
                 texts.add(new)
                 new = chunks.send(texts.ended)
-    except StopIteration:
-        pass
     finally:
         status.stop()
         if count:
             texts.finish()
-    for number, text in enumerate(texts.texts, 1):
-        if not text.strip():
-            which = f"answer {number}" if len(texts.texts) > 1 else "the answer"
-            print(f"{which} is empty", file=sys.stderr)
+    texts.tell_empty()
     decode = clock.lap()
     if not texts.ended.all():
         why = "--max-new-tokens" if room == args.max_new_tokens else "--max-len"
         print(f"the answer was cut off after {count} tokens ({why})", file=sys.stderr)
     report = f"load {loading:.1f} s, compile {clock.compiling:.1f} s, "
-    report += f"prefill {prompt} tokens {prompt / prefill:.0f}/s"
+    report += f"prefill {length} tokens {length / prefill:.0f}/s"
     if count > 1:
         report += f", decode {count - 1} tokens {(count - 1) / decode:.1f}/s"
     print(report, file=sys.stderr)
     return texts.texts[0]
-
-
-def measured(
-    args: argparse.Namespace,
-    processor: Processor,
-    load: Callable[[], tuple[Any, Any]],
-    status: Status,
-) -> None:
-    """Prints a vector (--embed), or a score a document (--rerank), as JSON. Raises InputError."""
-    thing = {"text": args.prompt, "image": args.image, "video": args.video}
-    if args.embed:
-        rows = [retrieval_prompts.embed_conversation(thing, args.instruction)]
-    else:
-        documents = [retrieval_prompts.document(given) for given in args.document]
-        rows = [
-            retrieval_prompts.rerank_conversation(thing, d, args.instruction) for d in documents
-        ]
-    held = {item["type"] for row in rows for message in row for item in message["content"]}
-    check_media(args, held, "there is no {}; leave it out")
-    if args.rerank:
-        words = retrieval_prompts.yes_no_ids(processor.tokenizer)
-    batch = processor(rows, **input_options(args))
-    check_dims(processor.config, args.dims)
-    params, cfg = load()
-    status.show("compiling")
-    held = sizes(params, cfg, batch)
-    held.pop("cache (about)")  # there is none
-    with memory_advice(held, "--max-pixels, fewer --document, or --dtype bfloat16"):
-        if args.embed:
-            embed = jax.jit(q3.embed, static_argnames=("cfg", "dims"))
-            found = jax.device_get(embed(params, cfg, batch, dims=args.dims))
-        else:
-            rerank = jax.jit(q3.rerank, static_argnames=("cfg", "yes_no"))
-            found = jax.device_get(rerank(params, cfg, batch, words))
-    status.stop()
-    check_finite("--embed" if args.embed else "--rerank", found)
-    if args.embed:
-        print(write_json([round(float(x), 7) for x in found[0]], "--embed"))
-        return
-    for name, score in zip(args.document, found, strict=True):
-        print(write_json({"document": name, "score": round(float(score), 7)}, "--rerank"))

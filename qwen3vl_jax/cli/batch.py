@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import queue
@@ -17,12 +18,23 @@ from qwen3vl_jax.cli.batch_journal import (
     Journal,
     Line,
     Result,
+    digest_of,
     read_lines,
 )
+from qwen3vl_jax.cli.common import (
+    demo_notice,
+    load_checkpoint,
+    max_length,
+    open_checkpoint,
+    read_sampling,
+)
+from qwen3vl_jax.cli.infer_arguments import check_media_of_lines, input_options, media_rules
 from qwen3vl_jax.errors import InputError, check_int
 from qwen3vl_jax.inference.sampling import Sampling, row_seeds
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.processing.tokenizer import TextStream, stop_list
+from qwen3vl_jax.runtime import distributed
+from qwen3vl_jax.runtime.console import Status, memory_advice, parts, sigterm_interrupts
 from qwen3vl_jax.storage.json_text import read_json
 from qwen3vl_jax.storage.paths import absolute
 
@@ -67,6 +79,45 @@ def largest(proc: Processor, settings: Settings) -> tuple[int, int]:
     pictures = {k: v for k in ("min_pixels", "max_pixels") if (v := settings.inputs.get(k))}
     kind = proc.image_settings.override(**pictures)
     return settings.rows * min(LONG, settings.max_len), kind.max_pixels // kind.patch_size**2
+
+
+def run(args: argparse.Namespace, scope: contextlib.ExitStack, status: Status) -> None:
+    """Answers a file of conversations into a file of answers; exit code 1 if lines had errors."""
+    asked = distributed.asked_of(args)
+    check_media_of_lines(args)
+    directory, processor = open_checkpoint(args)
+    processor = dataclasses.replace(processor, media_rules=media_rules(args))
+    settings = Settings(
+        dataclasses.asdict(read_sampling(args, processor)), args.max_new_tokens, args.seed,
+        tuple(args.stop), max_length(args, processor), input_options(args), args.rows,
+        args.prefill_chunk,
+    )  # fmt: skip
+    made_with = {"ckpt": str(absolute(directory)), "dtype": args.dtype, "weights": args.weights,
+                 **({"adapter": str(absolute(args.adapter))} if args.adapter else {}),
+                 "chat_template": digest_of(processor.template.text(True).encode())}  # fmt: skip
+    held: dict[str, int] = {}
+
+    def load(scope: contextlib.ExitStack) -> tuple[Any, Any]:
+        params, cfg = load_checkpoint(args, directory, scope, status, demo_notice(args))
+        held.update(parts(params, cfg, *largest(processor, settings), "at most"))
+        return params, cfg
+
+    index, count = distributed.start(asked)
+    files = (load, processor, args.input, args.output, settings, made_with)
+
+    def answer() -> int:
+        with memory_advice(held, "--rows, --max-len, --max-pixels, or --dtype bfloat16"):
+            if count == 1:
+                return answer_file(*files)
+            from qwen3vl_jax.cli.replicas import answer_file_together
+
+            return answer_file_together(*files, index, count)
+
+    with sigterm_interrupts(5 if count == 1 else 5 + distributed.GRACE):
+        together = distributed.end_together
+        errors = answer() if count == 1 else together(answer, "the answers that are kept")
+    if errors:
+        sys.exit(1)
 
 
 def answer_file(

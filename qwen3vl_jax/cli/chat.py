@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import re
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
 from typing import Any
 
 import jax
 
+from qwen3vl_jax.cli.common import (
+    demo_notice,
+    load_checkpoint,
+    max_length,
+    open_checkpoint,
+    read_sampling,
+)
+from qwen3vl_jax.cli.infer_arguments import input_options
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.inference.chat_session import Kept, take_turn
 from qwen3vl_jax.model.structs import Params
@@ -33,6 +42,21 @@ ADVICE = "/new, --max-pixels, --prefill-chunk, or --dtype bfloat16"
 Item = dict[str, Any]
 
 
+def run(args: argparse.Namespace, scope: contextlib.ExitStack, status: Status) -> None:
+    """Talks in the terminal until the end of input."""
+    directory, processor = open_checkpoint(args)
+    sampling, inputs = read_sampling(args, processor), input_options(args)
+    media = [{"type": "image", "image": source} for source in args.image]
+    media += [{"type": "video", "video": source} for source in args.video]
+    media = [looked(processor, item, inputs) for item in media]
+    params, _ = load_checkpoint(args, directory, scope, status, demo_notice(args))
+    converse(
+        params, processor, args.system, media, max_new_tokens=args.max_new_tokens, sampling=sampling,
+        seed=args.seed, max_len=max_length(args, processor), prefill_chunk=args.prefill_chunk,
+        stop=args.stop, inputs=inputs,
+    )  # fmt: skip
+
+
 def looked(proc: Processor, item: Item, inputs: Mapping[str, Any] | None) -> Item:
     """A picture or clip, read once for the whole chat; inputs as in `take_turn`. Raises InputError."""
     names = ("allow_special", "template_vars")  # of the text
@@ -43,7 +67,7 @@ def read_line(prompt: str) -> str:
     """A line of the user's: edited and recalled with the arrow keys where Python has readline."""
     if not sys.stdin.isatty():
         return input()
-    with suppress(ImportError):
+    with contextlib.suppress(ImportError):
         import readline  # noqa: F401  what input() uses from now on
     if sys.stdout.isatty():
         return input(prompt)
@@ -60,7 +84,7 @@ class _Stop:
     def __init__(self) -> None:
         self.pressed = False
 
-    @contextmanager
+    @contextlib.contextmanager
     def heard(self) -> Iterator[None]:
         """Until its end SIGINT only marks the first press."""
         if threading.current_thread() is not threading.main_thread():

@@ -58,6 +58,12 @@ NEEDS = {
 }
 
 
+def module_of(args: argparse.Namespace) -> str:
+    """The module of cli/ that answers."""
+    modes = {"plan": "plan", "chat": "chat", "input": "batch", "embed": "embed", "rerank": "embed"}
+    return next((module for mode, module in modes.items() if getattr(args, mode)), "ask")
+
+
 def arguments(argv: list[str] | None, description: str) -> argparse.Namespace:
     """The options; ends the process for unknown ones and for --help."""
     p = Parser(prog="infer.py", description=description)

@@ -19,6 +19,7 @@ import qwen3vl_jax as q3
 import qwen3vl_jax.__main__ as about
 from qwen3vl_jax.checkpoint.adapter_map import Adapter, lora_targets
 from qwen3vl_jax.checkpoint.peft_io import save_adapter
+from qwen3vl_jax.cli import common
 from qwen3vl_jax.cli.draw import (
     Mark,
     draw_answer,
@@ -31,7 +32,7 @@ from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.runtime.console import memory_advice
 
-DEMO = Path(infer.DEMO)
+DEMO = Path(common.DEMO)
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +53,7 @@ def test_without_arguments_the_demo_answers_and_says_how_long_it_took(capsys):
         assert word in err
     first = [line.split(":")[0].split("/")[0] for line in err.splitlines()[:3]]
     assert first == ["loading ", "no --ckpt", "compiling"], err
-    assert "demo/pictures/grid.png" in err and infer.DEMO_PROMPT in err and "wrong" not in err
+    assert "demo/pictures/grid.png" in err and common.DEMO_PROMPT in err and "wrong" not in err
 
 
 def test_the_demo_says_when_it_is_asked_what_it_does_not_know(capsys):
@@ -68,7 +69,7 @@ def test_the_demo_says_when_it_is_asked_what_it_does_not_know(capsys):
         ),
         (("--prompt", "What is a cat?"), ("(the question is none that it has learned: ",)),
         (
-            ("--image", infer.DEMO_PICTURE, "--prompt", "find every three."),
+            ("--image", common.DEMO_IMAGE, "--prompt", "find every three."),
             ("nothing else, --ckpt",),
         ),
     ):
@@ -87,7 +88,7 @@ def test_no_answer_of_numbers_that_are_none(capsys):
         return tensors
 
     ckpt, name, image, file = checkpoint("broken", spoil)
-    ask = (ckpt, name, image, file, "--prompt", infer.DEMO_PROMPT)
+    ask = (ckpt, name, image, file, "--prompt", common.DEMO_PROMPT)
     for mode in ((), ("--stream",), ("--embed",)):
         with pytest.raises(SystemExit) as stop:
             run(capsys, *ask, *mode)
@@ -168,20 +169,20 @@ def test_seeds_and_sampling(capsys):
 
 
 def test_a_conversation_from_a_file(capsys):
-    ask = [{"role": "user", "content": [{"type": "image", "image": str(infer.DEMO_PICTURE)},
-                                        {"type": "text", "text": infer.DEMO_PROMPT}]}]  # fmt: skip
+    ask = [{"role": "user", "content": [{"type": "image", "image": str(common.DEMO_IMAGE)},
+                                        {"type": "text", "text": common.DEMO_PROMPT}]}]  # fmt: skip
     Path("chat.json").write_text(json.dumps(ask))
     want = run(capsys).out
     assert run(capsys, "--messages", "chat.json").out == want
     ask[0]["content"][0] = {"type": "image"}  # the picture comes beside the file
     Path("chat.json").write_text(json.dumps({"messages": ask, "tools": None}))
-    assert run(capsys, "--messages", "chat.json", "--image", infer.DEMO_PICTURE).out == want
+    assert run(capsys, "--messages", "chat.json", "--image", common.DEMO_IMAGE).out == want
 
 
 def test_draw_writes_one_file_a_picture(capsys):
-    Image.open(infer.DEMO_PICTURE).save("second.png")
+    Image.open(common.DEMO_IMAGE).save("second.png")
     out, err = run(
-        capsys, "--image", infer.DEMO_PICTURE, "--draw", "out.png", "--prompt", "Find every 4."
+        capsys, "--image", common.DEMO_IMAGE, "--draw", "out.png", "--prompt", "Find every 4."
     )
     drawn = sorted(p.name for p in Path.cwd().glob("out*.png"))
     assert drawn == (["out.png"] if find_marks(out) else []) and ("drew" in err) == bool(drawn)
@@ -263,7 +264,7 @@ def checkpoint(name, change=None, drop=()):
     if change:
         tensors = change(load_file(DEMO / "model.safetensors"))
         save_file(tensors, Path(name) / "model.safetensors", metadata={"format": "pt"})
-    return ("--ckpt", name, "--image", infer.DEMO_PICTURE)
+    return ("--ckpt", name, "--image", common.DEMO_IMAGE)
 
 
 def picture(name, data):
@@ -330,7 +331,7 @@ def test_settings_of_media_that_lines_may_have(tmp_path):
             check_media_of_lines(args)
 
 
-ASK = ("--image", infer.DEMO_PICTURE, "--prompt", "hi")
+ASK = ("--image", common.DEMO_IMAGE, "--prompt", "hi")
 BAD = {
     "no such picture": (lambda: ("--image", "nowhere.png"), ["nowhere.png"]),
     "truncated jpeg": (lambda: picture("cut.jpg", jpeg()[:700]), ["cut.jpg"]),
@@ -349,7 +350,7 @@ BAD = {
     ),
     "placeholder without a picture": (lambda: messages([{"type": "image"}]), ["placeholder"]),
     "picture without a placeholder": (
-        lambda: (*messages("hi"), "--image", infer.DEMO_PICTURE),
+        lambda: (*messages("hi"), "--image", common.DEMO_IMAGE),
         ["placeholder"],
     ),
     "hub id without network": (lambda: ("--ckpt", "Qwen/Qwen3-VL-2B-Instruct", *ASK), ["Qwen/"]),
@@ -378,7 +379,7 @@ BAD = {
         ["chat.json", "list of messages"],
     ),
     "no such clip": (lambda: ("--video", "gone.mp4", "--prompt", "hi"), ["gone.mp4"]),
-    "picture as clip": (lambda: ("--video", infer.DEMO_PICTURE), ["grid.png", "picture"]),
+    "picture as clip": (lambda: ("--video", common.DEMO_IMAGE), ["grid.png", "picture"]),
     "fps and number": (
         lambda: ("--video", "x.mp4", "--fps", 2, "--num-frames", 3),
         ["fps", "num_frames"],
@@ -438,7 +439,7 @@ BAD = {
         ["error: an image of 3", " MiB of patches, expected"],
     ),
     "image without a place": (
-        lambda: (*messages("hi"), "--image", infer.DEMO_PICTURE),
+        lambda: (*messages("hi"), "--image", common.DEMO_IMAGE),
         ["0 image placeholder(s)", "{type: image}", "(--image)"],
     ),
     "message with an image beside its content": (
@@ -502,7 +503,7 @@ def test_weights_without_room_are_one_line(mode, capsys, monkeypatch):
     def full(*_):
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.")
 
-    monkeypatch.setattr(infer, "load", full)
+    monkeypatch.setattr(common, "load_params", full)
     Path("in.jsonl").write_text('{"messages": []}')
     options = {"--embed": ["--prompt", "hi"], "--input": ["in.jsonl", "--output", "out.jsonl"]}
     with pytest.raises(SystemExit) as stop:
@@ -523,7 +524,7 @@ def test_work_without_room_is_told_by_part(capsys, monkeypatch):
     Path("in.jsonl").write_text('{"messages": []}')
     for options, words in (
         (["--input", "in.jsonl", "--output", "out.jsonl"], "cache (at most) 0.16 GiB, pictures"),
-        (["--embed", "--image", str(infer.DEMO_PICTURE)], "pictures (about) 0.00 GiB"),
+        (["--embed", "--image", str(common.DEMO_IMAGE)], "pictures (about) 0.00 GiB"),
     ):
         with pytest.raises(SystemExit) as stop:
             infer.main(options)
@@ -536,7 +537,7 @@ def test_embed_prints_a_unit_vector(capsys):
     """Of a text and a picture, whole and cut: what the function gives."""
     for dims in (192, 7):
         infer.main(
-            ["--embed", "--prompt", "hi", "--image", str(infer.DEMO_PICTURE), "--dims", str(dims)]
+            ["--embed", "--prompt", "hi", "--image", str(common.DEMO_IMAGE), "--dims", str(dims)]
         )
         vector = np.array(json.loads(capsys.readouterr().out))
         assert vector.shape == (dims,) and abs(np.linalg.norm(vector) - 1) < 1e-5
@@ -546,6 +547,6 @@ def test_a_length_beyond_the_positions_is_said(capsys):
     text = SimpleNamespace(max_position_embeddings=4096)
     model = SimpleNamespace(config=SimpleNamespace(text=text))
     for length, said in ((None, False), (4096, False), (4097, True)):
-        found = infer.longest(SimpleNamespace(max_len=length), model)
+        found = common.max_length(SimpleNamespace(max_len=length), model)
         err = capsys.readouterr().err
         assert found == (length or 4096) and ("--max-len 4097: the model has 4096" in err) == said

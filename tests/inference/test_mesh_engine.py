@@ -15,6 +15,7 @@ from qwen3vl_jax.checkpoint import auto_mesh
 from qwen3vl_jax.checkpoint.config_files import PARAMS
 from qwen3vl_jax.checkpoint.device_load import Source, path_shardings
 from qwen3vl_jax.checkpoint.name_map import param_specs
+from qwen3vl_jax.cli import common
 from qwen3vl_jax.cli.infer_arguments import mesh_sizes
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.inference import generate
@@ -122,8 +123,8 @@ class Device:
 
 def test_a_model_larger_than_a_device_is_spread(capsys):
     """The demo on devices of a few hundred kB; what fits, or cannot be known, stays on one."""
-    source = Source(infer.DEMO, Config.from_hf(infer.DEMO))
-    assert not (infer.DEMO / PARAMS).exists()
+    source = Source(common.DEMO, Config.from_hf(common.DEMO))
+    assert not (common.DEMO / PARAMS).exists()
     held = auto_mesh.weights_bytes(source, "float32")
     for limit, count in ((2 * held, 8), (None, 8), (held, 1)):
         assert auto_mesh.chosen(source, "float32", [Device(limit)] * count) == {}

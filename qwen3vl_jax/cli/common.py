@@ -1,0 +1,115 @@
+"""What the modes of infer.py share: the demo's files, the processor, the sampling, the weights."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import qwen3vl_jax as q3
+from qwen3vl_jax.cli.infer_arguments import mesh_sizes
+from qwen3vl_jax.processing.processor import Processor
+from qwen3vl_jax.runtime.compile_cache import keep_programs
+from qwen3vl_jax.runtime.console import Status, memory_advice
+from qwen3vl_jax.storage.hub import resolve
+from qwen3vl_jax.storage.paths import file_size, files_under
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO, DEMO_IMAGE = ROOT / "demo" / "checkpoint", ROOT / "demo" / "pictures" / "grid.png"
+DEMO_PROMPT = "Read the digits row by row."
+
+
+def open_checkpoint(args: argparse.Namespace) -> tuple[Path, Processor]:
+    """The checkpoint's directory and its processor. Raises InputError."""
+    directory = resolve(args.ckpt or DEMO, args.revision)
+    return directory, Processor.from_pretrained(directory, args.chat_template)
+
+
+def max_length(args: argparse.Namespace, processor: Processor) -> int:
+    """Tokens that prompt and answer may have together."""
+    positions = processor.config.text.max_position_embeddings
+    if args.max_len is not None and args.max_len > positions:
+        print(
+            f"--max-len {args.max_len}: the model has {positions} positions (max_position_embeddings), "
+            "answers beyond them may be bad",
+            file=sys.stderr,
+        )
+    return positions if args.max_len is None else args.max_len
+
+
+def read_sampling(args: argparse.Namespace, processor: Processor) -> q3.Sampling:
+    """The checkpoint's sampling, changed by the options. Raises InputError."""
+    from qwen3vl_jax.inference.sampling import row_seeds
+
+    names = (field.name for field in dataclasses.fields(q3.Sampling))
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    sampling = q3.Sampling(**(processor.sampling | given))
+    sampling.check()
+    row_seeds(args.seed, 1)
+    return sampling
+
+
+def demo_notice(args: argparse.Namespace, messages: Sequence[dict] | None = None) -> str:
+    """What the bundled checkpoint can do, for a run without --ckpt; "" with it."""
+    if args.ckpt:
+        return ""
+    import numpy as np
+
+    from demo.notice import notice
+
+    content = messages[-1]["content"] if messages and not args.messages else []
+    images = [x["image"].convert("RGB") for x in content if x["type"] == "image"]
+    small = [np.asarray(image.resize((128, 128), 0)) for image in images]
+    shown = DEMO_IMAGE.relative_to(ROOT) if args.image == [str(DEMO_IMAGE)] else ""
+    return notice(content[-1]["text"] if content else None, small, str(shown))
+
+
+def load_params(
+    args: argparse.Namespace, directory: Path, scope: contextlib.ExitStack, status: Status
+) -> tuple[Any, q3.Config]:
+    """(params, cfg) in --dtype; the default on a CPU is float32.
+
+    They are on --mesh, or on the devices that a large model needs: that mesh is the ambient one until
+    `scope` ends. With --input it has this process's devices, else those of all processes.
+    """
+    import jax
+
+    from qwen3vl_jax.checkpoint.auto_mesh import mesh_for
+    from qwen3vl_jax.checkpoint.device_load import Source
+
+    keep_programs(not args.no_compile_cache)
+    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else None)
+    source = Source(directory, q3.Config.from_hf(directory), args.weights)
+    devices = jax.local_devices() if args.input else jax.devices()
+    mesh = mesh_for(mesh_sizes(args.mesh), source, dtype, devices)
+    status.show(f"loading {directory}")
+    params, cfg = q3.load(
+        directory, mesh=mesh, dtype=dtype, weights=args.weights, adapter=args.adapter
+    )
+    if mesh is not None:
+        scope.enter_context(jax.set_mesh(mesh))
+    return params, cfg
+
+
+def load_checkpoint(
+    args: argparse.Namespace,
+    directory: Path,
+    scope: contextlib.ExitStack,
+    status: Status,
+    notice: str = "",
+) -> tuple[Any, q3.Config]:
+    """`load_params`, once all of it is on the device. Raises InputError where it does not fit."""
+    import jax
+
+    stored = sum(file_size(directory / name) for name in files_under(directory))
+    advice = "--dtype bfloat16, --weights int8 or a smaller checkpoint"
+    with memory_advice({"checkpoint on disk": stored}, advice):
+        loaded = jax.block_until_ready(load_params(args, directory, scope, status))
+    status.stop()
+    if notice:
+        print(notice, file=sys.stderr)
+    return loaded

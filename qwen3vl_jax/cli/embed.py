@@ -1,0 +1,64 @@
+"""infer.py --embed and --rerank: a vector, or a score for each document, as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from typing import Any
+
+import qwen3vl_jax as q3
+from qwen3vl_jax.cli.common import demo_notice, load_checkpoint, open_checkpoint
+from qwen3vl_jax.cli.infer_arguments import check_media, input_options
+from qwen3vl_jax.processing import retrieval_prompts
+from qwen3vl_jax.runtime.console import Status, memory_advice, sizes
+from qwen3vl_jax.storage.json_text import write_json
+
+
+def run(args: argparse.Namespace, scope: contextlib.ExitStack, status: Status) -> None:
+    """Prints the unit vector of what is given, or one score a line. Raises InputError."""
+    directory, processor = open_checkpoint(args)
+    notice = demo_notice(args)
+    conversations = _conversations(args)
+    if args.rerank:
+        yes_no = retrieval_prompts.yes_no_ids(processor.tokenizer)
+    batch = processor(conversations, **input_options(args))
+    from qwen3vl_jax.inference.scoring import check_dims, check_finite
+
+    check_dims(processor.config, args.dims)
+    params, cfg = load_checkpoint(args, directory, scope, status, notice)
+    import jax
+
+    status.show("compiling")
+    held = sizes(params, cfg, batch)
+    held.pop("cache (about)")  # there is none
+    with memory_advice(held, "--max-pixels, fewer --document, or --dtype bfloat16"):
+        if args.embed:
+            embed = jax.jit(q3.embed, static_argnames=("cfg", "dims"))
+            found = jax.device_get(embed(params, cfg, batch, dims=args.dims))
+        else:
+            rerank = jax.jit(q3.rerank, static_argnames=("cfg", "yes_no"))
+            found = jax.device_get(rerank(params, cfg, batch, yes_no))
+    status.stop()
+    check_finite("--embed" if args.embed else "--rerank", found)
+    if args.embed:
+        print(write_json([round(float(x), 7) for x in found[0]], "--embed"))
+        return
+    for name, score in zip(args.document, found, strict=True):
+        print(write_json({"document": name, "score": round(float(score), 7)}, "--rerank"))
+
+
+def _conversations(args: argparse.Namespace) -> list[Any]:
+    """One conversation to embed, or one for each document to rank."""
+    query = {"text": args.prompt, "image": args.image, "video": args.video}
+    if args.embed:
+        found = [retrieval_prompts.embed_conversation(query, args.instruction)]
+    else:
+        found = [
+            retrieval_prompts.rerank_conversation(
+                query, retrieval_prompts.document(given), args.instruction
+            )
+            for given in args.document
+        ]
+    items = [item for messages in found for message in messages for item in message["content"]]
+    check_media(args, {item["type"] for item in items}, "there is no {}; leave it out")
+    return found

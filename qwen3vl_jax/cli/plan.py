@@ -1,0 +1,33 @@
+"""infer.py --plan: compiles a decode step and a prefill for a machine that is not here."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from qwen3vl_jax.cli.common import DEMO
+from qwen3vl_jax.cli.infer_arguments import mesh_sizes
+from qwen3vl_jax.planning.chips import prepare_environment, read_machine
+
+PLANNED_LENGTH = 32768  # tokens of prompt and answer that are planned for without --max-len
+
+
+def run(args: argparse.Namespace, *_: object) -> None:
+    """Prints the plan; exit code 1 where it does not fit."""
+    machine = read_machine(args.plan, args.slices)
+    # Before jax is imported.
+    prepare_environment(machine)
+    import jax.numpy as jnp
+
+    from qwen3vl_jax.planning.command import plan_serving
+    from qwen3vl_jax.planning.program import config_of
+    from qwen3vl_jax.planning.serving import Serving
+
+    dtype, ckpt = jnp.dtype(args.dtype or "bfloat16"), str(args.ckpt or DEMO)
+    length = args.max_len
+    if length is None:
+        length = min(config_of(ckpt).text.max_position_embeddings, PLANNED_LENGTH)
+    serving = Serving(args.rows, length, args.prefill_chunk, dtype, args.weights)
+    plans = plan_serving(ckpt, machine, mesh_sizes(args.mesh), serving, args.save)
+    if not all(plan.fits for plan in plans):
+        sys.exit(1)

@@ -1,0 +1,117 @@
+"""Fine-tunes Qwen3-VL from a TOML file; the same command again resumes.
+
+    python train.py --config configs/NAME.toml --out RUN_DIR [key=value ...]
+
+RUN_DIR holds metrics.csv, evaluation.csv, checkpoints/, config.toml, tensorboard/, answers/, refused.csv
+and curves.png. `python -m convert --to-hf RUN_DIR OUT` makes Hugging Face files of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.planning.machines import (
+    add_plan_arguments,
+    check_plan_arguments,
+    prepare_environment,
+    read_machine,
+)
+from qwen3vl_jax.runtime import distributed
+from qwen3vl_jax.runtime.chips import allow_gpu_memory
+from qwen3vl_jax.runtime.compile_cache import HELP, PROGRAMS, keep_programs
+from qwen3vl_jax.runtime.console import EXPECTED, report
+from qwen3vl_jax.storage.paths import argument, kind
+from qwen3vl_jax.training.checks import check_run
+from qwen3vl_jax.training.determinism import COST, make_deterministic
+from qwen3vl_jax.training.recipe import Recipe, read_recipe
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The options; ends the process for unknown ones and for --help."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--config", type=argument, required=True, help="a recipe, see configs/")
+    add("--out", type=argument, help="output directory (new, or a run to resume)")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="print parameters, memory, steps and one sample with its mask; train nothing",
+    )
+    add_plan_arguments(parser)
+    add("--tries", type=int, default=4, metavar="N",
+        help="with --plan: compiles spent on the largest batch that fits, or on --search")  # fmt: skip
+    add("--search", action="store_true", help="with --plan: try meshes and remat policies")
+    add("--no-compile-cache", action="store_true", help=HELP)
+    distributed.add_arguments(parser)
+    add("changes", nargs="*", metavar="key=value", help="override recipe values")
+    args = parser.parse_intermixed_args(argv)
+    if args.dry_run and args.plan:
+        parser.error("--dry-run and --plan: give one of them")
+    if args.no_compile_cache and (args.dry_run or args.plan):
+        parser.error("--no-compile-cache: means something only for a run that trains")
+    if not args.out and not args.dry_run and not args.plan:
+        parser.error("the following arguments are required: --out (or --dry-run, or --plan)")
+    return args
+
+
+def plan(args: argparse.Namespace, recipe: Recipe) -> bool:
+    """Compiles the recipe's step for a machine that is not here; whether it, or one of a search, fits."""
+    machine = read_machine(args.plan, args.slices)
+    # Before jax is imported.
+    prepare_environment(machine)
+    from qwen3vl_jax.planning import command
+
+    if args.search:
+        found = command.search_training(recipe, machine, args.tries)
+        return not args.tries or any(plan.fits for _, plan in found)
+    return command.plan_training(recipe, machine, args.save, args.tries).fits
+
+
+def train(args: argparse.Namespace, recipe: Recipe) -> None:
+    """Checks all that can be checked without jax, joins the other processes, and runs the recipe."""
+    processes = distributed.asked_of(args)
+    check_run(recipe)
+    if kind(args.out) == "file":
+        raise InputError(f"--out {args.out}: is a file, expected a directory")
+    if recipe.deterministic:
+        make_deterministic()
+        print(COST, file=sys.stderr)
+    allow_gpu_memory()
+    index, _ = distributed.start(processes)
+
+    def run() -> None:
+        keep_programs(not args.no_compile_cache)
+        from qwen3vl_jax.training import loop
+
+        loop.train(recipe, args.out)
+
+    distributed.end_together(run)
+    if not index:
+        print(PROGRAMS, file=sys.stderr)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; 0, 1 for a plan that does not fit, 2 for bad input, 130 for Ctrl-C.
+
+    SIGTERM and the first Ctrl-C save what was done; SIGTERM gives 0, and a second Ctrl-C ends at once.
+    """
+    args = arguments(argv)
+    try:
+        check_plan_arguments(args)
+        recipe = read_recipe(args.config, args.changes)
+        if args.plan:
+            return 0 if plan(args, recipe) else 1
+        if args.dry_run:
+            from qwen3vl_jax.training.reporting.dry_run import dry_run
+
+            dry_run(recipe)
+        else:
+            train(args, recipe)
+    except EXPECTED as error:
+        message = "interrupted: the same command goes on from the last checkpoint"
+        return report(error, args.out or args.config, message)
+    return 0
