@@ -8,7 +8,7 @@ import importlib
 import sys
 import time
 
-from qwen3vl_jax.cli.infer_arguments import arguments, check, module_of
+from qwen3vl_jax.cli.infer_arguments import arguments, check
 from qwen3vl_jax.runtime.chips import allow_gpu_memory, quiet_libtpu
 from qwen3vl_jax.runtime.compile_cache import PROGRAMS
 from qwen3vl_jax.runtime.console import Status, one_line_errors, run_script
@@ -17,8 +17,9 @@ from qwen3vl_jax.runtime.native_output import tidy_output
 
 def main(argv: list[str] | None = None) -> None:
     """The command line; exits 2 with one line for bad input."""
-    start, args = time.perf_counter(), arguments(argv, (__doc__ or "").split("\n")[0])
+    start = time.perf_counter()
     with one_line_errors(), Status() as status, contextlib.ExitStack() as scope:
+        args = arguments(argv, (__doc__ or "").split("\n")[0])
         check(args)
         allow_gpu_memory()
         if not args.plan:
@@ -26,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
                 quiet_libtpu()
                 tidy_output(stdout=not args.chat)
             status.show(f"loading {args.ckpt or 'the bundled demo'}", line=False)
-        importlib.import_module(f"qwen3vl_jax.cli.{module_of(args)}").run(args, scope, status)
+        importlib.import_module(f"qwen3vl_jax.cli.{args.mode}").run(args, scope, status)
     if not args.plan:
         print(PROGRAMS, file=sys.stderr)
     print(f"total {time.perf_counter() - start:.1f} s", file=sys.stderr)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import qwen3vl_jax as q3
-from qwen3vl_jax.cli.infer_arguments import mesh_sizes
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.runtime.compile_cache import keep_programs
 from qwen3vl_jax.runtime.console import Status, memory_advice
@@ -85,7 +84,7 @@ def load_params(
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else None)
     source = Source(directory, q3.Config.from_hf(directory), args.weights)
     devices = jax.local_devices() if args.input else jax.devices()
-    mesh = mesh_for(mesh_sizes(args.mesh), source, dtype, devices)
+    mesh = mesh_for(args.mesh, source, dtype, devices)
     status.show(f"loading {directory}")
     params, cfg = q3.load(
         directory, mesh=mesh, dtype=dtype, weights=args.weights, adapter=args.adapter

@@ -6,7 +6,6 @@ import argparse
 import sys
 
 from qwen3vl_jax.cli.common import DEMO
-from qwen3vl_jax.cli.infer_arguments import mesh_sizes
 from qwen3vl_jax.planning.chips import prepare_environment, read_machine
 
 PLANNED_LENGTH = 32768  # tokens of prompt and answer that are planned for without --max-len
@@ -28,6 +27,6 @@ def run(args: argparse.Namespace, *_: object) -> None:
     if length is None:
         length = min(config_of(ckpt).text.max_position_embeddings, PLANNED_LENGTH)
     serving = Serving(args.rows, length, args.prefill_chunk, dtype, args.weights)
-    plans = plan_serving(ckpt, machine, mesh_sizes(args.mesh), serving, args.save)
+    plans = plan_serving(ckpt, machine, args.mesh, serving, args.save)
     if not all(plan.fits for plan in plans):
         sys.exit(1)

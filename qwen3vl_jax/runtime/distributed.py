@@ -49,8 +49,8 @@ class Asked(NamedTuple):
     index: int = -1
 
 
-def add_arguments(parser: Any) -> None:
-    """The options of a program of several processes."""
+def add_arguments(parser: Any) -> tuple[str, ...]:
+    """Adds the options of a program of several processes; gives their names."""
     group = parser.add_argument_group(
         "several processes (found by themselves under SLURM, MPI, GKE)"
     )
@@ -62,6 +62,7 @@ def add_arguments(parser: Any) -> None:
     group.add_argument("--coordinator", default="", help="HOST:PORT of process 0")
     group.add_argument("--processes", type=int, default=0, help="how many there are")
     group.add_argument("--process", type=int, default=-1, help="which of them this is, from 0")
+    return "distributed", "coordinator", "processes", "process"
 
 
 def asked_of(args: Any, environ: Mapping[str, str] = os.environ) -> Asked | None:
