@@ -27,7 +27,7 @@ from qwen3vl_jax.processing.media import load_image
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.processing.tokenizer import TextStream
 from qwen3vl_jax.runtime import distributed
-from qwen3vl_jax.runtime.console import Clock, Status, memory_advice, sizes
+from qwen3vl_jax.runtime.console import Clock, Status, memory_advice, memory_of_batch
 
 
 class Prompt(NamedTuple):
@@ -178,7 +178,10 @@ def answer(
                        stop_ids=processor.stop_ids, max_len=prompt.limit, copies=args.answers,
                        prefill_chunk=args.prefill_chunk)  # fmt: skip
     texts, count, prefill = Texts(args, processor), 0, 0.0
-    held, advice = sizes(params, cfg, batch), "--max-pixels, --max-len, or --dtype bfloat16"
+    held, advice = (
+        memory_of_batch(params, cfg, batch),
+        "--max-pixels, --max-len, or --dtype bfloat16",
+    )
     try:
         with memory_advice(held, advice), contextlib.suppress(StopIteration):
             new = next(chunks)

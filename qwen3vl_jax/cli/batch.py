@@ -34,7 +34,7 @@ from qwen3vl_jax.inference.sampling import Sampling, row_seeds
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.processing.tokenizer import TextStream, stop_list
 from qwen3vl_jax.runtime import distributed
-from qwen3vl_jax.runtime.console import Status, memory_advice, parts, sigterm_interrupts
+from qwen3vl_jax.runtime.console import Status, memory_advice, memory_parts, sigterm_interrupts
 from qwen3vl_jax.storage.json_text import read_json
 from qwen3vl_jax.storage.paths import absolute
 
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace, scope: contextlib.ExitStack, status: Status) -
 
     def load(scope: contextlib.ExitStack) -> tuple[Any, Any]:
         params, cfg = load_checkpoint(args, directory, scope, status, demo_notice(args))
-        held.update(parts(params, cfg, *largest(processor, settings), "at most"))
+        held.update(memory_parts(params, cfg, *largest(processor, settings), "at most"))
         return params, cfg
 
     index, count = distributed.start(asked)

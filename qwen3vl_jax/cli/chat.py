@@ -29,7 +29,7 @@ from qwen3vl_jax.runtime.console import (
     Status,
     interrupt_heard,
     memory_advice,
-    parts,
+    memory_parts,
 )
 
 HELP = (
@@ -171,7 +171,7 @@ def _answered(
     slots = options["max_new_tokens"] + patches // proc.config.vision.merge_unit
     slots += 0 if kept is None else len(kept.ids)
     turn, stop = take_turn(params, proc, asked, kept, **options), _Stop()
-    sizes = parts(params, proc.config, slots, patches, "about")
+    sizes = memory_parts(params, proc.config, slots, patches, "about")
     with memory_advice(sizes, ADVICE), stop.heard(), Status() as status:
         status.show("compiling and reading" if kept is None else "reading", line=False)
         try:

@@ -10,7 +10,7 @@ import qwen3vl_jax as q3
 from qwen3vl_jax.cli.common import demo_notice, load_checkpoint, open_checkpoint
 from qwen3vl_jax.cli.infer_arguments import check_media, input_options
 from qwen3vl_jax.processing import retrieval_prompts
-from qwen3vl_jax.runtime.console import Status, memory_advice, sizes
+from qwen3vl_jax.runtime.console import Status, memory_advice, memory_of_batch
 from qwen3vl_jax.storage.json_text import write_json
 
 
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace, scope: contextlib.ExitStack, status: Status) -
     import jax
 
     status.show("compiling")
-    held = sizes(params, cfg, batch)
+    held = memory_of_batch(params, cfg, batch)
     held.pop("cache (about)")  # there is none
     with memory_advice(held, "--max-pixels, fewer --document, or --dtype bfloat16"):
         if args.embed:

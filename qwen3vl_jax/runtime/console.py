@@ -1,4 +1,4 @@
-"""What the command lines share: one-line errors, out-of-memory advice, a clock that knows compiling."""
+"""What the command lines share: one-line errors, signals, the status line, memory advice, a clock."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ interrupt_heard = threading.Event()  # set by whoever handles SIGINT, see `run_s
 def report(error: BaseException, where: object = "", interrupted: str = "interrupted") -> int:
     """Prints one line on stderr; gives the exit code: 2 for bad input, 130 for Ctrl-C.
 
-    An error's `problems`, if it has several, follow as a list. where: what an OSError without a
-    file name is about.
+    An error with several `problems` lists them below. where: the file of an OSError that names none.
     """
     if isinstance(error, KeyboardInterrupt):
         print(interrupted, file=sys.stderr)
@@ -35,101 +34,121 @@ def report(error: BaseException, where: object = "", interrupted: str = "interru
     if isinstance(error, OSError):
         message = ": ".join(str(x) for x in (error.filename or where, error.strerror or error) if x)
     problems = getattr(error, "problems", ())
-    print(f"error: {_folded(message)}", file=sys.stderr)
+    print(f"error: {_one_line(message)}", file=sys.stderr)
     if len(problems) > 1:
         for problem in problems[:_LISTED]:
-            print(f"  {_folded(problem)}", file=sys.stderr)
+            print(f"  {_one_line(problem)}", file=sys.stderr)
         if len(problems) > _LISTED:
             print(f"  ... and {len(problems) - _LISTED} more", file=sys.stderr)
     return 2
 
 
-def _folded(text: str) -> str:
+def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose refusals are one line on stderr, as those of `report`; exit code 2."""
+    """An ArgumentParser whose errors are one line on stderr and exit code 2, as those of `report`."""
 
     def error(self, message: str) -> NoReturn:
         """Ends the process."""
-        self.exit(2, f"error: {_folded(message)} (--help lists the options)\n")
+        self.exit(2, f"error: {_one_line(message)} (--help lists the options)\n")
 
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Ends the process as `report` says for bad input, a file that cannot be used, and Ctrl-C."""
+    """Ends the process by `report` after bad input, a file that cannot be used, or Ctrl-C."""
     try:
         yield
     except EXPECTED as e:
         sys.exit(report(e))
 
 
+@contextlib.contextmanager
+def signals_in_thread(hear: Callable[[int], None]) -> Iterator[None]:
+    """Calls hear(number) in a thread for each signal that has a handler.
+
+    Python's own handlers wait for the main thread, which may be inside XLA's compiler.
+    """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+
+    def listen() -> None:
+        with reader:
+            while data := reader.recv(64):
+                for number in data:
+                    hear(number)
+
+    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=listen, daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        writer.close()
+
+
 def run_script(main: Callable[[], Any]) -> None:
     """Runs a command line as the whole process: Ctrl-C ends it with one line and exit code 130.
 
-    The usual way out of the interpreter takes apart what threads of JAX still use, and crashes there.
-    What does not hear Ctrl-C (XLA while it compiles) is ended GRACE seconds after it.
+    It ends without the interpreter's shutdown, in which threads of JAX may crash. A main thread that
+    does not hear Ctrl-C (in XLA's compiler) is ended GRACE seconds later.
     """
     pressed = threading.Event()
-    reader, writer = socket.socketpair()
+    presses = 0
 
     def interrupt(*_: Any) -> None:
         pressed.set()
         interrupt_heard.set()
         raise KeyboardInterrupt
 
-    def end_deaf() -> None:
-        presses = 0
-        while True:
-            presses += reader.recv(16).count(signal.SIGINT)
-            if presses and interrupt_heard.wait(GRACE):
-                interrupt_heard.clear()
-                presses = 0
-            elif presses > (signal.getsignal(signal.SIGINT) is not interrupt):  # another: a chat's
-                _end_interrupted(told=False)
+    def end_if_unheard(number: int) -> None:
+        nonlocal presses
+        presses += number == signal.SIGINT
+        if presses and interrupt_heard.wait(GRACE):
+            interrupt_heard.clear()
+            presses = 0
+        # A handler of a chat's own hears the first press later.
+        elif presses > (signal.getsignal(signal.SIGINT) is not interrupt):
+            show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
+            with contextlib.suppress(OSError, ValueError):
+                print(f"{show_cursor}interrupted", file=sys.stderr)
+            _exit(130)
 
-    writer.setblocking(False)
-    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     before = signal.signal(signal.SIGINT, interrupt)
-    threading.Thread(target=end_deaf, daemon=True).start()
     code: Any = 0
-    try:
-        main()
-    except SystemExit as end:
-        code = end.code
-    except BaseException:
-        if not pressed.is_set():
-            raise
-        code = report(KeyboardInterrupt())
-    if code == 130:
-        _end_interrupted(told=True)
+    with signals_in_thread(end_if_unheard):
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+        except BaseException:
+            if not pressed.is_set():
+                raise
+            code = report(KeyboardInterrupt())
+        if code == 130:
+            _exit(130)
     signal.signal(signal.SIGINT, before)
     sys.exit(code)
 
 
-def _end_interrupted(told: bool) -> NoReturn:
+def _exit(code: int) -> NoReturn:
     """Ends the process now, with what was printed."""
     with contextlib.suppress(OSError, ValueError):
-        if not told:
-            shown = "\x1b[?25h" if sys.stderr.isatty() else ""  # the cursor, which a spinner hides
-            print(f"{shown}interrupted", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
-    os._exit(130)
+    os._exit(code)
 
 
 def end_process(code: int) -> NoReturn:
-    """Ends the process without the interpreter's own end, which threads of libraries may still crash."""
+    """Ends the process without the interpreter's shutdown, in which threads of libraries may crash."""
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    _exit(code)
 
 
 @contextlib.contextmanager
 def signals_later() -> Iterator[None]:
-    """Ctrl-C and SIGTERM that come here are heard at the end of it.
+    """Delays Ctrl-C and SIGTERM to the end of the block.
 
     For the first import of jax: its extensions abort the process where a handler raises in them.
     """
@@ -137,9 +156,8 @@ def signals_later() -> Iterator[None]:
         yield
         return
     came: list[int] = []
-    before = {
-        n: signal.signal(n, lambda n, _: came.append(n)) for n in (signal.SIGINT, signal.SIGTERM)
-    }
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {n: signal.signal(n, lambda n, _: came.append(n)) for n in numbers}
     try:
         yield
     finally:
@@ -150,10 +168,36 @@ def signals_later() -> Iterator[None]:
             handler(number, None) if callable(handler) else signal.raise_signal(number)
 
 
-class Status:
-    """What a command does just now, on stderr: a spinner on a terminal, elsewhere a line a step.
+@contextlib.contextmanager
+def sigterm_interrupts(seconds: float) -> Iterator[None]:
+    """Makes SIGTERM, a scheduler's notice, act as Ctrl-C; `seconds` after either the process ends."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set a handler
+        return
 
-    The line comes when the step is done, or has taken DELAY seconds: bad input is refused in one line.
+    def interrupt(*_: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # some schedulers send it twice
+        raise KeyboardInterrupt
+
+    def end_later(number: int) -> None:
+        if number in (signal.SIGINT, signal.SIGTERM):
+            time.sleep(seconds)
+            os.write(2, b"interrupted: the same command goes on\n")
+            os._exit(130)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        with signals_in_thread(end_later):
+            yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class Status:
+    """What a command is doing, on stderr: a spinner on a terminal, elsewhere a line a step.
+
+    The line is printed when the step is done or has taken DELAY seconds, so that bad input, which is
+    refused before, prints its one line alone.
     """
 
     DELAY = 5
@@ -163,7 +207,7 @@ class Status:
         self._line: threading.Timer | None = None
 
     def show(self, text: str, line: bool = True) -> None:
-        """Begins a step; line: whether it is worth one where stderr is no terminal."""
+        """Begins a step; line: whether to print one where stderr is no terminal."""
         if self._spinner is None and not sys.stderr.isatty():
             self.stop()
             if line:
@@ -180,7 +224,7 @@ class Status:
         self._spinner.update(Text(text))
 
     def stop(self, failed: bool = False) -> None:
-        """Ends the step: call it before anything else is printed."""
+        """Ends the step; call it before anything else is printed."""
         if self._spinner is not None:
             self._spinner.stop()
             self._spinner = None
@@ -202,46 +246,8 @@ def _print_line(text: str) -> None:
 
 
 @contextlib.contextmanager
-def sigterm_interrupts(seconds: float) -> Iterator[None]:
-    """SIGTERM, by which a scheduler takes a machine back, ends what is done here as Ctrl-C does.
-
-    So many seconds after either of them the process ends whatever it does: Python's handlers wait for
-    the main thread, which may be in a compilation.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may set a handler
-        return
-
-    def interrupt(*_: Any) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # some send it twice
-        raise KeyboardInterrupt
-
-    heard, bell = os.pipe()
-    os.set_blocking(bell, False)
-    threading.Thread(target=_end_after, args=(heard, seconds), daemon=True).start()
-    woken = signal.set_wakeup_fd(bell, warn_on_full_buffer=False)
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        signal.set_wakeup_fd(woken)
-        os.close(bell)
-
-
-def _end_after(heard: int, seconds: float) -> None:
-    """Ends the process so many seconds after a signal that is to stop it."""
-    while number := os.read(heard, 1):
-        if number[0] in (signal.SIGINT, signal.SIGTERM):
-            time.sleep(seconds)
-            os.write(2, b"interrupted: the same command goes on\n")
-            os._exit(130)
-    os.close(heard)
-
-
-@contextlib.contextmanager
 def memory_advice(parts: Mapping[str, int], advice: str) -> Iterator[None]:
-    """Turns a device's out-of-memory error into an InputError with bytes by part and what lowers them."""
+    """Turns an out-of-memory error into an InputError with the bytes of `parts` and what lowers them."""
     try:
         yield
     except (RuntimeError, MemoryError) as e:
@@ -251,8 +257,29 @@ def memory_advice(parts: Mapping[str, int], advice: str) -> Iterator[None]:
         raise InputError(f"out of memory: {sizes}; lower it with {advice}") from e
 
 
+def memory_parts(params: Any, cfg: Any, slots: int, patches: int, note: str) -> dict[str, int]:
+    """Bytes of the weights, of a cache of `slots` tokens, and of the vision tower's activations.
+
+    note: how well slots and patches are known, printed beside what follows from them.
+    """
+    import jax
+
+    t, item = cfg.text, params["norm"].dtype.itemsize  # a norm is never held in 8 bits
+    cache = 2 * t.num_hidden_layers * t.num_key_value_heads * t.head_dim * slots * item
+    width = 4 * cfg.vision.hidden_size + cfg.vision.intermediate_size
+    weights = sum(x.nbytes for x in jax.tree.leaves(params))
+    images = patches * width * item
+    return {"weights": weights, f"cache ({note})": cache, f"images ({note})": images}
+
+
+def memory_of_batch(params: Any, cfg: Any, batch: Any) -> dict[str, int]:
+    """`memory_parts` of a batch."""
+    patches = 0 if batch.vision is None else batch.vision.pixels.shape[0]
+    return memory_parts(params, cfg, 2 * batch.tokens.shape[1], patches, "about")
+
+
 class Clock:
-    """Wall seconds by phase, with the time JAX spent on tracing and compiling taken out of each."""
+    """Wall seconds by phase, without the time that JAX spent on tracing and compiling."""
 
     def __init__(self) -> None:
         import jax
@@ -270,24 +297,3 @@ class Clock:
         now, (then, compiled) = time.perf_counter(), self._mark
         self._mark = (now, self.compiling)
         return max(now - then - (self.compiling - compiled), 1e-9)
-
-
-def parts(params: Any, cfg: Any, slots: int, patches: int, note: str) -> dict[str, int]:
-    """Bytes of the weights, of a cache of `slots` tokens, and of the tower's work on `patches` patches.
-
-    note: how well slots and patches are known, said beside what follows from them.
-    """
-    import jax
-
-    t, item = cfg.text, params["norm"].dtype.itemsize  # a norm is never held in 8 bits
-    cache = 2 * t.num_hidden_layers * t.num_key_value_heads * t.head_dim * slots
-    width = 4 * cfg.vision.hidden_size + cfg.vision.intermediate_size
-    weights = sum(x.nbytes for x in jax.tree.leaves(params))
-    return {"weights": weights, f"cache ({note})": cache * item,
-            f"pictures ({note})": patches * width * item}  # fmt: skip
-
-
-def sizes(params: Any, cfg: Any, batch: Any) -> dict[str, int]:
-    """Bytes of the parts a user can do something about."""
-    patches = 0 if batch.vision is None else batch.vision.pixels.shape[0]
-    return parts(params, cfg, 2 * batch.tokens.shape[1], patches, "about")

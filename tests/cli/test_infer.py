@@ -102,15 +102,15 @@ def test_ctrl_c_ends_the_process_cleanly():
     """While it compiles: one line, exit code 130, what was printed is there, and nothing crashes."""
     code = (
         "import os, signal, threading, jax\n"
-        "from qwen3vl_jax import cli\n"
+        "from qwen3vl_jax.runtime import console\n"
         "def main():\n"
         "    print('said', end='')\n"
         "    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
-        "    with cli.one_line_errors():\n"
+        "    with console.one_line_errors():\n"
         "        {work}\n"
         "    print('never')\n"
-        "cli.GRACE = 1\n"
-        "cli.run_script(main)\n"
+        "console.GRACE = 1\n"
+        "console.run_script(main)\n"
     )
     deaf = "import ctypes; ctypes.CDLL(None).sleep(99)"  # as XLA is while it compiles
     swallowed = (
@@ -523,8 +523,8 @@ def test_work_without_room_is_told_by_part(capsys, monkeypatch):
     monkeypatch.setattr(q3, "embed", full)
     Path("in.jsonl").write_text('{"messages": []}')
     for options, words in (
-        (["--input", "in.jsonl", "--output", "out.jsonl"], "cache (at most) 0.16 GiB, pictures"),
-        (["--embed", "--image", str(common.DEMO_IMAGE)], "pictures (about) 0.00 GiB"),
+        (["--input", "in.jsonl", "--output", "out.jsonl"], "cache (at most) 0.16 GiB, images"),
+        (["--embed", "--image", str(common.DEMO_IMAGE)], "images (about) 0.00 GiB"),
     ):
         with pytest.raises(SystemExit) as stop:
             infer.main(options)

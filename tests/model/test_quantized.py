@@ -12,7 +12,7 @@ from qwen3vl_jax.config import Config
 from qwen3vl_jax.model.layers import linear, linear_fp32
 from qwen3vl_jax.model.moe import experts_ragged, experts_scan
 from qwen3vl_jax.model.quantized import Quantized, dequantize, embedding_lookup
-from qwen3vl_jax.runtime.console import sizes
+from qwen3vl_jax.runtime.console import memory_of_batch
 
 BOUND = 1e-5
 # Shape of a weight, of its scales, axes that a product sums over.
@@ -123,6 +123,6 @@ def test_sizes_of_8_bit_weights():
         vision = None
 
     cfg = Config.named("2b")
-    found = sizes(params, cfg, Batch)
+    found = memory_of_batch(params, cfg, Batch)
     assert found["weights"] == 32 + 32 + 8
     assert found["cache (about)"] == 2 * 28 * 8 * 128 * 32 * 2
