@@ -145,7 +145,7 @@ class Texts:
             print("" if self.args.stream else numbered)
         sys.stdout.flush()
 
-    def tell_empty(self) -> None:
+    def report_empty(self) -> None:
         """Says on stderr which answers have no text."""
         for number, text in enumerate(self.texts, 1):
             if not text.strip():
@@ -195,7 +195,7 @@ def answer(
         status.stop()
         if count:
             texts.finish()
-    texts.tell_empty()
+    texts.report_empty()
     decode = clock.lap()
     if not texts.ended.all():
         why = "--max-new-tokens" if room == args.max_new_tokens else "--max-len"

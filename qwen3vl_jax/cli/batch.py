@@ -145,11 +145,11 @@ def answer_file(
         if waiting:
             answer_lines(load, proc, source, settings, journal, waiting)
         journal.finish()
-        tell_errors(journal)
+        report_errors(journal)
     return journal.errors
 
 
-def tell_errors(journal: Journal) -> None:
+def report_errors(journal: Journal) -> None:
     """Says on stderr how many lines could not be used, if any."""
     if journal.errors:
         told = f'{journal.errors} of them could not be used, see "error" there; the same command'

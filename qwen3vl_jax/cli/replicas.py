@@ -17,7 +17,7 @@ from qwen3vl_jax.cli.batch import (
     Load,
     Settings,
     answer_lines,
-    tell_errors,
+    report_errors,
     work_settings,
 )
 from qwen3vl_jax.cli.batch_journal import Journal, Line, read_lines
@@ -66,7 +66,7 @@ def answer_file_together(
         agreed(lambda: first and first.finish())
     if first:
         print(f"{out}: {len(lines)} lines of {count} processes", file=sys.stderr)
-        tell_errors(first)
+        report_errors(first)
     return from_first(first.errors if first else 0)
 
 
