@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from qwen3vl_jax.cli.common import DEMO
-from qwen3vl_jax.planning.chips import prepare_environment, read_machine
+from qwen3vl_jax.planning.machines import prepare_environment, read_machine
 
 PLANNED_LENGTH = 32768  # tokens of prompt and answer that are planned for without --max-len
 
