@@ -1,1 +1,1 @@
-"""Commands whose numbers the README quotes."""
+"""Commands whose numbers README.md and docs/ quote."""

@@ -37,7 +37,7 @@ def load(
 ) -> tuple[Params, Config]:
     """(params, cfg) of an Orbax directory, a Hugging Face directory or a Hub id, on a device or a mesh.
 
-    A directory may be remote (paths.py): of its files, no more than the tensors' bytes are fetched.
+    A directory may be remote (storage/paths.py): of its files, no more than the tensors' bytes are fetched.
     mesh: None is that of `jax.set_mesh`, and without one the default device. Each parameter is read
     straight into its shards, as sharding.RULES cut it; a process reads what its devices hold, and its
     memory never more than that and one tensor. Compute in `jax.set_mesh(mesh)`.

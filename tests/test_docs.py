@@ -55,6 +55,20 @@ def test_links_and_paths_exist(page):
     assert not wrong
 
 
+def test_files_named_in_sources_exist():
+    """A docstring or comment that names a file of ours names one that is there, by the end of its path."""
+    sources = [path for folder in FOLDERS.split("|") for path in (ROOT / folder).rglob("*.py")]
+    sources += ROOT.glob("*.py")
+    ours = {"/" + str(path.relative_to(ROOT)) for path in [*sources, *PAGES]}
+    wrong = [
+        (path.name, name)
+        for path in sources
+        for name in re.findall(r"(?<![\w/.{}])([a-z][\w/]*\.(?:py|md))\b", path.read_text())
+        if not any(each.endswith("/" + name) for each in ours)
+    ]
+    assert not wrong
+
+
 @by_page
 def test_modules_and_public_names_exist(page):
     """Dotted names in code: modules, what is in them, and names of q3."""

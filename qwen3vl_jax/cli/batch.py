@@ -131,7 +131,7 @@ def answer_file(
     """Answers every line of `source` into `out`; gives the number of lines with errors.
 
     The same call again goes on after a kill or a full disk, and tries lines with errors again. `out`
-    is put in its place at the end; see journal.py.
+    is put in its place at the end; see batch_journal.py.
 
     load: called once the files are known to be usable. made_with: what else an
     answer depends on; a later call must give the same. A line is {id?, messages, tools?, and any of

@@ -17,7 +17,7 @@ from qwen3vl_jax.processing.media import load_image
 from qwen3vl_jax.processing.messages import read_conversation
 from qwen3vl_jax.storage.json_text import read_json_at
 
-GRID = 1000  # answers count from 0 to 1000 across each side, x before y (reference section 6.10)
+GRID = 1000  # answers count from 0 to 1000 across each side, x before y
 SIZES = {"bbox_2d": 4, "point_2d": 2}
 LABEL = 80  # characters of a label that are drawn
 _KEY = re.compile(r"""["'](?:bbox|point)_2d["']\s*:""")

@@ -159,7 +159,7 @@ def test_sampling_rules():
 
 
 def test_sizes():
-    """reference.md 6.4's golden table, the small sides of 5.23, and the cap for each frame."""
+    """The golden table of transformers' sizes, the small sides of 5.23, and the cap for each frame."""
     for given, expected in (
         ((4, 480, 640), (480, 640)), ((8, 720, 1280), (704, 1280)), ((16, 1080, 1920), (928, 1664)),
         ((60, 720, 1280), (480, 832)), ((240, 1080, 1920), (224, 416)), ((768, 720, 1280), (128, 224)),
