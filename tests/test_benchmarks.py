@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import batch, convert, kills
+from benchmarks import batch, cases, convert, kills
 
 
 def test_the_bounds_of_batch():
@@ -42,3 +42,11 @@ def test_kills_that_come_too_late_do_not_count():
     assert len(real) == 20 and real[0] == 0 and real[-1] > 3
     assert max(np.diff(real)) < 0.6
     assert kills.spread(10.0, 20, lambda after: False) == 0
+
+
+def test_a_torn_answer_is_not_counted_as_kept(tmp_path):
+    """What a full disk took of a line is taken back by the journal."""
+    (tmp_path / "out.jsonl.partial").write_bytes(b'{"settings": 1}\n{"line": 1}\n{"line": 2')
+    assert cases.BATCH.kept(tmp_path) == 1
+    (tmp_path / "out.jsonl").write_bytes(b"1\n2\n3\n")
+    assert cases.BATCH.kept(tmp_path) == 3
