@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from qwen3vl_jax.config import Config
+from qwen3vl_jax.processing.encoded_prompt import EncodedImage
 from qwen3vl_jax.processing.processor import Processor
-from qwen3vl_jax.processing.prompt_slices import Visual
 from qwen3vl_jax.training.data.feed import Feed
 from qwen3vl_jax.training.data.sample import Sample
 from qwen3vl_jax.training.recipe import Data, Pack, Source
@@ -53,7 +53,7 @@ def _sample(config: Config, index: int) -> Sample:
         np.where(learned, ids, -100).astype(np.int32),
         learned.astype(np.float32),
         np.tile(np.arange(len(ids), dtype=np.int32), (3, 1)),
-        (Visual(pixels, (1, h, w), False, 9, 9 + count, b""),),
+        (EncodedImage(pixels, (1, h, w), 9, 9 + count),),
     )
 
 

@@ -24,7 +24,7 @@ from qwen3vl_jax.config import Config
 from qwen3vl_jax.model.sharding import make_mesh
 from qwen3vl_jax.planning.serving import Serving, empty_cache
 from qwen3vl_jax.planning.serving import weights as weight_shapes
-from qwen3vl_jax.processing.prompt_slices import Visual
+from qwen3vl_jax.processing.encoded_prompt import EncodedImage
 from qwen3vl_jax.training import train_model
 from qwen3vl_jax.training.data import packing
 from qwen3vl_jax.training.data.global_batches import divided
@@ -266,5 +266,5 @@ def sample(cfg: Config, rng: np.random.Generator, length: int) -> Sample:
     return Sample(
         "random", ids, np.where(learned, ids, packing.IGNORED), learned.astype(np.float32),
         np.tile(np.arange(size, dtype=np.int32), (3, 1)),
-        (Visual(pixels, (1, h, w), False, 9, 9 + count, b""),),
+        (EncodedImage(pixels, (1, h, w), 9, 9 + count),),
     )  # fmt: skip

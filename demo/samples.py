@@ -16,8 +16,8 @@ from demo.examples import CHAT, CHECKPOINT, IGNORED, Row
 from demo.films import Film
 from demo.pictures import Picture
 from qwen3vl_jax.config import Config
+from qwen3vl_jax.processing.encoded_prompt import EncodedImage, EncodedVideo, grids_of
 from qwen3vl_jax.processing.positions import rope_index
-from qwen3vl_jax.processing.prompt_slices import Visual
 from qwen3vl_jax.training.data.sample import Sample
 
 ENDLESS = 2**31  # too long to be shuffled: it is random as it is
@@ -146,13 +146,12 @@ def _sample(
     ids, labels = np.array(row.ids, np.int32), np.array(row.labels, np.int32)
     place = np.flatnonzero((ids == config.image_token_id) | (ids == config.video_token_id))
     seen, labels[place] = labels[place], IGNORED
-    visuals, pictured, filmed = (), None, None
+    images: tuple[EncodedImage, ...] = ()
     if scene is not None and patches is not None:
-        grid, clip = examples.grid_of(scene), isinstance(scene, Film)
-        visuals = (Visual(patches, grid, clip, int(place[0]), int(place[-1]) + 1, b""),)
-        pictured, filmed = (None, [grid]) if clip else ([grid], None)
-    positions, _ = rope_index(config, ids[None], pictured, filmed)
-    return Sample(name, ids, labels, _weights(labels), positions[:, 0], visuals, seen)
+        kind = EncodedVideo if isinstance(scene, Film) else EncodedImage
+        images = (kind(patches, examples.grid_of(scene), int(place[0]), int(place[-1]) + 1),)
+    positions, _ = rope_index(config, ids[None], **grids_of(images))
+    return Sample(name, ids, labels, _weights(labels), positions[:, 0], images, seen)
 
 
 def _weights(labels: np.ndarray) -> np.ndarray:

@@ -28,9 +28,9 @@ def drawn():
 def same(a, b):
     """Whether two samples are equal in every array."""
     arrays = ("ids", "labels", "weights", "positions", "vision_labels")
-    seen = [np.array_equal(x.pixels, y.pixels) for x, y in zip(a.visuals, b.visuals)]
+    seen = [np.array_equal(x.patches, y.patches) for x, y in zip(a.images, b.images)]
     equal = [np.array_equal(getattr(a, name), getattr(b, name)) for name in arrays]
-    return a.name == b.name and len(a.visuals) == len(b.visuals) and all(seen + equal)
+    return a.name == b.name and len(a.images) == len(b.images) and all(seen + equal)
 
 
 def test_samples_follow_from_seed_and_index(drawn):
@@ -39,8 +39,8 @@ def test_samples_follow_from_seed_and_index(drawn):
     assert all(same(again[i], drawn[i]) for i in (7, 3, 119, 6))
     for other in (Train(seed=4, clips=0.3), Train(seed=3, clips=0.3, part="held_out")):
         assert not any(same(other[i], drawn[i]) for i in range(5))
-    assert len({sample.ids.tobytes() for sample in drawn if sample.visuals}) > 100
-    pictures = [sample.visuals[0].pixels for sample in drawn if sample.visuals]
+    assert len({sample.ids.tobytes() for sample in drawn if sample.images}) > 100
+    pictures = [sample.images[0].patches for sample in drawn if sample.images]
     assert 58 <= len({pixels.tobytes() for pixels in pictures}) <= 60  # two in a row share one
 
 
@@ -75,15 +75,15 @@ def test_visuals_lie_where_their_placeholders_are(drawn, proc):
     clips = 0
     for sample in drawn:
         seen = np.isin(sample.ids, [words.image, words.video])
-        assert len(sample.visuals) == (1 if seen.any() else 0)
+        assert len(sample.images) == (1 if seen.any() else 0)
         assert len(sample.vision_labels) == seen.sum() and set(sample.vision_labels) <= names
         grids = {False: None, True: None}
-        for visual in sample.visuals:
-            assert visual.pixels.dtype == np.uint8 and len(visual.pixels) == np.prod(visual.grid)
+        for visual in sample.images:
+            assert visual.patches.dtype == np.uint8 and len(visual.patches) == np.prod(visual.grid)
             assert np.prod(visual.grid) == 4 * seen.sum()
             assert [visual.start, visual.end - 1] == [*np.flatnonzero(seen)[[0, -1]]]
-            assert visual.clip == (visual.grid[0] > 1)
-            grids[visual.clip], clips = [visual.grid], clips + visual.clip
+            assert visual.is_video == (visual.grid[0] > 1)
+            grids[visual.is_video], clips = [visual.grid], clips + visual.is_video
         positions, _ = q3.rope_index(config, sample.ids[None], grids[False], grids[True])
         assert np.array_equal(positions[:, 0], sample.positions)
     assert 15 < clips < 60

@@ -4,8 +4,8 @@ import numpy as np
 import tiny
 
 from qwen3vl_jax.config import Config
+from qwen3vl_jax.processing.encoded_prompt import EncodedImage, EncodedVideo, grids_of
 from qwen3vl_jax.processing.positions import rope_index
-from qwen3vl_jax.processing.prompt_slices import Visual
 from qwen3vl_jax.training.data.sample import Sample
 
 KINDS = ((), ((1, 4, 6),), ((2, 4, 4),), ((1, 4, 4), (3, 6, 4)), ((1, 6, 6), (1, 2, 2)))
@@ -27,8 +27,8 @@ class Ready:
 
 
 def make(config: Config, rng: np.random.Generator, grids, name: str) -> Sample:
-    """A sample with a visual for each grid: pictures of one frame, clips of several."""
-    ids, visuals = list(rng.integers(*tiny.TEXT_IDS, int(rng.integers(2, 6)))), []
+    """A sample with an image or video for each grid: pictures of one frame, clips of several."""
+    ids, images = list(rng.integers(*tiny.TEXT_IDS, int(rng.integers(2, 6)))), []
     for t, h, w in grids:
         clip, start = t > 1, 0
         for frame in range(t):
@@ -39,12 +39,12 @@ def make(config: Config, rng: np.random.Generator, grids, name: str) -> Sample:
             ids.append(tiny.VISION_END)
         width = int(np.prod(config.vision.patch_shape))
         pixels = rng.integers(0, 256, (t * h * w, width)).astype(np.uint8)
-        visuals.append(Visual(pixels, (t, h, w), clip, start, end, b""))
+        kind = EncodedVideo if clip else EncodedImage
+        images.append(kind(pixels, (t, h, w), start, end))
     answer = int(rng.integers(2, 8))
     ids = np.array([*ids, *rng.integers(*tiny.TEXT_IDS, answer)], np.int32)
     labels = np.full_like(ids, -100)
     labels[-answer:] = ids[-answer:]
     weights = np.where(labels == -100, 0, rng.uniform(0.5, 2, len(ids))).astype(np.float32)
-    by_kind = [[v.grid for v in visuals if v.clip == clip] or None for clip in (False, True)]
-    positions, _ = rope_index(config, ids[None], *by_kind)
-    return Sample(name, ids, labels, weights, positions[:, 0], tuple(visuals))
+    positions, _ = rope_index(config, ids[None], **grids_of(images))
+    return Sample(name, ids, labels, weights, positions[:, 0], tuple(images))

@@ -315,16 +315,16 @@ def _asked(proc: Processor, found: dict[str, Any], line: Line, settings: Setting
         raise InputError(f"logprobs is {wanted!r}, expected true or false")
     seed = int(row_seeds(found.get("seed", (settings.seed + line.number - 1) % 2**32), 1)[0])
     stop = stop_list(found.get("stop", settings.stop))
-    arrays = proc.inputs(messages, tools=found.get("tools"), **settings.inputs)
-    rows, prompt = arrays["input_ids"].shape
-    if rows != 1:
-        raise InputError(f"holds {rows} conversations, expected one")
+    prompts = proc.encode(messages, tools=found.get("tools"), **settings.inputs)
+    if len(prompts) != 1:
+        raise InputError(f"holds {len(prompts)} conversations, expected one")
+    prompt = len(prompts[0].ids)
     if prompt >= settings.max_len:
         raise InputError(
             f"the prompt has {prompt} tokens, prompt and answer may have {settings.max_len} (--max-len)"
         )
     limit = min(limit, settings.max_len - prompt)
-    request = Request(line.number, arrays, limit, sampling, seed, stop)
+    request = Request(line.number, prompts[0], limit, sampling, seed, stop)
     return Prepared(line, found["id"], request, prompt, stop, wanted)
 
 

@@ -22,7 +22,7 @@ from qwen3vl_jax.cli.common import (
 )
 from qwen3vl_jax.cli.infer_arguments import input_options
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.inference.chat_session import Kept, take_turn
+from qwen3vl_jax.inference.chat_session import ChatState, take_turn
 from qwen3vl_jax.model.structs import Params
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.runtime.console import (
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace, scope: contextlib.ExitStack, status: Status) -
 
 
 def looked(proc: Processor, item: Item, inputs: Mapping[str, Any] | None) -> Item:
-    """A picture or clip, read once for the whole chat; inputs as in `take_turn`. Raises InputError."""
+    """An image or video, read once for the whole chat; inputs as in `take_turn`. Raises InputError."""
     names = ("allow_special", "template_vars")  # of the text
     return proc.look(item, **{k: v for k, v in (inputs or {}).items() if k not in names})
 
@@ -162,12 +162,12 @@ def _answered(
     params: Params,
     proc: Processor,
     asked: list[Item],
-    kept: Kept | None,
+    kept: ChatState | None,
     options: Mapping[str, Any],
-) -> tuple[str, Kept]:
+) -> tuple[str, ChatState]:
     """Prints the pieces of a turn as they come and gives what it returns; raises InputError."""
     seen = [item[item["type"]] for item in asked[-1]["content"] if item["type"] != "text"]
-    patches = sum(len(one.rows) for one in seen)
+    patches = sum(len(one.patches) for one in seen)
     slots = options["max_new_tokens"] + patches // proc.config.vision.merge_unit
     slots += 0 if kept is None else len(kept.ids)
     turn, stop = take_turn(params, proc, asked, kept, **options), _Stop()
@@ -201,6 +201,6 @@ def _said(proc: Processor, answer: str, prompt: str) -> Item:
     return message
 
 
-def _gone(kept: Kept) -> bool:
+def _gone(kept: ChatState) -> bool:
     """Whether a turn that failed had already given the cache's memory away."""
     return any(isinstance(x, jax.Array) and x.is_deleted() for x in jax.tree.leaves(kept.cache))

@@ -45,13 +45,8 @@ from qwen3vl_jax.model.cache import (
 )
 from qwen3vl_jax.model.structs import Params, check_call
 from qwen3vl_jax.model.transformer import compute_dtype
-from qwen3vl_jax.processing.batch import bucket
-from qwen3vl_jax.processing.prompt_slices import (
-    EncodedPrompt,
-    group_batch,
-    group_size,
-    read_prompt,
-)
+from qwen3vl_jax.processing.batch import bucket, group_batch, group_size
+from qwen3vl_jax.processing.encoded_prompt import EncodedPrompt, from_hf_arrays
 
 LOOK_AHEAD = 2  # prompts held ready, for each row
 EXPECTED = 256  # answer tokens that the first cache has room for: it grows for longer ones
@@ -61,12 +56,13 @@ EXPECTED = 256  # answer tokens that the first cache has room for: it grows for 
 class Request:
     """One prompt and how to answer it.
 
-    arrays: what `Processor.inputs` gives for one conversation. key: anything, it comes back with the
-    answer. The other fields are those of `generate`, one value each.
+    prompt: what `Processor.encode` gives for one conversation, or the arrays of `Processor.inputs`.
+    key: anything, it comes back with the answer. The other fields are those of `generate`, one value
+    each.
     """
 
     key: Any
-    arrays: Mapping[str, Any]
+    prompt: EncodedPrompt | Mapping[str, Any]
     max_new_tokens: int
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     seed: int = 0
@@ -100,8 +96,8 @@ class Stats:
     prefilled: int = 0  # prompt tokens that were run, those of kept prefixes too
     reused: int = 0  # prompt tokens that a kept prefix spared
     prefixes: int = 0  # kept prefixes made
-    encoded: int = 0  # pictures and clips that the vision tower ran on
-    shown: int = 0  # pictures and clips of the prompts
+    encoded: int = 0  # images and videos that the vision tower ran on
+    shown: int = 0  # images and videos of the prompts
 
     @property
     def busy(self) -> float:
@@ -122,7 +118,8 @@ def generate_many(
 ) -> Iterator[Finished]:
     """Answers any number of requests, `rows` at a time, and yields a `Finished` when one ends.
 
-        asked = (Request(i, proc.inputs(messages), 64) for i, messages in enumerate(conversations))
+        prompts = proc.encode(conversations)
+        asked = (Request(i, prompt, 64) for i, prompt in enumerate(prompts))
         for one in generate_many(params, cfg, asked, stop_ids=proc.stop_ids): ...
 
     Requests are drawn as they are needed; a None says that none is ready yet. An answer is the one
@@ -252,9 +249,10 @@ class _Engine:
         check_int("max_new_tokens", request.max_new_tokens)
         if request.stop_strings and self.decode is None:
             raise InputError("stop_strings need decode=, the function from tokens to text")
-        prompt = read_prompt(self.cfg, request.arrays)
-        self.waiting.append((dataclasses.replace(request, arrays={}), prompt))
-        self.stats.shown += len(prompt.visuals)
+        given = request.prompt
+        prompt = given if isinstance(given, EncodedPrompt) else from_hf_arrays(self.cfg, given)
+        self.waiting.append((dataclasses.replace(request, prompt={}), prompt.with_digests()))
+        self.stats.shown += len(prompt.images)
 
     def refill(self, more: bool) -> Iterator[Finished]:
         """Fills free rows, a whole group at a time; yields answers that end with their first token."""

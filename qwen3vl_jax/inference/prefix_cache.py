@@ -12,8 +12,8 @@ from qwen3vl_jax.config import Config
 from qwen3vl_jax.inference.vision_cache import FeatureStore
 from qwen3vl_jax.model.cache import prefill
 from qwen3vl_jax.model.structs import KVCache, Params
-from qwen3vl_jax.processing.batch import bucket
-from qwen3vl_jax.processing.prompt_slices import EncodedPrompt, group_batch, shared_start
+from qwen3vl_jax.processing.batch import bucket, group_batch
+from qwen3vl_jax.processing.encoded_prompt import EncodedPrompt, shared_start
 
 LEAST = 64  # tokens: fewer are not worth a program of their own
 KEPT_PREFIXES, KEPT_BYTES = 4, 1 << 30  # on the device
@@ -36,8 +36,7 @@ class Prefix:
         return sum(x.nbytes for x in jax.tree.leaves(self.cache))
 
     def begins(self, prompt: EncodedPrompt) -> bool:
-        more = dataclasses.replace(self.prompt, ids=np.append(self.prompt.ids, -1))
-        return shared_start(more, prompt) == self.length
+        return shared_start(prompt, self.prompt, all_of_b=True) == self.length
 
 
 class PrefixStore:
@@ -79,8 +78,7 @@ class PrefixStore:
         )  # fmt: skip
         self.made += 1
         self.tokens += length
-        seen = (dataclasses.replace(v, pixels=v.pixels[:0]) for v in first.visuals)
-        return Prefix(EncodedPrompt(first.ids, tuple(seen)), cache)
+        return Prefix(first.without_patches(), cache)
 
 
 def _worth_keeping(prompt: EncodedPrompt, others: Sequence[EncodedPrompt], kept: int) -> int:

@@ -1,4 +1,4 @@
-"""Vision features in host memory, so that a picture shown again is not encoded again."""
+"""Vision features in host memory, so that an image shown again is not encoded again."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ from qwen3vl_jax.config import Config
 from qwen3vl_jax.inference.generate import encode
 from qwen3vl_jax.model.structs import Features, Params
 from qwen3vl_jax.processing.batch import make_vision
-from qwen3vl_jax.processing.prompt_slices import EncodedPrompt, Visual, in_feature_order
+from qwen3vl_jax.processing.encoded_prompt import (
+    EncodedImage,
+    EncodedPrompt,
+    in_feature_order,
+)
 
 KEPT_BYTES = 1 << 30
 
 
 class FeatureStore:
-    """What the vision tower gave for the pictures and clips seen last, by digest.
+    """What the vision tower gave for the images and videos seen last, by digest.
 
     Each is encoded by itself, so that programs depend on its bucket alone. `encoded` counts.
     """
@@ -28,28 +32,28 @@ class FeatureStore:
         self.store: OrderedDict[bytes, Features] = OrderedDict()
 
     def of(self, prompts: list[EncodedPrompt], rows: int) -> Features | None:
-        """Features of all pictures and clips of a group, padded to `rows` rows; None without any."""
-        seen = in_feature_order(prompts)
-        if not seen:
+        """Features of all images and videos of a group, padded to `rows` rows; None without any."""
+        images = in_feature_order(prompts)
+        if not images:
             return None
-        found = [self._one(visual) for visual in seen]
+        found = [self._one(image) for image in images]
         merged = np.concatenate([f.merged for f in found])
         taps = np.concatenate([f.taps for f in found], axis=1)
         fill = (0, rows - len(merged))
         return _host_features(np.pad(merged, (fill, (0, 0))), np.pad(taps, ((0, 0), fill, (0, 0))))
 
-    def _one(self, visual: Visual) -> Features:
-        if (found := self.store.get(visual.digest)) is None:
+    def _one(self, image: EncodedImage) -> Features:
+        if (found := self.store.get(image.digest)) is None:
             self.encoded += 1
-            inputs = make_vision(self.cfg, visual.pixels, [visual.grid])
-            count = len(visual.pixels) // self.cfg.vision.merge_unit
+            inputs = make_vision(self.cfg, image.patches, [image.grid])
+            count = len(image.patches) // self.cfg.vision.merge_unit
             out = encode(self.params, self.cfg, inputs)
             # Cut on the host: on the device each count of rows would be a program of its own.
             merged, taps = np.asarray(out.merged)[:count], np.asarray(out.taps)[:, :count]
             found = _host_features(merged.copy(), taps.copy())
-            self.store[visual.digest] = found
+            self.store[image.digest] = found
             self.size += _bytes(found)
-        self.store.move_to_end(visual.digest)
+        self.store.move_to_end(image.digest)
         while self.size > self.kept and len(self.store) > 1:
             self.size -= _bytes(self.store.popitem(last=False)[1])
         return found

@@ -24,7 +24,7 @@ from qwen3vl_jax.model.cache import (
 from qwen3vl_jax.model.sharding import array_sharding, replicated
 from qwen3vl_jax.model.structs import Batch, KVCache, VisionInputs
 from qwen3vl_jax.planning.program import Program, Work, held_bytes
-from qwen3vl_jax.processing.prompt_slices import group_size
+from qwen3vl_jax.processing.batch import group_size
 from qwen3vl_jax.training.reporting.flops import Counts, forward_flops
 
 _BLOCK, _BESIDE_FP8 = (128, 128), (("embed",), ("head",))  # of the released FP8 files

@@ -6,6 +6,7 @@ so that the compiled functions never see it. Dims as in layers.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy as np
 from qwen3vl_jax.config import Config, VisionConfig
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model.structs import Batch, VisionInputs
+from qwen3vl_jax.processing.encoded_prompt import EncodedPrompt, host_array, to_hf_arrays
 from qwen3vl_jax.processing.positions import (
     frames_by_token,
     grid_array,
@@ -179,12 +181,18 @@ def make_batch(
     )
 
 
-def host_array(x: Any) -> np.ndarray:
-    """Any library's array as numpy; torch's bfloat16, which numpy has not, as float32."""
-    try:
-        return np.asarray(x)
-    except TypeError:
-        return np.asarray(x.float())
+def group_size(rows: int) -> int:
+    """How many prompts are prefilled together where so many rows are answered."""
+    return max(1, rows // 8)
+
+
+def group_batch(cfg: Config, prompts: Sequence[EncodedPrompt], width: int) -> Batch:
+    """Prompts as a Batch [A width] without pixels: its vision rows count `in_feature_order`."""
+    arrays = to_hf_arrays(cfg, prompts, with_pixels=False)
+    for name in ("input_ids", "attention_mask"):
+        array = arrays[name]
+        arrays[name] = np.pad(array, ((0, 0), (0, width - array.shape[1])))
+    return make_batch(cfg, pad=False, **arrays)
 
 
 def _ids(cfg: Config, input_ids, inputs_embeds) -> Any:

@@ -1,4 +1,4 @@
-"""Rows of token ids from rendered prompts and the pictures and clips in them, and their arrays."""
+"""Rendered prompts and the images and videos in them -> encoded prompts."""
 
 from __future__ import annotations
 
@@ -13,195 +13,159 @@ import numpy as np
 
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.processing.image_patches import ImageSettings, preprocess
+from qwen3vl_jax.processing.encoded_prompt import (
+    IGNORED,
+    EncodedImage,
+    EncodedPrompt,
+    EncodedVideo,
+    UsedFrames,
+    place_images,
+)
+from qwen3vl_jax.processing.image_patches import ImageSettings, image_to_patches
 from qwen3vl_jax.processing.media import opened_image
 from qwen3vl_jax.processing.media_rules import short
-from qwen3vl_jax.processing.messages import Medium, placeholder_mismatch
+from qwen3vl_jax.processing.messages import MediaSource, placeholder_mismatch
 from qwen3vl_jax.processing.qwen_items import image_limits
 from qwen3vl_jax.processing.tokenizer import Tokenizer
-from qwen3vl_jax.processing.video_patches import UsedFrames, VideoSettings, preprocess_video
-
-Arrays = dict[str, Any]
-IGNORED = -100  # label of a token that is not scored
-
-
-@dataclasses.dataclass
-class Prompt:
-    """One row before it is encoded: its text with marks, and its pictures and clips in order."""
-
-    text: str
-    mark: str
-    media: list[Medium]
+from qwen3vl_jax.processing.video_patches import VideoSettings, video_to_patches
 
 
 @dataclasses.dataclass(frozen=True)
-class Seen:
-    """A picture or clip as the model sees it; `used` says which frames of a clip."""
+class RenderedPrompt:
+    """One prompt before it is encoded: text with the marks of `Escape`, and its images and videos."""
 
-    rows: np.ndarray
-    grid: tuple[int, int, int]
-    used: UsedFrames | None = None
-
-
-def see_all(
-    media: Sequence[Sequence[Medium]],
-    image_settings: ImageSettings,
-    video_settings: VideoSettings,
-    limits: Mapping[str, Any],
-) -> list[list[Seen]]:
-    """The patches of all media of a call. limits: as `open_source` takes them.
-
-    Raises InputError where all of them are more bytes than the rules allow.
-    """
-    most, held, seen = limits["rules"].max_batch_bytes, 0, []
-    count, several = Counter(), sum(map(len, media)) > 1
-    for row in media:
-        seen.append([])
-        for medium in row:
-            kind, source = medium.kind, medium.source
-            count[kind] += 1
-            try:
-                found = see(medium, image_settings, video_settings, limits)
-            except InputError as e:
-                name = f"{kind} {count[kind]}"
-                name = short(str(source)) if isinstance(source, (str, os.PathLike)) else name
-                if not several or str(e).startswith(name):
-                    raise
-                raise InputError(f"{name}: {str(e).removeprefix(f'{kind}: ')}") from e
-            seen[-1].append(found)
-            held += found.rows.nbytes
-            if held > most:
-                raise InputError(
-                    f"images and videos: more than {most >> 20} MiB of patches in one call; give fewer, "
-                    "lower max_pixels, or raise Processor.media_rules.max_batch_bytes"
-                )
-    return seen
+    text: str
+    mark: str
+    sources: list[MediaSource]
 
 
-def see(
-    medium: Medium,
-    image_settings: ImageSettings,
-    video_settings: VideoSettings,
-    limits: Mapping[str, Any],
-) -> Seen:
-    """The patches of an image or video. Raises InputError."""
-    if isinstance(medium.source, Seen):
-        return medium.source
-    try:
-        if medium.kind == "video":
-            return Seen(
-                *preprocess_video(medium.source, video_settings, limits, **medium.overrides)
-            )
-        with opened_image(medium.source, **limits) as image:
-            own = image_limits(medium.overrides, image_settings.factor)
-            return Seen(*preprocess(image, image_settings, **own))
-    except MemoryError as e:
-        raise InputError(f"{medium.kind}: not enough memory for it; lower max_pixels") from e
+@dataclasses.dataclass(frozen=True)
+class MediaEncoder:
+    """Reads images and videos and makes patches of them. limits: as `open_source` takes them."""
+
+    image_settings: ImageSettings
+    video_settings: VideoSettings
+    limits: Mapping[str, Any]
+
+    def __call__(self, source: MediaSource) -> EncodedImage:
+        """The patches of an image or video. Raises InputError."""
+        given, settings = source.source, source.settings
+        if isinstance(given, EncodedImage):
+            return given
+        try:
+            if source.kind == "video":
+                found = video_to_patches(given, self.video_settings, self.limits, **settings)
+                patches, grid, frames = found
+                return EncodedVideo(patches, grid, frames=frames)
+            with opened_image(given, **self.limits) as image:
+                own = image_limits(settings, self.image_settings.factor)
+                return EncodedImage(*image_to_patches(image, self.image_settings, **own))
+        except MemoryError as e:
+            raise InputError(f"{source.kind}: not enough memory for it; lower max_pixels") from e
+
+    def encode_all(self, rows: Sequence[Sequence[MediaSource]]) -> list[list[EncodedImage]]:
+        """The images and videos of each row.
+
+        Raises InputError where all of them are more bytes than the rules allow.
+        """
+        most, held, encoded = self.limits["rules"].max_batch_bytes, 0, []
+        count, several = Counter(), sum(map(len, rows)) > 1
+        for row in rows:
+            encoded.append([])
+            for source in row:
+                count[source.kind] += 1
+                try:
+                    found = self(source)
+                except InputError as e:
+                    given, name = source.source, f"{source.kind} {count[source.kind]}"
+                    name = short(str(given)) if isinstance(given, (str, os.PathLike)) else name
+                    if not several or str(e).startswith(name):
+                        raise
+                    raise InputError(f"{name}: {str(e).removeprefix(f'{source.kind}: ')}") from e
+                encoded[-1].append(found)
+                held += found.patches.nbytes
+                if held > most:
+                    raise InputError(
+                        f"images and videos: more than {most >> 20} MiB of patches in one call; give "
+                        "fewer, lower max_pixels, or raise Processor.media_rules.max_batch_bytes"
+                    )
+        return encoded
 
 
-def row_ids(
-    tokenizer: Tokenizer, config: Config, prompt: Prompt, seen: list[Seen], wrap: bool, name: str
-) -> list[int]:
-    """Ids of a prompt with each placeholder repeated once a token of its picture or frame.
+def encode_prompt(
+    tokenizer: Tokenizer,
+    config: Config,
+    prompt: RenderedPrompt,
+    images: Sequence[EncodedImage],
+    wrap: bool,
+    name: str,
+) -> EncodedPrompt:
+    """A prompt's ids, each placeholder repeated once a token of its image or frame.
 
-    wrap is Processor's wrap_clips. Raises InputError where placeholders and media do not match.
+    wrap is Processor's wrap_clips. Raises InputError where placeholders and images do not match.
     """
     unit = config.vision.merge_unit
-    pictures = [one.grid for one in seen if one.used is None]
-    clips = [one for one in seen if one.used]
-    frames = [h * w for t, h, w in (one.grid for one in clips) for _ in range(t)]
+    stills = [x for x in images if not x.is_video]
+    videos = [cast(EncodedVideo, x) for x in images if x.is_video]
+    frames = [h * w for t, h, w in (x.grid for x in videos) for _ in range(t)]
     counts = {
-        config.image_token_id: iter([t * h * w // unit for t, h, w in pictures]),
+        config.image_token_id: iter([h * w // unit for _, h, w in (x.grid for x in stills)]),
         config.video_token_id: iter([patches // unit for patches in frames]),
     }
-    text = _with_frames(tokenizer, config, prompt.text, clips, wrap, name)
+    text = _with_frames(tokenizer, config, prompt.text, videos, wrap, name)
     ids = tokenizer.encode(text, prompt.mark)
-    if (found := ids.count(config.image_token_id)) != len(pictures):
-        raise InputError(placeholder_mismatch(f"{name}: ", found, len(pictures)))
+    if (found := ids.count(config.image_token_id)) != len(stills):
+        raise InputError(placeholder_mismatch(f"{name}: ", found, len(stills)))
     row: list[int] = []
     for token in ids:
         row += [token] * next(counts[token]) if token in counts else [token]
     if not row:
         raise InputError(f"{name}: the prompt is empty")
-    return row
+    return place_images(config, np.array(row, np.int32), images)
 
 
 def _with_frames(
-    tokenizer: Tokenizer, config: Config, text: str, clips: list[Seen], wrap: bool, name: str
+    tokenizer: Tokenizer,
+    config: Config,
+    text: str,
+    videos: Sequence[EncodedVideo],
+    wrap: bool,
+    name: str,
 ) -> str:
-    """Each clip's placeholder spelled out: time and placeholder of one frame after the other.
+    """The text with the time and placeholder of each frame in place of a video's one placeholder.
 
-    They take the place of the template's vision_start .. vision_end around the clip, as in
-    transformers 4.57 and in training; with `wrap` that pair stays, as from 5.10 on.
+    They replace the template's vision_start .. vision_end around the video, as in transformers 4.57
+    and in training; with `wrap` that pair stays, as from 5.10 on.
     """
     ids = (config.vision_start_token_id, config.video_token_id, config.vision_end_token_id)
     start, pad, end = map(tokenizer.token_of, ids)
-    if (places := text.count(pad)) != len(clips):
-        raise InputError(placeholder_mismatch(f"{name}: ", places, len(clips), "video", "clip"))
-    feed = iter(clips)
+    if (places := text.count(pad)) != len(videos):
+        raise InputError(placeholder_mismatch(f"{name}: ", places, len(videos), "video"))
+    remaining = iter(videos)
 
-    def spelled(_: re.Match[str]) -> str:
-        used = cast(UsedFrames, next(feed).used)
-        return "".join(f"<{t:.1f} seconds>{start}{pad}{end}" for t in used.timestamps)
+    def frames_text(_: re.Match[str]) -> str:
+        frames = cast(UsedFrames, next(remaining).frames)
+        return "".join(f"<{t:.1f} seconds>{start}{pad}{end}" for t in frames.timestamps)
 
     pattern = re.escape(pad)
     if not wrap:
         pattern = f"{re.escape(start)}{pattern}{re.escape(end)}|{pattern}"
-    return re.sub(pattern, spelled, text)
+    return re.sub(pattern, frames_text, text)
 
 
-def text_arrays(
-    tokenizer: Tokenizer, config: Config, rows: list[list[int]], side: str, continuations: Any
-) -> Arrays:
-    """input_ids, attention_mask and mm_token_type_ids [B, T] int64, padded on one side.
-
-    With continuations also labels, -100 but on them. Raises InputError unless they are one a row.
-    """
-    more = [[] for _ in rows] if continuations is None else _encoded(tokenizer, rows, continuations)
-    longer = [row + ids for row, ids in zip(rows, more, strict=True)]
-    ids = _padded(longer, side, tokenizer.pad_id if tokenizer.pad_id is not None else 0)
-    mask = _padded([[1] * len(row) for row in longer], side, 0)
-    kinds = np.zeros_like(ids)
-    for kind, token in enumerate((config.image_token_id, config.video_token_id), 1):
-        kinds[(ids == token) & (mask == 1)] = kind
-    out = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": kinds}
-    if continuations is not None:
-        labels = [[IGNORED] * len(row) + ids for row, ids in zip(rows, more, strict=True)]
-        out["labels"] = _padded(labels, side, IGNORED)
-    return out
-
-
-def _encoded(
-    tokenizer: Tokenizer, rows: list[list[int]], continuations: str | Sequence[str]
-) -> list[list[int]]:
+def add_continuations(
+    tokenizer: Tokenizer, prompts: Sequence[EncodedPrompt], continuations: str | Sequence[str]
+) -> list[EncodedPrompt]:
+    """Prompts with a text each after them, whose tokens have labels. Raises InputError."""
     texts = [continuations] if isinstance(continuations, str) else list(continuations)
-    if len(texts) != len(rows) or not all(isinstance(text, str) and text for text in texts):
+    if len(texts) != len(prompts) or not all(isinstance(text, str) and text for text in texts):
         raise InputError(
-            f"continuations: {len(texts)} for {len(rows)} row(s), expected one text each"
+            f"continuations: {len(texts)} for {len(prompts)} row(s), expected one text each"
         )
-    return [tokenizer.encode(text, "") for text in texts]
-
-
-def _padded(rows: list[list[int]], side: str, fill: int) -> np.ndarray:
-    longest = max(map(len, rows))
-    out = np.full((len(rows), longest), fill, np.int64)
-    for i, row in enumerate(rows):
-        at = slice(0, len(row)) if side == "right" else slice(longest - len(row), longest)
-        out[i, at] = row
-    return out
-
-
-def media_arrays(seen: list[Seen]) -> Arrays:
-    """pixel_values with image_grid_thw, and pixel_values_videos with video_grid_thw and metadata."""
-    out: Arrays = {}
-    for suffix, kind, found in (
-        ("", "image", [one for one in seen if one.used is None]),
-        ("_videos", "video", [one for one in seen if one.used]),
-    ):
-        if found:
-            pixels = [one.rows for one in found]
-            out["pixel_values" + suffix] = pixels[0] if len(found) == 1 else np.concatenate(pixels)
-            out[kind + "_grid_thw"] = np.asarray([one.grid for one in found], np.int64)
-    if used := [one.used for one in seen if one.used]:
-        out["video_metadata"] = used
+    out = []
+    for prompt, text in zip(prompts, texts):
+        more = np.array(tokenizer.encode(text, ""), np.int32)
+        labels = np.append(np.full(len(prompt.ids), IGNORED), more)
+        ids = np.append(prompt.ids, more)
+        out.append(dataclasses.replace(prompt, ids=ids, labels=labels))
     return out

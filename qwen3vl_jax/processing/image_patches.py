@@ -22,7 +22,7 @@ from qwen3vl_jax.processing.setting_checks import checks
 from qwen3vl_jax.storage.json_text import read_json_file
 from qwen3vl_jax.storage.paths import as_path
 
-__all__ = ["ImageSettings", "load_image", "preprocess", "smart_resize"]
+__all__ = ["ImageSettings", "load_image", "image_to_patches", "smart_resize"]
 
 log = logging.getLogger("qwen3vl_jax")
 MAX_ASPECT = 200
@@ -200,7 +200,7 @@ def fit_area(
     return high, wide
 
 
-def preprocess(
+def image_to_patches(
     image: Any, settings: ImageSettings | None = None, **overrides: Any
 ) -> tuple[np.ndarray, tuple[int, int, int]]:
     """Patch rows of one picture and its grid.

@@ -43,15 +43,15 @@ _NAMED = re.compile(r"""\bmessages?(?:\[[^\]]*\])?(?:\.get\(|\.|\[)['"]?([A-Za-z
 
 
 @dataclasses.dataclass(frozen=True)
-class Medium:
+class MediaSource:
     """A picture or clip of a conversation. source None: the next of those passed beside it."""
 
     kind: str  # "image" or "video"
     source: Any
-    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def read_conversation(conversation: Any) -> tuple[list[dict[str, Any]], list[Medium]]:
+def read_conversation(conversation: Any) -> tuple[list[dict[str, Any]], list[MediaSource]]:
     """Messages as a template sees them, and their media in order.
 
     Messages are plain data: keys that are null are dropped, pictures become {"type": "image",
@@ -66,7 +66,7 @@ def read_conversation(conversation: Any) -> tuple[list[dict[str, Any]], list[Med
     if not conversation:
         raise InputError("conversation: it has no message")
     messages: list[dict[str, Any]] = []
-    media: list[Medium] = []
+    media: list[MediaSource] = []
     for number, given in enumerate(conversation):
         where = f"message {number + 1}"
         if not isinstance(given, Mapping) or not isinstance(given.get("role"), str):
@@ -123,7 +123,7 @@ def fields(
     return found
 
 
-def _item(item: Any, media: list[Medium], where: str) -> dict[str, Any]:
+def _item(item: Any, media: list[MediaSource], where: str) -> dict[str, Any]:
     """One content item as the template sees it; its picture or clip is appended to media."""
     if isinstance(item, str):
         return {"type": "text", "text": item}
@@ -148,13 +148,13 @@ def _item(item: Any, media: list[Medium], where: str) -> dict[str, Any]:
             raise InputError(f"{where}: {e}") from None
         # What is left are settings of transformers' video processor.
         left = {k: v for k, v in own.items() if k not in KEYS}
-        media.append(Medium("video", source, {"item": rule, **left}))
+        media.append(MediaSource("video", source, {"item": rule, **left}))
         return {"type": "video", "video": "video"}
     if kind in _PICTURE_TYPES or (not kind and any(k in given for k in _PICTURE_KEYS)):
         # A key of OpenAI's models alone.
         given.pop("detail", None)
         overrides = _settings(given, OVERRIDES, _PICTURE_KEYS, where)
-        media.append(Medium("image", _source(given, _PICTURE_KEYS, where), overrides))
+        media.append(MediaSource("image", _source(given, _PICTURE_KEYS, where), overrides))
         return {"type": "image", "image": "image"}
     if kind in _TEXT_TYPES or (not kind and "text" in given):
         if not isinstance(given.get("text"), str):
@@ -182,20 +182,22 @@ def _settings(
     return {name: item[name] for name in names if name in item}
 
 
-def read_medium(given: Any, medium: Medium) -> Medium:
+def read_medium(given: Any, medium: MediaSource) -> MediaSource:
     """An image or video passed beside the text: its source, or an object with settings of its own."""
     kind = medium.kind
     if not isinstance(given, Mapping):
-        own = {k: v for k, v in medium.overrides.items() if k != "item" or v.given}
-        return Medium(kind, given, own)
-    media: list[Medium] = []
+        own = {k: v for k, v in medium.settings.items() if k != "item" or v.given}
+        return MediaSource(kind, given, own)
+    media: list[MediaSource] = []
     _item({"type": kind, **given}, media, f"{kind}s")
     if [(m.kind, m.source is None) for m in media] != [(kind, False)]:
         raise InputError(f"{kind}s: got an object without its source, expected one of them")
-    return Medium(kind, media[0].source, {**medium.overrides, **media[0].overrides})
+    return MediaSource(kind, media[0].source, {**medium.settings, **media[0].settings})
 
 
-def hand_out(rows: list[list[Medium]], images: Any, videos: Any = None) -> list[list[Medium]]:
+def hand_out(
+    rows: list[list[MediaSource]], images: Any, videos: Any = None
+) -> list[list[MediaSource]]:
     """The media of each row, those without a source filled from what was passed beside the text.
 
     images: one, a list taken in order, or a list a row. videos: one clip (a list of frames that are
@@ -204,7 +206,7 @@ def hand_out(rows: list[list[Medium]], images: Any, videos: Any = None) -> list[
     """
     pictures, clips = iter(_pictures(rows, images)), iter(_clips(rows, videos))
 
-    def filled(medium: Medium) -> Medium:
+    def filled(medium: MediaSource) -> MediaSource:
         if medium.source is not None:
             return medium
         return read_medium(next(pictures if medium.kind == "image" else clips), medium)
@@ -212,9 +214,9 @@ def hand_out(rows: list[list[Medium]], images: Any, videos: Any = None) -> list[
     return [[filled(medium) for medium in row] for row in rows]
 
 
-def with_clip_options(
-    media: list[list[Medium]], videos_kwargs: Mapping[str, Any]
-) -> list[list[Medium]]:
+def with_video_options(
+    media: list[list[MediaSource]], videos_kwargs: Mapping[str, Any]
+) -> list[list[MediaSource]]:
     """The clips with the options of the call under their own; video_metadata is one a clip.
 
     A clip's own fps takes the place of the call's num_frames, and its num_frames that of fps.
@@ -229,36 +231,36 @@ def with_clip_options(
         raise InputError(f"video_metadata: {len(given)} for {clips} clip(s), expected one each")
     feed = iter(given if metadata is not None else [None] * clips)
 
-    def extended(medium: Medium) -> Medium:
+    def extended(medium: MediaSource) -> MediaSource:
         if medium.kind != "video":
             return medium
-        own, rule = dict(medium.overrides), medium.overrides.get("item")
+        own, rule = dict(medium.settings), medium.settings.get("item")
         names = {*own, *(rule.given if rule else ())}
         under = {k: v for k, v in options.items() if not names & {k, *_RIVALS.get(k, ())}}
         if rule and not names.isdisjoint((*_SIZES, "total_pixels")):
             under = {k: v for k, v in under.items() if k not in _SIZES}
         elif rule and not under.keys().isdisjoint(_SIZES):
             own["item"] = dataclasses.replace(rule, resizes=False)
-        return dataclasses.replace(medium, overrides={"video_metadata": next(feed), **under, **own})
+        return dataclasses.replace(medium, settings={"video_metadata": next(feed), **under, **own})
 
     return [[extended(medium) for medium in row] for row in media]
 
 
-def _waiting(rows: list[list[Medium]], kind: str) -> list[int]:
+def _waiting(rows: list[list[MediaSource]], kind: str) -> list[int]:
     return [sum(m.source is None and m.kind == kind for m in row) for row in rows]
 
 
-def _clips(rows: list[list[Medium]], videos: Any) -> list[Any]:
+def _clips(rows: list[list[MediaSource]], videos: Any) -> list[Any]:
     is_list = isinstance(videos, (list, tuple)) and not clip_settings.is_pair(videos)
     given = [] if videos is None else list(videos) if is_list else [videos]
     if given and all(isinstance(v, Image.Image) or getattr(v, "ndim", 0) == 3 for v in given):
         given = [given]
     if len(given) != (wanted := sum(_waiting(rows, "video"))):
-        raise InputError(placeholder_mismatch("", wanted, len(given), "video", "clip"))
+        raise InputError(placeholder_mismatch("", wanted, len(given), "video"))
     return given
 
 
-def _pictures(rows: list[list[Medium]], images: Any) -> list[Any]:
+def _pictures(rows: list[list[MediaSource]], images: Any) -> list[Any]:
     waiting, given = _waiting(rows, "image"), _list(images)
     if any(isinstance(image, (list, tuple)) for image in given):
         if len(given) != len(rows):
@@ -273,12 +275,10 @@ def _pictures(rows: list[list[Medium]], images: Any) -> list[Any]:
     return given
 
 
-def placeholder_mismatch(
-    where: str, placeholders: int, found: int, kind: str = "image", noun: str = "picture"
-) -> str:
+def placeholder_mismatch(where: str, placeholders: int, found: int, kind: str = "image") -> str:
     """The error of a prompt that has more or fewer placeholders than images or videos."""
     return (
-        f"{where}{placeholders} {kind} placeholder(s) in the prompt for {found} {noun}(s); each {noun} "
+        f"{where}{placeholders} {kind} placeholder(s) in the prompt for {found} {kind}(s); each {kind} "
         f"needs a content item of its own ({{type: {kind}}}), and each such item a path, "
         f"or one of {kind}s= (--{kind})"
     )

@@ -14,15 +14,12 @@ import numpy as np
 from qwen3vl_jax.config import Config, model_folder
 from qwen3vl_jax.errors import InputError, shown
 from qwen3vl_jax.processing.chat_template import ChatTemplate
+from qwen3vl_jax.processing.encoded_prompt import Arrays, EncodedPrompt, to_hf_arrays
 from qwen3vl_jax.processing.encoding import (
-    Arrays,
-    Prompt,
-    Seen,
-    media_arrays,
-    row_ids,
-    see,
-    see_all,
-    text_arrays,
+    MediaEncoder,
+    RenderedPrompt,
+    add_continuations,
+    encode_prompt,
 )
 from qwen3vl_jax.processing.escape_special import Escape
 from qwen3vl_jax.processing.generation_config import (
@@ -33,13 +30,13 @@ from qwen3vl_jax.processing.generation_config import (
 from qwen3vl_jax.processing.image_patches import ImageSettings
 from qwen3vl_jax.processing.media_rules import FETCH_SECONDS, MAX_FETCH_BYTES, MediaRules
 from qwen3vl_jax.processing.messages import (
-    Medium,
+    MediaSource,
     check_messages,
     hand_out,
     plain_tools,
     plain_variables,
     read_conversation,
-    with_clip_options,
+    with_video_options,
 )
 from qwen3vl_jax.processing.parse_reply import Reply, parse_reply
 from qwen3vl_jax.processing.tokenizer import Tokenizer
@@ -133,7 +130,7 @@ class Processor:
         )
         return prompt.text
 
-    def inputs(
+    def encode(
         self,
         conversations: Any = None,
         *,
@@ -146,11 +143,10 @@ class Processor:
         continue_final_message: bool = False,
         allow_special: bool | str = False,
         template_vars: Mapping[str, Any] | None = None,
-        padding_side: str = "right",
         continuations: str | Sequence[str] | None = None,
         **image_overrides: Any,
-    ) -> Arrays:
-        """What transformers' processor would return, as numpy arrays.
+    ) -> list[EncodedPrompt]:
+        """One encoded prompt a conversation, or a text.
 
         conversations: one (a list of messages) or many; or text: raw prompts with placeholders and
         special tokens. images: one, a list, or a list a row, for raw text and for content items
@@ -158,50 +154,57 @@ class Processor:
         "assistant" those of answers alone (training). image_overrides: image settings of this call
         (min_pixels=...); videos_kwargs: those of videos (fps=..., video_metadata one a video); a
         content item may have its own. continuations: one text a row after its prompt, for `score`.
-        Returns input_ids, attention_mask, mm_token_type_ids (1 at images, 2 at videos) [B, T] int64,
-        padded on padding_side, and with continuations labels, -100 but on them; of images
-        pixel_values [sum patches, C*Tp*P*P] float32 and image_grid_thw [n, 3] int64; of videos
-        pixel_values_videos, video_grid_thw and video_metadata, a list of UsedFrames. Raises InputError.
+        Raises InputError.
         """
         if (conversations is None) == (text is None):
             raise InputError("processor: expected conversations or text=, one of the two")
-        if padding_side not in ("right", "left"):
-            raise InputError(f"padding_side is {padding_side!r}, expected right or left")
         if allow_special not in (True, False, "assistant"):
             raise InputError(f"allow_special is {allow_special!r}, expected a bool or assistant")
-        settings = self._settings(image_overrides)
+        encoder = self._encoder(image_overrides)
         if text is not None:
-            prompts = self._raw_prompts(text)
+            rendered = self._raw_prompts(text)
         else:
             options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt}
             options |= {"continue_final_message": continue_final_message}
             options |= {"template_vars": template_vars or {}, "allow_special": allow_special}
             rows = conversations if _is_many(conversations) else [conversations]
-            prompts = [self._prompt(row, tools, **options) for row in rows]
-        media = hand_out([prompt.media for prompt in prompts], images, videos)
-        media = with_clip_options(media, videos_kwargs or {})
-        seen = see_all(media, settings, self.video_settings, self._limits())
-        return self._arrays(prompts, seen, padding_side, continuations)
+            rendered = [self._prompt(row, tools, **options) for row in rows]
+        sources = hand_out([prompt.sources for prompt in rendered], images, videos)
+        sources = with_video_options(sources, videos_kwargs or {})
+        encoded = encoder.encode_all(sources)
+        fixed = self.tokenizer, self.config
+        prompts = [
+            encode_prompt(*fixed, prompt, found, self.wrap_clips, f"row {number}")
+            for number, (prompt, found) in enumerate(zip(rendered, encoded, strict=True), 1)
+        ]
+        if continuations is None:
+            return prompts
+        return add_continuations(self.tokenizer, prompts, continuations)
+
+    def inputs(
+        self, conversations: Any = None, *, padding_side: str = "right", **options: Any
+    ) -> Arrays:
+        """The numpy arrays that transformers' processor would return; options as in `encode`.
+
+        Returns input_ids, attention_mask, mm_token_type_ids (1 at images, 2 at videos) [B, T] int64,
+        padded on padding_side, and with continuations labels, -100 but on them; of images
+        pixel_values [sum patches, C*Tp*P*P] float32 and image_grid_thw [n, 3] int64; of videos
+        pixel_values_videos, video_grid_thw and video_metadata, a list of UsedFrames. Raises InputError.
+        """
+        if padding_side not in ("right", "left"):
+            raise InputError(f"padding_side is {padding_side!r}, expected right or left")
+        prompts = self.encode(conversations, **options)
+        return to_hf_arrays(self.config, prompts, self.tokenizer.pad_id or 0, padding_side)
 
     def __call__(self, conversations: Any = None, **options: Any) -> Batch:
-        """A Batch of one conversation or many, or of text=; options as in `inputs`, padded right.
+        """A Batch of one conversation or many, or of text=; options as in `encode`.
 
         Raises InputError.
         """
         # A Batch holds jax arrays; all else here is numpy, for workers and checks without jax.
         from qwen3vl_jax.processing.batch import make_batch
 
-        arrays = self.inputs(conversations, **options)
-        return make_batch(
-            self.config,
-            input_ids=arrays["input_ids"],
-            attention_mask=arrays["attention_mask"],
-            pixel_values=arrays.get("pixel_values"),
-            image_grid_thw=arrays.get("image_grid_thw"),
-            pixel_values_videos=arrays.get("pixel_values_videos"),
-            video_grid_thw=arrays.get("video_grid_thw"),
-            labels=arrays.get("labels"),
-        )
+        return make_batch(self.config, **self.inputs(conversations, **options))
 
     def look(
         self,
@@ -210,15 +213,14 @@ class Processor:
         videos_kwargs: Mapping[str, Any] | None = None,
         **image_overrides: Any,
     ) -> dict[str, Any]:
-        """A content item whose picture or clip is read now, once for all later calls with the item.
+        """A content item whose image or video is read now, once for all later calls with the item.
 
-        Options as in `inputs`; later calls' have no effect on it. Raises InputError.
+        Options as in `encode`; later calls' have no effect on it. Raises InputError.
         """
-        settings = self._settings(image_overrides)
-        _, media = read_conversation([{"role": "user", "content": [item]}])
-        ((medium,),) = with_clip_options([media], videos_kwargs or {})
-        seen = see(medium, settings, self.video_settings, self._limits())
-        return {"type": medium.kind, medium.kind: seen}
+        encoder = self._encoder(image_overrides)
+        _, sources = read_conversation([{"role": "user", "content": [item]}])
+        ((source,),) = with_video_options([sources], videos_kwargs or {})
+        return {"type": source.kind, source.kind: encoder(source).with_digest()}
 
     def decode(self, tokens: Any, skip_special_tokens: bool = True) -> Any:
         """Text of token ids: a string for one row, a list of strings for several."""
@@ -253,8 +255,8 @@ class Processor:
         continue_final_message: bool,
         template_vars: Mapping[str, Any],
         allow_special: bool | str,
-    ) -> Prompt:
-        messages, media = read_conversation(conversation)
+    ) -> RenderedPrompt:
+        messages, sources = read_conversation(conversation)
         check_messages(messages, self.template.text(bool(tools)))
         listed, variables = plain_tools(tools), plain_variables(template_vars)
         self.template.check_written(messages, listed)
@@ -281,10 +283,10 @@ class Processor:
             {**given, **variables},
         )
         if escape is None:
-            return Prompt(rendered, "", media)
-        return Prompt(escape.tidy(rendered), escape.mark, media)
+            return RenderedPrompt(rendered, "", sources)
+        return RenderedPrompt(escape.tidy(rendered), escape.mark, sources)
 
-    def _raw_prompts(self, text: str | Sequence[str]) -> list[Prompt]:
+    def _raw_prompts(self, text: str | Sequence[str]) -> list[RenderedPrompt]:
         rows = [text] if isinstance(text, str) else list(text)
         for row in rows:
             if not isinstance(row, str):
@@ -292,34 +294,22 @@ class Processor:
         kinds = {"image": self.config.image_token_id, "video": self.config.video_token_id}
         names = {self.tokenizer.token_of(i): kind for kind, i in kinds.items()}
         place = re.compile("|".join(map(re.escape, names)))
-        return [Prompt(r, "", [Medium(names[t], None) for t in place.findall(r)]) for r in rows]
-
-    def _arrays(
-        self, prompts: list[Prompt], seen: list[list[Seen]], side: str, continuations: Any
-    ) -> Arrays:
-        if not prompts:
-            raise InputError("processor: found no conversation and no text")
-        tokenizer, config, wrap = self.tokenizer, self.config, self.wrap_clips
-        rows = [
-            row_ids(tokenizer, config, prompt, found, wrap, f"row {number}")
-            for number, (prompt, found) in enumerate(zip(prompts, seen, strict=True), 1)
+        return [
+            RenderedPrompt(r, "", [MediaSource(names[t], None) for t in place.findall(r)])
+            for r in rows
         ]
-        out = text_arrays(tokenizer, config, rows, side, continuations)
-        return out | media_arrays([one for row in seen for one in row])
 
-    def _settings(self, overrides: Mapping[str, Any]) -> ImageSettings:
-        """The image settings of a call. Raises InputError for sizes that are not the model's."""
+    def _encoder(self, overrides: Mapping[str, Any]) -> MediaEncoder:
+        """What encodes the images and videos of a call. Raises InputError for sizes of the model."""
         for name in ("patch_size", "temporal_patch_size", "merge_size"):
             if overrides.get(name) not in (None, getattr(self.image_settings, name)):
                 raise InputError(f"image setting {name}: it is the model's; leave it out")
-        return self.image_settings.override(**overrides)
-
-    def _limits(self) -> dict[str, Any]:
-        return {
+        limits = {
             "max_bytes": self.max_fetch_bytes,
             "timeout": self.fetch_seconds,
             "rules": self.media_rules,
         }
+        return MediaEncoder(self.image_settings.override(**overrides), self.video_settings, limits)
 
 
 def _is_many(conversations: Any) -> bool:

@@ -5,7 +5,6 @@ Source: the video processor of Qwen3-VL (transformers), whose names the settings
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import logging
@@ -16,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.processing.encoded_prompt import UsedFrames
 from qwen3vl_jax.processing.image_loading import to_rgb
 from qwen3vl_jax.processing.image_patches import (
     check_patches,
@@ -41,20 +41,6 @@ _SAMPLING = ("fps", "num_frames", "nframes", "min_frames", "max_frames")
 OVERRIDES = (*checks(VideoSettings), "size", *WITHOUT_EFFECT, *CLIP_OPTIONS, *ITEM_RULES)
 
 
-@dataclasses.dataclass(frozen=True)
-class UsedFrames:
-    """The frames of a video that the model sees: their indices and times, and the prompt's times.
-
-    `indices` count the source's frames from 0, `seconds` from its start; `timestamps` is the mean
-    time of the frames that share patches, as the prompt's text says it.
-    """
-
-    fps: float
-    indices: tuple[int, ...]
-    seconds: tuple[float, ...]
-    timestamps: tuple[float, ...]
-
-
 def frame_count(total: int, fps: float, settings: VideoSettings) -> int:
     """How many of `total` frames at `fps` a second are used; num_frames may be more than `total`."""
     if settings.num_frames is not None:
@@ -66,7 +52,7 @@ def frame_count(total: int, fps: float, settings: VideoSettings) -> int:
     return int(min(max(total / fps * settings.fps, least), most, total))
 
 
-def preprocess_video(
+def video_to_patches(
     source: Any,
     settings: VideoSettings | None = None,
     limits: Mapping[str, Any] | None = None,

@@ -19,7 +19,7 @@ from demo import evaluate
 from qwen3vl_jax.cli.batch_journal import read_lines
 from qwen3vl_jax.inference import engine, generate, prefix_cache
 from qwen3vl_jax.processing.batch import bucket
-from qwen3vl_jax.processing.prompt_slices import read_prompt
+from qwen3vl_jax.processing.encoded_prompt import from_hf_arrays
 from qwen3vl_jax.storage import json_text
 
 ROOT = Path(infer.__file__).parent
@@ -85,12 +85,12 @@ def test_300_mixed_prompts_answer_as_each_alone(demo, work, monkeypatch):
     for i, (tokens, reason) in enumerate(alone):
         assert (found[i].tokens, found[i].finish_reason) == (tokens, reason), i
     assert stats.busy >= 0.85, stats
-    prompts = [read_prompt(proc.config, a) for a in arrays]
-    seen = [visual for prompt in prompts for visual in prompt.visuals]
+    prompts = [from_hf_arrays(proc.config, a).with_digests() for a in arrays]
+    seen = [image for prompt in prompts for image in prompt.images]
     assert stats.shown == len(seen) and stats.encoded == len({v.digest for v in seen})
     assert stats.shown - stats.encoded >= prompt_lines.SAME - 1
     assert stats.reused > 1000 and stats.prefixes <= 4, stats
-    cells = {bucket(len(v.pixels) // 4) for v in seen}
+    cells = {bucket(len(v.patches) // 4) for v in seen}
     counts = [program._cache_size() for program in programs]
     assert counts[0] <= len(cells) and counts[3] == 1, counts
     # A group's program: its bucket, with vision or without, behind a prefix of a bucket or none.

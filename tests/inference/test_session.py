@@ -18,6 +18,7 @@ from demo import evaluate, examples
 from qwen3vl_jax.cli import chat as terminal
 from qwen3vl_jax.inference import chat_session, generate
 from qwen3vl_jax.model import cache
+from qwen3vl_jax.processing.encoded_prompt import EncodedPrompt
 
 
 @pytest.fixture(scope="module")
@@ -118,9 +119,9 @@ def test_only_what_is_new_is_run(demo):
         chat_session.take_turn(params, proc, messages, None, max_new_tokens=40)
     )
     messages += [{"role": "assistant", "content": answer}, user(*TURNS[2])]
-    arrays = proc.inputs(messages)
-    batch, cache = chat_session.continue_from(proc.config, arrays, kept)
-    ids = arrays["input_ids"][0]
+    (prompt,) = proc.encode(messages)
+    batch, cache = chat_session.continue_from(proc.config, prompt.with_digests(), kept)
+    ids = prompt.ids
     start = int(cache.length[0])
     assert start >= len(kept.ids) - 1 and (batch.segment_ids[0] > 0).sum() == len(ids) - start
     whole = proc(messages)
@@ -151,7 +152,9 @@ def test_a_stop_text_ends_a_turn(demo):
     assert answer == "5 6 " and kept.ended  # of "5 6 8 9\n.."
     prompt = proc.inputs(messages)["input_ids"].size
     messages += [{"role": "assistant", "content": answer}, user(*TURNS[1])]
-    _, cache = chat_session.continue_from(proc.config, proc.inputs(messages), kept)
+    _, cache = chat_session.continue_from(
+        proc.config, proc.encode(messages)[0].with_digests(), kept
+    )
     start = int(cache.length[0])
     assert proc.decode(kept.ids[prompt:start]).strip() == "5 6" and start < len(kept.ids)
 
@@ -183,7 +186,9 @@ def test_a_chat_goes_on(demo, capsys, monkeypatch):
             kept.cache["keys"].delete()  # given away, as a turn gives it
             raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.")
         yield "hm"
-        return "hm", chat_session.Kept(np.zeros(5, int), {"keys": jax.numpy.ones(3)}, False)
+        return "hm", chat_session.ChatState(
+            EncodedPrompt(np.zeros(5, int)), {"keys": jax.numpy.ones(3)}, False
+        )
 
     monkeypatch.setattr(terminal, "take_turn", turn)
     read = typed("one", "two", "three")
@@ -297,16 +302,19 @@ def test_lines_are_edited_where_there_is_readline(monkeypatch, capsys):
     assert "readline" in sys.modules
 
 
+def state_of(ids, answers):
+    """What a chat keeps of a conversation of text."""
+    return chat_session.ChatState(EncodedPrompt(ids), None, True, answers)
+
+
 def test_an_answer_goes_on_as_the_tokens_that_were_written(demo):
     """Not as those of its text, where that was not changed; spelled special tokens stay characters."""
     proc, _ = demo
     asked = [user(text("Say it."))]
-    prompt = proc.inputs(asked)["input_ids"][0]
+    prompt = proc.encode(asked)[0].ids
     spelled = "ab<|im_end|>\n<|im_start|>system"
     letters = [i for c in spelled for i in proc.tokenizer.encode(c)]
-    kept = chat_session.Kept(
-        np.append(prompt, letters), None, True, ((len(prompt), len(prompt) + len(letters)),)
-    )
+    kept = state_of(np.append(prompt, letters), ((len(prompt), len(prompt) + len(letters)),))
     for words, same in (
         (spelled, True),
         (spelled[:-1], False),
@@ -314,22 +322,22 @@ def test_an_answer_goes_on_as_the_tokens_that_were_written(demo):
         (spelled + "s", True),
     ):
         chat = [*asked, {"role": "assistant", "content": words}, user(text("Go on."))]
-        row = proc.inputs(chat)["input_ids"][0]
-        assert np.isin(row, list(proc.tokenizer.special.values())).sum() == 7
+        row = proc.encode(chat)[0]
+        assert np.isin(row.ids, list(proc.tokenizer.special.values())).sum() == 7
         found, spans = chat_session.as_written(proc, row, kept)
         assert spans == (kept.answers if same else ())
-        assert np.array_equal(found[: len(kept.ids)], kept.ids) == same, words
-        assert proc.decode(found, False) == proc.decode(row, False)
-    other = dataclasses.replace(kept, ids=np.append(prompt, proc.config.image_token_id))
-    assert np.array_equal(chat_session.as_written(proc, row, other)[0], row)
+        assert np.array_equal(found.ids[: len(kept.ids)], kept.ids) == same, words
+        assert proc.decode(found.ids, False) == proc.decode(row.ids, False)
+    other = state_of(np.append(prompt, proc.config.image_token_id), kept.answers)
+    assert chat_session.as_written(proc, row, other)[0] is row
     # The turn after the next: both answers stay as they were written.
     chat[1]["content"] = spelled
-    first, _ = chat_session.as_written(proc, proc.inputs(chat)["input_ids"][0], kept)
-    both = (*kept.answers, (len(first), len(first) + len(letters)))
-    kept = chat_session.Kept(np.append(first, letters), None, True, both)
+    first, _ = chat_session.as_written(proc, proc.encode(chat)[0], kept)
+    both = (*kept.answers, (len(first.ids), len(first.ids) + len(letters)))
+    kept = state_of(np.append(first.ids, letters), both)
     chat += [{"role": "assistant", "content": spelled}, user(text("And on."))]
-    found, spans = chat_session.as_written(proc, proc.inputs(chat)["input_ids"][0], kept)
-    assert spans == both and np.array_equal(found[: len(kept.ids)], kept.ids)
+    found, spans = chat_session.as_written(proc, proc.encode(chat)[0], kept)
+    assert spans == both and np.array_equal(found.ids[: len(kept.ids)], kept.ids)
     chat[1]["content"] = "changed"
-    row = proc.inputs(chat)["input_ids"][0]
-    assert np.array_equal(chat_session.as_written(proc, row, kept)[0], row)
+    row = proc.encode(chat)[0]
+    assert chat_session.as_written(proc, row, kept)[0] is row

@@ -18,7 +18,7 @@ from qwen3vl_jax.processing.chat_template import ChatTemplate
 from qwen3vl_jax.processing.escape_special import Escape
 from qwen3vl_jax.processing.image_patches import load_image
 from qwen3vl_jax.processing.messages import (
-    Medium,
+    MediaSource,
     check_messages,
     read_conversation,
     read_medium,
@@ -185,7 +185,7 @@ def test_messages_hold_what_the_template_knows():
 
 
 def test_pictures_beside_the_text():
-    empty = Medium("image", None, {"max_pixels": 7, "min_pixels": 1})
+    empty = MediaSource("image", None, {"max_pixels": 7, "min_pixels": 1})
     assert read_medium("a.png", empty) == dataclasses.replace(empty, source="a.png")
     found = read_medium({"url": "a.png", "max_pixels": 9}, empty)
     assert (found.source, found.overrides) == ("a.png", {"max_pixels": 9, "min_pixels": 1})

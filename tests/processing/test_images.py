@@ -18,8 +18,8 @@ from qwen3vl_jax.processing.fetching import fetch
 from qwen3vl_jax.processing.image_loading import to_rgb
 from qwen3vl_jax.processing.image_patches import (
     ImageSettings,
+    image_to_patches,
     load_image,
-    preprocess,
     smart_resize,
 )
 
@@ -98,8 +98,8 @@ def test_a_size_of_its_own():
     picture = np.zeros((100, 300, 3), np.uint8)
     for given, grid in (((80, 50), (1, 4, 4)), ((20, 70), (1, 4, 8)), ((640, 96), (1, 40, 6))):
         sides = {"resized_height": given[0], "resized_width": given[1]}
-        assert preprocess(picture, max_pixels=4096, **sides)[1] == grid
-    refused(lambda: preprocess(picture, resized_width=64), "give both resized_height")
+        assert image_to_patches(picture, max_pixels=4096, **sides)[1] == grid
+    refused(lambda: image_to_patches(picture, resized_width=64), "give both resized_height")
 
 
 def test_smart_resize_keeps_its_promises():
@@ -122,7 +122,7 @@ def test_smart_resize_keeps_its_promises():
 def test_aspect_ratio():
     smart_resize(10, 2000)
     refused(lambda: smart_resize(10, 2001), "2001 x 10", "200 times")
-    refused(lambda: preprocess(np.zeros((1, 201), np.uint8)), "200 times")
+    refused(lambda: image_to_patches(np.zeros((1, 201), np.uint8)), "200 times")
     refused(lambda: smart_resize(0, 5), "0 pixels")
 
 
@@ -132,7 +132,7 @@ def test_rows_are_in_merge_order():
         do_resize=False, do_rescale=False, do_normalize=False, patch_size=2, merge_size=2
     )
     array = np.arange(8 * 12 * 3, dtype=np.uint8).reshape(8, 12, 3)
-    rows, grid = preprocess(array, settings)
+    rows, grid = image_to_patches(array, settings)
     assert grid == (1, 4, 6)
     assert rows.shape == (24, 3 * 2 * 2 * 2)
     assert rows.dtype == np.float32
@@ -149,9 +149,9 @@ def test_rows_are_in_merge_order():
 
 
 def test_released_normalisation():
-    rows, _ = preprocess(np.full((32, 32, 3), 255, np.uint8))
+    rows, _ = image_to_patches(np.full((32, 32, 3), 255, np.uint8))
     np.testing.assert_array_equal(rows, 1.0)
-    rows, grid = preprocess(np.zeros((256, 512, 3), np.uint8))
+    rows, grid = image_to_patches(np.zeros((256, 512, 3), np.uint8))
     np.testing.assert_array_equal(rows, -1.0)
     assert grid == (1, 16, 32)
 
@@ -159,7 +159,7 @@ def test_released_normalisation():
 def test_settings_change_numbers():
     array = picture(64, 96)
     settings = ImageSettings(min_pixels=32 * 32)
-    base, _ = preprocess(array, settings)
+    base, _ = image_to_patches(array, settings)
     changes = [
         {"resample": 2, "min_pixels": 256 * 256},
         {"do_rescale": False},
@@ -176,11 +176,11 @@ def test_settings_change_numbers():
     ]
     seen = [base.tobytes()]
     for change in changes:
-        rows, _ = preprocess(array, settings, **change)
+        rows, _ = image_to_patches(array, settings, **change)
         seen.append(rows.tobytes())
     assert len(set(seen)) == len(seen)
     grey = np.asarray(Image.fromarray(array).convert("L"))
-    kept, _ = preprocess(grey, do_convert_rgb=False, image_mean=0.5, image_std=0.5)
+    kept, _ = image_to_patches(grey, do_convert_rgb=False, image_mean=0.5, image_std=0.5)
     assert kept.shape[1] * 3 == base.shape[1]
 
 
@@ -238,8 +238,12 @@ def test_bad_settings(change):
 
 
 def test_settings_that_do_not_fit_the_picture():
-    refused(lambda: preprocess(np.zeros((40, 64, 3), np.uint8), do_resize=False), "multiples", "32")
-    refused(lambda: preprocess(picture(), image_mean=[0.5, 0.5]), "image_mean", "3 channels")
+    refused(
+        lambda: image_to_patches(np.zeros((40, 64, 3), np.uint8), do_resize=False),
+        "multiples",
+        "32",
+    )
+    refused(lambda: image_to_patches(picture(), image_mean=[0.5, 0.5]), "image_mean", "3 channels")
 
 
 # ---- formats and modes ----

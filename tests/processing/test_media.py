@@ -24,11 +24,11 @@ from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing import image_loading
 from qwen3vl_jax.processing.fetching import fetch
 from qwen3vl_jax.processing.image_loading import is_image, to_rgb
-from qwen3vl_jax.processing.image_patches import ImageSettings, load_image, preprocess
+from qwen3vl_jax.processing.image_patches import ImageSettings, image_to_patches, load_image
 from qwen3vl_jax.processing.media import open_source
 from qwen3vl_jax.processing.media_rules import MediaRules
 from qwen3vl_jax.processing.processor import Processor
-from qwen3vl_jax.processing.video_patches import preprocess_video
+from qwen3vl_jax.processing.video_patches import video_to_patches
 from qwen3vl_jax.training.data.chat_format import chat_form
 from qwen3vl_jax.training.data.make_samples import SampleMaker
 from qwen3vl_jax.training.recipe import Data, Pack, Source
@@ -158,14 +158,14 @@ def doors(proc, folder, kind, source, **more):
         {"messages": [*empty, answer], names[kind]: [pooled]},
         {"conversations": turns, names[kind]: [pooled]},
     ):
-        (visual,) = maker("x:1", chat_form(record, Source("x.jsonl", media=str(folder)))).visuals
-        yield visual.pixels / np.float32(127.5) - 1
+        (visual,) = maker("x:1", chat_form(record, Source("x.jsonl", media=str(folder)))).images
+        yield visual.patches / np.float32(127.5) - 1
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_by_every_door(proc, folder, server, monkeypatch, form):
     monkeypatch.chdir(folder)
-    expected, _ = preprocess(PIXELS, proc.image_settings)
+    expected, _ = image_to_patches(PIXELS, proc.image_settings)
     source = FORMS[form](folder, server)
     for found in doors(proc, folder, "image", source):
         np.testing.assert_allclose(found, expected, atol=1e-6)
@@ -268,8 +268,8 @@ def test_only_regular_files_are_opened(proc, tmp_path, monkeypatch):
         for source in (name, Path(name), {"path": name}, f"file://{tmp_path / name}"):
             refused(lambda s=source: load_image(s), "regular file" if word else "", word)
         if name != ".":
-            refused(lambda n=name: preprocess_video(n), word)
-            refused(lambda n=name: preprocess_video([n, n], sample_fps=1), word)
+            refused(lambda n=name: video_to_patches(n), word)
+            refused(lambda n=name: video_to_patches([n, n], sample_fps=1), word)
     with pytest.raises(InputError, match="FIFO"):
         SampleMaker(proc, Data(), Pack())("x", chat_form({"messages": [
             {"role": "user", "content": [{"type": "image", "image": "fifo"}]},
@@ -291,9 +291,9 @@ def test_no_path_leaves_the_root(tmp_path, monkeypatch):
     for outside in ("../root2/a.png", other / "a.png", "out.png", "way/a.png", "/etc/passwd", "..",
                     f"file://{other}/a.png", {"url": f"{other}/a.png"}, "gs://b/a.png"):  # fmt: skip
         refused(lambda s=outside: load_image(s, rules=rules), "expected a")
-        refused(lambda s=outside: preprocess_video(s, limits={"rules": rules}), "expected a")
+        refused(lambda s=outside: video_to_patches(s, limits={"rules": rules}), "expected a")
         refused(
-            lambda s=outside: preprocess_video([s, s], limits={"rules": rules}, sample_fps=1),
+            lambda s=outside: video_to_patches([s, s], limits={"rules": rules}, sample_fps=1),
             "expected",
         )
     refused(lambda: load_image("gone.png", rules=rules), "no such file")
@@ -369,7 +369,7 @@ def test_no_message_holds_what_is_in_a_file(server, tmp_path):
         path = tmp_path / "a"
         path.write_text(f"{start}{SECRET} {SECRET}\n{SECRET}")
         refused(lambda path=path: load_image(path), "image")
-        refused(lambda path=path: preprocess_video(path), "video")
+        refused(lambda path=path: video_to_patches(path), "video")
     for path in ("secret.png", "broken", f"to/[{SECRET}", f"to/{SECRET}:x/"):
         refused(lambda path=path: fetch_image(f"{server}/{path}"))
 
@@ -440,8 +440,8 @@ def test_settings_that_cannot_be_meant(proc, name):
     for value in HUGE[name]:
         more = {"resized_width": 10**6} if name == "resized_height" else {}
         item = {name: value, **more}
-        refused(lambda item=item: preprocess(PIXELS, ImageSettings(), **item))
-        refused(lambda item=item: preprocess_video(frames, None, None, sample_fps=1, **item))
+        refused(lambda item=item: image_to_patches(PIXELS, ImageSettings(), **item))
+        refused(lambda item=item: video_to_patches(frames, None, None, sample_fps=1, **item))
         ask = [{"role": "user", "content": [{"type": "image", "image": PIXELS, **item}]}]
         refused(lambda ask=ask: proc.inputs(ask))
     refused(lambda: proc.inputs(text="x", patch_size=32), "patch_size")

@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from qwen3vl_jax.processing.image_patches import ImageSettings, preprocess, smart_resize
+from qwen3vl_jax.processing.image_patches import ImageSettings, image_to_patches, smart_resize
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.processing.tokenizer import Tokenizer
 
@@ -62,7 +62,7 @@ def test_pixels_equal_the_pil_backend_on_200_sizes():
     processor = Qwen2VLImageProcessorPil(**RELEASED)
     for image in pictures(200):
         theirs = reference(processor, Image.fromarray(image))
-        assert_same_bits(preprocess(image), theirs)
+        assert_same_bits(image_to_patches(image), theirs)
 
 
 VARIED = [
@@ -91,9 +91,9 @@ def test_pixels_with_other_settings(changes):
         if not settings.do_resize:
             image = np.tile(image, (32, 32, 1))[: 32 * (len(image) // 8), :96]  # noqa: PLW2901
         theirs = reference(processor, Image.fromarray(image))
-        assert_same_bits(preprocess(image, settings), theirs)
+        assert_same_bits(image_to_patches(image, settings), theirs)
         call = {k: v for k, v in raw.items() if v != RELEASED.get(k)}
-        assert_same_bits(preprocess(image, **call), theirs)
+        assert_same_bits(image_to_patches(image, **call), theirs)
 
 
 def test_pixels_of_8_bit_modes():
@@ -106,11 +106,11 @@ def test_pixels_of_8_bit_modes():
             if mode in ("P", "YCbCr", "HSV")
             else rgba.convert(mode)
         )
-        assert_same_bits(preprocess(image), reference(processor, image))
+        assert_same_bits(image_to_patches(image), reference(processor, image))
     grey = rgba.convert("L")
     flat = {"do_convert_rgb": False, "image_mean": 0.5, "image_std": 0.25}
     processor = Qwen2VLImageProcessorPil(**{**RELEASED, **flat})
-    assert_same_bits(preprocess(grey, **flat), reference(processor, grey))
+    assert_same_bits(image_to_patches(grey, **flat), reference(processor, grey))
 
 
 def test_pixels_near_the_torchvision_backend():
@@ -119,7 +119,7 @@ def test_pixels_near_the_torchvision_backend():
     differences = []
     for image in pictures(40, seed=2):
         theirs, grid = reference(processor, Image.fromarray(image))
-        rows, ours = preprocess(image)
+        rows, ours = image_to_patches(image)
         assert grid.tolist() == [list(ours)]
         differences.append(np.abs(rows - theirs).ravel())
     everything = np.concatenate(differences)

@@ -12,7 +12,7 @@ import pytest
 import toy_checkpoint as toy
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.processing.image_patches import preprocess
+from qwen3vl_jax.processing.image_patches import image_to_patches
 from qwen3vl_jax.processing.processor import Processor
 
 
@@ -52,7 +52,7 @@ def test_pictures_of_several_sizes_in_one_message(proc):
     images = [picture(20, 30), picture(64, 8, 1), picture(9, 9, 2)]
     items = [{"type": "image", "image": image} for image in images]
     out = proc.inputs([user(items[0], "a", items[1], items[2], "b")])
-    rows, grids = zip(*(preprocess(image, proc.image_settings) for image in images))
+    rows, grids = zip(*(image_to_patches(image, proc.image_settings) for image in images))
     np.testing.assert_array_equal(out["pixel_values"], np.concatenate(rows))
     assert out["image_grid_thw"].tolist() == [list(grid) for grid in grids]
     assert out["pixel_values"].dtype == np.float32

@@ -21,7 +21,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import qwen3vl_jax as q3
 from qwen3vl_jax.processing.processor import Processor
-from qwen3vl_jax.processing.video_patches import VideoSettings, preprocess_video, smart_resize
+from qwen3vl_jax.processing.video_patches import VideoSettings, smart_resize, video_to_patches
 
 BOUND = 2e-5  # of the largest magnitude
 RELEASED = {
@@ -75,7 +75,7 @@ def test_50_random_clips():
         rows, grid, indices, times = transformed(frames, metadata, theirs, **call)
         settings = VideoSettings().override(size=budget, cap_pixels_per_frame=cap)
         given = [Image.fromarray(frame) for frame in frames] if number % 2 else frames
-        ours, found, used = preprocess_video(given, settings, video_metadata=metadata, **options)
+        ours, found, used = video_to_patches(given, settings, video_metadata=metadata, **options)
         assert found == tuple(grid) and list(used.indices) == indices, (number, options)
         assert [f"{t:.1f}" for t in used.timestamps] == [f"{t:.1f}" for t in times]
         difference = np.abs(ours - rows)

@@ -22,8 +22,8 @@ from qwen3vl_jax.processing.video_loading import open_clip
 from qwen3vl_jax.processing.video_patches import (
     VideoSettings,
     frame_count,
-    preprocess_video,
     smart_resize,
+    video_to_patches,
 )
 
 
@@ -44,7 +44,7 @@ def test_files(tmp_path, name, codec, pixels):
     clip = open_clip(path)
     assert (clip.total, clip.fps, clip.size, clip.times) == (25, 10, (48, 64), None)
     assert numbers(path, [0, 3, 3, 11, 24]) == [0, 3, 3, 11, 24]
-    rows, grid, used = preprocess_video(path)
+    rows, grid, used = video_to_patches(path)
     assert used.indices == (0, 6, 12, 18, 24)
     assert used.timestamps == (0.3, 1.5, 2.4) and grid[0] == 3
     assert rows.shape == (np.prod(grid), 3 * 2 * 16 * 16)
@@ -58,9 +58,9 @@ def test_sources(tmp_path):
     path = clips.write(tmp_path / "a b.mp4", clips.waves(9, 40, 56))
     data = path.read_bytes()
     uri = "data:video/mp4;base64," + base64.b64encode(data).decode()
-    expected = preprocess_video(path)
+    expected = video_to_patches(path)
     for source in (str(path), path.as_uri(), data, bytearray(data), uri):
-        found = preprocess_video(source)
+        found = video_to_patches(source)
         np.testing.assert_array_equal(found[0], expected[0])
         assert found[1:] == expected[1:]
 
@@ -68,22 +68,22 @@ def test_sources(tmp_path):
 def test_frames_and_arrays_are_the_same_clip():
     """Lists of pictures and arrays of either layout, whole numbers of any dtype."""
     frames = clips.waves(7, 40, 70)
-    expected = preprocess_video(frames, video_metadata={"fps": 7}, do_sample_frames=False)
+    expected = video_to_patches(frames, video_metadata={"fps": 7}, do_sample_frames=False)
     assert expected[1][0] == 4 and expected[2].seconds == tuple(i / 7 for i in range(7))
     for source in (
         frames.transpose(0, 3, 1, 2), frames.astype(np.float32), frames.astype(np.int64),
     ):  # fmt: skip
-        found = preprocess_video(source, video_metadata={"fps": 7}, do_sample_frames=False)
+        found = video_to_patches(source, video_metadata={"fps": 7}, do_sample_frames=False)
         np.testing.assert_array_equal(found[0], expected[0])
     for given in ({"sample_fps": 7}, {"video_metadata": {"fps": 7}}):
         listed = [Image.fromarray(frame) for frame in frames]
-        found = preprocess_video(listed, do_sample_frames=False, **given)
+        found = video_to_patches(listed, do_sample_frames=False, **given)
         np.testing.assert_array_equal(found[0], expected[0])
         assert found[2] == expected[2]
     grey = frames[..., :1]
-    found = preprocess_video(grey, sample_fps=7)
+    found = video_to_patches(grey, sample_fps=7)
     np.testing.assert_array_equal(
-        found[0], preprocess_video(np.repeat(grey, 3, 3), sample_fps=7)[0]
+        found[0], video_to_patches(np.repeat(grey, 3, 3), sample_fps=7)[0]
     )
 
 
@@ -101,19 +101,19 @@ def test_one_rule_for_every_form_of_the_same_frames(tmp_path):
     held = [base64.b64encode(Path(path).read_bytes()).decode() for path in paths]
     joined = "data:video/png;base64," + ",".join(held)
     rate = {"video_metadata": {"fps": 5.0}}
-    expected = preprocess_video(file)
+    expected = video_to_patches(file)
     assert expected[2].indices == (0, 3, 6, 9, 12) and expected[1][0] == 3
     for source, options in (
         (frames, rate), (images, rate), (images, {"sample_fps": 5}), (frames, {"sample_fps": 5}),
         (list(frames), rate), (paths, rate), (folder, rate), (folder.as_uri(), rate), (joined, rate),
         ((images, {"fps": 5.0}), {}), ((frames, {"fps": 5.0, "total_num_frames": 13}), {}),
     ):  # fmt: skip
-        found = preprocess_video(source, **options)
+        found = video_to_patches(source, **options)
         np.testing.assert_array_equal(found[0], expected[0])
         assert found[1:] == expected[1:]
     for source in (frames, images, paths, folder, joined):  # and without a rate
         with pytest.raises(InputError, match="frames without times"):
-            preprocess_video(source)
+            video_to_patches(source)
 
 
 def test_num_frames_above_the_length_repeats_frames(tmp_path):
@@ -121,7 +121,7 @@ def test_num_frames_above_the_length_repeats_frames(tmp_path):
     frames = clips.bars(5)
     path = clips.write(tmp_path / "a.mp4", frames)
     for source, options in ((path, {}), (frames, {"sample_fps": 10})):
-        used = preprocess_video(source, num_frames=8, **options)[2]
+        used = video_to_patches(source, num_frames=8, **options)[2]
         assert used.indices == (0, 1, 1, 2, 2, 3, 3, 4)
 
 
@@ -133,7 +133,7 @@ def test_frames_chosen_before_keep_their_times():
         "frames_indices": np.array([0, 20, 41, 61, 82]),
         "total_num_frames": 83,
     }
-    rows, grid, used = preprocess_video(
+    rows, grid, used = video_to_patches(
         frames, video_metadata=metadata, do_sample_frames=False, do_resize=False
     )
     assert grid == (3, 2, 4) and len(rows) == 24 and used.indices == (0, 20, 41, 61, 82)
@@ -146,7 +146,7 @@ def test_sampling_rules():
     """The reference's golden example, and the limits of each setting."""
     settings = VideoSettings()
     frames = np.zeros((100, 32, 32, 3), np.uint8)
-    used = preprocess_video(frames, sample_fps=25)[2]
+    used = video_to_patches(frames, sample_fps=25)[2]
     assert used.indices == (0, 14, 28, 42, 57, 71, 85, 99)
     for total, fps, changes, count in (
         (10, 25, {}, 4), (3, 25, {}, 3), (10**5, 25, {}, 768), (10**5, 25, {"max_frames": 100}, 100),
@@ -168,21 +168,21 @@ def test_sizes():
     ):  # fmt: skip
         assert smart_resize(*given) == expected
     frames = np.zeros((8, 720, 1280, 3), np.uint8)
-    grid = preprocess_video(frames, sample_fps=2, cap_pixels_per_frame=True)[1]
+    grid = video_to_patches(frames, sample_fps=2, cap_pixels_per_frame=True)[1]
     assert grid == (4, 640 // 16, 1152 // 16)
 
 
 def test_start_and_end(tmp_path):
     """A part of a clip: times count from the clip's start."""
     path = clips.write(tmp_path / "a.mp4", clips.bars(31))
-    used = preprocess_video(path, video_start=1.0, video_end=2.5, fps=4)[2]
+    used = video_to_patches(path, video_start=1.0, video_end=2.5, fps=4)[2]
     assert used.indices[0] == 10 and used.indices[-1] == 25 and len(used.indices) == 6
     assert used.seconds[0] == 1.0
-    assert preprocess_video(path, video_start=2.0, num_frames=3)[2].indices == (20, 25, 30)
+    assert video_to_patches(path, video_start=2.0, num_frames=3)[2].indices == (20, 25, 30)
     with pytest.raises(InputError, match=r"a\.mp4: no frame from second 7 to 3"):
-        preprocess_video(path, video_start=7)
+        video_to_patches(path, video_start=7)
     with pytest.raises(InputError, match="video_end is -1"):
-        preprocess_video(path, video_end=-1)
+        video_to_patches(path, video_end=-1)
 
 
 def test_variable_frame_rate(tmp_path):
@@ -192,14 +192,14 @@ def test_variable_frame_rate(tmp_path):
     path = clips.write(tmp_path / "a.mkv", clips.bars(40, step=6), 10, times=times)
     clip = open_clip(path)
     assert clip.times is not None and np.allclose(clip.times, times, atol=2e-3)
-    used = preprocess_video(path)[2]
+    used = video_to_patches(path)[2]
     moments = np.linspace(0, 61.9, 40)
     assert np.allclose(used.seconds, moments, atol=2e-3)
     begun = [max(i for i, t in enumerate(times) if t <= m + 1e-3) for m in moments]
     assert list(used.indices) == begun and begun[1:38] == [15, *[19] * 36]
     assert np.allclose(used.timestamps, moments.reshape(-1, 2).mean(1), atol=2e-3)
     # the still screen alone: its frame began before the cut
-    used = preprocess_video(path, video_start=31, video_end=57)[2]
+    used = video_to_patches(path, video_start=31, video_end=57)[2]
     assert set(used.indices) == {19} and used.seconds[0] == 31 and used.seconds[-1] == 57
 
 
@@ -335,7 +335,7 @@ def test_what_is_refused(tmp_path):
         (7, {}, "found int"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=words) as caught:
-            preprocess_video(source, **options)
+            video_to_patches(source, **options)
         assert "\n" not in str(caught.value)
 
 
@@ -347,7 +347,7 @@ def test_a_cut_clip_is_what_is_left_of_it(tmp_path, caplog):
         for share in (0.3, 0.6):
             path.write_bytes(data[: int(share * len(data))])
             caplog.clear()
-            used = preprocess_video(path, fps=5)[2]
+            used = video_to_patches(path, fps=5)[2]
             assert 2 <= len(used.indices) < 30
             assert used.indices[-1] == open_clip(path).total - 1 < 40
             assert name in caplog.text and ("cut" in caplog.text or "damaged" in caplog.text)
@@ -361,7 +361,7 @@ def test_what_plays_is_sampled(tmp_path, caplog):
         clip = open_clip(path)
         assert (clip.total, clip.fps, clip.times) == (43, 10, None)
         assert numbers(path, [0, 10, 42], 4) == [17, 27, 59]
-        used = preprocess_video(path)[2]
+        used = video_to_patches(path)[2]
         assert used.indices == (0, 6, 12, 18, 24, 30, 36, 42) and used.timestamps[0] == 0.3
     stream = clips.copy(source, tmp_path / "a.ts")
     data = stream.read_bytes()
@@ -375,7 +375,7 @@ def test_what_plays_is_sampled(tmp_path, caplog):
     packets = [data[i : i + 188] for i in range(0, len(data), 188)]
     begun.write_bytes(b"".join(packets[len(packets) // 3 :]))
     clip = open_clip(begun)
-    assert (clip.total, clip.fps) == (40, 10) and preprocess_video(begun)[2].indices[-1] == 39
+    assert (clip.total, clip.fps) == (40, 10) and video_to_patches(begun)[2].indices[-1] == 39
     assert numbers(begun, [0, 39], 4) == [20, 59]
     assert not caplog.records
 
@@ -388,7 +388,7 @@ def test_a_damaged_stretch_loses_its_frames(tmp_path, caplog):
     data[at + length // 3 : at + length // 2] = bytes(length // 2 - length // 3)
     bad = tmp_path / "bad.mp4"
     bad.write_bytes(data)
-    used = preprocess_video(bad)[2]
+    used = video_to_patches(bad)[2]
     assert "bad.mp4: damaged video: the" in caplog.text and len(caplog.records) == 1
     total = open_clip(bad).recount().total
     assert 20 < total < 60 and used.indices[-1] == total - 1
@@ -398,13 +398,13 @@ def test_a_damaged_stretch_loses_its_frames(tmp_path, caplog):
     data[at : at + 2 * length // 3] = bytes(2 * length // 3)
     bad.write_bytes(data[: at + 2 * length // 3] + bytes(10))
     with pytest.raises(InputError, match=r"bad\.mp4: "):
-        preprocess_video(bad)
+        video_to_patches(bad)
 
 
 def test_animated_images(tmp_path):
     """WebP, PNG and GIF: by path, bytes and data URI, whatever the name says."""
     images = [Image.fromarray(frame) for frame in clips.bars(13)]
-    expected = preprocess_video(clips.bars(13), video_metadata={"fps": 5})
+    expected = video_to_patches(clips.bars(13), video_metadata={"fps": 5})
     for kind in ("WEBP", "PNG", "GIF"):
         file = io.BytesIO()
         options = {"lossless": True} if kind == "WEBP" else {}
@@ -413,17 +413,17 @@ def test_animated_images(tmp_path):
         path.write_bytes(file.getvalue())
         uri = f"data:image/{kind.lower()};base64," + base64.b64encode(file.getvalue()).decode()
         for source in (path, file.getvalue(), uri):
-            found = preprocess_video(source)
+            found = video_to_patches(source)
             np.testing.assert_array_equal(found[0], expected[0])
             assert found[1:] == expected[1:]
     images[0].save(
         path, "WEBP", save_all=True, append_images=images[1:4], duration=[100, 900, 100, 50]
     )
-    used = preprocess_video(path, num_frames=5)[2]
+    used = video_to_patches(path, num_frames=5)[2]
     assert used.indices == (0, 1, 1, 1, 3) and np.allclose(used.seconds, np.linspace(0, 1.1, 5))
     path.write_bytes(path.read_bytes()[:60])
     with pytest.raises(InputError, match=r"a\.gif: "):
-        preprocess_video(path)
+        video_to_patches(path)
 
 
 @pytest.fixture(scope="module")
@@ -570,8 +570,8 @@ def test_users_cannot_smuggle_a_clip_in(proc):
 
 LONG = """
 import resource, sys
-from qwen3vl_jax.processing.video_patches import preprocess_video
-rows, grid, used = preprocess_video(sys.argv[1], fps=2, max_pixels=2000000)
+from qwen3vl_jax.processing.video_patches import video_to_patches
+rows, grid, used = video_to_patches(sys.argv[1], fps=2, max_pixels=2000000)
 print(len(used.indices), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.chat_template import ChatTemplate
+from qwen3vl_jax.processing.encoded_prompt import EncodedVideo
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.training.data import global_batches, make_samples, records
 from qwen3vl_jax.training.data.chat_format import chat_form
@@ -133,17 +134,17 @@ def test_pictures_and_clips_of_a_sample(proc):
     messages = [user(FILM, PICTURE, "a", chats.picture(20, 33)), said("b")]
     sample = sample_of(proc, messages)
     arrays = proc.inputs(messages, add_generation_prompt=False)
-    assert [v.clip for v in sample.visuals] == [True, False, False]
-    assert {v.pixels.dtype for v in sample.visuals} == {np.dtype(np.uint8)}
-    got = [v.pixels / np.float32(127.5) - 1 for v in sample.visuals]
+    assert [v.is_video for v in sample.images] == [True, False, False]
+    assert {v.patches.dtype for v in sample.images} == {np.dtype(np.uint8)}
+    got = [v.patches / np.float32(127.5) - 1 for v in sample.images]
     np.testing.assert_allclose(got[0], arrays["pixel_values_videos"], atol=1e-6)
     np.testing.assert_allclose(np.concatenate(got[1:]), arrays["pixel_values"], atol=1e-6)
-    assert [v.grid for v in sample.visuals[1:]] == list(
+    assert [v.grid for v in sample.images[1:]] == list(
         map(tuple, arrays["image_grid_thw"].tolist())
     )
     batch = proc(messages, add_generation_prompt=False)
     np.testing.assert_array_equal(sample.positions, batch.positions[:, 0, : len(sample.ids)])
-    for visual in sample.visuals:
+    for visual in sample.images:
         assert sample.ids[visual.start] == sample.ids[visual.end - 1] != sample.ids[visual.end]
 
 
@@ -152,9 +153,9 @@ def test_limits_of_the_recipe(proc):
     messages = [user(chats.picture(64, 64), chats.clip(40, 64, 64, 10.0)), said("b")]
     data = Data(max_pixels=1024, fps=5.0, max_frames=6, clip_max_pixels=6 * 512, add_vision_id=True)
     sample = sample_of(proc, messages, data=data)
-    assert [v.grid for v in sample.visuals] == [(1, 8, 8), (3, 4, 4)]
+    assert [v.grid for v in sample.images] == [(1, 8, 8), (3, 4, 4)]
     assert "Picture 1: " in proc.decode(sample.ids, skip_special_tokens=False)
-    assert sample_of(proc, messages).visuals[0].grid == (1, 16, 16)
+    assert sample_of(proc, messages).images[0].grid == (1, 16, 16)
 
 
 def png(size, value) -> bytes:
@@ -220,11 +221,11 @@ def test_every_kind_of_file_gives_the_same_sample(proc, tmp_path):
     assert list(found)[:3] == ["a.jsonl a.jsonl:1", "a.jsonl a.jsonl:2", "a.jsonl a.jsonl:3"]
     assert "other/f.jsonl f.jsonl:3" in found and len(found) == 15
     want = found["a.jsonl a.jsonl:1"]
-    assert learned(proc, want) == ["Yes <image>" + END] and len(want.visuals) == 3
+    assert learned(proc, want) == ["Yes <image>" + END] and len(want.images) == 3
     for sample in found.values():
         np.testing.assert_array_equal(sample.ids, want.ids)
-        for got, visual in zip(sample.visuals, want.visuals, strict=True):
-            np.testing.assert_array_equal(got.pixels, visual.pixels)
+        for got, visual in zip(sample.images, want.images, strict=True):
+            np.testing.assert_array_equal(got.patches, visual.patches)
 
 
 HUMAN, GPT = {"from": "human", "value": "<image> a"}, {"from": "gpt", "value": "b"}
@@ -417,8 +418,8 @@ def test_every_key_of_a_record_means_something(proc, case):
     got, want = (maker("x:1", chat_form(record)) for record in MEANS[case])
     for name in ("ids", "labels", "weights", "positions"):
         np.testing.assert_array_equal(getattr(got, name), getattr(want, name), err_msg=name)
-    for one, other in zip(got.visuals, want.visuals, strict=True):
-        np.testing.assert_array_equal(one.pixels, other.pixels)
+    for one, other in zip(got.images, want.images, strict=True):
+        np.testing.assert_array_equal(one.patches, other.patches)
 
 
 def test_a_source_says_what_its_boxes_count_and_which_keys_do_not_matter(proc):
@@ -433,7 +434,7 @@ def test_a_tag_with_a_backslash_is_text(proc):
     """In every role's text and in content items; the text is trained as it is meant."""
     record = {"messages": [user("write \\<image>"), said("\\<image> and \\<video>\\<audio>")]}
     sample = sample_of(proc, **record)
-    assert learned(proc, sample) == ["<image> and <video><audio>" + END] and not sample.visuals
+    assert learned(proc, sample) == ["<image> and <video><audio>" + END] and not sample.images
     assert "write <image>" in proc.decode(sample.ids)
 
 
@@ -483,8 +484,8 @@ def test_videos_of_a_record_may_be_frames(proc, tmp_path):
         (sample({"type": "video"}, "a", videos=[{"video": names, "sample_fps": 1}]), rated),
     ):
         np.testing.assert_array_equal(got.ids, want.ids)
-        (one,), (other,) = got.visuals, want.visuals
-        np.testing.assert_array_equal(one.pixels, other.pixels)
+        (one,), (other,) = got.images, want.images
+        np.testing.assert_array_equal(one.patches, other.patches)
     with pytest.raises(InputError, match=r"6 video.s. for 1 .* is a list in the list"):
         sample(None, videos=names)
     with pytest.raises(InputError, match="videos: unknown key 'rate'"):
@@ -569,22 +570,22 @@ def test_ready_samples_are_checked_as_all_are(proc, case):
 def test_pixels_of_a_ready_sample_are_checked(proc):
     """What is normalised, not finite, or lies on other placeholders would be trained on as it is."""
     good = sample_of(proc, [user(PICTURE, FILM, "a"), said("b")])
-    maker, (one, other) = make_samples.SampleMaker(proc, Data(), PACK), good.visuals
+    maker, (one, other) = make_samples.SampleMaker(proc, Data(), PACK), good.images
     for changed, words in (
         (
-            dataclasses.replace(one, pixels=one.pixels.astype(np.float32)),
+            dataclasses.replace(one, patches=one.patches.astype(np.float32)),
             "are float32, expected uint8",
         ),
-        (dataclasses.replace(one, pixels=one.pixels * np.nan), "are float64, expected uint8 or"),
-        (dataclasses.replace(one, pixels=np.float32(one.pixels) * np.nan), "not all finite"),
-        (dataclasses.replace(one, clip=True), "placeholders of its kind"),
+        (dataclasses.replace(one, patches=one.patches * np.nan), "are float64, expected uint8 or"),
+        (dataclasses.replace(one, patches=np.float32(one.patches) * np.nan), "not all finite"),
+        (EncodedVideo(**vars(one)), "placeholders of its kind"),
         (dataclasses.replace(one, start=one.start + 1), "placeholders of its kind"),
-        (dataclasses.replace(one, pixels=one.pixels[1:]), "pixels have shape"),
+        (dataclasses.replace(one, patches=one.patches[1:]), "patches have shape"),
     ):
         with pytest.raises(InputError, match=words):
-            maker("x", dataclasses.replace(good, visuals=(changed, other)))
+            maker("x", dataclasses.replace(good, images=(changed, other)))
     with pytest.raises(InputError, match="placeholders without an image or video"):
-        maker("x", dataclasses.replace(good, visuals=(one,)))
+        maker("x", dataclasses.replace(good, images=(one,)))
 
 
 def test_tokens_that_a_tokenizer_has_beyond_the_embedding_are_refused(proc):
@@ -626,7 +627,7 @@ def test_too_long_is_refused_or_cut_between_turns(proc):
     for length, kept in ((sizes[3], 4), (sizes[3] - 1, 3), (sizes[1], 2), (sizes[0], 1)):
         pack = dataclasses.replace(PACK, length=length)
         sample = sample_of(proc, messages, data=Data(too_long="cut"), pack=pack)
-        assert len(sample.ids) == sizes[kept - 1] and len(sample.visuals) == kept
+        assert len(sample.ids) == sizes[kept - 1] and len(sample.images) == kept
         assert learned(proc, sample)[-1] == f"answer {kept - 1}{END}"
         assert sample.note == (f"cut to {2 * kept} of 8 messages: {sizes[3]} tokens, pack.length is "
                                f"{length}" if kept < 4 else "")  # fmt: skip

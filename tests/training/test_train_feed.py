@@ -211,10 +211,10 @@ def group_of_samples(config) -> list:
     rng = np.random.default_rng(0)
     kinds = train_sources.KINDS
     made = [train_sources.make(config, rng, kind, f"s{i}") for i, kind in enumerate(kinds)]
-    seen = next(s for s in made if s.visuals)
-    frames = seen.visuals[0].pixels.reshape(-1, *config.vision.patch_shape)
+    seen = next(s for s in made if s.images)
+    frames = seen.images[0].patches.reshape(-1, *config.vision.patch_shape)
     frames[:, :, 1] = frames[:, :, 0]  # a picture, whose second frame is its first
-    named = np.arange(sum(len(v.pixels) for v in seen.visuals) // 4)
+    named = np.arange(sum(len(v.patches) for v in seen.images) // 4)
     again = dataclasses.replace(seen, name="again", vision_labels=named, note="cut")
     return [*made, Refusal("bad", "no reason", bad=True), again]
 
@@ -229,7 +229,7 @@ def test_what_workers_send_is_what_comes(tiny_proc, monkeypatch, tmp_path, room)
         monkeypatch.setattr(worker_transport, "_file", mock.Mock(side_effect=full))
     sent = pickle.loads(pickle.dumps(worker_transport.send(str(tmp_path), shape, given)))
     assert isinstance(sent.block, str) == room
-    apart = sum(v.pixels.nbytes for s in given[:-2] for v in s.visuals)
+    apart = sum(v.patches.nbytes for s in given[:-2] for v in s.images)
     table = 24 * sum(len(s.ids) for s in given if isinstance(s, Sample))
     assert sent.size < table + apart  # a shared picture once, and one frame of it
     got = sent.opened(inbox)

@@ -58,8 +58,8 @@ def rows_of(config, given) -> PackedBatch:
         (False, "pixel_values", "image_grid_thw"),
         (True, "pixel_values_videos", "video_grid_thw"),
     ):
-        seen = [v for s in given for v in s.visuals if v.clip == clip]
-        values = np.concatenate([v.pixels for v in seen])
+        seen = [v for s in given for v in s.images if v.is_video == clip]
+        values = np.concatenate([v.patches for v in seen])
         inputs[pixels] = values.astype(np.float32) / 127.5 - 1
         inputs[grid] = np.array([v.grid for v in seen])
     batch = q3.make_batch(config, **inputs, pad=False)
@@ -128,7 +128,7 @@ def test_what_a_batch_holds():
     """Tables, positions and rows of every sample are those that it has alone; padding is empty."""
     config = q3.Config.from_hf(tiny.config_dict())
     given = samples(config, 7, seed=1)
-    named = [np.arange(100 * i, 100 * i + sum(len(v.pixels) for v in s.visuals) // 4)
+    named = [np.arange(100 * i, 100 * i + sum(len(v.patches) for v in s.images) // 4)
              for i, s in enumerate(given)]  # fmt: skip
     given = [dataclasses.replace(s, vision_labels=n) for s, n in zip(given, named)]
     # A first token that is learned: alone there is nothing to say it from, so here there is not.
@@ -153,8 +153,8 @@ def test_what_a_batch_holds():
         patches = (merged[:, None] * 4 + np.arange(4)).reshape(-1)
         if not len(patches):
             continue
-        pixels = np.concatenate([v.pixels for v in sample.visuals])
-        want = make_vision(config, pixels, [v.grid for v in sample.visuals], pad=False)
+        pixels = np.concatenate([v.patches for v in sample.images])
+        want = make_vision(config, pixels, [v.grid for v in sample.images], pad=False)
         for name in ("pixels", "pos_index", "pos_weight", "coords"):
             np.testing.assert_array_equal(getattr(flat, name)[patches], getattr(want, name))
         first = patches[want.lo] % 128  # frames lie whole in a row, and see themselves alone
@@ -205,8 +205,8 @@ def test_clips_go_over_several_rows_and_pictures_do_not():
 
 def test_normalised_pixels_in_a_batch_of_bytes_are_refused():
     config = q3.Config.from_hf(tiny.config_dict())
-    (sample,) = [s for s in samples(config, 2) if s.visuals]
-    visual = sample.visuals[0]
-    wrong = dataclasses.replace(visual, pixels=visual.pixels / np.float32(255))
+    (sample,) = [s for s in samples(config, 2) if s.images]
+    visual = sample.images[0]
+    wrong = dataclasses.replace(visual, patches=visual.patches / np.float32(255))
     with pytest.raises(InputError, match="pixels are float32, expected uint8"):
-        packed_of(config, PACK, [dataclasses.replace(sample, visuals=(wrong,))], np.uint8)
+        packed_of(config, PACK, [dataclasses.replace(sample, images=(wrong,))], np.uint8)

@@ -18,10 +18,9 @@ import numpy as np
 
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.processing.encoding import IGNORED
+from qwen3vl_jax.processing.encoded_prompt import IGNORED
 from qwen3vl_jax.processing.positions import rope_index
 from qwen3vl_jax.processing.processor import Processor
-from qwen3vl_jax.processing.prompt_slices import visuals_of
 from qwen3vl_jax.processing.tokenizer import Tokenizer
 from qwen3vl_jax.training.checks import check_vision_length
 from qwen3vl_jax.training.data.packing import frames_fit
@@ -105,16 +104,16 @@ class SampleMaker:
         if data.allow_special and (token := _reserved(tools)):
             raise InputError(f"tools: they say {token}, which is the template's")
         options = processor_options(data)
-        arrays = proc.inputs(told(messages), tools=tools, add_generation_prompt=False, **options)
-        ids = arrays["input_ids"][0].astype(np.int32)
+        (prompt,) = proc.encode(told(messages), tools=tools, add_generation_prompt=False, **options)
+        ids = prompt.ids
         turns = assistant_turns(proc.tokenizer, ids, self._opening)
         labels, weights = _targets(ids, turns, messages, data.weighting)
-        grids = arrays.get("image_grid_thw"), arrays.get("video_grid_thw")
-        positions, _ = rope_index(proc.config, ids[None], *grids)
+        positions, _ = rope_index(proc.config, ids[None], **prompt.grids)
         pixel_type = np.float32 if proc is self.proc else np.uint8
-        seen = visuals_of(proc.config, ids, arrays)
-        visuals = tuple(dataclasses.replace(v, pixels=v.pixels.astype(pixel_type)) for v in seen)
-        return Sample(name, ids, labels, weights, positions[:, 0], visuals)
+        images = tuple(
+            dataclasses.replace(x, patches=x.patches.astype(pixel_type)) for x in prompt.images
+        )
+        return Sample(name, ids, labels, weights, positions[:, 0], images)
 
     def _cut(self, whole: Sample, messages: Sequence[Any], tools: Any, reason: str) -> Sample:
         """The longest beginning that fits, ends after an answer, and holds something to learn."""
@@ -153,15 +152,15 @@ def misfit(cfg: Config, pack: Pack, sample: Sample) -> str:
     """Why a sample does not fit an empty batch, or ""; pack: of a group, where groups cut the batch."""
     if len(sample.ids) > pack.length:
         return f"{len(sample.ids)} tokens, pack.length is {pack.length}"
-    if not sample.visuals:
+    if not sample.images:
         return ""
-    largest = max(h * w for _, h, w in (v.grid for v in sample.visuals))
+    largest = max(h * w for _, h, w in (v.grid for v in sample.images))
     if largest > pack.vision_length or not pack.vision_rows:
         room = f"vision_length is {pack.vision_length}" if pack.vision_rows else "vision_rows is 0"
         told = f"a picture or frame of {largest} patches, pack.{room}"
         return f"{told}; data.max_pixels makes it smaller"
-    if not frames_fit(pack, [v.grid for v in sample.visuals]):
-        total = sum(t * h * w for t, h, w in (v.grid for v in sample.visuals))
+    if not frames_fit(pack, [v.grid for v in sample.images]):
+        total = sum(t * h * w for t, h, w in (v.grid for v in sample.images))
         room = f"each of {pack.groups} groups of a batch has" if pack.groups > 1 else "a batch has"
         rows = f"{pack.vision_rows} rows of {pack.vision_length}"
         return f"{total} patches in its pictures and clips, {room} {rows}"
@@ -256,9 +255,9 @@ def _reserved(given: Any) -> str:
 
 def _check_eight_bit(sample: Sample) -> None:
     """Raises InputError for normalised pixels, where batches hold what is before that."""
-    for number, visual in enumerate(sample.visuals, 1):
-        if visual.pixels.dtype != np.uint8:
-            raise InputError(f"visuals {number}: pixels are {visual.pixels.dtype}, expected uint8")
+    for number, image in enumerate(sample.images, 1):
+        if image.patches.dtype != np.uint8:
+            raise InputError(f"images {number}: patches are {image.patches.dtype}, expected uint8")
 
 
 def eight_bit(proc: Processor) -> Processor:

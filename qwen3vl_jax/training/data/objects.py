@@ -111,9 +111,9 @@ def _is_image(item: Any) -> bool:
 
 def _size(content: list[Any], at: int) -> tuple[int, int]:
     """Width and height of a content item's image, which is read here and not again."""
-    _, (medium,) = read_conversation([{"role": "user", "content": [content[at]]}])
-    image = load_image(medium.source)
-    content[at] = {**medium.overrides, "type": "image", "image": image}
+    _, (given,) = read_conversation([{"role": "user", "content": [content[at]]}])
+    image = load_image(given.source)
+    content[at] = {**given.settings, "type": "image", "image": image}
     return image.size
 
 

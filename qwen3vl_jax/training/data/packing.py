@@ -53,7 +53,7 @@ class Placed(NamedTuple):
     sample: Sample
     row: int
     start: int  # its first token in the row
-    spots: list[list[tuple[int, int]]]  # of each visual: first patch over all rows, patches
+    spots: list[list[tuple[int, int]]]  # of each image: first patch over all rows, patches
 
 
 class Room:
@@ -74,10 +74,10 @@ class Room:
         if row is None:
             return None
         spots: list[list[tuple[int, int]]] = []
-        if sample.visuals:
+        if sample.images:
             before = self.patches.copy()
-            for visual in sample.visuals:
-                spot = self.spread(visual.grid)
+            for image in sample.images:
+                spot = self.spread(image.grid)
                 if spot is None:
                     self.patches = before
                     return None
@@ -242,13 +242,13 @@ def _vision(cfg: Config, pack: Pack, seen: Sequence[Placed], pixels: np.ndarray)
     frames: list[tuple[int, VisionInputs]] = []  # first patch over all rows, tables
     known: dict[Any, VisionInputs] = {}  # to hash a config takes longer than to write a picture
     for sample, _, _, spots in seen:
-        for visual, spot in zip(sample.visuals, spots, strict=True):
-            (_, h, w), done = visual.grid, 0
+        for image, spot in zip(sample.images, spots, strict=True):
+            (_, h, w), done = image.grid, 0
             table, frame = known.get((h, w)), h * w
             if table is None:
                 table = known[h, w] = _frame(cfg, h, w)
             for first, count in spot:
-                given = _as_type(visual.pixels[done : done + count], pixels.dtype)
+                given = _as_type(image.patches[done : done + count], pixels.dtype)
                 _write(pixels[first : first + count], given, cfg.vision.patch_shape)
                 frames += [(at, table) for at in range(first, first + count, frame)]
                 done += count
@@ -316,7 +316,7 @@ def fill_of(pack: Pack, placed: Sequence[Placed]) -> dict[str, float]:
     pairs: of tokens, one of which sees the other; patch_pairs: of patches that see each other.
     """
     tokens = sum(len(p.sample.ids) for p in placed)
-    grids = [v.grid for p in placed for v in p.sample.visuals]
+    grids = [v.grid for p in placed for v in p.sample.images]
     patches = sum(t * h * w for t, h, w in grids)
     return {
         "fill": tokens / (pack.rows * pack.length),

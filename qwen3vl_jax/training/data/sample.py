@@ -10,9 +10,8 @@ import numpy as np
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.batch import check_ids, check_labels
-from qwen3vl_jax.processing.encoding import IGNORED
+from qwen3vl_jax.processing.encoded_prompt import IGNORED, EncodedImage
 from qwen3vl_jax.processing.positions import integers
-from qwen3vl_jax.processing.prompt_slices import Visual
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +23,8 @@ class Sample:
     labels: np.ndarray  # [t] int32: the token itself where it is learned, else -100; not moved
     weights: np.ndarray  # [t] float32: of each learned token in the loss, 0 elsewhere
     positions: np.ndarray  # [3 t] int32: MRoPE ids of this conversation alone
-    # in order of their tokens; uint8 pixels are not normalised yet
-    visuals: tuple[Visual, ...] = ()
+    # and videos, in order of their tokens; uint8 patches are not normalised yet
+    images: tuple[EncodedImage, ...] = ()
     # [r] int32: a token that names each merged row, or -100
     vision_labels: np.ndarray | None = None
     note: str = ""  # what was cut off
@@ -73,17 +72,19 @@ def check_sample(sample: Sample, cfg: Config) -> Sample:
         raise InputError("positions: expected whole numbers from 0")
     if not weights[1:].any():
         raise InputError("nothing to learn: no assistant turn is rendered that is switched on")
-    visuals, rows = _check_visuals(sample, ids, cfg)
+    images, rows = _check_images(sample, ids, cfg)
     seen = sample.vision_labels
     if seen is not None:
         seen = check_labels("vision_labels", seen, cfg.text.vocab_size)
         if seen.shape != (rows,):
             raise InputError(f"vision_labels: shape {seen.shape}, expected ({rows},)")
     positions = positions.astype(np.int32)
-    return Sample(sample.name, ids, labels, weights, positions, visuals, seen, sample.note)
+    return Sample(sample.name, ids, labels, weights, positions, images, seen, sample.note)
 
 
-def _check_visuals(sample: Sample, ids: np.ndarray, cfg: Config) -> tuple[tuple[Visual, ...], int]:
+def _check_images(
+    sample: Sample, ids: np.ndarray, cfg: Config
+) -> tuple[tuple[EncodedImage, ...], int]:
     """A sample's images and videos in order, and their merged rows. Raises InputError.
 
     Each lies on placeholders of its own kind, and none is left over.
@@ -91,30 +92,30 @@ def _check_visuals(sample: Sample, ids: np.ndarray, cfg: Config) -> tuple[tuple[
     unit, side = cfg.vision.merge_unit, cfg.vision.spatial_merge_size
     width, rows, last = math.prod(cfg.vision.patch_shape), 0, 0
     left = (ids == cfg.image_token_id) | (ids == cfg.video_token_id)
-    for number, visual in enumerate(sample.visuals, 1):
-        where, (t, h, w) = f"visuals {number}: ", visual.grid
-        if min(t, h, w) < 1 or h % side or w % side or (t > 1 and not visual.clip):
+    for number, image in enumerate(sample.images, 1):
+        where, (t, h, w) = f"images {number}: ", image.grid
+        if min(t, h, w) < 1 or h % side or w % side or (t > 1 and not image.is_video):
             raise InputError(
-                f"{where}grid {visual.grid}, expected sides that are multiples of {side}"
+                f"{where}grid {image.grid}, expected sides that are multiples of {side}"
             )
-        if visual.pixels.shape != (t * h * w, width):
+        if image.patches.shape != (t * h * w, width):
             raise InputError(
-                f"{where}pixels have shape {visual.pixels.shape}, expected {(t * h * w, width)}"
+                f"{where}patches have shape {image.patches.shape}, expected {(t * h * w, width)}"
             )
-        if visual.pixels.dtype not in (np.uint8, np.float32):
-            raise InputError(f"{where}pixels are {visual.pixels.dtype}, expected uint8 or float32")
-        if visual.pixels.dtype == np.float32 and not np.isfinite(visual.pixels).all():
-            raise InputError(f"{where}pixels are not all finite")
-        token = cfg.video_token_id if visual.clip else cfg.image_token_id
-        at = slice(visual.start, visual.end)
+        if image.patches.dtype not in (np.uint8, np.float32):
+            raise InputError(f"{where}patches are {image.patches.dtype}, expected uint8 or float32")
+        if image.patches.dtype == np.float32 and not np.isfinite(image.patches).all():
+            raise InputError(f"{where}patches are not all finite")
+        token = cfg.video_token_id if image.is_video else cfg.image_token_id
+        at = slice(image.start, image.end)
         merged = t * h * w // unit
-        if visual.start < last or np.count_nonzero(ids[at] == token) != merged:
+        if image.start < last or np.count_nonzero(ids[at] == token) != merged:
             raise InputError(
-                f"{where}expected {merged} placeholders of its kind from token {visual.start} to "
-                f"{visual.end}, behind those of the one before"
+                f"{where}expected {merged} placeholders of its kind from token {image.start} to "
+                f"{image.end}, behind those of the one before"
             )
         left[at] = False
-        rows, last = rows + merged, visual.end
+        rows, last = rows + merged, image.end
     if left.any():
         raise InputError(f"ids: {np.count_nonzero(left)} placeholders without an image or video")
-    return tuple(sample.visuals), rows
+    return tuple(sample.images), rows

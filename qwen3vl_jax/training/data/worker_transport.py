@@ -20,20 +20,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qwen3vl_jax.processing.prompt_slices import Visual
+from qwen3vl_jax.processing.encoded_prompt import EncodedImage
 from qwen3vl_jax.training.data.packing import one_frame
 from qwen3vl_jax.training.data.sample import Refusal, Sample
 
 _FOLDER = "/dev/shm"
 _FREE = ".free"  # ends the name of a file that was read
 _FIELDS = 6  # int32 of each token: id, label, weight (a float32's bits), positions
-
-
-class _Seen(NamedTuple):
-    """A Visual whose pixels are elsewhere."""
-
-    place: int  # of its pixels among the parcel's
-    rest: tuple[Any, ...]  # its other fields
 
 
 class _Told(NamedTuple):
@@ -43,7 +36,7 @@ class _Told(NamedTuple):
     note: str
     tokens: int
     merged: int  # rows that have a vision label, -1: it has none
-    seen: list[_Seen]
+    images: list[tuple[int, EncodedImage]]  # the place of its patches, and it without them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +101,9 @@ def _samples(
     weights, start, first = bits.view(np.float32), 0, 0
     for item in told:
         at = slice(start, start + item.tokens)
-        visuals = tuple(Visual(pixels[place], *rest) for place, rest in item.seen)
+        images = tuple(
+            dataclasses.replace(image, patches=pixels[place]) for place, image in item.images
+        )
         named = None if item.merged < 0 else labels[first : first + item.merged]
         yield Sample(
             item.name,
@@ -116,7 +111,7 @@ def _samples(
             targets[at],
             weights[at],
             positions[:, at],
-            visuals,
+            images,
             named,
             item.note,
         )
@@ -124,20 +119,20 @@ def _samples(
 
 
 def send(folder: str, patch_shape: tuple[int, ...], group: Sequence[Sample | Refusal]) -> Parcel:
-    """A group as a parcel; folder: of `memory_folder`. Pictures go as one frame."""
+    """A group as a parcel; folder: of `memory_folder`. Images go as one frame."""
     samples = [item for item in group if isinstance(item, Sample)]
-    places: dict[int, int] = {}  # samples may share a picture, which is sent once
+    places: dict[int, int] = {}  # samples may share an image, which is sent once
     sent: list[np.ndarray] = []
 
-    def seen(visual: Visual) -> _Seen:
-        place = places.setdefault(id(visual.pixels), len(sent))
+    def without_patches(image: EncodedImage) -> tuple[int, EncodedImage]:
+        place = places.setdefault(id(image.patches), len(sent))
         if place == len(sent):
-            sent.append(one_frame(visual.pixels, patch_shape))
-        return _Seen(place, (visual.grid, visual.clip, visual.start, visual.end, visual.digest))
+            sent.append(one_frame(image.patches, patch_shape))
+        return place, type(image)(np.empty(0), image.grid, image.start, image.end)
 
     def told(s: Sample) -> _Told:
         merged = -1 if s.vision_labels is None else len(s.vision_labels)
-        return _Told(s.name, s.note, len(s.ids), merged, [seen(v) for v in s.visuals])
+        return _Told(s.name, s.note, len(s.ids), merged, [without_patches(x) for x in s.images])
 
     items = [told(item) if isinstance(item, Sample) else item for item in group]
     table = np.empty((_FIELDS, sum(len(s.ids) for s in samples)), np.int32)
