@@ -17,7 +17,7 @@ from qwen3vl_jax.processing.image_loading import (
     decode_memory,
     to_rgb,
 )
-from qwen3vl_jax.processing.video_times import Clip, timing
+from qwen3vl_jax.processing.video_reader import VideoReader, timing
 
 # Milliseconds of a frame that gives none, as browsers show it.
 _UNTIMED = 100
@@ -32,11 +32,11 @@ def is_animation(head: bytes) -> bool:
     return head.startswith(b"\x89PNG\r\n\x1a\n") or (head[:4], head[8:12]) == (b"RIFF", b"WEBP")
 
 
-def open_animation(start: Callable[[], Any], name: str) -> Clip:
+def open_animation(start: Callable[[], Any], name: str) -> VideoReader:
     """An animated WebP or PNG, which Pillow plays."""
     milliseconds, size, error = [], (0, 0), None
     try:
-        for frame in _shown(start, name):
+        for frame in _frames(start, name):
             size = frame.height, frame.width
             milliseconds.append(round(frame.info.get("duration") or _UNTIMED))
     except _BROKEN as e:
@@ -51,18 +51,16 @@ def open_animation(start: Callable[[], Any], name: str) -> Clip:
 
     def read(places: np.ndarray) -> Iterator[Image.Image]:
         wanted = [int(place) for place in places]
-        for number, frame in enumerate(_shown(start, name)):
-            picture = to_rgb(frame) if number in wanted else None
-            for _ in range(wanted.count(number)):
-                assert picture is not None
-                yield picture
+        for number, frame in enumerate(_frames(start, name)):
+            count = wanted.count(number)
+            yield from [to_rgb(frame)] * count if count else []
             if number >= wanted[-1]:
                 return
 
-    return Clip(name, total, fps, size, np.arange(total), read, times)
+    return VideoReader(name, total, fps, size, np.arange(total), read, times)
 
 
-def _shown(start: Callable[[], Any], name: str) -> Iterator[Image.Image]:
+def _frames(start: Callable[[], Any], name: str) -> Iterator[Image.Image]:
     """The frames of an animation, one after another."""
     with start() as file:
         if file.seek(0, io.SEEK_END) > MAX_IMAGE_BYTES:

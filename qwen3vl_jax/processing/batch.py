@@ -1,6 +1,6 @@
 """Host tables: make_vision and make_batch. Numpy in, structs of numpy arrays out.
 
-Whatever depends on a picture's size or a prompt's length is worked out here and padded to BUCKETS,
+Whatever depends on an image's size or a prompt's length is worked out here and padded to BUCKETS,
 so that the compiled functions never see it. Dims as in layers.py.
 """
 
@@ -39,9 +39,9 @@ def bucket(count: int) -> int:
 
 
 def make_vision(cfg: Config, pixels, grid_thw, pad: bool = True) -> VisionInputs:
-    """Patch rows [sum(t h w), C] of pictures and clips and their grids [n 3] -> VisionInputs.
+    """Patch rows [sum(t h w), C] of images and videos and their grids [n 3] -> VisionInputs.
 
-    Rows are in merge order, one picture after another. Padded to a bucket unless pad is False. Raises
+    Rows are in merge order, one image after another. Padded to a bucket unless pad is False. Raises
     InputError when rows and grids do not match.
     """
     c = cfg.vision
@@ -73,7 +73,7 @@ def make_vision(cfg: Config, pixels, grid_thw, pad: bool = True) -> VisionInputs
 def _frame_bound(frames: int, patches: int) -> int:
     """A power of two that holds so many frames, as large as frames of 256 patches need.
 
-    It is part of a compiled program: pictures of usual sizes then share that of their bucket.
+    It is part of a compiled program: images of usual sizes then share that of their bucket.
     """
     return 1 << (max(frames, patches // 256, 2) - 1).bit_length()
 
@@ -135,7 +135,7 @@ def make_batch(
     """What a processor returns (ours, or transformers' 4.57 and 5; any array type) -> Batch.
 
     Rows are padded on the right to a bucket unless pad is False; they may be padded left or right
-    already. inputs_embeds [B T D] stand in for input_ids, or beside them for their embeddings (pictures
+    already. inputs_embeds [B T D] stand in for input_ids, or beside them for their embeddings (images
     and penalties need the ids). position_ids [B T] or [3 B T] and segment_ids [B T] (0 padding, 1..
     packed samples) are for those who make their own; grids without pixels are for a call with
     `features=`. Raises InputError for what does not fit together.
@@ -159,8 +159,8 @@ def make_batch(
     image_grid = grid_array("image_grid_thw", image_grid_thw)
     video_grid = grid_array("video_grid_thw", video_grid_thw)
     vision = _vision(cfg, pixel_values, image_grid, pixel_values_videos, video_grid, pad)
-    pictured = len(image_grid) + len(video_grid) > 0
-    rows = _vision_rows(cfg, np.where(mask, ids, -1), image_grid) if pictured else None
+    has_images = len(image_grid) + len(video_grid) > 0
+    rows = _vision_rows(cfg, np.where(mask, ids, -1), image_grid) if has_images else None
     width = bucket(ids.shape[1]) if pad else ids.shape[1]
 
     def fit(x, fill=0) -> Any:
@@ -300,7 +300,7 @@ def _frames_match(cfg, ids, mask, image_grid_thw, video_grid_thw) -> None:
 
 
 def _vision(cfg, pixel_values, image_grid, pixel_values_videos, video_grid, pad):
-    """Pictures first, then clips, as one VisionInputs; None for text or where features are kept."""
+    """Images first, then videos, as one VisionInputs; None for text or where features are kept."""
     parts = []
     both = (("pixel_values", pixel_values, image_grid),
             ("pixel_values_videos", pixel_values_videos, video_grid))  # fmt: skip
@@ -312,15 +312,15 @@ def _vision(cfg, pixel_values, image_grid, pixel_values_videos, video_grid, pad)
     if not parts:
         return None
     if len(parts) < (len(image_grid) > 0) + (len(video_grid) > 0):
-        raise InputError("make_batch: pictures and clips: the pixels of one of them are missing")
+        raise InputError("make_batch: images and videos: the pixels of one of them are missing")
     return make_vision(cfg, np.concatenate(parts), np.concatenate([image_grid, video_grid]), pad)
 
 
 def _vision_rows(cfg: Config, ids: np.ndarray, image_grid: np.ndarray) -> np.ndarray:
     """For each placeholder its row of the vision features, else -1; ids is -1 at padding."""
     rows = np.full(ids.shape, -1, np.int32)
-    pictures = int(image_grid.prod(1).sum()) // cfg.vision.merge_unit
-    for token, first in ((cfg.image_token_id, 0), (cfg.video_token_id, pictures)):
+    images = int(image_grid.prod(1).sum()) // cfg.vision.merge_unit
+    for token, first in ((cfg.image_token_id, 0), (cfg.video_token_id, images)):
         at = ids == token
         rows[at] = first + np.arange(at.sum())
     return rows

@@ -21,13 +21,15 @@ from qwen3vl_jax.processing.encoded_prompt import (
     UsedFrames,
     place_images,
 )
-from qwen3vl_jax.processing.image_patches import ImageSettings, image_to_patches
+from qwen3vl_jax.processing.image_patches import image_to_patches
 from qwen3vl_jax.processing.media import opened_image
+from qwen3vl_jax.processing.media_arguments import placeholder_mismatch
 from qwen3vl_jax.processing.media_rules import short
-from qwen3vl_jax.processing.messages import MediaSource, placeholder_mismatch
+from qwen3vl_jax.processing.messages import MediaSource
 from qwen3vl_jax.processing.qwen_items import image_limits
+from qwen3vl_jax.processing.settings import ImageSettings, VideoSettings
 from qwen3vl_jax.processing.tokenizer import Tokenizer
-from qwen3vl_jax.processing.video_patches import VideoSettings, video_to_patches
+from qwen3vl_jax.processing.video_patches import video_to_patches
 
 
 @dataclasses.dataclass(frozen=True)

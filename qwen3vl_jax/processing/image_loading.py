@@ -245,7 +245,9 @@ class _Quiet:
         with self.lock:
             if not self.inside:
                 self.scope.enter_context(warnings.catch_warnings())
-                warnings.filterwarnings("ignore", module=r"PIL|qwen3vl_jax\.processing\.pictures")
+                warnings.filterwarnings(
+                    "ignore", module=r"PIL|qwen3vl_jax\.processing\.image_loading"
+                )
             self.inside += 1
         try:
             yield

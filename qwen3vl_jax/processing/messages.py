@@ -1,4 +1,4 @@
-"""Conversations: messages as a template sees them, and the pictures and clips in them."""
+"""Conversations: messages as a template gets them, and the images and videos in them."""
 
 from __future__ import annotations
 
@@ -11,24 +11,23 @@ from typing import Any
 from PIL import Image
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.processing import video_patches as clip_settings
-from qwen3vl_jax.processing.image_patches import OVERRIDES
+from qwen3vl_jax.processing import image_patches, video_patches
 from qwen3vl_jax.processing.media import inner, is_empty
 from qwen3vl_jax.processing.qwen_items import KEYS, VideoItem
 from qwen3vl_jax.storage.json_text import MAX_DEPTH
 
 _SOURCES = ("url", "path", "base64", "bytes")
-_PICTURE_KEYS = ("image", "image_url", *_SOURCES)
-_PICTURE_TYPES = ("image", "image_url", "input_image")
-_CLIP_KEYS = ("video", "video_url", "frames")
-_CLIP_TYPES = ("video", "video_url", "input_video")
-_TEXT_TYPES = ("text", "input_text", "output_text")
+# By kind of a content item: its types, and the keys that hold a source.
+_TYPES = {
+    "video": ("video", "video_url", "input_video"),
+    "image": ("image", "image_url", "input_image"),
+    "text": ("text", "input_text", "output_text"),
+}
+_PLACES = {"video": ("video", "video_url", "frames"), "image": ("image", "image_url", *_SOURCES)}
 _ROLES = ("system", "user", "assistant", "tool", "developer", "function")
-_RIVALS = {"fps": ("nframes", "num_frames"), "num_frames": ("nframes", "fps")}
-_SIZES = ("min_pixels", "max_pixels", "size", "resized_height", "resized_width")
 # Sizes that are the model's, not an item's.
 _FIXED = ("patch_size", "temporal_patch_size", "merge_size")
-# Variables of a template that the processor fills.
+# Variables of a template that the processor sets.
 _TAKEN = ("self", "messages", "tools", "add_generation_prompt")
 REASONING = ("reasoning_content", "thinking", "reasoning")
 CALL_KEYS = ("name", "arguments")
@@ -44,7 +43,7 @@ _NAMED = re.compile(r"""\bmessages?(?:\[[^\]]*\])?(?:\.get\(|\.|\[)['"]?([A-Za-z
 
 @dataclasses.dataclass(frozen=True)
 class MediaSource:
-    """A picture or clip of a conversation. source None: the next of those passed beside it."""
+    """An image or video of a conversation, not read yet. source None: the next one passed beside it."""
 
     kind: str  # "image" or "video"
     source: Any
@@ -52,10 +51,10 @@ class MediaSource:
 
 
 def read_conversation(conversation: Any) -> tuple[list[dict[str, Any]], list[MediaSource]]:
-    """Messages as a template sees them, and their media in order.
+    """Messages as a template gets them, and their images and videos in order.
 
-    Messages are plain data: keys that are null are dropped, pictures become {"type": "image",
-    "image": "image"}, clips {"type": "video", "video": "video"}, text {"type": "text", "text":
+    Messages are plain data: keys that are null are dropped, images become {"type": "image",
+    "image": "image"}, videos {"type": "video", "video": "video"}, text {"type": "text", "text":
     ...}. Raises InputError.
     """
     if isinstance(conversation, (str, bytes, Mapping)) or not isinstance(conversation, Sequence):
@@ -66,9 +65,9 @@ def read_conversation(conversation: Any) -> tuple[list[dict[str, Any]], list[Med
     if not conversation:
         raise InputError("conversation: it has no message")
     messages: list[dict[str, Any]] = []
-    media: list[MediaSource] = []
-    for number, given in enumerate(conversation):
-        where = f"message {number + 1}"
+    sources: list[MediaSource] = []
+    for number, given in enumerate(conversation, 1):
+        where = f"message {number}"
         if not isinstance(given, Mapping) or not isinstance(given.get("role"), str):
             raise InputError(f"{where}: expected an object with role and content")
         if given["role"] not in _ROLES:
@@ -80,12 +79,12 @@ def read_conversation(conversation: Any) -> tuple[list[dict[str, Any]], list[Med
             plain["content"] = content
         elif content is not None:
             items = content if isinstance(content, (list, tuple)) else [content]
-            plain["content"] = [_item(item, media, where) for item in items]
+            plain["content"] = [read_item(item, sources, where) for item in items]
         reasoning = next((plain[k] for k in REASONING if plain.get(k) is not None), None)
         if reasoning is not None:
             plain = {"thinking": reasoning, **plain, "reasoning_content": reasoning}
         messages.append(plain)
-    return messages, media
+    return messages, sources
 
 
 def check_messages(messages: Sequence[Mapping[str, Any]], template: str) -> None:
@@ -99,9 +98,12 @@ def check_messages(messages: Sequence[Mapping[str, Any]], template: str) -> None
             raise InputError(f"{where}content is missing, expected a text or a list of items")
         calls = message.get("tool_calls") or []
         for given in calls if isinstance(calls, list) else [calls]:
-            keys, said = ("id", "type", "index", "function", *CALL_KEYS), f"{where}tool_calls: "
-            if function := fields(given, keys, said).get("function"):
-                fields(function, CALL_KEYS, said)
+            keys, where_call = (
+                ("id", "type", "index", "function", *CALL_KEYS),
+                f"{where}tool_calls: ",
+            )
+            if function := fields(given, keys, where_call).get("function"):
+                fields(function, CALL_KEYS, where_call)
 
 
 def fields(
@@ -123,8 +125,8 @@ def fields(
     return found
 
 
-def _item(item: Any, media: list[MediaSource], where: str) -> dict[str, Any]:
-    """One content item as the template sees it; its picture or clip is appended to media."""
+def read_item(item: Any, sources: list[MediaSource], where: str) -> dict[str, Any]:
+    """One content item as the template gets it; its image or video is appended to sources."""
     if isinstance(item, str):
         return {"type": "text", "text": item}
     if isinstance(item, Image.Image) or hasattr(item, "__array__"):
@@ -134,160 +136,72 @@ def _item(item: Any, media: list[MediaSource], where: str) -> dict[str, Any]:
             f"{where}: a content item is {type(item).__name__}, expected text or an object"
         )
     given = {k: v for k, v in item.items() if v is not None}
-    kind = given.get("type", "")
-    places = [k for k in (*_CLIP_KEYS, *_PICTURE_KEYS) if k in given and not is_empty(given[k])]
+    places = [k for kind in _PLACES.values() for k in kind if k in given and not is_empty(given[k])]
     if places and given.get("text"):
         raise InputError(f"{where}: a content item has text and {places[0]}, expected one of them")
-    if kind in _CLIP_TYPES or (not kind and any(k in given for k in _CLIP_KEYS)):
-        keys = (*_CLIP_KEYS, *_SOURCES)
-        own = _settings(given, clip_settings.OVERRIDES, keys, where)
-        source = _source(given, keys, where)
-        try:
-            rule = VideoItem.of(own)
-        except InputError as e:
-            raise InputError(f"{where}: {e}") from None
-        # What is left are settings of transformers' video processor.
-        left = {k: v for k, v in own.items() if k not in KEYS}
-        media.append(MediaSource("video", source, {"item": rule, **left}))
-        return {"type": "video", "video": "video"}
-    if kind in _PICTURE_TYPES or (not kind and any(k in given for k in _PICTURE_KEYS)):
-        # A key of OpenAI's models alone.
-        given.pop("detail", None)
-        overrides = _settings(given, OVERRIDES, _PICTURE_KEYS, where)
-        media.append(MediaSource("image", _source(given, _PICTURE_KEYS, where), overrides))
-        return {"type": "image", "image": "image"}
-    if kind in _TEXT_TYPES or (not kind and "text" in given):
-        if not isinstance(given.get("text"), str):
-            others = ", ".join(repr(k) for k in given if k != "type") or "nothing"
-            others = f"{type(given['text']).__name__} there" if "text" in given else others
-            raise InputError(f"{where}: type 'text' without 'text'; found {others}")
-        _settings(given, (), ("text",), where)
-        return {"type": "text", "text": given["text"]}
-    found = f"type {kind!r}" if kind else f"the keys {', '.join(map(str, given)) or '(none)'}"
+    kind = _kind(given)
+    if kind == "text":
+        return {"type": "text", "text": _text(given, where)}
+    if kind in _PLACES:
+        read = _video if kind == "video" else _image
+        sources.append(read(given, where))
+        return {"type": kind, kind: kind}
+    type_name = given.get("type", "")
+    keys = ", ".join(map(str, given)) or "(none)"
+    found = f"type {type_name!r}" if type_name else f"the keys {keys}"
     raise InputError(f"{where}: a content item has {found}, expected text, an image or a video")
+
+
+def _kind(given: Mapping[str, Any]) -> str:
+    """The kind of a content item by its type, or without one by its keys; "" for none."""
+    for kind, types in _TYPES.items():
+        keys = _PLACES.get(kind, ("text",))
+        if given.get("type") in types or (not given.get("type") and any(k in given for k in keys)):
+            return kind
+    return ""
+
+
+def _text(given: Mapping[str, Any], where: str) -> str:
+    if not isinstance(given.get("text"), str):
+        others = ", ".join(repr(k) for k in given if k != "type") or "nothing"
+        others = f"{type(given['text']).__name__} there" if "text" in given else others
+        raise InputError(f"{where}: type 'text' without 'text'; found {others}")
+    _settings(given, (), ("text",), where)
+    return given["text"]
+
+
+def _image(given: dict[str, Any], where: str) -> MediaSource:
+    # A key of OpenAI's models alone.
+    given = {k: v for k, v in given.items() if k != "detail"}
+    settings = _settings(given, image_patches.OVERRIDES, _PLACES["image"], where)
+    return MediaSource("image", _source(given, _PLACES["image"], where), settings)
+
+
+def _video(given: Mapping[str, Any], where: str) -> MediaSource:
+    keys = (*_PLACES["video"], *_SOURCES)
+    own = _settings(given, video_patches.OVERRIDES, keys, where)
+    source = _source(given, keys, where)
+    try:
+        rule = VideoItem.of(own)
+    except InputError as e:
+        raise InputError(f"{where}: {e}") from None
+    # What is left are settings of transformers' video processor.
+    left = {k: v for k, v in own.items() if k not in KEYS}
+    return MediaSource("video", source, {"item": rule, **left})
 
 
 def _settings(
     item: Mapping[str, Any], names: Sequence[str], sources: Sequence[str], where: str
 ) -> dict[str, Any]:
-    """The settings of a content item; raises InputError for a key that means nothing in it."""
-    empty = {k for k in (*_CLIP_KEYS, *_PICTURE_KEYS, "text") if is_empty(item.get(k))}
-    for key in _FIXED:
-        if key in item:
-            raise InputError(
-                f"{where}: a content item has {key}, which is the model's; leave it out"
-            )
-    filled = {k: v for k, v in item.items() if k not in empty}
+    """The settings of a content item. Raises InputError for a key that means nothing in it."""
+    if fixed := [key for key in _FIXED if key in item]:
+        raise InputError(
+            f"{where}: a content item has {fixed[0]}, which is the model's; leave it out"
+        )
+    may_be_empty = (*_PLACES["video"], *_PLACES["image"], "text")
+    filled = {k: v for k, v in item.items() if k not in may_be_empty or not is_empty(v)}
     fields(filled, ("type", *sources, *names), f"{where}: content item: ")
     return {name: item[name] for name in names if name in item}
-
-
-def read_medium(given: Any, medium: MediaSource) -> MediaSource:
-    """An image or video passed beside the text: its source, or an object with settings of its own."""
-    kind = medium.kind
-    if not isinstance(given, Mapping):
-        own = {k: v for k, v in medium.settings.items() if k != "item" or v.given}
-        return MediaSource(kind, given, own)
-    media: list[MediaSource] = []
-    _item({"type": kind, **given}, media, f"{kind}s")
-    if [(m.kind, m.source is None) for m in media] != [(kind, False)]:
-        raise InputError(f"{kind}s: got an object without its source, expected one of them")
-    return MediaSource(kind, media[0].source, {**medium.settings, **media[0].settings})
-
-
-def hand_out(
-    rows: list[list[MediaSource]], images: Any, videos: Any = None
-) -> list[list[MediaSource]]:
-    """The media of each row, those without a source filled from what was passed beside the text.
-
-    images: one, a list taken in order, or a list a row. videos: one clip (a list of frames that are
-    not text is one, and so are a video and its metadata), or a list of them taken in order. Raises
-    InputError if they do not come out even.
-    """
-    pictures, clips = iter(_pictures(rows, images)), iter(_clips(rows, videos))
-
-    def filled(medium: MediaSource) -> MediaSource:
-        if medium.source is not None:
-            return medium
-        return read_medium(next(pictures if medium.kind == "image" else clips), medium)
-
-    return [[filled(medium) for medium in row] for row in rows]
-
-
-def with_video_options(
-    media: list[list[MediaSource]], videos_kwargs: Mapping[str, Any]
-) -> list[list[MediaSource]]:
-    """The clips with the options of the call under their own; video_metadata is one a clip.
-
-    A clip's own fps takes the place of the call's num_frames, and its num_frames that of fps.
-    """
-    if not isinstance(videos_kwargs, Mapping):
-        raise InputError(f"videos_kwargs: got {type(videos_kwargs).__name__}, expected an object")
-    options = dict(videos_kwargs)
-    metadata = options.pop("video_metadata", None)
-    clips = sum(medium.kind == "video" for row in media for medium in row)
-    given = list(metadata) if isinstance(metadata, (list, tuple)) else [metadata] * min(clips, 1)
-    if metadata is not None and len(given) != clips:
-        raise InputError(f"video_metadata: {len(given)} for {clips} clip(s), expected one each")
-    feed = iter(given if metadata is not None else [None] * clips)
-
-    def extended(medium: MediaSource) -> MediaSource:
-        if medium.kind != "video":
-            return medium
-        own, rule = dict(medium.settings), medium.settings.get("item")
-        names = {*own, *(rule.given if rule else ())}
-        under = {k: v for k, v in options.items() if not names & {k, *_RIVALS.get(k, ())}}
-        if rule and not names.isdisjoint((*_SIZES, "total_pixels")):
-            under = {k: v for k, v in under.items() if k not in _SIZES}
-        elif rule and not under.keys().isdisjoint(_SIZES):
-            own["item"] = dataclasses.replace(rule, resizes=False)
-        return dataclasses.replace(medium, settings={"video_metadata": next(feed), **under, **own})
-
-    return [[extended(medium) for medium in row] for row in media]
-
-
-def _waiting(rows: list[list[MediaSource]], kind: str) -> list[int]:
-    return [sum(m.source is None and m.kind == kind for m in row) for row in rows]
-
-
-def _clips(rows: list[list[MediaSource]], videos: Any) -> list[Any]:
-    is_list = isinstance(videos, (list, tuple)) and not clip_settings.is_pair(videos)
-    given = [] if videos is None else list(videos) if is_list else [videos]
-    if given and all(isinstance(v, Image.Image) or getattr(v, "ndim", 0) == 3 for v in given):
-        given = [given]
-    if len(given) != (wanted := sum(_waiting(rows, "video"))):
-        raise InputError(placeholder_mismatch("", wanted, len(given), "video"))
-    return given
-
-
-def _pictures(rows: list[list[MediaSource]], images: Any) -> list[Any]:
-    waiting, given = _waiting(rows, "image"), _list(images)
-    if any(isinstance(image, (list, tuple)) for image in given):
-        if len(given) != len(rows):
-            raise InputError(f"images: found {len(given)} lists for {len(rows)} rows of text")
-        for number, (image, n) in enumerate(zip(given, waiting)):
-            if len(_list(image)) != n:
-                where = f"row {number + 1}: "
-                raise InputError(placeholder_mismatch(where, n, len(_list(image))))
-        given = [image for row in given for image in _list(row)]
-    if len(given) != sum(waiting):
-        raise InputError(placeholder_mismatch("", sum(waiting), len(given)))
-    return given
-
-
-def placeholder_mismatch(where: str, placeholders: int, found: int, kind: str = "image") -> str:
-    """The error of a prompt that has more or fewer placeholders than images or videos."""
-    return (
-        f"{where}{placeholders} {kind} placeholder(s) in the prompt for {found} {kind}(s); each {kind} "
-        f"needs a content item of its own ({{type: {kind}}}), and each such item a path, "
-        f"or one of {kind}s= (--{kind})"
-    )
-
-
-def _list(images: Any) -> list[Any]:
-    if images is None:
-        return []
-    return list(images) if isinstance(images, (list, tuple)) else [images]
 
 
 def _source(item: Mapping[str, Any], keys: Iterable[str], where: str) -> Any:
@@ -304,7 +218,10 @@ def _source(item: Mapping[str, Any], keys: Iterable[str], where: str) -> Any:
 
 
 def plain_data(value: Any, depth: int = 0) -> Any:
-    """JSON data without its owner's classes, whose methods a template could call."""
+    """JSON data without its owner's classes, whose methods a template could call.
+
+    Raises InputError for other data, and for what is nested too deep.
+    """
     if depth > MAX_DEPTH:
         raise InputError(f"conversation: data nested more than {MAX_DEPTH} deep")
     depth += 1

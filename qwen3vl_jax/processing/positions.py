@@ -13,8 +13,8 @@ def rope_index(
 ) -> tuple[np.ndarray, np.ndarray]:
     """MRoPE ids [3 B T] (T, H, W; 0 at padding) and delta [B] = max + 1 - attended length, int32.
 
-    Text counts on all three axes together. A picture, or one frame of a clip, of h x w merged patches
-    at count c gets (c, c + row, c + column) and moves the count by max(h, w). Text, picture 1x2x3, text:
+    Text counts on all three axes together. An image, or one frame of a video, of h x w merged patches
+    at count c gets (c, c + row, c + column) and moves the count by max(h, w). Text, image 1x2x3, text:
 
         T  0 1 2  2 2 2 2 2  5        H  0 1 2  2 2 3 3 3  5        W  0 1 2  3 4 2 3 4  5
 
@@ -76,7 +76,7 @@ def grid_array(name: str, grid) -> np.ndarray:
 
 
 def frames_by_token(cfg: Config, image_grid_thw, video_grid_thw) -> dict[int, list]:
-    """Placeholder token -> merged frames (h, w) still to be placed, in order; clips split into frames."""
+    """Placeholder token -> merged frames (h, w) still to be placed, in order; videos split into frames."""
     merge = cfg.vision.spatial_merge_size
     frames: dict[int, list] = {}
     both = ((cfg.image_token_id, "image_grid_thw", image_grid_thw),
@@ -103,8 +103,8 @@ def _row_positions(row: np.ndarray, frames: dict[int, list]) -> tuple[np.ndarray
         token = int(row[at])
         if not frames[token]:
             raise InputError(
-                f"input_ids: a placeholder (token {token}) at {at} has no grid left; each picture "
-                "needs one row of image_grid_thw, each clip one of video_grid_thw"
+                f"input_ids: a placeholder (token {token}) at {at} has no grid left; each image "
+                "needs one row of image_grid_thw, each video one of video_grid_thw"
             )
         h, w = frames[token].pop(0)
         stop = at + h * w

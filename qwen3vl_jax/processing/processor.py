@@ -1,4 +1,4 @@
-"""Conversations, or raw text and pictures, to what the model takes; token ids back to text."""
+"""Conversations, or raw text, images and videos -> encoded prompts; token ids back to text."""
 
 from __future__ import annotations
 
@@ -27,20 +27,18 @@ from qwen3vl_jax.processing.generation_config import (
     sampling_defaults,
     stop_ids,
 )
-from qwen3vl_jax.processing.image_patches import ImageSettings
+from qwen3vl_jax.processing.media_arguments import hand_out, with_video_options
 from qwen3vl_jax.processing.media_rules import FETCH_SECONDS, MAX_FETCH_BYTES, MediaRules
 from qwen3vl_jax.processing.messages import (
     MediaSource,
     check_messages,
-    hand_out,
     plain_tools,
     plain_variables,
     read_conversation,
-    with_video_options,
 )
 from qwen3vl_jax.processing.parse_reply import Reply, parse_reply
+from qwen3vl_jax.processing.settings import ImageSettings, VideoSettings
 from qwen3vl_jax.processing.tokenizer import Tokenizer
-from qwen3vl_jax.processing.video_patches import VideoSettings
 from qwen3vl_jax.storage.hub import resolve
 from qwen3vl_jax.storage.json_text import write_json
 
@@ -52,7 +50,7 @@ log = logging.getLogger("qwen3vl_jax")
 
 @dataclasses.dataclass
 class Processor:
-    """A checkpoint's tokenizer, chat template and picture settings in one place."""
+    """A checkpoint's tokenizer, chat template, and settings of images and videos."""
 
     config: Config
     tokenizer: Tokenizer
@@ -61,7 +59,7 @@ class Processor:
     video_settings: VideoSettings
     stop_ids: tuple[int, ...]  # ids that end an answer
     sampling: dict[str, float]  # arguments of Sampling that the checkpoint asks for
-    wrap_clips: bool = False  # one more vision_start .. vision_end around each whole clip
+    wrap_clips: bool = False  # one more vision_start .. vision_end around all frames of a video
     max_fetch_bytes: int = MAX_FETCH_BYTES  # of an image or video given by URL
     fetch_seconds: float = FETCH_SECONDS
     media_rules: MediaRules = dataclasses.field(default_factory=MediaRules)
@@ -75,7 +73,7 @@ class Processor:
     ) -> Processor:
         """Reads a checkpoint directory, Hugging Face's or ours, or a Hub id as `load` does.
 
-        Its config.json, tokenizer, chat template, picture settings (released ones where there is no
+        Its config.json, tokenizer, chat template, image and video settings (released ones where there is no
         file) and generation_config.json. chat_template: a file, a template's text, or the name of
         one of the checkpoint's. revision: branch, tag or commit of a Hub id, whose weights are
         fetched too. Raises InputError that names what is missing or does not fit.
@@ -92,8 +90,8 @@ class Processor:
             "merge_size": vision.spatial_merge_size,
         }
         settings = ImageSettings.from_dir(directory, ImageSettings(**sizes))
-        clip_settings = VideoSettings.from_dir(directory, VideoSettings(**sizes))
-        for kind in (settings, clip_settings):
+        video_settings = VideoSettings.from_dir(directory, VideoSettings(**sizes))
+        for kind in (settings, video_settings):
             for name, theirs in sizes.items():
                 if (ours := getattr(kind, name)) != theirs:
                     raise InputError(
@@ -103,7 +101,7 @@ class Processor:
         raw = read_generation_config(directory)
         eos = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
         stops = stop_ids(raw) or config.eos_token_ids or eos
-        options = (settings, clip_settings, stops, sampling_defaults(raw))
+        options = (settings, video_settings, stops, sampling_defaults(raw))
         return cls(config, tokenizer, template, *options)
 
     def render(
@@ -114,10 +112,10 @@ class Processor:
         continue_final_message: bool = False,
         **template_vars: Any,
     ) -> str:
-        """The prompt of one conversation, one placeholder a picture or clip.
+        """The prompt of one conversation, one placeholder an image or video.
 
         continue_final_message leaves the last message open and adds no new turn. The text is what
-        the template wrote: a special token that a user spelled looks like one here, which is why
+        the template wrote: a special token in a user's text looks like one here, which is why
         `__call__` does not encode this string. Raises InputError.
         """
         prompt = self._prompt(

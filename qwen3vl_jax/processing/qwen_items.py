@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.processing.image_patches import check_aspect, fit_area
-from qwen3vl_jax.processing.setting_checks import check_int, frame_rate
+from qwen3vl_jax.processing.resize_rules import Size, smart_resize
+from qwen3vl_jax.processing.settings import check_count, frame_rate
 
-# Tokens of a frame, and of a picture: least and most; and of a whole video, the most.
+# Tokens of a frame and of an image, least and most; of all frames of a video, the most.
 _FRAME_TOKENS, _IMAGE_TOKENS, _VIDEO_TOKENS = (128, 768), (4, 16384), 128000 * 0.9
 _SAMPLE_FPS = 2.0
 _SIZES = ("min_pixels", "max_pixels", "total_pixels", "resized_height", "resized_width")
@@ -49,7 +49,7 @@ class VideoItem:
         given: dict[str, Any] = {}
         for name in KEYS:
             if (value := item.get(name)) is not None:
-                check = frame_rate if name.endswith("fps") else check_int
+                check = frame_rate if name.endswith("fps") else check_count
                 given[name] = check(f"video: {name}", value)
         found = cls(**given, resizes="size" not in item)
         if not found.resizes and not found.given.isdisjoint(_SIZES):
@@ -92,34 +92,27 @@ class VideoItem:
             )
         return count
 
-    def frame_size(self, frames: int, height: int, width: int, factor: int) -> tuple[int, int]:
+    def frame_size(self, frames: int, height: int, width: int, factor: int) -> Size:
         """Height and width that the frames of a video are resized to. Raises InputError."""
         area = factor**2
-        fixed = self._fixed(factor)
         low = _FRAME_TOKENS[0] * area if self.min_pixels is None else self.min_pixels
         total = _VIDEO_TOKENS * area if self.total_pixels is None else self.total_pixels
         cap = max(min(_FRAME_TOKENS[1] * area, total / frames * 2), int(low * 1.05))
         high = cap if self.max_pixels is None else min(self.max_pixels, cap)
-        return fixed or self._size(height, width, factor, low, high)
+        return self._size(height, width, factor, low, high)
 
-    def first_size(self, height: int, width: int, factor: int) -> tuple[int, int]:
+    def first_size(self, height: int, width: int, factor: int) -> Size:
         """Height and width that each frame of a list is brought to first, as an image."""
         least, most = (tokens * factor**2 for tokens in _IMAGE_TOKENS)
-        low, high = self.min_pixels or least, self.max_pixels or most
-        return self._fixed(factor) or self._size(height, width, factor, low, high)
+        return self._size(height, width, factor, self.min_pixels or least, self.max_pixels or most)
 
-    def _fixed(self, factor: int) -> tuple[int, int] | None:
-        if self.resized_height is None or self.resized_width is None:
-            return None
-        least, most = (tokens * factor**2 for tokens in _IMAGE_TOKENS)
-        return _smart_resize(self.resized_height, self.resized_width, factor, least, most)
-
-    def _size(
-        self, height: int, width: int, factor: int, low: float, high: float
-    ) -> tuple[int, int]:
-        if low > high and self.min_pixels is not None and self.max_pixels is not None:
+    def _size(self, height: int, width: int, factor: int, low: float, high: float) -> Size:
+        if self.resized_height is not None and self.resized_width is not None:
+            height, width = self.resized_height, self.resized_width
+            low, high = (tokens * factor**2 for tokens in _IMAGE_TOKENS)
+        elif low > high and self.min_pixels is not None and self.max_pixels is not None:
             raise InputError(f"video: min_pixels {low} is above max_pixels {high}")
-        return _smart_resize(height, width, factor, min(low, high), high)
+        return smart_resize(height, width, factor, min(low, high), high, factor, "video")
 
 
 def image_limits(item: Mapping[str, Any], factor: int) -> dict[str, Any]:
@@ -127,19 +120,10 @@ def image_limits(item: Mapping[str, Any], factor: int) -> dict[str, Any]:
     least, most = (tokens * factor**2 for tokens in _IMAGE_TOKENS)
     low, high = item.get("min_pixels"), item.get("max_pixels")
     if "size" not in item and low is None and high is not None:
-        return {**item, "min_pixels": min(least, check_int("image: max_pixels", high))}
+        return {**item, "min_pixels": min(least, check_count("image: max_pixels", high))}
     if "size" not in item and high is None and low is not None:
-        return {**item, "max_pixels": max(most, check_int("image: min_pixels", low))}
+        return {**item, "max_pixels": max(most, check_count("image: min_pixels", low))}
     return dict(item)
 
 
 KEYS = tuple(field.name for field in dataclasses.fields(VideoItem) if field.name != "resizes")
-
-
-def _smart_resize(
-    height: int, width: int, factor: int, min_pixels: float, max_pixels: float
-) -> tuple[int, int]:
-    """Height and width of an image, multiples of `factor`, within the limits of its area."""
-    check_aspect(height, width, "video")
-    high, wide = (max(factor, round(side / factor) * factor) for side in (height, width))
-    return fit_area((height, width), (high, wide), factor, min_pixels, max_pixels)

@@ -21,8 +21,8 @@ JUDGE = (
     'Note that the answer can only be "yes" or "no".'
 )
 TOKEN = 32 * 32  # pixels of a token
-PICTURE = {"min_pixels": 4 * TOKEN, "max_pixels": 1800 * TOKEN}
-CLIP = {"fps": 1.0, "max_frames": 64}
+IMAGE = {"min_pixels": 4 * TOKEN, "max_pixels": 1800 * TOKEN}
+VIDEO = {"fps": 1.0, "max_frames": 64}
 FRAMES = {"total_pixels": 10 * 768 * TOKEN}
 KEYS = ("video", "image", "text")  # the order in which a thing's parts are shown
 
@@ -65,7 +65,7 @@ def rerank_conversation(
 
 
 def document(given: str) -> dict[str, Any]:
-    """A thing from a command line: the file of a picture or else of a clip; what is no file is text."""
+    """A thing from a command line: a file of an image or else of a video; other text is text."""
     # Nor is a text too long for a file's name.
     if not is_place(given) and not os.path.isfile(given):
         return {"text": given}
@@ -84,7 +84,7 @@ def _parts(name: str, thing: Mapping[str, Any]) -> list[dict[str, Any]]:
         )
         raise InputError(f"{name}: {found}, expected an object with {', '.join(KEYS)}")
     found = []
-    for key, limits in zip(KEYS, (CLIP, PICTURE, {}), strict=True):
+    for key, limits in zip(KEYS, (VIDEO, IMAGE, {}), strict=True):
         given = thing.get(key)
         given = [] if given is None else given
         several = isinstance(given, Sequence) and not isinstance(given, (str, bytes))

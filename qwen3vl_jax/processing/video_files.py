@@ -20,9 +20,9 @@ from qwen3vl_jax.processing.image_loading import (
     decode_memory,
     to_rgb,
 )
-from qwen3vl_jax.processing.video_times import Clip, FramesDiffer, reason, timing
+from qwen3vl_jax.processing.video_reader import FramesDiffer, VideoReader, reason, timing
 
-# What may be missing at the end of a whole file, in seconds.
+# What may be missing at the end of a file that is not cut, in seconds.
 _SLACK = 0.5
 # Held while frames are decoded: those of the decoder, and copies in RGB.
 _BYTES_A_PIXEL = 32
@@ -31,17 +31,17 @@ _THREAD_PIXELS = 1 << 27
 log = logging.getLogger("qwen3vl_jax")
 
 
-def open_file(start: Callable[[], Any], name: str) -> Clip:
+def open_file(start: Callable[[], Any], name: str) -> VideoReader:
     """The video in a file that `start` opens; its name is for messages. Raises InputError."""
     try:
         found = _count_packets(start, name)
     except FramesDiffer:
         return _count_frames(start, name)
-    return _clip(start, name, found, functools.partial(_count_frames, start, name))
+    return _reader(start, name, found, functools.partial(_count_frames, start, name))
 
 
 @dataclasses.dataclass(frozen=True)
-class _Found:
+class _Counted:
     """The frames of a file as they are counted: their times in units of `base`, in order."""
 
     points: list[Any]
@@ -52,7 +52,9 @@ class _Found:
     is_exact: bool  # the points are those of the decoded frames
 
 
-def _clip(start: Any, name: str, found: _Found, recount: Callable[[], Clip] | None) -> Clip:
+def _reader(
+    start: Any, name: str, found: _Counted, recount: Callable[[], VideoReader] | None
+) -> VideoReader:
     points, total = found.points, len(found.points)
     fps, times = timing(points, found.base, found.rates, name)
 
@@ -66,9 +68,9 @@ def _clip(start: Any, name: str, found: _Found, recount: Callable[[], Clip] | No
                 if recount is not None and (is_other or frame.is_corrupt):
                     raise FramesDiffer
                 if number == place:
-                    picture = _upright(frame, found.matrix)
+                    image = _upright(frame, found.matrix)
                 while number == place:
-                    yield picture
+                    yield image
                     place = next(wanted, None)
                 if place is None:
                     return
@@ -76,10 +78,10 @@ def _clip(start: Any, name: str, found: _Found, recount: Callable[[], Clip] | No
             raise FramesDiffer
         raise InputError(f"damaged video: it ends before frame {place} of {total}")
 
-    return Clip(name, total, fps, found.size, np.arange(total), read, times, True, recount)
+    return VideoReader(name, total, fps, found.size, np.arange(total), read, times, True, recount)
 
 
-def _count_packets(start: Any, name: str) -> _Found:
+def _count_packets(start: Any, name: str) -> _Counted:
     """The frames that the packets of a file promise, without decoding more than the first.
 
     Raises FramesDiffer where that is no use.
@@ -104,7 +106,7 @@ def _count_packets(start: Any, name: str) -> _Found:
         points = [point for point in points if point >= first.pts]
     if length and end is not None and (missing := (length + begin) / 1e6 - end) > _SLACK:
         log.warning("%s: the video is cut: its last %.1f seconds are missing", name, missing)
-    return _Found(points, base, rates, (shown.height, shown.width), matrix, is_exact)
+    return _Counted(points, base, rates, (shown.height, shown.width), matrix, is_exact)
 
 
 def _demuxed(container: Any, video: Any) -> tuple[float | None, list[Any]]:
@@ -135,7 +137,7 @@ class _Packet:
     is_corrupt: bool
 
 
-def _count_frames(start: Any, name: str) -> Clip:
+def _count_frames(start: Any, name: str) -> VideoReader:
     """The video with the frames that can be decoded, found by decoding all of them.
 
     Raises InputError if there is none.
@@ -160,7 +162,7 @@ def _count_frames(start: Any, name: str) -> Clip:
             "%s: damaged video: the %d frames that can be decoded are used, %d errors in it",
             name, len(points), len(damage),
         )  # fmt: skip
-    return _clip(start, name, _Found(points, base, rates, size, matrix, False), None)
+    return _reader(start, name, _Counted(points, base, rates, size, matrix, False), None)
 
 
 def _rates(stream: Any) -> list[Any]:

@@ -16,9 +16,9 @@ from qwen3vl_jax.processing.animations import is_animation, open_animation
 from qwen3vl_jax.processing.image_loading import to_rgb
 from qwen3vl_jax.processing.media import load_image, local_path, open_source
 from qwen3vl_jax.processing.media_rules import MediaRules, short
-from qwen3vl_jax.processing.setting_checks import frame_rate, shown
+from qwen3vl_jax.processing.settings import frame_rate, shown
 from qwen3vl_jax.processing.video_files import open_file
-from qwen3vl_jax.processing.video_times import Clip
+from qwen3vl_jax.processing.video_reader import VideoReader
 
 _CHANNELS = (1, 3, 4)
 _ADVICE = 'give the rate of its frames: video_metadata={"fps": ...} or sample_fps'
@@ -26,7 +26,9 @@ _ADVICE = 'give the rate of its frames: video_metadata={"fps": ...} or sample_fp
 _JOINED = re.compile(r"data:video/(jpeg|jpg|png|webp);base64,", re.IGNORECASE)
 
 
-def open_clip(source: Any, metadata: Any = None, sample_fps: Any = None, **limits: Any) -> Clip:
+def open_video(
+    source: Any, metadata: Any = None, sample_fps: Any = None, **limits: Any
+) -> VideoReader:
     """A video of any form that `open_source` takes, or of frames.
 
     Files hold their own times. What `as_frames` finds to be frames needs their rate: metadata {fps,
@@ -95,7 +97,7 @@ def open_frames(
     sample_fps: Any,
     load: Callable[[Any], Image.Image],
     is_sampled: bool = False,
-) -> Clip:
+) -> VideoReader:
     """A video of frames that `as_frames` found. Raises InputError.
 
     load: an RGB image of one frame. is_sampled: the frames were sampled before and are all used.
@@ -120,7 +122,7 @@ def open_frames(
             yield frame
 
     array = np.asarray(indices, np.int64)
-    return Clip("", total, fps, (height, width), array, read, can_sample=is_source)
+    return VideoReader("", total, fps, (height, width), array, read, can_sample=is_source)
 
 
 def _described(
@@ -137,7 +139,7 @@ def _described(
         raise InputError(f"video: frames without times; {_ADVICE}")
     fps = frame_rate("video: fps", fps)
     given, every = metadata.get("frames_indices"), list(range(total))
-    indices = every if given is None else _whole_numbers("video_metadata: frames_indices", given)
+    indices = every if given is None else _integers("video_metadata: frames_indices", given)
     if len(indices) != total:
         raise InputError(
             f"video_metadata: {len(indices)} frames_indices for {total} frames, expected one each"
@@ -162,7 +164,7 @@ def _array(source: Any) -> np.ndarray:
             f"video array: shape {list(np.shape(source))}, expected [T H W C] or [T C H W] with 1, 3 "
             "or 4 channels"
         )
-    if array.dtype != np.uint8 and not _whole_bytes(array):
+    if array.dtype != np.uint8 and not _holds_bytes(array):
         raise InputError(
             f"video array: got {array.dtype}, expected whole numbers from 0 to 255 that are not all "
             "0 or 1 (scale and round it to uint8)"
@@ -175,20 +177,19 @@ def _image(frame: np.ndarray) -> Image.Image:
     return Image.fromarray(frame[..., 0] if frame.shape[2] == 1 else frame)
 
 
-def _whole_numbers(name: str, given: Any) -> list[int]:
-    """A list of whole numbers, from any array type; raises InputError."""
+def _integers(name: str, given: Any) -> list[int]:
+    """A list of whole numbers, from any type of array. Raises InputError."""
     try:
         found = np.asarray(given).reshape(-1)
-        whole = found.astype(np.int64)
-        exact = found.dtype != np.bool_ and bool((whole == found).all())
+        numbers = found.astype(np.int64)
+        if found.dtype != np.bool_ and bool((numbers == found).all()):
+            return numbers.tolist()
     except (ValueError, TypeError, OverflowError):
-        exact = False
-    if not exact:
-        raise InputError(f"{name}: found {shown(given)}, expected whole numbers")
-    return whole.tolist()
+        pass
+    raise InputError(f"{name}: found {shown(given)}, expected whole numbers")
 
 
-def _whole_bytes(array: np.ndarray) -> bool:
+def _holds_bytes(array: np.ndarray) -> bool:
     """Whether an array of another dtype holds 8-bit values; one of 0 and 1 alone may be scaled."""
     if array.dtype == np.bool_ or not np.issubdtype(array.dtype, np.number):
         return False

@@ -17,11 +17,11 @@ from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.chat_template import ChatTemplate
 from qwen3vl_jax.processing.escape_special import Escape
 from qwen3vl_jax.processing.image_patches import load_image
+from qwen3vl_jax.processing.media_arguments import read_beside
 from qwen3vl_jax.processing.messages import (
     MediaSource,
     check_messages,
     read_conversation,
-    read_medium,
 )
 from qwen3vl_jax.processing.tokenizer import Tokenizer
 
@@ -186,12 +186,12 @@ def test_messages_hold_what_the_template_knows():
 
 def test_pictures_beside_the_text():
     empty = MediaSource("image", None, {"max_pixels": 7, "min_pixels": 1})
-    assert read_medium("a.png", empty) == dataclasses.replace(empty, source="a.png")
-    found = read_medium({"url": "a.png", "max_pixels": 9}, empty)
-    assert (found.source, found.overrides) == ("a.png", {"max_pixels": 9, "min_pixels": 1})
+    assert read_beside("a.png", empty) == dataclasses.replace(empty, source="a.png")
+    found = read_beside({"url": "a.png", "max_pixels": 9}, empty)
+    assert (found.source, found.settings) == ("a.png", {"max_pixels": 9, "min_pixels": 1})
     for bad in ({"type": "image"}, {"text": "x"}, {"video": "x.mp4"}):
         with pytest.raises(InputError, match="images"):
-            read_medium(bad, empty)
+            read_beside(bad, empty)
 
 
 # ---- where templates are ----

@@ -119,16 +119,16 @@ def test_placeholders_that_do_not_match(proc):
     place = "<|vision_start|><|image_pad|><|vision_end|>"
     said = {"role": "assistant", "content": "<|image_pad|>"}
     for options, words in (
-        ({"text": place}, "1 image placeholder.* 0 picture"),
-        ({"text": "none", "images": [image]}, "0 image placeholder.* 1 picture"),
+        ({"text": place}, "1 image placeholder.* 0 image"),
+        ({"text": "none", "images": [image]}, "0 image placeholder.* 1 image"),
         ({"text": [place, place], "images": [[image, image], []]}, "row 1.* 1 .* 2 picture"),
-        ({"text": [place, place], "images": [image]}, "2 image placeholder.* 1 picture"),
+        ({"text": [place, place], "images": [image]}, "2 image placeholder.* 1 image"),
         ({"text": [place], "images": [[image], []]}, "2 lists for 1 rows"),
-        ({"conversations": [user({"type": "image"})]}, "1 image placeholder.* 0 picture"),
-        ({"conversations": [user("hi")], "images": image}, "0 image placeholder.* 1 picture"),
+        ({"conversations": [user({"type": "image"})]}, "1 image placeholder.* 0 image"),
+        ({"conversations": [user("hi")], "images": image}, "0 image placeholder.* 1 image"),
         (
             {"conversations": [user("hi"), said], "allow_special": "assistant"},
-            "row 1: 1 image placeholder.* 0 picture",
+            "row 1: 1 image placeholder.* 0 image",
         ),
     ):
         with pytest.raises(InputError, match=words) as caught:
@@ -137,7 +137,7 @@ def test_placeholders_that_do_not_match(proc):
     # A template that writes no place for a picture.
     text = "{% for m in messages if m.content is string %}{{ m.content }}{% endfor %}x"
     blind = Processor(**{**vars(proc), "template": type(proc.template)({"default": text})})
-    with pytest.raises(InputError, match=r"row 1: 0 image placeholder.* 1 picture"):
+    with pytest.raises(InputError, match=r"row 1: 0 image placeholder.* 1 image"):
         blind.inputs([user({"image": image})])
 
 

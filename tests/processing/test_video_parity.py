@@ -21,7 +21,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import qwen3vl_jax as q3
 from qwen3vl_jax.processing.processor import Processor
-from qwen3vl_jax.processing.video_patches import VideoSettings, smart_resize, video_to_patches
+from qwen3vl_jax.processing.video_patches import VideoSettings, smart_resize_video, video_to_patches
 
 BOUND = 2e-5  # of the largest magnitude
 RELEASED = {
@@ -93,7 +93,7 @@ def test_smart_resize_equals():
         limits = (int(rng.integers(1024, 10**5)), int(rng.integers(2 * 10**5, 3 * 10**7)))
         if max(height, width) < 150 * min(height, width) and min(height, width) >= 32:
             expected = theirs.smart_resize(count, height, width, 2, 32, *limits)
-            assert smart_resize(count, height, width, 32, 2, *limits) == expected
+            assert smart_resize_video(count, height, width, 32, 2, *limits) == expected
 
 
 @pytest.fixture(scope="module")

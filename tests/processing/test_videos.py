@@ -18,18 +18,18 @@ from PIL import Image
 
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.processor import Processor
-from qwen3vl_jax.processing.video_loading import open_clip
+from qwen3vl_jax.processing.video_loading import open_video
 from qwen3vl_jax.processing.video_patches import (
     VideoSettings,
     frame_count,
-    smart_resize,
+    smart_resize_video,
     video_to_patches,
 )
 
 
 def numbers(source, places, step=8):
     """Which frame of `bars` stands at each place, told from its brightness."""
-    found = open_clip(source).read(np.asarray(places))
+    found = open_video(source).read(np.asarray(places))
     return [round(float(np.asarray(frame).mean()) / step) for frame in found]
 
 
@@ -41,7 +41,7 @@ def numbers(source, places, step=8):
 def test_files(tmp_path, name, codec, pixels):
     """Each kind of file: number, rate, size and times of its frames, and the frames themselves."""
     path = clips.write(tmp_path / name, clips.bars(25), 10, codec, pixels)
-    clip = open_clip(path)
+    clip = open_video(path)
     assert (clip.total, clip.fps, clip.size, clip.times) == (25, 10, (48, 64), None)
     assert numbers(path, [0, 3, 3, 11, 24]) == [0, 3, 3, 11, 24]
     rows, grid, used = video_to_patches(path)
@@ -166,7 +166,7 @@ def test_sizes():
         ((2, 32, 32), (64, 64)), ((5, 100, 100), (96, 96)), ((3, 200, 300), (192, 288)),
         ((4, 16, 48), (32, 96)),
     ):  # fmt: skip
-        assert smart_resize(*given) == expected
+        assert smart_resize_video(*given) == expected
     frames = np.zeros((8, 720, 1280, 3), np.uint8)
     grid = video_to_patches(frames, sample_fps=2, cap_pixels_per_frame=True)[1]
     assert grid == (4, 640 // 16, 1152 // 16)
@@ -190,7 +190,7 @@ def test_variable_frame_rate(tmp_path):
     # Two seconds at 10 a second, a screen that stands still to 60, two seconds more.
     times = [*np.arange(20) / 10, *(60 + np.arange(20) / 10)]
     path = clips.write(tmp_path / "a.mkv", clips.bars(40, step=6), 10, times=times)
-    clip = open_clip(path)
+    clip = open_video(path)
     assert clip.times is not None and np.allclose(clip.times, times, atol=2e-3)
     used = video_to_patches(path)[2]
     moments = np.linspace(0, 61.9, 40)
@@ -225,7 +225,7 @@ def test_a_turned_or_mirrored_clip_is_upright(tmp_path):
         ((0, 1, 1, 0), [3, 1, 2, 0]), ((0, -1, -1, 0), [0, 2, 1, 3]),
     ):  # fmt: skip
         with_matrix(path, matrix)
-        clip = open_clip(path)
+        clip = open_video(path)
         height, width = clip.size
         assert (height, width) == ((48, 64) if matrix[0] else (64, 48))
         found = np.asarray(next(clip.read(np.array([1]))))
@@ -245,7 +245,7 @@ def test_colours(tmp_path):
     ):  # fmt: skip
         for colour in ((200, 30, 30), (30, 200, 30), (30, 30, 200), (128, 128, 128)):
             path = clips.write_colour(tmp_path / name, colour, codec, matrix, full)
-            found = np.asarray(next(open_clip(path).read(np.array([1]))))
+            found = np.asarray(next(open_video(path).read(np.array([1]))))
             assert np.abs(found.mean((0, 1)) - colour).max() <= 3, (name, colour, found[0, 0])
 
 
@@ -254,7 +254,7 @@ def test_transparency_is_white(tmp_path):
     frames = np.zeros((4, 32, 32, 4), np.uint8)
     frames[:, :16, :, 3] = 255
     path = clips.write(tmp_path / "a.mkv", frames, codec="ffv1", pixels="bgra")
-    found = np.asarray(next(open_clip(path).read(np.array([1]))))
+    found = np.asarray(next(open_video(path).read(np.array([1]))))
     assert found[:16].max() == 0 and found[16:].min() == 255
 
 
@@ -287,9 +287,9 @@ def test_what_is_refused(tmp_path):
         (empty, {}, r"empty\.mp4: not a video"),
         (playlist, {}, r"list\.m3u8: "),
         (clips.write_sound(tmp_path / "a.m4a"), {}, r"a\.m4a: no video in this file, it holds audio"),
-        (one, {}, r"one\.mp4: .*1 frame.* as a picture"),
-        (one, {"do_resize": False}, "1 frame.* as a picture"),
-        (still, {}, r"still\.gif: .*1 frame.* as a picture"),
+        (one, {}, r"one\.mp4: .*1 frame.* as an image"),
+        (one, {"do_resize": False}, "1 frame.* as an image"),
+        (still, {}, r"still\.gif: .*1 frame.* as an image"),
         (wide, {}, "bomb: 16000 x 16000 pixels, expected at most 50331648 of a video"),
         (whole, {"fps": 2, "num_frames": 4}, "both given"),
         (whole, {"num_frames": 10**8}, r"a\.mkv: 100000000 frame.* MiB of patches, expected at most 3072"),
@@ -325,7 +325,7 @@ def test_what_is_refused(tmp_path):
         (frames, {"video_metadata": {"fps": 2, "frames_indices": [0, 1, 2, 3.5]}}, "whole numbers"),
         (frames, {"video_metadata": {"fps": 2, "frames_indices": [[0], [1, 2]]}}, "whole numbers"),
         (whole, {"resized_height": 64}, "both resized_height and resized_width"),
-        (frames[:1], {"sample_fps": 1}, "as a picture"),
+        (frames[:1], {"sample_fps": 1}, "as an image"),
         ([], {"sample_fps": 1}, "no frame"),
         ([frames[0], frames[1][:16]], {"sample_fps": 1}, "frame 1 has 32 x 16 pixels"),
         (np.array(frames) / 255, {"sample_fps": 1}, "whole numbers from 0 to 255"),
@@ -349,7 +349,7 @@ def test_a_cut_clip_is_what_is_left_of_it(tmp_path, caplog):
             caplog.clear()
             used = video_to_patches(path, fps=5)[2]
             assert 2 <= len(used.indices) < 30
-            assert used.indices[-1] == open_clip(path).total - 1 < 40
+            assert used.indices[-1] == open_video(path).total - 1 < 40
             assert name in caplog.text and ("cut" in caplog.text or "damaged" in caplog.text)
 
 
@@ -358,7 +358,7 @@ def test_what_plays_is_sampled(tmp_path, caplog):
     source = clips.write(tmp_path / "a.mp4", clips.bars(60, step=4), g=20, bf=2)
     for name in ("edit.mp4", "edit.mov"):
         path = clips.copy(source, tmp_path / name, skip=1.7)
-        clip = open_clip(path)
+        clip = open_video(path)
         assert (clip.total, clip.fps, clip.times) == (43, 10, None)
         assert numbers(path, [0, 10, 42], 4) == [17, 27, 59]
         used = video_to_patches(path)[2]
@@ -367,14 +367,14 @@ def test_what_plays_is_sampled(tmp_path, caplog):
     data = stream.read_bytes()
     twice = tmp_path / "twice.ts"  # joined end to end: the clock begins anew
     twice.write_bytes(data + data)
-    clip = open_clip(twice)
+    clip = open_video(twice)
     assert (clip.total, clip.fps, clip.times) == (120, 10, None)
     assert numbers(twice, [59, 60, 119], 4) == [59, 0, 59]
     caplog.clear()
     begun = tmp_path / "begun.ts"
     packets = [data[i : i + 188] for i in range(0, len(data), 188)]
     begun.write_bytes(b"".join(packets[len(packets) // 3 :]))
-    clip = open_clip(begun)
+    clip = open_video(begun)
     assert (clip.total, clip.fps) == (40, 10) and video_to_patches(begun)[2].indices[-1] == 39
     assert numbers(begun, [0, 39], 4) == [20, 59]
     assert not caplog.records
@@ -390,10 +390,10 @@ def test_a_damaged_stretch_loses_its_frames(tmp_path, caplog):
     bad.write_bytes(data)
     used = video_to_patches(bad)[2]
     assert "bad.mp4: damaged video: the" in caplog.text and len(caplog.records) == 1
-    total = open_clip(bad).recount().total
+    total = open_video(bad).recount().total
     assert 20 < total < 60 and used.indices[-1] == total - 1
     assert used.seconds[0] == 0 and 5.85 < used.seconds[-1] <= 5.9  # at its own time
-    found, right = (next(open_clip(p).read(np.array([0]))) for p in (bad, whole))
+    found, right = (next(open_video(p).read(np.array([0]))) for p in (bad, whole))
     assert found == right
     data[at : at + 2 * length // 3] = bytes(2 * length // 3)
     bad.write_bytes(data[: at + 2 * length // 3] + bytes(10))
@@ -548,8 +548,8 @@ def test_clips_beside_the_text(proc):
         )
     uneven = [listed[0], listed[1].crop((0, 0, 64, 16))]
     for options, words in (
-        ({"videos": [first]}, r"2 video placeholder\(s\) in the prompt for 1 clip"),
-        ({"videos": [first, second], "videos_kwargs": {"video_metadata": [{}]}}, "1 for 2 clip"),
+        ({"videos": [first]}, r"2 video placeholder\(s\) in the prompt for 1 video"),
+        ({"videos": [first, second], "videos_kwargs": {"video_metadata": [{}]}}, "1 for 2 video"),
         ({"videos": [first, second]}, "frames without times"),
         ({"videos": [uneven, uneven], "videos_kwargs": {"video_metadata": [{"fps": 4}] * 2}},
          "frame 1 has 64 x 16 pixels and the first 64 x 32"),
@@ -564,7 +564,7 @@ def test_users_cannot_smuggle_a_clip_in(proc):
     text = "<|vision_start|><|video_pad|><|vision_end|>"
     ids = proc.inputs([{"role": "user", "content": text}])["input_ids"]
     assert not (ids == proc.config.video_token_id).any()
-    with pytest.raises(InputError, match=r"1 video placeholder\(s\) in the prompt for 0 clip"):
+    with pytest.raises(InputError, match=r"1 video placeholder\(s\) in the prompt for 0 video"):
         proc.inputs(text=text)
 
 

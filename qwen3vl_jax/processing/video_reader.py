@@ -1,4 +1,4 @@
-"""The frames of a video before they are decoded: how many there are, and when they are shown."""
+"""A video before its frames are decoded: how many there are, and when they are shown."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qwen3vl_jax.processing.media_rules import one_line
 
 
 @dataclasses.dataclass(frozen=True)
-class Clip:
+class VideoReader:
     """What is known of a video before its frames are decoded.
 
     size is (height, width); `indices` [total] is each frame's number in its source, which differs
@@ -32,7 +32,7 @@ class Clip:
     read: Callable[[np.ndarray], Iterator[Image.Image]]
     times: np.ndarray | None = None
     can_sample: bool = True
-    recount: Callable[[], Clip] | None = None
+    recount: Callable[[], VideoReader] | None = None
 
     def seconds(self, places: np.ndarray) -> np.ndarray:
         """When the frames at some places begin."""

@@ -1,0 +1,275 @@
+"""The settings of images and videos, with the released values; each value is checked by name or type.
+
+Names are those of transformers' processors and of preprocessor_config.json.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from PIL import Image
+
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.processing.media_rules import short
+from qwen3vl_jax.processing.resize_rules import Size, smart_resize
+from qwen3vl_jax.storage.json_text import read_json_file
+from qwen3vl_jax.storage.paths import as_path
+
+log = logging.getLogger("qwen3vl_jax")
+_RESAMPLE = {int(r): r for r in Image.Resampling}
+_MOST = 2**40  # of settings that count; what they ask for has a limit in bytes
+# Frames a second: others are typing errors.
+_SLOWEST, _FASTEST = 1e-6, 1e6
+# Settings of transformers' base class that its Qwen3-VL processor never reads.
+WITHOUT_EFFECT = ("size_divisor", "default_to_square", "do_center_crop", "crop_size")
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it, whatever it is."""
+    try:
+        return short(repr(value), 60)
+    except ValueError:  # an integer of thousands of digits
+        return "a number too long to print"
+
+
+def _refusal(name: str, value: Any, expected: str) -> InputError:
+    return InputError(f"{name} is {shown(value)}, expected {expected}")
+
+
+def check_number(name: str, value: Any) -> float:
+    """The value of a setting that is a finite number. Raises InputError."""
+    kinds = (int, float, np.integer, np.floating)
+    with contextlib.suppress(OverflowError):  # an integer beyond all floats
+        if isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+    raise _refusal(name, value, "a number")
+
+
+def check_count(name: str, value: Any) -> int:
+    """The value of a setting that counts from 1. Raises InputError."""
+    found = check_number(name, value)
+    if found != int(found) or not 1 <= found <= _MOST:
+        raise _refusal(name, value, f"a whole number from 1 to {_MOST}")
+    return int(value)
+
+
+def frame_rate(name: str, value: Any) -> float:
+    """Frames a second, from a number or its text. Raises InputError."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    found = check_number(name, value)
+    if not _SLOWEST <= found <= _FASTEST:
+        range_text = f"frames a second from {_SLOWEST:g} to {_FASTEST:g}"
+        raise InputError(f"{name} is {found:g}, expected {range_text}")
+    return found
+
+
+def _check_bool(name: str, value: Any) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise _refusal(name, value, "true or false")
+    return bool(value)
+
+
+def _check_channels(name: str, value: Any) -> tuple[float, ...] | float:
+    """A number, or one a channel."""
+    value = value.tolist() if isinstance(value, np.ndarray) else value
+    several = isinstance(value, (list, tuple))
+    found = tuple(check_number(name, v) for v in (value if several else (value,)))
+    if name.endswith("image_std") and 0 in found:
+        raise _refusal(name, value, "no zero")
+    return found if several else found[0]
+
+
+def _check_filter(name: str, value: Any) -> int:
+    """A filter of Pillow, by number or name."""
+    if isinstance(value, str) and value.upper() in Image.Resampling.__members__:
+        return int(Image.Resampling[value.upper()])
+    is_number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    if not is_number or value not in _RESAMPLE:
+        names = (f"{n} {r.name.lower()}" for n, r in sorted(_RESAMPLE.items()))
+        raise _refusal(name, value, f"one of {', '.join(names)}")
+    return int(value)
+
+
+_BY_NAME = {"resample": _check_filter, "fps": frame_rate}
+_BY_TYPE = {
+    "bool": _check_bool,
+    "int": check_count,
+    "int | None": check_count,
+    "float": check_number,
+    "tuple[float, ...] | float": _check_channels,
+}
+
+
+def checks(settings: type) -> dict[str, Callable[[str, Any], Any]]:
+    """The check of each setting of a dataclass of them, by its name or else its annotation."""
+    fields = dataclasses.fields(settings)
+    return {f.name: _BY_NAME.get(f.name) or _BY_TYPE[str(f.type)] for f in fields}
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSettings:
+    """Every setting of images that changes numbers.
+
+    min_pixels and max_pixels are areas, the file's size {shortest_edge, longest_edge}.
+    """
+
+    KIND: ClassVar[str] = "image"
+    SECTION: ClassVar[str] = "image_processor"  # of processor_config.json
+    FILE: ClassVar[str] = "preprocessor_config.json"
+
+    do_resize: bool = True
+    min_pixels: int = 65536
+    max_pixels: int = 16777216
+    resample: int = int(Image.Resampling.BICUBIC)
+    do_rescale: bool = True
+    rescale_factor: float = 1 / 255
+    do_normalize: bool = True
+    image_mean: tuple[float, ...] | float = (0.5, 0.5, 0.5)
+    image_std: tuple[float, ...] | float = (0.5, 0.5, 0.5)
+    do_convert_rgb: bool = True
+    # With resized_width in place of the limits, as in qwen-vl-utils.
+    resized_height: int | None = None
+    resized_width: int | None = None
+    patch_size: int = 16
+    temporal_patch_size: int = 2
+    merge_size: int = 2
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], base: Self | None = None) -> Self:
+        """The settings in preprocessor_config.json, or processor_config.json {image_processor: ...}.
+
+        A key that is absent or null keeps the value of `base` (the released ones); a key that
+        changes no numbers is ignored. Raises InputError.
+        """
+        raw = raw.get(cls.SECTION, raw)
+        if not isinstance(raw, Mapping):
+            raise InputError(f"{cls.KIND} settings: found {type(raw).__name__}, expected an object")
+        known = {k: raw[k] for k in (*checks(cls), "size") if raw.get(k) is not None}
+        return (base or cls()).override(**known)
+
+    @classmethod
+    def from_dir(cls, directory: str | Path, base: Self | None = None) -> Self:
+        """The settings in processor_config.json or FILE of a directory, else `base`.
+
+        Raises InputError.
+        """
+        for name in ("processor_config.json", cls.FILE):
+            path = as_path(directory) / name
+            if path.is_file():
+                raw = read_json_file(path)
+                if name == cls.FILE or cls.SECTION in raw:
+                    return cls.from_dict(raw, base)
+        log.warning("%s: no %s; released %s settings are used", directory, cls.FILE, cls.KIND)
+        return base or cls()
+
+    def override(self, **changes: Any) -> Self:
+        """A copy with some settings changed: the fields, and size {shortest_edge, longest_edge}.
+
+        None keeps a setting; a new limit of pixels moves the other where they would cross. Raises
+        InputError for a name or value that is not one.
+        """
+        kind, known = self.KIND, checks(type(self))
+        given = {k: v for k, v in changes.items() if v is not None}
+        given = {**_size_pixels(kind, given.pop("size", {})), **given}
+        if unknown := [name for name in given if name not in known]:
+            names = ", ".join((*known, "size"))
+            raise InputError(f"{kind} setting {unknown[0]!r} is unknown, known: {names}")
+        checked = {k: known[k](f"{kind} setting {k}", v) for k, v in given.items()}
+        low, high = checked.get("min_pixels"), checked.get("max_pixels")
+        if low is None and high is not None:
+            checked["min_pixels"] = min(self.min_pixels, high)
+        if high is None and low is not None:
+            checked["max_pixels"] = max(self.max_pixels, low)
+        settings = dataclasses.replace(self, **checked)
+        if settings.min_pixels > settings.max_pixels:
+            raise InputError(
+                f"{kind} settings: min_pixels {settings.min_pixels} is above max_pixels "
+                f"{settings.max_pixels}"
+            )
+        if (settings.resized_height is None) != (settings.resized_width is None):
+            raise InputError(f"{kind} settings: give both resized_height and resized_width")
+        return settings
+
+    @property
+    def factor(self) -> int:
+        """Pixels of a token's side: sides of a resized image are multiples of it."""
+        return self.patch_size * self.merge_size
+
+    @property
+    def fixed_size(self) -> Size | None:
+        """Height and width, in multiples of `factor`, that resized_height and resized_width ask for."""
+        if self.resized_height is None or self.resized_width is None:
+            return None
+        limits = self.factor, 4 * self.factor**2, 16384 * self.factor**2
+        return smart_resize(self.resized_height, self.resized_width, *limits)
+
+
+def _size_pixels(kind: str, size: Any) -> dict[str, Any]:
+    """min_pixels and max_pixels of a size object."""
+    if not isinstance(size, Mapping):
+        raise InputError(
+            f"{kind} setting size is {type(size).__name__}, expected shortest_edge and longest_edge"
+        )
+    names = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}
+    names |= {name: name for name in names.values()}
+    size = {k: v for k, v in size.items() if v is not None}
+    if unknown := [key for key in size if key not in names]:
+        raise InputError(
+            f"{kind} setting size has {unknown[0]!r}, expected shortest_edge and longest_edge (areas)"
+        )
+    return {names[key]: value for key, value in size.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoSettings(ImageSettings):
+    """Every setting of videos that changes numbers.
+
+    min_pixels and max_pixels bound frames x height x width of a video. Frames are sampled at `fps` a
+    second, at least min_frames and at most max_frames, or num_frames of them if that is set.
+    cap_pixels_per_frame also bounds each frame, to max_video_tokens tokens.
+    """
+
+    KIND: ClassVar[str] = "video"
+    SECTION: ClassVar[str] = "video_processor"
+    FILE: ClassVar[str] = "video_preprocessor_config.json"
+
+    min_pixels: int = 4096
+    max_pixels: int = 25165824
+    do_sample_frames: bool = True
+    fps: float | None = 2.0
+    num_frames: int | None = None
+    min_frames: int = 4
+    max_frames: int = 768
+    cap_pixels_per_frame: bool = False
+    max_video_tokens: int = 768
+
+    def override(self, **changes: Any) -> VideoSettings:
+        """A copy with some settings changed, as `ImageSettings.override`.
+
+        fps and num_frames exclude each other: either one takes the other's place. Raises InputError
+        for both, for an unknown name or value, and for settings without effect in the reference.
+        """
+        changes = {name: value for name, value in changes.items() if value is not None}
+        if useless := [name for name in WITHOUT_EFFECT if name in changes]:
+            raise InputError(
+                f"video setting {useless[0]}: it has no effect on Qwen3-VL's videos; leave it out"
+            )
+        if "fps" in changes and "num_frames" in changes:
+            raise InputError(
+                "video settings: fps and num_frames are both given, expected one of them"
+            )
+        settings = super().override(**changes)
+        if "num_frames" in changes:
+            settings = dataclasses.replace(settings, fps=None)
+        elif "fps" in changes:
+            settings = dataclasses.replace(settings, num_frames=None)
+        return settings
