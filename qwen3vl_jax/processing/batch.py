@@ -14,14 +14,17 @@ import numpy as np
 from qwen3vl_jax.config import Config, VisionConfig
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model.structs import Batch, VisionInputs
-from qwen3vl_jax.processing.encoded_prompt import EncodedPrompt, host_array, to_hf_arrays
-from qwen3vl_jax.processing.positions import (
-    frames_by_token,
+from qwen3vl_jax.processing.array_checks import (
+    check_ids,
+    check_labels,
+    check_shape,
     grid_array,
+    host_array,
     ids_and_mask,
     integers,
-    rope_index,
 )
+from qwen3vl_jax.processing.encoded_prompt import EncodedPrompt, to_hf_arrays
+from qwen3vl_jax.processing.positions import frames_by_token, rope_index
 
 # Seven sizes an octave, neighbours at most 12 % apart: eighths of one would be 12.5 %. They start a
 # little over a power of two, for images often have one of patches, and a prompt a template besides.
@@ -144,41 +147,33 @@ def make_batch(
     if unknown:
         raise InputError(f"make_batch: unknown arguments {', '.join(unknown)}")
     ids, mask = ids_and_mask(_ids(cfg, input_ids, inputs_embeds), attention_mask)
-    segments = _segments(mask, segment_ids)
     labels = _checked_rows(cfg, ids, mask, labels, input_ids is not None)
-    embeds = _embeds(cfg, ids, inputs_embeds)
-    if position_ids is None:
-        if segments.max(initial=0) > 1:
-            raise InputError("make_batch: packed rows (segment_ids over 1) need their position_ids")
-        positions, delta = rope_index(cfg, ids, image_grid_thw, video_grid_thw, mask)
-    else:
-        positions = _positions(position_ids, ids.shape)
-        _frames_match(cfg, ids, mask, image_grid_thw, video_grid_thw)
-        top = np.where(segments > 0, positions.max(0), -1).max(1)
-        delta = (top + 1 - (segments > 0).sum(1)).astype(np.int32)
-    image_grid = grid_array("image_grid_thw", image_grid_thw)
-    video_grid = grid_array("video_grid_thw", video_grid_thw)
+    segments, embeds = _segments(mask, segment_ids), _embeds(cfg, ids, inputs_embeds)
+    grids = image_grid_thw, video_grid_thw
+    positions, delta = _positions(cfg, ids, mask, segments, position_ids, grids)
+    image_grid, video_grid = map(grid_array, ("image_grid_thw", "video_grid_thw"), grids)
     vision = _vision(cfg, pixel_values, image_grid, pixel_values_videos, video_grid, pad)
-    has_images = len(image_grid) + len(video_grid) > 0
-    rows = _vision_rows(cfg, np.where(mask, ids, -1), image_grid) if has_images else None
     width = bucket(ids.shape[1]) if pad else ids.shape[1]
-
-    def fit(x, fill=0) -> Any:
-        x = np.asarray(x)
-        extra = [(0, 0)] * x.ndim
-        extra[1 if x.ndim == 2 or x is embeds else 2] = (0, width - ids.shape[1])
-        return np.pad(x, extra, constant_values=fill)
-
+    rows = None
+    if len(image_grid) + len(video_grid):
+        rows = _fit(_vision_rows(cfg, np.where(mask, ids, -1), image_grid), width, fill=-1)
     return Batch(
-        tokens=fit(ids),
-        positions=fit(positions),
-        segment_ids=fit(segments),
-        vision_rows=None if rows is None else fit(rows, -1),
+        tokens=_fit(ids, width),
+        positions=_fit(positions, width, axis=2),
+        segment_ids=_fit(segments, width),
+        vision_rows=rows,
         delta=cast(Any, delta),
         vision=vision,
-        labels=None if labels is None else fit(labels, -100),
-        embeds=None if embeds is None else fit(embeds),
+        labels=None if labels is None else _fit(labels, width, fill=-100),
+        embeds=None if embeds is None else _fit(embeds, width),
     )
+
+
+def _fit(x: np.ndarray, width: int, axis: int = 1, fill: int = 0) -> Any:
+    """An array padded at the end of one axis."""
+    extra = [(0, 0)] * x.ndim
+    extra[axis] = (0, width - x.shape[axis])
+    return np.pad(x, extra, constant_values=fill)
 
 
 def group_size(rows: int) -> int:
@@ -205,19 +200,18 @@ def _ids(cfg: Config, input_ids, inputs_embeds) -> Any:
 
 
 def _embeds(cfg: Config, ids: np.ndarray, inputs_embeds) -> np.ndarray | None:
-    """Embeddings [B T D] in place of the tokens', checked."""
+    """Embeddings [B T D] in place of the tokens'. Raises InputError."""
     if inputs_embeds is None:
         return None
-    embeds, want = host_array(inputs_embeds), (*ids.shape, cfg.text.hidden_size)
-    if embeds.shape != want:
-        raise InputError(f"inputs_embeds: shape {embeds.shape}, expected {want}")
+    embeds = host_array(inputs_embeds)
+    check_shape("inputs_embeds", embeds, (*ids.shape, cfg.text.hidden_size))
     return embeds
 
 
 def _checked_rows(
     cfg: Config, ids: np.ndarray, mask: np.ndarray, labels, given: bool
 ) -> np.ndarray | None:
-    """The labels [B T], once labels and given ids are known to be those of rows that hold something."""
+    """The labels [B T]; given: the ids are a user's. Raises InputError, also for empty rows."""
     if not mask.any(axis=1).all() or not ids.size:
         empty = int(np.argmin(mask.any(axis=1))) if ids.size else 0
         raise InputError(f"input_ids: row {empty} of shape {ids.shape} has no attended token")
@@ -226,48 +220,15 @@ def _checked_rows(
     if labels is None:
         return None
     labels = check_labels("labels", labels, cfg.text.vocab_size)
-    if labels.shape != ids.shape:
-        raise InputError(f"labels: shape {labels.shape}, expected that of input_ids {ids.shape}")
+    check_shape("labels", labels, ids.shape, f"that of input_ids {ids.shape}")
     return labels
 
 
-def check_ids(name: str, given: Any, size: int) -> np.ndarray:
-    """Token ids as int32 of the same shape. Raises InputError for one without an embedding row.
-
-    size: rows of the embedding.
-    """
-    ids = integers(name, given)
-    wrong = ids[(ids < 0) | (ids >= size)]
-    if wrong.size:
-        raise InputError(f"{name}: token {wrong[0]} is outside the vocabulary of {size}")
-    return ids.astype(np.int32)
-
-
-def _counted(name: str, given: Any) -> np.ndarray:
-    """Whole numbers as int64, also where they are held as floats. Raises InputError for others."""
-    try:
-        found = host_array(given)
-    except ValueError:
-        return integers(name, given)
-    if found.dtype.kind == "f" and np.array_equal(found, np.rint(found)):
-        found = found.astype(np.int64)
-    return integers(name, found)
-
-
-def check_labels(name: str, given: Any, size: int) -> np.ndarray:
-    """Labels as int32 of the same shape. Raises InputError for one that is neither a token nor -100."""
-    labels = _counted(name, given)
-    wrong = labels[(labels >= size) | ((labels < 0) & (labels != -100))]
-    if wrong.size:
-        raise InputError(f"{name}: {wrong[0]} is neither -100 nor a token of {size}")
-    return labels.astype(np.int32)
-
-
 def _segments(mask: np.ndarray, segment_ids) -> np.ndarray:
+    """Segment ids [B T] int32, 0 at padding. Raises InputError."""
     if segment_ids is not None:
         segments = integers("segment_ids", segment_ids).astype(np.int32)
-        if segments.shape != mask.shape:
-            raise InputError(f"segment_ids: shape {segments.shape}, expected {mask.shape}")
+        check_shape("segment_ids", segments, mask.shape)
         return np.where(mask, segments, 0)
     segments = mask.astype(np.int32)
     starts = (np.diff(np.pad(segments, ((0, 0), (1, 0))), axis=1) > 0).sum(1)
@@ -275,28 +236,36 @@ def _segments(mask: np.ndarray, segment_ids) -> np.ndarray:
         row = int(np.argmax(starts > 1))
         raise InputError(
             f"attention_mask: row {row} has {int(starts[row])} runs of ones, expected one; padding "
-            "stands at the ends of a row, packed rows use segment_ids"
+            "is at the ends of a row, packed rows use segment_ids"
         )
     return segments
 
 
-def _positions(position_ids, shape: tuple[int, ...]) -> np.ndarray:
-    positions = _counted("position_ids", position_ids).astype(np.int32)
-    if positions.shape == shape:
-        positions = np.broadcast_to(positions, (3, *shape))
-    if positions.shape != (3, *shape):
-        raise InputError(f"position_ids: shape {positions.shape}, expected {shape} or (3, B, T)")
-    return positions
-
-
-def _frames_match(cfg, ids, mask, image_grid_thw, video_grid_thw) -> None:
-    """The placeholders' count, for rows whose positions the caller made."""
-    for token, frames in frames_by_token(cfg, image_grid_thw, video_grid_thw).items():
+def _positions(
+    cfg: Config,
+    ids: np.ndarray,
+    mask: np.ndarray,
+    segments: np.ndarray,
+    position_ids,
+    grids: tuple[Any, Any],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Positions [3 B T] and delta [B], made here or by the caller. Raises InputError."""
+    if position_ids is None:
+        if segments.max(initial=0) > 1:
+            raise InputError("make_batch: packed rows (segment_ids over 1) need their position_ids")
+        return rope_index(cfg, ids, *grids, mask)
+    positions = integers("position_ids", position_ids, as_floats=True).astype(np.int32)
+    if positions.shape == ids.shape:
+        positions = np.broadcast_to(positions, (3, *ids.shape))
+    check_shape("position_ids", positions, (3, *ids.shape), f"{ids.shape} or (3, B, T)")
+    for token, frames in frames_by_token(cfg, *grids).items():
         need, found = sum(h * w for h, w in frames), int(((ids == token) & mask).sum())
         if need != found:
             raise InputError(
                 f"input_ids: {found} placeholders (token {token}), the grids need {need}"
             )
+    top = np.where(segments > 0, positions.max(0), -1).max(1)
+    return positions, (top + 1 - (segments > 0).sum(1)).astype(np.int32)
 
 
 def _vision(cfg, pixel_values, image_grid, pixel_values_videos, video_grid, pad):

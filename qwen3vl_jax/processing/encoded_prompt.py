@@ -14,6 +14,7 @@ import numpy as np
 
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.processing.array_checks import host_array
 
 Arrays = dict[str, Any]
 IGNORED = -100  # label of a token that is not scored
@@ -220,11 +221,3 @@ def from_hf_arrays(cfg: Config, arrays: Mapping[str, Any]) -> EncodedPrompt:
         parts = np.split(patches, np.cumsum(sizes)[:-1])
         images += [kind(x, (t, h, w)) for x, (t, h, w) in zip(parts, grids.tolist())]
     return place_images(cfg, ids[0].astype(np.int32), images)
-
-
-def host_array(x: Any) -> np.ndarray:
-    """Any library's array as numpy; torch's bfloat16, which numpy has not, as float32."""
-    try:
-        return np.asarray(x)
-    except TypeError:
-        return np.asarray(x.float())

@@ -6,6 +6,7 @@ import numpy as np
 
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.processing.array_checks import grid_array, ids_and_mask
 
 
 def rope_index(
@@ -29,50 +30,14 @@ def rope_index(
         index, top = _row_positions(row[place], frames)
         positions[:, b, place] = index
         delta[b] = top - len(place)
-    for token, rest in frames.items():
-        if rest:
+    for token, left in frames.items():
+        if left:
             name = "image" if token == cfg.image_token_id else "video"
             raise InputError(
-                f"{name}_grid_thw: {len(rest)} {name} grid(s) or frame(s) are left over; the prompt "
+                f"{name}_grid_thw: {len(left)} {name} grid(s) or frame(s) are left over; the prompt "
                 f"has too few {name} placeholders (token {token})"
             )
     return positions, delta
-
-
-def ids_and_mask(input_ids, attention_mask) -> tuple[np.ndarray, np.ndarray]:
-    """input_ids as int32 [B T] and attention_mask as bool [B T] (all True without one), checked."""
-    ids = integers("input_ids", input_ids)
-    if ids.ndim != 2:
-        raise InputError(f"input_ids: shape {ids.shape}, expected [B T]")
-    mask = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask) != 0
-    if mask.shape != ids.shape:
-        raise InputError(
-            f"attention_mask: shape {mask.shape}, expected that of input_ids {ids.shape}"
-        )
-    # A larger number would become another token.
-    return np.clip(ids, -1, 2**31 - 1).astype(np.int32), mask
-
-
-def integers(name: str, given) -> np.ndarray:
-    """An argument as int64, with rows of one length; an empty one may have any type."""
-    try:
-        found = np.asarray(given)
-        if found.dtype.kind in "iu" or not found.size:
-            return found.astype(np.int64)
-    except ValueError as e:
-        raise InputError(f"{name}: expected rows of one length, found: {e}") from e
-    raise InputError(f"{name}: expected integers, found an array of {found.dtype}")
-
-
-def grid_array(name: str, grid) -> np.ndarray:
-    """A grid argument as int64 [n 3], checked; None and [] are no grids."""
-    grid = integers(name, [] if grid is None else grid)
-    grid = grid if grid.size else np.zeros((0, 3), np.int64)
-    if grid.ndim != 2 or grid.shape[1] != 3 or (grid < 1).any():
-        raise InputError(
-            f"{name}: expected rows (t, h, w) of positive numbers, found {grid.tolist()}"
-        )
-    return grid
 
 
 def frames_by_token(cfg: Config, image_grid_thw, video_grid_thw) -> dict[int, list]:

@@ -9,9 +9,8 @@ import numpy as np
 
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.processing.batch import check_ids, check_labels
+from qwen3vl_jax.processing.array_checks import check_ids, check_labels, integers
 from qwen3vl_jax.processing.encoded_prompt import IGNORED, EncodedImage
-from qwen3vl_jax.processing.positions import integers
 
 
 @dataclasses.dataclass(frozen=True)

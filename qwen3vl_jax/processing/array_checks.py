@@ -1,0 +1,84 @@
+"""The arrays that a user gives, checked: token ids, masks, labels, grids."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from qwen3vl_jax.errors import InputError
+
+
+def host_array(x: Any) -> np.ndarray:
+    """Any library's array as numpy; torch's bfloat16, which numpy has not, as float32."""
+    try:
+        return np.asarray(x)
+    except TypeError:
+        return np.asarray(x.float())
+
+
+def integers(name: str, given: Any, as_floats: bool = False) -> np.ndarray:
+    """An argument as int64, with rows of one length; an empty one may have any type.
+
+    as_floats: whole numbers that are held as floats will do. Raises InputError.
+    """
+    try:
+        found = host_array(given)
+    except ValueError as e:
+        raise InputError(f"{name}: expected rows of one length, found: {e}") from e
+    exact = as_floats and found.dtype.kind == "f" and np.array_equal(found, np.rint(found))
+    if found.dtype.kind in "iu" or exact or not found.size:
+        return found.astype(np.int64)
+    raise InputError(f"{name}: expected integers, found an array of {found.dtype}")
+
+
+def check_shape(name: str, found: np.ndarray, wanted: tuple[int, ...], text: str = "") -> None:
+    """Raises InputError for an array of another shape; text says what is wanted."""
+    if found.shape != wanted:
+        raise InputError(f"{name}: shape {found.shape}, expected {text or wanted}")
+
+
+def ids_and_mask(input_ids: Any, attention_mask: Any) -> tuple[np.ndarray, np.ndarray]:
+    """input_ids as int32 [B T] and attention_mask as bool [B T] (all True without one).
+
+    Raises InputError.
+    """
+    ids = integers("input_ids", input_ids)
+    if ids.ndim != 2:
+        raise InputError(f"input_ids: shape {ids.shape}, expected [B T]")
+    mask = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask) != 0
+    check_shape("attention_mask", mask, ids.shape, f"that of input_ids {ids.shape}")
+    # A larger number would become another token.
+    return np.clip(ids, -1, 2**31 - 1).astype(np.int32), mask
+
+
+def check_ids(name: str, given: Any, size: int) -> np.ndarray:
+    """Token ids as int32 of the same shape. Raises InputError for one without an embedding row.
+
+    size: rows of the embedding.
+    """
+    ids = integers(name, given)
+    wrong = ids[(ids < 0) | (ids >= size)]
+    if wrong.size:
+        raise InputError(f"{name}: token {wrong[0]} is outside the vocabulary of {size}")
+    return ids.astype(np.int32)
+
+
+def check_labels(name: str, given: Any, size: int) -> np.ndarray:
+    """Labels as int32 of the same shape. Raises InputError for one that is neither a token nor -100."""
+    labels = integers(name, given, as_floats=True)
+    wrong = labels[(labels >= size) | ((labels < 0) & (labels != -100))]
+    if wrong.size:
+        raise InputError(f"{name}: {wrong[0]} is neither -100 nor a token of {size}")
+    return labels.astype(np.int32)
+
+
+def grid_array(name: str, grid: Any) -> np.ndarray:
+    """A grid argument as int64 [n 3]; None and [] are no grids. Raises InputError."""
+    grid = integers(name, [] if grid is None else grid)
+    grid = grid if grid.size else np.zeros((0, 3), np.int64)
+    if grid.ndim != 2 or grid.shape[1] != 3 or (grid < 1).any():
+        raise InputError(
+            f"{name}: expected rows (t, h, w) of positive numbers, found {grid.tolist()}"
+        )
+    return grid
