@@ -22,7 +22,7 @@ from qwen3vl_jax.processing.encoded_prompt import (
     place_images,
 )
 from qwen3vl_jax.processing.image_patches import image_to_patches
-from qwen3vl_jax.processing.media import opened_image
+from qwen3vl_jax.processing.media import loaded_image
 from qwen3vl_jax.processing.media_arguments import placeholder_mismatch
 from qwen3vl_jax.processing.media_rules import short
 from qwen3vl_jax.processing.messages import MediaSource
@@ -59,7 +59,7 @@ class MediaEncoder:
                 found = video_to_patches(given, self.video_settings, self.limits, **settings)
                 patches, grid, frames = found
                 return EncodedVideo(patches, grid, frames=frames)
-            with opened_image(given, **self.limits) as image:
+            with loaded_image(given, **self.limits) as image:
                 own = image_limits(settings, self.image_settings.factor)
                 return EncodedImage(*image_to_patches(image, self.image_settings, **own))
         except MemoryError as e:

@@ -41,13 +41,13 @@ def is_image(data: bytes | BinaryIO) -> bool:
             Image.open(file, formats=formats()).close()
     except Image.UnidentifiedImageError:
         return False
-    except Exception:  # known, and too large or broken: `decoded` says so
+    except Exception:  # known, and too large or broken: `decoded_image` says so
         return True
     return True
 
 
 @contextlib.contextmanager
-def decoded(file: BinaryIO, name: str) -> Iterator[Image.Image]:
+def decoded_image(file: BinaryIO, name: str) -> Iterator[Image.Image]:
     """`load_image` of a file; its memory counts while the context is open. Raises InputError."""
     with _refusals(name), _quiet():
         size = file.seek(0, io.SEEK_END)

@@ -21,7 +21,7 @@ from PIL import Image
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.fetching import fetch
 from qwen3vl_jax.processing.image_loading import (
-    decoded,
+    decoded_image,
     from_array,
     is_image,
     upright_8bit,
@@ -50,12 +50,12 @@ def load_image(source: Any, **limits: Any) -> Image.Image:
     Arrays are as `from_array` takes them. Returns an upright 8-bit image of mode L, LA, P, RGB, RGBA,
     CMYK or the like (`to_rgb` makes it RGB); of an animation the first frame. Raises InputError.
     """
-    with opened_image(source, **limits) as image:
+    with loaded_image(source, **limits) as image:
         return image
 
 
 @contextlib.contextmanager
-def opened_image(source: Any, **limits: Any) -> Iterator[Image.Image]:
+def loaded_image(source: Any, **limits: Any) -> Iterator[Image.Image]:
     """`load_image` whose memory counts among that of all threads as long as the context is open."""
     if isinstance(source, Image.Image):
         yield upright_8bit(source, "image")
@@ -67,13 +67,13 @@ def opened_image(source: Any, **limits: Any) -> Iterator[Image.Image]:
         yield from_array(array)
     else:
         found = open_source(source, "image", **limits)
-        with found.open() as file, decoded(file, found.name) as image:
+        with found.open() as file, decoded_image(file, found.name) as image:
             yield image
 
 
 @dataclasses.dataclass(frozen=True)
 class MediaFile:
-    """An image or video before it is decoded; `open` gives a new file at its start, each time.
+    """An image or video before it is decoded_image; `open` gives a new file at its start, each time.
 
     `open` raises InputError for what cannot be opened.
     """

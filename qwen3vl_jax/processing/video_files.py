@@ -62,7 +62,7 @@ def _reader(
         wanted = iter([int(place) for place in places])
         place = next(wanted, None)
         damage: list[Any] | None = [] if recount is None else None
-        with _opened(start, name) as (container, stream):
+        with _open_stream(start, name) as (container, stream):
             for number, frame in enumerate(_frames(container, stream, damage)):
                 is_other = number >= total or (found.is_exact and frame.pts != points[number])
                 if recount is not None and (is_other or frame.is_corrupt):
@@ -86,13 +86,13 @@ def _count_packets(start: Any, name: str) -> _Counted:
 
     Raises FramesDiffer where that is no use.
     """
-    with _opened(start, name) as (container, stream):
+    with _open_stream(start, name) as (container, stream):
         end, packets = _demuxed(container, stream)
         base, rates = stream.time_base, _rates(stream)
         length, begin = container.duration, container.start_time or 0
     is_exact = all(p.pts is not None for p in packets)
     points = [p.pts if p.pts is not None else p.dts for p in packets if not p.is_discard]
-    with _opened(start, name) as (container, stream):
+    with _open_stream(start, name) as (container, stream):
         first = next(_frames(container, stream, None), None)
     clock = [p.dts for p in packets if p.dts is not None]
     if first is None or not points or any(p.is_corrupt for p in packets) or clock != sorted(clock):
@@ -145,7 +145,7 @@ def _count_frames(start: Any, name: str) -> VideoReader:
     points: list[Any] = []
     damage: list[Any] = []
     size, matrix = None, (1, 0, 0, 1)
-    with _opened(start, name) as (container, stream):
+    with _open_stream(start, name) as (container, stream):
         for frame in _frames(container, stream, damage):
             if size is None:
                 matrix = _matrix(frame)
@@ -198,7 +198,7 @@ def _frames(container: Any, stream: Any, damage: list[Any] | None) -> Iterator[A
 
 
 @contextlib.contextmanager
-def _opened(start: Callable[[], Any], name: str) -> Iterator[tuple[Any, Any]]:
+def _open_stream(start: Callable[[], Any], name: str) -> Iterator[tuple[Any, Any]]:
     """A PyAV container and its video stream; what FFmpeg raises becomes an InputError.
 
     Only the file's own bytes are read: a playlist cannot name other files or addresses.
