@@ -94,7 +94,7 @@ def test_other_items():
     assert kinds == ["text"] * 4 + ["image", "video", "video", "video", "image"]
     assert [m.kind for m in media] == ["image", "video", "video", "video", "image"]
     assert media[0].source is None
-    assert media[-1].overrides == {"max_pixels": 5, "do_resize": False}
+    assert media[-1].settings == {"max_pixels": 5, "do_resize": False}
 
 
 def test_messages_become_plain_data():
