@@ -1,4 +1,4 @@
-"""Animated images as videos, where FFmpeg plays none: WebP and PNG, which Pillow reads."""
+"""Animated WebP and PNG files as videos: Pillow reads them, FFmpeg does not."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def is_animation(head: bytes) -> bool:
 
 
 def open_animation(start: Callable[[], Any], name: str) -> VideoReader:
-    """An animated WebP or PNG, which Pillow plays."""
+    """The video in an animated WebP or PNG that `start` opens. Raises InputError."""
     milliseconds, size, error = [], (0, 0), None
     try:
         for frame in _frames(start, name):

@@ -1,4 +1,4 @@
-"""The checkpoint's chat template: finding it, and rendering it as transformers does."""
+"""The checkpoint's chat template: it is found, and rendered as transformers does."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qwen3vl_jax.storage.paths import as_path, file_size, reached
 
 _LARGEST = 1 << 22
 _CONTINUE = "CONTINUE_FINAL_MESSAGE_TAG "
-# What is looked for in a prompt, to see whether the template writes it.
+# The text that test prompts hold, to find out whether the template writes it.
 _WORD = "zq7"
 _ASKED = {"role": "user", "content": "?"}
 _CALL = {"type": "function", "function": {"name": _WORD, "arguments": {}}}
@@ -46,9 +46,8 @@ class ChatTemplate:
         if "{{" in text or "{%" in text:
             return cls({"default": text})
         if text.endswith(".json"):
-            return cls(
-                _named(read_json_file(as_path(text)).get("chat_template"), as_path(text)), text
-            )
+            path = as_path(text)
+            return cls(_named(read_json_file(path).get("chat_template"), path), text)
         return cls({"default": _read(as_path(text))}, text)
 
     def text(self, with_tools: bool) -> str:
@@ -81,16 +80,9 @@ class ChatTemplate:
             add_generation_prompt = False
             messages, final = _open_end(messages)
         try:
-            rendered = render(
-                template,
-                {
-                    "messages": messages,
-                    "tools": tools,
-                    "add_generation_prompt": add_generation_prompt,
-                    "documents": None,
-                    **variables,
-                },
-            )
+            given = {"messages": messages, "tools": tools, "documents": None}
+            given["add_generation_prompt"] = add_generation_prompt
+            rendered = render(template, {**given, **variables})
         except InputError as e:
             raise InputError(f"{self.source}: {e}") from None
         if not continue_final_message:
@@ -102,16 +94,16 @@ class ChatTemplate:
         return rendered[:at] if kept else rendered[:at].rstrip()
 
     def check_written(self, messages: Sequence[Mapping[str, Any]], tools: Any) -> None:
-        """Raises InputError for what the template would leave out of the prompt without a word.
+        """Raises InputError for tools, roles, tool calls and reasoning that the template leaves out.
 
-        These are tools, roles, tool calls and reasoning; each is found by one prompt of its kind.
+        Each is found by rendering one prompt of its kind.
         """
         if tools and not self._writes("tools", [_ASKED], [_TOOL]):
             raise InputError("tools: the chat template has no place for tools; leave them out")
         for number, message in enumerate(messages, 1):
             role, where = message["role"], f"message {number}: "
             if role != "assistant":
-                kind = f"a {role} message" + " behind others" * (number > 1)
+                kind = f"a {role} message" + " after others" * (number > 1)
                 probe = {"role": role, "content": _WORD}
                 if not self._writes(kind, [*([_ASKED] if number > 1 else []), probe, _ASKED]):
                     raise InputError(f"{where}the chat template leaves out {kind}")
@@ -131,7 +123,7 @@ class ChatTemplate:
             try:
                 self._written[kind] = _WORD in self.render(messages, tools, False, False, {})
             except InputError:
-                # A template that refuses will say so of the conversation itself.
+                # A template that refuses does so for the conversation itself too.
                 self._written[kind] = True
         return self._written[kind]
 

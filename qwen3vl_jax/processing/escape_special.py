@@ -1,4 +1,4 @@
-"""Text that stays text: no spelling in it becomes a special token."""
+"""Special tokens in a user's text: they are encoded as characters."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ _PRIVATE = [*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE)]
 
 
 class Escape:
-    """Marks the spellings of special tokens in a text, so that they are encoded as characters.
+    """Marks the special tokens in a text, so that they are encoded as characters.
 
     The mark is a private-use character that occurs nowhere in what is rendered. Written inside a
-    spelling before the template is rendered, it hides the token from the tokenizer;
-    `Tokenizer.encode` takes it out again. Beginnings and ends of spellings are marked too, so that
-    no token comes from texts that a template joins or cuts.
+    token's text before the template is rendered, it hides the token from the tokenizer;
+    `Tokenizer.encode` removes it. Beginnings and ends of tokens are marked too, so that no token
+    comes from texts that a template joins or cuts.
     """
 
-    def __init__(self, special: Iterable[str], ordinary: Iterable[str], seen: str):
-        """special, ordinary: spellings of added tokens; seen: all text that will be rendered."""
+    def __init__(self, special: Iterable[str], ordinary: Iterable[str], rendered: str):
+        """special, ordinary: texts of added tokens; rendered: all text that will be rendered."""
         special = list(special)
-        self.mark = _unused_character(seen)
+        self.mark = _unused_character(rendered)
         at_end = {token[:n] for token in special for n in range(1, len(token))}
         at_start = {token[n:] for token in special for n in range(1, len(token))}
         flags = re.IGNORECASE  # a template may change case
-        # A template may look for ordinary added tokens (<think>) in a text, and cut them out: their
-        # spellings stay whole, and what they interrupt is marked.
+        # A template may look for ordinary added tokens (<think>) in a text, and cut them out: they
+        # are not marked, and what they interrupt is.
         other = _any_of(ordinary)
         first, two = (_any_of({token[:n] for token in special}) for n in (1, 2))
         marked = f"(?!{other})(?:{two}|{first}(?={other})|{_any_of(at_end)}(?=\\s*\\Z))"
@@ -42,7 +42,7 @@ class Escape:
         return self._marked.sub(lambda found: found[0][0] + self.mark + found[0][1:], text)
 
     def content(self, text: str) -> str:
-        """`text` for a whole content: the middle or end of a spelling is marked as well."""
+        """`text` for all of a content: the middle or end of a token is marked as well."""
         bare = text.lstrip()
         middle = bool(bare) and any(bare.rstrip().lower() in token for token in self._special)
         if middle or self._tail.match(text):
@@ -58,7 +58,7 @@ class Escape:
         return [self.data(v) for v in value] if isinstance(value, list) else value
 
     def message(self, message: dict[str, Any]) -> dict[str, Any]:
-        """A message escaped, an answer of an earlier turn too: a model can be made to repeat a spelling."""
+        """A message escaped, an answer of an earlier turn too: a model can be made to repeat a token."""
         escaped = self.data({k: v for k, v in message.items() if k != "content"})
         content = message.get("content")
         if isinstance(content, str):
@@ -75,16 +75,16 @@ class Escape:
         return rendered.replace(_json_escape(self.mark), self.mark)
 
 
-def _any_of(spellings: Iterable[str]) -> str:
+def _any_of(texts: Iterable[str]) -> str:
     """A pattern of any of these, the longest first; one that never matches if there are none."""
-    longest_first = sorted(spellings, key=len, reverse=True)
+    longest_first = sorted(texts, key=len, reverse=True)
     return f"(?:{'|'.join(map(re.escape, longest_first))})" if longest_first else "(?!)"
 
 
-def _unused_character(seen: str) -> str:
-    seen = seen.lower()
+def _unused_character(text: str) -> str:
+    text = text.lower()
     for code in _PRIVATE:
-        if chr(code) not in seen and _json_escape(chr(code)) not in seen:
+        if chr(code) not in text and _json_escape(chr(code)) not in text:
             return chr(code)
     raise InputError("conversation: it uses every private-use character of Unicode")
 

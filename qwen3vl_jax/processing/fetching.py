@@ -1,4 +1,4 @@
-"""Bytes of an http(s) URL, within limits of size and time, from hosts that the rules allow."""
+"""Downloads: the bytes of an http(s) URL, within limits of size and time, from allowed hosts."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _read(opener: Any, url: str, name: str, max_bytes: int, timeout: float) -> b
 
 
 def _opener(url: str, name: str, rules: MediaRules) -> urllib.request.OpenerDirector:
-    """What opens http(s) alone and asks the rules before each connection."""
+    """An opener for http(s) only, which asks the rules before each connection."""
     first = urllib.parse.urlsplit(url).hostname or ""
     connect = functools.partial(_connect, first=first, name=name, rules=rules)
 
@@ -149,7 +149,7 @@ def _opener(url: str, name: str, rules: MediaRules) -> urllib.request.OpenerDire
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
     def http_error_302(self, req: Any, fp: Any, code: Any, msg: Any, headers: Any) -> Any:
-        """Follows a redirect; closes the answer also where it leads nowhere."""
+        """Follows a redirect, and closes the answer if that fails."""
         try:
             return super().http_error_302(req, fp, code, msg, headers)
         except Exception:
@@ -162,7 +162,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 def _connect(
     address: tuple[str, int], timeout: Any, source: Any, *, first: str, name: str, rules: MediaRules
 ) -> socket.socket:
-    """A connection to an address that the rules allow, and not to one that is looked up again."""
+    """A connection to an address that the rules allow; the name is not looked up again."""
     host, port = address
     error: OSError | None = None
     for place in rules.addresses(host, port, host.lower() == first, name):

@@ -1,4 +1,4 @@
-"""generation_config.json: the ids that end an answer, and how a checkpoint wants to be sampled."""
+"""generation_config.json: the ids that end an answer, and the checkpoint's arguments of sampling."""
 
 from __future__ import annotations
 
@@ -50,6 +50,6 @@ def sampling_defaults(raw: Mapping[str, Any]) -> dict[str, float]:
 
 
 def stop_ids(raw: Mapping[str, Any]) -> tuple[int, ...]:
-    """End ids of a generation_config, empty where it names none."""
+    """The ids that end an answer, empty where the file names none."""
     eos = raw.get("eos_token_id")
     return tuple(eos if isinstance(eos, list) else [] if eos is None else [eos])

@@ -1,4 +1,4 @@
-"""An image file, array or PIL image as an upright 8-bit PIL image, within a limit of memory."""
+"""Image files, arrays and PIL images -> upright 8-bit PIL images, within a limit of memory."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from PIL import Image, ImageOps
 
 from qwen3vl_jax.errors import InputError
 
-# These start other programs, open what they hold as any other format, or show nothing by themselves.
+# Formats that start other programs, hold files of any other format, or show nothing by themselves.
 _UNSAFE = ("EPS", "IPTC", "FPX", "MIC", "WMF", "BUFR", "GRIB", "HDF5", "MPEG")
 MAX_IMAGE_BYTES = 3 * 2**29  # held while one image is decoded, and by all threads together
 _BYTES_A_PIXEL = {"WEBP": 16, "JPEG2000": 20, "AVIF": 12}  # held while decoding; of others 8
 _SLOW = 768  # of decoders in Python, which take seconds a megapixel
 _STRIP = 1 << 21  # pixels that are converted at a time
-# What Pillow says of a file is in our errors.
+# Errors name what Pillow finds wrong with a file.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 def formats() -> tuple[str, ...]:
-    """Names of the formats that are read: all that Pillow has here, but those that are not safe."""
+    """The names of Pillow's formats, without those that are not safe."""
     Image.init()
     return tuple(name for name in Image.ID if name in Image.OPEN and name not in _UNSAFE)
 
@@ -48,7 +48,7 @@ def is_image(data: bytes | BinaryIO) -> bool:
 
 @contextlib.contextmanager
 def decoded_image(file: BinaryIO, name: str) -> Iterator[Image.Image]:
-    """`load_image` of a file; its memory counts while the context is open. Raises InputError."""
+    """The image in a file; its memory is counted while the context is open. Raises InputError."""
     with _refusals(name), _quiet():
         size = file.seek(0, io.SEEK_END)
         if size > MAX_IMAGE_BYTES:
@@ -137,7 +137,7 @@ def _to_8bit(array: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def _scaled(image: Image.Image, name: str) -> Image.Image:
-    """8 bits of a mode of 16, which Pillow itself would cut off at 255: the image would be white."""
+    """An image of 16 bits scaled to 8 bits: Pillow itself would cut values off at 255."""
     if image.mode == "F":
         raise InputError(f"{name}: mode F (floats) has no known range; scale it to 8 bits first")
     out = Image.new("L", image.size)
@@ -211,14 +211,14 @@ def _refusals(name: str) -> Iterator[None]:
 
 
 class _Memory:
-    """Bytes that the threads of this process hold while they decode."""
+    """The bytes that the threads of this process hold while they decode."""
 
     def __init__(self) -> None:
         self.held, self.free = 0, threading.Condition()
 
     @contextlib.contextmanager
     def __call__(self, count: int) -> Iterator[None]:
-        """Waits until there is room for so many more, or nothing else is held."""
+        """Waits until `count` more bytes are allowed, or nothing else is held."""
         with self.free:
             self.free.wait_for(lambda: not self.held or self.held + count <= MAX_IMAGE_BYTES)
             self.held += count
@@ -231,10 +231,9 @@ class _Memory:
 
 
 class _Quiet:
-    """Pillow warns of large images, which have a limit of their own here, and of odd metadata.
+    """Silences Pillow's warnings of large images, which have a limit here, and of odd metadata.
 
-    The filters of warnings are one for all threads: the first one in sets them, the last one out
-    puts them back.
+    All threads share the filters of warnings: the first one sets them, the last one restores them.
     """
 
     def __init__(self) -> None:
@@ -264,7 +263,7 @@ _tiff_failed = threading.local()
 
 @contextlib.contextmanager
 def _tiff_errors() -> Iterator[None]:
-    """Raises what libtiff would write to stderr, of files that Pillow takes for whole."""
+    """Raises OSError where libtiff would write an error to stderr, which Pillow does not notice."""
     _tiff_failed.flag = False
     yield
     if _tiff_failed.flag:
@@ -272,7 +271,7 @@ def _tiff_errors() -> Iterator[None]:
 
 
 def _set_tiff_handlers() -> Any:
-    """Sets what libtiff calls for errors and warnings in this process; what is returned must be kept."""
+    """Sets libtiff's handlers of errors and warnings in this process; keep what is returned."""
 
     @ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p)
     def failed(module: Any, text: Any, values: Any) -> None:

@@ -1,4 +1,4 @@
-"""The one reader of media: every form of a source of an image or video, as a file to read."""
+"""Sources of images and videos: every form of a source, opened as a file."""
 
 from __future__ import annotations
 
@@ -45,10 +45,11 @@ _KINDS = {stat.S_IFDIR: "directory", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socke
 
 
 def load_image(source: Any, **limits: Any) -> Image.Image:
-    """Reads an image: PIL image, array, or any form that `open_source` takes, with its limits.
+    """An upright 8-bit PIL image of a PIL image, an array, or any form that `open_source` takes.
 
-    Arrays are as `from_array` takes them. Returns an upright 8-bit image of mode L, LA, P, RGB, RGBA,
-    CMYK or the like (`to_rgb` makes it RGB); of an animation the first frame. Raises InputError.
+    limits: those of `open_source`; arrays are as `from_array` takes them. The mode is L, LA, P, RGB,
+    RGBA, CMYK or the like (`to_rgb` makes it RGB); an animation gives its first frame. Raises
+    InputError.
     """
     with loaded_image(source, **limits) as image:
         return image
@@ -56,7 +57,7 @@ def load_image(source: Any, **limits: Any) -> Image.Image:
 
 @contextlib.contextmanager
 def loaded_image(source: Any, **limits: Any) -> Iterator[Image.Image]:
-    """`load_image` whose memory counts among that of all threads as long as the context is open."""
+    """`load_image`, whose memory is counted while the context is open."""
     if isinstance(source, Image.Image):
         yield upright_8bit(source, "image")
     elif hasattr(source, "__array__"):
@@ -90,11 +91,11 @@ def open_source(
     timeout: float = FETCH_SECONDS,
     rules: MediaRules | None = None,
 ) -> MediaFile:
-    """A file of any form of source that is no array, PIL image or list.
+    """The file of a source that is no array, PIL image or list.
 
-    Forms: path, http(s), gs:// or file URL, data URI, base64 text, bytes, and an object with bytes,
-    url, path or base64, as {"bytes": .., "path": ..} of Hugging Face's data sets. key: "image" or
-    "video". max_bytes and timeout (seconds) bound a URL. Raises InputError.
+    Forms of a source: path, http(s), gs:// or file URL, data URI, base64 text, bytes, and an object
+    with bytes, url, path or base64, as {"bytes": .., "path": ..} of Hugging Face's data sets. key:
+    "image" or "video". max_bytes and timeout (seconds) bound a URL. Raises InputError.
     """
     rules = rules or MediaRules()
     if isinstance(source, Mapping):
@@ -120,7 +121,7 @@ def open_source(
         return _held(f"base64 {key}", decode_base64(text))
     if form == "store":
         rules.check_host("/".join(text.split("/")[:3]), None, key)
-        return _held(name, stored(text))
+        return _held(name, _read_store(text))
     path = local_path(text) if form == "file" else text
     return MediaFile(name, lambda: _open(path, key, rules))
 
@@ -142,7 +143,7 @@ def inner(given: Mapping[str, Any], key: str) -> Any:
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a source is "" or b"", which stand for none."""
+    """Whether a source is "" or b"", which mean none."""
     return isinstance(value, (str, bytes)) and not value
 
 
@@ -158,12 +159,12 @@ def form_of(text: str, key: str, folder: str = "") -> str:
         data = decode_base64(text)
     except InputError:
         return "path"
-    seen = is_image(data) if key == "image" else _is_video(data)
-    return "base64" if seen and not _exists(os.path.join(folder, text)) else "path"
+    is_known = is_image(data) if key == "image" else _is_video(data)
+    return "base64" if is_known and not os.path.exists(os.path.join(folder, text)) else "path"
 
 
 def within(source: Any, key: str, folder: str) -> Any:
-    """A source whose relative path, in any form and in lists, begins in a folder."""
+    """A source whose relative paths, in any form and in lists, begin in a folder."""
     if isinstance(source, (list, tuple)):  # the frames of a video
         return [within(frame, "image", folder) for frame in source]
     if isinstance(source, Mapping):
@@ -188,15 +189,8 @@ def _is_video(data: bytes) -> bool:
         return False
 
 
-def _exists(path: str) -> bool:
-    try:
-        return os.path.exists(path)
-    except (OSError, ValueError):  # too long for a name, or a null byte: not a path
-        return False
-
-
 def _open(path: str, key: str, rules: MediaRules) -> BinaryIO:
-    """A regular file, opened so that nothing waits and no link leads out of the root meanwhile."""
+    """Opens a regular file without waiting for it; links that leave the root are not followed."""
     name = short(path)
     try:
         real = rules.local(path, key)
@@ -224,7 +218,7 @@ _FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 def _open_below(root: str, real: str) -> int:
-    """A file below a folder, folder by folder: links that were put there meanwhile are not followed."""
+    """Opens a file below a folder, folder by folder, so that links made meanwhile are not followed."""
     handle = os.open(os.path.realpath(root), _FLAGS | os.O_DIRECTORY)
     for part in os.path.relpath(real, os.path.realpath(root)).split(os.sep):
         try:
@@ -241,17 +235,12 @@ def _check_regular(found: os.stat_result, name: str, key: str) -> None:
         raise InputError(f"{name}: cannot read this {key}: it is a {kind}, expected a regular file")
 
 
-def is_place(text: str) -> bool:
-    """Whether a text names an object of a store: gs://bucket/cat.png."""
-    return _STORED.match(text) is not None
-
-
-def stored(place: str) -> bytes:
-    """Bytes of an object. Raises InputError."""
-    name = short(place)
+def _read_store(address: str) -> bytes:
+    """The bytes of an object of a store (gs://bucket/cat.png)."""
+    name = short(address)
     try:
         with reached(name):
-            return as_path(place).read_bytes()
+            return as_path(address).read_bytes()
     except FileNotFoundError as e:
         raise InputError(f"{name}: cannot be read: no such file") from e
 

@@ -1,4 +1,4 @@
-"""What media may be read: folders, hosts and addresses, and how much of them is held."""
+"""Limits of what images and videos are read from: folders, hosts, addresses, and bytes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NAT64 = ipaddress.ip_network("64:ff9b::/32")
 class MediaRules:
     """What the images and videos of a prompt may be read from.
 
-    root: the folder that local paths begin in and may not leave, links followed; "" is no limit.
+    root: the folder that local paths begin in and may not leave, links resolved; "" is no limit.
     hosts: the only hosts ("cdn.example.org", "10.0.0.7") and buckets ("gs://bucket") that are read
     from; None is any. trusted: whoever wrote the addresses may use this machine's network; if not,
     hosts with private, loopback or link-local addresses are refused unless `hosts` names them.

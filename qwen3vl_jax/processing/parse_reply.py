@@ -1,4 +1,4 @@
-"""What an answer's text holds: reasoning, what is said, and calls of tools."""
+"""The parts of an answer's text: reasoning, content, and calls of tools."""
 
 from __future__ import annotations
 
@@ -53,18 +53,18 @@ class Reply:
 def parse_reply(text: str, thinking: bool = False) -> Reply:
     """Splits an answer's text; thinking: the prompt had already opened <think>.
 
-    Reasoning is what stands before </think>; an answer cut off while thinking is all reasoning. A
+    Reasoning is the text before </think>; an answer cut off while thinking is all reasoning. A
     <tool_call> that is not JSON with a name and an object of arguments stays in the content.
     """
-    reasoning, opened = None, thinking or text.lstrip().startswith(_OPEN)
+    reasoning, is_open = None, thinking or text.lstrip().startswith(_OPEN)
     close = text.find(_CLOSE)
-    if close >= 0 and not opened:
-        # Arguments of a call may spell the tag.
+    if close >= 0 and not is_open:
+        # Arguments of a call may hold the tag.
         close = -1 if any(a < close < b for a, b, _ in _blocks(text)[0]) else close
     if close >= 0:
         reasoning = text[:close].removeprefix(_OPEN).strip("\n")
         text = text[close + len(_CLOSE) :]
-    elif opened:
+    elif is_open:
         reasoning, text = text.lstrip().removeprefix(_OPEN).strip("\n"), ""
     blocks, unparsed = _blocks(text)
     starts, ends = [0, *(b for _, b, _ in blocks)], [*(a for a, _, _ in blocks), len(text)]
@@ -79,14 +79,14 @@ def _blocks(text: str) -> tuple[list[tuple[int, int, list[ToolCall]]], list[str]
     """(start, end, calls) of each <tool_call> block, and a line for each that cannot be read."""
     blocks: list[tuple[int, int, list[ToolCall]]] = []
     unparsed = []
-    for opened in _CALL.finditer(text):
-        if blocks and opened.start() < blocks[-1][1]:
+    for tag in _CALL.finditer(text):
+        if blocks and tag.start() < blocks[-1][1]:
             continue
         try:
-            calls, end = _calls(text, opened.end())
-            blocks.append((opened.start(), end, calls))
+            calls, end = _calls(text, tag.end())
+            blocks.append((tag.start(), end, calls))
         except InputError as e:
-            unparsed.append(f"<tool_call> at character {opened.start()}: {e}; it stays text")
+            unparsed.append(f"<tool_call> at character {tag.start()}: {e}; it stays text")
     return blocks, unparsed
 
 

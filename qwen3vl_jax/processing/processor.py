@@ -260,10 +260,9 @@ class Processor:
         self.template.check_written(messages, listed)
         escape = None
         if allow_special is not True:
-            seen = write_json([messages, listed, variables], "conversation", ensure_ascii=False)
-            seen += self.template.text(bool(tools))
+            data = write_json([messages, listed, variables], "conversation", ensure_ascii=False)
             added = self.tokenizer.added.keys() - self.tokenizer.special.keys()
-            escape = Escape(self.tokenizer.special, added, seen)
+            escape = Escape(self.tokenizer.special, added, data + self.template.text(bool(tools)))
             trusted = "assistant" if allow_special else None
             messages = [m if m["role"] == trusted else escape.message(m) for m in messages]
             listed = escape.data(listed)

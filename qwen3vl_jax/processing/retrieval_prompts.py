@@ -1,4 +1,4 @@
-"""Conversations of Qwen3-VL-Embedding and Qwen3-VL-Reranker, as those models were trained on them.
+"""Conversations of Qwen3-VL-Embedding and Qwen3-VL-Reranker, in the form of their training.
 
 Source: the Qwen3-VL-Embedding repository (its two model wrappers), whose limits these are too.
 """
@@ -12,7 +12,8 @@ from typing import Any
 
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.image_loading import is_image
-from qwen3vl_jax.processing.media import is_place, open_source
+from qwen3vl_jax.processing.media import open_source
+from qwen3vl_jax.storage.paths import is_remote
 
 REPRESENT = "Represent the user's input."
 RETRIEVE = "Given a search query, retrieve relevant candidates that answer the query."
@@ -67,7 +68,7 @@ def rerank_conversation(
 def document(given: str) -> dict[str, Any]:
     """A thing from a command line: a file of an image or else of a video; other text is text."""
     # Nor is a text too long for a file's name.
-    if not is_place(given) and not os.path.isfile(given):
+    if not is_remote(given) and not os.path.isfile(given):
         return {"text": given}
     with open_source(given).open() as file:
         return {"image" if is_image(file) else "video": given}

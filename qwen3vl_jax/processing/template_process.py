@@ -1,7 +1,7 @@
-"""Renders chat templates as transformers does, in a process that one may fill or block without harm.
+"""Renders chat templates as transformers does, in a child process with limits of time and memory.
 
-A checkpoint's template is a program of somebody else. The sandbox keeps it from files and from the
-objects of Python; the child process, one for all templates, bounds its time and memory.
+A checkpoint's template is untrusted code. Jinja's sandbox keeps it from files and from the objects
+of Python; the child process, one for all templates, bounds its time and memory.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ if TYPE_CHECKING:
 SECONDS = 1  # of computing, for one prompt
 MEMORY = 1 << 29
 LENGTH = 1 << 24  # characters of a prompt
-_ERROR = 2000  # characters of a template's own words
+_ERROR = 2000  # characters of a template's own message
 _HEAD = struct.Struct("<?Q")
 
 
 def render(template: str, variables: Mapping[str, Any]) -> str:
     """The text of a Jinja template with variables of plain data.
 
-    Raises InputError in the template's own words where it refuses, and for one that does not end, or
-    needs too much memory.
+    Raises InputError with the template's own message where it refuses, and for a template that does
+    not end, or needs too much memory.
     """
     with _KEPT.lock:
         return _KEPT.ready().ask(template, variables)
@@ -50,11 +50,8 @@ class _Server:
     def __init__(self) -> None:
         code = "import sys; sys.path[:] = {!r}; from {} import serve; serve()"
         code = code.format(sys.path, "qwen3vl_jax.processing.template_process")
-        pipes: Any = {
-            "stdin": subprocess.PIPE,
-            "stdout": subprocess.PIPE,
-            "stderr": subprocess.DEVNULL,
-        }
+        pipe = subprocess.PIPE
+        pipes: Any = {"stdin": pipe, "stdout": pipe, "stderr": subprocess.DEVNULL}
         self.pid = os.getpid()
         self.process: Any = subprocess.Popen([sys.executable, "-c", code], **pipes)
         if self.process.stdout.read(1) != b"!":
@@ -150,10 +147,7 @@ def _rendered(data: bytes) -> tuple[bool, bytes]:
         template, variables = pickle.loads(data)
         text = _compiled(template).render(**variables)
         if len(text) > LENGTH:
-            return (
-                False,
-                f"it writes {len(text):,} characters, at most {LENGTH:,} are taken".encode(),
-            )
+            raise ValueError(f"it writes {len(text):,} characters, at most {LENGTH:,} are taken")
         return True, text.encode("utf-8", "surrogatepass")
     except MemoryError:
         return False, b"it needs too much memory"

@@ -1,4 +1,4 @@
-"""Text to token ids and back: byte-level BPE with added tokens, and text that streams."""
+"""Text to token ids and back: byte-level BPE with added tokens, and streamed text."""
 
 from __future__ import annotations
 
@@ -15,16 +15,8 @@ from qwen3vl_jax.processing.tokenizer_file import WORDS, load_tokenizer_json, pa
 from qwen3vl_jax.storage.json_text import read_json_file
 from qwen3vl_jax.storage.paths import as_path
 
-_NAMED = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
-# What every pipeline has to give back.
+_NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+# A text that every tokenizer has to encode and decode without loss.
 _SAMPLE = "hello, w\u00f6rld 1\nend"
 _LISTED = ("additional_special_tokens", "extra_special_tokens")
 
@@ -43,7 +35,7 @@ class Tokenizer:
         self.added: dict[str, int] = {token.content: i for i, token in added.items()}
         self.special: dict[str, int] = {t.content: i for i, t in added.items() if t.special}
         self._special_ids = frozenset(self.special.values())
-        # The same pipeline without the special tokens: their spellings are encoded as characters.
+        # The same pipeline without the special tokens: their texts are encoded as characters.
         self._textual = tokenizers.Tokenizer(backend.model)
         self._textual.normalizer = backend.normalizer
         self._textual.pre_tokenizer = backend.pre_tokenizer
@@ -64,10 +56,10 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> Tokenizer:
-        """Reads tokenizer.json, or vocab.json + merges.txt with their added tokens.
+        """Reads tokenizer.json, or vocab.json + merges.txt: both give the same ids.
 
         Added tokens come from tokenizer.json, tokenizer_config.json (added_tokens_decoder) and
-        added_tokens.json; both ways give the same ids. Raises InputError.
+        added_tokens.json. Raises InputError.
         """
         directory = as_path(directory)
         config = _read_json(directory / "tokenizer_config.json")
@@ -92,10 +84,10 @@ class Tokenizer:
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, mark: str = "") -> list[int]:
-        """Ids of a text, added tokens found by their spelling; nothing is put before or after it.
+        """The ids of a text with the added tokens in it; nothing is put before or after it.
 
-        mark: a character that Escape wrote into spellings that are to stay text. Special tokens
-        are found with the marks in place; what lies between them is encoded without the marks.
+        mark: a character that Escape wrote into special tokens that are to stay text. The others
+        are found with the marks in place; the text between them is encoded without the marks.
         Raises InputError for text that is not Unicode (lone surrogates).
         """
         try:
@@ -131,21 +123,21 @@ class Tokenizer:
             return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def id_of(self, token: str) -> int:
-        """Id of a token by its spelling. Raises InputError."""
+        """The id of a token. Raises InputError."""
         found = self.backend.token_to_id(token)
         if found is None:
             raise InputError(f"tokenizer: it has no token {token!r}")
         return found
 
     def token_of(self, token_id: int) -> str:
-        """Spelling of an id (for ordinary tokens in the byte alphabet). Raises InputError."""
+        """The token of an id (ordinary ones in the byte alphabet). Raises InputError."""
         found = self.backend.id_to_token(token_id)
         if found is None:
             raise InputError(f"tokenizer: it has no token with id {token_id}")
         return found
 
     def token_bytes(self, token_id: int, skip_special_tokens: bool = True) -> bytes:
-        """What an id adds to a text; nothing for special tokens (if skipped) and unknown ids."""
+        """The bytes of an id; none for special tokens (if skipped) and unknown ids."""
         if skip_special_tokens and token_id in self._special_ids:
             return b""
         token = self.backend.id_to_token(token_id)
@@ -156,9 +148,9 @@ class Tokenizer:
 
 
 class TextStream:
-    """Text of token ids as they come: whole characters only, cut before a stop string.
+    """Streams the text of token ids: complete characters only, cut before a stop string.
 
-    What push and flush return joins to the decoded whole, cut before the stop string that is
+    The results of push and flush join to the decoded text, cut before the stop string that is
     complete first (of several that end together, the longest). `stopped` is that one, or None.
     """
 
@@ -182,7 +174,7 @@ class TextStream:
         return self._release(self._decoder.decode(data))
 
     def flush(self) -> str:
-        """What was held back, once no more ids come: an unfinished character becomes U+FFFD."""
+        """The rest of the text, after the last id: an unfinished character becomes U+FFFD."""
         text = self._release(self._decoder.decode(b"", final=True))
         held, self._held = self._held, ""
         return text + held
@@ -226,7 +218,7 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def _byte_alphabet() -> dict[int, str]:
-    """Byte -> the printable character that stands for it in a byte-level vocabulary."""
+    """Byte -> its printable character in a byte-level vocabulary."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in set(printable)]
     return {b: chr(b) for b in printable} | {b: chr(256 + n) for n, b in enumerate(others)}
@@ -321,7 +313,7 @@ def _add_tokens(
 
 
 def _content(token: Any) -> str | None:
-    """Spelling of a token that a JSON file names as text or as an object."""
+    """The text of a token that a JSON file names as text or as an object."""
     found = token.get("content") if isinstance(token, Mapping) else token
     if found is not None and not isinstance(found, str):
         raise InputError(f"tokenizer: a named token is {token!r}, expected text or an object")

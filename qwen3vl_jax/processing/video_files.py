@@ -1,4 +1,4 @@
-"""Video files: the frames that a player shows, when it shows them, upright and in RGB."""
+"""Video files: the frames that a player shows, their times, upright and in RGB."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def open_file(start: Callable[[], Any], name: str) -> VideoReader:
 
 @dataclasses.dataclass(frozen=True)
 class _Counted:
-    """The frames of a file as they are counted: their times in units of `base`, in order."""
+    """The frames that were counted in a file: their times in units of `base`, in order."""
 
     points: list[Any]
     base: Any
@@ -82,9 +82,9 @@ def _reader(
 
 
 def _count_packets(start: Any, name: str) -> _Counted:
-    """The frames that the packets of a file promise, without decoding more than the first.
+    """The frames of a file by its packets; only the first is decoded.
 
-    Raises FramesDiffer where that is no use.
+    Raises FramesDiffer where packets are not enough.
     """
     with _open_stream(start, name) as (container, stream):
         end, packets = _demuxed(container, stream)
@@ -110,7 +110,7 @@ def _count_packets(start: Any, name: str) -> _Counted:
 
 
 def _demuxed(container: Any, video: Any) -> tuple[float | None, list[Any]]:
-    """When the last packet of any stream ends, in seconds, and the packets of the video stream."""
+    """The end of the last packet of any stream, in seconds, and the packets of the video stream."""
     import av
 
     end, packets = None, []
@@ -174,7 +174,7 @@ def _rates(stream: Any) -> list[Any]:
 def _frames(container: Any, stream: Any, damage: list[Any] | None) -> Iterator[Any]:
     """The decoded frames in the order of their display.
 
-    damage: takes the errors that are passed over; without it an error raises FramesDiffer.
+    damage: a list that gets the errors, which are passed over; without it they raise FramesDiffer.
     """
     import av
 
@@ -257,7 +257,7 @@ def _video_stream(container: Any, name: str) -> Any:
 def _matrix(frame: Any) -> tuple[int, ...]:
     """a, b, c, d of the display matrix: x' = a x + c y, y' = b x + d y.
 
-    A frame that is asked for it lives until the garbage is collected: ask one a file.
+    Reading it keeps the frame in memory until the garbage is collected: read it once a file.
     """
     from av.sidedata.sidedata import Type
 

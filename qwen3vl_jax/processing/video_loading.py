@@ -1,4 +1,4 @@
-"""A video from anywhere: file, bytes, URL, folder or list of frames, array; read frame by frame."""
+"""Sources of videos: file, bytes, URL, folder or list of frames, array; read frame by frame."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def open_video(
 ) -> VideoReader:
     """A video of any form that `open_source` takes, or of frames.
 
-    Files hold their own times. What `as_frames` finds to be frames needs their rate: metadata {fps,
+    Files hold their own times. Frames, as `as_frames` finds them, need their rate: metadata {fps,
     frames_indices (the frames' numbers in their source), total_num_frames}, or sample_fps. limits:
     max_bytes and timeout (seconds) of a URL, rules. Raises InputError.
     """
@@ -51,7 +51,7 @@ def open_video(
 
 
 def as_frames(source: Any, rules: MediaRules | None = None) -> Sequence[Any] | np.ndarray | None:
-    """The frames that a source holds one by one, None for a video file.
+    """The frames of a source that holds them one by one, None for a video file.
 
     A list of what `load_image` reads; an array [T H W C] or [T C H W] of whole numbers 0 to 255,
     given back as [T H W C]; a folder of images, in the order of the numbers in their names;
