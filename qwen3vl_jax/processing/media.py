@@ -37,7 +37,7 @@ from qwen3vl_jax.storage.paths import as_path, is_remote, reached
 _URL = re.compile("https?://", re.IGNORECASE)
 _DATA = re.compile("data:[^;,/]{0,64}[;,/]", re.IGNORECASE)
 _FILE = re.compile("file:/", re.IGNORECASE)
-_STORED = re.compile("(gs|s3|az)://")
+STORED = re.compile("(gs|s3|az)://")
 _KEYS = ("bytes", "url", "path", "base64")
 _NO_FILES = ("/proc/", "/sys/")
 _KINDS = {stat.S_IFDIR: "directory", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket",
@@ -152,7 +152,7 @@ def form_of(text: str, key: str, folder: str = "") -> str:
 
     base64 is what decodes to an image (a video, for the key "video") and names no file in `folder`.
     """
-    for form, pattern in (("url", _URL), ("data", _DATA), ("file", _FILE), ("store", _STORED)):
+    for form, pattern in (("url", _URL), ("data", _DATA), ("file", _FILE), ("store", STORED)):
         if pattern.match(text):
             return form
     try:

@@ -12,8 +12,7 @@ from typing import Any
 
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.image_loading import is_image
-from qwen3vl_jax.processing.media import open_source
-from qwen3vl_jax.storage.paths import is_remote
+from qwen3vl_jax.processing.media import STORED, open_source
 
 REPRESENT = "Represent the user's input."
 RETRIEVE = "Given a search query, retrieve relevant candidates that answer the query."
@@ -68,7 +67,7 @@ def rerank_conversation(
 def document(given: str) -> dict[str, Any]:
     """A thing from a command line: a file of an image or else of a video; other text is text."""
     # Nor is a text too long for a file's name.
-    if not is_remote(given) and not os.path.isfile(given):
+    if not STORED.match(given) and not os.path.isfile(given):
         return {"text": given}
     with open_source(given).open() as file:
         return {"image" if is_image(file) else "video": given}
