@@ -23,6 +23,12 @@ from qwen3vl_jax.cli.common import (
 )
 from qwen3vl_jax.cli.infer_arguments import check_media, input_options, read_messages
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.processing.encoded_prompt import (
+    EncodedPrompt,
+    EncodedVideo,
+    UsedFrames,
+    to_hf_arrays,
+)
 from qwen3vl_jax.processing.media import load_image
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.processing.tokenizer import TextStream
@@ -31,11 +37,11 @@ from qwen3vl_jax.runtime.console import Clock, Status, memory_advice, memory_of_
 
 
 class Prompt(NamedTuple):
-    """One conversation ready for the model: `arrays` are those of Processor.inputs."""
+    """One conversation ready for the model: `encoded` is of Processor.encode."""
 
     directory: Path
     processor: Processor
-    arrays: dict[str, Any]
+    encoded: EncodedPrompt
     messages: list[dict]
     limit: int  # tokens of prompt and answer
 
@@ -48,7 +54,8 @@ def run(args: argparse.Namespace, scope: contextlib.ExitStack, status: Status) -
         prompt = read_prompt(args) if count == 1 else distributed.agreed(lambda: read_prompt(args))
         if count > 1:
             seen = [repr({**vars(args), "process": 0}).encode()]
-            seen += [x.tobytes() for x in prompt.arrays.values()]
+            seen += [prompt.encoded.ids.tobytes()]
+            seen += [x.patches.tobytes() for x in prompt.encoded.images]
             distributed.check_alike("--mesh: other options, prompt or images", *seen)
 
         def load() -> tuple[Any, q3.Config]:
@@ -91,28 +98,29 @@ def read_prompt(args: argparse.Namespace) -> Prompt:
     messages, tools = conversation(args)
     directory, processor = open_checkpoint(args)
     media = {"images": args.image or None, "videos": args.video or None} if args.messages else {}
-    arrays = processor.inputs(messages, tools=tools, **media, **input_options(args))
-    held = {kind for kind in ("image", "video") if f"{kind}_grid_thw" in arrays}
+    prompts = processor.encode(messages, tools=tools, **media, **input_options(args))
+    if len(prompts) != 1:
+        raise InputError(f"--messages: the file holds {len(prompts)} conversations, expected one")
+    (encoded,) = prompts
+    held = {"video" if x.is_video else "image" for x in encoded.images}
     check_media(args, held, "the conversation has no {}; leave it out")
-    for number, used in enumerate(arrays.pop("video_metadata", ()), 1):
-        _, height, width = processor.config.vision.patch_size * arrays["video_grid_thw"][number - 1]
+    videos = [x for x in encoded.images if isinstance(x, EncodedVideo) and x.frames]
+    for number, video in enumerate(videos, 1):
+        used, patch = cast(UsedFrames, video.frames), processor.config.vision.patch_size
         print(
             f"video {number}: {len(used.indices)} frames, second {used.seconds[0]:.1f} to "
-            f"{used.seconds[-1]:.1f}, {width} x {height}",
+            f"{used.seconds[-1]:.1f}, {patch * video.grid[2]} x {patch * video.grid[1]}",
             file=sys.stderr,
         )
     limit = max_length(args, processor)
-    rows, length = arrays["input_ids"].shape
     if args.draw and "image" not in held:
         raise InputError("--draw: the conversation has no image to draw on; give --image")
-    if rows != 1:
-        raise InputError(f"--messages: the file holds {rows} conversations, expected one")
-    if length >= limit:
+    if (length := len(encoded.ids)) >= limit:
         raise InputError(
             f"the prompt has {length} tokens and the cache holds {limit} (--max-len): shorten the "
             "prompt, lower --max-pixels (--video-max-pixels, --fps), or allow more"
         )
-    return Prompt(directory, processor, arrays, messages, limit)
+    return Prompt(directory, processor, encoded, messages, limit)
 
 
 class Texts:
@@ -165,14 +173,14 @@ def answer(
     """
     processor = prompt.processor
     sampling = read_sampling(args, processor)
-    batch = q3.make_batch(processor.config, **prompt.arrays)
+    batch = q3.make_batch(processor.config, **to_hf_arrays(processor.config, [prompt.encoded]))
     if args.answers > 1 and not sampling.temperature:
         print("temperature 0: the answers are all alike (try --temperature 1)", file=sys.stderr)
     clock = Clock()
     params, cfg = load()
     loading = clock.lap()
     status.show("compiling")
-    length = int(prompt.arrays["attention_mask"].sum())
+    length = len(prompt.encoded.ids)
     room = min(args.max_new_tokens, prompt.limit - length)
     chunks = q3.stream(params, cfg, batch, max_new_tokens=room, sampling=sampling, seed=args.seed,
                        stop_ids=processor.stop_ids, max_len=prompt.limit, copies=args.answers,
