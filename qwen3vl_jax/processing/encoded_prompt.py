@@ -160,9 +160,7 @@ def to_hf_arrays(
     padding_side: str = "right",
     with_pixels: bool = True,
 ) -> Arrays:
-    """The arrays of `Processor.inputs`, joined of several prompts. Raises InputError for none."""
-    if not prompts:
-        raise InputError("processor: found no conversation and no text")
+    """The arrays of `Processor.inputs`, joined of at least one prompt."""
     ids = _padded([p.ids for p in prompts], padding_side, pad_id)
     mask = _padded([np.ones(len(p.ids), np.int64) for p in prompts], padding_side, 0)
     kinds = np.zeros_like(ids)

@@ -167,6 +167,8 @@ class Processor:
             options |= {"template_vars": template_vars or {}, "allow_special": allow_special}
             rows = conversations if _is_many(conversations) else [conversations]
             rendered = [self._prompt(row, tools, **options) for row in rows]
+        if not rendered:
+            raise InputError("processor: found no conversation and no text")
         sources = hand_out([prompt.sources for prompt in rendered], images, videos)
         sources = with_video_options(sources, videos_kwargs or {})
         encoded = encoder.encode_all(sources)
