@@ -20,18 +20,8 @@ from PIL import Image
 
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.fetching import fetch
-from qwen3vl_jax.processing.image_loading import (
-    decoded_image,
-    from_array,
-    is_image,
-    upright_8bit,
-)
-from qwen3vl_jax.processing.media_rules import (
-    FETCH_SECONDS,
-    MAX_FETCH_BYTES,
-    MediaRules,
-    short,
-)
+from qwen3vl_jax.processing.image_loading import decoded_image, from_array, is_image, upright_8bit
+from qwen3vl_jax.processing.media_rules import FETCH_SECONDS, MAX_FETCH_BYTES, MediaRules, short
 from qwen3vl_jax.storage.paths import as_path, is_remote, reached
 
 _URL = re.compile("https?://", re.IGNORECASE)

@@ -275,11 +275,7 @@ class Processor:
         names = {"eos_token": self.tokenizer.eos_id, "pad_token": self.tokenizer.pad_id}
         given = {k: self.tokenizer.token_of(i) for k, i in names.items() if i is not None}
         rendered = self.template.render(
-            messages,
-            listed,
-            add_generation_prompt,
-            continue_final_message,
-            {**given, **variables},
+            messages, listed, add_generation_prompt, continue_final_message, {**given, **variables}
         )
         if escape is None:
             return RenderedPrompt(rendered, "", sources)

@@ -58,10 +58,7 @@ def rerank_conversation(
         _text("\n<Document>:"),
         *_parts("document", document),
     ]
-    return [
-        {"role": "system", "content": [_text(JUDGE)]},
-        {"role": "user", "content": content},
-    ]
+    return [{"role": "system", "content": [_text(JUDGE)]}, {"role": "user", "content": content}]
 
 
 def document(given: str) -> dict[str, Any]:

@@ -155,10 +155,7 @@ class TextStream:
     """
 
     def __init__(
-        self,
-        tokenizer: Tokenizer,
-        stop: str | Sequence[str] = (),
-        skip_special_tokens: bool = True,
+        self, tokenizer: Tokenizer, stop: str | Sequence[str] = (), skip_special_tokens: bool = True
     ):
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
@@ -291,9 +288,7 @@ def _added_tokens(
 
 
 def _add_tokens(
-    backend: tokenizers.Tokenizer,
-    added: Sequence[tuple[int | None, AddedToken]],
-    directory: Path,
+    backend: tokenizers.Tokenizer, added: Sequence[tuple[int | None, AddedToken]], directory: Path
 ) -> None:
     """Adds what the tokenizer lacks and checks that every id is the one its file names."""
     have = {t.content: t for t in backend.get_added_tokens_decoder().values()}
