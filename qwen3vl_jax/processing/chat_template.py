@@ -163,7 +163,9 @@ def _named(raw: Any, path: Path) -> dict[str, str]:
     if isinstance(raw, Mapping):
         return {str(k): str(v) for k, v in raw.items()}
     if raw is not None and not isinstance(raw, list):
-        raise InputError(f"{path}: chat_template is {raw!r}, expected a text, an object or a list")
+        raise InputError(
+            f"{path}: chat_template: got {raw!r}, expected a text, an object or a list"
+        )
     for entry in raw or []:
         if not isinstance(entry, Mapping) or not {"name", "template"} <= entry.keys():
             raise InputError(

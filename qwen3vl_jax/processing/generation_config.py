@@ -29,11 +29,11 @@ def read_generation_config(directory: Path) -> dict[str, Any]:
     eos = found.get("eos_token_id")
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
-        raise InputError(f"{path}: eos_token_id is {shown(eos)}, expected token ids")
+        raise InputError(f"{path}: eos_token_id: got {shown(eos)}, expected token ids")
     for name in (*_SAMPLED, "min_p", *_ALWAYS):
         value = found.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise InputError(f"{path}: {name} is {shown(value)}, expected a number")
+            raise InputError(f"{path}: {name}: got {shown(value)}, expected a number")
     for name, off in _OTHER.items():
         if found.get(name, off) not in (off, None):
             log.warning("%s: %s %r is not implemented and ignored", path, name, found[name])

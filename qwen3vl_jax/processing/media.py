@@ -96,7 +96,7 @@ def open_source(
     text = os.fspath(source) if is_path else source
     if not isinstance(text, str):
         raise InputError(
-            f"{key}: found {type(source).__name__}, expected a path, URL, data URI, base64 text, bytes, "
+            f"{key}: got {type(source).__name__}, expected a path, URL, data URI, base64 text, bytes, "
             "array, PIL image, or an object with one of them"
         )
     if not text:

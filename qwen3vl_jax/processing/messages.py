@@ -59,9 +59,7 @@ def read_conversation(conversation: Any) -> tuple[list[dict[str, Any]], list[Med
     """
     if isinstance(conversation, (str, bytes, Mapping)) or not isinstance(conversation, Sequence):
         found = type(conversation).__name__
-        raise InputError(
-            f"conversation: found {found}, expected a list of messages (role, content)"
-        )
+        raise InputError(f"conversation: got {found}, expected a list of messages (role, content)")
     if not conversation:
         raise InputError("conversation: it has no message")
     messages: list[dict[str, Any]] = []
@@ -72,7 +70,7 @@ def read_conversation(conversation: Any) -> tuple[list[dict[str, Any]], list[Med
             raise InputError(f"{where}: expected an object with role and content")
         if given["role"] not in _ROLES:
             known = ", ".join(_ROLES)
-            raise InputError(f"{where}: role is {given['role']!r}, expected one of {known}")
+            raise InputError(f"{where}: role: got {given['role']!r}, expected one of {known}")
         content = given.get("content")
         plain = plain_data({k: v for k, v in given.items() if k != "content" and v is not None})
         if isinstance(content, str):
@@ -133,7 +131,7 @@ def read_item(item: Any, sources: list[MediaSource], where: str) -> dict[str, An
         item = {"type": "image", "image": item}
     if not isinstance(item, Mapping):
         raise InputError(
-            f"{where}: a content item is {type(item).__name__}, expected text or an object"
+            f"{where}: content item: got {type(item).__name__}, expected text or an object"
         )
     given = {k: v for k, v in item.items() if v is not None}
     places = [k for kind in _PLACES.values() for k in kind if k in given and not is_empty(given[k])]
@@ -256,6 +254,6 @@ def plain_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[Any] | None:
     if tools is None:
         return None
     if not isinstance(tools, Sequence) or not all(isinstance(t, Mapping) for t in tools):
-        found = f"found {type(tools).__name__}, " if not isinstance(tools, list) else ""
+        found = f"got {type(tools).__name__}, " if not isinstance(tools, list) else ""
         raise InputError(f"tools: {found}expected a list of JSON schemas (objects)")
     return [plain_data(tool) for tool in tools]

@@ -157,7 +157,7 @@ class Processor:
         if (conversations is None) == (text is None):
             raise InputError("processor: expected conversations or text=, one of the two")
         if allow_special not in (True, False, "assistant"):
-            raise InputError(f"allow_special is {allow_special!r}, expected a bool or assistant")
+            raise InputError(f"allow_special: got {allow_special!r}, expected a bool or assistant")
         encoder = self._encoder(image_overrides)
         if text is not None:
             rendered = self._raw_prompts(text)
@@ -192,7 +192,7 @@ class Processor:
         pixel_values_videos, video_grid_thw and video_metadata, a list of UsedFrames. Raises InputError.
         """
         if padding_side not in ("right", "left"):
-            raise InputError(f"padding_side is {padding_side!r}, expected right or left")
+            raise InputError(f"padding_side: got {padding_side!r}, expected right or left")
         prompts = self.encode(conversations, **options)
         return to_hf_arrays(self.config, prompts, self.tokenizer.pad_id or 0, padding_side)
 
@@ -285,7 +285,7 @@ class Processor:
         rows = [text] if isinstance(text, str) else list(text)
         for row in rows:
             if not isinstance(row, str):
-                raise InputError(f"text: found {type(row).__name__}, expected a string or strings")
+                raise InputError(f"text: got {type(row).__name__}, expected a string or strings")
         kinds = {"image": self.config.image_token_id, "video": self.config.video_token_id}
         names = {self.tokenizer.token_of(i): kind for kind, i in kinds.items()}
         place = re.compile("|".join(map(re.escape, names)))
@@ -311,7 +311,7 @@ def _is_many(conversations: Any) -> bool:
     """Whether this is a list of conversations, not one conversation (a list of messages)."""
     if isinstance(conversations, (str, Mapping)) or not isinstance(conversations, Sequence):
         raise InputError(
-            f"conversations: found {type(conversations).__name__}, expected a list of messages or "
+            f"conversations: got {type(conversations).__name__}, expected a list of messages or "
             "of conversations (raw text goes in text=)"
         )
     return bool(conversations) and not isinstance(conversations[0], Mapping)

@@ -40,7 +40,7 @@ def shown(value: Any) -> str:
 
 
 def _refusal(name: str, value: Any, expected: str) -> InputError:
-    return InputError(f"{name} is {shown(value)}, expected {expected}")
+    return InputError(f"{name}: got {shown(value)}, expected {expected}")
 
 
 def check_number(name: str, value: Any) -> float:
@@ -68,7 +68,7 @@ def frame_rate(name: str, value: Any) -> float:
     found = check_number(name, value)
     if not _SLOWEST <= found <= _FASTEST:
         range_text = f"frames a second from {_SLOWEST:g} to {_FASTEST:g}"
-        raise InputError(f"{name} is {found:g}, expected {range_text}")
+        raise InputError(f"{name}: got {found:g}, expected {range_text}")
     return found
 
 
@@ -152,7 +152,7 @@ class ImageSettings:
         """
         raw = raw.get(cls.SECTION, raw)
         if not isinstance(raw, Mapping):
-            raise InputError(f"{cls.KIND} settings: found {type(raw).__name__}, expected an object")
+            raise InputError(f"{cls.KIND} settings: got {type(raw).__name__}, expected an object")
         known = {k: raw[k] for k in (*checks(cls), "size") if raw.get(k) is not None}
         return (base or cls()).override(**known)
 
@@ -217,14 +217,14 @@ def _size_pixels(kind: str, size: Any) -> dict[str, Any]:
     """min_pixels and max_pixels of a size object."""
     if not isinstance(size, Mapping):
         raise InputError(
-            f"{kind} setting size is {type(size).__name__}, expected shortest_edge and longest_edge"
+            f"{kind} setting size: got {type(size).__name__}, expected shortest_edge and longest_edge"
         )
     names = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}
     names |= {name: name for name in names.values()}
     size = {k: v for k, v in size.items() if v is not None}
     if unknown := [key for key in size if key not in names]:
         raise InputError(
-            f"{kind} setting size has {unknown[0]!r}, expected shortest_edge and longest_edge (areas)"
+            f"{kind} setting size: got {unknown[0]!r}, expected shortest_edge and longest_edge (areas)"
         )
     return {names[key]: value for key, value in size.items()}
 

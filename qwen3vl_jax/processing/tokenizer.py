@@ -116,9 +116,9 @@ class Tokenizer:
         """Text of ids. Bytes that are no UTF-8 become U+FFFD; ids beyond the vocabulary vanish."""
         ids = [int(i) for i in ids]
         if ids and min(ids) < 0:
-            raise InputError(f"token ids: found {min(ids)}, expected none below 0")
+            raise InputError(f"token ids: got {min(ids)}, expected none below 0")
         if ids and max(ids) >= 2**32:
-            raise InputError(f"token ids: found {max(ids)}, expected less than 2**32")
+            raise InputError(f"token ids: got {max(ids)}, expected less than 2**32")
         with panics_are_errors("token ids"):
             return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
@@ -261,7 +261,7 @@ def _added_tokens(
         listed = names.get(key) or []
         listed = list(listed.values()) if isinstance(listed, Mapping) else listed
         if not isinstance(listed, list):
-            raise InputError(f"{directory}: {key} is {listed!r}, expected a list of tokens")
+            raise InputError(f"{directory}: {key}: got {listed!r}, expected a list of tokens")
         special |= {_content(token) for token in listed}
     found: dict[str, tuple[int | None, AddedToken]] = {}
     path = directory / "added_tokens.json"
@@ -272,11 +272,11 @@ def _added_tokens(
     where = f"{directory / 'tokenizer_config.json'}: added_tokens_decoder"
     entries = config.get("added_tokens_decoder") or {}
     if not isinstance(entries, Mapping):
-        raise InputError(f"{where} is {entries!r}, expected an object")
+        raise InputError(f"{where}: got {entries!r}, expected an object")
     for i, raw in entries.items():
         content = raw.get("content") if isinstance(raw, Mapping) else None
         if not isinstance(content, str):
-            raise InputError(f"{where}: {i!r} is {raw!r}, expected an object with content")
+            raise InputError(f"{where}.{i}: got {raw!r}, expected an object with content")
         number = _token_id(int(i) if i.isdecimal() and len(i) < 11 else i, f"{where}: an id")
         flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
         options = {k: bool(raw[k]) for k in flags if k in raw}
@@ -311,11 +311,11 @@ def _content(token: Any) -> str | None:
     """The text of a token that a JSON file names as text or as an object."""
     found = token.get("content") if isinstance(token, Mapping) else token
     if found is not None and not isinstance(found, str):
-        raise InputError(f"tokenizer: a named token is {token!r}, expected text or an object")
+        raise InputError(f"tokenizer: a named token: got {token!r}, expected text or an object")
     return found
 
 
 def _token_id(value: Any, where: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**32:
-        raise InputError(f"{where} is {value!r}, expected an integer from 0 to 2**32 - 1")
+        raise InputError(f"{where}: got {value!r}, expected an integer from 0 to 2**32 - 1")
     return value

@@ -76,12 +76,12 @@ def panics_are_errors(what: str) -> Iterator[None]:
 
 def _check_model(model: Any, path: Path) -> None:
     if not isinstance(model, Mapping):
-        raise InputError(f"{path}: model is {shown(model)}, expected an object")
+        raise InputError(f"{path}: model: got {shown(model)}, expected an object")
     if model.get("type", "BPE") != "BPE":
-        raise InputError(f"{path}: model type is {shown(model['type'])}, expected BPE")
+        raise InputError(f"{path}: model type: got {shown(model['type'])}, expected BPE")
     for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
         if model.get(key):
-            raise InputError(f"{path}: model {key} is {shown(model[key])}, expected null")
+            raise InputError(f"{path}: model {key}: got {shown(model[key])}, expected null")
 
 
 def _is_known(part: Any) -> bool:

@@ -131,7 +131,7 @@ def _described(
     """Rate and source numbers of frames, and whether they are a source that may be sampled."""
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, Mapping):
-        raise InputError(f"video_metadata: found {type(metadata).__name__}, expected an object")
+        raise InputError(f"video_metadata: got {type(metadata).__name__}, expected an object")
     if sample_fps is not None and metadata.get("fps") is not None:
         raise InputError("video: sample_fps and video_metadata's fps are both given")
     fps = metadata.get("fps") if sample_fps is None else sample_fps
@@ -149,7 +149,7 @@ def _described(
     count = metadata.get("total_num_frames")
     if indices == every and not is_sampled and count not in (None, total):
         raise InputError(
-            f"video_metadata: total_num_frames is {shown(count)} for {total} frames; if they "
+            f"video_metadata: total_num_frames: got {shown(count)} for {total} frames; if they "
             "were chosen before, pass frames_indices and do_sample_frames=False"
         )
     return fps, indices, indices == every and not is_sampled
@@ -186,7 +186,7 @@ def _integers(name: str, given: Any) -> list[int]:
             return numbers.tolist()
     except (ValueError, TypeError, OverflowError):
         pass
-    raise InputError(f"{name}: found {shown(given)}, expected whole numbers")
+    raise InputError(f"{name}: got {shown(given)}, expected whole numbers")
 
 
 def _holds_bytes(array: np.ndarray) -> bool:

@@ -194,7 +194,7 @@ def sample_frames(
 
 def _second(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e9:
-        raise InputError(f"{name} is {shown(value)}, expected seconds from 0")
+        raise InputError(f"{name}: got {shown(value)}, expected seconds from 0")
     return float(value)
 
 

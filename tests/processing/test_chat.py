@@ -127,13 +127,13 @@ def test_messages_become_plain_data():
 @pytest.mark.parametrize(
     ("conversation", "words"),
     [
-        ("hello", "found str"),
+        ("hello", "got str"),
         ({"role": "user"}, "expected a list"),
         ([], "no message"),
         (["hello"], "message 1"),
         ([{"content": "x"}], "role"),
         ([{"role": 3, "content": "x"}], "role"),
-        ([{"role": "usr", "content": "x"}], "message 1: role is 'usr'"),
+        ([{"role": "usr", "content": "x"}], "message 1: role: got 'usr'"),
         (user(3), "int"),
         ([{"role": "user", "content": "x", "extra": {1}}], "got set, expected text, numbers"),
         (user({"type": "audio", "audio": "x.wav"}), "'audio'"),

@@ -198,7 +198,7 @@ def test_special_tokens_in_text(proc):
     for allowed, count in ((False, 0), ("assistant", 1), (True, 2)):
         row = proc.inputs(told, allow_special=allowed)["input_ids"][0].tolist()
         assert row.count(ids["<|box_start|>"]) == count
-    with pytest.raises(InputError, match="allow_special is 'user'"):
+    with pytest.raises(InputError, match="allow_special: got 'user'"):
         proc.inputs(told, allow_special="user")
     # A picture beside a spelled placeholder is the only picture.
     both = proc.inputs([user("<|image_pad|>", {"image": picture(8, 8)})])
@@ -360,11 +360,11 @@ def test_bad_calls(proc):
         ({"conversations": [[]]}, "no message"),
         ({"text": []}, "no conversation and no text"),
         ({"text": ""}, "row 1: the prompt is empty"),
-        ({"text": [3]}, "found int"),
+        ({"text": [3]}, "got int"),
         ({"text": "\ud800"}, "surrogate"),
         ({"conversations": [user("x")], "tools": "x"}, "tools"),
         ({"conversations": [user("x")], "tools": [max]}, "tools"),
-        ({"conversations": [user("x")], "tools": 5}, "tools: found int, expected a list"),
+        ({"conversations": [user("x")], "tools": 5}, "tools: got int, expected a list"),
         (
             {"conversations": [user({"type": "video", "video": "gone.mp4"})]},
             "gone.mp4: .*no such file",

@@ -234,14 +234,22 @@ def test_bad_tokenizer_files(tmp_path):
     ("file", "content", "words"),
     [
         ("merges.txt", b"a b\n\xff\xfe", "merges.txt: cannot read this UTF-8"),
-        ("added_tokens.json", {"<x>": "many"}, "added_tokens.json: id of '<x>' is 'many'"),
-        ("added_tokens.json", {"<x>": 1.5}, "is 1.5, expected an integer"),
-        ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "<x>"}}}, "id is 'x'"),
-        ("tokenizer_config.json", {"added_tokens_decoder": {"5": "<x>"}}, "'5' is '<x>', expected"),
+        ("added_tokens.json", {"<x>": "many"}, "added_tokens.json: id of '<x>': got 'many'"),
+        ("added_tokens.json", {"<x>": 1.5}, "got 1.5, expected an integer"),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"x": {"content": "<x>"}}},
+            "an id: got 'x'",
+        ),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"5": "<x>"}},
+            "decoder.5: got '<x>', expected",
+        ),
         ("tokenizer_config.json", {"added_tokens_decoder": {"5": {}}}, "with content"),
         ("tokenizer_config.json", {"added_tokens_decoder": ["<x>"]}, "expected an object"),
         ("tokenizer_config.json", {"extra_special_tokens": 5}, "expected a list of tokens"),
-        ("tokenizer_config.json", {"eos_token": 5}, "named token is 5"),
+        ("tokenizer_config.json", {"eos_token": 5}, "named token: got 5"),
     ],
 )
 def test_malformed_tokenizer_files(file, content, words, tmp_path):
@@ -276,13 +284,13 @@ ADDED = {
 # Of a tokenizer.json: what is changed, and the words of the refusal. The library aborts or panics on
 # most of them, when it reads the file or at the first text.
 HOSTILE = {
-    "prefix": ({"model": {"continuing_subword_prefix": "\0"}}, "continuing_subword_prefix is '"),
+    "prefix": ({"model": {"continuing_subword_prefix": "\0"}}, "continuing_subword_prefix: got '"),
     "long prefix": ({"model": {"continuing_subword_prefix": "##"}}, "continuing_subword_prefix"),
-    "suffix": ({"model": {"end_of_word_suffix": "</w>"}}, "end_of_word_suffix is '</w>'"),
-    "dropout": ({"model": {"dropout": 0.5}}, "dropout is 0.5, expected null"),
-    "unigram": ({"model": {"type": "Unigram"}}, "model type is 'Unigram', expected BPE"),
+    "suffix": ({"model": {"end_of_word_suffix": "</w>"}}, "end_of_word_suffix: got '</w>'"),
+    "dropout": ({"model": {"dropout": 0.5}}, "dropout: got 0.5, expected null"),
+    "unigram": ({"model": {"type": "Unigram"}}, "model type: got 'Unigram', expected BPE"),
     "word piece": ({"model": {"type": "WordPiece"}}, "expected BPE"),
-    "no model": ({"model": None}, "model is None"),
+    "no model": ({"model": None}, "model: got None"),
     "merge of no tokens": ({"model": {"merges": [["zz", "qq"]]}}, "out of vocabulary"),
     "id": ({"added_tokens": [{**ADDED, "id": 4_000_000_000, "content": "<x>"}]}, "has id 7.. in the"),
     "charsmap": ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AA=="}}, "charsmap"),

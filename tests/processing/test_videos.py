@@ -181,7 +181,7 @@ def test_start_and_end(tmp_path):
     assert video_to_patches(path, video_start=2.0, num_frames=3)[2].indices == (20, 25, 30)
     with pytest.raises(InputError, match=r"a\.mp4: no frame from second 7 to 3"):
         video_to_patches(path, video_start=7)
-    with pytest.raises(InputError, match="video_end is -1"):
+    with pytest.raises(InputError, match="video_end: got -1"):
         video_to_patches(path, video_end=-1)
 
 
@@ -296,9 +296,9 @@ def test_what_is_refused(tmp_path):
         (whole, {"min_pixels": 10**12}, "MiB of patches, expected at most 3072"),
         (whole, {"patch_size": 10**6}, "MiB of patches, expected at most 3072"),
         (whole, {"temporal_patch_size": 10**9}, "expected at least 1000000000"),
-        (whole, {"fps": 0}, "video setting fps is 0, expected frames a second"),
-        (whole, {"fps": 1e308}, r"video setting fps is 1e\+308, expected frames a second"),
-        (whole, {"fps": 10**400}, "video setting fps is 1000"),
+        (whole, {"fps": 0}, "video setting fps: got 0, expected frames a second"),
+        (whole, {"fps": 1e308}, r"video setting fps: got 1e\+308, expected frames a second"),
+        (whole, {"fps": 10**400}, "video setting fps: got 1000"),
         (whole, {"video_metadata": {"fps": 3}}, "a file has its own"),
         (whole, {"crop_size": 3}, "crop_size: it has no effect"),
         (whole, {"size_divisor": 32}, "no effect"),
@@ -313,14 +313,14 @@ def test_what_is_refused(tmp_path):
         (np.array(frames), {"video_metadata": {"fps": 2, "total_num_frames": 9}}, "9 for 4 frames"),
         (frames, {"video_metadata": {"fps": 2, "total_num_frames": 9}}, "9 for 4 frames"),
         (frames, {"video_metadata": {"fps": 2}, "sample_fps": 2}, "both given"),
-        (frames, {"sample_fps": "two"}, "fps is 'two', expected a number"),
-        (frames, {"sample_fps": np.inf}, "fps is inf, expected a number"),
-        (frames, {"sample_fps": 1e308}, r"fps is 1e\+308, expected frames a second"),
-        ((frames, {"fps": 10**5000}), {}, "fps is a number too long to print"),
+        (frames, {"sample_fps": "two"}, "fps: got 'two', expected a number"),
+        (frames, {"sample_fps": np.inf}, "fps: got inf, expected a number"),
+        (frames, {"sample_fps": 1e308}, r"fps: got 1e\+308, expected frames a second"),
+        ((frames, {"fps": 10**5000}), {}, "fps: got a number too long to print"),
         ((frames, {"fps": 2}), {"video_metadata": {"fps": 2}}, "paired with its own"),
         (frames, {"fps": 2}, "frames without times"),
         (frames, {"video_metadata": {"fps": 2, "total_num_frames": 10**5000}}, "too long to print for 4"),
-        (whole, {"video_start": 10**5000}, "video_start is a number too long to print"),
+        (whole, {"video_start": 10**5000}, "video_start: got a number too long to print"),
         (frames, {"video_metadata": {"fps": 2, "frames_indices": ["a"] * 4}}, "whole numbers"),
         (frames, {"video_metadata": {"fps": 2, "frames_indices": [0, 1, 2, 3.5]}}, "whole numbers"),
         (frames, {"video_metadata": {"fps": 2, "frames_indices": [[0], [1, 2]]}}, "whole numbers"),
@@ -332,7 +332,7 @@ def test_what_is_refused(tmp_path):
         (np.array(frames).astype("U3"), {"sample_fps": 1}, "got <U3, expected whole numbers"),
         (np.array(frames)[0], {"sample_fps": 1}, r"shape \[32, 32, 3\]"),
         (np.zeros((4, 32, 6401, 3), np.uint8), {"sample_fps": 1}, "200 times"),
-        (7, {}, "found int"),
+        (7, {}, "got int"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=words) as caught:
             video_to_patches(source, **options)
@@ -491,16 +491,16 @@ def test_each_clip_has_its_own_options(proc, tmp_path):
         ({"fps": 2, "num_frames": 4}, {}, "both given"),
         ({}, {"fps": 2, "num_frames": 4}, "both given"),
         ({**large, **small}, {}, "min_pixels 24576 is above max_pixels 1536"),
-        ({"max_pixels": 0}, {}, "max_pixels is 0"),
+        ({"max_pixels": 0}, {}, "max_pixels: got 0"),
         ({"min_pixels": 10**12}, {}, "MiB of patches, expected at most 3072"),
         ({"patch_size": 64}, {}, "patch_size, which is the model's; leave it out"),
         ({**small, **size}, {}, "size and a limit of pixels are both given"),
         ({"crop_size": 8}, {}, "crop_size: it has no effect"),
-        ({"fps": 1e308}, {}, r"fps is 1e\+308, expected frames a second"),
-        ({"fps": 10**400}, {}, "fps is 1000"),
+        ({"fps": 1e308}, {}, r"fps: got 1e\+308, expected frames a second"),
+        ({"fps": 10**400}, {}, "fps: got 1000"),
         ({"nframes": 99}, {}, "100 frames are asked for .* expected 2 to 30"),
         ({"max_frame": 8}, {}, "max_frame'.* mean max_frames"),
-        ({"nframes": 0}, {}, "nframes is 0"),
+        ({"nframes": 0}, {}, "nframes: got 0"),
         ({"nframes": 4, "num_frames": 4}, {}, "nframes and num_frames"),
         ({}, {"do_center_crop": True}, "do_center_crop: it has no effect"),
     ):
