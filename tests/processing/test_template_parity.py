@@ -75,7 +75,7 @@ CASES = {
 }  # fmt: skip
 
 LEFT_OUT = {
-    ("a later system", "instruct"): "a system message behind others",
+    ("a later system", "instruct"): "a system message after others",
     ("reasoning", "instruct"): "reasoning_content",
     ("reasoning before a call", "instruct"): "reasoning_content",
 }
