@@ -94,80 +94,75 @@ class MediaEncoder:
         return encoded
 
 
-def encode_prompt(
-    tokenizer: Tokenizer,
-    config: Config,
-    prompt: RenderedPrompt,
-    images: Sequence[EncodedImage],
-    wrap: bool,
-    name: str,
-) -> EncodedPrompt:
-    """A prompt's ids, each placeholder repeated once a token of its image or frame.
+@dataclasses.dataclass(frozen=True)
+class PromptEncoder:
+    """Makes token ids of rendered prompts. wrap is Processor's wrap_clips."""
 
-    wrap is Processor's wrap_clips. Raises InputError where placeholders and images do not match.
-    """
-    unit = config.vision.merge_unit
-    stills = [x for x in images if not x.is_video]
-    videos = [cast(EncodedVideo, x) for x in images if x.is_video]
-    frames = [h * w for t, h, w in (x.grid for x in videos) for _ in range(t)]
-    counts = {
-        config.image_token_id: iter([h * w // unit for _, h, w in (x.grid for x in stills)]),
-        config.video_token_id: iter([patches // unit for patches in frames]),
-    }
-    text = _with_frames(tokenizer, config, prompt.text, videos, wrap, name)
-    ids = tokenizer.encode(text, prompt.mark)
-    if (found := ids.count(config.image_token_id)) != len(stills):
-        raise InputError(placeholder_mismatch(f"{name}: ", found, len(stills)))
-    row: list[int] = []
-    for token in ids:
-        row += [token] * next(counts[token]) if token in counts else [token]
-    if not row:
-        raise InputError(f"{name}: the prompt is empty")
-    return place_images(config, np.array(row, np.int32), images)
+    tokenizer: Tokenizer
+    config: Config
+    wrap: bool
 
+    def __call__(
+        self, prompt: RenderedPrompt, images: Sequence[EncodedImage], name: str
+    ) -> EncodedPrompt:
+        """A prompt's ids, each placeholder repeated once a token of its image or frame.
 
-def _with_frames(
-    tokenizer: Tokenizer,
-    config: Config,
-    text: str,
-    videos: Sequence[EncodedVideo],
-    wrap: bool,
-    name: str,
-) -> str:
-    """The text with the time and placeholder of each frame in place of a video's one placeholder.
+        Raises InputError where placeholders and images do not match.
+        """
+        config, unit = self.config, self.config.vision.merge_unit
+        stills = [x.grid for x in images if not x.is_video]
+        videos = [cast(EncodedVideo, x) for x in images if x.is_video]
+        frames = [h * w for t, h, w in (x.grid for x in videos) for _ in range(t)]
+        counts = {
+            config.image_token_id: iter([h * w // unit for _, h, w in stills]),
+            config.video_token_id: iter([patches // unit for patches in frames]),
+        }
+        text = self._with_frames(prompt.text, videos, name)
+        ids = self.tokenizer.encode(text, prompt.mark)
+        if (found := ids.count(config.image_token_id)) != len(stills):
+            raise InputError(placeholder_mismatch(f"{name}: ", found, len(stills)))
+        row: list[int] = []
+        for token in ids:
+            row += [token] * next(counts[token]) if token in counts else [token]
+        if not row:
+            raise InputError(f"{name}: the prompt is empty")
+        return place_images(config, np.array(row, np.int32), images)
 
-    They replace the template's vision_start .. vision_end around the video, as in transformers 4.57
-    and in training; with `wrap` that pair stays, as from 5.10 on.
-    """
-    ids = (config.vision_start_token_id, config.video_token_id, config.vision_end_token_id)
-    start, pad, end = map(tokenizer.token_of, ids)
-    if (places := text.count(pad)) != len(videos):
-        raise InputError(placeholder_mismatch(f"{name}: ", places, len(videos), "video"))
-    remaining = iter(videos)
+    def _with_frames(self, text: str, videos: Sequence[EncodedVideo], name: str) -> str:
+        """The text with the time and placeholder of each frame in place of a video's one placeholder.
 
-    def frames_text(_: re.Match[str]) -> str:
-        frames = cast(UsedFrames, next(remaining).frames)
-        return "".join(f"<{t:.1f} seconds>{start}{pad}{end}" for t in frames.timestamps)
+        They replace the template's vision_start .. vision_end around the video, as in transformers
+        4.57 and in training; with `wrap` that pair stays, as from 5.10 on.
+        """
+        c = self.config
+        ids = (c.vision_start_token_id, c.video_token_id, c.vision_end_token_id)
+        start, pad, end = map(self.tokenizer.token_of, ids)
+        if (places := text.count(pad)) != len(videos):
+            raise InputError(placeholder_mismatch(f"{name}: ", places, len(videos), "video"))
+        remaining = iter(videos)
 
-    pattern = re.escape(pad)
-    if not wrap:
-        pattern = f"{re.escape(start)}{pattern}{re.escape(end)}|{pattern}"
-    return re.sub(pattern, frames_text, text)
+        def frames_text(_: re.Match[str]) -> str:
+            frames = cast(UsedFrames, next(remaining).frames)
+            return "".join(f"<{t:.1f} seconds>{start}{pad}{end}" for t in frames.timestamps)
 
+        pattern = re.escape(pad)
+        if not self.wrap:
+            pattern = f"{re.escape(start)}{pattern}{re.escape(end)}|{pattern}"
+        return re.sub(pattern, frames_text, text)
 
-def add_continuations(
-    tokenizer: Tokenizer, prompts: Sequence[EncodedPrompt], continuations: str | Sequence[str]
-) -> list[EncodedPrompt]:
-    """Prompts with a text each after them, whose tokens have labels. Raises InputError."""
-    texts = [continuations] if isinstance(continuations, str) else list(continuations)
-    if len(texts) != len(prompts) or not all(isinstance(text, str) and text for text in texts):
-        raise InputError(
-            f"continuations: {len(texts)} for {len(prompts)} row(s), expected one text each"
-        )
-    out = []
-    for prompt, text in zip(prompts, texts):
-        more = np.array(tokenizer.encode(text, ""), np.int32)
-        labels = np.append(np.full(len(prompt.ids), IGNORED), more)
-        ids = np.append(prompt.ids, more)
-        out.append(dataclasses.replace(prompt, ids=ids, labels=labels))
-    return out
+    def add_continuations(
+        self, prompts: Sequence[EncodedPrompt], continuations: str | Sequence[str]
+    ) -> list[EncodedPrompt]:
+        """Prompts with a text each after them, whose tokens have labels. Raises InputError."""
+        texts = [continuations] if isinstance(continuations, str) else list(continuations)
+        if len(texts) != len(prompts) or not all(isinstance(text, str) and text for text in texts):
+            raise InputError(
+                f"continuations: {len(texts)} for {len(prompts)} row(s), expected one text each"
+            )
+        out = []
+        for prompt, text in zip(prompts, texts):
+            more = np.array(self.tokenizer.encode(text, ""), np.int32)
+            labels = np.append(np.full(len(prompt.ids), IGNORED), more)
+            ids = np.append(prompt.ids, more)
+            out.append(dataclasses.replace(prompt, ids=ids, labels=labels))
+        return out

@@ -15,12 +15,7 @@ from qwen3vl_jax.config import Config, model_folder
 from qwen3vl_jax.errors import InputError, shown
 from qwen3vl_jax.processing.chat_template import ChatTemplate
 from qwen3vl_jax.processing.encoded_prompt import Arrays, EncodedPrompt, to_hf_arrays
-from qwen3vl_jax.processing.encoding import (
-    MediaEncoder,
-    RenderedPrompt,
-    add_continuations,
-    encode_prompt,
-)
+from qwen3vl_jax.processing.encoding import MediaEncoder, PromptEncoder, RenderedPrompt
 from qwen3vl_jax.processing.escape_special import Escape
 from qwen3vl_jax.processing.generation_config import (
     read_generation_config,
@@ -118,15 +113,9 @@ class Processor:
         the template wrote: a special token in a user's text looks like one here, which is why
         `__call__` does not encode this string. Raises InputError.
         """
-        prompt = self._prompt(
-            conversation,
-            tools,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            template_vars=template_vars,
-            allow_special=True,
-        )
-        return prompt.text
+        ending = {"add_generation_prompt": add_generation_prompt}
+        ending["continue_final_message"] = continue_final_message
+        return self._prompt(conversation, tools, True, template_vars, **ending).text
 
     def encode(
         self,
@@ -162,24 +151,24 @@ class Processor:
         if text is not None:
             rendered = self._raw_prompts(text)
         else:
-            options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt}
-            options |= {"continue_final_message": continue_final_message}
-            options |= {"template_vars": template_vars or {}, "allow_special": allow_special}
+            ending = {"add_generation_prompt": add_generation_prompt}
+            ending["continue_final_message"] = continue_final_message
+            given = tools, allow_special, template_vars or {}
             rows = conversations if _is_many(conversations) else [conversations]
-            rendered = [self._prompt(row, tools, **options) for row in rows]
+            rendered = [self._prompt(row, *given, **ending) for row in rows]
         if not rendered:
             raise InputError("processor: found no conversation and no text")
         sources = hand_out([prompt.sources for prompt in rendered], images, videos)
         sources = with_video_options(sources, videos_kwargs or {})
         encoded = encoder.encode_all(sources)
-        fixed = self.tokenizer, self.config
+        encode = PromptEncoder(self.tokenizer, self.config, self.wrap_clips)
         prompts = [
-            encode_prompt(*fixed, prompt, found, self.wrap_clips, f"row {number}")
+            encode(prompt, found, f"row {number}")
             for number, (prompt, found) in enumerate(zip(rendered, encoded, strict=True), 1)
         ]
         if continuations is None:
             return prompts
-        return add_continuations(self.tokenizer, prompts, continuations)
+        return encode.add_continuations(prompts, continuations)
 
     def inputs(
         self, conversations: Any = None, *, padding_side: str = "right", **options: Any
@@ -250,11 +239,9 @@ class Processor:
         self,
         conversation: Any,
         tools: Sequence[Mapping[str, Any]] | None,
-        *,
-        add_generation_prompt: bool,
-        continue_final_message: bool,
-        template_vars: Mapping[str, Any],
         allow_special: bool | str,
+        template_vars: Mapping[str, Any],
+        **ending: bool,
     ) -> RenderedPrompt:
         messages, sources = read_conversation(conversation)
         check_messages(messages, self.template.text(bool(tools)))
@@ -275,7 +262,7 @@ class Processor:
         names = {"eos_token": self.tokenizer.eos_id, "pad_token": self.tokenizer.pad_id}
         given = {k: self.tokenizer.token_of(i) for k, i in names.items() if i is not None}
         rendered = self.template.render(
-            messages, listed, add_generation_prompt, continue_final_message, {**given, **variables}
+            messages, listed, variables={**given, **variables}, **ending
         )
         if escape is None:
             return RenderedPrompt(rendered, "", sources)
