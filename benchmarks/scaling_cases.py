@@ -264,7 +264,7 @@ def sample(cfg: Config, rng: np.random.Generator, length: int) -> Sample:
     learned = np.arange(size) > size // 2
     pixels = rng.integers(0, 256, (h * w, math.prod(cfg.vision.patch_shape))).astype(np.uint8)
     return Sample(
-        "random", ids, np.where(learned, ids, packing.IGNORED), learned.astype(np.float32),
+        "random", ids, np.where(learned, ids, packing.IGNORE_INDEX), learned.astype(np.float32),
         np.tile(np.arange(size, dtype=np.int32), (3, 1)),
         (EncodedImage(pixels, (1, h, w), 9, 9 + count),),
     )  # fmt: skip

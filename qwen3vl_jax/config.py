@@ -33,6 +33,8 @@ from qwen3vl_jax.storage.safetensors_files import holds_head
 # The axes of a mesh, from the slowest links to the fastest, and their short names.
 AXES = ("data", "fsdp", "expert", "sequence", "tensor")
 SHORT = {"dp": "data", "ep": "expert", "sp": "sequence", "tp": "tensor"}
+# Label of a token that the loss leaves out.
+IGNORE_INDEX = -100
 TIED = "tie_word_embeddings"
 TEXT_ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu")
 _EXPERTS_PER_TOKEN = 4

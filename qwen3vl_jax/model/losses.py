@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from qwen3vl_jax.config import Config
+from qwen3vl_jax.config import IGNORE_INDEX, Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model.attention import NEG
 from qwen3vl_jax.model.layers import linear_fp32, rms_norm
@@ -23,8 +23,6 @@ from qwen3vl_jax.model.structs import (
     check_call,
 )
 from qwen3vl_jax.model.transformer import forward
-
-IGNORE = -100
 
 
 def loss_fn(
@@ -56,7 +54,7 @@ class TokenSums(NamedTuple):
 
 def token_sums(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> TokenSums:
     """Logits [.. V] in fp32, labels and weights [..]."""
-    counted = labels != IGNORE
+    counted = labels != IGNORE_INDEX
     target = jnp.where(counted, labels, 0)
     picked = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
     total = jax.nn.logsumexp(logits, axis=-1)
@@ -108,7 +106,7 @@ def _reduced(chunk, x, table, labels, weights) -> tuple[TokenSums, jax.Array]:
     start = (jnp.full_like(zero, NEG), jnp.zeros_like(labels), zero, zero)
     pieces = jnp.arange(-(-table.shape[0] // chunk))
     top, best, total, picked = jax.lax.scan(body, start, pieces)[0]
-    whole, counted = top + jnp.log(total), labels != IGNORE
+    whole, counted = top + jnp.log(total), labels != IGNORE_INDEX
     weights = jnp.where(counted, weights, 0.0)
     loss, z = jnp.sum(weights * (whole - picked)), jnp.sum(weights * whole**2)
     correct = jnp.sum(counted & (best == labels))
@@ -152,7 +150,7 @@ def _forward(chunk, x, table, labels, weights):
 def _backward(chunk, kept, slopes):
     x, learned, still, labels, weights, whole = kept
     of_loss, of_z = (0.0 if isinstance(s, SymbolicZero) else s for s in slopes[:2])
-    weights = jnp.where(labels != IGNORE, weights, 0.0)
+    weights = jnp.where(labels != IGNORE_INDEX, weights, 0.0)
     scale = (weights * (of_loss + 2 * of_z * whole))[..., None]
     table = _merged(learned, still)
     vocab = table.shape[0]

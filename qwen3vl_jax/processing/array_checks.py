@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from qwen3vl_jax.config import IGNORE_INDEX
 from qwen3vl_jax.errors import InputError
 
 
@@ -67,7 +68,7 @@ def check_ids(name: str, given: Any, size: int) -> np.ndarray:
 def check_labels(name: str, given: Any, size: int) -> np.ndarray:
     """Labels as int32 of the same shape. Raises InputError for one that is neither a token nor -100."""
     labels = integers(name, given, as_floats=True)
-    wrong = labels[(labels >= size) | ((labels < 0) & (labels != -100))]
+    wrong = labels[(labels >= size) | ((labels < 0) & (labels != IGNORE_INDEX))]
     if wrong.size:
         raise InputError(f"{name}: {wrong[0]} is neither -100 nor a token of {size}")
     return labels.astype(np.int32)

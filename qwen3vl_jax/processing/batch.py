@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from qwen3vl_jax.config import Config, VisionConfig
+from qwen3vl_jax.config import IGNORE_INDEX, Config, VisionConfig
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model.structs import Batch, VisionInputs
 from qwen3vl_jax.processing.array_checks import (
@@ -164,7 +164,7 @@ def make_batch(
         vision_rows=rows,
         delta=cast(Any, delta),
         vision=vision,
-        labels=None if labels is None else _fit(labels, width, fill=-100),
+        labels=None if labels is None else _fit(labels, width, fill=IGNORE_INDEX),
         embeds=None if embeds is None else _fit(embeds, width),
     )
 

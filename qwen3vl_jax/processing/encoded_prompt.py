@@ -12,12 +12,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from qwen3vl_jax.config import Config
+from qwen3vl_jax.config import IGNORE_INDEX, Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.array_checks import host_array
 
 Arrays = dict[str, Any]
-IGNORED = -100  # label of a token that is not scored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +168,7 @@ def to_hf_arrays(
     out: Arrays = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": kinds}
     labels = [p.labels for p in prompts if p.labels is not None]
     if labels:
-        out["labels"] = _padded(labels, padding_side, IGNORED)
+        out["labels"] = _padded(labels, padding_side, IGNORE_INDEX)
     images = in_feature_order(prompts)
     for name, grids in grids_of(images).items():
         if not grids:

@@ -11,10 +11,9 @@ from typing import Any, cast
 
 import numpy as np
 
-from qwen3vl_jax.config import Config
+from qwen3vl_jax.config import IGNORE_INDEX, Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.encoded_prompt import (
-    IGNORED,
     EncodedImage,
     EncodedPrompt,
     EncodedVideo,
@@ -162,7 +161,7 @@ class PromptEncoder:
         out = []
         for prompt, text in zip(prompts, texts):
             more = np.array(self.tokenizer.encode(text, ""), np.int32)
-            labels = np.append(np.full(len(prompt.ids), IGNORED), more)
+            labels = np.append(np.full(len(prompt.ids), IGNORE_INDEX), more)
             ids = np.append(prompt.ids, more)
             out.append(dataclasses.replace(prompt, ids=ids, labels=labels))
         return out

@@ -32,13 +32,15 @@ from qwen3vl_jax.training.data.feed import Drawn, Feed, check_answers
 from qwen3vl_jax.training.data.global_batches import Shares
 from qwen3vl_jax.training.data.packing import PackedBatch
 from qwen3vl_jax.training.mesh_preset import asks_for_mesh, spelled
-from qwen3vl_jax.training.model_files import open_model, write_model_files
 from qwen3vl_jax.training.optimizer import make_schedule
 from qwen3vl_jax.training.recipe import Data, Recipe, flat
 from qwen3vl_jax.training.reporting import memory_estimate
 from qwen3vl_jax.training.reporting.flops import Speed
 from qwen3vl_jax.training.reporting.run_log import Muted, Profiler, Watch
 from qwen3vl_jax.training.resume import (
+    Stop,
+    Stopped,
+    catch_signals,
     check_fits,
     groups_of,
     laid_out,
@@ -47,7 +49,7 @@ from qwen3vl_jax.training.resume import (
     plain,
     write_config,
 )
-from qwen3vl_jax.training.stop import Stop, Stopped, catch_signals
+from qwen3vl_jax.training.run_dir import open_model, write_model_files
 
 
 def train(recipe: Recipe, out: Path) -> None:

@@ -19,9 +19,8 @@ from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model.structs import Params
 from qwen3vl_jax.training import param_groups
 from qwen3vl_jax.training.optimizer import named_key
-from qwen3vl_jax.training.param_groups import Flat
+from qwen3vl_jax.training.param_groups import Flat, Trainee
 from qwen3vl_jax.training.recipe import Lora, Recipe
-from qwen3vl_jax.training.trainee import Trainee
 
 _SAME = {"mergers": "merger"}
 

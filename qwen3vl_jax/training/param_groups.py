@@ -5,13 +5,15 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.model.structs import Params
 
 Flat = dict[str, Any]  # {"layers.attn.qkv": array}, in the order of jax's flattening
+Join = Callable[..., Params]  # (weights, frozen, key=None) -> parameters with stacked layers
 
 GROUPS: dict[str, tuple[str, ...]] = {  # the first that matches a name is its group
     "merger": ("vision.merger.*", "vision.deepstack.*"),
@@ -22,6 +24,14 @@ GROUPS: dict[str, tuple[str, ...]] = {  # the first that matches a name is its g
     "experts": ("layers.mlp.*",),  # of sparse layers; dense ones belong to "text"
     "text": ("layers.*", "norm"),
 }
+
+
+class Trainee(NamedTuple):
+    """A model cut into what is trained and what is not."""
+
+    weights: Flat
+    frozen: Flat
+    join: Join
 
 
 def flatten(params: Any) -> tuple[Flat, Callable[[Mapping[str, Any]], Any]]:

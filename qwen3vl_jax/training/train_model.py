@@ -22,7 +22,7 @@ from qwen3vl_jax.training import param_groups
 from qwen3vl_jax.training.lora_targets import cut_lora
 from qwen3vl_jax.training.new_tokens import new_rows
 from qwen3vl_jax.training.optimizer import make_optimizer
-from qwen3vl_jax.training.param_groups import Flat
+from qwen3vl_jax.training.param_groups import Flat, Join, Trainee
 from qwen3vl_jax.training.recipe import Recipe
 from qwen3vl_jax.training.stacked_load import load_stacked, stacked
 from qwen3vl_jax.training.state_sharding import (
@@ -33,7 +33,6 @@ from qwen3vl_jax.training.state_sharding import (
     with_shardings,
 )
 from qwen3vl_jax.training.train_step import TrainState, init_state, train_step
-from qwen3vl_jax.training.trainee import Join, Trainee
 
 Step = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
 

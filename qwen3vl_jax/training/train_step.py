@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from qwen3vl_jax.config import Config
+from qwen3vl_jax.config import IGNORE_INDEX, Config
 from qwen3vl_jax.model import losses
 from qwen3vl_jax.model.attention import Dropout
 from qwen3vl_jax.model.structs import Params
@@ -90,7 +90,7 @@ def batch_sums(
         step.remat,
     )  # fmt: skip
     given: Any = batch.labels
-    labels = jnp.pad(given[:, 1:], ((0, 0), (0, 1)), constant_values=losses.IGNORE)
+    labels = jnp.pad(given[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE_INDEX)
     weights = jnp.pad(packed.weights[:, 1:], ((0, 0), (0, 1)))
     answers = losses.lm_head_sums(params, cfg, x, labels, weights, step.loss_chunk)
     seen, tokens = None, jnp.sum(attended)
@@ -122,9 +122,9 @@ class Totals(NamedTuple):
 
 def step_totals(packed: PackedBatch) -> Totals:
     """Totals of one batch, or of micro batches with a leading axis."""
-    weights = jnp.where(packed.batch.labels == losses.IGNORE, 0.0, packed.weights)
+    weights = jnp.where(packed.batch.labels == IGNORE_INDEX, 0.0, packed.weights)
     named = packed.vision_labels
-    seen = jnp.zeros((), jnp.int32) if named is None else jnp.sum(named != losses.IGNORE)
+    seen = jnp.zeros((), jnp.int32) if named is None else jnp.sum(named != IGNORE_INDEX)
     tokens = jnp.sum(packed.batch.segment_ids > 0)
     return Totals(jnp.maximum(jnp.sum(weights), 1e-9), jnp.maximum(seen, 1), jnp.maximum(tokens, 1))
 

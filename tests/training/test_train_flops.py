@@ -15,7 +15,7 @@ import tiny
 import qwen3vl_jax as q3
 from qwen3vl_jax.runtime import chips
 from qwen3vl_jax.training import train_step
-from qwen3vl_jax.training.determinism import deterministic_flags, make_deterministic
+from qwen3vl_jax.training.environment import deterministic_flags, make_deterministic
 from qwen3vl_jax.training.reporting import flops
 
 

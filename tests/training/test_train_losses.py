@@ -31,7 +31,7 @@ def head():
     rng = np.random.default_rng(0)
     x, table = (rng.normal(size=(n, D)).astype(np.float32) for n in (N, V))
     labels = rng.integers(0, V - 1, N)
-    labels[::7] = losses.IGNORE
+    labels[::7] = losses.IGNORE_INDEX
     return x, table, labels, rng.random(N, np.float32)
 
 

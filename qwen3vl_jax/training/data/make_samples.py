@@ -16,9 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qwen3vl_jax.config import Config
+from qwen3vl_jax.config import IGNORE_INDEX, Config
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.processing.encoded_prompt import IGNORED
 from qwen3vl_jax.processing.positions import rope_index
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.processing.tokenizer import Tokenizer
@@ -125,7 +124,9 @@ class SampleMaker:
             if last == len(messages) - 1 or end > self.pack.length:
                 continue  # rendered anew, a beginning is never shorter than it is in the whole
             kept = self.encode(whole.name, messages[: last + 1], tools)
-            if (kept.labels != IGNORED).any() and not misfit(self.proc.config, self.pack, kept):
+            if (kept.labels != IGNORE_INDEX).any() and not misfit(
+                self.proc.config, self.pack, kept
+            ):
                 note = f"cut to {last + 1} of {len(messages)} messages: {reason}"
                 return dataclasses.replace(kept, note=note)
         raise TooLarge(f"{reason}; no beginning that ends after an answer fits")
@@ -212,7 +213,7 @@ def _targets(
         raise InputError(
             f"the template writes {len(turns)} assistant turn(s) for {len(answers)} message(s)"
         )
-    labels = np.full_like(ids, IGNORED)
+    labels = np.full_like(ids, IGNORE_INDEX)
     weights = np.zeros(len(ids), np.float32)
     for turn, message in zip(turns, answers):
         switch = message.get("train")

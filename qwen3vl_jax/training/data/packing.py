@@ -14,7 +14,7 @@ import flax.struct
 import jax
 import numpy as np
 
-from qwen3vl_jax.config import Config
+from qwen3vl_jax.config import IGNORE_INDEX, Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model.structs import Batch, VisionInputs
 from qwen3vl_jax.processing.batch import make_vision
@@ -24,7 +24,6 @@ from qwen3vl_jax.training.recipe import Pack
 if TYPE_CHECKING:
     from qwen3vl_jax.training.data.sample import Sample
 
-IGNORED = -100
 Grid = tuple[int, int, int]
 
 
@@ -154,9 +153,9 @@ def build(
     rows, starts = (np.array([getattr(p, name) for p in placed], int) for name in ("row", "start"))
     spread = _Spread(rows, np.array([len(s.ids) for s in samples], int), (pack.rows, pack.length))
     tokens = spread([s.ids for s in samples], np.int32)
-    labels = spread([s.labels for s in samples], np.int32, IGNORED)
+    labels = spread([s.labels for s in samples], np.int32, IGNORE_INDEX)
     weights = spread([s.weights for s in samples], np.float32)
-    labels[rows, starts], weights[rows, starts] = IGNORED, 0.0
+    labels[rows, starts], weights[rows, starts] = IGNORE_INDEX, 0.0
     number = np.arange(1, len(rows) + 1) - np.searchsorted(rows, rows)
     vision_rows, vision, named = None, None, None
     if pack.vision_rows:
@@ -220,12 +219,12 @@ def _vision_labels(
 ) -> np.ndarray:
     """What each merged row of a batch shows [R]."""
     unit = cfg.vision.merge_unit
-    out = np.full(pack.vision_rows * pack.vision_length // unit, IGNORED, np.int32)
+    out = np.full(pack.vision_rows * pack.vision_length // unit, IGNORE_INDEX, np.int32)
     told = [np.zeros(0, np.int32)]
     for sample, _, _, spots in seen:
         count = sum(n for spot in spots for _, n in spot) // unit
         labels = sample.vision_labels
-        told.append(np.full(count, IGNORED) if labels is None else labels)
+        told.append(np.full(count, IGNORE_INDEX) if labels is None else labels)
     out[merged] = np.concatenate(told)
     return out
 

@@ -7,10 +7,10 @@ import math
 
 import numpy as np
 
-from qwen3vl_jax.config import Config
+from qwen3vl_jax.config import IGNORE_INDEX, Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.array_checks import check_ids, check_labels, integers
-from qwen3vl_jax.processing.encoded_prompt import IGNORED, EncodedImage
+from qwen3vl_jax.processing.encoded_prompt import EncodedImage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ def check_sample(sample: Sample, cfg: Config) -> Sample:
     for name, (found, shape) in shapes.items():
         if found.shape != shape:
             raise InputError(f"{name}: shape {found.shape}, expected {shape}")
-    learned = labels != IGNORED
+    learned = labels != IGNORE_INDEX
     if ((labels != ids) & learned).any():
         raise InputError("labels: some are neither their own token nor -100; they are not moved")
     # Comparisons with NaN are false.

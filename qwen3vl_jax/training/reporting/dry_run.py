@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qwen3vl_jax.config import Config
+from qwen3vl_jax.config import IGNORE_INDEX, Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model.sharding import layout_mesh
 from qwen3vl_jax.processing.processor import Processor
@@ -23,9 +23,9 @@ from qwen3vl_jax.storage.paths import as_path, kind
 from qwen3vl_jax.training import train_model
 from qwen3vl_jax.training.checks import check_sources
 from qwen3vl_jax.training.data.feed import Feed, Refusal, check_answers, survey
-from qwen3vl_jax.training.model_files import open_model, write_model_files
 from qwen3vl_jax.training.recipe import Recipe
 from qwen3vl_jax.training.reporting import memory_estimate
+from qwen3vl_jax.training.run_dir import open_model, write_model_files
 from qwen3vl_jax.training.state_sharding import check_mesh
 
 _SMALL_FILES = ["*.json", "*.txt", "*.jinja"]  # everything of a checkpoint but its weights
@@ -179,7 +179,7 @@ def rendered(tokenizer: Tokenizer, cfg: Config, drawn: Any, marks: bool) -> Text
     row = int(np.argmax(np.asarray(batch.segment_ids)[:, 0] > 0))
     inside = np.asarray(batch.segment_ids)[row] == 1
     ids, labels = np.asarray(batch.tokens)[row][inside], np.asarray(batch.labels)[row][inside]
-    name, targets = drawn.names[row][0], labels != -100
+    name, targets = drawn.names[row][0], labels != IGNORE_INDEX
     text = Text(f"{name}: {len(ids)} tokens, {int(targets.sum())} of them are targets\n")
     text.append("[[target]], {{special token}}\n" if marks else "", style=_OTHER)
     pads, special = (cfg.image_token_id, cfg.video_token_id), set(tokenizer.added.values())
