@@ -14,7 +14,7 @@ import numpy as np
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.processing.encoded_prompt import EncodedImage
 from qwen3vl_jax.processing.processor import Processor
-from qwen3vl_jax.training.data.feed import Feed
+from qwen3vl_jax.training.data.loader import DataLoader
 from qwen3vl_jax.training.data.sample import Sample
 from qwen3vl_jax.training.recipe import Data, Pack, Source
 
@@ -62,7 +62,7 @@ def main(workers: int) -> None:
     proc = Processor.from_pretrained(CHECKPOINT)
     pack = Pack(rows=128, length=256, vision_rows=40, vision_length=256)
     source = Source("python:benchmarks.feed:Ready", options={"count": 10**9})
-    feed = Feed(Data(sources=(source,), workers=workers), pack, proc, 0)
+    feed = DataLoader(Data(sources=(source,), workers=workers), pack, proc, 0)
     for _ in range(8):
         drawn = next(feed)
     start, computed = time.perf_counter(), time.process_time()

@@ -183,14 +183,14 @@ def training(case: Case, mesh: Mesh) -> tuple[dict[str, Any], dict[str, np.ndarr
         f"pack.vision_length={2 * case.length}", "init=normal", "steps=100", "optimizer.warmup=10",
     ]  # fmt: skip
     recipe = read_recipe(RECIPE, changes)
-    trainee = train_model.prepare(recipe, cfg, mesh=mesh)
-    rule = train_model.rule_of(recipe, cfg, trainee.weights)
-    like = train_model.shape_of_state(recipe, cfg, rule, trainee.weights, mesh)
-    step = train_model.make_step(recipe, cfg, rule, trainee.join, like)
+    trainable = train_model.prepare(recipe, cfg, mesh=mesh)
+    optimizer = train_model.build_optimizer(recipe, cfg, trainable.weights)
+    like = train_model.shape_of_state(recipe, cfg, optimizer, trainable.weights, mesh)
+    step = train_model.make_step(recipe, cfg, optimizer, trainable.merge, like)
     batches = [rows_of(cfg, recipe, mesh, seed) for seed in range(2)]
-    state = train_model.begin(recipe, cfg, rule, trainee.weights, mesh)
-    frozen, join = trainee.frozen, trainee.join
-    del trainee
+    state = train_model.init_train_state(recipe, cfg, optimizer, trainable.weights, mesh)
+    frozen, merge = trainable.frozen, trainable.merge
+    del trainable
     compiled = step.lower(state, frozen, batches[0]).compile()
     losses, times = [], []
     for i in range(case.steps):
@@ -215,19 +215,19 @@ def training(case: Case, mesh: Mesh) -> tuple[dict[str, Any], dict[str, np.ndarr
         weights = train_model.prepare(recipe, cfg, mesh=mesh).weights
         kinds = ("bfloat16", "float32") if case.truth else ("bfloat16",)
         for dtype in kinds:
-            found[dtype] = some_gradients(recipe, cfg, weights, frozen, join, batches[0], dtype)
+            found[dtype] = some_gradients(recipe, cfg, weights, frozen, merge, batches[0], dtype)
     return told, found
 
 
 def some_gradients(
-    recipe: Recipe, cfg: Config, weights: Any, frozen: Any, join: Callable, packed: Any, dtype: str
+    recipe: Recipe, cfg: Config, weights: Any, frozen: Any, merge: Callable, packed: Any, dtype: str
 ) -> np.ndarray:
     """Every 997th number of each gradient, computed in `dtype`, as one array."""
     how = dataclasses.replace(recipe.step, dtype=dtype)
 
     @jax.jit
     def some(weights, frozen, packed):
-        rebuild = lambda weights, key: join(weights, frozen, key)  # noqa: E731
+        rebuild = lambda weights, key: merge(weights, frozen, key)  # noqa: E731
         grads, _, _ = gradients(weights, rebuild, cfg, packed, how, jax.random.key(0))
         return {name: g.reshape(-1)[::EVERY] for name, g in grads.items()}
 
@@ -241,7 +241,7 @@ def rows_of(cfg: Config, recipe: Recipe, mesh: Mesh, seed: int) -> packing.Packe
     """A batch [1 ..] of random samples with a picture each, in GROUPS groups of rows."""
     rng, pack, parts = np.random.default_rng(seed), divided(recipe.pack, GROUPS), []
     for _ in range(GROUPS):
-        coming = iter(packing.Waiting(i, sample(cfg, rng, pack.length)) for i in range(1 << 30))
+        coming = iter(packing.Pending(i, sample(cfg, rng, pack.length)) for i in range(1 << 30))
         chosen, _ = packing.choose(pack, [], lambda coming=coming: next(coming))
         parts.append(packing.build(cfg, pack, chosen, np.uint8, False))
 

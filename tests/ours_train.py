@@ -159,9 +159,14 @@ def trainer(params, cfg, rule: recipe.Optimizer, settings=FP32, steps=100, freez
     held = jnp.dtype(settings.weights)
     weights = {n: x.astype(held) for n, x in weights.items() if n not in stopped}
     factors = param_groups.learning_rates(list(weights), rates or {}, sparse)
-    rule_of = optimizer.make_optimizer(rule, steps, factors)
-    state = train_step.init_state(jax.random.key(1), weights, rule_of, settings, rule.ema)
+    transform = optimizer.make_optimizer(rule, steps, factors)
+    state = train_step.init_state(jax.random.key(1), weights, transform, settings, rule.ema)
     run = functools.partial(
-        train_step.train_step, cfg=cfg, step=settings, optimizer=rule_of, join=join, ema=rule.ema
+        train_step.train_step,
+        cfg=cfg,
+        step=settings,
+        optimizer=transform,
+        merge=join,
+        ema=rule.ema,
     )
     return state, frozen, jax.jit(run, compiler_options=FAST)

@@ -23,7 +23,7 @@ from qwen3vl_jax.planning.search import Candidate, candidates, mesh_of
 from qwen3vl_jax.planning.serving import Serving, decoding, held_arrays, prefilling
 from qwen3vl_jax.planning.topology import devices_of, first_devices
 from qwen3vl_jax.training.checks import check_vision_length
-from qwen3vl_jax.training.mesh_preset import asks_for_mesh, spelled, with_preset
+from qwen3vl_jax.training.mesh_preset import asks_for_mesh, mesh_flags, with_preset
 from qwen3vl_jax.training.recipe import Recipe
 
 
@@ -61,7 +61,7 @@ def search_training(
     found, plans, spent = candidates(recipe, cfg, machine), [], 0
     if asks_for_mesh(recipe):
         _say(
-            f"--search: meshes in place of {spelled(recipe.mesh)}, first that one if {machine} has it"
+            f"--search: meshes in place of {mesh_flags(recipe.mesh)}, first that one if {machine} has it"
         )
     for each in found:
         if spent == tries:

@@ -106,16 +106,16 @@ def training_step(recipe: Recipe, cfg: Config, mesh: Mesh) -> Program:
     sizes = dict(mesh.shape)
     check_batch(recipe, cfg, sizes)
     parts = memory_estimate.held(recipe, cfg)
-    rule = train_model.rule_of(recipe, cfg, parts.weights)
+    optimizer = train_model.build_optimizer(recipe, cfg, parts.weights)
     state = with_shardings(parts.state, state_shardings(mesh, cfg, parts.state))
     frozen = with_shardings(parts.frozen, params_shardings(mesh, cfg, parts.frozen))
     packed = packed_batch(recipe, cfg, groups_of(recipe, sizes))
     packed = with_shardings(packed, batch_shardings(mesh, packed))
-    step = train_model.make_step(recipe, cfg, rule, parts.join, state, keep_unused=True)
+    step = train_model.make_step(recipe, cfg, optimizer, parts.merge, state, keep_unused=True)
     held = {
         f"trained weights ({recipe.step.weights})": state.weights,
         f"optimizer ({recipe.optimizer.name})": state.optimizer,
-        "compensation": state.rest,
+        "compensation": state.compensation,
         "moving average": state.average,
         "frozen weights": frozen,
         "batch": packed,

@@ -19,9 +19,9 @@ from qwen3vl_jax.training.mesh_preset import (
     asks_for_mesh,
     changed,
     enough,
+    mesh_flags,
     preset,
     sizes_of,
-    spelled,
 )
 from qwen3vl_jax.training.recipe import Mesh, Recipe
 from qwen3vl_jax.training.reporting import memory_estimate
@@ -39,7 +39,7 @@ class Candidate(NamedTuple):
     memory: int  # bytes of a device
 
     def __str__(self) -> str:
-        return f"{spelled(self.recipe.mesh)} step.remat={self.recipe.step.remat}"
+        return f"{mesh_flags(self.recipe.mesh)} step.remat={self.recipe.step.remat}"
 
 
 def candidates(recipe: Recipe, cfg: Config, machine: Machine) -> list[Candidate]:

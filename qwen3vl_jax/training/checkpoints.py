@@ -98,7 +98,7 @@ class Checkpoints:
         """Saves in the background; meta is JSON data: the recipe and where the data stands."""
         parts: dict[str, Any] = {
             WEIGHTS: ocp.args.StandardSave(state.weights),
-            STATE: ocp.args.StandardSave(_rest(state)),
+            STATE: ocp.args.StandardSave(_other_parts(state)),
         }
         if state.average is not None:
             parts[AVERAGE] = ocp.args.StandardSave(state.average)
@@ -149,7 +149,7 @@ def restore(run_dir: str | Path, step: int, state: TrainState) -> TrainState:
     """
     where = as_path(run_dir) / CHECKPOINTS / str(step)
     target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-    parts = {WEIGHTS: target.weights, STATE: _rest(target)}
+    parts = {WEIGHTS: target.weights, STATE: _other_parts(target)}
     if state.average is not None:
         parts[AVERAGE] = target.average
 
@@ -165,7 +165,13 @@ def restore(run_dir: str | Path, step: int, state: TrainState) -> TrainState:
         kept = kept_digests(where / name)
         if kept is not None:
             check_digests(where / name, digests(_by_path(part)), kept)
-    return state.replace(weights=found[WEIGHTS], average=found.get(AVERAGE), **found[STATE])
+    others = dict(found[STATE])
+    return state.replace(
+        weights=found[WEIGHTS],
+        average=found.get(AVERAGE),
+        compensation=others.pop("rest", None),
+        **others,
+    )
 
 
 def _restored(where: Path, target: Any) -> Any:
@@ -210,6 +216,7 @@ def _shape(x: Any) -> str:
     return f"{jax.numpy.dtype(x.dtype).name}{list(x.shape)}"
 
 
-def _rest(state: TrainState) -> dict[str, Any]:
-    rest = {"step": state.step, "key": state.key, "optimizer": state.optimizer, "rest": state.rest}
-    return {name: part for name, part in rest.items() if part is not None}
+def _other_parts(state: TrainState) -> dict[str, Any]:
+    # The key "rest" is that of the files.
+    parts = {"step": state.step, "key": state.key, "optimizer": state.optimizer}
+    return parts | ({} if state.compensation is None else {"rest": state.compensation})

@@ -40,7 +40,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def described() -> dict[str, Any]:
+def describe() -> dict[str, Any]:
     """What must stay the same for a resumed run to be bit-identical."""
     import jax
 
@@ -55,7 +55,7 @@ def described() -> dict[str, Any]:
 
 def changes(then: dict[str, Any]) -> list[str]:
     """In what this machine differs from the one a checkpoint was written on."""
-    now = described()
+    now = describe()
     return [
         f"{name} {then.get(name)} then, {now[name]} now"
         for name in now

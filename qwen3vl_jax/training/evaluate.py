@@ -18,7 +18,7 @@ from qwen3vl_jax.model.transformer import unstack_layers
 from qwen3vl_jax.processing.parse_reply import Reply, parse_reply
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.storage.json_text import read_json, write_json
-from qwen3vl_jax.training.data.make_samples import processor_options, told
+from qwen3vl_jax.training.data.make_samples import processor_options, without_train_flag
 from qwen3vl_jax.training.data.packing import PackedBatch
 from qwen3vl_jax.training.recipe import Data, Step
 from qwen3vl_jax.training.train_step import batch_sums, step_totals
@@ -39,12 +39,12 @@ class Answered(NamedTuple):
         return self.answer.strip() == self.expected.strip()
 
 
-def make_measure(cfg: Config, step: Step, join) -> Callable[..., tuple[jax.Array, ...]]:
+def make_measure(cfg: Config, step: Step, merge) -> Callable[..., tuple[jax.Array, ...]]:
     """The jitted measure(weights, frozen, packed) -> (loss, weight, right tokens, tokens), all sums."""
 
     @jax.jit
     def measure(weights, frozen, packed: PackedBatch):
-        sums = batch_sums(join(weights, frozen), cfg, packed, step).answers
+        sums = batch_sums(merge(weights, frozen), cfg, packed, step).answers
         found = sums.loss, step_totals(packed).weight, sums.correct, sums.tokens
         return tuple(shard(x) for x in found)
 
@@ -69,7 +69,7 @@ def mean_loss(
     return {"loss": loss / max(weight, 1e-9), "accuracy": right / max(tokens, 1)}
 
 
-def make_inference(step: Step, join) -> Callable[..., Params]:
+def make_inference(step: Step, merge) -> Callable[..., Params]:
     """The jitted inference(weights, frozen) -> per-layer parameters in the dtype of the computation."""
     dtype = jnp.dtype(step.dtype)
 
@@ -79,7 +79,7 @@ def make_inference(step: Step, join) -> Callable[..., Params]:
     @jax.jit
     def inference(weights, frozen):
         weights = {n: small(x) for n, x in weights.items()}
-        return unstack_layers(join(weights, frozen))
+        return unstack_layers(merge(weights, frozen))
 
     return inference
 
@@ -121,7 +121,7 @@ class _Asked(NamedTuple):
 
 
 def _asked(name: str, record: Any) -> _Asked | None:
-    messages = told(record["messages"])
+    messages = without_train_flag(record["messages"])
     at = [i for i, message in enumerate(messages) if i and message["role"] == "assistant"]
     if not at:
         return None
@@ -151,23 +151,23 @@ def _answer_some(
     out = []
     for row, tokens, length in zip(rows, written.tokens, written.lengths, strict=True):
         prompt = proc.render(row.messages, row.tools)
-        said = spelled(proc.parse(proc.decode(tokens[:length]), prompt))
+        said = answer_text(proc.parse(proc.decode(tokens[:length]), prompt))
         out.append(Answered(row.name, _words(row.messages[-1]), expected(row.target), said))
     return out
 
 
 def expected(message: Any) -> str:
-    """What a record's answer says, as `spelled` shows an answer that writes the same."""
+    """What a record's answer says, as `answer_text` shows an answer that writes the same."""
     calls = [dict(call.get("function") or call) for call in message.get("tool_calls") or ()]
     for call in calls:
         if isinstance(text := call.get("arguments"), str):
             call["arguments"] = read_json(text, "arguments")
     written = (f"<tool_call>{write_json(call, 'tool_calls')}</tool_call>" for call in calls)
     text = _words(message) + "".join(written)
-    return spelled(parse_reply(text))
+    return answer_text(parse_reply(text))
 
 
-def spelled(reply: Reply) -> str:
+def answer_text(reply: Reply) -> str:
     """An answer without its reasoning; each call of a tool is a line, its arguments in order."""
     calls = (
         write_json({"name": call.name, "arguments": call.arguments}, "tool_calls", sort_keys=True)

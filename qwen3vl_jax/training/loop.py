@@ -28,25 +28,25 @@ from qwen3vl_jax.training import (
     train_model,
 )
 from qwen3vl_jax.training.checkpoints import Checkpoints, restore
-from qwen3vl_jax.training.data.feed import Drawn, Feed, check_answers
-from qwen3vl_jax.training.data.global_batches import Shares
+from qwen3vl_jax.training.data.global_batches import GlobalFeed
+from qwen3vl_jax.training.data.loader import DataLoader, LoadedBatch, check_answers
 from qwen3vl_jax.training.data.packing import PackedBatch
-from qwen3vl_jax.training.mesh_preset import asks_for_mesh, spelled
+from qwen3vl_jax.training.mesh_preset import asks_for_mesh, mesh_flags
 from qwen3vl_jax.training.optimizer import make_schedule
 from qwen3vl_jax.training.recipe import Data, Recipe, flat
 from qwen3vl_jax.training.reporting import memory_estimate
 from qwen3vl_jax.training.reporting.flops import Speed
-from qwen3vl_jax.training.reporting.run_log import Muted, Profiler, Watch
+from qwen3vl_jax.training.reporting.run_log import NullLogger, Profiler, RunLogger
 from qwen3vl_jax.training.resume import (
     Stop,
     Stopped,
     catch_signals,
     check_fits,
     groups_of,
-    laid_out,
+    locked,
     mesh_of,
-    opened,
     plain,
+    with_mesh,
     write_config,
 )
 from qwen3vl_jax.training.run_dir import open_model, write_model_files
@@ -58,13 +58,13 @@ def train(recipe: Recipe, out: Path) -> None:
     Returns when all steps are done, or after SIGTERM, which saves first. Raises InputError for what
     cannot start, for a directory of another run, and where a loss is not a number.
     """
-    asked, recipe = recipe, laid_out(recipe, out)
+    asked, recipe = recipe, with_mesh(recipe, out)
     mesh, notes, damaged = mesh_of(recipe), [], []
     if mesh is not None and not asks_for_mesh(asked):
-        notes.append(f"no [mesh]: {mesh.size} devices, {spelled(recipe.mesh)}")
+        notes.append(f"no [mesh]: {mesh.size} devices, {mesh_flags(recipe.mesh)}")
     with (
         catch_signals() as stop,
-        opened(out),
+        locked(out),
         nullcontext() if mesh is None else jax.set_mesh(mesh),
     ):
         for first in distributed.from_first(run_dir.saved_steps(out)[::-1] or [0]):
@@ -90,18 +90,20 @@ def _go_on(
         if 0 < first < recipe.steps:  # else it says what was run
             write_config(recipe, out)
         try:
-            with Watch(out, recipe, first) if distributed.is_first() else Muted() as watch:
+            with (
+                RunLogger(out, recipe, first) if distributed.is_first() else NullLogger() as logger
+            ):
                 for line in [*changed, *notes]:
-                    watch.progress.say(line)
+                    logger.log(line)
                 try:
-                    watch.refused(run.left_out)
-                    run.loop(watch, stop)
+                    logger.refused(run.left_out)
+                    run.loop(logger, stop)
                 finally:
                     run.close()
-                    watch.refused(run.feed.refused)
-                watch.draw()
+                    logger.refused(run.feed.refused)
+                logger.draw()
                 done = f"stopped by {stop.asked}, saved" if stop.asked else "done"
-                watch.progress.say(f"{out}: step {run.number} of {recipe.steps}, {done}")
+                logger.log(f"{out}: step {run.number} of {recipe.steps}, {done}")
         finally:
             run.close()
 
@@ -134,22 +136,24 @@ class Run:
         held.update(
             memory_estimate.memory(recipe, self.cfg, memory_estimate.held(recipe, self.cfg))
         )
-        trainee = train_model.prepare(recipe, self.cfg, new_ids, mesh)
-        self.frozen, self.join = trainee.frozen, trainee.join
-        rule = train_model.rule_of(recipe, self.cfg, trainee.weights)
-        like = train_model.shape_of_state(recipe, self.cfg, rule, trainee.weights, mesh)
+        trainable = train_model.prepare(recipe, self.cfg, new_ids, mesh)
+        self.frozen, self.join = trainable.frozen, trainable.merge
+        rule = train_model.build_optimizer(recipe, self.cfg, trainable.weights)
+        like = train_model.shape_of_state(recipe, self.cfg, rule, trainable.weights, mesh)
         self.step = train_model.make_step(recipe, self.cfg, rule, self.join, like if mesh else None)
         if first:
-            del trainee  # the weights make room before those of the checkpoint come
+            del trainable  # the weights make room before those of the checkpoint come
             self.state = restore(out, first, like)
             if distributed.is_first():
                 run_dir.set_aside(out, after=first)
             distributed.wait_for_all("damaged steps")
         else:
-            self.state = train_model.begin(recipe, self.cfg, rule, trainee.weights, mesh)
+            self.state = train_model.init_train_state(
+                recipe, self.cfg, rule, trainable.weights, mesh
+            )
         self.saved = Checkpoints(out, recipe.checkpoints.keep, recipe.checkpoints.keep_best)
         self.position: dict[str, Any] | None = None  # of the feed, before a draw that failed
-        self.pending: list[tuple[int, dict[str, Any], list[Drawn]]] = []
+        self.pending: list[tuple[int, dict[str, Any], list[LoadedBatch]]] = []
         # A device runs beside the host, which tells of a step while the next one runs.
         self.overlap = jax.default_backend() != "cpu"
         devices = 1 if mesh is None else mesh.size
@@ -167,15 +171,15 @@ class Run:
             self.feed.close()
             self.saved.close()
 
-    def loop(self, watch: Watch | Muted, stop: Stop) -> None:
+    def loop(self, logger: RunLogger | NullLogger, stop: Stop) -> None:
         """Every step that is left, or those until `stop` is asked; what was done is saved."""
-        done = distributed.from_first(self.number in watch.evaluations.steps)
+        done = distributed.from_first(self.number in logger.evaluated)
         if self.due_evaluation(self.number) and not done:
             with suppress(Stopped):  # it ended before that
-                self.saved.score(self.number, self.evaluate(watch, stop))
+                self.saved.score(self.number, self.evaluate(logger, stop))
         profiler = Profiler(self.recipe.report.profile, self.out)
         gc.freeze()  # else each collection looks through all that jax and the model have loaded
-        watch.restart_clock()
+        logger.restart_clock()
         begun = self.number
         while self.number < self.recipe.steps and not stop.asked_at(self.number):
             drawn = self.draw(stop)
@@ -184,7 +188,7 @@ class Run:
             self.number += 1
             packed = jax.tree.map(_joined, *(d.packed for d in drawn))
             if self.number == begun + 1:
-                watch.progress.compiling()
+                logger.compiling()
             profiler.before(self.number)
             self.state, metrics = self.step(self.state, self.frozen, packed)
             profiler.after(self.number, metrics)
@@ -192,37 +196,39 @@ class Run:
             told = [dataclasses.replace(d, packed=None) for d in drawn]
             self.pending.append((self.number, metrics, told))
             del drawn, packed
-            self.tell(watch, behind=int(self.overlap))
+            self.tell(logger, behind=int(self.overlap))
             self.saved.check()
             due = self.number % self.recipe.save_every == 0 or self.number == self.recipe.steps
             looks = self.due_evaluation(self.number) and not stop.asked
             if due or looks:
-                self.tell(watch)
-                self.look_and_save(watch, stop, looks, due)
-                watch.restart_clock()
+                self.tell(logger)
+                self.look_and_save(logger, stop, looks, due)
+                logger.restart_clock()
         profiler.end()
-        self.tell(watch)
+        self.tell(logger)
         # The first process decides: a store's client may show others a listing of before.
         if stop.asked and not distributed.from_first(self.number in run_dir.saved_steps(self.out)):
-            self.save(watch, None, due=True)
+            self.save(logger, None, due=True)
 
-    def look_and_save(self, watch: Watch | Muted, stop: Stop, looks: bool, due: bool) -> None:
+    def look_and_save(
+        self, logger: RunLogger | NullLogger, stop: Stop, looks: bool, due: bool
+    ) -> None:
         """Evaluates and saves; where evaluating fails or is cut short the step is saved all the same."""
         try:
-            score = self.evaluate(watch, stop) if looks else None
+            score = self.evaluate(logger, stop) if looks else None
         except BaseException as error:
-            self.save(watch, None, due=True)
+            self.save(logger, None, due=True)
             if not isinstance(error, Stopped):
                 raise
         else:
-            self.save(watch, score, due)
+            self.save(logger, score, due)
 
     def due_evaluation(self, number: int) -> bool:
         """Whether the recipe asks for an evaluation after a step: the last one is always due."""
         every = self.recipe.evaluate.every
         return bool(every and number and (number % every == 0 or number == self.recipe.steps))
 
-    def draw(self, stop: Stop) -> list[Drawn]:
+    def draw(self, stop: Stop) -> list[LoadedBatch]:
         """What the next step learns from, one a micro batch.
 
         Nothing where SIGTERM came and reading failed: schedulers send it to the workers too. What was
@@ -238,14 +244,14 @@ class Run:
         self.position = None
         return drawn
 
-    def tell(self, watch: Watch | Muted, behind: int = 0) -> None:
+    def tell(self, logger: RunLogger | NullLogger, behind: int = 0) -> None:
         """Writes the steps down that were not yet, but for the last `behind`, which may still run."""
         while len(self.pending) > behind:
             number, metrics, drawn = self.pending.pop(0)
             values = jax.device_get(metrics)
-            watch.step(number, self.row(number, values, drawn))
+            logger.step(number, self.row(number, values, drawn))
 
-    def row(self, number: int, values: dict[str, Any], drawn: list[Drawn]) -> dict[str, Any]:
+    def row(self, number: int, values: dict[str, Any], drawn: list[LoadedBatch]) -> dict[str, Any]:
         """What metrics.csv says of a step. Raises InputError where its loss is not a number."""
         if not (np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])):
             raise self.not_finite(number, values, drawn)
@@ -260,7 +266,9 @@ class Run:
         row["memory_gib"] = environment.memory_gib(jax.local_devices()[0])
         return row
 
-    def not_finite(self, number: int, values: dict[str, Any], drawn: list[Drawn]) -> InputError:
+    def not_finite(
+        self, number: int, values: dict[str, Any], drawn: list[LoadedBatch]
+    ) -> InputError:
         """What stops a run whose loss is not a number; the step's samples are in a file by then."""
         which = f"_process_{jax.process_index()}" if jax.process_count() > 1 else ""
         path = self.out / f"not_finite_step_{number}{which}.json"
@@ -276,7 +284,7 @@ class Run:
             f"optimizer.learning_rate or look at these samples; the last checkpoint is of step {last}"
         )
 
-    def evaluate(self, watch: Watch | Muted, stop: Stop) -> float | None:
+    def evaluate(self, logger: RunLogger | NullLogger, stop: Stop) -> float | None:
         """The loss on the evaluation set, None where it is not finite; and answers if asked for.
 
         Raises Stopped where `stop` is asked in between; nothing is written then.
@@ -287,22 +295,22 @@ class Run:
             drawn = itertools.islice(feed, asked.batches or None)
             batches = (jax.tree.map(lambda x: x[0], d.packed) for d in drawn)
             values = evaluate.mean_loss(self.measure, weights, self.frozen, batches, stop.check)
-            watch.refused(_refused_anywhere(feed))
+            logger.refused(_refused_anywhere(feed))
             records = feed.records(asked.generate) if asked.generate else []
         finally:
-            watch.refused(feed.refused)
+            logger.refused(feed.refused)
             feed.close()
         answers = []
         if records:
             params = self.inference(weights, self.frozen)
             data, most = self.recipe.data, asked.max_new_tokens
             answers, refused = evaluate.answer(params, self.proc, data, records, most, stop.check)
-            watch.refused(refused)
+            logger.refused(refused)
             values["exact"] = sum(a.exact for a in answers) / max(len(answers), 1)
-        watch.evaluation(self.number, values, answers)
+        logger.evaluation(self.number, values, answers)
         if np.isfinite(values["loss"]):
             return values["loss"]
-        watch.progress.say("the evaluation's loss is not a number: this step cannot be the best")
+        logger.log("the evaluation's loss is not a number: this step cannot be the best")
         return None
 
     def check_held_out(self) -> list[tuple[str, str]]:
@@ -319,13 +327,13 @@ class Run:
         finally:
             feed.close()
 
-    def make_feed(self, data: Data, seed: int, once: bool = False) -> Feed | Shares:
+    def make_feed(self, data: Data, seed: int, once: bool = False) -> DataLoader | GlobalFeed:
         """The batches of these sources; one device has them sent ahead."""
         if self.mesh is not None or self.groups > 1:
-            return Shares(data, self.recipe.pack, self.proc, seed, self.groups, self.mesh, once)
-        return Feed(data, self.recipe.pack, self.proc, seed, once=once, place=_to_device)
+            return GlobalFeed(data, self.recipe.pack, self.proc, seed, self.groups, self.mesh, once)
+        return DataLoader(data, self.recipe.pack, self.proc, seed, once=once, place=_to_device)
 
-    def held_out(self, bad_fraction: float = 1.0) -> Feed | Shares:
+    def held_out(self, bad_fraction: float = 1.0) -> DataLoader | GlobalFeed:
         """One pass over the evaluation sources in their order, read in the recipe's way."""
         sources, told = self.recipe.evaluate.sources, self.recipe.data
         data: Data = dataclasses.replace(
@@ -333,18 +341,18 @@ class Run:
         )
         return self.make_feed(data, 0, once=True)
 
-    def save(self, watch: Watch | Muted, score: float | None, due: bool) -> None:
+    def save(self, logger: RunLogger | NullLogger, score: float | None, due: bool) -> None:
         """Saves where a checkpoint is due, and where the evaluation was one of the best."""
         if due or self.saved.is_best(score):
-            watch.refused(_refused_anywhere(self.feed))
-            watch.sync()
+            logger.refused(_refused_anywhere(self.feed))
+            logger.sync()
             position = self.feed.whole_state(self.position or self.feed.get_state())
             self.meta |= {"recipe": plain(flat(self.recipe)), "data": position}
-            self.meta |= {"machine": environment.described(), "score": score}
+            self.meta |= {"machine": environment.describe(), "score": score}
             self.saved.save(self.state, self.meta, score)
 
 
-def _refused_anywhere(feed: Feed | Shares) -> list[tuple[str, str]]:
+def _refused_anywhere(feed: DataLoader | GlobalFeed) -> list[tuple[str, str]]:
     """What all processes left out or cut (all of them call it); `feed.refused` is of this one."""
     return [(name, reason) for told in distributed.all_of(feed.refused) for name, reason in told]
 

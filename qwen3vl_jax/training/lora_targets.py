@@ -19,13 +19,13 @@ from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model.structs import Params
 from qwen3vl_jax.training import param_groups
 from qwen3vl_jax.training.optimizer import named_key
-from qwen3vl_jax.training.param_groups import Flat, Trainee
+from qwen3vl_jax.training.param_groups import Flat, TrainableParams
 from qwen3vl_jax.training.recipe import Lora, Recipe
 
 _SAME = {"mergers": "merger"}
 
 
-def cut_lora(recipe: Recipe, cfg: Config, params: Params) -> Trainee:
+def split_lora(recipe: Recipe, cfg: Config, params: Params) -> TrainableParams:
     """An adapter's matrices to train, in step.weights, over parameters that stay (layers stacked).
 
     The base is held as lora.base says; 8-bit weights stay as they were read, and what is beside them
@@ -43,11 +43,11 @@ def cut_lora(recipe: Recipe, cfg: Config, params: Params) -> Trainee:
     held = jnp.dtype(recipe.step.weights)
     weights = {n: jnp.asarray(x, held) for n, x in weights.items()}
 
-    def join(weights: Flat, frozen: Flat, key: jax.Array | None = None) -> Params:
+    def merge(weights: Flat, frozen: Flat, key: jax.Array | None = None) -> Params:
         keys = key if key is None else functools.partial(named_key, named_key(key, "lora"))
         return attach(unflatten(frozen), cfg, weights, adapter, keys)
 
-    return Trainee(weights, frozen, join)
+    return TrainableParams(weights, frozen, merge)
 
 
 def _check_frozen(recipe: Recipe, cfg: Config, weights: Flat) -> None:

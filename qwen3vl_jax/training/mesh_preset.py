@@ -26,7 +26,7 @@ def sizes_of(recipe: Recipe) -> dict[str, int]:
     return {name: n or 1 for name, n in vars(recipe.mesh).items()}
 
 
-def spelled(mesh: Mesh) -> str:
+def mesh_flags(mesh: Mesh) -> str:
     """A mesh as a command line has it: mesh.fsdp=4 mesh.expert=2."""
     return " ".join(f"mesh.{name}={n}" for name, n in vars(mesh).items() if n != 1) or "one device"
 

@@ -18,10 +18,10 @@ Schedule = Callable[[Any], Any]
 
 def make_schedule(settings: Optimizer, steps: int) -> Schedule:
     """Learning rate by step: a linear warm-up from 0, then cosine or linear to `final` of it, or flat."""
-    peak, rest = settings.learning_rate, max(steps - settings.warmup, 1)
+    peak, left = settings.learning_rate, max(steps - settings.warmup, 1)
     after = {
-        "cosine": optax.cosine_decay_schedule(peak, rest, settings.final),
-        "linear": optax.linear_schedule(peak, peak * settings.final, rest),
+        "cosine": optax.cosine_decay_schedule(peak, left, settings.final),
+        "linear": optax.linear_schedule(peak, peak * settings.final, left),
         "constant": optax.constant_schedule(peak),
     }[settings.schedule]
     warm = optax.linear_schedule(0.0, peak, max(settings.warmup, 1))
@@ -38,7 +38,7 @@ def make_optimizer(
     decay = {name: decays(name) for name in factors}
     return optax.chain(
         _clip(settings.clip) if settings.clip else optax.identity(),
-        _rule(settings),
+        _update_rule(settings),
         optax.add_decayed_weights(settings.weight_decay, mask=decay),
         _scale_each(factors),
         optax.scale_by_learning_rate(make_schedule(settings, steps)),
@@ -57,7 +57,7 @@ def _clip(limit: float) -> optax.GradientTransformation:
     return optax.stateless(update)
 
 
-def _rule(settings: Optimizer) -> optax.GradientTransformation:
+def _update_rule(settings: Optimizer) -> optax.GradientTransformation:
     if settings.name == "adafactor":
         factored = optax.scale_by_factored_rms(decay_rate=0.8)
         return optax.chain(factored, optax.clip_by_block_rms(1.0))
@@ -103,18 +103,18 @@ def _scale_each(factors: Mapping[str, float]) -> optax.GradientTransformation:
 
 
 def apply_update(
-    name: str, weight: jax.Array, update: jax.Array, key: jax.Array, rest: jax.Array | None
+    name: str, weight: jax.Array, update: jax.Array, key: jax.Array, low_bits: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
-    """(new weight, new rest) of an fp32 update.
+    """(new weight, new low_bits) of an fp32 update.
 
-    An fp32 weight takes it as it is. A bf16 weight has 8 bits and would swallow it: with a `rest`
+    An fp32 weight takes it as it is. A bf16 weight has 8 bits and would swallow it: with a `low_bits`
     (see `split_bits`) nothing is lost; without one the sum is rounded up or down by chance, in
     proportion, so that the mean is right.
     """
-    total = exact(weight, rest) + update
+    total = exact(weight, low_bits) + update
     if weight.dtype == jnp.float32:
         return total, None
-    if rest is not None:
+    if low_bits is not None:
         return split_bits(total)
     return round_by_chance(total, named_key(key, name)), None
 
@@ -126,17 +126,17 @@ def split_bits(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     upper = (bits + jnp.uint32(0x8000)) >> 16  # a tie goes away from zero, so that int16 suffices
-    rest = (bits - (upper << 16)).astype(jnp.uint16)
+    low_bits = (bits - (upper << 16)).astype(jnp.uint16)
     near = jax.lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16)
-    return near, jax.lax.bitcast_convert_type(rest, jnp.int16)
+    return near, jax.lax.bitcast_convert_type(low_bits, jnp.int16)
 
 
-def exact(weight: jax.Array, rest: jax.Array | None) -> jax.Array:
-    """A weight in fp32: the inverse of `split_bits` where there is a rest."""
-    if rest is None:
+def exact(weight: jax.Array, low_bits: jax.Array | None) -> jax.Array:
+    """A weight in fp32: the inverse of `split_bits` where there is a low_bits."""
+    if low_bits is None:
         return weight.astype(jnp.float32)
     upper = jax.lax.bitcast_convert_type(weight, jnp.uint16).astype(jnp.uint32) << 16
-    bits = upper + rest.astype(jnp.int32).astype(jnp.uint32)
+    bits = upper + low_bits.astype(jnp.int32).astype(jnp.uint32)
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 

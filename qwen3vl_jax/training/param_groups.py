@@ -13,7 +13,7 @@ from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model.structs import Params
 
 Flat = dict[str, Any]  # {"layers.attn.qkv": array}, in the order of jax's flattening
-Join = Callable[..., Params]  # (weights, frozen, key=None) -> parameters with stacked layers
+MergeParams = Callable[..., Params]  # (weights, frozen, key=None) -> parameters with stacked layers
 
 GROUPS: dict[str, tuple[str, ...]] = {  # the first that matches a name is its group
     "merger": ("vision.merger.*", "vision.deepstack.*"),
@@ -26,12 +26,12 @@ GROUPS: dict[str, tuple[str, ...]] = {  # the first that matches a name is its g
 }
 
 
-class Trainee(NamedTuple):
+class TrainableParams(NamedTuple):
     """A model cut into what is trained and what is not."""
 
     weights: Flat
     frozen: Flat
-    join: Join
+    merge: MergeParams
 
 
 def flatten(params: Any) -> tuple[Flat, Callable[[Mapping[str, Any]], Any]]:

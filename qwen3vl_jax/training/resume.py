@@ -37,7 +37,7 @@ _ENDED = "interrupted: the same command goes on from the last checkpoint"
 _SHOW_CURSOR = "\x1b[?25h"
 
 
-def laid_out(recipe: Recipe, out: Path) -> Recipe:
+def with_mesh(recipe: Recipe, out: Path) -> Recipe:
     """The recipe with a mesh: where it asks for none, the preset of all devices there are.
 
     out: the run's directory. Rows of a run that goes on are cut as its groups allow.
@@ -80,10 +80,10 @@ def _groups(meta: dict[str, Any]) -> int:
 
 
 @contextmanager
-def opened(out: Path) -> Iterator[None]:
-    """`run_dir.opened` in the first process, which the others wait for."""
-    with run_dir.opened(out) if distributed.is_first() else nullcontext():
-        distributed.wait_for_all("opened")
+def locked(out: Path) -> Iterator[None]:
+    """`run_dir.locked` in the first process, which the others wait for."""
+    with run_dir.locked(out) if distributed.is_first() else nullcontext():
+        distributed.wait_for_all("locked")
         yield
 
 
@@ -102,7 +102,7 @@ def check_fits(recipe: Recipe, meta: dict[str, Any], out: Path, done: int = 0) -
     source = plain(dataclasses.asdict(Source("")))
     for name in ("data.sources", "evaluate.sources"):
         then[name] = [source | given for given in then[name]]
-    now, then = (x | {"ckpt": whole_path(x["ckpt"])} for x in (plain(flat(recipe)), then))
+    now, then = (x | {"ckpt": absolute_ckpt(x["ckpt"])} for x in (plain(flat(recipe)), then))
     changed = run_dir.check_recipe(now, then, out)
     moved = environment.changes(meta["machine"])
     if moved:
@@ -115,11 +115,11 @@ def check_fits(recipe: Recipe, meta: dict[str, Any], out: Path, done: int = 0) -
 def write_config(recipe: Recipe, out: Path) -> None:
     """RUN_DIR/config.toml, which the first process writes."""
     if distributed.is_first():
-        written = plain(dataclasses.asdict(recipe)) | {"ckpt": whole_path(recipe.ckpt)}
+        written = plain(dataclasses.asdict(recipe)) | {"ckpt": absolute_ckpt(recipe.ckpt)}
         write_whole(out / run_dir.CONFIG, tomli_w.dumps(written).encode())
 
 
-def whole_path(ckpt: str) -> str:
+def absolute_ckpt(ckpt: str) -> str:
     """The place of a model from any folder; a Hub id stays what it is."""
     return str(absolute(ckpt)) if kind(as_path(ckpt)) == "folder" else ckpt
 

@@ -61,7 +61,7 @@ class DiffersError(InputError):
 
 
 @contextlib.contextmanager
-def opened(out: Path) -> Iterator[Path]:
+def locked(out: Path) -> Iterator[Path]:
     """The run's directory, made where there is none, with no other process in it.
 
     Raises InputError for a file, for a directory with other things in it, for a place that Orbax does

@@ -19,10 +19,10 @@ from qwen3vl_jax.model.sharding import compiler_options, replicated
 from qwen3vl_jax.model.structs import Params
 from qwen3vl_jax.model.transformer import init_params, stack_layers
 from qwen3vl_jax.training import param_groups
-from qwen3vl_jax.training.lora_targets import cut_lora
+from qwen3vl_jax.training.lora_targets import split_lora
 from qwen3vl_jax.training.new_tokens import new_rows
 from qwen3vl_jax.training.optimizer import make_optimizer
-from qwen3vl_jax.training.param_groups import Flat, Join, Trainee
+from qwen3vl_jax.training.param_groups import Flat, MergeParams, TrainableParams
 from qwen3vl_jax.training.recipe import Recipe
 from qwen3vl_jax.training.stacked_load import load_stacked, stacked
 from qwen3vl_jax.training.state_sharding import (
@@ -39,7 +39,7 @@ Step = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
 
 def prepare(
     recipe: Recipe, cfg: Config, new_ids: Sequence[int] = (), mesh: Mesh | None = None
-) -> Trainee:
+) -> TrainableParams:
     """The model that a run starts from, read or drawn, and cut; new_ids: of train.new_tokens.
 
     Each array lies on the mesh as sharding.RULES say, and was read or drawn there.
@@ -50,7 +50,7 @@ def prepare(
     check_mesh(mesh, cfg, shapes(cfg))
     params = initial_params(recipe, cfg, mesh)
     if recipe.lora.rank:
-        return spread(cut_lora(recipe, cfg, params), cfg, mesh)
+        return shard_params(split_lora(recipe, cfg, params), cfg, mesh)
     leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Quantized))
     if any(isinstance(x, Quantized) for x in leaves):
         raise InputError(
@@ -58,24 +58,24 @@ def prepare(
         )
     if new_ids and recipe.init == "checkpoint":
         params = new_rows(params, new_ids)
-    trainee = cut(recipe, cfg, params)
-    if new_ids and "embed" not in trainee.weights:
+    trainable = split_trainable(recipe, cfg, params)
+    if new_ids and "embed" not in trainable.weights:
         raise InputError(
             "train.new_tokens: train.freeze holds embeddings, so they cannot be learned"
         )
-    return spread(trainee, cfg, mesh)
+    return shard_params(trainable, cfg, mesh)
 
 
-def spread(trainee: Trainee, cfg: Config, mesh: Mesh | None) -> Trainee:
+def shard_params(trainable: TrainableParams, cfg: Config, mesh: Mesh | None) -> TrainableParams:
     """The same arrays, each where the mesh wants it. Raises InputError as sharding.shardings does."""
     if mesh is None:
-        return trainee
+        return trainable
 
     def laid(flat: Flat) -> Flat:
         where = params_shardings(mesh, cfg, flat)
         return {n: put(x, where[n]) for n, x in flat.items()}
 
-    return trainee._replace(weights=laid(trainee.weights), frozen=laid(trainee.frozen))
+    return trainable._replace(weights=laid(trainable.weights), frozen=laid(trainable.frozen))
 
 
 def initial_params(recipe: Recipe, cfg: Config, mesh: Mesh | None = None) -> Params:
@@ -148,25 +148,25 @@ def _rescaled(params: Params, cfg: Config, kind: str) -> Params:
     return jax.tree_util.tree_map_with_path(rescale, params)
 
 
-def cut(recipe: Recipe, cfg: Config, params: Params) -> Trainee:
+def split_trainable(recipe: Recipe, cfg: Config, params: Params) -> TrainableParams:
     """Which parameters are trained; each is cast to the dtype it is held in. Raises InputError."""
     flat, unflatten = param_groups.flatten(params)
     stopped = param_groups.frozen_names(list(flat), recipe.train.freeze, _sparse(cfg))
     dtype_of = held_dtypes(recipe, cfg)
     held = {name: x.astype(dtype_of(name)) for name, x in flat.items()}
 
-    def join(weights: Flat, frozen: Flat, key: Any = None) -> Params:
+    def merge(weights: Flat, frozen: Flat, key: Any = None) -> Params:
         return unflatten({**weights, **frozen})
 
     weights = {name: x for name, x in held.items() if name not in stopped}
-    return Trainee(weights, {name: held[name] for name in held if name in stopped}, join)
+    return TrainableParams(weights, {name: held[name] for name in held if name in stopped}, merge)
 
 
 def _sparse(cfg: Config) -> bool:
     return bool(cfg.text.num_experts)
 
 
-def rule_of(recipe: Recipe, cfg: Config, weights: Flat) -> optax.GradientTransformation:
+def build_optimizer(recipe: Recipe, cfg: Config, weights: Flat) -> optax.GradientTransformation:
     """The optimizer of the trained weights. Raises InputError for a train.rates of what is not trained."""
     lora, every = recipe.lora, list(shapes(cfg))
     why = (
@@ -179,35 +179,39 @@ def rule_of(recipe: Recipe, cfg: Config, weights: Flat) -> optax.GradientTransfo
     return make_optimizer(recipe.optimizer, recipe.steps, factors)
 
 
-def first_state(recipe: Recipe, rule: optax.GradientTransformation, weights: Flat) -> TrainState:
+def initial_state(
+    recipe: Recipe, optimizer: optax.GradientTransformation, weights: Flat
+) -> TrainState:
     """The state before the first step; trace it with jax.eval_shape for its shapes alone."""
     key = jax.random.fold_in(jax.random.key(recipe.seed), 1)
-    return init_state(key, weights, rule, recipe.step, recipe.optimizer.ema)
+    return init_state(key, weights, optimizer, recipe.step, recipe.optimizer.ema)
 
 
 def shape_of_state(
-    recipe: Recipe, cfg: Config, rule: optax.GradientTransformation, weights: Flat,
+    recipe: Recipe, cfg: Config, optimizer: optax.GradientTransformation, weights: Flat,
     mesh: Mesh | None = None,
 ) -> TrainState:  # fmt: skip
-    """`first_state` as ShapeDtypeStructs, on a mesh with their shardings."""
-    state = jax.eval_shape(functools.partial(first_state, recipe, rule), weights)
+    """`initial_state` as ShapeDtypeStructs, on a mesh with their shardings."""
+    state = jax.eval_shape(functools.partial(initial_state, recipe, optimizer), weights)
     return with_shardings(state, state_shardings(mesh, cfg, state)) if mesh else state
 
 
-def begin(
-    recipe: Recipe, cfg: Config, rule: optax.GradientTransformation, weights: Flat,
+def init_train_state(
+    recipe: Recipe, cfg: Config, optimizer: optax.GradientTransformation, weights: Flat,
     mesh: Mesh | None = None,
 ) -> TrainState:  # fmt: skip
-    """`first_state` of weights that lie on a mesh; they are donated there."""
+    """`initial_state` of weights that lie on a mesh; they are donated there."""
     if mesh is None:
-        return first_state(recipe, rule, weights)
-    make = functools.partial(first_state, recipe, rule)
-    where = jax.tree.map(lambda x: x.sharding, shape_of_state(recipe, cfg, rule, weights, mesh))
+        return initial_state(recipe, optimizer, weights)
+    make = functools.partial(initial_state, recipe, optimizer)
+    where = jax.tree.map(
+        lambda x: x.sharding, shape_of_state(recipe, cfg, optimizer, weights, mesh)
+    )
     return jax.jit(make, donate_argnums=0, out_shardings=where)(weights)
 
 
 def make_step(
-    recipe: Recipe, cfg: Config, rule: optax.GradientTransformation, join: Join,
+    recipe: Recipe, cfg: Config, optimizer: optax.GradientTransformation, merge: MergeParams,
     state: TrainState | None = None, keep_unused: bool = False,
 ) -> Step:  # fmt: skip
     """The jitted step(state, frozen, packed) -> (state, metrics); the state is donated.
@@ -216,7 +220,12 @@ def make_step(
     keep_unused: what the step does not read counts in its memory, as a run holds it all the same.
     """
     step = functools.partial(
-        train_step, cfg=cfg, step=recipe.step, optimizer=rule, join=join, ema=recipe.optimizer.ema
+        train_step,
+        cfg=cfg,
+        step=recipe.step,
+        optimizer=optimizer,
+        merge=merge,
+        ema=recipe.optimizer.ema,
     )
     if state is None:
         return jax.jit(step, donate_argnums=0)

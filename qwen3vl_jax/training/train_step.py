@@ -32,7 +32,7 @@ class TrainState(flax.struct.PyTreeNode):
     key: jax.Array  # uint32 [2], of the run; every step folds its number in
     weights: Flat  # {name: array} of what is trained
     optimizer: Any
-    rest: Flat | None  # int16, the lower halves of compensated bf16 weights
+    compensation: Flat | None  # int16, the lower halves of compensated bf16 weights
     average: Flat | None  # fp32, moving average of the weights
 
 
@@ -52,14 +52,14 @@ def init_state(
     compensated = step.weights == "bfloat16" and step.rounding == "compensated"
 
     @jax.jit  # so that the fp32 copy that the optimizer looks at is never made
-    def rest(weights: Flat) -> tuple[Any, Flat | None, Flat | None]:
+    def begin(weights: Flat) -> tuple[Any, Flat | None, Flat | None]:
         wide = {name: x.astype(jnp.float32) for name, x in weights.items()}
         left = (
             {n: jnp.zeros(x.shape, jnp.int16) for n, x in weights.items()} if compensated else None
         )
         return optimizer.init(wide), left, wide if ema else None
 
-    moments, left, average = rest(weights)
+    moments, left, average = begin(weights)
     step_0 = jnp.zeros((), jnp.int32)
     return TrainState(step_0, jax.random.key_data(key), weights, moments, left, average)
 
@@ -175,14 +175,14 @@ def gradients(
 
 def train_step(
     state: TrainState, frozen: Mapping[str, Any], packed: PackedBatch, *, cfg: Config, step: Step,
-    optimizer: optax.GradientTransformation, join, ema: float,
+    optimizer: optax.GradientTransformation, merge, ema: float,
 ) -> tuple[TrainState, dict[str, jax.Array]]:  # fmt: skip
     """One update from micro batches [M ..]: (new state, metrics). Jit it and donate the state.
 
-    join(weights, frozen, key) makes the parameter tree, stacked.
+    merge(weights, frozen, key) makes the parameter tree, stacked.
     """
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-    rebuild = lambda weights, key: join(weights, frozen, key)  # noqa: E731
+    rebuild = lambda weights, key: merge(weights, frozen, key)  # noqa: E731
     grads, sums, totals = gradients(state.weights, rebuild, cfg, packed, step, key)
     new = updated(state, grads, optimizer, ema, named_key(key, "rounding"))
     return new, step_metrics(sums, totals) | {"grad_norm": optax.tree.norm(grads)}
@@ -194,8 +194,10 @@ def updated(
 ) -> TrainState:  # fmt: skip
     """The state after one update with fp32 gradients; key: of stochastic rounding."""
     updates, moments = optimizer.update(grads, state.optimizer, state.weights)
-    updates, rests = cast(Flat, updates), state.rest or {}
-    pairs = {n: apply_update(n, w, updates[n], key, rests.get(n)) for n, w in state.weights.items()}
+    updates, low_bits = cast(Flat, updates), state.compensation or {}
+    pairs = {
+        n: apply_update(n, w, updates[n], key, low_bits.get(n)) for n, w in state.weights.items()
+    }
     average = state.average and {
         n: ema * old + (1 - ema) * exact(*pairs[n]) for n, old in state.average.items()
     }
@@ -203,7 +205,7 @@ def updated(
         step=state.step + 1,
         weights={n: new for n, (new, _) in pairs.items()},
         optimizer=moments,
-        rest=state.rest and {n: rest for n, (_, rest) in pairs.items()},
+        compensation=state.compensation and {n: low for n, (_, low) in pairs.items()},
         average=average,
     )
 

@@ -119,9 +119,11 @@ def test_a_step_that_is_damaged_is_not_restored(tmp_path, capsys, monkeypatch):
     ckpt = train_files.checkpoint(tmp_path / "ckpt")
     path = train_files.write_recipe(tmp_path / "recipe.toml", ckpt, tmp_path / "none.jsonl")
     settings, out = recipe.read_recipe(path), tmp_path / "run"
-    trainee = train_model.prepare(settings, train_model.Config.from_hf(ckpt))
-    rule = train_model.rule_of(settings, train_model.Config.from_hf(ckpt), trainee.weights)
-    state = train_model.first_state(settings, rule, trainee.weights)
+    trainable = train_model.prepare(settings, train_model.Config.from_hf(ckpt))
+    rule = train_model.build_optimizer(
+        settings, train_model.Config.from_hf(ckpt), trainable.weights
+    )
+    state = train_model.initial_state(settings, rule, trainable.weights)
     kept = Checkpoints(out, keep=2)
     for step in (5, 10):
         kept.save(state.replace(step=jnp.int32(step)), {"data": {"at": step}})

@@ -29,7 +29,7 @@ from qwen3vl_jax.checkpoint.peft_io import (
 )
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.training import recipe
-from qwen3vl_jax.training.lora_targets import cut_lora
+from qwen3vl_jax.training.lora_targets import split_lora
 
 BOUND = 2e-5
 pytestmark = [
@@ -107,7 +107,7 @@ def test_what_we_write_gives_equal_logits_in_transformers(case):
 def test_nothing_changes_at_first_and_the_loop_is_the_scan(case):
     """B is zero: logits stay (XLA's older emitters round one more sum). Layers as stacked ones do."""
     lora = recipe.Lora(rank=adapters.RANK, targets=adapters.EVERYTHING[case.moe], base="float32")
-    first = cut_lora(
+    first = split_lora(
         recipe.Recipe(ckpt="x", steps=1, lora=lora, step=recipe.Step(dtype="float32")),
         case.cfg, case.params,
     )  # fmt: skip

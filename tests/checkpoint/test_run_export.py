@@ -39,9 +39,9 @@ def saved(folder, ckpt, change=lambda weights: weights, scores=(None,), **tables
     (out / run_dir.CONFIG).write_text(tomli_w.dumps(plain(dataclasses.asdict(settings))))
     write_model_files(settings, out / run_dir.MODEL)
     proc, ids = open_model(settings, out / run_dir.MODEL)
-    trainee = train_model.prepare(settings, proc.config, ids)
-    rule = train_model.rule_of(settings, proc.config, trainee.weights)
-    state = train_model.first_state(settings, rule, trainee.weights)
+    trainable = train_model.prepare(settings, proc.config, ids)
+    rule = train_model.build_optimizer(settings, proc.config, trainable.weights)
+    state = train_model.initial_state(settings, rule, trainable.weights)
     kept = Checkpoints(out, keep=len(scores))
     for i, score in enumerate(scores, 1):
         new = state.replace(step=jnp.int32(10 * i), weights=change(state.weights))
@@ -139,8 +139,8 @@ def test_lora_is_merged_or_written_as_an_adapter(tmp_path, ckpt, base):
         run_to_hf(out, tmp_path / "peft", SavedStep(adapter=True))[2] == "step 10, PEFT adapter, "
     )
     weights, adapter = load_adapter(tmp_path / "peft", cfg)
-    trainee = train_model.prepare(settings, cfg)
-    for name, x in grown(trainee.weights).items():
+    trainable = train_model.prepare(settings, cfg)
+    for name, x in grown(trainable.weights).items():
         np.testing.assert_array_equal(weights[name], x)
     assert adapter == adapter_of(settings, cfg)
     plain_base, _ = q3.load(ckpt, dtype="float32")

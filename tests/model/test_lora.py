@@ -24,7 +24,7 @@ from qwen3vl_jax.model.lora import Adapted, Pair
 from qwen3vl_jax.model.moe import experts_ragged, experts_scan
 from qwen3vl_jax.model.quantized import Quantized, dequantize
 from qwen3vl_jax.training import recipe
-from qwen3vl_jax.training.lora_targets import cut_lora, first_values, targeted
+from qwen3vl_jax.training.lora_targets import first_values, split_lora, targeted
 from qwen3vl_jax.training.train_step import gradients
 
 SMALL = {
@@ -145,14 +145,14 @@ def test_experts():
 def test_dropout_has_a_key_of_its_own_in_each_module_and_layer(small):
     _, params, cfg = small
     lora = {"rank": 2, "targets": ("q_proj", "vision.blocks.mlp"), "dropout": 0.4}
-    cut = cut_lora(make_recipe(lora), cfg, q3.stack_layers(params))
-    joined = jax.jit(cut.join)(cut.weights, cut.frozen, jax.random.key(5))
+    cut = split_lora(make_recipe(lora), cfg, q3.stack_layers(params))
+    joined = jax.jit(cut.merge)(cut.weights, cut.frozen, jax.random.key(5))
     assert isinstance(joined, dict)
     pairs = [p for w in jax.tree.leaves(joined, is_leaf=lambda w: isinstance(w, Adapted))
              if isinstance(w, Adapted) for p in w.pairs.values()]  # fmt: skip
     keys = np.concatenate([np.asarray(jax.random.key_data(p.key)).reshape(-1, 2) for p in pairs])
     assert len(np.unique(keys, axis=0)) == len(keys) == 2 * len(pairs)
-    still = cut.join(cut.weights, cut.frozen)
+    still = cut.merge(cut.weights, cut.frozen)
     assert len(jax.tree.leaves(still)) == len(jax.tree.leaves(joined)) - len(pairs)
     one = pair(8, 5, key=jax.random.key(1), rate=0.25)
     w, x = Adapted(jnp.zeros((5, 8)), {"o": one}, None, (("o", 0, 0),)), jnp.ones((1, 8))
@@ -174,12 +174,12 @@ def in_int8(params, cfg):
     return as_structs(name_map.tree_of(cfg, leaves))
 
 
-def slopes(trainee, cfg, packed, settings):
+def slopes(trainable, cfg, packed, settings):
     return jax.jit(
         lambda w, f, p: gradients(
-            w, lambda w, key: trainee.join(w, f, key), cfg, p, settings, jax.random.key(0)
+            w, lambda w, key: trainable.merge(w, f, key), cfg, p, settings, jax.random.key(0)
         )[0]
-    )(trainee.weights, trainee.frozen, packed)
+    )(trainable.weights, trainable.frozen, packed)
 
 
 def test_qlora(small):
@@ -194,11 +194,11 @@ def test_qlora(small):
     for base, kind, remat in ((codes, "int8", "full"), (plain, "float32", "none")):
         settings = dataclasses.replace(ours_train.FP32, remat=remat)
         lora = {"targets": ("text",), "base": kind}
-        trainee = cut_lora(make_recipe(lora, step=settings), cfg, q3.stack_layers(base))
-        trainee = trainee._replace(weights={n: jnp.asarray(x) for n, x in weights.items()})
-        assert trainee.weights.keys() == {f"{n}.{s}" for n in adapter.ranks for s in "ab"}
-        found.append(slopes(trainee, cfg, packed, settings))
-        held = trainee.frozen["layers.attn.o" + (".values" if kind == "int8" else "")]
+        trainable = split_lora(make_recipe(lora, step=settings), cfg, q3.stack_layers(base))
+        trainable = trainable._replace(weights={n: jnp.asarray(x) for n, x in weights.items()})
+        assert trainable.weights.keys() == {f"{n}.{s}" for n in adapter.ranks for s in "ab"}
+        found.append(slopes(trainable, cfg, packed, settings))
+        held = trainable.frozen["layers.attn.o" + (".values" if kind == "int8" else "")]
         assert held.dtype == (jnp.int8 if kind == "int8" else jnp.float32)
     for name, want in found[1].items():
         assert np.abs(want).max() > 0, name
@@ -244,8 +244,10 @@ def test_an_adapter_is_trained_on(small, tmp_path):
     assert not matrices["layers.attn.qkv.q_proj.a"][0].any()
     assert not matrices["layers.mlp.down.down_proj.b"].any()
     stacked = q3.stack_layers(params)
-    trainee = cut_lora(make_recipe(lora), cfg, stacked)
-    assert isinstance(trainee.join(trainee.weights, trainee.frozen)["layers"]["attn"]["o"], Adapted)
+    trainable = split_lora(make_recipe(lora), cfg, stacked)
+    assert isinstance(
+        trainable.merge(trainable.weights, trainable.frozen)["layers"]["attn"]["o"], Adapted
+    )
     for change, told in (
         ({"targets": ("vision",)}, "layers.attn.qkv.q_proj"), ({"rank": 8}, "is 4"),
         ({"alpha": 8.0}, "is 6"), ({"adapter": str(tmp_path)}, "adapter_config.json"),
@@ -259,7 +261,7 @@ def test_an_adapter_is_trained_on(small, tmp_path):
         (make_recipe(lora, train=freeze), "train.freeze: 'layers.mlp.*'"),
     ):
         with pytest.raises(InputError) as error:
-            cut_lora(wrong, cfg, stacked)
+            split_lora(wrong, cfg, stacked)
         assert told in str(error.value)
-    unstacked = q3.unstack_layers(trainee.join(trainee.weights, trainee.frozen))
+    unstacked = q3.unstack_layers(trainable.merge(trainable.weights, trainable.frozen))
     assert unstacked["layers"][1]["attn"]["o"].pairs["o_proj"].scale == 1.5

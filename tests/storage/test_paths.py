@@ -363,7 +363,7 @@ def test_a_run_does_not_take_a_place_that_holds_other_things(bucket, local):
     bucket.put("bucket/other/thing", b"x")
     with (
         pytest.raises(InputError, match=r"holds files and no config\.toml"),
-        run_dir.opened(as_path(f"{BUCKET}/other")),
+        run_dir.locked(as_path(f"{BUCKET}/other")),
     ):
         pass
 

@@ -14,8 +14,8 @@ from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model import sharding
 from qwen3vl_jax.processing.processor import Processor
-from qwen3vl_jax.training.data.feed import Feed
-from qwen3vl_jax.training.data.global_batches import Shares, divided
+from qwen3vl_jax.training.data.global_batches import GlobalFeed, divided
+from qwen3vl_jax.training.data.loader import DataLoader
 from qwen3vl_jax.training.recipe import Data, Pack, Source
 
 GROUPS = 4
@@ -49,9 +49,11 @@ def same(got, want):
 
 def test_each_group_is_the_feed_of_its_number(proc, mesh):
     """Whatever the mesh: tokens, pictures and where they lie are those of a feed for every group."""
-    batches = take(Shares(DATA, PACK, proc, 3, GROUPS, mesh), 3)
+    batches = take(GlobalFeed(DATA, PACK, proc, 3, GROUPS, mesh), 3)
     for g in range(GROUPS):
-        alone = Feed(DATA, divided(PACK, GROUPS), proc, 3, process_index=g, process_count=GROUPS)
+        alone = DataLoader(
+            DATA, divided(PACK, GROUPS), proc, 3, process_index=g, process_count=GROUPS
+        )
         rows = slice(2 * g, 2 * g + 2)
         for batch, want in zip(batches, take(alone, 3), strict=True):
             got, mine = batch.packed, want.packed
@@ -63,7 +65,7 @@ def test_each_group_is_the_feed_of_its_number(proc, mesh):
                 same(getattr(got.batch, name)[0, rows], getattr(mine.batch, name))
             same(got.batch.positions[0][:, rows], mine.batch.positions)
             assert batch.names[rows] == want.names
-    feeds = [Feed(DATA, divided(PACK, GROUPS), proc, 3, process_index=g, process_count=GROUPS)
+    feeds = [DataLoader(DATA, divided(PACK, GROUPS), proc, 3, process_index=g, process_count=GROUPS)
              for g in range(GROUPS)]  # fmt: skip
     told = [take(feed, 1)[0].stats for feed in feeds]
     assert float(batches[0].stats["samples"]) == sum(t["samples"] for t in told)
@@ -93,7 +95,7 @@ def test_the_patches_of_a_device_are_of_its_rows():
 def test_one_pass_has_each_sample_once(proc, mesh):
     """Groups end one after another; those at their end are padding until the last one is."""
     pack = Pack(rows=4, length=64, vision_rows=4, vision_length=128, lookahead=2)
-    drawn = take(Shares(DATA, pack, proc, 0, GROUPS, mesh, once=True), 99)
+    drawn = take(GlobalFeed(DATA, pack, proc, 0, GROUPS, mesh, once=True), 99)
     names = sorted(name for batch in drawn for row in batch.names for name in row)
     assert names == sorted(f"ready:{i}" for i in range(30))
     empty = [row for batch in drawn for row in batch.names if not row]
@@ -105,12 +107,12 @@ def test_one_pass_has_each_sample_once(proc, mesh):
 
 def test_the_state_goes_on_on_another_mesh(proc, mesh):
     """JSON data, of all groups; another number of groups is another run."""
-    shares = Shares(DATA, PACK, proc, 3, GROUPS, mesh)
+    shares = GlobalFeed(DATA, PACK, proc, 3, GROUPS, mesh)
     take(shares, 2)
     state = json.loads(json.dumps(shares.whole_state(shares.get_state())))
     assert len(state["groups"]) == GROUPS
     want = take(shares, 2)
-    other = Shares(
+    other = GlobalFeed(
         DATA, PACK, proc, 3, GROUPS, sharding.make_mesh({"expert": 2, "fsdp": 2, "sequence": 2})
     )
     other.set_state(state)
@@ -118,16 +120,16 @@ def test_the_state_goes_on_on_another_mesh(proc, mesh):
         same(a.packed, b.packed)
         assert a.names == b.names
     with pytest.raises(InputError, match="4 groups of rows, this start 2"):
-        Shares(DATA, PACK, proc, 3, 2).set_state(state)
+        GlobalFeed(DATA, PACK, proc, 3, 2).set_state(state)
     with pytest.raises(InputError, match=r"pack\.rows is 8, expected a multiple of 3"):
-        Shares(DATA, PACK, proc, 3, 3)
+        GlobalFeed(DATA, PACK, proc, 3, 3)
 
 
 def test_a_run_of_one_feed_goes_on_as_one_group(proc):
     """What a run on one device saved is taken on a mesh that does not cut rows."""
-    feed = Feed(DATA, PACK, proc, 3)
+    feed = DataLoader(DATA, PACK, proc, 3)
     take(feed, 2)
     state = json.loads(json.dumps(feed.whole_state(feed.get_state())))
-    shares = Shares(DATA, PACK, proc, 3, 1, sharding.make_mesh({"tensor": 8}))
+    shares = GlobalFeed(DATA, PACK, proc, 3, 1, sharding.make_mesh({"tensor": 8}))
     shares.set_state(state)
     same(take(shares, 1)[0].packed.batch.tokens[0], take(feed, 1)[0].packed.batch.tokens)

@@ -18,9 +18,9 @@ from chats import said, user
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.processor import Processor
-from qwen3vl_jax.training.data import feed as feeds
+from qwen3vl_jax.training.data import loader as loaders
 from qwen3vl_jax.training.data import packing, worker_transport
-from qwen3vl_jax.training.data.memory import Memory
+from qwen3vl_jax.training.data.buffer_pool import BufferPool
 from qwen3vl_jax.training.data.sample import Refusal, Sample
 from qwen3vl_jax.training.recipe import Data, Pack, Source
 
@@ -50,31 +50,31 @@ def names_of(drawn) -> list[str]:
 
 
 def stream_of(feed, count) -> list[str]:
-    return [feed._line.stream[place].name for place in range(count)]
+    return [feed._packer.stream[place].name for place in range(count)]
 
 
 def test_each_sample_once_an_epoch_in_a_new_order(proc, tmp_path):
     """Over two processes; the samples of an epoch that wait are in a later batch, none is lost."""
     data = Data(sources=(lines(tmp_path / "a.jsonl", map(str, range(23))),))
-    whole = stream_of(feeds.Feed(data, PACK, proc, 7), 92)
+    whole = stream_of(loaders.DataLoader(data, PACK, proc, 7), 92)
     epochs = [whole[i : i + 23] for i in range(0, 92, 23)]
     assert all(set(epoch) == {f"a.jsonl:{i}" for i in range(1, 24)} for epoch in epochs)
     assert len(set(map(tuple, epochs))) == 4
     pack = dataclasses.replace(PACK, length=64)
     for index in range(2):
-        feed = feeds.Feed(data, pack, proc, 7, process_index=index, process_count=2)
+        feed = loaders.DataLoader(data, pack, proc, 7, process_index=index, process_count=2)
         got = names_of(take(feed, 6))
-        got += [drawn.sample.name for drawn in feed._line.waiting]
+        got += [drawn.sample.name for drawn in feed._packer.waiting]
         drawn = feed.get_state()["next"]
         assert drawn > 23 and sorted(got) == sorted(whole[index::2][:drawn])
-    still = feeds.Feed(dataclasses.replace(data, shuffle=False), PACK, proc, 7)
+    still = loaders.DataLoader(dataclasses.replace(data, shuffle=False), PACK, proc, 7)
     assert stream_of(still, 46) == [f"a.jsonl:{i}" for i in range(1, 24)] * 2
 
 
 def test_sources_are_mixed_by_weight(proc, tmp_path):
     a, b = (lines(tmp_path / f"{n}.jsonl", map(str, range(c))) for n, c in (("a", 40), ("b", 9)))
     data = Data(sources=(dataclasses.replace(a, weight=3.0), b))
-    names = stream_of(feeds.Feed(data, PACK, proc, 0), 240)
+    names = stream_of(loaders.DataLoader(data, PACK, proc, 0), 240)
     assert sum(name.startswith("a") for name in names) == 180
     short = [name for name in names if name.startswith("b")]
     assert all(len(set(short[i : i + 9])) == 9 for i in range(0, 54, 9))
@@ -106,19 +106,19 @@ def same(got, want):
 
 def test_a_feed_goes_on_where_it_stopped_whatever_its_workers(tiny_proc):
     """Killed after any batch, with samples waiting, in process and with two workers: bit for bit."""
-    whole = take(feeds.Feed(ready(), PACK, tiny_proc, 3), 14)
-    stopped, states = feeds.Feed(ready(), PACK, tiny_proc, 3), []
+    whole = take(loaders.DataLoader(ready(), PACK, tiny_proc, 3), 14)
+    stopped, states = loaders.DataLoader(ready(), PACK, tiny_proc, 3), []
     for _ in range(9):
         states.append(json.loads(json.dumps(stopped.get_state())))
         next(stopped)
     assert max(len(state["waiting"]) for state in states) > 1
     for at in (0, 1, 4, 8):
-        again = feeds.Feed(ready(), PACK, tiny_proc, 3)
+        again = loaders.DataLoader(ready(), PACK, tiny_proc, 3)
         next(again)  # what it did before does not matter
         again.set_state(states[at])
         assert json.loads(json.dumps(again.get_state())) == states[at]
         same(take(again, 3), whole[at : at + 3])
-    two = feeds.Feed(ready(workers=2), PACK, tiny_proc, 3)
+    two = loaders.DataLoader(ready(workers=2), PACK, tiny_proc, 3)
     try:
         two.set_state(states[4])
         same(take(two, 3), whole[4:7])
@@ -131,10 +131,10 @@ def test_a_feed_goes_on_where_it_stopped_whatever_its_workers(tiny_proc):
 
 def test_a_state_of_other_data_is_refused(proc, tmp_path):
     a, b = (lines(tmp_path / f"{n}.jsonl", "xyz") for n in "ab")
-    state = feeds.Feed(Data(sources=(a,)), PACK, proc, 0).get_state()
+    state = loaders.DataLoader(Data(sources=(a,)), PACK, proc, 0).get_state()
     for data, seed, word in ((Data(sources=(b,)), 0, "sources"), (Data(sources=(a,)), 1, "seed")):
         with pytest.raises(InputError, match=f"data position: {word} is"):
-            feeds.Feed(data, PACK, proc, seed).set_state(state)
+            loaders.DataLoader(data, PACK, proc, seed).set_state(state)
 
 
 def test_one_pass_for_evaluation(proc, tmp_path):
@@ -143,7 +143,7 @@ def test_one_pass_for_evaluation(proc, tmp_path):
         lines(tmp_path / f"{n}.jsonl", map(str, range(c))) for n, c in (("a", 9), ("b", 5))
     )
     pack = dataclasses.replace(PACK, length=32)
-    feed = feeds.Feed(Data(sources=sources), pack, proc, 0, once=True)
+    feed = loaders.DataLoader(Data(sources=sources), pack, proc, 0, once=True)
     drawn = list(feed)
     want = [f"a.jsonl:{i}" for i in range(1, 10)] + [f"b.jsonl:{i}" for i in range(1, 6)]
     assert sorted(names_of(drawn)) == sorted(want) and names_of(drawn[:1])[0] == "a.jsonl:1"
@@ -164,15 +164,15 @@ def test_bad_records_are_named_and_stop_the_run_past_a_fraction(proc, tmp_path):
         '{"image": "no.png", "conversations": [{"from": "human", "value": "<image>"}]}',
     )
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
-    feed = feeds.Feed(Data(sources=(source,), bad_fraction=0.06), PACK, proc, 0)
+    feed = loaders.DataLoader(Data(sources=(source,), bad_fraction=0.06), PACK, proc, 0)
     assert not {"a.jsonl:7", "a.jsonl:21"} & set(names_of(take(feed, 30)))
     found = dict(feed.refused)
     assert found.keys() == {"a.jsonl:7", "a.jsonl:21"}
     assert found["a.jsonl:7"].startswith("not JSON") and f"{tmp_path}/no.png" in found["a.jsonl:21"]
-    again = feeds.Feed(Data(sources=(source,), bad_fraction=0.06), PACK, proc, 0)
+    again = loaders.DataLoader(Data(sources=(source,), bad_fraction=0.06), PACK, proc, 0)
     again.set_state(json.loads(json.dumps(feed.get_state())))
     assert again.refused == feed.refused
-    strict = feeds.Feed(Data(sources=(source,), bad_fraction=0.04), PACK, proc, 0)
+    strict = loaders.DataLoader(Data(sources=(source,), bad_fraction=0.04), PACK, proc, 0)
     with pytest.raises(InputError, match=r"2 of \d+ records are bad.*: a.jsonl:.*; a.jsonl:"):
         take(strict, 30)
 
@@ -183,11 +183,11 @@ def test_bad_records_below_the_fraction_may_come_early(proc, tmp_path):
     rows = (tmp_path / "a.jsonl").read_text().splitlines()
     data = Data(sources=(source,), shuffle=False, bad_fraction=0.01)
     (tmp_path / "a.jsonl").write_text("\n".join(["{ ", *rows[:4], "{ ", "{ ", *rows[7:]]))
-    feed = feeds.Feed(data, PACK, proc, 0)
+    feed = loaders.DataLoader(data, PACK, proc, 0)
     assert names_of(take(feed, 2)) and len(feed.refused) == 3
     (tmp_path / "a.jsonl").write_text("\n".join(["{ ", "1"] * 2000))
     with pytest.raises(InputError, match=r"6 of 6 records are bad"):
-        take(feeds.Feed(data, PACK, proc, 0), 100)
+        take(loaders.DataLoader(data, PACK, proc, 0), 100)
 
 
 def test_samples_that_are_refused_or_cut_are_listed(proc, tmp_path):
@@ -195,13 +195,17 @@ def test_samples_that_are_refused_or_cut_are_listed(proc, tmp_path):
     with open(source.path, "a") as file:
         more = [user("a"), said("b"), user("long " * 90), said("c")]
         file.write(json.dumps({"messages": more}) + "\n")
-    feed = feeds.Feed(Data(sources=(source,), too_long="cut", bad_fraction=0), PACK, proc, 0)
+    feed = loaders.DataLoader(
+        Data(sources=(source,), too_long="cut", bad_fraction=0), PACK, proc, 0
+    )
     got = names_of(take(feed, 12))
     assert "a.jsonl:22" in got and "a.jsonl:21" not in got
     found = dict(feed.refused)
     assert found["a.jsonl:22"].startswith("cut to 2 of 4 messages: ")
     assert "tokens, pack.length is 96" in found["a.jsonl:21"]
-    nothing = feeds.Feed(Data(sources=(source,)), dataclasses.replace(PACK, length=8), proc, 0)
+    nothing = loaders.DataLoader(
+        Data(sources=(source,)), dataclasses.replace(PACK, length=8), proc, 0
+    )
     with pytest.raises(InputError, match="records do not fit a row"):
         next(nothing)
 
@@ -227,16 +231,16 @@ def test_what_workers_send_is_what_comes(tiny_proc, monkeypatch, tmp_path, room)
     if not room:
         full = OSError(errno.ENOSPC, "No space left on device")
         monkeypatch.setattr(worker_transport, "_file", mock.Mock(side_effect=full))
-    sent = pickle.loads(pickle.dumps(worker_transport.send(str(tmp_path), shape, given)))
+    sent = pickle.loads(pickle.dumps(worker_transport.pack(str(tmp_path), shape, given)))
     assert isinstance(sent.block, str) == room
     apart = sum(v.patches.nbytes for s in given[:-2] for v in s.images)
     table = 24 * sum(len(s.ids) for s in given if isinstance(s, Sample))
     assert sent.size < table + apart  # a shared picture once, and one frame of it
-    got = sent.opened(inbox)
+    got = sent.unpack(inbox)
     assert got[-2] == given[-2] and got[-1].note == "cut"
     batches = []
     for samples in ([s for s in group if isinstance(s, Sample)] for group in (given, got)):
-        waiting = [packing.Waiting(0, s) for s in samples]
+        waiting = [packing.Pending(0, s) for s in samples]
         pack = dataclasses.replace(PACK, rows=9, vision_rows=9)
         placed, left = packing.choose(pack, waiting, lambda: None)
         assert not left
@@ -247,13 +251,13 @@ def test_what_workers_send_is_what_comes(tiny_proc, monkeypatch, tmp_path, room)
         assert not any(name.endswith(".free") for name in names)
         del got, samples, waiting, placed
         assert {p.name for p in tmp_path.iterdir()} == {f"{name}.free" for name in names}
-        second = worker_transport.send(str(tmp_path), shape, given[:1])
+        second = worker_transport.pack(str(tmp_path), shape, given[:1])
         assert {p.name for p in tmp_path.iterdir()} == names
-        np.testing.assert_array_equal(second.opened(inbox)[0].ids, given[0].ids)
+        np.testing.assert_array_equal(second.unpack(inbox)[0].ids, given[0].ids)
 
 
 def test_memory_is_given_out_again_once_no_view_is_left():
-    memory = Memory()
+    memory = BufferPool()
     first = memory.empty(5000)
     place, view = first.ctypes.data, first[7:9]
     del first

@@ -69,7 +69,7 @@ def test_every_rule_lowers_the_loss(name, rate, held):
     for n, x in state.weights.items():
         assert x.dtype == settings.weights and x.shape == SHAPES[n]
         assert np.abs(np.asarray(x - start[n], np.float32)).max() > 0.01, n
-    assert (state.rest is None) == (held != "compensated")
+    assert (state.compensation is None) == (held != "compensated")
 
 
 def test_muon_takes_each_matrix_of_a_stack_alone():

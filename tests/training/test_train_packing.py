@@ -37,7 +37,7 @@ def samples(config, count, seed=0):
 
 def packed_of(config, pack, given, pixel_type=np.float32, with_labels=False):
     """(placed, batch) of samples that must all fit."""
-    placed, left = packing.choose(pack, [packing.Waiting(0, s) for s in given], lambda: None)
+    placed, left = packing.choose(pack, [packing.Pending(0, s) for s in given], lambda: None)
     assert not left
     return placed, packing.build(config, pack, placed, pixel_type, with_labels)
 
@@ -180,7 +180,7 @@ def test_first_fit_over_a_lookahead():
             base, name=str(i), positions=np.zeros((3, size), np.int32), **parts
         )
 
-    coming = iter([packing.Waiting(i, of(i, size)) for i, size in enumerate(sizes)])
+    coming = iter([packing.Pending(i, of(i, size)) for i, size in enumerate(sizes)])
     pack = recipe.Pack(rows=2, length=10, vision_rows=0, lookahead=2)
     placed, left = packing.choose(pack, [], lambda: next(coming, None))
     assert [(p.sample.name, p.row, p.start) for p in placed] == [

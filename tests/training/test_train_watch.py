@@ -28,13 +28,13 @@ from qwen3vl_jax.training import (
 from qwen3vl_jax.training.checkpoints import Checkpoints
 from qwen3vl_jax.training.reporting.metrics_table import Table, read_table
 from qwen3vl_jax.training.reporting.progress import described
-from qwen3vl_jax.training.reporting.run_log import Watch
+from qwen3vl_jax.training.reporting.run_log import RunLogger
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """A folder with a checkpoint, conversations of which one is broken, and a recipe."""
-    folder = tmp_path_factory.mktemp("watch")
+    folder = tmp_path_factory.mktemp("logger")
     ckpt = train_files.checkpoint(folder / "ckpt")
     data = train_files.conversations(folder / "chats.jsonl")
     data.write_text(data.read_text() + '{"messages": [{"role": "user"\n')
@@ -151,7 +151,7 @@ def test_keys_that_are_younger_than_a_run(files):
     told = recipe.read_recipe(files / "recipe.toml")
     then = plain(recipe.flat(told))
     del then["step.balance_loss"], then["data.allow_special"], then["data.sources"][0]["ignore"]
-    meta = {"recipe": then, "machine": environment.described()}
+    meta = {"recipe": then, "machine": environment.describe()}
     assert check_fits(told, meta, files) == []
     other = recipe.read_recipe(files / "recipe.toml", ["step.balance_loss=0.1"])
     with pytest.raises(InputError, match=r"step.balance_loss was 0.0, is now 0.1"):
@@ -190,7 +190,7 @@ def test_a_loss_that_is_no_number_stops_the_run(files, monkeypatch, capsys, back
     assert run_dir.saved_steps(out) == [3]
 
 
-@pytest.mark.parametrize("part", ["prepare", "begin"])
+@pytest.mark.parametrize("part", ["prepare", "init_train_state"])
 def test_no_room_for_the_weights(files, monkeypatch, capsys, part):
     """Where a device has no room before the first step, the parts are told as later."""
 
@@ -384,7 +384,7 @@ def test_sigterm_that_ends_the_workers_too(files, monkeypatch):
     """Reading fails in the middle of a step's draw: that step is not done, and its samples come again."""
     from qwen3vl_jax.training import loop as module
 
-    class Dying(module.Feed):
+    class Dying(module.DataLoader):
         drawn = 0
 
         def __next__(self):
@@ -398,7 +398,7 @@ def test_sigterm_that_ends_the_workers_too(files, monkeypatch):
     changes = ["steps=6", "evaluate.every=0", "report.profile=[]", "step.accumulate=2"]
     assert run(files, "steady", *changes) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(module, "Feed", Dying)
+        patch.setattr(module, "DataLoader", Dying)
         assert run(files, "dying", *changes) == 0
     assert run_dir.saved_steps(files / "dying") == [2]
     assert run(files, "dying", *changes) == 0
@@ -437,10 +437,10 @@ def test_loggers_are_told(files, tmp_path, monkeypatch):
     )
     told = recipe.read_recipe(files / "recipe.toml", ["report.wandb=team", "report.every=1"])
     for first in (0, 3):
-        with Watch(tmp_path, told, first) as watch:
+        with RunLogger(tmp_path, told, first) as logger:
             row = {"loss": 1.0, "lr": 0.1, "grad_norm": 1.0, "tokens": 7, "fill": 1.0}
-            watch.step(first + 1, row)
-            watch.evaluation(first + 1, {"loss": 2.0}, [])
+            logger.step(first + 1, row)
+            logger.evaluation(first + 1, {"loss": 2.0}, [])
     first, (step, values), asked, code, again, *_ = calls
     assert first["project"] == "team" and first["id"] == again["id"] and first["resume"] == "allow"
     assert (step, values["train/loss"], asked[1]) == (1, 1.0, {"evaluation/loss": 2.0})

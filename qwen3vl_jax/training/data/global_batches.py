@@ -16,17 +16,17 @@ from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model.sharding import array_sharding, shard
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.runtime import distributed
-from qwen3vl_jax.training.data.feed import Drawn, Feed
+from qwen3vl_jax.training.data.loader import DataLoader, LoadedBatch
 from qwen3vl_jax.training.data.packing import PackedBatch
 from qwen3vl_jax.training.recipe import Data, Pack
 from qwen3vl_jax.training.state_sharding import batch_axis, batch_sharding
 
 
-class Shares:
-    """A Feed of `groups` groups, of which this process reads those that its devices compute.
+class GlobalFeed:
+    """A DataLoader of `groups` groups, of which this process reads those that its devices compute.
 
     mesh None: one device has them all. Its batches have a leading axis of one micro batch. Raises
-    InputError as Feed does, and where rows do not divide.
+    InputError as DataLoader does, and where rows do not divide.
     """
 
     def __init__(
@@ -40,22 +40,24 @@ class Shares:
         workers = -(-data.workers // len(mine))
         data = dataclasses.replace(data, workers=workers)
         self.feeds = {
-            g: Feed(data, self.pack, proc, seed, once=once, process_index=g, process_count=groups)
+            g: DataLoader(
+                data, self.pack, proc, seed, once=once, process_index=g, process_count=groups
+            )
             for g in mine
         }
         self._once = once
 
-    def __iter__(self) -> Shares:
+    def __iter__(self) -> GlobalFeed:
         return self
 
-    def __next__(self) -> Drawn:
+    def __next__(self) -> LoadedBatch:
         """The next batch; with `once` the last ones have empty groups."""
         drawn: dict[int, Any] = {g: next(feed, None) for g, feed in self.feeds.items()}
         if self._once:
             drawn = self._filled(drawn)
         names = [row for d in drawn.values() for row in d.names]
         packed = self._together({g: d.packed for g, d in drawn.items()})
-        return Drawn(packed, names, self._stats({g: d.stats for g, d in drawn.items()}))
+        return LoadedBatch(packed, names, self._stats({g: d.stats for g, d in drawn.items()}))
 
     def _filled(self, drawn: dict[int, Any]) -> dict[int, Any]:
         """Empty batches in place of those of groups that are at their end; all ends raise."""
@@ -127,12 +129,12 @@ class Shares:
             feed.set_state(states[g])
 
     def records(self, count: int) -> list[tuple[str, dict[str, Any]]]:
-        """As Feed.records: the same on every process."""
+        """As DataLoader.records: the same on every process."""
         return next(iter(self.feeds.values())).records(count)
 
     @property
     def refused(self) -> list[tuple[str, str]]:
-        """As Feed.refused, of this process's groups."""
+        """As DataLoader.refused, of this process's groups."""
         return [pair for feed in self.feeds.values() for pair in feed.refused]
 
     def close(self) -> None:

@@ -103,7 +103,9 @@ class SampleMaker:
         if data.allow_special and (token := _reserved(tools)):
             raise InputError(f"tools: they say {token}, which is the template's")
         options = processor_options(data)
-        (prompt,) = proc.encode(told(messages), tools=tools, add_generation_prompt=False, **options)
+        (prompt,) = proc.encode(
+            without_train_flag(messages), tools=tools, add_generation_prompt=False, **options
+        )
         ids = prompt.ids
         turns = assistant_turns(proc.tokenizer, ids, self._opening)
         labels, weights = _targets(ids, turns, messages, data.weighting)
@@ -132,7 +134,7 @@ class SampleMaker:
         raise TooLarge(f"{reason}; no beginning that ends after an answer fits")
 
 
-def told(messages: Sequence[Any]) -> list[dict[str, Any]]:
+def without_train_flag(messages: Sequence[Any]) -> list[dict[str, Any]]:
     """Messages as a template takes them, without what says whether they are learned."""
     return [{k: v for k, v in m.items() if k not in ("train", "weight")} for m in messages]
 
@@ -158,8 +160,8 @@ def misfit(cfg: Config, pack: Pack, sample: Sample) -> str:
     largest = max(h * w for _, h, w in (v.grid for v in sample.images))
     if largest > pack.vision_length or not pack.vision_rows:
         room = f"vision_length is {pack.vision_length}" if pack.vision_rows else "vision_rows is 0"
-        told = f"a picture or frame of {largest} patches, pack.{room}"
-        return f"{told}; data.max_pixels makes it smaller"
+        text = f"a picture or frame of {largest} patches, pack.{room}"
+        return f"{text}; data.max_pixels makes it smaller"
     if not frames_fit(pack, [v.grid for v in sample.images]):
         total = sum(t * h * w for t, h, w in (v.grid for v in sample.images))
         room = f"each of {pack.groups} groups of a batch has" if pack.groups > 1 else "a batch has"

@@ -18,7 +18,7 @@ from qwen3vl_jax.config import IGNORE_INDEX, Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model.structs import Batch, VisionInputs
 from qwen3vl_jax.processing.batch import make_vision
-from qwen3vl_jax.training.data.memory import Memory
+from qwen3vl_jax.training.data.buffer_pool import BufferPool
 from qwen3vl_jax.training.recipe import Pack
 
 if TYPE_CHECKING:
@@ -39,14 +39,14 @@ class PackedBatch(flax.struct.PyTreeNode):
     vision_labels: jax.Array | None = None  # [R] int32: what a merged row shows, -100 not told
 
 
-class Waiting(NamedTuple):
+class Pending(NamedTuple):
     """A sample that is drawn and not packed, and its place in the stream that it came from."""
 
     place: int
     sample: Sample
 
 
-class Placed(NamedTuple):
+class PackedSample(NamedTuple):
     """A sample and where it went."""
 
     sample: Sample
@@ -55,7 +55,7 @@ class Placed(NamedTuple):
     spots: list[list[tuple[int, int]]]  # of each image: first patch over all rows, patches
 
 
-class Room:
+class FreeSpace:
     """What is still free in a batch. Lists: rows are few, and numpy takes longer to look at them."""
 
     def __init__(self, pack: Pack):
@@ -66,7 +66,7 @@ class Room:
         )
         self.left = pack.rows * pack.length
 
-    def place(self, sample: Sample) -> Placed | None:
+    def place(self, sample: Sample) -> PackedSample | None:
         """Takes the room of a sample, the first there is, or leaves all as it was for None."""
         size = len(sample.ids)
         row = _first(self.tokens, size)
@@ -76,7 +76,7 @@ class Room:
         if sample.images:
             before = self.patches.copy()
             for image in sample.images:
-                spot = self.spread(image.grid)
+                spot = self.fit_frames(image.grid)
                 if spot is None:
                     self.patches = before
                     return None
@@ -84,9 +84,9 @@ class Room:
         start = self.length - self.tokens[row]
         self.tokens[row] -= size
         self.left -= size
-        return Placed(sample, row, start, spots)
+        return PackedSample(sample, row, start, spots)
 
-    def spread(self, grid: Grid) -> list[tuple[int, int]] | None:
+    def fit_frames(self, grid: Grid) -> list[tuple[int, int]] | None:
         """Takes the room of t frames of h x w patches: (first patch over all rows, patches), or None."""
         left, frame = grid[0], grid[1] * grid[2]
         spot: list[tuple[int, int]] = []
@@ -113,19 +113,19 @@ def _first(free: Sequence[int], size: int, start: int = 0) -> int | None:
 
 def frames_fit(pack: Pack, grids: Sequence[Grid]) -> bool:
     """Whether pictures and clips of one sample fit an empty batch."""
-    room = Room(pack)
-    return all(room.spread(grid) is not None for grid in grids)
+    room = FreeSpace(pack)
+    return all(room.fit_frames(grid) is not None for grid in grids)
 
 
 def choose(
-    pack: Pack, waiting: Sequence[Waiting], draw: Callable[[], Waiting | None]
-) -> tuple[list[Placed], list[Waiting]]:
+    pack: Pack, waiting: Sequence[Pending], draw: Callable[[], Pending | None]
+) -> tuple[list[PackedSample], list[Pending]]:
     """The samples of one batch by first fit, in the order in which they were drawn, and those left.
 
     Samples are drawn until pack.lookahead of them wait that do not fit, or draw() has no more. The
     first that waits always fits an empty batch, so none waits for long.
     """
-    room, placed, left = Room(pack), [], []
+    room, placed, left = FreeSpace(pack), [], []
     coming = iter(waiting)
     while room.left and len(left) < max(pack.lookahead, 1):
         drawn = next(coming, None) or draw()
@@ -140,40 +140,42 @@ def choose(
 
 
 def build(
-    cfg: Config, pack: Pack, placed: Sequence[Placed], pixel_type: Any, with_labels: bool,
-    memory: Memory | None = None,
+    cfg: Config, pack: Pack, placed: Sequence[PackedSample], pixel_type: Any, with_labels: bool,
+    buffers: BufferPool | None = None,
 ) -> PackedBatch:  # fmt: skip
     """The arrays of chosen samples; with_labels: vision_labels are wanted. Raises InputError.
 
-    memory: where the pixels lie. Samples lie in a row one behind another from its start, so that each
+    buffers: where the pixels lie. Samples lie in a row one behind another from its start, so that each
     other field is written in one call, in their order.
     """
     placed = sorted(placed, key=lambda p: (p.row, p.start))
     samples, seen = [p.sample for p in placed], [p for p in placed if p.spots]
     rows, starts = (np.array([getattr(p, name) for p in placed], int) for name in ("row", "start"))
-    spread = _Spread(rows, np.array([len(s.ids) for s in samples], int), (pack.rows, pack.length))
-    tokens = spread([s.ids for s in samples], np.int32)
-    labels = spread([s.labels for s in samples], np.int32, IGNORE_INDEX)
-    weights = spread([s.weights for s in samples], np.float32)
+    filler = _RowFiller(
+        rows, np.array([len(s.ids) for s in samples], int), (pack.rows, pack.length)
+    )
+    tokens = filler([s.ids for s in samples], np.int32)
+    labels = filler([s.labels for s in samples], np.int32, IGNORE_INDEX)
+    weights = filler([s.weights for s in samples], np.float32)
     labels[rows, starts], weights[rows, starts] = IGNORE_INDEX, 0.0
     number = np.arange(1, len(rows) + 1) - np.searchsorted(rows, rows)
     vision_rows, vision, named = None, None, None
     if pack.vision_rows:
         merged = _merged_rows(cfg, seen)
         at = (tokens == cfg.image_token_id) | (tokens == cfg.video_token_id)
-        at &= spread.each(np.array([bool(p.spots) for p in placed], bool))
+        at &= filler.each(np.array([bool(p.spots) for p in placed], bool))
         vision_rows = np.full(at.shape, -1, np.int32)
         vision_rows[at] = merged
-        vision = _vision(cfg, pack, seen, _pixels(cfg, pack, pixel_type, memory or Memory()))
+        vision = _vision(cfg, pack, seen, _pixels(cfg, pack, pixel_type, buffers or BufferPool()))
         named = _vision_labels(cfg, pack, seen, merged) if with_labels else None
-    positions = spread([s.positions for s in samples], np.int32, before=(3,))
-    fields: Any = tokens, positions, spread.each(number.astype(np.int32)), vision_rows
+    positions = filler([s.positions for s in samples], np.int32, before=(3,))
+    fields: Any = tokens, positions, filler.each(number.astype(np.int32)), vision_rows
     delta: Any = np.zeros(pack.rows, np.int32)
     told: Any = (labels, weights, named)
     return PackedBatch(Batch(*fields, delta=delta, vision=vision, labels=told[0]), *told[1:])
 
 
-class _Spread:
+class _RowFiller:
     """Arrays one after another -> rows of one shape, the rest of each row filled up."""
 
     def __init__(self, rows: np.ndarray, sizes: np.ndarray, shape: tuple[int, int]):
@@ -207,7 +209,7 @@ class _Spread:
         return np.repeat(spread, self._sizes).reshape(self._shape)
 
 
-def _merged_rows(cfg: Config, seen: Sequence[Placed]) -> np.ndarray:
+def _merged_rows(cfg: Config, seen: Sequence[PackedSample]) -> np.ndarray:
     """The merged row of each placeholder of samples, one after another."""
     spots = [spot for p in seen for visual in p.spots for spot in visual]
     first, count = np.array(spots, int).reshape(-1, 2).T // cfg.vision.merge_unit
@@ -215,7 +217,7 @@ def _merged_rows(cfg: Config, seen: Sequence[Placed]) -> np.ndarray:
 
 
 def _vision_labels(
-    cfg: Config, pack: Pack, seen: Sequence[Placed], merged: np.ndarray
+    cfg: Config, pack: Pack, seen: Sequence[PackedSample], merged: np.ndarray
 ) -> np.ndarray:
     """What each merged row of a batch shows [R]."""
     unit = cfg.vision.merge_unit
@@ -229,14 +231,16 @@ def _vision_labels(
     return out
 
 
-def _pixels(cfg: Config, pack: Pack, pixel_type: Any, memory: Memory) -> np.ndarray:
-    """Room for the pixels of all patches, whatever it holds: zeros would be written twice."""
+def _pixels(cfg: Config, pack: Pack, pixel_type: Any, buffers: BufferPool) -> np.ndarray:
+    """FreeSpace for the pixels of all patches, whatever it holds: zeros would be written twice."""
     shape = pack.vision_rows * pack.vision_length, int(np.prod(cfg.vision.patch_shape))
     size = shape[0] * shape[1] * np.dtype(pixel_type).itemsize
-    return memory.empty(size).view(pixel_type).reshape(shape)
+    return buffers.empty(size).view(pixel_type).reshape(shape)
 
 
-def _vision(cfg: Config, pack: Pack, seen: Sequence[Placed], pixels: np.ndarray) -> VisionInputs:
+def _vision(
+    cfg: Config, pack: Pack, seen: Sequence[PackedSample], pixels: np.ndarray
+) -> VisionInputs:
     """The pictures and clips of samples as vision inputs [W P ..]; padding sees nothing."""
     frames: list[tuple[int, VisionInputs]] = []  # first patch over all rows, tables
     known: dict[Any, VisionInputs] = {}  # to hash a config takes longer than to write a picture
@@ -255,17 +259,17 @@ def _vision(cfg: Config, pack: Pack, seen: Sequence[Placed], pixels: np.ndarray)
     tables, shape = [table for _, table in frames], (pack.vision_rows, pack.vision_length)
     sizes = np.array([len(table.coords) for table in tables], int)
     row, first = divmod(np.array([at for at, _ in frames], int), shape[1])
-    spread = _Spread(row, sizes, shape)
-    for number, used in enumerate(spread.used.tolist()):
+    filler = _RowFiller(row, sizes, shape)
+    for number, used in enumerate(filler.used.tolist()):
         pixels[number * shape[1] + used : (number + 1) * shape[1]] = 0
     fields: Any = {
-        name: spread([getattr(table, name) for table in tables], dtype, behind=(width,))
+        name: filler([getattr(table, name) for table in tables], dtype, behind=(width,))
         for name, dtype, width in (
             ("pos_index", np.int32, 4), ("pos_weight", np.float32, 4), ("coords", np.int32, 2)
         )
     }  # fmt: skip
     given: Any = pixels.reshape(*shape, -1)
-    lo, hi = (spread.each(x.astype(np.int32)) for x in (first, first + sizes))
+    lo, hi = (filler.each(x.astype(np.int32)) for x in (first, first + sizes))
     ranges: Any = {"lo": lo, "hi": hi}
     return VisionInputs(given, **fields, **ranges)
 
@@ -309,7 +313,7 @@ def _as_type(pixels: np.ndarray, wanted: np.dtype) -> np.ndarray:
     raise InputError(f"pixels are {pixels.dtype}, expected {wanted} before normalisation")
 
 
-def fill_of(pack: Pack, placed: Sequence[Placed]) -> dict[str, float]:
+def fill_of(pack: Pack, placed: Sequence[PackedSample]) -> dict[str, float]:
     """How full a batch is: shares of its tokens and patches, and counts.
 
     pairs: of tokens, one of which sees the other; patch_pairs: of patches that see each other.

@@ -52,7 +52,7 @@ class Records(Protocol):
 def open_records(source: Source) -> Records:
     """The records of a source. Raises InputError for one that cannot be opened or is empty."""
     if source.path.startswith("python:"):
-        found: Records = Made.of(source)
+        found: Records = PythonSource.of(source)
     else:
         path = as_path(source.path)
         if source.options:
@@ -61,8 +61,14 @@ def open_records(source: Source) -> Records:
         if not path.is_file():
             raise InputError(f"{path}: no such file, expected {_SUFFIXES}")
         here = dataclasses.replace(source, media=source.media or str(path.parent))
-        kinds = {".jsonl": Lines.of, ".ndjson": Lines.of, ".json": _json, ".parquet": Table.of,
-                 ".array_record": Array.of, ".arrayrecord": Array.of}  # fmt: skip
+        kinds = {
+            ".jsonl": JsonLines.of,
+            ".ndjson": JsonLines.of,
+            ".json": _json,
+            ".parquet": ParquetTable.of,
+            ".array_record": ArrayRecord.of,
+            ".arrayrecord": ArrayRecord.of,
+        }
         if path.suffix not in kinds:
             raise InputError(f"{path}: unknown kind of file {path.suffix!r}, expected {_SUFFIXES}")
         try:
@@ -75,7 +81,7 @@ def open_records(source: Source) -> Records:
 
 
 @dataclasses.dataclass(frozen=True)
-class Lines:
+class JsonLines:
     """A JSONL file: where its lines begin is known, and one line is read at a time."""
 
     path: str
@@ -84,7 +90,7 @@ class Lines:
     spans: np.ndarray
 
     @classmethod
-    def of(cls, path: str, source: Source) -> Lines:
+    def of(cls, path: str, source: Source) -> JsonLines:
         """Looks through the file once; empty lines are no records, a list is several."""
         none = np.zeros(0, np.int64)
         ends, lists, returns = [none], [none], [none]
@@ -143,7 +149,7 @@ def _named(path: str, number: int, place: int = -1) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Items:
+class JsonList:
     """A JSON file that holds one list of records; it is kept in memory, unlike JSONL."""
 
     path: str
@@ -164,7 +170,7 @@ def _json(path: str, source: Source) -> Records:
     """A .json file: one list, in which a list is several records, or else a record a line."""
     with as_path(path).open("rb") as file:
         if file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] != b"[":
-            return Lines.of(path, source)
+            return JsonLines.of(path, source)
         file.seek(0)
         found = read_json(file.read(), path, large=True)
     items: list[tuple[str, Any]] = []
@@ -173,11 +179,11 @@ def _json(path: str, source: Source) -> Records:
             items += [(_named(path, number, at), one) for at, one in enumerate(item)]
         else:
             items.append((_named(path, number), item))
-    return Items(path, source, items)
+    return JsonList(path, source, items)
 
 
 @dataclasses.dataclass(frozen=True)
-class Table:
+class ParquetTable:
     """A parquet file. One row group is read at a time, so shuffled files want small ones."""
 
     path: str
@@ -186,7 +192,7 @@ class Table:
     ends: np.ndarray  # [g] rows up to the end of each row group
 
     @classmethod
-    def of(cls, path: str, source: Source) -> Table:
+    def of(cls, path: str, source: Source) -> ParquetTable:
         import pyarrow
 
         try:
@@ -245,7 +251,7 @@ def _row_group(path: str, group: int, columns: tuple[str, ...]) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Array:
+class ArrayRecord:
     """An ArrayRecord file whose records are JSON texts."""
 
     path: str
@@ -253,7 +259,7 @@ class Array:
     count: int
 
     @classmethod
-    def of(cls, path: str, source: Source) -> Array:
+    def of(cls, path: str, source: Source) -> ArrayRecord:
         if is_remote(path):
             raise InputError(f"{path}: ArrayRecord is read from disks; use JSONL or parquet there")
         try:
@@ -279,7 +285,7 @@ def _array(path: str) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Made:
+class PythonSource:
     """What a Python class makes by index: records in chat form, or samples ready to be packed.
 
     The class has __len__ and __getitem__, is a function of the index alone, and goes to workers by
@@ -290,7 +296,7 @@ class Made:
     maker: Any
 
     @classmethod
-    def of(cls, source: Source) -> Made:
+    def of(cls, source: Source) -> PythonSource:
         """Makes the class with the source's options."""
         module, _, name = source.path.removeprefix("python:").partition(":")
         try:

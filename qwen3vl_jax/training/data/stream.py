@@ -18,7 +18,7 @@ from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.training.data.make_samples import SampleMaker, TooLarge
 from qwen3vl_jax.training.data.records import Records
 from qwen3vl_jax.training.data.sample import Refusal, Sample
-from qwen3vl_jax.training.data.worker_transport import Inbox, memory_folder, send
+from qwen3vl_jax.training.data.worker_transport import Inbox, memory_folder, pack
 
 GROUP = 16  # samples that a worker hands over at a time
 AHEAD = 2  # groups that a worker has ready
@@ -97,8 +97,8 @@ def iterate(
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain's workers read its flags, which no one sets here
     folder = memory_folder()
-    pack = functools.partial(send, folder, patch_shape)
-    groups = stream.slice(slice(first, None)).batch(GROUP, batch_fn=pack)
+    pack_group = functools.partial(pack, folder, patch_shape)
+    groups = stream.slice(slice(first, None)).batch(GROUP, batch_fn=pack_group)
     reading = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=AHEAD)
     begin = functools.partial(_begin_worker, folder)
@@ -117,7 +117,7 @@ def _one_by_one(groups: Iterator[Any]) -> Iterator[Any]:
     inbox = Inbox()
     try:
         for group in groups:
-            yield from group.opened(inbox)
+            yield from group.unpack(inbox)
     except RuntimeError as error:
         raise InputError(
             f"data.workers: a worker process ended ({error}). Too little memory is the usual reason: "

@@ -29,7 +29,7 @@ _FREE = ".free"  # ends the name of a file that was read
 _FIELDS = 6  # int32 of each token: id, label, weight (a float32's bits), positions
 
 
-class _Told(NamedTuple):
+class _SampleInfo(NamedTuple):
     """A Sample whose arrays are elsewhere."""
 
     name: str
@@ -40,24 +40,24 @@ class _Told(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Parcel:
+class SampleBlock:
     """Refusals, and of samples everything but their arrays, which are one block.
 
     The block: fields of tokens [_FIELDS n], vision labels, and each array of pixels; of n tokens.
     """
 
-    items: list[Refusal | _Told]
+    items: list[Refusal | _SampleInfo]
     pixels: list[tuple[tuple[int, ...], str]]  # shapes and types
     size: int  # of the block in bytes
     block: str | bytes  # the path of a file, or the bytes themselves
 
-    def opened(self, inbox: Inbox) -> list[Sample | Refusal]:
+    def unpack(self, inbox: Inbox) -> list[Sample | Refusal]:
         """What was sent, once; its arrays are not to be written to."""
         if isinstance(self.block, str):
             block = inbox.read(self.block, self.size)
         else:
             block = np.frombuffer(self.block, np.uint8)
-        told = [item for item in self.items if isinstance(item, _Told)]
+        told = [item for item in self.items if isinstance(item, _SampleInfo)]
         count = sum(item.tokens for item in told)
         table = block[: 4 * _FIELDS * count].view(np.int32).reshape(_FIELDS, count)
         end = table.nbytes + 4 * sum(max(item.merged, 0) for item in told)
@@ -66,7 +66,7 @@ class Parcel:
             start, end = end, end + math.prod(shape) * np.dtype(kind).itemsize
             pixels.append(block[start:end].view(kind).reshape(shape))
         samples = _samples(told, table, labels, pixels)
-        return [next(samples) if isinstance(item, _Told) else item for item in self.items]
+        return [next(samples) if isinstance(item, _SampleInfo) else item for item in self.items]
 
 
 class Inbox:
@@ -94,9 +94,9 @@ def _release(path: str) -> None:
 
 
 def _samples(
-    told: Sequence[_Told], table: np.ndarray, labels: np.ndarray, pixels: Sequence[np.ndarray]
+    told: Sequence[_SampleInfo], table: np.ndarray, labels: np.ndarray, pixels: Sequence[np.ndarray]
 ) -> Iterator[Sample]:
-    """Samples whose arrays are views of a parcel's."""
+    """Samples whose arrays are views of a block's."""
     (ids, targets, bits), positions = table[:3], table[3:]
     weights, start, first = bits.view(np.float32), 0, 0
     for item in told:
@@ -118,8 +118,10 @@ def _samples(
         start, first = start + item.tokens, first + max(item.merged, 0)
 
 
-def send(folder: str, patch_shape: tuple[int, ...], group: Sequence[Sample | Refusal]) -> Parcel:
-    """A group as a parcel; folder: of `memory_folder`. Images go as one frame."""
+def pack(
+    folder: str, patch_shape: tuple[int, ...], group: Sequence[Sample | Refusal]
+) -> SampleBlock:
+    """A group as a block; folder: of `memory_folder`. Images go as one frame."""
     samples = [item for item in group if isinstance(item, Sample)]
     places: dict[int, int] = {}  # samples may share an image, which is sent once
     sent: list[np.ndarray] = []
@@ -130,9 +132,11 @@ def send(folder: str, patch_shape: tuple[int, ...], group: Sequence[Sample | Ref
             sent.append(one_frame(image.patches, patch_shape))
         return place, type(image)(np.empty(0), image.grid, image.start, image.end)
 
-    def told(s: Sample) -> _Told:
+    def told(s: Sample) -> _SampleInfo:
         merged = -1 if s.vision_labels is None else len(s.vision_labels)
-        return _Told(s.name, s.note, len(s.ids), merged, [without_patches(x) for x in s.images])
+        return _SampleInfo(
+            s.name, s.note, len(s.ids), merged, [without_patches(x) for x in s.images]
+        )
 
     items = [told(item) if isinstance(item, Sample) else item for item in group]
     table = np.empty((_FIELDS, sum(len(s.ids) for s in samples)), np.int32)
@@ -145,7 +149,7 @@ def send(folder: str, patch_shape: tuple[int, ...], group: Sequence[Sample | Ref
     arrays: Any = [np.ascontiguousarray(x) for x in (table, *labels, *sent)]
     block = b"".join(arrays)
     shapes = [(pixels.shape, pixels.dtype.str) for pixels in sent]
-    return Parcel(items, shapes, len(block), _written(folder, block) or block)
+    return SampleBlock(items, shapes, len(block), _written(folder, block) or block)
 
 
 def _written(folder: str, block: bytes) -> str:

@@ -22,7 +22,7 @@ from qwen3vl_jax.processing.tokenizer import Tokenizer
 from qwen3vl_jax.storage.paths import as_path, kind
 from qwen3vl_jax.training import train_model
 from qwen3vl_jax.training.checks import check_sources
-from qwen3vl_jax.training.data.feed import Feed, Refusal, check_answers, survey
+from qwen3vl_jax.training.data.loader import DataLoader, Refusal, check_answers, survey
 from qwen3vl_jax.training.recipe import Recipe
 from qwen3vl_jax.training.reporting import memory_estimate
 from qwen3vl_jax.training.run_dir import open_model, write_model_files
@@ -77,7 +77,7 @@ def _survey(recipe: Recipe, proc: Processor, console: Console) -> list[InputErro
         try:
             survey(data, recipe.pack, proc, tell)
             if data is held_out:
-                check_answers(Feed(data, recipe.pack, proc, 0, once=True), asked.generate)
+                check_answers(DataLoader(data, recipe.pack, proc, 0, once=True), asked.generate)
         except InputError as error:
             wrong.append(error)
     return wrong
@@ -144,7 +144,7 @@ def _memory(recipe: Recipe, cfg: Config, parts: memory_estimate.Held) -> Table:
 
 def _draw(recipe: Recipe, proc: Processor) -> tuple[list[Any], int]:
     """Some batches as the run would draw them, and how many records the sources have."""
-    feed = Feed(dataclasses.replace(recipe.data, workers=0), recipe.pack, proc, recipe.seed)
+    feed = DataLoader(dataclasses.replace(recipe.data, workers=0), recipe.pack, proc, recipe.seed)
     try:
         drawn = list(itertools.islice(feed, _BATCHES))
         return drawn, sum(len(source) for source in feed.sources)

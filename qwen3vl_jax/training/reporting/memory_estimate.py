@@ -16,8 +16,8 @@ from qwen3vl_jax.config import Config
 from qwen3vl_jax.model.sharding import layout_mesh
 from qwen3vl_jax.model.structs import Params
 from qwen3vl_jax.training import param_groups, train_model
-from qwen3vl_jax.training.lora_targets import cut_lora
-from qwen3vl_jax.training.param_groups import Flat
+from qwen3vl_jax.training.lora_targets import split_lora
+from qwen3vl_jax.training.param_groups import Flat, MergeParams
 from qwen3vl_jax.training.recipe import Mesh, Recipe
 from qwen3vl_jax.training.stacked_load import stacked
 from qwen3vl_jax.training.state_sharding import params_shardings
@@ -31,7 +31,7 @@ class Held(NamedTuple):
     weights: Flat
     frozen: Flat
     state: Any  # TrainState
-    join: Any = None  # setup.Join
+    merge: Any = None  # param_groups.MergeParams
 
     def by_group(
         self, recipe: Recipe, cfg: Config
@@ -59,20 +59,20 @@ def _is_scale(name: str, flat: Flat) -> bool:
 
 
 def held(recipe: Recipe, cfg: Config) -> Held:
-    """What a run of this recipe would hold. Raises InputError as `setup.cut` does."""
+    """What a run of this recipe would hold. Raises InputError as `train_model.split_trainable` does."""
 
-    joins: list[train_model.Join] = []
+    merges: list[MergeParams] = []
 
     def make(params: Params) -> tuple[Flat, Flat]:
-        cut = cut_lora if recipe.lora.rank else train_model.cut
-        trainee = cut(recipe, cfg, params)
-        joins.append(trainee.join)  # which knows names and no arrays
-        return trainee.weights, trainee.frozen
+        split = split_lora if recipe.lora.rank else train_model.split_trainable
+        trainable = split(recipe, cfg, params)
+        merges.append(trainable.merge)  # which knows names and no arrays
+        return trainable.weights, trainable.frozen
 
     weights, frozen = jax.eval_shape(make, _params(recipe, cfg))
-    rule = train_model.rule_of(recipe, cfg, weights)
-    state = jax.eval_shape(lambda w: train_model.first_state(recipe, rule, w), weights)
-    return Held(weights, frozen, state, joins[0])
+    optimizer = train_model.build_optimizer(recipe, cfg, weights)
+    state = jax.eval_shape(lambda w: train_model.initial_state(recipe, optimizer, w), weights)
+    return Held(weights, frozen, state, merges[0])
 
 
 def _params(recipe: Recipe, cfg: Config) -> Params:
@@ -116,7 +116,7 @@ def memory(recipe: Recipe, cfg: Config, parts: Held) -> dict[str, int]:
         "frozen weights": share(parts.frozen),
         "gradients (float32)": share(fp32) * (2 if recipe.step.accumulate > 1 else 1),
         f"optimizer ({recipe.optimizer.name})": round(moments * weights / max(whole, 1)),
-        "compensation": share(state.rest or {}),
+        "compensation": share(state.compensation or {}),
         "moving average": share(state.average or {}),
         f"activations (remat {recipe.step.remat}), about": _activations(recipe, cfg),
         "logits of a chunk of the loss": _logits(recipe, cfg),

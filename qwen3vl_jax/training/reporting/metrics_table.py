@@ -29,7 +29,7 @@ class Table:
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Adds the row of a step; a column that was not there before is empty in earlier rows."""
-        row = {STEP: str(step), **{name: spelled(value) for name, value in values.items()}}
+        row = {STEP: str(step), **{name: format_number(value) for name, value in values.items()}}
         self.steps.add(step)
         if new := [name for name in row if name not in self._columns]:
             self.sync()
@@ -69,7 +69,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
     return [row for row in rows if (row.get(STEP) or "").isdecimal()]
 
 
-def spelled(value: Any) -> str:
+def format_number(value: Any) -> str:
     """A number so that float32 comes back exactly; numbers of an array with blanks between them."""
     if value is None:
         return ""

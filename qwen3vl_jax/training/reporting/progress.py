@@ -30,14 +30,14 @@ class Progress:
     def stop(self) -> None:
         self._bar.stop()
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """One line that stays."""
         self._console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def compiling(self) -> None:
         """The first step begins: a line where there is no bar, which says so from the start."""
         if not self._console.is_terminal:
-            self.say("compiling the step ..")
+            self.log("compiling the step ..")
 
     def step(self, number: int, row: Mapping[str, Any], seconds: float, shown: bool) -> None:
         """A step is done; shown: whether it is worth a line where there is no bar."""
@@ -53,7 +53,7 @@ class Progress:
         )
         self._bar.update(self._task, completed=number, description=text)
         if shown and not self._console.is_terminal:
-            self.say(f"step {number}/{self._steps} {text}")
+            self.log(f"step {number}/{self._steps} {text}")
 
 
 def described(row: Mapping[str, Any], left: float | None) -> str:

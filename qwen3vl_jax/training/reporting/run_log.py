@@ -30,8 +30,8 @@ METRICS, REFUSED, CURVES = "metrics.csv", "refused.csv", "curves.png"
 _SHOWN = 400  # characters of a question or an answer in the log
 
 
-class Watch:
-    """Everything a run tells. Use it as a context manager; `first` is the step it goes on from."""
+class RunLogger:
+    """The log of a run. Use it as a context manager; `first` is the step it goes on from."""
 
     def __init__(self, out: Path, recipe: Recipe, first: int = 0):
         self.out, self.recipe, self.first = out, recipe, first
@@ -44,7 +44,7 @@ class Watch:
         self._refused = _read_refused(out / REFUSED)
         self._since = time.perf_counter()
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> RunLogger:
         self.progress.start()
         return self
 
@@ -65,6 +65,19 @@ class Watch:
         if self._board:
             self._board.flush()
         self._others.sync()
+
+    @property
+    def evaluated(self) -> set[int]:
+        """The steps that evaluation.csv has a row of."""
+        return self.evaluations.steps
+
+    def log(self, text: str) -> None:
+        """Prints one line."""
+        self.progress.log(text)
+
+    def compiling(self) -> None:
+        """Says that the first step is being compiled."""
+        self.progress.compiling()
 
     def restart_clock(self) -> None:
         """The next step's time starts now: what came before (evaluating, saving) is not its own."""
@@ -88,14 +101,14 @@ class Watch:
         shown = number % self.recipe.report.every == 0 or number == self.recipe.steps
         self.progress.step(number, row, seconds, shown or number == self.first + 1)
         if shown:
-            self._log("train", number, row)
+            self._write_scalars("train", number, row)
 
     def evaluation(self, number: int, values: Mapping[str, float], answers: Sequence[Answered]):
         """Writes an evaluation down, all answers to a file, some of them to the log."""
         self.evaluations.write(number, values)
         text = " ".join(f"{name} {value:.4g}" for name, value in values.items())
-        self.progress.say(f"step {number} evaluation {text}")
-        self._log("evaluation", number, values)
+        self.log(f"step {number} evaluation {text}")
+        self._write_scalars("evaluation", number, values)
         if not answers:
             return
         folder = self.out / "answers"
@@ -108,7 +121,7 @@ class Watch:
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         for a in answers[: self.recipe.report.samples]:
             mark = "right" if a.exact else f"expected {_short(a.expected)}"
-            self.progress.say(f"  {_short(a.question)} -> {_short(a.answer)} ({mark})")
+            self.log(f"  {_short(a.question)} -> {_short(a.answer)} ({mark})")
         if self._board:
             told = "\n\n".join(f"{a.question}\n\n-> {a.answer}" for a in answers[:8])
             self._board.add_text("answers", told, number)
@@ -124,13 +137,13 @@ class Watch:
         write_whole(self.out / REFUSED, text.getvalue().encode())
         (name, reason), more = next(iter(new.items())), len(new) - 1
         rest = f" (and {more} more, see {REFUSED})" if more else ""
-        self.progress.say(f"left out or cut: {name}: {reason}{rest}")
+        self.log(f"left out or cut: {name}: {reason}{rest}")
 
     def draw(self) -> None:
         """Writes curves.png."""
         draw_curves(self.out / METRICS, self.out / EVALUATION, self.out / CURVES)
 
-    def _log(self, kind: str, number: int, values: Mapping[str, Any]) -> None:
+    def _write_scalars(self, kind: str, number: int, values: Mapping[str, Any]) -> None:
         plain = {n: float(x) for n, x in values.items() if x is not None and not np.ndim(x)}
         if self._board:
             for name, value in plain.items():
@@ -143,24 +156,21 @@ class Watch:
             self._wandb.log({f"{kind}/{n}": x for n, x in plain.items()}, step=number)
 
 
-class Muted:
-    """The Watch of a process that tells nothing; the first one speaks for all."""
+class NullLogger:
+    """The logger of every process but the first: it writes nothing."""
 
-    steps: tuple[int, ...] = ()
+    evaluated: frozenset[int] = frozenset()
 
-    def __init__(self) -> None:
-        self.evaluations = self.progress = self
-
-    def __enter__(self) -> Muted:
+    def __enter__(self) -> NullLogger:
         return self
 
     def __exit__(self, *error: Any) -> None:
         pass
 
-    def _nothing(self, *told: Any) -> None:
+    def _skip(self, *values: Any) -> None:
         pass
 
-    step = evaluation = refused = draw = say = compiling = restart_clock = sync = _nothing
+    step = evaluation = refused = draw = log = compiling = restart_clock = sync = _skip
 
 
 def _board(folder: Path, recipe: Recipe, first: int) -> Any:

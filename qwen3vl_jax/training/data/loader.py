@@ -18,12 +18,12 @@ import numpy as np
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.processor import Processor
+from qwen3vl_jax.training.data.buffer_pool import BufferPool
 from qwen3vl_jax.training.data.make_samples import SampleMaker, eight_bit
-from qwen3vl_jax.training.data.memory import Memory
 from qwen3vl_jax.training.data.packing import (
     PackedBatch,
-    Placed,
-    Waiting,
+    PackedSample,
+    Pending,
     build,
     choose,
     fill_of,
@@ -49,7 +49,7 @@ _TICK = 0.2  # seconds
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawn:
+class LoadedBatch:
     """One batch, the names of each row's samples, and what packing.fill_of says of it."""
 
     packed: Any  # PackedBatch; None once its step is under way
@@ -57,7 +57,7 @@ class Drawn:
     stats: dict[str, float]
 
 
-class Feed:
+class DataLoader:
     """An endless iterator of packed batches, or with `once` one pass in order whose last is not full.
 
     process_index of process_count: which part of every epoch is this process's. Raises InputError
@@ -93,30 +93,32 @@ class Feed:
         stream = make_stream(self.sources, self._maker, self.order)
         labelled = any(getattr(source, "vision_labels", False) for source in self.sources)
         pixel_type = np.float32 if eight_bit(proc) is proc else np.uint8
-        self._line = _Line(stream, data, pack, proc.config, pixel_type, labelled)
-        self._line.total, self._line.place = sum(map(len, self.sources)), place
-        self._state = self._line.state()
-        self._ahead: _Ahead | None = None
+        self._packer = Packer(stream, data, pack, proc.config, pixel_type, labelled)
+        self._packer.total, self._packer.place = sum(map(len, self.sources)), place
+        self._state = self._packer.state()
+        self._prefetcher: Prefetcher | None = None
         self._stale = False  # whether the line is ahead of the state, for a thread that was ended
 
-    def __iter__(self) -> Iterator[Drawn]:
+    def __iter__(self) -> Iterator[LoadedBatch]:
         return self
 
-    def __next__(self) -> Drawn:
+    def __next__(self) -> LoadedBatch:
         """The next batch. Raises StopIteration at the end of one pass, InputError for bad records."""
         if self._stale:
-            self._line.restore(self._state)
+            self._packer.restore(self._state)
             self._stale = False
-        if self._line.data.workers and self._ahead is None:
-            self._ahead = _Ahead(self._line.step)
-        drawn, self._state, error = self._ahead.take() if self._ahead else self._line.step()
+        if self._packer.data.workers and self._prefetcher is None:
+            self._prefetcher = Prefetcher(self._packer.step)
+        drawn, self._state, error = (
+            self._prefetcher.take() if self._prefetcher else self._packer.step()
+        )
         if drawn is None:
             raise error or StopIteration
         return drawn
 
-    def empty(self) -> Drawn:
+    def empty(self) -> LoadedBatch:
         """A batch of padding alone."""
-        return self._line.built([])
+        return self._packer.built([])
 
     def whole_state(self, state: dict[str, Any]) -> dict[str, Any]:
         """What `set_state` takes: a feed alone knows all of it."""
@@ -135,8 +137,8 @@ class Feed:
                     "same data, or begin a new run"
                 )
         self.close()
-        self._line.restore(state)
-        self._state, self._stale = self._line.state(), False
+        self._packer.restore(state)
+        self._state, self._stale = self._packer.state(), False
 
     def records(self, count: int) -> list[tuple[str, dict[str, Any]]]:
         """The first `count` (name, record in chat form) that ask, end in an answer and give a sample.
@@ -151,7 +153,7 @@ class Feed:
                     return found
                 made = read(index)
                 if isinstance(made, Refusal):
-                    self._line.keep(made.name, made.reason)
+                    self._packer.keep(made.name, made.reason)
                     continue
                 record = source.read(index)
                 if not isinstance(record, dict):
@@ -159,7 +161,7 @@ class Feed:
                 messages = record["messages"]
                 if len(messages) > 1 and messages[-1].get("role") == "assistant":
                     found.append((source.name(index), record))
-        self._state = self._line.state()
+        self._state = self._packer.state()
         return found
 
     @property
@@ -169,13 +171,13 @@ class Feed:
 
     def close(self) -> None:
         """Ends thread and workers; the next batch starts them again."""
-        if self._ahead is not None:
-            self._ahead.stop()
-            self._ahead, self._stale = None, True
-        self._line.end()
+        if self._prefetcher is not None:
+            self._prefetcher.stop()
+            self._prefetcher, self._stale = None, True
+        self._packer.end()
 
 
-class _Line:
+class Packer:
     """The samples of a stream in batches, one after another, and where it is."""
 
     def __init__(
@@ -183,12 +185,12 @@ class _Line:
     ):
         self.stream, self.data, self.pack, self.config = stream, data, pack, config
         self.pixel_type, self.labelled, self.total = pixel_type, labelled, 0
-        self.memory = Memory()
+        self.buffers = BufferPool()
         self.place: Callable[[PackedBatch], PackedBatch] = lambda packed: packed
         self.end: Callable[[], None] = lambda: None
         self._begin(0)
 
-    def step(self) -> tuple[Drawn | None, dict[str, Any], Exception | None]:
+    def step(self) -> tuple[LoadedBatch | None, dict[str, Any], Exception | None]:
         """(the next batch or None at the end, the state behind it, what stopped it)."""
         try:
             placed, self.waiting = choose(self.pack, self.waiting, self._draw)
@@ -198,13 +200,13 @@ class _Line:
         except Exception as error:  # it is raised where the batch is asked for
             return None, self.state(), error
 
-    def built(self, placed: Sequence[Placed]) -> Drawn:
+    def built(self, placed: Sequence[PackedSample]) -> LoadedBatch:
         """The batch of chosen samples."""
-        packed = build(self.config, self.pack, placed, self.pixel_type, self.labelled, self.memory)
+        packed = build(self.config, self.pack, placed, self.pixel_type, self.labelled, self.buffers)
         names: list[list[str]] = [[] for _ in range(self.pack.rows)]
         for found in placed:
             names[found.row].append(found.sample.name)
-        return Drawn(self.place(packed), names, fill_of(self.pack, placed))
+        return LoadedBatch(self.place(packed), names, fill_of(self.pack, placed))
 
     def state(self) -> dict[str, Any]:
         """Place of the next sample, places of those that wait, and counts: JSON data."""
@@ -221,17 +223,17 @@ class _Line:
             sample = self.stream[place]
             if isinstance(sample, Refusal):
                 raise InputError(f"{sample.name}: was fine before the run stopped: {sample.reason}")
-            self.waiting.append(Waiting(place, sample))
+            self.waiting.append(Pending(place, sample))
 
     def _begin(self, first: int) -> None:
         self.end()
         self.end = lambda: None
         self.coming: Iterator[Sample | Refusal] | None = None
-        self.next, self.waiting = first, list[Waiting]()
+        self.next, self.waiting = first, list[Pending]()
         self.counts = {"read": 0, "bad": 0, "too_large": 0}
         self.refused: dict[str, str] = {}
 
-    def _draw(self) -> Waiting | None:
+    def _draw(self) -> Pending | None:
         """The next sample of the stream, None behind its end."""
         if self.coming is None:
             self.coming, self.end = iterate(
@@ -245,7 +247,7 @@ class _Line:
                 continue
             if made.note:
                 self.keep(made.name, made.note)
-            return Waiting(self.next - 1, made)
+            return Pending(self.next - 1, made)
         return None
 
     def keep(self, name: str, reason: str) -> None:
@@ -315,7 +317,7 @@ def check_answers(feed: Any, count: int) -> None:
         )
 
 
-class _Ahead:
+class Prefetcher:
     """A thread that has the next few batches ready."""
 
     def __init__(self, step: Callable[[], tuple[Any, Any, Any]]):

@@ -9,7 +9,7 @@ from collections import defaultdict
 import numpy as np
 
 
-class Memory:
+class BufferPool:
     """Arrays whose memory is given out again once nothing refers to it any more, views included."""
 
     def __init__(self) -> None:
