@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
@@ -18,12 +20,18 @@ from qwen3vl_jax.model.transformer import unstack_layers
 from qwen3vl_jax.processing.parse_reply import Reply, parse_reply
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.storage.json_text import read_json, write_json
+from qwen3vl_jax.training.data.global_batches import all_refused
+from qwen3vl_jax.training.data.loader import check_answers
 from qwen3vl_jax.training.data.make_samples import processor_options, without_train_flag
 from qwen3vl_jax.training.data.packing import PackedBatch
-from qwen3vl_jax.training.recipe import Data, Step
-from qwen3vl_jax.training.train_step import batch_sums, step_totals
+from qwen3vl_jax.training.param_groups import MergeParams
+from qwen3vl_jax.training.recipe import Data, Recipe, Step
+from qwen3vl_jax.training.train_step import TrainState, batch_sums, step_totals
 
-ROWS = 8  # prompts answered together
+# Prompts answered together.
+ROWS = 8
+# (data, seed, once=False) -> a DataLoader or a GlobalFeed
+OpenLoader = Callable[..., Any]
 
 
 class Answered(NamedTuple):
@@ -37,6 +45,86 @@ class Answered(NamedTuple):
     @property
     def exact(self) -> bool:
         return self.answer.strip() == self.expected.strip()
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """The evaluation of a run: loss over the evaluation sources, and answers to their records."""
+
+    recipe: Recipe
+    processor: Processor
+    open_loader: OpenLoader
+    measure: Callable[..., tuple[jax.Array, ...]]
+    inference: Callable[..., Params]
+
+    @classmethod
+    def of(
+        cls, recipe: Recipe, processor: Processor, open_loader: OpenLoader, merge: MergeParams
+    ) -> Evaluation:
+        """Jits the two functions. merge(weights, frozen) gives the parameter tree."""
+        measure = make_measure(processor.config, recipe.step, merge)
+        return cls(recipe, processor, open_loader, measure, make_inference(recipe.step, merge))
+
+    def run(
+        self, state: TrainState, frozen: Any, number: int, logger: Any, check: Callable[[], None]
+    ) -> float | None:
+        """Logs an evaluation of a state, and gives its loss, None if that is not finite.
+
+        check: called before each batch; what it raises ends the evaluation, and nothing is logged.
+        """
+        settings, weights = self.recipe.evaluate, state.average or state.weights
+        loader = open_held_out(self.recipe, self.open_loader)
+        try:
+            loaded = itertools.islice(loader, settings.batches or None)
+            batches = (jax.tree.map(lambda x: x[0], batch.packed) for batch in loaded)
+            values = mean_loss(self.measure, weights, frozen, batches, check)
+            logger.refused(all_refused(loader))
+            records = loader.records(settings.generate) if settings.generate else []
+        finally:
+            logger.refused(loader.refused)
+            loader.close()
+        answers = []
+        if records:
+            params, data = self.inference(weights, frozen), self.recipe.data
+            count = settings.max_new_tokens
+            answers, refused = answer(params, self.processor, data, records, count, check)
+            logger.refused(refused)
+            values["exact"] = sum(a.exact for a in answers) / max(len(answers), 1)
+        logger.evaluation(number, values, answers)
+        if np.isfinite(values["loss"]):
+            return values["loss"]
+        logger.log("the evaluation's loss is not a number: this step cannot be the best")
+        return None
+
+
+def is_due(recipe: Recipe, number: int) -> bool:
+    """Whether a step is evaluated: each `evaluate.every` steps, and the last one."""
+    every = recipe.evaluate.every
+    return bool(every and number and (number % every == 0 or number == recipe.steps))
+
+
+def open_held_out(recipe: Recipe, open_loader: OpenLoader, bad_fraction: float = 1.0) -> Any:
+    """A loader of one pass over the evaluation sources in order, in this process."""
+    data = dataclasses.replace(
+        recipe.data, sources=recipe.evaluate.sources, shuffle=False, workers=0,
+        bad_fraction=bad_fraction,
+    )  # fmt: skip
+    return open_loader(data, 0, once=True)
+
+
+def check_held_out(recipe: Recipe, open_loader: OpenLoader) -> list[tuple[str, str]]:
+    """(name, reason) of the records that evaluations leave out. Raises InputError for bad sources.
+
+    Reads what an evaluation reads, so that no bad source ends the run hours later.
+    """
+    loader = open_held_out(recipe, open_loader, recipe.data.bad_fraction)
+    try:
+        for _ in itertools.islice(loader, recipe.evaluate.batches or None):
+            pass
+        check_answers(loader, recipe.evaluate.generate)
+        return loader.refused
+    finally:
+        loader.close()
 
 
 def make_measure(cfg: Config, step: Step, merge) -> Callable[..., tuple[jax.Array, ...]]:

@@ -15,6 +15,7 @@ from qwen3vl_jax.checkpoint.digests import META, DamagedError
 from qwen3vl_jax.config import Config, is_run
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.processor import Processor
+from qwen3vl_jax.runtime import distributed
 from qwen3vl_jax.storage import atomic_dir
 from qwen3vl_jax.storage.hub import resolve
 from qwen3vl_jax.storage.json_text import write_json
@@ -107,6 +108,23 @@ def write_model_files(recipe: Recipe, target: Path) -> None:
         if recipe.train.new_tokens:
             rows = Config.from_hf(source).text.vocab_size
             add_tokens(source, stage, recipe.train.new_tokens, rows)
+
+
+def prepare_model_files(recipe: Recipe, out: Path, first: int) -> tuple[Processor, list[int]]:
+    """`open_model` of RUN_DIR/model, which the first process of a new run writes."""
+    if not first:
+        if distributed.is_first():
+            write_model_files(recipe, out / MODEL)
+        distributed.wait_for_all("model files")
+    return open_model(recipe, out / MODEL)
+
+
+def with_model(recipe: Recipe, out: Path, meta: dict[str, Any]) -> dict[str, Any]:
+    """A run's meta with the model's config. Raises DiffersError if ckpt is no longer that model."""
+    now = Config.from_hf(resolve(recipe.ckpt)).to_hf()
+    meta = {"model": now, **meta}
+    check_model(now, Config.from_hf(meta["model"]).to_hf(), out)
+    return meta
 
 
 def open_model(recipe: Recipe, target: Path) -> tuple[Processor, list[int]]:

@@ -143,6 +143,11 @@ class GlobalFeed:
             feed.close()
 
 
+def all_refused(loader: DataLoader | GlobalFeed) -> list[tuple[str, str]]:
+    """What all processes left out or cut; all of them call it. `loader.refused` is of this one."""
+    return [(name, reason) for each in distributed.all_of(loader.refused) for name, reason in each]
+
+
 def divided(pack: Pack, groups: int) -> Pack:
     """The rows of one group. Raises InputError where they do not divide."""
     for name in ("rows", "vision_rows"):
