@@ -32,7 +32,7 @@ from qwen3vl_jax.training.data.sample import Sample
 from qwen3vl_jax.training.recipe import Recipe, read_recipe
 from qwen3vl_jax.training.reporting.flops import real_work, step_flops
 from qwen3vl_jax.training.state_sharding import batch_axis, batch_shardings, put
-from qwen3vl_jax.training.train_step import gradients
+from qwen3vl_jax.training.train_step import batch_sums, gradients, step_totals, total_loss
 
 RECIPE = Path(__file__).resolve().parent.parent / "configs" / "sft_2b.toml"
 EVERY = 997  # of a gradient's numbers, those that are compared
@@ -227,8 +227,13 @@ def some_gradients(
 
     @jax.jit
     def some(weights, frozen, packed):
-        rebuild = lambda weights, key: merge(weights, frozen, key)  # noqa: E731
-        grads, _, _ = gradients(weights, rebuild, cfg, packed, how, jax.random.key(0))
+        totals = step_totals(packed)
+
+        def loss_fn(weights, batch, key):
+            sums = batch_sums(merge(weights, frozen, key), cfg, batch, how, key)
+            return total_loss(sums, totals, how), sums
+
+        grads, _ = gradients(loss_fn, weights, packed, jax.random.key(0))
         return {name: g.reshape(-1)[::EVERY] for name, g in grads.items()}
 
     precision = "highest" if dtype == "float32" else "default"

@@ -133,12 +133,23 @@ def flat(params):
     return weights, lambda weights, frozen, key=None: unflatten({**weights, **frozen})
 
 
+def gradients(weights, merge, cfg, packed, settings, key):
+    """(gradients, sums, totals) of the training step's loss; merge(weights, key) gives parameters."""
+    totals = train_step.step_totals(packed)
+
+    def loss_fn(weights, batch, key):
+        sums = train_step.batch_sums(merge(weights, key), cfg, batch, settings, key)
+        return train_step.total_loss(sums, totals, settings), sums
+
+    return *train_step.gradients(loss_fn, weights, packed, key), totals
+
+
 def slopes(params, cfg, settings=FP32):
     """A jitted function of (weights, packed, key): (gradients, loss, metrics), everything trained."""
     _, join = flat(params)
 
     def run(weights, packed, key):
-        grads, sums, totals = train_step.gradients(
+        grads, sums, totals = gradients(
             weights, lambda w, k: join(w, {}, k), cfg, packed, settings, key
         )
         return (

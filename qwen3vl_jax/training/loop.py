@@ -102,6 +102,7 @@ def train_from(
         state, frozen, merge, step = start_state(recipe, processor, new_ids, mesh, out, first)
         evaluation = evaluate.Evaluation.of(recipe, processor, open_loader, merge)
         checkpoints = Checkpoints(out, recipe.checkpoints.keep, recipe.checkpoints.keep_best)
+        speed = Speed(recipe, cfg, state.weights, 1 if mesh is None else mesh.size)
         closing.callback(checkpoints.close)
         closing.callback(loader.close)
 
@@ -112,11 +113,10 @@ def train_from(
             for line in [*changed, *notes]:
                 logger.log(line)
             logger.refused(left_out)
-            devices = 1 if mesh is None else mesh.size
-            speed = Speed(recipe, cfg, state.weights, devices)
             run = Run(recipe, out, first, meta, loader, step, state, frozen, evaluation,
                       checkpoints, logger, stop, speed)  # fmt: skip
-            del state  # the step donates it
+            # The step donates its arrays.
+            del state
             try:
                 run_steps(run)
             finally:

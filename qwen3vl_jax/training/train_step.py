@@ -5,7 +5,7 @@ Dims as in layers.py; W rows of the ViT with P patches each, M micro batches a s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 import flax.struct
@@ -21,7 +21,7 @@ from qwen3vl_jax.model.transformer import full_attention, run_decoder
 from qwen3vl_jax.model.vision import vision_encode
 from qwen3vl_jax.training.data.packing import PackedBatch
 from qwen3vl_jax.training.optimizer import apply_update, exact, named_key
-from qwen3vl_jax.training.param_groups import Flat
+from qwen3vl_jax.training.param_groups import Flat, MergeParams
 from qwen3vl_jax.training.recipe import Step
 
 
@@ -140,52 +140,51 @@ def total_loss(sums: Sums, totals: Totals, step: Step) -> jax.Array:
     return loss + step.balance_loss * sums.balance / totals.tokens
 
 
-def gradients(
-    weights: Flat, rebuild, cfg: Config, packed: PackedBatch, step: Step, key: jax.Array
-) -> tuple[Flat, Sums, Totals]:
-    """fp32 gradients of a step, [M ..] micro batches one after another: (gradients, sums, totals).
+def train_step(
+    state: TrainState, frozen: Mapping[str, Any], packed: PackedBatch, *, cfg: Config, step: Step,
+    optimizer: optax.GradientTransformation, merge: MergeParams, ema: float,
+) -> tuple[TrainState, dict[str, jax.Array]]:  # fmt: skip
+    """One update from micro batches [M ..]: (new state, metrics). Jit it and donate the state.
 
-    rebuild(weights, key) gives the whole parameter tree.
+    merge(weights, frozen, key) gives the parameter tree with stacked layers.
     """
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     totals = step_totals(packed)
 
-    def loss(weights, micro, key):
-        sums = batch_sums(rebuild(weights, key), cfg, micro, step, key)
+    def loss_fn(weights: Flat, batch: PackedBatch, key: jax.Array) -> tuple[jax.Array, Sums]:
+        params = merge(weights, frozen, key)
+        sums = batch_sums(params, cfg, batch, step, key)
         return total_loss(sums, totals, step), sums
 
+    grads, sums = gradients(loss_fn, state.weights, packed, key)
+    new = updated(state, grads, optimizer, ema, named_key(key, "rounding"))
+    return new, step_metrics(sums, totals) | {"grad_norm": optax.tree.norm(grads)}
+
+
+def gradients(
+    loss_fn: Callable[..., tuple[jax.Array, Sums]],
+    weights: Flat,
+    packed: PackedBatch,
+    key: jax.Array,
+) -> tuple[Flat, Sums]:
+    """(fp32 gradients, sums) of micro batches [M ..], added up one after another.
+
+    loss_fn(weights, micro batch, key) gives (loss, sums).
+    """
+
     def of(micro, i):
-        grads, sums = jax.grad(loss, has_aux=True)(weights, micro, jax.random.fold_in(key, i))
+        grads, sums = jax.grad(loss_fn, has_aux=True)(weights, micro, jax.random.fold_in(key, i))
         return {n: g.astype(jnp.float32) for n, g in grads.items()}, sums
 
-    def take(i):
-        return jax.tree.map(lambda x: x[i], packed)
-
+    first = jax.tree.map(lambda x: x[0], packed)
     if len(packed.weights) == 1:
-        return *of(take(0), 0), totals
+        return of(first, 0)
 
     def body(carry, xs):
         return jax.tree.map(jnp.add, carry, of(*xs)), None
 
-    shapes = jax.eval_shape(of, take(0), 0)
-    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    count = jnp.arange(len(packed.weights))
-    (grads, sums), _ = jax.lax.scan(body, zero, (packed, count))
-    return grads, sums, totals
-
-
-def train_step(
-    state: TrainState, frozen: Mapping[str, Any], packed: PackedBatch, *, cfg: Config, step: Step,
-    optimizer: optax.GradientTransformation, merge, ema: float,
-) -> tuple[TrainState, dict[str, jax.Array]]:  # fmt: skip
-    """One update from micro batches [M ..]: (new state, metrics). Jit it and donate the state.
-
-    merge(weights, frozen, key) makes the parameter tree, stacked.
-    """
-    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-    rebuild = lambda weights, key: merge(weights, frozen, key)  # noqa: E731
-    grads, sums, totals = gradients(state.weights, rebuild, cfg, packed, step, key)
-    new = updated(state, grads, optimizer, ema, named_key(key, "rounding"))
-    return new, step_metrics(sums, totals) | {"grad_norm": optax.tree.norm(grads)}
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of, first, 0))
+    return jax.lax.scan(body, zero, (packed, jnp.arange(len(packed.weights))))[0]
 
 
 def updated(

@@ -25,7 +25,6 @@ from qwen3vl_jax.model.moe import experts_ragged, experts_scan
 from qwen3vl_jax.model.quantized import Quantized, dequantize
 from qwen3vl_jax.training import recipe
 from qwen3vl_jax.training.lora_targets import first_values, split_lora, targeted
-from qwen3vl_jax.training.train_step import gradients
 
 SMALL = {
     "text": {"num_hidden_layers": 2},
@@ -176,7 +175,7 @@ def in_int8(params, cfg):
 
 def slopes(trainable, cfg, packed, settings):
     return jax.jit(
-        lambda w, f, p: gradients(
+        lambda w, f, p: ours_train.gradients(
             w, lambda w, key: trainable.merge(w, f, key), cfg, p, settings, jax.random.key(0)
         )[0]
     )(trainable.weights, trainable.frozen, packed)

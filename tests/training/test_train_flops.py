@@ -133,7 +133,7 @@ def test_a_scanned_step_holds_no_logits_and_no_second_weights():
 
     def run(weights, packed):
         rebuild = lambda weights, key: unflatten(weights)  # noqa: E731
-        return train_step.gradients(weights, rebuild, cfg, packed, settings, jax.random.key(0))
+        return ours_train.gradients(weights, rebuild, cfg, packed, settings, jax.random.key(0))
 
     jitted = jax.jit(run, compiler_options=ours_train.FAST)
     compiled = jitted.lower(weights, packed).compile()

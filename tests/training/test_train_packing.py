@@ -7,6 +7,7 @@ import golden_io
 import jax
 import numpy as np
 import ours
+import ours_train
 import pytest
 import tiny
 import train_sources
@@ -94,7 +95,7 @@ def model(moe):
     def run(weights, packed):
         one = jax.tree.map(lambda x: x[None], packed)
         key = jax.random.key(0)
-        grads, sums, totals = train_step.gradients(
+        grads, sums, totals = ours_train.gradients(
             weights, lambda w, k: unflatten(w), config, one, SETTINGS, key
         )
         return train_step.total_loss(sums, totals, SETTINGS), grads
