@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import queue
-import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -44,8 +44,7 @@ _SHOWN = 5  # bad records in a message
 _KEPT = 1000  # refusals that are kept by name
 _FEW = 500  # records that are read sooner than workers start
 _MOST_TOO_LARGE = 0.5
-_BATCHES_AHEAD = 1  # and one more that waits for its place
-_TICK = 0.2  # seconds
+_BATCHES_AHEAD = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +54,10 @@ class LoadedBatch:
     packed: Any  # PackedBatch; None once its step is under way
     names: list[list[str]]
     stats: dict[str, float]
+
+
+# (the next batch, or None at the end; the state after it; the error that ended it)
+Step = tuple[LoadedBatch | None, dict[str, Any], Exception | None]
 
 
 class DataLoader:
@@ -190,7 +193,7 @@ class Packer:
         self.end: Callable[[], None] = lambda: None
         self._begin(0)
 
-    def step(self) -> tuple[LoadedBatch | None, dict[str, Any], Exception | None]:
+    def step(self) -> Step:
         """(the next batch or None at the end, the state behind it, what stopped it)."""
         try:
             placed, self.waiting = choose(self.pack, self.waiting, self._draw)
@@ -318,35 +321,20 @@ def check_answers(feed: Any, count: int) -> None:
 
 
 class Prefetcher:
-    """A thread that has the next few batches ready."""
+    """A thread that packs the next batches, in order."""
 
-    def __init__(self, step: Callable[[], tuple[Any, Any, Any]]):
-        self._step, self._stopped = step, threading.Event()
-        self._ready: queue.Queue[tuple[Any, Any, Any]] = queue.Queue(_BATCHES_AHEAD)
-        self._last: tuple[Any, Any, Any] | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
+    def __init__(self, step: Callable[[], Step]):
+        self._step, self._thread = step, ThreadPoolExecutor(1)
+        self._coming = deque(self._thread.submit(step) for _ in range(_BATCHES_AHEAD))
 
-    def take(self) -> tuple[Any, Any, Any]:
-        """What the next step gave; the last one again behind the end."""
-        found = self._last or self._ready.get()
-        if found[0] is None:
-            self._last = found
+    def take(self) -> Step:
+        """What the next step gave. The last one is given again after the end."""
+        found = self._coming[0].result()
+        if found[0] is not None:
+            self._coming.popleft()
+            self._coming.append(self._thread.submit(self._step))
         return found
 
     def stop(self) -> None:
         """Waits for the step that is being made."""
-        self._stopped.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._stopped.is_set():
-            found = self._step()
-            while not self._stopped.is_set():
-                try:
-                    self._ready.put(found, timeout=_TICK)
-                    break
-                except queue.Full:
-                    continue
-            if found[0] is None:
-                return
+        self._thread.shutdown(cancel_futures=True)

@@ -156,10 +156,11 @@ def build(
     )
     tokens = filler([s.ids for s in samples], np.int32)
     labels = filler([s.labels for s in samples], np.int32, IGNORE_INDEX)
-    weights = filler([s.weights for s in samples], np.float32)
+    weights: Any = filler([s.weights for s in samples], np.float32)
     labels[rows, starts], weights[rows, starts] = IGNORE_INDEX, 0.0
     number = np.arange(1, len(rows) + 1) - np.searchsorted(rows, rows)
-    vision_rows, vision, named = None, None, None
+    vision_rows = vision = None
+    named: Any = None
     if pack.vision_rows:
         merged = _merged_rows(cfg, seen)
         at = (tokens == cfg.image_token_id) | (tokens == cfg.video_token_id)
@@ -168,11 +169,15 @@ def build(
         vision_rows[at] = merged
         vision = _vision(cfg, pack, seen, _pixels(cfg, pack, pixel_type, buffers or BufferPool()))
         named = _vision_labels(cfg, pack, seen, merged) if with_labels else None
-    positions = filler([s.positions for s in samples], np.int32, before=(3,))
-    fields: Any = tokens, positions, filler.each(number.astype(np.int32)), vision_rows
-    delta: Any = np.zeros(pack.rows, np.int32)
-    told: Any = (labels, weights, named)
-    return PackedBatch(Batch(*fields, delta=delta, vision=vision, labels=told[0]), *told[1:])
+    host: dict[str, Any] = {
+        "tokens": tokens,
+        "positions": filler([s.positions for s in samples], np.int32, before=(3,)),
+        "segment_ids": filler.each(number.astype(np.int32)),
+        "vision_rows": vision_rows,
+        "delta": np.zeros(pack.rows, np.int32),
+        "labels": labels,
+    }
+    return PackedBatch(Batch(vision=vision, **host), weights=weights, vision_labels=named)
 
 
 class _RowFiller:
@@ -262,16 +267,15 @@ def _vision(
     filler = _RowFiller(row, sizes, shape)
     for number, used in enumerate(filler.used.tolist()):
         pixels[number * shape[1] + used : (number + 1) * shape[1]] = 0
-    fields: Any = {
-        name: filler([getattr(table, name) for table in tables], dtype, behind=(width,))
-        for name, dtype, width in (
-            ("pos_index", np.int32, 4), ("pos_weight", np.float32, 4), ("coords", np.int32, 2)
-        )
-    }  # fmt: skip
-    given: Any = pixels.reshape(*shape, -1)
-    lo, hi = (filler.each(x.astype(np.int32)) for x in (first, first + sizes))
-    ranges: Any = {"lo": lo, "hi": hi}
-    return VisionInputs(given, **fields, **ranges)
+    host: dict[str, Any] = {
+        "pixels": pixels.reshape(*shape, -1),
+        "pos_index": filler([table.pos_index for table in tables], np.int32, behind=(4,)),
+        "pos_weight": filler([table.pos_weight for table in tables], np.float32, behind=(4,)),
+        "coords": filler([table.coords for table in tables], np.int32, behind=(2,)),
+        "lo": filler.each(first.astype(np.int32)),
+        "hi": filler.each((first + sizes).astype(np.int32)),
+    }
+    return VisionInputs(**host)
 
 
 @functools.lru_cache(maxsize=1024)
