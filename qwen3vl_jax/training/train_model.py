@@ -1,4 +1,7 @@
-"""From a checkpoint to what a step needs: trained weights, frozen ones, and how they make a model."""
+"""From a checkpoint to what a step needs: trained weights, frozen weights, optimizer, jitted step.
+
+Functions raise InputError for what does not fit the model.
+"""
 
 from __future__ import annotations
 
@@ -40,49 +43,41 @@ Step = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
 def prepare(
     recipe: Recipe, cfg: Config, new_ids: Sequence[int] = (), mesh: Mesh | None = None
 ) -> TrainableParams:
-    """The model that a run starts from, read or drawn, and cut; new_ids: of train.new_tokens.
+    """The first weights of a run, split into trained and frozen, in their shardings on the mesh.
 
-    Each array lies on the mesh as sharding.RULES say, and was read or drawn there.
-
-    Raises InputError for what does not fit the model, a mesh that does not divide it, and 8-bit weights
-    without LoRA.
+    new_ids: of train.new_tokens. Raises InputError also for a mesh that does not divide the model, and
+    for 8-bit weights without LoRA.
     """
     check_mesh(mesh, cfg, shapes(cfg))
     params = initial_params(recipe, cfg, mesh)
-    if recipe.lora.rank:
-        return shard_params(split_lora(recipe, cfg, params), cfg, mesh)
     leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Quantized))
-    if any(isinstance(x, Quantized) for x in leaves):
+    if not recipe.lora.rank and any(isinstance(x, Quantized) for x in leaves):
         raise InputError(
             f"{recipe.ckpt}: holds 8-bit weights, which only LoRA can train over; set lora.rank"
         )
     if new_ids and recipe.init == "checkpoint":
         params = new_rows(params, new_ids)
-    trainable = split_trainable(recipe, cfg, params)
-    if new_ids and "embed" not in trainable.weights:
+    weights, frozen, merge = split_trainable(recipe, cfg, params)
+    if new_ids and "embed" not in weights:
         raise InputError(
             "train.new_tokens: train.freeze holds embeddings, so they cannot be learned"
         )
-    return shard_params(trainable, cfg, mesh)
+    return TrainableParams(shard_params(weights, cfg, mesh), shard_params(frozen, cfg, mesh), merge)
 
 
-def shard_params(trainable: TrainableParams, cfg: Config, mesh: Mesh | None) -> TrainableParams:
-    """The same arrays, each where the mesh wants it. Raises InputError as sharding.shardings does."""
+def shard_params(flat: Flat, cfg: Config, mesh: Mesh | None) -> Flat:
+    """The same arrays in their shardings on the mesh."""
     if mesh is None:
-        return trainable
-
-    def laid(flat: Flat) -> Flat:
-        where = params_shardings(mesh, cfg, flat)
-        return {n: put(x, where[n]) for n, x in flat.items()}
-
-    return trainable._replace(weights=laid(trainable.weights), frozen=laid(trainable.frozen))
+        return flat
+    where = params_shardings(mesh, cfg, flat)
+    return {n: put(x, where[n]) for n, x in flat.items()}
 
 
 def initial_params(recipe: Recipe, cfg: Config, mesh: Mesh | None = None) -> Params:
-    """The parameters that a run starts from, layers stacked, each in the dtype it is held in.
+    """The first parameters of a run, layers stacked, each in its dtype of `held_dtypes`.
 
-    recipe.init "checkpoint" reads them; "normal" draws them from initializer_range, "fan_in" with a
-    deviation of 1 / sqrt(inputs), without which a tower of a few hundred channels starts too quiet.
+    recipe.init: "checkpoint" reads them; "normal" draws them with a deviation of initializer_range;
+    "fan_in" with 1 / sqrt(inputs), which a small model needs for signals of a usable size.
     """
     dtype_of = held_dtypes(recipe, cfg)
     if recipe.init == "checkpoint":
@@ -103,15 +98,12 @@ def initial_params(recipe: Recipe, cfg: Config, mesh: Mesh | None = None) -> Par
 
 
 def where_of(mesh: Mesh | None, cfg: Config, name: str, x: Any) -> Any:
-    """The sharding of one array by its stacked name, None without a mesh."""
+    """The sharding of one parameter by its stacked name, None without a mesh."""
     return params_shardings(mesh, cfg, {name: x})[name]
 
 
 def held_dtypes(recipe: Recipe, cfg: Config) -> Callable[[str], Any]:
-    """The dtype in which each parameter is held, by its stacked name: trained, or frozen.
-
-    Raises InputError for a group that train.freeze names and the model does not have.
-    """
+    """A function of a parameter's stacked name: the dtype in which a run holds it."""
     if recipe.lora.rank:
         plain = recipe.lora.base in ("float32", "bfloat16")
         base = jnp.dtype(recipe.lora.base if plain else recipe.step.dtype)
@@ -123,9 +115,9 @@ def held_dtypes(recipe: Recipe, cfg: Config) -> Callable[[str], Any]:
 
 @functools.lru_cache(maxsize=4)
 def shapes(cfg: Config) -> Flat:
-    """{stacked name: fp32 ShapeDtypeStruct} of a model's parameters, to be read only.
+    """{stacked name: fp32 ShapeDtypeStruct} of a model's parameters; do not change it.
 
-    From the converter's table: tracing the 94 layers of the largest model takes seconds.
+    From the name map: tracing the 94 layers of the largest model takes seconds.
     """
     return param_groups.flatten(tree_of_shapes(cfg))[0]
 
@@ -149,7 +141,9 @@ def _rescaled(params: Params, cfg: Config, kind: str) -> Params:
 
 
 def split_trainable(recipe: Recipe, cfg: Config, params: Params) -> TrainableParams:
-    """Which parameters are trained; each is cast to the dtype it is held in. Raises InputError."""
+    """Splits parameters into trained and frozen ones, each cast to its dtype of `held_dtypes`."""
+    if recipe.lora.rank:
+        return split_lora(recipe, cfg, params)
     flat, unflatten = param_groups.flatten(params)
     stopped = param_groups.frozen_names(list(flat), recipe.train.freeze, _sparse(cfg))
     dtype_of = held_dtypes(recipe, cfg)
@@ -167,13 +161,10 @@ def _sparse(cfg: Config) -> bool:
 
 
 def build_optimizer(recipe: Recipe, cfg: Config, weights: Flat) -> optax.GradientTransformation:
-    """The optimizer of the trained weights. Raises InputError for a train.rates of what is not trained."""
-    lora, every = recipe.lora, list(shapes(cfg))
-    why = (
-        f"LoRA trains lora.targets {list(lora.targets)} alone"
-        if lora.rank
-        else "train.freeze holds it"
-    )
+    """The optimizer of the trained weights. Raises InputError for train.rates of frozen ones."""
+    every, why = list(shapes(cfg)), "train.freeze holds it"
+    if recipe.lora.rank:
+        why = f"LoRA trains lora.targets {list(recipe.lora.targets)} alone"
     param_groups.check_trained(recipe.train.rates, list(weights), every, why, _sparse(cfg))
     factors = param_groups.learning_rates(list(weights), recipe.train.rates, _sparse(cfg))
     return make_optimizer(recipe.optimizer, recipe.steps, factors)
@@ -182,7 +173,7 @@ def build_optimizer(recipe: Recipe, cfg: Config, weights: Flat) -> optax.Gradien
 def initial_state(
     recipe: Recipe, optimizer: optax.GradientTransformation, weights: Flat
 ) -> TrainState:
-    """The state before the first step; trace it with jax.eval_shape for its shapes alone."""
+    """The state before the first step. Works under jax.eval_shape."""
     key = jax.random.fold_in(jax.random.key(recipe.seed), 1)
     return init_state(key, weights, optimizer, recipe.step, recipe.optimizer.ema)
 
@@ -191,7 +182,7 @@ def shape_of_state(
     recipe: Recipe, cfg: Config, optimizer: optax.GradientTransformation, weights: Flat,
     mesh: Mesh | None = None,
 ) -> TrainState:  # fmt: skip
-    """`initial_state` as ShapeDtypeStructs, on a mesh with their shardings."""
+    """`initial_state` as ShapeDtypeStructs, with shardings on a mesh."""
     state = jax.eval_shape(functools.partial(initial_state, recipe, optimizer), weights)
     return with_shardings(state, state_shardings(mesh, cfg, state)) if mesh else state
 
@@ -200,7 +191,7 @@ def init_train_state(
     recipe: Recipe, cfg: Config, optimizer: optax.GradientTransformation, weights: Flat,
     mesh: Mesh | None = None,
 ) -> TrainState:  # fmt: skip
-    """`initial_state` of weights that lie on a mesh; they are donated there."""
+    """`initial_state` in its shardings. On a mesh the weights are donated."""
     if mesh is None:
         return initial_state(recipe, optimizer, weights)
     make = functools.partial(initial_state, recipe, optimizer)
@@ -214,10 +205,10 @@ def make_step(
     recipe: Recipe, cfg: Config, optimizer: optax.GradientTransformation, merge: MergeParams,
     state: TrainState | None = None, keep_unused: bool = False,
 ) -> Step:  # fmt: skip
-    """The jitted step(state, frozen, packed) -> (state, metrics); the state is donated.
+    """The jitted step(state, frozen, packed) -> (state, metrics). The state is donated.
 
-    state: arrays or shapes with their shardings, which the new state has too; None on one device.
-    keep_unused: what the step does not read counts in its memory, as a run holds it all the same.
+    state: arrays or shapes whose shardings the new state gets; None on one device. keep_unused: unread
+    arguments stay in the program, so that its memory is that of a run.
     """
     step = functools.partial(
         train_step,

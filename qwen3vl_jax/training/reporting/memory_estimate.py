@@ -16,7 +16,6 @@ from qwen3vl_jax.config import Config
 from qwen3vl_jax.model.sharding import layout_mesh
 from qwen3vl_jax.model.structs import Params
 from qwen3vl_jax.training import param_groups, train_model
-from qwen3vl_jax.training.lora_targets import split_lora
 from qwen3vl_jax.training.param_groups import Flat, MergeParams
 from qwen3vl_jax.training.recipe import Mesh, Recipe
 from qwen3vl_jax.training.stacked_load import stacked
@@ -60,18 +59,17 @@ def _is_scale(name: str, flat: Flat) -> bool:
 
 def held(recipe: Recipe, cfg: Config) -> Held:
     """What a run of this recipe would hold. Raises InputError as `train_model.split_trainable` does."""
-
     merges: list[MergeParams] = []
 
-    def make(params: Params) -> tuple[Flat, Flat]:
-        split = split_lora if recipe.lora.rank else train_model.split_trainable
-        trainable = split(recipe, cfg, params)
-        merges.append(trainable.merge)  # which knows names and no arrays
-        return trainable.weights, trainable.frozen
+    def split(params: Params) -> tuple[Flat, Flat]:
+        weights, frozen, merge = train_model.split_trainable(recipe, cfg, params)
+        # It knows names and no arrays.
+        merges.append(merge)
+        return weights, frozen
 
-    weights, frozen = jax.eval_shape(make, _params(recipe, cfg))
+    weights, frozen = jax.eval_shape(split, _params(recipe, cfg))
     optimizer = train_model.build_optimizer(recipe, cfg, weights)
-    state = jax.eval_shape(lambda w: train_model.initial_state(recipe, optimizer, w), weights)
+    state = train_model.shape_of_state(recipe, cfg, optimizer, weights)
     return Held(weights, frozen, state, merges[0])
 
 
