@@ -22,7 +22,7 @@ COST = (
 
 
 def memory_gib(device: Any) -> float:
-    """The most memory that was in use: the device's, or on a CPU the process's own."""
+    """Peak memory in GiB: of the device, or of the process on a CPU."""
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"] / 2**30
@@ -41,7 +41,7 @@ def cores() -> int:
 
 
 def describe() -> dict[str, Any]:
-    """What must stay the same for a resumed run to be bit-identical."""
+    """What must not change for a resumed run to be bit-identical, as JSON data."""
     import jax
 
     device = jax.local_devices()[0]
@@ -54,7 +54,7 @@ def describe() -> dict[str, Any]:
 
 
 def changes(then: dict[str, Any]) -> list[str]:
-    """In what this machine differs from the one a checkpoint was written on."""
+    """One text for each difference from the machine that wrote a checkpoint (`describe` there)."""
     now = describe()
     return [
         f"{name} {then.get(name)} then, {now[name]} now"
@@ -64,10 +64,9 @@ def changes(then: dict[str, Any]) -> list[str]:
 
 
 def deterministic_flags(flags: str = "") -> str:
-    """The value of XLA_FLAGS with what makes a GPU's results the same in each run.
+    """XLA_FLAGS with the flags that make a GPU's results repeat bit for bit.
 
-    flags: the value so far, whose other flags stay; what contradicts is replaced. On a CPU or a TPU
-    the flags change nothing. Source: openxla.org/xla/determinism.
+    flags: the present value; its other flags stay. Source: openxla.org/xla/determinism.
     """
     names = {flag.partition("=")[0] for flag in FLAGS}
     kept = [flag for flag in flags.split() if flag.partition("=")[0] not in names]
@@ -75,6 +74,6 @@ def deterministic_flags(flags: str = "") -> str:
 
 
 def make_deterministic(environ: MutableMapping[str, str] | None = None) -> None:
-    """Sets XLA_FLAGS of this process. Call it before jax meets a device."""
+    """Sets XLA_FLAGS of this process. Call it before jax finds its devices."""
     environ = os.environ if environ is None else environ
     environ["XLA_FLAGS"] = deterministic_flags(environ.get("XLA_FLAGS", ""))

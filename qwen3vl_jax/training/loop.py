@@ -84,14 +84,14 @@ def train_from(
         write_config(recipe, out)
     groups = groups_of(recipe, mesh, meta)
 
-    # Model: config, tokenizer and chat template.
+    # Model.
     processor, new_ids = run_dir.prepare_model_files(recipe, out, first)
     cfg, meta = processor.config, run_dir.with_model(recipe, out, meta)
 
     sizes = memory_estimate.memory(recipe, cfg, memory_estimate.held(recipe, cfg))
     advice = "pack.rows, " * (not first) + "step.remat=full or step.loss_chunk"
     with memory_advice(sizes, advice), ExitStack() as closing:
-        # Data: batches of the training sources. The evaluation sources are read once to check them.
+        # Data. The evaluation sources are read once to check them.
         open_loader = functools.partial(make_loader, recipe, processor, groups, mesh)
         left_out = evaluate.check_held_out(recipe, open_loader) if recipe.evaluate.every else []
         loader = open_loader(recipe.data, recipe.seed)
@@ -115,8 +115,7 @@ def train_from(
             logger.refused(left_out)
             run = Run(recipe, out, first, meta, loader, step, state, frozen, evaluation,
                       checkpoints, logger, stop, speed)  # fmt: skip
-            # The step donates its arrays.
-            del state
+            del state  # the step donates its arrays
             try:
                 run_steps(run)
             finally:

@@ -1,4 +1,4 @@
-"""LoRA in a run: which weights get an adapter, its first values, and the base that stays as it is."""
+"""LoRA in a run: which weights lora.targets adapts, the adapter's first values, the frozen base."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _SAME = {"mergers": "merger"}
 
 
 def split_lora(recipe: Recipe, cfg: Config, params: Params) -> TrainableParams:
-    """An adapter's matrices to train, in step.weights, over parameters that stay (layers stacked).
+    """LoRA matrices to train (dtype step.weights), over frozen parameters with stacked layers.
 
-    The base is held as lora.base says; 8-bit weights stay as they were read, and what is beside them
-    takes the dtype of the computation. Raises InputError for targets and adapters that do not fit.
+    The base has the dtype lora.base. 8-bit weights stay as they were read; the other parameters beside
+    them get step.dtype. Raises InputError for targets and adapters that do not fit.
     """
     adapter, weights = first_values(recipe, cfg)
     _check_frozen(recipe, cfg, weights)
@@ -51,7 +51,7 @@ def split_lora(recipe: Recipe, cfg: Config, params: Params) -> TrainableParams:
 
 
 def _check_frozen(recipe: Recipe, cfg: Config, weights: Flat) -> None:
-    """Raises InputError where train.freeze names what lora.targets adapts; all else is frozen anyway."""
+    """Raises InputError if train.freeze names what lora.targets adapts. The rest is frozen anyway."""
     sparse = bool(cfg.text.num_experts)
     for wanted in recipe.train.freeze:
         known = wanted in param_groups.GROUPS
@@ -64,13 +64,13 @@ def _check_frozen(recipe: Recipe, cfg: Config, weights: Flat) -> None:
 
 
 def _held(flat: Flat, name: str, dtype: Any) -> jax.Array:
-    """A frozen leaf; 8-bit values and their scales stay as they are."""
+    """A frozen leaf in `dtype`. 8-bit values and their scales stay as they are."""
     x, eight_bit = flat[name], f"{name.rsplit('.', 1)[0]}.values" in flat
     return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) and not eight_bit else x
 
 
 def adapter_of(recipe: Recipe, cfg: Config) -> Adapter:
-    """Ranks and alphas of a run's adapter, which `peft_io.save_adapter` wants beside its matrices."""
+    """Ranks and alphas of a run's adapter, as `peft_io.save_adapter` takes them."""
     wanted = targeted(recipe.lora.targets, cfg)
     lora = recipe.lora
     new = Adapter.uniform(wanted, lora.rank, lora.alpha or lora.rank, dropout=lora.dropout)
@@ -78,9 +78,9 @@ def adapter_of(recipe: Recipe, cfg: Config) -> Adapter:
 
 
 def first_values(recipe: Recipe, cfg: Config) -> tuple[Adapter, Flat]:
-    """(settings, matrices in fp32) before the first step: of lora.adapter, where it has them, or new.
+    """(settings, fp32 matrices) before the first step: those of lora.adapter, and new ones.
 
-    A new A is uniform within 1 / sqrt(inputs), as PEFT draws it, from a key of its own name; B is 0.
+    A new A is uniform within 1 / sqrt(inputs), as in PEFT, with a key from its name. A new B is 0.
     """
     adapter, known = adapter_of(recipe, cfg), lora_targets(cfg)
     given: Flat = dict(load_adapter(recipe.lora.adapter, cfg)[0]) if recipe.lora.adapter else {}
@@ -95,7 +95,7 @@ def first_values(recipe: Recipe, cfg: Config) -> tuple[Adapter, Flat]:
 def _drawn(
     module: LoraTarget, ranks: tuple[int, ...], key: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """A at random and B zero, [L ..] where layers are stacked; A is zero in layers of rank 0."""
+    """A random A and a zero B, [L ..] for stacked layers. A is zero in layers of rank 0."""
     shape_a, shape_b = module.shapes(max(ranks))
     bound = module.inner**-0.5
     a = jax.random.uniform(key, shape_a, jnp.float32, -bound, bound)
@@ -105,7 +105,7 @@ def _drawn(
 
 
 def _continued(lora: Lora, new: Adapter, old: Adapter) -> Adapter:
-    """The settings of an adapter that is trained on; modules of lora.targets that it lacks are new."""
+    """The settings of lora.adapter, with new ones for those lora.targets that it lacks."""
     outside = [name for name in old.ranks if name not in new.ranks]
     if outside:
         raise InputError(
@@ -124,10 +124,10 @@ def _continued(lora: Lora, new: Adapter, old: Adapter) -> Adapter:
 
 
 def targeted(targets: Iterable[str], cfg: Config) -> dict[str, tuple[bool, ...]]:
-    """Which layers of which modules are named: by group, by pattern over names, or as PEFT does.
+    """{LoRA target: which of its layers are adapted}, by group names, patterns or PEFT module names.
 
-    "text", "layers.attn.*", "q_proj" and "model.language_model.layers.0.self_attn.q_proj" all name
-    some. Raises InputError for a target that names nothing an adapter can sit on.
+    Examples: "text", "layers.attn.*", "q_proj", "model.language_model.layers.0.self_attn.q_proj".
+    Raises InputError for a name of nothing that LoRA can adapt.
     """
     known, sparse = lora_targets(cfg), bool(cfg.text.num_experts)
     wanted: dict[str, tuple[bool, ...]] = {}
@@ -144,7 +144,7 @@ def targeted(targets: Iterable[str], cfg: Config) -> dict[str, tuple[bool, ...]]
 
 
 def _named(module: LoraTarget, target: str, sparse: bool) -> tuple[bool, ...]:
-    """In which layers a target names a module."""
+    """For each layer, whether a target names the module."""
     if target in param_groups.GROUPS:
         return (param_groups.group_of(module.weight, sparse) == target,) * len(module.modules)
     whole = module.name.startswith(f"{target}.") or any(

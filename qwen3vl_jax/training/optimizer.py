@@ -1,4 +1,4 @@
-"""The optimizer over named parameters, its schedule, and how an update reaches bf16 weights."""
+"""The optimizer over named parameters, its schedule, and updates of bf16 weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Schedule = Callable[[Any], Any]
 
 
 def make_schedule(settings: Optimizer, steps: int) -> Schedule:
-    """Learning rate by step: a linear warm-up from 0, then cosine or linear to `final` of it, or flat."""
+    """Learning rate by step: linear warmup from 0, then cosine, linear or constant."""
     peak, left = settings.learning_rate, max(steps - settings.warmup, 1)
     after = {
         "cosine": optax.cosine_decay_schedule(peak, left, settings.final),
@@ -31,7 +31,7 @@ def make_schedule(settings: Optimizer, steps: int) -> Schedule:
 def make_optimizer(
     settings: Optimizer, steps: int, factors: Mapping[str, float]
 ) -> optax.GradientTransformation:
-    """Clipping, the rule, decay, and each parameter's factor of the learning rate, over flat dicts.
+    """Gradient clipping, update rule, weight decay and learning rate factors, over flat dicts.
 
     Sources: AdamW arXiv 1711.05101, Adafactor 1804.04235, Muon kellerjordan.github.io/posts/muon.
     """
@@ -46,8 +46,9 @@ def make_optimizer(
 
 
 def _clip(limit: float) -> optax.GradientTransformation:
-    """Gradients scaled down to a global norm. By one product, which XLA repeats where it is used:
-    optax's choice between two arrays is written out, a second set of gradients.
+    """Clips the global gradient norm with one product, which XLA fuses into its uses.
+
+    optax.clip_by_global_norm selects between two arrays: a second set of gradients in memory.
     """
 
     def update(updates: Any, params: Any = None) -> Any:
@@ -69,19 +70,22 @@ def _update_rule(settings: Optimizer) -> optax.GradientTransformation:
             adam_b2=settings.b2,
             eps=settings.eps,
             muon_weight_dimension_numbers=cast(Any, _matrices),
-            consistent_rms=0.2,  # updates as large as Adam's, so that one learning rate serves both
+            # Updates as large as Adam's, so that the same learning rates fit.
+            consistent_rms=0.2,
         )
-        return optax.chain(muon, optax.scale(-1.0))  # muon has put the sign of descent in already
+        # optax's Muon negates its updates; scale_by_learning_rate negates them again.
+        return optax.chain(muon, optax.scale(-1.0))
     adam = optax.scale_by_adam(settings.b1, settings.b2, settings.eps)
     return adam if settings.name == "adamw" else optax.identity()
 
 
 def _matrices(params: Flat) -> dict[str, Any]:
-    """For Muon the two sides of each matrix, None for what gets NAdam: tables, norms and biases.
+    """Muon's two axes of each matrix; None for what gets Adam: embeddings, norms and biases.
 
-    The axes in front of a matrix are a stack: layers, experts, heads of q, k and v, gate and up.
+    Leading axes are stacks: layers, experts, heads of q, k and v, gate and up.
     """
-    shapes = {name: getattr(x, "ndim", None) for name, x in params.items()}  # Muon masks its own
+    # Muon masks its own leaves, which have no ndim then.
+    shapes = {name: getattr(x, "ndim", None) for name, x in params.items()}
     return {name: None if n is None else _sides(name, n) for name, n in shapes.items()}
 
 
@@ -90,7 +94,8 @@ def _sides(name: str, ndim: int) -> Any:
     if outside or not decays(name):
         return None
     sides = optax.contrib.MuonDimensionNumbers
-    if name.endswith("attn.o"):  # [D N H] sums over all heads
+    # [D N H], which sums over all heads
+    if name.endswith("attn.o"):
         return sides((ndim - 2, ndim - 1), ndim - 3)
     return sides(ndim - 1, ndim - 2)
 
@@ -105,11 +110,10 @@ def _scale_each(factors: Mapping[str, float]) -> optax.GradientTransformation:
 def apply_update(
     name: str, weight: jax.Array, update: jax.Array, key: jax.Array, low_bits: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
-    """(new weight, new low_bits) of an fp32 update.
+    """(new weight, new low bits) after adding an fp32 update.
 
-    An fp32 weight takes it as it is. A bf16 weight has 8 bits and would swallow it: with a `low_bits`
-    (see `split_bits`) nothing is lost; without one the sum is rounded up or down by chance, in
-    proportion, so that the mean is right.
+    A bf16 weight is too coarse for small updates. With low_bits (see `split_bits`) the sum is exact;
+    without, it is rounded stochastically, which is right on average.
     """
     total = exact(weight, low_bits) + update
     if weight.dtype == jnp.float32:
@@ -120,19 +124,17 @@ def apply_update(
 
 
 def split_bits(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """fp32 -> (nearest bf16, int16): the lower half of its bits, counted from the bf16.
-
-    The two hold the fp32 number in the same four bytes, and the bf16 is ready to compute with.
-    """
+    """fp32 -> (nearest bf16, int16 of the low bits): the same number in the same four bytes."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    upper = (bits + jnp.uint32(0x8000)) >> 16  # a tie goes away from zero, so that int16 suffices
+    # Ties go away from zero, so that the low bits fit int16.
+    upper = (bits + jnp.uint32(0x8000)) >> 16
     low_bits = (bits - (upper << 16)).astype(jnp.uint16)
     near = jax.lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16)
     return near, jax.lax.bitcast_convert_type(low_bits, jnp.int16)
 
 
 def exact(weight: jax.Array, low_bits: jax.Array | None) -> jax.Array:
-    """A weight in fp32: the inverse of `split_bits` where there is a low_bits."""
+    """A weight in fp32: the inverse of `split_bits` if there are low bits."""
     if low_bits is None:
         return weight.astype(jnp.float32)
     upper = jax.lax.bitcast_convert_type(weight, jnp.uint16).astype(jnp.uint32) << 16
@@ -141,9 +143,9 @@ def exact(weight: jax.Array, low_bits: jax.Array | None) -> jax.Array:
 
 
 def round_by_chance(x: jax.Array, key: jax.Array) -> jax.Array:
-    """fp32 -> bf16, up with the probability of how far it lies above the lower neighbour.
+    """fp32 -> bf16 by stochastic rounding: up with the probability of the distance to the value below.
 
-    Philox and not threefry: the same bits in each run of one program, at a fraction of the time.
+    Philox gives the same bits in each run of one program, much faster than threefry.
     """
     seed = jnp.tile(jax.random.key_data(key), 2)
     philox = jax.lax.RandomAlgorithm.RNG_PHILOX
@@ -154,5 +156,5 @@ def round_by_chance(x: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def named_key(key: jax.Array, name: str) -> jax.Array:
-    """A key of its own for each name, the same in every run."""
+    """A key for a name, the same in every run."""
     return jax.random.fold_in(key, zlib.crc32(name.encode()))

@@ -1,4 +1,4 @@
-"""Names for parameters: flat trees, the groups that are frozen or learn at their own rate."""
+"""Parameter names, and the groups of them that train.freeze and train.rates name."""
 
 from __future__ import annotations
 
@@ -15,19 +15,24 @@ from qwen3vl_jax.model.structs import Params
 Flat = dict[str, Any]  # {"layers.attn.qkv": array}, in the order of jax's flattening
 MergeParams = Callable[..., Params]  # (weights, frozen, key=None) -> parameters with stacked layers
 
-GROUPS: dict[str, tuple[str, ...]] = {  # the first that matches a name is its group
+# A name belongs to the first group that matches.
+GROUPS: dict[str, tuple[str, ...]] = {
     "merger": ("vision.merger.*", "vision.deepstack.*"),
     "vision": ("vision.*",),
     "embeddings": ("embed",),
     "head": ("head",),
     "router": ("layers.*router",),
-    "experts": ("layers.mlp.*",),  # of sparse layers; dense ones belong to "text"
+    # Of sparse layers; dense MLPs belong to "text".
+    "experts": ("layers.mlp.*",),
     "text": ("layers.*", "norm"),
 }
 
 
 class TrainableParams(NamedTuple):
-    """A model cut into what is trained and what is not."""
+    """A model split into trained and frozen parameters.
+
+    merge(weights, frozen, key=None) gives the parameter tree with stacked layers; key: of dropout.
+    """
 
     weights: Flat
     frozen: Flat
@@ -47,7 +52,7 @@ def flatten(params: Any) -> tuple[Flat, Callable[[Mapping[str, Any]], Any]]:
 
 
 def group_of(name: str, sparse: bool) -> str:
-    """The group of a parameter; sparse: whether the decoder's MLPs are experts."""
+    """The group of a parameter. sparse: the decoder's MLPs are experts."""
     for group, patterns in GROUPS.items():
         if group in ("experts", "router") and not sparse:
             continue
@@ -57,9 +62,9 @@ def group_of(name: str, sparse: bool) -> str:
 
 
 def matches(names: Iterable[str], wanted: str, key: str, sparse: bool) -> list[str]:
-    """The names of a group, or those that a pattern (layers.attn.*) or a beginning of theirs names.
+    """The names in a group, or that match a pattern (layers.attn.*) or a prefix (layers.attn).
 
-    Raises InputError, which calls the recipe's key by name, where nothing matches.
+    Raises InputError, which names the recipe's key, if nothing matches.
     """
     names = list(names)
     if wanted in GROUPS:
@@ -75,7 +80,7 @@ def matches(names: Iterable[str], wanted: str, key: str, sparse: bool) -> list[s
 
 
 def frozen_names(names: Sequence[str], freeze: Iterable[str], sparse: bool) -> set[str]:
-    """What `train.freeze` names. Raises InputError where nothing would be left to train."""
+    """The names that `train.freeze` freezes. Raises InputError if nothing is left to train."""
     frozen = {n for wanted in freeze for n in matches(names, wanted, "train.freeze", sparse)}
     if len(frozen) == len(names):
         raise InputError("train.freeze: it freezes every parameter, nothing is left to train")
@@ -85,9 +90,9 @@ def frozen_names(names: Sequence[str], freeze: Iterable[str], sparse: bool) -> s
 def check_trained(
     rates: Iterable[str], trained: Iterable[str], every: Iterable[str], why: str, sparse: bool
 ) -> None:
-    """Raises InputError for a name in `train.rates` of parameters that are not trained.
+    """Raises InputError for a `train.rates` entry of parameters that are not trained.
 
-    every: the model's names; why: what to say of those that are not among the trained.
+    every: all names of the model; why: the reason for the message.
     """
     trained = list(trained)
     for wanted in rates:
@@ -102,7 +107,7 @@ def check_trained(
 
 
 def learning_rates(names: Sequence[str], rates: Mapping[str, float], sparse: bool) -> Flat:
-    """{name: factor of the learning rate} of trained parameters; later entries of `rates` win."""
+    """{name: learning rate factor} of trained parameters. Later entries of `rates` win."""
     factors = dict.fromkeys(names, 1.0)
     for wanted, factor in rates.items():
         for name in matches(names, wanted, "train.rates", sparse):
@@ -111,7 +116,7 @@ def learning_rates(names: Sequence[str], rates: Mapping[str, float], sparse: boo
 
 
 def decays(name: str) -> bool:
-    """Whether weight decay applies: not to norms and biases."""
+    """Whether weight decay applies: to all but norms and biases."""
     last = name.rsplit(".", 1)[-1]
     norm = last in ("scale", "norm", "ln1", "ln2", "q_norm", "k_norm")
     return not (norm or last.endswith("bias"))

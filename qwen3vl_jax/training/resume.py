@@ -1,4 +1,8 @@
-"""Before the first step: the devices of a run, its groups of rows, its directory, what it goes on from."""
+"""How a run starts, resumes and stops: its mesh, its groups of rows, its recipe, signals.
+
+RUN_DIR and its lock are in run_dir.py, the saved arrays in checkpoints.py, the data position in
+data/loader.py.
+"""
 
 from __future__ import annotations
 
@@ -38,10 +42,7 @@ _SHOW_CURSOR = "\x1b[?25h"
 
 
 def with_mesh(recipe: Recipe, out: Path) -> Recipe:
-    """The recipe with a mesh: where it asks for none, the preset of all devices there are.
-
-    out: the run's directory. Rows of a run that goes on are cut as its groups allow.
-    """
+    """The recipe with a mesh: its own, or the preset of all devices for the groups of the run in out."""
     if asks_for_mesh(recipe):
         return recipe
     cfg, devices, pack = Config.from_hf(resolve(recipe.ckpt)), jax.devices(), recipe.pack
@@ -54,16 +55,16 @@ def with_mesh(recipe: Recipe, out: Path) -> Recipe:
 
 
 def mesh_of(recipe: Recipe) -> Mesh | None:
-    """The devices of a run; None is the first alone. Raises InputError where there are not as many."""
+    """The mesh of a run; None: the first device only. Raises InputError if devices are missing."""
     sizes = sizes_of(recipe)
     alone = math.prod(sizes.values()) == 1 and jax.process_count() == 1
     return None if alone else make_mesh(sizes)
 
 
 def groups_of(recipe: Recipe, mesh: Mesh | None, meta: dict[str, Any]) -> int:
-    """Into how many groups of their own samples the rows of a batch are cut, once for a whole run.
+    """The number of groups of rows, each with its own samples. It never changes during a run.
 
-    Raises InputError where the mesh cuts rows into parts that are no whole groups.
+    Raises InputError if the mesh does not split the rows between groups.
     """
     parts = 1 if mesh is None else batch_parts(mesh.shape)
     groups = (_groups(meta) if meta else 0) or recipe.pack.groups or parts
@@ -81,23 +82,23 @@ def _groups(meta: dict[str, Any]) -> int:
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """`run_dir.locked` in the first process, which the others wait for."""
+    """`run_dir.locked` in the first process; the others wait for it."""
     with run_dir.locked(out) if distributed.is_first() else nullcontext():
         distributed.wait_for_all("locked")
         yield
 
 
 def check_fits(recipe: Recipe, meta: dict[str, Any], out: Path, done: int = 0) -> list[str]:
-    """Lines on what differs from the run's start and may; raises InputError for what may not.
+    """One line for each allowed change since the run started. Raises InputError for any other change.
 
-    done: the steps that were saved, which a run cannot be shorter than.
+    done: the number of saved steps; a run cannot be shorter.
     """
     if recipe.steps < done:
         raise InputError(
             f"steps: got {recipe.steps}, expected at least {done}, which {out} has done; choose "
             "another --out for a shorter run"
         )
-    # Keys that are younger than the run had their default.
+    # Keys added to recipes since then had their defaults.
     then = plain(flat(Recipe("", 1))) | meta["recipe"]
     source = plain(dataclasses.asdict(Source("")))
     for name in ("data.sources", "evaluate.sources"):
@@ -113,42 +114,42 @@ def check_fits(recipe: Recipe, meta: dict[str, Any], out: Path, done: int = 0) -
 
 
 def write_config(recipe: Recipe, out: Path) -> None:
-    """RUN_DIR/config.toml, which the first process writes."""
+    """Writes RUN_DIR/config.toml, in the first process."""
     if distributed.is_first():
         written = plain(dataclasses.asdict(recipe)) | {"ckpt": absolute_ckpt(recipe.ckpt)}
         write_whole(out / run_dir.CONFIG, tomli_w.dumps(written).encode())
 
 
 def absolute_ckpt(ckpt: str) -> str:
-    """The place of a model from any folder; a Hub id stays what it is."""
+    """A model folder's absolute path. A Hub id stays as it is."""
     return str(absolute(ckpt)) if kind(as_path(ckpt)) == "folder" else ckpt
 
 
 def plain(value: Any) -> Any:
-    """A recipe's values as JSON and TOML hold them."""
+    """A recipe's values as JSON and TOML types."""
     return read_json(write_json(value, "recipe", default=dataclasses.asdict), "recipe")
 
 
 class Stopped(Exception):
-    """An evaluation that a signal cut short."""
+    """A signal has ended an evaluation."""
 
 
 class Stop:
-    """What has asked the run to save and end: "", "SIGTERM" or "Ctrl-C"."""
+    """Whether the run is to save and end. asked: "", "SIGTERM" or "Ctrl-C"."""
 
     asked = ""
-    # Before the first step there is nothing to save, and Ctrl-C ends the run as it ends any program.
+    # Before the first step there is nothing to save, and Ctrl-C ends the program as usual.
     under_way = False
 
     def asked_at(self, step: int) -> bool:
-        """Whether the run ends before the next step; of several processes all hear it at the same one."""
+        """Whether the run ends before the next step. All processes agree on the step."""
         self.under_way = True
         if jax.process_count() > 1 and not self.asked:
             self.asked = "SIGTERM" * multihost_utils.reached_preemption_sync_point(step)
         return bool(self.asked)
 
     def check(self) -> None:
-        """Raises Stopped where something has."""
+        """Raises Stopped if a signal came."""
         if self.asked:
             raise Stopped
 
@@ -158,11 +159,12 @@ def catch_signals() -> Iterator[Stop]:
     """Turns SIGTERM, and Ctrl-C once steps are under way, into a flag that the loop reads.
 
     A second Ctrl-C ends the process at once, also while it compiles. Raises KeyboardInterrupt at the end
-    where the first stopped the run; of several processes it is a SIGTERM, which all of them hear.
+    if Ctrl-C stopped the run. With several processes Ctrl-C becomes a SIGTERM, which all of them get.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
-        yield stop  # only the main thread may set a handler
+        # Only the main thread may set a handler.
+        yield stop
         return
     several = jax.process_count() > 1
 
@@ -174,7 +176,7 @@ def catch_signals() -> Iterator[Stop]:
         else:
             stop.asked = stop.asked or ("Ctrl-C" if number == signal.SIGINT else "SIGTERM")
 
-    # jax.distributed hears of SIGTERM itself.
+    # jax.distributed handles SIGTERM itself.
     numbers = [signal.SIGINT] if several else [signal.SIGINT, signal.SIGTERM]
     before = {number: signal.signal(number, ask) for number in numbers}
     with _second_ctrl_c_ends(stop):
@@ -189,7 +191,7 @@ def catch_signals() -> Iterator[Stop]:
 
 @contextmanager
 def _second_ctrl_c_ends(stop: Stop) -> Iterator[None]:
-    """Counts Ctrl-C in a thread: the main one hears of signals only between calls into jax."""
+    """Counts Ctrl-C in a thread: the main thread handles signals only between calls into jax."""
     reading, writing = socket.socketpair()
     writing.setblocking(False)
 
@@ -199,9 +201,9 @@ def _second_ctrl_c_ends(stop: Stop) -> Iterator[None]:
             for _ in range(data.count(signal.SIGINT)):
                 seen += 1
                 if seen == 1 and stop.under_way:
-                    _tell(_SAVING)
+                    _print(_SAVING)
                 elif seen > 1:
-                    _tell((_SHOW_CURSOR if sys.stderr.isatty() else "") + _ENDED)
+                    _print((_SHOW_CURSOR if sys.stderr.isatty() else "") + _ENDED)
                     os._exit(130)
 
     before = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
@@ -216,5 +218,5 @@ def _second_ctrl_c_ends(stop: Stop) -> Iterator[None]:
         reading.close()
 
 
-def _tell(text: str) -> None:
+def _print(text: str) -> None:
     print(f"\n{text}", file=sys.stderr, flush=True)
