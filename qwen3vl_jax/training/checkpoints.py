@@ -1,4 +1,4 @@
-"""A run's checkpoints: the whole state by Orbax, asynchronous, atomic, the last and the best kept."""
+"""Checkpoints of a run: the whole state, saved by Orbax in the background; keeps the last and best."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ WEIGHTS, AVERAGE, STATE = "weights", "average", "state"
 
 @dataclasses.dataclass
 class _Best(policies.PreservationPolicy):
-    """Keeps the steps with the lowest scores; their evaluation may have come after they were saved."""
+    """Keeps the steps with the lowest scores. A step may be evaluated after it was saved."""
 
     scores: Mapping[int, float]
     count: int
@@ -59,16 +59,16 @@ class _Best(policies.PreservationPolicy):
 
 
 def _unraisable(found: Any, before: Any = sys.unraisablehook) -> None:
-    """Leaves out what comes of writes that Orbax no longer waits for, since another has failed."""
+    """Hides errors of writes that Orbax no longer waits for after another one failed."""
     left = getattr(getattr(found.object, "cr_code", None), "co_filename", "")
     if "orbax" not in left and str(found.exc_value) != "Event loop is closed":
         before(found)
 
 
 class Checkpoints:
-    """The folder RUN_DIR/checkpoints: one directory a step, each with weights, state and meta.
+    """RUN_DIR/checkpoints: a directory for each saved step, with weights, state and meta.
 
-    keep: how many of the latest stay; keep_best: how many of those with the lowest evaluation loss.
+    keep: latest steps to keep; keep_best: steps with the lowest evaluation loss to keep as well.
     """
 
     def __init__(self, run_dir: str | Path, keep: int = 1, keep_best: int = 0):
@@ -77,14 +77,15 @@ class Checkpoints:
         stays = policies.AnyPreservationPolicy([policies.LatestN(keep), best])
         options = ocp.CheckpointManagerOptions(
             preservation_policy=stays,
-            cleanup_tmp_directories=True,  # what a killed process left half written
+            # Unfinished steps of a killed process.
+            cleanup_tmp_directories=True,
         )
         sys.unraisablehook, self._failed = _unraisable, False
         self._folder = as_path(run_dir) / CHECKPOINTS
         self._manager = ocp.CheckpointManager(for_orbax(self._folder), options=options)
 
     def is_best(self, score: float | None) -> bool:
-        """Whether a step with this loss would be one of the best that are kept."""
+        """Whether a step with this evaluation loss would be one of the best."""
         if score is None:
             return False
         return sum(other <= score for other in self._scores.values()) < self._keep_best
@@ -95,7 +96,7 @@ class Checkpoints:
             self._scores[step] = score
 
     def save(self, state: TrainState, meta: Mapping[str, Any], score: float | None = None) -> None:
-        """Saves in the background; meta is JSON data: the recipe and where the data stands."""
+        """Saves in the background. meta is JSON data: recipe, data position, machine, score."""
         parts: dict[str, Any] = {
             WEIGHTS: ocp.args.StandardSave(state.weights),
             STATE: ocp.args.StandardSave(_other_parts(state)),
@@ -110,17 +111,17 @@ class Checkpoints:
             self._manager.save(int(state.step), args=ocp.args.Composite(**parts))
 
     def wait(self) -> None:
-        """Returns when everything that was saved is on disk. Raises InputError for a full one."""
+        """Waits until everything is on disk. Raises InputError for a full disk."""
         with self._saving():
             self._manager.wait_until_finished()
 
     def check(self) -> None:
-        """Raises InputError where a step that is being saved found no room."""
+        """Raises InputError if the step being saved found no room."""
         with self._saving():
             self._manager.check_for_errors()
 
     def close(self) -> None:
-        """Waits, and lets go of the folder; what could not be saved makes room."""
+        """Waits for the last save. Removes what could not be saved."""
         try:
             with self._saving():
                 self._manager.close()
@@ -129,7 +130,8 @@ class Checkpoints:
                 for part in self._folder.glob("*.orbax-checkpoint-tmp*"):
                     remove_tree(part)
             if self._failed:
-                gc.collect()  # what Orbax left of its writes, while `_unraisable` is heard
+                # Frees what Orbax left of its writes while `_unraisable` is set.
+                gc.collect()
 
     @contextlib.contextmanager
     def _saving(self) -> Iterator[None]:
@@ -142,10 +144,10 @@ class Checkpoints:
 
 
 def restore(run_dir: str | Path, step: int, state: TrainState) -> TrainState:
-    """The state of a step, in the shapes and places of `state` (arrays or ShapeDtypeStructs).
+    """A saved state, in the shapes and shardings of `state` (arrays or ShapeDtypeStructs).
 
-    Raises DamagedError, in every process, for a step that does not read whole and as it was saved, and
-    DiffersError that lists the weights which a run of this recipe does not have.
+    Raises DamagedError, in every process, for a step whose files are damaged, and DiffersError, which
+    lists the differences, if other weights were trained.
     """
     where = as_path(run_dir) / CHECKPOINTS / str(step)
     target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
@@ -159,8 +161,8 @@ def restore(run_dir: str | Path, step: int, state: TrainState) -> TrainState:
         found = {name: _restored(where / name, part) for name, part in parts.items()}
     except DamagedError as e:
         error = e
-    if told := [text for text in distributed.all_of(error and str(error)) if text]:
-        raise error or DamagedError(where, told)
+    if messages := [text for text in distributed.all_of(error and str(error)) if text]:
+        raise error or DamagedError(where, messages)
     for name, part in found.items():
         kept = kept_digests(where / name)
         if kept is not None:
@@ -175,7 +177,8 @@ def restore(run_dir: str | Path, step: int, state: TrainState) -> TrainState:
 
 
 def _restored(where: Path, target: Any) -> Any:
-    me = jax.process_index()  # one that finds damage comes to no barrier
+    # Each process reads alone: one that finds damage comes to no barrier.
+    me = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
     handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
     with (
@@ -198,7 +201,7 @@ def _check_shapes(where: Path, state: TrainState) -> None:
 
 
 def _check_room(folder: Path, state: TrainState) -> None:
-    """Raises InputError where the disk has no room for a state as it is in memory, before it is written."""
+    """Raises InputError if the disk has no room for a state of this size."""
     needs = sum(x.nbytes for x in jax.tree.leaves(state))
     if not is_remote(folder) and (free := shutil.disk_usage(folder).free) < needs:
         raise InputError(
@@ -208,7 +211,7 @@ def _check_room(folder: Path, state: TrainState) -> None:
 
 
 def _by_path(tree: Any) -> dict[str, Any]:
-    """The arrays of a state by where they lie in it, as its files name them."""
+    """{path in the state: array}, as the files name them."""
     return {path_str(tree_path(path)): x for path, x in jax.tree.leaves_with_path(tree)}
 
 

@@ -97,7 +97,6 @@ def train_from(
         loader = open_loader(recipe.data, recipe.seed)
         if first:
             loader.set_state(meta["data"])
-
         # State and step: the weights, the optimizer, and the jitted function that updates them.
         state, frozen, merge, step = start_state(recipe, processor, new_ids, mesh, out, first)
         evaluation = evaluate.Evaluation.of(recipe, processor, open_loader, merge)

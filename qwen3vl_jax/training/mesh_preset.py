@@ -1,4 +1,4 @@
-"""The mesh of a recipe that asks for none, by the kind of the model and the number of devices."""
+"""The mesh of a recipe without one, by the model and the number of devices."""
 
 from __future__ import annotations
 
@@ -9,30 +9,32 @@ from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.training.recipe import Mesh, Pack, Recipe
 
-# A dense model is cut over all devices (fsdp), one of experts over fsdp x expert, the latter the largest
-# of these that is not larger than the former: tokens go to every device of that axis.
+# Dense models are sharded over fsdp, MoE models over fsdp x expert. expert is the largest of these sizes
+# that is at most fsdp, since tokens go to every device of that axis.
 _EXPERT = (8, 4, 2)
-_SEQUENCE = 4  # at most: each part of a row needs the keys and values of all
-_FSDP = 128  # at most, then data: the vision tower's 1,152 channels are 9 x 128
+# Limit of sequence: each part of a row needs the keys and values of all parts.
+_SEQUENCE = 4
+# Limit of fsdp, then data: the vision tower's 1,152 channels are 9 x 128.
+_FSDP = 128
 
 
 def asks_for_mesh(recipe: Recipe) -> bool:
-    """Whether a recipe says how devices are arranged: any axis of another size than its default."""
+    """Whether a recipe has a mesh: an axis that is not the default."""
     return recipe.mesh != Mesh()
 
 
 def sizes_of(recipe: Recipe) -> dict[str, int]:
-    """The sizes of sharding.AXES that a recipe asks for; fsdp may be -1."""
+    """{axis: size} of a recipe's mesh. fsdp may be -1."""
     return {name: n or 1 for name, n in vars(recipe.mesh).items()}
 
 
 def mesh_flags(mesh: Mesh) -> str:
-    """A mesh as a command line has it: mesh.fsdp=4 mesh.expert=2."""
+    """A mesh in command line form: mesh.fsdp=4 mesh.expert=2."""
     return " ".join(f"mesh.{name}={n}" for name, n in vars(mesh).items() if n != 1) or "one device"
 
 
 def changed(before: Mesh, after: Mesh) -> str:
-    """What a command line needs to have one mesh in place of another: also the axes that become 1."""
+    """The command line form that turns one mesh into another, with the axes that become 1."""
     sizes = {name: (n, getattr(before, name)) for name, n in vars(after).items()}
     return " ".join(
         f"mesh.{name}={n}" for name, (n, old) in sizes.items() if n != 1 or old not in (0, 1)
@@ -40,23 +42,21 @@ def changed(before: Mesh, after: Mesh) -> str:
 
 
 def with_preset(recipe: Recipe, cfg: Config, count: int, slices: int = 1) -> Recipe:
-    """The recipe itself, or with the `preset` of `count` devices where it asks for no mesh.
-
-    Raises InputError as that does.
-    """
+    """The recipe, with the `preset` of `count` devices if it has no mesh. Raises InputError."""
     if asks_for_mesh(recipe):
         return recipe
     return dataclasses.replace(recipe, mesh=preset(cfg, recipe.pack, count, slices))
 
 
 def preset(cfg: Config, pack: Pack, count: int, slices: int = 1) -> Mesh:
-    """A mesh of `count` devices in equal `slices`, over which data alone goes.
+    """A mesh of `count` devices in equal `slices`. Only data spans slices.
 
-    Where rows, or the groups they are in, do not divide evenly over the devices, tensor has the rest as
-    far as it divides the heads, then sequence. Raises InputError where even so some are left.
+    Devices that rows (or groups of rows) do not use go to tensor as far as it divides the heads, then to
+    sequence. Raises InputError if devices are left.
     """
     rows = math.gcd(pack.rows, pack.vision_rows, pack.groups)
-    parts = math.gcd(max(rows // slices, 1), count // slices)  # of the rows of a slice
+    # Parts of the rows of a slice.
+    parts = math.gcd(max(rows // slices, 1), count // slices)
     tensor = math.gcd(count // (slices * parts), cfg.text.num_attention_heads)
     sequence = count // (slices * parts * tensor)
     if rows % slices or sequence > _SEQUENCE or pack.length % sequence:
@@ -70,7 +70,7 @@ def preset(cfg: Config, pack: Pack, count: int, slices: int = 1) -> Mesh:
 
 
 def _too_few(pack: Pack, count: int, slices: int) -> str:
-    """What to say of rows that do not divide over so many devices: one row a device always does."""
+    """The message for rows that no mesh of the devices divides. One row a device always works."""
     more = enough(pack, count)
     message = ", ".join(f"pack.{name} is {getattr(pack, name)}" for name in more)
     taken = " ".join(f"pack.{name}={n}" for name, n in more.items())
@@ -79,6 +79,6 @@ def _too_few(pack: Pack, count: int, slices: int) -> str:
 
 
 def enough(pack: Pack, count: int) -> dict[str, int]:
-    """{key of a pack: what it would have to be} for whole rows on each of `count` devices."""
+    """{key of pack: value} that gives each of `count` devices the same number of rows."""
     names = ("rows", "vision_rows", "groups")
     return {k: -(-n // count) * count for k in names if (n := getattr(pack, k)) and n % count}

@@ -1,7 +1,7 @@
-"""New tokens: spelled out in the tokenizer's files, with rows of the embedding (and head) to learn.
+"""New tokens: added to the tokenizer's files, with rows of the embedding (and head) to train.
 
-The released tables have spare rows behind the last token (151,936 rows, 151,669 ids), which new
-tokens take. A table never grows: that would change the shapes of a checkpoint.
+New tokens take the spare rows of the embedding (released: 151,936 rows, 151,669 tokens). The embedding
+never grows, so a checkpoint's shapes stay.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": 
 def add_tokens(
     directory_in: str | Path, directory_out: str | Path, names: Sequence[str], vocab_size: int
 ) -> list[int]:
-    """The ids of new tokens, written into the tokenizer files of directory_out.
+    """Adds tokens to the tokenizer files of directory_out and gives their ids.
 
-    tokenizer.json, and added_tokens_decoder and added_tokens.json where directory_in has them; other
-    files are left alone, and both directories may be the same. The tokens are ordinary added ones,
-    as <tool_call> is: found by their spelling, shown in answers. vocab_size: rows of the model's
-    table. Raises InputError for names that cannot be added and where the spare rows do not suffice.
+    Writes tokenizer.json, and added_tokens_decoder and added_tokens.json if directory_in has them. Both
+    directories may be the same. The tokens are ordinary added tokens, as <tool_call> is: matched in any
+    text, shown in answers. vocab_size: rows of the embedding. Raises InputError for names that cannot
+    be added, and for too few spare rows.
     """
     source, out = as_path(directory_in), as_path(directory_out)
     tokenizer = Tokenizer.from_pretrained(source)
@@ -72,7 +72,7 @@ def new_ids(tokenizer: Tokenizer, names: Sequence[str], vocab_size: int) -> list
 
 
 def _changed_files(source: Path, entries: list[dict[str, Any]]) -> dict[str, Any]:
-    """The files that list added tokens, with the new ones behind the old."""
+    """{file name: content} of the files that list added tokens, with the new ones appended."""
     changed: dict[str, Any] = {}
     found = {
         file: read_json_file(source / file)
@@ -98,10 +98,9 @@ def _changed_files(source: Path, entries: list[dict[str, Any]]) -> dict[str, Any
 
 
 def new_rows(params: Params, ids: Sequence[int]) -> Params:
-    """Parameters whose rows `ids` of the embedding, and of an untied head, are the mean of the others.
+    """Sets rows `ids` of the embedding, and of an untied head, to the mean row of the old tokens.
 
-    The mean is over the rows before the first new one, in fp32: those that tokens use. Raises
-    InputError for tables held in 8 bits, whose rows cannot be set.
+    The mean is in fp32. Raises InputError for 8-bit weights, whose rows cannot be set.
     """
     if not len(ids):
         return params

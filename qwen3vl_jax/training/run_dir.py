@@ -39,10 +39,12 @@ except ImportError:  # Windows opens no directory, so there is nothing to lock
 
 CHECKPOINTS, CONFIG, DAMAGED = "checkpoints", "config.toml", "damaged"
 EVALUATION = "evaluation.csv"
-COMMITTED = "commit_success.txt"  # Orbax's, in a step on gs://
-MODEL = "model"  # the model's config.json, tokenizer and template, new tokens in it
+# Orbax writes it last into a step on gs://.
+COMMITTED = "commit_success.txt"
+# config.json, tokenizer and template of the model, with the new tokens.
+MODEL = "model"
 
-# Keys of the recipe that a resumed run may change; any other would give another run.
+# Keys of the recipe that a resumed run may change.
 FREE = (
     "steps", "save_every", "report.", "evaluate.", "checkpoints.", "step.remat", "step.loss_chunk",
     "mesh.", "data.bad_fraction", "data.workers", "optimizer.learning_rate", "optimizer.schedule",
@@ -51,7 +53,7 @@ FREE = (
 
 
 class DiffersError(InputError):
-    """A run that cannot go on: one line, and every difference in `problems`."""
+    """A run that cannot be resumed: one line, and every difference in `problems`."""
 
     def __init__(self, run_dir: Path | str, what: str, advice: str, problems: list[str]):
         self.problems = [*problems, advice]
@@ -63,17 +65,17 @@ class DiffersError(InputError):
 
 @contextlib.contextmanager
 def locked(out: Path) -> Iterator[Path]:
-    """The run's directory, made where there is none, with no other process in it.
+    """The run's directory, created if missing, locked against other processes.
 
-    Raises InputError for a file, for a directory with other things in it, for a place that Orbax does
-    not write to, and while another run writes there. A remote place has no lock that a killed run lets
-    go of, so none is held there.
+    Raises InputError for a file, for a directory with other files, for a path that Orbax cannot write,
+    and while another run writes there. Remote paths are not locked: a killed run would leave its lock.
     """
     for_orbax(out)
     there = kind(out)
     if there == "file":
         raise InputError(f"--out {out}: is a file, expected a directory")
-    parts = {CONFIG, CONFIG + ".part"}  # the second is what a killed process left
+    # A killed process leaves the second one.
+    parts = {CONFIG, CONFIG + ".part"}
     if there and any(p.name not in parts for p in out.iterdir()) and not (out / CONFIG).is_file():
         raise InputError(f"--out {out}: holds files and no {CONFIG} of a run; choose another one")
     make_folder(out)
@@ -91,9 +93,9 @@ def locked(out: Path) -> Iterator[Path]:
 
 
 def write_model_files(recipe: Recipe, target: Path) -> None:
-    """Copies all but the weights of recipe.ckpt, and adds train.new_tokens; complete or not at all.
+    """Copies all files of recipe.ckpt but the weights, and adds train.new_tokens. Atomic.
 
-    Raises InputError for a checkpoint that is not there, and for tokens that cannot be added.
+    Raises InputError for a missing checkpoint, and for tokens that cannot be added.
     """
     source = resolve(recipe.ckpt)
     if is_run(source):
@@ -102,7 +104,8 @@ def write_model_files(recipe: Recipe, target: Path) -> None:
             f"python -m convert --to-hf {source} OUT_DIR"
         )
     if is_remote(target) and (target / atomic_dir.CONFIG).is_file():
-        remove_tree(target)  # this run's own, of a start that did not come to a checkpoint
+        # From a start of this run that saved no step.
+        remove_tree(target)
     with atomic_dir.atomic_dir(target, force=True) as stage:
         copy_files(source, side_files(source, leave_out=[PARAMS]), stage)
         if recipe.train.new_tokens:
@@ -128,15 +131,15 @@ def with_model(recipe: Recipe, out: Path, meta: dict[str, Any]) -> dict[str, Any
 
 
 def open_model(recipe: Recipe, target: Path) -> tuple[Processor, list[int]]:
-    """The processor of what `write_model_files` wrote, and the ids of train.new_tokens."""
+    """(processor, ids of train.new_tokens) of the files of `write_model_files`."""
     proc = Processor.from_pretrained(target)
     return proc, [proc.tokenizer.id_of(name) for name in recipe.train.new_tokens]
 
 
 def saved_steps(run_dir: str | Path) -> list[int]:
-    """The steps of a run that were saved wholly, ascending.
+    """The completely saved steps of a run, ascending.
 
-    Orbax gives a step its name when it is whole, or on an object store writes COMMITTED last.
+    Orbax renames a complete step, or on an object store writes COMMITTED last.
     """
     folder = as_path(run_dir) / CHECKPOINTS
     found = folder.iterdir() if folder.is_dir() else ()
@@ -145,7 +148,7 @@ def saved_steps(run_dir: str | Path) -> list[int]:
 
 
 def read_meta(run_dir: str | Path, step: int) -> dict[str, Any]:
-    """What was saved beside a step's state. Raises DamagedError for what is not as it was saved."""
+    """The meta of a saved step. Raises DamagedError if it is not as it was saved."""
     return digests.read_meta(as_path(run_dir) / CHECKPOINTS / str(step))
 
 
@@ -154,7 +157,7 @@ def _meta_file(step: Path) -> Path:
 
 
 def set_aside(run_dir: Path, after: int) -> None:
-    """Moves the saved steps after one to RUN_DIR/damaged: the run goes on from it."""
+    """Moves the saved steps after `after`, from which the run continues, to RUN_DIR/damaged."""
     folder = run_dir / DAMAGED
     for step in saved_steps(run_dir):
         if step > after:
@@ -164,9 +167,9 @@ def set_aside(run_dir: Path, after: int) -> None:
 
 
 def scores(run_dir: str | Path) -> dict[int, float]:
-    """{step: evaluation loss} of the saved steps that have a finite one.
+    """{step: evaluation loss} of the saved steps with a finite one.
 
-    A step in which the run ended is saved before its evaluation, which only evaluation.csv tells.
+    The last step of a stopped run is saved before its evaluation, which is in evaluation.csv only.
     """
     rows = read_table(as_path(run_dir) / EVALUATION)
     later = {int(row[STEP]): float(row["loss"]) for row in rows if row.get("loss")}
@@ -180,9 +183,9 @@ def scores(run_dir: str | Path) -> dict[int, float]:
 
 
 def chosen_step(run_dir: str | Path, wanted: str) -> int:
-    """The step that "last", "best" (lowest evaluation loss) or a number names.
+    """The saved step for "last", "best" (lowest evaluation loss) or a number.
 
-    Raises InputError where the run has no checkpoint, no evaluation, or not that step.
+    Raises InputError for a run without a checkpoint, without an evaluation, or without that step.
     """
     steps = saved_steps(run_dir)
     if not steps:
@@ -201,10 +204,7 @@ def chosen_step(run_dir: str | Path, wanted: str) -> int:
 
 
 def check_recipe(now: Mapping[str, Any], then: Mapping[str, Any], run_dir: str | Path) -> list[str]:
-    """The FREE keys (of flat recipes) in which a run differs from its start, spelled out.
-
-    Raises DiffersError, which lists them, where other keys differ.
-    """
+    """One text for each changed FREE key of two flat recipes. Raises DiffersError if others changed."""
     differ = {name: _differs(name, now, then) for name in {**then, **now}}
     found = {name: text for name, text in differ.items() if text}
     fixed = [text for name, text in found.items() if not name.startswith(FREE)]
@@ -214,7 +214,7 @@ def check_recipe(now: Mapping[str, Any], then: Mapping[str, Any], run_dir: str |
 
 
 def check_model(now: Mapping[str, Any], then: Mapping[str, Any], run_dir: str | Path) -> None:
-    """Raises DiffersError where the model's config (config.json's dict) is not the run's."""
+    """Raises DiffersError if the model's config (a config.json dict) is not the run's."""
     now, then = _flat(now), _flat(then)
     found = [text for name in {**then, **now} if (text := _differs(name, now, then))]
     if found:

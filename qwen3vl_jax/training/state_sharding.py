@@ -1,4 +1,4 @@
-"""Where the arrays of a run lie on a mesh: weights, optimizer, batches. Dims as in layers.py."""
+"""Shardings of a run's arrays on a mesh: weights, optimizer state, batches. Dims as in layers.py."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def _known(cfg: Config) -> dict[str, Axes]:
 
 
 def axes_of(cfg: Config, shapes: Mapping[str, Any]) -> dict[str, Axes]:
-    """The logical names of the axes of each array of a flat tree with stacked layers.
+    """{name: logical axes} of a flat tree with stacked layers.
 
-    Codes and scales of 8-bit weights have those of their weight. What has no names of its own, as
-    LoRA's matrices, is cut along its longest axis as "embed" is.
+    Values and scales of 8-bit weights have the axes of their weight. Arrays without names, such as
+    LoRA's matrices, have "embed" for their longest axis.
     """
     known = _known(cfg)
 
@@ -67,7 +67,7 @@ def axes_of(cfg: Config, shapes: Mapping[str, Any]) -> dict[str, Axes]:
 
 
 def longest_axis(x: Any) -> Axes:
-    """ "embed" for the longest axis of an array, which is where it may be cut."""
+    """Logical axes that shard the longest axis of an array, as "embed"."""
     at = int(np.argmax(x.shape)) if x.shape else -1
     return tuple("embed" if i == at else None for i in range(len(x.shape)))
 
@@ -78,12 +78,12 @@ def params_shardings(mesh: Mesh | AbstractMesh | None, cfg: Config, flat: Flat) 
 
 
 def check_mesh(mesh: Mesh | AbstractMesh | None, cfg: Config, model: Flat) -> None:
-    """Raises InputError where an axis of the mesh does not divide the parameters of a whole model."""
+    """Raises InputError if an axis of the mesh does not divide a model's parameters."""
     check_divides(mesh, model, axes_of(cfg, model))
 
 
 def state_shardings(mesh: Mesh, cfg: Config, state: TrainState) -> TrainState:
-    """The sharding of each array of a state (arrays or shapes): moments lie as their weights do."""
+    """The sharding of each array of a state (arrays or shapes). Moments have those of their weights."""
     found = params_shardings(mesh, cfg, state.weights)
 
     def of(path: Any, x: Any) -> Any:
@@ -98,13 +98,13 @@ def state_shardings(mesh: Mesh, cfg: Config, state: TrainState) -> TrainState:
 
 
 def batch_axis(path: Any) -> int:
-    """Along which axis of a batch's array, by its place in the tree, rows are counted."""
+    """The batch axis of an array of a batch, by its path in the tree."""
     axes = _BATCH[path[-1].name]
     return next(i for i, name in enumerate(axes) if name in ("rows", "vision_rows"))
 
 
 def batch_sharding(mesh: Mesh, path: Any, shape: tuple[int, ...]) -> NamedSharding:
-    """The sharding of one array of micro batches [M ..], by its place in the tree."""
+    """The sharding of one array of micro batches [M ..], by its path in the tree."""
     axes = (None, *_BATCH[path[-1].name])
     return array_sharding(mesh, axes, jax.ShapeDtypeStruct(shape, np.int32))
 
@@ -117,7 +117,7 @@ def batch_shardings(mesh: Mesh, packed: PackedBatch) -> PackedBatch:
 
 
 def put(x: Any, where: NamedSharding | None) -> jax.Array:
-    """An array that every process has wholly, or a global one, laid out as asked."""
+    """Puts an array, which every process has in full or which is global, in a sharding."""
     if where is None:
         return jax.numpy.asarray(x)
     if isinstance(x, jax.Array) and (x.sharding == where or not x.is_fully_addressable):
@@ -127,7 +127,7 @@ def put(x: Any, where: NamedSharding | None) -> jax.Array:
 
 
 def with_shardings(shapes: Any, where: Any) -> Any:
-    """ShapeDtypeStructs of a tree, each with its sharding: what is compiled ahead of time."""
+    """ShapeDtypeStructs of a tree with shardings, to compile ahead of time."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where
     )

@@ -1,6 +1,6 @@
-"""One training step as a pure function: losses of packed rows, accumulation, the update.
+"""One training step as a pure function: loss, gradients over micro batches, optimizer update.
 
-Dims as in layers.py; W rows of the ViT with P patches each, M micro batches a step.
+Dims as in layers.py; W patch rows of P patches, M micro batches. Labels are shifted in `batch_sums`.
 """
 
 from __future__ import annotations
@@ -26,32 +26,41 @@ from qwen3vl_jax.training.recipe import Step
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """Everything that a run changes; what is frozen is not in it. A checkpoint holds all of it."""
+    """Everything that a step changes, without frozen weights. A checkpoint holds all of it."""
 
-    step: jax.Array  # int32, updates done
-    key: jax.Array  # uint32 [2], of the run; every step folds its number in
-    weights: Flat  # {name: array} of what is trained
+    # int32, updates done
+    step: jax.Array
+    # uint32 [2], the run's key; every step folds its number in
+    key: jax.Array
+    # {name: array} of the trained weights
+    weights: Flat
     optimizer: Any
-    compensation: Flat | None  # int16, the lower halves of compensated bf16 weights
-    average: Flat | None  # fp32, moving average of the weights
+    # int16, the low bits of compensated bf16 weights
+    compensation: Flat | None
+    # fp32, moving average of the weights
+    average: Flat | None
 
 
 class Sums(NamedTuple):
-    """Sums over the tokens of one or several micro batches."""
+    """Sums over the tokens of one or more micro batches."""
 
     answers: losses.TokenSums
-    seen: losses.TokenSums | None  # of vision rows, see PackedBatch.vision_labels
-    routers: losses.RouterSums | None  # [L ..]
-    balance: jax.Array  # balance loss times tokens
+    # Of image features, see PackedBatch.vision_labels.
+    vision: losses.TokenSums | None
+    # [L ..]
+    routers: losses.RouterSums | None
+    # The load-balancing loss times tokens.
+    balance: jax.Array
 
 
 def init_state(
     key: jax.Array, weights: Flat, optimizer: optax.GradientTransformation, step: Step, ema: float
 ) -> TrainState:
-    """A run before its first step; the optimizer's moments are fp32 whatever the weights are."""
+    """The state before the first step. The optimizer's moments are fp32, also for bf16 weights."""
     compensated = step.weights == "bfloat16" and step.rounding == "compensated"
 
-    @jax.jit  # so that the fp32 copy that the optimizer looks at is never made
+    # Jitted, so that the fp32 copy for the optimizer is never in memory.
+    @jax.jit
     def begin(weights: Flat) -> tuple[Any, Flat | None, Flat | None]:
         wide = {name: x.astype(jnp.float32) for name, x in weights.items()}
         left = (
@@ -67,10 +76,10 @@ def init_state(
 def batch_sums(
     params: Params, cfg: Config, packed: PackedBatch, step: Step, key: jax.Array | None = None
 ) -> Sums:
-    """The sums of one packed batch, params stacked; key: of dropout, None is none (evaluation).
+    """The forward pass: loss sums of one packed batch. params have stacked layers.
 
-    Computes in step.dtype whatever the weights are held in. Labels are moved one token to the left;
-    a sample's first token has weight 0, so nothing is predicted across samples.
+    key: of dropout; None: no dropout (evaluation). Computes in step.dtype. Labels are shifted here, one
+    token to the left; a sample's first token has weight 0, so no sample predicts the next one.
     """
     batch, dtype = packed.batch, jnp.dtype(step.dtype)
     features = None
@@ -93,35 +102,40 @@ def batch_sums(
     labels = jnp.pad(given[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE_INDEX)
     weights = jnp.pad(packed.weights[:, 1:], ((0, 0), (0, 1)))
     answers = losses.lm_head_sums(params, cfg, x, labels, weights, step.loss_chunk)
-    seen, tokens = None, jnp.sum(attended)
+    vision_sums, tokens = None, jnp.sum(attended)
     if packed.vision_labels is not None and features is not None:
         named = packed.vision_labels
         even = jnp.ones(named.shape, jnp.float32)
-        seen = losses.lm_head_sums(params, cfg, features.merged, named, even, step.loss_chunk)
+        vision_sums = losses.lm_head_sums(
+            params, cfg, features.merged, named, even, step.loss_chunk
+        )
     balance = jnp.zeros((), jnp.float32)
     if routers is not None:
         balance = losses.balance_loss(routers, tokens) * tokens
-    return Sums(answers, seen, routers, balance)
+    return Sums(answers, vision_sums, routers, balance)
 
 
 def normalised(pixels: jax.Array) -> jax.Array:
-    """Pixels as the ViT takes them: bytes are scaled to -1 .. 1, which is what the processor does.
+    """Normalises uint8 pixels to -1 .. 1 in fp32, as the processor does. Others stay as they are.
 
-    uint8 x becomes (x / 255 - 0.5) / 0.5 in fp32: a quarter of the bytes to keep and to send.
+    Batches hold uint8: a quarter of the bytes to keep and to send.
     """
     return pixels.astype(jnp.float32) / 127.5 - 1 if pixels.dtype == jnp.uint8 else pixels
 
 
 class Totals(NamedTuple):
-    """What a step's sums are divided by, known before the first micro batch runs."""
+    """The divisors of a step's sums, over all its micro batches."""
 
-    weight: jax.Array  # of all target tokens
-    seen: jax.Array  # vision rows that have a label
-    tokens: jax.Array  # that are not padding
+    # Sum of the weights of target tokens.
+    weight: jax.Array
+    # Image features that have a label.
+    vision: jax.Array
+    # Tokens that are not padding.
+    tokens: jax.Array
 
 
 def step_totals(packed: PackedBatch) -> Totals:
-    """Totals of one batch, or of micro batches with a leading axis."""
+    """The totals of one batch, or of micro batches with a leading axis."""
     weights = jnp.where(packed.batch.labels == IGNORE_INDEX, 0.0, packed.weights)
     named = packed.vision_labels
     seen = jnp.zeros((), jnp.int32) if named is None else jnp.sum(named != IGNORE_INDEX)
@@ -130,13 +144,13 @@ def step_totals(packed: PackedBatch) -> Totals:
 
 
 def total_loss(sums: Sums, totals: Totals, step: Step) -> jax.Array:
-    """The scalar that is minimised: its parts add up over micro batches.
+    """The loss of one micro batch; those of a step add up to the step's loss.
 
-    The balance loss, a product of two means, is that of each micro batch, weighted by its tokens.
+    The load-balancing loss is a product of two means: it is per micro batch, weighted by its tokens.
     """
     loss = (sums.answers.loss + step.z_loss * sums.answers.z) / totals.weight
-    if sums.seen is not None:
-        loss = loss + step.vision_labels * sums.seen.loss / totals.seen
+    if sums.vision is not None:
+        loss = loss + step.vision_labels * sums.vision.loss / totals.vision
     return loss + step.balance_loss * sums.balance / totals.tokens
 
 
@@ -191,7 +205,7 @@ def updated(
     state: TrainState, grads: Flat, optimizer: optax.GradientTransformation, ema: float,
     key: jax.Array,
 ) -> TrainState:  # fmt: skip
-    """The state after one update with fp32 gradients; key: of stochastic rounding."""
+    """The state after one update with fp32 gradients. key: of stochastic rounding."""
     updates, moments = optimizer.update(grads, state.optimizer, state.weights)
     updates, low_bits = cast(Flat, updates), state.compensation or {}
     pairs = {
@@ -210,19 +224,20 @@ def updated(
 
 
 def step_metrics(sums: Sums, totals: Totals) -> dict[str, jax.Array]:
-    """Means of the parts of the loss, and what the routers did."""
+    """Metrics: means of the parts of the loss, and the experts' load."""
     out = {
         "loss": sums.answers.loss / totals.weight,
         "accuracy": sums.answers.correct / jnp.maximum(sums.answers.tokens, 1),
         "targets": sums.answers.tokens,
         "tokens": totals.tokens,
     }
-    if sums.seen is not None:
-        out["vision_loss"] = sums.seen.loss / totals.seen
+    if sums.vision is not None:
+        out["vision_loss"] = sums.vision.loss / totals.vision
     if sums.routers is not None:
         load = jnp.sum(sums.routers.counts, 1)  # [L E]
         load = load / jnp.maximum(jnp.sum(load, -1, keepdims=True), 1)
-        even = load * load.shape[-1]  # 1: as many tokens as an even share
+        # 1 is an even load.
+        even = load * load.shape[-1]
         out |= {"balance_loss": sums.balance / totals.tokens}
         out |= {"expert_load_max": jnp.max(even), "expert_load_min": jnp.min(even)}
         out |= {"expert_load": jnp.mean(even, 0)}

@@ -196,11 +196,11 @@ def test_first_fit_over_a_lookahead():
 
 def test_clips_go_over_several_rows_and_pictures_do_not():
     pack = recipe.Pack(rows=1, length=99, vision_rows=3, vision_length=40)
-    room = packing.Room(pack)
-    assert room.spread((1, 4, 4)) == [(0, 16)]
-    assert room.spread((4, 4, 4)) == [(16, 16), (40, 32), (80, 16)]
-    assert room.spread((1, 6, 6)) is None
-    assert room.spread((1, 2, 4)) == [(32, 8)]
+    room = packing.FreeSpace(pack)
+    assert room.fit_frames((1, 4, 4)) == [(0, 16)]
+    assert room.fit_frames((4, 4, 4)) == [(16, 16), (40, 32), (80, 16)]
+    assert room.fit_frames((1, 6, 6)) is None
+    assert room.fit_frames((1, 2, 4)) == [(32, 8)]
     assert packing.frames_fit(pack, [(6, 4, 4)]) and not packing.frames_fit(pack, [(7, 4, 4)])
 
 

@@ -1,4 +1,4 @@
-"""Memory that is used again: a large array in fresh pages costs more than what is written to it."""
+"""A buffer pool: allocating fresh pages for every batch costs more than filling them."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import numpy as np
 
 
 class BufferPool:
-    """Arrays whose memory is given out again once nothing refers to it any more, views included."""
+    """Arrays whose memory is used again once nothing refers to them or to a view of them."""
 
     def __init__(self) -> None:
         self._free: dict[int, list[mmap.mmap]] = defaultdict(list)
 
     def empty(self, size: int) -> np.ndarray:
-        """A uint8 array of `size` bytes that hold anything, from any thread."""
+        """A uint8 array of `size` bytes with any contents. Thread-safe."""
         room = 1 << max(size - 1, mmap.PAGESIZE - 1).bit_length()
         free = self._free[room]
         try:
             pages = free.pop()
         except IndexError:
             pages = mmap.mmap(-1, room)
-        # Views of this array refer to it, not to the pages, which are no array.
+        # Views refer to this array: its base is no array, so numpy does not skip it.
         array = np.frombuffer(pages, np.uint8, size)
         weakref.finalize(array, free.append, pages).atexit = False
         return array

@@ -1,7 +1,7 @@
-"""Batches of a mesh: every group of rows from a feed of its own, put together as global arrays.
+"""Global batches of a mesh: each group of rows has its own loader, and they form global arrays.
 
-A group's samples follow from its number alone, whichever process reads them: the same groups give
-the same batches on any mesh and any number of processes.
+A group's samples depend only on its number, so the same groups give the same batches on any mesh and
+any number of processes.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from qwen3vl_jax.training.state_sharding import batch_axis, batch_sharding
 
 
 class GlobalFeed:
-    """A DataLoader of `groups` groups, of which this process reads those that its devices compute.
+    """A DataLoader of `groups` groups. This process reads the groups that its devices compute.
 
-    mesh None: one device has them all. Its batches have a leading axis of one micro batch. Raises
-    InputError as DataLoader does, and where rows do not divide.
+    mesh None: one device has all groups. Batches have a leading axis of 1, the micro batch. Raises
+    InputError as DataLoader does, and for rows that `groups` does not divide.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class GlobalFeed:
         mine = _mine(mesh, shape, groups)
         workers = -(-data.workers // len(mine))
         data = dataclasses.replace(data, workers=workers)
-        self.feeds = {
+        self.loaders = {
             g: DataLoader(
                 data, self.pack, proc, seed, once=once, process_index=g, process_count=groups
             )
@@ -51,24 +51,24 @@ class GlobalFeed:
         return self
 
     def __next__(self) -> LoadedBatch:
-        """The next batch; with `once` the last ones have empty groups."""
-        drawn: dict[int, Any] = {g: next(feed, None) for g, feed in self.feeds.items()}
+        """The next batch. With `once` the last ones have empty groups."""
+        loaded: dict[int, Any] = {g: next(loader, None) for g, loader in self.loaders.items()}
         if self._once:
-            drawn = self._filled(drawn)
-        names = [row for d in drawn.values() for row in d.names]
-        packed = self._together({g: d.packed for g, d in drawn.items()})
-        return LoadedBatch(packed, names, self._stats({g: d.stats for g, d in drawn.items()}))
+            loaded = self._filled(loaded)
+        names = [row for d in loaded.values() for row in d.names]
+        packed = self._together({g: d.packed for g, d in loaded.items()})
+        return LoadedBatch(packed, names, self._stats({g: d.stats for g, d in loaded.items()}))
 
-    def _filled(self, drawn: dict[int, Any]) -> dict[int, Any]:
-        """Empty batches in place of those of groups that are at their end; all ends raise."""
-        left = any(d is not None for d in drawn.values())
+    def _filled(self, loaded: dict[int, Any]) -> dict[int, Any]:
+        """Empty batches for groups at their end. Raises StopIteration when all are."""
+        left = any(d is not None for d in loaded.values())
         if not any(distributed.all_of(left)):
             raise StopIteration
-        empty = next(iter(self.feeds.values())).empty
-        return {g: empty() if d is None else d for g, d in drawn.items()}
+        empty = next(iter(self.loaders.values())).empty
+        return {g: empty() if d is None else d for g, d in loaded.items()}
 
     def _together(self, parts: dict[int, PackedBatch]) -> PackedBatch:
-        """Global arrays [1 ..] of the groups' parts."""
+        """Joins the batches of groups as global arrays [1 ..]."""
 
         def join(path: Any, *leaves: np.ndarray) -> jax.Array:
             axis = batch_axis(path)
@@ -77,19 +77,19 @@ class GlobalFeed:
                 return jax.device_put(
                     np.concatenate([held[g] for g in range(self.groups)], axis)[None]
                 )
-            shape = _whole(leaves[0].shape, axis, self.groups)
+            shape = _global_shape(leaves[0].shape, axis, self.groups)
             where = batch_sharding(self.mesh, path, shape)
             return jax.make_array_from_callback(
                 shape, where, lambda index: _part(held, index, axis, shape[axis + 1])
             )
 
-        whole = jax.tree_util.tree_map_with_path(join, *parts.values())
-        return whole.replace(batch=whole.batch.replace(groups=self.groups))
+        joined = jax.tree_util.tree_map_with_path(join, *parts.values())
+        return joined.replace(batch=joined.batch.replace(groups=self.groups))
 
-    def _stats(self, told: dict[int, dict[str, float]]) -> dict[str, Any]:
-        """packing.fill_of of all groups: shares are means, the rest are sums."""
-        names = list(next(iter(told.values())))
-        held = {g: np.array([[stats[n] for n in names]], np.float32) for g, stats in told.items()}
+    def _stats(self, stats: dict[int, dict[str, float]]) -> dict[str, Any]:
+        """`packing.fill_of` of all groups: means of the fills, sums of the counts."""
+        names = list(next(iter(stats.values())))
+        held = {g: np.array([[each[n] for n in names]], np.float32) for g, each in stats.items()}
         if self.mesh is None:
             total = np.sum([held[g][0] for g in held], 0)
         else:
@@ -102,45 +102,45 @@ class GlobalFeed:
                 where,
                 lambda index: _part(held, (slice(None), *(index or ())), 0, self.groups)[0],
             )
-            total = _summed(found)
+            total = _sum(found)
         return {
             n: total[i] / (self.groups if n.endswith("fill") else 1) for i, n in enumerate(names)
         }
 
     def get_state(self) -> dict[str, Any]:
-        """Where this process's feeds are; `whole_state` makes JSON data of all of it."""
-        return {str(g): feed.get_state() for g, feed in self.feeds.items()}
+        """The positions of this process's groups. `whole_state` joins those of all processes."""
+        return {str(g): loader.get_state() for g, loader in self.loaders.items()}
 
     def whole_state(self, state: dict[str, Any]) -> dict[str, Any]:
-        """What `set_state` takes, from the states of all processes (all of them call it)."""
+        """The state for `set_state`, from the states of all processes. All of them call it."""
         found: dict[str, Any] = {}
         for part in distributed.all_of(state):
             found |= part
         return {"groups": [found[str(g)] for g in range(self.groups)]}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on where `whole_state` was told of. Raises InputError for the state of other data."""
+        """Continues from a `whole_state`. Raises InputError if the data has changed."""
         states = state.get("groups", [state])
         if len(states) != self.groups:
             raise InputError(
                 f"data position: the run has {len(states)} groups of rows, this start {self.groups}"
             )
-        for g, feed in self.feeds.items():
-            feed.set_state(states[g])
+        for g, loader in self.loaders.items():
+            loader.set_state(states[g])
 
     def records(self, count: int) -> list[tuple[str, dict[str, Any]]]:
-        """As DataLoader.records: the same on every process."""
-        return next(iter(self.feeds.values())).records(count)
+        """As DataLoader.records, the same on every process."""
+        return next(iter(self.loaders.values())).records(count)
 
     @property
     def refused(self) -> list[tuple[str, str]]:
         """As DataLoader.refused, of this process's groups."""
-        return [pair for feed in self.feeds.values() for pair in feed.refused]
+        return [pair for loader in self.loaders.values() for pair in loader.refused]
 
     def close(self) -> None:
-        """Ends threads and workers; the next batch starts them again."""
-        for feed in self.feeds.values():
-            feed.close()
+        """Ends threads and workers. The next batch starts them again."""
+        for loader in self.loaders.values():
+            loader.close()
 
 
 def all_refused(loader: DataLoader | GlobalFeed) -> list[tuple[str, str]]:
@@ -149,7 +149,7 @@ def all_refused(loader: DataLoader | GlobalFeed) -> list[tuple[str, str]]:
 
 
 def divided(pack: Pack, groups: int) -> Pack:
-    """The rows of one group. Raises InputError where they do not divide."""
+    """The rows of one group. Raises InputError if `groups` does not divide them."""
     for name in ("rows", "vision_rows"):
         if (rows := getattr(pack, name)) % groups:
             raise InputError(
@@ -161,7 +161,7 @@ def divided(pack: Pack, groups: int) -> Pack:
 
 
 def _mine(mesh: Any, shape: tuple[int, ...], groups: int) -> list[int]:
-    """The groups that devices of this process have rows of."""
+    """The groups whose rows devices of this process have."""
     if mesh is None:
         return list(range(groups))
     where = array_sharding(mesh, (None, "rows", "tokens"), jax.ShapeDtypeStruct(shape, np.int32))
@@ -173,15 +173,15 @@ def _mine(mesh: Any, shape: tuple[int, ...], groups: int) -> list[int]:
     return sorted(found)
 
 
-def _whole(shape: tuple[int, ...], axis: int, groups: int) -> tuple[int, ...]:
+def _global_shape(shape: tuple[int, ...], axis: int, groups: int) -> tuple[int, ...]:
     """The shape of a global array [1 ..] of groups of this shape."""
     return (1, *shape[:axis], shape[axis] * groups, *shape[axis + 1 :])
 
 
 def _part(held: dict[int, Any], index: Any, axis: int, total: int) -> np.ndarray:
-    """The piece of a global array [1 ..] that `index` names, from the groups that are held here.
+    """The part of a global array [1 ..] at `index`, from the groups of this process.
 
-    total: the length of the axis that groups are cut along.
+    total: the length of the axis along which groups are joined.
     """
     size = next(iter(held.values())).shape[axis]
     first, last, _ = index[axis + 1].indices(total)
@@ -193,6 +193,6 @@ def _part(held: dict[int, Any], index: Any, axis: int, total: int) -> np.ndarray
 
 
 @jax.jit
-def _summed(found: jax.Array) -> jax.Array:
+def _sum(found: jax.Array) -> jax.Array:
     """Sums over the first axis, known to every process."""
     return shard(jax.numpy.sum(found, 0), None)

@@ -1,7 +1,7 @@
-"""Batches of a run: samples as they come from stream.py, packed here into rows.
+"""Loads batches: packs the samples of stream.py into rows, and keeps the position to resume from.
 
-A sample is a function of its place in the stream, whichever process makes it, so the batches are the
-same for any number of workers, and a position is one number and the places of the samples that wait.
+A sample depends only on its place in the stream. Batches are therefore the same for any number of
+workers, and the position is the next place and the places of samples that are not packed yet.
 """
 
 from __future__ import annotations
@@ -39,19 +39,24 @@ from qwen3vl_jax.training.data.stream import (
 )
 from qwen3vl_jax.training.recipe import Data, Pack
 
-_FEWEST = 100  # records that a fraction is of, at least
-_SHOWN = 5  # bad records in a message
-_KEPT = 1000  # refusals that are kept by name
-_FEW = 500  # records that are read sooner than workers start
+# data.bad_fraction is of at least this many records.
+_FEWEST = 100
+# Bad records named in a message.
+_SHOWN = 5
+# Refusals kept by name.
+_KEPT = 1000
+# So few records are read faster without workers.
+_FEW = 500
 _MOST_TOO_LARGE = 0.5
 _BATCHES_AHEAD = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadedBatch:
-    """One batch, the names of each row's samples, and what packing.fill_of says of it."""
+    """One batch, the names of each row's samples, and its `packing.fill_of`."""
 
-    packed: Any  # PackedBatch; None once its step is under way
+    # A PackedBatch; None once its step runs.
+    packed: Any
     names: list[list[str]]
     stats: dict[str, float]
 
@@ -61,12 +66,12 @@ Step = tuple[LoadedBatch | None, dict[str, Any], Exception | None]
 
 
 class DataLoader:
-    """An endless iterator of packed batches, or with `once` one pass in order whose last is not full.
+    """An endless iterator of packed batches; with `once` one pass in order, the last batch not full.
 
-    process_index of process_count: which part of every epoch is this process's. Raises InputError
-    where sources cannot be opened, and from next() once more than data.bad_fraction of the records
-    read are bad. With workers, batches are packed ahead in a thread; `close` ends both. place: what
-    is done to every batch, there too: a device is best sent it before its turn comes.
+    process_index of process_count: the part of every epoch to read. place: applied to every batch as
+    soon as it is packed, to send it to a device early. With workers, batches are packed ahead in a
+    thread; `close` ends both. Raises InputError for sources that cannot be opened, and from next() if
+    more than data.bad_fraction of the records read are bad.
     """
 
     def __init__(
@@ -100,13 +105,14 @@ class DataLoader:
         self._packer.total, self._packer.place = sum(map(len, self.sources)), place
         self._state = self._packer.state()
         self._prefetcher: Prefetcher | None = None
-        self._stale = False  # whether the line is ahead of the state, for a thread that was ended
+        # The packer is ahead of the state, because a thread that packed ahead was ended.
+        self._stale = False
 
     def __iter__(self) -> Iterator[LoadedBatch]:
         return self
 
     def __next__(self) -> LoadedBatch:
-        """The next batch. Raises StopIteration at the end of one pass, InputError for bad records."""
+        """The next batch. Raises StopIteration after one pass with `once`, InputError for bad records."""
         if self._stale:
             self._packer.restore(self._state)
             self._stale = False
@@ -120,19 +126,19 @@ class DataLoader:
         return drawn
 
     def empty(self) -> LoadedBatch:
-        """A batch of padding alone."""
+        """A batch of padding only."""
         return self._packer.built([])
 
     def whole_state(self, state: dict[str, Any]) -> dict[str, Any]:
-        """What `set_state` takes: a feed alone knows all of it."""
+        """The state for `set_state`: one loader has all of it (see GlobalFeed)."""
         return state
 
     def get_state(self) -> dict[str, Any]:
-        """Where the feed is, as JSON data."""
+        """The position, as JSON data."""
         return {"order": dataclasses.asdict(self.order), **self._state}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on where get_state was called. Raises InputError for the state of other data."""
+        """Continues where get_state was called. Raises InputError if the data has changed."""
         for key, ours in dataclasses.asdict(self.order).items():
             if (theirs := state["order"].get(key)) != ours:
                 raise InputError(
@@ -144,9 +150,9 @@ class DataLoader:
         self._state, self._stale = self._packer.state(), False
 
     def records(self, count: int) -> list[tuple[str, dict[str, Any]]]:
-        """The first `count` (name, record in chat form) that ask, end in an answer and give a sample.
+        """(name, record in chat form) of the first `count` conversations that end in an answer.
 
-        The others are among the `refused`, as they are for the loss.
+        Records that give no sample are left out and added to `refused`.
         """
         found: list[tuple[str, dict[str, Any]]] = []
         for source in self.sources:
@@ -160,7 +166,8 @@ class DataLoader:
                     continue
                 record = source.read(index)
                 if not isinstance(record, dict):
-                    break  # ready samples have no words
+                    # A ready sample has no text.
+                    break
                 messages = record["messages"]
                 if len(messages) > 1 and messages[-1].get("role") == "assistant":
                     found.append((source.name(index), record))
@@ -169,11 +176,11 @@ class DataLoader:
 
     @property
     def refused(self) -> list[tuple[str, str]]:
-        """(name, reason) of what gave no sample so far, or a shorter one; the first thousand."""
+        """(name, reason) of the first thousand records that gave no sample, or a shortened one."""
         return [(name, reason) for name, reason in self._state["refused"]]
 
     def close(self) -> None:
-        """Ends thread and workers; the next batch starts them again."""
+        """Ends the thread and the workers. The next batch starts them again."""
         if self._prefetcher is not None:
             self._prefetcher.stop()
             self._prefetcher, self._stale = None, True
@@ -181,7 +188,7 @@ class DataLoader:
 
 
 class Packer:
-    """The samples of a stream in batches, one after another, and where it is."""
+    """Packs the samples of a stream into batches, and keeps the position to resume from."""
 
     def __init__(
         self, stream: Any, data: Data, pack: Pack, config: Config, pixel_type: Any, labelled: bool
@@ -194,13 +201,14 @@ class Packer:
         self._begin(0)
 
     def step(self) -> Step:
-        """(the next batch or None at the end, the state behind it, what stopped it)."""
+        """Packs the next batch."""
         try:
             placed, self.waiting = choose(self.pack, self.waiting, self._draw)
             if not placed:
                 return None, self.state(), None
             return self.built(placed), self.state(), None
-        except Exception as error:  # it is raised where the batch is asked for
+        except Exception as error:
+            # It is raised when the batch is asked for.
             return None, self.state(), error
 
     def built(self, placed: Sequence[PackedSample]) -> LoadedBatch:
@@ -212,13 +220,13 @@ class Packer:
         return LoadedBatch(self.place(packed), names, fill_of(self.pack, placed))
 
     def state(self) -> dict[str, Any]:
-        """Place of the next sample, places of those that wait, and counts: JSON data."""
+        """The next place, the places of samples not packed yet, and counts, as JSON data."""
         waiting = [drawn.place for drawn in self.waiting]
         refused = [list(pair) for pair in self.refused.items()]
         return {"next": self.next, "waiting": waiting, **self.counts, "refused": refused}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Makes the samples that waited again, and goes on behind the last that was drawn."""
+        """Makes the samples that were not packed again, and continues at the next place."""
         self._begin(state["next"])
         self.counts = {name: state[name] for name in self.counts}
         self.refused = dict(state["refused"])
@@ -237,7 +245,7 @@ class Packer:
         self.refused: dict[str, str] = {}
 
     def _draw(self) -> Pending | None:
-        """The next sample of the stream, None behind its end."""
+        """The next sample of the stream, None at its end."""
         if self.coming is None:
             self.coming, self.end = iterate(
                 self.stream, self.next, self.data.workers, self.config.vision.patch_shape
@@ -254,12 +262,12 @@ class Packer:
         return None
 
     def keep(self, name: str, reason: str) -> None:
-        """Keeps what was left out or cut, by name."""
+        """Keeps the reason for a record that was left out or cut."""
         if len(self.refused) < _KEPT:
             self.refused[name] = reason
 
     def _count(self, refusal: Refusal) -> None:
-        """Takes note of a refusal. Raises InputError where there are too many."""
+        """Counts a refusal. Raises InputError if there are too many."""
         self.keep(refusal.name, refusal.reason)
         self.counts["bad" if refusal.bad else "too_large"] += 1
         read, bad, too_large = (self.counts[name] for name in ("read", "bad", "too_large"))
@@ -267,7 +275,7 @@ class Packer:
         first = itertools.islice(self.refused.items(), _SHOWN)
         shown = "; ".join(f"{name}: {reason}" for name, reason in first)
         fraction, epochs = self.data.bad_fraction, -(-read // max(self.total, 1))
-        # No more than whole epochs may have, nor than chance lets come early: four deviations.
+        # The limit of the epochs begun, or at the start what chance allows (four standard deviations).
         early = fraction * least + 4 * (fraction * least) ** 0.5
         most = min(fraction * epochs * self.total, early), _MOST_TOO_LARGE * least
         _check_counts(read, bad, too_large, most, fraction, shown)
@@ -276,7 +284,7 @@ class Packer:
 def _check_counts(
     read: int, bad: int, too_large: int, most: tuple[float, float], fraction: float, shown: str
 ) -> None:
-    """Raises InputError where more records are bad or too large than `most` allows."""
+    """Raises InputError if more records are bad or too large than `most` allows."""
     if bad > most[0]:
         raise InputError(
             f"{bad} of {read} records are bad, more than data.bad_fraction {fraction:g} allows: {shown}"
@@ -288,10 +296,10 @@ def _check_counts(
         )
 
 
-def survey(data: Data, pack: Pack, proc: Processor, tell: Callable[[Refusal], None]) -> None:
-    """Reads every record of the sources once, and tells of each that gives no sample.
+def survey(data: Data, pack: Pack, proc: Processor, report: Callable[[Refusal], None]) -> None:
+    """Reads every record of the sources once and calls `report` for each that gives no sample.
 
-    Sources without an end are left out. Raises InputError where a run would refuse the data, at the end.
+    Endless sources are left out. Raises InputError at the end if a run would refuse the data.
     """
     sources = [found for found in map(open_records, data.sources) if len(found) < SHUFFLED]
     total, counts = sum(map(len, sources)), {True: 0, False: 0}
@@ -303,7 +311,7 @@ def survey(data: Data, pack: Pack, proc: Processor, tell: Callable[[Refusal], No
         for made in coming:
             if isinstance(made, Refusal):
                 counts[made.bad] += 1
-                tell(made)
+                report(made)
     finally:
         end()
     fraction = data.bad_fraction
@@ -311,9 +319,9 @@ def survey(data: Data, pack: Pack, proc: Processor, tell: Callable[[Refusal], No
     _check_counts(total, counts[True], counts[False], most, fraction, "they are named above")
 
 
-def check_answers(feed: Any, count: int) -> None:
-    """Raises InputError where evaluate.generate asks for answers and no record has one."""
-    if count and not feed.records(1):
+def check_answers(loader: Any, count: int) -> None:
+    """Raises InputError if evaluate.generate is set and no record ends in an answer."""
+    if count and not loader.records(1):
         raise InputError(
             "evaluate.generate: evaluate.sources hold no conversation that ends in an answer "
             "(ready samples have no words); set it to 0"

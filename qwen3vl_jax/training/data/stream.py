@@ -1,4 +1,4 @@
-"""Samples by their place in an endless stream: what grain shuffles, mixes, shards and reads in workers."""
+"""The sample stream: grain shuffles, mixes and shards the records; workers make the samples."""
 
 from __future__ import annotations
 
@@ -20,14 +20,17 @@ from qwen3vl_jax.training.data.records import Records
 from qwen3vl_jax.training.data.sample import Refusal, Sample
 from qwen3vl_jax.training.data.worker_transport import Inbox, memory_folder, pack
 
-GROUP = 16  # samples that a worker hands over at a time
-AHEAD = 2  # groups that a worker has ready
-SHUFFLED = 2**31  # a longer source, which only a class can be, is its own shuffle
+# Samples that a worker hands over at a time.
+GROUP = 16
+# Groups that a worker has ready.
+AHEAD = 2
+# A source as long as this, which only a class can be, is not shuffled: it is random itself.
+SHUFFLED = 2**31
 
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """Index of a source -> its sample, or why there is none. Runs in workers."""
+    """Index of a source -> its Sample, or a Refusal with the reason. Runs in workers."""
 
     records: Records
     maker: SampleMaker
@@ -40,7 +43,8 @@ class Reader:
             return Refusal(name, str(error), bad=False)
         except InputError as error:
             return Refusal(name, str(error), bad=True)
-        except Exception as error:  # a damaged record can break any decoder, and must have a name
+        except Exception as error:
+            # A damaged record can break any decoder, and must be named.
             return Refusal(
                 name, f"{type(error).__name__}: {' '.join(str(error).split())}", bad=True
             )
@@ -48,7 +52,7 @@ class Reader:
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """What the place of a sample follows from; a checkpoint keeps it, so it is JSON data."""
+    """Everything that decides the order of samples. A checkpoint keeps it, as JSON data."""
 
     sources: list[list[Any]]  # [path, records]
     weights: list[float]
@@ -59,10 +63,10 @@ class Order:
 
 
 def make_stream(sources: Sequence[Records], maker: SampleMaker, order: Order) -> Any:
-    """A grain data set of samples by place.
+    """A grain dataset: place -> Sample or Refusal.
 
-    Every epoch of a source has each of its records once, in a new order where they are shuffled;
-    processes take turns at its places. Sources are mixed by weight, or follow each other for one pass.
+    Every epoch of a source has each record once, in a new order if shuffled. Processes take every
+    count-th place. Sources are mixed by weight; with `once` they follow each other.
     """
     import grain
 
@@ -88,14 +92,15 @@ def make_stream(sources: Sequence[Records], maker: SampleMaker, order: Order) ->
 def iterate(
     stream: Any, first: int, workers: int, patch_shape: tuple[int, ...]
 ) -> tuple[Iterator[Any], Callable[[], None]]:
-    """The samples from place `first` on, in order however many workers, and what ends the workers."""
+    """(the samples from place `first` on, in order for any number of workers; a function to end them)."""
     if not workers or not len(stream):
         return (stream[place] for place in range(first, len(stream))), lambda: None
     import grain
     from absl import flags
 
     if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # grain's workers read its flags, which no one sets here
+        # grain's workers read absl flags, which nothing parses here.
+        flags.FLAGS.mark_as_parsed()
     folder = memory_folder()
     pack_group = functools.partial(pack, folder, patch_shape)
     groups = stream.slice(slice(first, None)).batch(GROUP, batch_fn=pack_group)
@@ -113,7 +118,7 @@ def iterate(
 
 
 def _one_by_one(groups: Iterator[Any]) -> Iterator[Any]:
-    """The samples of groups. Raises InputError where a worker is no more."""
+    """The samples of groups. Raises InputError if a worker has died."""
     inbox = Inbox()
     try:
         for group in groups:
@@ -126,11 +131,12 @@ def _one_by_one(groups: Iterator[Any]) -> Iterator[Any]:
 
 
 def _begin_worker(folder: str, index: int, count: int) -> None:
-    """A worker leaves the accelerator and signals to its parent, and outlives neither it nor its files."""
+    """Starts a worker: no accelerator, no signals; it ends and removes its files when its parent dies."""
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    for number in (signal.SIGINT, signal.SIGTERM):  # the parent saves first, and then ends us
+    # The parent saves first, and then ends its workers.
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 

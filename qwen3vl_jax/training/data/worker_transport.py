@@ -1,8 +1,8 @@
-"""Groups of samples on their way from a worker to the process that packs them.
+"""Worker transport: moves groups of samples from a worker to the process that packs them.
 
-Arrays go as one block through a file in memory (/dev/shm), which the receiver maps: nothing is copied
-or parsed before they are packed. The files are used again, because fresh pages cost more than what is
-written to them. Where there is no room for them, blocks go through the pipe.
+All arrays of a group are one block in a file in /dev/shm, which the receiver maps without a copy. Files
+are used again, because allocating fresh pages costs more than filling them. Blocks go through the pipe
+if /dev/shm has no room.
 """
 
 from __future__ import annotations
@@ -25,52 +25,59 @@ from qwen3vl_jax.training.data.packing import one_frame
 from qwen3vl_jax.training.data.sample import Refusal, Sample
 
 _FOLDER = "/dev/shm"
-_FREE = ".free"  # ends the name of a file that was read
-_FIELDS = 6  # int32 of each token: id, label, weight (a float32's bits), positions
+# Suffix of a file that was read.
+_FREE = ".free"
+# int32 values of a token: id, label, weight (the bits of a float32), 3 positions.
+_FIELDS = 6
 
 
 class _SampleInfo(NamedTuple):
-    """A Sample whose arrays are elsewhere."""
+    """A Sample without its arrays."""
 
     name: str
     note: str
     tokens: int
-    merged: int  # rows that have a vision label, -1: it has none
-    images: list[tuple[int, EncodedImage]]  # the place of its patches, and it without them
+    # Number of vision labels; -1: None.
+    merged: int
+    # (index of the patches in the block, image without them)
+    images: list[tuple[int, EncodedImage]]
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleBlock:
-    """Refusals, and of samples everything but their arrays, which are one block.
+    """A packed group: refusals, samples without their arrays, and the block with all arrays.
 
-    The block: fields of tokens [_FIELDS n], vision labels, and each array of pixels; of n tokens.
+    The block holds token fields [_FIELDS n], then vision labels, then each array of pixels.
     """
 
     items: list[Refusal | _SampleInfo]
-    pixels: list[tuple[tuple[int, ...], str]]  # shapes and types
-    size: int  # of the block in bytes
-    block: str | bytes  # the path of a file, or the bytes themselves
+    # Shapes and dtypes.
+    pixels: list[tuple[tuple[int, ...], str]]
+    # Bytes of the block.
+    size: int
+    # The path of a file, or the bytes themselves.
+    block: str | bytes
 
     def unpack(self, inbox: Inbox) -> list[Sample | Refusal]:
-        """What was sent, once; its arrays are not to be written to."""
+        """The group, once. Its arrays are read-only."""
         if isinstance(self.block, str):
             block = inbox.read(self.block, self.size)
         else:
             block = np.frombuffer(self.block, np.uint8)
-        told = [item for item in self.items if isinstance(item, _SampleInfo)]
-        count = sum(item.tokens for item in told)
+        infos = [item for item in self.items if isinstance(item, _SampleInfo)]
+        count = sum(item.tokens for item in infos)
         table = block[: 4 * _FIELDS * count].view(np.int32).reshape(_FIELDS, count)
-        end = table.nbytes + 4 * sum(max(item.merged, 0) for item in told)
+        end = table.nbytes + 4 * sum(max(item.merged, 0) for item in infos)
         labels, pixels = block[table.nbytes : end].view(np.int32), []
         for shape, kind in self.pixels:
             start, end = end, end + math.prod(shape) * np.dtype(kind).itemsize
             pixels.append(block[start:end].view(kind).reshape(shape))
-        samples = _samples(told, table, labels, pixels)
+        samples = _samples(infos, table, labels, pixels)
         return [next(samples) if isinstance(item, _SampleInfo) else item for item in self.items]
 
 
 class Inbox:
-    """The files of a folder as arrays: one is free again once nothing refers to its array."""
+    """Maps files as arrays. A file is free again once nothing refers to its array."""
 
     def __init__(self) -> None:
         self._maps: dict[str, mmap.mmap] = {}
@@ -82,24 +89,25 @@ class Inbox:
             with open(path, "rb") as file:
                 pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             self._maps[path] = pages
-        # Views of this array refer to it, not to the pages, which are no array.
+        # Views refer to this array: its base is no array, so numpy does not skip it.
         array = np.frombuffer(pages, np.uint8, size)
         weakref.finalize(array, _release, path).atexit = False
         return array
 
 
 def _release(path: str) -> None:
-    with contextlib.suppress(FileNotFoundError):  # the feed was closed
+    # The file is gone if the loader was closed.
+    with contextlib.suppress(FileNotFoundError):
         os.rename(path, path + _FREE)
 
 
 def _samples(
-    told: Sequence[_SampleInfo], table: np.ndarray, labels: np.ndarray, pixels: Sequence[np.ndarray]
+    infos: Sequence[_SampleInfo], table: np.ndarray, labels: np.ndarray, pixels: Sequence[np.ndarray]
 ) -> Iterator[Sample]:
-    """Samples whose arrays are views of a block's."""
+    """Samples whose arrays are views of the block."""
     (ids, targets, bits), positions = table[:3], table[3:]
     weights, start, first = bits.view(np.float32), 0, 0
-    for item in told:
+    for item in infos:
         at = slice(start, start + item.tokens)
         images = tuple(
             dataclasses.replace(image, patches=pixels[place]) for place, image in item.images
@@ -121,9 +129,10 @@ def _samples(
 def pack(
     folder: str, patch_shape: tuple[int, ...], group: Sequence[Sample | Refusal]
 ) -> SampleBlock:
-    """A group as a block; folder: of `memory_folder`. Images go as one frame."""
+    """Packs a group. folder: of `memory_folder`. Images are sent as one frame, not two equal ones."""
     samples = [item for item in group if isinstance(item, Sample)]
-    places: dict[int, int] = {}  # samples may share an image, which is sent once
+    # Images that samples share are sent once.
+    places: dict[int, int] = {}
     sent: list[np.ndarray] = []
 
     def without_patches(image: EncodedImage) -> tuple[int, EncodedImage]:
@@ -132,13 +141,13 @@ def pack(
             sent.append(one_frame(image.patches, patch_shape))
         return place, type(image)(np.empty(0), image.grid, image.start, image.end)
 
-    def told(s: Sample) -> _SampleInfo:
+    def info_of(s: Sample) -> _SampleInfo:
         merged = -1 if s.vision_labels is None else len(s.vision_labels)
         return _SampleInfo(
             s.name, s.note, len(s.ids), merged, [without_patches(x) for x in s.images]
         )
 
-    items = [told(item) if isinstance(item, Sample) else item for item in group]
+    items = [info_of(item) if isinstance(item, Sample) else item for item in group]
     table = np.empty((_FIELDS, sum(len(s.ids) for s in samples)), np.int32)
     if samples:
         np.concatenate([s.ids for s in samples], out=table[0])
@@ -153,7 +162,7 @@ def pack(
 
 
 def _written(folder: str, block: bytes) -> str:
-    """The path of a file that begins with a block; "" where there is no room, as in many containers."""
+    """Writes a block to a file and gives its path; "" without room, as in many containers."""
     if not folder or not block:
         return ""
     path = ""
@@ -170,13 +179,14 @@ def _written(folder: str, block: bytes) -> str:
 
 
 def _file(folder: str) -> str:
-    """The path of a file that was read, or a new one, for this process alone."""
+    """The path of a free file, or of a new one, taken by this process."""
     for free in Path(folder).glob("*" + _FREE):
         taken = str(free).removesuffix(_FREE)
         try:
             os.rename(free, taken)
             return taken
-        except FileNotFoundError:  # another worker was first
+        except FileNotFoundError:
+            # Another worker was first.
             continue
     file, path = tempfile.mkstemp(dir=folder)
     os.close(file)
@@ -184,7 +194,7 @@ def _file(folder: str) -> str:
 
 
 def memory_folder() -> str:
-    """A new folder for files in memory; "" where the system has none."""
+    """A new folder in /dev/shm; "" if the system has none."""
     try:
         return tempfile.mkdtemp(prefix="qwen3vl_jax-", dir=_FOLDER)
     except OSError:
