@@ -24,7 +24,7 @@ from qwen3vl_jax.runtime.compile_cache import HELP, PROGRAMS, keep_programs
 from qwen3vl_jax.runtime.console import EXPECTED, report
 from qwen3vl_jax.storage.paths import argument, kind
 from qwen3vl_jax.training.checks import check_run
-from qwen3vl_jax.training.determinism import COST, make_deterministic
+from qwen3vl_jax.training.environment import COST, make_deterministic
 from qwen3vl_jax.training.recipe import Recipe, read_recipe
 
 
