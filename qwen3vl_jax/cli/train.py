@@ -23,9 +23,8 @@ from qwen3vl_jax.runtime.chips import allow_gpu_memory
 from qwen3vl_jax.runtime.compile_cache import HELP, PROGRAMS, keep_programs
 from qwen3vl_jax.runtime.console import EXPECTED, report
 from qwen3vl_jax.storage.paths import argument, kind
-from qwen3vl_jax.training.checks import check_run
 from qwen3vl_jax.training.environment import COST, make_deterministic
-from qwen3vl_jax.training.recipe import Recipe, read_recipe
+from qwen3vl_jax.training.recipe import Recipe, check_run, read_recipe
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -22,9 +22,8 @@ from qwen3vl_jax.planning.report import Plan, best, likeliest, plan_of, table, w
 from qwen3vl_jax.planning.search import Candidate, candidates, mesh_of
 from qwen3vl_jax.planning.serving import Serving, decoding, held_arrays, prefilling
 from qwen3vl_jax.planning.topology import devices_of, first_devices
-from qwen3vl_jax.training.checks import check_vision_length
 from qwen3vl_jax.training.mesh_preset import asks_for_mesh, mesh_flags, with_preset
-from qwen3vl_jax.training.recipe import Recipe
+from qwen3vl_jax.training.recipe import Recipe, check_vision_length
 
 
 def plan_training(

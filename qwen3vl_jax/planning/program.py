@@ -17,10 +17,9 @@ from qwen3vl_jax.model.sharding import batch_parts, layout_mesh
 from qwen3vl_jax.model.structs import Batch, VisionInputs
 from qwen3vl_jax.storage.paths import as_path, kind
 from qwen3vl_jax.training import train_model
-from qwen3vl_jax.training.checks import check_vision_length
 from qwen3vl_jax.training.data.packing import PackedBatch
 from qwen3vl_jax.training.param_groups import group_of
-from qwen3vl_jax.training.recipe import Recipe
+from qwen3vl_jax.training.recipe import Recipe, check_vision_length
 from qwen3vl_jax.training.reporting import memory_estimate
 from qwen3vl_jax.training.reporting.flops import adapter_sizes, full_work, step_flops
 from qwen3vl_jax.training.state_sharding import (

@@ -1,8 +1,12 @@
-"""What a run is: one TOML file as frozen dataclasses. configs/ says what each key means, once."""
+"""The recipe of a run: a TOML file as frozen dataclasses. configs/sft_2b.toml documents every key.
+
+Nothing here imports jax. Functions raise InputError for values that no run can have.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 import os
 import tomllib
@@ -10,8 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.storage.paths import as_path, is_remote
+from qwen3vl_jax.storage.paths import as_path, is_remote, kind
 from qwen3vl_jax.training.toml_tables import apply_change, build
 
 
@@ -21,11 +26,9 @@ class Source:
 
     path: str
     weight: float = 1.0
-    media: str = ""  # folder of relative paths; "": the file's own
+    media: str = ""
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    # what objects.bbox of its records counts
     boxes: str = "pixels"
-    # keys of its records and messages that are passed over
     ignore: tuple[str, ...] = ()
 
 
@@ -39,7 +42,7 @@ class Data:
     weighting: str = "token"
     min_pixels: int = 0
     max_pixels: int = 0
-    clip_max_pixels: int = 0  # frames x height x width of a whole clip
+    clip_max_pixels: int = 0
     fps: float = 0.0
     max_frames: int = 0
     add_vision_id: bool = False
@@ -58,7 +61,7 @@ class Pack:
 
 @dataclasses.dataclass(frozen=True)
 class Groups:
-    """What is trained: names as in `training.groups`, patterns over parameter names."""
+    """Keys of [train]; names are groups of param_groups.py or patterns."""
 
     freeze: tuple[str, ...] = ()
     rates: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -140,7 +143,7 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """A whole run. `read_recipe` makes one from a file."""
+    """The recipe of a run, as `read_recipe` makes it."""
 
     ckpt: str
     steps: int
@@ -160,6 +163,7 @@ class Recipe:
     mesh: Mesh = Mesh()
 
 
+_TRAIN_EXTRA = ("grain", "tomli_w", "matplotlib", "tensorboardX")
 _CHOICES = {
     "init": ("checkpoint", "normal", "fan_in"),
     "data.too_long": ("refuse", "cut"),
@@ -173,15 +177,12 @@ _CHOICES = {
     "step.rounding": ("stochastic", "compensated"),
     "step.remat": ("none", "full", "dots", "offload"),
 }
-_LEAST = {  # everything else is from 0
+# Smallest values; 0 for other keys.
+_LEAST = {
     "steps": 1, "save_every": 1, "pack.rows": 1, "pack.length": 8, "pack.vision_length": 4,
     "step.accumulate": 1, "step.loss_chunk": 1, "checkpoints.keep": 1, "report.every": 1,
     "mesh.data": 1, "mesh.tensor": 1, "mesh.expert": 1, "mesh.sequence": 1, "mesh.fsdp": -1,
 }  # fmt: skip
-# Whole numbers of everything else are up to 2^31 - 1.
-_MOST = {"seed": 2**63 - 1}
-_MOST_PLACES = 2**28  # of the tokens or patches of a batch
-_MOST_DEVICES = 2**20
 _BELOW_ONE = ("data.bad_fraction", "lora.dropout", "optimizer.b1", "optimizer.b2",
               "optimizer.ema", "step.attention_dropout")  # fmt: skip
 
@@ -189,9 +190,8 @@ _BELOW_ONE = ("data.bad_fraction", "lora.dropout", "optimizer.b1", "optimizer.b2
 def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
     """The recipe of a TOML file, or of a name in configs/, after ``table.key=value`` changes.
 
-    A change's value is TOML, or a bare word for a string. Relative paths are looked for in the working
-    directory, then in the recipe's own. Raises InputError for a file that cannot be read, a key that no
-    recipe has, and a value that no run can have.
+    A change's value is TOML, or a bare string. Relative paths are looked up in the working directory,
+    then in the recipe's folder.
     """
     path = _file_of(as_path(path))
     try:
@@ -205,30 +205,30 @@ def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
 
 
 def _file_of(path: Path) -> Path:
-    """The path itself, or of a name alone the recipe in configs/. Raises InputError for neither."""
-    bundled = Path(__file__).resolve().parents[2] / "configs"
+    """The path itself, or the recipe in configs/ with that name."""
     if is_remote(path) or path.exists():
         return path
+    bundled = Path(__file__).resolve().parents[2] / "configs"
     named = bundled / f"{path.name.removesuffix('.toml')}.toml"
     if len(path.parts) == 1 and named.is_file():
         return named
     known = ", ".join(sorted(found.stem for found in bundled.glob("*.toml")))
-    raise InputError(
-        f"--config {path}: no such file" + (f"; by name there are {known}" * bool(known))
-    )
+    names = f"; by name there are {known}" if known else ""
+    raise InputError(f"--config {path}: no such file{names}")
 
 
 def _placed(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe with its paths as they are found from the working directory. Raises InputError."""
+    """The recipe with paths that are valid from the working directory."""
 
     def found(name: str) -> str:
         here = not name or name.startswith("python:") or is_remote(name) or os.path.exists(name)
         return name if here or not (folder / name).exists() else str(folder / name)
 
-    def sources(given: tuple[Source, ...]) -> tuple[Source, ...]:
-        return tuple(
-            dataclasses.replace(x, path=found(x.path), media=found(x.media)) for x in given
+    def with_sources(table: Any) -> Any:
+        sources = (
+            dataclasses.replace(x, path=found(x.path), media=found(x.media)) for x in table.sources
         )
+        return dataclasses.replace(table, sources=tuple(sources))
 
     ckpt, first = found(recipe.ckpt), Path(recipe.ckpt).parts[:1]
     if first and not is_remote(ckpt) and not os.path.exists(ckpt):
@@ -241,19 +241,19 @@ def _placed(recipe: Recipe, folder: Path) -> Recipe:
     return dataclasses.replace(
         recipe,
         ckpt=ckpt,
-        data=dataclasses.replace(recipe.data, sources=sources(recipe.data.sources)),
-        evaluate=dataclasses.replace(recipe.evaluate, sources=sources(recipe.evaluate.sources)),
+        data=with_sources(recipe.data),
+        evaluate=with_sources(recipe.evaluate),
         lora=dataclasses.replace(recipe.lora, adapter=found(recipe.lora.adapter)),
     )
 
 
 def check(recipe: Recipe) -> Recipe:
-    """The recipe itself. Raises InputError for values that no run can have."""
+    """Checks every value of a recipe, and gives the recipe."""
     for name, value in flat(recipe).items():
         if name in _CHOICES and value not in _CHOICES[name]:
-            known = ", ".join(_CHOICES[name])
-            raise InputError(f"{name} is {value!r}, expected one of {known}")
-        if type(value) is int and value > (most := _MOST.get(name) or 2**31 - 1):
+            raise InputError(f"{name} is {value!r}, expected one of {', '.join(_CHOICES[name])}")
+        most = 2**63 - 1 if name == "seed" else 2**31 - 1
+        if type(value) is int and value > most:
             raise InputError(f"{name} is {value}, expected a number up to {most}")
         if type(value) is float and not math.isfinite(value):
             raise InputError(f"{name} is {value}, expected a finite number")
@@ -261,24 +261,18 @@ def check(recipe: Recipe) -> Recipe:
             raise InputError(f"{name} is {value}, expected a number from {least}")
         if name in _BELOW_ONE and value >= 1:
             raise InputError(f"{name} is {value}, expected a number from 0 to below 1")
-    _check_sizes(recipe)
     _check_together(recipe)
     return recipe
 
 
-def _check_sizes(recipe: Recipe) -> None:
+def _check_together(recipe: Recipe) -> None:
+    """Checks keys against each other."""
     pack, mesh = recipe.pack, dataclasses.astuple(recipe.mesh)
     places = max(pack.rows * pack.length, pack.vision_rows * pack.vision_length)
-    if places > _MOST_PLACES:
-        raise InputError(
-            f"pack: a batch of {places} tokens or patches, expected at most {_MOST_PLACES}"
-        )
-    if math.prod(max(size, 1) for size in mesh) > _MOST_DEVICES:
-        raise InputError(f"mesh: got {mesh}, expected at most {_MOST_DEVICES} devices")
-
-
-def _check_together(recipe: Recipe) -> None:
-    """What is wrong with keys that are right each by itself."""
+    if places > 2**28:
+        raise InputError(f"pack: a batch of {places} tokens or patches, expected at most {2**28}")
+    if math.prod(max(size, 1) for size in mesh) > 2**20:
+        raise InputError(f"mesh: got {mesh}, expected at most {2**20} devices")
     if not recipe.ckpt:
         raise InputError("ckpt is empty, expected the directory (or Hub id) of the model to train")
     if recipe.optimizer.warmup >= recipe.steps:
@@ -294,19 +288,60 @@ def _check_together(recipe: Recipe) -> None:
             raise InputError(f"train.rates.{name} is {factor}, expected a finite number from 0")
     if recipe.lora.adapter and not recipe.lora.rank:
         raise InputError("lora.adapter is set and lora.rank is 0, expected the adapter's rank")
-    for table, sources in (("data", recipe.data.sources), ("evaluate", recipe.evaluate.sources)):
-        for number, source in enumerate(sources, 1):
-            if not source.path or not 0 < source.weight < math.inf:
-                raise InputError(f"{table}.sources {number}: expected a path and a weight above 0")
-            if source.boxes not in _CHOICES["sources.boxes"]:
-                known = ", ".join(_CHOICES["sources.boxes"])
-                raise InputError(
-                    f"{table}.sources {number}: boxes is {source.boxes!r}, expected one of {known}"
-                )
+    for name, source in _named_sources(recipe):
+        if not source.path or not 0 < source.weight < math.inf:
+            raise InputError(f"{name}: expected a path and a weight above 0")
+        if source.boxes not in (known := _CHOICES["sources.boxes"]):
+            raise InputError(f"{name}.boxes is {source.boxes!r}, expected {' or '.join(known)}")
+
+
+def _named_sources(recipe: Recipe) -> list[tuple[str, Source]]:
+    """(key, source) of every source of a recipe."""
+    tables = (("data", recipe.data.sources), ("evaluate", recipe.evaluate.sources))
+    return [(f"{table}.sources.{i}", x) for table, found in tables for i, x in enumerate(found)]
+
+
+def check_run(recipe: Recipe) -> None:
+    """Raises InputError for a recipe that cannot start on this machine: packages, files, model."""
+    check_extras(recipe)
+    check_sources(recipe)
+    if kind(as_path(recipe.ckpt)) == "folder":
+        check_vision_length(recipe.pack, Config.from_hf(recipe.ckpt))
+
+
+def check_vision_length(pack: Pack, cfg: Config) -> None:
+    """Raises InputError if patch rows would split a group of patches that are merged."""
+    unit, length = cfg.vision.merge_unit, pack.vision_length
+    if pack.vision_rows and length % unit:
+        raise InputError(f"pack.vision_length is {length}, expected a multiple of {unit}")
+
+
+def check_extras(recipe: Recipe) -> None:
+    """Raises InputError for a package of the extras that is not installed."""
+    needed = [(name, "train", "training needs it") for name in _TRAIN_EXTRA]
+    if recipe.report.wandb:
+        needed.append(("wandb", "wandb", "report.wandb is set"))
+    for name, extra, why in needed:
+        if importlib.util.find_spec(name) is None:
+            raise InputError(
+                f"{name} is not installed and {why}: pip install 'qwen3vl-jax[{extra}]' "
+                f"(in a clone: pip install -e '.[{extra}]')"
+            )
+
+
+def check_sources(recipe: Recipe) -> None:
+    """Raises InputError for no training source, or for a missing file or folder of a source."""
+    if not recipe.data.sources:
+        raise InputError("data.sources is empty, expected [[data.sources]] with a path")
+    for name, source in _named_sources(recipe):
+        if not source.path.startswith("python:") and not kind(as_path(source.path)):
+            raise InputError(f"{name}.path is {source.path!r}: no such file")
+        if source.media and kind(as_path(source.media)) != "folder":
+            raise InputError(f"{name}.media is {source.media!r}: no such folder")
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """A recipe, or a table of one, as {"table.key": value}; dicts and tuples are values."""
+    """A recipe, or a table of one, as {"table.key": value}. Dicts and tuples are values."""
     out: dict[str, Any] = {}
     for field in dataclasses.fields(value):
         found, name = getattr(value, field.name), prefix + field.name

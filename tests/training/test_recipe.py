@@ -73,7 +73,7 @@ def test_every_key_is_explained_once():
         ("train.freeze=[1]", "train.freeze[0] is 1, expected a string"),
         ("ckpt=''", "ckpt is empty"),
         ("train.rates.merger=-1.0", "train.rates.merger is -1.0, expected a finite number from 0"),
-        ("data.sources.0.weight=nan", "data.sources 1: expected a path and a weight above 0"),
+        ("data.sources.0.weight=nan", "data.sources.0: expected a path and a weight above 0"),
         ("mesh.fsdp=-2", "mesh.fsdp is -2"),
         ("seed=1" + "0" * 400, "expected a number up to"),
         ("seed=1" + "0" * 5000, "expected a whole number"),

@@ -21,10 +21,9 @@ from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.positions import rope_index
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.processing.tokenizer import Tokenizer
-from qwen3vl_jax.training.checks import check_vision_length
 from qwen3vl_jax.training.data.packing import frames_fit
 from qwen3vl_jax.training.data.sample import Sample, check_sample
-from qwen3vl_jax.training.recipe import Data, Pack
+from qwen3vl_jax.training.recipe import Data, Pack, check_vision_length
 
 START, END = "<|im_start|>", "<|im_end|>"
 _HEAD = "assistant\n"
