@@ -1,4 +1,4 @@
-"""Evaluation sets: mean loss over packed batches, and answers written by generate and compared."""
+"""Evaluation: mean loss over the held-out sources, and generated answers compared with theirs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ OpenLoader = Callable[..., Any]
 
 
 class Answered(NamedTuple):
-    """One record's last turn: what was asked, what the record answers, what the model wrote."""
+    """A record's last turn: its question, its answer, and the generated answer."""
 
     name: str
     question: str
@@ -128,7 +128,7 @@ def check_held_out(recipe: Recipe, open_loader: OpenLoader) -> list[tuple[str, s
 
 
 def make_measure(cfg: Config, step: Step, merge) -> Callable[..., tuple[jax.Array, ...]]:
-    """The jitted measure(weights, frozen, packed) -> (loss, weight, right tokens, tokens), all sums."""
+    """The jitted measure(weights, frozen, packed) -> sums (loss, weight, correct tokens, tokens)."""
 
     @jax.jit
     def measure(weights, frozen, packed: PackedBatch):
@@ -142,15 +142,16 @@ def make_measure(cfg: Config, step: Step, merge) -> Callable[..., tuple[jax.Arra
 def mean_loss(
     measure, weights, frozen, batches: Iterable[PackedBatch], check: Callable[[], None]
 ) -> dict[str, float]:
-    """{"loss", "accuracy"} over all target tokens of the batches; accuracy is of single tokens.
+    """{"loss", "accuracy"} over the target tokens of the batches.
 
-    check: called before each batch, to raise what ends it.
+    check: called before each batch; what it raises ends the evaluation.
     """
     found = []
     for packed in batches:
         check()
         found.append(measure(weights, frozen, packed))
-        jax.block_until_ready(found[-2:-1])  # the host is at most one batch ahead
+        # The host is at most one batch ahead.
+        jax.block_until_ready(found[-2:-1])
     if not found:
         raise InputError("evaluate.sources: found no sample that fits, expected at least one")
     loss, weight, right, tokens = (sum(float(x) for x in part) for part in zip(*found))
@@ -158,7 +159,7 @@ def mean_loss(
 
 
 def make_inference(step: Step, merge) -> Callable[..., Params]:
-    """The jitted inference(weights, frozen) -> per-layer parameters in the dtype of the computation."""
+    """The jitted inference(weights, frozen) -> parameters with layers in lists, in step.dtype."""
     dtype = jnp.dtype(step.dtype)
 
     def small(x: Any) -> Any:
@@ -180,11 +181,10 @@ def answer(
     max_new_tokens: int,
     check: Callable[[], None],
 ) -> tuple[list[Answered], list[tuple[str, str]]]:
-    """Greedy answers to the last assistant turn of each record, (name, {messages, tools?}) in chat form.
+    """(greedy answers, refused records) for the last assistant turn of each (name, chat record).
 
-    Pictures and clips are read as `data` asks. Records without such a turn, or with nothing before it,
-    are passed over; those that cannot be read come second, (name, reason). check: called before each
-    few answers, to raise what ends it.
+    Records without an assistant turn after another turn are skipped. Records that cannot be read are
+    refused, as (name, reason). check: called before each batch; what it raises ends the evaluation.
     """
     asked = [_asked(name, record) for name, record in records]
     answers: list[Answered] = []
@@ -200,7 +200,7 @@ def answer(
 
 
 class _Asked(NamedTuple):
-    """A record's last assistant turn, and what comes before it."""
+    """A record's last assistant turn, and the messages before it."""
 
     name: str
     messages: list[dict[str, Any]]
@@ -219,10 +219,11 @@ def _asked(name: str, record: Any) -> _Asked | None:
 def _read(
     proc: Processor, rows: list[_Asked], options: Any, refused: list[tuple[str, str]]
 ) -> tuple[list[_Asked], Batch | None]:
-    """The rows that can be read, as a batch; the others are added to `refused`, with the reason."""
+    """The readable prompts and their batch. The others are added to `refused` with the reason."""
     try:
         return rows, proc([row.messages for row in rows], **options)
-    except Exception as error:  # a damaged picture can break any decoder: which one was it?
+    except Exception as error:
+        # A damaged image can break any decoder. Each prompt is tried alone to find it.
         if len(rows) == 1:
             kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
             refused.append((rows[0].name, kind + " ".join(str(error).split())))
@@ -245,7 +246,7 @@ def _answer_some(
 
 
 def expected(message: Any) -> str:
-    """What a record's answer says, as `answer_text` shows an answer that writes the same."""
+    """A record's answer in the form of `answer_text`, to compare with a generated one."""
     calls = [dict(call.get("function") or call) for call in message.get("tool_calls") or ()]
     for call in calls:
         if isinstance(text := call.get("arguments"), str):
@@ -256,7 +257,7 @@ def expected(message: Any) -> str:
 
 
 def answer_text(reply: Reply) -> str:
-    """An answer without its reasoning; each call of a tool is a line, its arguments in order."""
+    """An answer without its reasoning. Each tool call is a line, its arguments sorted."""
     calls = (
         write_json({"name": call.name, "arguments": call.arguments}, "tool_calls", sort_keys=True)
         for call in reply.tool_calls

@@ -1,4 +1,4 @@
-"""A checkpoint read straight into stacked layers: of one tensor at a time the shards, no second copy."""
+"""Reads a checkpoint straight into stacked layers, one tensor at a time, each process its own shards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TOML tables as frozen dataclasses: what each key may be is its annotation."""
+"""TOML tables as frozen dataclasses. A field's annotation is the type of its key."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NO_TABLE = "is no table, expected key=value or table.key=value"
 
 
 def apply_change(kind: type, raw: dict[str, Any], change: str) -> None:
-    """One ``table.key=value`` written into the raw tables. Raises InputError that names the change."""
+    """Writes one ``table.key=value`` into the raw tables. Raises InputError that names the change."""
     name, equals, text = change.partition("=")
     name = name.strip()
     if not equals or not name:
@@ -43,7 +43,7 @@ def apply_change(kind: type, raw: dict[str, Any], change: str) -> None:
 
 
 def _put(at: Any, key: Any, value: Any) -> None:
-    """Sets a key of a table, or a place of a list, which one more makes longer."""
+    """Sets a key of a table or an index of a list. The index after the last one appends."""
     if isinstance(at, list) and key == len(at):
         at.append(value)
     else:
@@ -51,7 +51,7 @@ def _put(at: Any, key: Any, value: Any) -> None:
 
 
 def _hint_inside(hint: Any, part: str, prefix: str, change: str, at: Any) -> Any:
-    """What a part of a change's key may be. Raises InputError for one that is no key and no place."""
+    """The type of one part of a change's key. Raises InputError for an unknown key or index."""
     inner = typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         _check_keys([part], hint, prefix, change)
@@ -67,7 +67,7 @@ def _hint_inside(hint: Any, part: str, prefix: str, change: str, at: Any) -> Any
 
 
 def _changed(hint: Any, text: str, name: str, change: str) -> Any:
-    """A change's value: TOML that fits the key, or the text itself for a string."""
+    """A change's value: TOML of the key's type, or the text itself for a string."""
     try:
         value = tomllib.loads(f"x = {text}")["x"]
     except (ValueError, RecursionError):
@@ -79,7 +79,7 @@ def _changed(hint: Any, text: str, name: str, change: str) -> Any:
 
 
 def _check_keys(keys: Iterable[str], kind: Any, prefix: str, where: str) -> None:
-    """Raises InputError for a key that a table does not have."""
+    """Raises InputError for an unknown key."""
     fields = [f.name for f in dataclasses.fields(kind)]
     for key in keys:
         if key not in fields:
@@ -89,7 +89,7 @@ def _check_keys(keys: Iterable[str], kind: Any, prefix: str, where: str) -> None
 
 
 def build(kind: type[_T], raw: Any, prefix: str, where: str) -> _T:
-    """A dataclass from a table; its annotations say what each key may be."""
+    """A dataclass from a table. Raises InputError for missing or unknown keys and wrong types."""
     if not isinstance(raw, Mapping):
         raise InputError(f"{where}: {prefix.rstrip('.')} is {raw!r}, expected a table of keys")
     fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, kind))}
@@ -104,7 +104,7 @@ def build(kind: type[_T], raw: Any, prefix: str, where: str) -> _T:
 
 
 def _value(hint: Any, found: Any, name: str, where: str) -> Any:
-    """One value as its annotation wants it."""
+    """One value in the type of its annotation."""
     if dataclasses.is_dataclass(hint):
         return build(typing.cast(Any, hint), found, f"{name}.", where)
     origin, inner = typing.get_origin(hint), typing.get_args(hint)

@@ -1,6 +1,6 @@
-"""Records of both shapes in one: {"messages": [...], "tools"?: [...]}, media inside the messages.
+"""Converts records of both common formats to chat form: {"messages": [...], "tools"?: [...]}.
 
-Every key of a record, a message and a content item means something here, or is refused.
+Unknown keys of records, messages and content items are refused.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SWITCHES = ("train", "loss", "weight")
 _MOST_WEIGHT = 1_000_000
 FIELDS = ("messages", "conversations", "system", "tools", "objects", *_POOLS["image"],
           *_POOLS["video"])  # fmt: skip
-# What says where a record comes from, and changes nothing; a source may name more in `ignore`.
+# Keys that describe a record and are ignored. A source may name more in `ignore`.
 METADATA = ("id", "idx", "index", "uid", "uuid", "source", "dataset", "split", "task", "category",
             "language", "metadata", "width", "height", "num_tokens")  # fmt: skip
 _MESSAGE = (*MESSAGE_KEYS, *_SWITCHES)
@@ -50,12 +50,12 @@ _PREFERENCES: Mapping[str, str] = dict.fromkeys(
 
 
 def chat_form(record: Any, source: Source | None = None) -> Record:
-    """A record of either shape as {"messages", "tools"?}; source: the file that it is of.
+    """A record as {"messages", "tools"?}. source: the file it is from.
 
-    In the shape of the official code, {image | video, conversations: [{from, value}]}, the text of a
-    user is stripped, as there. In both shapes each <image> and <video> of any text, and each content
-    item without a source, is the next image or video that the record holds beside its messages; \\<image>
-    is the text <image>. Raises InputError, also where they do not come out even and for unknown keys.
+    The official format is {image | video, conversations: [{from, value}]}, with the user's text stripped.
+    In both formats each <image> and <video> in a text, and each content item without a source, takes the
+    record's next image or video; \\<image> is the text <image>. Raises InputError for unknown keys, and
+    if tags and images or videos do not match one to one.
     """
     source = source or Source("")
     shapes = ("messages", "conversations")
@@ -86,7 +86,7 @@ def chat_form(record: Any, source: Source | None = None) -> Record:
 
 
 def _with_system(turns: Sequence[Any], text: Any) -> tuple[Sequence[Any], int]:
-    """The messages behind a record's own system text, and the number of the first."""
+    """(messages with the record's system text first, number of the first message)."""
     if text is None or _blank(text):
         return turns, 1
     if not isinstance(text, str):
@@ -98,7 +98,7 @@ def _with_system(turns: Sequence[Any], text: Any) -> tuple[Sequence[Any], int]:
 
 
 def _fields(given: Any, known: Sequence[str], where: str) -> dict[str, Any]:
-    """An object without its nulls. Raises InputError for a key that means nothing here."""
+    """An object without its nulls. Raises InputError for an unknown key."""
     if isinstance(given, list):
         raise InputError(
             f"{where}found list, expected an object; only files of JSON may hold lists of records"
@@ -110,7 +110,7 @@ def _fields(given: Any, known: Sequence[str], where: str) -> dict[str, Any]:
 def _message(
     turn: Any, number: int, pools: dict[str, _Pool], ignore: Sequence[str]
 ) -> dict[str, Any]:
-    """One message in chat form; its images and videos are taken off the pools."""
+    """One message in chat form. Its images and videos are taken from the pools."""
     where = f"message {number}: "
     official = isinstance(turn, Mapping) and "from" in turn
     known = (*(("from", "value") if official else ("role", "content")), *_MESSAGE, *ignore)
@@ -137,7 +137,7 @@ def _message(
 
 
 def _content(content: Any, role: Any, where: str, pools: dict[str, _Pool], strip: bool) -> Any:
-    """A message's content whose tags and empty places are filled."""
+    """A message's content, with tags and items without a source filled."""
     if isinstance(content, str):
         return _by_tag(content, role, where, pools, strip)
     out: list[Any] = []
@@ -153,7 +153,7 @@ def _content(content: Any, role: Any, where: str, pools: dict[str, _Pool], strip
 
 
 def _item(given: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A content item without its empty places; it holds a text, or an image or video."""
+    """A content item without blank sources. It holds a text, or an image or video."""
     item = _fields(given, _ITEM, f"{where}content item: ")
     item = {k: v for k, v in item.items() if not (k in _PLACES and _blank(v))}
     is_media = item.get("type", "text") in _MEDIA or any(k in item for k in _PLACES)
@@ -163,7 +163,7 @@ def _item(given: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _by_tag(text: str, role: Any, where: str, pools: dict[str, _Pool], strip: bool) -> Any:
-    """A text as content: each tag is the next of its pool, what lies between them is text."""
+    """A text as content: each tag becomes the next item of its pool."""
     parts = [part.strip() if strip else part for part in _TAG.split(text)]
     if len(parts) == 1:
         return _LITERAL.sub(r"\1", parts[0])
@@ -190,7 +190,7 @@ def _next(kind: str, where: str, pools: dict[str, _Pool]) -> dict[str, Any]:
 
 
 def _filled(item: Any, where: str, pools: dict[str, _Pool]) -> Any:
-    """A content item; an empty place for an image or video takes the next of its pool."""
+    """A content item. An image or video item without a source takes the next of its pool."""
     if not isinstance(item, dict):
         return item
     kind, index = item.get("type"), item.pop("index", None)
@@ -203,10 +203,7 @@ def _filled(item: Any, where: str, pools: dict[str, _Pool]) -> Any:
 
 
 def _calls(given: Any, where: str) -> list[dict[str, Any]]:
-    """Calls of tools in OpenAI's form, which every template knows; also of JSON text.
-
-    Arguments of null or nothing are {}.
-    """
+    """Tool calls in OpenAI's form, also from JSON text. Missing or null arguments are {}."""
     calls, out = _from_json(given, f"{where}tool_calls") or [], []
     for given_call in calls if isinstance(calls, (list, tuple)) else [calls]:
         named = f"{where}tool_calls: "
@@ -227,7 +224,7 @@ def _calls(given: Any, where: str) -> list[dict[str, Any]]:
 
 
 def _switched(message: dict[str, Any], where: str) -> dict[str, Any]:
-    """A message whose train, loss and weight are one "train" (true, false) and one "weight" above 0."""
+    """A message with its train, loss and weight as one "train" (bool) and one "weight" above 0."""
     given = {key: message.pop(key) for key in _SWITCHES if key in message}
     weight = given.pop("weight", 1)
     for key, value in given.items():
@@ -245,7 +242,7 @@ def _switched(message: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 class _Pool(list[Any]):
-    """The images or videos beside the messages of a record that are left, and how many there were."""
+    """The images or videos of a record that no tag has taken yet. total: how many there were."""
 
     def __init__(self, items: Sequence[Any]):
         super().__init__(items)
@@ -253,7 +250,7 @@ class _Pool(list[Any]):
 
 
 def _pool(record: Mapping[str, Any], kind: str) -> _Pool:
-    """The images or videos that lie beside the messages of a record, in order, as content items."""
+    """The images or videos of a record's own keys, in order, as content items."""
     found: list[Any] = []
     for name in _POOLS[kind]:
         given = record.get(name)
@@ -263,21 +260,21 @@ def _pool(record: Mapping[str, Any], kind: str) -> _Pool:
 
 
 def _pooled(given: Any, kind: str, name: str) -> dict[str, Any]:
-    """One of them: a source, the frames of a video, or an object with settings beside its source."""
+    """One content item of a source, the frames of a video, or an object with a source and settings."""
     if isinstance(given, Mapping) and not set(given) <= {*_SOURCES}:
         return {"type": kind, **_fields(given, _ITEM, f"{name}: ")}
     return {"type": kind, kind: given}
 
 
 def _blank(given: Any) -> bool:
-    """Whether this stands for no image in files whose other records have one: "", or only nulls."""
+    """Whether a value means no image or video: "", or an object of nulls."""
     if isinstance(given, Mapping):
         return all(value is None for value in given.values())
     return isinstance(given, str) and not given
 
 
 def _with_media(message: dict[str, Any], media: str) -> dict[str, Any]:
-    """A message whose relative paths start at the folder of its media."""
+    """A message whose relative paths are resolved from the media folder."""
     content = message.get("content")
     if not isinstance(content, list):
         return message
@@ -293,14 +290,14 @@ def _with_media(message: dict[str, Any], media: str) -> dict[str, Any]:
 
 
 def without_nulls(value: Any) -> Any:
-    """Parquet rows without their nulls, which stand for keys that only other rows have."""
+    """A Parquet row without nulls, which are keys of other rows."""
     if isinstance(value, dict):
         return {k: without_nulls(v) for k, v in value.items() if v is not None}
     return [without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
 def _from_json(value: Any, name: str) -> Any:
-    """What a column of JSON text says, None for an empty one; anything else as it is."""
+    """The value of a JSON text, None for an empty one. Other values stay as they are."""
     if not isinstance(value, str):
         return value
     return None if _blank(value) else read_json(value, name)

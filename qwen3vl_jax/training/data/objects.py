@@ -1,8 +1,8 @@
-"""Names and boxes of objects beside the messages of a record, put where its texts have tags for them.
+"""Grounding: fills the tags <ref-object> and <bbox> of a record's texts from its "objects".
 
-{"objects": {"ref": [..], "bbox": [..]}} as ms-swift has it: each <ref-object> of a text is the next
-name, each <bbox> the next box. Boxes are written as Qwen3-VL writes them, [x1, y1, x2, y2] from 0 to
-1000 over the image; two numbers are a point.
+{"objects": {"ref": [..], "bbox": [..]}}, as in ms-swift: each <ref-object> is the next name, each <bbox>
+the next box. Boxes are written in Qwen3-VL's form, [x1, y1, x2, y2] from 0 to 1000 over the image; two
+numbers are a point.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _TOP = 1000
 def with_objects(
     messages: Sequence[dict[str, Any]], objects: Any, boxes: str
 ) -> list[dict[str, Any]]:
-    """Messages whose tags are filled; boxes: "pixels" or "norm1000", where objects has no bbox_type.
+    """Messages with filled tags. boxes: "pixels" or "norm1000", if objects has no bbox_type.
 
-    Images whose size is asked are read, once. Raises InputError for tags without an object, objects
+    Images whose size is needed are read, once. Raises InputError for tags without an object, objects
     without a tag, and boxes that are not two or four numbers inside their image.
     """
     objects = {} if objects is None else objects
@@ -77,7 +77,7 @@ def _listed(objects: Mapping[str, Any], name: str) -> list[Any]:
 def _spelled(
     messages: Sequence[dict[str, Any]], objects: Mapping[str, Any], boxes: str
 ) -> list[str]:
-    """Each box as Qwen3-VL writes it. An image that is read for its size takes its place in messages."""
+    """Each box in Qwen3-VL's form. An image read for its size replaces its path in the messages."""
     given, ids = _listed(objects, "bbox"), _listed(objects, "image_id")
     kind = objects.get("bbox_type") or next(k for k, v in _TYPES.items() if v == boxes)
     if not isinstance(kind, str) or kind not in _TYPES:
@@ -110,7 +110,7 @@ def _is_image(item: Any) -> bool:
 
 
 def _size(content: list[Any], at: int) -> tuple[int, int]:
-    """Width and height of a content item's image, which is read here and not again."""
+    """Width and height of a content item's image, which is read once, here."""
     _, (given,) = read_conversation([{"role": "user", "content": [content[at]]}])
     image = load_image(given.source)
     content[at] = {**given.settings, "type": "image", "image": image}

@@ -1,7 +1,7 @@
-"""Records of training files, read by index: JSONL, a JSON list, parquet, ArrayRecord, a Python class.
+"""Reads training records by index: JSONL, a JSON list, Parquet, ArrayRecord, a Python class.
 
-Whatever the file, a record comes out in chat form, {"messages": [...], "tools"?: [...]}, with its
-pictures and clips inside the messages and their relative paths made whole.
+Every record comes out in chat form, {"messages": [...], "tools"?: [...]}, with images and videos inside
+the messages and their relative paths resolved.
 """
 
 from __future__ import annotations
@@ -30,27 +30,28 @@ from qwen3vl_jax.training.data.chat_format import (
 from qwen3vl_jax.training.recipe import Source
 
 log = logging.getLogger("qwen3vl_jax")
-_LARGE = 64 * 2**20  # bytes of a row group
+# Row groups of more bytes than this make shuffled reading slow.
+_LARGE = 64 * 2**20
 _SUFFIXES = ".jsonl, .json, .parquet, .array_record or python:module:Class"
 _CHUNK = 1 << 24
 
 
 class Records(Protocol):
-    """A source by index. Reading the same index gives the same record in every process."""
+    """A source by index. An index gives the same record in every process."""
 
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """Where a record stands, as messages say it: "chats.jsonl:17"."""
+        """The name of a record in messages: "chats.jsonl:17"."""
         ...
 
     def read(self, index: int) -> Any:
-        """The record in chat form, or what a Python class made. Raises InputError with the reason."""
+        """The record in chat form, or what a Python class made. Raises InputError."""
         ...
 
 
 def open_records(source: Source) -> Records:
-    """The records of a source. Raises InputError for one that cannot be opened or is empty."""
+    """Opens a source. Raises InputError if it cannot be read or is empty."""
     if source.path.startswith("python:"):
         found: Records = PythonSource.of(source)
     else:
@@ -82,16 +83,16 @@ def open_records(source: Source) -> Records:
 
 @dataclasses.dataclass(frozen=True)
 class JsonLines:
-    """A JSONL file: where its lines begin is known, and one line is read at a time."""
+    """A JSONL file, indexed once; a record is one read of its line."""
 
     path: str
     source: Source
-    # [n 4] int64: first byte, byte behind the last, number of the line, place in its list or -1
+    # [n 4] int64: start byte, end byte, line number, index in the line's list or -1.
     spans: np.ndarray
 
     @classmethod
     def of(cls, path: str, source: Source) -> JsonLines:
-        """Looks through the file once; empty lines are no records, a list is several."""
+        """Indexes the file. Empty lines are skipped; a line with a list holds several records."""
         none = np.zeros(0, np.int64)
         ends, lists, returns = [none], [none], [none]
         with as_path(path).open("rb") as file:
@@ -131,7 +132,7 @@ class JsonLines:
 
 
 def _listed(path: str, span: np.ndarray) -> int:
-    """How many records the list on a line holds; 0 for a line that is refused when it is read."""
+    """The number of records in a line's list; 0 if the line is not JSON, which reading refuses."""
     begin, end = span[:2].tolist()
     try:
         return len(_parsed(path, begin, end))
@@ -144,17 +145,18 @@ def _parsed(path: str, begin: int, end: int) -> Any:
 
 
 def _named(path: str, number: int, place: int = -1) -> str:
-    """Where a record stands: its line or place from 1, and its place from 1 in a list of records."""
+    """A record's name: its line or index from 1, and its index from 1 in a list of records."""
     return f"{os.path.basename(path)}:{number}" + (f".{place + 1}" if place >= 0 else "")
 
 
 @dataclasses.dataclass(frozen=True)
 class JsonList:
-    """A JSON file that holds one list of records; it is kept in memory, unlike JSONL."""
+    """A JSON file with one list of records. Unlike JSONL it is held in memory."""
 
     path: str
     source: Source
-    items: list[tuple[str, Any]]  # names and records
+    # (name, record)
+    items: list[tuple[str, Any]]
 
     def __len__(self) -> int:
         return len(self.items)
@@ -167,7 +169,7 @@ class JsonList:
 
 
 def _json(path: str, source: Source) -> Records:
-    """A .json file: one list, in which a list is several records, or else a record a line."""
+    """A .json file: one list, whose inner lists hold several records, or a record in each line."""
     with as_path(path).open("rb") as file:
         if file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] != b"[":
             return JsonLines.of(path, source)
@@ -184,12 +186,13 @@ def _json(path: str, source: Source) -> Records:
 
 @dataclasses.dataclass(frozen=True)
 class ParquetTable:
-    """A parquet file. One row group is read at a time, so shuffled files want small ones."""
+    """A Parquet file. Whole row groups are read, so small ones are faster to shuffle."""
 
     path: str
     source: Source
     columns: tuple[str, ...]
-    ends: np.ndarray  # [g] rows up to the end of each row group
+    # [g] number of rows up to the end of each row group.
+    ends: np.ndarray
 
     @classmethod
     def of(cls, path: str, source: Source) -> ParquetTable:
@@ -233,7 +236,7 @@ class ParquetTable:
 
 @contextlib.contextmanager
 def _parquet(path: str) -> Iterator[Any]:
-    """A parquet file; of an object the ranges that are asked for."""
+    """Opens a Parquet file, of a remote one only the ranges that are read."""
     from pyarrow import parquet
 
     if not is_remote(path):
@@ -252,7 +255,7 @@ def _row_group(path: str, group: int, columns: tuple[str, ...]) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class ArrayRecord:
-    """An ArrayRecord file whose records are JSON texts."""
+    """An ArrayRecord file of JSON texts."""
 
     path: str
     source: Source
@@ -286,10 +289,10 @@ def _array(path: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class PythonSource:
-    """What a Python class makes by index: records in chat form, or samples ready to be packed.
+    """A Python class with __len__ and __getitem__, which gives chat records or ready Samples.
 
-    The class has __len__ and __getitem__, is a function of the index alone, and goes to workers by
-    pickle. A true `vision_labels` says that its samples name what their vision rows show.
+    Items must depend only on the index; workers get the class by pickle. vision_labels: its samples
+    have labels of image features.
     """
 
     source: Source
@@ -297,7 +300,7 @@ class PythonSource:
 
     @classmethod
     def of(cls, source: Source) -> PythonSource:
-        """Makes the class with the source's options."""
+        """Imports the class and calls it with the source's options."""
         module, _, name = source.path.removeprefix("python:").partition(":")
         try:
             kind = getattr(importlib.import_module(module), name)
