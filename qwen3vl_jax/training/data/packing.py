@@ -1,7 +1,8 @@
-"""Samples to batches of one fixed shape. Numpy on the host; dims as in layers.py.
+"""Packs samples into batches of one fixed shape, in numpy on the host. Dims as in layers.py.
 
-Tokens go to the first of B rows of T that has room, patches to the first of W rows of P: a picture,
-or a frame of a clip, lies in one row. Frames attend each to itself, so a clip may go over several.
+First fit: tokens go to the first of B rows of T with room, patches to the first of W rows of P. An
+image, or a frame of a video, is in one row; a video may span rows, since its frames attend only to
+themselves.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ Grid = tuple[int, int, int]
 
 
 class PackedBatch(flax.struct.PyTreeNode):
-    """Rows of several samples each; padding has segment 0, weight 0 and label -100.
+    """Rows of several samples each. Padding has segment 0, weight 0 and label -100.
 
-    The fields of batch.vision are [W P ..] with ranges counted inside a row, and batch.vision_rows
-    counts the merged rows of all of them. Its pixels are uint8 before normalisation, or float32.
+    batch.vision has fields [W P ..], with ranges counted inside a row; batch.vision_rows counts the
+    features of all rows. Pixels are uint8 before normalisation, or float32.
     """
 
     batch: Batch
@@ -40,14 +41,14 @@ class PackedBatch(flax.struct.PyTreeNode):
 
 
 class Pending(NamedTuple):
-    """A sample that is drawn and not packed, and its place in the stream that it came from."""
+    """A sample that is not packed yet, and its place in the stream."""
 
     place: int
     sample: Sample
 
 
 class PackedSample(NamedTuple):
-    """A sample and where it went."""
+    """A sample and its position in the batch."""
 
     sample: Sample
     row: int
@@ -56,7 +57,7 @@ class PackedSample(NamedTuple):
 
 
 class FreeSpace:
-    """What is still free in a batch. Lists: rows are few, and numpy takes longer to look at them."""
+    """The free space of a batch. Lists are faster than numpy for a few rows."""
 
     def __init__(self, pack: Pack):
         self.length, self.vision_length = pack.length, pack.vision_length
@@ -67,7 +68,7 @@ class FreeSpace:
         self.left = pack.rows * pack.length
 
     def place(self, sample: Sample) -> PackedSample | None:
-        """Takes the room of a sample, the first there is, or leaves all as it was for None."""
+        """Places a sample in the first rows with room, or gives None and changes nothing."""
         size = len(sample.ids)
         row = _first(self.tokens, size)
         if row is None:
@@ -87,7 +88,7 @@ class FreeSpace:
         return PackedSample(sample, row, start, spots)
 
     def fit_frames(self, grid: Grid) -> list[tuple[int, int]] | None:
-        """Takes the room of t frames of h x w patches: (first patch over all rows, patches), or None."""
+        """Places t frames of h x w patches: [(first patch over all rows, patches)], or None."""
         left, frame = grid[0], grid[1] * grid[2]
         spot: list[tuple[int, int]] = []
         row = _first(self.patches, frame)
@@ -104,7 +105,7 @@ class FreeSpace:
 
 
 def _first(free: Sequence[int], size: int, start: int = 0) -> int | None:
-    """The first row from `start` on that has room."""
+    """The first row from `start` on with room."""
     for row in range(start, len(free)):
         if free[row] >= size:
             return row
@@ -112,7 +113,7 @@ def _first(free: Sequence[int], size: int, start: int = 0) -> int | None:
 
 
 def frames_fit(pack: Pack, grids: Sequence[Grid]) -> bool:
-    """Whether pictures and clips of one sample fit an empty batch."""
+    """Whether the images and videos of one sample fit an empty batch."""
     room = FreeSpace(pack)
     return all(room.fit_frames(grid) is not None for grid in grids)
 
@@ -120,10 +121,10 @@ def frames_fit(pack: Pack, grids: Sequence[Grid]) -> bool:
 def choose(
     pack: Pack, waiting: Sequence[Pending], draw: Callable[[], Pending | None]
 ) -> tuple[list[PackedSample], list[Pending]]:
-    """The samples of one batch by first fit, in the order in which they were drawn, and those left.
+    """(samples of one batch by first fit, pending samples), both in stream order.
 
-    Samples are drawn until pack.lookahead of them wait that do not fit, or draw() has no more. The
-    first that waits always fits an empty batch, so none waits for long.
+    Draws until pack.lookahead samples do not fit, or draw() gives None. The first pending sample always
+    fits the next, empty batch.
     """
     room, placed, left = FreeSpace(pack), [], []
     coming = iter(waiting)
@@ -143,10 +144,10 @@ def build(
     cfg: Config, pack: Pack, placed: Sequence[PackedSample], pixel_type: Any, with_labels: bool,
     buffers: BufferPool | None = None,
 ) -> PackedBatch:  # fmt: skip
-    """The arrays of chosen samples; with_labels: vision_labels are wanted. Raises InputError.
+    """The arrays of a batch. with_labels: with vision_labels. buffers: memory for the pixels.
 
-    buffers: where the pixels lie. Samples lie in a row one behind another from its start, so that each
-    other field is written in one call, in their order.
+    Samples follow each other from the start of a row, so each field is one concatenation. Raises
+    InputError for pixels of another dtype.
     """
     placed = sorted(placed, key=lambda p: (p.row, p.start))
     samples, seen = [p.sample for p in placed], [p for p in placed if p.spots]
@@ -181,15 +182,16 @@ def build(
 
 
 class _RowFiller:
-    """Arrays one after another -> rows of one shape, the rest of each row filled up."""
+    """Concatenates arrays into padded rows of one shape."""
 
     def __init__(self, rows: np.ndarray, sizes: np.ndarray, shape: tuple[int, int]):
-        """rows, sizes [n]: of what is written, in order of its place."""
+        """rows, sizes [n]: the row and length of each part, in order."""
         self._shape = shape
         self.used = np.bincount(rows, sizes, minlength=shape[0]).astype(int)  # [rows]
         ends = np.cumsum(np.bincount(rows, minlength=shape[0]))
         self._parts = list(zip([0, *ends.tolist()], ends.tolist(), (shape[1] - self.used).tolist()))
-        self._given = np.arange(len(rows)) + rows  # places among parts and rests
+        # Indices of the parts among parts and paddings.
+        self._given = np.arange(len(rows)) + rows
         self._sizes = np.empty(len(rows) + shape[0], int)
         self._sizes[self._given] = sizes
         self._sizes[ends + np.arange(shape[0])] = shape[1] - self.used
@@ -198,7 +200,7 @@ class _RowFiller:
         self, parts: Sequence[np.ndarray], dtype: Any, fill: int = 0,
         before: tuple[int, ...] = (), behind: tuple[int, ...] = (),
     ) -> np.ndarray:  # fmt: skip
-        """Parts [before t behind] -> [before, *shape, behind]."""
+        """Parts [before t behind] -> [before, *shape, behind], padded with `fill`."""
         rest = np.full((*before, self._shape[1], *behind), fill, dtype)
         pieces = []
         for first, end, left in self._parts:
@@ -208,14 +210,14 @@ class _RowFiller:
         return joined.reshape(*before, *self._shape, *behind)
 
     def each(self, values: np.ndarray) -> np.ndarray:
-        """One value [n] for all of each part, 0 elsewhere."""
+        """Repeats one value [n] over each part; 0 for padding."""
         spread = np.zeros(len(self._sizes), values.dtype)
         spread[self._given] = values
         return np.repeat(spread, self._sizes).reshape(self._shape)
 
 
 def _merged_rows(cfg: Config, seen: Sequence[PackedSample]) -> np.ndarray:
-    """The merged row of each placeholder of samples, one after another."""
+    """The feature index of each placeholder of samples, in order."""
     spots = [spot for p in seen for visual in p.spots for spot in visual]
     first, count = np.array(spots, int).reshape(-1, 2).T // cfg.vision.merge_unit
     return np.repeat(first - (np.cumsum(count) - count), count) + np.arange(count.sum())
@@ -224,7 +226,7 @@ def _merged_rows(cfg: Config, seen: Sequence[PackedSample]) -> np.ndarray:
 def _vision_labels(
     cfg: Config, pack: Pack, seen: Sequence[PackedSample], merged: np.ndarray
 ) -> np.ndarray:
-    """What each merged row of a batch shows [R]."""
+    """The label of each image feature of a batch [R]."""
     unit = cfg.vision.merge_unit
     out = np.full(pack.vision_rows * pack.vision_length // unit, IGNORE_INDEX, np.int32)
     told = [np.zeros(0, np.int32)]
@@ -246,9 +248,11 @@ def _pixels(cfg: Config, pack: Pack, pixel_type: Any, buffers: BufferPool) -> np
 def _vision(
     cfg: Config, pack: Pack, seen: Sequence[PackedSample], pixels: np.ndarray
 ) -> VisionInputs:
-    """The pictures and clips of samples as vision inputs [W P ..]; padding sees nothing."""
-    frames: list[tuple[int, VisionInputs]] = []  # first patch over all rows, tables
-    known: dict[Any, VisionInputs] = {}  # to hash a config takes longer than to write a picture
+    """The images and videos of samples as VisionInputs [W P ..]. Padding attends to nothing."""
+    # (first patch over all rows, tables)
+    frames: list[tuple[int, VisionInputs]] = []
+    # Beside the cache of `_frame`, because hashing a config takes longer than writing an image.
+    known: dict[Any, VisionInputs] = {}
     for sample, _, _, spots in seen:
         for image, spot in zip(sample.images, spots, strict=True):
             (_, h, w), done = image.grid, 0
@@ -280,16 +284,16 @@ def _vision(
 
 @functools.lru_cache(maxsize=1024)
 def _frame(cfg: Config, h: int, w: int) -> VisionInputs:
-    """The tables of one frame; its pixels are nothing."""
+    """The tables of one frame, with empty pixels."""
     pixels = np.zeros((h * w, int(np.prod(cfg.vision.patch_shape))), np.float32)
     made = make_vision(cfg, pixels, [(1, h, w)], pad=False)
     return made.replace(pixels=np.zeros(0, np.float32))
 
 
 def one_frame(pixels: np.ndarray, patch_shape: tuple[int, ...]) -> np.ndarray:
-    """Patches uint8 [p C] without the second frame [p C/2], where all show their first one twice.
+    """uint8 patches [p C] without their second frame, [p C/2], if both frames are equal, as in images.
 
-    patch_shape: (channels, 2, height, width). A picture does; others, and floats, stay as they are.
+    patch_shape: (channels, 2, height, width). Other patches, and floats, stay as they are.
     """
     if pixels.dtype != np.uint8 or patch_shape[1] != 2:
         return pixels
@@ -300,7 +304,7 @@ def one_frame(pixels: np.ndarray, patch_shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _write(out: np.ndarray, pixels: np.ndarray, patch_shape: tuple[int, ...]) -> None:
-    """Patches into out [p C], each frame twice where `one_frame` has left one."""
+    """Writes patches into out [p C], a frame that `one_frame` has left twice."""
     if pixels.shape == out.shape:
         out[:] = pixels
     else:
@@ -309,7 +313,7 @@ def _write(out: np.ndarray, pixels: np.ndarray, patch_shape: tuple[int, ...]) ->
 
 
 def _as_type(pixels: np.ndarray, wanted: np.dtype) -> np.ndarray:
-    """Pixels of a sample as the batch holds them: 8-bit values, or normalised ones. Raises InputError."""
+    """Pixels in the batch's dtype: uint8, or normalised float32. Raises InputError."""
     if pixels.dtype == wanted:
         return pixels
     if wanted == np.float32 and pixels.dtype == np.uint8:
@@ -318,9 +322,9 @@ def _as_type(pixels: np.ndarray, wanted: np.dtype) -> np.ndarray:
 
 
 def fill_of(pack: Pack, placed: Sequence[PackedSample]) -> dict[str, float]:
-    """How full a batch is: shares of its tokens and patches, and counts.
+    """The filled fractions of a batch's tokens and patches, and counts.
 
-    pairs: of tokens, one of which sees the other; patch_pairs: of patches that see each other.
+    pairs, patch_pairs: pairs of tokens and of patches of which one attends to the other.
     """
     tokens = sum(len(p.sample.ids) for p in placed)
     grids = [v.grid for p in placed for v in p.sample.images]
