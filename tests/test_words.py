@@ -12,13 +12,10 @@ OLD_WORDS = """
     """
 # Names from before this rule. One that is gone leaves the set, and none is added.
 LEFT = """
-    Clip Drawn Muted Parcel Placed Shares Waiting Watch _Spread _Told _clip _clips
-    _cut_by_pictures _drawn _opened _pictures _placed _say _spelled _summed _tell
-    _tell_waiting _waiting _whole _whole_backward _whole_blocks _whole_bytes _whole_forward
-    _whole_numbers _whole_words clip clips drawn further mix open_clip opened opened_image
-    picture placed say share share_e share_of spelled spread staged summed taps tell
-    tell_errors told waiting watch whole whole_path whole_state with_clip_options
-    write_whole
+    Clip _clip _clips _cut_by_pictures _drawn _opened _pictures _placed _say _tell _tell_waiting
+    _waiting _whole _whole_backward _whole_blocks _whole_bytes _whole_forward _whole_numbers
+    _whole_words clip clips drawn further mix open_clip opened opened_image picture share share_e
+    share_of spelled spread summed taps tell waiting whole with_clip_options write_whole
     """
 
 

@@ -263,7 +263,7 @@ def save(run: Run, score: float | None, due: bool) -> None:
     if due or run.checkpoints.is_best(score):
         run.logger.refused(all_refused(run.loader))
         run.logger.sync()
-        position = run.loader.whole_state(run.position or run.loader.get_state())
+        position = run.loader.global_state(run.position or run.loader.get_state())
         run.meta |= {"recipe": plain(flat(run.recipe)), "data": position}
         run.meta |= {"machine": environment.describe(), "score": score}
         run.checkpoints.save(run.state, run.meta, score)

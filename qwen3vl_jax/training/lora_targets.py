@@ -87,12 +87,12 @@ def first_values(recipe: Recipe, cfg: Config) -> tuple[Adapter, Flat]:
     key = named_key(jax.random.key(recipe.seed), "lora")
     for name, ranks in adapter.ranks.items():
         if f"{name}.a" not in given:
-            a, b = _drawn(known[name], ranks, named_key(key, name))
+            a, b = _random_pair(known[name], ranks, named_key(key, name))
             given |= {f"{name}.a": a, f"{name}.b": b}
     return adapter, {f"{n}.{s}": given[f"{n}.{s}"] for n in adapter.ranks for s in "ab"}
 
 
-def _drawn(
+def _random_pair(
     module: LoraTarget, ranks: tuple[int, ...], key: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """A random A and a zero B, [L ..] for stacked layers. A is zero in layers of rank 0."""

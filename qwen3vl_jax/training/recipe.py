@@ -201,7 +201,7 @@ def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
         raise InputError(f"--config {path}: expected a TOML file, found: {reason}") from None
     for change in changes:
         apply_change(Recipe, raw, change)
-    return check(_placed(build(Recipe, raw, "", str(path)), path.parent))
+    return check(_with_found_paths(build(Recipe, raw, "", str(path)), path.parent))
 
 
 def _file_of(path: Path) -> Path:
@@ -217,7 +217,7 @@ def _file_of(path: Path) -> Path:
     raise InputError(f"--config {path}: no such file{names}")
 
 
-def _placed(recipe: Recipe, folder: Path) -> Recipe:
+def _with_found_paths(recipe: Recipe, folder: Path) -> Recipe:
     """The recipe with paths that are valid from the working directory."""
 
     def found(name: str) -> str:

@@ -109,7 +109,7 @@ def test_the_state_goes_on_on_another_mesh(proc, mesh):
     """JSON data, of all groups; another number of groups is another run."""
     shares = GlobalFeed(DATA, PACK, proc, 3, GROUPS, mesh)
     take(shares, 2)
-    state = json.loads(json.dumps(shares.whole_state(shares.get_state())))
+    state = json.loads(json.dumps(shares.global_state(shares.get_state())))
     assert len(state["groups"]) == GROUPS
     want = take(shares, 2)
     other = GlobalFeed(
@@ -129,7 +129,7 @@ def test_a_run_of_one_feed_goes_on_as_one_group(proc):
     """What a run on one device saved is taken on a mesh that does not cut rows."""
     feed = DataLoader(DATA, PACK, proc, 3)
     take(feed, 2)
-    state = json.loads(json.dumps(feed.whole_state(feed.get_state())))
+    state = json.loads(json.dumps(feed.global_state(feed.get_state())))
     shares = GlobalFeed(DATA, PACK, proc, 3, 1, sharding.make_mesh({"tensor": 8}))
     shares.set_state(state)
     same(take(shares, 1)[0].packed.batch.tokens[0], take(feed, 1)[0].packed.batch.tokens)

@@ -279,14 +279,14 @@ def _with_media(message: dict[str, Any], media: str) -> dict[str, Any]:
     if not isinstance(content, list):
         return message
 
-    def placed(item: Any) -> Any:
+    def resolved(item: Any) -> Any:
         if not isinstance(item, Mapping):
             return item
         is_video = str(item.get("type")) in (*_VIDEOS, "input_video")
         kinds = {k: "video" if is_video or k in _VIDEOS else "image" for k in _PLACES}
         return {k: within(v, kinds[k], media) if k in kinds else v for k, v in item.items()}
 
-    return {**message, "content": [placed(item) for item in content]}
+    return {**message, "content": [resolved(item) for item in content]}
 
 
 def without_nulls(value: Any) -> Any:

@@ -108,10 +108,10 @@ class GlobalFeed:
         }
 
     def get_state(self) -> dict[str, Any]:
-        """The positions of this process's groups. `whole_state` joins those of all processes."""
+        """The positions of this process's groups. `global_state` joins those of all processes."""
         return {str(g): loader.get_state() for g, loader in self.loaders.items()}
 
-    def whole_state(self, state: dict[str, Any]) -> dict[str, Any]:
+    def global_state(self, state: dict[str, Any]) -> dict[str, Any]:
         """The state for `set_state`, from the states of all processes. All of them call it."""
         found: dict[str, Any] = {}
         for part in distributed.all_of(state):
@@ -119,7 +119,7 @@ class GlobalFeed:
         return {"groups": [found[str(g)] for g in range(self.groups)]}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continues from a `whole_state`. Raises InputError if the data has changed."""
+        """Continues from a `global_state`. Raises InputError if the data has changed."""
         states = state.get("groups", [state])
         if len(states) != self.groups:
             raise InputError(

@@ -129,7 +129,7 @@ class DataLoader:
         """A batch of padding only."""
         return self._packer.built([])
 
-    def whole_state(self, state: dict[str, Any]) -> dict[str, Any]:
+    def global_state(self, state: dict[str, Any]) -> dict[str, Any]:
         """The state for `set_state`: one loader has all of it (see GlobalFeed)."""
         return state
 
@@ -203,21 +203,21 @@ class Packer:
     def step(self) -> Step:
         """Packs the next batch."""
         try:
-            placed, self.waiting = choose(self.pack, self.waiting, self._draw)
-            if not placed:
+            chosen, self.waiting = choose(self.pack, self.waiting, self._draw)
+            if not chosen:
                 return None, self.state(), None
-            return self.built(placed), self.state(), None
+            return self.built(chosen), self.state(), None
         except Exception as error:
             # It is raised when the batch is asked for.
             return None, self.state(), error
 
-    def built(self, placed: Sequence[PackedSample]) -> LoadedBatch:
+    def built(self, chosen: Sequence[PackedSample]) -> LoadedBatch:
         """The batch of chosen samples."""
-        packed = build(self.config, self.pack, placed, self.pixel_type, self.labelled, self.buffers)
+        packed = build(self.config, self.pack, chosen, self.pixel_type, self.labelled, self.buffers)
         names: list[list[str]] = [[] for _ in range(self.pack.rows)]
-        for found in placed:
+        for found in chosen:
             names[found.row].append(found.sample.name)
-        return LoadedBatch(self.place(packed), names, fill_of(self.pack, placed))
+        return LoadedBatch(self.place(packed), names, fill_of(self.pack, chosen))
 
     def state(self) -> dict[str, Any]:
         """The next place, the places of samples not packed yet, and counts, as JSON data."""

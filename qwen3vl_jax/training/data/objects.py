@@ -39,7 +39,7 @@ def with_objects(
     refs, messages = _listed(objects, "ref"), [dict(message) for message in messages]
     if not all(isinstance(ref, str) for ref in refs):
         raise InputError(f"objects.ref: got {refs!r}, expected a list of texts")
-    left = {"ref-object": refs, "bbox": _spelled(messages, objects, boxes)}
+    left = {"ref-object": refs, "bbox": _box_texts(messages, objects, boxes)}
 
     def fill(found: re.Match[str]) -> str:
         if not left[found[1]]:
@@ -74,7 +74,7 @@ def _listed(objects: Mapping[str, Any], name: str) -> list[Any]:
     return list(given)
 
 
-def _spelled(
+def _box_texts(
     messages: Sequence[dict[str, Any]], objects: Mapping[str, Any], boxes: str
 ) -> list[str]:
     """Each box in Qwen3-VL's form. An image read for its size replaces its path in the messages."""

@@ -119,29 +119,29 @@ def frames_fit(pack: Pack, grids: Sequence[Grid]) -> bool:
 
 
 def choose(
-    pack: Pack, waiting: Sequence[Pending], draw: Callable[[], Pending | None]
+    pack: Pack, pending: Sequence[Pending], draw: Callable[[], Pending | None]
 ) -> tuple[list[PackedSample], list[Pending]]:
     """(samples of one batch by first fit, pending samples), both in stream order.
 
     Draws until pack.lookahead samples do not fit, or draw() gives None. The first pending sample always
     fits the next, empty batch.
     """
-    room, placed, left = FreeSpace(pack), [], []
-    coming = iter(waiting)
+    room, chosen, left = FreeSpace(pack), [], []
+    coming = iter(pending)
     while room.left and len(left) < max(pack.lookahead, 1):
-        drawn = next(coming, None) or draw()
-        if drawn is None:
+        each = next(coming, None) or draw()
+        if each is None:
             break
-        spot = room.place(drawn.sample)
+        spot = room.place(each.sample)
         if spot is None:
-            left.append(drawn)
+            left.append(each)
         else:
-            placed.append(spot)
-    return placed, [*left, *coming]
+            chosen.append(spot)
+    return chosen, [*left, *coming]
 
 
 def build(
-    cfg: Config, pack: Pack, placed: Sequence[PackedSample], pixel_type: Any, with_labels: bool,
+    cfg: Config, pack: Pack, chosen: Sequence[PackedSample], pixel_type: Any, with_labels: bool,
     buffers: BufferPool | None = None,
 ) -> PackedBatch:  # fmt: skip
     """The arrays of a batch. with_labels: with vision_labels. buffers: memory for the pixels.
@@ -149,9 +149,9 @@ def build(
     Samples follow each other from the start of a row, so each field is one concatenation. Raises
     InputError for pixels of another dtype.
     """
-    placed = sorted(placed, key=lambda p: (p.row, p.start))
-    samples, seen = [p.sample for p in placed], [p for p in placed if p.spots]
-    rows, starts = (np.array([getattr(p, name) for p in placed], int) for name in ("row", "start"))
+    chosen = sorted(chosen, key=lambda p: (p.row, p.start))
+    samples, seen = [p.sample for p in chosen], [p for p in chosen if p.spots]
+    rows, starts = (np.array([getattr(p, name) for p in chosen], int) for name in ("row", "start"))
     filler = _RowFiller(
         rows, np.array([len(s.ids) for s in samples], int), (pack.rows, pack.length)
     )
@@ -165,7 +165,7 @@ def build(
     if pack.vision_rows:
         merged = _merged_rows(cfg, seen)
         at = (tokens == cfg.image_token_id) | (tokens == cfg.video_token_id)
-        at &= filler.each(np.array([bool(p.spots) for p in placed], bool))
+        at &= filler.each(np.array([bool(p.spots) for p in chosen], bool))
         vision_rows = np.full(at.shape, -1, np.int32)
         vision_rows[at] = merged
         vision = _vision(cfg, pack, seen, _pixels(cfg, pack, pixel_type, buffers or BufferPool()))
@@ -321,20 +321,20 @@ def _as_type(pixels: np.ndarray, wanted: np.dtype) -> np.ndarray:
     raise InputError(f"pixels are {pixels.dtype}, expected {wanted} before normalisation")
 
 
-def fill_of(pack: Pack, placed: Sequence[PackedSample]) -> dict[str, float]:
+def fill_of(pack: Pack, chosen: Sequence[PackedSample]) -> dict[str, float]:
     """The filled fractions of a batch's tokens and patches, and counts.
 
     pairs, patch_pairs: pairs of tokens and of patches of which one attends to the other.
     """
-    tokens = sum(len(p.sample.ids) for p in placed)
-    grids = [v.grid for p in placed for v in p.sample.images]
+    tokens = sum(len(p.sample.ids) for p in chosen)
+    grids = [v.grid for p in chosen for v in p.sample.images]
     patches = sum(t * h * w for t, h, w in grids)
     return {
         "fill": tokens / (pack.rows * pack.length),
         "vision_fill": patches / max(pack.vision_rows * pack.vision_length, 1),
-        "samples": float(len(placed)),
+        "samples": float(len(chosen)),
         "tokens": float(tokens),
         "patches": float(patches),
-        "pairs": float(sum(n * (n + 1) // 2 for n in (len(p.sample.ids) for p in placed))),
+        "pairs": float(sum(n * (n + 1) // 2 for n in (len(p.sample.ids) for p in chosen))),
         "patch_pairs": float(sum(t * (h * w) ** 2 for t, h, w in grids)),
     }
