@@ -12,10 +12,9 @@ OLD_WORDS = """
     """
 # Names from before this rule. One that is gone leaves the set, and none is added.
 LEFT = """
-    Clip _clip _clips _cut_by_pictures _drawn _opened _pictures _placed _say _tell _tell_waiting
-    _waiting _whole _whole_backward _whole_blocks _whole_bytes _whole_forward _whole_numbers
-    _whole_words clip clips drawn further mix open_clip opened opened_image picture share share_e
-    share_of spelled spread summed taps tell waiting whole with_clip_options write_whole
+    _clip _cut_by_pictures _drawn _opened _placed _say _tell _tell_waiting _waiting _whole
+    _whole_backward _whole_blocks _whole_forward _whole_words drawn further mix opened share share_e
+    share_of spread summed taps tell waiting whole write_whole
     """
 
 

@@ -102,7 +102,10 @@ def _release(path: str) -> None:
 
 
 def _samples(
-    infos: Sequence[_SampleInfo], table: np.ndarray, labels: np.ndarray, pixels: Sequence[np.ndarray]
+    infos: Sequence[_SampleInfo],
+    table: np.ndarray,
+    labels: np.ndarray,
+    pixels: Sequence[np.ndarray],
 ) -> Iterator[Sample]:
     """Samples whose arrays are views of the block."""
     (ids, targets, bits), positions = table[:3], table[3:]
