@@ -666,7 +666,7 @@ def test_vision_rows_hold_whole_merged_rows(proc):
             global_batches.divided(
                 dataclasses.replace(PACK, rows=4, vision_rows=4, vision_length=64), 4
             ),
-            "80 patches in its pictures and clips, each of 4 groups of a batch has 1 rows of 64",
+            "80 patches in its images and videos, each of 4 groups of a batch has 1 rows of 64",
         ),
     ],
 )

@@ -1,9 +1,8 @@
-"""A record to a sample: token ids, which of them are learned and how much, pictures and clips.
+"""Makes samples of records: token ids, labels, weights, MRoPE positions, images and videos.
 
-Learned is what the model would have had to write: the text of an assistant's turn and the <|im_end|>
-behind it, not the newline that the template adds. Turns are found in the rendered conversation: what
-users, tools and the system say is encoded so that it holds no turn token, whatever it spells, and so
-each <|im_start|> is the template's own.
+Labels cover what the model would write: the text of an assistant turn and its <|im_end|>, without the
+template's newline. Turns are found in the rendered conversation. Texts of users, tools and the system are
+encoded without special tokens, so each <|im_start|> is the template's own.
 """
 
 from __future__ import annotations
@@ -27,34 +26,35 @@ from qwen3vl_jax.training.recipe import Data, Pack, check_vision_length
 
 START, END = "<|im_start|>", "<|im_end|>"
 _HEAD = "assistant\n"
-# What no message may spell where its special tokens are special.
+# Tokens that no message may contain if its text can hold special tokens.
 _RESERVED = (START, END, "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
 _OWN_VALUES = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
 _MIDDLE = 0.5
 
 
 class TooLarge(InputError):
-    """A record that is fine but does not fit the rows that are trained on."""
+    """A good record that does not fit the rows of a batch."""
 
 
 class Turn(NamedTuple):
-    """Where an assistant's turn lies among the tokens."""
+    """The tokens of an assistant turn: [start, end), with its <|im_end|>."""
 
-    start: int  # the first token that the model would write
-    end: int  # behind its <|im_end|>
-    prompted: bool  # whether it follows a generation prompt, as an answer does
+    start: int
+    end: int
+    # It follows the template's generation prompt, as a generated answer does.
+    prompted: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleMaker:
-    """What turns records into samples; it goes to worker processes."""
+    """Makes samples of records. Workers get it by pickle."""
 
     proc: Processor
     data: Data
     pack: Pack
 
     def __post_init__(self) -> None:
-        """Raises InputError for vision rows that would cut a merged row."""
+        """Raises InputError for a pack.vision_length that splits merged patches."""
         check_vision_length(self.pack, self.proc.config)
 
     @functools.cached_property
@@ -63,7 +63,7 @@ class SampleMaker:
 
     @functools.cached_property
     def _opening(self) -> str:
-        """What a generation prompt holds behind the head of a turn: "<think>\\n", or nothing."""
+        """What the generation prompt adds after the head of a turn: "<think>\\n", or nothing."""
         asked = [{"role": "user", "content": "?"}]
         closed, opened = (self.proc.render(asked, None, prompt) for prompt in (False, True))
         added = opened[len(closed) :]
@@ -74,9 +74,9 @@ class SampleMaker:
         return added.removeprefix(START + _HEAD)
 
     def __call__(self, name: str, record: Any) -> Sample:
-        """The sample of a record in chat form, or a ready one once it is known to fit, both checked.
+        """The checked sample of a chat record, or of a ready Sample.
 
-        Raises InputError with the reason for a bad one, TooLarge for one that does not fit.
+        Raises InputError for a bad record, TooLarge for one that does not fit a batch.
         """
         if isinstance(record, Sample):
             sample = check_sample(record, self.proc.config)
@@ -96,7 +96,7 @@ class SampleMaker:
         return check_sample(whole, self.proc.config)
 
     def encode(self, name: str, messages: Sequence[Any], tools: Any) -> Sample:
-        """The whole conversation as a sample, however long, learned or not."""
+        """The whole conversation as a sample of any length, without checks."""
         data, proc = self.data, self._processor
         _check_messages(messages, proc is not self.proc, data.allow_special)
         if data.allow_special and (token := _reserved(tools)):
@@ -116,14 +116,15 @@ class SampleMaker:
         return Sample(name, ids, labels, weights, positions[:, 0], images)
 
     def _cut(self, whole: Sample, messages: Sequence[Any], tools: Any, reason: str) -> Sample:
-        """The longest beginning that fits, ends after an answer, and holds something to learn."""
+        """The longest prefix of the messages that fits, ends after an answer, and has a label."""
         if self.data.too_long != "cut":
             raise TooLarge(reason)
         ends = [turn.end for turn in assistant_turns(self.proc.tokenizer, whole.ids, "")]
         at = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         for end, last in reversed(list(zip(ends, at, strict=True))):
             if last == len(messages) - 1 or end > self.pack.length:
-                continue  # rendered anew, a beginning is never shorter than it is in the whole
+                # A prefix rendered alone is never shorter than in the whole conversation.
+                continue
             kept = self.encode(whole.name, messages[: last + 1], tools)
             if (kept.labels != IGNORE_INDEX).any() and not misfit(
                 self.proc.config, self.pack, kept
@@ -134,16 +135,16 @@ class SampleMaker:
 
 
 def without_train_flag(messages: Sequence[Any]) -> list[dict[str, Any]]:
-    """Messages as a template takes them, without what says whether they are learned."""
+    """Messages without the keys train and weight, which templates do not know."""
     return [{k: v for k, v in m.items() if k not in ("train", "weight")} for m in messages]
 
 
 def processor_options(data: Data) -> dict[str, Any]:
-    """What the recipe asks of a processor: sizes of images and videos, special tokens of prompts."""
-    clips = {"fps": data.fps, "max_frames": data.max_frames, "max_pixels": data.clip_max_pixels}
+    """The recipe's options for a processor: image and video sizes, special tokens in prompts."""
+    video = {"fps": data.fps, "max_frames": data.max_frames, "max_pixels": data.clip_max_pixels}
     return {
         "template_vars": {"add_vision_id": True} if data.add_vision_id else None,
-        "videos_kwargs": {k: v for k, v in clips.items() if v},
+        "videos_kwargs": {k: v for k, v in video.items() if v},
         "min_pixels": data.min_pixels or None,
         "max_pixels": data.max_pixels or None,
         "allow_special": data.allow_special or "assistant",
@@ -151,7 +152,7 @@ def processor_options(data: Data) -> dict[str, Any]:
 
 
 def misfit(cfg: Config, pack: Pack, sample: Sample) -> str:
-    """Why a sample does not fit an empty batch, or ""; pack: of a group, where groups cut the batch."""
+    """Why a sample does not fit an empty batch, or "". pack: the rows of one group."""
     if len(sample.ids) > pack.length:
         return f"{len(sample.ids)} tokens, pack.length is {pack.length}"
     if not sample.images:
@@ -159,20 +160,20 @@ def misfit(cfg: Config, pack: Pack, sample: Sample) -> str:
     largest = max(h * w for _, h, w in (v.grid for v in sample.images))
     if largest > pack.vision_length or not pack.vision_rows:
         room = f"vision_length is {pack.vision_length}" if pack.vision_rows else "vision_rows is 0"
-        text = f"a picture or frame of {largest} patches, pack.{room}"
+        text = f"an image or frame of {largest} patches, pack.{room}"
         return f"{text}; data.max_pixels makes it smaller"
     if not frames_fit(pack, [v.grid for v in sample.images]):
         total = sum(t * h * w for t, h, w in (v.grid for v in sample.images))
         room = f"each of {pack.groups} groups of a batch has" if pack.groups > 1 else "a batch has"
         rows = f"{pack.vision_rows} rows of {pack.vision_length}"
-        return f"{total} patches in its pictures and clips, {room} {rows}"
+        return f"{total} patches in its images and videos, {room} {rows}"
     return ""
 
 
 def assistant_turns(tokenizer: Tokenizer, ids: np.ndarray, opening: str) -> list[Turn]:
-    """The assistant's turns in rendered ids [T]; opening: what a generation prompt adds to the head.
+    """The assistant turns in rendered ids [T]. opening: what the generation prompt adds to the head.
 
-    A token that begins in the head belongs to it. Raises InputError for a turn that does not end.
+    A token that starts in the head belongs to it. Raises InputError for a turn without an end.
     """
     starts, ends = (np.flatnonzero(ids == tokenizer.id_of(token)) for token in (START, END))
     head, full = _HEAD.encode(), (_HEAD + opening).encode()
@@ -192,7 +193,7 @@ def assistant_turns(tokenizer: Tokenizer, ids: np.ndarray, opening: str) -> list
 
 
 def _behind(tokenizer: Tokenizer, ids: np.ndarray, size: int) -> tuple[int, bytes]:
-    """How many ids begin within the first `size` bytes of their text, and the text of those."""
+    """(number of ids that start within the first `size` bytes of their text, the text of these ids)."""
     said, count = b"", 0
     while count < len(ids) and len(said) < size:
         said += tokenizer.token_bytes(int(ids[count]), skip_special_tokens=False)
@@ -203,11 +204,11 @@ def _behind(tokenizer: Tokenizer, ids: np.ndarray, size: int) -> tuple[int, byte
 def _targets(
     ids: np.ndarray, turns: Sequence[Turn], messages: Sequence[Any], weighting: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Labels and weights [T] of the assistant's turns that are learned.
+    """Labels and weights [T] of the assistant turns to learn.
 
-    A turn that does not follow the generation prompt, as an earlier one of a thinking template whose
-    reasoning the template has dropped, could never be written that way: it is learned only where its
-    message has "train": true. "train": false switches any turn off; "weight" is a factor of its tokens.
+    The model never writes a turn that does not follow the generation prompt, such as an earlier turn whose
+    reasoning the template drops. Such turns are learned only with "train": true. "train": false switches
+    any turn off; "weight" is a factor of its tokens.
     """
     answers = [message for message in messages if message["role"] == "assistant"]
     if len(answers) != len(turns):
@@ -227,7 +228,7 @@ def _targets(
 
 
 def _check_messages(messages: Sequence[Any], own_values: bool, allow_special: bool) -> None:
-    """Refuses what the processor lets through and training cannot take."""
+    """Raises InputError for messages that a processor takes and training does not."""
     if not isinstance(messages, (list, tuple)):
         raise InputError(f"messages: found {type(messages).__name__}, expected a list")
     for number, message in enumerate(messages, 1):
@@ -246,7 +247,7 @@ def _check_messages(messages: Sequence[Any], own_values: bool, allow_special: bo
 
 
 def _reserved(given: Any) -> str:
-    """The first token of `_RESERVED` in a message or tools, also where it is joined of texts, or ""."""
+    """The first of `_RESERVED` in a message or tools, also across its text items, or ""."""
     content = given.get("content") if isinstance(given, dict) else None
     items = content if isinstance(content, (list, tuple)) else ()
     texts = (item.get("text", "") if isinstance(item, dict) else item for item in items)
@@ -256,16 +257,16 @@ def _reserved(given: Any) -> str:
 
 
 def _check_eight_bit(sample: Sample) -> None:
-    """Raises InputError for normalised pixels, where batches hold what is before that."""
+    """Raises InputError for normalised patches: batches hold uint8."""
     for number, image in enumerate(sample.images, 1):
         if image.patches.dtype != np.uint8:
             raise InputError(f"images {number}: patches are {image.patches.dtype}, expected uint8")
 
 
 def eight_bit(proc: Processor) -> Processor:
-    """A processor of 8-bit values, where the checkpoint normalises as released; else proc itself.
+    """A processor that gives uint8 patches, if the checkpoint normalises as released; else proc itself.
 
-    The device makes x / 127.5 - 1 of them, so that batches need a quarter of the memory.
+    The training step normalises them: batches need a quarter of the memory.
     """
     settings = (proc.image_settings, proc.video_settings)
     for s in settings:

@@ -1,4 +1,4 @@
-"""One conversation ready to be packed, and the one check that every one passes, whoever made it."""
+"""A Sample: one conversation ready to be packed, and the check that every sample passes."""
 
 from __future__ import annotations
 
@@ -15,23 +15,29 @@ from qwen3vl_jax.processing.encoded_prompt import EncodedImage
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One conversation, ready to be packed: t tokens, r merged vision rows."""
+    """One conversation, ready to be packed: t tokens, r image features."""
 
-    name: str  # where it came from: "chats.jsonl:17"
-    ids: np.ndarray  # [t] int32, a placeholder for each merged patch
-    labels: np.ndarray  # [t] int32: the token itself where it is learned, else -100; not moved
-    weights: np.ndarray  # [t] float32: of each learned token in the loss, 0 elsewhere
-    positions: np.ndarray  # [3 t] int32: MRoPE ids of this conversation alone
-    # and videos, in order of their tokens; uint8 patches are not normalised yet
+    # Its source and record: "chats.jsonl:17".
+    name: str
+    # [t] int32, with a placeholder for each image feature.
+    ids: np.ndarray
+    # [t] int32: the token itself, or -100 if it is not learned. Not shifted.
+    labels: np.ndarray
+    # [t] float32: weights in the loss, 0 where labels are -100.
+    weights: np.ndarray
+    # [3 t] int32: MRoPE positions of this conversation.
+    positions: np.ndarray
+    # Images and videos in token order. uint8 patches are not normalised yet.
     images: tuple[EncodedImage, ...] = ()
-    # [r] int32: a token that names each merged row, or -100
+    # [r] int32: a token that names each image feature, or -100.
     vision_labels: np.ndarray | None = None
-    note: str = ""  # what was cut off
+    # What was cut off.
+    note: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Refusal:
-    """A record that gives no sample; bad: it is wrong, not too large."""
+    """A record that gives no sample. bad: it is wrong; otherwise it is too large."""
 
     name: str
     reason: str
@@ -39,7 +45,7 @@ class Refusal:
 
 
 def check_sample(sample: Sample, cfg: Config) -> Sample:
-    """A sample whose arrays fit together and the model, whoever made it. Raises InputError."""
+    """Checks that a sample's arrays fit together and fit the model. Raises InputError."""
     ids = check_ids("ids", sample.ids, cfg.text.vocab_size)
     t = len(ids)
     if ids.ndim != 1 or not t:
