@@ -10,9 +10,9 @@ from tokenizers import Tokenizer
 from demo import films, pictures, scans, tasks
 from demo.films import Film
 from demo.pictures import Picture
+from qwen3vl_jax.config import IGNORE_INDEX
 from qwen3vl_jax.errors import InputError
 
-IGNORED = -100  # label of a position that is not learned
 PATCH, MERGE, CHANNELS, PAIR = 16, 2, 3, 2  # PAIR: frames that share a patch
 CHECKPOINT = Path(__file__).with_name("checkpoint")
 KINDS = {  # how often each kind of question is asked of a full grid, and of a loose picture
@@ -89,7 +89,7 @@ def make_row(
     system = rng.random() < SYSTEM
     ids = words(f"<|im_start|>system\n{tasks.SYSTEM}<|im_end|>\n") if system else []
     ids = ids + words("<|im_start|>user\n")
-    row = Row(ids, [IGNORED] * len(ids))
+    row = Row(ids, [IGNORE_INDEX] * len(ids))
     if isinstance(scene, Film):
         return _film_turns(rng, words, scene, _joined(row, _film_seen(words, scene)), length)
     return _turns(rng, words, scene, _joined(row, _seen(words, scene, words.image)), length, few)
@@ -103,7 +103,7 @@ def _seen(words: Words, picture: Picture, placeholder: int) -> Row:
     """The tokens that stand for a picture, or for a pair of frames."""
     cells = _contents(words, picture)
     ids = [*words("<|vision_start|>"), *[placeholder] * len(cells), *words("<|vision_end|>")]
-    return Row(ids, [IGNORED, *cells, IGNORED])
+    return Row(ids, [IGNORE_INDEX, *cells, IGNORE_INDEX])
 
 
 def _film_seen(words: Words, film: Film) -> Row:
@@ -111,7 +111,7 @@ def _film_seen(words: Words, film: Film) -> Row:
     rows = []
     for time, pair in zip(films.times(film), film.pairs, strict=True):
         ids = words(f"<{time} seconds>")
-        rows += [Row(ids, [IGNORED] * len(ids)), _seen(words, pair, words.video)]
+        rows += [Row(ids, [IGNORE_INDEX] * len(ids)), _seen(words, pair, words.video)]
     return _joined(*rows)
 
 
@@ -184,7 +184,7 @@ def spoken_row(words: Words, turn: tasks.Turn, first: bool) -> Row:
 
 
 def _learned(asked: list[int], answered: list[int]) -> Row:
-    return Row(asked + answered, [IGNORED] * len(asked) + answered[:-1] + [IGNORED])
+    return Row(asked + answered, [IGNORE_INDEX] * len(asked) + answered[:-1] + [IGNORE_INDEX])
 
 
 def make_chat(rng: np.random.Generator, words: Words) -> Row:

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from demo import examples, films, pictures, scans, tasks
-from demo.examples import CHAT, CHECKPOINT, IGNORED, Row
+from demo.examples import CHAT, CHECKPOINT, Row
 from demo.films import Film
 from demo.pictures import Picture
-from qwen3vl_jax.config import Config
+from qwen3vl_jax.config import IGNORE_INDEX, Config
 from qwen3vl_jax.processing.encoded_prompt import EncodedImage, EncodedVideo, grids_of
 from qwen3vl_jax.processing.positions import rope_index
 from qwen3vl_jax.training.data.sample import Sample
@@ -145,7 +145,7 @@ def _sample(
     """A row and what it shows as a Sample; the labels of placeholders become vision labels."""
     ids, labels = np.array(row.ids, np.int32), np.array(row.labels, np.int32)
     place = np.flatnonzero((ids == config.image_token_id) | (ids == config.video_token_id))
-    seen, labels[place] = labels[place], IGNORED
+    seen, labels[place] = labels[place], IGNORE_INDEX
     images: tuple[EncodedImage, ...] = ()
     if scene is not None and patches is not None:
         kind = EncodedVideo if isinstance(scene, Film) else EncodedImage
@@ -156,7 +156,7 @@ def _sample(
 
 def _weights(labels: np.ndarray) -> np.ndarray:
     """1 / sqrt(length of its run) where labels [t] are not -100, else 0: float32 [t]."""
-    told = np.concatenate(([False], labels != IGNORED, [False]))
+    told = np.concatenate(([False], labels != IGNORE_INDEX, [False]))
     edges = np.flatnonzero(told[1:] != told[:-1])
     weights = np.zeros(len(labels), np.float32)
     for start, end in edges.reshape(-1, 2):

@@ -133,9 +133,9 @@ def test_training_rows_are_what_the_processor_makes(proc):
         place = row.ids.index(words.image)
         named = row.labels[place : place + count]
         digits = [name for name in named if name != words.nothing]
-        assert set(digits) <= set(words.seen) and row.labels[place + count] == examples.IGNORED
+        assert set(digits) <= set(words.seen) and row.labels[place + count] == examples.IGNORE_INDEX
         assert len(digits) == len({tuple(cell) for cell in pictures.centre_cells(picture)})
-        learned = [b for a, b in zip(row.ids, row.labels) if b != examples.IGNORED and a == b]
+        learned = [b for a, b in zip(row.ids, row.labels) if b != examples.IGNORE_INDEX and a == b]
         assert learned and proc.tokenizer.eos_id in learned
 
 

@@ -53,7 +53,7 @@ def test_labels_are_answers_and_weigh_by_the_root_of_their_length(drawn, proc):
     """Labels stand on their own tokens, decode to answers that end their turn, and weigh sqrt(n)."""
     answers = []
     for sample in drawn:
-        told = sample.labels != examples.IGNORED
+        told = sample.labels != examples.IGNORE_INDEX
         assert np.array_equal(sample.labels[told], sample.ids[told]) and told.any()
         assert np.array_equal(sample.weights > 0, told)
         text = proc.decode(sample.ids, skip_special_tokens=False)
