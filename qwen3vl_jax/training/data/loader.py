@@ -62,7 +62,7 @@ class LoadedBatch:
 
 
 # (the next batch, or None at the end; the state after it; the error that ended it)
-Step = tuple[LoadedBatch | None, dict[str, Any], Exception | None]
+PackResult = tuple[LoadedBatch | None, dict[str, Any], Exception | None]
 
 
 class DataLoader:
@@ -200,7 +200,7 @@ class Packer:
         self.end: Callable[[], None] = lambda: None
         self._begin(0)
 
-    def step(self) -> Step:
+    def step(self) -> PackResult:
         """Packs the next batch."""
         try:
             chosen, self.waiting = choose(self.pack, self.waiting, self._draw)
@@ -331,11 +331,11 @@ def check_answers(loader: Any, count: int) -> None:
 class Prefetcher:
     """A thread that packs the next batches, in order."""
 
-    def __init__(self, step: Callable[[], Step]):
+    def __init__(self, step: Callable[[], PackResult]):
         self._step, self._thread = step, ThreadPoolExecutor(1)
         self._coming = deque(self._thread.submit(step) for _ in range(_BATCHES_AHEAD))
 
-    def take(self) -> Step:
+    def take(self) -> PackResult:
         """What the next step gave. The last one is given again after the end."""
         found = self._coming[0].result()
         if found[0] is not None:
