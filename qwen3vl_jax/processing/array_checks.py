@@ -34,7 +34,7 @@ def integers(name: str, given: Any, as_floats: bool = False) -> np.ndarray:
 
 
 def check_shape(name: str, found: np.ndarray, wanted: tuple[int, ...], text: str = "") -> None:
-    """Raises InputError for an array of another shape; text says what is wanted."""
+    """Raises InputError for an array of another shape; text describes the wanted one."""
     if found.shape != wanted:
         raise InputError(f"{name}: shape {found.shape}, expected {text or wanted}")
 

@@ -74,7 +74,7 @@ def make_vision(cfg: Config, pixels, grid_thw, pad: bool = True) -> VisionInputs
 
 
 def _frame_bound(frames: int, patches: int) -> int:
-    """A power of two that holds so many frames, as large as frames of 256 patches need.
+    """A power of two of at least `frames`, and of the frames of 256 patches that would fit.
 
     It is part of a compiled program: images of usual sizes then share that of their bucket.
     """
@@ -135,13 +135,13 @@ def make_batch(
     pad: bool = True,
     **dropped: Any,
 ) -> Batch:
-    """What a processor returns (ours, or transformers' 4.57 and 5; any array type) -> Batch.
+    """The arrays of a processor (ours, or transformers' 4.57 and 5; any array type) -> Batch.
 
     Rows are padded on the right to a bucket unless pad is False; they may be padded left or right
     already. inputs_embeds [B T D] stand in for input_ids, or beside them for their embeddings (images
     and penalties need the ids). position_ids [B T] or [3 B T] and segment_ids [B T] (0 padding, 1..
     packed samples) are for those who make their own; grids without pixels are for a call with
-    `features=`. Raises InputError for what does not fit together.
+    `features=`. Raises InputError for arguments that do not fit together.
     """
     unknown = [k for k in dropped if k not in _DROPPED]
     if unknown:
@@ -177,7 +177,7 @@ def _fit(x: np.ndarray, width: int, axis: int = 1, fill: int = 0) -> Any:
 
 
 def group_size(rows: int) -> int:
-    """How many prompts are prefilled together where so many rows are answered."""
+    """The number of prompts that are prefilled together for `rows` rows of the engine."""
     return max(1, rows // 8)
 
 

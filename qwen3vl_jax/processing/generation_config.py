@@ -10,7 +10,7 @@ from typing import Any
 from qwen3vl_jax.errors import InputError, shown
 from qwen3vl_jax.storage.json_text import read_json_file
 
-# What transformers 4.57.1 takes where a file says to sample and leaves these out.
+# Defaults of transformers 4.57.1 for a file that says to sample and leaves these out.
 _SAMPLED = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
 _ALWAYS = ("repetition_penalty", "min_new_tokens")
 # Other ways to decode, with the value that means "off".

@@ -197,7 +197,7 @@ _LIMIT = f"{MAX_IMAGE_BYTES >> 20} MiB"
 
 @contextlib.contextmanager
 def _refusals(name: str) -> Iterator[None]:
-    """Turns what Pillow raises for a bad file into an InputError that holds nothing of the file."""
+    """Turns Pillow's exceptions of a bad file into an InputError that quotes nothing of the file."""
     try:
         yield
     except InputError:
@@ -271,7 +271,7 @@ def _tiff_errors() -> Iterator[None]:
 
 
 def _set_tiff_handlers() -> Any:
-    """Sets libtiff's handlers of errors and warnings in this process; keep what is returned."""
+    """Sets libtiff's handlers of errors and warnings in this process; keep the result alive."""
 
     @ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p)
     def failed(module: Any, text: Any, values: Any) -> None:

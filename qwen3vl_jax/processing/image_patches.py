@@ -68,7 +68,7 @@ def resized(image: Image.Image, size: Size | None, settings: ImageSettings) -> n
 
 
 def value_table(settings: ImageSettings, channels: int) -> np.ndarray:
-    """What an 8-bit value of a channel becomes, rounded as the reference does: [C 256] float32.
+    """The normalised value of each 8-bit value, rounded as the reference does: [C 256] float32.
 
     Raises InputError for settings of another number of channels, and values that are not finite.
     """

@@ -66,7 +66,7 @@ def loaded_image(source: Any, **limits: Any) -> Iterator[Image.Image]:
 class MediaFile:
     """An image or video before it is decoded_image; `open` gives a new file at its start, each time.
 
-    `open` raises InputError for what cannot be opened.
+    `open` raises InputError for a file that cannot be opened.
     """
 
     name: str
@@ -138,9 +138,9 @@ def is_empty(value: Any) -> bool:
 
 
 def form_of(text: str, key: str, folder: str = "") -> str:
-    """What a text is: "url", "data", "file", "store", "base64" or "path".
+    """The form of a text: "url", "data", "file", "store", "base64" or "path".
 
-    base64 is what decodes to an image (a video, for the key "video") and names no file in `folder`.
+    base64 is text that decodes to an image (a video, for the key "video") and names no file in `folder`.
     """
     for form, pattern in (("url", _URL), ("data", _DATA), ("file", _FILE), ("store", STORED)):
         if pattern.match(text):

@@ -31,7 +31,7 @@ def read_beside(given: Any, waiting: MediaSource) -> MediaSource:
 
 
 def hand_out(rows: Rows, images: Any, videos: Any = None) -> Rows:
-    """The images and videos of each row, those without a source filled from what was passed beside.
+    """The images and videos of each row, the ones without a source taken from the arguments.
 
     images: one, a list taken in order, or a list a row. videos: one video (a list of frames that are
     not text is one, and so are a video and its metadata), or a list of them taken in order. Raises

@@ -1,4 +1,4 @@
-"""Limits of what images and videos are read from: folders, hosts, addresses, and bytes."""
+"""Where images and videos may be read from: folders, hosts and addresses; and limits of bytes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NAT64 = ipaddress.ip_network("64:ff9b::/32")
 
 @dataclasses.dataclass(frozen=True)
 class MediaRules:
-    """What the images and videos of a prompt may be read from.
+    """Where the images and videos of a prompt may be read from.
 
     root: the folder that local paths begin in and may not leave, links resolved; "" is no limit.
     hosts: the only hosts ("cdn.example.org", "10.0.0.7") and buckets ("gs://bucket") that are read
@@ -89,5 +89,5 @@ def short(text: str, limit: int = 120) -> str:
 
 
 def one_line(error: Any) -> str:
-    """What an error says, without line breaks."""
+    """The message of an error, without line breaks."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -31,13 +31,13 @@ _FIXED = ("patch_size", "temporal_patch_size", "merge_size")
 _TAKEN = ("self", "messages", "tools", "add_generation_prompt")
 REASONING = ("reasoning_content", "thinking", "reasoning")
 CALL_KEYS = ("name", "arguments")
-# What a message may have besides its role and content.
+# Keys of a message besides its role and content.
 MESSAGE_KEYS = ("name", "tool_calls", "tool_call_id", *REASONING)
 _HINTS: Mapping[str, str] = dict.fromkeys(
     ("image", "images", "image_url", "video", "videos", "video_url"),
     'an image or video is an item of the content, {"type": "image", "image": "a.png"}',
 )
-# A template's own name of what a message has: message.x, message['x'], message.get('x').
+# The keys of a message that a template reads: message.x, message['x'], message.get('x').
 _NAMED = re.compile(r"""\bmessages?(?:\[[^\]]*\])?(?:\.get\(|\.|\[)['"]?([A-Za-z_]\w*)""")
 
 
@@ -183,7 +183,7 @@ def _video(given: Mapping[str, Any], where: str) -> MediaSource:
         rule = VideoItem.of(own)
     except InputError as e:
         raise InputError(f"{where}: {e}") from None
-    # What is left are settings of transformers' video processor.
+    # The others are settings of transformers' video processor.
     left = {k: v for k, v in own.items() if k not in KEYS}
     return MediaSource("video", source, {"item": rule, **left})
 
@@ -218,7 +218,7 @@ def _source(item: Mapping[str, Any], keys: Iterable[str], where: str) -> Any:
 def plain_data(value: Any, depth: int = 0) -> Any:
     """JSON data without its owner's classes, whose methods a template could call.
 
-    Raises InputError for other data, and for what is nested too deep.
+    Raises InputError for other data, and for data that is nested too deep.
     """
     if depth > MAX_DEPTH:
         raise InputError(f"conversation: data nested more than {MAX_DEPTH} deep")

@@ -71,7 +71,7 @@ class Processor:
         Its config.json, tokenizer, chat template, image and video settings (released ones where there is no
         file) and generation_config.json. chat_template: a file, a template's text, or the name of
         one of the checkpoint's. revision: branch, tag or commit of a Hub id, whose weights are
-        fetched too. Raises InputError that names what is missing or does not fit.
+        fetched too. Raises InputError for a file that is missing or does not fit.
         """
         directory = model_folder(resolve(source, revision))
         config = Config.from_hf(directory)
@@ -227,7 +227,7 @@ class Processor:
         """The parts of an answer (text, or its token ids): reasoning, content and tool calls.
 
         A call that cannot be read stays in the content, and a warning says why.
-        prompt: the rendered prompt; one that ends with an open <think> makes what follows reasoning.
+        prompt: the rendered prompt; one that ends with an open <think> makes the text after it reasoning.
         """
         text = answer if isinstance(answer, str) else self.decode(answer)
         reply = parse_reply(text, thinking=prompt.rstrip().endswith("<think>"))
@@ -282,7 +282,7 @@ class Processor:
         ]
 
     def _encoder(self, overrides: Mapping[str, Any]) -> MediaEncoder:
-        """What encodes the images and videos of a call. Raises InputError for sizes of the model."""
+        """The encoder of a call's images and videos. Raises InputError for sizes of the model."""
         for name in ("patch_size", "temporal_patch_size", "merge_size"):
             if overrides.get(name) not in (None, getattr(self.image_settings, name)):
                 raise InputError(f"image setting {name}: it is the model's; leave it out")

@@ -1,4 +1,4 @@
-"""Media in messages as qwen-vl-utils reads them: how many frames are used, and of what size.
+"""Images and videos in messages as qwen-vl-utils reads them: number and size of frames.
 
 Source: fetch_video of qwen-vl-utils 0.0.14, whose rules and defaults these are.
 """
@@ -76,7 +76,7 @@ class VideoItem:
     def frame_count(self, total: int, rate: float, fps: float | None, least: int, most: int) -> int:
         """How many of `total` frames at `rate` a second are used, an even number.
 
-        fps, least, most: what holds where the item says nothing. Raises InputError for less than two.
+        fps, least, most: the values for an item without its own. Raises InputError for less than two.
         """
         if self.nframes is not None:
             count = 2 * round(self.nframes / 2)

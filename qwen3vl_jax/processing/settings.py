@@ -24,7 +24,7 @@ from qwen3vl_jax.storage.paths import as_path
 
 log = logging.getLogger("qwen3vl_jax")
 _RESAMPLE = {int(r): r for r in Image.Resampling}
-_MOST = 2**40  # of settings that count; what they ask for has a limit in bytes
+_MOST = 2**40  # of settings that count; patches have a limit of bytes besides
 # Frames a second: others are typing errors.
 _SLOWEST, _FASTEST = 1e-6, 1e6
 # Settings of transformers' base class that its Qwen3-VL processor never reads.

@@ -290,7 +290,7 @@ def _added_tokens(
 def _add_tokens(
     backend: tokenizers.Tokenizer, added: Sequence[tuple[int | None, AddedToken]], directory: Path
 ) -> None:
-    """Adds what the tokenizer lacks and checks that every id is the one its file names."""
+    """Adds the missing tokens and checks that every id is the one its file names."""
     have = {t.content: t for t in backend.get_added_tokens_decoder().values()}
     for i, token in added:
         if i is None and backend.token_to_id(token.content) is None:

@@ -23,7 +23,7 @@ WORDS = (
 _PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 _SIMPLE = ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "ByteLevel", "Digits")
 _SECONDS = 10
-# What a pipeline that is not Qwen's is tried with, in a process of its own.
+# The test of a pipeline that is not Qwen's, in a process of its own.
 _TRIAL = """
 try:
     import resource
@@ -64,7 +64,7 @@ def load_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
 
 @contextlib.contextmanager
 def panics_are_errors(what: str) -> Iterator[None]:
-    """Turns what the tokenizers library raises, panics of its Rust code too, into an InputError."""
+    """Turns exceptions of the tokenizers library, panics of its Rust code too, into an InputError."""
     try:
         yield
     except BaseException as e:

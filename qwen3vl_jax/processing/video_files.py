@@ -22,7 +22,7 @@ from qwen3vl_jax.processing.image_loading import (
 )
 from qwen3vl_jax.processing.video_reader import FramesDiffer, VideoReader, reason, timing
 
-# What may be missing at the end of a file that is not cut, in seconds.
+# Seconds that may be missing at the end of a file that is not cut.
 _SLACK = 0.5
 # Held while frames are decoded: those of the decoder, and copies in RGB.
 _BYTES_A_PIXEL = 32
@@ -199,7 +199,7 @@ def _frames(container: Any, stream: Any, damage: list[Any] | None) -> Iterator[A
 
 @contextlib.contextmanager
 def _open_stream(start: Callable[[], Any], name: str) -> Iterator[tuple[Any, Any]]:
-    """A PyAV container and its video stream; what FFmpeg raises becomes an InputError.
+    """A PyAV container and its video stream; errors of FFmpeg become an InputError.
 
     Only the file's own bytes are read: a playlist cannot name other files or addresses.
     """

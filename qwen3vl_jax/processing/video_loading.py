@@ -53,7 +53,7 @@ def open_video(
 def as_frames(source: Any, rules: MediaRules | None = None) -> Sequence[Any] | np.ndarray | None:
     """The frames of a source that holds them one by one, None for a video file.
 
-    A list of what `load_image` reads; an array [T H W C] or [T C H W] of whole numbers 0 to 255,
+    A list of images that `load_image` reads; an array [T H W C] or [T C H W] of whole numbers 0 to 255,
     given back as [T H W C]; a folder of images, in the order of the numbers in their names;
     "data:video/jpeg;base64," with frames joined by commas. Raises InputError.
     """

@@ -34,10 +34,10 @@ from qwen3vl_jax.processing.video_reader import FramesDiffer, VideoReader
 # Of the patches of one video; a video at qwen-vl-utils' limits has 2.7 GiB of them.
 MAX_VIDEO_BYTES = 3 * 2**30
 log = logging.getLogger("qwen3vl_jax")
-# What says which frames are meant, beside the settings.
+# Options that choose frames, beside the settings.
 VIDEO_OPTIONS = ("video_metadata", "video_start", "video_end", "sample_fps")
 _SAMPLING = ("fps", "num_frames", "nframes", "min_frames", "max_frames")
-# What a video in a message may have.
+# Keys of a video in a message.
 OVERRIDES = (*checks(VideoSettings), "size", *WITHOUT_EFFECT, *VIDEO_OPTIONS, *ITEM_RULES)
 
 
@@ -50,9 +50,9 @@ def video_to_patches(
 ) -> tuple[np.ndarray, tuple[int, int, int], UsedFrames]:
     """Patches of one video, its grid and the frames it uses.
 
-    source: anything `open_video` reads, or such a thing and its metadata as a pair. overrides:
-    settings for this call; video_metadata {fps, frames_indices, total_num_frames} or sample_fps says
-    what arrays and lists of frames are; video_start and video_end (seconds) cut. item: of a message,
+    source: anything `open_video` reads, or a pair of that and its metadata. overrides:
+    settings for this call; video_metadata {fps, frames_indices, total_num_frames} or sample_fps
+    describes arrays and lists of frames; video_start and video_end (seconds) cut. item: of a message,
     read as qwen-vl-utils reads it. Sampling is the same for a file, a list of frames and an array.
     limits: max_bytes and timeout of a URL. Frames pass one by one: memory does not grow with the
     video. Returns patches [t*h*w, C*Tp*P*P] float32 in merge order and (t, h, w). Raises InputError.
@@ -151,7 +151,7 @@ def frame_count(total: int, fps: float, settings: VideoSettings) -> int:
     least, most = settings.min_frames, settings.max_frames
     if settings.fps is None:
         return min(max(total, least), most)
-    # As floats: the reference rounds down what is left of a large number after its limits.
+    # As floats: the reference rounds down a large number after its limits.
     return int(min(max(total / fps * settings.fps, least), most, total))
 
 

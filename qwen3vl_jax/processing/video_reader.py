@@ -15,7 +15,7 @@ from qwen3vl_jax.processing.media_rules import one_line
 
 @dataclasses.dataclass(frozen=True)
 class VideoReader:
-    """What is known of a video before its frames are decoded.
+    """A video before its frames are decoded: size, times, and how to read frames.
 
     size is (height, width); `indices` [total] is each frame's number in its source, which differs
     from 0, 1, ... where frames were chosen before; `times` [total] seconds from the first frame,
@@ -74,5 +74,5 @@ def timing(
 
 
 def reason(error: Exception) -> str:
-    """What went wrong, in one line."""
+    """The reason of an error, in one line."""
     return getattr(error, "strerror", None) or one_line(error)
