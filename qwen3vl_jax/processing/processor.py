@@ -113,9 +113,8 @@ class Processor:
         the template wrote: a special token in a user's text looks like one here, which is why
         `__call__` does not encode this string. Raises InputError.
         """
-        ending = {"add_generation_prompt": add_generation_prompt}
-        ending["continue_final_message"] = continue_final_message
-        return self._prompt(conversation, tools, True, template_vars, **ending).text
+        ending = add_generation_prompt, continue_final_message
+        return self._prompt(conversation, tools, True, template_vars, ending).text
 
     def encode(
         self,
@@ -151,11 +150,10 @@ class Processor:
         if text is not None:
             rendered = self._raw_prompts(text)
         else:
-            ending = {"add_generation_prompt": add_generation_prompt}
-            ending["continue_final_message"] = continue_final_message
-            given = tools, allow_special, template_vars or {}
+            ending = add_generation_prompt, continue_final_message
+            given = tools, allow_special, template_vars or {}, ending
             rows = conversations if _is_many(conversations) else [conversations]
-            rendered = [self._prompt(row, *given, **ending) for row in rows]
+            rendered = [self._prompt(row, *given) for row in rows]
         if not rendered:
             raise InputError("processor: found no conversation and no text")
         sources = hand_out([prompt.sources for prompt in rendered], images, videos)
@@ -166,9 +164,8 @@ class Processor:
             encode(prompt, found, f"row {number}")
             for number, (prompt, found) in enumerate(zip(rendered, encoded, strict=True), 1)
         ]
-        if continuations is None:
-            return prompts
-        return encode.add_continuations(prompts, continuations)
+        more = continuations is not None
+        return encode.add_continuations(prompts, continuations) if more else prompts
 
     def inputs(
         self, conversations: Any = None, *, padding_side: str = "right", **options: Any
@@ -241,7 +238,7 @@ class Processor:
         tools: Sequence[Mapping[str, Any]] | None,
         allow_special: bool | str,
         template_vars: Mapping[str, Any],
-        **ending: bool,
+        ending: tuple[bool, bool],
     ) -> RenderedPrompt:
         messages, sources = read_conversation(conversation)
         check_messages(messages, self.template.text(bool(tools)))
@@ -261,9 +258,7 @@ class Processor:
             }
         names = {"eos_token": self.tokenizer.eos_id, "pad_token": self.tokenizer.pad_id}
         given = {k: self.tokenizer.token_of(i) for k, i in names.items() if i is not None}
-        rendered = self.template.render(
-            messages, listed, variables={**given, **variables}, **ending
-        )
+        rendered = self.template.render(messages, listed, *ending, {**given, **variables})
         if escape is None:
             return RenderedPrompt(rendered, "", sources)
         return RenderedPrompt(escape.tidy(rendered), escape.mark, sources)
