@@ -157,8 +157,7 @@ class Processor:
         if not rendered:
             raise InputError("processor: found no conversation and no text")
         sources = hand_out([prompt.sources for prompt in rendered], images, videos)
-        sources = with_video_options(sources, videos_kwargs or {})
-        encoded = encoder.encode_all(sources)
+        encoded = encoder.encode_all(with_video_options(sources, videos_kwargs or {}))
         encode = PromptEncoder(self.tokenizer, self.config, self.wrap_clips)
         prompts = [
             encode(prompt, found, f"row {number}")
