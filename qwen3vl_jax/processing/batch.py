@@ -69,7 +69,7 @@ def make_vision(cfg: Config, pixels, grid_thw, pad: bool = True) -> VisionInputs
     ends = np.cumsum(sizes, dtype=np.int32)
     lo, hi = (np.repeat(x, sizes).astype(np.int32) for x in (ends - sizes, ends))
     rows = c.merge_unit * bucket(-(-count // c.merge_unit)) if pad else count
-    out = (_pad_rows(x, rows) for x in (pixels, index, weights, coords, lo, hi))
+    out = (_fit(x, rows, axis=0) for x in (pixels, index, weights, coords, lo, hi))
     return VisionInputs(*out, frames=_frame_bound(len(sizes), rows))
 
 
@@ -79,10 +79,6 @@ def _frame_bound(frames: int, patches: int) -> int:
     It is part of a compiled program: images of usual sizes then share that of their bucket.
     """
     return 1 << (max(frames, patches // 256, 2) - 1).bit_length()
-
-
-def _pad_rows(x: np.ndarray, rows: int) -> Any:
-    return np.pad(x, [(0, rows - len(x))] + [(0, 0)] * (x.ndim - 1))
 
 
 def merge_order(h: int, w: int, merge: int) -> tuple[np.ndarray, np.ndarray]:

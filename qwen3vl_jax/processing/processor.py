@@ -78,7 +78,11 @@ class Processor:
         tokenizer = Tokenizer.from_pretrained(directory)
         vision = config.vision
         for name in ("image", "video", "vision_start", "vision_end"):
-            _check_token(tokenizer, getattr(config, f"{name}_token_id"), name, directory)
+            if (token := getattr(config, f"{name}_token_id")) not in tokenizer.added.values():
+                raise InputError(
+                    f"{directory}: config.json's {name}_token_id {token} is no added token of the "
+                    "tokenizer"
+                )
         sizes: dict[str, Any] = {
             "patch_size": vision.patch_size,
             "temporal_patch_size": vision.temporal_patch_size,
@@ -296,10 +300,3 @@ def _is_many(conversations: Any) -> bool:
             "of conversations (raw text goes in text=)"
         )
     return bool(conversations) and not isinstance(conversations[0], Mapping)
-
-
-def _check_token(tokenizer: Tokenizer, token_id: int, name: str, directory: Path) -> None:
-    if token_id not in tokenizer.added.values():
-        raise InputError(
-            f"{directory}: config.json's {name}_token_id {token_id} is no added token of the tokenizer"
-        )
