@@ -51,7 +51,7 @@ def run(args: argparse.Namespace, scope: contextlib.ExitStack, status: Status) -
     index, count = distributed.start(distributed.asked_of(args)) if args.mesh else (0, 1)
 
     def ask() -> None:
-        prompt = read_prompt(args) if count == 1 else distributed.agreed(lambda: read_prompt(args))
+        prompt = distributed.agreed(lambda: read_prompt(args))
         if count > 1:
             seen = [repr({**vars(args), "process": 0}).encode()]
             seen += [prompt.encoded.ids.tobytes()]
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace, scope: contextlib.ExitStack, status: Status) -
 
             draw_answer(args.draw, prompt.messages, text, args.image if args.messages else [])
 
-    ask() if count == 1 else distributed.end_together(ask, "the beginning")
+    distributed.end_together(ask, "the beginning")
 
 
 def conversation(args: argparse.Namespace) -> tuple[list[dict], list[dict] | None]:

@@ -1,10 +1,10 @@
-"""Answers that outlive their process: one a line in OUT.partial, put into OUT in order at the end.
+"""The answers of a batch file, on disk as they come: OUT.partial grows, and is put into OUT at the end.
 
 Every line of OUT.partial is a JSON object that ends with a checksum of its other bytes: {"settings",
 "checksum"} at each start, {"line", "digest", "error", "result", "checksum"} for each finished line, where
-error says whether the next process is to try it again. A killed process leaves at worst a torn line. OUT
-is put in its place when each line of the input has a result; only then OUT.partial goes, and it stays
-while some are errors. Of several processes the first has OUT and OUT.partial, the others OUT.partial.1, ..
+error says whether the next process tries it again. A killed process leaves at worst a torn line. OUT is
+put in its place once each line of the input has a result; then OUT.partial is removed, or stays while
+some results are errors. Of several processes the first has OUT and OUT.partial, others OUT.partial.1, ..
 """
 
 from __future__ import annotations
@@ -13,25 +13,19 @@ import contextlib
 import dataclasses
 import hashlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, KeysView, Mapping
 from pathlib import Path
 from typing import Any
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.storage.append_log import AppendLog, begun
+from qwen3vl_jax.storage.append_log import AppendLog
 from qwen3vl_jax.storage.json_text import read_json, write_json
-from qwen3vl_jax.storage.paths import (
-    absolute,
-    file_size,
-    is_remote,
-    kind,
-    read_range,
-)
+from qwen3vl_jax.storage.paths import absolute, file_size, is_remote, kind, read_range
 from qwen3vl_jax.storage.remote_files import replacing
 
 Result = dict[str, Any]
-ERROR = "error"  # key of a result that is no answer: it is tried again by the next process
-_NAMED = 10  # damaged lines that are named
+ERROR = "error"  # key of a result that is no answer: the next process tries its line again
+_NAMED = 10  # most damaged lines that are named
 _CHECKSUM = b', "checksum": "'
 _RESULT = b', "result": '
 _BEGIN = b'{"settings": '  # of a log
@@ -39,7 +33,7 @@ _BEGIN = b'{"settings": '  # of a log
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One line of the questions: its number from 1, its first byte, its bytes, and their digest."""
+    """One line of the input: its number from 1, its first byte, its bytes, and their digest."""
 
     number: int
     start: int
@@ -58,7 +52,7 @@ class Line:
 
 
 def digest_of(text: bytes) -> str:
-    """The same for two lines that ask the same."""
+    """A digest that is equal for two lines that ask the same."""
     return hashlib.blake2b(text.strip(), digest_size=16).hexdigest()
 
 
@@ -81,23 +75,22 @@ def read_lines(path: Path) -> list[Line]:
 
 
 class Journal:
-    """The results that are there, in OUT.partial while there is work; a context manager."""
+    """The results so far, in OUT.partial while there is work; a context manager."""
 
     def __init__(self, out: Path, lines: list[Line], settings: Mapping[str, Any], index: int = 0):
-        """Takes up the work on `out` where it was left, or begins it; process `index` of several.
+        """Continues the work on `out`, or begins it; `index`: which of several processes this is.
 
-        Raises InputError while another process works on it, for an `out` that is not of this work,
-        and for an OUT.partial of other settings, of other lines, or of another program.
+        Raises InputError while another process works on it, for an `out` that is not of this work, and
+        for an OUT.partial of other settings, of other lines, or of another program.
         """
         self.out, self._place = out, absolute(out)
         self.path = self._place.with_name(f"{self._place.name}.partial" + f".{index}" * bool(index))
-        self.lines, self.index = lines, index
-        said = write_json(settings, "the settings", sort_keys=True)
-        self.settings = read_json(said, "the settings")
-        self._digests = {one.number: digest_of(f"{one.digest} {said}".encode()) for one in lines}
-        self.done: set[int] = set()
-        self.errors = 0
-        # Where the log has the result of a line: its first byte, and bytes.
+        self.lines, self.index, self.errors = lines, index, 0
+        # As it is read back: tuples are lists then.
+        text = write_json(settings, "the settings", sort_keys=True)
+        self.settings = read_json(text, "the settings")
+        self._digests = {one.number: digest_of(f"{one.digest} {text}".encode()) for one in lines}
+        # By the number of a line: the first byte of its result in the log, and how many there are.
         self._at: dict[int, tuple[int, int]] = {}
         try:
             self.log = AppendLog(self.path, self._busy)
@@ -105,7 +98,7 @@ class Journal:
             raise InputError(f"--output {out}: cannot be written ({e.strerror})") from e
         try:
             with self._writing():
-                self._begin([] if index else _others(self.path))
+                self._begin()
         except BaseException:
             if not self.log.size:
                 with contextlib.suppress(OSError):
@@ -120,29 +113,34 @@ class Journal:
         try:
             self.sync()
         except InputError:
-            # After an error of the block that one is told.
+            # The block's own error comes first.
             if not kind:
                 raise
         finally:
             self.log.close()
+
+    @property
+    def done(self) -> KeysView[int]:
+        """The numbers of the lines that have a result."""
+        return self._at.keys()
 
     def missing(self) -> Iterator[Line]:
         """The lines without a result."""
         return (line for line in self.lines if line.number not in self.done)
 
     def add(self, line: Line, result: Result) -> None:
-        """Keeps a finished result. Raises InputError where it cannot be written."""
+        """Keeps a result. Raises InputError where it cannot be written."""
         digest, error = self._digests[line.number], ERROR in result
         entry = {"line": line.number, "digest": digest, "error": error, "result": result}
-        self._copy(line.number, _line(entry), error)
+        self._append(line.number, _line(entry), error)
 
     def sync(self) -> None:
-        """Puts what was added where it is safe. Raises InputError."""
+        """Puts what was added on the disk. Raises InputError."""
         with self._writing():
             self.log.sync()
 
     def pieces(self, size: int) -> Iterator[str]:
-        """The results as text for `absorb`, about so many bytes at a time."""
+        """The results as text for `absorb`, about `size` bytes at a time."""
         text = bytearray()
         for place in self._at.values():
             text += self.log.read(*place)
@@ -152,14 +150,14 @@ class Journal:
         yield text.decode()
 
     def absorb(self, pieces: list[str]) -> None:
-        """Keeps results of others, but for lines that have one. Raises InputError."""
+        """Keeps the results of other processes for lines that have none here. Raises InputError."""
         for text in pieces:
             for line in text.encode().splitlines(keepends=True):
                 entry = _entry(line)
                 if entry is None:
                     raise InputError(f"--output {self.out}: an answer was damaged on its way here")
                 if entry["line"] not in self.done:
-                    self._copy(entry["line"], line, entry["error"])
+                    self._append(entry["line"], line, entry["error"])
 
     def finish(self) -> None:
         """Puts OUT in its place, for every line has a result; removes OUT.partial if none is an error.
@@ -174,30 +172,23 @@ class Journal:
             if not self.errors:
                 self.log.remove()
 
-    def _begin(self, others: list[Path]) -> None:
-        """Takes up what is there. Raises OSError too: a place without room is told of at once."""
-        self._at = self._take_up(self.log)
-        self.done.update(self._at)
-        self._check_free(bool(self.log.size) or any(map(begun, others)))
+    def _begin(self) -> None:
+        """Reads the logs that are there. Raises OSError too, so that a full disk is seen at once."""
+        others = [] if self.index else _other_logs(self.path)
+        self._at = self._read_log(self.log)
+        self._check_out(bool(self.log.size) or any(map(AppendLog.has_begun, others)))
         self.log.append(_line({"settings": self.settings}))
         self.log.sync()
         for path in others:
-            self._take_over(path)
+            with contextlib.closing(AppendLog(path, self._busy)) as log:
+                for number, place in self._read_log(log).items():
+                    if number not in self.done:
+                        self._append(number, log.read(*place))
+                self.log.sync()
+                log.remove()
 
-    def _take_over(self, path: Path) -> None:
-        """Keeps what another process left when it, or the first, was killed."""
-        left = AppendLog(path, self._busy)
-        try:
-            for number, place in self._take_up(left).items():
-                if number not in self.done:
-                    self._copy(number, left.read(*place))
-            self.log.sync()
-            left.remove()
-        finally:
-            left.close()
-
-    def _take_up(self, log: AppendLog) -> dict[int, tuple[int, int]]:
-        """The places of the answers in a log by the number of their line; names damaged lines."""
+    def _read_log(self, log: AppendLog) -> dict[int, tuple[int, int]]:
+        """Where a log has each line's answer; names damaged lines on stderr, and cuts a torn one off."""
         found: dict[int, tuple[int, int]] = {}
         digests: dict[int, str] = {}
         settings, damaged, text, count = None, [], b"\n", 0
@@ -215,24 +206,29 @@ class Journal:
         if found:
             self._check_same(log.path, settings, digests)
         if damaged:
-            named = ", ".join(map(str, damaged[:_NAMED])) + ", .." * (len(damaged) > _NAMED)
-            told = f"{log.path}: damaged or cut off, and left out: line {named}; prompts without an"
-            print(f"{told} answer are answered again", file=sys.stderr)
+            names = ", ".join(map(str, damaged[:_NAMED])) + ", .." * (len(damaged) > _NAMED)
+            print(
+                f"{log.path}: damaged or cut off, and left out: line {names}; prompts without an "
+                "answer are answered again",
+                file=sys.stderr,
+            )
         if not text.endswith(b"\n"):
             log.cut(start)
         return found
 
-    def _check_same(self, path: Path, asked: Any, digests: Mapping[int, str]) -> None:
-        said = self.settings if asked is None else asked
-        for name in sorted(said.keys() | self.settings.keys()):
-            old, new = said.get(name), self.settings.get(name)
+    def _check_same(self, path: Path, settings: Any, digests: Mapping[int, str]) -> None:
+        """Raises InputError for a log of other settings (None: its line of them is damaged) or lines."""
+        before = self.settings if settings is None else settings
+        for name in sorted(before.keys() | self.settings.keys()):
+            old, new = before.get(name), self.settings.get(name)
             if old != new:
                 raise InputError(
                     f"{path}: was begun with {name} {old!r}, now it is {new!r}; give the same again, "
                     f"or {self._afresh}"
                 )
+        last = max(self._digests, default=0)
         for number, digest in digests.items():
-            if number > (last := max(self._digests, default=0)):
+            if number > last:
                 raise InputError(
                     f"{path}: line {number} of the input was answered, which now ends with line {last}; "
                     f"put it back, or {self._afresh}"
@@ -240,30 +236,28 @@ class Journal:
             if self._digests.get(number) != digest:
                 raise InputError(
                     f"{path}: line {number} of the input is no longer the one that was answered"
-                    f"{' or the options are others' * (asked is None)}; put it back, or {self._afresh}"
+                    f"{' or the options are others' * (settings is None)}; put it back, or {self._afresh}"
                 )
 
-    def _copy(self, number: int, text: bytes, error: bool = False) -> None:
-        """Appends a line of a log with the result of a line of the input."""
+    def _append(self, number: int, text: bytes, error: bool = False) -> None:
+        """Adds a line of a log with the result of line `number` of the input."""
         with self._writing():
-            start = self.log.append(text)
-        self._at[number] = start, len(text)
-        self.done.add(number)
+            self._at[number] = self.log.append(text), len(text)
         self.errors += error
 
     def _result(self, number: int) -> bytes:
         """A result's JSON, as it was written."""
-        said = _said(self.log.read(*self._at[number]))
-        if said is None:
+        text = _checked(self.log.read(*self._at[number]))
+        if text is None:
             raise InputError(
                 f"{self.path}: the answer of line {number} is damaged; the same command gives it again"
             )
-        return said.partition(_RESULT)[2]
+        return text.partition(_RESULT)[2]
 
-    def _check_free(self, begun: bool) -> None:
+    def _check_out(self, begun: bool) -> None:
         """Raises InputError for an `out` that is no file, or not of the work that has begun."""
-        there = kind(self._place)
-        if there == "folder" or (there and not self._place.is_file()):
+        found = kind(self._place)
+        if found == "folder" or (found and not self._place.is_file()):
             raise InputError(f"--output {self.out}: is no regular file; name another one")
         if begun or self.index:
             return
@@ -273,7 +267,7 @@ class Journal:
                 f"{old}: is of an earlier version of this program; finish the work with that version, or "
                 f"delete {old.name} and {self._place.name} to start afresh"
             )
-        if there and file_size(self._place):
+        if found and file_size(self._place):
             raise InputError(
                 f"--output {self.out}: is there and has no {self.path.name} to go on from: it is "
                 "finished, or another program's; name another file"
@@ -281,6 +275,7 @@ class Journal:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
+        """Turns an error of the disk or the store into an InputError."""
         try:
             yield
         except Exception as e:
@@ -301,19 +296,19 @@ class Journal:
         return f"delete {self.path.name} and {self._place.name} to start afresh"
 
 
-def _others(path: Path) -> list[Path]:
-    """What processes beside the first have left of their logs."""
+def _other_logs(path: Path) -> list[Path]:
+    """The logs that other processes left beside the first one's."""
     start = f"{path.name}."
-    there = path.parent.iterdir() if path.parent.is_dir() else ()
-    found = [p for p in there if p.name.startswith(start)]
+    siblings = path.parent.iterdir() if path.parent.is_dir() else ()
+    found = [p for p in siblings if p.name.startswith(start)]
     return sorted(p for p in found if p.name.removeprefix(start).isdecimal())
 
 
 def _entry(text: bytes) -> dict[str, Any] | None:
-    """What a line of a log says, but for its result; None for one that is damaged or torn."""
-    if (said := _said(text)) is None:
+    """A line of a log without its result; None for one that is damaged or torn."""
+    if (line := _checked(text)) is None:
         return None
-    head = said if said.startswith(_BEGIN) else said.partition(_RESULT)[0]
+    head = line if line.startswith(_BEGIN) else line.partition(_RESULT)[0]
     try:
         entry = read_json(head + b"}", "")
     except InputError:
@@ -323,19 +318,19 @@ def _entry(text: bytes) -> dict[str, Any] | None:
     return entry if all(isinstance(entry.get(key), kind) for key, kind in kinds.items()) else None
 
 
-def _said(text: bytes) -> bytes | None:
+def _checked(text: bytes) -> bytes | None:
     """A line's bytes before its checksum, if that is right."""
-    said, _, checksum = text.rpartition(_CHECKSUM)
-    return said if checksum == _checksum(said) else None
+    line, _, checksum = text.rpartition(_CHECKSUM)
+    return line if checksum == _checksum(line) else None
 
 
 def _line(entry: Mapping[str, Any]) -> bytes:
     text = write_json(entry, "a result", ensure_ascii=False)[:-1]
     # Half a surrogate pair, as in the name of a file, becomes a question mark.
-    said = text.encode(errors="replace")
-    return said + _CHECKSUM + _checksum(said)
+    line = text.encode(errors="replace")
+    return line + _CHECKSUM + _checksum(line)
 
 
-def _checksum(said: bytes) -> bytes:
-    """The end of a line: after its checksum."""
-    return hashlib.blake2b(said, digest_size=8).hexdigest().encode() + b'"}\n'
+def _checksum(line: bytes) -> bytes:
+    """The checksum and the end of a line."""
+    return hashlib.blake2b(line, digest_size=8).hexdigest().encode() + b'"}\n'

@@ -68,6 +68,11 @@ class Request:
     seed: int = 0
     stop_strings: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        check_int("max_new_tokens", self.max_new_tokens)
+        self.sampling.rows(1)
+        row_seeds(self.seed, 1)
+
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
@@ -244,9 +249,6 @@ class _Engine:
 
     def add(self, request: Request) -> None:
         """Puts a request behind those that wait."""
-        request.sampling.rows(1)
-        row_seeds(request.seed, 1)
-        check_int("max_new_tokens", request.max_new_tokens)
         if request.stop_strings and self.decode is None:
             raise InputError("stop_strings need decode=, the function from tokens to text")
         given = request.prompt

@@ -117,7 +117,10 @@ def start(asked: Asked | None) -> tuple[int, int]:
         known = dict(
             zip(("coordinator_address", "num_processes", "process_id"), asked, strict=True)
         )
-    waits = threading.Timer(PATIENCE, _tell_waiting, [asked])
+    who = f"process {asked.index} of {asked.count}: " if asked.coordinator else ""
+    where = f" at {asked.coordinator}" if asked.coordinator else ""
+    notice = f"{who}waiting for the other processes{where}\n"
+    waits = threading.Timer(PATIENCE, lambda: print(notice, end="", file=sys.stderr, flush=True))
     waits.daemon = True
     waits.start()
     try:
@@ -126,21 +129,14 @@ def start(asked: Asked | None) -> tuple[int, int]:
         )
     except (RuntimeError, ValueError) as error:
         reason = textwrap.shorten(str(error), 300, placeholder=" ..")
-        told = "" if asked.coordinator else f"; jax finds no cluster by itself here: {_EXPECTED}"
-        raise InputError(f"several processes: {reason}{told}") from error
+        hint = "" if asked.coordinator else f"; jax finds no cluster by itself here: {_EXPECTED}"
+        raise InputError(f"several processes: {reason}{hint}") from error
     finally:
         waits.cancel()
     if _has_its_host(os.environ) and not os.environ.get("JAX_LOCAL_DEVICE_IDS"):
         for name in ("jax_cuda_visible_devices", "jax_rocm_visible_devices"):
             jax.config.update(name, "all")  # JAX takes one card of a launcher's process
     return jax.process_index(), jax.process_count()
-
-
-def _tell_waiting(asked: Asked) -> None:
-    told = "waiting for the other processes"
-    if asked.coordinator:
-        told = f"process {asked.index} of {asked.count}: {told} at {asked.coordinator}"
-    print(told, file=sys.stderr, flush=True)
 
 
 def _has_its_host(environ: Mapping[str, str]) -> bool:
@@ -150,22 +146,19 @@ def _has_its_host(environ: Mapping[str, str]) -> bool:
 
 
 def end_together(run: Callable[[], _T], kept: str = "the last checkpoint") -> _T:
-    """run(), and what the slowest of them still has to do: else JAX takes that one for lost.
+    """run(), then a wait for the slowest process, which JAX would else take for lost.
 
-    A failure because of another process that is gone ends this one with one line; it ends at once, for
-    the usual way out waits for the others. So does an interruption, which the others mostly get too.
-    kept: what the next start goes on from.
+    A failure ends this process at once, since the usual way out waits for the others: with one line
+    if another process is gone, or after an interruption. kept: what the next start goes on from.
     """
-    import jax
-
     try:
         result = run()
         wait_for_all("end")
         return result
     except BaseException as error:
-        if jax.process_count() == 1:
+        if is_alone():
             raise
-        code = _tell(error, kept)
+        code = _report(error, kept)
         if not isinstance(error, Exception):
             _meet("interrupted", GRACE)  # JAX aborts those that find process 0 gone
         sys.stdout.flush()
@@ -173,11 +166,17 @@ def end_together(run: Callable[[], _T], kept: str = "the last checkpoint") -> _T
         os._exit(code)
 
 
-def _tell(error: BaseException, kept: str) -> int:
+def is_alone() -> bool:
+    """Whether this is the only process; asked before jax is imported, or has met its devices, too."""
+    jax: Any = sys.modules.get("jax")
+    return jax is None or not jax.distributed.is_initialized() or jax.process_count() == 1
+
+
+def _report(error: BaseException, kept: str) -> int:
     """Prints why this process ends; gives its exit code."""
     import jax
 
-    if isinstance(error, SystemExit):  # it has told
+    if isinstance(error, SystemExit):  # it has printed its reason
         return error.code if isinstance(error.code, int) else 1
     if isinstance(error, EXPECTED):
         return report(error, interrupted=f"interrupted: the same command goes on from {kept}")
@@ -226,19 +225,18 @@ def quiet(silent: bool) -> Iterator[None]:
 
 def wait_for_all(name: str) -> None:
     """Returns when every process has come here, be it hours later; Ctrl-C is heard meanwhile."""
-    import jax
+    if is_alone():
+        return
+    met = Future()  # of a thread: the main one hears no signals inside a call of JAX
 
-    if jax.process_count() > 1:
-        met = Future()  # of a thread, for signals are not heard in a call of JAX
+    def wait() -> None:
+        try:
+            met.set_result(_barrier(name, LONGEST))
+        except BaseException as error:
+            met.set_exception(error)
 
-        def wait() -> None:
-            try:
-                met.set_result(_barrier(name, LONGEST))
-            except BaseException as error:
-                met.set_exception(error)
-
-        threading.Thread(target=wait, daemon=True).start()
-        met.result()
+    threading.Thread(target=wait, daemon=True).start()
+    met.result()
 
 
 def _meet(name: str, seconds: float) -> None:
@@ -260,11 +258,9 @@ def from_first(value: Any) -> Any:
 
 def all_of(value: Any) -> list[Any]:
     """JSON data of every process, by its index, given to all."""
-    import jax
-    import numpy as np
-
-    if jax.process_count() == 1:
+    if is_alone():
         return [value]
+    import numpy as np
     from jax.experimental import multihost_utils
 
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -277,12 +273,12 @@ def all_of(value: Any) -> list[Any]:
 
 def agreed(make: Callable[[], _T]) -> _T:
     """make() of every process; where one refuses, all raise its InputError."""
-    made, told = None, ""
+    made, refusal = None, ""
     try:
         made = make()
     except InputError as e:
-        told = str(e)
-    if errors := [text for text in all_of(told) if text]:
+        refusal = str(e)
+    if errors := [text for text in all_of(refusal) if text]:
         raise InputError(errors[0])
     return cast(_T, made)
 

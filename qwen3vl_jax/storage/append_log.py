@@ -1,8 +1,8 @@
 """A log of whole lines that outlives its process.
 
-A file grows by a line at a time and is locked while it is open. On an object store nothing grows: a log
-is a folder of parts there, one put whole every SYNC_EVERY seconds and at the end, so that a killed process
-loses what it wrote since the last one. No lock keeps two processes from the same folder.
+A file grows by a line at a time and is locked while it is open. An object store cannot append: a log is a
+folder of parts there, one every SYNC_EVERY seconds and one at the end, so that a killed process loses what
+it wrote since the last one. No lock keeps two processes from the same folder.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _READERS = 16  # parts that are read at a time
 
 
 class AppendLog:
-    """Whole lines in a file, locked while it is open; of a remote one a copy here, and parts there."""
+    """Whole lines in a file, locked while it is open; of a remote log a copy here, and parts there."""
 
     def __init__(self, path: Path, busy: str):
         """Raises InputError(busy) while another process has it open, and OSError."""
@@ -42,13 +42,18 @@ class AppendLog:
         )
         try:
             self._part = self._fetch() if self.remote else self._lock(busy)
-            # Bytes that are there, and of them those that are known to be safe.
             self.size = self._file.seek(0, os.SEEK_END)
+            # Bytes that are known to be on the disk, or in the store.
             self._safe = self.size if self.remote else 0
         except BaseException:
             self._file.close()
             raise
         self._synced = time.monotonic()
+
+    @staticmethod
+    def has_begun(path: Path) -> bool:
+        """Whether a log holds anything."""
+        return bool(_parts(path)) if is_remote(path) else path.exists() and path.stat().st_size > 0
 
     def _lock(self, busy: str) -> int:
         if fcntl is None:
@@ -57,10 +62,9 @@ class AppendLog:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
             raise InputError(busy) from e
-        # The other one may have ended, and removed what we opened, just before.
-        if not self.path.exists() or not os.path.samestat(
-            os.fstat(self._file.fileno()), self.path.stat()
-        ):
+        # The other process may have ended, and removed what we opened, just before.
+        mine = os.fstat(self._file.fileno())
+        if not self.path.exists() or not os.path.samestat(mine, self.path.stat()):
             raise InputError(busy)
         return 0
 
@@ -87,12 +91,12 @@ class AppendLog:
                 start += len(text)
 
     def read(self, start: int, size: int) -> bytes:
-        """Some of its bytes."""
+        """`size` bytes from `start`."""
         self._file.seek(start)
         return self._file.read(size)
 
     def cut(self, size: int) -> None:
-        """Leaves the first bytes, whole lines."""
+        """Keeps the first `size` bytes, which are whole lines."""
         self._file.truncate(size)
         self.size = size
 
@@ -112,7 +116,7 @@ class AppendLog:
         return start
 
     def sync(self) -> None:
-        """Puts what was added where it is safe. Raises OSError; InputError for a store that fails."""
+        """Puts all lines on the disk, or in the store. Raises OSError; InputError for a store's failure."""
         if self.size == self._safe:
             return
         if not self.remote:
@@ -127,19 +131,12 @@ class AppendLog:
         self._safe, self._synced = self.size, time.monotonic()
 
     def remove(self) -> None:
-        """The end of it."""
+        """Deletes the log."""
         remove_tree(self.path) if self.remote else self.path.unlink()
 
     def close(self) -> None:
-        """Others may open it then."""
+        """Lets other processes open it."""
         self._file.close()
-
-
-def begun(path: Path) -> bool:
-    """Whether a log holds anything."""
-    if is_remote(path):
-        return bool(_parts(path))
-    return path.exists() and path.stat().st_size > 0
 
 
 def _parts(path: Path) -> list[Path]:

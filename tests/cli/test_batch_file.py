@@ -293,7 +293,7 @@ def test_an_answer_that_is_no_answer(demo, tmp_path, monkeypatch, capsys):
 
 BLOCKED = """
 import hashlib, sys, threading, time
-from qwen3vl_jax.cli.batch import _ahead
+from qwen3vl_jax.cli.batch_lines import read_ahead
 from qwen3vl_jax.runtime.console import one_line_errors, sigterm_interrupts
 
 def hangs(line):
@@ -301,7 +301,7 @@ def hangs(line):
     threading.Event().wait()
 
 with one_line_errors(), sigterm_interrupts(float(sys.argv[1])):
-    for _ in _ahead(hangs, [1]):
+    for _ in read_ahead(hangs, [1]):
         if sys.argv[2] == "compiles":  # nor does this hear of a signal
             hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
         time.sleep(0.01)

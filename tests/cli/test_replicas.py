@@ -13,8 +13,8 @@ import pytest
 
 import infer
 import qwen3vl_jax as q3
+from qwen3vl_jax.cli.batch import part_of
 from qwen3vl_jax.cli.batch_journal import Journal, read_lines
-from qwen3vl_jax.cli.replicas import share_of
 
 ROOT = Path(infer.__file__).parent
 LINES = 30
@@ -154,13 +154,13 @@ def test_one_process_takes_over_what_several_left(tmp_path):
     assert [json.loads(line)["id"] for line in out.read_text().splitlines()] == list(range(6))
 
 
-def test_shares_are_even_and_whole(tmp_path):
+def test_parts_are_even_and_have_every_line(tmp_path):
     source = tmp_path / "in.jsonl"
     source.write_text("".join(f"{i}\n" for i in range(11)))
     lines, done = read_lines(source), {2, 3, 5}
-    shares = [share_of(lines, done, i, 3) for i in range(3)]
-    assert sorted(len(share) for share in shares) == [2, 3, 3]
-    assert {line.number for share in shares for line in share} == set(range(1, 12)) - done
+    parts = [part_of(lines, done, i, 3) for i in range(3)]
+    assert sorted(len(part) for part in parts) == [2, 3, 3]
+    assert {line.number for part in parts for line in part} == set(range(1, 12)) - done
 
 
 @pytest.mark.parametrize(

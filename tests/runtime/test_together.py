@@ -102,7 +102,7 @@ def test_why_a_process_ends(monkeypatch, capsys, error, code, told):
     def end(code):
         raise SystemExit(code)
 
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed, "is_alone", lambda: False)
     monkeypatch.setattr(os, "_exit", end)
     monkeypatch.setattr(distributed, "_meet", lambda *_: None)
     with pytest.raises(SystemExit) as ended:
@@ -115,7 +115,7 @@ def test_why_a_process_ends(monkeypatch, capsys, error, code, told):
 SEEN = """
 import socket, jax
 from jax._src.xla_bridge import CUDA_VISIBLE_DEVICES
-from qwen3vl_jax import processes
+from qwen3vl_jax.runtime import distributed as processes
 
 with socket.socket() as free:
     free.bind(("127.0.0.1", 0))

@@ -22,8 +22,9 @@ from convert.to_orbax import to_orbax
 from qwen3vl_jax.checkpoint import orbax_io
 from qwen3vl_jax.checkpoint.hf_reader import open_hf
 from qwen3vl_jax.checkpoint.peft_io import load_adapter, save_adapter
-from qwen3vl_jax.cli.batch import Settings, answer_file
+from qwen3vl_jax.cli.batch import answer_file
 from qwen3vl_jax.cli.batch_journal import Journal, read_lines
+from qwen3vl_jax.cli.batch_lines import Settings
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.inference import engine
 from qwen3vl_jax.model import sharding
