@@ -1,4 +1,4 @@
-"""A conversation whose cache is kept between turns: only what is new is run."""
+"""A conversation whose cache is kept between turns, so that only new tokens are run."""
 
 from __future__ import annotations
 
@@ -47,28 +47,28 @@ def take_turn(
     params: Params,
     proc: Processor,
     messages: Sequence[Mapping[str, Any]],
-    kept: ChatState | None = None,
+    state: ChatState | None = None,
     *,
     max_new_tokens: int,
     stop: str | Sequence[str] = (),
     inputs: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Generator[str, bool | None, tuple[str, ChatState]]:
-    """Answers a conversation: yields text as it comes, returns (answer, what to keep). `send` ends it.
+    """Answers a conversation: yields text as it comes, returns (answer, next state). `send` ends it.
 
-    messages hold all turns so far, earlier ones unchanged since `kept` was made: what the rendered
-    conversation shares with it from the start is not run again, images included. Give `kept` away.
+    messages hold all turns so far. Tokens and images that the rendered conversation shares with `state`
+    from the start are not run again. The cache of `state` is donated.
     stop: texts that end the answer before them. inputs are options of Processor.encode, options those
     of `stream`. Raises InputError.
     """
     (prompt,) = proc.encode(messages, **(inputs or {}))
-    prompt, answers = as_written(proc, prompt.with_digests(), kept)
+    prompt, answers = as_written(proc, prompt.with_digests(), state)
     ids = prompt.ids
     limit = options.get("max_len")
     room = max_new_tokens if limit is None else min(max_new_tokens, limit - len(ids))
     if room < 1:
         raise InputError(f"the conversation has {len(ids)} tokens and may have {limit} (max_len)")
-    batch, cache = continue_from(proc.config, prompt, kept)
+    batch, cache = continue_from(proc.config, prompt, state)
     before = None if cache is None else ids[None, : int(cache.length[0])]
     text, pieces, answer = TextStream(proc.tokenizer, stop), [], []
     chunks = stream(
@@ -96,26 +96,26 @@ def take_turn(
 
 
 def as_written(
-    proc: Processor, prompt: EncodedPrompt, kept: ChatState | None
+    proc: Processor, prompt: EncodedPrompt, state: ChatState | None
 ) -> tuple[EncodedPrompt, tuple[tuple[int, int], ...]]:
-    """A prompt with earlier answers as the tokens that the model wrote, not those of their text.
+    """A prompt with earlier answers as the tokens that the model wrote, not as the tokens of their text.
 
     Returns also where these begin and end, up to the first change of the conversation.
     """
     ids, done, at, spans = prompt.ids, 0, 0, []
-    for start, end in () if kept is None else kept.answers:
-        assert kept
+    for start, end in () if state is None else state.answers:
+        assert state
         after = at + start - done
-        if not np.array_equal(ids[at:after], kept.ids[done:start]):
+        if not np.array_equal(ids[at:after], state.ids[done:start]):
             break
-        found = _same_text(proc, ids, after, kept.ids[start:end])
+        found = _same_text(proc, ids, after, state.ids[start:end])
         if found is None:
             break
         done, at = end, found
         spans.append((start, end))
-    if kept is None or not spans:
+    if state is None or not spans:
         return prompt, ()
-    written = np.append(kept.ids[:done], ids[at:]).astype(ids.dtype)
+    written = np.append(state.ids[:done], ids[at:]).astype(ids.dtype)
     return place_images(proc.config, written, prompt.images), tuple(spans)
 
 
@@ -133,14 +133,14 @@ def _same_text(proc: Processor, ids: np.ndarray, at: int, answer: np.ndarray) ->
 
 
 def continue_from(
-    cfg: Config, prompt: EncodedPrompt, kept: ChatState | None
+    cfg: Config, prompt: EncodedPrompt, state: ChatState | None
 ) -> tuple[Batch, KVCache | None]:
-    """The part of a prompt that a kept cache lacks, and that cache cut to what they share."""
-    start = 0 if kept is None else shared_start(prompt, kept.prompt, all_of_b=True)
-    if kept is None or start == 0:
+    """The part of a prompt that a cache lacks, and the cache cut to what they share."""
+    start = 0 if state is None else shared_start(prompt, state.prompt, all_of_b=True)
+    if state is None or start == 0:
         return make_batch(cfg, **to_hf_arrays(cfg, [prompt])), None
     shared = prompt.first(start)
     positions, _ = rope_index(cfg, shared.ids[None], **shared.grids)
     delta = np.array([positions.max() + 1 - start], np.int32)
-    cache = kept.cache.replace(length=np.array([start], np.int32), delta=delta)
+    cache = state.cache.replace(length=np.array([start], np.int32), delta=delta)
     return make_batch(cfg, **to_hf_arrays(cfg, [prompt.rest(start)])), cache

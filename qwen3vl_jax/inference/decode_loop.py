@@ -1,32 +1,35 @@
-"""Decode steps on the device: the state of every row, the choice of its next token, 16 steps a dispatch."""
+"""Decode steps on the device, and what the host does between dispatches of up to 16 of them."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import not_finite
+from qwen3vl_jax.inference.options import STEPS, RowOptions
 from qwen3vl_jax.inference.sampling import NOT_FINITE, draw, penalize
-from qwen3vl_jax.model.cache import decode_step, pinned
+from qwen3vl_jax.model.cache import decode_step, grow_cache, pinned
 from qwen3vl_jax.model.sharding import shard
-from qwen3vl_jax.model.structs import KVCache
+from qwen3vl_jax.model.structs import KVCache, Params
+from qwen3vl_jax.processing.tokenizer import find_stop
 
-# (logits [B V] after the penalties, state) -> logits. A pure function; pass the same object each time,
-# it is part of what a compiled program is found by.
-LogitsFn = Callable[[jax.Array, "DecodeState"], jax.Array]
-STEPS = 16  # decode steps a dispatch: the host looks at the answer in between
+SMALLEST_CACHE = 256
 # In place of a token: the row had ended; its logits were not finite (NOT_FINITE), or were so only after
 # penalties and logits_fn.
 ENDED, NOT_FINITE_AFTER = -1, -3
+_BY_ROW = ("token", "logprob", "count", "limit", "done", "keys")
+grow = jax.jit(grow_cache, static_argnames="slots")
 
 
 class DecodeState(flax.struct.PyTreeNode):
-    """Everything a decode step needs and changes, one entry a row."""
+    """What a decode step needs and changes, one entry a row."""
 
     cache: KVCache
     token: jax.Array  # [B] int32: chosen, not yet in the cache
@@ -40,55 +43,43 @@ class DecodeState(flax.struct.PyTreeNode):
 
 
 def on_mesh(state: DecodeState) -> DecodeState:
-    """The state as every dispatch leaves it on the ambient mesh, so that none is compiled twice."""
+    """The state with the shardings that every dispatch leaves, so that none is compiled twice."""
     wide = {name: shard(getattr(state, name), "rows", None) for name in ("seen", "answered")}
     rest = {name: shard(getattr(state, name), None) for name in _BY_ROW}
     return state.replace(cache=pinned(state.cache), **wide, **rest)
 
 
-_BY_ROW = ("token", "logprob", "count", "limit", "done", "keys")
-
-
-def fault_of(tokens: np.ndarray, count: int) -> str:
-    """What is wrong with a row's new tokens [n], "" if nothing is; count: tokens answered before."""
-    wrong = np.flatnonzero(tokens < ENDED)
-    if not len(wrong):
-        return ""
-    place = f"logits of answer token {count + int(wrong[0]) + 1}"
-    if tokens[wrong[0]] == NOT_FINITE_AFTER:
-        return f"{place}: got no finite number after penalties and logits_fn, expected one; use milder ones"
-    return not_finite(place)
-
-
-def _choose(logits, state, sampling, stop_ids, logits_fn) -> DecodeState:
+def _choose(logits: jax.Array, state: DecodeState, options: RowOptions) -> DecodeState:
+    """The state with the next token of each row that has not ended."""
     rows, likely = jnp.arange(logits.shape[0]), jax.nn.log_softmax(logits)
     # A mask of logits_fn may hold -infinity, the model's own logits may not: the log-probability of
     # the chosen token is NaN where any logit is NaN or +infinity, the lowest is -infinity where one is.
     lowest = jnp.min(logits, axis=1)
-    logits = penalize(logits, sampling, state.seen, state.answered, state.count, stop_ids)
-    if logits_fn is not None:
-        logits = logits_fn(logits, state)
-    token, live = draw(logits, sampling, state.keys, state.count), ~state.done
+    stops = options.stop_ids
+    logits = penalize(logits, options.sampling, state.seen, state.answered, state.count, stops)
+    if options.logits_fn is not None:
+        logits = options.logits_fn(logits, state)
+    token, live = draw(logits, options.sampling, state.keys, state.count), ~state.done
     logprob = likely[rows, jnp.maximum(token, 0)]
     token = jnp.where(token == NOT_FINITE, NOT_FINITE_AFTER, token)
     token = jnp.where(jnp.isfinite(logprob) & jnp.isfinite(lowest), token, NOT_FINITE)
     wrong = token < 0
     mark = (rows, jnp.where(live & ~wrong, token, logits.shape[1]))
     count = state.count + live
+    ends = wrong | jnp.any(token[:, None] == stops, axis=1) | (count >= state.limit)
     return state.replace(
         token=token,
         logprob=logprob,
         count=count,
-        done=state.done
-        | wrong
-        | jnp.any(token[:, None] == stop_ids, axis=1)
-        | (count >= state.limit),
+        done=state.done | ends,
         seen=state.seen.at[mark].set(True, mode="drop"),
         answered=state.answered.at[mark].set(True, mode="drop"),
     )
 
 
-def first_token(cache, logits, tokens, sampling, stop_ids, seeds, limit, logits_fn) -> DecodeState:
+def first_token(
+    cache: KVCache, logits: jax.Array, tokens: jax.Array, options: RowOptions
+) -> DecodeState:
     """The state after a prefill: tokens [B T] are the prompt's, past the vocabulary at padding."""
     (rows, _), zero = logits.shape, jnp.zeros(logits.shape[0], jnp.int32)
     seen = jnp.zeros(logits.shape, bool).at[jnp.arange(rows)[:, None], tokens]
@@ -97,17 +88,17 @@ def first_token(cache, logits, tokens, sampling, stop_ids, seeds, limit, logits_
         token=zero,
         logprob=jnp.zeros(rows, jnp.float32),
         count=zero,
-        limit=jnp.broadcast_to(jnp.asarray(limit, jnp.int32), rows),
+        limit=jnp.asarray(options.limit),
         done=zero > 0,
         seen=seen.set(True, mode="drop"),
         answered=jnp.zeros(logits.shape, bool),
-        keys=jax.vmap(jax.random.key)(seeds),
+        keys=jax.vmap(jax.random.key)(options.seeds),
     )
-    return on_mesh(_choose(logits, state, sampling, stop_ids, logits_fn))
+    return on_mesh(_choose(logits, state, options))
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "logits_fn"), donate_argnames="state")
-def decode_steps(params, cfg, state, ended, sampling, stop_ids, steps, enough, logits_fn):
+@functools.partial(jax.jit, static_argnames="cfg", donate_argnames="state")
+def decode_steps(params, cfg, state, ended, options, steps, enough):
     """At most `steps` decode steps in one dispatch, fewer once `enough` rows have ended.
 
     ended [B] bool: rows that the host ends now. Returns the state, tokens [B STEPS] (ENDED where a row had
@@ -121,9 +112,8 @@ def decode_steps(params, cfg, state, ended, sampling, stop_ids, steps, enough, l
     def step(carry):
         i, old, (tokens, logprobs) = carry
         cache, logits = decode_step(params, cfg, old.cache, old.token)
-        kept = jnp.where(old.done, old.cache.length, cache.length)  # an ended row stays as it is
-        new = old.replace(cache=cache.replace(length=kept))
-        new = _choose(logits, new, sampling, stop_ids, logits_fn)
+        length = jnp.where(old.done, old.cache.length, cache.length)  # an ended row stays as it is
+        new = _choose(logits, old.replace(cache=cache.replace(length=length)), options)
         tokens = tokens.at[:, i].set(jnp.where(old.done, ENDED, new.token))
         return i + 1, new, (tokens, logprobs.at[:, i].set(new.logprob))
 
@@ -132,3 +122,91 @@ def decode_steps(params, cfg, state, ended, sampling, stop_ids, steps, enough, l
     state = state.replace(done=state.done | ended)
     _, state, out = jax.lax.while_loop(going, step, (0, state, out))
     return on_mesh(state), *(shard(x, None, None) for x in out)
+
+
+class Decoder:
+    """The rows of one cache. Set `ended` [B] bool to end rows with the next dispatch."""
+
+    def __init__(self, params: Params, cfg: Config, state: Any, options: RowOptions) -> None:
+        self.params, self.cfg, self.options = params, cfg, options
+        self.state = state  # a DecodeState; None until there is one
+        self.ended = np.zeros(len(options.seeds), bool)
+
+    def make_room(self, needed: int) -> None:
+        """Grows the cache to at least `needed` slots a row."""
+        if needed > self.state.cache.slots:
+            cache = grow(self.state.cache, slots=cache_slots(needed))
+            self.state = self.state.replace(cache=cache)
+
+    def run(self, steps: int, enough: int) -> tuple[np.ndarray, np.ndarray]:
+        """One dispatch: tokens and their log-probabilities [B STEPS], as `decode_steps` returns them."""
+        self.state, *out = decode_steps(
+            self.params, self.cfg, self.state, self.ended, self.options, steps, enough
+        )
+        self.ended = np.zeros_like(self.ended)
+        tokens, logprobs = map(np.asarray, out)
+        return tokens, logprobs
+
+    def chunks(self, filled: int, limit: int, steps: int) -> Iterator[np.ndarray]:
+        """Tokens [B n] of `decode_steps`, the first one and then `steps` at a time, until all rows end.
+
+        filled: slots of the cache before the first token. limit: most tokens of an answer.
+        """
+        yield np.asarray(self.state.token)[:, None]
+        for made in range(1, limit, steps):
+            if np.all(np.asarray(self.state.done) | self.ended):
+                return
+            count = min(steps, limit - made)
+            self.make_room(filled + made + count)
+            yield self.run(count, len(self.ended))[0][:, :count]
+
+
+def cache_slots(needed: int) -> int:
+    """The cache size for `needed` tokens: a power of two, so that few programs are compiled."""
+    return max(SMALLEST_CACHE, 1 << (needed - 1).bit_length())
+
+
+class RowAnswer:
+    """The answer of one row as its tokens come; `finish_reason` is "" until it ends."""
+
+    def __init__(self, max_new_tokens: int, stop_strings: Sequence[str] = ()) -> None:
+        self.max_new_tokens, self.stop_strings = max_new_tokens, stop_strings
+        self.tokens: list[int] = []
+        self.finish_reason = self.error = ""
+
+    def add(
+        self,
+        new: np.ndarray,
+        stop_ids: Sequence[int],
+        decode: Callable[[list[int]], str] | None = None,
+    ) -> int:
+        """Takes tokens [n] of `decode_steps`; gives how many belong to the answer."""
+        before = len(self.tokens)
+        for token in new.tolist():
+            if token < 0:
+                continue
+            self.tokens.append(token)
+            if token in stop_ids or (decode is not None and self._has_stop_string(decode)):
+                self.finish_reason = "stop"
+                return len(self.tokens) - before
+        self.error = fault_of(new, before)
+        if self.error or len(self.tokens) >= self.max_new_tokens:
+            self.finish_reason = "error" if self.error else "length"
+        return len(self.tokens) - before
+
+    def _has_stop_string(self, decode: Callable[[list[int]], str]) -> bool:
+        if not self.stop_strings:
+            return False
+        span = 4 * max(map(len, self.stop_strings)) + 4  # a character is at most four tokens
+        return find_stop(decode(self.tokens[-span:]), self.stop_strings)[1] is not None
+
+
+def fault_of(tokens: np.ndarray, count: int) -> str:
+    """What is wrong with a row's new tokens [n], "" if nothing is; count: tokens answered before."""
+    wrong = np.flatnonzero(tokens < ENDED)
+    if not len(wrong):
+        return ""
+    place = f"logits of answer token {count + int(wrong[0]) + 1}"
+    if tokens[wrong[0]] == NOT_FINITE_AFTER:
+        return f"{place}: got no finite number after penalties and logits_fn, expected one; use milder ones"
+    return not_finite(place)

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,29 +19,18 @@ import numpy as np
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError, check_int
 from qwen3vl_jax.inference.decode_loop import (
-    STEPS,
+    Decoder,
     DecodeState,
-    decode_steps,
-    fault_of,
+    RowAnswer,
+    cache_slots,
     first_token,
     on_mesh,
 )
-from qwen3vl_jax.inference.generate import (
-    cache_slots,
-    checked_stop_ids,
-    grow,
-    take,
-)
+from qwen3vl_jax.inference.options import STEPS, GenerationOptions, RowOptions
 from qwen3vl_jax.inference.prefix_cache import Prefix, PrefixStore
-from qwen3vl_jax.inference.sampling import Sampling, SamplingRows, row_seeds
+from qwen3vl_jax.inference.sampling import Sampling, row_seeds
 from qwen3vl_jax.inference.vision_cache import FeatureStore
-from qwen3vl_jax.model.cache import (
-    extend,
-    grow_cache,
-    init_cache,
-    insert_rows,
-    prefill,
-)
+from qwen3vl_jax.model.cache import extend, grow_cache, init_cache, insert_rows, prefill
 from qwen3vl_jax.model.structs import Params, check_call
 from qwen3vl_jax.model.transformer import compute_dtype
 from qwen3vl_jax.processing.batch import bucket, group_batch, group_size
@@ -69,7 +57,7 @@ class Request:
     stop_strings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        check_int("max_new_tokens", self.max_new_tokens)
+        GenerationOptions(self.max_new_tokens, self.sampling)
         self.sampling.rows(1)
         row_seeds(self.seed, 1)
 
@@ -136,10 +124,9 @@ def generate_many(
     Raises InputError for values out of range.
     """
     check_call(params, cfg)
-    check_int("rows", rows)
-    check_int("prefill_chunk", 1 if prefill_chunk is None else prefill_chunk)
-    stop_ids = checked_stop_ids(cfg, stop_ids)
-    engine = _Engine(params, cfg, stop_ids, decode, rows, prefill_chunk, stats or Stats())
+    options = GenerationOptions(1, stop_ids=stop_ids, prefill_chunk=prefill_chunk)
+    rows_options = options.of_rows(cfg, check_int("rows", rows))
+    engine = _Engine(params, cfg, rows_options, decode, options.chunk_of, stats or Stats())
     source, more = iter(requests), True
     while True:
         while more and len(engine.waiting) < LOOK_AHEAD * rows:
@@ -159,53 +146,37 @@ def generate_many(
             time.sleep(0.002)  # until a prompt is ready
 
 
-@dataclasses.dataclass
-class _Running:
-    """What a row answers, and its answer so far; `filled` slots of the cache at most."""
+class _Row(RowAnswer):
+    """The answer of one row, its request and its log-probabilities."""
 
-    request: Request
-    prompt: int
-    tokens: list[int] = dataclasses.field(default_factory=list)
-    logprobs: list[float] = dataclasses.field(default_factory=list)
+    def __init__(self, request: Request, prompt: int) -> None:
+        super().__init__(request.max_new_tokens, request.stop_strings)
+        self.request, self.prompt = request, prompt  # prompt: its tokens
+        self.logprobs: list[float] = []
 
     @property
     def filled(self) -> int:
+        """Slots of the cache, at most."""
         return self.prompt + len(self.tokens)
 
 
-class _New(flax.struct.PyTreeNode):
-    """What a group brings beside its batch, one entry a prompt."""
-
-    rows: jax.Array  # [A] int32: the row each goes to, past the last where there is none
-    before: jax.Array  # [A T] int32: its tokens before the batch, past the vocabulary at padding
-    seeds: jax.Array  # [A] uint32
-    limit: jax.Array  # [A] int32
-    sampling: SamplingRows
-
-
-@functools.partial(jax.jit, static_argnames=("cfg", "rows", "slots"))
-def _empty(params, cfg, rows, slots) -> DecodeState:
+@functools.partial(jax.jit, static_argnames=("cfg", "slots"))
+def _empty(params, cfg, slots, options) -> DecodeState:
     """A state whose rows have all ended."""
-    vocab, zero = cfg.text.vocab_size, jnp.zeros(rows, jnp.int32)
-    none = jnp.zeros((rows, vocab), bool)
-    return on_mesh(DecodeState(
-        cache=init_cache(cfg, rows, slots, compute_dtype(params)),
-        token=zero,
-        logprob=jnp.zeros(rows, jnp.float32),
-        count=zero,
-        limit=zero,
-        done=zero == 0,
-        seen=none,
-        answered=none,
-        keys=jax.vmap(jax.random.key)(zero),
-    ))  # fmt: skip
+    rows, vocab = len(options.seeds), cfg.text.vocab_size
+    cache = init_cache(cfg, rows, slots, compute_dtype(params))
+    none = jnp.full((rows, 1), vocab)
+    state = first_token(cache, jnp.zeros((rows, vocab)), none, options)
+    return on_mesh(state.replace(done=jnp.ones_like(state.done)))
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "chunk"), donate_argnames="state")
-def _admit(params, cfg, state, batch, features, prefix, new, stop_ids, chunk):
+def _admit(params, cfg, state, batch, features, prefix, rows, before, options, chunk):
     """Prefills a group, behind a copy of the prefix if there is one, and puts it into its rows.
 
-    Returns the state, and the group's first tokens [A] with their log-probabilities [A].
+    rows [A] int32: the row of each prompt, past the last for padding. before [A T] int32: the tokens of
+    the prefix, past the vocabulary at padding. Returns the state, and the group's first tokens [A] with
+    their log-probabilities [A].
     """
     group, width = batch.tokens.shape
     if prefix is None:
@@ -215,40 +186,40 @@ def _admit(params, cfg, state, batch, features, prefix, new, stop_ids, chunk):
         cache = grow_cache(cache, prefix.slots + width)
         cache, logits = extend(params, cfg, cache, batch, features=features)
     tokens = jnp.where(batch.segment_ids > 0, batch.tokens, cfg.text.vocab_size)
-    tokens = jnp.concatenate([new.before, tokens], axis=1)
-    first = first_token(cache, logits, tokens, new.sampling, stop_ids, new.seeds, new.limit, None)
-    cache = insert_rows(state.cache, new.rows, first.cache)
+    first = first_token(cache, logits, jnp.concatenate([before, tokens], axis=1), options)
+    cache = insert_rows(state.cache, rows, first.cache)
 
     pair = (state.replace(cache=None), first.replace(cache=None))
-    state = jax.tree.map(lambda old, x: old.at[new.rows].set(x, mode="drop"), *pair)
+    state = jax.tree.map(lambda old, x: old.at[rows].set(x, mode="drop"), *pair)
     return on_mesh(state.replace(cache=cache)), first.token, first.logprob
 
 
 @functools.partial(jax.jit, donate_argnames="state")
-def _emptied(state, row) -> DecodeState:
+def _clear_row(state, row) -> DecodeState:
     """The state with zeros in a row's cache: NaN there would reach the next answer, as 0 times NaN."""
     k, v = ([x.at[row].set(0) for x in part] for part in (state.cache.k, state.cache.v))
     return on_mesh(state.replace(cache=state.cache.replace(k=k, v=v)))
 
 
 class _Engine:
-    """The host's side: who waits, which row answers what, and what is kept for later prompts."""
+    """The host's side: which prompts wait, which row answers what, and what is kept for later prompts."""
 
-    def __init__(self, params, cfg, stop_ids, decode, rows, chunk, stats):
-        self.params, self.cfg, self.decode, self.chunk = params, cfg, decode, chunk
-        self.stop_ids, self.stops = tuple(stop_ids), np.asarray(stop_ids, np.int32)
-        self.rows, self.stats, self.group = rows, stats, group_size(rows)
+    def __init__(self, params, cfg, options: RowOptions, decode, chunk_of, stats: Stats):
+        self.params, self.cfg, self.decode, self.chunk_of = params, cfg, decode, chunk_of
+        self.rows, self.stats = len(options.seeds), stats
+        self.group = group_size(self.rows)
+        self.stop_ids = options.stop_ids.tolist()
         self.waiting: list[tuple[Request, EncodedPrompt]] = []
-        self.running: dict[int, _Running] = {}
+        self.running: dict[int, _Row] = {}
         self.features = FeatureStore(params, cfg)
-        self.prefixes = PrefixStore(params, cfg, self.features, chunk)
-        self.sampling = jax.tree.map(np.array, Sampling().rows(rows))
-        self.ended = np.zeros(rows, bool)
-        self.state: Any = None  # a DecodeState once the first prompts are there
-        stats.rows = rows
+        self.prefixes = PrefixStore(params, cfg, self.features, chunk_of)
+        # Of its own, for the sampling of a row changes with its request.
+        options = options.replace(sampling=jax.tree.map(np.array, options.sampling))
+        self.decoder = Decoder(params, cfg, None, options)
+        stats.rows = self.rows
 
     def add(self, request: Request) -> None:
-        """Puts a request behind those that wait."""
+        """Puts a request at the end of those that wait."""
         if request.stop_strings and self.decode is None:
             raise InputError("stop_strings need decode=, the function from tokens to text")
         given = request.prompt
@@ -267,14 +238,10 @@ class _Engine:
 
     def step(self) -> Iterator[Finished]:
         """One dispatch of decode steps; yields the answers that ended."""
-        self._room(max(run.filled for run in self.running.values()) + STEPS)
+        self._make_room(max(row.filled for row in self.running.values()) + STEPS)
         free = self.rows - len(self.running)
         enough = max(self.group, free + 1) if self.waiting else self.rows
-        self.state, tokens, logprobs = decode_steps(
-            self.params, self.cfg, self.state, self.ended, self.sampling, self.stops, STEPS, enough, None
-        )  # fmt: skip
-        self.ended = np.zeros(self.rows, bool)
-        tokens, logprobs = np.asarray(tokens), np.asarray(logprobs)
+        tokens, logprobs = self.decoder.run(STEPS, enough)
         self.stats.steps += int((tokens >= 0).any(0).sum())
         self.stats.row_steps += int((tokens >= 0).sum())
         for row in list(self.running):
@@ -282,30 +249,30 @@ class _Engine:
 
     def _take(self, row: int, tokens: np.ndarray, logprobs: np.ndarray) -> Iterator[Finished]:
         """Adds new tokens to a row's answer; yields it if it has ended."""
-        run = self.running[row]
-        request, old = run.request, len(run.tokens)
-        stop = take(run.tokens, tokens, self.stop_ids, request.stop_strings, self.decode)
-        count = len(run.tokens) - old
-        run.logprobs += logprobs[:count].tolist()
+        answer = self.running[row]
+        count = answer.add(tokens, self.stop_ids, self.decode)
+        answer.logprobs += logprobs[:count].tolist()
         self.stats.tokens += count
-        fault = "" if stop else fault_of(tokens, old)
-        if fault:
-            self.state = _emptied(self.state, row)
-        if stop or fault or len(run.tokens) >= request.max_new_tokens:
-            self.ended[row] = True
+        if answer.error:
+            self.decoder.state = _clear_row(self.decoder.state, row)
+        if answer.finish_reason:
+            self.decoder.ended[row] = True
             del self.running[row]
-            reason = "error" if fault else "stop" if stop else "length"
-            yield Finished(request.key, run.tokens, run.logprobs, reason, fault)
+            yield Finished(
+                answer.request.key,
+                answer.tokens,
+                answer.logprobs,
+                answer.finish_reason,
+                answer.error,
+            )
 
-    def _room(self, needed: int) -> None:
-        """A cache with `needed` slots a row, doubled as often as it takes."""
-        if self.state is None:
+    def _make_room(self, needed: int) -> None:
+        """A cache with at least `needed` slots a row."""
+        if self.decoder.state is None:
             likely = (len(p.ids) + min(r.max_new_tokens, EXPECTED) for r, p in self.waiting)
             slots = cache_slots(max(needed, *likely))
-            self.state = _empty(self.params, self.cfg, self.rows, slots)
-        if needed > self.state.cache.slots:
-            cache = grow(self.state.cache, slots=cache_slots(needed))
-            self.state = self.state.replace(cache=cache)
+            self.decoder.state = _empty(self.params, self.cfg, slots, self.decoder.options)
+        self.decoder.make_room(needed)
 
     def _admit(self, free: list[int]) -> Iterator[Finished]:
         """Prefills the oldest waiting prompt with others of its bucket."""
@@ -313,29 +280,48 @@ class _Engine:
         prefix = self.prefixes.best(first, others)
         start = 0 if prefix is None else prefix.length
         width = bucket(len(first.ids) - start)
-        chosen = self._fitting(prefix, start, width)[: self.group]
-        new = [self.waiting[i] for i in chosen]
-        self._room(max(len(prompt.ids) for _, prompt in new) + 1)
-        self.waiting = [x for i, x in enumerate(self.waiting) if i not in chosen]
+        admitted = self._fitting(prefix, start, width)[: self.group]
+        new = [self.waiting[i] for i in admitted]
+        self._make_room(max(len(prompt.ids) for _, prompt in new) + 1)
+        self.waiting = [x for i, x in enumerate(self.waiting) if i not in admitted]
+        # A group that is not full has copies of its first prompt's last token in no row.
+        missing = self.group - len(new)
         rests = [prompt.rest(start) for _, prompt in new]
-        padded = new + [new[0]] * (self.group - len(new))
-        rests += [rests[0].rest(len(rests[0].ids) - 1)] * (self.group - len(new))
-        rows = free[: len(new)] + [self.rows] * (self.group - len(new))
-        brought = self._new(padded, rows, prefix)
-        self.state, tokens, logprobs = _admit(
-            self.params, self.cfg, self.state, group_batch(self.cfg, rests, width),
+        rests += [rests[0].rest(len(rests[0].ids) - 1)] * missing
+        rows = free[: len(new)] + [self.rows] * missing
+        options = self._options([request for request, _ in new + [new[0]] * missing])
+        self.decoder.state, tokens, logprobs = _admit(
+            self.params, self.cfg, self.decoder.state, group_batch(self.cfg, rests, width),
             self.features.of(rests, len(rests) * width), None if prefix is None else prefix.cache,
-            brought, self.stops, self.chunk if self.chunk and width > self.chunk else None,
+            np.asarray(rows, np.int32), self._before(prefix), options,
+            self.chunk_of(width),
         )  # fmt: skip
         tokens, logprobs = np.asarray(tokens)[:, None], np.asarray(logprobs)[:, None]
         self._count(sum(len(prompt.ids) - start for _, prompt in new), start * len(new))
+        all_rows = jax.tree.leaves(self.decoder.options.sampling)
         for i, (request, prompt) in enumerate(new):
-            self.running[rows[i]] = _Running(request, len(prompt.ids))
-            self.ended[rows[i]] = False
-            held = jax.tree.leaves(self.sampling)
-            for old, x in zip(held, jax.tree.leaves(brought.sampling), strict=True):
+            self.running[rows[i]] = _Row(request, len(prompt.ids))
+            self.decoder.ended[rows[i]] = False
+            for old, x in zip(all_rows, jax.tree.leaves(options.sampling), strict=True):
                 old[rows[i]] = x[i]
             yield from self._take(rows[i], tokens[i], logprobs[i])
+
+    def _options(self, requests: list[Request]) -> RowOptions:
+        """The options of a group."""
+        sampling = [request.sampling.rows(1) for request in requests]
+        return self.decoder.options.replace(
+            sampling=jax.tree.map(lambda *x: np.concatenate(x), *sampling),
+            seeds=np.concatenate([row_seeds(request.seed, 1) for request in requests]),
+            limit=np.asarray([request.max_new_tokens for request in requests], np.int32),
+        )
+
+    def _before(self, prefix: Prefix | None) -> np.ndarray:
+        """The tokens of a prefix for each prompt of a group [A T], past the vocabulary at padding."""
+        slots = 0 if prefix is None else prefix.cache.slots
+        before = np.full((self.group, slots), self.cfg.text.vocab_size, np.int32)
+        if prefix is not None:
+            before[:, : prefix.length] = prefix.prompt.ids
+        return before
 
     def _count(self, run: int, reused: int) -> None:
         """Counts prompt tokens, and what the stores did since the last time."""
@@ -349,23 +335,9 @@ class _Engine:
     def _fitting(self, prefix: Prefix | None, start: int, width: int) -> list[int]:
         """Waiting prompts with this prefix that fit: the oldest, then the longest."""
         fitting = [
-            i for i, (_, prompt) in enumerate(self.waiting)
-            if self.prefixes.kept(prompt) is prefix and len(prompt.ids) - start <= width
-        ]  # fmt: skip
+            i
+            for i, (_, prompt) in enumerate(self.waiting)
+            if self.prefixes.lookup(prompt) is prefix and len(prompt.ids) - start <= width
+        ]
         others = sorted((i for i in fitting if i), key=lambda i: -len(self.waiting[i][1].ids))
         return [0, *others]
-
-    def _new(self, requests, rows: list[int], prefix: Prefix | None) -> _New:
-        before = np.zeros((len(rows), 0 if prefix is None else prefix.cache.slots), np.int32)
-        if prefix is not None:
-            before[:] = self.cfg.text.vocab_size
-            before[:, : prefix.length] = prefix.prompt.ids
-        sampling = [request.sampling.rows(1) for request, _ in requests]
-        host: dict[str, Any] = {
-            "rows": np.asarray(rows, np.int32),
-            "before": before,
-            "seeds": np.asarray([request.seed for request, _ in requests], np.uint32),
-            "limit": np.asarray([request.max_new_tokens for request, _ in requests], np.int32),
-            "sampling": jax.tree.map(lambda *x: np.concatenate(x), *sampling),
-        }
-        return _New(**host)

@@ -1,6 +1,6 @@
 """generate() and stream(): prefill, then several decode steps a dispatch until every row has ended.
 
-The jits live here; the cache is donated from one dispatch to the next and doubles when it is full.
+The cache is donated from one dispatch to the next, and doubles when it is full. Raises InputError.
 """
 
 from __future__ import annotations
@@ -8,36 +8,33 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from qwen3vl_jax.config import Config
-from qwen3vl_jax.errors import InputError, check_int, shown
+from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.inference.decode_loop import (
     ENDED,
-    STEPS,
-    LogitsFn,
-    decode_steps,
+    Decoder,
+    RowAnswer,
+    cache_slots,
     fault_of,
     first_token,
+    grow,
 )
-from qwen3vl_jax.inference.sampling import Sampling, row_seeds
-from qwen3vl_jax.model.cache import extend, grow_cache, prefill
-from qwen3vl_jax.model.structs import (
-    Batch,
-    Features,
-    KVCache,
-    Params,
-    check_call,
-)
+from qwen3vl_jax.inference.options import STEPS, GenerationOptions, LogitsFn, RowOptions
+from qwen3vl_jax.inference.sampling import Sampling
+from qwen3vl_jax.model.cache import extend, prefill
+from qwen3vl_jax.model.structs import Batch, Features, KVCache, Params, check_call
 from qwen3vl_jax.model.vision import vision_encode
-from qwen3vl_jax.processing.tokenizer import find_stop, stop_list
+from qwen3vl_jax.processing.tokenizer import stop_list
 
 log = logging.getLogger("qwen3vl_jax")
-SMALLEST_CACHE = 256
+encode = jax.jit(vision_encode, static_argnames="cfg")
 
 
 @dataclasses.dataclass
@@ -62,38 +59,6 @@ class NotFiniteError(InputError):
         self.rows = rows
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("cfg", "slots", "copies", "logits_fn", "chunk"),
-    donate_argnames="cache",
-)
-def _start(
-    params, cfg, batch, features, cache, before, sampling, stop_ids, seeds, limit, slots, copies,
-    logits_fn, chunk,
-):  # fmt: skip
-    """Prefill, or more tokens onto a kept cache, and the first token of every copy of every row."""
-    if cache is None:
-        cache, logits = prefill(params, cfg, batch, slots, features=features, chunk=chunk)
-    else:
-        cache, logits = extend(params, cfg, cache, batch, features=features, chunk=chunk)
-    tokens = jnp.where(batch.segment_ids > 0, batch.tokens, cfg.text.vocab_size)
-    tokens = tokens if before is None else jnp.concatenate([before, tokens], axis=1)
-    cache, logits, tokens = (
-        jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0), part)
-        for part in (cache, logits, tokens)
-    )
-    return first_token(cache, logits, tokens, sampling, stop_ids, seeds, limit, logits_fn)
-
-
-encode = jax.jit(vision_encode, static_argnames="cfg")
-grow = jax.jit(grow_cache, static_argnames="slots")
-
-
-def cache_slots(needed: int) -> int:
-    """The cache size for `needed` tokens: a power of two, so that few programs are compiled."""
-    return max(SMALLEST_CACHE, 1 << (needed - 1).bit_length())
-
-
 def stream(
     params: Params,
     cfg: Config,
@@ -114,116 +79,26 @@ def stream(
 ) -> Generator[np.ndarray, np.ndarray | None, KVCache]:
     """Yields new tokens [B n] int32 as they come, n <= steps; -1 where a row had already ended.
 
-    copies: so many answers to each prompt, which is prefilled once; rows are then prompt 0's answers,
-    prompt 1's, ..: wherever B stands here, copies are counted in.
+    copies: answers to each prompt, which is prefilled once. B counts them: prompt 0's, prompt 1's, ..
     seed: one a row, or a first one (row b takes seed + b); a row's draws depend on nothing else.
-    stop_ids None takes the config's; () never stops. max_len limits prompt + answer. `send` a bool [B]
-    to end rows (stop strings do). prefill_chunk: see `prefill`; rows no wider are filled whole. cache:
-    a kept one that the batch goes on from, as in `extend` (given away); the generator's return value is
-    the cache after the answer, less its last token. before [B n] int32: the tokens in that cache, which
-    the repetition penalty sees too (those past the vocabulary are none). Raises InputError, before
-    anything runs, for values out of range, a prompt too long and packed rows; and a NotFiniteError once all
-    rows have ended, if the logits of some were not finite (they end there, the others go on).
+    stop_ids: None takes the config's; () never stops. max_len: most tokens of prompt and answer.
+    `send` a bool [B] to end rows. prefill_chunk: as in `prefill`, for wider rows.
+    cache: one to continue, as in `extend` (donated). before [B n] int32: the tokens in it, which the
+    repetition penalty sees too (those past the vocabulary are none). The generator returns the cache
+    after the answer, less its last token.
+
+    Raises InputError before anything runs; a NotFiniteError once all rows have ended, if the logits of
+    some were not finite (these end there, the others go on).
     """
     check_call(params, cfg, batch=batch)
-    rows = check_int("copies", copies) * batch.tokens.shape[0]
-    segments = np.asarray(batch.segment_ids)
-    if segments.max(initial=0) > 1:
-        raise InputError(
-            "generate: packed rows (segment_ids over 1) cannot be answered, one prompt a row"
-        )
-    kept = 0 if cache is None else int(np.max(cache.length))
-    prompt = kept + int(np.max(np.sum(segments > 0, axis=1)))
-    _check_lengths(max_new_tokens, prompt, max_len, steps)
-    sampling = Sampling() if sampling is None else sampling
-    if not isinstance(sampling, Sampling):
-        raise InputError(f"sampling: got {shown(sampling)}, expected a Sampling")
-    choice = (
-        sampling.rows(rows),
-        np.asarray(checked_stop_ids(cfg, stop_ids), np.int32),
-        row_seeds(seed, rows),
-        logits_fn,
+    options = GenerationOptions(
+        max_new_tokens, sampling, seed, stop_ids, max_len, logits_fn, steps, prefill_chunk, copies
     )
-    check_int("prefill_chunk", 1 if prefill_chunk is None else prefill_chunk)
-    chunk = prefill_chunk if prefill_chunk and batch.tokens.shape[1] > prefill_chunk else None
-    if before is not None and before.shape != (len(segments), kept):
-        raise InputError(f"before: shape {before.shape}, the cache holds {(len(segments), kept)}")
-    return _stream(
-        params, cfg, batch, features, cache, before, choice, max_new_tokens, steps, copies, chunk
-    )
-
-
-def _stream(
-    params, cfg, batch, features, cache, before, choice, max_new_tokens, steps, copies, chunk
-):
-    sampling, stops, seeds, logits_fn = choice
-    if features is None and batch.vision is not None:
-        features = encode(params, cfg, batch.vision)
-    batch = batch.replace(vision=None, labels=None)
-    width = batch.tokens.shape[1]  # not the prompt's length: what is compiled is a bucket's
-    width += 0 if cache is None else int(np.max(cache.length))
-    slots = cache_slots(width + min(steps, max_new_tokens))
-    if cache is not None and cache.slots < slots:
-        cache = grow(cache, slots=slots)
-    if before is not None and cache is not None:  # as wide as it: no program for each length
-        fill = ((0, 0), (0, cache.slots - before.shape[1]))
-        before = np.pad(before, fill, constant_values=cfg.text.vocab_size).astype(np.int32)
-    choice, limit = (sampling, stops, seeds), np.int32(max_new_tokens)
-    state = _start(
-        params, cfg, batch, features, cache, before, *choice, limit, slots, copies, logits_fn, chunk
-    )
-    made, rows, none = 1, len(seeds), np.zeros(len(seeds), bool)
-    faults: dict[int, str] = {}
-
-    def checked(
-        new: np.ndarray, before: int
-    ) -> Generator[np.ndarray, np.ndarray | None, np.ndarray]:
-        """Yields columns that hold tokens, ENDED elsewhere; returns the rows that the host ends."""
-        for row in np.flatnonzero((new < ENDED).any(axis=1)).tolist():
-            faults[row] = fault_of(new[row], before)
-        ended = yield np.maximum(new[:, (new >= 0).any(axis=0)], ENDED)
-        ended = none if ended is None else np.asarray(ended, bool)
-        for row in np.flatnonzero(ended).tolist():
-            faults.pop(row, None)  # its answer ended before
-        return ended
-
-    ended = yield from checked(np.asarray(state.token)[:, None], 0)
-    while made < max_new_tokens:
-        if np.all(np.asarray(state.done) | ended):
-            break
-        count = min(steps, max_new_tokens - made)
-        if width + made + count > state.cache.slots:
-            state = state.replace(cache=grow(state.cache, slots=2 * state.cache.slots))
-        state, out, _ = decode_steps(
-            params, cfg, state, ended, sampling, stops, count, rows, logits_fn
-        )
-        out = np.asarray(out)[:, :count]
-        ended = yield from checked(out, made)
-        made += count
-    if faults:
-        raise NotFiniteError(faults)
-    return state.cache
-
-
-def checked_stop_ids(cfg: Config, stop_ids: int | Sequence[int] | None) -> tuple[int, ...]:
-    """Ids that end an answer, the config's for None; raises InputError outside the vocabulary."""
-    given = np.ravel(cfg.eos_token_ids if stop_ids is None else stop_ids)
-    size = cfg.text.vocab_size
-    if given.size and (given.dtype.kind not in "iu" or given.min() < 0 or given.max() >= size):
-        raise InputError(
-            f"stop_ids: got {shown(stop_ids)}, expected ids in the vocabulary of {size}"
-        )
-    return tuple(given.tolist())
-
-
-def _check_lengths(max_new_tokens: int, prompt: int, max_len: int | None, steps: int) -> None:
-    check_int("max_new_tokens", max_new_tokens)
-    check_int("steps", steps, STEPS)
-    if max_len is not None and prompt + max_new_tokens > check_int("max_len", max_len):
-        raise InputError(
-            f"the prompt has {prompt} tokens and the answer may have {max_new_tokens}, but the cache "
-            f"holds {max_len}: shorten the prompt, use fewer pixels, or allow a longer cache"
-        )
+    filled = 0 if cache is None else int(np.max(cache.length))
+    rows = options.of_batch(cfg, batch, filled)
+    if before is not None and before.shape != (want := (len(batch.segment_ids), filled)):
+        raise InputError(f"before: shape {before.shape}, the cache holds {want}")
+    return _stream(params, cfg, batch, options, rows, features, cache, before)
 
 
 def generate(
@@ -248,52 +123,94 @@ def generate(
 
     stop_strings end a row with the token that completes one; they need `decode` (tokens -> text, a
     Processor's). A row whose logits are not finite ends there, with a warning and the finish_reason
-    "error". Raises InputError as `stream` does for values out of range.
+    "error".
     """
     check_call(params, cfg, batch=batch)
-    check_int("copies", copies)
-    check_int("max_new_tokens", max_new_tokens)
+    options = GenerationOptions(
+        max_new_tokens, sampling, seed, stop_ids, max_len, logits_fn, steps, prefill_chunk, copies
+    )
     strings = stop_list(stop_strings)
     if strings and decode is None:
         raise InputError("stop_strings need decode=, the function from tokens to text")
-    stops = checked_stop_ids(cfg, stop_ids)
-    rows = copies * batch.tokens.shape[0]
-    answers: list[list[int]] = [[] for _ in range(rows)]
-    stopped = np.zeros(rows, bool)
-    chunks = stream(
-        params, cfg, batch, max_new_tokens=max_new_tokens, sampling=sampling, stop_ids=stops,
-        seed=seed, max_len=max_len, features=features, logits_fn=logits_fn, steps=steps,
-        prefill_chunk=prefill_chunk, copies=copies,
-    )  # fmt: skip
-    try:
-        new = next(chunks)
-        while True:
-            for b in np.flatnonzero(~stopped):
-                stopped[b] = take(answers[b], new[b], stops, strings, decode)
-            new = chunks.send(stopped)
-    except StopIteration:
-        faults = {}
-    except NotFiniteError as error:
-        faults = error.rows
-        log.warning("generate: %s", error)
-    tokens = np.full((rows, max_new_tokens), stops[0] if stops else 0, np.int32)
-    for b, answer in enumerate(answers):
-        tokens[b, : len(answer)] = answer
-    lengths = np.array([len(a) for a in answers], np.int32)
-    reasons = ["error" if b in faults else "stop" if s else "length" for b, s in enumerate(stopped)]
-    return Answer(tokens, lengths, reasons, [faults.get(b, "") for b in range(rows)])
+    rows = options.of_batch(cfg, batch)
+    stops = rows.stop_ids.tolist()
+    answers = [RowAnswer(max_new_tokens, strings) for _ in rows.seeds]
+    for decoder, chunk in _chunks(params, cfg, batch, options, rows, features):
+        for answer, new in zip(answers, chunk, strict=True):
+            if not answer.finish_reason:
+                answer.add(new, stops, decode)
+        decoder.ended = np.array([bool(answer.finish_reason) for answer in answers])
+    tokens = np.full((len(answers), max_new_tokens), stops[0] if stops else 0, np.int32)
+    for row, answer in zip(tokens, answers, strict=True):
+        row[: len(answer.tokens)] = answer.tokens
+    if faults := {b: answer.error for b, answer in enumerate(answers) if answer.error}:
+        log.warning("generate: %s", NotFiniteError(faults))
+    lengths = np.array([len(answer.tokens) for answer in answers], np.int32)
+    reasons = [answer.finish_reason for answer in answers]
+    return Answer(tokens, lengths, reasons, [answer.error for answer in answers])
 
 
-def take(answer: list[int], new: np.ndarray, stops, stop_strings, decode) -> bool:
-    """Appends a row's new tokens; True when one of them ended it."""
-    for token in new.tolist():
-        if token < 0:
-            continue
-        answer.append(token)
-        if token in stops:
-            return True
-        if stop_strings and decode is not None:
-            span = 4 * max(map(len, stop_strings)) + 4  # a character is at most four tokens
-            if find_stop(decode(answer[-span:]), stop_strings)[1] is not None:
-                return True
-    return False
+def _stream(*given: Any) -> Generator[np.ndarray, np.ndarray | None, KVCache]:
+    """`stream` after its checks: of `_chunks` the columns that hold tokens, ENDED elsewhere."""
+    faults: dict[int, str] = {}
+    count, decoder = 0, None
+    for decoder, new in _chunks(*given):
+        for row in np.flatnonzero((new < ENDED).any(axis=1)).tolist():
+            faults[row] = fault_of(new[row], count)
+        count += new.shape[1]
+        ended = yield np.maximum(new[:, (new >= 0).any(axis=0)], ENDED)
+        if ended is not None:
+            decoder.ended = np.asarray(ended, bool)
+            for row in np.flatnonzero(ended).tolist():
+                faults.pop(row, None)  # the caller ended its answer before the fault
+    if faults:
+        raise NotFiniteError(faults)
+    assert decoder is not None
+    return decoder.state.cache
+
+
+def _chunks(
+    params: Params,
+    cfg: Config,
+    batch: Batch,
+    options: GenerationOptions,
+    rows: RowOptions,
+    features: Features | None,
+    cache: KVCache | None = None,
+    before: np.ndarray | None = None,
+) -> Iterator[tuple[Decoder, np.ndarray]]:
+    """Prefills, then yields the decoder and new tokens [B n], negative ones as in `decode_steps`."""
+    if features is None and batch.vision is not None:
+        features = encode(params, cfg, batch.vision)
+    batch = batch.replace(vision=None, labels=None)
+    width = batch.tokens.shape[1]  # not the prompt's length: what is compiled is a bucket's
+    filled = width + (0 if cache is None else int(np.max(cache.length)))
+    slots = cache_slots(filled + min(options.steps, options.max_new_tokens))
+    if cache is not None and cache.slots < slots:
+        cache = grow(cache, slots=slots)
+    if before is not None and cache is not None:  # as wide as it: no program for each length
+        fill = ((0, 0), (0, cache.slots - before.shape[1]))
+        before = np.pad(before, fill, constant_values=cfg.text.vocab_size).astype(np.int32)
+    chunk = options.chunk_of(width)
+    state = _start(params, cfg, batch, features, cache, before, rows, slots, options.copies, chunk)
+    decoder = Decoder(params, cfg, state, rows)
+    for new in decoder.chunks(filled, options.max_new_tokens, options.steps):
+        yield decoder, new
+
+
+@functools.partial(
+    jax.jit, static_argnames=("cfg", "slots", "copies", "chunk"), donate_argnames="cache"
+)
+def _start(params, cfg, batch, features, cache, before, rows, slots, copies, chunk):
+    """Prefill, or more tokens onto a kept cache, and the first token of every copy of every row."""
+    if cache is None:
+        cache, logits = prefill(params, cfg, batch, slots, features=features, chunk=chunk)
+    else:
+        cache, logits = extend(params, cfg, cache, batch, features=features, chunk=chunk)
+    tokens = jnp.where(batch.segment_ids > 0, batch.tokens, cfg.text.vocab_size)
+    tokens = tokens if before is None else jnp.concatenate([before, tokens], axis=1)
+    cache, logits, tokens = (
+        jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0), part)
+        for part in (cache, logits, tokens)
+    )
+    return first_token(cache, logits, tokens, rows)

@@ -1,9 +1,9 @@
-"""What several prompts begin with (rules, examples, a picture), prefilled once and kept in a cache."""
+"""Shared beginnings of prompts (rules, examples, an image), prefilled once and kept in a cache."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -15,8 +15,10 @@ from qwen3vl_jax.model.structs import KVCache, Params
 from qwen3vl_jax.processing.batch import bucket, group_batch
 from qwen3vl_jax.processing.encoded_prompt import EncodedPrompt, shared_start
 
-LEAST = 64  # tokens: fewer are not worth a program of their own
-KEPT_PREFIXES, KEPT_BYTES = 4, 1 << 30  # on the device
+MIN_TOKENS = 64  # fewer are not worth a program of their own
+MAX_PREFIXES, MAX_BYTES = 4, 1 << 30  # on the device
+# The width of a prompt -> its prefill chunk, None where it is filled at once.
+ChunkOf = Callable[[int], int | None]
 run_prefill = jax.jit(prefill, static_argnames=("cfg", "max_len", "chunk"))
 
 
@@ -40,33 +42,33 @@ class Prefix:
 
 
 class PrefixStore:
-    """The prefixes used last. `made` counts them, `tokens` those that were prefilled for them."""
+    """The prefixes used last. `made` counts new ones, `tokens` those that were prefilled for them."""
 
-    def __init__(self, params: Params, cfg: Config, features: FeatureStore, chunk: int | None):
-        self.params, self.cfg, self.features, self.chunk = params, cfg, features, chunk
+    def __init__(self, params: Params, cfg: Config, features: FeatureStore, chunk_of: ChunkOf):
+        self.params, self.cfg, self.features, self.chunk_of = params, cfg, features, chunk_of
         self.store: list[Prefix] = []  # the last used one last
         self.made = self.tokens = 0
 
-    def kept(self, prompt: EncodedPrompt) -> Prefix | None:
+    def lookup(self, prompt: EncodedPrompt) -> Prefix | None:
         """The longest prefix that the prompt begins with."""
         found = [p for p in self.store if p.begins(prompt) and self._fits(prompt, p.length)]
         return max(found, key=lambda p: p.length, default=None)
 
     def _fits(self, prompt: EncodedPrompt, length: int) -> bool:
-        """Whether what follows is prefilled whole: behind a prefix there are no chunks."""
-        return not self.chunk or bucket(len(prompt.ids) - length) <= self.chunk
+        """Whether the rest is prefilled at once: behind a prefix there are no chunks."""
+        return self.chunk_of(bucket(len(prompt.ids) - length)) is None
 
     def best(self, prompt: EncodedPrompt, others: Sequence[EncodedPrompt]) -> Prefix | None:
-        """What to prefill a prompt behind: kept already, or from now on if it serves others too."""
-        kept = self.kept(prompt)
-        length = _worth_keeping(prompt, others, 0 if kept is None else kept.length)
+        """The prefix to prefill a prompt behind: one in the store, or a new one that others share too."""
+        found = self.lookup(prompt)
+        length = _worth_keeping(prompt, others, 0 if found is None else found.length)
         if length and self._fits(prompt, length):
-            kept = self._make(prompt.first(length))
-        if kept is not None:
-            self.store = [*(p for p in self.store if p is not kept), kept][-KEPT_PREFIXES:]
-            while len(self.store) > 1 and sum(p.nbytes for p in self.store) > KEPT_BYTES:
+            found = self._make(prompt.first(length))
+        if found is not None:
+            self.store = [*(p for p in self.store if p is not found), found][-MAX_PREFIXES:]
+            while len(self.store) > 1 and sum(p.nbytes for p in self.store) > MAX_BYTES:
                 self.store = self.store[1:]
-        return kept
+        return found
 
     def _make(self, first: EncodedPrompt) -> Prefix:
         length = len(first.ids)
@@ -74,7 +76,7 @@ class PrefixStore:
         cache, _ = run_prefill(
             self.params, self.cfg, group_batch(self.cfg, [first], width), width,
             features=self.features.of([first], width),
-            chunk=self.chunk if self.chunk and width > self.chunk else None,
+            chunk=self.chunk_of(width),
         )  # fmt: skip
         self.made += 1
         self.tokens += length
@@ -82,8 +84,8 @@ class PrefixStore:
 
 
 def _worth_keeping(prompt: EncodedPrompt, others: Sequence[EncodedPrompt], kept: int) -> int:
-    """The tokens whose sharing spares most beyond those kept already; 0 where that is too few."""
+    """The length of the prefix that spares most tokens beyond those `kept` already; 0 if too few."""
     shared = sorted((shared_start(prompt, other) for other in others), reverse=True)
     spared = [(length - kept) * count for count, length in enumerate(shared, 1)]
     best = shared[int(np.argmax(spared))] if spared else 0
-    return best if best - kept >= LEAST else 0
+    return best if best - kept >= MIN_TOKENS else 0

@@ -1,4 +1,4 @@
-"""From logits to the next token: penalties, filters and one draw a row. Dims as in layers.py."""
+"""From logits to the next token: penalties, filters and one draw a row. Dims: model/layers.py."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ Rows = float | Sequence[float]  # one value for all rows, or one a row
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen; each field is a number, or a sequence with one a row.
+    """How tokens are chosen; each field is a number, or a sequence of one for each row.
 
     temperature 0 is greedy. top_k 0, top_p 1, min_p 0, repetition_penalty 1 and presence_penalty 0 are
-    off. repetition_penalty looks at prompt and answer (transformers), presence_penalty is taken once
-    from every token that the answer holds (OpenAI API). Stop ids are barred before min_new_tokens.
+    off. repetition_penalty applies to tokens of prompt and answer (as in transformers); presence_penalty
+    is subtracted once for each token of the answer (as in OpenAI's API). No stop id is chosen before
+    min_new_tokens.
     """
 
     temperature: Rows = 0.0
@@ -35,7 +36,7 @@ class Sampling:
     min_new_tokens: Rows = 0
 
     def check(self) -> None:
-        """Raises InputError for a value out of range, naming it, what was found and the range."""
+        """Raises InputError for a value out of range."""
         ranges = {
             "temperature": (0, math.inf, ">= 0"),
             "top_k": (0, 2**30, "an integer from 0 (off) to 2^30"),
@@ -57,7 +58,7 @@ class Sampling:
                     raise InputError(f"{name} is {given!r}, expected {text}")
 
     def rows(self, count: int) -> SamplingRows:
-        """The same as arrays [B], checked."""
+        """The fields as arrays [B]. Raises InputError for values out of range."""
         self.check()
         out = {}
         for field in dataclasses.fields(self):
@@ -72,7 +73,7 @@ class Sampling:
 
 
 def _numbers(given) -> np.ndarray:
-    """The values as the device will see them; raises TypeError for "5" and True, which numpy takes."""
+    """The values as the device has them; raises TypeError for "5" and True, which numpy takes."""
     if np.asarray(given).dtype.kind in "bOSU":
         raise TypeError("not numbers")
     with np.errstate(over="ignore"):
@@ -80,7 +81,7 @@ def _numbers(given) -> np.ndarray:
 
 
 class SamplingRows(flax.struct.PyTreeNode):
-    """Sampling as arrays [B], so that no value of it recompiles anything."""
+    """Sampling as arrays [B], so that no value of it compiles a new program."""
 
     temperature: jax.Array
     top_k: jax.Array
@@ -102,9 +103,9 @@ def penalize(logits, s: SamplingRows, seen, answered, count, stop_ids) -> jax.Ar
 
 
 def restrict(logits: jax.Array, s: SamplingRows) -> jax.Array:
-    """Temperature, then top-k, top-p and min-p in transformers' order; -inf for what is left out.
+    """Temperature, top-k, top-p and min-p in transformers' order; -inf for tokens that are left out.
 
-    Tokens that tie at the limit of top-k all stay; at that of top-p the lowest ids go first.
+    All tokens that tie at the limit of top-k stay; of those at the limit of top-p the lowest ids go first.
     """
     vocab = logits.shape[1]
     logits = logits / jnp.where(s.temperature > 0, s.temperature, 1.0)[:, None]
@@ -125,7 +126,7 @@ def restrict(logits: jax.Array, s: SamplingRows) -> jax.Array:
 def draw(logits: jax.Array, s: SamplingRows, keys: jax.Array, count: jax.Array) -> jax.Array:
     """One token a row [B] int32: argmax at temperature 0, else drawn with the row's own key.
 
-    NOT_FINITE where the largest logit is no finite number.
+    NOT_FINITE where the largest logit is not finite.
     """
     rows = jnp.arange(logits.shape[0])
 
@@ -146,7 +147,7 @@ def draw(logits: jax.Array, s: SamplingRows, keys: jax.Array, count: jax.Array) 
 
 
 def row_seeds(seed: int | Sequence[int], count: int) -> np.ndarray:
-    """One seed a row [B] uint32: those given, or seed, seed + 1, .. from one. Raises InputError."""
+    """One seed a row [B] uint32: the given ones, or seed, seed + 1, .. Raises InputError."""
     given = np.asarray(seed)
     if given.dtype.kind not in "iu" or (given < 0).any() or (given >= 2**32).any():
         raise InputError(f"seed is {seed!r}, expected integers from 0 to 2^32 - 1")

@@ -17,7 +17,7 @@ import infer
 import qwen3vl_jax as q3
 from demo import evaluate
 from qwen3vl_jax.cli.batch_journal import read_lines
-from qwen3vl_jax.inference import engine, generate, prefix_cache
+from qwen3vl_jax.inference import decode_loop, engine, generate, prefix_cache
 from qwen3vl_jax.processing.batch import bucket
 from qwen3vl_jax.processing.encoded_prompt import from_hf_arrays
 from qwen3vl_jax.storage import json_text
@@ -61,7 +61,7 @@ def test_300_mixed_prompts_answer_as_each_alone(demo, work, monkeypatch):
     """Tokens and reasons equal; rows busy, a picture encoded once, one program a bucket: counted."""
     proc, params = demo
     _, lines, arrays, alone = work
-    programs = (generate.encode, engine._admit, prefix_cache.run_prefill, generate.decode_steps)
+    programs = (generate.encode, engine._admit, prefix_cache.run_prefill, decode_loop.decode_steps)
     admit, touched = engine._admit, set()
 
     def admitted(params, cfg, state, batch, features, prefix, *rest):

@@ -216,7 +216,7 @@ def test_lengths_out_of_range():
 COUNT = """
 import sys; sys.path[:0] = {path}
 import jax, numpy as np, ours, tiny, qwen3vl_jax as q3
-from qwen3vl_jax import generation
+from qwen3vl_jax.inference import decode_loop, generate
 from qwen3vl_jax.processing.batch import bucket
 
 class Tiny: config = tiny.config_dict(); weights = tiny.weights(config, 0)
@@ -241,7 +241,7 @@ def run(shapes):
     return touched
 
 touched = run(first)
-counts = [f._cache_size() for f in (generation.encode, generation._start, generation.decode_steps)]
+counts = [f._cache_size() for f in (generate.encode, generate._start, decode_loop.decode_steps)]
 assert counts[0] == len({{v for _, v in touched}}), (counts, touched)
 assert counts[1] == len(touched), (counts, touched)
 assert counts[2] <= len(touched), counts

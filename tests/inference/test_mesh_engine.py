@@ -18,22 +18,22 @@ from qwen3vl_jax.checkpoint.name_map import param_specs
 from qwen3vl_jax.cli import common
 from qwen3vl_jax.cli.infer_arguments import mesh_sizes
 from qwen3vl_jax.config import Config
-from qwen3vl_jax.inference import generate
+from qwen3vl_jax.inference import decode_loop
 from qwen3vl_jax.model import sharding
 
 
 def test_streams_keep_one_program(monkeypatch):
     """Two answers a prompt, sampled, over several dispatches and a cache that grows."""
-    monkeypatch.setattr(generate, "SMALLEST_CACHE", 32)
+    monkeypatch.setattr(decode_loop, "SMALLEST_CACHE", 32)
     one, mesh = model(False), mesh_of(data=2, tensor=2)
     batch = one.batch("short", "text")
     hot = q3.Sampling(temperature=1.5, top_k=9, repetition_penalty=1.2)
     ask = {"max_new_tokens": 40, "sampling": hot, "stop_ids": (), "copies": 2}
     want = q3.generate(one.params, one.cfg, batch, **ask)
     with jax.set_mesh(mesh):
-        known = generate.decode_steps._cache_size()
+        known = decode_loop.decode_steps._cache_size()
         got = q3.generate(on_mesh(one.params, one.cfg, mesh), one.cfg, batch, **ask)
-        programs = generate.decode_steps._cache_size() - known
+        programs = decode_loop.decode_steps._cache_size() - known
     np.testing.assert_array_equal(got.tokens, want.tokens)
     assert programs == 2  # one a size of the cache
 
