@@ -10,23 +10,13 @@ import sys
 
 from qwen3vl_jax.runtime.console import one_line_errors
 
-PACKAGES = (
-    "jax",
-    "jaxlib",
-    "flax",
-    "optax",
-    "orbax-checkpoint",
-    "safetensors",
-    "tokenizers",
-    "numpy",
-    "pillow",
-    "tokamax",
-)
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "safetensors", "tokenizers",
+            "numpy", "pillow", "tokamax")  # fmt: skip
 OPTIONAL = {"tokamax": "not installed (optional: pip install 'qwen3vl-jax[moe]')"}
 
 
 def versions() -> list[tuple[str, str]]:
-    """Name and version of Python, of this package and of what it stands on, installed or not."""
+    """Names and versions of Python, of this package and of its dependencies, installed or not."""
     from qwen3vl_jax.version import __version__
 
     rows = [("qwen3vl_jax", __version__), ("python", platform.python_version())]
@@ -39,7 +29,7 @@ def versions() -> list[tuple[str, str]]:
 
 
 def devices() -> list[tuple[str, str, str]]:
-    """Each device's name, kind and memory (in use of limit), as JAX sees them."""
+    """The name, kind and memory (in use of limit) of each of JAX's devices."""
     import jax
 
     rows = []
@@ -54,7 +44,7 @@ def devices() -> list[tuple[str, str, str]]:
 
 
 def host_memory() -> str:
-    """The host's memory and cores, or that the system does not say."""
+    """The host's memory and cores, if the system tells them."""
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -67,7 +57,7 @@ def _gib(count: int) -> str:
 
 
 def needs(size: str) -> list[tuple[str, ...]]:
-    """Parameters and bytes by part of a released size; raises InputError for another name."""
+    """Parameters and bytes by part of a released size. Raises InputError for another name."""
     from qwen3vl_jax.config import Config
 
     cfg = Config.named(size)
@@ -108,14 +98,10 @@ def show(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> N
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints three tables, or one for a size; returns 0, or 2 where JAX finds no device."""
+    """Prints three tables, or one of a size; returns 0, or 2 where JAX finds no device."""
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in ("-h", "--help"):
-        print("usage: python -m qwen3vl_jax [SIZE]\n")
-        print(
-            "Versions, devices, memory and attention back ends; with a released size (2b, 30b-a3b, ..)"
-        )
-        print("its parameters and bytes.")
+        print(f"usage: python -m qwen3vl_jax [SIZE]\n\n{__doc__}")
         return 0
     if argv:
         with one_line_errors():

@@ -35,6 +35,8 @@ from qwen3vl_jax.processing.tokenizer import TextStream
 from qwen3vl_jax.runtime import distributed
 from qwen3vl_jax.runtime.console import Clock, Status, memory_advice, memory_of_batch
 
+ADVICE = "--max-pixels, --max-len, or --dtype bfloat16"
+
 
 class Prompt(NamedTuple):
     """One conversation ready for the model: `encoded` is of Processor.encode."""
@@ -186,12 +188,9 @@ def answer(
                        stop_ids=processor.stop_ids, max_len=prompt.limit, copies=args.answers,
                        prefill_chunk=args.prefill_chunk)  # fmt: skip
     texts, count, prefill = Texts(args, processor), 0, 0.0
-    held, advice = (
-        memory_of_batch(params, cfg, batch),
-        "--max-pixels, --max-len, or --dtype bfloat16",
-    )
+    held = memory_of_batch(params, cfg, batch)
     try:
-        with memory_advice(held, advice), contextlib.suppress(StopIteration):
+        with memory_advice(held, ADVICE), contextlib.suppress(StopIteration):
             new = next(chunks)
             while True:
                 status.stop()
@@ -204,13 +203,12 @@ def answer(
         if count:
             texts.finish()
     texts.report_empty()
-    decode = clock.lap()
     if not texts.ended.all():
         why = "--max-new-tokens" if room == args.max_new_tokens else "--max-len"
         print(f"the answer was cut off after {count} tokens ({why})", file=sys.stderr)
     report = f"load {loading:.1f} s, compile {clock.compiling:.1f} s, "
     report += f"prefill {length} tokens {length / prefill:.0f}/s"
     if count > 1:
-        report += f", decode {count - 1} tokens {(count - 1) / decode:.1f}/s"
+        report += f", decode {count - 1} tokens {(count - 1) / clock.lap():.1f}/s"
     print(report, file=sys.stderr)
     return texts.texts[0]

@@ -25,12 +25,7 @@ from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.inference.chat_session import ChatState, take_turn
 from qwen3vl_jax.model.structs import Params
 from qwen3vl_jax.processing.processor import Processor
-from qwen3vl_jax.runtime.console import (
-    Status,
-    interrupt_heard,
-    memory_advice,
-    memory_parts,
-)
+from qwen3vl_jax.runtime.console import Status, interrupt_heard, memory_advice, memory_parts
 
 HELP = (
     "/image PATH and /video PATH go with the next question; /new starts afresh; /quit ends, /help says "
@@ -48,7 +43,7 @@ def run(args: argparse.Namespace, scope: contextlib.ExitStack, status: Status) -
     sampling, inputs = read_sampling(args, processor), input_options(args)
     media = [{"type": "image", "image": source} for source in args.image]
     media += [{"type": "video", "video": source} for source in args.video]
-    media = [looked(processor, item, inputs) for item in media]
+    media = [load_media(processor, item, inputs) for item in media]
     params, _ = load_checkpoint(args, directory, scope, status, demo_notice(args))
     converse(
         params, processor, args.system, media, max_new_tokens=args.max_new_tokens, sampling=sampling,
@@ -57,36 +52,124 @@ def run(args: argparse.Namespace, scope: contextlib.ExitStack, status: Status) -
     )  # fmt: skip
 
 
-def looked(proc: Processor, item: Item, inputs: Mapping[str, Any] | None) -> Item:
-    """An image or video, read once for the whole chat; inputs as in `take_turn`. Raises InputError."""
-    names = ("allow_special", "template_vars")  # of the text
-    return proc.look(item, **{k: v for k, v in (inputs or {}).items() if k not in names})
+def load_media(proc: Processor, item: Item, inputs: Mapping[str, Any] | None) -> Item:
+    """An image or video, read once for all turns; inputs as in `take_turn`. Raises InputError."""
+    of_text = ("allow_special", "template_vars")
+    return proc.look(item, **{k: v for k, v in (inputs or {}).items() if k not in of_text})
 
 
 def read_line(prompt: str) -> str:
-    """A line of the user's: edited and recalled with the arrow keys where Python has readline."""
+    """A line of the user's, edited and recalled with the arrow keys where Python has readline."""
     if not sys.stdin.isatty():
         return input()
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  what input() uses from now on
+        import readline  # noqa: F401  input() uses it from now on
     if sys.stdout.isatty():
         return input(prompt)
-    print(prompt, end="", file=sys.stderr, flush=True)  # the answers go to a file
+    # The answers go to a file.
+    print(prompt, end="", file=sys.stderr, flush=True)
     line = sys.stdin.readline()
     if not line:
         raise EOFError
     return line
 
 
-class _Stop:
-    """Whether Ctrl-C was pressed while an answer came; pressed again, it ends the chat."""
+def converse(
+    params: Params,
+    proc: Processor,
+    system: str | None = None,
+    media: list[Item] | None = None,
+    read: Callable[[str], str] = read_line,
+    **options: Any,
+) -> None:
+    """Reads questions until /quit or the end of input, and prints each answer as it comes.
+
+    media: images and videos that go with the first question; options are those of `take_turn`. An error
+    of a turn (no such file, a prompt too long) is one line, and the chat goes on.
+    """
+    opening = [{"role": "system", "content": system}] if system else []
+    inputs = options.get("inputs")
+    messages, state = list(opening), None
+    media = [load_media(proc, item, inputs) for item in media or ()]
+    print(HELP, file=sys.stderr)
+    while True:
+        try:
+            line = _KEYS.sub("", read("> ")).strip()
+        except EOFError:
+            return
+        command, _, rest = line.partition(" ")
+        if command == "/quit" or line in ("exit", "quit"):
+            return
+        if command == "/new":
+            messages, state, media = list(opening), None, []
+            continue
+        if command in ("/help", "/?"):
+            print(HELP, file=sys.stderr)
+            continue
+        try:
+            if command in ("/image", "/video"):
+                path = rest.strip()
+                if not path:
+                    raise InputError(f"{command} needs a PATH")
+                media.append(load_media(proc, {"type": command[1:], command[1:]: path}, inputs))
+                print(f"{path}: goes with the next question", file=sys.stderr)
+            elif command.startswith("/"):
+                raise InputError(f"{command}: no such command; {HELP}")
+            elif line:
+                content = [*media, {"type": "text", "text": line}]
+                asked = [*messages, {"role": "user", "content": content}]
+                answer, state = _answer(params, proc, asked, state, options)
+                media = []
+                messages = [*asked, _message(proc, answer, proc.render(asked))]
+        except InputError as e:
+            print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+            state = state if state and not _is_donated(state) else None
+
+
+def _answer(
+    params: Params,
+    proc: Processor,
+    asked: list[Item],
+    state: ChatState | None,
+    options: Mapping[str, Any],
+) -> tuple[str, ChatState]:
+    """Prints the pieces of a turn as they come, and gives what it returns. Raises InputError."""
+    seen = [item[item["type"]] for item in asked[-1]["content"] if item["type"] != "text"]
+    patches = sum(len(one.patches) for one in seen)
+    slots = options["max_new_tokens"] + patches // proc.config.vision.merge_unit
+    slots += 0 if state is None else len(state.ids)
+    turn, stop = take_turn(params, proc, asked, state, **options), _CtrlC()
+    held = memory_parts(params, proc.config, slots, patches, "about")
+    with memory_advice(held, ADVICE), stop.handled(), Status() as status:
+        status.show("compiling and reading" if state is None else "reading", line=False)
+        try:
+            piece = next(turn)
+            while True:
+                status.stop()
+                print(piece, end="", flush=True)
+                piece = turn.send(stop.pressed)
+        except StopIteration as end:
+            print(flush=True)
+            answer, state = end.value
+    assert state is not None
+    if stop.pressed:
+        print("stopped: what was said stays in the conversation", file=sys.stderr)
+    elif not answer.strip():
+        print("the answer is empty", file=sys.stderr)
+    elif not state.ended:
+        print("the answer was cut off (--max-new-tokens, --max-len)", file=sys.stderr)
+    return answer, state
+
+
+class _CtrlC:
+    """Whether Ctrl-C was pressed during an answer; pressed again, it ends the chat."""
 
     def __init__(self) -> None:
         self.pressed = False
 
     @contextlib.contextmanager
-    def heard(self) -> Iterator[None]:
-        """Until its end SIGINT only marks the first press."""
+    def handled(self) -> Iterator[None]:
+        """Until its end the first SIGINT is only marked."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -104,96 +187,11 @@ class _Stop:
             signal.signal(signal.SIGINT, before)
 
 
-def converse(
-    params: Params,
-    proc: Processor,
-    system: str | None = None,
-    waiting: list[Item] | None = None,
-    read: Callable[[str], str] = read_line,
-    **options: Any,
-) -> None:
-    """Reads questions until /quit or the end of input, and prints each answer as it comes.
+def _message(proc: Processor, answer: str, prompt: str) -> Item:
+    """An answer as a message; its reasoning stays in the text if the template has no place for it.
 
-    waiting: pictures and clips that go with the first question; options are those of `take_turn`. What
-    a turn cannot use (no such file, a prompt too long) is told in one line, and the chat goes on.
+    prompt: the text before the answer, which may open a <think> for it.
     """
-    opening = [{"role": "system", "content": system}] if system else []
-    inputs = options.get("inputs")
-    messages, kept = list(opening), None
-    waiting = [looked(proc, item, inputs) for item in waiting or ()]
-    print(HELP, file=sys.stderr)
-    while True:
-        try:
-            typed = read("> ")
-        except EOFError:
-            return
-        line = _KEYS.sub("", typed).strip()
-        command, _, rest = line.partition(" ")
-        if command == "/quit" or line in ("exit", "quit"):
-            return
-        if command == "/new":
-            messages, kept, waiting = list(opening), None, []
-            continue
-        if command in ("/help", "/?"):
-            print(HELP, file=sys.stderr)
-            continue
-        try:
-            if command in ("/image", "/video"):
-                path = rest.strip()
-                if not path:
-                    raise InputError(f"{command} needs a PATH")
-                waiting.append(looked(proc, {"type": command[1:], command[1:]: path}, inputs))
-                print(f"{path}: goes with the next question", file=sys.stderr)
-            elif command.startswith("/"):
-                raise InputError(f"{command}: no such command; {HELP}")
-            elif line:
-                content = [*waiting, {"type": "text", "text": line}]
-                asked = [*messages, {"role": "user", "content": content}]
-                answer, kept = _answered(params, proc, asked, kept, options)
-                waiting = []
-                prompt = proc.render(asked)  # which may open a <think> for the answer
-                messages = [*asked, _said(proc, answer, prompt)]
-        except InputError as e:
-            print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
-            kept = kept if kept and not _gone(kept) else None
-
-
-def _answered(
-    params: Params,
-    proc: Processor,
-    asked: list[Item],
-    kept: ChatState | None,
-    options: Mapping[str, Any],
-) -> tuple[str, ChatState]:
-    """Prints the pieces of a turn as they come and gives what it returns; raises InputError."""
-    seen = [item[item["type"]] for item in asked[-1]["content"] if item["type"] != "text"]
-    patches = sum(len(one.patches) for one in seen)
-    slots = options["max_new_tokens"] + patches // proc.config.vision.merge_unit
-    slots += 0 if kept is None else len(kept.ids)
-    turn, stop = take_turn(params, proc, asked, kept, **options), _Stop()
-    sizes = memory_parts(params, proc.config, slots, patches, "about")
-    with memory_advice(sizes, ADVICE), stop.heard(), Status() as status:
-        status.show("compiling and reading" if kept is None else "reading", line=False)
-        try:
-            piece = next(turn)
-            while True:
-                status.stop()
-                print(piece, end="", flush=True)
-                piece = turn.send(stop.pressed)
-        except StopIteration as end:
-            print(flush=True)
-            answer, keep = end.value
-    if stop.pressed:
-        print("stopped: what was said stays in the conversation", file=sys.stderr)
-    elif not answer.strip():
-        print("the answer is empty", file=sys.stderr)
-    elif not keep.ended:
-        print("the answer was cut off (--max-new-tokens, --max-len)", file=sys.stderr)
-    return answer, keep
-
-
-def _said(proc: Processor, answer: str, prompt: str) -> Item:
-    """An answer as a message; its reasoning stays in the text where the template has no other place."""
     message = proc.parse(answer, prompt).message()
     if "reasoning_content" in message and not proc.template.writes_of_answers("reasoning_content"):
         opened = "<think>\n" if prompt.rstrip().endswith("<think>") else ""
@@ -201,6 +199,6 @@ def _said(proc: Processor, answer: str, prompt: str) -> Item:
     return message
 
 
-def _gone(kept: ChatState) -> bool:
-    """Whether a turn that failed had already given the cache's memory away."""
-    return any(isinstance(x, jax.Array) and x.is_deleted() for x in jax.tree.leaves(kept.cache))
+def _is_donated(state: ChatState) -> bool:
+    """Whether a turn that failed had already donated the cache's memory."""
+    return any(isinstance(x, jax.Array) and x.is_deleted() for x in jax.tree.leaves(state.cache))

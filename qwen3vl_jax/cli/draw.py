@@ -1,4 +1,4 @@
-"""Draws the boxes and points of an answer on the picture it speaks of."""
+"""--draw: draws the boxes and points of an answer on its images."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from qwen3vl_jax.processing.media import load_image
 from qwen3vl_jax.processing.messages import read_conversation
 from qwen3vl_jax.storage.json_text import read_json_at
 
-GRID = 1000  # answers count from 0 to 1000 across each side, x before y
+GRID = 1000  # coordinates are from 0 to 1000 across each side, x before y
 SIZES = {"bbox_2d": 4, "point_2d": 2}
-LABEL = 80  # characters of a label that are drawn
+LABEL = 80  # most characters of a label that are drawn
 _KEY = re.compile(r"""["'](?:bbox|point)_2d["']\s*:""")
 _BACKSLASH = re.compile(r'(\\["\\/nrt]|\\u[0-9a-fA-F]{4})|\\')
 COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#000075")
@@ -34,16 +34,16 @@ class Mark:
 
 
 def find_marks(text: str) -> list[Mark]:
-    """The bbox_2d and point_2d entries of an answer, in order; other text around them is ignored.
+    """The bbox_2d and point_2d entries of an answer, in order; text around them is ignored.
 
-    Reads whole JSON (plain or in a code fence, any number of lists, nested objects) and, of an answer
-    that was cut off, the objects that are complete.
+    Reads JSON, plain or in a code fence, with any number of lists and nested objects; of an answer that
+    was cut off, the complete objects.
     """
     return read_marks(text)[0]
 
 
 def read_marks(text: str) -> tuple[list[Mark], int]:
-    """`find_marks`, and how many entries of an answer could not be read."""
+    """`find_marks`, and the number of entries that could not be read."""
     # Labels in TeX have backslashes that JSON does not know.
     text = _BACKSLASH.sub(lambda found: found[1] or r"\\", text)
     marks: list[Mark] = []
@@ -64,7 +64,7 @@ def read_marks(text: str) -> tuple[list[Mark], int]:
 
 
 def _entries(found: Any) -> Iterator[tuple[list[list[float]] | None, str]]:
-    """The places, and the label, of each entry in JSON data; None for a place that is none."""
+    """(places, label) of each entry in JSON data; None for places that cannot be read."""
     if isinstance(found, list):
         for each in found:
             yield from _entries(each)
@@ -92,13 +92,13 @@ def _number(value: Any) -> bool:
 
 
 def draw_marks(image: Image.Image, marks: list[Mark]) -> Image.Image:
-    """A copy of the picture with every mark drawn, one colour a label."""
+    """A copy of the image with all marks, one colour a label."""
     image = image.convert("RGB")
-    if min(image.size) < 256:  # small pictures are enlarged, or lines and labels would hide them
-        factor = -(-256 // min(image.size))
-        image = image.resize(
-            (image.width * factor, image.height * factor), Image.Resampling.NEAREST
-        )
+    # Small images are enlarged, or lines and labels would hide them.
+    factor = -(-256 // min(image.size))
+    if factor > 1:
+        size = image.width * factor, image.height * factor
+        image = image.resize(size, Image.Resampling.NEAREST)
     pen, width = ImageDraw.Draw(image), max(2, min(image.size) // 200)
     font = ImageFont.load_default(size=max(12, min(image.size) // 40))
     labels = {label: n for n, label in enumerate(dict.fromkeys(mark.label for mark in marks))}
@@ -119,9 +119,9 @@ def draw_marks(image: Image.Image, marks: list[Mark]) -> Image.Image:
 
 
 def draw_answer(out: Path, messages: list[dict], text: str, beside: list[str]) -> None:
-    """Draws the answer's marks on each picture of the conversation: OUT.png, OUT-2.png, ..
+    """Draws the answer's marks on each image of the conversation: OUT.png, OUT-2.png, ..
 
-    beside: files of pictures without a source. Raises InputError for a file that cannot be written.
+    beside: files of the images that have no source. Raises InputError for a file that cannot be written.
     """
     (marks, unread), feed = read_marks(text), iter(beside)
     if unread:
@@ -138,8 +138,8 @@ def draw_answer(out: Path, messages: list[dict], text: str, beside: list[str]) -
     if not marks:
         print("--draw: the answer holds no bbox_2d or point_2d; nothing is drawn", file=sys.stderr)
         return
-    pictures = [m for m in read_conversation(messages)[1] if m.kind == "image"]
-    for number, medium in enumerate(pictures, 1):
+    images = [m for m in read_conversation(messages)[1] if m.kind == "image"]
+    for number, medium in enumerate(images, 1):
         name = out if number == 1 else out.with_stem(f"{out.stem}-{number}")
         source = next(feed) if medium.source is None else medium.source
         try:
@@ -150,7 +150,7 @@ def draw_answer(out: Path, messages: list[dict], text: str, beside: list[str]) -
 
 
 def _save(image: Image.Image, name: Path) -> None:
-    """Writes a picture in the format that its name says."""
+    """Writes an image in the format of its name."""
     made, format = io.BytesIO(), Image.registered_extensions()[name.suffix.lower()]
     image.save(made, format)
     name.write_bytes(made.getvalue())

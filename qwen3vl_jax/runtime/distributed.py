@@ -1,4 +1,4 @@
-"""Several processes as one program: their start, what they agree on, and their common end."""
+"""Several processes as one program: how they start, exchange small data, and end together."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.runtime.console import EXPECTED, report
 
 _T = TypeVar("_T")
-HEARTBEAT = 30  # seconds without a sign of life after which a process counts as gone
-PATIENCE = 5  # seconds after which a process says that it waits for the others to start
-LONGEST = 30 * 24 * 3600 * 1000  # milliseconds that the first to come to a place waits for the last
-GRACE = 10  # seconds that an interrupted process waits for the others to be interrupted too
+HEARTBEAT = 30  # seconds of silence after which a process counts as gone
+PATIENCE = 5  # seconds before a process prints that it waits for the others to start
+LONGEST = 30 * 24 * 3600 * 1000  # milliseconds at a barrier
+GRACE = 10  # seconds for the others to be interrupted too
 LOST = 4  # exit code of a process whose peers are gone
 _NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _EXPECTED = (
@@ -32,7 +32,7 @@ _EXPECTED = (
 )
 # Variables by which jax.distributed finds the others itself: Open MPI and PMI, GKE and TPU VMs, SLURM.
 _KNOWN = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MEGASCALE_NUM_SLICES")
-# How JAX's collectives and its coordination service speak of a process that does not answer.
+# In messages of JAX's collectives and its coordination service about a process that does not answer.
 _GONE = re.compile(
     "connect|socket|network|remote process|heartbeat|unhealthy|unreachable|timed out"
     "|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED",
@@ -42,7 +42,7 @@ _HOSTS = "TPU_WORKER_HOSTNAMES"
 
 
 class Asked(NamedTuple):
-    """What the command line says of the processes; empty: the environment's variables."""
+    """The processes that the command line names; empty: jax finds them."""
 
     coordinator: str = ""  # HOST:PORT of process 0
     count: int = 0
@@ -66,7 +66,7 @@ def add_arguments(parser: Any) -> tuple[str, ...]:
 
 
 def asked_of(args: Any, environ: Mapping[str, str] = os.environ) -> Asked | None:
-    """Who the processes are, or None for one alone. Raises InputError for half an answer.
+    """The processes, or None for one alone. Raises InputError where something of them is missing.
 
     Options first, then JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, then what
     jax.distributed knows of the cluster.
@@ -102,9 +102,9 @@ def _number(name: str, environ: Mapping[str, str], default: int) -> int:
 
 
 def start(asked: Asked | None) -> tuple[int, int]:
-    """Joins the others; (this process's index, how many there are). Nothing to do for one alone.
+    """Joins the other processes; gives (this one's index, how many there are).
 
-    Call it before jax meets a device. A process that is gone ends the others within two minutes.
+    Call it before jax initializes its devices. A process that is gone ends the others within two minutes.
     """
     if asked is None:
         return 0, 1
@@ -135,7 +135,7 @@ def start(asked: Asked | None) -> tuple[int, int]:
         waits.cancel()
     if _has_its_host(os.environ) and not os.environ.get("JAX_LOCAL_DEVICE_IDS"):
         for name in ("jax_cuda_visible_devices", "jax_rocm_visible_devices"):
-            jax.config.update(name, "all")  # JAX takes one card of a launcher's process
+            jax.config.update(name, "all")  # JAX would take one card
     return jax.process_index(), jax.process_count()
 
 
@@ -201,13 +201,13 @@ def _lost(words: str, kept: str) -> str:
 
 
 def lost_line(words: str) -> str:
-    """What to say where JAX aborts this process with these words: "" unless another one is gone."""
+    """The line for JAX's abort of this process with these words: "" unless another one is gone."""
     found = re.search(r"(UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED|heartbeat|unhealthy)[^\n]*", words)
     return _lost(found[0], "the last checkpoint") if found and "coordination" in words else ""
 
 
 def is_first() -> bool:
-    """Whether this process writes what one of them writes."""
+    """Whether this process writes the files that are written once."""
     import jax
 
     return jax.process_index() == 0
@@ -215,7 +215,7 @@ def is_first() -> bool:
 
 @contextmanager
 def quiet(silent: bool) -> Iterator[None]:
-    """What is printed here is lost in a process that another one speaks for; errors are not."""
+    """Drops what is printed here if `silent`, for processes other than the first; errors pass."""
     with ExitStack() as stack:
         if silent:
             stack.enter_context(redirect_stdout(io.StringIO()))
@@ -224,7 +224,7 @@ def quiet(silent: bool) -> Iterator[None]:
 
 
 def wait_for_all(name: str) -> None:
-    """Returns when every process has come here, be it hours later; Ctrl-C is heard meanwhile."""
+    """A barrier of any length, during which Ctrl-C is heard."""
     if is_alone():
         return
     met = Future()  # of a thread: the main one hears no signals inside a call of JAX
@@ -240,7 +240,7 @@ def wait_for_all(name: str) -> None:
 
 
 def _meet(name: str, seconds: float) -> None:
-    """Returns when every process has come here, or after so many seconds."""
+    """A barrier of at most so many seconds."""
     with suppress(Exception):
         _barrier(name, round(1000 * seconds))
 
@@ -252,12 +252,12 @@ def _barrier(name: str, milliseconds: int) -> None:
 
 
 def from_first(value: Any) -> Any:
-    """JSON data of process 0, given to all."""
+    """Broadcasts JSON data of process 0."""
     return all_of(value)[0]
 
 
 def all_of(value: Any) -> list[Any]:
-    """JSON data of every process, by its index, given to all."""
+    """Gathers JSON data of every process, by its index."""
     if is_alone():
         return [value]
     import numpy as np
@@ -272,7 +272,7 @@ def all_of(value: Any) -> list[Any]:
 
 
 def agreed(make: Callable[[], _T]) -> _T:
-    """make() of every process; where one refuses, all raise its InputError."""
+    """make(); where it raises an InputError in one process, all raise it."""
     made, refusal = None, ""
     try:
         made = make()
@@ -284,7 +284,7 @@ def agreed(make: Callable[[], _T]) -> _T:
 
 
 def check_alike(what: str, *seen: bytes) -> None:
-    """Raises InputError in every process where one has seen other bytes than the first."""
+    """Raises InputError in every process if one has other bytes than the first."""
     digest = hashlib.blake2b(digest_size=16)
     for part in seen:
         digest.update(part)

@@ -1,4 +1,4 @@
-"""What libraries below Python write to stdout and stderr: noise is dropped, an abort can be one line."""
+"""Filters what C++ libraries write to stdout and stderr: drops noise, turns an abort into one line."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ _NOISE = re.compile(
     rb"\[Gloo\] Rank \d+ is connected|.*slow_operation_alarm\.cc|\*{32}$|.*Very slow compile\?"
     rb"|The operation took \d"
 )
-# What the coordination service says of a process that is gone, over several lines.
+# The coordination service's report of a process that is gone, over several lines.
 _LOST = re.compile(
     rb"[IWEF]\d{4} .*(coordination_service|preemption_sync_manager|JAX distributed service)"
 )
-_KEPT = 200  # lines that were dropped, for an abort that has another cause
-_SOON = 0.2  # seconds
-_handlers: list[object] = []  # of C, which Python would collect
+_REMEMBERED = 200  # dropped lines, printed after an abort of another cause
+_DELAY = 0.2  # seconds in which the last lines come through the thread
+_handlers: list[object] = []  # C's, which Python would collect
 
 
 class Filter:
-    """Which lines of a library's output pass; `dropped` are the last that did not."""
+    """Decides which lines of a library's output pass; `dropped` are the last that did not."""
 
     def __init__(self) -> None:
-        self.dropped: deque[bytes] = deque(maxlen=_KEPT)
+        self.dropped: deque[bytes] = deque(maxlen=_REMEMBERED)
         self._inside = False
 
     def passes(self, line: bytes) -> bool:
-        """Whether a line is to be shown."""
+        """Whether to show a line."""
         if _HEAD.match(line):
             self._inside = bool(_LOST.match(line))
         if not (self._inside or _NOISE.match(line)):
@@ -51,24 +51,23 @@ class Filter:
 def tidy_output(
     lost: Callable[[str], str] | None = None, code: int = 1, *, stdout: bool = True
 ) -> None:
-    """Filters what libraries write to stdout and stderr from now on; Python's own lines pass as they are.
+    """Filters what libraries write to stdout and stderr from now on; Python's own output is not touched.
 
-    lost: what to say where they abort the process, of their words, or "" for an abort as usual; it
-    ends with `code` then. stdout: whether it is filtered too; readline edits lines of the real one alone.
-    Call it once, in a program's main thread.
+    lost: gives the line to print when a library aborts the process, made of its output, and `code` is
+    the exit code then; "" leaves the abort as it is. stdout: False where readline needs the real one.
+    Call it once, in the main thread.
     """
     if stdout:
         _filtered(1, "stdout")
-    errors, pipe, told = _filtered(2, "stderr")
+    errors, pipe, lines = _filtered(2, "stderr")
     logging.basicConfig(format="%(message)s")
     if lost is None:
         return
 
     def aborted(_: int) -> None:
-        # What was written just before is on its way through the thread.
-        time.sleep(_SOON)
+        time.sleep(_DELAY)
         os.set_blocking(pipe, False)
-        words = b"".join(line + b"\n" for line in told.dropped)
+        words = b"".join(line + b"\n" for line in lines.dropped)
         with contextlib.suppress(BlockingIOError):
             words += os.read(pipe, 1 << 16)
         if line := lost(words.decode(errors="replace")):
@@ -83,33 +82,33 @@ def tidy_output(
 
 
 def _filtered(number: int, name: str) -> tuple[int, int, Filter]:
-    """Puts a pipe in an output's place; (where the output went, the pipe, its filter)."""
+    """Replaces an output by a pipe; gives (the original output, the pipe, its filter)."""
     stream = getattr(sys, name)
     stream.flush()
-    kept, (reading, writing), told = os.dup(number), os.pipe(), Filter()
+    original, (reading, writing), lines = os.dup(number), os.pipe(), Filter()
     os.dup2(writing, number)
     os.close(writing)
     options = {"encoding": stream.encoding, "errors": stream.errors}
-    setattr(sys, name, open(kept, "w", buffering=1, closefd=False, **options))  # noqa: SIM115
+    setattr(sys, name, open(original, "w", buffering=1, closefd=False, **options))  # noqa: SIM115
     if number == 2:
-        faulthandler.enable(kept)
+        faulthandler.enable(original)
 
     def pump() -> None:
         with open(reading, "rb", buffering=0) as file:
             rest = b""
             while piece := file.read(1 << 16):
-                *lines, rest = (rest + piece).split(b"\n")
-                for line in lines:
-                    if told.passes(line):
-                        os.write(kept, line + b"\n")
-            os.write(kept, rest)
+                *whole, rest = (rest + piece).split(b"\n")
+                for line in whole:
+                    if lines.passes(line):
+                        os.write(original, line + b"\n")
+            os.write(original, rest)
 
     thread = threading.Thread(target=pump, daemon=True)
     thread.start()
 
     def end() -> None:
-        os.dup2(kept, number)
+        os.dup2(original, number)
         thread.join(1.0)
 
     atexit.register(end)
-    return kept, reading, told
+    return original, reading, lines

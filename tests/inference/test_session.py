@@ -204,9 +204,9 @@ def test_a_chat_goes_on(demo, capsys, monkeypatch):
 def test_reasoning_stays_in_the_text_where_the_template_has_no_place_for_it(demo):
     """As the model wrote it, also what the prompt had opened."""
     proc, _ = demo
-    assert terminal._said(proc, "<think>a</think>b", "") == said("<think>a</think>b")
-    assert terminal._said(proc, "a</think>b", "x<think>\n") == said("<think>\na</think>b")
-    assert terminal._said(proc, "b", "") == said("b")
+    assert terminal._message(proc, "<think>a</think>b", "") == said("<think>a</think>b")
+    assert terminal._message(proc, "a</think>b", "x<think>\n") == said("<think>\na</think>b")
+    assert terminal._message(proc, "b", "") == said("b")
 
 
 def test_chat_in_the_terminal(demo, capsys, tmp_path):
