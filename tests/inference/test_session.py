@@ -175,7 +175,7 @@ def typed(*lines):
 def test_a_chat_goes_on(demo, capsys, monkeypatch):
     """After reasoning that was cut off, which is no content; and after a turn without room."""
     proc, params = demo
-    text = Path(__file__).with_name("thinking.jinja").read_text()
+    text = Path(__file__).parents[1].joinpath("thinking.jinja").read_text()
     thinking = type(proc.template)({"default": text})
     proc = dataclasses.replace(proc, template=thinking)
     asked = []
