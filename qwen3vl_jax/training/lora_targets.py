@@ -52,15 +52,11 @@ def split_lora(recipe: Recipe, cfg: Config, params: Params) -> TrainableParams:
 
 def _check_frozen(recipe: Recipe, cfg: Config, weights: Flat) -> None:
     """Raises InputError if train.freeze names what lora.targets adapts. The rest is frozen anyway."""
-    sparse = bool(cfg.text.num_experts)
     for wanted in recipe.train.freeze:
-        known = wanted in param_groups.GROUPS
-        for name in weights:
-            group = param_groups.group_of(name, sparse)
-            if group == wanted if known else fnmatch.fnmatchcase(name, wanted):
-                raise InputError(
-                    f"train.freeze: {wanted!r} names {name}, which lora.targets trains; drop one of them"
-                )
+        if found := param_groups.matching(weights, wanted, bool(cfg.text.num_experts)):
+            raise InputError(
+                f"train.freeze: {wanted!r} names {found[0]}, which lora.targets trains; drop one of them"
+            )
 
 
 def _held(flat: Flat, name: str, dtype: Any) -> jax.Array:

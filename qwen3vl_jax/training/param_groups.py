@@ -61,17 +61,17 @@ def group_of(name: str, sparse: bool) -> str:
     raise ValueError(name)
 
 
-def matches(names: Iterable[str], wanted: str, key: str, sparse: bool) -> list[str]:
-    """The names in a group, or that match a pattern (layers.attn.*) or a prefix (layers.attn).
-
-    Raises InputError, which names the recipe's key, if nothing matches.
-    """
-    names = list(names)
+def matching(names: Iterable[str], wanted: str, sparse: bool) -> list[str]:
+    """The names in a group, or that match a pattern (layers.attn.*) or a prefix (layers.attn)."""
     if wanted in GROUPS:
-        found = [name for name in names if group_of(name, sparse) == wanted]
-    else:
-        found = [n for n in names if fnmatch.fnmatchcase(n, wanted) or n.startswith(f"{wanted}.")]
-    if not found:
+        return [name for name in names if group_of(name, sparse) == wanted]
+    return [n for n in names if fnmatch.fnmatchcase(n, wanted) or n.startswith(f"{wanted}.")]
+
+
+def matches(names: Iterable[str], wanted: str, key: str, sparse: bool) -> list[str]:
+    """`matching`, or InputError, which names the recipe's key, if nothing matches."""
+    names = list(names)
+    if not (found := matching(names, wanted, sparse)):
         near = difflib.get_close_matches(wanted, [*GROUPS, *names], 3)
         hint = f"did you mean {', '.join(near)}?" if near else f"groups are {', '.join(GROUPS)}"
         tied = "; this model's head is tied: it is embeddings" if wanted == "head" else ""
@@ -96,14 +96,12 @@ def check_trained(
     """
     trained = list(trained)
     for wanted in rates:
-        try:
-            matches(trained, wanted, "train.rates", sparse)
-        except InputError:
+        if not matching(trained, wanted, sparse):
             matches(every, wanted, "train.rates", sparse)
             raise InputError(
                 f"train.rates: {wanted!r} is not trained: {why}; take it out (train.rates={{}} on a "
                 "command line), or name what is trained"
-            ) from None
+            )
 
 
 def learning_rates(names: Sequence[str], rates: Mapping[str, float], sparse: bool) -> Flat:
