@@ -143,11 +143,11 @@ def _named(module: LoraTarget, target: str, sparse: bool) -> tuple[bool, ...]:
     """For each layer, whether a target names the module."""
     if target in param_groups.GROUPS:
         return (param_groups.group_of(module.weight, sparse) == target,) * len(module.modules)
-    whole = module.name.startswith(f"{target}.") or any(
+    named = module.name.startswith(f"{target}.") or any(
         fnmatch.fnmatchcase(name, target) for name in (module.name, module.weight)
     )
     return tuple(
-        whole
+        named
         or other == target
         or other.endswith(f".{target}")
         or fnmatch.fnmatchcase(other, target)

@@ -79,10 +79,10 @@ def _changed_files(source: Path, entries: list[dict[str, Any]]) -> dict[str, Any
         for file in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")
         if (source / file).is_file()
     }
-    if (whole := found.get("tokenizer.json")) is not None:
+    if (content := found.get("tokenizer.json")) is not None:
         changed["tokenizer.json"] = {
-            **whole,
-            "added_tokens": [*(whole.get("added_tokens") or []), *entries],
+            **content,
+            "added_tokens": [*(content.get("added_tokens") or []), *entries],
         }
     config = found.get("tokenizer_config.json", {})
     if (known := config.get("added_tokens_decoder")) is not None:

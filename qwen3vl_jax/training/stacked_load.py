@@ -95,7 +95,7 @@ class _Stacks:
 
 
 def inner(where: Any) -> Any:
-    """The sharding of a layer of a stack that lies so."""
+    """The sharding of one layer of a stack with this sharding."""
     if where is None:
         return None
     return jax.sharding.NamedSharding(where.mesh, jax.sharding.PartitionSpec(*where.spec[1:]))

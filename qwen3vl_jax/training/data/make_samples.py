@@ -89,11 +89,11 @@ class SampleMaker:
             found = type(record).__name__
             raise InputError(f"found {found}, expected a record in chat form or a Sample")
         messages = record["messages"]
-        whole = self.encode(name, messages, record.get("tools"))
-        reason = misfit(self.proc.config, self.pack, whole)
+        sample = self.encode(name, messages, record.get("tools"))
+        reason = misfit(self.proc.config, self.pack, sample)
         if reason:
-            whole = self._cut(whole, messages, record.get("tools"), reason)
-        return check_sample(whole, self.proc.config)
+            sample = self._cut(sample, messages, record.get("tools"), reason)
+        return check_sample(sample, self.proc.config)
 
     def encode(self, name: str, messages: Sequence[Any], tools: Any) -> Sample:
         """The whole conversation as a sample of any length, without checks."""
@@ -222,8 +222,8 @@ def _targets(
         if (turn.prompted if switch is None else switch) and turn.end > turn.start:
             place = slice(turn.start, turn.end)
             labels[place] = ids[place]
-            whole = (turn.end - turn.start) ** -0.5 if weighting == "sqrt" else 1.0
-            weights[place] = whole * message.get("weight", 1)
+            each = (turn.end - turn.start) ** -0.5 if weighting == "sqrt" else 1.0
+            weights[place] = each * message.get("weight", 1)
     return labels, weights
 
 

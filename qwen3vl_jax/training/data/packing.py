@@ -36,8 +36,10 @@ class PackedBatch(flax.struct.PyTreeNode):
     """
 
     batch: Batch
-    weights: jax.Array  # [B T] float32 of each label in the loss; 0 at a sample's first token
-    vision_labels: jax.Array | None = None  # [R] int32: what a merged row shows, -100 not told
+    # [B T] float32, of each label in the loss; 0 at a sample's first token.
+    weights: jax.Array
+    # [R] int32, a token that names each image feature, or -100.
+    vision_labels: jax.Array | None = None
 
 
 class Pending(NamedTuple):
@@ -198,16 +200,16 @@ class _RowFiller:
 
     def __call__(
         self, parts: Sequence[np.ndarray], dtype: Any, fill: int = 0,
-        before: tuple[int, ...] = (), behind: tuple[int, ...] = (),
+        before: tuple[int, ...] = (), after: tuple[int, ...] = (),
     ) -> np.ndarray:  # fmt: skip
-        """Parts [before t behind] -> [before, *shape, behind], padded with `fill`."""
-        rest = np.full((*before, self._shape[1], *behind), fill, dtype)
+        """Parts [before t after] -> [before, *shape, after], padded with `fill`."""
+        padding = np.full((*before, self._shape[1], *after), fill, dtype)
         pieces = []
         for first, end, left in self._parts:
             pieces += parts[first:end]
-            pieces.append(rest[(*[slice(None)] * len(before), slice(left))])
+            pieces.append(padding[(*[slice(None)] * len(before), slice(left))])
         joined = np.concatenate(pieces, len(before), dtype=dtype)
-        return joined.reshape(*before, *self._shape, *behind)
+        return joined.reshape(*before, *self._shape, *after)
 
     def each(self, values: np.ndarray) -> np.ndarray:
         """Repeats one value [n] over each part; 0 for padding."""
@@ -229,12 +231,12 @@ def _vision_labels(
     """The label of each image feature of a batch [R]."""
     unit = cfg.vision.merge_unit
     out = np.full(pack.vision_rows * pack.vision_length // unit, IGNORE_INDEX, np.int32)
-    told = [np.zeros(0, np.int32)]
+    labelled = [np.zeros(0, np.int32)]
     for sample, _, _, spots in seen:
         count = sum(n for spot in spots for _, n in spot) // unit
         labels = sample.vision_labels
-        told.append(np.full(count, IGNORE_INDEX) if labels is None else labels)
-    out[merged] = np.concatenate(told)
+        labelled.append(np.full(count, IGNORE_INDEX) if labels is None else labels)
+    out[merged] = np.concatenate(labelled)
     return out
 
 
@@ -273,9 +275,9 @@ def _vision(
         pixels[number * shape[1] + used : (number + 1) * shape[1]] = 0
     host: dict[str, Any] = {
         "pixels": pixels.reshape(*shape, -1),
-        "pos_index": filler([table.pos_index for table in tables], np.int32, behind=(4,)),
-        "pos_weight": filler([table.pos_weight for table in tables], np.float32, behind=(4,)),
-        "coords": filler([table.coords for table in tables], np.int32, behind=(2,)),
+        "pos_index": filler([table.pos_index for table in tables], np.int32, after=(4,)),
+        "pos_weight": filler([table.pos_weight for table in tables], np.float32, after=(4,)),
+        "coords": filler([table.coords for table in tables], np.int32, after=(2,)),
         "lo": filler.each(first.astype(np.int32)),
         "hi": filler.each((first + sizes).astype(np.int32)),
     }

@@ -92,7 +92,7 @@ def _check_images(
 ) -> tuple[tuple[EncodedImage, ...], int]:
     """A sample's images and videos in order, and their merged rows. Raises InputError.
 
-    Each lies on placeholders of its own kind, and none is left over.
+    Each has placeholders of its own kind, and no placeholder is left over.
     """
     unit, side = cfg.vision.merge_unit, cfg.vision.spatial_merge_size
     width, rows, last = math.prod(cfg.vision.patch_shape), 0, 0
@@ -117,7 +117,7 @@ def _check_images(
         if image.start < last or np.count_nonzero(ids[at] == token) != merged:
             raise InputError(
                 f"{where}expected {merged} placeholders of its kind from token {image.start} to "
-                f"{image.end}, behind those of the one before"
+                f"{image.end}, after those of the one before"
             )
         left[at] = False
         rows, last = rows + merged, image.end
