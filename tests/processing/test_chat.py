@@ -241,7 +241,7 @@ def test_template_files(tmp_path):
 def test_malformed_template_lists(raw, tmp_path):
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": raw}))
     for chosen in (None, tmp_path / "chat_template.json"):
-        with pytest.raises(InputError, match=r"chat_template\.json: chat_template .*expected"):
+        with pytest.raises(InputError, match=r"chat_template\.json: chat_template\b.*expected"):
             ChatTemplate.from_dir(tmp_path, chosen)
 
 

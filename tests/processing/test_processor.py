@@ -121,7 +121,7 @@ def test_placeholders_that_do_not_match(proc):
     for options, words in (
         ({"text": place}, "1 image placeholder.* 0 image"),
         ({"text": "none", "images": [image]}, "0 image placeholder.* 1 image"),
-        ({"text": [place, place], "images": [[image, image], []]}, "row 1.* 1 .* 2 picture"),
+        ({"text": [place, place], "images": [[image, image], []]}, "row 1.* 1 .* 2 image"),
         ({"text": [place, place], "images": [image]}, "2 image placeholder.* 1 image"),
         ({"text": [place], "images": [[image], []]}, "2 lists for 1 rows"),
         ({"conversations": [user({"type": "image"})]}, "1 image placeholder.* 0 image"),
@@ -336,7 +336,7 @@ def test_what_a_template_leaves_out_is_refused(proc):
     call = {"function": {"name": "f", "arguments": {}}}
     for messages, tools, words in (
         ([{"role": "developer", "content": "s"}, user("a")], None, "message 1: .* a developer message"),
-        ([user("a"), {"role": "tool", "content": "3"}], None, "message 2: .* a tool message behind"),
+        ([user("a"), {"role": "tool", "content": "3"}], None, "message 2: .* a tool message after"),
         ([user("a"), {**said, "thinking": "hm"}], None, "message 2: .* leaves out reasoning_content"),
         ([user("a"), {**said, "tool_calls": [call]}], None, "message 2: .* leaves out tool_calls"),
         ([user("a")], [{"name": "f"}], "tools: the chat template has no place"),
