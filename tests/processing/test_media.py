@@ -349,8 +349,8 @@ def test_options_of_a_batch(tmp_path):
     refused(lambda: read("--media-root", str(tmp_path / "gone")), "--media-root: got", "exists")
     for hosts in ("a,,b", "https://a.org", "10.0.0.0/8", ""):
         refused(lambda hosts=hosts: read("--allow-hosts", hosts), "--allow-hosts: got")
-    alone = infer_arguments.arguments(["--prompt", "hi", "--media-root", str(tmp_path)], "")
-    refused(lambda: infer_arguments.check(alone), "--media-root", "--input")
+    alone = ["--prompt", "hi", "--media-root", str(tmp_path)]
+    refused(lambda: infer_arguments.arguments(alone, ""), "--media-root", "--input")
 
 
 def test_no_message_holds_what_is_in_a_file(server, tmp_path):
