@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qwen3vl_jax.model.layers import linear_fp32
-from qwen3vl_jax.model.losses import chunked_cross_entropy, token_sums
+from qwen3vl_jax.training.losses import chunked_cross_entropy, token_sums
 
 
 def plain(x: jax.Array, table: jax.Array, labels: jax.Array, weights: jax.Array) -> jax.Array:

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 import qwen3vl_jax as q3
 from demo.evaluate import CHECKPOINT
 from qwen3vl_jax.config import Config
-from qwen3vl_jax.model.sharding import make_mesh
+from qwen3vl_jax.device_mesh import make_mesh
 from qwen3vl_jax.planning.serving import Serving, empty_cache
 from qwen3vl_jax.planning.serving import weights as weight_shapes
 from qwen3vl_jax.processing.encoded_prompt import EncodedImage

@@ -36,7 +36,7 @@ def read(directory: Path, source: Path, mesh: str, port: int, index: int) -> Non
     import jax
 
     from qwen3vl_jax import Config, load
-    from qwen3vl_jax.model.sharding import make_mesh
+    from qwen3vl_jax.device_mesh import make_mesh
     from qwen3vl_jax.runtime.distributed import Asked, start
 
     start(Asked(f"127.0.0.1:{port}", PROCESSES, index))

@@ -12,6 +12,7 @@ from qwen3vl_jax.version import __version__
 if TYPE_CHECKING:
     from qwen3vl_jax.checkpoint.save import save_params
     from qwen3vl_jax.config import Config
+    from qwen3vl_jax.device_mesh import make_mesh
     from qwen3vl_jax.errors import InputError
     from qwen3vl_jax.inference.engine import (
         Finished,
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
         prefill,
     )
     from qwen3vl_jax.model.losses import loss_fn
-    from qwen3vl_jax.model.sharding import make_mesh
     from qwen3vl_jax.model.structs import (
         Batch,
         Features,
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 _HOME = {
     "checkpoint.save": ("save_params",),
     "config": ("Config",),
+    "device_mesh": ("make_mesh",),
     "errors": ("InputError",),
     "inference.engine": ("Finished", "Request", "Stats", "generate_many"),
     "inference.generate": ("Answer", "generate", "stream"),
@@ -62,7 +63,6 @@ _HOME = {
     "loading": ("load",),
     "model.cache": ("decode_step", "extend", "grow_cache", "prefill"),
     "model.losses": ("loss_fn",),
-    "model.sharding": ("make_mesh",),
     "model.structs": ("Batch", "Features", "KVCache", "VisionInputs"),
     "model.transformer": ("attentions", "forward", "hidden_states", "init_params", "last_hidden_state",
                           "stack_layers", "unstack_layers"),

@@ -97,6 +97,23 @@ def show(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> N
     Console(markup=False).print(table)  # [cuda] is an extra's name, not a style
 
 
+def backends() -> list[tuple[str, bool, str]]:
+    """Each attention back end: (name, whether it is available here, why not or what it serves)."""
+    from qwen3vl_jax.model.attention_gpu import cudnn_refusal
+    from qwen3vl_jax.model.sharding import platform
+
+    here = platform()
+    refusal = cudnn_refusal("bfloat16", 128) if here == "gpu" else f"needs a GPU, this is {here}"
+    blocks = "every platform, dtype and layout; online softmax, empty blocks skipped"
+    cudnn = "packed rows, prompts, images and videos, tokens behind a cache; bf16 and fp16"
+    tpu = "128 queries a row or more" if here == "tpu" else f"needs a TPU, this is {here}"
+    return [
+        ("xla blocks", True, blocks),
+        ("cudnn", not refusal, refusal or cudnn),
+        ("splash", here == "tpu", tpu),
+    ]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Prints three tables, or one of a size; returns 0, or 2 where JAX finds no device."""
     argv = sys.argv[1:] if argv is None else argv
@@ -115,9 +132,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: JAX finds no device: {reason}", file=sys.stderr)
         return 2
     show(f"devices (host: {host_memory()})", ("device", "kind", "memory"), list(found))
-
-    from qwen3vl_jax.model.attention import backends
-
     rows = [(name, "yes" if usable else "no", why) for name, usable, why in backends()]
     show("attention back ends", ("name", "available", "why"), rows)
     return 0

@@ -16,8 +16,8 @@ from qwen3vl_jax.checkpoint.adapters import attach
 from qwen3vl_jax.checkpoint.device_load import Source, load_params, put_pairs
 from qwen3vl_jax.checkpoint.peft_io import load_adapter
 from qwen3vl_jax.config import Config, is_run
+from qwen3vl_jax.device_mesh import ambient_mesh
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.model.sharding import ambient_mesh
 from qwen3vl_jax.model.structs import Params
 from qwen3vl_jax.storage.hub import resolve
 from qwen3vl_jax.training.run_params import run_adapter, run_leaves

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from qwen3vl_jax.config_checks import (
     each,
@@ -168,3 +171,50 @@ def _original(raw: Mapping[str, Any], given: Mapping[str, Any], where: str) -> i
         if part.get(name) is not None:
             return integer()(part[name], prefix + name)
     return None
+
+
+def longrope_scale(r: RopeConfig) -> float:
+    """The factor on cos and sin of LongRoPE."""
+    if r.attention_factor is not None:
+        return r.attention_factor
+    if r.factor <= 1.0:
+        return 1.0
+    return math.sqrt(1 + math.log(r.factor) / math.log(r.original_max_position_embeddings))
+
+
+def yarn_scale(r: RopeConfig) -> float:
+    """The factor on cos and sin of YaRN."""
+
+    def mscale(m: float) -> float:
+        return 1.0 if r.factor <= 1 else 0.1 * m * math.log(r.factor) + 1.0
+
+    if r.attention_factor is not None:
+        return r.attention_factor
+    if r.mscale and r.mscale_all_dim:
+        return mscale(r.mscale) / mscale(r.mscale_all_dim)
+    return mscale(1.0)
+
+
+def yarn_frequencies(r: RopeConfig, powers: np.ndarray, dim: int) -> np.ndarray:
+    """YaRN: low frequencies are interpolated, high ones kept, with a linear ramp between."""
+
+    def dimension_of(rotations: float) -> float:
+        ratio = r.original_max_position_embeddings / (rotations * 2 * math.pi)
+        return dim * math.log(ratio) / (2 * math.log(r.theta))
+
+    low, high = dimension_of(r.beta_fast or 32.0), dimension_of(r.beta_slow or 1.0)
+    if r.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    high += 0.001 if low == high else 0
+    ramp = np.clip((np.arange(dim // 2, dtype=np.float32) - low) / (high - low), 0, 1)
+    ramp = ramp.astype(np.float32)
+    return 1.0 / (np.float32(r.factor) * powers) * ramp + 1.0 / powers * (1 - ramp)
+
+
+def llama3_frequencies(r: RopeConfig, inverse: np.ndarray) -> np.ndarray:
+    """Llama 3.1: low frequencies are divided by the factor, high ones kept, smoothed between."""
+    turns = r.original_max_position_embeddings * inverse / np.float32(2 * math.pi)
+    smooth = (turns - r.low_freq_factor) / (r.high_freq_factor - r.low_freq_factor)
+    smooth = np.clip(smooth, 0, 1).astype(np.float32)
+    return (1 - smooth) * inverse / np.float32(r.factor) + smooth * inverse

@@ -9,9 +9,9 @@ import ours
 import tiny
 
 import qwen3vl_jax as q3
+from qwen3vl_jax import device_mesh
 from qwen3vl_jax.checkpoint.device_load import path_shardings
 from qwen3vl_jax.checkpoint.param_paths import flatten, nest
-from qwen3vl_jax.model import sharding
 
 # Eight query heads, so that four devices can share two key/value heads; one layer of each kind.
 TEXT = {"num_attention_heads": 8, "num_hidden_layers": 1, "intermediate_size": 112}
@@ -20,7 +20,7 @@ VISION = {"depth": 1, "deepstack_visual_indexes": [0]}
 
 def mesh_of(**sizes):
     """A mesh of these sizes over the first devices."""
-    return sharding.make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
+    return device_mesh.make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
 
 
 def on_mesh(params, cfg, mesh):

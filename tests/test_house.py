@@ -36,7 +36,7 @@ WITH_JAX = [
 # What each folder may import. A folder's own modules and those of "errors" are open to it.
 CONFIG = {"config", "config_checks", "rope_config", "released"}
 PURE = {"model", *CONFIG, "storage"}
-LIBRARY = {*PURE, "processing", "checkpoint", "inference", "training", "runtime"}
+LIBRARY = {*PURE, "device_mesh", "processing", "checkpoint", "inference", "training", "runtime"}
 MAY_IMPORT = {
     "errors": set(),
     "version": set(),
@@ -45,7 +45,8 @@ MAY_IMPORT = {
     "config": {*CONFIG, "storage"},
     "model": CONFIG,
     "processing": PURE,
-    "checkpoint": PURE,
+    "device_mesh": {"model", *CONFIG},
+    "checkpoint": {*PURE, "device_mesh"},
     "inference": {"model", "processing", *CONFIG},
     "training": LIBRARY,
     "planning": LIBRARY,

@@ -12,9 +12,8 @@ OLD_WORDS = """
     """
 # Names from before this rule. One that is gone leaves the set, and none is added.
 LEFT = """
-    _clip _cut_by_pictures _drawn _opened _placed _say _waiting _whole
-    _whole_backward _whole_blocks _whole_forward _whole_words drawn further mix opened share
-    share_e spread summed taps tell waiting whole write_whole
+    _clip _drawn _opened _placed _say _waiting _whole drawn opened share spread summed
+    taps tell waiting whole write_whole
     """
 
 

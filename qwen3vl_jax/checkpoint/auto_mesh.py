@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 
 from qwen3vl_jax.checkpoint.device_load import Source, weights_bytes
 from qwen3vl_jax.config import TextConfig
+from qwen3vl_jax.device_mesh import layout_mesh, make_mesh
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.model.sharding import layout_mesh, make_mesh
 
 ROOM = 0.85  # of a device's memory for weights; the cache and pictures want the rest
 

@@ -42,9 +42,25 @@ class DecodeState(flax.struct.PyTreeNode):
     keys: jax.Array  # [B] random keys
 
 
+def insert_rows(cache: KVCache, rows: jax.Array, new: KVCache) -> KVCache:
+    """Replaces sequence rows[i] (int32) by sequence i of `new`; a row past the last is dropped.
+
+    Slots of `new` past the cache's are cut off; they must be empty.
+    """
+    n = min(cache.slots, new.slots)
+
+    def put(old: jax.Array, x: jax.Array) -> jax.Array:
+        return old.at[rows, :, :n].set(x[:, :, :n].astype(old.dtype), mode="drop")
+
+    k, v = (list(map(put, *part)) for part in ((cache.k, new.k), (cache.v, new.v)))
+    length = cache.length.at[rows].set(new.length, mode="drop")
+    delta = cache.delta.at[rows].set(new.delta, mode="drop")
+    return pinned(cache.replace(k=k, v=v, length=length, delta=delta))
+
+
 def on_mesh(state: DecodeState) -> DecodeState:
     """The state with the shardings that every dispatch leaves, so that none is compiled twice."""
-    wide = {name: shard(getattr(state, name), "rows", None) for name in ("seen", "answered")}
+    wide = {name: shard(getattr(state, name), "batch", None) for name in ("seen", "answered")}
     rest = {name: shard(getattr(state, name), None) for name in _BY_ROW}
     return state.replace(cache=pinned(state.cache), **wide, **rest)
 

@@ -24,13 +24,14 @@ from qwen3vl_jax.inference.decode_loop import (
     RowAnswer,
     cache_slots,
     first_token,
+    insert_rows,
     on_mesh,
 )
 from qwen3vl_jax.inference.options import STEPS, GenerationOptions, RowOptions
 from qwen3vl_jax.inference.prefix_cache import Prefix, PrefixStore
 from qwen3vl_jax.inference.sampling import Sampling, row_seeds
 from qwen3vl_jax.inference.vision_cache import FeatureStore
-from qwen3vl_jax.model.cache import extend, grow_cache, init_cache, insert_rows, prefill
+from qwen3vl_jax.model.cache import extend, grow_cache, init_cache, prefill
 from qwen3vl_jax.model.structs import Params, check_call
 from qwen3vl_jax.model.transformer import compute_dtype
 from qwen3vl_jax.processing.batch import bucket, group_batch, group_size

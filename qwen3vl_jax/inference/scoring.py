@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from qwen3vl_jax.config import Config
+from qwen3vl_jax.config import IGNORE_INDEX, Config
 from qwen3vl_jax.errors import InputError, not_finite
 from qwen3vl_jax.model.layers import rms_norm
+from qwen3vl_jax.model.losses import label_logprobs, shift_labels
 from qwen3vl_jax.model.structs import (
     Batch,
     Features,
@@ -17,8 +18,8 @@ from qwen3vl_jax.model.structs import (
     check_call,
 )
 from qwen3vl_jax.model.transformer import (
+    at_last_attended,
     full_attention,
-    last_attended,
     lm_logits,
     run_decoder,
 )
@@ -39,10 +40,11 @@ def score(
     check_call(params, cfg, batch=batch)
     if batch.labels is None:
         raise InputError("score: the batch has no labels; make it with continuations= or labels=")
-    x = _stream(params, cfg, batch, features)[:, :-1]
+    x = _residual(params, cfg, batch, features)[:, :-1]
     rows, width, _ = x.shape
     pad = -width % SPAN if width > SPAN else 0
-    labels = jnp.pad(batch.labels[:, 1:], ((0, 0), (0, pad)), constant_values=-100)
+    labels = shift_labels(batch.labels)[:, :-1]
+    labels = jnp.pad(labels, ((0, 0), (0, pad)), constant_values=IGNORE_INDEX)
     x = jnp.pad(x, ((0, 0), (0, pad), (0, 0)))
     count = max((width + pad) // SPAN, 1)
 
@@ -51,9 +53,7 @@ def score(
 
     def one(span):
         x, labels = span
-        logits = lm_logits(params, cfg, x)
-        picked = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], -1)[..., 0]
-        return jnp.where(labels >= 0, picked - jax.nn.logsumexp(logits, -1), 0.0)
+        return label_logprobs(lm_logits(params, cfg, x), labels)[0]
 
     found = jax.lax.map(one, (spans(x), spans(labels)))
     found = jnp.moveaxis(found, 0, 1).reshape(rows, -1)[:, :width]
@@ -75,7 +75,7 @@ def embed(
     """
     check_call(params, cfg, batch=batch)
     check_dims(cfg, dims)
-    x = _last(_stream(params, cfg, batch, features), batch)
+    x = at_last_attended(_residual(params, cfg, batch, features), batch.segment_ids)
     x = rms_norm(x, params["norm"], cfg.text.rms_norm_eps).astype(jnp.float32)
     whole = jnp.isfinite(x).all(axis=-1, keepdims=True)  # what dims leaves out too
     x = jnp.where(whole, x, jnp.nan)[:, :dims]
@@ -104,7 +104,9 @@ def rerank(
     check_call(params, cfg, batch=batch)
     if any(isinstance(i, int) and not 0 <= i < cfg.text.vocab_size for i in yes_no):
         raise InputError(f"yes_no: got {yes_no}, expected ids in the vocabulary")
-    logits = lm_logits(params, cfg, _last(_stream(params, cfg, batch, features), batch))
+    logits = lm_logits(
+        params, cfg, at_last_attended(_residual(params, cfg, batch, features), batch.segment_ids)
+    )
     yes, no = yes_no
     more = logits[:, yes] - logits[:, no]
     scores = jnp.where(
@@ -123,12 +125,6 @@ def check_finite(what: str, found: jax.Array) -> jax.Array:
     return found
 
 
-def _stream(params, cfg, batch, features):
+def _residual(params, cfg, batch, features):
     """The residual stream [B T D] after the last layer."""
     return run_decoder(params, cfg, batch, features, full_attention(batch))[0]
-
-
-def _last(x, batch):
-    """What stands at each row's last attended token: [B T D] -> [B D]."""
-    last = last_attended(batch.segment_ids)
-    return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]

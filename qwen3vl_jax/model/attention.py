@@ -1,7 +1,7 @@
-"""attend(): every attention of both towers, on every platform, from two integers a query.
+"""attend(): every attention of both towers, on every platform, from two integers per query.
 
-Query i sees keys lo[i] <= s < hi[i]. That says causal, padding, packed segments, the frames of the
-ViT and a filled cache alike, so no [T S] mask exists anywhere. Dims as in layers.py.
+Query i sees keys lo[i] <= s < hi[i]. That covers causal masks, padding, packed segments, the frames
+of the ViT and a filled cache, so no [T S] mask exists anywhere. Dims as in layers.py.
 """
 
 from __future__ import annotations
@@ -15,26 +15,22 @@ import jax.numpy as jnp
 
 from qwen3vl_jax.model import attention_gpu
 from qwen3vl_jax.model.attention_gpu import cudnn_refusal
-from qwen3vl_jax.model.sharding import (
-    max_parts,
-    mesh_axes_for,
-    mesh_sizes,
-    on_shards,
-    platform,
-)
+from qwen3vl_jax.model.sharding import max_parts, mesh_axes_for, on_shards, platform, spec
 
 BLOCK = 512
-DECODE_BLOCK = 64  # keys at a time of a decode step on a CPU: they stay in its cache
-CUDNN_STEP = 16384  # slots of a cache's rows together from which on cuDNN is the faster decode step
+# Keys per block of a decode step on a CPU: they stay in its cache.
+DECODE_BLOCK = 64
+# Slots of all sequences' caches from which cuDNN is the faster decode step.
+CUDNN_STEP = 16384
 NEG = -1e30
-# What a row holds, as far as a caller knows it when the program is traced; kernels are chosen by it.
-# "frames": segments that tokens see wholly. "causal": segments that they see up to themselves. "prompt":
-# one causal segment, from the first token on. "any": nothing is known but lo and hi.
+# What the caller knows of a sequence when the program is traced; it selects the kernel.
+# "frames": segments with full attention. "causal": segments with causal attention. "prompt": one
+# causal segment that starts at the first token. "any": only lo and hi are known.
 Layout = Literal["frames", "causal", "prompt", "any"]
 
 
 def causal_ranges(segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Row layout -> what each token sees: its own segment, up to itself. Padding (id 0) sees nothing.
+    """(lo, hi) [B T] int32 of causal attention inside each segment; padding (id 0) sees nothing.
 
     segment_ids [B T] = 0 1 1 1 2 2 gives lo = 0 1 1 1 4 4 and hi = 0 2 3 4 5 6.
     """
@@ -46,10 +42,13 @@ def causal_ranges(segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 class Dropout(NamedTuple):
-    """Which probabilities of attention are dropped in training."""
+    """Dropout of attention probabilities in training."""
 
     key: jax.Array
     rate: float
+
+    def fold_in(self, i) -> Dropout:
+        return Dropout(jax.random.fold_in(self.key, i), self.rate)
 
 
 def attend(
@@ -59,54 +58,52 @@ def attend(
     lo: jax.Array | None,
     hi: jax.Array,
     dropout: Dropout | None = None,
-    names: tuple[str, str] = ("rows", "tokens"),
     layout: Layout = "any",
     segments: int = 0,
 ) -> jax.Array:
-    """Softmax attention of q [B T N H] over k, v [B K S H], scale H^-0.5; returns [B T N H].
+    """Softmax attention of q [B T N H] over k, v [B K S H] with scale H^-0.5: [B T N H].
 
-    lo, hi [B T] int32: query i sees keys lo <= s < hi; an empty range gives zeros (of a "prompt",
-    anything finite). Scores and softmax are fp32. Where lo is given and T = S, q and k are of one row,
-    and tokens of one segment have one lo. lo None means 0: the queries are one run of tokens that
-    stands behind a filled cache, each sees the cache up to itself.
-    layout: what the rows hold, and segments: how many of them a row holds at most (static), 0 where
-    that is not known. A GPU kernel serves "any" not at all, the others where T = S.
-    dropout is of the probabilities, whose rest is scaled up, on the XLA path of every platform.
-    names: logical axes of B and T. On a mesh each device attends with its rows, heads and queries to
-    all keys of those rows, which is context parallelism where T is cut: a query's range says where
-    it stands.
+    lo, hi [B T] int32: query i sees keys lo <= s < hi; an empty range gives zeros (in a "prompt",
+    anything finite). Scores and softmax are fp32. If lo is given and T = S, q and k are the same
+    sequence. lo None means 0: the queries are consecutive tokens after a filled cache.
+    dropout: of the probabilities; always on the XLA path.
+    layout: what a sequence holds. segments: upper bound of its segments (static), 0 if unknown. A GPU
+    kernel never serves "any", and the other layouts where T = S.
+    On a mesh each device has its sequences, heads and queries, and all keys of those sequences;
+    sharded queries are context parallelism, since lo and hi are absolute.
     """
-    if dropout is not None:  # its bits are those of one device when XLA cuts them
+    # XLA shards the random bits of dropout so that they are those of one device.
+    if dropout is not None:
         return _attend_blocks(q, k, v, lo, hi, dropout)
     run = functools.partial(_attend, layout, segments)
-    if not mesh_sizes():
-        return run(q, k, v, hi, lo)
-    rows, tokens = names
-    more = head_copies(q.shape[2], k.shape[1])
-    k, v = (jnp.repeat(x, more, axis=1) if more > 1 else x for x in (k, v))
-    where = mesh_axes_for((rows, q.shape[0]), (tokens, q.shape[1]), ("heads", k.shape[1]))
-    queries, keys, ranges = (
-        (rows, tokens, "heads", None), (rows, "heads", None, None), (rows, tokens),
-    )  # fmt: skip
-    args, in_axes = [q, k, v, hi], [queries, keys, keys, ranges]
+    batch, tokens = ("vision_batch", "patches") if layout == "frames" else ("batch", "tokens")
+    copies = head_copies(q.shape[2], k.shape[1])
+    k, v = (jnp.repeat(x, copies, axis=1) if copies > 1 else x for x in (k, v))
+    where = mesh_axes_for((batch, q.shape[0]), (tokens, q.shape[1]), ("heads", k.shape[1]))
+    queries = spec((batch, tokens, "heads", None), where)
+    keys, ranges = spec((batch, "heads", None, None), where), spec((batch, tokens), where)
+    args, in_specs = [q, k, v, hi], [queries, keys, keys, ranges]
     if lo is not None:
-        args, in_axes = [*args, lo], [*in_axes, ranges]
-        if q.shape[1] == k.shape[2]:  # what a shard of a row must know of the whole one
-            args, in_axes = [*args, jnp.where(hi > lo, lo + 1, 0)], [*in_axes, (rows, None)]
-    return on_shards(run, where, tuple(in_axes), queries, *args)
+        args, in_specs = [*args, lo], [*in_specs, ranges]
+        # Segment of every key: a shard of the queries knows only its own.
+        if q.shape[1] == k.shape[2]:
+            args = [*args, jnp.where(hi > lo, lo + 1, 0)]
+            in_specs = [*in_specs, spec((batch, None), where)]
+    return on_shards(run, tuple(in_specs), queries, *args)
 
 
 def head_copies(query_heads: int, kv_heads: int) -> int:
-    """How often the ambient mesh has each key/value head where it cuts heads into more parts than K."""
+    """Copies of each key/value head that the ambient mesh needs, if it has more parts than heads."""
     parts = max_parts("heads")
-    more = parts // math.gcd(parts, kv_heads)
-    return more if query_heads % (kv_heads * more) == 0 else 1
+    copies = parts // math.gcd(parts, kv_heads)
+    return copies if query_heads % (kv_heads * copies) == 0 else 1
 
 
 def _attend(layout: Layout, segments: int, q, k, v, hi, lo=None, key_segments=None) -> jax.Array:
-    """`attend` on one device; key_segments [B S]: see splash.segments, of no use elsewhere."""
+    """`attend` on one device. key_segments [B S]: `attention_tpu.segments` of all keys, for splash."""
     if platform() == "tpu":
-        from qwen3vl_jax.model import attention_tpu  # Pallas for a TPU is loaded where there is one
+        # Pallas for a TPU is imported only where there is one.
+        from qwen3vl_jax.model import attention_tpu
 
         if not attention_tpu.splash_refusal(q.shape[1], k.shape[2], lo, key_segments):
             return attention_tpu.splash_attend(q, k, v, lo, hi, key_segments=key_segments)
@@ -123,7 +120,7 @@ def _attend(layout: Layout, segments: int, q, k, v, hi, lo=None, key_segments=No
 
 
 def _on_cudnn(layout: Layout, q, k, lo) -> bool:
-    """Whether cuDNN serves these queries: behind a cache, or of rows of a known layout."""
+    """Whether cuDNN serves this call: tokens after a cache, or whole sequences of a known layout."""
     if platform() != "gpu" or (q.shape[1] == 1 and k.shape[0] * k.shape[2] < CUDNN_STEP):
         return False
     if lo is not None and (layout == "any" or q.shape[1] != k.shape[2]):
@@ -132,7 +129,7 @@ def _on_cudnn(layout: Layout, q, k, lo) -> bool:
 
 
 def attention_probs(q: jax.Array, k: jax.Array, lo: jax.Array, hi: jax.Array) -> jax.Array:
-    """The probabilities [B N T S] that `attend` never holds, in the dtype of q; for looking at."""
+    """Attention probabilities [B N T S] in the dtype of q, for inspection: `attend` never holds them."""
     scores = _scores(_group(q, k.shape[1]), k)
     scores = jnp.where(_visible(lo, hi, jnp.arange(k.shape[2])), scores, NEG)
     probs = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
@@ -147,7 +144,8 @@ def _group(q: jax.Array, kv_heads: int) -> jax.Array:
 
 
 def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
-    dtype = jnp.promote_types(q.dtype, k.dtype)  # a cache on a CPU is fp32
+    # A cache on a CPU is fp32.
+    dtype = jnp.promote_types(q.dtype, k.dtype)
     q, k = q.astype(dtype), k.astype(dtype)
     return jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32)
 
@@ -157,10 +155,7 @@ def _visible(lo: jax.Array, hi: jax.Array, keys: jax.Array) -> jax.Array:
 
 
 def _attend_blocks(q, k, v, lo, hi, drop: Dropout | None = None):
-    """Plain XLA: online softmax over key blocks, blocks outside every range of the call skipped.
-
-    Memory is O(T BLOCK), time follows the ranges. Source: arXiv 2112.05682, 2205.14135.
-    """
+    """Online softmax over key blocks in plain XLA, O(T BLOCK) memory: arXiv 2112.05682, 2205.14135."""
     (b, t, n, h), slots, dtype = q.shape, k.shape[2], q.dtype
     lo = jnp.zeros_like(hi) if lo is None else lo
     q = _group(q, k.shape[1])
@@ -180,93 +175,71 @@ def _each_query_block(fn, q, lo, hi, drop):
     if t <= BLOCK:
         return fn(q, lo, hi, drop)
     count, pad = -(-t // BLOCK), -t % BLOCK
+    # Padding has lo = hi = 0 and sees nothing.
     q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, pad), (0, 0)))
     q = jnp.moveaxis(q.reshape(*q.shape[:3], count, BLOCK, q.shape[-1]), 3, 0)
-    lo, hi = (jnp.pad(x, ((0, 0), (0, pad))) for x in (lo, hi))  # lo = hi: padding sees nothing
+    lo, hi = (jnp.pad(x, ((0, 0), (0, pad))) for x in (lo, hi))
     lo, hi = (jnp.moveaxis(x.reshape(-1, count, BLOCK), 1, 0) for x in (lo, hi))
 
     def run(args):
         q, lo, hi, i = args
-        return fn(q, lo, hi, _fold_in(drop, i))
+        return fn(q, lo, hi, drop and drop.fold_in(i))
 
     out = jax.lax.map(jax.checkpoint(run), (q, lo, hi, jnp.arange(count)))
     out = jnp.moveaxis(out, 0, 3)
     return out.reshape(*out.shape[:3], count * BLOCK, out.shape[-1])[:, :, :, :t]
 
 
-def _fold_in(drop: Dropout | None, i) -> Dropout | None:
-    return drop and Dropout(jax.random.fold_in(drop.key, i), drop.rate)
-
-
-def _fold_block(carry, k, v, q, lo, hi, j, block, drop=None):
-    kb, vb = (jax.lax.dynamic_slice_in_dim(x, j * block, block, axis=2) for x in (k, v))
-    return _fold(carry, q, kb, vb, lo, hi, j * block, _fold_in(drop, j))
+def _fold_block(k, v, q, lo, hi, block, drop, j, carry):
+    """`_fold` of block j of the keys."""
+    k, v = (jax.lax.dynamic_slice_in_dim(x, j * block, block, axis=2) for x in (k, v))
+    return _fold(carry, q, k, v, lo, hi, j * block, drop and drop.fold_in(j))
 
 
 def _over_filled_blocks(k, v, q, lo, hi):
-    """A decode step, which has no gradient: its loop ends where the fullest row does."""
-
-    def body(j, carry):
-        return _fold_block(carry, k, v, q, lo, hi, j, DECODE_BLOCK)
-
+    """A decode step (no gradient): the loop ends at the last filled slot of any sequence."""
+    fold = functools.partial(_fold_block, k, v, q, lo, hi, DECODE_BLOCK, None)
     first, last = jnp.min(lo) // DECODE_BLOCK, -(-jnp.max(hi) // DECODE_BLOCK)
-    return _finish(jax.lax.fori_loop(first, last, body, _start(q)))
+    return _finish(jax.lax.fori_loop(first, last, fold, _start(q)))
 
 
 def _over_key_blocks(k, v, q, lo, hi, drop):
-    count = k.shape[2] // BLOCK
-
-    def fold(j, carry):
-        return _fold_block(carry, k, v, q, lo, hi, j, BLOCK, drop)
+    """All key blocks; one outside every range is skipped."""
+    fold = functools.partial(_fold_block, k, v, q, lo, hi, BLOCK, drop)
 
     def body(carry, j):
-        seen = (lo < (j + 1) * BLOCK) & (hi > j * BLOCK) & (lo < hi)
-        return jax.lax.cond(jnp.any(seen), lambda c: fold(j, c), lambda c: c, carry), None
+        seen = jnp.any((lo < (j + 1) * BLOCK) & (hi > j * BLOCK) & (lo < hi))
+        return jax.lax.cond(seen, functools.partial(fold, j), lambda c: c, carry), None
 
-    return _finish(jax.lax.scan(jax.checkpoint(body), _start(q), jnp.arange(count))[0])
+    blocks = jnp.arange(k.shape[2] // BLOCK)
+    return _finish(jax.lax.scan(jax.checkpoint(body), _start(q), blocks)[0])
 
 
 def _start(q):
-    """Running maximum, sum and output of the online softmax."""
+    """Running (maximum, sum, output) of the online softmax."""
     top = jnp.full(q.shape[:-1], NEG, jnp.float32)
     return top, jnp.zeros_like(top), jnp.zeros(q.shape, jnp.float32)
 
 
 def _fold(carry, q, k, v, lo, hi, first_key, drop=None):
-    """Takes one block of keys [B K s H] into the running softmax."""
+    """Adds one block of keys [B K s H] to the running softmax."""
     top, total, out = carry
     visible = _visible(lo, hi, first_key + jnp.arange(k.shape[2]))
     scores = jnp.where(visible, _scores(q, k), NEG)
     new_top = jnp.maximum(top, jnp.max(scores, -1))
     probs = jnp.where(visible, jnp.exp(scores - new_top[..., None]), 0.0)
     keep = jnp.exp(top - new_top)
-    dtype, mixing = v.dtype, probs
-    if drop is not None:  # of what is mixed, not of the sum that it is divided by
+    new_total, weights = total * keep + jnp.sum(probs, -1), probs
+    # Dropout acts on the weights of the values, not on the sum that normalises them.
+    if drop is not None:
         kept = jax.random.bernoulli(drop.key, 1 - drop.rate, probs.shape)
-        mixing = jnp.where(kept, probs / (1 - drop.rate), 0.0)
-    mixed = jnp.einsum(
-        "bkgts,bksh->bkgth", mixing.astype(dtype), v, preferred_element_type=jnp.float32
+        weights = jnp.where(kept, probs / (1 - drop.rate), 0.0)
+    added = jnp.einsum(
+        "bkgts,bksh->bkgth", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
     )
-    return new_top, total * keep + jnp.sum(probs, -1), out * keep[..., None] + mixed
+    return new_top, new_total, out * keep[..., None] + added
 
 
 def _finish(carry):
     _, total, out = carry
     return out / jnp.where(total > 0, total, 1.0)[..., None]
-
-
-def backends() -> list[tuple[str, bool, str]]:
-    """Each attention back end as (name, available here, why or what for)."""
-    here = platform()
-    refusal = cudnn_refusal("bfloat16", 128) if here == "gpu" else f"needs a GPU, this is {here}"
-    use = "packed rows, prompts, images and videos, tokens behind a cache; bf16 and fp16"
-    tpu = "128 queries a row or more" if here == "tpu" else f"needs a TPU, this is {here}"
-    return [
-        (
-            "xla blocks",
-            True,
-            "every platform, dtype and layout; online softmax, empty blocks skipped",
-        ),
-        ("cudnn", not refusal, refusal or use),
-        ("splash", here == "tpu", tpu),
-    ]

@@ -1,9 +1,9 @@
-"""attend() on a TPU: JAX's splash attention kernels, told on the device which blocks to run.
+"""attend() on a TPU: JAX's splash attention kernels with block tables computed on the device.
 
-Splash is made for masks known when a program is traced. Here its tables of blocks are arrays worked
-out from lo and hi, so packed rows, the frames of the ViT, a shard of a row at any offset and a filled
-cache skip whatever no query of a block sees. Rows of a batch lie one behind another in one long
-sequence, and every block of queries visits the key blocks of its own row. Dims as in layers.py.
+Splash expects masks that are known when a program is traced. Here its block tables are arrays made
+from lo and hi, so blocks that no query sees are skipped: in packed sequences, frames of the ViT, a
+shard of a sequence at any offset and a filled cache. The sequences of a batch are concatenated into
+one; a block of queries visits the key blocks of its own sequence. Dims as in layers.py.
 """
 
 from __future__ import annotations
@@ -12,20 +12,16 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import (
-    DEFAULT_MASK_VALUE,
-    BlockSizes,
-    SegmentIds,
-    SplashAttentionKernel,
-)
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
-LANES = 128  # the unit of a block
-BLOCK = 512  # the largest block
+# Block sizes are multiples of LANES up to BLOCK.
+LANES = 128
+BLOCK = 512
 
 
 def splash_refusal(queries: int, keys: int, lo: jax.Array | None, key_segments) -> str:
-    """Why splash does not serve a call of `attend` with so many queries and keys a row, or ""."""
+    """Why splash does not serve a call of `attend` with these numbers of queries and keys, or ""."""
     if queries < LANES:
         return f"{queries} queries a row are less than a block of {LANES}"
     if lo is not None and key_segments is None and queries != keys:
@@ -34,7 +30,7 @@ def splash_refusal(queries: int, keys: int, lo: jax.Array | None, key_segments) 
 
 
 def segments(lo: jax.Array, hi: jax.Array) -> jax.Array:
-    """Segment ids [B T] int32, 0 for padding, of tokens that see lo <= s < hi of their own segment."""
+    """Segment ids [B T] int32 from ranges that start at the segment's first token; 0 is padding."""
     return jnp.where(hi > lo, lo + 1, 0)
 
 
@@ -48,53 +44,55 @@ def splash_attend(
     key_segments: jax.Array | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """`attention.attend` where a segment starts at the lo of its tokens; returns [B T N H].
+    """`attention.attend` where a segment starts at the lo of its tokens: [B T N H].
 
-    key_segments [B S] int32 are the `segments` of the keys; None: the keys are the row itself (T = S).
-    lo None means 0. An empty range gives zeros. interpret: off the TPU, for tests.
+    key_segments [B S] int32: `segments` of the keys; None: the keys are the sequence itself (T = S).
+    lo None means 0. An empty range gives zeros. interpret: runs off the TPU, for tests.
     """
     (b, t, n, h), slots, empty = q.shape, k.shape[2], hi <= (0 if lo is None else lo)
     rows, block_q, block_k = jnp.arange(b)[:, None], _block(t), _block(slots)
     ids = None
     if lo is not None:
         own = segments(lo, hi)
-        others = own if key_segments is None else key_segments
-        ids = SegmentIds(_line(own, block_q), _line(others, block_k))
-    q = _line((q * jnp.asarray(h**-0.5, q.dtype)).transpose(2, 0, 1, 3), block_q, 1)
-    k, v = (_line(x.transpose(1, 0, 2, 3).astype(q.dtype), block_k, 1) for x in (k, v))
-
+        of_keys = own if key_segments is None else key_segments
+        ids = splash.SegmentIds(_concatenate(own, block_q), _concatenate(of_keys, block_k))
+    q = _concatenate((q * jnp.asarray(h**-0.5, q.dtype)).transpose(2, 0, 1, 3), block_q, 1)
+    k, v = (_concatenate(x.transpose(1, 0, 2, 3).astype(q.dtype), block_k, 1) for x in (k, v))
     width = -(-slots // block_k) * block_k
     first, end = jnp.where(empty, width, 0 if lo is None else lo), jnp.where(empty, 0, hi)
     seen = _seen(first, end, block_q, block_k, width)
-    reach = _line(end + rows * width, block_q)
+    reach = _concatenate(end + rows * width, block_q)
     by_query = _mask_info(_steps(seen), reach)
     by_key = jax.tree.map(lambda x: x.swapaxes(1, 2), _steps(seen.swapaxes(1, 2)))
-    by_key = _mask_info(by_key, reach)
-    kernel = SplashAttentionKernel(
-        by_query, by_query, by_key,
-        block_sizes=_block_sizes(block_q, block_k), mask_function=_below, is_mqa=False,
-        mask_value=DEFAULT_MASK_VALUE, save_residuals=False, attn_logits_soft_cap=None,
-        residual_checkpoint_name=None, interpret=interpret,
-    )  # fmt: skip
+    # "_dkv" and "_dq": the kernels of the backward pass.
+    blocks = {f"block_q{which}": block_q for which in ("", "_dkv", "_dq")}
+    blocks |= {f"block_kv{which}": block_k for which in ("", "_dkv", "_dq")}
+    kernel = splash.SplashAttentionKernel(
+        by_query,
+        by_query,
+        _mask_info(by_key, reach),
+        block_sizes=splash.BlockSizes(**blocks),
+        mask_function=_below,
+        is_mqa=False,
+        mask_value=splash.DEFAULT_MASK_VALUE,
+        save_residuals=False,
+        attn_logits_soft_cap=None,
+        residual_checkpoint_name=None,
+        interpret=interpret,
+    )
     out = cast(jax.Array, kernel(q, k, v, ids)).reshape(n, b, -1, h)[:, :, :t].transpose(1, 2, 0, 3)
-    return jnp.where(empty[..., None, None], 0, out)  # a block that visits nothing is 0 / 0
+    # A block without visits is 0 / 0.
+    return jnp.where(empty[..., None, None], 0, out)
 
 
 def _block(length: int) -> int:
-    """The size of the fewest equal blocks, a multiple of LANES up to BLOCK, that hold `length`."""
+    """Block size: a multiple of LANES up to BLOCK, of the fewest equal blocks that hold `length`."""
     count = -(-length // BLOCK)
     return -(-length // (count * LANES)) * LANES
 
 
-def _block_sizes(block_q: int, block_k: int) -> BlockSizes:
-    return BlockSizes(
-        block_q=block_q, block_kv=block_k, block_q_dkv=block_q, block_kv_dkv=block_k,
-        block_q_dq=block_q, block_kv_dq=block_k,
-    )  # fmt: skip
-
-
-def _line(x: jax.Array, block: int, axis: int = 0) -> jax.Array:
-    """Rows [.. B T ..] at `axis`, each padded with zeros to whole blocks, one behind another."""
+def _concatenate(x: jax.Array, block: int, axis: int = 0) -> jax.Array:
+    """Sequences [.. B T ..] at `axis` padded with zeros to whole blocks and concatenated."""
     pad = [(0, 0)] * x.ndim
     pad[axis + 1] = (0, -x.shape[axis + 1] % block)
     x = jnp.pad(x, pad) if pad[axis + 1][1] else x
@@ -102,15 +100,12 @@ def _line(x: jax.Array, block: int, axis: int = 0) -> jax.Array:
 
 
 def _below(reach: jax.Array, key: jax.Array) -> jax.Array:
-    """The kernel's mask, beside the segments: positions count over all rows."""
+    """The kernel's mask besides segments; positions count over the concatenated sequences."""
     return key < reach
 
 
 def _seen(first: jax.Array, end: jax.Array, block_q: int, block_k: int, width: int) -> jax.Array:
-    """Which blocks of keys each block of queries visits, [B T/block_q width/block_k] bool.
-
-    Those between the smallest `first` and the largest `end` [B T] of its queries.
-    """
+    """Key blocks that each query block visits [B n m] bool: from its smallest `first` to largest `end`."""
 
     def per_block(x, fill):
         x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % block_q)), constant_values=fill)
@@ -123,10 +118,10 @@ def _seen(first: jax.Array, end: jax.Array, block_q: int, block_k: int, width: i
 
 
 def _steps(seen: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What each step of a pass loads, and whether it runs: [1 B*n m] of seen [B n m].
+    """(block to load, whether to run) at each step of a pass: [1 B*n m] from seen [B n m].
 
-    Blocks n of each row visit m others. A step that is skipped names the nearest block that is
-    visited, so nothing is loaded for it. Both live in scalar memory, hence the small integers.
+    Each of a sequence's n blocks visits m others. A skipped step names the nearest visited block, so
+    nothing is loaded for it. Both tables live in scalar memory, hence the small integers.
     """
     b, n, m = seen.shape
     index = jnp.arange(m)
@@ -137,11 +132,11 @@ def _steps(seen: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _mask_info(steps: tuple[jax.Array, jax.Array], reach: jax.Array) -> MaskInfo:
-    """The tables as the kernel takes them; no block of a mask is stored, `_below` makes them."""
+    """The tables in the kernel's struct; no mask block is stored, since `_below` computes them."""
     return MaskInfo(
         data_next=steps[0],
         mask_next=None,
         block_mask=steps[1],
         partial_mask_blocks=None,
-        q_sequence=cast(Any, reach),  # annotated as numpy's
+        q_sequence=cast(Any, reach),
     )

@@ -1,4 +1,8 @@
-"""Tokens to the devices that hold their experts, and back. Dims as in layers.py; n tokens."""
+"""Expert parallelism: tokens to the devices of their experts and back. Dims as in layers.py; n tokens.
+
+All-gather the tokens over the expert axis, run the local experts on all of them, reduce-scatter the
+outputs. On up to A devices this moves no more bytes than an all-to-all, whatever the router chooses.
+"""
 
 from __future__ import annotations
 
@@ -10,174 +14,154 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qwen3vl_jax.model.lora import Adapted, split
+from qwen3vl_jax.model.lora import Adapted
 from qwen3vl_jax.model.quantized import Quantized
-from qwen3vl_jax.model.sharding import (
-    Where,
-    mesh_axes_for,
-    mesh_sizes,
-    on_shards,
-    spec,
-)
+from qwen3vl_jax.model.sharding import MeshAxes, mesh_axes_for, mesh_sizes, on_shards, spec
 
-_EMBED = (1, 2)  # the axis D of gate_up [E D 2M] and of down [E M D]
+# The axis D of gate_up [E D 2M] and of down [E M D].
+_EMBED = (1, 2)
 
 
 class ExpertParallel(NamedTuple):
-    """How the tokens [B T ..] of one layer and its E experts lie on the mesh; without one, whole.
+    """Layout of one MoE layer's tokens and experts on the mesh (everything local without a mesh).
 
-    Where D is cut, the many tokens of whole rows have the weights gathered to them; the few of a decode
-    step go to all parts of a weight, and what these make of them is summed.
+    Where D is sharded, weights are gathered for whole sequences; the few tokens of a decode step go to
+    every slice of a weight instead, and the partial products are summed (`partial`).
     """
 
-    rows: str  # the logical axis of the tokens' rows
-    tokens: Where  # of rows and stream
-    weights: Where  # of expert and embed
+    batch: str  # the logical axis of B
+    tokens: MeshAxes  # of B and T
+    weights: MeshAxes  # of expert and embed
     experts: int
     sizes: dict[str, int]
-    partial: bool  # whether each device multiplies with its part of D
+    partial: bool  # each device multiplies with its slice of D
 
     @classmethod
     def of(cls, shape: tuple[int, ...], gate_up: Any, down: Any) -> ExpertParallel:
-        """For a stream of this shape [B T D] and the matrices of `each_expert`."""
+        """The layout for tokens of this shape [B T D] and weights of `lora.expert_leaves`."""
         experts, sizes = gate_up.shape[0], mesh_sizes()
         weights = mesh_axes_for(("expert", experts), ("embed", shape[2]))
         parts = math.prod(sizes[a] for a in weights["embed"])
         pairs = zip((gate_up, down), _EMBED, strict=True)
         partial = shape[1] == 1 < parts and all(_divides(w, dim, parts) for w, dim in pairs)
-        rows = "step_rows" if shape[1] == 1 else "rows"
-        tokens = mesh_axes_for((rows, shape[0]), ("stream", shape[1]))
-        return cls(rows, tokens, weights, experts, sizes, partial)
+        batch = "decode_batch" if shape[1] == 1 else "batch"
+        tokens = mesh_axes_for((batch, shape[0]), ("residual", shape[1]))
+        return cls(batch, tokens, weights, experts, sizes, partial)
 
     @property
-    def owners(self) -> tuple[str, ...]:
-        """The mesh axes that cut the experts."""
-        return self.weights["expert"]
+    def shards(self) -> int:
+        """Number of shards of the experts."""
+        return math.prod(self.sizes[a] for a in self.weights["expert"])
 
     @property
-    def count(self) -> int:
-        """Into how many sets the experts are cut."""
-        return math.prod(self.sizes[a] for a in self.owners)
+    def first_expert(self) -> Any:
+        """Index of this device's first expert."""
+        axes = self.weights["expert"]
+        return jax.lax.axis_index(axes) * (self.experts // self.shards) if axes else 0
 
     @property
-    def _gathered(self) -> tuple[str, ...]:
-        """Those owners' axes that cut the tokens too; along the others each has all of them."""
-        cut = {a for axes in self.tokens.values() for a in axes}
-        return tuple(a for a in self.owners if a in cut)
+    def _gather_axes(self) -> tuple[str, ...]:
+        """The expert axes that shard the tokens too; along the others every device has all tokens."""
+        used = {a for axes in self.tokens.values() for a in axes}
+        return tuple(a for a in self.weights["expert"] if a in used)
 
     def on_shards(self, fn: Callable, tokens: Any, weights: Any) -> jax.Array:
-        """fn(tokens, weights) on each device: [B T ..] arrays and experts' matrices -> [B T D].
+        """fn(tokens, weights) on each device: [B T ..] arrays and expert weights -> [B T D].
 
-        The first of the tokens' arrays has the axis D.
+        The first array of `tokens` has the axis D.
         """
-        others = (self.rows, "stream", None)
-        stream = (self.rows, "stream", "embed" if self.partial else None)
-        held = tuple(self._specs(w, dim) for w, dim in zip(weights, _EMBED, strict=True))
-        in_axes = ((stream, *(others for _ in tokens[1:])), held)
         where = {**self.tokens, "embed": self.weights["embed"]}
-        return on_shards(fn, where, in_axes, stream, tokens, weights)
+        hidden = spec((self.batch, "residual", "embed" if self.partial else None), where)
+        others = spec((self.batch, "residual", None), where)
+        held = tuple(self._specs(w, dim) for w, dim in zip(weights, _EMBED, strict=True))
+        in_specs = ((hidden, *(others for _ in tokens[1:])), held)
+        return on_shards(fn, in_specs, hidden, tokens, weights)
 
     def _specs(self, w: Any, dim: int) -> Any:
-        """The layout of a matrix's leaves: all are cut along E, its values along D too.
+        """PartitionSpecs of a weight: E in every leaf; D in the values, if `partial` in every leaf."""
 
-        So is what else has an axis D, where each device multiplies with its part.
-        """
-        cut = _along_embed(w, dim)[: None if self.partial else 1]
-
-        def of(leaf: jax.Array) -> Any:
-            axis = next((axis for x, axis in cut if x is leaf), None)
+        def of(leaf: jax.Array, axis: int) -> Any:
             named = {0: "expert", axis: "embed"}
             return spec([named.get(i) for i in range(leaf.ndim)], self.weights)
 
-        return jax.tree.map(of, w)
+        return jax.tree.map(of, w, _embed_axes(w, dim, values_only=not self.partial))
 
-    def gather(self, tokens: Any) -> Any:
-        """The tokens [n ..] that this device and those with the other experts have between them."""
+    def all_gather_tokens(self, tokens: Any) -> Any:
+        """Arrays [b t ..] of this device -> [n ..] with the tokens of all devices of the expert axes."""
+        axes = self._gather_axes
 
         def of(x: jax.Array) -> jax.Array:
             x = x.reshape(-1, *x.shape[2:])
-            axes = self._gathered
             return jax.lax.all_gather(x, axes, axis=0, tiled=True) if axes else x
 
         return jax.tree.map(of, tokens)
 
-    def whole(self, weights: Any, dtype: Any) -> Any:
-        """This device's experts with all of D, floating values cast before they are sent.
+    def all_gather_weights(self, weights: Any, dtype: Any) -> Any:
+        """This device's experts with all of D, cast to dtype first; if `partial`, with its slice of D."""
+        axes = self.weights["embed"]
+        if self.partial or not axes:
+            return weights
+        pairs = zip(weights, _EMBED, strict=True)
+        return tuple(_all_gather_weight(w, axes, dim, dtype) for w, dim in pairs)
 
-        With its part of D alone where each device multiplies with that.
-        """
-        axes = () if self.partial else self.weights["embed"]
-
-        def of(w: Any, dim: int) -> Any:
-            values = _base(w)
-            to = (
-                dtype
-                if jnp.issubdtype(values.dtype, jnp.floating) and values.dtype.itemsize > 1
-                else None
-            )
-            full = _whole(values, axes, dim, to) if axes else values
-            return jax.tree.map(lambda leaf: full if leaf is values else leaf, w)
-
-        return tuple(of(w, dim) for w, dim in zip(weights, _EMBED, strict=True))
-
-    def summed(self, y: jax.Array) -> jax.Array:
-        """What a product over D gives, from the devices' parts of it."""
+    def psum_embed(self, y: jax.Array) -> jax.Array:
+        """A product over D, summed over the devices that each hold a slice of D."""
         return jax.lax.psum(y, self.weights["embed"]) if self.partial else y
 
-    def first(self) -> Any:
-        """The number of this device's first expert."""
-        if not self.owners:
-            return 0
-        return jax.lax.axis_index(self.owners) * (self.experts // self.count)
-
-    def scatter(self, out: jax.Array) -> jax.Array:
-        """Sums over the experts' devices of [n D], each of which keeps its own tokens: [b t D]."""
-        copied = tuple(a for a in self.owners if a not in self._gathered)
+    def reduce_scatter_tokens(self, out: jax.Array) -> jax.Array:
+        """Sums outputs [n D] over the experts' devices; each device keeps its own tokens [b*t D]."""
+        axes = self._gather_axes
+        copied = tuple(a for a in self.weights["expert"] if a not in axes)
         out = jax.lax.psum(out, copied) if copied else out
-        if self._gathered:
-            out = jax.lax.psum_scatter(out, self._gathered, scatter_dimension=0, tiled=True)
-        return out
+        return jax.lax.psum_scatter(out, axes, scatter_dimension=0, tiled=True) if axes else out
 
 
-def _base(w: Any) -> jax.Array:
-    """The array that holds a weight's values."""
-    w = w.base if isinstance(w, Adapted) else w
-    return w.values if isinstance(w, Quantized) else w
+def _embed_axes(w: Any, dim: int, values_only: bool = False) -> Any:
+    """A tree like w with the axis of D in each leaf, -1 where a leaf has none.
 
-
-def _along_embed(w: Any, dim: int) -> list[tuple[jax.Array, int]]:
-    """The leaves of a matrix that have an axis D, its values first, and which axis that is."""
-    base, pair = split(w)
-    found = [(_base(w), dim)]
-    if isinstance(base, Quantized) and base.scale.shape[dim] > 1:
-        found.append((base.scale, dim))
-    if pair is not None:  # of gate_up what it takes, of down what it gives
-        found.append((pair.a, 2) if dim == 1 else (pair.b, 1))
-    return found
+    dim: the axis of D in the values, an input of gate_up (1) and an output of down (2).
+    """
+    if isinstance(w, Adapted):
+        a, b = (-1, -1) if values_only else (2, -1) if dim == 1 else (-1, 1)
+        pairs = {name: pair.replace(a=a, b=b, scale=-1) for name, pair in w.pairs.items()}
+        return w.replace(base=_embed_axes(w.base, dim, values_only), pairs=pairs)
+    if isinstance(w, Quantized):
+        scaled = w.scale.shape[dim] > 1 and not values_only
+        return w.replace(values=dim, scale=dim if scaled else -1)
+    return dim
 
 
 def _divides(w: Any, dim: int, parts: int) -> bool:
-    """Whether all of a matrix that has an axis D can be cut along it alike."""
-    return not any(x.shape[axis] % parts for x, axis in _along_embed(w, dim))
+    """Whether D can be sharded into equal parts in every leaf of w that has it."""
+    leaves = zip(jax.tree.leaves(w), jax.tree.leaves(_embed_axes(w, dim)), strict=True)
+    return all(axis < 0 or x.shape[axis] % parts == 0 for x, axis in leaves)
+
+
+def _all_gather_weight(w: Any, axes: tuple[str, ...], dim: int, dtype: Any) -> Any:
+    """A weight whose values have all of D. 8-bit values are not cast."""
+    if isinstance(w, Adapted):
+        return w.replace(base=_all_gather_weight(w.base, axes, dim, dtype))
+    if isinstance(w, Quantized):
+        return w.replace(values=_all_gather(w.values, axes, dim, w.values.dtype))
+    return _all_gather(w, axes, dim, dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _whole(w: jax.Array, axes: tuple[str, ...], dim: int, dtype: Any) -> jax.Array:
-    """A weight put together along one axis; its gradient is summed in fp32 and cut again."""
-    w = w if dtype is None else w.astype(dtype)
-    return jax.lax.all_gather(w, axes, axis=dim, tiled=True)
+def _all_gather(w: jax.Array, axes: tuple[str, ...], dim: int, dtype: Any) -> jax.Array:
+    """All-gather along one axis in dtype. The gradient is reduce-scattered in fp32."""
+    return jax.lax.all_gather(w.astype(dtype), axes, axis=dim, tiled=True)
 
 
-def _whole_forward(w, axes, dim, dtype):
-    return _whole(w, axes, dim, dtype), jnp.zeros(0, w.dtype)
+def _all_gather_forward(w, axes, dim, dtype):
+    return _all_gather(w, axes, dim, dtype), jnp.zeros(0, w.dtype)
 
 
-def _whole_backward(axes, dim, dtype, kept, slope):
-    if not jnp.issubdtype(kept.dtype, jnp.floating):
+def _all_gather_backward(axes, dim, dtype, like, gradient):
+    if not jnp.issubdtype(like.dtype, jnp.floating):
         return (None,)
-    slope = slope.astype(jnp.float32)
-    cut = jax.lax.psum_scatter(slope, axes, scatter_dimension=dim, tiled=True)
-    return (cut.astype(kept.dtype),)
+    gradient = gradient.astype(jnp.float32)
+    own = jax.lax.psum_scatter(gradient, axes, scatter_dimension=dim, tiled=True)
+    return (own.astype(like.dtype),)
 
 
-_whole.defvjp(_whole_forward, _whole_backward)
+_all_gather.defvjp(_all_gather_forward, _all_gather_backward)

@@ -1,8 +1,8 @@
-"""Low-rank adapters on frozen weights: y = x W + scale (drop(x) A) B, never merged inside a step.
+"""LoRA adapters on frozen weights: y = x W + scale (dropout(x) A) B. Dims as in layers.py; r rank.
 
-A weight of ours can stand for several modules of PEFT (q, k and v; gate and up), which have an A and
-a B each; qwix gives a weight one pair, and so could not exchange adapters with PEFT: hence this tree.
-Dims as in layers.py; r rank. Source: LoRA, arXiv 2106.09685; QLoRA, 2305.14314.
+One weight here can hold several PEFT modules (q, k and v; gate and up), each with its own A and B;
+qwix allows one pair per weight. Nothing is merged inside a step.
+Sources: LoRA, arXiv 2106.09685; QLoRA, arXiv 2305.14314.
 """
 
 from __future__ import annotations
@@ -13,58 +13,48 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from qwen3vl_jax.model.quantized import Weight
+from qwen3vl_jax.model.quantized import Weight, WeightStruct
 
 
 class Pair(flax.struct.PyTreeNode):
-    """The two matrices of one module, as PEFT lays them out; experts have one each."""
+    """The matrices A and B of one PEFT module; experts have one pair each."""
 
     a: jax.Array  # [r in], experts [E r in]
     b: jax.Array  # [out r], experts [E out r]
-    scale: jax.Array  # [] fp32
-    key: jax.Array | None = None  # of dropout; None: nothing is dropped
+    scale: jax.Array  # [] float32, experts [E]
+    key: jax.Array | None = None  # Dropout key; None: no dropout.
     rate: float = flax.struct.field(pytree_node=False, default=0.0)
 
 
-class Adapted(flax.struct.PyTreeNode):
-    """A weight with low-rank pairs beside it.
+class Adapted(WeightStruct):
+    """A weight with LoRA pairs on parts of it.
 
-    `base` comes first, in the shape the module declares: flax compares a parameter's first leaf.
+    Part (name, start, stop) of `spans` is base[start:stop] along output axis `axis`; axis None: the
+    base is one part. A part without an entry in `pairs` is not adapted.
     """
 
     base: Weight
-    pairs: dict[str, Pair]  # by part; parts without one are not adapted
+    pairs: dict[str, Pair]
     axis: int | None = flax.struct.field(pytree_node=False, default=None)
     spans: tuple[tuple[str, int, int], ...] = flax.struct.field(pytree_node=False, default=())
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape
-
-    @property
-    def ndim(self) -> int:
-        return self.base.ndim
-
 
 def lora_delta(x: jax.Array, w: Adapted, in_dims: int) -> jax.Array:
-    """What the pairs of w add to x W, fp32: x [..., in] -> [..., out], each part in its own place."""
+    """The low-rank term of x W: x [.. in..] -> [.. out..] float32, zero in parts without a pair."""
     lead, out = x.shape[: x.ndim - in_dims], w.shape[: w.ndim - in_dims]
-    flat = x.reshape(*lead, -1)
-    pieces = []
+    x = x.reshape(*lead, -1)
+    parts = []
     for name, start, stop in w.spans:
-        shape = out if w.axis is None else (*out[: w.axis], stop - start, *out[w.axis + 1 :])
-        pair = w.pairs.get(name)
-        whole = (*lead, *shape)
-        pieces.append(
-            lora_product(flat, pair).reshape(whole) if pair else jnp.zeros(whole, jnp.float32)
-        )
-    return pieces[0] if w.axis is None else jnp.concatenate(pieces, len(lead) + w.axis)
+        part = out if w.axis is None else (*out[: w.axis], stop - start, *out[w.axis + 1 :])
+        shape, pair = (*lead, *part), w.pairs.get(name)
+        parts.append(lora_product(x, pair).reshape(shape) if pair else jnp.zeros(shape))
+    return parts[0] if w.axis is None else jnp.concatenate(parts, len(lead) + w.axis)
 
 
 def lora_product(x: jax.Array, pair: Pair) -> jax.Array:
-    """scale (drop(x) A) B in fp32: x [.. in] -> [.. out]."""
-    kept = dropout_mask(pair, x.shape, x.dtype)
-    x = x if kept is None else x * kept
+    """scale (dropout(x) A) B: x [.. in] -> [.. out] float32."""
+    mask = dropout_mask(pair, x.shape, x.dtype)
+    x = x if mask is None else x * mask
     low = _dot(x, pair.a).astype(x.dtype)
     return _dot(low, pair.b) * pair.scale
 
@@ -75,7 +65,7 @@ def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def dropout_mask(pair: Pair | None, shape: tuple[int, ...], dtype: Any) -> jax.Array | None:
-    """What dropout multiplies values of a shape with: 0, or 1 / (1 - rate); None without dropout."""
+    """Factors 0 or 1 / (1 - rate) of LoRA's input dropout; None without dropout."""
     if pair is None or pair.key is None or not pair.rate:
         return None
     kept = jax.random.bernoulli(pair.key, 1 - pair.rate, shape)
@@ -83,12 +73,12 @@ def dropout_mask(pair: Pair | None, shape: tuple[int, ...], dtype: Any) -> jax.A
 
 
 def split(w: Weight | Adapted) -> tuple[Weight, Pair | None]:
-    """The base of a weight that is one part, and its pair."""
+    """(base, pair or None) of a weight that is one part."""
     return (w.base, next(iter(w.pairs.values()))) if isinstance(w, Adapted) else (w, None)
 
 
-def each_expert(w: Weight | Adapted) -> Weight | Adapted:
-    """Weights of experts with every leaf's first axis that of experts; dropout is left out."""
+def expert_leaves(w: Weight | Adapted) -> Weight | Adapted:
+    """Expert weights whose every leaf has E as its first axis; dropout is left out."""
     base, pair = split(w)
     if pair is None:
         return base

@@ -1,9 +1,9 @@
-"""Matrix products and row lookups with the backward pass that bf16 wants. Dims as in layers.py.
+"""Matrix products and table lookups whose backward pass suits bf16. Dims as in layers.py.
 
 Autodiff of a bf16 product summed in fp32 multiplies an fp32 cotangent with bf16 operands, which a
-GPU can only do in fp32; and it rounds a weight's gradient to bf16 before it reaches an fp32 weight.
-In fp32 both functions are what autodiff gives. Forward mode (jax.jvp) works wherever x and w have one
-dtype; fp32 weights under a 16-bit stream, as in training, have reverse mode alone.
+GPU can only do in fp32. It also rounds a weight's gradient to bf16 before it reaches an fp32 weight.
+In fp32 both functions equal autodiff. Forward mode (jax.jvp) works where x and w have one dtype; fp32
+weights with 16-bit activations, as in training, have reverse mode only.
 """
 
 from __future__ import annotations
@@ -17,21 +17,20 @@ from jax.custom_derivatives import SymbolicZero
 
 
 def product(x: jax.Array, w: jax.Array, in_dims: int = 1, dtype: Any = jnp.float32) -> jax.Array:
-    """x [.. in..] times w [out.. in..] -> [.. out..] in `dtype`, summed in fp32; w is cast to that of x.
+    """x [.. in..] times w [out.. in..] -> [.. out..] in `dtype`, summed in fp32.
 
-    in_dims: how many trailing axes of both are summed over.
+    The `in_dims` trailing axes of both are contracted. w is cast to the dtype of x.
     """
     if x.dtype != w.dtype:
         return _cast_product(x, w, in_dims, dtype)
-    short = x.dtype != jnp.float32
-    return _short_product(x, w, in_dims, dtype) if short else _dot(x, w, in_dims, dtype)
+    return (_dot if x.dtype == jnp.float32 else _short_product)(x, w, in_dims, dtype)
 
 
-def _dot(x: jax.Array, w: jax.Array, in_dims: int, dtype=jnp.float32) -> jax.Array:
+def _dot(x: jax.Array, w: jax.Array, in_dims: int, dtype: Any) -> jax.Array:
     return _contract(x, w, _last(x, in_dims), _last(w, in_dims), dtype)
 
 
-def _contract(a, b, i: tuple[int, ...], j: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
+def _contract(a, b, i: tuple[int, ...], j: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
     return jax.lax.dot_general(a, b, ((i, j), ((), ())), preferred_element_type=dtype)
 
 
@@ -46,7 +45,7 @@ def _short_product(x, w, in_dims, dtype):
 
 
 def _short_jvp(in_dims, dtype, primals, tangents):
-    """Each tangent is a product of 16-bit result: what autodiff makes of it has a 16-bit cotangent."""
+    """Each tangent is a product with a 16-bit result, so its transpose has a 16-bit cotangent."""
     (x, w), (d_x, d_w) = primals, tangents
     out = _dot(x, w, in_dims, dtype)
     parts = ((d_x, w), (x, d_w))
@@ -64,7 +63,7 @@ _short_product.defjvp(_short_jvp, symbolic_zeros=True)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _cast_product(x, w, in_dims, dtype):
-    """`product` of a weight that is cast: its gradient keeps the bits of its own dtype."""
+    """`product` with a weight that is cast; its gradient is rounded to its own dtype only."""
     return _dot(x, w.astype(x.dtype), in_dims, dtype)
 
 
@@ -72,12 +71,12 @@ def _cast_forward(x, w, in_dims, dtype):
     return _cast_product(x, w, in_dims, dtype), (x, w)
 
 
-def _cast_backward(in_dims, dtype, kept, slope):
-    x, w = kept
-    slope, lead = slope.astype(x.dtype), tuple(range(x.ndim - in_dims))
+def _cast_backward(in_dims, dtype, saved, d_y):
+    x, w = saved
+    d_y, lead = d_y.astype(x.dtype), tuple(range(x.ndim - in_dims))
     outs = tuple(range(w.ndim - in_dims))
-    d_x = _contract(slope, w.astype(x.dtype), _last(slope, len(outs)), outs, x.dtype)
-    return d_x, _contract(slope, x, lead, lead).astype(w.dtype)
+    d_x = _contract(d_y, w.astype(x.dtype), _last(d_y, len(outs)), outs, x.dtype)
+    return d_x, _contract(d_y, x, lead, lead).astype(w.dtype)
 
 
 _cast_product.defvjp(_cast_forward, _cast_backward)
@@ -85,7 +84,7 @@ _cast_product.defvjp(_cast_forward, _cast_backward)
 
 @jax.custom_jvp
 def gather_rows(table: jax.Array, index: jax.Array) -> jax.Array:
-    """table[index]; the gradients of a row that is looked up often are summed in fp32."""
+    """table[index]; the gradients of repeated indices are summed in fp32."""
     return table[index]
 
 

@@ -1,7 +1,4 @@
-"""The sparse MLP: router, experts, and their exchange of tokens. Dims as in layers.py.
-
-n tokens, A experts chosen by each, e experts of a device.
-"""
+"""The mixture-of-experts MLP: router and experts. Dims as in layers.py; n tokens, e local experts."""
 
 from __future__ import annotations
 
@@ -16,28 +13,23 @@ import jax.numpy as jnp
 from qwen3vl_jax.config import TextConfig
 from qwen3vl_jax.model.expert_parallel import ExpertParallel
 from qwen3vl_jax.model.layers import ACTIVATIONS, linear_fp32, weight
-from qwen3vl_jax.model.lora import (
-    dropout_mask,
-    each_expert,
-    lora_product,
-    split,
-)
+from qwen3vl_jax.model.lora import dropout_mask, expert_leaves, lora_product, split
 from qwen3vl_jax.model.quantized import scaled_matmul_parts
 from qwen3vl_jax.model.sharding import platform
 
-# Times an even router's share of tokens: what a device's experts take in their first pass.
+# Capacity of a device's first pass over its experts, in multiples of an even router's share.
 CAPACITY_FACTOR = 1.5
 
 
 class RouterOutput(NamedTuple):
-    """How a router chose."""
+    """The router's probabilities and choices."""
 
     probs: jax.Array  # [B T E] fp32, over all experts
     expert_index: jax.Array  # [B T A]
 
 
 class Experts(nn.Module):
-    """Top-A of E SwiGLU experts, dropless: [B T D] -> ([B T D], how the router chose).
+    """Top-A of E SwiGLU experts, dropless: [B T D] -> ([B T D], RouterOutput).
 
     Weights keep the released layout: gate_up [E D 2M] (gate columns, then up), down [E M D].
     """
@@ -51,50 +43,46 @@ class Experts(nn.Module):
         router = weight(self, "router", (c.num_experts, None), (c.hidden_size, "router_embed"))
         gate_up = weight(self, "gate_up", e, d, (2 * m, "expert_mlp"))
         down = weight(self, "down", e, (m, "expert_mlp"), d)
-        share, routed = route(x, router, c.num_experts_per_tok)
-        return moe_apply(x, share, routed.expert_index, gate_up, down, c.hidden_act), routed
+        gates, routed = route(x, router, c.num_experts_per_tok)
+        return moe_apply(x, gates, routed.expert_index, gate_up, down, c.hidden_act), routed
 
 
 def route(x: jax.Array, router: jax.Array, per_token: int) -> tuple[jax.Array, RouterOutput]:
-    """x [.. D] -> shares [.. A] of the chosen experts, which sum to 1 in the dtype of x, and the choice.
+    """x [.. D] -> (gates [.. A] in the dtype of x, RouterOutput).
 
-    Softmax over all experts in fp32, then the top A renormalised (always: the reference ignores
-    norm_topk_prob).
+    Softmax over all E in fp32; the top A are renormalised, as the reference ignores norm_topk_prob.
     """
     logits = linear_fp32(x, router).astype(x.dtype).astype(jnp.float32)
     probs = jax.nn.softmax(logits, axis=-1)
-    share, chosen = jax.lax.top_k(probs, per_token)
-    share = (share / jnp.sum(share, -1, keepdims=True)).astype(x.dtype)
-    return share, RouterOutput(probs, chosen)
+    gates, expert_index = jax.lax.top_k(probs, per_token)
+    gates = (gates / jnp.sum(gates, -1, keepdims=True)).astype(x.dtype)
+    return gates, RouterOutput(probs, expert_index)
 
 
-def moe_apply(x, share, chosen, gate_up, down, act: str) -> jax.Array:
-    """Every token through its experts, wherever they are: [B T D] -> [B T D].
+def moe_apply(x, gates, expert_index, gate_up, down, act: str) -> jax.Array:
+    """The gated sum of each token's experts, on whatever devices they are: [B T D] -> [B T D].
 
-    Devices that share a set of experts between them gather each other's tokens, run their own experts
-    on all of those, and each gets back the sum of what the others made of its tokens (all-gather and
-    reduce-scatter: for A experts a token and up to A devices no more bytes than an all-to-all, and
-    of a size that no router changes).
+    gates, expert_index [B T A]. See expert_parallel.py for how tokens cross devices.
     """
-    kept = _dropped(x.shape[:2], x.dtype, gate_up, down)
-    weights = each_expert(gate_up), each_expert(down)
-    exchange = ExpertParallel.of(x.shape, *weights)
-    run = experts_scan if platform() == "cpu" else experts_ragged
+    masks = _dropout_masks(x.shape[:2], x.dtype, gate_up, down)
+    weights = expert_leaves(gate_up), expert_leaves(down)
+    layout = ExpertParallel.of(x.shape, *weights)
+    experts = experts_scan if platform() == "cpu" else experts_ragged
+    shards = 1 if layout.partial else layout.shards
+    run_experts = functools.partial(experts, act=act, shards=shards, psum=layout.psum_embed)
 
-    def here(tokens, weights):
-        shape = tokens[0].shape
-        x, share, chosen, kept = exchange.gather(tokens)
-        gate_up, down = exchange.whole(weights, x.dtype)
-        chosen = chosen - exchange.first()
-        parts = 1 if exchange.partial else exchange.count
-        out = run(x, share, chosen, gate_up, down, act, kept, parts, exchange.summed)
-        return exchange.scatter(out.astype(x.dtype)).reshape(shape)
+    def on_device(tokens, weights):
+        x, gates, index, masks = layout.all_gather_tokens(tokens)
+        gate_up, down = layout.all_gather_weights(weights, x.dtype)
+        index = index - layout.first_expert
+        out = run_experts(x, gates, index, gate_up, down, masks=masks).astype(x.dtype)
+        return layout.reduce_scatter_tokens(out).reshape(tokens[0].shape)
 
-    return exchange.on_shards(here, (x, share, chosen, kept), weights)
+    return layout.on_shards(on_device, (x, gates, expert_index, masks), weights)
 
 
-def _dropped(lead: tuple[int, ...], dtype: Any, *weights: Any) -> list[jax.Array | None]:
-    """What dropout leaves of the inputs of each weight's pair [*lead in], None without dropout."""
+def _dropout_masks(lead: tuple[int, ...], dtype: Any, *weights: Any) -> list[jax.Array | None]:
+    """LoRA dropout masks [*lead in] of the input of each weight."""
     pairs = ((w, split(w)[1]) for w in weights)
     return [dropout_mask(pair, (*lead, w.shape[1]), dtype) for w, pair in pairs]
 
@@ -104,129 +92,129 @@ def _swiglu(gate_up: jax.Array, act: str) -> jax.Array:
     return ACTIVATIONS[act](gate) * up
 
 
-def experts_ragged(x, share, chosen, gate_up, down, act: str, kept=None, parts=1, summed=None):
-    """Tokens sorted by expert, two grouped matrix products, each result weighted and added back.
+def experts_ragged(x, gates, expert_index, gate_up, down, act, *, masks=None, shards=1, psum=None):
+    """Tokens sorted by expert, two grouped products, each result gated and added back: [n D] fp32.
 
-    x [n D], share and chosen [n A]; an index outside 0 .. e-1 is no expert of this device, which
-    has one of `parts` sets of experts. kept: see `_dropped`, made here where it is not given. What
-    goes beyond the room of the first pass is done in further passes, which an even router never
-    sees, and whose memory is that of one. summed: makes a product over D whole, where x and weights are
-    one part of D. Returns [n D] in fp32.
+    x [n D], gates and expert_index [n A]; an index outside 0 .. e-1 belongs to another device, which
+    has one of `shards` shards of the experts. masks: `_dropout_masks`, made here if None. psum completes
+    a product over D where x and weights hold a slice of D.
+    The first pass takes CAPACITY_FACTOR times an even share of the (token, expert) pairs. Overflow
+    passes, which an even router never needs, take the rest in the same memory.
     """
-    summed = summed or (lambda y: y)
-    kept = _dropped(x.shape[:1], x.dtype, gate_up, down) if kept is None else kept
-    gate_up, down = each_expert(gate_up), each_expert(down)
-    (n, per_token), count = chosen.shape, gate_up.shape[0]
-    mine = (chosen >= 0) & (chosen < count)
-    expert = jnp.where(mine, chosen, count).reshape(-1)
-    total = n * per_token
-    room = min(total, math.ceil(CAPACITY_FACTOR * total / parts))
-    passes = math.ceil(total / room)
-    order = jnp.pad(jnp.argsort(expert), (0, passes * room - total))
+    masks = masks or _dropout_masks(x.shape[:1], x.dtype, gate_up, down)
+    gate_up, down = expert_leaves(gate_up), expert_leaves(down)
+    (n, per_token), count = expert_index.shape, gate_up.shape[0]
+    local = (expert_index >= 0) & (expert_index < count)
+    expert = jnp.where(local, expert_index, count).reshape(-1)
+    pairs = n * per_token
+    capacity = min(pairs, math.ceil(CAPACITY_FACTOR * pairs / shards))
+    passes = math.ceil(pairs / capacity)
+    order = jnp.pad(jnp.argsort(expert), (0, passes * capacity - pairs))
     ends = jnp.cumsum(jnp.bincount(expert, length=count))
 
-    def run(start):
-        """What the chosen pairs start .. start + room - 1 add."""
-        pair = jax.lax.dynamic_slice_in_dim(order, start, room)
-        here = (start + jnp.arange(room) < ends[-1])[:, None]
-        edges = jnp.clip(jnp.pad(ends, (1, 0)), start, start + room)
-        rows = _Rows(pair // per_token, expert[pair], jnp.diff(edges).astype(jnp.int32), here)
-        wide = summed(rows.times(x[rows.token], gate_up, kept[0]))
-        hidden = _swiglu(wide.astype(x.dtype), act)
-        out = rows.times(hidden, down, kept[1])
-        out *= share.reshape(-1)[pair].astype(jnp.float32)[:, None]
-        return jnp.zeros(x.shape, jnp.float32).at[rows.token].add(jnp.where(here, out, 0))
+    def run_pass(start):
+        """The outputs [n D] of sorted pairs start .. start + capacity - 1."""
+        pair = jax.lax.dynamic_slice_in_dim(order, start, capacity)
+        valid = (start + jnp.arange(capacity) < ends[-1])[:, None]
+        edges = jnp.clip(jnp.pad(ends, (1, 0)), start, start + capacity)
+        group_sizes = jnp.diff(edges).astype(jnp.int32)
+        rows = _SortedPairs(pair // per_token, expert[pair], group_sizes, valid)
+        hidden = rows.grouped_product(x[rows.token], gate_up, masks[0])
+        hidden = psum(hidden) if psum else hidden
+        hidden = _swiglu(hidden.astype(x.dtype), act)
+        out = rows.grouped_product(hidden, down, masks[1])
+        out *= gates.reshape(-1)[pair].astype(jnp.float32)[:, None]
+        return jnp.zeros(x.shape, jnp.float32).at[rows.token].add(jnp.where(valid, out, 0))
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def further(total, start):
-        return jax.lax.cond(start < ends[-1], lambda t: t + run(start), lambda t: t, total), None
+    def overflow_pass(out, start):
+        return jax.lax.cond(start < ends[-1], lambda y: y + run_pass(start), lambda y: y, out), None
 
-    out = run(0)
-    if passes == 1:
-        return out
-    starts = room * jnp.arange(1, passes)
-    rest = lambda out: jax.lax.scan(further, out, starts)[0]  # noqa: E731
-    return jax.lax.cond(ends[-1] > room, rest, lambda out: out, out)
+    def overflow(out):
+        return jax.lax.scan(overflow_pass, out, capacity * jnp.arange(1, passes))[0]
+
+    out = run_pass(0)
+    return out if passes == 1 else jax.lax.cond(ends[-1] > capacity, overflow, lambda y: y, out)
 
 
-class _Rows(NamedTuple):
-    """Rows sorted by expert: of which token and expert each is, and how many each expert has."""
+class _SortedPairs(NamedTuple):
+    """(token, expert) pairs sorted by expert."""
 
-    token: jax.Array
-    expert: jax.Array
-    sizes: jax.Array  # [e]
-    here: jax.Array  # [rows 1]: false behind the last
+    token: jax.Array  # [rows]
+    expert: jax.Array  # [rows]
+    group_sizes: jax.Array  # [e]
+    valid: jax.Array  # [rows 1]: false after the last pair
 
-    def times(self, x: jax.Array, w: Any, kept: jax.Array | None) -> jax.Array:
-        """Each row of x with its expert's matrix, in fp32."""
+    def grouped_product(self, x: jax.Array, w: Any, mask: jax.Array | None) -> jax.Array:
+        """Each row of x times its expert's matrix, in fp32."""
         base, pair = split(w)
-        x = jnp.where(
-            self.here, x, 0
-        )  # else what a kernel leaves behind the last row has a gradient
-        values, factor = scaled_matmul_parts(base, x.dtype, (1,))
-        y = ragged_dot(x, values, self.sizes).astype(jnp.float32)
-        y = y if factor is None else y * factor[self.expert]
+        # Without zeros, what a kernel leaves after the last row would get a gradient.
+        x = jnp.where(self.valid, x, 0)
+        values, scale = scaled_matmul_parts(base, x.dtype, (1,))
+        y = ragged_dot(x, values, self.group_sizes).astype(jnp.float32)
+        y = y if scale is None else y * scale[self.expert]
         if pair is None:
             return y
-        x = x if kept is None else x * kept[self.token]
-        low = ragged_dot(x, pair.a.swapaxes(1, 2).astype(x.dtype), self.sizes).astype(x.dtype)
-        more = ragged_dot(low, pair.b.swapaxes(1, 2).astype(x.dtype), self.sizes)
-        return y + more.astype(jnp.float32) * pair.scale[self.expert][:, None]
+        x = x if mask is None else x * mask[self.token]
+        a, b = (m.swapaxes(1, 2).astype(x.dtype) for m in (pair.a, pair.b))
+        low = ragged_dot(x, a, self.group_sizes).astype(x.dtype)
+        delta = ragged_dot(low, b, self.group_sizes).astype(jnp.float32)
+        return y + delta * pair.scale[self.expert][:, None]
 
 
-def experts_scan(x, share, chosen, gate_up, down, act: str, kept=None, parts=1, summed=None):
-    """`experts_ragged`, one expert after another over all tokens, experts nobody chose skipped.
+def experts_scan(x, gates, expert_index, gate_up, down, act, *, masks=None, shards=1, psum=None):
+    """`experts_ragged` as a scan over experts with all tokens; an expert without tokens is skipped.
 
-    XLA:CPU's fast form: jax.lax.ragged_dot runs every group densely there.
+    For XLA:CPU, where jax.lax.ragged_dot is dense. shards is not used.
     """
-    summed = summed or (lambda y: y)
-    kept = _dropped(x.shape[:1], x.dtype, gate_up, down) if kept is None else kept
-    gate_up, down = each_expert(gate_up), each_expert(down)
+    masks = masks or _dropout_masks(x.shape[:1], x.dtype, gate_up, down)
+    gate_up, down = expert_leaves(gate_up), expert_leaves(down)
     n, count = x.shape[0], gate_up.shape[0]
-    column = jnp.where((chosen >= 0) & (chosen < count), chosen, count)
+    column = jnp.where((expert_index >= 0) & (expert_index < count), expert_index, count)
     table = jnp.zeros((n, count + 1), jnp.float32)
-    table = table.at[jnp.arange(n)[:, None], column].add(share.astype(jnp.float32))[:, :count]
+    table = table.at[jnp.arange(n)[:, None], column].add(gates.astype(jnp.float32))[:, :count]
 
-    def product(x, w, kept):
+    def product(x, w, mask):
         base, pair = split(w)
-        values, factor = scaled_matmul_parts(base, x.dtype, (0,))
+        values, scale = scaled_matmul_parts(base, x.dtype, (0,))
         y = jnp.dot(x, values, preferred_element_type=jnp.float32)
-        y = y if factor is None else y * factor
-        return y if pair is None else y + lora_product(x if kept is None else x * kept, pair)
+        y = y if scale is None else y * scale
+        return y if pair is None else y + lora_product(x if mask is None else x * mask, pair)
 
-    def run(total, up_e, down_e, share_e):
-        hidden = _swiglu(summed(product(x, up_e, kept[0])).astype(x.dtype), act)
-        return total + product(hidden, down_e, kept[1]) * share_e[:, None]
+    def run_expert(total, gate_up, down, gate):
+        hidden = product(x, gate_up, masks[0])
+        hidden = _swiglu((psum(hidden) if psum else hidden).astype(x.dtype), act)
+        return total + product(hidden, down, masks[1]) * gate[:, None]
 
     def body(total, xs):
-        return jax.lax.cond(jnp.any(xs[2] != 0), run, lambda t, *_: t, total, *xs), None
+        return jax.lax.cond(jnp.any(xs[2] != 0), run_expert, lambda t, *_: t, total, *xs), None
 
     total = jnp.zeros((n, x.shape[1]), jnp.float32)
     return jax.lax.scan(body, total, (gate_up, down, table.T))[0]
 
 
 def ragged_dot(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
-    """x [n in] in runs of `sizes` [E], run e times w[e] [in out]. On a GPU by tokamax if installed.
+    """Grouped product of x [n in], in runs of `sizes` [E], with w [E in out]: run e times w[e].
 
-    XLA runs jax.lax.ragged_dot densely on a GPU; tokamax has a grouped kernel. On a TPU XLA makes a
-    grouped kernel of it itself, with tiles of its own choice for any shape. JAX's megablox takes tiles
-    (which a float32 product overflows), compiles 2 to 7 times as long, and saves one transposed copy
-    of `w` in the backward pass.
+    On a GPU tokamax's kernel, if installed, as XLA runs jax.lax.ragged_dot densely there. On a TPU XLA
+    makes a grouped kernel; JAX's megablox needs tile sizes (which a float32 product overflows) and
+    compiles 2 to 7 times as long, for one transposed copy of w less in the backward pass.
     """
     if platform() == "gpu" and (tokamax := _tokamax()) is not None:
-        return _shared(tokamax.ragged_dot, x, w, sizes)
+        return _lower_once(tokamax.ragged_dot, x, w, sizes)
     return jax.lax.ragged_dot(x, w, sizes)
 
 
 @functools.partial(jax.jit, static_argnames="kernel")
-def _shared(kernel, x, w, sizes):
-    """One function of a program for all layers: a kernel takes a second or two to be lowered."""
+def _lower_once(kernel, x, w, sizes):
+    """All layers share one function of the program: a kernel takes a second or two to lower."""
     return kernel(x, w, sizes)
 
 
 def _tokamax():
+    """tokamax, which the extra `cuda` installs, or None."""
     try:
-        import tokamax  # the extra `moe` brings it
+        import tokamax
     except ImportError:
         return None
     return tokamax

@@ -1,11 +1,11 @@
-"""The decoder: attention with q/k norm and GQA, SwiGLU, the Block, and the run over its layers.
+"""The decoder: attention with q/k norm and GQA, SwiGLU, the Block, DeepStack, the loop over layers.
 
-Dims as in layers.py. A Block does not know about masks or caches: it is given `mix(q, k, v)`, which
-returns what attention mixes and anything the caller wants to keep (a cache, probabilities, nothing).
+Dims as in layers.py. A Block knows neither masks nor caches: its caller passes an attend function.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,46 +14,47 @@ import jax
 import jax.numpy as jnp
 
 from qwen3vl_jax.config import TextConfig
-from qwen3vl_jax.model.layers import (
-    ACTIVATIONS,
-    apply,
-    linear,
-    ones,
-    rms_norm,
-    run_layers,
-    weight,
-    zeros,
-)
-from qwen3vl_jax.model.moe import Experts
+from qwen3vl_jax.model.layers import ACTIVATIONS, linear, ones, rms_norm, run_layers, weight, zeros
+from qwen3vl_jax.model.moe import Experts, RouterOutput
 from qwen3vl_jax.model.rope import mrope, rotate
 from qwen3vl_jax.model.sharding import shard
 
-Mix = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+# Attention of layer i: (i, q [B T N H], k [B T K H], v [B T K H]) -> (out [B T N H], kept). `kept` is
+# what the caller wants to keep of the layer: its cache, its probabilities, or None.
+AttendFn = Callable[[Any, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+# The same without i, inside a layer.
+LayerAttendFn = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+# What decode_layers returns of each layer: (residual after it, kept, RouterOutput or None) -> output.
+CollectFn = Callable[[jax.Array, Any, RouterOutput | None], Any]
+Rotary = tuple[jax.Array, jax.Array]
 
 
-def rows_of(x: jax.Array) -> str:
-    """The logical axis of the rows of x [B T ..] inside a layer: a decode step's are few."""
-    return "rows" if x.shape[1] > 1 else "step_rows"
+def batch_axis(x: jax.Array) -> str:
+    """The logical axis of B of x [B T ..] inside a layer; a decode step (T = 1) has its own."""
+    return "batch" if x.shape[1] > 1 else "decode_batch"
 
 
-def _streamed(y: jax.Array) -> jax.Array:
-    """What a layer adds to the stream [B T D], laid out as it is."""
-    if y.shape[1] == 1:  # first as the weight is cut that it comes from
-        return shard(shard(y, "step_rows", None, "step_embed"), "step_rows", None, None)
-    return shard(y, "rows", "stream", None)
+def shard_residual(y: jax.Array) -> jax.Array:
+    """Shards the residual [B T D] between layers, or what a layer adds to it."""
+    if y.shape[1] > 1:
+        return shard(y, "batch", "residual", None)
+    # A decode step: first as the weight is sharded that made y, which keeps its product local.
+    return shard(shard(y, "decode_batch", None, "decode_embed"), "decode_batch", None, None)
 
 
 class Attention(nn.Module):
-    """Grouped-query attention, RMSNorm on each head of q and k before the rotary embedding.
+    """Grouped-query attention with RMSNorm on each head of q and k before the rotary embedding.
 
-    q, k and v are one weight [K G+2 H D]: for each key/value head its G query heads, its key, its
-    value. The MLP's gate and up are one too: benchmarks/fused.py measures what that saves.
+    q, k and v are one weight [K G+2 H D]: per key/value head its G query heads, its key, its value.
+    The MLP's gate and up are one weight too; benchmarks/fused.py measures what that saves.
     """
 
     cfg: TextConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, rotary, mix: Mix) -> tuple[jax.Array, Any]:
+    def __call__(
+        self, x: jax.Array, rotary: Rotary, attend: LayerAttendFn
+    ) -> tuple[jax.Array, Any]:
         c = self.cfg
         d, h = (c.hidden_size, "embed"), (c.head_dim, None)
         n, k = (c.num_attention_heads, "heads"), (c.num_key_value_heads, "kv_heads")
@@ -61,15 +62,15 @@ class Attention(nn.Module):
         fused = (k, (group + 2, None), h)
         bias = weight(self, "qkv_bias", *fused, init=zeros) if c.attention_bias else None
         qkv = linear(x, weight(self, "qkv", *fused, d), bias)  # [B T K G+2 H]
-        qkv = shard(qkv, rows_of(x), "tokens", "kv_heads", None, None)
+        qkv = shard(qkv, batch_axis(x), "tokens", "kv_heads", None, None)
         query = qkv[..., :group, :].reshape(*x.shape[:2], c.num_attention_heads, c.head_dim)
         key, value = qkv[..., group, :], qkv[..., group + 1, :]
 
-        def turn(name: str, y: jax.Array) -> jax.Array:
+        def norm_and_rotate(name: str, y: jax.Array) -> jax.Array:
             return rotate(rms_norm(y, weight(self, name, h, init=ones), c.rms_norm_eps), *rotary)
 
-        out, kept = mix(turn("q_norm", query), turn("k_norm", key), value)
-        out = shard(out, rows_of(x), "tokens", "heads", None)
+        out, kept = attend(norm_and_rotate("q_norm", query), norm_and_rotate("k_norm", key), value)
+        out = shard(out, batch_axis(x), "tokens", "heads", None)
         bias = weight(self, "o_bias", d, init=zeros) if c.attention_bias else None
         return linear(out, weight(self, "o", d, n, h), bias, in_dims=2), kept
 
@@ -83,58 +84,67 @@ class Mlp(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         d, f = (self.cfg.hidden_size, "embed"), (self.cfg.intermediate_size, "mlp")
         gate_up = linear(x, weight(self, "gate_up", (2, None), f, d))
-        gate_up = shard(gate_up, rows_of(x), "tokens", None, "mlp")
+        gate_up = shard(gate_up, batch_axis(x), "tokens", None, "mlp")
         hidden = ACTIVATIONS[self.cfg.hidden_act](gate_up[..., 0, :]) * gate_up[..., 1, :]
         return linear(hidden, weight(self, "down", d, f))
 
 
 class Block(nn.Module):
-    """One decoder layer, pre-norm, dense or sparse: x [B T D] -> ([B T D], kept by mix, how it routed)."""
+    """One pre-norm decoder layer, dense or MoE: x [B T D] -> ([B T D], kept, RouterOutput or None)."""
 
     cfg: TextConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, rotary, mix: Mix) -> tuple[jax.Array, Any, Any]:
+    def __call__(
+        self, x: jax.Array, rotary: Rotary, attend: LayerAttendFn
+    ) -> tuple[jax.Array, Any, RouterOutput | None]:
         def norm(name: str, y: jax.Array) -> jax.Array:
             scale = weight(self, name, (self.cfg.hidden_size, None), init=ones)
             return rms_norm(y, scale, self.cfg.rms_norm_eps)
 
-        def whole(y: jax.Array) -> jax.Array:
-            return shard(y, rows_of(y), "tokens", None)
+        def gather_embed(y: jax.Array) -> jax.Array:
+            return shard(y, batch_axis(y), "tokens", None)
 
-        y, kept = Attention(self.cfg, name="attn")(whole(norm("ln1", x)), rotary, mix)
-        x = x + _streamed(y)
+        y, kept = Attention(self.cfg, name="attn")(gather_embed(norm("ln1", x)), rotary, attend)
+        x = x + shard_residual(y)
         if self.cfg.num_experts:
             y, routed = Experts(self.cfg, name="mlp")(norm("ln2", x))
-            return x + _streamed(y), kept, routed
-        y = Mlp(self.cfg, name="mlp")(whole(norm("ln2", x)))
-        return x + _streamed(y), kept, None
+        else:
+            y, routed = Mlp(self.cfg, name="mlp")(gather_embed(norm("ln2", x))), None
+        return x + shard_residual(y), kept, routed
+
+
+def add_deepstack(residual: jax.Array, deepstack: jax.Array | None, i: Any) -> jax.Array:
+    """Adds DeepStack features [n B T D] to the residual [B T D] after layer i < n."""
+    if deepstack is None:
+        return residual
+    return residual + jnp.take(deepstack, i, axis=0, mode="fill", fill_value=0)
 
 
 def decode_layers(
-    layers,
+    layers: Any,
     cfg: TextConfig,
-    x,
-    positions,
-    mix,
-    deepstack=None,
-    keep=None,
-    remat="none",
-    longest=None,
-):
-    """Runs the decoder: x [B T D], positions [3 B T] -> (x before the final norm, what each layer kept).
+    x: jax.Array,
+    positions: jax.Array,
+    attend_fn: AttendFn,
+    *,
+    deepstack: jax.Array | None = None,
+    collect: CollectFn | None = None,
+    remat: str = "none",
+    longest: jax.Array | None = None,
+) -> tuple[jax.Array, Any]:
+    """Runs the decoder layers over x [B T D] with MRoPE ids positions [3 B T].
 
-    `mix(i, q, k, v)` attends in layer i. `deepstack` [n B T D] is added after layers 0 .. n-1, to the
-    whole residual stream (zero rows where there is no vision). `keep(x, kept, routed)` picks what is
-    returned in place of what mix kept; routed is how a sparse layer's router chose (moe.RouterOutput).
-    longest: as in `mrope`.
+    Returns the residual before the final norm, and `collect`'s output of each layer (by default what
+    attend_fn kept). deepstack [n B T D] is zero where there is no vision. remat: a name of
+    layers.REMAT. longest: as in `mrope`.
     """
     rotary = mrope(cfg, positions, x.dtype, longest)
 
     def body(x, layer, i):
-        x, kept, routed = apply(Block(cfg), layer, x, rotary, lambda *qkv: mix(i, *qkv))
-        if deepstack is not None:
-            x = x + jnp.take(deepstack, i, axis=0, mode="fill", fill_value=0)
-        return x, kept if keep is None else keep(x, kept, routed)
+        attend = functools.partial(attend_fn, i)
+        x, kept, routed = Block(cfg).apply({"params": layer}, x, rotary, attend)
+        x = add_deepstack(x, deepstack, i)
+        return x, collect(x, kept, routed) if collect else kept
 
     return run_layers(body, x, layers, remat)

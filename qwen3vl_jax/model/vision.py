@@ -1,4 +1,4 @@
-"""The vision tower: patch embedding, ViT blocks, patch merger, DeepStack mergers. Dims as in layers.py."""
+"""The vision tower: patches, ViT blocks, mergers, DeepStack. Dims as in layers.py; W rows of P patches."""
 
 from __future__ import annotations
 
@@ -11,28 +11,15 @@ import numpy as np
 
 from qwen3vl_jax.config import Config, VisionConfig
 from qwen3vl_jax.model.attention import attend
-from qwen3vl_jax.model.layers import (
-    ACTIVATIONS,
-    LayerNorm,
-    apply,
-    linear,
-    run_layers,
-    weight,
-    zeros,
-)
+from qwen3vl_jax.model.layers import ACTIVATIONS, LayerNorm, linear, run_layers, weight, zeros
 from qwen3vl_jax.model.quantized import Weight, dequantize
 from qwen3vl_jax.model.rope import rotate, vision_rotary
 from qwen3vl_jax.model.sharding import shard
-from qwen3vl_jax.model.structs import (
-    Features,
-    Params,
-    VisionInputs,
-    check_call,
-)
+from qwen3vl_jax.model.structs import Features, Params, VisionInputs, check_call
 
 
 class PatchEmbed(nn.Module):
-    """The reference's Conv3d, whose stride is its kernel, as the matrix product it is."""
+    """Patch embedding [.. C] -> [.. D]: the reference's Conv3d as a product, since stride = kernel."""
 
     cfg: VisionConfig
 
@@ -46,7 +33,7 @@ class PatchEmbed(nn.Module):
 
 
 class VisionAttention(nn.Module):
-    """Attention of every patch to its own frame; q and k turned by row and column, in fp32."""
+    """Attention of every patch to its own frame; q and k are rotated by row and column in fp32."""
 
     cfg: VisionConfig
     frames: int = 0
@@ -55,13 +42,12 @@ class VisionAttention(nn.Module):
     def __call__(self, x, rotary, lo, hi) -> jax.Array:
         d, n = (self.cfg.hidden_size, "vision_embed"), (self.cfg.num_heads, "vision_heads")
         h = (self.cfg.head_dim, None)
-        qkv = linear(x, weight(self, "qkv", (3, None), n, h, d),
-                     weight(self, "qkv_bias", (3, None), n, h, init=zeros))  # fmt: skip
+        w = weight(self, "qkv", (3, None), n, h, d)
+        qkv = linear(x, w, weight(self, "qkv_bias", (3, None), n, h, init=zeros))
         q, k, v = (qkv[:, :, i] for i in range(3))
         q, k = (rotate(y.astype(jnp.float32), *rotary).astype(x.dtype) for y in (q, k))
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        names = ("vision_rows", "patches")
-        out = attend(q, k, v, lo, hi, names=names, layout="frames", segments=self.frames)
+        out = attend(q, k, v, lo, hi, layout="frames", segments=self.frames)
         o, bias = weight(self, "o", d, n, h), weight(self, "o_bias", d, init=zeros)
         return linear(out, o, bias, in_dims=2)
 
@@ -91,9 +77,9 @@ class VisionBlock(nn.Module):
 
 
 class PatchMerger(nn.Module):
-    """Every merge_size^2 patches become one token: [W P Dv] -> [W R D]. The GELU is the exact one.
+    """Merges merge_size^2 patches into one token: [W P Dv] -> [W R D]. Its GELU is the exact one.
 
-    The main merger normalises patches and then groups them; a DeepStack merger the other way round.
+    The main merger normalises each patch and then groups; a DeepStack merger groups first.
     """
 
     cfg: VisionConfig
@@ -107,65 +93,62 @@ class PatchMerger(nn.Module):
             x = LayerNorm(name="norm")(x.reshape(grouped))
         else:
             x = LayerNorm(name="norm")(x).reshape(grouped)
-        d, f, out = (
-            (wide, "vision_mlp"),
-            (wide, "vision_embed"),
-            (self.cfg.out_hidden_size, "embed"),
-        )
+        d, f = (wide, "vision_mlp"), (wide, "vision_embed")
+        out = (self.cfg.out_hidden_size, "embed")
         x = linear(x, weight(self, "fc1", d, f), weight(self, "fc1_bias", d, init=zeros))
         x = ACTIVATIONS["gelu"](x)
         return linear(x, weight(self, "fc2", out, d), weight(self, "fc2_bias", out, init=zeros))
 
 
 def position_embedding(table: Weight, vis: VisionInputs) -> jax.Array:
-    """Learned positions [W P Dv] in fp32, bilinear between the four neighbours in the table."""
-    table = shard(
-        dequantize(table, jnp.float32), None, None
-    )  # small, and looked up by every device
+    """Learned positions [W P Dv] float32, bilinear between the four neighbours in the table."""
+    # Replicated: it is small, and every device looks up in it.
+    table = shard(dequantize(table, jnp.float32), None, None)
     return jnp.einsum("wpad,wpa->wpd", table[vis.pos_index], vis.pos_weight)
 
 
 def vision_encode(
     params: Params, cfg: Config, vis: VisionInputs, *, dtype: Any = None, remat: str = "none"
 ) -> Features:
-    """Runs the vision tower over P patches: merged embeddings [R D] and DeepStack taps [n R D].
+    """Runs the vision tower over P patches: merged features [R D] and DeepStack features [n R D].
 
-    Fields of `vis` may have a leading axis [W P ..] of rows that are attended each by itself, with
-    ranges counted inside the row; R counts over all of them. dtype: of the computation, None is that
-    of the parameters. remat: a name of `layers.REMAT`.
-    Tap k is the residual stream right after block deepstack_visual_indexes[k], through its own merger.
-    `params` is the whole tree or its "vision" part.
+    DeepStack level k is the residual after block deepstack_visual_indexes[k], through a merger of its
+    own. Fields of `vis` may have a leading axis [W P ..]; each row is attended by itself, its ranges
+    count inside the row, and R counts over all rows. `params` is the whole tree or its "vision" part.
+    dtype: of the computation, None for the parameters'. remat: a name of layers.REMAT.
     """
     check_call(params, cfg, vision=vis)
     p, c = params.get("vision", params), cfg.vision
     if vis.lo.ndim == 1:
         vis = jax.tree.map(lambda x: x[None], vis)
     dtype = p["patch"]["weight"].dtype if dtype is None else dtype
-    x = apply(PatchEmbed(c), p["patch"], vis.pixels.astype(dtype))
-    x = _cut_by_pictures(x + position_embedding(p["pos"], vis).astype(x.dtype))
+    x = PatchEmbed(c).apply({"params": p["patch"]}, vis.pixels.astype(dtype))
+    x = _shard_patches(x + position_embedding(p["pos"], vis).astype(x.dtype))
     rotary = vision_rotary(c.head_dim, c.rope_theta, vis.coords)
     count = len(c.deepstack_visual_indexes)
-    slot = np.full(c.depth, count)  # past the end: dropped
-    slot[list(c.deepstack_visual_indexes)] = np.arange(count)
-    slot = jnp.asarray(slot)
+    # DeepStack level of each block; blocks without one write past the end, which is dropped.
+    levels = np.full(c.depth, count)
+    levels[list(c.deepstack_visual_indexes)] = np.arange(count)
+    level_of = jnp.asarray(levels)
 
     def body(carry, layer, i):
-        x, taps = carry
-        x = _cut_by_pictures(apply(VisionBlock(c, vis.frames), layer, x, rotary, vis.lo, vis.hi))
-        return (x, taps.at[slot[i]].set(x, mode="drop") if count else taps), None
+        x, deepstack = carry
+        x = VisionBlock(c, vis.frames).apply({"params": layer}, x, rotary, vis.lo, vis.hi)
+        x = _shard_patches(x)
+        return (x, deepstack.at[level_of[i]].set(x, mode="drop") if count else deepstack), None
 
-    (x, taps), _ = run_layers(body, (x, jnp.zeros((count, *x.shape), x.dtype)), p["blocks"], remat)
+    none = jnp.zeros((count, *x.shape), x.dtype)
+    (x, deepstack), _ = run_layers(body, (x, none), p["blocks"], remat)
 
-    def merge(last: bool, p: Params, x: jax.Array) -> jax.Array:
-        y = apply(PatchMerger(c, last), p, x)
-        return _cut_by_pictures(y).reshape(-1, y.shape[-1])
+    def merge(norm_after_grouping: bool, merger: Params, x: jax.Array) -> jax.Array:
+        y = PatchMerger(c, norm_after_grouping).apply({"params": merger}, x)
+        return _shard_patches(y).reshape(-1, y.shape[-1])
 
     merged = merge(False, p["merger"], x)
-    deep = [merge(True, q, t) for q, t in zip(p["deepstack"], taps, strict=True)]
-    return Features(
-        merged, jnp.stack(deep) if deep else jnp.zeros((0, *merged.shape), merged.dtype)
-    )
+    levels = [merge(True, q, y) for q, y in zip(p["deepstack"], deepstack, strict=True)]
+    none = jnp.zeros((0, *merged.shape), merged.dtype)
+    return Features(merged, jnp.stack(levels) if levels else none)
 
 
-def _cut_by_pictures(x: jax.Array) -> jax.Array:
-    return shard(x, "vision_rows", "patches", None)
+def _shard_patches(x: jax.Array) -> jax.Array:
+    return shard(x, "vision_batch", "patches", None)

@@ -12,8 +12,8 @@ from rich.console import Console
 
 from qwen3vl_jax.checkpoint.auto_mesh import ROOM, auto_mesh
 from qwen3vl_jax.config import Config
+from qwen3vl_jax.device_mesh import make_mesh, slice_count
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.model.sharding import make_mesh, slice_count
 from qwen3vl_jax.planning import compiling
 from qwen3vl_jax.planning.largest import LEVEL, largest
 from qwen3vl_jax.planning.machines import Machine

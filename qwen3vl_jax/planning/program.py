@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from qwen3vl_jax.config import Config
+from qwen3vl_jax.device_mesh import layout_mesh
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.model.sharding import batch_parts, layout_mesh
+from qwen3vl_jax.model.sharding import max_parts
 from qwen3vl_jax.model.structs import Batch, VisionInputs
 from qwen3vl_jax.storage.paths import as_path, kind
 from qwen3vl_jax.training import train_model
@@ -74,7 +75,7 @@ def check_batch(recipe: Recipe, cfg: Config, sizes: Mapping[str, int]) -> None:
     """Raises InputError for a batch or model that a mesh of these sizes does not divide."""
     check_mesh(layout_mesh(sizes), cfg, train_model.shapes(cfg))
     check_vision_length(recipe.pack, cfg)
-    pack, rows, groups = recipe.pack, batch_parts(sizes), groups_of(recipe, sizes)
+    pack, rows, groups = recipe.pack, max_parts("batch", sizes), groups_of(recipe, sizes)
     for name, count, parts in (
         ("pack.groups", groups, rows),
         ("pack.rows", pack.rows, groups),
@@ -97,7 +98,7 @@ def check_batch(recipe: Recipe, cfg: Config, sizes: Mapping[str, int]) -> None:
 
 def groups_of(recipe: Recipe, sizes: Mapping[str, int]) -> int:
     """Into how many groups of their own samples a new run of this recipe cuts its rows."""
-    return recipe.pack.groups or batch_parts(sizes)
+    return recipe.pack.groups or max_parts("batch", sizes)
 
 
 def training_step(recipe: Recipe, cfg: Config, mesh: Mesh) -> Program:

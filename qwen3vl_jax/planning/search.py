@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from qwen3vl_jax.config import Config
+from qwen3vl_jax.device_mesh import mesh_shape
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.model.sharding import AXES, mesh_shape
+from qwen3vl_jax.model.sharding import AXES
 from qwen3vl_jax.planning.machines import GPUS_A_HOST, Machine
 from qwen3vl_jax.planning.program import check_batch, work_of
 from qwen3vl_jax.training.mesh_preset import (

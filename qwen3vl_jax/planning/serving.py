@@ -15,10 +15,10 @@ from qwen3vl_jax.checkpoint.int8 import int8_params
 from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES, TreePath
 from qwen3vl_jax.checkpoint.name_map import param_specs, tree_of
 from qwen3vl_jax.config import Config
+from qwen3vl_jax.inference.decode_loop import insert_rows
 from qwen3vl_jax.model.cache import (
     decode_step,
     init_cache,
-    insert_rows,
     prefill,
 )
 from qwen3vl_jax.model.sharding import array_sharding, replicated
@@ -128,7 +128,7 @@ def empty_cache(cfg: Config, mesh: Mesh, asked: Serving) -> KVCache:
         shapes = jax.eval_shape(lambda: init_cache(cfg, asked.rows, asked.slots, asked.dtype))
 
     def put(x: Any) -> Any:
-        axes = ("rows", "kv_heads", None, None) if len(x.shape) == 4 else (None,)
+        axes = ("batch", "kv_heads", None, None) if len(x.shape) == 4 else (None,)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=array_sharding(mesh, axes, x))
 
     return jax.tree.map(put, shapes)

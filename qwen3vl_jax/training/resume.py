@@ -25,8 +25,9 @@ from jax.sharding import Mesh
 
 from qwen3vl_jax.checkpoint.digests import DamagedError
 from qwen3vl_jax.config import Config
+from qwen3vl_jax.device_mesh import make_mesh, slice_count
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.model.sharding import batch_parts, make_mesh, slice_count
+from qwen3vl_jax.model.sharding import max_parts
 from qwen3vl_jax.runtime import distributed
 from qwen3vl_jax.storage.hub import resolve
 from qwen3vl_jax.storage.json_text import read_json, write_json
@@ -66,7 +67,7 @@ def groups_of(recipe: Recipe, mesh: Mesh | None, meta: dict[str, Any]) -> int:
 
     Raises InputError if the mesh does not split the rows between groups.
     """
-    parts = 1 if mesh is None else batch_parts(mesh.shape)
+    parts = 1 if mesh is None else max_parts("batch", mesh.shape)
     groups = (_groups(meta) if meta else 0) or recipe.pack.groups or parts
     if groups % parts:
         raise InputError(

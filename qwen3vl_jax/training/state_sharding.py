@@ -12,13 +12,8 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES
 from qwen3vl_jax.config import Config
-from qwen3vl_jax.model.sharding import (
-    Axes,
-    array_sharding,
-    check_divides,
-    replicated,
-    shardings,
-)
+from qwen3vl_jax.device_mesh import check_divides, shardings
+from qwen3vl_jax.model.sharding import Axes, array_sharding, replicated
 from qwen3vl_jax.model.transformer import logical_axes
 from qwen3vl_jax.training.data.packing import PackedBatch
 from qwen3vl_jax.training.param_groups import Flat
@@ -26,21 +21,21 @@ from qwen3vl_jax.training.train_step import TrainState
 
 _STACKS = ("layers.", "vision.blocks.")
 _BATCH: dict[str, Axes] = {  # by field; micro batches are an axis in front
-    "tokens": ("rows", "tokens"),
-    "positions": (None, "rows", "tokens"),
-    "segment_ids": ("rows", "tokens"),
-    "vision_rows": ("rows", "tokens"),
-    "labels": ("rows", "tokens"),
-    "weights": ("rows", "tokens"),
-    "delta": ("rows",),
-    "embeds": ("rows", "tokens", None),
-    "pixels": ("vision_rows", "patches", None),
-    "pos_index": ("vision_rows", "patches", None),
-    "pos_weight": ("vision_rows", "patches", None),
-    "coords": ("vision_rows", "patches", None),
-    "lo": ("vision_rows", "patches"),
-    "hi": ("vision_rows", "patches"),
-    "vision_labels": ("vision_rows",),
+    "tokens": ("batch", "tokens"),
+    "positions": (None, "batch", "tokens"),
+    "segment_ids": ("batch", "tokens"),
+    "vision_rows": ("batch", "tokens"),
+    "labels": ("batch", "tokens"),
+    "weights": ("batch", "tokens"),
+    "delta": ("batch",),
+    "embeds": ("batch", "tokens", None),
+    "pixels": ("vision_batch", "patches", None),
+    "pos_index": ("vision_batch", "patches", None),
+    "pos_weight": ("vision_batch", "patches", None),
+    "coords": ("vision_batch", "patches", None),
+    "lo": ("vision_batch", "patches"),
+    "hi": ("vision_batch", "patches"),
+    "vision_labels": ("vision_batch",),
 }
 
 
@@ -100,7 +95,7 @@ def state_shardings(mesh: Mesh, cfg: Config, state: TrainState) -> TrainState:
 def batch_axis(path: Any) -> int:
     """The batch axis of an array of a batch, by its path in the tree."""
     axes = _BATCH[path[-1].name]
-    return next(i for i, name in enumerate(axes) if name in ("rows", "vision_rows"))
+    return next(i for i, name in enumerate(axes) if name in ("batch", "vision_batch"))
 
 
 def batch_sharding(mesh: Mesh, path: Any, shape: tuple[int, ...]) -> NamedSharding:

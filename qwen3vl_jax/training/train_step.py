@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import optax
 
 from qwen3vl_jax.config import IGNORE_INDEX, Config
-from qwen3vl_jax.model import losses
 from qwen3vl_jax.model.attention import Dropout
+from qwen3vl_jax.model.losses import shift_labels
 from qwen3vl_jax.model.structs import Params
 from qwen3vl_jax.model.transformer import full_attention, run_decoder
 from qwen3vl_jax.model.vision import vision_encode
+from qwen3vl_jax.training import losses
 from qwen3vl_jax.training.data.packing import PackedBatch
 from qwen3vl_jax.training.optimizer import apply_update, exact, named_key
 from qwen3vl_jax.training.param_groups import Flat, MergeParams
@@ -91,16 +92,21 @@ def batch_sums(
         dropout = Dropout(named_key(key, "attention"), step.attention_dropout)
     attended = batch.segment_ids > 0
 
-    def keep(x, kept, routed):
+    def collect(x, kept, routed):
         return None if routed is None else losses.router_sums(routed, attended)
 
     x, routers = run_decoder(
-        params, cfg, batch.replace(vision=None), features, full_attention(batch, dropout), keep, dtype,
-        step.remat,
-    )  # fmt: skip
-    given: Any = batch.labels
-    labels = jnp.pad(given[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE_INDEX)
-    weights = jnp.pad(packed.weights[:, 1:], ((0, 0), (0, 1)))
+        params,
+        cfg,
+        batch.replace(vision=None),
+        features,
+        full_attention(batch, dropout),
+        collect=collect,
+        dtype=dtype,
+        remat=step.remat,
+    )
+    labels = shift_labels(cast(jax.Array, batch.labels))
+    weights = shift_labels(packed.weights, 0)
     answers = losses.lm_head_sums(params, cfg, x, labels, weights, step.loss_chunk)
     vision_sums, tokens = None, jnp.sum(attended)
     if packed.vision_labels is not None and features is not None:
@@ -135,7 +141,7 @@ class Totals(NamedTuple):
 
 
 def step_totals(packed: PackedBatch) -> Totals:
-    """The totals of one batch, or of micro batches with a leading axis."""
+    """Totals of one batch, or of micro batches with a leading axis."""
     weights = jnp.where(packed.batch.labels == IGNORE_INDEX, 0.0, packed.weights)
     named = packed.vision_labels
     seen = jnp.zeros((), jnp.int32) if named is None else jnp.sum(named != IGNORE_INDEX)

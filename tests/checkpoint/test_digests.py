@@ -18,12 +18,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 import convert.__main__ as command
 from convert.to_hf import to_hf
 from convert.to_orbax import to_orbax
+from qwen3vl_jax import device_mesh
 from qwen3vl_jax.checkpoint import digests
 from qwen3vl_jax.checkpoint.digests import DamagedError
 from qwen3vl_jax.checkpoint.orbax_io import read_tree
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.loading import load
-from qwen3vl_jax.model import sharding
 from qwen3vl_jax.training import (
     checkpoints,
     recipe,
@@ -38,7 +38,7 @@ from qwen3vl_jax.training.checkpoints import Checkpoints, restore
 def test_a_digest_is_the_same_wherever_an_array_lies(dtype, monkeypatch):
     """In numpy, on a device and over a mesh; one bit of any value, the shape and the dtype change it."""
     x = np.random.default_rng(0).normal(0, 50, (4, 12, 8)).astype(dtype)
-    mesh = sharding.make_mesh({"data": 2, "tensor": 4})
+    mesh = device_mesh.make_mesh({"data": 2, "tensor": 4})
     where = NamedSharding(mesh, PartitionSpec("data", None, "tensor"))
     on_mesh = digests.digests({"a": jax.device_put(jnp.asarray(x), where)})
     assert on_mesh == digests.digests({"a": jnp.asarray(x)}) == {"a": digests.digest(x)}

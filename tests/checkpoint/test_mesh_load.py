@@ -18,12 +18,12 @@ from jax.sharding import PartitionSpec as P
 
 import qwen3vl_jax as q3
 from convert.to_orbax import to_orbax
+from qwen3vl_jax import device_mesh
 from qwen3vl_jax.checkpoint import device_load, orbax_io
 from qwen3vl_jax.checkpoint.device_load import Source, path_shardings, weights_bytes
 from qwen3vl_jax.checkpoint.hf_reader import open_hf
 from qwen3vl_jax.checkpoint.param_paths import flatten
 from qwen3vl_jax.checkpoint.peft_io import save_adapter
-from qwen3vl_jax.model import sharding
 from qwen3vl_jax.training import stacked_load, train_model
 from qwen3vl_jax.training.stacked_load import load_stacked
 
@@ -32,7 +32,7 @@ ONE = {"depth": 1, "deepstack_visual_indexes": [0]}
 
 
 def mesh():
-    return sharding.make_mesh({"fsdp": 4, "tensor": 2})
+    return device_mesh.make_mesh({"fsdp": 4, "tensor": 2})
 
 
 def written(folder, sparse, quantised=False):
@@ -147,11 +147,11 @@ def test_an_adapter_beside_the_shards(tmp_path):
 
 def test_a_parameter_that_an_axis_does_not_divide_is_named(tmp_path, monkeypatch):
     source, orbax = written(tmp_path, False)
-    uneven = sharding.make_mesh({"tensor": 7}, jax.devices()[:7])
+    uneven = device_mesh.make_mesh({"tensor": 7}, jax.devices()[:7])
     for directory in (source, orbax):
         with pytest.raises(q3.InputError, match=r"^\S+ \[.*: tensor = 7 divides none"):
             q3.load(directory, mesh=uneven)
-    monkeypatch.setattr(sharding, "MAX_REPLICATED", 100)
+    monkeypatch.setattr(device_mesh, "MAX_REPLICATED", 100)
     with pytest.raises(q3.InputError, match=r"^embed .*tensor = 7 divides none"):
         q3.load(source, mesh=uneven)
 

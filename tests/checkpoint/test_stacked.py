@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 import qwen3vl_jax as q3
 from convert.to_orbax import to_orbax
 from qwen3vl_jax.checkpoint.param_paths import flatten
-from qwen3vl_jax.model.sharding import make_mesh
+from qwen3vl_jax.device_mesh import make_mesh
 from qwen3vl_jax.training import param_groups, train_model
 from qwen3vl_jax.training.stacked_load import layers_of, load_stacked, paths_of
 

@@ -11,6 +11,7 @@ from meshes import mesh_of, model, on_mesh
 
 import infer
 import qwen3vl_jax as q3
+from qwen3vl_jax import device_mesh
 from qwen3vl_jax.checkpoint import auto_mesh
 from qwen3vl_jax.checkpoint.config_files import PARAMS
 from qwen3vl_jax.checkpoint.device_load import Source, path_shardings
@@ -19,7 +20,6 @@ from qwen3vl_jax.cli import common
 from qwen3vl_jax.cli.infer_arguments import mesh_sizes
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.inference import decode_loop
-from qwen3vl_jax.model import sharding
 
 
 def test_streams_keep_one_program(monkeypatch):
@@ -133,7 +133,7 @@ def test_a_model_larger_than_a_device_is_spread(capsys):
     assert "spread over 8 devices, --mesh fsdp=4,tensor=2" in capsys.readouterr().err
     with pytest.raises(q3.InputError, match="this host has 8: too few, 8 of them would hold"):
         auto_mesh.chosen(source, "float32", [Device(held // 10)] * 8)
-    mesh = sharding.layout_mesh({"fsdp": 4, "tensor": 2})
+    mesh = device_mesh.layout_mesh({"fsdp": 4, "tensor": 2})
     uneven = auto_mesh.weights_bytes(source, "float32", mesh)
     assert held / 8 < 0.99 * uneven  # small ones lie whole on each
     with pytest.raises(q3.InputError, match="too few"):
@@ -155,7 +155,7 @@ def test_how_released_sizes_are_spread():
         leaves = {
             tuple(row.path): jax.ShapeDtypeStruct(row.shape, np.float32) for row in param_specs(cfg)
         }
-        where = path_shardings(sharding.layout_mesh(sizes), cfg, leaves)
+        where = path_shardings(device_mesh.layout_mesh(sizes), cfg, leaves)
         held = sum(np.prod(s.shard_shape(leaves[path].shape)) for path, s in where.items() if s)
         total = sum(np.prod(x.shape) for x in leaves.values())
         assert held < 1.15 * total / np.prod(list(sizes.values())), (name, count)

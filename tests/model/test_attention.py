@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qwen3vl_jax.__main__ import backends
 from qwen3vl_jax.model.attention import (
     BLOCK,
     attend,
     attention_probs,
-    backends,
     causal_ranges,
     cudnn_refusal,
 )

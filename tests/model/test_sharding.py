@@ -13,6 +13,7 @@ import pytest
 import train_files
 
 import qwen3vl_jax as q3
+from qwen3vl_jax import device_mesh
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model import sharding
 from qwen3vl_jax.planning.program import check_batch
@@ -82,8 +83,8 @@ def test_an_axis_takes_the_largest_set_that_divides_it():
     found = axes(("kv_heads", 4), ("embed", 4096), fsdp=4, tensor=8)  # no head for each device
     assert found == {"kv_heads": (), "embed": ("fsdp", "tensor")}
     assert axes(("heads", 32), ("heads", 4), tensor=8) == {"heads": ()}
-    assert axes(("rows", 1), ("stream", 64), data=4, sequence=2, tensor=2) == {
-        "rows": (), "stream": ("sequence", "tensor")
+    assert axes(("batch", 1), ("residual", 64), data=4, sequence=2, tensor=2) == {
+        "batch": (), "residual": ("sequence", "tensor")
     }  # fmt: skip
 
 
@@ -96,7 +97,7 @@ def test_every_parameter_of_every_size_has_a_place():
             train_model.shapes(cfg),
             vars(preset(cfg, Pack(rows=count, vision_rows=count), count)),
         )
-        found = state_sharding.params_shardings(sharding.layout_mesh(sizes), cfg, shapes)
+        found = state_sharding.params_shardings(device_mesh.layout_mesh(sizes), cfg, shapes)
         held = {n: where.shard_shape(shapes[n].shape) for n, where in found.items()}
         large = [n for n, x in shapes.items() if x.size > 10**7]
         assert len(large) > 5
@@ -126,7 +127,7 @@ def test_presets(name, count, slices, rows, want):
     cfg = q3.Config.named(name)
     found = preset(cfg, pack, count, slices)
     assert found == want
-    assert sharding.mesh_shape(vars(found), count)
+    assert device_mesh.mesh_shape(vars(found), count)
     check_batch(Recipe("x", 1, pack=pack, mesh=found), cfg, vars(found))
 
 
@@ -163,9 +164,9 @@ def test_no_preset_for_too_few_rows(count, slices, pack, told):
 
 def test_refusals_name_the_parameter_and_the_axis():
     x = {"layers.mlp.down": jax.ShapeDtypeStruct((31, 1157, 1003), jnp.float32)}
-    mesh = sharding.make_mesh({"fsdp": 8})
+    mesh = device_mesh.make_mesh({"fsdp": 8})
     with pytest.raises(InputError, match=r"layers\.mlp\.down .*fsdp = 8 divides none"):
-        sharding.shardings(mesh, x, {"layers.mlp.down": (None, "embed", "mlp")})
+        device_mesh.shardings(mesh, x, {"layers.mlp.down": (None, "embed", "mlp")})
 
 
 @pytest.mark.parametrize(
@@ -182,7 +183,7 @@ def test_refusals_name_the_parameter_and_the_axis():
 )
 def test_an_axis_that_divides_little_of_a_model_is_refused(name, sizes, told):
     """Also where another axis cuts each of its parameters."""
-    cfg, mesh = q3.Config.named(name), sharding.layout_mesh(sizes)
+    cfg, mesh = q3.Config.named(name), device_mesh.layout_mesh(sizes)
     with pytest.raises(InputError, match=told) if told else contextlib.nullcontext():
         state_sharding.check_mesh(mesh, cfg, train_model.shapes(cfg))
 
@@ -200,20 +201,21 @@ def test_an_axis_that_divides_little_of_a_model_is_refused(name, sizes, told):
 )
 def test_meshes_that_cannot_be(sizes, told):
     with pytest.raises(InputError, match=told):
-        sharding.make_mesh(sizes)
+        device_mesh.make_mesh(sizes)
 
 
 def test_a_smaller_mesh_takes_the_first_devices(monkeypatch):
     """With names long or short; of several processes each needs a part, so that is refused there."""
     for sizes in ({"tensor": 2, "data": 1}, {"tp": 2}):
-        assert list(sharding.make_mesh(sizes).devices.flat) == jax.devices()[:2]
+        assert list(device_mesh.make_mesh(sizes).devices.flat) == jax.devices()[:2]
     assert (
-        list(sharding.make_mesh({"fsdp": 3}, jax.devices()[4:]).devices.flat) == jax.devices()[4:7]
+        list(device_mesh.make_mesh({"fsdp": 3}, jax.devices()[4:]).devices.flat)
+        == jax.devices()[4:7]
     )
-    assert sharding.make_mesh({"fsdp": -1, "tp": 2}).devices.shape == (1, 4, 1, 1, 2)
+    assert device_mesh.make_mesh({"fsdp": -1, "tp": 2}).devices.shape == (1, 4, 1, 1, 2)
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:4])
     with pytest.raises(InputError, match="tensor 2, expected a product of 8"):
-        sharding.make_mesh({"tensor": 2})
+        device_mesh.make_mesh({"tensor": 2})
 
 
 def test_slices_are_told_apart_by_the_data_axis():
@@ -226,10 +228,10 @@ def test_slices_are_told_apart_by_the_data_axis():
             self.id, self.slice_index = i, i // 4
 
     chips = [Chip(i) for i in range(8)]
-    mesh = sharding.make_mesh({"data": 2, "fsdp": 4}, chips)
+    mesh = device_mesh.make_mesh({"data": 2, "fsdp": 4}, chips)
     assert [[c.slice_index for c in row.ravel()] for row in mesh.devices] == [[0] * 4, [1] * 4]
     with pytest.raises(InputError, match="multiple of the 2 slices"):
-        sharding.make_mesh({"data": 1, "fsdp": 8}, chips)
+        device_mesh.make_mesh({"data": 1, "fsdp": 8}, chips)
 
 
 def test_a_recipe_without_a_mesh_takes_all_devices(tmp_path):
@@ -254,9 +256,9 @@ def test_a_program_of_its_own_compiles_while_another_is_traced():
         return 2 * x
 
     def over_shards(x):
-        where = sharding.mesh_axes_for(("heads", len(x)))
-        return sharding.on_shards(traced, where, (("heads",),), ("heads",), traced(x))
+        heads = sharding.spec(("heads",), sharding.mesh_axes_for(("heads", len(x))))
+        return sharding.on_shards(traced, (heads,), heads, traced(x))
 
     assert jax.jit(over_shards)(jnp.ones(4)).tolist() == [4.0] * 4
-    with jax.set_mesh(sharding.make_mesh({"tensor": 2})):
+    with jax.set_mesh(device_mesh.make_mesh({"tensor": 2})):
         assert jax.jit(over_shards)(jnp.ones(4)).tolist() == [4.0] * 4

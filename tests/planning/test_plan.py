@@ -18,8 +18,8 @@ from rich.console import Console
 
 import infer
 import train
+from qwen3vl_jax.device_mesh import make_mesh
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.model.sharding import make_mesh
 from qwen3vl_jax.planning import (
     command,
     compiling,

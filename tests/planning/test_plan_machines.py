@@ -149,10 +149,11 @@ def test_a_part_of_a_tpu_that_is_no_slice_is_refused(sizes, used, told):
 
 def test_devices_that_fill_no_box_make_a_mesh_in_their_order():
     """jax has an assertion there, of no use to anybody."""
+    from qwen3vl_jax import device_mesh
     from qwen3vl_jax.model import sharding
 
     devices = chips_of(2, 2, 1)[:3]
-    shape = sharding.mesh_shape({"tensor": 3}, 3)
+    shape = device_mesh.mesh_shape({"tensor": 3}, 3)
     assert list(sharding._arranged(shape, devices).flat) == devices
 
 
@@ -163,7 +164,7 @@ tpus = [name for name, chip in chips.CHIPS.items() if chip.platform == "tpu"]
 all_of_them = [machines.read_machine(f"{name}:{chips.CHIPS[name].sizes}") for name in tpus]
 machines.prepare_environment(all_of_them[0])
 from qwen3vl_jax.planning.topology import devices_of
-from qwen3vl_jax.model.sharding import make_mesh
+from qwen3vl_jax.device_mesh import make_mesh
 for machine in all_of_them:
     print(machine, make_mesh({"fsdp": machine.devices}, devices_of(machine)).size == machine.devices)
 """

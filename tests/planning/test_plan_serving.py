@@ -11,8 +11,8 @@ from rich.console import Console
 
 from qwen3vl_jax.checkpoint.device_load import Source
 from qwen3vl_jax.cli import infer_arguments
+from qwen3vl_jax.device_mesh import make_mesh
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.model.sharding import make_mesh
 from qwen3vl_jax.planning import command, machines, program, serving
 
 

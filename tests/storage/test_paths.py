@@ -19,6 +19,7 @@ import qwen3vl_jax as q3
 import train
 from convert.__main__ import main as convert
 from convert.to_orbax import to_orbax
+from qwen3vl_jax import device_mesh
 from qwen3vl_jax.checkpoint import orbax_io
 from qwen3vl_jax.checkpoint.hf_reader import open_hf
 from qwen3vl_jax.checkpoint.peft_io import load_adapter, save_adapter
@@ -27,7 +28,6 @@ from qwen3vl_jax.cli.batch_journal import Journal, read_lines
 from qwen3vl_jax.cli.batch_lines import Settings
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.inference import engine
-from qwen3vl_jax.model import sharding
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.storage import append_log, paths
 from qwen3vl_jax.storage.paths import as_path
@@ -146,7 +146,7 @@ def test_loads_as_from_a_folder(bucket, local, form):
     got, found = q3.load(place)
     assert found == cfg
     same(got, want)
-    mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
+    mesh = device_mesh.make_mesh({"fsdp": 4, "tensor": 2})
     same(q3.load(place, mesh=mesh)[0], q3.load(local / form, mesh=mesh)[0])
 
 

@@ -11,7 +11,8 @@ import ours_train
 import pytest
 import tiny
 
-from qwen3vl_jax.model import moe, sharding
+from qwen3vl_jax import device_mesh
+from qwen3vl_jax.model import moe
 from qwen3vl_jax.training import state_sharding
 from qwen3vl_jax.training.mesh_preset import preset
 from qwen3vl_jax.training.recipe import Optimizer, Pack
@@ -107,7 +108,7 @@ def test_groups_on_one_device_are_the_same_batch(case):
 def test_five_steps_of_eight_devices(case, name):
     sizes = MESHES[name] or vars(preset(case.cfg, Pack(rows=GROUPS, vision_rows=GROUPS), 8))
     assert name != "preset" or sizes["expert"] == (2 if case.cfg.text.num_experts else 1)
-    close(case.steps(case.grouped, sharding.make_mesh(sizes)), case.want)
+    close(case.steps(case.grouped, device_mesh.make_mesh(sizes)), case.want)
 
 
 @pytest.mark.parametrize("run", ["scan", "ragged"])
@@ -136,7 +137,7 @@ def test_tokens_find_their_experts_on_other_devices(run, chosen, monkeypatch):
 
     want = of()
     for sizes in ({"expert": 4, "fsdp": 2}, {"expert": 2, "tensor": 4}, {"data": 8}):
-        with jax.set_mesh(sharding.make_mesh(sizes)):
+        with jax.set_mesh(device_mesh.make_mesh(sizes)):
             got = of()
         for ours_, one in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             assert ours.worst(np.asarray(ours_), np.asarray(one)) < 1e-5

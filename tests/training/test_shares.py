@@ -10,6 +10,7 @@ import pytest
 import tiny
 import toy_checkpoint as toy
 
+from qwen3vl_jax import device_mesh
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model import sharding
@@ -33,7 +34,7 @@ def proc(tmp_path_factory):
 
 @pytest.fixture(params=[None, {"fsdp": 4, "tensor": 2}, {"data": 2, "sequence": 4}], ids=str)
 def mesh(request):
-    return request.param and sharding.make_mesh(request.param)
+    return request.param and device_mesh.make_mesh(request.param)
 
 
 def take(feed, count):
@@ -85,10 +86,10 @@ def test_the_patches_of_a_device_are_of_its_rows():
     meshes = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=5) if np.prod(sizes) == 8]
     assert len(meshes) == 35
     for sizes, rows, vision_rows in itertools.product(meshes, (1, 2), (1, 2, 3, 4, 8)):
-        mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes)))
-        groups = sharding.batch_parts(mesh.shape)
-        mine = shares_held(mesh, ("rows", "tokens"), groups * rows)
-        seen = shares_held(mesh, ("vision_rows", "patches"), groups * vision_rows)
+        mesh = device_mesh.make_mesh(dict(zip(sharding.AXES, sizes)))
+        groups = sharding.max_parts("batch", mesh.shape)
+        mine = shares_held(mesh, ("batch", "tokens"), groups * rows)
+        seen = shares_held(mesh, ("vision_batch", "patches"), groups * vision_rows)
         assert all(mine[d][0] <= seen[d][0] and seen[d][1] <= mine[d][1] for d in mine), sizes
 
 
@@ -113,7 +114,7 @@ def test_the_state_goes_on_on_another_mesh(proc, mesh):
     assert len(state["groups"]) == GROUPS
     want = take(shares, 2)
     other = GlobalFeed(
-        DATA, PACK, proc, 3, GROUPS, sharding.make_mesh({"expert": 2, "fsdp": 2, "sequence": 2})
+        DATA, PACK, proc, 3, GROUPS, device_mesh.make_mesh({"expert": 2, "fsdp": 2, "sequence": 2})
     )
     other.set_state(state)
     for a, b in zip(take(other, 2), want, strict=True):
@@ -130,6 +131,6 @@ def test_a_run_of_one_feed_goes_on_as_one_group(proc):
     feed = DataLoader(DATA, PACK, proc, 3)
     take(feed, 2)
     state = json.loads(json.dumps(feed.global_state(feed.get_state())))
-    shares = GlobalFeed(DATA, PACK, proc, 3, 1, sharding.make_mesh({"tensor": 8}))
+    shares = GlobalFeed(DATA, PACK, proc, 3, 1, device_mesh.make_mesh({"tensor": 8}))
     shares.set_state(state)
     same(take(shares, 1)[0].packed.batch.tokens[0], take(feed, 1)[0].packed.batch.tokens)

@@ -9,7 +9,7 @@ import ours
 import pytest
 
 from benchmarks import loss_memory
-from qwen3vl_jax.model import losses
+from qwen3vl_jax.config import IGNORE_INDEX
 from qwen3vl_jax.model.attention import (
     BLOCK,
     Dropout,
@@ -21,6 +21,7 @@ from qwen3vl_jax.model.matmul import gather_rows, product
 from qwen3vl_jax.model.quantized import Quantized
 from qwen3vl_jax.model.structs import Batch
 from qwen3vl_jax.model.transformer import full_attention
+from qwen3vl_jax.training import losses
 
 N, D, V = 50, 24, 97
 
@@ -31,7 +32,7 @@ def head():
     rng = np.random.default_rng(0)
     x, table = (rng.normal(size=(n, D)).astype(np.float32) for n in (N, V))
     labels = rng.integers(0, V - 1, N)
-    labels[::7] = losses.IGNORE_INDEX
+    labels[::7] = IGNORE_INDEX
     return x, table, labels, rng.random(N, np.float32)
 
 

@@ -210,7 +210,8 @@ def test_the_balance_loss_of_micro_batches():
 
 def test_experts_load_and_balance_leave_padding_out():
     """One expert that takes every token: E times the largest share there is; padding is not seen."""
-    from qwen3vl_jax.model import losses, moe
+    from qwen3vl_jax.model import moe
+    from qwen3vl_jax.training import losses
 
     chosen = np.array([[0], [0], [0], [3], [4]])
     hot = moe.RouterOutput(jax.nn.one_hot(chosen[:, 0], 7), jnp.asarray(chosen))

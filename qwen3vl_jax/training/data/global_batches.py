@@ -95,7 +95,7 @@ class GlobalFeed:
         else:
             shape = (self.groups, len(names))
             where = array_sharding(
-                self.mesh, ("rows", None), jax.ShapeDtypeStruct(shape, np.float32)
+                self.mesh, ("batch", None), jax.ShapeDtypeStruct(shape, np.float32)
             )
             found = jax.make_array_from_callback(
                 shape,
@@ -164,7 +164,7 @@ def _mine(mesh: Any, shape: tuple[int, ...], groups: int) -> list[int]:
     """The groups whose rows devices of this process have."""
     if mesh is None:
         return list(range(groups))
-    where = array_sharding(mesh, (None, "rows", "tokens"), jax.ShapeDtypeStruct(shape, np.int32))
+    where = array_sharding(mesh, (None, "batch", "tokens"), jax.ShapeDtypeStruct(shape, np.int32))
     rows, found = shape[1], set()
     held: dict[Any, Any] = dict(where.addressable_devices_indices_map(shape))
     for index in held.values():

@@ -15,8 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from qwen3vl_jax.config import IGNORE_INDEX, Config
+from qwen3vl_jax.device_mesh import layout_mesh
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.model.sharding import layout_mesh
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.processing.tokenizer import Tokenizer
 from qwen3vl_jax.storage.paths import as_path, kind

@@ -13,7 +13,7 @@ from qwen3vl_jax.checkpoint.device_load import as_structs
 from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES
 from qwen3vl_jax.checkpoint.param_paths import nest, parse_path
 from qwen3vl_jax.config import Config
-from qwen3vl_jax.model.sharding import layout_mesh
+from qwen3vl_jax.device_mesh import layout_mesh
 from qwen3vl_jax.model.structs import Params
 from qwen3vl_jax.training import param_groups, train_model
 from qwen3vl_jax.training.param_groups import Flat, MergeParams

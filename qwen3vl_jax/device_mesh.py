@@ -1,0 +1,171 @@
+"""The mesh of devices, and the shardings of a model's parameters on it (rules: model/sharding.py)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from qwen3vl_jax.config import AXES, SHORT
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.model.sharding import RULES, Axes, array_sharding, axis_sizes, resolve_axes
+
+# The largest parameter, in bytes, that every device may hold whole.
+MAX_REPLICATED = 64 << 20
+# The largest part of the bytes that a mesh axis could shard that it may leave unsharded.
+MAX_UNSHARDED = 1 / 4
+# XLA otherwise splits a product whose weight is sharded along its inner axis into one per device and
+# adds each into the fp32 result in main memory: five times the traffic of gathering the weight.
+_TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of AXES with `sizes`, by names of AXES or SHORT.
+
+    An axis left out is 1; one may be -1 and takes the devices that are left. devices: None is all; in
+    one process a smaller mesh takes the first of them. Only the data axis crosses slices of a TPU pod.
+    Raises InputError where sizes and devices do not fit.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = _long_names(sizes)
+    wanted = math.prod(sizes.values())
+    local = set(devices) <= set(jax.local_devices())
+    if -1 not in sizes.values() and 0 < wanted < len(devices) and local:
+        devices = devices[:wanted]
+    shape = mesh_shape(sizes, len(devices))
+    arrange = _arrange_slices if slice_count(devices) > 1 else _arrange
+    return Mesh(arrange(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _arrange_slices(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+    """Devices of several slices, joined along the data axis."""
+    slices = slice_count(devices)
+    if shape[0] % slices:
+        raise InputError(
+            f"mesh.data is {shape[0]}, expected a multiple of the {slices} slices: only data goes "
+            "over the network between them"
+        )
+    inner, outer = (shape[0] // slices, *shape[1:]), (slices, *[1] * (len(AXES) - 1))
+    make = mesh_utils.create_hybrid_device_mesh
+    try:
+        return make(inner, outer, devices, allow_split_physical_axes=True)
+    except (AssertionError, ValueError) as error:  # slices of different sizes
+        raise InputError(
+            f"mesh: {len(devices)} devices of {slices} slices make no mesh of {shape}; take all "
+            f"devices of each: {' '.join(str(error).split())[:200]}"
+        ) from None
+
+
+def _arrange(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+    """Devices of one slice by their links; in their own order if they fill no box of it."""
+    try:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    except (AssertionError, ValueError, NotImplementedError):  # depends on the chip and the gap
+        return np.array(devices, dtype=object).reshape(shape)
+
+
+def _long_names(sizes: Mapping[str, int]) -> dict[str, int]:
+    named = {SHORT.get(name, name): n for name, n in sizes.items()}
+    if len(named) < len(sizes):
+        raise InputError(f"mesh: an axis stands there twice in {dict(sizes)}")
+    return named
+
+
+def slice_count(devices: Sequence[Any]) -> int:
+    """Number of slices (hosts, for GPUs) of the devices: only the network joins them."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def layout_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
+    """A mesh of AXES without devices, to compute shardings."""
+    shape = tuple(sizes.get(name, 1) for name in AXES)
+    return AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def mesh_shape(sizes: Mapping[str, int], count: int) -> tuple[int, ...]:
+    """The sizes of AXES for `count` devices. Raises InputError where they do not fit."""
+    for name, n in sizes.items():
+        if name not in AXES:
+            raise InputError(f"mesh.{name}: unknown axis; known: {', '.join(AXES)}")
+        if n != -1 and n < 1:
+            raise InputError(f"mesh.{name} is {n}, expected a number from 1, or -1")
+    asked = [sizes.get(name, 1) for name in AXES]
+    known, free = math.prod(n for n in asked if n != -1), asked.count(-1)
+    shown = " x ".join(f"{name} {n}" for name, n in zip(AXES, asked) if n != 1) or "1"
+    if known > count:
+        raise InputError(f"mesh: {shown} needs {known} devices, there are {count}")
+    if free > 1 or count % known or (not free and known != count):
+        raise InputError(
+            f"mesh: {shown}, expected a product of {count}, the number of devices (one axis may be -1)"
+        )
+    return tuple(count // known if n == -1 else n for n in asked)
+
+
+def compiler_options(mesh: Mesh) -> dict[str, str] | None:
+    """XLA options of `jax.jit` on a mesh; their names exist on one platform only."""
+    return dict(_TPU_OPTIONS) if mesh.devices.flat[0].platform == "tpu" else None
+
+
+def ambient_mesh() -> Mesh | None:
+    """The mesh of `jax.set_mesh` with its devices; not to be called inside jit."""
+    mesh = jax.sharding.get_mesh()
+    return None if mesh.empty else mesh
+
+
+def shardings(
+    mesh: Mesh | AbstractMesh | None, shapes: Mapping[str, Any], axes: Mapping[str, Axes]
+) -> dict:
+    """{name: NamedSharding} of parameters {name: array or ShapeDtypeStruct} with their logical axes.
+
+    mesh None gives None for each. Raises InputError for a parameter over MAX_REPLICATED bytes that
+    stays whole on a mesh that has axes for parameters.
+    """
+    if mesh is None:
+        return dict.fromkeys(shapes)
+    sizes, out = axis_sizes(mesh), {}
+    usable = [a for a in RULES["embed"] if a in sizes]
+    for name, x in shapes.items():
+        out[name] = array_sharding(mesh, axes[name], x)
+        size = _bytes(x)
+        if usable and size > MAX_REPLICATED and out[name].is_fully_replicated:
+            raise InputError(
+                f"{name} {list(x.shape)}: {size >> 20} MiB would stay whole on every device, since "
+                f"{', '.join(f'{a} = {sizes[a]}' for a in usable)} divides none of its axes "
+                f"{list(axes[name])}; take smaller ones and a larger mesh.data"
+            )
+    return out
+
+
+def _bytes(x: Any) -> int:
+    return math.prod(x.shape) * np.dtype(x.dtype).itemsize
+
+
+def check_divides(
+    mesh: Mesh | AbstractMesh | None, shapes: Mapping[str, Any], axes: Mapping[str, Axes]
+) -> None:
+    """Raises InputError for a mesh axis that leaves too much of a whole model unsharded.
+
+    Too much is MAX_UNSHARDED of the bytes that RULES let it shard. shapes and axes: as in `shardings`.
+    The message names the largest parameter that the axis does not divide.
+    """
+    sizes = {} if mesh is None else axis_sizes(mesh)
+    used = {}
+    for name, x in shapes.items():
+        found = resolve_axes(list(zip(axes[name], x.shape, strict=True)), sizes)
+        used[name] = {axis for mesh_axes in found.values() for axis in mesh_axes}
+    for axis, count in sizes.items():
+        allowed = [n for n in shapes if any(axis in RULES[a] for a in axes[n] if a)]
+        missed = [n for n in allowed if axis not in used[n]]
+        left, total = (sum(_bytes(shapes[n]) for n in names) for names in (missed, allowed))
+        if left > MAX_UNSHARDED * total:
+            name = max(missed, key=lambda n: _bytes(shapes[n]))
+            raise InputError(
+                f"{name} {list(shapes[name].shape)}: {axis} = {count} divides none of its axes "
+                f"{list(axes[name])} that are left to it, and would leave {left / total:.0%} "
+                "of the parameters whole; take a size that divides them, and a larger mesh.data"
+            )

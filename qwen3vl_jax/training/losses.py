@@ -1,0 +1,196 @@
+"""Training losses: cross entropy with a chunked vocabulary, z-loss, the router's balance loss.
+
+Dims as in model/layers.py.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from qwen3vl_jax.config import IGNORE_INDEX, Config
+from qwen3vl_jax.model.attention import NEG
+from qwen3vl_jax.model.layers import linear_fp32
+from qwen3vl_jax.model.lora import Adapted
+from qwen3vl_jax.model.losses import label_logprobs
+from qwen3vl_jax.model.moe import RouterOutput
+from qwen3vl_jax.model.quantized import Quantized, Weight
+from qwen3vl_jax.model.sharding import shard
+from qwen3vl_jax.model.structs import Params
+from qwen3vl_jax.model.transformer import final_norm, lm_head
+
+
+class TokenSums(NamedTuple):
+    """Sums over tokens whose label is not IGNORE_INDEX."""
+
+    loss: jax.Array  # weighted cross entropy
+    z: jax.Array  # weighted logsumexp^2: PaLM's z-loss, arXiv 2204.02311
+    tokens: jax.Array  # int32, number of tokens
+    correct: jax.Array  # int32, tokens whose label has the largest logit
+
+
+def token_sums(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> TokenSums:
+    """Sums of logits [.. V] fp32 with labels and weights [..]."""
+    logprobs, logsumexp = label_logprobs(logits, labels)
+    return _sums(logprobs, logsumexp, jnp.argmax(logits, axis=-1), labels, weights)
+
+
+def _sums(logprobs, logsumexp, best, labels, weights) -> TokenSums:
+    counted = labels != IGNORE_INDEX
+    weights = jnp.where(counted, weights, 0.0)
+    loss, z = jnp.sum(weights * -logprobs), jnp.sum(weights * logsumexp**2)
+    return TokenSums(loss, z, jnp.sum(counted), jnp.sum(counted & (best == labels)))
+
+
+def lm_head_sums(
+    params: Params, cfg: Config, x: jax.Array, labels: jax.Array, weights: jax.Array, chunk: int
+) -> TokenSums:
+    """`chunked_cross_entropy` of the residual x [.. D] before the final norm; labels, weights [..]."""
+    table = lm_head(params, cfg)
+    return chunked_cross_entropy(final_norm(params, cfg, x), table, labels, weights, chunk)
+
+
+def chunked_cross_entropy(
+    x: jax.Array, table: Weight | Adapted, labels: jax.Array, weights: jax.Array, chunk: int
+) -> TokenSums:
+    """`token_sums` of the lm_head that holds the logits of `chunk` words at a time.
+
+    x [.. D] after the final norm, table [V D], labels [..] already shifted, weights [..] without a
+    gradient. The vocabulary is chunked, not the tokens: an online softmax over words is exact, and each
+    row of the table gets its gradient once, in place; chunks of tokens would each add a whole table.
+    The backward pass computes the logits again. There is no forward mode; `loss_fn` has it.
+    Source: the online softmax of arXiv 1805.02867.
+    """
+    # Chunks are cut out of V, so V is gathered.
+    table = shard(table, None, "embed") if isinstance(table, jax.Array) else table
+    return _chunked_sums(min(chunk, table.shape[0]), x, table, labels, weights)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunked_sums(chunk, x, table, labels, weights) -> TokenSums:
+    return _online_softmax(chunk, x, table, labels, weights)[0]
+
+
+def _online_softmax(chunk, x, table, labels, weights) -> tuple[TokenSums, jax.Array]:
+    """The sums, and the logsumexp [..]."""
+
+    def body(carry, j):
+        top, best, total, picked = carry
+        start, words = _chunk_words(chunk, table.shape[0], j)
+        logits = linear_fp32(x, _slice_vocab(table, start, chunk))
+        logits = jnp.where(words >= 0, logits, NEG)
+        high = jnp.max(logits, -1)
+        new_top = jnp.maximum(top, high)
+        total = total * jnp.exp(top - new_top) + jnp.sum(jnp.exp(logits - new_top[..., None]), -1)
+        best = jnp.where(high > top, words[jnp.argmax(logits, -1)], best)
+        hit = jnp.where(words == labels[..., None], logits, 0.0)
+        return (new_top, best, total, picked + jnp.sum(hit, -1)), None
+
+    zero = jnp.zeros_like(labels, jnp.float32)
+    start = (jnp.full_like(zero, NEG), jnp.zeros_like(labels), zero, zero)
+    chunks = jnp.arange(-(-table.shape[0] // chunk))
+    top, best, total, picked = jax.lax.scan(body, start, chunks)[0]
+    logsumexp = top + jnp.log(total)
+    return _sums(picked - logsumexp, logsumexp, best, labels, weights), logsumexp
+
+
+def _chunk_words(chunk: int, vocab: int, j: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(first word, words [chunk]) of chunk j. The last overlaps the one before: those words are -1."""
+    start = jnp.minimum(j * chunk, vocab - chunk)
+    words = start + jnp.arange(chunk)
+    return start, jnp.where(words >= j * chunk, words, -1)
+
+
+def _slice_vocab(table: Any, start: jax.Array, size: int) -> Any:
+    """Words start .. start + size - 1 of an lm_head [V D], however it is held."""
+
+    def cut(x: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(x, start, size)
+
+    if isinstance(table, Adapted):
+        pairs = {name: pair.replace(b=cut(pair.b)) for name, pair in table.pairs.items()}
+        return table.replace(base=_slice_vocab(table.base, start, size), pairs=pairs)
+    if isinstance(table, Quantized):
+        scale = table.scale if table.scale.shape[0] == 1 else cut(table.scale)
+        return table.replace(values=cut(table.values), scale=scale)
+    return cut(table)
+
+
+def _chunked_forward(chunk, x, table, labels, weights):
+    sums, logsumexp = _online_softmax(chunk, x, table, labels, weights)
+    return sums, (x, table, labels, weights, logsumexp)
+
+
+def _chunked_backward(chunk, saved, gradients):
+    """Gradients of x and of the table's float leaves; jit drops those of a frozen table."""
+    x, table, labels, weights, logsumexp = saved
+    d_loss, d_z, *_ = gradients
+    weights = jnp.where(labels != IGNORE_INDEX, weights, 0.0)
+    scale = (weights * (d_loss + 2 * d_z * logsumexp))[..., None]
+    vocab = table.shape[0]
+
+    def body(carry, j):
+        d_x, d_table = carry
+        start, words = _chunk_words(chunk, vocab, j)
+        logits, pull = jax.vjp(linear_fp32, x, _slice_vocab(table, start, chunk))
+        d_logits = jnp.exp(logits - logsumexp[..., None]) * scale
+        d_logits -= jnp.where(words == labels[..., None], (weights * d_loss)[..., None], 0.0)
+        more_x, more = pull(jnp.where(words >= 0, d_logits, 0.0))
+        pairs = zip(d_table, _float_leaves(more), strict=True)
+        d_table = [_add_words(total, d, start) for total, d in pairs]
+        return (d_x + more_x.astype(jnp.float32), d_table), None
+
+    zeros = jnp.zeros(x.shape, jnp.float32), [jnp.zeros_like(y) for y in _float_leaves(table)]
+    (d_x, d_table), _ = jax.lax.scan(body, zeros, jnp.arange(-(-vocab // chunk)))
+    found = iter(d_table)
+    d_table = jax.tree.map(lambda leaf: next(found) if _is_float(leaf) else None, table)
+    return d_x.astype(x.dtype), d_table, None, None
+
+
+def _is_float(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def _float_leaves(tree: Any) -> list[jax.Array]:
+    return [leaf for leaf in jax.tree.leaves(tree) if _is_float(leaf)]
+
+
+def _add_words(total: jax.Array, more: jax.Array, start: jax.Array) -> jax.Array:
+    """Adds a chunk's gradient to a leaf's, in place; leaves that have no axis V are added whole."""
+    if total.shape == more.shape:
+        return total + more
+    old = jax.lax.dynamic_slice_in_dim(total, start, len(more))
+    return jax.lax.dynamic_update_slice_in_dim(total, old + more, start, 0)
+
+
+_chunked_sums.defvjp(_chunked_forward, _chunked_backward)
+
+
+class RouterSums(NamedTuple):
+    """Sums of one MoE layer's RouterOutput over tokens that are not padding."""
+
+    counts: jax.Array  # [A E] fp32: tokens whose choice a is expert e
+    probs: jax.Array  # [E] fp32: sum of the probabilities
+
+
+def router_sums(routed: RouterOutput, mask: jax.Array) -> RouterSums:
+    """The sums of one layer; mask [..] is true where a token counts."""
+    counted, experts = mask[..., None].astype(jnp.float32), routed.probs.shape[-1]
+    hits = jax.nn.one_hot(routed.expert_index, experts, dtype=jnp.float32)  # [.. A E]
+    lead = tuple(range(mask.ndim))
+    counts = jnp.sum(hits * counted[..., None], lead)
+    return RouterSums(counts, jnp.sum(routed.probs * counted, lead))
+
+
+def balance_loss(sums: RouterSums, tokens: jax.Array) -> jax.Array:
+    """E times the sum over choices and experts of (fraction of tokens) x (mean probability).
+
+    sums have a leading axis of layers; the means are over all of them, as in transformers. tokens:
+    how many counted in each layer. Source: Switch Transformer, arXiv 2101.03961, eq. 4 to 6.
+    """
+    total = jnp.maximum(tokens * sums.probs.shape[0], 1)
+    fraction, prob = jnp.sum(sums.counts, 0) / total, jnp.sum(sums.probs, 0) / total
+    return sums.probs.shape[-1] * jnp.sum(fraction * prob)
