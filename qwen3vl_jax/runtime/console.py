@@ -284,16 +284,26 @@ class Clock:
     def __init__(self) -> None:
         import jax
 
-        self.compiling = 0.0
+        self._thread = threading.get_ident()
+        self._spans: list[tuple[float, float]] = []
         self._mark = (time.perf_counter(), 0.0)
         jax.monitoring.register_event_duration_secs_listener(self._heard)
 
     def _heard(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
-        if event.startswith("/jax/core/compile/"):
-            self.compiling += duration_secs
+        """Notes when this thread compiled; what it did within that, as to trace, is not counted twice."""
+        if event.startswith("/jax/core/compile/") and threading.get_ident() == self._thread:
+            end = time.perf_counter()
+            while self._spans and self._spans[-1][0] >= end - duration_secs:
+                self._spans.pop()
+            self._spans.append((end - duration_secs, end))
+
+    @property
+    def compiling(self) -> float:
+        """Seconds of compiling so far."""
+        return sum(end - start for start, end in self._spans)
 
     def lap(self) -> float:
         """Seconds since the last lap, without those of compiling."""
-        now, (then, compiled) = time.perf_counter(), self._mark
-        self._mark = (now, self.compiling)
-        return max(now - then - (self.compiling - compiled), 1e-9)
+        now, (then, compiled), compiling = time.perf_counter(), self._mark, self.compiling
+        self._mark = (now, compiling)
+        return max(now - then - (compiling - compiled), 1e-9)
