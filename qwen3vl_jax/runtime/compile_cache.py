@@ -67,9 +67,9 @@ def keep_programs(wanted: bool, environ: Mapping[str, str] = os.environ) -> None
             print(f"compile cache: {error.filename}: {error.strerror}", file=sys.stderr)
         else:
             jax.config.update("jax_compilation_cache_dir", where)
-            for limit in ("min_compile_time_secs", "min_entry_size_bytes"):
-                if f"JAX_PERSISTENT_CACHE_{limit.upper()}" not in environ:
-                    jax.config.update(f"jax_persistent_cache_{limit}", 0)
+    for limit in ("min_compile_time_secs", "min_entry_size_bytes"):  # small programs too
+        if where and f"JAX_PERSISTENT_CACHE_{limit.upper()}" not in environ:
+            jax.config.update(f"jax_persistent_cache_{limit}", 0)
     PROGRAMS.begin(where)
 
 
