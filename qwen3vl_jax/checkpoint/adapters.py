@@ -60,7 +60,8 @@ def _sum(
             weight = _add_product(weight, target.axis, span, a, b, adapter.scales(target.name)[i])
         return weight.astype(leaf.dtype)
 
-    return dataclasses.replace(leaf, load=load)
+    # Parts are cut from the sum: the file's own would lack the adapter.
+    return dataclasses.replace(leaf, load=load, read=None)
 
 
 def _add_product(weight, axis: int | None, span: tuple[str, int, int], a, b, scale):

@@ -124,14 +124,21 @@ def test_nothing_changes_at_first_and_the_loop_is_the_scan(case):
 def test_merged_it_gives_equal_logits_in_transformers(case):
     named = case.merged(case.weights, case.adapter)
     leaves = dict(flatten(name_map.from_hf(case.cfg, case.ref.weights)))
-    lazy = {path: LazyTensor(x.shape, x.dtype, lambda x=x: x) for path, x in leaves.items()}
+    lazy = {
+        path: LazyTensor(x.shape, x.dtype, lambda x=x: x, lambda where, x=x: [x[i] for i in where])
+        for path, x in leaves.items()
+    }
     added = merged(case.cfg, lazy, case.weights, case.adapter)
     for row in name_map.param_specs(case.cfg):
-        for name, x in row.split(added[row.path].load()):
+        whole = added[row.path].load()
+        for name, x in row.split(whole):
             np.testing.assert_allclose(named[name], x, rtol=1e-5, atol=1e-6)
+        half = (slice(0, max(len(whole) // 2, 1)), *(slice(0, n) for n in whole.shape[1:]))
+        (part,) = added[row.path].parts([half])
+        np.testing.assert_array_equal(part, whole[half])
     assert named.keys() == case.ref.weights.keys()
-    whole = reference.Reference(case.ref.config, named, 0, case.moe)
-    model = reference._torch_model(whole, "float32")
+    shown = reference.Reference(case.ref.config, named, 0, case.moe)
+    model = reference._torch_model(shown, "float32")
     assert ours.worst(case.logits, case.torch(model)) < BOUND
 
 
