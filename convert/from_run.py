@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from convert import SHARD_SIZE, Progress
-from convert.to_hf import write_files
+from convert.to_hf import Sink, write_files
 from qwen3vl_jax.checkpoint.config_files import copy_files
+from qwen3vl_jax.checkpoint.param_paths import TreePath
 from qwen3vl_jax.checkpoint.peft_io import save_adapter
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
@@ -18,9 +20,8 @@ from qwen3vl_jax.training.run_dir import CONFIG, MODEL
 from qwen3vl_jax.training.run_params import (
     SavedStep,
     flat_arrays,
-    merged_leaves,
+    step_leaves,
     step_weights,
-    trained_leaves,
 )
 
 
@@ -48,16 +49,18 @@ def run_to_hf(
         raise InputError(f"{run}: --adapter is for LoRA, and this run's lora.rank is 0")
     if wanted.adapter:
         return (*_write_adapter(recipe, cfg, weights, out), message + "PEFT adapter, ")
-    if recipe.lora.rank:
-        stored, read = merged_leaves(recipe, cfg, weights)
-        message += "merged, "
-    else:
-        stored, read = trained_leaves(recipe, cfg, weights)
+    leaves, first = step_leaves(recipe, cfg, weights)
+    message += "merged, " if recipe.lora.rank else ""
+    leading = set(first)
+
+    def read(sink: Sink, order: Sequence[TreePath]) -> None:
+        for path in (*first, *(path for path in order if path not in leading)):
+            sink(path, leaves[path].load())
 
     def finish(stage: Path) -> None:
         copy_files(run / MODEL, side_files(run / MODEL), stage)
 
-    written = write_files(out, cfg, stored, read, finish, force, shard_size, progress)
+    written = write_files(out, cfg, leaves, read, finish, force, shard_size, progress)
     return (*written, message)
 
 

@@ -1,10 +1,9 @@
-"""The parameters that a run of train.py has learned, read from its directory for inference and export."""
+"""Parameters that a run of train.py has learned, read from its directory for inference and export."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import ml_dtypes
@@ -29,13 +28,10 @@ from qwen3vl_jax.training.run_dir import CHECKPOINTS, CONFIG, MODEL, chosen_step
 from qwen3vl_jax.training.stacked_load import layers_of, paths_of
 from qwen3vl_jax.training.train_model import initial_params
 
-Sink = Callable[[TreePath, np.ndarray], None]
-ReadInto = Callable[[Sink, Sequence[TreePath]], None]
-
 
 @dataclasses.dataclass(frozen=True)
 class SavedStep:
-    """What of a run is exported. step: best, last, a number, or None: best if any was evaluated."""
+    """The step and the form to export. step: best, last, a number, or None (best if evaluated)."""
 
     step: str | None = None
     adapter: bool = False
@@ -43,35 +39,48 @@ class SavedStep:
 
 
 def run_leaves(run: Path, cfg: Config) -> tuple[dict[TreePath, LazyTensor], str]:
-    """The parameters of a run's best step, or its last, by path, and which step. Raises InputError.
+    """The parameters of a run's best step, or its last, by path, and a text that names the step.
 
-    As `run_to_hf` writes them; of what was trained one stack of layers is in memory at a time, so read
-    them in their order.
+    Read them in their order: see `step_leaves`. Raises InputError.
     """
     recipe, (weights, message) = read_recipe(run / CONFIG), step_weights(run, SavedStep())
+    leaves, _ = step_leaves(recipe, cfg, weights)
+    return leaves, message + "merged" if recipe.lora.rank else message.removesuffix(", ")
+
+
+def step_leaves(
+    recipe: Recipe, cfg: Config, weights: Path
+) -> tuple[dict[TreePath, LazyTensor], list[TreePath]]:
+    """(the parameters of a saved step by path, the paths to read first and in this order).
+
+    A LoRA run's adapter is merged into the checkpoint that it began with. Of other runs, trained
+    layers come stack by stack, one stack in memory at a time, and frozen arrays come from that
+    checkpoint.
+    """
+    base = _base(recipe, cfg)
     if recipe.lora.rank:
-        return merged_leaves(recipe, cfg, weights)[0], message + "merged"
-    leaves, stacks = _base(recipe, cfg), {}
+        return merged(cfg, base, flat_arrays(weights), adapter_of(recipe, cfg)), []
+    stacks: dict[str, LazyTensor] = {}
     open_tree(weights, lambda path, leaf: stacks.update({str(path[0]): leaf}))
+    layers: dict[TreePath, np.ndarray] = {}
 
-    @functools.lru_cache(maxsize=1)
-    def layers(name: str) -> dict[TreePath, np.ndarray]:
-        return dict(layers_of(name, stacks[name].load()))
+    def load(name: str, path: TreePath) -> np.ndarray:
+        if path not in layers:
+            # The old stack goes before the next one comes.
+            layers.clear()
+            layers.update(layers_of(name, stacks[name].load()))
+        return layers[path].astype(base[path].dtype)
 
-    for name, path in [(n, path) for n in stacks for path in paths_of(n, cfg)]:
-        leaf = leaves[path]
-
-        def load(
-            name: str = name, path: TreePath = path, dtype: np.dtype = leaf.dtype
-        ) -> np.ndarray:
-            return layers(name)[path].astype(dtype)
-
-        leaves[path] = LazyTensor(leaf.shape, leaf.dtype, load)
-    return leaves, message.removesuffix(", ")
+    trained = {
+        path: dataclasses.replace(base[path], load=functools.partial(load, name, path), read=None)
+        for name in stacks
+        for path in paths_of(name, cfg)
+    }
+    return trained | {path: leaf for path, leaf in base.items() if path not in trained}, [*trained]
 
 
 def run_adapter(run: Path, cfg: Config) -> tuple[dict[str, np.ndarray], Adapter]:
-    """The adapter of a LoRA run's best step, or its last, as `peft.load_adapter` gives one."""
+    """The adapter of a LoRA run's best step, or its last, as `load_adapter` gives one."""
     recipe = read_recipe(run / CONFIG)
     if not recipe.lora.rank:
         raise InputError(f"{run}: holds no adapter (its lora.rank is 0); give it as the checkpoint")
@@ -83,7 +92,7 @@ def run_adapter(run: Path, cfg: Config) -> tuple[dict[str, np.ndarray], Adapter]
 
 
 def step_weights(run: Path, wanted: SavedStep) -> tuple[Path, str]:
-    """Where the weights of a run's step are, and what they are."""
+    """The folder of a saved step's weights, and a text that names them."""
     number = _step(run, wanted.step)
     saved = run / CHECKPOINTS / str(number)
     averaged = (saved / "average").is_dir() and not wanted.raw
@@ -92,53 +101,21 @@ def step_weights(run: Path, wanted: SavedStep) -> tuple[Path, str]:
 
 
 def _step(run: Path, wanted: str | None) -> int:
-    """The step that is asked for, or the best if any was evaluated, else the last."""
+    """The number of the wanted step; by default the best if any was evaluated, else the last."""
     if wanted is None:
         wanted = "best" if scores(run) else "last"
     return chosen_step(run, wanted)
 
 
-def trained_leaves(
-    recipe: Recipe, cfg: Config, weights: Path
-) -> tuple[dict[TreePath, LazyTensor], ReadInto]:
-    """What a run without LoRA gives: trained arrays of a step, and those it froze."""
-    trained = {p for path in stored_tensors(weights) for p in paths_of(str(path[0]), cfg)}
-    leaves = _base(recipe, cfg)
-
-    def read(sink: Sink, order: Sequence[TreePath]) -> None:
-        def trained_sink(path: TreePath, array: np.ndarray) -> None:
-            for place, layer in layers_of(str(path[0]), array):
-                sink(place, layer.astype(leaves[place].dtype))
-
-        read_tree(weights, trained_sink)
-        for path in (path for path in order if path not in trained):
-            sink(path, leaves[path].load())
-
-    return leaves, read
-
-
-def merged_leaves(
-    recipe: Recipe, cfg: Config, weights: Path
-) -> tuple[dict[TreePath, LazyTensor], ReadInto]:
-    """What a LoRA run gives: the checkpoint it began with (not rounded to 8 bits), and its adapter."""
-    leaves = merged(cfg, _base(recipe, cfg), flat_arrays(weights), adapter_of(recipe, cfg))
-
-    def read(sink: Sink, order: Sequence[TreePath]) -> None:
-        for path in order:
-            sink(path, leaves[path].load())
-
-    return leaves, read
-
-
 def flat_arrays(weights: Path) -> dict[str, np.ndarray]:
-    """The flat weights of a step in numpy."""
+    """The weights of a step as numpy arrays by name, layers stacked."""
     found: dict[str, np.ndarray] = {}
     read_tree(weights, lambda path, array: found.update({str(path[0]): array}))
     return found
 
 
 def _base(recipe: Recipe, cfg: Config) -> dict[TreePath, LazyTensor]:
-    """The arrays that a run began with, in the dtypes of their files; drawn ones are bf16."""
+    """The arrays that a run began with, in the dtypes of their files; random ones are bf16."""
     if recipe.init != "checkpoint":
         return _drawn(recipe, cfg)
     directory = resolve(recipe.ckpt)
@@ -155,7 +132,7 @@ def _base(recipe: Recipe, cfg: Config) -> dict[TreePath, LazyTensor]:
 
 
 def _drawn(recipe: Recipe, cfg: Config) -> dict[TreePath, LazyTensor]:
-    """The arrays that a run drew at its start, drawn again when the first is asked for."""
+    """The random arrays that a run began with, drawn again when the first is loaded."""
 
     @functools.cache
     def arrays() -> dict[TreePath, np.ndarray]:
