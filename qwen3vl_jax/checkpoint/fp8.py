@@ -9,7 +9,6 @@ What is quantised is decided by the stored dtypes; config.json says how large th
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,7 @@ from qwen3vl_jax.checkpoint.config_files import QUANTISATION
 from qwen3vl_jax.checkpoint.name_map import Block
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.storage.safetensors_files import (
-    DTYPES,
     FP8,
-    Files,
     Stored,
 )
 
@@ -96,14 +93,14 @@ def _misfit_scales(tensor: Stored, scales: Stored | None, block: Block) -> str |
     return None
 
 
-def dequantise(codes: np.ndarray, scales: np.ndarray, block: Block, out: np.ndarray) -> None:
+def dequantize_into(codes: np.ndarray, scales: np.ndarray, block: Block, out: np.ndarray) -> None:
     """Writes the weights of codes [..., a, b] (8-bit) into `out` (bf16, same shape, any strides).
 
     scales: float32, `scale_shape`. A strip of blocks at a time, so that float32 values stay in cache.
     """
     if codes.ndim > 2:
         for code, scale, part in zip(codes, scales, out):
-            dequantise(code, scale, block, part)
+            dequantize_into(code, scale, block, part)
         return
     rows, columns = codes.shape
     for scale, start in zip(scales, range(0, rows, block[0])):
@@ -112,45 +109,3 @@ def dequantise(codes: np.ndarray, scales: np.ndarray, block: Block, out: np.ndar
         values = np.take(_VALUES, codes[strip].view(np.uint8), mode="clip")
         values *= np.repeat(scale, min(block[1], columns))[:columns]
         out[strip] = values.astype(out.dtype)  # cast first: where `out` is turned, that is faster
-
-
-@dataclasses.dataclass(frozen=True)
-class Weight:
-    """A stored tensor, with its scales if it is quantised; `keep` gives its codes as they are."""
-
-    files: Files
-    tensor: Stored
-    scales: Stored | None
-    block: Block | None
-    keep: bool = False
-
-    @property
-    def dtype(self) -> np.dtype:
-        """The dtype of what `load` gives: as stored, or bf16 for FP8 that is not kept."""
-        as_stored = self.scales is None or self.keep
-        return (DTYPES | FP8)[self.tensor.dtype if as_stored else "BF16"]
-
-    def load(self) -> np.ndarray:
-        """The values: a read-only view of the file, or a dequantised copy."""
-        if self.scales is None or self.keep:
-            return self.files.view(self.tensor)
-        out = np.empty(self.tensor.shape, self.dtype)
-        self.read_into(out)
-        return out
-
-    def sliced(self) -> np.ndarray:
-        """The values as something to take parts of; of an object as few bytes as can be."""
-        return self.load() if self.scales and not self.keep else self.files.sliced(self.tensor)
-
-    def load_scales(self) -> np.ndarray:
-        """The scales of kept codes: a read-only view of the file."""
-        assert self.scales is not None
-        return self.files.view(self.scales)
-
-    def read_into(self, out: np.ndarray) -> None:
-        """Writes the values into `out` (same shape and dtype, any strides): no other copy is made."""
-        codes = self.files.view(self.tensor)
-        if self.scales is None or self.block is None or self.keep:
-            out[...] = codes
-        else:
-            dequantise(codes, self.files.view(self.scales), self.block, out)

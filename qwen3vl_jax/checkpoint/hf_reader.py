@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from qwen3vl_jax.checkpoint.config_files import QUANTISATION, read_config
-from qwen3vl_jax.checkpoint.fp8 import (
-    SUFFIX,
-    Weight,
-    block_of,
-    misfit,
-)
+from qwen3vl_jax.checkpoint.fp8 import SUFFIX, block_of, misfit
+from qwen3vl_jax.checkpoint.hf_weights import Experts, Weight
 from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES, Index, LazyTensor
 from qwen3vl_jax.checkpoint.name_map import (
     TEXT,
@@ -43,19 +38,6 @@ _ROWS = 4096  # of the embedding, compared at a time
 log = logging.getLogger("qwen3vl_jax")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Source:
-    """A tensor in the released layout: its dtype, and how it is read from what is stored.
-
-    scales: of codes that are kept, one a block of the released layout.
-    """
-
-    dtype: np.dtype
-    load: Callable[[], np.ndarray]
-    scales: Callable[[], np.ndarray] | None = None
-    sliced: Callable[[], np.ndarray] | None = None  # `load`, but of what is taken parts of alone
-
-
 def open_hf(
     directory: Path, cfg: Config, layout: str | None = None, weights: str | None = None
 ) -> dict[TreePath, LazyTensor]:
@@ -80,7 +62,7 @@ class _Matcher:
         self.keep = weights == "fp8"
         self.files = Files()
         self.problems: list[str] = []
-        self.sources: dict[str, _Source | None] = {}
+        self.weights: dict[str, Weight | Experts | None] = {}
         self.block = block_of(directory, read_config(directory))
         found = self._by_released_name(read_tensors(directory))
         self.scales = {name: found.pop(name) for name in list(found) if name.endswith(SUFFIX)}
@@ -145,41 +127,37 @@ class _Matcher:
         return None
 
     def _leaves(self, param: ParamSpec) -> dict[TreePath, LazyTensor]:
-        """A parameter's array, or the two of a kept one; nothing where a problem was noted."""
+        """A parameter's array, or values and scale of a kept one; {} where a problem was noted."""
         for part in param.parts:
-            if part.name not in self.sources:
-                weight = self._take(part.name, part.hf_shape)
-                self.sources[part.name] = weight and _source(weight)
-        sources = [source for part in param.parts if (source := self.sources[part.name])]
-        if len(sources) < len(param.parts):
+            if part.name not in self.weights:
+                self.weights[part.name] = self._take(part.name, part.hf_shape)
+        weights = [weight for part in param.parts if (weight := self.weights[part.name])]
+        if len(weights) < len(param.parts):
             return {}
-        if len({source.dtype for source in sources}) > 1:
-            found = ", ".join(f"{p.name} {s.dtype}" for p, s in zip(param.parts, sources))
-            self.problems.append(
-                f"dtype of {path_str(param.path)}: {found}; expected one for all parts"
-            )
+        if len({weight.dtype for weight in weights}) > 1:
+            found = ", ".join(f"{p.name} {w.dtype}" for p, w in zip(param.parts, weights))
+            where = path_str(param.path)
+            self.problems.append(f"dtype of {where}: found {found}, expected one for all parts")
             return {}
-        loads = [source.load for source in sources]
 
-        def parts(where: Sequence[Index]) -> list[np.ndarray]:
-            tensors = [(source.sliced or source.load)() for source in sources]
+        def load() -> np.ndarray:
+            return param.assemble([weight.load() for weight in weights])
+
+        def read(where: Sequence[Index]) -> list[np.ndarray]:
+            tensors = [weight.sliceable() for weight in weights]
             return [param.cut(tensors, index) for index in where]
 
-        leaf = LazyTensor(
-            param.shape, sources[0].dtype, lambda: param.assemble([load() for load in loads]), parts
-        )
-        scales = [source.scales for source in sources if source.scales]
+        leaf = LazyTensor(param.shape, weights[0].dtype, load, read)
         block = self.block
-        if not scales or block is None:
+        if not weights[0].keep or block is None:
             return {param.path: leaf}
 
         def scale() -> np.ndarray:
-            return param.assemble_scales([load() for load in scales], block)
+            return param.assemble_scales([weight.load_scales() for weight in weights], block)
 
-        shape = param.scale_shape(block)
         return {
             (*param.path, VALUES): leaf,
-            (*param.path, SCALE): LazyTensor(shape, DTYPES["F32"], scale),
+            (*param.path, SCALE): LazyTensor(param.scale_shape(block), DTYPES["F32"], scale),
         }
 
     def _tied_head(self) -> None:
@@ -214,7 +192,7 @@ class _Matcher:
         if f"{prefix}0.gate_proj.weight" in self.found:
             names = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
             for fused, shape in shapes.items():
-                self.sources[prefix + fused] = self._gathered(prefix, names[fused], shape)
+                self.weights[prefix + fused] = self._single(prefix, names[fused], shape)
             return
         stored = self.found.get(prefix + "gate_up_proj")
         if stored is None:
@@ -225,20 +203,20 @@ class _Matcher:
                 f"transformers 5 (hidden_size is twice moe_intermediate_size): say which "
                 f"(--expert-layout {' or '.join(LAYOUTS)})"
             )
-        # gate_up decides for both: down alone tells nothing where d == m.
-        found_turned = self.layout is None and stored.shape == (e, 2 * m, d)
-        if found_turned or self.layout == LAYOUTS[1]:
-            for fused, (_, inner, outer) in shapes.items():
-                weight = self._take(prefix + fused, (e, outer, inner))
-                self.sources[prefix + fused] = weight and self._turned(weight)
+        # gate_up decides for both: the shape of down is ambiguous where hidden_size equals
+        # moe_intermediate_size.
+        transposed = self.layout is None and stored.shape == (e, 2 * m, d)
+        if transposed or self.layout == LAYOUTS[1]:
+            for fused, shape in shapes.items():
+                self.weights[prefix + fused] = self._fused(prefix + fused, shape)
 
-    def _gathered(
+    def _single(
         self, prefix: str, names: tuple[str, ...], shape: tuple[int, int, int]
-    ) -> _Source | None:
-        """[E, in, out] from each expert's own [out, in] matrices (gate and up side by side)."""
-        e, inner, outer = shape
+    ) -> Experts | None:
+        """Experts from a tensor for each; notes what is wrong with them and gives None."""
+        count, inner, outer = shape
         width = outer // len(names)
-        wanted = [f"{prefix}{j}.{name}.weight" for j in range(e) for name in names]
+        wanted = [f"{prefix}{j}.{name}.weight" for j in range(count) for name in names]
         weights = [self._take(name, (width, inner)) for name in wanted]
         stored = [weight for weight in weights if weight]
         if len(stored) < len(wanted):
@@ -246,48 +224,25 @@ class _Matcher:
         if len({weight.dtype for weight in stored}) > 1:
             self.problems.append(f"dtype of {prefix}*: found several, expected one")
             return None
+        self._check_blocks(stored[0], f"{prefix}*", width if len(names) > 1 else 0)
+        return Experts(stored, shape, len(names))
 
-        def load() -> np.ndarray:
-            out = np.empty(shape, stored[0].dtype)
-            for k, weight in enumerate(stored):
-                j, part = divmod(k, len(names))
-                weight.read_into(out[j, :, part * width : (part + 1) * width].T)
-            return out
+    def _fused(self, name: str, shape: tuple[int, int, int]) -> Experts | None:
+        """Experts from one tensor [E, out, in]; notes what is wrong with it and gives None."""
+        count, inner, outer = shape
+        weight = self._take(name, (count, outer, inner))
+        if weight is None:
+            return None
+        self._check_blocks(weight, weight.tensor.where)
+        return Experts([weight], shape)
 
-        def scales() -> np.ndarray:
-            sides = [weight.load_scales().T for weight in stored]
-            experts = zip(*(sides[k :: len(names)] for k in range(len(names))))
-            return np.stack([np.concatenate(each, axis=1) for each in experts])
-
-        if not stored[0].keep:
-            return _Source(stored[0].dtype, load)
-        self._check_turned_blocks(f"{prefix}*", width if len(names) > 1 else 0)
-        return _Source(stored[0].dtype, load, scales)
-
-    def _turned(self, weight: Weight) -> _Source:
-        """[E, in, out] from a stored [E, out, in]."""
-        e, outer, inner = weight.tensor.shape
-
-        def load() -> np.ndarray:
-            out = np.empty((e, inner, outer), weight.dtype)
-            weight.read_into(out.transpose(0, 2, 1))
-            return out
-
+    def _check_blocks(self, weight: Weight, where: str, width: int = 0) -> None:
+        """Notes blocks of kept FP8 that do not transpose: not square, or cut at `width`."""
         if not weight.keep:
-            return _Source(weight.dtype, load)
-        self._check_turned_blocks(weight.tensor.where)
-        return _Source(weight.dtype, load, lambda: weight.load_scales().transpose(0, 2, 1))
-
-    def _check_turned_blocks(self, where: str, width: int = 0) -> None:
-        """Notes blocks that the released layout of experts cannot have: not square, or cut at `width`."""
+            return
         assert self.block is not None
         if self.block[0] != self.block[1] or width % self.block[0]:
             self.problems.append(
                 f"blocks of {where}: {list(self.block)} do not fit the released layout of experts, in "
                 f"which FP8 is kept; load or convert it without weights fp8"
             )
-
-
-def _source(weight: Weight) -> _Source:
-    scales = weight.load_scales if weight.keep else None
-    return _Source(weight.dtype, weight.load, scales, weight.sliced)

@@ -14,7 +14,7 @@ from convert.__main__ import main
 from convert.to_hf import to_hf
 from convert.to_orbax import to_orbax
 from qwen3vl_jax import Config, InputError
-from qwen3vl_jax.checkpoint.fp8 import dequantise
+from qwen3vl_jax.checkpoint.fp8 import dequantize_into
 from qwen3vl_jax.checkpoint.hf_reader import open_hf
 from qwen3vl_jax.checkpoint.name_map import to_hf as to_released
 from qwen3vl_jax.checkpoint.save import save_params
@@ -108,7 +108,7 @@ def test_every_code():
     codes = np.tile(np.arange(256, dtype=np.uint8), (6, 1)).view(ml_dtypes.float8_e4m3fn)
     scales = np.float32([[1, 2**-9, 3.3e-5], [0, 1e-40, 1e30]])
     out = np.empty(codes.shape, ml_dtypes.bfloat16)
-    dequantise(codes, scales, (3, 100), out)
+    dequantize_into(codes, scales, (3, 100), out)
     want = codes.astype(np.float32) * fp8.spread(scales, codes.shape, (3, 100))
     want = want.astype(ml_dtypes.bfloat16)
     assert np.isnan(want).sum() == 12
