@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen3vl_jax.checkpoint.device_load import Source, as_structs
-from qwen3vl_jax.checkpoint.int8 import quantised
+from qwen3vl_jax.checkpoint.int8 import quantize_leaves
 from qwen3vl_jax.checkpoint.lazy_tensor import LazyTensor
 from qwen3vl_jax.checkpoint.param_paths import TreePath, nest
 from qwen3vl_jax.config import Config
@@ -113,7 +113,7 @@ def main(ckpt: str) -> None:
     """Prints the error of one checkpoint in a 16-bit form."""
     source = Source(resolve(ckpt), Config.from_hf(resolve(ckpt)))
     leaves = source.stored()
-    rounded = quantised(source.cfg, leaves)
+    rounded = quantize_leaves(source.cfg, leaves)
     print(logit_error(source.cfg, *(functools.partial(subtree, x) for x in (leaves, rounded))))
 
 

@@ -8,7 +8,7 @@ from convert import Progress
 from qwen3vl_jax.checkpoint.adapters import merged
 from qwen3vl_jax.checkpoint.config_files import PARAMS, copy_files
 from qwen3vl_jax.checkpoint.hf_reader import open_hf
-from qwen3vl_jax.checkpoint.int8 import quantised
+from qwen3vl_jax.checkpoint.int8 import quantize_leaves
 from qwen3vl_jax.checkpoint.name_map import tree_of
 from qwen3vl_jax.checkpoint.orbax_io import write_tree
 from qwen3vl_jax.checkpoint.peft_io import load_adapter
@@ -43,7 +43,7 @@ def to_orbax(
     if adapter is not None:
         as_stored = leaves = merged(cfg, leaves, *load_adapter(adapter, cfg))
     if weights == "int8":
-        leaves = quantised(cfg, as_stored)
+        leaves = quantize_leaves(cfg, as_stored)
     if (source / PARAMS).exists():
         raise InputError(
             f"{source}: holds {PARAMS!r}, which would collide with the Orbax checkpoint"

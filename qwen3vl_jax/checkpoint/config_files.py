@@ -1,4 +1,4 @@
-"""The files beside a checkpoint's weights, and its config.json as it describes what we write."""
+"""The files beside a checkpoint's weights: copies, and the config.json of a written checkpoint."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from qwen3vl_jax.storage.paths import copy_file, make_folder
 
 # The Orbax item inside a checkpoint directory.
 PARAMS = "params"
-# Its key in config.json or in the text_config there.
-QUANTISATION = "quantization_config"
+# A key of config.json or its text_config.
+QUANTIZATION = "quantization_config"
 
 
 def copy_files(source: Path, names: Iterable[Path], target: Path, fp8: bool = False) -> None:
-    """Copies files by relative name, config.json last: a directory without it is no checkpoint.
+    """Copies files by relative name, config.json last, which makes a directory a checkpoint.
 
-    config.json is written anew where `as_written` changes it.
+    config.json is rewritten where `as_written` changes it.
     """
     for name in sorted(names, key=lambda name: (name == Path(CONFIG), name)):
         make_folder((target / name).parent)
@@ -38,23 +38,23 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def write_config(directory: Path, raw: Mapping[str, Any], tied: bool, fp8: bool = False) -> None:
-    """Writes a config.json: `as_written`."""
+    """Writes the config.json of `as_written`."""
     text = write_json(as_written(raw, tied, fp8), CONFIG, indent=2) + "\n"
     (directory / CONFIG).write_text(text, encoding="utf-8")
 
 
 def as_written(raw: Mapping[str, Any], tied: bool, fp8: bool = False) -> dict[str, Any]:
-    """A config.json's dict as it describes what we write.
+    """A config.json's dict for a written checkpoint.
 
-    It is without quantization_config unless the weights are kept so (fp8). Whether the head is tied
-    is said at the top and in text_config: transformers 5 reads the one, transformers 4 the other.
+    quantization_config stays only for kept FP8. tie_word_embeddings is written at the top, which
+    transformers 5 reads, and in text_config, which transformers 4 reads.
     """
     left = dict(raw)
     if isinstance(text := left.get("text_config"), Mapping):
         left["text_config"] = dict(text)
     for part in (left, left.get("text_config", {})):
         if not fp8:
-            part.pop(QUANTISATION, None)
+            part.pop(QUANTIZATION, None)
         if part.get(TIED, False) is not tied:
             part[TIED] = tied
     return left

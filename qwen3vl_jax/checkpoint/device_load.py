@@ -1,4 +1,4 @@
-"""From files to arrays on devices: one tensor of the host's at a time, on a mesh only its shards."""
+"""Files to arrays on devices: one tensor in host memory at a time, on a mesh only its shards."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ Leaves = Mapping[TreePath, LazyTensor]
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A checkpoint's directory and the form that is asked of its weights, as `load` has it."""
+    """A checkpoint's directory and the wanted form of its weights, as in `load`."""
 
     directory: Path
     cfg: Config
     weights: str | None = None
     expert_layout: str | None = None
-    # What a run of train.py has learned, which is read by training/run_params.py.
+    # The arrays of a run of train.py, from training/run_params.py.
     run: Leaves | None = None
 
     @property
@@ -47,7 +47,7 @@ class Source:
         return (self.directory / PARAMS).is_dir()
 
     def stored(self) -> Leaves:
-        """The arrays as the files hold them; those of Orbax are read by orbax_io. Raises InputError."""
+        """The arrays as the files hold them; orbax_io reads those of Orbax. Raises InputError."""
         directory = self.directory
         if self.run is not None:
             check_weights(directory, None, self.weights)
@@ -64,19 +64,16 @@ class Source:
         return held
 
     def asked(self, stored: Leaves) -> Leaves:
-        """The arrays as they will be held: codes and scales in place of what is rounded to int8."""
-        return int8.quantised(self.cfg, stored) if self.rounds(stored) else stored
+        """The arrays as devices hold them: values and scale in place of what int8 rounds."""
+        return int8.quantize_leaves(self.cfg, stored) if self.rounds(stored) else stored
 
     def rounds(self, stored: Leaves) -> bool:
-        """Whether matrices are rounded to int8 here, and not held so already."""
+        """Whether this load rounds to int8: wanted, and not stored so."""
         return self.weights == "int8" and stored_kind(stored) is None
 
 
 def weights_bytes(source: Source, dtype: Any = None, mesh: AbstractMesh | None = None) -> int:
-    """Bytes that the parameters will take on a device, alone or of a mesh. Raises InputError.
-
-    Only headers are read.
-    """
+    """Bytes of the parameters on one device, alone or of a mesh; reads headers only. Raises InputError."""
     leaves = source.asked(source.stored())
     codes, where = eight_bit(leaves), path_shardings(mesh, source.cfg, leaves)
     wide = None if dtype is None else np.dtype(dtype).itemsize
@@ -89,7 +86,7 @@ def weights_bytes(source: Source, dtype: Any = None, mesh: AbstractMesh | None =
 
 
 def load_params(source: Source, mesh: Mesh | None, dtype: Any) -> Params:
-    """The parameters of a checkpoint, on the default device or cut over a mesh. Raises InputError."""
+    """The parameters of a checkpoint on the default device, or sharded over a mesh. Raises InputError."""
     stored = source.stored()
     asked = source.asked(stored)
     put = _Put(path_shardings(mesh, source.cfg, asked), eight_bit(asked), dtype)
@@ -97,20 +94,20 @@ def load_params(source: Source, mesh: Mesh | None, dtype: Any) -> Params:
 
 
 def read_leaves(source: Source, stored: Leaves, put: Callable) -> dict[TreePath, Any]:
-    """{path: put(path, LazyTensor)} of every array as it will be held, one after another.
+    """{path: put(path, LazyTensor)} of every array as devices hold it, one after another.
 
-    stored: of the source. Raises InputError for files that cannot be read.
+    stored: the source's. Raises InputError for files that cannot be read.
     """
     if not source.is_orbax:
         return {path: put(path, leaf) for path, leaf in source.asked(stored).items()}
-    rows = int8.int8_params(source.cfg) if source.rounds(stored) else {}
+    rounded = int8.int8_params(source.cfg) if source.rounds(stored) else {}
     found = {}
 
     def sink(path: TreePath, leaf: LazyTensor) -> None:
-        if path not in rows:
+        if path not in rounded:
             found[path] = put(path, leaf)
             return
-        for key, part in int8.quantise(rows[path], leaf.load()).items():
+        for key, part in int8.quantize(rounded[path], leaf.load()).items():
             found[*path, key] = put((*path, key), in_memory(part))
 
     open_tree(source.directory / PARAMS, sink)
@@ -120,9 +117,9 @@ def read_leaves(source: Source, stored: Leaves, put: Callable) -> dict[TreePath,
 def path_shardings(
     mesh: Mesh | AbstractMesh | None, cfg: Config, leaves: Mapping[TreePath, Any]
 ) -> dict[TreePath, NamedSharding | None]:
-    """Where each array of a tree of per-layer parameters lies; None without a mesh. Raises InputError.
+    """The sharding of each array by its per-layer path, None without a mesh. Raises InputError.
 
-    leaves: anything with shape and dtype by path. Codes and scales lie as their weight would, as far as
+    leaves: anything with shape and dtype. 8-bit values and scales are sharded as their weight, as far as
     their own axes divide.
     """
     if mesh is None:
@@ -138,7 +135,7 @@ def path_shardings(
 
 @dataclasses.dataclass(frozen=True)
 class _Put:
-    """Puts an array of a path where it belongs, in the dtype it is to have there."""
+    """Puts an array on its devices, in the wanted dtype."""
 
     where: Mapping[TreePath, NamedSharding | None]
     codes: set[TreePath]
@@ -148,13 +145,14 @@ class _Put:
         array = on_devices(leaf, self.where[path])
         if self.dtype is not None and path not in self.codes:
             array = array.astype(self.dtype)
-        return array.block_until_ready()  # or the host copies of many tensors would wait at once
+        # Otherwise the host copies of many tensors are alive at once.
+        return array.block_until_ready()
 
 
 def on_devices(leaf: LazyTensor, sharding: NamedSharding | None) -> jax.Array:
-    """A tensor on the default device, or its parts on the devices of this process that hold them."""
+    """A tensor on the default device, or its shards on this process's devices."""
     if sharding is None:
-        # jnp.array copies; device_put would alias the memory map on a CPU, and a file may change.
+        # Not device_put: on a CPU it would alias the memory map of a file that may change.
         return jnp.array(leaf.load())
 
     def key(index: Any) -> tuple[tuple[int, ...], ...]:
@@ -169,18 +167,19 @@ def on_devices(leaf: LazyTensor, sharding: NamedSharding | None) -> jax.Array:
 def put_pairs(
     matrices: Mapping[str, np.ndarray], mesh: Mesh | None, dtype: Any
 ) -> dict[str, jax.Array]:
-    """An adapter's matrices where its weights are: experts' lie with their experts, others whole."""
+    """An adapter's matrices on the mesh: experts' are sharded with their experts, others replicated."""
 
     def put(x: np.ndarray) -> jax.Array:
         x = x if dtype is None else x.astype(dtype)
-        axes = (None, "expert", None, None) if x.ndim == 4 else (None,) * x.ndim  # layers in front
+        # The first axis is that of layers.
+        axes = (None, "expert", None, None) if x.ndim == 4 else (None,) * x.ndim
         return on_devices(in_memory(x), None if mesh is None else array_sharding(mesh, axes, x))
 
     return {name: put(x) for name, x in matrices.items()}
 
 
 def as_structs(tree: Any) -> Any:
-    """A tree as files hold it, with a Quantized in place of each dict of values and scale."""
+    """A tree with a Quantized in place of each dict of values and scale."""
     if isinstance(tree, dict):
         if tree.keys() == {VALUES, SCALE}:
             return Quantized(**tree)
@@ -191,7 +190,7 @@ def as_structs(tree: Any) -> Any:
 def as_dicts(tree: Any) -> Any:
     """The inverse of `as_structs`."""
 
-    def opened(leaf: Any) -> Any:
+    def as_dict(leaf: Any) -> Any:
         return {VALUES: leaf.values, SCALE: leaf.scale} if isinstance(leaf, Quantized) else leaf
 
-    return jax.tree.map(opened, tree, is_leaf=lambda leaf: isinstance(leaf, Quantized))
+    return jax.tree.map(as_dict, tree, is_leaf=lambda leaf: isinstance(leaf, Quantized))

@@ -1,10 +1,10 @@
-"""FP8 checkpoints: e4m3 codes with one float32 scale a block, which become bf16 weights or are kept.
+"""FP8 checkpoints: e4m3 codes with one float32 scale per block, kept or dequantized to bf16.
 
     W[..., a, b] = bf16(float32(code[..., a, b]) * scale[..., a // A, b // B])    for blocks [A, B]
 
-Blocks lie along the last two axes as stored, whatever the layout. A tensor's scales have its name with
-`_scale_inv` behind ("inv" is historical: they multiply).
-What is quantised is decided by the stored dtypes; config.json says how large the blocks are.
+Blocks cover the last two axes as stored, in any layout. The scales of tensor NAME are NAME_scale_inv
+("inv" is historical: they multiply). The stored dtypes decide which tensors are FP8; config.json gives
+the size of a block.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from qwen3vl_jax.checkpoint.config_files import QUANTISATION
+from qwen3vl_jax.checkpoint.config_files import QUANTIZATION
 from qwen3vl_jax.checkpoint.name_map import Block
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.storage.safetensors_files import (
@@ -30,29 +30,30 @@ _VALUES = np.arange(256, dtype=np.uint8).view(FP8["F8_E4M3"]).astype(np.float32)
 
 
 def block_of(where: Path, raw: Mapping[str, Any]) -> Block | None:
-    """The block [A, B] of a config.json's quantization_config, wherever it stands; None without one.
+    """The block [A, B] of quantization_config in a config.json or its text_config; None without one.
 
-    Raises InputError for another method than fp8, another format than e4m3, and no block.
+    Raises InputError for a method other than fp8, a format other than e4m3, and a missing block.
     """
     text = raw.get("text_config")
-    nested = text.get(QUANTISATION) if isinstance(text, Mapping) else None
-    quantised = raw.get(QUANTISATION) or nested
-    if not quantised:
+    nested = text.get(QUANTIZATION) if isinstance(text, Mapping) else None
+    found = raw.get(QUANTIZATION) or nested
+    if not found:
         return None
-    if not isinstance(quantised, Mapping):
-        raise InputError(f"{where}: {QUANTISATION} is {quantised!r}, expected an object; {_ADVICE}")
-    method = quantised.get("quant_method")
-    if method != "fp8":
-        raise InputError(f"{where}: weights quantised by {method!r}, expected fp8; {_ADVICE}")
-    form = quantised.get("fmt", "e4m3")  # transformers itself writes no fmt
-    block = quantised.get("weight_block_size")
-    if form != "e4m3":
-        raise InputError(f"{where}: {QUANTISATION}.fmt is {form!r}, expected 'e4m3'; {_ADVICE}")
+    if not isinstance(found, Mapping):
+        raise InputError(f"{where}: {QUANTIZATION}: got {found!r}, expected an object; {_ADVICE}")
+    # transformers writes no fmt.
+    for key, expected in (("quant_method", "fp8"), ("fmt", "e4m3")):
+        value = found.get(key, "e4m3" if key == "fmt" else None)
+        if value != expected:
+            raise InputError(
+                f"{where}: {QUANTIZATION}.{key}: got {value!r}, expected {expected!r}; {_ADVICE}"
+            )
+    block = found.get("weight_block_size")
     sides = tuple(block) if isinstance(block, (list, tuple)) else ()
     if len(sides) != 2 or any(type(side) is not int or side < 1 for side in sides):
         raise InputError(
-            f"{where}: {QUANTISATION}.weight_block_size is {block!r}, expected two sizes "
-            f"(one scale a block), as [128, 128]; {_ADVICE}"
+            f"{where}: {QUANTIZATION}.weight_block_size: got {block!r}, expected two "
+            f"sizes, as [128, 128]; {_ADVICE}"
         )
     return sides
 
@@ -63,7 +64,7 @@ def scale_shape(shape: tuple[int, ...], block: Block) -> tuple[int, ...]:
 
 
 def misfit(tensor: Stored, scales: Stored | None, block: Block | None) -> str | None:
-    """What is wrong with a tensor and the scales of its name (one line), or None."""
+    """The problem of a tensor and the scales of its name in one line, or None."""
     if tensor.dtype in FP8:
         if block is None or len(tensor.shape) not in (2, 3):
             return (
@@ -96,7 +97,8 @@ def _misfit_scales(tensor: Stored, scales: Stored | None, block: Block) -> str |
 def dequantize_into(codes: np.ndarray, scales: np.ndarray, block: Block, out: np.ndarray) -> None:
     """Writes the weights of codes [..., a, b] (8-bit) into `out` (bf16, same shape, any strides).
 
-    scales: float32, `scale_shape`. A strip of blocks at a time, so that float32 values stay in cache.
+    scales: float32 [..., ceil(a / A), ceil(b / B)]. Works in strips of blocks, whose float32 values
+    stay in cache.
     """
     if codes.ndim > 2:
         for code, scale, part in zip(codes, scales, out):
@@ -105,7 +107,8 @@ def dequantize_into(codes: np.ndarray, scales: np.ndarray, block: Block, out: np
     rows, columns = codes.shape
     for scale, start in zip(scales, range(0, rows, block[0])):
         strip = slice(start, start + block[0])
-        # "clip" only spares the check of indices, of which every one is below 256.
+        # "clip" skips the bounds check: every index is below 256.
         values = np.take(_VALUES, codes[strip].view(np.uint8), mode="clip")
         values *= np.repeat(scale, min(block[1], columns))[:columns]
-        out[strip] = values.astype(out.dtype)  # cast first: where `out` is turned, that is faster
+        # Casting first is faster where `out` is transposed.
+        out[strip] = values.astype(out.dtype)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qwen3vl_jax.checkpoint.config_files import QUANTISATION, read_config
+from qwen3vl_jax.checkpoint.config_files import QUANTIZATION, read_config
 from qwen3vl_jax.checkpoint.fp8 import SUFFIX, block_of, misfit
 from qwen3vl_jax.checkpoint.hf_weights import Experts, Weight
 from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES, Index, LazyTensor
@@ -96,7 +96,7 @@ class _Matcher:
         for tensor in tensors:
             if tensor.dtype in FP8 and self.block is None:
                 raise InputError(
-                    f"{tensor.where}: {tensor.dtype}, but {CONFIG} has no {QUANTISATION} with the "
+                    f"{tensor.where}: {tensor.dtype}, but {CONFIG} has no {QUANTIZATION} with the "
                     f"size of its blocks; fetch {CONFIG} again or take the bf16 release"
                 )
             name = released_name(tensor.name)

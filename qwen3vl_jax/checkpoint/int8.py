@@ -1,11 +1,10 @@
-"""int8 weights: codes with one float32 scale an output channel, made from bf16 or float32 ones.
+"""int8 weights: codes with one float32 scale per output channel, from bf16 or float32 weights.
 
-    code = round(W / scale), scale = max |W| / 127 over what a product sums (the input channels)
+    code = round(W / scale), scale = max |W| / 127 over the input channels
 
-Experts have a scale for each expert and output channel, q, k and v for each head and row.
-Quantised are the decoder's matrices: the embedding and the head, attention, MLP and experts. Norms,
-biases, the router and the vision tower are not: the tower runs once a picture, where 8 bits save no
-time, and tokens alone (`logit_error`) would not show what its rounding changes.
+Experts have a scale per expert and output channel. The decoder's matrices are quantized: embedding,
+head, attention, MLP and experts. Norms, biases, the router and the vision tower are not: the tower runs
+once per image, where 8 bits save no time.
 """
 
 from __future__ import annotations
@@ -21,12 +20,13 @@ from qwen3vl_jax.checkpoint.param_paths import TreePath, path_str
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 
-_STRIP = 1 << 22  # weights looked at together, so that their float32 copy is small
+# Weights per strip: only a strip has a float32 copy.
+_STRIP = 1 << 22
 _INT8, _SCALE = np.dtype(np.int8), np.dtype(np.float32)
 
 
 def int8_params(cfg: Config) -> dict[TreePath, ParamSpec]:
-    """The arrays that int8 is for, by path."""
+    """The parameters that int8 quantizes, by path."""
     return {
         param.path: param
         for param in param_specs(cfg)
@@ -34,8 +34,10 @@ def int8_params(cfg: Config) -> dict[TreePath, ParamSpec]:
     }
 
 
-def quantised(cfg: Config, leaves: Mapping[TreePath, LazyTensor]) -> dict[TreePath, LazyTensor]:
-    """The leaves with codes and scales in place of each array that int8 is for; nothing is read yet."""
+def quantize_leaves(
+    cfg: Config, leaves: Mapping[TreePath, LazyTensor]
+) -> dict[TreePath, LazyTensor]:
+    """The leaves with values and scale in place of each quantized array; nothing is read yet."""
     wanted = int8_params(cfg)
     out: dict[TreePath, LazyTensor] = {}
     for path, leaf in leaves.items():
@@ -48,7 +50,7 @@ def quantised(cfg: Config, leaves: Mapping[TreePath, LazyTensor]) -> dict[TreePa
 
 def _pair(param: ParamSpec, leaf: LazyTensor) -> dict[TreePath, LazyTensor]:
     def values() -> np.ndarray:
-        return quantise(param, leaf.load())[VALUES]
+        return quantize(param, leaf.load())[VALUES]
 
     def scale() -> np.ndarray:
         return scales_of(param, leaf.load())
@@ -59,8 +61,8 @@ def _pair(param: ParamSpec, leaf: LazyTensor) -> dict[TreePath, LazyTensor]:
     }
 
 
-def quantise(param: ParamSpec, array: np.ndarray) -> dict[str, np.ndarray]:
-    """Codes and scales of a tree's array; raises InputError for a weight that is not finite."""
+def quantize(param: ParamSpec, array: np.ndarray) -> dict[str, np.ndarray]:
+    """{values, scale} of a parameter's array. Raises InputError for a weight that is not finite."""
     scale = scales_of(param, array)
     codes = np.empty(array.shape, np.int8)
     flat, flat_scale = _flat(param, codes), _flat(param, scale)
@@ -70,7 +72,7 @@ def quantise(param: ParamSpec, array: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def scales_of(param: ParamSpec, array: np.ndarray) -> np.ndarray:
-    """The scales alone; a channel of zeros has 1."""
+    """The scales of a parameter's array, 1 for a channel of zeros. Raises InputError as `quantize`."""
     scale = np.empty(param.channels, np.float32)
     flat = _flat(param, scale)
     for strip, values in _strips(_flat(param, array)):
@@ -78,21 +80,21 @@ def scales_of(param: ParamSpec, array: np.ndarray) -> np.ndarray:
         flat[strip] = np.where(top == 0, 1, top)
     if not np.isfinite(scale).all():
         raise InputError(
-            f"{path_str(param.path)}: holds infinite weights or not-a-numbers, which int8 cannot hold; "
-            f"fetch the checkpoint again or load it without int8"
+            f"{path_str(param.path)}: holds NaN or infinite weights, which int8 cannot hold; fetch "
+            f"the checkpoint again or load it without int8"
         )
     return scale
 
 
 def _flat(param: ParamSpec, array: np.ndarray) -> np.ndarray:
-    """A view [before, summed, after] of a tree's array or of its scales."""
+    """A view [outer, input channels, inner] of a parameter's array or scales."""
     first, last = param.summed[0], param.summed[-1] + 1
     cut = (array.shape[:first], array.shape[first:last], array.shape[last:])
     return array.reshape([math.prod(axes) for axes in cut])
 
 
 def _strips(flat: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """(where, float32 values) of strips along the first axis."""
+    """(slice, float32 values) of strips along the first axis."""
     step = max(1, _STRIP // math.prod(flat.shape[1:]))
     for start in range(0, len(flat), step):
         strip = slice(start, start + step)

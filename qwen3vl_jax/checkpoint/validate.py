@@ -1,4 +1,4 @@
-"""What a checkpoint holds, against what its config and the caller ask for."""
+"""Checks of a checkpoint's arrays against its config.json and the weights that the caller wants."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from qwen3vl_jax.checkpoint.config_files import QUANTISATION
+from qwen3vl_jax.checkpoint.config_files import QUANTIZATION
 from qwen3vl_jax.checkpoint.fp8 import block_of
 from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES, LazyTensor
 from qwen3vl_jax.checkpoint.name_map import Block, param_specs
@@ -23,7 +23,7 @@ _KINDS = {FP8["F8_E4M3"]: "fp8", np.dtype(np.int8): "int8"}
 
 
 class MismatchError(InputError):
-    """Tensors that do not fit the config: one line, and every problem in `problems`."""
+    """Tensors that do not fit config.json: one line, and the list in `problems`."""
 
     def __init__(self, where: Path | str, problems: list[str]):
         self.problems = problems
@@ -32,24 +32,27 @@ class MismatchError(InputError):
 
 
 def check_weights(where: Path, held: str | None, weights: str | None) -> None:
-    """Raises InputError for weights that a checkpoint of fp8, int8 or other (None) ones cannot give."""
+    """Raises InputError if a checkpoint cannot give the wanted weights.
+
+    held: the checkpoint's kind, "fp8", "int8" or None. weights: the wanted kind.
+    """
     if weights not in (None, *WEIGHTS):
-        raise InputError(f"weights is {weights!r}, expected None or {' or '.join(WEIGHTS)}")
+        raise InputError(f"weights: got {weights!r}, expected None or {' or '.join(WEIGHTS)}")
     if weights == "fp8" and held != "fp8":
         found = "int8 weights" if held else "no FP8 weights"
         raise InputError(
-            f"{where}: holds {found}; weights fp8 keeps those of an FP8 release as they are: take one, "
-            f"or leave it out" + ("" if held else ", or take weights int8")
+            f"{where}: holds {found}, and weights fp8 needs an FP8 release; take one, or leave it out"
+            + ("" if held else ", or take weights int8")
         )
     if weights == "int8" and held == "fp8":
         raise InputError(
-            f"{where}: holds FP8 weights, which int8 would round once more; take weights fp8, which "
-            f"needs no more memory, or the bf16 release"
+            f"{where}: holds FP8 weights, which int8 would round again; take weights fp8, which needs "
+            f"no more memory, or the bf16 release"
         )
 
 
 def stored_kind(stored: Mapping[TreePath, LazyTensor]) -> str | None:
-    """What the arrays of an Orbax checkpoint hold: fp8, int8, or None for neither."""
+    """The kind of an Orbax checkpoint's weights: "fp8", "int8" or None."""
     kinds = {_KINDS.get(leaf.dtype) for path, leaf in stored.items() if path[-1] == VALUES}
     return min((kind for kind in kinds if kind), default=None)
 
@@ -57,10 +60,9 @@ def stored_kind(stored: Mapping[TreePath, LazyTensor]) -> str | None:
 def check_stored(
     where: Path, cfg: Config, stored: Mapping[TreePath, LazyTensor], raw: Mapping[str, Any]
 ) -> Block | None:
-    """Raises MismatchError unless the arrays of an Orbax checkpoint are those of the config.
+    """The block of an Orbax checkpoint's FP8 weights, or None; its arrays are those of the config.
 
-    raw: the config.json's dict, which says how large FP8 blocks are; returns that of FP8 weights.
-    An untied head may be absent (a base model).
+    raw: the config.json's dict. An untied head may be absent (a base model). Raises MismatchError.
     """
     block = block_of(where, raw) if stored_kind(stored) == "fp8" else None
     wanted: dict[TreePath, tuple[int, ...]] = {}
@@ -75,7 +77,7 @@ def check_stored(
         wanted[values] = param.shape
         wanted[scale] = param.scale_shape(block) if kind == "fp8" and block else param.channels
         if kind is None or (kind == "fp8" and block is None):
-            expected = f"int8, or float8_e4m3fn with {QUANTISATION} in {CONFIG}"
+            expected = f"int8, or float8_e4m3fn with {QUANTIZATION} in {CONFIG}"
             problems.append(_dtype_problem(values, stored, expected))
         if scale in stored and stored[scale].dtype != np.float32:
             problems.append(_dtype_problem(scale, stored, "float32"))

@@ -1,8 +1,8 @@
-"""Places of files: folders of this machine, and gs:// or whatever else etils.epath opens.
+"""Paths, local or remote: gs:// and the other stores that etils.epath opens.
 
-What is annotated as `Path` may be either one; what they do not share is here. An object store knows
-whole objects only: nothing is renamed, appended to or locked there, and what is written appears when
-it is closed. So what takes several objects is complete when the one that is written last is there.
+An annotation `Path` means either kind. This module holds what the two do not share. An object store
+writes whole objects: it has no rename, append or lock, and an object appears when it is closed. A
+checkpoint of several objects is therefore complete when the last one is there.
 """
 
 from __future__ import annotations
@@ -20,15 +20,17 @@ from typing import Any, BinaryIO, cast
 from qwen3vl_jax.errors import InputError
 
 _MARK = "://"
-_DRIVERS = {"gs": "gcs"}  # fsspec's names of the schemes, where they differ
+# fsspec's names of the schemes, where they differ.
+_DRIVERS = {"gs": "gcs"}
 _EXTRAS = {"gs": "gs", "s3": "s3"}
-_PIECE, _PIECES = 32 << 20, 8  # bytes of a request for a part of an object, and how many at a time
+# Bytes of one request for a part of an object, and requests at a time.
+PIECE, _PIECES = 32 << 20, 8
 
 
 def as_path(given: str | os.PathLike[str]) -> Path:
-    """A place as a path: etils.epath's for one with a scheme, else the machine's own; nothing is read.
+    """A path from text: etils.epath's with a scheme (gs://..), else pathlib's. Nothing is read.
 
-    Raises InputError for a scheme that epath does not know, and where what opens it is not installed.
+    Raises InputError for an unknown scheme and for one whose package is not installed.
     """
     text = os.fspath(given)
     if _MARK not in text:
@@ -48,8 +50,9 @@ def as_path(given: str | os.PathLike[str]) -> Path:
 
 
 def _check_installed(text: str, scheme: str) -> None:
+    # epath uses TensorFlow if it is installed.
     if importlib.util.find_spec("tensorflow"):
-        return  # epath takes it where it is there
+        return
     try:
         import fsspec
 
@@ -69,19 +72,19 @@ def argument(text: str) -> Path:
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
-    """Whether a place is not one of this machine's folders."""
+    """Whether a path is on a remote store."""
     return _MARK in os.fspath(path)
 
 
 def absolute(path: str | os.PathLike[str]) -> Path:
-    """The place from any working directory, links followed; a remote one is so already."""
+    """The absolute path with links resolved; a remote path as it is."""
     path = as_path(path)
     return path if is_remote(path) else Path(os.path.realpath(path))
 
 
 @contextlib.contextmanager
 def reached(path: object) -> Iterator[None]:
-    """Turns what a store's client raises (no bucket, no right, no network) into one line."""
+    """Turns errors of a store's client (no bucket, no access, no network) into InputError."""
     try:
         yield
     except (InputError, FileNotFoundError):
@@ -94,65 +97,62 @@ def reached(path: object) -> Iterator[None]:
 
 
 def kind(path: Path) -> str:
-    """What is there: "folder", "file" or "". Raises InputError for a store that cannot be asked."""
+    """The kind of a path: "folder", "file", or "" if nothing is there. Raises InputError."""
     with reached(path):
         return "folder" if path.is_dir() else "file" if path.exists() else ""
 
 
 def file_size(path: Path) -> int:
-    """Bytes of a file. Raises OSError."""
+    """Size of a file in bytes. Raises OSError."""
     found: Any = path.stat()
     return found.length if is_remote(path) else found.st_size
 
 
 def files_under(folder: Path, leave_out: Iterable[str] = ()) -> list[Path]:
-    """Every file below a folder, relative to it, sorted; leave_out: names of its own that do not count."""
-    left_out = set(leave_out)
-    if is_remote(folder):
-        return sorted(Path(name) for name in _objects(folder, "", left_out))
-    found = []
-    for place, folders, names in os.walk(folder):
-        here = Path(place).relative_to(folder)
-        if Path(place) == Path(folder):
-            folders[:] = [f for f in folders if f not in left_out]
-            names[:] = [n for n in names if n not in left_out]
-        found += [here / name for name in names]
-    return sorted(path for path in found if (folder / path).is_file())
+    """Every file below a folder, relative to it and sorted.
+
+    leave_out: names directly in the folder that do not count. Links to folders are not followed.
+    """
+    return sorted(map(Path, _names(folder, "", set(leave_out))))
 
 
-def _objects(folder: Path, before: str, left_out: set[str]) -> Iterator[str]:
+def _names(folder: Path, prefix: str, left_out: set[str]) -> Iterator[str]:
+    remote = is_remote(folder)
     for path in folder.iterdir():
-        # An object named as the folder itself is how some tools show an empty one.
-        if path != folder and path.name not in left_out:
-            if path.is_dir():
-                yield from _objects(path, f"{before}{path.name}/", set())
-            else:
-                yield before + path.name
+        # Some tools show an empty folder as an object of its own name.
+        if path == folder or path.name in left_out:
+            continue
+        if path.is_dir():
+            if remote or not path.is_symlink():
+                yield from _names(path, f"{prefix}{path.name}/", set())
+        elif remote or path.is_file():
+            yield prefix + path.name
 
 
 def read_range(path: Path, start: int, size: int) -> bytes:
-    """Some bytes of a file, of an object only those. Raises OSError for one that ends before."""
+    """`size` bytes of a file from `start`; of an object only these are fetched. Raises OSError."""
     driver = _driver(path) if is_remote(path) else None
     if driver is None:
         with path.open("rb") as file:
             file.seek(start)
             return file.read(size)
     text, end = os.fspath(path), start + size
-    if size <= _PIECE:
+    if size <= PIECE:
         return driver.cat_file(text, start=start, end=end) if size else b""
     out = bytearray(size)
-    cuts = [(at, min(at + _PIECE, end)) for at in range(start, end, _PIECE)]
+    cuts = [(at, min(at + PIECE, end)) for at in range(start, end, PIECE)]
     for i in range(0, len(cuts), _PIECES):
         group = cuts[i : i + _PIECES]
         begins, ends = zip(*group)
         many = driver.cat_ranges([text] * len(group), list(begins), list(ends), on_error="raise")
         for (a, b), piece in zip(group, many, strict=True):
             out[a - start : b - start] = piece
-    return cast(bytes, out)  # a copy would double it
+    # Not bytes(out): a copy would double the memory.
+    return cast(bytes, out)
 
 
 def _driver(path: Path) -> Any:
-    """fsspec's client of a scheme, or None: only TensorFlow opens it here."""
+    """fsspec's client of a scheme, or None where only TensorFlow opens it."""
     try:
         import fsspec
 
@@ -163,31 +163,32 @@ def _driver(path: Path) -> Any:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copies a file from anywhere to anywhere; the target's folder is there or remote."""
+    """Copies a file, local or remote; a local target's folder has to exist."""
     if not is_remote(source) and not is_remote(target):
         shutil.copyfile(source, target)
         return
     with source.open("rb") as read, target.open("wb") as write:
-        shutil.copyfileobj(cast(BinaryIO, read), cast(BinaryIO, write), _PIECE)
+        shutil.copyfileobj(cast(BinaryIO, read), cast(BinaryIO, write), PIECE)
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder and those above it; objects need none."""
+    """Makes a folder and its parents; a store needs none."""
     if not is_remote(path):
         path.mkdir(parents=True, exist_ok=True)
 
 
 def remove_tree(path: Path) -> None:
-    """Removes a folder with all that is in it, as far as it can."""
+    """Removes a folder and its contents; errors are ignored."""
     if not is_remote(path):
         shutil.rmtree(path, ignore_errors=True)
         return
-    with contextlib.suppress(Exception):  # each store's client has errors of its own
+    # Each store's client raises errors of its own.
+    with contextlib.suppress(Exception):
         cast(Any, path).rmtree()
 
 
 def for_orbax(path: Path) -> Any:
-    """A place as Orbax takes it. Raises InputError for one that Orbax cannot read or write."""
+    """A path as Orbax takes it. Raises InputError for a store that Orbax cannot read or write."""
     if not is_remote(path):
         return path.absolute()
     if not str(path).startswith("gs://"):
@@ -196,7 +197,8 @@ def for_orbax(path: Path) -> Any:
             "them (Hugging Face files are read and written anywhere)"
         )
     try:
-        importlib.import_module("google.cloud.storage")  # Orbax asks it what kind a bucket is
+        # Orbax asks it for the kind of a bucket.
+        importlib.import_module("google.cloud.storage")
     except ImportError:
         raise InputError(
             f"{path}: Orbax needs google-cloud-storage there: pip install 'qwen3vl-jax[gs]'"

@@ -152,18 +152,18 @@ def _held(**changes):
 
 
 REFUSED = {
-    "method": (_keys(quant_method="gptq"), "hf: weights quantised by 'gptq', expected fp8; take"),
+    "method": (_keys(quant_method="gptq"), "hf: quantization_config.quant_method: got 'gptq', expected 'fp8'; take"),
     "no_object": (
         lambda raw, held: raw.update(quantization_config="fp8"),
-        "hf: quantization_config is 'fp8', expected an object; take the bf16 release$",
+        "hf: quantization_config: got 'fp8', expected an object; take the bf16 release$",
     ),
-    "no_method": (_keys(quant_method=None), "weights quantised by None, expected fp8; take"),
+    "no_method": (_keys(quant_method=None), "quant_method: got None, expected 'fp8'; take"),
     "fmt": (
         _keys(fmt="e5m2"),
-        r"quantization_config.fmt is 'e5m2', expected 'e4m3'; take the bf16",
+        r"quantization_config.fmt: got 'e5m2', expected 'e4m3'; take the bf16",
     ),
-    "no_block": (_keys(weight_block_size=None), "weight_block_size is None, expected two sizes"),
-    "bad_block": (_keys(weight_block_size=[128, 0]), r"weight_block_size is \[128, 0\], expected"),
+    "no_block": (_keys(weight_block_size=None), "weight_block_size: got None, expected two sizes"),
+    "bad_block": (_keys(weight_block_size=[128, 0]), r"weight_block_size: got \[128, 0\], expected"),
     "no_config": (
         lambda raw, held: raw.pop("quantization_config"),
         "in model.safetensors: F8_E4M3, but config.json has no quantization_config .* fetch config",

@@ -179,7 +179,7 @@ FILES = {
     "no_config": (lambda d: (d / "config.json").unlink(), "config.json: cannot be read"),
     "quantised": (
         lambda d: _config(d, quantization_config={"quant_method": "awq"}),
-        "quantised by 'awq', expected fp8; take the bf16 release",
+        "quant_method: got 'awq', expected 'fp8'; take the bf16 release",
     ),
     "params_inside": (lambda d: (d / "params").mkdir(), "holds 'params'"),
 }

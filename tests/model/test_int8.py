@@ -153,10 +153,10 @@ def test_strips_are_the_whole(monkeypatch):
     for path in (("embed",), ("layers", 0, "attn", "qkv"), ("layers", 0, "mlp", "gate_up")):
         array = rng.standard_normal(by_path[path].shape).astype(np.float32)
         array[:1] = 0  # channels of zeros
-        want = int8.quantise(by_path[path], array)
+        want = int8.quantize(by_path[path], array)
         with monkeypatch.context() as patch:
             patch.setattr(int8, "_STRIP", 100)
-            got = int8.quantise(by_path[path], array)
+            got = int8.quantize(by_path[path], array)
         assert all(np.array_equal(got[key], want[key]) for key in want)
         assert (got["scale"][:1] == 1).all() and not got["values"][:1].any()
 
@@ -260,15 +260,15 @@ REFUSED = {
     "fp8": (
         _fp8,
         "int8",
-        "hf: holds FP8 weights, which int8 would round once more; take weights fp8",
+        "hf: holds FP8 weights, which int8 would round again; take weights fp8",
     ),
-    "fp8_orbax": (_fp8_orbax, "int8", "orbax: holds FP8 weights, which int8 would round once more"),
+    "fp8_orbax": (_fp8_orbax, "int8", "orbax: holds FP8 weights, which int8 would round again"),
     "int8": (_int8, "fp8", "orbax: holds int8 weights; weights fp8 keeps .*, or leave it out$"),
-    "unknown": (_int8, "int4", "weights is 'int4', expected None or fp8 or int8$"),
+    "unknown": (_int8, "int4", "weights: got 'int4', expected None or fp8 or int8$"),
     "infinite": (
         _infinite,
         "int8",
-        "head: holds infinite weights or not-a-numbers, .*without int8$",
+        "head: holds NaN or infinite weights, .*without int8$",
     ),
 }
 

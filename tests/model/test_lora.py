@@ -168,7 +168,7 @@ def in_int8(params, cfg):
     rows = int8.int8_params(cfg)
     leaves = {}
     for path, x in flatten(params):
-        found = int8.quantise(rows[path], np.asarray(x)) if path in rows else None
+        found = int8.quantize(rows[path], np.asarray(x)) if path in rows else None
         leaves |= {(*path, k): jnp.asarray(v) for k, v in found.items()} if found else {path: x}
     return as_structs(name_map.tree_of(cfg, leaves))
 

@@ -106,7 +106,7 @@ def test_what_a_place_is(bucket, tmp_path, monkeypatch):
         paths.for_orbax(epath.Path("s3://bucket/x"))
     data = bytes(range(256)) * 40
     bucket.put("bucket/bytes", data)
-    monkeypatch.setattr(paths, "_PIECE", 100)
+    monkeypatch.setattr(paths, "PIECE", 100)
     for start, size in ((0, 0), (3, 90), (7, 1000), (10, 10_000)):
         assert (
             paths.read_range(as_path(f"{BUCKET}/bytes"), start, size) == data[start : start + size]
