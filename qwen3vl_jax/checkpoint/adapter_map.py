@@ -1,4 +1,4 @@
-"""Where an adapter can sit: every PEFT module of a model, and the array of the tree that holds it."""
+"""LoRA targets: every PEFT module of a model, and the array of the tree that holds it."""
 
 from __future__ import annotations
 
@@ -10,49 +10,58 @@ from qwen3vl_jax.checkpoint.name_map import HFTensor, ParamSpec, param_specs
 from qwen3vl_jax.checkpoint.param_paths import TreePath, path_str, split_layer_index
 from qwen3vl_jax.config import Config
 
-_NOT_ADAPTED = ("embed", "pos", "weight")  # tables, and the patch embedding's kernel
+# Tables, and the patch embedding's kernel.
+_NOT_ADAPTED = ("embed", "pos", "weight")
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraTarget:
-    """One module of PEFT (q_proj) in all layers of a tower, as part of one array of the tree.
+    """One PEFT module (q_proj) in all layers of a tower, as part of one array of the tree.
 
-    Its matrices are A [rank inner] and B [outer rank], experts' [E rank inner] and [E outer rank],
-    all with a leading axis of layers where the tower is stacked.
+    Its matrices are A [rank inner] and B [outer rank], experts' [E rank inner] and [E outer rank].
+    Where the tower is stacked, all have a leading axis of layers.
     """
 
-    weight: str  # "layers.attn.qkv": the array's flat name, layers stacked
-    part: str  # "q_proj"
-    modules: tuple[str, ...]  # "model.language_model.layers.0.self_attn.q_proj", one a layer
-    paths: tuple[TreePath, ...]  # of the array in a tree whose layers are lists, one a layer
-    parameter: str | None  # of a module that is no Linear: "gate_up_proj", the router's "weight"
+    # The array's name with layers stacked: "layers.attn.qkv".
+    weight: str
+    # "q_proj"
+    part: str
+    # One a layer: "model.language_model.layers.0.self_attn.q_proj".
+    modules: tuple[str, ...]
+    # The array's path in a tree whose layers are lists, one a layer.
+    paths: tuple[TreePath, ...]
+    # The parameter of a module that is no Linear: "gate_up_proj", the router's "weight".
+    parameter: str | None
     stacked: bool
-    experts: int  # 0: one matrix
+    # 0 for a single matrix.
+    experts: int
     inner: int
     outer: int
-    axis: int | None  # of the array (without layers) along which parts lie side by side
-    spans: tuple[tuple[str, int, int], ...]  # every part of the array: name, first, behind the last
+    # The array's axis (without layers) along which parts lie side by side.
+    axis: int | None
+    # (name, start, stop) of every part of the array along that axis.
+    spans: tuple[tuple[str, int, int], ...]
 
     @property
     def name(self) -> str:
-        """layers.attn.qkv.q_proj: its matrices are NAME.a and NAME.b."""
+        """layers.attn.qkv.q_proj. The matrices are NAME.a and NAME.b."""
         return f"{self.weight}.{self.part}"
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """What PEFT's target_modules or target_parameters call it, one a layer."""
+        """The names in PEFT's target_modules or target_parameters, one a layer."""
         tail = f".{self.parameter}" if self.parameter else ""
         return tuple(module + tail for module in self.modules)
 
     def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of A and B over all layers."""
+        """The shapes of A and B over all layers."""
         lead = (len(self.modules),) if self.stacked else ()
         lead = (*lead, self.experts) if self.experts else lead
         return (*lead, rank, self.inner), (*lead, self.outer, rank)
 
 
 def lora_targets(cfg: Config) -> dict[str, LoraTarget]:
-    """Every place of a model by name, in the order of its towers."""
+    """Every LoRA target of a model by name, in the order of its parameters."""
     grouped: dict[str, list[tuple[ParamSpec, int]]] = {}
     for param in param_specs(cfg):
         if param.path[-1] not in _NOT_ADAPTED and len(param.parts[0].axes) > 1:
@@ -91,7 +100,7 @@ def _target(found: list[tuple[ParamSpec, int]]) -> LoraTarget:
 
 
 def _module(name: str) -> tuple[str, str | None]:
-    """(module, its parameter unless it is a Linear's weight) of a released tensor's name."""
+    """(module, parameter) of a released tensor's name; parameter is None for a Linear's weight."""
     module, _, last = name.rpartition(".")
     if last == "weight":
         return module, "weight" if module.endswith(".mlp.gate") else None
@@ -108,18 +117,19 @@ def _spans(param: ParamSpec) -> Iterator[tuple[str, int, int]]:
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """What an adapter is beside its matrices: rank and alpha by place and layer, rank 0 for none.
+    """An adapter without its matrices: ranks and alphas by target and layer, rank 0 for none.
 
-    Matrices of a place are as wide as its largest rank, the rest of a layer's is zero.
+    The matrices of a target have its largest rank; a layer of a lower rank is padded with zeros.
     """
 
     ranks: dict[str, tuple[int, ...]]
     alphas: dict[str, tuple[float, ...]]
     dropout: float = 0.0
-    rslora: bool = False  # scale alpha / sqrt(rank) in place of alpha / rank, arXiv 2312.03732
+    # Scale alpha / sqrt(rank) instead of alpha / rank, arXiv 2312.03732.
+    rslora: bool = False
 
     def scales(self, name: str) -> list[float]:
-        """What B A x is multiplied by in each layer of a place."""
+        """The factor of B A x in each layer of a target."""
         power = 0.5 if self.rslora else 1.0
         pairs = zip(self.alphas[name], self.ranks[name], strict=True)
         return [alpha / rank**power if rank else 0.0 for alpha, rank in pairs]
@@ -128,7 +138,7 @@ class Adapter:
     def uniform(
         wanted: dict[str, tuple[bool, ...]], rank: int, alpha: float, **rest: Any
     ) -> Adapter:
-        """One rank and alpha in every layer that is wanted of each place."""
+        """One rank and alpha in every wanted layer of each target."""
         ranks = {name: tuple(rank * here for here in layers) for name, layers in wanted.items()}
         alphas = {name: (alpha,) * len(layers) for name, layers in wanted.items()}
         return Adapter(ranks, alphas, **rest)

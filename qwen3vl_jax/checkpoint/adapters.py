@@ -1,4 +1,4 @@
-"""LoRA adapters put beside weights, or added to them one tensor in memory at a time."""
+"""LoRA adapters: attached beside weights, or merged into them one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def merged(
     weights: Mapping[str, np.ndarray],
     adapter: Adapter,
 ) -> dict[TreePath, LazyTensor]:
-    """The leaves with what an adapter adds, summed in fp32 and rounded to each leaf's dtype.
+    """The leaves with an adapter added, summed in fp32 and rounded to each leaf's dtype.
 
-    weights: {NAME.a, NAME.b} of `lora_targets`, layers stacked. bf16 keeps 8 bits of a weight, so what is
-    below 1/256 of it is rounded off. Raises InputError for weights that are held in 8 bits.
+    weights: {NAME.a, NAME.b} of `lora_targets`, layers stacked. bf16 keeps 8 bits of a weight,
+    so an update below 1/256 of it is lost. Raises InputError for weights held in 8 bits.
     """
     known = lora_targets(cfg)
     added: dict[TreePath, list[tuple[LoraTarget, int]]] = {}
@@ -41,8 +41,8 @@ def merged(
     for path, parts in added.items():
         if (*path, VALUES) in leaves:
             raise InputError(
-                f"{path_str(path)} is held in 8 bits, which an adapter cannot be added to; merge it into "
-                f"the 16-bit checkpoint, or keep it beside the weights (load with adapter=)"
+                f"{path_str(path)}: got 8-bit weights, expected 16 or 32 bits to merge an adapter; take "
+                f"the 16-bit checkpoint, or load with adapter="
             )
         out[path] = _sum(leaves[path], parts, weights, adapter)
     return out
@@ -83,9 +83,10 @@ def attach(
     params: Params, cfg: Config, weights: Mapping[str, Any], adapter: Adapter,
     key: Callable[[str], jax.Array] | None = None,
 ) -> Params:  # fmt: skip
-    """The parameters with an adapter's matrices beside them; layers may be lists or stacked.
+    """The parameters with an adapter attached; layers may be lists or stacked.
 
-    weights: {NAME.a, NAME.b} of `lora_targets`. key(NAME): of a target's dropout, None for no dropout.
+    weights: {NAME.a, NAME.b} of `lora_targets`. key(NAME): the key of a target's dropout, None for
+    no dropout.
     """
     known, found = lora_targets(cfg), {}
     for name in adapter.ranks:
@@ -111,25 +112,25 @@ def _pair(target: LoraTarget, weights, adapter: Adapter, key) -> Pair:
 
 
 def _put(node: Any, path: list[str], target: LoraTarget, pairs: dict[str, Pair]) -> Any:
-    """A copy of a tree, shared but for the path to one weight, which is adapted."""
+    """The tree with one weight adapted; everything else is shared."""
     if not path:
         return Adapted(node, pairs, target.axis, target.spans)
     head, *rest = path
     if isinstance(node, (list, tuple)) and head.isdecimal():
         at = int(head)
         return [_put(x, rest, target, pairs) if i == at else x for i, x in enumerate(node)]
-    if isinstance(node, (list, tuple)):  # layers, whose number no name holds
+    # The layers, whose index is not in the path.
+    if isinstance(node, (list, tuple)):
         layers = (jax.tree.map(lambda x, i=i: x[i], pairs) for i in range(len(node)))
         return [_put(x, path, target, one) for x, one in zip(node, layers, strict=True)]
     return {**node, head: _put(node[head], rest, target, pairs)}
 
 
 def merge(params: Params, dtype: Any = None) -> Params:
-    """Plain parameters: each adapted weight with its pairs added, and 8-bit ones multiplied out.
+    """Plain parameters: adapters merged into their weights, 8-bit weights dequantized.
 
-    Sums are fp32, then rounded to the base's dtype (bf16 keeps 8 bits of a weight: an update below
-    1/256 of it is lost, which adapters kept beside their weights never are). dtype: of what was held
-    in 8 bits, None is that of the norms.
+    Sums are in fp32 and rounded to the base's dtype; bf16 keeps 8 bits of a weight, so an update below
+    1/256 of it is lost. dtype: of the weights that were held in 8 bits, None for that of the norms.
     """
     wide = params["norm"].dtype if dtype is None else dtype
 

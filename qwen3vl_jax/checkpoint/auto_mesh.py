@@ -1,4 +1,4 @@
-"""Over which devices infer.py spreads a model."""
+"""The mesh of inference: as asked, or chosen for a model larger than one device."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from qwen3vl_jax.config import TextConfig
 from qwen3vl_jax.device_mesh import layout_mesh, make_mesh
 from qwen3vl_jax.errors import InputError
 
-ROOM = 0.85  # of a device's memory for weights; the cache and pictures want the rest
+# The part of a device's memory for weights; the cache and images need the rest.
+ROOM = 0.85
 
 
 def mesh_for(
     asked: Mapping[str, int] | None, source: Source, dtype: Any, devices: list[Any]
 ) -> Mesh | None:
-    """The mesh that was asked for, or one for a model larger than a device; None: one device does.
+    """The asked mesh, or one for a model larger than a device; None if one device is enough.
 
-    asked: sizes of axes, one may be -1 for all of the devices. What is chosen here is message on stderr.
-    Raises InputError for sizes that there are no devices for, and where they do not hold the model.
+    asked: sizes of axes, of which one may be -1 for all devices. A chosen mesh is printed on stderr.
+    Raises InputError for sizes without devices, and for a model that does not fit on them.
     """
     sizes = chosen(source, dtype, devices) if asked is None else asked
     mesh = make_mesh(sizes, devices)
@@ -31,7 +32,7 @@ def mesh_for(
 
 
 def chosen(source: Source, dtype: Any, devices: list[Any]) -> dict[str, int]:
-    """Sizes for a model whose weights are too large for one device, {} for others."""
+    """Sizes of axes for a model larger than one device, {} for others. Raises InputError."""
     limit = (devices[0].memory_stats() or {}).get("bytes_limit")
     if limit is None or len(devices) == 1:
         return {}
@@ -39,7 +40,8 @@ def chosen(source: Source, dtype: Any, devices: list[Any]) -> dict[str, int]:
     if needed <= ROOM * limit:
         return {}
     sizes = auto_mesh(source.cfg.text, len(devices))
-    count, held = math.prod(sizes.values()), weights_bytes(source, dtype, layout_mesh(sizes))
+    count = math.prod(sizes.values())
+    held = weights_bytes(source, dtype, layout_mesh(sizes))
     message = f"{needed / 2**30:.1f} GiB of weights, devices of {limit / 2**30:.1f} GiB"
     if held > ROOM * limit:
         raise InputError(
@@ -54,10 +56,10 @@ def chosen(source: Source, dtype: Any, devices: list[Any]) -> dict[str, int]:
 
 
 def auto_mesh(cfg: TextConfig, count: int) -> dict[str, int]:
-    """Sizes for at most `count` devices that cut a model evenly.
+    """Sizes of axes for at most `count` devices that shard a model evenly.
 
-    As much tensor as divides the key/value heads, for it cuts the cache too; then as many devices as can
-    be: the rest cuts experts where it divides them, else all weights along the hidden size (fsdp).
+    The tensor axis comes first, as far as it divides the key/value heads: it shards the cache too. The
+    other devices form the expert axis if they divide the experts, else fsdp.
     """
     found: list[tuple[int, int, str]] = []
     for used in range(1, count + 1):

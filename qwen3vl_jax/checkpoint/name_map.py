@@ -1,8 +1,8 @@
-"""One table: where each Hugging Face tensor lives in the parameter tree, and its shape there.
+"""The table of parameters: the path in the tree, the Hugging Face tensors, and the axes of both.
 
-A spec lists the tree's axes by letter; letters in brackets are one axis in the Hugging Face file. So
-"D (N H)" is [D, N*H] there and [D, N, H] here: a reshape, which is a view, both ways. Rows with
-several names are parts that lie side by side along one axis of the tree's array.
+Axes are letters; letters in brackets are one axis in the file. "D (N H)" is [D, N*H] in the file and
+[D, N, H] in the tree: a reshape, which is a view, both ways. A parameter of several tensors holds them
+side by side along one axis.
 
 Text: V vocabulary, D hidden, N query heads, K key/value heads, G = N / K, H head, F feed-forward,
 E experts, M expert width. Vision: L positions, W hidden, A heads, B head, U feed-forward, C channels,
@@ -27,7 +27,8 @@ TEXT, VISION, HEAD = "model.language_model.", "model.visual.", "lm_head."
 LAYER, BLOCK = TEXT + "layers.{i}.", VISION + "blocks.{i}."
 TAP = VISION + "deepstack_merger_list.{i}."
 
-Block = tuple[int, int]  # the sides of what one FP8 scale covers, along a file's last two axes
+# The values that one FP8 scale covers along the file's last two axes.
+Block = tuple[int, int]
 
 # section | tree path | axis of the parts, or None | (Hugging Face name, spec) of each part
 _Table = tuple[tuple[str, str, int | None, tuple[tuple[str, str], ...]], ...]
@@ -87,7 +88,7 @@ _TABLE: _Table = (
 
 @dataclasses.dataclass(frozen=True)
 class HFTensor:
-    """One Hugging Face tensor: its name and, for each axis in the file, the axes of the tree it holds."""
+    """One Hugging Face tensor: its name and, for each axis in the file, the tree's axes in it."""
 
     name: str
     axes: tuple[tuple[int, ...], ...]
@@ -103,36 +104,36 @@ class HFTensor:
         return tuple(n for axis in self.axes for n in axis)
 
     def scale_shape(self, block: Block) -> tuple[int, ...]:
-        """The shape in the tree of the scales of blocks [A, B] along the file's last two axes.
+        """The shape of the tree's scales for blocks [A, B] of the file.
 
-        A scale of the tree covers as many elements of an axis as divide both that axis and the
-        block, so that a block that crosses heads needs nothing but to be written several times.
+        A scale of the tree covers the greatest common divisor of the axis and the block. So a block
+        that crosses heads becomes several equal scales.
         """
         cut = zip(self.axes, self._covered(block))
         return tuple(n for axis, (_, few) in cut for n in (*axis[:-1], axis[-1] // few))
 
-    def spread(self, scales: np.ndarray, block: Block) -> np.ndarray:
-        """The tree's scales from the file's, one a block."""
+    def expand_scales(self, scales: np.ndarray, block: Block) -> np.ndarray:
+        """The tree's scales from the file's."""
         for i, (side, few) in enumerate(self._covered(block)):
             first = np.arange(0, self.hf_shape[i], few)
             scales = np.take(scales, first // side, axis=i)
         return scales.reshape(self.scale_shape(block))
 
-    def gather(self, scales: np.ndarray, block: Block) -> np.ndarray:
-        """The file's scales from the tree's: the exact inverse of `spread`."""
+    def file_scales(self, scales: np.ndarray, block: Block) -> np.ndarray:
+        """The file's scales from the tree's: the exact inverse of `expand_scales`."""
         covered = self._covered(block)
         fine = scales.reshape([n // few for n, (_, few) in zip(self.hf_shape, covered)])
         return fine[tuple(slice(None, None, side // few) for side, few in covered)]
 
     def _covered(self, block: Block) -> list[tuple[int, int]]:
-        """For each axis of the file: elements a block covers, elements a scale of the tree covers."""
+        """(values under a file's scale, values under a tree's scale) for each axis of the file."""
         sides = (1,) * (len(self.axes) - 2) + block
         return [(side, math.gcd(axis[-1], side)) for axis, side in zip(self.axes, sides)]
 
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
-    """One array of the parameter tree and the Hugging Face tensors it is made of."""
+    """One array of the parameter tree and the Hugging Face tensors in it."""
 
     path: TreePath
     parts: tuple[HFTensor, ...]
@@ -140,50 +141,50 @@ class ParamSpec:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The array's shape: that of its part, or of all parts side by side."""
+        """The array's shape, all parts side by side."""
         return self._beside([part.shape for part in self.parts])
 
     def scale_shape(self, block: Block) -> tuple[int, ...]:
-        """The shape of the scales of an FP8 array whose parts are stored in blocks."""
+        """The shape of the array's FP8 scales."""
         return self._beside([part.scale_shape(block) for part in self.parts])
 
     @property
     def summed(self) -> range:
-        """A matrix's axes that a product sums over: the file has [out, in], or experts [E, in, out]."""
+        """The input axes of a matrix: the file has [out, in], or experts [E, in, out]."""
         before, inner, *_ = self.parts[0].axes
         return range(len(before), len(before) + len(inner))
 
     @property
     def channels(self) -> tuple[int, ...]:
-        """The shape of one scale an output channel: 1 along the summed axes."""
+        """The shape of one scale per output channel: 1 along the input axes."""
         return tuple(1 if i in self.summed else n for i, n in enumerate(self.shape))
 
     def assemble(self, tensors: list[np.ndarray]) -> np.ndarray:
-        """The tree's array from the file's tensors: a view of a single one, a copy of several."""
+        """The tree's array from the file's tensors: a view of one, a copy of several."""
         parts = [tensor.reshape(part.shape) for tensor, part in zip(tensors, self.parts)]
         return parts[0] if self.axis is None else np.concatenate(parts, self.axis)
 
     def cut(self, tensors: list[np.ndarray], index: Index) -> np.ndarray:
-        """A copy of `assemble(tensors)[index]`, and of no more unless the index cuts the parts' axis."""
+        """A copy of `assemble(tensors)[index]`; all is copied only if the index cuts the parts' axis."""
         if self.axis is None or index[self.axis].indices(n := self.shape[self.axis]) != (0, n, 1):
             return np.array(self.assemble(tensors)[index])
         parts = [tensor.reshape(part.shape)[index] for tensor, part in zip(tensors, self.parts)]
         return np.concatenate(parts, self.axis)
 
     def assemble_scales(self, scales: list[np.ndarray], block: Block) -> np.ndarray:
-        """The tree's scales from those of the file's tensors, one a block."""
-        parts = [part.spread(scale, block) for scale, part in zip(scales, self.parts)]
+        """The tree's scales from those of the file's tensors."""
+        parts = [part.expand_scales(scale, block) for scale, part in zip(scales, self.parts)]
         return parts[0] if self.axis is None else np.concatenate(parts, self.axis)
 
     def split(self, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-        """(name, tensor) as in the file: the exact inverse of `assemble`."""
+        """(name, tensor) pairs of the file: the exact inverse of `assemble`."""
         for part, piece in self._pieces(array):
             yield part.name, piece.reshape(part.hf_shape)
 
     def split_scales(self, array: np.ndarray, block: Block) -> Iterator[tuple[str, np.ndarray]]:
-        """(name of the tensor, its scales) as in the file: the exact inverse of `assemble_scales`."""
+        """(tensor's name, scales) pairs of the file: the exact inverse of `assemble_scales`."""
         for part, piece in self._pieces(array):
-            yield part.name, part.gather(piece, block)
+            yield part.name, part.file_scales(piece, block)
 
     def _beside(self, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
         shape = list(shapes[0])
@@ -216,7 +217,7 @@ def _sizes(cfg: Config) -> dict[str, int]:
 
 
 def _counts(cfg: Config) -> dict[str, int]:
-    """How often each section of the table occurs; 0 leaves it out."""
+    """The number of times that each section of the table occurs."""
     layers = cfg.text.num_hidden_layers
     return {
         "top": 1,
@@ -237,7 +238,7 @@ def _part(name: str, spec: str, sizes: dict[str, int]) -> HFTensor:
 
 
 def param_specs(cfg: Config) -> list[ParamSpec]:
-    """Every array of a config's parameter tree, with the Hugging Face tensors it is made of."""
+    """Every array of a config's parameter tree."""
     sizes, counts = _sizes(cfg), _counts(cfg)
     found = []
     for section, path, axis, parts in _TABLE:
@@ -248,20 +249,20 @@ def param_specs(cfg: Config) -> list[ParamSpec]:
 
 
 def tree_of(cfg: Config, leaves: Mapping[TreePath, Any]) -> Any:
-    """The parameter tree of a config from its leaves by path (a model without taps keeps its [])."""
+    """The parameter tree of a config from its leaves by path; no DeepStack gives an empty list."""
     taps = cfg.vision.deepstack_visual_indexes
     return nest(leaves.items(), empty=() if taps else [("vision", "deepstack")])
 
 
 def from_hf(cfg: Config, tensors: Mapping[str, np.ndarray]) -> Any:
-    """The parameter tree from arrays under their released names and in the released layout."""
+    """The parameter tree from arrays by released name, in the released layout."""
     specs = param_specs(cfg)
     leaves = {s.path: s.assemble([tensors[part.name] for part in s.parts]) for s in specs}
     return tree_of(cfg, leaves)
 
 
 def to_hf(cfg: Config, params: Any) -> dict[str, np.ndarray]:
-    """Arrays under their released names and in the released layout: the inverse of `from_hf`."""
+    """Arrays by released name, in the released layout: the inverse of `from_hf`."""
     leaves = dict(flatten(params))
     specs = (spec for spec in param_specs(cfg) if spec.path in leaves)
     pieces = (spec.split(np.asarray(leaves[spec.path])) for spec in specs)
@@ -269,9 +270,9 @@ def to_hf(cfg: Config, params: Any) -> dict[str, np.ndarray]:
 
 
 def released_name(name: str) -> str | None:
-    """The released spelling of a tensor's name in a re-export; None for a rotary table's buffer.
+    """The released name of a re-exported tensor; None for a rotary table's buffer.
 
-    Wrappers put "module." or "model." in front, base models leave "model." or "language_model." out.
+    Wrappers add "module." or "model."; base models omit "model." or "language_model.".
     """
     if name.endswith("inv_freq"):
         return None

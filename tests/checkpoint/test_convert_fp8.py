@@ -152,7 +152,10 @@ def _held(**changes):
 
 
 REFUSED = {
-    "method": (_keys(quant_method="gptq"), "hf: quantization_config.quant_method: got 'gptq', expected 'fp8'; take"),
+    "method": (
+        _keys(quant_method="gptq"),
+        "hf: quantization_config.quant_method: got 'gptq', expected 'fp8'; take",
+    ),
     "no_object": (
         lambda raw, held: raw.update(quantization_config="fp8"),
         "hf: quantization_config: got 'fp8', expected an object; take the bf16 release$",

@@ -263,7 +263,7 @@ REFUSED = {
         "hf: holds FP8 weights, which int8 would round again; take weights fp8",
     ),
     "fp8_orbax": (_fp8_orbax, "int8", "orbax: holds FP8 weights, which int8 would round again"),
-    "int8": (_int8, "fp8", "orbax: holds int8 weights; weights fp8 keeps .*, or leave it out$"),
+    "int8": (_int8, "fp8", "orbax: holds int8 weights, and .* FP8 release; .* leave it out$"),
     "unknown": (_int8, "int4", "weights: got 'int4', expected None or fp8 or int8$"),
     "infinite": (
         _infinite,
