@@ -1,9 +1,9 @@
-"""Digests of saved tensors, by which a tensor that is read is known to be the one that was written.
+"""Digests of saved tensors, to detect damage when they are read.
 
-A digest is the crc32 of a tensor's dtype, its shape and its sums: the bits of its values as unsigned
-integers, added along all axes but the last, modulo 2 to the power of their width. Adding runs at the
-speed of memory, and each device adds what it holds. One changed value always changes the digest. Not
-seen are rows, layers or experts of one tensor that change places, and changes that cancel in a sum.
+A digest is the crc32 of a tensor's dtype, shape and sums. The sums add the bits of its values, as
+unsigned integers that wrap around, along all axes but the last. Adding runs at memory speed, and each
+device adds its own shard. One changed value always changes the digest. Rows, layers or experts that
+swap places do not, nor do changes that cancel in a sum.
 """
 
 from __future__ import annotations
@@ -21,13 +21,16 @@ import numpy as np
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.storage.json_text import read_json, read_json_file, write_json
 
-DIGESTS = "digests.json"  # beside the files of a tree that write_tree wrote
-_LARGE, _THREADS = 1 << 24, 4  # bytes from which several threads add
-META = "meta"  # JSON of a run's step, which holds the digests of its trees by name
+# The file of digests in a tree that write_tree wrote.
+DIGESTS = "digests.json"
+# The JSON of a run's step, with the digests of its trees by name.
+META = "meta"
+# Arrays of so many bytes are added by several threads.
+_LARGE, _THREADS = 1 << 24, 4
 
 
 class DamagedError(InputError):
-    """A checkpoint that is not as it was written: one line, and every tensor in `problems`."""
+    """A checkpoint that is not as it was written: one line, and the list in `problems`."""
 
     def __init__(self, where: Path | str, problems: list[str]):
         self.problems = problems
@@ -36,7 +39,7 @@ class DamagedError(InputError):
 
 
 def digest(x: np.ndarray) -> str:
-    """The digest of an array, 8 hexadecimal digits."""
+    """The digest of an array: 8 hexadecimal digits."""
     bits = x.view(f"u{x.dtype.itemsize}")
     if x.nbytes < _LARGE or x.ndim < 2:
         return _finished(x, _added(bits))
@@ -46,16 +49,18 @@ def digest(x: np.ndarray) -> str:
 
 
 def _added(bits: np.ndarray) -> np.ndarray:
+    """The sums along all axes but the last."""
     if bits.ndim < 2 or not bits.size:
         return np.add.reduce(bits, tuple(range(bits.ndim - 1)), bits.dtype)
     width = bits.shape[-1]
     fold = 16 if bits.size % (16 * width) == 0 and width * bits.itemsize <= 4096 else 1
-    wide = np.add.reduce(bits.reshape(-1, fold * width), 0, bits.dtype)  # long rows add faster
+    # Long rows add faster.
+    wide = np.add.reduce(bits.reshape(-1, fold * width), 0, bits.dtype)
     return np.add.reduce(wide.reshape(fold, width), 0, bits.dtype)
 
 
 def digests(arrays: Mapping[str, Any]) -> dict[str, str]:
-    """The digests of jax.Arrays by name; of arrays on a mesh every process has to call it."""
+    """The digests of jax.Arrays by name; for arrays on a mesh every process has to call it."""
     import jax
 
     first = next(iter(arrays.values()))
@@ -82,12 +87,13 @@ def _device_sums(mesh: Any) -> Any:
 
 
 def _finished(x: Any, sums: np.ndarray) -> str:
+    """The digest from an array's sums."""
     described = f"{x.dtype.name} {list(x.shape)}".encode()
     return f"{zlib.crc32(np.ascontiguousarray(sums).data.cast('B'), zlib.crc32(described)):08x}"
 
 
 def kept_digests(directory: Path) -> dict[str, str] | None:
-    """The digests that were saved with an Orbax tree, or None: an older release kept none.
+    """The digests saved with an Orbax tree, None for a tree of an older release.
 
     Raises DamagedError for a file that cannot be read.
     """
@@ -103,13 +109,14 @@ def kept_digests(directory: Path) -> dict[str, str] | None:
 
 
 def with_checksum(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON data with the crc32 of itself, for `read_meta`."""
-    plain = read_json(write_json(meta, META), META)  # as it will be read
+    """JSON data with its own crc32, for `read_meta`."""
+    # As it will be read: tuples become lists.
+    plain = read_json(write_json(meta, META), META)
     return plain | {"crc32": zlib.crc32(write_json(plain, META, sort_keys=True).encode())}
 
 
 def read_meta(step: Path) -> dict[str, Any]:
-    """What was saved beside a step's state. Raises DamagedError for what is not as it was written."""
+    """The JSON data saved with a step. Raises DamagedError if its crc32 differs."""
     path = step / META / "metadata"
     try:
         found = read_json_file(path)
@@ -122,7 +129,7 @@ def read_meta(step: Path) -> dict[str, Any]:
 
 
 def saved_trees(step: Path) -> list[str]:
-    """The names of a step's trees: those with digests, or the folders that there are."""
+    """The names of a step's trees: those with digests, or else its folders."""
     with contextlib.suppress(DamagedError):
         if names := read_meta(step).get("digests"):
             return sorted(names)
@@ -130,7 +137,7 @@ def saved_trees(step: Path) -> list[str]:
 
 
 def check_digests(directory: Path, found: Mapping[str, str], kept: Mapping[str, str]) -> None:
-    """Raises DamagedError that lists the tensors of a tree which are not those that were saved."""
+    """Raises DamagedError with a list of the tensors whose digests differ from the saved ones."""
     names = sorted(n for n in {**kept, **found} if kept.get(n) != found.get(n))
     if names:
         raise DamagedError(directory, [f"{name} is not as it was saved" for name in names])

@@ -1,4 +1,4 @@
-"""Which stored tensors make which array of the parameter tree, or the list of what does not fit."""
+"""A Hugging Face directory as the arrays of the parameter tree, or the list of what does not fit."""
 
 from __future__ import annotations
 
@@ -34,28 +34,31 @@ from qwen3vl_jax.storage.safetensors_files import (
 
 LAYOUTS = ("released", "transformers5")
 _HEAD, _EMBED = "lm_head.weight", TEXT + "embed_tokens.weight"
-_ROWS = 4096  # of the embedding, compared at a time
+# Rows of the embedding and the head that are compared at a time.
+_ROWS = 4096
 log = logging.getLogger("qwen3vl_jax")
 
 
 def open_hf(
     directory: Path, cfg: Config, layout: str | None = None, weights: str | None = None
 ) -> dict[TreePath, LazyTensor]:
-    """The arrays of a Hugging Face directory's parameter tree, by path; only headers are read.
+    """The arrays of a Hugging Face directory by tree path; only headers are read.
 
-    FP8 tensors are bf16 here, dequantised when they are loaded; with weights "fp8" they are values
-    and scale. Weights "int8" only refuses FP8 files.
-    layout: how fused experts lie ("released" or "transformers5"), needed only where their shape does
-    not tell. A file without a head gives a tree without one, and a warning in the log.
+    weights: None dequantizes FP8 to bf16 at load, "fp8" keeps values and scale, "int8" refuses FP8.
+    layout: of fused experts, "released" or "transformers5", needed only where their shape is ambiguous.
+    Files without a head give a tree without one, and a warning in the log.
     Raises InputError for files that cannot be read, MismatchError for tensors that do not fit.
     """
     if layout not in (None, *LAYOUTS):
-        raise InputError(f"expert layout is {layout!r}, expected {' or '.join(LAYOUTS)}")
+        raise InputError(f"expert layout: got {layout!r}, expected {' or '.join(LAYOUTS)}")
     return _Matcher(directory, cfg, layout, weights).match()
 
 
 class _Matcher:
-    """What is stored and not yet used (`found`), what was (`sources`; None: a problem was noted)."""
+    """Matches stored tensors to parameters.
+
+    found: tensors not yet used. weights: used ones by name, None where a problem was noted.
+    """
 
     def __init__(self, directory: Path, cfg: Config, layout: str | None, weights: str | None):
         self.directory, self.cfg, self.layout = directory, cfg, layout
@@ -109,7 +112,7 @@ class _Matcher:
         return {name: group[0] for name, group in groups.items()}
 
     def _take(self, name: str, shape: tuple[int, ...]) -> Weight | None:
-        """Uses up a stored tensor and its scales; notes what is wrong with them and gives None."""
+        """Uses up a stored tensor and its scales; notes a problem and gives None."""
         tensor, scales = self.found.pop(name, None), self.scales.pop(name + SUFFIX, None)
         if tensor is None:
             but = f" (only its scales: {scales.where})" if scales else ""
@@ -161,7 +164,7 @@ class _Matcher:
         }
 
     def _tied_head(self) -> None:
-        """Drops the head of a tied file where it repeats the embedding; raises where it does not."""
+        """Drops a tied head that repeats the embedding. Raises InputError if it differs."""
         head, embed = self.found.get(_HEAD), self.found.get(_EMBED)
         if not self.cfg.tie_word_embeddings or head is None or embed is None:
             return
@@ -175,7 +178,7 @@ class _Matcher:
         self.scales.pop(_HEAD + SUFFIX, None)
 
     def _same(self, one: Stored | None, other: Stored | None) -> bool:
-        """Whether two tensors have the same dtype, shape and bytes (or neither is there)."""
+        """Whether two tensors have equal dtype, shape and bytes, or both are absent."""
         if one is None or other is None:
             return one is other
         if (one.shape, one.dtype) != (other.shape, other.dtype) or one.dtype not in DTYPES | FP8:
@@ -185,7 +188,7 @@ class _Matcher:
         return all(np.array_equal(a[i : i + _ROWS], b[i : i + _ROWS]) for i in cuts)
 
     def _experts(self, prefix: str) -> None:
-        """One layer's experts: as released, as transformers 5 writes them, or one by one."""
+        """One layer's experts: fused as released, fused as in transformers 5, or one by one."""
         t = self.cfg.text
         e, d, m = t.num_experts, t.hidden_size, t.moe_intermediate_size
         shapes = {"gate_up_proj": (e, d, 2 * m), "down_proj": (e, m, d)}
@@ -199,9 +202,9 @@ class _Matcher:
             return
         if self.layout is None and d == 2 * m and stored.shape == (e, d, d):
             raise InputError(
-                f"{stored.where}: {list(stored.shape)} may be the released layout or that of "
-                f"transformers 5 (hidden_size is twice moe_intermediate_size): say which "
-                f"(--expert-layout {' or '.join(LAYOUTS)})"
+                f"{stored.where}: got {list(stored.shape)}, which may be the released layout or that "
+                f"of transformers 5 (hidden_size is twice moe_intermediate_size); give "
+                f"--expert-layout {' or '.join(LAYOUTS)}"
             )
         # gate_up decides for both: the shape of down is ambiguous where hidden_size equals
         # moe_intermediate_size.
@@ -213,7 +216,7 @@ class _Matcher:
     def _single(
         self, prefix: str, names: tuple[str, ...], shape: tuple[int, int, int]
     ) -> Experts | None:
-        """Experts from a tensor for each; notes what is wrong with them and gives None."""
+        """Experts from a tensor for each expert; notes a problem and gives None."""
         count, inner, outer = shape
         width = outer // len(names)
         wanted = [f"{prefix}{j}.{name}.weight" for j in range(count) for name in names]
@@ -228,7 +231,7 @@ class _Matcher:
         return Experts(stored, shape, len(names))
 
     def _fused(self, name: str, shape: tuple[int, int, int]) -> Experts | None:
-        """Experts from one tensor [E, out, in]; notes what is wrong with it and gives None."""
+        """Experts from one tensor [E, out, in]; notes a problem and gives None."""
         count, inner, outer = shape
         weight = self._take(name, (count, outer, inner))
         if weight is None:

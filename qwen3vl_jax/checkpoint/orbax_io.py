@@ -1,9 +1,8 @@
-"""Orbax in and out with little memory: a few tensors at a time, never the whole tree.
+"""Orbax checkpoints, read and written with a few tensors in memory, never the whole tree.
 
-Orbax writes every numpy leaf of a tree at once, all of them in memory whatever limits it is given,
-so leaves are LazyTensors and their TypeHandler takes them in groups: `python -m benchmarks.convert`
-measures what that needs. The files are Orbax's own: `StandardCheckpointer().restore(directory)`
-reads them without this module.
+Orbax writes all numpy leaves of a tree at once, whatever its limits. Here the leaves are LazyTensors,
+and their TypeHandler takes them in groups; `python -m benchmarks.convert` measures the memory. The
+files are Orbax's own: `StandardCheckpointer().restore(directory)` reads them without this module.
 """
 
 from __future__ import annotations
@@ -38,12 +37,14 @@ from qwen3vl_jax.storage.json_text import write_json
 from qwen3vl_jax.storage.paths import for_orbax
 
 Sink = Callable[[TreePath, np.ndarray], Any]
-_GROUP = 64 << 20  # bytes written together; a single larger tensor goes alone
-_CHUNK = 128 << 20  # bytes of one stored piece, the least that a process reads for its shard
+# Bytes of tensors that are written together; a larger tensor is written alone.
+_GROUP = 64 << 20
+# Bytes of one stored chunk, the least that a process reads for its shard.
+_CHUNK = 128 << 20
 
 
 def _is_said_once(record: logging.LogRecord) -> bool:
-    """Whether Orbax does not also raise what it logs: the errors of its threads come to who waits."""
+    """Whether a log record is not an error of Orbax's threads, which is also raised."""
     return not (record.exc_info and "orbax" in record.pathname)
 
 
@@ -51,15 +52,15 @@ logging.getLogger("absl").addFilter(_is_said_once)
 
 
 def _context() -> tensorstore.Context:
-    # Whoever writes a checkpoint flushes it once, at the end: a flush a group is slow.
+    # atomic_dir flushes once at the end; a flush for each group is slow.
     cache = {"total_bytes_limit": 100_000_000}
     return tensorstore.Context({"cache_pool#ocdbt": cache, "file_io_sync": False})
 
 
 class _Handler(ocp.type_handlers.NumpyHandler):
-    """Writes LazyTensors in groups of at most _GROUP bytes, and hands arrays to `sink` one by one.
+    """Writes LazyTensors in groups of at most _GROUP bytes, and reads arrays one by one into `sink`.
 
-    One by one also keeps a damaged file's error single: with others in flight, each would be reported.
+    Reading one by one also gives one error for a damaged file.
     """
 
     def __init__(self, sink: Callable[[TreePath, Any], Any]):
@@ -68,7 +69,8 @@ class _Handler(ocp.type_handlers.NumpyHandler):
         self._failed: list[Exception] = []
 
     async def _open_and_write(self, value: Any, tspec: Any, ts_context: Any):
-        try:  # the others of a group are waited for too: they would call a loop that is closed
+        # Raised after the whole group: the others must not outlive their event loop.
+        try:
             await super()._open_and_write(value, tspec, ts_context)
         except Exception as e:
             self._failed.append(e)
@@ -87,7 +89,8 @@ class _Handler(ocp.type_handlers.NumpyHandler):
                 raise self._failed[0]
             for info, array in zip(infos[group], arrays):
                 self._sink(tree_path(info.keypath), array)
-            del arrays, array, future  # before the next group comes, not after
+            # Before the next group is loaded.
+            del arrays, array, future
         return []
 
     async def deserialize(self, infos: Any, args: Any = None):
@@ -96,12 +99,13 @@ class _Handler(ocp.type_handlers.NumpyHandler):
         for info, arg in zip(infos, args):
             (array,) = await super().deserialize([info], [arg])
             leaves.append(self._sink(tree_path(info.keypath), array))
-            del array  # before the next one comes, not after
+            # Before the next one is read.
+            del array
         return leaves
 
 
 class _Opener(_Handler):
-    """Hands arrays to `sink` that are not read yet."""
+    """Opens arrays and gives them to `sink` unread."""
 
     async def deserialize(self, infos: Any, args: Any = None):
         leaves = []
@@ -119,11 +123,11 @@ def _lazy(store: tensorstore.TensorStore) -> LazyTensor:
 
 
 def _read_parts(store: tensorstore.TensorStore, where: Sequence[Index]) -> list[np.ndarray]:
-    """Parts of a stored array, from its stored pieces one by one: each is read once, or not at all."""
+    """Parts of a stored array. Each stored chunk is read once, or not at all."""
     ranges = [[s.indices(n)[:2] for s, n in zip(index, store.shape)] for index in where]
     out = [np.empty([b - a for a, b in spans], store.dtype.numpy_dtype) for spans in ranges]
     chunk = store.chunk_layout.read_chunk.shape or ()
-    for piece in _pieces(store.shape, [c or n for c, n in zip(chunk, store.shape)]):
+    for piece in _chunks(store.shape, [c or n for c, n in zip(chunk, store.shape)]):
         block = None
         for spans, part in zip(ranges, out):
             met = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(spans, piece)]
@@ -136,13 +140,14 @@ def _read_parts(store: tensorstore.TensorStore, where: Sequence[Index]) -> list[
     return out
 
 
-def _pieces(shape: Sequence[int], chunk: Sequence[int]) -> Iterator[tuple[tuple[int, int], ...]]:
-    """The (start, stop) of each axis of every piece of an array."""
+def _chunks(shape: Sequence[int], chunk: Sequence[int]) -> Iterator[tuple[tuple[int, int], ...]]:
+    """The (start, stop) along each axis of every stored chunk."""
     cuts = [[(a, min(a + c, n)) for a in range(0, n, max(c, 1))] for n, c in zip(shape, chunk)]
     return itertools.product(*cuts)
 
 
 def _groups(sizes: list[int]) -> Iterator[slice]:
+    """Slices of tensors that are written together."""
     start, total = 0, 0
     for i, size in enumerate(sizes):
         if i > start and total + size > _GROUP:
@@ -156,16 +161,16 @@ def _tree_handler(sink: Callable, kind: type[_Handler] = _Handler) -> ocp.PyTree
     registry = ocp.type_handlers.create_type_handler_registry(
         (jax.Array, ocp.type_handlers.ArrayHandler()), (LazyTensor, kind(sink))
     )
-    # Not compressed: bf16 weights shrink little, and compression costs much speed and memory.
+    # bf16 weights compress little, at a high cost in time and memory.
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
 
 
 def write_tree(
     directory: Path, tree: Any, wrote: Callable[[int], None] = lambda nbytes: None
 ) -> None:
-    """Writes a tree of LazyTensors as an Orbax checkpoint, and the digest of each.
+    """Writes a tree of LazyTensors as an Orbax checkpoint with their digests.
 
-    `wrote` hears of each tensor's bytes. Raises InputError where there is no room.
+    wrote: called with the bytes of each written tensor. Raises InputError for a full disk.
     """
     save_args = jax.tree.map(lambda leaf: ocp.SaveArgs(chunk_byte_size=_CHUNK), tree)
     digests: dict[str, str] = {}
@@ -180,7 +185,7 @@ def write_tree(
 
 
 def stored_tensors(directory: Path) -> dict[TreePath, LazyTensor]:
-    """Shape and dtype of each array of an Orbax checkpoint, by path; `load` is for read_tree to do.
+    """Shape and dtype of each array of an Orbax checkpoint by path; read values with `read_tree`.
 
     Raises InputError for a directory that Orbax cannot read.
     """
@@ -195,11 +200,10 @@ def stored_tensors(directory: Path) -> dict[TreePath, LazyTensor]:
 
 
 def read_tree(directory: Path, sink: Sink, under: TreePath = ()) -> Any:
-    """Reads each array of a checkpoint; gives the tree of what `sink(path, array)` returned.
+    """The tree of `sink(path, array)` for each array of a checkpoint, one array in memory at a time.
 
-    under: reads no array but those at or below this path, and gives what stands there, or None.
-    Raises DamagedError for a directory that Orbax cannot read, and for an array that is not the one
-    that was saved.
+    under: reads only the subtree at this path and returns it, or None. Raises DamagedError for a
+    directory that Orbax cannot read, and for an array whose digest differs.
     """
     kept = kept_digests(directory)
 
@@ -216,15 +220,15 @@ def _check(directory: Path, kept: dict[str, str] | None, path: TreePath, array: 
 
 
 def verify_tree(directory: Path) -> tuple[int, int]:
-    """(arrays, bytes) of an Orbax checkpoint, all of them read and as they were saved.
+    """(number, bytes) of the arrays of an Orbax checkpoint, all read and equal to their digests.
 
-    Raises DamagedError that lists those which are not, InputError for a checkpoint without digests.
+    Raises DamagedError with a list of the others, InputError for a checkpoint without digests.
     """
     kept = kept_digests(directory)
     if kept is None:
         raise InputError(
-            f"{directory}: holds no digests, expected those that convert and train.py save; "
-            f"it is of an older release: write it again"
+            f"{directory}: got no digests, expected those of convert and train.py; it is of an older "
+            f"release: write it again"
         )
     found: dict[str, str] = {}
     sizes: list[int] = []
@@ -239,9 +243,9 @@ def verify_tree(directory: Path) -> tuple[int, int]:
 
 
 def open_tree(directory: Path, sink: Callable[[TreePath, LazyTensor], Any]) -> Any:
-    """`read_tree` whose sink is given each array unread: what it does not read costs nothing.
+    """`read_tree` whose sink gets unread arrays; only what it loads is read.
 
-    An array that is read in parts is not checked.
+    An array that is read in parts is not checked against its digest.
     """
     kept = kept_digests(directory)
 
@@ -258,13 +262,14 @@ def open_tree(directory: Path, sink: Callable[[TreePath, LazyTensor], Any]) -> A
 
 
 def read_in_order(directory: Path, sink: Sink, order: Iterable[TreePath]) -> None:
-    """`read_tree` in an order of one's own, one array at a time. Raises InputError."""
+    """`read_tree` in a given order. Raises InputError."""
     found: dict[TreePath, LazyTensor] = {}
     open_tree(directory, found.__setitem__)
     for path in order:
         array = found.pop(path).load()
         sink(path, array)
-        del array  # before the next one comes, not after
+        # Before the next one is read.
+        del array
 
 
 def _read(directory: Path, handler: ocp.PyTreeCheckpointHandler, under: TreePath = ()) -> Any:
@@ -274,7 +279,8 @@ def _read(directory: Path, handler: ocp.PyTreeCheckpointHandler, under: TreePath
     stored = _metadata(directory)
     as_lazy = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=LazyTensor), stored)
     item = jax.tree.map_with_path(wanted, stored)
-    me = jax.process_index()  # others may read something else, or nothing: nobody is waited for
+    # Other processes may read something else, or nothing: no barrier.
+    me = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
     with (
         readable(directory),
@@ -286,7 +292,7 @@ def _read(directory: Path, handler: ocp.PyTreeCheckpointHandler, under: TreePath
 
 
 def read_part(directory: Path, path: TreePath) -> Any:
-    """What stands at a path of a checkpoint, in numpy arrays, or None; nothing else is read."""
+    """The subtree at a path of a checkpoint in numpy arrays, or None; nothing else is read."""
     return read_tree(directory, lambda _, array: array, path)
 
 
@@ -296,22 +302,24 @@ def _metadata(directory: Path) -> Any:
         return handler.metadata(for_orbax(directory)).tree
 
 
-# How a place that cannot be reached, and may be whole, is spoken of.
+# Errors of a store that cannot be reached; the checkpoint may be intact.
 _AWAY = re.compile(
     "PERMISSION_DENIED|UNAVAILABLE|UNAUTHENTICATED|DEADLINE_EXCEEDED|Permission denied"
 )
 _FULL = re.compile("No space left|RESOURCE_EXHAUSTED|quota|File too large", re.IGNORECASE)
-_OTHERS = (InputError, RuntimeError, MemoryError)  # of a device without room, and our own
+# Our own errors, and those of a full device or host memory.
+_OTHERS = (InputError, RuntimeError, MemoryError)
 
 
 @contextlib.contextmanager
 def readable(directory: Path) -> Iterator[None]:
-    """What Orbax and TensorStore raise for files that are damaged or gone, as one line."""
+    """Turns errors of Orbax and TensorStore for damaged or absent files into InputError."""
     try:
         yield
     except _OTHERS:
         raise
-    except Exception as e:  # Orbax raises that class itself
+    # Orbax raises plain Exception.
+    except Exception as e:
         if _AWAY.search(reason := _reason(e)):
             raise InputError(f"{directory}: cannot be read ({reason})") from e
         raise DamagedError(directory, [f"not a readable Orbax checkpoint ({reason})"]) from e
@@ -319,7 +327,7 @@ def readable(directory: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def writable(directory: Path) -> Iterator[None]:
-    """What Orbax and TensorStore raise for a disk without room, as one line."""
+    """Turns errors of Orbax and TensorStore for a full disk into InputError."""
     try:
         yield
     except _OTHERS:

@@ -1,7 +1,7 @@
-"""Adapters in PEFT's files: adapter_config.json and adapter_model.safetensors, written and read.
+"""PEFT adapters: adapter_config.json and adapter_model.safetensors, read and written.
 
-Experts lie there as PEFT's ParamWrapper has them: A [E r, inner] by expert and rank, B [outer, r E] by
-rank and expert, and the two parameters of one module nested, the inner one under "base_layer".
+Experts have the layout of PEFT's ParamWrapper: A [E r, inner] by expert and rank, B [outer, r E] by rank
+and expert. The two parameters of one module are nested, the inner one under "base_layer".
 """
 
 from __future__ import annotations
@@ -38,19 +38,25 @@ _KEY = re.compile(
     r"\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight"
 )
 _TABLE = re.compile(r".*\b(?:lm_head|embed_tokens)(?:\.base_layer)?\.weight")
-# Settings under which an adapter is more than two matrices a module, or its base is not the release.
-_REFUSED = (
-    "use_dora", "lora_bias", "fan_in_fan_out", "modules_to_save", "trainable_token_indices",
-    "layer_replication", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config",
-    "velora_config", "kasa_config", "monteclora_config", "megatron_config",
-)  # fmt: skip
-_PLAIN_STARTS = (
-    True,
-    False,
-    None,
-    "gaussian",
-    "eva",
-)  # init_lora_weights that leave the base alone
+# Settings of adapters that are more than two matrices a module, or whose base is not the release.
+_REFUSED = [
+    "use_dora",
+    "lora_bias",
+    "fan_in_fan_out",
+    "modules_to_save",
+    "trainable_token_indices",
+    "layer_replication",
+    "use_qalora",
+    "use_bdlora",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "velora_config",
+    "kasa_config",
+    "monteclora_config",
+    "megatron_config",
+]
+# Values of init_lora_weights that leave the base unchanged.
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva")
 
 Matrices = dict[str, np.ndarray]
 
@@ -62,10 +68,10 @@ def save_adapter(
     adapter: Adapter,
     base_name: str = "",
 ) -> None:
-    """Writes a directory that PEFT loads onto transformers' model; complete or not at all.
+    """Writes a directory that PEFT loads onto transformers' model, complete or not at all.
 
-    weights: {NAME.a, NAME.b} of `lora_targets`, layers stacked, as training holds them; they are written in
-    their dtype. base_name: of the model it belongs to. Raises InputError where `out` exists.
+    weights: {NAME.a, NAME.b} of `lora_targets`, layers stacked; they are written in their dtype.
+    base_name: the name of the adapted model. Raises InputError if `out` exists.
     """
     known = lora_targets(cfg)
     tensors: Matrices = {}
@@ -80,20 +86,20 @@ def save_adapter(
 
 
 def _tensors(
-    place: LoraTarget, a: np.ndarray, b: np.ndarray, ranks: Mapping[str, tuple[int, ...]]
+    target: LoraTarget, a: np.ndarray, b: np.ndarray, ranks: Mapping[str, tuple[int, ...]]
 ) -> Matrices:
-    """The files' tensors of one place."""
+    """The files' tensors of one target."""
     found = {}
-    for i, (module, rank) in enumerate(zip(place.modules, ranks[place.name], strict=True)):
+    for i, (module, rank) in enumerate(zip(target.modules, ranks[target.name], strict=True)):
         if not rank:
             continue
-        one = (a[i], b[i]) if place.stacked else (a, b)
+        one = (a[i], b[i]) if target.stacked else (a, b)
         one_a, one_b = one[0][..., :rank, :], one[1][..., :rank]
-        if place.experts:
-            one_a = one_a.reshape(-1, place.inner)
-            one_b = one_b.transpose(1, 2, 0).reshape(place.outer, -1)
-        other = f"{place.name.removesuffix('gate_up.gate_up_proj')}down.down_proj"
-        inner = place.parameter == "gate_up_proj" and any(ranks.get(other, ())[i : i + 1])
+        if target.experts:
+            one_a = one_a.reshape(-1, target.inner)
+            one_b = one_b.transpose(1, 2, 0).reshape(target.outer, -1)
+        other = f"{target.name.removesuffix('gate_up.gate_up_proj')}down.down_proj"
+        inner = target.parameter == "gate_up_proj" and any(ranks.get(other, ())[i : i + 1])
         key = f"{_PREFIX}{module}{_NESTED if inner else ''}"
         found[f"{key}.lora_A.weight"] = np.ascontiguousarray(one_a)
         found[f"{key}.lora_B.weight"] = np.ascontiguousarray(one_b)
@@ -101,7 +107,7 @@ def _tensors(
 
 
 def _settings(known: Mapping[str, LoraTarget], adapter: Adapter) -> dict[str, Any]:
-    """adapter_config.json. PEFT cannot load target_parameters with a dropout, which only trains."""
+    """The dict of adapter_config.json, without dropout for experts: PEFT cannot load both."""
     flat = {
         (known[name].parameter is not None, target): pair
         for name, ranks in adapter.ranks.items()
@@ -111,17 +117,17 @@ def _settings(known: Mapping[str, LoraTarget], adapter: Adapter) -> dict[str, An
     (rank, alpha), _ = collections.Counter(tuple(pair) for pair in flat.values()).most_common(1)[0]
     unlike = {target: pair for (_, target), pair in flat.items() if pair != [rank, alpha]}
     names = [[target for kind, target in flat if kind is fused] for fused in (False, True)]
-    every = [target for place in known.values() for target in place.targets]
+    every = [target for known_target in known.values() for target in known_target.targets]
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "inference_mode": True,
         "r": rank,
-        "lora_alpha": _whole(alpha),
+        "lora_alpha": _json_number(alpha),
         "lora_dropout": 0.0 if names[1] else adapter.dropout,
         "target_modules": _shortened(names[0], every),
         "rank_pattern": {re.escape(target): rank for target, (rank, _) in unlike.items()},
-        "alpha_pattern": {re.escape(n): _whole(alpha) for n, (_, alpha) in unlike.items()},
+        "alpha_pattern": {re.escape(n): _json_number(alpha) for n, (_, alpha) in unlike.items()},
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
@@ -132,12 +138,13 @@ def _settings(known: Mapping[str, LoraTarget], adapter: Adapter) -> dict[str, An
     return settings | ({"target_parameters": _shortened(names[1], every)} if names[1] else {})
 
 
-def _whole(alpha: float) -> float:
-    return int(alpha) if alpha == int(alpha) else alpha
+def _json_number(x: float) -> float:
+    """8 for 8.0, as PEFT writes alphas."""
+    return int(x) if x == int(x) else x
 
 
 def _shortened(names: list[str], every: list[str]) -> list[str]:
-    """Endings behind the layer's number in place of whole names, where they name nothing else."""
+    """Module names, shortened to their ending after the layer index where that is unambiguous."""
     chosen, wanted = [], set(names)
     for name in names:
         ending = re.split(r"\.\d+\.", name)[-1]
@@ -149,41 +156,40 @@ def _shortened(names: list[str], every: list[str]) -> list[str]:
 def load_adapter(directory: str | os.PathLike[str], cfg: Config) -> tuple[Matrices, Adapter]:
     """({NAME.a, NAME.b}, settings) of a PEFT directory: matrices of `lora_targets`, layers stacked.
 
-    Layers without an adapter, and ranks below a place's largest, are zero. Raises InputError for
-    files that cannot be read, modules this model does not have, shapes that do not fit, and kinds of
-    adapter that are more than two matrices a module (DoRA, modules_to_save, biases).
+    Layers without an adapter, and ranks below a target's largest, are zero. Raises InputError for
+    files that cannot be read, modules that this model does not have, shapes that do not fit, and
+    adapters of more than two matrices a module (DoRA, modules_to_save, biases).
     """
     directory = as_path(directory)
     settings = _read_settings(directory)
     pairs = _read_pairs(directory, (cfg.text.vocab_size, cfg.text.hidden_size))
     known = lora_targets(cfg)
     by_module = collections.defaultdict(list)
-    for place in known.values():
-        for i, module in enumerate(place.modules):
-            by_module[module].append((place, i))
-    found: dict[str, dict[int, tuple[np.ndarray, np.ndarray]]] = {}
+    for target in known.values():
+        for i, module in enumerate(target.modules):
+            by_module[module].append((target, i))
+    layers: dict[str, dict[int, tuple[np.ndarray, np.ndarray]]] = {}
     for module, a, b in pairs:
         if module not in by_module:
             near = difflib.get_close_matches(module, by_module, 1)
-            hint = f"; did it mean {near[0]}?" if near else ""
+            hint = f"; did you mean {near[0]}?" if near else ""
             raise InputError(f"{directory}: this model has no module {module} to adapt{hint}")
-        place, i, one = _placed(directory, module, by_module[module], a, b)
-        if i in found.setdefault(place.name, {}):
+        target, i, pair = _matched(directory, module, by_module[module], a, b)
+        if i in layers.setdefault(target.name, {}):
             raise InputError(f"{directory}: {module} is adapted twice")
-        found[place.name][i] = one
-    ordered = {name: found[name] for name in known if name in found}
-    ranks = {
-        n: _by_layer(known[n], {i: a.shape[-2] for i, (a, _) in o.items()})
-        for n, o in ordered.items()
-    }
-    alphas = {n: tuple(_alpha(settings, target) for target in known[n].targets) for n in ordered}
+        layers[target.name][i] = pair
+    ranks, alphas, weights = {}, {}, {}
+    for name, target in known.items():
+        if name in layers:
+            pairs_of = layers[name]
+            rank = {i: a.shape[-2] for i, (a, _) in pairs_of.items()}
+            ranks[name] = tuple(rank.get(i, 0) for i in range(len(target.modules)))
+            alphas[name] = tuple(_alpha(settings, module) for module in target.targets)
+            weights[f"{name}.a"], weights[f"{name}.b"] = _stacked(
+                target, pairs_of, max(ranks[name])
+            )
     dropout = float(settings.get("lora_dropout") or 0.0)
-    adapter = Adapter(ranks, alphas, dropout, bool(settings.get("use_rslora")))
-    weights: Matrices = {}
-    for name, layers in ordered.items():
-        sides = _stacked(known[name], layers, max(ranks[name]))
-        weights |= {f"{name}.a": sides[0], f"{name}.b": sides[1]}
-    return weights, adapter
+    return weights, Adapter(ranks, alphas, dropout, bool(settings.get("use_rslora")))
 
 
 def _read_settings(directory: Path) -> dict[str, Any]:
@@ -194,20 +200,20 @@ def _read_settings(directory: Path) -> dict[str, Any]:
     settings = read_json_file(directory / SETTINGS)
     if settings.get("peft_type") != "LORA":
         kind = settings.get("peft_type")
-        raise InputError(f"{directory}: peft_type is {kind!r}, expected 'LORA'")
+        raise InputError(f"{directory}: peft_type: got {kind!r}, expected 'LORA'")
     for key in _REFUSED:
         if settings.get(key):
             raise InputError(
-                f"{directory}: {key} is {settings[key]!r}; only plain LoRA is read, two matrices a "
-                f"module: merge the adapter with PEFT and load the whole model"
+                f"{directory}: {key}: got {settings[key]!r}, expected plain LoRA, two matrices a "
+                f"module; merge the adapter with PEFT and load the whole model"
             )
     if settings.get("bias", "none") != "none":
-        raise InputError(f"{directory}: bias is {settings['bias']!r}, expected 'none'")
+        raise InputError(f"{directory}: bias: got {settings['bias']!r}, expected 'none'")
     start = settings.get("init_lora_weights", True)
     if start not in _PLAIN_STARTS:
         raise InputError(
-            f"{directory}: init_lora_weights is {start!r}, which changed the weights it was trained "
-            f"on; save it with PEFT's path_initial_model_for_weight_conversion"
+            f"{directory}: init_lora_weights: got {start!r}, which changed the base weights; save the "
+            f"adapter with PEFT's path_initial_model_for_weight_conversion"
         )
     return settings
 
@@ -215,23 +221,24 @@ def _read_settings(directory: Path) -> dict[str, Any]:
 def _read_pairs(
     directory: Path, table: tuple[int, ...]
 ) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """(module, A, B) of every pair as the file has them; table: the shape of the embedding."""
+    """(module, A, B) of every pair in the file; table: the shape of the embedding."""
     file, files = directory / MATRICES, Files()
     if not file.is_file() and any(directory.glob("adapter_model.bin")):
         raise InputError(
-            f"{directory}: holds its matrices as a pickle, which is not read (reading one runs the "
+            f"{directory}: got matrices in a pickle, expected safetensors (reading a pickle runs the "
             f"code in it); save it again with safe_serialization"
         )
     found: dict[tuple[str, str], dict[str, Stored]] = {}
     for tensor in read_header(file):
         match = _KEY.fullmatch(tensor.name)
+        # PEFT saves a copy of the base's head or embedding beside an adapter of lm_head.
         if _TABLE.fullmatch(tensor.name) and tensor.shape == table:
-            continue  # PEFT puts a copy of the base's beside an adapter of lm_head
+            continue
         if match is None or tensor.dtype not in DTYPES:
             raise InputError(f"{directory}: {tensor.name} ({tensor.dtype}) is no matrix of a LoRA")
         name = released_name(f"{match['module']}.weight") or ""
-        place = (name.removesuffix(".weight"), match["nested"])
-        found.setdefault(place, {})[match["side"]] = tensor
+        key = (name.removesuffix(".weight"), match["nested"])
+        found.setdefault(key, {})[match["side"]] = tensor
     if not found:
         raise InputError(f"{file}: holds no matrices")
     out = []
@@ -242,39 +249,36 @@ def _read_pairs(
     return out
 
 
-def _placed(
+def _matched(
     where: Path, module: str, options: list[tuple[LoraTarget, int]], a: np.ndarray, b: np.ndarray
 ) -> tuple[LoraTarget, int, tuple[np.ndarray, np.ndarray]]:
-    """Which place and layer a pair belongs to, and the pair in our axes.
+    """The target and layer of a pair, and the pair in our axes. Raises InputError.
 
-    The shapes tell the two parameters of experts apart. An older PEFT took [E, out, in], which
-    transformers 5 has, for [E, in, out]: its A and B stand for each other's side.
+    Shapes distinguish the two parameters of experts. An older PEFT read [E, in, out] as transformers
+    5's [E, out, in], so its A belongs to the output side and its B to the input side.
     """
     sides = (a.shape[-1], b.shape[0]) if a.ndim == b.ndim == 2 else ()
-    for turned in (False, True) if options[0][0].experts else (False,):
-        for place, i in options:
-            count = max(place.experts, 1)
-            fits = sides == ((place.outer, place.inner) if turned else (place.inner, place.outer))
+    for swapped in (False, True) if options[0][0].experts else (False,):
+        for target, i in options:
+            count = max(target.experts, 1)
+            inner_outer = (target.inner, target.outer)
+            fits = sides == (inner_outer[::-1] if swapped else inner_outer)
             if not fits or a.shape[0] != b.shape[1] or a.shape[0] % count or not len(a):
                 continue
-            if not place.experts:
-                return place, i, (a, b)
+            if not target.experts:
+                return target, i, (a, b)
             a, b = a.reshape(count, -1, a.shape[1]), b.reshape(len(b), -1, count)
-            if turned:
-                return place, i, (b.transpose(2, 1, 0), a.transpose(0, 2, 1))
-            return place, i, (a, b.transpose(2, 0, 1))
-    wanted = " or ".join(f"[r {p.inner}] and [{p.outer} r]" for p, _ in options)
+            if swapped:
+                return target, i, (b.transpose(2, 1, 0), a.transpose(0, 2, 1))
+            return target, i, (a, b.transpose(2, 0, 1))
+    wanted = " or ".join(f"[r {target.inner}] and [{target.outer} r]" for target, _ in options)
     raise InputError(
-        f"{where}: {module} has A {list(a.shape)} and B {list(b.shape)}, expected {wanted}"
+        f"{where}: {module}: got A {list(a.shape)} and B {list(b.shape)}, expected {wanted}"
     )
 
 
-def _by_layer(place: LoraTarget, values: Mapping[int, int]) -> tuple[int, ...]:
-    return tuple(values.get(i, 0) for i in range(len(place.modules)))
-
-
 def _alpha(settings: Mapping[str, Any], target: str) -> float:
-    """lora_alpha of a module, or what alpha_pattern says of it: the first pattern that its name ends in."""
+    """The alpha of a module: the first alpha_pattern that matches the end of its name, or lora_alpha."""
     for pattern, alpha in (settings.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", target):
             return float(alpha)
@@ -282,13 +286,13 @@ def _alpha(settings: Mapping[str, Any], target: str) -> float:
 
 
 def _stacked(
-    place: LoraTarget, layers: Mapping[int, tuple[np.ndarray, np.ndarray]], rank: int
+    target: LoraTarget, layers: Mapping[int, tuple[np.ndarray, np.ndarray]], rank: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A and B of a place, layers stacked, zero where there is nothing."""
+    """A and B of a target with layers stacked, zero in layers without an adapter."""
     dtype = np.result_type(*(side.dtype for pair in layers.values() for side in pair))
-    a, b = (np.zeros(shape, dtype) for shape in place.shapes(rank))
+    a, b = (np.zeros(shape, dtype) for shape in target.shapes(rank))
     for i, (one_a, one_b) in layers.items():
-        here = i if place.stacked else ...
+        here = i if target.stacked else ...
         a[here][..., : one_a.shape[-2], :] = one_a
         b[here][..., : one_b.shape[-1]] = one_b
     return a, b

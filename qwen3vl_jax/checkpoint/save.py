@@ -1,10 +1,8 @@
-"""Checkpoints: an Orbax directory, a Hugging Face directory, or a Hub id.
-
-An Orbax directory is complete in itself:
+"""q3.save_params: writes an Orbax directory.
 
     config.json                      as Hugging Face writes it
     tokenizer.json, chat_template.*, preprocessor_config.json, ...
-    params/                          the tree of init_params; layers are lists, one array a layer
+    params/                          the tree of init_params, one array a layer
 
 `orbax.checkpoint.StandardCheckpointer().restore(DIR / "params")` reads it without this package.
 """
@@ -40,34 +38,35 @@ def save_params(
     files_from: str | os.PathLike[str] | None = None,
     force: bool = False,
 ) -> None:
-    """Writes an Orbax directory from a parameter tree: complete or not at all.
+    """Writes an Orbax directory from a parameter tree, complete or not at all.
 
-    config: a Config or a config.json's dict; None takes the config.json of files_from.
+    config: a Config or a config.json's dict; None takes the config.json of files_from. FP8 weights
+    need a dict with their quantization_config.
     files_from: a checkpoint directory whose tokenizer, template and other files are copied.
-    FP8 weights need a config with their quantization_config: a Config has none.
-    Raises InputError where `out` is in the way (force replaces a checkpoint) or params do not fit.
+    Raises InputError if `out` exists (force replaces a checkpoint) or params do not fit the config.
     """
     source = None if files_from is None else as_path(files_from)
     raw = config.to_hf() if isinstance(config, Config) else config
     described = source if raw is None else raw
     if described is None:
-        raise InputError("save_params: no config and no files_from, expected one of them")
+        raise InputError("save_params: got no config and no files_from, expected one of them")
     cfg = Config.from_hf(described)
     described = read_config(source) if raw is None and source else raw or {}
     if described["text_config"].get(TIED) and "head" not in params:
-        # As `Config.from_hf` reads a directory without a head; the key at the top may say otherwise.
+        # As `Config.from_hf` reads a directory without a head, whatever the key at the top says.
         raw = described = {**described, TIED: True}
         cfg = Config.from_hf(described)
 
     def lazy_copy(x: Any) -> LazyTensor:
-        # Of a copy: a jax.Array keeps the host's side of a transfer for as long as it lives.
+        # A copy, because a jax.Array keeps its host transfer buffer alive.
         return LazyTensor(tuple(x.shape), np.dtype(x.dtype), lambda: np.asarray(x.copy()))
 
     lazy = jax.tree.map(lazy_copy, as_dicts(params))
     leaves = dict(flatten(lazy))
     if not all(isinstance(leaf, LazyTensor) for leaf in leaves.values()):
         raise InputError(
-            "save_params: the parameters hold an adapter; save qwen3vl_jax.lora.merge(params)"
+            "save_params: got parameters with an adapter, expected plain ones; save "
+            "qwen3vl_jax.lora.merge(params)"
         )
     fp8 = check_stored(as_path(out), cfg, leaves, described) is not None
     names = side_files(source, leave_out=[PARAMS]) if source else []
