@@ -1,8 +1,8 @@
-"""Checkpoints between Hugging Face's files and Orbax: `python -m convert --help`."""
+"""Conversion between Hugging Face and Orbax checkpoints: `python -m convert --help`."""
 
 from collections.abc import Callable
 
-# Told while a tensor after another is written: (bytes just done, bytes in all).
+# A callback while tensors are written: (bytes just written, bytes in all).
 Progress = Callable[[int, int], None]
-# Bytes of a safetensors file, as Hugging Face splits them.
+# Bytes of one safetensors file, as in Hugging Face's releases.
 SHARD_SIZE = 5_000_000_000

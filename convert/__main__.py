@@ -93,13 +93,13 @@ def _bar(title: str) -> Iterator[Progress]:
     from rich import progress as rich
     from rich.console import Console
 
-    columns = (rich.TextColumn(title), rich.BarColumn(), rich.DownloadColumn(),
-               rich.TransferSpeedColumn(), rich.TimeRemainingColumn())  # fmt: skip
-    bar = rich.Progress(*columns, console=Console(stderr=True))
+    units = (rich.DownloadColumn(), rich.TransferSpeedColumn(), rich.TimeRemainingColumn())
+    bar = rich.Progress(title, rich.BarColumn(), *units, console=Console(stderr=True))
     task = bar.add_task(title, total=None)
 
     def progress(done: int, total: int) -> None:
-        bar.start()  # with the first bytes: a refusal stays a line of its own
+        # Only now, so that a refusal is a line of its own.
+        bar.start()
         bar.update(task, advance=done, total=total)
 
     try:
@@ -205,7 +205,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     _check(parser, options)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # an accelerator's memory is not needed
+    # No accelerator is needed.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     try:
         _run(options)
     except EXPECTED as e:
@@ -214,7 +215,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run_and_end() -> None:
-    """`main`, and the end of the process without the interpreter's: threads may still write."""
+    """Runs `main` and ends the process at once, without waiting for threads."""
     try:
         code = main()
     except SystemExit as end:
@@ -223,6 +224,6 @@ def _run_and_end() -> None:
 
 
 if __name__ == "__main__":
-    # So that what is half written goes.
+    # Unfinished output is removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     run_script(_run_and_end)

@@ -33,11 +33,11 @@ def run_to_hf(
     shard_size: int = SHARD_SIZE,
     progress: Progress = lambda done, total: None,
 ) -> tuple[int, int, str]:
-    """Writes a saved step under released names; (tensors, bytes, which step and what of it).
+    """Writes a saved step under released names; (tensors, bytes, a text that names the step).
 
-    Each tensor has the dtype of the checkpoint that the run began with (bf16 where there is none, or
-    where it was FP8). What the run froze is read from that checkpoint. A LoRA run is merged into it in
-    fp32; wanted.adapter writes its adapter instead. A run that keeps an average gives that, but for
+    Each tensor has the dtype of the checkpoint that the run began with, or bf16 for FP8 and for random
+    weights. Frozen parameters are read from that checkpoint. A LoRA run is merged into it in fp32;
+    wanted.adapter writes its adapter instead. Averaged weights are written if the run keeps them, unless
     wanted.raw. Raises InputError.
     """
     wanted = wanted or SavedStep()

@@ -41,7 +41,8 @@ class _Tensor:
     name: str
     dtype: np.dtype
     shape: tuple[int, ...]
-    offset: int = 0  # in its file
+    # In its file.
+    offset: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -55,11 +56,10 @@ def to_hf(
     shard_size: int = SHARD_SIZE,
     progress: Progress = lambda done, total: None,
 ) -> tuple[int, int]:
-    """Writes safetensors (and an index if there are several) with all other files; (tensors, bytes).
+    """Writes safetensors, an index if there are several, and all other files; (tensors, bytes).
 
-    Every tensor has the name, shape, dtype and bytes of the released layout; a head that repeated a
-    tied embedding is not written again. FP8 that was kept comes with its scales and its config.json.
-    Raises InputError before anything is written, and for int8 weights.
+    Every tensor has the name, shape, dtype and bytes of the release; a tied head is not written. Kept
+    FP8 comes with its scales. Raises InputError before anything is written, also for int8 weights.
     """
     check_apart(source, out)
     cfg = Config.from_hf(source)
@@ -69,8 +69,8 @@ def to_hf(
     block = check_stored(source, cfg, stored, read_config(source))
     if stored_kind(stored) == "int8":
         raise InputError(
-            f"{source}: holds int8 weights, for which Hugging Face files have no form, and what was "
-            f"rounded off does not come back; take the checkpoint it was made from"
+            f"{source}: got int8 weights, which Hugging Face files cannot hold; take the checkpoint that "
+            f"they were made from"
         )
 
     def finish(stage: Path) -> None:
@@ -91,15 +91,14 @@ def write_files(
     progress: Progress = lambda done, total: None,
     block: Block | None = None,
 ) -> tuple[int, int]:
-    """Writes the arrays of a parameter tree as safetensors, complete or not at all; (tensors, bytes).
+    """Writes a parameter tree as safetensors, complete or not at all; (tensors, bytes).
 
-    stored: their shapes and dtypes by path. read(sink, order) calls sink(path, array) once for
-    each; in that order one file after the other is filled. finish(directory) adds the other files, of
-    which config.json makes it loadable. block: of FP8 weights. A remote directory's files lie in
-    TMPDIR until they are filled.
+    stored: shapes and dtypes by path. read(sink, order) calls sink(path, array) once for each path; in
+    that order the files are filled one after another. finish(directory) adds the other files, with
+    config.json last. block: of FP8 weights. Files of a remote directory are in TMPDIR until complete.
     """
-    by_weight = {param.path: param for param in param_specs(cfg)}
-    by_path = {path: by_weight.get(path) or by_weight[path[:-1]] for path in stored}
+    known = {param.path: param for param in param_specs(cfg)}
+    by_path = {path: known.get(path) or known[path[:-1]] for path in stored}
     tensors = _tensors(by_path, stored, block)
     shards = _shards(tensors, shard_size)
     total = sum(tensor.nbytes for tensor in tensors)
@@ -125,18 +124,20 @@ def write_files(
         read(sink, sorted(stored, key=lambda path: first[path]))
         files.close()
         if len(shards) > 1:
-            index = {tensor.name: shard for shard, held in shards.items() for tensor in held}
-            found = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
-            text = write_json(found, INDEX, indent=2) + "\n"
-            (stage / INDEX).write_text(text, encoding="utf-8")
+            _write_index(stage / INDEX, {name: shard for name, (shard, _) in places.items()}, total)
         finish(stage)
     return len(tensors), total
+
+
+def _write_index(path: Path, shard_of: Mapping[str, str], total: int) -> None:
+    found = {"metadata": {"total_size": total}, "weight_map": dict(sorted(shard_of.items()))}
+    path.write_text(write_json(found, INDEX, indent=2) + "\n", encoding="utf-8")
 
 
 def _split(
     param: ParamSpec, path: TreePath, array: np.ndarray, block: Block | None
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, tensor) in the files of a stored array: a parameter's own, its codes, or their scales."""
+    """(name, tensor) pairs of the files for a stored array: values, or FP8 scales."""
     if block is not None and path == (*param.path, SCALE):
         scales = param.split_scales(array, block)
         return ((name + SUFFIX, tensor) for name, tensor in scales)
@@ -154,15 +155,15 @@ def _tensors(
         if dtype not in DTYPE_NAMES:
             raise InputError(f"{param.parts[0].name}: dtype {dtype} has no name in safetensors")
         if block is not None and path == (*param.path, SCALE):
-            found += [_Tensor(part.name + SUFFIX, dtype, scale_shape(part.hf_shape, block))
-                      for part in param.parts]  # fmt: skip
+            shapes = [(p.name + SUFFIX, scale_shape(p.hf_shape, block)) for p in param.parts]
         else:
-            found += [_Tensor(part.name, dtype, part.hf_shape) for part in param.parts]
+            shapes = [(part.name, part.hf_shape) for part in param.parts]
+        found += [_Tensor(name, dtype, shape) for name, shape in shapes]
     return sorted(found, key=lambda tensor: tensor.name)
 
 
 def _shards(tensors: list[_Tensor], size: int) -> dict[str, list[_Tensor]]:
-    """File name -> tensors: filled in the order of names, each at most `size` bytes (or one tensor)."""
+    """{file name: tensors} in the order of names, each file at most `size` bytes or one tensor."""
     groups: list[list[_Tensor]] = [[]]
     room = size
     for tensor in tensors:
@@ -178,7 +179,7 @@ def _shards(tensors: list[_Tensor], size: int) -> dict[str, list[_Tensor]]:
 
 
 def _write_header(handle: int, tensors: list[_Tensor]) -> None:
-    """Writes the header, sets each tensor's offset, and gives the file its full length."""
+    """Writes the header, sets each tensor's offset, and extends the file to its full length."""
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     offset = 0
     order = list(DTYPE_NAMES)
@@ -199,6 +200,7 @@ def _write_header(handle: int, tensors: list[_Tensor]) -> None:
 
 def _write(handle: int, offset: int, tensor: np.ndarray) -> None:
     data = memoryview(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
-    while data:  # one call writes at most 2 GiB
+    # One call writes at most 2 GiB.
+    while data:
         done = os.pwrite(handle, data, offset)
         data, offset = data[done:], offset + done

@@ -28,12 +28,11 @@ def to_orbax(
     weights: str | None = None,
     adapter: Path | None = None,
 ) -> tuple[int, int]:
-    """Writes OUT/params (Orbax) and every file of SOURCE that holds no weights; (tensors, bytes).
+    """Writes OUT/params (Orbax) and every file of SOURCE without weights; (tensors, bytes).
 
-    One array a layer, in the dtypes of the files, a few tensors in memory at a time. `layout` says how
-    fused experts lie where their shape does not tell. weights: None dequantises FP8 to bf16, "fp8"
-    keeps it, "int8" rounds as checkpoint/int8.py says.
-    adapter: a PEFT directory that is added to the weights (before int8 rounds them).
+    One array a layer, in the dtypes of the files, a few tensors in memory at a time.
+    layout: of fused experts where their shape is ambiguous. weights: None dequantizes FP8 to bf16, "fp8"
+    keeps it, "int8" rounds the decoder's matrices. adapter: a PEFT directory, merged before rounding.
     Raises InputError before anything is written.
     """
     check_apart(source, out)

@@ -1,4 +1,4 @@
-"""q3.load: the weights of any checkpoint, a run of train.py among them, on a device or a mesh."""
+"""q3.load: the weights of any checkpoint or training run, on a device or a mesh."""
 
 from __future__ import annotations
 
@@ -35,27 +35,23 @@ def load(
     expert_layout: str | None = None,
     adapter: str | os.PathLike[str] | None = None,
 ) -> tuple[Params, Config]:
-    """(params, cfg) of an Orbax directory, a Hugging Face directory or a Hub id, on a device or a mesh.
+    """(params, cfg) of a checkpoint, on a device or a mesh.
 
-    A directory may be remote (storage/paths.py): of its files, no more than the tensors' bytes are fetched.
-    mesh: None is that of `jax.set_mesh`, and without one the default device. Each parameter is read
-    straight into its shards, as sharding.RULES cut it; a process reads what its devices hold, and its
-    memory never more than that and one tensor. Compute in `jax.set_mesh(mesh)`.
-    Tensors go to the device one by one, as stored or cast to `dtype` there; host memory holds a few at
-    a time. A base model without a head gives params without "head" and a warning in the log.
-    weights: None dequantises the FP8 of Hugging Face files to bf16 and takes an Orbax directory as it
-    is; "fp8" keeps the codes and scales of an FP8 checkpoint; "int8" rounds the decoder's matrices
-    (checkpoint/int8.py says which). `dtype` is that of everything
-    else and of the computation. Each such weight is a `quantized.Quantized`.
-    revision: branch, tag or commit of a Hub id. expert_layout: as `python -m convert` has it.
-    The directory of a run of train.py gives the weights of its best step, or its last (a LoRA run's
-    merged).
-    adapter: directory or Hub id of a PEFT adapter, or a LoRA run's directory, whose matrices stay
-    beside the weights they adapt (`lora.Adapted`), so that nothing is rounded and 8-bit weights stay
-    so; `qwen3vl_jax.lora.merge` adds them up.
+    ckpt: an Orbax directory, a Hugging Face directory, a Hub id, or a RUN_DIR of train.py, which gives
+    the weights of its best step or its last (LoRA merged). A directory may be remote (gs://..).
+    mesh: None is that of `jax.set_mesh`, or the default device without one. Each parameter is read
+    straight into its shards; host memory holds a few tensors at a time. Compute in `jax.set_mesh(mesh)`.
+    dtype: tensors are cast to it on the device; None keeps the stored dtypes.
+    weights: None dequantizes FP8 of Hugging Face files to bf16 and takes an Orbax directory as it is;
+    "fp8" keeps the values and scales of an FP8 checkpoint; "int8" rounds the decoder's matrices. Each
+    8-bit weight is a `Quantized`, and `dtype` applies to everything else and to the computation.
+    revision: branch, tag or commit of a Hub id. expert_layout: as in `python -m convert`.
+    adapter: directory or Hub id of a PEFT adapter, or a LoRA run's directory. Its matrices stay beside
+    the weights (`Adapted`), so nothing is rounded; `qwen3vl_jax.lora.merge` merges them.
+    A base model without a head gives params without "head" and a warning in the log.
     Raises InputError for weights that are absent, damaged, incomplete, not those of config.json, or
-    not to be had in the form asked for, for an adapter that does not fit, and for an axis of the mesh
-    that does not divide the parameters.
+    not available in the wanted form, for an adapter that does not fit, and for an axis of the mesh that
+    does not divide the parameters.
     """
     dtype, mesh = _floating(dtype), ambient_mesh() if mesh is None else mesh
     directory = resolve(ckpt, revision)
@@ -71,7 +67,7 @@ def load(
 def source_of(
     directory: Path, cfg: Config, weights: str | None = None, expert_layout: str | None = None
 ) -> Source:
-    """A checkpoint's directory, or a run's, and the form that is asked of its weights."""
+    """The Source of a checkpoint's or a run's directory. Raises InputError."""
     leaves = None
     if is_run(directory):
         leaves, which = run_leaves(directory, cfg)
@@ -84,7 +80,7 @@ def _adapter(directory: Path, cfg: Config) -> tuple[dict[str, np.ndarray], Adapt
 
 
 def _floating(dtype: Any) -> Any:
-    """A dtype that weights can be cast to, as JAX has it, or None; raises InputError."""
+    """A dtype of weights as JAX has it, or None. Raises InputError for others."""
     if dtype is None:
         return None
     try:
@@ -93,6 +89,6 @@ def _floating(dtype: Any) -> Any:
         found = None
     if found not in (jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16):
         raise InputError(
-            f"load: dtype is {dtype!r}, expected float32, bfloat16 or float16 (8 bits are weights=)"
+            f"dtype: got {dtype!r}, expected float32, bfloat16 or float16 (8 bits are weights=)"
         )
     return found

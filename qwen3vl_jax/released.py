@@ -1,4 +1,4 @@
-"""The six released sizes, as rows: what Config.named reads. Instruct and Thinking share them."""
+"""The six released sizes, for Config.named. Instruct and Thinking models share them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,15 @@ from typing import Any
 
 from qwen3vl_jax.errors import InputError
 
-_TEXT_KEYS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-              "intermediate_size", "moe_intermediate_size", "num_experts")  # fmt: skip
+_TEXT_KEYS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_experts",
+)
 _VISION_KEYS = (
     "depth",
     "hidden_size",
@@ -17,7 +24,7 @@ _VISION_KEYS = (
 )
 _SIGLIP_LARGE = (24, 1024, 4096, 16, [5, 11, 17])
 _SIGLIP_SO400M = (27, 1152, 4304, 16, [8, 16, 24])
-# size: text row, vision row, tied head
+# size: (text values, vision values, tied head)
 RELEASED = {
     "2b": ((2048, 28, 16, 8, 6144, 0, 0), _SIGLIP_LARGE, True),
     "4b": ((2560, 36, 32, 8, 9728, 0, 0), _SIGLIP_LARGE, True),
@@ -29,7 +36,7 @@ RELEASED = {
 
 
 def released_config(size: str) -> dict[str, Any]:
-    """The config.json of a released size, as a dict; raises InputError for an unknown name."""
+    """The config.json of a released size, as a dict. Raises InputError for an unknown size."""
     if size.lower() not in RELEASED:
         raise InputError(f"size {size!r} is unknown; released sizes: {', '.join(RELEASED)}")
     text_row, vision_row, tied = RELEASED[size.lower()]

@@ -80,9 +80,12 @@ def _add_product(weight, axis: int | None, span: tuple[str, int, int], a, b, sca
 
 
 def attach(
-    params: Params, cfg: Config, weights: Mapping[str, Any], adapter: Adapter,
+    params: Params,
+    cfg: Config,
+    weights: Mapping[str, Any],
+    adapter: Adapter,
     key: Callable[[str], jax.Array] | None = None,
-) -> Params:  # fmt: skip
+) -> Params:
     """The parameters with an adapter attached; layers may be lists or stacked.
 
     weights: {NAME.a, NAME.b} of `lora_targets`. key(NAME): the key of a target's dropout, None for

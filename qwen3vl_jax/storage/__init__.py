@@ -1,1 +1,1 @@
-"""Local and gs:// files: paths, JSON, directories written whole or not at all."""
+"""Local and gs:// files: paths, JSON, safetensors, atomic directories, logs."""

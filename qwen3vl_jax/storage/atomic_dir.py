@@ -1,4 +1,4 @@
-"""Directories that appear complete or not at all."""
+"""Directories written atomically: complete or not at all."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from qwen3vl_jax.storage.paths import (
 
 try:
     import fcntl
-except ImportError:  # Windows opens no directory: nothing there to lock, nor to flush
+except ImportError:
+    # Windows opens no directory: there is nothing to lock or to flush.
     fcntl = None
 
 CONFIG = "config.json"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-PARTIAL = ".partial"  # an object that is there while others are written beside it
+# An object that exists while the others are written beside it.
+PARTIAL = ".partial"
 
 
 @contextlib.contextmanager
 def atomic_dir(out: Path, force: bool = False, needs: int = 0) -> Iterator[Path]:
-    """A directory to fill that is `out` when the block ends well, and gone if not.
+    """A directory to fill that becomes `out` when the block ends well; after an error it is removed.
 
-    It lies beside `out` and takes its place; a killed process leaves `.NAME.partial`, which holds no
-    config.json and so never loads; the next run clears it. An old `out` stays until the new one is
-    complete, then makes room (`force` only). Raises InputError for an `out` that is in the way, a disk
-    without `needs` free bytes, and while another process writes to the same `out` (not on Windows,
-    which has no such lock).
-    A remote `out` is filled itself, so write the file that makes it loadable last. A killed process
-    leaves it without that file and with PARTIAL, by which the next run knows to clear it. `force`
-    replaces nothing there (the old one would be gone before the new one is whole), and nothing keeps
-    two processes from writing to the same place.
+    Local: the directory `.NAME.partial` beside `out` is renamed at the end. A killed process leaves it
+    without config.json, so it never loads, and the next run clears it. With `force` an old `out` stays
+    until the new one is complete. Raises InputError if `out` exists, if the disk has fewer than `needs`
+    free bytes, and while another process writes to `out` (Windows has no such lock).
+    Remote: `out` itself is filled, so write the file that makes it loadable last. A killed process
+    leaves PARTIAL in it, and the next run clears it. `force` replaces nothing, and no lock keeps two
+    processes apart.
     """
     try:
         with _filled(out) if is_remote(out) else _swapped(out, force, needs) as stage:
@@ -77,7 +77,8 @@ def _swapped(out: Path, force: bool, needs: int) -> Iterator[Path]:
     out = absolute(out)
     stage, old = out.parent / f".{out.name}.partial", out.parent / f".{out.name}.old"
     if old.is_dir() and not out.exists():
-        old.rename(out)  # a run was killed between its last two steps
+        # A process was killed between the two renames.
+        old.rename(out)
     _check_free_to_write(out, force)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +93,8 @@ def _swapped(out: Path, force: bool, needs: int) -> Iterator[Path]:
         if lock is not None:
             _only_writer(lock, stage, out)
         try:
-            _check_free_to_write(out, force)  # another process may have finished since
+            # Another process may have finished since.
+            _check_free_to_write(out, force)
             _empty(stage)
             shutil.rmtree(old, ignore_errors=True)
             yield stage
@@ -114,7 +116,7 @@ def _check_free_to_write(out: Path, force: bool) -> None:
     if not out.exists():
         return
     if not out.is_dir():
-        raise InputError(f"{out}: is a file, expected a directory to write")
+        raise InputError(f"{out}: got a file, expected a directory to write")
     if not force:
         raise InputError(f"{out}: already exists; choose another directory or pass --force")
     if any(out.iterdir()) and not (out / CONFIG).is_file():
@@ -122,7 +124,7 @@ def _check_free_to_write(out: Path, force: bool) -> None:
 
 
 def _only_writer(lock: int, stage: Path, out: Path) -> None:
-    """Takes the lock of a stage; one that has become another's output meanwhile is not ours."""
+    """Locks a stage. Raises InputError if another process has it, or has just renamed it to `out`."""
     assert fcntl
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -141,7 +143,7 @@ def _empty(directory: Path) -> None:
 
 
 def _flush(directory: Path) -> None:
-    """Puts every file on the disk: a power cut after the rename must not leave holes."""
+    """Flushes every file to the disk, so that a power cut after the rename loses nothing."""
     for folder, _, names in os.walk(directory):
         for path in (*(Path(folder, name) for name in names), Path(folder)):
             handle = os.open(path, os.O_RDONLY)
@@ -150,7 +152,7 @@ def _flush(directory: Path) -> None:
 
 
 def check_apart(source: Path, out: Path) -> None:
-    """Raises InputError where one directory lies inside the other (or both are the same)."""
+    """Raises InputError if one directory is inside the other, or both are the same."""
     source, out = absolute(source), absolute(out)
     if source == out or source in out.parents or out in source.parents:
-        raise InputError(f"{out}: lies in {source} or holds it; choose a directory apart from it")
+        raise InputError(f"{out}: is inside {source} or holds it; choose a directory apart from it")

@@ -1,4 +1,4 @@
-"""Checkpoints by name: a directory, or a Hub id that is fetched into huggingface_hub's cache."""
+"""Checkpoints by name: a directory, or a Hub id downloaded into huggingface_hub's cache."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
 
 
 def resolve(ckpt: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """The directory of a checkpoint; a Hub id is fetched into huggingface_hub's cache first.
+    """The directory of a checkpoint; a Hub id is downloaded into huggingface_hub's cache first.
 
-    Without network (or with HF_HUB_OFFLINE=1) the cache alone is used. Raises InputError for a name
-    that is neither, for a repository or revision that does not exist, and for one not in the cache.
+    Without network, or with HF_HUB_OFFLINE=1, only the cache is used. Raises InputError for a name that
+    is neither, for a repository or revision that does not exist, and for one not in the cache.
     """
     found = local_directory(ckpt, revision)
     return _fetch(os.fspath(ckpt), revision) if found is None else found
 
 
 def local_directory(ckpt: str | os.PathLike[str], revision: str | None = None) -> Path | None:
-    """The directory of a checkpoint that is one; None for what can be a Hub id. Raises InputError."""
+    """The path if it is a directory, None if it can be a Hub id. Raises InputError for others."""
     path = as_path(ckpt)
     found = kind(path)
     if found == "folder":
@@ -55,9 +55,10 @@ def _fetch(repo: str, revision: str | None) -> Path:
         raise InputError(f"{at}: no such directory, and no such repository on the Hub") from e
     except errors.LocalEntryNotFoundError as e:
         raise InputError(
-            f"{at}: no such directory; the Hub is out of reach and the cache lacks it, or part of it"
+            f"{at}: no such directory; the Hub is out of reach and the cache lacks the checkpoint or a file"
         ) from e
-    except Exception as e:  # what its HTTP library raises changes from version to version
+    # The errors of its HTTP library change from version to version.
+    except Exception as e:
         reason = " ".join(str(e).split())[:200]
         raise InputError(f"{at}: cannot be fetched from the Hub ({reason})") from e
     if not any(found.glob("*.safetensors")):
@@ -66,10 +67,11 @@ def _fetch(repo: str, revision: str | None) -> Path:
 
 
 def _hub_names(repo: str, commit: str) -> list[str]:
-    """The files of a commit on the Hub; none where it is out of reach."""
+    """The files of a commit on the Hub; [] if the Hub is out of reach."""
     from huggingface_hub import HfApi
 
     try:
         return HfApi().list_repo_files(repo, revision=commit)
-    except Exception:  # what its HTTP library raises changes from version to version
+    # The errors of its HTTP library change from version to version.
+    except Exception:
         return []

@@ -1,6 +1,6 @@
-"""JSON text: the one reader and the one writer of the project, which refuse what JSON does not allow.
+"""Strict JSON: the one reader and the one writer of the project.
 
-Raises InputError, one line that names `where`, for whatever is not plain JSON data of moderate depth.
+Both raise InputError, one line that names `where`, for anything but plain JSON data of moderate depth.
 """
 
 from __future__ import annotations
@@ -25,17 +25,16 @@ _CONTAINERS = (dict, list)
 
 
 class _Refused(ValueError):
-    """What the parser's hooks raise: syntax that JSON has, or Python's reader takes, and we do not."""
+    """The error of the parser's hooks, for JSON that Python's reader takes and this one refuses."""
 
 
 def read_json(text: str | bytes, where: str, large: bool = False) -> Any:
-    """The data of a JSON text (UTF-8 where it is bytes); `where` names its source in errors.
+    """The data of a JSON text (bytes are UTF-8); `where` names its source in errors.
 
-    large: of any size, for data files that are the user's own.
-
+    large: no limit of size, for the user's own data files.
     Raises InputError for invalid UTF-8 or JSON, NaN and Infinity, numbers that are infinite as floats,
-    integers over 40 digits, an object with one key twice, half a surrogate pair, and for data deeper
-    than 100 levels or, unless large, of over 1 GiB or 10 million values.
+    integers over 40 digits, a duplicate key, half a surrogate pair, and data deeper than 100 levels.
+    Unless large, also for more than 1 GiB or 10 million values.
     """
     before = f"{where}: " if where else ""
     try:
@@ -60,9 +59,9 @@ def read_json(text: str | bytes, where: str, large: bool = False) -> Any:
 
 
 def read_json_file(path: Path, where: str = "", kind: type | tuple[type, ...] = dict) -> Any:
-    """`read_json` of a regular file of at most 1 GiB that holds data of a kind (an object, if not said).
+    """`read_json` of a regular file of at most 1 GiB. Raises InputError also for data of another kind.
 
-    where: what names the file in errors instead of its path.
+    where: the name of the file in errors, by default its path. kind: dict for an object.
     """
     where = where or str(path)
     try:
@@ -83,9 +82,9 @@ def read_json_file(path: Path, where: str = "", kind: type | tuple[type, ...] = 
 
 
 def read_json_at(text: str, at: int) -> tuple[Any, int]:
-    """The data whose JSON begins at a place of a model's answer, and where it ends.
+    """(data, end) of the JSON that begins at an index of a model's answer.
 
-    Takes raw line breaks and tabs inside strings, which models write; the rest is as in `read_json`.
+    Unlike `read_json` it takes raw line breaks and tabs inside strings, which models write.
     """
     try:
         found, end = _LENIENT.raw_decode(text, at)
@@ -101,7 +100,7 @@ def read_json_at(text: str, at: int) -> tuple[Any, int]:
 
 
 def write_json(value: Any, where: str, **options: Any) -> str:
-    """JSON text of a value; options are those of json.dumps. Raises InputError for NaN and no data."""
+    """The JSON text of a value; options as in json.dumps. Raises InputError for NaN and other types."""
     try:
         return json.dumps(value, allow_nan=False, **options)
     except (ValueError, TypeError, RecursionError) as e:
@@ -169,7 +168,7 @@ def _children(value: Any) -> Iterable[Any]:
 
 
 def _check_strings(found: Any) -> None:
-    """Refuses half a surrogate pair, which JSON can spell and no text can hold."""
+    """Refuses half a surrogate pair, which JSON can escape and UTF-8 cannot hold."""
     left = [found]
     while left:
         value = left.pop()

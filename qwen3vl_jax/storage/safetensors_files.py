@@ -1,6 +1,6 @@
-"""Safetensors files, one or many: a tensor costs no memory until it is used.
+"""Safetensors files: headers first, values when they are used.
 
-Files of this machine are memory-mapped; of an object only the bytes that are asked for are fetched.
+Local files are memory-mapped; of a remote file only the needed bytes are fetched.
 """
 
 from __future__ import annotations
@@ -28,26 +28,28 @@ from qwen3vl_jax.storage.paths import (
     read_range,
 )
 
-# In the order in which safetensors writes them: wide ones first, so that each lies aligned.
+# In the order of safetensors files: wide dtypes first, so that all tensors are aligned.
 DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
 }
-FP8 = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)}  # comes with scales
+# Comes with scales.
+FP8 = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)}
 DTYPE_NAMES = {dtype: name for name, dtype in (DTYPES | FP8).items()}
 _READ = DTYPES | FP8
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _OTHER_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin.index.json", ".h5", ".msgpack",
                   ".gguf", ".onnx", ".onnx_data")  # fmt: skip
-_MAX_HEADER = 100_000_000  # the format's own limit
+# The format's own limit.
+_MAX_HEADER = 100_000_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """One tensor in a file: where it lies and how it is written."""
+    """One tensor of a file, from its header: name, dtype, shape, first byte and size."""
 
     file: Path
     name: str
@@ -58,12 +60,12 @@ class Stored:
 
     @property
     def where(self) -> str:
-        """Name and file, for a message."""
+        """The tensor's name and file, for a message."""
         return f"{self.name} in {self.file.name}"
 
 
 def is_weight_file(name: str) -> bool:
-    """Whether a file holds weights (of any framework) and so is not copied beside a checkpoint."""
+    """Whether a file holds weights of any framework; others are copied beside a checkpoint."""
     lower = name.lower()
     pickled = lower.endswith(PICKLES) and not lower.startswith("training_args")
     return pickled or lower.endswith(_OTHER_WEIGHTS)
@@ -118,15 +120,15 @@ def _entry(path: Path, name: str, entry: Any, base: int) -> Stored:
 
 
 class Files:
-    """Maps each safetensors file when one of its tensors is first viewed, for as long as views live."""
+    """Memory maps of safetensors files, each opened when one of its tensors is first viewed."""
 
     def __init__(self) -> None:
         self._maps: dict[Path, mmap.mmap] = {}
 
     def view(self, tensor: Stored) -> np.ndarray:
-        """The tensor as a read-only view of its file, with no copy (unless it is remote or unaligned).
+        """The tensor as a read-only view of its file; a copy only if it is remote or unaligned.
 
-        Raises InputError for an object that can no longer be read.
+        Raises InputError for a remote file that cannot be read.
         """
         if tensor.nbytes == 0:
             return np.empty(tensor.shape, _READ[tensor.dtype])
@@ -136,9 +138,8 @@ class Files:
             with tensor.file.open("rb") as file:
                 self._maps[tensor.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         memory = self._maps[tensor.file]
-        if hasattr(
-            memory, "madvise"
-        ):  # read ahead: a page fault at a time is slow from a cold disk
+        # Read ahead: single page faults are slow on a cold disk.
+        if hasattr(memory, "madvise"):
             page = tensor.start // mmap.PAGESIZE * mmap.PAGESIZE
             memory.madvise(mmap.MADV_WILLNEED, page, tensor.start + tensor.nbytes - page)
         dtype = _READ[tensor.dtype]
@@ -146,14 +147,14 @@ class Files:
         return (flat if flat.flags.aligned else flat.copy()).reshape(tensor.shape)
 
     def sliced(self, tensor: Stored) -> np.ndarray:
-        """The tensor as something to take parts of: `view`, or of an object what fetches them alone."""
+        """The tensor for slicing: a view, or for a remote file a stand-in that fetches single slices."""
         if is_remote(tensor.file) and tensor.nbytes:
             return cast(np.ndarray, _Slices(tensor, tensor.shape, {}))
         return self.view(tensor)
 
 
 def _fetched(tensor: Stored, start: int, size: int) -> np.ndarray:
-    """Some bytes of a tensor of an object, in its dtype. Raises InputError."""
+    """`size` bytes of a remote tensor from an offset, in its dtype. Raises InputError."""
     with reached(tensor.file):
         data = read_range(tensor.file, tensor.start + start, size)
     if len(data) != size:
@@ -163,10 +164,10 @@ def _fetched(tensor: Stored, start: int, size: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class _Slices:
-    """What of an array `ParamSpec.cut` uses, over a tensor of an object.
+    """The array methods that `ParamSpec.cut` uses, over a remote tensor.
 
-    A part is the range of the outermost axis that it lies in, cut further in memory. Ranges are kept as
-    long as this lives: the shards of one axis share them.
+    A slice fetches its range of the outermost axis and cuts the other axes in memory. Ranges are kept
+    while this lives: shards of other axes share them.
     """
 
     tensor: Stored
@@ -192,9 +193,9 @@ class _Slices:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a Hugging Face directory, all present.
+    """The safetensors files of a Hugging Face directory.
 
-    Raises InputError for a directory with only pickles, without weights, or with a shard missing.
+    Raises InputError for a directory of pickles, without weights, or with a missing shard.
     """
     index = directory / INDEX
     if index.is_file():
@@ -212,11 +213,11 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def refuse_pickles(where: object, names: Iterable[str]) -> None:
-    """Raises InputError if there are pickles among the files of a checkpoint without safetensors."""
+    """Raises InputError if the files of a checkpoint without safetensors include pickles."""
     if pickles := sorted(name for name in names if name.endswith(PICKLES)):
         raise InputError(
-            f"{where}: holds weights only as a pickle ({pickles[0]}); reading one runs the code in "
-            f"it, so only safetensors are read: save it again with safe_serialization"
+            f"{where}: holds weights only as a pickle ({pickles[0]}), expected safetensors (reading "
+            f"a pickle runs the code in it); save it again with safe_serialization"
         )
 
 
@@ -241,12 +242,12 @@ def _indexed(directory: Path, index: Path) -> list[Path]:
 
 
 def read_tensors(directory: Path) -> list[Stored]:
-    """Every tensor of a Hugging Face directory's safetensors files, from their headers alone."""
+    """Every tensor of a Hugging Face directory, from the headers alone. Raises InputError."""
     return [tensor for file in weight_files(directory) for tensor in read_header(file)]
 
 
 def holds_head(directory: Path) -> bool | None:
-    """Whether the files of a Hugging Face directory hold a head; None where there are no such files."""
+    """Whether a Hugging Face directory holds a head; None without readable safetensors."""
     try:
         return any(tensor.name.endswith("lm_head.weight") for tensor in read_tensors(directory))
     except (InputError, OSError):
@@ -254,6 +255,6 @@ def holds_head(directory: Path) -> bool | None:
 
 
 def side_files(directory: Path, leave_out: Iterable[str] = ()) -> list[Path]:
-    """Every file of a checkpoint that holds no weights, relative to it: config, tokenizer, ..."""
+    """Every file of a checkpoint without weights, relative to it: config, tokenizer, ..."""
     found = files_under(directory, {".git", ".cache", PARTIAL, *leave_out})
     return [path for path in found if not is_weight_file(path.name)]

@@ -166,7 +166,10 @@ REFUSED = {
         r"quantization_config.fmt: got 'e5m2', expected 'e4m3'; take the bf16",
     ),
     "no_block": (_keys(weight_block_size=None), "weight_block_size: got None, expected two sizes"),
-    "bad_block": (_keys(weight_block_size=[128, 0]), r"weight_block_size: got \[128, 0\], expected"),
+    "bad_block": (
+        _keys(weight_block_size=[128, 0]),
+        r"weight_block_size: got \[128, 0\], expected",
+    ),
     "no_config": (
         lambda raw, held: raw.pop("quantization_config"),
         "in model.safetensors: F8_E4M3, but config.json has no quantization_config .* fetch config",

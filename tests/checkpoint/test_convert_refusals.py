@@ -174,7 +174,7 @@ FILES = {
     "index_no_map": (lambda d: _index(d, "{}"), "not a safetensors index"),
     "index_outside": (lambda d: _index(d, '{"weight_map": {"a": "../b"}}'), "a file outside"),
     "no_weights": (_only, "no weights found, expected model.safetensors"),
-    "pickle": (lambda d: _only(d, "pytorch_model.bin"), "runs the code in it, so only safetensors"),
+    "pickle": (lambda d: _only(d, "pytorch_model.bin"), "reading a pickle runs the code in it"),
     "adapter": (lambda d: _only(d, "adapter_model.safetensors"), "expected a whole model"),
     "no_config": (lambda d: (d / "config.json").unlink(), "config.json: cannot be read"),
     "quantised": (
@@ -207,9 +207,9 @@ def test_directories_that_are_in_the_way(sound, tmp_path, capsys):
     for out, options, message in (
         (tmp_path / "full", [], "already exists; choose another directory or pass --force"),
         (tmp_path / "full", ["--force"], "--force replaces checkpoints only"),
-        (tmp_path / "file", ["--force"], "is a file, expected a directory"),
-        (source, ["--force"], "lies in"),
-        (source / "inside", [], "lies in"),
+        (tmp_path / "file", ["--force"], "got a file, expected a directory"),
+        (source, ["--force"], "is inside"),
+        (source / "inside", [], "is inside"),
         (tmp_path / "a", ["--force"], "or holds it"),
         (tmp_path / "file" / "x", [], "cannot be written"),
     ):

@@ -295,7 +295,7 @@ def test_no_way_back_to_hugging_face(tmp_path, capsys):
     assert main(["--to-hf", str(source), str(tmp_path / "back")]) == 2
     err = capsys.readouterr().err
     assert re.search(
-        "orbax: holds int8 weights, for which .* take the checkpoint it was made from$", err
+        "orbax: got int8 weights, which .* take the checkpoint that they were made from$", err
     )
     assert err.count("\n") == 1
     assert main(["--to-hf", str(source), str(tmp_path / "back"), "--weights", "int8"]) == 2
