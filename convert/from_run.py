@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from convert import SHARD_SIZE, Progress
-from convert.to_hf import Sink, write_files
+from convert.to_hf import write_files
 from qwen3vl_jax.checkpoint.config_files import copy_files
-from qwen3vl_jax.checkpoint.param_paths import TreePath
 from qwen3vl_jax.checkpoint.peft_io import save_adapter
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
@@ -51,16 +49,11 @@ def run_to_hf(
         return (*_write_adapter(recipe, cfg, weights, out), message + "PEFT adapter, ")
     leaves, first = step_leaves(recipe, cfg, weights)
     message += "merged, " if recipe.lora.rank else ""
-    leading = set(first)
-
-    def read(sink: Sink, order: Sequence[TreePath]) -> None:
-        for path in (*first, *(path for path in order if path not in leading)):
-            sink(path, leaves[path].load())
 
     def finish(stage: Path) -> None:
         copy_files(run / MODEL, side_files(run / MODEL), stage)
 
-    written = write_files(out, cfg, leaves, read, finish, force, shard_size, progress)
+    written = write_files(out, cfg, leaves, first, finish, force, shard_size, progress)
     return (*written, message)
 
 

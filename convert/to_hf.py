@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,7 +16,7 @@ from qwen3vl_jax.checkpoint.config_files import PARAMS, copy_files, read_config
 from qwen3vl_jax.checkpoint.fp8 import SUFFIX, scale_shape
 from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, LazyTensor
 from qwen3vl_jax.checkpoint.name_map import Block, ParamSpec, param_specs
-from qwen3vl_jax.checkpoint.orbax_io import read_in_order, stored_tensors
+from qwen3vl_jax.checkpoint.orbax_io import open_tree
 from qwen3vl_jax.checkpoint.param_paths import TreePath
 from qwen3vl_jax.checkpoint.validate import check_stored, stored_kind
 from qwen3vl_jax.config import Config
@@ -32,8 +30,6 @@ from qwen3vl_jax.storage.safetensors_files import (
     SINGLE,
     side_files,
 )
-
-Sink = Callable[[TreePath, np.ndarray], Any]
 
 
 @dataclasses.dataclass
@@ -65,7 +61,7 @@ def to_hf(
     cfg = Config.from_hf(source)
     if not (source / PARAMS).is_dir():
         raise InputError(f"{source}: holds no {PARAMS}, expected an Orbax checkpoint of convert")
-    stored = stored_tensors(source / PARAMS)
+    stored = open_tree(source / PARAMS)
     block = check_stored(source, cfg, stored, read_config(source))
     if stored_kind(stored) == "int8":
         raise InputError(
@@ -76,15 +72,14 @@ def to_hf(
     def finish(stage: Path) -> None:
         copy_files(source, side_files(source, leave_out=[PARAMS]), stage, fp8=block is not None)
 
-    read = functools.partial(read_in_order, source / PARAMS)
-    return write_files(out, cfg, stored, read, finish, force, shard_size, progress, block)
+    return write_files(out, cfg, stored, (), finish, force, shard_size, progress, block)
 
 
 def write_files(
     out: Path,
     cfg: Config,
     stored: Mapping[TreePath, LazyTensor],
-    read: Callable[[Sink, Sequence[TreePath]], Any],
+    first: Sequence[TreePath],
     finish: Callable[[Path], None],
     force: bool = False,
     shard_size: int = SHARD_SIZE,
@@ -93,9 +88,9 @@ def write_files(
 ) -> tuple[int, int]:
     """Writes a parameter tree as safetensors, complete or not at all; (tensors, bytes).
 
-    stored: shapes and dtypes by path. read(sink, order) calls sink(path, array) once for each path; in
-    that order the files are filled one after another. finish(directory) adds the other files, with
-    config.json last. block: of FP8 weights. Files of a remote directory are in TMPDIR until complete.
+    stored: the arrays by path. first: paths that are read first, in this order; the others are read so
+    that one file after another is filled. finish(directory) adds the other files, config.json last.
+    block: of FP8 weights. Files of a remote directory are in TMPDIR until complete.
     """
     known = {param.path: param for param in param_specs(cfg)}
     by_path = {path: known.get(path) or known[path[:-1]] for path in stored}
@@ -108,8 +103,13 @@ def write_files(
         for shard, held in shards.items():
             _write_header(handles[shard].fileno(), held)
             places |= {tensor.name: (shard, tensor.offset) for tensor in held}
-
-        def sink(path: TreePath, array: np.ndarray) -> None:
+        file_of = {
+            path: min(places[p.name][0] for p in param.parts) for path, param in by_path.items()
+        }
+        leading = set(first)
+        others = sorted(stored.keys() - leading, key=lambda path: (file_of[path], str(path)))
+        for path in (*first, *others):
+            array = stored[path].load()
             for name, tensor in _split(by_path[path], path, array, block):
                 shard, offset = places[name]
                 _write(handles[shard].fileno(), offset, tensor)
@@ -117,11 +117,8 @@ def write_files(
                 if not left[shard]:
                     handles[shard].close()
             progress(array.nbytes, total)
-
-        first = {
-            path: min(places[p.name][0] for p in param.parts) for path, param in by_path.items()
-        }
-        read(sink, sorted(stored, key=lambda path: first[path]))
+            # Before the next one is read.
+            del array, tensor
         files.close()
         if len(shards) > 1:
             _write_index(stage / INDEX, {name: shard for name, (shard, _) in places.items()}, total)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from qwen3vl_jax.checkpoint import hf_reader, int8
 from qwen3vl_jax.checkpoint.config_files import PARAMS, read_config
 from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES, LazyTensor, eight_bit, in_memory
 from qwen3vl_jax.checkpoint.name_map import tree_of
-from qwen3vl_jax.checkpoint.orbax_io import open_tree, stored_tensors
+from qwen3vl_jax.checkpoint.orbax_io import open_tree
 from qwen3vl_jax.checkpoint.param_paths import TreePath, path_str, split_layer_index
 from qwen3vl_jax.checkpoint.validate import check_stored, check_weights, stored_kind
 from qwen3vl_jax.config import Config
@@ -42,39 +42,33 @@ class Source:
     # The arrays of a run of train.py, from training/run_params.py.
     run: Leaves | None = None
 
-    @property
-    def is_orbax(self) -> bool:
-        return (self.directory / PARAMS).is_dir()
-
     def stored(self) -> Leaves:
-        """The arrays as the files hold them; orbax_io reads those of Orbax. Raises InputError."""
+        """The arrays as the files hold them. Raises InputError."""
         directory = self.directory
         if self.run is not None:
             check_weights(directory, None, self.weights)
             return self.run
-        if not self.is_orbax:
+        if not (directory / PARAMS).is_dir():
             if any(directory.glob(f"{PARAMS}.orbax-checkpoint-tmp*")):
                 raise InputError(
                     f"{directory}: its Orbax checkpoint was never finished; write it again"
                 )
             return hf_reader.open_hf(directory, self.cfg, self.expert_layout, self.weights)
-        held = stored_tensors(directory / PARAMS)
+        held = open_tree(directory / PARAMS)
         check_stored(directory, self.cfg, held, read_config(directory))
         check_weights(directory, stored_kind(held), self.weights)
         return held
 
-    def asked(self, stored: Leaves) -> Leaves:
+    def asked(self) -> Leaves:
         """The arrays as devices hold them: values and scale in place of what int8 rounds."""
-        return int8.quantize_leaves(self.cfg, stored) if self.rounds(stored) else stored
-
-    def rounds(self, stored: Leaves) -> bool:
-        """Whether this load rounds to int8: wanted, and not stored so."""
-        return self.weights == "int8" and stored_kind(stored) is None
+        stored = self.stored()
+        rounds = self.weights == "int8" and stored_kind(stored) is None
+        return int8.quantize_leaves(self.cfg, stored) if rounds else stored
 
 
 def weights_bytes(source: Source, dtype: Any = None, mesh: AbstractMesh | None = None) -> int:
     """Bytes of the parameters on one device, alone or of a mesh; reads headers only. Raises InputError."""
-    leaves = source.asked(source.stored())
+    leaves = source.asked()
     codes, where = eight_bit(leaves), path_shardings(mesh, source.cfg, leaves)
     wide = None if dtype is None else np.dtype(dtype).itemsize
 
@@ -87,31 +81,10 @@ def weights_bytes(source: Source, dtype: Any = None, mesh: AbstractMesh | None =
 
 def load_params(source: Source, mesh: Mesh | None, dtype: Any) -> Params:
     """The parameters of a checkpoint on the default device, or sharded over a mesh. Raises InputError."""
-    stored = source.stored()
-    asked = source.asked(stored)
-    put = _Put(path_shardings(mesh, source.cfg, asked), eight_bit(asked), dtype)
-    return as_structs(tree_of(source.cfg, read_leaves(source, stored, put)))
-
-
-def read_leaves(source: Source, stored: Leaves, put: Callable) -> dict[TreePath, Any]:
-    """{path: put(path, LazyTensor)} of every array as devices hold it, one after another.
-
-    stored: the source's. Raises InputError for files that cannot be read.
-    """
-    if not source.is_orbax:
-        return {path: put(path, leaf) for path, leaf in source.asked(stored).items()}
-    rounded = int8.int8_params(source.cfg) if source.rounds(stored) else {}
-    found = {}
-
-    def sink(path: TreePath, leaf: LazyTensor) -> None:
-        if path not in rounded:
-            found[path] = put(path, leaf)
-            return
-        for key, part in int8.quantize(rounded[path], leaf.load()).items():
-            found[*path, key] = put((*path, key), in_memory(part))
-
-    open_tree(source.directory / PARAMS, sink)
-    return found
+    leaves = source.asked()
+    put = _Put(path_shardings(mesh, source.cfg, leaves), eight_bit(leaves), dtype)
+    arrays = {path: put(path, leaf) for path, leaf in leaves.items()}
+    return as_structs(tree_of(source.cfg, arrays))
 
 
 def path_shardings(

@@ -92,7 +92,7 @@ def _finished(x: Any, sums: np.ndarray) -> str:
     return f"{zlib.crc32(np.ascontiguousarray(sums).data.cast('B'), zlib.crc32(described)):08x}"
 
 
-def kept_digests(directory: Path) -> dict[str, str] | None:
+def saved_digests(directory: Path) -> dict[str, str] | None:
     """The digests saved with an Orbax tree, None for a tree of an older release.
 
     Raises DamagedError for a file that cannot be read.

@@ -49,15 +49,17 @@ def quantize_leaves(
 
 
 def _pair(param: ParamSpec, leaf: LazyTensor) -> dict[TreePath, LazyTensor]:
-    def values() -> np.ndarray:
-        return quantize(param, leaf.load())[VALUES]
+    """Values and scale of a parameter; the scale is kept from when the values are made."""
+    made: dict[str, np.ndarray] = {}
 
-    def scale() -> np.ndarray:
-        return scales_of(param, leaf.load())
+    def take(key: str) -> np.ndarray:
+        if key not in made:
+            made.update(quantize(param, leaf.load()))
+        return made.pop(key)
 
     return {
-        (*param.path, VALUES): LazyTensor(param.shape, _INT8, values),
-        (*param.path, SCALE): LazyTensor(param.channels, _SCALE, scale),
+        (*param.path, VALUES): LazyTensor(param.shape, _INT8, lambda: take(VALUES)),
+        (*param.path, SCALE): LazyTensor(param.channels, _SCALE, lambda: take(SCALE)),
     }
 
 

@@ -14,7 +14,7 @@ import itertools
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +28,14 @@ from qwen3vl_jax.checkpoint.digests import (
     DamagedError,
     check_digests,
     digest,
-    kept_digests,
+    saved_digests,
 )
 from qwen3vl_jax.checkpoint.lazy_tensor import Index, LazyTensor
-from qwen3vl_jax.checkpoint.param_paths import TreePath, at_path, flatten, path_str, tree_path
+from qwen3vl_jax.checkpoint.param_paths import TreePath, flatten, path_str, tree_path
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.storage.json_text import write_json
 from qwen3vl_jax.storage.paths import for_orbax
 
-Sink = Callable[[TreePath, np.ndarray], Any]
 # Bytes of tensors that are written together; a larger tensor is written alone.
 _GROUP = 64 << 20
 # Bytes of one stored chunk, the least that a process reads for its shard.
@@ -58,14 +57,14 @@ def _context() -> tensorstore.Context:
 
 
 class _Handler(ocp.type_handlers.NumpyHandler):
-    """Writes LazyTensors in groups of at most _GROUP bytes, and reads arrays one by one into `sink`.
+    """Writes LazyTensors in groups of at most _GROUP bytes; opens stored arrays as LazyTensors.
 
-    Reading one by one also gives one error for a damaged file.
+    wrote: called with the path of each written array and the array.
     """
 
-    def __init__(self, sink: Callable[[TreePath, Any], Any]):
+    def __init__(self, wrote: Callable[[TreePath, np.ndarray], None]):
         super().__init__(deepcopy_host_arrays=False)
-        self._sink, self._context = sink, _context()
+        self._wrote, self._context = wrote, _context()
         self._failed: list[Exception] = []
 
     async def _open_and_write(self, value: Any, tspec: Any, ts_context: Any):
@@ -88,38 +87,25 @@ class _Handler(ocp.type_handlers.NumpyHandler):
             if self._failed:
                 raise self._failed[0]
             for info, array in zip(infos[group], arrays):
-                self._sink(tree_path(info.keypath), array)
+                self._wrote(tree_path(info.keypath), array)
             # Before the next group is loaded.
             del arrays, array, future
         return []
 
     async def deserialize(self, infos: Any, args: Any = None):
-        args = args or [ocp.RestoreArgs()] * len(infos)
         leaves = []
-        for info, arg in zip(infos, args):
-            (array,) = await super().deserialize([info], [arg])
-            leaves.append(self._sink(tree_path(info.keypath), array))
-            # Before the next one is read.
-            del array
-        return leaves
-
-
-class _Opener(_Handler):
-    """Opens arrays and gives them to `sink` unread."""
-
-    async def deserialize(self, infos: Any, args: Any = None):
-        leaves = []
+        # One by one, so that a damaged file gives one error.
         for info in infos:
             spec = ocp.type_handlers.get_json_tspec_read(info, info.is_ocdbt_checkpoint)
             store = await tensorstore.open(spec, open=True, read=True, context=info.ts_context)
-            leaves.append(self._sink(tree_path(info.keypath), _lazy(store)))
+            parts = functools.partial(_read_parts, store)
+            dtype = store.dtype.numpy_dtype
+            leaves.append(
+                LazyTensor(
+                    tuple(store.shape), dtype, lambda store=store: store.read().result(), parts
+                )
+            )
         return leaves
-
-
-def _lazy(store: tensorstore.TensorStore) -> LazyTensor:
-    parts = functools.partial(_read_parts, store)
-    dtype = store.dtype.numpy_dtype
-    return LazyTensor(tuple(store.shape), dtype, lambda: store.read().result(), parts)
 
 
 def _read_parts(store: tensorstore.TensorStore, where: Sequence[Index]) -> list[np.ndarray]:
@@ -157,9 +143,9 @@ def _groups(sizes: list[int]) -> Iterator[slice]:
     yield slice(start, len(sizes))
 
 
-def _tree_handler(sink: Callable, kind: type[_Handler] = _Handler) -> ocp.PyTreeCheckpointHandler:
+def _tree_handler(wrote: Callable = lambda path, array: None) -> ocp.PyTreeCheckpointHandler:
     registry = ocp.type_handlers.create_type_handler_registry(
-        (jax.Array, ocp.type_handlers.ArrayHandler()), (LazyTensor, kind(sink))
+        (jax.Array, ocp.type_handlers.ArrayHandler()), (LazyTensor, _Handler(wrote))
     )
     # bf16 weights compress little, at a high cost in time and memory.
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
@@ -175,48 +161,51 @@ def write_tree(
     save_args = jax.tree.map(lambda leaf: ocp.SaveArgs(chunk_byte_size=_CHUNK), tree)
     digests: dict[str, str] = {}
 
-    def sink(path: TreePath, array: np.ndarray) -> None:
+    def note(path: TreePath, array: np.ndarray) -> None:
         digests[path_str(path)] = digest(array)
         wrote(array.nbytes)
 
-    with writable(directory), ocp.Checkpointer(_tree_handler(sink)) as checkpointer:
+    with writable(directory), ocp.Checkpointer(_tree_handler(note)) as checkpointer:
         checkpointer.save(for_orbax(directory), args=ocp.args.PyTreeSave(tree, save_args))
     (directory / DIGESTS).write_text(write_json(digests, DIGESTS, indent=0) + "\n")
 
 
-def stored_tensors(directory: Path) -> dict[TreePath, LazyTensor]:
-    """Shape and dtype of each array of an Orbax checkpoint by path; read values with `read_tree`.
+def open_tree(directory: Path) -> dict[TreePath, LazyTensor]:
+    """The arrays of an Orbax checkpoint by path, unread; `load` checks them against their digests.
 
-    Raises InputError for a directory that Orbax cannot read.
+    An array that is read in parts is not checked. Raises DamagedError for a directory that Orbax cannot
+    read; `load` raises it for an array that cannot be read or whose digest differs.
     """
-
-    def unreadable() -> np.ndarray:
-        raise TypeError("an Orbax checkpoint is read by read_tree")
-
-    return {
-        path: LazyTensor(tuple(leaf.shape), np.dtype(leaf.dtype), unreadable)
-        for path, leaf in flatten(_metadata(directory))
-    }
+    saved = saved_digests(directory)
+    return {path: _checked(directory, saved, path, leaf) for path, leaf in _open(directory)}
 
 
-def read_tree(directory: Path, sink: Sink, under: TreePath = ()) -> Any:
-    """The tree of `sink(path, array)` for each array of a checkpoint, one array in memory at a time.
+def _checked(
+    directory: Path, saved: Mapping[str, str] | None, path: TreePath, leaf: LazyTensor
+) -> LazyTensor:
+    def load() -> np.ndarray:
+        with readable(directory):
+            array = leaf.load()
+        if saved is not None and digest(array) != saved.get(path_str(path)):
+            raise DamagedError(directory, [f"{path_str(path)} is not as it was saved"])
+        return array
 
-    under: reads only the subtree at this path and returns it, or None. Raises DamagedError for a
-    directory that Orbax cannot read, and for an array whose digest differs.
-    """
-    kept = kept_digests(directory)
-
-    def checked(path: TreePath, array: np.ndarray) -> Any:
-        _check(directory, kept, path, array)
-        return sink(path, array)
-
-    return _read(directory, _tree_handler(checked), under)
+    return dataclasses.replace(leaf, load=load)
 
 
-def _check(directory: Path, kept: dict[str, str] | None, path: TreePath, array: np.ndarray) -> None:
-    if kept is not None and digest(array) != kept.get(path_str(path)):
-        raise DamagedError(directory, [f"{path_str(path)} is not as it was saved"])
+def _open(directory: Path) -> list[tuple[TreePath, LazyTensor]]:
+    with readable(directory):
+        stored = _tree_handler().metadata(for_orbax(directory)).tree
+    as_lazy = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=LazyTensor), stored)
+    # Other processes may read something else, or nothing: no barrier.
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+    with (
+        readable(directory),
+        ocp.Checkpointer(_tree_handler(), multiprocessing_options=alone) as checkpointer,
+    ):
+        args = ocp.args.PyTreeRestore(stored, restore_args=as_lazy)
+        return flatten(checkpointer.restore(for_orbax(directory), args=args))
 
 
 def verify_tree(directory: Path) -> tuple[int, int]:
@@ -224,82 +213,19 @@ def verify_tree(directory: Path) -> tuple[int, int]:
 
     Raises DamagedError with a list of the others, InputError for a checkpoint without digests.
     """
-    kept = kept_digests(directory)
-    if kept is None:
+    saved = saved_digests(directory)
+    if saved is None:
         raise InputError(
             f"{directory}: got no digests, expected those of convert and train.py; it is of an older "
             f"release: write it again"
         )
     found: dict[str, str] = {}
-    sizes: list[int] = []
-
-    def sink(path: TreePath, array: np.ndarray) -> None:
-        found[path_str(path)] = digest(array)
-        sizes.append(array.nbytes)
-
-    _read(directory, _tree_handler(sink))
-    check_digests(directory, found, kept)
-    return len(sizes), sum(sizes)
-
-
-def open_tree(directory: Path, sink: Callable[[TreePath, LazyTensor], Any]) -> Any:
-    """`read_tree` whose sink gets unread arrays; only what it loads is read.
-
-    An array that is read in parts is not checked against its digest.
-    """
-    kept = kept_digests(directory)
-
-    def checked(path: TreePath, leaf: LazyTensor) -> Any:
-        def load() -> np.ndarray:
-            with readable(directory):
-                array = leaf.load()
-            _check(directory, kept, path, array)
-            return array
-
-        return sink(path, dataclasses.replace(leaf, load=load))
-
-    return _read(directory, _tree_handler(checked, _Opener))
-
-
-def read_in_order(directory: Path, sink: Sink, order: Iterable[TreePath]) -> None:
-    """`read_tree` in a given order. Raises InputError."""
-    found: dict[TreePath, LazyTensor] = {}
-    open_tree(directory, found.__setitem__)
-    for path in order:
-        array = found.pop(path).load()
-        sink(path, array)
-        # Before the next one is read.
-        del array
-
-
-def _read(directory: Path, handler: ocp.PyTreeCheckpointHandler, under: TreePath = ()) -> Any:
-    def wanted(keypath: tuple[Any, ...], leaf: Any) -> Any:
-        return leaf if tree_path(keypath)[: len(under)] == under else ocp.PLACEHOLDER
-
-    stored = _metadata(directory)
-    as_lazy = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=LazyTensor), stored)
-    item = jax.tree.map_with_path(wanted, stored)
-    # Other processes may read something else, or nothing: no barrier.
-    me = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
-    with (
-        readable(directory),
-        ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer,
-    ):
-        args = ocp.args.PyTreeRestore(item, restore_args=as_lazy)
-        found = checkpointer.restore(for_orbax(directory), args=args)
-    return at_path(found, under)
-
-
-def read_part(directory: Path, path: TreePath) -> Any:
-    """The subtree at a path of a checkpoint in numpy arrays, or None; nothing else is read."""
-    return read_tree(directory, lambda _, array: array, path)
-
-
-def _metadata(directory: Path) -> Any:
-    with readable(directory):
-        handler = _tree_handler(lambda path, array: None)
-        return handler.metadata(for_orbax(directory)).tree
+    leaves = _open(directory)
+    for path, leaf in leaves:
+        with readable(directory):
+            found[path_str(path)] = digest(leaf.load())
+    check_digests(directory, found, saved)
+    return len(leaves), sum(leaf.nbytes for _, leaf in leaves)
 
 
 # Errors of a store that cannot be reached; the checkpoint may be intact.

@@ -79,12 +79,3 @@ def flatten(tree: Any, path: TreePath = ()) -> list[tuple[TreePath, Any]]:
     else:
         return [(path, tree)]
     return [found for key, child in children for found in flatten(child, (*path, key))]
-
-
-def at_path(tree: Any, path: TreePath) -> Any:
-    """The subtree at a path, or None."""
-    for key in path:
-        if isinstance(tree, dict) and key not in tree:
-            return None
-        tree = tree[key]
-    return tree

@@ -19,12 +19,12 @@ from qwen3vl_jax.checkpoint.digests import (
     DamagedError,
     check_digests,
     digests,
-    kept_digests,
+    saved_digests,
     with_checksum,
 )
 from qwen3vl_jax.checkpoint.orbax_io import (
+    open_tree,
     readable,
-    stored_tensors,
     writable,
 )
 from qwen3vl_jax.checkpoint.param_paths import path_str, tree_path
@@ -164,7 +164,7 @@ def restore(run_dir: str | Path, step: int, state: TrainState) -> TrainState:
     if messages := [text for text in distributed.all_of(error and str(error)) if text]:
         raise error or DamagedError(where, messages)
     for name, part in found.items():
-        kept = kept_digests(where / name)
+        kept = saved_digests(where / name)
         if kept is not None:
             check_digests(where / name, digests(_by_path(part)), kept)
     others = dict(found[STATE])
@@ -189,7 +189,7 @@ def _restored(where: Path, target: Any) -> Any:
 
 
 def _check_shapes(where: Path, state: TrainState) -> None:
-    then = {path[0]: _shape(x) for path, x in stored_tensors(where / WEIGHTS).items()}
+    then = {path[0]: _shape(x) for path, x in open_tree(where / WEIGHTS).items()}
     now = {n: _shape(x) for n, x in state.weights.items()}
     found = [
         f"{name} was {then.get(name, 'not trained')}, is now {now.get(name, 'not trained')}"

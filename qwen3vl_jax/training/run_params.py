@@ -15,7 +15,7 @@ from qwen3vl_jax.checkpoint.config_files import PARAMS, read_config
 from qwen3vl_jax.checkpoint.hf_reader import open_hf
 from qwen3vl_jax.checkpoint.lazy_tensor import LazyTensor
 from qwen3vl_jax.checkpoint.name_map import param_specs
-from qwen3vl_jax.checkpoint.orbax_io import open_tree, read_part, read_tree, stored_tensors
+from qwen3vl_jax.checkpoint.orbax_io import open_tree
 from qwen3vl_jax.checkpoint.param_paths import TreePath
 from qwen3vl_jax.checkpoint.validate import check_stored, stored_kind
 from qwen3vl_jax.config import Config
@@ -60,8 +60,7 @@ def step_leaves(
     base = _base(recipe, cfg)
     if recipe.lora.rank:
         return merged(cfg, base, flat_arrays(weights), adapter_of(recipe, cfg)), []
-    stacks: dict[str, LazyTensor] = {}
-    open_tree(weights, lambda path, leaf: stacks.update({str(path[0]): leaf}))
+    stacks = {str(path[0]): leaf for path, leaf in open_tree(weights).items()}
     layers: dict[TreePath, np.ndarray] = {}
 
     def load(name: str, path: TreePath) -> np.ndarray:
@@ -109,9 +108,7 @@ def _step(run: Path, wanted: str | None) -> int:
 
 def flat_arrays(weights: Path) -> dict[str, np.ndarray]:
     """The weights of a step as numpy arrays by name, layers stacked."""
-    found: dict[str, np.ndarray] = {}
-    read_tree(weights, lambda path, array: found.update({str(path[0]): array}))
-    return found
+    return {str(path[0]): leaf.load() for path, leaf in open_tree(weights).items()}
 
 
 def _base(recipe: Recipe, cfg: Config) -> dict[TreePath, LazyTensor]:
@@ -121,14 +118,11 @@ def _base(recipe: Recipe, cfg: Config) -> dict[TreePath, LazyTensor]:
     directory = resolve(recipe.ckpt)
     if not (directory / PARAMS).is_dir():
         return open_hf(directory, Config.from_hf(directory))
-    stored = stored_tensors(directory / PARAMS)
+    stored = open_tree(directory / PARAMS)
     check_stored(directory, cfg, stored, read_config(directory))
     if stored_kind(stored):
         raise InputError(f"{directory}: holds 8-bit weights; set ckpt to what it was made from")
-    return {
-        path: dataclasses.replace(leaf, load=functools.partial(read_part, directory / PARAMS, path))
-        for path, leaf in stored.items()
-    }
+    return stored
 
 
 def _drawn(recipe: Recipe, cfg: Config) -> dict[TreePath, LazyTensor]:

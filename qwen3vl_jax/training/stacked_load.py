@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen3vl_jax.checkpoint.device_load import Source, as_structs, on_devices, read_leaves
+from qwen3vl_jax.checkpoint.device_load import Source, as_structs, on_devices
 from qwen3vl_jax.checkpoint.lazy_tensor import LazyTensor
 from qwen3vl_jax.checkpoint.name_map import param_specs, tree_of
 from qwen3vl_jax.checkpoint.param_paths import (
@@ -62,7 +62,8 @@ def load_stacked(
     directory = resolve(ckpt)
     cfg = Config.from_hf(directory)
     source, stacks = Source(directory, cfg, weights), _Stacks(cfg, dtype_of, where_of)
-    read_leaves(source, source.stored(), stacks.put)
+    for path, leaf in source.asked().items():
+        stacks.put(path, leaf)
     held = {path if path in stacks.known else path[:-1] for path in stacks.leaves}
     if missing := stacks.known - held:
         names = ", ".join(sorted(map(path_str, missing)))

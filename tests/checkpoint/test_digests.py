@@ -21,7 +21,7 @@ from convert.to_orbax import to_orbax
 from qwen3vl_jax import device_mesh
 from qwen3vl_jax.checkpoint import digests
 from qwen3vl_jax.checkpoint.digests import DamagedError
-from qwen3vl_jax.checkpoint.orbax_io import read_tree
+from qwen3vl_jax.checkpoint.orbax_io import open_tree
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.loading import load
 from qwen3vl_jax.training import (
@@ -70,17 +70,15 @@ def test_a_flipped_bit_loads_the_same_weights_or_is_refused(orbax, tmp_path):
     """In any file of an Orbax tree."""
     where, chance, refused = tmp_path / "params", random.Random(0), 0
     shutil.copytree(orbax / "params", where)
-    want: dict = {}
-    read_tree(where, want.__setitem__)
+    want = {name: leaf.load() for name, leaf in open_tree(where).items()}
     for path in sorted(p for p in where.rglob("*") if p.is_file() and p.stat().st_size):
         data = path.read_bytes()
         for _ in range(12 if path.stat().st_size > 100_000 else 3):
             damaged, at = bytearray(data), chance.randrange(len(data))
             damaged[at] ^= 1 << chance.randrange(8)
             path.write_bytes(damaged)
-            found: dict = {}
             try:
-                read_tree(where, found.__setitem__)
+                found = {name: leaf.load() for name, leaf in open_tree(where).items()}
             except InputError:
                 refused += 1
             else:

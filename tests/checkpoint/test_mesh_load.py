@@ -19,12 +19,12 @@ from jax.sharding import PartitionSpec as P
 import qwen3vl_jax as q3
 from convert.to_orbax import to_orbax
 from qwen3vl_jax import device_mesh
-from qwen3vl_jax.checkpoint import device_load, orbax_io
+from qwen3vl_jax.checkpoint import orbax_io
 from qwen3vl_jax.checkpoint.device_load import Source, path_shardings, weights_bytes
 from qwen3vl_jax.checkpoint.hf_reader import open_hf
 from qwen3vl_jax.checkpoint.param_paths import flatten
 from qwen3vl_jax.checkpoint.peft_io import save_adapter
-from qwen3vl_jax.training import stacked_load, train_model
+from qwen3vl_jax.training import train_model
 from qwen3vl_jax.training.stacked_load import load_stacked
 
 LAYERS = {"num_hidden_layers": 1}
@@ -89,10 +89,10 @@ def test_training_reads_only_its_shards(sparse, tmp_path, monkeypatch):
     def parts_alone(leaf):
         return dataclasses.replace(leaf, load=lambda: pytest.fail("reads the whole tensor"))
 
-    def read(source, stored, put):
-        return device_load.read_leaves(source, stored, lambda path, x: put(path, parts_alone(x)))
-
-    monkeypatch.setattr(stacked_load, "read_leaves", read)
+    asked = Source.asked
+    monkeypatch.setattr(
+        Source, "asked", lambda self: {p: parts_alone(x) for p, x in asked(self).items()}
+    )
     where = functools.partial(train_model.where_of, mesh(), cfg)
     for directory, one in zip(directories, want, strict=True):
         got = load_stacked(directory, lambda name: "float32", where_of=where)

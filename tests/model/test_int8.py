@@ -24,7 +24,7 @@ from qwen3vl_jax.checkpoint import int8
 from qwen3vl_jax.checkpoint.device_load import as_dicts
 from qwen3vl_jax.checkpoint.lazy_tensor import eight_bit
 from qwen3vl_jax.checkpoint.name_map import from_hf, param_specs
-from qwen3vl_jax.checkpoint.param_paths import at_path, flatten
+from qwen3vl_jax.checkpoint.param_paths import flatten
 from qwen3vl_jax.checkpoint.save import save_params
 from qwen3vl_jax.loading import load
 from qwen3vl_jax.model.quantized import Quantized, dequantize
@@ -39,6 +39,11 @@ EXPERTS = {"gate_up": (1,)}
 LINE = r"int8: logits differ by (\d+\.\d\d)% rms \((\d+\.\d\d)% of the largest at most\), the " \
        r"likeliest token agrees at (\d+) of 64 places"  # fmt: skip
 BOUND = 2e-5
+
+
+def at_path(tree, path):
+    """The subtree at a path."""
+    return functools.reduce(lambda node, key: node[key], path, tree)
 
 
 def is_quantized(leaf):

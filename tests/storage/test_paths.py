@@ -343,9 +343,8 @@ def test_a_killed_run_goes_on_as_a_local_one(bucket, local, tmp_path, monkeypatc
         found = arrays.append({}) or arrays[-1]
         for item in ("weights", "state"):
             folder = run / "checkpoints" / "9" / item
-            orbax_io.read_tree(
-                folder, lambda path, x, item=item, f=found: f.update({(item, *path): x})
-            )
+            for path, leaf in orbax_io.open_tree(folder).items():
+                found[item, *path] = leaf.load()
     assert arrays[0].keys() == arrays[1].keys()
     for place, x in arrays[0].items():
         assert x.tobytes() == arrays[1][place].tobytes(), place

@@ -91,11 +91,12 @@ def broken(files, whole):
 
 def leaves(folder: Path) -> dict[str, np.ndarray]:
     """Every array of a saved step, by item and place."""
-    from qwen3vl_jax.checkpoint.orbax_io import read_tree
+    from qwen3vl_jax.checkpoint.orbax_io import open_tree
 
     found = {}
     for item in ("weights", "average", "state"):
-        read_tree(folder / item, lambda path, x, item=item: found.update({(item, *path): x}))
+        opened = open_tree(folder / item)
+        found |= {(item, *path): leaf.load() for path, leaf in opened.items()}
     return found
 
 

@@ -84,11 +84,11 @@ def test_refused_records_traces_and_what_is_saved(done):
         listed = list(csv.reader(file))
     assert len(listed) == 2 and listed[1][0].endswith("chats.jsonl:25")
     assert list((done / "profile").rglob("*.xplane.pb"))
-    from qwen3vl_jax.checkpoint.orbax_io import stored_tensors
+    from qwen3vl_jax.checkpoint.orbax_io import open_tree
 
     best = run_dir.chosen_step(done, "best")
     assert run_dir.saved_steps(done) == sorted({best, 4})
-    names = {str(path[0]) for path in stored_tensors(done / "checkpoints" / "4" / "weights")}
+    names = {str(path[0]) for path in open_tree(done / "checkpoints" / "4" / "weights")}
     assert names == {n for n in train_model.shapes(_config(done)) if n.startswith(("vision.merger",
                      "vision.deepstack", "embed", "head"))}  # fmt: skip
     row = read_table(done / "metrics.csv")[-1]
