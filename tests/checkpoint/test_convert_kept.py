@@ -241,9 +241,9 @@ def _mixed(folder):
 REFUSED = {
     "bf16": (
         _bf16,
-        "hf: holds no FP8 weights; weights fp8 keeps .*or leave it out, or take .*int8$",
+        "hf: holds no FP8 weights, and .*or leave it out, or take .*int8$",
     ),
-    "bf16_orbax": (_bf16_orbax, "orbax: holds no FP8 weights; weights fp8 keeps"),
+    "bf16_orbax": (_bf16_orbax, "orbax: holds no FP8 weights, and weights fp8 needs"),
     "turned": (
         _odd(hf.turned),
         r"blocks of .*gate_up_proj in .*: \[27, 17\] do not fit the released",
