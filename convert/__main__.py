@@ -1,8 +1,7 @@
 """python -m convert HF_DIR OUT_DIR, and back: python -m convert --to-hf CKPT_DIR OUT_DIR.
 
 --to-hf takes a run of train.py too: python -m convert --to-hf RUN_DIR OUT_DIR [--step best|last|N].
-python -m convert --verify DIR: whether a converted or saved checkpoint, or all steps of a run, are as they
-were written.
+python -m convert --verify DIR checks that a checkpoint, or every step of a run, is as it was written.
 """
 
 from __future__ import annotations
@@ -54,7 +53,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "source", help="Hugging Face directory or Hub id; with --to-hf an Orbax one, or a run's"
+        "source",
+        help="Hugging Face directory or Hub id; with --to-hf an Orbax directory or a RUN_DIR",
     )
     parser.add_argument("out", type=argument, nargs="?", help="directory to write")
     parser.add_argument("--verify", action="store_true", help="read SOURCE, write nothing")
@@ -64,10 +64,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
     parser.add_argument(
-        "--expert-layout", choices=LAYOUTS, help="how fused experts lie, where shapes do not tell"
+        "--expert-layout",
+        choices=LAYOUTS,
+        help="layout of fused experts where their shape is ambiguous",
     )
     parser.add_argument(
-        "--weights", choices=WEIGHTS, help="keep FP8 as it is, or round to int8 (default: neither)"
+        "--weights", choices=WEIGHTS, help="fp8 keeps FP8, int8 rounds (default: neither)"
     )
     parser.add_argument(
         "--merge", type=argument, metavar="PEFT_DIR", help="a LoRA adapter to add to the weights"
@@ -80,10 +82,12 @@ def _parser() -> argparse.ArgumentParser:
         "--step", help="best (lowest evaluation loss), last, or a number; default: best if there is"
     )
     run.add_argument(
-        "--adapter", action="store_true", help="a LoRA run's adapter for PEFT, not merged weights"
+        "--adapter",
+        action="store_true",
+        help="a LoRA run's adapter for PEFT instead of merged weights",
     )
     run.add_argument(
-        "--raw", action="store_true", help="the weights themselves where their average is kept"
+        "--raw", action="store_true", help="the weights of the step, not their average"
     )
     return parser
 
@@ -200,7 +204,7 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; 0, or 2 with one line on stderr (and a list where tensors do not fit)."""
+    """Runs the command line: 0, or 2 with one line on stderr and a list of tensors that do not fit."""
     parser = _parser()
     options = parser.parse_args(arguments)
     _check(parser, options)

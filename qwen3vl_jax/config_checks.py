@@ -30,7 +30,7 @@ def read_fields(
 ) -> dict[str, Any]:
     """The checked values of a table {key: (check, default)}; null counts as absent.
 
-    where: what stands before each key in a message.
+    where: the text before each key in a message.
     """
     found = {}
     for key, (check, default) in table.items():

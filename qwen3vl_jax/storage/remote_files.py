@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, cast
 from qwen3vl_jax.storage.paths import PIECE, copy_file, files_under, is_remote, reached
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes) -> None:
     """Writes a file atomically: a killed process leaves the old content or the new."""
     if is_remote(path):
         path.write_bytes(data)
@@ -127,7 +127,7 @@ class Growing:
         """text: the first content."""
         self._mirror, self._synced = Mirrored(path.parent), time.monotonic()
         local = self._mirror.folder / path.name
-        write_whole(local, text.encode())
+        write_atomic(local, text.encode())
         self._mirror.sync()
         self._file = local.open("a", newline="", encoding="utf-8")
 

@@ -32,7 +32,7 @@ from qwen3vl_jax.runtime import distributed
 from qwen3vl_jax.storage.hub import resolve
 from qwen3vl_jax.storage.json_text import read_json, write_json
 from qwen3vl_jax.storage.paths import absolute, as_path, kind
-from qwen3vl_jax.storage.remote_files import write_whole
+from qwen3vl_jax.storage.remote_files import write_atomic
 from qwen3vl_jax.training import environment, run_dir
 from qwen3vl_jax.training.mesh_preset import asks_for_mesh, preset, sizes_of
 from qwen3vl_jax.training.recipe import Recipe, Source, flat
@@ -118,7 +118,7 @@ def write_config(recipe: Recipe, out: Path) -> None:
     """Writes RUN_DIR/config.toml, in the first process."""
     if distributed.is_first():
         written = plain(dataclasses.asdict(recipe)) | {"ckpt": absolute_ckpt(recipe.ckpt)}
-        write_whole(out / run_dir.CONFIG, tomli_w.dumps(written).encode())
+        write_atomic(out / run_dir.CONFIG, tomli_w.dumps(written).encode())
 
 
 def absolute_ckpt(ckpt: str) -> str:

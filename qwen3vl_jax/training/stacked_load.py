@@ -33,7 +33,7 @@ WhereOf = Callable[[str, Any], Any]
 
 
 def layer_counts(cfg: Config) -> dict[str, int]:
-    """How many layers each stack has, by the first part of its path."""
+    """The number of layers of each stack, by the first part of its path."""
     return {"layers": cfg.text.num_hidden_layers, "vision": cfg.vision.depth}
 
 
@@ -51,13 +51,13 @@ def load_stacked(
     weights: str | None = None,
     where_of: WhereOf = lambda name, x: None,
 ) -> Params:
-    """The parameters of a checkpoint (as `load` takes it) with stacked layers.
+    """The parameters of a checkpoint (as in `load`) with stacked layers.
 
-    dtype_of: the dtype of each parameter by its stacked name; the codes and scales of 8-bit weights
-    keep theirs. weights: None, "int8" or "fp8", as in `load`. where_of: the sharding of each array by
-    its stacked name and shape, None the default device. Each tensor is written into its stack by
-    a donated update, so that the peak is the parameters and one tensor. Raises InputError as `load`
-    does, and for a checkpoint without a head that its config wants.
+    dtype_of: the dtype of each parameter by its stacked name; 8-bit values and scales keep theirs.
+    weights: None, "int8" or "fp8", as in `load`. where_of: the sharding of each array by its stacked
+    name and shape, None for the default device. Each tensor is written into its stack by a donated
+    update, so that the peak is the parameters and one tensor. Raises InputError as `load` does, and for
+    a checkpoint without the head of its config.
     """
     directory = resolve(ckpt)
     cfg = Config.from_hf(directory)
@@ -80,7 +80,7 @@ class _Stacks:
         self._cfg, self._dtype_of, self._where_of = cfg, dtype_of, where_of
 
     def put(self, path: TreePath, leaf: LazyTensor) -> None:
-        """Takes one tensor; what this process holds of it is on its devices when this returns."""
+        """Adds one tensor; this process's shards are on its devices when this returns."""
         layer = split_layer_index(path)[1]
         path, shape = stacked(self._cfg, path, leaf.shape)
         # A path that is not known is the values or the scale of a weight held in 8 bits.
@@ -109,13 +109,13 @@ def _write(stack: jax.Array, layer: jax.Array, index: Any, *, where: Any) -> jax
 
 
 def layers_of(name: str, array: np.ndarray) -> list[tuple[TreePath, np.ndarray]]:
-    """(tree path, array) of each layer of a stacked parameter, or of the parameter itself."""
+    """(tree path, array) of each layer of a stacked parameter, or of a parameter outside the layers."""
     path = parse_path(name)
     paths = join_layer_index(path, len(array) if array.ndim else 0)
     return [(path, array)] if paths == [path] else list(zip(paths, array, strict=True))
 
 
 def paths_of(name: str, cfg: Config) -> list[TreePath]:
-    """The tree paths of a stacked parameter's layers, or of the parameter itself."""
+    """The tree paths of a stacked parameter's layers, or of a parameter outside the layers."""
     path = parse_path(name)
     return join_layer_index(path, layer_counts(cfg).get(str(path[0]), 0))

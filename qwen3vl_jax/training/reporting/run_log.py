@@ -16,7 +16,7 @@ import numpy as np
 
 from qwen3vl_jax.storage.json_text import write_json
 from qwen3vl_jax.storage.paths import absolute, make_folder
-from qwen3vl_jax.storage.remote_files import Mirrored, write_whole
+from qwen3vl_jax.storage.remote_files import Mirrored, write_atomic
 from qwen3vl_jax.training.recipe import Recipe
 from qwen3vl_jax.training.reporting.curves import draw_curves
 from qwen3vl_jax.training.reporting.metrics_table import Table
@@ -134,7 +134,7 @@ class RunLogger:
         self._refused |= new
         text = io.StringIO()
         csv.writer(text).writerows([("sample", "reason"), *self._refused.items()])
-        write_whole(self.out / REFUSED, text.getvalue().encode())
+        write_atomic(self.out / REFUSED, text.getvalue().encode())
         (name, reason), more = next(iter(new.items())), len(new) - 1
         rest = f" (and {more} more, see {REFUSED})" if more else ""
         self.log(f"left out or cut: {name}: {reason}{rest}")
