@@ -11,6 +11,8 @@ from typing import Any
 
 from qwen3vl_jax.config_checks import (
     REQUIRED,
+    checked,
+    field_table,
     flag,
     integer,
     items,
@@ -44,81 +46,56 @@ _TOKENS = {
     "vision_start_token_id": 151652,
     "vision_end_token_id": 151653,
 }
-# {key: (check, default)}. Keys that fix a shape have none, others that of transformers 4.57.1.
-_TEXT = {
-    "vocab_size": (size(), REQUIRED),
-    "hidden_size": (size(), REQUIRED),
-    "num_hidden_layers": (size(1_000), REQUIRED),
-    "num_attention_heads": (size(), REQUIRED),
-    "max_position_embeddings": (integer(), 128_000),
-    "hidden_act": (one_of(*TEXT_ACTIVATIONS), "silu"),
-    "rms_norm_eps": (number(), 1e-6),
-    "attention_bias": (flag, False),
-    "initializer_range": (number(), 0.02),
-}
 _EXPERTS = {
     "num_experts": (size(10_000), REQUIRED),
     "num_experts_per_tok": (integer(), REQUIRED),
     "moe_intermediate_size": (size(), REQUIRED),
 }
-_VISION = {
-    "depth": (size(1_000), REQUIRED),
-    "hidden_size": (size(), REQUIRED),
-    "intermediate_size": (size(), REQUIRED),
-    "num_heads": (size(), REQUIRED),
-    "in_channels": (size(), REQUIRED),
-    "patch_size": (size(), REQUIRED),
-    "temporal_patch_size": (size(), REQUIRED),
-    "spatial_merge_size": (size(), REQUIRED),
-    "num_position_embeddings": (size(), REQUIRED),
-    "out_hidden_size": (size(), REQUIRED),
-    "deepstack_visual_indexes": (items, REQUIRED),
-    "hidden_act": (one_of(*TEXT_ACTIVATIONS), "gelu_pytorch_tanh"),
-    "initializer_range": (number(), 0.02),
-}
-_VISION_ROPE = {"rope_theta": (number(above=0), 10_000.0)}
 
 
-@dataclasses.dataclass(frozen=True)
+# The checked fields are keys of config.json. Those that fix a shape have no default, the others have
+# that of transformers 4.57.1.
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TextConfig:
     """The decoder. `num_experts` 0 means dense SwiGLU layers."""
 
-    vocab_size: int
-    hidden_size: int
+    vocab_size: int = checked(size())
+    hidden_size: int = checked(size())
     intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
+    num_hidden_layers: int = checked(size(1_000))
+    num_attention_heads: int = checked(size())
     num_key_value_heads: int
     head_dim: int
-    max_position_embeddings: int
+    max_position_embeddings: int = checked(integer(), 128_000)
     rope: RopeConfig
-    hidden_act: str = "silu"
-    rms_norm_eps: float = 1e-6
-    attention_bias: bool = False
+    hidden_act: str = checked(one_of(*TEXT_ACTIVATIONS), "silu")
+    rms_norm_eps: float = checked(number(), 1e-6)
+    attention_bias: bool = checked(flag, False)
     num_experts: int = 0
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
-    initializer_range: float = 0.02
+    initializer_range: float = checked(number(), 0.02)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionConfig:
     """The vision tower (ViT), its patch merger and the DeepStack mergers."""
 
-    depth: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    in_channels: int
-    patch_size: int
-    temporal_patch_size: int
-    spatial_merge_size: int
-    num_position_embeddings: int
-    out_hidden_size: int
-    deepstack_visual_indexes: tuple[int, ...]
-    hidden_act: str = "gelu_pytorch_tanh"
-    rope_theta: float = 10_000.0
-    initializer_range: float = 0.02
+    depth: int = checked(size(1_000))
+    hidden_size: int = checked(size())
+    intermediate_size: int = checked(size())
+    num_heads: int = checked(size())
+    in_channels: int = checked(size())
+    patch_size: int = checked(size())
+    temporal_patch_size: int = checked(size())
+    spatial_merge_size: int = checked(size())
+    num_position_embeddings: int = checked(size())
+    out_hidden_size: int = checked(size())
+    deepstack_visual_indexes: tuple[int, ...] = checked(items)
+    hidden_act: str = checked(one_of(*TEXT_ACTIVATIONS), "gelu_pytorch_tanh")
+    # In the key rope_parameters.
+    rope_theta: float = checked(number(above=0), 10_000.0)
+    initializer_range: float = checked(number(), 0.02)
 
     @property
     def head_dim(self) -> int:
@@ -251,7 +228,7 @@ def _text(raw: Mapping[str, Any], is_moe: bool) -> TextConfig:
     for key in ("head_dim", "num_key_value_heads"):
         if key not in raw:
             raise InputError(f"config: {where}{key} is absent; it fixes a shape (null is allowed)")
-    found = read_fields(raw, where, _TEXT)
+    found = read_fields(raw, where, field_table(TextConfig))
     hidden, heads = found["hidden_size"], found["num_attention_heads"]
     if raw["head_dim"] is None and hidden % heads:
         raise refused(where + "hidden_size", hidden, f"a multiple of num_attention_heads {heads}")
@@ -292,12 +269,14 @@ def _experts(raw: Mapping[str, Any], where: str) -> dict[str, int]:
 
 def _vision(raw: Mapping[str, Any]) -> VisionConfig:
     where = "vision_config."
-    found = read_fields(raw, where, _VISION)
-    table, width, heads = (
+    table = field_table(VisionConfig)
+    theta = {"rope_theta": table.pop("rope_theta")}
+    found = read_fields(raw, where, table)
+    positions, width, heads = (
         found[k] for k in ("num_position_embeddings", "hidden_size", "num_heads")
     )
-    if math.isqrt(table) ** 2 != table:
-        raise refused(where + "num_position_embeddings", table, "a square number")
+    if math.isqrt(positions) ** 2 != positions:
+        raise refused(where + "num_position_embeddings", positions, "a square number")
     if width % (4 * heads):
         expected = f"a multiple of 4 x num_heads = {4 * heads} (2-D rotary splits a head in four)"
         raise refused(where + "hidden_size", width, expected)
@@ -307,7 +286,7 @@ def _vision(raw: Mapping[str, Any]) -> VisionConfig:
         expected = f"increasing layer numbers from 0 to depth - 1 = {depth - 1}"
         raise refused(where + "deepstack_visual_indexes", list(taps), expected)
     rope = mapping(raw.get("rope_parameters"), where + "rope_parameters")
-    found |= read_fields(rope, where + "rope_parameters.", _VISION_ROPE)
+    found |= read_fields(rope, where + "rope_parameters.", theta)
     return VisionConfig(**found)
 
 

@@ -1,10 +1,12 @@
 """Checks of config.json values. Each raises InputError: "config: <key>: got .., expected ..".
 
-A check is a function (value, key) -> value. `read_fields` applies a table of them.
+A check is a function (value, key) -> value. `checked` gives one to a dataclass field, and `read_fields`
+applies a table of them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import sys
@@ -39,6 +41,22 @@ def read_fields(
             raise InputError(f"config: {where}{key} is absent; it fixes a shape and has no default")
         found[key] = check(value, where + key)
     return found
+
+
+def checked(check: Check, default: Any = REQUIRED) -> Any:
+    """A dataclass field with the check of its key in config.json."""
+    given = {} if default is REQUIRED else {"default": default}
+    return dataclasses.field(metadata={"check": check}, **given)
+
+
+def field_table(cls: type) -> dict[str, tuple[Check, Any]]:
+    """{key: (check, default)} of the `checked` fields of a dataclass, for `read_fields`."""
+    fields = [field for field in dataclasses.fields(cls) if "check" in field.metadata]
+    missing = dataclasses.MISSING
+    return {
+        f.name: (f.metadata["check"], REQUIRED if f.default is missing else f.default)
+        for f in fields
+    }
 
 
 def one_of(*allowed: Any) -> Check:
