@@ -205,7 +205,9 @@ def _open(directory: Path) -> list[tuple[TreePath, LazyTensor]]:
         ocp.Checkpointer(_tree_handler(), multiprocessing_options=alone) as checkpointer,
     ):
         args = ocp.args.PyTreeRestore(stored, restore_args=as_lazy)
-        return flatten(checkpointer.restore(for_orbax(directory), args=args))
+        found = flatten(checkpointer.restore(for_orbax(directory), args=args))
+    # Empty nodes, such as those of an optimizer's state, are None.
+    return [(path, leaf) for path, leaf in found if isinstance(leaf, LazyTensor)]
 
 
 def verify_tree(directory: Path) -> tuple[int, int]:
