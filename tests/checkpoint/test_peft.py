@@ -113,7 +113,7 @@ def test_nothing_changes_at_first_and_the_loop_is_the_scan(case):
     )  # fmt: skip
     assert all(np.any(x) == name.endswith(".a") for name, x in first.weights.items())
     assert first.weights.keys() == case.weights.keys()
-    begun = ours.forward(first.join(first.weights, first.frozen), case.cfg, case.batch)
+    begun = ours.forward(first.merge(first.weights, first.frozen), case.cfg, case.batch)
     assert ours.worst(begun, ours.forward(case.params, case.cfg, case.batch)) < 2e-6
     if case.moe:
         params = attach(q3.unstack_layers(case.params), case.cfg, case.weights, case.adapter)
