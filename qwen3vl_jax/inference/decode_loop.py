@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,7 +19,7 @@ from qwen3vl_jax.errors import not_finite
 from qwen3vl_jax.inference.options import STEPS, RowOptions
 from qwen3vl_jax.inference.sampling import NOT_FINITE, draw, penalize
 from qwen3vl_jax.model.cache import decode_step, grow_cache, pinned
-from qwen3vl_jax.model.sharding import shard
+from qwen3vl_jax.model.sharding import mesh_sizes, shard
 from qwen3vl_jax.model.structs import KVCache, Params
 from qwen3vl_jax.processing.tokenizer import find_stop
 
@@ -138,6 +141,31 @@ def decode_steps(params, cfg, state, ended, options, steps, enough):
     state = state.replace(done=state.done | ended)
     _, state, out = jax.lax.while_loop(going, step, (0, state, out))
     return on_mesh(state), *(shard(x, None, None) for x in out)
+
+
+def compile_ahead(*args: Any) -> Callable[[], None]:
+    """Compiles decode_steps for these arguments, or their shapes, in a thread; waits where it is called.
+
+    A prompt's own programs are compiled meanwhile. The interpreter waits for the thread at its end, which
+    XLA would not survive. On a mesh, where processes compile in step, it does nothing.
+    """
+    lowered = None if mesh_sizes() else decode_steps.lower(*args)
+
+    def run() -> None:
+        with contextlib.suppress(Exception):  # the call itself tells
+            if lowered is not None:
+                lowered.compile()
+
+    def wait() -> None:
+        if thread.is_alive():
+            start = time.perf_counter()
+            thread.join()
+            waited = time.perf_counter() - start
+            jax.monitoring.record_event_duration_secs("/jax/core/compile/ahead", waited)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return wait
 
 
 class Decoder:

@@ -23,6 +23,7 @@ from qwen3vl_jax.inference.decode_loop import (
     DecodeState,
     RowAnswer,
     cache_slots,
+    compile_ahead,
     first_token,
     insert_rows,
     on_mesh,
@@ -171,7 +172,6 @@ def _empty(params, cfg, slots, options) -> DecodeState:
     return on_mesh(state.replace(done=jnp.ones_like(state.done)))
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "chunk"), donate_argnames="state")
 def _admit(params, cfg, state, batch, features, prefix, rows, before, options, chunk):
     """Prefills a group, behind a copy of the prefix if there is one, and puts it into its rows.
 
@@ -179,14 +179,26 @@ def _admit(params, cfg, state, batch, features, prefix, rows, before, options, c
     the prefix, past the vocabulary at padding. Returns the state, and the group's first tokens [A] with
     their log-probabilities [A].
     """
-    group, width = batch.tokens.shape
     if prefix is None:
+        width = batch.tokens.shape[1]
         cache, logits = prefill(params, cfg, batch, width, features=features, chunk=chunk)
     else:
-        cache = jax.tree.map(lambda x: jnp.repeat(x, group, axis=0), prefix)
-        cache = grow_cache(cache, prefix.slots + width)
-        cache, logits = extend(params, cfg, cache, batch, features=features)
-    tokens = jnp.where(batch.segment_ids > 0, batch.tokens, cfg.text.vocab_size)
+        cache, logits = _extend(params, cfg, batch, features, prefix)
+    tokens = batch.tokens, batch.segment_ids
+    return _insert(state, cache, logits, *tokens, rows, before, options, cfg.text.vocab_size)
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def _extend(params, cfg, batch, features, prefix):
+    group, width = batch.tokens.shape
+    cache = jax.tree.map(lambda x: jnp.repeat(x, group, axis=0), prefix)
+    return extend(params, cfg, grow_cache(cache, prefix.slots + width), batch, features=features)
+
+
+@functools.partial(jax.jit, static_argnames="vocabulary", donate_argnames="state")
+def _insert(state, cache, logits, tokens, segment_ids, rows, before, options, vocabulary):
+    """Puts a filled group into its rows of the state, with its first tokens."""
+    tokens = jnp.where(segment_ids > 0, tokens, vocabulary)
     first = first_token(cache, logits, jnp.concatenate([before, tokens], axis=1), options)
     cache = insert_rows(state.cache, rows, first.cache)
 
@@ -242,6 +254,7 @@ class _Engine:
         self._make_room(max(row.filled for row in self.running.values()) + STEPS)
         free = self.rows - len(self.running)
         enough = max(self.group, free + 1) if self.waiting else self.rows
+        self.compiled()
         tokens, logprobs = self.decoder.run(STEPS, enough)
         self.stats.steps += int((tokens >= 0).any(0).sum())
         self.stats.row_steps += int((tokens >= 0).sum())
@@ -273,6 +286,16 @@ class _Engine:
             likely = (len(p.ids) + min(r.max_new_tokens, EXPECTED) for r, p in self.waiting)
             slots = cache_slots(max(needed, *likely))
             self.decoder.state = _empty(self.params, self.cfg, slots, self.decoder.options)
+            decoder = self.decoder
+            self.compiled = compile_ahead(
+                self.params,
+                self.cfg,
+                decoder.state,
+                decoder.ended,
+                decoder.options,
+                STEPS,
+                self.rows,
+            )
         self.decoder.make_room(needed)
 
     def _admit(self, free: list[int]) -> Iterator[Finished]:

@@ -22,6 +22,7 @@ from qwen3vl_jax.inference.decode_loop import (
     Decoder,
     RowAnswer,
     cache_slots,
+    compile_ahead,
     fault_of,
     first_token,
     grow,
@@ -29,12 +30,13 @@ from qwen3vl_jax.inference.decode_loop import (
 from qwen3vl_jax.inference.options import STEPS, GenerationOptions, LogitsFn, RowOptions
 from qwen3vl_jax.inference.sampling import Sampling
 from qwen3vl_jax.model.cache import extend, prefill
+from qwen3vl_jax.model.sharding import mesh_sizes
 from qwen3vl_jax.model.structs import Batch, Features, KVCache, Params, check_call
+from qwen3vl_jax.model.transformer import compute_dtype
 from qwen3vl_jax.model.vision import vision_encode
 from qwen3vl_jax.processing.tokenizer import stop_list
 
 log = logging.getLogger("qwen3vl_jax")
-encode = jax.jit(vision_encode, static_argnames="cfg")
 
 
 @dataclasses.dataclass
@@ -180,8 +182,7 @@ def _chunks(
     before: np.ndarray | None = None,
 ) -> Iterator[tuple[Decoder, np.ndarray]]:
     """Prefills, then yields the decoder and new tokens [B n], negative ones as in `decode_steps`."""
-    if features is None and batch.vision is not None:
-        features = encode(params, cfg, batch.vision)
+    vision = batch.vision if features is None else None
     batch = batch.replace(vision=None, labels=None)
     width = batch.tokens.shape[1]  # not the prompt's length: what is compiled is a bucket's
     filled = width + (0 if cache is None else int(np.max(cache.length)))
@@ -192,25 +193,66 @@ def _chunks(
         fill = ((0, 0), (0, cache.slots - before.shape[1]))
         before = np.pad(before, fill, constant_values=cfg.text.vocab_size).astype(np.int32)
     chunk = options.chunk_of(width)
-    state = _start(params, cfg, batch, features, cache, before, rows, slots, options.copies, chunk)
-    decoder = Decoder(params, cfg, state, rows)
+
+    def start(params, vision, batch, features, cache, before):
+        if vision is not None:
+            features = vision_encode(params, cfg, vision)
+        return _start(
+            params, cfg, batch, features, cache, before, rows, slots, options.copies, chunk
+        )
+
+    given = params, vision, batch, features, cache, before
+    wait = _compile_steps(cfg, options, rows, slots, start, given)
+    decoder = Decoder(params, cfg, start(*given), rows)
+    wait()
     for new in decoder.chunks(filled, options.max_new_tokens, options.steps):
         yield decoder, new
 
 
-@functools.partial(
-    jax.jit, static_argnames=("cfg", "slots", "copies", "chunk"), donate_argnames="cache"
-)
+_BEGUN: set[tuple] = set()  # the programs of decode_steps that this process has begun to compile
+
+
+def _compile_steps(cfg, options, rows, slots, start, given) -> Callable[[], None]:
+    """Begins to compile the first decode_steps after `start(*given)`; waits for it where it is called."""
+    params, count = given[0], len(rows.seeds)
+    program = cfg, count, slots, len(rows.stop_ids), rows.logits_fn, compute_dtype(params)
+    if mesh_sizes() or options.max_new_tokens < 2 or program in _BEGUN:
+        return lambda: None
+    _BEGUN.add(program)
+    # Shapes as arrays have them that come of one device's parameters.
+    norm = params["norm"]
+    where = norm.sharding if getattr(norm, "committed", False) else None
+    state = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where, weak_type=x.weak_type),
+        jax.eval_shape(start, *given),
+    )
+    steps = min(options.steps, options.max_new_tokens - 1)
+    return compile_ahead(params, cfg, state, np.zeros(count, bool), rows, steps, count)
+
+
 def _start(params, cfg, batch, features, cache, before, rows, slots, copies, chunk):
     """Prefill, or more tokens onto a kept cache, and the first token of every copy of every row."""
     if cache is None:
         cache, logits = prefill(params, cfg, batch, slots, features=features, chunk=chunk)
     else:
-        cache, logits = extend(params, cfg, cache, batch, features=features, chunk=chunk)
-    tokens = jnp.where(batch.segment_ids > 0, batch.tokens, cfg.text.vocab_size)
+        cache, logits = _extend(params, cfg, cache, batch, features=features, chunk=chunk)
+    if copies > 1:
+        cache, logits = _repeat((cache, logits), copies)
+    tokens = before, batch.tokens, batch.segment_ids
+    return _first(cache, logits, tokens, rows, cfg.text.vocab_size, copies)
+
+
+_extend = jax.jit(extend, static_argnames=("cfg", "chunk"), donate_argnames="cache")
+
+
+@functools.partial(jax.jit, static_argnames="copies")
+def _repeat(rows, copies):
+    return jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0), rows)
+
+
+@functools.partial(jax.jit, static_argnames=("vocabulary", "copies"), donate_argnames="cache")
+def _first(cache, logits, tokens, rows, vocabulary, copies):
+    before, new, segment_ids = tokens
+    tokens = jnp.where(segment_ids > 0, new, vocabulary)
     tokens = tokens if before is None else jnp.concatenate([before, tokens], axis=1)
-    cache, logits, tokens = (
-        jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0), part)
-        for part in (cache, logits, tokens)
-    )
-    return first_token(cache, logits, tokens, rows)
+    return first_token(cache, logits, jnp.repeat(tokens, copies, axis=0), rows)

@@ -19,7 +19,6 @@ MIN_TOKENS = 64  # fewer are not worth a program of their own
 MAX_PREFIXES, MAX_BYTES = 4, 1 << 30  # on the device
 # The width of a prompt -> its prefill chunk, None where it is filled at once.
 ChunkOf = Callable[[int], int | None]
-run_prefill = jax.jit(prefill, static_argnames=("cfg", "max_len", "chunk"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +72,7 @@ class PrefixStore:
     def _make(self, first: EncodedPrompt) -> Prefix:
         length = len(first.ids)
         width = bucket(length)
-        cache, _ = run_prefill(
+        cache, _ = prefill(
             self.params, self.cfg, group_batch(self.cfg, [first], width), width,
             features=self.features.of([first], width),
             chunk=self.chunk_of(width),

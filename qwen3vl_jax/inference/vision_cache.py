@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from qwen3vl_jax.config import Config
-from qwen3vl_jax.inference.generate import encode
 from qwen3vl_jax.model.structs import Features, Params
+from qwen3vl_jax.model.vision import vision_encode
 from qwen3vl_jax.processing.batch import make_vision
 from qwen3vl_jax.processing.encoded_prompt import (
     EncodedImage,
@@ -47,7 +47,7 @@ class FeatureStore:
             self.encoded += 1
             inputs = make_vision(self.cfg, image.patches, [image.grid])
             count = len(image.patches) // self.cfg.vision.merge_unit
-            out = encode(self.params, self.cfg, inputs)
+            out = vision_encode(self.params, self.cfg, inputs)
             # Cut on the host: on the device each count of rows would be a program of its own.
             merged, taps = np.asarray(out.merged)[:count], np.asarray(out.taps)[:, :count]
             found = _host_features(merged.copy(), taps.copy())

@@ -5,6 +5,8 @@ All functions can be traced; callers jit them (cfg static) and donate the cache.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -12,9 +14,10 @@ from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model import transformer
 from qwen3vl_jax.model.attention import BLOCK, attend, causal_ranges, head_copies
+from qwen3vl_jax.model.rope import mrope
 from qwen3vl_jax.model.sharding import mesh_axes_for, on_shards, platform, shard, spec
 from qwen3vl_jax.model.structs import Batch, Features, KVCache, Params, check_call
-from qwen3vl_jax.model.text import AttendFn, decode_layers
+from qwen3vl_jax.model.text import AttendFn, Block, decode_layers
 from qwen3vl_jax.model.vision import vision_encode
 
 # Logical axes of a layer's keys or values [B K S H].
@@ -84,23 +87,74 @@ def prefill(
     The cache has room for max_len tokens per sequence, prompt and answer, and at least for the
     prompts. Prompts may be padded left or right; each is one segment. Layers are per-layer lists.
     chunk (static): at most that many tokens of each sequence at a time, so that activations do not
-    grow with the prompt; the vision tower still runs first and at once.
+    grow with the prompt; the vision tower still runs first and at once. Not traced, all layers are
+    one compiled program.
     """
     check_call(params, cfg, batch=batch)
-    count, width = batch.tokens.shape
-    cache = init_cache(cfg, count, max(max_len, width), transformer.compute_dtype(params))
-    batch = _left_align(batch)
-    lo, hi = causal_ranges(batch.segment_ids)
-    slot = jnp.where(batch.segment_ids > 0, jnp.arange(width), cache.slots)
+    slots = max(max_len, batch.tokens.shape[1])
+    if features is None and batch.vision is not None:
+        features = vision_encode(params, cfg, batch.vision)
+    batch = batch.replace(vision=None, labels=None)
+    layers, rest = _per_layer(params)["layers"], {**params, "layers": None, "vision": None}
     if chunk is not None:
-        return _fill_in_chunks(params, cfg, cache, batch, features, slot, chunk)
+        return _prefill_in_chunks(params, cfg, batch, features, slots, chunk)
+    x, rotary, lo, hi, deepstack = _embed_prompt(rest, cfg, batch, features)
+    k, v = [], []
+    for i, layer in enumerate(layers):
+        x, *kv = _fill_layer(cfg, layer, x, rotary, lo, hi, _round_to_blocks(slots))
+        x = x + deepstack[i] if i < len(deepstack) else x
+        k.append(kv[0])
+        v.append(kv[1])
+    length, delta, logits = _end_prompt(rest, cfg, x, lo, hi, batch.delta)
+    return KVCache(k, v, length, delta), logits
 
-    def attend_fn(i, q, k, v):
-        new = (_write(cache.k[i], k, slot), _write(cache.v[i], v, slot))
-        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        return attend(q, k, v, lo, hi, layout="prompt"), new
 
-    return _fill(params, cfg, cache, batch, features, attend_fn)
+@functools.partial(jax.jit, static_argnames=("cfg", "slots", "chunk"))
+def _prefill_in_chunks(params, cfg, batch, features, slots, chunk):
+    cache = init_cache(cfg, batch.tokens.shape[0], slots, transformer.compute_dtype(params))
+    batch = _left_align(batch)
+    slot = jnp.where(batch.segment_ids > 0, jnp.arange(batch.tokens.shape[1]), cache.slots)
+    return _fill_in_chunks(params, cfg, cache, batch, features, slot, chunk)
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def _embed_prompt(params, cfg, batch, features):
+    """Residual, angles, ranges and DeepStack of left-aligned prompts: what every layer takes."""
+    batch = _left_align(batch)
+    x, deepstack = transformer.embed_tokens(params, cfg, batch, features)
+    rotary = mrope(cfg.text, batch.positions, x.dtype)
+    levels = [] if deepstack is None else list(deepstack)
+    return x, rotary, *causal_ranges(batch.segment_ids), levels
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "slots"))
+def _fill_layer(cfg, layer, x, rotary, lo, hi, slots):
+    """One layer of a prefill, and its part of the cache: one program for all layers, if not traced."""
+    c = cfg.text
+    copies = head_copies(c.num_attention_heads, c.num_key_value_heads)
+
+    def keep(y):
+        """[B T K H] -> [B K S H], zeros where no token is."""
+        y = jnp.where((hi > lo)[..., None, None], y, 0).swapaxes(1, 2)
+        y = jnp.repeat(y, copies, axis=1) if copies > 1 else y
+        y = jnp.pad(y, ((0, 0), (0, 0), (0, slots - y.shape[2]), (0, 0)))
+        return shard(y.astype(jnp.float32) if platform() == "cpu" else y, *_KV_AXES)
+
+    def attend_fn(q, k, v):
+        out = attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), lo, hi, layout="prompt")
+        return out, (keep(k), keep(v))
+
+    x, (k, v), _ = Block(c).apply({"params": layer}, x, rotary, attend_fn)
+    return x, k, v
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def _end_prompt(params, cfg, x, lo, hi, delta):
+    """Lengths and deltas [B] of a filled cache, and the next-token logits [B V]."""
+    real = hi > lo
+    x = transformer.at_last_attended(x, real)
+    length = jnp.sum(real, axis=1, dtype=jnp.int32)
+    return shard(length, None), shard(delta, None), _next_token_logits(params, cfg, x)
 
 
 def _left_align(batch: Batch) -> Batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -119,27 +120,45 @@ def vision_encode(
     """
     check_call(params, cfg, vision=vis)
     p, c = params.get("vision", params), cfg.vision
-    if vis.lo.ndim == 1:
-        vis = jax.tree.map(lambda x: x[None], vis)
+    rest, taken = {**p, "blocks": None}, c.deepstack_visual_indexes
     dtype = p["patch"]["weight"].dtype if dtype is None else dtype
-    x = PatchEmbed(c).apply({"params": p["patch"]}, vis.pixels.astype(dtype))
-    x = _shard_patches(x + position_embedding(p["pos"], vis).astype(x.dtype))
-    rotary = vision_rotary(c.head_dim, c.rope_theta, vis.coords)
-    count = len(c.deepstack_visual_indexes)
+    x, *given = _embed_patches(rest, c, vis, jnp.dtype(dtype).name)
+    if isinstance(p["blocks"], (list, tuple)) and remat == "none":
+        each = [x := _run_block(c, vis.frames, layer, x, *given) for layer in p["blocks"]]
+        return _merge(rest, c, x, [each[i] for i in taken])
     # DeepStack level of each block; blocks without one write past the end, which is dropped.
-    levels = np.full(c.depth, count)
-    levels[list(c.deepstack_visual_indexes)] = np.arange(count)
+    levels = np.full(c.depth, len(taken))
+    levels[list(taken)] = np.arange(len(taken))
     level_of = jnp.asarray(levels)
 
     def body(carry, layer, i):
         x, deepstack = carry
-        x = VisionBlock(c, vis.frames).apply({"params": layer}, x, rotary, vis.lo, vis.hi)
-        x = _shard_patches(x)
-        return (x, deepstack.at[level_of[i]].set(x, mode="drop") if count else deepstack), None
+        x = _run_block(c, vis.frames, layer, x, *given)
+        return (x, deepstack.at[level_of[i]].set(x, mode="drop") if len(taken) else deepstack), None
 
-    none = jnp.zeros((count, *x.shape), x.dtype)
+    none = jnp.zeros((len(taken), *x.shape), x.dtype)
     (x, deepstack), _ = run_layers(body, (x, none), p["blocks"], remat)
+    return _merge(rest, c, x, list(deepstack))
 
+
+@functools.partial(jax.jit, static_argnames=("c", "dtype"))
+def _embed_patches(p, c, vis, dtype):
+    """Patches [W P Dv] with their positions, and what every block takes: angles, lo, hi."""
+    if vis.lo.ndim == 1:
+        vis = jax.tree.map(lambda x: x[None], vis)
+    x = PatchEmbed(c).apply({"params": p["patch"]}, vis.pixels.astype(dtype))
+    x = _shard_patches(x + position_embedding(p["pos"], vis).astype(x.dtype))
+    return x, vision_rotary(c.head_dim, c.rope_theta, vis.coords), vis.lo, vis.hi
+
+
+@functools.partial(jax.jit, static_argnames=("c", "frames"))
+def _run_block(c, frames, layer, x, rotary, lo, hi):
+    """One block: one program for all blocks, if not traced."""
+    return _shard_patches(VisionBlock(c, frames).apply({"params": layer}, x, rotary, lo, hi))
+
+
+@functools.partial(jax.jit, static_argnames="c")
+def _merge(p, c, x, deepstack):
     def merge(norm_after_grouping: bool, merger: Params, x: jax.Array) -> jax.Array:
         y = PatchMerger(c, norm_after_grouping).apply({"params": merger}, x)
         return _shard_patches(y).reshape(-1, y.shape[-1])

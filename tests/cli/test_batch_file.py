@@ -17,7 +17,8 @@ import infer
 import qwen3vl_jax as q3
 from demo import evaluate
 from qwen3vl_jax.cli.batch_journal import read_lines
-from qwen3vl_jax.inference import decode_loop, engine, generate, prefix_cache
+from qwen3vl_jax.inference import decode_loop, engine
+from qwen3vl_jax.model import cache, vision
 from qwen3vl_jax.processing.batch import bucket
 from qwen3vl_jax.processing.encoded_prompt import from_hf_arrays
 from qwen3vl_jax.storage import json_text
@@ -61,7 +62,8 @@ def test_300_mixed_prompts_answer_as_each_alone(demo, work, monkeypatch):
     """Tokens and reasons equal; rows busy, a picture encoded once, one program a bucket: counted."""
     proc, params = demo
     _, lines, arrays, alone = work
-    programs = (generate.encode, engine._admit, prefix_cache.run_prefill, decode_loop.decode_steps)
+    programs = (vision._run_block, cache._fill_layer, engine._insert, engine._extend)
+    programs = (*programs, decode_loop.decode_steps)
     admit, touched = engine._admit, set()
 
     def admitted(params, cfg, state, batch, features, prefix, *rest):
@@ -92,9 +94,11 @@ def test_300_mixed_prompts_answer_as_each_alone(demo, work, monkeypatch):
     assert stats.reused > 1000 and stats.prefixes <= 4, stats
     cells = {bucket(len(v.patches) // 4) for v in seen}
     counts = [program._cache_size() for program in programs]
-    assert counts[0] <= len(cells) and counts[3] == 1, counts
-    # A group's program: its bucket, with vision or without, behind a prefix of a bucket or none.
-    assert counts[1] == len(touched) and sum(counts) <= 24, (counts, touched)
+    assert counts[0] <= len(cells) and counts[-1] == 1, counts
+    # A group's programs: a layer for its bucket and for each prefix's.
+    widths = {width for width, *_ in touched} | {behind for *_, behind in touched if behind}
+    assert counts[1] <= 2 * len(widths) and max(counts[2:4]) <= len(touched), (counts, touched)
+    assert sum(counts) <= 30, (counts, touched)
 
 
 def test_a_killed_file_has_each_answer_once(work, tmp_path):
