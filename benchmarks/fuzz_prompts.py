@@ -228,12 +228,12 @@ def _make_line(rng: random.Random) -> Files:
 
 
 def _use_line(folder: Path) -> None:
-    from qwen3vl_jax.cli import batch
+    from qwen3vl_jax.cli import batch_lines
     from qwen3vl_jax.cli.batch_journal import read_lines
 
-    settings = batch.Settings({}, 5, 0, (), 4096, {})
+    settings = batch_lines.Settings({}, 5, 0, (), 4096, {})
     for line in read_lines(folder / "in.jsonl"):
-        found = batch._read(processor(), folder / "in.jsonl", line, settings)
+        found = batch_lines.read_line(processor(), folder / "in.jsonl", line, settings)
         if isinstance(found, tuple):
             error = found[1]["error"]
             if re.match(r"line \d+: \w+(Error|Exception|Exit|Interrupt): ", error):

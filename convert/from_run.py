@@ -15,12 +15,7 @@ from qwen3vl_jax.storage.safetensors_files import side_files
 from qwen3vl_jax.training.lora_targets import adapter_of
 from qwen3vl_jax.training.recipe import Recipe, read_recipe
 from qwen3vl_jax.training.run_dir import CONFIG, MODEL
-from qwen3vl_jax.training.run_params import (
-    SavedStep,
-    flat_arrays,
-    step_leaves,
-    step_weights,
-)
+from qwen3vl_jax.training.run_params import SavedStep, flat_arrays, step_leaves, step_weights
 
 
 def run_to_hf(

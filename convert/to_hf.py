@@ -24,12 +24,7 @@ from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.storage.atomic_dir import atomic_dir, check_apart
 from qwen3vl_jax.storage.json_text import write_json
 from qwen3vl_jax.storage.remote_files import new_file
-from qwen3vl_jax.storage.safetensors_files import (
-    DTYPE_NAMES,
-    INDEX,
-    SINGLE,
-    side_files,
-)
+from qwen3vl_jax.storage.safetensors_files import DTYPE_NAMES, INDEX, SINGLE, side_files
 
 
 @dataclasses.dataclass

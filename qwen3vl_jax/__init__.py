@@ -14,29 +14,14 @@ if TYPE_CHECKING:
     from qwen3vl_jax.config import Config
     from qwen3vl_jax.device_mesh import make_mesh
     from qwen3vl_jax.errors import InputError
-    from qwen3vl_jax.inference.engine import (
-        Finished,
-        Request,
-        Stats,
-        generate_many,
-    )
+    from qwen3vl_jax.inference.engine import Finished, Request, Stats, generate_many
     from qwen3vl_jax.inference.generate import Answer, generate, stream
     from qwen3vl_jax.inference.sampling import Sampling
     from qwen3vl_jax.inference.scoring import embed, rerank, score
     from qwen3vl_jax.loading import load
-    from qwen3vl_jax.model.cache import (
-        decode_step,
-        extend,
-        grow_cache,
-        prefill,
-    )
+    from qwen3vl_jax.model.cache import decode_step, extend, grow_cache, prefill
     from qwen3vl_jax.model.losses import loss_fn
-    from qwen3vl_jax.model.structs import (
-        Batch,
-        Features,
-        KVCache,
-        VisionInputs,
-    )
+    from qwen3vl_jax.model.structs import Batch, Features, KVCache, VisionInputs
     from qwen3vl_jax.model.transformer import (
         attentions,
         forward,

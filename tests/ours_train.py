@@ -11,12 +11,7 @@ import tiny
 
 import qwen3vl_jax as q3
 from qwen3vl_jax.model.structs import Batch, VisionInputs
-from qwen3vl_jax.training import (
-    optimizer,
-    param_groups,
-    recipe,
-    train_step,
-)
+from qwen3vl_jax.training import optimizer, param_groups, recipe, train_step
 from qwen3vl_jax.training.data.packing import PackedBatch
 
 FP32 = recipe.Step(dtype="float32", remat="none", loss_chunk=16)

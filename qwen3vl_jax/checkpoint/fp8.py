@@ -18,10 +18,7 @@ import numpy as np
 from qwen3vl_jax.checkpoint.config_files import QUANTIZATION
 from qwen3vl_jax.checkpoint.name_map import Block
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.storage.safetensors_files import (
-    FP8,
-    Stored,
-)
+from qwen3vl_jax.storage.safetensors_files import FP8, Stored
 
 SUFFIX = "_scale_inv"
 _ADVICE = "take the bf16 release"

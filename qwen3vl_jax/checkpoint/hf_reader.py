@@ -13,24 +13,13 @@ from qwen3vl_jax.checkpoint.config_files import QUANTIZATION, read_config
 from qwen3vl_jax.checkpoint.fp8 import SUFFIX, block_of, misfit
 from qwen3vl_jax.checkpoint.hf_weights import Experts, Weight
 from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES, Index, LazyTensor
-from qwen3vl_jax.checkpoint.name_map import (
-    TEXT,
-    ParamSpec,
-    param_specs,
-    released_name,
-)
+from qwen3vl_jax.checkpoint.name_map import TEXT, ParamSpec, param_specs, released_name
 from qwen3vl_jax.checkpoint.param_paths import TreePath, path_str
 from qwen3vl_jax.checkpoint.validate import MismatchError, check_weights
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.storage.atomic_dir import CONFIG
-from qwen3vl_jax.storage.safetensors_files import (
-    DTYPES,
-    FP8,
-    Files,
-    Stored,
-    read_tensors,
-)
+from qwen3vl_jax.storage.safetensors_files import DTYPES, FP8, Files, Stored, read_tensors
 
 LAYOUTS = ("released", "transformers5")
 _HEAD, _EMBED = "lm_head.weight", TEXT + "embed_tokens.weight"

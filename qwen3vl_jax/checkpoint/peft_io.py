@@ -24,12 +24,7 @@ from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.storage.atomic_dir import atomic_dir
 from qwen3vl_jax.storage.json_text import read_json_file, write_json
 from qwen3vl_jax.storage.paths import as_path
-from qwen3vl_jax.storage.safetensors_files import (
-    DTYPES,
-    Files,
-    Stored,
-    read_header,
-)
+from qwen3vl_jax.storage.safetensors_files import DTYPES, Files, Stored, read_header
 
 SETTINGS, MATRICES = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX, _NESTED = "base_model.model.", ".base_layer"

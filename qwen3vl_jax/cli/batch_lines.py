@@ -117,7 +117,7 @@ def _prepare(proc: Processor, given: dict[str, Any], line: Line, settings: Setti
             f"the prompt has {length} tokens, prompt and answer may have {settings.max_len} (--max-len)"
         )
     limit = min(request.max_new_tokens, settings.max_len - length)
-    request = dataclasses.replace(request, prompt=prompts[0], max_new_tokens=limit)
+    request = dataclasses.replace(request, arrays=prompts[0], max_new_tokens=limit)
     return Prepared(line, given["id"], request, length, request.stop_strings, logprobs)
 
 

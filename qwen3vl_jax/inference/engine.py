@@ -46,13 +46,13 @@ EXPECTED = 256  # answer tokens that the first cache has room for: it grows for 
 class Request:
     """One prompt and how to answer it.
 
-    prompt: what `Processor.encode` gives for one conversation, or the arrays of `Processor.inputs`.
+    arrays: those of `Processor.inputs`, or what `Processor.encode` gives, for one conversation.
     key: anything, it comes back with the answer. The other fields are those of `generate`, one value
     each.
     """
 
     key: Any
-    prompt: EncodedPrompt | Mapping[str, Any]
+    arrays: EncodedPrompt | Mapping[str, Any]
     max_new_tokens: int
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     seed: int = 0
@@ -235,9 +235,9 @@ class _Engine:
         """Puts a request at the end of those that wait."""
         if request.stop_strings and self.decode is None:
             raise InputError("stop_strings need decode=, the function from tokens to text")
-        given = request.prompt
+        given = request.arrays
         prompt = given if isinstance(given, EncodedPrompt) else from_hf_arrays(self.cfg, given)
-        self.waiting.append((dataclasses.replace(request, prompt={}), prompt.with_digests()))
+        self.waiting.append((dataclasses.replace(request, arrays={}), prompt.with_digests()))
         self.stats.shown += len(prompt.images)
 
     def refill(self, more: bool) -> Iterator[Finished]:

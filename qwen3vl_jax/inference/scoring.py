@@ -11,18 +11,8 @@ from qwen3vl_jax.config import IGNORE_INDEX, Config
 from qwen3vl_jax.errors import InputError, not_finite
 from qwen3vl_jax.model.layers import rms_norm
 from qwen3vl_jax.model.losses import label_logprobs, shift_labels
-from qwen3vl_jax.model.structs import (
-    Batch,
-    Features,
-    Params,
-    check_call,
-)
-from qwen3vl_jax.model.transformer import (
-    at_last_attended,
-    full_attention,
-    lm_logits,
-    run_decoder,
-)
+from qwen3vl_jax.model.structs import Batch, Features, Params, check_call
+from qwen3vl_jax.model.transformer import at_last_attended, full_attention, lm_logits, run_decoder
 
 SPAN = 512  # tokens whose logits over the vocabulary are held at once
 

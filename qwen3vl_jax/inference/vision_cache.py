@@ -11,11 +11,7 @@ from qwen3vl_jax.config import Config
 from qwen3vl_jax.model.structs import Features, Params
 from qwen3vl_jax.model.vision import vision_encode
 from qwen3vl_jax.processing.batch import make_vision
-from qwen3vl_jax.processing.encoded_prompt import (
-    EncodedImage,
-    EncodedPrompt,
-    in_feature_order,
-)
+from qwen3vl_jax.processing.encoded_prompt import EncodedImage, EncodedPrompt, in_feature_order
 
 KEPT_BYTES = 1 << 30
 

@@ -65,7 +65,7 @@ def splash_attend(
     by_query = _mask_info(_steps(seen), reach)
     by_key = jax.tree.map(lambda x: x.swapaxes(1, 2), _steps(seen.swapaxes(1, 2)))
     # "_dkv" and "_dq": the kernels of the backward pass.
-    blocks = {f"block_q{which}": block_q for which in ("", "_dkv", "_dq")}
+    blocks: dict[str, Any] = {f"block_q{which}": block_q for which in ("", "_dkv", "_dq")}
     blocks |= {f"block_kv{which}": block_k for which in ("", "_dkv", "_dq")}
     kernel = splash.SplashAttentionKernel(
         by_query,

@@ -242,7 +242,8 @@ def _fill(params, cfg, cache, batch, features, attend_fn):
     """Runs a batch into the cache with one attend_fn: (cache, next-token logits [B V])."""
     x, written = transformer.run_decoder(_per_layer(params), cfg, batch, features, attend_fn)
     x = transformer.at_last_attended(x, batch.segment_ids)
-    return _advance(params, cfg, cache, batch, *map(list, zip(*written, strict=True)), x)
+    keys, values = (list(x) for x in zip(*written, strict=True))
+    return _advance(params, cfg, cache, batch, keys, values, x)
 
 
 def _fill_in_chunks(params, cfg, cache, batch, features, slot, chunk):

@@ -143,7 +143,8 @@ def decode_layers(
 
     def body(x, layer, i):
         attend = functools.partial(attend_fn, i)
-        x, kept, routed = Block(cfg).apply({"params": layer}, x, rotary, attend)
+        out: Any = Block(cfg).apply({"params": layer}, x, rotary, attend)
+        x, kept, routed = out
         x = add_deepstack(x, deepstack, i)
         return x, collect(x, kept, routed) if collect else kept
 

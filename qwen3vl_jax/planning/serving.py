@@ -16,11 +16,7 @@ from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES, TreePath
 from qwen3vl_jax.checkpoint.name_map import param_specs, tree_of
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.inference.decode_loop import insert_rows
-from qwen3vl_jax.model.cache import (
-    decode_step,
-    init_cache,
-    prefill,
-)
+from qwen3vl_jax.model.cache import decode_step, init_cache, prefill
 from qwen3vl_jax.model.sharding import array_sharding, replicated
 from qwen3vl_jax.model.structs import Batch, KVCache, VisionInputs
 from qwen3vl_jax.planning.program import Program, Work, held_bytes

@@ -35,7 +35,7 @@ class Programs:
             jax.monitoring.register_event_listener(self._read)
         self.heard = True
 
-    def _asked(self, event: str, _: float, **kwargs: Any) -> None:
+    def _asked(self, event: str, duration_secs: float, **kwargs: Any) -> None:
         self.all += event == "/jax/core/compile/backend_compile_duration"
 
     def _read(self, event: str, **kwargs: Any) -> None:

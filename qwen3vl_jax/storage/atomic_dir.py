@@ -11,13 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.storage.paths import (
-    absolute,
-    is_remote,
-    kind,
-    reached,
-    remove_tree,
-)
+from qwen3vl_jax.storage.paths import absolute, is_remote, kind, reached, remove_tree
 
 try:
     import fcntl

@@ -20,13 +20,7 @@ import numpy as np
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.storage.atomic_dir import PARTIAL
 from qwen3vl_jax.storage.json_text import read_json, read_json_file
-from qwen3vl_jax.storage.paths import (
-    file_size,
-    files_under,
-    is_remote,
-    reached,
-    read_range,
-)
+from qwen3vl_jax.storage.paths import file_size, files_under, is_remote, reached, read_range
 
 # In the order of safetensors files: wide dtypes first, so that all tensors are aligned.
 DTYPES = {

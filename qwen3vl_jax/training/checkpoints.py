@@ -22,20 +22,11 @@ from qwen3vl_jax.checkpoint.digests import (
     saved_digests,
     with_checksum,
 )
-from qwen3vl_jax.checkpoint.orbax_io import (
-    open_tree,
-    readable,
-    writable,
-)
+from qwen3vl_jax.checkpoint.orbax_io import open_tree, readable, writable
 from qwen3vl_jax.checkpoint.param_paths import path_str, tree_path
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.runtime import distributed
-from qwen3vl_jax.storage.paths import (
-    as_path,
-    for_orbax,
-    is_remote,
-    remove_tree,
-)
+from qwen3vl_jax.storage.paths import as_path, for_orbax, is_remote, remove_tree
 from qwen3vl_jax.training.run_dir import CHECKPOINTS, META, DiffersError, scores
 from qwen3vl_jax.training.train_step import TrainState
 

@@ -19,14 +19,7 @@ from qwen3vl_jax.runtime import distributed
 from qwen3vl_jax.storage import atomic_dir
 from qwen3vl_jax.storage.hub import resolve
 from qwen3vl_jax.storage.json_text import write_json
-from qwen3vl_jax.storage.paths import (
-    as_path,
-    for_orbax,
-    is_remote,
-    kind,
-    make_folder,
-    remove_tree,
-)
+from qwen3vl_jax.storage.paths import as_path, for_orbax, is_remote, kind, make_folder, remove_tree
 from qwen3vl_jax.storage.safetensors_files import side_files
 from qwen3vl_jax.training.new_tokens import add_tokens
 from qwen3vl_jax.training.recipe import Recipe

@@ -24,12 +24,7 @@ from qwen3vl_jax.checkpoint.digests import DamagedError
 from qwen3vl_jax.checkpoint.orbax_io import open_tree
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.loading import load
-from qwen3vl_jax.training import (
-    checkpoints,
-    recipe,
-    run_dir,
-    train_model,
-)
+from qwen3vl_jax.training import checkpoints, recipe, run_dir, train_model
 from qwen3vl_jax.training.checkpoints import Checkpoints, restore
 
 

@@ -20,13 +20,7 @@ import qwen3vl_jax.__main__ as about
 from qwen3vl_jax.checkpoint.adapter_map import Adapter, lora_targets
 from qwen3vl_jax.checkpoint.peft_io import save_adapter
 from qwen3vl_jax.cli import common
-from qwen3vl_jax.cli.draw import (
-    Mark,
-    draw_answer,
-    draw_marks,
-    find_marks,
-    read_marks,
-)
+from qwen3vl_jax.cli.draw import Mark, draw_answer, draw_marks, find_marks, read_marks
 from qwen3vl_jax.cli.infer_arguments import arguments, check_media_of_lines
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError

@@ -17,12 +17,7 @@ from qwen3vl_jax import device_mesh
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model import sharding
 from qwen3vl_jax.planning.program import check_batch
-from qwen3vl_jax.training import (
-    resume,
-    run_dir,
-    state_sharding,
-    train_model,
-)
+from qwen3vl_jax.training import resume, run_dir, state_sharding, train_model
 from qwen3vl_jax.training.mesh_preset import preset
 from qwen3vl_jax.training.recipe import Mesh, Pack, Recipe
 

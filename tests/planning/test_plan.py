@@ -20,15 +20,7 @@ import infer
 import train
 from qwen3vl_jax.device_mesh import make_mesh
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.planning import (
-    command,
-    compiling,
-    machines,
-    program,
-    report,
-    roofline,
-    search,
-)
+from qwen3vl_jax.planning import command, compiling, machines, program, report, roofline, search
 from qwen3vl_jax.training import recipe
 from qwen3vl_jax.training.mesh_preset import preset
 

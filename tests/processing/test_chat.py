@@ -18,11 +18,7 @@ from qwen3vl_jax.processing.chat_template import ChatTemplate
 from qwen3vl_jax.processing.escape_special import Escape
 from qwen3vl_jax.processing.image_patches import load_image
 from qwen3vl_jax.processing.media_arguments import read_beside
-from qwen3vl_jax.processing.messages import (
-    MediaSource,
-    check_messages,
-    read_conversation,
-)
+from qwen3vl_jax.processing.messages import MediaSource, check_messages, read_conversation
 from qwen3vl_jax.processing.tokenizer import Tokenizer
 
 RED = np.zeros((8, 8, 3), np.uint8) + np.array([255, 0, 0], np.uint8)

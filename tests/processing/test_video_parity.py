@@ -12,11 +12,7 @@ import tiny
 import torchvision_shim  # noqa: F401
 import toy_checkpoint as toy
 from PIL import Image
-from transformers import (
-    Qwen2Tokenizer,
-    Qwen3VLProcessor,
-    Qwen3VLVideoProcessor,
-)
+from transformers import Qwen2Tokenizer, Qwen3VLProcessor, Qwen3VLVideoProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import qwen3vl_jax as q3

@@ -16,12 +16,7 @@ from qwen3vl_jax.processing.chat_template import ChatTemplate
 from qwen3vl_jax.processing.generation_config import read_generation_config
 from qwen3vl_jax.processing.image_patches import ImageSettings
 from qwen3vl_jax.processing.tokenizer import Tokenizer
-from qwen3vl_jax.storage.json_text import (
-    read_json,
-    read_json_at,
-    read_json_file,
-    write_json,
-)
+from qwen3vl_jax.storage.json_text import read_json, read_json_at, read_json_file, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 DEEP = "[" * 100_000

@@ -10,12 +10,7 @@ import pytest
 
 from benchmarks import loss_memory
 from qwen3vl_jax.config import IGNORE_INDEX
-from qwen3vl_jax.model.attention import (
-    BLOCK,
-    Dropout,
-    attend,
-    causal_ranges,
-)
+from qwen3vl_jax.model.attention import BLOCK, Dropout, attend, causal_ranges
 from qwen3vl_jax.model.layers import linear_fp32
 from qwen3vl_jax.model.matmul import gather_rows, product
 from qwen3vl_jax.model.quantized import Quantized

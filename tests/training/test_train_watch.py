@@ -18,13 +18,7 @@ import train_files
 import train
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.runtime import distributed
-from qwen3vl_jax.training import (
-    evaluate,
-    recipe,
-    resume,
-    run_dir,
-    train_model,
-)
+from qwen3vl_jax.training import evaluate, recipe, resume, run_dir, train_model
 from qwen3vl_jax.training.checkpoints import Checkpoints
 from qwen3vl_jax.training.reporting.metrics_table import Table, read_table
 from qwen3vl_jax.training.reporting.progress import described

@@ -12,12 +12,7 @@ from typing import Any
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing import image_patches, video_patches
 from qwen3vl_jax.processing.media import within
-from qwen3vl_jax.processing.messages import (
-    CALL_KEYS,
-    MESSAGE_KEYS,
-    REASONING,
-    fields,
-)
+from qwen3vl_jax.processing.messages import CALL_KEYS, MESSAGE_KEYS, REASONING, fields
 from qwen3vl_jax.storage.json_text import read_json
 from qwen3vl_jax.training.data.objects import with_objects
 from qwen3vl_jax.training.recipe import Source

@@ -30,13 +30,7 @@ from qwen3vl_jax.training.data.packing import (
 )
 from qwen3vl_jax.training.data.records import open_records
 from qwen3vl_jax.training.data.sample import Refusal, Sample
-from qwen3vl_jax.training.data.stream import (
-    SHUFFLED,
-    Order,
-    Reader,
-    iterate,
-    make_stream,
-)
+from qwen3vl_jax.training.data.stream import SHUFFLED, Order, Reader, iterate, make_stream
 from qwen3vl_jax.training.recipe import Data, Pack
 
 # data.bad_fraction is of at least this many records.

@@ -267,7 +267,8 @@ def _vision(
                 frames += [(at, table) for at in range(first, first + count, frame)]
                 done += count
     frames.sort(key=lambda frame: frame[0])
-    tables, shape = [table for _, table in frames], (pack.vision_rows, pack.vision_length)
+    tables: list[Any] = [table for _, table in frames]
+    shape = (pack.vision_rows, pack.vision_length)
     sizes = np.array([len(table.coords) for table in tables], int)
     row, first = divmod(np.array([at for at, _ in frames], int), shape[1])
     filler = _RowFiller(row, sizes, shape)

@@ -20,13 +20,7 @@ import numpy as np
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.storage.json_text import read_json
 from qwen3vl_jax.storage.paths import as_path, is_remote, read_range
-from qwen3vl_jax.training.data.chat_format import (
-    FIELDS,
-    METADATA,
-    Record,
-    chat_form,
-    without_nulls,
-)
+from qwen3vl_jax.training.data.chat_format import FIELDS, METADATA, Record, chat_form, without_nulls
 from qwen3vl_jax.training.recipe import Source
 
 log = logging.getLogger("qwen3vl_jax")
