@@ -14,6 +14,7 @@ from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model import transformer
 from qwen3vl_jax.model.attention import BLOCK, attend, causal_ranges, head_copies
+from qwen3vl_jax.model.layers import run_module
 from qwen3vl_jax.model.rope import mrope
 from qwen3vl_jax.model.sharding import mesh_axes_for, on_shards, platform, shard, spec
 from qwen3vl_jax.model.structs import Batch, Features, KVCache, Params, check_call
@@ -144,7 +145,7 @@ def _fill_layer(cfg, layer, x, rotary, lo, hi, slots):
         out = attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), lo, hi, layout="prompt")
         return out, (keep(k), keep(v))
 
-    x, (k, v), _ = Block(c).apply({"params": layer}, x, rotary, attend_fn)
+    x, (k, v), _ = run_module(Block(c), layer, x, rotary, attend_fn)
     return x, k, v
 
 

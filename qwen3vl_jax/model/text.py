@@ -14,7 +14,16 @@ import jax
 import jax.numpy as jnp
 
 from qwen3vl_jax.config import TextConfig
-from qwen3vl_jax.model.layers import ACTIVATIONS, linear, ones, rms_norm, run_layers, weight, zeros
+from qwen3vl_jax.model.layers import (
+    ACTIVATIONS,
+    linear,
+    ones,
+    rms_norm,
+    run_layers,
+    run_module,
+    weight,
+    zeros,
+)
 from qwen3vl_jax.model.moe import Experts, RouterOutput
 from qwen3vl_jax.model.rope import mrope, rotate
 from qwen3vl_jax.model.sharding import shard
@@ -143,8 +152,7 @@ def decode_layers(
 
     def body(x, layer, i):
         attend = functools.partial(attend_fn, i)
-        out: Any = Block(cfg).apply({"params": layer}, x, rotary, attend)
-        x, kept, routed = out
+        x, kept, routed = run_module(Block(cfg), layer, x, rotary, attend)
         x = add_deepstack(x, deepstack, i)
         return x, collect(x, kept, routed) if collect else kept
 
