@@ -11,11 +11,13 @@ from qwen3vl_jax.version import __version__
 
 if TYPE_CHECKING:
     from qwen3vl_jax.checkpoint.save import save_params
+    from qwen3vl_jax.checkpoint.stacking import stack_layers, unstack_layers
     from qwen3vl_jax.config import Config
     from qwen3vl_jax.device_mesh import make_mesh
     from qwen3vl_jax.errors import InputError
     from qwen3vl_jax.inference.engine import Finished, Request, Stats, generate_many
     from qwen3vl_jax.inference.generate import Answer, generate, stream
+    from qwen3vl_jax.inference.inspection import attentions, last_hidden_state
     from qwen3vl_jax.inference.sampling import Sampling
     from qwen3vl_jax.inference.scoring import embed, rerank, score
     from qwen3vl_jax.loading import load
@@ -23,13 +25,9 @@ if TYPE_CHECKING:
     from qwen3vl_jax.model.losses import loss_fn
     from qwen3vl_jax.model.structs import Batch, Features, KVCache, VisionInputs
     from qwen3vl_jax.model.transformer import (
-        attentions,
         forward,
         hidden_states,
         init_params,
-        last_hidden_state,
-        stack_layers,
-        unstack_layers,
     )
     from qwen3vl_jax.model.vision import vision_encode
     from qwen3vl_jax.processing.batch import make_batch, make_vision
@@ -38,10 +36,12 @@ if TYPE_CHECKING:
 
 _HOME = {
     "checkpoint.save": ("save_params",),
+    "checkpoint.stacking": ("stack_layers", "unstack_layers"),
     "config": ("Config",),
     "device_mesh": ("make_mesh",),
     "errors": ("InputError",),
     "inference.engine": ("Finished", "Request", "Stats", "generate_many"),
+    "inference.inspection": ("attentions", "last_hidden_state"),
     "inference.generate": ("Answer", "generate", "stream"),
     "inference.sampling": ("Sampling",),
     "inference.scoring": ("embed", "rerank", "score"),
@@ -49,8 +49,7 @@ _HOME = {
     "model.cache": ("decode_step", "extend", "grow_cache", "prefill"),
     "model.losses": ("loss_fn",),
     "model.structs": ("Batch", "Features", "KVCache", "VisionInputs"),
-    "model.transformer": ("attentions", "forward", "hidden_states", "init_params", "last_hidden_state",
-                          "stack_layers", "unstack_layers"),
+    "model.transformer": ("forward", "hidden_states", "init_params"),
     "model.vision": ("vision_encode",),
     "processing.batch": ("make_batch", "make_vision"),
     "processing.positions": ("rope_index",),

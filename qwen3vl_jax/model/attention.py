@@ -128,29 +128,23 @@ def _on_cudnn(layout: Layout, q, k, lo) -> bool:
     return not cudnn_refusal(q.dtype.name, q.shape[-1])
 
 
-def attention_probs(q: jax.Array, k: jax.Array, lo: jax.Array, hi: jax.Array) -> jax.Array:
-    """Attention probabilities [B N T S] in the dtype of q, for inspection: `attend` never holds them."""
-    scores = _scores(_group(q, k.shape[1]), k)
-    scores = jnp.where(_visible(lo, hi, jnp.arange(k.shape[2])), scores, NEG)
-    probs = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    return probs.reshape(q.shape[0], q.shape[2], q.shape[1], k.shape[2])
-
-
-def _group(q: jax.Array, kv_heads: int) -> jax.Array:
+def group_heads(q: jax.Array, kv_heads: int) -> jax.Array:
     """[B T N H] -> [B K G T H], scaled: query head n uses key head n // G."""
     b, t, n, h = q.shape
     q = (q * jnp.asarray(h**-0.5, q.dtype)).reshape(b, t, kv_heads, n // kv_heads, h)
     return q.transpose(0, 2, 3, 1, 4)
 
 
-def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
+def attention_scores(q: jax.Array, k: jax.Array) -> jax.Array:
+    """Scores [B K G T S] float32 of grouped queries."""
     # A cache on a CPU is fp32.
     dtype = jnp.promote_types(q.dtype, k.dtype)
     q, k = q.astype(dtype), k.astype(dtype)
     return jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32)
 
 
-def _visible(lo: jax.Array, hi: jax.Array, keys: jax.Array) -> jax.Array:
+def visible_keys(lo: jax.Array, hi: jax.Array, keys: jax.Array) -> jax.Array:
+    """Whether a query sees a key, [B 1 1 T S]."""
     return ((keys >= lo[..., None]) & (keys < hi[..., None]))[:, None, None]
 
 
@@ -158,7 +152,7 @@ def _attend_blocks(q, k, v, lo, hi, drop: Dropout | None = None):
     """Online softmax over key blocks in plain XLA, O(T BLOCK) memory: arXiv 2112.05682, 2205.14135."""
     (b, t, n, h), slots, dtype = q.shape, k.shape[2], q.dtype
     lo = jnp.zeros_like(hi) if lo is None else lo
-    q = _group(q, k.shape[1])
+    q = group_heads(q, k.shape[1])
     if t == 1 and platform() == "cpu" and slots % DECODE_BLOCK == 0:
         out = _over_filled_blocks(k, v, q, lo, hi)
     elif slots <= BLOCK or t == 1:
@@ -224,8 +218,8 @@ def _start(q):
 def _fold(carry, q, k, v, lo, hi, first_key, drop=None):
     """Adds one block of keys [B K s H] to the running softmax."""
     top, total, out = carry
-    visible = _visible(lo, hi, first_key + jnp.arange(k.shape[2]))
-    scores = jnp.where(visible, _scores(q, k), NEG)
+    visible = visible_keys(lo, hi, first_key + jnp.arange(k.shape[2]))
+    scores = jnp.where(visible, attention_scores(q, k), NEG)
     new_top = jnp.maximum(top, jnp.max(scores, -1))
     probs = jnp.where(visible, jnp.exp(scores - new_top[..., None]), 0.0)
     keep = jnp.exp(top - new_top)

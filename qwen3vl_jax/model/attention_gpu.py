@@ -3,8 +3,8 @@
 A row holds segments one behind another: the frames of the ViT, packed samples, one prompt. cuDNN takes
 their starts and lengths (its packed, or THD, layout): no mask exists, and nothing outside a segment is
 computed. How many segments a row holds at most is part of the program. In the forward pass one too many
-costs a fifth of a microsecond; in the backward pass each has fp32 buffers of a whole row.
-Dims as in layers.py.
+costs a fifth of a microsecond; in the backward pass each has fp32 buffers of a whole row. Dims as in
+layers.py.
 
 JAX offers the packed layout in a private module only. `cudnn_refusal` asks once whether it is there and
 works on this GPU; where it is not, `attend` falls back to XLA blocks.

@@ -6,6 +6,7 @@ All functions can be traced; callers jit them (cfg static) and donate the cache.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,6 @@ from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model import transformer
 from qwen3vl_jax.model.attention import BLOCK, attend, causal_ranges, head_copies
-from qwen3vl_jax.model.layers import run_module
 from qwen3vl_jax.model.rope import mrope
 from qwen3vl_jax.model.sharding import mesh_axes_for, on_shards, platform, shard, spec
 from qwen3vl_jax.model.structs import Batch, Features, KVCache, Params, check_call
@@ -145,8 +145,8 @@ def _fill_layer(cfg, layer, x, rotary, lo, hi, slots):
         out = attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), lo, hi, layout="prompt")
         return out, (keep(k), keep(v))
 
-    x, (k, v), _ = run_module(Block(c), layer, x, rotary, attend_fn)
-    return x, k, v
+    out: Any = Block(c).apply({"params": layer}, x, rotary, attend_fn)
+    return out[0], *out[1]
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
@@ -198,7 +198,10 @@ def extend(
     if chunk is not None:
         return _fill_in_chunks(params, cfg, cache, batch, features, slot, chunk)
     attend_fn = cached_attention(cache, slot, jnp.where(valid, place + 1, 0))
-    return _fill(params, cfg, cache, batch, features, attend_fn)
+    x, written = transformer.run_decoder(_per_layer(params), cfg, batch, features, attend_fn)
+    x = transformer.at_last_attended(x, batch.segment_ids)
+    k, v = map(list, zip(*written, strict=True))
+    return _advance(params, cfg, cache, batch, k, v, x)
 
 
 def decode_step(
@@ -239,16 +242,8 @@ def _per_layer(params: Params) -> Params:
     return params
 
 
-def _fill(params, cfg, cache, batch, features, attend_fn):
-    """Runs a batch into the cache with one attend_fn: (cache, next-token logits [B V])."""
-    x, written = transformer.run_decoder(_per_layer(params), cfg, batch, features, attend_fn)
-    x = transformer.at_last_attended(x, batch.segment_ids)
-    keys, values = (list(x) for x in zip(*written, strict=True))
-    return _advance(params, cfg, cache, batch, keys, values, x)
-
-
 def _fill_in_chunks(params, cfg, cache, batch, features, slot, chunk):
-    """`_fill` as a scan over chunks [B chunk] of the sequences; each attends to the cache so far."""
+    """`extend` as a scan over chunks [B chunk] of the sequences; each attends to the cache so far."""
     if chunk < 1:
         raise InputError(f"chunk is {chunk}, expected tokens from 1")
     params = _per_layer(params)

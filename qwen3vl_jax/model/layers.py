@@ -49,11 +49,6 @@ def weight(module: Any, name: str, *dims: tuple[int, str | None], init=None) -> 
     return cast(jax.Array, module.param(name, boxed, shape, jnp.float32))
 
 
-def run_module(module: nn.Module, params: Any, *args: Any) -> Any:
-    """What a module gives for these parameters and arguments."""
-    return module.apply({"params": params}, *args)
-
-
 def linear(
     x: jax.Array, w: Weight | Adapted, bias: jax.Array | None = None, in_dims: int = 1
 ) -> jax.Array:

@@ -14,16 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from qwen3vl_jax.config import TextConfig
-from qwen3vl_jax.model.layers import (
-    ACTIVATIONS,
-    linear,
-    ones,
-    rms_norm,
-    run_layers,
-    run_module,
-    weight,
-    zeros,
-)
+from qwen3vl_jax.model.layers import ACTIVATIONS, linear, ones, rms_norm, run_layers, weight, zeros
 from qwen3vl_jax.model.moe import Experts, RouterOutput
 from qwen3vl_jax.model.rope import mrope, rotate
 from qwen3vl_jax.model.sharding import shard
@@ -152,7 +143,8 @@ def decode_layers(
 
     def body(x, layer, i):
         attend = functools.partial(attend_fn, i)
-        x, kept, routed = run_module(Block(cfg), layer, x, rotary, attend)
+        out: Any = Block(cfg).apply({"params": layer}, x, rotary, attend)
+        x, kept, routed = out
         x = add_deepstack(x, deepstack, i)
         return x, collect(x, kept, routed) if collect else kept
 

@@ -5,7 +5,7 @@ attention (causal_ranges, attend), text (the decoder layer, DeepStack), vision (
 (prefill, decode_step), losses. How it is fast comes last: sharding (logical axes -> mesh axes),
 expert_parallel, attention_gpu, attention_tpu, matmul, quantized, lora.
 
-forward, hidden_states and attentions see whole sequences. All functions can be traced; callers jit
+forward and hidden_states see whole sequences. All functions can be traced; callers jit
 them with cfg static.
 """
 
@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 import flax.linen as nn
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from qwen3vl_jax.config import Config, TextConfig, VisionConfig
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.model.attention import Dropout, attend, attention_probs, causal_ranges
+from qwen3vl_jax.model.attention import Dropout, attend, causal_ranges
 from qwen3vl_jax.model.layers import linear_fp32, ones, rms_norm, weight
 from qwen3vl_jax.model.quantized import Quantized, embedding_lookup
 from qwen3vl_jax.model.sharding import shard
@@ -98,29 +98,6 @@ def logical_axes(cfg: Config) -> dict[str, tuple[str | None, ...]]:
     boxed["vision"] = {**boxed["vision"], "blocks": boxed["vision"]["blocks"][0]}
     leaves = jax.tree.leaves_with_path(boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
     return {jax.tree_util.keystr(path, simple=True, separator="."): x.names for path, x in leaves}
-
-
-def stack_layers(params: Params) -> Params:
-    """Per-layer lists -> one stacked array per parameter, for `lax.scan` (training)."""
-    return _map_layers(params, lambda layers: jax.tree.map(lambda *x: jnp.stack(x), *layers))
-
-
-def unstack_layers(params: Params) -> Params:
-    """The inverse of `stack_layers`."""
-
-    def unstack(layers: Any) -> Any:
-        if isinstance(layers, (list, tuple)):
-            return layers
-        count = jax.tree.leaves(layers)[0].shape[0]
-        return [jax.tree.map(lambda x, i=i: x[i], layers) for i in range(count)]
-
-    return _map_layers(params, unstack)
-
-
-def _map_layers(params: Params, fn: Callable) -> Params:
-    """The parameters with fn applied to the layers of both towers."""
-    vision = {**params["vision"], "blocks": fn(params["vision"]["blocks"])}
-    return {**params, "layers": fn(params["layers"]), "vision": vision}
 
 
 def compute_dtype(params: Params) -> Any:
@@ -274,26 +251,3 @@ def hidden_states(
     layers, attend_fn = params["layers"], full_attention(batch)
     _, after = decode_layers(layers, cfg.text, x, batch.positions, attend_fn, **options)
     return jnp.concatenate([x[None], jnp.stack(after) if isinstance(after, list) else after])
-
-
-def last_hidden_state(
-    params: Params, cfg: Config, batch: Batch, *, features: Features | None = None
-) -> jax.Array:
-    """The decoder's output [B T D] after the final norm; values at padding tokens mean nothing."""
-    check_call(params, cfg, batch=batch)
-    x, _ = run_decoder(params, cfg, batch, features, full_attention(batch))
-    return final_norm(params, cfg, x)
-
-
-def attentions(
-    params: Params, cfg: Config, batch: Batch, *, features: Features | None = None
-) -> jax.Array:
-    """Attention probabilities [L B N T T] of every layer, in the dtype of the parameters."""
-    check_call(params, cfg, batch=batch)
-    (lo, hi), attend_fn = causal_ranges(batch.segment_ids), full_attention(batch)
-
-    def attend_and_keep(i, q, k, v):
-        return attend_fn(i, q, k, v)[0], attention_probs(q, k.swapaxes(1, 2), lo, hi)
-
-    _, probs = run_decoder(params, cfg, batch, features, attend_and_keep)
-    return jnp.stack(probs) if isinstance(probs, list) else probs

@@ -12,15 +12,7 @@ import numpy as np
 
 from qwen3vl_jax.config import Config, VisionConfig
 from qwen3vl_jax.model.attention import attend
-from qwen3vl_jax.model.layers import (
-    ACTIVATIONS,
-    LayerNorm,
-    linear,
-    run_layers,
-    run_module,
-    weight,
-    zeros,
-)
+from qwen3vl_jax.model.layers import ACTIVATIONS, LayerNorm, linear, run_layers, weight, zeros
 from qwen3vl_jax.model.quantized import Weight, dequantize
 from qwen3vl_jax.model.rope import rotate, vision_rotary
 from qwen3vl_jax.model.sharding import shard
@@ -154,7 +146,7 @@ def _embed_patches(p, c, vis, dtype):
     """Patches [W P Dv] with their positions, and what every block takes: angles, lo, hi."""
     if vis.lo.ndim == 1:
         vis = jax.tree.map(lambda x: x[None], vis)
-    x = run_module(PatchEmbed(c), p["patch"], vis.pixels.astype(dtype))
+    x: Any = PatchEmbed(c).apply({"params": p["patch"]}, vis.pixels.astype(dtype))
     x = _shard_patches(x + position_embedding(p["pos"], vis).astype(x.dtype))
     return x, vision_rotary(c.head_dim, c.rope_theta, vis.coords), vis.lo, vis.hi
 
@@ -162,13 +154,14 @@ def _embed_patches(p, c, vis, dtype):
 @functools.partial(jax.jit, static_argnames=("c", "frames"))
 def _run_block(c, frames, layer, x, rotary, lo, hi):
     """One block: one program for all blocks, if not traced."""
-    return _shard_patches(run_module(VisionBlock(c, frames), layer, x, rotary, lo, hi))
+    x = VisionBlock(c, frames).apply({"params": layer}, x, rotary, lo, hi)
+    return _shard_patches(x)
 
 
 @functools.partial(jax.jit, static_argnames="c")
 def _merge(p, c, x, deepstack):
     def merge(norm_after_grouping: bool, merger: Params, x: jax.Array) -> jax.Array:
-        y = run_module(PatchMerger(c, norm_after_grouping), merger, x)
+        y: Any = PatchMerger(c, norm_after_grouping).apply({"params": merger}, x)
         return _shard_patches(y).reshape(-1, y.shape[-1])
 
     merged = merge(False, p["merger"], x)

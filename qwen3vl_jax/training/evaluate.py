@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qwen3vl_jax.checkpoint.stacking import unstack_layers
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.inference.generate import generate
 from qwen3vl_jax.model.sharding import shard
 from qwen3vl_jax.model.structs import Batch, Params
-from qwen3vl_jax.model.transformer import unstack_layers
 from qwen3vl_jax.processing.parse_reply import Reply, parse_reply
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.storage.json_text import read_json, write_json
