@@ -88,8 +88,7 @@ def _boxed_params(key: jax.Array, cfg: Config) -> Params:
 
 
 def logical_axes(cfg: Config) -> dict[str, tuple[str | None, ...]]:
-    """{"layers.attn.qkv": ("kv_heads", None, None, "embed"), ..} of every parameter, layers as one."""
-    # Names do not depend on depth: one layer per tower is traced.
+    """{"layers.attn.qkv": ("kv_heads", None, None, "embed"), ..}, of a model of one layer per tower."""
     text = dataclasses.replace(cfg.text, num_hidden_layers=1)
     vision = dataclasses.replace(cfg.vision, depth=1)
     small = dataclasses.replace(cfg, text=text, vision=vision)
