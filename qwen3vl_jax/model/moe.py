@@ -212,7 +212,7 @@ def _lower_once(kernel, x, w, sizes):
 
 
 def _tokamax():
-    """tokamax, which the extra `cuda` installs, or None."""
+    """tokamax, which the extra `moe` installs, or None."""
     try:
         import tokamax
     except ImportError:
