@@ -97,7 +97,7 @@ def main() -> int:
 
     import qwen3vl_jax as q3
     from demo.evaluate import CHECKPOINT
-    from qwen3vl_jax.inference.engine import Stats
+    from qwen3vl_jax.inference.requests import Stats
 
     raw = config(args.layers, args.hidden)
     cfg = q3.Config.from_hf(raw)

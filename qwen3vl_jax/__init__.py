@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from qwen3vl_jax.config import Config
     from qwen3vl_jax.device_mesh import make_mesh
     from qwen3vl_jax.errors import InputError
-    from qwen3vl_jax.inference.engine import Finished, Request, Stats, generate_many
+    from qwen3vl_jax.inference.engine import generate_many
     from qwen3vl_jax.inference.generate import Answer, generate, stream
     from qwen3vl_jax.inference.inspection import attentions, last_hidden_state
+    from qwen3vl_jax.inference.requests import Finished, Request, Stats
     from qwen3vl_jax.inference.sampling import Sampling
     from qwen3vl_jax.inference.scoring import embed, rerank, score
     from qwen3vl_jax.loading import load
@@ -40,7 +41,8 @@ _HOME = {
     "config": ("Config",),
     "device_mesh": ("make_mesh",),
     "errors": ("InputError",),
-    "inference.engine": ("Finished", "Request", "Stats", "generate_many"),
+    "inference.engine": ("generate_many",),
+    "inference.requests": ("Finished", "Request", "Stats"),
     "inference.inspection": ("attentions", "last_hidden_state"),
     "inference.generate": ("Answer", "generate", "stream"),
     "inference.sampling": ("Sampling",),

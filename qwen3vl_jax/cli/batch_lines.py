@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from qwen3vl_jax.cli.batch_journal import ERROR, Line, Result
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.inference.engine import Finished, Request
+from qwen3vl_jax.inference.requests import Finished, Request
 from qwen3vl_jax.inference.sampling import Sampling
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.processing.tokenizer import TextStream, stop_list
