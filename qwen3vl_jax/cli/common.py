@@ -78,11 +78,11 @@ def load_params(
     import jax
 
     from qwen3vl_jax.checkpoint.auto_mesh import mesh_for
-    from qwen3vl_jax.checkpoint.device_load import Source
+    from qwen3vl_jax.loading import source_of
 
     keep_programs(not args.no_compile_cache)
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else None)
-    source = Source(directory, q3.Config.from_hf(directory), args.weights)
+    source = source_of(directory, q3.Config.from_hf(directory), args.weights)
     devices = jax.local_devices() if args.input else jax.devices()
     mesh = mesh_for(args.mesh, source, dtype, devices)
     status.show(f"loading {directory}")

@@ -186,7 +186,7 @@ def _chunks(
     batch = batch.replace(vision=None, labels=None)
     width = batch.tokens.shape[1]  # not the prompt's length: what is compiled is a bucket's
     filled = width + (0 if cache is None else int(np.max(cache.length)))
-    slots = cache_slots(filled + min(options.steps, options.max_new_tokens))
+    slots = cache_slots(filled + 1 + min(options.steps, options.max_new_tokens - 1))
     if cache is not None and cache.slots < slots:
         cache = grow(cache, slots=slots)
     if before is not None and cache is not None:  # as wide as it: no program for each length
@@ -209,25 +209,30 @@ def _chunks(
         yield decoder, new
 
 
-_BEGUN: set[tuple] = set()  # the programs of decode_steps that this process has begun to compile
+# Hashes of the programs of decode_steps that this process has begun to compile.
+_BEGUN: set[int] = set()
 
 
 def _compile_steps(cfg, options, rows, slots, start, given) -> Callable[[], None]:
     """Begins to compile the first decode_steps after `start(*given)`; waits for it where it is called."""
     params, count = given[0], len(rows.seeds)
-    program = cfg, count, slots, len(rows.stop_ids), rows.logits_fn, compute_dtype(params)
-    if mesh_sizes() or options.max_new_tokens < 2 or program in _BEGUN:
-        return lambda: None
-    _BEGUN.add(program)
-    # Shapes as arrays have them that come of one device's parameters.
+    program = hash((cfg, count, slots, len(rows.stop_ids), rows.logits_fn, compute_dtype(params)))
     norm = params["norm"]
+    many_devices = (
+        mesh_sizes() or len(getattr(getattr(norm, "sharding", None), "device_set", "1")) > 1
+    )
+    if many_devices or options.max_new_tokens < 2 or program in _BEGUN:
+        return lambda: None
+    # Shapes as arrays have them that come of one device's parameters.
     where = norm.sharding if getattr(norm, "committed", False) else None
     state = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where, weak_type=x.weak_type),
         jax.eval_shape(start, *given),
     )
     steps = min(options.steps, options.max_new_tokens - 1)
-    return compile_ahead(params, cfg, state, np.zeros(count, bool), rows, steps, count)
+    wait = compile_ahead(params, cfg, state, np.zeros(count, bool), rows, steps, count)
+    _BEGUN.add(program)
+    return wait
 
 
 def _start(params, cfg, batch, features, cache, before, rows, slots, copies, chunk):

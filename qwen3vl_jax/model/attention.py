@@ -35,8 +35,7 @@ def causal_ranges(segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
     segment_ids [B T] = 0 1 1 1 2 2 gives lo = 0 1 1 1 4 4 and hi = 0 2 3 4 5 6.
     """
     index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
-    first = segment_ids != jnp.roll(segment_ids, 1, axis=1)
-    first = first.at[:, 0].set(True)
+    first = (segment_ids != jnp.roll(segment_ids, 1, axis=1)).at[:, 0].set(True)
     lo = jax.lax.cummax(jnp.where(first, index, 0), axis=1)
     return lo, jnp.where(segment_ids > 0, index + 1, lo)
 
@@ -123,9 +122,9 @@ def _on_cudnn(layout: Layout, q, k, lo) -> bool:
     """Whether cuDNN serves this call: tokens after a cache, or whole sequences of a known layout."""
     if platform() != "gpu" or (q.shape[1] == 1 and k.shape[0] * k.shape[2] < CUDNN_STEP):
         return False
-    if lo is not None and (layout == "any" or q.shape[1] != k.shape[2]):
-        return False
-    return not cudnn_refusal(q.dtype.name, q.shape[-1])
+    whole = layout != "any" and q.shape[1] == k.shape[2]
+    served = q.shape[1] <= k.shape[2] if lo is None else whole
+    return served and not cudnn_refusal(q.dtype.name, q.shape[-1])
 
 
 def group_heads(q: jax.Array, kv_heads: int) -> jax.Array:
@@ -136,8 +135,7 @@ def group_heads(q: jax.Array, kv_heads: int) -> jax.Array:
 
 
 def attention_scores(q: jax.Array, k: jax.Array) -> jax.Array:
-    """Scores [B K G T S] float32 of grouped queries."""
-    # A cache on a CPU is fp32.
+    """Scores [B K G T S] float32 of grouped queries; a cache on a CPU is fp32."""
     dtype = jnp.promote_types(q.dtype, k.dtype)
     q, k = q.astype(dtype), k.astype(dtype)
     return jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32)

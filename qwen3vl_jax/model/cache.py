@@ -18,7 +18,7 @@ from qwen3vl_jax.model.attention import BLOCK, attend, causal_ranges, head_copie
 from qwen3vl_jax.model.rope import mrope
 from qwen3vl_jax.model.sharding import mesh_axes_for, on_shards, platform, shard, spec
 from qwen3vl_jax.model.structs import Batch, Features, KVCache, Params, check_call
-from qwen3vl_jax.model.text import AttendFn, Block, decode_layers
+from qwen3vl_jax.model.text import AttendFn, Block, decode_layers, shard_residual
 from qwen3vl_jax.model.vision import vision_encode
 
 # Logical axes of a layer's keys or values [B K S H].
@@ -92,6 +92,7 @@ def prefill(
     one compiled program.
     """
     check_call(params, cfg, batch=batch)
+    transformer.lm_head(params, cfg)
     slots = max(max_len, batch.tokens.shape[1])
     if features is None and batch.vision is not None:
         features = vision_encode(params, cfg, batch.vision)
@@ -103,7 +104,7 @@ def prefill(
     k, v = [], []
     for i, layer in enumerate(layers):
         x, *kv = _fill_layer(cfg, layer, x, rotary, lo, hi, _round_to_blocks(slots))
-        x = x + deepstack[i] if i < len(deepstack) else x
+        x = shard_residual(x + deepstack[i]) if i < len(deepstack) else x
         k.append(kv[0])
         v.append(kv[1])
     length, delta, logits = _end_prompt(rest, cfg, x, lo, hi, batch.delta)
@@ -124,8 +125,7 @@ def _embed_prompt(params, cfg, batch, features):
     batch = _left_align(batch)
     x, deepstack = transformer.embed_tokens(params, cfg, batch, features)
     rotary = mrope(cfg.text, batch.positions, x.dtype)
-    levels = [] if deepstack is None else list(deepstack)
-    return x, rotary, *causal_ranges(batch.segment_ids), levels
+    return x, rotary, *causal_ranges(batch.segment_ids), [] if deepstack is None else [*deepstack]
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "slots"))
@@ -146,7 +146,7 @@ def _fill_layer(cfg, layer, x, rotary, lo, hi, slots):
         return out, (keep(k), keep(v))
 
     out: Any = Block(c).apply({"params": layer}, x, rotary, attend_fn)
-    return out[0], *out[1]
+    return shard_residual(out[0]), *out[1]
 
 
 @functools.partial(jax.jit, static_argnames="cfg")

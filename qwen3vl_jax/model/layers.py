@@ -114,9 +114,8 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        width = (x.shape[-1], None)
-        scale = weight(self, "scale", width, init=ones)
-        bias = weight(self, "bias", width, init=zeros)
+        scale = weight(self, "scale", (x.shape[-1], None), init=ones)
+        bias = weight(self, "bias", (x.shape[-1], None), init=zeros)
         y = x.astype(jnp.float32)
         y = y - jnp.mean(y, -1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)

@@ -124,8 +124,11 @@ def vision_encode(
     dtype = p["patch"]["weight"].dtype if dtype is None else dtype
     x, *given = _embed_patches(rest, c, vis, jnp.dtype(dtype).name)
     if isinstance(p["blocks"], (list, tuple)) and remat == "none":
-        each = [x := _run_block(c, vis.frames, layer, x, *given) for layer in p["blocks"]]
-        return _merge(rest, c, x, [each[i] for i in taken])
+        kept = {}
+        for i, layer in enumerate(p["blocks"]):
+            x = _run_block(c, vis.frames, layer, x, *given)
+            kept |= {i: x} if i in taken else {}
+        return _merge(rest, c, x, [kept[i] for i in taken])
     # DeepStack level of each block; blocks without one write past the end, which is dropped.
     levels = np.full(c.depth, len(taken))
     levels[list(taken)] = np.arange(len(taken))

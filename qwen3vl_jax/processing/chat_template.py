@@ -28,6 +28,7 @@ class ChatTemplate:
         self.templates = dict(templates)
         self.source = source
         self._written: dict[str, bool] = {}
+        self._variables: dict[str, Any] = {}
 
     @classmethod
     def from_dir(cls, directory: str | Path, chosen: str | Path | None = None) -> ChatTemplate:
@@ -93,11 +94,14 @@ class ChatTemplate:
         kept = rendered[at:].startswith(_CONTINUE)
         return rendered[:at] if kept else rendered[:at].rstrip()
 
-    def check_written(self, messages: Sequence[Mapping[str, Any]], tools: Any) -> None:
+    def check_written(
+        self, messages: Sequence[Mapping[str, Any]], tools: Any, variables: Mapping[str, Any]
+    ) -> None:
         """Raises InputError for tools, roles, tool calls and reasoning that the template leaves out.
 
-        Each is found by rendering one prompt of its kind.
+        Each is found by rendering one prompt of its kind. variables: of the tokenizer, as eos_token.
         """
+        self._variables = dict(variables)
         if tools and not self._writes("tools", [_ASKED], [_TOOL]):
             raise InputError("tools: the chat template has no place for tools; leave them out")
         for number, message in enumerate(messages, 1):
@@ -121,7 +125,9 @@ class ChatTemplate:
     def _writes(self, kind: str, messages: list[dict[str, Any]], tools: Any = None) -> bool:
         if kind not in self._written:
             try:
-                self._written[kind] = _WORD in self.render(messages, tools, False, False, {})
+                self._written[kind] = _WORD in self.render(
+                    messages, tools, False, False, self._variables
+                )
             except InputError:
                 # A template that refuses does so for the conversation itself too.
                 self._written[kind] = True

@@ -246,7 +246,9 @@ class Processor:
         messages, sources = read_conversation(conversation)
         check_messages(messages, self.template.text(bool(tools)))
         listed, variables = plain_tools(tools), plain_variables(template_vars)
-        self.template.check_written(messages, listed)
+        names = {"eos_token": self.tokenizer.eos_id, "pad_token": self.tokenizer.pad_id}
+        given = {k: self.tokenizer.token_of(i) for k, i in names.items() if i is not None}
+        self.template.check_written(messages, listed, given)
         escape = None
         if allow_special is not True:
             data = write_json([messages, listed, variables], "conversation", ensure_ascii=False)
@@ -259,8 +261,6 @@ class Processor:
             variables = {
                 k: v if k.endswith("_token") else escape.data(v) for k, v in variables.items()
             }
-        names = {"eos_token": self.tokenizer.eos_id, "pad_token": self.tokenizer.pad_id}
-        given = {k: self.tokenizer.token_of(i) for k, i in names.items() if i is not None}
         rendered = self.template.render(messages, listed, *ending, {**given, **variables})
         if escape is None:
             return RenderedPrompt(rendered, "", sources)

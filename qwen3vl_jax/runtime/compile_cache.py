@@ -9,6 +9,7 @@ import hashlib
 import os
 import stat
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ class Programs:
 
     def __init__(self) -> None:
         self.where, self.all, self.found, self.heard = "", 0, 0, False
+        # Programs are compiled in several threads.
+        self.lock = threading.Lock()
 
     def begin(self, where: str) -> None:
         """Counts from here on."""
@@ -36,10 +39,12 @@ class Programs:
         self.heard = True
 
     def _asked(self, event: str, duration_secs: float, **kwargs: Any) -> None:
-        self.all += event == "/jax/core/compile/backend_compile_duration"
+        with self.lock:
+            self.all += event == "/jax/core/compile/backend_compile_duration"
 
     def _read(self, event: str, **kwargs: Any) -> None:
-        self.found += event == "/jax/compilation_cache/cache_hits"
+        with self.lock:
+            self.found += event == "/jax/compilation_cache/cache_hits"
 
     def __str__(self) -> str:
         found = f"{self.found} found in {self.where}" if self.where else "no compile cache"

@@ -117,8 +117,11 @@ def files_under(folder: Path, leave_out: Iterable[str] = ()) -> list[Path]:
 
 
 def _names(folder: Path, prefix: str, left_out: set[str]) -> Iterator[str]:
-    remote = is_remote(folder)
-    for path in folder.iterdir():
+    remote, found = is_remote(folder), []
+    # A folder that may not be read, as lost+found, has no file for us.
+    with contextlib.suppress(PermissionError):
+        found = list(folder.iterdir())
+    for path in found:
         # Some tools show an empty folder as an object of its own name.
         if path == folder or path.name in left_out:
             continue

@@ -200,7 +200,9 @@ def check_recipe(now: Mapping[str, Any], then: Mapping[str, Any], run_dir: str |
     """One text for each changed FREE key of two flat recipes. Raises DiffersError if others changed."""
     differ = {name: _differs(name, now, then) for name in {**then, **now}}
     found = {name: text for name, text in differ.items() if text}
-    fixed = [text for name, text in found.items() if not name.startswith(FREE)]
+    # LoRA freezes everything else anyway.
+    free = (*FREE, "train.freeze") if now.get("lora.rank") else FREE
+    fixed = [text for name, text in found.items() if not name.startswith(free)]
     if fixed:
         raise DiffersError(run_dir, "recipe", "set it back or choose another --out", fixed)
     return list(found.values())
