@@ -14,8 +14,10 @@ import convert.__main__ as command
 import qwen3vl_jax as q3
 from convert.from_run import run_to_hf
 from qwen3vl_jax.checkpoint.adapters import attach, merge
+from qwen3vl_jax.checkpoint.device_load import weights_bytes
 from qwen3vl_jax.checkpoint.peft_io import load_adapter
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.loading import source_of
 from qwen3vl_jax.training import recipe, run_dir, train_model
 from qwen3vl_jax.training.checkpoints import Checkpoints
 from qwen3vl_jax.training.lora_targets import adapter_of
@@ -64,6 +66,9 @@ def test_what_was_not_changed_is_the_checkpoint_again(tmp_path, ckpt):
     run_to_hf(out, tmp_path / "hf")
     assert_same(read(tmp_path / "hf"), read(ckpt))
     same_trees(q3.load(out), q3.load(ckpt))  # --ckpt RUN_DIR
+    # What infer.py asks before it chooses a mesh.
+    held = weights_bytes(source_of(out, q3.Config.from_hf(out)), "float32")
+    assert held == weights_bytes(source_of(ckpt, q3.Config.from_hf(ckpt)), "float32")
     assert q3.Processor.from_pretrained(out).stop_ids == q3.Processor.from_pretrained(ckpt).stop_ids
     with pytest.raises(InputError, match="holds no adapter"):
         q3.load(ckpt, adapter=out)
