@@ -251,9 +251,9 @@ def _fill_in_chunks(params, cfg, cache, batch, features, slot, chunk):
         features = vision_encode(params, cfg, batch.vision)
     rows, width = batch.tokens.shape
     last, longest = transformer.last_attended(batch.segment_ids), jnp.max(batch.positions)
-    # Chunks of one length, so that the last is not mostly padding.
+    # Chunks of one length, in whole tiles of 128, so that the last is not mostly padding.
     count = -(-width // chunk)
-    chunk = -(-width // count)
+    chunk = min(chunk, -(-width // (count * 128)) * 128)
 
     def split(x, fill):
         """[B T ..] -> [count B chunk ..]."""

@@ -148,8 +148,7 @@ def test_the_command_ends_at_once_and_leaves_nothing(sent, code, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as child:
         while child.poll() is None and not hf.listing(tmp_path):
-            time.sleep(0.01)
-        time.sleep(0.2)
+            time.sleep(0.001)
         child.send_signal(sent)
         said = child.communicate(timeout=60)[1]
     assert child.returncode == code, said

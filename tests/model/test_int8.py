@@ -173,7 +173,8 @@ def reader(tree, seen=None):
     def read(path):
         if seen is not None:
             seen.append(path)
-        return at_path(tree, path)
+        # The optional head alone may not be there.
+        return tree.get("head") if path == ("head",) else at_path(tree, path)
 
     return read
 

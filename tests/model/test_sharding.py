@@ -233,13 +233,13 @@ def test_a_recipe_without_a_mesh_takes_all_devices(tmp_path):
     """As many parts as rows, or the groups that a run began with, divide; one that asks is left alone."""
     ckpt = train_files.checkpoint(tmp_path / "ckpt", weights=False)
     settings = Recipe(str(ckpt), 1, pack=Pack(rows=8, vision_rows=8))
-    assert resume.laid_out(settings, tmp_path / "new").mesh == Mesh(fsdp=8)
+    assert resume.with_mesh(settings, tmp_path / "new").mesh == Mesh(fsdp=8)
     saved = tmp_path / "run" / run_dir.CHECKPOINTS / "5" / run_dir.META
     saved.mkdir(parents=True)
     (saved / "metadata").write_text('{"data": {"groups": [{}, {}]}}')
-    assert resume.laid_out(settings, tmp_path / "run").mesh == Mesh(fsdp=2, tensor=2, sequence=2)
+    assert resume.with_mesh(settings, tmp_path / "run").mesh == Mesh(fsdp=2, tensor=2, sequence=2)
     asked = Recipe(str(ckpt), 1, mesh=Mesh(fsdp=1))
-    assert resume.laid_out(asked, tmp_path / "new") is asked
+    assert resume.with_mesh(asked, tmp_path / "new") is asked
 
 
 def test_a_program_of_its_own_compiles_while_another_is_traced():

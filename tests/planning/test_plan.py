@@ -18,6 +18,8 @@ from rich.console import Console
 
 import infer
 import train
+from qwen3vl_jax.cli import plan as cli_plan
+from qwen3vl_jax.cli import train as cli_train
 from qwen3vl_jax.device_mesh import make_mesh
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.planning import command, compiling, machines, program, report, roofline, search
@@ -299,7 +301,7 @@ def test_a_plan_that_does_not_fit_ends_with_one(monkeypatch):
     """train.py and infer.py: 0 where all fits, 1 where not; of a search one that fits will do."""
     fits, full = types.SimpleNamespace(fits=True), types.SimpleNamespace(fits=False)
     argv = ["--config", str(ROOT / "configs" / "demo.toml"), "--plan", "v5e:2x2"]
-    for module in (train, infer):
+    for module in (cli_train, cli_plan):
         monkeypatch.setattr(module, "prepare_environment", lambda machine: None)
     for plan in (fits, full):
         monkeypatch.setattr(command, "plan_training", lambda *_, plan=plan: plan)

@@ -150,11 +150,10 @@ def test_a_part_of_a_tpu_that_is_no_slice_is_refused(sizes, used, told):
 def test_devices_that_fill_no_box_make_a_mesh_in_their_order():
     """jax has an assertion there, of no use to anybody."""
     from qwen3vl_jax import device_mesh
-    from qwen3vl_jax.model import sharding
 
     devices = chips_of(2, 2, 1)[:3]
     shape = device_mesh.mesh_shape({"tensor": 3}, 3)
-    assert list(sharding._arranged(shape, devices).flat) == devices
+    assert list(device_mesh._arrange(shape, devices).flat) == devices
 
 
 EVERY_TPU = """

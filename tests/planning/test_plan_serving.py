@@ -94,15 +94,14 @@ def test_eight_bit_weights_are_planned_as_they_are_held(tmp_path, kind):
     hf_files.write(tmp_path, raw, tensors)
     cfg = program.config_of(str(tmp_path))
     stored = Source(tmp_path, cfg, kind)
-    want = {path: (x.shape, x.dtype) for path, x in stored.asked(stored.stored()).items()}
+    want = {path: (x.shape, x.dtype) for path, x in stored.asked().items()}
     found = serving.held_arrays(cfg, "float32", kind)
     assert {path: (x.shape, x.dtype) for path, x in found.items()} == want
 
 
 def test_an_adapter_is_refused_for_it_would_not_be_counted():
-    args = infer_arguments.arguments(["--plan", "v5e:2x2", "--adapter", "DIR"], "")
     with pytest.raises(InputError, match="answers nothing, leave --adapter out"):
-        infer_arguments.check_modes(args)
+        infer_arguments.arguments(["--plan", "v5e:2x2", "--adapter", "DIR"], "")
 
 
 def test_more_tokens_than_the_model_has_positions_for_are_refused():

@@ -164,7 +164,7 @@ def test_generation_config(tmp_path, caplog):
     assert "num_beams 4" in caplog.text and "typical_p" not in caplog.text
     for bad, words in (
         ("[]", "expected an object"), ("{", "not JSON"), ('{"eos_token_id": "x"}', "eos_token_id"),
-        ('{"temperature": "hot"}', "temperature is 'hot'"),
+        ('{"temperature": "hot"}', "temperature: got 'hot', expected a number"),
     ):  # fmt: skip
         path.write_text(bad)
         with pytest.raises(InputError, match=words):

@@ -142,8 +142,8 @@ def test_a_scanned_step_holds_no_logits_and_no_second_weights():
     held = sum(math.prod(x.shape) * 4 for x in weights.values())
     stats = compiled.memory_analysis()
     assert stats.output_size_in_bytes > held
-    # A copy of the weights in bf16 would be half of them.
-    assert stats.temp_size_in_bytes < 0.5 * held, stats.temp_size_in_bytes / held
+    # 0.51 of them, whatever the vocabulary; a copy of the weights in bf16 would add a half.
+    assert stats.temp_size_in_bytes < 0.6 * held, stats.temp_size_in_bytes / held
 
 
 def test_flags_of_bit_equality():
