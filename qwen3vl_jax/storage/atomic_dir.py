@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -95,7 +96,7 @@ def _swapped(out: Path, force: bool, needs: int) -> Iterator[Path]:
             if fcntl:
                 _flush(stage)
         except BaseException:
-            shutil.rmtree(stage, ignore_errors=True)
+            _remove(stage)
             raise
         if out.exists():
             out.rename(old)
@@ -126,6 +127,15 @@ def _only_writer(lock: int, stage: Path, out: Path) -> None:
             raise BlockingIOError
     except BlockingIOError as e:
         raise InputError(f"{out}: another process is writing it; wait for it or stop it") from e
+
+
+def _remove(directory: Path) -> None:
+    """Removes a directory into which threads of an interrupted writer may still write for a moment."""
+    for _ in range(100):
+        shutil.rmtree(directory, ignore_errors=True)
+        if not directory.exists():
+            return
+        time.sleep(0.02)
 
 
 def _empty(directory: Path) -> None:
