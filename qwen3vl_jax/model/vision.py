@@ -157,8 +157,8 @@ def _embed_patches(p, c, vis, dtype):
 @functools.partial(jax.jit, static_argnames=("c", "frames"))
 def _run_block(c, frames, layer, x, rotary, lo, hi):
     """One block: one program for all blocks, if not traced."""
-    x = VisionBlock(c, frames).apply({"params": layer}, x, rotary, lo, hi)
-    return _shard_patches(x)
+    out: Any = VisionBlock(c, frames).apply({"params": layer}, x, rotary, lo, hi)
+    return _shard_patches(out)
 
 
 @functools.partial(jax.jit, static_argnames="c")
