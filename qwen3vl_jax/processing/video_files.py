@@ -261,11 +261,10 @@ def _matrix(frame: Any) -> tuple[int, ...]:
     """
     from av.sidedata.sidedata import Type
 
-    for data in frame.side_data:
-        if data.type == Type.DISPLAYMATRIX:
-            a, b, _, c, d = np.frombuffer(bytes(data), "=i4")[:5].tolist()
-            return a, b, c, d
-    return 1, 0, 0, 1
+    if (data := frame.side_data.get(Type.DISPLAYMATRIX)) is None:
+        return 1, 0, 0, 1
+    a, b, _, c, d = np.frombuffer(bytes(data), "=i4")[:5].tolist()
+    return a, b, c, d
 
 
 def _upright(frame: Any, matrix: tuple[int, ...]) -> Image.Image:
