@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from qwen3vl_jax.checkpoint.adapter_map import Adapter
 from qwen3vl_jax.checkpoint.adapters import attach
-from qwen3vl_jax.checkpoint.device_load import Source, load_params, put_pairs
+from qwen3vl_jax.checkpoint.device_load import Leaves, Source, load_params, put_pairs
 from qwen3vl_jax.checkpoint.peft_io import load_adapter
 from qwen3vl_jax.config import Config, is_run
 from qwen3vl_jax.device_mesh import ambient_mesh
@@ -67,12 +67,15 @@ def load(
 def source_of(
     directory: Path, cfg: Config, weights: str | None = None, expert_layout: str | None = None
 ) -> Source:
-    """The Source of a checkpoint's or a run's directory. Raises InputError."""
-    leaves = None
-    if is_run(directory):
+    """The Source of a checkpoint's or a run's directory; a run is read when its leaves are asked for."""
+
+    def read_run() -> Leaves:
         leaves, which = run_leaves(directory, cfg)
         log.warning("%s: %s", directory, which)
-    return Source(directory, cfg, weights, expert_layout, leaves)
+        return leaves
+
+    run = read_run if is_run(directory) else None
+    return Source(directory, cfg, weights, expert_layout, run)
 
 
 def _adapter(directory: Path, cfg: Config) -> tuple[dict[str, np.ndarray], Adapter]:

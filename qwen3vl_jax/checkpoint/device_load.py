@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +39,15 @@ class Source:
     cfg: Config
     weights: str | None = None
     expert_layout: str | None = None
-    # The arrays of a run of train.py, from training/run_params.py.
-    run: Leaves | None = None
+    # Reads the arrays of a run of train.py: training/run_params.py.
+    read_run: Callable[[], Leaves] | None = None
 
     def stored(self) -> Leaves:
         """The arrays as the files hold them. Raises InputError."""
         directory = self.directory
-        if self.run is not None:
+        if self.read_run is not None:
             check_weights(directory, None, self.weights)
-            return self.run
+            return self.read_run()
         if not (directory / PARAMS).is_dir():
             if any(directory.glob(f"{PARAMS}.orbax-checkpoint-tmp*")):
                 raise InputError(
