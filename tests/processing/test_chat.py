@@ -273,7 +273,8 @@ HOSTILE = {
     "doubled": (
         "{% set ns = namespace(x='aaaaaaaaaa') %}{% for i in range(60) %}"
         "{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
-        "memory",
+        # A slow machine's second may end before the memory is full.
+        "memory|end within",
     ),
     "formatted": ("{{ '%9999999999d' % 1 }}", "memory"),
     "long": ("{{ 'a' * 20000000 }}", "20,000,000 characters"),
