@@ -1,8 +1,9 @@
-"""Files to arrays on devices: one tensor in host memory at a time, on a mesh only its shards."""
+"""Files to arrays on devices: few tensors in host memory at a time, on a mesh only their shards."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +16,15 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from qwen3vl_jax.checkpoint import hf_reader, int8
 from qwen3vl_jax.checkpoint.config_files import PARAMS, read_config
-from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES, LazyTensor, eight_bit, in_memory
+from qwen3vl_jax.checkpoint.lazy_tensor import (
+    SCALE,
+    VALUES,
+    Index,
+    LazyTensor,
+    eight_bit,
+    in_memory,
+    read_ahead,
+)
 from qwen3vl_jax.checkpoint.name_map import tree_of
 from qwen3vl_jax.checkpoint.orbax_io import open_tree
 from qwen3vl_jax.checkpoint.param_paths import TreePath, path_str, split_layer_index
@@ -82,8 +91,14 @@ def weights_bytes(source: Source, dtype: Any = None, mesh: AbstractMesh | None =
 def load_params(source: Source, mesh: Mesh | None, dtype: Any) -> Params:
     """The parameters of a checkpoint on the default device, or sharded over a mesh. Raises InputError."""
     leaves = source.asked()
-    put = _Put(path_shardings(mesh, source.cfg, leaves), eight_bit(leaves), dtype)
-    arrays = {path: put(path, leaf) for path, leaf in leaves.items()}
+    where, codes = path_shardings(mesh, source.cfg, leaves), eight_bit(leaves)
+    arrays = {}
+    for path, parts in read_ahead(lambda path: _read(leaves[path], where[path]), leaves):
+        array = _placed(leaves[path], where[path], parts)
+        if dtype is not None and path not in codes:
+            array = array.astype(dtype)
+        # Otherwise the host copies of many tensors are alive at once.
+        arrays[path] = array.block_until_ready()
     return as_structs(tree_of(source.cfg, arrays))
 
 
@@ -106,35 +121,33 @@ def path_shardings(
     return {path: found[path_str(path)] for path in leaves}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Put:
-    """Puts an array on its devices, in the wanted dtype."""
-
-    where: Mapping[TreePath, NamedSharding | None]
-    codes: set[TreePath]
-    dtype: Any
-
-    def __call__(self, path: TreePath, leaf: LazyTensor) -> jax.Array:
-        array = on_devices(leaf, self.where[path])
-        if self.dtype is not None and path not in self.codes:
-            array = array.astype(self.dtype)
-        # Otherwise the host copies of many tensors are alive at once.
-        return array.block_until_ready()
-
-
 def on_devices(leaf: LazyTensor, sharding: NamedSharding | None) -> jax.Array:
     """A tensor on the default device, or its shards on this process's devices."""
+    return _placed(leaf, sharding, _read(leaf, sharding))
+
+
+def _read(leaf: LazyTensor, sharding: NamedSharding | None) -> list[np.ndarray]:
+    """The parts of a tensor that this process's devices hold, in host memory."""
+    return [leaf.load()] if sharding is None else leaf.parts(list(_local(leaf, sharding).values()))
+
+
+def _placed(leaf: LazyTensor, sharding: NamedSharding | None, parts: list[np.ndarray]) -> jax.Array:
     if sharding is None:
         # Not device_put: on a CPU it would alias the memory map of a file that may change.
-        return jnp.array(leaf.load())
+        return jnp.array(parts[0])
+    part_of = dict(zip(_local(leaf, sharding), parts, strict=True))
+    where = functools.partial(_spans, leaf)
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: part_of[where(index)])
 
-    def key(index: Any) -> tuple[tuple[int, ...], ...]:
-        return tuple(s.indices(n) for s, n in zip(index, leaf.shape, strict=True))
 
+def _local(leaf: LazyTensor, sharding: NamedSharding) -> dict[Any, Index]:
+    """The parts that this process's devices hold, each once, by their spans."""
     local = sharding.addressable_devices_indices_map(leaf.shape).values()
-    wanted = {key(index): index for index in local if index is not None}
-    parts = dict(zip(wanted, leaf.parts(list(wanted.values())), strict=True))
-    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: parts[key(index)])
+    return {_spans(leaf, index): index for index in local if index is not None}
+
+
+def _spans(leaf: LazyTensor, index: Index) -> tuple[tuple[int, ...], ...]:
+    return tuple(s.indices(n) for s, n in zip(index, leaf.shape, strict=True))
 
 
 def put_pairs(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
@@ -14,6 +16,8 @@ from qwen3vl_jax.checkpoint.param_paths import TreePath
 Index = tuple[slice, ...]
 # The keys at the path of a weight held in 8 bits.
 VALUES, SCALE = "values", "scale"
+# Tensors that are read before they are asked for; each is in host memory.
+_AHEAD = 3
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,3 +52,25 @@ def eight_bit(paths: Iterable[TreePath]) -> set[TreePath]:
     """The paths that are the values or the scale of a weight held in 8 bits."""
     weights = {path[:-1] for path in paths if path[-1] == VALUES}
     return {(*weight, key) for weight in weights for key in (VALUES, SCALE)}
+
+
+def read_ahead(
+    read: Callable[[TreePath], list[np.ndarray]], paths: Iterable[TreePath]
+) -> Iterator[tuple[TreePath, list[np.ndarray]]]:
+    """(path, read(path)) in order; threads read the next few while the caller uses one."""
+    pending: deque[tuple[TreePath, Future[list[np.ndarray]]]] = deque()
+
+    def first() -> tuple[TreePath, list[np.ndarray]]:
+        path, parts = pending.popleft()
+        return path, parts.result()
+
+    with ThreadPoolExecutor(_AHEAD) as pool:
+        try:
+            for path in paths:
+                pending.append((path, pool.submit(read, path)))
+                if len(pending) > _AHEAD:
+                    yield first()
+            while pending:
+                yield first()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
