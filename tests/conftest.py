@@ -20,7 +20,10 @@ os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 # Most of the time goes into compiling programs that run once: a third less of it. Where jaxlib still
 # has the emitters of before 0.11, those take two thirds of the newer ones' time.
-FAST = "--xla_backend_optimization_level=0"
+# One piece of machine code for each program: many pieces take longer, on few cores, to split and join.
+# Products by Eigen, as the newer library plans each one when it first runs.
+FAST = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+FAST += " --xla_cpu_experimental_ynn_fusion_type="
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     FAST += " --xla_cpu_use_fusion_emitters=false"
 # Eight devices for the tests of meshes; everything else runs on the first.
@@ -70,6 +73,13 @@ LONG = ("test_batch_file.py", "test_train_run.py", "test_model.py", "test_train.
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Orders whole files."""
     items.sort(key=lambda item: item.path.name not in LONG)
+
+
+def pytest_collection_finish() -> None:
+    """Python's collector no longer walks what was imported, nor so often: a seventh of all the time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 @pytest.fixture(scope="module", autouse=True)
