@@ -30,7 +30,7 @@ from qwen3vl_jax.training.data import packing
 from qwen3vl_jax.training.data.global_batches import divided
 from qwen3vl_jax.training.data.sample import Sample
 from qwen3vl_jax.training.recipe import Recipe, read_recipe
-from qwen3vl_jax.training.reporting.flops import real_work, step_flops
+from qwen3vl_jax.training.reporting.flops import Counts, step_flops
 from qwen3vl_jax.training.state_sharding import batch_axis, batch_shardings, put
 from qwen3vl_jax.training.train_step import batch_sums, gradients, step_totals, total_loss
 
@@ -217,6 +217,18 @@ def training(case: Case, mesh: Mesh) -> tuple[dict[str, Any], dict[str, np.ndarr
         for dtype in kinds:
             found[dtype] = some_gradients(recipe, cfg, weights, frozen, merge, batches[0], dtype)
     return told, found
+
+
+def real_work(packed: packing.PackedBatch) -> Counts:
+    """What a batch (or micro batches [M ..]) holds without padding, pairs from the real ranges."""
+    ids = np.asarray(packed.batch.segment_ids)
+    sizes = [np.bincount(row[row > 0]).astype(np.int64) for row in ids.reshape(-1, ids.shape[-1])]
+    pairs = sum(int(np.sum(n * (n + 1) // 2)) for n in sizes)
+    patches = patch_pairs = 0
+    if (vision := packed.batch.vision) is not None:
+        seen = np.maximum(np.asarray(vision.hi, np.int64) - np.asarray(vision.lo, np.int64), 0)
+        patches, patch_pairs = int(np.sum(seen > 0)), int(np.sum(seen))
+    return Counts(int(np.sum(ids > 0)), pairs, patches, patch_pairs)
 
 
 def some_gradients(

@@ -69,10 +69,8 @@ def _crossing(points: dict[int, int], fits: int, fails: int, room: int) -> int:
     close sizes may point anywhere. No rows lie below the line of the others.
     """
     under, over = sorted(n for n in points if n <= fits), sorted(n for n in points if n >= fails)
-    if over:
-        pairs = [(over[0], fits or (*over[1:2], 0)[0])]
-    else:
-        pairs = [(fits, n) for n in (0, *under[-2:-1])]
+    mixed = [(over[0], fits or (*over[1:2], 0)[0])] if over else []
+    pairs = mixed or [(fits, n) for n in (0, *under[-2:-1])]
     found = [fails]
     for a, b in pairs:
         if (points[a] - points[b]) * (a - b) > 0:

@@ -19,14 +19,12 @@ from qwen3vl_jax.model.structs import Batch, VisionInputs
 from qwen3vl_jax.storage.paths import as_path, kind
 from qwen3vl_jax.training import train_model
 from qwen3vl_jax.training.data.packing import PackedBatch
-from qwen3vl_jax.training.param_groups import group_of
 from qwen3vl_jax.training.recipe import Recipe, check_vision_length
 from qwen3vl_jax.training.reporting import memory_estimate
-from qwen3vl_jax.training.reporting.flops import adapter_sizes, full_work, step_flops
+from qwen3vl_jax.training.reporting.flops import full_work, step_flops, trained_parts
 from qwen3vl_jax.training.state_sharding import (
     batch_shardings,
     check_mesh,
-    params_shardings,
     state_shardings,
     with_shardings,
 )
@@ -107,30 +105,27 @@ def training_step(recipe: Recipe, cfg: Config, mesh: Mesh) -> Program:
     check_batch(recipe, cfg, sizes)
     parts = memory_estimate.held(recipe, cfg)
     optimizer = train_model.build_optimizer(recipe, cfg, parts.weights)
+    held = memory_estimate.on_mesh(recipe, cfg, parts, mesh)
+    # They are the program's own.
+    gradients = memory_estimate.held_bytes({"": held.pop(memory_estimate.GRADIENTS)})
     state = with_shardings(parts.state, state_shardings(mesh, cfg, parts.state))
-    frozen = with_shardings(parts.frozen, params_shardings(mesh, cfg, parts.frozen))
     packed = packed_batch(recipe, cfg, groups_of(recipe, sizes))
     packed = with_shardings(packed, batch_shardings(mesh, packed))
     step = train_model.make_step(recipe, cfg, optimizer, parts.merge, state, keep_unused=True)
-    held = {
-        f"trained weights ({recipe.step.weights})": state.weights,
-        f"optimizer ({recipe.optimizer.name})": state.optimizer,
-        "compensation": state.compensation,
-        "moving average": state.average,
-        "frozen weights": frozen,
-        "batch": packed,
-    }
-    grads = {n: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding)
-             for n, x in state.weights.items()}  # fmt: skip
     return Program(
-        step, (state, frozen, packed), mesh, held_bytes(held), work_of(recipe, cfg, parts.weights),
-        f"gradients, activations (remat {recipe.step.remat})", sum(map(_bytes, grads.values())),
-    )  # fmt: skip
+        step,
+        (state, held["frozen weights"], packed),
+        mesh,
+        memory_estimate.held_bytes(held | {"batch": packed}),
+        work_of(recipe, cfg, parts.weights),
+        f"gradients, activations (remat {recipe.step.remat})",
+        gradients.get("", 0),
+    )
 
 
 def work_of(recipe: Recipe, cfg: Config, weights: Mapping[str, Any]) -> Work:
     """The arithmetic of a step whose rows are all full, one sample a row."""
-    how, work = trained_parts(recipe, cfg, weights), full_work(recipe)
+    how, work = trained_parts(recipe, cfg, dict(weights)), full_work(recipe)
     model = step_flops(cfg, work, **how)
     again = step_flops(cfg, work, **how, remat=recipe.step.remat)
     note = "places of the packed rows, filled or not"
@@ -160,20 +155,3 @@ def packed_batch(recipe: Recipe, cfg: Config, groups: int) -> PackedBatch:
         vision, of(ints, *rows), groups=groups,
     )  # fmt: skip
     return PackedBatch(batch, of(floats, *rows), named)
-
-
-def held_bytes(held: Mapping[str, Any]) -> dict[str, int]:
-    """Bytes of a device's part of each tree, empty ones left out."""
-    found = {name: sum(map(_bytes, jax.tree.leaves(tree))) for name, tree in held.items()}
-    return {name: size for name, size in found.items() if size}
-
-
-def _bytes(x: Any) -> int:
-    return math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize
-
-
-def trained_parts(recipe: Recipe, cfg: Config, weights: Mapping[str, Any]) -> dict[str, Any]:
-    """What `flops.step_flops` must know of what a recipe trains."""
-    if recipe.lora.rank:
-        return {"trained": (), "adapters": adapter_sizes(cfg, dict(weights))}
-    return {"trained": {group_of(name, bool(cfg.text.num_experts)) for name in weights}}

@@ -19,9 +19,10 @@ from qwen3vl_jax.inference.decode_loop import insert_rows
 from qwen3vl_jax.model.cache import decode_step, init_cache, prefill
 from qwen3vl_jax.model.sharding import array_sharding, replicated
 from qwen3vl_jax.model.structs import Batch, KVCache, VisionInputs
-from qwen3vl_jax.planning.program import Program, Work, held_bytes
+from qwen3vl_jax.planning.program import Program, Work
 from qwen3vl_jax.processing.batch import group_size
 from qwen3vl_jax.training.reporting.flops import Counts, forward_flops
+from qwen3vl_jax.training.reporting.memory_estimate import held_bytes
 
 _BLOCK, _BESIDE_FP8 = (128, 128), (("embed",), ("head",))  # of the released FP8 files
 PICTURE = 4096  # patches of the picture in a prompt: one of 1024 x 1024 pixels

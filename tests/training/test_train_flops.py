@@ -14,7 +14,7 @@ import tiny
 
 import qwen3vl_jax as q3
 from qwen3vl_jax.runtime import chips
-from qwen3vl_jax.training import train_step
+from qwen3vl_jax.training import recipe, train_step
 from qwen3vl_jax.training.environment import deterministic_flags, make_deterministic
 from qwen3vl_jax.training.reporting import flops
 
@@ -45,17 +45,12 @@ def test_forward_flops_are_those_that_xla_counts():
     assert 1 < counted / said < 1.05
 
 
-def test_work_is_counted_from_the_ranges():
-    """Real pairs, patches and frames of a packed row against those of its padding."""
-    _, cfg, raw = ours_train.model()
-    rows = ([("text", 5)], [("text", 2), ("clip", (2, 1, 2)), ("text", 3)])
-    samples = [ours_train.sample(raw, row) for row in rows]
-    packed = ours_train.pack(cfg, [samples, samples[:1]], length=32, patches=32)
-    clip = samples[1][0]["input_ids"].size
-    real = flops.real_work(packed)
-    assert real == flops.Counts(10 + clip, 15 + clip * (clip + 1) // 2 + 15, 16, 2 * 8**2)
-    assert flops.padded_work(packed) == flops.Counts(64, 64 * 33 // 2, 64, 64 * 32)
-    assert flops.real_work(ours_train.micro(packed, packed)) == real + real
+def test_full_work_is_that_of_a_batch_without_padding():
+    """Every row full: tokens, pairs of a causal row, patches, and pairs of a frame that fills a row."""
+    settings = recipe.Recipe(
+        "x", 1, pack=recipe.Pack(rows=2, length=32, vision_rows=2, vision_length=32)
+    )
+    assert flops.full_work(settings) == flops.Counts(64, 64 * 33 // 2, 64, 64 * 32)
 
 
 def test_step_flops_follow_what_is_trained():

@@ -167,6 +167,10 @@ def test_what_a_batch_holds():
     stats = packing.fill_of(pack, placed)
     assert stats["fill"] == used.mean() and stats["samples"] == 7
     assert stats["vision_fill"] == (flat.hi > flat.lo).mean()
+    assert stats["tokens"] == used.sum() and stats["patches"] == (flat.hi > flat.lo).sum()
+    assert stats["patch_pairs"] == (flat.hi - flat.lo).sum()
+    lengths = [np.bincount(row)[1:] for row in batch.segment_ids]
+    assert stats["pairs"] == sum(int((n * (n + 1) // 2).sum()) for n in lengths)
 
 
 def test_first_fit_over_a_lookahead():

@@ -7,6 +7,7 @@ every published count (PaLM, arXiv 2204.02311, appendix B). Dims as in layers.py
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -17,7 +18,6 @@ import numpy as np
 
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.runtime.chips import peak_flops
-from qwen3vl_jax.training.data.packing import PackedBatch
 from qwen3vl_jax.training.param_groups import Flat, group_of
 from qwen3vl_jax.training.recipe import Recipe
 
@@ -38,39 +38,12 @@ _ATTENTION = {"attention": "text", "vision_attention": "vision"}
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """How much passes through the model; sums of several batches add up."""
+    """How much passes through the model."""
 
     tokens: int  # of the decoder
     pairs: int  # of a query and a key it sees, in one decoder layer
     patches: int  # of the ViT
     patch_pairs: int  # of two patches that see each other, in one ViT layer
-
-    def __add__(self, other: Counts) -> Counts:
-        mine, others = dataclasses.astuple(self), dataclasses.astuple(other)
-        return Counts(*(a + b for a, b in zip(mine, others)))
-
-
-def real_work(packed: PackedBatch) -> Counts:
-    """What a batch (or micro batches [M ..]) holds without padding, pairs from the real ranges."""
-    ids = np.asarray(packed.batch.segment_ids)
-    sizes = [np.bincount(row[row > 0]).astype(np.int64) for row in ids.reshape(-1, ids.shape[-1])]
-    pairs = sum(int(np.sum(n * (n + 1) // 2)) for n in sizes)
-    patches = patch_pairs = 0
-    if (vision := packed.batch.vision) is not None:
-        seen = np.maximum(np.asarray(vision.hi, np.int64) - np.asarray(vision.lo, np.int64), 0)
-        patches, patch_pairs = int(np.sum(seen > 0)), int(np.sum(seen))
-    return Counts(int(np.sum(ids > 0)), pairs, patches, patch_pairs)
-
-
-def padded_work(packed: PackedBatch) -> Counts:
-    """The same of the whole arrays: every row full, one sample a row, one frame a ViT row."""
-    shape = packed.batch.tokens.shape
-    tokens, length = int(np.prod(shape)), shape[-1]
-    patches = patch_pairs = 0
-    if packed.batch.vision is not None:
-        shape = packed.batch.vision.lo.shape
-        patches, patch_pairs = int(np.prod(shape)), int(np.prod(shape)) * shape[-1]
-    return Counts(tokens, tokens * (length + 1) // 2, patches, patch_pairs)
 
 
 def forward_flops(cfg: Config, work: Counts) -> dict[str, float]:
@@ -154,42 +127,37 @@ class Speed:
     """FLOPs of a run's steps by what its recipe trains, and what its devices could do at best."""
 
     def __init__(self, recipe: Recipe, cfg: Config, weights: Flat, devices: int = 1):
-        sparse = bool(cfg.text.num_experts)
-        self._cfg = cfg
-        self._how: dict[str, Any] = {}
-        if recipe.lora.rank:
-            self._how = {"trained": (), "adapters": adapter_sizes(cfg, weights)}
-        else:
-            self._how = {"trained": {group_of(name, sparse) for name in weights}}
+        self._flops = functools.partial(step_flops, cfg, **trained_parts(recipe, cfg, weights))
         peak = recipe.report.peak_tflops * 1e12
         peak = peak or peak_flops(jax.local_devices()[0].device_kind)
-        self._peak = peak and peak * devices
-
-        self._padded = step_flops(cfg, full_work(recipe), **self._how)
+        self._known = {
+            "padded_flops": self._flops(full_work(recipe)),
+            "peak_flops": peak and peak * devices,
+        }
 
     def of(self, micro: Sequence[Mapping[str, float]]) -> dict[str, Any]:
         """{"flops", "padded_flops", "peak_flops"} of a step, given packing.fill_of its micro batches."""
         names = ("tokens", "pairs", "patches", "patch_pairs")
         real = Counts(*(int(sum(m[name] for m in micro)) for name in names))
-        flops = step_flops(self._cfg, real, **self._how)
-        return {"flops": flops, "padded_flops": self._padded, "peak_flops": self._peak}
+        return {"flops": self._flops(real), **self._known}
 
 
 def full_work(recipe: Recipe) -> Counts:
-    """What a step passes through the model with its padding: `flops.padded_work` of its batches."""
+    """What a step passes with its padding: every row full, one sample a row, one frame a ViT row."""
     pack, many = recipe.pack, recipe.step.accumulate
     tokens, patches = many * pack.rows * pack.length, many * pack.vision_rows * pack.vision_length
     pairs = tokens * (pack.length + 1) // 2
     return Counts(tokens, pairs, patches, patches * pack.vision_length)
 
 
-def adapter_sizes(cfg: Config, weights: Flat) -> dict[str, int]:
-    """{group: parameters of low-rank pairs}, of experts those that a token meets."""
+def trained_parts(recipe: Recipe, cfg: Config, weights: Flat) -> dict[str, Any]:
+    """What `step_flops` must know of what a recipe trains; weights: the trained ones."""
     sparse, found = bool(cfg.text.num_experts), Counter()
     for name, x in weights.items():
-        group = group_of(name, sparse)
-        found[group] += math.prod(x.shape)
+        found[group_of(name, sparse)] += math.prod(x.shape)
+    if not recipe.lora.rank:
+        return {"trained": set(found)}
     if sparse and "experts" in found:
         share = cfg.text.num_experts_per_tok / cfg.text.num_experts
         found["experts"] = round(found["experts"] * share)
-    return dict(found)
+    return {"trained": (), "adapters": dict(found)}

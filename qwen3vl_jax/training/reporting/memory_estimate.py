@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,8 +20,13 @@ from qwen3vl_jax.training import param_groups, train_model
 from qwen3vl_jax.training.param_groups import Flat, MergeParams
 from qwen3vl_jax.training.recipe import Mesh, Recipe
 from qwen3vl_jax.training.stacked_load import stacked
-from qwen3vl_jax.training.state_sharding import params_shardings
+from qwen3vl_jax.training.state_sharding import (
+    params_shardings,
+    state_shardings,
+    with_shardings,
+)
 
+GRADIENTS = "gradients (float32)"
 _EIGHT_BIT = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
 
 
@@ -97,33 +103,43 @@ def devices(mesh: Mesh) -> int:
     return math.prod(sizes(mesh).values())
 
 
+def on_mesh(recipe: Recipe, cfg: Config, parts: Held, mesh: Any) -> dict[str, Any]:
+    """{part: arrays with their shardings} of all that a run holds between steps."""
+    state = with_shardings(parts.state, state_shardings(mesh, cfg, parts.state))
+    frozen = with_shardings(parts.frozen, params_shardings(mesh, cfg, parts.frozen))
+    return {
+        f"trained weights ({recipe.step.weights})": state.weights,
+        "frozen weights": frozen,
+        GRADIENTS: {
+            n: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding)
+            for n, x in state.weights.items()
+        },
+        f"optimizer ({recipe.optimizer.name})": state.optimizer,
+        "compensation": state.compensation,
+        "moving average": state.average,
+    }
+
+
+def held_bytes(held: Mapping[str, Any]) -> dict[str, int]:
+    """Bytes of a device's part of each tree, empty ones left out."""
+
+    def size(x: Any) -> int:
+        return math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize
+
+    found = {name: sum(map(size, jax.tree.leaves(tree))) for name, tree in held.items()}
+    return {name: size for name, size in found.items() if size}
+
+
 def memory(recipe: Recipe, cfg: Config, parts: Held) -> dict[str, int]:
     """Bytes on each device by part: weights, gradients and optimizer exactly, the rest an estimate."""
-    state, mesh = parts.state, layout_mesh(sizes(recipe.mesh))
-
-    def share(flat: Flat) -> int:
-        where = params_shardings(mesh, cfg, flat)
-        return sum(_bytes(x, where[name].shard_shape(x.shape)) for name, x in flat.items())
-
-    fp32 = {n: jax.ShapeDtypeStruct(x.shape, jnp.float32) for n, x in parts.weights.items()}
-    weights = share(parts.weights)
-    moments = sum(_bytes(x, x.shape) for x in jax.tree.leaves(state.optimizer))
-    whole = sum(_bytes(x, x.shape) for x in jax.tree.leaves(parts.weights))
-    found = {
-        f"trained weights ({recipe.step.weights})": weights,
-        "frozen weights": share(parts.frozen),
-        "gradients (float32)": share(fp32) * (2 if recipe.step.accumulate > 1 else 1),
-        f"optimizer ({recipe.optimizer.name})": round(moments * weights / max(whole, 1)),
-        "compensation": share(state.compensation or {}),
-        "moving average": share(state.average or {}),
+    found = held_bytes(on_mesh(recipe, cfg, parts, layout_mesh(sizes(recipe.mesh))))
+    if GRADIENTS in found and recipe.step.accumulate > 1:
+        found[GRADIENTS] *= 2
+    found |= {
         f"activations (remat {recipe.step.remat}), about": _activations(recipe, cfg),
         "logits of a chunk of the loss": _logits(recipe, cfg),
     }
     return {name: size for name, size in found.items() if size}
-
-
-def _bytes(x: Any, shape: tuple[int, ...]) -> int:
-    return math.prod(shape) * jnp.dtype(x.dtype).itemsize
 
 
 def _logits(recipe: Recipe, cfg: Config) -> int:
