@@ -17,7 +17,7 @@ from qwen3vl_jax.processing.image_loading import (
     decode_memory,
     to_rgb,
 )
-from qwen3vl_jax.processing.video_reader import VideoReader, timing
+from qwen3vl_jax.processing.video_reader import VideoReader, picked, timing
 
 # Milliseconds of a frame that gives none, as browsers show it.
 _UNTIMED = 100
@@ -50,12 +50,7 @@ def open_animation(start: Callable[[], Any], name: str) -> VideoReader:
     total = len(points)
 
     def read(places: np.ndarray) -> Iterator[Image.Image]:
-        wanted = [int(place) for place in places]
-        for number, frame in enumerate(_frames(start, name)):
-            count = wanted.count(number)
-            yield from [to_rgb(frame)] * count if count else []
-            if number >= wanted[-1]:
-                return
+        return picked(_frames(start, name), places, to_rgb)
 
     return VideoReader(name, total, fps, size, np.arange(total), read, times)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
@@ -20,7 +20,8 @@ from qwen3vl_jax.processing.image_loading import (
     decode_memory,
     to_rgb,
 )
-from qwen3vl_jax.processing.video_reader import FramesDiffer, VideoReader, reason, timing
+from qwen3vl_jax.processing.media_rules import one_line
+from qwen3vl_jax.processing.video_reader import FramesDiffer, VideoReader, picked, timing
 
 # Seconds that may be missing at the end of a file that is not cut.
 _SLACK = 0.5
@@ -34,141 +35,115 @@ log = logging.getLogger("qwen3vl_jax")
 def open_file(start: Callable[[], Any], name: str) -> VideoReader:
     """The video in a file that `start` opens; its name is for messages. Raises InputError."""
     try:
-        found = _count_packets(start, name)
+        return _count_packets(start, name)
     except FramesDiffer:
         return _count_frames(start, name)
-    return _reader(start, name, found, functools.partial(_count_frames, start, name))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Counted:
-    """The frames that were counted in a file: their times in units of `base`, in order."""
-
-    points: list[Any]
-    base: Any
-    rates: list[Any]
-    size: tuple[int, int]
-    matrix: tuple[int, ...]
-    is_exact: bool  # the points are those of the decoded frames
 
 
 def _reader(
-    start: Any, name: str, found: _Counted, recount: Callable[[], VideoReader] | None
+    start: Callable[[], Any],
+    name: str,
+    points: list[Any],
+    clock: tuple[Any, list[Any]],
+    first: Any,
+    recount: Callable[[], VideoReader] | None = None,
+    is_exact: bool = False,
 ) -> VideoReader:
-    points, total = found.points, len(found.points)
-    fps, times = timing(points, found.base, found.rates, name)
+    """The video whose frames are shown at `points` of a clock; first: one of them, decoded.
+
+    is_exact: the points are those of the decoded frames. Without `recount` errors are passed over.
+    """
+    # Reading it keeps the frame in memory until the garbage is collected: it is read once a file.
+    total, matrix = len(points), _matrix(first)
+    shown = _upright(first, matrix)
+    fps, times = timing(points, *clock, name)
+
+    def checked(frames: Iterator[Any]) -> Iterator[Any]:
+        for number, frame in enumerate(frames):
+            is_other = number >= total or (is_exact and frame.pts != points[number])
+            if recount is not None and (is_other or frame.is_corrupt):
+                raise FramesDiffer
+            yield frame
 
     def read(places: np.ndarray) -> Iterator[Image.Image]:
-        wanted = iter([int(place) for place in places])
-        place = next(wanted, None)
-        damage: list[Any] | None = [] if recount is None else None
         with _open_stream(start, name) as (container, stream):
-            for number, frame in enumerate(_frames(container, stream, damage)):
-                is_other = number >= total or (found.is_exact and frame.pts != points[number])
-                if recount is not None and (is_other or frame.is_corrupt):
-                    raise FramesDiffer
-                if number == place:
-                    image = _upright(frame, found.matrix)
-                while number == place:
-                    yield image
-                    place = next(wanted, None)
-                if place is None:
-                    return
-        if recount is not None:
-            raise FramesDiffer
-        raise InputError(f"damaged video: it ends before frame {place} of {total}")
+            frames = checked(_frames(container, stream, [] if recount is None else None))
+            try:
+                yield from picked(frames, places, lambda frame: _upright(frame, matrix))
+            except FramesDiffer as e:
+                if recount is not None:
+                    raise
+                raise InputError(f"damaged video: it ends before frame {e} of {total}") from None
 
-    return VideoReader(name, total, fps, found.size, np.arange(total), read, times, True, recount)
+    size = shown.height, shown.width
+    return VideoReader(name, total, fps, size, np.arange(total), read, times, True, recount)
 
 
-def _count_packets(start: Any, name: str) -> _Counted:
+def _count_packets(start: Callable[[], Any], name: str) -> VideoReader:
     """The frames of a file by its packets; only the first is decoded.
 
     Raises FramesDiffer where packets are not enough.
     """
+    import av
+
+    end, packets = -math.inf, []
     with _open_stream(start, name) as (container, stream):
-        end, packets = _demuxed(container, stream)
-        base, rates = stream.time_base, _rates(stream)
-        length, begin = container.duration, container.start_time or 0
-    is_exact = all(p.pts is not None for p in packets)
-    points = [p.pts if p.pts is not None else p.dts for p in packets if not p.is_discard]
+        try:
+            for p in container.demux():
+                point = p.pts if p.pts is not None else p.dts
+                if p.stream.index == stream.index and p.size:
+                    packets.append((p.pts, p.dts, p.is_discard, p.is_corrupt))
+                if point is not None:
+                    end = max(end, float((point + (p.duration or 0)) * p.time_base))
+        except av.FFmpegError:
+            raise FramesDiffer from None
+        clock, length, begin = _clock(stream), container.duration, container.start_time or 0
+    points = [dts if pts is None else pts for pts, dts, is_discard, _ in packets if not is_discard]
     with _open_stream(start, name) as (container, stream):
         first = next(_frames(container, stream, None), None)
-    clock = [p.dts for p in packets if p.dts is not None]
-    if first is None or not points or any(p.is_corrupt for p in packets) or clock != sorted(clock):
+    order = [dts for _, dts, *_ in packets if dts is not None]
+    damaged = any(is_corrupt for *_, is_corrupt in packets)
+    if first is None or not points or damaged or order != sorted(order):
         raise FramesDiffer
-    matrix = _matrix(first)
-    shown = _upright(first, matrix)
     if None not in points:
         points.sort()
+    is_exact = all(pts is not None for pts, *_ in packets)
     if is_exact and first.pts is not None:
         # A stream that begins between key frames shows nothing before the first of them.
         points = [point for point in points if point >= first.pts]
-    if length and end is not None and (missing := (length + begin) / 1e6 - end) > _SLACK:
+    if length and math.isfinite(end) and (missing := (length + begin) / 1e6 - end) > _SLACK:
         log.warning("%s: the video is cut: its last %.1f seconds are missing", name, missing)
-    return _Counted(points, base, rates, (shown.height, shown.width), matrix, is_exact)
+    recount = functools.partial(_count_frames, start, name)
+    return _reader(start, name, points, clock, first, recount, is_exact)
 
 
-def _demuxed(container: Any, video: Any) -> tuple[float | None, list[Any]]:
-    """The end of the last packet of any stream, in seconds, and the packets of the video stream."""
-    import av
-
-    end, packets = None, []
-    try:
-        for packet in container.demux():
-            point = packet.pts if packet.pts is not None else packet.dts
-            if packet.stream.index == video.index and packet.size:
-                packets.append(
-                    _Packet(packet.pts, packet.dts, packet.is_discard, packet.is_corrupt)
-                )
-            if point is not None:
-                ends = float((point + (packet.duration or 0)) * packet.time_base)
-                end = ends if end is None else max(end, ends)
-    except av.FFmpegError:
-        raise FramesDiffer from None
-    return end, packets
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Packet:
-    pts: int | None
-    dts: int | None
-    is_discard: bool
-    is_corrupt: bool
-
-
-def _count_frames(start: Any, name: str) -> VideoReader:
+def _count_frames(start: Callable[[], Any], name: str) -> VideoReader:
     """The video with the frames that can be decoded, found by decoding all of them.
 
     Raises InputError if there is none.
     """
     points: list[Any] = []
     damage: list[Any] = []
-    size, matrix = None, (1, 0, 0, 1)
+    first = None
     with _open_stream(start, name) as (container, stream):
         for frame in _frames(container, stream, damage):
-            if size is None:
-                matrix = _matrix(frame)
-                shown = _upright(frame, matrix)
-                size = shown.height, shown.width
+            first = first or frame
             points.append(frame.pts if frame.pts is not None else frame.dts)
             if frame.is_corrupt:
                 damage.append(None)
-        base, rates = stream.time_base, _rates(stream)
-    if size is None:
+        clock = _clock(stream)
+    if first is None:
         raise InputError(f"{name}: no frame of the video can be decoded")
     if damage:
-        log.warning(
-            "%s: damaged video: the %d frames that can be decoded are used, %d errors in it",
-            name, len(points), len(damage),
-        )  # fmt: skip
-    return _reader(start, name, _Counted(points, base, rates, size, matrix, False), None)
+        used = "%s: damaged video: the %d frames that can be decoded are used, %d errors in it"
+        log.warning(used, name, len(points), len(damage))
+    return _reader(start, name, points, clock, first)
 
 
-def _rates(stream: Any) -> list[Any]:
-    """Frames a second as the file and FFmpeg give them, the most trusted first."""
+def _clock(stream: Any) -> tuple[Any, list[Any]]:
+    """The unit of a stream's times, and frames a second by file and FFmpeg, the most trusted first."""
     rates = (stream.average_rate, stream.guessed_rate, stream.base_rate)
-    return [rate for rate in rates if rate]
+    return stream.time_base, [rate for rate in rates if rate]
 
 
 def _frames(container: Any, stream: Any, damage: list[Any] | None) -> Iterator[Any]:
@@ -178,18 +153,17 @@ def _frames(container: Any, stream: Any, damage: list[Any] | None) -> Iterator[A
     """
     import av
 
-    packets, is_over = container.demux(stream), False
-    while not is_over:
+    packets, packet = container.demux(stream), cast(Any, True)
+    while packet is not None:
         frames = []
         try:
+            # None empties the decoder.
             packet = next(packets, None)
-            is_over = packet is None
             if damage is not None and packet is not None and packet.is_corrupt:
                 damage.append(packet)
-            # None empties the decoder.
             frames = stream.decode(packet)
         except av.EOFError:
-            is_over = True
+            packet = None
         except av.FFmpegError as error:
             if damage is None:
                 raise FramesDiffer from None
@@ -211,30 +185,22 @@ def _open_stream(start: Callable[[], Any], name: str) -> Iterator[tuple[Any, Any
             options = {"protocol_whitelist": "none"}
             container = stack.enter_context(av.open(file, container_options=options))
         except (av.FFmpegError, ValueError, OSError) as e:
-            raise InputError(f"{name}: not a video, or its header is cut: {reason(e)}") from e
+            raise InputError(f"{name}: not a video, or its header is cut: {_reason(e)}") from e
         stream = _video_stream(container, name)
-        stack.enter_context(decode_memory(_limited(stream, name)))
+        held = decode_bytes(stream.width, stream.height, _BYTES_A_PIXEL, "a video", name)
+        stack.enter_context(decode_memory(held))
+        # Later frames of a file may be larger than it says.
+        most = MAX_IMAGE_BYTES // _BYTES_A_PIXEL
+        stream.codec_context.options = {"max_pixels": str(most)}
+        stream.thread_type = "AUTO"
+        # Each thread holds frames of its own.
+        threads = _THREAD_PIXELS // max(held // _BYTES_A_PIXEL, 1)
+        if threads < 16:
+            stream.codec_context.thread_count = min(threads, os.cpu_count() or 1)
         try:
             yield container, stream
         except av.FFmpegError as e:
-            raise InputError(f"{name}: damaged video: {reason(e)}") from e
-
-
-def _limited(stream: Any, name: str) -> int:
-    """Bytes held while a stream is decoded; sets the decoder's limits of size and threads.
-
-    Raises InputError for frames that are too large.
-    """
-    held = decode_bytes(stream.width, stream.height, _BYTES_A_PIXEL, "a video", name)
-    # Later frames of a file may be larger than it says.
-    most = MAX_IMAGE_BYTES // _BYTES_A_PIXEL
-    stream.codec_context.options = {"max_pixels": str(most)}
-    stream.thread_type = "AUTO"
-    # Each thread holds frames of its own.
-    threads = _THREAD_PIXELS // max(held // _BYTES_A_PIXEL, 1)
-    if threads < 16:
-        stream.codec_context.thread_count = min(threads, os.cpu_count() or 1)
-    return held
+            raise InputError(f"{name}: damaged video: {_reason(e)}") from e
 
 
 def _video_stream(container: Any, name: str) -> Any:
@@ -255,10 +221,7 @@ def _video_stream(container: Any, name: str) -> Any:
 
 
 def _matrix(frame: Any) -> tuple[int, ...]:
-    """a, b, c, d of the display matrix: x' = a x + c y, y' = b x + d y.
-
-    Reading it keeps the frame in memory until the garbage is collected: read it once a file.
-    """
+    """a, b, c, d of the display matrix: x' = a x + c y, y' = b x + d y."""
     from av.sidedata.sidedata import Type
 
     if (data := frame.side_data.get(Type.DISPLAYMATRIX)) is None:
@@ -276,3 +239,7 @@ def _upright(frame: Any, matrix: tuple[int, ...]) -> Image.Image:
         values, a, d = values.swapaxes(0, 1), c, b
     values = values[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
     return to_rgb(Image.fromarray(np.ascontiguousarray(values)))
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or one_line(error)

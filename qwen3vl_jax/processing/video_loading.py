@@ -13,8 +13,8 @@ from PIL import Image
 
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.animations import is_animation, open_animation
-from qwen3vl_jax.processing.image_loading import to_rgb
-from qwen3vl_jax.processing.media import load_image, local_path, open_source
+from qwen3vl_jax.processing.array_checks import integers
+from qwen3vl_jax.processing.media import local_path, open_source
 from qwen3vl_jax.processing.media_rules import MediaRules, short
 from qwen3vl_jax.processing.settings import frame_rate, shown
 from qwen3vl_jax.processing.video_files import open_file
@@ -26,24 +26,8 @@ _ADVICE = 'give the rate of its frames: video_metadata={"fps": ...} or sample_fp
 _JOINED = re.compile(r"data:video/(jpeg|jpg|png|webp);base64,", re.IGNORECASE)
 
 
-def open_video(
-    source: Any, metadata: Any = None, sample_fps: Any = None, **limits: Any
-) -> VideoReader:
-    """A video of any form that `open_source` takes, or of frames.
-
-    Files hold their own times. Frames, as `as_frames` finds them, need their rate: metadata {fps,
-    frames_indices (the frames' numbers in their source), total_num_frames}, or sample_fps. limits:
-    max_bytes and timeout (seconds) of a URL, rules. Raises InputError.
-    """
-    frames = as_frames(source, limits.get("rules"))
-    if frames is not None:
-        load = lambda frame: to_rgb(load_image(frame, **limits))  # noqa: E731
-        return open_frames(frames, metadata, sample_fps, load)
-    if metadata is not None or sample_fps is not None:
-        raise InputError(
-            "video_metadata, sample_fps and raw_fps describe arrays and lists of frames; a file has "
-            "its own"
-        )
+def open_video(source: Any, **limits: Any) -> VideoReader:
+    """The video in a file, of any form that `open_source` takes; limits as there. Raises InputError."""
     found = open_source(source, "video", **limits)
     with found.open() as file:
         head = file.read(16)
@@ -106,15 +90,17 @@ def open_frames(
     if total == 0:
         raise InputError("video: it has no frame")
     fps, indices, is_source = _described(total, metadata, sample_fps, is_sampled)
-    is_array = isinstance(frames, np.ndarray)
-    get = (lambda frame: load(_image(frame))) if is_array else load
-    first = get(frames[0])
-    height, width = first.height, first.width
+
+    def get(place: int) -> Image.Image:
+        frame = frames[place]
+        return load(frame.astype(np.uint8) if isinstance(frames, np.ndarray) else frame)
+
+    width, height = get(0).size
 
     def read(places: np.ndarray) -> Iterator[Image.Image]:
         for place in places:
-            frame = get(frames[place])
-            if (frame.height, frame.width) != (height, width):
+            frame = get(place)
+            if frame.size != (width, height):
                 raise InputError(
                     f"video: frame {place} has {frame.width} x {frame.height} pixels and the first "
                     f"{width} x {height}; all must have one size"
@@ -139,7 +125,11 @@ def _described(
         raise InputError(f"video: frames without times; {_ADVICE}")
     fps = frame_rate("video: fps", fps)
     given, every = metadata.get("frames_indices"), list(range(total))
-    indices = every if given is None else _integers("video_metadata: frames_indices", given)
+    indices = (
+        every
+        if given is None
+        else integers("video_metadata: frames_indices", given, as_floats=True).reshape(-1).tolist()
+    )
     if len(indices) != total:
         raise InputError(
             f"video_metadata: {len(indices)} frames_indices for {total} frames, expected one each"
@@ -164,34 +154,12 @@ def _array(source: Any) -> np.ndarray:
             f"video array: shape {list(np.shape(source))}, expected [T H W C] or [T C H W] with 1, 3 "
             "or 4 channels"
         )
-    if array.dtype != np.uint8 and not _holds_bytes(array):
+    # One of 0 and 1 alone may be scaled.
+    is_number = array.dtype.kind in "iuf"
+    holds_bytes = is_number and array.min() >= 0 and 1 < array.max() <= 255
+    if array.dtype != np.uint8 and not (holds_bytes and (array == np.floor(array)).all()):
         raise InputError(
             f"video array: got {array.dtype}, expected whole numbers from 0 to 255 that are not all "
             "0 or 1 (scale and round it to uint8)"
         )
     return array
-
-
-def _image(frame: np.ndarray) -> Image.Image:
-    frame = np.ascontiguousarray(frame.astype(np.uint8))
-    return Image.fromarray(frame[..., 0] if frame.shape[2] == 1 else frame)
-
-
-def _integers(name: str, given: Any) -> list[int]:
-    """A list of whole numbers, from any type of array. Raises InputError."""
-    try:
-        found = np.asarray(given).reshape(-1)
-        numbers = found.astype(np.int64)
-        if found.dtype != np.bool_ and bool((numbers == found).all()):
-            return numbers.tolist()
-    except (ValueError, TypeError, OverflowError):
-        pass
-    raise InputError(f"{name}: got {shown(given)}, expected whole numbers")
-
-
-def _holds_bytes(array: np.ndarray) -> bool:
-    """Whether an array of another dtype holds 8-bit values; one of 0 and 1 alone may be scaled."""
-    if array.dtype == np.bool_ or not np.issubdtype(array.dtype, np.number):
-        return False
-    low, high = array.min(), array.max()
-    return bool(low >= 0 and 1 < high <= 255 and (array == np.floor(array)).all())

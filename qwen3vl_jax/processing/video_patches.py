@@ -5,15 +5,14 @@ Source: the video processor of Qwen3-VL (transformers), whose names the settings
 
 from __future__ import annotations
 
-import functools
 import itertools
-import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from qwen3vl_jax.config_checks import warn_once
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.encoded_prompt import UsedFrames
 from qwen3vl_jax.processing.image_loading import to_rgb
@@ -33,7 +32,6 @@ from qwen3vl_jax.processing.video_reader import FramesDiffer, VideoReader
 
 # Of the patches of one video; a video at qwen-vl-utils' limits has 2.7 GiB of them.
 MAX_VIDEO_BYTES = 3 * 2**30
-log = logging.getLogger("qwen3vl_jax")
 # Options that choose frames, beside the settings.
 VIDEO_OPTIONS = ("video_metadata", "video_start", "video_end", "sample_fps")
 _SAMPLING = ("fps", "num_frames", "nframes", "min_frames", "max_frames")
@@ -50,29 +48,26 @@ def video_to_patches(
 ) -> tuple[np.ndarray, tuple[int, int, int], UsedFrames]:
     """Patches of one video, its grid and the frames it uses.
 
-    source: anything `open_video` reads, or a pair of that and its metadata. overrides:
+    source: a file that `open_video` reads, frames, or a pair of that and its metadata. overrides:
     settings for this call; video_metadata {fps, frames_indices, total_num_frames} or sample_fps
     describes arrays and lists of frames; video_start and video_end (seconds) cut. item: of a message,
     read as qwen-vl-utils reads it. Sampling is the same for a file, a list of frames and an array.
     limits: max_bytes and timeout of a URL. Frames pass one by one: memory does not grow with the
     video. Returns patches [t*h*w, C*Tp*P*P] float32 in merge order and (t, h, w). Raises InputError.
     """
-    options = {name: overrides.pop(name, None) for name in VIDEO_OPTIONS}
+    metadata, start, end, rate = (overrides.pop(name, None) for name in VIDEO_OPTIONS)
     settings = (settings or VideoSettings()).override(**overrides)
     if is_pair(source):
-        source, metadata = source
-        if options["video_metadata"] is not None:
+        if metadata is not None:
             raise InputError("video_metadata: given beside a video that is paired with its own")
-        options["video_metadata"] = metadata
-    cut = options.pop("video_start"), options.pop("video_end")
-    asked = overrides.keys()
-    video, item = _open(source, settings, limits or {}, item, asked=asked, **options)
+        source, metadata = source
+    video, item = _open(source, settings, limits or {}, item, metadata, rate, overrides.keys())
     try:
         try:
-            return _encode(video, settings, item, *cut)
+            return _encode(video, settings, item, start, end)
         except FramesDiffer:
             assert video.recount is not None
-            return _encode(video.recount(), settings, item, *cut)
+            return _encode(video.recount(), settings, item, start, end)
     except InputError as e:
         raise (InputError(f"{video.name}: {e}") if video.name else e) from None
 
@@ -88,60 +83,76 @@ def _open(
     settings: VideoSettings,
     limits: Mapping[str, Any],
     item: VideoItem | None,
-    *,
-    asked: Iterable[str],
-    video_metadata: Any,
+    metadata: Any,
     sample_fps: Any,
+    asked: Set[str],
 ) -> tuple[VideoReader, VideoItem | None]:
     """The video, and the item if its rules hold: those of an item that says anything.
 
-    asked: the settings of the call. Frames in a message without metadata were sampled before, in
-    pairs.
+    Files hold their own times. Frames, as `as_frames` finds them, need their rate: metadata {fps,
+    frames_indices (the frames' numbers in their source), total_num_frames}, or sample_fps. asked: the
+    settings of the call. Frames in a message without metadata were sampled before, in pairs.
     """
     rate_in_item = None if item is None else item.sample_fps or item.raw_fps
     rate = rate_in_item if sample_fps is None else sample_fps
     rule = item if item is not None and item.given else None
     frames = as_frames(source, limits.get("rules"))
     if frames is None:
-        return open_video(source, video_metadata, rate, **limits), rule
+        if metadata is not None or rate is not None:
+            raise InputError(
+                "video_metadata, sample_fps and raw_fps describe arrays and lists of frames; a file "
+                "has its own"
+            )
+        return open_video(source, **limits), rule
+    in_message = item is not None and metadata is None
 
     def load(frame: Any) -> Image.Image:
         image = to_rgb(load_image(frame, **limits))
-        if item is None or video_metadata is not None or not (item.resizes and settings.do_resize):
+        if item is None or not (in_message and item.resizes and settings.do_resize):
             return image
         high, wide = item.first_size(image.height, image.width, settings.factor)
         return image.resize((wide, high), settings.resample)
 
-    if item is None or video_metadata is not None:
-        is_sampled = not settings.do_sample_frames
-        return open_frames(frames, video_metadata, rate, load, is_sampled), rule
+    if item is None or not in_message:
+        return open_frames(frames, metadata, rate, load, not settings.do_sample_frames), rule
     unused = {*asked, *item.given} & set(_SAMPLING)
     if item.fps and not item.sample_fps:
-        unused -= {"fps"} - set(asked)
-    if unused:
-        _warn_unused(", ".join(sorted(unused)))
+        unused -= {"fps"} - asked
+    if names := ", ".join(sorted(unused)):
+        warn_once(
+            f"frames in a message were sampled before and are all used, whatever {names} says"
+        )
     if len(frames) % 2:
         frames = [*frames, frames[-1]]
     rate = item.frame_fps if sample_fps is None else sample_fps
     return open_frames(frames, None, rate, load, True), item
 
 
-@functools.cache
-def _warn_unused(names: str) -> None:
-    log.warning("frames in a message were sampled before and are all used, whatever %s says", names)
-
-
 def _encode(
     video: VideoReader, settings: VideoSettings, item: VideoItem | None, start: Any, end: Any
 ) -> tuple[np.ndarray, tuple[int, int, int], UsedFrames]:
+    """Patches of the frames that are used, written group by group as they are decoded."""
     chosen, seconds = sample_frames(video, settings, item, start, end)
-    patches, grid = _patches(video, chosen, settings, item)
-    temporal = settings.temporal_patch_size
+    temporal, unit = settings.temporal_patch_size, settings.patch_size
+    size = _frame_size(video, len(chosen), settings, item)
+    height, width = size or video.size
+    count = height // unit * (width // unit)
     padded = [*seconds, *[seconds[-1]] * (-len(seconds) % temporal)]
+    groups = len(padded) // temporal
+    check_patches((height, width), len(padded), most=MAX_VIDEO_BYTES)
+    patches = np.empty((groups, count, 3 * temporal * unit**2), np.float32)
+    table = value_table(settings, 3)
+    frames = (resized(frame, size, settings) for frame in video.read(chosen))
+    for number in range(groups):
+        group = list(itertools.islice(frames, temporal))
+        if any(frame.shape[:2] != (height, width) for frame in group):
+            raise InputError("video: its frames have several sizes, which do_resize=False leaves")
+        patches[number] = frames_to_patches(group, table, settings)[0]
     pairs = zip(padded[::temporal], padded[temporal - 1 :: temporal], strict=True)
-    indices = tuple(video.indices[chosen].tolist())
     times = tuple((first + last) / 2 for first, last in pairs)
-    return patches, grid, UsedFrames(video.fps, indices, tuple(seconds), times)
+    used = UsedFrames(video.fps, tuple(video.indices[chosen].tolist()), tuple(seconds), times)
+    patches = patches.reshape(groups * count, -1)
+    return patches, (groups, height // unit, width // unit), used
 
 
 def frame_count(total: int, fps: float, settings: VideoSettings) -> int:
@@ -218,26 +229,3 @@ def _frame_size(
         frames, *video.size, settings.factor, temporal, settings.min_pixels, limit
     )
     return settings.fixed_size or size
-
-
-def _patches(
-    video: VideoReader, chosen: np.ndarray, settings: VideoSettings, item: VideoItem | None
-) -> tuple[np.ndarray, tuple[int, int, int]]:
-    """Patches of the chosen frames, written group by group as they are decoded."""
-    temporal, unit = settings.temporal_patch_size, settings.patch_size
-    size = _frame_size(video, len(chosen), settings, item)
-    height, width = size or video.size
-    groups = -(-len(chosen) // temporal)
-    count = height // unit * (width // unit)
-    check_patches((height, width), groups * temporal, most=MAX_VIDEO_BYTES)
-    patches = np.empty((groups * count, 3 * temporal * unit**2), np.float32)
-    table = value_table(settings, 3)
-    frames = (resized(frame, size, settings) for frame in video.read(chosen))
-    for number in range(groups):
-        group = list(itertools.islice(frames, temporal))
-        if any(frame.shape[:2] != (height, width) for frame in group):
-            raise InputError("video: its frames have several sizes, which do_resize=False leaves")
-        patches[number * count : (number + 1) * count] = frames_to_patches(group, table, settings)[
-            0
-        ]
-    return patches, (groups, height // unit, width // unit)

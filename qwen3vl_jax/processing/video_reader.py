@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.processing.media_rules import one_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +50,20 @@ class FramesDiffer(Exception):
     """The frames that are decoded are not those that the packets of the file promise."""
 
 
+def picked(
+    frames: Iterator[Any], places: np.ndarray, image: Callable[[Any], Image.Image]
+) -> Iterator[Image.Image]:
+    """The images of frames at places that do not fall; raises FramesDiffer with a place beyond the end."""
+    at, shown = -1, None
+    for place in places.tolist():
+        if place > at:
+            frame = next(itertools.islice(frames, place - at - 1, None), None)
+            if frame is None:
+                raise FramesDiffer(place)
+            at, shown = place, image(frame)
+        yield cast(Image.Image, shown)
+
+
 def timing(
     points: Sequence[Any], base: Any, rates: Sequence[Any], name: str
 ) -> tuple[float, np.ndarray | None]:
@@ -71,8 +85,3 @@ def timing(
         if np.abs(times - np.arange(len(times)) / fps).max() <= 0.5 / fps:
             return fps, None
     return mean, times
-
-
-def reason(error: Exception) -> str:
-    """The reason of an error, in one line."""
-    return getattr(error, "strerror", None) or one_line(error)
