@@ -16,14 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.storage.paths import is_remote, reached, remove_tree
+from qwen3vl_jax.storage.paths import is_remote, lock, reached, remove_tree
 from qwen3vl_jax.storage.remote_files import sync_folder
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such lock
-    fcntl = None
 
 SYNC_EVERY = 15.0  # seconds
 _READERS = 16  # parts that are read at a time
@@ -41,7 +35,9 @@ class AppendLog:
             else path.open("ab+", buffering=0)
         )
         try:
-            self._part = self._fetch() if self.remote else self._lock(busy)
+            self._part = self._fetch() if self.remote else 0
+            if not self.remote:
+                lock(self._file.fileno(), path, busy)
             self.size = self._file.seek(0, os.SEEK_END)
             # Bytes that are known to be on the disk, or in the store.
             self._safe = self.size if self.remote else 0
@@ -54,19 +50,6 @@ class AppendLog:
     def has_begun(path: Path) -> bool:
         """Whether a log holds anything."""
         return bool(_parts(path)) if is_remote(path) else path.exists() and path.stat().st_size > 0
-
-    def _lock(self, busy: str) -> int:
-        if fcntl is None:
-            return 0
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise InputError(busy) from e
-        # The other process may have ended, and removed what we opened, just before.
-        mine = os.fstat(self._file.fileno())
-        if not self.path.exists() or not os.path.samestat(mine, self.path.stat()):
-            raise InputError(busy)
-        return 0
 
     def _fetch(self) -> int:
         """Copies the parts; gives the number of the last."""

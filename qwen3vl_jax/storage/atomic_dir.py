@@ -12,13 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.storage.paths import absolute, is_remote, kind, reached, remove_tree
-
-try:
-    import fcntl
-except ImportError:
-    # Windows opens no directory: there is nothing to lock or to flush.
-    fcntl = None
+from qwen3vl_jax.storage.paths import absolute, fcntl, is_remote, kind, lock, reached, remove_tree
 
 CONFIG = "config.json"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -81,16 +75,18 @@ def _swapped(out: Path, force: bool, needs: int) -> Iterator[Path]:
         if free < needs:
             raise InputError(f"{out.parent}: {free:,} bytes free, {needs:,} needed")
         stage.mkdir(exist_ok=True)
-        lock = os.open(stage, os.O_RDONLY) if fcntl else None
+        handle = os.open(stage, os.O_RDONLY) if fcntl else None
     except OSError as e:
         raise InputError(f"{out}: cannot be written ({e.strerror})") from e
     try:
-        if lock is not None:
-            _only_writer(lock, stage, out)
+        if handle is not None:
+            lock(handle, stage, f"{out}: another process is writing it; wait for it or stop it")
         try:
             # Another process may have finished since.
             _check_free_to_write(out, force)
-            _empty(stage)
+            for path in stage.iterdir():
+                is_folder = path.is_dir() and not path.is_symlink()
+                shutil.rmtree(path) if is_folder else path.unlink()
             shutil.rmtree(old, ignore_errors=True)
             yield stage
             if fcntl:
@@ -103,8 +99,8 @@ def _swapped(out: Path, force: bool, needs: int) -> Iterator[Path]:
         stage.rename(out)
         shutil.rmtree(old, ignore_errors=True)
     finally:
-        if lock is not None:
-            os.close(lock)
+        if handle is not None:
+            os.close(handle)
 
 
 def _check_free_to_write(out: Path, force: bool) -> None:
@@ -118,17 +114,6 @@ def _check_free_to_write(out: Path, force: bool) -> None:
         raise InputError(f"{out}: holds no {CONFIG}; --force replaces checkpoints only")
 
 
-def _only_writer(lock: int, stage: Path, out: Path) -> None:
-    """Locks a stage. Raises InputError if another process has it, or has just renamed it to `out`."""
-    assert fcntl
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not stage.exists() or not os.path.samestat(os.fstat(lock), stage.stat()):
-            raise BlockingIOError
-    except BlockingIOError as e:
-        raise InputError(f"{out}: another process is writing it; wait for it or stop it") from e
-
-
 def _remove(directory: Path) -> None:
     """Removes a directory into which threads of an interrupted writer may still write for a moment."""
     for _ in range(100):
@@ -136,14 +121,6 @@ def _remove(directory: Path) -> None:
         if not directory.exists():
             return
         time.sleep(0.02)
-
-
-def _empty(directory: Path) -> None:
-    for path in directory.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
 
 
 def _flush(directory: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ MAX_DIGITS = 40
 MAX_VALUES = 10_000_000
 MAX_BYTES = 1 << 30
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")
-_CONTAINERS = (dict, list)
 
 
 class _Refused(ValueError):
@@ -44,10 +42,8 @@ def read_json(text: str | bytes, where: str, large: bool = False) -> Any:
         if not large and sum(map(text.count, ",[{")) > MAX_VALUES:
             raise _Refused(f"JSON of more than {MAX_VALUES:,} values")
         found = _STRICT.decode(text)
-        if text.count("[") + text.count("{") > MAX_DEPTH:
-            _check_depth(found)
-        if _HALF.search(text):
-            _check_strings(found)
+        if text.count("[") + text.count("{") > MAX_DEPTH or _HALF.search(text):
+            _check(found)
     except json.JSONDecodeError as e:
         place = f"column {e.colno}" if "\n" not in e.doc else f"line {e.lineno}, column {e.colno}"
         raise InputError(f"{before}not JSON ({e.msg.removesuffix(' at')} at {place})") from None
@@ -88,8 +84,7 @@ def read_json_at(text: str, at: int) -> tuple[Any, int]:
     """
     try:
         found, end = _LENIENT.raw_decode(text, at)
-        _check_depth(found)
-        _check_strings(found)
+        _check(found)
     except json.JSONDecodeError as e:
         raise InputError(f"not JSON ({e.msg.removesuffix(' at')}, character {e.pos})") from None
     except _Refused as e:
@@ -152,32 +147,20 @@ _LENIENT = json.JSONDecoder(strict=False, **_HOOKS)
 _STRICT = json.JSONDecoder(**_HOOKS)
 
 
-def _check_depth(found: Any) -> None:
-    level = [found]
-    for _ in range(MAX_DEPTH):
-        level = [x for each in level for x in _children(each) if isinstance(x, _CONTAINERS)]
-        if not level:
-            return
-    raise _Refused(f"JSON nested more than {MAX_DEPTH} deep")
-
-
-def _children(value: Any) -> Iterable[Any]:
-    if isinstance(value, dict):
-        return value.values()
-    return value if isinstance(value, list) else ()
-
-
-def _check_strings(found: Any) -> None:
-    """Refuses half a surrogate pair, which JSON can escape and UTF-8 cannot hold."""
-    left = [found]
-    while left:
-        value = left.pop()
-        if isinstance(value, str):
-            _check_string(value)
-        elif isinstance(value, _CONTAINERS):
-            left.extend(_children(value))
-            if isinstance(value, dict):
-                left.extend(value)
+def _check(found: Any) -> None:
+    """Refuses deep data, and half a surrogate pair, which JSON can escape and UTF-8 cannot hold."""
+    level, depth = [found], 0
+    while level:
+        below: list[Any] = []
+        for value in level:
+            if isinstance(value, str):
+                _check_string(value)
+            elif isinstance(value, (dict, list)):
+                if depth == MAX_DEPTH:
+                    raise _Refused(f"JSON nested more than {MAX_DEPTH} deep")
+                below += value
+                below += value.values() if isinstance(value, dict) else ()
+        level, depth = below, depth + 1
 
 
 def _check_string(value: str) -> None:

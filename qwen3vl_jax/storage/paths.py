@@ -19,6 +19,11 @@ from typing import Any, BinaryIO, cast
 
 from qwen3vl_jax.errors import InputError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 _MARK = "://"
 # fsspec's names of the schemes, where they differ.
 _DRIVERS = {"gs": "gcs"}
@@ -140,16 +145,12 @@ def read_range(path: Path, start: int, size: int) -> bytes:
             file.seek(start)
             return file.read(size)
     text, end = os.fspath(path), start + size
-    if size <= PIECE:
-        return driver.cat_file(text, start=start, end=end) if size else b""
-    out = bytearray(size)
-    cuts = [(at, min(at + PIECE, end)) for at in range(start, end, PIECE)]
-    for i in range(0, len(cuts), _PIECES):
-        group = cuts[i : i + _PIECES]
-        begins, ends = zip(*group)
-        many = driver.cat_ranges([text] * len(group), list(begins), list(ends), on_error="raise")
-        for (a, b), piece in zip(group, many, strict=True):
-            out[a - start : b - start] = piece
+    begins, out = range(start, end, PIECE), bytearray()
+    for i in range(0, len(begins), _PIECES):
+        group = list(begins[i : i + _PIECES])
+        ends = [min(at + PIECE, end) for at in group]
+        for piece in driver.cat_ranges([text] * len(group), group, ends, on_error="raise"):
+            out += piece
     # Not bytes(out): a copy would double the memory.
     return cast(bytes, out)
 
@@ -172,6 +173,22 @@ def copy_file(source: Path, target: Path) -> None:
         return
     with source.open("rb") as read, target.open("wb") as write:
         shutil.copyfileobj(cast(BinaryIO, read), cast(BinaryIO, write), PIECE)
+
+
+def lock(handle: int, path: Path, busy: str) -> None:
+    """Locks an open file or folder until it is closed; Windows has no such lock.
+
+    Raises InputError(busy) if another process has it.
+    """
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        raise InputError(busy) from e
+    # The other process may have ended, and removed or renamed what we opened, just before.
+    if not path.exists() or not os.path.samestat(os.fstat(handle), path.stat()):
+        raise InputError(busy)
 
 
 def make_folder(path: Path) -> None:
