@@ -98,11 +98,6 @@ class _Row(RowAnswer):
         self.request, self.prompt = request, prompt  # prompt: its tokens
         self.logprobs: list[float] = []
 
-    @property
-    def filled(self) -> int:
-        """Slots of the cache, at most."""
-        return self.prompt + len(self.tokens)
-
 
 @functools.partial(jax.jit, static_argnames=("cfg", "slots"))
 def _empty(params, cfg, slots, options) -> DecodeState:
@@ -166,8 +161,8 @@ class _Engine:
         self.stop_ids = options.stop_ids.tolist()
         self.waiting: list[tuple[Request, EncodedPrompt]] = []
         self.running: dict[int, _Row] = {}
-        self.features = FeatureStore(params, cfg)
-        self.prefixes = PrefixStore(params, cfg, self.features, chunk_of)
+        self.features = FeatureStore(params, cfg, stats)
+        self.prefixes = PrefixStore(params, cfg, self.features, chunk_of, stats)
         # Of its own, for the sampling of a row changes with its request.
         options = options.replace(sampling=jax.tree.map(np.array, options.sampling))
         self.decoder = Decoder(params, cfg, None, options)
@@ -193,7 +188,8 @@ class _Engine:
 
     def step(self) -> Iterator[Finished]:
         """One dispatch of decode steps; yields the answers that ended."""
-        self._make_room(max(row.filled for row in self.running.values()) + STEPS)
+        filled = max(row.prompt + len(row.tokens) for row in self.running.values())
+        self._make_room(filled + STEPS)
         free = self.rows - len(self.running)
         enough = max(self.group, free + 1) if self.waiting else self.rows
         self.compiled()
@@ -214,13 +210,8 @@ class _Engine:
         if answer.finish_reason:
             self.decoder.ended[row] = True
             del self.running[row]
-            yield Finished(
-                answer.request.key,
-                answer.tokens,
-                answer.logprobs,
-                answer.finish_reason,
-                answer.error,
-            )
+            said = answer.tokens, answer.logprobs, answer.finish_reason, answer.error
+            yield Finished(answer.request.key, *said)
 
     def _make_room(self, needed: int) -> None:
         """A cache with at least `needed` slots a row."""
@@ -228,16 +219,8 @@ class _Engine:
             likely = (len(p.ids) + min(r.max_new_tokens, EXPECTED) for r, p in self.waiting)
             slots = cache_slots(max(needed, *likely))
             self.decoder.state = _empty(self.params, self.cfg, slots, self.decoder.options)
-            decoder = self.decoder
-            self.compiled = compile_ahead(
-                self.params,
-                self.cfg,
-                decoder.state,
-                decoder.ended,
-                decoder.options,
-                STEPS,
-                self.rows,
-            )
+            held = self.decoder.state, self.decoder.ended, self.decoder.options
+            self.compiled = compile_ahead(self.params, self.cfg, *held, STEPS, self.rows)
         self.decoder.make_room(needed)
 
     def _admit(self, free: list[int]) -> Iterator[Finished]:
@@ -263,7 +246,8 @@ class _Engine:
             self.chunk_of(width),
         )  # fmt: skip
         tokens, logprobs = np.asarray(tokens)[:, None], np.asarray(logprobs)[:, None]
-        self._count(sum(len(prompt.ids) - start for _, prompt in new), start * len(new))
+        self.stats.prefilled += sum(len(prompt.ids) - start for _, prompt in new)
+        self.stats.reused += start * len(new)
         all_rows = jax.tree.leaves(self.decoder.options.sampling)
         for i, (request, prompt) in enumerate(new):
             self.running[rows[i]] = _Row(request, len(prompt.ids))
@@ -289,21 +273,11 @@ class _Engine:
             before[:, : prefix.length] = prefix.prompt.ids
         return before
 
-    def _count(self, run: int, reused: int) -> None:
-        """Counts prompt tokens, and what the stores did since the last time."""
-        stats, prefixes = self.stats, self.prefixes
-        stats.prefilled += run + prefixes.tokens
-        stats.reused += reused
-        stats.prefixes += prefixes.made
-        stats.encoded += self.features.encoded
-        prefixes.tokens = prefixes.made = self.features.encoded = 0
-
     def _fitting(self, prefix: Prefix | None, start: int, width: int) -> list[int]:
         """Waiting prompts with this prefix that fit: the oldest, then the longest."""
-        fitting = [
-            i
+        sizes = {
+            i: len(prompt.ids)
             for i, (_, prompt) in enumerate(self.waiting)
-            if self.prefixes.lookup(prompt) is prefix and len(prompt.ids) - start <= width
-        ]
-        others = sorted((i for i in fitting if i), key=lambda i: -len(self.waiting[i][1].ids))
-        return [0, *others]
+            if i and self.prefixes.lookup(prompt) is prefix and len(prompt.ids) - start <= width
+        }
+        return [0, *sorted(sizes, key=lambda i: -sizes[i])]

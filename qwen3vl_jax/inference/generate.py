@@ -8,8 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +26,13 @@ from qwen3vl_jax.inference.decode_loop import (
     first_token,
     grow,
 )
-from qwen3vl_jax.inference.options import STEPS, GenerationOptions, LogitsFn, RowOptions
+from qwen3vl_jax.inference.options import (
+    STEPS,
+    GenerationOptions,
+    LogitsFn,
+    RowOptions,
+    check_stop_ids,
+)
 from qwen3vl_jax.inference.sampling import Sampling
 from qwen3vl_jax.model.cache import extend, prefill
 from qwen3vl_jax.model.sharding import mesh_sizes
@@ -127,61 +132,48 @@ def generate(
     Processor's). A row whose logits are not finite ends there, with a warning and the finish_reason
     "error".
     """
-    check_call(params, cfg, batch=batch)
-    options = GenerationOptions(
-        max_new_tokens, sampling, seed, stop_ids, max_len, logits_fn, steps, prefill_chunk, copies
-    )
     strings = stop_list(stop_strings)
     if strings and decode is None:
         raise InputError("stop_strings need decode=, the function from tokens to text")
-    rows = options.of_batch(cfg, batch)
-    stops = rows.stop_ids.tolist()
-    answers = [RowAnswer(max_new_tokens, strings) for _ in rows.seeds]
-    for decoder, chunk in _chunks(params, cfg, batch, options, rows, features):
-        for answer, new in zip(answers, chunk, strict=True):
-            if not answer.finish_reason:
-                answer.add(new, stops, decode)
-        decoder.ended = np.array([bool(answer.finish_reason) for answer in answers])
+    chunks = stream(
+        params, cfg, batch, max_new_tokens=max_new_tokens, sampling=sampling, stop_ids=stop_ids,
+        seed=seed, max_len=max_len, features=features, logits_fn=logits_fn, steps=steps,
+        prefill_chunk=prefill_chunk, copies=copies,
+    )  # fmt: skip
+    stops = check_stop_ids(cfg, stop_ids)
+    answers = [RowAnswer(max_new_tokens, strings) for _ in range(len(batch.segment_ids) * copies)]
+    try:
+        new = next(chunks)
+        while True:
+            for answer, row in zip(answers, new, strict=True):
+                if not answer.finish_reason:
+                    answer.add(row, stops, decode)
+            new = chunks.send(np.array([bool(answer.finish_reason) for answer in answers]))
+    except NotFiniteError as e:
+        log.warning("generate: %s", e)
+        for b, fault in e.rows.items():
+            answers[b].finish_reason, answers[b].error = "error", fault
+    except StopIteration:
+        pass
     tokens = np.full((len(answers), max_new_tokens), stops[0] if stops else 0, np.int32)
     for row, answer in zip(tokens, answers, strict=True):
         row[: len(answer.tokens)] = answer.tokens
-    if faults := {b: answer.error for b, answer in enumerate(answers) if answer.error}:
-        log.warning("generate: %s", NotFiniteError(faults))
     lengths = np.array([len(answer.tokens) for answer in answers], np.int32)
     reasons = [answer.finish_reason for answer in answers]
     return Answer(tokens, lengths, reasons, [answer.error for answer in answers])
 
 
-def _stream(*given: Any) -> Generator[np.ndarray, np.ndarray | None, KVCache]:
-    """`stream` after its checks: of `_chunks` the columns that hold tokens, ENDED elsewhere."""
-    faults: dict[int, str] = {}
-    count, decoder = 0, None
-    for decoder, new in _chunks(*given):
-        for row in np.flatnonzero((new < ENDED).any(axis=1)).tolist():
-            faults[row] = fault_of(new[row], count)
-        count += new.shape[1]
-        ended = yield np.maximum(new[:, (new >= 0).any(axis=0)], ENDED)
-        if ended is not None:
-            decoder.ended = np.asarray(ended, bool)
-            for row in np.flatnonzero(ended).tolist():
-                faults.pop(row, None)  # the caller ended its answer before the fault
-    if faults:
-        raise NotFiniteError(faults)
-    assert decoder is not None
-    return decoder.state.cache
-
-
-def _chunks(
+def _stream(
     params: Params,
     cfg: Config,
     batch: Batch,
     options: GenerationOptions,
     rows: RowOptions,
     features: Features | None,
-    cache: KVCache | None = None,
-    before: np.ndarray | None = None,
-) -> Iterator[tuple[Decoder, np.ndarray]]:
-    """Prefills, then yields the decoder and new tokens [B n], negative ones as in `decode_steps`."""
+    cache: KVCache | None,
+    before: np.ndarray | None,
+) -> Generator[np.ndarray, np.ndarray | None, KVCache]:
+    """`stream` after its checks: prefills, and yields the columns that hold tokens, ENDED elsewhere."""
     vision = batch.vision if features is None else None
     batch = batch.replace(vision=None, labels=None)
     width = batch.tokens.shape[1]  # not the prompt's length: what is compiled is a bucket's
@@ -192,21 +184,37 @@ def _chunks(
     if before is not None and cache is not None:  # as wide as it: no program for each length
         fill = ((0, 0), (0, cache.slots - before.shape[1]))
         before = np.pad(before, fill, constant_values=cfg.text.vocab_size).astype(np.int32)
-    chunk = options.chunk_of(width)
 
     def start(params, vision, batch, features, cache, before):
         if vision is not None:
             features = vision_encode(params, cfg, vision)
-        return _start(
-            params, cfg, batch, features, cache, before, rows, slots, options.copies, chunk
-        )
+        chunk = options.chunk_of(width)
+        if cache is None:
+            cache, logits = prefill(params, cfg, batch, slots, features=features, chunk=chunk)
+        else:
+            cache, logits = _extend(params, cfg, cache, batch, features=features, chunk=chunk)
+        if options.copies > 1:
+            cache, logits = _repeat((cache, logits), options.copies)
+        tokens = before, batch.tokens, batch.segment_ids
+        return _first(cache, logits, tokens, rows, cfg.text.vocab_size, options.copies)
 
     given = params, vision, batch, features, cache, before
     wait = _compile_steps(cfg, options, rows, slots, start, given)
     decoder = Decoder(params, cfg, start(*given), rows)
     wait()
+    faults, count = {}, 0
     for new in decoder.chunks(filled, options.max_new_tokens, options.steps):
-        yield decoder, new
+        for row in np.flatnonzero((new < ENDED).any(axis=1)).tolist():
+            faults[row] = fault_of(new[row], count)
+        count += new.shape[1]
+        ended = yield np.maximum(new[:, (new >= 0).any(axis=0)], ENDED)
+        if ended is not None:
+            decoder.ended = np.asarray(ended, bool)
+            for row in np.flatnonzero(ended).tolist():
+                faults.pop(row, None)  # the caller ended its answer before the fault
+    if faults:
+        raise NotFiniteError(faults)
+    return decoder.state.cache
 
 
 # Hashes of the programs of decode_steps that this process has begun to compile.
@@ -218,10 +226,8 @@ def _compile_steps(cfg, options, rows, slots, start, given) -> Callable[[], None
     params, count = given[0], len(rows.seeds)
     program = hash((cfg, count, slots, len(rows.stop_ids), rows.logits_fn, compute_dtype(params)))
     norm = params["norm"]
-    many_devices = (
-        mesh_sizes() or len(getattr(getattr(norm, "sharding", None), "device_set", "1")) > 1
-    )
-    if many_devices or options.max_new_tokens < 2 or program in _BEGUN:
+    devices = getattr(getattr(norm, "sharding", None), "device_set", "1")
+    if mesh_sizes() or len(devices) > 1 or options.max_new_tokens < 2 or program in _BEGUN:
         return lambda: None
     # Shapes as arrays have them that come of one device's parameters.
     where = norm.sharding if getattr(norm, "committed", False) else None
@@ -233,18 +239,6 @@ def _compile_steps(cfg, options, rows, slots, start, given) -> Callable[[], None
     wait = compile_ahead(params, cfg, state, np.zeros(count, bool), rows, steps, count)
     _BEGUN.add(program)
     return wait
-
-
-def _start(params, cfg, batch, features, cache, before, rows, slots, copies, chunk):
-    """Prefill, or more tokens onto a kept cache, and the first token of every copy of every row."""
-    if cache is None:
-        cache, logits = prefill(params, cfg, batch, slots, features=features, chunk=chunk)
-    else:
-        cache, logits = _extend(params, cfg, cache, batch, features=features, chunk=chunk)
-    if copies > 1:
-        cache, logits = _repeat((cache, logits), copies)
-    tokens = before, batch.tokens, batch.segment_ids
-    return _first(cache, logits, tokens, rows, cfg.text.vocab_size, copies)
 
 
 _extend = jax.jit(extend, static_argnames=("cfg", "chunk"), donate_argnames="cache")

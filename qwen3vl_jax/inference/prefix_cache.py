@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from qwen3vl_jax.config import Config
+from qwen3vl_jax.inference.requests import Stats
 from qwen3vl_jax.inference.vision_cache import FeatureStore
 from qwen3vl_jax.model.cache import prefill
 from qwen3vl_jax.model.structs import KVCache, Params
@@ -41,12 +42,14 @@ class Prefix:
 
 
 class PrefixStore:
-    """The prefixes used last. `made` counts new ones, `tokens` those that were prefilled for them."""
+    """The prefixes used last; `stats` counts those that are made."""
 
-    def __init__(self, params: Params, cfg: Config, features: FeatureStore, chunk_of: ChunkOf):
+    def __init__(
+        self, params: Params, cfg: Config, features: FeatureStore, chunk_of: ChunkOf, stats: Stats
+    ):
         self.params, self.cfg, self.features, self.chunk_of = params, cfg, features, chunk_of
         self.store: list[Prefix] = []  # the last used one last
-        self.made = self.tokens = 0
+        self.stats = stats
 
     def lookup(self, prompt: EncodedPrompt) -> Prefix | None:
         """The longest prefix that the prompt begins with."""
@@ -77,8 +80,8 @@ class PrefixStore:
             features=self.features.of([first], width),
             chunk=self.chunk_of(width),
         )  # fmt: skip
-        self.made += 1
-        self.tokens += length
+        self.stats.prefixes += 1
+        self.stats.prefilled += length
         return Prefix(first.without_patches(), cache)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from qwen3vl_jax.config import Config
+from qwen3vl_jax.inference.requests import Stats
 from qwen3vl_jax.model.structs import Features, Params
 from qwen3vl_jax.model.vision import vision_encode
 from qwen3vl_jax.processing.batch import make_vision
@@ -19,12 +20,11 @@ KEPT_BYTES = 1 << 30
 class FeatureStore:
     """What the vision tower gave for the images and videos seen last, by digest.
 
-    Each is encoded by itself, so that programs depend on its bucket alone. `encoded` counts.
+    Each is encoded by itself, so that programs depend on its bucket alone. `stats` counts them.
     """
 
-    def __init__(self, params: Params, cfg: Config, kept: int = KEPT_BYTES):
-        self.params, self.cfg, self.kept = params, cfg, kept
-        self.encoded = self.size = 0
+    def __init__(self, params: Params, cfg: Config, stats: Stats, kept: int = KEPT_BYTES):
+        self.params, self.cfg, self.stats, self.kept, self.size = params, cfg, stats, kept, 0
         self.store: OrderedDict[bytes, Features] = OrderedDict()
 
     def of(self, prompts: list[EncodedPrompt], rows: int) -> Features | None:
@@ -36,28 +36,24 @@ class FeatureStore:
         merged = np.concatenate([f.merged for f in found])
         taps = np.concatenate([f.taps for f in found], axis=1)
         fill = (0, rows - len(merged))
-        return _host_features(np.pad(merged, (fill, (0, 0))), np.pad(taps, ((0, 0), fill, (0, 0))))
+        merged, taps = np.pad(merged, (fill, (0, 0))), np.pad(taps, ((0, 0), fill, (0, 0)))
+        return Features(cast(Any, merged), cast(Any, taps))
 
     def _one(self, image: EncodedImage) -> Features:
         if (found := self.store.get(image.digest)) is None:
-            self.encoded += 1
+            self.stats.encoded += 1
             inputs = make_vision(self.cfg, image.patches, [image.grid])
             count = len(image.patches) // self.cfg.vision.merge_unit
             out = vision_encode(self.params, self.cfg, inputs)
             # Cut on the host: on the device each count of rows would be a program of its own.
             merged, taps = np.asarray(out.merged)[:count], np.asarray(out.taps)[:, :count]
-            found = _host_features(merged.copy(), taps.copy())
+            found = Features(cast(Any, merged.copy()), cast(Any, taps.copy()))
             self.store[image.digest] = found
             self.size += _bytes(found)
         self.store.move_to_end(image.digest)
         while self.size > self.kept and len(self.store) > 1:
             self.size -= _bytes(self.store.popitem(last=False)[1])
         return found
-
-
-def _host_features(merged: Any, taps: Any) -> Features:
-    """Features of numpy arrays, which become jax's when they are used."""
-    return Features(merged, taps)
 
 
 def _bytes(features: Features) -> int:
