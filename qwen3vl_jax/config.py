@@ -9,22 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen3vl_jax.config_checks import (
-    REQUIRED,
-    checked,
-    field_table,
-    flag,
-    integer,
-    items,
-    mapping,
-    number,
-    one_of,
-    read_fields,
-    refused,
-    size,
-    token_ids,
-    warn_of_misplaced,
-)
+from qwen3vl_jax import config_checks as check
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.released import released_config
 from qwen3vl_jax.rope_config import RopeConfig, read_rope
@@ -47,55 +32,55 @@ _TOKENS = {
     "vision_end_token_id": 151653,
 }
 _EXPERTS = {
-    "num_experts": (size(10_000), REQUIRED),
-    "num_experts_per_tok": (integer(), REQUIRED),
-    "moe_intermediate_size": (size(), REQUIRED),
+    "num_experts": (check.size(10_000), check.REQUIRED),
+    "num_experts_per_tok": (check.integer(), check.REQUIRED),
+    "moe_intermediate_size": (check.size(), check.REQUIRED),
 }
 
 
-# The checked fields are keys of config.json. Those that fix a shape have no default, the others have
+# Fields with a check are keys of config.json. Those that fix a shape have no default, the others have
 # that of transformers 4.57.1.
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextConfig:
     """The decoder. `num_experts` 0 means dense SwiGLU layers."""
 
-    vocab_size: int = checked(size())
-    hidden_size: int = checked(size())
+    vocab_size: int = check.field(check.size())
+    hidden_size: int = check.field(check.size())
     intermediate_size: int
-    num_hidden_layers: int = checked(size(1_000))
-    num_attention_heads: int = checked(size())
+    num_hidden_layers: int = check.field(check.size(1_000))
+    num_attention_heads: int = check.field(check.size())
     num_key_value_heads: int
     head_dim: int
-    max_position_embeddings: int = checked(integer(), 128_000)
+    max_position_embeddings: int = check.field(check.integer(), 128_000)
     rope: RopeConfig
-    hidden_act: str = checked(one_of(*TEXT_ACTIVATIONS), "silu")
-    rms_norm_eps: float = checked(number(), 1e-6)
-    attention_bias: bool = checked(flag, False)
+    hidden_act: str = check.field(check.one_of(*TEXT_ACTIVATIONS), "silu")
+    rms_norm_eps: float = check.field(check.number(), 1e-6)
+    attention_bias: bool = check.field(check.flag, False)
     num_experts: int = 0
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
-    initializer_range: float = checked(number(), 0.02)
+    initializer_range: float = check.field(check.number(), 0.02)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionConfig:
     """The vision tower (ViT), its patch merger and the DeepStack mergers."""
 
-    depth: int = checked(size(1_000))
-    hidden_size: int = checked(size())
-    intermediate_size: int = checked(size())
-    num_heads: int = checked(size())
-    in_channels: int = checked(size())
-    patch_size: int = checked(size())
-    temporal_patch_size: int = checked(size())
-    spatial_merge_size: int = checked(size())
-    num_position_embeddings: int = checked(size())
-    out_hidden_size: int = checked(size())
-    deepstack_visual_indexes: tuple[int, ...] = checked(items)
-    hidden_act: str = checked(one_of(*TEXT_ACTIVATIONS), "gelu_pytorch_tanh")
+    depth: int = check.field(check.size(1_000))
+    hidden_size: int = check.field(check.size())
+    intermediate_size: int = check.field(check.size())
+    num_heads: int = check.field(check.size())
+    in_channels: int = check.field(check.size())
+    patch_size: int = check.field(check.size())
+    temporal_patch_size: int = check.field(check.size())
+    spatial_merge_size: int = check.field(check.size())
+    num_position_embeddings: int = check.field(check.size())
+    out_hidden_size: int = check.field(check.size())
+    deepstack_visual_indexes: tuple[int, ...] = check.field(check.items)
+    hidden_act: str = check.field(check.one_of(*TEXT_ACTIVATIONS), "gelu_pytorch_tanh")
     # In the key rope_parameters.
-    rope_theta: float = checked(number(above=0), 10_000.0)
-    initializer_range: float = checked(number(), 0.02)
+    rope_theta: float = check.field(check.number(above=0), 10_000.0)
+    initializer_range: float = check.field(check.number(), 0.02)
 
     @property
     def head_dim(self) -> int:
@@ -141,19 +126,19 @@ class Config:
         raw = source if isinstance(source, Mapping) else _read(as_path(source))
         model_type = raw.get("model_type", "qwen3_vl")
         if not isinstance(model_type, str) or not model_type.startswith("qwen3_vl"):
-            raise refused("model_type", model_type, "qwen3_vl or qwen3_vl_moe")
+            raise check.refused("model_type", model_type, "qwen3_vl or qwen3_vl_moe")
         for part in ("text_config", "vision_config"):
             if not isinstance(raw.get(part), Mapping):
-                raise refused(part, raw.get(part), "an object")
-        warn_of_misplaced(raw, [field.name for field in dataclasses.fields(TextConfig)])
+                raise check.refused(part, raw.get(part), "an object")
+        check.warn_of_misplaced(raw, [field.name for field in dataclasses.fields(TextConfig)])
         text_raw = raw["text_config"]
         is_moe = "moe" in model_type or "moe" in str(text_raw.get("model_type", ""))
         text, vision = _text(text_raw, is_moe), _vision(raw["vision_config"])
         _check_towers(text, vision)
-        required = dict.fromkeys(_TOKENS, (integer(at_least=0), REQUIRED))
-        tokens = read_fields({**_TOKENS, **raw}, "", required)
+        required = dict.fromkeys(_TOKENS, (check.integer(at_least=0), check.REQUIRED))
+        tokens = check.read_fields({**_TOKENS, **raw}, "", required)
         tied = _is_tied(raw, source)
-        eos = token_ids(text_raw.get("eos_token_id", raw.get("eos_token_id")), "eos_token_id")
+        eos = check.token_ids(text_raw.get("eos_token_id", raw.get("eos_token_id")), "eos_token_id")
         return cls(text, vision, **tokens, tie_word_embeddings=tied, eos_token_ids=eos)
 
     @classmethod
@@ -194,7 +179,8 @@ def _is_tied(raw: Mapping[str, Any], source: Any) -> bool:
     """
     places = {TIED: raw, f"text_config.{TIED}": raw["text_config"]}
     top, text = (
-        part.get(TIED) is not None and flag(part[TIED], where) for where, part in places.items()
+        part.get(TIED) is not None and check.flag(part[TIED], where)
+        for where, part in places.items()
     )
     if top or not text or isinstance(source, Mapping):
         return top
@@ -228,65 +214,67 @@ def _text(raw: Mapping[str, Any], is_moe: bool) -> TextConfig:
     for key in ("head_dim", "num_key_value_heads"):
         if key not in raw:
             raise InputError(f"config: {where}{key} is absent; it fixes a shape (null is allowed)")
-    found = read_fields(raw, where, field_table(TextConfig))
+    found = check.read_fields(raw, where, check.field_table(TextConfig))
     hidden, heads = found["hidden_size"], found["num_attention_heads"]
     if raw["head_dim"] is None and hidden % heads:
-        raise refused(where + "hidden_size", hidden, f"a multiple of num_attention_heads {heads}")
+        raise check.refused(
+            where + "hidden_size", hidden, f"a multiple of num_attention_heads {heads}"
+        )
     derived = {
-        "head_dim": (size(), hidden // heads),
-        "num_key_value_heads": (size(), heads),
+        "head_dim": (check.size(), hidden // heads),
+        "num_key_value_heads": (check.size(), heads),
     }
-    found |= read_fields(raw, where, derived)
+    found |= check.read_fields(raw, where, derived)
     if heads % (kv_heads := found["num_key_value_heads"]):
         raise InputError(
             f"config: {where}num_attention_heads {heads} is no multiple of num_key_value_heads "
             f"{kv_heads}"
         )
     if (head_dim := found["head_dim"]) % 2:
-        raise refused(where + "head_dim", head_dim, "an even number")
+        raise check.refused(where + "head_dim", head_dim, "an even number")
     if is_moe:
         found |= _experts(raw, where)
     # Released mixtures of experts have the key, re-exports may leave it out.
-    dense = {"intermediate_size": (size(), REQUIRED)}
+    dense = {"intermediate_size": (check.size(), check.REQUIRED)}
     unused = is_moe and raw.get("intermediate_size") is None
-    found |= {"intermediate_size": 0} if unused else read_fields(raw, where, dense)
+    found |= {"intermediate_size": 0} if unused else check.read_fields(raw, where, dense)
     return TextConfig(**found, rope=read_rope(raw, head_dim, found["max_position_embeddings"]))
 
 
 def _experts(raw: Mapping[str, Any], where: str) -> dict[str, int]:
     if layers := raw.get("mlp_only_layers"):
-        raise refused(where + "mlp_only_layers", layers, "[] (all sparse)")
-    one_of(1)(raw.get("decoder_sparse_step", 1), where + "decoder_sparse_step")
+        raise check.refused(where + "mlp_only_layers", layers, "[] (all sparse)")
+    check.one_of(1)(raw.get("decoder_sparse_step", 1), where + "decoder_sparse_step")
     given = {"num_experts_per_tok": _EXPERTS_PER_TOKEN, **raw}
     if given.get("num_experts") is None:
         given["num_experts"] = given.get("num_local_experts")
-    found = read_fields(given, where, _EXPERTS)
+    found = check.read_fields(given, where, _EXPERTS)
     if found["num_experts_per_tok"] > found["num_experts"]:
         expected = f"<= num_experts = {found['num_experts']}"
-        raise refused(where + "num_experts_per_tok", found["num_experts_per_tok"], expected)
+        raise check.refused(where + "num_experts_per_tok", found["num_experts_per_tok"], expected)
     return found
 
 
 def _vision(raw: Mapping[str, Any]) -> VisionConfig:
     where = "vision_config."
-    table = field_table(VisionConfig)
+    table = check.field_table(VisionConfig)
     theta = {"rope_theta": table.pop("rope_theta")}
-    found = read_fields(raw, where, table)
+    found = check.read_fields(raw, where, table)
     positions, width, heads = (
         found[k] for k in ("num_position_embeddings", "hidden_size", "num_heads")
     )
     if math.isqrt(positions) ** 2 != positions:
-        raise refused(where + "num_position_embeddings", positions, "a square number")
+        raise check.refused(where + "num_position_embeddings", positions, "a square number")
     if width % (4 * heads):
         expected = f"a multiple of 4 x num_heads = {4 * heads} (2-D rotary splits a head in four)"
-        raise refused(where + "hidden_size", width, expected)
+        raise check.refused(where + "hidden_size", width, expected)
     taps, depth = found["deepstack_visual_indexes"], found["depth"]
     valid = all(type(t) is int and 0 <= t < depth for t in taps)
     if not valid or any(a >= b for a, b in itertools.pairwise(taps)):
         expected = f"increasing layer numbers from 0 to depth - 1 = {depth - 1}"
-        raise refused(where + "deepstack_visual_indexes", list(taps), expected)
-    rope = mapping(raw.get("rope_parameters"), where + "rope_parameters")
-    found |= read_fields(rope, where + "rope_parameters.", theta)
+        raise check.refused(where + "deepstack_visual_indexes", list(taps), expected)
+    rope = check.mapping(raw.get("rope_parameters"), where + "rope_parameters")
+    found |= check.read_fields(rope, where + "rope_parameters.", theta)
     return VisionConfig(**found)
 
 
@@ -294,7 +282,7 @@ def _check_towers(text: TextConfig, vision: VisionConfig) -> None:
     """Raises InputError for towers that do not fit each other."""
     if vision.out_hidden_size != text.hidden_size:
         expected = f"text_config.hidden_size = {text.hidden_size}"
-        raise refused("vision_config.out_hidden_size", vision.out_hidden_size, expected)
+        raise check.refused("vision_config.out_hidden_size", vision.out_hidden_size, expected)
     taps = len(vision.deepstack_visual_indexes)
     if taps > text.num_hidden_layers:
         raise InputError(

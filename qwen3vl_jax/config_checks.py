@@ -1,6 +1,6 @@
 """Checks of config.json values. Each raises InputError: "config: <key>: got .., expected ..".
 
-A check is a function (value, key) -> value. `checked` gives one to a dataclass field, and `read_fields`
+A check is a function (value, key) -> value. `field` gives one to a dataclass field, and `read_fields`
 applies a table of them.
 """
 
@@ -43,14 +43,14 @@ def read_fields(
     return found
 
 
-def checked(check: Check, default: Any = REQUIRED) -> Any:
+def field(check: Check, default: Any = REQUIRED) -> Any:
     """A dataclass field with the check of its key in config.json."""
     given = {} if default is REQUIRED else {"default": default}
     return dataclasses.field(metadata={"check": check}, **given)
 
 
 def field_table(cls: type) -> dict[str, tuple[Check, Any]]:
-    """{key: (check, default)} of the `checked` fields of a dataclass, for `read_fields`."""
+    """{key: (check, default)} of the `field` fields of a dataclass, for `read_fields`."""
     fields = [field for field in dataclasses.fields(cls) if "check" in field.metadata]
     missing = dataclasses.MISSING
     return {

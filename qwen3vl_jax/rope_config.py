@@ -9,17 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from qwen3vl_jax.config_checks import (
-    each,
-    flag,
-    integer,
-    mapping,
-    number,
-    one_of,
-    read_fields,
-    refused,
-    warn_once,
-)
+from qwen3vl_jax import config_checks as check
 from qwen3vl_jax.errors import InputError
 
 # Defaults of transformers 4.57.1.
@@ -37,21 +27,21 @@ ROPE_NEEDS = {
 ROPE_TYPES = tuple(ROPE_NEEDS)
 # A larger scale or base makes infinite frequencies in fp32.
 _MAX_NUMBER = 1e15
-_POSITIVE = number(0, _MAX_NUMBER)
+_POSITIVE = check.number(0, _MAX_NUMBER)
 # The keys that scale frequencies. An absent one keeps the default of RopeConfig.
 _SCALING = {
-    "original_max_position_embeddings": integer(),
+    "original_max_position_embeddings": check.integer(),
     "factor": _POSITIVE,
     "attention_factor": _POSITIVE,
     "beta_fast": _POSITIVE,
     "beta_slow": _POSITIVE,
-    "mscale": number(None, _MAX_NUMBER),
-    "mscale_all_dim": number(None, _MAX_NUMBER),
-    "truncate": flag,
+    "mscale": check.number(None, _MAX_NUMBER),
+    "mscale_all_dim": check.number(None, _MAX_NUMBER),
+    "truncate": check.flag,
     "low_freq_factor": _POSITIVE,
     "high_freq_factor": _POSITIVE,
-    "short_factor": each(_POSITIVE),
-    "long_factor": each(_POSITIVE),
+    "short_factor": check.each(_POSITIVE),
+    "long_factor": check.each(_POSITIVE),
 }
 
 
@@ -95,21 +85,22 @@ def read_rope(raw: Mapping[str, Any], head_dim: int, max_positions: int) -> Rope
     If both forms are there, rope_scaling alone counts, as in transformers 5.23. Raises InputError.
     """
     scaling, parameters = (
-        mapping(raw.get(key), f"text_config.{key}") for key in ("rope_scaling", "rope_parameters")
+        check.mapping(raw.get(key), f"text_config.{key}")
+        for key in ("rope_scaling", "rope_parameters")
     )
     given = scaling or parameters
     where = f"text_config.{'rope_parameters' if parameters and not scaling else 'rope_scaling'}."
     rope_type = given.get("rope_type", given.get("type", "default"))
     rope_type = "default" if rope_type == "mrope" else rope_type
-    one_of(*ROPE_TYPES)(rope_type, where + "rope_type")
+    check.one_of(*ROPE_TYPES)(rope_type, where + "rope_type")
     if given.get("mrope_interleaved", True) is not True:
-        raise refused(where + "mrope_interleaved", given["mrope_interleaved"], "true")
+        raise check.refused(where + "mrope_interleaved", given["mrope_interleaved"], "true")
     partial = given.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
-    one_of(1.0)(1.0 if partial is None else partial, where + "partial_rotary_factor")
-    table = {"mrope_section": (each(integer(at_least=0)), DEFAULT_SECTION)}
-    section = read_fields(given, where, table)["mrope_section"]
+    check.one_of(1.0)(1.0 if partial is None else partial, where + "partial_rotary_factor")
+    table = {"mrope_section": (check.each(check.integer(at_least=0)), DEFAULT_SECTION)}
+    section = check.read_fields(given, where, table)["mrope_section"]
     if len(section) != 3:
-        raise refused(where + "mrope_section", list(section), "three numbers (T, H, W)")
+        raise check.refused(where + "mrope_section", list(section), "three numbers (T, H, W)")
     for key in ROPE_NEEDS[rope_type]:
         if given.get(key) is None:
             raise InputError(f"config: {where}{key} is absent; rope_type {rope_type!r} needs it")
@@ -122,7 +113,9 @@ def read_rope(raw: Mapping[str, Any], head_dim: int, max_positions: int) -> Rope
             fields["factor"] = max_positions / original
     part, prefix = (raw, "text_config.") if given.get("rope_theta") is None else (given, where)
     theta = {"rope_theta": (_POSITIVE, DEFAULT_THETA)}
-    rope = RopeConfig(rope_type, read_fields(part, prefix, theta)["rope_theta"], section, **fields)
+    rope = RopeConfig(
+        rope_type, check.read_fields(part, prefix, theta)["rope_theta"], section, **fields
+    )
     _check_formula(rope, where, prefix, head_dim)
     return rope
 
@@ -131,13 +124,17 @@ def _check_formula(rope: RopeConfig, where: str, theta_where: str, head_dim: int
     """Raises InputError for values at which the formula of a rope type divides by zero."""
     kind, original = rope.rope_type, "original_max_position_embeddings"
     if kind == "llama3" and rope.low_freq_factor == rope.high_freq_factor:
-        raise refused(where + "low_freq_factor", rope.low_freq_factor, "less than high_freq_factor")
+        raise check.refused(
+            where + "low_freq_factor", rope.low_freq_factor, "less than high_freq_factor"
+        )
     if kind == "dynamic" and head_dim <= 2:
-        raise refused("text_config.head_dim", head_dim, "more than 2 with rope_type 'dynamic'")
+        raise check.refused(
+            "text_config.head_dim", head_dim, "more than 2 with rope_type 'dynamic'"
+        )
     if kind == "yarn" and rope.theta == 1:
-        raise refused(theta_where + "rope_theta", 1, "another number with rope_type 'yarn'")
+        raise check.refused(theta_where + "rope_theta", 1, "another number with rope_type 'yarn'")
     if kind == "longrope" and rope.original_max_position_embeddings == 1:
-        raise refused(where + original, 1, "more with rope_type 'longrope'")
+        raise check.refused(where + original, 1, "more with rope_type 'longrope'")
 
 
 def _warn_of_unused(given: Mapping[str, Any], where: str, rope_type: str) -> None:
@@ -148,7 +145,7 @@ def _warn_of_unused(given: Mapping[str, Any], where: str, rope_type: str) -> Non
         known |= _SCALING.keys()
     for key in given:
         if key not in known:
-            warn_once(f"config: {where}{key[:80]} is not used with rope_type {rope_type!r}")
+            check.warn_once(f"config: {where}{key[:80]} is not used with rope_type {rope_type!r}")
 
 
 def _scaling(given: Mapping[str, Any], where: str, head_dim: int) -> dict[str, Any]:
@@ -169,7 +166,7 @@ def _original(raw: Mapping[str, Any], given: Mapping[str, Any], where: str) -> i
     name = "original_max_position_embeddings"
     for part, prefix in ((raw, "text_config."), (given, where)):
         if part.get(name) is not None:
-            return integer()(part[name], prefix + name)
+            return check.integer()(part[name], prefix + name)
     return None
 
 

@@ -12,15 +12,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 import qwen3vl_jax as q3
-from qwen3vl_jax.cli.common import (
-    DEMO_IMAGE,
-    DEMO_PROMPT,
-    demo_notice,
-    load_checkpoint,
-    max_length,
-    open_checkpoint,
-    read_sampling,
-)
+from qwen3vl_jax.cli import common
 from qwen3vl_jax.cli.infer_arguments import check_media, input_options, read_messages
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.encoded_prompt import (
@@ -61,8 +53,8 @@ def run(args: argparse.Namespace, scope: contextlib.ExitStack, status: Status) -
             distributed.check_alike("--mesh: other options, prompt or images", *seen)
 
         def load() -> tuple[Any, q3.Config]:
-            notice = demo_notice(args, prompt.messages)
-            return load_checkpoint(args, prompt.directory, scope, status, notice)
+            notice = common.demo_notice(args, prompt.messages)
+            return common.load_checkpoint(args, prompt.directory, scope, status, notice)
 
         with distributed.quiet(index > 0):
             text = answer(args, prompt, load, status)
@@ -83,7 +75,7 @@ def conversation(args: argparse.Namespace) -> tuple[list[dict], list[dict] | Non
             )
         return read_messages(args.messages)
     if not args.ckpt and not args.image and not args.video:
-        args.image, args.prompt = [str(DEMO_IMAGE)], args.prompt or DEMO_PROMPT
+        args.image, args.prompt = [str(common.DEMO_IMAGE)], args.prompt or common.DEMO_PROMPT
     seen = "video" if args.video else "image" if args.image else None
     prompt = args.prompt or (seen and f"Describe this {seen}.")
     if not prompt:
@@ -98,7 +90,7 @@ def conversation(args: argparse.Namespace) -> tuple[list[dict], list[dict] | Non
 def read_prompt(args: argparse.Namespace) -> Prompt:
     """All that can be refused without jax. Raises InputError."""
     messages, tools = conversation(args)
-    directory, processor = open_checkpoint(args)
+    directory, processor = common.open_checkpoint(args)
     media = {"images": args.image or None, "videos": args.video or None} if args.messages else {}
     prompts = processor.encode(messages, tools=tools, **media, **input_options(args))
     if len(prompts) != 1:
@@ -114,7 +106,7 @@ def read_prompt(args: argparse.Namespace) -> Prompt:
             f"{used.seconds[-1]:.1f}, {patch * video.grid[2]} x {patch * video.grid[1]}",
             file=sys.stderr,
         )
-    limit = max_length(args, processor)
+    limit = common.max_length(args, processor)
     if args.draw and "image" not in held:
         raise InputError("--draw: the conversation has no image to draw on; give --image")
     if (length := len(encoded.ids)) >= limit:
@@ -174,7 +166,7 @@ def answer(
     Ctrl-C, or logits that are not finite, end it: what was answered is printed first. Raises InputError.
     """
     processor = prompt.processor
-    sampling = read_sampling(args, processor)
+    sampling = common.read_sampling(args, processor)
     batch = q3.make_batch(processor.config, **to_hf_arrays(processor.config, [prompt.encoded]))
     if args.answers > 1 and not sampling.temperature:
         print("temperature 0: the answers are all alike (try --temperature 1)", file=sys.stderr)

@@ -17,15 +17,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from qwen3vl_jax.cli import common
 from qwen3vl_jax.cli.batch_journal import Journal, Line, Result, digest_of, read_lines
 from qwen3vl_jax.cli.batch_lines import Prepared, Settings, read_ahead, read_line
-from qwen3vl_jax.cli.common import (
-    demo_notice,
-    load_checkpoint,
-    max_length,
-    open_checkpoint,
-    read_sampling,
-)
 from qwen3vl_jax.cli.infer_arguments import check_media_of_lines, input_options, media_rules
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.inference import engine
@@ -46,14 +40,14 @@ def run(args: argparse.Namespace, _: contextlib.ExitStack, status: Status) -> No
     processes = distributed.asked_of(args)
     rules = media_rules(args)
     check_media_of_lines(args)
-    directory, processor = open_checkpoint(args)
+    directory, processor = common.open_checkpoint(args)
     processor = dataclasses.replace(processor, media_rules=rules)
     settings = Settings(
-        sampling=dataclasses.asdict(read_sampling(args, processor)),
+        sampling=dataclasses.asdict(common.read_sampling(args, processor)),
         max_new_tokens=args.max_new_tokens,
         seed=args.seed,
         stop=tuple(args.stop),
-        max_len=max_length(args, processor),
+        max_len=common.max_length(args, processor),
         inputs=input_options(args),
         rows=args.rows,
         prefill_chunk=args.prefill_chunk,
@@ -65,7 +59,9 @@ def run(args: argparse.Namespace, _: contextlib.ExitStack, status: Status) -> No
     held: dict[str, int] = {}
 
     def load(scope: contextlib.ExitStack) -> tuple[Any, Any]:
-        params, cfg = load_checkpoint(args, directory, scope, status, demo_notice(args))
+        params, cfg = common.load_checkpoint(
+            args, directory, scope, status, common.demo_notice(args)
+        )
         held.update(memory_parts(params, cfg, *_largest(processor, settings), "at most"))
         return params, cfg
 

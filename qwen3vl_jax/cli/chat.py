@@ -13,13 +13,7 @@ from typing import Any
 
 import jax
 
-from qwen3vl_jax.cli.common import (
-    demo_notice,
-    load_checkpoint,
-    max_length,
-    open_checkpoint,
-    read_sampling,
-)
+from qwen3vl_jax.cli import common
 from qwen3vl_jax.cli.infer_arguments import input_options
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.inference.chat_session import ChatState, take_turn
@@ -39,15 +33,15 @@ Item = dict[str, Any]
 
 def run(args: argparse.Namespace, scope: contextlib.ExitStack, status: Status) -> None:
     """Talks in the terminal until the end of input."""
-    directory, processor = open_checkpoint(args)
-    sampling, inputs = read_sampling(args, processor), input_options(args)
+    directory, processor = common.open_checkpoint(args)
+    sampling, inputs = common.read_sampling(args, processor), input_options(args)
     media = [{"type": "image", "image": source} for source in args.image]
     media += [{"type": "video", "video": source} for source in args.video]
     media = [load_media(processor, item, inputs) for item in media]
-    params, _ = load_checkpoint(args, directory, scope, status, demo_notice(args))
+    params, _ = common.load_checkpoint(args, directory, scope, status, common.demo_notice(args))
     converse(
         params, processor, args.system, media, max_new_tokens=args.max_new_tokens, sampling=sampling,
-        seed=args.seed, max_len=max_length(args, processor), prefill_chunk=args.prefill_chunk,
+        seed=args.seed, max_len=common.max_length(args, processor), prefill_chunk=args.prefill_chunk,
         stop=args.stop, inputs=inputs,
     )  # fmt: skip
 
