@@ -6,7 +6,7 @@ from typing import Any
 
 from qwen3vl_jax.errors import InputError
 
-_TEXT_KEYS = [
+_TEXT_KEYS = (
     "hidden_size",
     "num_hidden_layers",
     "num_attention_heads",
@@ -14,14 +14,14 @@ _TEXT_KEYS = [
     "intermediate_size",
     "moe_intermediate_size",
     "num_experts",
-]
-_VISION_KEYS = [
+)
+_VISION_KEYS = (
     "depth",
     "hidden_size",
     "intermediate_size",
     "num_heads",
     "deepstack_visual_indexes",
-]
+)
 _SIGLIP_LARGE = (24, 1024, 4096, 16, [5, 11, 17])
 _SIGLIP_SO400M = (27, 1152, 4304, 16, [8, 16, 24])
 # size: (text values, vision values, tied head)
