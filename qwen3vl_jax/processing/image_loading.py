@@ -9,7 +9,7 @@ import logging
 import struct
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -22,7 +22,7 @@ _UNSAFE = ("EPS", "IPTC", "FPX", "MIC", "WMF", "BUFR", "GRIB", "HDF5", "MPEG")
 MAX_IMAGE_BYTES = 3 * 2**29  # held while one image is decoded, and by all threads together
 _BYTES_A_PIXEL = {"WEBP": 16, "JPEG2000": 20, "AVIF": 12}  # held while decoding; of others 8
 _SLOW = 768  # of decoders in Python, which take seconds a megapixel
-_STRIP = 1 << 21  # pixels that are converted at a time
+_STRIP = 1 << 20  # pixels that are converted at a time
 # Errors name what Pillow finds wrong with a file.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
@@ -86,9 +86,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and image.info.get("transparency") is None:
         return image
     out = Image.new("RGB", image.size)
+    see_through = "A" in image.getbands() or image.info.get("transparency") is not None
     try:
         for box in _strips(image):
-            out.paste(_on_white(image.crop(box)), box)
+            part = image.crop(box)
+            if see_through:
+                white = Image.new("RGBA", part.size, (255, 255, 255, 255))
+                part = Image.alpha_composite(white, part.convert("RGBA"))
+            out.paste(part.convert("RGB"), box)
     except ValueError as e:
         raise InputError(f"image: mode {image.mode} cannot be converted to RGB") from e
     return out
@@ -112,28 +117,24 @@ def from_array(array: np.ndarray) -> Image.Image:
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[..., 0]
     if array.dtype != np.uint8:
-        convert = _to_8bit(array)
-        rows = max(1, _STRIP // array.shape[1])
-        parts = [convert(array[at : at + rows]) for at in range(0, len(array), rows)]
-        array = np.concatenate(parts)
-    return Image.fromarray(np.ascontiguousarray(array))
-
-
-def _to_8bit(array: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    if array.dtype == np.uint16:
-        return _scale_16bit
-    if array.dtype == np.bool_:
-        return lambda part: part.astype(np.uint8) * 255
-    if np.issubdtype(array.dtype, np.floating):
+        is_16bit, is_float = array.dtype == np.uint16, array.dtype.kind == "f"
+        if not (is_16bit or is_float or array.dtype == np.bool_):
+            raise InputError(
+                f"image array: dtype {array.dtype}, expected uint8, uint16, bool or floats (0 to 1)"
+            )
         low, high = float(array.min()), float(array.max())
-        if not (low >= 0 and high <= 1):
+        if is_float and not (low >= 0 and high <= 1):
             raise InputError(
                 f"image array: {array.dtype} from {low:g} to {high:g}, expected 0 to 1 (or uint8)"
             )
-        return lambda part: np.round(part.astype(np.float64) * 255).astype(np.uint8)
-    raise InputError(
-        f"image array: dtype {array.dtype}, expected uint8, uint16, bool or floats (0 to 1)"
-    )
+        rows = max(1, _STRIP // array.shape[1])
+        parts = (array[at : at + rows] for at in range(0, len(array), rows))
+        array = np.concatenate([_to_8bit(part, 1 / 257 if is_16bit else 255) for part in parts])
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _to_8bit(values: np.ndarray, scale: float) -> np.ndarray:
+    return np.round(values.astype(np.float64) * scale).astype(np.uint8)
 
 
 def _scaled(image: Image.Image, name: str) -> Image.Image:
@@ -148,20 +149,8 @@ def _scaled(image: Image.Image, name: str) -> Image.Image:
             raise InputError(
                 f"{name}: mode {image.mode}, values {low} to {high}, expected 0 to 65535"
             )
-        out.paste(Image.fromarray(_scale_16bit(values)), box)
+        out.paste(Image.fromarray(_to_8bit(values, 1 / 257)), box)
     return out
-
-
-def _scale_16bit(values: np.ndarray) -> np.ndarray:
-    return ((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
 
 
 def _strips(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:

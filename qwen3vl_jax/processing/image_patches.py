@@ -78,20 +78,18 @@ def value_table(settings: ImageSettings, channels: int) -> np.ndarray:
             values = values * settings.rescale_factor
         values = values.astype(np.float32)
         if settings.do_normalize:
-            mean, std = (_per_channel(n, settings, channels) for n in ("image_mean", "image_std"))
-            values = (values - mean) / std
+            mean, std = (np.ravel(x) for x in (settings.image_mean, settings.image_std))
+            for name, found in (("image_mean", mean), ("image_std", std)):
+                if len(found) not in (1, channels):
+                    raise InputError(
+                        f"image setting {name} has {len(found)} numbers for {channels} channels"
+                    )
+            values = (values - mean[:, None].astype(np.float32)) / std[:, None].astype(np.float32)
     if not np.isfinite(values).all():
         raise InputError(
             "rescale_factor, image_mean, image_std: values that are not finite, expected about -1 to 1"
         )
     return values
-
-
-def _per_channel(name: str, settings: ImageSettings, channels: int) -> np.ndarray:
-    found = np.asarray(getattr(settings, name), dtype=np.float32).reshape(-1, 1)
-    if len(found) not in (1, channels):
-        raise InputError(f"image setting {name} has {len(found)} numbers for {channels} channels")
-    return found
 
 
 def frames_to_patches(

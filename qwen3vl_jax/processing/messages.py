@@ -137,42 +137,32 @@ def read_item(item: Any, sources: list[MediaSource], where: str) -> dict[str, An
     places = [k for kind in _PLACES.values() for k in kind if k in given and not is_empty(given[k])]
     if places and given.get("text"):
         raise InputError(f"{where}: a content item has text and {places[0]}, expected one of them")
-    kind = _kind(given)
-    if kind == "text":
-        return {"type": "text", "text": _text(given, where)}
-    if kind in _PLACES:
-        read = _video if kind == "video" else _image
-        sources.append(read(given, where))
-        return {"type": kind, kind: kind}
     type_name = given.get("type", "")
+    for kind, types in _TYPES.items():
+        keys = _PLACES.get(kind, ("text",))
+        if type_name in types or (not type_name and any(k in given for k in keys)):
+            break
+    else:
+        kind = ""
+    if kind == "text":
+        text = given.get("text")
+        if not isinstance(text, str):
+            others = ", ".join(repr(k) for k in given if k != "type") or "nothing"
+            others = f"{type(text).__name__} there" if "text" in given else others
+            raise InputError(f"{where}: type 'text' without 'text'; found {others}")
+        _settings(given, (), ("text",), where)
+        return {"type": "text", "text": text}
+    if kind == "video":
+        sources.append(_video(given, where))
+    if kind == "image":
+        given.pop("detail", None)  # a key of OpenAI's models alone
+        settings = _settings(given, image_patches.OVERRIDES, _PLACES["image"], where)
+        sources.append(MediaSource("image", _source(given, _PLACES["image"], where), settings))
+    if kind:
+        return {"type": kind, kind: kind}
     keys = ", ".join(map(str, given)) or "(none)"
     found = f"type {type_name!r}" if type_name else f"the keys {keys}"
     raise InputError(f"{where}: a content item has {found}, expected text, an image or a video")
-
-
-def _kind(given: Mapping[str, Any]) -> str:
-    """The kind of a content item by its type, or without one by its keys; "" for none."""
-    for kind, types in _TYPES.items():
-        keys = _PLACES.get(kind, ("text",))
-        if given.get("type") in types or (not given.get("type") and any(k in given for k in keys)):
-            return kind
-    return ""
-
-
-def _text(given: Mapping[str, Any], where: str) -> str:
-    if not isinstance(given.get("text"), str):
-        others = ", ".join(repr(k) for k in given if k != "type") or "nothing"
-        others = f"{type(given['text']).__name__} there" if "text" in given else others
-        raise InputError(f"{where}: type 'text' without 'text'; found {others}")
-    _settings(given, (), ("text",), where)
-    return given["text"]
-
-
-def _image(given: dict[str, Any], where: str) -> MediaSource:
-    # A key of OpenAI's models alone.
-    given = {k: v for k, v in given.items() if k != "detail"}
-    settings = _settings(given, image_patches.OVERRIDES, _PLACES["image"], where)
-    return MediaSource("image", _source(given, _PLACES["image"], where), settings)
 
 
 def _video(given: Mapping[str, Any], where: str) -> MediaSource:

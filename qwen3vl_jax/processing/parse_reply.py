@@ -82,23 +82,17 @@ def _blocks(text: str) -> tuple[list[tuple[int, int, list[ToolCall]]], list[str]
     for tag in _CALL.finditer(text):
         if blocks and tag.start() < blocks[-1][1]:
             continue
+        found, at, closed = [], tag.end(), None
         try:
-            calls, end = _calls(text, tag.end())
-            blocks.append((tag.start(), end, calls))
+            while closed is None:
+                value, at = read_json_at(text, at)
+                found += value if isinstance(value, list) else [value]
+                closed = _CALL_END.match(text, at)
+                at = _BETWEEN.match(text, at).end()  # pyright: ignore[reportOptionalMemberAccess]
+            blocks.append((tag.start(), closed.end(), [_call(each) for each in found]))
         except InputError as e:
             unparsed.append(f"<tool_call> at character {tag.start()}: {e}; it stays text")
     return blocks, unparsed
-
-
-def _calls(text: str, at: int) -> tuple[list[ToolCall], int]:
-    """The calls of a block whose JSON begins at a place of the text, and where its closing tag ends."""
-    found: list[Any] = []
-    while True:
-        value, at = read_json_at(text, at)
-        found += value if isinstance(value, list) else [value]
-        if closed := _CALL_END.match(text, at):
-            return [_call(each) for each in found], closed.end()
-        at = _BETWEEN.match(text, at).end()  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def _call(found: Any) -> ToolCall:

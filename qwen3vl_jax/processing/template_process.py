@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import dataclasses
 import datetime
 import functools
 import os
@@ -19,7 +18,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.storage.json_text import write_json
@@ -40,31 +39,35 @@ def render(template: str, variables: Mapping[str, Any]) -> str:
     Raises InputError with the template's own message where it refuses, and for a template that does
     not end, or needs too much memory.
     """
-    with _KEPT.lock:
-        return _KEPT.ready().ask(template, variables)
+    with _SERVER.lock:
+        return _SERVER.ask(template, variables)
 
 
 class _Server:
-    """The child process; it ends with this one."""
+    """The child process, which ends with this one; one thread at a time may ask it."""
 
     def __init__(self) -> None:
+        self.lock, self.pid, self.process = threading.Lock(), 0, cast(Any, None)
+
+    def _start(self) -> None:
         code = "import sys; sys.path[:] = {!r}; from {} import serve; serve()"
         code = code.format(sys.path, "qwen3vl_jax.processing.template_process")
         pipe = subprocess.PIPE
         pipes: Any = {"stdin": pipe, "stdout": pipe, "stderr": subprocess.DEVNULL}
         self.pid = os.getpid()
-        self.process: Any = subprocess.Popen([sys.executable, "-c", code], **pipes)
+        self.process = subprocess.Popen([sys.executable, "-c", code], **pipes)
         if self.process.stdout.read(1) != b"!":
             self.close()
             raise InputError("chat template: the process that renders it does not start")
 
     def ask(self, template: str, variables: Mapping[str, Any]) -> str:
+        if self.pid != os.getpid() or self.process.poll() is not None:
+            self._start()
         data = pickle.dumps((template, dict(variables)))
         try:
             self.process.stdin.write(_HEAD.pack(True, len(data)) + data)
             self.process.stdin.flush()
-            head = self.process.stdout.read(_HEAD.size)
-            done, size = _HEAD.unpack(head)
+            done, size = _HEAD.unpack(self.process.stdout.read(_HEAD.size))
             text = self.process.stdout.read(size).decode("utf-8", "surrogatepass")
         except BaseException as e:
             # Also where an answer was not waited for: the next one would be taken for it.
@@ -78,7 +81,9 @@ class _Server:
         return text
 
     def close(self) -> int:
-        """Ends the process; gives its exit code."""
+        """Ends the process, if it is this one's; gives its exit code."""
+        if self.pid != os.getpid():
+            return 0
         with contextlib.suppress(OSError):
             self.process.stdin.close()
         try:
@@ -90,32 +95,10 @@ class _Server:
         return code
 
 
-@dataclasses.dataclass
-class _Kept:
-    """The process's own server, and who may ask it: one thread at a time."""
-
-    lock: Any = dataclasses.field(default_factory=threading.Lock)
-    server: _Server | None = None
-
-    def ready(self) -> _Server:
-        server = self.server
-        if server is None or server.pid != os.getpid() or server.process.poll() is not None:
-            server = self.server = _Server()
-        return server
-
-    def renew(self) -> None:
-        """After a fork: another thread may have held the lock."""
-        self.lock = threading.Lock()
-
-    def end(self) -> None:
-        if self.server and self.server.pid == os.getpid():
-            self.server.close()
-
-
-_KEPT = _Kept()
-atexit.register(_KEPT.end)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_KEPT.renew)
+_SERVER = _Server()
+atexit.register(_SERVER.close)
+if hasattr(os, "register_at_fork"):  # another thread may hold the lock
+    os.register_at_fork(after_in_child=lambda: setattr(_SERVER, "lock", threading.Lock()))
 
 
 # ---- in the child ----

@@ -231,17 +231,16 @@ def _from_vocab(directory: Path, added: Sequence[tuple[int | None, AddedToken]])
     # A token that the vocabulary holds keeps its id when it is added; others would be numbered on.
     vocab |= {token.content: i for i, token in added if i is not None}
     try:
-        lines = (directory / "merges.txt").read_text(encoding="utf-8").split("\n")
+        lines = (directory / "merges.txt").read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as e:
         raise InputError(f"{directory / 'merges.txt'}: cannot read this UTF-8 file: {e}") from e
-    merges = []
-    for number, line in enumerate(lines):
-        if not line.strip() or (number == 0 and line.startswith("#version")):
-            continue
-        pair = line.rstrip("\r").split(" ")
-        if len(pair) != 2:
-            raise InputError(f"{directory / 'merges.txt'}: line {number + 1} is not two tokens")
-        merges.append((pair[0], pair[1]))
+    merges: Any = []
+    for number, line in enumerate(lines, 1):
+        pair = tuple(line.split(" "))
+        if line.strip() and not (number == 1 and line.startswith("#version")):
+            if len(pair) != 2:
+                raise InputError(f"{directory / 'merges.txt'}: line {number} is not two tokens")
+            merges.append(pair)
     with panics_are_errors(f"{directory}: vocab.json and merges.txt do not fit"):
         backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
     backend.normalizer = normalizers.NFC()
