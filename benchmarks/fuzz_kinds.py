@@ -113,11 +113,12 @@ def journal() -> bytes:
 
 
 def _use_journal(folder: Path) -> None:
+    from qwen3vl_jax.cli.batch import part_of
     from qwen3vl_jax.cli.batch_journal import Journal, read_lines
 
     out = folder / "out.jsonl"
     with Journal(out, read_lines(folder / "in.jsonl"), {"seed": 1}) as kept:
-        for line in list(kept.missing()):
+        for line in part_of(kept.lines, kept.done, 0, 1):
             kept.add(line, ANSWERS[line.number])
         kept.finish()
     found = [json.loads(text) for text in out.read_text(encoding="utf-8").splitlines()]

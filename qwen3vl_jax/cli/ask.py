@@ -147,13 +147,6 @@ class Texts:
             print("" if self.args.stream else numbered)
         sys.stdout.flush()
 
-    def report_empty(self) -> None:
-        """Says on stderr which answers have no text."""
-        for number, text in enumerate(self.texts, 1):
-            if not text.strip():
-                which = f"answer {number}" if len(self.texts) > 1 else "the answer"
-                print(f"{which} is empty", file=sys.stderr)
-
 
 def answer(
     args: argparse.Namespace,
@@ -194,7 +187,10 @@ def answer(
         status.stop()
         if count:
             texts.finish()
-    texts.report_empty()
+    for number, text in enumerate(texts.texts, 1):
+        if not text.strip():
+            which = f"answer {number}" if len(texts.texts) > 1 else "the answer"
+            print(f"{which} is empty", file=sys.stderr)
     if not texts.ended.all():
         why = "--max-new-tokens" if room == args.max_new_tokens else "--max-len"
         print(f"the answer was cut off after {count} tokens ({why})", file=sys.stderr)

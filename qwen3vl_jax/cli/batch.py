@@ -62,28 +62,25 @@ def run(args: argparse.Namespace, _: contextlib.ExitStack, status: Status) -> No
         params, cfg = common.load_checkpoint(
             args, directory, scope, status, common.demo_notice(args)
         )
-        held.update(memory_parts(params, cfg, *_largest(processor, settings), "at most"))
+        # Of all rows' caches and an image, the most that lines of usual length need.
+        slots = settings.rows * min(LONG, settings.max_len)
+        limits = {k: v for k in ("min_pixels", "max_pixels") if (v := settings.inputs.get(k))}
+        image = processor.image_settings.override(**limits)
+        patches = image.max_pixels // image.patch_size**2
+        held.update(memory_parts(params, cfg, slots, patches, "at most"))
         return params, cfg
 
     index, count = distributed.start(processes)
 
     def answer() -> int:
         with memory_advice(held, "--rows, --max-len, --max-pixels, or --dtype bfloat16"):
-            return answer_file(
-                load, processor, args.input, args.output, settings, made_with, index, count
-            )
+            files = args.input, args.output
+            return answer_file(load, processor, *files, settings, made_with, index, count)
 
     with sigterm_interrupts(5 if count == 1 else 5 + distributed.GRACE):
         errors = distributed.end_together(answer, "the answers that are kept")
     if errors:
         sys.exit(1)
-
-
-def _largest(proc: Processor, settings: Settings) -> tuple[int, int]:
-    """Tokens of all rows' caches, and patches of an image: the most that lines of usual length need."""
-    limits = {k: v for k in ("min_pixels", "max_pixels") if (v := settings.inputs.get(k))}
-    image = proc.image_settings.override(**limits)
-    return settings.rows * min(LONG, settings.max_len), image.max_pixels // image.patch_size**2
 
 
 def answer_file(

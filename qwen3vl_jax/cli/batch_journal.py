@@ -86,6 +86,8 @@ class Journal:
         self.out, self._place = out, absolute(out)
         self.path = self._place.with_name(f"{self._place.name}.partial" + f".{index}" * bool(index))
         self.lines, self.index, self.errors = lines, index, 0
+        self._busy = f"--output {out}: another process is writing it"
+        self._afresh = f"delete {self.path.name} and {self._place.name} to start afresh"
         # As it is read back: tuples are lists then.
         text = write_json(settings, "the settings", sort_keys=True)
         self.settings = read_json(text, "the settings")
@@ -123,10 +125,6 @@ class Journal:
     def done(self) -> KeysView[int]:
         """The numbers of the lines that have a result."""
         return self._at.keys()
-
-    def missing(self) -> Iterator[Line]:
-        """The lines without a result."""
-        return (line for line in self.lines if line.number not in self.done)
 
     def add(self, line: Line, result: Result) -> None:
         """Keeps a result. Raises InputError where it cannot be written."""
@@ -168,13 +166,22 @@ class Journal:
             self.log.sync()
             with replacing(self._place) as file:
                 for line in self.lines:
-                    file.write(self._result(line.number) + b"\n")
+                    text = _checked(self.log.read(*self._at[line.number]))
+                    if text is None:
+                        raise InputError(
+                            f"{self.path}: the answer of line {line.number} is damaged; the same "
+                            "command gives it again"
+                        )
+                    file.write(text.partition(_RESULT)[2] + b"\n")  # as it was written
             if not self.errors:
                 self.log.remove()
 
     def _begin(self) -> None:
         """Reads the logs that are there. Raises OSError too, so that a full disk is seen at once."""
-        others = [] if self.index else _other_logs(self.path)
+        begin, siblings = f"{self.path.name}.", self.path.parent
+        found = siblings.iterdir() if not self.index and siblings.is_dir() else ()
+        named = (p for p in found if p.name.startswith(begin))
+        others = sorted(p for p in named if p.name.removeprefix(begin).isdecimal())
         self._at = self._read_log(self.log)
         self._check_out(bool(self.log.size) or any(map(AppendLog.has_begun, others)))
         self.log.append(_line({"settings": self.settings}))
@@ -245,15 +252,6 @@ class Journal:
             self._at[number] = self.log.append(text), len(text)
         self.errors += error
 
-    def _result(self, number: int) -> bytes:
-        """A result's JSON, as it was written."""
-        text = _checked(self.log.read(*self._at[number]))
-        if text is None:
-            raise InputError(
-                f"{self.path}: the answer of line {number} is damaged; the same command gives it again"
-            )
-        return text.partition(_RESULT)[2]
-
     def _check_out(self, begun: bool) -> None:
         """Raises InputError for an `out` that is no file, or not of the work that has begun."""
         found = kind(self._place)
@@ -286,22 +284,6 @@ class Journal:
                 f"--output {self.out}: cannot be written ({getattr(e, 'strerror', None) or e}); what was "
                 "finished is kept, the same command goes on"
             ) from e
-
-    @property
-    def _busy(self) -> str:
-        return f"--output {self.out}: another process is writing it"
-
-    @property
-    def _afresh(self) -> str:
-        return f"delete {self.path.name} and {self._place.name} to start afresh"
-
-
-def _other_logs(path: Path) -> list[Path]:
-    """The logs that other processes left beside the first one's."""
-    start = f"{path.name}."
-    siblings = path.parent.iterdir() if path.parent.is_dir() else ()
-    found = [p for p in siblings if p.name.startswith(start)]
-    return sorted(p for p in found if p.name.removeprefix(start).isdecimal())
 
 
 def _entry(text: bytes) -> dict[str, Any] | None:

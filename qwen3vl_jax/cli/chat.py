@@ -117,7 +117,10 @@ def converse(
                 messages = [*asked, _message(proc, answer, proc.render(asked))]
         except InputError as e:
             print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
-            state = state if state and not _is_donated(state) else None
+            # A turn that failed may have donated the cache's memory already.
+            held = jax.tree.leaves(state.cache if state else None)
+            if any(isinstance(x, jax.Array) and x.is_deleted() for x in held):
+                state = None
 
 
 def _answer(
@@ -191,8 +194,3 @@ def _message(proc: Processor, answer: str, prompt: str) -> Item:
         opened = "<think>\n" if prompt.rstrip().endswith("<think>") else ""
         return {"role": "assistant", "content": opened + answer}
     return message
-
-
-def _is_donated(state: ChatState) -> bool:
-    """Whether a turn that failed had already donated the cache's memory."""
-    return any(isinstance(x, jax.Array) and x.is_deleted() for x in jax.tree.leaves(state.cache))

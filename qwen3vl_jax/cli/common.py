@@ -67,10 +67,14 @@ def demo_notice(args: argparse.Namespace, messages: Sequence[dict] | None = None
     return notice(content[-1]["text"] if content else None, small, str(shown))
 
 
-def load_params(
-    args: argparse.Namespace, directory: Path, scope: contextlib.ExitStack, status: Status
+def load_checkpoint(
+    args: argparse.Namespace,
+    directory: Path,
+    scope: contextlib.ExitStack,
+    status: Status,
+    notice: str = "",
 ) -> tuple[Any, q3.Config]:
-    """(params, cfg) in --dtype; the default on a CPU is float32.
+    """(params, cfg) in --dtype; the default on a CPU is float32. Raises InputError where it does not fit.
 
     They are on --mesh, or on the devices that a large model needs: that mesh is the ambient one until
     `scope` ends. With --input it has this process's devices, else those of all processes.
@@ -80,34 +84,19 @@ def load_params(
     from qwen3vl_jax.checkpoint.auto_mesh import mesh_for
     from qwen3vl_jax.loading import source_of
 
-    keep_programs(not args.no_compile_cache)
-    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else None)
-    source = source_of(directory, q3.Config.from_hf(directory), args.weights)
-    devices = jax.local_devices() if args.input else jax.devices()
-    mesh = mesh_for(args.mesh, source, dtype, devices)
-    status.show(f"loading {directory}")
-    params, cfg = q3.load(
-        directory, mesh=mesh, dtype=dtype, weights=args.weights, adapter=args.adapter
-    )
-    if mesh is not None:
-        scope.enter_context(jax.set_mesh(mesh))
-    return params, cfg
-
-
-def load_checkpoint(
-    args: argparse.Namespace,
-    directory: Path,
-    scope: contextlib.ExitStack,
-    status: Status,
-    notice: str = "",
-) -> tuple[Any, q3.Config]:
-    """`load_params`, once all of it is on the device. Raises InputError where it does not fit."""
-    import jax
-
     stored = sum(file_size(directory / name) for name in files_under(directory))
     advice = "--dtype bfloat16, --weights int8 or a smaller checkpoint"
     with memory_advice({"checkpoint on disk": stored}, advice):
-        loaded = jax.block_until_ready(load_params(args, directory, scope, status))
+        keep_programs(not args.no_compile_cache)
+        dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else None)
+        source = source_of(directory, q3.Config.from_hf(directory), args.weights)
+        devices = jax.local_devices() if args.input else jax.devices()
+        mesh = mesh_for(args.mesh, source, dtype, devices)
+        status.show(f"loading {directory}")
+        options = {"mesh": mesh, "dtype": dtype, "weights": args.weights, "adapter": args.adapter}
+        loaded = jax.block_until_ready(q3.load(directory, **options))
+    if mesh is not None:
+        scope.enter_context(jax.set_mesh(mesh))
     status.stop()
     if notice:
         print(notice, file=sys.stderr)

@@ -73,22 +73,17 @@ def _entries(found: Any) -> Iterator[tuple[list[list[float]] | None, str]]:
         label = "" if label is None else str(label)
         for key, value in found.items():
             if key in SIZES:
-                yield _places(value, SIZES[key]), label
+                is_list = isinstance(value, list) and value and isinstance(value[0], list)
+                several = value if is_list else [value]
+                yield several if all(_is_place(p, SIZES[key]) for p in several) else None, label
             else:
                 yield from _entries(value)
 
 
-def _places(value: Any, size: int) -> list[list[float]] | None:
-    """One place or a list of several, each of `size` numbers."""
-    several = value if isinstance(value, list) and value and isinstance(value[0], list) else [value]
-    for place in several:
-        if not isinstance(place, list) or len(place) != size or not all(map(_number, place)):
-            return None
-    return several
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _is_place(value: Any, size: int) -> bool:
+    """Whether this is a list of `size` numbers."""
+    is_list = isinstance(value, list) and len(value) == size
+    return is_list and all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in value)
 
 
 def draw_marks(image: Image.Image, marks: list[Mark]) -> Image.Image:
@@ -143,14 +138,9 @@ def draw_answer(out: Path, messages: list[dict], text: str, beside: list[str]) -
         name = out if number == 1 else out.with_stem(f"{out.stem}-{number}")
         source = next(feed) if medium.source is None else medium.source
         try:
-            _save(draw_marks(load_image(source), marks), name)
+            made, form = io.BytesIO(), Image.registered_extensions()[name.suffix.lower()]
+            draw_marks(load_image(source), marks).save(made, form)
+            name.write_bytes(made.getvalue())
         except OSError as e:
             raise InputError(f"--draw {name}: cannot write ({e.strerror or e})") from e
         print(f"drew {len(marks)} marks on {name}", file=sys.stderr)
-
-
-def _save(image: Image.Image, name: Path) -> None:
-    """Writes an image in the format of its name."""
-    made, format = io.BytesIO(), Image.registered_extensions()[name.suffix.lower()]
-    image.save(made, format)
-    name.write_bytes(made.getvalue())

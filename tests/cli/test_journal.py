@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from qwen3vl_jax.cli.batch import part_of
 from qwen3vl_jax.cli.batch_journal import Journal, read_lines
 from qwen3vl_jax.errors import InputError
 
@@ -40,7 +41,7 @@ def answer(out, lines, results=RESULTS):
     """Adds what is missing, and puts OUT in its place; gives the numbers that were there."""
     with Journal(out, lines, SETTINGS) as journal:
         there = set(journal.done)
-        for line in list(journal.missing()):
+        for line in part_of(journal.lines, journal.done, 0, 1):
             journal.add(line, results[line.number - 1])
         journal.finish()
     return there
@@ -206,7 +207,9 @@ def test_errors_are_in_out_and_tried_again(out, lines):
     first = out.read_bytes()
     assert json.loads(first.splitlines()[2]) == wrong[2]
     with Journal(out, lines, SETTINGS) as journal:
-        assert [line.number for line in journal.missing()] == [3] and out.read_bytes() == first
+        assert [line.number for line in part_of(journal.lines, journal.done, 0, 1)] == [
+            3
+        ] and out.read_bytes() == first
     assert answer(out, lines) == {1, 2, 4}
     assert out.read_bytes() == WANT and names(out) == ["out.jsonl"]
 

@@ -148,7 +148,7 @@ def test_one_process_takes_over_what_several_left(tmp_path):
     assert partial(out, 2).exists()
     with Journal(out, lines, {"seed": 0}) as journal:
         assert journal.done == {4} and not partial(out, 2).exists()
-        for line in list(journal.missing()):
+        for line in part_of(lines, journal.done, 0, 1):
             journal.add(line, {"id": line.number - 1})
         journal.finish()
     assert [json.loads(line)["id"] for line in out.read_text().splitlines()] == list(range(6))
