@@ -3,7 +3,9 @@
 `python -m qwen3vl_jax 8b` (2b, 4b, 32b, 30b-a3b, 235b-a22b): what a released size needs, by part.
 """
 
+import functools
 import importlib.metadata
+import math
 import os
 import platform
 import sys
@@ -61,10 +63,6 @@ def needs(size: str) -> list[tuple[str, ...]]:
     from qwen3vl_jax.config import Config
 
     cfg = Config.named(size)
-
-    import functools
-    import math
-
     import jax
 
     from qwen3vl_jax.model.transformer import init_params
@@ -87,11 +85,11 @@ def needs(size: str) -> list[tuple[str, ...]]:
 def show(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     """Prints a table."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table(title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column, overflow="fold")
+    table = Table(
+        *(Column(name, overflow="fold") for name in columns), title=title, title_justify="left"
+    )
     for row in rows:
         table.add_row(*row)
     Console(markup=False).print(table)  # [cuda] is an extra's name, not a style

@@ -134,7 +134,14 @@ class Config:
         text_raw = raw["text_config"]
         is_moe = "moe" in model_type or "moe" in str(text_raw.get("model_type", ""))
         text, vision = _text(text_raw, is_moe), _vision(raw["vision_config"])
-        _check_towers(text, vision)
+        if vision.out_hidden_size != text.hidden_size:
+            expected = f"text_config.hidden_size = {text.hidden_size}"
+            raise check.refused("vision_config.out_hidden_size", vision.out_hidden_size, expected)
+        if (taps := len(vision.deepstack_visual_indexes)) > text.num_hidden_layers:
+            raise InputError(
+                f"config: vision_config.deepstack_visual_indexes: got {taps} taps, expected at most "
+                f"text_config.num_hidden_layers = {text.num_hidden_layers}"
+            )
         required = dict.fromkeys(_TOKENS, (check.integer(at_least=0), check.REQUIRED))
         tokens = check.read_fields({**_TOKENS, **raw}, "", required)
         tied = _is_tied(raw, source)
@@ -276,16 +283,3 @@ def _vision(raw: Mapping[str, Any]) -> VisionConfig:
     rope = check.mapping(raw.get("rope_parameters"), where + "rope_parameters")
     found |= check.read_fields(rope, where + "rope_parameters.", theta)
     return VisionConfig(**found)
-
-
-def _check_towers(text: TextConfig, vision: VisionConfig) -> None:
-    """Raises InputError for towers that do not fit each other."""
-    if vision.out_hidden_size != text.hidden_size:
-        expected = f"text_config.hidden_size = {text.hidden_size}"
-        raise check.refused("vision_config.out_hidden_size", vision.out_hidden_size, expected)
-    taps = len(vision.deepstack_visual_indexes)
-    if taps > text.num_hidden_layers:
-        raise InputError(
-            f"config: vision_config.deepstack_visual_indexes: got {taps} taps, expected at most "
-            f"text_config.num_hidden_layers = {text.num_hidden_layers}"
-        )

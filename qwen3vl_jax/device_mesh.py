@@ -32,7 +32,9 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     Raises InputError where sizes and devices do not fit.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = _long_names(sizes)
+    given, sizes = sizes, {SHORT.get(name, name): n for name, n in sizes.items()}
+    if len(sizes) < len(given):
+        raise InputError(f"mesh: an axis stands there twice in {dict(given)}")
     wanted = math.prod(sizes.values())
     local = set(devices) <= set(jax.local_devices())
     if -1 not in sizes.values() and 0 < wanted < len(devices) and local:
@@ -67,13 +69,6 @@ def _arrange(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     except (AssertionError, ValueError, NotImplementedError):  # depends on the chip and the gap
         return np.array(devices, dtype=object).reshape(shape)
-
-
-def _long_names(sizes: Mapping[str, int]) -> dict[str, int]:
-    named = {SHORT.get(name, name): n for name, n in sizes.items()}
-    if len(named) < len(sizes):
-        raise InputError(f"mesh: an axis stands there twice in {dict(sizes)}")
-    return named
 
 
 def slice_count(devices: Sequence[Any]) -> int:

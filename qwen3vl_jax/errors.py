@@ -19,6 +19,11 @@ class InputError(ValueError):
         super().__init__(text)
 
 
+def one_line(error: object) -> str:
+    """The message of an error, without line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def shown(value: Any, limit: int = 80) -> str:
     """A value as an error line names it: its repr, cut to `limit` characters."""
     text = repr(value)

@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
-from qwen3vl_jax.checkpoint.adapter_map import Adapter
 from qwen3vl_jax.checkpoint.adapters import attach
 from qwen3vl_jax.checkpoint.device_load import Leaves, Source, load_params, put_pairs
 from qwen3vl_jax.checkpoint.peft_io import load_adapter
@@ -56,10 +54,12 @@ def load(
     dtype, mesh = _floating(dtype), ambient_mesh() if mesh is None else mesh
     directory = resolve(ckpt, revision)
     cfg = Config.from_hf(directory)
-    beside = None if adapter is None else _adapter(resolve(adapter), cfg)
+    matrices, settings = None, None
+    if adapter is not None:
+        found = resolve(adapter)
+        matrices, settings = (run_adapter if is_run(found) else load_adapter)(found, cfg)
     params = load_params(source_of(directory, cfg, weights, expert_layout), mesh, dtype)
-    if beside is not None:
-        matrices, settings = beside
+    if matrices is not None and settings is not None:
         params = attach(params, cfg, put_pairs(matrices, mesh, dtype), settings)
     return params, cfg
 
@@ -76,10 +76,6 @@ def source_of(
 
     run = read_run if is_run(directory) else None
     return Source(directory, cfg, weights, expert_layout, run)
-
-
-def _adapter(directory: Path, cfg: Config) -> tuple[dict[str, np.ndarray], Adapter]:
-    return (run_adapter if is_run(directory) else load_adapter)(directory, cfg)
 
 
 def _floating(dtype: Any) -> Any:

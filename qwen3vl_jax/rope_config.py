@@ -107,8 +107,12 @@ def read_rope(raw: Mapping[str, Any], head_dim: int, max_positions: int) -> Rope
     _warn_of_unused(given, where, rope_type)
     fields = {} if rope_type == "default" else _scaling(given, where, head_dim)
     if rope_type in ("yarn", "longrope", "llama3"):
-        original = _original(raw, given, where) or max_positions
-        fields["original_max_position_embeddings"] = original
+        name, original = "original_max_position_embeddings", max_positions
+        # text_config counts first, as in transformers.
+        for part, prefix in ((given, where), (raw, "text_config.")):
+            if part.get(name) is not None:
+                original = check.integer()(part[name], prefix + name)
+        fields[name] = original
         if rope_type != "llama3" and "factor" not in fields:
             fields["factor"] = max_positions / original
     part, prefix = (raw, "text_config.") if given.get("rope_theta") is None else (given, where)
@@ -159,15 +163,6 @@ def _scaling(given: Mapping[str, Any], where: str, head_dim: int) -> dict[str, A
                 f"{head_dim // 2}"
             )
     return found
-
-
-def _original(raw: Mapping[str, Any], given: Mapping[str, Any], where: str) -> int | None:
-    """The number of positions before scaling; text_config counts first, as in transformers."""
-    name = "original_max_position_embeddings"
-    for part, prefix in ((raw, "text_config."), (given, where)):
-        if part.get(name) is not None:
-            return check.integer()(part[name], prefix + name)
-    return None
 
 
 def longrope_scale(r: RopeConfig) -> float:

@@ -14,14 +14,8 @@ import urllib.parse
 import urllib.request
 from typing import Any
 
-from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.processing.media_rules import (
-    FETCH_SECONDS,
-    MAX_FETCH_BYTES,
-    MediaRules,
-    one_line,
-    short,
-)
+from qwen3vl_jax.errors import InputError, one_line
+from qwen3vl_jax.processing.media_rules import FETCH_SECONDS, MAX_FETCH_BYTES, MediaRules, short
 
 _CHUNK = 1 << 16
 _REDIRECTS = (301, 302, 303, 307, 308)

@@ -86,8 +86,3 @@ def short(text: str, limit: int = 120) -> str:
     """A path or address as a message shows it."""
     text = text if text.isprintable() else repr(text)[1:-1]
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
-
-
-def one_line(error: Any) -> str:
-    """The message of an error, without line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__

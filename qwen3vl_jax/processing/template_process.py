@@ -20,7 +20,7 @@ import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
-from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.errors import InputError, one_line
 from qwen3vl_jax.storage.json_text import write_json
 
 if TYPE_CHECKING:
@@ -137,8 +137,7 @@ def _rendered(data: bytes) -> tuple[bool, bytes]:
     except RecursionError:
         return False, b"it is nested too deep, or calls itself without end"
     except Exception as e:
-        text = " ".join(str(e).split())[:_ERROR] or type(e).__name__
-        return False, text.encode("utf-8", "replace")
+        return False, one_line(e)[:_ERROR].encode("utf-8", "replace")
 
 
 @functools.lru_cache(maxsize=32)

@@ -13,14 +13,13 @@ from typing import Any, cast
 import numpy as np
 from PIL import Image
 
-from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.errors import InputError, one_line
 from qwen3vl_jax.processing.image_loading import (
     MAX_IMAGE_BYTES,
     decode_bytes,
     decode_memory,
     to_rgb,
 )
-from qwen3vl_jax.processing.media_rules import one_line
 from qwen3vl_jax.processing.video_reader import FramesDiffer, VideoReader, picked, timing
 
 # Seconds that may be missing at the end of a file that is not cut.

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
-from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.errors import InputError, one_line
 
 EXPECTED = (InputError, OSError, KeyboardInterrupt)  # what `report` takes
 _LISTED = 20  # problems printed
@@ -34,17 +34,13 @@ def report(error: BaseException, where: object = "", interrupted: str = "interru
     if isinstance(error, OSError):
         message = ": ".join(str(x) for x in (error.filename or where, error.strerror or error) if x)
     problems = getattr(error, "problems", ())
-    print(f"error: {_one_line(message)}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     if len(problems) > 1:
         for problem in problems[:_LISTED]:
-            print(f"  {_one_line(problem)}", file=sys.stderr)
+            print(f"  {one_line(problem)}", file=sys.stderr)
         if len(problems) > _LISTED:
             print(f"  ... and {len(problems) - _LISTED} more", file=sys.stderr)
     return 2
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,7 +48,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Ends the process."""
-        self.exit(2, f"error: {_one_line(message)} (--help lists the options)\n")
+        self.exit(2, f"error: {one_line(message)} (--help lists the options)\n")
 
 
 @contextlib.contextmanager

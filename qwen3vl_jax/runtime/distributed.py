@@ -75,7 +75,9 @@ def asked_of(args: Any, environ: Mapping[str, str] = os.environ) -> Asked | None
     count = args.processes or _number(_NAMES[1], environ, 0)
     index = args.process if args.process >= 0 else _number(_NAMES[2], environ, -1)
     if coordinator or count or index >= 0:
-        if not (_is_address(coordinator) and 0 <= index < count):
+        host, _, port = coordinator.rpartition(":")
+        is_address = host and port.isdecimal() and 1 <= int(port) <= 65535
+        if not (is_address and 0 <= index < count):
             raise InputError(
                 f"several processes: coordinator {coordinator!r}, processes {count}, process {index}; "
                 f"{_EXPECTED}"
@@ -85,12 +87,6 @@ def asked_of(args: Any, environ: Mapping[str, str] = os.environ) -> Asked | None
     many = any(environ.get(name, "1") not in ("", "1") for name in (*_KNOWN, *srun))
     many = many or args.distributed
     return Asked() if many or "," in environ.get(_HOSTS, "") else None
-
-
-def _is_address(coordinator: str) -> bool:
-    """Whether it is HOST:PORT."""
-    host, _, port = coordinator.rpartition(":")
-    return bool(host) and port.isdecimal() and 1 <= int(port) <= 65535
 
 
 def _number(name: str, environ: Mapping[str, str], default: int) -> int:
@@ -133,16 +129,13 @@ def start(asked: Asked | None) -> tuple[int, int]:
         raise InputError(f"several processes: {reason}{hint}") from error
     finally:
         waits.cancel()
-    if _has_its_host(os.environ) and not os.environ.get("JAX_LOCAL_DEVICE_IDS"):
+    # "1", or "1(x4)" on four hosts, where SLURM or Open MPI started one process on each.
+    tasks = map(os.environ.get, ("SLURM_STEP_TASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE"))
+    has_its_host = re.fullmatch(r"1(\(x\d+\))?", next(filter(None, tasks), ""))
+    if has_its_host and not os.environ.get("JAX_LOCAL_DEVICE_IDS"):
         for name in ("jax_cuda_visible_devices", "jax_rocm_visible_devices"):
             jax.config.update(name, "all")  # JAX would take one card
     return jax.process_index(), jax.process_count()
-
-
-def _has_its_host(environ: Mapping[str, str]) -> bool:
-    """Whether SLURM or Open MPI started one process on each host: "1", or "1(x4)" on four."""
-    tasks = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("OMPI_COMM_WORLD_LOCAL_SIZE")
-    return bool(re.fullmatch(r"1(\(x\d+\))?", tasks or ""))
 
 
 def end_together(run: Callable[[], _T], kept: str = "the last checkpoint") -> _T:

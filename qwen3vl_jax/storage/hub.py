@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.errors import InputError, one_line
 from qwen3vl_jax.storage.paths import as_path, is_remote, kind
 from qwen3vl_jax.storage.safetensors_files import refuse_pickles
 
@@ -59,8 +59,7 @@ def _fetch(repo: str, revision: str | None) -> Path:
         ) from e
     # The errors of its HTTP library change from version to version.
     except Exception as e:
-        reason = " ".join(str(e).split())[:200]
-        raise InputError(f"{at}: cannot be fetched from the Hub ({reason})") from e
+        raise InputError(f"{at}: cannot be fetched from the Hub ({one_line(e)[:200]})") from e
     if not any(found.glob("*.safetensors")):
         refuse_pickles(at, _hub_names(repo, found.name))
     return found

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.errors import InputError, one_line
 
 try:
     import fcntl
@@ -97,8 +97,7 @@ def reached(path: object) -> Iterator[None]:
     except Exception as error:
         if not is_remote(str(path)):
             raise
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(f"{path}: cannot be reached ({reason})") from error
+        raise InputError(f"{path}: cannot be reached ({one_line(error)[:200]})") from error
 
 
 def kind(path: Path) -> str:
