@@ -11,7 +11,7 @@ from typing import Any
 
 from qwen3vl_jax import config_checks as check
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.released import released_config
+from qwen3vl_jax.released import released_sizes
 from qwen3vl_jax.rope_config import RopeConfig, read_rope
 from qwen3vl_jax.storage.json_text import read_json, read_json_file, write_json
 from qwen3vl_jax.storage.paths import as_path
@@ -151,7 +151,18 @@ class Config:
     @classmethod
     def named(cls, size: str) -> Config:
         """The config of a released size: 2b, 4b, 8b, 32b, 30b-a3b or 235b-a22b."""
-        return cls.from_hf(released_config(size))
+        text, vision, tied = released_sizes(size)
+        fixed = {"in_channels": 3, "patch_size": 16, "temporal_patch_size": 2}
+        vision |= {**fixed, "spatial_merge_size": 2, "num_position_embeddings": 2304}
+        per_token = 8 if text["num_experts"] else 0
+        text |= {"vocab_size": 151_936, "head_dim": 128, "max_position_embeddings": 262_144}
+        return cls(
+            TextConfig(**text, num_experts_per_tok=per_token, rope=RopeConfig()),
+            VisionConfig(**vision, out_hidden_size=text["hidden_size"]),
+            **_TOKENS,
+            tie_word_embeddings=tied,
+            eos_token_ids=(151_645,),
+        )
 
     def to_hf(self) -> dict[str, Any]:
         """The config.json of this config in the released form: the inverse of `from_hf`."""

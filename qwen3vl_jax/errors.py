@@ -26,7 +26,10 @@ def one_line(error: object) -> str:
 
 def shown(value: Any, limit: int = 80) -> str:
     """A value as an error line names it: its repr, cut to `limit` characters."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return "a number too long to print"
     return text if len(text) <= limit else f"{text[:limit]} .."
 
 

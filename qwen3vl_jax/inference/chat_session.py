@@ -15,6 +15,7 @@ from qwen3vl_jax.model.structs import Batch, KVCache, Params
 from qwen3vl_jax.processing.batch import make_batch
 from qwen3vl_jax.processing.encoded_prompt import (
     EncodedPrompt,
+    grids_of,
     place_images,
     shared_start,
     to_hf_arrays,
@@ -140,7 +141,7 @@ def continue_from(
     if state is None or start == 0:
         return make_batch(cfg, **to_hf_arrays(cfg, [prompt])), None
     shared = prompt.first(start)
-    positions, _ = rope_index(cfg, shared.ids[None], **shared.grids)
+    positions, _ = rope_index(cfg, shared.ids[None], **grids_of(shared.images))
     delta = np.array([positions.max() + 1 - start], np.int32)
     cache = state.cache.replace(length=np.array([start], np.int32), delta=delta)
     return make_batch(cfg, **to_hf_arrays(cfg, [prompt.rest(start)])), cache

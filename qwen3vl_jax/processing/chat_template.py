@@ -8,8 +8,8 @@ from typing import Any
 
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.template_process import render
-from qwen3vl_jax.storage.json_text import read_json_file
-from qwen3vl_jax.storage.paths import as_path, file_size, reached
+from qwen3vl_jax.storage.json_text import read_json_file, read_regular
+from qwen3vl_jax.storage.paths import as_path
 
 _LARGEST = 1 << 22
 _CONTINUE = "CONTINUE_FINAL_MESSAGE_TAG "
@@ -183,14 +183,6 @@ def _named(raw: Any, path: Path) -> dict[str, str]:
 
 def _read(path: Path) -> str:
     try:
-        with reached(path):
-            if path.exists() and not path.is_file():
-                raise InputError(f"{path}: cannot read this chat template: it is no regular file")
-            if path.exists() and (size := file_size(path)) > _LARGEST:
-                raise InputError(f"{path}: {size:,} bytes, a template has at most {_LARGEST:,}")
-            return path.read_text(encoding="utf-8")
-    except InputError:
-        raise
-    except (OSError, ValueError) as e:
-        reason = getattr(e, "strerror", None) or e
-        raise InputError(f"{path}: cannot read this chat template: {reason}") from e
+        return read_regular(path, f"chat template {path}", _LARGEST).decode()
+    except UnicodeDecodeError as e:
+        raise InputError(f"chat template {path}: byte {e.start} is not UTF-8") from None

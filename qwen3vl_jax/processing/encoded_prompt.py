@@ -77,11 +77,6 @@ class EncodedPrompt:
     images: tuple[EncodedImage, ...] = ()
     labels: np.ndarray | None = None
 
-    @property
-    def grids(self) -> dict[str, list[tuple[int, int, int]] | None]:
-        """The grids by the names that `rope_index` and `make_batch` give them."""
-        return grids_of(self.images)
-
     def rest(self, start: int) -> EncodedPrompt:
         """The tokens from `start` on, which is not inside an image."""
         left = [x for x in self.images if x.start >= start]

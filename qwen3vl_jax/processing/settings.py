@@ -16,8 +16,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from PIL import Image
 
-from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.processing.media_rules import short
+from qwen3vl_jax.errors import InputError, shown
 from qwen3vl_jax.processing.resize_rules import Size, smart_resize
 from qwen3vl_jax.storage.json_text import read_json_file
 from qwen3vl_jax.storage.paths import as_path
@@ -29,14 +28,6 @@ _MOST = 2**40  # of settings that count; patches have a limit of bytes besides
 _SLOWEST, _FASTEST = 1e-6, 1e6
 # Settings of transformers' base class that its Qwen3-VL processor never reads.
 WITHOUT_EFFECT = ("size_divisor", "default_to_square", "do_center_crop", "crop_size")
-
-
-def shown(value: Any) -> str:
-    """A value as a message shows it, whatever it is."""
-    try:
-        return short(repr(value), 60)
-    except ValueError:  # an integer of thousands of digits
-        return "a number too long to print"
 
 
 def _refusal(name: str, value: Any, expected: str) -> InputError:

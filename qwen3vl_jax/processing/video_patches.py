@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from qwen3vl_jax.config_checks import warn_once
-from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.errors import InputError, shown
 from qwen3vl_jax.processing.encoded_prompt import UsedFrames
 from qwen3vl_jax.processing.image_loading import to_rgb
 from qwen3vl_jax.processing.image_patches import (
@@ -26,7 +26,7 @@ from qwen3vl_jax.processing.media import load_image
 from qwen3vl_jax.processing.qwen_items import KEYS as ITEM_RULES
 from qwen3vl_jax.processing.qwen_items import VideoItem
 from qwen3vl_jax.processing.resize_rules import Size, smart_resize_video
-from qwen3vl_jax.processing.settings import WITHOUT_EFFECT, VideoSettings, checks, shown
+from qwen3vl_jax.processing.settings import WITHOUT_EFFECT, VideoSettings, checks
 from qwen3vl_jax.processing.video_loading import as_frames, open_frames, open_video
 from qwen3vl_jax.processing.video_reader import FramesDiffer, VideoReader
 

@@ -54,22 +54,27 @@ def read_json(text: str | bytes, where: str, large: bool = False) -> Any:
     return found
 
 
+def read_regular(path: Path, where: str, most: int) -> bytes:
+    """The bytes of a regular file of at most `most` bytes; where: its name in errors. Raises InputError."""
+    try:
+        with reached(path):
+            if not path.is_file():
+                what = "is no regular file" if path.exists() else "does not exist"
+                raise InputError(f"{where}: cannot be read (it {what})")
+            if (size := file_size(path)) > most:
+                raise InputError(f"{where}: {size:,} bytes, expected at most {most:,}")
+            return path.read_bytes()
+    except OSError as e:
+        raise InputError(f"{where}: cannot be read ({e.strerror or e})") from e
+
+
 def read_json_file(path: Path, where: str = "", kind: type | tuple[type, ...] = dict) -> Any:
     """`read_json` of a regular file of at most 1 GiB. Raises InputError also for data of another kind.
 
     where: the name of the file in errors, by default its path. kind: dict for an object.
     """
     where = where or str(path)
-    try:
-        with reached(path):
-            if not path.is_file():
-                what = "is no regular file" if path.exists() else "does not exist"
-                raise InputError(f"{where}: cannot be read (it {what})")
-            if (size := file_size(path)) > MAX_BYTES:
-                raise InputError(f"{where}: {size:,} bytes, expected at most {MAX_BYTES:,}")
-            text = path.read_bytes()
-    except OSError as e:
-        raise InputError(f"{where}: cannot be read ({e.strerror or e})") from e
+    text = read_regular(path, where, MAX_BYTES)
     found = read_json(text, where)
     if not isinstance(found, kind):
         expected = "an object" if kind is dict else "a list or an object"

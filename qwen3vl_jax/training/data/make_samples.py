@@ -17,6 +17,7 @@ import numpy as np
 
 from qwen3vl_jax.config import IGNORE_INDEX, Config
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.processing.encoded_prompt import grids_of
 from qwen3vl_jax.processing.positions import rope_index
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.processing.tokenizer import Tokenizer
@@ -108,7 +109,7 @@ class SampleMaker:
         ids = prompt.ids
         turns = assistant_turns(proc.tokenizer, ids, self._opening)
         labels, weights = _targets(ids, turns, messages, data.weighting)
-        positions, _ = rope_index(proc.config, ids[None], **prompt.grids)
+        positions, _ = rope_index(proc.config, ids[None], **grids_of(prompt.images))
         pixel_type = np.float32 if proc is self.proc else np.uint8
         images = tuple(
             dataclasses.replace(x, patches=x.patches.astype(pixel_type)) for x in prompt.images
