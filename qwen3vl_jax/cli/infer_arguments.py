@@ -113,13 +113,7 @@ def _add_generation(options: _Options) -> None:
     add("--presence-penalty", type=float, default=0.0)
     add("--seed", type=int, default=0)
     add("--prefill-chunk", type=int, default=8192, help="prompt tokens of one prefill step")
-    add(
-        "--stop",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="end the answer before this text",
-    )
+    add("--stop", action="append", default=[], metavar="TEXT", help="end the answer before it")
 
 
 def _add_model(options: _Options) -> None:
@@ -164,21 +158,16 @@ def arguments(argv: list[str] | None, description: str) -> argparse.Namespace:
     defaults = {name: parser.get_default(name) for name in vars(parser.parse_args([]))}
     found = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults))))
     given = {name: value for name, value in found.items() if value is not None}
-    mode = _mode_of(given)
+    modes = [mode for mode in MODES if mode in given]
+    if len(modes) > 1:
+        raise InputError(f"--{modes[0]} and --{modes[1]}: give one of them")
+    mode = modes[0] if modes else "mesh" if "mesh" in given else "ask"
     for name in given:
         _check_meaning(name, mode, options.modes.get(name, (mode,)))
     args = argparse.Namespace(**{**defaults, **given})
     args.mode = {"input": "batch", "rerank": "embed", "mesh": "ask"}.get(mode, mode)
     args.mesh = mesh_sizes(args.mesh)
     return args
-
-
-def _mode_of(given: Collection[str]) -> str:
-    """One of MODES, "ask" or "mesh". Raises InputError for two of them."""
-    found = [mode for mode in MODES if mode in given]
-    if len(found) > 1:
-        raise InputError(f"--{found[0]} and --{found[1]}: give one of them")
-    return found[0] if found else "mesh" if "mesh" in given else "ask"
 
 
 def _check_meaning(name: str, mode: str, modes: tuple[str, ...]) -> None:

@@ -63,31 +63,21 @@ class PrefixStore:
     def best(self, prompt: EncodedPrompt, others: Sequence[EncodedPrompt]) -> Prefix | None:
         """The prefix to prefill a prompt behind: one in the store, or a new one that others share too."""
         found = self.lookup(prompt)
-        length = _worth_keeping(prompt, others, 0 if found is None else found.length)
-        if length and self._fits(prompt, length):
-            found = self._make(prompt.first(length))
+        # The length that spares most tokens beyond those that are kept already.
+        kept = 0 if found is None else found.length
+        shared = sorted((shared_start(prompt, other) for other in others), reverse=True)
+        spared = [(length - kept) * count for count, length in enumerate(shared, 1)]
+        length = shared[int(np.argmax(spared))] if spared else 0
+        if length - kept >= MIN_TOKENS and self._fits(prompt, length):
+            first, width = prompt.first(length), bucket(length)
+            batch, chunk = group_batch(self.cfg, [first], width), self.chunk_of(width)
+            features = self.features.of([first], width)
+            cache, _ = prefill(self.params, self.cfg, batch, width, features=features, chunk=chunk)
+            self.stats.prefixes += 1
+            self.stats.prefilled += length
+            found = Prefix(first.without_patches(), cache)
         if found is not None:
             self.store = [*(p for p in self.store if p is not found), found][-MAX_PREFIXES:]
             while len(self.store) > 1 and sum(p.nbytes for p in self.store) > MAX_BYTES:
                 self.store = self.store[1:]
         return found
-
-    def _make(self, first: EncodedPrompt) -> Prefix:
-        length = len(first.ids)
-        width = bucket(length)
-        cache, _ = prefill(
-            self.params, self.cfg, group_batch(self.cfg, [first], width), width,
-            features=self.features.of([first], width),
-            chunk=self.chunk_of(width),
-        )  # fmt: skip
-        self.stats.prefixes += 1
-        self.stats.prefilled += length
-        return Prefix(first.without_patches(), cache)
-
-
-def _worth_keeping(prompt: EncodedPrompt, others: Sequence[EncodedPrompt], kept: int) -> int:
-    """The length of the prefix that spares most tokens beyond those `kept` already; 0 if too few."""
-    shared = sorted((shared_start(prompt, other) for other in others), reverse=True)
-    spared = [(length - kept) * count for count, length in enumerate(shared, 1)]
-    best = shared[int(np.argmax(spared))] if spared else 0
-    return best if best - kept >= MIN_TOKENS else 0

@@ -49,7 +49,10 @@ class Sampling:
         for name, (low, high, text) in ranges.items():
             given = getattr(self, name)
             try:
-                values = _numbers(given)
+                if np.asarray(given).dtype.kind in "bOSU":  # "5" and True, which numpy takes
+                    raise TypeError("not numbers")
+                with np.errstate(over="ignore"):  # as the device has them
+                    values = np.ravel(np.asarray(given, np.float32))
             except (TypeError, ValueError, OverflowError) as e:
                 raise InputError(f"{name} is {given!r}, expected {text}") from e
             for value in map(float, values):
@@ -70,14 +73,6 @@ class Sampling:
                 )
             out[field.name] = np.broadcast_to(value, (count,))
         return SamplingRows(**out)
-
-
-def _numbers(given) -> np.ndarray:
-    """The values as the device has them; raises TypeError for "5" and True, which numpy takes."""
-    if np.asarray(given).dtype.kind in "bOSU":
-        raise TypeError("not numbers")
-    with np.errstate(over="ignore"):
-        return np.ravel(np.asarray(given, np.float32))
 
 
 class SamplingRows(flax.struct.PyTreeNode):

@@ -70,15 +70,10 @@ def make_vision(cfg: Config, pixels, grid_thw, pad: bool = True) -> VisionInputs
     lo, hi = (np.repeat(x, sizes).astype(np.int32) for x in (ends - sizes, ends))
     rows = c.merge_unit * bucket(-(-count // c.merge_unit)) if pad else count
     out = (_fit(x, rows, axis=0) for x in (pixels, index, weights, coords, lo, hi))
-    return VisionInputs(*out, frames=_frame_bound(len(sizes), rows))
-
-
-def _frame_bound(frames: int, patches: int) -> int:
-    """A power of two of at least `frames`, and of the frames of 256 patches that would fit.
-
-    It is part of a compiled program: images of usual sizes then share that of their bucket.
-    """
-    return 1 << (max(frames, patches // 256, 2) - 1).bit_length()
+    # A power of two of at least the frames, and of the frames of 256 patches that would fit. It is part
+    # of a compiled program: images of usual sizes then share that of their bucket.
+    frames = 1 << (max(len(sizes), rows // 256, 2) - 1).bit_length()
+    return VisionInputs(*out, frames=frames)
 
 
 def merge_order(h: int, w: int, merge: int) -> tuple[np.ndarray, np.ndarray]:
@@ -104,11 +99,8 @@ def _frame_tables(c: VisionConfig, h: int, w: int) -> tuple[np.ndarray, np.ndarr
     (r0, r1, dr), (c0, c1, dc) = axis(h, row), axis(w, col)
     index = np.stack([r0 * side + c0, r0 * side + c1, r1 * side + c0, r1 * side + c1], 1)
     weights = np.stack([(1 - dr) * (1 - dc), (1 - dr) * dc, dr * (1 - dc), dr * dc], 1)
-    return (
-        index.astype(np.int32),
-        weights.astype(np.float32),
-        np.stack([row, col], 1).astype(np.int32),
-    )
+    coords = np.stack([row, col], 1).astype(np.int32)
+    return index.astype(np.int32), weights.astype(np.float32), coords
 
 
 # Keys that processors return, ours and transformers', and that hold nothing we need.

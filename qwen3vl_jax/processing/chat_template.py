@@ -38,7 +38,17 @@ class ChatTemplate:
         chat_template.json, processor_config.json, tokenizer_config.json. chosen: a file, a
         template's own text, or the name of one of several. Without any, `render` raises InputError.
         """
-        found = _templates(as_path(directory))
+        folder = as_path(directory)
+        more = (folder / "additional_chat_templates").glob("*.jinja")
+        found = {path.stem: _read(path) for path in sorted(more)}
+        if (folder / "chat_template.jinja").is_file():
+            found["default"] = _read(folder / "chat_template.jinja")
+        else:
+            for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+                raw = read_json_file(folder / name) if (folder / name).is_file() else {}
+                if named := _named(raw.get("chat_template"), folder / name):
+                    found |= named
+                    break
         if chosen is None:
             return cls(found, str(directory))
         text = str(chosen)
@@ -147,19 +157,6 @@ def _open_end(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str
             items[i] = {**items[i], "text": text + _CONTINUE}
             return [*before, {**last, "content": items}], text
     raise InputError("continue_final_message: the last message has no text to continue")
-
-
-def _templates(directory: Path) -> dict[str, str]:
-    more = sorted((directory / "additional_chat_templates").glob("*.jinja"))
-    found = {path.stem: _read(path) for path in more}
-    if (directory / "chat_template.jinja").is_file():
-        return {**found, "default": _read(directory / "chat_template.jinja")}
-    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
-        if (directory / name).is_file():
-            named = _named(read_json_file(directory / name).get("chat_template"), directory / name)
-            if named:
-                return {**found, **named}
-    return found
 
 
 def _named(raw: Any, path: Path) -> dict[str, str]:

@@ -24,7 +24,11 @@ class Escape:
     def __init__(self, special: Iterable[str], ordinary: Iterable[str], rendered: str):
         """special, ordinary: texts of added tokens; rendered: all text that will be rendered."""
         special = list(special)
-        self.mark = _unused_character(rendered)
+        used, private = rendered.lower(), map(chr, _PRIVATE)
+        free = (c for c in private if c not in used and _json_escape(c) not in used)
+        if (mark := next(free, None)) is None:
+            raise InputError("conversation: it uses every private-use character of Unicode")
+        self.mark = mark
         at_end = {token[:n] for token in special for n in range(1, len(token))}
         at_start = {token[n:] for token in special for n in range(1, len(token))}
         flags = re.IGNORECASE  # a template may change case
@@ -79,14 +83,6 @@ def _any_of(texts: Iterable[str]) -> str:
     """A pattern of any of these, the longest first; one that never matches if there are none."""
     longest_first = sorted(texts, key=len, reverse=True)
     return f"(?:{'|'.join(map(re.escape, longest_first))})" if longest_first else "(?!)"
-
-
-def _unused_character(text: str) -> str:
-    text = text.lower()
-    for code in _PRIVATE:
-        if chr(code) not in text and _json_escape(chr(code)) not in text:
-            return chr(code)
-    raise InputError("conversation: it uses every private-use character of Unicode")
 
 
 def _json_escape(character: str) -> str:

@@ -111,7 +111,11 @@ def open_source(
         return _held(f"base64 {key}", decode_base64(text))
     if form == "store":
         rules.check_host("/".join(text.split("/")[:3]), None, key)
-        return _held(name, _read_store(text))
+        try:
+            with reached(name):
+                return _held(name, as_path(text).read_bytes())
+        except FileNotFoundError as e:
+            raise InputError(f"{name}: cannot be read: no such file") from e
     path = local_path(text) if form == "file" else text
     return MediaFile(name, lambda: _open(path, key, rules))
 
@@ -149,7 +153,17 @@ def form_of(text: str, key: str, folder: str = "") -> str:
         data = decode_base64(text)
     except InputError:
         return "path"
-    is_known = is_image(data) if key == "image" else _is_video(data)
+    if key == "image":
+        is_known = is_image(data)
+    else:
+        import av
+
+        options = {"protocol_whitelist": "none"}
+        try:
+            with av.open(io.BytesIO(data), container_options=options) as file:
+                is_known = bool(file.streams.video)
+        except (av.FFmpegError, ValueError, OSError):
+            is_known = False
     return "base64" if is_known and not os.path.exists(os.path.join(folder, text)) else "path"
 
 
@@ -167,16 +181,6 @@ def within(source: Any, key: str, folder: str) -> Any:
 
 def _held(name: str, data: bytes) -> MediaFile:
     return MediaFile(name, lambda: io.BytesIO(data))
-
-
-def _is_video(data: bytes) -> bool:
-    import av
-
-    try:
-        with av.open(io.BytesIO(data), container_options={"protocol_whitelist": "none"}) as file:
-            return bool(file.streams.video)
-    except (av.FFmpegError, ValueError, OSError):
-        return False
 
 
 def _open(path: str, key: str, rules: MediaRules) -> BinaryIO:
@@ -223,16 +227,6 @@ def _check_regular(found: os.stat_result, name: str, key: str) -> None:
     if not stat.S_ISREG(found.st_mode):
         kind = _KINDS.get(stat.S_IFMT(found.st_mode), "special file")
         raise InputError(f"{name}: cannot read this {key}: it is a {kind}, expected a regular file")
-
-
-def _read_store(address: str) -> bytes:
-    """The bytes of an object of a store (gs://bucket/cat.png)."""
-    name = short(address)
-    try:
-        with reached(name):
-            return as_path(address).read_bytes()
-    except FileNotFoundError as e:
-        raise InputError(f"{name}: cannot be read: no such file") from e
 
 
 def local_path(uri: str) -> str:

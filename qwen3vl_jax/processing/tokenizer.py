@@ -42,7 +42,11 @@ class Tokenizer:
         self._textual.add_tokens([token for _, token in sorted(added.items()) if not token.special])
         renumbered = self._textual.get_added_tokens_decoder()
         self._real_id = {i: self.added[token.content] for i, token in renumbered.items()}
-        self._byte_of = {c: b for b, c in _byte_alphabet().items()}
+        # Byte -> its printable character in a byte-level vocabulary.
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [b for b in range(256) if b not in printable]
+        self._byte_of = {chr(b): b for b in printable}
+        self._byte_of |= {chr(256 + n): b for n, b in enumerate(others)}
         for character, byte in self._byte_of.items():
             if backend.token_to_id(character) is None:
                 raise InputError(
@@ -184,7 +188,12 @@ class TextStream:
         if self.stopped is not None:
             self._held = ""
             return text[:cut]
-        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+        # The longest end of the text that begins a stop string, which is not complete.
+        longest = min(len(text), max(map(len, self._stops), default=0))
+        ends = (
+            n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in self._stops)
+        )
+        keep = next(ends, 0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
@@ -206,19 +215,6 @@ def find_stop(text: str, stops: Sequence[str]) -> tuple[int, str | None]:
         return len(text), None
     _, at, stop = min(hits)
     return at, stop
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of the text that begins the stop string."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
-
-
-def _byte_alphabet() -> dict[int, str]:
-    """Byte -> its printable character in a byte-level vocabulary."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in set(printable)]
-    return {b: chr(b) for b in printable} | {b: chr(256 + n) for n, b in enumerate(others)}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -46,7 +46,13 @@ def load_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
     Raises InputError for a model that is no plain BPE, and for a file that the library cannot take.
     """
     raw = read_json_file(path)
-    _check_model(raw.get("model"), path)
+    if not isinstance(model := raw.get("model"), Mapping):
+        raise InputError(f"{path}: model: got {shown(model)}, expected an object")
+    if model.get("type", "BPE") != "BPE":
+        raise InputError(f"{path}: model type: got {shown(model['type'])}, expected BPE")
+    for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+        if model.get(key):
+            raise InputError(f"{path}: model {key}: got {shown(model[key])}, expected null")
     data = path.read_bytes()
     if not all(_is_known(raw.get(part)) for part in _PARTS):
         _try_in_a_child(data, path)
@@ -72,16 +78,6 @@ def panics_are_errors(what: str) -> Iterator[None]:
         if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
             raise
         raise InputError(f"{what}: {' '.join(str(e).split())[:300]}") from e
-
-
-def _check_model(model: Any, path: Path) -> None:
-    if not isinstance(model, Mapping):
-        raise InputError(f"{path}: model: got {shown(model)}, expected an object")
-    if model.get("type", "BPE") != "BPE":
-        raise InputError(f"{path}: model type: got {shown(model['type'])}, expected BPE")
-    for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
-        if model.get(key):
-            raise InputError(f"{path}: model {key}: got {shown(model[key])}, expected null")
 
 
 def _is_known(part: Any) -> bool:

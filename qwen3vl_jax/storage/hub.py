@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -42,7 +43,7 @@ def local_directory(ckpt: str | os.PathLike[str], revision: str | None = None) -
 
 
 def _fetch(repo: str, revision: str | None) -> Path:
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import HfApi, errors, snapshot_download
 
     at = repo if revision is None else f"{repo} at revision {revision}"
     try:
@@ -61,16 +62,8 @@ def _fetch(repo: str, revision: str | None) -> Path:
     except Exception as e:
         raise InputError(f"{at}: cannot be fetched from the Hub ({one_line(e)[:200]})") from e
     if not any(found.glob("*.safetensors")):
-        refuse_pickles(at, _hub_names(repo, found.name))
+        names: list[str] = []
+        with contextlib.suppress(Exception):  # the Hub is out of reach
+            names = HfApi().list_repo_files(repo, revision=found.name)
+        refuse_pickles(at, names)
     return found
-
-
-def _hub_names(repo: str, commit: str) -> list[str]:
-    """The files of a commit on the Hub; [] if the Hub is out of reach."""
-    from huggingface_hub import HfApi
-
-    try:
-        return HfApi().list_repo_files(repo, revision=commit)
-    # The errors of its HTTP library change from version to version.
-    except Exception:
-        return []
