@@ -7,8 +7,7 @@ import contextlib
 import re
 import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,7 +18,13 @@ from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.inference.chat_session import ChatState, take_turn
 from qwen3vl_jax.model.structs import Params
 from qwen3vl_jax.processing.processor import Processor
-from qwen3vl_jax.runtime.console import Status, interrupt_heard, memory_advice, memory_parts
+from qwen3vl_jax.runtime.console import (
+    Status,
+    handling,
+    interrupt_heard,
+    memory_advice,
+    memory_parts,
+)
 
 HELP = (
     "/image PATH and /video PATH go with the next question; /new starts afresh; /quit ends, /help says "
@@ -137,7 +142,7 @@ def _answer(
     slots += 0 if state is None else len(state.ids)
     turn, stop = take_turn(params, proc, asked, state, **options), _CtrlC()
     held = memory_parts(params, proc.config, slots, patches, "about")
-    with memory_advice(held, ADVICE), stop.handled(), Status() as status:
+    with memory_advice(held, ADVICE), handling([signal.SIGINT], stop), Status() as status:
         status.show("compiling and reading" if state is None else "reading", line=False)
         try:
             piece = next(turn)
@@ -161,27 +166,14 @@ def _answer(
 class _CtrlC:
     """Whether Ctrl-C was pressed during an answer; pressed again, it ends the chat."""
 
-    def __init__(self) -> None:
-        self.pressed = False
+    pressed = False
 
-    @contextlib.contextmanager
-    def handled(self) -> Iterator[None]:
-        """Until its end the first SIGINT is only marked."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def press(*_: Any) -> None:
-            interrupt_heard.set()
-            if self.pressed:
-                raise KeyboardInterrupt
-            self.pressed = True
-
-        before = signal.signal(signal.SIGINT, press)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
+    def __call__(self, *_: Any) -> None:
+        """The handler of SIGINT, which only marks the first one."""
+        interrupt_heard.set()
+        if self.pressed:
+            raise KeyboardInterrupt
+        self.pressed = True
 
 
 def _message(proc: Processor, answer: str, prompt: str) -> Item:

@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
 from qwen3vl_jax.errors import InputError, one_line
@@ -143,33 +143,37 @@ def end_process(code: int) -> NoReturn:
 
 
 @contextlib.contextmanager
+def handling(numbers: Iterable[int], handler: Callable[..., None]) -> Iterator[dict[int, Any]]:
+    """Sets the handler of signals until the block ends; gives those before. Only the main thread may."""
+    is_main = threading.current_thread() is threading.main_thread()
+    before = {n: signal.signal(n, handler) for n in numbers} if is_main else {}
+    try:
+        yield before
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+@contextlib.contextmanager
 def signals_later() -> Iterator[None]:
     """Delays Ctrl-C and SIGTERM to the end of the block.
 
     For the first import of jax: its extensions abort the process where a handler raises in them.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     came: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {n: signal.signal(n, lambda n, _: came.append(n)) for n in numbers}
+    before: dict[int, Any] = {}
     try:
-        yield
+        with handling((signal.SIGINT, signal.SIGTERM), lambda n, _: came.append(n)) as before:
+            yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
         for number in came[:1]:
-            handler = before[signal.Signals(number)]
+            handler = before[number]
             handler(number, None) if callable(handler) else signal.raise_signal(number)
 
 
 @contextlib.contextmanager
 def sigterm_interrupts(seconds: float) -> Iterator[None]:
     """Makes SIGTERM, a scheduler's notice, act as Ctrl-C; `seconds` after either the process ends."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may set a handler
-        return
 
     def interrupt(*_: Any) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # some schedulers send it twice
@@ -181,12 +185,10 @@ def sigterm_interrupts(seconds: float) -> Iterator[None]:
             os.write(2, b"interrupted: the same command goes on\n")
             os._exit(130)
 
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        with signals_in_thread(end_later):
-            yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with contextlib.ExitStack() as scope:
+        if scope.enter_context(handling([signal.SIGTERM], interrupt)):
+            scope.enter_context(signals_in_thread(end_later))
+        yield
 
 
 class Status:
