@@ -12,7 +12,7 @@ from typing import Any
 from qwen3vl_jax.config import AXES, SHORT
 from qwen3vl_jax.errors import InputError, check_int
 from qwen3vl_jax.planning.machines import add_plan_arguments, check_plan_arguments
-from qwen3vl_jax.processing.media_rules import MediaRules
+from qwen3vl_jax.processing.fetching import MediaRules
 from qwen3vl_jax.runtime.compile_cache import HELP
 from qwen3vl_jax.runtime.console import Parser
 from qwen3vl_jax.runtime.distributed import add_arguments as add_process_arguments

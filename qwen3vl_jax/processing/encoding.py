@@ -6,8 +6,8 @@ import dataclasses
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 
@@ -20,10 +20,10 @@ from qwen3vl_jax.processing.encoded_prompt import (
     UsedFrames,
     place_images,
 )
+from qwen3vl_jax.processing.fetching import MediaRules, short
 from qwen3vl_jax.processing.image_patches import image_to_patches
 from qwen3vl_jax.processing.media import loaded_image
 from qwen3vl_jax.processing.media_arguments import placeholder_mismatch
-from qwen3vl_jax.processing.media_rules import short
 from qwen3vl_jax.processing.messages import MediaSource
 from qwen3vl_jax.processing.qwen_items import image_limits
 from qwen3vl_jax.processing.settings import ImageSettings, VideoSettings
@@ -42,11 +42,11 @@ class RenderedPrompt:
 
 @dataclasses.dataclass(frozen=True)
 class MediaEncoder:
-    """Reads images and videos and makes patches of them. limits: as `open_source` takes them."""
+    """Reads images and videos and makes patches of them."""
 
     image_settings: ImageSettings
     video_settings: VideoSettings
-    limits: Mapping[str, Any]
+    rules: MediaRules
 
     def __call__(self, source: MediaSource) -> EncodedImage:
         """The patches of an image or video. Raises InputError."""
@@ -55,10 +55,10 @@ class MediaEncoder:
             return given
         try:
             if source.kind == "video":
-                found = video_to_patches(given, self.video_settings, self.limits, **settings)
+                found = video_to_patches(given, self.video_settings, self.rules, **settings)
                 patches, grid, frames = found
                 return EncodedVideo(patches, grid, frames=frames)
-            with loaded_image(given, **self.limits) as image:
+            with loaded_image(given, self.rules) as image:
                 own = image_limits(settings, self.image_settings.factor)
                 return EncodedImage(*image_to_patches(image, self.image_settings, **own))
         except MemoryError as e:
@@ -69,7 +69,7 @@ class MediaEncoder:
 
         Raises InputError where all of them are more bytes than the rules allow.
         """
-        most, held, encoded = self.limits["rules"].max_batch_bytes, 0, []
+        most, held, encoded = self.rules.max_batch_bytes, 0, []
         count, several = Counter(), sum(map(len, rows)) > 1
         for row in rows:
             encoded.append([])

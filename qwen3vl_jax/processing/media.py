@@ -19,9 +19,8 @@ import numpy as np
 from PIL import Image
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.processing.fetching import fetch
+from qwen3vl_jax.processing.fetching import MediaRules, fetch, short
 from qwen3vl_jax.processing.image_loading import decoded_image, from_array, is_image, upright_8bit
-from qwen3vl_jax.processing.media_rules import FETCH_SECONDS, MAX_FETCH_BYTES, MediaRules, short
 from qwen3vl_jax.storage.paths import as_path, is_remote, reached
 
 _URL = re.compile("https?://", re.IGNORECASE)
@@ -34,19 +33,19 @@ _KINDS = {stat.S_IFDIR: "directory", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socke
           stat.S_IFCHR: "device", stat.S_IFBLK: "device"}  # fmt: skip
 
 
-def load_image(source: Any, **limits: Any) -> Image.Image:
+def load_image(source: Any, rules: MediaRules | None = None) -> Image.Image:
     """An upright 8-bit PIL image of a PIL image, an array, or any form that `open_source` takes.
 
-    limits: those of `open_source`; arrays are as `from_array` takes them. The mode is L, LA, P, RGB,
+    rules: as in `open_source`; arrays are as `from_array` takes them. The mode is L, LA, P, RGB,
     RGBA, CMYK or the like (`to_rgb` makes it RGB); an animation gives its first frame. Raises
     InputError.
     """
-    with loaded_image(source, **limits) as image:
+    with loaded_image(source, rules) as image:
         return image
 
 
 @contextlib.contextmanager
-def loaded_image(source: Any, **limits: Any) -> Iterator[Image.Image]:
+def loaded_image(source: Any, rules: MediaRules | None = None) -> Iterator[Image.Image]:
     """`load_image`, whose memory is counted while the context is open."""
     if isinstance(source, Image.Image):
         yield upright_8bit(source, "image")
@@ -57,7 +56,7 @@ def loaded_image(source: Any, **limits: Any) -> Iterator[Image.Image]:
             raise InputError(f"image: {type(source).__name__} gives no array") from e
         yield from_array(array)
     else:
-        found = open_source(source, "image", **limits)
+        found = open_source(source, "image", rules)
         with found.open() as file, decoded_image(file, found.name) as image:
             yield image
 
@@ -73,19 +72,12 @@ class MediaFile:
     open: Callable[[], BinaryIO]
 
 
-def open_source(
-    source: Any,
-    key: str = "image",
-    *,
-    max_bytes: int = MAX_FETCH_BYTES,
-    timeout: float = FETCH_SECONDS,
-    rules: MediaRules | None = None,
-) -> MediaFile:
+def open_source(source: Any, key: str = "image", rules: MediaRules | None = None) -> MediaFile:
     """The file of a source that is no array, PIL image or list.
 
     Forms of a source: path, http(s), gs:// or file URL, data URI, base64 text, bytes, and an object
     with bytes, url, path or base64, as {"bytes": .., "path": ..} of Hugging Face's data sets. key:
-    "image" or "video". max_bytes and timeout (seconds) bound a URL. Raises InputError.
+    "image" or "video". Raises InputError.
     """
     rules = rules or MediaRules()
     if isinstance(source, Mapping):
@@ -104,7 +96,7 @@ def open_source(
     name = short(text)
     form = "path" if is_path and not is_remote(text) else form_of(text, key, rules.root)
     if form == "url":
-        return _held(name, fetch(text, max_bytes, timeout, rules))
+        return _held(name, fetch(text, rules))
     if form == "data":
         return _held("data URI", data_uri(text))
     if form == "base64":

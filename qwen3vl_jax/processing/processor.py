@@ -17,13 +17,13 @@ from qwen3vl_jax.processing.chat_template import ChatTemplate
 from qwen3vl_jax.processing.encoded_prompt import Arrays, EncodedPrompt, to_hf_arrays
 from qwen3vl_jax.processing.encoding import MediaEncoder, PromptEncoder, RenderedPrompt
 from qwen3vl_jax.processing.escape_special import Escape
+from qwen3vl_jax.processing.fetching import FETCH_SECONDS, MAX_FETCH_BYTES, MediaRules
 from qwen3vl_jax.processing.generation_config import (
     read_generation_config,
     sampling_defaults,
     stop_ids,
 )
 from qwen3vl_jax.processing.media_arguments import hand_out, with_video_options
-from qwen3vl_jax.processing.media_rules import FETCH_SECONDS, MAX_FETCH_BYTES, MediaRules
 from qwen3vl_jax.processing.messages import (
     MediaSource,
     check_messages,
@@ -284,12 +284,9 @@ class Processor:
         for name in ("patch_size", "temporal_patch_size", "merge_size"):
             if overrides.get(name) not in (None, getattr(self.image_settings, name)):
                 raise InputError(f"image setting {name}: it is the model's; leave it out")
-        limits = {
-            "max_bytes": self.max_fetch_bytes,
-            "timeout": self.fetch_seconds,
-            "rules": self.media_rules,
-        }
-        return MediaEncoder(self.image_settings.override(**overrides), self.video_settings, limits)
+        limits = {"max_bytes": self.max_fetch_bytes, "seconds": self.fetch_seconds}
+        rules = dataclasses.replace(self.media_rules, **limits)
+        return MediaEncoder(self.image_settings.override(**overrides), self.video_settings, rules)
 
 
 def _is_many(conversations: Any) -> bool:

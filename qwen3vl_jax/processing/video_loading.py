@@ -14,8 +14,8 @@ from PIL import Image
 from qwen3vl_jax.errors import InputError, shown
 from qwen3vl_jax.processing.animations import is_animation, open_animation
 from qwen3vl_jax.processing.array_checks import integers
+from qwen3vl_jax.processing.fetching import MediaRules, short
 from qwen3vl_jax.processing.media import local_path, open_source
-from qwen3vl_jax.processing.media_rules import MediaRules, short
 from qwen3vl_jax.processing.settings import frame_rate
 from qwen3vl_jax.processing.video_files import open_file
 from qwen3vl_jax.processing.video_reader import VideoReader
@@ -26,9 +26,9 @@ _ADVICE = 'give the rate of its frames: video_metadata={"fps": ...} or sample_fp
 _JOINED = re.compile(r"data:video/(jpeg|jpg|png|webp);base64,", re.IGNORECASE)
 
 
-def open_video(source: Any, **limits: Any) -> VideoReader:
-    """The video in a file, of any form that `open_source` takes; limits as there. Raises InputError."""
-    found = open_source(source, "video", **limits)
+def open_video(source: Any, rules: MediaRules | None = None) -> VideoReader:
+    """The video in a file, of any form that `open_source` takes. Raises InputError."""
+    found = open_source(source, "video", rules)
     with found.open() as file:
         head = file.read(16)
     return (open_animation if is_animation(head) else open_file)(found.open, found.name)

@@ -15,6 +15,7 @@ from PIL import Image
 from qwen3vl_jax.config_checks import warn_once
 from qwen3vl_jax.errors import InputError, shown
 from qwen3vl_jax.processing.encoded_prompt import UsedFrames
+from qwen3vl_jax.processing.fetching import MediaRules
 from qwen3vl_jax.processing.image_loading import to_rgb
 from qwen3vl_jax.processing.image_patches import (
     check_patches,
@@ -42,7 +43,7 @@ OVERRIDES = (*checks(VideoSettings), "size", *WITHOUT_EFFECT, *VIDEO_OPTIONS, *I
 def video_to_patches(
     source: Any,
     settings: VideoSettings | None = None,
-    limits: Mapping[str, Any] | None = None,
+    rules: MediaRules | None = None,
     item: VideoItem | None = None,
     **overrides: Any,
 ) -> tuple[np.ndarray, tuple[int, int, int], UsedFrames]:
@@ -52,7 +53,7 @@ def video_to_patches(
     settings for this call; video_metadata {fps, frames_indices, total_num_frames} or sample_fps
     describes arrays and lists of frames; video_start and video_end (seconds) cut. item: of a message,
     read as qwen-vl-utils reads it. Sampling is the same for a file, a list of frames and an array.
-    limits: max_bytes and timeout of a URL. Frames pass one by one: memory does not grow with the
+    rules: where it may be read from. Frames pass one by one: memory does not grow with the
     video. Returns patches [t*h*w, C*Tp*P*P] float32 in merge order and (t, h, w). Raises InputError.
     """
     metadata, start, end, rate = (overrides.pop(name, None) for name in VIDEO_OPTIONS)
@@ -61,7 +62,7 @@ def video_to_patches(
         if metadata is not None:
             raise InputError("video_metadata: given beside a video that is paired with its own")
         source, metadata = source
-    video, item = _open(source, settings, limits or {}, item, metadata, rate, overrides.keys())
+    video, item = _open(source, settings, rules, item, metadata, rate, overrides.keys())
     try:
         try:
             return _encode(video, settings, item, start, end)
@@ -81,7 +82,7 @@ def is_pair(source: Any) -> bool:
 def _open(
     source: Any,
     settings: VideoSettings,
-    limits: Mapping[str, Any],
+    rules: MediaRules | None,
     item: VideoItem | None,
     metadata: Any,
     sample_fps: Any,
@@ -96,18 +97,18 @@ def _open(
     rate_in_item = None if item is None else item.sample_fps or item.raw_fps
     rate = rate_in_item if sample_fps is None else sample_fps
     rule = item if item is not None and item.given else None
-    frames = as_frames(source, limits.get("rules"))
+    frames = as_frames(source, rules)
     if frames is None:
         if metadata is not None or rate is not None:
             raise InputError(
                 "video_metadata, sample_fps and raw_fps describe arrays and lists of frames; a file "
                 "has its own"
             )
-        return open_video(source, **limits), rule
+        return open_video(source, rules), rule
     in_message = item is not None and metadata is None
 
     def load(frame: Any) -> Image.Image:
-        image = to_rgb(load_image(frame, **limits))
+        image = to_rgb(load_image(frame, rules))
         if item is None or not (in_message and item.resizes and settings.do_resize):
             return image
         high, wide = item.first_size(image.height, image.width, settings.factor)

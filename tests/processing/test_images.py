@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.processing.fetching import fetch
+from qwen3vl_jax.processing.fetching import MediaRules, fetch
 from qwen3vl_jax.processing.image_loading import to_rgb
 from qwen3vl_jax.processing.image_patches import (
     ImageSettings,
@@ -500,8 +500,8 @@ def test_http_refusals(server, no_proxy):
     refused(lambda: load_image(f"{server}/to-ftp"), "away from http(s)")
     refused(lambda: load_image(f"{server}/loop"), "/loop")
     refused(lambda: load_image(f"{server}/short"), "/short")
-    refused(lambda: load_image(f"{server}/endless", max_bytes=200_000), "200000 bytes")
-    refused(lambda: load_image(f"{server}/ok.png", max_bytes=100), "100 bytes")
+    refused(lambda: load_image(f"{server}/endless", MediaRules(max_bytes=200_000)), "200000 bytes")
+    refused(lambda: load_image(f"{server}/ok.png", MediaRules(max_bytes=100)), "100 bytes")
     refused(lambda: load_image("http://127.0.0.1:9/x.png"), "cannot be fetched")
     refused(lambda: load_image("https://[bad/x.png"), "cannot be fetched")
 
@@ -509,5 +509,5 @@ def test_http_refusals(server, no_proxy):
 @pytest.mark.parametrize("path", ["/drip", "/silent"])
 def test_http_time_limit(server, no_proxy, path):
     start = time.monotonic()
-    refused(lambda: fetch(server + path, timeout=0.3), path, "0.3 seconds")
+    refused(lambda: fetch(server + path, MediaRules(seconds=0.3)), path, "0.3 seconds")
     assert time.monotonic() - start < 1.2

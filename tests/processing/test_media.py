@@ -22,11 +22,10 @@ from PIL import Image
 from qwen3vl_jax.cli import infer_arguments
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing import image_loading
-from qwen3vl_jax.processing.fetching import fetch
+from qwen3vl_jax.processing.fetching import MediaRules, fetch
 from qwen3vl_jax.processing.image_loading import is_image, to_rgb
 from qwen3vl_jax.processing.image_patches import ImageSettings, image_to_patches, load_image
 from qwen3vl_jax.processing.media import open_source
-from qwen3vl_jax.processing.media_rules import MediaRules
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.processing.video_patches import video_to_patches
 from qwen3vl_jax.training.data.chat_format import chat_form
@@ -291,9 +290,9 @@ def test_no_path_leaves_the_root(tmp_path, monkeypatch):
     for outside in ("../root2/a.png", other / "a.png", "out.png", "way/a.png", "/etc/passwd", "..",
                     f"file://{other}/a.png", {"url": f"{other}/a.png"}, "gs://b/a.png"):  # fmt: skip
         refused(lambda s=outside: load_image(s, rules=rules), "expected a")
-        refused(lambda s=outside: video_to_patches(s, limits={"rules": rules}), "expected a")
+        refused(lambda s=outside: video_to_patches(s, rules=rules), "expected a")
         refused(
-            lambda s=outside: video_to_patches([s, s], limits={"rules": rules}, sample_fps=1),
+            lambda s=outside: video_to_patches([s, s], rules=rules, sample_fps=1),
             "expected",
         )
     refused(lambda: load_image("gone.png", rules=rules), "no such file")
@@ -458,7 +457,10 @@ def test_no_memory_is_one_line(proc, monkeypatch):
 
 def test_a_long_download_says_what_to_do(server):
     refused(
-        lambda: fetch(f"{server}/QUJD", max_bytes=99), "99 bytes", "download", "max_fetch_bytes"
+        lambda: fetch(f"{server}/QUJD", MediaRules(max_bytes=99)),
+        "99 bytes",
+        "download",
+        "max_fetch_bytes",
     )
 
 
