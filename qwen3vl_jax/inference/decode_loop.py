@@ -16,7 +16,7 @@ import numpy as np
 
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import not_finite
-from qwen3vl_jax.inference.options import STEPS, RowOptions
+from qwen3vl_jax.inference.requests import STEPS, RowOptions
 from qwen3vl_jax.inference.sampling import NOT_FINITE, draw, penalize
 from qwen3vl_jax.model.cache import decode_step, grow_cache, pinned
 from qwen3vl_jax.model.sharding import mesh_sizes, shard

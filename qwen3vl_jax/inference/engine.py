@@ -27,11 +27,16 @@ from qwen3vl_jax.inference.decode_loop import (
     insert_rows,
     on_mesh,
 )
-from qwen3vl_jax.inference.options import STEPS, GenerationOptions, RowOptions
-from qwen3vl_jax.inference.prefix_cache import Prefix, PrefixStore
-from qwen3vl_jax.inference.requests import Finished, Request, Stats
+from qwen3vl_jax.inference.requests import (
+    STEPS,
+    Finished,
+    GenerationOptions,
+    Request,
+    RowOptions,
+    Stats,
+)
 from qwen3vl_jax.inference.sampling import row_seeds
-from qwen3vl_jax.inference.vision_cache import FeatureStore
+from qwen3vl_jax.inference.stores import FeatureStore, Prefix, PrefixStore
 from qwen3vl_jax.model.cache import extend, grow_cache, init_cache, prefill
 from qwen3vl_jax.model.structs import Params, check_call
 from qwen3vl_jax.model.transformer import compute_dtype

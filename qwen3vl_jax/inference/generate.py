@@ -26,7 +26,7 @@ from qwen3vl_jax.inference.decode_loop import (
     first_token,
     grow,
 )
-from qwen3vl_jax.inference.options import (
+from qwen3vl_jax.inference.requests import (
     STEPS,
     GenerationOptions,
     LogitsFn,

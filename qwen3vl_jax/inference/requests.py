@@ -1,14 +1,99 @@
-"""What the engine takes and gives: requests, finished answers, counters."""
+"""What is asked for and what comes back: options, requests, finished answers, counters."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from qwen3vl_jax.inference.options import GenerationOptions
-from qwen3vl_jax.inference.sampling import Sampling, row_seeds
+import flax.struct
+import jax
+import numpy as np
+
+from qwen3vl_jax.config import Config
+from qwen3vl_jax.errors import InputError, check_int, shown
+from qwen3vl_jax.inference.sampling import Sampling, SamplingRows, row_seeds
+from qwen3vl_jax.model.structs import Batch
 from qwen3vl_jax.processing.encoded_prompt import EncodedPrompt
+
+STEPS = 16  # decode steps a dispatch: the host looks at the answer in between
+# (logits [B V] after the penalties, DecodeState) -> logits. A pure function; pass the same object each
+# time, for a compiled program is found by it.
+LogitsFn = Callable[[jax.Array, Any], jax.Array]
+
+
+class RowOptions(flax.struct.PyTreeNode):
+    """Host arrays, one entry a row but for stop_ids: no value of them compiles a new program."""
+
+    sampling: SamplingRows
+    seeds: Any  # [B] uint32
+    limit: Any  # [B] int32: answer tokens at which a row ends
+    stop_ids: Any  # [S] int32
+    logits_fn: LogitsFn | None = flax.struct.field(pytree_node=False, default=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationOptions:
+    """The options of `stream`, checked where they are made."""
+
+    max_new_tokens: int
+    sampling: Sampling | None = None
+    seed: int | Sequence[int] = 0
+    stop_ids: int | Sequence[int] | None = None
+    max_len: int | None = None
+    logits_fn: LogitsFn | None = None
+    steps: int = STEPS
+    prefill_chunk: int | None = None
+    copies: int = 1
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.sampling, Sampling | None):
+            raise InputError(f"sampling: got {shown(self.sampling)}, expected a Sampling")
+        for key in ("max_new_tokens", "max_len", "prefill_chunk", "copies"):
+            if (value := getattr(self, key)) is not None or key in ("max_new_tokens", "copies"):
+                check_int(key, value)
+        check_int("steps", self.steps, STEPS)
+
+    def of_rows(self, cfg: Config, rows: int) -> RowOptions:
+        """The same for each of `rows` prompts, copies counted in."""
+        rows *= self.copies
+        return RowOptions(
+            sampling=(self.sampling or Sampling()).rows(rows),
+            seeds=row_seeds(self.seed, rows),
+            limit=np.full(rows, self.max_new_tokens, np.int32),
+            stop_ids=np.asarray(check_stop_ids(cfg, self.stop_ids), np.int32),
+            logits_fn=self.logits_fn,
+        )
+
+    def of_batch(self, cfg: Config, batch: Batch, filled: int = 0) -> RowOptions:
+        """`of_rows` of a batch behind `filled` tokens of a cache: it must fit max_len, one prompt a row."""
+        segments = np.asarray(batch.segment_ids)
+        if segments.max(initial=0) > 1:
+            raise InputError(
+                "generate: packed rows (segment_ids over 1) cannot be answered, one prompt a row"
+            )
+        prompt = filled + int(np.max(np.sum(segments > 0, axis=1)))
+        if self.max_len is not None and prompt + self.max_new_tokens > self.max_len:
+            raise InputError(
+                f"the prompt has {prompt} tokens and the answer may have {self.max_new_tokens}, but the "
+                f"cache holds {self.max_len}: shorten the prompt, use fewer pixels, or allow a longer cache"
+            )
+        return self.of_rows(cfg, len(segments))
+
+    def chunk_of(self, width: int) -> int | None:
+        """prefill_chunk where rows are wider, else None: they are filled at once."""
+        return self.prefill_chunk if self.prefill_chunk and width > self.prefill_chunk else None
+
+
+def check_stop_ids(cfg: Config, stop_ids: int | Sequence[int] | None) -> tuple[int, ...]:
+    """Ids that end an answer, the config's for None. Raises InputError outside the vocabulary."""
+    given = np.ravel(cfg.eos_token_ids if stop_ids is None else stop_ids)
+    size = cfg.text.vocab_size
+    if given.size and (given.dtype.kind not in "iu" or given.min() < 0 or given.max() >= size):
+        raise InputError(
+            f"stop_ids: got {shown(stop_ids)}, expected ids in the vocabulary of {size}"
+        )
+    return tuple(given.tolist())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,10 +13,9 @@ import numpy as np
 
 from qwen3vl_jax.config import Config, model_folder
 from qwen3vl_jax.errors import InputError, shown
-from qwen3vl_jax.processing.chat_template import ChatTemplate
+from qwen3vl_jax.processing.chat_template import ChatTemplate, Escape
 from qwen3vl_jax.processing.encoded_prompt import Arrays, EncodedPrompt, to_hf_arrays
 from qwen3vl_jax.processing.encoding import MediaEncoder, PromptEncoder, RenderedPrompt
-from qwen3vl_jax.processing.escape_special import Escape
 from qwen3vl_jax.processing.fetching import FETCH_SECONDS, MAX_FETCH_BYTES, MediaRules
 from qwen3vl_jax.processing.generation_config import (
     read_generation_config,

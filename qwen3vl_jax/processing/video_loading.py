@@ -12,13 +12,12 @@ import numpy as np
 from PIL import Image
 
 from qwen3vl_jax.errors import InputError, shown
-from qwen3vl_jax.processing.animations import is_animation, open_animation
 from qwen3vl_jax.processing.array_checks import integers
 from qwen3vl_jax.processing.fetching import MediaRules, short
 from qwen3vl_jax.processing.media import local_path, open_source
 from qwen3vl_jax.processing.settings import frame_rate
 from qwen3vl_jax.processing.video_files import open_file
-from qwen3vl_jax.processing.video_reader import VideoReader
+from qwen3vl_jax.processing.video_reader import VideoReader, is_animation, open_animation
 
 _CHANNELS = (1, 3, 4)
 _ADVICE = 'give the rate of its frames: video_metadata={"fps": ...} or sample_fps'
