@@ -75,15 +75,11 @@ def _entries(found: Any) -> Iterator[tuple[list[list[float]] | None, str]]:
             if key in SIZES:
                 is_list = isinstance(value, list) and value and isinstance(value[0], list)
                 several = value if is_list else [value]
-                yield several if all(_is_place(p, SIZES[key]) for p in several) else None, label
+                lists = all(isinstance(p, list) and len(p) == SIZES[key] for p in several)
+                is_right = lists and all(type(x) in (int, float) for p in several for x in p)
+                yield several if is_right else None, label
             else:
                 yield from _entries(value)
-
-
-def _is_place(value: Any, size: int) -> bool:
-    """Whether this is a list of `size` numbers."""
-    is_list = isinstance(value, list) and len(value) == size
-    return is_list and all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in value)
 
 
 def draw_marks(image: Image.Image, marks: list[Mark]) -> Image.Image:

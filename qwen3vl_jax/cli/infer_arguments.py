@@ -62,7 +62,7 @@ class _Options:
         return add
 
 
-def _add_prompt(options: _Options) -> None:
+def _add_prompt_and_modes(options: _Options) -> None:
     add = options.group("the prompt", "ask", "chat", "embed", "rerank")
     many: dict[str, Any] = {"action": "append", "default": []}
     add("--image", **many, help="file, gs:// or http(s) address of an image; may be repeated")
@@ -76,9 +76,6 @@ def _add_prompt(options: _Options) -> None:
     add("--messages", type=argument, metavar="FILE", help="a conversation: [{role, content}, ..]")
     add("--draw", type=argument, metavar="OUT.png", help="draw the answer's boxes and points")
     add("--answers", type=int, default=1, help="number of answers, from one prefill")
-
-
-def _add_modes(options: _Options) -> None:
     add = options.group("other modes")
     add("--chat", action="store_true", help="chat in the terminal; --image and --video go first")
     add("--input", type=argument, metavar="FILE.jsonl", help="answer one conversation a line")
@@ -99,7 +96,7 @@ def _add_modes(options: _Options) -> None:
     add("--rows", type=int, default=16, help="answers generated at a time")
 
 
-def _add_generation(options: _Options) -> None:
+def _add_generation_and_model(options: _Options) -> None:
     add = options.group("generation", "ask", "chat", "input", "plan")
     add("--max-new-tokens", type=int, default=1024)
     add("--max-len", type=int,
@@ -114,9 +111,6 @@ def _add_generation(options: _Options) -> None:
     add("--seed", type=int, default=0)
     add("--prefill-chunk", type=int, default=8192, help="prompt tokens of one prefill step")
     add("--stop", action="append", default=[], metavar="TEXT", help="end the answer before it")
-
-
-def _add_model(options: _Options) -> None:
     add = options.group("the model")
     add("--ckpt", help="Orbax or Hugging Face directory, or a Hub id (default: the bundled demo)")
     add("--revision", help="branch, tag or commit of a Hub id")
@@ -148,7 +142,7 @@ def arguments(argv: list[str] | None, description: str) -> argparse.Namespace:
     Raises InputError for those that have no meaning together.
     """
     options = _Options(parser := Parser(prog="infer.py", description=description))
-    for add in (_add_prompt, _add_modes, _add_generation, _add_model):
+    for add in (_add_prompt_and_modes, _add_generation_and_model):
         add(options)
     processes = add_process_arguments(parser)
     options.modes |= dict.fromkeys(processes, ("input", "mesh"))
@@ -163,21 +157,15 @@ def arguments(argv: list[str] | None, description: str) -> argparse.Namespace:
         raise InputError(f"--{modes[0]} and --{modes[1]}: give one of them")
     mode = modes[0] if modes else "mesh" if "mesh" in given else "ask"
     for name in given:
-        _check_meaning(name, mode, options.modes.get(name, (mode,)))
+        flag, meant = f"--{name.replace('_', '-')}", options.modes.get(name, (mode,))
+        if mode in MODES and mode not in meant and "mesh" in meant:
+            raise InputError(f"--{mode}: {MODES[mode]}, leave {flag} out")
+        if mode not in meant:
+            raise InputError(f"{flag}: means something only with --{' or --'.join(meant)}")
     args = argparse.Namespace(**{**defaults, **given})
     args.mode = {"input": "batch", "rerank": "embed", "mesh": "ask"}.get(mode, mode)
     args.mesh = mesh_sizes(args.mesh)
     return args
-
-
-def _check_meaning(name: str, mode: str, modes: tuple[str, ...]) -> None:
-    """Raises InputError for an option that means nothing in this mode."""
-    if mode in modes:
-        return
-    flag = f"--{name.replace('_', '-')}"
-    if mode in MODES and "mesh" in modes:
-        raise InputError(f"--{mode}: {MODES[mode]}, leave {flag} out")
-    raise InputError(f"{flag}: means something only with --{' or --'.join(modes)}")
 
 
 def check(args: argparse.Namespace) -> None:

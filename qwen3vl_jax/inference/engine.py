@@ -243,11 +243,22 @@ class _Engine:
         rests = [prompt.rest(start) for _, prompt in new]
         rests += [rests[0].rest(len(rests[0].ids) - 1)] * missing
         rows = free[: len(new)] + [self.rows] * missing
-        options = self._options([request for request, _ in new + [new[0]] * missing])
+        asked = [request for request, _ in new + [new[0]] * missing]
+        sampling = [request.sampling.rows(1) for request in asked]
+        options = self.decoder.options.replace(
+            sampling=jax.tree.map(lambda *x: np.concatenate(x), *sampling),
+            seeds=np.concatenate([row_seeds(request.seed, 1) for request in asked]),
+            limit=np.asarray([request.max_new_tokens for request in asked], np.int32),
+        )
+        # The tokens of the prefix for each prompt, past the vocabulary at padding.
+        slots = 0 if prefix is None else prefix.cache.slots
+        before = np.full((self.group, slots), self.cfg.text.vocab_size, np.int32)
+        if prefix is not None:
+            before[:, :start] = prefix.prompt.ids
         self.decoder.state, tokens, logprobs = _admit(
             self.params, self.cfg, self.decoder.state, group_batch(self.cfg, rests, width),
             self.features.of(rests, len(rests) * width), None if prefix is None else prefix.cache,
-            np.asarray(rows, np.int32), self._before(prefix), options,
+            np.asarray(rows, np.int32), before, options,
             self.chunk_of(width),
         )  # fmt: skip
         tokens, logprobs = np.asarray(tokens)[:, None], np.asarray(logprobs)[:, None]
@@ -260,23 +271,6 @@ class _Engine:
             for old, x in zip(all_rows, jax.tree.leaves(options.sampling), strict=True):
                 old[rows[i]] = x[i]
             yield from self._take(rows[i], tokens[i], logprobs[i])
-
-    def _options(self, requests: list[Request]) -> RowOptions:
-        """The options of a group."""
-        sampling = [request.sampling.rows(1) for request in requests]
-        return self.decoder.options.replace(
-            sampling=jax.tree.map(lambda *x: np.concatenate(x), *sampling),
-            seeds=np.concatenate([row_seeds(request.seed, 1) for request in requests]),
-            limit=np.asarray([request.max_new_tokens for request in requests], np.int32),
-        )
-
-    def _before(self, prefix: Prefix | None) -> np.ndarray:
-        """The tokens of a prefix for each prompt of a group [A T], past the vocabulary at padding."""
-        slots = 0 if prefix is None else prefix.cache.slots
-        before = np.full((self.group, slots), self.cfg.text.vocab_size, np.int32)
-        if prefix is not None:
-            before[:, : prefix.length] = prefix.prompt.ids
-        return before
 
     def _fitting(self, prefix: Prefix | None, start: int, width: int) -> list[int]:
         """Waiting prompts with this prefix that fit: the oldest, then the longest."""

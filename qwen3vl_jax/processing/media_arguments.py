@@ -37,7 +37,12 @@ def hand_out(rows: Rows, images: Any, videos: Any = None) -> Rows:
     not text is one, and so are a video and its metadata), or a list of them taken in order. Raises
     InputError if they do not come out even.
     """
-    given = {"image": iter(_images(rows, images)), "video": iter(_videos(rows, videos))}
+    clips = [videos] if is_pair(videos) else _as_list(videos)
+    if clips and all(isinstance(v, Image.Image) or getattr(v, "ndim", 0) == 3 for v in clips):
+        clips = [clips]
+    if len(clips) != (wanted := sum(_waiting(rows, "video"))):
+        raise InputError(placeholder_mismatch("", wanted, len(clips), "video"))
+    given = {"image": iter(_images(rows, images)), "video": iter(clips)}
     return [
         [read_beside(next(given[x.kind]), x) if x.source is None else x for x in row]
         for row in rows
@@ -78,15 +83,6 @@ def with_video_options(rows: Rows, videos_kwargs: Mapping[str, Any]) -> Rows:
 
 def _waiting(rows: Rows, kind: str) -> list[int]:
     return [sum(x.source is None and x.kind == kind for x in row) for row in rows]
-
-
-def _videos(rows: Rows, videos: Any) -> list[Any]:
-    given = [videos] if is_pair(videos) else _as_list(videos)
-    if given and all(isinstance(v, Image.Image) or getattr(v, "ndim", 0) == 3 for v in given):
-        given = [given]
-    if len(given) != (wanted := sum(_waiting(rows, "video"))):
-        raise InputError(placeholder_mismatch("", wanted, len(given), "video"))
-    return given
 
 
 def _images(rows: Rows, images: Any) -> list[Any]:

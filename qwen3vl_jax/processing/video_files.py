@@ -52,8 +52,13 @@ def _reader(
 
     is_exact: the points are those of the decoded frames. Without `recount` errors are passed over.
     """
+    from av.sidedata.sidedata import Type
+
+    total, matrix = len(points), (1, 0, 0, 1)
     # Reading it keeps the frame in memory until the garbage is collected: it is read once a file.
-    total, matrix = len(points), _matrix(first)
+    if (data := first.side_data.get(Type.DISPLAYMATRIX)) is not None:
+        a, b, _, c, d = np.frombuffer(bytes(data), "=i4")[:5].tolist()
+        matrix = a, b, c, d
     shown = _upright(first, matrix)
     fps, times = timing(points, *clock, name)
 
@@ -219,18 +224,11 @@ def _video_stream(container: Any, name: str) -> Any:
     return best if best in streams else streams[0]
 
 
-def _matrix(frame: Any) -> tuple[int, ...]:
-    """a, b, c, d of the display matrix: x' = a x + c y, y' = b x + d y."""
-    from av.sidedata.sidedata import Type
-
-    if (data := frame.side_data.get(Type.DISPLAYMATRIX)) is None:
-        return 1, 0, 0, 1
-    a, b, _, c, d = np.frombuffer(bytes(data), "=i4")[:5].tolist()
-    return a, b, c, d
-
-
 def _upright(frame: Any, matrix: tuple[int, ...]) -> Image.Image:
-    """RGB of a decoded frame, turned and mirrored by a display matrix, transparency on white."""
+    """RGB of a decoded frame, turned and mirrored by a display matrix, transparency on white.
+
+    The matrix is a, b, c, d of x' = a x + c y, y' = b x + d y.
+    """
     alpha = any(part.is_alpha for part in frame.format.components)
     values = frame.to_ndarray(format="rgba" if alpha else "rgb24")
     a, b, c, d = matrix

@@ -6,13 +6,13 @@ import contextlib
 import errno
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.storage.paths import absolute, fcntl, is_remote, kind, lock, reached, remove_tree
+from qwen3vl_jax.storage.remote_files import sync_folder
 
 CONFIG = "config.json"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -89,10 +89,12 @@ def _swapped(out: Path, force: bool, needs: int) -> Iterator[Path]:
                 shutil.rmtree(path) if is_folder else path.unlink()
             shutil.rmtree(old, ignore_errors=True)
             yield stage
-            if fcntl:
-                _flush(stage)
+            # A power cut after the rename loses nothing.
+            for folder, _, names in os.walk(stage) if fcntl else ():
+                for path in (*(Path(folder, name) for name in names), Path(folder)):
+                    sync_folder(path)
         except BaseException:
-            _remove(stage)
+            remove_tree(stage)
             raise
         if out.exists():
             out.rename(old)
@@ -112,24 +114,6 @@ def _check_free_to_write(out: Path, force: bool) -> None:
         raise InputError(f"{out}: already exists; choose another directory or pass --force")
     if any(out.iterdir()) and not (out / CONFIG).is_file():
         raise InputError(f"{out}: holds no {CONFIG}; --force replaces checkpoints only")
-
-
-def _remove(directory: Path) -> None:
-    """Removes a directory into which threads of an interrupted writer may still write for a moment."""
-    for _ in range(100):
-        shutil.rmtree(directory, ignore_errors=True)
-        if not directory.exists():
-            return
-        time.sleep(0.02)
-
-
-def _flush(directory: Path) -> None:
-    """Flushes every file to the disk, so that a power cut after the rename loses nothing."""
-    for folder, _, names in os.walk(directory):
-        for path in (*(Path(folder, name) for name in names), Path(folder)):
-            handle = os.open(path, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
 
 
 def check_apart(source: Path, out: Path) -> None:

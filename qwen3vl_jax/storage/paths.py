@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -49,23 +50,17 @@ def as_path(given: str | os.PathLike[str]) -> Path:
         raise InputError(
             f"{text}: etils.epath knows no {scheme}://; expected a folder, gs://, s3:// or az://"
         ) from None
-    if scheme in ("gs", "s3", "az"):
-        _check_installed(text, scheme)
-    return cast(Path, path)
-
-
-def _check_installed(text: str, scheme: str) -> None:
     # epath uses TensorFlow if it is installed.
-    if importlib.util.find_spec("tensorflow"):
-        return
-    try:
-        import fsspec
+    if scheme in ("gs", "s3", "az") and not importlib.util.find_spec("tensorflow"):
+        try:
+            import fsspec
 
-        fsspec.get_filesystem_class(_DRIVERS.get(scheme, scheme))
-    except ImportError as error:
-        extra = _EXTRAS.get(scheme)
-        how = f"pip install 'qwen3vl-jax[{extra}]'" if extra else "install what it names"
-        raise InputError(f"{text}: {scheme}:// needs a package: {error}; {how}") from None
+            fsspec.get_filesystem_class(_DRIVERS.get(scheme, scheme))
+        except ImportError as error:
+            extra = _EXTRAS.get(scheme)
+            how = f"pip install 'qwen3vl-jax[{extra}]'" if extra else "install what it names"
+            raise InputError(f"{text}: {scheme}:// needs a package: {error}; {how}") from None
+    return cast(Path, path)
 
 
 def argument(text: str) -> Path:
@@ -138,7 +133,14 @@ def _names(folder: Path, prefix: str, left_out: set[str]) -> Iterator[str]:
 
 def read_range(path: Path, start: int, size: int) -> bytes:
     """`size` bytes of a file from `start`; of an object only these are fetched. Raises OSError."""
-    driver = _driver(path) if is_remote(path) else None
+    driver: Any = None
+    # Where TensorFlow alone opens a scheme there is no client of fsspec's.
+    with contextlib.suppress(ImportError, ValueError):
+        if is_remote(path):
+            import fsspec
+
+            scheme = os.fspath(path).split(_MARK)[0]
+            driver = fsspec.filesystem(_DRIVERS.get(scheme, scheme))
     if driver is None:
         with path.open("rb") as file:
             file.seek(start)
@@ -152,17 +154,6 @@ def read_range(path: Path, start: int, size: int) -> bytes:
             out += piece
     # Not bytes(out): a copy would double the memory.
     return cast(bytes, out)
-
-
-def _driver(path: Path) -> Any:
-    """fsspec's client of a scheme, or None where only TensorFlow opens it."""
-    try:
-        import fsspec
-
-        scheme = os.fspath(path).split(_MARK)[0]
-        return fsspec.filesystem(_DRIVERS.get(scheme, scheme))
-    except (ImportError, ValueError):
-        return None
 
 
 def copy_file(source: Path, target: Path) -> None:
@@ -199,7 +190,12 @@ def make_folder(path: Path) -> None:
 def remove_tree(path: Path) -> None:
     """Removes a folder and its contents; errors are ignored."""
     if not is_remote(path):
-        shutil.rmtree(path, ignore_errors=True)
+        # Threads of an interrupted writer may still write into it for a moment.
+        for _ in range(100):
+            shutil.rmtree(path, ignore_errors=True)
+            if not path.exists():
+                return
+            time.sleep(0.02)
         return
     # Each store's client raises errors of its own.
     with contextlib.suppress(Exception):

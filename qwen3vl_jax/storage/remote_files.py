@@ -50,7 +50,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flushes a folder's file names to the disk. Raises OSError."""
+    """Flushes a folder's file names, or a file, to the disk. Raises OSError."""
     # Windows opens no folder.
     if os.name != "posix":
         return
