@@ -494,10 +494,10 @@ def test_out_of_memory_is_one_line_with_bytes_and_the_option_that_helps():
 def test_weights_without_room_are_one_line(mode, capsys, monkeypatch):
     """Whatever is asked of them."""
 
-    def full(*_):
+    def full(*_, **options):
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.")
 
-    monkeypatch.setattr(common, "load_params", full)
+    monkeypatch.setattr(common.q3, "load", full)
     Path("in.jsonl").write_text('{"messages": []}')
     options = {"--embed": ["--prompt", "hi"], "--input": ["in.jsonl", "--output", "out.jsonl"]}
     with pytest.raises(SystemExit) as stop:
