@@ -128,13 +128,7 @@ def converse(
                 state = None
 
 
-def _answer(
-    params: Params,
-    proc: Processor,
-    asked: list[Item],
-    state: ChatState | None,
-    options: Mapping[str, Any],
-) -> tuple[str, ChatState]:
+def _answer(params, proc, asked, state, options) -> tuple[str, ChatState]:
     """Prints the pieces of a turn as they come, and gives what it returns. Raises InputError."""
     seen = [item[item["type"]] for item in asked[-1]["content"] if item["type"] != "text"]
     patches = sum(len(one.patches) for one in seen)

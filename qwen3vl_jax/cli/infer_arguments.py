@@ -39,44 +39,26 @@ _WORDS = {
 }
 
 
-class _Options:
-    """Adds options to a parser; `modes` has those in which an option has a meaning, if not in all.
-
-    "ask" is one answer, "mesh" one answer with --mesh.
-    """
-
-    def __init__(self, parser: argparse.ArgumentParser):
-        self.parser = parser
-        self.modes: dict[str, tuple[str, ...]] = {}
-
-    def group(self, title: str, *modes: str) -> Callable[..., None]:
-        """A function that adds options to a group of the help."""
-        group = self.parser.add_argument_group(title)
-        modes = (*modes, "mesh") if "ask" in modes else modes
-
-        def add(flag: str, **how: Any) -> None:
-            dest = group.add_argument(flag, **how).dest
-            if modes:
-                self.modes[dest] = modes
-
-        return add
+# Adds options to a group of the help, given its title and the modes in which they have a meaning ("ask" is
+# one answer, "mesh" one answer with --mesh; none are all).
+Group = Callable[..., Callable[..., None]]
 
 
-def _add_prompt_and_modes(options: _Options) -> None:
-    add = options.group("the prompt", "ask", "chat", "embed", "rerank")
+def _add_prompt_and_modes(group: Group) -> None:
+    add = group("the prompt", "ask", "chat", "embed", "rerank")
     many: dict[str, Any] = {"action": "append", "default": []}
     add("--image", **many, help="file, gs:// or http(s) address of an image; may be repeated")
     add("--video", **many, help="the same of a video")
-    add = options.group("the prompt, but not of a chat", "ask", "embed", "rerank")
+    add = group("the prompt, but not of a chat", "ask", "embed", "rerank")
     add("--prompt", help="the question")
-    add = options.group("an answer or a chat", "ask", "chat")
+    add = group("an answer or a chat", "ask", "chat")
     add("--system", help="system prompt")
     add("--stream", action="store_true", help="print the answer as it comes")
-    add = options.group("one answer", "ask")
+    add = group("one answer", "ask")
     add("--messages", type=argument, metavar="FILE", help="a conversation: [{role, content}, ..]")
     add("--draw", type=argument, metavar="OUT.png", help="draw the answer's boxes and points")
     add("--answers", type=int, default=1, help="number of answers, from one prefill")
-    add = options.group("other modes")
+    add = group("other modes")
     add("--chat", action="store_true", help="chat in the terminal; --image and --video go first")
     add("--input", type=argument, metavar="FILE.jsonl", help="answer one conversation a line")
     add("--output", type=argument, metavar="FILE.jsonl", help="where the answers to --input go")
@@ -84,20 +66,20 @@ def _add_prompt_and_modes(options: _Options) -> None:
     add("--rerank", action="store_true", help="print how well each --document answers the prompt")
     add("--document", action="append", default=[], metavar="TEXT|FILE",
         help="with --rerank: text, or the file of an image or video; may be repeated")  # fmt: skip
-    add = options.group("--embed and --rerank", "embed", "rerank")
+    add = group("--embed and --rerank", "embed", "rerank")
     add("--instruction", help="the task that the vector or score is for")
-    add = options.group("--embed", "embed")
+    add = group("--embed", "embed")
     add("--dims", type=int, help="length of the vector (Matryoshka)")
-    add = options.group("--input", "input")
+    add = group("--input", "input")
     add("--media-root", metavar="DIR", help="read local images and videos below this folder alone")
     add("--allow-hosts", metavar="HOST[,HOST]", help="read images and videos from these hosts (and "
         "gs://buckets) alone, private ones too (default: any public host)")  # fmt: skip
-    add = options.group("--input and --plan", "input", "plan")
+    add = group("--input and --plan", "input", "plan")
     add("--rows", type=int, default=16, help="answers generated at a time")
 
 
-def _add_generation_and_model(options: _Options) -> None:
-    add = options.group("generation", "ask", "chat", "input", "plan")
+def _add_generation_and_model(group: Group) -> None:
+    add = group("generation", "ask", "chat", "input", "plan")
     add("--max-new-tokens", type=int, default=1024)
     add("--max-len", type=int,
         help="most tokens of prompt and answer (default: the model's; --plan: up to 32,768)")  # fmt: skip
@@ -111,7 +93,7 @@ def _add_generation_and_model(options: _Options) -> None:
     add("--seed", type=int, default=0)
     add("--prefill-chunk", type=int, default=8192, help="prompt tokens of one prefill step")
     add("--stop", action="append", default=[], metavar="TEXT", help="end the answer before it")
-    add = options.group("the model")
+    add = group("the model")
     add("--ckpt", help="Orbax or Hugging Face directory, or a Hub id (default: the bundled demo)")
     add("--revision", help="branch, tag or commit of a Hub id")
     add("--dtype", choices=("float32", "bfloat16", "float16"),
@@ -121,12 +103,10 @@ def _add_generation_and_model(options: _Options) -> None:
         "(expert), fsdp, dp (data), sp (sequence); -1: all that are left (default: one device, or all "
         "of this host if the model needs them)")  # fmt: skip
     add("--chat-template", type=argument, metavar="FILE", help="Jinja, not the checkpoint's")
-    add = options.group(
-        "the model, but not of a plan", *(m for m in ("ask", *MODES) if m != "plan")
-    )
+    add = group("the model, but not of a plan", *(m for m in ("ask", *MODES) if m != "plan"))
     add("--adapter", metavar="DIR", help="a LoRA adapter (PEFT's files, or a Hub id)")
     add("--no-compile-cache", action="store_true", help=HELP)
-    add = options.group("images, videos and text")
+    add = group("images, videos and text")
     add("--min-pixels", type=int, help="enlarge smaller images to this area")
     add("--max-pixels", type=int, help="shrink larger images to this area")
     add("--fps", type=float, help="frames a second of a video (default: the checkpoint's, 2)")
@@ -141,13 +121,25 @@ def arguments(argv: list[str] | None, description: str) -> argparse.Namespace:
 
     Raises InputError for those that have no meaning together.
     """
-    options = _Options(parser := Parser(prog="infer.py", description=description))
-    for add in (_add_prompt_and_modes, _add_generation_and_model):
-        add(options)
-    processes = add_process_arguments(parser)
-    options.modes |= dict.fromkeys(processes, ("input", "mesh"))
+    parser = Parser(prog="infer.py", description=description)
+    meant: dict[str, tuple[str, ...]] = {}
+
+    def group(title: str, *modes: str) -> Callable[..., None]:
+        place = parser.add_argument_group(title)
+        modes = (*modes, "mesh") if "ask" in modes else modes
+
+        def add(flag: str, **how: Any) -> None:
+            dest = place.add_argument(flag, **how).dest
+            if modes:
+                meant[dest] = modes
+
+        return add
+
+    _add_prompt_and_modes(group)
+    _add_generation_and_model(group)
+    meant |= dict.fromkeys(add_process_arguments(parser), ("input", "mesh"))
     add_plan_arguments(parser)
-    options.modes |= dict.fromkeys(("slices", "save"), ("plan",))
+    meant |= dict.fromkeys(("slices", "save"), ("plan",))
     # None, which no option gives, marks those that are left out.
     defaults = {name: parser.get_default(name) for name in vars(parser.parse_args([]))}
     found = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults))))
@@ -157,11 +149,11 @@ def arguments(argv: list[str] | None, description: str) -> argparse.Namespace:
         raise InputError(f"--{modes[0]} and --{modes[1]}: give one of them")
     mode = modes[0] if modes else "mesh" if "mesh" in given else "ask"
     for name in given:
-        flag, meant = f"--{name.replace('_', '-')}", options.modes.get(name, (mode,))
-        if mode in MODES and mode not in meant and "mesh" in meant:
+        flag, wanted = f"--{name.replace('_', '-')}", meant.get(name, (mode,))
+        if mode in MODES and mode not in wanted and "mesh" in wanted:
             raise InputError(f"--{mode}: {MODES[mode]}, leave {flag} out")
-        if mode not in meant:
-            raise InputError(f"{flag}: means something only with --{' or --'.join(meant)}")
+        if mode not in wanted:
+            raise InputError(f"{flag}: means something only with --{' or --'.join(wanted)}")
     args = argparse.Namespace(**{**defaults, **given})
     args.mode = {"input": "batch", "rerank": "embed", "mesh": "ask"}.get(mode, mode)
     args.mesh = mesh_sizes(args.mesh)

@@ -114,22 +114,6 @@ def _empty(params, cfg, slots, options) -> DecodeState:
     return on_mesh(state.replace(done=jnp.ones_like(state.done)))
 
 
-def _admit(params, cfg, state, batch, features, prefix, rows, before, options, chunk):
-    """Prefills a group, behind a copy of the prefix if there is one, and puts it into its rows.
-
-    rows [A] int32: the row of each prompt, past the last for padding. before [A T] int32: the tokens of
-    the prefix, past the vocabulary at padding. Returns the state, and the group's first tokens [A] with
-    their log-probabilities [A].
-    """
-    if prefix is None:
-        width = batch.tokens.shape[1]
-        cache, logits = prefill(params, cfg, batch, width, features=features, chunk=chunk)
-    else:
-        cache, logits = _extend(params, cfg, batch, features, prefix)
-    tokens = batch.tokens, batch.segment_ids
-    return _insert(state, cache, logits, *tokens, rows, before, options, cfg.text.vocab_size)
-
-
 @functools.partial(jax.jit, static_argnames="cfg")
 def _extend(params, cfg, batch, features, prefix):
     group, width = batch.tokens.shape
@@ -139,7 +123,11 @@ def _extend(params, cfg, batch, features, prefix):
 
 @functools.partial(jax.jit, static_argnames="vocabulary", donate_argnames="state")
 def _insert(state, cache, logits, tokens, segment_ids, rows, before, options, vocabulary):
-    """Puts a filled group into its rows of the state, with its first tokens."""
+    """Puts a filled group into its rows of the state; gives also its first tokens, and their logprobs.
+
+    rows [A] int32: the row of each prompt, past the last for padding. before [A T] int32: the tokens of
+    the prefix, past the vocabulary at padding.
+    """
     tokens = jnp.where(segment_ids > 0, tokens, vocabulary)
     first = first_token(cache, logits, jnp.concatenate([before, tokens], axis=1), options)
     cache = insert_rows(state.cache, rows, first.cache)
@@ -255,11 +243,16 @@ class _Engine:
         before = np.full((self.group, slots), self.cfg.text.vocab_size, np.int32)
         if prefix is not None:
             before[:, :start] = prefix.prompt.ids
-        self.decoder.state, tokens, logprobs = _admit(
-            self.params, self.cfg, self.decoder.state, group_batch(self.cfg, rests, width),
-            self.features.of(rests, len(rests) * width), None if prefix is None else prefix.cache,
-            np.asarray(rows, np.int32), before, options,
-            self.chunk_of(width),
+        batch = group_batch(self.cfg, rests, width)
+        features = self.features.of(rests, len(rests) * width)
+        if prefix is None:
+            chunk = self.chunk_of(width)
+            filled = prefill(self.params, self.cfg, batch, width, features=features, chunk=chunk)
+        else:
+            filled = _extend(self.params, self.cfg, batch, features, prefix.cache)
+        self.decoder.state, tokens, logprobs = _insert(
+            self.decoder.state, *filled, batch.tokens, batch.segment_ids, np.asarray(rows, np.int32),
+            before, options, self.cfg.text.vocab_size,
         )  # fmt: skip
         tokens, logprobs = np.asarray(tokens)[:, None], np.asarray(logprobs)[:, None]
         self.stats.prefilled += sum(len(prompt.ids) - start for _, prompt in new)

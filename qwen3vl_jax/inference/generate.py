@@ -30,7 +30,6 @@ from qwen3vl_jax.inference.requests import (
     STEPS,
     GenerationOptions,
     LogitsFn,
-    RowOptions,
     check_stop_ids,
 )
 from qwen3vl_jax.inference.sampling import Sampling
@@ -163,16 +162,7 @@ def generate(
     return Answer(tokens, lengths, reasons, [answer.error for answer in answers])
 
 
-def _stream(
-    params: Params,
-    cfg: Config,
-    batch: Batch,
-    options: GenerationOptions,
-    rows: RowOptions,
-    features: Features | None,
-    cache: KVCache | None,
-    before: np.ndarray | None,
-) -> Generator[np.ndarray, np.ndarray | None, KVCache]:
+def _stream(params, cfg, batch, options, rows, features, cache, before):
     """`stream` after its checks: prefills, and yields the columns that hold tokens, ENDED elsewhere."""
     vision = batch.vision if features is None else None
     batch = batch.replace(vision=None, labels=None)

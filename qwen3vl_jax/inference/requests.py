@@ -12,7 +12,7 @@ import numpy as np
 
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError, check_int, shown
-from qwen3vl_jax.inference.sampling import Sampling, SamplingRows, row_seeds
+from qwen3vl_jax.inference.sampling import Sampling, row_seeds
 from qwen3vl_jax.model.structs import Batch
 from qwen3vl_jax.processing.encoded_prompt import EncodedPrompt
 
@@ -25,7 +25,7 @@ LogitsFn = Callable[[jax.Array, Any], jax.Array]
 class RowOptions(flax.struct.PyTreeNode):
     """Host arrays, one entry a row but for stop_ids: no value of them compiles a new program."""
 
-    sampling: SamplingRows
+    sampling: Sampling
     seeds: Any  # [B] uint32
     limit: Any  # [B] int32: answer tokens at which a row ends
     stop_ids: Any  # [S] int32

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +17,7 @@ NOT_FINITE = -2  # in place of a token
 Rows = float | Sequence[float]  # one value for all rows, or one a row
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen; each field is a number, or a sequence of one for each row.
@@ -60,8 +61,8 @@ class Sampling:
                 if not (low <= value <= high and whole and math.isfinite(value)):
                     raise InputError(f"{name} is {given!r}, expected {text}")
 
-    def rows(self, count: int) -> SamplingRows:
-        """The fields as arrays [B]. Raises InputError for values out of range."""
+    def rows(self, count: int) -> Sampling:
+        """The same with arrays [B], so that no value compiles a new program. Raises InputError."""
         self.check()
         out = {}
         for field in dataclasses.fields(self):
@@ -72,22 +73,10 @@ class Sampling:
                     f"{field.name} has {value.size} values, expected 1 or {count} (rows)"
                 )
             out[field.name] = np.broadcast_to(value, (count,))
-        return SamplingRows(**out)
+        return Sampling(**out)
 
 
-class SamplingRows(flax.struct.PyTreeNode):
-    """Sampling as arrays [B], so that no value of it compiles a new program."""
-
-    temperature: jax.Array
-    top_k: jax.Array
-    top_p: jax.Array
-    min_p: jax.Array
-    repetition_penalty: jax.Array
-    presence_penalty: jax.Array
-    min_new_tokens: jax.Array
-
-
-def penalize(logits, s: SamplingRows, seen, answered, count, stop_ids) -> jax.Array:
+def penalize(logits, s: Any, seen, answered, count, stop_ids) -> jax.Array:
     """Logits [B V] after the penalties; seen and answered [B V] bool, count [B] answer tokens so far."""
     factor = s.repetition_penalty[:, None]
     logits = jnp.where(seen, jnp.where(logits < 0, logits * factor, logits / factor), logits)
@@ -97,7 +86,7 @@ def penalize(logits, s: SamplingRows, seen, answered, count, stop_ids) -> jax.Ar
     return jnp.where(early & barred, -jnp.inf, logits)
 
 
-def restrict(logits: jax.Array, s: SamplingRows) -> jax.Array:
+def restrict(logits: jax.Array, s: Any) -> jax.Array:
     """Temperature, top-k, top-p and min-p in transformers' order; -inf for tokens that are left out.
 
     All tokens that tie at the limit of top-k stay; of those at the limit of top-p the lowest ids go first.
@@ -118,7 +107,7 @@ def restrict(logits: jax.Array, s: SamplingRows) -> jax.Array:
     return jnp.where(gone | (logits - ranked[:, -1:] < jnp.log(s.min_p)[:, None]), -jnp.inf, logits)
 
 
-def draw(logits: jax.Array, s: SamplingRows, keys: jax.Array, count: jax.Array) -> jax.Array:
+def draw(logits: jax.Array, s: Any, keys: jax.Array, count: jax.Array) -> jax.Array:
     """One token a row [B] int32: argmax at temperature 0, else drawn with the row's own key.
 
     NOT_FINITE where the largest logit is not finite.

@@ -229,14 +229,7 @@ def _segments(mask: np.ndarray, segment_ids) -> np.ndarray:
     return segments
 
 
-def _positions(
-    cfg: Config,
-    ids: np.ndarray,
-    mask: np.ndarray,
-    segments: np.ndarray,
-    position_ids,
-    grids: tuple[Any, Any],
-) -> tuple[np.ndarray, np.ndarray]:
+def _positions(cfg, ids, mask, segments, position_ids, grids) -> tuple[np.ndarray, np.ndarray]:
     """Positions [3 B T] and delta [B], made here or by the caller. Raises InputError."""
     if position_ids is None:
         if segments.max(initial=0) > 1:

@@ -234,14 +234,7 @@ class Processor:
             log.warning("%s", line)
         return reply
 
-    def _prompt(
-        self,
-        conversation: Any,
-        tools: Sequence[Mapping[str, Any]] | None,
-        allow_special: bool | str,
-        template_vars: Mapping[str, Any],
-        ending: tuple[bool, bool],
-    ) -> RenderedPrompt:
+    def _prompt(self, conversation, tools, allow_special, template_vars, ending) -> RenderedPrompt:
         messages, sources = read_conversation(conversation)
         check_messages(messages, self.template.text(bool(tools)))
         listed, variables = plain_tools(tools), plain_variables(template_vars)

@@ -72,15 +72,7 @@ def check_aspect(height: int, width: int, kind: str) -> None:
         )
 
 
-def _fit_area(
-    sides: Size,
-    rounded: tuple[int, ...],
-    factor: int,
-    least: float,
-    most: float,
-    frames: int = 1,
-    padded: int = 1,
-) -> Size:
+def _fit_area(sides, rounded, factor, least, most, frames=1, padded=1) -> Size:
     """The rounded sides, or where the area of all frames is outside the limits the sides scaled."""
     high, wide = rounded
     if padded * high * wide > most:

@@ -39,15 +39,7 @@ def open_file(start: Callable[[], Any], name: str) -> VideoReader:
         return _count_frames(start, name)
 
 
-def _reader(
-    start: Callable[[], Any],
-    name: str,
-    points: list[Any],
-    clock: tuple[Any, list[Any]],
-    first: Any,
-    recount: Callable[[], VideoReader] | None = None,
-    is_exact: bool = False,
-) -> VideoReader:
+def _reader(start, name, points, clock, first, recount=None, is_exact=False) -> VideoReader:
     """The video whose frames are shown at `points` of a clock; first: one of them, decoded.
 
     is_exact: the points are those of the decoded frames. Without `recount` errors are passed over.

@@ -6,7 +6,7 @@ Source: the video processor of Qwen3-VL (transformers), whose names the settings
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -79,16 +79,8 @@ def is_pair(source: Any) -> bool:
     return pair and isinstance(source[1], Mapping) and not isinstance(source[0], Mapping)
 
 
-def _open(
-    source: Any,
-    settings: VideoSettings,
-    rules: MediaRules | None,
-    item: VideoItem | None,
-    metadata: Any,
-    sample_fps: Any,
-    asked: Set[str],
-) -> tuple[VideoReader, VideoItem | None]:
-    """The video, and the item if its rules hold: those of an item that says anything.
+def _open(source, settings, rules, item: VideoItem | None, metadata, sample_fps, asked):
+    """The VideoReader, and the item if its rules hold: those of an item that says anything.
 
     Files hold their own times. Frames, as `as_frames` finds them, need their rate: metadata {fps,
     frames_indices (the frames' numbers in their source), total_num_frames}, or sample_fps. asked: the

@@ -64,14 +64,18 @@ def test_300_mixed_prompts_answer_as_each_alone(demo, work, monkeypatch):
     _, lines, arrays, alone = work
     programs = (vision._run_block, cache._fill_layer, engine._insert, engine._extend)
     programs = (*programs, decode_loop.decode_steps)
-    admit, touched = engine._admit, set()
+    fill, extend, touched = engine.prefill, engine._extend, set()
 
-    def admitted(params, cfg, state, batch, features, prefix, *rest):
-        behind = prefix and prefix.slots
-        touched.add((batch.tokens.shape[1], features is None, behind))
-        return admit(params, cfg, state, batch, features, prefix, *rest)
+    def filled(params, cfg, batch, *rest, features, **options):
+        touched.add((batch.tokens.shape[1], features is None, None))
+        return fill(params, cfg, batch, *rest, features=features, **options)
 
-    monkeypatch.setattr(engine, "_admit", admitted)
+    def extended(params, cfg, batch, features, prefix):
+        touched.add((batch.tokens.shape[1], features is None, prefix.slots))
+        return extend(params, cfg, batch, features, prefix)
+
+    monkeypatch.setattr(engine, "prefill", filled)
+    monkeypatch.setattr(engine, "_extend", extended)
     for program in programs:
         program.clear_cache()
     stats, requests = engine.Stats(), []
