@@ -116,7 +116,7 @@ def answer_file(
         done = {n for numbers in distributed.all_of(sorted(journal.done)) for n in numbers}
         missing = part_of(lines, done, index, count)
         if missing:
-            answer_lines(load, proc, source, settings, journal, missing, index == 0)
+            _Work(proc, source, settings, journal, missing, index == 0).run(load)
         distributed.wait_for_all("answered")
         _hand_over(journal, index)
         if index:
@@ -158,47 +158,44 @@ def _hand_over(journal: Journal, index: int) -> None:
     distributed.agreed(journal.sync)
 
 
-def answer_lines(
-    load: Load,
-    proc: Processor,
-    source: Path,
-    settings: Settings,
-    journal: Journal,
-    missing: list[Line],
-    shown: bool,
-) -> None:
-    """Answers these lines into a journal, with a progress bar if `shown`. Exits with 130 on Ctrl-C."""
-    there = len(journal.done)
-    rows, longest = min(settings.rows, len(missing)), LONG
-    progress = _Progress(there + len(missing), there, shown)
-    try:
-        with contextlib.ExitStack() as scope:
-            params, _ = load(scope)
-            scope.enter_context(progress)
-            work = _Work(params, proc, source, settings, journal, progress)
-            while missing:
-                missing = work.run(missing, rows, longest if rows > 1 else sys.maxsize)
-                rows, longest = max(1, rows // 4), 4 * longest
-    except KeyboardInterrupt:
-        kept = f"{len(journal.done)} of {progress.total} are kept"
-        print(f"interrupted: {kept}; the same command goes on", file=sys.stderr)
-        sys.exit(130)
-    if shown:
-        print(progress.summary(journal), file=sys.stderr)
-
-
-@dataclasses.dataclass(frozen=True)
 class _Work:
-    """What every pass over the lines needs."""
+    """Lines answered into a journal, with a progress bar if `shown`."""
 
-    params: Any
-    proc: Processor
-    source: Path
-    settings: Settings
-    journal: Journal
-    progress: _Progress
+    def __init__(self, proc, source, settings, journal: Journal, missing: list[Line], shown: bool):
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    def run(self, lines: list[Line], rows: int, longest: int) -> list[Line]:
+        self.proc, self.source, self.settings, self.journal = proc, source, settings, journal
+        self.missing, self.shown, self.there = missing, shown, len(journal.done)
+        self.total, self.start = self.there + len(missing), 0.0
+        self.passes: list[engine.Stats] = []
+        self.bar = Progress(
+            MofNCompleteColumn(), BarColumn(), "{task.description}", TimeRemainingColumn(),
+            console=Console(stderr=True), disable=not shown,
+        )  # fmt: skip
+        self.task = self.bar.add_task("preparing", total=self.total, completed=self.there)
+
+    def run(self, load: Load) -> None:
+        """Answers them all. Exits with 130 on Ctrl-C."""
+        missing, longest = self.missing, LONG
+        rows = min(self.settings.rows, len(missing))
+        try:
+            with contextlib.ExitStack() as scope:
+                params, _ = load(scope)
+                scope.enter_context(self.bar)
+                self.start = time.perf_counter()
+                while missing:
+                    most = longest if rows > 1 else sys.maxsize
+                    missing = self._answer(params, missing, rows, most)
+                    rows, longest = max(1, rows // 4), 4 * longest
+        except KeyboardInterrupt:
+            kept = f"{len(self.journal.done)} of {self.total} are kept"
+            print(f"interrupted: {kept}; the same command goes on", file=sys.stderr)
+            sys.exit(130)
+        if self.shown:
+            print(self._summary(), file=sys.stderr)
+
+    def _answer(self, params: Any, lines: list[Line], rows: int, longest: int) -> list[Line]:
         """Answers the lines that need at most `longest` tokens; gives the others back."""
         running: dict[int, Prepared] = {}
         later: list[Line] = []
@@ -216,10 +213,11 @@ class _Work:
                     running[found.line.number] = dataclasses.replace(found, request=None)
                     yield request
 
+        self.passes.append(engine.Stats())
         answers = engine.generate_many(
-            self.params, self.proc.config, requests(), stop_ids=self.proc.stop_ids,
+            params, self.proc.config, requests(), stop_ids=self.proc.stop_ids,
             decode=self.proc.decode, rows=rows, prefill_chunk=self.settings.prefill_chunk,
-            stats=self.progress.stats(),
+            stats=self.passes[-1],
         )  # fmt: skip
         for answer in answers:
             prepared = running.pop(answer.key)
@@ -228,58 +226,21 @@ class _Work:
 
     def _add(self, line: Line, result: Result) -> None:
         self.journal.add(line, result)
-        self.progress.advance()
+        rate = self._count("tokens") / (time.perf_counter() - self.start)
+        self.bar.update(self.task, advance=1, description=f"{rate:.0f} tokens/s")
 
-
-class _Progress:
-    """The progress bar, with tokens a second, and the summary at the end."""
-
-    def __init__(self, total: int, there: int, shown: bool):
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-        self.bar = Progress(
-            MofNCompleteColumn(), BarColumn(), "{task.description}", TimeRemainingColumn(),
-            console=Console(stderr=True), disable=not shown,
-        )  # fmt: skip
-        self.task = self.bar.add_task("preparing", total=total, completed=there)
-        self.total, self.there = total, there
-        self.passes: list[engine.Stats] = []
-        self.start = 0.0
-
-    def __enter__(self) -> _Progress:
-        self.bar.start()
-        self.start = time.perf_counter()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    def stats(self) -> engine.Stats:
-        """The counters of a new engine."""
-        self.passes.append(engine.Stats())
-        return self.passes[-1]
-
-    def count(self, name: str) -> int:
+    def _count(self, name: str) -> int:
         """A counter's sum over all engines."""
         return sum(getattr(stats, name) for stats in self.passes)
 
-    def advance(self) -> None:
-        """One more line is done."""
-        self.bar.update(self.task, advance=1, description=f"{self.rate():.0f} tokens/s")
-
-    def rate(self) -> float:
-        """Answer tokens a second."""
-        return self.count("tokens") / (time.perf_counter() - self.start)
-
-    def summary(self, journal: Journal) -> str:
+    def _summary(self) -> str:
         """One line for people."""
         there = f" ({self.there} were there)" if self.there else ""
-        seconds = time.perf_counter() - self.start
-        busy = self.count("row_steps") / max(sum(s.steps * s.rows for s in self.passes), 1)
+        seconds, tokens = time.perf_counter() - self.start, self._count("tokens")
+        busy = self._count("row_steps") / max(sum(s.steps * s.rows for s in self.passes), 1)
         return (
-            f"{journal.out}: {len(journal.done)} lines{there}, {self.count('tokens')} tokens in "
-            f"{seconds:.1f} s ({self.rate():.0f}/s), rows busy {busy:.0%}, prompt tokens "
-            f"{self.count('prefilled')} run and {self.count('reused')} reused, images "
-            f"{self.count('encoded')} encoded of {self.count('shown')} shown"
+            f"{self.journal.out}: {len(self.journal.done)} lines{there}, {tokens} tokens in "
+            f"{seconds:.1f} s ({tokens / seconds:.0f}/s), rows busy {busy:.0%}, prompt tokens "
+            f"{self._count('prefilled')} run and {self._count('reused')} reused, images "
+            f"{self._count('encoded')} encoded of {self._count('shown')} shown"
         )
