@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import numpy as np
 
@@ -51,13 +50,8 @@ def run(args: argparse.Namespace, scope: contextlib.ExitStack, status: Status) -
             seen += [prompt.encoded.ids.tobytes()]
             seen += [x.patches.tobytes() for x in prompt.encoded.images]
             distributed.check_alike("--mesh: other options, prompt or images", *seen)
-
-        def load() -> tuple[Any, q3.Config]:
-            notice = common.demo_notice(args, prompt.messages)
-            return common.load_checkpoint(args, prompt.directory, scope, status, notice)
-
         with distributed.quiet(index > 0):
-            text = answer(args, prompt, load, status)
+            text = answer(args, prompt, scope, status)
         if args.draw and not index:
             from qwen3vl_jax.cli.draw import draw_answer
 
@@ -149,10 +143,7 @@ class Texts:
 
 
 def answer(
-    args: argparse.Namespace,
-    prompt: Prompt,
-    load: Callable[[], tuple[Any, q3.Config]],
-    status: Status,
+    args: argparse.Namespace, prompt: Prompt, scope: contextlib.ExitStack, status: Status
 ) -> str:
     """Loads the weights, prints the answers (timing on stderr) and returns the first of them.
 
@@ -164,7 +155,8 @@ def answer(
     if args.answers > 1 and not sampling.temperature:
         print("temperature 0: the answers are all alike (try --temperature 1)", file=sys.stderr)
     clock = Clock()
-    params, cfg = load()
+    notice = common.demo_notice(args, prompt.messages)
+    params, cfg = common.load_checkpoint(args, prompt.directory, scope, status, notice)
     loading = clock.lap()
     status.show("compiling")
     length = len(prompt.encoded.ids)

@@ -16,9 +16,6 @@ from qwen3vl_jax.storage.paths import PIECE, copy_file, files_under, is_remote, 
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Writes a file atomically: a killed process leaves the old content or the new."""
-    if is_remote(path):
-        path.write_bytes(data)
-        return
     with replacing(path) as file:
         file.write(data)
 
