@@ -33,17 +33,12 @@ class Mark:
     label: str
 
 
-def find_marks(text: str) -> list[Mark]:
-    """The bbox_2d and point_2d entries of an answer, in order; text around them is ignored.
+def read_marks(text: str) -> tuple[list[Mark], int]:
+    """The bbox_2d and point_2d entries of an answer, in order, and how many could not be read.
 
     Reads JSON, plain or in a code fence, with any number of lists and nested objects; of an answer that
-    was cut off, the complete objects.
+    was cut off, the complete objects. Text around them is ignored.
     """
-    return read_marks(text)[0]
-
-
-def read_marks(text: str) -> tuple[list[Mark], int]:
-    """`find_marks`, and the number of entries that could not be read."""
     # Labels in TeX have backslashes that JSON does not know.
     text = _BACKSLASH.sub(lambda found: found[1] or r"\\", text)
     marks: list[Mark] = []

@@ -134,10 +134,9 @@ def make_batch(
     unknown = [k for k in dropped if k not in _DROPPED]
     if unknown:
         raise InputError(f"make_batch: unknown arguments {', '.join(unknown)}")
-    ids, mask = ids_and_mask(_ids(cfg, input_ids, inputs_embeds), attention_mask)
-    labels = _checked_rows(cfg, ids, mask, labels, input_ids is not None)
-    segments, embeds = _segments(mask, segment_ids), _embeds(cfg, ids, inputs_embeds)
-    grids = image_grid_thw, video_grid_thw
+    given = input_ids, attention_mask, inputs_embeds, labels
+    ids, mask, embeds, labels = _checked_rows(cfg, *given)
+    segments, grids = _segments(mask, segment_ids), (image_grid_thw, video_grid_thw)
     positions, delta = _positions(cfg, ids, mask, segments, position_ids, grids)
     image_grid, video_grid = map(grid_array, ("image_grid_thw", "video_grid_thw"), grids)
     vision = _vision(cfg, pixel_values, image_grid, pixel_values_videos, video_grid, pad)
@@ -178,38 +177,28 @@ def group_batch(cfg: Config, prompts: Sequence[EncodedPrompt], width: int) -> Ba
     return make_batch(cfg, pad=False, **arrays)
 
 
-def _ids(cfg: Config, input_ids, inputs_embeds) -> Any:
-    """input_ids, or ids past the vocabulary where there are embeddings alone: they are no tokens."""
-    if input_ids is not None:
-        return input_ids
-    if inputs_embeds is None:
+def _checked_rows(cfg: Config, input_ids, attention_mask, inputs_embeds, labels):
+    """Ids and mask [B T], embeddings [B T D] in place of the tokens' and labels [B T], or None for these.
+
+    Where there are embeddings alone, ids are past the vocabulary: they are no tokens. Raises InputError.
+    """
+    if input_ids is None and inputs_embeds is None:
         raise InputError("make_batch: expected input_ids or inputs_embeds, found neither")
-    return np.full(host_array(inputs_embeds).shape[:2], cfg.text.vocab_size)
-
-
-def _embeds(cfg: Config, ids: np.ndarray, inputs_embeds) -> np.ndarray | None:
-    """Embeddings [B T D] in place of the tokens'. Raises InputError."""
-    if inputs_embeds is None:
-        return None
-    embeds = host_array(inputs_embeds)
-    check_shape("inputs_embeds", embeds, (*ids.shape, cfg.text.hidden_size))
-    return embeds
-
-
-def _checked_rows(
-    cfg: Config, ids: np.ndarray, mask: np.ndarray, labels, given: bool
-) -> np.ndarray | None:
-    """The labels [B T]; given: the ids are a user's. Raises InputError, also for empty rows."""
+    vocabulary, given = cfg.text.vocab_size, input_ids is not None
+    embeds = None if inputs_embeds is None else host_array(inputs_embeds)
+    input_ids = input_ids if embeds is None or given else np.full(embeds.shape[:2], vocabulary)
+    ids, mask = ids_and_mask(input_ids, attention_mask)
     if not mask.any(axis=1).all() or not ids.size:
         empty = int(np.argmin(mask.any(axis=1))) if ids.size else 0
         raise InputError(f"input_ids: row {empty} of shape {ids.shape} has no attended token")
     if given:
-        check_ids("input_ids", ids[mask], cfg.text.vocab_size)
-    if labels is None:
-        return None
-    labels = check_labels("labels", labels, cfg.text.vocab_size)
-    check_shape("labels", labels, ids.shape, f"that of input_ids {ids.shape}")
-    return labels
+        check_ids("input_ids", ids[mask], vocabulary)
+    if labels is not None:
+        labels = check_labels("labels", labels, vocabulary)
+        check_shape("labels", labels, ids.shape, f"that of input_ids {ids.shape}")
+    if embeds is not None:
+        check_shape("inputs_embeds", embeds, (*ids.shape, cfg.text.hidden_size))
+    return ids, mask, embeds, labels
 
 
 def _segments(mask: np.ndarray, segment_ids) -> np.ndarray:

@@ -20,7 +20,7 @@ import qwen3vl_jax.__main__ as about
 from qwen3vl_jax.checkpoint.adapter_map import Adapter, lora_targets
 from qwen3vl_jax.checkpoint.peft_io import save_adapter
 from qwen3vl_jax.cli import common
-from qwen3vl_jax.cli.draw import Mark, draw_answer, draw_marks, find_marks, read_marks
+from qwen3vl_jax.cli.draw import Mark, draw_answer, draw_marks, read_marks
 from qwen3vl_jax.cli.infer_arguments import arguments, check_media_of_lines
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
@@ -179,7 +179,7 @@ def test_draw_writes_one_file_a_picture(capsys):
         capsys, "--image", common.DEMO_IMAGE, "--draw", "out.png", "--prompt", "Find every 4."
     )
     drawn = sorted(p.name for p in Path.cwd().glob("out*.png"))
-    assert drawn == (["out.png"] if find_marks(out) else []) and ("drew" in err) == bool(drawn)
+    assert drawn == (["out.png"] if read_marks(out)[0] else []) and ("drew" in err) == bool(drawn)
     ask = [
         {"role": "user", "content": [{"type": "image", "image": n} for n in ("second.png",) * 2]}
     ]
@@ -190,8 +190,8 @@ def test_draw_writes_one_file_a_picture(capsys):
 
 def test_marks_are_read_from_fenced_cut_and_mixed_answers():
     text = 'Here:\n```json\n[{"bbox_2d": [1, 2, 3, 4], "label": "a"}, {"point_2d": [5, 6.5]}, {"bbo'
-    assert find_marks(text) == [Mark((1, 2, 3, 4), "a"), Mark((5, 6.5), "")]
-    assert find_marks('{"bbox_2d": [1, 2], "label": 3} {"bbox_2d": ["x", 2, 3, 4]} {bad}') == []
+    assert read_marks(text)[0] == [Mark((1, 2, 3, 4), "a"), Mark((5, 6.5), "")]
+    assert not read_marks('{"bbox_2d": [1, 2], "label": 3} {"bbox_2d": ["x", 2, 3, 4]} {bad}')[0]
 
 
 BOX = '"bbox_2d": [1, 2, 3, 4]'
