@@ -17,10 +17,9 @@ if TYPE_CHECKING:
     from qwen3vl_jax.errors import InputError
     from qwen3vl_jax.inference.engine import generate_many
     from qwen3vl_jax.inference.generate import Answer, generate, stream
-    from qwen3vl_jax.inference.inspection import attentions, last_hidden_state
     from qwen3vl_jax.inference.requests import Finished, Request, Stats
     from qwen3vl_jax.inference.sampling import Sampling
-    from qwen3vl_jax.inference.scoring import embed, rerank, score
+    from qwen3vl_jax.inference.scoring import attentions, embed, last_hidden_state, rerank, score
     from qwen3vl_jax.loading import load
     from qwen3vl_jax.model.cache import decode_step, extend, grow_cache, prefill
     from qwen3vl_jax.model.losses import loss_fn
@@ -43,10 +42,9 @@ _HOME = {
     "errors": ("InputError",),
     "inference.engine": ("generate_many",),
     "inference.requests": ("Finished", "Request", "Stats"),
-    "inference.inspection": ("attentions", "last_hidden_state"),
+    "inference.scoring": ("attentions", "embed", "last_hidden_state", "rerank", "score"),
     "inference.generate": ("Answer", "generate", "stream"),
     "inference.sampling": ("Sampling",),
-    "inference.scoring": ("embed", "rerank", "score"),
     "loading": ("load",),
     "model.cache": ("decode_step", "extend", "grow_cache", "prefill"),
     "model.losses": ("loss_fn",),

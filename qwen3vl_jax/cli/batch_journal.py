@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.storage.append_log import AppendLog
 from qwen3vl_jax.storage.json_text import read_json, write_json
 from qwen3vl_jax.storage.paths import absolute, file_size, is_remote, kind, read_range
-from qwen3vl_jax.storage.remote_files import replacing
+from qwen3vl_jax.storage.remote_files import AppendLog, replacing
 
 Result = dict[str, Any]
 ERROR = "error"  # key of a result that is no answer: the next process tries its line again

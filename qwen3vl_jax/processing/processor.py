@@ -15,14 +15,19 @@ from qwen3vl_jax.config import Config, model_folder
 from qwen3vl_jax.errors import InputError, shown
 from qwen3vl_jax.processing.chat_template import ChatTemplate, Escape
 from qwen3vl_jax.processing.encoded_prompt import Arrays, EncodedPrompt, to_hf_arrays
-from qwen3vl_jax.processing.encoding import MediaEncoder, PromptEncoder, RenderedPrompt
+from qwen3vl_jax.processing.encoding import (
+    MediaEncoder,
+    PromptEncoder,
+    RenderedPrompt,
+    hand_out,
+    with_video_options,
+)
 from qwen3vl_jax.processing.fetching import FETCH_SECONDS, MAX_FETCH_BYTES, MediaRules
 from qwen3vl_jax.processing.generation_config import (
     read_generation_config,
     sampling_defaults,
     stop_ids,
 )
-from qwen3vl_jax.processing.media_arguments import hand_out, with_video_options
 from qwen3vl_jax.processing.messages import (
     MediaSource,
     check_messages,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from qwen3vl_jax.__main__ import backends
-from qwen3vl_jax.inference.inspection import attention_probs
+from qwen3vl_jax.inference.scoring import attention_probs
 from qwen3vl_jax.model.attention import BLOCK, attend, causal_ranges, cudnn_refusal
 
 

@@ -15,8 +15,8 @@ from PIL import Image
 
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.chat_template import ChatTemplate, Escape
+from qwen3vl_jax.processing.encoding import read_beside
 from qwen3vl_jax.processing.image_patches import load_image
-from qwen3vl_jax.processing.media_arguments import read_beside
 from qwen3vl_jax.processing.messages import MediaSource, check_messages, read_conversation
 from qwen3vl_jax.processing.tokenizer import Tokenizer
 

@@ -29,7 +29,7 @@ from qwen3vl_jax.cli.batch_lines import Settings
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.inference import engine
 from qwen3vl_jax.processing.processor import Processor
-from qwen3vl_jax.storage import append_log, paths
+from qwen3vl_jax.storage import paths, remote_files
 from qwen3vl_jax.storage.paths import as_path
 from qwen3vl_jax.storage.remote_files import Growing
 from qwen3vl_jax.storage.safetensors_files import read_tensors
@@ -417,7 +417,7 @@ def test_answers_outlive_a_kill(asked, bucket, tmp_path, monkeypatch):
     assert asked(tmp_path / "in.jsonl", tmp_path / "out.jsonl") == 1
     want = (tmp_path / "out.jsonl").read_bytes()
     source, out = f"{BUCKET}/in.jsonl", f"{BUCKET}/out.jsonl"
-    monkeypatch.setattr(append_log, "SYNC_EVERY", 0.0)
+    monkeypatch.setattr(remote_files, "SYNC_EVERY", 0.0)
     add, count, killed = Journal.add, [], {}
 
     def dying(self, line, result):
