@@ -27,7 +27,6 @@ import numpy as np
 
 from qwen3vl_jax import Config
 from qwen3vl_jax.checkpoint.name_map import param_specs
-from qwen3vl_jax.released import released_config
 
 GIB, MB = 2**30, 10**6
 # Overrides of the 2B's text config, and top-level ones.
@@ -45,7 +44,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def write_random(directory: Path, case: str) -> tuple[int, int]:
     """Writes a Hugging Face directory of shards up to 2 GB; (bytes, largest tensor)."""
     text, top = CASES[case]
-    raw = released_config("2b")
+    raw = Config.named("2b").to_hf()
     raw = {**raw, **top, "text_config": {**raw["text_config"], **text}}
     parts = sorted(
         (p.name, p.hf_shape) for row in param_specs(Config.from_hf(raw)) for p in row.parts

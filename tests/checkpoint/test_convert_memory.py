@@ -14,7 +14,6 @@ import numpy as np
 
 from qwen3vl_jax import Config
 from qwen3vl_jax.checkpoint.name_map import param_specs
-from qwen3vl_jax.released import released_config
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 2**20
@@ -61,7 +60,7 @@ print(json.dumps({name: watch(step) for name, step in steps.items()}))
 
 def test_memory_is_bounded(tmp_path):
     """Peaks above the start: both directions a group (64 MiB) and two tensors, loads also the weights."""
-    raw = released_config("2b")
+    raw = Config.named("2b").to_hf()
     raw["text_config"] |= {"vocab_size": 8_000, "hidden_size": 1024, "num_hidden_layers": 6}
     raw["text_config"] |= {"intermediate_size": 3072, "num_attention_heads": 8}
     raw["vision_config"] |= {"depth": 2, "deepstack_visual_indexes": [0], "out_hidden_size": 1024}
