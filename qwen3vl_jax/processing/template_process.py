@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from qwen3vl_jax.errors import InputError, one_line
 from qwen3vl_jax.storage.json_text import write_json
@@ -47,7 +47,8 @@ class _Server:
     """The child process, which ends with this one; one thread at a time may ask it."""
 
     def __init__(self) -> None:
-        self.lock, self.pid, self.process = threading.Lock(), 0, cast(Any, None)
+        self.lock, self.pid = threading.Lock(), 0
+        self.process: Any = None
 
     def _start(self) -> None:
         code = "import sys; sys.path[:] = {!r}; from {} import serve; serve()"
