@@ -24,6 +24,10 @@ from qwen3vl_jax.processing.encoded_prompt import (
 )
 
 KEPT_BYTES = 1 << 30
+MAX_PREFIXES, MAX_BYTES = 4, 1 << 30  # on the device
+MIN_TOKENS = 64  # fewer are not worth a program of their own
+# The width of a prompt -> its prefill chunk, None where it is filled at once.
+ChunkOf = Callable[[int], int | None]
 
 
 class FeatureStore:
@@ -67,12 +71,6 @@ class FeatureStore:
 
 def _bytes(features: Features) -> int:
     return features.merged.nbytes + features.taps.nbytes
-
-
-MIN_TOKENS = 64  # fewer are not worth a program of their own
-MAX_PREFIXES, MAX_BYTES = 4, 1 << 30  # on the device
-# The width of a prompt -> its prefill chunk, None where it is filled at once.
-ChunkOf = Callable[[int], int | None]
 
 
 @dataclasses.dataclass(frozen=True)

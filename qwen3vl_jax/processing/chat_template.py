@@ -20,6 +20,7 @@ _ASKED = {"role": "user", "content": "?"}
 _CALL = {"type": "function", "function": {"name": _WORD, "arguments": {}}}
 _TOOL = {"type": "function", "function": {"name": _WORD, "parameters": {}}}
 _ANSWER_PARTS: Mapping[str, Any] = {"tool_calls": [_CALL], "reasoning_content": _WORD}
+_PRIVATE = [*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE)]
 
 
 class ChatTemplate:
@@ -184,9 +185,6 @@ def _read(path: Path) -> str:
         return read_regular(path, f"chat template {path}", _LARGEST).decode()
     except UnicodeDecodeError as e:
         raise InputError(f"chat template {path}: byte {e.start} is not UTF-8") from None
-
-
-_PRIVATE = [*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE)]
 
 
 class Escape:

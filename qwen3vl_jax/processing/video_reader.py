@@ -23,6 +23,13 @@ from qwen3vl_jax.processing.image_loading import (
     to_rgb,
 )
 
+# Milliseconds of a frame that gives none, as browsers show it.
+_UNTIMED = 100
+# Held while a frame is decoded.
+_BYTES_A_PIXEL = 16
+_BROKEN = (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, KeyError)
+log = logging.getLogger("qwen3vl_jax")
+
 
 @dataclasses.dataclass(frozen=True)
 class VideoReader:
@@ -96,14 +103,6 @@ def timing(
         if np.abs(times - np.arange(len(times)) / fps).max() <= 0.5 / fps:
             return fps, None
     return mean, times
-
-
-# Milliseconds of a frame that gives none, as browsers show it.
-_UNTIMED = 100
-# Held while a frame is decoded.
-_BYTES_A_PIXEL = 16
-_BROKEN = (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, KeyError)
-log = logging.getLogger("qwen3vl_jax")
 
 
 def is_animation(head: bytes) -> bool:

@@ -22,6 +22,9 @@ from qwen3vl_jax.storage.paths import (
     remove_tree,
 )
 
+SYNC_EVERY = 15.0  # seconds
+_READERS = 16  # parts that are read at a time
+
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Writes a file atomically: a killed process leaves the old content or the new."""
@@ -155,10 +158,6 @@ class Growing:
         """Syncs and closes the file."""
         self._file.close()
         self._mirror.close()
-
-
-SYNC_EVERY = 15.0  # seconds
-_READERS = 16  # parts that are read at a time
 
 
 class AppendLog:
