@@ -82,7 +82,31 @@ def read_line(
             raise InputError(f"expected an object, found {type(found).__name__}")
         name = found.get("id", name)
         given = {key: value for key, value in found.items() if value is not None}
-        return _prepare(proc, given | {"id": name}, line, settings)
+        if unknown := [key for key in given if key not in KEYS]:
+            raise InputError(f"unknown key {unknown[0]!r}, expected some of {', '.join(KEYS)}")
+        if not isinstance(messages := given.get("messages"), list):
+            raise InputError('expected a list of messages under "messages"')
+        if type(logprobs := given.get("logprobs", False)) is not bool:
+            raise InputError(f"logprobs is {logprobs!r}, expected true or false")
+        request = Request(
+            line.number,
+            {},
+            given.get("max_new_tokens", settings.max_new_tokens),
+            Sampling(**{**settings.sampling, **{k: given[k] for k in SAMPLING if k in given}}),
+            given.get("seed", (settings.seed + line.number - 1) % 2**32),
+            stop_list(given.get("stop", settings.stop)),
+        )
+        prompts = proc.encode(messages, tools=given.get("tools"), **settings.inputs)
+        if len(prompts) != 1:
+            raise InputError(f"holds {len(prompts)} conversations, expected one")
+        length, most = len(prompts[0].ids), settings.max_len
+        if length >= most:
+            raise InputError(
+                f"the prompt has {length} tokens, prompt and answer may have {most} (--max-len)"
+            )
+        limit = min(request.max_new_tokens, most - length)
+        request = dataclasses.replace(request, arrays=prompts[0], max_new_tokens=limit)
+        return Prepared(line, name, request, length, request.stop_strings, logprobs)
     except BaseException as e:  # whatever a line holds, even a library's panic, the others go on
         kind = "" if isinstance(e, InputError) else f"{type(e).__name__}: "
         return line, _error(line, name, kind + str(e))
@@ -91,34 +115,6 @@ def read_line(
 def _error(line: Line, name: Any, why: str) -> Result:
     message = f"line {line.number}: {' '.join(why.split())}"
     return {"id": name, ERROR: message, "finish_reason": "error"}
-
-
-def _prepare(proc: Processor, given: dict[str, Any], line: Line, settings: Settings) -> Prepared:
-    if unknown := [key for key in given if key not in KEYS]:
-        raise InputError(f"unknown key {unknown[0]!r}, expected some of {', '.join(KEYS)}")
-    if not isinstance(messages := given.get("messages"), list):
-        raise InputError('expected a list of messages under "messages"')
-    if type(logprobs := given.get("logprobs", False)) is not bool:
-        raise InputError(f"logprobs is {logprobs!r}, expected true or false")
-    request = Request(
-        line.number,
-        {},
-        given.get("max_new_tokens", settings.max_new_tokens),
-        Sampling(**{**settings.sampling, **{k: given[k] for k in SAMPLING if k in given}}),
-        given.get("seed", (settings.seed + line.number - 1) % 2**32),
-        stop_list(given.get("stop", settings.stop)),
-    )
-    prompts = proc.encode(messages, tools=given.get("tools"), **settings.inputs)
-    if len(prompts) != 1:
-        raise InputError(f"holds {len(prompts)} conversations, expected one")
-    length = len(prompts[0].ids)
-    if length >= settings.max_len:
-        raise InputError(
-            f"the prompt has {length} tokens, prompt and answer may have {settings.max_len} (--max-len)"
-        )
-    limit = min(request.max_new_tokens, settings.max_len - length)
-    request = dataclasses.replace(request, arrays=prompts[0], max_new_tokens=limit)
-    return Prepared(line, given["id"], request, length, request.stop_strings, logprobs)
 
 
 def read_ahead(make: Callable[[_T], _U], items: Iterable[_T]) -> Iterator[_U | None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from typing import Any
 
 import qwen3vl_jax as q3
 from qwen3vl_jax.cli.common import demo_notice, load_checkpoint, open_checkpoint
@@ -18,9 +17,19 @@ def run(args: argparse.Namespace, scope: contextlib.ExitStack, status: Status) -
     """Prints the unit vector of what is given, or one score a line. Raises InputError."""
     directory, processor = open_checkpoint(args)
     notice = demo_notice(args)
-    conversations = _conversations(args)
-    if args.rerank:
+    query = {"text": args.prompt, "image": args.image, "video": args.video}
+    if args.embed:
+        conversations = [retrieval_prompts.embed_conversation(query, args.instruction)]
+    else:
+        conversations = [
+            retrieval_prompts.rerank_conversation(
+                query, retrieval_prompts.document(given), args.instruction
+            )
+            for given in args.document
+        ]
         yes_no = retrieval_prompts.yes_no_ids(processor.tokenizer)
+    items = [item for found in conversations for message in found for item in message["content"]]
+    check_media(args, {item["type"] for item in items}, "there is no {}; leave it out")
     batch = processor(conversations, **input_options(args))
     from qwen3vl_jax.inference.scoring import check_dims, check_finite
 
@@ -45,20 +54,3 @@ def run(args: argparse.Namespace, scope: contextlib.ExitStack, status: Status) -
         return
     for name, score in zip(args.document, found, strict=True):
         print(write_json({"document": name, "score": round(float(score), 7)}, "--rerank"))
-
-
-def _conversations(args: argparse.Namespace) -> list[Any]:
-    """One conversation to embed, or one for each document to rank."""
-    query = {"text": args.prompt, "image": args.image, "video": args.video}
-    if args.embed:
-        found = [retrieval_prompts.embed_conversation(query, args.instruction)]
-    else:
-        found = [
-            retrieval_prompts.rerank_conversation(
-                query, retrieval_prompts.document(given), args.instruction
-            )
-            for given in args.document
-        ]
-    items = [item for messages in found for message in messages for item in message["content"]]
-    check_media(args, {item["type"] for item in items}, "there is no {}; leave it out")
-    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
@@ -102,18 +103,14 @@ def quiet_libtpu(environ: MutableMapping[str, str] = os.environ, root: str = "/"
     root: of the files that show devices. Google's PCI devices other than its network card may be TPUs.
     """
     cards = Path(root, "sys/bus/pci/devices").glob("*")
-    found = [[_read_id(card / name) for name in ("vendor", "device")] for card in cards]
-    possible = any(vendor == "0x1ae0" and device != "0x0042" for vendor, device in found)
+    possible = False
+    for card in cards:
+        with contextlib.suppress(OSError):
+            vendor, device = ((card / name).read_text().strip() for name in ("vendor", "device"))
+            possible |= vendor == "0x1ae0" and device != "0x0042"
     nodes = (name for kind in ("accel*", "vfio/*") for name in Path(root, "dev").glob(kind))
     if not possible and not any(nodes) and importlib.util.find_spec("libtpu"):
         levels = {"TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
         for name, value in {**QUIET_LIBTPU, **levels}.items():
             if name.startswith("TPU_"):
                 environ.setdefault(name, value)
-
-
-def _read_id(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""

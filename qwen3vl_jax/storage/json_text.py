@@ -38,7 +38,11 @@ def read_json(text: str | bytes, where: str, large: bool = False) -> Any:
     try:
         if len(text) > MAX_BYTES and not large:
             raise _Refused(f"{len(text):,} bytes, expected at most {MAX_BYTES:,}")
-        text = _decoded(text)
+        if isinstance(text, str):
+            _check_string(text)
+            text = text.removeprefix("\ufeff")
+        else:
+            text = text.decode("utf-8-sig")
         if not large and sum(map(text.count, ",[{")) > MAX_VALUES:
             raise _Refused(f"JSON of more than {MAX_VALUES:,} values")
         found = _STRICT.decode(text)
@@ -47,6 +51,10 @@ def read_json(text: str | bytes, where: str, large: bool = False) -> Any:
     except json.JSONDecodeError as e:
         place = f"column {e.colno}" if "\n" not in e.doc else f"line {e.lineno}, column {e.colno}"
         raise InputError(f"{before}not JSON ({e.msg.removesuffix(' at')} at {place})") from None
+    except UnicodeDecodeError as e:
+        raise InputError(
+            f"{before}byte {e.start} is not UTF-8, expected JSON text in UTF-8"
+        ) from None
     except _Refused as e:
         raise InputError(f"{before}{e}") from None
     except (RecursionError, MemoryError):
@@ -105,16 +113,6 @@ def write_json(value: Any, where: str, **options: Any) -> str:
         return json.dumps(value, allow_nan=False, **options)
     except (ValueError, TypeError, RecursionError) as e:
         raise InputError(f"{where}: cannot be written as JSON ({e})") from e
-
-
-def _decoded(text: str | bytes) -> str:
-    if isinstance(text, str):
-        _check_string(text)
-        return text.removeprefix("\ufeff")
-    try:
-        return text.decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise _Refused(f"byte {e.start} is not UTF-8, expected JSON text in UTF-8") from None
 
 
 def _constant(name: str) -> Any:
