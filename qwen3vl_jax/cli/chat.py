@@ -99,16 +99,13 @@ def converse(
         command, _, rest = line.partition(" ")
         if command == "/quit" or line in ("exit", "quit"):
             return
-        if command == "/new":
-            messages, state, media = list(opening), None, []
-            continue
-        if command in ("/help", "/?"):
-            print(HELP, file=sys.stderr)
-            continue
         try:
-            if command in ("/image", "/video"):
-                path = rest.strip()
-                if not path:
+            if command == "/new":
+                messages, state, media = list(opening), None, []
+            elif command in ("/help", "/?"):
+                print(HELP, file=sys.stderr)
+            elif command in ("/image", "/video"):
+                if not (path := rest.strip()):
                     raise InputError(f"{command} needs a PATH")
                 media.append(load_media(proc, {"type": command[1:], command[1:]: path}, inputs))
                 print(f"{path}: goes with the next question", file=sys.stderr)

@@ -5,6 +5,7 @@ The cache is donated from one dispatch to the next, and doubles when it is full.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -127,12 +128,10 @@ def generate(
 ) -> Answer:
     """Answers every row of the batch; arguments are those of `stream`.
 
-    stop_strings end a row with the token that completes one; they need `decode` (tokens -> text, a
-    Processor's). A row whose logits are not finite ends there, with a warning and the finish_reason
-    "error".
+    stop_strings end a row with the token that completes one; they need `decode` (tokens -> text). A row
+    whose logits are not finite ends there, with a warning and the finish_reason "error".
     """
-    strings = stop_list(stop_strings)
-    if strings and decode is None:
+    if (strings := stop_list(stop_strings)) and decode is None:
         raise InputError("stop_strings need decode=, the function from tokens to text")
     chunks = stream(
         params, cfg, batch, max_new_tokens=max_new_tokens, sampling=sampling, stop_ids=stop_ids,
@@ -142,18 +141,17 @@ def generate(
     stops = check_stop_ids(cfg, stop_ids)
     answers = [RowAnswer(max_new_tokens, strings) for _ in range(len(batch.segment_ids) * copies)]
     try:
-        new = next(chunks)
-        while True:
-            for answer, row in zip(answers, new, strict=True):
-                if not answer.finish_reason:
-                    answer.add(row, stops, decode)
-            new = chunks.send(np.array([bool(answer.finish_reason) for answer in answers]))
+        with contextlib.suppress(StopIteration):
+            new = next(chunks)
+            while True:
+                for answer, row in zip(answers, new, strict=True):
+                    if not answer.finish_reason:
+                        answer.add(row, stops, decode)
+                new = chunks.send(np.array([bool(answer.finish_reason) for answer in answers]))
     except NotFiniteError as e:
         log.warning("generate: %s", e)
         for b, fault in e.rows.items():
             answers[b].finish_reason, answers[b].error = "error", fault
-    except StopIteration:
-        pass
     tokens = np.full((len(answers), max_new_tokens), stops[0] if stops else 0, np.int32)
     for row, answer in zip(tokens, answers, strict=True):
         row[: len(answer.tokens)] = answer.tokens
