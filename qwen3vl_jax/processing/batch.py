@@ -223,7 +223,7 @@ def _positions(cfg, ids, mask, segments, position_ids, grids) -> tuple[np.ndarra
     if position_ids is None:
         if segments.max(initial=0) > 1:
             raise InputError("make_batch: packed rows (segment_ids over 1) need their position_ids")
-        return rope_index(cfg, ids, *grids, mask)
+        return rope_index(cfg, ids, grids[0], grids[1], mask)
     positions = integers("position_ids", position_ids, as_floats=True).astype(np.int32)
     if positions.shape == ids.shape:
         positions = np.broadcast_to(positions, (3, *ids.shape))

@@ -258,7 +258,8 @@ class Processor:
             variables = {
                 k: v if k.endswith("_token") else escape.data(v) for k, v in variables.items()
             }
-        rendered = self.template.render(messages, listed, *ending, {**given, **variables})
+        variables = {**given, **variables}
+        rendered = self.template.render(messages, listed, ending[0], ending[1], variables)
         if escape is None:
             return RenderedPrompt(rendered, "", sources)
         return RenderedPrompt(escape.tidy(rendered), escape.mark, sources)

@@ -52,7 +52,7 @@ def _reader(start, name, points, clock, first, recount=None, is_exact=False) -> 
         a, b, _, c, d = np.frombuffer(bytes(data), "=i4")[:5].tolist()
         matrix = a, b, c, d
     shown = _upright(first, matrix)
-    fps, times = timing(points, *clock, name)
+    fps, times = timing(points, clock[0], clock[1], name)
 
     def checked(frames: Iterator[Any]) -> Iterator[Any]:
         for number, frame in enumerate(frames):
