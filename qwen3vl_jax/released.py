@@ -40,8 +40,4 @@ def released_sizes(size: str) -> tuple[dict[str, Any], dict[str, Any], bool]:
     if size.lower() not in RELEASED:
         raise InputError(f"size {size!r} is unknown; released sizes: {', '.join(RELEASED)}")
     text, vision, tied = RELEASED[size.lower()]
-    return (
-        dict(zip(_TEXT_KEYS, text, strict=True)),
-        dict(zip(_VISION_KEYS, vision, strict=True)),
-        tied,
-    )
+    return dict(zip(_TEXT_KEYS, text)), dict(zip(_VISION_KEYS, vision)), tied

@@ -36,7 +36,7 @@ from qwen3vl_jax.inference.requests import (
     Stats,
 )
 from qwen3vl_jax.inference.sampling import row_seeds
-from qwen3vl_jax.inference.stores import FeatureStore, Prefix, PrefixStore
+from qwen3vl_jax.inference.stores import Prefix, Stores
 from qwen3vl_jax.model.cache import extend, grow_cache, init_cache, prefill
 from qwen3vl_jax.model.structs import Params, check_call
 from qwen3vl_jax.model.transformer import compute_dtype
@@ -154,8 +154,7 @@ class _Engine:
         self.stop_ids = options.stop_ids.tolist()
         self.waiting: list[tuple[Request, EncodedPrompt]] = []
         self.running: dict[int, _Row] = {}
-        self.features = FeatureStore(params, cfg, stats)
-        self.prefixes = PrefixStore(params, cfg, self.features, chunk_of, stats)
+        self.stores = Stores(params, cfg, chunk_of, stats)
         # Of its own, for the sampling of a row changes with its request.
         options = options.replace(sampling=jax.tree.map(np.array, options.sampling))
         self.decoder = Decoder(params, cfg, None, options)
@@ -219,7 +218,7 @@ class _Engine:
     def _admit(self, free: list[int]) -> Iterator[Finished]:
         """Prefills the oldest waiting prompt with others of its bucket."""
         first, *others = [prompt for _, prompt in self.waiting]
-        prefix = self.prefixes.best(first, others)
+        prefix = self.stores.best(first, others)
         start = 0 if prefix is None else prefix.length
         width = bucket(len(first.ids) - start)
         admitted = self._fitting(prefix, start, width)[: self.group]
@@ -244,7 +243,7 @@ class _Engine:
         if prefix is not None:
             before[:, :start] = prefix.prompt.ids
         batch = group_batch(self.cfg, rests, width)
-        features = self.features.of(rests, len(rests) * width)
+        features = self.stores.features(rests, len(rests) * width)
         if prefix is None:
             chunk = self.chunk_of(width)
             filled = prefill(self.params, self.cfg, batch, width, features=features, chunk=chunk)
@@ -270,6 +269,6 @@ class _Engine:
         sizes = {
             i: len(prompt.ids)
             for i, (_, prompt) in enumerate(self.waiting)
-            if i and self.prefixes.lookup(prompt) is prefix and len(prompt.ids) - start <= width
+            if i and self.stores.lookup(prompt) is prefix and len(prompt.ids) - start <= width
         }
         return [0, *sorted(sizes, key=lambda i: -sizes[i])]

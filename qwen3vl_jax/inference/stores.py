@@ -30,49 +30,6 @@ MIN_TOKENS = 64  # fewer are not worth a program of their own
 ChunkOf = Callable[[int], int | None]
 
 
-class FeatureStore:
-    """What the vision tower gave for the images and videos seen last, by digest.
-
-    Each is encoded by itself, so that programs depend on its bucket alone. `stats` counts them.
-    """
-
-    def __init__(self, params: Params, cfg: Config, stats: Stats, kept: int = KEPT_BYTES):
-        self.params, self.cfg, self.stats, self.kept, self.size = params, cfg, stats, kept, 0
-        self.store: OrderedDict[bytes, Features] = OrderedDict()
-
-    def of(self, prompts: list[EncodedPrompt], rows: int) -> Features | None:
-        """Features of all images and videos of a group, padded to `rows` rows; None without any."""
-        images = in_feature_order(prompts)
-        if not images:
-            return None
-        found = [self._one(image) for image in images]
-        merged = np.concatenate([f.merged for f in found])
-        taps = np.concatenate([f.taps for f in found], axis=1)
-        fill = (0, rows - len(merged))
-        merged, taps = np.pad(merged, (fill, (0, 0))), np.pad(taps, ((0, 0), fill, (0, 0)))
-        return Features(cast(Any, merged), cast(Any, taps))
-
-    def _one(self, image: EncodedImage) -> Features:
-        if (found := self.store.get(image.digest)) is None:
-            self.stats.encoded += 1
-            inputs = make_vision(self.cfg, image.patches, [image.grid])
-            count = len(image.patches) // self.cfg.vision.merge_unit
-            out = vision_encode(self.params, self.cfg, inputs)
-            # Cut on the host: on the device each count of rows would be a program of its own.
-            merged, taps = np.asarray(out.merged)[:count], np.asarray(out.taps)[:, :count]
-            found = Features(cast(Any, merged.copy()), cast(Any, taps.copy()))
-            self.store[image.digest] = found
-            self.size += _bytes(found)
-        self.store.move_to_end(image.digest)
-        while self.size > self.kept and len(self.store) > 1:
-            self.size -= _bytes(self.store.popitem(last=False)[1])
-        return found
-
-
-def _bytes(features: Features) -> int:
-    return features.merged.nbytes + features.taps.nbytes
-
-
 @dataclasses.dataclass(frozen=True)
 class Prefix:
     """The first tokens of prompts, and the cache of one row that holds them."""
@@ -84,28 +41,53 @@ class Prefix:
     def length(self) -> int:
         return len(self.prompt.ids)
 
-    @property
-    def nbytes(self) -> int:
-        return sum(x.nbytes for x in jax.tree.leaves(self.cache))
 
-    def begins(self, prompt: EncodedPrompt) -> bool:
-        return shared_start(prompt, self.prompt, all_of_b=True) == self.length
+class Stores:
+    """What the vision tower gave for the images and videos seen last, and the prefixes used last.
 
+    Each image is encoded by itself, so that programs depend on its bucket alone. `stats` counts both.
+    """
 
-class PrefixStore:
-    """The prefixes used last; `stats` counts those that are made."""
+    def __init__(self, params: Params, cfg: Config, chunk_of: ChunkOf, stats: Stats):
+        self.params, self.cfg, self.chunk_of, self.stats = params, cfg, chunk_of, stats
+        self.images: OrderedDict[bytes, Features] = OrderedDict()
+        self.prefixes: list[Prefix] = []  # the last used one last
 
-    def __init__(
-        self, params: Params, cfg: Config, features: FeatureStore, chunk_of: ChunkOf, stats: Stats
-    ):
-        self.params, self.cfg, self.features, self.chunk_of = params, cfg, features, chunk_of
-        self.store: list[Prefix] = []  # the last used one last
-        self.stats = stats
+    def features(self, prompts: list[EncodedPrompt], rows: int) -> Features | None:
+        """Features of all images and videos of a group, padded to `rows` rows; None without any."""
+        images = in_feature_order(prompts)
+        if not images:
+            return None
+        found = [self._image(image) for image in images]
+        merged = np.concatenate([f.merged for f in found])
+        taps = np.concatenate([f.taps for f in found], axis=1)
+        fill = (0, rows - len(merged))
+        merged, taps = np.pad(merged, (fill, (0, 0))), np.pad(taps, ((0, 0), fill, (0, 0)))
+        return Features(cast(Any, merged), cast(Any, taps))
+
+    def _image(self, image: EncodedImage) -> Features:
+        if (found := self.images.get(image.digest)) is None:
+            self.stats.encoded += 1
+            inputs = make_vision(self.cfg, image.patches, [image.grid])
+            count = len(image.patches) // self.cfg.vision.merge_unit
+            out = vision_encode(self.params, self.cfg, inputs)
+            # Cut on the host: on the device each count of rows would be a program of its own.
+            merged, taps = np.asarray(out.merged)[:count], np.asarray(out.taps)[:, :count]
+            found = Features(cast(Any, merged.copy()), cast(Any, taps.copy()))
+            self.images[image.digest] = found
+            while len(self.images) > 1 and _bytes(*self.images.values()) > KEPT_BYTES:
+                self.images.popitem(last=False)
+        self.images.move_to_end(image.digest)
+        return found
 
     def lookup(self, prompt: EncodedPrompt) -> Prefix | None:
         """The longest prefix that the prompt begins with."""
-        found = [p for p in self.store if p.begins(prompt) and self._fits(prompt, p.length)]
+        found = [p for p in self.prefixes if self._begins(p, prompt)]
         return max(found, key=lambda p: p.length, default=None)
+
+    def _begins(self, prefix: Prefix, prompt: EncodedPrompt) -> bool:
+        shared = shared_start(prompt, prefix.prompt, all_of_b=True)
+        return shared == prefix.length and self._fits(prompt, shared)
 
     def _fits(self, prompt: EncodedPrompt, length: int) -> bool:
         """Whether the rest is prefilled at once: behind a prefix there are no chunks."""
@@ -115,20 +97,25 @@ class PrefixStore:
         """The prefix to prefill a prompt behind: one in the store, or a new one that others share too."""
         found = self.lookup(prompt)
         # The length that spares most tokens beyond those that are kept already.
-        kept = 0 if found is None else found.length
+        there = 0 if found is None else found.length
         shared = sorted((shared_start(prompt, other) for other in others), reverse=True)
-        spared = [(length - kept) * count for count, length in enumerate(shared, 1)]
+        spared = [(length - there) * count for count, length in enumerate(shared, 1)]
         length = shared[int(np.argmax(spared))] if spared else 0
-        if length - kept >= MIN_TOKENS and self._fits(prompt, length):
+        if length - there >= MIN_TOKENS and self._fits(prompt, length):
             first, width = prompt.first(length), bucket(length)
             batch, chunk = group_batch(self.cfg, [first], width), self.chunk_of(width)
-            features = self.features.of([first], width)
+            features = self.features([first], width)
             cache, _ = prefill(self.params, self.cfg, batch, width, features=features, chunk=chunk)
             self.stats.prefixes += 1
             self.stats.prefilled += length
             found = Prefix(first.without_patches(), cache)
         if found is not None:
-            self.store = [*(p for p in self.store if p is not found), found][-MAX_PREFIXES:]
-            while len(self.store) > 1 and sum(p.nbytes for p in self.store) > MAX_BYTES:
-                self.store = self.store[1:]
+            kept = [*(p for p in self.prefixes if p is not found), found][-MAX_PREFIXES:]
+            while len(kept) > 1 and _bytes(*(p.cache for p in kept)) > MAX_BYTES:
+                kept = kept[1:]
+            self.prefixes = kept
         return found
+
+
+def _bytes(*held: Any) -> int:
+    return sum(x.nbytes for x in jax.tree.leaves(held))

@@ -96,11 +96,8 @@ def check_messages(messages: Sequence[Mapping[str, Any]], template: str) -> None
             raise InputError(f"{where}content is missing, expected a text or a list of items")
         calls = message.get("tool_calls") or []
         for given in calls if isinstance(calls, list) else [calls]:
-            keys, where_call = (
-                ("id", "type", "index", "function", *CALL_KEYS),
-                f"{where}tool_calls: ",
-            )
-            if function := fields(given, keys, where_call).get("function"):
+            keys, where_call = ("id", "type", "index", "function"), f"{where}tool_calls: "
+            if function := fields(given, (*keys, *CALL_KEYS), where_call).get("function"):
                 fields(function, CALL_KEYS, where_call)
 
 

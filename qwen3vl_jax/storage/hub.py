@@ -48,19 +48,18 @@ def _fetch(repo: str, revision: str | None) -> Path:
     at = repo if revision is None else f"{repo} at revision {revision}"
     try:
         found = Path(snapshot_download(repo, revision=revision, allow_patterns=_HUB_FILES))
-    except errors.GatedRepoError as e:
-        raise InputError(f"{at}: access is gated; accept its terms and log in to the Hub") from e
-    except errors.RevisionNotFoundError as e:
-        raise InputError(f"{at}: the repository has no such revision") from e
-    except errors.RepositoryNotFoundError as e:
-        raise InputError(f"{at}: no such directory, and no such repository on the Hub") from e
-    except errors.LocalEntryNotFoundError as e:
-        raise InputError(
-            f"{at}: no such directory; the Hub is out of reach and the cache lacks the checkpoint or a file"
-        ) from e
-    # The errors of its HTTP library change from version to version.
     except Exception as e:
-        raise InputError(f"{at}: cannot be fetched from the Hub ({one_line(e)[:200]})") from e
+        said = {
+            errors.GatedRepoError: "access is gated; accept its terms and log in to the Hub",
+            errors.RevisionNotFoundError: "the repository has no such revision",
+            errors.RepositoryNotFoundError: "no such directory, and no such repository on the Hub",
+            errors.LocalEntryNotFoundError: "no such directory; the Hub is out of reach and the cache "
+            "lacks the checkpoint or a file",
+            # The errors of its HTTP library change from version to version.
+            Exception: f"cannot be fetched from the Hub ({one_line(e)[:200]})",
+        }
+        why = next(text for kind, text in said.items() if isinstance(e, kind))
+        raise InputError(f"{at}: {why}") from e
     if not any(found.glob("*.safetensors")):
         names: list[str] = []
         with contextlib.suppress(Exception):  # the Hub is out of reach
