@@ -225,24 +225,20 @@ class RowAnswer:
         decode: Callable[[list[int]], str] | None = None,
     ) -> int:
         """Takes tokens [n] of `decode_steps`; gives how many belong to the answer."""
-        before = len(self.tokens)
+        before, strings = len(self.tokens), self.stop_strings
+        span = 4 * max(map(len, strings), default=0) + 4  # a character is at most four tokens
         for token in new.tolist():
             if token < 0:
                 continue
             self.tokens.append(token)
-            if token in stop_ids or (decode is not None and self._has_stop_string(decode)):
+            text = decode(self.tokens[-span:]) if decode and strings else ""
+            if token in stop_ids or find_stop(text, strings)[1] is not None:
                 self.finish_reason = "stop"
                 return len(self.tokens) - before
         self.error = fault_of(new, before)
         if self.error or len(self.tokens) >= self.max_new_tokens:
             self.finish_reason = "error" if self.error else "length"
         return len(self.tokens) - before
-
-    def _has_stop_string(self, decode: Callable[[list[int]], str]) -> bool:
-        if not self.stop_strings:
-            return False
-        span = 4 * max(map(len, self.stop_strings)) + 4  # a character is at most four tokens
-        return find_stop(decode(self.tokens[-span:]), self.stop_strings)[1] is not None
 
 
 def fault_of(tokens: np.ndarray, count: int) -> str:

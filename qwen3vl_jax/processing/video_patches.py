@@ -26,7 +26,7 @@ from qwen3vl_jax.processing.image_patches import (
 from qwen3vl_jax.processing.media import load_image
 from qwen3vl_jax.processing.qwen_items import KEYS as ITEM_RULES
 from qwen3vl_jax.processing.qwen_items import VideoItem
-from qwen3vl_jax.processing.resize_rules import Size, smart_resize_video
+from qwen3vl_jax.processing.resize_rules import smart_resize_video
 from qwen3vl_jax.processing.settings import WITHOUT_EFFECT, VideoSettings, checks
 from qwen3vl_jax.processing.video_loading import as_frames, open_frames, open_video
 from qwen3vl_jax.processing.video_reader import FramesDiffer, VideoReader
@@ -127,7 +127,21 @@ def _encode(
     """Patches of the frames that are used, written group by group as they are decoded."""
     chosen, seconds = sample_frames(video, settings, item, start, end)
     temporal, unit = settings.temporal_patch_size, settings.patch_size
-    size = _frame_size(video, len(chosen), settings, item)
+    frames, limit = len(chosen), settings.max_pixels
+    if not settings.do_resize:
+        if frames < temporal:
+            raise InputError(f"video: {frames} frame(s); pass a single frame as an image")
+        size = None
+    elif item is not None and item.resizes:
+        size = item.frame_size(frames, *video.size, settings.factor)
+    else:
+        if settings.cap_pixels_per_frame:
+            per = min(settings.max_video_tokens * settings.factor**2, limit // frames)
+            limit = max(per, int(settings.min_pixels * 1.05)) * frames
+        limits = settings.factor, temporal, settings.min_pixels, limit
+        # It refuses a single frame, and a strip, whatever size is asked for.
+        size = smart_resize_video(frames, *video.size, *limits)
+        size = settings.fixed_size or size
     height, width = size or video.size
     count = height // unit * (width // unit)
     padded = [*seconds, *[seconds[-1]] * (-len(seconds) % temporal)]
@@ -135,9 +149,9 @@ def _encode(
     check_patches((height, width), len(padded), most=MAX_VIDEO_BYTES)
     patches = np.empty((groups, count, 3 * temporal * unit**2), np.float32)
     table = value_table(settings, 3)
-    frames = (resized(frame, size, settings) for frame in video.read(chosen))
+    decoded = (resized(frame, size, settings) for frame in video.read(chosen))
     for number in range(groups):
-        group = list(itertools.islice(frames, temporal))
+        group = list(itertools.islice(decoded, temporal))
         if any(frame.shape[:2] != (height, width) for frame in group):
             raise InputError("video: its frames have several sizes, which do_resize=False leaves")
         patches[number] = frames_to_patches(group, table, settings)[0]
@@ -200,25 +214,3 @@ def _second(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e9:
         raise InputError(f"{name}: got {shown(value)}, expected seconds from 0")
     return float(value)
-
-
-def _frame_size(
-    video: VideoReader, frames: int, settings: VideoSettings, item: VideoItem | None
-) -> Size | None:
-    """Height and width that the frames are resized to, None to leave them."""
-    temporal = settings.temporal_patch_size
-    if not settings.do_resize:
-        if frames < temporal:
-            raise InputError(f"video: {frames} frame(s); pass a single frame as an image")
-        return None
-    if item is not None and item.resizes:
-        return item.frame_size(frames, *video.size, settings.factor)
-    limit = settings.max_pixels
-    if settings.cap_pixels_per_frame:
-        per = min(settings.max_video_tokens * settings.factor**2, limit // frames)
-        limit = max(per, int(settings.min_pixels * 1.05)) * frames
-    # It refuses a single frame, and a strip, whatever size is asked for.
-    size = smart_resize_video(
-        frames, *video.size, settings.factor, temporal, settings.min_pixels, limit
-    )
-    return settings.fixed_size or size
