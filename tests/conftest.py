@@ -18,14 +18,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # A GPU's default for float32 products is TF32, which no parity bound survives.
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-# Most of the time goes into compiling programs that run once: a third less of it. Where jaxlib still
-# has the emitters of before 0.11, those take two thirds of the newer ones' time.
-# One piece of machine code for each program: many pieces take longer, on few cores, to split and join.
-# Products by Eigen, as the newer library plans each one when it first runs.
-FAST = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
-FAST += " --xla_cpu_experimental_ynn_fusion_type="
+# Most of the time goes into compiling programs that run once: a third less of it. Another jaxlib may
+# not know the other flags, and ends the process. The emitters of before 0.11 take two thirds of the newer
+# ones' time; many pieces of machine code take longer, on few cores, to split and join than one; the newer
+# library of products plans each when it first runs.
+FAST = "--xla_backend_optimization_level=0"
 if importlib.metadata.version("jaxlib").startswith("0.10."):
-    FAST += " --xla_cpu_use_fusion_emitters=false"
+    FAST += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    FAST += " --xla_cpu_experimental_ynn_fusion_type="
 # Eight devices for the tests of meshes; everything else runs on the first.
 os.environ.setdefault("XLA_FLAGS", f"{FAST} --xla_force_host_platform_device_count=8")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -61,8 +61,9 @@ def _boxed_params(key: jax.Array, cfg: Config) -> Params:
     keys = iter(jax.random.split(key, 8 + cfg.text.num_hidden_layers + 2 * cfg.vision.depth))
     t, c = cfg.text, cfg.vision
 
-    def init(module: nn.Module, *inputs: Any) -> Any:
-        return module.lazy_init(next(keys), *inputs)["params"]
+    def init(count: int, module: nn.Module, *inputs: Any) -> list[Any]:
+        traced_once = jax.jit(lambda key: module.lazy_init(key, *inputs)["params"])
+        return [traced_once(next(keys)) for _ in range(count)]
 
     def floats(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -73,18 +74,17 @@ def _boxed_params(key: jax.Array, cfg: Config) -> Params:
     row, ranges = floats(1, 1, c.hidden_size), (jax.ShapeDtypeStruct((1, 1), jnp.int32),) * 2
     positions = (c.num_position_embeddings, None), (c.hidden_size, "vision_embed")
     vision = {
-        "patch": init(PatchEmbed(c), floats(1, math.prod(c.patch_shape))),
-        **init(Tables(c, {"pos": positions})),
-        "blocks": [init(VisionBlock(c), row, angles, *ranges) for _ in range(c.depth)],
-        "merger": init(PatchMerger(c, False), patches),
-        "deepstack": [init(PatchMerger(c, True), patches) for _ in c.deepstack_visual_indexes],
+        "patch": init(1, PatchEmbed(c), floats(1, math.prod(c.patch_shape)))[0],
+        **init(1, Tables(c, {"pos": positions}))[0],
+        "blocks": init(c.depth, VisionBlock(c), row, angles, *ranges),
+        "merger": init(1, PatchMerger(c, False), patches)[0],
+        "deepstack": init(len(c.deepstack_visual_indexes), PatchMerger(c, True), patches),
     }
-    block = Block(t), x, rotary, lambda q, *_: (q, None)
-    layers = [init(*block) for _ in range(t.num_hidden_layers)]
+    layers = init(t.num_hidden_layers, Block(t), x, rotary, lambda q, *_: (q, None))
     words = (t.vocab_size, "vocab"), (t.hidden_size, "embed")
     tables = {"embed": words, "norm": ((t.hidden_size, None),)}
     tables |= {} if cfg.tie_word_embeddings else {"head": words}
-    return {**init(Tables(t, tables)), "layers": layers, "vision": vision}
+    return {**init(1, Tables(t, tables))[0], "layers": layers, "vision": vision}
 
 
 def logical_axes(cfg: Config) -> dict[str, tuple[str | None, ...]]:

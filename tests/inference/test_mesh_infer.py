@@ -48,8 +48,12 @@ def case_of(sparse):
     return one, batch, more, everything(one.params, one.cfg, batch, more)
 
 
-@pytest.mark.parametrize("name", MESHES)
-@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "moe"])
+# Experts lie on every axis but those of tokens; an MLP on "tensor" and "fsdp".
+RUNS = [(False, "fsdp"), (False, "context"), (False, "repeated")]
+RUNS += [(True, "tensor"), (True, "fsdp"), (True, "expert"), (True, "context")]
+
+
+@pytest.mark.parametrize(("sparse", "name"), RUNS)
 def test_forward_decode_and_extend_equal_one_device(sparse, name):
     one, batch, more, want = case_of(sparse)
     mesh = mesh_of(**MESHES[name])

@@ -30,7 +30,8 @@ def test_score(moe, side, span, monkeypatch):
     chosen[np.arange(len(ids)), mask.argmax(1)] = False  # a row's first token follows nothing
     labels = np.where(chosen, ids, -100)
     batch = q3.make_batch(cfg, **inputs, labels=labels)
-    got = np.asarray(jax.jit(functools.partial(q3.score, cfg=cfg))(params, batch=batch))
+    score = jax.jit(functools.partial(q3.score, cfg=cfg))
+    got = np.asarray(score(q3.stack_layers(params), batch=batch))
     logits = torch.from_numpy(reference.logits(ref, inputs)[:, :-1])
     expected = torch.log_softmax(logits, -1).gather(-1, torch.from_numpy(ids[:, 1:, None]))[..., 0]
     expected = np.pad(expected.numpy(), ((0, 0), (1, 0)))
@@ -44,6 +45,7 @@ def test_embed(moe, side):
     """Cosine with torch's normalised state of the last token, whole and cut."""
     ref = reference.build("base", moe)
     params, cfg = ours.build(ref)
+    params = q3.stack_layers(params)
     inputs = reference.mixed(ref, side, ROWS)
     batch = q3.make_batch(cfg, **inputs)
     states = reference.last_hidden(ref, inputs)
@@ -87,6 +89,7 @@ def test_embeddings_need_no_head():
     """A base model embeds; scoring says what is missing, and so does a batch without labels."""
     ref = reference.build("base", False)
     params, cfg = ours.build(ref)
+    params = q3.stack_layers(params)
     batch = q3.make_batch(cfg, **tiny.inputs(ref.config, "text"))
     bare = {name: value for name, value in params.items() if name != "head"}
     np.testing.assert_array_equal(q3.embed(bare, cfg, batch), q3.embed(params, cfg, batch))

@@ -14,21 +14,21 @@ import qwen3vl_jax as q3
 ROWS = ("clips_and_picture", "text", "three_pictures")
 
 
-def model(moe=False):
-    cfg = q3.Config.from_hf(tiny.config_dict("base", moe))
-    return jax.jit(functools.partial(q3.init_params, cfg=cfg))(jax.random.key(3)), cfg
+traced = jax.jit(q3.prefill, static_argnames=("cfg", "max_len"))
 
 
 @pytest.mark.parametrize(("moe", "side"), [(False, "left"), (False, "right"), (True, "left")])
 def test_chunks_equal_the_whole(moe, side):
     """Rows of different length with pictures and clips cut anywhere, then eight decode steps."""
-    params, cfg = model(moe)
+    params, cfg = ours.tiny_model(moe=moe)
     rows = [tiny.inputs(tiny.config_dict("base", moe), row, seed) for seed, row in enumerate(ROWS)]
     batch = q3.make_batch(cfg, **tiny.pad_batch(rows, side))
-    run = jax.jit(q3.prefill, static_argnames=("cfg", "max_len", "chunk"))
-    cache, want = run(params, cfg, batch, 256)
-    for chunk in (7, 1000):
-        other, got = run(params, cfg, batch, 256, chunk=chunk)
+    cache, want = q3.prefill(params, cfg, batch, 256)
+    # One program of all layers, and chunks shorter and longer than the prompts.
+    others = [q3.prefill(params, cfg, batch, 256, chunk=chunk) for chunk in (7, 1000)]
+    others += [] if moe else [traced(params, cfg, batch, 256)]
+    for filled, got in others:
+        other = filled
         assert ours.worst(got, want) < 1e-5
         np.testing.assert_array_equal(other.length, cache.length)
         np.testing.assert_array_equal(other.delta, cache.delta)
@@ -36,7 +36,7 @@ def test_chunks_equal_the_whole(moe, side):
             for mine, whole in zip([*other.k, *other.v], [*cache.k, *cache.v], strict=True):
                 assert ours.worst(mine[b, :, :length], whole[b, :, :length]) < 1e-5
         theirs, token = cache, jnp.argmax(want, -1).astype(jnp.int32)
-        step = jax.jit(q3.decode_step, static_argnames="cfg")
+        step = jax.jit(q3.decode_step, static_argnames="cfg")  # both caches are kept
         for _ in range(8):
             theirs, a = step(params, cfg, theirs, token)
             other, b = step(params, cfg, other, token)
@@ -46,26 +46,25 @@ def test_chunks_equal_the_whole(moe, side):
 
 def test_chunks_of_features_and_embeddings():
     """Kept features, and embeddings in place of tokens."""
-    params, cfg = model()
-    batch = q3.make_batch(cfg, **tiny.inputs(tiny.config_dict("base", False), "three_pictures"))
+    params, cfg = ours.tiny_model("golden")
+    batch = q3.make_batch(cfg, **tiny.inputs(tiny.config_dict("golden"), "three_pictures"))
     features = q3.vision_encode(params, cfg, batch.vision)
-    run = jax.jit(q3.prefill, static_argnames=("cfg", "max_len", "chunk"))
-    want = run(params, cfg, batch, 128)[1]
+    want = q3.prefill(params, cfg, batch, 128)[1]
     bare = batch.replace(vision=None)
-    assert ours.worst(run(params, cfg, bare, 128, features=features, chunk=9)[1], want) < 1e-5
-    embeds = params["embed"][batch.tokens]
-    bare = bare.replace(embeds=embeds, tokens=batch.tokens * 0)
-    assert ours.worst(run(params, cfg, bare, 128, features=features, chunk=9)[1], want) < 1e-5
+    embedded = bare.replace(embeds=params["embed"][batch.tokens], tokens=batch.tokens * 0)
+    for given in (bare, embedded):
+        got = q3.prefill(params, cfg, given, 128, features=features, chunk=9)[1]
+        assert ours.worst(got, want) < 1e-5
     with pytest.raises(q3.InputError, match="chunk is 0"):
         q3.prefill(params, cfg, batch, 128, chunk=0)
 
 
 def test_a_filled_cache_goes_on_in_chunks():
     """Rows of different length behind others, pictures cut anywhere: the same cache and logits."""
-    params, cfg = model()
+    params, cfg = ours.tiny_model("golden")
     batches = []
     for names in (("text", "one_picture"), ("three_pictures", "text")):
-        rows = [tiny.inputs(tiny.config_dict("base", False), name) for name in names]
+        rows = [tiny.inputs(tiny.config_dict("golden"), name) for name in names]
         batches.append(q3.make_batch(cfg, **tiny.pad_batch(rows)))
     cache, _ = ours.prefill(params, cfg, batches[0], 256)
     run = jax.jit(q3.extend, static_argnames=("cfg", "chunk"))
@@ -80,7 +79,7 @@ def test_a_filled_cache_goes_on_in_chunks():
 
 def test_a_long_prompt_in_chunks_needs_a_third_of_the_memory():
     """32,768 tokens: the compiled program's temporary bytes, caches (its result) not counted."""
-    _, cfg = model()
+    cfg = q3.Config.from_hf(tiny.config_dict("golden"))
     params = jax.eval_shape(functools.partial(q3.init_params, cfg=cfg), jax.random.key(0))
     width = 32768
     batch = jax.eval_shape(

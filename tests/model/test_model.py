@@ -24,17 +24,8 @@ COUNTS = {
 }
 
 
-class Tiny:
-    """A config and weights from tests/tiny.py, with no reference model behind."""
-
-    def __init__(self, variant="base", moe=False, rope="default", seed=0):
-        self.config = tiny.config_dict(variant, moe, rope)
-        self.weights = tiny.weights(self.config, seed)
-
-
-@functools.cache
 def model(moe=False, rope="default"):
-    return ours.build(Tiny("base" if rope == "default" else "golden", moe, rope))
+    return ours.tiny_model("base" if rope == "default" else "golden", moe, rope)
 
 
 def inputs(row, seed=0, variant="base"):
@@ -51,10 +42,13 @@ def test_parameter_counts_of_the_released_sizes(size):
     assert sum(math.prod(x.shape) for x in shapes) == COUNTS[size]
 
 
-@pytest.mark.parametrize("variant", ["base", "tied", "attention_bias", "merge_3", "no_taps"])
-@pytest.mark.parametrize("moe", [False, True])
+SHAPES = [("base", False), ("tied", False), ("merge_3", False)]
+SHAPES += [("attention_bias", True), ("no_taps", True)]
+
+
+@pytest.mark.parametrize(("variant", "moe"), SHAPES)
 def test_converted_weights_have_the_shapes_of_init_params(variant, moe):
-    params, cfg = ours.build(Tiny(variant, moe))
+    params, cfg = ours.tiny_model(variant, moe)
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, abstract(cfg))
 
 
@@ -139,21 +133,24 @@ def test_extend_appends_text_and_pictures(side):
     cache, _ = ours.prefill(params, cfg, q3.make_batch(cfg, **tiny.pad_batch(first, side)), 128)
     cache, got = ours.extend(params, cfg, cache, q3.make_batch(cfg, **tiny.pad_batch(second, side)))
     cache, after = ours.decode_step(params, cfg, cache, jnp.array([7, 8], jnp.int32))
+    wholes = []
     for b, (a, c) in enumerate(zip(first, second, strict=True)):
-        whole = {k: np.concatenate([a[k], c[k]], -1) for k in ("input_ids", "attention_mask")}
-        token = np.array([[7 + b]])
-        whole["input_ids"] = np.concatenate([whole["input_ids"], token], -1)
-        whole["attention_mask"] = np.concatenate([whole["attention_mask"], token * 0 + 1], -1)
-        if "pixel_values" in a:
-            for key in ("pixel_values", "image_grid_thw"):
-                whole[key] = np.concatenate([a[key], c[key]])
-        want = np.asarray(ours.forward(params, cfg, q3.make_batch(cfg, **whole, pad=False)))[0]
-        assert ours.worst(got[b], want[-2]) < 1e-5
-        assert ours.worst(after[b], want[-1]) < 1e-5
+        token, one = np.array([[7 + b]]), np.array([[1]])
+        end = {"input_ids": token, "attention_mask": one, "mm_token_type_ids": 0 * one}
+        wholes.append({k: np.concatenate([a[k], c[k], end[k]], -1) for k in end})
+        for key in ("pixel_values", "image_grid_thw"):
+            if key in a:
+                wholes[b][key] = np.concatenate([a[key], c[key]])
+    whole = q3.make_batch(cfg, **tiny.pad_batch(wholes, "left"), pad=False)
+    want = np.asarray(ours.forward(params, cfg, whole))
+    for b in range(2):
+        assert ours.worst(got[b], want[b, -2]) < 1e-5
+        assert ours.worst(after[b], want[b, -1]) < 1e-5
 
 
 def test_causality_by_gradient():
     params, cfg = model()
+    params = q3.stack_layers(params)
     row = inputs("one_picture")
     batch = q3.make_batch(cfg, **row, pad=False)
     embeds = params["embed"][batch.tokens]
@@ -191,12 +188,11 @@ def test_padding_changes_nothing(moe):
     params, cfg = model(moe)
     row = inputs("clips_and_picture")
     tight = ours.forward(params, cfg, q3.make_batch(cfg, **row, pad=False))
-    for wide in (
-        q3.make_batch(cfg, **row),
-        q3.make_batch(cfg, **tiny.pad_batch([row, inputs("long")])),
-    ):
-        got = np.asarray(ours.forward(params, cfg, wide))[0][np.asarray(wide.segment_ids[0]) > 0]
-        assert ours.worst(got, tight[0]) < 2e-5
+    # On the left to the longer row, then on the right to a bucket.
+    wide = q3.make_batch(cfg, **tiny.pad_batch([row, inputs("long")]))
+    real = np.asarray(wide.segment_ids[0]) > 0
+    assert not real[0] and not real[-1]
+    assert ours.worst(np.asarray(ours.forward(params, cfg, wide))[0][real], tight[0]) < 2e-5
 
 
 def test_packed_rows_equal_single_rows():
@@ -220,27 +216,43 @@ def test_packed_rows_equal_single_rows():
         at += width
 
 
-@pytest.mark.parametrize("moe", [False, True])
-def test_scan_over_stacked_layers_equals_the_loop(moe):
+def labelled(moe):
+    """(params in lists, cfg, a batch with labels) of few layers."""
     params, cfg = model(moe, "plain")
     row = inputs("three_pictures", variant="golden")
     labels = np.where(row["input_ids"] < 290, row["input_ids"], -100)
-    batch = q3.make_batch(cfg, **row, labels=labels)
+    return params, cfg, q3.make_batch(cfg, **row, labels=labels, pad=False)
+
+
+def test_scan_over_stacked_layers_equals_the_loop():
+    """Logits, every layer's state, the loss."""
+    params, cfg, batch = labelled(False)
     stacked = q3.stack_layers(params)
     assert jax.tree.map(jnp.shape, q3.unstack_layers(stacked)) == jax.tree.map(jnp.shape, params)
-    grad = jax.jit(jax.value_and_grad(q3.loss_fn, has_aux=True), static_argnums=1)
-    (loss, metrics), slope = grad(params, cfg, batch)
-    (scan_loss, _), scan_slope = grad(stacked, cfg, batch)
-    assert metrics["tokens"] == (labels[:, 1:] != -100).sum()
-    np.testing.assert_allclose(scan_loss, loss, rtol=1e-6)
-    slope = q3.stack_layers(slope)
-    pairs = zip(jax.tree.leaves(slope), jax.tree.leaves(scan_slope), strict=True)
-    top = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(slope))
-    assert all(float(jnp.abs(a - b).max()) < 1e-5 * top for a, b in pairs)
-    states = jax.jit(q3.hidden_states, static_argnames="cfg")
-    assert ours.worst(states(stacked, cfg, batch), states(params, cfg, batch)) < 1e-5
+
+    @jax.jit
+    def outputs(params, batch):
+        calls = (q3.forward, q3.hidden_states, lambda *given: q3.loss_fn(*given)[0])
+        return [call(params, cfg, batch) for call in calls]
+
+    for want, got in zip(outputs(params, batch), outputs(stacked, batch), strict=True):
+        assert ours.worst(got, want) < 1e-5
     with pytest.raises(q3.InputError, match="unstack_layers"):
         q3.prefill(stacked, cfg, batch, 64)
+
+
+def test_gradients_of_a_scan_equal_those_of_the_loop():
+    """Of the kind with more parts, which has those of the other but the MLP."""
+    params, cfg, batch = labelled(True)
+    grad = jax.jit(jax.value_and_grad(q3.loss_fn, has_aux=True), static_argnums=1)
+    (loss, metrics), slope = grad(params, cfg, batch)
+    (scan_loss, _), scan_slope = grad(q3.stack_layers(params), cfg, batch)
+    assert metrics["tokens"] == (batch.labels[:, 1:] != -100).sum()
+    np.testing.assert_allclose(scan_loss, loss, rtol=1e-6)
+    slope = jax.tree.leaves(q3.stack_layers(slope))
+    pairs = zip(slope, jax.tree.leaves(scan_slope), strict=True)
+    top = max(float(jnp.abs(x).max()) for x in slope)
+    assert all(float(jnp.abs(a - b).max()) < 1e-5 * top for a, b in pairs)
 
 
 def test_loss_is_transformers_loss():
@@ -250,10 +262,11 @@ def test_loss_is_transformers_loss():
     logits = np.asarray(ours.forward(params, cfg, batch), np.float64)[0]
     log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     want = -np.mean([log_probs[t, row["input_ids"][0, t + 1]] for t in range(12)])
-    np.testing.assert_allclose(q3.loss_fn(params, cfg, batch)[0], want, rtol=1e-5)
+    loss, stacked = jax.jit(q3.loss_fn, static_argnums=1), q3.stack_layers(params)
+    np.testing.assert_allclose(loss(stacked, cfg, batch)[0], want, rtol=1e-5)
     # Nothing to learn is 0, where transformers gives nan.
     nothing = q3.make_batch(cfg, **row, labels=np.full_like(row["input_ids"], -100))
-    assert q3.loss_fn(params, cfg, nothing)[0] == 0
+    assert loss(stacked, cfg, nothing)[0] == 0
 
 
 def test_some_logits_only_and_kept_features_and_embeddings():
@@ -261,20 +274,17 @@ def test_some_logits_only_and_kept_features_and_embeddings():
     row = inputs("one_picture")
     batch = q3.make_batch(cfg, **row, pad=False)
     want = ours.forward(params, cfg, batch)
-    np.testing.assert_allclose(
-        ours.forward(params, cfg, batch, logits_to_keep=3), want[:, -3:], atol=1e-5
-    )
-    for wide in (
-        q3.make_batch(cfg, **row),
-        q3.make_batch(cfg, **tiny.pad_batch([row, inputs("long")])),
-    ):
-        last = ours.forward(params, cfg, wide, logits_to_keep=2)[0]  # attended tokens, not padding
-        np.testing.assert_allclose(last, want[0, -2:], atol=1e-4)
+    for side in ("left", "right"):  # attended tokens, not padding
+        wide = q3.make_batch(cfg, **tiny.pad_batch([row, inputs("long")], side))
+        last = ours.forward(params, cfg, wide, logits_to_keep=3)[0]
+        np.testing.assert_allclose(last, want[0, -3:], atol=1e-4)
     many = functools.partial(q3.forward, cfg=cfg, logits_to_keep=99)
     assert jax.eval_shape(many, params, batch=batch).shape == want.shape
     with pytest.raises(q3.InputError, match="logits_to_keep is -1"):
         jax.eval_shape(functools.partial(many, logits_to_keep=-1), params, batch=batch)
-    some = q3.forward(params, cfg, batch, logits_to_keep=jnp.array([0, 21, 5]))
+    some = jax.jit(lambda tree, keep: q3.forward(tree, cfg, batch, logits_to_keep=keep))(
+        q3.stack_layers(params), jnp.array([0, 21, 5])
+    )
     np.testing.assert_allclose(some, want[:, [0, 21, 5]], atol=1e-5)
     features = ours.vision_encode(params, cfg, batch.vision)
     bare = batch.replace(vision=None)
@@ -307,13 +317,13 @@ def test_a_cache_of_any_size_is_whole_blocks_and_grows():
     cache, _ = ours.prefill(params, cfg, batch, 1000)
     assert cache.slots == 1024
     token = jnp.array([5], jnp.int32)
-    step = jax.jit(q3.decode_step, static_argnames="cfg", donate_argnames="cache")
+    step = ours.decode_step
     memory = step.lower(params, cfg, cache, token).compile().memory_analysis()
     assert memory.temp_size_in_bytes < cache.k[0].nbytes * 2  # no layer's cache is copied whole
     assert q3.grow_cache(cache, 1100).slots == 1536
     with pytest.raises(q3.InputError, match="1024"):
         q3.grow_cache(cache, 512)
-    step(params, cfg, init_cache(cfg, 1, 32, jnp.float32), token)  # an eager cache can be donated
+    step(params, cfg, init_cache(cfg, 1, 1000, jnp.float32), token)  # an eager cache can be donated
 
 
 def test_float16_runs_and_is_close():
