@@ -58,21 +58,32 @@ def _torch_files() -> list[str]:
 # not collected, and the header says so.
 collect_ignore = [] if HAS_TORCH else _torch_files()
 
-if HAS_TORCH:
-    import torch
-    import torchvision_shim  # noqa: F401
 
-    # Two threads on two busy cores wait for each other: minutes in place of a second.
-    torch.set_num_threads(1)
+def pytest_configure(config: pytest.Config) -> None:
+    """Sets torch up where tests run: the process that starts the others needs none of it."""
+    runs = hasattr(config, "workerinput") or not config.getoption("numprocesses", None)
+    if HAS_TORCH and runs:
+        import torch
+        import torchvision_shim  # noqa: F401
+
+        # Two threads on two busy cores wait for each other: minutes in place of a second.
+        torch.set_num_threads(1)
 
 
-# Files that take longest, first: the last to start decides when two processes end.
-LONG = ("test_batch_file.py", "test_train_run.py", "test_model.py", "test_train.py")
+# Files that take longest, in that order: the last to start decides when two processes end.
+LONG = (
+    "test_processes.py", "test_model.py", "test_parity.py", "test_video_parity.py",
+    "test_batch_file.py", "test_mesh_train.py", "test_generate.py", "test_convert_kept.py",
+    "test_replicas.py", "test_train_run.py", "test_mesh_infer.py", "test_cache.py",
+    "test_train_watch.py", "test_infer.py", "test_int8.py", "test_reference.py", "test_train_step.py",
+    "test_attention.py", "test_demo.py", "test_train.py",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Orders whole files."""
-    items.sort(key=lambda item: item.path.name not in LONG)
+    place = {name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONG)))
 
 
 def pytest_collection_finish() -> None:
