@@ -10,8 +10,9 @@ import ours
 import tiny
 
 import qwen3vl_jax as q3
+from qwen3vl_jax.model.sharding import replicated
 from qwen3vl_jax.model.structs import Batch, VisionInputs
-from qwen3vl_jax.training import optimizer, param_groups, recipe, train_step
+from qwen3vl_jax.training import optimizer, param_groups, recipe, state_sharding, train_step
 from qwen3vl_jax.training.data.packing import PackedBatch
 
 FP32 = recipe.Step(dtype="float32", remat="none", loss_chunk=16)
@@ -156,8 +157,10 @@ def slopes(params, cfg, settings=FP32):
     return jax.jit(run, compiler_options=FAST)
 
 
-def trainer(params, cfg, rule: recipe.Optimizer, settings=FP32, steps=100, freeze=(), rates=None):
-    """(state, frozen, jitted train_step) of a run over all or some parameters."""
+def trainer(
+    params, cfg, rule: recipe.Optimizer, settings=FP32, steps=100, freeze=(), rates=None, mesh=None
+):
+    """(state, frozen, jitted train_step) of a run over all or some parameters, laid out on a mesh."""
     weights, join = flat(params)
     sparse = bool(cfg.text.num_experts)
     stopped = param_groups.frozen_names(list(weights), freeze, sparse)
@@ -175,4 +178,10 @@ def trainer(params, cfg, rule: recipe.Optimizer, settings=FP32, steps=100, freez
         merge=join,
         ema=rule.ema,
     )
-    return state, frozen, jax.jit(run, compiler_options=FAST)
+    if mesh is None:
+        return state, frozen, jax.jit(run, compiler_options=FAST)
+    where = state_sharding.state_shardings(mesh, cfg, state)
+    state = jax.tree.map(state_sharding.put, state, where)
+    # The new state lies as the old one does: a second step is the same program.
+    out = (where, replicated(mesh))
+    return state, frozen, jax.jit(run, compiler_options=FAST, out_shardings=out)
