@@ -1,4 +1,4 @@
-"""300 mixed lines of a batch file: pictures, one of them in 50 lines, clips, text, turns, long prefixes."""
+"""120 mixed lines of a batch file: pictures, one of them in 20 lines, clips, text, turns, long prefixes."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from PIL import Image
 
 from demo import evaluate
 
-LINES, SAME = 300, 50
+LINES, SAME = 120, 20
 RULES = (
     "Read carefully, look at every cell of the picture, and answer with nothing but digits. " * 2
 )

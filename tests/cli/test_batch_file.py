@@ -58,7 +58,7 @@ def run(*arguments):
     infer.main([*map(str, arguments), "--dtype", "float32"])
 
 
-def test_300_mixed_prompts_answer_as_each_alone(demo, work, monkeypatch):
+def test_mixed_prompts_answer_as_each_alone(demo, work, monkeypatch):
     """Tokens and reasons equal; rows busy, a picture encoded once, one program a bucket: counted."""
     proc, params = demo
     _, lines, arrays, alone = work
@@ -84,7 +84,7 @@ def test_300_mixed_prompts_answer_as_each_alone(demo, work, monkeypatch):
     found = {
         one.key: one
         for one in q3.generate_many(
-            params, proc.config, iter(requests), stop_ids=proc.stop_ids, stats=stats
+            params, proc.config, iter(requests), stop_ids=proc.stop_ids, stats=stats, rows=8
         )
     }
     assert len(found) == len(requests)
@@ -95,7 +95,7 @@ def test_300_mixed_prompts_answer_as_each_alone(demo, work, monkeypatch):
     seen = [image for prompt in prompts for image in prompt.images]
     assert stats.shown == len(seen) and stats.encoded == len({v.digest for v in seen})
     assert stats.shown - stats.encoded >= prompt_lines.SAME - 1
-    assert stats.reused > 1000 and stats.prefixes <= 4, stats
+    assert stats.reused > 400 and stats.prefixes <= 4, stats
     cells = {bucket(len(v.patches) // 4) for v in seen}
     counts = [program._cache_size() for program in programs]
     assert counts[0] <= len(cells) and counts[-1] == 1, counts
@@ -110,10 +110,9 @@ def test_a_killed_file_has_each_answer_once(work, tmp_path):
     source, lines, _, alone = work
     out = tmp_path / "out.jsonl"
     partial = tmp_path / "out.jsonl.partial"
-    env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
-           "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "XLA_FLAGS": ""}  # fmt: skip
+    env = {**os.environ, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     command = [sys.executable, ROOT / "infer.py", "--input", source, "--output", out]
-    command += ["--dtype", "float32"]
+    command += ["--dtype", "float32", "--rows", "8"]
 
     def kept():
         return partial.read_bytes().count(b'{"line"') if partial.exists() else 0

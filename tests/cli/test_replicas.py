@@ -31,12 +31,17 @@ def work(tmp_path_factory):
     ]  # fmt: skip
     source = folder / "in.jsonl"
     source.write_text("".join(json.dumps(line) + "\n" for line in lines) + "not JSON\n")
-    env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
-           "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # fmt: skip
-    (child,) = start(source, [folder / "alone.jsonl"], env)
-    child.communicate()
-    assert child.returncode == 1  # one line could not be used
-    return source, env, (folder / "alone.jsonl").read_text()
+    env = {**os.environ, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    return source, env, here(source, folder / "alone.jsonl")
+
+
+def here(source, out):
+    """What this process alone answers."""
+    options = ["--input", source, "--rows", 4, "--dtype", "float32", "--output", out]
+    with pytest.raises(SystemExit) as end:
+        infer.main([*map(str, options)])
+    assert end.value.code == 1  # one line could not be used
+    return out.read_text()
 
 
 def start(source, outs, env, *more):
@@ -76,46 +81,53 @@ def answered(path):
     return path.read_bytes().count(b'{"line"') if path.exists() else 0
 
 
-def test_a_killed_share_is_taken_up_by_the_next_start(work, tmp_path):
-    """Killed in the middle, then again with two processes: the answers of one, each once."""
+def until(children, reached):
+    """Waits until `reached` gives a true value, while all of them run."""
+    while not reached():
+        assert all(child.poll() is None for child in children), children[-1].communicate()
+        time.sleep(0.005)
+
+
+def stopped(children, journals):
+    """Sends SIGTERM to all while they answer: 130 at once, and what is done is kept."""
+    until(children, lambda: all(map(answered, journals)))
+    for child in children:
+        child.send_signal(signal.SIGTERM)
+    since = time.perf_counter()
+    said = [child.communicate(timeout=60)[1] for child in children]
+    assert [child.returncode for child in children] == [130] * len(children), said
+    assert time.perf_counter() - since < 15
+    assert all("interrupted: " in text and "the same command goes on" in text for text in said)
+    assert 0 < sum(map(answered, journals)) < LINES and "Traceback" not in "".join(said)
+
+
+def test_sigterm_stops_at_once_and_keeps_the_answers(work, tmp_path):
+    """The same command goes on to the answers of a file that nothing stopped."""
     source, env, want = work
     out = tmp_path / "out.jsonl"
+    stopped(start(source, [out], env), [partial(out)])
+    assert here(source, out) == want
+
+
+def test_stopped_and_killed_shares_are_taken_up_by_the_next_start(work, tmp_path):
+    """Two processes stopped in the middle, two killed, then two again: the answers of one, each once."""
+    source, env, want = work
+    out = tmp_path / "out.jsonl"
+    journals = [partial(out), partial(out, 1)]
+    stopped(start(source, [out, out], env), journals)
+    there = sum(map(answered, journals))
     children = start(source, [out, out], env)
-    while answered(partial(out, 1)) < 5:
-        assert all(child.poll() is None for child in children), children[1].communicate()
-        time.sleep(0.005)
+    # The first takes over what the second left, and each goes on with a half of the others.
+    until(children, lambda: answered(journals[0]) >= there and answered(journals[1]) >= 3)
     for child in children[::-1]:
         os.kill(child.pid, signal.SIGKILL)
         child.communicate()
-    left = answered(partial(out, 1)), answered(partial(out))
-    assert 5 <= left[0] < LINES // 2 + 1
+    assert 3 <= answered(journals[1]) < LINES // 2 + 1
     first, second = ended(start(source, [out, out], env))
     assert "of 2 processes" in first and "1 of them could not be used" in first
     assert "lines" not in second
     assert out.read_text() == want
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl", "out.jsonl.partial"]
-
-
-@pytest.mark.parametrize("count", [1, 2])
-def test_sigterm_stops_at_once_and_keeps_the_answers(work, tmp_path, count):
-    """Sent to all while they answer: 130, what is done is kept, and the same command goes on."""
-    source, env, want = work
-    out = tmp_path / "out.jsonl"
-    children = start(source, [out] * count, env)
-    journals = [partial(out, i) for i in range(count)]
-    while not all(answered(path) for path in journals):
-        assert all(child.poll() is None for child in children), children[-1].communicate()
-        time.sleep(0.005)
-    for child in children:
-        child.send_signal(signal.SIGTERM)
-    since = time.perf_counter()
-    said = [child.communicate(timeout=60)[1] for child in children]
-    assert [child.returncode for child in children] == [130] * count, said
-    assert time.perf_counter() - since < 15
-    assert all("interrupted: " in text and "the same command goes on" in text for text in said)
-    assert 0 < sum(map(answered, journals)) < LINES and "Traceback" not in "".join(said)
-    ended(start(source, [out] * count, env))
-    assert out.read_text() == want
 
 
 def test_disks_that_are_not_shared(work, tmp_path):
