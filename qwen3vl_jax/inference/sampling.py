@@ -14,6 +14,7 @@ import numpy as np
 from qwen3vl_jax.errors import InputError
 
 NOT_FINITE = -2  # in place of a token
+_RANKED = 128  # logits that are ranked for a row of a small top-k, in place of the vocabulary
 Rows = float | Sequence[float]  # one value for all rows, or one a row
 
 
@@ -91,18 +92,34 @@ def restrict(logits: jax.Array, s: Any) -> jax.Array:
 
     All tokens that tie at the limit of top-k stay; of those at the limit of top-p the lowest ids go first.
     """
-    vocab = logits.shape[1]
+    vocab, few = logits.shape[1], min(_RANKED, logits.shape[1])
     logits = logits / jnp.where(s.temperature > 0, s.temperature, 1.0)[:, None]
-    ranked = jnp.sort(logits, axis=1)  # ascending
-    kth = vocab - jnp.clip(jnp.where(s.top_k > 0, s.top_k, vocab), 1, vocab)
-    floor = jnp.take_along_axis(ranked, kth[:, None], axis=1)
+    top_k = jnp.clip(jnp.where(s.top_k > 0, s.top_k, vocab), 1, vocab)[:, None]
+    # The largest logits, ascending: rows of a small top-k need no others, unless many tie at its limit.
+    ranked = jax.lax.top_k(logits, few)[0][:, ::-1]
+    floor = jnp.take_along_axis(ranked, few - jnp.minimum(top_k, few), axis=1)
+    small = (top_k <= few) & (jnp.sum(logits >= floor, axis=1, keepdims=True) <= few)
+    kept = _top_p_and_min_p(logits, ranked, floor, s)
+
+    def with_sort(kept):
+        ranked = jnp.sort(logits, axis=1, stable=False)
+        floor = jnp.take_along_axis(ranked, vocab - top_k, axis=1)
+        return jnp.where(small, kept, _top_p_and_min_p(logits, ranked, floor, s))
+
+    return jax.lax.cond(jnp.all(small), lambda kept: kept, with_sort, kept)
+
+
+def _top_p_and_min_p(logits, ranked, floor, s: SamplingRows) -> jax.Array:
+    """`restrict` from the largest logits, ascending, and the limit [B 1] of top-k."""
     logits, ranked = (jnp.where(x < floor, -jnp.inf, x) for x in (logits, ranked))
     below = jnp.cumsum(jax.nn.softmax(ranked, axis=1), axis=1) <= 1 - s.top_p[:, None]
-    out = jnp.minimum(jnp.sum(below, axis=1), vocab - 1)  # how many go; the best token always stays
+    # How many go; the best token always stays.
+    out = jnp.minimum(jnp.sum(below, axis=1), ranked.shape[1] - 1)
     out = jnp.where(s.top_p < 1, out, 0)[:, None]
     floor = jnp.take_along_axis(ranked, out, axis=1)
     tied = logits == floor
-    spare = out - jnp.sum(ranked < floor, axis=1, keepdims=True)  # how many of the tied ones go
+    # How many of the tied ones go.
+    spare = out - jnp.sum(ranked < floor, axis=1, keepdims=True)
     gone = (logits < floor) | (tied & (jnp.cumsum(tied, axis=1) <= spare))
     return jnp.where(gone | (logits - ranked[:, -1:] < jnp.log(s.min_p)[:, None]), -jnp.inf, logits)
 

@@ -99,7 +99,7 @@ def head_copies(query_heads: int, kv_heads: int) -> int:
 
 
 def _attend(layout: Layout, segments: int, q, k, v, hi, lo=None, key_segments=None) -> jax.Array:
-    """`attend` on one device. key_segments [B S]: `attention_tpu.segments` of all keys, for splash."""
+    """`attend` on one device. key_segments [B S]: ids of all keys' segments, for splash."""
     if platform() == "tpu":
         # Pallas for a TPU is imported only where there is one.
         from qwen3vl_jax.model import attention_tpu

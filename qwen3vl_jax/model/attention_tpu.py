@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
+from qwen3vl_jax.model.sharding import platform
+
 # Block sizes are multiples of LANES up to BLOCK.
 LANES = 128
 BLOCK = 512
@@ -29,11 +31,6 @@ def splash_refusal(queries: int, keys: int, lo: jax.Array | None, key_segments) 
     return ""
 
 
-def segments(lo: jax.Array, hi: jax.Array) -> jax.Array:
-    """Segment ids [B T] int32 from ranges that start at the segment's first token; 0 is padding."""
-    return jnp.where(hi > lo, lo + 1, 0)
-
-
 def splash_attend(
     q: jax.Array,
     k: jax.Array,
@@ -42,18 +39,17 @@ def splash_attend(
     hi: jax.Array,
     *,
     key_segments: jax.Array | None = None,
-    interpret: bool = False,
 ) -> jax.Array:
     """`attention.attend` where a segment starts at the lo of its tokens: [B T N H].
 
-    key_segments [B S] int32: `segments` of the keys; None: the keys are the sequence itself (T = S).
-    lo None means 0. An empty range gives zeros. interpret: runs off the TPU, for tests.
+    key_segments [B S] int32: the segment ids of the keys, lo + 1 of each token and 0 of padding; None:
+    the keys are the sequence itself (T = S). lo None means 0. An empty range gives zeros.
     """
     (b, t, n, h), slots, empty = q.shape, k.shape[2], hi <= (0 if lo is None else lo)
     rows, block_q, block_k = jnp.arange(b)[:, None], _block(t), _block(slots)
     ids = None
     if lo is not None:
-        own = segments(lo, hi)
+        own = jnp.where(hi > lo, lo + 1, 0)
         of_keys = own if key_segments is None else key_segments
         ids = splash.SegmentIds(_concatenate(own, block_q), _concatenate(of_keys, block_k))
     q = _concatenate((q * jnp.asarray(h**-0.5, q.dtype)).transpose(2, 0, 1, 3), block_q, 1)
@@ -78,7 +74,8 @@ def splash_attend(
         save_residuals=False,
         attn_logits_soft_cap=None,
         residual_checkpoint_name=None,
-        interpret=interpret,
+        # Off the TPU, in tests.
+        interpret=platform() != "tpu",
     )
     out = cast(jax.Array, kernel(q, k, v, ids)).reshape(n, b, -1, h)[:, :, :t].transpose(1, 2, 0, 3)
     # A block without visits is 0 / 0.
@@ -133,10 +130,5 @@ def _steps(seen: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _mask_info(steps: tuple[jax.Array, jax.Array], reach: jax.Array) -> MaskInfo:
     """The tables in the kernel's struct; no mask block is stored, since `_below` computes them."""
-    return MaskInfo(
-        data_next=steps[0],
-        mask_next=None,
-        block_mask=steps[1],
-        partial_mask_blocks=None,
-        q_sequence=cast(Any, reach),
-    )
+    loads, runs = steps
+    return MaskInfo(loads, None, runs, None, cast(Any, reach))

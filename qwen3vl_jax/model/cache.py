@@ -101,14 +101,13 @@ def prefill(
     if chunk is not None:
         return _prefill_in_chunks(params, cfg, batch, features, slots, chunk)
     x, rotary, lo, hi, deepstack = _embed_prompt(rest, cfg, batch, features)
-    k, v = [], []
+    written = []
     for i, layer in enumerate(layers):
         x, *kv = _fill_layer(cfg, layer, x, rotary, lo, hi, _round_to_blocks(slots))
         x = shard_residual(x + deepstack[i]) if i < len(deepstack) else x
-        k.append(kv[0])
-        v.append(kv[1])
+        written.append(kv)
     length, delta, logits = _end_prompt(rest, cfg, x, lo, hi, batch.delta)
-    return KVCache(k, v, length, delta), logits
+    return KVCache(*map(list, zip(*written)), length, delta), logits
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "slots", "chunk"))
@@ -200,8 +199,7 @@ def extend(
     attend_fn = cached_attention(cache, slot, jnp.where(valid, place + 1, 0))
     x, written = transformer.run_decoder(_per_layer(params), cfg, batch, features, attend_fn)
     x = transformer.at_last_attended(x, batch.segment_ids)
-    k, v = map(list, zip(*written, strict=True))
-    return _advance(params, cfg, cache, batch, k, v, x)
+    return _advance(params, cfg, cache, written, jnp.sum(valid, axis=1), batch.delta, x)
 
 
 def decode_step(
@@ -218,9 +216,7 @@ def decode_step(
     x = transformer.embed_lookup(params, tokens[:, None])
     attend_fn = cached_attention(cache, slot, slot + 1)
     x, written = decode_layers(_per_layer(params)["layers"], cfg.text, x, positions, attend_fn)
-    k, v = map(list, zip(*written, strict=True))
-    cache = pinned(cache.replace(k=k, v=v, length=cache.length + 1))
-    return cache, _next_token_logits(params, cfg, x[:, 0])
+    return _advance(params, cfg, cache, written, 1, 0, x[:, 0])
 
 
 def cached_attention(cache: KVCache, slot: jax.Array, hi: jax.Array) -> AttendFn:
@@ -268,7 +264,8 @@ def _fill_in_chunks(params, cfg, cache, batch, features, slot, chunk):
     xs = pieces, split(slot, cache.slots), chunk * jnp.arange(count)
 
     def body(carry, xs):
-        (k, v), last_x = carry
+        written, last_x = carry
+        k, v = map(list, zip(*written))
         fields, slot, start = xs
         piece = batch.replace(**fields, vision=None, labels=None)
         hi = jnp.where(piece.segment_ids > 0, slot + 1, 0)
@@ -279,18 +276,18 @@ def _fill_in_chunks(params, cfg, cache, batch, features, slot, chunk):
         index = last - start
         here = jnp.take_along_axis(x, jnp.clip(index, 0, chunk - 1)[:, None, None], axis=1)[:, 0]
         inside = ((index >= 0) & (index < chunk))[:, None]
-        k, v = map(list, zip(*written, strict=True))
-        return ((k, v), jnp.where(inside, here, last_x)), None
+        return (written, jnp.where(inside, here, last_x)), None
 
     x = jnp.zeros((rows, cfg.text.hidden_size), transformer.compute_dtype(params))
-    ((k, v), x), _ = jax.lax.scan(body, ((cache.k, cache.v), x), xs)
-    return _advance(params, cfg, cache, batch, k, v, x)
+    (written, x), _ = jax.lax.scan(body, (list(zip(cache.k, cache.v)), x), xs)
+    count = jnp.sum(batch.segment_ids > 0, axis=1)
+    return _advance(params, cfg, cache, written, count, batch.delta, x)
 
 
-def _advance(params, cfg, cache, batch, k, v, x):
-    """The cache with k and v written and lengths advanced; logits of the last tokens x [B D]."""
-    count = jnp.sum(batch.segment_ids > 0, axis=1, dtype=jnp.int32)
-    cache = cache.replace(k=k, v=v, length=cache.length + count, delta=cache.delta + batch.delta)
+def _advance(params, cfg, cache, written, count, delta, x):
+    """The cache of `written` (k, v), `count` tokens longer; logits of the last tokens x [B D]."""
+    k, v = map(list, zip(*written, strict=True))
+    cache = cache.replace(k=k, v=v, length=cache.length + count, delta=cache.delta + delta)
     return pinned(cache), _next_token_logits(params, cfg, x)
 
 

@@ -56,15 +56,12 @@ def linear(
 
     The `in_dims` trailing axes of both are contracted. Weights keep Hugging Face's axis order.
     """
-    if isinstance(w, jax.Array) and _in_short(x, in_dims):
-        y = product(x, w, in_dims, x.dtype)
-        # XLA adds the bias inside the product's kernel, before it rounds.
-        if bias is not None:
-            y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape).astype(x.dtype)
-        return checkpoint_name(y, MATMUL)
-    y = linear_fp32(x, w, in_dims)
-    y = (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
-    return checkpoint_name(y, MATMUL)
+    short = isinstance(w, jax.Array) and _in_short(x, in_dims)
+    y: Any = product(x, w, in_dims, x.dtype) if short else linear_fp32(x, w, in_dims)
+    # XLA adds the bias inside the product's kernel, before it rounds.
+    if bias is not None:
+        y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape).astype(y.dtype)
+    return checkpoint_name(y.astype(x.dtype), MATMUL)
 
 
 def _in_short(x: jax.Array, in_dims: int) -> bool:
@@ -84,20 +81,20 @@ def linear_fp32(x: jax.Array, w: Weight | Adapted, in_dims: int = 1) -> jax.Arra
     values, scale = scaled_matmul_parts(w, dtype, range(w.ndim - in_dims, w.ndim))
     # Merging axes that a mesh shards would gather them.
     merge_axes = platform() == "cpu" and not mesh_sizes()
+    # XLA has a matrix unit multiply several rows only: 8 on a TPU, 2 of bf16 on a CPU.
+    few = {"tpu": 8, "cpu": 2}.get(platform(), 1) if x.dtype == jnp.bfloat16 else 1
+    alone = few > 1 and math.prod(x.shape[: x.ndim - in_dims]) == 1
+    x = jnp.repeat(x, few, axis=0) if alone else x
     y: Any = (_product_2d if merge_axes else product)(x, values, in_dims)
+    y = y[:1] if alone else y
     return y if scale is None else y * scale
 
 
 def _product_2d(x: jax.Array, w: jax.Array, in_dims: int) -> jax.Array:
     """`product` in two dimensions: XLA:CPU copies a 3-D weight at every call, many times slower."""
     lead, out = x.shape[: x.ndim - in_dims], w.shape[: w.ndim - in_dims]
-    rows, width = math.prod(lead), math.prod(w.shape[w.ndim - in_dims :])
-    x2, w2 = x.reshape(rows, width), w.reshape(-1, width)
-    # XLA:CPU has no fast bf16 vector-matrix product.
-    if rows == 1 and x.dtype == jnp.bfloat16:
-        x2 = jnp.repeat(x2, 2, axis=0)
-    y: Any = product(x2, w2)
-    return y[:rows].reshape(*lead, *out)
+    width = math.prod(w.shape[w.ndim - in_dims :])
+    return product(x.reshape(-1, width), w.reshape(-1, width)).reshape(*lead, *out)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

@@ -13,6 +13,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from qwen3vl_jax.model.matmul import product
 from qwen3vl_jax.model.quantized import Weight, WeightStruct
 
 
@@ -55,13 +56,8 @@ def lora_product(x: jax.Array, pair: Pair) -> jax.Array:
     """scale (dropout(x) A) B: x [.. in] -> [.. out] float32."""
     mask = dropout_mask(pair, x.shape, x.dtype)
     x = x if mask is None else x * mask
-    low = _dot(x, pair.a).astype(x.dtype)
-    return _dot(low, pair.b) * pair.scale
-
-
-def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
-    contract = (((x.ndim - 1,), (1,)), ((), ()))
-    return jax.lax.dot_general(x, w.astype(x.dtype), contract, preferred_element_type=jnp.float32)
+    low = product(x, pair.a).astype(x.dtype)
+    return product(low, pair.b) * pair.scale
 
 
 def dropout_mask(pair: Pair | None, shape: tuple[int, ...], dtype: Any) -> jax.Array | None:

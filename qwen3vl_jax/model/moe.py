@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from qwen3vl_jax.model.sharding import platform
 
 # Capacity of a device's first pass over its experts, in multiples of an even router's share.
 CAPACITY_FACTOR = 1.5
+log = logging.getLogger("qwen3vl_jax")
 
 
 class RouterOutput(NamedTuple):
@@ -196,25 +198,45 @@ def experts_scan(x, gates, expert_index, gate_up, down, act, *, masks=None, shar
 def ragged_dot(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
     """Grouped product of x [n in], in runs of `sizes` [E], with w [E in out]: run e times w[e].
 
-    On a GPU tokamax's kernel, if installed, as XLA runs jax.lax.ragged_dot densely there. On a TPU XLA
-    makes a grouped kernel; JAX's megablox needs tile sizes (which a float32 product overflows) and
-    compiles 2 to 7 times as long, for one transposed copy of w less in the backward pass.
+    On a GPU tokamax's kernel, if installed, as XLA runs jax.lax.ragged_dot densely there.
     """
-    if platform() == "gpu" and (tokamax := _tokamax()) is not None:
-        return _lower_once(tokamax.ragged_dot, x, w, sizes)
-    return jax.lax.ragged_dot(x, w, sizes)
+    if platform() == "gpu" and (kernel := _tokamax_kernel()) is not None:
+        return kernel(x, w, sizes)
+    return (ragged_dot_tpu if platform() == "tpu" else jax.lax.ragged_dot)(x, w, sizes)
 
 
-@functools.partial(jax.jit, static_argnames="kernel")
-def _lower_once(kernel, x, w, sizes):
-    """All layers share one function of the program: a kernel takes a second or two to lower."""
-    return kernel(x, w, sizes)
-
-
-def _tokamax():
-    """tokamax, which the extra `moe` installs, or None."""
+@functools.cache
+def _tokamax_kernel():
+    """tokamax's ragged_dot, or None without the extra `moe`. Jitted: all layers share its lowering."""
     try:
         import tokamax
     except ImportError:
+        log.warning("experts run dense on this GPU: qwen3vl-jax[moe] has a grouped kernel")
         return None
-    return tokamax
+    return jax.jit(tokamax.ragged_dot)
+
+
+@jax.custom_vjp
+def ragged_dot_tpu(x, w, sizes):
+    """jax.lax.ragged_dot. Its d_w, for which XLA multiplies each row with every expert, is megablox's."""
+    return jax.lax.ragged_dot(x, w, sizes)
+
+
+def _ragged_backward(saved, d_y):
+    # Pallas for a TPU is imported only where it is used; elsewhere, in tests, it is interpreted.
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
+    x, w, sizes = saved
+    d_x = jax.lax.ragged_dot(d_y, w.swapaxes(1, 2), sizes)
+    rows = min(512, -(-len(x) // 128) * 128)
+    x, d_y = (jnp.pad(a, ((0, -len(a) % rows), (0, 0))) for a in (x, d_y))
+    # The largest tile that divides a width, of those that fit into VMEM.
+    most = 1024 if x.dtype.itemsize <= 2 else 512
+    lanes = range(most, 0, -128)
+    tiles = (next((t for t in lanes if n % t == 0), min(n, most)) for n in w.shape[1:])
+    off_tpu = platform() != "tpu"
+    d_w = tgmm(x.swapaxes(0, 1), d_y, sizes, w.dtype, (rows, *tiles), interpret=off_tpu)
+    return d_x, d_w, None
+
+
+ragged_dot_tpu.defvjp(lambda *args: (ragged_dot_tpu(*args), args), _ragged_backward)

@@ -80,8 +80,7 @@ def platform() -> str:
 
 def mesh_sizes() -> dict[str, int]:
     """The ambient mesh's axes of more than one device; empty without a mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return {} if mesh.empty else axis_sizes(mesh)
+    return axis_sizes(jax.sharding.get_abstract_mesh())
 
 
 def axis_sizes(mesh: Any) -> dict[str, int]:

@@ -27,6 +27,8 @@ LayerAttendFn = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any
 # What decode_layers returns of each layer: (residual after it, kept, RouterOutput or None) -> output.
 CollectFn = Callable[[jax.Array, Any, RouterOutput | None], Any]
 Rotary = tuple[jax.Array, jax.Array]
+# (residual [B T D], kept, RouterOutput of an MoE layer)
+BlockOutput = tuple[jax.Array, Any, RouterOutput | None]
 
 
 def batch_axis(x: jax.Array) -> str:
@@ -52,9 +54,7 @@ class Attention(nn.Module):
     cfg: TextConfig
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, rotary: Rotary, attend: LayerAttendFn
-    ) -> tuple[jax.Array, Any]:
+    def __call__(self, x, rotary: Rotary, attend: LayerAttendFn) -> tuple[jax.Array, Any]:
         c = self.cfg
         d, h = (c.hidden_size, "embed"), (c.head_dim, None)
         n, k = (c.num_attention_heads, "heads"), (c.num_key_value_heads, "kv_heads")
@@ -90,14 +90,12 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm decoder layer, dense or MoE: x [B T D] -> ([B T D], kept, RouterOutput or None)."""
+    """One pre-norm decoder layer, dense or MoE: x [B T D] -> BlockOutput."""
 
     cfg: TextConfig
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, rotary: Rotary, attend: LayerAttendFn
-    ) -> tuple[jax.Array, Any, RouterOutput | None]:
+    def __call__(self, x, rotary: Rotary, attend: LayerAttendFn) -> BlockOutput:
         def norm(name: str, y: jax.Array) -> jax.Array:
             scale = weight(self, name, (self.cfg.hidden_size, None), init=ones)
             return rms_norm(y, scale, self.cfg.rms_norm_eps)

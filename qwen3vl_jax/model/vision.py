@@ -90,10 +90,8 @@ class PatchMerger(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = self.cfg.hidden_size * self.cfg.merge_unit
         grouped = (*x.shape[:-2], -1, wide)
-        if self.norm_after_grouping:
-            x = LayerNorm(name="norm")(x.reshape(grouped))
-        else:
-            x = LayerNorm(name="norm")(x).reshape(grouped)
+        x = x.reshape(grouped) if self.norm_after_grouping else x
+        x = LayerNorm(name="norm")(x).reshape(grouped)
         d, f = (wide, "vision_mlp"), (wide, "vision_embed")
         out = (self.cfg.out_hidden_size, "embed")
         x = linear(x, weight(self, "fc1", d, f), weight(self, "fc1_bias", d, init=zeros))

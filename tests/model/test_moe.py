@@ -1,5 +1,6 @@
-"""The two ways through the experts are one function."""
+"""The two ways through the experts are one function; the kernels of a GPU and a TPU."""
 
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -70,7 +71,8 @@ def test_a_gpu_kernel_is_lowered_once_for_all_layers(monkeypatch):
         return jax.lax.ragged_dot(x, w, sizes)
 
     monkeypatch.setattr(moe, "platform", lambda: "gpu")
-    monkeypatch.setattr(moe, "_tokamax", lambda: SimpleNamespace(ragged_dot=ragged_dot))
+    monkeypatch.setitem(sys.modules, "tokamax", SimpleNamespace(ragged_dot=ragged_dot))
+    moe._tokamax_kernel.cache_clear()
     x, sizes = jnp.ones((6, 5)), jnp.array([2, 4], jnp.int32)
     w = jax.random.normal(jax.random.key(0), (3, 2, 5, 5))
 
@@ -85,4 +87,38 @@ def test_a_gpu_kernel_is_lowered_once_for_all_layers(monkeypatch):
     for layer in w:
         want = jax.lax.ragged_dot(want, layer, sizes)
     np.testing.assert_allclose(lowered.compile()(x), want, rtol=1e-5)
-    assert lowered.as_text().count("ragged_dot") <= 2
+    assert lowered.as_text().count("func.func private @ragged_dot") == 1
+
+
+def test_a_gpu_without_the_kernel_is_told_once(monkeypatch, caplog):
+    """The extra `moe` is not installed: XLA's product serves, and one line names the extra."""
+    monkeypatch.setattr(moe, "platform", lambda: "gpu")
+    monkeypatch.setitem(sys.modules, "tokamax", None)
+    moe._tokamax_kernel.cache_clear()
+    x, w, sizes = jnp.ones((3, 5)), jnp.ones((2, 5, 4)), jnp.array([1, 2], jnp.int32)
+    for _ in range(2):
+        np.testing.assert_allclose(moe.ragged_dot(x, w, sizes), 5)
+    assert [record.message for record in caplog.records] == [
+        "experts run dense on this GPU: qwen3vl-jax[moe] has a grouped kernel"
+    ]
+
+
+@pytest.mark.parametrize("dtype, bound", [("float32", 1e-5), ("bfloat16", 1e-2)])
+@pytest.mark.parametrize(
+    "sizes", [(100, 0, 300, 113), (0, 0, 0, 700), (1, 2, 3, 4), (0,) * 4, (512, 128, 60, 0)]
+)
+def test_the_gradient_of_a_grouped_product_on_a_tpu(sizes, dtype, bound):
+    """XLA's, which is dense: uneven and empty groups, one expert alone, rows of no expert."""
+    rows, key = 700, jax.random.split(jax.random.key(2), 3)
+    shapes = ((rows, 130), (4, 130, 256), (rows, 256))
+    x, w, slope = (jax.random.normal(k, s, dtype) for k, s in zip(key, shapes, strict=True))
+    sizes = jnp.array(sizes, jnp.int32)
+    slope = jnp.where(jnp.arange(rows)[:, None] < sizes.sum(), slope, 0)
+
+    def gradients(fn):
+        return jax.jit(lambda: jax.vjp(lambda x, w: fn(x, w, sizes), x, w)[1](slope))()
+
+    for got, want in zip(gradients(moe.ragged_dot_tpu), gradients(jax.lax.ragged_dot), strict=True):
+        assert got.dtype == want.dtype
+        got, want = (np.asarray(a, np.float32) for a in (got, want))
+        np.testing.assert_allclose(got, want, atol=bound * np.abs(want).max())

@@ -12,7 +12,7 @@ import tiny
 import qwen3vl_jax as q3
 from qwen3vl_jax.model import attention, attention_tpu
 from qwen3vl_jax.model.attention import _attend_blocks, causal_ranges
-from qwen3vl_jax.model.attention_tpu import segments, splash_attend, splash_refusal
+from qwen3vl_jax.model.attention_tpu import splash_attend, splash_refusal
 from qwen3vl_jax.model.cache import init_cache
 
 HEADS, KEY_HEADS = 6, 2
@@ -34,7 +34,7 @@ def check(lo, hi, q, k, v, slope=None):
         out, back = jax.vjp(fn, q, k, v)
         return out, *back(slope)
 
-    kernel = functools.partial(splash_attend, lo=lo, hi=hi, interpret=True)
+    kernel = functools.partial(splash_attend, lo=lo, hi=hi)
     got = jax.jit(lambda: results(kernel))()
     want = jax.jit(lambda: results(lambda q, k, v: _attend_blocks(q, k, v, lo, hi)))()
     for a, b in zip(got, want, strict=True):
@@ -74,7 +74,7 @@ def test_a_shard_of_a_row(monkeypatch):
     monkeypatch.setattr(attention_tpu, "BLOCK", 128)
     rows = packed([(1, 200), (2, 300), (0, 12)], [(1, 512)])
     lo, hi = causal_ranges(rows)
-    whole = segments(lo, hi)
+    whole = jnp.where(hi > lo, lo + 1, 0)
 
     def shard(i):
         return (jax.lax.dynamic_slice_in_dim(x, 128 * i, 128, axis=1) for x in (lo, hi))
@@ -83,7 +83,7 @@ def test_a_shard_of_a_row(monkeypatch):
 
     @jax.jit
     def both(i):
-        kernel = splash_attend(q, k, v, *shard(i), key_segments=whole, interpret=True)
+        kernel = splash_attend(q, k, v, *shard(i), key_segments=whole)
         return kernel, _attend_blocks(q, k, v, *shard(i))
 
     for i in range(4):
@@ -99,7 +99,7 @@ def test_a_piece_of_a_prompt_on_a_filled_cache():
 def test_half_precision():
     """bf16 in and out, sums in fp32."""
     half = [x.astype(jnp.bfloat16) for x in arrays(4, 256, 256, 16)[:3]]
-    got = jax.jit(lambda: splash_attend(*half, *causal_ranges(ROWS), interpret=True))()
+    got = jax.jit(lambda: splash_attend(*half, *causal_ranges(ROWS)))()
     want = _attend_blocks(*(x.astype(jnp.float32) for x in half), *causal_ranges(ROWS))
     assert got.dtype == jnp.bfloat16 and ours.worst(got, want) < 0.01
 
@@ -156,7 +156,7 @@ def test_the_model_is_the_same_on_the_kernel(monkeypatch):
 
     def interpreted(q, *args, **kwargs):
         calls.append(q.shape[1])
-        return splash_attend(q, *args, **kwargs, interpret=True)
+        return splash_attend(q, *args, **kwargs)
 
     monkeypatch.setattr(attention, "platform", lambda: "tpu")
     monkeypatch.setattr(attention_tpu, "splash_attend", interpreted)
