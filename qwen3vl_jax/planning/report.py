@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 from rich.table import Table
 
 from qwen3vl_jax.planning.compiling import Compiled
@@ -159,13 +160,15 @@ def _add_traffic(out: Table, plan: Plan) -> None:
     out.add_row(
         "memory traffic", f"{_gib(moved.memory)}", f"of a device, from the compiled text{loops}"
     )
-    kinds: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    # Times, bytes, and the bytes that move while the device computes, by kind.
+    kinds: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(3))
     for each in moved.collectives:
-        kinds[each.kind][0] += each.times
-        kinds[each.kind][1] += each.times * each.moved
-    for kind, (times, size) in sorted(kinds.items(), key=lambda item: -item[1][1]):
+        size = each.times * each.moved
+        kinds[each.kind] += each.times, size, size * each.beside
+    for kind, (times, size, beside) in sorted(kinds.items(), key=lambda item: -item[1][1]):
         who = "of a device" if kind in (TO_HOST, FROM_HOST) else "received by a device"
-        out.add_row(kind, _gib(size), f"{times:,.0f} a step, {who}, loops multiplied")
+        overlap = "" if kind in (TO_HOST, FROM_HOST) else f", {beside / size:.0%} while it computes"
+        out.add_row(kind, _gib(size), f"{times:,.0f} a step, {who}{overlap}, loops multiplied")
 
 
 def _add_times(out: Table, plan: Plan) -> None:

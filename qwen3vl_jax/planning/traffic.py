@@ -38,6 +38,7 @@ class Collective(NamedTuple):
     times: float
     moved: float  # bytes that each device must receive, once; TO_HOST: send
     group: tuple[int, ...]  # positions in the mesh of the first group of devices; empty: the host
+    beside: bool = False  # the device computes meanwhile
 
 
 class Traffic(NamedTuple):
@@ -107,7 +108,8 @@ def _collectives(module: Module, name: str, times: float, devices: int) -> Itera
         if key not in seen:
             seen.add(key)
             kind = "reduce-scatter" if scatters and kind == "all-reduce" else kind
-            yield Collective(kind, times, _moved(module, name, x, kind, len(group)), group)
+            beside = x.op.endswith("-start") or (fused and not scatters)
+            yield Collective(kind, times, _moved(module, name, x, kind, len(group)), group, beside)
 
 
 def _host_copies(module: Module, name: str, times: float) -> Iterator[Collective]:
@@ -130,10 +132,12 @@ def _inside(module: Module, name: str) -> Iterator[tuple[Instruction, bool, bool
     """Instructions of a computation and of its fusions; whether fused, and an all-reduce cut up there."""
     for x in module.computations[name]:
         inner = x.called("calls") if x.op in ("fusion", "async-start") else None
+        # What a SparseCore runs, beside the rest of its chip.
+        inner = x.called("to_apply") if x.op == "call-start" else inner
         if inner is None:
             yield x, False, False
         else:
-            beside, scatters = x.op == "fusion", "all-reduce-scatter" in inner
+            beside, scatters = x.op != "async-start", "all-reduce-scatter" in inner
             found = _inside(module, inner)
             yield from ((y, beside or deep, scatters or more) for y, deep, more in found)
 

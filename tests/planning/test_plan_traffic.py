@@ -2,8 +2,10 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+from qwen3vl_jax.device_mesh import compiler_options
 from qwen3vl_jax.planning import hlo, machines, roofline
 from qwen3vl_jax.planning.traffic import FROM_HOST, TO_HOST, Collective, Traffic, traffic
 
@@ -77,7 +79,7 @@ def test_collectives_of_a_loop_count_as_often_as_it_runs():
     found = traffic(module, 8)
     assert found.unknown_loops == 0
     assert sorted(found.collectives) == sorted([
-        Collective("all-gather", 6.0, 1024 * 3 / 4, (0, 1, 2, 3)),
+        Collective("all-gather", 6.0, 1024 * 3 / 4, (0, 1, 2, 3), beside=True),
         Collective("all-reduce", 1.0, 2 * 256 / 2, (0, 1)),
         Collective("collective-permute", 1.0, 256.0, (0, 1)),
         Collective("reduce-scatter", 1.0, 256 * 3 / 4, (0, 2, 4, 6)),
@@ -86,6 +88,48 @@ def test_collectives_of_a_loop_count_as_often_as_it_runs():
         1024 + 2 * (256 + 1024) + 4
     )  # a slice of w and none of what S(1) holds; both gathers; i
     assert found.memory == 6 * in_loop + 4 * 256 + 256 + 64
+
+
+SPARSE_CORE = """HloModule jit_step, num_partitions=4
+
+%on_sparse_core (p: bf16[64]) -> bf16[256] {
+  %p = bf16[64]{0} parameter(0)
+  ROOT %gather = bf16[256]{0} all-gather(%p), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
+}, execution_thread="sparsecore"
+
+ENTRY %main (w: bf16[64], r: f32[64]) -> bf16[256] {
+  %w = bf16[64]{0} parameter(0)
+  %r = f32[64]{0} parameter(1)
+  %begun = ((bf16[64]{0}, token[]), bf16[256]{0}) call-start(%w), to_apply=%on_sparse_core
+  %sum = f32[64]{0} all-reduce(%r), channel_id=2, replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %out = bf16[256]{0} call-done(%begun)
+}
+"""
+
+
+def test_exchanges_of_a_sparse_core_run_while_the_chip_computes():
+    """What is called there counts, as beside; an all-reduce of the chip's own does not run beside."""
+    found = traffic(hlo.parse(SPARSE_CORE), 4).collectives
+    assert sorted(found) == [
+        Collective("all-gather", 1.0, 512 * 3 / 4, (0, 1, 2, 3), beside=True),
+        Collective("all-reduce", 1.0, 2 * 256 * 3 / 4, (0, 1, 2, 3), beside=False),
+    ]
+
+
+def test_options_by_chip():
+    """What libtpu refuses on a chip is not asked of it; other platforms have no options."""
+
+    def options(kind, platform="tpu"):
+        device = SimpleNamespace(platform=platform, device_kind=kind)
+        return compiler_options(SimpleNamespace(devices=np.array([device])))  # type: ignore[arg-type]
+
+    assert options("cpu", "cpu") is None
+    assert len(options("TPU v4")) == 1
+    fused = "xla_tpu_enable_async_collective_fusion"
+    assert options("TPU v5 lite")[fused] == "true"
+    for kind in ("TPU v4", "TPU v5", "TPU v5p", "TPU v6 lite", "TPU7x"):
+        assert fused not in options(kind)
+    assert "xla_tpu_enable_all_gather_offload_tracing" in options("TPU v6 lite")
 
 
 def test_collectives_outside_of_fusions_all_count():
