@@ -22,8 +22,8 @@ import qwen3vl_jax as q3
 from demo.evaluate import CHECKPOINT
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.device_mesh import make_mesh
-from qwen3vl_jax.planning.serving import Serving, empty_cache
-from qwen3vl_jax.planning.serving import weights as weight_shapes
+from qwen3vl_jax.planning.program import Serving, empty_cache
+from qwen3vl_jax.planning.program import weights as weight_shapes
 from qwen3vl_jax.processing.encoded_prompt import EncodedImage
 from qwen3vl_jax.training import train_model
 from qwen3vl_jax.training.data import packing

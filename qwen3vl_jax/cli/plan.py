@@ -19,8 +19,7 @@ def run(args: argparse.Namespace, *_: object) -> None:
     import jax.numpy as jnp
 
     from qwen3vl_jax.planning.command import plan_serving
-    from qwen3vl_jax.planning.program import config_of
-    from qwen3vl_jax.planning.serving import Serving
+    from qwen3vl_jax.planning.program import Serving, config_of
 
     dtype, ckpt = jnp.dtype(args.dtype or "bfloat16"), str(args.ckpt or DEMO)
     length = args.max_len

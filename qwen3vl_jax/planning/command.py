@@ -15,12 +15,19 @@ from qwen3vl_jax.config import Config
 from qwen3vl_jax.device_mesh import make_mesh, slice_count
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.planning import compiling
-from qwen3vl_jax.planning.largest import LEVEL, largest
 from qwen3vl_jax.planning.machines import Machine
-from qwen3vl_jax.planning.program import Program, config_of, groups_of, training_step
+from qwen3vl_jax.planning.program import (
+    Program,
+    Serving,
+    config_of,
+    decoding,
+    groups_of,
+    held_arrays,
+    prefilling,
+    training_step,
+)
 from qwen3vl_jax.planning.report import Plan, best, likeliest, plan_of, table, without_memory
-from qwen3vl_jax.planning.search import Candidate, candidates, mesh_of
-from qwen3vl_jax.planning.serving import Serving, decoding, held_arrays, prefilling
+from qwen3vl_jax.planning.search import LEVEL, Candidate, candidates, largest, mesh_of
 from qwen3vl_jax.planning.topology import devices_of, first_devices
 from qwen3vl_jax.training.mesh_preset import asks_for_mesh, mesh_flags, with_preset
 from qwen3vl_jax.training.recipe import Recipe, check_vision_length

@@ -22,7 +22,7 @@ from qwen3vl_jax.cli import plan as cli_plan
 from qwen3vl_jax.cli import train as cli_train
 from qwen3vl_jax.device_mesh import make_mesh
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.planning import command, compiling, machines, program, report, roofline, search
+from qwen3vl_jax.planning import command, compiling, machines, program, report, search
 from qwen3vl_jax.training import recipe
 from qwen3vl_jax.training.mesh_preset import preset
 
@@ -284,7 +284,7 @@ def test_a_search_goes_on_after_a_mesh_that_does_not_compile(small, monkeypatch,
 def test_a_search_ranks_without_the_time_of_memory(small, monkeypatch):
     """A lower level of optimisation moves several times what a run does, by no rule."""
     machine = machines.read_machine("v5e:2x4")
-    times = iter([roofline.Times(2e-3, 1e-3, 1e-3, 0.0), roofline.Times(1e-3, 9e-3, 1e-3, 0.0)])
+    times = iter([report.Times(2e-3, 1e-3, 1e-3, 0.0), report.Times(1e-3, 9e-3, 1e-3, 0.0)])
     stats = types.SimpleNamespace(peak_memory_in_bytes=1)
     fitting = types.SimpleNamespace(memory_analysis=lambda: stats)
     done = compiling.Compiled(fitting, "", Counter(), 2.0, 1.0, 0.0)

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from qwen3vl_jax.planning import command, compiling, largest
+from qwen3vl_jax.planning import command, compiling, search
 from qwen3vl_jax.training import recipe
 
 
@@ -23,10 +23,10 @@ def test_the_largest_batch_is_where_memory_ends(base, slope, want):
     settings = recipe.Recipe("x", 1, pack=recipe.Pack(rows=2, vision_rows=4))
     first = peak(settings)
     known = first if first <= 20 else None
-    fits, fails = largest.largest(settings, 2, known, 20, base, peak, tries=6)
+    fits, fails = search.largest(settings, 2, known, 20, base, peak, tries=6)
     assert (fits, fails) == (want, want + 2)
     assert len(compiled) == len(set(compiled)) <= 7
-    assert largest.of_size(settings, 2, 3).pack.vision_rows == 12
+    assert search.of_size(settings, 2, 3).pack.vision_rows == 12
 
 
 def test_a_large_batch_is_not_sought_to_the_last_row():
@@ -38,7 +38,7 @@ def test_a_large_batch_is_not_sought_to_the_last_row():
         return 10 + tried.pack.rows
 
     settings = recipe.Recipe("x", 1, pack=recipe.Pack(rows=8, vision_rows=8))
-    fits, fails = largest.largest(settings, 1, 18, 1010, 10, peak)
+    fits, fails = search.largest(settings, 1, 18, 1010, 10, peak)
     assert fits <= 1000 < fails and fails - fits <= fits // 8 + 1
     assert len(compiled) <= 2
 
@@ -66,8 +66,8 @@ def test_what_does_not_fit_tells_where_to_look(rows, base, slope, told):
 
     settings = recipe.Recipe("x", 1, pack=recipe.Pack(rows=rows, vision_rows=2 * rows))
     known = peak(settings)
-    fits, fails = largest.largest(settings, 1, known, room, base, peak)
-    assert peak(largest.of_size(settings, 1, fits)) <= room
+    fits, fails = search.largest(settings, 1, known, room, base, peak)
+    assert peak(search.of_size(settings, 1, fits)) <= room
     assert fails in compiled and fails - fits <= fits // 8 + 1
 
 
@@ -90,4 +90,4 @@ def test_peaks_that_grow_unevenly_do_not_mislead():
         return int(np.interp(tried.pack.rows, rows, sizes))
 
     settings = recipe.Recipe("x", 1, pack=recipe.Pack(rows=8, vision_rows=8))
-    assert largest.largest(settings, 1, peak(settings), 7119, 2103, peak) == (36, 40)
+    assert search.largest(settings, 1, peak(settings), 7119, 2103, peak) == (36, 40)

@@ -13,7 +13,7 @@ from qwen3vl_jax.checkpoint.device_load import Source
 from qwen3vl_jax.cli import infer_arguments
 from qwen3vl_jax.device_mesh import make_mesh
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.planning import command, machines, program, serving
+from qwen3vl_jax.planning import command, machines, program
 
 
 def console(out):
@@ -26,11 +26,11 @@ def test_prompts_are_taken_in_beside_the_cache_of_all_rows(tmp_path, monkeypatch
         tmp_path / "ckpt", raw := tiny.config_dict("golden", False), tiny.weights(raw, 0)
     )
     cfg = program.config_of(str(tmp_path / "ckpt"))
-    asked = serving.Serving(16, 256, None)
+    asked = program.Serving(16, 256, None)
     mesh = make_mesh({"data": 4, "tensor": 2}, jax.devices())
-    made = serving.prefilling(cfg, mesh, asked)
+    made = program.prefilling(cfg, mesh, asked)
     assert made.args[2].tokens.shape == (2, 256) and made.args[3].shape == (2,)
-    assert made.held["cache"] == serving.decoding(cfg, mesh, asked).held["cache"]
+    assert made.held["cache"] == program.decoding(cfg, mesh, asked).held["cache"]
     written = []
 
     def compiled(console, program, what):
@@ -62,7 +62,7 @@ def test_a_decode_step_needs_room_for_the_tower_that_it_does_not_read(tmp_path):
     raw = tiny.config_dict("golden", False)
     hf_files.write(tmp_path, raw, tiny.weights(raw, 0))
     mesh = make_mesh({}, jax.devices()[:1])
-    made = serving.decoding(program.config_of(str(tmp_path)), mesh, serving.Serving(2, 64, None))
+    made = program.decoding(program.config_of(str(tmp_path)), mesh, program.Serving(2, 64, None))
     done = command.compiling.compiled(made)
     assert done.peak >= sum(made.held.values())
 
@@ -78,7 +78,7 @@ def test_a_decode_step_needs_room_for_the_tower_that_it_does_not_read(tmp_path):
 )
 def test_without_a_mesh_a_plan_takes_the_devices_that_a_run_takes(size, machine, kind, want):
     """One where the weights have room, else as many as the model is spread over."""
-    asked = serving.Serving(16, 256, None, weights=kind)
+    asked = program.Serving(16, 256, None, weights=kind)
     cfg = program.config_of(size)
     assert command.usual_sizes(cfg, machines.read_machine(machine), asked) == want
 
@@ -95,7 +95,7 @@ def test_eight_bit_weights_are_planned_as_they_are_held(tmp_path, kind):
     cfg = program.config_of(str(tmp_path))
     stored = Source(tmp_path, cfg, kind)
     want = {path: (x.shape, x.dtype) for path, x in stored.asked().items()}
-    found = serving.held_arrays(cfg, "float32", kind)
+    found = program.held_arrays(cfg, "float32", kind)
     assert {path: (x.shape, x.dtype) for path, x in found.items()} == want
 
 
@@ -106,6 +106,6 @@ def test_an_adapter_is_refused_for_it_would_not_be_counted():
 
 def test_more_tokens_than_the_model_has_positions_for_are_refused():
     """Before anything is compiled."""
-    asked, machine = serving.Serving(1, 999_999_999, None), machines.read_machine("v5e:2x2")
+    asked, machine = program.Serving(1, 999_999_999, None), machines.read_machine("v5e:2x2")
     with pytest.raises(InputError, match="--max-len is 999999999, expected at most 262144"):
         command.plan_serving("8b", machine, {}, asked)

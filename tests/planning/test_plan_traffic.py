@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qwen3vl_jax.device_mesh import compiler_options
-from qwen3vl_jax.planning import hlo, machines, roofline
+from qwen3vl_jax.planning import hlo, machines, report
 from qwen3vl_jax.planning.traffic import FROM_HOST, TO_HOST, Collective, Traffic, traffic
 
 TEXT = """HloModule jit_step, is_scheduled=true
@@ -164,7 +164,7 @@ def test_a_ring_has_twice_the_links_of_a_line():
 
     def lanes(group):
         moved = Traffic(0.0, [Collective("all-gather", 1.0, 1e9, tuple(group))], 0)
-        return 1e9 / roofline.times_of(machine, devices, 0.0, moved).links / machine.chip.link
+        return 1e9 / report.times_of(machine, devices, 0.0, moved).links / machine.chip.link
 
     assert lanes(range(16)) == pytest.approx(2)
     assert lanes(range(8)) == pytest.approx(1)
@@ -180,7 +180,7 @@ def test_a_slice_goes_over_its_links_and_slices_over_the_network():
 
     def seconds(group):
         moved = Traffic(0.0, [Collective("all-gather", 2.0, size, group)], 0)
-        return roofline.times_of(machine, devices, 0.0, moved)[2:4]
+        return report.times_of(machine, devices, 0.0, moved)[2:4]
 
     assert seconds((0, 1)) == pytest.approx((2 * size / chip.link, 0))
     assert seconds((0, 1, 2, 3)) == pytest.approx((2 * size / (2 * chip.link), 0))
@@ -232,7 +232,7 @@ def test_what_the_hosts_exchange_between_slices_is_on_the_network():
     machine = machines.read_machine("v5e:2x2", 2)
     devices = [SimpleNamespace(coords=(i % 2, i // 2 % 2, 0), slice_index=i // 4) for i in range(8)]
     moved = Traffic(0.0, [c for c in found.collectives if "slices" in c.kind], 0)
-    times = roofline.times_of(machine, devices, 0.0, moved)
+    times = report.times_of(machine, devices, 0.0, moved)
     assert times.links == 0 and times.network == pytest.approx(256 / machine.chip.network)
 
 
@@ -292,6 +292,6 @@ def test_copies_to_the_host_and_back_are_counted(put, done):
     ]
     back = [c.moved for c in moved.collectives if c.kind == FROM_HOST]
     assert back == [512.0, 6 * 512.0]
-    times = roofline.times_of(machines.read_machine("h100:1"), [object()], 0.0, moved)
+    times = report.times_of(machines.read_machine("h100:1"), [object()], 0.0, moved)
     assert times.host == pytest.approx(13 * 512 / 64e9) and times.most >= times.host
-    assert roofline.times_of(machines.read_machine("v5e:2x2"), [object()], 0.0, moved).host == 0
+    assert report.times_of(machines.read_machine("v5e:2x2"), [object()], 0.0, moved).host == 0
