@@ -22,6 +22,7 @@ from qwen3vl_jax.storage.atomic_dir import CONFIG
 from qwen3vl_jax.storage.safetensors_files import DTYPES, FP8, Files, Stored, read_tensors
 
 
+@dataclasses.dataclass(frozen=True)
 class Weight:
     """A stored tensor, with its scales if it is FP8."""
 

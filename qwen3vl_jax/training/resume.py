@@ -7,13 +7,13 @@ data/loader.py.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 import signal
-import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from qwen3vl_jax.device_mesh import make_mesh, slice_count
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model.sharding import max_parts
 from qwen3vl_jax.runtime import distributed
+from qwen3vl_jax.runtime.console import signals_in_thread
 from qwen3vl_jax.storage.hub import resolve
 from qwen3vl_jax.storage.json_text import read_json, write_json
 from qwen3vl_jax.storage.paths import absolute, as_path, kind
@@ -180,7 +181,7 @@ def catch_signals() -> Iterator[Stop]:
     # jax.distributed handles SIGTERM itself.
     numbers = [signal.SIGINT] if several else [signal.SIGINT, signal.SIGTERM]
     before = {number: signal.signal(number, ask) for number in numbers}
-    with _second_ctrl_c_ends(stop):
+    with signals_in_thread(_second_ends(stop)):
         try:
             yield stop
         finally:
@@ -190,34 +191,18 @@ def catch_signals() -> Iterator[Stop]:
         raise KeyboardInterrupt
 
 
-@contextmanager
-def _second_ctrl_c_ends(stop: Stop) -> Iterator[None]:
-    """Counts Ctrl-C in a thread: the main thread handles signals only between calls into jax."""
-    reading, writing = socket.socketpair()
-    writing.setblocking(False)
+def _second_ends(stop: Stop) -> Callable[[int], None]:
+    """Hears signals in a thread: the main thread handles them only between calls into jax."""
+    seen = itertools.count(1)
 
-    def count() -> None:
-        seen = 0
-        while data := reading.recv(64):
-            for _ in range(data.count(signal.SIGINT)):
-                seen += 1
-                if seen == 1 and stop.under_way:
-                    _print(_SAVING)
-                elif seen > 1:
-                    _print((_SHOW_CURSOR if sys.stderr.isatty() else "") + _ENDED)
-                    os._exit(130)
+    def hear(number: int) -> None:
+        if number != signal.SIGINT:
+            return
+        if next(seen) > 1:
+            cursor = _SHOW_CURSOR * sys.stderr.isatty()
+            print(f"\n{cursor}{_ENDED}", file=sys.stderr, flush=True)
+            os._exit(130)
+        if stop.under_way:
+            print(f"\n{_SAVING}", file=sys.stderr, flush=True)
 
-    before = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
-    thread = threading.Thread(target=count, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(before)
-        writing.close()
-        thread.join()
-        reading.close()
-
-
-def _print(text: str) -> None:
-    print(f"\n{text}", file=sys.stderr, flush=True)
+    return hear

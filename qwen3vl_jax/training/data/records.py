@@ -13,14 +13,14 @@ import importlib
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.storage.json_text import read_json
 from qwen3vl_jax.storage.paths import as_path, is_remote, read_range
-from qwen3vl_jax.training.data.chat_format import FIELDS, METADATA, Record, chat_form, without_nulls
+from qwen3vl_jax.training.data.chat_format import FIELDS, METADATA, chat_form, without_nulls
 from qwen3vl_jax.training.recipe import Source
 
 log = logging.getLogger("qwen3vl_jax")
@@ -30,18 +30,27 @@ _SUFFIXES = ".jsonl, .json, .parquet, .array_record or python:module:Class"
 _CHUNK = 1 << 24
 
 
-class Records(Protocol):
+@dataclasses.dataclass(frozen=True)
+class Records:
     """A source by index. An index gives the same record in every process."""
 
-    def __len__(self) -> int: ...
+    path: str
+    source: Source
+
+    def __len__(self) -> int:
+        raise NotImplementedError
 
     def name(self, index: int) -> str:
         """The name of a record in messages: "chats.jsonl:17"."""
-        ...
+        return _named(self.path, index + 1)
+
+    def raw(self, index: int) -> Any:
+        """The record as its file has it. Raises InputError."""
+        raise NotImplementedError
 
     def read(self, index: int) -> Any:
         """The record in chat form, or what a Python class made. Raises InputError."""
-        ...
+        return chat_form(self.raw(index), self.source)
 
 
 def open_records(source: Source) -> Records:
@@ -76,11 +85,9 @@ def open_records(source: Source) -> Records:
 
 
 @dataclasses.dataclass(frozen=True)
-class JsonLines:
+class JsonLines(Records):
     """A JSONL file, indexed once; a record is one read of its line."""
 
-    path: str
-    source: Source
     # [n 4] int64: start byte, end byte, line number, index in the line's list or -1.
     spans: np.ndarray
 
@@ -119,10 +126,10 @@ class JsonLines:
     def name(self, index: int) -> str:
         return _named(self.path, *self.spans[index, 2:].tolist())
 
-    def read(self, index: int) -> Record:
+    def raw(self, index: int) -> Any:
         begin, end, _, place = self.spans[index].tolist()
         record = _parsed(self.path, begin, end)
-        return chat_form(record if place < 0 else record[place], self.source)
+        return record if place < 0 else record[place]
 
 
 def _listed(path: str, span: np.ndarray) -> int:
@@ -144,11 +151,9 @@ def _named(path: str, number: int, place: int = -1) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class JsonList:
+class JsonList(Records):
     """A JSON file with one list of records. Unlike JSONL it is held in memory."""
 
-    path: str
-    source: Source
     # (name, record)
     items: list[tuple[str, Any]]
 
@@ -158,8 +163,8 @@ class JsonList:
     def name(self, index: int) -> str:
         return self.items[index][0]
 
-    def read(self, index: int) -> Record:
-        return chat_form(self.items[index][1], self.source)
+    def raw(self, index: int) -> Any:
+        return self.items[index][1]
 
 
 def _json(path: str, source: Source) -> Records:
@@ -179,11 +184,9 @@ def _json(path: str, source: Source) -> Records:
 
 
 @dataclasses.dataclass(frozen=True)
-class ParquetTable:
+class ParquetTable(Records):
     """A Parquet file. Whole row groups are read, so small ones are faster to shuffle."""
 
-    path: str
-    source: Source
     columns: tuple[str, ...]
     # [g] number of rows up to the end of each row group.
     ends: np.ndarray
@@ -217,15 +220,11 @@ class ParquetTable:
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
 
-    def name(self, index: int) -> str:
-        return _named(self.path, index + 1)
-
-    def read(self, index: int) -> Record:
+    def raw(self, index: int) -> Any:
         group = int(np.searchsorted(self.ends, index, side="right"))
         rows = _row_group(self.path, group, self.columns)
         at = index - int(self.ends[group]) + rows.num_rows
-        row = rows.slice(at, 1).to_pylist()[0]
-        return chat_form(without_nulls(row), self.source)
+        return without_nulls(rows.slice(at, 1).to_pylist()[0])
 
 
 @contextlib.contextmanager
@@ -248,11 +247,9 @@ def _row_group(path: str, group: int, columns: tuple[str, ...]) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class ArrayRecord:
+class ArrayRecord(Records):
     """An ArrayRecord file of JSON texts."""
 
-    path: str
-    source: Source
     count: int
 
     @classmethod
@@ -267,11 +264,8 @@ class ArrayRecord:
     def __len__(self) -> int:
         return self.count
 
-    def name(self, index: int) -> str:
-        return _named(self.path, index + 1)
-
-    def read(self, index: int) -> Record:
-        return chat_form(read_json(_array(self.path)[index], "", large=True), self.source)
+    def raw(self, index: int) -> Any:
+        return read_json(_array(self.path)[index], "", large=True)
 
 
 @functools.lru_cache(maxsize=64)
@@ -282,20 +276,20 @@ def _array(path: str) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class PythonSource:
+class PythonSource(Records):
     """A Python class with __len__ and __getitem__, which gives chat records or ready Samples.
 
     Items must depend only on the index; workers get the class by pickle. vision_labels: its samples
     have labels of image features.
     """
 
-    source: Source
     maker: Any
 
     @classmethod
     def of(cls, source: Source) -> PythonSource:
         """Imports the class and calls it with the source's options."""
-        module, _, name = source.path.removeprefix("python:").partition(":")
+        path = source.path.removeprefix("python:")
+        module, _, name = path.partition(":")
         try:
             kind = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError, ValueError, TypeError, SyntaxError) as error:
@@ -308,7 +302,7 @@ class PythonSource:
             raise InputError(f"{source.path}: its options do not fit: {error}") from None
         if not hasattr(maker, "__len__") or not hasattr(maker, "__getitem__"):
             raise InputError(f"{source.path}: expected a class with __len__ and __getitem__")
-        return cls(source, maker)
+        return cls(path, source, maker)
 
     @property
     def vision_labels(self) -> bool:
@@ -318,7 +312,7 @@ class PythonSource:
         return len(self.maker)
 
     def name(self, index: int) -> str:
-        return f"{self.source.path.removeprefix('python:')}:{index + 1}"
+        return f"{self.path}:{index + 1}"
 
     def read(self, index: int) -> Any:
         made = self.maker[index]
