@@ -24,6 +24,15 @@ def one_line(error: object) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+class ProblemsError(InputError):
+    """A one-line message with the first of several problems; all of them are in `problems`."""
+
+    def __init__(self, what: str, problems: list[str], advice: str = ""):
+        self.problems = [*problems, *([advice] if advice else [])]
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        super().__init__(f"{what}: {problems[0]}{more}{advice and '; '}{advice}")
+
+
 def shown(value: Any, limit: int = 80) -> str:
     """A value as an error line names it: its repr, cut to `limit` characters."""
     try:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.errors import InputError, ProblemsError
 from qwen3vl_jax.storage.json_text import read_json, read_json_file, write_json
 
 # The file of digests in a tree that write_tree wrote.
@@ -29,13 +29,11 @@ META = "meta"
 _LARGE, _THREADS = 1 << 24, 4
 
 
-class DamagedError(InputError):
-    """A checkpoint that is not as it was written: one line, and the list in `problems`."""
+class DamagedError(ProblemsError):
+    """A checkpoint that is not as it was written."""
 
     def __init__(self, where: Path | str, problems: list[str]):
-        self.problems = problems
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        super().__init__(f"{where}: damaged: {problems[0]}{more}")
+        super().__init__(f"{where}: damaged", problems)
 
 
 def digest(x: np.ndarray) -> str:

@@ -24,7 +24,10 @@ from qwen3vl_jax.storage.safetensors_files import DTYPES, FP8, Files, Stored, re
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """A stored tensor, with its scales if it is FP8."""
+    """A stored tensor in the released layout, with its scales if it is FP8.
+
+    keep: FP8 stays, `load` gives codes and `load_scales` one scale per block.
+    """
 
     files: Files
     tensor: Stored

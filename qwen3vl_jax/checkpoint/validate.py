@@ -14,7 +14,7 @@ from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES, LazyTensor
 from qwen3vl_jax.checkpoint.name_map import Block, param_specs
 from qwen3vl_jax.checkpoint.param_paths import TreePath, path_str
 from qwen3vl_jax.config import Config
-from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.errors import InputError, ProblemsError
 from qwen3vl_jax.storage.atomic_dir import CONFIG
 from qwen3vl_jax.storage.safetensors_files import FP8
 
@@ -22,13 +22,11 @@ WEIGHTS = ("fp8", "int8")
 _KINDS = {FP8["F8_E4M3"]: "fp8", np.dtype(np.int8): "int8"}
 
 
-class MismatchError(InputError):
-    """Tensors that do not fit config.json: one line, and the list in `problems`."""
+class MismatchError(ProblemsError):
+    """Tensors that do not fit config.json."""
 
     def __init__(self, where: Path | str, problems: list[str]):
-        self.problems = problems
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        super().__init__(f"{where}: tensors do not fit config.json: {problems[0]}{more}")
+        super().__init__(f"{where}: tensors do not fit config.json", problems)
 
 
 def check_weights(where: Path, held: str | None, weights: str | None) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import os
 import pickle
 import re
-import resource
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model.attention import cudnn_refusal
 from qwen3vl_jax.model.sharding import platform
 from qwen3vl_jax.planning.program import Program
+from qwen3vl_jax.training.environment import memory_gib
 
 _OVER = (  # (what, how much, of how much) in XLA's words
     r"required for (HLO temporaries|[^()]*?) \((\S+)\) exceeds available HBM \((\S+?)\)",
@@ -36,9 +36,8 @@ class Compiled(NamedTuple):
 
     executable: Any
     cause: str  # XLA's own, "" for none
-    resharded: Counter[
-        str
-    ]  # arrays that every device gets whole on their way from one layout to another
+    # Arrays that every device gets whole on their way from one layout to another.
+    resharded: Counter[str]
     seconds: float
     cpu_seconds: float
     rss: float  # bytes, the most of this process
@@ -67,7 +66,7 @@ def compiled(program: Program, level: str = "") -> Compiled:
     sys.stderr.write(errors(text))
     return Compiled(
         executable, cause, resharded(text), time.perf_counter() - begin,
-        time.process_time() - cpu, _peak_rss(), kernels,
+        time.process_time() - cpu, memory_gib(jax.devices("cpu")[0]) * 2**30, kernels,
     )  # fmt: skip
 
 
@@ -137,11 +136,6 @@ def _stderr() -> Iterator[list[str]]:
             os.close(kept)
             file.seek(0)
             lines.append(file.read().decode(errors="replace"))
-
-
-def _peak_rss() -> float:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
 
 def save(done: Compiled, path: Path) -> int:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -30,7 +29,7 @@ from qwen3vl_jax.processing.batch import group_size
 from qwen3vl_jax.storage.paths import as_path, kind
 from qwen3vl_jax.training import train_model
 from qwen3vl_jax.training.data.packing import PackedBatch
-from qwen3vl_jax.training.recipe import Recipe, check_vision_length
+from qwen3vl_jax.training.recipe import SIZE, Recipe, check_vision_length
 from qwen3vl_jax.training.reporting import memory_estimate
 from qwen3vl_jax.training.reporting.flops import (
     Counts,
@@ -46,8 +45,6 @@ from qwen3vl_jax.training.state_sharding import (
     state_shardings,
     with_shardings,
 )
-
-_SIZE = re.compile(r"(235b-a22b|30b-a3b|32b|8b|4b|2b)", re.IGNORECASE)
 
 
 class Work(NamedTuple):
@@ -80,7 +77,7 @@ def config_of(ckpt: str) -> Config:
     """
     if kind(as_path(ckpt)) == "folder":
         return Config.from_hf(ckpt)
-    if size := _SIZE.search(ckpt):
+    if size := SIZE.search(ckpt):
         return Config.named(size[0])
     raise InputError(
         f"{ckpt}: no such directory, and its name holds none of the released sizes (as 8b)"

@@ -13,7 +13,7 @@ from qwen3vl_jax.checkpoint import digests
 from qwen3vl_jax.checkpoint.config_files import PARAMS, copy_files
 from qwen3vl_jax.checkpoint.digests import META, DamagedError
 from qwen3vl_jax.config import Config, is_run
-from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.errors import InputError, ProblemsError
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.runtime import distributed
 from qwen3vl_jax.storage import atomic_dir
@@ -45,15 +45,11 @@ FREE = (
 )  # fmt: skip
 
 
-class DiffersError(InputError):
-    """A run that cannot be resumed: one line, and every difference in `problems`."""
+class DiffersError(ProblemsError):
+    """A run that cannot be resumed, with every difference."""
 
     def __init__(self, run_dir: Path | str, what: str, advice: str, problems: list[str]):
-        self.problems = [*problems, advice]
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        super().__init__(
-            f"{run_dir}: was started with another {what}: {problems[0]}{more}; {advice}"
-        )
+        super().__init__(f"{run_dir}: was started with another {what}", problems, advice)
 
 
 @contextlib.contextmanager

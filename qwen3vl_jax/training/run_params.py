@@ -11,13 +11,12 @@ import numpy as np
 
 from qwen3vl_jax.checkpoint.adapter_map import Adapter
 from qwen3vl_jax.checkpoint.adapters import merged
-from qwen3vl_jax.checkpoint.config_files import PARAMS, read_config
-from qwen3vl_jax.checkpoint.hf_reader import open_hf
+from qwen3vl_jax.checkpoint.device_load import Source
 from qwen3vl_jax.checkpoint.lazy_tensor import LazyTensor
 from qwen3vl_jax.checkpoint.name_map import param_specs
 from qwen3vl_jax.checkpoint.orbax_io import open_tree
 from qwen3vl_jax.checkpoint.param_paths import TreePath
-from qwen3vl_jax.checkpoint.validate import check_stored, stored_kind
+from qwen3vl_jax.checkpoint.validate import stored_kind
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.storage.hub import resolve
@@ -92,18 +91,11 @@ def run_adapter(run: Path, cfg: Config) -> tuple[dict[str, np.ndarray], Adapter]
 
 def step_weights(run: Path, wanted: SavedStep) -> tuple[Path, str]:
     """The folder of a saved step's weights, and a text that names them."""
-    number = _step(run, wanted.step)
+    number = chosen_step(run, wanted.step or ("best" if scores(run) else "last"))
     saved = run / CHECKPOINTS / str(number)
     averaged = (saved / "average").is_dir() and not wanted.raw
     message = f"step {number}{', averaged weights' if averaged else ''}, "
     return saved / ("average" if averaged else "weights"), message
-
-
-def _step(run: Path, wanted: str | None) -> int:
-    """The number of the wanted step; by default the best if any was evaluated, else the last."""
-    if wanted is None:
-        wanted = "best" if scores(run) else "last"
-    return chosen_step(run, wanted)
 
 
 def flat_arrays(weights: Path) -> dict[str, np.ndarray]:
@@ -116,10 +108,7 @@ def _base(recipe: Recipe, cfg: Config) -> dict[TreePath, LazyTensor]:
     if recipe.init != "checkpoint":
         return _drawn(recipe, cfg)
     directory = resolve(recipe.ckpt)
-    if not (directory / PARAMS).is_dir():
-        return open_hf(directory, Config.from_hf(directory))
-    stored = open_tree(directory / PARAMS)
-    check_stored(directory, cfg, stored, read_config(directory))
+    stored = dict(Source(directory, cfg).stored())
     if stored_kind(stored):
         raise InputError(f"{directory}: holds 8-bit weights; set ckpt to what it was made from")
     return stored

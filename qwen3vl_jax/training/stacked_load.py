@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen3vl_jax.checkpoint.device_load import Source, as_structs, on_devices
-from qwen3vl_jax.checkpoint.lazy_tensor import LazyTensor
 from qwen3vl_jax.checkpoint.name_map import param_specs, tree_of
 from qwen3vl_jax.checkpoint.param_paths import (
     TreePath,
@@ -61,38 +60,25 @@ def load_stacked(
     """
     directory = resolve(ckpt)
     cfg = Config.from_hf(directory)
-    source, stacks = Source(directory, cfg, weights), _Stacks(cfg, dtype_of, where_of)
-    for path, leaf in source.asked().items():
-        stacks.put(path, leaf)
-    held = {path if path in stacks.known else path[:-1] for path in stacks.leaves}
-    if missing := stacks.known - held:
+    known = {split_layer_index(param.path)[0] for param in param_specs(cfg)}
+    found: dict[TreePath, jax.Array] = {}
+    for leaf_path, leaf in Source(directory, cfg, weights).asked().items():
+        layer = split_layer_index(leaf_path)[1]
+        path, shape = stacked(cfg, leaf_path, leaf.shape)
+        # A path that is not known is the values or the scale of a weight held in 8 bits.
+        dtype = jnp.dtype(dtype_of(path_str(path))) if path in known else leaf.dtype
+        where = where_of(path_str(path), jax.ShapeDtypeStruct(shape, dtype))
+        if layer is None:
+            array = on_devices(leaf, where).astype(dtype)
+        else:
+            stack = found.pop(path) if path in found else jnp.zeros(shape, dtype, device=where)
+            array = _write(stack, on_devices(leaf, inner(where)), layer, where=where)
+        # Otherwise the host copies of many tensors are alive at once.
+        found[path] = array.block_until_ready()
+    if missing := known - {path if path in known else path[:-1] for path in found}:
         names = ", ".join(sorted(map(path_str, missing)))
         raise InputError(f"{directory}: holds no {names}, which training needs")
-    return as_structs(tree_of(cfg, stacks.leaves))
-
-
-class _Stacks:
-    """Arrays by stacked path, filled tensor by tensor."""
-
-    def __init__(self, cfg: Config, dtype_of: DtypeOf, where_of: WhereOf):
-        self.leaves: dict[TreePath, jax.Array] = {}
-        self.known = {split_layer_index(param.path)[0] for param in param_specs(cfg)}
-        self._cfg, self._dtype_of, self._where_of = cfg, dtype_of, where_of
-
-    def put(self, path: TreePath, leaf: LazyTensor) -> None:
-        """Adds one tensor; this process's shards are on its devices when this returns."""
-        layer = split_layer_index(path)[1]
-        path, shape = stacked(self._cfg, path, leaf.shape)
-        # A path that is not known is the values or the scale of a weight held in 8 bits.
-        dtype = jnp.dtype(self._dtype_of(path_str(path))) if path in self.known else leaf.dtype
-        where = self._where_of(path_str(path), jax.ShapeDtypeStruct(shape, dtype))
-        if layer is None:
-            self.leaves[path] = on_devices(leaf, where).astype(dtype).block_until_ready()
-            return
-        if path not in self.leaves:
-            self.leaves[path] = jnp.zeros(shape, dtype, device=where)
-        stack = _write(self.leaves.pop(path), on_devices(leaf, inner(where)), layer, where=where)
-        self.leaves[path] = stack.block_until_ready()
+    return as_structs(tree_of(cfg, found))
 
 
 def inner(where: Any) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,12 @@ from qwen3vl_jax.processing.tokenizer import Tokenizer
 from qwen3vl_jax.storage.paths import as_path, kind
 from qwen3vl_jax.training import train_model
 from qwen3vl_jax.training.data.loader import DataLoader, Refusal, check_answers, survey
-from qwen3vl_jax.training.recipe import Recipe, check_sources
+from qwen3vl_jax.training.recipe import SIZE, Recipe, check_sources
 from qwen3vl_jax.training.reporting import memory_estimate
 from qwen3vl_jax.training.run_dir import open_model, write_model_files
 from qwen3vl_jax.training.state_sharding import check_mesh
 
 _SMALL_FILES = ["*.json", "*.txt", "*.jinja"]  # everything of a checkpoint but its weights
-_SIZE = re.compile(r"(235b-a22b|30b-a3b|32b|8b|4b|2b)", re.IGNORECASE)
 _BATCHES = 4  # drawn to measure fill and samples a step
 _TARGET, _OTHER, _SPECIAL = "bold green", "dim", " reverse"
 
@@ -89,7 +87,7 @@ def _say(console: Console, text: str) -> None:
 def _opened(recipe: Recipe) -> tuple[Config, Processor | None, list[str]]:
     """(config, processor if its files are here, what is missing)."""
     ckpt = recipe.ckpt
-    if kind(as_path(ckpt)) or not (size := _SIZE.search(ckpt)):
+    if kind(as_path(ckpt)) or not (size := SIZE.search(ckpt)):
         return *_with_new_tokens(recipe, ckpt), []
     from huggingface_hub import snapshot_download
 
