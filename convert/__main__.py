@@ -47,48 +47,29 @@ def _size(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        "python -m convert",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "source",
-        help="Hugging Face directory or Hub id; with --to-hf an Orbax directory or a RUN_DIR",
-    )
-    parser.add_argument("out", type=argument, nargs="?", help="directory to write")
-    parser.add_argument("--verify", action="store_true", help="read SOURCE, write nothing")
-    parser.add_argument("--to-hf", action="store_true", help="Orbax -> safetensors")
-    parser.add_argument(
-        "--force", action="store_true", help="replace OUT once the new one is complete"
-    )
-    parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
-    parser.add_argument(
-        "--expert-layout",
-        choices=LAYOUTS,
-        help="layout of fused experts where their shape is ambiguous",
-    )
-    parser.add_argument(
-        "--weights", choices=WEIGHTS, help="fp8 keeps FP8, int8 rounds (default: neither)"
-    )
-    parser.add_argument(
-        "--merge", type=argument, metavar="PEFT_DIR", help="a LoRA adapter to add to the weights"
-    )
-    parser.add_argument(
-        "--max-shard-size", type=_size, default=SHARD_SIZE, metavar="SIZE", help="default 5GB"
-    )
-    run = parser.add_argument_group("a run's directory (--to-hf)")
-    run.add_argument(
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = Parser("python -m convert", description=__doc__, formatter_class=formatter)
+    add = parser.add_argument
+    from_what = "Hugging Face directory or Hub id; with --to-hf an Orbax directory or a RUN_DIR"
+    add("source", help=from_what)
+    add("out", type=argument, nargs="?", help="directory to write")
+    add("--verify", action="store_true", help="read SOURCE, write nothing")
+    add("--to-hf", action="store_true", help="Orbax -> safetensors")
+    add("--force", action="store_true", help="replace OUT once the new one is complete")
+    add("--revision", help="branch, tag or commit of a Hub id")
+    ambiguous = "layout of fused experts where their shape is ambiguous"
+    add("--expert-layout", choices=LAYOUTS, help=ambiguous)
+    add("--weights", choices=WEIGHTS, help="fp8 keeps FP8, int8 rounds (default: neither)")
+    merged = "a LoRA adapter to add to the weights"
+    add("--merge", type=argument, metavar="PEFT_DIR", help=merged)
+    add("--max-shard-size", type=_size, default=SHARD_SIZE, metavar="SIZE", help="default 5GB")
+    add = parser.add_argument_group("a run's directory (--to-hf)").add_argument
+    add(
         "--step", help="best (lowest evaluation loss), last, or a number; default: best if there is"
     )
-    run.add_argument(
-        "--adapter",
-        action="store_true",
-        help="a LoRA run's adapter for PEFT instead of merged weights",
-    )
-    run.add_argument(
-        "--raw", action="store_true", help="the weights of the step, not their average"
-    )
+    not_merged = "a LoRA run's adapter for PEFT instead of merged weights"
+    add("--adapter", action="store_true", help=not_merged)
+    add("--raw", action="store_true", help="the weights of the step, not their average")
     return parser
 
 
