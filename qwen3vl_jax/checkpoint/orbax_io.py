@@ -31,7 +31,7 @@ from qwen3vl_jax.checkpoint.digests import (
     saved_digests,
 )
 from qwen3vl_jax.checkpoint.lazy_tensor import Index, LazyTensor
-from qwen3vl_jax.checkpoint.param_paths import TreePath, flatten, path_str, tree_path
+from qwen3vl_jax.checkpoint.param_paths import TreePath, flatten, path_str
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.storage.json_text import write_json
 from qwen3vl_jax.storage.paths import for_orbax
@@ -59,10 +59,10 @@ def _context() -> tensorstore.Context:
 class _Handler(ocp.type_handlers.NumpyHandler):
     """Writes LazyTensors in groups of at most _GROUP bytes; opens stored arrays as LazyTensors.
 
-    wrote: called with the path of each written array and the array.
+    wrote: called with the name of each written array and the array.
     """
 
-    def __init__(self, wrote: Callable[[TreePath, np.ndarray], None]):
+    def __init__(self, wrote: Callable[[str, np.ndarray], None]):
         super().__init__(deepcopy_host_arrays=False)
         self._wrote, self._context = wrote, _context()
         self._failed: list[Exception] = []
@@ -87,7 +87,8 @@ class _Handler(ocp.type_handlers.NumpyHandler):
             if self._failed:
                 raise self._failed[0]
             for info, array in zip(infos[group], arrays):
-                self._wrote(tree_path(info.keypath), array)
+                name = jax.tree_util.keystr(info.keypath, simple=True, separator=".")
+                self._wrote(name, array)
             # Before the next group is loaded.
             del arrays, array, future
         return []
@@ -143,7 +144,7 @@ def _groups(sizes: list[int]) -> Iterator[slice]:
     yield slice(start, len(sizes))
 
 
-def _tree_handler(wrote: Callable = lambda path, array: None) -> ocp.PyTreeCheckpointHandler:
+def _tree_handler(wrote: Callable = lambda name, array: None) -> ocp.PyTreeCheckpointHandler:
     registry = ocp.type_handlers.create_type_handler_registry(
         (jax.Array, ocp.type_handlers.ArrayHandler()), (LazyTensor, _Handler(wrote))
     )
@@ -161,8 +162,8 @@ def write_tree(
     save_args = jax.tree.map(lambda leaf: ocp.SaveArgs(chunk_byte_size=_CHUNK), tree)
     digests: dict[str, str] = {}
 
-    def note(path: TreePath, array: np.ndarray) -> None:
-        digests[path_str(path)] = digest(array)
+    def note(name: str, array: np.ndarray) -> None:
+        digests[name] = digest(array)
         wrote(array.nbytes)
 
     with writable(directory), ocp.Checkpointer(_tree_handler(note)) as checkpointer:

@@ -23,12 +23,6 @@ def parse_path(text: str) -> TreePath:
     return tuple(int(key) if key.isdecimal() else key for key in text.split("."))
 
 
-def tree_path(keypath: tuple[Any, ...]) -> TreePath:
-    """The path of a leaf from jax's keys."""
-    kinds = ("key", "idx", "name")
-    return tuple(next(getattr(k, kind) for kind in kinds if hasattr(k, kind)) for k in keypath)
-
-
 def split_layer_index(path: TreePath) -> tuple[TreePath, int | None]:
     """(stacked path, layer index) of a path; (path, None) for a parameter outside the layers."""
     depth = _stack_depth(path)

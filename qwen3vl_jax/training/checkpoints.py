@@ -23,7 +23,6 @@ from qwen3vl_jax.checkpoint.digests import (
     with_checksum,
 )
 from qwen3vl_jax.checkpoint.orbax_io import open_tree, readable, writable
-from qwen3vl_jax.checkpoint.param_paths import path_str, tree_path
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.runtime import distributed
 from qwen3vl_jax.storage.paths import as_path, for_orbax, is_remote, remove_tree
@@ -203,7 +202,8 @@ def _check_room(folder: Path, state: TrainState) -> None:
 
 def _by_path(tree: Any) -> dict[str, Any]:
     """{path in the state: array}, as the files name them."""
-    return {path_str(tree_path(path)): x for path, x in jax.tree.leaves_with_path(tree)}
+    found = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in found}
 
 
 def _shape(x: Any) -> str:

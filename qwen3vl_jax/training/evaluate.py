@@ -47,23 +47,16 @@ class Answered(NamedTuple):
         return self.answer.strip() == self.expected.strip()
 
 
-@dataclasses.dataclass(frozen=True)
 class Evaluation:
     """The evaluation of a run: loss over the evaluation sources, and answers to their records."""
 
-    recipe: Recipe
-    processor: Processor
-    open_loader: OpenLoader
-    measure: Callable[..., tuple[jax.Array, ...]]
-    inference: Callable[..., Params]
-
-    @classmethod
-    def of(
-        cls, recipe: Recipe, processor: Processor, open_loader: OpenLoader, merge: MergeParams
-    ) -> Evaluation:
-        """Jits the two functions. merge(weights, frozen) gives the parameter tree."""
-        measure = make_measure(processor.config, recipe.step, merge)
-        return cls(recipe, processor, open_loader, measure, make_inference(recipe.step, merge))
+    def __init__(
+        self, recipe: Recipe, processor: Processor, open_loader: OpenLoader, merge: MergeParams
+    ):
+        """Jits two functions. merge(weights, frozen) gives the parameter tree."""
+        self.recipe, self.processor, self.open_loader = recipe, processor, open_loader
+        self.measure = make_measure(processor.config, recipe.step, merge)
+        self.inference = make_inference(recipe.step, merge)
 
     def run(
         self, state: TrainState, frozen: Any, number: int, logger: Any, check: Callable[[], None]

@@ -99,7 +99,7 @@ def train_from(
             loader.set_state(meta["data"])
         # State and step: the weights, the optimizer, and the jitted function that updates them.
         state, frozen, merge, step = start_state(recipe, processor, new_ids, mesh, out, first)
-        evaluation = evaluate.Evaluation.of(recipe, processor, open_loader, merge)
+        evaluation = evaluate.Evaluation(recipe, processor, open_loader, merge)
         checkpoints = Checkpoints(out, recipe.checkpoints.keep, recipe.checkpoints.keep_best)
         speed = Speed(recipe, cfg, state.weights, 1 if mesh is None else mesh.size)
         closing.callback(checkpoints.close)
