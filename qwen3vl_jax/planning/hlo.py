@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-_BYTES = {"pred": 1, "token": 0, "opaque": 0}  # others end in their bits: bf16, s32, f8e4m3fn
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(r"\b(calls|to_apply|condition|body)=%?([\w.\-]+)")
@@ -87,19 +87,20 @@ def _closing(text: str, start: int) -> int:
     return len(text) - 1
 
 
-def arrays(shape: str) -> Iterator[tuple[int, bool]]:
-    """(bytes, whether in main memory) of each array of a shape."""
+class Part(NamedTuple):
+    """One array of a shape: its bytes, and whether it is in main memory or in the host's."""
+
+    size: int
+    main: bool
+    host: bool
+
+
+def arrays(shape: str) -> Iterator[Part]:
+    """Each array of a shape."""
     for kind, dims, layout in _ARRAY.findall(shape):
-        count = 1
-        for n in dims.split(",") if dims else ():
-            count *= int(n)
-        yield -(-count * _bits(kind) // 8), not _FAST.search(layout)
-
-
-def on_host(shape: str) -> list[tuple[int, bool]]:
-    """(bytes, whether in the host's memory) of each array of a shape."""
-    layouts = [layout for _, _, layout in _ARRAY.findall(shape)]
-    return [(n, _HOST in where) for (n, _), where in zip(arrays(shape), layouts, strict=True)]
+        bits = 8 if kind == "pred" else int((re.search(r"\d+", kind) or "0")[0])
+        count = math.prod(map(int, dims.split(","))) if dims else 1
+        yield Part(-(-count * bits // 8), not _FAST.search(layout), _HOST in layout)
 
 
 def result(x: Instruction) -> str:
@@ -107,30 +108,19 @@ def result(x: Instruction) -> str:
     if not x.op.endswith("-start") or not x.shape.startswith("("):
         return x.shape
     if x.shape.startswith("(("):  # ((what goes in), what comes out, ..)
-        return _first_array(x.shape[_closing(x.shape, 1) :])
-    parts = _ARRAY.finditer(x.shape)
-    # (what goes in, what comes out, ..); a copy has these the other way round.
-    if x.op != "copy-start":
-        next(parts, None)
+        parts = _ARRAY.finditer(x.shape[_closing(x.shape, 1) :])
+    else:
+        parts = _ARRAY.finditer(x.shape)
+        # (what goes in, what comes out, ..); a copy has these the other way round.
+        if x.op != "copy-start":
+            next(parts, None)
     found = next(parts, None)
     return found[0] if found else ""
 
 
-def _first_array(text: str) -> str:
-    found = _ARRAY.search(text)
-    return found[0] if found else ""
-
-
-def _bits(kind: str) -> int:
-    if kind in _BYTES:
-        return 8 * _BYTES[kind]
-    found = re.search(r"\d+", kind)
-    return int(found[0]) if found else 0
-
-
 def size(shape: str) -> int:
     """Bytes of all arrays of a shape."""
-    return sum(n for n, _ in arrays(shape))
+    return sum(part.size for part in arrays(shape))
 
 
 def trip_count(module: Module, loop: Instruction) -> int | None:

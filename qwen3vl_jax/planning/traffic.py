@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
-from qwen3vl_jax.planning.hlo import Instruction, Module, arrays, on_host, result, size, trip_count
+from qwen3vl_jax.planning.hlo import Instruction, Module, arrays, result, size, trip_count
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 BETWEEN = " between slices"
@@ -51,42 +51,30 @@ class Traffic(NamedTuple):
 
 def traffic(module: Module, devices: int) -> Traffic:
     """Adds up a program for `devices` devices."""
-    memory, found, unknown = 0.0, [], 0
+    return _traffic(module, module.entry, 1.0, devices)
 
-    def walk(name: str, times: float) -> float:
-        """Adds what a computation moves; returns its bytes of memory."""
-        nonlocal unknown
-        total, shapes = 0.0, {x.name: x.shape for x in module.computations[name]}
-        for x in module.computations[name]:
-            if x.op == "while":
-                count = trip_count(module, x)
-                unknown += count is None
-                total += (count or 1) * walk(x.called("body") or "", times * (count or 1))
-            elif x.op == "conditional":
-                total += least(x.branches(), times)
-            elif x.op == "call":
-                total += walk(x.called("to_apply") or "", times)
-            elif x.op not in _FREE and not x.op.endswith("-done"):
-                total += _memory(module, x, shapes)
-        found.extend(_collectives(module, name, times, devices))
-        found.extend(_host_copies(module, name, times))
-        return total
 
-    def least(branches: Sequence[str], times: float) -> float:
-        nonlocal unknown
-        best, kept, before = math.inf, [], len(found)
-        lost = unknown
-        for branch in branches:
-            unknown = lost
-            bytes_moved = walk(branch, times)
-            if bytes_moved < best:
-                best, kept = bytes_moved, found[before:]
-            del found[before:]
-        found.extend(kept)
-        return 0.0 if math.isinf(best) else best
-
-    memory = walk(module.entry, 1.0)
-    return Traffic(memory, found, unknown)
+def _traffic(module: Module, name: str, times: float, devices: int) -> Traffic:
+    """What a computation moves: `memory` of one run, its exchanges as often as it runs."""
+    memory, unknown, found = 0.0, 0, list[Collective]()
+    shapes = {x.name: x.shape for x in module.computations[name]}
+    for x in module.computations[name]:
+        count, inside = 1, list[str]()
+        if x.op == "while":
+            known = trip_count(module, x)
+            unknown += known is None
+            count, inside = known or 1, [x.called("body") or ""]
+        elif x.op in ("conditional", "call"):
+            inside = x.branches() if x.op == "conditional" else [x.called("to_apply") or ""]
+        elif x.op not in _FREE and not x.op.endswith("-done"):
+            memory += _memory(module, x, shapes)
+        if inside:
+            parts = (_traffic(module, part, times * count, devices) for part in inside)
+            least = min(parts, key=lambda part: part.memory)
+            memory, unknown = memory + count * least.memory, unknown + least.unknown_loops
+            found += least.collectives
+    found += _collectives(module, name, times, devices)
+    return Traffic(memory, [*found, *_host_copies(module, name, times)], unknown)
 
 
 def _collectives(module: Module, name: str, times: float, devices: int) -> Iterator[Collective]:
@@ -118,14 +106,14 @@ def _host_copies(module: Module, name: str, times: float) -> Iterator[Collective
     for x in module.computations[name]:
         if x.op in _FREE or x.op.endswith("-done"):
             continue
-        given = [part for n in x.operands for part in on_host(shapes.get(n, ""))]
-        made = on_host(result(x))
-        if any(host for _, host in made):  # an update of a part of it, or all
-            sent = max((n for n, host in given if not host), default=0)
+        given = [part for n in x.operands for part in arrays(shapes.get(n, ""))]
+        made = list(arrays(result(x)))
+        if any(part.host for part in made):  # an update of a part of it, or all
+            sent = max((part.size for part in given if not part.host), default=0)
             if sent:
                 yield Collective(TO_HOST, times, float(sent), ())
-        elif any(host for _, host in given):
-            yield Collective(FROM_HOST, times, float(sum(n for n, _ in made)), ())
+        elif any(part.host for part in given):
+            yield Collective(FROM_HOST, times, float(sum(part.size for part in made)), ())
 
 
 def _inside(module: Module, name: str) -> Iterator[tuple[Instruction, bool, bool]]:
@@ -144,7 +132,7 @@ def _inside(module: Module, name: str) -> Iterator[tuple[Instruction, bool, bool
 
 def _moved(module: Module, name: str, x: Instruction, kind: str, count: int) -> float:
     """Bytes that each of `count` devices receives."""
-    parts = [n for n, _ in arrays(x.shape)]
+    parts = [part.size for part in arrays(x.shape)]
     if x.op.endswith("-start") and kind != "all-reduce":  # (what goes in, what comes out, ..)
         parts = parts[len(x.operands) : 2 * len(x.operands)]
     out, share = sum(parts), (count - 1) / count
@@ -163,7 +151,7 @@ def _between_slices(x: Instruction, times: float) -> Collective | None:
     if not target or not match:
         return None
     slices, inside = _slices(target[1])
-    out, count = float(next(arrays(x.shape))[0]), len(slices)
+    out, count = float(next(arrays(x.shape)).size), len(slices)
     kind = match[1].lower().replace("_", "-").replace("one-to-one", "collective-permute")
     shares = {"all-reduce": 2 * (count - 1) / count, "reduce-scatter": count - 1.0}
     share = shares.get(kind, (count - 1) / count if kind.startswith("all-") else 1.0)
@@ -239,16 +227,16 @@ def _memory(module: Module, x: Instruction, shapes: dict[str, str]) -> float:
 
 def _started(x: Instruction) -> float:
     """`_memory` of a copy, slice or exchange that runs beside others; its result begins with its input."""
-    ends = list(arrays(x.shape))[:2]
+    first, second = list(arrays(x.shape))[:2]
     if x.op in ("send", "recv"):
-        return ends[0][0]
+        return first.size
     if x.op == "slice-start":  # reads as much as it writes
-        return ends[1][0] * (1 + ends[1][1])
-    return sum(n for n, main in ends if main)
+        return second.size * (1 + second.main)
+    return sum(end.size for end in (first, second) if end.main)
 
 
 def _main(shape: str) -> int:
-    return sum(n for n, main in arrays(shape) if main)
+    return sum(part.size for part in arrays(shape) if part.main)
 
 
 def _touched(module: Module, name: str, number: int, shape: str) -> int:
@@ -288,7 +276,7 @@ def _written(module: Module, name: str, shape: str) -> int:
     if len(parts) != len(results):
         return _main(shape)
     total = 0
-    for x, (full, main) in zip(results, parts, strict=True):
+    for x, (full, main, _) in zip(results, parts, strict=True):
         source = x
         while source.op in _CLEAR and source.operands and source.operands[0] in body:
             source = body[source.operands[0]]
