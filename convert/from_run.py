@@ -13,7 +13,7 @@ from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.storage.atomic_dir import check_apart
 from qwen3vl_jax.storage.safetensors_files import side_files
 from qwen3vl_jax.training.lora_targets import adapter_of
-from qwen3vl_jax.training.recipe import Recipe, read_recipe
+from qwen3vl_jax.training.recipe import read_recipe
 from qwen3vl_jax.training.run_dir import CONFIG, MODEL
 from qwen3vl_jax.training.run_params import SavedStep, flat_arrays, step_leaves, step_weights
 
@@ -41,7 +41,10 @@ def run_to_hf(
     if wanted.adapter and not recipe.lora.rank:
         raise InputError(f"{run}: --adapter is for LoRA, and this run's lora.rank is 0")
     if wanted.adapter:
-        return (*_write_adapter(recipe, cfg, weights, out), message + "PEFT adapter, ")
+        arrays = flat_arrays(weights)
+        save_adapter(out, cfg, arrays, adapter_of(recipe, cfg), base_name=recipe.ckpt)
+        size = sum(x.nbytes for x in arrays.values())
+        return len(arrays), size, message + "PEFT adapter, "
     leaves, first = step_leaves(recipe, cfg, weights)
     message += "merged, " if recipe.lora.rank else ""
 
@@ -50,9 +53,3 @@ def run_to_hf(
 
     written = write_files(out, cfg, leaves, first, finish, force, shard_size, progress)
     return (*written, message)
-
-
-def _write_adapter(recipe: Recipe, cfg: Config, weights: Path, out: Path) -> tuple[int, int]:
-    arrays = flat_arrays(weights)
-    save_adapter(out, cfg, arrays, adapter_of(recipe, cfg), base_name=recipe.ckpt)
-    return len(arrays), sum(x.nbytes for x in arrays.values())

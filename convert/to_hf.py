@@ -116,14 +116,11 @@ def write_files(
             del array, tensor
         files.close()
         if len(shards) > 1:
-            _write_index(stage / INDEX, {name: shard for name, (shard, _) in places.items()}, total)
+            weight_map = {name: shard for name, (shard, _) in sorted(places.items())}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (stage / INDEX).write_text(write_json(index, INDEX, indent=2) + "\n", encoding="utf-8")
         finish(stage)
     return len(tensors), total
-
-
-def _write_index(path: Path, shard_of: Mapping[str, str], total: int) -> None:
-    found = {"metadata": {"total_size": total}, "weight_map": dict(sorted(shard_of.items()))}
-    path.write_text(write_json(found, INDEX, indent=2) + "\n", encoding="utf-8")
 
 
 def _split(

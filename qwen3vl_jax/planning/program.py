@@ -190,17 +190,18 @@ def decoding(cfg: Config, mesh: Mesh, asked: Serving) -> Program:
     """One decode step onto a full cache, which is donated. Raises InputError."""
     params, cache = weights(cfg, mesh, asked.dtype, asked.weights), empty_cache(cfg, mesh, asked)
     tokens = _replicated_shape(mesh, jnp.int32, asked.rows)
+
+    def run(params, cache, tokens):
+        return decode_step(params, cfg, cache, tokens)
+
     # The vision tower, which no decode step reads, lies there too.
-    fn = jax.jit(functools.partial(_decode, cfg=cfg), donate_argnums=1, keep_unused=True)
+    fn = jax.jit(run, donate_argnums=1, keep_unused=True)
     # A token sees the whole cache at worst.
-    flops = _flops(cfg, Counts(asked.rows, asked.rows * asked.slots, 0, 0))
+    counts = Counts(asked.rows, asked.rows * asked.slots, 0, 0)
+    flops = sum(forward_flops(cfg, counts).values())
     work = Work("time of a decode step", flops, flops, asked.rows, "of all rows, cache full")
     held = held_bytes({"weights": params, "cache": (cache.k, cache.v)})
     return Program(fn, (params, cache, tokens), mesh, held, work, "the step itself")
-
-
-def _decode(params, cache, tokens, *, cfg):
-    return decode_step(params, cfg, cache, tokens)
 
 
 def prefilling(cfg: Config, mesh: Mesh, asked: Serving) -> Program:
@@ -219,23 +220,17 @@ def prefilling(cfg: Config, mesh: Mesh, asked: Serving) -> Program:
         new, logits = prefill(params, cfg, batch, width, chunk=chunk)
         return insert_rows(cache, rows, new), logits
 
-    passed = Counts(count * width, count * (width * (width + 1) // 2), count * patches,
-                    count * patches**2)  # fmt: skip
-    flops = _flops(cfg, passed, head=count)
+    pairs = count * (width * (width + 1) // 2)
+    parts = forward_flops(cfg, Counts(count * width, pairs, count * patches, count * patches**2))
+    # One token of each prompt gets logits.
+    parts["head"] /= width
+    flops = sum(parts.values())
     note = f"{count} prompt{'s' * (count > 1)}, {patches} patches in each"
     work = Work("time of a prefill", flops, flops, count * width, note)
     held = held_bytes({"weights": params, "cache": (cache.k, cache.v), "prompts": batch})
     args = params, cache, batch, _replicated_shape(mesh, jnp.int32, count)
     fn = jax.jit(run, donate_argnums=1, keep_unused=True)
     return Program(fn, args, mesh, held, work, "prompts' cache, activations")
-
-
-def _flops(cfg: Config, passed: Counts, head: int | None = None) -> float:
-    """FLOPs of a forward pass, of which `head` tokens (None: all) get logits."""
-    parts = forward_flops(cfg, passed)
-    if head is not None:
-        parts["head"] *= head / passed.tokens
-    return sum(parts.values())
 
 
 def weights(cfg: Config, mesh: Mesh, dtype: Any, kind: str | None = None) -> Any:

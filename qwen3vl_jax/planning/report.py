@@ -144,13 +144,13 @@ def table(plan: Plan, title: str, largest: str = "") -> Table:
     out.add_row("machine", str(plan.machine), f"{count:,} device{'s' * (count > 1)}{of_them}")
     out.add_row("mesh", mesh, "")
     verdict = "[bold green]fits[/]" if plan.fits else "[bold red]does not fit[/]"
-    out.add_row("verdict", verdict, plan.cause or _judge(plan.machine))
+    judge = f"an estimate: a GPU chooses kernels, and lets jax have {GPU_SHARE:.0%}"
+    judge = "XLA's own verdict" if plan.machine.chip.platform == "tpu" else judge
+    out.add_row("verdict", verdict, plan.cause or judge)
     if largest:
         out.add_row("largest batch", largest, "compiled at a lower level of optimisation")
-    if plan.done.kernels:
-        out.add_row(
-            "attention", "XLA blocks", f"a GPU with cuDNN uses that: {plan.done.kernels[:80]}"
-        )
+    if why := plan.done.kernels[:80]:
+        out.add_row("attention", "XLA blocks", f"a GPU with cuDNN uses that: {why}")
     _add_memory(out, plan)
     if plan.fits:
         _add_traffic(out, plan)
@@ -198,12 +198,6 @@ def likeliest(found: Sequence[Candidate], title: str, room: int) -> Table:
     return out
 
 
-def _judge(machine: Machine) -> str:
-    if machine.chip.platform == "tpu":
-        return "XLA's own verdict"
-    return f"an estimate: a GPU chooses kernels, and lets jax have {GPU_SHARE:.0%}"
-
-
 def _add_memory(out: Table, plan: Plan) -> None:
     out.add_section()
     for name, size in plan.program.held.items():
@@ -217,9 +211,8 @@ def _add_memory(out: Table, plan: Plan) -> None:
         note += f"; gradients (float32) are {_gib(plan.program.gradients)}"
     out.add_row(plan.program.inside, _gib(rest), note)
     share = plan.done.peak / plan.machine.chip.hbm
-    out.add_row(
-        "peak of a device", _gib(plan.done.peak), f"{share:.0%} of {_gib(plan.machine.chip.hbm)}"
-    )
+    room = f"{share:.0%} of {_gib(plan.machine.chip.hbm)}"
+    out.add_row("peak of a device", _gib(plan.done.peak), room)
 
 
 def _add_traffic(out: Table, plan: Plan) -> None:
@@ -227,16 +220,11 @@ def _add_traffic(out: Table, plan: Plan) -> None:
     moved, work, count = plan.moved, plan.program.work, plan.program.mesh.size
     assert moved is not None
     again = work.again / work.model - 1
-    note = "counted from shapes"
-    if again:
-        note += f"; {again:.0%} more with what is computed again"
-    out.add_row("FLOPs", f"{work.model / count:.3g}", f"of a device; {note}")
-    loops = f"; {moved.unknown_loops} loops of unknown length count once" * bool(
-        moved.unknown_loops
-    )
-    out.add_row(
-        "memory traffic", f"{_gib(moved.memory)}", f"of a device, from the compiled text{loops}"
-    )
+    more = f"; {again:.0%} more with what is computed again" if again else ""
+    out.add_row("FLOPs", f"{work.model / count:.3g}", f"of a device; counted from shapes{more}")
+    lost = moved.unknown_loops
+    loops = f"; {lost} loops of unknown length count once" if lost else ""
+    out.add_row("memory traffic", _gib(moved.memory), f"of a device, from the compiled text{loops}")
     # Times, bytes, and the bytes that move while the device computes, by kind.
     kinds: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(3))
     for each in moved.collectives:
@@ -260,18 +248,15 @@ def _add_times(out: Table, plan: Plan) -> None:
         note = f"the rate of {machine.name}'s link to its host is not known: the step takes longer"
         out.add_row("host copies time", "[yellow]not counted[/]", note)
     least, most = times.least, times.most
-    out.add_row(
-        work.name, f"{_seconds(least)} to {_seconds(most)}", "all at once; no exchange hidden"
-    )
+    span = f"{_seconds(least)} to {_seconds(most)}"
+    out.add_row(work.name, span, "all at once; no exchange hidden")
     peak = plan.program.mesh.size * machine.chip.flops
     if work.steps:
         best, worst = (work.model / (peak * t) for t in (least, most))
-        out.add_row(
-            "MFU", f"{best:.0%} to {worst:.0%}", "an upper bound: products never run at the peak"
-        )
-    out.add_row(
-        "tokens a second", f"{work.tokens / least:,.0f} to {work.tokens / most:,.0f}", work.note
-    )
+        note = "an upper bound: products never run at the peak"
+        out.add_row("MFU", f"{best:.0%} to {worst:.0%}", note)
+    span = f"{work.tokens / least:,.0f} to {work.tokens / most:,.0f}"
+    out.add_row("tokens a second", span, work.note)
     if work.steps:
         hours = [machine.chips * work.steps * t / 3600 for t in (least, most)]
         note = f"{work.steps:,} steps, without evaluation and checkpoints"

@@ -132,17 +132,13 @@ def saved_steps(run_dir: str | Path) -> list[int]:
     """
     folder = as_path(run_dir) / CHECKPOINTS
     found = folder.iterdir() if folder.is_dir() else ()
-    last = (lambda step: step / COMMITTED) if is_remote(folder) else _meta_file
-    return sorted(int(p.name) for p in found if p.name.isdecimal() and last(p).is_file())
+    last = COMMITTED if is_remote(folder) else f"{META}/metadata"
+    return sorted(int(p.name) for p in found if p.name.isdecimal() and (p / last).is_file())
 
 
 def read_meta(run_dir: str | Path, step: int) -> dict[str, Any]:
     """The meta of a saved step. Raises DamagedError if it is not as it was saved."""
     return digests.read_meta(as_path(run_dir) / CHECKPOINTS / str(step))
-
-
-def _meta_file(step: Path) -> Path:
-    return step / META / "metadata"
 
 
 def set_aside(run_dir: Path, after: int) -> None:

@@ -77,10 +77,11 @@ class GlobalFeed:
                 return jax.device_put(
                     np.concatenate([held[g] for g in range(self.groups)], axis)[None]
                 )
-            shape = _global_shape(leaves[0].shape, axis, self.groups)
-            where = batch_sharding(self.mesh, path, shape)
+            shape = [1, *leaves[0].shape]
+            shape[axis + 1] *= self.groups
+            where = batch_sharding(self.mesh, path, tuple(shape))
             return jax.make_array_from_callback(
-                shape, where, lambda index: _part(held, index, axis, shape[axis + 1])
+                tuple(shape), where, lambda index: _part(held, index, axis, shape[axis + 1])
             )
 
         joined = jax.tree_util.tree_map_with_path(join, *parts.values())
@@ -171,11 +172,6 @@ def _mine(mesh: Any, shape: tuple[int, ...], groups: int) -> list[int]:
         first, last, _ = index[1].indices(rows)
         found |= set(range(first * groups // rows, -(-last * groups // rows)))
     return sorted(found)
-
-
-def _global_shape(shape: tuple[int, ...], axis: int, groups: int) -> tuple[int, ...]:
-    """The shape of a global array [1 ..] of groups of this shape."""
-    return (1, *shape[:axis], shape[axis] * groups, *shape[axis + 1 :])
 
 
 def _part(held: dict[int, Any], index: Any, axis: int, total: int) -> np.ndarray:

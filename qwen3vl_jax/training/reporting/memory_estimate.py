@@ -48,7 +48,9 @@ class Held(NamedTuple):
         for group in param_groups.GROUPS:
             trained = [n for n in self.weights if param_groups.group_of(n, sparse) == group]
             frozen = [n for n in self.frozen if param_groups.group_of(n, sparse) == group]
-            frozen = [n for n in frozen if not _is_scale(n, self.frozen)]
+            # The scales of 8-bit weights are no parameters.
+            scales = {n.removesuffix(VALUES) + SCALE for n in frozen if n.endswith(VALUES)}
+            frozen = [n for n in frozen if n not in scales]
             if trained or frozen:
                 counts = [
                     sum(math.prod(flat[n].shape) for n in names)
@@ -56,11 +58,6 @@ class Held(NamedTuple):
                 ]
                 out[group] = (*counts, tuple(sorted({rates[n] for n in trained})))
         return out
-
-
-def _is_scale(name: str, flat: Flat) -> bool:
-    place, _, last = name.rpartition(".")
-    return last == SCALE and f"{place}.{VALUES}" in flat
 
 
 def held(recipe: Recipe, cfg: Config) -> Held:
