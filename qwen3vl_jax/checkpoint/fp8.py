@@ -62,33 +62,28 @@ def scale_shape(shape: tuple[int, ...], block: Block) -> tuple[int, ...]:
 
 def misfit(tensor: Stored, scales: Stored | None, block: Block | None) -> str | None:
     """The problem of a tensor and the scales of its name in one line, or None."""
-    if tensor.dtype in FP8:
-        if block is None or len(tensor.shape) not in (2, 3):
-            return (
-                f"dtype of {tensor.where}: found {tensor.dtype}, expected BF16 (it has no blocks)"
-            )
-        return _misfit_scales(tensor, scales, block)
-    if scales is None:
-        return None
-    return (
-        f"scales {scales.where} of a tensor that is {tensor.dtype}, expected {', '.join(FP8)}; "
-        f"take both from one release"
-    )
-
-
-def _misfit_scales(tensor: Stored, scales: Stored | None, block: Block) -> str | None:
+    if tensor.dtype not in FP8:
+        return scales and (
+            f"scales {scales.where} of a tensor that is {tensor.dtype}, expected {', '.join(FP8)}; "
+            f"take both from one release"
+        )
+    if block is None or len(tensor.shape) not in (2, 3):
+        found = f"found {tensor.dtype}, expected BF16 (it has no blocks)"
+        return f"dtype of {tensor.where}: {found}"
     wanted = scale_shape(tensor.shape, block)
     if scales is None:
         name = tensor.name + SUFFIX
         return f"missing {name} F32 {list(wanted)}, the scales of {tensor.where}; fetch it again"
     if scales.dtype != "F32":
         return f"dtype of {scales.where}: found {scales.dtype}, expected F32; {_ADVICE}"
-    if scales.shape != wanted:
-        return (
+    return (
+        None
+        if scales.shape == wanted
+        else (
             f"shape of {scales.where}: found {list(scales.shape)}, expected {list(wanted)} for "
             f"{list(tensor.shape)} in blocks of {list(block)}; {_ADVICE}"
         )
-    return None
+    )
 
 
 def dequantize_into(codes: np.ndarray, scales: np.ndarray, block: Block, out: np.ndarray) -> None:

@@ -74,22 +74,18 @@ def new_ids(tokenizer: Tokenizer, names: Sequence[str], vocab_size: int) -> list
 def _changed_files(source: Path, entries: list[dict[str, Any]]) -> dict[str, Any]:
     """{file name: content} of the files that list added tokens, with the new ones appended."""
     changed: dict[str, Any] = {}
-    found = {
-        file: read_json_file(source / file)
-        for file in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")
-        if (source / file).is_file()
-    }
-    if (content := found.get("tokenizer.json")) is not None:
-        changed["tokenizer.json"] = {
-            **content,
-            "added_tokens": [*(content.get("added_tokens") or []), *entries],
-        }
-    config = found.get("tokenizer_config.json", {})
-    if (known := config.get("added_tokens_decoder")) is not None:
-        new = {str(e["id"]): {k: v for k, v in e.items() if k != "id"} for e in entries}
-        changed["tokenizer_config.json"] = {**config, "added_tokens_decoder": {**known, **new}}
-    if (known := found.get("added_tokens.json")) is not None:
-        changed["added_tokens.json"] = {**known, **{e["content"]: e["id"] for e in entries}}
+    for file in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json"):
+        if not (source / file).is_file():
+            continue
+        content = read_json_file(source / file)
+        if file == "tokenizer.json":
+            known = content.get("added_tokens") or []
+            changed[file] = content | {"added_tokens": [*known, *entries]}
+        elif file == "added_tokens.json":
+            changed[file] = content | {e["content"]: e["id"] for e in entries}
+        elif (known := content.get("added_tokens_decoder")) is not None:
+            new = {str(e["id"]): {k: v for k, v in e.items() if k != "id"} for e in entries}
+            changed[file] = content | {"added_tokens_decoder": known | new}
     if not changed:
         raise InputError(
             f"{source}: none of its tokenizer files lists added tokens; expected tokenizer.json"
