@@ -37,7 +37,10 @@ class RunLogger:
         self.out, self.recipe, self.first = out, recipe, first
         self.metrics = Table(out / METRICS, first)
         self.evaluations = Table(out / EVALUATION, first)
+        # The steps that evaluation.csv has a row of.
+        self.evaluated = self.evaluations.steps
         self.progress = Progress(recipe.steps, first)
+        self.log, self.compiling = self.progress.log, self.progress.compiling
         self._others = Mirrored(out)
         self._board = _board(self._others.folder, recipe, first)
         self._wandb = _wandb(out, self._others.folder, recipe)
@@ -65,19 +68,6 @@ class RunLogger:
         if self._board:
             self._board.flush()
         self._others.sync()
-
-    @property
-    def evaluated(self) -> set[int]:
-        """The steps that evaluation.csv has a row of."""
-        return self.evaluations.steps
-
-    def log(self, text: str) -> None:
-        """Prints one line."""
-        self.progress.log(text)
-
-    def compiling(self) -> None:
-        """Says that the first step is being compiled."""
-        self.progress.compiling()
 
     def restart_clock(self) -> None:
         """The next step's time starts now: what came before (evaluating, saving) is not its own."""
