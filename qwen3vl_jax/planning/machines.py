@@ -124,6 +124,8 @@ def check_plan_arguments(args: argparse.Namespace) -> None:
             raise InputError(f"--{name} means something with --plan alone")
     if getattr(args, "tries", 0) < 0:
         raise InputError(f"--tries is {args.tries}, expected a number from 0")
+    if args.plan and getattr(args, "dry_run", False):
+        raise InputError("--plan and --dry-run: give one of them")
     if args.save and getattr(args, "search", False):
         raise InputError("--save: not with --search, which compiles many")
     if args.plan:
