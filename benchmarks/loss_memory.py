@@ -18,8 +18,19 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
+from qwen3vl_jax.config import IGNORE_INDEX
 from qwen3vl_jax.model.layers import linear_fp32
-from qwen3vl_jax.training.losses import chunked_cross_entropy, token_sums
+from qwen3vl_jax.model.losses import label_logprobs
+from qwen3vl_jax.training.losses import TokenSums, chunked_cross_entropy
+
+
+def token_sums(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> TokenSums:
+    """What `chunked_cross_entropy` gives, of logits [.. V] that are all held; labels, weights [..]."""
+    logprobs, logsumexp = label_logprobs(logits, labels)
+    counted, right = labels != IGNORE_INDEX, jnp.argmax(logits, axis=-1) == labels
+    weights = jnp.where(counted, weights, 0.0)
+    loss, z = jnp.sum(weights * -logprobs), jnp.sum(weights * logsumexp**2)
+    return TokenSums(loss, z, jnp.sum(counted), jnp.sum(counted & right))
 
 
 def plain(x: jax.Array, table: jax.Array, labels: jax.Array, weights: jax.Array) -> jax.Array:

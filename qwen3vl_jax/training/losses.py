@@ -15,7 +15,6 @@ from qwen3vl_jax.config import IGNORE_INDEX, Config
 from qwen3vl_jax.model.attention import NEG
 from qwen3vl_jax.model.layers import linear_fp32
 from qwen3vl_jax.model.lora import Adapted
-from qwen3vl_jax.model.losses import label_logprobs
 from qwen3vl_jax.model.moe import RouterOutput
 from qwen3vl_jax.model.quantized import Quantized, Weight
 from qwen3vl_jax.model.sharding import shard
@@ -30,12 +29,6 @@ class TokenSums(NamedTuple):
     z: jax.Array  # weighted logsumexp^2: PaLM's z-loss, arXiv 2204.02311
     tokens: jax.Array  # int32, number of tokens
     correct: jax.Array  # int32, tokens whose label has the largest logit
-
-
-def token_sums(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> TokenSums:
-    """Sums of logits [.. V] fp32 with labels and weights [..]."""
-    logprobs, logsumexp = label_logprobs(logits, labels)
-    return _sums(logprobs, logsumexp, jnp.argmax(logits, axis=-1), labels, weights)
 
 
 def _sums(logprobs, logsumexp, best, labels, weights) -> TokenSums:
@@ -56,7 +49,7 @@ def lm_head_sums(
 def chunked_cross_entropy(
     x: jax.Array, table: Weight | Adapted, labels: jax.Array, weights: jax.Array, chunk: int
 ) -> TokenSums:
-    """`token_sums` of the lm_head that holds the logits of `chunk` words at a time.
+    """The sums of the lm_head's logits, of which those of `chunk` words are held at a time.
 
     x [.. D] after the final norm, table [V D], labels [..] already shifted, weights [..] without a
     gradient. The vocabulary is chunked, not the tokens: an online softmax over words is exact, and each
