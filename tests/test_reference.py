@@ -11,10 +11,9 @@ KINDS = [pytest.param(False, id="dense"), pytest.param(True, id="moe")]
 
 
 @pytest.mark.parametrize("moe", KINDS)
-@pytest.mark.parametrize("variant", ["base", "tied", "mha", "mqa", "four_taps"])
-def test_greedy_answers_are_a_fair_test(variant, moe):
+def test_greedy_answers_are_a_fair_test(moe):
     """At least 12 distinct tokens of 64, top two logits 1e-4 apart, and the picture matters."""
-    assert reference.greedy_faults(reference.build(variant, moe)) == []
+    assert reference.greedy_faults(reference.build("base", moe)) == []
 
 
 @pytest.mark.parametrize("moe", KINDS)

@@ -24,12 +24,12 @@ from qwen3vl_jax.inference import decode_loop
 
 def test_streams_keep_one_program(monkeypatch):
     """Two answers a prompt, sampled, over several dispatches and a cache that grows."""
-    monkeypatch.setattr(decode_loop, "SMALLEST_CACHE", 32)
     one, mesh = model(False), mesh_of(data=2, tensor=2)
     batch = one.batch("short", "text")
     hot = q3.Sampling(temperature=1.5, top_k=9, repetition_penalty=1.2)
     ask = {"max_new_tokens": 40, "sampling": hot, "stop_ids": (), "copies": 2}
     want = q3.generate(one.params, one.cfg, batch, **ask)
+    monkeypatch.setattr(decode_loop, "SMALLEST_CACHE", 32)
     with jax.set_mesh(mesh):
         known = decode_loop.decode_steps._cache_size()
         got = q3.generate(on_mesh(one.params, one.cfg, mesh), one.cfg, batch, **ask)

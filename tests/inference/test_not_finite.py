@@ -128,15 +128,16 @@ def test_scores_and_vectors():
     found, _ = texts()
     ids = found[1]["input_ids"][0]
     params, cfg = broken(ids[only(ids, found[0]["input_ids"])])
+    params, sound = q3.stack_layers(params), q3.stack_layers(model()[0])
     arrays = pad_batch([found[0], found[1]])
     labels = np.where(arrays["attention_mask"] > 0, arrays["input_ids"], -100)
     batch = q3.make_batch(cfg, **arrays, labels=labels)
     for call in (q3.score, q3.embed, functools.partial(q3.rerank, yes_no=(5, 6))):
         with pytest.raises(q3.InputError, match="row 1: got NaN"):
             call(params, cfg, batch)
-    infinite = {**model()[0], "norm": model()[0]["norm"].at[-1].set(jnp.inf)}
+    infinite = {**sound, "norm": sound["norm"].at[-1].set(jnp.inf)}
     cut = jax.jit(q3.embed, static_argnames=("cfg", "dims"))(infinite, cfg, batch, dims=4)
     assert np.isnan(cut).all()
-    head = {**model()[0], "head": model()[0]["head"].at[5].set(jnp.inf)}
+    head = {**sound, "head": sound["head"].at[5].set(jnp.inf)}
     ranked = jax.jit(q3.rerank, static_argnames=("cfg", "yes_no"))(head, cfg, batch, (5, 6))
     assert np.isnan(ranked).all()

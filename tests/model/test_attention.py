@@ -79,9 +79,13 @@ attended, compared = (
 )  # one program a size, for all kinds
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("size", [37, BLOCK + 190, 2 * BLOCK])
-def test_equals_dense_softmax_and_its_gradient(kind, size):
+# Less than a block and a part of one more, of every kind; whole blocks of the two that pass over some.
+SIZES = [(size, kind) for size in (37, BLOCK + 190) for kind in KINDS]
+SIZES += [(2 * BLOCK, "causal"), (2 * BLOCK, "frames")]
+
+
+@pytest.mark.parametrize(("size", "kind"), SIZES)
+def test_equals_dense_softmax_and_its_gradient(size, kind):
     b, n, k, h = 2, 6, 2, 8
     q, key, v = arrays(b, size, n, k, h, size)
     lo, hi = ranges(kind, b, size, size, np.random.default_rng(size))
