@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from qwen3vl_jax.errors import InputError
+
+# The released size that the name of a checkpoint tells.
+SIZE = re.compile(r"(235b-a22b|30b-a3b|32b|8b|4b|2b)", re.IGNORECASE)
 
 _TEXT_KEYS = (
     "hidden_size",

@@ -26,10 +26,11 @@ from qwen3vl_jax.model.cache import decode_step, init_cache, prefill
 from qwen3vl_jax.model.sharding import array_sharding, max_parts, replicated
 from qwen3vl_jax.model.structs import Batch, KVCache, VisionInputs
 from qwen3vl_jax.processing.batch import group_size
+from qwen3vl_jax.released import SIZE
 from qwen3vl_jax.storage.paths import as_path, kind
 from qwen3vl_jax.training import train_model
 from qwen3vl_jax.training.data.packing import PackedBatch
-from qwen3vl_jax.training.recipe import SIZE, Recipe, check_vision_length
+from qwen3vl_jax.training.recipe import Recipe, check_vision_length
 from qwen3vl_jax.training.reporting import memory_estimate
 from qwen3vl_jax.training.reporting.flops import (
     Counts,

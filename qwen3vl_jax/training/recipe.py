@@ -9,7 +9,6 @@ import dataclasses
 import importlib.util
 import math
 import os
-import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -164,8 +163,6 @@ class Recipe:
     mesh: Mesh = Mesh()
 
 
-# The released size that the name of a checkpoint tells.
-SIZE = re.compile(r"(235b-a22b|30b-a3b|32b|8b|4b|2b)", re.IGNORECASE)
 _TRAIN_EXTRA = ("grain", "tomli_w", "matplotlib", "tensorboardX")
 _CHOICES = {
     "init": ("checkpoint", "normal", "fan_in"),

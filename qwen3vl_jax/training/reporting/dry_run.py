@@ -18,10 +18,11 @@ from qwen3vl_jax.device_mesh import layout_mesh
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.processing.tokenizer import Tokenizer
+from qwen3vl_jax.released import SIZE
 from qwen3vl_jax.storage.paths import as_path, kind
 from qwen3vl_jax.training import train_model
 from qwen3vl_jax.training.data.loader import DataLoader, Refusal, check_answers, survey
-from qwen3vl_jax.training.recipe import SIZE, Recipe, check_sources
+from qwen3vl_jax.training.recipe import Recipe, check_sources
 from qwen3vl_jax.training.reporting import memory_estimate
 from qwen3vl_jax.training.run_dir import open_model, write_model_files
 from qwen3vl_jax.training.state_sharding import check_mesh
