@@ -131,7 +131,8 @@ def mesh_shape(sizes: Mapping[str, int], count: int) -> tuple[int, ...]:
         raise InputError(f"mesh: {shown} needs {known} devices, there are {count}")
     if free > 1 or count % known or (not free and known != count):
         raise InputError(
-            f"mesh: {shown}, expected a product of {count}, the number of devices (one axis may be -1)"
+            f"mesh: {shown}, expected sizes that multiply to {count}, the number of devices (one axis "
+            "may be -1)"
         )
     return tuple(count // known if n == -1 else n for n in asked)
 

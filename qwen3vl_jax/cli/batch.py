@@ -110,7 +110,7 @@ def answer_file(
     )
     seen = repr([line.digest for line in lines]) + repr(sorted(work.items(), key=repr))
     distributed.check_alike(f"--input {source}: other lines or options", seen.encode())
-    # Process 0 first: it takes over what others left.
+    # Process 0 first: it takes the answers that other processes of an earlier run left.
     first = distributed.agreed(lambda: None if index else Journal(out, lines, work))
     with distributed.agreed(lambda: first or Journal(out, lines, work, index)) as journal:
         done = {n for numbers in distributed.all_of(sorted(journal.done)) for n in numbers}

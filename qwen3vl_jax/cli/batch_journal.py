@@ -1,10 +1,11 @@
-"""The answers of a batch file, on disk as they come: OUT.partial grows, and is put into OUT at the end.
+"""The answers of a batch file, on disk as they come: in OUT.partial, and at the end in order in OUT.
 
 Every line of OUT.partial is a JSON object that ends with a checksum of its other bytes: {"settings",
 "checksum"} at each start, {"line", "digest", "error", "result", "checksum"} for each finished line, where
-error says whether the next process tries it again. A killed process leaves at worst a torn line. OUT is
-put in its place once each line of the input has a result; then OUT.partial is removed, or stays while
-some results are errors. Of several processes the first has OUT and OUT.partial, others OUT.partial.1, ..
+error true means that the next run tries the line again. A killed process leaves at worst a torn line.
+OUT is put in its place once each line of the input has a result; then OUT.partial is removed, or stays
+while some results are errors. Of several processes the first has OUT and OUT.partial, others
+OUT.partial.1, ..
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ def read_lines(path: Path) -> list[Line]:
     """Every line that is not blank, without its text. Raises InputError for a file without any."""
     found, start = [], 0
     if kind(path) == "folder" or (path.exists() and not path.is_file()):
-        raise InputError(f"--input {path}: is no file that can be read again, save it as one first")
+        raise InputError(
+            f"--input {path}: is a folder or a pipe, expected a file: it is read more than once"
+        )
     try:
         with path.open("rb") as file:
             for number, text in enumerate(file, 1):

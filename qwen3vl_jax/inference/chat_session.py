@@ -55,12 +55,12 @@ def take_turn(
     inputs: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Generator[str, bool | None, tuple[str, ChatState]]:
-    """Answers a conversation: yields text as it comes, returns (answer, next state). `send` ends it.
+    """Answers a conversation: yields text as it comes, returns (answer, next state). `send(True)` stops it.
 
     messages hold all turns so far. Tokens and images that the rendered conversation shares with `state`
     from the start are not run again. The cache of `state` is donated.
-    stop: texts that end the answer before them. inputs are options of Processor.encode, options those
-    of `stream`. Raises InputError.
+    stop: the answer is cut before the first of these texts. inputs are options of Processor.encode,
+    options those of `stream`. Raises InputError.
     """
     (prompt,) = proc.encode(messages, **(inputs or {}))
     prompt, answers = as_written(proc, prompt.with_digests(), state)

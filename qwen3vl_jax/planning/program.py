@@ -188,7 +188,10 @@ class Serving(NamedTuple):
 
 
 def decoding(cfg: Config, mesh: Mesh, asked: Serving) -> Program:
-    """One decode step onto a full cache, which is donated. Raises InputError."""
+    """The decode step as a program to compile, every slot of the cache in use. Raises InputError.
+
+    The cache is donated.
+    """
     params, cache = weights(cfg, mesh, asked.dtype, asked.weights), empty_cache(cfg, mesh, asked)
     tokens = _replicated_shape(mesh, jnp.int32, asked.rows)
 

@@ -92,7 +92,7 @@ class EncodedPrompt:
         return dataclasses.replace(self, images=tuple(x.with_digest() for x in self.images))
 
     def without_patches(self) -> EncodedPrompt:
-        """The prompt with digests, without the memory of its patches."""
+        """A copy that keeps each image's digest and drops its patches, to free memory."""
         images = (x.with_digest() for x in self.images)
         kept = tuple(dataclasses.replace(x, patches=x.patches[:0].copy()) for x in images)
         return dataclasses.replace(self, images=kept)

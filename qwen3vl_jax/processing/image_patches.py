@@ -87,7 +87,8 @@ def value_table(settings: ImageSettings, channels: int) -> np.ndarray:
             values = (values - mean[:, None].astype(np.float32)) / std[:, None].astype(np.float32)
     if not np.isfinite(values).all():
         raise InputError(
-            "rescale_factor, image_mean, image_std: values that are not finite, expected about -1 to 1"
+            "rescale_factor, image_mean, image_std: with these, pixel values are infinite or NaN; "
+            "expected settings that give about -1 to 1"
         )
     return values
 

@@ -222,7 +222,7 @@ def _check_regular(found: os.stat_result, name: str, key: str) -> None:
 
 
 def local_path(uri: str) -> str:
-    """The path of a file: address."""
+    """The local path that a `file:` URI names."""
     parts = urllib.parse.urlsplit(uri)
     host = "" if parts.netloc.lower() == "localhost" else parts.netloc
     return urllib.request.url2pathname(host + parts.path)

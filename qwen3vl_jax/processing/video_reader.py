@@ -25,7 +25,7 @@ from qwen3vl_jax.processing.image_loading import (
 
 # Milliseconds of a frame that gives none, as browsers show it.
 _UNTIMED = 100
-# Held while a frame is decoded.
+# Bytes of memory per pixel while a frame is decoded.
 _BYTES_A_PIXEL = 16
 _BROKEN = (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, KeyError)
 log = logging.getLogger("qwen3vl_jax")

@@ -31,7 +31,7 @@ from qwen3vl_jax.training.recipe import Data, Recipe, flat
 from qwen3vl_jax.training.reporting import memory_estimate
 from qwen3vl_jax.training.reporting.flops import Speed
 from qwen3vl_jax.training.reporting.run_log import NullLogger, Profiler, RunLogger
-from qwen3vl_jax.training.resume import (
+from qwen3vl_jax.training.run_setup import (
     Stop,
     Stopped,
     catch_signals,

@@ -1,5 +1,7 @@
 """Training losses: cross entropy with a chunked vocabulary, z-loss, the router's balance loss.
 
+train_step.py shifts the labels and sums the losses; model/losses.py has the plain loss, q3.loss_fn.
+
 Dims as in model/layers.py.
 """
 

@@ -103,7 +103,7 @@ def test_mesh_flags():
         ("tp=2,tensor=2", "duplicate axis tensor"),
         ("tp=-1,ep=-1", "only one axis may be -1"),
         ("tp=16", "mesh: tensor 16 needs 16 devices, there are 8"),
-        ("tp=3,dp=-1", "expected a product of 8"),
+        ("tp=3,dp=-1", "expected sizes that multiply to 8"),
     ],
 )
 def test_meshes_that_cannot_be(capsys, flag, told):

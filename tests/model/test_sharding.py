@@ -186,8 +186,8 @@ def test_an_axis_that_divides_little_of_a_model_is_refused(name, sizes, told):
 @pytest.mark.parametrize(
     ("sizes", "told"),
     [
-        ({"tensor": 3, "fsdp": -1}, "fsdp -1 x tensor 3, expected a product of 8"),
-        ({"data": -1, "fsdp": -1}, "expected a product of 8"),
+        ({"tensor": 3, "fsdp": -1}, "fsdp -1 x tensor 3, expected sizes that multiply to 8"),
+        ({"data": -1, "fsdp": -1}, "expected sizes that multiply to 8"),
         ({"fsdp": 16}, "fsdp 16 needs 16 devices, there are 8"),
         ({"xp": 2}, r"mesh\.xp: unknown axis"),
         ({"tp": 2, "tensor": 2}, "an axis stands there twice"),
@@ -209,7 +209,7 @@ def test_a_smaller_mesh_takes_the_first_devices(monkeypatch):
     )
     assert device_mesh.make_mesh({"fsdp": -1, "tp": 2}).devices.shape == (1, 4, 1, 1, 2)
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:4])
-    with pytest.raises(InputError, match="tensor 2, expected a product of 8"):
+    with pytest.raises(InputError, match="tensor 2, expected sizes that multiply to 8"):
         device_mesh.make_mesh({"tensor": 2})
 
 

@@ -239,7 +239,7 @@ def test_a_plan_of_a_smaller_mesh_is_of_the_first_gpus(small, machine, sizes, us
     found = search.mesh_of(asked, cfg, machines.read_machine(machine))
     assert np.prod(list(vars(found).values())) == used
     if used == 1:
-        with pytest.raises(InputError, match="expected a product of 16"):
+        with pytest.raises(InputError, match="expected sizes that multiply to 16"):
             search.mesh_of(asked, cfg, machines.read_machine("h100:16"))
 
 

@@ -140,7 +140,7 @@ def test_what_a_checkpoint_does_not_fit_is_said():
 def test_keys_that_are_younger_than_a_run(files):
     """A run of an earlier version goes on: what it did not know had its default."""
     from qwen3vl_jax.training import environment
-    from qwen3vl_jax.training.resume import check_fits, plain
+    from qwen3vl_jax.training.run_setup import check_fits, plain
 
     told = recipe.read_recipe(files / "recipe.toml")
     then = plain(recipe.flat(told))

@@ -241,7 +241,7 @@ def _vision_labels(
 
 
 def _pixels(cfg: Config, pack: Pack, pixel_type: Any, buffers: BufferPool) -> np.ndarray:
-    """FreeSpace for the pixels of all patches, whatever it holds: zeros would be written twice."""
+    """An uninitialised array for the pixels of all patches: zeros would be written twice."""
     shape = pack.vision_rows * pack.vision_length, int(np.prod(cfg.vision.patch_shape))
     size = shape[0] * shape[1] * np.dtype(pixel_type).itemsize
     return buffers.empty(size).view(pixel_type).reshape(shape)

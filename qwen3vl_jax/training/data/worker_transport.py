@@ -24,7 +24,7 @@ from qwen3vl_jax.training.data.packing import one_frame
 from qwen3vl_jax.training.data.sample import Refusal, Sample
 
 _FOLDER = "/dev/shm"
-# Suffix of a file that was read.
+# A file that was read gets this suffix: its worker may write into it again.
 _FREE = ".free"
 # Each array of a block begins at a multiple of so many bytes.
 _ALIGN = 8

@@ -83,7 +83,7 @@ def step_flops(
     """FLOPs of forward and backward: gradients of activations where they are needed, and of weights
     in the trained groups alone.
 
-    trained: names of `groups.GROUPS`. adapters: {group: parameters of low-rank pairs on it}, of
+    trained: names of `param_groups.GROUPS`. adapters: {group: parameters of low-rank pairs on it}, of
     experts those that one token meets; such a group need not be in `trained`. remat: "" is what the
     model needs (for MFU: nothing counts twice); a name of `layers.REMAT` adds what that policy and
     the chunked loss compute again.

@@ -1,7 +1,7 @@
-"""How a run starts, resumes and stops: its mesh, its groups of rows, its recipe, signals.
+"""What a run settles before its first step: mesh, groups of rows, recipe against the saved one, signals.
 
-RUN_DIR and its lock are in run_dir.py, the saved arrays in checkpoints.py, the data position in
-data/loader.py.
+loop.py starts and resumes: the saved arrays are read by checkpoints.py, the data position is
+data/loader.py's. RUN_DIR and its lock are in run_dir.py.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def check_fits(recipe: Recipe, meta: dict[str, Any], out: Path, done: int = 0) -
             f"steps: got {recipe.steps}, expected at least {done}, which {out} has done; choose "
             "another --out for a shorter run"
         )
-    # Keys added to recipes since then had their defaults.
+    # A recipe key that did not exist when the run was saved counts as its default.
     then = plain(flat(Recipe("", 1))) | meta["recipe"]
     source = plain(dataclasses.asdict(Source("")))
     for name in ("data.sources", "evaluate.sources"):
