@@ -21,9 +21,9 @@ from qwen3vl_jax.loading import source_of
 from qwen3vl_jax.training import recipe, run_dir, train_model
 from qwen3vl_jax.training.checkpoints import Checkpoints
 from qwen3vl_jax.training.lora_targets import adapter_of
-from qwen3vl_jax.training.run_setup import plain
 from qwen3vl_jax.training.run_dir import open_model, write_model_files
 from qwen3vl_jax.training.run_params import SavedStep
+from qwen3vl_jax.training.run_setup import plain
 
 
 @pytest.fixture(scope="module")
