@@ -38,82 +38,122 @@ _WORDS = {
     "video": re.compile(rb"video|frames|\\u"),
 }
 
+USAGE = "infer.py [--ckpt DIR|ID] [--image FILE|URL] [--prompt TEXT] [options]"
+EXAMPLES = """examples:
+  python infer.py --ckpt Qwen/Qwen3-VL-2B-Instruct --image cat.jpg --prompt "What is this?" --stream
+  python infer.py --ckpt DIR --chat --video holiday.mp4
+  python infer.py --ckpt DIR --input prompts.jsonl --output answers.jsonl
+
+a line of prompts.jsonl: {"id": "a", "messages": [{"role": "user", "content": "Hello"}]}
+"""
 
 # Adds options to a group of the help, given its title and the modes in which they have a meaning ("ask" is
 # one answer, "mesh" one answer with --mesh; none are all).
 Group = Callable[..., Callable[..., None]]
 
 
-def _add_prompt_and_modes(group: Group) -> None:
-    add = group("the prompt", "ask", "chat", "embed", "rerank")
-    many: dict[str, Any] = {"action": "append", "default": []}
-    add("--image", **many, help="file, gs:// or http(s) address of an image; may be repeated")
-    add("--video", **many, help="the same of a video")
-    add = group("the prompt, but not of a chat", "ask", "embed", "rerank")
-    add("--prompt", help="the question")
-    add = group("an answer or a chat", "ask", "chat")
-    add("--system", help="system prompt")
+def _add_prompt_and_model(group: Group) -> None:
+    title = "the prompt"
+    many: dict[str, Any] = {"action": "append", "default": [], "metavar": "FILE|URL"}
+    add = group(title, "ask", "embed", "rerank")
+    add("--prompt", metavar="TEXT", help="the question (--chat asks for it)")
+    add = group(title, "ask", "chat", "embed", "rerank")
+    add("--image", **many, help="an image: a file, gs:// or http(s) address; may be repeated")
+    add("--video", **many, help="a video, likewise; may be repeated")
+    group(title, "ask", "chat")("--system", metavar="TEXT", help="the system prompt")
+    group(title, "ask")("--messages", type=argument, metavar="FILE",
+        help="a conversation in place of --prompt: [{role, content}, ..]")  # fmt: skip
+    add = group("the model")
+    add("--ckpt", metavar="DIR|ID",
+        help="Orbax or Hugging Face directory, or a Hub id (default: the bundled demo)")  # fmt: skip
+    add("--revision", help="branch, tag or commit of a Hub id")
+    add("--dtype", choices=("float32", "bfloat16", "float16"),
+        help="dtype of the weights (default: the checkpoint's; float32 on a CPU)")  # fmt: skip
+    add("--weights", choices=("fp8", "int8"), help="hold weights in 8 bits: fp8 keeps those of an FP8 "
+        "checkpoint, int8 rounds those of any other (default: 16 or 32 bits, as --dtype)")  # fmt: skip
+    add("--mesh", metavar="AXIS=N[,AXIS=N]", help="shard the model over devices, as tp=2; axes: tp "
+        "(tensor), ep (expert), fsdp, dp (data), sp (sequence); N of -1 is all devices that are left "
+        "(default: one device, or all of this host if the model needs them)")  # fmt: skip
+    add("--chat-template", type=argument, metavar="FILE",
+        help="a Jinja chat template in place of the checkpoint's")  # fmt: skip
+    add = group("the model (not with --plan)", *(m for m in ("ask", *MODES) if m != "plan"))
+    add("--adapter", metavar="DIR|ID", help="a LoRA adapter (PEFT's files, or a Hub id)")
+    add("--no-compile-cache", action="store_true", help=HELP)
+
+
+def _add_answers_and_modes(group: Group) -> None:
+    title = "the answer"
+    add = group(title, "ask", "chat")
     add("--stream", action="store_true", help="print the answer as it comes")
-    add = group("one answer", "ask")
-    add("--messages", type=argument, metavar="FILE", help="a conversation: [{role, content}, ..]")
+    add = group(title, "ask")
     add("--draw", type=argument, metavar="OUT.png", help="draw the answer's boxes and points")
-    add("--answers", type=int, default=1, help="number of answers, from one prefill")
+    add("--answers", **_number(1),
+        help="number of answers, from one prefill (default: %(default)s)")  # fmt: skip
     add = group("other modes")
-    add("--chat", action="store_true", help="chat in the terminal; --image and --video go first")
-    add("--input", type=argument, metavar="FILE.jsonl", help="answer one conversation a line")
+    add("--chat", action="store_true",
+        help="chat in the terminal; --image and --video go with the first question")  # fmt: skip
+    add("--input", type=argument, metavar="FILE.jsonl",
+        help="answer many prompts, one conversation a line; needs --output")  # fmt: skip
     add("--output", type=argument, metavar="FILE.jsonl", help="where the answers to --input go")
-    add("--embed", action="store_true", help="print the unit vector of the prompt")
+    add("--embed", action="store_true", help="print the embedding of the prompt, a unit vector")
     add("--rerank", action="store_true", help="print how well each --document answers the prompt")
     add("--document", action="append", default=[], metavar="TEXT|FILE",
         help="with --rerank: text, or the file of an image or video; may be repeated")  # fmt: skip
     add = group("--embed and --rerank", "embed", "rerank")
-    add("--instruction", help="the task that the vector or score is for")
+    add("--instruction", metavar="TEXT", help="the task that the vector or score is for")
     add = group("--embed", "embed")
-    add("--dims", type=int, help="length of the vector (Matryoshka)")
+    add("--dims", type=int, metavar="N", help="length of the vector (Matryoshka)")
     add = group("--input", "input")
-    add("--media-root", metavar="DIR", help="read local images and videos below this folder alone")
-    add("--allow-hosts", metavar="HOST[,HOST]", help="read images and videos from these hosts (and "
-        "gs://buckets) alone, private ones too (default: any public host)")  # fmt: skip
+    add("--media-root", metavar="DIR", help="read local images and videos only below this folder")
+    add("--allow-hosts", metavar="HOST[,HOST]", help="the only hosts and gs://buckets to read images and "
+        "videos from; they may be private ones (default: any public host)")  # fmt: skip
     add = group("--input and --plan", "input", "plan")
-    add("--rows", type=int, default=16, help="answers generated at a time")
+    add("--rows", **_number(16), help="answers generated at a time (default: %(default)s)")
 
 
-def _add_generation_and_model(group: Group) -> None:
-    add = group("generation", "ask", "chat", "input", "plan")
-    add("--max-new-tokens", type=int, default=1024)
-    add("--max-len", type=int,
+def _add_generation_and_media(group: Group) -> None:
+    modes = ("ask", "chat", "input", "plan")
+    add = group("generation", *modes)
+    add("--max-new-tokens", **_number(1024), help="most tokens of an answer (default: %(default)s)")
+    add("--max-len", type=int, metavar="N",
         help="most tokens of prompt and answer (default: the model's; --plan: up to 32,768)")  # fmt: skip
-    add("--temperature", type=float, help="0 takes the likeliest token (default of these six: the "
-        "checkpoint's generation_config.json)")  # fmt: skip
-    add("--top-k", type=int)
-    for flag in ("--top-p", "--min-p", "--repetition-penalty"):
-        add(flag, type=float)
-    add("--min-new-tokens", type=int)
-    add("--presence-penalty", type=float, default=0.0)
-    add("--seed", type=int, default=0)
-    add("--prefill-chunk", type=int, default=8192, help="prompt tokens of one prefill step")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end the answer before it")
-    add = group("the model")
-    add("--ckpt", help="Orbax or Hugging Face directory, or a Hub id (default: the bundled demo)")
-    add("--revision", help="branch, tag or commit of a Hub id")
-    add("--dtype", choices=("float32", "bfloat16", "float16"),
-        help="of the weights (default: the checkpoint's; float32 on a CPU)")  # fmt: skip
-    add("--weights", choices=("fp8", "int8"), help="keep FP8 as it is, or round to int8")
-    add("--mesh", metavar="AXIS=N[,AXIS=N]", help="shard the model over devices: tp (tensor), ep "
-        "(expert), fsdp, dp (data), sp (sequence); -1: all that are left (default: one device, or all "
-        "of this host if the model needs them)")  # fmt: skip
-    add("--chat-template", type=argument, metavar="FILE", help="Jinja, not the checkpoint's")
-    add = group("the model, but not of a plan", *(m for m in ("ask", *MODES) if m != "plan"))
-    add("--adapter", metavar="DIR", help="a LoRA adapter (PEFT's files, or a Hub id)")
-    add("--no-compile-cache", action="store_true", help=HELP)
+    add("--prefill-chunk", **_number(8192),
+        help="prompt tokens of one prefill step (default: %(default)s)")  # fmt: skip
+    add("--stop", action="append", default=[], metavar="TEXT",
+        help="end the answer before this text; may be repeated")  # fmt: skip
+    add("--seed", **_number(0), help="seed of random choices (default: %(default)s)")
+    add("--presence-penalty", type=float, default=0.0, metavar="X",
+        help="make tokens already in the answer less likely (default: %(default)g, off)")  # fmt: skip
+    add = group("sampling (default: what the checkpoint's generation_config.json says)", *modes)
+    number, fraction = {"type": int, "metavar": "N"}, {"type": float, "metavar": "X"}
+    add(
+        "--temperature",
+        **fraction,
+        help="how random the choice of tokens is; 0 takes the likeliest",
+    )
+    add("--top-k", **number, help="choose among the N likeliest tokens; 0 is off")
+    add("--top-p", **fraction,
+        help="choose among the likeliest tokens that together have probability X; 1 is off")  # fmt: skip
+    add("--min-p", **fraction,
+        help="drop tokens less than X times as likely as the likeliest; 0 is off")  # fmt: skip
+    add("--repetition-penalty", **fraction,
+        help="over 1: make tokens of prompt and answer less likely; 1 is off")  # fmt: skip
+    add("--min-new-tokens", **number, help="fewest tokens of an answer")
     add = group("images, videos and text")
-    add("--min-pixels", type=int, help="enlarge smaller images to this area")
-    add("--max-pixels", type=int, help="shrink larger images to this area")
-    add("--fps", type=float, help="frames a second of a video (default: the checkpoint's, 2)")
-    add("--num-frames", type=int, help="frames of a video, in place of --fps")
-    add("--max-frames", type=int, help="most frames of a video (default: 768)")
-    add("--video-max-pixels", type=int, help="shrink videos of more pixels (all frames together)")
-    add("--allow-special", action="store_true", help="special tokens in the text are special")
+    add("--min-pixels", type=int, metavar="N", help="enlarge smaller images to this area")
+    add("--max-pixels", type=int, metavar="N", help="shrink larger images to this area")
+    add("--fps", type=float, metavar="X",
+        help="frames a second of a video (default: the checkpoint's, 2)")  # fmt: skip
+    add("--num-frames", type=int, metavar="N", help="frames of a video, in place of --fps")
+    add("--max-frames", type=int, metavar="N", help="most frames of a video (default: 768)")
+    add("--video-max-pixels", type=int, metavar="N",
+        help="shrink videos of more pixels (all frames together)")  # fmt: skip
+    add("--allow-special", action="store_true", help="encode special tokens written in the text, as "
+        "<|im_end|>, as special tokens (default: as plain characters)")  # fmt: skip
+
+
+def _number(default: int) -> dict[str, Any]:
+    return {"type": int, "default": default, "metavar": "N"}
 
 
 def arguments(argv: list[str] | None, description: str) -> argparse.Namespace:
@@ -121,11 +161,13 @@ def arguments(argv: list[str] | None, description: str) -> argparse.Namespace:
 
     Raises InputError for those that have no meaning together.
     """
-    parser = Parser(prog="infer.py", description=description)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser("infer.py", USAGE, description, epilog=EXAMPLES, formatter_class=raw)
     meant: dict[str, tuple[str, ...]] = {}
+    groups: dict[str, Any] = {}
 
     def group(title: str, *modes: str) -> Callable[..., None]:
-        place = parser.add_argument_group(title)
+        place = groups[title] = groups.get(title) or parser.add_argument_group(title)
         modes = (*modes, "mesh") if "ask" in modes else modes
 
         def add(flag: str, **how: Any) -> None:
@@ -135,8 +177,9 @@ def arguments(argv: list[str] | None, description: str) -> argparse.Namespace:
 
         return add
 
-    _add_prompt_and_modes(group)
-    _add_generation_and_model(group)
+    _add_prompt_and_model(group)
+    _add_answers_and_modes(group)
+    _add_generation_and_media(group)
     meant |= dict.fromkeys(add_process_arguments(parser), ("input", "mesh"))
     add_plan_arguments(parser)
     meant |= dict.fromkeys(("slices", "save"), ("plan",))

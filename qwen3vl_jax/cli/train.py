@@ -21,32 +21,33 @@ from qwen3vl_jax.planning.machines import (
 from qwen3vl_jax.runtime import distributed
 from qwen3vl_jax.runtime.chips import allow_gpu_memory
 from qwen3vl_jax.runtime.compile_cache import HELP, PROGRAMS, keep_programs
-from qwen3vl_jax.runtime.console import EXPECTED, report
+from qwen3vl_jax.runtime.console import EXPECTED, Parser, report
 from qwen3vl_jax.storage.paths import argument, kind
 from qwen3vl_jax.training.environment import COST, make_deterministic
 from qwen3vl_jax.training.recipe import Recipe, check_run, read_recipe
 
+USAGE = "train.py --config NAME|FILE [--out RUN_DIR] [key=value ...] [options]"
+
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The options; ends the process for unknown ones and for --help."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser("train.py", USAGE, __doc__, formatter_class=raw)
     add = parser.add_argument
-    add("--config", type=argument, required=True, help="a recipe, see configs/")
-    add("--out", type=argument, help="output directory (new, or a run to resume)")
-    add(
-        "--dry-run",
-        action="store_true",
-        help="print parameters, memory, steps and one sample with its mask; train nothing",
-    )
-    add_plan_arguments(parser)
-    add("--tries", type=int, default=4, metavar="N",
-        help="with --plan: compiles spent on the largest batch that fits, or on --search")  # fmt: skip
-    add("--search", action="store_true", help="with --plan: try meshes and remat policies")
+    add("--config", type=argument, required=True, metavar="NAME|FILE",
+        help="the recipe: a TOML file, or the bare name of one in configs/, as sft_2b")  # fmt: skip
+    add("--out", type=argument, metavar="RUN_DIR",
+        help="a new directory, or a run to resume; not needed with --dry-run or --plan")  # fmt: skip
+    add("--dry-run", action="store_true",
+        help="print parameters, memory, steps and one sample with its mask; train nothing")  # fmt: skip
     add("--no-compile-cache", action="store_true", help=HELP)
+    add("changes", nargs="*", metavar="key=value",
+        help="change keys of the recipe, as steps=200 data.sources.0.path=chats.jsonl")  # fmt: skip
     distributed.add_arguments(parser)
-    add("changes", nargs="*", metavar="key=value", help="override recipe values")
+    add = add_plan_arguments(parser).add_argument
+    add("--tries", type=int, default=4, metavar="N", help="with --plan: compiles spent on the largest "
+        "batch that fits, or on --search (default: %(default)s)")  # fmt: skip
+    add("--search", action="store_true", help="with --plan: try meshes and remat policies")
     args = parser.parse_intermixed_args(argv)
     if args.dry_run and args.plan:
         parser.error("--dry-run and --plan: give one of them")

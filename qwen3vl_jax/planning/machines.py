@@ -107,13 +107,17 @@ def prepare_environment(machine: Machine) -> None:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_autotune_level=0".strip()
 
 
-def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the planner that train.py and infer.py share."""
-    add = parser.add_argument
+def add_plan_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Adds the options of the planner that train.py and infer.py share; gives their group."""
+    group = parser.add_argument_group("planning")
+    add = group.add_argument
     add("--plan", metavar="MACHINE", help="compile for a machine that is not here, as v5p:4x8x8 or "
-        "h100:8, and print whether it fits (else exit code 1) and how fast it could be")  # fmt: skip
-    add("--slices", type=int, default=1, help="with --plan: so many of it, over the network")
+        "h100:8, and print whether it fits and how fast it could be; exit code 1 where it does not fit; "
+        "needs pip install -e '.[tpu]', or '.[cuda]' for GPUs")  # fmt: skip
+    add("--slices", type=int, default=1, metavar="N", help="with --plan: number of such TPU slices, "
+        "joined by the network (default: %(default)s)")  # fmt: skip
     add("--save", type=argument, metavar="FILE", help="with --plan: write the compiled program")
+    return group
 
 
 def check_plan_arguments(args: argparse.Namespace) -> None:

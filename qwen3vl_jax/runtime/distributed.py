@@ -52,16 +52,20 @@ class Asked(NamedTuple):
 def add_arguments(parser: Any) -> tuple[str, ...]:
     """Adds the options of a program of several processes; gives their names."""
     group = parser.add_argument_group(
-        "several processes (found by themselves under SLURM, MPI, GKE)"
+        "several processes (under SLURM, MPI and GKE they find each other without options)"
     )
     group.add_argument(
         "--distributed",
         action="store_true",
-        help="jax finds the others (hosts of a Cloud TPU slice), where no variable says that there are any",
+        help="let jax find the other processes, as on the hosts of a Cloud TPU slice",
     )
-    group.add_argument("--coordinator", default="", help="HOST:PORT of process 0")
-    group.add_argument("--processes", type=int, default=0, help="how many there are")
-    group.add_argument("--process", type=int, default=-1, help="which of them this is, from 0")
+    group.add_argument(
+        "--coordinator", default="", metavar="HOST:PORT", help="address of process 0"
+    )
+    group.add_argument("--processes", type=int, default=0, metavar="N", help="number of processes")
+    group.add_argument(
+        "--process", type=int, default=-1, metavar="I", help="number of this one, from 0"
+    )
     return "distributed", "coordinator", "processes", "process"
 
 

@@ -162,6 +162,14 @@ def test_the_command_refuses_before_it_starts(changes, words, tmp_path, capsys):
     assert words in said and said.count("\n") == 1 and not out.exists()
 
 
+def test_a_run_without_a_recipe_is_one_line(capsys):
+    """--config is asked for, with exit code 2."""
+    with pytest.raises(SystemExit) as end:
+        train.main([])
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and "--config" in said and said.count("\n") == 1
+
+
 def test_out_must_be_a_run_or_new(tmp_path, capsys):
     """Without --out it is asked for; a file, and a folder of other things, are left alone."""
     plans = ["--dry-run", "--plan", "v5e:2x2"]
