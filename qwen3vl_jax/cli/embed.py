@@ -27,9 +27,10 @@ def run(args: argparse.Namespace, scope: contextlib.ExitStack, status: Status) -
             )
             for given in args.document
         ]
-        yes_no = retrieval_prompts.yes_no_ids(processor.tokenizer)
     items = [item for found in conversations for message in found for item in message["content"]]
     check_media(args, {item["type"] for item in items}, "there is no {}; leave it out")
+    if args.rerank:
+        yes_no = retrieval_prompts.yes_no_ids(processor.tokenizer)
     batch = processor(conversations, **input_options(args))
     from qwen3vl_jax.inference.scoring import check_dims, check_finite
 
