@@ -25,7 +25,7 @@ def one_line(error: object) -> str:
 
 
 class ProblemsError(InputError):
-    """A one-line message with the first of several problems; all of them are in `problems`."""
+    """A one-line message with the first of several problems; `problems` holds all, and the advice."""
 
     def __init__(self, what: str, problems: list[str], advice: str = ""):
         self.problems = [*problems, *([advice] if advice else [])]

@@ -10,6 +10,7 @@ once per image, where 8 bits save no time.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -51,11 +52,14 @@ def quantize_leaves(
 def _pair(param: ParamSpec, leaf: LazyTensor) -> dict[TreePath, LazyTensor]:
     """Values and scale of a parameter; the scale is kept from when the values are made."""
     made: dict[str, np.ndarray] = {}
+    # Threads that read ahead ask for both at a time.
+    lock = threading.Lock()
 
     def take(key: str) -> np.ndarray:
-        if key not in made:
-            made.update(quantize(param, leaf.load()))
-        return made.pop(key)
+        with lock:
+            if key not in made:
+                made.update(quantize(param, leaf.load()))
+            return made.pop(key)
 
     return {
         (*param.path, VALUES): LazyTensor(param.shape, _INT8, lambda: take(VALUES)),

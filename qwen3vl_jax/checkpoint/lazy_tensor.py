@@ -16,7 +16,8 @@ from qwen3vl_jax.checkpoint.param_paths import TreePath
 Index = tuple[slice, ...]
 # The keys at the path of a weight held in 8 bits.
 VALUES, SCALE = "values", "scale"
-# Tensors that are read before they are asked for; each is in host memory.
+# Threads that read tensors before they are asked for. With the one in use, up to _AHEAD + 2 tensors are
+# in host memory.
 _AHEAD = 3
 
 
@@ -64,13 +65,15 @@ def read_ahead(
         path, parts = pending.popleft()
         return path, parts.result()
 
-    with ThreadPoolExecutor(_AHEAD) as pool:
-        try:
-            for path in paths:
-                pending.append((path, pool.submit(read, path)))
-                if len(pending) > _AHEAD:
-                    yield first()
-            while pending:
+    pool = ThreadPoolExecutor(_AHEAD)
+    try:
+        for path in paths:
+            pending.append((path, pool.submit(read, path)))
+            if len(pending) > _AHEAD:
                 yield first()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        while pending:
+            yield first()
+    finally:
+        # After an error or Ctrl-C the caller does not wait for reads that have begun.
+        pending.clear()
+        pool.shutdown(wait=False, cancel_futures=True)

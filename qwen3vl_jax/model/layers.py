@@ -58,7 +58,7 @@ def linear(
     """
     short = isinstance(w, jax.Array) and _in_short(x, in_dims)
     y: Any = product(x, w, in_dims, x.dtype) if short else linear_fp32(x, w, in_dims)
-    # XLA adds the bias inside the product's kernel, before it rounds.
+    # XLA adds the bias inside the product's kernel, before it rounds to 16 bits.
     if bias is not None:
         y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape).astype(y.dtype)
     return checkpoint_name(y.astype(x.dtype), MATMUL)
@@ -81,9 +81,9 @@ def linear_fp32(x: jax.Array, w: Weight | Adapted, in_dims: int = 1) -> jax.Arra
     values, scale = scaled_matmul_parts(w, dtype, range(w.ndim - in_dims, w.ndim))
     # Merging axes that a mesh shards would gather them.
     merge_axes = platform() == "cpu" and not mesh_sizes()
-    # XLA has a matrix unit multiply several rows only: 8 on a TPU, 2 of bf16 on a CPU.
+    # XLA has no fast product of one bf16 row. A TPU's matrix unit takes 8 rows; on a CPU 2 are fast.
     few = {"tpu": 8, "cpu": 2}.get(platform(), 1) if x.dtype == jnp.bfloat16 else 1
-    alone = few > 1 and math.prod(x.shape[: x.ndim - in_dims]) == 1
+    alone = few > 1 and x.ndim > in_dims and math.prod(x.shape[: x.ndim - in_dims]) == 1
     x = jnp.repeat(x, few, axis=0) if alone else x
     y: Any = (_product_2d if merge_axes else product)(x, values, in_dims)
     y = y[:1] if alone else y

@@ -218,7 +218,7 @@ def _tokamax_kernel():
 
 @jax.custom_vjp
 def ragged_dot_tpu(x, w, sizes):
-    """jax.lax.ragged_dot. Its d_w, for which XLA multiplies each row with every expert, is megablox's."""
+    """jax.lax.ragged_dot with a d_w by megablox; XLA's multiplies each row with every expert."""
     return jax.lax.ragged_dot(x, w, sizes)
 
 
@@ -229,14 +229,15 @@ def _ragged_backward(saved, d_y):
     x, w, sizes = saved
     d_x = jax.lax.ragged_dot(d_y, w.swapaxes(1, 2), sizes)
     rows = min(512, -(-len(x) // 128) * 128)
-    x, d_y = (jnp.pad(a, ((0, -len(a) % rows), (0, 0))) for a in (x, d_y))
+    wide = jnp.float32 if x.dtype == jnp.float16 else x.dtype
+    x, d_y = (jnp.pad(a.astype(wide), ((0, -len(a) % rows), (0, 0))) for a in (x, d_y))
     # The largest tile that divides a width, of those that fit into VMEM.
     most = 1024 if x.dtype.itemsize <= 2 else 512
     lanes = range(most, 0, -128)
     tiles = (next((t for t in lanes if n % t == 0), min(n, most)) for n in w.shape[1:])
     off_tpu = platform() != "tpu"
-    d_w = tgmm(x.swapaxes(0, 1), d_y, sizes, w.dtype, (rows, *tiles), interpret=off_tpu)
-    return d_x, d_w, None
+    d_w = tgmm(x.swapaxes(0, 1), d_y, sizes, wide, (rows, *tiles), interpret=off_tpu)
+    return d_x, d_w.astype(w.dtype), None
 
 
 ragged_dot_tpu.defvjp(lambda *args: (ragged_dot_tpu(*args), args), _ragged_backward)

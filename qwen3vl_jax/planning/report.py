@@ -232,7 +232,8 @@ def _add_traffic(out: Table, plan: Plan) -> None:
         kinds[each.kind] += each.times, size, size * each.beside
     for kind, (times, size, beside) in sorted(kinds.items(), key=lambda item: -item[1][1]):
         who = "of a device" if kind in (TO_HOST, FROM_HOST) else "received by a device"
-        overlap = "" if kind in (TO_HOST, FROM_HOST) else f", {beside / size:.0%} while it computes"
+        counts = size and kind not in (TO_HOST, FROM_HOST)
+        overlap = f", {beside / size:.0%} while it computes" if counts else ""
         out.add_row(kind, _gib(size), f"{times:,.0f} a step, {who}{overlap}, loops multiplied")
 
 

@@ -84,7 +84,7 @@ def _collectives(module: Module, name: str, times: float, devices: int) -> Itera
     fusions a channel tells nothing: those of a `shard_map` all have the same.
     """
     seen = set()
-    for x, fused, scatters in _inside(module, name):
+    for x, held, scatters in _inside(module, name):
         kind = x.op.removesuffix("-start")
         if x.op == "recv" and (found := _between_slices(x, times)):
             yield found
@@ -92,11 +92,12 @@ def _collectives(module: Module, name: str, times: float, devices: int) -> Itera
             continue
         channel = re.search(r"channel_id=(\d+)", x.rest)
         group = _group(x.rest, devices)
-        key = (kind, channel[1] if fused and channel else x.name, group)
+        key = (kind, channel[1] if held == "fusion" and channel else x.name, group)
         if key not in seen:
             seen.add(key)
             kind = "reduce-scatter" if scatters and kind == "all-reduce" else kind
-            beside = x.op.endswith("-start") or (fused and not scatters)
+            started = x.op.endswith("-start") or held.endswith("-start")
+            beside = started or (held == "fusion" and not scatters)
             yield Collective(kind, times, _moved(module, name, x, kind, len(group)), group, beside)
 
 
@@ -116,18 +117,23 @@ def _host_copies(module: Module, name: str, times: float) -> Iterator[Collective
             yield Collective(FROM_HOST, times, float(sum(part.size for part in made)), ())
 
 
-def _inside(module: Module, name: str) -> Iterator[tuple[Instruction, bool, bool]]:
-    """Instructions of a computation and of its fusions; whether fused, and an all-reduce cut up there."""
+def _inside(module: Module, name: str) -> Iterator[tuple[Instruction, str, bool]]:
+    """Instructions of a computation and of those that it fuses or starts.
+
+    With each: what holds it ("", "fusion", or a start: "async-start", "call-start"), and whether an
+    all-reduce is cut up there. call-start: a SparseCore runs it, beside the rest of its chip.
+    """
     for x in module.computations[name]:
         inner = x.called("calls") if x.op in ("fusion", "async-start") else None
-        # What a SparseCore runs, beside the rest of its chip.
         inner = x.called("to_apply") if x.op == "call-start" else inner
         if inner is None:
-            yield x, False, False
+            yield x, "", False
         else:
-            beside, scatters = x.op != "async-start", "all-reduce-scatter" in inner
+            scatters = "all-reduce-scatter" in inner
             found = _inside(module, inner)
-            yield from ((y, beside or deep, scatters or more) for y, deep, more in found)
+            for y, deep, more in found:
+                held = x.op if x.op != "fusion" else deep or x.op
+                yield y, held, scatters or more
 
 
 def _moved(module: Module, name: str, x: Instruction, kind: str, count: int) -> float:
@@ -227,12 +233,12 @@ def _memory(module: Module, x: Instruction, shapes: dict[str, str]) -> float:
 
 def _started(x: Instruction) -> float:
     """`_memory` of a copy, slice or exchange that runs beside others; its result begins with its input."""
-    first, second = list(arrays(x.shape))[:2]
+    ends = list(arrays(x.shape))[:2]
     if x.op in ("send", "recv"):
-        return first.size
+        return ends[0].size
     if x.op == "slice-start":  # reads as much as it writes
-        return second.size * (1 + second.main)
-    return sum(end.size for end in (first, second) if end.main)
+        return ends[1].size * (1 + ends[1].main)
+    return sum(end.size for end in ends if end.main)
 
 
 def _main(shape: str) -> int:

@@ -35,7 +35,8 @@ class MediaRules:
     hosts: the only hosts ("cdn.example.org", "10.0.0.7") and buckets ("gs://bucket") that are read
     from; None is any. trusted: whoever wrote the addresses may use this machine's network; if not,
     hosts with private, loopback or link-local addresses are refused unless `hosts` names them.
-    max_bytes and seconds: of one download. max_batch_bytes: of the patches of one call of a processor.
+    max_bytes and seconds: of one download; a Processor puts its max_fetch_bytes and fetch_seconds there.
+    max_batch_bytes: of the patches of one call of a processor.
     """
 
     root: str = ""

@@ -55,11 +55,18 @@ class _Server:
         code = code.format(sys.path, "qwen3vl_jax.processing.template_process")
         pipe = subprocess.PIPE
         pipes: Any = {"stdin": pipe, "stdout": pipe, "stderr": subprocess.DEVNULL}
-        self.pid = os.getpid()
-        self.process = subprocess.Popen([sys.executable, "-c", code], **pipes)
-        if self.process.stdout.read(1) != b"!":
-            self.close()
+        process: Any = subprocess.Popen([sys.executable, "-c", code], **pipes)
+        started = False
+        try:
+            started = process.stdout.read(1) == b"!"
+        finally:
+            if not started:
+                process.kill()
+                process.communicate()
+        if not started:
             raise InputError("chat template: the process that renders it does not start")
+        # Only a process that answers is asked.
+        self.process, self.pid = process, os.getpid()
 
     def ask(self, template: str, variables: Mapping[str, Any]) -> str:
         if self.pid != os.getpid() or self.process.poll() is not None:

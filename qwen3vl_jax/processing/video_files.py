@@ -127,13 +127,12 @@ def _count_frames(start: Callable[[], Any], name: str) -> VideoReader:
             points.append(frame.pts if frame.pts is not None else frame.dts)
             if frame.is_corrupt:
                 damage.append(None)
-        clock = _clock(stream)
-    if first is None:
-        raise InputError(f"{name}: no frame of the video can be decoded")
-    if damage:
-        used = "%s: damaged video: the %d frames that can be decoded are used, %d errors in it"
-        log.warning(used, name, len(points), len(damage))
-    return _reader(start, name, points, clock, first)
+        if first is None:
+            raise InputError(f"{name}: no frame of the video can be decoded")
+        if damage:
+            used = "%s: damaged video: the %d frames that can be decoded are used, %d errors in it"
+            log.warning(used, name, len(points), len(damage))
+        return _reader(start, name, points, _clock(stream), first)
 
 
 def _clock(stream: Any) -> tuple[Any, list[Any]]:

@@ -67,7 +67,8 @@ def video_to_patches(
         try:
             return _encode(video, settings, item, start, end)
         except FramesDiffer:
-            assert video.recount is not None
+            if video.recount is None:
+                raise InputError("its frames changed while it was read") from None
             return _encode(video.recount(), settings, item, start, end)
     except InputError as e:
         raise (InputError(f"{video.name}: {e}") if video.name else e) from None

@@ -34,7 +34,7 @@ def report(error: BaseException, where: object = "", interrupted: str = "interru
     if isinstance(error, OSError):
         message = ": ".join(str(x) for x in (error.filename or where, error.strerror or error) if x)
     problems = getattr(error, "problems", ())
-    print(f"error: {one_line(message)}", file=sys.stderr)
+    print(f"error: {one_line(message or type(error).__name__)}", file=sys.stderr)
     if len(problems) > 1:
         for problem in problems[:_LISTED]:
             print(f"  {one_line(problem)}", file=sys.stderr)

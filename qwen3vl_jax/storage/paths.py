@@ -188,12 +188,14 @@ def make_folder(path: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Removes a folder and its contents; errors are ignored."""
+    """Removes a folder and its contents; errors are ignored.
+
+    For up to 2 seconds it tries again: threads of an interrupted writer may still write into it.
+    """
     if not is_remote(path):
-        # Threads of an interrupted writer may still write into it for a moment.
         for _ in range(100):
             shutil.rmtree(path, ignore_errors=True)
-            if not path.exists():
+            if path.is_symlink() or not path.is_dir() or not any(path.iterdir()):
                 return
             time.sleep(0.02)
         return

@@ -116,6 +116,20 @@ def test_exchanges_of_a_sparse_core_run_while_the_chip_computes():
     ]
 
 
+def test_what_a_start_holds_runs_beside():
+    """An async-start holds a gather; an all-reduce-start has one array, a group of one no bytes."""
+    text = SPARSE_CORE.replace("call-start(%w), to_apply=", "async-start(%w), calls=")
+    text = text.replace(
+        "(%r), channel_id=2, replica_groups={{0,1,2,3}}", "(%r), replica_groups={{0}}"
+    )
+    text = text.replace("f32[64]{0} all-reduce(", "(f32[64]{0}) all-reduce-start(")
+    found = traffic(hlo.parse(text), 4)
+    assert sorted(found.collectives) == [
+        Collective("all-gather", 1.0, 512 * 3 / 4, (0, 1, 2, 3), beside=True),
+        Collective("all-reduce", 1.0, 0.0, (0,), beside=True),
+    ]
+
+
 def test_options_by_chip():
     """What libtpu refuses on a chip is not asked of it; other platforms have no options."""
 

@@ -98,10 +98,13 @@ def pack(
             frames[key] = one_frame(image.patches, patch_shape)
         return type(image)(frames[key], image.grid, image.start, image.end)
 
+    def as_labels(given: np.ndarray | None) -> np.ndarray | None:
+        return None if given is None else np.ascontiguousarray(given, np.int32)
+
     items: list[Any] = [
         s
         if isinstance(s, Refusal)
-        else (s.name, len(s.ids), tuple(map(sent, s.images)), s.vision_labels, s.note)
+        else (s.name, len(s.ids), tuple(map(sent, s.images)), as_labels(s.vision_labels), s.note)
         for s in group
     ]
     samples = [s for s in group if isinstance(s, Sample)]
