@@ -17,10 +17,10 @@ from collections import deque
 from collections.abc import Callable
 
 _HEAD = re.compile(rb"[IWEF]\d{4} ")
-# Gloo's greeting, and XLA's alarm that a compile takes long.
+# Gloo's greetings, which its threads may write into one line, and XLA's alarm of a long compile.
 _NOISE = re.compile(
-    rb"\[Gloo\] Rank \d+ is connected|.*slow_operation_alarm\.cc|\*{32}$|.*Very slow compile\?"
-    rb"|The operation took \d"
+    rb"\[Gloo\] Rank |\d+ is connected to \d+ peer ranks"
+    rb"|.*slow_operation_alarm\.cc|\*{32}$|.*Very slow compile\?|The operation took \d"
 )
 # The coordination service's report of a process that is gone, over several lines.
 _LOST = re.compile(

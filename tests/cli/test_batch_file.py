@@ -261,7 +261,7 @@ def test_files_that_cannot_be_used_are_refused(tmp_path, capsys):
     assert "is the input itself" in refused(capsys, "--input", source, "--output", source)
     assert "--rows: got 0" in refused(capsys, *both, "--rows", 0)
     assert "--prefill-chunk: got 0" in refused(capsys, *both, "--prefill-chunk", 0)
-    assert "is no file" in refused(capsys, "--input", tmp_path, "--output", out)
+    assert "a folder or a pipe" in refused(capsys, "--input", tmp_path, "--output", out)
     run(*both, "--rows", 10**9)  # no more than lines
     out.unlink()
     gone = tmp_path / "no" / "where.jsonl"

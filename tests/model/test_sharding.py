@@ -17,7 +17,7 @@ from qwen3vl_jax import device_mesh
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model import sharding
 from qwen3vl_jax.planning.program import check_batch
-from qwen3vl_jax.training import resume, run_dir, state_sharding, train_model
+from qwen3vl_jax.training import run_dir, run_setup, state_sharding, train_model
 from qwen3vl_jax.training.mesh_preset import preset
 from qwen3vl_jax.training.recipe import Mesh, Pack, Recipe
 
@@ -233,13 +233,15 @@ def test_a_recipe_without_a_mesh_takes_all_devices(tmp_path):
     """As many parts as rows, or the groups that a run began with, divide; one that asks is left alone."""
     ckpt = train_files.checkpoint(tmp_path / "ckpt", weights=False)
     settings = Recipe(str(ckpt), 1, pack=Pack(rows=8, vision_rows=8))
-    assert resume.with_mesh(settings, tmp_path / "new").mesh == Mesh(fsdp=8)
+    assert run_setup.with_mesh(settings, tmp_path / "new").mesh == Mesh(fsdp=8)
     saved = tmp_path / "run" / run_dir.CHECKPOINTS / "5" / run_dir.META
     saved.mkdir(parents=True)
     (saved / "metadata").write_text('{"data": {"groups": [{}, {}]}}')
-    assert resume.with_mesh(settings, tmp_path / "run").mesh == Mesh(fsdp=2, tensor=2, sequence=2)
+    assert run_setup.with_mesh(settings, tmp_path / "run").mesh == Mesh(
+        fsdp=2, tensor=2, sequence=2
+    )
     asked = Recipe(str(ckpt), 1, mesh=Mesh(fsdp=1))
-    assert resume.with_mesh(asked, tmp_path / "new") is asked
+    assert run_setup.with_mesh(asked, tmp_path / "new") is asked
 
 
 def test_a_program_of_its_own_compiles_while_another_is_traced():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -135,7 +136,10 @@ def test_an_update_writes_over_the_state():
         lambda state, grads: updated(state, grads, optimizer, 0.0, jax.random.key(0)),
         donate_argnums=0,
     )
-    stats = run.lower(state, weights).compile().memory_analysis()
+    # As users compile it: the suite's flags leave sums to a library that copies what it sums.
+    flag = "xla_cpu_experimental_ynn_fusion_type"
+    options = {flag: "LIBRARY_FUSION_TYPE_REDUCE"} if flag in os.environ["XLA_FLAGS"] else {}
+    stats = run.lower(state, weights).compile(options).memory_analysis()
     held = sum(x.nbytes for x in weights.values())
     assert stats.alias_size_in_bytes >= 3 * held and stats.temp_size_in_bytes < 0.1 * held
 

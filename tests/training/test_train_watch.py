@@ -18,7 +18,7 @@ import train_files
 import train
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.runtime import distributed
-from qwen3vl_jax.training import evaluate, recipe, resume, run_dir, train_model
+from qwen3vl_jax.training import evaluate, recipe, run_dir, run_setup, train_model
 from qwen3vl_jax.training.checkpoints import Checkpoints
 from qwen3vl_jax.training.reporting.metrics_table import Table, read_table
 from qwen3vl_jax.training.reporting.progress import described
@@ -230,8 +230,8 @@ def test_ctrl_c_and_sigterm(files, monkeypatch, capsys):
 def test_a_second_ctrl_c_ends_at_once(monkeypatch, capfd):
     """Whatever the main thread does; before the first step one is enough."""
     ended = threading.Event()
-    monkeypatch.setattr(resume.os, "_exit", lambda code: ended.set() if code == 130 else None)
-    with pytest.raises(KeyboardInterrupt), resume.catch_signals() as asked:
+    monkeypatch.setattr(run_setup.os, "_exit", lambda code: ended.set() if code == 130 else None)
+    with pytest.raises(KeyboardInterrupt), run_setup.catch_signals() as asked:
         assert not asked.asked_at(0)
         signal.raise_signal(signal.SIGINT)
         assert asked.asked == "Ctrl-C" and asked.asked_at(1)
@@ -240,7 +240,7 @@ def test_a_second_ctrl_c_ends_at_once(monkeypatch, capfd):
         assert ended.wait(10)
     told = capfd.readouterr().err
     assert "Ctrl-C again ends at once" in told and "the same command goes on" in told
-    with pytest.raises(KeyboardInterrupt), resume.catch_signals() as asked:
+    with pytest.raises(KeyboardInterrupt), run_setup.catch_signals() as asked:
         signal.raise_signal(signal.SIGINT)
     assert not asked.asked
 
