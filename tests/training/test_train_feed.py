@@ -235,7 +235,7 @@ def test_what_workers_send_is_what_comes(tiny_proc, monkeypatch, tmp_path, room)
     assert isinstance(sent.block, str) == room
     apart = sum(v.patches.nbytes for s in given[:-2] for v in s.images)
     table = 24 * sum(len(s.ids) for s in given if isinstance(s, Sample))
-    assert sum(sent.sizes) < table + apart  # a shared picture once, and one frame of it
+    assert sent.size < table + apart  # a shared picture once, and one frame of it
     got = sent.unpack(inbox)
     assert got[-2] == given[-2] and got[-1].note == "cut"
     batches = []
