@@ -5,6 +5,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -100,6 +101,12 @@ def _compiled_programs_end_with_their_file():
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
         gc.collect()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ctrl_c_interrupts():
+    """Ctrl-C raises KeyboardInterrupt, also in a background job of a shell, which ignores SIGINT."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header() -> list[str]:

@@ -31,7 +31,7 @@ def integers(name: str, given: Any, as_floats: bool = False) -> np.ndarray:
     if found.dtype.kind in "iu" or exact or not found.size:
         return found.astype(np.int64)
     if as_floats and found.dtype.kind == "f":
-        raise InputError(f"{name}: got {found[found != np.rint(found)][0]}, expected whole numbers")
+        raise InputError(f"{name}: expected integers, found {found[found != np.rint(found)][0]}")
     raise InputError(f"{name}: expected integers, found an array of {found.dtype}")
 
 

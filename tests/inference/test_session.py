@@ -248,15 +248,6 @@ def test_chat_in_the_terminal(demo, capsys, tmp_path):
         next(turn)
 
 
-@pytest.fixture
-def interruptible():
-    """Ctrl-C raises KeyboardInterrupt, also in a background job of a shell, which ignores SIGINT."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_stops_an_answer_and_then_the_chat(demo, capsys):
     """What was said stays in the conversation; without an answer that comes, Ctrl-C ends the chat."""
     proc, params = demo

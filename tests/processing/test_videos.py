@@ -322,7 +322,7 @@ def test_what_is_refused(tmp_path):
         (frames, {"video_metadata": {"fps": 2, "total_num_frames": 10**5000}}, "too long to print for 4"),
         (whole, {"video_start": 10**5000}, "video_start: got a number too long to print"),
         (frames, {"video_metadata": {"fps": 2, "frames_indices": ["a"] * 4}}, "expected integers"),
-        (frames, {"video_metadata": {"fps": 2, "frames_indices": [0, 1, 2, 3.5]}}, "got 3.5, expected"),
+        (frames, {"video_metadata": {"fps": 2, "frames_indices": [0, 1, 2, 3.5]}}, "integers, found 3.5"),
         (frames, {"video_metadata": {"fps": 2, "frames_indices": [[0], [1, 2]]}}, "rows of one length"),
         (whole, {"resized_height": 64}, "both resized_height and resized_width"),
         (frames[:1], {"sample_fps": 1}, "as an image"),
