@@ -118,7 +118,7 @@ def _use_journal(folder: Path) -> None:
 
     out = folder / "out.jsonl"
     with Journal(out, read_lines(folder / "in.jsonl"), {"seed": 1}) as kept:
-        for line in part_of(kept.lines, kept.done, 0, 1):
+        for line in part_of(kept.lines, set(kept.done), 0, 1):
             kept.add(line, ANSWERS[line.number])
         kept.finish()
     found = [json.loads(text) for text in out.read_text(encoding="utf-8").splitlines()]

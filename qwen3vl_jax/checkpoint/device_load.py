@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -137,7 +137,9 @@ def _placed(leaf: LazyTensor, sharding: NamedSharding | None, parts: list[np.nda
         return jnp.array(parts[0])
     part_of = dict(zip(_local(leaf, sharding), parts, strict=True))
     where = functools.partial(_spans, leaf)
-    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: part_of[where(index)])
+    return jax.make_array_from_callback(
+        leaf.shape, sharding, lambda index: part_of[where(cast(Any, index))]
+    )
 
 
 def _local(leaf: LazyTensor, sharding: NamedSharding) -> dict[Any, Index]:

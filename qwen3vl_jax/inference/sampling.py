@@ -109,7 +109,7 @@ def restrict(logits: jax.Array, s: Any) -> jax.Array:
     return jax.lax.cond(jnp.all(small), lambda kept: kept, with_sort, kept)
 
 
-def _top_p_and_min_p(logits, ranked, floor, s: Sampling) -> jax.Array:
+def _top_p_and_min_p(logits, ranked, floor, s: Any) -> jax.Array:
     """`restrict` from the largest logits, ascending, and the limit [B 1] of top-k."""
     logits, ranked = (jnp.where(x < floor, -jnp.inf, x) for x in (logits, ranked))
     below = jnp.cumsum(jax.nn.softmax(ranked, axis=1), axis=1) <= 1 - s.top_p[:, None]

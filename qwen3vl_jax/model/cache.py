@@ -107,7 +107,7 @@ def prefill(
         x = shard_residual(x + deepstack[i]) if i < len(deepstack) else x
         written.append(kv)
     length, delta, logits = _end_prompt(rest, cfg, x, lo, hi, batch.delta)
-    return KVCache(*map(list, zip(*written)), length, delta), logits
+    return KVCache([k for k, _ in written], [v for _, v in written], length, delta), logits
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "slots", "chunk"))

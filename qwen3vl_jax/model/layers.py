@@ -57,7 +57,7 @@ def linear(
     The `in_dims` trailing axes of both are contracted. Weights keep Hugging Face's axis order.
     """
     short = isinstance(w, jax.Array) and _in_short(x, in_dims)
-    y: Any = product(x, w, in_dims, x.dtype) if short else linear_fp32(x, w, in_dims)
+    y = product(x, cast(Any, w), in_dims, x.dtype) if short else linear_fp32(x, w, in_dims)
     # XLA adds the bias inside the product's kernel, before it rounds to 16 bits.
     if bias is not None:
         y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape).astype(y.dtype)
