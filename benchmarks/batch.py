@@ -16,7 +16,9 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
@@ -82,14 +84,43 @@ def faults(alone: float, ours: float, theirs: float, busy: float, differ: int) -
     return [text for text, wrong in found.items() if wrong]
 
 
-def main() -> int:
-    """Runs the three, prints the table and what is not as it must be."""
+def timed_twice(way: Callable[[], Any], before: Callable[[], Any]) -> tuple[Any, list[float]]:
+    """What `way` gives, and the seconds of its first run, which compiles, and of its second."""
+    found, seconds = None, []
+    for _ in range(2):
+        before()
+        start = time.perf_counter()
+        found = way()
+        seconds.append(time.perf_counter() - start)
+    return found, seconds
+
+
+def arguments() -> argparse.Namespace:
+    """The command's options."""
     parser = argparse.ArgumentParser(description="One at a time, the engine, transformers.")
     parser.add_argument("--prompts", type=int, default=200, help="at most 300")
     parser.add_argument("--rows", type=int, default=32, help="of the engine")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=512)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def small_model(layers: int, hidden: int) -> tuple[dict[str, Any], Any, Any]:
+    """(config.json, Config, random parameters) of a small model, in float32."""
+    import jax
+
+    import qwen3vl_jax as q3
+
+    raw = config(layers, hidden)
+    cfg = q3.Config.from_hf(raw)
+    params = jax.jit(functools.partial(q3.init_params, cfg=cfg))(jax.random.key(0))
+    # Wide enough that greedy answers vary: at 0.02 every prompt gets the same token for ever.
+    return raw, cfg, jax.tree.map(lambda x: x * 3 if x.ndim > 1 else x, params)
+
+
+def main() -> int:
+    """Runs the three, prints the table and what is not as it must be."""
+    args = arguments()
     import batch_peer
     import jax
     from rich.console import Console
@@ -99,11 +130,7 @@ def main() -> int:
     from demo.evaluate import CHECKPOINT
     from qwen3vl_jax.inference.requests import Stats
 
-    raw = config(args.layers, args.hidden)
-    cfg = q3.Config.from_hf(raw)
-    params = jax.jit(functools.partial(q3.init_params, cfg=cfg))(jax.random.key(0))
-    # Wide enough that greedy answers vary: at 0.02 every prompt gets the same token for ever.
-    params = jax.tree.map(lambda x: x * 3 if x.ndim > 1 else x, params)
+    raw, cfg, params = small_model(args.layers, args.hidden)
     proc = q3.Processor.from_pretrained(CHECKPOINT)
     arrays, counts = prompts(proc, args.prompts)
     model, stats = batch_peer.build(raw, cfg, params), []
@@ -121,12 +148,7 @@ def main() -> int:
         f"{jax.devices()[0].device_kind}"))  # fmt: skip
     reference, rates, differ = None, {}, 0
     for name, way in ways.items():
-        seconds = []
-        for _ in range(2):
-            stats.append(Stats())
-            start = time.perf_counter()
-            found = way()
-            seconds.append(time.perf_counter() - start)
+        found, seconds = timed_twice(way, lambda: stats.append(Stats()))
         reference = found if reference is None else reference
         same = sum(a == b for a, b in zip(found, reference, strict=True))
         differ += len(found) - same

@@ -102,7 +102,8 @@ def _arrange(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
     """Devices of one slice by their links; in their own order if they fill no box of it."""
     try:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    except (AssertionError, ValueError, NotImplementedError):  # depends on the chip and the gap
+    # Which one depends on the chip and on the gap.
+    except (AssertionError, ValueError, NotImplementedError):
         return np.array(devices, dtype=object).reshape(shape)
 
 

@@ -11,12 +11,11 @@ import torch
 
 _NMS = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 
-if (
-    torch.version.cuda is None
-):  # beside a CUDA torch the compiled operators load, and declare themselves
-    _library = torch.library.Library(
-        "torchvision", "FRAGMENT"
-    )  # kept alive: its end takes them away
+# Beside a CUDA torch the compiled operators load, and declare themselves.
+if torch.version.cuda is None:
+    # Kept alive: its end takes them away.
+    _library = torch.library.Library("torchvision", "FRAGMENT")
     for _name in ("nms", "qnms"):
-        with contextlib.suppress(RuntimeError):  # declared already
+        # Another import may have declared it.
+        with contextlib.suppress(RuntimeError):
             _library.define(_name + _NMS)

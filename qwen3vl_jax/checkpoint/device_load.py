@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -136,10 +135,11 @@ def _placed(leaf: LazyTensor, sharding: NamedSharding | None, parts: list[np.nda
         # Not device_put: on a CPU it would alias the memory map of a file that may change.
         return jnp.array(parts[0])
     part_of = dict(zip(_local(leaf, sharding), parts, strict=True))
-    where = functools.partial(_spans, leaf)
-    return jax.make_array_from_callback(
-        leaf.shape, sharding, lambda index: part_of[where(cast(Any, index))]
-    )
+
+    def part(index: Any) -> np.ndarray:
+        return part_of[_spans(leaf, index)]
+
+    return jax.make_array_from_callback(leaf.shape, sharding, part)
 
 
 def _local(leaf: LazyTensor, sharding: NamedSharding) -> dict[Any, Index]:
