@@ -13,57 +13,45 @@ from typing import Any, TypeVar
 from qwen3vl_jax.errors import InputError
 
 _T = TypeVar("_T")
-_NO_TABLE = "is no table, expected key=value or table.key=value"
 
 
 def apply_change(kind: type, raw: dict[str, Any], change: str) -> None:
     """Writes one ``table.key=value`` into the raw tables. Raises InputError that names the change."""
     name, equals, text = change.partition("=")
-    name = name.strip()
-    if not equals or not name:
+    if not equals or not name.strip():
         raise InputError(f"{change!r}: expected key=value or table.key=value")
-    at, hint, prefix, parts = raw, kind, "", name.split(".")
-    while True:
-        part, table = parts.pop(0), hint
-        if typing.get_origin(hint) is dict and typing.get_args(hint)[1] is not Any:
-            part, parts = ".".join([part, *parts]), []
-        hint = _hint_inside(hint, part, prefix, change, at)
-        prefix += f"{part}."
-        key: Any = int(part) if isinstance(at, list) else part
-        held = at[key : key + 1] if isinstance(at, list) else [at[key]] if key in at else []
-        if not parts:
-            break
-        is_list = typing.get_origin(hint) is tuple
-        fresh: Any = list(getattr(table, part, ())) if is_list else {}
-        _put(at, key, held[0] if held else fresh)
-        at = at[key]
-        if not isinstance(at, (dict, list)):
-            raise InputError(f"{change}: {prefix[:-1]} {_NO_TABLE}")
-    _put(at, key, _changed(hint, text, name, change))
+    _apply(kind, raw, name.strip().split("."), "", text, change)
 
 
-def _put(at: Any, key: Any, value: Any) -> None:
-    """Sets a key of a table or an index of a list. The index after the last one appends."""
-    if isinstance(at, list) and key == len(at):
-        at.append(value)
-    else:
-        at[key] = value
-
-
-def _hint_inside(hint: Any, part: str, prefix: str, change: str, at: Any) -> Any:
-    """The type of one part of a change's key. Raises InputError for an unknown key or index."""
-    inner = typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
+def _apply(hint: Any, at: Any, parts: list[str], prefix: str, text: str, change: str) -> None:
+    """Writes a change into a raw table or list `at`. parts: what is left of its key."""
+    part, *rest = parts
+    key: Any = part
+    if dataclasses.is_dataclass(hint) and isinstance(at, dict):
         _check_keys([part], hint, prefix, change)
-        return typing.get_type_hints(hint)[part]
-    if typing.get_origin(hint) is tuple and isinstance(at, list):
+        inner = typing.get_type_hints(hint)[part]
+        if rest and part not in at:
+            is_list = typing.get_origin(inner) is tuple
+            at[part] = list(getattr(hint, part, ())) if is_list else {}
+    elif typing.get_origin(hint) is tuple and isinstance(at, list):
         if not part.isdecimal() or int(part) > len(at):
             raise InputError(f"{change}: {part!r} is no place in a list of {len(at)} (from 0)")
-        return inner[0]
-    if typing.get_origin(hint) is dict or (hint is Any and isinstance(at, dict)):
-        return inner[1] if inner else Any
-    name = prefix.rstrip(".")
-    raise InputError(f"{change}: {name} {_NO_TABLE}")
+        key, inner = int(part), typing.get_args(hint)[0]
+        # The place after the last one is new.
+        at += [{}] * (key == len(at))
+    elif isinstance(at, dict) and (hint is Any or typing.get_origin(hint) is dict):
+        inner = Any if hint is Any else typing.get_args(hint)[1]
+        if inner is not Any:
+            # Names of parameters have dots.
+            key, rest = ".".join(parts), []
+        at.setdefault(key, {})
+    else:
+        name = prefix.rstrip(".")
+        raise InputError(f"{change}: {name} is no table, expected key=value or table.key=value")
+    if rest:
+        _apply(inner, at[key], rest, f"{prefix}{part}.", text, change)
+    else:
+        at[key] = _changed(inner, text, f"{prefix}{key}", change)
 
 
 def _changed(hint: Any, text: str, name: str, change: str) -> Any:

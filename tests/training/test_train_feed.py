@@ -20,7 +20,6 @@ from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.training.data import loader as loaders
 from qwen3vl_jax.training.data import packing, worker_transport
-from qwen3vl_jax.training.data.buffer_pool import BufferPool
 from qwen3vl_jax.training.data.sample import Refusal, Sample
 from qwen3vl_jax.training.recipe import Data, Pack, Source
 
@@ -257,7 +256,7 @@ def test_what_workers_send_is_what_comes(tiny_proc, monkeypatch, tmp_path, room)
 
 
 def test_memory_is_given_out_again_once_no_view_is_left():
-    memory = BufferPool()
+    memory = packing.BufferPool()
     first = memory.empty(5000)
     place, view = first.ctypes.data, first[7:9]
     del first

@@ -7,6 +7,7 @@ any number of processes.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -35,16 +36,10 @@ class GlobalFeed:
     ):  # fmt: skip
         self.groups, self.mesh = groups, mesh
         self.pack = divided(pack, groups)
-        shape = (1, pack.rows, pack.length)
-        mine = _mine(mesh, shape, groups)
-        workers = -(-data.workers // len(mine))
-        data = dataclasses.replace(data, workers=workers)
-        self.loaders = {
-            g: DataLoader(
-                data, self.pack, proc, seed, once=once, process_index=g, process_count=groups
-            )
-            for g in mine
-        }
+        mine = _mine(mesh, (1, pack.rows, pack.length), groups)
+        data = dataclasses.replace(data, workers=-(-data.workers // len(mine)))
+        load = functools.partial(DataLoader, data, self.pack, proc, seed, once=once)
+        self.loaders = {g: load(process_index=g, process_count=groups) for g in mine}
         self._once = once
 
     def __iter__(self) -> GlobalFeed:
@@ -74,15 +69,12 @@ class GlobalFeed:
             axis = batch_axis(path)
             held = dict(zip(parts, leaves, strict=True))
             if self.mesh is None:
-                return jax.device_put(
-                    np.concatenate([held[g] for g in range(self.groups)], axis)[None]
-                )
+                return jax.device_put(np.concatenate(leaves, axis)[None])
             shape = [1, *leaves[0].shape]
             shape[axis + 1] *= self.groups
             where = batch_sharding(self.mesh, path, tuple(shape))
-            return jax.make_array_from_callback(
-                tuple(shape), where, lambda index: _part(held, index, axis, shape[axis + 1])
-            )
+            part = functools.partial(_part, held, axis=axis, total=shape[axis + 1])
+            return jax.make_array_from_callback(tuple(shape), where, part)
 
         joined = jax.tree_util.tree_map_with_path(join, *parts.values())
         return joined.replace(batch=joined.batch.replace(groups=self.groups))
@@ -92,21 +84,18 @@ class GlobalFeed:
         names = list(next(iter(stats.values())))
         held = {g: np.array([[each[n] for n in names]], np.float32) for g, each in stats.items()}
         if self.mesh is None:
-            total = np.sum([held[g][0] for g in held], 0)
+            total = np.sum(list(held.values()), 0)[0]
         else:
             shape = (self.groups, len(names))
-            where = array_sharding(
-                self.mesh, ("batch", None), jax.ShapeDtypeStruct(shape, np.float32)
-            )
-            found = jax.make_array_from_callback(
-                shape,
-                where,
-                lambda index: _part(held, (slice(None), *(index or ())), 0, self.groups)[0],
-            )
-            total = _sum(found)
-        return {
-            n: total[i] / (self.groups if n.endswith("fill") else 1) for i, n in enumerate(names)
-        }
+            like = jax.ShapeDtypeStruct(shape, np.float32)
+            where = array_sharding(self.mesh, ("batch", None), like)
+
+            def part(index: Any) -> np.ndarray:
+                return _part(held, (slice(None), *(index or ())), 0, self.groups)[0]
+
+            total = _sum(jax.make_array_from_callback(shape, where, part))
+        divisors = (self.groups if n.endswith("fill") else 1 for n in names)
+        return {n: x / divisor for n, x, divisor in zip(names, total, divisors)}
 
     def get_state(self) -> dict[str, Any]:
         """The positions of this process's groups. `global_state` joins those of all processes."""

@@ -15,12 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.processor import Processor
-from qwen3vl_jax.training.data.buffer_pool import BufferPool
 from qwen3vl_jax.training.data.make_samples import SampleMaker, eight_bit
 from qwen3vl_jax.training.data.packing import (
+    BufferPool,
     PackedBatch,
     PackedSample,
     Pending,
@@ -94,9 +93,8 @@ class DataLoader:
         self._maker = SampleMaker(proc, data, pack)
         stream = make_stream(self.sources, self._maker, self.order)
         labelled = any(getattr(source, "vision_labels", False) for source in self.sources)
-        pixel_type = np.float32 if eight_bit(proc) is proc else np.uint8
-        self._packer = Packer(stream, data, pack, proc.config, pixel_type, labelled)
-        self._packer.total, self._packer.place = sum(map(len, self.sources)), place
+        total = sum(map(len, self.sources))
+        self._packer = Packer(stream, self._maker, total, labelled, place)
         self._state = self._packer.state()
         self._prefetcher: Prefetcher | None = None
         # The packer is ahead of the state, because a thread that packed ahead was ended.
@@ -110,11 +108,10 @@ class DataLoader:
         if self._stale:
             self._packer.restore(self._state)
             self._stale = False
-        if self._packer.data.workers and self._prefetcher is None:
+        if self._maker.data.workers and self._prefetcher is None:
             self._prefetcher = Prefetcher(self._packer.step)
-        drawn, self._state, error = (
-            self._prefetcher.take() if self._prefetcher else self._packer.step()
-        )
+        step = self._prefetcher.take if self._prefetcher else self._packer.step
+        drawn, self._state, error = step()
         if drawn is None:
             raise error or StopIteration
         return drawn
@@ -181,37 +178,40 @@ class DataLoader:
         self._packer.end()
 
 
+@dataclasses.dataclass
 class Packer:
     """Packs the samples of a stream into batches, and keeps the position to resume from."""
 
-    def __init__(
-        self, stream: Any, data: Data, pack: Pack, config: Config, pixel_type: Any, labelled: bool
-    ):
-        self.stream, self.data, self.pack, self.config = stream, data, pack, config
-        self.pixel_type, self.labelled, self.total = pixel_type, labelled, 0
+    stream: Any
+    maker: SampleMaker
+    total: int  # records of all sources
+    labelled: bool  # batches have vision_labels
+    place: Callable[[PackedBatch], PackedBatch]
+
+    def __post_init__(self) -> None:
         self.buffers = BufferPool()
-        self.place: Callable[[PackedBatch], PackedBatch] = lambda packed: packed
+        proc = self.maker.proc
+        self.pixel_type = np.float32 if eight_bit(proc) is proc else np.uint8
         self.end: Callable[[], None] = lambda: None
         self._begin(0)
 
     def step(self) -> PackResult:
         """Packs the next batch."""
         try:
-            chosen, self.waiting = choose(self.pack, self.waiting, self._draw)
-            if not chosen:
-                return None, self.state(), None
-            return self.built(chosen), self.state(), None
+            chosen, self.waiting = choose(self.maker.pack, self.waiting, self._draw)
+            return self.built(chosen) if chosen else None, self.state(), None
         except Exception as error:
             # It is raised when the batch is asked for.
             return None, self.state(), error
 
     def built(self, chosen: Sequence[PackedSample]) -> LoadedBatch:
         """The batch of chosen samples."""
-        packed = build(self.config, self.pack, chosen, self.pixel_type, self.labelled, self.buffers)
-        names: list[list[str]] = [[] for _ in range(self.pack.rows)]
+        cfg, pack = self.maker.proc.config, self.maker.pack
+        packed = build(cfg, pack, chosen, self.pixel_type, self.labelled, self.buffers)
+        names: list[list[str]] = [[] for _ in range(pack.rows)]
         for found in chosen:
             names[found.row].append(found.sample.name)
-        return LoadedBatch(self.place(packed), names, fill_of(self.pack, chosen))
+        return LoadedBatch(self.place(packed), names, fill_of(pack, chosen))
 
     def state(self) -> dict[str, Any]:
         """The next place, the places of samples not packed yet, and counts, as JSON data."""
@@ -241,9 +241,7 @@ class Packer:
     def _draw(self) -> Pending | None:
         """The next sample of the stream, None at its end."""
         if self.coming is None:
-            self.coming, self.end = iterate(
-                self.stream, self.next, self.data.workers, self.config.vision.patch_shape
-            )
+            self.coming, self.end = iterate(self.stream, self.next, self.maker)
         for made in self.coming:
             self.next += 1
             self.counts["read"] += 1
@@ -263,27 +261,32 @@ class Packer:
     def _count(self, refusal: Refusal) -> None:
         """Counts a refusal. Raises InputError if there are too many."""
         self.keep(refusal.name, refusal.reason)
-        self.counts["bad" if refusal.bad else "too_large"] += 1
-        read, bad, too_large = (self.counts[name] for name in ("read", "bad", "too_large"))
+        self.counts[_kind(refusal)] += 1
+        read = self.counts["read"]
         least = max(read, min(_FEWEST, self.total))
         first = itertools.islice(self.refused.items(), _SHOWN)
         shown = "; ".join(f"{name}: {reason}" for name, reason in first)
-        fraction, epochs = self.data.bad_fraction, -(-read // max(self.total, 1))
+        fraction, epochs = self.maker.data.bad_fraction, -(-read // max(self.total, 1))
         # The limit of the epochs begun, or at the start what chance allows (four standard deviations).
         early = fraction * least + 4 * (fraction * least) ** 0.5
-        most = min(fraction * epochs * self.total, early), _MOST_TOO_LARGE * least
-        _check_counts(read, bad, too_large, most, fraction, shown)
+        most = min(fraction * epochs * self.total, early)
+        _check_counts(self.counts, most, _MOST_TOO_LARGE * least, fraction, shown)
+
+
+def _kind(refusal: Refusal) -> str:
+    return "bad" if refusal.bad else "too_large"
 
 
 def _check_counts(
-    read: int, bad: int, too_large: int, most: tuple[float, float], fraction: float, shown: str
+    counts: dict[str, int], most_bad: float, most_too_large: float, fraction: float, shown: str
 ) -> None:
-    """Raises InputError if more records are bad or too large than `most` allows."""
-    if bad > most[0]:
+    """Raises InputError if more records are bad or too large than is allowed."""
+    read, bad, too_large = (counts[name] for name in ("read", "bad", "too_large"))
+    if bad > most_bad:
         raise InputError(
             f"{bad} of {read} records are bad, more than data.bad_fraction {fraction:g} allows: {shown}"
         )
-    if too_large > most[1]:
+    if too_large > most_too_large:
         raise InputError(
             f"{too_large} of {read} records do not fit a row; raise pack.length or "
             f"pack.vision_length, or lower data.max_pixels: {shown}"
@@ -296,21 +299,21 @@ def survey(data: Data, pack: Pack, proc: Processor, report: Callable[[Refusal], 
     Endless sources are left out. Raises InputError at the end if a run would refuse the data.
     """
     sources = [found for found in map(open_records, data.sources) if len(found) < SHUFFLED]
-    total, counts = sum(map(len, sources)), {True: 0, False: 0}
+    total = sum(map(len, sources))
+    counts = {"read": total, "bad": 0, "too_large": 0}
     order = Order([], [1.0] * len(sources), shuffle=False, once=True, seed=0, process=[0, 1])
-    stream = make_stream(sources, SampleMaker(proc, data, pack), order) if sources else ()
     workers = data.workers if total > _FEW else 0
-    coming, end = iterate(stream, 0, workers, proc.config.vision.patch_shape)
+    maker = SampleMaker(proc, dataclasses.replace(data, workers=workers), pack)
+    coming, end = iterate(make_stream(sources, maker, order), 0, maker)
     try:
         for made in coming:
             if isinstance(made, Refusal):
-                counts[made.bad] += 1
+                counts[_kind(made)] += 1
                 report(made)
     finally:
         end()
-    fraction = data.bad_fraction
-    most = fraction * total, _MOST_TOO_LARGE * total
-    _check_counts(total, counts[True], counts[False], most, fraction, "they are named above")
+    most, shown = data.bad_fraction * total, "they are named above"
+    _check_counts(counts, most, _MOST_TOO_LARGE * total, data.bad_fraction, shown)
 
 
 def check_answers(loader: Any, count: int) -> None:

@@ -8,6 +8,10 @@ themselves.
 from __future__ import annotations
 
 import functools
+import math
+import mmap
+import weakref
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,7 +23,6 @@ from qwen3vl_jax.config import IGNORE_INDEX, Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model.structs import Batch, VisionInputs
 from qwen3vl_jax.processing.batch import make_vision
-from qwen3vl_jax.training.data.buffer_pool import BufferPool
 from qwen3vl_jax.training.recipe import Pack
 
 if TYPE_CHECKING:
@@ -63,10 +66,8 @@ class FreeSpace:
 
     def __init__(self, pack: Pack):
         self.length, self.vision_length = pack.length, pack.vision_length
-        self.tokens, self.patches = (
-            [pack.length] * pack.rows,
-            [pack.vision_length] * pack.vision_rows,
-        )
+        self.tokens = [pack.length] * pack.rows
+        self.patches = [pack.vision_length] * pack.vision_rows
         self.left = pack.rows * pack.length
 
     def place(self, sample: Sample) -> PackedSample | None:
@@ -76,14 +77,13 @@ class FreeSpace:
         if row is None:
             return None
         spots: list[list[tuple[int, int]]] = []
-        if sample.images:
-            before = self.patches.copy()
-            for image in sample.images:
-                spot = self.fit_frames(image.grid)
-                if spot is None:
-                    self.patches = before
-                    return None
-                spots.append(spot)
+        before = self.patches.copy()
+        for image in sample.images:
+            spot = self.fit_frames(image.grid)
+            if spot is None:
+                self.patches = before
+                return None
+            spots.append(spot)
         start = self.length - self.tokens[row]
         self.tokens[row] -= size
         self.left -= size
@@ -108,10 +108,7 @@ class FreeSpace:
 
 def _first(free: Sequence[int], size: int, start: int = 0) -> int | None:
     """The first row from `start` on with room."""
-    for row in range(start, len(free)):
-        if free[row] >= size:
-            return row
-    return None
+    return next((row for row in range(start, len(free)) if free[row] >= size), None)
 
 
 def frames_fit(pack: Pack, grids: Sequence[Grid]) -> bool:
@@ -142,40 +139,63 @@ def choose(
     return chosen, [*left, *coming]
 
 
+class BufferPool:
+    """Arrays whose memory is used again once nothing refers to them or to a view of them.
+
+    Allocating fresh pages for every batch costs more than filling them.
+    """
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[mmap.mmap]] = defaultdict(list)
+
+    def empty(self, size: int) -> np.ndarray:
+        """A uint8 array of `size` bytes with any contents. Thread-safe."""
+        room = 1 << max(size - 1, mmap.PAGESIZE - 1).bit_length()
+        free = self._free[room]
+        try:
+            pages = free.pop()
+        except IndexError:
+            pages = mmap.mmap(-1, room)
+        # Views refer to this array: its base is no array, so numpy does not skip it.
+        array = np.frombuffer(pages, np.uint8, size)
+        weakref.finalize(array, free.append, pages).atexit = False
+        return array
+
+
 def build(
     cfg: Config, pack: Pack, chosen: Sequence[PackedSample], pixel_type: Any, with_labels: bool,
     buffers: BufferPool | None = None,
 ) -> PackedBatch:  # fmt: skip
     """The arrays of a batch. with_labels: with vision_labels. buffers: memory for the pixels.
 
-    Samples follow each other from the start of a row, so each field is one concatenation. Raises
-    InputError for pixels of another dtype.
+    Raises InputError for pixels of another dtype.
     """
     chosen = sorted(chosen, key=lambda p: (p.row, p.start))
     samples, seen = [p.sample for p in chosen], [p for p in chosen if p.spots]
-    rows, starts = (np.array([getattr(p, name) for p in chosen], int) for name in ("row", "start"))
-    filler = _RowFiller(
-        rows, np.array([len(s.ids) for s in samples], int), (pack.rows, pack.length)
-    )
-    tokens = filler([s.ids for s in samples], np.int32)
-    labels = filler([s.labels for s in samples], np.int32, IGNORE_INDEX)
-    weights: Any = filler([s.weights for s in samples], np.float32)
-    labels[rows, starts], weights[rows, starts] = IGNORE_INDEX, 0.0
-    number = np.arange(1, len(rows) + 1) - np.searchsorted(rows, rows)
+    row = np.array([p.row for p in chosen], int)
+    starts = row * pack.length + np.array([p.start for p in chosen], int)
+    into_rows = _RowFiller((pack.rows, pack.length), starts, [len(s.ids) for s in samples])
+    tokens = into_rows([s.ids for s in samples], np.int32)
+    labels = into_rows([s.labels for s in samples], np.int32, IGNORE_INDEX)
+    weights: Any = into_rows([s.weights for s in samples], np.float32)
+    labels.flat[starts], weights.flat[starts] = IGNORE_INDEX, 0.0
+    positions = [into_rows([s.positions[i] for s in samples], np.int32) for i in range(3)]
+    number = np.arange(1, len(row) + 1) - np.searchsorted(row, row)
     vision_rows = vision = None
     named: Any = None
     if pack.vision_rows:
-        merged = _merged_rows(cfg, seen)
+        spots = [spot for p in seen for visual in p.spots for spot in visual]
+        merged = _consecutive(*np.array(spots, int).reshape(-1, 2).T // cfg.vision.merge_unit)
         at = (tokens == cfg.image_token_id) | (tokens == cfg.video_token_id)
-        at &= filler.each(np.array([bool(p.spots) for p in chosen], bool))
+        at &= into_rows.each(np.array([bool(p.spots) for p in chosen], bool))
         vision_rows = np.full(at.shape, -1, np.int32)
         vision_rows[at] = merged
-        vision = _vision(cfg, pack, seen, _pixels(cfg, pack, pixel_type, buffers or BufferPool()))
+        vision = _vision(cfg, pack, seen, pixel_type, buffers or BufferPool())
         named = _vision_labels(cfg, pack, seen, merged) if with_labels else None
     host: dict[str, Any] = {
         "tokens": tokens,
-        "positions": filler([s.positions for s in samples], np.int32, before=(3,)),
-        "segment_ids": filler.each(number.astype(np.int32)),
+        "positions": np.stack(positions),
+        "segment_ids": into_rows.each(number.astype(np.int32)),
         "vision_rows": vision_rows,
         "delta": np.zeros(pack.rows, np.int32),
         "labels": labels,
@@ -183,46 +203,31 @@ def build(
     return PackedBatch(Batch(vision=vision, **host), weights=weights, vision_labels=named)
 
 
-class _RowFiller:
-    """Concatenates arrays into padded rows of one shape."""
+def _consecutive(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """starts [n], sizes [n] -> the numbers start .. start + size - 1 of each, joined."""
+    return np.repeat(starts - (np.cumsum(sizes) - sizes), sizes) + np.arange(np.sum(sizes))
 
-    def __init__(self, rows: np.ndarray, sizes: np.ndarray, shape: tuple[int, int]):
-        """rows, sizes [n]: the row and length of each part, in order."""
-        self._shape = shape
-        self.used = np.bincount(rows, sizes, minlength=shape[0]).astype(int)  # [rows]
-        ends = np.cumsum(np.bincount(rows, minlength=shape[0]))
-        self._parts = list(zip([0, *ends.tolist()], ends.tolist(), (shape[1] - self.used).tolist()))
-        # Indices of the parts among parts and paddings.
-        self._given = np.arange(len(rows)) + rows
-        self._sizes = np.empty(len(rows) + shape[0], int)
-        self._sizes[self._given] = sizes
-        self._sizes[ends + np.arange(shape[0])] = shape[1] - self.used
+
+class _RowFiller:
+    """Writes arrays, each at its place, into padded rows of one shape."""
+
+    def __init__(self, shape: tuple[int, int], starts: np.ndarray, sizes: Any):
+        """starts, sizes [n]: where each array begins over all rows, and its length."""
+        self._shape, self._sizes = shape, np.array(sizes, int)
+        self._at = _consecutive(starts, self._sizes)
 
     def __call__(
-        self, parts: Sequence[np.ndarray], dtype: Any, fill: int = 0,
-        before: tuple[int, ...] = (), after: tuple[int, ...] = (),
-    ) -> np.ndarray:  # fmt: skip
-        """Parts [before t after] -> [before, *shape, after], padded with `fill`."""
-        padding = np.full((*before, self._shape[1], *after), fill, dtype)
-        pieces = []
-        for first, end, left in self._parts:
-            pieces += parts[first:end]
-            pieces.append(padding[(*[slice(None)] * len(before), slice(left))])
-        joined = np.concatenate(pieces, len(before), dtype=dtype)
-        return joined.reshape(*before, *self._shape, *after)
+        self, parts: Sequence[np.ndarray], dtype: Any, fill: int = 0, after: tuple[int, ...] = ()
+    ) -> np.ndarray:
+        """Parts [t after] -> [*shape, after], padded with `fill`."""
+        out = np.full((self._shape[0] * self._shape[1], *after), fill, dtype)
+        if len(parts):
+            out[self._at] = np.concatenate(parts, dtype=dtype)
+        return out.reshape(*self._shape, *after)
 
     def each(self, values: np.ndarray) -> np.ndarray:
-        """Repeats one value [n] over each part; 0 for padding."""
-        spread = np.zeros(len(self._sizes), values.dtype)
-        spread[self._given] = values
-        return np.repeat(spread, self._sizes).reshape(self._shape)
-
-
-def _merged_rows(cfg: Config, seen: Sequence[PackedSample]) -> np.ndarray:
-    """The feature index of each placeholder of samples, in order."""
-    spots = [spot for p in seen for visual in p.spots for spot in visual]
-    first, count = np.array(spots, int).reshape(-1, 2).T // cfg.vision.merge_unit
-    return np.repeat(first - (np.cumsum(count) - count), count) + np.arange(count.sum())
+        """Repeats one value [n] over each array's place; 0 for padding."""
+        return self([np.repeat(values, self._sizes)], values.dtype)
 
 
 def _vision_labels(
@@ -240,17 +245,15 @@ def _vision_labels(
     return out
 
 
-def _pixels(cfg: Config, pack: Pack, pixel_type: Any, buffers: BufferPool) -> np.ndarray:
-    """An uninitialised array for the pixels of all patches: zeros would be written twice."""
-    shape = pack.vision_rows * pack.vision_length, int(np.prod(cfg.vision.patch_shape))
-    size = shape[0] * shape[1] * np.dtype(pixel_type).itemsize
-    return buffers.empty(size).view(pixel_type).reshape(shape)
-
-
 def _vision(
-    cfg: Config, pack: Pack, seen: Sequence[PackedSample], pixels: np.ndarray
+    cfg: Config, pack: Pack, seen: Sequence[PackedSample], pixel_type: Any, buffers: BufferPool
 ) -> VisionInputs:
     """The images and videos of samples as VisionInputs [W P ..]. Padding attends to nothing."""
+    shape = (pack.vision_rows, pack.vision_length)
+    places, channels = shape[0] * shape[1], math.prod(cfg.vision.patch_shape)
+    memory = buffers.empty(places * channels * np.dtype(pixel_type).itemsize)
+    # Not initialised: zeros would be written twice.
+    pixels = memory.view(pixel_type).reshape(places, channels)
     # (first patch over all rows, tables)
     frames: list[tuple[int, VisionInputs]] = []
     # Beside the cache of `_frame`, because hashing a config takes longer than writing an image.
@@ -266,21 +269,19 @@ def _vision(
                 _write(pixels[first : first + count], given, cfg.vision.patch_shape)
                 frames += [(at, table) for at in range(first, first + count, frame)]
                 done += count
-    frames.sort(key=lambda frame: frame[0])
     tables: list[Any] = [table for _, table in frames]
-    shape = (pack.vision_rows, pack.vision_length)
+    starts = np.array([at for at, _ in frames], int)
     sizes = np.array([len(table.coords) for table in tables], int)
-    row, first = divmod(np.array([at for at, _ in frames], int), shape[1])
-    filler = _RowFiller(row, sizes, shape)
-    for number, used in enumerate(filler.used.tolist()):
-        pixels[number * shape[1] + used : (number + 1) * shape[1]] = 0
+    into_rows = _RowFiller(shape, starts, sizes)
+    pixels[into_rows.each(sizes).ravel() == 0] = 0
+    first = starts % pack.vision_length
     host: dict[str, Any] = {
         "pixels": pixels.reshape(*shape, -1),
-        "pos_index": filler([table.pos_index for table in tables], np.int32, after=(4,)),
-        "pos_weight": filler([table.pos_weight for table in tables], np.float32, after=(4,)),
-        "coords": filler([table.coords for table in tables], np.int32, after=(2,)),
-        "lo": filler.each(first.astype(np.int32)),
-        "hi": filler.each((first + sizes).astype(np.int32)),
+        "pos_index": into_rows([table.pos_index for table in tables], np.int32, after=(4,)),
+        "pos_weight": into_rows([table.pos_weight for table in tables], np.float32, after=(4,)),
+        "coords": into_rows([table.coords for table in tables], np.int32, after=(2,)),
+        "lo": into_rows.each(first.astype(np.int32)),
+        "hi": into_rows.each((first + sizes).astype(np.int32)),
     }
     return VisionInputs(**host)
 
@@ -288,7 +289,7 @@ def _vision(
 @functools.lru_cache(maxsize=1024)
 def _frame(cfg: Config, h: int, w: int) -> VisionInputs:
     """The tables of one frame, with empty pixels."""
-    pixels = np.zeros((h * w, int(np.prod(cfg.vision.patch_shape))), np.float32)
+    pixels = np.zeros((h * w, math.prod(cfg.vision.patch_shape)), np.float32)
     made = make_vision(cfg, pixels, [(1, h, w)], pad=False)
     return made.replace(pixels=np.zeros(0, np.float32))
 

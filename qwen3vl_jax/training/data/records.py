@@ -36,9 +36,10 @@ class Records:
 
     path: str
     source: Source
+    count: int
 
     def __len__(self) -> int:
-        raise NotImplementedError
+        return self.count
 
     def name(self, index: int) -> str:
         """The name of a record in messages: "chats.jsonl:17"."""
@@ -118,10 +119,7 @@ class JsonLines(Records):
             places = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
             spans = np.repeat(spans, counts, 0)
             spans[:, 3] = np.where(np.repeat(held, counts) > 0, places, -1)
-        return cls(path, source, spans)
-
-    def __len__(self) -> int:
-        return len(self.spans)
+        return cls(path, source, len(spans), spans)
 
     def name(self, index: int) -> str:
         return _named(self.path, *self.spans[index, 2:].tolist())
@@ -157,9 +155,6 @@ class JsonList(Records):
     # (name, record)
     items: list[tuple[str, Any]]
 
-    def __len__(self) -> int:
-        return len(self.items)
-
     def name(self, index: int) -> str:
         return self.items[index][0]
 
@@ -180,7 +175,7 @@ def _json(path: str, source: Source) -> Records:
             items += [(_named(path, number, at), one) for at, one in enumerate(item)]
         else:
             items.append((_named(path, number), item))
-    return JsonList(path, source, items)
+    return JsonList(path, source, len(items), items)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,10 +210,8 @@ class ParquetTable(Records):
                 "%s: row groups of up to %d MiB, and shuffling reads a whole one for each record; "
                 "written with row_group_size=64 or so it is read faster", path, largest >> 20
             )  # fmt: skip
-        return cls(path, source, columns, np.cumsum([g.num_rows for g in groups], dtype=np.int64))
-
-    def __len__(self) -> int:
-        return int(self.ends[-1]) if len(self.ends) else 0
+        ends = np.cumsum([g.num_rows for g in groups], dtype=np.int64)
+        return cls(path, source, meta.num_rows, columns, ends)
 
     def raw(self, index: int) -> Any:
         group = int(np.searchsorted(self.ends, index, side="right"))
@@ -232,11 +225,8 @@ def _parquet(path: str) -> Iterator[Any]:
     """Opens a Parquet file, of a remote one only the ranges that are read."""
     from pyarrow import parquet
 
-    if not is_remote(path):
-        with parquet.ParquetFile(path) as file:
-            yield file
-        return
-    with as_path(path).open("rb") as read, parquet.ParquetFile(read) as file:
+    given = as_path(path).open("rb") if is_remote(path) else contextlib.nullcontext(path)
+    with given as source, parquet.ParquetFile(source) as file:
         yield file
 
 
@@ -250,8 +240,6 @@ def _row_group(path: str, group: int, columns: tuple[str, ...]) -> Any:
 class ArrayRecord(Records):
     """An ArrayRecord file of JSON texts."""
 
-    count: int
-
     @classmethod
     def of(cls, path: str, source: Source) -> ArrayRecord:
         if is_remote(path):
@@ -260,9 +248,6 @@ class ArrayRecord(Records):
             return cls(path, source, len(_array(path)))
         except (RuntimeError, ValueError) as error:
             raise InputError(f"{path}: not an ArrayRecord file: {error}") from None
-
-    def __len__(self) -> int:
-        return self.count
 
     def raw(self, index: int) -> Any:
         return read_json(_array(self.path)[index], "", large=True)
@@ -293,26 +278,19 @@ class PythonSource(Records):
         try:
             kind = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError, ValueError, TypeError, SyntaxError) as error:
-            raise InputError(
-                f"{source.path}: expected python:module:Class that can be imported: {error}"
-            ) from None
+            expected = "expected python:module:Class that can be imported"
+            raise InputError(f"{source.path}: {expected}: {error}") from None
         try:
             maker = kind(**source.options)
         except TypeError as error:
             raise InputError(f"{source.path}: its options do not fit: {error}") from None
         if not hasattr(maker, "__len__") or not hasattr(maker, "__getitem__"):
             raise InputError(f"{source.path}: expected a class with __len__ and __getitem__")
-        return cls(path, source, maker)
+        return cls(path, source, len(maker), maker)
 
     @property
     def vision_labels(self) -> bool:
         return bool(getattr(self.maker, "vision_labels", False))
-
-    def __len__(self) -> int:
-        return len(self.maker)
-
-    def name(self, index: int) -> str:
-        return f"{self.path}:{index + 1}"
 
     def read(self, index: int) -> Any:
         made = self.maker[index]

@@ -90,9 +90,10 @@ def make_stream(sources: Sequence[Records], maker: SampleMaker, order: Order) ->
 
 
 def iterate(
-    stream: Any, first: int, workers: int, patch_shape: tuple[int, ...]
+    stream: Any, first: int, maker: SampleMaker
 ) -> tuple[Iterator[Any], Callable[[], None]]:
     """(the samples from place `first` on, in order for any number of workers; a function to end them)."""
+    workers, patch_shape = maker.data.workers, maker.proc.config.vision.patch_shape
     if not workers or not len(stream):
         return (stream[place] for place in range(first, len(stream))), lambda: None
     import grain
