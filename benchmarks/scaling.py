@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.scaling_cases import Case, config, run
+from benchmarks.work import step_bytes
 from qwen3vl_jax.runtime.chips import CHIPS, peak_flops
 
 TIMES, WITHIN = 1.2, 0.05  # bf16's own error; of the real peak of memory
@@ -95,19 +96,11 @@ def mesh_name(case: Case) -> str:
     return ",".join(f"{n}={k}" for n, k in case.sizes.items()) or "one device"
 
 
-def step_bytes(case: Case, rows: int) -> float:
-    """Bytes that a decode step must read: weights in bf16, of experts those that are hit, and the cache."""
-    cfg = config(case.model, case.timed).text
-    d, h = cfg.hidden_size, cfg.head_dim
-    heads, kv = cfg.num_attention_heads, cfg.num_key_value_heads
-    mlp = 3 * d * cfg.intermediate_size
-    if cfg.num_experts:
-        missed = (1 - cfg.num_experts_per_tok / cfg.num_experts) ** rows
-        hit = cfg.num_experts * (1 - missed)
-        mlp = 3 * d * cfg.moe_intermediate_size * hit + d * cfg.num_experts
-    layer = d * h * (2 * heads + 2 * kv) + mlp
-    cache = 2 * kv * h * rows * (case.length - case.steps / 2)
-    return 2 * (cfg.num_hidden_layers * (layer + cache) + d * cfg.vocab_size)
+def decode_floor(case: Case, rows: int, rate: float) -> float:
+    """The least ms of a step, by what it must read."""
+    filled = case.length - case.steps / 2
+    moved = step_bytes(config(case.model, case.timed), rows, filled)
+    return moved / rate / case.devices * 1000
 
 
 def decode_table(done: list[Done], rate: float | None) -> tuple[Table, bool]:
@@ -123,7 +116,7 @@ def decode_table(done: list[Done], rate: float | None) -> tuple[Table, bool]:
         good &= near
         for rows in each.case.rows:
             ms, alone = each.told["ms"][str(rows)], first.told["ms"][str(rows)]
-            least = rate and step_bytes(each.case, rows) / rate / each.case.devices * 1000
+            least = rate and decode_floor(each.case, rows, rate)
             out.add_row(
                 mesh_name(each.case), str(rows), f"{ms:.2f}", f"{rows / ms * 1000:,.0f}",
                 f"{alone / ms:.2f}", f"{least:.2f}" if least else "", told,

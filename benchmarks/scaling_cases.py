@@ -90,14 +90,14 @@ def run(case: Case, out: Path) -> dict[str, Any]:
 def decoding(case: Case, mesh: Mesh) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """({"ms": {rows: ms a step}}, logits of a prefill and of decode steps)."""
     cfg = config(case.model, case.timed)
-    params, told = drawn(cfg, mesh), {}
+    params, told = random_weights(cfg, mesh=mesh), {}
     for rows in case.rows:
         told[rows] = decode_ms(case, cfg, mesh, params, rows)
     del params
     if not case.layers:
         return {"ms": told}, {}
     cfg = config(case.model, case.layers)
-    params = drawn(cfg, mesh)
+    params = random_weights(cfg, mesh=mesh)
     found = {"bfloat16": answers(cfg, params)}
     if case.truth:
         wide = jax.tree.map(lambda x: x.astype(jnp.float32), params)
@@ -107,22 +107,31 @@ def decoding(case: Case, mesh: Mesh) -> tuple[dict[str, Any], dict[str, np.ndarr
     return {"ms": told}, found
 
 
-def drawn(cfg: Config, mesh: Mesh) -> q3.Params:
-    """Random bf16 weights in their shards: the same numbers on every mesh."""
+def random_weights(cfg: Config, kind: str | None = None, mesh: Mesh | None = None) -> q3.Params:
+    """Random weights in bf16, int8 or fp8, in their shards: the same numbers on every mesh."""
 
-    @functools.partial(jax.jit, static_argnames=("shape", "where"))
-    def matrix(key, shape, where):
-        x = jax.random.normal(key, shape, jnp.bfloat16) * cfg.text.initializer_range * 2
-        return jax.lax.with_sharding_constraint(x, where)
+    @functools.partial(jax.jit, static_argnames=("shape", "dtype", "where"))
+    def matrix(key, shape, dtype, where):
+        if dtype == jnp.int8:
+            x = jax.random.randint(key, shape, -127, 128, dtype)
+        else:
+            x = jax.random.normal(key, shape, jnp.bfloat16) * std
+            x = (x / scale if dtype != jnp.bfloat16 else x).astype(dtype)
+        return x if where is None else jax.lax.with_sharding_constraint(x, where)
 
-    shapes = weight_shapes(cfg, mesh, jnp.bfloat16)
+    def leaf(key, x):
+        if x.dtype == jnp.float32:  # the scales of 8-bit weights
+            return jnp.full(x.shape, scale, x.dtype)
+        if x.ndim == 1:
+            return jnp.ones(x.shape, x.dtype)
+        return matrix(key, x.shape, x.dtype, x.sharding if mesh else None)
+
+    std = cfg.text.initializer_range * 2
+    scale = std / 73  # int8 numbers are spread evenly: 73 is their deviation
+    shapes = weight_shapes(cfg, mesh or make_mesh({}, jax.devices()[:1]), jnp.bfloat16, kind)
     leaves, tree = jax.tree.flatten(shapes)
     keys = jax.random.split(jax.random.key(0), len(leaves))
-    made = [
-        matrix(key, x.shape, x.sharding) if x.ndim > 1 else jnp.ones(x.shape, x.dtype)
-        for key, x in zip(keys, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(tree, made)
+    return jax.tree.unflatten(tree, list(map(leaf, keys, leaves)))
 
 
 def decode_ms(case: Case, cfg: Config, mesh: Mesh, params: q3.Params, rows: int) -> float:
