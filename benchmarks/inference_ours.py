@@ -27,16 +27,23 @@ REPEATS = 5
 def ceilings() -> dict[str, float]:
     """Rates measured here: of a bf16 product (FLOP/s), and of reading memory (byte/s)."""
     on_cpu = jax.default_backend() == "cpu"
-    n = 1024 if on_cpu else 8192
-    a, b = (jax.random.normal(jax.random.key(i), (n, n), jnp.bfloat16) for i in range(2))
-    product = jax.jit(lambda a, b: a @ b)
-    x = jax.random.normal(jax.random.key(2), (1 << (26 if on_cpu else 31),), jnp.bfloat16)
-    read = jax.jit(lambda x: jnp.max(x.reshape(1 << 14, -1), axis=1))
-    copy = jax.jit(lambda x: -x)
-    matmul, reading, copying = (
-        min(timed(call, 20)) for call in (lambda: product(a, b), lambda: read(x), lambda: copy(x))
-    )
-    return {"matmul": 2.0 * n**3 / matmul, "read": x.nbytes * max(1 / reading, 2 / copying)}
+    n, size, many = (1024, 1 << 26, 2) if on_cpu else (8192, 1 << 31, 20)
+    a, b = (jax.random.normal(jax.random.key(i), (n, n), jnp.bfloat16) / n**0.5 for i in range(2))
+
+    @jax.jit
+    def products(a, b):
+        return jax.lax.fori_loop(0, many, lambda _, x: x @ b, a)
+
+    @jax.jit
+    def negatives(x):
+        return jax.lax.fori_loop(0, many, lambda _, x: -x, x)
+
+    matmul = min(timed(lambda: products(a, b))) / many
+    x = jax.random.normal(jax.random.key(2), (size,), jnp.bfloat16)
+    return {
+        "matmul": 2.0 * n**3 / matmul,
+        "read": 2 * x.nbytes * many / min(timed(lambda: negatives(x))),
+    }
 
 
 def timed(call: Callable[[], Any], repeats: int = REPEATS) -> list[float]:

@@ -1,0 +1,110 @@
+"""What benchmarks.training runs of this project, in a process of its own: a line of JSON a step."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.inference_ours import ceilings, emit
+from benchmarks.scaling_cases import config, real_work, rows_of
+from benchmarks.training import Run
+from qwen3vl_jax.config import IGNORE_INDEX, Config
+from qwen3vl_jax.device_mesh import make_mesh
+from qwen3vl_jax.training import train_model
+from qwen3vl_jax.training.data import packing
+from qwen3vl_jax.training.data.sample import Sample
+from qwen3vl_jax.training.recipe import Recipe, read_recipe
+from qwen3vl_jax.training.reporting.flops import step_flops, trained_parts
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+STEPS = 7
+
+
+def recipe_of(run: Run) -> Recipe:
+    """The recipe of configs/ with this run's rows; with images, a patch row for each token row."""
+    changes = [
+        f"pack.rows={run.rows}", f"pack.length={run.length}", "init=normal", "steps=1000",
+        f"pack.vision_rows={run.rows if run.packed else 0}", f"pack.vision_length={2 * run.length}",
+    ]  # fmt: skip
+    if run.lora:
+        changes += [f"lora.rank={run.lora}", 'lora.targets=["text"]', "lora.dropout=0.0"]
+    else:
+        changes.append("train.freeze=[]")
+    return read_recipe(CONFIGS / ("sft_8b_lora.toml" if run.lora else "sft_2b.toml"), changes)
+
+
+def text_rows(cfg: Config, recipe: Recipe) -> packing.PackedBatch:
+    """A batch [1 ..] of one sample of random text a row."""
+    rng, length = np.random.default_rng(0), recipe.pack.length
+
+    def sample() -> Sample:
+        ids = rng.integers(0, 400, length).astype(np.int32)
+        learned = np.arange(length) > 8
+        labels = np.where(learned, ids, IGNORE_INDEX)
+        positions = np.tile(np.arange(length, dtype=np.int32), (3, 1))
+        return Sample("random", ids, labels, learned.astype(np.float32), positions, ())
+
+    coming = iter(packing.Pending(i, sample()) for i in range(recipe.pack.rows + 1))
+    chosen, _ = packing.choose(recipe.pack, [], lambda: next(coming))
+    built = packing.build(cfg, recipe.pack, chosen, np.uint8, False)
+    return jax.tree.map(lambda x: x[None], built)
+
+
+def measure(cfg: Config, run: Run) -> dict[str, Any]:
+    """Seconds of a step, its losses, memory, and what it trained on."""
+    recipe, mesh = recipe_of(run), make_mesh({}, jax.devices()[:1])
+    packed = rows_of(cfg, recipe, mesh, 0) if run.packed else text_rows(cfg, recipe)
+    packed = jax.tree.map(lambda x: jax.device_put(np.asarray(x)), packed)
+    trainable = train_model.prepare(recipe, cfg)
+    optimizer = train_model.build_optimizer(recipe, cfg, trainable.weights)
+    step = train_model.make_step(recipe, cfg, optimizer, trainable.merge)
+    parts = trained_parts(recipe, cfg, trainable.weights)
+    state = train_model.init_train_state(recipe, cfg, optimizer, trainable.weights)
+    frozen = trainable.frozen
+    del trainable
+    start = time.perf_counter()
+    compiled = step.lower(state, frozen, packed).compile()
+    compiling = time.perf_counter() - start
+    losses, seconds = [], []
+    for _ in range(STEPS):
+        start = time.perf_counter()
+        state, metrics = compiled(state, frozen, packed)
+        losses.append(float(metrics["loss"]))
+        seconds.append(time.perf_counter() - start)
+    work, stats = real_work(packed), jax.devices()[0].memory_stats() or {}
+    analysis: Any = compiled.memory_analysis()
+    return {
+        "run": run.name,
+        "seconds": sorted(seconds[1:])[len(seconds) // 2 - 1],
+        "compile": compiling,
+        "losses": losses,
+        "tokens": work.tokens,
+        "padded": run.rows * run.length,
+        "flops": step_flops(cfg, work, **parts),
+        "planned": analysis.peak_memory_in_bytes,
+        "peak": stats.get("peak_bytes_in_use", 0),
+    }
+
+
+def main() -> None:
+    """A line for the device, then one for each run; the most memory first counts for all after it."""
+    asked = json.loads(sys.argv[1])
+    cfg, device = config(asked["size"]), jax.devices()[0].device_kind
+    emit({"device": device, "versions": f"jax {jax.__version__}", **ceilings()})
+    for given in asked["works"]:
+        run = Run(**given)
+        try:
+            emit(measure(cfg, run))
+        except Exception as e:  # the other runs go on, and the table names this one
+            emit({"run": run.name, "error": f"{type(e).__name__}: {e}"[:400]})
+        jax.clear_caches()
+
+
+if __name__ == "__main__":
+    main()
