@@ -76,7 +76,7 @@ def compare(size: str, works: list[Work], with_peer: bool) -> tuple[Table, dict[
     ours = child("benchmarks.inference_ours", asked)
     peer_works = [dataclasses.asdict(work) for work in works if work.filled <= PEER_FILLED]
     peer_works = [work for work in peer_works if not work["weights"]]
-    peer = child("benchmarks.peer", {**asked, "works": peer_works}) if with_peer else []
+    peer = child("tests.inference_peer", {**asked, "works": peer_works}) if with_peer else []
     rates, mine, theirs = ours[0]["ceilings"], figures(ours), figures(peer)
     head = f"{size}, {ours[0]['device']}, {ours[0]['versions']}"
     head += f"; {peer[0]['versions']}" if peer else ""
@@ -163,7 +163,7 @@ def main() -> int:
             kept.append({"size": size, "first": found})
         if "requests" in kinds:
             asked = {"what": "requests", "size": size, "count": args.requests, "rows": ROWS}
-            found = cold_and_cached(asked, "" if args.no_peer else "benchmarks.peer")
+            found = cold_and_cached(asked, "" if args.no_peer else "tests.inference_peer")
             console.print(process_table(f"{size}, {args.requests} mixed requests", found))
             kept.append({"size": size, "requests": found})
     if args.json:

@@ -59,7 +59,7 @@ def table_of(size: str, runs: list[Run], with_peer: bool) -> tuple[Table, dict[s
     asked = {"size": size, "works": [dataclasses.asdict(run) for run in runs]}
     ours = child("benchmarks.training_ours", asked)
     works = [dataclasses.asdict(run) for run in runs if run.length <= PEER_LENGTH]
-    peer = child("benchmarks.peer_training", {**asked, "works": works}) if with_peer else []
+    peer = child("tests.training_peer", {**asked, "works": works}) if with_peer else []
     head = f"{size}, {ours[0]['device']}, {ours[0]['versions']}"
     head += f"; {peer[0]['versions']}" if peer else ""
     table = Table(title=head, title_justify="left")

@@ -45,15 +45,19 @@ class DecodeState(flax.struct.PyTreeNode):
     keys: jax.Array  # [B] random keys
 
 
-def insert_rows(cache: KVCache, rows: jax.Array, new: KVCache) -> KVCache:
-    """Replaces sequence rows[i] (int32) by sequence i of `new`; a row past the last is dropped.
+def insert_rows(cache: KVCache, rows: jax.Array, new: KVCache, source: jax.Array) -> KVCache:
+    """Replaces sequence rows[a] (int32) by prompt a of `new`; a row past the last is dropped.
 
-    Slots of `new` past the cache's are cut off; they must be empty.
+    source [A 2] int32: the row of `new` and the slot in it where prompt a begins. It ends at
+    new.length[a]; behind it come zeros. Slots past the cache's are cut off.
     """
-    n = min(cache.slots, new.slots)
+    row, slot = source[:, :1], source[:, 1:] + jnp.arange(min(cache.slots, new.slots))
+    real = (jnp.arange(slot.shape[1]) < new.length[:, None])[..., None, None]
 
     def put(old: jax.Array, x: jax.Array) -> jax.Array:
-        return old.at[rows, :, :n].set(x[:, :, :n].astype(old.dtype), mode="drop")
+        prompt = x[row, :, jnp.minimum(slot, x.shape[2] - 1)]  # [A S K H]
+        prompt = jnp.where(real, prompt, 0).swapaxes(1, 2).astype(old.dtype)
+        return old.at[rows, :, : slot.shape[1]].set(prompt, mode="drop")
 
     k, v = (list(map(put, *part)) for part in ((cache.k, new.k), (cache.v, new.v)))
     length = cache.length.at[rows].set(new.length, mode="drop")

@@ -1,7 +1,8 @@
 """Continuous batching: many prompts through the rows of one cache, a freed row refilled at once.
 
-Every shape is static: prompts come in as groups padded to a bucket, and a dispatch of decode steps is
-one program whatever its rows hold. Source: Orca (OSDI 2022). Dims as in layers.py; A rows of a group.
+Every shape is static: prompts come in packed, several in a row of a bucket's width, and a dispatch of
+decode steps is one program whatever its rows hold. Source: Orca (OSDI 2022). Dims as in layers.py; A
+prompts of a group.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +29,7 @@ from qwen3vl_jax.inference.decode_loop import (
     insert_rows,
     on_mesh,
 )
+from qwen3vl_jax.inference.prompt_groups import pack, packed_group, padded_group
 from qwen3vl_jax.inference.requests import (
     STEPS,
     Finished,
@@ -35,12 +38,13 @@ from qwen3vl_jax.inference.requests import (
     RowOptions,
     Stats,
 )
-from qwen3vl_jax.inference.sampling import row_seeds
+from qwen3vl_jax.inference.sampling import NOT_FINITE, row_seeds
 from qwen3vl_jax.inference.stores import Prefix, Stores
-from qwen3vl_jax.model.cache import extend, grow_cache, init_cache, prefill
+from qwen3vl_jax.model.cache import extend, grow_cache, init_cache, prefill, prefill_packed
+from qwen3vl_jax.model.sharding import max_parts
 from qwen3vl_jax.model.structs import Params, check_call
 from qwen3vl_jax.model.transformer import compute_dtype
-from qwen3vl_jax.processing.batch import bucket, group_batch, group_size
+from qwen3vl_jax.processing.batch import bucket, group_size
 from qwen3vl_jax.processing.encoded_prompt import EncodedPrompt, from_hf_arrays
 
 LOOK_AHEAD = 2  # prompts held ready, for each row
@@ -122,16 +126,14 @@ def _extend(params, cfg, batch, features, prefix):
 
 
 @functools.partial(jax.jit, static_argnames="vocabulary", donate_argnames="state")
-def _insert(state, cache, logits, tokens, segment_ids, rows, before, options, vocabulary):
-    """Puts a filled group into its rows of the state; gives also its first tokens, and their logprobs.
+def _insert(state, filled, logits, tokens, rows, source, options, vocabulary):
+    """Puts prompts into rows of the state; gives also their first tokens, and those' log-probabilities.
 
-    rows [A] int32: the row of each prompt, past the last for padding. before [A T] int32: the tokens of
-    the prefix, past the vocabulary at padding.
+    rows [A] int32: the row of each prompt, past the last for none. source [A 2]: as in `insert_rows`.
+    tokens [A T] int32: all of each prompt, past the vocabulary at padding.
     """
-    tokens = jnp.where(segment_ids > 0, tokens, vocabulary)
-    first = first_token(cache, logits, jnp.concatenate([before, tokens], axis=1), options)
-    cache = insert_rows(state.cache, rows, first.cache)
-
+    first = first_token(filled, logits, tokens, options)
+    cache = insert_rows(state.cache, rows, filled, source)
     pair = (state.replace(cache=None), first.replace(cache=None))
     state = jax.tree.map(lambda old, x: old.at[rows].set(x, mode="drop"), *pair)
     return on_mesh(state.replace(cache=cache)), first.token, first.logprob
@@ -216,20 +218,73 @@ class _Engine:
         self.decoder.make_room(needed)
 
     def _admit(self, free: list[int]) -> Iterator[Finished]:
-        """Prefills the oldest waiting prompt with others of its bucket."""
+        """Prefills the oldest waiting prompt, with others beside it, and puts them into free rows."""
         first, *others = [prompt for _, prompt in self.waiting]
         prefix = self.stores.best(first, others)
-        start = 0 if prefix is None else prefix.length
-        width = bucket(len(first.ids) - start)
-        admitted = self._fitting(prefix, start, width)[: self.group]
-        new = [self.waiting[i] for i in admitted]
+        sizes = self._fitting(prefix, 0 if prefix is None else prefix.length)
+        packs = prefix is None and self._fits(first)
+        if packs:
+            chosen = list(pack(sizes, self.group, max_parts("batch")))
+        else:
+            chosen = [0, *sorted(list(sizes)[1:], key=lambda i: -sizes[i])][: self.group]
+        new = [self.waiting[i] for i in chosen]
         self._make_room(max(len(prompt.ids) for _, prompt in new) + 1)
-        self.waiting = [x for i, x in enumerate(self.waiting) if i not in admitted]
-        # A group that is not full has copies of its first prompt's last token in no row.
-        missing = self.group - len(new)
+        self.waiting = [x for i, x in enumerate(self.waiting) if i not in chosen]
+        yield from self._fill(new, free, prefix, packs)
+
+    def _fits(self, prompt: EncodedPrompt) -> bool:
+        """Whether the prompt is prefilled at once, not in chunks."""
+        return self.chunk_of(bucket(len(prompt.ids))) is None
+
+    def _fitting(self, prefix: Prefix | None, start: int) -> dict[int, int]:
+        """{index: tokens behind the prefix} of waiting prompts that may go with the oldest, it first."""
+        first = self.waiting[0][1]
+        width, packs = bucket(len(first.ids) - start), prefix is None and self._fits(first)
+        sizes = {i: len(prompt.ids) - start for i, (_, prompt) in enumerate(self.waiting)}
+        return {
+            i: size
+            for i, size in sizes.items()
+            if i == 0
+            or (
+                self.stores.lookup(self.waiting[i][1]) is prefix
+                and (self._fits(self.waiting[i][1]) if packs else size <= width)
+            )
+        }
+
+    def _fill(self, new: list, free: list[int], prefix: Prefix | None, packs: bool):
+        """Prefills requests and their prompts `new`, a group at most; yields as `refill`."""
+        start, slots = (0, 0) if prefix is None else (prefix.length, prefix.cache.slots)
         rests = [prompt.rest(start) for _, prompt in new]
-        rests += [rests[0].rest(len(rests[0].ids) - 1)] * missing
-        rows = free[: len(new)] + [self.rows] * missing
+        make = packed_group if packs else padded_group
+        group = make(self.cfg, rests, self.group)
+        batch, width = group.batch, group.batch.tokens.shape[1]
+        ahead = [prompt for _, prompt in self.waiting]
+        features = self.stores.features(rests, batch.tokens.size, ahead)
+        if packs:
+            where = group.source, group.length
+            filled = prefill_packed(self.params, self.cfg, batch, *where, features=features)
+        elif prefix is None:
+            options: dict[str, Any] = {"features": features, "chunk": self.chunk_of(width)}
+            filled = prefill(self.params, self.cfg, batch, width, **options)
+        else:
+            filled = _extend(self.params, self.cfg, batch, features, prefix.cache)
+        tokens, logprobs = self._insert(new, free, filled, group.source, slots + width)
+        if packs and len(new) > 1 and (tokens == NOT_FINITE).any():
+            # One prompt may have reached the others, as 0 times NaN: each by itself.
+            for one, row in zip(new, free):
+                yield from self._fill([one], [row], None, True)
+            return
+        self.stats.prefilled += sum(len(prompt.ids) for prompt in rests)
+        self.stats.reused += start * len(new)
+        for i, ((request, prompt), row) in enumerate(zip(new, free)):
+            self.running[row] = _Row(request, len(prompt.ids))
+            self.decoder.ended[row] = False
+            yield from self._take(row, tokens[i : i + 1], logprobs[i : i + 1])
+
+    def _insert(self, new: list, free: list[int], filled, source: np.ndarray, width: int):
+        """Puts prefilled prompts into free rows; their first tokens [A], and those's log-probabilities."""
+        missing = self.group - len(new)
+        rows = np.asarray([*free[: len(new)], *[self.rows] * missing], np.int32)
         asked = [request for request, _ in new + [new[0]] * missing]
         sampling = [request.sampling.rows(1) for request in asked]
         options = self.decoder.options.replace(
@@ -237,38 +292,14 @@ class _Engine:
             seeds=np.concatenate([row_seeds(request.seed, 1) for request in asked]),
             limit=np.asarray([request.max_new_tokens for request in asked], np.int32),
         )
-        # The tokens of the prefix for each prompt, past the vocabulary at padding.
-        slots = 0 if prefix is None else prefix.cache.slots
-        before = np.full((self.group, slots), self.cfg.text.vocab_size, np.int32)
-        if prefix is not None:
-            before[:, :start] = prefix.prompt.ids
-        batch = group_batch(self.cfg, rests, width)
-        features = self.stores.features(rests, len(rests) * width)
-        if prefix is None:
-            chunk = self.chunk_of(width)
-            filled = prefill(self.params, self.cfg, batch, width, features=features, chunk=chunk)
-        else:
-            filled = _extend(self.params, self.cfg, batch, features, prefix.cache)
+        ids = np.full((self.group, width), self.cfg.text.vocab_size, np.int32)
+        for row, (_, prompt) in zip(ids, new):
+            row[: len(prompt.ids)] = prompt.ids
         self.decoder.state, tokens, logprobs = _insert(
-            self.decoder.state, *filled, batch.tokens, batch.segment_ids, np.asarray(rows, np.int32),
-            before, options, self.cfg.text.vocab_size,
+            self.decoder.state, *filled, ids, rows, source, options,
+            self.cfg.text.vocab_size,
         )  # fmt: skip
-        tokens, logprobs = np.asarray(tokens)[:, None], np.asarray(logprobs)[:, None]
-        self.stats.prefilled += sum(len(prompt.ids) - start for _, prompt in new)
-        self.stats.reused += start * len(new)
-        all_rows = jax.tree.leaves(self.decoder.options.sampling)
-        for i, (request, prompt) in enumerate(new):
-            self.running[rows[i]] = _Row(request, len(prompt.ids))
-            self.decoder.ended[rows[i]] = False
-            for old, x in zip(all_rows, jax.tree.leaves(options.sampling), strict=True):
-                old[rows[i]] = x[i]
-            yield from self._take(rows[i], tokens[i], logprobs[i])
-
-    def _fitting(self, prefix: Prefix | None, start: int, width: int) -> list[int]:
-        """Waiting prompts with this prefix that fit: the oldest, then the longest."""
-        sizes = {
-            i: len(prompt.ids)
-            for i, (_, prompt) in enumerate(self.waiting)
-            if i and self.stores.lookup(prompt) is prefix and len(prompt.ids) - start <= width
-        }
-        return [0, *sorted(sizes, key=lambda i: -sizes[i])]
+        kept = jax.tree.leaves(self.decoder.options.sampling)
+        for old, x in zip(kept, jax.tree.leaves(options.sampling), strict=True):
+            old[rows[: len(new)]] = x[: len(new)]
+        return np.asarray(tokens), np.asarray(logprobs)

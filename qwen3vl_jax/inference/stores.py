@@ -25,6 +25,8 @@ from qwen3vl_jax.processing.encoded_prompt import (
 
 KEPT_BYTES = 1 << 30
 MAX_PREFIXES, MAX_BYTES = 4, 1 << 30  # on the device
+# Of one call of the vision tower: a bucket, so that calls that are almost full are one program.
+VISION_PATCHES = 4 * 4224
 MIN_TOKENS = 64  # fewer are not worth a program of their own
 # The width of a prompt -> its prefill chunk, None where it is filled at once.
 ChunkOf = Callable[[int], int | None]
@@ -45,7 +47,7 @@ class Prefix:
 class Stores:
     """What the vision tower gave for the images and videos seen last, and the prefixes used last.
 
-    Each image is encoded by itself, so that programs depend on its bucket alone. `stats` counts both.
+    Images of one prompt, and of others that wait, are encoded together. `stats` counts both.
     """
 
     def __init__(self, params: Params, cfg: Config, chunk_of: ChunkOf, stats: Stats):
@@ -53,32 +55,58 @@ class Stores:
         self.images: OrderedDict[bytes, Features] = OrderedDict()
         self.prefixes: list[Prefix] = []  # the last used one last
 
-    def features(self, prompts: list[EncodedPrompt], rows: int) -> Features | None:
-        """Features of all images and videos of a group, padded to `rows` rows; None without any."""
+    def features(
+        self, prompts: Sequence[EncodedPrompt], rows: int, ahead: Sequence[EncodedPrompt] = ()
+    ) -> Features | None:
+        """Features of all images and videos of a group, padded to `rows` rows; None without any.
+
+        ahead: prompts that come later. Their images are encoded in the same call as far as they fit.
+        """
         images = in_feature_order(prompts)
         if not images:
             return None
-        found = [self._image(image) for image in images]
+        for group in self._calls(images, in_feature_order(ahead)):
+            self._encode(group)
+        found = [self.images[image.digest] for image in images]
+        for image in images:
+            self.images.move_to_end(image.digest)
+        while len(self.images) > 1 and _bytes(*self.images.values()) > KEPT_BYTES:
+            self.images.popitem(last=False)
         merged = np.concatenate([f.merged for f in found])
         taps = np.concatenate([f.taps for f in found], axis=1)
         fill = (0, rows - len(merged))
         merged, taps = np.pad(merged, (fill, (0, 0))), np.pad(taps, ((0, 0), fill, (0, 0)))
         return Features(cast(Any, merged), cast(Any, taps))
 
-    def _image(self, image: EncodedImage) -> Features:
-        if (found := self.images.get(image.digest)) is None:
-            self.stats.encoded += 1
-            inputs = make_vision(self.cfg, image.patches, [image.grid])
-            count = len(image.patches) // self.cfg.vision.merge_unit
-            out = vision_encode(self.params, self.cfg, inputs)
-            # Cut on the host: on the device each count of rows would be a program of its own.
-            merged, taps = np.asarray(out.merged)[:count], np.asarray(out.taps)[:, :count]
-            found = Features(cast(Any, merged.copy()), cast(Any, taps.copy()))
-            self.images[image.digest] = found
-            while len(self.images) > 1 and _bytes(*self.images.values()) > KEPT_BYTES:
-                self.images.popitem(last=False)
-        self.images.move_to_end(image.digest)
-        return found
+    def _calls(self, images: Sequence[EncodedImage], ahead: Sequence[EncodedImage]):
+        """Images that are not kept yet, in calls of at most VISION_PATCHES patches or of one image."""
+        missing = {x.digest: x for x in (*images, *ahead) if x.digest not in self.images}
+        needed, calls = {x.digest for x in images}, list[list[EncodedImage]]()
+        for image in missing.values():
+            room = (c for c in calls if _patches(c) + len(image.patches) <= VISION_PATCHES)
+            if (call := next(room, None)) is not None:
+                call.append(image)
+            elif image.digest in needed:
+                calls.append([image])
+        return calls
+
+    def _encode(self, images: Sequence[EncodedImage]) -> None:
+        """Runs the vision tower over images of one call, and keeps what it gives on the host."""
+        self.stats.encoded += len(images)
+        patches = np.concatenate([x.patches for x in images])
+        inputs, unit = (
+            make_vision(self.cfg, patches, [x.grid for x in images]),
+            self.cfg.vision.merge_unit,
+        )
+        out = vision_encode(self.params, self.cfg, inputs)
+        # Cut on the host: on the device each count of rows would be a program of its own.
+        merged, taps = np.asarray(out.merged), np.asarray(out.taps)
+        ends = np.cumsum([len(x.patches) // unit for x in images])
+        for image, start, end in zip(images, [0, *ends], ends):
+            one = Features(
+                cast(Any, merged[start:end].copy()), cast(Any, taps[:, start:end].copy())
+            )
+            self.images[image.digest] = one
 
     def lookup(self, prompt: EncodedPrompt) -> Prefix | None:
         """The longest prefix that the prompt begins with."""
@@ -115,6 +143,10 @@ class Stores:
                 kept = kept[1:]
             self.prefixes = kept
         return found
+
+
+def _patches(images: Sequence[EncodedImage]) -> int:
+    return sum(len(x.patches) for x in images)
 
 
 def _bytes(*held: Any) -> int:

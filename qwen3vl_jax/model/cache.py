@@ -16,7 +16,7 @@ from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model import transformer
 from qwen3vl_jax.model.attention import BLOCK, attend, causal_ranges, head_copies
 from qwen3vl_jax.model.rope import mrope
-from qwen3vl_jax.model.sharding import mesh_axes_for, on_shards, platform, shard, spec
+from qwen3vl_jax.model.sharding import jit_wide, mesh_axes_for, on_shards, platform, shard, spec
 from qwen3vl_jax.model.structs import Batch, Features, KVCache, Params, check_call
 from qwen3vl_jax.model.text import AttendFn, Block, decode_layers, shard_residual
 from qwen3vl_jax.model.vision import vision_encode
@@ -100,14 +100,35 @@ def prefill(
     layers, rest = _per_layer(params)["layers"], {**params, "layers": None, "vision": None}
     if chunk is not None:
         return _prefill_in_chunks(params, cfg, batch, features, slots, chunk)
-    x, rotary, lo, hi, deepstack = _embed_prompt(rest, cfg, batch, features)
+    slots = _round_to_blocks(slots)
+    x, length, delta, k, v = _fill_layers(layers, rest, cfg, batch, features, slots, 0)
+    return KVCache(k, v, length, delta), _end_prompt(rest, cfg, x, length)
+
+
+def prefill_packed(
+    params: Params, cfg: Config, batch: Batch, source: jax.Array, length: jax.Array, features=None
+) -> tuple[KVCache, jax.Array]:
+    """`prefill` of prompts one behind another in rows [R T], a segment each, with delta [A]. Not traced.
+
+    source [A 2], length [A] int32: each prompt's row, index of its first token, and tokens. The keys and
+    values [R K T H] are those of the rows; the rest of the cache, and the logits, are [A ..].
+    """
+    layers, rest = _per_layer(params)["layers"], {**params, "layers": None, "vision": None}
+    slots = batch.tokens.shape[1]
+    filled = _fill_layers(layers, rest, cfg, batch, features, slots, len(source))
+    x, _, delta, k, v = filled
+    return KVCache(k, v, length, delta), _end_prompt(rest, cfg, x, length, source)
+
+
+def _fill_layers(layers, rest, cfg, batch, features, slots, segments):
+    """The residual after all layers, length and delta, and the keys and values of each layer."""
+    x, rotary, lo, hi, deepstack, *kept = _embed_prompt(rest, cfg, batch, features)
     written = []
     for i, layer in enumerate(layers):
-        x, *kv = _fill_layer(cfg, layer, x, rotary, lo, hi, _round_to_blocks(slots))
+        x, *kv = _fill_layer(cfg, layer, x, rotary, lo, hi, slots, segments)
         x = shard_residual(x + deepstack[i]) if i < len(deepstack) else x
         written.append(kv)
-    length, delta, logits = _end_prompt(rest, cfg, x, lo, hi, batch.delta)
-    return KVCache([k for k, _ in written], [v for _, v in written], length, delta), logits
+    return x, *kept, *map(list, zip(*written))
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "slots", "chunk"))
@@ -120,28 +141,36 @@ def _prefill_in_chunks(params, cfg, batch, features, slots, chunk):
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def _embed_prompt(params, cfg, batch, features):
-    """Residual, angles, ranges and DeepStack of left-aligned prompts: what every layer takes."""
+    """Residual, angles, ranges and DeepStack of left-aligned prompts; their length and delta."""
     batch = _left_align(batch)
     x, deepstack = transformer.embed_tokens(params, cfg, batch, features)
     rotary = mrope(cfg.text, batch.positions, x.dtype)
-    return x, rotary, *causal_ranges(batch.segment_ids), [] if deepstack is None else [*deepstack]
+    length = jnp.sum(batch.segment_ids > 0, axis=1, dtype=jnp.int32)
+    deepstack, kept = [] if deepstack is None else [*deepstack], (length, batch.delta)
+    ranges = causal_ranges(batch.segment_ids)
+    return x, rotary, *ranges, deepstack, *(shard(each, None) for each in kept)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "slots"))
-def _fill_layer(cfg, layer, x, rotary, lo, hi, slots):
-    """One layer of a prefill, and its part of the cache: one program for all layers, if not traced."""
+@functools.partial(jit_wide, static_argnames=("cfg", "slots", "segments"))
+def _fill_layer(cfg, layer, x, rotary, lo, hi, slots, segments):
+    """One layer of a prefill, and its part of the cache: one program for all layers, if not traced.
+
+    segments: upper bound of the prompts in a row, 0 for one that starts at the first token.
+    """
     c = cfg.text
     copies = head_copies(c.num_attention_heads, c.num_key_value_heads)
 
     def keep(y):
-        """[B T K H] -> [B K S H], zeros where no token is."""
-        y = jnp.where((hi > lo)[..., None, None], y, 0).swapaxes(1, 2)
+        """[B K T H] -> [B K S H], zeros where no token is."""
+        y = jnp.where((hi > lo)[:, None, :, None], y, 0)
         y = jnp.repeat(y, copies, axis=1) if copies > 1 else y
         y = jnp.pad(y, ((0, 0), (0, 0), (0, slots - y.shape[2]), (0, 0)))
         return shard(y.astype(jnp.float32) if platform() == "cpu" else y, *_KV_AXES)
 
     def attend_fn(q, k, v):
-        out = attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), lo, hi, layout="prompt")
+        layout = "causal" if segments else "prompt"
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        out = attend(q, k, v, lo, hi, layout=layout, segments=segments)
         return out, (keep(k), keep(v))
 
     out: Any = Block(c).apply({"params": layer}, x, rotary, attend_fn)
@@ -149,12 +178,10 @@ def _fill_layer(cfg, layer, x, rotary, lo, hi, slots):
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def _end_prompt(params, cfg, x, lo, hi, delta):
-    """Lengths and deltas [B] of a filled cache, and the next-token logits [B V]."""
-    real = hi > lo
-    x = transformer.at_last_attended(x, real)
-    length = jnp.sum(real, axis=1, dtype=jnp.int32)
-    return shard(length, None), shard(delta, None), _next_token_logits(params, cfg, x)
+def _end_prompt(params, cfg, x, length, source=None):
+    """Next-token logits [A V] of prompts of `length` in x [R T D], by default one from a row's start."""
+    row, start = (jnp.arange(len(x)), 0) if source is None else source.T
+    return _next_token_logits(params, cfg, x[row, jnp.maximum(start + length - 1, 0)])
 
 
 def _left_align(batch: Batch) -> Batch:

@@ -19,9 +19,10 @@ every size and mesh. To shard differently, change a row.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -76,6 +77,21 @@ def platform() -> str:
     name = getattr(device, "platform", None) or getattr(default, "platform", default)
     name = name or jax.default_backend()
     return "gpu" if name in ("cuda", "rocm") else name
+
+
+def jit_wide(fn: Callable, static_argnames: Any) -> Any:
+    """jax.jit(fn) for products of many rows; on a GPU compiled with cuBLAS alone, unless traced.
+
+    Triton's kernels are no faster there, and XLA tries dozens a product, two thirds of its time.
+    """
+    jit = functools.partial(jax.jit, fn, static_argnames=static_argnames)
+    plain, cublas = jit(), jit(compiler_options={"xla_gpu_enable_triton_gemm": False})
+
+    def call(*args):
+        traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(args))
+        return (plain if traced or platform() != "gpu" else cublas)(*args)
+
+    return functools.update_wrapper(cast(Any, call), plain)
 
 
 def mesh_sizes() -> dict[str, int]:

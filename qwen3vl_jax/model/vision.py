@@ -15,7 +15,7 @@ from qwen3vl_jax.model.attention import attend
 from qwen3vl_jax.model.layers import ACTIVATIONS, LayerNorm, linear, run_layers, weight, zeros
 from qwen3vl_jax.model.quantized import Weight, dequantize
 from qwen3vl_jax.model.rope import rotate, vision_rotary
-from qwen3vl_jax.model.sharding import shard
+from qwen3vl_jax.model.sharding import jit_wide, shard
 from qwen3vl_jax.model.structs import Features, Params, VisionInputs, check_call
 
 
@@ -142,7 +142,7 @@ def vision_encode(
     return _merge(rest, c, x, list(deepstack))
 
 
-@functools.partial(jax.jit, static_argnames=("c", "dtype"))
+@functools.partial(jit_wide, static_argnames=("c", "dtype"))
 def _embed_patches(p, c, vis, dtype):
     """Patches [W P Dv] with their positions, and what every block takes: angles, lo, hi."""
     if vis.lo.ndim == 1:
@@ -152,14 +152,14 @@ def _embed_patches(p, c, vis, dtype):
     return x, vision_rotary(c.head_dim, c.rope_theta, vis.coords), vis.lo, vis.hi
 
 
-@functools.partial(jax.jit, static_argnames=("c", "frames"))
+@functools.partial(jit_wide, static_argnames=("c", "frames"))
 def _run_block(c, frames, layer, x, rotary, lo, hi):
     """One block: one program for all blocks, if not traced."""
     out: Any = VisionBlock(c, frames).apply({"params": layer}, x, rotary, lo, hi)
     return _shard_patches(out)
 
 
-@functools.partial(jax.jit, static_argnames="c")
+@functools.partial(jit_wide, static_argnames="c")
 def _merge(p, c, x, deepstack):
     def merge(norm_after_grouping: bool, merger: Params, x: jax.Array) -> jax.Array:
         y: Any = PatchMerger(c, norm_after_grouping).apply({"params": merger}, x)

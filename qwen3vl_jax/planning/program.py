@@ -222,7 +222,8 @@ def prefilling(cfg: Config, mesh: Mesh, asked: Serving) -> Program:
 
     def run(params, cache, batch, rows):
         new, logits = prefill(params, cfg, batch, width, chunk=chunk)
-        return insert_rows(cache, rows, new), logits
+        source = jnp.stack([jnp.arange(count), jnp.zeros(count, jnp.int32)], axis=1)
+        return insert_rows(cache, rows, new, source), logits
 
     pairs = count * (width * (width + 1) // 2)
     parts = forward_flops(cfg, Counts(count * width, pairs, count * patches, count * patches**2))

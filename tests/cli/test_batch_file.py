@@ -17,9 +17,9 @@ import infer
 import qwen3vl_jax as q3
 from demo import evaluate
 from qwen3vl_jax.cli.batch_journal import read_lines
-from qwen3vl_jax.inference import decode_loop, engine
+from qwen3vl_jax.inference import decode_loop, engine, stores
 from qwen3vl_jax.model import cache, vision
-from qwen3vl_jax.processing.batch import bucket
+from qwen3vl_jax.processing.batch import BUCKETS
 from qwen3vl_jax.processing.encoded_prompt import from_hf_arrays
 from qwen3vl_jax.storage import json_text
 
@@ -62,20 +62,26 @@ def test_mixed_prompts_answer_as_each_alone(demo, work, monkeypatch):
     """Tokens and reasons equal; rows busy, a picture encoded once, one program a bucket: counted."""
     proc, params = demo
     _, lines, arrays, alone = work
-    programs = (vision._run_block, cache._fill_layer, engine._insert, engine._extend)
-    programs = (*programs, decode_loop.decode_steps)
-    fill, extend, touched = engine.prefill, engine._extend, set()
+    programs = (vision._run_block.__wrapped__, cache._fill_layer.__wrapped__, engine._insert)
+    programs = (*programs, engine._extend, decode_loop.decode_steps)
+    fill, extend, touched = engine.prefill_packed, engine._extend, set()
+    encode, calls = stores.vision_encode, []
 
-    def filled(params, cfg, batch, *rest, features, **options):
+    def encoded(params, cfg, inputs):
+        calls.append((len(inputs.pixels), inputs.frames))
+        return encode(params, cfg, inputs)
+
+    def filled(params, cfg, batch, *where, features):
         touched.add((batch.tokens.shape[1], features is None, None))
-        return fill(params, cfg, batch, *rest, features=features, **options)
+        return fill(params, cfg, batch, *where, features=features)
 
     def extended(params, cfg, batch, features, prefix):
         touched.add((batch.tokens.shape[1], features is None, prefix.slots))
         return extend(params, cfg, batch, features, prefix)
 
-    monkeypatch.setattr(engine, "prefill", filled)
+    monkeypatch.setattr(engine, "prefill_packed", filled)
     monkeypatch.setattr(engine, "_extend", extended)
+    monkeypatch.setattr(stores, "vision_encode", encoded)
     for program in programs:
         program.clear_cache()
     stats, requests = engine.Stats(), []
@@ -96,9 +102,10 @@ def test_mixed_prompts_answer_as_each_alone(demo, work, monkeypatch):
     assert stats.shown == len(seen) and stats.encoded == len({v.digest for v in seen})
     assert stats.shown - stats.encoded >= prompt_lines.SAME - 1
     assert stats.reused > 400 and stats.prefixes <= 4, stats
-    cells = {bucket(len(v.patches) // 4) for v in seen}
     counts = [program._cache_size() for program in programs]
-    assert counts[0] <= len(cells) and counts[-1] == 1, counts
+    # Images of waiting prompts are encoded together, in buckets.
+    assert len(calls) <= len(seen) // 3 and {n for n, _ in calls} <= {4 * n for n in BUCKETS}, calls
+    assert counts[0] == len(set(calls)) and counts[-1] == 1, (counts, calls)
     # A group's programs: a layer for its bucket and for each prefix's.
     widths = {width for width, *_ in touched} | {behind for *_, behind in touched if behind}
     assert counts[1] <= 2 * len(widths) and max(counts[2:4]) <= len(touched), (counts, touched)

@@ -240,7 +240,10 @@ def run(shapes):
 
 touched = run(first)
 assert len({{v for _, v in touched}}) == 2 and len(touched) >= 3, touched
-programs = (vision._run_block, cache._embed_prompt, cache._fill_layer, decode_loop.decode_steps)
+programs = (
+    vision._run_block.__wrapped__, cache._embed_prompt, cache._fill_layer.__wrapped__,
+    decode_loop.decode_steps,
+)
 counts = [f._cache_size() for f in programs]
 assert counts[0] == len({{v for _, v in touched}}), (counts, touched)
 assert counts[1] == len(touched), (counts, touched)

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks.peer import DEVICE, build, tensors, timed
 from benchmarks.scaling_cases import config
 from benchmarks.training import Run
 from benchmarks.work import Work, prompt_arrays
 from qwen3vl_jax.config import IGNORE_INDEX, Config
+from tests.inference_peer import DEVICE, build, tensors, timed
 
 # The decoder's matrices, which our recipe's target "text" names too.
 TARGETS = r".*language_model.*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
