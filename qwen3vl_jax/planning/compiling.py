@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import serialize_executable
+from jax.experimental.compilation_cache import compilation_cache
 
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model.attention import cudnn_refusal
@@ -56,7 +57,7 @@ def compiled(program: Program, level: str = "") -> Compiled:
     """
     begin, cpu = time.perf_counter(), time.process_time()
     executable, cause, kernels = None, "", ""
-    with _level(level), jax.set_mesh(program.mesh), _stderr() as lines:
+    with _level(level), _anew(), jax.set_mesh(program.mesh), _stderr() as lines:
         try:
             kernels = cudnn_refusal("bfloat16", _HEAD) if platform() == "gpu" else ""
             executable = program.fn.lower(*program.args).compile()
@@ -114,6 +115,23 @@ def _level(level: str) -> Iterator[None]:
         yield
     finally:
         jax.config.update("jax_optimization_level", before)
+
+
+@contextlib.contextmanager
+def _anew() -> Iterator[None]:
+    """The compile cache is left out: a program from it, saved again, does not run."""
+    before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+    try:
+        _cache(False)
+        yield
+    finally:
+        _cache(before)
+
+
+def _cache(wanted: bool) -> None:
+    jax.config.update("jax_enable_compilation_cache", wanted)
+    # JAX reads the setting once, until this.
+    compilation_cache.reset_cache()
 
 
 @contextlib.contextmanager

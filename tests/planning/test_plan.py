@@ -72,13 +72,19 @@ def small(tmp_path_factory):
     )
 
 
-def test_a_step_is_compiled_and_told(small, tmp_path):
-    """On eight devices of this machine: bytes are those of real shards, the table has every part."""
+def test_a_step_is_compiled_and_told(small, tmp_path, monkeypatch):
+    """On eight devices of this machine: bytes are those of real shards, the table has every part.
+
+    The compile cache is not asked: a program from it does not run once it was saved again.
+    """
     cfg = program.config_of(small.ckpt)
     mesh = make_mesh(vars(small.mesh), jax.devices())
     text = dataclasses.replace(small, pack=dataclasses.replace(small.pack, vision_rows=0))
     made = program.training_step(text, cfg, mesh)
-    done = compiling.compiled(made)
+    with monkeypatch.context() as patch:
+        for asked in ("get_executable_and_time", "put_executable_and_time"):
+            patch.setattr(jax._src.compilation_cache, asked, lambda *_: pytest.fail("cache"))
+        done = compiling.compiled(made)
     stats = done.executable.memory_analysis()
     assert (
         abs(sum(made.held.values()) - stats.argument_size_in_bytes) < 2048
