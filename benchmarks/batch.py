@@ -48,7 +48,7 @@ def prompts(proc, count: int):
     import prompt_lines
 
     with tempfile.TemporaryDirectory() as folder:
-        lines = prompt_lines.mixed(Path(folder))[:count]
+        lines = prompt_lines.mixed(Path(folder), 120)[:count]
         arrays = [proc.inputs(line["messages"]) for line in lines]
     return arrays, [int(n) for n in np.random.default_rng(0).integers(8, 128, len(lines))]
 

@@ -1,4 +1,4 @@
-"""120 mixed lines of a batch file: pictures, one of them in 20 lines, clips, text, turns, long prefixes."""
+"""Mixed lines of a batch file: pictures, one of them in each sixth line, clips, text, turns, prefixes."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,6 @@ from PIL import Image
 
 from demo import evaluate
 
-LINES, SAME = 120, 20
 RULES = (
     "Read carefully, look at every cell of the picture, and answer with nothing but digits. " * 2
 )
@@ -18,17 +17,17 @@ def text(words):
     return {"type": "text", "text": words}
 
 
-def mixed(folder: Path) -> list[dict]:
+def mixed(folder: Path, count: int) -> list[dict]:
     """The lines, as dicts; their pictures are written into `folder`."""
-    exams = iter(evaluate.compose(LINES))
+    exams = iter(evaluate.compose(count))
     grid = {"type": "image", "image": str(Path(evaluate.CHECKPOINT).parent / "pictures/grid.png")}
     lines = []
-    for i in range(LINES):
+    for i in range(count):
         exam, system = next(exams), []
         name = folder / f"{i}.png"
         Image.fromarray(exam.picture.pixels).save(name)
         content = [{"type": "image", "image": str(name)}, text(exam.turn.question)]
-        if i % 6 == 1:  # SAME lines
+        if i % 6 == 1:
             content = [grid, text(exam.turn.question)]
         elif i % 12 == 2:
             content = [text("Who are you?" if i % 24 == 2 else f"Say {i}.")]

@@ -24,6 +24,7 @@ from qwen3vl_jax.processing.encoded_prompt import from_hf_arrays
 from qwen3vl_jax.storage import json_text
 
 ROOT = Path(infer.__file__).parent
+LINES = 72
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def work(demo, tmp_path_factory):
     """(the file of lines, each line's arrays, each line's answer alone)."""
     proc, params = demo
     folder = tmp_path_factory.mktemp("lines")
-    lines = prompt_lines.mixed(folder)
+    lines = prompt_lines.mixed(folder, LINES)
     arrays = [proc.inputs(line["messages"]) for line in lines]
     alone = [ask(params, proc, a, line["max_new_tokens"]) for a, line in zip(arrays, lines)]
     return prompt_lines.write(folder / "in.jsonl", lines), lines, arrays, alone
@@ -100,7 +101,7 @@ def test_mixed_prompts_answer_as_each_alone(demo, work, monkeypatch):
     prompts = [from_hf_arrays(proc.config, a).with_digests() for a in arrays]
     seen = [image for prompt in prompts for image in prompt.images]
     assert stats.shown == len(seen) and stats.encoded == len({v.digest for v in seen})
-    assert stats.shown - stats.encoded >= prompt_lines.SAME - 1
+    assert stats.shown - stats.encoded >= LINES // 6 - 1
     assert stats.reused > 400 and stats.prefixes <= 4, stats
     counts = [program._cache_size() for program in programs]
     # Images of waiting prompts are encoded together, in buckets.
@@ -125,7 +126,7 @@ def test_a_killed_file_has_each_answer_once(work, tmp_path):
         return partial.read_bytes().count(b'{"line"') if partial.exists() else 0
 
     child = subprocess.Popen(command, env=env, stderr=subprocess.PIPE)
-    enough = np.random.default_rng().uniform(0.05, 0.9) * len(lines)
+    enough = np.random.default_rng().uniform(0.05, 0.8) * len(lines)
     while kept() <= enough and child.poll() is None:
         time.sleep(0.01)
     os.kill(child.pid, signal.SIGKILL)
