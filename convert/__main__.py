@@ -4,8 +4,6 @@
 python -m convert --verify DIR checks that a checkpoint, or every step of a run, is as it was written.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import logging
@@ -24,14 +22,8 @@ from qwen3vl_jax.checkpoint.hf_reader import LAYOUTS
 from qwen3vl_jax.checkpoint.validate import WEIGHTS
 from qwen3vl_jax.config import is_run
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.runtime.console import (
-    EXPECTED,
-    Parser,
-    end_process,
-    report,
-    run_script,
-    signals_later,
-)
+from qwen3vl_jax.runtime import console
+from qwen3vl_jax.runtime.console import EXPECTED, signals_later
 from qwen3vl_jax.storage.hub import resolve
 from qwen3vl_jax.storage.paths import argument
 
@@ -48,7 +40,7 @@ def _size(text: str) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = Parser("python -m convert", description=__doc__, formatter_class=formatter)
+    parser = console.Parser("python -m convert", description=__doc__, formatter_class=formatter)
     add = parser.add_argument
     from_what = "Hugging Face directory or Hub id; with --to-hf an Orbax directory or a RUN_DIR"
     add("source", help=from_what)
@@ -64,9 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--merge", type=argument, metavar="PEFT_DIR", help=merged)
     add("--max-shard-size", type=_size, default=SHARD_SIZE, metavar="SIZE", help="default 5GB")
     add = parser.add_argument_group("a run's directory (--to-hf)").add_argument
-    add(
-        "--step", help="best (lowest evaluation loss), last, or a number; default: best if there is"
-    )
+    add("--step", help="best (lowest evaluation loss), last, or a number; default: best if any")
     not_merged = "a LoRA run's adapter for PEFT instead of merged weights"
     add("--adapter", action="store_true", help=not_merged)
     add("--raw", action="store_true", help="the weights of the step, not their average")
@@ -119,19 +109,17 @@ def _verify(directory: Path) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    if options.verify:
-        _verify(resolve(options.source, options.revision))
-        return
     source = resolve(options.source, options.revision)
+    if options.verify:
+        _verify(source)
+        return
     start = time.perf_counter()
     with _bar("to Hugging Face" if options.to_hf else "to Orbax") as progress:
         work = _to_hf if options.to_hf else _to_orbax
         count, total, what = work(options, source, progress)
-    seconds = time.perf_counter() - start
-    print(
-        f"{options.out}: {what}{count} tensors, {total / 1e6:,.1f} MB in {seconds:.1f} s "
-        f"({total / 1e6 / seconds:,.0f} MB/s)"
-    )
+    seconds, size = time.perf_counter() - start, total / 1e6
+    speed = f"{size:,.1f} MB in {seconds:.1f} s ({size / seconds:,.0f} MB/s)"
+    print(f"{options.out}: {what}{count} tensors, {speed}")
 
 
 def _to_hf(options: argparse.Namespace, source: Path, progress: Progress) -> tuple[int, int, str]:
@@ -165,9 +153,8 @@ def _to_orbax(options: argparse.Namespace, source: Path, progress: Progress):
 
 def _check_no_run_options(options: argparse.Namespace) -> None:
     if options.step or options.adapter or options.raw:
-        raise InputError(
-            f"{options.source}: --step, --adapter and --raw are for --to-hf and a run's directory"
-        )
+        what = "--step, --adapter and --raw are for --to-hf and a run's directory"
+        raise InputError(f"{options.source}: {what}")
 
 
 def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -195,7 +182,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         _run(options)
     except EXPECTED as e:
-        return report(e, options.out or options.source, "interrupted: nothing was written")
+        return console.report(e, options.out or options.source, "interrupted: nothing was written")
     return 0
 
 
@@ -205,10 +192,10 @@ def _run_and_end() -> None:
         code = main()
     except SystemExit as end:
         code = end.code
-    end_process(code if isinstance(code, int) else 0)
+    console.end_process(code if isinstance(code, int) else 0)
 
 
 if __name__ == "__main__":
     # Unfinished output is removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    run_script(_run_and_end)
+    console.run_script(_run_and_end)

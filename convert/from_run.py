@@ -1,7 +1,5 @@
 """A run of train.py -> a Hugging Face directory, or the PEFT adapter of a LoRA run."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from convert import SHARD_SIZE, Progress
@@ -29,9 +27,8 @@ def run_to_hf(
     """Writes a saved step under released names; (tensors, bytes, a text that names the step).
 
     Each tensor has the dtype of the checkpoint that the run began with, or bf16 for FP8 and for random
-    weights. Frozen parameters are read from that checkpoint. A LoRA run is merged into it in fp32;
-    wanted.adapter writes its adapter instead. Averaged weights are written if the run keeps them, unless
-    wanted.raw. Raises InputError.
+    weights. A LoRA run is merged in fp32; wanted.adapter writes its adapter instead. Averaged weights are
+    written if the run keeps them, unless wanted.raw. Raises InputError.
     """
     wanted = wanted or SavedStep()
     check_apart(run, out)

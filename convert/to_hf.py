@@ -1,7 +1,5 @@
 """Orbax directory -> Hugging Face directory: released names, dtypes and bytes."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import os
@@ -14,7 +12,7 @@ import numpy as np
 from convert import SHARD_SIZE, Progress
 from qwen3vl_jax.checkpoint.config_files import PARAMS, copy_files, read_config
 from qwen3vl_jax.checkpoint.fp8 import SUFFIX, scale_shape
-from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, LazyTensor
+from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, Leaves
 from qwen3vl_jax.checkpoint.name_map import Block, ParamSpec, param_specs
 from qwen3vl_jax.checkpoint.orbax_io import open_tree
 from qwen3vl_jax.checkpoint.param_paths import TreePath
@@ -47,10 +45,9 @@ def to_hf(
     shard_size: int = SHARD_SIZE,
     progress: Progress = lambda done, total: None,
 ) -> tuple[int, int]:
-    """Writes safetensors, an index if there are several, and all other files; (tensors, bytes).
+    """Writes safetensors, their index, and all other files; (tensors, bytes).
 
-    Every tensor has the name, shape, dtype and bytes of the release; a tied head is not written. Kept
-    FP8 comes with its scales. Raises InputError before anything is written, also for int8 weights.
+    Each tensor has the name, shape, dtype and bytes of the release. Raises InputError before it writes.
     """
     check_apart(source, out)
     cfg = Config.from_hf(source)
@@ -59,10 +56,8 @@ def to_hf(
     stored = open_tree(source / PARAMS)
     block = check_stored(source, cfg, stored, read_config(source))
     if stored_kind(stored) == "int8":
-        raise InputError(
-            f"{source}: got int8 weights, which Hugging Face files cannot hold; take the checkpoint that "
-            f"they were made from"
-        )
+        found = "got int8 weights, which Hugging Face files cannot hold"
+        raise InputError(f"{source}: {found}; take the checkpoint that they were made from")
 
     def finish(stage: Path) -> None:
         copy_files(source, side_files(source, leave_out=[PARAMS]), stage, fp8=block is not None)
@@ -73,7 +68,7 @@ def to_hf(
 def write_files(
     out: Path,
     cfg: Config,
-    stored: Mapping[TreePath, LazyTensor],
+    stored: Leaves,
     first: Sequence[TreePath],
     finish: Callable[[Path], None],
     force: bool = False,
@@ -83,9 +78,8 @@ def write_files(
 ) -> tuple[int, int]:
     """Writes a parameter tree as safetensors, complete or not at all; (tensors, bytes).
 
-    stored: the arrays by path. first: paths that are read first, in this order; the others are read so
-    that one file after another is filled. finish(directory) adds the other files, config.json last.
-    block: of FP8 weights. Files of a remote directory are in TMPDIR until complete.
+    first: paths that are read first; the others are read so that one file after another is filled.
+    finish(directory) adds the other files, config.json last. block: of FP8 weights.
     """
     known = {param.path: param for param in param_specs(cfg)}
     by_path = {path: known.get(path) or known[path[:-1]] for path in stored}
@@ -98,12 +92,11 @@ def write_files(
         for shard, held in shards.items():
             _write_header(handles[shard].fileno(), held)
             places |= {tensor.name: (shard, tensor.offset) for tensor in held}
-        file_of = {
-            path: min(places[p.name][0] for p in param.parts) for path, param in by_path.items()
-        }
-        leading = set(first)
-        others = sorted(stored.keys() - leading, key=lambda path: (file_of[path], str(path)))
-        for path in (*first, *others):
+
+        def order(path: TreePath) -> tuple[str, str]:
+            return min(places[part.name][0] for part in by_path[path].parts), str(path)
+
+        for path in (*first, *sorted(stored.keys() - set(first), key=order)):
             array = stored[path].load()
             for name, tensor in _split(by_path[path], path, array, block):
                 shard, offset = places[name]
@@ -134,9 +127,7 @@ def _split(
 
 
 def _tensors(
-    by_path: Mapping[TreePath, ParamSpec],
-    stored: Mapping[TreePath, LazyTensor],
-    block: Block | None,
+    by_path: Mapping[TreePath, ParamSpec], stored: Leaves, block: Block | None
 ) -> list[_Tensor]:
     found = []
     for path, param in by_path.items():

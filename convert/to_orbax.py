@@ -1,7 +1,5 @@
 """Hugging Face directory -> Orbax directory."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from convert import Progress
@@ -30,7 +28,6 @@ def to_orbax(
 ) -> tuple[int, int]:
     """Writes OUT/params (Orbax) and every file of SOURCE without weights; (tensors, bytes).
 
-    One array a layer, in the dtypes of the files, a few tensors in memory at a time.
     layout: of fused experts where their shape is ambiguous. weights: None dequantizes FP8 to bf16, "fp8"
     keeps it, "int8" rounds the decoder's matrices. adapter: a PEFT directory, merged before rounding.
     Raises InputError before anything is written.
@@ -44,9 +41,7 @@ def to_orbax(
     if weights == "int8":
         leaves = quantize_leaves(cfg, as_stored)
     if (source / PARAMS).exists():
-        raise InputError(
-            f"{source}: holds {PARAMS!r}, which would collide with the Orbax checkpoint"
-        )
+        raise InputError(f"{source}: holds {PARAMS!r}, where the Orbax checkpoint would be")
     total = sum(leaf.nbytes for leaf in leaves.values())
     with atomic_dir(out, force, needs=total) as stage:
         write_tree(stage / PARAMS, tree_of(cfg, leaves), lambda done: progress(done, total))

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from qwen3vl_jax.checkpoint.adapters import attach
-from qwen3vl_jax.checkpoint.device_load import Leaves, Source, load_params, put_pairs
+from qwen3vl_jax.checkpoint.device_load import Source, load_params, put_pairs
+from qwen3vl_jax.checkpoint.lazy_tensor import Leaves
 from qwen3vl_jax.checkpoint.peft_io import load_adapter
 from qwen3vl_jax.config import Config, is_run
 from qwen3vl_jax.device_mesh import ambient_mesh

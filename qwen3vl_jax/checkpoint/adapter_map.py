@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qwen3vl_jax.checkpoint.name_map import HFTensor, ParamSpec, param_specs
@@ -12,6 +12,10 @@ from qwen3vl_jax.config import Config
 
 # Tables, and the patch embedding's kernel.
 _NOT_ADAPTED = ("embed", "pos", "weight")
+
+
+# {NAME.a, NAME.b} of targets, layers stacked.
+Matrices = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,10 +121,7 @@ def _spans(param: ParamSpec) -> Iterator[tuple[str, int, int]]:
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """An adapter without its matrices: ranks and alphas by target and layer, rank 0 for none.
-
-    The matrices of a target have its largest rank; a layer of a lower rank is padded with zeros.
-    """
+    """Ranks (0 for none) and alphas by target and layer; matrices have a target's largest rank."""
 
     ranks: dict[str, tuple[int, ...]]
     alphas: dict[str, tuple[float, ...]]

@@ -1,17 +1,15 @@
 """LoRA adapters: attached beside weights, or merged into them one tensor in memory at a time."""
 
-from __future__ import annotations
-
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen3vl_jax.checkpoint.adapter_map import Adapter, LoraTarget, lora_targets
-from qwen3vl_jax.checkpoint.lazy_tensor import VALUES, LazyTensor
+from qwen3vl_jax.checkpoint.adapter_map import Adapter, LoraTarget, Matrices, lora_targets
+from qwen3vl_jax.checkpoint.lazy_tensor import VALUES, LazyTensor, Leaves
 from qwen3vl_jax.checkpoint.param_paths import TreePath, path_str
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
@@ -21,15 +19,11 @@ from qwen3vl_jax.model.structs import Params
 
 
 def merged(
-    cfg: Config,
-    leaves: Mapping[TreePath, LazyTensor],
-    weights: Mapping[str, np.ndarray],
-    adapter: Adapter,
+    cfg: Config, leaves: Leaves, weights: Matrices, adapter: Adapter
 ) -> dict[TreePath, LazyTensor]:
-    """The leaves with an adapter added, summed in fp32 and rounded to each leaf's dtype.
+    """The leaves with an adapter's {NAME.a, NAME.b} added, summed in fp32, rounded to each leaf's dtype.
 
-    weights: {NAME.a, NAME.b} of `lora_targets`, layers stacked. bf16 keeps 8 bits of a weight,
-    so an update below 1/256 of it is lost. Raises InputError for weights held in 8 bits.
+    bf16 keeps 8 bits of a weight: an update below 1/256 of it is lost. Raises InputError for 8-bit weights.
     """
     known = lora_targets(cfg)
     added: dict[TreePath, list[tuple[LoraTarget, int]]] = {}
@@ -40,16 +34,15 @@ def merged(
     out = dict(leaves)
     for path, parts in added.items():
         if (*path, VALUES) in leaves:
-            raise InputError(
-                f"{path_str(path)}: got 8-bit weights, expected 16 or 32 bits to merge an adapter; take "
-                f"the 16-bit checkpoint, or load with adapter="
-            )
+            found = "got 8-bit weights, expected 16 or 32 bits to merge an adapter"
+            advice = "take the 16-bit checkpoint, or load with adapter="
+            raise InputError(f"{path_str(path)}: {found}; {advice}")
         out[path] = _sum(leaves[path], parts, weights, adapter)
     return out
 
 
 def _sum(
-    leaf: LazyTensor, parts: list[tuple[LoraTarget, int]], weights, adapter: Adapter
+    leaf: LazyTensor, parts: list[tuple[LoraTarget, int]], weights: Matrices, adapter: Adapter
 ) -> LazyTensor:
     def load() -> np.ndarray:
         weight = leaf.load().astype(np.float32)
@@ -65,10 +58,7 @@ def _sum(
 
 
 def _add_product(weight, axis: int | None, span: tuple[str, int, int], a, b, scale):
-    """weight + scale B A in fp32, within a span of its axis; numpy or jax, numpy in place.
-
-    Experts have A [E r in] and B [E out r], their weight is [E in out].
-    """
+    """weight + scale B A in fp32 within a span of its axis (numpy: in place); experts are [E in out]."""
     here = ... if axis is None else (slice(None),) * axis + (slice(*span[1:]),)
     product = b.astype(np.float32) @ a.astype(np.float32)
     product = product.swapaxes(1, 2) if product.ndim == 3 else product
@@ -82,15 +72,11 @@ def _add_product(weight, axis: int | None, span: tuple[str, int, int], a, b, sca
 def attach(
     params: Params,
     cfg: Config,
-    weights: Mapping[str, Any],
+    weights: Matrices,
     adapter: Adapter,
     key: Callable[[str], jax.Array] | None = None,
 ) -> Params:
-    """The parameters with an adapter attached; layers may be lists or stacked.
-
-    weights: {NAME.a, NAME.b} of `lora_targets`. key(NAME): the key of a target's dropout, None for
-    no dropout.
-    """
+    """The parameters (layers listed or stacked) with an adapter; key(NAME): of a target's dropout."""
     known, found = lora_targets(cfg), {}
     for name in adapter.ranks:
         found.setdefault(known[name].weight, []).append(known[name])
@@ -130,10 +116,9 @@ def _put(node: Any, path: list[str], target: LoraTarget, pairs: dict[str, Pair])
 
 
 def merge(params: Params, dtype: Any = None) -> Params:
-    """Plain parameters: adapters merged into their weights, 8-bit weights dequantized.
+    """Plain parameters: adapters merged into their weights, 8-bit weights dequantized to `dtype`.
 
-    Sums are in fp32 and rounded to the base's dtype; bf16 keeps 8 bits of a weight, so an update below
-    1/256 of it is lost. dtype: of the weights that were held in 8 bits, None for that of the norms.
+    Sums are in fp32 and rounded to the base's dtype: in bf16 an update below 1/256 of a weight is lost.
     """
     wide = params["norm"].dtype if dtype is None else dtype
 

@@ -1,7 +1,5 @@
 """The mesh of inference: as asked, or chosen for a model larger than one device."""
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Mapping
@@ -23,8 +21,7 @@ def mesh_for(
 ) -> Mesh | None:
     """The asked mesh, or one for a model larger than a device; None if one device is enough.
 
-    asked: sizes of axes, of which one may be -1 for all devices. A chosen mesh is printed on stderr.
-    Raises InputError for sizes without devices, and for a model that does not fit on them.
+    asked: sizes of axes; one may be -1 for all devices. Raises InputError for a model that does not fit.
     """
     sizes = chosen(source, dtype, devices) if asked is None else asked
     mesh = make_mesh(sizes, devices)
@@ -58,8 +55,7 @@ def chosen(source: Source, dtype: Any, devices: list[Any]) -> dict[str, int]:
 def auto_mesh(cfg: TextConfig, count: int) -> dict[str, int]:
     """Sizes of axes for at most `count` devices that shard a model evenly.
 
-    The tensor axis comes first, as far as it divides the key/value heads: it shards the cache too. The
-    other devices form the expert axis if they divide the experts, else fsdp.
+    The tensor axis comes first, as far as it divides the key/value heads: it shards the cache too.
     """
     found: list[tuple[int, int, str]] = []
     for used in range(1, count + 1):

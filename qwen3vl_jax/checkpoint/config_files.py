@@ -1,7 +1,5 @@
 """The files beside a checkpoint's weights: copies, and the config.json of a written checkpoint."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,10 +16,7 @@ QUANTIZATION = "quantization_config"
 
 
 def copy_files(source: Path, names: Iterable[Path], target: Path, fp8: bool = False) -> None:
-    """Copies files by relative name, config.json last, which makes a directory a checkpoint.
-
-    config.json is rewritten where `as_written` changes it.
-    """
+    """Copies files by relative name, config.json (as `as_written`) last: it makes a checkpoint."""
     for name in sorted(names, key=lambda name: (name == Path(CONFIG), name)):
         make_folder((target / name).parent)
         if name == Path(CONFIG):
@@ -44,14 +39,11 @@ def write_config(directory: Path, raw: Mapping[str, Any], tied: bool, fp8: bool 
 
 
 def as_written(raw: Mapping[str, Any], tied: bool, fp8: bool = False) -> dict[str, Any]:
-    """A config.json's dict for a written checkpoint.
-
-    quantization_config stays only for kept FP8. tie_word_embeddings is written at the top, which
-    transformers 5 reads, and in text_config, which transformers 4 reads.
-    """
+    """A config.json's dict for a written checkpoint; quantization_config stays only for kept FP8."""
     left = dict(raw)
     if isinstance(text := left.get("text_config"), Mapping):
         left["text_config"] = dict(text)
+    # transformers 5 reads tie_word_embeddings at the top, transformers 4 in text_config.
     for part in (left, left.get("text_config", {})):
         if not fp8:
             part.pop(QUANTIZATION, None)

@@ -1,7 +1,5 @@
 """Files to arrays on devices: few tensors in host memory at a time, on a mesh only their shards."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
@@ -13,17 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from qwen3vl_jax.checkpoint import hf_reader, int8
+from qwen3vl_jax.checkpoint import hf_reader, int8, lazy_tensor
 from qwen3vl_jax.checkpoint.config_files import PARAMS, read_config
-from qwen3vl_jax.checkpoint.lazy_tensor import (
-    SCALE,
-    VALUES,
-    Index,
-    LazyTensor,
-    eight_bit,
-    in_memory,
-    read_ahead,
-)
+from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES, Index, LazyTensor, Leaves, eight_bit
 from qwen3vl_jax.checkpoint.name_map import tree_of
 from qwen3vl_jax.checkpoint.orbax_io import open_tree
 from qwen3vl_jax.checkpoint.param_paths import TreePath, path_str, split_layer_index
@@ -36,7 +26,8 @@ from qwen3vl_jax.model.sharding import array_sharding
 from qwen3vl_jax.model.structs import Params
 from qwen3vl_jax.model.transformer import logical_axes
 
-Leaves = Mapping[TreePath, LazyTensor]
+Spans = tuple[tuple[int, ...], ...]
+Parts = dict[Spans, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +83,9 @@ def load_params(source: Source, mesh: Mesh | None, dtype: Any) -> Params:
     leaves = source.asked()
     where, codes = path_shardings(mesh, source.cfg, leaves), eight_bit(leaves)
     arrays = {}
-    for path, parts in read_ahead(lambda path: _read(leaves[path], where[path]), leaves):
+    for path, parts in lazy_tensor.read_ahead(
+        lambda path: _read(leaves[path], where[path]), leaves
+    ):
         array = _placed(leaves[path], where[path], parts)
         if dtype is not None and path not in codes:
             array = array.astype(dtype)
@@ -104,11 +97,7 @@ def load_params(source: Source, mesh: Mesh | None, dtype: Any) -> Params:
 def path_shardings(
     mesh: Mesh | AbstractMesh | None, cfg: Config, leaves: Mapping[TreePath, Any]
 ) -> dict[TreePath, NamedSharding | None]:
-    """The sharding of each array by its per-layer path, None without a mesh. Raises InputError.
-
-    leaves: anything with shape and dtype. 8-bit values and scales are sharded as their weight, as far as
-    their own axes divide.
-    """
+    """The sharding of each array by path; 8-bit values and scales as their weight. Raises InputError."""
     if mesh is None:
         return dict.fromkeys(leaves)
     known, codes = logical_axes(cfg), eight_bit(leaves)
@@ -125,30 +114,27 @@ def on_devices(leaf: LazyTensor, sharding: NamedSharding | None) -> jax.Array:
     return _placed(leaf, sharding, _read(leaf, sharding))
 
 
-def _read(leaf: LazyTensor, sharding: NamedSharding | None) -> list[np.ndarray]:
-    """The parts of a tensor that this process's devices hold, in host memory."""
-    return [leaf.load()] if sharding is None else leaf.parts(list(_local(leaf, sharding).values()))
+def _read(leaf: LazyTensor, sharding: NamedSharding | None) -> Parts:
+    """The parts of a tensor that this process's devices hold, each once, in host memory."""
+    if sharding is None:
+        return {(): leaf.load()}
+    local = sharding.addressable_devices_indices_map(leaf.shape).values()
+    where = {_spans(leaf, index): index for index in local if index is not None}
+    return dict(zip(where, leaf.parts(list(where.values())), strict=True))
 
 
-def _placed(leaf: LazyTensor, sharding: NamedSharding | None, parts: list[np.ndarray]) -> jax.Array:
+def _placed(leaf: LazyTensor, sharding: NamedSharding | None, parts: Parts) -> jax.Array:
     if sharding is None:
         # Not device_put: on a CPU it would alias the memory map of a file that may change.
-        return jnp.array(parts[0])
-    part_of = dict(zip(_local(leaf, sharding), parts, strict=True))
+        return jnp.array(parts[()])
 
     def part(index: Any) -> np.ndarray:
-        return part_of[_spans(leaf, index)]
+        return parts[_spans(leaf, index)]
 
     return jax.make_array_from_callback(leaf.shape, sharding, part)
 
 
-def _local(leaf: LazyTensor, sharding: NamedSharding) -> dict[Any, Index]:
-    """The parts that this process's devices hold, each once, by their spans."""
-    local = sharding.addressable_devices_indices_map(leaf.shape).values()
-    return {_spans(leaf, index): index for index in local if index is not None}
-
-
-def _spans(leaf: LazyTensor, index: Index) -> tuple[tuple[int, ...], ...]:
+def _spans(leaf: LazyTensor, index: Index) -> Spans:
     return tuple(s.indices(n) for s, n in zip(index, leaf.shape, strict=True))
 
 
@@ -161,7 +147,9 @@ def put_pairs(
         x = x if dtype is None else x.astype(dtype)
         # The first axis is that of layers.
         axes = (None, "expert", None, None) if x.ndim == 4 else (None,) * x.ndim
-        return on_devices(in_memory(x), None if mesh is None else array_sharding(mesh, axes, x))
+        return on_devices(
+            lazy_tensor.in_memory(x), None if mesh is None else array_sharding(mesh, axes, x)
+        )
 
     return {name: put(x) for name, x in matrices.items()}
 

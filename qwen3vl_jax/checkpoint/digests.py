@@ -6,8 +6,6 @@ device adds its own shard. One changed value always changes the digest. Rows, la
 swap places do not, nor do changes that cancel in a sum.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import zlib
@@ -85,16 +83,12 @@ def _device_sums(mesh: Any) -> Any:
 
 
 def _finished(x: Any, sums: np.ndarray) -> str:
-    """The digest from an array's sums."""
     described = f"{x.dtype.name} {list(x.shape)}".encode()
     return f"{zlib.crc32(np.ascontiguousarray(sums).data.cast('B'), zlib.crc32(described)):08x}"
 
 
 def saved_digests(directory: Path) -> dict[str, str] | None:
-    """The digests saved with an Orbax tree, None for a tree of an older release.
-
-    Raises DamagedError for a file that cannot be read.
-    """
+    """The digests saved with an Orbax tree, None for one of an older release. Raises DamagedError."""
     own = directory / DIGESTS
     try:
         if own.is_file():

@@ -7,8 +7,6 @@ Blocks cover the last two axes as stored, in any layout. The scales of tensor NA
 the size of a block.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,10 +25,7 @@ _VALUES = np.arange(256, dtype=np.uint8).view(FP8["F8_E4M3"]).astype(np.float32)
 
 
 def block_of(where: Path, raw: Mapping[str, Any]) -> Block | None:
-    """The block [A, B] of quantization_config in a config.json or its text_config; None without one.
-
-    Raises InputError for a method other than fp8, a format other than e4m3, and a missing block.
-    """
+    """The block [A, B] of quantization_config in a config.json; None without one. Raises InputError."""
     text = raw.get("text_config")
     nested = text.get(QUANTIZATION) if isinstance(text, Mapping) else None
     found = raw.get(QUANTIZATION) or nested
@@ -42,16 +37,13 @@ def block_of(where: Path, raw: Mapping[str, Any]) -> Block | None:
     for key, expected in (("quant_method", "fp8"), ("fmt", "e4m3")):
         value = found.get(key, "e4m3" if key == "fmt" else None)
         if value != expected:
-            raise InputError(
-                f"{where}: {QUANTIZATION}.{key}: got {value!r}, expected {expected!r}; {_ADVICE}"
-            )
+            wrong = f"{QUANTIZATION}.{key}: got {value!r}"
+            raise InputError(f"{where}: {wrong}, expected {expected!r}; {_ADVICE}")
     block = found.get("weight_block_size")
     sides = tuple(block) if isinstance(block, (list, tuple)) else ()
     if len(sides) != 2 or any(type(side) is not int or side < 1 for side in sides):
-        raise InputError(
-            f"{where}: {QUANTIZATION}.weight_block_size: got {block!r}, expected two "
-            f"sizes, as [128, 128]; {_ADVICE}"
-        )
+        wrong = f"{QUANTIZATION}.weight_block_size: got {block!r}"
+        raise InputError(f"{where}: {wrong}, expected two sizes, as [128, 128]; {_ADVICE}")
     return sides
 
 
@@ -63,10 +55,9 @@ def scale_shape(shape: tuple[int, ...], block: Block) -> tuple[int, ...]:
 def misfit(tensor: Stored, scales: Stored | None, block: Block | None) -> str | None:
     """The problem of a tensor and the scales of its name in one line, or None."""
     if tensor.dtype not in FP8:
-        return scales and (
-            f"scales {scales.where} of a tensor that is {tensor.dtype}, expected {', '.join(FP8)}; "
-            f"take both from one release"
-        )
+        expected = f"expected {', '.join(FP8)}; take both from one release"
+        of_what = f"of a tensor that is {tensor.dtype}, {expected}"
+        return scales and f"scales {scales.where} {of_what}"
     if block is None or len(tensor.shape) not in (2, 3):
         found = f"found {tensor.dtype}, expected BF16 (it has no blocks)"
         return f"dtype of {tensor.where}: {found}"
@@ -76,22 +67,15 @@ def misfit(tensor: Stored, scales: Stored | None, block: Block | None) -> str | 
         return f"missing {name} F32 {list(wanted)}, the scales of {tensor.where}; fetch it again"
     if scales.dtype != "F32":
         return f"dtype of {scales.where}: found {scales.dtype}, expected F32; {_ADVICE}"
-    return (
-        None
-        if scales.shape == wanted
-        else (
-            f"shape of {scales.where}: found {list(scales.shape)}, expected {list(wanted)} for "
-            f"{list(tensor.shape)} in blocks of {list(block)}; {_ADVICE}"
-        )
-    )
+    if scales.shape != wanted:
+        expected = f"{list(wanted)} for {list(tensor.shape)} in blocks of {list(block)}"
+        found = f"found {list(scales.shape)}, expected {expected}"
+        return f"shape of {scales.where}: {found}; {_ADVICE}"
+    return None
 
 
 def dequantize_into(codes: np.ndarray, scales: np.ndarray, block: Block, out: np.ndarray) -> None:
-    """Writes the weights of codes [..., a, b] (8-bit) into `out` (bf16, same shape, any strides).
-
-    scales: float32 [..., ceil(a / A), ceil(b / B)]. Works in strips of blocks, whose float32 values
-    stay in cache.
-    """
+    """Writes the weights of codes [..., a, b] and their scales into `out`, bf16 of any strides."""
     if codes.ndim > 2:
         for code, scale, part in zip(codes, scales, out):
             dequantize_into(code, scale, block, part)

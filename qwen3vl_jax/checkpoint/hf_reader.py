@@ -1,7 +1,5 @@
 """A Hugging Face directory as the arrays of the parameter tree, or the list of what does not fit."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 from collections import defaultdict
@@ -24,10 +22,7 @@ from qwen3vl_jax.storage.safetensors_files import DTYPES, FP8, Files, Stored, re
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """A stored tensor in the released layout, with its scales if it is FP8.
-
-    keep: FP8 stays, `load` gives codes and `load_scales` one scale per block.
-    """
+    """A stored tensor in the released layout, and its scales if it is FP8, which `keep` leaves."""
 
     files: Files
     tensor: Stored
@@ -80,17 +75,14 @@ class Experts:
 
     @property
     def dtype(self) -> np.dtype:
-        """The dtype of `load`, one for all experts."""
         return self.weights[0].dtype
 
     @property
     def keep(self) -> bool:
-        """Whether FP8 stays."""
         return self.weights[0].keep
 
     @property
     def fused(self) -> bool:
-        """Whether one stored tensor holds all experts."""
         return len(self.weights[0].tensor.shape) == 3
 
     def load(self) -> np.ndarray:
@@ -131,7 +123,6 @@ def open_hf(
 
     weights: None dequantizes FP8 to bf16 at load, "fp8" keeps values and scale, "int8" refuses FP8.
     layout: of fused experts, "released" or "transformers5", needed only where their shape is ambiguous.
-    Files without a head give a tree without one, and a warning in the log.
     Raises InputError for files that cannot be read, MismatchError for tensors that do not fit.
     """
     if layout not in (None, *LAYOUTS):
@@ -140,10 +131,7 @@ def open_hf(
 
 
 class _Matcher:
-    """Matches stored tensors to parameters.
-
-    found: tensors not yet used. weights: used ones by name, None where a problem was noted.
-    """
+    """Matches stored tensors to parameters; the weight of a tensor with a problem is None."""
 
     def __init__(self, directory: Path, cfg: Config, layout: str | None, weights: str | None):
         self.directory, self.cfg, self.layout = directory, cfg, layout
@@ -166,9 +154,8 @@ class _Matcher:
         self._tied_head()
         wanted = param_specs(self.cfg)
         if not self.cfg.tie_word_embeddings and _HEAD not in self.found:
-            log.warning(
-                "%s: no %s (a base model): it can embed, not generate", self.directory, _HEAD
-            )
+            text = "%s: no %s (a base model): it can embed, not generate"
+            log.warning(text, self.directory, _HEAD)
             wanted = [param for param in wanted if param.path != ("head",)]
         leaves: dict[TreePath, LazyTensor] = {}
         for param in wanted:
@@ -183,12 +170,10 @@ class _Matcher:
         groups: dict[str, list[Stored]] = defaultdict(list)
         for tensor in tensors:
             if tensor.dtype in FP8 and self.block is None:
-                raise InputError(
-                    f"{tensor.where}: {tensor.dtype}, but {CONFIG} has no {QUANTIZATION} with the "
-                    f"size of its blocks; fetch {CONFIG} again or take the bf16 release"
-                )
-            name = released_name(tensor.name)
-            if name is not None:
+                lacks = f"but {CONFIG} has no {QUANTIZATION} with the size of its blocks"
+                advice = f"fetch {CONFIG} again or take the bf16 release"
+                raise InputError(f"{tensor.where}: {tensor.dtype}, {lacks}; {advice}")
+            if (name := released_name(tensor.name)) is not None:
                 groups[name].append(tensor)
         for name, group in groups.items():
             if len(group) > 1:
@@ -255,10 +240,9 @@ class _Matcher:
             return
         scales = (self.scales.get(name + SUFFIX) for name in (_HEAD, _EMBED))
         if not (self._same(head, embed) and self._same(*scales)):
-            raise InputError(
-                f"{self.directory}: {_HEAD} differs from {_EMBED}, but config.json ties them; set "
-                f"tie_word_embeddings to false there to keep both"
-            )
+            differs = f"{_HEAD} differs from {_EMBED}, but config.json ties them"
+            advice = "set tie_word_embeddings to false there to keep both"
+            raise InputError(f"{self.directory}: {differs}; {advice}")
         del self.found[_HEAD]
         self.scales.pop(_HEAD + SUFFIX, None)
 
@@ -286,11 +270,10 @@ class _Matcher:
         if stored is None:
             return
         if self.layout is None and d == 2 * m and stored.shape == (e, d, d):
-            raise InputError(
-                f"{stored.where}: got {list(stored.shape)}, which may be the released layout or that "
-                f"of transformers 5 (hidden_size is twice moe_intermediate_size); give "
-                f"--expert-layout {' or '.join(LAYOUTS)}"
-            )
+            may_be = "may be the released layout or that of transformers 5"
+            why = f"{may_be} (hidden_size is twice moe_intermediate_size)"
+            advice = f"give --expert-layout {' or '.join(LAYOUTS)}"
+            raise InputError(f"{stored.where}: got {list(stored.shape)}, which {why}; {advice}")
         # gate_up decides for both: the shape of down is ambiguous where hidden_size equals
         # moe_intermediate_size.
         transposed = self.layout is None and stored.shape == (e, 2 * m, d)
@@ -318,19 +301,13 @@ class _Matcher:
     def _fused(self, name: str, shape: tuple[int, int, int]) -> Experts | None:
         """Experts from one tensor [E, out, in]; notes a problem and gives None."""
         count, inner, outer = shape
-        weight = self._take(name, (count, outer, inner))
-        if weight is None:
-            return None
-        self._check_blocks(weight, weight.tensor.where)
-        return Experts([weight], shape)
+        if weight := self._take(name, (count, outer, inner)):
+            self._check_blocks(weight, weight.tensor.where)
+        return Experts([weight], shape) if weight else None
 
     def _check_blocks(self, weight: Weight, where: str, width: int = 0) -> None:
         """Notes blocks of kept FP8 that do not transpose: not square, or cut at `width`."""
-        if not weight.keep:
-            return
-        assert self.block is not None
-        if self.block[0] != self.block[1] or width % self.block[0]:
-            self.problems.append(
-                f"blocks of {where}: {list(self.block)} do not fit the released layout of experts, in "
-                f"which FP8 is kept; load or convert it without weights fp8"
-            )
+        if weight.keep and self.block and (len(set(self.block)) > 1 or width % self.block[0]):
+            layout = "the released layout of experts, in which FP8 is kept"
+            unfit = f"blocks of {where}: {list(self.block)} do not fit {layout}"
+            self.problems.append(f"{unfit}; load or convert it without weights fp8")

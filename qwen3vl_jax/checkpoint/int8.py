@@ -7,15 +7,12 @@ head, attention, MLP and experts. Norms, biases, the router and the vision tower
 once per image, where 8 bits save no time.
 """
 
-from __future__ import annotations
-
 import math
 import threading
-from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES, LazyTensor
+from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES, LazyTensor, Leaves
 from qwen3vl_jax.checkpoint.name_map import ParamSpec, param_specs
 from qwen3vl_jax.checkpoint.param_paths import TreePath, path_str
 from qwen3vl_jax.config import Config
@@ -35,17 +32,12 @@ def int8_params(cfg: Config) -> dict[TreePath, ParamSpec]:
     }
 
 
-def quantize_leaves(
-    cfg: Config, leaves: Mapping[TreePath, LazyTensor]
-) -> dict[TreePath, LazyTensor]:
+def quantize_leaves(cfg: Config, leaves: Leaves) -> dict[TreePath, LazyTensor]:
     """The leaves with values and scale in place of each quantized array; nothing is read yet."""
     wanted = int8_params(cfg)
     out: dict[TreePath, LazyTensor] = {}
     for path, leaf in leaves.items():
-        if path in wanted:
-            out |= _pair(wanted[path], leaf)
-        else:
-            out[path] = leaf
+        out |= _pair(wanted[path], leaf) if path in wanted else {path: leaf}
     return out
 
 
@@ -69,27 +61,21 @@ def _pair(param: ParamSpec, leaf: LazyTensor) -> dict[TreePath, LazyTensor]:
 
 def quantize(param: ParamSpec, array: np.ndarray) -> dict[str, np.ndarray]:
     """{values, scale} of a parameter's array. Raises InputError for a weight that is not finite."""
-    scale = scales_of(param, array)
-    codes = np.empty(array.shape, np.int8)
-    flat, flat_scale = _flat(param, codes), _flat(param, scale)
-    for strip, values in _strips(_flat(param, array)):
-        flat[strip] = np.rint(values / flat_scale[strip])
-    return {VALUES: codes, SCALE: scale}
-
-
-def scales_of(param: ParamSpec, array: np.ndarray) -> np.ndarray:
-    """The scales of a parameter's array, 1 for a channel of zeros. Raises InputError as `quantize`."""
-    scale = np.empty(param.channels, np.float32)
-    flat = _flat(param, scale)
-    for strip, values in _strips(_flat(param, array)):
+    codes, scale = np.empty(array.shape, np.int8), np.empty(param.channels, np.float32)
+    flat, flat_codes, flat_scale = (_flat(param, x) for x in (array, codes, scale))
+    step = max(1, _STRIP // math.prod(flat.shape[1:]))
+    for start in range(0, len(flat), step):
+        strip = slice(start, start + step)
+        values = flat[strip].astype(np.float32)
         top = np.max(np.abs(values), axis=1, keepdims=True) / 127
-        flat[strip] = np.where(top == 0, 1, top)
-    if not np.isfinite(scale).all():
-        raise InputError(
-            f"{path_str(param.path)}: holds NaN or infinite weights, which int8 cannot hold; fetch "
-            f"the checkpoint again or load it without int8"
-        )
-    return scale
+        if not np.isfinite(top).all():
+            what = "holds NaN or infinite weights, which int8 cannot hold"
+            advice = "fetch the checkpoint again or load it without int8"
+            raise InputError(f"{path_str(param.path)}: {what}; {advice}")
+        # A channel of zeros has scale 1.
+        flat_scale[strip] = np.where(top == 0, 1, top)
+        flat_codes[strip] = np.rint(values / flat_scale[strip])
+    return {VALUES: codes, SCALE: scale}
 
 
 def _flat(param: ParamSpec, array: np.ndarray) -> np.ndarray:
@@ -97,11 +83,3 @@ def _flat(param: ParamSpec, array: np.ndarray) -> np.ndarray:
     first, last = param.summed[0], param.summed[-1] + 1
     cut = (array.shape[:first], array.shape[first:last], array.shape[last:])
     return array.reshape([math.prod(axes) for axes in cut])
-
-
-def _strips(flat: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """(slice, float32 values) of strips along the first axis."""
-    step = max(1, _STRIP // math.prod(flat.shape[1:]))
-    for start in range(0, len(flat), step):
-        strip = slice(start, start + step)
-        yield strip, flat[strip].astype(np.float32)

@@ -1,17 +1,17 @@
 """A tensor that is not read yet. No jax in here."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 
 from qwen3vl_jax.checkpoint.param_paths import TreePath
 
+_T = TypeVar("_T")
 # A part of an array: one slice without a step for each axis.
 Index = tuple[slice, ...]
 # The keys at the path of a weight held in 8 bits.
@@ -44,6 +44,10 @@ class LazyTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+# The arrays of a parameter tree by path.
+Leaves = Mapping[TreePath, LazyTensor]
+
+
 def in_memory(array: np.ndarray) -> LazyTensor:
     """Wraps an in-memory array as a LazyTensor."""
     return LazyTensor(array.shape, array.dtype, lambda: array)
@@ -56,12 +60,12 @@ def eight_bit(paths: Iterable[TreePath]) -> set[TreePath]:
 
 
 def read_ahead(
-    read: Callable[[TreePath], list[np.ndarray]], paths: Iterable[TreePath]
-) -> Iterator[tuple[TreePath, list[np.ndarray]]]:
+    read: Callable[[TreePath], _T], paths: Iterable[TreePath]
+) -> Iterator[tuple[TreePath, _T]]:
     """(path, read(path)) in order; threads read the next few while the caller uses one."""
-    pending: deque[tuple[TreePath, Future[list[np.ndarray]]]] = deque()
+    pending: deque[tuple[TreePath, Future[_T]]] = deque()
 
-    def first() -> tuple[TreePath, list[np.ndarray]]:
+    def first() -> tuple[TreePath, _T]:
         path, parts = pending.popleft()
         return path, parts.result()
 

@@ -9,8 +9,6 @@ E experts, M expert width. Vision: L positions, W hidden, A heads, B head, U fee
 T frames, P patch side, X = merge^2 * W, O merger output.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re
@@ -106,8 +104,7 @@ class HFTensor:
     def scale_shape(self, block: Block) -> tuple[int, ...]:
         """The shape of the tree's scales for blocks [A, B] of the file.
 
-        A scale of the tree covers the greatest common divisor of the axis and the block. So a block
-        that crosses heads becomes several equal scales.
+        A scale covers the greatest common divisor of axis and block: a block across heads becomes several.
         """
         cut = zip(self.axes, self._covered(block))
         return tuple(n for axis, (_, few) in cut for n in (*axis[:-1], axis[-1] // few))
@@ -161,20 +158,17 @@ class ParamSpec:
 
     def assemble(self, tensors: list[np.ndarray]) -> np.ndarray:
         """The tree's array from the file's tensors: a view of one, a copy of several."""
-        parts = [tensor.reshape(part.shape) for tensor, part in zip(tensors, self.parts)]
-        return parts[0] if self.axis is None else np.concatenate(parts, self.axis)
+        return self._joined([x.reshape(part.shape) for x, part in zip(tensors, self.parts)])
 
     def cut(self, tensors: list[np.ndarray], index: Index) -> np.ndarray:
         """A copy of `assemble(tensors)[index]`; all is copied only if the index cuts the parts' axis."""
         if self.axis is None or index[self.axis].indices(n := self.shape[self.axis]) != (0, n, 1):
             return np.array(self.assemble(tensors)[index])
-        parts = [tensor.reshape(part.shape)[index] for tensor, part in zip(tensors, self.parts)]
-        return np.concatenate(parts, self.axis)
+        return self._joined([x.reshape(part.shape)[index] for x, part in zip(tensors, self.parts)])
 
     def assemble_scales(self, scales: list[np.ndarray], block: Block) -> np.ndarray:
         """The tree's scales from those of the file's tensors."""
-        parts = [part.expand_scales(scale, block) for scale, part in zip(scales, self.parts)]
-        return parts[0] if self.axis is None else np.concatenate(parts, self.axis)
+        return self._joined([part.expand_scales(x, block) for x, part in zip(scales, self.parts)])
 
     def split(self, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
         """(name, tensor) pairs of the file: the exact inverse of `assemble`."""
@@ -192,15 +186,14 @@ class ParamSpec:
             shape[self.axis] = sum(each[self.axis] for each in shapes)
         return tuple(shape)
 
+    def _joined(self, parts: list[np.ndarray]) -> np.ndarray:
+        return parts[0] if self.axis is None else np.concatenate(parts, self.axis)
+
     def _pieces(self, array: np.ndarray) -> Iterator[tuple[HFTensor, np.ndarray]]:
-        start = 0
-        for part in self.parts:
-            piece = array
-            if self.axis is not None:
-                stop = start + part.shape[self.axis]
-                piece = array[(slice(None),) * self.axis + (slice(start, stop),)]
-                start = stop
-            yield part, piece
+        if self.axis is None:
+            return zip(self.parts, [array])
+        ends = np.cumsum([part.shape[self.axis] for part in self.parts])
+        return zip(self.parts, np.split(array, ends[:-1], self.axis))
 
 
 def _sizes(cfg: Config) -> dict[str, int]:
@@ -218,32 +211,27 @@ def _sizes(cfg: Config) -> dict[str, int]:
 
 def _counts(cfg: Config) -> dict[str, int]:
     """The number of times that each section of the table occurs."""
-    layers = cfg.text.num_hidden_layers
+    layers, is_moe = cfg.text.num_hidden_layers, cfg.text.num_experts > 0
     return {
-        "top": 1,
-        "head": int(not cfg.tie_word_embeddings),
-        "layer": layers,
-        "bias": layers * cfg.text.attention_bias,
-        "dense": layers * (cfg.text.num_experts == 0),
-        "moe": layers * (cfg.text.num_experts > 0),
-        "block": cfg.vision.depth,
-        "tap": len(cfg.vision.deepstack_visual_indexes),
-    }
-
-
-def _part(name: str, spec: str, sizes: dict[str, int]) -> HFTensor:
-    groups = re.findall(r"\(.*?\)|\S+", spec)
-    axes = (tuple(sizes[letter] for letter in group.strip("()").split()) for group in groups)
-    return HFTensor(name, tuple(axes))
+        "top": 1, "head": int(not cfg.tie_word_embeddings),
+        "layer": layers, "bias": layers * cfg.text.attention_bias,
+        "dense": layers * (not is_moe), "moe": layers * is_moe,
+        "block": cfg.vision.depth, "tap": len(cfg.vision.deepstack_visual_indexes),
+    }  # fmt: skip
 
 
 def param_specs(cfg: Config) -> list[ParamSpec]:
     """Every array of a config's parameter tree."""
     sizes, counts = _sizes(cfg), _counts(cfg)
+
+    def axes(spec: str) -> tuple[tuple[int, ...], ...]:
+        groups = re.findall(r"\(.*?\)|\S+", spec)
+        return tuple(tuple(sizes[x] for x in group.strip("()").split()) for group in groups)
+
     found = []
     for section, path, axis, parts in _TABLE:
         for i in range(counts[section]):
-            held = tuple(_part(name.format(i=i), spec, sizes) for name, spec in parts)
+            held = tuple(HFTensor(name.format(i=i), axes(spec)) for name, spec in parts)
             found.append(ParamSpec(parse_path(path.format(i=i)), held, axis))
     return found
 
@@ -270,10 +258,7 @@ def to_hf(cfg: Config, params: Any) -> dict[str, np.ndarray]:
 
 
 def released_name(name: str) -> str | None:
-    """The released name of a re-exported tensor; None for a rotary table's buffer.
-
-    Wrappers add "module." or "model."; base models omit "model." or "language_model.".
-    """
+    """The released name of a re-exported tensor; None for a rotary table's buffer."""
     if name.endswith("inv_freq"):
         return None
     bare = re.sub(r"^(?:(?:module|model)\.)+", "", name)

@@ -5,8 +5,6 @@ and their TypeHandler takes them in groups; `python -m benchmarks.convert` measu
 files are Orbax's own: `StandardCheckpointer().restore(directory)` reads them without this module.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools
@@ -23,13 +21,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from qwen3vl_jax.checkpoint.digests import (
-    DIGESTS,
-    DamagedError,
-    check_digests,
-    digest,
-    saved_digests,
-)
+from qwen3vl_jax.checkpoint import digests
+from qwen3vl_jax.checkpoint.digests import DamagedError, digest
 from qwen3vl_jax.checkpoint.lazy_tensor import Index, LazyTensor
 from qwen3vl_jax.checkpoint.param_paths import TreePath, flatten, path_str
 from qwen3vl_jax.errors import InputError
@@ -57,10 +50,7 @@ def _context() -> tensorstore.Context:
 
 
 class _Handler(ocp.type_handlers.NumpyHandler):
-    """Writes LazyTensors in groups of at most _GROUP bytes; opens stored arrays as LazyTensors.
-
-    wrote: called with the name of each written array and the array.
-    """
+    """Writes LazyTensors in groups of _GROUP bytes, then wrote(name, array); opens stored arrays."""
 
     def __init__(self, wrote: Callable[[str, np.ndarray], None]):
         super().__init__(deepcopy_host_arrays=False)
@@ -100,12 +90,8 @@ class _Handler(ocp.type_handlers.NumpyHandler):
             spec = ocp.type_handlers.get_json_tspec_read(info, info.is_ocdbt_checkpoint)
             store = await tensorstore.open(spec, open=True, read=True, context=info.ts_context)
             parts = functools.partial(_read_parts, store)
-            dtype = store.dtype.numpy_dtype
-            leaves.append(
-                LazyTensor(
-                    tuple(store.shape), dtype, lambda store=store: store.read().result(), parts
-                )
-            )
+            load = functools.partial(lambda store: store.read().result(), store)
+            leaves.append(LazyTensor(tuple(store.shape), store.dtype.numpy_dtype, load, parts))
         return leaves
 
 
@@ -160,24 +146,24 @@ def write_tree(
     wrote: called with the bytes of each written tensor. Raises InputError for a full disk.
     """
     save_args = jax.tree.map(lambda leaf: ocp.SaveArgs(chunk_byte_size=_CHUNK), tree)
-    digests: dict[str, str] = {}
+    found: dict[str, str] = {}
 
     def note(name: str, array: np.ndarray) -> None:
-        digests[name] = digest(array)
+        found[name] = digest(array)
         wrote(array.nbytes)
 
     with writable(directory), ocp.Checkpointer(_tree_handler(note)) as checkpointer:
         checkpointer.save(for_orbax(directory), args=ocp.args.PyTreeSave(tree, save_args))
-    (directory / DIGESTS).write_text(write_json(digests, DIGESTS, indent=0) + "\n")
+    text = write_json(found, digests.DIGESTS, indent=0)
+    (directory / digests.DIGESTS).write_text(text + "\n")
 
 
 def open_tree(directory: Path) -> dict[TreePath, LazyTensor]:
     """The arrays of an Orbax checkpoint by path, unread; `load` checks them against their digests.
 
-    An array that is read in parts is not checked. Raises DamagedError for a directory that Orbax cannot
-    read; `load` raises it for an array that cannot be read or whose digest differs.
+    An array that is read in parts is not checked. Raises DamagedError, as `load` does.
     """
-    saved = saved_digests(directory)
+    saved = digests.saved_digests(directory)
     return {path: _checked(directory, saved, path, leaf) for path, leaf in _open(directory)}
 
 
@@ -201,40 +187,29 @@ def _open(directory: Path) -> list[tuple[TreePath, LazyTensor]]:
     # Other processes may read something else, or nothing: no barrier.
     me = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
-    with (
-        readable(directory),
-        ocp.Checkpointer(_tree_handler(), multiprocessing_options=alone) as checkpointer,
-    ):
-        args = ocp.args.PyTreeRestore(stored, restore_args=as_lazy)
+    args = ocp.args.PyTreeRestore(stored, restore_args=as_lazy)
+    reader = ocp.Checkpointer(_tree_handler(), multiprocessing_options=alone)
+    with readable(directory), reader as checkpointer:
         found = flatten(checkpointer.restore(for_orbax(directory), args=args))
     # Empty nodes, such as those of an optimizer's state, are None.
     return [(path, leaf) for path, leaf in found if isinstance(leaf, LazyTensor)]
 
 
 def verify_tree(directory: Path) -> tuple[int, int]:
-    """(number, bytes) of the arrays of an Orbax checkpoint, all read and equal to their digests.
-
-    Raises DamagedError with a list of the others, InputError for a checkpoint without digests.
-    """
-    saved = saved_digests(directory)
+    """(number, bytes) of a checkpoint's arrays, all equal to their digests. Raises InputError."""
+    saved = digests.saved_digests(directory)
     if saved is None:
-        raise InputError(
-            f"{directory}: got no digests, expected those of convert and train.py; it is of an older "
-            f"release: write it again"
-        )
-    found: dict[str, str] = {}
+        found = "got no digests, expected those of convert and train.py"
+        raise InputError(f"{directory}: {found}; it is of an older release: write it again")
     leaves = _open(directory)
-    for path, leaf in leaves:
-        with readable(directory):
-            found[path_str(path)] = digest(leaf.load())
-    check_digests(directory, found, saved)
+    with readable(directory):
+        read = {path_str(path): digest(leaf.load()) for path, leaf in leaves}
+    digests.check_digests(directory, read, saved)
     return len(leaves), sum(leaf.nbytes for _, leaf in leaves)
 
 
 # Errors of a store that cannot be reached; the checkpoint may be intact.
-_AWAY = re.compile(
-    "PERMISSION_DENIED|UNAVAILABLE|UNAUTHENTICATED|DEADLINE_EXCEEDED|Permission denied"
-)
+_AWAY = re.compile("(?i:permission.denied)|UNAVAILABLE|UNAUTHENTICATED|DEADLINE_EXCEEDED")
 _FULL = re.compile("No space left|RESOURCE_EXHAUSTED|quota|File too large", re.IGNORECASE)
 # Our own errors, and those of a full device or host memory.
 _OTHERS = (InputError, RuntimeError, MemoryError)

@@ -4,8 +4,6 @@ A path is ("layers", 3, "attn", "qkv"); as text it is "layers.3.attn.qkv". Where
 the path has no layer index: ("layers", "attn", "qkv").
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

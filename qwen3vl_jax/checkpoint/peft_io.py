@@ -4,11 +4,8 @@ Experts have the layout of PEFT's ParamWrapper: A [E r, inner] by expert and ran
 and expert. The two parameters of one module are nested, the inner one under "base_layer".
 """
 
-from __future__ import annotations
-
 import collections
 import difflib
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,14 +14,14 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from qwen3vl_jax.checkpoint.adapter_map import Adapter, LoraTarget, lora_targets
+from qwen3vl_jax.checkpoint.adapter_map import Adapter, LoraTarget, Matrices, lora_targets
 from qwen3vl_jax.checkpoint.name_map import released_name
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.storage.atomic_dir import atomic_dir
 from qwen3vl_jax.storage.json_text import read_json_file, write_json
-from qwen3vl_jax.storage.paths import as_path
-from qwen3vl_jax.storage.safetensors_files import DTYPES, Files, Stored, read_header
+from qwen3vl_jax.storage.paths import AnyPath, as_path
+from qwen3vl_jax.storage.safetensors_files import DTYPES, Files, Stored, read_header, refuse_pickles
 
 SETTINGS, MATRICES = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX, _NESTED = "base_model.model.", ".base_layer"
@@ -34,42 +31,25 @@ _KEY = re.compile(
 )
 _TABLE = re.compile(r".*\b(?:lm_head|embed_tokens)(?:\.base_layer)?\.weight")
 # Settings of adapters that are more than two matrices a module, or whose base is not the release.
-_REFUSED = [
-    "use_dora",
-    "lora_bias",
-    "fan_in_fan_out",
-    "modules_to_save",
-    "trainable_token_indices",
-    "layer_replication",
-    "use_qalora",
-    "use_bdlora",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "velora_config",
-    "kasa_config",
-    "monteclora_config",
-    "megatron_config",
-]
+_REFUSED = re.compile(
+    "use_(dora|qalora|bdlora)|lora_bias|fan_in_fan_out|modules_to_save|trainable_token_indices"
+    "|layer_replication|alora_invocation_tokens|(arrow|velora|kasa|monteclora|megatron)_config"
+)
 # Values of init_lora_weights that leave the base unchanged.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva")
 
-Matrices = dict[str, np.ndarray]
+_Pair = tuple[np.ndarray, np.ndarray]  # A and B
 
 
 def save_adapter(
-    out: str | os.PathLike[str],
-    cfg: Config,
-    weights: Mapping[str, Any],
-    adapter: Adapter,
-    base_name: str = "",
+    out: AnyPath, cfg: Config, weights: Matrices, adapter: Adapter, base_name: str = ""
 ) -> None:
     """Writes a directory that PEFT loads onto transformers' model, complete or not at all.
 
-    weights: {NAME.a, NAME.b} of `lora_targets`, layers stacked; they are written in their dtype.
-    base_name: the name of the adapted model. Raises InputError if `out` exists.
+    weights: {NAME.a, NAME.b} of `lora_targets`, layers stacked. Raises InputError if `out` exists.
     """
     known = lora_targets(cfg)
-    tensors: Matrices = {}
+    tensors: dict[str, np.ndarray] = {}
     for name in adapter.ranks:
         sides = [np.asarray(weights[f"{name}.{side}"]) for side in "ab"]
         tensors |= _tensors(known[name], sides[0], sides[1], adapter.ranks)
@@ -82,14 +62,13 @@ def save_adapter(
 
 def _tensors(
     target: LoraTarget, a: np.ndarray, b: np.ndarray, ranks: Mapping[str, tuple[int, ...]]
-) -> Matrices:
-    """The files' tensors of one target."""
+) -> dict[str, np.ndarray]:
     found = {}
     for i, (module, rank) in enumerate(zip(target.modules, ranks[target.name], strict=True)):
         if not rank:
             continue
-        one = (a[i], b[i]) if target.stacked else (a, b)
-        one_a, one_b = one[0][..., :rank, :], one[1][..., :rank]
+        here = i if target.stacked else ...
+        one_a, one_b = a[here][..., :rank, :], b[here][..., :rank]
         if target.experts:
             one_a = one_a.reshape(-1, target.inner)
             one_b = one_b.transpose(1, 2, 0).reshape(target.outer, -1)
@@ -148,12 +127,11 @@ def _shortened(names: list[str], every: list[str]) -> list[str]:
     return list(dict.fromkeys(chosen))
 
 
-def load_adapter(directory: str | os.PathLike[str], cfg: Config) -> tuple[Matrices, Adapter]:
+def load_adapter(directory: AnyPath, cfg: Config) -> tuple[dict[str, np.ndarray], Adapter]:
     """({NAME.a, NAME.b}, settings) of a PEFT directory: matrices of `lora_targets`, layers stacked.
 
-    Layers without an adapter, and ranks below a target's largest, are zero. Raises InputError for
-    files that cannot be read, modules that this model does not have, shapes that do not fit, and
-    adapters of more than two matrices a module (DoRA, modules_to_save, biases).
+    Layers without an adapter, and ranks below a target's largest, are zero. Raises InputError for files
+    that cannot be read or do not fit, and for more than two matrices a module (DoRA, biases).
     """
     directory = as_path(directory)
     settings = _read_settings(directory)
@@ -163,7 +141,7 @@ def load_adapter(directory: str | os.PathLike[str], cfg: Config) -> tuple[Matric
     for target in known.values():
         for i, module in enumerate(target.modules):
             by_module[module].append((target, i))
-    layers: dict[str, dict[int, tuple[np.ndarray, np.ndarray]]] = {}
+    layers: dict[str, dict[int, _Pair]] = {}
     for module, a, b in pairs:
         if module not in by_module:
             near = difflib.get_close_matches(module, by_module, 1)
@@ -175,14 +153,12 @@ def load_adapter(directory: str | os.PathLike[str], cfg: Config) -> tuple[Matric
         layers[target.name][i] = pair
     ranks, alphas, weights = {}, {}, {}
     for name, target in known.items():
-        if name in layers:
-            pairs_of = layers[name]
-            rank = {i: a.shape[-2] for i, (a, _) in pairs_of.items()}
+        if found := layers.get(name):
+            rank = {i: a.shape[-2] for i, (a, _) in found.items()}
             ranks[name] = tuple(rank.get(i, 0) for i in range(len(target.modules)))
             alphas[name] = tuple(_alpha(settings, module) for module in target.targets)
-            weights[f"{name}.a"], weights[f"{name}.b"] = _stacked(
-                target, pairs_of, max(ranks[name])
-            )
+            a, b = _stacked(target, found, max(rank.values()))
+            weights |= {f"{name}.a": a, f"{name}.b": b}
     dropout = float(settings.get("lora_dropout") or 0.0)
     return weights, Adapter(ranks, alphas, dropout, bool(settings.get("use_rslora")))
 
@@ -193,36 +169,27 @@ def _read_settings(directory: Path) -> dict[str, Any]:
     if not (directory / SETTINGS).is_file():
         raise InputError(f"{directory}: has no {SETTINGS}, expected a PEFT adapter's directory")
     settings = read_json_file(directory / SETTINGS)
-    if settings.get("peft_type") != "LORA":
-        kind = settings.get("peft_type")
-        raise InputError(f"{directory}: peft_type: got {kind!r}, expected 'LORA'")
-    for key in _REFUSED:
-        if settings.get(key):
-            raise InputError(
-                f"{directory}: {key}: got {settings[key]!r}, expected plain LoRA, two matrices a "
-                f"module; merge the adapter with PEFT and load the whole model"
-            )
-    if settings.get("bias", "none") != "none":
-        raise InputError(f"{directory}: bias: got {settings['bias']!r}, expected 'none'")
+    for key, given, wanted in (("peft_type", None, "LORA"), ("bias", "none", "none")):
+        if (found := settings.get(key, given)) != wanted:
+            raise InputError(f"{directory}: {key}: got {found!r}, expected {wanted!r}")
+    for key, found in settings.items():
+        if found and _REFUSED.fullmatch(key):
+            advice = "merge the adapter with PEFT and load the whole model"
+            expected = f"expected plain LoRA, two matrices a module; {advice}"
+            raise InputError(f"{directory}: {key}: got {found!r}, {expected}")
     start = settings.get("init_lora_weights", True)
     if start not in _PLAIN_STARTS:
-        raise InputError(
-            f"{directory}: init_lora_weights: got {start!r}, which changed the base weights; save the "
-            f"adapter with PEFT's path_initial_model_for_weight_conversion"
-        )
+        what = f"init_lora_weights: got {start!r}, which changed the base weights"
+        advice = "save the adapter with PEFT's path_initial_model_for_weight_conversion"
+        raise InputError(f"{directory}: {what}; {advice}")
     return settings
 
 
-def _read_pairs(
-    directory: Path, table: tuple[int, ...]
-) -> list[tuple[str, np.ndarray, np.ndarray]]:
+def _read_pairs(directory: Path, table: tuple[int, ...]) -> list[tuple[str, Any, Any]]:
     """(module, A, B) of every pair in the file; table: the shape of the embedding."""
     file, files = directory / MATRICES, Files()
-    if not file.is_file() and any(directory.glob("adapter_model.bin")):
-        raise InputError(
-            f"{directory}: got matrices in a pickle, expected safetensors (reading a pickle runs the "
-            f"code in it); save it again with safe_serialization"
-        )
+    if not file.is_file():
+        refuse_pickles(directory, [path.name for path in directory.glob("adapter_model.bin")])
     found: dict[tuple[str, str], dict[str, Stored]] = {}
     for tensor in read_header(file):
         match = _KEY.fullmatch(tensor.name)
@@ -246,19 +213,15 @@ def _read_pairs(
 
 def _matched(
     where: Path, module: str, options: list[tuple[LoraTarget, int]], a: np.ndarray, b: np.ndarray
-) -> tuple[LoraTarget, int, tuple[np.ndarray, np.ndarray]]:
-    """The target and layer of a pair, and the pair in our axes. Raises InputError.
-
-    Shapes distinguish the two parameters of experts. An older PEFT read [E, in, out] as transformers
-    5's [E, out, in], so its A belongs to the output side and its B to the input side.
-    """
+) -> tuple[LoraTarget, int, _Pair]:
+    """The target and layer of a pair by its shapes, and the pair in our axes. Raises InputError."""
     sides = (a.shape[-1], b.shape[0]) if a.ndim == b.ndim == 2 else ()
+    # An older PEFT read experts [E, in, out] as [E, out, in]: A is then of the output side.
     for swapped in (False, True) if options[0][0].experts else (False,):
         for target, i in options:
             count = max(target.experts, 1)
-            inner_outer = (target.inner, target.outer)
-            fits = sides == (inner_outer[::-1] if swapped else inner_outer)
-            if not fits or a.shape[0] != b.shape[1] or a.shape[0] % count or not len(a):
+            wanted = (target.outer, target.inner) if swapped else (target.inner, target.outer)
+            if sides != wanted or len(a) != b.shape[1] or len(a) % count or not len(a):
                 continue
             if not target.experts:
                 return target, i, (a, b)
@@ -267,9 +230,8 @@ def _matched(
                 return target, i, (b.transpose(2, 1, 0), a.transpose(0, 2, 1))
             return target, i, (a, b.transpose(2, 0, 1))
     wanted = " or ".join(f"[r {target.inner}] and [{target.outer} r]" for target, _ in options)
-    raise InputError(
-        f"{where}: {module}: got A {list(a.shape)} and B {list(b.shape)}, expected {wanted}"
-    )
+    found = f"A {list(a.shape)} and B {list(b.shape)}"
+    raise InputError(f"{where}: {module}: got {found}, expected {wanted}")
 
 
 def _alpha(settings: Mapping[str, Any], target: str) -> float:
@@ -280,9 +242,7 @@ def _alpha(settings: Mapping[str, Any], target: str) -> float:
     return float(settings.get("lora_alpha", 8))
 
 
-def _stacked(
-    target: LoraTarget, layers: Mapping[int, tuple[np.ndarray, np.ndarray]], rank: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _stacked(target: LoraTarget, layers: Mapping[int, _Pair], rank: int) -> _Pair:
     """A and B of a target with layers stacked, zero in layers without an adapter."""
     dtype = np.result_type(*(side.dtype for pair in layers.values() for side in pair))
     a, b = (np.zeros(shape, dtype) for shape in target.shapes(rank))

@@ -7,9 +7,6 @@
 `orbax.checkpoint.StandardCheckpointer().restore(DIR / "params")` reads it without this package.
 """
 
-from __future__ import annotations
-
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,23 +24,22 @@ from qwen3vl_jax.config import TIED, Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model.structs import Params
 from qwen3vl_jax.storage.atomic_dir import CONFIG, atomic_dir
-from qwen3vl_jax.storage.paths import as_path
+from qwen3vl_jax.storage.paths import AnyPath, as_path
 from qwen3vl_jax.storage.safetensors_files import side_files
 
 
 def save_params(
-    out: str | os.PathLike[str],
+    out: AnyPath,
     params: Params,
     config: Config | Mapping[str, Any] | None = None,
-    files_from: str | os.PathLike[str] | None = None,
+    files_from: AnyPath | None = None,
     force: bool = False,
 ) -> None:
     """Writes an Orbax directory from a parameter tree, complete or not at all.
 
-    config: a Config or a config.json's dict; None takes the config.json of files_from. FP8 weights
-    need a dict with their quantization_config.
-    files_from: a checkpoint directory whose tokenizer, template and other files are copied.
-    Raises InputError if `out` exists (force replaces a checkpoint) or params do not fit the config.
+    config: a Config or a config.json's dict (which FP8 weights need); None takes that of files_from, a
+    checkpoint directory whose tokenizer, template and other files are copied. Raises InputError if `out`
+    exists (force replaces a checkpoint) or params do not fit the config.
     """
     source = None if files_from is None else as_path(files_from)
     raw = config.to_hf() if isinstance(config, Config) else config
@@ -64,15 +60,12 @@ def save_params(
     lazy = jax.tree.map(lazy_copy, as_dicts(params))
     leaves = dict(flatten(lazy))
     if not all(isinstance(leaf, LazyTensor) for leaf in leaves.values()):
-        raise InputError(
-            "save_params: got parameters with an adapter, expected plain ones; save "
-            "qwen3vl_jax.lora.merge(params)"
-        )
+        what = "got parameters with an adapter, expected plain ones"
+        raise InputError(f"save_params: {what}; save qwen3vl_jax.lora.merge(params)")
     fp8 = check_stored(as_path(out), cfg, leaves, described) is not None
     names = side_files(source, leave_out=[PARAMS]) if source else []
-    with atomic_dir(
-        as_path(out), force, needs=sum(leaf.nbytes for leaf in leaves.values())
-    ) as stage:
+    size = sum(leaf.nbytes for leaf in leaves.values())
+    with atomic_dir(as_path(out), force, needs=size) as stage:
         write_tree(stage / PARAMS, lazy)
         if source:
             kept = [name for name in names if raw is None or name != Path(CONFIG)]

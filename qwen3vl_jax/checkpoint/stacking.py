@@ -1,7 +1,5 @@
 """Layers of both towers: per-layer lists (inference) <-> stacked arrays (training)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +27,5 @@ def unstack_layers(params: Params) -> Params:
 
 
 def _map_layers(params: Params, fn: Callable) -> Params:
-    """The parameters with fn applied to the layers of both towers."""
     vision = {**params["vision"], "blocks": fn(params["vision"]["blocks"])}
     return {**params, "layers": fn(params["layers"]), "vision": vision}

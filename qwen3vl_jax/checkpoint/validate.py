@@ -1,7 +1,5 @@
 """Checks of a checkpoint's arrays against its config.json and the weights that the caller wants."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +8,7 @@ import numpy as np
 
 from qwen3vl_jax.checkpoint.config_files import QUANTIZATION
 from qwen3vl_jax.checkpoint.fp8 import block_of
-from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES, LazyTensor
+from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES, Leaves
 from qwen3vl_jax.checkpoint.name_map import Block, param_specs
 from qwen3vl_jax.checkpoint.param_paths import TreePath, path_str
 from qwen3vl_jax.config import Config
@@ -30,34 +28,26 @@ class MismatchError(ProblemsError):
 
 
 def check_weights(where: Path, held: str | None, weights: str | None) -> None:
-    """Raises InputError if a checkpoint cannot give the wanted weights.
-
-    held: the checkpoint's kind, "fp8", "int8" or None. weights: the wanted kind.
-    """
+    """Raises InputError if a checkpoint that holds "fp8", "int8" or None cannot give the wanted weights."""
     if weights not in (None, *WEIGHTS):
         raise InputError(f"weights: got {weights!r}, expected None or {' or '.join(WEIGHTS)}")
     if weights == "fp8" and held != "fp8":
-        found = "int8 weights" if held else "no FP8 weights"
-        raise InputError(
-            f"{where}: holds {found}, and weights fp8 needs an FP8 release; take one, or leave it out"
-            + ("" if held else ", or take weights int8")
-        )
+        found, more = ("int8 weights", "") if held else ("no FP8 weights", ", or take weights int8")
+        found += ", and weights fp8 needs an FP8 release"
+        raise InputError(f"{where}: holds {found}; take one, or leave it out{more}")
     if weights == "int8" and held == "fp8":
-        raise InputError(
-            f"{where}: holds FP8 weights, which int8 would round again; take weights fp8, which needs "
-            f"no more memory, or the bf16 release"
-        )
+        found = "holds FP8 weights, which int8 would round again"
+        advice = "take weights fp8, which needs no more memory, or the bf16 release"
+        raise InputError(f"{where}: {found}; {advice}")
 
 
-def stored_kind(stored: Mapping[TreePath, LazyTensor]) -> str | None:
+def stored_kind(stored: Leaves) -> str | None:
     """The kind of an Orbax checkpoint's weights: "fp8", "int8" or None."""
     kinds = {_KINDS.get(leaf.dtype) for path, leaf in stored.items() if path[-1] == VALUES}
     return min((kind for kind in kinds if kind), default=None)
 
 
-def check_stored(
-    where: Path, cfg: Config, stored: Mapping[TreePath, LazyTensor], raw: Mapping[str, Any]
-) -> Block | None:
+def check_stored(where: Path, cfg: Config, stored: Leaves, raw: Mapping[str, Any]) -> Block | None:
     """The block of an Orbax checkpoint's FP8 weights, or None; its arrays are those of the config.
 
     raw: the config.json's dict. An untied head may be absent (a base model). Raises MismatchError.
@@ -79,9 +69,8 @@ def check_stored(
             problems.append(_dtype_problem(values, stored, expected))
         if scale in stored and stored[scale].dtype != np.float32:
             problems.append(_dtype_problem(scale, stored, "float32"))
-    problems += [
-        f"missing {path_str(path)} {list(wanted[path])}" for path in wanted.keys() - stored.keys()
-    ]
+    missing = wanted.keys() - stored.keys()
+    problems += [f"missing {path_str(path)} {list(wanted[path])}" for path in missing]
     problems += [f"unknown {path_str(path)}" for path in stored.keys() - wanted.keys()]
     for path in wanted.keys() & stored.keys():
         if stored[path].shape != wanted[path]:
@@ -92,5 +81,5 @@ def check_stored(
     return block
 
 
-def _dtype_problem(path: TreePath, stored: Mapping[TreePath, LazyTensor], expected: str) -> str:
+def _dtype_problem(path: TreePath, stored: Leaves, expected: str) -> str:
     return f"dtype of {path_str(path)}: found {stored[path].dtype}, expected {expected}"

@@ -1,12 +1,10 @@
 """infer.py without another mode: answers one conversation, and prints the answer as it comes."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import sys
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,12 +12,7 @@ import qwen3vl_jax as q3
 from qwen3vl_jax.cli import common
 from qwen3vl_jax.cli.infer_arguments import check_media, input_options, read_messages
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.processing.encoded_prompt import (
-    EncodedPrompt,
-    EncodedVideo,
-    UsedFrames,
-    to_hf_arrays,
-)
+from qwen3vl_jax.processing.encoded_prompt import EncodedPrompt, EncodedVideo, to_hf_arrays
 from qwen3vl_jax.processing.media import load_image
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.processing.tokenizer import TextStream
@@ -64,9 +57,8 @@ def conversation(args: argparse.Namespace) -> tuple[list[dict], list[dict] | Non
     """The messages to answer and the tools they may call. Raises InputError."""
     if args.messages:
         if args.prompt or args.system:
-            raise InputError(
-                "--messages: the file holds the whole conversation, leave --prompt and --system out"
-            )
+            why = "the file holds the whole conversation"
+            raise InputError(f"--messages: {why}, leave --prompt and --system out")
         return read_messages(args.messages)
     if not args.ckpt and not args.image and not args.video:
         args.image, args.prompt = [str(common.DEMO_IMAGE)], args.prompt or common.DEMO_PROMPT
@@ -92,22 +84,20 @@ def read_prompt(args: argparse.Namespace) -> Prompt:
     (encoded,) = prompts
     held = {"video" if x.is_video else "image" for x in encoded.images}
     check_media(args, held, "the conversation has no {}; leave it out")
-    videos = [x for x in encoded.images if isinstance(x, EncodedVideo) and x.frames]
+    videos = [x for x in encoded.images if isinstance(x, EncodedVideo)]
     for number, video in enumerate(videos, 1):
-        used, patch = cast(UsedFrames, video.frames), processor.config.vision.patch_size
-        print(
-            f"video {number}: {len(used.indices)} frames, second {used.seconds[0]:.1f} to "
-            f"{used.seconds[-1]:.1f}, {patch * video.grid[2]} x {patch * video.grid[1]}",
-            file=sys.stderr,
-        )
+        if used := video.frames:
+            _, high, wide = (processor.config.vision.patch_size * side for side in video.grid)
+            times = f"second {used.seconds[0]:.1f} to {used.seconds[-1]:.1f}"
+            frames = f"{len(used.indices)} frames, {times}, {wide} x {high}"
+            print(f"video {number}: {frames}", file=sys.stderr)
     limit = common.max_length(args, processor)
     if args.draw and "image" not in held:
         raise InputError("--draw: the conversation has no image to draw on; give --image")
     if (length := len(encoded.ids)) >= limit:
-        raise InputError(
-            f"the prompt has {length} tokens and the cache holds {limit} (--max-len): shorten the "
-            "prompt, lower --max-pixels (--video-max-pixels, --fps), or allow more"
-        )
+        found = f"the prompt has {length} tokens and the cache holds {limit} (--max-len)"
+        lower = "shorten the prompt, lower --max-pixels (--video-max-pixels, --fps)"
+        raise InputError(f"{found}: {lower}, or allow more")
     return Prompt(directory, processor, encoded, messages, limit)
 
 

@@ -5,8 +5,6 @@ that the others see or not. At the end process 0 receives all answers and writes
 kill the same command goes on, with any number of processes.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses
@@ -59,9 +57,8 @@ def run(args: argparse.Namespace, _: contextlib.ExitStack, status: Status) -> No
     held: dict[str, int] = {}
 
     def load(scope: contextlib.ExitStack) -> tuple[Any, Any]:
-        params, cfg = common.load_checkpoint(
-            args, directory, scope, status, common.demo_notice(args)
-        )
+        notice = common.demo_notice(args)
+        params, cfg = common.load_checkpoint(args, directory, scope, status, notice)
         # Of all rows' caches and an image, the most that lines of usual length need.
         slots = settings.rows * min(LONG, settings.max_len)
         limits = {k: v for k in ("min_pixels", "max_pixels") if (v := settings.inputs.get(k))}
@@ -93,17 +90,12 @@ def answer_file(
     index: int = 0,
     count: int = 1,
 ) -> int:
-    """Answers every line of `source` into `out`; gives the number of lines with errors.
-
-    The same call again goes on after a kill or a full disk, and tries lines with errors again. `out` is
-    put in its place at the end, see batch_journal.py. Of `count` processes this is the `index`th, and
-    process 0 writes `out`.
+    """Answers every line of `source` into `out`, as process `index` of `count`; the number of errors.
 
     load: called once the files are known to be usable. made_with: what else an answer depends on, the
-    same in a later call. A line is {id?, messages, tools?, and any of KEYS}; a result {id, text,
-    finish_reason, prompt_tokens, completion_tokens, logprobs?}, or {id, error, finish_reason "error"}.
-    Raises InputError for files that cannot be used (see Journal), for a line that changes meanwhile, and
-    where the processes see other lines.
+    same in a later call, which goes on. A line is {id?, messages, tools?, and any of KEYS}; a result {id,
+    text, finish_reason, prompt_tokens, completion_tokens, logprobs?}, or {id, error, finish_reason
+    "error"}. Raises InputError for files that cannot be used (see Journal), or that change meanwhile.
     """
     lines, work = distributed.agreed(
         lambda: (read_lines(source), _settings_of_work(source, out, settings, made_with))
@@ -126,11 +118,8 @@ def answer_file(
     if first and count > 1:
         print(f"{out}: {len(lines)} lines of {count} processes", file=sys.stderr)
     if first and first.errors:
-        print(
-            f'{first.errors} of them could not be used, see "error" there; the same command tries them '
-            "again, corrected or not",
-            file=sys.stderr,
-        )
+        unused = f'{first.errors} of them could not be used, see "error" there'
+        print(f"{unused}; the same command tries them again, corrected or not", file=sys.stderr)
     return distributed.from_first(first.errors if first else 0)
 
 
@@ -230,17 +219,16 @@ class _Work:
         self.bar.update(self.task, advance=1, description=f"{rate:.0f} tokens/s")
 
     def _count(self, name: str) -> int:
-        """A counter's sum over all engines."""
         return sum(getattr(stats, name) for stats in self.passes)
 
     def _summary(self) -> str:
-        """One line for people."""
         there = f" ({self.there} were there)" if self.there else ""
         seconds, tokens = time.perf_counter() - self.start, self._count("tokens")
         busy = self._count("row_steps") / max(sum(s.steps * s.rows for s in self.passes), 1)
+        names = ("prefilled", "reused", "encoded", "shown")
+        prefilled, reused, encoded, shown = map(self._count, names)
         return (
             f"{self.journal.out}: {len(self.journal.done)} lines{there}, {tokens} tokens in "
             f"{seconds:.1f} s ({tokens / seconds:.0f}/s), rows busy {busy:.0%}, prompt tokens "
-            f"{self._count('prefilled')} run and {self._count('reused')} reused, images "
-            f"{self._count('encoded')} encoded of {self._count('shown')} shown"
+            f"{prefilled} run and {reused} reused, images {encoded} encoded of {shown} shown"
         )

@@ -3,9 +3,7 @@
 Every line of OUT.partial is a JSON object that ends with a checksum of its other bytes: {"settings",
 "checksum"} at each start, {"line", "digest", "error", "result", "checksum"} for each finished line, where
 error true means that the next run tries the line again. A killed process leaves at worst a torn line.
-OUT is put in its place once each line of the input has a result; then OUT.partial is removed, or stays
-while some results are errors. Of several processes the first has OUT and OUT.partial, others
-OUT.partial.1, ..
+Of several processes the first has OUT and OUT.partial, others OUT.partial.1, ..
 """
 
 from __future__ import annotations
@@ -44,10 +42,9 @@ class Line:
         """Its bytes. Raises InputError where they are no longer those that were counted."""
         text = read_range(source, self.start, self.size)
         if digest_of(text) != self.digest:
-            raise InputError(
-                f"--input {source}: line {self.number} changed while it was being answered; put the "
-                "file back as it was and run the same command again"
-            )
+            changed = f"line {self.number} changed while it was being answered"
+            advice = "put the file back as it was and run the same command again"
+            raise InputError(f"--input {source}: {changed}; {advice}")
         return text
 
 
@@ -60,9 +57,8 @@ def read_lines(path: Path) -> list[Line]:
     """Every line that is not blank, without its text. Raises InputError for a file without any."""
     found, start = [], 0
     if kind(path) == "folder" or (path.exists() and not path.is_file()):
-        raise InputError(
-            f"--input {path}: is a folder or a pipe, expected a file: it is read more than once"
-        )
+        found = "is a folder or a pipe"
+        raise InputError(f"--input {path}: {found}, expected a file: it is read more than once")
     try:
         with path.open("rb") as file:
             for number, text in enumerate(file, 1):
@@ -82,8 +78,7 @@ class Journal:
     def __init__(self, out: Path, lines: list[Line], settings: Mapping[str, Any], index: int = 0):
         """Continues the work on `out`, or begins it; `index`: which of several processes this is.
 
-        Raises InputError while another process works on it, for an `out` that is not of this work, and
-        for an OUT.partial of other settings, of other lines, or of another program.
+        Raises InputError while another process works on it, and for files that are not of this work.
         """
         self.out, self._place = out, absolute(out)
         self.path = self._place.with_name(f"{self._place.name}.partial" + f".{index}" * bool(index))
@@ -160,20 +155,15 @@ class Journal:
                     self._append(entry["line"], line, entry["error"])
 
     def finish(self) -> None:
-        """Puts OUT in its place, for every line has a result; removes OUT.partial if none is an error.
-
-        Raises InputError where that cannot be; OUT and OUT.partial are then as they were.
-        """
+        """Puts OUT in its place and removes OUT.partial if no result is an error. Raises InputError."""
         with self._writing():
             self.log.sync()
             with replacing(self._place) as file:
                 for line in self.lines:
                     text = _checked(self.log.read(*self._at[line.number]))
                     if text is None:
-                        raise InputError(
-                            f"{self.path}: the answer of line {line.number} is damaged; the same "
-                            "command gives it again"
-                        )
+                        what = f"the answer of line {line.number} is damaged"
+                        raise InputError(f"{self.path}: {what}; the same command gives it again")
                     file.write(text.partition(_RESULT)[2] + b"\n")  # as it was written
             if not self.errors:
                 self.log.remove()
@@ -216,11 +206,8 @@ class Journal:
             self._check_same(log.path, settings, digests)
         if damaged:
             names = ", ".join(map(str, damaged[:_NAMED])) + ", .." * (len(damaged) > _NAMED)
-            print(
-                f"{log.path}: damaged or cut off, and left out: line {names}; prompts without an "
-                "answer are answered again",
-                file=sys.stderr,
-            )
+            left_out = f"{log.path}: damaged or cut off, and left out: line {names}"
+            print(f"{left_out}; prompts without an answer are answered again", file=sys.stderr)
         if not text.endswith(b"\n"):
             log.cut(start)
         return found
@@ -231,22 +218,17 @@ class Journal:
         for name in sorted(before.keys() | self.settings.keys()):
             old, new = before.get(name), self.settings.get(name)
             if old != new:
-                raise InputError(
-                    f"{path}: was begun with {name} {old!r}, now it is {new!r}; give the same again, "
-                    f"or {self._afresh}"
-                )
+                begun = f"was begun with {name} {old!r}, now it is {new!r}"
+                raise InputError(f"{path}: {begun}; give the same again, or {self._afresh}")
         last = max(self._digests, default=0)
         for number, digest in digests.items():
-            if number > last:
-                raise InputError(
-                    f"{path}: line {number} of the input was answered, which now ends with line {last}; "
-                    f"put it back, or {self._afresh}"
-                )
             if self._digests.get(number) != digest:
-                raise InputError(
-                    f"{path}: line {number} of the input is no longer the one that was answered"
-                    f"{' or the options are others' * (settings is None)}; put it back, or {self._afresh}"
-                )
+                change = "is no longer the one that was answered"
+                change += " or the options are others" * (settings is None)
+                if number > last:
+                    change = f"was answered, which now ends with line {last}"
+                what = f"line {number} of the input {change}"
+                raise InputError(f"{path}: {what}; put it back, or {self._afresh}")
 
     def _append(self, number: int, text: bytes, error: bool = False) -> None:
         """Adds a line of a log with the result of line `number` of the input."""
@@ -263,15 +245,13 @@ class Journal:
             return
         old = self._place.with_name(f"{self._place.name}.journal")
         if kind(old):
-            raise InputError(
-                f"{old}: is of an earlier version of this program; finish the work with that version, or "
-                f"delete {old.name} and {self._place.name} to start afresh"
-            )
+            what = "is of an earlier version of this program; finish the work with that version"
+            afresh = f"delete {old.name} and {self._place.name} to start afresh"
+            raise InputError(f"{old}: {what}, or {afresh}")
         if found and file_size(self._place):
-            raise InputError(
-                f"--output {self.out}: is there and has no {self.path.name} to go on from: it is "
-                "finished, or another program's; name another file"
-            )
+            what = f"is there and has no {self.path.name} to go on from"
+            why = "it is finished, or another program's; name another file"
+            raise InputError(f"--output {self.out}: {what}: {why}")
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -282,10 +262,9 @@ class Journal:
             # A store's client has errors of its own.
             if isinstance(e, InputError) or not (isinstance(e, OSError) or is_remote(self.out)):
                 raise
-            raise InputError(
-                f"--output {self.out}: cannot be written ({getattr(e, 'strerror', None) or e}); what was "
-                "finished is kept, the same command goes on"
-            ) from e
+            found = f"cannot be written ({getattr(e, 'strerror', None) or e})"
+            kept = "what was finished is kept, the same command goes on"
+            raise InputError(f"--output {self.out}: {found}; {kept}") from e
 
 
 def _entry(text: bytes) -> dict[str, Any] | None:

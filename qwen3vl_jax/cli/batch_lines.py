@@ -1,7 +1,5 @@
 """One line of an --input file: read into a request for the engine, and answered with a result."""
 
-from __future__ import annotations
-
 import dataclasses
 import queue
 import threading
@@ -101,9 +99,8 @@ def read_line(
             raise InputError(f"holds {len(prompts)} conversations, expected one")
         length, most = len(prompts[0].ids), settings.max_len
         if length >= most:
-            raise InputError(
-                f"the prompt has {length} tokens, prompt and answer may have {most} (--max-len)"
-            )
+            limit = f"prompt and answer may have {most} (--max-len)"
+            raise InputError(f"the prompt has {length} tokens, {limit}")
         limit = min(request.max_new_tokens, most - length)
         request = dataclasses.replace(request, arrays=prompts[0], max_new_tokens=limit)
         return Prepared(line, name, request, length, request.stop_strings, logprobs)
@@ -118,10 +115,7 @@ def _error(line: Line, name: Any, why: str) -> Result:
 
 
 def read_ahead(make: Callable[[_T], _U], items: Iterable[_T]) -> Iterator[_U | None]:
-    """make(item) of every item, by threads ahead of need, roughly in order; None: none is ready.
-
-    The threads are daemons: the process can end while one hangs.
-    """
+    """make(item) of items, by daemon threads ahead of need, roughly in order; None: none is ready."""
     rest, asked, made = iter(items), queue.SimpleQueue(), queue.SimpleQueue()
 
     def work() -> None:

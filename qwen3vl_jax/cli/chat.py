@@ -1,7 +1,5 @@
 """A chat in the terminal: turns read line by line, answers streamed, the cache kept between turns."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import re
@@ -18,13 +16,8 @@ from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.inference.chat_session import ChatState, take_turn
 from qwen3vl_jax.model.structs import Params
 from qwen3vl_jax.processing.processor import Processor
-from qwen3vl_jax.runtime.console import (
-    Status,
-    handling,
-    interrupt_heard,
-    memory_advice,
-    memory_parts,
-)
+from qwen3vl_jax.runtime import console
+from qwen3vl_jax.runtime.console import Status, memory_advice
 
 HELP = (
     "/image PATH and /video PATH go with the next question; /new starts afresh; /quit ends, /help says "
@@ -83,8 +76,7 @@ def converse(
 ) -> None:
     """Reads questions until /quit or the end of input, and prints each answer as it comes.
 
-    media: images and videos that go with the first question; options are those of `take_turn`. An error
-    of a turn (no such file, a prompt too long) is one line, and the chat goes on.
+    media go with the first question; options are those of `take_turn`. An error of a turn is one line.
     """
     opening = [{"role": "system", "content": system}] if system else []
     inputs = options.get("inputs")
@@ -132,8 +124,8 @@ def _answer(params, proc, asked, state, options) -> tuple[str, ChatState]:
     slots = options["max_new_tokens"] + patches // proc.config.vision.merge_unit
     slots += 0 if state is None else len(state.ids)
     turn, stop = take_turn(params, proc, asked, state, **options), _CtrlC()
-    held = memory_parts(params, proc.config, slots, patches, "about")
-    with memory_advice(held, ADVICE), handling([signal.SIGINT], stop), Status() as status:
+    held = console.memory_parts(params, proc.config, slots, patches, "about")
+    with memory_advice(held, ADVICE), console.handling([signal.SIGINT], stop), Status() as status:
         status.show("compiling and reading" if state is None else "reading", line=False)
         try:
             piece = next(turn)
@@ -160,18 +152,14 @@ class _CtrlC:
     pressed = False
 
     def __call__(self, *_: Any) -> None:
-        """The handler of SIGINT, which only marks the first one."""
-        interrupt_heard.set()
+        console.interrupt_heard.set()
         if self.pressed:
             raise KeyboardInterrupt
         self.pressed = True
 
 
 def _message(proc: Processor, answer: str, prompt: str) -> Item:
-    """An answer as a message; its reasoning stays in the text if the template has no place for it.
-
-    prompt: the text before the answer, which may open a <think> for it.
-    """
+    """An answer as a message; its reasoning stays in the text if the template has no place for it."""
     message = proc.parse(answer, prompt).message()
     if "reasoning_content" in message and not proc.template.writes_of_answers("reasoning_content"):
         opened = "<think>\n" if prompt.rstrip().endswith("<think>") else ""

@@ -1,12 +1,10 @@
 """What the modes of infer.py share: the demo's files, the processor, the sampling, the weights."""
 
-from __future__ import annotations
-
 import argparse
-import contextlib
 import dataclasses
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +29,12 @@ def open_checkpoint(args: argparse.Namespace) -> tuple[Path, Processor]:
 def max_length(args: argparse.Namespace, processor: Processor) -> int:
     """Tokens that prompt and answer may have together."""
     positions = processor.config.text.max_position_embeddings
-    if args.max_len is not None and args.max_len > positions:
-        print(
-            f"--max-len {args.max_len}: the model has {positions} positions (max_position_embeddings), "
-            "answers beyond them may be bad",
-            file=sys.stderr,
-        )
-    return positions if args.max_len is None else args.max_len
+    if args.max_len is None:
+        return positions
+    if args.max_len > positions:
+        has = f"the model has {positions} positions (max_position_embeddings)"
+        print(f"--max-len {args.max_len}: {has}, answers beyond may be bad", file=sys.stderr)
+    return args.max_len
 
 
 def read_sampling(args: argparse.Namespace, processor: Processor) -> q3.Sampling:
@@ -68,16 +65,11 @@ def demo_notice(args: argparse.Namespace, messages: Sequence[dict] | None = None
 
 
 def load_checkpoint(
-    args: argparse.Namespace,
-    directory: Path,
-    scope: contextlib.ExitStack,
-    status: Status,
-    notice: str = "",
+    args: argparse.Namespace, directory: Path, scope: ExitStack, status: Status, notice: str = ""
 ) -> tuple[Any, q3.Config]:
     """(params, cfg) in --dtype; the default on a CPU is float32. Raises InputError where it does not fit.
 
-    They are on --mesh, or on the devices that a large model needs: that mesh is the ambient one until
-    `scope` ends. With --input it has this process's devices, else those of all processes.
+    They are on --mesh, or the devices that a large model needs, which is ambient until `scope` ends.
     """
     import jax
 

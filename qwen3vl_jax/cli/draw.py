@@ -1,7 +1,5 @@
 """--draw: draws the boxes and points of an answer on its images."""
 
-from __future__ import annotations
-
 import dataclasses
 import io
 import re
@@ -36,8 +34,7 @@ class Mark:
 def read_marks(text: str) -> tuple[list[Mark], int]:
     """The bbox_2d and point_2d entries of an answer, in order, and how many could not be read.
 
-    Reads JSON, plain or in a code fence, with any number of lists and nested objects; of an answer that
-    was cut off, the complete objects. Text around them is ignored.
+    Reads the JSON in a text, plain or in a code fence; of an answer cut off, the complete objects.
     """
     # Labels in TeX have backslashes that JSON does not know.
     text = _BACKSLASH.sub(lambda found: found[1] or r"\\", text)
@@ -105,24 +102,19 @@ def draw_marks(image: Image.Image, marks: list[Mark]) -> Image.Image:
 
 
 def draw_answer(out: Path, messages: list[dict], text: str, beside: list[str]) -> None:
-    """Draws the answer's marks on each image of the conversation: OUT.png, OUT-2.png, ..
-
-    beside: files of the images that have no source. Raises InputError for a file that cannot be written.
-    """
+    """Draws the answer's marks on each image: OUT.png, OUT-2.png, ..; beside: files without a source."""
     (marks, unread), feed = read_marks(text), iter(beside)
+    notes = []
     if unread:
-        print(
-            f"--draw: {unread} entries of the answer cannot be read (not JSON, cut off, or no "
-            "numbers); they are not drawn",
-            file=sys.stderr,
-        )
+        why = "not JSON, cut off, or no numbers"
+        notes += [f"{unread} entries of the answer cannot be read ({why}); they are not drawn"]
     if outside := sum(not all(0 <= v <= GRID for v in mark.place) for mark in marks):
-        print(
-            f"--draw: {outside} marks reach outside the image, expected coordinates from 0 to {GRID}",
-            file=sys.stderr,
-        )
+        notes += [f"{outside} marks reach outside the image, expected coordinates from 0 to {GRID}"]
     if not marks:
-        print("--draw: the answer holds no bbox_2d or point_2d; nothing is drawn", file=sys.stderr)
+        notes += ["the answer holds no bbox_2d or point_2d; nothing is drawn"]
+    for note in notes:
+        print(f"--draw: {note}", file=sys.stderr)
+    if not marks:
         return
     images = [m for m in read_conversation(messages)[1] if m.kind == "image"]
     for number, medium in enumerate(images, 1):

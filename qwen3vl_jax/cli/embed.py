@@ -1,7 +1,5 @@
 """infer.py --embed and --rerank: a vector, or a score for each document, as JSON."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 

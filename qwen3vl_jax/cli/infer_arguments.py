@@ -1,7 +1,5 @@
 """infer.py's options, the modes in which each has a meaning, and all checks of them that need no file."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import re
@@ -61,8 +59,8 @@ def _add_prompt_and_model(group: Group) -> None:
     add("--image", **many, help="an image: a file, gs:// or http(s) address; may be repeated")
     add("--video", **many, help="a video, likewise; may be repeated")
     group(title, "ask", "chat")("--system", metavar="TEXT", help="the system prompt")
-    group(title, "ask")("--messages", type=argument, metavar="FILE",
-        help="a conversation in place of --prompt: [{role, content}, ..]")  # fmt: skip
+    conversation = "a conversation in place of --prompt: [{role, content}, ..]"
+    group(title, "ask")("--messages", type=argument, metavar="FILE", help=conversation)
     add = group("the model")
     add("--ckpt", metavar="DIR|ID",
         help="Orbax or Hugging Face directory, or a Hub id (default: the bundled demo)")  # fmt: skip
@@ -87,14 +85,13 @@ def _add_answers_and_modes(group: Group) -> None:
     add("--stream", action="store_true", help="print the answer as it comes")
     add = group(title, "ask")
     add("--draw", type=argument, metavar="OUT.png", help="draw the answer's boxes and points")
-    add("--answers", **_number(1),
-        help="number of answers, from one prefill (default: %(default)s)")  # fmt: skip
+    add("--answers", **_number(1), help="number of answers, from one prefill (default: 1)")
     add = group("other modes")
-    add("--chat", action="store_true",
-        help="chat in the terminal; --image and --video go with the first question")  # fmt: skip
-    add("--input", type=argument, metavar="FILE.jsonl",
-        help="answer many prompts, one conversation a line; needs --output")  # fmt: skip
-    add("--output", type=argument, metavar="FILE.jsonl", help="where the answers to --input go")
+    with_media = "chat in the terminal; --image and --video go with the first question"
+    add("--chat", action="store_true", help=with_media)
+    lines: dict[str, Any] = {"type": argument, "metavar": "FILE.jsonl"}
+    add("--input", **lines, help="answer many prompts, a conversation a line; needs --output")
+    add("--output", **lines, help="where the answers to --input go")
     add("--embed", action="store_true", help="print the embedding of the prompt, a unit vector")
     add("--rerank", action="store_true", help="print how well each --document answers the prompt")
     add("--document", action="append", default=[], metavar="TEXT|FILE",
@@ -117,37 +114,32 @@ def _add_generation_and_media(group: Group) -> None:
     add("--max-new-tokens", **_number(1024), help="most tokens of an answer (default: %(default)s)")
     add("--max-len", type=int, metavar="N",
         help="most tokens of prompt and answer (default: the model's; --plan: up to 32,768)")  # fmt: skip
-    add("--prefill-chunk", **_number(8192),
-        help="prompt tokens of one prefill step (default: %(default)s)")  # fmt: skip
-    add("--stop", action="append", default=[], metavar="TEXT",
-        help="end the answer before this text; may be repeated")  # fmt: skip
+    add("--prefill-chunk", **_number(8192), help="prompt tokens of a prefill step (default: 8192)")
+    end = "end the answer before this text; may be repeated"
+    add("--stop", action="append", default=[], metavar="TEXT", help=end)
     add("--seed", **_number(0), help="seed of random choices (default: %(default)s)")
     add("--presence-penalty", type=float, default=0.0, metavar="X",
         help="make tokens already in the answer less likely (default: %(default)g, off)")  # fmt: skip
     add = group("sampling (default: what the checkpoint's generation_config.json says)", *modes)
     number, fraction = {"type": int, "metavar": "N"}, {"type": float, "metavar": "X"}
-    add(
-        "--temperature",
-        **fraction,
-        help="how random the choice of tokens is; 0 takes the likeliest",
-    )
+    add("--temperature", **fraction, help="how random the choice of tokens is; 0: the likeliest")
     add("--top-k", **number, help="choose among the N likeliest tokens; 0 is off")
-    add("--top-p", **fraction,
-        help="choose among the likeliest tokens that together have probability X; 1 is off")  # fmt: skip
-    add("--min-p", **fraction,
-        help="drop tokens less than X times as likely as the likeliest; 0 is off")  # fmt: skip
-    add("--repetition-penalty", **fraction,
-        help="over 1: make tokens of prompt and answer less likely; 1 is off")  # fmt: skip
+    add("--top-p", **fraction, help="choose among the likeliest of joint probability X; 1 is off")
+    add(
+        "--min-p",
+        **fraction,
+        help="drop tokens under X times the likeliest's probability; 0 is off",
+    )
+    less = "over 1: make tokens of prompt and answer less likely; 1 is off"
+    add("--repetition-penalty", **fraction, help=less)
     add("--min-new-tokens", **number, help="fewest tokens of an answer")
     add = group("images, videos and text")
-    add("--min-pixels", type=int, metavar="N", help="enlarge smaller images to this area")
-    add("--max-pixels", type=int, metavar="N", help="shrink larger images to this area")
-    add("--fps", type=float, metavar="X",
-        help="frames a second of a video (default: the checkpoint's, 2)")  # fmt: skip
-    add("--num-frames", type=int, metavar="N", help="frames of a video, in place of --fps")
-    add("--max-frames", type=int, metavar="N", help="most frames of a video (default: 768)")
-    add("--video-max-pixels", type=int, metavar="N",
-        help="shrink videos of more pixels (all frames together)")  # fmt: skip
+    add("--min-pixels", **number, help="enlarge smaller images to this area")
+    add("--max-pixels", **number, help="shrink larger images to this area")
+    add("--fps", **fraction, help="frames a second of a video (default: the checkpoint's, 2)")
+    add("--num-frames", **number, help="frames of a video, in place of --fps")
+    add("--max-frames", **number, help="most frames of a video (default: 768)")
+    add("--video-max-pixels", **number, help="shrink videos of more pixels, all frames together")
     add("--allow-special", action="store_true", help="encode special tokens written in the text, as "
         "<|im_end|>, as special tokens (default: as plain characters)")  # fmt: skip
 
@@ -157,10 +149,7 @@ def _number(default: int) -> dict[str, Any]:
 
 
 def arguments(argv: list[str] | None, description: str) -> argparse.Namespace:
-    """The options, `mode` (a module of cli/) among them; ends the process for unknown ones and --help.
-
-    Raises InputError for those that have no meaning together.
-    """
+    """The options and `mode`, a module of cli/. Raises InputError for those that mean nothing together."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser("infer.py", USAGE, description, epilog=EXAMPLES, formatter_class=raw)
     meant: dict[str, tuple[str, ...]] = {}
@@ -258,10 +247,9 @@ def mesh_sizes(text: str | None) -> dict[str, int] | None:
             raise InputError(f"--mesh {text}: {part!r}, expected AXIS=N; axes: {known}")
         if axis in sizes:
             raise InputError(f"--mesh {text}: duplicate axis {axis}")
-        if not number.removeprefix("-").isdecimal() or not (int(number) > 0 or int(number) == -1):
-            raise InputError(
-                f"--mesh {text}: {name} is {number!r}, expected a number from 1, or -1"
-            )
+        if not re.fullmatch(r"-1|0*[1-9]\d*", number, re.ASCII):
+            found = f"{name} is {number!r}"
+            raise InputError(f"--mesh {text}: {found}, expected a number from 1, or -1")
         sizes[axis] = int(number)
     if list(sizes.values()).count(-1) > 1:
         raise InputError(f"--mesh {text}: only one axis may be -1")
@@ -301,11 +289,12 @@ def media_rules(args: argparse.Namespace) -> MediaRules:
 
 def input_options(args: argparse.Namespace) -> dict[str, Any]:
     """Options of Processor.inputs: those of images, of videos, and special tokens."""
-    images = {k: v for k in ("min_pixels", "max_pixels") if (v := getattr(args, k)) is not None}
-    names = {"fps": "fps", "num_frames": "num_frames", "max_frames": "max_frames",
-             "video_max_pixels": "max_pixels"}  # fmt: skip
-    videos = {ours: v for name, ours in names.items() if (v := getattr(args, name)) is not None}
-    return {**images, "videos_kwargs": videos, "allow_special": args.allow_special}
+    given: dict[str, dict[str, Any]] = {"image": {}, "video": {}}
+    for name, kind in MEDIA.items():
+        if (value := getattr(args, name)) is not None:
+            given[kind][name.removeprefix("video_")] = value
+    videos = {"videos_kwargs": given["video"], "allow_special": args.allow_special}
+    return {**given["image"], **videos}
 
 
 def read_messages(path: Path) -> tuple[list[dict], list[dict] | None]:
@@ -313,12 +302,9 @@ def read_messages(path: Path) -> tuple[list[dict], list[dict] | None]:
     found = read_json_file(path, f"--messages {path}", (list, dict))
     found = {"messages": found} if isinstance(found, list) else found
     if unknown := found.keys() - {"messages", "tools"}:
-        raise InputError(
-            f"--messages {path}: unknown key {min(unknown)[:80]!r}, expected messages and tools"
-        )
+        key = f"{min(unknown)[:80]!r}"
+        raise InputError(f"--messages {path}: unknown key {key}, expected messages and tools")
     if not isinstance(found.get("messages"), list):
-        raise InputError(
-            f"--messages {path}: expected a list of messages, or an object with a list under "
-            '"messages"'
-        )
+        expected = 'a list of messages, or an object with a list under "messages"'
+        raise InputError(f"--messages {path}: expected {expected}")
     return found["messages"], found.get("tools")

@@ -1,7 +1,5 @@
 """infer.py --plan: compiles a decode step and a prefill for a machine that is not here."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 

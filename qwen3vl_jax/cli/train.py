@@ -6,18 +6,11 @@ RUN_DIR holds metrics.csv, evaluation.csv, checkpoints/, config.toml, tensorboar
 and curves.png. `python -m convert --to-hf RUN_DIR OUT` makes Hugging Face files of it.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.planning.machines import (
-    add_plan_arguments,
-    check_plan_arguments,
-    prepare_environment,
-    read_machine,
-)
+from qwen3vl_jax.planning import machines
 from qwen3vl_jax.runtime import distributed
 from qwen3vl_jax.runtime.chips import allow_gpu_memory
 from qwen3vl_jax.runtime.compile_cache import HELP, PROGRAMS, keep_programs
@@ -44,7 +37,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("changes", nargs="*", metavar="key=value",
         help="change keys of the recipe, as steps=200 data.sources.0.path=chats.jsonl")  # fmt: skip
     distributed.add_arguments(parser)
-    add = add_plan_arguments(parser).add_argument
+    add = machines.add_plan_arguments(parser).add_argument
     add("--tries", type=int, default=4, metavar="N", help="with --plan: compiles spent on the largest "
         "batch that fits, or on --search (default: %(default)s)")  # fmt: skip
     add("--search", action="store_true", help="with --plan: try meshes and remat policies")
@@ -60,9 +53,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def plan(args: argparse.Namespace, recipe: Recipe) -> bool:
     """Compiles the recipe's step for a machine that is not here; whether it, or one of a search, fits."""
-    machine = read_machine(args.plan, args.slices)
+    machine = machines.read_machine(args.plan, args.slices)
     # Before jax is imported.
-    prepare_environment(machine)
+    machines.prepare_environment(machine)
     from qwen3vl_jax.planning import command
 
     if args.search:
@@ -101,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     args = arguments(argv)
     try:
-        check_plan_arguments(args)
+        machines.check_plan_arguments(args)
         recipe = read_recipe(args.config, args.changes)
         if args.plan:
             return 0 if plan(args, recipe) else 1

@@ -1,7 +1,5 @@
 """The arrays that a user gives, checked: token ids, masks, labels, grids."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
@@ -19,10 +17,7 @@ def host_array(x: Any) -> np.ndarray:
 
 
 def integers(name: str, given: Any, as_floats: bool = False) -> np.ndarray:
-    """An argument as int64, with rows of one length; an empty one may have any type.
-
-    as_floats: whole numbers that are held as floats will do. Raises InputError.
-    """
+    """An argument as int64 with rows of one length; as_floats: whole floats will do. Raises InputError."""
     try:
         found = host_array(given)
     except ValueError as e:
@@ -42,10 +37,7 @@ def check_shape(name: str, found: np.ndarray, wanted: tuple[int, ...], text: str
 
 
 def ids_and_mask(input_ids: Any, attention_mask: Any) -> tuple[np.ndarray, np.ndarray]:
-    """input_ids as int32 [B T] and attention_mask as bool [B T] (all True without one).
-
-    Raises InputError.
-    """
+    """input_ids as int32 [B T], attention_mask as bool [B T] (all True without one). Raises InputError."""
     ids = integers("input_ids", input_ids)
     if ids.ndim != 2:
         raise InputError(f"input_ids: shape {ids.shape}, expected [B T]")
@@ -56,10 +48,7 @@ def ids_and_mask(input_ids: Any, attention_mask: Any) -> tuple[np.ndarray, np.nd
 
 
 def check_ids(name: str, given: Any, size: int) -> np.ndarray:
-    """Token ids as int32 of the same shape. Raises InputError for one without an embedding row.
-
-    size: rows of the embedding.
-    """
+    """Token ids as int32. Raises InputError for one outside an embedding of `size` rows."""
     ids = integers(name, given)
     wrong = ids[(ids < 0) | (ids >= size)]
     if wrong.size:
@@ -76,12 +65,13 @@ def check_labels(name: str, given: Any, size: int) -> np.ndarray:
     return labels.astype(np.int32)
 
 
-def grid_array(name: str, grid: Any) -> np.ndarray:
-    """A grid argument as int64 [n 3]; None and [] are no grids. Raises InputError."""
+def grid_array(name: str, grid: Any, merge: int) -> np.ndarray:
+    """A grid argument as int64 [n 3], sides multiples of `merge`; None is no grid. Raises InputError."""
     grid = integers(name, [] if grid is None else grid)
     grid = grid if grid.size else np.zeros((0, 3), np.int64)
     if grid.ndim != 2 or grid.shape[1] != 3 or (grid < 1).any():
-        raise InputError(
-            f"{name}: expected rows (t, h, w) of positive numbers, found {grid.tolist()}"
-        )
+        rows = "rows (t, h, w) of positive numbers"
+        raise InputError(f"{name}: expected {rows}, found {grid.tolist()}")
+    if (grid[:, 1:] % merge).any():
+        raise InputError(f"{name}: sides must be multiples of {merge}, found {grid.tolist()}")
     return grid

@@ -4,8 +4,6 @@ Whatever depends on an image's size or a prompt's length is worked out here and 
 so that the compiled functions never see it. Dims as in layers.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -14,15 +12,8 @@ import numpy as np
 from qwen3vl_jax.config import IGNORE_INDEX, Config, VisionConfig
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model.structs import Batch, VisionInputs
-from qwen3vl_jax.processing.array_checks import (
-    check_ids,
-    check_labels,
-    check_shape,
-    grid_array,
-    host_array,
-    ids_and_mask,
-    integers,
-)
+from qwen3vl_jax.processing import array_checks
+from qwen3vl_jax.processing.array_checks import check_shape, grid_array, host_array, integers
 from qwen3vl_jax.processing.encoded_prompt import EncodedPrompt, to_hf_arrays
 from qwen3vl_jax.processing.positions import frames_by_token, rope_index
 
@@ -42,23 +33,18 @@ def bucket(count: int) -> int:
 
 
 def make_vision(cfg: Config, pixels, grid_thw, pad: bool = True) -> VisionInputs:
-    """Patch rows [sum(t h w), C] of images and videos and their grids [n 3] -> VisionInputs.
+    """Patch rows [sum(t h w), C] of images and videos, in merge order, and grids [n 3] -> VisionInputs.
 
-    Rows are in merge order, one image after another. Padded to a bucket unless pad is False. Raises
-    InputError when rows and grids do not match.
+    Padded to a bucket unless pad is False. Raises InputError when rows and grids do not match.
     """
     c = cfg.vision
-    grid = grid_array("grid_thw", grid_thw)
+    grid = grid_array("grid_thw", grid_thw, c.spatial_merge_size)
     pixels = np.asarray(host_array(pixels), np.float32)
     count, width = int(grid.prod(1).sum()), int(np.prod(c.patch_shape))
     if pixels.shape != (count, width):
         raise InputError(
             f"pixel_values: shape {pixels.shape}, expected ({count}, {width}) from the grids "
             f"{grid.tolist()} and patches of {c.patch_shape}"
-        )
-    if (grid[:, 1:] % c.spatial_merge_size).any():
-        raise InputError(
-            f"grid_thw: sides must be multiples of {c.spatial_merge_size}: {grid.tolist()}"
         )
     tables = [_frame_tables(c, h, w) for t, h, w in grid.tolist() for _ in range(t)]
     sizes = [len(x[0]) for x in tables]
@@ -84,10 +70,7 @@ def merge_order(h: int, w: int, merge: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _frame_tables(c: VisionConfig, h: int, w: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Neighbours [hw 4] and bilinear weights [hw 4] in the position table, coordinates [hw 2].
-
-    The table's corners lie on the frame's corners (align_corners).
-    """
+    """Neighbours [hw 4] and their bilinear weights (align_corners) in the position table, places [hw 2]."""
     side = c.grid_side
     row, col = merge_order(h, w, c.spatial_merge_size)
 
@@ -125,11 +108,10 @@ def make_batch(
 ) -> Batch:
     """The arrays of a processor (ours, or transformers' 4.57 and 5; any array type) -> Batch.
 
-    Rows are padded on the right to a bucket unless pad is False; they may be padded left or right
-    already. inputs_embeds [B T D] stand in for input_ids, or beside them for their embeddings (images
-    and penalties need the ids). position_ids [B T] or [3 B T] and segment_ids [B T] (0 padding, 1..
-    packed samples) are for those who make their own; grids without pixels are for a call with
-    `features=`. Raises InputError for arguments that do not fit together.
+    Rows, padded on either side, are padded on the right to a bucket unless pad is False. inputs_embeds
+    [B T D] stand in for input_ids or for their embeddings. position_ids [B T] or [3 B T] and segment_ids
+    [B T] (0 padding, 1.. packed samples) are for those who make their own; grids without pixels are for a
+    call with `features=`. Raises InputError for arguments that do not fit together.
     """
     unknown = [k for k in dropped if k not in _DROPPED]
     if unknown:
@@ -138,26 +120,30 @@ def make_batch(
     ids, mask, embeds, labels = _checked_rows(cfg, *given)
     segments, grids = _segments(mask, segment_ids), (image_grid_thw, video_grid_thw)
     positions, delta = _positions(cfg, ids, mask, segments, position_ids, grids)
-    image_grid, video_grid = map(grid_array, ("image_grid_thw", "video_grid_thw"), grids)
+    merge = cfg.vision.spatial_merge_size
+    image_grid = grid_array("image_grid_thw", image_grid_thw, merge)
+    video_grid = grid_array("video_grid_thw", video_grid_thw, merge)
     vision = _vision(cfg, pixel_values, image_grid, pixel_values_videos, video_grid, pad)
     width = bucket(ids.shape[1]) if pad else ids.shape[1]
     rows = None
     if len(image_grid) + len(video_grid):
-        rows = _fit(_vision_rows(cfg, np.where(mask, ids, -1), image_grid), width, fill=-1)
+        rows = _vision_rows(cfg, np.where(mask, ids, -1), image_grid)
     return Batch(
         tokens=_fit(ids, width),
         positions=_fit(positions, width, axis=2),
         segment_ids=_fit(segments, width),
-        vision_rows=rows,
+        vision_rows=_fit(rows, width, fill=-1),
         delta=cast(Any, delta),
         vision=vision,
-        labels=None if labels is None else _fit(labels, width, fill=IGNORE_INDEX),
-        embeds=None if embeds is None else _fit(embeds, width),
+        labels=_fit(labels, width, fill=IGNORE_INDEX),
+        embeds=_fit(embeds, width),
     )
 
 
-def _fit(x: np.ndarray, width: int, axis: int = 1, fill: int = 0) -> Any:
-    """An array padded at the end of one axis."""
+def _fit(x: np.ndarray | None, width: int, axis: int = 1, fill: int = 0) -> Any:
+    """An array padded at the end of one axis; None stays None."""
+    if x is None:
+        return None
     extra = [(0, 0)] * x.ndim
     extra[axis] = (0, width - x.shape[axis])
     return np.pad(x, extra, constant_values=fill)
@@ -178,23 +164,20 @@ def group_batch(cfg: Config, prompts: Sequence[EncodedPrompt], width: int) -> Ba
 
 
 def _checked_rows(cfg: Config, input_ids, attention_mask, inputs_embeds, labels):
-    """Ids and mask [B T], embeddings [B T D] in place of the tokens' and labels [B T], or None for these.
-
-    Where there are embeddings alone, ids are past the vocabulary: they are no tokens. Raises InputError.
-    """
+    """Ids and mask [B T], embeddings [B T D] and labels [B T] or None; ids of embeddings are no tokens."""
     if input_ids is None and inputs_embeds is None:
         raise InputError("make_batch: expected input_ids or inputs_embeds, found neither")
     vocabulary, given = cfg.text.vocab_size, input_ids is not None
     embeds = None if inputs_embeds is None else host_array(inputs_embeds)
     input_ids = input_ids if embeds is None or given else np.full(embeds.shape[:2], vocabulary)
-    ids, mask = ids_and_mask(input_ids, attention_mask)
+    ids, mask = array_checks.ids_and_mask(input_ids, attention_mask)
     if not mask.any(axis=1).all() or not ids.size:
         empty = int(np.argmin(mask.any(axis=1))) if ids.size else 0
         raise InputError(f"input_ids: row {empty} of shape {ids.shape} has no attended token")
     if given:
-        check_ids("input_ids", ids[mask], vocabulary)
+        array_checks.check_ids("input_ids", ids[mask], vocabulary)
     if labels is not None:
-        labels = check_labels("labels", labels, vocabulary)
+        labels = array_checks.check_labels("labels", labels, vocabulary)
         check_shape("labels", labels, ids.shape, f"that of input_ids {ids.shape}")
     if embeds is not None:
         check_shape("inputs_embeds", embeds, (*ids.shape, cfg.text.hidden_size))
@@ -231,28 +214,24 @@ def _positions(cfg, ids, mask, segments, position_ids, grids) -> tuple[np.ndarra
     for token, frames in frames_by_token(cfg, *grids).items():
         need, found = sum(h * w for h, w in frames), int(((ids == token) & mask).sum())
         if need != found:
-            raise InputError(
-                f"input_ids: {found} placeholders (token {token}), the grids need {need}"
-            )
+            raise InputError(f"input_ids: {found} placeholders (token {token}), grids need {need}")
     top = np.where(segments > 0, positions.max(0), -1).max(1)
     return positions, (top + 1 - (segments > 0).sum(1)).astype(np.int32)
 
 
 def _vision(cfg, pixel_values, image_grid, pixel_values_videos, video_grid, pad):
     """Images first, then videos, as one VisionInputs; None for text or where features are kept."""
-    parts = []
-    both = (("pixel_values", pixel_values, image_grid),
-            ("pixel_values_videos", pixel_values_videos, video_grid))  # fmt: skip
-    for name, pixels, grid in both:
+    given = {"pixel_values": pixel_values, "pixel_values_videos": pixel_values_videos}
+    grids = [image_grid, video_grid]
+    for (name, pixels), grid in zip(given.items(), grids, strict=True):
         if pixels is not None and len(grid) == 0:
             raise InputError(f"make_batch: {name} came without its grids")
-        if pixels is not None:
-            parts.append(np.asarray(host_array(pixels), np.float32))
+    parts = [np.asarray(host_array(x), np.float32) for x in given.values() if x is not None]
     if not parts:
         return None
-    if len(parts) < (len(image_grid) > 0) + (len(video_grid) > 0):
+    if len(parts) < sum(len(grid) > 0 for grid in grids):
         raise InputError("make_batch: images and videos: the pixels of one of them are missing")
-    return make_vision(cfg, np.concatenate(parts), np.concatenate([image_grid, video_grid]), pad)
+    return make_vision(cfg, np.concatenate(parts), np.concatenate(grids), pad)
 
 
 def _vision_rows(cfg: Config, ids: np.ndarray, image_grid: np.ndarray) -> np.ndarray:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from qwen3vl_jax.processing.template_process import render
 from qwen3vl_jax.storage.json_text import read_json_file, read_regular, write_json
 from qwen3vl_jax.storage.paths import as_path
 
+Messages = list[dict[str, Any]]
+Ending = tuple[bool, bool]  # add_generation_prompt, continue_final_message
 _LARGEST = 1 << 22
 _CONTINUE = "CONTINUE_FINAL_MESSAGE_TAG "
 # The text that test prompts hold, to find out whether the template writes it.
@@ -36,9 +39,9 @@ class ChatTemplate:
     def from_dir(cls, directory: str | Path, chosen: str | Path | None = None) -> ChatTemplate:
         """The template of a checkpoint directory, or the chosen one.
 
-        Looked for in this order: chat_template.jinja (with additional_chat_templates/),
-        chat_template.json, processor_config.json, tokenizer_config.json. chosen: a file, a
-        template's own text, or the name of one of several. Without any, `render` raises InputError.
+        Looked for in chat_template.jinja (with additional_chat_templates/), chat_template.json,
+        processor_config.json, tokenizer_config.json. chosen: a file, a template's own text, or the name
+        of one of several. Without any, `render` raises InputError.
         """
         folder = as_path(directory)
         more = (folder / "additional_chat_templates").glob("*.jinja")
@@ -78,17 +81,14 @@ class ChatTemplate:
 
     def render(
         self,
-        messages: list[dict[str, Any]],
-        tools: list[dict[str, Any]] | None,
-        add_generation_prompt: bool,
-        continue_final_message: bool,
+        messages: Messages,
+        tools: Messages | None,
+        ending: Ending,
         variables: Mapping[str, Any],
     ) -> str:
-        """The prompt. continue_final_message leaves the last message open and adds no new turn.
-
-        Raises InputError with the template's own words where it refuses, or does not end.
-        """
+        """The prompt. Raises InputError with the template's own words where it refuses, or does not end."""
         template, final = self.text(bool(tools)), ""
+        add_generation_prompt, continue_final_message = ending
         if continue_final_message:
             add_generation_prompt = False
             messages, final = _open_end(messages)
@@ -106,47 +106,38 @@ class ChatTemplate:
         kept = rendered[at:].startswith(_CONTINUE)
         return rendered[:at] if kept else rendered[:at].rstrip()
 
-    def check_written(
-        self, messages: Sequence[Mapping[str, Any]], tools: Any, variables: Mapping[str, Any]
-    ) -> None:
-        """Raises InputError for tools, roles, tool calls and reasoning that the template leaves out.
-
-        Each is found by rendering one prompt of its kind. variables: of the tokenizer, as eos_token.
-        """
+    def check_written(self, messages: Messages, tools: Any, variables: Mapping[str, Any]) -> None:
+        """Raises InputError for tools, roles, calls and reasoning that a trial prompt shows left out."""
         self._variables = dict(variables)
         if tools and not self._writes("tools", [_ASKED], [_TOOL]):
             raise InputError("tools: the chat template has no place for tools; leave them out")
         for number, message in enumerate(messages, 1):
-            role, where = message["role"], f"message {number}: "
+            role, what = message["role"], f"message {number}: the chat template leaves out "
             if role != "assistant":
                 kind = f"a {role} message" + " after others" * (number > 1)
                 probe = {"role": role, "content": _WORD}
-                if not self._writes(kind, [*([_ASKED] if number > 1 else []), probe, _ASKED]):
-                    raise InputError(f"{where}the chat template leaves out {kind}")
+                if not self._writes(kind, [_ASKED, probe, _ASKED][number == 1 :]):
+                    raise InputError(f"{what}{kind}")
             for key in _ANSWER_PARTS:
                 if message.get(key) and not self.writes_of_answers(key):
-                    raise InputError(
-                        f"{where}the chat template leaves out {key}; take it out, or write it into content"
-                    )
+                    raise InputError(f"{what}{key}; take it out, or write it into content")
 
     def writes_of_answers(self, key: str) -> bool:
         """Whether the template writes the tool_calls or the reasoning_content of an answer."""
         said = {"role": "assistant", "content": "a", key: _ANSWER_PARTS[key]}
         return self._writes(key, [_ASKED, said])
 
-    def _writes(self, kind: str, messages: list[dict[str, Any]], tools: Any = None) -> bool:
+    def _writes(self, kind: str, messages: Messages, tools: Any = None) -> bool:
         if kind not in self._written:
-            try:
-                self._written[kind] = _WORD in self.render(
-                    messages, tools, False, False, self._variables
-                )
-            except InputError:
-                # A template that refuses does so for the conversation itself too.
-                self._written[kind] = True
+            text = _WORD
+            # A template that refuses does so for the conversation itself too.
+            with contextlib.suppress(InputError):
+                text = self.render(messages, tools, (False, False), self._variables)
+            self._written[kind] = _WORD in text
         return self._written[kind]
 
 
-def _open_end(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
+def _open_end(messages: Messages) -> tuple[Messages, str]:
     """Messages whose last text ends in a tag that says where to cut, and that text."""
     *before, last = messages
     content = last.get("content")
@@ -167,17 +158,14 @@ def _named(raw: Any, path: Path) -> dict[str, str]:
         return {"default": raw}
     if isinstance(raw, Mapping):
         return {str(k): str(v) for k, v in raw.items()}
-    if raw is not None and not isinstance(raw, list):
-        raise InputError(
-            f"{path}: chat_template: got {raw!r}, expected a text, an object or a list"
-        )
-    for entry in raw or []:
+    entries = [] if raw is None else raw if isinstance(raw, list) else [raw]
+    for entry in entries:
         if not isinstance(entry, Mapping) or not {"name", "template"} <= entry.keys():
             raise InputError(
-                f"{path}: chat_template lists {str(entry)[:80]!r}, expected an object with name "
-                "and template"
+                f"{path}: chat_template: got {str(entry)[:80]!r}, expected a text, an object, or a "
+                "list of objects with name and template"
             )
-    return {str(t["name"]): str(t["template"]) for t in raw or []}
+    return {str(t["name"]): str(t["template"]) for t in entries}
 
 
 def _read(path: Path) -> str:
@@ -190,10 +178,9 @@ def _read(path: Path) -> str:
 class Escape:
     """Marks the special tokens in a text, so that they are encoded as characters.
 
-    The mark is a private-use character that occurs nowhere in what is rendered. Written inside a
-    token's text before the template is rendered, it hides the token from the tokenizer;
-    `Tokenizer.encode` removes it. Beginnings and ends of tokens are marked too, so that no token
-    comes from texts that a template joins or cuts.
+    The mark is a private-use character that occurs nowhere in what is rendered; `Tokenizer.encode`
+    removes it. Beginnings and ends of tokens are marked too, so that no token comes from texts that a
+    template joins or cuts.
     """
 
     def __init__(self, special: Iterable[str], ordinary: Iterable[str], rendered: str):
@@ -243,10 +230,8 @@ class Escape:
         if isinstance(content, str):
             escaped["content"] = self.content(content)
         elif content is not None:
-            escaped["content"] = [
-                {**item, "text": self.content(item["text"])} if "text" in item else item
-                for item in content
-            ]
+            texts = ({"text": self.content(x["text"])} if "text" in x else {} for x in content)
+            escaped["content"] = [{**item, **text} for item, text in zip(content, texts)]
         return escaped
 
     def tidy(self, rendered: str) -> str:

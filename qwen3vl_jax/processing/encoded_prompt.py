@@ -21,10 +21,9 @@ Arrays = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class UsedFrames:
-    """The frames of a video that the model gets: their indices and times, and the times in the prompt.
+    """The frames of a video that the model gets: their indices and seconds in the source.
 
-    `indices` count the source's frames from 0, `seconds` from its start; `timestamps` is the mean
-    time of the frames that share patches, as the prompt's text gives it.
+    `timestamps` is the mean time of the frames that share patches, as the prompt's text gives it.
     """
 
     fps: float
@@ -37,9 +36,8 @@ class UsedFrames:
 class EncodedImage:
     """An image: its patches, and the place of its tokens in the prompt.
 
-    patches [h*w, C*Tp*P*P] float32 in merge order (uint8 before normalisation). grid (1, h, w)
-    counts patches. Its placeholders are among the prompt's tokens from `start` up to `end`. digest
-    is of patches and grid, empty until `EncodedPrompt.with_digests` computes it.
+    patches [h*w, C*Tp*P*P] float32 in merge order (uint8 before normalisation). grid (1, h, w) counts
+    patches. Its placeholders are the prompt's tokens from `start` up to `end`. digest: by `with_digest`.
     """
 
     patches: np.ndarray
@@ -50,7 +48,6 @@ class EncodedImage:
     is_video: ClassVar[bool] = False
 
     def with_digest(self) -> EncodedImage:
-        """The image with its digest."""
         if self.digest:
             return self
         data, key = np.ascontiguousarray(self.patches).data, repr(list(self.grid)).encode()
@@ -66,12 +63,16 @@ class EncodedVideo(EncodedImage):
     is_video: ClassVar[bool] = True
 
 
+# The names of pixels and grids in a processor's arrays.
+_KINDS = (
+    ("pixel_values", "image_grid_thw", EncodedImage),
+    ("pixel_values_videos", "video_grid_thw", EncodedVideo),
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class EncodedPrompt:
-    """Token ids [T] int32, a placeholder for each merged patch, and the images in order of their tokens.
-
-    `images` holds videos too. labels [T] are the ids that are scored and -100 elsewhere, if any are.
-    """
+    """Token ids [T] int32, images and videos in order of their tokens, labels [T] (-100: not scored)."""
 
     ids: np.ndarray
     images: tuple[EncodedImage, ...] = ()
@@ -100,17 +101,11 @@ class EncodedPrompt:
 
 def grids_of(images: Sequence[EncodedImage]) -> dict[str, list[tuple[int, int, int]] | None]:
     """image_grid_thw and video_grid_thw of images and videos, None where there are none."""
-    return {
-        f"{kind}_grid_thw": [x.grid for x in images if x.is_video == is_video] or None
-        for kind, is_video in (("image", False), ("video", True))
-    }
+    return {grid: [x.grid for x in images if type(x) is k] or None for _, grid, k in _KINDS}
 
 
 def place_images(cfg: Config, ids: np.ndarray, images: Sequence[EncodedImage]) -> EncodedPrompt:
-    """A prompt of ids [T] whose placeholders belong to these images, in order of each kind.
-
-    Raises InputError where the grids need another number of placeholders.
-    """
+    """A prompt of ids [T] and the images that its placeholders are for. Raises InputError."""
     placed: list[EncodedImage] = []
     for is_video, token in ((False, cfg.image_token_id), (True, cfg.video_token_id)):
         found = [x for x in images if x.is_video == is_video]
@@ -129,10 +124,7 @@ def place_images(cfg: Config, ids: np.ndarray, images: Sequence[EncodedImage]) -
 
 
 def shared_start(a: EncodedPrompt, b: EncodedPrompt, all_of_b: bool = False) -> int:
-    """How many tokens both prompts begin with, no image cut; fewer than a has.
-
-    Fewer than b has too, unless all_of_b. Both have digests.
-    """
+    """How many tokens two prompts begin with, no image cut; fewer than a has, and b unless all_of_b."""
     count = min(len(a.ids) - 1, len(b.ids) - (not all_of_b))
     differ = np.flatnonzero(a.ids[:count] != b.ids[:count])
     count = int(differ[0]) if len(differ) else count
@@ -165,15 +157,12 @@ def to_hf_arrays(
     if labels:
         out["labels"] = _padded(labels, padding_side, IGNORE_INDEX)
     images = in_feature_order(prompts)
-    for name, grids in grids_of(images).items():
-        if not grids:
-            continue
-        is_video = name.startswith("video")
-        patches = [x.patches for x in images if x.is_video == is_video]
-        if with_pixels:
-            joined = patches[0] if len(patches) == 1 else np.concatenate(patches)
-            out["pixel_values_videos" if is_video else "pixel_values"] = joined
-        out[name] = np.asarray(grids, np.int64)
+    for pixels, grid, kind in _KINDS:
+        if found := [x for x in images if type(x) is kind]:
+            out[grid] = np.array([x.grid for x in found], np.int64)
+            if with_pixels:
+                patches = [x.patches for x in found]
+                out[pixels] = patches[0] if len(patches) == 1 else np.concatenate(patches)
     if used := [x.frames for x in images if isinstance(x, EncodedVideo) and x.frames]:
         out["video_metadata"] = used
     return out
@@ -183,33 +172,25 @@ def _padded(rows: Sequence[np.ndarray], side: str, fill: int) -> np.ndarray:
     longest = max(map(len, rows))
     out = np.full((len(rows), longest), fill, np.int64)
     for i, row in enumerate(rows):
-        at = slice(0, len(row)) if side == "right" else slice(longest - len(row), longest)
-        out[i, at] = row
+        start = 0 if side == "right" else longest - len(row)
+        out[i, start : start + len(row)] = row
     return out
 
 
 def from_hf_arrays(cfg: Config, arrays: Mapping[str, Any]) -> EncodedPrompt:
-    """The prompt in a processor's arrays of one conversation, ours or transformers'.
-
-    Raises InputError for several rows, and for pixels that are not those of the grids.
-    """
+    """The prompt in a processor's arrays of one conversation, ours or transformers'. Raises InputError."""
     ids = np.asarray(arrays["input_ids"])
     if ids.ndim != 2 or len(ids) != 1:
         raise InputError(f"input_ids: shape {ids.shape}, expected one row [1, T]")
     images: list[EncodedImage] = []
-    for pixels, grid, kind in (
-        ("pixel_values", "image_grid_thw", EncodedImage),
-        ("pixel_values_videos", "video_grid_thw", EncodedVideo),
-    ):
+    for pixels, grid, kind in _KINDS:
         if arrays.get(grid) is None:
             continue
         grids = np.asarray(arrays[grid])
         patches, sizes = host_array(arrays[pixels]), grids.prod(1)
         if sizes.sum() != len(patches):
-            raise InputError(
-                f"{pixels}: got {len(patches)} patches, expected {sizes.sum()} for the grids "
-                f"{grids.tolist()}"
-            )
+            wanted = f"{sizes.sum()} for the grids {grids.tolist()}"
+            raise InputError(f"{pixels}: got {len(patches)} patches, expected {wanted}")
         parts = np.split(patches, np.cumsum(sizes)[:-1])
         images += [kind(x, (t, h, w)) for x, (t, h, w) in zip(parts, grids.tolist())]
     return place_images(cfg, ids[0].astype(np.int32), images)

@@ -1,26 +1,19 @@
 """Rendered prompts, the images and videos in them and passed beside them -> encoded prompts."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from qwen3vl_jax.config import IGNORE_INDEX, Config
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.processing.encoded_prompt import (
-    EncodedImage,
-    EncodedPrompt,
-    EncodedVideo,
-    UsedFrames,
-    place_images,
-)
+from qwen3vl_jax.processing import encoded_prompt
+from qwen3vl_jax.processing.encoded_prompt import EncodedImage, EncodedPrompt, EncodedVideo
 from qwen3vl_jax.processing.fetching import MediaRules, short
 from qwen3vl_jax.processing.image_patches import image_to_patches
 from qwen3vl_jax.processing.media import loaded_image
@@ -51,15 +44,13 @@ def read_beside(given: Any, waiting: MediaSource) -> MediaSource:
 def hand_out(rows: Rows, images: Any, videos: Any = None) -> Rows:
     """The images and videos of each row, the ones without a source taken from the arguments.
 
-    images: one, a list taken in order, or a list a row. videos: one video (a list of frames that are
-    not text is one, and so are a video and its metadata), or a list of them taken in order. Raises
-    InputError if they do not come out even.
+    images: one, a list taken in order, or a list a row. videos: one (a list of frames, or a video and its
+    metadata, is one), or a list taken in order. Raises InputError if they do not come out even.
     """
     clips = [videos] if is_pair(videos) else _as_list(videos)
     if clips and all(isinstance(v, Image.Image) or getattr(v, "ndim", 0) == 3 for v in clips):
         clips = [clips]
-    if len(clips) != (wanted := sum(_waiting(rows, "video"))):
-        raise InputError(placeholder_mismatch("", wanted, len(clips), "video"))
+    check_placeholders(sum(_waiting(rows, "video")), len(clips), "video")
     given = {"image": iter(_images(rows, images)), "video": iter(clips)}
     return [
         [read_beside(next(given[x.kind]), x) if x.source is None else x for x in row]
@@ -68,11 +59,7 @@ def hand_out(rows: Rows, images: Any, videos: Any = None) -> Rows:
 
 
 def with_video_options(rows: Rows, videos_kwargs: Mapping[str, Any]) -> Rows:
-    """The videos with the options of the call under their own; video_metadata is one a video.
-
-    A video's own fps takes the place of the call's num_frames, and its num_frames that of fps.
-    Raises InputError.
-    """
+    """The videos with a call's options under their own; video_metadata: one a video. Raises InputError."""
     if not isinstance(videos_kwargs, Mapping):
         raise InputError(f"videos_kwargs: got {type(videos_kwargs).__name__}, expected an object")
     options = dict(videos_kwargs)
@@ -108,23 +95,22 @@ def _images(rows: Rows, images: Any) -> list[Any]:
     if any(isinstance(image, (list, tuple)) for image in given):
         if len(given) != len(rows):
             raise InputError(f"images: found {len(given)} lists for {len(rows)} rows of text")
-        for number, (image, count) in enumerate(zip(given, waiting), 1):
-            if len(_as_list(image)) != count:
-                where = f"row {number}: "
-                raise InputError(placeholder_mismatch(where, count, len(_as_list(image))))
-        given = [image for row in given for image in _as_list(row)]
-    if len(given) != sum(waiting):
-        raise InputError(placeholder_mismatch("", sum(waiting), len(given)))
+        lists = [_as_list(row) for row in given]
+        for number, (row, count) in enumerate(zip(lists, waiting), 1):
+            check_placeholders(count, len(row), "image", f"row {number}: ")
+        given = [image for row in lists for image in row]
+    check_placeholders(sum(waiting), len(given), "image")
     return given
 
 
-def placeholder_mismatch(where: str, placeholders: int, found: int, kind: str = "image") -> str:
-    """The error of a prompt that has more or fewer placeholders than images or videos."""
-    return (
-        f"{where}{placeholders} {kind} placeholder(s) in the prompt for {found} {kind}(s); each {kind} "
-        f"needs a content item of its own ({{type: {kind}}}), and each such item a path, "
-        f"or one of {kind}s= (--{kind})"
-    )
+def check_placeholders(placeholders: int, found: int, kind: str, where: str = "") -> None:
+    """Raises InputError for a prompt that has more or fewer placeholders than images or videos."""
+    if placeholders != found:
+        raise InputError(
+            f"{where}{placeholders} {kind} placeholder(s) in the prompt for {found} {kind}(s); each "
+            f"{kind} needs a content item of its own ({{type: {kind}}}), and each such item a path, "
+            f"or one of {kind}s= (--{kind})"
+        )
 
 
 def _as_list(given: Any) -> list[Any]:
@@ -167,10 +153,7 @@ class MediaEncoder:
             raise InputError(f"{source.kind}: not enough memory for it; lower max_pixels") from e
 
     def encode_all(self, rows: Sequence[Sequence[MediaSource]]) -> list[list[EncodedImage]]:
-        """The images and videos of each row.
-
-        Raises InputError where all of them are more bytes than the rules allow.
-        """
+        """The images and videos of each row. Raises InputError for more bytes than the rules allow."""
         most, held, encoded = self.rules.max_batch_bytes, 0, []
         count, several = Counter(), sum(map(len, rows)) > 1
         for row in rows:
@@ -206,13 +189,10 @@ class PromptEncoder:
     def __call__(
         self, prompt: RenderedPrompt, images: Sequence[EncodedImage], name: str
     ) -> EncodedPrompt:
-        """A prompt's ids, each placeholder repeated once a token of its image or frame.
-
-        Raises InputError where placeholders and images do not match.
-        """
+        """The prompt with a placeholder for each token of an image or frame. Raises InputError."""
         config, unit = self.config, self.config.vision.merge_unit
         stills = [x.grid for x in images if not x.is_video]
-        videos = [cast(EncodedVideo, x) for x in images if x.is_video]
+        videos = [x for x in images if isinstance(x, EncodedVideo)]
         frames = [h * w for t, h, w in (x.grid for x in videos) for _ in range(t)]
         counts = {
             config.image_token_id: iter([h * w // unit for _, h, w in stills]),
@@ -220,30 +200,28 @@ class PromptEncoder:
         }
         text = self._with_frames(prompt.text, videos, name)
         ids = self.tokenizer.encode(text, prompt.mark)
-        if (found := ids.count(config.image_token_id)) != len(stills):
-            raise InputError(placeholder_mismatch(f"{name}: ", found, len(stills)))
+        check_placeholders(ids.count(config.image_token_id), len(stills), "image", f"{name}: ")
         row: list[int] = []
         for token in ids:
             row += [token] * next(counts[token]) if token in counts else [token]
         if not row:
             raise InputError(f"{name}: the prompt is empty")
-        return place_images(config, np.array(row, np.int32), images)
+        return encoded_prompt.place_images(config, np.array(row, np.int32), images)
 
     def _with_frames(self, text: str, videos: Sequence[EncodedVideo], name: str) -> str:
         """The text with the time and placeholder of each frame in place of a video's one placeholder.
 
-        They replace the template's vision_start .. vision_end around the video, as in transformers
-        4.57 and in training; with `wrap` that pair stays, as from 5.10 on.
+        They replace vision_start .. vision_end around it, as in transformers 4.57; `wrap` leaves that pair.
         """
         c = self.config
         ids = (c.vision_start_token_id, c.video_token_id, c.vision_end_token_id)
         start, pad, end = map(self.tokenizer.token_of, ids)
-        if (places := text.count(pad)) != len(videos):
-            raise InputError(placeholder_mismatch(f"{name}: ", places, len(videos), "video"))
+        check_placeholders(text.count(pad), len(videos), "video", f"{name}: ")
         remaining = iter(videos)
 
         def frames_text(_: re.Match[str]) -> str:
-            frames = cast(UsedFrames, next(remaining).frames)
+            frames = next(remaining).frames
+            assert frames is not None
             return "".join(f"<{t:.1f} seconds>{start}{pad}{end}" for t in frames.timestamps)
 
         pattern = re.escape(pad)
@@ -257,9 +235,8 @@ class PromptEncoder:
         """Prompts with a text each after them, whose tokens have labels. Raises InputError."""
         texts = [continuations] if isinstance(continuations, str) else list(continuations)
         if len(texts) != len(prompts) or not all(isinstance(text, str) and text for text in texts):
-            raise InputError(
-                f"continuations: {len(texts)} for {len(prompts)} row(s), expected one text each"
-            )
+            found = f"{len(texts)} for {len(prompts)} row(s)"
+            raise InputError(f"continuations: {found}, expected one text each")
         out = []
         for prompt, text in zip(prompts, texts):
             more = np.array(self.tokenizer.encode(text, ""), np.int32)

@@ -1,7 +1,5 @@
 """Where images and videos may be read from, and downloads: the bytes of an http(s) URL within limits."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools
@@ -12,16 +10,14 @@ import socket
 import string
 import threading
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from typing import Any
+from urllib import error, parse, request
 
 from qwen3vl_jax.errors import InputError, one_line
 
 MAX_FETCH_BYTES = 64 * 2**20
 FETCH_SECONDS = 20.0
-_HOW = "--allow-hosts, MediaRules.hosts"
+_NAMED = "a host that is named (--allow-hosts, MediaRules.hosts)"
 _NAT64 = ipaddress.ip_network("64:ff9b::/32")
 _CHUNK = 1 << 16
 _REDIRECTS = (301, 302, 303, 307, 308)
@@ -32,11 +28,10 @@ class MediaRules:
     """Where the images and videos of a prompt may be read from.
 
     root: the folder that local paths begin in and may not leave, links resolved; "" is no limit.
-    hosts: the only hosts ("cdn.example.org", "10.0.0.7") and buckets ("gs://bucket") that are read
-    from; None is any. trusted: whoever wrote the addresses may use this machine's network; if not,
-    hosts with private, loopback or link-local addresses are refused unless `hosts` names them.
-    max_bytes and seconds: of one download; a Processor puts its max_fetch_bytes and fetch_seconds there.
-    max_batch_bytes: of the patches of one call of a processor.
+    hosts: the only hosts ("cdn.example.org", "10.0.0.7") and buckets ("gs://bucket") to read from; None is
+    any. trusted: whoever wrote the addresses may use this machine's network; if not, private, loopback and
+    link-local hosts are refused unless `hosts` names them. max_bytes, seconds: of one download, from a
+    Processor's max_fetch_bytes and fetch_seconds. max_batch_bytes: of the patches of one call.
     """
 
     root: str = ""
@@ -61,21 +56,15 @@ class MediaRules:
         is_bucket = "://" in host
         if self._names(host, port) or (self.hosts is None and not (is_bucket and self.root)):
             return
-        raise InputError(f"{key}: got {short(host)}, expected a host that is named ({_HOW})")
+        raise InputError(f"{key}: got {short(host)}, expected {_NAMED}")
 
     def addresses(self, host: str, port: int, given: bool, key: str) -> list[tuple[Any, ...]]:
-        """The addresses of a host as a socket takes them.
-
-        given: whether it is the host that was asked for, not one that a redirect led to. Raises
-        InputError if one is private, loopback or link-local and may not be used, OSError for none.
-        """
+        """The addresses of a host for a socket; given: no redirect led here. Raises InputError, OSError."""
         found = [place for *_, place in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
         if self._names(host, port) or all(self._allows(str(place[0]), given) for place in found):
             return found
-        raise InputError(
-            f"{key}: got a private, loopback or link-local address for {short(host)}, expected a "
-            f"public one, or a host that is named ({_HOW})"
-        )
+        private = f"a private, loopback or link-local address for {short(host)}"
+        raise InputError(f"{key}: got {private}, expected a public one, or {_NAMED}")
 
     def _names(self, host: str, port: int | None) -> bool:
         named = [name.strip("[]").rstrip("./").lower() for name in self.hosts or ()]
@@ -103,10 +92,7 @@ def short(text: str, limit: int = 120) -> str:
 
 
 def fetch(url: str, rules: MediaRules | None = None) -> bytes:
-    """Bytes of a URL that the rules allow, within their limits, redirects included.
-
-    No message holds anything that the server sent. Raises InputError.
-    """
+    """Bytes of a URL within the rules; messages hold nothing that the server sent. Raises InputError."""
     name, rules = short(url), rules or MediaRules()
     result: list[bytes | Exception] = []
 
@@ -114,7 +100,7 @@ def fetch(url: str, rules: MediaRules | None = None) -> bytes:
         try:
             result.append(_read(_opener(url, name, rules), url, name, rules))
         except Exception as e:
-            if isinstance(e, urllib.error.HTTPError):
+            if isinstance(e, error.HTTPError):
                 e.close()
             result.append(e)
 
@@ -148,23 +134,17 @@ def _why(error: Exception, timeout: float) -> str:
 def _read(opener: Any, url: str, name: str, rules: MediaRules) -> bytes:
     deadline = time.monotonic() + rules.seconds
     # Spaces and letters beyond ASCII are written as a browser sends them.
-    parts = urllib.parse.urlsplit(url)
-    quoted = {
-        part: urllib.parse.quote(getattr(parts, part), safe=string.punctuation)
-        for part in ("path", "query")
-    }
-    request = urllib.request.Request(
-        parts._replace(**quoted).geturl(), headers={"User-Agent": "qwen3vl-jax"}
-    )
-    with opener.open(request, timeout=rules.seconds) as response:
+    parts, quote = parse.urlsplit(url), functools.partial(parse.quote, safe=string.punctuation)
+    quoted = parts._replace(path=quote(parts.path), query=quote(parts.query)).geturl()
+    asked = request.Request(quoted, headers={"User-Agent": "qwen3vl-jax"})
+    with opener.open(asked, timeout=rules.seconds) as response:
         data = bytearray()
         while chunk := response.read1(_CHUNK):
             data += chunk
             if len(data) > rules.max_bytes:
-                raise InputError(
-                    f"{name}: longer than the limit of {rules.max_bytes} bytes; download it and give the "
-                    "file, or raise Processor.max_fetch_bytes"
-                )
+                limit = f"{name}: longer than the limit of {rules.max_bytes} bytes"
+                advice = "download it and give the file, or raise Processor.max_fetch_bytes"
+                raise InputError(f"{limit}; {advice}")
             if time.monotonic() > deadline:
                 raise TimeoutError
         expected = response.headers.get("Content-Length", "")
@@ -173,12 +153,12 @@ def _read(opener: Any, url: str, name: str, rules: MediaRules) -> bytes:
     return bytes(data)
 
 
-def _opener(url: str, name: str, rules: MediaRules) -> urllib.request.OpenerDirector:
+def _opener(url: str, name: str, rules: MediaRules) -> request.OpenerDirector:
     """An opener for http(s) only, which asks the rules before each connection."""
-    first = urllib.parse.urlsplit(url).hostname or ""
+    first = parse.urlsplit(url).hostname or ""
     connect = functools.partial(_connect, first=first, name=name, rules=rules)
 
-    class Handler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    class Handler(request.HTTPHandler, request.HTTPSHandler):
         def http_open(self, req: Any) -> Any:
             return self.reach(http.client.HTTPConnection, req)
 
@@ -186,7 +166,7 @@ def _opener(url: str, name: str, rules: MediaRules) -> urllib.request.OpenerDire
             return self.reach(http.client.HTTPSConnection, req)
 
         def reach(self, kind: Any, req: Any) -> Any:
-            parts = urllib.parse.urlsplit(req.full_url)
+            parts = parse.urlsplit(req.full_url)
             host = parts.hostname or ""
             port = parts.port or (443 if parts.scheme == "https" else 80)
             rules.check_host(host, port, name)
@@ -203,20 +183,14 @@ def _opener(url: str, name: str, rules: MediaRules) -> urllib.request.OpenerDire
 
             return self.do_open(connection, req)
 
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler(),
-        Handler(),
-        _Redirects(),
-        urllib.request.HTTPDefaultErrorHandler(),
-        urllib.request.HTTPErrorProcessor(),
-        urllib.request.UnknownHandler(),
-    ):
-        opener.add_handler(handler)
+    opener = request.OpenerDirector()
+    errors = request.HTTPDefaultErrorHandler, request.HTTPErrorProcessor, request.UnknownHandler
+    for handler in (request.ProxyHandler, Handler, _Redirects, *errors):
+        opener.add_handler(handler())
     return opener
 
 
-class _Redirects(urllib.request.HTTPRedirectHandler):
+class _Redirects(request.HTTPRedirectHandler):
     def http_error_302(self, req: Any, fp: Any, code: Any, msg: Any, headers: Any) -> Any:
         """Follows a redirect, and closes the answer if that fails."""
         try:
@@ -233,10 +207,10 @@ def _connect(
 ) -> socket.socket:
     """A connection to an address that the rules allow; the name is not looked up again."""
     host, port = address
-    error: OSError | None = None
+    last = OSError("the host has no address")
     for place in rules.addresses(host, port, host.lower() == first, name):
         try:
             return socket.create_connection(place[:2], timeout, source)
         except OSError as e:
-            error = e
-    raise error or OSError("the host has no address")
+            last = e
+    raise last

@@ -1,7 +1,5 @@
 """generation_config.json: the ids that end an answer, and the checkpoint's arguments of sampling."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,9 +12,9 @@ from qwen3vl_jax.storage.json_text import read_json_file
 _SAMPLED = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
 _ALWAYS = ("repetition_penalty", "min_new_tokens")
 # Other ways to decode, with the value that means "off".
-_OTHER = {"num_beams": 1, "num_beam_groups": 1, "typical_p": 1.0, "epsilon_cutoff": 0.0,
-          "eta_cutoff": 0.0, "no_repeat_ngram_size": 0, "penalty_alpha": None,
-          "guidance_scale": None, "bad_words_ids": None, "forced_eos_token_id": None}  # fmt: skip
+_OTHER = dict.fromkeys(("num_beams", "num_beam_groups", "typical_p"), 1)
+_OTHER |= dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "no_repeat_ngram_size"), 0)
+_OTHER |= dict.fromkeys(("penalty_alpha", "guidance_scale", "bad_words_ids", "forced_eos_token_id"))
 log = logging.getLogger("qwen3vl_jax")
 
 
@@ -26,10 +24,9 @@ def read_generation_config(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     found = read_json_file(path)
-    eos = found.get("eos_token_id")
-    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
-        raise InputError(f"{path}: eos_token_id: got {shown(eos)}, expected token ids")
+    if not all(type(i) is int and 0 <= i < 2**31 for i in stop_ids(found)):
+        eos = shown(found["eos_token_id"])
+        raise InputError(f"{path}: eos_token_id: got {eos}, expected token ids")
     for name in (*_SAMPLED, "min_p", *_ALWAYS):
         value = found.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):

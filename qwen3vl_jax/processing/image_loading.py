@@ -1,11 +1,10 @@
 """Image files, arrays and PIL images -> upright 8-bit PIL images, within a limit of memory."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import io
 import logging
+import re
 import struct
 import threading
 import warnings
@@ -23,6 +22,7 @@ MAX_IMAGE_BYTES = 3 * 2**29  # held while one image is decoded, and by all threa
 _BYTES_A_PIXEL = {"WEBP": 16, "JPEG2000": 20, "AVIF": 12}  # held while decoding; of others 8
 _SLOW = 768  # of decoders in Python, which take seconds a megapixel
 _STRIP = 1 << 20  # pixels that are converted at a time
+_BAD_EXIF = (OSError, ValueError, SyntaxError, TypeError, KeyError, struct.error)
 # Errors name what Pillow finds wrong with a file.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
@@ -73,9 +73,7 @@ def upright_8bit(image: Image.Image, name: str) -> Image.Image:
     with _refusals(name), _quiet():
         image.load()
         # Unreadable EXIF says nothing of a rotation.
-        with contextlib.suppress(
-            OSError, ValueError, SyntaxError, TypeError, KeyError, struct.error
-        ):
+        with contextlib.suppress(*_BAD_EXIF):
             if image.getexif().get(0x0112, 1) != 1:
                 image = ImageOps.exif_transpose(image)
         return _scaled(image, name) if image.mode[0] in "IF" else image
@@ -100,33 +98,25 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def from_array(array: np.ndarray) -> Image.Image:
-    """An image of an array [H W], [H W C] or [C H W] with 1, 3 or 4 channels.
-
-    uint8, uint16 (scaled to 8 bits), bool, or floats from 0 to 1. Raises InputError.
-    """
+    """An image of an array [H W], [H W C] or [C H W]: uint8, uint16, bool or floats 0 to 1."""
     channels = (1, 3, 4)
     if array.ndim == 3 and array.shape[2] not in channels and array.shape[0] in channels:
         array = np.moveaxis(array, 0, 2)
+    shape = f"image array: shape {list(array.shape)}, expected"
     if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in channels)) or not array.size:
-        raise InputError(
-            f"image array: shape {list(array.shape)}, expected [H W], [H W C] or [C H W] with "
-            "1, 3 or 4 channels"
-        )
+        raise InputError(f"{shape} [H W], [H W C] or [C H W] with 1, 3 or 4 channels")
     if array.shape[0] * array.shape[1] * 8 > MAX_IMAGE_BYTES:
-        raise InputError(f"image array: shape {list(array.shape)}, expected {_LIMIT} at most")
+        raise InputError(f"{shape} {_LIMIT} at most")
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[..., 0]
     if array.dtype != np.uint8:
+        found = f"image array: dtype {array.dtype}"
         is_16bit, is_float = array.dtype == np.uint16, array.dtype.kind == "f"
         if not (is_16bit or is_float or array.dtype == np.bool_):
-            raise InputError(
-                f"image array: dtype {array.dtype}, expected uint8, uint16, bool or floats (0 to 1)"
-            )
+            raise InputError(f"{found}, expected uint8, uint16, bool or floats (0 to 1)")
         low, high = float(array.min()), float(array.max())
         if is_float and not (low >= 0 and high <= 1):
-            raise InputError(
-                f"image array: {array.dtype} from {low:g} to {high:g}, expected 0 to 1 (or uint8)"
-            )
+            raise InputError(f"{found} from {low:g} to {high:g}, expected 0 to 1 (or uint8)")
         rows = max(1, _STRIP // array.shape[1])
         parts = (array[at : at + rows] for at in range(0, len(array), rows))
         array = np.concatenate([_to_8bit(part, 1 / 257 if is_16bit else 255) for part in parts])
@@ -146,9 +136,8 @@ def _scaled(image: Image.Image, name: str) -> Image.Image:
         values = np.asarray(image.crop(box))
         low, high = int(values.min()), int(values.max())
         if low < 0 or high > 65535:
-            raise InputError(
-                f"{name}: mode {image.mode}, values {low} to {high}, expected 0 to 65535"
-            )
+            found = f"mode {image.mode}, values {low} to {high}"
+            raise InputError(f"{name}: {found}, expected 0 to 65535")
         out.paste(Image.fromarray(_to_8bit(values, 1 / 257)), box)
     return out
 
@@ -163,20 +152,15 @@ def _cost(image: Image.Image, name: str) -> int:
     each = _BYTES_A_PIXEL.get(image.format or "", 8)
     if any(tile[0] in Image.DECODERS for tile in getattr(image, "tile", ())):
         each = _SLOW
-    return decode_bytes(*image.size, each, image.format or "an image", name)
+    return decode_cost(*image.size, each, image.format or "an image", name)
 
 
-def decode_bytes(width: int, height: int, each: int, kind: str, name: str) -> int:
-    """Bytes held while an image or frame is decoded, `each` a pixel.
-
-    Raises InputError where they are too many.
-    """
+def decode_cost(width: int, height: int, each: int, kind: str, name: str) -> int:
+    """Bytes held while an image is decoded, `each` a pixel. Raises InputError where they are too many."""
     most = min(MAX_IMAGE_BYTES // each, _MOST_PIXELS)
     if width * height > most:
-        raise InputError(
-            f"{name}: refused as a decompression bomb: {width} x {height} pixels, expected at most "
-            f"{most} of {kind}"
-        )
+        found = f"refused as a decompression bomb: {width} x {height} pixels"
+        raise InputError(f"{name}: {found}, expected at most {most} of {kind}")
     return width * height * each
 
 
@@ -220,10 +204,7 @@ class _Memory:
 
 
 class _Quiet:
-    """Silences Pillow's warnings of large images, which have a limit here, and of odd metadata.
-
-    All threads share the filters of warnings: the first one sets them, the last one restores them.
-    """
+    """Silences Pillow's warnings of size and odd metadata while any thread is inside."""
 
     def __init__(self) -> None:
         self.inside, self.lock, self.scope = 0, threading.Lock(), contextlib.ExitStack()
@@ -233,9 +214,7 @@ class _Quiet:
         with self.lock:
             if not self.inside:
                 self.scope.enter_context(warnings.catch_warnings())
-                warnings.filterwarnings(
-                    "ignore", module=r"PIL|qwen3vl_jax\.processing\.image_loading"
-                )
+                warnings.filterwarnings("ignore", module=rf"PIL|{re.escape(__name__)}")
             self.inside += 1
         try:
             yield
@@ -268,11 +247,10 @@ def _set_tiff_handlers() -> Any:
 
     with contextlib.suppress(OSError, AttributeError):  # a Pillow whose libtiff cannot be reached
         library = ctypes.CDLL(Image.core.__file__)
-        library.TIFFSetErrorHandler.restype = library.TIFFSetWarningHandler.restype = (
-            ctypes.c_void_p
-        )
-        library.TIFFSetErrorHandler(failed)
-        library.TIFFSetWarningHandler(None)
+        for setter, handler in ("Error", failed), ("Warning", None):
+            set_handler = library[f"TIFFSet{setter}Handler"]
+            set_handler.restype = ctypes.c_void_p
+            set_handler(handler)
     return failed
 
 

@@ -3,8 +3,6 @@
 Source: the image processor of Qwen2-VL with Qwen3-VL's settings (its PIL backend, bit for bit).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,19 +15,19 @@ from qwen3vl_jax.processing.media import load_image
 from qwen3vl_jax.processing.resize_rules import Size, smart_resize
 from qwen3vl_jax.processing.settings import ImageSettings, checks
 
+Patches = tuple[np.ndarray, tuple[int, int, int]]  # and their grid
 MAX_PATCH_BYTES = 2**30  # of one image or video
 OVERRIDES = (*checks(ImageSettings), "size")
 
 
 def image_to_patches(
     image: Any, settings: ImageSettings | None = None, **overrides: Any
-) -> tuple[np.ndarray, tuple[int, int, int]]:
+) -> Patches:
     """Patches of one image and its grid.
 
-    image: anything `load_image` reads; overrides: settings for this call, as in
-    `ImageSettings.override`. Returns patches [h*w, C*Tp*P*P] float32 in merge order (the patches of
-    a token follow each other; features are channel, frame, row, column) and (1, h, w) in patches.
-    Raises InputError.
+    image: anything `load_image` reads; overrides: settings, as in `ImageSettings.override`. Returns patches
+    [h*w, C*Tp*P*P] float32 in merge order (the patches of a token follow each other; features are channel,
+    frame, row, column) and (1, h, w) in patches. Raises InputError.
     """
     settings = (settings or ImageSettings()).override(**overrides)
     image = load_image(image)
@@ -49,10 +47,10 @@ def image_to_patches(
 def check_patches(size: Size, frames: int, channels: int = 3, most: int = MAX_PATCH_BYTES) -> None:
     """Raises InputError for patches of frames of a size (height, width) that are too many bytes."""
     height, width = size
-    what = f"{frames} frames of " if frames > 1 else "an image of "
     if (held := height * width * frames * channels * 4) > most:
+        what = f"{frames} frames" if frames > 1 else "an image"
         raise InputError(
-            f"{what}{width} x {height} pixels: {held >> 20} MiB of patches, expected at "
+            f"{what} of {width} x {height} pixels: {held >> 20} MiB of patches, expected at "
             f"most {most >> 20}; lower max_pixels, min_pixels or the size"
         )
 
@@ -68,10 +66,7 @@ def resized(image: Image.Image, size: Size | None, settings: ImageSettings) -> n
 
 
 def value_table(settings: ImageSettings, channels: int) -> np.ndarray:
-    """The normalised value of each 8-bit value, rounded as the reference does: [C 256] float32.
-
-    Raises InputError for settings of another number of channels, and values that are not finite.
-    """
+    """The normalised value of each 8-bit value, as the reference rounds it: [C 256]. Raises InputError."""
     values = np.broadcast_to(np.arange(256, dtype=np.float64), (channels, 256))
     with np.errstate(all="ignore"):
         if settings.do_rescale:
@@ -79,11 +74,10 @@ def value_table(settings: ImageSettings, channels: int) -> np.ndarray:
         values = values.astype(np.float32)
         if settings.do_normalize:
             mean, std = (np.ravel(x) for x in (settings.image_mean, settings.image_std))
-            for name, found in (("image_mean", mean), ("image_std", std)):
+            for name, found in {"image_mean": mean, "image_std": std}.items():
                 if len(found) not in (1, channels):
-                    raise InputError(
-                        f"image setting {name} has {len(found)} numbers for {channels} channels"
-                    )
+                    numbers = f"{len(found)} numbers for {channels} channels"
+                    raise InputError(f"image setting {name} has {numbers}")
             values = (values - mean[:, None].astype(np.float32)) / std[:, None].astype(np.float32)
     if not np.isfinite(values).all():
         raise InputError(
@@ -95,11 +89,10 @@ def value_table(settings: ImageSettings, channels: int) -> np.ndarray:
 
 def frames_to_patches(
     group: Sequence[np.ndarray], table: np.ndarray, settings: ImageSettings
-) -> tuple[np.ndarray, tuple[int, int, int]]:
+) -> Patches:
     """Patches [h*w, C*Tp*P*P] in merge order of frames [H W C] that share patches; grid (1, h, w).
 
-    At most temporal_patch_size frames; the last fills what is missing, so an image fills all.
-    table [C 256] is of `value_table`. Raises InputError for sides that are no multiples of a token's.
+    table [C 256]: of `value_table`. The last frame fills up temporal_patch_size. Raises InputError.
     """
     height, width, channels = group[0].shape
     patch, merge, frames = settings.patch_size, settings.merge_size, settings.temporal_patch_size

@@ -1,7 +1,5 @@
 """Sources of images and videos: every form of a source, opened as a file."""
 
-from __future__ import annotations
-
 import base64
 import binascii
 import contextlib
@@ -28,17 +26,14 @@ _DATA = re.compile("data:[^;,/]{0,64}[;,/]", re.IGNORECASE)
 _FILE = re.compile("file:/", re.IGNORECASE)
 STORED = re.compile("(gs|s3|az)://")
 _KEYS = ("bytes", "url", "path", "base64")
-_NO_FILES = ("/proc/", "/sys/")
-_KINDS = {stat.S_IFDIR: "directory", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket",
-          stat.S_IFCHR: "device", stat.S_IFBLK: "device"}  # fmt: skip
+_KINDS = {"d": "directory", "p": "FIFO", "s": "socket", "c": "device", "b": "device"}
 
 
 def load_image(source: Any, rules: MediaRules | None = None) -> Image.Image:
     """An upright 8-bit PIL image of a PIL image, an array, or any form that `open_source` takes.
 
-    rules: as in `open_source`; arrays are as `from_array` takes them. The mode is L, LA, P, RGB,
-    RGBA, CMYK or the like (`to_rgb` makes it RGB); an animation gives its first frame. Raises
-    InputError.
+    The mode is L, LA, P, RGB, RGBA, CMYK or the like (`to_rgb` makes it RGB); an animation gives its
+    first frame. rules: as in `open_source`; arrays: as in `from_array`. Raises InputError.
     """
     with loaded_image(source, rules) as image:
         return image
@@ -63,21 +58,17 @@ def loaded_image(source: Any, rules: MediaRules | None = None) -> Iterator[Image
 
 @dataclasses.dataclass(frozen=True)
 class MediaFile:
-    """An image or video before it is decoded_image; `open` gives a new file at its start, each time.
-
-    `open` raises InputError for a file that cannot be opened.
-    """
+    """An image or video that is not read yet; `open` gives a new file at its start. Raises InputError."""
 
     name: str
     open: Callable[[], BinaryIO]
 
 
 def open_source(source: Any, key: str = "image", rules: MediaRules | None = None) -> MediaFile:
-    """The file of a source that is no array, PIL image or list.
+    """The file of a source that is no array, PIL image or list. Raises InputError.
 
     Forms of a source: path, http(s), gs:// or file URL, data URI, base64 text, bytes, and an object
-    with bytes, url, path or base64, as {"bytes": .., "path": ..} of Hugging Face's data sets. key:
-    "image" or "video". Raises InputError.
+    with bytes, url, path or base64, as {"bytes": .., "path": ..}. key: "image" or "video".
     """
     rules = rules or MediaRules()
     if isinstance(source, Mapping):
@@ -86,13 +77,12 @@ def open_source(source: Any, key: str = "image", rules: MediaRules | None = None
         return _held(f"{key} bytes", bytes(source))
     is_path = isinstance(source, os.PathLike)
     text = os.fspath(source) if is_path else source
+    forms = "expected a path, URL, data URI, base64 text"
     if not isinstance(text, str):
-        raise InputError(
-            f"{key}: got {type(source).__name__}, expected a path, URL, data URI, base64 text, bytes, "
-            "array, PIL image, or an object with one of them"
-        )
+        others = "bytes, array, PIL image, or an object with one of them"
+        raise InputError(f"{key}: got {type(source).__name__}, {forms}, {others}")
     if not text:
-        raise InputError(f"{key}: got an empty text, expected a path, URL, data URI or base64 text")
+        raise InputError(f"{key}: got an empty text, {forms}")
     name = short(text)
     form = "path" if is_path and not is_remote(text) else form_of(text, key, rules.root)
     if form == "url":
@@ -115,8 +105,7 @@ def open_source(source: Any, key: str = "image", rules: MediaRules | None = None
 def inner(given: Mapping[str, Any], key: str) -> Any:
     """The source in an object: of {bytes, path} the bytes, where there are any. Raises InputError."""
     found = {k: v for k, v in given.items() if v is not None and not is_empty(v)}
-    # A key of OpenAI's models alone.
-    found.pop("detail", None)
+    found.pop("detail", None)  # a key of OpenAI's models alone
     if "bytes" in found:
         found.pop("path", None)
     if len(found) != 1 or not set(found) <= set(_KEYS):
@@ -134,10 +123,7 @@ def is_empty(value: Any) -> bool:
 
 
 def form_of(text: str, key: str, folder: str = "") -> str:
-    """The form of a text: "url", "data", "file", "store", "base64" or "path".
-
-    base64 is text that decodes to an image (a video, for the key "video") and names no file in `folder`.
-    """
+    """ "url", "data", "file", "store", "path", or "base64" for an image's or video's that names no file."""
     for form, pattern in (("url", _URL), ("data", _DATA), ("file", _FILE), ("store", STORED)):
         if pattern.match(text):
             return form
@@ -145,18 +131,18 @@ def form_of(text: str, key: str, folder: str = "") -> str:
         data = decode_base64(text)
     except InputError:
         return "path"
-    if key == "image":
-        is_known = is_image(data)
-    else:
-        import av
-
-        options = {"protocol_whitelist": "none"}
-        try:
-            with av.open(io.BytesIO(data), container_options=options) as file:
-                is_known = bool(file.streams.video)
-        except (av.FFmpegError, ValueError, OSError):
-            is_known = False
+    is_known = (is_image if key == "image" else _is_video)(data)
     return "base64" if is_known and not os.path.exists(os.path.join(folder, text)) else "path"
+
+
+def _is_video(data: bytes) -> bool:
+    import av
+
+    try:
+        with av.open(io.BytesIO(data), container_options={"protocol_whitelist": "none"}) as file:
+            return bool(file.streams.video)
+    except (av.FFmpegError, ValueError, OSError):
+        return False
 
 
 def within(source: Any, key: str, folder: str) -> Any:
@@ -180,10 +166,9 @@ def _open(path: str, key: str, rules: MediaRules) -> BinaryIO:
     name = short(path)
     try:
         real = rules.local(path, key)
-        if os.path.realpath(real).startswith(_NO_FILES):
-            raise InputError(
-                f"{name}: cannot read this {key}: expected a regular file, not of /proc or /sys"
-            )
+        if os.path.realpath(real).startswith(("/proc/", "/sys/")):
+            found = f"cannot read this {key}: it is of /proc or /sys"
+            raise InputError(f"{name}: {found}, expected a regular file")
         # Opening a device may already do something.
         _check_regular(os.stat(real), name, key)
         handle = _open_below(rules.root, real) if rules.root else os.open(real, _FLAGS)
@@ -217,7 +202,7 @@ def _open_below(root: str, real: str) -> int:
 
 def _check_regular(found: os.stat_result, name: str, key: str) -> None:
     if not stat.S_ISREG(found.st_mode):
-        kind = _KINDS.get(stat.S_IFMT(found.st_mode), "special file")
+        kind = _KINDS.get(stat.filemode(found.st_mode)[0], "special file")
         raise InputError(f"{name}: cannot read this {key}: it is a {kind}, expected a regular file")
 
 
@@ -239,10 +224,7 @@ def data_uri(text: str) -> bytes:
 
 
 def decode_base64(text: str, name: str = "base64 text") -> bytes:
-    """Bytes of base64 text; line breaks, the URL alphabet and missing padding are fine.
-
-    Raises InputError.
-    """
+    """Bytes of base64 text; line breaks, URL alphabet, missing padding are fine. Raises InputError."""
     compact = "".join(text.split()).translate(str.maketrans("-_", "+/")).rstrip("=")
     try:
         return base64.b64decode(compact + "=" * (-len(compact) % 4), validate=True)

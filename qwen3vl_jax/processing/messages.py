@@ -1,7 +1,5 @@
 """Conversations: messages as a template gets them, and the images and videos in them."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import re
@@ -51,11 +49,10 @@ class MediaSource:
 
 
 def read_conversation(conversation: Any) -> tuple[list[dict[str, Any]], list[MediaSource]]:
-    """Messages as a template gets them, and their images and videos in order.
+    """Messages as a template gets them, and their images and videos in order. Raises InputError.
 
-    Messages are plain data: keys that are null are dropped, images become {"type": "image",
-    "image": "image"}, videos {"type": "video", "video": "video"}, text {"type": "text", "text":
-    ...}. Raises InputError.
+    Messages are plain data without nulls; images become {"type": "image", "image": "image"}, videos
+    {"type": "video", "video": "video"}, text {"type": "text", "text": ...}.
     """
     if isinstance(conversation, (str, bytes, Mapping)) or not isinstance(conversation, Sequence):
         found = type(conversation).__name__
@@ -66,11 +63,10 @@ def read_conversation(conversation: Any) -> tuple[list[dict[str, Any]], list[Med
     sources: list[MediaSource] = []
     for number, given in enumerate(conversation, 1):
         where = f"message {number}"
-        if not isinstance(given, Mapping) or not isinstance(given.get("role"), str):
+        if not isinstance(given, Mapping) or not isinstance(role := given.get("role"), str):
             raise InputError(f"{where}: expected an object with role and content")
-        if given["role"] not in _ROLES:
-            known = ", ".join(_ROLES)
-            raise InputError(f"{where}: role: got {given['role']!r}, expected one of {known}")
+        if role not in _ROLES:
+            raise InputError(f"{where}: role: got {role!r}, expected one of {', '.join(_ROLES)}")
         content = given.get("content")
         plain = plain_data({k: v for k, v in given.items() if k != "content" and v is not None})
         if isinstance(content, str):
@@ -126,40 +122,42 @@ def read_item(item: Any, sources: list[MediaSource], where: str) -> dict[str, An
         return {"type": "text", "text": item}
     if isinstance(item, Image.Image) or hasattr(item, "__array__"):
         item = {"type": "image", "image": item}
+    where = f"{where}: content item: "
     if not isinstance(item, Mapping):
-        raise InputError(
-            f"{where}: content item: got {type(item).__name__}, expected text or an object"
-        )
+        raise InputError(f"{where}got {type(item).__name__}, expected text or an object")
     given = {k: v for k, v in item.items() if v is not None}
-    places = [k for kind in _PLACES.values() for k in kind if k in given and not is_empty(given[k])]
-    if places and given.get("text"):
-        raise InputError(f"{where}: a content item has text and {places[0]}, expected one of them")
-    type_name = given.get("type", "")
-    for kind, types in _TYPES.items():
-        keys = _PLACES.get(kind, ("text",))
-        if type_name in types or (not type_name and any(k in given for k in keys)):
-            break
-    else:
-        kind = ""
+    kind = _kind(given, where)
     if kind == "text":
-        text = given.get("text")
-        if not isinstance(text, str):
-            others = ", ".join(repr(k) for k in given if k != "type") or "nothing"
-            others = f"{type(text).__name__} there" if "text" in given else others
-            raise InputError(f"{where}: type 'text' without 'text'; found {others}")
         _settings(given, (), ("text",), where)
-        return {"type": "text", "text": text}
-    if kind == "video":
-        sources.append(_video(given, where))
+        return {"type": "text", "text": given["text"]}
     if kind == "image":
         given.pop("detail", None)  # a key of OpenAI's models alone
         settings = _settings(given, image_patches.OVERRIDES, _PLACES["image"], where)
         sources.append(MediaSource("image", _source(given, _PLACES["image"], where), settings))
-    if kind:
-        return {"type": kind, kind: kind}
-    keys = ", ".join(map(str, given)) or "(none)"
-    found = f"type {type_name!r}" if type_name else f"the keys {keys}"
-    raise InputError(f"{where}: a content item has {found}, expected text, an image or a video")
+    else:
+        sources.append(_video(given, where))
+    return {"type": kind, kind: kind}
+
+
+def _kind(given: Mapping[str, Any], where: str) -> str:
+    """The kind of a content item: "text", "image" or "video". Raises InputError."""
+    places = [k for keys in _PLACES.values() for k in keys if not is_empty(given.get(k, ""))]
+    if places and given.get("text"):
+        raise InputError(f"{where}it has text and {places[0]}, expected one of them")
+    type_name = given.get("type", "")
+    for kind, types in _TYPES.items():
+        by_keys = not type_name and any(k in given for k in _PLACES.get(kind, ("text",)))
+        if type_name in types or by_keys:
+            break
+    else:
+        found = ", ".join(map(str, given)) or "(none)"
+        found = f"type {type_name!r}" if type_name else f"the keys {found}"
+        raise InputError(f"{where}it has {found}, expected text, an image or a video")
+    if kind == "text" and not isinstance(text := given.get("text"), str):
+        others = ", ".join(repr(k) for k in given if k != "type") or "nothing"
+        others = f"{type(text).__name__} there" if "text" in given else others
+        raise InputError(f"{where}type 'text' without 'text'; found {others}")
+    return kind
 
 
 def _video(given: Mapping[str, Any], where: str) -> MediaSource:
@@ -169,7 +167,7 @@ def _video(given: Mapping[str, Any], where: str) -> MediaSource:
     try:
         rule = VideoItem.of(own)
     except InputError as e:
-        raise InputError(f"{where}: {e}") from None
+        raise InputError(f"{where}{e}") from None
     # The others are settings of transformers' video processor.
     left = {k: v for k, v in own.items() if k not in KEYS}
     return MediaSource("video", source, {"item": rule, **left})
@@ -180,12 +178,10 @@ def _settings(
 ) -> dict[str, Any]:
     """The settings of a content item. Raises InputError for a key that means nothing in it."""
     if fixed := [key for key in _FIXED if key in item]:
-        raise InputError(
-            f"{where}: a content item has {fixed[0]}, which is the model's; leave it out"
-        )
+        raise InputError(f"{where}it has {fixed[0]}, which is the model's; leave it out")
     may_be_empty = (*_PLACES["video"], *_PLACES["image"], "text")
     filled = {k: v for k, v in item.items() if k not in may_be_empty or not is_empty(v)}
-    fields(filled, ("type", *sources, *names), f"{where}: content item: ")
+    fields(filled, ("type", *sources, *names), where)
     return {name: item[name] for name in names if name in item}
 
 
@@ -194,19 +190,16 @@ def _source(item: Mapping[str, Any], keys: Iterable[str], where: str) -> Any:
     if "bytes" in found:  # {"bytes": .., "path": ..}
         found.pop("path", None)
     if len(found) > 1:
-        raise InputError(f"{where}: a content item has several sources: {', '.join(found)}")
+        raise InputError(f"{where}it has several sources: {', '.join(found)}")
     for key, source in found.items():
         if key in ("bytes", "base64"):
-            return inner({key: source}, f"{where}: {key}")
-        return inner(source, f"{where}: {key}") if isinstance(source, Mapping) else source
+            return inner({key: source}, where + key)
+        return inner(source, where + key) if isinstance(source, Mapping) else source
     return None
 
 
 def plain_data(value: Any, depth: int = 0) -> Any:
-    """JSON data without its owner's classes, whose methods a template could call.
-
-    Raises InputError for other data, and for data that is nested too deep.
-    """
+    """JSON data without its owner's classes, whose methods a template could call. Raises InputError."""
     if depth > MAX_DEPTH:
         raise InputError(f"conversation: data nested more than {MAX_DEPTH} deep")
     depth += 1
@@ -224,9 +217,8 @@ def plain_data(value: Any, depth: int = 0) -> Any:
         return [plain_data(v, depth) for v in value]
     if getattr(value, "ndim", None) == 0:  # a numpy number
         return plain_data(value.item())
-    raise InputError(
-        f"conversation: got {type(value).__name__}, expected text, numbers, lists and objects"
-    )
+    found = type(value).__name__
+    raise InputError(f"conversation: got {found}, expected text, numbers, lists and objects")
 
 
 def plain_variables(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """The parts of an answer's text: reasoning, content, and calls of tools."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from typing import Any
@@ -27,10 +25,7 @@ class ToolCall:
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """An answer in its parts; `reasoning` is None where the model was not thinking aloud.
-
-    unparsed: a line for each <tool_call> that is not one, whose text is still in `content`.
-    """
+    """An answer in its parts; unparsed: a line for each <tool_call> that stayed in the content."""
 
     content: str
     reasoning: str | None = None
@@ -53,8 +48,8 @@ class Reply:
 def parse_reply(text: str, thinking: bool = False) -> Reply:
     """Splits an answer's text; thinking: the prompt had already opened <think>.
 
-    Reasoning is the text before </think>; an answer cut off while thinking is all reasoning. A
-    <tool_call> that is not JSON with a name and an object of arguments stays in the content.
+    An answer cut off while thinking is all reasoning. A <tool_call> that is not JSON with a name and an
+    object of arguments stays in the content.
     """
     reasoning, is_open = None, thinking or text.lstrip().startswith(_OPEN)
     close = text.find(_CLOSE)

@@ -1,7 +1,5 @@
 """MRoPE position ids, worked out on the host from placeholders and grids. Dims as in layers.py."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from qwen3vl_jax.config import Config
@@ -43,15 +41,15 @@ def rope_index(
 def frames_by_token(cfg: Config, image_grid_thw, video_grid_thw) -> dict[int, list]:
     """Placeholder token -> merged frames (h, w) still to be placed, in order; videos split into frames."""
     merge = cfg.vision.spatial_merge_size
-    frames: dict[int, list] = {}
-    both = ((cfg.image_token_id, "image_grid_thw", image_grid_thw),
-            (cfg.video_token_id, "video_grid_thw", video_grid_thw))  # fmt: skip
-    for token, name, given in both:
-        grid = grid_array(name, given)
-        if (grid[:, 1:] % merge).any():
-            raise InputError(f"{name}: sides must be multiples of {merge}, found {grid.tolist()}")
-        frames[token] = [(h // merge, w // merge) for t, h, w in grid.tolist() for _ in range(t)]
-    return frames
+
+    def frames(name: str, given) -> list:
+        grid = grid_array(name, given, merge).tolist()
+        return [(h // merge, w // merge) for t, h, w in grid for _ in range(t)]
+
+    return {
+        cfg.image_token_id: frames("image_grid_thw", image_grid_thw),
+        cfg.video_token_id: frames("video_grid_thw", video_grid_thw),
+    }
 
 
 def _row_positions(row: np.ndarray, frames: dict[int, list]) -> tuple[np.ndarray, int]:

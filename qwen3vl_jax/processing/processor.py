@@ -13,21 +13,11 @@ import numpy as np
 
 from qwen3vl_jax.config import Config, model_folder
 from qwen3vl_jax.errors import InputError, shown
+from qwen3vl_jax.processing import encoding, generation_config
 from qwen3vl_jax.processing.chat_template import ChatTemplate, Escape
 from qwen3vl_jax.processing.encoded_prompt import Arrays, EncodedPrompt, to_hf_arrays
-from qwen3vl_jax.processing.encoding import (
-    MediaEncoder,
-    PromptEncoder,
-    RenderedPrompt,
-    hand_out,
-    with_video_options,
-)
+from qwen3vl_jax.processing.encoding import RenderedPrompt
 from qwen3vl_jax.processing.fetching import FETCH_SECONDS, MAX_FETCH_BYTES, MediaRules
-from qwen3vl_jax.processing.generation_config import (
-    read_generation_config,
-    sampling_defaults,
-    stop_ids,
-)
 from qwen3vl_jax.processing.messages import (
     MediaSource,
     check_messages,
@@ -45,6 +35,9 @@ if TYPE_CHECKING:
     from qwen3vl_jax.model.structs import Batch
 
 log = logging.getLogger("qwen3vl_jax")
+Options = Mapping[str, Any] | None
+Tools = Sequence[Mapping[str, Any]] | None
+_SIZES = ("patch_size", "temporal_patch_size", "merge_size")  # the model's
 
 
 @dataclasses.dataclass
@@ -72,54 +65,46 @@ class Processor:
     ) -> Processor:
         """Reads a checkpoint directory, Hugging Face's or ours, or a Hub id as `load` does.
 
-        Its config.json, tokenizer, chat template, image and video settings (released ones where there is no
-        file) and generation_config.json. chat_template: a file, a template's text, or the name of
-        one of the checkpoint's. revision: branch, tag or commit of a Hub id, whose weights are
-        fetched too. Raises InputError for a file that is missing or does not fit.
+        That is config.json, tokenizer, chat template, generation_config.json, and image and video
+        settings (released ones where there is no file). chat_template: a file, a template's text, or the
+        name of one of the checkpoint's. revision: branch, tag or commit of a Hub id. Raises InputError.
         """
         directory = model_folder(resolve(source, revision))
         config = Config.from_hf(directory)
         tokenizer = Tokenizer.from_pretrained(directory)
-        vision = config.vision
         for name in ("image", "video", "vision_start", "vision_end"):
             if (token := getattr(config, f"{name}_token_id")) not in tokenizer.added.values():
-                raise InputError(
-                    f"{directory}: config.json's {name}_token_id {token} is no added token of the "
-                    "tokenizer"
-                )
-        sizes: dict[str, Any] = {
-            "patch_size": vision.patch_size,
-            "temporal_patch_size": vision.temporal_patch_size,
-            "merge_size": vision.spatial_merge_size,
-        }
-        settings = ImageSettings.from_dir(directory, ImageSettings(**sizes))
-        video_settings = VideoSettings.from_dir(directory, VideoSettings(**sizes))
-        for kind in (settings, video_settings):
-            for name, theirs in sizes.items():
-                if (ours := getattr(kind, name)) != theirs:
-                    raise InputError(
-                        f"{directory}: {kind.KIND} {name} is {ours}, and {theirs} in config.json"
-                    )
+                found = f"config.json's {name}_token_id {token}"
+                raise InputError(f"{directory}: {found} is no added token of the tokenizer")
+        vision = config.vision
+        sizes = vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size
+        in_config: dict[str, Any] = dict(zip(_SIZES, sizes, strict=True))
+        images = ImageSettings.from_dir(directory, ImageSettings(**in_config))
+        videos = VideoSettings.from_dir(directory, VideoSettings(**in_config))
+        for settings in (images, videos):
+            for name, theirs in in_config.items():
+                if (ours := getattr(settings, name)) != theirs:
+                    found = f"{settings.KIND} {name} is {ours}"
+                    raise InputError(f"{directory}: {found}, and {theirs} in config.json")
         template = ChatTemplate.from_dir(directory, chat_template)
-        raw = read_generation_config(directory)
+        raw = generation_config.read_generation_config(directory)
         eos = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-        stops = stop_ids(raw) or config.eos_token_ids or eos
-        options = (settings, video_settings, stops, sampling_defaults(raw))
-        return cls(config, tokenizer, template, *options)
+        stops = generation_config.stop_ids(raw) or config.eos_token_ids or eos
+        sampling = generation_config.sampling_defaults(raw)
+        return cls(config, tokenizer, template, images, videos, stops, sampling)
 
     def render(
         self,
         conversation: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Tools = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         **template_vars: Any,
     ) -> str:
-        """The prompt of one conversation, one placeholder an image or video.
+        """The prompt of one conversation, one placeholder an image or video. Raises InputError.
 
-        continue_final_message leaves the last message open and adds no new turn. The text is what
-        the template wrote: a special token in a user's text looks like one here, which is why
-        `__call__` does not encode this string. Raises InputError.
+        continue_final_message leaves the last message open and adds no new turn. A special token in a
+        user's text looks like one here, which is why `__call__` does not encode this string.
         """
         ending = add_generation_prompt, continue_final_message
         return self._prompt(conversation, tools, True, template_vars, ending).text
@@ -131,12 +116,12 @@ class Processor:
         text: str | Sequence[str] | None = None,
         images: Any = None,
         videos: Any = None,
-        videos_kwargs: Mapping[str, Any] | None = None,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        videos_kwargs: Options = None,
+        tools: Tools = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         allow_special: bool | str = False,
-        template_vars: Mapping[str, Any] | None = None,
+        template_vars: Options = None,
         continuations: str | Sequence[str] | None = None,
         **image_overrides: Any,
     ) -> list[EncodedPrompt]:
@@ -164,13 +149,11 @@ class Processor:
             rendered = [self._prompt(row, *given) for row in rows]
         if not rendered:
             raise InputError("processor: found no conversation and no text")
-        sources = hand_out([prompt.sources for prompt in rendered], images, videos)
-        encoded = encoder.encode_all(with_video_options(sources, videos_kwargs or {}))
-        encode = PromptEncoder(self.tokenizer, self.config, self.wrap_clips)
-        prompts = [
-            encode(prompt, found, f"row {number}")
-            for number, (prompt, found) in enumerate(zip(rendered, encoded, strict=True), 1)
-        ]
+        sources = encoding.hand_out([prompt.sources for prompt in rendered], images, videos)
+        encoded = encoder.encode_all(encoding.with_video_options(sources, videos_kwargs or {}))
+        encode = encoding.PromptEncoder(self.tokenizer, self.config, self.wrap_clips)
+        names = (f"row {number}" for number in range(1, len(rendered) + 1))
+        prompts = list(map(encode, rendered, encoded, names))
         more = continuations is not None
         return encode.add_continuations(prompts, continuations) if more else prompts
 
@@ -179,10 +162,10 @@ class Processor:
     ) -> Arrays:
         """The numpy arrays that transformers' processor would return; options as in `encode`.
 
-        Returns input_ids, attention_mask, mm_token_type_ids (1 at images, 2 at videos) [B, T] int64,
-        padded on padding_side, and with continuations labels, -100 but on them; of images
-        pixel_values [sum patches, C*Tp*P*P] float32 and image_grid_thw [n, 3] int64; of videos
-        pixel_values_videos, video_grid_thw and video_metadata, a list of UsedFrames. Raises InputError.
+        Returns input_ids, attention_mask, mm_token_type_ids (1 at images, 2 at videos) [B, T] int64, labels
+        of continuations; of images pixel_values [sum patches, C*Tp*P*P] float32 and image_grid_thw [n, 3]
+        int64; of videos pixel_values_videos, video_grid_thw and video_metadata, a list of UsedFrames.
+        Raises InputError.
         """
         if padding_side not in ("right", "left"):
             raise InputError(f"padding_side: got {padding_side!r}, expected right or left")
@@ -190,29 +173,19 @@ class Processor:
         return to_hf_arrays(self.config, prompts, self.tokenizer.pad_id or 0, padding_side)
 
     def __call__(self, conversations: Any = None, **options: Any) -> Batch:
-        """A Batch of one conversation or many, or of text=; options as in `encode`.
-
-        Raises InputError.
-        """
+        """A Batch of conversations or of text=; options as in `encode`. Raises InputError."""
         # A Batch holds jax arrays; all else here is numpy, for workers and checks without jax.
         from qwen3vl_jax.processing.batch import make_batch
 
         return make_batch(self.config, **self.inputs(conversations, **options))
 
     def look(
-        self,
-        item: Mapping[str, Any],
-        *,
-        videos_kwargs: Mapping[str, Any] | None = None,
-        **image_overrides: Any,
+        self, item: Mapping[str, Any], *, videos_kwargs: Options = None, **image_overrides: Any
     ) -> dict[str, Any]:
-        """A content item whose image or video is read now, once for all later calls with the item.
-
-        Options as in `encode`; later calls' have no effect on it. Raises InputError.
-        """
+        """A content item whose image or video is read now, once for all later calls. Raises InputError."""
         encoder = self._encoder(image_overrides)
         _, sources = read_conversation([{"role": "user", "content": [item]}])
-        ((source,),) = with_video_options([sources], videos_kwargs or {})
+        ((source,),) = encoding.with_video_options([sources], videos_kwargs or {})
         return {"type": source.kind, source.kind: encoder(source).with_digest()}
 
     def decode(self, tokens: Any, skip_special_tokens: bool = True) -> Any:
@@ -230,8 +203,8 @@ class Processor:
     def parse(self, answer: Any, prompt: str = "") -> Reply:
         """The parts of an answer (text, or its token ids): reasoning, content and tool calls.
 
-        A call that cannot be read stays in the content, and a warning says why.
-        prompt: the rendered prompt; one that ends with an open <think> makes the text after it reasoning.
+        A call that cannot be read stays in the content, with a warning. prompt: one that ends with <think>
+        makes the text after it reasoning.
         """
         text = answer if isinstance(answer, str) else self.decode(answer)
         reply = parse_reply(text, thinking=prompt.rstrip().endswith("<think>"))
@@ -255,43 +228,40 @@ class Processor:
             messages = [m if m["role"] == trusted else escape.message(m) for m in messages]
             listed = escape.data(listed)
             # Templates are given tokens by such names (bos_token); those are not a user's text.
-            variables = {
-                k: v if k.endswith("_token") else escape.data(v) for k, v in variables.items()
-            }
+            texts = {k: escape.data(v) for k, v in variables.items() if not k.endswith("_token")}
+            variables = {**variables, **texts}
         variables = {**given, **variables}
-        rendered = self.template.render(messages, listed, ending[0], ending[1], variables)
+        rendered = self.template.render(messages, listed, ending, variables)
         if escape is None:
             return RenderedPrompt(rendered, "", sources)
         return RenderedPrompt(escape.tidy(rendered), escape.mark, sources)
 
     def _raw_prompts(self, text: str | Sequence[str]) -> list[RenderedPrompt]:
         rows = [text] if isinstance(text, str) else list(text)
+        kinds = {"image": self.config.image_token_id, "video": self.config.video_token_id}
+        names = {self.tokenizer.token_of(i): kind for kind, i in kinds.items()}
+        place, prompts = re.compile("|".join(map(re.escape, names))), []
         for row in rows:
             if not isinstance(row, str):
                 raise InputError(f"text: got {type(row).__name__}, expected a string or strings")
-        kinds = {"image": self.config.image_token_id, "video": self.config.video_token_id}
-        names = {self.tokenizer.token_of(i): kind for kind, i in kinds.items()}
-        place = re.compile("|".join(map(re.escape, names)))
-        return [
-            RenderedPrompt(r, "", [MediaSource(names[t], None) for t in place.findall(r)])
-            for r in rows
-        ]
+            sources = [MediaSource(names[token], None) for token in place.findall(row)]
+            prompts.append(RenderedPrompt(row, "", sources))
+        return prompts
 
-    def _encoder(self, overrides: Mapping[str, Any]) -> MediaEncoder:
+    def _encoder(self, overrides: Mapping[str, Any]) -> encoding.MediaEncoder:
         """The encoder of a call's images and videos. Raises InputError for sizes of the model."""
-        for name in ("patch_size", "temporal_patch_size", "merge_size"):
+        for name in _SIZES:
             if overrides.get(name) not in (None, getattr(self.image_settings, name)):
                 raise InputError(f"image setting {name}: it is the model's; leave it out")
         limits = {"max_bytes": self.max_fetch_bytes, "seconds": self.fetch_seconds}
         rules = dataclasses.replace(self.media_rules, **limits)
-        return MediaEncoder(self.image_settings.override(**overrides), self.video_settings, rules)
+        images = self.image_settings.override(**overrides)
+        return encoding.MediaEncoder(images, self.video_settings, rules)
 
 
 def _is_many(conversations: Any) -> bool:
     """Whether this is a list of conversations, not one conversation (a list of messages)."""
     if isinstance(conversations, (str, Mapping)) or not isinstance(conversations, Sequence):
-        raise InputError(
-            f"conversations: got {type(conversations).__name__}, expected a list of messages or "
-            "of conversations (raw text goes in text=)"
-        )
+        expected = "a list of messages or of conversations (raw text goes in text=)"
+        raise InputError(f"conversations: got {type(conversations).__name__}, expected {expected}")
     return bool(conversations) and not isinstance(conversations[0], Mapping)

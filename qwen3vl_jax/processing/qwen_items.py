@@ -24,9 +24,8 @@ _SIZES = ("min_pixels", "max_pixels", "total_pixels", "resized_height", "resized
 class VideoItem:
     """The settings of a video in a message, None where it has none.
 
-    min_pixels and max_pixels bound a frame, total_pixels all frames of the video (in pairs).
-    sample_fps is the rate of a list of frames, which are all used; raw_fps is put in its place in
-    their times.
+    min_pixels and max_pixels bound a frame, total_pixels all frames of the video (in pairs). sample_fps is
+    the rate of a list of frames, which are all used; raw_fps replaces it in their times.
     """
 
     min_pixels: int | None = None
@@ -52,13 +51,11 @@ class VideoItem:
                 check = frame_rate if name.endswith("fps") else check_count
                 given[name] = check(f"video: {name}", value)
         found = cls(**given, resizes="size" not in item)
+        both = [name for name in ("fps", "nframes", "num_frames") if item.get(name) is not None]
         if not found.resizes and not found.given.isdisjoint(_SIZES):
-            raise InputError(
-                "video: size and a limit of pixels are both given, expected one of them"
-            )
-        for a, b in (("fps", "nframes"), ("fps", "num_frames"), ("nframes", "num_frames")):
-            if item.get(a) is not None and item.get(b) is not None:
-                raise InputError(f"video: {a} and {b} are both given, expected one of them")
+            both = ["size", "a limit of pixels"]
+        if len(both) > 1:
+            raise InputError(f"video: {both[0]} and {both[1]} are both given, expected one of them")
         if (found.resized_height is None) != (found.resized_width is None):
             raise InputError("video: give both resized_height and resized_width")
         return found
@@ -74,10 +71,7 @@ class VideoItem:
         return self.raw_fps or self.sample_fps or self.fps or _SAMPLE_FPS
 
     def frame_count(self, total: int, rate: float, fps: float | None, least: int, most: int) -> int:
-        """How many of `total` frames at `rate` a second are used, an even number.
-
-        fps, least, most: the values for an item without its own. Raises InputError for less than two.
-        """
+        """How many of `total` frames are used, an even number from 2; fps, least, most are defaults."""
         if self.nframes is not None:
             count = 2 * round(self.nframes / 2)
         else:
@@ -86,10 +80,9 @@ class VideoItem:
             wanted = total / rate * (self.fps or fps or _SAMPLE_FPS)
             count = 2 * math.floor(min(max(wanted, least), most, total) / 2)
         if not 2 <= count <= total:
-            raise InputError(
-                f"video: {count} frames are asked for (nframes, max_frames), expected 2 to {total}, "
-                "the frames it has; pass a single frame as an image"
-            )
+            asked = f"{count} frames are asked for (nframes, max_frames)"
+            has = f"expected 2 to {total}, the frames it has"
+            raise InputError(f"video: {asked}, {has}; pass a single frame as an image")
         return count
 
     def frame_size(self, frames: int, height: int, width: int, factor: int) -> Size:
@@ -119,11 +112,11 @@ def image_limits(item: Mapping[str, Any], factor: int) -> dict[str, Any]:
     """The settings of an image in a message, with both limits where it has one of them."""
     least, most = (tokens * factor**2 for tokens in _IMAGE_TOKENS)
     low, high = item.get("min_pixels"), item.get("max_pixels")
-    if "size" not in item and low is None and high is not None:
+    if "size" in item or (low is None) == (high is None):
+        return dict(item)
+    if low is None:
         return {**item, "min_pixels": min(least, check_count("image: max_pixels", high))}
-    if "size" not in item and high is None and low is not None:
-        return {**item, "max_pixels": max(most, check_count("image: min_pixels", low))}
-    return dict(item)
+    return {**item, "max_pixels": max(most, check_count("image: min_pixels", low))}
 
 
 KEYS = tuple(field.name for field in dataclasses.fields(VideoItem) if field.name != "resizes")

@@ -3,8 +3,6 @@
 Source: smart_resize of transformers' Qwen2-VL image processor and Qwen3-VL video processor.
 """
 
-from __future__ import annotations
-
 import math
 
 from qwen3vl_jax.errors import InputError
@@ -29,10 +27,7 @@ def smart_resize(
     """
     if min(height, width) < 1:
         raise InputError(f"{kind}: {width} x {height} pixels, expected at least 1 x 1")
-    check_aspect(height, width, kind)
-    # A side may be rounded to 0: the lower limit brings it back.
-    rounded = tuple(max(smallest, round(side / factor) * factor) for side in (height, width))
-    return _fit_area((height, width), rounded, factor, min_pixels, max_pixels)
+    return _fit_area((height, width), factor, min_pixels, max_pixels, kind, smallest)
 
 
 def smart_resize_video(
@@ -44,37 +39,27 @@ def smart_resize_video(
     min_pixels: int = 4096,
     max_pixels: int = 25165824,
 ) -> Size:
-    """Height and width that the frames of a video are resized to, multiples of `factor`.
-
-    frames x height x width stays within the limits, as far as the rounding of the reference allows.
-    Raises InputError for a single frame, and for a ratio of sides above 200.
-    """
+    """Height and width of a video's frames, as `smart_resize` for their joint area. Raises InputError."""
     if frames < temporal_factor:
-        raise InputError(
-            f"video: {frames} frame(s), expected at least {temporal_factor}; pass a single frame as "
-            "an image"
-        )
+        found = f"video: {frames} frame(s), expected at least {temporal_factor}"
+        raise InputError(f"{found}; pass a single frame as an image")
     if height < factor or width < factor:
         scale = max(factor / height, factor / width)
         height, width = int(height * scale), int(width * scale)
-    check_aspect(height, width, "video")
-    rounded = tuple(round(side / factor) * factor for side in (height, width))
     padded = round(frames / temporal_factor) * temporal_factor
-    return _fit_area((height, width), rounded, factor, min_pixels, max_pixels, frames, padded)
+    sides = height, width
+    return _fit_area(sides, factor, min_pixels, max_pixels, "video", 0, frames, padded)
 
 
-def check_aspect(height: int, width: int, kind: str) -> None:
-    """Raises InputError for a ratio of sides above 200."""
-    if max(height, width) > MAX_ASPECT * min(height, width):
-        raise InputError(
-            f"{kind}: {width} x {height} pixels, one side is more than {MAX_ASPECT} times the other; "
-            "crop it or paste it on a larger background"
-        )
-
-
-def _fit_area(sides, rounded, factor, least, most, frames=1, padded=1) -> Size:
+def _fit_area(sides, factor, least, most, kind, smallest, frames=1, padded=1) -> Size:
     """The rounded sides, or where the area of all frames is outside the limits the sides scaled."""
-    high, wide = rounded
+    if max(sides) > MAX_ASPECT * min(sides):
+        found = (
+            f"{sides[1]} x {sides[0]} pixels, one side is more than {MAX_ASPECT} times the other"
+        )
+        raise InputError(f"{kind}: {found}; crop it or paste it on a larger background")
+    # A side may be rounded to 0: the lower limit brings it back.
+    high, wide = (max(smallest, round(side / factor) * factor) for side in sides)
     if padded * high * wide > most:
         ratio = math.sqrt(frames * sides[0] * sides[1] / most)
         high, wide = (max(factor, math.floor(x / ratio / factor) * factor) for x in sides)

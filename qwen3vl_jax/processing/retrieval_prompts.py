@@ -3,8 +3,6 @@
 Source: the Qwen3-VL-Embedding repository (its two model wrappers), whose limits these are too.
 """
 
-from __future__ import annotations
-
 import os
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -14,6 +12,8 @@ from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.image_loading import is_image
 from qwen3vl_jax.processing.media import STORED, open_source
 
+Thing = Mapping[str, Any]  # {text, image, video}, each one or a list
+Items = list[dict[str, Any]]
 REPRESENT = "Represent the user's input."
 RETRIEVE = "Given a search query, retrieve relevant candidates that answer the query."
 JUDGE = (
@@ -27,14 +27,8 @@ FRAMES = {"total_pixels": 10 * 768 * TOKEN}
 KEYS = ("video", "image", "text")  # the order in which a thing's parts are shown
 
 
-def embed_conversation(
-    thing: Mapping[str, Any], instruction: str | None = None
-) -> list[dict[str, Any]]:
-    """Messages whose last token represents a thing {text, image, video}, each one or a list.
-
-    instruction says what for; a full stop is added where it ends without punctuation. An empty thing is
-    "NULL". Raises InputError for other keys.
-    """
+def embed_conversation(thing: Thing, instruction: str | None = None) -> Items:
+    """Messages whose last token represents a thing {text, image, video}, each one or a list."""
     instruction = (instruction or "").strip() or REPRESENT
     if not unicodedata.category(instruction[-1]).startswith("P"):
         instruction += "."
@@ -44,20 +38,10 @@ def embed_conversation(
     ]
 
 
-def rerank_conversation(
-    query: Mapping[str, Any], document: Mapping[str, Any], instruction: str | None = None
-) -> list[dict[str, Any]]:
-    """Messages to which "yes" or "no" says whether a document answers a query, both {text, image, video}.
-
-    Raises InputError for other keys.
-    """
-    content = [
-        _text("<Instruct>: " + (instruction or RETRIEVE)),
-        _text("<Query>:"),
-        *_parts("query", query),
-        _text("\n<Document>:"),
-        *_parts("document", document),
-    ]
+def rerank_conversation(query: Thing, document: Thing, instruction: str | None = None) -> Items:
+    """Messages that ask whether a document answers a query, as things {text, image, video}."""
+    content = [_text(f"<Instruct>: {instruction or RETRIEVE}"), _text("<Query>:")]
+    content += [*_parts("query", query), _text("\n<Document>:"), *_parts("document", document)]
     return [{"role": "system", "content": [_text(JUDGE)]}, {"role": "user", "content": content}]
 
 
@@ -74,12 +58,12 @@ def _text(text: str) -> dict[str, Any]:
     return {"type": "text", "text": text}
 
 
-def _parts(name: str, thing: Mapping[str, Any]) -> list[dict[str, Any]]:
-    if not isinstance(thing, Mapping) or (unknown := [key for key in thing if key not in KEYS]):
-        found = (
-            f"key {unknown[0]!r}" if isinstance(thing, Mapping) else f"got {type(thing).__name__}"
-        )
-        raise InputError(f"{name}: {found}, expected an object with {', '.join(KEYS)}")
+def _parts(name: str, thing: Thing) -> Items:
+    expected = f"expected an object with {', '.join(KEYS)}"
+    if not isinstance(thing, Mapping):
+        raise InputError(f"{name}: got {type(thing).__name__}, {expected}")
+    if unknown := [key for key in thing if key not in KEYS]:
+        raise InputError(f"{name}: key {unknown[0]!r}, {expected}")
     found = []
     for key, limits in zip(KEYS, (VIDEO, IMAGE, {}), strict=True):
         given = thing.get(key)

@@ -58,8 +58,8 @@ def frame_rate(name: str, value: Any) -> float:
             value = float(value)
     found = check_number(name, value)
     if not _SLOWEST <= found <= _FASTEST:
-        range_text = f"frames a second from {_SLOWEST:g} to {_FASTEST:g}"
-        raise InputError(f"{name}: got {found:g}, expected {range_text}")
+        expected = f"frames a second from {_SLOWEST:g} to {_FASTEST:g}"
+        raise InputError(f"{name}: got {found:g}, expected {expected}")
     return found
 
 
@@ -70,7 +70,6 @@ def _check_bool(name: str, value: Any) -> bool:
 
 
 def _check_channels(name: str, value: Any) -> tuple[float, ...] | float:
-    """A number, or one a channel."""
     value = value.tolist() if isinstance(value, np.ndarray) else value
     several = isinstance(value, (list, tuple))
     found = tuple(check_number(name, v) for v in (value if several else (value,)))
@@ -80,7 +79,6 @@ def _check_channels(name: str, value: Any) -> tuple[float, ...] | float:
 
 
 def _check_filter(name: str, value: Any) -> int:
-    """A filter of Pillow, by number or name."""
     if isinstance(value, str) and value.upper() in Image.Resampling.__members__:
         return int(Image.Resampling[value.upper()])
     is_number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
@@ -108,10 +106,7 @@ def checks(settings: type) -> dict[str, Callable[[str, Any], Any]]:
 
 @dataclasses.dataclass(frozen=True)
 class ImageSettings:
-    """Every setting of images that changes numbers.
-
-    min_pixels and max_pixels are areas, the file's size {shortest_edge, longest_edge}.
-    """
+    """Every setting of images that changes numbers; min_pixels and max_pixels are areas."""
 
     KIND: ClassVar[str] = "image"
     SECTION: ClassVar[str] = "image_processor"  # of processor_config.json
@@ -136,11 +131,7 @@ class ImageSettings:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], base: Self | None = None) -> Self:
-        """The settings in preprocessor_config.json, or processor_config.json {image_processor: ...}.
-
-        A key that is absent or null keeps the value of `base` (the released ones); a key that
-        changes no numbers is ignored. Raises InputError.
-        """
+        """The settings in a file's data; an absent key keeps that of `base`. Raises InputError."""
         raw = raw.get(cls.SECTION, raw)
         if not isinstance(raw, Mapping):
             raise InputError(f"{cls.KIND} settings: got {type(raw).__name__}, expected an object")
@@ -149,10 +140,7 @@ class ImageSettings:
 
     @classmethod
     def from_dir(cls, directory: str | Path, base: Self | None = None) -> Self:
-        """The settings in processor_config.json or FILE of a directory, else `base`.
-
-        Raises InputError.
-        """
+        """The settings in a directory's processor_config.json or FILE, else `base`. Raises InputError."""
         for name in ("processor_config.json", cls.FILE):
             path = as_path(directory) / name
             if path.is_file():
@@ -165,8 +153,7 @@ class ImageSettings:
     def override(self, **changes: Any) -> Self:
         """A copy with some settings changed: the fields, and size {shortest_edge, longest_edge}.
 
-        None keeps a setting; a new limit of pixels moves the other where they would cross. Raises
-        InputError for a name or value that is not one.
+        None keeps one; a new limit of pixels moves the other where they would cross. Raises InputError.
         """
         kind, known = self.KIND, checks(type(self))
         given = {k: v for k, v in changes.items() if v is not None}
@@ -181,11 +168,9 @@ class ImageSettings:
         if high is None and low is not None:
             checked["max_pixels"] = max(self.max_pixels, low)
         settings = dataclasses.replace(self, **checked)
-        if settings.min_pixels > settings.max_pixels:
-            raise InputError(
-                f"{kind} settings: min_pixels {settings.min_pixels} is above max_pixels "
-                f"{settings.max_pixels}"
-            )
+        low, high = settings.min_pixels, settings.max_pixels
+        if low > high:
+            raise InputError(f"{kind} settings: min_pixels {low} is above max_pixels {high}")
         if (settings.resized_height is None) != (settings.resized_width is None):
             raise InputError(f"{kind} settings: give both resized_height and resized_width")
         return settings
@@ -205,27 +190,22 @@ class ImageSettings:
 
 
 def _size_pixels(kind: str, size: Any) -> dict[str, Any]:
-    """min_pixels and max_pixels of a size object."""
-    if not isinstance(size, Mapping):
-        raise InputError(
-            f"{kind} setting size: got {type(size).__name__}, expected shortest_edge and longest_edge"
-        )
     names = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}
     names |= {name: name for name in names.values()}
+    expected = "expected shortest_edge and longest_edge (areas)"
+    if not isinstance(size, Mapping):
+        raise InputError(f"{kind} setting size: got {type(size).__name__}, {expected}")
     size = {k: v for k, v in size.items() if v is not None}
     if unknown := [key for key in size if key not in names]:
-        raise InputError(
-            f"{kind} setting size: got {unknown[0]!r}, expected shortest_edge and longest_edge (areas)"
-        )
+        raise InputError(f"{kind} setting size: got {unknown[0]!r}, {expected}")
     return {names[key]: value for key, value in size.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class VideoSettings(ImageSettings):
-    """Every setting of videos that changes numbers.
+    """Every setting of videos that changes numbers; min_pixels and max_pixels bound all frames together.
 
-    min_pixels and max_pixels bound frames x height x width of a video. Frames are sampled at `fps` a
-    second, at least min_frames and at most max_frames, or num_frames of them if that is set.
+    Frames are sampled at `fps` a second, from min_frames to max_frames, or num_frames if that is set.
     cap_pixels_per_frame also bounds each frame, to max_video_tokens tokens.
     """
 
@@ -246,21 +226,14 @@ class VideoSettings(ImageSettings):
     def override(self, **changes: Any) -> VideoSettings:
         """A copy with some settings changed, as `ImageSettings.override`.
 
-        fps and num_frames exclude each other: either one takes the other's place. Raises InputError
-        for both, for an unknown name or value, and for settings without effect in the reference.
+        fps and num_frames take each other's place. Raises InputError for both, and for what has no effect.
         """
         changes = {name: value for name, value in changes.items() if value is not None}
         if useless := [name for name in WITHOUT_EFFECT if name in changes]:
-            raise InputError(
-                f"video setting {useless[0]}: it has no effect on Qwen3-VL's videos; leave it out"
-            )
-        if "fps" in changes and "num_frames" in changes:
-            raise InputError(
-                "video settings: fps and num_frames are both given, expected one of them"
-            )
+            raise InputError(f"video setting {useless[0]}: it has no effect; leave it out")
+        rates = changes.keys() & {"fps", "num_frames"}
+        if len(rates) > 1:
+            raise InputError("video settings: fps and num_frames are both given, expected one")
         settings = super().override(**changes)
-        if "num_frames" in changes:
-            settings = dataclasses.replace(settings, fps=None)
-        elif "fps" in changes:
-            settings = dataclasses.replace(settings, num_frames=None)
-        return settings
+        other = {"num_frames": "fps", "fps": "num_frames"}
+        return dataclasses.replace(settings, **{other[name]: None for name in rates})

@@ -34,11 +34,7 @@ _HEAD = struct.Struct("<?Q")
 
 
 def render(template: str, variables: Mapping[str, Any]) -> str:
-    """The text of a Jinja template with variables of plain data.
-
-    Raises InputError with the template's own message where it refuses, and for a template that does
-    not end, or needs too much memory.
-    """
+    """The text of a Jinja template with plain data. Raises InputError, with the template's own message."""
     with _SERVER.lock:
         return _SERVER.ask(template, variables)
 

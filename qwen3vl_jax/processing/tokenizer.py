@@ -19,6 +19,7 @@ _NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "
 # A text that every tokenizer has to encode and decode without loss.
 _SAMPLE = "hello, w\u00f6rld 1\nend"
 _LISTED = ("additional_special_tokens", "extra_special_tokens")
+_Added = list[tuple[int | None, AddedToken]]  # with their ids, where a file gives them
 
 
 class Tokenizer:
@@ -47,11 +48,8 @@ class Tokenizer:
         others = [b for b in range(256) if b not in printable]
         self._byte_of = {chr(b): b for b in printable}
         self._byte_of |= {chr(256 + n): b for n, b in enumerate(others)}
-        for character, byte in self._byte_of.items():
-            if backend.token_to_id(character) is None:
-                raise InputError(
-                    f"tokenizer: no token for byte {byte}, texts that hold it would be cut"
-                )
+        if cut := [b for c, b in self._byte_of.items() if backend.token_to_id(c) is None]:
+            raise InputError(f"tokenizer: no token for byte {cut[0]}, it would cut texts")
         back = backend.decode(backend.encode(_SAMPLE, add_special_tokens=False).ids)
         if back.strip() != _SAMPLE:
             raise InputError(f"tokenizer: {_SAMPLE!r} comes back as {shown(back)}, it loses text")
@@ -60,10 +58,9 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> Tokenizer:
-        """Reads tokenizer.json, or vocab.json + merges.txt: both give the same ids.
+        """Reads tokenizer.json, or vocab.json + merges.txt: both give the same ids. Raises InputError.
 
-        Added tokens come from tokenizer.json, tokenizer_config.json (added_tokens_decoder) and
-        added_tokens.json. Raises InputError.
+        Added tokens also come from tokenizer_config.json (added_tokens_decoder) and added_tokens.json.
         """
         directory = as_path(directory)
         config = _read_json(directory / "tokenizer_config.json")
@@ -71,12 +68,11 @@ class Tokenizer:
         if (directory / "tokenizer.json").is_file():
             backend = load_tokenizer_json(directory / "tokenizer.json")
         else:
-            missing = [n for n in ("vocab.json", "merges.txt") if not (directory / n).is_file()]
-            if missing:
-                raise InputError(
-                    f"{directory}: no tokenizer: expected tokenizer.json, or vocab.json and "
-                    f"merges.txt; missing: tokenizer.json, {', '.join(missing)}"
-                )
+            files = ("tokenizer.json", "vocab.json", "merges.txt")
+            missing = ", ".join(n for n in files if not (directory / n).is_file())
+            if missing != files[0]:
+                expected = "expected tokenizer.json, or vocab.json and merges.txt"
+                raise InputError(f"{directory}: no tokenizer: {expected}; missing: {missing}")
             backend = _from_vocab(directory, _added_tokens(directory, config, names))
         _add_tokens(backend, _added_tokens(directory, config, names), directory)
         eos, pad = (_content(names.get(key)) for key in ("eos_token", "pad_token"))
@@ -90,9 +86,8 @@ class Tokenizer:
     def encode(self, text: str, mark: str = "") -> list[int]:
         """The ids of a text with the added tokens in it; nothing is put before or after it.
 
-        mark: a character that Escape wrote into special tokens that are to stay text. The others
-        are found with the marks in place; the text between them is encoded without the marks.
-        Raises InputError for text that is not Unicode (lone surrogates).
+        mark: the character by which `Escape` hid special tokens that are to stay text. Raises InputError
+        for text that is not Unicode (lone surrogates).
         """
         try:
             text.encode()
@@ -119,10 +114,8 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of ids. Bytes that are no UTF-8 become U+FFFD; ids beyond the vocabulary vanish."""
         ids = [int(i) for i in ids]
-        if ids and min(ids) < 0:
-            raise InputError(f"token ids: got {min(ids)}, expected none below 0")
-        if ids and max(ids) >= 2**32:
-            raise InputError(f"token ids: got {max(ids)}, expected less than 2**32")
+        if wrong := [i for i in ids if not 0 <= i < 2**32]:
+            raise InputError(f"token ids: got {wrong[0]}, expected numbers from 0 to 2**32 - 1")
         with panics_are_errors("token ids"):
             return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
@@ -144,18 +137,17 @@ class Tokenizer:
         """The bytes of an id; none for special tokens (if skipped) and unknown ids."""
         if skip_special_tokens and token_id in self._special_ids:
             return b""
-        token = self.backend.id_to_token(token_id)
-        if token is None:
-            return b""
-        known = [self._byte_of.get(c) for c in token]
-        return token.encode() if None in known else bytes(b for b in known if b is not None)
+        token = self.backend.id_to_token(token_id) or ""
+        try:
+            return bytes(self._byte_of[c] for c in token)
+        except KeyError:  # an added token, whose text is not in the byte alphabet
+            return token.encode()
 
 
 class TextStream:
     """Streams the text of token ids: complete characters only, cut before a stop string.
 
-    The results of push and flush join to the decoded text, cut before the stop string that is
-    complete first (of several that end together, the longest). `stopped` is that one, or None.
+    `stopped` is the stop string that was complete first (of several, the longest), or None.
     """
 
     def __init__(
@@ -189,39 +181,33 @@ class TextStream:
             self._held = ""
             return text[:cut]
         # The longest end of the text that begins a stop string, which is not complete.
-        longest = min(len(text), max(map(len, self._stops), default=0))
-        ends = (
-            n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in self._stops)
-        )
-        keep = next(ends, 0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+        longest = max(map(len, self._stops), default=0)
+        starts = range(max(0, len(text) - longest), len(text))
+        begins = (at for at in starts if any(s.startswith(text[at:]) for s in self._stops))
+        keep = next(begins, len(text))
+        self._held = text[keep:]
+        return text[:keep]
 
 
 def stop_list(stop: str | Sequence[str]) -> tuple[str, ...]:
     """Stop strings as a tuple; raises InputError for an empty one, which would stop everything."""
     stops = (stop,) if isinstance(stop, str) else stop
     if not isinstance(stops, Sequence) or not all(s and isinstance(s, str) for s in stops):
-        raise InputError(
-            f"stop: got {shown(stop)}, expected a string or a list of them, none empty"
-        )
+        raise InputError(f"stop: got {shown(stop)}, expected a string or a list, none empty")
     return tuple(stops)
 
 
 def find_stop(text: str, stops: Sequence[str]) -> tuple[int, str | None]:
     """Where to cut a text before a stop string, and which: the one complete first, else the end."""
     hits = [(at + len(stop), at, stop) for stop in stops if (at := text.find(stop)) >= 0]
-    if not hits:
-        return len(text), None
-    _, at, stop = min(hits)
-    return at, stop
+    return min(hits)[1:] if hits else (len(text), None)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     return read_json_file(path) if path.is_file() else {}
 
 
-def _from_vocab(directory: Path, added: Sequence[tuple[int | None, AddedToken]]):
+def _from_vocab(directory: Path, added: _Added) -> tokenizers.Tokenizer:
     """Qwen2's pipeline over vocab.json and merges.txt."""
     vocab = read_json_file(directory / "vocab.json")
     # A token that the vocabulary holds keeps its id when it is added; others would be numbered on.
@@ -247,9 +233,7 @@ def _from_vocab(directory: Path, added: Sequence[tuple[int | None, AddedToken]])
     return backend
 
 
-def _added_tokens(
-    directory: Path, config: Mapping[str, Any], names: Mapping[str, Any]
-) -> list[tuple[int | None, AddedToken]]:
+def _added_tokens(directory: Path, config: Mapping[str, Any], names: Mapping[str, Any]) -> _Added:
     """(id, token) of tokenizer_config.json, added_tokens.json and the named tokens, by id."""
     special = {_content(names.get(key)) for key in _NAMED}
     for key in _LISTED:
@@ -261,9 +245,8 @@ def _added_tokens(
     found: dict[str, tuple[int | None, AddedToken]] = {}
     path = directory / "added_tokens.json"
     for name, i in _read_json(path).items():
-        is_special = name in special
         number = _token_id(i, f"{path}: id of {name!r}")
-        found[name] = (number, AddedToken(name, special=is_special, normalized=False))
+        found[name] = (number, AddedToken(name, special=name in special, normalized=False))
     where = f"{directory / 'tokenizer_config.json'}: added_tokens_decoder"
     entries = config.get("added_tokens_decoder") or {}
     if not isinstance(entries, Mapping):
@@ -282,9 +265,7 @@ def _added_tokens(
     return sorted(found.values(), key=lambda x: (x[0] is None, x[0] or 0))
 
 
-def _add_tokens(
-    backend: tokenizers.Tokenizer, added: Sequence[tuple[int | None, AddedToken]], directory: Path
-) -> None:
+def _add_tokens(backend: tokenizers.Tokenizer, added: _Added, directory: Path) -> None:
     """Adds the missing tokens and checks that every id is the one its file names."""
     have = {t.content: t for t in backend.get_added_tokens_decoder().values()}
     for i, token in added:
@@ -296,10 +277,8 @@ def _add_tokens(
     for i, token in added:
         found = backend.token_to_id(token.content)
         if i is not None and found != i:
-            raise InputError(
-                f"{directory}: token {token.content!r} has id {found} in the tokenizer and {i} in "
-                "tokenizer_config.json or added_tokens.json"
-            )
+            has = f"token {token.content!r} has id {found} in the tokenizer and {i}"
+            raise InputError(f"{directory}: {has} in tokenizer_config.json or added_tokens.json")
 
 
 def _content(token: Any) -> str | None:

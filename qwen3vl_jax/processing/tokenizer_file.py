@@ -1,7 +1,5 @@
 """tokenizer.json, checked before the tokenizers library sees it: some files abort the process there."""
 
-from __future__ import annotations
-
 import contextlib
 import subprocess
 import sys
@@ -41,10 +39,7 @@ for text in words + [piece * 3000 + "!" for piece in ("a", "ab ", " ", "\\n", "1
 
 
 def load_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
-    """The tokenizer of a tokenizer.json; a pipeline other than Qwen's is tried in a child process first.
-
-    Raises InputError for a model that is no plain BPE, and for a file that the library cannot take.
-    """
+    """The tokenizer of a tokenizer.json; one unlike Qwen's is tried in a child. Raises InputError."""
     raw = read_json_file(path)
     if not isinstance(model := raw.get("model"), Mapping):
         raise InputError(f"{path}: model: got {shown(model)}, expected an object")
@@ -59,12 +54,10 @@ def load_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
     with panics_are_errors(f"{path}: cannot read this tokenizer"):
         backend = tokenizers.Tokenizer.from_buffer(data)
     for token in raw.get("added_tokens") or []:
-        found = backend.token_to_id(token["content"])
-        if found != token["id"]:
-            raise InputError(
-                f"{path}: added token {shown(token['content'])} has id {found} in the tokenizer and "
-                f"{token['id']} in added_tokens"
-            )
+        found, given = backend.token_to_id(token["content"]), token["id"]
+        if found != given:
+            has = f"added token {shown(token['content'])} has id {found} in the tokenizer"
+            raise InputError(f"{path}: {has} and {given} in added_tokens")
     return backend
 
 
@@ -99,9 +92,8 @@ def _try_in_a_child(data: bytes, path: Path) -> None:
     try:
         done = subprocess.run(command, input=data, capture_output=True, timeout=_SECONDS)
     except subprocess.TimeoutExpired:
-        raise InputError(
-            f"{path}: this tokenizer does not end on a short text within {_SECONDS} s"
-        ) from None
+        reason = f"it does not end on a short text within {_SECONDS} s"
+        raise InputError(f"{path}: cannot read this tokenizer: {reason}") from None
     if done.returncode:
         lines = done.stderr.decode(errors="replace").strip().splitlines()
         reason = lines[-1][:300] if done.returncode == 1 and lines else "the library aborts"

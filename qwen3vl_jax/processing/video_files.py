@@ -1,7 +1,5 @@
 """Video files: the frames that a player shows, their times, upright and in RGB."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import logging
@@ -14,12 +12,7 @@ import numpy as np
 from PIL import Image
 
 from qwen3vl_jax.errors import InputError, one_line
-from qwen3vl_jax.processing.image_loading import (
-    MAX_IMAGE_BYTES,
-    decode_bytes,
-    decode_memory,
-    to_rgb,
-)
+from qwen3vl_jax.processing.image_loading import MAX_IMAGE_BYTES, decode_cost, decode_memory, to_rgb
 from qwen3vl_jax.processing.video_reader import FramesDiffer, VideoReader, picked, timing
 
 # Seconds that may be missing at the end of a file that is not cut.
@@ -40,10 +33,7 @@ def open_file(start: Callable[[], Any], name: str) -> VideoReader:
 
 
 def _reader(start, name, points, clock, first, recount=None, is_exact=False) -> VideoReader:
-    """The video whose frames are shown at `points` of a clock; first: one of them, decoded.
-
-    is_exact: the points are those of the decoded frames. Without `recount` errors are passed over.
-    """
+    """The video shown at `points` of a clock, exact or not; without `recount` errors are skipped."""
     from av.sidedata.sidedata import Type
 
     total, matrix = len(points), (1, 0, 0, 1)
@@ -76,10 +66,7 @@ def _reader(start, name, points, clock, first, recount=None, is_exact=False) -> 
 
 
 def _count_packets(start: Callable[[], Any], name: str) -> VideoReader:
-    """The frames of a file by its packets; only the first is decoded.
-
-    Raises FramesDiffer where packets are not enough.
-    """
+    """The video by its packets; only the first frame is decoded. Raises FramesDiffer if that fails."""
     import av
 
     end, packets = -math.inf, []
@@ -114,10 +101,7 @@ def _count_packets(start: Callable[[], Any], name: str) -> VideoReader:
 
 
 def _count_frames(start: Callable[[], Any], name: str) -> VideoReader:
-    """The video with the frames that can be decoded, found by decoding all of them.
-
-    Raises InputError if there is none.
-    """
+    """The video with the frames that can be decoded, found by decoding all. Raises InputError for none."""
     points: list[Any] = []
     damage: list[Any] = []
     first = None
@@ -142,10 +126,7 @@ def _clock(stream: Any) -> tuple[Any, list[Any]]:
 
 
 def _frames(container: Any, stream: Any, damage: list[Any] | None) -> Iterator[Any]:
-    """The decoded frames in the order of their display.
-
-    damage: a list that gets the errors, which are passed over; without it they raise FramesDiffer.
-    """
+    """The decoded frames as displayed. `damage` gets the errors; without it they raise FramesDiffer."""
     import av
 
     packets, packet = container.demux(stream), cast(Any, True)
@@ -168,10 +149,7 @@ def _frames(container: Any, stream: Any, damage: list[Any] | None) -> Iterator[A
 
 @contextlib.contextmanager
 def _open_stream(start: Callable[[], Any], name: str) -> Iterator[tuple[Any, Any]]:
-    """A PyAV container and its video stream; errors of FFmpeg become an InputError.
-
-    Only the file's own bytes are read: a playlist cannot name other files or addresses.
-    """
+    """A PyAV container, which opens no other file or address, and its video stream. Raises InputError."""
     import av
 
     with contextlib.ExitStack() as stack:
@@ -182,7 +160,7 @@ def _open_stream(start: Callable[[], Any], name: str) -> Iterator[tuple[Any, Any
         except (av.FFmpegError, ValueError, OSError) as e:
             raise InputError(f"{name}: not a video, or its header is cut: {_reason(e)}") from e
         stream = _video_stream(container, name)
-        held = decode_bytes(stream.width, stream.height, _BYTES_A_PIXEL, "a video", name)
+        held = decode_cost(stream.width, stream.height, _BYTES_A_PIXEL, "a video", name)
         stack.enter_context(decode_memory(held))
         # Later frames of a file may be larger than it says.
         most = MAX_IMAGE_BYTES // _BYTES_A_PIXEL
@@ -216,10 +194,7 @@ def _video_stream(container: Any, name: str) -> Any:
 
 
 def _upright(frame: Any, matrix: tuple[int, ...]) -> Image.Image:
-    """RGB of a decoded frame, turned and mirrored by a display matrix, transparency on white.
-
-    The matrix is a, b, c, d of x' = a x + c y, y' = b x + d y.
-    """
+    """RGB of a frame turned by a display matrix x' = a x + c y, y' = b x + d y, transparency on white."""
     alpha = any(part.is_alpha for part in frame.format.components)
     values = frame.to_ndarray(format="rgba" if alpha else "rgb24")
     a, b, c, d = matrix

@@ -1,8 +1,5 @@
 """Sources of videos: file, bytes, URL, folder or list of frames, array; read frame by frame."""
 
-from __future__ import annotations
-
-import itertools
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +16,8 @@ from qwen3vl_jax.processing.settings import frame_rate
 from qwen3vl_jax.processing.video_files import open_file
 from qwen3vl_jax.processing.video_reader import VideoReader, is_animation, open_animation
 
+Frames = Sequence[Any] | np.ndarray
+Load = Callable[[Any], Image.Image]
 _CHANNELS = (1, 3, 4)
 _ADVICE = 'give the rate of its frames: video_metadata={"fps": ...} or sample_fps'
 # "data:video/jpeg;base64,AAAA,BBBB": frames one after another.
@@ -33,12 +32,11 @@ def open_video(source: Any, rules: MediaRules | None = None) -> VideoReader:
     return (open_animation if is_animation(head) else open_file)(found.open, found.name)
 
 
-def as_frames(source: Any, rules: MediaRules | None = None) -> Sequence[Any] | np.ndarray | None:
-    """The frames of a source that holds them one by one, None for a video file.
+def as_frames(source: Any, rules: MediaRules | None = None) -> Frames | None:
+    """The frames of a source that holds them one by one, None for a video file. Raises InputError.
 
-    A list of images that `load_image` reads; an array [T H W C] or [T C H W] of whole numbers 0 to 255,
-    given back as [T H W C]; a folder of images, in the order of the numbers in their names;
-    "data:video/jpeg;base64," with frames joined by commas. Raises InputError.
+    A list of images that `load_image` reads; an array [T H W C] or [T C H W] of 0 to 255, as [T H W C]; a
+    folder of images, by the numbers in their names; "data:video/jpeg;base64," with frames joined by commas.
     """
     if isinstance(source, (list, tuple)):
         return source
@@ -75,16 +73,9 @@ def _folder(path: str, rules: MediaRules) -> list[str] | None:
 
 
 def open_frames(
-    frames: Sequence[Any] | np.ndarray,
-    metadata: Any,
-    sample_fps: Any,
-    load: Callable[[Any], Image.Image],
-    is_sampled: bool = False,
+    frames: Frames, metadata: Any, sample_fps: Any, load: Load, is_sampled: bool = False
 ) -> VideoReader:
-    """A video of frames that `as_frames` found. Raises InputError.
-
-    load: an RGB image of one frame. is_sampled: the frames were sampled before and are all used.
-    """
+    """A video of frames that `as_frames` found, each an RGB image by `load`. Raises InputError."""
     total = len(frames)
     if total == 0:
         raise InputError("video: it has no frame")
@@ -100,19 +91,17 @@ def open_frames(
         for place in places:
             frame = get(place)
             if frame.size != (width, height):
-                raise InputError(
-                    f"video: frame {place} has {frame.width} x {frame.height} pixels and the first "
-                    f"{width} x {height}; all must have one size"
-                )
+                found = f"frame {place} has {frame.width} x {frame.height} pixels"
+                first = f"the first {width} x {height}"
+                raise InputError(f"video: {found} and {first}; all must have one size")
             yield frame
 
-    array = np.asarray(indices, np.int64)
-    return VideoReader("", total, fps, (height, width), array, read, can_sample=is_source)
+    return VideoReader("", total, fps, (height, width), indices, read, can_sample=is_source)
 
 
 def _described(
     total: int, metadata: Any, sample_fps: Any, is_sampled: bool
-) -> tuple[float, list[int], bool]:
+) -> tuple[float, np.ndarray, bool]:
     """Rate and source numbers of frames, and whether they are a source that may be sampled."""
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, Mapping):
@@ -123,25 +112,22 @@ def _described(
     if fps is None:
         raise InputError(f"video: frames without times; {_ADVICE}")
     fps = frame_rate("video: fps", fps)
-    given, every = metadata.get("frames_indices"), list(range(total))
-    indices = (
-        every
-        if given is None
-        else integers("video_metadata: frames_indices", given, as_floats=True).reshape(-1).tolist()
-    )
+    given = metadata.get("frames_indices")
+    given = range(total) if given is None else given
+    indices = integers("video_metadata: frames_indices", given, as_floats=True).reshape(-1)
     if len(indices) != total:
-        raise InputError(
-            f"video_metadata: {len(indices)} frames_indices for {total} frames, expected one each"
-        )
-    if any(b < a for a, b in itertools.pairwise(indices)) or indices[0] < 0:
+        found = f"{len(indices)} frames_indices for {total} frames"
+        raise InputError(f"video_metadata: {found}, expected one each")
+    if (np.diff(indices) < 0).any() or indices[0] < 0:
         raise InputError("video_metadata: frames_indices fall or are negative")
+    is_source = not is_sampled and np.array_equal(indices, np.arange(total))
     count = metadata.get("total_num_frames")
-    if indices == every and not is_sampled and count not in (None, total):
+    if is_source and count not in (None, total):
         raise InputError(
             f"video_metadata: total_num_frames: got {shown(count)} for {total} frames; if they "
             "were chosen before, pass frames_indices and do_sample_frames=False"
         )
-    return fps, indices, indices == every and not is_sampled
+    return fps, indices, is_source
 
 
 def _array(source: Any) -> np.ndarray:
@@ -149,16 +135,14 @@ def _array(source: Any) -> np.ndarray:
     if array.ndim == 4 and array.shape[1] in _CHANNELS:
         array = np.moveaxis(array, 1, 3)
     if array.ndim != 4 or array.shape[3] not in _CHANNELS or not array.size:
-        raise InputError(
-            f"video array: shape {list(np.shape(source))}, expected [T H W C] or [T C H W] with 1, 3 "
-            "or 4 channels"
-        )
+        expected = "[T H W C] or [T C H W] with 1, 3 or 4 channels"
+        raise InputError(f"video array: shape {list(np.shape(source))}, expected {expected}")
     # One of 0 and 1 alone may be scaled.
     is_number = array.dtype.kind in "iuf"
     holds_bytes = is_number and array.min() >= 0 and 1 < array.max() <= 255
     if array.dtype != np.uint8 and not (holds_bytes and (array == np.floor(array)).all()):
+        expected = "whole numbers from 0 to 255 that are not all 0 or 1"
         raise InputError(
-            f"video array: got {array.dtype}, expected whole numbers from 0 to 255 that are not all "
-            "0 or 1 (scale and round it to uint8)"
+            f"video array: got {array.dtype}, expected {expected} (scale and round it to uint8)"
         )
     return array

@@ -3,8 +3,6 @@
 Source: the video processor of Qwen3-VL (transformers), whose names the settings keep.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Mapping
 from typing import Any
@@ -14,17 +12,11 @@ from PIL import Image
 
 from qwen3vl_jax.config_checks import warn_once
 from qwen3vl_jax.errors import InputError, shown
+from qwen3vl_jax.processing import image_patches, qwen_items
 from qwen3vl_jax.processing.encoded_prompt import UsedFrames
 from qwen3vl_jax.processing.fetching import MediaRules
 from qwen3vl_jax.processing.image_loading import to_rgb
-from qwen3vl_jax.processing.image_patches import (
-    check_patches,
-    frames_to_patches,
-    resized,
-    value_table,
-)
 from qwen3vl_jax.processing.media import load_image
-from qwen3vl_jax.processing.qwen_items import KEYS as ITEM_RULES
 from qwen3vl_jax.processing.qwen_items import VideoItem
 from qwen3vl_jax.processing.resize_rules import smart_resize_video
 from qwen3vl_jax.processing.settings import WITHOUT_EFFECT, VideoSettings, checks
@@ -37,7 +29,7 @@ MAX_VIDEO_BYTES = 3 * 2**30
 VIDEO_OPTIONS = ("video_metadata", "video_start", "video_end", "sample_fps")
 _SAMPLING = ("fps", "num_frames", "nframes", "min_frames", "max_frames")
 # Keys of a video in a message.
-OVERRIDES = (*checks(VideoSettings), "size", *WITHOUT_EFFECT, *VIDEO_OPTIONS, *ITEM_RULES)
+OVERRIDES = (*checks(VideoSettings), "size", *WITHOUT_EFFECT, *VIDEO_OPTIONS, *qwen_items.KEYS)
 
 
 def video_to_patches(
@@ -47,14 +39,12 @@ def video_to_patches(
     item: VideoItem | None = None,
     **overrides: Any,
 ) -> tuple[np.ndarray, tuple[int, int, int], UsedFrames]:
-    """Patches of one video, its grid and the frames it uses.
+    """Patches of one video, its grid and the frames it uses; memory does not grow with the video.
 
     source: a file that `open_video` reads, frames, or a pair of that and its metadata. overrides:
     settings for this call; video_metadata {fps, frames_indices, total_num_frames} or sample_fps
-    describes arrays and lists of frames; video_start and video_end (seconds) cut. item: of a message,
-    read as qwen-vl-utils reads it. Sampling is the same for a file, a list of frames and an array.
-    rules: where it may be read from. Frames pass one by one: memory does not grow with the
-    video. Returns patches [t*h*w, C*Tp*P*P] float32 in merge order and (t, h, w). Raises InputError.
+    describes frames; video_start and video_end (seconds) cut. item: of a message, read as qwen-vl-utils
+    reads it. Returns patches [t*h*w, C*Tp*P*P] float32 in merge order and (t, h, w). Raises InputError.
     """
     metadata, start, end, rate = (overrides.pop(name, None) for name in VIDEO_OPTIONS)
     settings = (settings or VideoSettings()).override(**overrides)
@@ -81,22 +71,15 @@ def is_pair(source: Any) -> bool:
 
 
 def _open(source, settings, rules, item: VideoItem | None, metadata, sample_fps, asked):
-    """The VideoReader, and the item if its rules hold: those of an item that says anything.
-
-    Files hold their own times. Frames, as `as_frames` finds them, need their rate: metadata {fps,
-    frames_indices (the frames' numbers in their source), total_num_frames}, or sample_fps. asked: the
-    settings of the call. Frames in a message without metadata were sampled before, in pairs.
-    """
+    """The VideoReader of a file or of frames, and the item if its rules hold. Raises InputError."""
     rate_in_item = None if item is None else item.sample_fps or item.raw_fps
     rate = rate_in_item if sample_fps is None else sample_fps
     rule = item if item is not None and item.given else None
     frames = as_frames(source, rules)
     if frames is None:
         if metadata is not None or rate is not None:
-            raise InputError(
-                "video_metadata, sample_fps and raw_fps describe arrays and lists of frames; a file "
-                "has its own"
-            )
+            names = "video_metadata, sample_fps and raw_fps"
+            raise InputError(f"{names} describe arrays and lists of frames; a file has its own")
         return open_video(source, rules), rule
     in_message = item is not None and metadata is None
 
@@ -113,9 +96,8 @@ def _open(source, settings, rules, item: VideoItem | None, metadata, sample_fps,
     if item.fps and not item.sample_fps:
         unused -= {"fps"} - asked
     if names := ", ".join(sorted(unused)):
-        warn_once(
-            f"frames in a message were sampled before and are all used, whatever {names} says"
-        )
+        used = "frames in a message were sampled before and are all used"
+        warn_once(f"{used}, whatever {names} says")
     if len(frames) % 2:
         frames = [*frames, frames[-1]]
     rate = item.frame_fps if sample_fps is None else sample_fps
@@ -147,15 +129,15 @@ def _encode(
     count = height // unit * (width // unit)
     padded = [*seconds, *[seconds[-1]] * (-len(seconds) % temporal)]
     groups = len(padded) // temporal
-    check_patches((height, width), len(padded), most=MAX_VIDEO_BYTES)
+    image_patches.check_patches((height, width), len(padded), most=MAX_VIDEO_BYTES)
     patches = np.empty((groups, count, 3 * temporal * unit**2), np.float32)
-    table = value_table(settings, 3)
-    decoded = (resized(frame, size, settings) for frame in video.read(chosen))
+    table = image_patches.value_table(settings, 3)
+    decoded = (image_patches.resized(frame, size, settings) for frame in video.read(chosen))
     for number in range(groups):
         group = list(itertools.islice(decoded, temporal))
         if any(frame.shape[:2] != (height, width) for frame in group):
             raise InputError("video: its frames have several sizes, which do_resize=False leaves")
-        patches[number] = frames_to_patches(group, table, settings)[0]
+        patches[number] = image_patches.frames_to_patches(group, table, settings)[0]
     pairs = zip(padded[::temporal], padded[temporal - 1 :: temporal], strict=True)
     times = tuple((first + last) / 2 for first, last in pairs)
     used = UsedFrames(video.fps, tuple(video.indices[chosen].tolist()), tuple(seconds), times)
@@ -187,10 +169,8 @@ def sample_frames(
         first, last = video.on_screen(np.array([low, high]))
         inside = np.arange(first, last + 1)
     if not len(inside):
-        raise InputError(
-            f"no frame from second {low:g} to {high:g}; the frames are at {begins[0]:g} to "
-            f"{begins[-1]:g}"
-        )
+        frames = f"the frames are at {begins[0]:g} to {begins[-1]:g}"
+        raise InputError(f"no frame from second {low:g} to {high:g}; {frames}")
     if not (settings.do_sample_frames and video.can_sample):
         return inside, begins[inside].tolist()
     total = len(inside)
@@ -203,7 +183,7 @@ def sample_frames(
     else:
         least, most = settings.min_frames, settings.max_frames
         count = item.frame_count(total, video.fps, settings.fps, least, most)
-    check_patches((settings.factor, settings.factor), count, most=MAX_VIDEO_BYTES)
+    image_patches.check_patches((settings.factor, settings.factor), count, most=MAX_VIDEO_BYTES)
     if video.times is not None:
         moments = np.linspace(low, high, count)
         return video.on_screen(moments), moments.tolist()

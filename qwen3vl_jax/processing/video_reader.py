@@ -16,12 +16,7 @@ import numpy as np
 from PIL import Image
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.processing.image_loading import (
-    MAX_IMAGE_BYTES,
-    decode_bytes,
-    decode_memory,
-    to_rgb,
-)
+from qwen3vl_jax.processing.image_loading import MAX_IMAGE_BYTES, decode_cost, decode_memory, to_rgb
 
 # Milliseconds of a frame that gives none, as browsers show it.
 _UNTIMED = 100
@@ -33,13 +28,11 @@ log = logging.getLogger("qwen3vl_jax")
 
 @dataclasses.dataclass(frozen=True)
 class VideoReader:
-    """A video before its frames are decoded: size, times, and how to read frames.
+    """A video before its frames are decoded: size (height, width), times, and how to read frames.
 
-    size is (height, width); `indices` [total] is each frame's number in its source, which differs
-    from 0, 1, ... where frames were chosen before; `times` [total] seconds from the first frame,
-    where they do not follow from `fps`. `read` yields the RGB frames at places that do not fall; it
-    raises FramesDiffer where the file does not hold the frames that were counted, and `recount`
-    then gives the video with the frames that can be decoded.
+    `indices` [total] is each frame's number in its source; `times` [total] seconds from the first frame,
+    where they do not follow from `fps`. `read` yields the RGB frames at places that do not fall; it raises
+    FramesDiffer where the file holds other frames than were counted, and `recount` counts them again.
     """
 
     name: str
@@ -54,9 +47,7 @@ class VideoReader:
 
     def seconds(self, places: np.ndarray) -> np.ndarray:
         """When the frames at some places begin."""
-        if self.times is not None:
-            return self.times[places]
-        return self.indices[places] / self.fps
+        return self.indices[places] / self.fps if self.times is None else self.times[places]
 
     def on_screen(self, moments: np.ndarray) -> np.ndarray:
         """The frame on the screen at each moment: the last one that has begun."""
@@ -134,18 +125,16 @@ def open_animation(start: Callable[[], Any], name: str) -> VideoReader:
 
 
 def _frames(start: Callable[[], Any], name: str) -> Iterator[Image.Image]:
-    """The frames of an animation, one after another."""
     with start() as file:
         if file.seek(0, io.SEEK_END) > MAX_IMAGE_BYTES:
-            raise InputError(
-                f"{name}: expected an animation of at most {MAX_IMAGE_BYTES >> 20} MiB"
-            )
+            most = MAX_IMAGE_BYTES >> 20
+            raise InputError(f"{name}: expected an animation of at most {most} MiB")
         file.seek(0)
         try:
             image = Image.open(file, formats=("WEBP", "PNG"))
         except (*_BROKEN, Image.DecompressionBombError) as e:
             raise InputError(f"{name}: not a video, or its header is cut") from e
-        with decode_memory(decode_bytes(*image.size, _BYTES_A_PIXEL, "an animation", name)):
+        with decode_memory(decode_cost(*image.size, _BYTES_A_PIXEL, "an animation", name)):
             for number in range(getattr(image, "n_frames", 1)):
                 image.seek(number)
                 image.load()

@@ -1,7 +1,5 @@
 """Chips and their peak rates, and what must be set before jax finds them. No jax."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import importlib.util
@@ -9,7 +7,6 @@ import os
 from collections.abc import MutableMapping
 from pathlib import Path
 
-_GIB = 2**30
 # Of a GPU's memory, to programs: jax takes 0.75 by itself; CUDA, cuDNN and NCCL need some GiB beside.
 GPU_SHARE = 0.9
 _FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # the second is older
@@ -19,9 +16,8 @@ _FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # th
 class Chip:
     """One kind of chip. Rates are those of a jax device, in bytes or floating-point operations a second.
 
-    hbm is what a program may use. link is one direction of one link: of ICI, or of NVLink as a whole;
-    network is a device's share of its host's cards; host is one direction of its link to the host's
-    memory, 0 where that is not published.
+    link is one direction of one link (ICI, or NVLink as a whole); network is a device's share of its host's
+    cards; host is one direction of its link to the host's memory, 0 where that is not published.
     """
 
     platform: str  # tpu or gpu
@@ -36,25 +32,24 @@ class Chip:
     host: float = 0.0
 
 
+def _gib(size: float) -> int:
+    return round(size * 2**30)
+
+
 # TPUs: cloud.google.com/tpu/docs/v4 .. v6e, tpu7x: peak bf16 and HBM bandwidth of a chip, its ICI (both
 # directions of all ports: 400, 800, 1200 GB/s), the network cards of a host. hbm: what XLA's compiler
 # says is available. GPUs: NVIDIA's data sheets of the SXM boards, NVLink 4 at 450 GB/s a direction, one
 # 400 Gb/s card a GPU as in DGX, PCIe 5 x16 to the host at 64 GB/s a direction by its specification; hbm:
 # the share of CUDA's total that train.py and infer.py let jax take.
 CHIPS: dict[str, Chip] = {
-    "v4": Chip("tpu", 3, 1, round(30.75 * _GIB), 275e12, 1228e9, 50e9, 6.25e9, "2x2x2"),
-    "v5e": Chip("tpu", 2, 1, round(15.75 * _GIB), 197e12, 819e9, 50e9, 3.125e9, "4x4"),
-    "v5p": Chip("tpu", 3, 1, round(95.74 * _GIB), 459e12, 2765e9, 100e9, 6.25e9, "4x8x8"),
-    "v6e": Chip("tpu", 2, 1, round(31.25 * _GIB), 918e12, 1640e9, 100e9, 12.5e9, "4x4"),
-    "tpu7x": Chip(
-        "tpu", 3, 2, round(94.75 * _GIB), 2307e12 / 2, 7380e9 / 2, 100e9 / 2, 12.5e9, "4x4x4"
-    ),
-    "h100": Chip(
-        "gpu", 1, 1, round(79.1 * GPU_SHARE * _GIB), 989e12, 3352e9, 450e9, 50e9, "8", 64e9
-    ),
-    "h200": Chip(
-        "gpu", 1, 1, round(140.0 * GPU_SHARE * _GIB), 989e12, 4800e9, 450e9, 50e9, "8", 64e9
-    ),
+    "v4": Chip("tpu", 3, 1, _gib(30.75), 275e12, 1228e9, 50e9, 6.25e9, "2x2x2"),
+    "v5e": Chip("tpu", 2, 1, _gib(15.75), 197e12, 819e9, 50e9, 3.125e9, "4x4"),
+    "v5p": Chip("tpu", 3, 1, _gib(95.74), 459e12, 2765e9, 100e9, 6.25e9, "4x8x8"),
+    "v6e": Chip("tpu", 2, 1, _gib(31.25), 918e12, 1640e9, 100e9, 12.5e9, "4x4"),
+    # Half a chip.
+    "tpu7x": Chip("tpu", 3, 2, _gib(94.75), 1153.5e12, 3690e9, 50e9, 12.5e9, "4x4x4"),
+    "h100": Chip("gpu", 1, 1, _gib(79.1 * GPU_SHARE), 989e12, 3352e9, 450e9, 50e9, "8", 64e9),
+    "h200": Chip("gpu", 1, 1, _gib(140.0 * GPU_SHARE), 989e12, 4800e9, 450e9, 50e9, "8", 64e9),
 }
 # Without these libtpu asks the cloud's metadata server, and complains that it is not there.
 QUIET_LIBTPU = {
@@ -98,10 +93,7 @@ def allow_gpu_memory(environ: MutableMapping[str, str] = os.environ) -> None:
 
 
 def quiet_libtpu(environ: MutableMapping[str, str] = os.environ, root: str = "/") -> None:
-    """Keeps libtpu (the extra tpu) from telling its errors where no TPU is; call it before jax is imported.
-
-    root: of the files that show devices. Google's PCI devices other than its network card may be TPUs.
-    """
+    """Keeps libtpu from printing errors where no TPU is; call it before jax is imported."""
     cards = Path(root, "sys/bus/pci/devices").glob("*")
     possible = False
     for card in cards:

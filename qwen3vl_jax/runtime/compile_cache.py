@@ -3,8 +3,6 @@
 JAX runs what it finds there, so the folder must be one that nobody else can write.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import stat
@@ -29,7 +27,6 @@ class Programs:
         self.lock = threading.Lock()
 
     def begin(self, where: str) -> None:
-        """Counts from here on."""
         import jax
 
         self.where, self.all, self.found = where, 0, 0
@@ -55,11 +52,7 @@ PROGRAMS = Programs()  # of this process
 
 
 def keep_programs(wanted: bool, environ: Mapping[str, str] = os.environ) -> None:
-    """Makes JAX keep what it compiles, XLA's choices of kernels too; call it before anything is compiled.
-
-    The folder is that of VARIABLE, else the user's own, made with mode 0700. Where none can be made,
-    nothing is kept. Raises InputError for one that others can write.
-    """
+    """Makes JAX keep what it compiles, in a folder that others cannot write. Raises InputError."""
     import jax
 
     jax.config.update("jax_enable_compilation_cache", wanted)

@@ -23,10 +23,7 @@ interrupt_heard = threading.Event()  # set by whoever handles SIGINT, see `run_s
 
 
 def report(error: BaseException, where: object = "", interrupted: str = "interrupted") -> int:
-    """Prints one line on stderr; gives the exit code: 2 for bad input, 130 for Ctrl-C.
-
-    An error with several `problems` lists them below. where: the file of an OSError that names none.
-    """
+    """Prints an error, and its `problems`, on stderr; the exit code: 2 for bad input, 130 for Ctrl-C."""
     if isinstance(error, KeyboardInterrupt):
         print(interrupted, file=sys.stderr)
         return 130
@@ -47,7 +44,6 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line on stderr and exit code 2, as those of `report`."""
 
     def error(self, message: str) -> NoReturn:
-        """Ends the process."""
         self.exit(2, f"error: {one_line(message)} (--help lists the options)\n")
 
 
@@ -87,8 +83,8 @@ def signals_in_thread(hear: Callable[[int], None]) -> Iterator[None]:
 def run_script(main: Callable[[], Any]) -> None:
     """Runs a command line as the whole process: Ctrl-C ends it with one line and exit code 130.
 
-    It ends without the interpreter's shutdown, in which threads of JAX may crash. A main thread that
-    does not hear Ctrl-C (in XLA's compiler) is ended GRACE seconds later.
+    Interpreter shutdown, in which threads of JAX may crash, is skipped. A main thread that does not hear
+    Ctrl-C (in XLA's compiler) is ended GRACE seconds later.
     """
     pressed = threading.Event()
     presses = 0
@@ -129,7 +125,6 @@ def run_script(main: Callable[[], Any]) -> None:
 
 
 def _exit(code: int) -> NoReturn:
-    """Ends the process now, with what was printed."""
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
@@ -194,8 +189,7 @@ def sigterm_interrupts(seconds: float) -> Iterator[None]:
 class Status:
     """What a command is doing, on stderr: a spinner on a terminal, elsewhere a line a step.
 
-    The line is printed when the step is done or has taken DELAY seconds, so that bad input, which is
-    refused before, prints its one line alone.
+    The line is printed when the step is done or after DELAY seconds: bad input prints its one line alone.
     """
 
     DELAY = 5
@@ -209,7 +203,8 @@ class Status:
         if self._spinner is None and not sys.stderr.isatty():
             self.stop()
             if line:
-                self._line = threading.Timer(self.DELAY, _print_line, [text])
+                options = {"file": sys.stderr, "flush": True}
+                self._line = threading.Timer(self.DELAY, print, [text], options)
                 self._line.daemon = True
                 self._line.start()
             return
@@ -230,17 +225,13 @@ class Status:
         if line is not None and line.is_alive():
             line.cancel()
             if not failed:
-                _print_line(*line.args)
+                print(*line.args, **line.kwargs)
 
     def __enter__(self) -> Status:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.stop(failed=error[0] is not None)
-
-
-def _print_line(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -256,10 +247,7 @@ def memory_advice(parts: Mapping[str, int], advice: str) -> Iterator[None]:
 
 
 def memory_parts(params: Any, cfg: Any, slots: int, patches: int, note: str) -> dict[str, int]:
-    """Bytes of the weights, of a cache of `slots` tokens, and of the vision tower's activations.
-
-    note: how well slots and patches are known, printed beside what follows from them.
-    """
+    """Bytes of the weights, of a cache of `slots` tokens, and of the vision tower's activations."""
     import jax
 
     t, item = cfg.text, params["norm"].dtype.itemsize  # a norm is never held in 8 bits
@@ -297,7 +285,6 @@ class Clock:
 
     @property
     def compiling(self) -> float:
-        """Seconds of compiling so far."""
         return sum(end - start for start, end in self._spans)
 
     def lap(self) -> float:

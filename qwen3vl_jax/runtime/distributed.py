@@ -1,7 +1,5 @@
 """Several processes as one program: how they start, exchange small data, and end together."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json
@@ -13,7 +11,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import Any, NamedTuple, TypeVar, cast
 
 from qwen3vl_jax.errors import InputError
@@ -51,29 +49,20 @@ class Asked(NamedTuple):
 
 def add_arguments(parser: Any) -> tuple[str, ...]:
     """Adds the options of a program of several processes; gives their names."""
-    group = parser.add_argument_group(
-        "several processes (under SLURM, MPI and GKE they find each other without options)"
-    )
-    group.add_argument(
-        "--distributed",
-        action="store_true",
-        help="let jax find the other processes, as on the hosts of a Cloud TPU slice",
-    )
-    group.add_argument(
-        "--coordinator", default="", metavar="HOST:PORT", help="address of process 0"
-    )
-    group.add_argument("--processes", type=int, default=0, metavar="N", help="number of processes")
-    group.add_argument(
-        "--process", type=int, default=-1, metavar="I", help="number of this one, from 0"
-    )
+    title = "several processes (under SLURM, MPI and GKE they find each other without options)"
+    add = parser.add_argument_group(title).add_argument
+    found_by_jax = "let jax find the other processes, as on the hosts of a Cloud TPU slice"
+    add("--distributed", action="store_true", help=found_by_jax)
+    add("--coordinator", default="", metavar="HOST:PORT", help="address of process 0")
+    add("--processes", type=int, default=0, metavar="N", help="number of processes")
+    add("--process", type=int, default=-1, metavar="I", help="number of this one, from 0")
     return "distributed", "coordinator", "processes", "process"
 
 
 def asked_of(args: Any, environ: Mapping[str, str] = os.environ) -> Asked | None:
     """The processes, or None for one alone. Raises InputError where something of them is missing.
 
-    Options first, then JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, then what
-    jax.distributed knows of the cluster.
+    Options come first, then the variables of _NAMES, then what jax.distributed knows of the cluster.
     """
     coordinator = args.coordinator or environ.get(_NAMES[0], "")
     count = args.processes or _number(_NAMES[1], environ, 0)
@@ -82,15 +71,12 @@ def asked_of(args: Any, environ: Mapping[str, str] = os.environ) -> Asked | None
         host, _, port = coordinator.rpartition(":")
         is_address = host and port.isdecimal() and 1 <= int(port) <= 65535
         if not (is_address and 0 <= index < count):
-            raise InputError(
-                f"several processes: coordinator {coordinator!r}, processes {count}, process {index}; "
-                f"{_EXPECTED}"
-            )
+            found = f"coordinator {coordinator!r}, processes {count}, process {index}"
+            raise InputError(f"several processes: {found}; {_EXPECTED}")
         return Asked(coordinator, count, index)
     srun = ("SLURM_NTASKS",) if "SLURM_STEP_NODELIST" in environ else ()  # and not salloc alone
     many = any(environ.get(name, "1") not in ("", "1") for name in (*_KNOWN, *srun))
-    many = many or args.distributed
-    return Asked() if many or "," in environ.get(_HOSTS, "") else None
+    return Asked() if many or args.distributed or "," in environ.get(_HOSTS, "") else None
 
 
 def _number(name: str, environ: Mapping[str, str], default: int) -> int:
@@ -102,31 +88,25 @@ def _number(name: str, environ: Mapping[str, str], default: int) -> int:
 
 
 def start(asked: Asked | None) -> tuple[int, int]:
-    """Joins the other processes; gives (this one's index, how many there are).
-
-    Call it before jax initializes its devices. A process that is gone ends the others within two minutes.
-    """
+    """Joins the other processes before jax finds its devices; (this one's index, how many there are)."""
     if asked is None:
         return 0, 1
     import jax
 
     if (os.environ.get("JAX_PLATFORMS") or "").startswith("cpu"):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    known: dict[str, Any] = {}
+    notice, known = "waiting for the other processes", {}
     if asked.coordinator:
-        known = dict(
-            zip(("coordinator_address", "num_processes", "process_id"), asked, strict=True)
-        )
-    who = f"process {asked.index} of {asked.count}: " if asked.coordinator else ""
-    where = f" at {asked.coordinator}" if asked.coordinator else ""
-    notice = f"{who}waiting for the other processes{where}\n"
-    waits = threading.Timer(PATIENCE, lambda: print(notice, end="", file=sys.stderr, flush=True))
+        names = ("coordinator_address", "num_processes", "process_id")
+        known: dict[str, Any] = dict(zip(names, asked, strict=True))
+        notice = f"process {asked.index} of {asked.count}: {notice} at {asked.coordinator}"
+    options = {"end": "", "file": sys.stderr, "flush": True}
+    waits = threading.Timer(PATIENCE, print, [f"{notice}\n"], options)
     waits.daemon = True
     waits.start()
+    limits = dict.fromkeys(("heartbeat_timeout_seconds", "shutdown_timeout_seconds"), HEARTBEAT)
     try:
-        jax.distributed.initialize(
-            **known, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT
-        )
+        jax.distributed.initialize(**known, **limits)
     except (RuntimeError, ValueError) as error:
         reason = textwrap.shorten(str(error), 300, placeholder=" ..")
         hint = "" if asked.coordinator else f"; jax finds no cluster by itself here: {_EXPECTED}"
@@ -145,8 +125,8 @@ def start(asked: Asked | None) -> tuple[int, int]:
 def end_together(run: Callable[[], _T], kept: str = "the last checkpoint") -> _T:
     """run(), then a wait for the slowest process, which JAX would else take for lost.
 
-    A failure ends this process at once, since the usual way out waits for the others: with one line
-    if another process is gone, or after an interruption. kept: what the next start goes on from.
+    A failure ends this process at once, with one line if another process is gone, or after an interruption.
+    kept: what the next start goes on from.
     """
     try:
         result = run()
@@ -157,7 +137,8 @@ def end_together(run: Callable[[], _T], kept: str = "the last checkpoint") -> _T
             raise
         code = _report(error, kept)
         if not isinstance(error, Exception):
-            _meet("interrupted", GRACE)  # JAX aborts those that find process 0 gone
+            with suppress(Exception):  # JAX aborts those that find process 0 gone
+                _barrier("interrupted", 1000 * GRACE)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -213,10 +194,8 @@ def is_first() -> bool:
 @contextmanager
 def quiet(silent: bool) -> Iterator[None]:
     """Drops what is printed here if `silent`, for processes other than the first; errors pass."""
-    with ExitStack() as stack:
-        if silent:
-            stack.enter_context(redirect_stdout(io.StringIO()))
-            stack.enter_context(redirect_stderr(io.StringIO()))
+    out, errors = (io.StringIO(), io.StringIO()) if silent else (sys.stdout, sys.stderr)
+    with redirect_stdout(out), redirect_stderr(errors):
         yield
 
 
@@ -234,12 +213,6 @@ def wait_for_all(name: str) -> None:
 
     threading.Thread(target=wait, daemon=True).start()
     met.result()
-
-
-def _meet(name: str, seconds: float) -> None:
-    """A barrier of at most so many seconds."""
-    with suppress(Exception):
-        _barrier(name, round(1000 * seconds))
 
 
 def _barrier(name: str, milliseconds: int) -> None:
@@ -288,6 +261,5 @@ def check_alike(what: str, *seen: bytes) -> None:
     found = all_of(digest.hexdigest())
     if len(set(found)) > 1:
         unlike = next(i for i, one in enumerate(found) if one != found[0])
-        raise InputError(
-            f"{what} in process {unlike} than in process 0; give all processes the same"
-        )
+        where = f"in process {unlike} than in process 0"
+        raise InputError(f"{what} {where}; give all processes the same")

@@ -1,7 +1,5 @@
 """Filters what C++ libraries write to stdout and stderr: drops noise, turns an abort into one line."""
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import ctypes
@@ -51,11 +49,10 @@ class Filter:
 def tidy_output(
     lost: Callable[[str], str] | None = None, code: int = 1, *, stdout: bool = True
 ) -> None:
-    """Filters what libraries write to stdout and stderr from now on; Python's own output is not touched.
+    """Filters what libraries write to stdout and stderr from now on; call it once, in the main thread.
 
     lost: gives the line to print when a library aborts the process, made of its output, and `code` is
     the exit code then; "" leaves the abort as it is. stdout: False where readline needs the real one.
-    Call it once, in the main thread.
     """
     if stdout:
         _filtered(1, "stdout")

@@ -1,7 +1,5 @@
 """Directories written atomically: complete or not at all."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os
@@ -24,13 +22,11 @@ PARTIAL = ".partial"
 def atomic_dir(out: Path, force: bool = False, needs: int = 0) -> Iterator[Path]:
     """A directory to fill that becomes `out` when the block ends well; after an error it is removed.
 
-    Local: the directory `.NAME.partial` beside `out` is renamed at the end. A killed process leaves it
-    without config.json, so it never loads, and the next run clears it. With `force` an old `out` stays
-    until the new one is complete. Raises InputError if `out` exists, if the disk has fewer than `needs`
-    free bytes, and while another process writes to `out` (Windows has no such lock).
-    Remote: `out` itself is filled, so write the file that makes it loadable last. A killed process
-    leaves PARTIAL in it, and the next run clears it. `force` replaces nothing, and no lock keeps two
-    processes apart.
+    Local: `.NAME.partial` beside `out` is renamed at the end; with `force` an old `out` stays until then. A
+    killed process leaves it without config.json, so it never loads. Raises InputError if `out` exists, if
+    the disk has fewer than `needs` free bytes, and while another process writes to `out`.
+    Remote: `out` itself is filled, so write the file that makes it loadable last. A killed process leaves
+    PARTIAL in it, and the next run clears it. `force` replaces nothing; there is no lock.
     """
     try:
         with _filled(out) if is_remote(out) else _swapped(out, force, needs) as stage:
@@ -45,10 +41,8 @@ def atomic_dir(out: Path, force: bool = False, needs: int = 0) -> Iterator[Path]
 def _filled(out: Path) -> Iterator[Path]:
     if kind(out):
         if kind(out / PARTIAL) != "file" or kind(out / CONFIG):
-            raise InputError(
-                f"{out}: already exists, and an object store cannot put a new directory in its place; "
-                "choose another one, or remove it first"
-            )
+            why = "already exists, and an object store cannot put a new directory in its place"
+            raise InputError(f"{out}: {why}; choose another one, or remove it first")
         with reached(out):
             cast(Any, out).rmtree()
     try:

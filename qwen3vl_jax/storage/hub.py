@@ -1,31 +1,28 @@
 """Checkpoints by name: a directory, or a Hub id downloaded into huggingface_hub's cache."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re
 from pathlib import Path
 
 from qwen3vl_jax.errors import InputError, one_line
-from qwen3vl_jax.storage.paths import as_path, is_remote, kind
+from qwen3vl_jax.storage.paths import AnyPath, as_path, is_remote, kind
 from qwen3vl_jax.storage.safetensors_files import refuse_pickles
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
 
 
-def resolve(ckpt: str | os.PathLike[str], revision: str | None = None) -> Path:
+def resolve(ckpt: AnyPath, revision: str | None = None) -> Path:
     """The directory of a checkpoint; a Hub id is downloaded into huggingface_hub's cache first.
 
-    Without network, or with HF_HUB_OFFLINE=1, only the cache is used. Raises InputError for a name that
-    is neither, for a repository or revision that does not exist, and for one not in the cache.
+    Without network, or with HF_HUB_OFFLINE=1, only the cache is used. Raises InputError.
     """
     found = local_directory(ckpt, revision)
     return _fetch(os.fspath(ckpt), revision) if found is None else found
 
 
-def local_directory(ckpt: str | os.PathLike[str], revision: str | None = None) -> Path | None:
+def local_directory(ckpt: AnyPath, revision: str | None = None) -> Path | None:
     """The path if it is a directory, None if it can be a Hub id. Raises InputError for others."""
     path = as_path(ckpt)
     found = kind(path)
@@ -36,9 +33,8 @@ def local_directory(ckpt: str | os.PathLike[str], revision: str | None = None) -
     if found:
         raise InputError(f"{path}: is a file, expected a checkpoint directory or a Hub id")
     if is_remote(path) or not _HUB_ID.fullmatch(os.fspath(ckpt)):
-        raise InputError(
-            f"{path}: no such directory (a Hub id looks like Qwen/Qwen3-VL-2B-Instruct)"
-        )
+        hint = "a Hub id looks like Qwen/Qwen3-VL-2B-Instruct"
+        raise InputError(f"{path}: no such directory ({hint})")
     return None
 
 
@@ -53,8 +49,8 @@ def _fetch(repo: str, revision: str | None) -> Path:
             errors.GatedRepoError: "access is gated; accept its terms and log in to the Hub",
             errors.RevisionNotFoundError: "the repository has no such revision",
             errors.RepositoryNotFoundError: "no such directory, and no such repository on the Hub",
-            errors.LocalEntryNotFoundError: "no such directory; the Hub is out of reach and the cache "
-            "lacks the checkpoint or a file",
+            errors.LocalEntryNotFoundError: "no such directory; the Hub is out of reach, and not all "
+            "of the checkpoint in the cache",
             # The errors of its HTTP library change from version to version.
             Exception: f"cannot be fetched from the Hub ({one_line(e)[:200]})",
         }

@@ -3,8 +3,6 @@
 Both raise InputError, one line that names `where`, for anything but plain JSON data of moderate depth.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -29,10 +27,9 @@ class _Refused(ValueError):
 def read_json(text: str | bytes, where: str, large: bool = False) -> Any:
     """The data of a JSON text (bytes are UTF-8); `where` names its source in errors.
 
-    large: no limit of size, for the user's own data files.
     Raises InputError for invalid UTF-8 or JSON, NaN and Infinity, numbers that are infinite as floats,
-    integers over 40 digits, a duplicate key, half a surrogate pair, and data deeper than 100 levels.
-    Unless large, also for more than 1 GiB or 10 million values.
+    integers over 40 digits, a duplicate key, half a surrogate pair, data deeper than 100 levels, and unless
+    large (the user's own data files) for more than 1 GiB or 10 million values.
     """
     before = f"{where}: " if where else ""
     try:
@@ -40,9 +37,9 @@ def read_json(text: str | bytes, where: str, large: bool = False) -> Any:
             raise _Refused(f"{len(text):,} bytes, expected at most {MAX_BYTES:,}")
         if isinstance(text, str):
             _check_string(text)
-            text = text.removeprefix("\ufeff")
         else:
-            text = text.decode("utf-8-sig")
+            text = text.decode()
+        text = text.removeprefix("\ufeff")
         if not large and sum(map(text.count, ",[{")) > MAX_VALUES:
             raise _Refused(f"JSON of more than {MAX_VALUES:,} values")
         found = _STRICT.decode(text)
@@ -52,9 +49,7 @@ def read_json(text: str | bytes, where: str, large: bool = False) -> Any:
         place = f"column {e.colno}" if "\n" not in e.doc else f"line {e.lineno}, column {e.colno}"
         raise InputError(f"{before}not JSON ({e.msg.removesuffix(' at')} at {place})") from None
     except UnicodeDecodeError as e:
-        raise InputError(
-            f"{before}byte {e.start} is not UTF-8, expected JSON text in UTF-8"
-        ) from None
+        raise InputError(f"{before}byte {e.start} is not UTF-8, expected JSON in UTF-8") from None
     except _Refused as e:
         raise InputError(f"{before}{e}") from None
     except (RecursionError, MemoryError):
@@ -77,10 +72,7 @@ def read_regular(path: Path, where: str, most: int) -> bytes:
 
 
 def read_json_file(path: Path, where: str = "", kind: type | tuple[type, ...] = dict) -> Any:
-    """`read_json` of a regular file of at most 1 GiB. Raises InputError also for data of another kind.
-
-    where: the name of the file in errors, by default its path. kind: dict for an object.
-    """
+    """`read_json` of a regular file that holds an object, or another `kind`. Raises InputError."""
     where = where or str(path)
     text = read_regular(path, where, MAX_BYTES)
     found = read_json(text, where)
@@ -91,10 +83,7 @@ def read_json_file(path: Path, where: str = "", kind: type | tuple[type, ...] = 
 
 
 def read_json_at(text: str, at: int) -> tuple[Any, int]:
-    """(data, end) of the JSON that begins at an index of a model's answer.
-
-    Unlike `read_json` it takes raw line breaks and tabs inside strings, which models write.
-    """
+    """(data, end) of the JSON at an index of an answer; strings may hold line breaks, as models write."""
     try:
         found, end = _LENIENT.raw_decode(text, at)
         _check(found)
@@ -140,14 +129,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-_HOOKS: Any = {
-    "parse_constant": _constant,
-    "parse_int": _integer,
-    "parse_float": _float,
-    "object_pairs_hook": _object,
-}
-_LENIENT = json.JSONDecoder(strict=False, **_HOOKS)
-_STRICT = json.JSONDecoder(**_HOOKS)
+_HOOKS: Any = {"parse_int": _integer, "parse_float": _float, "parse_constant": _constant}
+_STRICT = json.JSONDecoder(object_pairs_hook=_object, **_HOOKS)
+_LENIENT = json.JSONDecoder(object_pairs_hook=_object, strict=False, **_HOOKS)
 
 
 def _check(found: Any) -> None:

@@ -5,8 +5,6 @@ writes whole objects: it has no rename, append or lock, and an object appears wh
 checkpoint of several objects is therefore complete when the last one is there.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import importlib
@@ -25,19 +23,16 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+AnyPath = str | os.PathLike[str]
 _MARK = "://"
 # fsspec's names of the schemes, where they differ.
 _DRIVERS = {"gs": "gcs"}
-_EXTRAS = {"gs": "gs", "s3": "s3"}
 # Bytes of one request for a part of an object, and requests at a time.
 PIECE, _PIECES = 32 << 20, 8
 
 
-def as_path(given: str | os.PathLike[str]) -> Path:
-    """A path from text: etils.epath's with a scheme (gs://..), else pathlib's. Nothing is read.
-
-    Raises InputError for an unknown scheme and for one whose package is not installed.
-    """
+def as_path(given: AnyPath) -> Path:
+    """A path from text, etils.epath's with a scheme (gs://..). Nothing is read. Raises InputError."""
     text = os.fspath(given)
     if _MARK not in text:
         return Path(text)
@@ -47,9 +42,8 @@ def as_path(given: str | os.PathLike[str]) -> Path:
     try:
         path = epath.Path(text)
     except KeyError:
-        raise InputError(
-            f"{text}: etils.epath knows no {scheme}://; expected a folder, gs://, s3:// or az://"
-        ) from None
+        expected = "expected a folder, gs://, s3:// or az://"
+        raise InputError(f"{text}: etils.epath knows no {scheme}://; {expected}") from None
     # epath uses TensorFlow if it is installed.
     if scheme in ("gs", "s3", "az") and not importlib.util.find_spec("tensorflow"):
         try:
@@ -57,8 +51,8 @@ def as_path(given: str | os.PathLike[str]) -> Path:
 
             fsspec.get_filesystem_class(_DRIVERS.get(scheme, scheme))
         except ImportError as error:
-            extra = _EXTRAS.get(scheme)
-            how = f"pip install 'qwen3vl-jax[{extra}]'" if extra else "install what it names"
+            is_extra = scheme in ("gs", "s3")
+            how = f"pip install 'qwen3vl-jax[{scheme}]'" if is_extra else "install what it names"
             raise InputError(f"{text}: {scheme}:// needs a package: {error}; {how}") from None
     return cast(Path, path)
 
@@ -71,12 +65,12 @@ def argument(text: str) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def is_remote(path: str | os.PathLike[str]) -> bool:
+def is_remote(path: AnyPath) -> bool:
     """Whether a path is on a remote store."""
     return _MARK in os.fspath(path)
 
 
-def absolute(path: str | os.PathLike[str]) -> Path:
+def absolute(path: AnyPath) -> Path:
     """The absolute path with links resolved; a remote path as it is."""
     path = as_path(path)
     return path if is_remote(path) else Path(os.path.realpath(path))
@@ -108,10 +102,7 @@ def file_size(path: Path) -> int:
 
 
 def files_under(folder: Path, leave_out: Iterable[str] = ()) -> list[Path]:
-    """Every file below a folder, relative to it and sorted.
-
-    leave_out: names directly in the folder that do not count. Links to folders are not followed.
-    """
+    """Every file below a folder but `leave_out` in it, relative and sorted; linked folders do not count."""
     return sorted(map(Path, _names(folder, "", set(leave_out))))
 
 
@@ -166,10 +157,7 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def lock(handle: int, path: Path, busy: str) -> None:
-    """Locks an open file or folder until it is closed; Windows has no such lock.
-
-    Raises InputError(busy) if another process has it.
-    """
+    """Locks an open file or folder until it is closed. Raises InputError(busy) if another has it."""
     if fcntl is None:
         return
     try:
@@ -209,15 +197,12 @@ def for_orbax(path: Path) -> Any:
     if not is_remote(path):
         return path.absolute()
     if not str(path).startswith("gs://"):
-        raise InputError(
-            f"{path}: Orbax reads and writes checkpoints in folders and on gs:// only; take one of "
-            "them (Hugging Face files are read and written anywhere)"
-        )
+        where = "Orbax reads and writes checkpoints in folders and on gs:// only"
+        raise InputError(f"{path}: {where} (Hugging Face files can be anywhere); take one of them")
     try:
         # Orbax asks it for the kind of a bucket.
         importlib.import_module("google.cloud.storage")
     except ImportError:
-        raise InputError(
-            f"{path}: Orbax needs google-cloud-storage there: pip install 'qwen3vl-jax[gs]'"
-        ) from None
+        needs = "needs google-cloud-storage there: pip install 'qwen3vl-jax[gs]'"
+        raise InputError(f"{path}: Orbax {needs}") from None
     return path

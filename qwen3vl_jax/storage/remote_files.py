@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import tempfile
@@ -12,15 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from qwen3vl_jax.storage.paths import (
-    PIECE,
-    copy_file,
-    files_under,
-    is_remote,
-    lock,
-    reached,
-    remove_tree,
-)
+from qwen3vl_jax.storage import paths
+from qwen3vl_jax.storage.paths import is_remote, reached
 
 SYNC_EVERY = 15.0  # seconds
 _READERS = 16  # parts that are read at a time
@@ -34,10 +28,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to fill that replaces `path` when the block ends well and the bytes are on the disk.
-
-    After an error, such as a full disk, `path` is unchanged. A remote file is written whole.
-    """
+    """A file that replaces `path` when the block ends well and its bytes are on the disk."""
     if is_remote(path):
         with Spool(path) as file:
             yield cast(BinaryIO, file)
@@ -85,7 +76,7 @@ class Spool:
         try:
             self._file.seek(0)
             with self._path.open("wb") as out:
-                shutil.copyfileobj(self._file, cast(BinaryIO, out), PIECE)
+                shutil.copyfileobj(self._file, cast(BinaryIO, out), paths.PIECE)
         finally:
             self._file.close()
 
@@ -113,11 +104,11 @@ class Mirrored:
         """Copies the files that have grown. Raises InputError for a store that fails."""
         if not is_remote(self._place):
             return
-        for name in files_under(self.folder):
+        for name in paths.files_under(self.folder):
             size = (self.folder / name).stat().st_size
             if self._copied.get(name) != size:
                 with reached(self._place):
-                    copy_file(self.folder / name, self._place / name)
+                    paths.copy_file(self.folder / name, self._place / name)
                 self._copied[name] = size
 
     def close(self) -> None:
@@ -141,7 +132,6 @@ class Growing:
         self._file = local.open("a", newline="", encoding="utf-8")
 
     def write(self, text: str) -> None:
-        """Appends a text."""
         self._file.write(text)
         self._file.flush()
         if time.monotonic() - self._synced >= self.EVERY:
@@ -155,7 +145,6 @@ class Growing:
         self._mirror.sync()
 
     def close(self) -> None:
-        """Syncs and closes the file."""
         self._file.close()
         self._mirror.close()
 
@@ -163,23 +152,18 @@ class Growing:
 class AppendLog:
     """Whole lines in a file, locked while it is open; of a remote log a copy here, and parts there.
 
-    An object store cannot append: a log is a folder of parts there, one every SYNC_EVERY seconds and one
-    at the end, so that a killed process loses what it wrote since the last one. No lock keeps two
-    processes from the same folder.
+    A remote log is a folder of parts, one every SYNC_EVERY seconds and one at the end; nothing locks it.
     """
 
     def __init__(self, path: Path, busy: str):
         """Raises InputError(busy) while another process has it open, and OSError."""
         self.path, self.remote = path, is_remote(path)
-        self._file: Any = (
-            tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
-            if self.remote
-            else path.open("ab+", buffering=0)
-        )
+        new = tempfile.TemporaryFile if self.remote else functools.partial(path.open, "ab+")
+        self._file: Any = new(buffering=0)
         try:
             self._part = self._fetch() if self.remote else 0
             if not self.remote:
-                lock(self._file.fileno(), path, busy)
+                paths.lock(self._file.fileno(), path, busy)
             self.size = self._file.seek(0, os.SEEK_END)
             # Bytes that are known to be on the disk, or in the store.
             self._safe = self.size if self.remote else 0
@@ -216,7 +200,6 @@ class AppendLog:
                 start += len(text)
 
     def read(self, start: int, size: int) -> bytes:
-        """`size` bytes from `start`."""
         self._file.seek(start)
         return self._file.read(size)
 
@@ -256,11 +239,9 @@ class AppendLog:
         self._safe, self._synced = self.size, time.monotonic()
 
     def remove(self) -> None:
-        """Deletes the log."""
-        remove_tree(self.path) if self.remote else self.path.unlink()
+        paths.remove_tree(self.path) if self.remote else self.path.unlink()
 
     def close(self) -> None:
-        """Lets other processes open it."""
         self._file.close()
 
 

@@ -31,12 +31,12 @@ DTYPES = {
 }
 # Comes with scales.
 FP8 = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)}
-DTYPE_NAMES = {dtype: name for name, dtype in (DTYPES | FP8).items()}
 _READ = DTYPES | FP8
+DTYPE_NAMES = {dtype: name for name, dtype in _READ.items()}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_OTHER_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin.index.json", ".h5", ".msgpack",
-                  ".gguf", ".onnx", ".onnx_data")  # fmt: skip
+_OTHER_WEIGHTS = (".safetensors", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data")
+_INDEXES = (".safetensors.index.json", ".bin.index.json")
 # The format's own limit.
 _MAX_HEADER = 100_000_000
 
@@ -62,24 +62,20 @@ def is_weight_file(name: str) -> bool:
     """Whether a file holds weights of any framework; others are copied beside a checkpoint."""
     lower = name.lower()
     pickled = lower.endswith(PICKLES) and not lower.startswith("training_args")
-    return pickled or lower.endswith(_OTHER_WEIGHTS)
+    return pickled or lower.endswith(_OTHER_WEIGHTS + _INDEXES)
 
 
 def read_header(path: Path) -> list[Stored]:
-    """The tensors of one safetensors file.
-
-    Raises InputError for a file that is missing, truncated, or whose header contradicts itself.
-    """
+    """The tensors of one safetensors file. Raises InputError where it is missing, cut or inconsistent."""
     try:
         size = file_size(path)
         with path.open("rb") as file:
             prefix = file.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
             if length > min(_MAX_HEADER, size - 8):
-                raise InputError(
-                    f"{path}: truncated or no safetensors file ({size} bytes, its header alone should "
-                    f"have {length}); fetch it again"
-                )
+                sizes = f"{size} bytes, its header alone should have {length}"
+                found = f"truncated or no safetensors file ({sizes})"
+                raise InputError(f"{path}: {found}; fetch it again")
             text = file.read(length)
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror}); fetch it again") from e
@@ -108,7 +104,7 @@ def _entry(path: Path, name: str, entry: Any, base: int) -> Stored:
             raise ValueError
     except (KeyError, TypeError, ValueError) as e:
         raise InputError(
-            f"{path}: the header's entry for {name} contradicts itself: {entry}"
+            f"{path}: its header's entry for {name} contradicts itself: {entry}"
         ) from e
     return Stored(path, name, dtype, shape, base + begin, end - begin)
 
@@ -120,10 +116,7 @@ class Files:
         self._maps: dict[Path, mmap.mmap] = {}
 
     def view(self, tensor: Stored) -> np.ndarray:
-        """The tensor as a read-only view of its file; a copy only if it is remote or unaligned.
-
-        Raises InputError for a remote file that cannot be read.
-        """
+        """The tensor as a read-only view of its file; a copy if remote or unaligned. Raises InputError."""
         if tensor.nbytes == 0:
             return np.empty(tensor.shape, _READ[tensor.dtype])
         if is_remote(tensor.file):
@@ -160,8 +153,7 @@ def _fetched(tensor: Stored, start: int, size: int) -> np.ndarray:
 class _Slices:
     """The array methods that `ParamSpec.cut` uses, over a remote tensor.
 
-    A slice fetches its range of the outermost axis and cuts the other axes in memory. Ranges are kept
-    while this lives: shards of other axes share them.
+    A slice fetches its range of the outermost axis, which is kept: shards of other axes share it.
     """
 
     tensor: Stored
@@ -180,17 +172,13 @@ class _Slices:
         row = self.tensor.nbytes // self.shape[outer]
         if (start, stop) not in self.kept:
             self.kept[start, stop] = _fetched(self.tensor, start * row, (stop - start) * row)
-        part = self.kept[start, stop].reshape(
-            *self.shape[:outer], stop - start, *self.shape[outer + 1 :]
-        )
+        shape = (*self.shape[:outer], stop - start, *self.shape[outer + 1 :])
+        part = self.kept[start, stop].reshape(shape)
         return part[(*index[:outer], slice(None), *index[outer + 1 :])]
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a Hugging Face directory.
-
-    Raises InputError for a directory of pickles, without weights, or with a missing shard.
-    """
+    """The safetensors files of a Hugging Face directory. Raises InputError if one or all are missing."""
     index = directory / INDEX
     if index.is_file():
         return _indexed(directory, index)
@@ -221,17 +209,15 @@ def _indexed(directory: Path, index: Path) -> list[Path]:
         shards = sorted(set(names.values()))
         plain = all(os.path.basename(shard) == shard for shard in shards)
     except (KeyError, TypeError, AttributeError) as e:
-        raise InputError(
-            f"{index}: not a safetensors index with a weight_map; fetch it again"
-        ) from e
+        what = "not a safetensors index with a weight_map"
+        raise InputError(f"{index}: {what}; fetch it again") from e
     if not shards or not plain:
         raise InputError(f"{index}: its weight_map names no shard, or a file outside {directory}")
     missing = [shard for shard in shards if not (directory / shard).is_file()]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise InputError(
-            f"{directory}: shard {missing[0]}{more} of {len(shards)} is missing; fetch it again"
-        )
+        what = f"shard {missing[0]}{more} of {len(shards)} is missing"
+        raise InputError(f"{directory}: {what}; fetch it again")
     return [directory / shard for shard in shards]
 
 

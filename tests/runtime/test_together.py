@@ -104,7 +104,7 @@ def test_why_a_process_ends(monkeypatch, capsys, error, code, told):
 
     monkeypatch.setattr(distributed, "is_alone", lambda: False)
     monkeypatch.setattr(os, "_exit", end)
-    monkeypatch.setattr(distributed, "_meet", lambda *_: None)
+    monkeypatch.setattr(distributed, "_barrier", lambda *_: None)
     with pytest.raises(SystemExit) as ended:
         distributed.end_together(run)
     said = capsys.readouterr().err
