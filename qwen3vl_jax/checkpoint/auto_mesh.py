@@ -41,11 +41,10 @@ def chosen(source: Source, dtype: Any, devices: list[Any]) -> dict[str, int]:
     held = weights_bytes(source, dtype, layout_mesh(sizes))
     message = f"{needed / 2**30:.1f} GiB of weights, devices of {limit / 2**30:.1f} GiB"
     if held > ROOM * limit:
-        raise InputError(
-            f"{source.directory}: {message}, of which this host has {len(devices)}: too few, {count} of "
-            f"them would hold {held / 2**30:.1f} GiB each; take --weights int8, --dtype bfloat16 or a "
-            "smaller checkpoint"
-        )
+        few = f"{message}, of which this host has {len(devices)}: too few, {count} of them"
+        advice = "take --weights int8, --dtype bfloat16 or a smaller checkpoint"
+        need = f"would hold {held / 2**30:.1f} GiB each; {advice}"
+        raise InputError(f"{source.directory}: {few} {need}")
     flags = ",".join(f"{name}={n}" for name, n in sizes.items())
     each = f"{held / 2**30:.1f} GiB on each"
     print(f"{message}: spread over {count} devices, --mesh {flags}, {each}", file=sys.stderr)

@@ -49,9 +49,8 @@ class Source:
             return self.read_run()
         if not (directory / PARAMS).is_dir():
             if any(directory.glob(f"{PARAMS}.orbax-checkpoint-tmp*")):
-                raise InputError(
-                    f"{directory}: its Orbax checkpoint was never finished; write it again"
-                )
+                what = "its Orbax checkpoint was never finished"
+                raise InputError(f"{directory}: {what}; write it again")
             return hf_reader.open_hf(directory, self.cfg, self.expert_layout, self.weights)
         held = open_tree(directory / PARAMS)
         check_stored(directory, self.cfg, held, read_config(directory))
@@ -147,9 +146,8 @@ def put_pairs(
         x = x if dtype is None else x.astype(dtype)
         # The first axis is that of layers.
         axes = (None, "expert", None, None) if x.ndim == 4 else (None,) * x.ndim
-        return on_devices(
-            lazy_tensor.in_memory(x), None if mesh is None else array_sharding(mesh, axes, x)
-        )
+        sharding = None if mesh is None else array_sharding(mesh, axes, x)
+        return on_devices(LazyTensor(x.shape, x.dtype, lambda: x), sharding)
 
     return {name: put(x) for name, x in matrices.items()}
 

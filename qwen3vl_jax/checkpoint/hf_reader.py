@@ -279,7 +279,11 @@ class _Matcher:
         transposed = self.layout is None and stored.shape == (e, 2 * m, d)
         if transposed or self.layout == LAYOUTS[1]:
             for fused, shape in shapes.items():
-                self.weights[prefix + fused] = self._fused(prefix + fused, shape)
+                count, inner, outer = shape
+                weight = self._take(prefix + fused, (count, outer, inner))
+                if weight:
+                    self._check_blocks(weight, weight.tensor.where)
+                self.weights[prefix + fused] = Experts([weight], shape) if weight else None
 
     def _single(
         self, prefix: str, names: tuple[str, ...], shape: tuple[int, int, int]
@@ -297,13 +301,6 @@ class _Matcher:
             return None
         self._check_blocks(stored[0], f"{prefix}*", width if len(names) > 1 else 0)
         return Experts(stored, shape, len(names))
-
-    def _fused(self, name: str, shape: tuple[int, int, int]) -> Experts | None:
-        """Experts from one tensor [E, out, in]; notes a problem and gives None."""
-        count, inner, outer = shape
-        if weight := self._take(name, (count, outer, inner)):
-            self._check_blocks(weight, weight.tensor.where)
-        return Experts([weight], shape) if weight else None
 
     def _check_blocks(self, weight: Weight, where: str, width: int = 0) -> None:
         """Notes blocks of kept FP8 that do not transpose: not square, or cut at `width`."""

@@ -48,11 +48,6 @@ class LazyTensor:
 Leaves = Mapping[TreePath, LazyTensor]
 
 
-def in_memory(array: np.ndarray) -> LazyTensor:
-    """Wraps an in-memory array as a LazyTensor."""
-    return LazyTensor(array.shape, array.dtype, lambda: array)
-
-
 def eight_bit(paths: Iterable[TreePath]) -> set[TreePath]:
     """The paths that are the values or the scale of a weight held in 8 bits."""
     weights = {path[:-1] for path in paths if path[-1] == VALUES}

@@ -35,12 +35,8 @@ _GROUP = 64 << 20
 _CHUNK = 128 << 20
 
 
-def _is_said_once(record: logging.LogRecord) -> bool:
-    """Whether a log record is not an error of Orbax's threads, which is also raised."""
-    return not (record.exc_info and "orbax" in record.pathname)
-
-
-logging.getLogger("absl").addFilter(_is_said_once)
+# An error of Orbax's threads is also raised: it is not logged.
+logging.getLogger("absl").addFilter(lambda x: not (x.exc_info and "orbax" in x.pathname))
 
 
 def _context() -> tensorstore.Context:
@@ -100,7 +96,9 @@ def _read_parts(store: tensorstore.TensorStore, where: Sequence[Index]) -> list[
     ranges = [[s.indices(n)[:2] for s, n in zip(index, store.shape)] for index in where]
     out = [np.empty([b - a for a, b in spans], store.dtype.numpy_dtype) for spans in ranges]
     chunk = store.chunk_layout.read_chunk.shape or ()
-    for piece in _chunks(store.shape, [c or n for c, n in zip(chunk, store.shape)]):
+    steps = [(n, c or n or 1) for n, c in zip(store.shape, chunk)]
+    cuts = [[(a, min(a + c, n)) for a in range(0, n, c)] for n, c in steps]
+    for piece in itertools.product(*cuts):
         block = None
         for spans, part in zip(ranges, out):
             met = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(spans, piece)]
@@ -111,12 +109,6 @@ def _read_parts(store: tensorstore.TensorStore, where: Sequence[Index]) -> list[
             to = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(met, spans))
             part[to] = block[tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(met, piece))]
     return out
-
-
-def _chunks(shape: Sequence[int], chunk: Sequence[int]) -> Iterator[tuple[tuple[int, int], ...]]:
-    """The (start, stop) along each axis of every stored chunk."""
-    cuts = [[(a, min(a + c, n)) for a in range(0, n, max(c, 1))] for n, c in zip(shape, chunk)]
-    return itertools.product(*cuts)
 
 
 def _groups(sizes: list[int]) -> Iterator[slice]:

@@ -123,39 +123,35 @@ def _answer(params, proc, asked, state, options) -> tuple[str, ChatState]:
     patches = sum(len(one.patches) for one in seen)
     slots = options["max_new_tokens"] + patches // proc.config.vision.merge_unit
     slots += 0 if state is None else len(state.ids)
-    turn, stop = take_turn(params, proc, asked, state, **options), _CtrlC()
+    turn, stop = take_turn(params, proc, asked, state, **options), False
+
+    def press(*_: Any) -> None:
+        nonlocal stop
+        console.interrupt_heard.set()
+        if stop:  # pressed again, it ends the chat
+            raise KeyboardInterrupt
+        stop = True
+
     held = console.memory_parts(params, proc.config, slots, patches, "about")
-    with memory_advice(held, ADVICE), console.handling([signal.SIGINT], stop), Status() as status:
+    with memory_advice(held, ADVICE), console.handling([signal.SIGINT], press), Status() as status:
         status.show("compiling and reading" if state is None else "reading", line=False)
         try:
             piece = next(turn)
             while True:
                 status.stop()
                 print(piece, end="", flush=True)
-                piece = turn.send(stop.pressed)
+                piece = turn.send(stop)
         except StopIteration as end:
             print(flush=True)
             answer, state = end.value
     assert state is not None
-    if stop.pressed:
+    if stop:
         print("stopped: what was said stays in the conversation", file=sys.stderr)
     elif not answer.strip():
         print("the answer is empty", file=sys.stderr)
     elif not state.ended:
         print("the answer was cut off (--max-new-tokens, --max-len)", file=sys.stderr)
     return answer, state
-
-
-class _CtrlC:
-    """Whether Ctrl-C was pressed during an answer; pressed again, it ends the chat."""
-
-    pressed = False
-
-    def __call__(self, *_: Any) -> None:
-        console.interrupt_heard.set()
-        if self.pressed:
-            raise KeyboardInterrupt
-        self.pressed = True
 
 
 def _message(proc: Processor, answer: str, prompt: str) -> Item:

@@ -19,12 +19,9 @@ def run(args: argparse.Namespace, scope: contextlib.ExitStack, status: Status) -
     if args.embed:
         conversations = [retrieval_prompts.embed_conversation(query, args.instruction)]
     else:
-        conversations = [
-            retrieval_prompts.rerank_conversation(
-                query, retrieval_prompts.document(given), args.instruction
-            )
-            for given in args.document
-        ]
+        ask = retrieval_prompts.rerank_conversation
+        documents = map(retrieval_prompts.document, args.document)
+        conversations = [ask(query, document, args.instruction) for document in documents]
     items = [item for found in conversations for message in found for item in message["content"]]
     check_media(args, {item["type"] for item in items}, "there is no {}; leave it out")
     if args.rerank:

@@ -126,9 +126,7 @@ def _add_generation_and_media(group: Group) -> None:
     add("--top-k", **number, help="choose among the N likeliest tokens; 0 is off")
     add("--top-p", **fraction, help="choose among the likeliest of joint probability X; 1 is off")
     add(
-        "--min-p",
-        **fraction,
-        help="drop tokens under X times the likeliest's probability; 0 is off",
+        "--min-p", **fraction, help="drop tokens less than X times as likely as the first; 0 is off"
     )
     less = "over 1: make tokens of prompt and answer less likely; 1 is off"
     add("--repetition-penalty", **fraction, help=less)

@@ -42,16 +42,14 @@ def make_vision(cfg: Config, pixels, grid_thw, pad: bool = True) -> VisionInputs
     pixels = np.asarray(host_array(pixels), np.float32)
     count, width = int(grid.prod(1).sum()), int(np.prod(c.patch_shape))
     if pixels.shape != (count, width):
-        raise InputError(
-            f"pixel_values: shape {pixels.shape}, expected ({count}, {width}) from the grids "
-            f"{grid.tolist()} and patches of {c.patch_shape}"
+        expected = (
+            f"({count}, {width}) from the grids {grid.tolist()} and patches of {c.patch_shape}"
         )
-    tables = [_frame_tables(c, h, w) for t, h, w in grid.tolist() for _ in range(t)]
-    sizes = [len(x[0]) for x in tables]
-    index, weights, coords = (
-        np.concatenate([np.zeros((0, n), dtype)] + [x[i] for x in tables])
-        for i, (n, dtype) in enumerate(((4, np.int32), (4, np.float32), (2, np.int32)))
-    )
+        raise InputError(f"pixel_values: shape {pixels.shape}, expected {expected}")
+    none = np.zeros((0, 4), np.int32), np.zeros((0, 4), np.float32), np.zeros((0, 2), np.int32)
+    tables = [none, *(_frame_tables(c, h, w) for t, h, w in grid.tolist() for _ in range(t))]
+    sizes = [len(x[0]) for x in tables[1:]]
+    index, weights, coords = map(np.concatenate, zip(*tables, strict=True))
     ends = np.cumsum(sizes, dtype=np.int32)
     lo, hi = (np.repeat(x, sizes).astype(np.int32) for x in (ends - sizes, ends))
     rows = c.merge_unit * bucket(-(-count // c.merge_unit)) if pad else count
@@ -194,10 +192,9 @@ def _segments(mask: np.ndarray, segment_ids) -> np.ndarray:
     starts = (np.diff(np.pad(segments, ((0, 0), (1, 0))), axis=1) > 0).sum(1)
     if (starts > 1).any():
         row = int(np.argmax(starts > 1))
-        raise InputError(
-            f"attention_mask: row {row} has {int(starts[row])} runs of ones, expected one; padding "
-            "is at the ends of a row, packed rows use segment_ids"
-        )
+        found = f"row {row} has {int(starts[row])} runs of ones, expected one"
+        advice = "padding is at the ends of a row, packed rows use segment_ids"
+        raise InputError(f"attention_mask: {found}; {advice}")
     return segments
 
 

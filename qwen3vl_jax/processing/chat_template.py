@@ -14,7 +14,6 @@ from qwen3vl_jax.storage.json_text import read_json_file, read_regular, write_js
 from qwen3vl_jax.storage.paths import as_path
 
 Messages = list[dict[str, Any]]
-Ending = tuple[bool, bool]  # add_generation_prompt, continue_final_message
 _LARGEST = 1 << 22
 _CONTINUE = "CONTINUE_FINAL_MESSAGE_TAG "
 # The text that test prompts hold, to find out whether the template writes it.
@@ -74,21 +73,20 @@ class ChatTemplate:
         if self.templates:
             names = ", ".join(sorted(self.templates))
             raise InputError(f"{self.source}: several chat templates, name one: {names}")
-        raise InputError(
-            f"{self.source}: no chat template (chat_template.jinja, chat_template.json or in "
-            "tokenizer_config.json); pass one, or raw text with text="
-        )
+        places = "chat_template.jinja, chat_template.json or in tokenizer_config.json"
+        advice = "pass one, or raw text with text="
+        raise InputError(f"{self.source}: no chat template ({places}); {advice}")
 
     def render(
         self,
         messages: Messages,
         tools: Messages | None,
-        ending: Ending,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
         variables: Mapping[str, Any],
     ) -> str:
         """The prompt. Raises InputError with the template's own words where it refuses, or does not end."""
         template, final = self.text(bool(tools)), ""
-        add_generation_prompt, continue_final_message = ending
         if continue_final_message:
             add_generation_prompt = False
             messages, final = _open_end(messages)
@@ -132,7 +130,7 @@ class ChatTemplate:
             text = _WORD
             # A template that refuses does so for the conversation itself too.
             with contextlib.suppress(InputError):
-                text = self.render(messages, tools, (False, False), self._variables)
+                text = self.render(messages, tools, False, False, self._variables)
             self._written[kind] = _WORD in text
         return self._written[kind]
 
@@ -161,10 +159,9 @@ def _named(raw: Any, path: Path) -> dict[str, str]:
     entries = [] if raw is None else raw if isinstance(raw, list) else [raw]
     for entry in entries:
         if not isinstance(entry, Mapping) or not {"name", "template"} <= entry.keys():
-            raise InputError(
-                f"{path}: chat_template: got {str(entry)[:80]!r}, expected a text, an object, or a "
-                "list of objects with name and template"
-            )
+            expected = "a text, an object, or a list of objects with name and template"
+            found = f"got {str(entry)[:80]!r}"
+            raise InputError(f"{path}: chat_template: {found}, expected {expected}")
     return {str(t["name"]): str(t["template"]) for t in entries}
 
 

@@ -112,11 +112,9 @@ def place_images(cfg: Config, ids: np.ndarray, images: Sequence[EncodedImage]) -
         at = np.flatnonzero(ids == token)
         ends = np.cumsum([np.prod(x.grid) for x in found], dtype=int) // cfg.vision.merge_unit
         if len(at) != (needed := int(ends[-1]) if found else 0):
-            kind = "video" if is_video else "image"
-            raise InputError(
-                f"input_ids: got {len(at)} {kind} placeholders, expected {needed} for the grids "
-                f"{[x.grid for x in found]}"
-            )
+            what = f"got {len(at)} {'video' if is_video else 'image'} placeholders"
+            expected = f"expected {needed} for the grids {[x.grid for x in found]}"
+            raise InputError(f"input_ids: {what}, {expected}")
         for image, start, end in zip(found, [0, *ends], ends):
             span = {"start": int(at[start]), "end": int(at[end - 1]) + 1}
             placed.append(dataclasses.replace(image, **span))

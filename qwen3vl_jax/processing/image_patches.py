@@ -12,8 +12,7 @@ from PIL import Image
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.image_loading import to_rgb
 from qwen3vl_jax.processing.media import load_image
-from qwen3vl_jax.processing.resize_rules import Size, smart_resize
-from qwen3vl_jax.processing.settings import ImageSettings, checks
+from qwen3vl_jax.processing.settings import ImageSettings, Size, checks, smart_resize
 
 Patches = tuple[np.ndarray, tuple[int, int, int]]  # and their grid
 MAX_PATCH_BYTES = 2**30  # of one image or video
@@ -49,10 +48,9 @@ def check_patches(size: Size, frames: int, channels: int = 3, most: int = MAX_PA
     height, width = size
     if (held := height * width * frames * channels * 4) > most:
         what = f"{frames} frames" if frames > 1 else "an image"
-        raise InputError(
-            f"{what} of {width} x {height} pixels: {held >> 20} MiB of patches, expected at "
-            f"most {most >> 20}; lower max_pixels, min_pixels or the size"
-        )
+        found = f"{what} of {width} x {height} pixels: {held >> 20} MiB of patches"
+        advice = "lower max_pixels, min_pixels or the size"
+        raise InputError(f"{found}, expected at most {most >> 20}; {advice}")
 
 
 def resized(image: Image.Image, size: Size | None, settings: ImageSettings) -> np.ndarray:
@@ -80,10 +78,9 @@ def value_table(settings: ImageSettings, channels: int) -> np.ndarray:
                     raise InputError(f"image setting {name} has {numbers}")
             values = (values - mean[:, None].astype(np.float32)) / std[:, None].astype(np.float32)
     if not np.isfinite(values).all():
-        raise InputError(
-            "rescale_factor, image_mean, image_std: with these, pixel values are infinite or NaN; "
-            "expected settings that give about -1 to 1"
-        )
+        names = "rescale_factor, image_mean, image_std"
+        expected = "expected settings that give about -1 to 1"
+        raise InputError(f"{names}: with these, pixel values are infinite or NaN; {expected}")
     return values
 
 
@@ -97,10 +94,9 @@ def frames_to_patches(
     height, width, channels = group[0].shape
     patch, merge, frames = settings.patch_size, settings.merge_size, settings.temporal_patch_size
     if height % settings.factor or width % settings.factor:
-        raise InputError(
-            f"{settings.KIND}: {width} x {height} pixels with do_resize off, expected multiples of "
-            f"patch_size x merge_size = {settings.factor}"
-        )
+        found = f"{settings.KIND}: {width} x {height} pixels with do_resize off"
+        expected = f"multiples of patch_size x merge_size = {settings.factor}"
+        raise InputError(f"{found}, expected {expected}")
     h, w = height // patch, width // patch
     patches = np.empty((h * w, channels, frames, patch * patch), np.float32)
     for f, pixels in enumerate(group):

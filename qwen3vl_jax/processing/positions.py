@@ -31,10 +31,9 @@ def rope_index(
     for token, left in frames.items():
         if left:
             name = "image" if token == cfg.image_token_id else "video"
-            raise InputError(
-                f"{name}_grid_thw: {len(left)} {name} grid(s) or frame(s) are left over; the prompt "
-                f"has too few {name} placeholders (token {token})"
-            )
+            found = f"{len(left)} {name} grid(s) or frame(s) are left over"
+            lacks = f"the prompt has too few {name} placeholders (token {token})"
+            raise InputError(f"{name}_grid_thw: {found}; {lacks}")
     return positions, delta
 
 
@@ -65,17 +64,16 @@ def _row_positions(row: np.ndarray, frames: dict[int, list]) -> tuple[np.ndarray
             continue
         token = int(row[at])
         if not frames[token]:
-            raise InputError(
-                f"input_ids: a placeholder (token {token}) at {at} has no grid left; each image "
-                "needs one row of image_grid_thw, each video one of video_grid_thw"
-            )
+            needs = "each image needs one row of image_grid_thw, each video one of video_grid_thw"
+            found = f"a placeholder (token {token}) at {at} has no grid left"
+            raise InputError(f"input_ids: {found}; {needs}")
         h, w = frames[token].pop(0)
         stop = at + h * w
         if stop > len(row) or (row[at:stop] != token).any():
             found = int(np.argmax(np.append(row[at:] != token, True)))
+            needs = f"its grid of {h} x {w} merged patches needs {h * w}"
             raise InputError(
-                f"input_ids: {found} placeholders (token {token}) at {at}, but its grid of {h} x {w} "
-                f"merged patches needs {h * w}"
+                f"input_ids: {found} placeholders (token {token}) at {at}, but {needs}"
             )
         cell = np.arange(h * w)
         out[:, at:stop] = count + np.stack([cell * 0, cell // w, cell % w])

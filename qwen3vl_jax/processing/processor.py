@@ -231,7 +231,7 @@ class Processor:
             texts = {k: escape.data(v) for k, v in variables.items() if not k.endswith("_token")}
             variables = {**variables, **texts}
         variables = {**given, **variables}
-        rendered = self.template.render(messages, listed, ending, variables)
+        rendered = self.template.render(messages, listed, ending[0], ending[1], variables)
         if escape is None:
             return RenderedPrompt(rendered, "", sources)
         return RenderedPrompt(escape.tidy(rendered), escape.mark, sources)

@@ -11,12 +11,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.processing.resize_rules import Size, smart_resize
-from qwen3vl_jax.processing.settings import check_count, frame_rate
+from qwen3vl_jax.processing.settings import Size, check_count, frame_rate, smart_resize
 
 # Tokens of a frame and of an image, least and most; of all frames of a video, the most.
 _FRAME_TOKENS, _IMAGE_TOKENS, _VIDEO_TOKENS = (128, 768), (4, 16384), 128000 * 0.9
-_SAMPLE_FPS = 2.0
+SAMPLE_FPS = 2.0
 _SIZES = ("min_pixels", "max_pixels", "total_pixels", "resized_height", "resized_width")
 
 
@@ -65,11 +64,6 @@ class VideoItem:
         """The names of the settings that the item has."""
         return {name for name in KEYS if getattr(self, name) is not None}
 
-    @property
-    def frame_fps(self) -> float:
-        """The rate by which a list of frames is timed; fps is an older name of it."""
-        return self.raw_fps or self.sample_fps or self.fps or _SAMPLE_FPS
-
     def frame_count(self, total: int, rate: float, fps: float | None, least: int, most: int) -> int:
         """How many of `total` frames are used, an even number from 2; fps, least, most are defaults."""
         if self.nframes is not None:
@@ -77,7 +71,7 @@ class VideoItem:
         else:
             least = 2 * math.ceil((self.min_frames or least) / 2)
             most = 2 * math.floor((self.max_frames or min(most, total)) / 2)
-            wanted = total / rate * (self.fps or fps or _SAMPLE_FPS)
+            wanted = total / rate * (self.fps or fps or SAMPLE_FPS)
             count = 2 * math.floor(min(max(wanted, least), most, total) / 2)
         if not 2 <= count <= total:
             asked = f"{count} frames are asked for (nframes, max_frames)"

@@ -123,10 +123,9 @@ def _described(
     is_source = not is_sampled and np.array_equal(indices, np.arange(total))
     count = metadata.get("total_num_frames")
     if is_source and count not in (None, total):
-        raise InputError(
-            f"video_metadata: total_num_frames: got {shown(count)} for {total} frames; if they "
-            "were chosen before, pass frames_indices and do_sample_frames=False"
-        )
+        found = f"total_num_frames: got {shown(count)} for {total} frames"
+        advice = "if they were chosen before, pass frames_indices and do_sample_frames=False"
+        raise InputError(f"video_metadata: {found}; {advice}")
     return fps, indices, is_source
 
 
@@ -141,8 +140,8 @@ def _array(source: Any) -> np.ndarray:
     is_number = array.dtype.kind in "iuf"
     holds_bytes = is_number and array.min() >= 0 and 1 < array.max() <= 255
     if array.dtype != np.uint8 and not (holds_bytes and (array == np.floor(array)).all()):
-        expected = "whole numbers from 0 to 255 that are not all 0 or 1"
-        raise InputError(
-            f"video array: got {array.dtype}, expected {expected} (scale and round it to uint8)"
+        expected = (
+            "whole numbers from 0 to 255 that are not all 0 or 1; scale and round it to uint8"
         )
+        raise InputError(f"video array: got {array.dtype}, expected {expected}")
     return array

@@ -18,8 +18,12 @@ from qwen3vl_jax.processing.fetching import MediaRules
 from qwen3vl_jax.processing.image_loading import to_rgb
 from qwen3vl_jax.processing.media import load_image
 from qwen3vl_jax.processing.qwen_items import VideoItem
-from qwen3vl_jax.processing.resize_rules import smart_resize_video
-from qwen3vl_jax.processing.settings import WITHOUT_EFFECT, VideoSettings, checks
+from qwen3vl_jax.processing.settings import (
+    WITHOUT_EFFECT,
+    VideoSettings,
+    checks,
+    smart_resize_video,
+)
 from qwen3vl_jax.processing.video_loading import as_frames, open_frames, open_video
 from qwen3vl_jax.processing.video_reader import FramesDiffer, VideoReader
 
@@ -100,7 +104,9 @@ def _open(source, settings, rules, item: VideoItem | None, metadata, sample_fps,
         warn_once(f"{used}, whatever {names} says")
     if len(frames) % 2:
         frames = [*frames, frames[-1]]
-    rate = item.frame_fps if sample_fps is None else sample_fps
+    # The rate by which a list of frames is timed; fps is an older name of it.
+    in_item = item.raw_fps or item.sample_fps or item.fps or qwen_items.SAMPLE_FPS
+    rate = in_item if sample_fps is None else sample_fps
     return open_frames(frames, None, rate, load, True), item
 
 

@@ -8,6 +8,7 @@ import os
 import stat
 import sys
 import threading
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,30 +23,28 @@ class Programs:
     """Counts the programs that this process compiled and those that it found in the folder `where`."""
 
     def __init__(self) -> None:
-        self.where, self.all, self.found, self.heard = "", 0, 0, False
+        self.where, self.events, self.heard = "", Counter(), False
         # Programs are compiled in several threads.
         self.lock = threading.Lock()
 
     def begin(self, where: str) -> None:
         import jax
 
-        self.where, self.all, self.found = where, 0, 0
+        self.where, self.events = where, Counter()
         if not self.heard:
-            jax.monitoring.register_event_duration_secs_listener(self._asked)
-            jax.monitoring.register_event_listener(self._read)
+            jax.monitoring.register_event_duration_secs_listener(self._count)
+            jax.monitoring.register_event_listener(self._count)
         self.heard = True
 
-    def _asked(self, event: str, duration_secs: float, **kwargs: Any) -> None:
+    def _count(self, event: str, *_: Any, **kwargs: Any) -> None:
         with self.lock:
-            self.all += event == "/jax/core/compile/backend_compile_duration"
-
-    def _read(self, event: str, **kwargs: Any) -> None:
-        with self.lock:
-            self.found += event == "/jax/compilation_cache/cache_hits"
+            self.events[event] += 1
 
     def __str__(self) -> str:
-        found = f"{self.found} found in {self.where}" if self.where else "no compile cache"
-        return f"programs: {self.all - self.found} compiled, {found}"
+        found = self.events["/jax/compilation_cache/cache_hits"]
+        compiled = self.events["/jax/core/compile/backend_compile_duration"] - found
+        where = f"{found} found in {self.where}" if self.where else "no compile cache"
+        return f"programs: {compiled} compiled, {where}"
 
 
 PROGRAMS = Programs()  # of this process
@@ -72,10 +71,8 @@ def keep_programs(wanted: bool, environ: Mapping[str, str] = os.environ) -> None
 
 
 def _base(environ: Mapping[str, str]) -> Path:
-    given = Path(environ.get("XDG_CACHE_HOME", ""))
-    return (
-        given if given.is_absolute() else Path(environ.get("HOME", "/"), ".cache")
-    ) / "qwen3vl_jax"
+    given, home = Path(environ.get("XDG_CACHE_HOME", "")), Path(environ.get("HOME", "/"))
+    return Path(given if given.is_absolute() else home / ".cache", "qwen3vl_jax")
 
 
 def _processor(backend: str) -> str:
@@ -105,8 +102,7 @@ def _made(base: Path, name: str) -> Path:
         elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             wrong = f"which others can write (mode {stat.S_IMODE(found.st_mode):04o})"
         if wrong:
-            raise InputError(
-                f"compile cache: got {folder}, {wrong}, expected a folder that you alone can write: "
-                f"remove it, set {VARIABLE}, or give --no-compile-cache"
-            )
+            expected = "expected a folder that you alone can write"
+            advice = f"remove it, set {VARIABLE}, or give --no-compile-cache"
+            raise InputError(f"compile cache: got {folder}, {wrong}, {expected}: {advice}")
     return base / name

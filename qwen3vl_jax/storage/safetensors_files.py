@@ -103,9 +103,8 @@ def _entry(path: Path, name: str, entry: Any, base: int) -> Stored:
         if not (fits and isinstance(dtype, str)):
             raise ValueError
     except (KeyError, TypeError, ValueError) as e:
-        raise InputError(
-            f"{path}: its header's entry for {name} contradicts itself: {entry}"
-        ) from e
+        what = f"its header's entry for {name} contradicts itself"
+        raise InputError(f"{path}: {what}: {entry}") from e
     return Stored(path, name, dtype, shape, base + begin, end - begin)
 
 
@@ -197,10 +196,9 @@ def weight_files(directory: Path) -> list[Path]:
 def refuse_pickles(where: object, names: Iterable[str]) -> None:
     """Raises InputError if the files of a checkpoint without safetensors include pickles."""
     if pickles := sorted(name for name in names if name.endswith(PICKLES)):
-        raise InputError(
-            f"{where}: holds weights only as a pickle ({pickles[0]}), expected safetensors (reading "
-            f"a pickle runs the code in it); save it again with safe_serialization"
-        )
+        found = f"holds weights only as a pickle ({pickles[0]})"
+        why = "expected safetensors (reading a pickle runs the code in it)"
+        raise InputError(f"{where}: {found}, {why}; save it again with safe_serialization")
 
 
 def _indexed(directory: Path, index: Path) -> list[Path]:
