@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 from collections.abc import Mapping
@@ -29,7 +30,7 @@ from qwen3vl_jax.planning.program import (
 from qwen3vl_jax.planning.report import Plan, best, likeliest, plan_of, table, without_memory
 from qwen3vl_jax.planning.search import LEVEL, Candidate, candidates, largest, mesh_of
 from qwen3vl_jax.planning.topology import devices_of, first_devices
-from qwen3vl_jax.training.mesh_preset import asks_for_mesh, mesh_flags, with_preset
+from qwen3vl_jax.training.mesh_preset import asks_for_mesh, mesh_flags, preset
 from qwen3vl_jax.training.recipe import Recipe, check_vision_length
 
 
@@ -44,7 +45,9 @@ def plan_training(
     console = console or _console()
     cfg = config_of(recipe.ckpt)
     devices = devices_of(machine)
-    recipe = with_preset(recipe, cfg, len(devices), slice_count(devices))
+    if not asks_for_mesh(recipe):
+        mesh = preset(cfg, recipe.pack, len(devices), slice_count(devices))
+        recipe = dataclasses.replace(recipe, mesh=mesh)
     program = program_of(recipe, cfg, machine)
     done = watched(console, program, f"compiling {recipe.ckpt} for {machine}")
     plan = plan_of(machine, program, done)
@@ -189,5 +192,4 @@ def largest_text(fits: int, fails: int) -> str:
 
 
 def _console() -> Console:
-    wide = sys.stdout.isatty()
-    return Console(highlight=False, width=None if wide else 130)
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 130)

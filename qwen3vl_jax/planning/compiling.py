@@ -93,11 +93,10 @@ def resharded(text: str) -> Counter[str]:
     """The operations that XLA warns of, from what it writes to stderr, and how often."""
     found: Counter[str] = Counter()
     for line in _RESHARDED.findall(text):
-        name = re.search(r'op_name="([^"]*)"', line)
+        named = re.search(r'op_name="([^"]*)"', line)
         shape = re.search(r"= (\w+\[[\d,]*\])", line)
-        found[
-            f"{shape[1] if shape else ''} {name[1] if name else line.split(' = ')[0][:120]}".strip()
-        ] += 1
+        name = named[1] if named else line.split(" = ")[0][:120]
+        found[f"{shape[1]} {name}" if shape else name] += 1
     return found
 
 

@@ -71,10 +71,8 @@ def _instruction(name: str, right: str) -> Instruction:
     shape, right = right[:end], right[end:].lstrip()
     start = right.index("(")
     end = _closing(right, start)
-    given = right[start + 1 : end]
-    return Instruction(
-        name, shape, right[:start], tuple(_NAME.findall(given)), given, right[end + 1 :]
-    )
+    given, rest = right[start + 1 : end], right[end + 1 :]
+    return Instruction(name, shape, right[:start], tuple(_NAME.findall(given)), given, rest)
 
 
 def _closing(text: str, start: int) -> int:
@@ -131,14 +129,11 @@ def trip_count(module: Module, loop: Instruction) -> int | None:
     root = module.roots.get(condition)
     if root is None:
         return None
-    known = {x.name: x for x in module.computations[condition]}
-    compared, values = root, [known.get(name) for name in root.operands]
+    compared = root
+    values = [x for x in module.computations[condition] if x.name in root.operands]
     if inner := root.called("calls"):  # a fused comparison of what it is given
         compared = module.roots[inner]
-    limits = [int(x.given) for x in values if x and x.op == "constant" and x.given.isdecimal()]
-    if compared.op != "compare" or "direction=LT" not in compared.rest:
-        return None
-    if inner:
-        inside = module.computations[inner]
-        limits += [int(x.given) for x in inside if x.op == "constant" and x.given.isdecimal()]
-    return limits[0] if len(limits) == 1 else None
+        values += module.computations[inner]
+    limits = [int(x.given) for x in values if x.op == "constant" and x.given.isdecimal()]
+    less = compared.op == "compare" and "direction=LT" in compared.rest
+    return limits[0] if less and len(limits) == 1 else None

@@ -81,14 +81,12 @@ def read_machine(text: str, slices: int = 1) -> Machine:
 
 def check_installed(machine: Machine) -> None:
     """Raises InputError for a compiler that is not installed."""
-    if machine.chip.platform == "tpu":
-        wanted, install = "libtpu", "pip install 'qwen3vl-jax[tpu]'"
-    else:
-        wanted, install = "jax_cuda12_plugin", "pip install 'qwen3vl-jax[cuda]'"
+    tpu = machine.chip.platform == "tpu"
+    wanted, extra = ("libtpu", "[tpu]") if tpu else ("jax_cuda12_plugin", "[cuda]")
     if importlib.util.find_spec(wanted) is None:
         raise InputError(
-            f"--plan {machine}: {wanted} is not installed, which compiles for it (no device is "
-            f"needed): {install} (in a clone: {install.replace('qwen3vl-jax', '.')})"
+            f"--plan {machine}: {wanted} is not installed, which compiles for it (no device is needed): "
+            f"pip install 'qwen3vl-jax{extra}' (in a clone: pip install '.{extra}')"
         )
 
 

@@ -90,24 +90,21 @@ def check_batch(recipe: Recipe, cfg: Config, sizes: Mapping[str, int]) -> None:
     check_mesh(layout_mesh(sizes), cfg, train_model.shapes(cfg))
     check_vision_length(recipe.pack, cfg)
     pack, rows, groups = recipe.pack, max_parts("batch", sizes), groups_of(recipe, sizes)
-    for name, count, parts in (
-        ("pack.groups", groups, rows),
-        ("pack.rows", pack.rows, groups),
-        ("pack.vision_rows", pack.vision_rows, groups),
-    ):
-        if count % parts:
+    counts = {"groups": groups, "rows": pack.rows, "vision_rows": pack.vision_rows}
+    for name, count in counts.items():
+        if count % (parts := rows if name == "groups" else groups):
             why = "data x fsdp x expert of the mesh, over which rows are spread"
             why = why if parts == rows else "pack.groups, into which rows are cut"
-            raise InputError(f"{name} is {count}, expected a multiple of {parts}: {why}")
-    for name, axis, count in (
-        ("pack.length", "sequence", pack.length),
-        ("the attention heads", "tensor", cfg.text.num_attention_heads),
-        ("the experts", "expert", cfg.text.num_experts),
-    ):
-        if count % sizes.get(axis, 1) or (not count and sizes.get(axis, 1) > 1):
-            raise InputError(
-                f"mesh.{axis} is {sizes[axis]}, which does not divide {name} ({count})"
-            )
+            raise InputError(f"pack.{name} is {count}, expected a multiple of {parts}: {why}")
+    divided = {
+        "sequence": ("pack.length", pack.length),
+        "tensor": ("the attention heads", cfg.text.num_attention_heads),
+        "expert": ("the experts", cfg.text.num_experts),
+    }
+    for axis, (name, count) in divided.items():
+        size = sizes.get(axis, 1)
+        if count % size or (not count and size > 1):
+            raise InputError(f"mesh.{axis} is {size}, which does not divide {name} ({count})")
 
 
 def groups_of(recipe: Recipe, sizes: Mapping[str, int]) -> int:
@@ -123,20 +120,15 @@ def training_step(recipe: Recipe, cfg: Config, mesh: Mesh) -> Program:
     optimizer = train_model.build_optimizer(recipe, cfg, parts.weights)
     held = memory_estimate.on_mesh(recipe, cfg, parts, mesh)
     # They are the program's own.
-    gradients = memory_estimate.held_bytes({"": held.pop(memory_estimate.GRADIENTS)})
+    gradients = held_bytes({"": held.pop(memory_estimate.GRADIENTS)})
     state = with_shardings(parts.state, state_shardings(mesh, cfg, parts.state))
     packed = packed_batch(recipe, cfg, groups_of(recipe, sizes))
     packed = with_shardings(packed, batch_shardings(mesh, packed))
     step = train_model.make_step(recipe, cfg, optimizer, parts.merge, state, keep_unused=True)
-    return Program(
-        step,
-        (state, held["frozen weights"], packed),
-        mesh,
-        memory_estimate.held_bytes(held | {"batch": packed}),
-        work_of(recipe, cfg, parts.weights),
-        f"gradients, activations (remat {recipe.step.remat})",
-        gradients.get("", 0),
-    )
+    args, work = (state, held["frozen weights"], packed), work_of(recipe, cfg, parts.weights)
+    inside = f"gradients, activations (remat {recipe.step.remat})"
+    sizes = held_bytes(held | {"batch": packed})
+    return Program(step, args, mesh, sizes, work, inside, gradients.get("", 0))
 
 
 def work_of(recipe: Recipe, cfg: Config, weights: Mapping[str, Any]) -> Work:
@@ -244,11 +236,7 @@ def weights(cfg: Config, mesh: Mesh, dtype: Any, kind: str | None = None) -> Any
     Raises InputError.
     """
     leaves = held_arrays(cfg, dtype, kind)
-    where = path_shardings(mesh, cfg, leaves)
-    put = {
-        path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where[path])
-        for path, x in leaves.items()
-    }
+    put = with_shardings(leaves, path_shardings(mesh, cfg, leaves))
     return as_structs(tree_of(cfg, put))
 
 
@@ -281,20 +269,16 @@ def empty_cache(cfg: Config, mesh: Mesh, asked: Serving) -> KVCache:
 
 def _prompts(cfg: Config, mesh: Mesh, count: int, width: int, patches: int) -> Batch:
     """Rows of tokens, a picture of so many patches in each."""
-    of, seen = functools.partial(_replicated_shape, mesh), count * patches
-    vision = VisionInputs(
-        of(jnp.float32, seen, math.prod(cfg.vision.patch_shape)), of(jnp.int32, seen, 4),
-        of(jnp.float32, seen, 4), of(jnp.int32, seen, 2), of(jnp.int32, seen), of(jnp.int32, seen),
-    )  # fmt: skip
-    row = functools.partial(of, jnp.int32)
-    return Batch(
-        row(count, width),
-        row(3, count, width),
-        row(count, width),
-        row(count, width),
-        row(count),
-        vision,
+    ints, floats = (
+        functools.partial(_replicated_shape, mesh, dtype) for dtype in (jnp.int32, jnp.float32)
     )
+    seen, row = count * patches, ints(count, width)
+    pixels, tables = (
+        floats(seen, math.prod(cfg.vision.patch_shape)),
+        (ints(seen, 4), floats(seen, 4)),
+    )
+    vision = VisionInputs(pixels, *tables, ints(seen, 2), ints(seen), ints(seen))
+    return Batch(row, ints(3, count, width), row, row, ints(count), vision)
 
 
 def _replicated_shape(mesh: Mesh, dtype: Any, *shape: int) -> Any:

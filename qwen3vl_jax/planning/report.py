@@ -16,6 +16,7 @@ from qwen3vl_jax.planning.program import Program
 from qwen3vl_jax.planning.search import Candidate
 from qwen3vl_jax.planning.traffic import FROM_HOST, TO_HOST, Collective, Traffic, traffic
 from qwen3vl_jax.runtime.chips import GPU_SHARE
+from qwen3vl_jax.training.reporting.dry_run import number_table
 
 
 class Times(NamedTuple):
@@ -49,10 +50,9 @@ def times_of(machine: Machine, devices: Sequence[Any], flops: float, moved: Traf
     for each in moved.collectives:
         if each.kind in (TO_HOST, FROM_HOST):
             host += each.times * each.moved / chip.host if chip.host else 0.0
-            continue
-        a, b = _exchange_seconds(machine, devices, each)
-        links += a * each.times
-        network += b * each.times
+        else:
+            a, b = _exchange_seconds(machine, devices, each)
+            links, network = links + a * each.times, network + b * each.times
     return Times(flops / chip.flops, moved.memory / chip.hbm_rate, links, network, host)
 
 
@@ -67,20 +67,15 @@ def _exchange_seconds(
     chip, members = machine.chip, [devices[i] for i in each.group if i < len(devices)]
     if len(members) < 2:
         return 0.0, 0.0
-    places = {_island(machine, d, i) for d, i in zip(members, each.group)}
-    # NVLink's rate is a direction's of all its links.
-    rate = chip.link * (_lanes(machine, members) if chip.platform == "tpu" else 1)
-    if len(places) == 1:
-        return each.moved / rate, 0.0
-    inside = len(members) // len(places)
-    return (each.moved / rate if inside > 1 else 0.0), each.moved / inside / chip.network
-
-
-def _island(machine: Machine, device: Any, number: int) -> int:
-    """The slice, or host of GPUs, that a device is in."""
-    if machine.chip.platform == "tpu":
-        return getattr(device, "slice_index", None) or 0
-    return number // GPUS_A_HOST
+    if chip.platform == "tpu":
+        islands = {getattr(device, "slice_index", None) or 0 for device in members}
+        rate = chip.link * _lanes(machine, members)
+    else:
+        # NVLink's rate is a direction's of all its links.
+        islands, rate = {i // GPUS_A_HOST for i in each.group[: len(members)]}, chip.link
+    inside = len(members) // len(islands)
+    over_network = each.moved / inside / chip.network if len(islands) > 1 else 0.0
+    return (each.moved / rate if inside > 1 else 0.0), over_network
 
 
 def _lanes(machine: Machine, members: Sequence[Any]) -> int:
@@ -165,10 +160,9 @@ def table(plan: Plan, title: str, largest: str = "") -> Table:
 
 def best(plans: Sequence[tuple[Candidate, Plan]], title: str) -> Table:
     """What a search compiled, one line each, with times that leave out main memory's."""
-    out = Table(title=title, title_justify="left", caption=_UNTIMED, caption_justify="left")
-    out.add_column("mesh and remat")
-    for name in ("verdict", "peak", "arithmetic, exchanges", "compile"):
-        out.add_column(name, justify="right")
+    names = ("verdict", "peak", "arithmetic, exchanges", "compile")
+    out = number_table(title, "mesh and remat", *names)
+    out.caption, out.caption_justify = _UNTIMED, "left"
     for each, plan in plans:
         peak = _gib(plan.done.peak) if plan.done.executable is not None else ""
         verdict, time = "does not fit", ""
@@ -188,10 +182,7 @@ def without_memory(plan: Plan) -> Times:
 
 def likeliest(found: Sequence[Candidate], title: str, room: int) -> Table:
     """What a search would compile, with what the estimate says of it; room: bytes of a device."""
-    out = Table(title=title, title_justify="left")
-    out.add_column("mesh and remat")
-    for name in ("memory, about", "of", "step time, about"):
-        out.add_column(name, justify="right")
+    out = number_table(title, "mesh and remat", "memory, about", "of", "step time, about")
     for each in found:
         more = "[red]more than [/]" * (each.memory > room)
         out.add_row(str(each), _gib(each.memory), more + _gib(room), _seconds(each.seconds))
@@ -231,10 +222,11 @@ def _add_traffic(out: Table, plan: Plan) -> None:
         size = each.times * each.moved
         kinds[each.kind] += each.times, size, size * each.beside
     for kind, (times, size, beside) in sorted(kinds.items(), key=lambda item: -item[1][1]):
-        who = "of a device" if kind in (TO_HOST, FROM_HOST) else "received by a device"
-        counts = size and kind not in (TO_HOST, FROM_HOST)
-        overlap = f", {beside / size:.0%} while it computes" if counts else ""
-        out.add_row(kind, _gib(size), f"{times:,.0f} a step, {who}{overlap}, loops multiplied")
+        who = "of a device"
+        if kind not in (TO_HOST, FROM_HOST):
+            overlap = f", {beside / size:.0%} while it computes" if size else ""
+            who = f"received by a device{overlap}"
+        out.add_row(kind, _gib(size), f"{times:,.0f} a step, {who}, loops multiplied")
 
 
 def _add_times(out: Table, plan: Plan) -> None:

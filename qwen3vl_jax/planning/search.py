@@ -21,6 +21,7 @@ from qwen3vl_jax.training.mesh_preset import (
     changed,
     enough,
     mesh_flags,
+    pack_flags,
     preset,
     sizes_of,
 )
@@ -51,11 +52,12 @@ def candidates(recipe: Recipe, cfg: Config, machine: Machine) -> list[Candidate]
     The recipe's batch is kept as it is: only how devices share the work changes.
     """
     parts, room = memory_estimate.held(recipe, cfg), machine.chip.hbm
-    own, found = None, []
+    meshes, own, found = list(_meshes(machine, cfg)), None, []
     # The recipe's mesh may be of other devices, and rows too few for a preset.
     with contextlib.suppress(InputError):
         own = mesh_of(recipe, cfg, machine)
-    for mesh in dict.fromkeys((*([own] if own else []), *_meshes(machine, cfg))):
+        meshes.insert(0, own)
+    for mesh in dict.fromkeys(meshes):
         try:
             check_batch(recipe, cfg, vars(mesh))
         except InputError:
@@ -103,24 +105,26 @@ def mesh_of(recipe: Recipe, cfg: Config, machine: Machine) -> Mesh:
 
 def _hint(recipe: Recipe, cfg: Config, machine: Machine) -> str:
     """What to do about a mesh of other devices."""
-    pack, more = recipe.pack, ""
+    pack, rows = recipe.pack, {}
     try:
         usual = preset(cfg, pack, machine.devices, machine.slices)
     except InputError:  # too few rows
         rows = enough(pack, machine.devices)
-        pack = dataclasses.replace(pack, **rows)
-        more = "".join(f" pack.{name}={n}" for name, n in rows.items())
-        usual = preset(cfg, pack, machine.devices, machine.slices)
-    return f"for {machine} add {changed(recipe.mesh, usual)}{more} to the command"
+        usual = preset(cfg, dataclasses.replace(pack, **rows), machine.devices, machine.slices)
+    flags = " ".join(filter(None, [changed(recipe.mesh, usual), pack_flags(rows)]))
+    return f"for {machine} add {flags} to the command"
 
 
 def _used(sizes: Mapping[str, int], machine: Machine) -> int:
     """How many devices a mesh takes: of one host of GPUs no more than it needs."""
-    one_host = machine.chip.platform == "gpu" and machine.devices <= GPUS_A_HOST
-    known = -1 not in sizes.values()
-    return (
-        min(math.prod(sizes.values()), machine.devices) if one_host and known else machine.devices
-    )
+    count = math.prod(sizes.values())
+    if (
+        machine.chip.platform == "gpu"
+        and machine.devices <= GPUS_A_HOST
+        and -1 not in sizes.values()
+    ):
+        return min(count, machine.devices)
+    return machine.devices
 
 
 def _meshes(machine: Machine, cfg: Config) -> Iterator[Mesh]:
@@ -142,7 +146,7 @@ def _divisors(count: int) -> list[int]:
 def _seconds(recipe: Recipe, cfg: Config, parts: memory_estimate.Held, machine: Machine) -> float:
     """About how long a step takes: arithmetic, and the exchanges that a mesh is known to need."""
     mesh, chip, t = recipe.mesh, machine.chip, cfg.text
-    count = memory_estimate.devices(mesh)
+    count = mesh.devices
     compute = work_of(recipe, cfg, parts.weights).again / count / chip.flops
     passes = 3 if recipe.step.remat == "full" else 2  # forward, again, backward
     size = sum(math.prod(x.shape) for x in parts.weights.values())

@@ -23,6 +23,9 @@ TO_HOST, FROM_HOST = "copies to the host", "copies from the host"
 _TARGET = re.compile(r'_xla_megascale_target="?(\{[-\d,:>{}x]+\})')
 _TYPE = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _SLICE = 100_000
+_NAMED_GROUPS = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^)]*\)?)\))? \{([^}]*)\}"
+)
 _FREE = frozenset((
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota",
     "partition-id", "replica-id", "opt-barrier", "while", "conditional", "call", "add-dependency",
@@ -169,11 +172,9 @@ def _slices(target: str) -> tuple[list[int], int]:
     """The slices of the first group of an exchange, and how many devices each of them has."""
     if match := re.fullmatch(r"\{([\d,:]+)\}x\{([\d,:]+)\}", target):
         return _numbers(match[1]), len(_numbers(match[2]))
-    first, every = (
-        [int(n) for n in re.findall(r"\d+", text)] for text in (target[: target.index("}")], target)
-    )
-    slices = sorted({n // _SLICE for n in first})
-    return slices, len({n for n in every if n // _SLICE == slices[0]})
+    first, every = (re.findall(r"\d+", text) for text in (target[: target.index("}")], target))
+    slices = sorted({int(n) // _SLICE for n in first})
+    return slices, len({n for n in every if int(n) // _SLICE == slices[0]})
 
 
 def _numbers(text: str) -> list[int]:
@@ -190,10 +191,7 @@ def _group(text: str, devices: int) -> tuple[int, ...]:
         return tuple(map(int, match[1].split(",")))
     if match := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", text):
         return tuple(_iota(match[2]).reshape(_ints(match[1]))[0].tolist())
-    named = re.search(
-        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^)]*\)?)\))? \{([^}]*)\}", text
-    )
-    if named:
+    if named := _NAMED_GROUPS.search(text):
         sizes = {n: int(k) for n, k in re.findall(r"'([^']+)'=(\d+)", named[1])}
         ids = _iota(named[2]) if named[2] else np.arange(math.prod(sizes.values()))
         ids = ids.reshape(tuple(sizes.values()))
@@ -247,13 +245,11 @@ def _main(shape: str) -> int:
 
 def _touched(module: Module, name: str, number: int, shape: str) -> int:
     """Bytes that a fusion reads of its argument: of one that it only takes slices of, the slices."""
-    if not (full := _main(shape)):
-        return 0
-    body = module.computations[name]
-    mine = [x for x in body if x.op == "parameter" and x.given.strip() == str(number)]
-    if not mine:
+    full, body = _main(shape), module.computations[name]
+    mine = [x.name for x in body if x.op == "parameter" and x.given.strip() == str(number)]
+    if not full or not mine:
         return full
-    total, left = 0, [mine[0].name]
+    total, left = 0, mine[:1]
     while left:
         value = left.pop()
         for x in body:

@@ -26,6 +26,7 @@ from qwen3vl_jax.checkpoint.orbax_io import open_tree, readable, writable
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.runtime import distributed
 from qwen3vl_jax.storage.paths import as_path, for_orbax, is_remote, remove_tree
+from qwen3vl_jax.training.param_groups import flatten
 from qwen3vl_jax.training.run_dir import CHECKPOINTS, META, DiffersError, scores
 from qwen3vl_jax.training.train_step import TrainState
 
@@ -63,12 +64,11 @@ class Checkpoints:
 
     def __init__(self, run_dir: str | Path, keep: int = 1, keep_best: int = 0):
         self._scores, self._keep_best = scores(run_dir), keep_best
-        best = _Best(self._scores, keep_best)
-        stays = policies.AnyPreservationPolicy([policies.LatestN(keep), best])
+        kept = [policies.LatestN(keep), _Best(self._scores, keep_best)]
+        stays = policies.AnyPreservationPolicy(kept)
+        # Unfinished steps are those of a killed process.
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=stays,
-            # Unfinished steps of a killed process.
-            cleanup_tmp_directories=True,
+            preservation_policy=stays, cleanup_tmp_directories=True
         )
         sys.unraisablehook, self._failed = _unraisable, False
         self._folder = as_path(run_dir) / CHECKPOINTS
@@ -87,18 +87,15 @@ class Checkpoints:
 
     def save(self, state: TrainState, meta: Mapping[str, Any], score: float | None = None) -> None:
         """Saves in the background. meta is JSON data: recipe, data position, machine, score."""
-        parts: dict[str, Any] = {
-            WEIGHTS: ocp.args.StandardSave(state.weights),
-            STATE: ocp.args.StandardSave(_other_parts(state)),
-        }
-        if state.average is not None:
-            parts[AVERAGE] = ocp.args.StandardSave(state.average)
-        parts[META] = ocp.args.JsonSave(with_checksum({**meta, "score": score, "digests": {
-            name: digests(_by_path(part.item)) for name, part in parts.items()}}))  # fmt: skip
+        parts = _parts(state)
+        found = {name: digests(flatten(part)[0]) for name, part in parts.items()}
+        saved: dict[str, Any] = {n: ocp.args.StandardSave(part) for n, part in parts.items()}
+        meta = {**meta, "score": score, "digests": found}
+        saved[META] = ocp.args.JsonSave(with_checksum(meta))
         self.score(int(state.step), score)
         _check_room(self._folder, state)
         with self._saving():
-            self._manager.save(int(state.step), args=ocp.args.Composite(**parts))
+            self._manager.save(int(state.step), args=ocp.args.Composite(**saved))
 
     def wait(self) -> None:
         """Waits until everything is on disk. Raises InputError for a full disk."""
@@ -140,11 +137,7 @@ def restore(run_dir: str | Path, step: int, state: TrainState) -> TrainState:
     lists the differences, if other weights were trained.
     """
     where = as_path(run_dir) / CHECKPOINTS / str(step)
-    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-    parts = {WEIGHTS: target.weights, STATE: _other_parts(target)}
-    if state.average is not None:
-        parts[AVERAGE] = target.average
-
+    parts = _parts(jax.tree.map(ocp.utils.to_shape_dtype_struct, state))
     found, error = {}, None
     try:
         _check_shapes(where, state)
@@ -156,14 +149,12 @@ def restore(run_dir: str | Path, step: int, state: TrainState) -> TrainState:
     for name, part in found.items():
         kept = saved_digests(where / name)
         if kept is not None:
-            check_digests(where / name, digests(_by_path(part)), kept)
-    others = dict(found[STATE])
-    return state.replace(
-        weights=found[WEIGHTS],
-        average=found.get(AVERAGE),
-        compensation=others.pop("rest", None),
-        **others,
-    )
+            check_digests(where / name, digests(flatten(part)[0]), kept)
+    others = found[STATE]
+    return TrainState(
+        others["step"], others["key"], found[WEIGHTS], others["optimizer"], others.get("rest"),
+        found.get(AVERAGE),
+    )  # fmt: skip
 
 
 def _restored(where: Path, target: Any) -> Any:
@@ -200,17 +191,15 @@ def _check_room(folder: Path, state: TrainState) -> None:
         )
 
 
-def _by_path(tree: Any) -> dict[str, Any]:
-    """{path in the state: array}, as the files name them."""
-    found = jax.tree.leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in found}
-
-
 def _shape(x: Any) -> str:
     return f"{jax.numpy.dtype(x.dtype).name}{list(x.shape)}"
 
 
-def _other_parts(state: TrainState) -> dict[str, Any]:
-    # The key "rest" is that of the files.
-    parts = {"step": state.step, "key": state.key, "optimizer": state.optimizer}
-    return parts | ({} if state.compensation is None else {"rest": state.compensation})
+def _parts(state: TrainState) -> dict[str, Any]:
+    """The trees of a state by the folder that each is saved in."""
+    rest = {"step": state.step, "key": state.key, "optimizer": state.optimizer}
+    if state.compensation is not None:
+        # The key "rest" is that of the files.
+        rest["rest"] = state.compensation
+    parts = {WEIGHTS: state.weights, STATE: rest}
+    return parts if state.average is None else {**parts, AVERAGE: state.average}

@@ -55,12 +55,8 @@ def describe() -> dict[str, Any]:
 
 def changes(then: dict[str, Any]) -> list[str]:
     """One text for each difference from the machine that wrote a checkpoint (`describe` there)."""
-    now = describe()
-    return [
-        f"{name} {then.get(name)} then, {now[name]} now"
-        for name in now
-        if now[name] != then.get(name)
-    ]
+    now = describe().items()
+    return [f"{n} {then.get(n)} then, {x} now" for n, x in now if x != then.get(n)]
 
 
 def deterministic_flags(flags: str = "") -> str:

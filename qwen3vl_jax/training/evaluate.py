@@ -98,10 +98,8 @@ def is_due(recipe: Recipe, number: int) -> bool:
 
 def open_held_out(recipe: Recipe, open_loader: OpenLoader, bad_fraction: float = 1.0) -> Any:
     """A loader of one pass over the evaluation sources in order, in this process."""
-    data = dataclasses.replace(
-        recipe.data, sources=recipe.evaluate.sources, shuffle=False, workers=0,
-        bad_fraction=bad_fraction,
-    )  # fmt: skip
+    changes = {"shuffle": False, "workers": 0, "bad_fraction": bad_fraction}
+    data = dataclasses.replace(recipe.data, sources=recipe.evaluate.sources, **changes)
     return open_loader(data, 0, once=True)
 
 
@@ -135,10 +133,7 @@ def make_measure(cfg: Config, step: Step, merge) -> Callable[..., tuple[jax.Arra
 def mean_loss(
     measure, weights, frozen, batches: Iterable[PackedBatch], check: Callable[[], None]
 ) -> dict[str, float]:
-    """{"loss", "accuracy"} over the target tokens of the batches.
-
-    check: called before each batch; what it raises ends the evaluation.
-    """
+    """{"loss", "accuracy"} over the target tokens of the batches. check: called before each."""
     found = []
     for packed in batches:
         check()
@@ -153,31 +148,23 @@ def mean_loss(
 
 def make_inference(step: Step, merge) -> Callable[..., Params]:
     """The jitted inference(weights, frozen) -> parameters with layers in lists, in step.dtype."""
-    dtype = jnp.dtype(step.dtype)
-
-    def small(x: Any) -> Any:
-        return x.astype(dtype) if x.dtype == jnp.float32 else x
 
     @jax.jit
     def inference(weights, frozen):
-        weights = {n: small(x) for n, x in weights.items()}
-        return unstack_layers(merge(weights, frozen))
+        wide = {n: x.astype(step.dtype) for n, x in weights.items() if x.dtype == jnp.float32}
+        return unstack_layers(merge({**weights, **wide}, frozen))
 
     return inference
 
 
 def answer(
-    params: Params,
-    proc: Processor,
-    data: Data,
-    records: Sequence[tuple[str, Any]],
-    max_new_tokens: int,
-    check: Callable[[], None],
-) -> tuple[list[Answered], list[tuple[str, str]]]:
+    params: Params, proc: Processor, data: Data, records: Sequence[tuple[str, Any]],
+    max_new_tokens: int, check: Callable[[], None],
+) -> tuple[list[Answered], list[tuple[str, str]]]:  # fmt: skip
     """(greedy answers, refused records) for the last assistant turn of each (name, chat record).
 
-    Records without an assistant turn after another turn are skipped. Records that cannot be read are
-    refused, as (name, reason). check: called before each batch; what it raises ends the evaluation.
+    Records without an assistant turn after another turn are skipped; those that cannot be read are
+    refused, as (name, reason). check: called before each batch.
     """
     asked = [_asked(name, record) for name, record in records]
     answers: list[Answered] = []
@@ -228,9 +215,8 @@ def _read(
 def _answer_some(
     params: Params, proc: Processor, rows: list[_Asked], batch: Batch, max_new_tokens: int
 ) -> list[Answered]:
-    options = {"max_new_tokens": max_new_tokens, "stop_ids": proc.stop_ids}
-    written = generate(params, proc.config, batch, **options)
-    out = []
+    stops, out = proc.stop_ids, []
+    written = generate(params, proc.config, batch, max_new_tokens=max_new_tokens, stop_ids=stops)
     for row, tokens, length in zip(rows, written.tokens, written.lengths, strict=True):
         prompt = proc.render(row.messages, row.tools)
         said = answer_text(proc.parse(proc.decode(tokens[:length]), prompt))

@@ -136,13 +136,9 @@ def make_loader(
 
 
 def start_state(
-    recipe: Recipe,
-    processor: Processor,
-    new_ids: list[int],
-    mesh: Mesh | None,
-    out: Path,
+    recipe: Recipe, processor: Processor, new_ids: list[int], mesh: Mesh | None, out: Path,
     first: int,
-) -> tuple[TrainState, Any, Any, train_model.Step]:
+) -> tuple[TrainState, Any, Any, train_model.Step]:  # fmt: skip
     """(state, frozen weights, merge, step): a new run's, or a saved step's if `first` is not 0."""
     cfg = processor.config
     trainable = train_model.prepare(recipe, cfg, new_ids, mesh)

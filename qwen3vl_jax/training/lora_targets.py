@@ -147,10 +147,7 @@ def _named(module: LoraTarget, target: str, sparse: bool) -> tuple[bool, ...]:
         fnmatch.fnmatchcase(name, target) for name in (module.name, module.weight)
     )
     return tuple(
-        named
-        or other == target
-        or other.endswith(f".{target}")
-        or fnmatch.fnmatchcase(other, target)
+        named or f".{other}".endswith(f".{target}") or fnmatch.fnmatchcase(other, target)
         for other in module.targets
     )
 
@@ -158,14 +155,8 @@ def _named(module: LoraTarget, target: str, sparse: bool) -> tuple[bool, ...]:
 def _unknown(target: str, known: dict[str, LoraTarget]) -> str:
     inside = {param_groups.group_of(module.weight, True) for module in known.values()}
     names = [*param_groups.GROUPS, *known, *(module.part for module in known.values())]
-    near = [
-        n
-        for n in difflib.get_close_matches(target, names, 4)
-        if n in inside or n not in param_groups.GROUPS
-    ]
-    hint = (
-        f"did you mean {', '.join(dict.fromkeys(near))}?"
-        if near
-        else "for example text, vision or q_proj"
-    )
+    near = difflib.get_close_matches(target, names, 4)
+    near = [n for n in near if n in inside or n not in param_groups.GROUPS]
+    hint = f"did you mean {', '.join(dict.fromkeys(near))}?"
+    hint = hint if near else "for example text, vision or q_proj"
     return f"lora.targets: {target!r} names nothing an adapter can sit on in this model; {hint}"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
+from collections.abc import Mapping
 
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
@@ -41,13 +41,6 @@ def changed(before: Mesh, after: Mesh) -> str:
     )
 
 
-def with_preset(recipe: Recipe, cfg: Config, count: int, slices: int = 1) -> Recipe:
-    """The recipe, with the `preset` of `count` devices if it has no mesh. Raises InputError."""
-    if asks_for_mesh(recipe):
-        return recipe
-    return dataclasses.replace(recipe, mesh=preset(cfg, recipe.pack, count, slices))
-
-
 def preset(cfg: Config, pack: Pack, count: int, slices: int = 1) -> Mesh:
     """A mesh of `count` devices in equal `slices`. Only data spans slices.
 
@@ -60,7 +53,12 @@ def preset(cfg: Config, pack: Pack, count: int, slices: int = 1) -> Mesh:
     tensor = math.gcd(count // (slices * parts), cfg.text.num_attention_heads)
     sequence = count // (slices * parts * tensor)
     if rows % slices or sequence > _SEQUENCE or pack.length % sequence:
-        raise InputError(_too_few(pack, count, slices))
+        # One row a device always works.
+        more = enough(pack, count)
+        message = ", ".join(f"pack.{name} is {getattr(pack, name)}" for name in more)
+        where = f"{count} devices" + f" in {slices} slices" * (slices > 1)
+        advice = f"take {pack_flags(more)}, or fewer devices"
+        raise InputError(f"{message}, which no mesh of {where} divides; {advice}")
     experts = cfg.text.num_experts
     fitting = (n for n in _EXPERT if experts and not experts % n and not parts % n)
     expert = next((n for n in fitting if n * n <= parts), 1)
@@ -69,16 +67,12 @@ def preset(cfg: Config, pack: Pack, count: int, slices: int = 1) -> Mesh:
     return Mesh(data=data, fsdp=fsdp, expert=expert, tensor=tensor, sequence=sequence)
 
 
-def _too_few(pack: Pack, count: int, slices: int) -> str:
-    """The message for rows that no mesh of the devices divides. One row a device always works."""
-    more = enough(pack, count)
-    message = ", ".join(f"pack.{name} is {getattr(pack, name)}" for name in more)
-    taken = " ".join(f"pack.{name}={n}" for name, n in more.items())
-    where = f"{count} devices" + f" in {slices} slices" * (slices > 1)
-    return f"{message}, which no mesh of {where} divides; take {taken}, or fewer devices"
-
-
 def enough(pack: Pack, count: int) -> dict[str, int]:
     """{key of pack: value} that gives each of `count` devices the same number of rows."""
     names = ("rows", "vision_rows", "groups")
     return {k: -(-n // count) * count for k in names if (n := getattr(pack, k)) and n % count}
+
+
+def pack_flags(sizes: Mapping[str, int]) -> str:
+    """Keys of pack in command line form."""
+    return " ".join(f"pack.{name}={n}" for name, n in sizes.items())

@@ -20,7 +20,7 @@ from qwen3vl_jax.processing.tokenizer import Tokenizer
 from qwen3vl_jax.storage.json_text import read_json_file, write_json
 from qwen3vl_jax.storage.paths import as_path, make_folder
 
-_FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+_FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
 
 
 def add_tokens(
@@ -36,12 +36,9 @@ def add_tokens(
     source, out = as_path(directory_in), as_path(directory_out)
     tokenizer = Tokenizer.from_pretrained(source)
     ids = new_ids(tokenizer, names, vocab_size)
-    entries = [
-        {"content": name, **_FLAGS, "special": False, "id": i} for name, i in zip(names, ids)
-    ]
+    entries = [{"content": name, **_FLAGS, "id": i} for name, i in zip(names, ids)]
     make_folder(out)
-    changed = _changed_files(source, entries)
-    for file, content in changed.items():
+    for file, content in _changed_files(source, entries).items():
         text = write_json(content, file, indent=2, ensure_ascii=False)
         (out / file).write_text(text + "\n", encoding="utf-8")
     return ids
@@ -50,17 +47,15 @@ def add_tokens(
 def new_ids(tokenizer: Tokenizer, names: Sequence[str], vocab_size: int) -> list[int]:
     """The first free ids for new tokens. Raises InputError, see `add_tokens`."""
     for number, name in enumerate(names):
+        where = f"train.new_tokens: {name!r}"
         if not isinstance(name, str) or not name or name != name.strip():
             raise InputError(
-                f"train.new_tokens: {name!r} is no name of a token; expected text without spaces "
-                "around it"
+                f"{where} is no name of a token; expected text without spaces around it"
             )
         if name in names[:number]:
-            raise InputError(f"train.new_tokens: {name!r} is there twice")
+            raise InputError(f"{where} is there twice")
         if (known := tokenizer.backend.token_to_id(name)) is not None:
-            raise InputError(
-                f"train.new_tokens: {name!r} is a token already, with id {known}; leave it out"
-            )
+            raise InputError(f"{where} is a token already, with id {known}; leave it out")
     first = max(tokenizer.backend.get_vocab(with_added_tokens=True).values()) + 1
     spare = max(vocab_size - first, 0)
     if len(names) > spare:
@@ -101,18 +96,13 @@ def new_rows(params: Params, ids: Sequence[int]) -> Params:
     if not len(ids):
         return params
     new = dict(params)
-    for name in ("embed", "head"):
-        if name not in params:
-            continue
+    for name in [name for name in ("embed", "head") if name in params]:
         if isinstance(params[name], Quantized):
             raise InputError(
                 f"train.new_tokens: the weight {name!r} is held in 8 bits; start from a checkpoint "
                 "that holds it in 16 or 32"
             )
-        new[name] = _with_mean(jnp.asarray(params[name]), jnp.asarray(ids), min(ids))
+        table = jnp.asarray(params[name])
+        mean = jax.jit(lambda x: jnp.mean(x[: min(ids)].astype(jnp.float32), 0))(table)
+        new[name] = table.at[jnp.asarray(ids)].set(mean.astype(table.dtype))
     return new
-
-
-def _with_mean(table: jax.Array, ids: jax.Array, used: int) -> jax.Array:
-    mean = jax.jit(lambda x: jnp.mean(x[:used].astype(jnp.float32), 0))(table)
-    return table.at[ids].set(mean.astype(table.dtype))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,16 +63,10 @@ def _update_rule(settings: Optimizer) -> optax.GradientTransformation:
         factored = optax.scale_by_factored_rms(decay_rate=0.8)
         return optax.chain(factored, optax.clip_by_block_rms(1.0))
     if settings.name == "muon":
-        muon = optax.contrib.muon(
-            learning_rate=1.0,
-            beta=settings.b1,
-            adam_b1=settings.b1,
-            adam_b2=settings.b2,
-            eps=settings.eps,
-            muon_weight_dimension_numbers=cast(Any, _matrices),
-            # Updates as large as Adam's, so that the same learning rates fit.
-            consistent_rms=0.2,
-        )
+        adam: Any = {"adam_b1": settings.b1, "adam_b2": settings.b2, "eps": settings.eps}
+        # Updates as large as Adam's, so that the same learning rates fit.
+        options: Any = {"consistent_rms": 0.2, "muon_weight_dimension_numbers": _matrices}
+        muon = optax.contrib.muon(1.0, beta=settings.b1, **adam, **options)
         # optax's Muon negates its updates; scale_by_learning_rate negates them again.
         return optax.chain(muon, optax.scale(-1.0))
     adam = optax.scale_by_adam(settings.b1, settings.b2, settings.eps)
@@ -84,20 +78,19 @@ def _matrices(params: Flat) -> dict[str, Any]:
 
     Leading axes are stacks: layers, experts, heads of q, k and v, gate and up.
     """
-    # Muon masks its own leaves, which have no ndim then.
-    shapes = {name: getattr(x, "ndim", None) for name, x in params.items()}
-    return {name: None if n is None else _sides(name, n) for name, n in shapes.items()}
 
+    def sides(name: str, x: Any) -> Any:
+        outside = name in ("embed", "head") or name.endswith((".pos", "patch.weight"))
+        # Muon masks its own leaves, which have no ndim then.
+        ndim = getattr(x, "ndim", None)
+        if ndim is None or outside or not decays(name):
+            return None
+        # attn.o is [D N H], which sums over all heads
+        heads = name.endswith("attn.o")
+        axes = ((ndim - 2, ndim - 1), ndim - 3) if heads else (ndim - 1, ndim - 2)
+        return optax.contrib.MuonDimensionNumbers(*axes)
 
-def _sides(name: str, ndim: int) -> Any:
-    outside = name in ("embed", "head") or name.endswith((".pos", "patch.weight"))
-    if outside or not decays(name):
-        return None
-    sides = optax.contrib.MuonDimensionNumbers
-    # [D N H], which sums over all heads
-    if name.endswith("attn.o"):
-        return sides((ndim - 2, ndim - 1), ndim - 3)
-    return sides(ndim - 1, ndim - 2)
+    return {name: sides(name, x) for name, x in params.items()}
 
 
 def _scale_each(factors: Mapping[str, float]) -> optax.GradientTransformation:

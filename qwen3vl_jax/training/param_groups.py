@@ -41,14 +41,10 @@ class TrainableParams(NamedTuple):
 
 def flatten(params: Any) -> tuple[Flat, Callable[[Mapping[str, Any]], Any]]:
     """A tree of stacked layers as {name: leaf}, and the function that makes the tree of such a dict."""
-    found, treedef = jax.tree_util.tree_flatten_with_path(params)
+    found, treedef = jax.tree.flatten_with_path(params)
     flat = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in found}
     names = list(flat)
-
-    def unflatten(leaves: Mapping[str, Any]) -> Any:
-        return jax.tree_util.tree_unflatten(treedef, [leaves[name] for name in names])
-
-    return flat, unflatten
+    return flat, lambda leaves: jax.tree.unflatten(treedef, [leaves[name] for name in names])
 
 
 def group_of(name: str, sparse: bool) -> str:
@@ -90,9 +86,9 @@ def frozen_names(names: Sequence[str], freeze: Iterable[str], sparse: bool) -> s
 def check_trained(
     rates: Iterable[str], trained: Iterable[str], every: Iterable[str], why: str, sparse: bool
 ) -> None:
-    """Raises InputError for a `train.rates` entry of parameters that are not trained.
+    """Raises InputError for a `train.rates` entry of parameters that are not trained, and why.
 
-    every: all names of the model; why: the reason for the message.
+    every: all names of the model.
     """
     trained = list(trained)
     for wanted in rates:

@@ -140,6 +140,16 @@ class Mesh:
     expert: int = 1
     sequence: int = 1
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """{axis: size}; one of -1 (all devices that are left) counts as 1."""
+        return {name: max(n, 1) for name, n in vars(self).items()}
+
+    @property
+    def devices(self) -> int:
+        """The number of devices, by `sizes`."""
+        return math.prod(self.sizes.values())
+
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
@@ -238,13 +248,9 @@ def _with_found_paths(recipe: Recipe, folder: Path) -> Recipe:
                 f"ckpt: got {recipe.ckpt!r}, expected a folder that is there, in the working directory "
                 f"or in {folder}, or a Hub id"
             )
-    return dataclasses.replace(
-        recipe,
-        ckpt=ckpt,
-        data=with_sources(recipe.data),
-        evaluate=with_sources(recipe.evaluate),
-        lora=dataclasses.replace(recipe.lora, adapter=found(recipe.lora.adapter)),
-    )
+    data, evaluate = with_sources(recipe.data), with_sources(recipe.evaluate)
+    lora = dataclasses.replace(recipe.lora, adapter=found(recipe.lora.adapter))
+    return dataclasses.replace(recipe, ckpt=ckpt, data=data, evaluate=evaluate, lora=lora)
 
 
 def check(recipe: Recipe) -> Recipe:
@@ -267,12 +273,13 @@ def check(recipe: Recipe) -> Recipe:
 
 def _check_together(recipe: Recipe) -> None:
     """Checks keys against each other."""
-    pack, mesh = recipe.pack, dataclasses.astuple(recipe.mesh)
+    pack = recipe.pack
     places = max(pack.rows * pack.length, pack.vision_rows * pack.vision_length)
     if places > 2**28:
         raise InputError(f"pack: a batch of {places} tokens or patches, expected at most {2**28}")
-    if math.prod(max(size, 1) for size in mesh) > 2**20:
-        raise InputError(f"mesh: got {mesh}, expected at most {2**20} devices")
+    if recipe.mesh.devices > 2**20:
+        sizes = dataclasses.astuple(recipe.mesh)
+        raise InputError(f"mesh: got {sizes}, expected at most {2**20} devices")
     if not recipe.ckpt:
         raise InputError("ckpt is empty, expected the directory (or Hub id) of the model to train")
     if recipe.optimizer.warmup >= recipe.steps:
@@ -303,7 +310,14 @@ def _named_sources(recipe: Recipe) -> list[tuple[str, Source]]:
 
 def check_run(recipe: Recipe) -> None:
     """Raises InputError for a recipe that cannot start on this machine: packages, files, model."""
-    check_extras(recipe)
+    for name in (*_TRAIN_EXTRA, *["wandb"] * bool(recipe.report.wandb)):
+        if importlib.util.find_spec(name) is None:
+            extra = "wandb" if name == "wandb" else "train"
+            why = "report.wandb is set" if name == "wandb" else "training needs it"
+            raise InputError(
+                f"{name} is not installed and {why}: pip install 'qwen3vl-jax[{extra}]' "
+                f"(in a clone: pip install -e '.[{extra}]')"
+            )
     check_sources(recipe)
     if kind(as_path(recipe.ckpt)) == "folder":
         check_vision_length(recipe.pack, Config.from_hf(recipe.ckpt))
@@ -314,19 +328,6 @@ def check_vision_length(pack: Pack, cfg: Config) -> None:
     unit, length = cfg.vision.merge_unit, pack.vision_length
     if pack.vision_rows and length % unit:
         raise InputError(f"pack.vision_length is {length}, expected a multiple of {unit}")
-
-
-def check_extras(recipe: Recipe) -> None:
-    """Raises InputError for a package of the extras that is not installed."""
-    needed = [(name, "train", "training needs it") for name in _TRAIN_EXTRA]
-    if recipe.report.wandb:
-        needed.append(("wandb", "wandb", "report.wandb is set"))
-    for name, extra, why in needed:
-        if importlib.util.find_spec(name) is None:
-            raise InputError(
-                f"{name} is not installed and {why}: pip install 'qwen3vl-jax[{extra}]' "
-                f"(in a clone: pip install -e '.[{extra}]')"
-            )
 
 
 def check_sources(recipe: Recipe) -> None:

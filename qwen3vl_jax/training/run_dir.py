@@ -60,12 +60,12 @@ def locked(out: Path) -> Iterator[Path]:
     and while another run writes there. Remote paths are not locked: a killed run would leave its lock.
     """
     for_orbax(out)
-    there = kind(out)
-    if there == "file":
+    if kind(out) == "file":
         raise InputError(f"--out {out}: is a file, expected a directory")
     # A killed process leaves the second one.
     parts = {CONFIG, CONFIG + ".part"}
-    if there and any(p.name not in parts for p in out.iterdir()) and not (out / CONFIG).is_file():
+    others = kind(out) and any(p.name not in parts for p in out.iterdir())
+    if others and not (out / CONFIG).is_file():
         raise InputError(f"--out {out}: holds files and no {CONFIG} of a run; choose another one")
     make_folder(out)
     lock = os.open(out, os.O_RDONLY) if fcntl and not is_remote(out) else None
@@ -158,13 +158,14 @@ def scores(run_dir: str | Path) -> dict[int, float]:
     """
     rows = read_table(as_path(run_dir) / EVALUATION)
     later = {int(row[STEP]): float(row["loss"]) for row in rows if row.get("loss")}
-    steps = saved_steps(run_dir)
-    found: dict[int, float | None] = {}
-    for step in steps:
+    found: dict[int, float] = {}
+    for step in saved_steps(run_dir):
         with contextlib.suppress(DamagedError):
-            found[step] = read_meta(run_dir, step).get("score")
-    found = {step: later.get(step) if x is None else x for step, x in found.items()}
-    return {step: x for step, x in found.items() if x is not None and math.isfinite(x)}
+            score = read_meta(run_dir, step).get("score")
+            score = later.get(step, math.nan) if score is None else score
+            if math.isfinite(score):
+                found[step] = score
+    return found
 
 
 def chosen_step(run_dir: str | Path, wanted: str) -> int:
@@ -190,32 +191,31 @@ def chosen_step(run_dir: str | Path, wanted: str) -> int:
 
 def check_recipe(now: Mapping[str, Any], then: Mapping[str, Any], run_dir: str | Path) -> list[str]:
     """One text for each changed FREE key of two flat recipes. Raises DiffersError if others changed."""
-    differ = {name: _differs(name, now, then) for name in {**then, **now}}
-    found = {name: text for name, text in differ.items() if text}
+    differ = _differences(now, then)
     # LoRA freezes everything else anyway.
     free = (*FREE, "train.freeze") if now.get("lora.rank") else FREE
-    fixed = [text for name, text in found.items() if not name.startswith(free)]
-    if fixed:
+    if fixed := [text for name, text in differ.items() if not name.startswith(free)]:
         raise DiffersError(run_dir, "recipe", "set it back or choose another --out", fixed)
-    return list(found.values())
+    return list(differ.values())
 
 
 def check_model(now: Mapping[str, Any], then: Mapping[str, Any], run_dir: str | Path) -> None:
     """Raises DiffersError if the model's config (a config.json dict) is not the run's."""
-    now, then = _flat(now), _flat(then)
-    found = [text for name in {**then, **now} if (text := _differs(name, now, then))]
-    if found:
+    if found := list(_differences(_flat(now), _flat(then)).values()):
         raise DiffersError(run_dir, "model", "give it the ckpt it started with", found)
 
 
-def _differs(name: str, now: Mapping[str, Any], then: Mapping[str, Any]) -> str:
-    if now.get(name) == then.get(name):
-        return ""
-    return f"{name} was {_show(then, name)}, is now {_show(now, name)}"
+def _differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> dict[str, str]:
+    """{key: what it was and is} of the values that are not the same."""
 
+    def shown(values: Mapping[str, Any], name: str) -> str:
+        return write_json(values[name], name) if name in values else "not there"
 
-def _show(values: Mapping[str, Any], name: str) -> str:
-    return write_json(values[name], name) if name in values else "not there"
+    return {
+        name: f"{name} was {shown(then, name)}, is now {shown(now, name)}"
+        for name in {**then, **now}
+        if now.get(name) != then.get(name)
+    }
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

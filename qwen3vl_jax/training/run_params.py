@@ -91,13 +91,12 @@ def run_adapter(run: Path, cfg: Config) -> tuple[dict[str, np.ndarray], Adapter]
 
 def step_weights(run: Path, wanted: SavedStep) -> tuple[Path, str]:
     """The folder of a saved step's weights, and a text that names them."""
-    number = chosen_step(
-        run, ("best" if scores(run) else "last") if wanted.step is None else wanted.step
-    )
+    usual = "best" if scores(run) else "last"
+    number = chosen_step(run, usual if wanted.step is None else wanted.step)
     saved = run / CHECKPOINTS / str(number)
-    averaged = (saved / "average").is_dir() and not wanted.raw
-    message = f"step {number}{', averaged weights' if averaged else ''}, "
-    return saved / ("average" if averaged else "weights"), message
+    if (saved / "average").is_dir() and not wanted.raw:
+        return saved / "average", f"step {number}, averaged weights, "
+    return saved / "weights", f"step {number}, "
 
 
 def flat_arrays(weights: Path) -> dict[str, np.ndarray]:

@@ -106,13 +106,12 @@ def check_fits(recipe: Recipe, meta: dict[str, Any], out: Path, done: int = 0) -
     for name in ("data.sources", "evaluate.sources"):
         then[name] = [source | given for given in then[name]]
     now, then = (x | {"ckpt": absolute_ckpt(x["ckpt"])} for x in (plain(flat(recipe)), then))
-    changed = run_dir.check_recipe(now, then, out)
-    moved = environment.changes(meta["machine"])
-    if moved:
-        moved = ["not bit for bit, the machine differs: " + ", ".join(moved)]
+    lines = run_dir.check_recipe(now, then, out)
+    if moved := environment.changes(meta["machine"]):
+        lines.append("not bit for bit, the machine differs: " + ", ".join(moved))
     stays = f"no step is left, {run_dir.CONFIG} stays"
     why = stays if recipe.steps == done else f"going on from step {done}"
-    return [f"{why}: {line}" for line in changed + moved]
+    return [f"{why}: {line}" for line in lines]
 
 
 def write_config(recipe: Recipe, out: Path) -> None:

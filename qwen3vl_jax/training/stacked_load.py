@@ -50,13 +50,11 @@ def load_stacked(
     weights: str | None = None,
     where_of: WhereOf = lambda name, x: None,
 ) -> Params:
-    """The parameters of a checkpoint (as in `load`) with stacked layers.
+    """The parameters of a checkpoint (as in `load`, with its `weights`) with stacked layers.
 
-    dtype_of: the dtype of each parameter by its stacked name; 8-bit values and scales keep theirs.
-    weights: None, "int8" or "fp8", as in `load`. where_of: the sharding of each array by its stacked
-    name and shape, None for the default device. Each tensor is written into its stack by a donated
-    update, so that the peak is the parameters and one tensor. Raises InputError as `load` does, and for
-    a checkpoint without the head of its config.
+    8-bit values and scales keep their dtype. Each tensor is written into its stack by a donated update,
+    so that the peak is the parameters and one tensor. Raises InputError as `load` does, and for a
+    checkpoint without the head of its config.
     """
     directory = resolve(ckpt)
     cfg = Config.from_hf(directory)

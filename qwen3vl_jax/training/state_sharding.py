@@ -51,14 +51,12 @@ def axes_of(cfg: Config, shapes: Mapping[str, Any]) -> dict[str, Axes]:
     Values and scales of 8-bit weights have the axes of their weight. Arrays without names, such as
     LoRA's matrices, have "embed" for their longest axis.
     """
-    known = _known(cfg)
-
-    def of(name: str, x: Any) -> Axes:
+    known, out = _known(cfg), {}
+    for name, x in shapes.items():
         place, _, last = name.rpartition(".")
         axes = known.get(place if last in (VALUES, SCALE) else name)
-        return longest_axis(x) if axes is None else axes
-
-    return {name: of(name, x) for name, x in shapes.items()}
+        out[name] = longest_axis(x) if axes is None else axes
+    return out
 
 
 def longest_axis(x: Any) -> Axes:
@@ -106,9 +104,7 @@ def batch_sharding(mesh: Mesh, path: Any, shape: tuple[int, ...]) -> NamedShardi
 
 def batch_shardings(mesh: Mesh, packed: PackedBatch) -> PackedBatch:
     """The sharding of each array of micro batches [M ..] (arrays or shapes)."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, x: batch_sharding(mesh, path, x.shape), packed
-    )
+    return jax.tree.map_with_path(lambda path, x: batch_sharding(mesh, path, x.shape), packed)
 
 
 def put(x: Any, where: NamedSharding | None) -> jax.Array:

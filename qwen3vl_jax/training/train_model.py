@@ -64,15 +64,12 @@ def prepare(
         raise InputError(
             "train.new_tokens: train.freeze holds embeddings, so they cannot be learned"
         )
-    return TrainableParams(shard_params(weights, cfg, mesh), shard_params(frozen, cfg, mesh), merge)
-
-
-def shard_params(flat: Flat, cfg: Config, mesh: Mesh | None) -> Flat:
-    """The same arrays in their shardings on the mesh."""
-    if mesh is None:
-        return flat
-    where = params_shardings(mesh, cfg, flat)
-    return {n: put(x, where[n]) for n, x in flat.items()}
+    if mesh is not None:
+        weights, frozen = (
+            {n: put(flat[n], where) for n, where in params_shardings(mesh, cfg, flat).items()}
+            for flat in (weights, frozen)
+        )
+    return TrainableParams(weights, frozen, merge)
 
 
 def initial_params(recipe: Recipe, cfg: Config, mesh: Mesh | None = None) -> Params:
@@ -87,15 +84,13 @@ def initial_params(recipe: Recipe, cfg: Config, mesh: Mesh | None = None) -> Par
         weights = recipe.lora.base if eight_bit else None
         return load_stacked(recipe.ckpt, dtype_of, weights, functools.partial(where_of, mesh, cfg))
 
-    unflatten = param_groups.flatten(tree_of_shapes(cfg))[1]
-
     def make(key: jax.Array) -> Flat:
         params = stack_layers(_rescaled(init_params(key, cfg), cfg, recipe.init))
-        return {
-            name: x.astype(dtype_of(name)) for name, x in param_groups.flatten(params)[0].items()
-        }
+        flat = param_groups.flatten(params)[0]
+        return {name: x.astype(dtype_of(name)) for name, x in flat.items()}
 
-    where = params_shardings(mesh, cfg, shapes(cfg)) if mesh else None
+    known, unflatten = _stacked_shapes(cfg)
+    where = params_shardings(mesh, cfg, known) if mesh else None
     return unflatten(jax.jit(make, out_shardings=where)(jax.random.key(recipe.seed)))
 
 
@@ -115,20 +110,20 @@ def held_dtypes(recipe: Recipe, cfg: Config) -> Callable[[str], Any]:
     return lambda name: still if name in stopped else held
 
 
-@functools.lru_cache(maxsize=4)
 def shapes(cfg: Config) -> Flat:
-    """{stacked name: fp32 ShapeDtypeStruct} of a model's parameters; do not change it.
+    """{stacked name: fp32 ShapeDtypeStruct} of a model's parameters; do not change it."""
+    return _stacked_shapes(cfg)[0]
+
+
+@functools.lru_cache(maxsize=4)
+def _stacked_shapes(cfg: Config) -> tuple[Flat, Callable[[Flat], Params]]:
+    """`shapes`, and the function that makes a tree of such a dict.
 
     From the name map: tracing the 94 layers of the largest model takes seconds.
     """
-    return param_groups.flatten(tree_of_shapes(cfg))[0]
-
-
-def tree_of_shapes(cfg: Config) -> Params:
-    """`shapes` as the tree of parameters with stacked layers."""
     stacks = dict(stacked(cfg, param.path, param.shape) for param in param_specs(cfg))
     leaves = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in stacks.items()}
-    return tree_of(cfg, leaves)
+    return param_groups.flatten(tree_of(cfg, leaves))
 
 
 def _rescaled(params: Params, cfg: Config, kind: str) -> Params:
@@ -197,9 +192,8 @@ def init_train_state(
     if mesh is None:
         return initial_state(recipe, optimizer, weights)
     make = functools.partial(initial_state, recipe, optimizer)
-    where = jax.tree.map(
-        lambda x: x.sharding, shape_of_state(recipe, cfg, optimizer, weights, mesh)
-    )
+    like = shape_of_state(recipe, cfg, optimizer, weights, mesh)
+    where = jax.tree.map(lambda x: x.sharding, like)
     return jax.jit(make, donate_argnums=0, out_shardings=where)(weights)
 
 
@@ -212,22 +206,12 @@ def make_step(
     state: arrays or shapes whose shardings the new state gets; None on one device. keep_unused: unread
     arguments stay in the program, so that its memory is that of a run.
     """
-    step = functools.partial(
-        train_step,
-        cfg=cfg,
-        step=recipe.step,
-        optimizer=optimizer,
-        merge=merge,
-        ema=recipe.optimizer.ema,
-    )
-    if state is None:
-        return jax.jit(step, donate_argnums=0)
-    where = jax.tree.map(lambda x: x.sharding, state)
-    mesh = where.step.mesh
-    return jax.jit(
-        step,
-        donate_argnums=0,
-        out_shardings=(where, replicated(mesh)),
-        compiler_options=compiler_options(mesh),
-        keep_unused=keep_unused,
-    )
+    settings = {"cfg": cfg, "step": recipe.step, "ema": recipe.optimizer.ema}
+    step = functools.partial(train_step, **settings, optimizer=optimizer, merge=merge)
+    options: dict[str, Any] = {}
+    if state is not None:
+        where = jax.tree.map(lambda x: x.sharding, state)
+        mesh = where.step.mesh
+        options["out_shardings"] = where, replicated(mesh)
+        options["compiler_options"] = compiler_options(mesh)
+    return jax.jit(step, donate_argnums=0, keep_unused=keep_unused, **options)

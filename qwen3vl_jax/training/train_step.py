@@ -5,6 +5,7 @@ Dims as in layers.py; W patch rows of P patches, M micro batches. Labels are shi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
@@ -64,10 +65,8 @@ def init_state(
     @jax.jit
     def begin(weights: Flat) -> tuple[Any, Flat | None, Flat | None]:
         wide = {name: x.astype(jnp.float32) for name, x in weights.items()}
-        left = (
-            {n: jnp.zeros(x.shape, jnp.int16) for n, x in weights.items()} if compensated else None
-        )
-        return optimizer.init(wide), left, wide if ema else None
+        none = {name: jnp.zeros(x.shape, jnp.int16) for name, x in weights.items()}
+        return optimizer.init(wide), none if compensated else None, wide if ema else None
 
     moments, left, average = begin(weights)
     step_0 = jnp.zeros((), jnp.int32)
@@ -82,11 +81,11 @@ def batch_sums(
     key: of dropout; None: no dropout (evaluation). Computes in step.dtype. Labels are shifted here, one
     token to the left; a sample's first token has weight 0, so no sample predicts the next one.
     """
-    batch, dtype = packed.batch, jnp.dtype(step.dtype)
+    batch, how = packed.batch, {"dtype": jnp.dtype(step.dtype), "remat": step.remat}
     features = None
     if (vision := batch.vision) is not None:
         vision = vision.replace(pixels=normalised(vision.pixels))
-        features = vision_encode(params, cfg, vision, dtype=dtype, remat=step.remat)
+        features = vision_encode(params, cfg, vision, **how)
     dropout = None
     if key is not None and step.attention_dropout:
         dropout = Dropout(named_key(key, "attention"), step.attention_dropout)
@@ -95,30 +94,20 @@ def batch_sums(
     def collect(x, kept, routed):
         return None if routed is None else losses.router_sums(routed, attended)
 
-    x, routers = run_decoder(
-        params,
-        cfg,
-        batch.replace(vision=None),
-        features,
-        full_attention(batch, dropout),
-        collect=collect,
-        dtype=dtype,
-        remat=step.remat,
-    )
+    attend = full_attention(batch, dropout)
+    text = batch.replace(vision=None)
+    x, routers = run_decoder(params, cfg, text, features, attend, collect=collect, **how)
     labels = shift_labels(cast(jax.Array, batch.labels))
     weights = shift_labels(packed.weights, 0)
-    answers = losses.lm_head_sums(params, cfg, x, labels, weights, step.loss_chunk)
-    vision_sums, tokens = None, jnp.sum(attended)
+    head_sums = functools.partial(losses.lm_head_sums, params, cfg, chunk=step.loss_chunk)
+    vision_sums, balance = None, jnp.zeros((), jnp.float32)
     if packed.vision_labels is not None and features is not None:
-        named = packed.vision_labels
-        even = jnp.ones(named.shape, jnp.float32)
-        vision_sums = losses.lm_head_sums(
-            params, cfg, features.merged, named, even, step.loss_chunk
-        )
-    balance = jnp.zeros((), jnp.float32)
+        even = jnp.ones(packed.vision_labels.shape, jnp.float32)
+        vision_sums = head_sums(features.merged, packed.vision_labels, even)
     if routers is not None:
+        tokens = jnp.sum(attended)
         balance = losses.balance_loss(routers, tokens) * tokens
-    return Sums(answers, vision_sums, routers, balance)
+    return Sums(head_sums(x, labels, weights), vision_sums, routers, balance)
 
 
 def normalised(pixels: jax.Array) -> jax.Array:
@@ -217,16 +206,12 @@ def updated(
     pairs = {
         n: apply_update(n, w, updates[n], key, low_bits.get(n)) for n, w in state.weights.items()
     }
+    weights = {n: new for n, (new, _) in pairs.items()}
+    low_bits = state.compensation and {n: low for n, (_, low) in pairs.items()}
     average = state.average and {
         n: ema * old + (1 - ema) * exact(*pairs[n]) for n, old in state.average.items()
     }
-    return state.replace(
-        step=state.step + 1,
-        weights={n: new for n, (new, _) in pairs.items()},
-        optimizer=moments,
-        compensation=state.compensation and {n: low for n, (_, low) in pairs.items()},
-        average=average,
-    )
+    return TrainState(state.step + 1, state.key, weights, moments, low_bits, average)
 
 
 def step_metrics(sums: Sums, totals: Totals) -> dict[str, jax.Array]:

@@ -37,7 +37,6 @@ _ITEM = ("type", "text", "index", *_PLACES, *image_patches.OVERRIDES, *video_pat
 _TAG = re.compile(r"(?<!\\)(<image>|<video>|<audio>)")
 _LITERAL = re.compile(r"\\(<(?:image|video|audio)>)")
 _HOW = "a tag that is meant as text has a backslash in front of it, \\<{}>"
-_A = {"image": "an image", "video": "a video"}
 _PREFERENCES: Mapping[str, str] = dict.fromkeys(
     ("chosen", "rejected", "rejected_response", "rejected_messages", "rejected_images", "label",
      "labels"), "answers are trained on, not preferences or classes",
@@ -57,14 +56,13 @@ def chat_form(record: Any, source: Source | None = None) -> Record:
     if isinstance(record, Mapping) and sum(record.get(k) is not None for k in shapes) != 1:
         raise InputError("expected messages or conversations, one of the two")
     record = _fields(record, (*FIELDS, *METADATA, *source.ignore), "")
-    keys = [k for k in shapes if k in record]
-    turns = _from_json(record[keys[0]], keys[0])
+    key = next(k for k in shapes if k in record)
+    turns = _from_json(record[key], key)
     if not isinstance(turns, Sequence) or isinstance(turns, (str, bytes)) or not turns:
-        raise InputError(f"{keys[0]}: expected a list of messages, and at least one")
-    pools = {kind: _pool(record, kind) for kind in _POOLS}
+        raise InputError(f"{key}: expected a list of messages, and at least one")
+    pools = {kind: _Pool(record, kind) for kind in _POOLS}
     turns, first = _with_system(turns, record.get("system"))
-    numbered = enumerate(turns, first)
-    messages = [_message(turn, number, pools, source.ignore) for number, turn in numbered]
+    messages = [_message(turn, n, pools, source.ignore) for n, turn in enumerate(turns, first)]
     for kind, pool in pools.items():
         if pool:
             frames = "; a video given as frames is a list in the list" if kind == "video" else ""
@@ -166,12 +164,10 @@ def _by_tag(text: str, role: Any, where: str, pools: dict[str, _Pool], strip: bo
     for part in parts:
         if not _TAG.fullmatch(part):
             items += [{"type": "text", "text": _LITERAL.sub(r"\1", part)}] if part else []
-        elif part == "<audio>":
-            how = _HOW.format("audio")
-            raise InputError(f"{where}<audio>: the model takes images and videos alone; {how}")
-        elif role == "assistant":
-            how = _HOW.format(part[1:-1])
-            raise InputError(f"{where}{part} in an assistant's text, where none can stand; {how}")
+        elif part == "<audio>" or role == "assistant":
+            why = " in an assistant's text, where none can stand"
+            why = ": the model takes images and videos alone" if part == "<audio>" else why
+            raise InputError(f"{where}{part}{why}; {_HOW.format(part[1:-1])}")
         else:
             items.append(_next(part[1:-1], where, pools))
     return items
@@ -179,8 +175,9 @@ def _by_tag(text: str, role: Any, where: str, pools: dict[str, _Pool], strip: bo
 
 def _next(kind: str, where: str, pools: dict[str, _Pool]) -> dict[str, Any]:
     if not pools[kind]:
+        one = "an image" if kind == "image" else "a video"
         how = _HOW.format(kind)
-        raise InputError(f"{where}a place for {_A[kind]} without {_A[kind]} left for it; {how}")
+        raise InputError(f"{where}a place for {one} without {one} left for it; {how}")
     return pools[kind].pop(0)
 
 
@@ -201,8 +198,7 @@ def _calls(given: Any, where: str) -> list[dict[str, Any]]:
     """Tool calls in OpenAI's form, also from JSON text. Missing or null arguments are {}."""
     calls, out = _from_json(given, f"{where}tool_calls") or [], []
     for given_call in calls if isinstance(calls, (list, tuple)) else [calls]:
-        named = f"{where}tool_calls: "
-        call = given_call
+        named, call = f"{where}tool_calls: ", given_call
         if isinstance(call, Mapping) and call.get("function"):
             call = _fields(call, ("id", "type", "index", "function"), named)["function"]
         called = _fields(call, ("id", "type", *CALL_KEYS), named)
@@ -237,21 +233,15 @@ def _switched(message: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 class _Pool(list[Any]):
-    """The images or videos of a record that no tag has taken yet. total: how many there were."""
+    """The images or videos of a record's own keys that no tag has taken yet, as content items."""
 
-    def __init__(self, items: Sequence[Any]):
-        super().__init__(items)
-        self.total = len(items)
-
-
-def _pool(record: Mapping[str, Any], kind: str) -> _Pool:
-    """The images or videos of a record's own keys, in order, as content items."""
-    found: list[Any] = []
-    for name in _POOLS[kind]:
-        given = record.get(name)
-        given = given if isinstance(given, (list, tuple)) else [given]
-        found += [_pooled(x, kind, name) for x in given if x is not None and not _blank(x)]
-    return _Pool(found)
+    def __init__(self, record: Mapping[str, Any], kind: str):
+        for name in _POOLS[kind]:
+            given = record.get(name)
+            given = given if isinstance(given, (list, tuple)) else [given]
+            self += [_pooled(x, kind, name) for x in given if x is not None and not _blank(x)]
+        # How many there were.
+        self.total = len(self)
 
 
 def _pooled(given: Any, kind: str, name: str) -> dict[str, Any]:

@@ -81,19 +81,20 @@ class SampleMaker:
         """
         if isinstance(record, Sample):
             sample = check_sample(record, self.proc.config)
-            if self._processor is not self.proc:
-                _check_eight_bit(sample)
+            for number, image in enumerate(sample.images, 1):
+                if self._processor is not self.proc and image.patches.dtype != np.uint8:
+                    found = image.patches.dtype
+                    raise InputError(f"images {number}: patches are {found}, expected uint8")
             if reason := misfit(self.proc.config, self.pack, sample):
                 raise TooLarge(reason)
             return sample
         if not isinstance(record, dict) or "messages" not in record:
             found = type(record).__name__
             raise InputError(f"found {found}, expected a record in chat form or a Sample")
-        messages = record["messages"]
-        sample = self.encode(name, messages, record.get("tools"))
-        reason = misfit(self.proc.config, self.pack, sample)
-        if reason:
-            sample = self._cut(sample, messages, record.get("tools"), reason)
+        messages, tools = record["messages"], record.get("tools")
+        sample = self.encode(name, messages, tools)
+        if reason := misfit(self.proc.config, self.pack, sample):
+            sample = self._cut(sample, messages, tools, reason)
         return check_sample(sample, self.proc.config)
 
     def encode(self, name: str, messages: Sequence[Any], tools: Any) -> Sample:
@@ -111,10 +112,9 @@ class SampleMaker:
         labels, weights = _targets(ids, turns, messages, data.weighting)
         positions, _ = rope_index(proc.config, ids[None], **grids_of(prompt.images))
         pixel_type = np.float32 if proc is self.proc else np.uint8
-        images = tuple(
-            dataclasses.replace(x, patches=x.patches.astype(pixel_type)) for x in prompt.images
-        )
-        return Sample(name, ids, labels, weights, positions[:, 0], images)
+        patches = (x.patches.astype(pixel_type) for x in prompt.images)
+        images = [dataclasses.replace(x, patches=p) for x, p in zip(prompt.images, patches)]
+        return Sample(name, ids, labels, weights, positions[:, 0], tuple(images))
 
     def _cut(self, whole: Sample, messages: Sequence[Any], tools: Any, reason: str) -> Sample:
         """The longest prefix of the messages that fits, ends after an answer, and has a label."""
@@ -127,9 +127,8 @@ class SampleMaker:
                 # A prefix rendered alone is never shorter than in the whole conversation.
                 continue
             kept = self.encode(whole.name, messages[: last + 1], tools)
-            if (kept.labels != IGNORE_INDEX).any() and not misfit(
-                self.proc.config, self.pack, kept
-            ):
+            misfits = misfit(self.proc.config, self.pack, kept)
+            if (kept.labels != IGNORE_INDEX).any() and not misfits:
                 note = f"cut to {last + 1} of {len(messages)} messages: {reason}"
                 return dataclasses.replace(kept, note=note)
         raise TooLarge(f"{reason}; no beginning that ends after an answer fits")
@@ -255,13 +254,6 @@ def _reserved(given: Any) -> str:
     joined = "".join(text for text in texts if isinstance(text, str))
     said = (json.dumps(given, default=lambda _: "") + joined).lower()
     return next((token for token in _RESERVED if token in said), "")
-
-
-def _check_eight_bit(sample: Sample) -> None:
-    """Raises InputError for normalised patches: batches hold uint8."""
-    for number, image in enumerate(sample.images, 1):
-        if image.patches.dtype != np.uint8:
-            raise InputError(f"images {number}: patches are {image.patches.dtype}, expected uint8")
 
 
 def eight_bit(proc: Processor) -> Processor:

@@ -57,13 +57,9 @@ def check_sample(sample: Sample, cfg: Config) -> Sample:
     if weights.dtype != np.float32:
         with np.errstate(over="ignore"):
             weights = weights.astype(np.float32)
-    shapes = {
-        "labels": (labels, (t,)),
-        "weights": (weights, (t,)),
-        "positions": (positions, (3, t)),
-    }
-    for name, (found, shape) in shapes.items():
-        if found.shape != shape:
+    arrays = {"labels": labels, "weights": weights, "positions": positions}
+    for name, found in arrays.items():
+        if found.shape != (shape := (3, t) if name == "positions" else (t,)):
             raise InputError(f"{name}: shape {found.shape}, expected {shape}")
     learned = labels != IGNORE_INDEX
     if ((labels != ids) & learned).any():
@@ -98,18 +94,16 @@ def _check_images(
     width, rows, last = math.prod(cfg.vision.patch_shape), 0, 0
     left = (ids == cfg.image_token_id) | (ids == cfg.video_token_id)
     for number, image in enumerate(sample.images, 1):
-        where, (t, h, w) = f"images {number}: ", image.grid
+        where, (t, h, w), patches = f"images {number}: ", image.grid, image.patches
         if min(t, h, w) < 1 or h % side or w % side or (t > 1 and not image.is_video):
             raise InputError(
                 f"{where}grid {image.grid}, expected sides that are multiples of {side}"
             )
-        if image.patches.shape != (t * h * w, width):
-            raise InputError(
-                f"{where}patches have shape {image.patches.shape}, expected {(t * h * w, width)}"
-            )
-        if image.patches.dtype not in (np.uint8, np.float32):
-            raise InputError(f"{where}patches are {image.patches.dtype}, expected uint8 or float32")
-        if image.patches.dtype == np.float32 and not np.isfinite(image.patches).all():
+        if patches.shape != (shape := (t * h * w, width)):
+            raise InputError(f"{where}patches have shape {patches.shape}, expected {shape}")
+        if patches.dtype not in (np.uint8, np.float32):
+            raise InputError(f"{where}patches are {patches.dtype}, expected uint8 or float32")
+        if patches.dtype == np.float32 and not np.isfinite(patches).all():
             raise InputError(f"{where}patches are not all finite")
         token = cfg.video_token_id if image.is_video else cfg.image_token_id
         at = slice(image.start, image.end)

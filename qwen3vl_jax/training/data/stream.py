@@ -39,15 +39,12 @@ class Reader:
         name = self.records.name(index)
         try:
             return self.maker(name, self.records.read(index))
-        except TooLarge as error:
-            return Refusal(name, str(error), bad=False)
         except InputError as error:
-            return Refusal(name, str(error), bad=True)
+            return Refusal(name, str(error), bad=not isinstance(error, TooLarge))
         except Exception as error:
             # A damaged record can break any decoder, and must be named.
-            return Refusal(
-                name, f"{type(error).__name__}: {' '.join(str(error).split())}", bad=True
-            )
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            return Refusal(name, reason, bad=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -102,30 +102,17 @@ def _release(path: str) -> None:
 
 
 def _samples(
-    infos: Sequence[_SampleInfo],
-    table: np.ndarray,
-    labels: np.ndarray,
-    pixels: Sequence[np.ndarray],
+    infos: Sequence[_SampleInfo], table: np.ndarray, labels: np.ndarray, pixels: list[np.ndarray]
 ) -> Iterator[Sample]:
     """Samples whose arrays are views of the block."""
-    (ids, targets, bits), positions = table[:3], table[3:]
+    ids, targets, bits, *_ = table
     weights, start, first = bits.view(np.float32), 0, 0
     for item in infos:
         at = slice(start, start + item.tokens)
-        images = tuple(
-            dataclasses.replace(image, patches=pixels[place]) for place, image in item.images
-        )
+        arrays = ids[at], targets[at], weights[at], table[3:, at]
+        images = [dataclasses.replace(image, patches=pixels[i]) for i, image in item.images]
         named = None if item.merged < 0 else labels[first : first + item.merged]
-        yield Sample(
-            item.name,
-            ids[at],
-            targets[at],
-            weights[at],
-            positions[:, at],
-            images,
-            named,
-            item.note,
-        )
+        yield Sample(item.name, *arrays, tuple(images), named, item.note)
         start, first = start + item.tokens, first + max(item.merged, 0)
 
 
@@ -146,9 +133,8 @@ def pack(
 
     def info_of(s: Sample) -> _SampleInfo:
         merged = -1 if s.vision_labels is None else len(s.vision_labels)
-        return _SampleInfo(
-            s.name, s.note, len(s.ids), merged, [without_patches(x) for x in s.images]
-        )
+        images = [without_patches(image) for image in s.images]
+        return _SampleInfo(s.name, s.note, len(s.ids), merged, images)
 
     items = [info_of(item) if isinstance(item, Sample) else item for item in group]
     table = np.empty((_FIELDS, sum(len(s.ids) for s in samples)), np.int32)
@@ -169,13 +155,11 @@ def _written(folder: str, block: bytes) -> str:
     if not folder or not block:
         return ""
     path = ""
-    try:
+    with contextlib.suppress(OSError):
         path = _file(folder)
         with open(path, "r+b", buffering=0) as file:
             if file.write(block) == len(block):
                 return path
-    except OSError:
-        pass
     if path:
         os.unlink(path)
     return ""

@@ -41,7 +41,7 @@ def dry_run(recipe: Recipe, console: Console | None = None) -> None:
     """
     console = console or Console(soft_wrap=False, highlight=False)
     cfg, proc, missing = _opened(recipe)
-    check_mesh(layout_mesh(memory_estimate.sizes(recipe.mesh)), cfg, train_model.shapes(cfg))
+    check_mesh(layout_mesh(recipe.mesh.sizes), cfg, train_model.shapes(cfg))
     parts = memory_estimate.held(recipe, cfg)
     console.print(_parameters(recipe, cfg, parts))
     console.print(_memory(recipe, cfg, parts))
@@ -110,29 +110,36 @@ def _with_new_tokens(recipe: Recipe, directory: str) -> tuple[Config, Processor]
 
 
 def _parameters(recipe: Recipe, cfg: Config, parts: memory_estimate.Held) -> Table:
-    table = Table(title=f"{recipe.ckpt}: parameters", title_justify="left")
-    table.add_column("group")
-    for name in ("trained", "frozen", "learning rate x"):
-        table.add_column(name, justify="right")
-    totals = [0, 0]
-    for group, (trained, frozen, rates) in parts.by_group(recipe, cfg).items():
+    table = number_table(
+        f"{recipe.ckpt}: parameters", "group", "trained", "frozen", "learning rate x"
+    )
+    groups = parts.by_group(recipe, cfg)
+    for group, (trained, frozen, rates) in groups.items():
         table.add_row(group, f"{trained:,}", f"{frozen:,}", " ".join(f"{r:g}" for r in rates))
-        totals = [totals[0] + trained, totals[1] + frozen]
-    share = f"{totals[0] / max(sum(totals), 1):.2%} trained"
+    trained = sum(row[0] for row in groups.values())
+    frozen = sum(row[1] for row in groups.values())
     table.add_section()
-    table.add_row("all", f"{totals[0]:,}", f"{totals[1]:,}", share)
+    share = f"{trained / max(trained + frozen, 1):.2%} trained"
+    table.add_row("all", f"{trained:,}", f"{frozen:,}", share)
+    return table
+
+
+def number_table(title: str, first: str, *others: str) -> Table:
+    """A table with no rows: a column of names, the others of numbers."""
+    table = Table(title=title, title_justify="left")
+    table.add_column(first)
+    for name in others:
+        table.add_column(name, justify="right")
     return table
 
 
 def _memory(recipe: Recipe, cfg: Config, parts: memory_estimate.Held) -> Table:
-    devices = memory_estimate.devices(recipe.mesh)
+    devices = recipe.mesh.devices
     title = f"memory of each of {devices:,} devices" if devices > 1 else "memory of the device"
-    table = Table(title=title, title_justify="left")
-    table.add_column("part")
     found = memory_estimate.memory(recipe, cfg, parts)
     total = sum(found.values())
     unit, name = (2**30, "GiB") if total >= 2**30 else (2**20, "MiB")
-    table.add_column(name, justify="right")
+    table = number_table(title, "part", name)
     for part, size in found.items():
         table.add_row(part, f"{size / unit:,.2f}")
     table.add_section()
@@ -158,10 +165,8 @@ def _steps(recipe: Recipe, drawn: list[Any], records: int) -> list[str]:
         f"{places:,} places, and {many} x {pack.vision_rows} rows of {pack.vision_length:,} patches"
     ]
     if drawn:
-        fill, vision, samples = (
-            float(np.mean([d.stats[name] for d in drawn]))
-            for name in ("fill", "vision_fill", "samples")
-        )
+        names = ("fill", "vision_fill", "samples")
+        fill, vision, samples = np.mean([[d.stats[name] for name in names] for d in drawn], 0)
         seen = samples * many * recipe.steps
         lines += [
             f"filled: {fill:.0%} of tokens, {vision:.0%} of patches, {samples * many:.1f} samples a "
@@ -174,18 +179,17 @@ def _steps(recipe: Recipe, drawn: list[Any], records: int) -> list[str]:
 def rendered(tokenizer: Tokenizer, cfg: Config, drawn: Any, marks: bool) -> Text:
     """The first sample of a batch: targets and special tokens in colour, or between marks."""
     batch = drawn.packed.batch
-    row = int(np.argmax(np.asarray(batch.segment_ids)[:, 0] > 0))
-    inside = np.asarray(batch.segment_ids)[row] == 1
-    ids, labels = np.asarray(batch.tokens)[row][inside], np.asarray(batch.labels)[row][inside]
+    row = int(np.argmax(batch.segment_ids[:, 0] > 0))
+    inside = batch.segment_ids[row] == 1
+    ids, labels = batch.tokens[row][inside], batch.labels[row][inside]
     name, targets = drawn.names[row][0], labels != IGNORE_INDEX
     text = Text(f"{name}: {len(ids)} tokens, {int(targets.sum())} of them are targets\n")
     text.append("[[target]], {{special token}}\n" if marks else "", style=_OTHER)
     pads, special = (cfg.image_token_id, cfg.video_token_id), set(tokenizer.added.values())
     for target, run in itertools.groupby(zip(ids.tolist(), targets.tolist()), lambda x: x[1]):
         text.append("[[" if target and marks else "")
-        for token, same in itertools.groupby(
-            (token for token, _ in run), lambda x: x if x in special else None
-        ):
+        tokens = [token for token, _ in run]
+        for token, same in itertools.groupby(tokens, lambda x: x if x in special else None):
             held = list(same)
             piece = tokenizer.decode(held, skip_special_tokens=False)
             if token in pads and len(held) > 1:

@@ -73,13 +73,9 @@ def forward_flops(cfg: Config, work: Counts) -> dict[str, float]:
 
 
 def step_flops(
-    cfg: Config,
-    work: Counts,
-    *,
-    trained: Collection[str] = tuple(_PLACE),
-    adapters: Mapping[str, int] | None = None,
-    remat: str = "",
-) -> float:
+    cfg: Config, work: Counts, *, trained: Collection[str] = tuple(_PLACE),
+    adapters: Mapping[str, int] | None = None, remat: str = "",
+) -> float:  # fmt: skip
     """FLOPs of forward and backward: gradients of activations where they are needed, and of weights
     in the trained groups alone.
 
@@ -94,11 +90,9 @@ def step_flops(
     first = min((_PLACE[name] for name in (*trained, *adapters)), default=len(_PLACE))
     total = sum(parts.values())
     for name, flops in parts.items():
+        # Attention multiplies two activations; other parts one and weights.
         back = _goes_back(name, first)
-        if name in _ATTENTION:
-            total += 2 * flops * back
-        else:
-            total += flops * back + flops * (name in trained)
+        total += flops * (back + (back if name in _ATTENTION else name in trained))
     rows = work.patches // cfg.vision.merge_unit
     for name, count in adapters.items():
         passed = {"vision": work.patches, "merger": rows}.get(name, work.tokens)
@@ -130,16 +124,13 @@ class Speed:
         self._flops = functools.partial(step_flops, cfg, **trained_parts(recipe, cfg, weights))
         peak = recipe.report.peak_tflops * 1e12
         peak = peak or peak_flops(jax.local_devices()[0].device_kind)
-        self._known = {
-            "padded_flops": self._flops(full_work(recipe)),
-            "peak_flops": peak and peak * devices,
-        }
+        self._padded, self._peak = self._flops(full_work(recipe)), peak and peak * devices
 
     def of(self, micro: Sequence[Mapping[str, float]]) -> dict[str, Any]:
         """{"flops", "padded_flops", "peak_flops"} of a step, given packing.fill_of its micro batches."""
-        names = ("tokens", "pairs", "patches", "patch_pairs")
-        real = Counts(*(int(sum(m[name] for m in micro)) for name in names))
-        return {"flops": self._flops(real), **self._known}
+        names = [field.name for field in dataclasses.fields(Counts)]
+        real = self._flops(Counts(*(int(sum(m[name] for m in micro)) for name in names)))
+        return {"flops": real, "padded_flops": self._padded, "peak_flops": self._peak}
 
 
 def full_work(recipe: Recipe) -> Counts:

@@ -18,7 +18,7 @@ from qwen3vl_jax.device_mesh import layout_mesh
 from qwen3vl_jax.model.structs import Params
 from qwen3vl_jax.training import param_groups, train_model
 from qwen3vl_jax.training.param_groups import Flat, MergeParams
-from qwen3vl_jax.training.recipe import Mesh, Recipe
+from qwen3vl_jax.training.recipe import Recipe
 from qwen3vl_jax.training.stacked_load import stacked
 from qwen3vl_jax.training.state_sharding import (
     params_shardings,
@@ -44,18 +44,17 @@ class Held(NamedTuple):
         """{group: (parameters trained, parameters frozen, factors of the learning rate)}."""
         sparse = bool(cfg.text.num_experts)
         rates = param_groups.learning_rates(list(self.weights), recipe.train.rates, sparse)
+        # The scales of 8-bit weights are no parameters.
+        scales = {n.removesuffix(VALUES) + SCALE for n in self.frozen if n.endswith(VALUES)}
         out = {}
         for group in param_groups.GROUPS:
-            trained = [n for n in self.weights if param_groups.group_of(n, sparse) == group]
-            frozen = [n for n in self.frozen if param_groups.group_of(n, sparse) == group]
-            # The scales of 8-bit weights are no parameters.
-            scales = {n.removesuffix(VALUES) + SCALE for n in frozen if n.endswith(VALUES)}
-            frozen = [n for n in frozen if n not in scales]
+            trained = param_groups.matching(self.weights, group, sparse)
+            frozen = param_groups.matching(self.frozen.keys() - scales, group, sparse)
             if trained or frozen:
-                counts = [
-                    sum(math.prod(flat[n].shape) for n in names)
-                    for flat, names in ((self.weights, trained), (self.frozen, frozen))
-                ]
+                counts = (
+                    sum(math.prod(self.weights[n].shape) for n in trained),
+                    sum(math.prod(self.frozen[n].shape) for n in frozen),
+                )
                 out[group] = (*counts, tuple(sorted({rates[n] for n in trained})))
         return out
 
@@ -90,16 +89,6 @@ def _params(recipe: Recipe, cfg: Config) -> Params:
     return as_structs(nest(leaves.items(), empty=() if taps else [("vision", "deepstack")]))
 
 
-def sizes(mesh: Mesh) -> dict[str, int]:
-    """The sizes of a mesh's axes; one of -1 (all that are left) counts as 1."""
-    return {name: max(n, 1) for name, n in vars(mesh).items()}
-
-
-def devices(mesh: Mesh) -> int:
-    """How many devices a mesh has, by `sizes`."""
-    return math.prod(sizes(mesh).values())
-
-
 def on_mesh(recipe: Recipe, cfg: Config, parts: Held, mesh: Any) -> dict[str, Any]:
     """{part: arrays with their shardings} of all that a run holds between steps."""
     state = with_shardings(parts.state, state_shardings(mesh, cfg, parts.state))
@@ -129,7 +118,7 @@ def held_bytes(held: Mapping[str, Any]) -> dict[str, int]:
 
 def memory(recipe: Recipe, cfg: Config, parts: Held) -> dict[str, int]:
     """Bytes on each device by part: weights, gradients and optimizer exactly, the rest an estimate."""
-    found = held_bytes(on_mesh(recipe, cfg, parts, layout_mesh(sizes(recipe.mesh))))
+    found = held_bytes(on_mesh(recipe, cfg, parts, layout_mesh(recipe.mesh.sizes)))
     if GRADIENTS in found and recipe.step.accumulate > 1:
         found[GRADIENTS] *= 2
     found |= {
@@ -141,13 +130,13 @@ def memory(recipe: Recipe, cfg: Config, parts: Held) -> dict[str, int]:
 
 def _logits(recipe: Recipe, cfg: Config) -> int:
     """Bytes of the logits of some words for all tokens, and of their gradient, in fp32."""
-    tokens = recipe.pack.rows * recipe.pack.length / devices(recipe.mesh)
+    tokens = recipe.pack.rows * recipe.pack.length / recipe.mesh.devices
     return round(2 * 4 * tokens * min(recipe.step.loss_chunk, cfg.text.vocab_size))
 
 
 def _activations(recipe: Recipe, cfg: Config) -> int:
     """Bytes kept from the forward pass of one micro batch, and of one layer that is computed again."""
-    t, v, split = cfg.text, cfg.vision, devices(recipe.mesh)
+    t, v, split = cfg.text, cfg.vision, recipe.mesh.devices
     item = jnp.dtype(recipe.step.dtype).itemsize
     width = t.num_experts_per_tok * t.moe_intermediate_size or t.intermediate_size
     heads = (t.num_attention_heads + 2 * t.num_key_value_heads) * t.head_dim

@@ -1,4 +1,4 @@
-"""metrics.csv and its like: one row a step, cut back to the checkpoint when a run resumes."""
+"""metrics.csv and its like: one row a step, cut back to the checkpoint when a run resumes; curves.png."""
 
 from __future__ import annotations
 
@@ -11,6 +11,14 @@ from typing import Any
 from qwen3vl_jax.storage.remote_files import Growing
 
 STEP = "step"
+_PANELS = (  # title, columns of metrics.csv, columns of evaluation.csv
+    ("loss", ("loss", "vision_loss", "balance_loss"), ("loss",)),
+    ("accuracy", ("accuracy",), ("accuracy", "exact")),
+    ("learning rate", ("lr",), ()),
+    ("gradient norm", ("grad_norm",), ()),
+    ("tokens/s", ("tokens_per_s",), ()),
+    ("fill", ("fill", "vision_fill"), ()),
+)
 
 
 class Table:
@@ -44,7 +52,6 @@ class Table:
         self._file.sync()
 
     def close(self) -> None:
-        """Closes the file."""
         self._file.close()
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
@@ -79,3 +86,37 @@ def format_number(value: Any) -> str:
         return " ".join(f"{x:.4g}" for x in value.reshape(-1).tolist())
     number = float(value)
     return str(int(number)) if number.is_integer() and abs(number) < 1e15 else f"{number:.9g}"
+
+
+def draw_curves(metrics: Path, evaluation: Path, out: Path) -> None:
+    """Draws both tables into a PNG; nothing is drawn where metrics.csv has no row."""
+    trained, evaluated = read_table(metrics), read_table(evaluation)
+    if not trained:
+        return
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"axes.grid": True, "grid.alpha": 0.3, "font.size": 9}):
+        figure = Figure(figsize=(12, 6), layout="constrained")
+        FigureCanvasAgg(figure)  # no window, no global state
+        for axes, (title, names, held_out) in zip(figure.subplots(2, 3).flat, _PANELS):
+            axes.set_title(title)
+            axes.set_xlabel(STEP)
+            for name in names:
+                _line(axes, trained, name, name, ".-" if len(trained) < 50 else "-")
+            for name in held_out:
+                _line(axes, evaluated, name, f"evaluation {name}", "o--")
+            if len(axes.lines) > 1:
+                axes.legend()
+            if title == "gradient norm" and all(float(r["grad_norm"]) > 0 for r in trained):
+                axes.set_yscale("log")
+        drawn = io.BytesIO()
+        figure.savefig(drawn, dpi=110, format="png")
+        out.write_bytes(drawn.getvalue())
+
+
+def _line(axes, rows: list[dict[str, str]], name: str, label: str, style: str) -> None:
+    points = [(int(row[STEP]), float(row[name])) for row in rows if row.get(name)]
+    if points:
+        axes.plot(*zip(*points), style, label=label, linewidth=1, markersize=3)

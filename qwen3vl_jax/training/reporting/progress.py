@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn
 from rich.progress import Progress as Bar
 
 _SMOOTH = 0.9  # of the seconds a step takes, for the time that is left
@@ -19,16 +19,10 @@ class Progress:
     def __init__(self, steps: int, first: int = 0, console: Console | None = None):
         self._steps, self._pace, self._told = steps, None, 0
         self._console = console or Console(stderr=sys.stderr.isatty())
-        columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(20),
-                   TextColumn("{task.description}"))  # fmt: skip
+        columns = "step", MofNCompleteColumn(), BarColumn(20), "{task.description}"
         self._bar = Bar(*columns, console=self._console, disable=not self._console.is_terminal)
         self._task = self._bar.add_task("compiling", total=steps, completed=first)
-
-    def start(self) -> None:
-        self._bar.start()
-
-    def stop(self) -> None:
-        self._bar.stop()
+        self.start, self.stop = self._bar.start, self._bar.stop
 
     def log(self, text: str) -> None:
         """One line that stays."""
@@ -46,11 +40,8 @@ class Progress:
             pace = seconds if self._pace is None else self._pace
             self._pace = _SMOOTH * pace + (1 - _SMOOTH) * seconds
         left = None if self._pace is None else (self._steps - number) * self._pace
-        text = (
-            described(row, left)
-            if self._told > 1
-            else f"{_numbers(row)}, compiled in {seconds:.0f} s"
-        )
+        text = f"{_numbers(row)}, compiled in {seconds:.0f} s"
+        text = described(row, left) if self._told > 1 else text
         self._bar.update(self._task, completed=number, description=text)
         if shown and not self._console.is_terminal:
             self.log(f"step {number}/{self._steps} {text}")
@@ -67,15 +58,10 @@ def described(row: Mapping[str, Any], left: float | None) -> str:
         parts += [f"{row['tflops']:.3g} TFLOP/s"]
     parts += [f"{row['memory_gib']:.1f} GiB"]
     if left is not None:
-        parts += [f"{_clock(left)} left"]
+        minutes, seconds = divmod(round(left), 60)
+        parts += [f"{minutes // 60}:{minutes % 60:02}:{seconds:02} left"]
     return ", ".join(parts)
 
 
 def _numbers(row: Mapping[str, Any]) -> str:
     return f"loss {float(row['loss']):.4f}, lr {row['lr']:.2e}, norm {float(row['grad_norm']):.3g}"
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"

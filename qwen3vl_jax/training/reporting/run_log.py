@@ -18,8 +18,7 @@ from qwen3vl_jax.storage.json_text import write_json
 from qwen3vl_jax.storage.paths import absolute, make_folder
 from qwen3vl_jax.storage.remote_files import Mirrored, write_atomic
 from qwen3vl_jax.training.recipe import Recipe
-from qwen3vl_jax.training.reporting.curves import draw_curves
-from qwen3vl_jax.training.reporting.metrics_table import Table
+from qwen3vl_jax.training.reporting.metrics_table import Table, draw_curves
 from qwen3vl_jax.training.reporting.progress import Progress
 from qwen3vl_jax.training.run_dir import EVALUATION
 
@@ -101,14 +100,11 @@ class RunLogger:
         self._write_scalars("evaluation", number, values)
         if not answers:
             return
-        folder = self.out / "answers"
-        make_folder(folder)
-        lines = [
-            write_json(a._asdict() | {"exact": a.exact}, "answers", ensure_ascii=False)
-            for a in answers
-        ]
-        path = folder / f"step_{number}.jsonl"
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        path = self.out / "answers" / f"step_{number}.jsonl"
+        make_folder(path.parent)
+        rows = (a._asdict() | {"exact": a.exact} for a in answers)
+        lines = [write_json(row, "answers", ensure_ascii=False) + "\n" for row in rows]
+        path.write_text("".join(lines), encoding="utf-8")
         for a in answers[: self.recipe.report.samples]:
             mark = "right" if a.exact else f"expected {_short(a.expected)}"
             self.log(f"  {_short(a.question)} -> {_short(a.answer)} ({mark})")
@@ -136,12 +132,11 @@ class RunLogger:
     def _write_scalars(self, kind: str, number: int, values: Mapping[str, Any]) -> None:
         plain = {n: float(x) for n, x in values.items() if x is not None and not np.ndim(x)}
         if self._board:
-            for name, value in plain.items():
-                self._board.add_scalar(f"{kind}/{name}", value, number)
-            for name, value in values.items():
-                if np.ndim(value):
-                    for i, x in enumerate(np.ravel(value)):
-                        self._board.add_scalar(f"{kind}_{name}/{i}", float(x), number)
+            lists = {n: np.ravel(x) for n, x in values.items() if np.ndim(x)}
+            scalars = {f"{kind}/{n}": x for n, x in plain.items()}
+            scalars |= {f"{kind}_{n}/{i}": float(x) for n in lists for i, x in enumerate(lists[n])}
+            for name, value in scalars.items():
+                self._board.add_scalar(name, value, number)
         if self._wandb:
             self._wandb.log({f"{kind}/{n}": x for n, x in plain.items()}, step=number)
 
