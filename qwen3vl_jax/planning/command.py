@@ -60,10 +60,7 @@ def plan_training(
 def search_training(
     recipe: Recipe, machine: Machine, tries: int, console: Console | None = None
 ) -> list[tuple[Candidate, Plan]]:
-    """Compiles the likeliest meshes and remat policies, and prints them, the fastest first.
-
-    tries: how many are compiled; 0 prints what the estimate says. Raises InputError.
-    """
+    """Compiles `tries` of the likeliest meshes and remat policies, and prints them, the fastest first."""
     console = console or _console()
     cfg = config_of(recipe.ckpt)
     check_vision_length(recipe.pack, cfg)  # no mesh would do

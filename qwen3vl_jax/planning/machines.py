@@ -91,10 +91,7 @@ def check_installed(machine: Machine) -> None:
 
 
 def prepare_environment(machine: Machine) -> None:
-    """Sets what must be set before jax is imported: compile for the machine, run nothing.
-
-    Raises InputError for a compiler that is not installed.
-    """
+    """Sets what jax reads at its import: compile for the machine, run nothing. Raises InputError."""
     check_installed(machine)
     for name, value in QUIET_LIBTPU.items():
         os.environ.setdefault(name, value)

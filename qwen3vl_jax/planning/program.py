@@ -31,14 +31,8 @@ from qwen3vl_jax.storage.paths import as_path, kind
 from qwen3vl_jax.training import train_model
 from qwen3vl_jax.training.data.packing import PackedBatch
 from qwen3vl_jax.training.recipe import Recipe, check_vision_length
-from qwen3vl_jax.training.reporting import memory_estimate
-from qwen3vl_jax.training.reporting.flops import (
-    Counts,
-    forward_flops,
-    full_work,
-    step_flops,
-    trained_parts,
-)
+from qwen3vl_jax.training.reporting import flops, memory_estimate
+from qwen3vl_jax.training.reporting.flops import Counts, forward_flops
 from qwen3vl_jax.training.reporting.memory_estimate import held_bytes
 from qwen3vl_jax.training.state_sharding import (
     batch_shardings,
@@ -72,10 +66,7 @@ class Program(NamedTuple):
 
 
 def config_of(ckpt: str) -> Config:
-    """The model's sizes: of a directory, else those that were released under the size in its name.
-
-    No file of the Hub is read. Raises InputError where the name tells no size.
-    """
+    """The config of a directory, else that released under the size in its name. Raises InputError."""
     if kind(as_path(ckpt)) == "folder":
         return Config.from_hf(ckpt)
     if size := SIZE.search(ckpt):
@@ -133,9 +124,9 @@ def training_step(recipe: Recipe, cfg: Config, mesh: Mesh) -> Program:
 
 def work_of(recipe: Recipe, cfg: Config, weights: Mapping[str, Any]) -> Work:
     """The arithmetic of a step whose rows are all full, one sample a row."""
-    how, work = trained_parts(recipe, cfg, dict(weights)), full_work(recipe)
-    model = step_flops(cfg, work, **how)
-    again = step_flops(cfg, work, **how, remat=recipe.step.remat)
+    how, work = flops.trained_parts(recipe, cfg, dict(weights)), flops.full_work(recipe)
+    model = flops.step_flops(cfg, work, **how)
+    again = flops.step_flops(cfg, work, **how, remat=recipe.step.remat)
     note = "places of the packed rows, filled or not"
     return Work("step time", model, again, work.tokens, note, recipe.steps)
 
@@ -180,10 +171,7 @@ class Serving(NamedTuple):
 
 
 def decoding(cfg: Config, mesh: Mesh, asked: Serving) -> Program:
-    """The decode step as a program to compile, every slot of the cache in use. Raises InputError.
-
-    The cache is donated.
-    """
+    """The decode step with every slot of the cache, which is donated, in use. Raises InputError."""
     params, cache = weights(cfg, mesh, asked.dtype, asked.weights), empty_cache(cfg, mesh, asked)
     tokens = _replicated_shape(mesh, jnp.int32, asked.rows)
 
@@ -194,8 +182,8 @@ def decoding(cfg: Config, mesh: Mesh, asked: Serving) -> Program:
     fn = jax.jit(run, donate_argnums=1, keep_unused=True)
     # A token sees the whole cache at worst.
     counts = Counts(asked.rows, asked.rows * asked.slots, 0, 0)
-    flops = sum(forward_flops(cfg, counts).values())
-    work = Work("time of a decode step", flops, flops, asked.rows, "of all rows, cache full")
+    total = sum(forward_flops(cfg, counts).values())
+    work = Work("time of a decode step", total, total, asked.rows, "of all rows, cache full")
     held = held_bytes({"weights": params, "cache": (cache.k, cache.v)})
     return Program(fn, (params, cache, tokens), mesh, held, work, "the step itself")
 
@@ -221,9 +209,9 @@ def prefilling(cfg: Config, mesh: Mesh, asked: Serving) -> Program:
     parts = forward_flops(cfg, Counts(count * width, pairs, count * patches, count * patches**2))
     # One token of each prompt gets logits.
     parts["head"] /= width
-    flops = sum(parts.values())
+    total = sum(parts.values())
     note = f"{count} prompt{'s' * (count > 1)}, {patches} patches in each"
-    work = Work("time of a prefill", flops, flops, count * width, note)
+    work = Work("time of a prefill", total, total, count * width, note)
     held = held_bytes({"weights": params, "cache": (cache.k, cache.v), "prompts": batch})
     args = params, cache, batch, _replicated_shape(mesh, jnp.int32, count)
     fn = jax.jit(run, donate_argnums=1, keep_unused=True)
@@ -231,10 +219,7 @@ def prefilling(cfg: Config, mesh: Mesh, asked: Serving) -> Program:
 
 
 def weights(cfg: Config, mesh: Mesh, dtype: Any, kind: str | None = None) -> Any:
-    """Parameters as per-layer lists of shapes, each with its sharding; kind: int8, fp8 or None.
-
-    Raises InputError.
-    """
+    """Parameters as per-layer lists of shapes, each with its sharding. Raises InputError."""
     leaves = held_arrays(cfg, dtype, kind)
     put = with_shardings(leaves, path_shardings(mesh, cfg, leaves))
     return as_structs(tree_of(cfg, put))

@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from qwen3vl_jax.config import Config
@@ -18,7 +18,6 @@ from qwen3vl_jax.planning.machines import GPUS_A_HOST, Machine
 from qwen3vl_jax.planning.program import check_batch, work_of
 from qwen3vl_jax.training.mesh_preset import (
     asks_for_mesh,
-    changed,
     enough,
     mesh_flags,
     pack_flags,
@@ -94,9 +93,11 @@ def mesh_of(recipe: Recipe, cfg: Config, machine: Machine) -> Mesh:
     """
     if not asks_for_mesh(recipe):
         return preset(cfg, recipe.pack, machine.devices, machine.slices)
-    sizes = sizes_of(recipe)
+    sizes, count = sizes_of(recipe), machine.devices
+    if machine.chip.platform == "gpu" and count <= GPUS_A_HOST and -1 not in sizes.values():
+        count = min(math.prod(sizes.values()), count)
     try:
-        shape = mesh_shape(sizes, _used(sizes, machine))
+        shape = mesh_shape(sizes, count)
     except InputError as error:
         why = "a plan is for all of them; " if machine.chip.platform == "tpu" else ""
         raise InputError(f"{error}; {why}{_hint(recipe, cfg, machine)}") from None
@@ -111,20 +112,8 @@ def _hint(recipe: Recipe, cfg: Config, machine: Machine) -> str:
     except InputError:  # too few rows
         rows = enough(pack, machine.devices)
         usual = preset(cfg, dataclasses.replace(pack, **rows), machine.devices, machine.slices)
-    flags = " ".join(filter(None, [changed(recipe.mesh, usual), pack_flags(rows)]))
+    flags = " ".join(filter(None, [mesh_flags(usual, recipe.mesh), pack_flags(rows)]))
     return f"for {machine} add {flags} to the command"
-
-
-def _used(sizes: Mapping[str, int], machine: Machine) -> int:
-    """How many devices a mesh takes: of one host of GPUs no more than it needs."""
-    count = math.prod(sizes.values())
-    if (
-        machine.chip.platform == "gpu"
-        and machine.devices <= GPUS_A_HOST
-        and -1 not in sizes.values()
-    ):
-        return min(count, machine.devices)
-    return machine.devices
 
 
 def _meshes(machine: Machine, cfg: Config) -> Iterator[Mesh]:

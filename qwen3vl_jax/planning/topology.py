@@ -47,10 +47,7 @@ device_description_str: "{name}"
 
 
 def devices_of(machine: Machine) -> list[Any]:
-    """The devices of a machine, which can be compiled for and not run on.
-
-    Raises InputError where the compiler is not installed, or knows no such shape.
-    """
+    """The devices of a machine, to compile for and not to run on. Raises InputError."""
     check_installed(machine)
     tpu = machine.chip.platform == "tpu"
     try:

@@ -101,7 +101,7 @@ def _collectives(module: Module, name: str, times: float, devices: int) -> Itera
             kind = "reduce-scatter" if scatters and kind == "all-reduce" else kind
             started = x.op.endswith("-start") or held.endswith("-start")
             beside = started or (held == "fusion" and not scatters)
-            yield Collective(kind, times, _moved(module, name, x, kind, len(group)), group, beside)
+            yield Collective(kind, times, _moved(x, kind, len(group)), group, beside)
 
 
 def _host_copies(module: Module, name: str, times: float) -> Iterator[Collective]:
@@ -139,7 +139,7 @@ def _inside(module: Module, name: str) -> Iterator[tuple[Instruction, str, bool]
                 yield y, held, scatters or more
 
 
-def _moved(module: Module, name: str, x: Instruction, kind: str, count: int) -> float:
+def _moved(x: Instruction, kind: str, count: int) -> float:
     """Bytes that each of `count` devices receives."""
     parts = [part.size for part in arrays(x.shape)]
     if x.op.endswith("-start") and kind != "all-reduce":  # (what goes in, what comes out, ..)

@@ -53,12 +53,6 @@ def describe() -> dict[str, Any]:
     }
 
 
-def changes(then: dict[str, Any]) -> list[str]:
-    """One text for each difference from the machine that wrote a checkpoint (`describe` there)."""
-    now = describe().items()
-    return [f"{n} {then.get(n)} then, {x} now" for n, x in now if x != then.get(n)]
-
-
 def deterministic_flags(flags: str = "") -> str:
     """XLA_FLAGS with the flags that make a GPU's results repeat bit for bit.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Sequence
@@ -61,10 +62,7 @@ class Evaluation:
     def run(
         self, state: TrainState, frozen: Any, number: int, logger: Any, check: Callable[[], None]
     ) -> float | None:
-        """Logs an evaluation of a state, and gives its loss, None if that is not finite.
-
-        check: called before each batch; what it raises ends the evaluation, and nothing is logged.
-        """
+        """Logs an evaluation, and gives its loss, None if not finite. check: called before each batch."""
         settings, weights = self.recipe.evaluate, state.average or state.weights
         loader = open_held_out(self.recipe, self.open_loader)
         try:
@@ -108,14 +106,11 @@ def check_held_out(recipe: Recipe, open_loader: OpenLoader) -> list[tuple[str, s
 
     Reads what an evaluation reads, so that no bad source ends the run hours later.
     """
-    loader = open_held_out(recipe, open_loader, recipe.data.bad_fraction)
-    try:
+    with contextlib.closing(open_held_out(recipe, open_loader, recipe.data.bad_fraction)) as loader:
         for _ in itertools.islice(loader, recipe.evaluate.batches or None):
             pass
         check_answers(loader, recipe.evaluate.generate)
         return loader.refused
-    finally:
-        loader.close()
 
 
 def make_measure(cfg: Config, step: Step, merge) -> Callable[..., tuple[jax.Array, ...]]:

@@ -20,7 +20,7 @@ from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.runtime import distributed
 from qwen3vl_jax.runtime.console import memory_advice
 from qwen3vl_jax.storage.json_text import write_json
-from qwen3vl_jax.training import environment, evaluate, run_dir, train_model
+from qwen3vl_jax.training import environment, evaluate, run_dir, run_setup, train_model
 from qwen3vl_jax.training.checkpoints import Checkpoints, restore
 from qwen3vl_jax.training.data.global_batches import GlobalFeed, all_refused
 from qwen3vl_jax.training.data.loader import DataLoader, LoadedBatch
@@ -31,18 +31,6 @@ from qwen3vl_jax.training.recipe import Data, Recipe, flat
 from qwen3vl_jax.training.reporting import memory_estimate
 from qwen3vl_jax.training.reporting.flops import Speed
 from qwen3vl_jax.training.reporting.run_log import NullLogger, Profiler, RunLogger
-from qwen3vl_jax.training.run_setup import (
-    Stop,
-    Stopped,
-    catch_signals,
-    check_fits,
-    groups_of,
-    locked,
-    mesh_of,
-    plain,
-    with_mesh,
-    write_config,
-)
 from qwen3vl_jax.training.train_step import TrainState
 
 Logger = RunLogger | NullLogger
@@ -54,13 +42,13 @@ def train(recipe: Recipe, out: Path) -> None:
     Returns when all steps are done, or after SIGTERM, which saves first. Raises InputError for what
     cannot start, for a directory of another run, and where a loss is not a number.
     """
-    asked, recipe = recipe, with_mesh(recipe, out)
-    mesh, notes, damaged = mesh_of(recipe), [], []
+    asked, recipe = recipe, run_setup.with_mesh(recipe, out)
+    mesh, notes, damaged = run_setup.mesh_of(recipe), [], []
     if mesh is not None and not asks_for_mesh(asked):
         notes.append(f"no [mesh]: {mesh.size} devices, {mesh_flags(recipe.mesh)}")
     with (
-        catch_signals() as stop,
-        locked(out),
+        run_setup.catch_signals() as stop,
+        run_setup.locked(out),
         nullcontext() if mesh is None else jax.set_mesh(mesh),
     ):
         # From the latest saved step that reads without damage; 0 is a new run.
@@ -74,15 +62,15 @@ def train(recipe: Recipe, out: Path) -> None:
 
 
 def train_from(
-    recipe: Recipe, out: Path, first: int, mesh: Mesh | None, stop: Stop, notes: list[str]
+    recipe: Recipe, out: Path, first: int, mesh: Mesh | None, stop: run_setup.Stop, notes: list[str]
 ) -> None:
     """Runs a recipe from a saved step, or from 0. Raises DamagedError if that step is damaged."""
     # Resume: the recipe and the model must be those of the run.
     meta = run_dir.read_meta(out, first) if first else {}
-    changed = check_fits(recipe, meta, out, first) if first else []
+    changed = run_setup.check_fits(recipe, meta, out, first) if first else []
     if not first:
-        write_config(recipe, out)
-    groups = groups_of(recipe, mesh, meta)
+        run_setup.write_config(recipe, out)
+    groups = run_setup.groups_of(recipe, mesh, meta)
 
     # Model.
     processor, new_ids = run_dir.prepare_model_files(recipe, out, first)
@@ -107,7 +95,7 @@ def train_from(
 
         # Loop.
         if 0 < first < recipe.steps:
-            write_config(recipe, out)
+            run_setup.write_config(recipe, out)
         with RunLogger(out, recipe, first) if distributed.is_first() else NullLogger() as logger:
             for line in [*changed, *notes]:
                 logger.log(line)
@@ -132,7 +120,11 @@ def make_loader(
     """The batches of data's sources. On one device they are sent ahead of their step."""
     if mesh is not None or groups > 1:
         return GlobalFeed(data, recipe.pack, processor, seed, groups, mesh, once)
-    return DataLoader(data, recipe.pack, processor, seed, once=once, place=_to_device)
+
+    def place(packed: PackedBatch) -> PackedBatch:
+        return jax.device_put(jax.tree.map(lambda x: x[None], packed))
+
+    return DataLoader(data, recipe.pack, processor, seed, once=once, place=place)
 
 
 def start_state(
@@ -175,7 +167,7 @@ class Run:
     evaluation: evaluate.Evaluation
     checkpoints: Checkpoints
     logger: Logger
-    stop: Stop
+    stop: run_setup.Stop
     speed: Speed
     # The loader's state before a draw that failed.
     position: dict[str, Any] | None = None
@@ -201,7 +193,7 @@ def run_steps(run: Run) -> None:
     evaluated = distributed.from_first(begun in logger.evaluated)
     if evaluate.is_due(recipe, begun) and not evaluated:
         # The last run ended before this evaluation.
-        with suppress(Stopped):
+        with suppress(run_setup.Stopped):
             run.checkpoints.score(begun, evaluated_loss(run))
     profiler = Profiler(recipe.report.profile, run.out)
     # Keeps the collector from scanning all that jax and the model have loaded.
@@ -248,7 +240,7 @@ def evaluate_and_save(run: Run, evaluates: bool, due: bool) -> None:
         score = evaluated_loss(run) if evaluates else None
     except BaseException as error:
         save(run, None, due=True)
-        if not isinstance(error, Stopped):
+        if not isinstance(error, run_setup.Stopped):
             raise
     else:
         save(run, score, due)
@@ -260,7 +252,7 @@ def save(run: Run, score: float | None, due: bool) -> None:
         run.logger.refused(all_refused(run.loader))
         run.logger.sync()
         position = run.loader.global_state(run.position or run.loader.get_state())
-        run.meta |= {"recipe": plain(flat(run.recipe)), "data": position}
+        run.meta |= {"recipe": run_setup.plain(flat(run.recipe)), "data": position}
         run.meta |= {"machine": environment.describe(), "score": score}
         run.checkpoints.save(run.state, run.meta, score)
 
@@ -325,11 +317,6 @@ def not_finite(
         f"{found['grad_norm']:g}; its {len(names)} samples are named in {path}. Lower "
         f"optimizer.learning_rate or look at these samples; the last checkpoint is of step {last}"
     )
-
-
-def _to_device(packed: PackedBatch) -> PackedBatch:
-    """A micro batch with a leading axis of 1, on its way to the device."""
-    return jax.device_put(jax.tree.map(lambda x: x[None], packed))
 
 
 def _concatenated(first: jax.Array, *others: jax.Array) -> jax.Array:

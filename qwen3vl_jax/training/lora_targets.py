@@ -32,7 +32,11 @@ def split_lora(recipe: Recipe, cfg: Config, params: Params) -> TrainableParams:
     them get step.dtype. Raises InputError for targets and adapters that do not fit.
     """
     adapter, weights = first_values(recipe, cfg)
-    _check_frozen(recipe, cfg, weights)
+    for wanted in recipe.train.freeze:
+        if found := param_groups.matching(weights, wanted, bool(cfg.text.num_experts)):
+            raise InputError(
+                f"train.freeze: {wanted!r} names {found[0]}, which lora.targets trains; drop one of them"
+            )
     still = recipe.lora.base if recipe.lora.base in ("bfloat16", "float32") else recipe.step.dtype
     flat, unflatten = param_groups.flatten(params)
     eight_bit = any(name.endswith(".values") for name in flat)
@@ -48,15 +52,6 @@ def split_lora(recipe: Recipe, cfg: Config, params: Params) -> TrainableParams:
         return attach(unflatten(frozen), cfg, weights, adapter, keys)
 
     return TrainableParams(weights, frozen, merge)
-
-
-def _check_frozen(recipe: Recipe, cfg: Config, weights: Flat) -> None:
-    """Raises InputError if train.freeze names what lora.targets adapts. The rest is frozen anyway."""
-    for wanted in recipe.train.freeze:
-        if found := param_groups.matching(weights, wanted, bool(cfg.text.num_experts)):
-            raise InputError(
-                f"train.freeze: {wanted!r} names {found[0]}, which lora.targets trains; drop one of them"
-            )
 
 
 def _held(flat: Flat, name: str, dtype: Any) -> jax.Array:

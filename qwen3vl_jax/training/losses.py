@@ -33,13 +33,6 @@ class TokenSums(NamedTuple):
     correct: jax.Array  # int32, tokens whose label has the largest logit
 
 
-def _sums(logprobs, logsumexp, best, labels, weights) -> TokenSums:
-    counted = labels != IGNORE_INDEX
-    weights = jnp.where(counted, weights, 0.0)
-    loss, z = jnp.sum(weights * -logprobs), jnp.sum(weights * logsumexp**2)
-    return TokenSums(loss, z, jnp.sum(counted), jnp.sum(counted & (best == labels)))
-
-
 def lm_head_sums(
     params: Params, cfg: Config, x: jax.Array, labels: jax.Array, weights: jax.Array, chunk: int
 ) -> TokenSums:
@@ -88,8 +81,11 @@ def _online_softmax(chunk, x, table, labels, weights) -> tuple[TokenSums, jax.Ar
     start = (jnp.full_like(zero, NEG), jnp.zeros_like(labels), zero, zero)
     chunks = jnp.arange(-(-table.shape[0] // chunk))
     top, best, total, picked = jax.lax.scan(body, start, chunks)[0]
-    logsumexp = top + jnp.log(total)
-    return _sums(picked - logsumexp, logsumexp, best, labels, weights), logsumexp
+    logsumexp, counted = top + jnp.log(total), labels != IGNORE_INDEX
+    weights = jnp.where(counted, weights, 0.0)
+    loss, z = jnp.sum(weights * (logsumexp - picked)), jnp.sum(weights * logsumexp**2)
+    right = jnp.sum(counted & (best == labels))
+    return TokenSums(loss, z, jnp.sum(counted), right), logsumexp
 
 
 def _chunk_words(chunk: int, vocab: int, j: jax.Array) -> tuple[jax.Array, jax.Array]:

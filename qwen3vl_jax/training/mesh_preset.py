@@ -28,17 +28,11 @@ def sizes_of(recipe: Recipe) -> dict[str, int]:
     return {name: n or 1 for name, n in vars(recipe.mesh).items()}
 
 
-def mesh_flags(mesh: Mesh) -> str:
-    """A mesh in command line form: mesh.fsdp=4 mesh.expert=2."""
-    return " ".join(f"mesh.{name}={n}" for name, n in vars(mesh).items() if n != 1) or "one device"
-
-
-def changed(before: Mesh, after: Mesh) -> str:
-    """The command line form that turns one mesh into another, with the axes that become 1."""
-    sizes = {name: (n, getattr(before, name)) for name, n in vars(after).items()}
-    return " ".join(
-        f"mesh.{name}={n}" for name, (n, old) in sizes.items() if n != 1 or old not in (0, 1)
-    )
+def mesh_flags(mesh: Mesh, before: Mesh | None = None) -> str:
+    """The command line form that makes a mesh of another one: mesh.fsdp=4 mesh.expert=2."""
+    sizes = {name: (n, getattr(before or Mesh(), name)) for name, n in vars(mesh).items()}
+    flags = [f"mesh.{k}={n}" for k, (n, old) in sizes.items() if n != 1 or old not in (0, 1)]
+    return " ".join(flags) or "one device"
 
 
 def preset(cfg: Config, pack: Pack, count: int, slices: int = 1) -> Mesh:

@@ -89,10 +89,7 @@ def _changed_files(source: Path, entries: list[dict[str, Any]]) -> dict[str, Any
 
 
 def new_rows(params: Params, ids: Sequence[int]) -> Params:
-    """Sets rows `ids` of the embedding, and of an untied head, to the mean row of the old tokens.
-
-    The mean is in fp32. Raises InputError for 8-bit weights, whose rows cannot be set.
-    """
+    """Sets rows `ids` of embedding and head to the mean old row. Raises InputError for 8-bit weights."""
     if not len(ids):
         return params
     new = dict(params)

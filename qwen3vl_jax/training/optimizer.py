@@ -36,11 +36,15 @@ def make_optimizer(
     Sources: AdamW arXiv 1711.05101, Adafactor 1804.04235, Muon kellerjordan.github.io/posts/muon.
     """
     decay = {name: decays(name) for name in factors}
+
+    def scale_each(updates: Any, params: Any = None) -> Any:
+        return {name: u * factors[name] for name, u in updates.items()}
+
     return optax.chain(
         _clip(settings.clip) if settings.clip else optax.identity(),
         _update_rule(settings),
         optax.add_decayed_weights(settings.weight_decay, mask=decay),
-        _scale_each(factors),
+        optax.stateless(scale_each),
         optax.scale_by_learning_rate(make_schedule(settings, steps)),
     )
 
@@ -91,13 +95,6 @@ def _matrices(params: Flat) -> dict[str, Any]:
         return optax.contrib.MuonDimensionNumbers(*axes)
 
     return {name: sides(name, x) for name, x in params.items()}
-
-
-def _scale_each(factors: Mapping[str, float]) -> optax.GradientTransformation:
-    def update(updates: Any, params: Any = None) -> Any:
-        return {name: u * factors[name] for name, u in updates.items()}
-
-    return optax.stateless(update)
 
 
 def apply_update(

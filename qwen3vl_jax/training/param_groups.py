@@ -86,10 +86,7 @@ def frozen_names(names: Sequence[str], freeze: Iterable[str], sparse: bool) -> s
 def check_trained(
     rates: Iterable[str], trained: Iterable[str], every: Iterable[str], why: str, sparse: bool
 ) -> None:
-    """Raises InputError for a `train.rates` entry of parameters that are not trained, and why.
-
-    every: all names of the model.
-    """
+    """Raises InputError for a `train.rates` entry of parameters that are not trained, and why."""
     trained = list(trained)
     for wanted in rates:
         if not matching(trained, wanted, sparse):

@@ -82,10 +82,7 @@ def locked(out: Path) -> Iterator[Path]:
 
 
 def write_model_files(recipe: Recipe, target: Path) -> None:
-    """Copies all files of recipe.ckpt but the weights, and adds train.new_tokens. Atomic.
-
-    Raises InputError for a missing checkpoint, and for tokens that cannot be added.
-    """
+    """Copies all files of recipe.ckpt but the weights, and adds train.new_tokens. Raises InputError."""
     source = resolve(recipe.ckpt)
     if is_run(source):
         raise InputError(
@@ -169,10 +166,7 @@ def scores(run_dir: str | Path) -> dict[int, float]:
 
 
 def chosen_step(run_dir: str | Path, wanted: str) -> int:
-    """The saved step for "last", "best" (lowest evaluation loss) or a number.
-
-    Raises InputError for a run without a checkpoint, without an evaluation, or without that step.
-    """
+    """The saved step for "last", "best" (lowest evaluation loss) or a number. Raises InputError."""
     steps = saved_steps(run_dir)
     if not steps:
         raise InputError(f"{run_dir}: expected a run of train.py, found no step in {CHECKPOINTS}/")

@@ -38,10 +38,7 @@ class SavedStep:
 
 
 def run_leaves(run: Path, cfg: Config) -> tuple[dict[TreePath, LazyTensor], str]:
-    """The parameters of a run's best step, or its last, by path, and a text that names the step.
-
-    Read them in their order: see `step_leaves`. Raises InputError.
-    """
+    """`step_leaves` of a run's best step, or its last, and a text that names it. Raises InputError."""
     recipe, (weights, message) = read_recipe(run / CONFIG), step_weights(run, SavedStep())
     leaves, _ = step_leaves(recipe, cfg, weights)
     return leaves, message + "merged" if recipe.lora.rank else message.removesuffix(", ")
@@ -106,20 +103,16 @@ def flat_arrays(weights: Path) -> dict[str, np.ndarray]:
 
 def _base(recipe: Recipe, cfg: Config) -> dict[TreePath, LazyTensor]:
     """The arrays that a run began with, in the dtypes of their files; random ones are bf16."""
-    if recipe.init != "checkpoint":
-        return _drawn(recipe, cfg)
-    directory = resolve(recipe.ckpt)
-    stored = dict(Source(directory, cfg).stored())
-    if stored_kind(stored):
-        raise InputError(f"{directory}: holds 8-bit weights; set ckpt to what it was made from")
-    return stored
-
-
-def _drawn(recipe: Recipe, cfg: Config) -> dict[TreePath, LazyTensor]:
-    """The random arrays that a run began with, drawn again when the first is loaded."""
+    if recipe.init == "checkpoint":
+        directory = resolve(recipe.ckpt)
+        stored = dict(Source(directory, cfg).stored())
+        if stored_kind(stored):
+            raise InputError(f"{directory}: holds 8-bit weights; set ckpt to what it was made from")
+        return stored
 
     @functools.cache
     def arrays() -> dict[TreePath, np.ndarray]:
+        # Drawn again when the first is loaded.
         flat = flatten(initial_params(recipe, cfg))[0]
         return {p: x for n, stack in flat.items() for p, x in layers_of(n, np.asarray(stack))}
 

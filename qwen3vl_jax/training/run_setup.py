@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,9 @@ def check_fits(recipe: Recipe, meta: dict[str, Any], out: Path, done: int = 0) -
         then[name] = [source | given for given in then[name]]
     now, then = (x | {"ckpt": absolute_ckpt(x["ckpt"])} for x in (plain(flat(recipe)), then))
     lines = run_dir.check_recipe(now, then, out)
-    if moved := environment.changes(meta["machine"]):
+    machine, now = meta["machine"], environment.describe().items()
+    moved = [f"{n} {machine.get(n)} then, {x} now" for n, x in now if x != machine.get(n)]
+    if moved:
         lines.append("not bit for bit, the machine differs: " + ", ".join(moved))
     stays = f"no step is left, {run_dir.CONFIG} stays"
     why = stays if recipe.steps == done else f"going on from step {done}"
@@ -177,10 +179,21 @@ def catch_signals() -> Iterator[Stop]:
         else:
             stop.asked = stop.asked or ("Ctrl-C" if number == signal.SIGINT else "SIGTERM")
 
+    heard = itertools.count(1)
+
+    def hear(number: int) -> None:
+        # In a thread: the main thread handles signals only between calls into jax.
+        if number == signal.SIGINT and next(heard) > 1:
+            cursor = _SHOW_CURSOR * sys.stderr.isatty()
+            print(f"\n{cursor}{_ENDED}", file=sys.stderr, flush=True)
+            os._exit(130)
+        if number == signal.SIGINT and stop.under_way:
+            print(f"\n{_SAVING}", file=sys.stderr, flush=True)
+
     # jax.distributed handles SIGTERM itself.
     numbers = [signal.SIGINT] if several else [signal.SIGINT, signal.SIGTERM]
     before = {number: signal.signal(number, ask) for number in numbers}
-    with signals_in_thread(_second_ends(stop)):
+    with signals_in_thread(hear):
         try:
             yield stop
         finally:
@@ -188,20 +201,3 @@ def catch_signals() -> Iterator[Stop]:
                 signal.signal(number, handler)
     if stop.asked == "Ctrl-C":
         raise KeyboardInterrupt
-
-
-def _second_ends(stop: Stop) -> Callable[[int], None]:
-    """Hears signals in a thread: the main thread handles them only between calls into jax."""
-    seen = itertools.count(1)
-
-    def hear(number: int) -> None:
-        if number != signal.SIGINT:
-            return
-        if next(seen) > 1:
-            cursor = _SHOW_CURSOR * sys.stderr.isatty()
-            print(f"\n{cursor}{_ENDED}", file=sys.stderr, flush=True)
-            os._exit(130)
-        if stop.under_way:
-            print(f"\n{_SAVING}", file=sys.stderr, flush=True)
-
-    return hear

@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import tomllib
-import types
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from qwen3vl_jax.errors import InputError
 
@@ -80,13 +79,12 @@ def build(kind: type[_T], raw: Any, prefix: str, where: str) -> _T:
     """A dataclass from a table. Raises InputError for missing or unknown keys and wrong types."""
     if not isinstance(raw, Mapping):
         raise InputError(f"{where}: {prefix.rstrip('.')} is {raw!r}, expected a table of keys")
-    fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, kind))}
     hints = typing.get_type_hints(kind)
     _check_keys(raw, kind, prefix, where)
-    for name, field in fields.items():
-        plain = field.default is dataclasses.MISSING
-        if plain and field.default_factory is dataclasses.MISSING and name not in raw:
-            raise InputError(f"{where}: {prefix}{name} is missing and has no default")
+    for field in dataclasses.fields(typing.cast(Any, kind)):
+        needed = field.default is field.default_factory is dataclasses.MISSING
+        if needed and field.name not in raw:
+            raise InputError(f"{where}: {prefix}{field.name} is missing and has no default")
     values = {k: _value(hints[k], v, f"{prefix}{k}", where) for k, v in raw.items()}
     return kind(**values)
 
@@ -100,12 +98,12 @@ def _value(hint: Any, found: Any, name: str, where: str) -> Any:
         return tuple(_value(inner[0], x, f"{name}[{i}]", where) for i, x in enumerate(found))
     if origin is dict and isinstance(found, Mapping):
         return {str(k): _value(inner[1], v, f"{name}.{k}", where) for k, v in found.items()}
-    if hint is Any:
-        return found
     if hint is float and type(found) is int:
         return float(found)
-    if isinstance(hint, type) and not isinstance(hint, types.GenericAlias) and type(found) is hint:
+    if hint is Any or type(found) is hint or (origin is Literal and found in inner):
         return found
     words = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
     expected = words.get(hint, "a list" if origin is tuple else "a table")
+    if origin is Literal:
+        expected = f"one of {', '.join(inner)}"
     raise InputError(f"{where}: {name} is {found!r}, expected {expected}")

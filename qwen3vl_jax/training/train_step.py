@@ -111,10 +111,7 @@ def batch_sums(
 
 
 def normalised(pixels: jax.Array) -> jax.Array:
-    """Normalises uint8 pixels to -1 .. 1 in fp32, as the processor does. Others stay as they are.
-
-    Batches hold uint8: a quarter of the bytes to keep and to send.
-    """
+    """Normalises uint8 pixels to -1 .. 1 in fp32, as the processor does. Others stay as they are."""
     return pixels.astype(jnp.float32) / 127.5 - 1 if pixels.dtype == jnp.uint8 else pixels
 
 
@@ -176,10 +173,7 @@ def gradients(
     packed: PackedBatch,
     key: jax.Array,
 ) -> tuple[Flat, Sums]:
-    """(fp32 gradients, sums) of micro batches [M ..], added up one after another.
-
-    loss_fn(weights, micro batch, key) gives (loss, sums).
-    """
+    """(fp32 gradients, sums) of micro batches [M ..]. loss_fn(weights, batch, key) -> (loss, sums)."""
 
     def of(micro, i):
         grads, sums = jax.grad(loss_fn, has_aux=True)(weights, micro, jax.random.fold_in(key, i))

@@ -49,18 +49,14 @@ class GlobalFeed:
         """The next batch. With `once` the last ones have empty groups."""
         loaded: dict[int, Any] = {g: next(loader, None) for g, loader in self.loaders.items()}
         if self._once:
-            loaded = self._filled(loaded)
+            left = any(batch is not None for batch in loaded.values())
+            if not any(distributed.all_of(left)):
+                raise StopIteration
+            empty = next(iter(self.loaders.values())).empty
+            loaded = {g: empty() if batch is None else batch for g, batch in loaded.items()}
         names = [row for d in loaded.values() for row in d.names]
         packed = self._together({g: d.packed for g, d in loaded.items()})
         return LoadedBatch(packed, names, self._stats({g: d.stats for g, d in loaded.items()}))
-
-    def _filled(self, loaded: dict[int, Any]) -> dict[int, Any]:
-        """Empty batches for groups at their end. Raises StopIteration when all are."""
-        left = any(d is not None for d in loaded.values())
-        if not any(distributed.all_of(left)):
-            raise StopIteration
-        empty = next(iter(self.loaders.values())).empty
-        return {g: empty() if d is None else d for g, d in loaded.items()}
 
     def _together(self, parts: dict[int, PackedBatch]) -> PackedBatch:
         """Joins the batches of groups as global arrays [1 ..]."""
@@ -164,10 +160,7 @@ def _mine(mesh: Any, shape: tuple[int, ...], groups: int) -> list[int]:
 
 
 def _part(held: dict[int, Any], index: Any, axis: int, total: int) -> np.ndarray:
-    """The part of a global array [1 ..] at `index`, from the groups of this process.
-
-    total: the length of the axis along which groups are joined.
-    """
+    """The part at `index` of a global array [1 ..] of groups joined along an axis of length `total`."""
     size = next(iter(held.values())).shape[axis]
     first, last, _ = index[axis + 1].indices(total)
     groups = range(first // size, -(-last // size))

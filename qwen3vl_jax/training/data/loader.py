@@ -17,16 +17,8 @@ import numpy as np
 
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.processor import Processor
+from qwen3vl_jax.training.data import packing
 from qwen3vl_jax.training.data.make_samples import SampleMaker, eight_bit
-from qwen3vl_jax.training.data.packing import (
-    BufferPool,
-    PackedBatch,
-    PackedSample,
-    Pending,
-    build,
-    choose,
-    fill_of,
-)
 from qwen3vl_jax.training.data.records import open_records
 from qwen3vl_jax.training.data.sample import Refusal, Sample
 from qwen3vl_jax.training.data.stream import SHUFFLED, Order, Reader, iterate, make_stream
@@ -77,7 +69,7 @@ class DataLoader:
         once: bool = False,
         process_index: int = 0,
         process_count: int = 1,
-        place: Callable[[PackedBatch], PackedBatch] = lambda packed: packed,
+        place: Callable[[packing.PackedBatch], packing.PackedBatch] = lambda packed: packed,
     ):
         if not data.sources:
             raise InputError("data.sources is empty, expected at least one file of records")
@@ -141,10 +133,7 @@ class DataLoader:
         self._state, self._stale = self._packer.state(), False
 
     def records(self, count: int) -> list[tuple[str, dict[str, Any]]]:
-        """(name, record in chat form) of the first `count` conversations that end in an answer.
-
-        Records that give no sample are left out and added to `refused`.
-        """
+        """(name, record in chat form) of the first `count` conversations that end in an answer."""
         found: list[tuple[str, dict[str, Any]]] = []
         for source in self.sources:
             read = Reader(source, self._maker)
@@ -186,10 +175,10 @@ class Packer:
     maker: SampleMaker
     total: int  # records of all sources
     labelled: bool  # batches have vision_labels
-    place: Callable[[PackedBatch], PackedBatch]
+    place: Callable[[packing.PackedBatch], packing.PackedBatch]
 
     def __post_init__(self) -> None:
-        self.buffers = BufferPool()
+        self.buffers = packing.BufferPool()
         proc = self.maker.proc
         self.pixel_type = np.float32 if eight_bit(proc) is proc else np.uint8
         self.end: Callable[[], None] = lambda: None
@@ -198,20 +187,20 @@ class Packer:
     def step(self) -> PackResult:
         """Packs the next batch."""
         try:
-            chosen, self.waiting = choose(self.maker.pack, self.waiting, self._draw)
+            chosen, self.waiting = packing.choose(self.maker.pack, self.waiting, self._draw)
             return self.built(chosen) if chosen else None, self.state(), None
         except Exception as error:
             # It is raised when the batch is asked for.
             return None, self.state(), error
 
-    def built(self, chosen: Sequence[PackedSample]) -> LoadedBatch:
+    def built(self, chosen: Sequence[packing.PackedSample]) -> LoadedBatch:
         """The batch of chosen samples."""
         cfg, pack = self.maker.proc.config, self.maker.pack
-        packed = build(cfg, pack, chosen, self.pixel_type, self.labelled, self.buffers)
+        packed = packing.build(cfg, pack, chosen, self.pixel_type, self.labelled, self.buffers)
         names: list[list[str]] = [[] for _ in range(pack.rows)]
         for found in chosen:
             names[found.row].append(found.sample.name)
-        return LoadedBatch(self.place(packed), names, fill_of(pack, chosen))
+        return LoadedBatch(self.place(packed), names, packing.fill_of(pack, chosen))
 
     def state(self) -> dict[str, Any]:
         """The next place, the places of samples not packed yet, and counts, as JSON data."""
@@ -228,17 +217,17 @@ class Packer:
             sample = self.stream[place]
             if isinstance(sample, Refusal):
                 raise InputError(f"{sample.name}: was fine before the run stopped: {sample.reason}")
-            self.waiting.append(Pending(place, sample))
+            self.waiting.append(packing.Pending(place, sample))
 
     def _begin(self, first: int) -> None:
         self.end()
         self.end = lambda: None
         self.coming: Iterator[Sample | Refusal] | None = None
-        self.next, self.waiting = first, list[Pending]()
+        self.next, self.waiting = first, list[packing.Pending]()
         self.counts = {"read": 0, "bad": 0, "too_large": 0}
         self.refused: dict[str, str] = {}
 
-    def _draw(self) -> Pending | None:
+    def _draw(self) -> packing.Pending | None:
         """The next sample of the stream, None at its end."""
         if self.coming is None:
             self.coming, self.end = iterate(self.stream, self.next, self.maker)
@@ -250,7 +239,7 @@ class Packer:
                 continue
             if made.note:
                 self.keep(made.name, made.note)
-            return Pending(self.next - 1, made)
+            return packing.Pending(self.next - 1, made)
         return None
 
     def keep(self, name: str, reason: str) -> None:

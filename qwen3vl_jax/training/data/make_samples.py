@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qwen3vl_jax.config import IGNORE_INDEX, Config
+from qwen3vl_jax.config import IGNORE_INDEX
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.encoded_prompt import grids_of
 from qwen3vl_jax.processing.positions import rope_index
@@ -75,17 +75,14 @@ class SampleMaker:
         return added.removeprefix(START + _HEAD)
 
     def __call__(self, name: str, record: Any) -> Sample:
-        """The checked sample of a chat record, or of a ready Sample.
-
-        Raises InputError for a bad record, TooLarge for one that does not fit a batch.
-        """
+        """The checked sample of a chat record, or of a ready Sample. Raises InputError, TooLarge."""
         if isinstance(record, Sample):
             sample = check_sample(record, self.proc.config)
             for number, image in enumerate(sample.images, 1):
                 if self._processor is not self.proc and image.patches.dtype != np.uint8:
                     found = image.patches.dtype
                     raise InputError(f"images {number}: patches are {found}, expected uint8")
-            if reason := misfit(self.proc.config, self.pack, sample):
+            if reason := misfit(self.pack, sample):
                 raise TooLarge(reason)
             return sample
         if not isinstance(record, dict) or "messages" not in record:
@@ -93,7 +90,7 @@ class SampleMaker:
             raise InputError(f"found {found}, expected a record in chat form or a Sample")
         messages, tools = record["messages"], record.get("tools")
         sample = self.encode(name, messages, tools)
-        if reason := misfit(self.proc.config, self.pack, sample):
+        if reason := misfit(self.pack, sample):
             sample = self._cut(sample, messages, tools, reason)
         return check_sample(sample, self.proc.config)
 
@@ -127,8 +124,7 @@ class SampleMaker:
                 # A prefix rendered alone is never shorter than in the whole conversation.
                 continue
             kept = self.encode(whole.name, messages[: last + 1], tools)
-            misfits = misfit(self.proc.config, self.pack, kept)
-            if (kept.labels != IGNORE_INDEX).any() and not misfits:
+            if (kept.labels != IGNORE_INDEX).any() and not misfit(self.pack, kept):
                 note = f"cut to {last + 1} of {len(messages)} messages: {reason}"
                 return dataclasses.replace(kept, note=note)
         raise TooLarge(f"{reason}; no beginning that ends after an answer fits")
@@ -151,7 +147,7 @@ def processor_options(data: Data) -> dict[str, Any]:
     }
 
 
-def misfit(cfg: Config, pack: Pack, sample: Sample) -> str:
+def misfit(pack: Pack, sample: Sample) -> str:
     """Why a sample does not fit an empty batch, or "". pack: the rows of one group."""
     if len(sample.ids) > pack.length:
         return f"{len(sample.ids)} tokens, pack.length is {pack.length}"
@@ -257,10 +253,7 @@ def _reserved(given: Any) -> str:
 
 
 def eight_bit(proc: Processor) -> Processor:
-    """A processor that gives uint8 patches, if the checkpoint normalises as released; else proc itself.
-
-    The training step normalises them: batches need a quarter of the memory.
-    """
+    """A processor of uint8 patches (the step normalises them) if proc normalises as released; else proc."""
     settings = (proc.image_settings, proc.video_settings)
     for s in settings:
         usual = s.do_rescale and s.do_normalize and abs(s.rescale_factor - 1 / 255) < 1e-9

@@ -50,17 +50,17 @@ def with_objects(
             )
         return left[found[1]].pop(0)
 
-    def filled(text: Any) -> Any:
-        return _LITERAL.sub(r"\1", _TAG.sub(fill, text)) if isinstance(text, str) else text
+    def filled(given: Any) -> Any:
+        """A text, the texts of a list of content items, or anything else as it is."""
+        if isinstance(given, str):
+            return _LITERAL.sub(r"\1", _TAG.sub(fill, given))
+        if isinstance(given, list):
+            return [filled(item) for item in given]
+        has_text = isinstance(given, Mapping) and "text" in given
+        return {**given, "text": filled(given["text"])} if has_text else given
 
     for message in messages:
-        for key in _TEXTS:
-            if isinstance(items := message.get(key), list):
-                texts = [isinstance(i, Mapping) and "text" in i for i in items]
-                pairs = zip(items, texts, strict=True)
-                message[key] = [{**i, "text": filled(i["text"])} if t else i for i, t in pairs]
-            elif key in message:
-                message[key] = filled(items)
+        message |= {key: filled(message[key]) for key in _TEXTS if key in message}
     for tag, rest in left.items():
         if rest:
             raise InputError(f"objects.{_KEYS[tag]}: {len(rest)} more than there are <{tag}> tags")

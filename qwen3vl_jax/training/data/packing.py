@@ -13,7 +13,7 @@ import mmap
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -23,10 +23,8 @@ from qwen3vl_jax.config import IGNORE_INDEX, Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model.structs import Batch, VisionInputs
 from qwen3vl_jax.processing.batch import make_vision
+from qwen3vl_jax.training.data.sample import Sample
 from qwen3vl_jax.training.recipe import Pack
-
-if TYPE_CHECKING:
-    from qwen3vl_jax.training.data.sample import Sample
 
 Grid = tuple[int, int, int]
 
@@ -166,10 +164,7 @@ def build(
     cfg: Config, pack: Pack, chosen: Sequence[PackedSample], pixel_type: Any, with_labels: bool,
     buffers: BufferPool | None = None,
 ) -> PackedBatch:  # fmt: skip
-    """The arrays of a batch. with_labels: with vision_labels. buffers: memory for the pixels.
-
-    Raises InputError for pixels of another dtype.
-    """
+    """The arrays of a batch. with_labels: with vision_labels. Raises InputError for another pixel_type."""
     chosen = sorted(chosen, key=lambda p: (p.row, p.start))
     samples, seen = [p.sample for p in chosen], [p for p in chosen if p.spots]
     row = np.array([p.row for p in chosen], int)

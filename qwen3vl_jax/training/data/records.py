@@ -6,14 +6,16 @@ the messages and their relative paths resolved.
 
 from __future__ import annotations
 
+import array
 import contextlib
 import dataclasses
 import functools
 import importlib
+import io
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -28,6 +30,7 @@ log = logging.getLogger("qwen3vl_jax")
 _LARGE = 64 * 2**20
 _SUFFIXES = ".jsonl, .json, .parquet, .array_record or python:module:Class"
 _CHUNK = 1 << 24
+_EMPTY = (b"\n", b"\r\n", b"\r")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,52 +98,33 @@ class JsonLines(Records):
     @classmethod
     def of(cls, path: str, source: Source) -> JsonLines:
         """Indexes the file. Empty lines are skipped; a line with a list holds several records."""
-        none = np.zeros(0, np.int64)
-        ends, lists, returns = [none], [none], [none]
-        with as_path(path).open("rb") as file:
-            start, last = 0, b"\n"
-            while chunk := file.read(_CHUNK):
-                data = np.frombuffer(last + chunk, np.uint8)
-                ends.append(start + np.flatnonzero(data[1:] == ord("\n")))
-                begins = np.flatnonzero(data[:-1] == ord("\n"))
-                lists.append(start + begins[data[begins + 1] == ord("[")])
-                returns.append(start + begins[data[begins + 1] == ord("\r")])
-                start, last = start + len(chunk), chunk[-1:]
-        ends = np.append(np.concatenate(ends), start)
-        begins = np.concatenate([[0], ends[:-1] + 1])
-        spans = np.stack([begins, ends, np.arange(1, len(ends) + 1), np.full(len(ends), -1)], 1)
-        empty = np.isin(begins, np.concatenate(returns)) & (ends - begins == 1)
-        spans = spans[(ends > begins) & ~empty]
-        if len(packed := np.concatenate(lists)):
-            held = np.zeros(len(spans), np.int64)
-            for row in np.flatnonzero(np.isin(spans[:, 0], packed)).tolist():
-                held[row] = _listed(path, spans[row])
-            counts = np.maximum(held, 1)
-            places = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-            spans = np.repeat(spans, counts, 0)
-            spans[:, 3] = np.where(np.repeat(held, counts) > 0, places, -1)
-        return cls(path, source, len(spans), spans)
+        spans, end = array.array("q"), 0
+        # Buffered here: lines of remote files are slow.
+        with io.BufferedReader(cast(Any, as_path(path).open("rb")), _CHUNK) as file:
+            for number, line in enumerate(file, 1):
+                start, end = end, end + len(line)
+                count = _listed(line) if line.startswith(b"[") else 0
+                for place in range(count) or (-1,) if line not in _EMPTY else ():
+                    spans.extend((start, end, number, place))
+        table = np.array(spans, np.int64).reshape(-1, 4)
+        return cls(path, source, len(table), table)
 
     def name(self, index: int) -> str:
         return _named(self.path, *self.spans[index, 2:].tolist())
 
     def raw(self, index: int) -> Any:
-        begin, end, _, place = self.spans[index].tolist()
-        record = _parsed(self.path, begin, end)
+        start, end, _, place = self.spans[index].tolist()
+        line = read_range(as_path(self.path), start, end - start)
+        record = read_json(line, "", large=True)
         return record if place < 0 else record[place]
 
 
-def _listed(path: str, span: np.ndarray) -> int:
+def _listed(line: bytes) -> int:
     """The number of records in a line's list; 0 if the line is not JSON, which reading refuses."""
-    begin, end = span[:2].tolist()
     try:
-        return len(_parsed(path, begin, end))
+        return len(read_json(line, "", large=True))
     except InputError:
         return 0
-
-
-def _parsed(path: str, begin: int, end: int) -> Any:
-    return read_json(read_range(as_path(path), begin, end - begin), "", large=True)
 
 
 def _named(path: str, number: int, place: int = -1) -> str:

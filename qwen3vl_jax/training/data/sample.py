@@ -86,10 +86,7 @@ def check_sample(sample: Sample, cfg: Config) -> Sample:
 def _check_images(
     sample: Sample, ids: np.ndarray, cfg: Config
 ) -> tuple[tuple[EncodedImage, ...], int]:
-    """A sample's images and videos in order, and their merged rows. Raises InputError.
-
-    Each has placeholders of its own kind, and no placeholder is left over.
-    """
+    """A sample's images and videos in order, and their merged rows. Raises InputError."""
     unit, side = cfg.vision.merge_unit, cfg.vision.spatial_merge_size
     width, rows, last = math.prod(cfg.vision.patch_shape), 0, 0
     left = (ids == cfg.image_token_id) | (ids == cfg.video_token_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import tempfile
@@ -149,12 +150,9 @@ def _memory(recipe: Recipe, cfg: Config, parts: memory_estimate.Held) -> Table:
 
 def _draw(recipe: Recipe, proc: Processor) -> tuple[list[Any], int]:
     """Some batches as the run would draw them, and how many records the sources have."""
-    feed = DataLoader(dataclasses.replace(recipe.data, workers=0), recipe.pack, proc, recipe.seed)
-    try:
-        drawn = list(itertools.islice(feed, _BATCHES))
-        return drawn, sum(len(source) for source in feed.sources)
-    finally:
-        feed.close()
+    data = dataclasses.replace(recipe.data, workers=0)
+    with contextlib.closing(DataLoader(data, recipe.pack, proc, recipe.seed)) as feed:
+        return list(itertools.islice(feed, _BATCHES)), sum(map(len, feed.sources))
 
 
 def _steps(recipe: Recipe, drawn: list[Any], records: int) -> list[str]:

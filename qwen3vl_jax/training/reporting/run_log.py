@@ -9,7 +9,7 @@ import time
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,13 +17,11 @@ import numpy as np
 from qwen3vl_jax.storage.json_text import write_json
 from qwen3vl_jax.storage.paths import absolute, make_folder
 from qwen3vl_jax.storage.remote_files import Mirrored, write_atomic
+from qwen3vl_jax.training.evaluate import Answered
 from qwen3vl_jax.training.recipe import Recipe
 from qwen3vl_jax.training.reporting.metrics_table import Table, draw_curves
 from qwen3vl_jax.training.reporting.progress import Progress
 from qwen3vl_jax.training.run_dir import EVALUATION
-
-if TYPE_CHECKING:
-    from qwen3vl_jax.training.evaluate import Answered
 
 METRICS, REFUSED, CURVES = "metrics.csv", "refused.csv", "curves.png"
 _SHOWN = 400  # characters of a question or an answer in the log
