@@ -96,15 +96,15 @@ def _cells(mine: Figure, theirs: Figure | None, floor: float) -> list[str]:
     if mine.error:
         return [mine.work, mine.error]
     low, middle, high = (1e3 * x for x in (min(mine.seconds), mine.median, max(mine.seconds)))
-    known = theirs is not None and not theirs.error
+    known = theirs if theirs is not None and not theirs.error else None
     return [
         mine.work,
         f"{middle:.2f}",
         f"{low:.2f} to {high:.2f}",
         f"{floor * 1e3:.2f}",
         f"{floor * 1e3 / middle:.0%}",
-        f"{theirs.median * 1e3:.1f}" if known else "failed" if theirs else "",
-        f"{theirs.median * 1e3 / middle:.2f}" if known else "",
+        f"{known.median * 1e3:.1f}" if known else "failed" if theirs else "",
+        f"{known.median * 1e3 / middle:.2f}" if known else "",
         f"{mine.first:.1f}",
         f"{mine.peak / 2**30:.1f}",
     ]

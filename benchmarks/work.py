@@ -82,7 +82,7 @@ WORKS: dict[str, tuple[Work, ...]] = {
 CPU_WORKS = (Work("prefill, 1 x 330, an image", "prefill", 1, 64, _image(32)), _decode(1, 330))
 
 
-def prompt_arrays(cfg: Config, work: Work, seed: int = 0) -> dict[str, np.ndarray]:
+def prompt_arrays(cfg: Config, work: Work, seed: int = 0) -> dict[str, Any]:
     """input_ids, and pixel_values and image_grid_thw if there are images, of random numbers."""
     rng = np.random.default_rng(seed)
     row = [1] * 8

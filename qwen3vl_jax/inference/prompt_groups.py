@@ -62,7 +62,7 @@ def packed_group(cfg: Config, prompts: Sequence[EncodedPrompt], count: int) -> P
         tokens[at], segments[at] = given.tokens[i, :n], i + 1
         positions[:, *at], delta[i] = given.positions[:, i, :n], given.delta[i]
         if features is not None:
-            features[at] = given.vision_rows[i, :n]
+            features[at] = cast(Any, given.vision_rows)[i, :n]
         source[i], length[i] = (row, start), n
     arrays = tokens, positions, segments, features, delta
     return PromptGroup(Batch(*cast(Any, arrays)), source, length)

@@ -106,7 +106,7 @@ def prefill(
 
 
 def prefill_packed(
-    params: Params, cfg: Config, batch: Batch, source: jax.Array, length: jax.Array, features=None
+    params: Params, cfg: Config, batch: Batch, source: Any, length: Any, features=None
 ) -> tuple[KVCache, jax.Array]:
     """`prefill` of prompts one behind another in rows [R T], a segment each, with delta [A]. Not traced.
 
@@ -128,7 +128,8 @@ def _fill_layers(layers, rest, cfg, batch, features, slots, segments):
         x, *kv = _fill_layer(cfg, layer, x, rotary, lo, hi, slots, segments)
         x = shard_residual(x + deepstack[i]) if i < len(deepstack) else x
         written.append(kv)
-    return x, *kept, *map(list, zip(*written))
+    length, delta = kept
+    return x, length, delta, [k for k, _ in written], [v for _, v in written]
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "slots", "chunk"))

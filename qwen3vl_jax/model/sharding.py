@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import jax
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from qwen3vl_jax.config import AXES
@@ -88,7 +89,7 @@ def jit_wide(fn: Callable, static_argnames: Any) -> Any:
     plain, cublas = jit(), jit(compiler_options={"xla_gpu_enable_triton_gemm": False})
 
     def call(*args):
-        traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(args))
+        traced = any(isinstance(x, Tracer) for x in jax.tree.leaves(args))
         return (plain if traced or platform() != "gpu" else cublas)(*args)
 
     return functools.update_wrapper(cast(Any, call), plain)

@@ -126,7 +126,8 @@ def test_stopped_and_killed_shares_are_taken_up_by_the_next_start(work, tmp_path
     first, second = ended(start(source, [out, out], env))
     assert "of 2 processes" in first and "1 of them could not be used" in first
     assert "lines" not in second
-    assert out.read_text() == want
+    # Groups of prompts differ from those of one process, and so does the rounding of log-probabilities.
+    assert texts(out.read_text()) == texts(want)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl", "out.jsonl.partial"]
 
 
