@@ -307,7 +307,7 @@ def test_a_plan_that_does_not_fit_ends_with_one(monkeypatch):
     """train.py and infer.py: 0 where all fits, 1 where not; of a search one that fits will do."""
     fits, full = types.SimpleNamespace(fits=True), types.SimpleNamespace(fits=False)
     argv = ["--config", str(ROOT / "configs" / "demo.toml"), "--plan", "v5e:2x2"]
-    for module in (cli_train, cli_plan):
+    for module in (cli_train.machines, cli_plan):
         monkeypatch.setattr(module, "prepare_environment", lambda machine: None)
     for plan in (fits, full):
         monkeypatch.setattr(command, "plan_training", lambda *_, plan=plan: plan)
