@@ -121,7 +121,7 @@ def test_a_packed_sample_learns_what_it_learns_alone(moe):
         largest = max(float(np.abs(s).max()) for s in slopes.values())
         for name, slope in slopes.items():
             # A key's bias has no gradient but rounding, a text none in the vision tower.
-            bound = max(1e-5 * float(np.abs(slope).max()), 1e-7 * largest)
+            bound = max(3e-5 * float(np.abs(slope).max()), 1e-7 * largest)
             assert np.abs(grads[name] - slope).max() < bound, (sample.name, name)
 
 
