@@ -8,8 +8,6 @@ transformers runs until its longest answer ends. All three are run twice and tim
 The exit code is 1 if an answer differs or the engine is slower than it must be.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import json

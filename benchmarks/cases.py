@@ -3,8 +3,6 @@
 A case is run as a child process: its inputs lie in one folder, what it writes in another.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

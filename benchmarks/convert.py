@@ -9,8 +9,6 @@ Cases: 2b (the released shapes), small (4 GB, no tensor over 64 MB), moe5 (exper
 writes them, which are turned on the way).
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -4,8 +4,6 @@
 sides; counts the answers whose tokens are all the same. Needs the test extra.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time

@@ -6,8 +6,6 @@ finished; with room again the same command must end as the first one did. Mounti
 `unshare -rm python -m benchmarks.full_disk`. The exit code is 1 if a case does not keep to that.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import subprocess

@@ -6,8 +6,6 @@
 Needs a GPU with 40 GB; --tiny runs a small shape anywhere, to see that it runs.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import functools

@@ -6,8 +6,6 @@ code is 1 if one of the last three is not 0. What was found is kept as a folder 
 ``--replay FOLDER`` tries again.
 """
 
-from __future__ import annotations
-
 import argparse
 import collections
 import contextlib

@@ -1,7 +1,5 @@
 """What `benchmarks.fuzz` tries: for each kind of input a way to make a mutated one and a way to use it."""
 
-from __future__ import annotations
-
 import functools
 import json
 import random

@@ -1,7 +1,5 @@
 """What `benchmarks.fuzz` tries of media, conversations and records, and how any input is changed."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import io

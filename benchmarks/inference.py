@@ -8,8 +8,6 @@ product measured here, for a decode step the bytes at the rate of reading memory
 a table, and with --json FILE all figures. On a CPU: the prompts and steps that a CPU can do.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json

@@ -1,7 +1,5 @@
 """What benchmarks.inference runs of this project, in a process of its own: a line of JSON a figure."""
 
-from __future__ import annotations
-
 import json
 import sys
 import time

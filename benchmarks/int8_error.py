@@ -3,8 +3,6 @@
 One layer is in memory at a time.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import sys

@@ -7,8 +7,6 @@ end with exit code 2 and one line. The exit code is 1 if a case does not keep to
 kills than asked.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import sys

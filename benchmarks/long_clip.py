@@ -6,8 +6,6 @@ A clip of 640 x 360 pixels at 5 frames a second is written, then read and turned
 process of its own, whose peak of resident memory must stay under 2 GiB.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import subprocess

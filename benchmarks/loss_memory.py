@@ -6,8 +6,6 @@ Value and gradients by rows and table, as XLA's compiler plans them for this pla
 without arguments and results (the gradient of the table is a result). Nothing is run.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Mixed requests: 0 to 3 images, 50 to 800 tokens of text, answers of 20 to 300 tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

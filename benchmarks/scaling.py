@@ -11,8 +11,6 @@ device's real peak. --tiny runs small shapes anywhere, to see that it runs
 (XLA_FLAGS=--xla_force_host_platform_device_count=2 on a CPU).
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json

@@ -3,8 +3,6 @@
 A case prints one line of JSON; arrays to compare go to a file, so that memory is that of one case.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math
@@ -107,7 +105,7 @@ def decoding(case: Case, mesh: Mesh) -> tuple[dict[str, Any], dict[str, np.ndarr
     return {"ms": told}, found
 
 
-def random_weights(cfg: Config, kind: str | None = None, mesh: Mesh | None = None) -> q3.Params:
+def random_weights(cfg: Config, kind: str | None = None, mesh: Mesh | None = None) -> dict:
     """Random weights in bf16, int8 or fp8, in their shards: the same numbers on every mesh."""
 
     @functools.partial(jax.jit, static_argnames=("shape", "dtype", "where"))
@@ -134,7 +132,7 @@ def random_weights(cfg: Config, kind: str | None = None, mesh: Mesh | None = Non
     return jax.tree.unflatten(tree, list(map(leaf, keys, leaves)))
 
 
-def decode_ms(case: Case, cfg: Config, mesh: Mesh, params: q3.Params, rows: int) -> float:
+def decode_ms(case: Case, cfg: Config, mesh: Mesh, params: dict, rows: int) -> float:
     """Milliseconds of a decode step with a cache that is full at the last one; median of five."""
 
     @functools.partial(jax.jit, donate_argnames="cache")
@@ -159,7 +157,7 @@ def decode_ms(case: Case, cfg: Config, mesh: Mesh, params: q3.Params, rows: int)
     return sorted(times[1:])[2]
 
 
-def answers(cfg: Config, params: q3.Params, rows: int = 4, steps: int = 8) -> np.ndarray:
+def answers(cfg: Config, params: dict, rows: int = 4, steps: int = 8) -> np.ndarray:
     """Logits [steps + 1, B, V] after a prompt with a picture, and after tokens that are given."""
     h, w, unit = 12, 20, cfg.vision.merge_unit
     rng = np.random.default_rng(0)

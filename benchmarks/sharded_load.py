@@ -7,8 +7,6 @@ over one mesh of eight; their anonymous memory is watched. The exit code is 1 wh
 its share of the weights and 1.5 GiB.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -8,8 +8,6 @@ other. Useful FLOPs: forward and backward of real tokens and patches, nothing tw
 rows: beside packed rows it has rows of the same length with one sample, an image in each.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json

@@ -1,7 +1,5 @@
 """What benchmarks.training runs of this project, in a process of its own: a line of JSON a step."""
 
-from __future__ import annotations
-
 import json
 import sys
 import time

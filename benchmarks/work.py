@@ -1,7 +1,5 @@
 """The work that benchmarks.inference times, ours and transformers alike: sizes, inputs, floors."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from typing import Any

@@ -5,8 +5,6 @@ answered greedily through the project's own processor and generate. With ``--cli
 shown too, and asked at which second a digit appears.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

@@ -4,8 +4,6 @@ A recipe names them "python:demo.samples:Train". What stands at an index is a pu
 and the index, so any number of workers, and a resumed run, see the same.
 """
 
-from __future__ import annotations
-
 from functools import cache, lru_cache
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The model's shapes and switches, read from a checkpoint's config.json and nothing else."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math
@@ -116,7 +114,7 @@ class Config:
     eos_token_ids: tuple[int, ...] = ()
 
     @classmethod
-    def from_hf(cls, source: Mapping[str, Any] | str | Path) -> Config:
+    def from_hf(cls, source: Mapping[str, Any] | str | Path) -> "Config":
         """Reads a config.json: its dict, its path, or the directory that holds it.
 
         Takes the released form (rope_theta, rope_scaling, num_experts) and that of transformers 5
@@ -149,7 +147,7 @@ class Config:
         return cls(text, vision, **tokens, tie_word_embeddings=tied, eos_token_ids=eos)
 
     @classmethod
-    def named(cls, size: str) -> Config:
+    def named(cls, size: str) -> "Config":
         """The config of a released size: 2b, 4b, 8b, 32b, 30b-a3b or 235b-a22b."""
         text, vision, tied = released_sizes(size)
         fixed = {"in_channels": 3, "patch_size": 16, "temporal_patch_size": 2}

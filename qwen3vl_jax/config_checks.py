@@ -4,8 +4,6 @@ A check is a function (value, key) -> value. `field` gives one to a dataclass fi
 applies a table of them.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import logging

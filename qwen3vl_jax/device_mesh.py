@@ -1,7 +1,5 @@
 """The mesh of devices, and the shardings of a model's parameters on it (rules: model/sharding.py)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """q3.load: the weights of any checkpoint or training run, on a device or a mesh."""
 
-from __future__ import annotations
-
 import logging
 import os
 from pathlib import Path

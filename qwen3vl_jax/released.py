@@ -1,7 +1,5 @@
 """The six released sizes, for Config.named. Instruct and Thinking models share them."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

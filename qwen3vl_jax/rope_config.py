@@ -1,7 +1,5 @@
 """The rotary embedding of the decoder, read from a text_config."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Mapping

@@ -3,8 +3,6 @@
 A process of its own, run by benchmarks.inference. Attention is torch's sdpa, generation its own loop.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import time

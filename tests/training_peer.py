@@ -3,8 +3,6 @@
 Gradient checkpointing, fused AdamW, bf16 weights, sdpa attention; peft for LoRA.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from typing import Any

@@ -1,7 +1,5 @@
 """LoRA targets: every PEFT module of a model, and the array of the tree that holds it."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -138,7 +136,7 @@ class Adapter:
     @staticmethod
     def uniform(
         wanted: dict[str, tuple[bool, ...]], rank: int, alpha: float, **rest: Any
-    ) -> Adapter:
+    ) -> "Adapter":
         """One rank and alpha in every wanted layer of each target."""
         ranks = {name: tuple(rank * here for here in layers) for name, layers in wanted.items()}
         alphas = {name: (alpha,) * len(layers) for name, layers in wanted.items()}

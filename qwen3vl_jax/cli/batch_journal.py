@@ -6,8 +6,6 @@ error true means that the next run tries the line again. A killed process leaves
 Of several processes the first has OUT and OUT.partial, others OUT.partial.1, ..
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import hashlib
@@ -105,7 +103,7 @@ class Journal:
             self.log.close()
             raise
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> "Journal":
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:

@@ -1,7 +1,5 @@
 """A conversation whose cache is kept between turns, so that only new tokens are run."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Decode steps on the device, and what the host does between dispatches of up to 16 of them."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import threading

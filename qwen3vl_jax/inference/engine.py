@@ -5,8 +5,6 @@ decode steps is one program whatever its rows hold. Source: Orca (OSDI 2022). Di
 prompts of a group.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import time

@@ -3,8 +3,6 @@
 The cache is donated from one dispatch to the next, and doubles when it is full. Raises InputError.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools

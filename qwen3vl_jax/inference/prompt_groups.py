@@ -4,8 +4,6 @@ Packed, prompts of mixed lengths waste little, and the programs depend on the wi
 PACKED_TOKENS' bucket wherever enough prompts wait. Dims as in layers.py; A prompts of a group.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, cast

@@ -1,7 +1,5 @@
 """What is asked for and what comes back: options, requests, finished answers, counters."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """From logits to the next token: penalties, filters and one draw a row. Dims: model/layers.py."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -62,7 +60,7 @@ class Sampling:
                 if not (low <= value <= high and whole and math.isfinite(value)):
                     raise InputError(f"{name} is {given!r}, expected {text}")
 
-    def rows(self, count: int) -> Sampling:
+    def rows(self, count: int) -> "Sampling":
         """The same with arrays [B], so that no value compiles a new program. Raises InputError."""
         self.check()
         out = {}

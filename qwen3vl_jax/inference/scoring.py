@@ -1,7 +1,5 @@
 """Numbers in place of text: log-probabilities, vectors, scores, states, attention. Dims: layers.py."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -1,7 +1,5 @@
 """What the engine keeps for later prompts: features of images, and shared beginnings of prompts."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable, Sequence

@@ -4,8 +4,6 @@ Query i sees keys lo[i] <= s < hi[i]. That covers causal masks, padding, packed 
 of the ViT and a filled cache, so no [T S] mask exists anywhere. Dims as in layers.py.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from typing import Literal, NamedTuple
@@ -46,7 +44,7 @@ class Dropout(NamedTuple):
     key: jax.Array
     rate: float
 
-    def fold_in(self, i) -> Dropout:
+    def fold_in(self, i) -> "Dropout":
         return Dropout(jax.random.fold_in(self.key, i), self.rate)
 
 

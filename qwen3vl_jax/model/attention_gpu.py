@@ -10,8 +10,6 @@ JAX offers the packed layout in a private module only. `cudnn_refusal` asks once
 works on this GPU; where it is not, `attend` falls back to XLA blocks.
 """
 
-from __future__ import annotations
-
 import functools
 import logging
 from collections.abc import Callable

@@ -6,8 +6,6 @@ shard of a sequence at any offset and a filled cache. The sequences of a batch a
 one; a block of queries visits the key blocks of its own sequence. Dims as in layers.py.
 """
 
-from __future__ import annotations
-
 from typing import Any, cast
 
 import jax

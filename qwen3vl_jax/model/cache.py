@@ -3,8 +3,6 @@
 All functions can be traced; callers jit them (cfg static) and donate the cache.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

@@ -4,8 +4,6 @@ All-gather the tokens over the expert axis, run the local experts on all of them
 outputs. On up to A devices this moves no more bytes than an all-to-all, whatever the router chooses.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable
@@ -37,7 +35,7 @@ class ExpertParallel(NamedTuple):
     partial: bool  # each device multiplies with its slice of D
 
     @classmethod
-    def of(cls, shape: tuple[int, ...], gate_up: Any, down: Any) -> ExpertParallel:
+    def of(cls, shape: tuple[int, ...], gate_up: Any, down: Any) -> "ExpertParallel":
         """The layout for tokens of this shape [B T D] and weights of `lora.expert_leaves`."""
         experts, sizes = gate_up.shape[0], mesh_sizes()
         weights = mesh_axes_for(("expert", experts), ("embed", shape[2]))

@@ -7,8 +7,6 @@ Dims, used in every file:
   P patches             R merged patches (vision features)                        C pixels per patch
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any, cast

@@ -5,8 +5,6 @@ qwix allows one pair per weight. Nothing is merged inside a step.
 Sources: LoRA, arXiv 2106.09685; QLoRA, arXiv 2305.14314.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import flax.struct

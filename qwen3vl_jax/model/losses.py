@@ -1,7 +1,5 @@
 """Labels and the plain next-token loss; training/losses.py has the chunked one. Dims as in layers.py."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 

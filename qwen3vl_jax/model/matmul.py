@@ -6,8 +6,6 @@ In fp32 both functions equal autodiff. Forward mode (jax.jvp) works where x and 
 weights with 16-bit activations, as in training, have reverse mode only.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

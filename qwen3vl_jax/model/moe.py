@@ -1,7 +1,5 @@
 """The mixture-of-experts MLP: router and experts. Dims as in layers.py; n tokens, e local experts."""
 
-from __future__ import annotations
-
 import functools
 import logging
 import math

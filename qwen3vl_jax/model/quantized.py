@@ -1,7 +1,5 @@
 """8-bit weights: values and scales, and how a product or a lookup uses them. Dims as in layers.py."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from typing import Any

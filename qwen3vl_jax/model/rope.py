@@ -1,7 +1,5 @@
 """Rotary embeddings: interleaved MRoPE with its scaling types, 2-D rotary of the ViT. Dims: layers.py."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 import numpy as np

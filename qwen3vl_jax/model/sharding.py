@@ -17,8 +17,6 @@ With K = 1, tensor would not divide kv_heads, and embed would take fsdp and tens
 every size and mesh. To shard differently, change a row.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence

@@ -3,8 +3,6 @@
 The host fills Batch and VisionInputs with numpy arrays; they become jax arrays at their first use.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any

@@ -3,8 +3,6 @@
 Dims as in layers.py. A Block knows neither masks nor caches: its caller passes an attend function.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

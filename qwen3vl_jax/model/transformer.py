@@ -9,8 +9,6 @@ forward and hidden_states see whole sequences. All functions can be traced; call
 them with cfg static.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

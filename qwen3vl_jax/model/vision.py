@@ -1,7 +1,5 @@
 """The vision tower: patches, ViT blocks, mergers, DeepStack. Dims as in layers.py; W rows of P patches."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

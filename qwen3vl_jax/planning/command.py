@@ -1,7 +1,5 @@
 """`train.py --plan`: compiles a recipe's step for a machine that is not here, and tells of it."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import sys

@@ -1,7 +1,5 @@
 """One ahead-of-time compile: what it needed, what XLA refused, and what it warned of."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import pickle

@@ -1,7 +1,5 @@
 """The text of a compiled XLA program as computations of instructions, with what loops repeat."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator

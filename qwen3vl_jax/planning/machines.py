@@ -1,7 +1,5 @@
 """Names of machines, v5p:4x8x8 or h100:8, and the options of --plan. No jax."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import importlib.util

@@ -3,8 +3,6 @@
 Of a run its step; of inference the prefill of a group of prompts, and one decode step of all rows.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Mapping

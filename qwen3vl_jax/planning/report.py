@@ -1,7 +1,5 @@
 """What a compiled program says of a run: the least time on a machine, and a table of it all."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple

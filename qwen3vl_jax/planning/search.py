@@ -1,7 +1,5 @@
 """What is worth compiling: meshes and remat policies, the likeliest first, and the largest batch."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import itertools

@@ -1,7 +1,5 @@
 """The devices of a machine that is not here, from the compilers' own descriptions."""
 
-from __future__ import annotations
-
 import importlib.util
 import math
 import os

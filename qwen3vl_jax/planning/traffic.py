@@ -4,8 +4,6 @@ Read from the program's text. What stands in the body of a loop counts as often 
 the branches of a conditional the one that moves least counts.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator

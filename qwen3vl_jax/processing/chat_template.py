@@ -1,7 +1,5 @@
 """The checkpoint's chat template, rendered as transformers does, and special tokens in a user's text."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 from collections.abc import Iterable, Mapping
@@ -35,7 +33,7 @@ class ChatTemplate:
         self._variables: dict[str, Any] = {}
 
     @classmethod
-    def from_dir(cls, directory: str | Path, chosen: str | Path | None = None) -> ChatTemplate:
+    def from_dir(cls, directory: str | Path, chosen: str | Path | None = None) -> "ChatTemplate":
         """The template of a checkpoint directory, or the chosen one.
 
         Looked for in chat_template.jinja (with additional_chat_templates/), chat_template.json,

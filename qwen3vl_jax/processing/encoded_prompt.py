@@ -3,8 +3,6 @@
 The flat arrays that transformers' processor returns are made from prompts here, and read back here.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -47,7 +45,7 @@ class EncodedImage:
     digest: bytes = b""
     is_video: ClassVar[bool] = False
 
-    def with_digest(self) -> EncodedImage:
+    def with_digest(self) -> "EncodedImage":
         if self.digest:
             return self
         data, key = np.ascontiguousarray(self.patches).data, repr(list(self.grid)).encode()
@@ -78,21 +76,21 @@ class EncodedPrompt:
     images: tuple[EncodedImage, ...] = ()
     labels: np.ndarray | None = None
 
-    def rest(self, start: int) -> EncodedPrompt:
+    def rest(self, start: int) -> "EncodedPrompt":
         """The tokens from `start` on, which is not inside an image."""
         left = [x for x in self.images if x.start >= start]
         moved = (dataclasses.replace(x, start=x.start - start, end=x.end - start) for x in left)
         return EncodedPrompt(self.ids[start:], tuple(moved))
 
-    def first(self, count: int) -> EncodedPrompt:
+    def first(self, count: int) -> "EncodedPrompt":
         """The first `count` tokens, which end outside an image."""
         return EncodedPrompt(self.ids[:count], tuple(x for x in self.images if x.end <= count))
 
-    def with_digests(self) -> EncodedPrompt:
+    def with_digests(self) -> "EncodedPrompt":
         """The prompt whose images have digests, as `shared_start` compares them."""
         return dataclasses.replace(self, images=tuple(x.with_digest() for x in self.images))
 
-    def without_patches(self) -> EncodedPrompt:
+    def without_patches(self) -> "EncodedPrompt":
         """A copy that keeps each image's digest and drops its patches, to free memory."""
         images = (x.with_digest() for x in self.images)
         kept = tuple(dataclasses.replace(x, patches=x.patches[:0].copy()) for x in images)

@@ -1,7 +1,5 @@
 """Conversations, or raw text, images and videos -> encoded prompts; token ids back to text."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import re
@@ -62,7 +60,7 @@ class Processor:
         source: str | Path,
         chat_template: str | Path | None = None,
         revision: str | None = None,
-    ) -> Processor:
+    ) -> "Processor":
         """Reads a checkpoint directory, Hugging Face's or ours, or a Hub id as `load` does.
 
         That is config.json, tokenizer, chat template, generation_config.json, and image and video
@@ -172,7 +170,7 @@ class Processor:
         prompts = self.encode(conversations, **options)
         return to_hf_arrays(self.config, prompts, self.tokenizer.pad_id or 0, padding_side)
 
-    def __call__(self, conversations: Any = None, **options: Any) -> Batch:
+    def __call__(self, conversations: Any = None, **options: Any) -> "Batch":
         """A Batch of conversations or of text=; options as in `encode`. Raises InputError."""
         # A Batch holds jax arrays; all else here is numpy, for workers and checks without jax.
         from qwen3vl_jax.processing.batch import make_batch

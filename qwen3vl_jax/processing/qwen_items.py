@@ -3,8 +3,6 @@
 Source: fetch_video of qwen-vl-utils 0.0.14, whose rules and defaults these are.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -42,7 +40,7 @@ class VideoItem:
     resizes: bool = True
 
     @classmethod
-    def of(cls, item: Mapping[str, Any]) -> VideoItem:
+    def of(cls, item: Mapping[str, Any]) -> "VideoItem":
         """Takes the settings of a content item. Raises InputError for a value that is none."""
         given: dict[str, Any] = {}
         for name in KEYS:

@@ -4,8 +4,6 @@ Names are those of transformers' processors and of preprocessor_config.json, who
 the sizes that follow: multiples of a token's side.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import logging
@@ -92,18 +90,18 @@ def _check_filter(name: str, value: Any) -> int:
 
 _BY_NAME = {"resample": _check_filter, "fps": frame_rate}
 _BY_TYPE = {
-    "bool": _check_bool,
-    "int": check_count,
-    "int | None": check_count,
-    "float": check_number,
-    "tuple[float, ...] | float": _check_channels,
+    bool: _check_bool,
+    int: check_count,
+    int | None: check_count,
+    float: check_number,
+    tuple[float, ...] | float: _check_channels,
 }
 
 
 def checks(settings: type) -> dict[str, Callable[[str, Any], Any]]:
     """The check of each setting of a dataclass of them, by its name or else its annotation."""
     fields = dataclasses.fields(settings)
-    return {f.name: _BY_NAME.get(f.name) or _BY_TYPE[str(f.type)] for f in fields}
+    return {f.name: _BY_NAME.get(f.name) or _BY_TYPE[f.type] for f in fields}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +223,7 @@ class VideoSettings(ImageSettings):
     cap_pixels_per_frame: bool = False
     max_video_tokens: int = 768
 
-    def override(self, **changes: Any) -> VideoSettings:
+    def override(self, **changes: Any) -> "VideoSettings":
         """A copy with some settings changed, as `ImageSettings.override`.
 
         fps and num_frames take each other's place. Raises InputError for both, and for what has no effect.

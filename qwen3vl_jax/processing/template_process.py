@@ -4,8 +4,6 @@ A checkpoint's template is untrusted code. Jinja's sandbox keeps it from files a
 of Python; the child process, one for all templates, bounds its time and memory.
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import datetime
@@ -145,7 +143,7 @@ def _rendered(data: bytes) -> tuple[bool, bytes]:
 
 
 @functools.lru_cache(maxsize=32)
-def _compiled(template: str) -> jinja2.Template:
+def _compiled(template: str) -> "jinja2.Template":
     import jinja2.ext
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 

@@ -1,7 +1,5 @@
 """Text to token ids and back: byte-level BPE with added tokens, and streamed text."""
 
-from __future__ import annotations
-
 import codecs
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -57,7 +55,7 @@ class Tokenizer:
         self.pad_id = self.eos_id if pad is None else self.id_of(pad)
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path) -> Tokenizer:
+    def from_pretrained(cls, directory: str | Path) -> "Tokenizer":
         """Reads tokenizer.json, or vocab.json + merges.txt: both give the same ids. Raises InputError.
 
         Added tokens also come from tokenizer_config.json (added_tokens_decoder) and added_tokens.json.

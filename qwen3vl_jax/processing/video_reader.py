@@ -3,8 +3,6 @@
 Animated WebP and PNG files are read here too, by Pillow: FFmpeg does not read them.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import io
 import itertools
@@ -43,7 +41,7 @@ class VideoReader:
     read: Callable[[np.ndarray], Iterator[Image.Image]]
     times: np.ndarray | None = None
     can_sample: bool = True
-    recount: Callable[[], VideoReader] | None = None
+    recount: "Callable[[], VideoReader] | None" = None
 
     def seconds(self, places: np.ndarray) -> np.ndarray:
         """When the frames at some places begin."""

@@ -1,7 +1,5 @@
 """What the command lines share: one-line errors, signals, the status line, memory advice, a clock."""
 
-from __future__ import annotations
-
 import argparse
 import atexit
 import contextlib
@@ -227,7 +225,7 @@ class Status:
             if not failed:
                 print(*line.args, **line.kwargs)
 
-    def __enter__(self) -> Status:
+    def __enter__(self) -> "Status":
         return self
 
     def __exit__(self, *error: object) -> None:

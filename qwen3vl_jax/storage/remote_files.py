@@ -1,7 +1,5 @@
 """Files written piece by piece, and logs, locally or on stores that take whole objects only (paths.py)."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import os
@@ -80,7 +78,7 @@ class Spool:
         finally:
             self._file.close()
 
-    def __enter__(self) -> Spool:
+    def __enter__(self) -> "Spool":
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:

@@ -3,8 +3,6 @@
 Local files are memory-mapped; of a remote file only the needed bytes are fetched.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import mmap
@@ -159,7 +157,7 @@ class _Slices:
     shape: tuple[int, ...]
     kept: dict[tuple[int, int], np.ndarray]
 
-    def reshape(self, shape: tuple[int, ...]) -> _Slices:
+    def reshape(self, shape: tuple[int, ...]) -> "_Slices":
         return dataclasses.replace(self, shape=shape)
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:

@@ -1,7 +1,5 @@
 """Checkpoints of a run: the whole state, saved by Orbax in the background; keeps the last and best."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import gc

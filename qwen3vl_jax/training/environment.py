@@ -3,8 +3,6 @@
 jax is imported inside functions: XLA's flags must be set before it starts.
 """
 
-from __future__ import annotations
-
 import os
 import platform as system
 from collections.abc import MutableMapping

@@ -1,7 +1,5 @@
 """Evaluation: mean loss over the held-out sources, and generated answers compared with theirs."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import itertools

@@ -1,7 +1,5 @@
 """A training run from its recipe to its last checkpoint: mesh, model, data, state, step, loop."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import gc

@@ -1,7 +1,5 @@
 """LoRA in a run: which weights lora.targets adapts, the adapter's first values, the frozen base."""
 
-from __future__ import annotations
-
 import difflib
 import fnmatch
 import functools

@@ -5,8 +5,6 @@ train_step.py shifts the labels and sums the losses; model/losses.py has the pla
 Dims as in model/layers.py.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any, NamedTuple
 

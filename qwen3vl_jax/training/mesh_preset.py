@@ -1,7 +1,5 @@
 """The mesh of a recipe without one, by the model and the number of devices."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 

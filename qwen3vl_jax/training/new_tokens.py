@@ -4,8 +4,6 @@ New tokens take the spare rows of the embedding (released: 151,936 rows, 151,669
 never grows, so a checkpoint's shapes stay.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The optimizer over named parameters, its schedule, and updates of bf16 weights."""
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Parameter names, and the groups of them that train.freeze and train.rates name."""
 
-from __future__ import annotations
-
 import difflib
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -3,8 +3,6 @@
 Nothing here imports jax. Functions raise InputError for values that no run can have.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.util
 import math

@@ -1,7 +1,5 @@
 """RUN_DIR: its lock, saved steps, model files, and whether a recipe is that of the run."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os

@@ -1,7 +1,5 @@
 """Parameters that a run of train.py has learned, read from its directory for inference and export."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from pathlib import Path

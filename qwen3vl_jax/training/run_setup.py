@@ -4,8 +4,6 @@ loop.py starts and resumes: the saved arrays are read by checkpoints.py, the dat
 data/loader.py's. RUN_DIR and its lock are in run_dir.py.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math

@@ -1,7 +1,5 @@
 """Reads a checkpoint straight into stacked layers, one tensor at a time, each process its own shards."""
 
-from __future__ import annotations
-
 import functools
 import os
 from collections.abc import Callable

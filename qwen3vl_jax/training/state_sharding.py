@@ -1,7 +1,5 @@
 """Shardings of a run's arrays on a mesh: weights, optimizer state, batches. Dims as in layers.py."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """TOML tables as frozen dataclasses. A field's annotation is the type of its key."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import tomllib

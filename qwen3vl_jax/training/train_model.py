@@ -3,8 +3,6 @@
 Functions raise InputError for what does not fit the model.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any

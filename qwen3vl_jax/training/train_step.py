@@ -3,8 +3,6 @@
 Dims as in layers.py; W patch rows of P patches, M micro batches. Labels are shifted in `batch_sums`.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast

@@ -3,8 +3,6 @@
 Unknown keys of records, messages and content items are refused.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -101,7 +99,7 @@ def _fields(given: Any, known: Sequence[str], where: str) -> dict[str, Any]:
 
 
 def _message(
-    turn: Any, number: int, pools: dict[str, _Pool], ignore: Sequence[str]
+    turn: Any, number: int, pools: dict[str, "_Pool"], ignore: Sequence[str]
 ) -> dict[str, Any]:
     """One message in chat form. Its images and videos are taken from the pools."""
     where = f"message {number}: "
@@ -129,7 +127,7 @@ def _message(
     return _switched(message, where)
 
 
-def _content(content: Any, role: Any, where: str, pools: dict[str, _Pool], strip: bool) -> Any:
+def _content(content: Any, role: Any, where: str, pools: dict[str, "_Pool"], strip: bool) -> Any:
     """A message's content, with tags and items without a source filled."""
     if isinstance(content, str):
         return _by_tag(content, role, where, pools, strip)
@@ -155,7 +153,7 @@ def _item(given: Mapping[str, Any], where: str) -> dict[str, Any]:
     return item
 
 
-def _by_tag(text: str, role: Any, where: str, pools: dict[str, _Pool], strip: bool) -> Any:
+def _by_tag(text: str, role: Any, where: str, pools: dict[str, "_Pool"], strip: bool) -> Any:
     """A text as content: each tag becomes the next item of its pool."""
     parts = [part.strip() if strip else part for part in _TAG.split(text)]
     if len(parts) == 1:
@@ -173,7 +171,7 @@ def _by_tag(text: str, role: Any, where: str, pools: dict[str, _Pool], strip: bo
     return items
 
 
-def _next(kind: str, where: str, pools: dict[str, _Pool]) -> dict[str, Any]:
+def _next(kind: str, where: str, pools: dict[str, "_Pool"]) -> dict[str, Any]:
     if not pools[kind]:
         one = "an image" if kind == "image" else "a video"
         how = _HOW.format(kind)
@@ -181,7 +179,7 @@ def _next(kind: str, where: str, pools: dict[str, _Pool]) -> dict[str, Any]:
     return pools[kind].pop(0)
 
 
-def _filled(item: Any, where: str, pools: dict[str, _Pool]) -> Any:
+def _filled(item: Any, where: str, pools: dict[str, "_Pool"]) -> Any:
     """A content item. An image or video item without a source takes the next of its pool."""
     if not isinstance(item, dict):
         return item

@@ -4,8 +4,6 @@ A group's samples depend only on its number, so the same groups give the same ba
 any number of processes.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from typing import Any
@@ -42,7 +40,7 @@ class GlobalFeed:
         self.loaders = {g: load(process_index=g, process_count=groups) for g in mine}
         self._once = once
 
-    def __iter__(self) -> GlobalFeed:
+    def __iter__(self) -> "GlobalFeed":
         return self
 
     def __next__(self) -> LoadedBatch:

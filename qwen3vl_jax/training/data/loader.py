@@ -4,8 +4,6 @@ A sample depends only on its place in the stream. Batches are therefore the same
 workers, and the position is the next place and the places of samples that are not packed yet.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from collections import deque

@@ -5,8 +5,6 @@ template's newline. Turns are found in the rendered conversation. Texts of users
 encoded without special tokens, so each <|im_start|> is the template's own.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json

@@ -5,8 +5,6 @@ the next box. Boxes are written in Qwen3-VL's form, [x1, y1, x2, y2] from 0 to 1
 numbers are a point.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any

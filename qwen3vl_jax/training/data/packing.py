@@ -5,8 +5,6 @@ image, or a frame of a video, is in one row; a video may span rows, since its fr
 themselves.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import mmap

@@ -4,8 +4,6 @@ Every record comes out in chat form, {"messages": [...], "tools"?: [...]}, with 
 the messages and their relative paths resolved.
 """
 
-from __future__ import annotations
-
 import array
 import contextlib
 import dataclasses
@@ -96,7 +94,7 @@ class JsonLines(Records):
     spans: np.ndarray
 
     @classmethod
-    def of(cls, path: str, source: Source) -> JsonLines:
+    def of(cls, path: str, source: Source) -> "JsonLines":
         """Indexes the file. Empty lines are skipped; a line with a list holds several records."""
         spans, end = array.array("q"), 0
         # Buffered here: lines of remote files are slow.
@@ -171,7 +169,7 @@ class ParquetTable(Records):
     ends: np.ndarray
 
     @classmethod
-    def of(cls, path: str, source: Source) -> ParquetTable:
+    def of(cls, path: str, source: Source) -> "ParquetTable":
         import pyarrow
 
         try:
@@ -225,7 +223,7 @@ class ArrayRecord(Records):
     """An ArrayRecord file of JSON texts."""
 
     @classmethod
-    def of(cls, path: str, source: Source) -> ArrayRecord:
+    def of(cls, path: str, source: Source) -> "ArrayRecord":
         if is_remote(path):
             raise InputError(f"{path}: ArrayRecord is read from disks; use JSONL or parquet there")
         try:
@@ -255,7 +253,7 @@ class PythonSource(Records):
     maker: Any
 
     @classmethod
-    def of(cls, source: Source) -> PythonSource:
+    def of(cls, source: Source) -> "PythonSource":
         """Imports the class and calls it with the source's options."""
         path = source.path.removeprefix("python:")
         module, _, name = path.partition(":")

@@ -1,7 +1,5 @@
 """A Sample: one conversation ready to be packed, and the check that every sample passes."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 

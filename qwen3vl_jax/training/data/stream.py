@@ -1,7 +1,5 @@
 """The sample stream: grain shuffles, mixes and shards the records; workers make the samples."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import multiprocessing

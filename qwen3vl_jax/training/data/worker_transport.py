@@ -5,8 +5,6 @@ are used again, because allocating fresh pages costs more than filling them. Blo
 if /dev/shm has no room.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import math
@@ -58,7 +56,7 @@ class SampleBlock:
     # The path of a file, or the bytes themselves.
     block: str | bytes
 
-    def unpack(self, inbox: Inbox) -> list[Sample | Refusal]:
+    def unpack(self, inbox: "Inbox") -> list[Sample | Refusal]:
         """The group, once. Its arrays are read-only."""
         if isinstance(self.block, str):
             block = inbox.read(self.block, self.size)

@@ -1,7 +1,5 @@
 """`--dry-run`: what a recipe would train, hold and see, without reading or making a weight."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import itertools

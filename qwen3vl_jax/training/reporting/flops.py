@@ -4,8 +4,6 @@ A multiply and an add are two. Norms, rotary embeddings, softmax and activations
 every published count (PaLM, arXiv 2204.02311, appendix B). Dims as in layers.py.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

@@ -1,7 +1,5 @@
 """How many parameters a recipe trains and what a device would hold, from shapes alone."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple

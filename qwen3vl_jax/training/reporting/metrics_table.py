@@ -1,7 +1,5 @@
 """metrics.csv and its like: one row a step, cut back to the checkpoint when a run resumes; curves.png."""
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Mapping

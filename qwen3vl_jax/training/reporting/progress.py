@@ -1,7 +1,5 @@
 """The progress line: a live bar on a terminal, plain lines elsewhere."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Watching a run: metrics.csv, TensorBoard, wandb, the progress line, answers, refused samples."""
 
-from __future__ import annotations
-
 import csv
 import dataclasses
 import io
@@ -44,7 +42,7 @@ class RunLogger:
         self._refused = _read_refused(out / REFUSED)
         self._since = time.perf_counter()
 
-    def __enter__(self) -> RunLogger:
+    def __enter__(self) -> "RunLogger":
         self.progress.start()
         return self
 
@@ -144,7 +142,7 @@ class NullLogger:
 
     evaluated: frozenset[int] = frozenset()
 
-    def __enter__(self) -> NullLogger:
+    def __enter__(self) -> "NullLogger":
         return self
 
     def __exit__(self, *error: Any) -> None:
