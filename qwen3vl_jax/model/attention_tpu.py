@@ -56,15 +56,15 @@ def splash_attend(
     first, end = jnp.where(empty, width, 0 if lo is None else lo), jnp.where(empty, 0, hi)
     seen = _seen(first, end, block_q, block_k, width)
     reach = _concatenate(end + rows * width, block_q)
-    by_query = _mask_info(_steps(seen), reach)
-    by_key = jax.tree.map(lambda x: x.swapaxes(1, 2), _steps(seen.swapaxes(1, 2)))
+    by_query = _mask_info(*_steps(seen), reach)
+    by_key = [x.swapaxes(1, 2) for x in _steps(seen.swapaxes(1, 2))]
     # "_dkv" and "_dq": the kernels of the backward pass.
     blocks: dict[str, Any] = {f"block_q{which}": block_q for which in ("", "_dkv", "_dq")}
     blocks |= {f"block_kv{which}": block_k for which in ("", "_dkv", "_dq")}
     kernel = splash.SplashAttentionKernel(
         by_query,
         by_query,
-        _mask_info(by_key, reach),
+        _mask_info(*by_key, reach),
         block_sizes=splash.BlockSizes(**blocks),
         mask_function=_below,
         is_mqa=False,
@@ -126,7 +126,6 @@ def _steps(seen: jax.Array) -> tuple[jax.Array, jax.Array]:
     return loads.astype(jnp.int16).reshape(1, b * n, m), seen.astype(jnp.int8).reshape(1, b * n, m)
 
 
-def _mask_info(steps: tuple[jax.Array, jax.Array], reach: jax.Array) -> MaskInfo:
+def _mask_info(loads: jax.Array, runs: jax.Array, reach: jax.Array) -> MaskInfo:
     """The tables in the kernel's struct; no mask block is stored, since `_below` computes them."""
-    loads, runs = steps
     return MaskInfo(loads, None, runs, None, cast(Any, reach))

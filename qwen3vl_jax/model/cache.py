@@ -113,20 +113,18 @@ def prefill_packed(
     """
     layers, rest = _per_layer(params)["layers"], {**params, "layers": None, "vision": None}
     slots = batch.tokens.shape[1]
-    filled = _fill_layers(layers, rest, cfg, batch, features, slots, len(source))
-    x, _, delta, k, v = filled
+    x, _, delta, k, v = _fill_layers(layers, rest, cfg, batch, features, slots, len(source))
     return KVCache(k, v, length, delta), _end_prompt(rest, cfg, x, length, source)
 
 
 def _fill_layers(layers, rest, cfg, batch, features, slots, segments):
     """The residual after all layers, length and delta, and the keys and values of each layer."""
-    x, rotary, lo, hi, deepstack, *kept = _embed_prompt(rest, cfg, batch, features)
+    x, rotary, lo, hi, deepstack, length, delta = _embed_prompt(rest, cfg, batch, features)
     written = []
     for i, layer in enumerate(layers):
         x, *kv = _fill_layer(cfg, layer, x, rotary, lo, hi, slots, segments)
         x = shard_residual(x + deepstack[i]) if i < len(deepstack) else x
         written.append(kv)
-    length, delta = kept
     return x, length, delta, [k for k, _ in written], [v for _, v in written]
 
 
@@ -195,8 +193,8 @@ def _left_align(batch: Batch) -> Batch:
         return jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1)
 
     names = ("tokens", "segment_ids", "vision_rows", "embeds")
-    fields = {name: align(getattr(batch, name)) for name in names}
-    return batch.replace(**fields, positions=jax.vmap(align)(batch.positions))
+    fields = {"positions": jax.vmap(align)(batch.positions)}
+    return batch.replace(**fields, **{name: align(getattr(batch, name)) for name in names})
 
 
 def extend(

@@ -83,8 +83,7 @@ def moe_apply(x, gates, expert_index, gate_up, down, act: str) -> jax.Array:
 
 def _dropout_masks(lead: tuple[int, ...], dtype: Any, *weights: Any) -> list[jax.Array | None]:
     """LoRA dropout masks [*lead in] of the input of each weight."""
-    pairs = ((w, split(w)[1]) for w in weights)
-    return [dropout_mask(pair, (*lead, w.shape[1]), dtype) for w, pair in pairs]
+    return [dropout_mask(split(w)[1], (*lead, w.shape[1]), dtype) for w in weights]
 
 
 def _swiglu(gate_up: jax.Array, act: str) -> jax.Array:

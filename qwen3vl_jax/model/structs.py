@@ -17,22 +17,18 @@ from qwen3vl_jax.errors import InputError
 Params = dict[str, Any]
 
 
-def _brief(value: Any) -> str:
-    """An array as dtype[shape]; a list of equal ones as "N x dtype[shape]"."""
+def brief(value: Any) -> str:
+    """The repr of a struct: arrays as dtype[shape], N equal ones as "N x ..", no fields that are None."""
+    if isinstance(value, flax.struct.PyTreeNode):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        shown = (f"{name}={brief(x)}" for name, x in fields.items() if x is not None)
+        return f"{type(value).__name__}({', '.join(shown)})"
     if isinstance(value, (list, tuple)) and value:
-        found = [_brief(x) for x in value]
+        found = [brief(x) for x in value]
         return f"{len(found)} x {found[0]}" if len(set(found)) == 1 else f"[{', '.join(found)}]"
-    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
-    if shape is not None and dtype is not None:
-        return f"{dtype}[{','.join(map(str, shape))}]"
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{value.dtype}[{','.join(map(str, value.shape))}]"
     return repr(value)
-
-
-def brief(self: Any) -> str:
-    """The repr of a struct: dtypes and shapes of its arrays, without the fields that are None."""
-    fields = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
-    shown = (f"{name}={_brief(value)}" for name, value in fields if value is not None)
-    return f"{type(self).__name__}({', '.join(shown)})"
 
 
 class VisionInputs(flax.struct.PyTreeNode):
@@ -44,8 +40,7 @@ class VisionInputs(flax.struct.PyTreeNode):
 
     __repr__ = brief
 
-    # [P C] float32: channel, frame, row, column. Training may hold bytes (uint8).
-    pixels: jax.Array
+    pixels: jax.Array  # [P C] float32, or in training uint8: channel, frame, row, column
     pos_index: jax.Array  # [P 4] int32: the four neighbours in the table of learned positions
     pos_weight: jax.Array  # [P 4] float32: bilinear weights of those neighbours
     coords: jax.Array  # [P 2] int32: row and column inside the frame, for the 2-D rotary embedding
@@ -61,8 +56,7 @@ class Features(flax.struct.PyTreeNode):
     __repr__ = brief
 
     merged: jax.Array  # [R D]: replaces the embeddings of placeholder tokens
-    # [n R D]: DeepStack features, added to the residual after decoder layers 0 .. n-1
-    taps: jax.Array
+    taps: jax.Array  # [n R D]: DeepStack, added to the residual after decoder layers 0 .. n-1
 
 
 class Batch(flax.struct.PyTreeNode):

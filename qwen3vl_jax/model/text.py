@@ -5,7 +5,7 @@ Dims as in layers.py. A Block knows neither masks nor caches: its caller passes 
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -139,8 +139,7 @@ def decode_layers(
 
     def body(x, layer, i):
         attend = functools.partial(attend_fn, i)
-        out: Any = Block(cfg).apply({"params": layer}, x, rotary, attend)
-        x, kept, routed = out
+        x, kept, routed = cast(BlockOutput, Block(cfg).apply({"params": layer}, x, rotary, attend))
         x = add_deepstack(x, deepstack, i)
         return x, collect(x, kept, routed) if collect else kept
 

@@ -1,11 +1,11 @@
 """The feed of a run: order, mixing, workers, what it does with bad records, and going on."""
 
 import dataclasses
-import errno
 import itertools
 import json
 import pickle
-from unittest import mock
+import shutil
+import types
 
 import jax
 import numpy as np
@@ -222,20 +222,19 @@ def group_of_samples(config) -> list:
     return [*made, Refusal("bad", "no reason", bad=True), again]
 
 
-@pytest.mark.parametrize("room", [True, False], ids=["file", "pipe"])
-def test_what_workers_send_is_what_comes(tiny_proc, monkeypatch, tmp_path, room):
-    """Through a file in memory, or where that has no room through the pipe: the same batch."""
+@pytest.mark.parametrize("room", [True, False], ids=["shared memory", "pipe"])
+def test_what_workers_send_is_what_comes(tiny_proc, monkeypatch, room):
+    """An array, which grain moves through shared memory, or bytes where that has no room: one batch."""
     config, shape = tiny_proc.config, tiny_proc.config.vision.patch_shape
-    given, inbox = group_of_samples(config), worker_transport.Inbox()
-    if not room:
-        full = OSError(errno.ENOSPC, "No space left on device")
-        monkeypatch.setattr(worker_transport, "_file", mock.Mock(side_effect=full))
-    sent = pickle.loads(pickle.dumps(worker_transport.pack(str(tmp_path), shape, given)))
-    assert isinstance(sent.block, str) == room
+    given = group_of_samples(config)
+    usage = types.SimpleNamespace(free=2**30 if room else 2**10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    sent, block = pickle.loads(pickle.dumps(worker_transport.pack(shape, given)))
+    assert isinstance(block, np.ndarray) == room
     apart = sum(v.patches.nbytes for s in given[:-2] for v in s.images)
     table = 24 * sum(len(s.ids) for s in given if isinstance(s, Sample))
-    assert sent.size < table + apart  # a shared picture once, and one frame of it
-    got = sent.unpack(inbox)
+    assert len(block) < table + apart  # a shared picture once, and one frame of it
+    got = sent.unpack(block)
     assert got[-2] == given[-2] and got[-1].note == "cut"
     batches = []
     for samples in ([s for s in group if isinstance(s, Sample)] for group in (given, got)):
@@ -245,14 +244,6 @@ def test_what_workers_send_is_what_comes(tiny_proc, monkeypatch, tmp_path, room)
         assert not left
         batches.append(packing.build(config, pack, placed, np.uint8, True))
     jax.tree.map(np.testing.assert_array_equal, *batches)
-    if room:  # the file is free once no sample is left, and is used again
-        names = {p.name for p in tmp_path.iterdir()}
-        assert not any(name.endswith(".free") for name in names)
-        del got, samples, waiting, placed
-        assert {p.name for p in tmp_path.iterdir()} == {f"{name}.free" for name in names}
-        second = worker_transport.pack(str(tmp_path), shape, given[:1])
-        assert {p.name for p in tmp_path.iterdir()} == names
-        np.testing.assert_array_equal(second.unpack(inbox)[0].ids, given[0].ids)
 
 
 def test_memory_is_given_out_again_once_no_view_is_left():

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import multiprocessing
 import os
-import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +15,7 @@ from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.training.data.make_samples import SampleMaker, TooLarge
 from qwen3vl_jax.training.data.records import Records
 from qwen3vl_jax.training.data.sample import Refusal, Sample
-from qwen3vl_jax.training.data.worker_transport import Inbox, memory_folder, pack
+from qwen3vl_jax.training.data.worker_transport import pack
 
 # Samples that a worker hands over at a time.
 GROUP = 16
@@ -97,28 +96,20 @@ def iterate(
     if not flags.FLAGS.is_parsed():
         # grain's workers read absl flags, which nothing parses here.
         flags.FLAGS.mark_as_parsed()
-    folder = memory_folder()
-    pack_group = functools.partial(pack, folder, patch_shape)
+    pack_group = functools.partial(pack, patch_shape)
     groups = stream.slice(slice(first, None)).batch(GROUP, batch_fn=pack_group)
     reading = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=AHEAD)
-    begin = functools.partial(_begin_worker, folder)
     single = groups.to_iter_dataset(reading)
-    iterator: Any = iter(single.mp_prefetch(options, worker_init_fn=begin))
-
-    def end() -> None:
-        iterator.close()
-        shutil.rmtree(folder, ignore_errors=True)
-
-    return _one_by_one(iterator), end
+    iterator: Any = iter(single.mp_prefetch(options, worker_init_fn=_begin_worker))
+    return _one_by_one(iterator), iterator.close
 
 
 def _one_by_one(groups: Iterator[Any]) -> Iterator[Any]:
     """The samples of groups. Raises InputError if a worker has died."""
-    inbox = Inbox()
     try:
-        for group in groups:
-            yield from group.unpack(inbox)
+        for group, block in groups:
+            yield from group.unpack(block)
     except RuntimeError as error:
         raise InputError(
             f"data.workers: a worker process ended ({error}). Too little memory is the usual reason: "
@@ -126,8 +117,8 @@ def _one_by_one(groups: Iterator[Any]) -> Iterator[Any]:
         ) from error
 
 
-def _begin_worker(folder: str, index: int, count: int) -> None:
-    """Starts a worker: no accelerator, no signals; it ends and removes its files when its parent dies."""
+def _begin_worker(index: int, count: int) -> None:
+    """Starts a worker: no accelerator, no signals; it ends when its parent dies."""
     import jax
 
     jax.config.update("jax_platforms", "cpu")
@@ -139,7 +130,6 @@ def _begin_worker(folder: str, index: int, count: int) -> None:
     def follow() -> None:
         if parent is not None:
             parent.join()
-            shutil.rmtree(folder, ignore_errors=True)
             os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()

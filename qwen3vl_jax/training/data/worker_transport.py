@@ -1,19 +1,14 @@
-"""Worker transport: moves groups of samples from a worker to the process that packs them.
+"""Worker transport: groups of samples, as a worker sends them to the process that packs them.
 
-All arrays of a group are one block in a file in /dev/shm, which the receiver maps without a copy. Files
-are used again, because allocating fresh pages costs more than filling them. Blocks go through the pipe
-if /dev/shm has no room.
+All arrays of a group are one block, which grain moves through shared memory. Where that has no room the
+block is bytes, which go through the pipe.
 """
 
 import contextlib
 import dataclasses
 import math
-import mmap
-import os
-import tempfile
-import weakref
+import shutil
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,9 +17,10 @@ from qwen3vl_jax.processing.encoded_prompt import EncodedImage
 from qwen3vl_jax.training.data.packing import one_frame
 from qwen3vl_jax.training.data.sample import Refusal, Sample
 
-_FOLDER = "/dev/shm"
-# A file that was read gets this suffix: its worker may write into it again.
-_FREE = ".free"
+# Where shared memory is a file system; often a small one, in containers.
+_SHARED = "/dev/shm"
+# Its free space that stays so, in blocks: other workers write at the same time.
+_SPARE = 64
 # int32 values of a token: id, label, weight (the bits of a float32), 3 positions.
 _FIELDS = 6
 
@@ -43,25 +39,18 @@ class _SampleInfo(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SampleBlock:
-    """A packed group: refusals, samples without their arrays, and the block with all arrays.
+    """What a block of arrays holds: refusals and samples, in order.
 
-    The block holds token fields [_FIELDS n], then vision labels, then each array of pixels.
+    The block has token fields [_FIELDS n], then vision labels, then each array of pixels.
     """
 
     items: list[Refusal | _SampleInfo]
     # Shapes and dtypes.
     pixels: list[tuple[tuple[int, ...], str]]
-    # Bytes of the block.
-    size: int
-    # The path of a file, or the bytes themselves.
-    block: str | bytes
 
-    def unpack(self, inbox: "Inbox") -> list[Sample | Refusal]:
-        """The group, once. Its arrays are read-only."""
-        if isinstance(self.block, str):
-            block = inbox.read(self.block, self.size)
-        else:
-            block = np.frombuffer(self.block, np.uint8)
+    def unpack(self, block: np.ndarray | bytes) -> list[Sample | Refusal]:
+        """The group. Its arrays are views of the block."""
+        block = np.frombuffer(block, np.uint8)
         infos = [item for item in self.items if isinstance(item, _SampleInfo)]
         count = sum(item.tokens for item in infos)
         table = block[: 4 * _FIELDS * count].view(np.int32).reshape(_FIELDS, count)
@@ -72,31 +61,6 @@ class SampleBlock:
             pixels.append(block[start:end].view(kind).reshape(shape))
         samples = _samples(infos, table, labels, pixels)
         return [next(samples) if isinstance(item, _SampleInfo) else item for item in self.items]
-
-
-class Inbox:
-    """Maps files as arrays. A file is free again once nothing refers to its array."""
-
-    def __init__(self) -> None:
-        self._maps: dict[str, mmap.mmap] = {}
-
-    def read(self, path: str, size: int) -> np.ndarray:
-        """The first `size` bytes of a file."""
-        pages = self._maps.get(path)
-        if pages is None or len(pages) < size:
-            with open(path, "rb") as file:
-                pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self._maps[path] = pages
-        # Views refer to this array: its base is no array, so numpy does not skip it.
-        array = np.frombuffer(pages, np.uint8, size)
-        weakref.finalize(array, _release, path).atexit = False
-        return array
-
-
-def _release(path: str) -> None:
-    # The file is gone if the loader was closed.
-    with contextlib.suppress(FileNotFoundError):
-        os.rename(path, path + _FREE)
 
 
 def _samples(
@@ -115,9 +79,9 @@ def _samples(
 
 
 def pack(
-    folder: str, patch_shape: tuple[int, ...], group: Sequence[Sample | Refusal]
-) -> SampleBlock:
-    """Packs a group. folder: of `memory_folder`. Images are sent as one frame, not two equal ones."""
+    patch_shape: tuple[int, ...], group: Sequence[Sample | Refusal]
+) -> tuple[SampleBlock, np.ndarray | bytes]:
+    """A group and its block of arrays. Images are sent as one frame, not two equal ones."""
     samples = [item for item in group if isinstance(item, Sample)]
     # Images that samples share are sent once.
     places: dict[int, int] = {}
@@ -145,42 +109,11 @@ def pack(
     arrays: Any = [np.ascontiguousarray(x) for x in (table, *labels, *sent)]
     block = b"".join(arrays)
     shapes = [(pixels.shape, pixels.dtype.str) for pixels in sent]
-    return SampleBlock(items, shapes, len(block), _written(folder, block) or block)
+    return SampleBlock(items, shapes), np.frombuffer(block, np.uint8) if _has_room(block) else block
 
 
-def _written(folder: str, block: bytes) -> str:
-    """Writes a block to a file and gives its path; "" without room, as in many containers."""
-    if not folder or not block:
-        return ""
-    path = ""
+def _has_room(block: bytes) -> bool:
+    """Whether shared memory takes a block: a write past its end kills the process."""
     with contextlib.suppress(OSError):
-        path = _file(folder)
-        with open(path, "r+b", buffering=0) as file:
-            if file.write(block) == len(block):
-                return path
-    if path:
-        os.unlink(path)
-    return ""
-
-
-def _file(folder: str) -> str:
-    """The path of a free file, or of a new one, taken by this process."""
-    for free in Path(folder).glob("*" + _FREE):
-        taken = str(free).removesuffix(_FREE)
-        try:
-            os.rename(free, taken)
-            return taken
-        except FileNotFoundError:
-            # Another worker was first.
-            continue
-    file, path = tempfile.mkstemp(dir=folder)
-    os.close(file)
-    return path
-
-
-def memory_folder() -> str:
-    """A new folder in /dev/shm; "" if the system has none."""
-    try:
-        return tempfile.mkdtemp(prefix="qwen3vl_jax-", dir=_FOLDER)
-    except OSError:
-        return ""
+        return shutil.disk_usage(_SHARED).free > _SPARE * len(block)
+    return False
