@@ -113,4 +113,4 @@ def test_every_file_we_write_has_the_same_head_in_every_version(top, text, head,
         model = reference.open_hf(tmp_path / name, moe)
         with torch.no_grad():
             got = model(input_ids=torch.from_numpy(ids)).logits
-        np.testing.assert_allclose(got, want, atol=2e-5, err_msg=name)
+        np.testing.assert_allclose(got, want, atol=1e-4, err_msg=name)
