@@ -10,6 +10,7 @@ from typing import Any
 
 import qwen3vl_jax as q3
 from qwen3vl_jax.processing.processor import Processor
+from qwen3vl_jax.runtime import distributed
 from qwen3vl_jax.runtime.compile_cache import keep_programs
 from qwen3vl_jax.runtime.console import Status, memory_advice
 from qwen3vl_jax.storage.hub import resolve
@@ -22,6 +23,8 @@ DEMO_PROMPT = "Read the digits row by row."
 
 def open_checkpoint(args: argparse.Namespace) -> tuple[Path, Processor]:
     """The checkpoint's directory and its processor. Raises InputError."""
+    if not (args.mesh or args.input):
+        distributed.check_one_host()
     directory = resolve(args.ckpt or DEMO, args.revision)
     return directory, Processor.from_pretrained(directory, args.chat_template)
 

@@ -77,7 +77,8 @@ def train(args: argparse.Namespace, recipe: Recipe) -> None:
     index, _ = distributed.start(processes)
 
     def run() -> None:
-        keep_programs(not args.no_compile_cache)
+        distributed.check_joined()
+        keep_programs(not args.no_compile_cache, str(args.out / "compiled") if processes else "")
         from qwen3vl_jax.training import loop
 
         loop.train(recipe, args.out)

@@ -50,12 +50,17 @@ class Programs:
 PROGRAMS = Programs()  # of this process
 
 
-def keep_programs(wanted: bool, environ: Mapping[str, str] = os.environ) -> None:
-    """Makes JAX keep what it compiles, in a folder that others cannot write. Raises InputError."""
+def keep_programs(wanted: bool, shared: str = "", environ: Mapping[str, str] = os.environ) -> None:
+    """Makes JAX keep what it compiles, in a folder that others cannot write. Raises InputError.
+
+    shared: the folder of several processes, which may be in an object store; the first one writes.
+    """
     import jax
 
     jax.config.update("jax_enable_compilation_cache", wanted)
-    where = environ.get(VARIABLE, "") if wanted else ""
+    where = environ.get(VARIABLE, "") or shared if wanted else ""
+    if shared and where == shared:
+        jax.config.update("jax_compilation_cache_dir", shared)
     if wanted and not where:
         try:
             name = f"{jax.__version__}{_processor(jax.default_backend())}"

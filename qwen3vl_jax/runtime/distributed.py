@@ -15,10 +15,12 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 from typing import Any, NamedTuple, TypeVar, cast
 
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.runtime.cloud_host import has_server, slice_hosts
 from qwen3vl_jax.runtime.console import EXPECTED, report
 
 _T = TypeVar("_T")
-HEARTBEAT = 30  # seconds of silence after which a process counts as gone
+# Seconds of silence after which a process counts as gone. A cloud may pause a host to move it.
+HEARTBEAT, HEARTBEAT_IN_CLOUD = 30, 100
 PATIENCE = 5  # seconds before a process prints that it waits for the others to start
 LONGEST = 30 * 24 * 3600 * 1000  # milliseconds at a barrier
 GRACE = 10  # seconds for the others to be interrupted too
@@ -36,7 +38,6 @@ _GONE = re.compile(
     "|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED",
     re.IGNORECASE,
 )
-_HOSTS = "TPU_WORKER_HOSTNAMES"
 
 
 class Asked(NamedTuple):
@@ -76,7 +77,26 @@ def asked_of(args: Any, environ: Mapping[str, str] = os.environ) -> Asked | None
         return Asked(coordinator, count, index)
     srun = ("SLURM_NTASKS",) if "SLURM_STEP_NODELIST" in environ else ()  # and not salloc alone
     many = any(environ.get(name, "1") not in ("", "1") for name in (*_KNOWN, *srun))
-    return Asked() if many or args.distributed or "," in environ.get(_HOSTS, "") else None
+    return Asked() if many or args.distributed or slice_hosts(environ) > 1 else None
+
+
+def check_one_host() -> None:
+    """Raises InputError on a host of a larger TPU slice, whose chips wait for those of all hosts."""
+    if (hosts := slice_hosts()) > 1:
+        raise InputError(
+            f"devices: this is one of {hosts} hosts of a TPU slice, expected a slice of one host; start "
+            "the same command with --mesh on all of them"
+        )
+
+
+def check_joined() -> None:
+    """Raises InputError if jax sees several processes that have not joined, and so cannot save together."""
+    import jax
+
+    if (count := jax.process_count()) > 1 and not jax.distributed.is_initialized():
+        raise InputError(
+            f"several processes: jax sees {count}, which have not joined; give --distributed to all of them"
+        )
 
 
 def _number(name: str, environ: Mapping[str, str], default: int) -> int:
@@ -104,7 +124,8 @@ def start(asked: Asked | None) -> tuple[int, int]:
     waits = threading.Timer(PATIENCE, print, [f"{notice}\n"], options)
     waits.daemon = True
     waits.start()
-    limits = dict.fromkeys(("heartbeat_timeout_seconds", "shutdown_timeout_seconds"), HEARTBEAT)
+    silence = HEARTBEAT_IN_CLOUD if has_server() else HEARTBEAT
+    limits = dict.fromkeys(("heartbeat_timeout_seconds", "shutdown_timeout_seconds"), silence)
     try:
         jax.distributed.initialize(**known, **limits)
     except (RuntimeError, ValueError) as error:

@@ -5,6 +5,7 @@ import dataclasses
 import gc
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from qwen3vl_jax.training.param_groups import flatten
 from qwen3vl_jax.training.run_dir import CHECKPOINTS, META, DiffersError, scores
 from qwen3vl_jax.training.train_step import TrainState
 
+# Steps that are measured, to save by minutes.
+_MEASURED = 5
 WEIGHTS, AVERAGE, STATE = "weights", "average", "state"
 
 
@@ -126,6 +129,31 @@ class Checkpoints:
         except InputError:
             self._failed = True
             raise
+
+
+class SaveTimer:
+    """Says at which step checkpoints.minutes have passed: the same one in every process.
+
+    The first process measures a few steps and names the step, since their clocks differ.
+    """
+
+    def __init__(self, minutes: float):
+        self._seconds, self._due = 60 * minutes, 0
+        self._first, self._begun = -1, 0.0
+
+    def due(self, step: int) -> bool:
+        """Whether to save after this step. To be asked at every step."""
+        if self._seconds and self._first < 0:
+            self._first, self._begun = step, time.monotonic()
+        if self._seconds and step == self._first + _MEASURED:
+            passed = time.monotonic() - self._begun
+            left = round((self._seconds - passed) * _MEASURED / max(passed, 1e-3))
+            self._due = step + distributed.from_first(max(left, 0))
+        return step == self._due
+
+    def restart(self) -> None:
+        """Begins anew, after a save."""
+        self._first, self._due = -1, 0
 
 
 def restore(run_dir: str | Path, step: int, state: TrainState) -> TrainState:

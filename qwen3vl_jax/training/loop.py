@@ -19,7 +19,7 @@ from qwen3vl_jax.runtime import distributed
 from qwen3vl_jax.runtime.console import memory_advice
 from qwen3vl_jax.storage.json_text import write_json
 from qwen3vl_jax.training import environment, evaluate, run_dir, run_setup, train_model
-from qwen3vl_jax.training.checkpoints import Checkpoints, restore
+from qwen3vl_jax.training.checkpoints import Checkpoints, SaveTimer, restore
 from qwen3vl_jax.training.data.global_batches import GlobalFeed, all_refused
 from qwen3vl_jax.training.data.loader import DataLoader, LoadedBatch
 from qwen3vl_jax.training.data.packing import PackedBatch
@@ -194,6 +194,7 @@ def run_steps(run: Run) -> None:
         with suppress(run_setup.Stopped):
             run.checkpoints.score(begun, evaluated_loss(run))
     profiler = Profiler(recipe.report.profile, run.out)
+    timer, every = SaveTimer(recipe.checkpoints.minutes), recipe.save_every
     # Keeps the collector from scanning all that jax and the model have loaded.
     gc.freeze()
     logger.restart_clock()
@@ -214,11 +215,12 @@ def run_steps(run: Run) -> None:
         del batches, packed
         write_metrics(run, behind)
         run.checkpoints.check()
-        due = run.number % recipe.save_every == 0 or run.number == recipe.steps
+        due = timer.due(run.number) or run.number == recipe.steps or not run.number % every
         evaluates = evaluate.is_due(recipe, run.number) and not stop.asked
         if due or evaluates:
             write_metrics(run)
             evaluate_and_save(run, evaluates, due)
+            timer.restart()
             logger.restart_clock()
     profiler.end()
     write_metrics(run)

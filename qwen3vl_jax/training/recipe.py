@@ -118,6 +118,8 @@ class Evaluate:
 class Checkpoints:
     keep: int = 2
     keep_best: int = 1
+    # Saves after so many minutes too; 0: by save_every alone.
+    minutes: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)

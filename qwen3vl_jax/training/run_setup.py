@@ -26,7 +26,7 @@ from qwen3vl_jax.config import Config
 from qwen3vl_jax.device_mesh import make_mesh, slice_count
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model.sharding import max_parts
-from qwen3vl_jax.runtime import distributed
+from qwen3vl_jax.runtime import cloud_host, distributed
 from qwen3vl_jax.runtime.console import signals_in_thread
 from qwen3vl_jax.storage.hub import resolve
 from qwen3vl_jax.storage.json_text import read_json, write_json
@@ -155,6 +155,11 @@ class Stop:
             raise Stopped
 
 
+def _taken_away(notice: str) -> None:
+    print(f"{notice}: saving, as after SIGTERM", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 @contextmanager
 def catch_signals() -> Iterator[Stop]:
     """Turns SIGTERM, and Ctrl-C once steps are under way, into a flag that the loop reads.
@@ -191,7 +196,7 @@ def catch_signals() -> Iterator[Stop]:
     # jax.distributed handles SIGTERM itself.
     numbers = [signal.SIGINT] if several else [signal.SIGINT, signal.SIGTERM]
     before = {number: signal.signal(number, ask) for number in numbers}
-    with signals_in_thread(hear):
+    with signals_in_thread(hear), cloud_host.watched(_taken_away):
         try:
             yield stop
         finally:

@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -102,26 +104,26 @@ def assert_close(got: dict[int, float], want: dict[int, float]) -> None:
         assert abs(loss - want[step]) < 1e-5 * want[step], step
 
 
-def lose_one(files: Path, out: str) -> dict[int, float]:
-    """2 x 4 devices, of which one process is killed: the other ends with one line; the losses so far."""
-    both = start(files, out, 2, 4)
+def kill_one(files: Path, out: str, both: list[subprocess.Popen]) -> None:
+    """Kills the second of two processes after five steps."""
     while both[0].poll() is None:
         rows = read_table(files / out / "metrics.csv")
         if rows and int(rows[-1]["step"]) >= 5:
             break
         time.sleep(0.02)
     both[1].send_signal(signal.SIGKILL)
-    since = time.perf_counter()
-    said = both[0].communicate(timeout=300)[0]
     both[1].communicate()
+
+
+def check_lost(first: subprocess.Popen) -> None:
+    """The process that is left ends by itself, with one line."""
+    since = time.perf_counter()
+    said = first.communicate(timeout=300)[0]
     # A collective that fails ends it, or JAX that aborts it: with one line either way.
-    assert both[0].returncode == processes.LOST, said[-3000:]
+    assert first.returncode == processes.LOST, said[-3000:]
     assert said.count("go on from the last checkpoint") == 1
     assert not re.search(r"Gloo. Rank|^[EWF]\d{4} |Traceback", said, re.M), said[-3000:]
     assert time.perf_counter() - since < 120
-    before = losses(files, out)
-    assert 5 <= len(before) < STEPS
-    return before
 
 
 def test_processes_lose_one_and_others_share_experts_and_evaluate(files):
@@ -130,9 +132,18 @@ def test_processes_lose_one_and_others_share_experts_and_evaluate(files):
     2 x 4 devices, with fsdp across the two; one is killed. 2 x 2 devices go on, with the experts
     across the two. The second sees text only, and no sample of the evaluation's last batch.
     """
+    both = start(files, "lost", 2, 4)
+    killed = threading.Thread(target=kill_one, args=(files, "lost", both))
+    killed.start()
     want = alone(files, "one")
-    before = lose_one(files, "many")
-    said = finish(start(files, "many", 2, 2, "mesh.fsdp=1"))
+    killed.join()
+    # The other process, which still waits for the lost one, has written all that it will.
+    shutil.copytree(files / "lost", files / "many")
+    others = start(files, "many", 2, 2, "mesh.fsdp=1")
+    check_lost(both[0])
+    before = losses(files, "lost")
+    assert 5 <= len(before) < STEPS
+    said = finish(others)
     assert "mesh.fsdp was 2, is now 1" in said[0]
     # The first process speaks for all.
     assert [("step" in out) for out in said] == [True, False]
