@@ -26,7 +26,22 @@ SMALLEST_CACHE = 256
 # penalties and logits_fn.
 ENDED, NOT_FINITE_AFTER = -1, -3
 _BY_ROW = ("token", "logprob", "count", "limit", "done", "keys")
-grow = jax.jit(grow_cache, static_argnames="slots")
+
+
+@functools.partial(jax.jit, static_argnames="slots")
+def _grow_layer(layer: KVCache, slots: int) -> KVCache:
+    return grow_cache(layer, slots)
+
+
+def grow(cache: KVCache, slots: int) -> KVCache:
+    """`grow_cache` layer by layer: no more than one layer is held twice. The given cache is deleted."""
+    k, v = [], []
+    for old in zip(cache.k, cache.v):
+        layer = _grow_layer(cache.replace(k=[old[0]], v=[old[1]]), slots)
+        k, v = [*k, *layer.k], [*v, *layer.v]
+        for x in old:
+            x.delete()
+    return cache.replace(k=k, v=v)
 
 
 class DecodeState(flax.struct.PyTreeNode):

@@ -19,8 +19,9 @@ from qwen3vl_jax.checkpoint.name_map import param_specs, tree_of
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.device_mesh import layout_mesh
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.inference.decode_loop import insert_rows
-from qwen3vl_jax.model.cache import decode_step, init_cache, prefill
+from qwen3vl_jax.inference.decode_loop import DecodeState, decode_steps, first_token, insert_rows
+from qwen3vl_jax.inference.requests import GenerationOptions, RowOptions
+from qwen3vl_jax.model.cache import init_cache, prefill
 from qwen3vl_jax.model.sharding import array_sharding, max_parts, replicated
 from qwen3vl_jax.model.structs import Batch, KVCache, VisionInputs
 from qwen3vl_jax.processing.batch import group_size
@@ -169,21 +170,43 @@ class Serving(NamedTuple):
 
 
 def decoding(cfg: Config, mesh: Mesh, asked: Serving) -> Program:
-    """The decode step with every slot of the cache, which is donated, in use. Raises InputError."""
-    params, cache = weights(cfg, mesh, asked.dtype, asked.weights), empty_cache(cfg, mesh, asked)
-    tokens = _replicated_shape(mesh, jnp.int32, asked.rows)
+    """The loop of decode steps that inference dispatches, every slot of the donated cache in use.
 
-    def run(params, cache, tokens):
-        return decode_step(params, cfg, cache, tokens)
+    Raises InputError.
+    """
+    params, cache = weights(cfg, mesh, asked.dtype, asked.weights), empty_cache(cfg, mesh, asked)
+    options = GenerationOptions(asked.slots).of_rows(cfg, asked.rows)
+    ints = functools.partial(_replicated_shape, mesh, jnp.int32)
+    options = jax.tree.map(lambda x: _replicated_shape(mesh, x.dtype, *x.shape), options)
+    ended = _replicated_shape(mesh, jnp.bool_, asked.rows)
+
+    def run(params, state, ended, options, steps, enough):
+        return decode_steps(params, cfg, state, ended, options, steps, enough)
 
     # The vision tower, which no decode step reads, lies there too.
     fn = jax.jit(run, donate_argnums=1, keep_unused=True)
+    args = params, _decode_state(cfg, mesh, cache, options), ended, options, ints(), ints()
     # A token sees the whole cache at worst.
     counts = Counts(asked.rows, asked.rows * asked.slots, 0, 0)
     total = sum(forward_flops(cfg, counts).values())
     work = Work("time of a decode step", total, total, asked.rows, "of all rows, cache full")
     held = held_bytes({"weights": params, "cache": (cache.k, cache.v)})
-    return Program(fn, (params, cache, tokens), mesh, held, work, "the step itself")
+    return Program(fn, args, mesh, held, work, "the step itself")
+
+
+def _decode_state(cfg: Config, mesh: Mesh, cache: KVCache, options: RowOptions) -> DecodeState:
+    """What the loop takes, as every dispatch leaves it."""
+    rows = options.limit.shape[0]
+    logits = _replicated_shape(mesh, jnp.float32, rows, cfg.text.vocab_size)
+    with jax.set_mesh(mesh):
+        tokens = _replicated_shape(mesh, jnp.int32, rows, 1)
+        state = jax.eval_shape(first_token, cache, logits, tokens, options)
+
+    def put(x: Any) -> Any:
+        axes = ("batch", None) if x.ndim == 2 else (None,) * x.ndim
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=array_sharding(mesh, axes, x))
+
+    return jax.tree.map(put, state.replace(cache=None)).replace(cache=cache)
 
 
 def prefilling(cfg: Config, mesh: Mesh, asked: Serving) -> Program:

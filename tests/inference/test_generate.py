@@ -14,6 +14,7 @@ import pytest
 import tiny
 
 import qwen3vl_jax as q3
+from qwen3vl_jax.inference import decode_loop
 
 ROWS = ("one_picture", "text", "three_pictures")
 
@@ -143,6 +144,18 @@ def test_the_cache_grows_and_nothing_changes():
         token = jnp.argmax(logits, -1).astype(jnp.int32)
         np.testing.assert_array_equal(token, long.tokens[:, t])
         cache, logits = ours.decode_step(*model(), cache, token)
+
+
+def test_a_cache_that_grows_is_held_once():
+    """Layer by layer: the arrays that it leaves are gone, and its values stay."""
+    cache, _ = ours.prefill(*model(), batch_of("text"), 128)
+    before, given = jax.tree.map(np.array, cache), [*cache.k, *cache.v]
+    grown = decode_loop.grow(cache, slots=256)
+    assert grown.slots == 256 and all(x.is_deleted() for x in given)
+    for old, new in zip([*before.k, *before.v], [*grown.k, *grown.v], strict=True):
+        np.testing.assert_array_equal(new[:, :, :128], old)
+        assert not np.any(new[:, :, 128:])
+    np.testing.assert_array_equal(grown.length, before.length)
 
 
 def test_packed_rows_are_refused():
