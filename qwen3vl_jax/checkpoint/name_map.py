@@ -1,8 +1,7 @@
 """The table of parameters: the path in the tree, the Hugging Face tensors, and the axes of both.
 
 Axes are letters; letters in brackets are one axis in the file. "D (N H)" is [D, N*H] in the file and
-[D, N, H] in the tree: a reshape, which is a view, both ways. A parameter of several tensors holds them
-side by side along one axis.
+[D, N, H] in the tree: a reshape, which is a view, both ways. A parameter may hold several tensors.
 
 Text: V vocabulary, D hidden, N query heads, K key/value heads, G = N / K, H head, F feed-forward,
 E experts, M expert width. Vision: L positions, W hidden, A heads, B head, U feed-forward, C channels,
@@ -10,6 +9,7 @@ T frames, P patch side, X = merge^2 * W, O merger output.
 """
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -22,66 +22,76 @@ from qwen3vl_jax.checkpoint.param_paths import TreePath, flatten, nest, parse_pa
 from qwen3vl_jax.config import Config
 
 TEXT, VISION, HEAD = "model.language_model.", "model.visual.", "lm_head."
-LAYER, BLOCK = TEXT + "layers.{i}.", VISION + "blocks.{i}."
 TAP = VISION + "deepstack_merger_list.{i}."
 
 # The values that one FP8 scale covers along the file's last two axes.
 Block = tuple[int, int]
 
-# section | tree path | axis of the parts, or None | (Hugging Face name, spec) of each part
-_Table = tuple[tuple[str, str, int | None, tuple[tuple[str, str], ...]], ...]
-_TABLE: _Table = (
-    ("top", "embed", None, ((TEXT + "embed_tokens.weight", "V D"),)),
-    ("top", "norm", None, ((TEXT + "norm.weight", "D"),)),
-    ("head", "head", None, ((HEAD + "weight", "V D"),)),
-    ("layer", "layers.{i}.ln1", None, ((LAYER + "input_layernorm.weight", "D"),)),
-    ("layer", "layers.{i}.ln2", None, ((LAYER + "post_attention_layernorm.weight", "D"),)),
-    ("layer", "layers.{i}.attn.qkv", 1, (
-        (LAYER + "self_attn.q_proj.weight", "(K G H) D"),
-        (LAYER + "self_attn.k_proj.weight", "(K 1 H) D"),
-        (LAYER + "self_attn.v_proj.weight", "(K 1 H) D"))),
-    ("layer", "layers.{i}.attn.o", None, ((LAYER + "self_attn.o_proj.weight", "D (N H)"),)),
-    ("layer", "layers.{i}.attn.q_norm", None, ((LAYER + "self_attn.q_norm.weight", "H"),)),
-    ("layer", "layers.{i}.attn.k_norm", None, ((LAYER + "self_attn.k_norm.weight", "H"),)),
-    ("bias", "layers.{i}.attn.qkv_bias", 1, (
-        (LAYER + "self_attn.q_proj.bias", "(K G H)"),
-        (LAYER + "self_attn.k_proj.bias", "(K 1 H)"),
-        (LAYER + "self_attn.v_proj.bias", "(K 1 H)"))),
-    ("bias", "layers.{i}.attn.o_bias", None, ((LAYER + "self_attn.o_proj.bias", "D"),)),
-    ("dense", "layers.{i}.mlp.gate_up", 0, (
-        (LAYER + "mlp.gate_proj.weight", "(1 F) D"),
-        (LAYER + "mlp.up_proj.weight", "(1 F) D"))),
-    ("dense", "layers.{i}.mlp.down", None, ((LAYER + "mlp.down_proj.weight", "D F"),)),
-    ("moe", "layers.{i}.mlp.router", None, ((LAYER + "mlp.gate.weight", "E D"),)),
-    ("moe", "layers.{i}.mlp.gate_up", None, ((LAYER + "mlp.experts.gate_up_proj", "E D 2M"),)),
-    ("moe", "layers.{i}.mlp.down", None, ((LAYER + "mlp.experts.down_proj", "E M D"),)),
-    ("top", "vision.patch.weight", None, ((VISION + "patch_embed.proj.weight", "W C T P P"),)),
-    ("top", "vision.patch.bias", None, ((VISION + "patch_embed.proj.bias", "W"),)),
-    ("top", "vision.pos", None, ((VISION + "pos_embed.weight", "L W"),)),
-    ("block", "vision.blocks.{i}.ln1.scale", None, ((BLOCK + "norm1.weight", "W"),)),
-    ("block", "vision.blocks.{i}.ln1.bias", None, ((BLOCK + "norm1.bias", "W"),)),
-    ("block", "vision.blocks.{i}.ln2.scale", None, ((BLOCK + "norm2.weight", "W"),)),
-    ("block", "vision.blocks.{i}.ln2.bias", None, ((BLOCK + "norm2.bias", "W"),)),
-    ("block", "vision.blocks.{i}.attn.qkv", None, ((BLOCK + "attn.qkv.weight", "(3 A B) W"),)),
-    ("block", "vision.blocks.{i}.attn.qkv_bias", None, ((BLOCK + "attn.qkv.bias", "(3 A B)"),)),
-    ("block", "vision.blocks.{i}.attn.o", None, ((BLOCK + "attn.proj.weight", "W (A B)"),)),
-    ("block", "vision.blocks.{i}.attn.o_bias", None, ((BLOCK + "attn.proj.bias", "W"),)),
-    ("block", "vision.blocks.{i}.mlp.fc1", None, ((BLOCK + "mlp.linear_fc1.weight", "U W"),)),
-    ("block", "vision.blocks.{i}.mlp.fc1_bias", None, ((BLOCK + "mlp.linear_fc1.bias", "U"),)),
-    ("block", "vision.blocks.{i}.mlp.fc2", None, ((BLOCK + "mlp.linear_fc2.weight", "W U"),)),
-    ("block", "vision.blocks.{i}.mlp.fc2_bias", None, ((BLOCK + "mlp.linear_fc2.bias", "W"),)),
-    *((section, f"{path}.{leaf}", None, ((f"{name}{source}", spec),))
-      for section, path, name, norm in (
-          ("top", "vision.merger", VISION + "merger.", "W"),
-          ("tap", "vision.deepstack.{i}", TAP, "X"))
-      for leaf, source, spec in (
-          ("norm.scale", "norm.weight", norm),
-          ("norm.bias", "norm.bias", norm),
-          ("fc1", "linear_fc1.weight", "X X"),
-          ("fc1_bias", "linear_fc1.bias", "X"),
-          ("fc2", "linear_fc2.weight", "O X"),
-          ("fc2_bias", "linear_fc2.bias", "O"))),
-)  # fmt: skip
+# Of a merger; ? is the width of its norm.
+_MERGER = """
+    norm.scale  norm.weight        ?
+    norm.bias   norm.bias          ?
+    fc1         linear_fc1.weight  X X
+    fc1_bias    linear_fc1.bias    X
+    fc2         linear_fc2.weight  O X
+    fc2_bias    linear_fc2.bias    O
+"""
+# (section, start of its paths in the tree, start of its names in the file): a line for each tensor has the
+# rest of both, and the axes. Tensors of one path are joined along the axis that is 1 in the last of them.
+_TABLE = {
+    ("top", "", TEXT): """
+        embed  embed_tokens.weight  V D
+        norm   norm.weight          D
+    """,
+    ("head", "", HEAD): "head weight V D",
+    ("layer", "layers.{i}.", TEXT + "layers.{i}."): """
+        ln1          input_layernorm.weight           D
+        ln2          post_attention_layernorm.weight  D
+        attn.qkv     self_attn.q_proj.weight          (K G H) D
+        attn.qkv     self_attn.k_proj.weight          (K 1 H) D
+        attn.qkv     self_attn.v_proj.weight          (K 1 H) D
+        attn.o       self_attn.o_proj.weight          D (N H)
+        attn.q_norm  self_attn.q_norm.weight          H
+        attn.k_norm  self_attn.k_norm.weight          H
+    """,
+    ("bias", "layers.{i}.attn.", TEXT + "layers.{i}.self_attn."): """
+        qkv_bias  q_proj.bias  (K G H)
+        qkv_bias  k_proj.bias  (K 1 H)
+        qkv_bias  v_proj.bias  (K 1 H)
+        o_bias    o_proj.bias  D
+    """,
+    ("dense", "layers.{i}.mlp.", TEXT + "layers.{i}.mlp."): """
+        gate_up  gate_proj.weight  (1 F) D
+        gate_up  up_proj.weight    (1 F) D
+        down     down_proj.weight  D F
+    """,
+    ("moe", "layers.{i}.mlp.", TEXT + "layers.{i}.mlp."): """
+        router   gate.weight           E D
+        gate_up  experts.gate_up_proj  E D 2M
+        down     experts.down_proj     E M D
+    """,
+    ("top", "vision.", VISION): """
+        patch.weight  patch_embed.proj.weight  W C T P P
+        patch.bias    patch_embed.proj.bias    W
+        pos           pos_embed.weight         L W
+    """,
+    ("block", "vision.blocks.{i}.", VISION + "blocks.{i}."): """
+        ln1.scale      norm1.weight           W
+        ln1.bias       norm1.bias             W
+        ln2.scale      norm2.weight           W
+        ln2.bias       norm2.bias             W
+        attn.qkv       attn.qkv.weight        (3 A B) W
+        attn.qkv_bias  attn.qkv.bias          (3 A B)
+        attn.o         attn.proj.weight       W (A B)
+        attn.o_bias    attn.proj.bias         W
+        mlp.fc1        mlp.linear_fc1.weight  U W
+        mlp.fc1_bias   mlp.linear_fc1.bias    U
+        mlp.fc2        mlp.linear_fc2.weight  W U
+        mlp.fc2_bias   mlp.linear_fc2.bias    W
+    """,
+    ("top", "vision.merger.", VISION + "merger."): _MERGER.replace("?", "W"),
+    ("tap", "vision.deepstack.{i}.", TAP): _MERGER.replace("?", "X"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,26 +208,23 @@ class ParamSpec:
 
 def _sizes(cfg: Config) -> dict[str, int]:
     t, v = cfg.text, cfg.vision
-    channels, frames, side, _ = v.patch_shape
-    return {
-        "1": 1, "3": 3, "V": t.vocab_size, "D": t.hidden_size, "N": t.num_attention_heads,
-        "K": t.num_key_value_heads, "G": t.num_attention_heads // t.num_key_value_heads,
-        "H": t.head_dim, "F": t.intermediate_size, "E": t.num_experts, "M": t.moe_intermediate_size,
-        "2M": 2 * t.moe_intermediate_size, "L": v.num_position_embeddings, "W": v.hidden_size,
-        "A": v.num_heads, "B": v.head_dim, "U": v.intermediate_size, "C": channels, "T": frames,
-        "P": side, "X": v.merge_unit * v.hidden_size, "O": v.out_hidden_size,
-    }  # fmt: skip
+    queries, keys, wide = t.num_attention_heads, t.num_key_value_heads, t.moe_intermediate_size
+    text = {"V": t.vocab_size, "D": t.hidden_size, "F": t.intermediate_size}
+    heads = {"N": queries, "K": keys, "G": queries // keys, "H": t.head_dim}
+    experts = {"E": t.num_experts, "M": wide, "2M": 2 * wide}
+    patches = {"L": v.num_position_embeddings, **dict(zip("CTP", v.patch_shape))}
+    vision = {"W": v.hidden_size, "A": v.num_heads, "B": v.head_dim, "U": v.intermediate_size}
+    merger = {"X": v.merge_unit * v.hidden_size, "O": v.out_hidden_size}
+    return {"1": 1, "3": 3, **text, **heads, **experts, **patches, **vision, **merger}
 
 
 def _counts(cfg: Config) -> dict[str, int]:
     """The number of times that each section of the table occurs."""
     layers, is_moe = cfg.text.num_hidden_layers, cfg.text.num_experts > 0
-    return {
-        "top": 1, "head": int(not cfg.tie_word_embeddings),
-        "layer": layers, "bias": layers * cfg.text.attention_bias,
-        "dense": layers * (not is_moe), "moe": layers * is_moe,
-        "block": cfg.vision.depth, "tap": len(cfg.vision.deepstack_visual_indexes),
-    }  # fmt: skip
+    text = {"layer": layers, "bias": layers * cfg.text.attention_bias}
+    mlp = {"dense": layers * (not is_moe), "moe": layers * is_moe}
+    vision = {"block": cfg.vision.depth, "tap": len(cfg.vision.deepstack_visual_indexes)}
+    return {"top": 1, "head": int(not cfg.tie_word_embeddings), **text, **mlp, **vision}
 
 
 def param_specs(cfg: Config) -> list[ParamSpec]:
@@ -229,10 +236,15 @@ def param_specs(cfg: Config) -> list[ParamSpec]:
         return tuple(tuple(sizes[x] for x in group.strip("()").split()) for group in groups)
 
     found = []
-    for section, path, axis, parts in _TABLE:
-        for i in range(counts[section]):
-            held = tuple(HFTensor(name.format(i=i), axes(spec)) for name, spec in parts)
-            found.append(ParamSpec(parse_path(path.format(i=i)), held, axis))
+    for (section, path, name), text in _TABLE.items():
+        lines = (line.split(maxsplit=2) for line in text.strip().splitlines())
+        for leaf, tensors in itertools.groupby(lines, lambda line: line[0]):
+            named = [(name + rest, spec) for _, rest, spec in tensors]
+            letters = re.findall(r"\w+", named[-1][1])
+            axis = letters.index("1") if "1" in letters else None
+            for i in range(counts[section]):
+                parts = tuple(HFTensor(tensor.format(i=i), axes(spec)) for tensor, spec in named)
+                found.append(ParamSpec(parse_path((path + leaf).format(i=i)), parts, axis))
     return found
 
 
