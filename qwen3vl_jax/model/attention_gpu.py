@@ -91,7 +91,7 @@ def attend_packed(q, k, v, lo, hi, causal: bool, most: int) -> jax.Array:
     see all of it or, causal, it up to themselves. Other tokens (hi <= lo) give zeros. A row holds at
     most `most` segments; tokens of further ones give NaN.
     """
-    cudnn, real = _cudnn(), (hi > lo)[..., None, None]
+    real = (hi > lo)[..., None, None]
     k, v = (x.swapaxes(1, 2).astype(q.dtype) for x in (k, v))
     lengths = segment_lengths(lo, hi)
     # cuDNN takes one segment a row for a row that is not packed.
@@ -99,14 +99,19 @@ def attend_packed(q, k, v, lo, hi, causal: bool, most: int) -> jax.Array:
     starts = starts.astype(jnp.int32)
     sizes = jnp.where(starts >= 0, jnp.take_along_axis(lengths, starts, axis=1), -1)
     starts = jnp.pad(starts, ((0, 0), (0, 1)), constant_values=-1)
-    mask = cudnn.MaskType.PADDING_CAUSAL if causal else cudnn.MaskType.PADDING
     q, k, v = (_masked_slope(x, real) for x in (q, k, v))
-    out = cudnn.dot_product_attention(
-        q, k, v, None, None, sizes, sizes, starts, starts, scale=q.shape[-1] ** -0.5, mask_type=mask
-    )
+    out = _attend(q, k, v, sizes, sizes, starts, starts, causal=causal)
     beyond = jnp.sum(lengths > 0, axis=1) > most
     out = jnp.where(beyond[:, None, None, None], jnp.nan, out)
     return jnp.where(real, out, 0)
+
+
+def _attend(q, k, v, *segments, causal: bool = False, **options) -> Any:
+    """cuDNN's attention. segments: lengths in q and in k, and where rows are packed the starts in both."""
+    cudnn = _cudnn()
+    mask = cudnn.MaskType.PADDING_CAUSAL if causal else cudnn.MaskType.PADDING
+    options |= {"scale": q.shape[-1] ** -0.5, "mask_type": mask}
+    return cudnn.dot_product_attention(q, k, v, None, None, *segments, **options)
 
 
 @jax.custom_vjp
@@ -139,12 +144,9 @@ def attend_step(q, k, v, hi) -> jax.Array:
 
     Keys that are not filled are not read, and the cache is taken as it lies. No gradient.
     """
-    cudnn, k, v = _cudnn(), k.astype(q.dtype), v.astype(q.dtype)
+    q, k, v = q.swapaxes(1, 2), k.astype(q.dtype), v.astype(q.dtype)
     reach = jnp.clip(hi[:, 0], 1, k.shape[2])
-    out = cudnn.dot_product_attention(
-        q.swapaxes(1, 2), k, v, None, None, jnp.ones_like(reach), reach, scale=q.shape[-1] ** -0.5,
-        mask_type=cudnn.MaskType.PADDING, qkv_layout="BNTH",
-    )  # fmt: skip
+    out = _attend(q, k, v, jnp.ones_like(reach), reach, qkv_layout="BNTH")
     return jnp.where(hi[..., None, None] > 0, out.swapaxes(1, 2), 0)
 
 
@@ -156,30 +158,23 @@ def attend_behind_cache(q, k, v, hi) -> jax.Array:
     zeros. Two calls of cuDNN, of the older keys as they lie and of the run itself, joined by their
     logsumexp; for inference, it has no gradient.
     """
-    cudnn, (b, t, _, h), slots = _cudnn(), q.shape, k.shape[2]
+    b, t = q.shape[:2]
     k, v, real = k.astype(q.dtype), v.astype(q.dtype), hi > 0
     count = jnp.sum(real, axis=1, dtype=jnp.int32)
     first = jnp.argmax(real, axis=1).astype(jnp.int32)
     start = jnp.maximum(jnp.max(hi, axis=1) - count, 0).astype(jnp.int32)
-    call = functools.partial(cudnn.dot_product_attention, scale=h**-0.5, return_residual=True)
     none = jnp.full((b, 2), -1, jnp.int32)
     sizes = jnp.concatenate([count[:, None], none[:, :1]], axis=1)
-    window = jnp.minimum(start, slots - t)  # T keys that hold the run's
-
-    def own(x):
-        return jax.vmap(lambda x, at: jax.lax.dynamic_slice_in_dim(x, at, t, 1))(x, window)
-
-    q_starts, k_starts = (
-        jnp.concatenate([x[:, None], none], axis=1) for x in (first, start - window)
+    # T keys that hold the run's.
+    window = jnp.minimum(start, k.shape[2] - t)
+    cut = jax.vmap(lambda x, at: jax.lax.dynamic_slice_in_dim(x, at, t, 1))
+    new = (cut(x, window).swapaxes(1, 2) for x in (k, v))
+    starts = (jnp.concatenate([x[:, None], none], axis=1) for x in (first, start - window))
+    run, run_sum = _attend(q, *new, sizes, sizes, *starts, causal=True, return_residual=True)
+    lengths = jnp.full(b, t, jnp.int32), jnp.maximum(start, 1)
+    older, older_sum = _attend(
+        q.swapaxes(1, 2), k, v, *lengths, qkv_layout="BNTH", return_residual=True
     )
-    run, run_sum = call(
-        q, own(k).swapaxes(1, 2), own(v).swapaxes(1, 2), None, None, sizes, sizes, q_starts, k_starts,
-        mask_type=cudnn.MaskType.PADDING_CAUSAL,
-    )  # fmt: skip
-    older, older_sum = call(
-        q.swapaxes(1, 2), k, v, None, None, jnp.full(b, t, jnp.int32), jnp.maximum(start, 1),
-        mask_type=cudnn.MaskType.PADDING, qkv_layout="BNTH",
-    )  # fmt: skip
     older = older.swapaxes(1, 2)
     run_sum = _at_tokens(run_sum[:b], first)
     older_sum = jnp.where((start > 0)[:, None, None], older_sum.reshape(b, -1, t), -jnp.inf)
