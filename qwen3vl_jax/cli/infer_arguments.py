@@ -53,6 +53,7 @@ Group = Callable[..., Callable[..., None]]
 def _add_prompt_and_model(group: Group) -> None:
     title = "the prompt"
     many: dict[str, Any] = {"action": "append", "default": [], "metavar": "FILE|URL"}
+    file: dict[str, Any] = {"type": argument, "metavar": "FILE"}
     add = group(title, "ask", "embed", "rerank")
     add("--prompt", metavar="TEXT", help="the question (--chat asks for it)")
     add = group(title, "ask", "chat", "embed", "rerank")
@@ -60,20 +61,21 @@ def _add_prompt_and_model(group: Group) -> None:
     add("--video", **many, help="a video, likewise; may be repeated")
     group(title, "ask", "chat")("--system", metavar="TEXT", help="the system prompt")
     conversation = "a conversation in place of --prompt: [{role, content}, ..]"
-    group(title, "ask")("--messages", type=argument, metavar="FILE", help=conversation)
+    group(title, "ask")("--messages", **file, help=conversation)
     add = group("the model")
-    add("--ckpt", metavar="DIR|ID",
-        help="Orbax or Hugging Face directory, or a Hub id (default: the bundled demo)")  # fmt: skip
+    where = "Orbax or Hugging Face directory, or a Hub id (default: the bundled demo)"
+    add("--ckpt", metavar="DIR|ID", help=where)
     add("--revision", help="branch, tag or commit of a Hub id")
-    add("--dtype", choices=("float32", "bfloat16", "float16"),
-        help="dtype of the weights (default: the checkpoint's; float32 on a CPU)")  # fmt: skip
-    add("--weights", choices=("fp8", "int8"), help="hold weights in 8 bits: fp8 keeps those of an FP8 "
-        "checkpoint, int8 rounds those of any other (default: 16 or 32 bits, as --dtype)")  # fmt: skip
-    add("--mesh", metavar="AXIS=N[,AXIS=N]", help="shard the model over devices, as tp=2; axes: tp "
-        "(tensor), ep (expert), fsdp, dp (data), sp (sequence); N of -1 is all devices that are left "
-        "(default: one device, or all of this host if the model needs them)")  # fmt: skip
-    add("--chat-template", type=argument, metavar="FILE",
-        help="a Jinja chat template in place of the checkpoint's")  # fmt: skip
+    dtypes = ("float32", "bfloat16", "float16")
+    add("--dtype", choices=dtypes, help="of weights (default: the checkpoint's; float32 on a CPU)")
+    bits = (
+        "8-bit weights: fp8 keeps an FP8 checkpoint's, int8 rounds others (default: 16 or 32 bits)"
+    )
+    add("--weights", choices=("fp8", "int8"), help=bits)
+    axes = "shard the model, as tp=2; axes tp (tensor), ep (expert), fsdp, dp (data), sp (sequence)"
+    usual = "N of -1 is the rest (default: one device, or all of this host if the model needs them)"
+    add("--mesh", metavar="AXIS=N[,AXIS=N]", help=f"{axes}; {usual}")
+    add("--chat-template", **file, help="a Jinja chat template in place of the checkpoint's")
     add = group("the model (not with --plan)", *(m for m in ("ask", *MODES) if m != "plan"))
     add("--adapter", metavar="DIR|ID", help="a LoRA adapter (PEFT's files, or a Hub id)")
     add("--no-compile-cache", action="store_true", help=HELP)
@@ -94,40 +96,39 @@ def _add_answers_and_modes(group: Group) -> None:
     add("--output", **lines, help="where the answers to --input go")
     add("--embed", action="store_true", help="print the embedding of the prompt, a unit vector")
     add("--rerank", action="store_true", help="print how well each --document answers the prompt")
-    add("--document", action="append", default=[], metavar="TEXT|FILE",
-        help="with --rerank: text, or the file of an image or video; may be repeated")  # fmt: skip
+    document = "with --rerank: text, or the file of an image or video; may be repeated"
+    add("--document", action="append", default=[], metavar="TEXT|FILE", help=document)
     add = group("--embed and --rerank", "embed", "rerank")
     add("--instruction", metavar="TEXT", help="the task that the vector or score is for")
     add = group("--embed", "embed")
     add("--dims", type=int, metavar="N", help="length of the vector (Matryoshka)")
     add = group("--input", "input")
     add("--media-root", metavar="DIR", help="read local images and videos only below this folder")
-    add("--allow-hosts", metavar="HOST[,HOST]", help="the only hosts and gs://buckets to read images and "
-        "videos from; they may be private ones (default: any public host)")  # fmt: skip
+    hosts = "the only hosts and gs://buckets to read, private ones too (default: any public host)"
+    add("--allow-hosts", metavar="HOST[,HOST]", help=hosts)
     add = group("--input and --plan", "input", "plan")
     add("--rows", **_number(16), help="answers generated at a time (default: %(default)s)")
 
 
 def _add_generation_and_media(group: Group) -> None:
     modes = ("ask", "chat", "input", "plan")
+    number: dict[str, Any] = {"type": int, "metavar": "N"}
+    fraction: dict[str, Any] = {"type": float, "metavar": "X"}
     add = group("generation", *modes)
     add("--max-new-tokens", **_number(1024), help="most tokens of an answer (default: %(default)s)")
-    add("--max-len", type=int, metavar="N",
-        help="most tokens of prompt and answer (default: the model's; --plan: up to 32,768)")  # fmt: skip
+    most = "most tokens of prompt and answer (default: the model's; --plan: up to 32,768)"
+    add("--max-len", **number, help=most)
     add("--prefill-chunk", **_number(8192), help="prompt tokens of a prefill step (default: 8192)")
     end = "end the answer before this text; may be repeated"
     add("--stop", action="append", default=[], metavar="TEXT", help=end)
     add("--seed", **_number(0), help="seed of random choices (default: %(default)s)")
-    add("--presence-penalty", type=float, default=0.0, metavar="X",
-        help="make tokens already in the answer less likely (default: %(default)g, off)")  # fmt: skip
+    less = "make tokens already in the answer less likely (default: %(default)g, off)"
+    add("--presence-penalty", **fraction, default=0.0, help=less)
     add = group("sampling (default: what the checkpoint's generation_config.json says)", *modes)
-    number, fraction = {"type": int, "metavar": "N"}, {"type": float, "metavar": "X"}
     add("--temperature", **fraction, help="how random the choice of tokens is; 0: the likeliest")
     add("--top-k", **number, help="choose among the N likeliest tokens; 0 is off")
     add("--top-p", **fraction, help="choose among the likeliest of joint probability X; 1 is off")
-    add(
-        "--min-p", **fraction, help="drop tokens less than X times as likely as the first; 0 is off"
-    )
+    add("--min-p", **fraction, help="drop tokens less likely than X times the first; 0 is off")
     less = "over 1: make tokens of prompt and answer less likely; 1 is off"
     add("--repetition-penalty", **fraction, help=less)
     add("--min-new-tokens", **number, help="fewest tokens of an answer")
@@ -138,8 +139,8 @@ def _add_generation_and_media(group: Group) -> None:
     add("--num-frames", **number, help="frames of a video, in place of --fps")
     add("--max-frames", **number, help="most frames of a video (default: 768)")
     add("--video-max-pixels", **number, help="shrink videos of more pixels, all frames together")
-    add("--allow-special", action="store_true", help="encode special tokens written in the text, as "
-        "<|im_end|>, as special tokens (default: as plain characters)")  # fmt: skip
+    special = "take <|im_end|> and the like in a text as special tokens (default: as characters)"
+    add("--allow-special", action="store_true", help=special)
 
 
 def _number(default: int) -> dict[str, Any]:

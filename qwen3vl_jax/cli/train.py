@@ -27,19 +27,19 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser("train.py", USAGE, __doc__, formatter_class=raw)
     add = parser.add_argument
-    add("--config", type=argument, required=True, metavar="NAME|FILE",
-        help="the recipe: a TOML file, or the bare name of one in configs/, as sft_2b")  # fmt: skip
-    add("--out", type=argument, metavar="RUN_DIR",
-        help="a new directory, or a run to resume; not needed with --dry-run or --plan")  # fmt: skip
-    add("--dry-run", action="store_true",
-        help="print parameters, memory, steps and one sample with its mask; train nothing")  # fmt: skip
+    of_recipe = "the recipe: a TOML file, or the bare name of one in configs/, as sft_2b"
+    add("--config", type=argument, required=True, metavar="NAME|FILE", help=of_recipe)
+    of_run = "a new directory, or a run to resume; not needed with --dry-run or --plan"
+    add("--out", type=argument, metavar="RUN_DIR", help=of_run)
+    checked = "print parameters, memory, steps and one sample with its mask; train nothing"
+    add("--dry-run", action="store_true", help=checked)
     add("--no-compile-cache", action="store_true", help=HELP)
-    add("changes", nargs="*", metavar="key=value",
-        help="change keys of the recipe, as steps=200 data.sources.0.path=chats.jsonl")  # fmt: skip
+    keys = "change keys of the recipe, as steps=200 data.sources.0.path=chats.jsonl"
+    add("changes", nargs="*", metavar="key=value", help=keys)
     distributed.add_arguments(parser)
     add = machines.add_plan_arguments(parser).add_argument
-    add("--tries", type=int, default=4, metavar="N", help="with --plan: compiles spent on the largest "
-        "batch that fits, or on --search (default: %(default)s)")  # fmt: skip
+    tries = "with --plan: compiles for the largest batch, or --search (default: %(default)s)"
+    add("--tries", type=int, default=4, metavar="N", help=tries)
     add("--search", action="store_true", help="with --plan: try meshes and remat policies")
     args = parser.parse_intermixed_args(argv)
     if args.dry_run and args.plan:

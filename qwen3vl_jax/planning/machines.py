@@ -104,11 +104,11 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGro
     """Adds the options of the planner that train.py and infer.py share; gives their group."""
     group = parser.add_argument_group("planning")
     add = group.add_argument
-    add("--plan", metavar="MACHINE", help="compile for a machine that is not here, as v5p:4x8x8 or "
-        "h100:8, and print whether it fits and how fast it could be; exit code 1 where it does not fit; "
-        "needs pip install -e '.[tpu]', or '.[cuda]' for GPUs")  # fmt: skip
-    add("--slices", type=int, default=1, metavar="N", help="with --plan: number of such TPU slices, "
-        "joined by the network (default: %(default)s)")  # fmt: skip
+    what = "compile for a machine that is not here, as v5p:4x8x8 or h100:8, for its memory and time"
+    needs = "exit code 1 if it does not fit; needs pip install -e '.[tpu]', or '.[cuda]' for GPUs"
+    add("--plan", metavar="MACHINE", help=f"{what}; {needs}")
+    slices = "with --plan: number of such TPU slices (default: %(default)s)"
+    add("--slices", type=int, default=1, metavar="N", help=slices)
     add("--save", type=argument, metavar="FILE", help="with --plan: write the compiled program")
     return group
 
