@@ -54,7 +54,7 @@ _HOME = {
     "processing.batch": ("make_batch", "make_vision"),
     "processing.positions": ("rope_index",),
     "processing.processor": ("Processor",),
-}  # fmt: skip
+}
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 __all__ = ["__version__", *_MODULE]
 

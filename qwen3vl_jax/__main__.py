@@ -12,8 +12,7 @@ import sys
 
 from qwen3vl_jax.runtime.console import one_line_errors
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "safetensors", "tokenizers",
-            "numpy", "pillow", "tokamax")  # fmt: skip
+PACKAGES = "jax jaxlib flax optax orbax-checkpoint safetensors tokenizers numpy pillow tokamax"
 OPTIONAL = {"tokamax": "not installed (optional: pip install 'qwen3vl-jax[moe]')"}
 
 
@@ -22,7 +21,7 @@ def versions() -> list[tuple[str, str]]:
     from qwen3vl_jax.version import __version__
 
     rows = [("qwen3vl_jax", __version__), ("python", platform.python_version())]
-    for name in PACKAGES:
+    for name in PACKAGES.split():
         try:
             rows.append((name, importlib.metadata.version(name)))
         except importlib.metadata.PackageNotFoundError:

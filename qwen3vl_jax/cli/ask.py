@@ -151,9 +151,9 @@ def answer(
     status.show("compiling")
     length = len(prompt.encoded.ids)
     room = min(args.max_new_tokens, prompt.limit - length)
-    chunks = q3.stream(params, cfg, batch, max_new_tokens=room, sampling=sampling, seed=args.seed,
-                       stop_ids=processor.stop_ids, max_len=prompt.limit, copies=args.answers,
-                       prefill_chunk=args.prefill_chunk)  # fmt: skip
+    limits = {"max_new_tokens": room, "max_len": prompt.limit, "prefill_chunk": args.prefill_chunk}
+    rows = {"seed": args.seed, "copies": args.answers, "stop_ids": processor.stop_ids}
+    chunks = q3.stream(params, cfg, batch, sampling=sampling, **limits, **rows)
     texts, count, prefill = Texts(args, processor), 0, 0.0
     held = memory_of_batch(params, cfg, batch)
     try:

@@ -158,10 +158,8 @@ class _Work:
         self.missing, self.shown, self.there = missing, shown, len(journal.done)
         self.total, self.start = self.there + len(missing), 0.0
         self.passes: list[engine.Stats] = []
-        self.bar = Progress(
-            MofNCompleteColumn(), BarColumn(), "{task.description}", TimeRemainingColumn(),
-            console=Console(stderr=True), disable=not shown,
-        )  # fmt: skip
+        columns = MofNCompleteColumn(), BarColumn(), "{task.description}", TimeRemainingColumn()
+        self.bar = Progress(*columns, console=Console(stderr=True), disable=not shown)
         self.task = self.bar.add_task("preparing", total=self.total, completed=self.there)
 
     def run(self, load: Load) -> None:
@@ -203,12 +201,10 @@ class _Work:
                     yield request
 
         self.passes.append(engine.Stats())
-        answers = engine.generate_many(
-            params, self.proc.config, requests(), stop_ids=self.proc.stop_ids,
-            decode=self.proc.decode, rows=rows, prefill_chunk=self.settings.prefill_chunk,
-            stats=self.passes[-1],
-        )  # fmt: skip
-        for answer in answers:
+        sizes = {"rows": rows, "prefill_chunk": self.settings.prefill_chunk}
+        ends = {"stop_ids": self.proc.stop_ids, "decode": self.proc.decode}
+        generate = functools.partial(engine.generate_many, **sizes, **ends, stats=self.passes[-1])
+        for answer in generate(params, self.proc.config, requests()):
             prepared = running.pop(answer.key)
             self._add(prepared.line, prepared.result(self.proc, answer))
         return sorted(later, key=lambda line: line.number)

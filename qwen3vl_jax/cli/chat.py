@@ -37,11 +37,10 @@ def run(args: argparse.Namespace, scope: contextlib.ExitStack, status: Status) -
     media += [{"type": "video", "video": source} for source in args.video]
     media = [load_media(processor, item, inputs) for item in media]
     params, _ = common.load_checkpoint(args, directory, scope, status, common.demo_notice(args))
-    converse(
-        params, processor, args.system, media, max_new_tokens=args.max_new_tokens, sampling=sampling,
-        seed=args.seed, max_len=common.max_length(args, processor), prefill_chunk=args.prefill_chunk,
-        stop=args.stop, inputs=inputs,
-    )  # fmt: skip
+    names = ("max_new_tokens", "prefill_chunk", "seed", "stop")
+    options = {name: getattr(args, name) for name in names}
+    options |= {"max_len": common.max_length(args, processor), "sampling": sampling}
+    converse(params, processor, args.system, media, inputs=inputs, **options)
 
 
 def load_media(proc: Processor, item: Item, inputs: Mapping[str, Any] | None) -> Item:

@@ -70,10 +70,8 @@ def take_turn(
     batch, cache = continue_from(proc.config, prompt, state)
     before = None if cache is None else ids[None, : int(cache.length[0])]
     text, pieces, answer = TextStream(proc.tokenizer, stop), [], []
-    chunks = stream(
-        params, proc.config, batch, cache=cache, before=before, max_new_tokens=room,
-        stop_ids=proc.stop_ids, **options,
-    )  # fmt: skip
+    options |= {"cache": cache, "before": before, "stop_ids": proc.stop_ids}
+    chunks = stream(params, proc.config, batch, max_new_tokens=room, **options)
     enough: Any = None
     while True:
         try:

@@ -293,10 +293,9 @@ class _Engine:
         ids = np.full((self.group, width), self.cfg.text.vocab_size, np.int32)
         for row, (_, prompt) in zip(ids, new):
             row[: len(prompt.ids)] = prompt.ids
-        self.decoder.state, tokens, logprobs = _insert(
-            self.decoder.state, *filled, ids, rows, source, options,
-            self.cfg.text.vocab_size,
-        )  # fmt: skip
+        state, none = self.decoder.state, self.cfg.text.vocab_size
+        made = _insert(state, *filled, ids, rows, source, options, none)
+        self.decoder.state, tokens, logprobs = made
         kept = jax.tree.leaves(self.decoder.options.sampling)
         for old, x in zip(kept, jax.tree.leaves(options.sampling), strict=True):
             old[rows[: len(new)]] = x[: len(new)]

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Generator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -131,11 +132,10 @@ def generate(
     """
     if (strings := stop_list(stop_strings)) and decode is None:
         raise InputError("stop_strings need decode=, the function from tokens to text")
-    chunks = stream(
-        params, cfg, batch, max_new_tokens=max_new_tokens, sampling=sampling, stop_ids=stop_ids,
-        seed=seed, max_len=max_len, features=features, logits_fn=logits_fn, steps=steps,
-        prefill_chunk=prefill_chunk, copies=copies,
-    )  # fmt: skip
+    options: dict[str, Any] = {"sampling": sampling, "stop_ids": stop_ids, "seed": seed}
+    options |= {"max_len": max_len, "features": features, "logits_fn": logits_fn, "steps": steps}
+    options |= {"max_new_tokens": max_new_tokens, "prefill_chunk": prefill_chunk, "copies": copies}
+    chunks = stream(params, cfg, batch, **options)
     stops = check_stop_ids(cfg, stop_ids)
     answers = [RowAnswer(max_new_tokens, strings) for _ in range(len(batch.segment_ids) * copies)]
     try:

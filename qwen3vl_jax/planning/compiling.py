@@ -63,10 +63,9 @@ def compiled(program: Program, level: str = "") -> Compiled:
             cause = refusal(str(error))
     text = "".join(lines)
     sys.stderr.write(errors(text))
-    return Compiled(
-        executable, cause, resharded(text), time.perf_counter() - begin,
-        time.process_time() - cpu, memory_gib(jax.devices("cpu")[0]) * 2**30, kernels,
-    )  # fmt: skip
+    seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - cpu
+    rss = memory_gib(jax.devices("cpu")[0]) * 2**30
+    return Compiled(executable, cause, resharded(text), seconds, cpu_seconds, rss, kernels)
 
 
 def refusal(message: str) -> str:

@@ -148,10 +148,8 @@ def packed_batch(recipe: Recipe, cfg: Config, groups: int) -> PackedBatch:
         vision_rows = of(ints, *rows)
         if recipe.step.vision_labels:
             named = of(ints, math.prod(seen) // c.merge_unit)
-    batch = Batch(
-        of(ints, *rows), of(ints, 3, *rows), of(ints, *rows), vision_rows, of(ints, pack.rows),
-        vision, of(ints, *rows), groups=groups,
-    )  # fmt: skip
+    ids, positions, delta = of(ints, *rows), of(ints, 3, *rows), of(ints, pack.rows)
+    batch = Batch(ids, positions, ids, vision_rows, delta, vision, ids, groups=groups)
     return PackedBatch(batch, of(floats, *rows), named)
 
 

@@ -24,10 +24,10 @@ _SLICE = 100_000
 _NAMED_GROUPS = re.compile(
     r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^)]*\)?)\))? \{([^}]*)\}"
 )
-_FREE = frozenset((
-    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota",
-    "partition-id", "replica-id", "opt-barrier", "while", "conditional", "call", "add-dependency",
-))  # fmt: skip
+_FREE = """
+    parameter constant tuple get-tuple-element bitcast after-all iota partition-id replica-id
+    opt-barrier while conditional call add-dependency
+""".split()
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # in place; which operand is written
 _CLEAR = ("bitcast", "convert", "copy", "reshape", "transpose")  # the same values, looked through
 
