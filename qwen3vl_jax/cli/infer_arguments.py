@@ -60,11 +60,9 @@ def _add_prompt_and_model(group: Group) -> None:
     add("--image", **many, help="an image: a file, gs:// or http(s) address; may be repeated")
     add("--video", **many, help="a video, likewise; may be repeated")
     group(title, "ask", "chat")("--system", metavar="TEXT", help="the system prompt")
-    conversation = "a conversation in place of --prompt: [{role, content}, ..]"
-    group(title, "ask")("--messages", **file, help=conversation)
+    group(title, "ask")("--messages", **file, help="[{role, content}, ..] in place of --prompt")
     add = group("the model")
-    where = "Orbax or Hugging Face directory, or a Hub id (default: the bundled demo)"
-    add("--ckpt", metavar="DIR|ID", help=where)
+    add("--ckpt", metavar="DIR|ID", help="a checkpoint or a Hub id (default: the bundled demo)")
     add("--revision", help="branch, tag or commit of a Hub id")
     dtypes = ("float32", "bfloat16", "float16")
     add("--dtype", choices=dtypes, help="of weights (default: the checkpoint's; float32 on a CPU)")
@@ -87,8 +85,7 @@ def _add_answers_and_modes(group: Group) -> None:
     add("--draw", type=argument, metavar="OUT.png", help="draw the answer's boxes and points")
     add("--answers", **_number(1), help="number of answers, from one prefill (default: 1)")
     add = group("other modes")
-    with_media = "chat in the terminal; --image and --video go with the first question"
-    add("--chat", action="store_true", help=with_media)
+    add("--chat", action="store_true", help="a chat; --image, --video go with its first question")
     lines: dict[str, Any] = {"type": argument, "metavar": "FILE.jsonl"}
     add("--input", **lines, help="answer many prompts, a conversation a line; needs --output")
     add("--output", **lines, help="where the answers to --input go")
@@ -127,8 +124,7 @@ def _add_generation_and_media(group: Group) -> None:
     add("--top-k", **number, help="choose among the N likeliest tokens; 0 is off")
     add("--top-p", **fraction, help="choose among the likeliest of joint probability X; 1 is off")
     add("--min-p", **fraction, help="drop tokens less likely than X times the first; 0 is off")
-    less = "over 1: make tokens of prompt and answer less likely; 1 is off"
-    add("--repetition-penalty", **fraction, help=less)
+    add("--repetition-penalty", **fraction, help="above 1, tokens repeat less; 1 is off")
     add("--min-new-tokens", **number, help="fewest tokens of an answer")
     add = group("images, videos and text")
     add("--min-pixels", **number, help="enlarge smaller images to this area")

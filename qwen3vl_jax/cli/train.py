@@ -29,10 +29,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     of_recipe = "the recipe: a TOML file, or the bare name of one in configs/, as sft_2b"
     add("--config", type=argument, required=True, metavar="NAME|FILE", help=of_recipe)
-    of_run = "a new directory, or a run to resume; not needed with --dry-run or --plan"
-    add("--out", type=argument, metavar="RUN_DIR", help=of_run)
-    checked = "print parameters, memory, steps and one sample with its mask; train nothing"
-    add("--dry-run", action="store_true", help=checked)
+    add("--out", type=argument, metavar="RUN_DIR", help="a new directory, or a run to resume")
+    add("--dry-run", action="store_true", help="print memory, steps and a sample; train nothing")
     add("--no-compile-cache", action="store_true", help=HELP)
     keys = "change keys of the recipe, as steps=200 data.sources.0.path=chats.jsonl"
     add("changes", nargs="*", metavar="key=value", help=keys)

@@ -32,16 +32,12 @@ from qwen3vl_jax.training.mesh_preset import asks_for_mesh, mesh_flags, preset
 from qwen3vl_jax.training.recipe import Recipe, check_vision_length
 
 
-def plan_training(
-    recipe: Recipe, machine: Machine, save: Path | None = None, tries: int = 4,
-    console: Console | None = None,
-) -> Plan:  # fmt: skip
+def plan_training(recipe: Recipe, machine: Machine, save: Path | None, tries: int) -> Plan:
     """Prints the plan of a run. tries: compiles spent on the largest batch, 0 leaves it out.
 
     Raises InputError for what cannot be compiled; a program without room is a verdict.
     """
-    console = console or _console()
-    cfg = config_of(recipe.ckpt)
+    console, cfg = _console(), config_of(recipe.ckpt)
     devices = devices_of(machine)
     if not asks_for_mesh(recipe):
         mesh = preset(cfg, recipe.pack, len(devices), slice_count(devices))
@@ -90,9 +86,13 @@ def search_training(
 
 
 def plan_serving(
-    ckpt: str, machine: Machine, sizes: Mapping[str, int] | None, asked: Serving,
-    save: Path | None = None, console: Console | None = None,
-) -> tuple[Plan, Plan]:  # fmt: skip
+    ckpt: str,
+    machine: Machine,
+    sizes: Mapping[str, int] | None,
+    asked: Serving,
+    save: Path | None = None,
+    console: Console | None = None,
+) -> tuple[Plan, Plan]:
     """Prints the plans of a decode step and of a prefill; save: where the decode step goes.
 
     sizes: None is what infer.py takes without --mesh: one device where the weights have room there, else

@@ -151,9 +151,13 @@ def make_inference(step: Step, merge) -> Callable[..., Params]:
 
 
 def answer(
-    params: Params, proc: Processor, data: Data, records: Sequence[tuple[str, Any]],
-    max_new_tokens: int, check: Callable[[], None],
-) -> tuple[list[Answered], list[tuple[str, str]]]:  # fmt: skip
+    params: Params,
+    proc: Processor,
+    data: Data,
+    records: Sequence[tuple[str, Any]],
+    max_new_tokens: int,
+    check: Callable[[], None],
+) -> tuple[list[Answered], list[tuple[str, str]]]:
     """(greedy answers, refused records) for the last assistant turn of each (name, chat record).
 
     Records without an assistant turn after another turn are skipped; those that cannot be read are

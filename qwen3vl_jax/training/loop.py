@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from qwen3vl_jax.checkpoint.digests import DamagedError
+from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.runtime import distributed
@@ -78,13 +79,13 @@ def train_from(
     advice = "pack.rows, " * (not first) + "step.remat=full or step.loss_chunk"
     with memory_advice(sizes, advice), ExitStack() as closing:
         # Data. The evaluation sources are read once to check them.
-        open_loader = functools.partial(make_loader, recipe, processor, groups, mesh)
+        open_loader = loader_of(recipe, processor, groups, mesh)
         left_out = evaluate.check_held_out(recipe, open_loader) if recipe.evaluate.every else []
         loader = open_loader(recipe.data, recipe.seed)
         if first:
             loader.set_state(meta["data"])
         # State and step: the weights, the optimizer, and the jitted function that updates them.
-        state, frozen, merge, step = start_state(recipe, processor, new_ids, mesh, out, first)
+        state, frozen, merge, step = start_state(recipe, cfg, new_ids, mesh, out, first)
         evaluation = evaluate.Evaluation(recipe, processor, open_loader, merge)
         checkpoints = Checkpoints(out, recipe.checkpoints.keep, recipe.checkpoints.keep_best)
         speed = Speed(recipe, cfg, state.weights, 1 if mesh is None else mesh.size)
@@ -98,9 +99,9 @@ def train_from(
             for line in [*changed, *notes]:
                 logger.log(line)
             logger.refused(left_out)
-            run = Run(recipe, out, first, meta, loader, step, state, frozen, evaluation,
-                      checkpoints, logger, stop, speed)  # fmt: skip
-            del state  # the step donates its arrays
+            parts = loader, step, state, frozen, evaluation, checkpoints
+            run = Run(recipe, out, first, meta, *parts, logger, stop, speed)
+            del state, parts  # the step donates the state's arrays
             try:
                 run_steps(run)
             finally:
@@ -111,26 +112,26 @@ def train_from(
             logger.log(f"{out}: step {run.number} of {recipe.steps}, {done}")
 
 
-def make_loader(
-    recipe: Recipe, processor: Processor, groups: int, mesh: Mesh | None, data: Data, seed: int,
-    once: bool = False,
-) -> DataLoader | GlobalFeed:  # fmt: skip
-    """The batches of data's sources. On one device they are sent ahead of their step."""
-    if mesh is not None or groups > 1:
-        return GlobalFeed(data, recipe.pack, processor, seed, groups, mesh, once)
+def loader_of(
+    recipe: Recipe, processor: Processor, groups: int, mesh: Mesh | None
+) -> evaluate.OpenLoader:
+    """Opens the batches of sources. On one device they are sent ahead of their step."""
 
     def place(packed: PackedBatch) -> PackedBatch:
         return jax.device_put(jax.tree.map(lambda x: x[None], packed))
 
-    return DataLoader(data, recipe.pack, processor, seed, once=once, place=place)
+    def open_loader(data: Data, seed: int, once: bool = False) -> DataLoader | GlobalFeed:
+        if mesh is not None or groups > 1:
+            return GlobalFeed(data, recipe.pack, processor, seed, groups, mesh, once)
+        return DataLoader(data, recipe.pack, processor, seed, once=once, place=place)
+
+    return open_loader
 
 
 def start_state(
-    recipe: Recipe, processor: Processor, new_ids: list[int], mesh: Mesh | None, out: Path,
-    first: int,
-) -> tuple[TrainState, Any, Any, train_model.Step]:  # fmt: skip
+    recipe: Recipe, cfg: Config, new_ids: list[int], mesh: Mesh | None, out: Path, first: int
+) -> tuple[TrainState, Any, Any, train_model.Step]:
     """(state, frozen weights, merge, step): a new run's, or a saved step's if `first` is not 0."""
-    cfg = processor.config
     trainable = train_model.prepare(recipe, cfg, new_ids, mesh)
     frozen, merge = trainable.frozen, trainable.merge
     optimizer = train_model.build_optimizer(recipe, cfg, trainable.weights)

@@ -175,13 +175,15 @@ class Recipe:
 
 _TRAIN_EXTRA = ("grain", "tomli_w", "matplotlib", "tensorboardX")
 # Smallest values; 0 for other keys.
-_LEAST = {
-    "steps": 1, "save_every": 1, "pack.rows": 1, "pack.length": 8, "pack.vision_length": 4,
-    "step.accumulate": 1, "step.loss_chunk": 1, "checkpoints.keep": 1, "report.every": 1,
-    "mesh.data": 1, "mesh.tensor": 1, "mesh.expert": 1, "mesh.sequence": 1, "mesh.fsdp": -1,
-}  # fmt: skip
-_BELOW_ONE = ("data.bad_fraction", "lora.dropout", "optimizer.b1", "optimizer.b2",
-              "optimizer.ema", "step.attention_dropout")  # fmt: skip
+_ONES = """
+    steps save_every pack.rows step.accumulate step.loss_chunk checkpoints.keep report.every
+    mesh.data mesh.tensor mesh.expert mesh.sequence
+"""
+_LEAST = {"pack.length": 8, "pack.vision_length": 4, "mesh.fsdp": -1}
+_LEAST |= dict.fromkeys(_ONES.split(), 1)
+_BELOW_ONE = """
+    data.bad_fraction lora.dropout optimizer.b1 optimizer.b2 optimizer.ema step.attention_dropout
+""".split()
 
 
 def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:

@@ -36,11 +36,11 @@ COMMITTED = "commit_success.txt"
 MODEL = "model"
 
 # Keys of the recipe that a resumed run may change.
-FREE = (
-    "steps", "save_every", "report.", "evaluate.", "checkpoints.", "step.remat", "step.loss_chunk",
-    "mesh.", "data.bad_fraction", "data.workers", "optimizer.learning_rate", "optimizer.schedule",
-    "optimizer.warmup", "optimizer.final", "optimizer.weight_decay", "optimizer.clip",
-)  # fmt: skip
+FREE = """
+    steps save_every report. evaluate. checkpoints. step.remat step.loss_chunk mesh. data.bad_fraction
+    data.workers optimizer.learning_rate optimizer.schedule optimizer.warmup optimizer.final
+    optimizer.weight_decay optimizer.clip
+""".split()
 
 
 class DiffersError(ProblemsError):
@@ -185,7 +185,7 @@ def check_recipe(now: Mapping[str, Any], then: Mapping[str, Any], run_dir: str |
     """One text for each changed FREE key of two flat recipes. Raises DiffersError if others changed."""
     differ = _differences(now, then)
     # LoRA freezes everything else anyway.
-    free = (*FREE, "train.freeze") if now.get("lora.rank") else FREE
+    free = (*FREE, "train.freeze") if now.get("lora.rank") else tuple(FREE)
     if fixed := [text for name, text in differ.items() if not name.startswith(free)]:
         raise DiffersError(run_dir, "recipe", "set it back or choose another --out", fixed)
     return list(differ.values())

@@ -9,8 +9,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
+from optax import GradientTransformation
 
 from qwen3vl_jax.checkpoint.name_map import param_specs, tree_of
 from qwen3vl_jax.checkpoint.stacking import stack_layers
@@ -155,7 +155,7 @@ def _sparse(cfg: Config) -> bool:
     return bool(cfg.text.num_experts)
 
 
-def build_optimizer(recipe: Recipe, cfg: Config, weights: Flat) -> optax.GradientTransformation:
+def build_optimizer(recipe: Recipe, cfg: Config, weights: Flat) -> GradientTransformation:
     """The optimizer of the trained weights. Raises InputError for train.rates of frozen ones."""
     every, why = list(shapes(cfg)), "train.freeze holds it"
     if recipe.lora.rank:
@@ -165,27 +165,23 @@ def build_optimizer(recipe: Recipe, cfg: Config, weights: Flat) -> optax.Gradien
     return make_optimizer(recipe.optimizer, recipe.steps, factors)
 
 
-def initial_state(
-    recipe: Recipe, optimizer: optax.GradientTransformation, weights: Flat
-) -> TrainState:
+def initial_state(recipe: Recipe, optimizer: GradientTransformation, weights: Flat) -> TrainState:
     """The state before the first step. Works under jax.eval_shape."""
     key = jax.random.fold_in(jax.random.key(recipe.seed), 1)
     return init_state(key, weights, optimizer, recipe.step, recipe.optimizer.ema)
 
 
 def shape_of_state(
-    recipe: Recipe, cfg: Config, optimizer: optax.GradientTransformation, weights: Flat,
-    mesh: Mesh | None = None,
-) -> TrainState:  # fmt: skip
+    recipe: Recipe, cfg: Config, optimizer: GradientTransformation, weights: Flat, mesh: Mesh | None
+) -> TrainState:
     """`initial_state` as ShapeDtypeStructs, with shardings on a mesh."""
     state = jax.eval_shape(functools.partial(initial_state, recipe, optimizer), weights)
     return with_shardings(state, state_shardings(mesh, cfg, state)) if mesh else state
 
 
 def init_train_state(
-    recipe: Recipe, cfg: Config, optimizer: optax.GradientTransformation, weights: Flat,
-    mesh: Mesh | None = None,
-) -> TrainState:  # fmt: skip
+    recipe: Recipe, cfg: Config, optimizer: GradientTransformation, weights: Flat, mesh: Mesh | None
+) -> TrainState:
     """`initial_state` in its shardings. On a mesh the weights are donated."""
     if mesh is None:
         return initial_state(recipe, optimizer, weights)
@@ -196,9 +192,13 @@ def init_train_state(
 
 
 def make_step(
-    recipe: Recipe, cfg: Config, optimizer: optax.GradientTransformation, merge: MergeParams,
-    state: TrainState | None = None, keep_unused: bool = False,
-) -> Step:  # fmt: skip
+    recipe: Recipe,
+    cfg: Config,
+    optimizer: GradientTransformation,
+    merge: MergeParams,
+    state: TrainState | None = None,
+    keep_unused: bool = False,
+) -> Step:
     """The jitted step(state, frozen, packed) -> (state, metrics). The state is donated.
 
     state: arrays or shapes whose shardings the new state gets; None on one device. keep_unused: unread

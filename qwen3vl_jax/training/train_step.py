@@ -11,6 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from optax import GradientTransformation
 
 from qwen3vl_jax.config import IGNORE_INDEX, Config
 from qwen3vl_jax.model.attention import Dropout
@@ -54,7 +55,7 @@ class Sums(NamedTuple):
 
 
 def init_state(
-    key: jax.Array, weights: Flat, optimizer: optax.GradientTransformation, step: Step, ema: float
+    key: jax.Array, weights: Flat, optimizer: GradientTransformation, step: Step, ema: float
 ) -> TrainState:
     """The state before the first step. The optimizer's moments are fp32, also for bf16 weights."""
     compensated = step.weights == "bfloat16" and step.rounding == "compensated"
@@ -145,9 +146,16 @@ def total_loss(sums: Sums, totals: Totals, step: Step) -> jax.Array:
 
 
 def train_step(
-    state: TrainState, frozen: Mapping[str, Any], packed: PackedBatch, *, cfg: Config, step: Step,
-    optimizer: optax.GradientTransformation, merge: MergeParams, ema: float,
-) -> tuple[TrainState, dict[str, jax.Array]]:  # fmt: skip
+    state: TrainState,
+    frozen: Mapping[str, Any],
+    packed: PackedBatch,
+    *,
+    cfg: Config,
+    step: Step,
+    optimizer: GradientTransformation,
+    merge: MergeParams,
+    ema: float,
+) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update from micro batches [M ..]: (new state, metrics). Jit it and donate the state.
 
     merge(weights, frozen, key) gives the parameter tree with stacked layers.
@@ -189,9 +197,8 @@ def gradients(
 
 
 def updated(
-    state: TrainState, grads: Flat, optimizer: optax.GradientTransformation, ema: float,
-    key: jax.Array,
-) -> TrainState:  # fmt: skip
+    state: TrainState, grads: Flat, optimizer: GradientTransformation, ema: float, key: jax.Array
+) -> TrainState:
     """The state after one update with fp32 gradients. key: of stochastic rounding."""
     updates, moments = optimizer.update(grads, state.optimizer, state.weights)
     updates, low_bits = cast(Flat, updates), state.compensation or {}

@@ -16,8 +16,8 @@ from qwen3vl_jax.training.data.objects import with_objects
 from qwen3vl_jax.training.recipe import Source
 
 Record = dict[str, Any]
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
-          "system": "system", "tool": "tool", "observation": "tool"}  # fmt: skip
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+_ROLES |= {"system": "system", "tool": "tool", "observation": "tool"}
 _POOLS = {"image": ("image", "images"), "video": ("video", "videos")}
 _SOURCES = ("bytes", "path", "url", "base64")
 _VIDEOS = ("video", "video_url", "frames")
@@ -25,20 +25,19 @@ _PLACES = ("image", "image_url", *_VIDEOS, *_SOURCES)
 _MEDIA = ("image", "image_url", "input_image", "video", "video_url", "input_video")
 _SWITCHES = ("train", "loss", "weight")
 _MOST_WEIGHT = 1_000_000
-FIELDS = ("messages", "conversations", "system", "tools", "objects", *_POOLS["image"],
-          *_POOLS["video"])  # fmt: skip
+FIELDS = "messages conversations system tools objects image images video videos".split()
 # Keys that describe a record and are ignored. A source may name more in `ignore`.
-METADATA = ("id", "idx", "index", "uid", "uuid", "source", "dataset", "split", "task", "category",
-            "language", "metadata", "width", "height", "num_tokens")  # fmt: skip
+METADATA = """
+    id idx index uid uuid source dataset split task category language metadata width height num_tokens
+""".split()
 _MESSAGE = (*MESSAGE_KEYS, *_SWITCHES)
 _ITEM = ("type", "text", "index", *_PLACES, *image_patches.OVERRIDES, *video_patches.OVERRIDES)
 _TAG = re.compile(r"(?<!\\)(<image>|<video>|<audio>)")
 _LITERAL = re.compile(r"\\(<(?:image|video|audio)>)")
 _HOW = "a tag that is meant as text has a backslash in front of it, \\<{}>"
-_PREFERENCES: Mapping[str, str] = dict.fromkeys(
-    ("chosen", "rejected", "rejected_response", "rejected_messages", "rejected_images", "label",
-     "labels"), "answers are trained on, not preferences or classes",
-)  # fmt: skip
+_RANKED = "chosen rejected rejected_response rejected_messages rejected_images label labels"
+_NOT_LEARNED = "answers are trained on, not preferences or classes"
+_PREFERENCES: Mapping[str, str] = dict.fromkeys(_RANKED.split(), _NOT_LEARNED)
 
 
 def chat_form(record: Any, source: Source | None = None) -> Record:

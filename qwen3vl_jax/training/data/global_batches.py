@@ -29,9 +29,8 @@ class GlobalFeed:
     """
 
     def __init__(
-        self, data: Data, pack: Pack, proc: Processor, seed: int, groups: int, mesh: Any = None,
-        once: bool = False,
-    ):  # fmt: skip
+        self, data: Data, pack: Pack, proc: Processor, seed: int, groups: int, mesh=None, once=False
+    ):
         self.groups, self.mesh = groups, mesh
         self.pack = divided(pack, groups)
         mine = _mine(mesh, (1, pack.rows, pack.length), groups)

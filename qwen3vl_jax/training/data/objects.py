@@ -81,11 +81,8 @@ def _box_texts(
     if not isinstance(kind, str) or kind not in _TYPES:
         raise InputError(f"objects.bbox_type: got {kind!r}, expected {', '.join(_TYPES)}")
     ids += [0] * (len(given) - len(ids))
-    places = [
-        (message["content"], i)
-        for message in messages if isinstance(message.get("content"), list)
-        for i, item in enumerate(message["content"]) if _is_image(item)
-    ]  # fmt: skip
+    contents = [x for message in messages if isinstance(x := message.get("content"), list)]
+    places = [(items, i) for items in contents for i, item in enumerate(items) if _is_image(item)]
     sizes: dict[int, tuple[int, int]] = {}
     for number, at in enumerate(ids, 1):
         if type(at) is not int or not 0 <= at < len(places) or number > len(given):
@@ -101,9 +98,8 @@ def _box_texts(
 
 def _is_image(item: Any) -> bool:
     if isinstance(item, Mapping):
-        return item.get("type", "image" if "image" in item else "") in (
-            "image", "image_url", "input_image"
-        )  # fmt: skip
+        kind = item.get("type", "image" if "image" in item else "")
+        return kind in ("image", "image_url", "input_image")
     return not isinstance(item, str)
 
 

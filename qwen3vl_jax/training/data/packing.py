@@ -159,9 +159,13 @@ class BufferPool:
 
 
 def build(
-    cfg: Config, pack: Pack, chosen: Sequence[PackedSample], pixel_type: Any, with_labels: bool,
+    cfg: Config,
+    pack: Pack,
+    chosen: Sequence[PackedSample],
+    pixel_type: Any,
+    with_labels: bool,
     buffers: BufferPool | None = None,
-) -> PackedBatch:  # fmt: skip
+) -> PackedBatch:
     """The arrays of a batch. with_labels: with vision_labels. Raises InputError for another pixel_type."""
     chosen = sorted(chosen, key=lambda p: (p.row, p.start))
     samples, seen = [p.sample for p in chosen], [p for p in chosen if p.spots]

@@ -188,10 +188,9 @@ class ParquetTable(Records):
         if not {"messages", "conversations"} & set(columns):
             raise InputError(f"{path}: it has neither a column messages nor a column conversations")
         if (largest := max((g.total_byte_size for g in groups), default=0)) > _LARGE:
-            log.warning(
-                "%s: row groups of up to %d MiB, and shuffling reads a whole one for each record; "
-                "written with row_group_size=64 or so it is read faster", path, largest >> 20
-            )  # fmt: skip
+            slow = "%s: row groups of up to %d MiB, and shuffling reads a whole one for each "
+            slow += "record; written with row_group_size=64 or so it is read faster"
+            log.warning(slow, path, largest >> 20)
         ends = np.cumsum([g.num_rows for g in groups], dtype=np.int64)
         return cls(path, source, meta.num_rows, columns, ends)
 

@@ -71,9 +71,13 @@ def forward_flops(cfg: Config, work: Counts) -> dict[str, float]:
 
 
 def step_flops(
-    cfg: Config, work: Counts, *, trained: Collection[str] = tuple(_PLACE),
-    adapters: Mapping[str, int] | None = None, remat: str = "",
-) -> float:  # fmt: skip
+    cfg: Config,
+    work: Counts,
+    *,
+    trained: Collection[str] = tuple(_PLACE),
+    adapters: Mapping[str, int] | None = None,
+    remat: str = "",
+) -> float:
     """FLOPs of forward and backward: gradients of activations where they are needed, and of weights
     in the trained groups alone.
 

@@ -69,7 +69,7 @@ def held(recipe: Recipe, cfg: Config) -> Held:
 
     weights, frozen = jax.eval_shape(split, _params(recipe, cfg))
     optimizer = train_model.build_optimizer(recipe, cfg, weights)
-    state = train_model.shape_of_state(recipe, cfg, optimizer, weights)
+    state = train_model.shape_of_state(recipe, cfg, optimizer, weights, None)
     return Held(weights, frozen, state, merges[0])
 
 

@@ -176,10 +176,8 @@ def _wandb(out: Path, folder: Path, recipe: Recipe) -> Any:
 
     path = absolute(out)
     unique = f"{path.name}-{zlib.crc32(str(path).encode()):08x}"  # the same when the run resumes
-    return wandb.init(
-        project=recipe.report.wandb, name=path.name, id=unique, resume="allow", dir=str(folder),
-        config=dataclasses.asdict(recipe),
-    )  # fmt: skip
+    place = {"project": recipe.report.wandb, "dir": str(folder), "name": path.name}
+    return wandb.init(**place, id=unique, resume="allow", config=dataclasses.asdict(recipe))
 
 
 def _read_refused(path: Path) -> dict[str, str]:
