@@ -30,10 +30,13 @@ def config(layers: int, hidden: int) -> dict:
 
     raw = json.loads((CHECKPOINT / "config.json").read_text())
     raw["text_config"] |= {
-        "hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": 3 * hidden,
-        "num_attention_heads": hidden // 64, "num_key_value_heads": max(1, hidden // 256),
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "intermediate_size": 3 * hidden,
+        "num_attention_heads": hidden // 64,
+        "num_key_value_heads": max(1, hidden // 256),
         "head_dim": 64,
-    }  # fmt: skip
+    }
     raw["text_config"]["rope_scaling"]["mrope_section"] = [12, 10, 10]
     raw["text_config"]["dtype"] = "float32"  # transformers would make a bfloat16 model of it
     raw["vision_config"]["out_hidden_size"] = hidden
@@ -141,9 +144,10 @@ def main() -> int:
             model, arrays, counts, PEER_ROWS, proc.tokenizer.pad_id
         ),
     }
-    table = Table("", "tokens/s", "seconds", "first run", "answers of one at a time", title=(
-        f"{len(arrays)} prompts, {sum(counts)} tokens, {args.layers} x {args.hidden}, float32, "
-        f"{jax.devices()[0].device_kind}"))  # fmt: skip
+    title = f"{len(arrays)} prompts, {sum(counts)} tokens, {args.layers} x {args.hidden}, float32, "
+    title += jax.devices()[0].device_kind
+    names = ("", "tokens/s", "seconds", "first run", "answers of one at a time")
+    table = Table(*names, title=title)
     reference, rates, differ = None, {}, 0
     for name, way in ways.items():
         found, seconds = timed_twice(way, lambda: stats.append(Stats()))
@@ -151,8 +155,8 @@ def main() -> int:
         same = sum(a == b for a, b in zip(found, reference, strict=True))
         differ += len(found) - same
         rates[name] = sum(counts) / seconds[1]
-        table.add_row(name, f"{rates[name]:.0f}", f"{seconds[1]:.1f}", f"{seconds[0]:.1f} s",
-                      f"{same} of {len(found)}")  # fmt: skip
+        times = f"{rates[name]:.0f}", f"{seconds[1]:.1f}", f"{seconds[0]:.1f} s"
+        table.add_row(name, *times, f"{same} of {len(found)}")
         if name.startswith("engine"):
             busy = stats[-1].busy
     Console(width=100).print(table)

@@ -54,8 +54,8 @@ class Ended:
 
 def start(case: Case, inputs: Path, disk: Path) -> subprocess.Popen[str]:
     """The command as a child of this process."""
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(inputs / "cache"),
-           "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # fmt: skip
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    env["JAX_COMPILATION_CACHE_DIR"] = str(inputs / "cache")
     command = [sys.executable, *case.command(inputs, disk)]
     return subprocess.Popen(
         command, cwd=ROOT, env=env, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
@@ -107,22 +107,29 @@ def _answered(disk: Path) -> int:
 def _prompts(inputs: Path) -> None:
     """60 prompts; by their long names OUT takes some 15 pages, and OUT.partial as many."""
     lines = (
-        {"id": f"q{i}" + 800 * ".", "messages": [{"role": "user", "content": f"Hi {i}"}],
-         "temperature": float(i % 2), "max_new_tokens": 20 + i % 7}
+        {
+            "id": f"q{i}" + 800 * ".",
+            "messages": [{"role": "user", "content": f"Hi {i}"}],
+            "temperature": float(i % 2),
+            "max_new_tokens": 20 + i % 7,
+        }
         for i in range(60)
-    )  # fmt: skip
+    )
     (inputs / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _answer(inputs: Path, disk: Path) -> list[str]:
+    files = ["--input", str(inputs / "in.jsonl"), "--output", str(disk / "out.jsonl")]
+    return ["infer.py", *files, "--dtype", "float32", "--rows", "4"]
 
 
 BATCH = Case(
     _prompts,
-    lambda inputs, disk: [
-        "infer.py", "--input", str(inputs / "in.jsonl"), "--output", str(disk / "out.jsonl"),
-        "--dtype", "float32", "--rows", "4"],
+    _answer,
     lambda disk: {path.name: path.read_bytes() for path in disk.iterdir()},
     lambda disk: _answered(disk) > 0,
     _answered,
-)  # fmt: skip
+)
 
 
 def _converted(out: Path) -> Any:

@@ -28,15 +28,15 @@ from qwen3vl_jax.checkpoint.name_map import param_specs
 
 GIB, MB = 2**30, 10**6
 # Overrides of the 2B's text config, and top-level ones.
+_EXPERTS = {"num_experts": 32, "num_experts_per_tok": 4, "moe_intermediate_size": 768}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "2b": ({}, {}),
     "small": ({"vocab_size": 15_000, "num_hidden_layers": 34}, {}),
     "moe5": (
-        {"vocab_size": 32_000, "num_hidden_layers": 10, "num_experts": 32,
-         "num_experts_per_tok": 4, "moe_intermediate_size": 768},
+        {"vocab_size": 32_000, "num_hidden_layers": 10, **_EXPERTS},
         {"tie_word_embeddings": False, "model_type": "qwen3_vl_moe"},
     ),
-}  # fmt: skip
+}
 
 
 def write_random(directory: Path, case: str) -> tuple[int, int]:
@@ -126,10 +126,11 @@ def run(case: str, scratch: Path) -> bool:
     seconds = plain_copy(source, scratch / "copy")
     print(f"  plain copy      {total / MB / seconds:7,.0f} MB/s", flush=True)
     shutil.rmtree(scratch / "copy")
+    shards = ("--max-shard-size", "2GB")
     steps = {
         "to Orbax": ("-m", "convert", str(source), str(orbax)),
-        "to Hugging Face": ("-m", "convert", "--to-hf", str(orbax), str(back), "--max-shard-size", "2GB"),
-    }  # fmt: skip
+        "to Hugging Face": ("-m", "convert", "--to-hf", str(orbax), str(back), *shards),
+    }
     good = True
     for name, command in steps.items():
         seconds, peak = watched(*command)

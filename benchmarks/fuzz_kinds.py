@@ -32,14 +32,28 @@ from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.processing.tokenizer import Tokenizer
 
 JINJA = (
-    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "{{ 'a' * 10**9 }}",
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "{{ 'a' * 10**9 }}",
     "{% set ns = namespace(x='aa') %}{% for i in range(50) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
-    "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "{{ ''.__class__.__mro__ }}", "{{ messages.pop() }}",
-    "{{ raise_exception('no\nmore') }}", "{{ messages | tojson(indent=9) }}", "{% if", "}}", "{{ 1 // 0 }}",
-    "{{ messages[99].x.y }}", "{{ '%99999999d' % 1 }}", "{% generation %}", "{{ strftime_now('%\ud800') }}",
-    "{{ " + "(" * 300 + "1" + ")" * 300 + " }}", "{% include 'x' %}", "{{ self }}", "{{ 7 ** 99999999 }}",
-    "{% for m in messages recursive %}{{ loop(messages) }}{% endfor %}", "{{ lipsum(99) }}",
-)  # fmt: skip
+    "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "{{ ''.__class__.__mro__ }}",
+    "{{ messages.pop() }}",
+    "{{ raise_exception('no\nmore') }}",
+    "{{ messages | tojson(indent=9) }}",
+    "{% if",
+    "}}",
+    "{{ 1 // 0 }}",
+    "{{ messages[99].x.y }}",
+    "{{ '%99999999d' % 1 }}",
+    "{% generation %}",
+    "{{ strftime_now('%\ud800') }}",
+    "{{ " + "(" * 300 + "1" + ")" * 300 + " }}",
+    "{% include 'x' %}",
+    "{{ self }}",
+    "{{ 7 ** 99999999 }}",
+    "{% for m in messages recursive %}{{ loop(messages) }}{% endfor %}",
+    "{{ lipsum(99) }}",
+)
 
 
 def _use_config(folder: Path) -> None:
@@ -165,9 +179,8 @@ def _file(name: str) -> Any:
 
 
 def _make_config(rng: random.Random) -> Files:
-    names = ("config.json", "config.json", "generation_config.json", "preprocessor_config.json",
-             "video_preprocessor_config.json")  # fmt: skip
-    chosen = rng.choice(names)
+    names = ("", "", "generation_", "preprocessor_", "video_preprocessor_")
+    chosen = f"{rng.choice(names)}config.json"
     files = {name: (CHECKPOINT / name).read_bytes() for name in ("config.json",)}
     return files | {chosen: json_of(rng, _file(chosen))}
 

@@ -23,14 +23,18 @@ from qwen3vl_jax.processing.processor import Processor
 Files = dict[str, bytes]
 # Values that stand where others are expected.
 STRANGE: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 2, 3.5, 1e308, -1e308, 5e-324, 10**39, -(10**39), 2**31, 2**63, "", "x",
-    "a.png", "\u0000", "\ud83d\ude00", "<|im_end|>", "<image>", "<|image_pad|>", "7", "NaN", "z" * 5000,
-    [], [[]], {}, {"a": 1}, [1, 2], ["x"] * 40, {"type": "image"}, {"url": "file:///etc/passwd"},
-    {"type": "text", "text": 5}, [None], {"": None}, float("nan"), float("inf"),
-)  # fmt: skip
+    *(None, True, False),
+    *(0, 1, -1, 2, 3.5, 1e308, -1e308, 5e-324, 10**39, -(10**39), 2**31, 2**63),
+    *("", "x", "a.png", "\u0000", "\ud83d\ude00", "<|im_end|>", "<image>", "<|image_pad|>"),
+    *("7", "NaN", "z" * 5000),
+    *([], [[]], {}, {"a": 1}, [1, 2], ["x"] * 40, {"type": "image"}),
+    *({"url": "file:///etc/passwd"}, {"type": "text", "text": 5}, [None], {"": None}),
+    *(float("nan"), float("inf")),
+)
 TEXTS = (
-    b"NaN", b"[" * 120, b"1" * 400, b"\xff\xfe", b'"\\ud83d"', b"\x00", b'{"a":1,"a":2}', b"}{", b"1e999",
-)  # fmt: skip
+    *(b"NaN", b"[" * 120, b"1" * 400, b"\xff\xfe", b'"\\ud83d"', b"\x00"),
+    *(b'{"a":1,"a":2}', b"}{", b"1e999"),
+)
 
 
 class Kind(NamedTuple):
@@ -87,8 +91,8 @@ def changed(rng: random.Random, value: Any) -> Any:
             part[rng.choice(("x", "type", "image", "path", "text", "role", "url"))] = part.pop(key)
         elif change == 2:
             other, name = rng.choice(places)
-            part[key] = json.loads(json.dumps(other.get(name) if isinstance(other, dict) else other[0]))\
-                if other else None  # fmt: skip
+            taken = other.get(name) if isinstance(other, dict) else other[0] if other else None
+            part[key] = json.loads(json.dumps(taken))
         elif change == 3 and isinstance(part, list):
             part += [copy.deepcopy(part[key]) for _ in range(rng.choice((1, 2, 50)))]
         else:
@@ -139,8 +143,8 @@ def videos() -> list[bytes]:
     """A second of film in many containers."""
     found = []
     frames = (np.mgrid[:12, :64, :64, :3][0] * 20).astype(np.uint8)
-    for format, codec in (("mp4", "libx264"), ("matroska", "libx264"), ("mpegts", "mpeg2video"),
-                          ("avi", "mpeg4"), ("webm", "libvpx"), ("mov", "mjpeg")):  # fmt: skip
+    codecs = {"mp4": "libx264", "matroska": "libx264", "mpegts": "mpeg2video", "avi": "mpeg4"}
+    for format, codec in {**codecs, "webm": "libvpx", "mov": "mjpeg"}.items():
         file = io.BytesIO()
         try:
             with av.open(file, "w", format=format) as container:
@@ -176,11 +180,9 @@ def conversation() -> dict[str, Any]:
     return {"messages": messages, "tools": [{"type": "function", "function": tool}]}
 
 
-LINE = {
-    "id": "a", "max_new_tokens": 5, "temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.1, "seed": 3,
-    "stop": ["x", "yz"], "logprobs": True, "repetition_penalty": 1.1, "presence_penalty": 0.5,
-    "min_new_tokens": 1,
-}  # fmt: skip
+LINE: dict[str, Any] = {"id": "a", "max_new_tokens": 5, "temperature": 0.7, "top_k": 5}
+LINE |= {"top_p": 0.9, "min_p": 0.1, "seed": 3, "stop": ["x", "yz"], "logprobs": True}
+LINE |= {"repetition_penalty": 1.1, "presence_penalty": 0.5, "min_new_tokens": 1}
 
 
 def records() -> list[Any]:
@@ -191,16 +193,16 @@ def records() -> list[Any]:
         {"role": "assistant", "content": "That.", "train": True},
     ]
     boxes = {"ref": ["cat"], "bbox": [[1, 2, 30, 40]]}
+    boxed = [{"role": "user", "content": "<image><ref-object><bbox>"}, chat[1]]
+    filmed = [{"role": "user", "content": "<video>What?"}, chat[1]]
     return [
         {"messages": chat, "images": ["a.png"], "system": "Be brief."},
         {"conversations": talk, "image": "a.png", "id": 3},
-        {"messages": [{"role": "user", "content": "<image><ref-object><bbox>"}, chat[1]],
-         "images": ["a.png"], "objects": boxes},
-        {"messages": [{"role": "user", "content": "<video>What?"}, chat[1]],
-         "videos": [["a.png", "a.png"]]},
+        {"messages": boxed, "images": ["a.png"], "objects": boxes},
+        {"messages": filmed, "videos": [["a.png", "a.png"]]},
         {**conversation(), "messages": [m for m in conversation()["messages"] if len(m) == 2]},
         [{"messages": chat, "images": ["a.png"]}, {"messages": chat[1:], "images": []}],
-    ]  # fmt: skip
+    ]
 
 
 # ---- using them ----

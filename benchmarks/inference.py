@@ -79,8 +79,9 @@ def compare(size: str, works: list[Work], with_peer: bool) -> tuple[Table, dict[
     head = f"{size}, {ours[0]['device']}, {ours[0]['versions']}"
     head += f"; {peer[0]['versions']}" if peer else ""
     table = Table(title=head, title_justify="left")
-    for name in ("work", "ours, ms", "lowest to highest", "floor", "of the floor", "transformers",
-                 "times", "first call, s", "peak, GiB"):  # fmt: skip
+    columns = ["work", "ours, ms", "lowest to highest", "floor", "of the floor", "transformers"]
+    columns += ["times", "first call, s", "peak, GiB"]
+    for name in columns:
         table.add_column(name, justify="left" if name == "work" else "right")
     cfg = config(size)
     for work in works:
@@ -130,8 +131,8 @@ def process_table(title: str, found: dict[str, dict[str, Any]]) -> Table:
 
 def main() -> int:
     """The command; the exit code is 1 if a work of ours failed."""
-    parser = argparse.ArgumentParser("python -m benchmarks.inference", description=__doc__,
-                                     formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
+    name, raw = "python -m benchmarks.inference", argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(name, description=__doc__, formatter_class=raw)
     parser.add_argument("sizes", nargs="*", metavar="SIZE", help=f"of {', '.join(WORKS)}")
     parser.add_argument("--only", default=",".join(KINDS), metavar="KINDS")
     parser.add_argument("--cpu", action="store_true", help="the works of a CPU")

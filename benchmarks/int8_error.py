@@ -71,8 +71,8 @@ def logit_error(cfg: Config, original: Read, changed: Read) -> LogitError:
         streams = [embedding_lookup(read(("embed",)), batch.tokens, jnp.float32) for read in reads]
         for i in range(cfg.text.num_hidden_layers):
             # The second waits for the first, or both would have their layer on the device.
-            streams = [run(read(("layers", i)), x).block_until_ready()
-                       for read, x in zip(reads, streams, strict=True)]  # fmt: skip
+            pairs = zip(reads, streams, strict=True)
+            streams = [run(read(("layers", i)), x).block_until_ready() for read, x in pairs]
         want, got = (_end(cfg, read, x[0]) for read, x in zip(reads, streams, strict=True))
     difference = np.abs(got - want)
     rms = np.sqrt(np.mean(np.square(difference)) / np.mean(np.square(want)))

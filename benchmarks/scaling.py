@@ -115,10 +115,9 @@ def decode_table(done: list[Done], rate: float | None) -> tuple[Table, bool]:
         for rows in each.case.rows:
             ms, alone = each.told["ms"][str(rows)], first.told["ms"][str(rows)]
             least = rate and decode_floor(each.case, rows, rate)
-            out.add_row(
-                mesh_name(each.case), str(rows), f"{ms:.2f}", f"{rows / ms * 1000:,.0f}",
-                f"{alone / ms:.2f}", f"{least:.2f}" if least else "", told,
-            )  # fmt: skip
+            cells = f"{ms:.2f}", f"{rows / ms * 1000:,.0f}", f"{alone / ms:.2f}"
+            floor = f"{least:.2f}" if least else ""
+            out.add_row(mesh_name(each.case), str(rows), *cells, floor, told)
     return out, good
 
 
@@ -126,8 +125,9 @@ def train_table(done: list[Done], peak: float | None) -> tuple[Table, bool]:
     """Time, losses, memory, and the distance of gradients from float32."""
     first, good = done[0], True
     out = Table(title=f"training, {first.case.model}", title_justify="left")
-    for name in ("mesh", "rows", "ms a step", "tokens/s", "times one", "MFU", "peak, GiB",
-                 "planned", "last loss", "gradients from float32"):  # fmt: skip
+    columns = ["mesh", "rows", "ms a step", "tokens/s", "times one", "MFU", "peak, GiB", "planned"]
+    columns += ["last loss", "gradients from float32"]
+    for name in columns:
         out.add_column(name, justify="left" if name == "mesh" else "right")
     for each in done:
         t, alone = each.told, first.told
@@ -136,19 +136,18 @@ def train_table(done: list[Done], peak: float | None) -> tuple[Table, bool]:
         good &= near and abs(off) <= WITHIN
         rate = t["tokens"] / t["ms"] * 1000
         mfu = peak and t["flops"] / t["ms"] * 1000 / peak / each.case.devices
-        out.add_row(
-            mesh_name(each.case), str(each.case.rows[0]), f"{t['ms']:.0f}", f"{rate:,.0f}",
-            f"{rate / (alone['tokens'] / alone['ms'] * 1000):.2f}", f"{mfu:.1%}" if mfu else "",
-            f"{t['peak'] / 2**30:.2f}", f"{t['planned'] / 2**30:.2f} ({off:+.1%})",
-            f"{t['losses'][-1]:.5f}", told,
-        )  # fmt: skip
+        times = f"{rate / (alone['tokens'] / alone['ms'] * 1000):.2f}"
+        speed = f"{t['ms']:.0f}", f"{rate:,.0f}", times, f"{mfu:.1%}" if mfu else ""
+        memory = f"{t['peak'] / 2**30:.2f}", f"{t['planned'] / 2**30:.2f} ({off:+.1%})"
+        name, loss = mesh_name(each.case), f"{t['losses'][-1]:.5f}"
+        out.add_row(name, str(each.case.rows[0]), *speed, *memory, loss, told)
     return out, good
 
 
 def main() -> int:
     """The command; the exit code is 1 if a bound is missed."""
-    parser = argparse.ArgumentParser("python -m benchmarks.scaling", description=__doc__,
-                                     formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
+    name, raw = "python -m benchmarks.scaling", argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(name, description=__doc__, formatter_class=raw)
     parser.add_argument("--only", choices=("decode", "moe", "train"))
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--case", help=argparse.SUPPRESS)

@@ -145,9 +145,9 @@ def decode_ms(case: Case, cfg: Config, mesh: Mesh, params: dict, rows: int) -> f
 
     shapes = empty_cache(cfg, mesh, Serving(rows, case.length, None))
     where = jax.tree.map(lambda x: x.sharding, shapes)
-    zeros = jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
-                    out_shardings=where)  # fmt: skip
-    cache, tokens, times = zeros(), jnp.arange(rows, dtype=jnp.int32), []
+    zeros = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    cache = jax.jit(zeros, out_shardings=where)()
+    tokens, times = jnp.arange(rows, dtype=jnp.int32), []
     filled = np.full(rows, shapes.slots - case.steps, np.int32)
     for _ in range(6):
         cache = cache.replace(length=jax.device_put(filled, where.length))
@@ -185,10 +185,9 @@ def answers(cfg: Config, params: dict, rows: int = 4, steps: int = 8) -> np.ndar
 def training(case: Case, mesh: Mesh) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """(time, losses and memory of steps, some of the gradients of the first batch)."""
     cfg, rows = config(case.model), case.rows[0]
-    changes = [
-        f"pack.rows={rows}", f"pack.vision_rows={rows}", f"pack.length={case.length}",
-        f"pack.vision_length={2 * case.length}", "init=normal", "steps=100", "optimizer.warmup=10",
-    ]  # fmt: skip
+    changes = [f"pack.rows={rows}", f"pack.length={case.length}", "init=normal", "steps=100"]
+    changes += [f"pack.vision_rows={rows}", f"pack.vision_length={2 * case.length}"]
+    changes.append("optimizer.warmup=10")
     recipe = read_recipe(RECIPE, changes)
     trainable = train_model.prepare(recipe, cfg, mesh=mesh)
     optimizer = train_model.build_optimizer(recipe, cfg, trainable.weights)
@@ -287,8 +286,7 @@ def sample(cfg: Config, rng: np.random.Generator, length: int) -> Sample:
     ids[9 : 9 + count] = cfg.image_token_id
     learned = np.arange(size) > size // 2
     pixels = rng.integers(0, 256, (h * w, math.prod(cfg.vision.patch_shape))).astype(np.uint8)
-    return Sample(
-        "random", ids, np.where(learned, ids, packing.IGNORE_INDEX), learned.astype(np.float32),
-        np.tile(np.arange(size, dtype=np.int32), (3, 1)),
-        (EncodedImage(pixels, (1, h, w), 9, 9 + count),),
-    )  # fmt: skip
+    labels, weights = np.where(learned, ids, packing.IGNORE_INDEX), learned.astype(np.float32)
+    positions = np.tile(np.arange(size, dtype=np.int32), (3, 1))
+    image = EncodedImage(pixels, (1, h, w), 9, 9 + count)
+    return Sample("random", ids, labels, weights, positions, (image,))

@@ -61,8 +61,9 @@ def table_of(size: str, runs: list[Run], with_peer: bool) -> tuple[Table, dict[s
     head = f"{size}, {ours[0]['device']}, {ours[0]['versions']}"
     head += f"; {peer[0]['versions']}" if peer else ""
     table = Table(title=head, title_justify="left")
-    for name in ("step", "tokens/s", "real tokens", "of the matmul rate", "transformers", "times",
-                 "compile, s", "peak, GiB", "planned", "transformers' peak", "loss"):  # fmt: skip
+    columns = ["step", "tokens/s", "real tokens", "of the matmul rate", "transformers", "times"]
+    columns += ["compile, s", "peak, GiB", "planned", "transformers' peak", "loss"]
+    for name in columns:
         table.add_column(name, justify="left" if name == "step" else "right")
     rate, theirs = ours[0]["matmul"], {line["run"]: line for line in peer[1:]}
     for line in ours[1:]:
@@ -96,8 +97,8 @@ def _cells(line: dict[str, Any], other: dict[str, Any], rate: float) -> list[str
 
 def main() -> int:
     """The command; the exit code is 1 if a step of ours failed."""
-    parser = argparse.ArgumentParser("python -m benchmarks.training", description=__doc__,
-                                     formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
+    name, raw = "python -m benchmarks.training", argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(name, description=__doc__, formatter_class=raw)
     parser.add_argument("sizes", nargs="*", metavar="SIZE", help=f"of {', '.join(RUNS)}")
     parser.add_argument("--only", default="", metavar="TEXT", help="runs whose name holds it")
     parser.add_argument("--no-peer", action="store_true", help="without transformers")

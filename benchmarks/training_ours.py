@@ -26,10 +26,9 @@ STEPS = 7
 
 def recipe_of(run: Run) -> Recipe:
     """The recipe of configs/ with this run's rows; with images, a patch row for each token row."""
-    changes = [
-        f"pack.rows={run.rows}", f"pack.length={run.length}", "init=normal", "steps=1000",
-        f"pack.vision_rows={run.rows if run.packed else 0}", f"pack.vision_length={2 * run.length}",
-    ]  # fmt: skip
+    changes = [f"pack.rows={run.rows}", f"pack.length={run.length}", "init=normal", "steps=1000"]
+    changes.append(f"pack.vision_rows={run.rows if run.packed else 0}")
+    changes.append(f"pack.vision_length={2 * run.length}")
     if run.lora:
         changes += [f"lora.rank={run.lora}", 'lora.targets=["text"]', "lora.dropout=0.0"]
     else:
@@ -63,7 +62,7 @@ def measure(cfg: Config, run: Run) -> dict[str, Any]:
     optimizer = train_model.build_optimizer(recipe, cfg, trainable.weights)
     step = train_model.make_step(recipe, cfg, optimizer, trainable.merge)
     parts = trained_parts(recipe, cfg, trainable.weights)
-    state = train_model.init_train_state(recipe, cfg, optimizer, trainable.weights)
+    state = train_model.init_train_state(recipe, cfg, optimizer, trainable.weights, None)
     frozen = trainable.frozen
     del trainable
     start = time.perf_counter()

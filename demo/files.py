@@ -27,16 +27,15 @@ TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 VOCABULARY = 512  # rows of the embedding: merged pieces, then the added tokens, then spare rows
 
 # In Qwen's order. The first 14 are flagged special, the others are added but not special.
-SPECIAL = (
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
-    "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>",
-    "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
-)  # fmt: skip
-ADDED = (
-    "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>",
-    "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", "<tool_response>", "</tool_response>",
-    "<think>", "</think>",
-)  # fmt: skip
+SPECIAL = """
+    <|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|>
+    <|box_end|> <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|>
+    <|image_pad|> <|video_pad|>
+""".split()
+ADDED = """
+    <tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|>
+    <|repo_name|> <|file_sep|> <tool_response> </tool_response> <think> </think>
+""".split()
 
 # How Qwen2 cuts text into words before merging; every decimal digit stands alone.
 WORDS = (
@@ -66,7 +65,7 @@ def make_tokenizer() -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
     tokenizer.train_from_iterator(_sentences(), trainer)
-    tokenizer.add_special_tokens(list(SPECIAL))
+    tokenizer.add_special_tokens(SPECIAL)
     tokenizer.add_tokens([AddedToken(name, normalized=False, special=False) for name in ADDED])
     return tokenizer
 
@@ -87,9 +86,8 @@ def _sentences() -> list[str]:
 
 def make_config(tokenizer: Tokenizer) -> dict:
     """The ``config.json`` of the demo model, in the form of the released files."""
-    ids = {name: tokenizer.token_to_id(f"<|{name}|>") for name in (
-        "endoftext", "im_end", "image_pad", "video_pad", "vision_start", "vision_end",
-    )}  # fmt: skip
+    names = "endoftext im_end image_pad video_pad vision_start vision_end"
+    ids = {name: tokenizer.token_to_id(f"<|{name}|>") for name in names.split()}
     text = {
         "attention_bias": False,
         "attention_dropout": 0.0,
@@ -179,7 +177,7 @@ def _tokenizer_config(tokenizer: Tokenizer) -> dict:
         "add_bos_token": False,
         "add_prefix_space": False,
         "added_tokens_decoder": added,
-        "additional_special_tokens": list(SPECIAL[1:]),
+        "additional_special_tokens": SPECIAL[1:],
         "bos_token": None,
         "clean_up_tokenization_spaces": False,
         "eos_token": "<|im_end|>",

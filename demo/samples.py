@@ -121,9 +121,11 @@ def _rng(seed: int, index: int, part: str) -> np.random.Generator:
 
 def record(scene: Picture | Film, turn: tasks.Turn) -> Record:
     """One question about a picture or clip and its answer, as {"messages": [...]}."""
-    seen: Record = {"type": "image", "image": scene.pixels} if isinstance(scene, Picture) else {
-        "type": "video", "video": scene.frames, "video_metadata": {"fps": scene.fps},
-    }  # fmt: skip
+    if isinstance(scene, Picture):
+        seen: Record = {"type": "image", "image": scene.pixels}
+    else:
+        metadata = {"fps": scene.fps}
+        seen = {"type": "video", "video": scene.frames, "video_metadata": metadata}
     content = [seen, {"type": "text", "text": turn.question}]
     return {
         "messages": [

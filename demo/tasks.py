@@ -8,10 +8,8 @@ import numpy as np
 from demo import films
 from demo.pictures import Picture, centre_cells
 
-ONE = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-MANY = (
-    "zeros", "ones", "twos", "threes", "fours", "fives", "sixes", "sevens", "eights", "nines",
-)  # fmt: skip
+ONE = "zero one two three four five six seven eight nine".split()
+MANY = "zeros ones twos threes fours fives sixes sevens eights nines".split()
 
 READ = (
     "Read the digits row by row.",
@@ -88,9 +86,8 @@ INTRODUCTION = (
     "show me a picture and ask me to read them, count them or find them."
 )
 SYSTEM = "You are a helpful assistant."
-WORDINGS = {
-    "read": READ, "count": COUNT, "find": FIND, "total": TOTAL, "cell": CELL, "reverse": REVERSE,
-}  # fmt: skip
+WORDINGS = {"read": READ, "count": COUNT, "find": FIND}
+WORDINGS |= {"total": TOTAL, "cell": CELL, "reverse": REVERSE}
 WHOLE = ("read", "cell", "reverse")  # kinds that need every cell of a grid filled
 
 

@@ -176,9 +176,9 @@ def restore(run_dir: str | Path, step: int, state: TrainState) -> TrainState:
         kept = saved_digests(where / name)
         if kept is not None:
             check_digests(where / name, digests(flatten(part)[0]), kept)
-    weights, others, average = found[WEIGHTS], found[STATE], found.get(AVERAGE)
-    step, key, optimizer = others["step"], others["key"], others["optimizer"]
-    return TrainState(step, key, weights, optimizer, others.get("rest"), average)
+    others = found[STATE]
+    always = others["step"], others["key"], found[WEIGHTS], others["optimizer"]
+    return TrainState(*always, others.get("rest"), found.get(AVERAGE))
 
 
 def _restored(where: Path, target: Any) -> Any:
