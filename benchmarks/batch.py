@@ -1,6 +1,6 @@
 """A batch file three ways on this machine: ``python -m benchmarks.batch`` (needs the test extra).
 
-The same prompts (pictures in most of them, some the same, and text), float32 and greedy, with answers
+The same prompts (images in most of them, some the same, and text), float32 and greedy, with answers
 of unequal length: one at a time through generate, through the engine's rows, and through transformers'
 generate, 16 at a time. The model is random, of the real architecture and --layers x
 --hidden wide; answers end where they are told to, since a random model never stops by itself: a batch of

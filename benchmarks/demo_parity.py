@@ -1,6 +1,6 @@
 """The demo checkpoint here and in transformers: ``python -m benchmarks.demo_parity``.
 
-100 held-out pictures, every question of ``demo.evaluate`` about them, float32 and greedy on both
+100 held-out images, every question of ``demo.evaluate`` about them, float32 and greedy on both
 sides; counts the answers whose tokens are all the same. Needs the test extra.
 """
 
@@ -30,7 +30,7 @@ def main() -> int:
     tokens = sum(len(theirs) for _, theirs in pairs)
     seconds = time.perf_counter() - start
     print(
-        f"{args.pictures} pictures, {len(pairs)} questions, {tokens} tokens: "
+        f"{args.pictures} images, {len(pairs)} questions, {tokens} tokens: "
         f"{same} answers with the same tokens, {len(pairs) - same} without ({seconds:.0f} s)"
     )
     return int(same < len(pairs))

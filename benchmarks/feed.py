@@ -23,7 +23,7 @@ BATCHES, POOL = 20, 256
 
 
 class Ready:
-    """Samples of one picture each that cost nothing to make."""
+    """Samples of one image each that cost nothing to make."""
 
     def __init__(self, count: int):
         self.count, self.made, self.config = count, {}, Config.from_hf(CHECKPOINT)

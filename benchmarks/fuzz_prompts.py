@@ -111,7 +111,7 @@ def json_of(rng: random.Random, value: Any) -> bytes:
 # ---- what is changed ----
 @functools.cache
 def images() -> list[bytes]:
-    """A small picture in many formats."""
+    """A small image in many formats."""
     y, x = np.mgrid[:48, :64]
     image = Image.fromarray(np.stack([x * 4 % 256, y * 5 % 256, x * y % 256], -1).astype(np.uint8))
     found = []
@@ -161,7 +161,7 @@ def videos() -> list[bytes]:
 
 
 def conversation() -> dict[str, Any]:
-    """Messages of every role, with tools, an image and a clip as frames."""
+    """Messages of every role, with tools, an image and a video as frames."""
     call = {"type": "function", "function": {"name": "f", "arguments": {"x": [1, {"y": "z"}]}}}
     items = [
         {"type": "image", "image": "a.png", "min_pixels": 1024, "max_pixels": 65536},

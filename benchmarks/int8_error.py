@@ -86,7 +86,7 @@ def logit_error(cfg: Config, original: Read, changed: Read) -> LogitError:
 
 
 def _row_of_text(vocab_size: int) -> Batch:
-    """Random tokens of any kind, each at its own position: nobody looks for pictures among them."""
+    """Random tokens of any kind, each at its own position: nobody looks for images among them."""
     positions = np.broadcast_to(np.arange(_TOKENS, dtype=np.int32), (3, 1, _TOKENS))
     tokens: Any = np.random.default_rng(0).integers(vocab_size, size=(1, _TOKENS))
     ones: Any = np.ones((1, _TOKENS), np.int32)

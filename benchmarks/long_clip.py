@@ -1,8 +1,8 @@
-"""Seconds and memory that the processor takes for a clip of one hour, with the released settings.
+"""Seconds and memory that the processor takes for a video of one hour, with the released settings.
 
     python -m benchmarks.long_clip [--minutes 60] [--scratch DIR]
 
-A clip of 640 x 360 pixels at 5 frames a second is written, then read and turned into a Batch by a
+A video of 640 x 360 pixels at 5 frames a second is written, then read and turned into a Batch by a
 process of its own, whose peak of resident memory must stay under 2 GiB.
 """
 
@@ -37,12 +37,12 @@ def frames(count: int) -> Iterator[np.ndarray]:
 
 
 def write(path: Path, count: int) -> None:
-    """Encodes the clip (H.264)."""
+    """Encodes the video (H.264)."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=FPS)
         stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuv420p"
         stream.options = {"preset": "ultrafast"}
-        for frame in track(frames(count), "writing the clip", count, console=CONSOLE):
+        for frame in track(frames(count), "writing the video", count, console=CONSOLE):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
 
@@ -53,7 +53,7 @@ def measure(path: str) -> None:
     from qwen3vl_jax.processing.processor import Processor
     from qwen3vl_jax.processing.video_patches import VideoSettings
 
-    demo = Processor.from_pretrained(CHECKPOINT)  # for its tokenizer; its clips are smaller
+    demo = Processor.from_pretrained(CHECKPOINT)  # for its tokenizer; its videos are smaller
     proc = Processor(**{**vars(demo), "video_settings": VideoSettings()})
     content = [{"type": "video", "video": path}, {"type": "text", "text": "What happens?"}]
     chat = [{"role": "user", "content": content}]

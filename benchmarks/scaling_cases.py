@@ -158,7 +158,7 @@ def decode_ms(case: Case, cfg: Config, mesh: Mesh, params: dict, rows: int) -> f
 
 
 def answers(cfg: Config, params: dict, rows: int = 4, steps: int = 8) -> np.ndarray:
-    """Logits [steps + 1, B, V] after a prompt with a picture, and after tokens that are given."""
+    """Logits [steps + 1, B, V] after a prompt with an image, and after tokens that are given."""
     h, w, unit = 12, 20, cfg.vision.merge_unit
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 400, (rows, 100 + h * w // unit)).astype(np.int32)
@@ -261,7 +261,7 @@ def some_gradients(
 
 
 def rows_of(cfg: Config, recipe: Recipe, mesh: Mesh, seed: int) -> packing.PackedBatch:
-    """A batch [1 ..] of random samples with a picture each, in GROUPS groups of rows."""
+    """A batch [1 ..] of random samples with an image each, in GROUPS groups of rows."""
     rng, pack, parts = np.random.default_rng(seed), divided(recipe.pack, GROUPS), []
     for _ in range(GROUPS):
         coming = iter(packing.Pending(i, sample(cfg, rng, pack.length)) for i in range(1 << 30))
@@ -277,7 +277,7 @@ def rows_of(cfg: Config, recipe: Recipe, mesh: Mesh, seed: int) -> packing.Packe
 
 
 def sample(cfg: Config, rng: np.random.Generator, length: int) -> Sample:
-    """A conversation of an eighth to a half of a row, a third of it a picture."""
+    """A conversation of an eighth to a half of a row, a third of it an image."""
     size = int(rng.integers(length // 8, length // 2))
     side = max(int((size / 3) ** 0.5), 1)
     h, w = 2 * side, 2 * max(size // 3 // side, 1)

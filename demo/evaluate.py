@@ -1,7 +1,7 @@
 """How well the demo checkpoint reads held-out digits: ``python -m demo.evaluate``.
 
-500 pictures are composed from scans that training never saw, asked about in random wordings, and
-answered greedily through the project's own processor and generate. With ``--clips`` 300 clips are
+500 images are composed from scans that training never saw, asked about in random wordings, and
+answered greedily through the project's own processor and generate. With ``--clips`` 300 videos are
 shown too, and asked at which second a digit appears.
 """
 
@@ -39,7 +39,7 @@ BOUNDS = {
 
 @dataclass(frozen=True)
 class Exam:
-    """One question about one held-out picture, or about a clip that ends with it."""
+    """One question about one held-out image, or about a video that ends with it."""
 
     picture: pictures.Picture
     turn: tasks.Turn
@@ -60,30 +60,30 @@ class Score:
 
 
 def compose(count: int, seed: int = SEED) -> list[Exam]:
-    """Compose ``count`` pictures of held-out scans and their questions.
+    """Compose ``count`` images of held-out scans and their questions.
 
     Each is counted in and searched; those with a full grid are read too. Scans are drawn as they
-    are, without the bending that training pictures get.
+    are, without the bending that training images get.
     """
     rng = np.random.default_rng(seed)
     exams = []
     for _ in range(count):
         loose = bool(rng.random() < LOOSE)
-        picture = pictures.compose(rng, scans.load("held_out"), loose=loose)
-        kinds = ("read", "count", "find") if picture.full else ("count", "find")
-        exams += [Exam(picture, tasks.ask(rng, picture, kind)) for kind in kinds]
+        image = pictures.compose(rng, scans.load("held_out"), loose=loose)
+        kinds = ("read", "count", "find") if image.full else ("count", "find")
+        exams += [Exam(image, tasks.ask(rng, image, kind)) for kind in kinds]
     return exams
 
 
 def compose_clips(count: int, seed: int = SEED) -> list[Exam]:
-    """Compose ``count`` clips of held-out scans, and ask each when a digit appears."""
+    """Compose ``count`` videos of held-out scans, and ask each when a digit appears."""
     rng = np.random.default_rng((seed, 1))
     shown = [films.compose(rng, scans.load("held_out")) for _ in range(count)]
     return [Exam(film.pairs[-1], tasks.ask_when(rng, film), film) for film in shown]
 
 
 def conversation(exam: Exam) -> list[dict[str, Any]]:
-    """The exam as one user message: picture or clip, then question."""
+    """The exam as one user message: image or video, then question."""
     seen: dict[str, Any] = {"type": "image", "image": exam.picture.pixels}
     if film := exam.film:
         seen = {"type": "video", "video": film.frames, "video_metadata": {"fps": film.fps}}
@@ -108,7 +108,7 @@ def answer(params, proc, exams: list[Exam], rows: int = ROWS) -> Iterator[tuple[
 
 
 def score(answers: list[tuple[Exam, str]]) -> dict[str, Score]:
-    """The figures of BOUNDS over answered exams; that of clips only if there are some."""
+    """The figures of BOUNDS over answered exams; that of videos only if there are some."""
     kinds = {exam.turn.kind for exam, _ in answers}
     scores = {name: Score() for kind, name in FIGURES.items() if kind in kinds or kind != "when"}
     marks = {"read": read, "count": count, "find": find, "when": count}
@@ -122,7 +122,7 @@ def score(answers: list[tuple[Exam, str]]) -> dict[str, Score]:
 
 
 def read(exam: Exam, text: str) -> tuple[int, int]:
-    """Digits that stand in the right row and column of the answer, and digits in the picture."""
+    """Digits that stand in the right row and column of the answer, and digits in the image."""
     rows = [line.split() for line in text.strip().split("\n")]
     truth = exam.picture.labels.reshape(exam.picture.grid)
     right = sum(
@@ -189,7 +189,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--ckpt", default=str(CHECKPOINT), help="a checkpoint of the demo")
     parser.add_argument("--pictures", type=int, default=500)
     parser.add_argument(
-        "--clips", type=int, nargs="?", const=CLIPS, default=0, help="also show so many clips"
+        "--clips", type=int, nargs="?", const=CLIPS, default=0, help="also show so many videos"
     )
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--wrong", action="store_true", help="print the answers that were wrong")
@@ -207,7 +207,7 @@ def main(arguments: list[str] | None = None) -> int:
         for line in result.wrong:
             console.print(line, markup=False, highlight=False)
     seconds = time.perf_counter() - start
-    shown = f"{args.pictures} held-out pictures" + f" and {args.clips} clips" * bool(args.clips)
+    shown = f"{args.pictures} held-out images" + f" and {args.clips} videos" * bool(args.clips)
     title = f"{shown}, {len(exams)} questions, {seconds:.0f} s"
     console.print(table(scores, title))
     return int(any(result.share < BOUNDS[name] for name, result in scores.items()))

@@ -1,4 +1,4 @@
-"""Conversations about composed pictures and clips: their tokens, labels and patches, for training."""
+"""Conversations about composed images and videos: their tokens, labels and patches, for training."""
 
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -15,7 +15,7 @@ from qwen3vl_jax.errors import InputError
 
 PATCH, MERGE, CHANNELS, PAIR = 16, 2, 3, 2  # PAIR: frames that share a patch
 CHECKPOINT = Path(__file__).with_name("checkpoint")
-KINDS = {  # how often each kind of question is asked of a full grid, and of a loose picture
+KINDS = {  # how often each kind of question is asked of a full grid, and of a loose image
     True: {"read": 0.25, "count": 0.25, "find": 0.4, "cell": 0.06, "total": 0.04},
     False: {"count": 0.4, "find": 0.55, "total": 0.05},
 }
@@ -26,14 +26,14 @@ KINDS_FEW = {
 FEW = ((1, 2), (1, 3), (2, 1), (2, 2), (3, 1))  # grids of the first samples, see make_scene
 LOOSE, CHAT, SYSTEM = 0.4, 0.02, 0.05  # chances
 MORE, MORE_AFTER_READING = 0.9, 0.3  # of a further turn: after a reading, answers need no eyes
-SLOW = 0.5  # chance that a clip passes more slowly than those of the evaluation
+SLOW = 0.5  # chance that a video passes more slowly than those of the evaluation
 SLOWEST = 0.8  # frames a second
 
 
 def make_scene(
     rng: np.random.Generator, pool: scans.Scans, few: bool, clips: float
 ) -> Picture | Film:
-    """A picture for training, or with a chance of ``clips`` a clip.
+    """An image for training, or with a chance of ``clips`` a video.
 
     With ``few`` it holds at most four digits and is mostly searched. To find a digit one must compare
     each with the one asked for: among few that pays soon, and is kept afterwards; among many, taking
@@ -85,7 +85,7 @@ def make_row(
     length: int,
     few: bool = False,
 ) -> Row:
-    """Make one conversation of several turns about a picture or a clip."""
+    """Make one conversation of several turns about an image or a video."""
     system = rng.random() < SYSTEM
     ids = words(f"<|im_start|>system\n{tasks.SYSTEM}<|im_end|>\n") if system else []
     ids = ids + words("<|im_start|>user\n")
@@ -99,15 +99,15 @@ def _joined(*rows: Row) -> Row:
     return Row([i for row in rows for i in row.ids], [i for row in rows for i in row.labels])
 
 
-def _seen(words: Words, picture: Picture, placeholder: int) -> Row:
-    """The tokens that stand for a picture, or for a pair of frames."""
-    cells = _contents(words, picture)
+def _seen(words: Words, image: Picture, placeholder: int) -> Row:
+    """The tokens that stand for an image, or for a pair of frames."""
+    cells = _contents(words, image)
     ids = [*words("<|vision_start|>"), *[placeholder] * len(cells), *words("<|vision_end|>")]
     return Row(ids, [IGNORE_INDEX, *cells, IGNORE_INDEX])
 
 
 def _film_seen(words: Words, film: Film) -> Row:
-    """The tokens that stand for a clip: of each pair of frames its time and its placeholders."""
+    """The tokens that stand for a video: of each pair of frames its time and its placeholders."""
     rows = []
     for time, pair in zip(films.times(film), film.pairs, strict=True):
         ids = words(f"<{time} seconds>")
@@ -116,20 +116,20 @@ def _film_seen(words: Words, film: Film) -> Row:
 
 
 def _turns(
-    rng: np.random.Generator, words: Words, picture: Picture, row: Row, length: int, few: bool
+    rng: np.random.Generator, words: Words, image: Picture, row: Row, length: int, few: bool
 ) -> Row:
-    """Append questions about a picture and their answers to a row."""
-    odds, more = dict((KINDS_FEW if few else KINDS)[picture.full]), 1.0
+    """Append questions about an image and their answers to a row."""
+    odds, more = dict((KINDS_FEW if few else KINDS)[image.full]), 1.0
     tries = 0
     while rng.random() < more:
-        turn = _turn(rng, picture, odds)
+        turn = _turn(rng, image, odds)
         longer = _joined(row, spoken_row(words, turn, first=more == 1.0))
         if len(longer.ids) > length:
             if more < 1.0:
                 break
             tries += 1  # too many boxes for a row: ask something else
             if tries > 100:
-                raise InputError(f"length is {length}, too short to ask about a picture")
+                raise InputError(f"length is {length}, too short to ask about an image")
             continue
         row, more = longer, MORE
         if turn.kind == "read":
@@ -138,19 +138,19 @@ def _turns(
 
 
 def _film_turns(rng: np.random.Generator, words: Words, film: Film, row: Row, length: int) -> Row:
-    """Append a question about each digit that a clip shows once, as long as there is room."""
+    """Append a question about each digit that a video shows once, as long as there is room."""
     for number, digit in enumerate(rng.permutation(films.digits_once(film))):
         turn = tasks.ask_when(rng, film, int(digit))
         longer = _joined(row, spoken_row(words, turn, first=number == 0))
         if len(longer.ids) > length and number == 0:
-            raise InputError(f"length is {length}, too short to ask about a clip")
+            raise InputError(f"length is {length}, too short to ask about a video")
         if len(longer.ids) > length:
             break
         row = longer
     return row
 
 
-def _contents(words: Words, picture: Picture) -> list[int]:
+def _contents(words: Words, image: Picture) -> list[int]:
     """A name for what each placeholder stands for: the digit centred in its cell, or nothing.
 
     An answer alone says little about where to look, and training on answers alone stays blind for
@@ -158,17 +158,17 @@ def _contents(words: Words, picture: Picture) -> list[int]:
     control characters: under a digit's own token, a place would speak its digit wherever one of
     its coordinates is due.
     """
-    _, high, wide = grid_of(picture)
+    _, high, wide = grid_of(image)
     named = np.full((high // MERGE, wide // MERGE), words.nothing)
-    for (x, y), digit in zip(pictures.centre_cells(picture), picture.labels, strict=True):
+    for (x, y), digit in zip(pictures.centre_cells(image), image.labels, strict=True):
         named[y, x] = words.seen[digit]
     return named.reshape(-1).tolist()
 
 
-def _turn(rng: np.random.Generator, picture: Picture, odds: dict[str, float]) -> tasks.Turn:
+def _turn(rng: np.random.Generator, image: Picture, odds: dict[str, float]) -> tasks.Turn:
     ends = np.cumsum(list(odds.values()))
     place = int(np.searchsorted(ends, rng.random() * ends[-1], side="right"))
-    return tasks.ask(rng, picture, list(odds)[place])
+    return tasks.ask(rng, image, list(odds)[place])
 
 
 def spoken(words: Words, turn: tasks.Turn, first: bool) -> tuple[list[int], list[int]]:
@@ -188,7 +188,7 @@ def _learned(asked: list[int], answered: list[int]) -> Row:
 
 
 def make_chat(rng: np.random.Generator, words: Words) -> Row:
-    """Make a greeting and its answer, without a picture."""
+    """Make a greeting and its answer, without an image."""
     question = tasks.HELLO[int(rng.integers(len(tasks.HELLO)))]
     asked = words(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n")
     answered = words(f"{tasks.INTRODUCTION}<|im_end|>\n")
@@ -196,7 +196,7 @@ def make_chat(rng: np.random.Generator, words: Words) -> Row:
 
 
 def frames_of(scene: Picture | Film) -> np.ndarray:
-    """The frames of a clip, or a picture twice: uint8 [2 * pairs, H, W, 3]."""
+    """The frames of a video, or an image twice: uint8 [2 * pairs, H, W, 3]."""
     return scene.frames if isinstance(scene, Film) else np.stack([scene.pixels] * PAIR)
 
 
@@ -211,7 +211,7 @@ def to_patches(frames: np.ndarray) -> np.ndarray:
 
 
 def grid_of(scene: Picture | Film) -> tuple[int, int, int]:
-    """Pairs of frames, rows and columns of the patches of a picture or clip."""
+    """Pairs of frames, rows and columns of the patches of an image or video."""
     pairs = scene.pairs if isinstance(scene, Film) else (scene,)
     high, wide = pairs[0].pixels.shape[:2]
     return len(pairs), high // PATCH, wide // PATCH

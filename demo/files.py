@@ -146,7 +146,7 @@ def make_config(tokenizer: Tokenizer) -> dict:
 
 
 def _processing(kind: str) -> dict:
-    """Settings of the picture or clip processor; the sizes are areas in pixels."""
+    """Settings of the image or video processor; the sizes are areas in pixels."""
     shared = {
         "size": {"shortest_edge": 64 * 64, "longest_edge": 256 * 256},
         "patch_size": 16,

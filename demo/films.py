@@ -1,4 +1,4 @@
-"""Composing scans of digits into clips: each digit appears at some second and then stays."""
+"""Composing scans of digits into videos: each digit appears at some second and then stays."""
 
 from dataclasses import dataclass, replace
 
@@ -9,7 +9,7 @@ from demo.pictures import CELL, Picture, Plan, Sheet
 from demo.scans import Scans
 
 LEAST_PAIRS, MOST_PAIRS, MOST_DIGITS = 2, 6, 4
-# The demo's processor bounds frames x height x width of a clip at 256 x 256: 32 cells of 32 x 32
+# The demo's processor bounds frames x height x width of a video at 256 x 256: 32 cells of 32 x 32
 # pixels in all pairs of frames. A frame has at most 9.
 CELLS, FRAME_CELLS = 32, 9
 RATE = 2.0  # frames a second, at most that of the processor, which then uses every frame
@@ -18,7 +18,7 @@ DRIFT = 0.1  # of a digit's side: the most that a digit moves either way
 
 @dataclass(frozen=True)
 class Film:
-    """A clip, ``frames`` uint8 [2 * pairs, H, W, 3] at ``fps`` a second.
+    """A video, ``frames`` uint8 [2 * pairs, H, W, 3] at ``fps`` a second.
 
     ``pairs`` tells the truth about the first frame of each pair: the digits seen so far.
     """
@@ -36,10 +36,10 @@ def compose(
     distort: bool = False,
     fps: float = RATE,
 ) -> Film:
-    """Plan and draw one clip; ``snap`` and ``distort`` as for pictures.
+    """Plan and draw one video; ``snap`` and ``distort`` as for images.
 
     Each digit appears with the first frame of a random pair. Paper and strokes stay, noise is drawn
-    anew for each frame, and in half of the clips the digits drift a little.
+    anew for each frame, and in half of the videos the digits drift a little.
     """
     pairs = int(rng.integers(LEAST_PAIRS, MOST_PAIRS + 1))
     plan = make_plan(rng, scans, pairs)

@@ -1,4 +1,4 @@
-"""The bundled pictures: ``python -m demo.gallery`` composes them again from held-out scans."""
+"""The bundled images: ``python -m demo.gallery`` composes them again from held-out scans."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def compose(name: str) -> pictures.Picture:
 
 
 def main() -> None:
-    """Write every picture to ``demo/pictures``."""
+    """Write every image to ``demo/pictures``."""
     FOLDER.mkdir(exist_ok=True)
     for name in PICTURES:
         Image.fromarray(compose(name).pixels).save(FOLDER / name, optimize=True)

@@ -10,7 +10,7 @@ from demo import tasks
 PAPER, NEAR = (
     0.5,
     40,
-)  # at least this share of a picture of digits is within so many levels of its paper
+)  # at least this share of an image of digits is within so many levels of its paper
 
 
 def notice(question: str | None, images: Sequence[np.ndarray] = (), bundled: str = "") -> str:

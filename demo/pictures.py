@@ -1,6 +1,6 @@
-"""Composing scans of digits into pictures: where each digit goes, its colours, and the drawing.
+"""Composing scans of digits into images: where each digit goes, its colours, and the drawing.
 
-A picture is planned in continuous coordinates and drawn afterwards, so that a training picture can
+An image is planned in continuous coordinates and drawn afterwards, so that a training image can
 be drawn at once at the size the processor would resize it to.
 """
 
@@ -12,9 +12,9 @@ import numpy as np
 from demo.scans import BORDER, Scans
 
 MAX_ROWS, MAX_COLS, MAX_STAR = 4, 5, 5
-AREA = 57_600  # largest planned picture; rounding its sides to 32 stays within 256 x 256
+AREA = 57_600  # largest planned image; rounding its sides to 32 stays within 256 x 256
 SMALLEST, LARGEST = 24.0, 80.0  # side of a drawn scan in pixels
-CELL = 32  # a picture's sides are rounded to this, patch size x merge size
+CELL = 32  # an image's sides are rounded to this, patch size x merge size
 BOX_INK = 0.4  # the box of a digit surrounds its pixels with more ink than this
 
 
@@ -37,7 +37,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawn picture, ``pixels`` uint8 [H, W, 3], and the truth about it.
+    """A drawn image, ``pixels`` uint8 [H, W, 3], and the truth about it.
 
     ``labels`` [n], ``cell`` [n, 2] and ``boxes`` [n, 4] (x0 y0 x1 y1 in pixels) describe its
     digits in reading order; ``full`` says that every cell of the ``grid`` holds a digit.
@@ -73,7 +73,7 @@ def compose(
     distort: bool = False,
     grid: tuple[int, int] | None = None,
 ) -> Picture:
-    """Plan and draw one picture.
+    """Plan and draw one image.
 
     ``loose`` leaves cells empty and moves digits about; ``snap`` draws at sides that are multiples
     of 32, squeezing the plan as the processor would; ``distort`` bends every scan a little (for
@@ -91,11 +91,11 @@ def snapped(size: tuple[float, float]) -> tuple[int, int]:
     return height, width
 
 
-def centre_cells(picture: Picture) -> np.ndarray:
+def centre_cells(image: Picture) -> np.ndarray:
     """The 32 x 32 cell (x, y) that holds the middle of each digit once resized: int [n, 2]."""
-    size = picture.pixels.shape[:2]
+    size = image.pixels.shape[:2]
     high, wide = (side // CELL for side in snapped(size))
-    middle = (picture.boxes[:, :2] + picture.boxes[:, 2:]) / 2 * (wide / size[1], high / size[0])
+    middle = (image.boxes[:, :2] + image.boxes[:, 2:]) / 2 * (wide / size[1], high / size[0])
     return np.minimum(middle, (wide - 1, high - 1)).astype(int)
 
 
@@ -137,7 +137,7 @@ def make_plan(
 
 
 def _labels(rng: np.random.Generator, count: int) -> tuple[np.ndarray, int]:
-    """Labels for a picture, half the time with one digit planned to appear 0 to 5 times."""
+    """Labels for an image, half the time with one digit planned to appear 0 to 5 times."""
     labels = rng.integers(0, 10, count)
     star = int(rng.integers(10))
     if rng.random() < 0.5:
@@ -284,7 +284,7 @@ def _crop(
 
 
 def _box(alpha: np.ndarray, top: int, left: int) -> tuple[float, float, float, float]:
-    """Box (x0 y0 x1 y1) around the inked pixels, in the picture's pixels."""
+    """Box (x0 y0 x1 y1) around the inked pixels, in the image's pixels."""
     rows = np.flatnonzero((alpha > BOX_INK).any(1))
     cols = np.flatnonzero((alpha > BOX_INK).any(0))
     return left + cols[0], top + rows[0], left + cols[-1] + 1, top + rows[-1] + 1

@@ -20,13 +20,13 @@ from qwen3vl_jax.training.data.sample import Sample
 
 ENDLESS = 2**31  # too long to be shuffled: it is random as it is
 LONGEST = 256  # tokens of a conversation
-SHARED = 2  # consecutive samples about the same picture or clip: drawing it costs the most
+SHARED = 2  # consecutive samples about the same image or video: drawing it costs the most
 REVERSED = ((1, 2), (1, 3), (1, 4), (2, 2), (2, 3), (3, 2), (2, 4))  # grids of `Reverse`
 Record = dict[str, Any]
 
 
 class Train:
-    """Samples, ready to be packed: several turns about a picture or, with a chance of ``clips``, a clip.
+    """Samples, ready to be packed: several turns about an image or, with a chance of ``clips``, a video.
 
     SHARED samples in a row talk about the same one. few: how many samples at the start show few digits,
     see `examples.make_scene`. length: of the longest conversation, in tokens. Labels are answers with
@@ -78,15 +78,15 @@ class HeldOut:
         if rng.random() < self.clips:
             film = films.compose(rng, pool)
             return record(film, tasks.ask_when(rng, film))
-        picture = pictures.compose(rng, pool, loose=bool(rng.random() < examples.LOOSE))
-        kinds = ("read", "count", "find") if picture.full else ("count", "find")
-        return record(picture, tasks.ask(rng, picture, kinds[int(rng.integers(len(kinds)))]))
+        image = pictures.compose(rng, pool, loose=bool(rng.random() < examples.LOOSE))
+        kinds = ("read", "count", "find") if image.full else ("count", "find")
+        return record(image, tasks.ask(rng, image, kinds[int(rng.integers(len(kinds)))]))
 
 
 class Reverse:
     """Chat records of a task that the bundled checkpoint has not learned: reading in reverse.
 
-    part: "train" or "held_out", the scans that pictures of two to eight digits are composed from.
+    part: "train" or "held_out", the scans that images of two to eight digits are composed from.
     """
 
     def __init__(self, part: str = "train", count: int = 20_000, seed: int = 0):
@@ -100,15 +100,15 @@ class Reverse:
         rng, train = _rng(self.seed, index, self.part), self.part == "train"
         grid = REVERSED[int(rng.integers(len(REVERSED)))]
         pool = scans.load(self.part)
-        picture = pictures.compose(rng, pool, loose=False, distort=train, grid=grid)
-        return record(picture, tasks.ask(rng, picture, "reverse"))
+        image = pictures.compose(rng, pool, loose=False, distort=train, grid=grid)
+        return record(image, tasks.ask(rng, image, "reverse"))
 
 
 @lru_cache(4)
 def _drawn(
     part: str, seed: int, number: int, few: bool, clips: float
 ) -> tuple[Picture | Film, np.ndarray]:
-    """A picture or clip of training and its patches, uint8 and not to be written to."""
+    """An image or video of training and its patches, uint8 and not to be written to."""
     scene = examples.make_scene(_rng(seed, number, part), scans.load(part), few, clips)
     patches = examples.to_patches(examples.frames_of(scene))
     patches.flags.writeable = False
@@ -120,7 +120,7 @@ def _rng(seed: int, index: int, part: str) -> np.random.Generator:
 
 
 def record(scene: Picture | Film, turn: tasks.Turn) -> Record:
-    """One question about a picture or clip and its answer, as {"messages": [...]}."""
+    """One question about an image or video and its answer, as {"messages": [...]}."""
     if isinstance(scene, Picture):
         seen: Record = {"type": "image", "image": scene.pixels}
     else:

@@ -54,9 +54,9 @@ def load(part: str) -> Scans:
 
 
 def _enlarge(scan: np.ndarray) -> np.ndarray:
-    picture = Image.fromarray((scan * 15).astype(np.uint8))  # 0..16 to 0..240
+    image = Image.fromarray((scan * 15).astype(np.uint8))  # 0..16 to 0..240
     side = ZOOM * scan.shape[0]
-    large = np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC), np.float32)
+    large = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC), np.float32)
     return np.pad(large / 240.0, BORDER)
 
 

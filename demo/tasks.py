@@ -1,4 +1,4 @@
-"""Questions about pictures and clips of digits, in several wordings, and their answers."""
+"""Questions about images and videos of digits, in several wordings, and their answers."""
 
 import json
 from dataclasses import dataclass
@@ -60,7 +60,7 @@ REVERSE = (  # not learned by the bundled checkpoint: the task of configs/demo_r
     "Read the digits in reverse.",
     "Read the digits backwards, from the last to the first.",
 )
-WHEN = (  # of clips
+WHEN = (  # of videos
     "At which second does the {d} appear?",
     "At which second does the {one} appear?",
     "At which second can you first see a {d}?",
@@ -101,39 +101,39 @@ class Turn:
     digit: int | None = None
 
 
-def ask(rng: np.random.Generator, picture: Picture, kind: str, wording: int | None = None) -> Turn:
-    """Ask a question of one ``kind`` (a key of WORDINGS) about a picture.
+def ask(rng: np.random.Generator, image: Picture, kind: str, wording: int | None = None) -> Turn:
+    """Ask a question of one ``kind`` (a key of WORDINGS) about an image.
 
     A random wording is taken unless ``wording`` picks one. Raises ValueError for a question that
-    the picture cannot answer: rows are read only where every cell is filled.
+    the image cannot answer: rows are read only where every cell is filled.
     """
     if kind not in WORDINGS:
         raise ValueError(f"kind of question: expected one of {sorted(WORDINGS)}, found {kind!r}")
-    if kind in WHOLE and not picture.full:
-        raise ValueError(f"{kind}: the picture has empty cells, so it has no rows to read")
+    if kind in WHOLE and not image.full:
+        raise ValueError(f"{kind}: the image has empty cells, so it has no rows to read")
     wordings = WORDINGS[kind]
     text = wordings[int(rng.integers(len(wordings))) if wording is None else wording]
     if kind == "read":
-        return Turn(kind, text, read_answer(picture))
+        return Turn(kind, text, read_answer(image))
     if kind == "reverse":
-        return Turn(kind, text, read_answer(picture)[::-1])
+        return Turn(kind, text, read_answer(image)[::-1])
     if kind == "total":
-        return Turn(kind, text, str(len(picture.labels)))
+        return Turn(kind, text, str(len(image.labels)))
     if kind == "cell":
-        row, col = (int(rng.integers(count)) for count in picture.grid)
-        digit = picture.labels[row * picture.grid[1] + col]
+        row, col = (int(rng.integers(count)) for count in image.grid)
+        digit = image.labels[row * image.grid[1] + col]
         return Turn(kind, text.format(row=row + 1, col=col + 1), str(digit))
-    digit = target(rng, picture)
+    digit = target(rng, image)
     text = text.format(d=digit, one=ONE[digit], many=MANY[digit])
     if kind == "count":
-        return Turn(kind, text, str(int((picture.labels == digit).sum())), digit)
-    return Turn(kind, text, find_answer(picture, digit), digit)
+        return Turn(kind, text, str(int((image.labels == digit).sum())), digit)
+    return Turn(kind, text, find_answer(image, digit), digit)
 
 
 def ask_when(
     rng: np.random.Generator, film: films.Film, digit: int | None = None, wording: int | None = None
 ) -> Turn:
-    """Ask when a digit appears that a clip shows once; a random one, unless ``digit`` is given.
+    """Ask when a digit appears that a video shows once; a random one, unless ``digit`` is given.
 
     The answer is the time of the first pair of frames that shows it, as the prompt spells it.
     """
@@ -144,31 +144,31 @@ def ask_when(
     return Turn("when", text.format(d=digit, one=ONE[digit]), answer, digit)
 
 
-def target(rng: np.random.Generator, picture: Picture) -> int:
+def target(rng: np.random.Generator, image: Picture) -> int:
     """Choose the digit to ask for: mostly the planned one or one that is there."""
     chance = rng.random()
     if chance < 0.35:
-        return picture.star
+        return image.star
     if chance < 0.88:
-        return int(rng.choice(picture.labels))
+        return int(rng.choice(image.labels))
     return int(rng.integers(10))
 
 
-def read_answer(picture: Picture) -> str:
+def read_answer(image: Picture) -> str:
     """The digits of a full grid, one line a row, with spaces between them."""
-    rows = picture.labels.reshape(picture.grid)
+    rows = image.labels.reshape(image.grid)
     return "\n".join(" ".join(str(digit) for digit in row) for row in rows)
 
 
-def find_answer(picture: Picture, digit: int) -> str:
+def find_answer(image: Picture, digit: int) -> str:
     """JSON list of the boxes of one digit, in reading order of their cells, on the 0 to 1000 grid."""
-    order = np.lexsort(centre_cells(picture).T)  # by y, then by x
-    found = relative_boxes(picture)[order][picture.labels[order] == digit]
+    order = np.lexsort(centre_cells(image).T)  # by y, then by x
+    found = relative_boxes(image)[order][image.labels[order] == digit]
     return json.dumps([{"bbox_2d": box, "label": str(digit)} for box in found.tolist()])
 
 
-def relative_boxes(picture: Picture) -> np.ndarray:
-    """Boxes as whole thousandths of the picture's width and height: int [n, 4]."""
-    height, width = picture.pixels.shape[:2]
+def relative_boxes(image: Picture) -> np.ndarray:
+    """Boxes as whole thousandths of the image's width and height: int [n, 4]."""
+    height, width = image.pixels.shape[:2]
     scale = np.array([1000 / width, 1000 / height] * 2)
-    return np.clip(np.rint(picture.boxes * scale), 0, 1000).astype(int)
+    return np.clip(np.rint(image.boxes * scale), 0, 1000).astype(int)

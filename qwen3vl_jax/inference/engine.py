@@ -69,7 +69,7 @@ def generate_many(
     Requests are drawn as they are needed; a None says that none is ready yet. An answer is the one
     `generate` gives to its prompt alone (in 16 bits up to rounding, which the shapes of a group and of
     the rows change; for the rope types dynamic and longrope only while no row is beyond the limit, since
-    the longest of the rows decides for all). stop_strings need `decode` (tokens -> text). A picture that
+    the longest of the rows decides for all). stop_strings need `decode` (tokens -> text). An image that
     comes again is not encoded again, and what several waiting prompts begin with is prefilled once.
     prefill_chunk: as in `prefill`, for wider prompts. `stats` is counted up. Layers are per-layer lists.
     Raises InputError for values out of range.

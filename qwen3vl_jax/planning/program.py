@@ -154,7 +154,7 @@ def packed_batch(recipe: Recipe, cfg: Config, groups: int) -> PackedBatch:
 
 
 _BLOCK, _BESIDE_FP8 = (128, 128), (("embed",), ("head",))  # of the released FP8 files
-PICTURE = 4096  # patches of the picture in a prompt: one of 1024 x 1024 pixels
+IMAGE = 4096  # patches of the image in a prompt: one of 1024 x 1024 pixels
 
 
 class Serving(NamedTuple):
@@ -208,14 +208,14 @@ def _decode_state(cfg: Config, mesh: Mesh, cache: KVCache, options: RowOptions) 
 
 
 def prefilling(cfg: Config, mesh: Mesh, asked: Serving) -> Program:
-    """A group of prompts as wide as the cache put into it, a picture in each; the cache is donated.
+    """A group of prompts as wide as the cache put into it, an image in each; the cache is donated.
 
     The most that `serve` holds: the cache of all rows, and beside it the prompts it takes in together.
     Raises InputError.
     """
     params, cache = weights(cfg, mesh, asked.dtype, asked.weights), empty_cache(cfg, mesh, asked)
     width, count = asked.slots, group_size(asked.rows)
-    patches = min(PICTURE, cfg.vision.merge_unit * width)
+    patches = min(IMAGE, cfg.vision.merge_unit * width)
     batch = _prompts(cfg, mesh, count, width, patches)
     chunk = None if asked.chunk is None or asked.chunk >= width else asked.chunk
 
@@ -272,7 +272,7 @@ def empty_cache(cfg: Config, mesh: Mesh, asked: Serving) -> KVCache:
 
 
 def _prompts(cfg: Config, mesh: Mesh, count: int, width: int, patches: int) -> Batch:
-    """Rows of tokens, a picture of so many patches in each."""
+    """Rows of tokens, an image of so many patches in each."""
     ints, floats = (
         functools.partial(_replicated_shape, mesh, dtype) for dtype in (jnp.int32, jnp.float32)
     )

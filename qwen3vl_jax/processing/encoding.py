@@ -47,11 +47,11 @@ def hand_out(rows: Rows, images: Any, videos: Any = None) -> Rows:
     images: one, a list taken in order, or a list a row. videos: one (a list of frames, or a video and its
     metadata, is one), or a list taken in order. Raises InputError if they do not come out even.
     """
-    clips = [videos] if is_pair(videos) else _as_list(videos)
-    if clips and all(isinstance(v, Image.Image) or getattr(v, "ndim", 0) == 3 for v in clips):
-        clips = [clips]
-    check_placeholders(sum(_waiting(rows, "video")), len(clips), "video")
-    given = {"image": iter(_images(rows, images)), "video": iter(clips)}
+    videos = [videos] if is_pair(videos) else _as_list(videos)
+    if videos and all(isinstance(v, Image.Image) or getattr(v, "ndim", 0) == 3 for v in videos):
+        videos = [videos]
+    check_placeholders(sum(_waiting(rows, "video")), len(videos), "video")
+    given = {"image": iter(_images(rows, images)), "video": iter(videos)}
     return [
         [read_beside(next(given[x.kind]), x) if x.source is None else x for x in row]
         for row in rows
