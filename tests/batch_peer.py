@@ -27,7 +27,12 @@ def answers(model, arrays, counts, rows: int, pad_id: int) -> list[list[int]]:
         width, most = batch["input_ids"].shape[1], max(wanted)
         batch = {name: torch.from_numpy(x) for name, x in batch.items()}
         with torch.no_grad():
-            out = model.generate(**batch, do_sample=False, max_new_tokens=most, min_new_tokens=most,
-                                 pad_token_id=pad_id)  # fmt: skip
+            out = model.generate(
+                **batch,
+                do_sample=False,
+                max_new_tokens=most,
+                min_new_tokens=most,
+                pad_token_id=pad_id,
+            )
         found += [row[width : width + n].tolist() for row, n in zip(out, wanted, strict=True)]
     return found

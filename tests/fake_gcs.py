@@ -155,9 +155,15 @@ class _Api(BaseHTTPRequestHandler):
 
     def _described(self, bucket: str, name: str) -> dict:
         data, generation = STORE.objects[f"{bucket}/{name}"]
-        return {"kind": "storage#object", "name": name, "bucket": bucket, "size": str(len(data)),
-                "generation": str(generation), "metageneration": "1",
-                "updated": "2026-01-01T00:00:00.000Z"}  # fmt: skip
+        return {
+            "kind": "storage#object",
+            "name": name,
+            "bucket": bucket,
+            "size": str(len(data)),
+            "generation": str(generation),
+            "metageneration": "1",
+            "updated": "2026-01-01T00:00:00.000Z",
+        }
 
     def do_GET(self):
         bucket, name, query = self._asked()

@@ -6,9 +6,17 @@ from benchmarks import fuzz
 from benchmarks.fuzz_kinds import KINDS
 
 COUNTS = {
-    "images": 12, "videos": 12, "chats": 15, "lines": 12, "records": 20, "configs": 10, "tokenizers": 10,
-    "templates": 5, "journals": 10, "checkpoints": 6,
-}  # fmt: skip
+    "images": 12,
+    "videos": 12,
+    "chats": 15,
+    "lines": 12,
+    "records": 20,
+    "configs": 10,
+    "tokenizers": 10,
+    "templates": 5,
+    "journals": 10,
+    "checkpoints": 6,
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -199,8 +199,9 @@ def test_index_and_header_by_other_hands(tmp_path):
     for path in source.glob("*.safetensors"):  # one space more: every tensor now lies unaligned
         data = path.read_bytes()
         length = int.from_bytes(data[:8], "little")
-        path.write_bytes((length + 1).to_bytes(8, "little") + data[8 : 8 + length] + b" "
-                         + data[8 + length :])  # fmt: skip
+        path.write_bytes(
+            (length + 1).to_bytes(8, "little") + data[8 : 8 + length] + b" " + data[8 + length :]
+        )
     to_orbax(source, tmp_path / "orbax")
     to_hf(tmp_path / "orbax", tmp_path / "back")
     hf.assert_same(hf.read(tmp_path / "back"), tensors)

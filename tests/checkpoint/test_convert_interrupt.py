@@ -53,8 +53,11 @@ def sources(tmp_path_factory):
 
 def contents(directory):
     """Every file's bytes by name."""
-    return {name: path.read_bytes() for name in hf.listing(directory)
-            if (path := directory / name).is_file()}  # fmt: skip
+    return {
+        name: path.read_bytes()
+        for name in hf.listing(directory)
+        if (path := directory / name).is_file()
+    }
 
 
 @pytest.mark.parametrize("direction", ["to_orbax", "to_hf"])

@@ -86,8 +86,11 @@ def test_memory_is_bounded(tmp_path):
     assert largest < 40 * 10**6
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", CHILD, source, tmp_path / "o", tmp_path / "b"],
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     peaks = json.loads(done.stdout)
     print({name: f"{peak / MIB:.0f} MiB" for name, peak in peaks.items()})

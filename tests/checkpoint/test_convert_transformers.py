@@ -20,8 +20,13 @@ from qwen3vl_jax.checkpoint.save import save_params
 from qwen3vl_jax.config import TIED
 from qwen3vl_jax.loading import load
 
-KINDS = {"dense": ("base", False), "moe": ("base", True), "tied": ("tied", False),
-         "tied_moe": ("tied", True), "biases": ("attention_bias", False)}  # fmt: skip
+KINDS = {
+    "dense": ("base", False),
+    "moe": ("base", True),
+    "tied": ("tied", False),
+    "tied_moe": ("tied", True),
+    "biases": ("attention_bias", False),
+}
 
 
 def state(model) -> dict[str, np.ndarray]:
@@ -85,8 +90,13 @@ def test_fp8_to_orbax_to_bf16_in_transformers(kind, tmp_path):
 
 
 # tie_word_embeddings at the top and in text_config, as files have them, and whether a head is stored.
-TIES = ((True, None, False), (None, True, False), (False, True, False), (False, True, True),
-        (False, None, True))  # fmt: skip
+TIES = (
+    (True, None, False),
+    (None, True, False),
+    (False, True, False),
+    (False, True, True),
+    (False, None, True),
+)
 
 
 @pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])

@@ -28,8 +28,9 @@ from qwen3vl_jax.training import checkpoints, recipe, run_dir, train_model
 from qwen3vl_jax.training.checkpoints import Checkpoints, restore
 
 
-@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.int8, np.uint32,
-                                   ml_dtypes.float8_e4m3fn])  # fmt: skip
+@pytest.mark.parametrize(
+    "dtype", [np.float32, ml_dtypes.bfloat16, np.int8, np.uint32, ml_dtypes.float8_e4m3fn]
+)
 def test_a_digest_is_the_same_wherever_an_array_lies(dtype, monkeypatch):
     """In numpy, on a device and over a mesh; one bit of any value, the shape and the dtype change it."""
     x = np.random.default_rng(0).normal(0, 50, (4, 12, 8)).astype(dtype)

@@ -199,9 +199,14 @@ def test_each_line_has_its_own_sampling(demo, tmp_path):
     """Sampling keys, seeds, stop strings and log-probabilities of a line, as alone; flags for the rest."""
     proc, params = demo
     hot = {"temperature": 3.0, "top_k": 20, "max_new_tokens": 9}
-    lines = [message("Hi"), message("Hi", **hot, seed=5), message("Hi", **hot), message("Hi", **hot),
-             message("Hi", stop="digits", logprobs=True),
-             message("Hi", repetition_penalty=1.7, min_new_tokens=12, max_new_tokens=20)]  # fmt: skip
+    lines = [
+        message("Hi"),
+        message("Hi", **hot, seed=5),
+        message("Hi", **hot),
+        message("Hi", **hot),
+        message("Hi", stop="digits", logprobs=True),
+        message("Hi", repetition_penalty=1.7, min_new_tokens=12, max_new_tokens=20),
+    ]
     source = prompt_lines.write(tmp_path / "in.jsonl", lines)
     run("--input", source, "--output", tmp_path / "out.jsonl", "--rows", 3, "--seed", 4)
     found = answers(tmp_path / "out.jsonl")

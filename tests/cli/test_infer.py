@@ -112,9 +112,12 @@ def test_ctrl_c_ends_the_process_cleanly():
     )
     for work in ("threading.Event().wait(99)", deaf, swallowed):
         done = subprocess.run(
-            [sys.executable, "-c", code.replace("{work}", work)], capture_output=True, text=True,
-            timeout=60, cwd=DEMO.parent.parent,
-        )  # fmt: skip
+            [sys.executable, "-c", code.replace("{work}", work)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            cwd=DEMO.parent.parent,
+        )
         assert (done.returncode, done.stdout, done.stderr) == (130, "said", "interrupted\n")
 
 
@@ -163,8 +166,15 @@ def test_seeds_and_sampling(capsys):
 
 
 def test_a_conversation_from_a_file(capsys):
-    ask = [{"role": "user", "content": [{"type": "image", "image": str(common.DEMO_IMAGE)},
-                                        {"type": "text", "text": common.DEMO_PROMPT}]}]  # fmt: skip
+    ask = [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image", "image": str(common.DEMO_IMAGE)},
+                {"type": "text", "text": common.DEMO_PROMPT},
+            ],
+        }
+    ]
     Path("chat.json").write_text(json.dumps(ask))
     want = run(capsys).out
     assert run(capsys, "--messages", "chat.json").out == want

@@ -15,9 +15,12 @@ from qwen3vl_jax.cli.batch_journal import Journal, read_lines
 from qwen3vl_jax.errors import InputError
 
 SETTINGS = {"seed": 0, "stop": []}
-RESULTS = [{"id": 1, "text": "one"}, {"id": "b", "text": 'zw\u00f6lf", "checksum": "0"}'},
-           {"id": {"result": 1, "checksum": "0"}, "logprobs": [{"logprob": -0.5}]},
-           {"id": 4, "text": ""}]  # fmt: skip
+RESULTS = [
+    {"id": 1, "text": "one"},
+    {"id": "b", "text": 'zw\u00f6lf", "checksum": "0"}'},
+    {"id": {"result": 1, "checksum": "0"}, "logprobs": [{"logprob": -0.5}]},
+    {"id": 4, "text": ""},
+]
 WANT = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in RESULTS).encode()
 
 

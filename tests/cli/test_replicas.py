@@ -25,10 +25,15 @@ def work(tmp_path_factory):
     """(the file of lines, the environment of a process, what one process answers)."""
     folder = tmp_path_factory.mktemp("replicas")
     lines = [
-        {"id": f"q{i}", "messages": [{"role": "user", "content": f"Say {i}."}], "logprobs": i == 3,
-         "temperature": float(i % 2), "max_new_tokens": 8 + i % 5}
+        {
+            "id": f"q{i}",
+            "messages": [{"role": "user", "content": f"Say {i}."}],
+            "logprobs": i == 3,
+            "temperature": float(i % 2),
+            "max_new_tokens": 8 + i % 5,
+        }
         for i in range(LINES)
-    ]  # fmt: skip
+    ]
     source = folder / "in.jsonl"
     source.write_text("".join(json.dumps(line) + "\n" for line in lines) + "not JSON\n")
     env = {**os.environ, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
@@ -60,10 +65,13 @@ def spawned(options, env):
     return [
         subprocess.Popen(
             [*command, *given, *([*many, str(i)] if len(options) > 1 else [])],
-            env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for i, given in enumerate(options)
-    ]  # fmt: skip
+    ]
 
 
 def ended(children):

@@ -44,8 +44,13 @@ def test_penalties_look_at_the_right_tokens():
     kept = []
 
     def watch(logits, state):
-        jax.debug.callback(lambda *x: kept.append([np.asarray(y) for y in x]), logits, state.seen,
-                           state.answered, ordered=True)  # fmt: skip
+        jax.debug.callback(
+            lambda *x: kept.append([np.asarray(y) for y in x]),
+            logits,
+            state.seen,
+            state.answered,
+            ordered=True,
+        )
         return logits
 
     answer = generate(batch, 4, sampling=q3.Sampling(presence_penalty=2.0), logits_fn=watch)

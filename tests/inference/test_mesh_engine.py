@@ -145,10 +145,14 @@ def test_a_model_larger_than_a_device_is_spread(capsys):
 def test_how_released_sizes_are_spread():
     """Every device that is used has an even share: also where the count does not divide a size."""
     want = {
-        ("8b", 8): {"tensor": 8}, ("8b", 12): {"tensor": 8}, ("8b", 3): {"tensor": 2},
-        ("8b", 16): {"fsdp": 2, "tensor": 8}, ("32b", 6): {"tensor": 4},
-        ("30b-a3b", 6): {"tensor": 4}, ("235b-a22b", 8): {"expert": 2, "tensor": 4},
-    }  # fmt: skip
+        ("8b", 8): {"tensor": 8},
+        ("8b", 12): {"tensor": 8},
+        ("8b", 3): {"tensor": 2},
+        ("8b", 16): {"fsdp": 2, "tensor": 8},
+        ("32b", 6): {"tensor": 4},
+        ("30b-a3b", 6): {"tensor": 4},
+        ("235b-a22b", 8): {"expert": 2, "tensor": 4},
+    }
     for (name, count), sizes in want.items():
         cfg = Config.named(name)
         assert auto_mesh.auto_mesh(cfg.text, count) == sizes

@@ -82,9 +82,11 @@ def test_penalties_and_logits_fn_are_held_to_it_too():
     bad = (
         {"sampling": q3.Sampling(repetition_penalty=1e-38)},
         {"logits_fn": lambda logits, state: logits.at[:, 5].set(jnp.nan)},
-        {"logits_fn": lambda logits, state: jnp.full_like(logits, -jnp.inf),
-         "sampling": q3.Sampling(temperature=1.0)},
-    )  # fmt: skip
+        {
+            "logits_fn": lambda logits, state: jnp.full_like(logits, -jnp.inf),
+            "sampling": q3.Sampling(temperature=1.0),
+        },
+    )
     for options in bad:
         one = q3.generate(*model(), batch, **OPTIONS, **options)
         assert one.finish_reasons == ["error"] and "after penalties" in one.errors[0]

@@ -155,9 +155,14 @@ def test_backends_are_listed():
 @pytest.mark.parametrize("head", [64, 72, 128])
 @pytest.mark.parametrize(
     ("kind", "layout"),
-    [("causal", "prompt"), ("causal", "any"), ("prefix", "frames"), ("right padded", "causal"),
-     ("frames", "frames")],
-)  # fmt: skip
+    [
+        ("causal", "prompt"),
+        ("causal", "any"),
+        ("prefix", "frames"),
+        ("right padded", "causal"),
+        ("frames", "frames"),
+    ],
+)
 def test_half_precision_on_whatever_kernel_serves_it(kind, layout, head):
     """Causal and prefix rows on whatever serves them: within rounding of fp64."""
     b, t, n, k = 2, 320, 4, 2

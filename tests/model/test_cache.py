@@ -84,11 +84,13 @@ def test_a_long_prompt_in_chunks_needs_a_third_of_the_memory():
     width = 32768
     batch = jax.eval_shape(
         lambda: q3.Batch(
-            tokens=jnp.zeros((1, width), jnp.int32), positions=jnp.zeros((3, 1, width), jnp.int32),
-            segment_ids=jnp.ones((1, width), jnp.int32), vision_rows=None,
+            tokens=jnp.zeros((1, width), jnp.int32),
+            positions=jnp.zeros((3, 1, width), jnp.int32),
+            segment_ids=jnp.ones((1, width), jnp.int32),
+            vision_rows=None,
             delta=jnp.zeros(1, jnp.int32),
         )
-    )  # fmt: skip
+    )
 
     def temporary(chunk):
         run = jax.jit(functools.partial(q3.prefill, cfg=cfg, max_len=width, chunk=chunk))

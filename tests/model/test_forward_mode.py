@@ -94,17 +94,26 @@ def test_16_bit_products_and_lookups(rounded):
     np.testing.assert_array_equal(found, w[jnp.array([3, 3, 0])])
 
 
-@pytest.mark.parametrize(("rows", "dtype", "written"), [
-    (256, jnp.bfloat16, "bf16"), (255, jnp.bfloat16, "f32"), (256, jnp.float32, "f32"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rows", "dtype", "written"),
+    [
+        (256, jnp.bfloat16, "bf16"),
+        (255, jnp.bfloat16, "f32"),
+        (256, jnp.float32, "f32"),
+    ],
+)
 def test_a_gpu_writes_products_of_many_rows_in_16_bits(monkeypatch, rows, dtype, written):
     """Values and gradients, weights in fp32 as in training, are those of fp32 products, rounded once."""
     rng = np.random.default_rng(0)
     x, w, bias, slope = (
         jnp.asarray(rng.normal(size=s), t)
-        for s, t in (((rows, 48), dtype), ((40, 48), jnp.float32), ((40,), jnp.float32),
-                     ((rows, 40), dtype))
-    )  # fmt: skip
+        for s, t in (
+            ((rows, 48), dtype),
+            ((40, 48), jnp.float32),
+            ((40,), jnp.float32),
+            ((rows, 40), dtype),
+        )
+    )
 
     def run(*given):
         out, back = jax.vjp(layers.linear, *given)

@@ -30,14 +30,20 @@ from qwen3vl_jax.loading import load
 from qwen3vl_jax.model.quantized import Quantized, dequantize
 
 ROOT = Path(__file__).resolve().parents[2]
-KINDS = {"dense": ("base", False), "moe": ("base", True), "tied": ("tied", False),
-         "biases": ("attention_bias", False)}  # fmt: skip
+KINDS = {
+    "dense": ("base", False),
+    "moe": ("base", True),
+    "tied": ("tied", False),
+    "biases": ("attention_bias", False),
+}
 # For each quantised array of a tree the axes that its scales do not have (their size is 1); experts are
 # [E, in, out], gate and up of a dense model [2, out, in].
 SUMMED = {"embed": (1,), "head": (1,), "qkv": (3,), "o": (1, 2), "gate_up": (2,), "down": (1,)}
 EXPERTS = {"gate_up": (1,)}
-LINE = r"int8: logits differ by (\d+\.\d\d)% rms \((\d+\.\d\d)% of the largest at most\), the " \
-       r"likeliest token agrees at (\d+) of 64 places"  # fmt: skip
+LINE = (
+    r"int8: logits differ by (\d+\.\d\d)% rms \((\d+\.\d\d)% of the largest at most\), the "
+    r"likeliest token agrees at (\d+) of 64 places"
+)
 BOUND = 2e-5
 
 
@@ -114,7 +120,9 @@ def test_logits_and_dtype(kind):
     params, cfg = load(directory, dtype="float32")
     leaves = jax.tree.leaves(params, is_leaf=is_quantized)
     assert {w.values.dtype if is_quantized(w) else w.dtype for w in leaves} == {
-        np.dtype("int8"), np.dtype("float32")}  # fmt: skip
+        np.dtype("int8"),
+        np.dtype("float32"),
+    }
     plain = multiplied_out(params)
     batch = q3.make_batch(cfg, **tiny.inputs(raw, "text"))
     want = ours.forward(plain, cfg, batch)

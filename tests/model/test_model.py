@@ -102,10 +102,12 @@ def test_forward_is_prefill_and_decode_at_every_position(moe, rope):
 
     heads = np.arange(1, total)  # tokens of each row, all but the last one at most
     starts = whole.replace(
-        tokens=repeat(whole.tokens), positions=repeat(whole.positions, 1),
+        tokens=repeat(whole.tokens),
+        positions=repeat(whole.positions, 1),
         segment_ids=(np.arange(total) < heads[:, None]).astype(np.int32),
-        vision_rows=repeat(whole.vision_rows), delta=place[0, 1:] - heads,
-    )  # fmt: skip
+        vision_rows=repeat(whole.vision_rows),
+        delta=place[0, 1:] - heads,
+    )
     cache, logits = ours.prefill(params, cfg, starts, 64)
     assert ours.worst(logits, want[:-1]) < 1e-5
     text, good, steps = np.asarray(whole.vision_rows)[0] < 0, heads > 0, 0

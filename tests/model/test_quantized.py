@@ -71,8 +71,11 @@ def test_sixteen_bits_are_written_only_where_scales_change_inside_the_sum(name):
     w, x = quantized(shape, scales), jnp.ones((1, *shape[len(shape) - in_dims :]), jnp.bfloat16)
     closed = jax.make_jaxpr(lambda x, w: linear_fp32(x, w, in_dims))(x, w)
     size = int(np.prod(shape))
-    made = [str(eqn.primitive) for eqn in closed.jaxpr.eqns
-            if any(out.aval.size == size for out in eqn.outvars)]  # fmt: skip
+    made = [
+        str(eqn.primitive)
+        for eqn in closed.jaxpr.eqns
+        if any(out.aval.size == size for out in eqn.outvars)
+    ]
     outside = all(n == 1 for n in scales[len(scales) - in_dims :])
     assert ("mul" in made) != outside
     assert "convert_element_type" in made

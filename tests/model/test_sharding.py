@@ -29,9 +29,15 @@ LAYS_OUT = {
     "training/stacked_load.py",
 }  # the second takes the layers' axis from a layout
 # What makes meshes: their names, presets, the recipe's table of them, and the planner that tries them.
-NAMES_AXES = {"model/sharding.py", "checkpoint/auto_mesh.py", "config.py", "training/recipe.py",
-              "training/reporting/memory_estimate.py", "planning/search.py",
-              "planning/program.py"}  # fmt: skip
+NAMES_AXES = {
+    "model/sharding.py",
+    "checkpoint/auto_mesh.py",
+    "config.py",
+    "training/recipe.py",
+    "training/reporting/memory_estimate.py",
+    "planning/search.py",
+    "planning/program.py",
+}
 
 
 def test_modules_know_logical_names_only():
@@ -79,8 +85,9 @@ def test_an_axis_takes_the_largest_set_that_divides_it():
     assert found == {"kv_heads": (), "embed": ("fsdp", "tensor")}
     assert axes(("heads", 32), ("heads", 4), tensor=8) == {"heads": ()}
     assert axes(("batch", 1), ("residual", 64), data=4, sequence=2, tensor=2) == {
-        "batch": (), "residual": ("sequence", "tensor")
-    }  # fmt: skip
+        "batch": (),
+        "residual": ("sequence", "tensor"),
+    }
 
 
 def test_every_parameter_of_every_size_has_a_place():

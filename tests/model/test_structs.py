@@ -55,8 +55,19 @@ def test_swapped_arguments_are_named(given):
         functools.partial(q3.prefill, max_len=9),
         functools.partial(q3.rerank, yes_no=(1, 2)),
     )
-    of_batch = (q3.forward, q3.hidden_states, q3.last_hidden_state, q3.attentions, q3.loss_fn, q3.score,
-                q3.embed, rerank, prefill, generate, stream)  # fmt: skip
+    of_batch = (
+        q3.forward,
+        q3.hidden_states,
+        q3.last_hidden_state,
+        q3.attentions,
+        q3.loss_fn,
+        q3.score,
+        q3.embed,
+        rerank,
+        prefill,
+        generate,
+        stream,
+    )
     for function in of_batch:
         with pytest.raises(q3.InputError, match=r"params: got Config, .*\(params, cfg, batch"):
             function(cfg, params, batch)

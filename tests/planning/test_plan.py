@@ -182,8 +182,10 @@ def test_a_search_tries_meshes_that_divide(small):
         if asked is small:
             assert once.pop(0).recipe.mesh == small.mesh
         assert [c.seconds for c in once] == sorted(c.seconds for c in once)
-        assert all(c.seconds <= min(o.seconds for o in others if o.recipe.mesh == c.recipe.mesh)
-                   for c in once)  # fmt: skip
+        assert all(
+            c.seconds <= min(o.seconds for o in others if o.recipe.mesh == c.recipe.mesh)
+            for c in once
+        )
         for each in found:
             mesh = each.recipe.mesh
             assert mesh.data * mesh.fsdp * mesh.expert * mesh.sequence * mesh.tensor == 8
@@ -281,8 +283,10 @@ def test_a_search_goes_on_after_a_mesh_that_does_not_compile(small, monkeypatch,
     told = capsys.readouterr().err.splitlines()
     assert told[0].startswith("--search: meshes in place of mesh.fsdp=4 mesh.tensor=2")
     assert [line.rsplit(": ", 1)[1] for line in told[1:]] == [
-        "no such layout", "XLA does not compile it", "16G of 15G HBM (2 s)"
-    ]  # fmt: skip
+        "no such layout",
+        "XLA does not compile it",
+        "16G of 15G HBM (2 s)",
+    ]
     assert told[1].startswith("mesh.fsdp=4") and "does not fit" in out.getvalue()
     assert "compiled at O1" in " ".join(out.getvalue().split())
 
@@ -336,8 +340,12 @@ def test_a_tpu_program_of_the_command_line(small, tmp_path):
     command = [sys.executable, "train.py", "--config", str(config), "--plan", "v5e:2x4"]
     done = subprocess.run(
         [*command, "--tries", "0", "--save", str(out), *lines],
-        cwd=ROOT, env=env, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "XLA's own verdict" in done.stdout and "fits" in done.stdout
     assert out.stat().st_size > 10_000

@@ -111,11 +111,16 @@ def chips_of(*sizes):
     """Devices of a slice of a TPU, in the compiler's order: the first axis runs fastest."""
     return [
         types.SimpleNamespace(
-            platform="tpu", coords=at[::-1], core_on_chip=0, slice_index=0, process_index=0,
-            device_kind="TPU v5 lite", id=number,
+            platform="tpu",
+            coords=at[::-1],
+            core_on_chip=0,
+            slice_index=0,
+            process_index=0,
+            device_kind="TPU v5 lite",
+            id=number,
         )
         for number, at in enumerate(itertools.product(*map(range, sizes[::-1])))
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize(
@@ -177,5 +182,9 @@ def test_every_kind_of_tpu_has_the_devices_of_its_entry():
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split("\n")[:-1] == [
-        "v4:2x2x2 True", "v5e:4x4 True", "v5p:4x8x8 True", "v6e:4x4 True", "tpu7x:4x4x4 True"
-    ]  # fmt: skip
+        "v4:2x2x2 True",
+        "v5e:4x4 True",
+        "v5p:4x8x8 True",
+        "v6e:4x4 True",
+        "tpu7x:4x4x4 True",
+    ]

@@ -78,12 +78,14 @@ def test_collectives_of_a_loop_count_as_often_as_it_runs():
     module = hlo.parse(TEXT)
     found = traffic(module, 8)
     assert found.unknown_loops == 0
-    assert sorted(found.collectives) == sorted([
-        Collective("all-gather", 6.0, 1024 * 3 / 4, (0, 1, 2, 3), beside=True),
-        Collective("all-reduce", 1.0, 2 * 256 / 2, (0, 1)),
-        Collective("collective-permute", 1.0, 256.0, (0, 1)),
-        Collective("reduce-scatter", 1.0, 256 * 3 / 4, (0, 2, 4, 6)),
-    ])  # fmt: skip
+    assert sorted(found.collectives) == sorted(
+        [
+            Collective("all-gather", 6.0, 1024 * 3 / 4, (0, 1, 2, 3), beside=True),
+            Collective("all-reduce", 1.0, 2 * 256 / 2, (0, 1)),
+            Collective("collective-permute", 1.0, 256.0, (0, 1)),
+            Collective("reduce-scatter", 1.0, 256 * 3 / 4, (0, 2, 4, 6)),
+        ]
+    )
     in_loop = (
         1024 + 2 * (256 + 1024) + 4
     )  # a slice of w and none of what S(1) holds; both gathers; i
@@ -163,9 +165,15 @@ def test_a_loop_without_a_constant_is_counted_once_and_told():
 
 @pytest.mark.parametrize(
     ("name", "rings"),
-    [("v5e:16x16", (True, True)), ("v5e:8x16", (False, True)), ("v6e:4x4", (False, False)),
-     ("v5p:4x8x8", (True, True, True)), ("v4:2x2x4", (False, False, False)), ("h100:8", (False,))],
-)  # fmt: skip
+    [
+        ("v5e:16x16", (True, True)),
+        ("v5e:8x16", (False, True)),
+        ("v6e:4x4", (False, False)),
+        ("v5p:4x8x8", (True, True, True)),
+        ("v4:2x2x4", (False, False, False)),
+        ("h100:8", (False,)),
+    ],
+)
 def test_axes_of_a_torus_are_rings_where_their_ends_are_linked(name, rings):
     """v5e and v6e: 16 chips; v4, v5p, tpu7x: whole cubes of 4x4x4."""
     assert machines.read_machine(name).rings == rings
@@ -208,9 +216,12 @@ BETWEEN_SLICES = """
   %sent = token[] send-done(%send.1), channel_id=2, is_host_transfer=true
   %recv.1 = (f32[64]{0}, u32[], token[]) recv(%before), channel_id=1, is_host_transfer=true, ATTRIBUTES
   %got = (f32[64]{0}, token[]) recv-done(%recv.1), channel_id=1, is_host_transfer=true
-""".replace("ATTRIBUTES", 'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",'
-            '_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2}x{0:3}",'
-            '_xla_megascale_transfer_type="ALL_REDUCE"}')  # fmt: skip
+""".replace(
+    "ATTRIBUTES",
+    'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",'
+    '_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2}x{0:3}",'
+    '_xla_megascale_transfer_type="ALL_REDUCE"}',
+)
 
 
 GROUPS = "{{100000,200000},{100001,200001},{100002,200002},{100003,200003}}"

@@ -63,8 +63,16 @@ def test_buckets():
 def test_merge_order():
     at_row, at_col = merge_order(4, 6, 2)
     assert list(zip(at_row, at_col, strict=True))[:9] == [
-        (0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (0, 3), (1, 2), (1, 3), (0, 4)
-    ]  # fmt: skip
+        (0, 0),
+        (0, 1),
+        (1, 0),
+        (1, 1),
+        (0, 2),
+        (0, 3),
+        (1, 2),
+        (1, 3),
+        (0, 4),
+    ]
     assert len(set(zip(at_row.tolist(), at_col.tolist(), strict=True))) == 24
 
 

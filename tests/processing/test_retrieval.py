@@ -41,7 +41,9 @@ def test_embedding_prompts(proc):
     assert (item["min_pixels"], item["max_pixels"]) == (4096, 1843200)
     (item,) = embed_conversation({"video": "x.mp4"})[1]["content"]
     assert {k: v for k, v in item.items() if k not in ("type", "video")} == {
-        "fps": 1.0, "max_frames": 64}  # fmt: skip
+        "fps": 1.0,
+        "max_frames": 64,
+    }
     (item,) = embed_conversation({"video": [["0.png", "1.png"]]})[1]["content"]
     assert item["total_pixels"] == 7864320 and item["video"] == ["0.png", "1.png"]
 

@@ -34,9 +34,12 @@ def transformed(frames, metadata, settings, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         out = processor(
-            videos=[frames], video_metadata=[dict(metadata)], return_tensors="np",
-            return_metadata=True, **options,
-        )  # fmt: skip
+            videos=[frames],
+            video_metadata=[dict(metadata)],
+            return_tensors="np",
+            return_metadata=True,
+            **options,
+        )
     (used,) = out["video_metadata"]
     indices = [int(i) for i in used.frames_indices]
     times = Qwen3VLProcessor._calculate_timestamps(None, list(indices), used.fps)
@@ -56,9 +59,12 @@ def test_50_random_clips():
             "total_num_frames": count,
         }
         options = [
-            {}, {"fps": float(rng.uniform(0.3, 12))}, {"num_frames": int(rng.integers(2, count + 9))},
-            {"do_sample_frames": False}, {"fps": 3.0, "min_frames": 2, "max_frames": 9},
-        ][number % 5]  # fmt: skip
+            {},
+            {"fps": float(rng.uniform(0.3, 12))},
+            {"num_frames": int(rng.integers(2, count + 9))},
+            {"do_sample_frames": False},
+            {"fps": 3.0, "min_frames": 2, "max_frames": 9},
+        ][number % 5]
         budget = {"longest_edge": int(rng.choice([25165824, 40000, 150000])), "shortest_edge": 4096}
         cap = bool(number % 7 == 3)
         theirs = {"size": budget, "cap_pixels_per_frame": cap, "fps": options.get("fps", 2)}
@@ -118,9 +124,13 @@ def their_inputs(theirs, *names):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return theirs(
-            text=prompts, padding=True, padding_side="left", return_tensors="np",
-            return_metadata=True, **chats.media([message for row in rows for message in row]),
-        )  # fmt: skip
+            text=prompts,
+            padding=True,
+            padding_side="left",
+            return_tensors="np",
+            return_metadata=True,
+            **chats.media([message for row in rows for message in row]),
+        )
 
 
 KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw", "video_grid_thw")

@@ -14,9 +14,12 @@ from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.runtime import compile_cache
 from qwen3vl_jax.runtime.compile_cache import PROGRAMS, VARIABLE, keep_programs
 
-SETTINGS = ("jax_enable_compilation_cache", "jax_compilation_cache_dir",
-            "jax_persistent_cache_min_compile_time_secs",
-            "jax_persistent_cache_min_entry_size_bytes")  # fmt: skip
+SETTINGS = (
+    "jax_enable_compilation_cache",
+    "jax_compilation_cache_dir",
+    "jax_persistent_cache_min_compile_time_secs",
+    "jax_persistent_cache_min_entry_size_bytes",
+)
 
 
 @pytest.fixture

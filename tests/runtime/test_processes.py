@@ -46,10 +46,17 @@ def files(tmp_path_factory):
     held_out.write_text((json.dumps({"messages": turns}) + "\n") * 9)
     asked = {"sources": [{"path": str(held_out)}], "every": STEPS, "generate": 2}
     train_files.write_recipe(
-        folder / "recipe.toml", ckpt, data, pack=PACK, optimizer={"ema": 0.0}, steps=STEPS,
-        save_every=4, evaluate={**asked, "max_new_tokens": 4}, mesh={"fsdp": 2, "expert": 4},
+        folder / "recipe.toml",
+        ckpt,
+        data,
+        pack=PACK,
+        optimizer={"ema": 0.0},
+        steps=STEPS,
+        save_every=4,
+        evaluate={**asked, "max_new_tokens": 4},
+        mesh={"fsdp": 2, "expert": 4},
         data={"sources": [{"path": str(data)}], "shuffle": False},
-    )  # fmt: skip
+    )
     return folder
 
 
@@ -65,11 +72,15 @@ def start(files: Path, out: str, count: int, devices: int, *changes: str) -> lis
     command += ["--out", str(files / out), "--coordinator", address, "--processes", str(count)]
     return [
         subprocess.Popen(
-            [*command, "--process", str(i)], cwd=ROOT, env=env, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True,
+            [*command, "--process", str(i)],
+            cwd=ROOT,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         for i in range(count)
-    ]  # fmt: skip
+    ]
 
 
 def alone(files: Path, out: str) -> dict[int, float]:

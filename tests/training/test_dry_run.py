@@ -124,8 +124,11 @@ def test_all_that_is_left_out_is_named(small, tmp_path):
     """Of data and of evaluation; where a run would refuse, so does the dry run, and else not."""
     good = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     lines = [json.dumps({"messages": good})] * 20
-    lines[3], lines[17], lines[9] = "{", json.dumps({"messages": good, "label": 1}), json.dumps({
-        "messages": [{"role": "user", "content": "word " * 200}, good[1]]})  # fmt: skip
+    lines[3], lines[17], lines[9] = (
+        "{",
+        json.dumps({"messages": good, "label": 1}),
+        json.dumps({"messages": [{"role": "user", "content": "word " * 200}, good[1]]}),
+    )
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     (tmp_path / "b.jsonl").write_text("\n".join([*lines[:3], json.dumps({"messages": good[:1]})]))
     sources = [

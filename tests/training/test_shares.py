@@ -60,14 +60,18 @@ def test_each_group_is_the_feed_of_its_number(proc, mesh):
             got, mine = batch.packed, want.packed
             assert got.batch.groups == GROUPS
             same(got.weights[0, rows], mine.weights)
-            same([x[0, rows] for x in jax.tree.leaves(got.batch.vision)],
-                 jax.tree.leaves(mine.batch.vision))  # fmt: skip
+            same(
+                [x[0, rows] for x in jax.tree.leaves(got.batch.vision)],
+                jax.tree.leaves(mine.batch.vision),
+            )
             for name in ("tokens", "segment_ids", "vision_rows", "labels"):
                 same(getattr(got.batch, name)[0, rows], getattr(mine.batch, name))
             same(got.batch.positions[0][:, rows], mine.batch.positions)
             assert batch.names[rows] == want.names
-    feeds = [DataLoader(DATA, divided(PACK, GROUPS), proc, 3, process_index=g, process_count=GROUPS)
-             for g in range(GROUPS)]  # fmt: skip
+    feeds = [
+        DataLoader(DATA, divided(PACK, GROUPS), proc, 3, process_index=g, process_count=GROUPS)
+        for g in range(GROUPS)
+    ]
     told = [take(feed, 1)[0].stats for feed in feeds]
     assert float(batches[0].stats["samples"]) == sum(t["samples"] for t in told)
     np.testing.assert_allclose(batches[0].stats["fill"], np.mean([t["fill"] for t in told]))

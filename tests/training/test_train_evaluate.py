@@ -49,14 +49,23 @@ CASES = {  # name -> (the record's answer, what the model writes, whether that i
     "other reasoning": (said("4", reasoning_content="hm"), "well\n</think>\n\n4", True),
     "another answer": (said(THOUGHT), "well\n</think>\n\n5", False),
     "cut off while thinking": (said(THOUGHT), "4", False),
-    "a call": (CROP, '</think>\n<tool_call>\n{"name": "crop", "arguments": {"y": 2, "x": 1}}\n'
-               "</tool_call>", True),
-    "another call": (CROP, '</think>\n<tool_call>\n{"name": "crop", "arguments": {"x": 1}}\n'
-                     "</tool_call>", False),
+    "a call": (
+        CROP,
+        '</think>\n<tool_call>\n{"name": "crop", "arguments": {"y": 2, "x": 1}}\n</tool_call>',
+        True,
+    ),
+    "another call": (
+        CROP,
+        '</think>\n<tool_call>\n{"name": "crop", "arguments": {"x": 1}}\n</tool_call>',
+        False,
+    ),
     "no call": (MOVE, "</think>\n", False),
-    "a call that is not asked": (said("4"), '</think>\n4\n<tool_call>\n{"name": "move", '
-                                 '"arguments": {}}\n</tool_call>', False),
-}  # fmt: skip
+    "a call that is not asked": (
+        said("4"),
+        '</think>\n4\n<tool_call>\n{"name": "move", "arguments": {}}\n</tool_call>',
+        False,
+    ),
+}
 
 
 def test_which_answers_are_right(proc, generated):

@@ -108,11 +108,19 @@ def _matrices(tree):
 
 def test_peaks_by_device_kind():
     known = {
-        "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H200": 989e12,
-        "NVIDIA A100-SXM4-80GB": 312e12, "TPU v4": 275e12, "TPU v5 lite": 197e12,
-        "TPU v5e": 197e12, "TPU v5p": 459e12, "TPU v5": 459e12, "TPU v6 lite": 918e12,
-        "TPU v6e": 918e12, "TPU7x": 1153.5e12,
-    }  # fmt: skip
+        "NVIDIA H100 80GB HBM3": 989e12,
+        "NVIDIA H100 PCIe": 756e12,
+        "NVIDIA H200": 989e12,
+        "NVIDIA A100-SXM4-80GB": 312e12,
+        "TPU v4": 275e12,
+        "TPU v5 lite": 197e12,
+        "TPU v5e": 197e12,
+        "TPU v5p": 459e12,
+        "TPU v5": 459e12,
+        "TPU v6 lite": 918e12,
+        "TPU v6e": 918e12,
+        "TPU7x": 1153.5e12,
+    }
     assert {kind: chips.peak_flops(kind) for kind in known} == known
     assert chips.peak_flops("cpu") is None
 
@@ -145,8 +153,10 @@ def test_flags_of_bit_equality():
     """What is set stays, what contradicts is replaced, twice is once."""
     once = deterministic_flags("--xla_a=1 --xla_gpu_autotune_level=4")
     assert once.split() == [
-        "--xla_a=1", "--xla_gpu_deterministic_ops=true", "--xla_gpu_autotune_level=0",
-    ]  # fmt: skip
+        "--xla_a=1",
+        "--xla_gpu_deterministic_ops=true",
+        "--xla_gpu_autotune_level=0",
+    ]
     assert deterministic_flags(once) == once
     environ = {}
     make_deterministic(environ)

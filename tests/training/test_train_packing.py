@@ -129,8 +129,10 @@ def test_what_a_batch_holds():
     """Tables, positions and rows of every sample are those that it has alone; padding is empty."""
     config = q3.Config.from_hf(tiny.config_dict())
     given = samples(config, 7, seed=1)
-    named = [np.arange(100 * i, 100 * i + sum(len(v.patches) for v in s.images) // 4)
-             for i, s in enumerate(given)]  # fmt: skip
+    named = [
+        np.arange(100 * i, 100 * i + sum(len(v.patches) for v in s.images) // 4)
+        for i, s in enumerate(given)
+    ]
     given = [dataclasses.replace(s, vision_labels=n) for s, n in zip(given, named)]
     # A first token that is learned: alone there is nothing to say it from, so here there is not.
     given[1].labels[0], given[1].weights[0] = given[1].ids[0], 1.0
@@ -189,7 +191,10 @@ def test_first_fit_over_a_lookahead():
     pack = recipe.Pack(rows=2, length=10, vision_rows=0, lookahead=2)
     placed, left = packing.choose(pack, [], lambda: next(coming, None))
     assert [(p.sample.name, p.row, p.start) for p in placed] == [
-        ("0", 0, 0), ("1", 1, 0), ("2", 0, 6)]  # fmt: skip
+        ("0", 0, 0),
+        ("1", 1, 0),
+        ("2", 0, 6),
+    ]
     assert [w.place for w in left] == [3, 4]
     placed, left = packing.choose(pack, left, lambda: next(coming, None))
     assert [(p.sample.name, p.row) for p in placed] == [("3", 0), ("4", 1), ("6", 1), ("7", 0)]

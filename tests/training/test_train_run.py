@@ -43,9 +43,13 @@ def start(files: Path, out: str) -> subprocess.Popen:
     """train.py in a process of its own; children share compiled programs."""
     cache = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     return subprocess.Popen(
-        [sys.executable, "train.py", *command(files, out)], cwd=ROOT, env={**os.environ, **cache},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        [sys.executable, "train.py", *command(files, out)],
+        cwd=ROOT,
+        env={**os.environ, **cache},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def finish(process: subprocess.Popen) -> str:
@@ -109,8 +113,11 @@ def test_a_killed_run_goes_on_bit_for_bit(whole, broken):
     """Two kills, a SIGTERM and a damaged step later: every loss and norm, all of the state."""
     want, got = (read_table(out / "metrics.csv") for _, out in (whole, broken))
     assert [int(row["step"]) for row in got] == list(range(1, STEPS + 1))
-    same = [name for name in want[0] if name not in ("seconds", "tokens_per_s", "tflops", "mfu",
-                                                     "mfu_padded", "memory_gib")]  # fmt: skip
+    same = [
+        name
+        for name in want[0]
+        if name not in ("seconds", "tokens_per_s", "tflops", "mfu", "mfu_padded", "memory_gib")
+    ]
     assert {"loss", "grad_norm", "lr", "tokens", "fill", "samples"} <= set(same)
     for a, b in zip(want, got):
         assert {n: a[n] for n in same} == {n: b[n] for n in same}

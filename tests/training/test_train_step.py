@@ -120,9 +120,13 @@ def run(tiny_model):
     rule = Optimizer(learning_rate=3e-3, schedule="constant", weight_decay=0.0, ema=0.5)
     m = tiny_model
     state, frozen, train = ours_train.trainer(
-        m.params, m.cfg, rule, settings, freeze=("vision", "layers.*.q_norm"),
+        m.params,
+        m.cfg,
+        rule,
+        settings,
+        freeze=("vision", "layers.*.q_norm"),
         rates={"merger": 0.5, "vision.deepstack.*.fc1": 0.0},
-    )  # fmt: skip
+    )
     two = [ours_train.pack(m.cfg, [[s] for s in m.samples[i : i + 2]]) for i in (0, 2)]
     return state, frozen, train, ours_train.micro(*two)
 

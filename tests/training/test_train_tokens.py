@@ -40,9 +40,14 @@ def test_ids_are_the_first_free_ones_in_transformers_too(tmp_path, form):
 
 @pytest.mark.parametrize(
     ("names", "rows", "words"),
-    [(["<a>", "<a>"], 9, "twice"), ([""], 9, "no name"), ([" <a>"], 9, "no name"),
-     (["<|im_end|>"], 9, "token already"), (["<a>", "<b>"], 1, "rows for 1 more")],
-)  # fmt: skip
+    [
+        (["<a>", "<a>"], 9, "twice"),
+        ([""], 9, "no name"),
+        ([" <a>"], 9, "no name"),
+        (["<|im_end|>"], 9, "token already"),
+        (["<a>", "<b>"], 1, "rows for 1 more"),
+    ],
+)
 def test_names_that_cannot_be_added(tmp_path, names, rows, words):
     toy.save_tokenizer(tmp_path / "old")
     used = toy.config()["text_config"]["vocab_size"]
