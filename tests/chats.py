@@ -90,11 +90,28 @@ FILMED: dict[str, list[Message]] = {
     "odd": [user(clip(5, 41, 33, 3.0), "what is this?")],
     "short": [user("before ", clip(2, 64, 24, 1.0), " after")],
     "sampled": [system("Be brief."), user(clip(61, 24, 40, 23.976), "How many?")],
-    "chosen": [user({**clip(3, 32, 56, 12.5), "video_metadata": {
-        "fps": 12.5, "total_num_frames": 90, "frames_indices": [7, 40, 88]}})],
+    "chosen": [
+        user(
+            {
+                **clip(3, 32, 56, 12.5),
+                "video_metadata": {
+                    "fps": 12.5,
+                    "total_num_frames": 90,
+                    "frames_indices": [7, 40, 88],
+                },
+            }
+        )
+    ],
     "interleaved": [
-        user("a", clip(5, 40, 33, 4.0), picture(20, 33), " b ", clip(8, 24, 90, 30.0),
-             picture(50, 9), "\u5b57?"),
+        user(
+            "a",
+            clip(5, 40, 33, 4.0),
+            picture(20, 33),
+            " b ",
+            clip(8, 24, 90, 30.0),
+            picture(50, 9),
+            "\u5b57?",
+        ),
     ],
     "turns": [
         user(picture(24, 24), "Look."),
@@ -112,7 +129,7 @@ FILMED: dict[str, list[Message]] = {
         said("At 7."),
         user("Sure?"),
     ],
-}  # fmt: skip
+}
 
 
 def free(messages: Any) -> dict[str, Any]:

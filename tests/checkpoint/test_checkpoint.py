@@ -26,8 +26,8 @@ from qwen3vl_jax.storage import atomic_dir
 from qwen3vl_jax.storage.hub import resolve
 
 ROOT = Path(__file__).resolve().parents[2]
-KINDS = {"dense": ("base", False), "moe": ("base", True), "tied": ("tied", False),
-         "no_taps": ("no_taps", False)}  # fmt: skip
+KINDS = {"dense": ("base", False), "moe": ("base", True)}
+KINDS |= {"tied": ("tied", False), "no_taps": ("no_taps", False)}
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -249,14 +249,11 @@ for line in sys.stdin:
 
 def ask(home: Path, endpoint: str, *questions: str, offline: bool = False) -> list[str]:
     """The answers of resolve in a new process: a path or an error each."""
-    environment = {
-        **os.environ, "PYTHONPATH": str(ROOT), "HF_ENDPOINT": endpoint, "HF_HOME": str(home),
-        "HF_HUB_OFFLINE": str(int(offline)), "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", ASK], input="\n".join(questions), text=True,
-        env=environment, capture_output=True, check=False,
-    )  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home)}
+    environment["HF_HUB_OFFLINE"] = str(int(offline))
+    command, text = [sys.executable, "-W", "error", "-c", ASK], "\n".join(questions)
+    done = subprocess.run(command, input=text, text=True, env=environment, capture_output=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.splitlines()
 
@@ -276,10 +273,8 @@ def test_hub_ids(copies, tmp_path):
     home = tmp_path / "home"
     repos = {"Qwen/Tiny": {"main": source, "v2": other}, "Qwen/Old": {"main": pickled}}
     with hub.serve(repos) as server:
-        main, second, *errors, old = ask(
-            home, server.url, "Qwen/Tiny", "Qwen/Tiny v2", "Qwen/Tiny v3", "Qwen/None", "No/../id",
-            "Qwen/Old",
-        )  # fmt: skip
+        good, bad = ("Qwen/Tiny", "Qwen/Tiny v2"), ("Qwen/Tiny v3", "Qwen/None", "No/../id")
+        main, second, *errors, old = ask(home, server.url, *good, *bad, "Qwen/Old")
         assert not any("pytorch_model" in line or "png" in line for line in server.asked)
         commit = server.commit("Qwen/Tiny", "v2")
     assert commit is not None
@@ -296,10 +291,8 @@ def test_hub_ids(copies, tmp_path):
     to_orbax(Path(second), tmp_path / "converted")  # the cache holds links, the output files
     assert not any(path.is_symlink() for path in (tmp_path / "converted").rglob("*"))
     for offline in (False, True):  # the server is gone: no network, and no wish for one
-        *found, lost = ask(
-            home, server.url, "Qwen/Tiny", "Qwen/Tiny v2", f"Qwen/Tiny {commit}", "Qwen/Lost",
-            offline=offline,
-        )  # fmt: skip
+        questions = (*good, f"Qwen/Tiny {commit}", "Qwen/Lost")
+        *found, lost = ask(home, server.url, *questions, offline=offline)
         assert found == [main, second, second]
         assert lost.startswith("error: Qwen/Lost: no such directory; the Hub is out of reach")
 

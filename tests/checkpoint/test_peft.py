@@ -104,8 +104,9 @@ def test_nothing_changes_at_first_and_the_loop_is_the_scan(case):
     lora = recipe.Lora(rank=adapters.RANK, targets=adapters.EVERYTHING[case.moe], base="float32")
     first = split_lora(
         recipe.Recipe(ckpt="x", steps=1, lora=lora, step=recipe.Step(dtype="float32")),
-        case.cfg, case.params,
-    )  # fmt: skip
+        case.cfg,
+        case.params,
+    )
     assert all(np.any(x) == name.endswith(".a") for name, x in first.weights.items())
     assert first.weights.keys() == case.weights.keys()
     begun = ours.forward(first.merge(first.weights, first.frozen), case.cfg, case.batch)
@@ -141,13 +142,21 @@ def test_what_peft_writes_gives_equal_logits_here(case, tmp_path):
     """Ranks and alphas by pattern, rsLoRA, targets as a regex or, for experts, as parameters."""
     every = r".*(_proj|\.qkv|attn\.proj|linear_fc[12]|lm_head)"
     settings = peft.LoraConfig(
-        r=4, lora_alpha=5, use_rslora=True, lora_dropout=0.0 if case.moe else 0.1,
+        r=4,
+        lora_alpha=5,
+        use_rslora=True,
+        lora_dropout=0.0 if case.moe else 0.1,
         target_modules=every.replace("|lm_head", "") if case.moe else every,
         target_parameters=["experts.gate_up_proj", "experts.down_proj", "gate.weight"]
-        if case.moe else None,
-        rank_pattern={r"layers\.[02]\..*q_proj": 2, r"layers\.1\..*o_proj": 3, "blocks.0.attn.qkv": 1},
+        if case.moe
+        else None,
+        rank_pattern={
+            r"layers\.[02]\..*q_proj": 2,
+            r"layers\.1\..*o_proj": 3,
+            "blocks.0.attn.qkv": 1,
+        },
         alpha_pattern={"v_proj": 9, r".*merger.*linear_fc1": 7.5},
-    )  # fmt: skip
+    )
     model = peft.get_peft_model(case.base(), settings)
     generator = torch.Generator().manual_seed(0)
     for name, p in model.named_parameters():
@@ -240,10 +249,13 @@ def test_other_spellings_are_read(case, tmp_path):
 
 
 REFUSED = [
-    ({"use_dora": True}, "use_dora"), ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-    ({"bias": "all"}, "bias"), ({"peft_type": "LOHA"}, "LOHA"), ({"lora_bias": True}, "lora_bias"),
+    ({"use_dora": True}, "use_dora"),
+    ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    ({"bias": "all"}, "bias"),
+    ({"peft_type": "LOHA"}, "LOHA"),
+    ({"lora_bias": True}, "lora_bias"),
     ({"init_lora_weights": "pissa"}, "pissa"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("case", [False], indirect=True, ids=["dense"])
@@ -256,8 +268,9 @@ def test_what_cannot_be_read_is_told_in_one_line(case, tmp_path):
         ({**stored, key.format(0, "A"): a[:, 1:].copy()}, "[r 64]"),
         ({n: x for n, x in stored.items() if n != key.format(0, "B")}, "lora_A alone"),
         ({**stored, "base_model.model.lm_head.modules_to_save.weight": a}, "modules_to_save"),
-        ({key.format(0, "magnitude_vector"): a}, "no matrix of a LoRA"), ({}, "holds no matrices"),
-    ]  # fmt: skip
+        ({key.format(0, "magnitude_vector"): a}, "no matrix of a LoRA"),
+        ({}, "holds no matrices"),
+    ]
     cases = [({}, settings, told) for settings, told in REFUSED]
     cases += [({"tensors": x}, {}, told) for x, told in tensors]
     for number, (changes, settings, told) in enumerate(cases):

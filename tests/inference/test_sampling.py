@@ -14,8 +14,8 @@ from transformers import GenerationConfig, set_seed
 import qwen3vl_jax as q3
 from qwen3vl_jax.inference.sampling import draw, penalize, restrict
 
-OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0,
-       "min_new_tokens": 0}  # fmt: skip
+OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+OFF |= {"repetition_penalty": 1.0, "min_new_tokens": 0}
 COMBINED = [
     {},
     {"temperature": 0.7},
@@ -85,10 +85,8 @@ def theirs(model, options, ids, mask, logits):
     """Logits [1 V] after the processors that `generate` builds for these options and stop ids."""
     config = GenerationConfig(do_sample=True, eos_token_id=STOPS, **{**OFF, **options})
     model._prepare_special_tokens(config, device="cpu")
-    chain = model._get_logits_processor(
-        config, PROMPT, device="cpu",
-        model_kwargs={"attention_mask": torch.from_numpy(mask[:, :PROMPT].astype(np.int64))},
-    )  # fmt: skip
+    seen = {"attention_mask": torch.from_numpy(mask[:, :PROMPT].astype(np.int64))}
+    chain = model._get_logits_processor(config, PROMPT, device="cpu", model_kwargs=seen)
     return chain(torch.from_numpy(ids), torch.from_numpy(logits)).numpy()
 
 
@@ -126,11 +124,11 @@ def test_scores_of_generate():
     inputs = reference.mixed(ref)
     width = inputs["input_ids"].shape[1]
     set_seed(0)
-    out = ref.model().generate(
-        **{name: torch.from_numpy(a) for name, a in inputs.items()}, do_sample=True,
-        **{**OFF, **options, "min_new_tokens": 4}, max_new_tokens=8, eos_token_id=STOPS,
-        pad_token_id=tiny.PAD, output_logits=True, output_scores=True, return_dict_in_generate=True,
-    )  # fmt: skip
+    asked = {**OFF, **options, "min_new_tokens": 4, "max_new_tokens": 8, "do_sample": True}
+    ends = {"eos_token_id": STOPS, "pad_token_id": tiny.PAD}
+    shown = dict.fromkeys(("output_logits", "output_scores", "return_dict_in_generate"), True)
+    given = {name: torch.from_numpy(a) for name, a in inputs.items()}
+    out = ref.model().generate(**given, **asked, **ends, **shown)
     sampling = q3.Sampling(**{**OFF, **options, "min_new_tokens": 4}).rows(4)
     ids = out.sequences.numpy()
     mask = np.pad(inputs["attention_mask"] > 0, ((0, 0), (0, 8)), constant_values=True)

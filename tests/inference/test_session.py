@@ -67,10 +67,12 @@ TURNS = (
     [picture(3), text("Read the digits.")],
     [text("How many digits are there?")],
     [picture(5), text("and here?"), picture(7)],
-    [{"type": "video", "video": clips.waves(5, 40, 70), "video_metadata": {"fps": 2}},
-     text("Count the nines.")],
+    [
+        {"type": "video", "video": clips.waves(5, 40, 70), "video_metadata": {"fps": 2}},
+        text("Count the nines."),
+    ],
     [text("Find every 4.")],
-)  # fmt: skip
+)
 
 
 PENALTIES = q3.Sampling(0.7, top_k=5, repetition_penalty=4.0)  # of earlier turns too
@@ -85,14 +87,17 @@ def test_each_turn_answers_as_the_whole_conversation(demo, monkeypatch, count, c
     proc, params = demo
     pieces = []
     monkeypatch.setattr(
-        cache, "_prefill_in_chunks",
+        cache,
+        "_prefill_in_chunks",
         lambda *given, fill=cache._prefill_in_chunks: pieces.append(given[-1]) or fill(*given),
-    )  # fmt: skip
+    )
     monkeypatch.setattr(
-        generate, "_extend",
-        lambda *given, more=generate._extend, **named: pieces.append(named["chunk"])
-        or more(*given, **named),
-    )  # fmt: skip
+        generate,
+        "_extend",
+        lambda *given, more=generate._extend, **named: (
+            pieces.append(named["chunk"]) or more(*given, **named)
+        ),
+    )
     encoded, encode = [], generate.vision_encode
 
     def counted(params, cfg, vision):
@@ -106,9 +111,15 @@ def test_each_turn_answers_as_the_whole_conversation(demo, monkeypatch, count, c
         messages.append(user(*items))
         encoded.clear()
         turn = chat_session.take_turn(
-            params, proc, messages, kept, max_new_tokens=count, prefill_chunk=chunk,
-            sampling=sampling, seed=number,
-        )  # fmt: skip
+            params,
+            proc,
+            messages,
+            kept,
+            max_new_tokens=count,
+            prefill_chunk=chunk,
+            sampling=sampling,
+            seed=number,
+        )
         texts, (answer, kept) = finish(turn)
         assert "".join(texts) == answer
         seen = any(item["type"] != "text" for item in items)
@@ -224,9 +235,22 @@ def test_chat_in_the_terminal(demo, capsys, tmp_path):
     """
     proc, params = demo
     first = shutil.copy(GRID, tmp_path / "first.png")
-    lines = ["Read the digits.", "/image gone.png", "/video gone.mp4", "", "/what",
-             "/help", "\x1b[A\x1b[D", "/video", "How many\x1b[C digits are there?", "/new",
-             f"/image {GRID}", "Count the digits.", "exit", "unread"]  # fmt: skip
+    lines = [
+        "Read the digits.",
+        "/image gone.png",
+        "/video gone.mp4",
+        "",
+        "/what",
+        "/help",
+        "\x1b[A\x1b[D",
+        "/video",
+        "How many\x1b[C digits are there?",
+        "/new",
+        f"/image {GRID}",
+        "Count the digits.",
+        "exit",
+        "unread",
+    ]
 
     def read(prompt):
         if len(lines) == 13:

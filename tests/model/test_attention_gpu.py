@@ -31,13 +31,39 @@ junk_outside.defvjp(
 )
 
 
-def stand_in(q, k, v, bias, mask, q_size, k_size, q_start=None, k_start=None, *, scale, mask_type,
-             return_residual=False, qkv_layout="BTNH"):  # fmt: skip
+def stand_in(
+    q,
+    k,
+    v,
+    bias,
+    mask,
+    q_size,
+    k_size,
+    q_start=None,
+    k_start=None,
+    *,
+    scale,
+    mask_type,
+    return_residual=False,
+    qkv_layout="BTNH",
+):
     """What cuDNN computes, segment by segment; NaN for tokens of none, in values and gradients."""
     if qkv_layout == "BNTH":
         q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-        out = stand_in(q, k, v, bias, mask, q_size, k_size, q_start, k_start, scale=scale,
-                       mask_type=mask_type, return_residual=return_residual)  # fmt: skip
+        out = stand_in(
+            q,
+            k,
+            v,
+            bias,
+            mask,
+            q_size,
+            k_size,
+            q_start,
+            k_start,
+            scale=scale,
+            mask_type=mask_type,
+            return_residual=return_residual,
+        )
         return (out[0].swapaxes(1, 2), out[1]) if return_residual else out.swapaxes(1, 2)
     b, t, n, _ = q.shape
     if q_start is None:
@@ -178,8 +204,17 @@ def test_jax_still_has_what_the_packed_layout_needs():
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     names = list(inspect.signature(cudnn.dot_product_attention).parameters)
-    assert names[:9] == ["query", "key", "value", "bias", "mask", "q_seqlen", "kv_seqlen",
-                         "q_offsets", "kv_offsets"]  # fmt: skip
+    assert names[:9] == [
+        "query",
+        "key",
+        "value",
+        "bias",
+        "mask",
+        "q_seqlen",
+        "kv_seqlen",
+        "q_offsets",
+        "kv_offsets",
+    ]
     assert {"scale", "mask_type", "return_residual", "qkv_layout"} <= set(names)
     assert {"PADDING", "PADDING_CAUSAL"} <= set(cudnn.MaskType.__members__)
 

@@ -59,9 +59,15 @@ SPANS = (("q", 0, 2), ("k", 2, 3), ("v", 3, 4))
 LINEARS = {  # base, pairs, axis, spans, in_dims
     "one part": ((5, 8), {"o": pair(8, 5)}, None, (("o", 0, 0),), 1),
     "over heads": ((5, 2, 4), {"o": pair(8, 5)}, None, (("o", 0, 0),), 2),
-    "three parts": ((3, 4, 2, 8), {"q": pair(8, 12), "k": pair(8, 6, 1), "v": pair(8, 6, 2)}, 1, SPANS, 1),
+    "three parts": (
+        (3, 4, 2, 8),
+        {"q": pair(8, 12), "k": pair(8, 6, 1), "v": pair(8, 6, 2)},
+        1,
+        SPANS,
+        1,
+    ),
     "two of three": ((3, 4, 2, 8), {"q": pair(8, 12), "v": pair(8, 6, 2)}, 1, SPANS, 1),
-}  # fmt: skip
+}
 KINDS = {"float32": None, "int8": np.int8, "fp8": ml_dtypes.float8_e4m3fn}
 
 
@@ -147,8 +153,12 @@ def test_dropout_has_a_key_of_its_own_in_each_module_and_layer(small):
     cut = split_lora(make_recipe(lora), cfg, q3.stack_layers(params))
     joined = jax.jit(cut.merge)(cut.weights, cut.frozen, jax.random.key(5))
     assert isinstance(joined, dict)
-    pairs = [p for w in jax.tree.leaves(joined, is_leaf=lambda w: isinstance(w, Adapted))
-             if isinstance(w, Adapted) for p in w.pairs.values()]  # fmt: skip
+    pairs = [
+        p
+        for w in jax.tree.leaves(joined, is_leaf=lambda w: isinstance(w, Adapted))
+        if isinstance(w, Adapted)
+        for p in w.pairs.values()
+    ]
     keys = np.concatenate([np.asarray(jax.random.key_data(p.key)).reshape(-1, 2) for p in pairs])
     assert len(np.unique(keys, axis=0)) == len(keys) == 2 * len(pairs)
     still = cut.merge(cut.weights, cut.frozen)
@@ -212,17 +222,21 @@ def test_targets(small):
     )
     assert set(targeted(["text"], sparse)) == set(targeted(["layers.attn.*"], sparse))
     assert set(targeted(["experts"], sparse)) == {
-        "layers.mlp.gate_up.gate_up_proj", "layers.mlp.down.down_proj",
-    }  # fmt: skip
+        "layers.mlp.gate_up.gate_up_proj",
+        "layers.mlp.down.down_proj",
+    }
     assert targeted(["mergers"], cfg) == targeted(["merger"], cfg)
     assert all(n.startswith(("vision.merger", "vision.deep")) for n in targeted(["mergers"], cfg))
     assert not set(targeted(["vision"], cfg)) & set(targeted(["mergers"], cfg))
     one = targeted(["model.language_model.layers.1.self_attn.q_proj", "layers.attn.o"], cfg)
     assert one == {"layers.attn.qkv.q_proj": (False, True), "layers.attn.o.o_proj": (True, True)}
     for wrong, told in (
-        (["q_porj"], "q_proj"), (["embed"], "'embed'"), (["experts"], "'experts'"), ([], "empty"),
+        (["q_porj"], "q_proj"),
+        (["embed"], "'embed'"),
+        (["experts"], "'experts'"),
+        ([], "empty"),
         (["vision", "txt"], "text"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(InputError, match=r"lora\.targets") as error:
             targeted(wrong, cfg)
         assert told in str(error.value) and "\n" not in str(error.value)
@@ -248,9 +262,11 @@ def test_an_adapter_is_trained_on(small, tmp_path):
         trainable.merge(trainable.weights, trainable.frozen)["layers"]["attn"]["o"], Adapted
     )
     for change, told in (
-        ({"targets": ("vision",)}, "layers.attn.qkv.q_proj"), ({"rank": 8}, "is 4"),
-        ({"alpha": 8.0}, "is 6"), ({"adapter": str(tmp_path)}, "adapter_config.json"),
-    ):  # fmt: skip
+        ({"targets": ("vision",)}, "layers.attn.qkv.q_proj"),
+        ({"rank": 8}, "is 4"),
+        ({"alpha": 8.0}, "is 6"),
+        ({"adapter": str(tmp_path)}, "adapter_config.json"),
+    ):
         with pytest.raises(InputError) as error:
             first_values(make_recipe(lora | change), cfg)
         assert told in str(error.value)

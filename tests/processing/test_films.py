@@ -125,7 +125,7 @@ def test_every_clip_fits_its_row():
     for film in composed(200, snap=True, fps=0.8):
         row = examples.make_row(rng, words, film, 160)
         assert len(row.ids) <= 160 and row.ids.count(words("<|im_end|>")[0]) >= 2
-    with pytest.raises(InputError, match="length is 96, too short to ask about a clip"):
+    with pytest.raises(InputError, match="length is 96, too short to ask about a video"):
         for film in composed(snap=True):
             examples.make_row(rng, words, film, 96)
 

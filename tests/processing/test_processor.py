@@ -108,8 +108,10 @@ def test_raw_text_and_pictures(proc):
     for key, value in nested.items():
         np.testing.assert_array_equal(flat[key], value)
     # Content items without a source wait for these too.
-    given = proc.inputs([user({"type": "image"}, {"image": images[1]}, {"type": "image"})],
-                        images=[images[0], images[2]])  # fmt: skip
+    given = proc.inputs(
+        [user({"type": "image"}, {"image": images[1]}, {"type": "image"})],
+        images=[images[0], images[2]],
+    )
     own = proc.inputs([user(*({"image": image} for image in images))])
     np.testing.assert_array_equal(given["pixel_values"], own["pixel_values"])
 
@@ -310,9 +312,13 @@ def test_hub_ids(proc, tmp_path, monkeypatch):
     with hub.serve({"Qwen/Tiny": {"main": Path(main), "v2": Path(other)}}) as server:
         environment = {**os.environ, **home, "HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0"}
         done = subprocess.run(
-            [sys.executable, "-c", code], cwd=Path(__file__).parents[2], env=environment,
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
+            [sys.executable, "-c", code],
+            cwd=Path(__file__).parents[2],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines() == [repr(proc.render([user("hi")])), "'v2 hi'"]
     with pytest.raises(InputError, match="a revision"):
@@ -335,12 +341,20 @@ def test_what_a_template_leaves_out_is_refused(proc):
     said = {"role": "assistant", "content": "b"}
     call = {"function": {"name": "f", "arguments": {}}}
     for messages, tools, words in (
-        ([{"role": "developer", "content": "s"}, user("a")], None, "message 1: .* a developer message"),
+        (
+            [{"role": "developer", "content": "s"}, user("a")],
+            None,
+            "message 1: .* a developer message",
+        ),
         ([user("a"), {"role": "tool", "content": "3"}], None, "message 2: .* a tool message after"),
-        ([user("a"), {**said, "thinking": "hm"}], None, "message 2: .* leaves out reasoning_content"),
+        (
+            [user("a"), {**said, "thinking": "hm"}],
+            None,
+            "message 2: .* leaves out reasoning_content",
+        ),
         ([user("a"), {**said, "tool_calls": [call]}], None, "message 2: .* leaves out tool_calls"),
         ([user("a")], [{"name": "f"}], "tools: the chat template has no place"),
-    ):  # fmt: skip
+    ):
         for asked in (bare.inputs, bare.render):
             with pytest.raises(InputError, match=words):
                 asked(messages, tools=tools)

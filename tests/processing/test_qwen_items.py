@@ -33,10 +33,18 @@ def seen(item):
         # item, (width, height, frames, frames a second), its grid, its tokens
         ({"max_pixels": 360 * 420, "fps": 1.0}, (1280, 720, 300, 10), (15, 18, 32), 2160),
         ({"max_pixels": 360 * 420, "fps": 1.0}, (360, 640, 20, 2), (5, 32, 18), 720),
-        ({"min_pixels": 4 * TOKEN, "max_pixels": 256 * TOKEN, "total_pixels": 20480 * TOKEN},
-         (1280, 720, 300, 10), (30, 24, 42), 7560),
-        ({"min_pixels": 4 * TOKEN, "max_pixels": 256 * TOKEN, "total_pixels": 20480 * TOKEN},
-         (1280, 720, 200, 1), (100, 20, 38), 19000),
+        (
+            {"min_pixels": 4 * TOKEN, "max_pixels": 256 * TOKEN, "total_pixels": 20480 * TOKEN},
+            (1280, 720, 300, 10),
+            (30, 24, 42),
+            7560,
+        ),
+        (
+            {"min_pixels": 4 * TOKEN, "max_pixels": 256 * TOKEN, "total_pixels": 20480 * TOKEN},
+            (1280, 720, 200, 1),
+            (100, 20, 38),
+            19000,
+        ),
         ({"total_pixels": 20480 * TOKEN}, (1280, 720, 200, 1), (100, 20, 38), 19000),
         ({"fps": 1.0}, (1280, 720, 75, 5), (7, 40, 72), 5040),
         ({"fps": 1.0}, (1280, 720, 47, 5), (4, 40, 72), 2880),
@@ -47,7 +55,7 @@ def seen(item):
         ({"fps": 2.0}, (640, 480, 3, 1), (1, 30, 40), 300),
         ({"resized_height": 280, "resized_width": 420}, (640, 480, 47, 5), (9, 18, 26), 1053),
     ],
-)  # fmt: skip
+)
 def test_files(item, video, grid, tokens):
     """How many frames, and of what size, by the rules alone."""
     width, height, total, fps = video
@@ -61,8 +69,11 @@ def test_files(item, video, grid, tokens):
 def test_examples_of_the_readme(tmp_path):
     """Its messages with videos and images, as they are written there, on files of the stated size."""
     file = clips.write(
-        tmp_path / "video1.mp4", clips.bars(10, 720, 1280), 1, preset="ultrafast",
-    )  # fmt: skip
+        tmp_path / "video1.mp4",
+        clips.bars(10, 720, 1280),
+        1,
+        preset="ultrafast",
+    )
     image = Image.new("RGB", (2044, 1372), (200, 30, 30))
     image.save(tmp_path / "demo.jpeg")
     frame = Image.new("RGB", (1280, 720))
@@ -92,14 +103,16 @@ def test_lists_of_frames(caplog):
     other = [frames[0], Image.new("RGB", (645, 483))]
     turned = [frames[0], Image.new("RGB", (480, 640))]
     for given, options, grid, first, last in (
-        (frames, {"sample_fps": 5.0}, (7, 30, 40), 0.1, 2.5), (frames[:1], {}, (1, 30, 40), 0.25, 0.25),
-        (other, {}, (1, 30, 40), 0.25, 0.25), (frames[:3], {"fps": 4}, (2, 30, 40), 0.125, 0.625),
+        (frames, {"sample_fps": 5.0}, (7, 30, 40), 0.1, 2.5),
+        (frames[:1], {}, (1, 30, 40), 0.25, 0.25),
+        (other, {}, (1, 30, 40), 0.25, 0.25),
+        (frames[:3], {"fps": 4}, (2, 30, 40), 0.125, 0.625),
         ([f.resize((70, 40)) for f in frames[:5]], {"sample_fps": 2}, (3, 20, 28), 0.25, 2.25),
         (frames[:5], {"min_pixels": 4096, "max_pixels": 50176}, (3, 12, 16), 0.25, 2.25),
         (frames[:3], {"sample_fps": 1.0, "raw_fps": 30.0}, (2, 30, 40), 1 / 60, 5 / 60),
         (turned, {"resized_height": 280, "resized_width": 420}, (1, 18, 26), 0.25, 0.25),
         (np.array([np.asarray(f) for f in frames[:3]]), {}, (2, 30, 40), 0.25, 1.25),
-    ):  # fmt: skip
+    ):
         _, found, used = seen({"type": "video", "video": given, **options})
         assert tuple(found) == grid
         assert (used.timestamps[0], used.timestamps[-1]) == pytest.approx((first, last))

@@ -24,10 +24,17 @@ def proc(tmp_path_factory):
 
 
 ARGUMENTS = (
-    {}, {"x": 1}, {"x": -2.5e-3, "on": True, "none": None}, {"text": 'a "quoted" \\ word\nline'},
-    {"list": [1, [2, {"deep": "\u5b57 gr\u00f6\u00dfe"}]]}, {"html": "<b>&amp;</b> }{"},
-    {"call": "a </tool_call> in a <tool_call> text"}, {"\u00e9": "key"}, {"x": []}, {"long": "z" * 500},
-)  # fmt: skip
+    {},
+    {"x": 1},
+    {"x": -2.5e-3, "on": True, "none": None},
+    {"text": 'a "quoted" \\ word\nline'},
+    {"list": [1, [2, {"deep": "\u5b57 gr\u00f6\u00dfe"}]]},
+    {"html": "<b>&amp;</b> }{"},
+    {"call": "a </tool_call> in a <tool_call> text"},
+    {"\u00e9": "key"},
+    {"x": []},
+    {"long": "z" * 500},
+)
 
 
 TEMPLATES = {"toy": toy.TEMPLATE, **toy.RELEASED_TEMPLATES}
@@ -66,11 +73,17 @@ def test_reasoning():
         ("still thinking", True, Reply("", "still thinking")),
         ("<think>\nstill", False, Reply("", "still")),
         ("a</think>\n\nb</think>", True, Reply("b</think>", "a")),
-        ('hm\n</think>\n\n<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>', True,
-         Reply("", "hm", (ToolCall("f", {"a": 1}),))),
-        ('<tool_call>\n{"name": "f", "arguments": "{\\"a\\": 1}"}\n</tool_call>', False,
-         Reply("", None, (ToolCall("f", {"a": 1}),))),
-    ):  # fmt: skip
+        (
+            'hm\n</think>\n\n<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>',
+            True,
+            Reply("", "hm", (ToolCall("f", {"a": 1}),)),
+        ),
+        (
+            '<tool_call>\n{"name": "f", "arguments": "{\\"a\\": 1}"}\n</tool_call>',
+            False,
+            Reply("", None, (ToolCall("f", {"a": 1}),)),
+        ),
+    ):
         assert parse_reply(text, thinking) == expected, text
 
 
@@ -148,9 +161,14 @@ def test_generation_config(tmp_path, caplog):
     assert read_generation_config(tmp_path) == {}
     assert sampling_defaults({}) == {} and stop_ids({}) == ()
     released = {
-        "do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.0,
-        "eos_token_id": [151645, 151643], "pad_token_id": 151643,
-    }  # fmt: skip
+        "do_sample": True,
+        "temperature": 0.7,
+        "top_p": 0.8,
+        "top_k": 20,
+        "repetition_penalty": 1.0,
+        "eos_token_id": [151645, 151643],
+        "pad_token_id": 151643,
+    }
     path.write_text(json.dumps(released))
     raw = read_generation_config(tmp_path)
     expected = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.0}
@@ -163,9 +181,11 @@ def test_generation_config(tmp_path, caplog):
         read_generation_config(tmp_path)
     assert "num_beams 4" in caplog.text and "typical_p" not in caplog.text
     for bad, words in (
-        ("[]", "expected an object"), ("{", "not JSON"), ('{"eos_token_id": "x"}', "eos_token_id"),
+        ("[]", "expected an object"),
+        ("{", "not JSON"),
+        ('{"eos_token_id": "x"}', "eos_token_id"),
         ('{"temperature": "hot"}', "temperature: got 'hot', expected a number"),
-    ):  # fmt: skip
+    ):
         path.write_text(bad)
         with pytest.raises(InputError, match=words):
             read_generation_config(tmp_path)

@@ -292,18 +292,35 @@ HOSTILE = {
     "word piece": ({"model": {"type": "WordPiece"}}, "expected BPE"),
     "no model": ({"model": None}, "model: got None"),
     "merge of no tokens": ({"model": {"merges": [["zz", "qq"]]}}, "out of vocabulary"),
-    "id": ({"added_tokens": [{**ADDED, "id": 4_000_000_000, "content": "<x>"}]}, "has id 7.. in the"),
-    "charsmap": ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AA=="}}, "charsmap"),
+    "id": (
+        {"added_tokens": [{**ADDED, "id": 4_000_000_000, "content": "<x>"}]},
+        "has id 7.. in the",
+    ),
+    "charsmap": (
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AA=="}},
+        "charsmap",
+    ),
     "replace": ({"normalizer": replace({"Regex": "a*"}, "bb")}, "index out of bounds"),
     "length": ({"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "non-zero"),
     "regex": ({"pre_tokenizer": regex("(a+)+$")}, "retry-limit"),
     "no bytes": ({"pre_tokenizer": None}, "comes back as .* it loses text"),
-    "drops all": ({"post_processor": {"type": "TemplateProcessing", "single": [], "pair": [],
-                                      "special_tokens": {}}}, "comes back as '', it loses text"),
+    "drops all": (
+        {
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": [],
+                "pair": [],
+                "special_tokens": {},
+            }
+        },
+        "comes back as '', it loses text",
+    ),
     "bad regex": ({"pre_tokenizer": regex("(")}, "parenthesis"),
-    "endless": ({"normalizer": {"type": "Sequence", "normalizers": [replace({"String": "a"}, "aa")] * 40}},
-                "does not end|memory|aborts"),
-}  # fmt: skip
+    "endless": (
+        {"normalizer": {"type": "Sequence", "normalizers": [replace({"String": "a"}, "aa")] * 40}},
+        "does not end|memory|aborts",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", HOSTILE)

@@ -75,12 +75,28 @@ def test_no_cluster_is_told_what_to_give(monkeypatch):
 
 GONE = "error: process 0: another process of this run is gone"
 ENDS = [
-    (jax.errors.JaxRuntimeError("INTERNAL: Gloo: [..] Connection closed by peer [127.0.0.1]:7"), 4, GONE),
+    (
+        jax.errors.JaxRuntimeError("INTERNAL: Gloo: [..] Connection closed by peer [127.0.0.1]:7"),
+        4,
+        GONE,
+    ),
     (jax.errors.JaxRuntimeError("INTERNAL: Barrier failed: Task 1 heartbeat timeout."), 4, GONE),
-    (jax.errors.JaxRuntimeError("UNAVAILABLE: " + "word " * 99), 4, "word word ..); start all of them"),
+    (
+        jax.errors.JaxRuntimeError("UNAVAILABLE: " + "word " * 99),
+        4,
+        "word word ..); start all of them",
+    ),
     (jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Gloo context initialization"), 4, GONE),
-    (jax.errors.JaxRuntimeError("INTERNAL: NCCL: remote process exited or there was a .."), 4, GONE),
-    (jax.errors.JaxRuntimeError("INTERNAL: Mosaic failed to compile"), 1, "Mosaic failed to compile"),
+    (
+        jax.errors.JaxRuntimeError("INTERNAL: NCCL: remote process exited or there was a .."),
+        4,
+        GONE,
+    ),
+    (
+        jax.errors.JaxRuntimeError("INTERNAL: Mosaic failed to compile"),
+        1,
+        "Mosaic failed to compile",
+    ),
     (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), 1, "RESOURCE_EXHAUSTED"),
     (ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer"), 4, GONE),
     (ValueError("cannot connect these dots"), 1, "ValueError: cannot connect"),
@@ -89,7 +105,7 @@ ENDS = [
     (FileNotFoundError(2, "No such file", "a.jsonl"), 2, "error: a.jsonl: No such file"),
     (KeyboardInterrupt(), 130, "interrupted: the same command goes on from the last checkpoint"),
     (SystemExit(130), 130, ""),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("error", "code", "told"), ENDS, ids=lambda x: str(x)[:40])
@@ -123,10 +139,8 @@ with socket.socket() as free:
 processes.start(processes.Asked(address, 1, 0))
 print(CUDA_VISIBLE_DEVICES.value)
 """
-SRUN = {
-    "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "4",
-    "SLURM_PROCID": "1", "SLURM_LOCALID": "0",
-}  # fmt: skip
+SRUN = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "4"}
+SRUN |= {"SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
 
 
 @pytest.mark.parametrize(("tasks", "cards"), [("1(x4)", "all"), ("2,1(x2)", "0")])

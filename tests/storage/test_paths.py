@@ -245,8 +245,9 @@ def test_records_and_their_media(bucket, local, tmp_path):
     (tmp_path / "chats.jsonl").write_bytes((local / "chats.jsonl").read_bytes())
     pyarrow.parquet.write_table(
         pyarrow.table({"messages": [json.dumps(line["messages"]) for line in lines]}),
-        tmp_path / "chats.parquet", row_group_size=8,
-    )  # fmt: skip
+        tmp_path / "chats.parquet",
+        row_group_size=8,
+    )
     put(bucket, tmp_path)
     put(bucket, local)
     for name in ("chats.jsonl", "list.json", "chats.parquet"):
@@ -262,9 +263,15 @@ def test_records_and_their_media(bucket, local, tmp_path):
     want = Image.open(local / "chats_3.png").convert("RGB")
     proc = Processor.from_pretrained(put(bucket, local / "hf", "hf"))
     got = proc.inputs(picture["messages"])
-    told = proc.inputs([{"role": "user", "content": [{"type": "image", "image": want},
-                                                     {"type": "text", "text": "say 3"}]},
-                        picture["messages"][1]])  # fmt: skip
+    told = proc.inputs(
+        [
+            {
+                "role": "user",
+                "content": [{"type": "image", "image": want}, {"type": "text", "text": "say 3"}],
+            },
+            picture["messages"][1],
+        ]
+    )
     assert got.keys() == told.keys()
     for name, x in got.items():
         np.testing.assert_array_equal(x, told[name])
@@ -307,8 +314,13 @@ def test_a_killed_run_goes_on_as_a_local_one(bucket, local, tmp_path, monkeypatc
     data = (local / "chats.jsonl").read_text() + '{"messages": [{"role": "user"\n'
     (local / "chats.jsonl").write_text(data)
     bucket.put("bucket/chats.jsonl", data.encode())
-    settings = {"steps": 9, "save_every": 3, "data": {"bad_fraction": 0.5},
-                "optimizer": {"ema": 0.0}, "report": {"every": 4, "tensorboard": True}}  # fmt: skip
+    settings = {
+        "steps": 9,
+        "save_every": 3,
+        "data": {"bad_fraction": 0.5},
+        "optimizer": {"ema": 0.0},
+        "report": {"every": 4, "tensorboard": True},
+    }
     commands = []
     for folder, out in ((str(local), str(tmp_path / "run")), (place, f"{BUCKET}/run")):
         recipe = tmp_path / f"{len(commands)}.toml"
@@ -440,8 +452,12 @@ def test_answers_outlive_a_kill(asked, bucket, tmp_path, monkeypatch):
     assert asked(source, out) == 1
     assert not set(first) & set(count[10:])
     assert bucket.objects["bucket/out.jsonl"][0] == want
-    bucket.put("bucket/in.jsonl", bucket.objects["bucket/in.jsonl"][0].replace(
-        b"not JSON", b'{"messages": [{"role": "user", "content": "mended"}]}'))  # fmt: skip
+    bucket.put(
+        "bucket/in.jsonl",
+        bucket.objects["bucket/in.jsonl"][0].replace(
+            b"not JSON", b'{"messages": [{"role": "user", "content": "mended"}]}'
+        ),
+    )
     assert asked(source, out) == 0
     assert not held(bucket, "out.jsonl.partial")
     with pytest.raises(InputError, match=r"has no out\.jsonl\.partial to go on from"):

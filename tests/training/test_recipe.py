@@ -91,8 +91,8 @@ def test_what_no_run_can_have_is_named(change, words):
 
 def test_changes_are_toml_or_bare_words():
     """Numbers, lists, words and places of a list."""
-    changes = ["steps=7", "optimizer.warmup=0", "init=normal", "data.sources.0.path=a.jsonl",
-               "train.freeze=['text']", "optimizer.learning_rate=1", "train.rates.head=0.5"]  # fmt: skip
+    changes = ["steps=7", "optimizer.warmup=0", "init=normal", "data.sources.0.path=a.jsonl"]
+    changes += ["train.freeze=['text']", "optimizer.learning_rate=1", "train.rates.head=0.5"]
     found = recipe.read_recipe(FIRST, changes)
     assert (found.steps, found.init, found.data.sources[0].path) == (7, "normal", "a.jsonl")
     assert found.train.freeze == ("text",) and found.optimizer.learning_rate == 1.0
@@ -101,9 +101,9 @@ def test_changes_are_toml_or_bare_words():
 
 def test_changes_lengthen_lists_and_reach_names_with_dots():
     """One place more than there is, in a list that the file has, or has not."""
-    changes = ["evaluate.sources.0.path=a", "evaluate.sources.1.path=b", "data.sources.1.path=2024",
-               "train.freeze.1=text", "train.rates.layers.attn.*=0.5", "report.wandb=7",
-               "data.sources.0.options.few=3", "lora.targets.1=vision"]  # fmt: skip
+    changes = ["evaluate.sources.0.path=a", "evaluate.sources.1.path=b", "report.wandb=7"]
+    changes += ["data.sources.1.path=2024", "train.freeze.1=text", "lora.targets.1=vision"]
+    changes += ["data.sources.0.options.few=3", "train.rates.layers.attn.*=0.5"]
     found = recipe.read_recipe(FIRST, changes)
     assert [source.path for source in found.evaluate.sources] == ["a", "b"]
     assert found.data.sources[1].path == "2024" and found.train.freeze == ("vision", "text")

@@ -15,21 +15,28 @@ from qwen3vl_jax.training.recipe import read_recipe
 CONFIGS = Path(train.__file__).parent / "configs"
 SMALL = {
     "text_config": {
-        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 1,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
     },
     "vision_config": {
-        "hidden_size": 32, "intermediate_size": 48, "depth": 2, "num_heads": 1,
-        "out_hidden_size": 64, "deepstack_visual_indexes": [0, 1],
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "depth": 2,
+        "num_heads": 1,
+        "out_hidden_size": 64,
+        "deepstack_visual_indexes": [0, 1],
     },
-}  # fmt: skip
-SHORT = [
-    "steps=40", "save_every=40", "data.workers=0", "data.sources.0.options.few=100",
-    "data.sources.0.options.clips=0.3", "data.sources.0.options.length=192", "pack.rows=3",
-    "pack.length=256", "pack.vision_rows=3", "optimizer.warmup=5", "optimizer.learning_rate=4e-3",
-    "step.dtype=float32", "step.loss_chunk=768", "evaluate.every=0",
-    "report.tensorboard=false", "checkpoints.keep_best=0",
-]  # fmt: skip
+}
+SHORT = """
+    steps=40 save_every=40 data.workers=0 data.sources.0.options.few=100
+    data.sources.0.options.clips=0.3 data.sources.0.options.length=192 pack.rows=3
+    pack.length=256 pack.vision_rows=3 optimizer.warmup=5 optimizer.learning_rate=4e-3
+    step.dtype=float32 step.loss_chunk=768 evaluate.every=0 report.tensorboard=false
+    checkpoints.keep_best=0
+""".split()
 
 
 @pytest.fixture(scope="module")

@@ -42,9 +42,14 @@ def weights(seed=0):
 
 @pytest.mark.parametrize(
     ("name", "rate", "held"),
-    [("adamw", 0.05, "float32"), ("adamw", 0.05, "stochastic"), ("adafactor", 0.05, "compensated"),
-     ("muon", 0.2, "stochastic"), ("sgd", 0.3, "compensated")],
-)  # fmt: skip
+    [
+        ("adamw", 0.05, "float32"),
+        ("adamw", 0.05, "stochastic"),
+        ("adafactor", 0.05, "compensated"),
+        ("muon", 0.2, "stochastic"),
+        ("sgd", 0.3, "compensated"),
+    ],
+)
 def test_every_rule_lowers_the_loss(name, rate, held):
     """Ten steps towards a target, from fp32 weights and from bf16 ones rounded either way."""
     goal = weights(1)
@@ -144,10 +149,10 @@ def test_an_update_writes_over_the_state():
     assert stats.alias_size_in_bytes >= 3 * held and stats.temp_size_in_bytes < 0.1 * held
 
 
-NAMES = [
-    "embed", "head", "layers.attn.qkv", "layers.ln1", "layers.mlp.down", "layers.mlp.router", "norm",
-    "vision.blocks.attn.qkv", "vision.deepstack.0.fc1", "vision.merger.norm.scale", "vision.pos",
-]  # fmt: skip
+NAMES = """
+    embed head layers.attn.qkv layers.ln1 layers.mlp.down layers.mlp.router norm
+    vision.blocks.attn.qkv vision.deepstack.0.fc1 vision.merger.norm.scale vision.pos
+""".split()
 
 
 def test_groups_and_patterns():
@@ -157,13 +162,11 @@ def test_groups_and_patterns():
     rates = param_groups.learning_rates(
         NAMES, {"merger": 3.0, "vision.merger": 2.0, "experts": 0.5}, True
     )
-    assert {n: f for n, f in rates.items() if f != 1} == {
-        "vision.deepstack.0.fc1": 3.0, "vision.merger.norm.scale": 2.0, "layers.mlp.down": 0.5,
-    }  # fmt: skip
+    mergers = {"vision.deepstack.0.fc1": 3.0, "vision.merger.norm.scale": 2.0}
+    assert {n: f for n, f in rates.items() if f != 1} == {**mergers, "layers.mlp.down": 0.5}
     assert [param_groups.group_of(n, False) for n in NAMES[4:6]] == ["text", "text"]
-    assert [n for n in NAMES if not param_groups.decays(n)] == [
-        "layers.ln1", "norm", "vision.merger.norm.scale",
-    ]  # fmt: skip
+    kept = [n for n in NAMES if not param_groups.decays(n)]
+    assert kept == ["layers.ln1", "norm", "vision.merger.norm.scale"]
 
 
 @pytest.mark.parametrize(

@@ -34,14 +34,24 @@ def files(tmp_path_factory):
     data.write_text(data.read_text() + '{"messages": [{"role": "user"\n')
     held_out = train_files.conversations(folder / "held_out.jsonl", 4)
     train_files.write_recipe(
-        folder / "recipe.toml", ckpt, data,
-        steps=4, save_every=2, train={"freeze": ["vision", "text"]},
+        folder / "recipe.toml",
+        ckpt,
+        data,
+        steps=4,
+        save_every=2,
+        train={"freeze": ["vision", "text"]},
         data={"bad_fraction": 0.2},
-        evaluate={"every": 2, "generate": 2, "max_new_tokens": 3, "batches": 1,
-                  "sources": [{"path": str(held_out)}]},
-        checkpoints={"keep": 1, "keep_best": 1}, optimizer={"learning_rate": 1e-3, "warmup": 0},
+        evaluate={
+            "every": 2,
+            "generate": 2,
+            "max_new_tokens": 3,
+            "batches": 1,
+            "sources": [{"path": str(held_out)}],
+        },
+        checkpoints={"keep": 1, "keep_best": 1},
+        optimizer={"learning_rate": 1e-3, "warmup": 0},
         report={"every": 2, "tensorboard": True, "profile": [2]},
-    )  # fmt: skip
+    )
     return folder
 
 
@@ -83,8 +93,8 @@ def test_refused_records_traces_and_what_is_saved(done):
     best = run_dir.chosen_step(done, "best")
     assert run_dir.saved_steps(done) == sorted({best, 4})
     names = {str(path[0]) for path in open_tree(done / "checkpoints" / "4" / "weights")}
-    assert names == {n for n in train_model.shapes(_config(done)) if n.startswith(("vision.merger",
-                     "vision.deepstack", "embed", "head"))}  # fmt: skip
+    left = ("vision.merger", "vision.deepstack", "embed", "head")
+    assert names == {n for n in train_model.shapes(_config(done)) if n.startswith(left)}
     row = read_table(done / "metrics.csv")[-1]
     assert float(row["tflops"]) > 0 and not row["mfu"] and "flops" not in row
 
@@ -460,8 +470,8 @@ def test_tables_are_cut_back_and_grow_columns(tmp_path):
 
 def test_the_progress_line():
     """Real tokens' share of the peak, and what the device computed with padding."""
-    row = {"loss": 1.5, "lr": 1e-5, "grad_norm": 2.0, "tokens_per_s": 12345.6, "fill": 0.97,
-           "mfu": 0.412, "mfu_padded": 0.44, "memory_gib": 31.25}  # fmt: skip
+    row = {"loss": 1.5, "lr": 1e-5, "grad_norm": 2.0, "tokens_per_s": 12345.6, "fill": 0.97}
+    row |= {"mfu": 0.412, "mfu_padded": 0.44, "memory_gib": 31.25}
     assert described(row, 3725) == (
         "loss 1.5000, lr 1.00e-05, norm 2, 12,346 tokens/s, fill 97%, mfu 41.2% of real tokens, "
         "44.0% with padding, 31.2 GiB, 1:02:05 left"
