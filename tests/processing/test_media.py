@@ -187,8 +187,8 @@ def test_videos_of_every_form(proc, folder, server, monkeypatch):
     data = clips.write(folder / "a:1.mp4", clips.waves(8, 32, 32)).read_bytes()
     text = base64.b64encode(data).decode()
     expected = next(doors(proc, folder, "video", folder / "a:1.mp4"))
-    for source in ("a:1.mp4", data, text, f"data:video/mp4;base64,{text}", {"url": f"{server}/a:1.mp4"},
-                   {"bytes": data, "path": None}, (folder / "a:1.mp4").as_uri()):  # fmt: skip
+    texts = ("a:1.mp4", data, text, f"data:video/mp4;base64,{text}", (folder / "a:1.mp4").as_uri())
+    for source in (*texts, {"url": f"{server}/a:1.mp4"}, {"bytes": data, "path": None}):
         for found in doors(proc, folder, "video", source):
             np.testing.assert_allclose(found, expected, atol=1e-6)
 
@@ -205,8 +205,9 @@ def test_base64_of_any_length(folder, monkeypatch):
 
 
 def test_objects_without_a_source():
-    for source in ({}, {"bytes": None, "path": ""}, {"link": "a"}, {"url": "a", "path": "b"}, "",
-                   {"url": "a", "max_pixels": 9}, {"bytes": np.zeros(2), "url": "a"}):  # fmt: skip
+    empty = ("", {}, {"bytes": None, "path": ""}, {"link": "a"})
+    two = ({"url": "a", "path": "b"}, {"bytes": np.zeros(2), "url": "a"})
+    for source in (*empty, *two, {"url": "a", "max_pixels": 9}):
         refused(lambda source=source: load_image(source), "image: got", "expected")
 
 
@@ -256,9 +257,9 @@ def special(folder):
     (folder / "to_fifo").symlink_to("fifo")
     with socket.socket(socket.AF_UNIX) as held:
         held.bind(str(folder / "socket"))
-    return {"fifo": "FIFO", "to_fifo": "FIFO", "socket": "socket", ".": "directory",
-            "/dev/zero": "device", "/dev/tty": "device", "/proc/self/environ": "/proc",
-            "/proc/self/fd/0": "", "/sys/kernel/mm/transparent_hugepage/enabled": "/sys"}  # fmt: skip
+    here = {"fifo": "FIFO", "to_fifo": "FIFO", "socket": "socket", ".": "directory"}
+    here |= {"/dev/zero": "device", "/dev/tty": "device", "/proc/self/environ": "/proc"}
+    return {**here, "/proc/self/fd/0": "", "/sys/kernel/mm/transparent_hugepage/enabled": "/sys"}
 
 
 def test_only_regular_files_are_opened(proc, tmp_path, monkeypatch):
@@ -270,9 +271,10 @@ def test_only_regular_files_are_opened(proc, tmp_path, monkeypatch):
             refused(lambda n=name: video_to_patches(n), word)
             refused(lambda n=name: video_to_patches([n, n], sample_fps=1), word)
     with pytest.raises(InputError, match="FIFO"):
-        SampleMaker(proc, Data(), Pack())("x", chat_form({"messages": [
-            {"role": "user", "content": [{"type": "image", "image": "fifo"}]},
-            {"role": "assistant", "content": "a"}]}, Source("x", media=str(tmp_path))))  # fmt: skip
+        asked = {"role": "user", "content": [{"type": "image", "image": "fifo"}]}
+        chat = {"messages": [asked, {"role": "assistant", "content": "a"}]}
+        record = chat_form(chat, Source("x", media=str(tmp_path)))
+        SampleMaker(proc, Data(), Pack())("x", record)
 
 
 def test_no_path_leaves_the_root(tmp_path, monkeypatch):
@@ -287,8 +289,8 @@ def test_no_path_leaves_the_root(tmp_path, monkeypatch):
     monkeypatch.chdir(other)
     for inside in ("sub/a.png", "in.png", root / "in.png", "sub/../in.png", {"path": "in.png"}):
         np.testing.assert_array_equal(load_image(inside, rules=rules), PIXELS)
-    for outside in ("../root2/a.png", other / "a.png", "out.png", "way/a.png", "/etc/passwd", "..",
-                    f"file://{other}/a.png", {"url": f"{other}/a.png"}, "gs://b/a.png"):  # fmt: skip
+    named = ("../root2/a.png", other / "a.png", "out.png", "way/a.png", "/etc/passwd", "..")
+    for outside in (*named, f"file://{other}/a.png", {"url": f"{other}/a.png"}, "gs://b/a.png"):
         refused(lambda s=outside: load_image(s, rules=rules), "expected a")
         refused(lambda s=outside: video_to_patches(s, rules=rules), "expected a")
         refused(
@@ -315,12 +317,15 @@ def test_hosts_that_are_named(server):
     refused(lambda: load_image("gs://b/a.png", rules=MediaRules(hosts=("gs://c",))), "gs://b")
 
 
-@pytest.mark.parametrize("host", [
-    "localhost", "127.0.0.1", "127.1", "2130706433", "0x7f000001", "0x7f.0.0.1", "0177.0.0.1", "0.0.0.0",
-    "[::1]", "[::]", "[::ffff:127.0.0.1]", "[::ffff:7f00:1]", "[::127.0.0.1]", "[64:ff9b::7f00:1]",
-    "[2002:7f00:1::]", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "2852039166",
-    "100.64.0.1", "[fe80::1]", "[fd00::1]", "[fec0::1]", "224.0.0.1", "255.255.255.255"
-])  # fmt: skip
+HOSTS = """
+    localhost 127.0.0.1 127.1 2130706433 0x7f000001 0x7f.0.0.1 0177.0.0.1 0.0.0.0 [::1] [::]
+    [::ffff:127.0.0.1] [::ffff:7f00:1] [::127.0.0.1] [64:ff9b::7f00:1] [2002:7f00:1::]
+    10.1.2.3 172.16.0.1 192.168.1.1 169.254.169.254 2852039166 100.64.0.1 [fe80::1] [fd00::1]
+    [fec0::1] 224.0.0.1 255.255.255.255
+"""
+
+
+@pytest.mark.parametrize("host", HOSTS.split())
 def test_private_addresses_in_every_spelling(server, host, monkeypatch):
     """As given, by a redirect from a host that is named, and as what a name stands for."""
     rules, words = MediaRules(trusted=False), ("private", "link-local")

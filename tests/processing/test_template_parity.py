@@ -36,7 +36,10 @@ OPEN, NUMBERED, TOOLS = (
 )
 CASES = {
     "text": ([user("What is 17 + 25?")], {}),
-    "a string": ([{"role": "user", "content": "Fa\u00e7ade, na\u00efve \u2014 caf\u00e9 e\u0301"}], {}),
+    "a string": (
+        [{"role": "user", "content": "Fa\u00e7ade, na\u00efve \u2014 caf\u00e9 e\u0301"}],
+        {},
+    ),
     "no new turn": ([user("hi"), said("hello")], {"add_generation_prompt": False}),
     "system": ([system("Be brief. "), user("Why is the sky blue?")], {}),
     "a later system": ([system("One."), user("a"), said("b"), system("Two."), user("c")], {}),
@@ -54,8 +57,19 @@ CASES = {
     "tools": ([user("How large?")], TOOLS),
     "tools and system": ([system("Be exact."), user("How large?")], TOOLS),
     "a call": ([user("?"), calls("crop", x=1, y=[2.5, None, True])], TOOLS),
-    "two calls": ([user("?"), said("So:", tool_calls=[
-        *calls("crop", s='a "b" \\ \u5b57\n')["tool_calls"], {"name": "crop", "arguments": "{}"}])], TOOLS),
+    "two calls": (
+        [
+            user("?"),
+            said(
+                "So:",
+                tool_calls=[
+                    *calls("crop", s='a "b" \\ \u5b57\n')["tool_calls"],
+                    {"name": "crop", "arguments": "{}"},
+                ],
+            ),
+        ],
+        TOOLS,
+    ),
     "an answer": ([*TOOLED[:2], result("7 \u00b5m")], TOOLS),
     "an answer with a picture": (TOOLED, TOOLS),
     "answers with pictures and a clip": (
@@ -63,16 +77,27 @@ CASES = {
         {**TOOLS, **NUMBERED},
     ),
     "markup by a user": (
-        [user("<tool_response>\nx\n</tool_response>"), said("y"), user("<think>")], {}),
+        [user("<tool_response>\nx\n</tool_response>"), said("y"), user("<think>")],
+        {},
+    ),
     "reasoning": ([user("2 + 2?"), said("Four.", reasoning_content="\nTwo and two.\n")], {}),
     "reasoning in the text": ([user("2 + 2?"), said(REASONED), user("And 3 + 3?")], {}),
-    "reasoning before a call": ([user("?"), said("", reasoning_content="Crop it.",
-        tool_calls=calls("crop", x=1)["tool_calls"]), result("ok")], TOOLS),
+    "reasoning before a call": (
+        [
+            user("?"),
+            said("", reasoning_content="Crop it.", tool_calls=calls("crop", x=1)["tool_calls"]),
+            result("ok"),
+        ],
+        TOOLS,
+    ),
     "open": ([user(TALL, "Tell a story."), said("Once upon a")], OPEN),
     "open after a space": ([user("Tell a story."), said("Once upon ")], OPEN),
-    "open item": ([user("x"), said("y"), user(FILM), {**user("It shows\n"), "role": "assistant"}], OPEN),
+    "open item": (
+        [user("x"), said("y"), user(FILM), {**user("It shows\n"), "role": "assistant"}],
+        OPEN,
+    ),
     "open reasoning": ([user("x"), said("<think>\nWell, ")], OPEN),
-}  # fmt: skip
+}
 
 LEFT_OUT = {
     ("a later system", "instruct"): "a system message after others",
@@ -104,11 +129,10 @@ def ours_and_theirs(both, template, messages, options):
     found = chats.media(messages)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs = both[1].apply_chat_template(
-            [copy.deepcopy(messages)], chat_template=TEMPLATES[template], tokenize=True,
-            return_dict=True, return_tensors="np", **options,
-            processor_kwargs={"videos_kwargs": found.get("videos_kwargs", {})},
-        )  # fmt: skip
+        form = {"tokenize": True, "return_dict": True, "return_tensors": "np", **options}
+        form["processor_kwargs"] = {"videos_kwargs": found.get("videos_kwargs", {})}
+        given, template_text = [copy.deepcopy(messages)], TEMPLATES[template]
+        theirs = both[1].apply_chat_template(given, chat_template=template_text, **form)
     variables = {key: options.pop(key) for key in list(options) if key == "add_vision_id"}
     ours = both[0][template].inputs(
         messages, template_vars=variables, **chats.free(messages), **options
@@ -135,13 +159,20 @@ def test_released_ids(both):
     """Ids that the released tokenizer gives, and the 26 added tokens at their places."""
     tokenizer = both[0]["instruct"].tokenizer
     for text, ids in {
-        "user": [872], "system": [8948], "assistant": [77091], "tool": [14172], "\n": [198],
-        "\n\n": [271], "yes": [9693], "no": [2152], "<think>\n": [151667, 198],
+        "user": [872],
+        "system": [8948],
+        "assistant": [77091],
+        "tool": [14172],
+        "\n": [198],
+        "\n\n": [271],
+        "yes": [9693],
+        "no": [2152],
+        "<think>\n": [151667, 198],
         "<|im_start|>assistant\n": [151644, 77091, 198],
         "<think>\n\n</think>\n\n": [151667, 271, 151668, 271],
         "<0.3 seconds>": [27, 15, 13, 18, 6486, 29],
         "<12.5 seconds>": [27, 16, 17, 13, 20, 6486, 29],
-    }.items():  # fmt: skip
+    }.items():
         assert tokenizer.encode(text) == ids == both[1].tokenizer(text)["input_ids"], text
     names = [*toy.SPECIAL, *toy.ORDINARY]
     assert [tokenizer.added[name] for name in names] == list(range(151643, 151669))

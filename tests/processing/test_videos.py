@@ -35,9 +35,14 @@ def numbers(source, places, step=8):
 
 @pytest.mark.parametrize(
     ("name", "codec", "pixels"),
-    [("a.mp4", "libx264", "yuv420p"), ("a.webm", "libvpx", "yuv420p"),
-     ("a.avi", "mpeg4", "yuv420p"), ("a.gif", "gif", "rgb8"), ("a.mkv", "ffv1", "bgr0")],
-)  # fmt: skip
+    [
+        ("a.mp4", "libx264", "yuv420p"),
+        ("a.webm", "libvpx", "yuv420p"),
+        ("a.avi", "mpeg4", "yuv420p"),
+        ("a.gif", "gif", "rgb8"),
+        ("a.mkv", "ffv1", "bgr0"),
+    ],
+)
 def test_files(tmp_path, name, codec, pixels):
     """Each kind of file: number, rate, size and times of its frames, and the frames themselves."""
     path = clips.write(tmp_path / name, clips.bars(25), 10, codec, pixels)
@@ -70,9 +75,8 @@ def test_frames_and_arrays_are_the_same_clip():
     frames = clips.waves(7, 40, 70)
     expected = video_to_patches(frames, video_metadata={"fps": 7}, do_sample_frames=False)
     assert expected[1][0] == 4 and expected[2].seconds == tuple(i / 7 for i in range(7))
-    for source in (
-        frames.transpose(0, 3, 1, 2), frames.astype(np.float32), frames.astype(np.int64),
-    ):  # fmt: skip
+    typed = (frames.astype(np.float32), frames.astype(np.int64))
+    for source in (frames.transpose(0, 3, 1, 2), *typed):
         found = video_to_patches(source, video_metadata={"fps": 7}, do_sample_frames=False)
         np.testing.assert_array_equal(found[0], expected[0])
     for given in ({"sample_fps": 7}, {"video_metadata": {"fps": 7}}):
@@ -104,10 +108,18 @@ def test_one_rule_for_every_form_of_the_same_frames(tmp_path):
     expected = video_to_patches(file)
     assert expected[2].indices == (0, 3, 6, 9, 12) and expected[1][0] == 3
     for source, options in (
-        (frames, rate), (images, rate), (images, {"sample_fps": 5}), (frames, {"sample_fps": 5}),
-        (list(frames), rate), (paths, rate), (folder, rate), (folder.as_uri(), rate), (joined, rate),
-        ((images, {"fps": 5.0}), {}), ((frames, {"fps": 5.0, "total_num_frames": 13}), {}),
-    ):  # fmt: skip
+        (frames, rate),
+        (images, rate),
+        (images, {"sample_fps": 5}),
+        (frames, {"sample_fps": 5}),
+        (list(frames), rate),
+        (paths, rate),
+        (folder, rate),
+        (folder.as_uri(), rate),
+        (joined, rate),
+        ((images, {"fps": 5.0}), {}),
+        ((frames, {"fps": 5.0, "total_num_frames": 13}), {}),
+    ):
         found = video_to_patches(source, **options)
         np.testing.assert_array_equal(found[0], expected[0])
         assert found[1:] == expected[1:]
@@ -149,10 +161,15 @@ def test_sampling_rules():
     used = video_to_patches(frames, sample_fps=25)[2]
     assert used.indices == (0, 14, 28, 42, 57, 71, 85, 99)
     for total, fps, changes, count in (
-        (10, 25, {}, 4), (3, 25, {}, 3), (10**5, 25, {}, 768), (10**5, 25, {"max_frames": 100}, 100),
-        (11, 5, {"num_frames": 3}, 3), (11, 5, {"num_frames": 30}, 30),
-        (50, 25, {"fps": 0.5, "min_frames": 1}, 1), (50, 1e-6, {"fps": 1e6}, 50),
-    ):  # fmt: skip
+        (10, 25, {}, 4),
+        (3, 25, {}, 3),
+        (10**5, 25, {}, 768),
+        (10**5, 25, {"max_frames": 100}, 100),
+        (11, 5, {"num_frames": 3}, 3),
+        (11, 5, {"num_frames": 30}, 30),
+        (50, 25, {"fps": 0.5, "min_frames": 1}, 1),
+        (50, 1e-6, {"fps": 1e6}, 50),
+    ):
         assert frame_count(total, fps, settings.override(**changes)) == count
     only = settings.override(num_frames=5)
     assert only.fps is None and only.override(fps=3).num_frames is None
@@ -161,11 +178,17 @@ def test_sampling_rules():
 def test_sizes():
     """The golden table of transformers' sizes, the small sides of 5.23, and the cap for each frame."""
     for given, expected in (
-        ((4, 480, 640), (480, 640)), ((8, 720, 1280), (704, 1280)), ((16, 1080, 1920), (928, 1664)),
-        ((60, 720, 1280), (480, 832)), ((240, 1080, 1920), (224, 416)), ((768, 720, 1280), (128, 224)),
-        ((2, 32, 32), (64, 64)), ((5, 100, 100), (96, 96)), ((3, 200, 300), (192, 288)),
+        ((4, 480, 640), (480, 640)),
+        ((8, 720, 1280), (704, 1280)),
+        ((16, 1080, 1920), (928, 1664)),
+        ((60, 720, 1280), (480, 832)),
+        ((240, 1080, 1920), (224, 416)),
+        ((768, 720, 1280), (128, 224)),
+        ((2, 32, 32), (64, 64)),
+        ((5, 100, 100), (96, 96)),
+        ((3, 200, 300), (192, 288)),
         ((4, 16, 48), (32, 96)),
-    ):  # fmt: skip
+    ):
         assert smart_resize_video(*given) == expected
     frames = np.zeros((8, 720, 1280, 3), np.uint8)
     grid = video_to_patches(frames, sample_fps=2, cap_pixels_per_frame=True)[1]
@@ -220,10 +243,15 @@ def test_a_turned_or_mirrored_clip_is_upright(tmp_path):
         frames[:, 24 * y : 24 * y + 24, 32 * x : 32 * x + 32] = value
     path = clips.write(tmp_path / "a.mp4", frames)
     for matrix, shown in (
-        ((1, 0, 0, 1), [3, 2, 1, 0]), ((0, 1, -1, 0), [1, 3, 0, 2]), ((-1, 0, 0, -1), [0, 1, 2, 3]),
-        ((0, -1, 1, 0), [2, 0, 3, 1]), ((-1, 0, 0, 1), [2, 3, 0, 1]), ((1, 0, 0, -1), [1, 0, 3, 2]),
-        ((0, 1, 1, 0), [3, 1, 2, 0]), ((0, -1, -1, 0), [0, 2, 1, 3]),
-    ):  # fmt: skip
+        ((1, 0, 0, 1), [3, 2, 1, 0]),
+        ((0, 1, -1, 0), [1, 3, 0, 2]),
+        ((-1, 0, 0, -1), [0, 1, 2, 3]),
+        ((0, -1, 1, 0), [2, 0, 3, 1]),
+        ((-1, 0, 0, 1), [2, 3, 0, 1]),
+        ((1, 0, 0, -1), [1, 0, 3, 2]),
+        ((0, 1, 1, 0), [3, 1, 2, 0]),
+        ((0, -1, -1, 0), [0, 2, 1, 3]),
+    ):
         with_matrix(path, matrix)
         clip = open_video(path)
         height, width = clip.size
@@ -239,10 +267,13 @@ def test_colours(tmp_path):
     (floor,) = (need for need in needs["dependencies"] if need.startswith("av>="))
     assert float(floor.removeprefix("av>=")) >= 17 <= float(av.__version__[:2])
     for name, codec, matrix, full in (
-        ("bt709.mp4", "libx264", 1, False), ("bt601.mp4", "libx264", 5, False),
-        ("full.mp4", "libx264", 1, True), ("full601.mp4", "libx264", 5, True),
-        ("none.mp4", "libx264", None, False), ("motion.avi", "mjpeg", None, True),
-    ):  # fmt: skip
+        ("bt709.mp4", "libx264", 1, False),
+        ("bt601.mp4", "libx264", 5, False),
+        ("full.mp4", "libx264", 1, True),
+        ("full601.mp4", "libx264", 5, True),
+        ("none.mp4", "libx264", None, False),
+        ("motion.avi", "mjpeg", None, True),
+    ):
         for colour in ((200, 30, 30), (30, 200, 30), (30, 30, 200), (128, 128, 128)):
             path = clips.write_colour(tmp_path / name, colour, codec, matrix, full)
             found = np.asarray(next(open_video(path).read(np.array([1]))))
@@ -286,13 +317,21 @@ def test_what_is_refused(tmp_path):
         (text, {}, r"text\.mp4: not a video"),
         (empty, {}, r"empty\.mp4: not a video"),
         (playlist, {}, r"list\.m3u8: "),
-        (clips.write_sound(tmp_path / "a.m4a"), {}, r"a\.m4a: no video in this file, it holds audio"),
+        (
+            clips.write_sound(tmp_path / "a.m4a"),
+            {},
+            r"a\.m4a: no video in this file, it holds audio",
+        ),
         (one, {}, r"one\.mp4: .*1 frame.* as an image"),
         (one, {"do_resize": False}, "1 frame.* as an image"),
         (still, {}, r"still\.gif: .*1 frame.* as an image"),
         (wide, {}, "bomb: 16000 x 16000 pixels, expected at most 50331648 of a video"),
         (whole, {"fps": 2, "num_frames": 4}, "both given"),
-        (whole, {"num_frames": 10**8}, r"a\.mkv: 100000000 frame.* MiB of patches, expected at most 3072"),
+        (
+            whole,
+            {"num_frames": 10**8},
+            r"a\.mkv: 100000000 frame.* MiB of patches, expected at most 3072",
+        ),
         (whole, {"min_pixels": 10**12}, "MiB of patches, expected at most 3072"),
         (whole, {"patch_size": 10**6}, "MiB of patches, expected at most 3072"),
         (whole, {"temporal_patch_size": 10**9}, "expected at least 1000000000"),
@@ -308,7 +347,11 @@ def test_what_is_refused(tmp_path):
         (frames, {}, r"frames without times; .*fps"),
         (np.array(frames), {}, r"frames without times"),
         (np.array(frames), {"fps": 2}, r"frames without times"),
-        (frames, {"video_metadata": {"fps": 2, "frames_indices": [1, 2]}}, "2 frames_indices for 4"),
+        (
+            frames,
+            {"video_metadata": {"fps": 2, "frames_indices": [1, 2]}},
+            "2 frames_indices for 4",
+        ),
         (frames, {"video_metadata": {"fps": 2, "frames_indices": [3, 2, 1, 0]}}, "fall"),
         (np.array(frames), {"video_metadata": {"fps": 2, "total_num_frames": 9}}, "9 for 4 frames"),
         (frames, {"video_metadata": {"fps": 2, "total_num_frames": 9}}, "9 for 4 frames"),
@@ -319,11 +362,23 @@ def test_what_is_refused(tmp_path):
         ((frames, {"fps": 10**5000}), {}, "fps: got a number too long to print"),
         ((frames, {"fps": 2}), {"video_metadata": {"fps": 2}}, "paired with its own"),
         (frames, {"fps": 2}, "frames without times"),
-        (frames, {"video_metadata": {"fps": 2, "total_num_frames": 10**5000}}, "too long to print for 4"),
+        (
+            frames,
+            {"video_metadata": {"fps": 2, "total_num_frames": 10**5000}},
+            "too long to print for 4",
+        ),
         (whole, {"video_start": 10**5000}, "video_start: got a number too long to print"),
         (frames, {"video_metadata": {"fps": 2, "frames_indices": ["a"] * 4}}, "expected integers"),
-        (frames, {"video_metadata": {"fps": 2, "frames_indices": [0, 1, 2, 3.5]}}, "integers, found 3.5"),
-        (frames, {"video_metadata": {"fps": 2, "frames_indices": [[0], [1, 2]]}}, "rows of one length"),
+        (
+            frames,
+            {"video_metadata": {"fps": 2, "frames_indices": [0, 1, 2, 3.5]}},
+            "integers, found 3.5",
+        ),
+        (
+            frames,
+            {"video_metadata": {"fps": 2, "frames_indices": [[0], [1, 2]]}},
+            "rows of one length",
+        ),
         (whole, {"resized_height": 64}, "both resized_height and resized_width"),
         (frames[:1], {"sample_fps": 1}, "as an image"),
         ([], {"sample_fps": 1}, "no frame"),
@@ -333,7 +388,7 @@ def test_what_is_refused(tmp_path):
         (np.array(frames)[0], {"sample_fps": 1}, r"shape \[32, 32, 3\]"),
         (np.zeros((4, 32, 6401, 3), np.uint8), {"sample_fps": 1}, "200 times"),
         (7, {}, "got int"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(InputError, match=words) as caught:
             video_to_patches(source, **options)
         assert "\n" not in str(caught.value)
@@ -476,12 +531,19 @@ def test_each_clip_has_its_own_options(proc, tmp_path):
     assert grid({"fps": 2.0}, {"fps": 5}, videos_kwargs=call) == [[3, 8, 12], [7, 4, 6]]
     assert grid({}, {"num_frames": 3}, videos_kwargs={"fps": 5}) == [[8, 16, 24], [2, 16, 24]]
     assert grid({}, {"fps": 5, **small}, videos_kwargs={"num_frames": 2}) == [
-        [1, 16, 24], [7, 8, 12]]  # fmt: skip
+        [1, 16, 24],
+        [7, 8, 12],
+    ]
     size = {"size": {"shortest_edge": 64, "longest_edge": 6 * 32 * 48}}
     assert grid(size, {"max_frames": 4, **size}, {"num_frames": 3}) == [
-        [3, 8, 12], [2, 8, 14], [2, 16, 24]]  # fmt: skip
+        [3, 8, 12],
+        [2, 8, 14],
+        [2, 16, 24],
+    ]
     assert grid({"nframes": 5, **small}, {"nframes": 7, **small}, videos_kwargs={"fps": 5}) == [
-        [2, 8, 12], [4, 8, 12]]  # fmt: skip
+        [2, 8, 12],
+        [4, 8, 12],
+    ]
     assert grid({"resized_height": 30, "resized_width": 45}) == [[3, 8, 12]]
     assert grid({"total_pixels": 3 * 16 * 24, "min_pixels": 64}) == [[3, 4, 6]]
     cut = {"video_start": 1.0, "video_end": 2.0, "fps": 10}
@@ -510,11 +572,10 @@ def test_each_clip_has_its_own_options(proc, tmp_path):
 
 def test_released_settings_file(tmp_path):
     """Keys without effect may stand in a file; those that count are taken."""
-    raw = {
-        "size": {"shortest_edge": 4096, "longest_edge": 25165824}, "default_to_square": True,
-        "crop_size": None, "do_center_crop": None, "size_divisor": None, "do_pad": None, "fps": 3,
-        "max_frames": 99, "video_processor_type": "Qwen3VLVideoProcessor", "return_metadata": False,
-    }  # fmt: skip
+    raw = dict.fromkeys(("crop_size", "do_center_crop", "size_divisor", "do_pad"))
+    raw |= {"size": {"shortest_edge": 4096, "longest_edge": 25165824}, "default_to_square": True}
+    raw |= {"fps": 3, "max_frames": 99, "return_metadata": False}
+    raw["video_processor_type"] = "Qwen3VLVideoProcessor"
     (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(raw))
     assert VideoSettings.from_dir(tmp_path) == VideoSettings(fps=3, max_frames=99)
 
@@ -551,10 +612,12 @@ def test_clips_beside_the_text(proc):
         ({"videos": [first]}, r"2 video placeholder\(s\) in the prompt for 1 video"),
         ({"videos": [first, second], "videos_kwargs": {"video_metadata": [{}]}}, "1 for 2 video"),
         ({"videos": [first, second]}, "frames without times"),
-        ({"videos": [uneven, uneven], "videos_kwargs": {"video_metadata": [{"fps": 4}] * 2}},
-         "frame 1 has 64 x 16 pixels and the first 64 x 32"),
+        (
+            {"videos": [uneven, uneven], "videos_kwargs": {"video_metadata": [{"fps": 4}] * 2}},
+            "frame 1 has 64 x 16 pixels and the first 64 x 32",
+        ),
         ({"videos": [[listed, uneven], first]}, "video: found|expected|frames"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(InputError, match=words):
             proc.inputs(chat, **options)
 
@@ -581,13 +644,17 @@ def test_memory_does_not_grow_with_the_clip(tmp_path):
     peaks = []
     for count in (100, 1000):
         path = clips.write(
-            tmp_path / f"{count}.mp4", np.broadcast_to(clips.bars(1, 360, 640), (count, 360, 640, 3)),
+            tmp_path / f"{count}.mp4",
+            np.broadcast_to(clips.bars(1, 360, 640), (count, 360, 640, 3)),
             preset="ultrafast",
-        )  # fmt: skip
+        )
         done = subprocess.run(
-            [sys.executable, "-c", LONG, str(path)], cwd=Path(__file__).parents[2],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
+            [sys.executable, "-c", LONG, str(path)],
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         frames, peak = map(int, done.stdout.split())
         assert frames == count // 5
         peaks.append(peak)
