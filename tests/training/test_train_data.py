@@ -64,39 +64,101 @@ CALL = '<tool_call>\n{"name": "crop", "arguments": {"x": 1}}\n</tool_call>'
 FILM, PICTURE = chats.clip(5, 41, 33, 3.0), chats.picture(40, 16)
 # name -> (template, messages, tools, what is learned)
 MASKS = {
-    "turns": ("instruct", [system("s"), user("a"), said("b c"), user("d"), said("e")], None,
-              ["b c", "e"]),
-    "a user who says assistant": ("instruct", [user("assistant\nassistant"), said("no")], None, ["no"]),
-    "a user who spells turns": ("instruct", [user(FALSE), said("x"), user("<|im_start|>"), said("y")],
-                                None, ["x", "y"]),
+    "turns": (
+        "instruct",
+        [system("s"), user("a"), said("b c"), user("d"), said("e")],
+        None,
+        ["b c", "e"],
+    ),
+    "a user who says assistant": (
+        "instruct",
+        [user("assistant\nassistant"), said("no")],
+        None,
+        ["no"],
+    ),
+    "a user who spells turns": (
+        "instruct",
+        [user(FALSE), said("x"), user("<|im_start|>"), said("y")],
+        None,
+        ["x", "y"],
+    ),
     "a system and a tool that spell turns": (
-        "instruct", [system(FALSE), user("q"), calls("crop", x=1), result(FALSE), said("z")],
-        [chats.tool("crop" + FALSE, x="number")], [CALL, "z"]),
-    "text before a call": ("instruct", [user("q"), said("So:", tool_calls=calls("crop", x=1)["tool_calls"]),
-                                        result("1"), said("one")], chats.TOOLS, [f"So:\n{CALL}", "one"]),
-    "switched off": ("instruct", [user("a"), said("b", train=False), user("c"), said("d", train=True)],
-                     None, ["d"]),
-    "pictures and clips": ("instruct", [user(FILM, PICTURE, "a", FILM), said("b"), user(PICTURE),
-                                        said("c")], None, ["b", "c"]),
-    "boxes are tokens": ("instruct", [user("a"), said("<|box_start|>(1,2)<|box_end|>")], None,
-                         ["<|box_start|>(1,2)<|box_end|>"]),
-    "reasoning": ("thinking", [user("a"), said("b", reasoning_content="why")], None,
-                  ["why\n</think>\n\nb"]),
+        "instruct",
+        [system(FALSE), user("q"), calls("crop", x=1), result(FALSE), said("z")],
+        [chats.tool("crop" + FALSE, x="number")],
+        [CALL, "z"],
+    ),
+    "text before a call": (
+        "instruct",
+        [
+            user("q"),
+            said("So:", tool_calls=calls("crop", x=1)["tool_calls"]),
+            result("1"),
+            said("one"),
+        ],
+        chats.TOOLS,
+        [f"So:\n{CALL}", "one"],
+    ),
+    "switched off": (
+        "instruct",
+        [user("a"), said("b", train=False), user("c"), said("d", train=True)],
+        None,
+        ["d"],
+    ),
+    "pictures and clips": (
+        "instruct",
+        [user(FILM, PICTURE, "a", FILM), said("b"), user(PICTURE), said("c")],
+        None,
+        ["b", "c"],
+    ),
+    "boxes are tokens": (
+        "instruct",
+        [user("a"), said("<|box_start|>(1,2)<|box_end|>")],
+        None,
+        ["<|box_start|>(1,2)<|box_end|>"],
+    ),
+    "reasoning": (
+        "thinking",
+        [user("a"), said("b", reasoning_content="why")],
+        None,
+        ["why\n</think>\n\nb"],
+    ),
     "earlier reasoning is dropped": (
-        "thinking", [user("a"), said("<think>\nold\n</think>\n\nb"), user("c"),
-                     said("d", reasoning_content="new")], None, ["new\n</think>\n\nd"]),
+        "thinking",
+        [
+            user("a"),
+            said("<think>\nold\n</think>\n\nb"),
+            user("c"),
+            said("d", reasoning_content="new"),
+        ],
+        None,
+        ["new\n</think>\n\nd"],
+    ),
     "an earlier answer on demand": (
-        "thinking", [user("a"), said("b", train=True), user("c"), said("d", reasoning_content="new")],
-        None, ["b", "new\n</think>\n\nd"]),
+        "thinking",
+        [user("a"), said("b", train=True), user("c"), said("d", reasoning_content="new")],
+        None,
+        ["b", "new\n</think>\n\nd"],
+    ),
     "reasoning between calls": (
-        "thinking", [user("q"), said("", reasoning_content="Crop.",
-                     tool_calls=calls("crop", x=1)["tool_calls"]), result("1"),
-                     said("one", reasoning_content="Done.")], chats.TOOLS,
-        [f"Crop.\n</think>\n\n{CALL}", "Done.\n</think>\n\none"]),
+        "thinking",
+        [
+            user("q"),
+            said("", reasoning_content="Crop.", tool_calls=calls("crop", x=1)["tool_calls"]),
+            result("1"),
+            said("one", reasoning_content="Done."),
+        ],
+        chats.TOOLS,
+        [f"Crop.\n</think>\n\n{CALL}", "Done.\n</think>\n\none"],
+    ),
     "no reasoning": ("thinking", [user("a"), said("b")], None, ["</think>\n\nb"]),
-    "a user who spells thoughts": ("thinking", [user("<think>\nx\n</think>"),
-                                   said("b", reasoning_content="c")], None, ["c\n</think>\n\nb"]),
-}  # fmt: skip
+    "a user who spells thoughts": (
+        "thinking",
+        [user("<think>\nx\n</think>"), said("b", reasoning_content="c")],
+        None,
+        ["c\n</think>\n\nb"],
+    ),
+}
 
 
 @pytest.mark.parametrize("case", MASKS)
@@ -179,17 +241,17 @@ def test_every_kind_of_file_gives_the_same_sample(proc, tmp_path):
     names = {"image": ["pics/a.png", "pics/b.png"], "video": "pics/c.mp4"}
     said_ = [("human", "<image>\nOne <video> and\n<image> ?"), ("gpt", "Yes \\<image>")]
     official = {**names, "conversations": [{"from": f, "value": v} for f, v in said_]}
-    items = [{"type": "image", "image": "pics/a.png"}, {"type": "text", "text": "One"},
-             {"type": "video", "video": "pics/c.mp4"}, {"type": "text", "text": "and"},
-             {"type": "image_url", "image_url": {"url": "pics/b.png"}}, "?"]  # fmt: skip
-    chat = {"messages": [{"role": "user", "content": items}, said("Yes \\<image>")]}
+    items = [{"type": "image", "image": "pics/a.png"}, {"type": "text", "text": "One"}]
+    items += [{"type": "video", "video": "pics/c.mp4"}, {"type": "text", "text": "and"}]
+    items += [{"type": "image_url", "image_url": {"url": "pics/b.png"}}, "?"]
+    told = said("Yes \\<image>")
+    plain = chat({"role": "user", "content": items}, told)
     tagged = {"role": "user", "content": "<image>One<video>and<image>?"}
-    beside = {"messages": [tagged, chat["messages"][1]], "images": names["image"],
-              "videos": names["video"]}  # fmt: skip
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, (official, chat, beside))))
-    (tmp_path / "b.json").write_text(json.dumps([official, chat]))
-    told = json.dumps([{"role": "user", "content": [{"type": "image"}, "One", items[2], "and",
-                       {"type": "image"}, "?"]}, chat["messages"][1]])  # fmt: skip
+    beside = chat(tagged, told, images=names["image"], videos=names["video"])
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, (official, plain, beside))))
+    (tmp_path / "b.json").write_text(json.dumps([official, plain]))
+    empty = [{"type": "image"}, "One", items[2], "and", {"type": "image"}, "?"]
+    told = json.dumps([{"role": "user", "content": empty}, told])
     rows = [
         {
             "images": [{"bytes": first, "path": None}, {"bytes": second, "path": "x"}],
@@ -205,14 +267,14 @@ def test_every_kind_of_file_gives_the_same_sample(proc, tmp_path):
     }
     parquet.write_table(pyarrow.Table.from_pylist([structs]), tmp_path / "d.parquet")
     writer = ArrayRecordWriter(str(tmp_path / "e.array_record"), "group_size:1")
-    for record in (official, chat):
+    for record in (official, plain):
         writer.write(json.dumps(record).encode())
     writer.close()
     (tmp_path / "other" / "f.jsonl").write_text(
-        json.dumps(official) + "\n\n" + json.dumps(chat) + "\n"
+        json.dumps(official) + "\n\n" + json.dumps(plain) + "\n"
     )
-    sources = {name: Source(str(tmp_path / name)) for name in ("a.jsonl", "b.json", "c.parquet",
-               "d.parquet", "e.array_record", "other/f.jsonl")}  # fmt: skip
+    files = "a.jsonl b.json c.parquet d.parquet e.array_record other/f.jsonl".split()
+    sources = {name: Source(str(tmp_path / name)) for name in files}
     sources["g"] = Source(str(tmp_path / "a.jsonl"), media=str(tmp_path / "other"))
     maker, found = make_samples.SampleMaker(proc, Data(), PACK), {}
     for key, source in sources.items():
@@ -233,112 +295,199 @@ ASKED, ANSWERED = {"role": "user", "content": "a"}, {"role": "assistant", "conte
 CALLED = calls("crop", x=1)
 PAIR = {"ref": ["a dog"], "bbox": [[1, 2, 3, 4]]}
 BESIDE = {"images": [chats.picture(8, 8)["image"]]}
+
+
+def chat(*messages, **others):
+    """A record of messages."""
+    return {**others, "messages": list(messages)}
+
+
 # name -> (a record, words of the refusal)
 REFUSED = {
     "no such picture": ({"image": "none.png", "conversations": [HUMAN, GPT]}, "none.png"),
     "a tag too many": ({"conversations": [HUMAN, GPT]}, "1: a place for an image without an image"),
-    "a tag without any image": ({"messages": [user("<image>a"), ANSWERED]}, "without an image left"),
-    "a second tag": (BESIDE | {"messages": [user("<image>a"), ANSWERED, user("<image>b"), ANSWERED]},
-                     "message 3: a place for an image"),
-    "a video's tag": (BESIDE | {"messages": [user("<image><video>"), ANSWERED]}, "without a video left"),
-    "a tag beside an item": (BESIDE | {"messages": [user({"type": "image"}, "<image>a"), ANSWERED]},
-                             "message 1: a place for an image"),
-    "a tag of the system": ({"messages": [system("<image>"), ASKED, ANSWERED]}, "message 1: a place"),
-    "a system text's tag": ({"system": "<image>", "messages": [ASKED, ANSWERED]}, "message 0: a place"),
-    "a tag of a tool": ({"messages": [ASKED, CALLED, {"role": "tool", "content": "<image>"}, ANSWERED]},
-                        "message 3: a place"),
-    "an answer's tag": (BESIDE | {"messages": [ASKED, said("<image>")]}, "2: <image> in an assistant"),
-    "a sound": ({"messages": [user("<audio>What is this?"), ANSWERED]},
-                "message 1: <audio>: the model takes images and videos alone; a tag that is meant"),
-    "sounds": ({"audios": ["a.wav"], "messages": [user("hi"), ANSWERED]}, "unknown key 'audios'"),
-    "a thought's tag": ({"messages": [ASKED, said("b", reasoning_content="<video>")]},
-                        "2: <video> in an assistant"),
-    "an answer's own item": ({"messages": [ASKED, {"role": "assistant", "content": [
-        chats.picture(8, 8), "b"]}]}, "0 image placeholder"),
-    "a placeholder": ({"messages": [ASKED, said("<|image_pad|>")]}, "the assistant says <.image_pad"),
-    "a picture too many": ({"image": ["a", "b"], "conversations": [HUMAN, GPT]}, "2 image.s. for 1"),
-    "no tag": ({"image": "a", "messages": [ASKED, ANSWERED]}, "1 image.s. for 0"),
-    "frames as videos": ({"video": ["a", "b"], "messages": [user("<video>"), ANSWERED]},
-                         "2 video.s. for 1 .* is a list in the list"),
-    "items out of order": (BESIDE | {"messages": [user({"type": "image", "index": 1}), ANSWERED]},
-                           "index is 1, expected 0"),
+    "a tag without any image": (chat(user("<image>a"), ANSWERED), "without an image left"),
+    "a second tag": (
+        BESIDE | chat(user("<image>a"), ANSWERED, user("<image>b"), ANSWERED),
+        "message 3: a place for an image",
+    ),
+    "a video's tag": (BESIDE | chat(user("<image><video>"), ANSWERED), "without a video left"),
+    "a tag beside an item": (
+        BESIDE | chat(user({"type": "image"}, "<image>a"), ANSWERED),
+        "message 1: a place for an image",
+    ),
+    "a tag of the system": (chat(system("<image>"), ASKED, ANSWERED), "message 1: a place"),
+    "a system text's tag": (chat(ASKED, ANSWERED, system="<image>"), "message 0: a place"),
+    "a tag of a tool": (
+        chat(ASKED, CALLED, {"role": "tool", "content": "<image>"}, ANSWERED),
+        "message 3: a place",
+    ),
+    "an answer's tag": (BESIDE | chat(ASKED, said("<image>")), "2: <image> in an assistant"),
+    "a sound": (
+        chat(user("<audio>What is this?"), ANSWERED),
+        "message 1: <audio>: the model takes images and videos alone; a tag that is meant",
+    ),
+    "sounds": (chat(user("hi"), ANSWERED, audios=["a.wav"]), "unknown key 'audios'"),
+    "a thought's tag": (
+        chat(ASKED, said("b", reasoning_content="<video>")),
+        "2: <video> in an assistant",
+    ),
+    "an answer's own item": (
+        chat(ASKED, {"role": "assistant", "content": [chats.picture(8, 8), "b"]}),
+        "0 image placeholder",
+    ),
+    "a placeholder": (chat(ASKED, said("<|image_pad|>")), "the assistant says <.image_pad"),
+    "a picture too many": (
+        {"image": ["a", "b"], "conversations": [HUMAN, GPT]},
+        "2 image.s. for 1",
+    ),
+    "no tag": (chat(ASKED, ANSWERED, image="a"), "1 image.s. for 0"),
+    "frames as videos": (
+        chat(user("<video>"), ANSWERED, video=["a", "b"]),
+        "2 video.s. for 1 .* is a list in the list",
+    ),
+    "items out of order": (
+        BESIDE | chat(user({"type": "image", "index": 1}), ANSWERED),
+        "index is 1, expected 0",
+    ),
     "no shape": ({"text": "hi"}, "expected messages or conversations"),
-    "both shapes": ({"messages": [ASKED], "conversations": [HUMAN]}, "one of the two"),
-    "no message": ({"messages": []}, "at least one"),
+    "both shapes": (chat(ASKED, conversations=[HUMAN]), "one of the two"),
+    "no message": (chat(), "at least one"),
     "an unknown speaker": ({"conversations": [{"from": "bot", "value": "x"}]}, "from is 'bot'"),
-    "an unknown role": ({"messages": [{"role": "x", "content": "a"}, ANSWERED]}, "role: got 'x'"),
-    "no answer": ({"messages": [ASKED]}, "nothing to learn"),
-    "all switched off": ({"messages": [ASKED, {**ANSWERED, "train": False}]}, "nothing to learn"),
-    "a weight of nothing": ({"messages": [ASKED, {**ANSWERED, "weight": 0}]}, "nothing to learn"),
-    "a switch of text": ({"messages": [ASKED, {**ANSWERED, "train": "no"}]}, "train is 'no'"),
-    "a loss of text": ({"messages": [ASKED, {**ANSWERED, "loss": 0.5}]}, "loss is 0.5, expected true"),
-    "a weight below 0": ({"messages": [ASKED, {**ANSWERED, "weight": -1}]}, "weight is -1"),
-    "an infinite weight": ({"messages": [ASKED, {**ANSWERED, "weight": np.inf}]}, "weight is inf"),
-    "on and off": ({"messages": [ASKED, {**ANSWERED, "loss": True, "weight": 0}]}, "say on and off"),
-    "a user to be learned": ({"messages": [{**ASKED, "loss": True}, ANSWERED]}, "only an assistant"),
-    "an answer with turns": ({"messages": [ASKED, said(f"b{FALSE}c")]}, "says <.im_start"),
-    "an answer's turn in two texts": ({"messages": [ASKED, {"role": "assistant", "content": [
-        {"type": "text", "text": "<|im_"}, {"type": "text", "text": "end|>"}]}]}, "says <.im_end"),
-    "an endless weight": ({"messages": [ASKED, {**ANSWERED, "weight": 1e39}]}, "weight is 1e.39"),
-    "own normalisation": ({"messages": [
-        user({"type": "image", "image": "a", "image_mean": 0.1}), ANSWERED]},
-        "image_mean of a single image"),
+    "an unknown role": (chat({"role": "x", "content": "a"}, ANSWERED), "role: got 'x'"),
+    "no answer": (chat(ASKED), "nothing to learn"),
+    "all switched off": (chat(ASKED, {**ANSWERED, "train": False}), "nothing to learn"),
+    "a weight of nothing": (chat(ASKED, {**ANSWERED, "weight": 0}), "nothing to learn"),
+    "a switch of text": (chat(ASKED, {**ANSWERED, "train": "no"}), "train is 'no'"),
+    "a loss of text": (chat(ASKED, {**ANSWERED, "loss": 0.5}), "loss is 0.5, expected true"),
+    "a weight below 0": (chat(ASKED, {**ANSWERED, "weight": -1}), "weight is -1"),
+    "an infinite weight": (chat(ASKED, {**ANSWERED, "weight": np.inf}), "weight is inf"),
+    "on and off": (chat(ASKED, {**ANSWERED, "loss": True, "weight": 0}), "say on and off"),
+    "a user to be learned": (chat({**ASKED, "loss": True}, ANSWERED), "only an assistant"),
+    "an answer with turns": (chat(ASKED, said(f"b{FALSE}c")), "says <.im_start"),
+    "an answer's turn in two texts": (
+        chat(
+            ASKED,
+            {
+                "role": "assistant",
+                "content": [{"type": "text", "text": "<|im_"}, {"type": "text", "text": "end|>"}],
+            },
+        ),
+        "says <.im_end",
+    ),
+    "an endless weight": (chat(ASKED, {**ANSWERED, "weight": 1e39}), "weight is 1e.39"),
+    "own normalisation": (
+        chat(user({"type": "image", "image": "a", "image_mean": 0.1}), ANSWERED),
+        "image_mean of a single image",
+    ),
     "a list": ([1, 2], "found list"),
-    "preferences": ({"messages": [ASKED, ANSWERED], "rejected_response": "c"},
-                    "'rejected_response' .answers are trained on, not preferences"),
-    "a class": ({"messages": [ASKED, ANSWERED], "label": False}, "'label' .answers are trained on"),
-    "a key misspelt": ({"mesages": [ASKED], "messages": [ASKED, ANSWERED]}, "did you mean messages"),
-    "a message's key": ({"messages": [ASKED, {**ANSWERED, "function_call": {}}]},
-                        "message 2: unknown key 'function_call'"),
-    "an item's key": ({"messages": [user({"type": "text", "text": "a", "train": 0}), ANSWERED]},
-                      "content item: unknown key 'train'"),
-    "a text beside an image": ({"messages": [user({**chats.picture(8, 8), "text": "a"}), ANSWERED]},
-                               "message 1: content item: it holds 'a' and more"),
-    "a turn's key": ({"conversations": [HUMAN | {"value": "a"}, GPT | {"role": "x"}]},
-                     "2: unknown key 'role'"),
-    "no content": ({"messages": [{"role": "user"}, ANSWERED]}, "message 1: it has no content"),
-    "two systems": ({"system": "a", "messages": [system("b"), ASKED, ANSWERED]}, "one system text"),
-    "a system of numbers": ({"system": 3, "messages": [ASKED, ANSWERED]}, "system: found int"),
-    "calls without a name": ({"messages": [ASKED, said("", tool_calls=[{"arguments": {}}])]},
-                             "message 2: tool_calls: expected a list of objects with name"),
-    "a call's other key": ({"messages": [ASKED, said("", tool_calls=[{"name": "f", "parameters": {}}])]},
-                           "message 2: tool_calls: unknown key 'parameters'"),
-    "arguments that are no JSON": ({"messages": [ASKED, said("", tool_calls=[
-        {"name": "f", "arguments": "{x"}])]}, "message 2: arguments of f: not JSON"),
-    "arguments that are no object": ({"messages": [ASKED, said("", tool_calls=[
-        {"name": "f", "arguments": [1]}])]}, "expected a list of objects with name and arguments"),
-    "arguments that are a number's text": ({"messages": [ASKED, said("", tool_calls=[
-        {"name": "f", "arguments": "0"}])]}, "2: arguments of f: got 0, expected an object"),
-    "a limit in an address": ({"messages": [user({"type": "image_url", "image_url": {
-        "url": "a.png", "max_pixels": 9}}), ANSWERED]}, "an object with url, max_pixels, expected"),
-    "calls that are no JSON": ({"messages": [ASKED, said("", tool_calls="[{")]},
-                               "message 2: tool_calls: not JSON"),
-    "a later system": ({"messages": [ASKED, ANSWERED, system("s"), ASKED, ANSWERED]},
-                       "message 3: the chat template leaves out a system message after others"),
-    "a type that is none": ({"messages": [user({"type": {"a": 1}, "image": "a.png"}), ANSWERED]}, "type"),
-    "from nobody": ({"conversations": [{"from": None, "value": "a"}, GPT]}, "message 1: from is None"),
-    "a developer": ({"messages": [{"role": "developer", "content": "s"}, ASKED, ANSWERED]},
-                    "message 1: the chat template leaves out a developer message"),
-    "thoughts": ({"messages": [ASKED, said("b", reasoning_content="why")]},
-                 "message 2: the chat template leaves out reasoning_content"),
-    "a box without objects": ({"messages": [ASKED, said("<bbox>")]}, "without an entry of objects.bbox"),
-    "an object left": (BESIDE | {"objects": PAIR, "messages": [user("<image>"), said("<ref-object>")]},
-                       "objects.bbox: 1 more than there are <bbox> tags"),
-    "a box outside": (BESIDE | {"objects": {"bbox": [[1, 2, 9, 4]]},
-                                "messages": [user("<image>"), said("<bbox>")]}, "inside 8 x 8 pixels"),
-    "a box without end": (BESIDE | {"objects": {"bbox": [[1, 2, 1e308, 4]]},
-                                    "messages": [user("<image>"), said("<bbox>")]}, "expected .x1, y1"),
-    "a type of boxes": (BESIDE | {"objects": {"bbox": [[1, 2, 3, 4]], "bbox_type": ["real"]},
-                                  "messages": [user("<image>"), said("<bbox>")]}, "bbox_type: got"),
-    "width and height": (BESIDE | {"objects": {"bbox": [[4, 4, 2, 2]]},
-                                   "messages": [user("<image>"), said("<bbox>")]}, "two corners"),
-    "a box of no image": ({"objects": {"bbox": [[1, 2, 3, 4]]}, "messages": [ASKED, said("<bbox>")]},
-                          "which of 0 image"),
-    "three numbers": (BESIDE | {"objects": {"bbox": [[1, 2, 3]]},
-                                "messages": [user("<image>"), said("<bbox>")]}, "or .x, y"),
-    "an unknown object": (BESIDE | {"objects": {"mask": []}, "messages": [user("<image>"), ANSWERED]},
-                          "objects: found mask"),
-}  # fmt: skip
+    "preferences": (
+        chat(ASKED, ANSWERED, rejected_response="c"),
+        "'rejected_response' .answers are trained on, not preferences",
+    ),
+    "a class": (chat(ASKED, ANSWERED, label=False), "'label' .answers are trained on"),
+    "a key misspelt": (chat(ASKED, ANSWERED, mesages=[ASKED]), "did you mean messages"),
+    "a message's key": (
+        chat(ASKED, {**ANSWERED, "function_call": {}}),
+        "message 2: unknown key 'function_call'",
+    ),
+    "an item's key": (
+        chat(user({"type": "text", "text": "a", "train": 0}), ANSWERED),
+        "content item: unknown key 'train'",
+    ),
+    "a text beside an image": (
+        chat(user({**chats.picture(8, 8), "text": "a"}), ANSWERED),
+        "message 1: content item: it holds 'a' and more",
+    ),
+    "a turn's key": (
+        {"conversations": [HUMAN | {"value": "a"}, GPT | {"role": "x"}]},
+        "2: unknown key 'role'",
+    ),
+    "no content": (chat({"role": "user"}, ANSWERED), "message 1: it has no content"),
+    "two systems": (chat(system("b"), ASKED, ANSWERED, system="a"), "one system text"),
+    "a system of numbers": (chat(ASKED, ANSWERED, system=3), "system: found int"),
+    "calls without a name": (
+        chat(ASKED, said("", tool_calls=[{"arguments": {}}])),
+        "message 2: tool_calls: expected a list of objects with name",
+    ),
+    "a call's other key": (
+        chat(ASKED, said("", tool_calls=[{"name": "f", "parameters": {}}])),
+        "message 2: tool_calls: unknown key 'parameters'",
+    ),
+    "arguments that are no JSON": (
+        chat(ASKED, said("", tool_calls=[{"name": "f", "arguments": "{x"}])),
+        "message 2: arguments of f: not JSON",
+    ),
+    "arguments that are no object": (
+        chat(ASKED, said("", tool_calls=[{"name": "f", "arguments": [1]}])),
+        "expected a list of objects with name and arguments",
+    ),
+    "arguments that are a number's text": (
+        chat(ASKED, said("", tool_calls=[{"name": "f", "arguments": "0"}])),
+        "2: arguments of f: got 0, expected an object",
+    ),
+    "a limit in an address": (
+        chat(user({"type": "image_url", "image_url": {"url": "a.png", "max_pixels": 9}}), ANSWERED),
+        "an object with url, max_pixels, expected",
+    ),
+    "calls that are no JSON": (
+        chat(ASKED, said("", tool_calls="[{")),
+        "message 2: tool_calls: not JSON",
+    ),
+    "a later system": (
+        chat(ASKED, ANSWERED, system("s"), ASKED, ANSWERED),
+        "message 3: the chat template leaves out a system message after others",
+    ),
+    "a type that is none": (chat(user({"type": {"a": 1}, "image": "a.png"}), ANSWERED), "type"),
+    "from nobody": (
+        {"conversations": [{"from": None, "value": "a"}, GPT]},
+        "message 1: from is None",
+    ),
+    "a developer": (
+        chat({"role": "developer", "content": "s"}, ASKED, ANSWERED),
+        "message 1: the chat template leaves out a developer message",
+    ),
+    "thoughts": (
+        chat(ASKED, said("b", reasoning_content="why")),
+        "message 2: the chat template leaves out reasoning_content",
+    ),
+    "a box without objects": (chat(ASKED, said("<bbox>")), "without an entry of objects.bbox"),
+    "an object left": (
+        BESIDE | chat(user("<image>"), said("<ref-object>"), objects=PAIR),
+        "objects.bbox: 1 more than there are <bbox> tags",
+    ),
+    "a box outside": (
+        BESIDE | chat(user("<image>"), said("<bbox>"), objects={"bbox": [[1, 2, 9, 4]]}),
+        "inside 8 x 8 pixels",
+    ),
+    "a box without end": (
+        BESIDE | chat(user("<image>"), said("<bbox>"), objects={"bbox": [[1, 2, 1e308, 4]]}),
+        "expected .x1, y1",
+    ),
+    "a type of boxes": (
+        BESIDE
+        | chat(
+            user("<image>"), said("<bbox>"), objects={"bbox": [[1, 2, 3, 4]], "bbox_type": ["real"]}
+        ),
+        "bbox_type: got",
+    ),
+    "width and height": (
+        BESIDE | chat(user("<image>"), said("<bbox>"), objects={"bbox": [[4, 4, 2, 2]]}),
+        "two corners",
+    ),
+    "a box of no image": (
+        chat(ASKED, said("<bbox>"), objects={"bbox": [[1, 2, 3, 4]]}),
+        "which of 0 image",
+    ),
+    "three numbers": (
+        BESIDE | chat(user("<image>"), said("<bbox>"), objects={"bbox": [[1, 2, 3]]}),
+        "or .x, y",
+    ),
+    "an unknown object": (
+        BESIDE | chat(user("<image>"), ANSWERED, objects={"mask": []}),
+        "objects: found mask",
+    ),
+}
 
 
 def test_an_empty_place_is_no_picture():
@@ -362,53 +511,90 @@ TURNS = [user("<image>a"), said("b")]
 OFFICIAL = {"image": IMAGE, "conversations": [HUMAN | {"value": "<image>a"}, GPT]}
 # name -> (a record, one that means the same)
 MEANS = {
-    "a system text": ({"system": "s", "messages": [ASKED, ANSWERED]},
-                      {"messages": [system("s"), ASKED, ANSWERED]}),
-    "a system text beside conversations": (OFFICIAL | {"system": "s"}, {"messages": [
-        system("s"), user({"type": "image", "image": IMAGE}, "a"), ANSWERED]}),
-    "no system text": ({"system": "", "messages": [ASKED, ANSWERED]}, {"messages": [ASKED, ANSWERED]}),
-    "metadata": ({"id": 7, "source": "x", "label": None, "messages": [ASKED, ANSWERED]},
-                 {"messages": [ASKED, ANSWERED]}),
-    "tags of both kinds of text": ({"images": [IMAGE, IMAGE], "messages": [
-        {"role": "user", "content": "<image>a<image>"}, ANSWERED]},
-        {"images": [IMAGE, IMAGE], "messages": [user("<image>a", "<image>"), ANSWERED]}),
-    "a tool's image": ({"images": [IMAGE], "messages": [ASKED, CALLED, result("<image>"), ANSWERED]},
-                       {"messages": [ASKED, CALLED, result({"type": "image", "image": IMAGE}),
-                                     ANSWERED]}),
-    "numbered items": ({"images": [IMAGE, PICTURE["image"]], "messages": [
-        user({"type": "image", "index": 0, "text": None}, {"type": "image", "index": 1}), ANSWERED]},
-        {"messages": [user({"type": "image", "image": IMAGE}, PICTURE), ANSWERED]}),
-    "empty places": ({"messages": [user({**PICTURE, "text": ""}, {"type": "text", "text": "a", "image": "",
-                                                                  "video": None}), ANSWERED]},
-                     {"messages": [user(PICTURE, "a"), ANSWERED]}),
-    "loss": ({"messages": [ASKED, {**ANSWERED, "loss": False}, ASKED, {**ANSWERED, "loss": True}]},
-             {"messages": [ASKED, {**ANSWERED, "train": False}, ASKED, ANSWERED]}),
-    "weight 0 and 1": ({"messages": [{**ASKED, "weight": 0}, {**ANSWERED, "weight": 0}, ASKED,
-                                     {**ANSWERED, "weight": 1}]},
-                       {"messages": [ASKED, {**ANSWERED, "train": False}, ASKED, ANSWERED]}),
-    "calls of text": ({"messages": [ASKED, said("", tool_calls=json.dumps(CALLED["tool_calls"])),
-                                    result("1"), ANSWERED]},
-                      {"messages": [ASKED, CALLED, result("1"), ANSWERED]}),
-    "one call": ({"messages": [ASKED, said("", tool_calls={"name": "f", "arguments": '{"x": 1}'})]},
-                 {"messages": [ASKED, said("", tool_calls=[
-                     {"function": {"name": "f", "arguments": '{"x": 1}'}}])]}),
-    "a call of nothing": ({"messages": [ASKED, said("", tool_calls=[{"name": "f", "arguments": None}])]},
-                          {"messages": [ASKED, said("", tool_calls=[{"name": "f", "arguments": {}}])]}),
-    "no tools": ({"tools": "", "messages": [ASKED, {**ANSWERED, "tool_calls": ""}]},
-                 {"messages": [ASKED, ANSWERED]}),
-    "objects": ({"images": [IMAGE], "objects": {"ref": ["a dog", "it"], "bbox": [
-        [4, 5.0, 20, 20], [10, 10]]}, "messages": [user("<image>Where is <ref-object>?"),
-        said('{"bbox_2d": <bbox>, "label": "<ref-object>"} <bbox> \\<bbox>')]},
-        {"messages": [user({"type": "image", "image": IMAGE}, "Where is a dog?"),
-                      said('{"bbox_2d": [100, 250, 500, 1000], "label": "it"} [250, 500] \\<bbox>')]}),
-    "objects of a second image": ({"images": [PICTURE["image"], IMAGE], "objects": {
-        "bbox": [[4, 10, 8, 10]], "image_id": [1]}, "messages": [user("<image><image>"), said("<bbox>")]},
-        {"messages": [user(PICTURE, {"type": "image", "image": IMAGE}), said("[100, 500, 200, 500]")]}),
-    "objects from 0 to 1": ({"objects": {"bbox": [[0.1, 0.25, 1, 1]], "bbox_type": "norm1"},
-                             "images": [IMAGE], "messages": [user("<image>"), said("<bbox>")]},
-                            {"messages": [user({"type": "image", "image": IMAGE}),
-                                          said("[100, 250, 1000, 1000]")]}),
-}  # fmt: skip
+    "a system text": (chat(ASKED, ANSWERED, system="s"), chat(system("s"), ASKED, ANSWERED)),
+    "a system text beside conversations": (
+        OFFICIAL | {"system": "s"},
+        chat(system("s"), user({"type": "image", "image": IMAGE}, "a"), ANSWERED),
+    ),
+    "no system text": (chat(ASKED, ANSWERED, system=""), chat(ASKED, ANSWERED)),
+    "metadata": (chat(ASKED, ANSWERED, id=7, source="x", label=None), chat(ASKED, ANSWERED)),
+    "tags of both kinds of text": (
+        chat({"role": "user", "content": "<image>a<image>"}, ANSWERED, images=[IMAGE, IMAGE]),
+        chat(user("<image>a", "<image>"), ANSWERED, images=[IMAGE, IMAGE]),
+    ),
+    "a tool's image": (
+        chat(ASKED, CALLED, result("<image>"), ANSWERED, images=[IMAGE]),
+        chat(ASKED, CALLED, result({"type": "image", "image": IMAGE}), ANSWERED),
+    ),
+    "numbered items": (
+        chat(
+            user({"type": "image", "index": 0, "text": None}, {"type": "image", "index": 1}),
+            ANSWERED,
+            images=[IMAGE, PICTURE["image"]],
+        ),
+        chat(user({"type": "image", "image": IMAGE}, PICTURE), ANSWERED),
+    ),
+    "empty places": (
+        chat(
+            user(
+                {**PICTURE, "text": ""}, {"type": "text", "text": "a", "image": "", "video": None}
+            ),
+            ANSWERED,
+        ),
+        chat(user(PICTURE, "a"), ANSWERED),
+    ),
+    "loss": (
+        chat(ASKED, {**ANSWERED, "loss": False}, ASKED, {**ANSWERED, "loss": True}),
+        chat(ASKED, {**ANSWERED, "train": False}, ASKED, ANSWERED),
+    ),
+    "weight 0 and 1": (
+        chat({**ASKED, "weight": 0}, {**ANSWERED, "weight": 0}, ASKED, {**ANSWERED, "weight": 1}),
+        chat(ASKED, {**ANSWERED, "train": False}, ASKED, ANSWERED),
+    ),
+    "calls of text": (
+        chat(ASKED, said("", tool_calls=json.dumps(CALLED["tool_calls"])), result("1"), ANSWERED),
+        chat(ASKED, CALLED, result("1"), ANSWERED),
+    ),
+    "one call": (
+        chat(ASKED, said("", tool_calls={"name": "f", "arguments": '{"x": 1}'})),
+        chat(ASKED, said("", tool_calls=[{"function": {"name": "f", "arguments": '{"x": 1}'}}])),
+    ),
+    "a call of nothing": (
+        chat(ASKED, said("", tool_calls=[{"name": "f", "arguments": None}])),
+        chat(ASKED, said("", tool_calls=[{"name": "f", "arguments": {}}])),
+    ),
+    "no tools": (chat(ASKED, {**ANSWERED, "tool_calls": ""}, tools=""), chat(ASKED, ANSWERED)),
+    "objects": (
+        chat(
+            user("<image>Where is <ref-object>?"),
+            said('{"bbox_2d": <bbox>, "label": "<ref-object>"} <bbox> \\<bbox>'),
+            images=[IMAGE],
+            objects={"ref": ["a dog", "it"], "bbox": [[4, 5.0, 20, 20], [10, 10]]},
+        ),
+        chat(
+            user({"type": "image", "image": IMAGE}, "Where is a dog?"),
+            said('{"bbox_2d": [100, 250, 500, 1000], "label": "it"} [250, 500] \\<bbox>'),
+        ),
+    ),
+    "objects of a second image": (
+        chat(
+            user("<image><image>"),
+            said("<bbox>"),
+            images=[PICTURE["image"], IMAGE],
+            objects={"bbox": [[4, 10, 8, 10]], "image_id": [1]},
+        ),
+        chat(user(PICTURE, {"type": "image", "image": IMAGE}), said("[100, 500, 200, 500]")),
+    ),
+    "objects from 0 to 1": (
+        chat(
+            user("<image>"),
+            said("<bbox>"),
+            objects={"bbox": [[0.1, 0.25, 1, 1]], "bbox_type": "norm1"},
+            images=[IMAGE],
+        ),
+        chat(user({"type": "image", "image": IMAGE}), said("[100, 250, 1000, 1000]")),
+    ),
+}
 
 
 @pytest.mark.parametrize("case", MEANS)
@@ -423,8 +609,8 @@ def test_every_key_of_a_record_means_something(proc, case):
 
 
 def test_a_source_says_what_its_boxes_count_and_which_keys_do_not_matter(proc):
-    record = {"images": [IMAGE], "objects": {"bbox": [[4, 5, 20, 1000]]}, "score": 3,
-              "messages": [user("<image>"), {**said("<bbox>"), "stars": 5}]}  # fmt: skip
+    record = chat(user("<image>"), {**said("<bbox>"), "stars": 5}, images=[IMAGE], score=3)
+    record["objects"] = {"bbox": [[4, 5, 20, 1000]]}
     source = Source("", boxes="norm1000", ignore=("score", "stars"))
     text = chat_form(record, source)["messages"][1]
     assert text == {"role": "assistant", "content": "[4, 5, 20, 1000]"}
@@ -612,8 +798,8 @@ def test_tokens_that_a_tokenizer_has_beyond_the_embedding_are_refused(proc):
     ],
 )
 def test_sources_that_cannot_be_opened(tmp_path, path, words):
-    for name, text in {"a.txt": "x", "empty.jsonl": "\n\n", "bad.parquet": "x" * 99, "bad.json": "[1,",
-                       "bad.array_record": "x" * 99}.items():  # fmt: skip
+    texts = {"a.txt": "x", "empty.jsonl": "\n\n", "bad.parquet": "x" * 99, "bad.json": "[1,"}
+    for name, text in {**texts, "bad.array_record": "x" * 99}.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(InputError, match=words):
         records.open_records(Source(path if ":" in path else str(tmp_path / path)))
@@ -629,8 +815,8 @@ def test_too_long_is_refused_or_cut_between_turns(proc):
         sample = sample_of(proc, messages, data=Data(too_long="cut"), pack=pack)
         assert len(sample.ids) == sizes[kept - 1] and len(sample.images) == kept
         assert learned(proc, sample)[-1] == f"answer {kept - 1}{END}"
-        assert sample.note == (f"cut to {2 * kept} of 8 messages: {sizes[3]} tokens, pack.length is "
-                               f"{length}" if kept < 4 else "")  # fmt: skip
+        note = f"cut to {2 * kept} of 8 messages: {sizes[3]} tokens, pack.length is {length}"
+        assert sample.note == (note if kept < 4 else "")
     short = dataclasses.replace(PACK, length=sizes[0] - 1)
     for data, pack in ((Data(), short), (Data(too_long="cut"), short)):
         with pytest.raises(
