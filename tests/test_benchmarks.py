@@ -1,11 +1,17 @@
-"""Benchmarks end with 1 when a bound is missed."""
+"""Benchmarks end with 1 when a bound is missed; those of speed run with a small shape."""
 
+import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from benchmarks import batch, cases, convert, kills
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_the_bounds_of_batch():
@@ -50,3 +56,28 @@ def test_a_torn_answer_is_not_counted_as_kept(tmp_path):
     assert cases.BATCH.kept(tmp_path) == 1
     (tmp_path / "out.jsonl").write_bytes(b"1\n2\n3\n")
     assert cases.BATCH.kept(tmp_path) == 3
+
+
+@pytest.mark.parametrize(
+    ("module", "only", "works"),
+    [("inference", "vision", 1), ("training", "LoRA", 1)],
+)
+def test_speed_beside_transformers_with_a_small_shape(module, only, works, tmp_path):
+    """Both sides run, on the same numbers of tokens, and are told in a table and in JSON."""
+    command = [sys.executable, "-m", f"benchmarks.{module}", "--tiny", "--only", only]
+    done = subprocess.run(
+        [*command, "--json", str(tmp_path / "found.json")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "COLUMNS": "200"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (found,) = json.loads((tmp_path / "found.json").read_text())
+    ours, peer = found["ours"][1:], found["peer"][1:]
+    assert len(ours) == len(peer) == works
+    for line in (*ours, *peer):
+        assert not line.get("error") and np.all(np.array(line["seconds"]) > 0)
+    for name in ("times", "of the"):
+        assert name in done.stdout

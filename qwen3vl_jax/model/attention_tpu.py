@@ -57,14 +57,14 @@ def splash_attend(
     seen = _seen(first, end, block_q, block_k, width)
     reach = _concatenate(end + rows * width, block_q)
     by_query = _mask_info(*_steps(seen), reach)
-    by_key = [x.swapaxes(1, 2) for x in _steps(seen.swapaxes(1, 2))]
+    loads, runs = (x.swapaxes(1, 2) for x in _steps(seen.swapaxes(1, 2)))
     # "_dkv" and "_dq": the kernels of the backward pass.
     blocks: dict[str, Any] = {f"block_q{which}": block_q for which in ("", "_dkv", "_dq")}
     blocks |= {f"block_kv{which}": block_k for which in ("", "_dkv", "_dq")}
     kernel = splash.SplashAttentionKernel(
         by_query,
         by_query,
-        _mask_info(*by_key, reach),
+        _mask_info(loads, runs, reach),
         block_sizes=splash.BlockSizes(**blocks),
         mask_function=_below,
         is_mqa=False,

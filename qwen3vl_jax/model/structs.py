@@ -17,18 +17,18 @@ from qwen3vl_jax.errors import InputError
 Params = dict[str, Any]
 
 
-def brief(value: Any) -> str:
+def brief(self: Any) -> str:
     """The repr of a struct: arrays as dtype[shape], N equal ones as "N x ..", no fields that are None."""
-    if isinstance(value, flax.struct.PyTreeNode):
-        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    if dataclasses.is_dataclass(self):
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         shown = (f"{name}={brief(x)}" for name, x in fields.items() if x is not None)
-        return f"{type(value).__name__}({', '.join(shown)})"
-    if isinstance(value, (list, tuple)) and value:
-        found = [brief(x) for x in value]
+        return f"{type(self).__name__}({', '.join(shown)})"
+    if isinstance(self, (list, tuple)) and self:
+        found = [brief(x) for x in self]
         return f"{len(found)} x {found[0]}" if len(set(found)) == 1 else f"[{', '.join(found)}]"
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
-        return f"{value.dtype}[{','.join(map(str, value.shape))}]"
-    return repr(value)
+    if hasattr(self, "shape") and hasattr(self, "dtype"):
+        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
+    return repr(self)
 
 
 class VisionInputs(flax.struct.PyTreeNode):

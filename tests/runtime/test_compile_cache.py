@@ -36,7 +36,7 @@ def fresh():
 
 def compiled(environ, wanted=True, number=3.0):
     """What is told after one program was compiled, or found, and what it gave."""
-    keep_programs(wanted, environ)
+    keep_programs(wanted, environ=environ)
     jax.clear_caches()
     out = jax.jit(lambda x: x * number)(np.ones(4, np.float32))
     return str(PROGRAMS), np.asarray(out).tolist()
@@ -92,12 +92,12 @@ UNSAFE = {
 @pytest.mark.parametrize("words", UNSAFE)
 def test_a_folder_of_others_is_refused(fresh, tmp_path, monkeypatch, words, inner):
     environ = {"XDG_CACHE_HOME": str(tmp_path)}
-    keep_programs(True, environ)
+    keep_programs(True, environ=environ)
     base = tmp_path / "qwen3vl_jax"
     UNSAFE[words](next(base.iterdir()) if inner else base, monkeypatch)
     jax.config.update("jax_compilation_cache_dir", None)
     with pytest.raises(InputError, match=f"{words}.*--no-compile-cache"):
-        keep_programs(True, environ)
+        keep_programs(True, environ=environ)
     assert jax.config.jax_compilation_cache_dir is None
 
 
