@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NoReturn
 
 from convert import SHARD_SIZE, Progress
 from qwen3vl_jax.checkpoint.config_files import PARAMS
@@ -195,7 +196,12 @@ def _run_and_end() -> None:
     console.end_process(code if isinstance(code, int) else 0)
 
 
+def _stop(*_: Any) -> NoReturn:
+    """Ends the command at SIGTERM. Unfinished output is removed."""
+    console.hide_complaints()
+    sys.exit(143)
+
+
 if __name__ == "__main__":
-    # Unfinished output is removed.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, _stop)
     console.run_script(_run_and_end)

@@ -23,11 +23,11 @@ def brief(self: Any) -> str:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         shown = (f"{name}={brief(x)}" for name, x in fields.items() if x is not None)
         return f"{type(self).__name__}({', '.join(shown)})"
+    if hasattr(self, "shape") and hasattr(self, "dtype"):
+        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
     if isinstance(self, (list, tuple)) and self:
         found = [brief(x) for x in self]
         return f"{len(found)} x {found[0]}" if len(set(found)) == 1 else f"[{', '.join(found)}]"
-    if hasattr(self, "shape") and hasattr(self, "dtype"):
-        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
     return repr(self)
 
 

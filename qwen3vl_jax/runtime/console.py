@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
@@ -90,6 +91,7 @@ def run_script(main: Callable[[], Any]) -> None:
     def interrupt(*_: Any) -> None:
         pressed.set()
         interrupt_heard.set()
+        hide_complaints()
         raise KeyboardInterrupt
 
     def end_if_unheard(number: int) -> None:
@@ -120,6 +122,12 @@ def run_script(main: Callable[[], Any]) -> None:
             _exit(130)
     signal.signal(signal.SIGINT, before)
     sys.exit(code)
+
+
+def hide_complaints() -> None:
+    """Hides what Python says of objects that a signal leaves half made: event loops, coroutines."""
+    sys.unraisablehook = lambda _: None
+    warnings.simplefilter("ignore")
 
 
 def _exit(code: int) -> NoReturn:
