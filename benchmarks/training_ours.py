@@ -1,5 +1,6 @@
 """What benchmarks.training runs of this project, in a process of its own: a line of JSON a step."""
 
+import functools
 import json
 import sys
 import time
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.inference_ours import ceilings, emit
@@ -53,18 +55,39 @@ def text_rows(cfg: Config, recipe: Recipe) -> packing.PackedBatch:
     return jax.tree.map(lambda x: x[None], built)
 
 
+def random_params(cfg: Config, recipe: Recipe) -> Any:
+    """Random parameters, layers stacked, drawn array by array: `init=normal` compiles a minute long."""
+
+    @functools.partial(jax.jit, static_argnames=("shape", "dtype"))
+    def matrix(key, shape, dtype):
+        return (jax.random.normal(key, shape, jnp.bfloat16) * 0.02).astype(dtype)
+
+    def leaf(key: jax.Array, name: str, shape: tuple[int, ...]) -> jax.Array:
+        last, dtype = name.rsplit(".", 1)[-1], dtype_of(name)
+        if last == "scale" or last.endswith("norm") or last in ("ln1", "ln2"):
+            return jnp.ones(shape, dtype)
+        return jnp.zeros(shape, dtype) if "bias" in last else matrix(key, shape, dtype)
+
+    dtype_of, (known, unflatten) = (
+        train_model.held_dtypes(recipe, cfg),
+        train_model.model_shapes(cfg),
+    )
+    keys = jax.random.split(jax.random.key(0), len(known))
+    return unflatten({n: leaf(key, n, x.shape) for key, (n, x) in zip(keys, known.items())})
+
+
 def measure(cfg: Config, run: Run) -> dict[str, Any]:
     """Seconds of a step, its losses, memory, and what it trained on."""
     recipe, mesh = recipe_of(run), make_mesh({}, jax.devices()[:1])
     packed = rows_of(cfg, recipe, mesh, 0) if run.packed else text_rows(cfg, recipe)
     packed = jax.tree.map(lambda x: jax.device_put(np.asarray(x)), packed)
-    trainable = train_model.prepare(recipe, cfg)
-    optimizer = train_model.build_optimizer(recipe, cfg, trainable.weights)
-    step = train_model.make_step(recipe, cfg, optimizer, trainable.merge)
-    parts = trained_parts(recipe, cfg, trainable.weights)
-    state = train_model.init_train_state(recipe, cfg, optimizer, trainable.weights, None)
-    frozen = trainable.frozen
-    del trainable
+    params = random_params(cfg, recipe)
+    weights, frozen, merge = train_model.split_trainable(recipe, cfg, params)
+    optimizer = train_model.build_optimizer(recipe, cfg, weights)
+    step = train_model.make_step(recipe, cfg, optimizer, merge)
+    parts = trained_parts(recipe, cfg, weights)
+    state = train_model.init_train_state(recipe, cfg, optimizer, weights, None)
+    del params, weights
     start = time.perf_counter()
     compiled = step.lower(state, frozen, packed).compile()
     compiling = time.perf_counter() - start

@@ -23,6 +23,8 @@ from qwen3vl_jax.model.sharding import mesh_sizes, platform
 
 # Rows from which `linear` on a GPU writes 16-bit products.
 MANY_ROWS = 256
+# Names of what `linear` gives, in the policies of jax.checkpoint.
+MATMUL, WIDE = "product", "wide product"
 ones, zeros = nn.initializers.ones, nn.initializers.zeros
 
 ACTIVATIONS: dict[str, Callable] = {
@@ -48,18 +50,19 @@ def weight(module: Any, name: str, *dims: tuple[int, str | None], init=None) -> 
 
 
 def linear(
-    x: jax.Array, w: Weight | Adapted, bias: jax.Array | None = None, in_dims: int = 1
+    x: jax.Array, w: Weight | Adapted, bias: jax.Array | None = None, in_dims=1, wide=False
 ) -> jax.Array:
     """x [.. in..] times w [out.. in..] -> [.. out..], summed in fp32, returned in the dtype of x.
 
-    The `in_dims` trailing axes of both are contracted. Weights keep Hugging Face's axis order.
+    The `in_dims` trailing axes of both are contracted. Weights keep Hugging Face's axis order. wide: an
+    MLP's first product, for REMAT.
     """
     short = isinstance(w, jax.Array) and _in_short(x, in_dims)
     y = product(x, cast(Any, w), in_dims, x.dtype) if short else linear_fp32(x, w, in_dims)
     # XLA adds the bias inside the product's kernel, before it rounds to 16 bits.
     if bias is not None:
         y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape).astype(y.dtype)
-    return checkpoint_name(y.astype(x.dtype), MATMUL)
+    return checkpoint_name(y.astype(x.dtype), WIDE if wide else MATMUL)
 
 
 def _in_short(x: jax.Array, in_dims: int) -> bool:
@@ -117,16 +120,15 @@ class LayerNorm(nn.Module):
         return (y * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
 
 
-# The name of every output of `linear` in the policies of jax.checkpoint.
-MATMUL = "product"
 _policies = jax.checkpoint_policies
 # Rematerialization policies: what each layer saves for the backward pass. "none" saves everything.
 REMAT: dict[str, Callable | None] = {
     "full": _policies.nothing_saveable,
-    "dots": _policies.save_only_these_names(MATMUL),
+    "dots": _policies.save_only_these_names(MATMUL, WIDE),
+    "narrow": _policies.save_only_these_names(MATMUL),
     "offload": _policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
-        names_which_can_be_offloaded=[MATMUL],
+        names_which_can_be_offloaded=[MATMUL, WIDE],
         offload_src="device",
         offload_dst="pinned_host",
     ),

@@ -81,7 +81,7 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         d, f = (self.cfg.hidden_size, "embed"), (self.cfg.intermediate_size, "mlp")
-        gate_up = linear(x, weight(self, "gate_up", (2, None), f, d))
+        gate_up = linear(x, weight(self, "gate_up", (2, None), f, d), wide=True)
         gate_up = shard(gate_up, batch_axis(x), "tokens", None, "mlp")
         hidden = ACTIVATIONS[self.cfg.hidden_act](gate_up[..., 0, :]) * gate_up[..., 1, :]
         return linear(hidden, weight(self, "down", d, f))

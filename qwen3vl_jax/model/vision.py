@@ -57,8 +57,8 @@ class VisionMlp(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         d, f = (self.cfg.hidden_size, "vision_embed"), (self.cfg.intermediate_size, "vision_mlp")
-        x = linear(x, weight(self, "fc1", f, d), weight(self, "fc1_bias", f, init=zeros))
-        x = ACTIVATIONS[self.cfg.hidden_act](x)
+        bias = weight(self, "fc1_bias", f, init=zeros)
+        x = ACTIVATIONS[self.cfg.hidden_act](linear(x, weight(self, "fc1", f, d), bias, wide=True))
         return linear(x, weight(self, "fc2", d, f), weight(self, "fc2_bias", d, init=zeros))
 
 

@@ -25,7 +25,12 @@ from qwen3vl_jax.training.mesh_preset import (
 from qwen3vl_jax.training.recipe import Mesh, Recipe
 from qwen3vl_jax.training.reporting import memory_estimate
 
-REMATS = ("none", "dots", "full")  # beside the recipe's own; "offload" needs the host's memory
+REMATS = (
+    "none",
+    "dots",
+    "narrow",
+    "full",
+)  # beside the recipe's own; "offload" needs the host's memory
 _SLACK = 1.25  # how far the estimate of memory may be off before it rules a mesh out
 _TENSOR, _SEQUENCE = (1, 2, 4, 8), (1, 2, 4)
 

@@ -87,7 +87,7 @@ def initial_params(recipe: Recipe, cfg: Config, mesh: Mesh | None = None) -> Par
         flat = param_groups.flatten(params)[0]
         return {name: x.astype(dtype_of(name)) for name, x in flat.items()}
 
-    known, unflatten = _stacked_shapes(cfg)
+    known, unflatten = model_shapes(cfg)
     where = params_shardings(mesh, cfg, known) if mesh else None
     return unflatten(jax.jit(make, out_shardings=where)(jax.random.key(recipe.seed)))
 
@@ -110,11 +110,11 @@ def held_dtypes(recipe: Recipe, cfg: Config) -> Callable[[str], Any]:
 
 def shapes(cfg: Config) -> Flat:
     """{stacked name: fp32 ShapeDtypeStruct} of a model's parameters; do not change it."""
-    return _stacked_shapes(cfg)[0]
+    return model_shapes(cfg)[0]
 
 
 @functools.lru_cache(maxsize=4)
-def _stacked_shapes(cfg: Config) -> tuple[Flat, Callable[[Flat], Params]]:
+def model_shapes(cfg: Config) -> tuple[Flat, Callable[[Flat], Params]]:
     """`shapes`, and the function that makes a tree of such a dict.
 
     From the name map: tracing the 94 layers of the largest model takes seconds.

@@ -190,7 +190,7 @@ def test_a_search_tries_meshes_that_divide(small):
             mesh = each.recipe.mesh
             assert mesh.data * mesh.fsdp * mesh.expert * mesh.sequence * mesh.tensor == 8
             assert small.pack.rows % (mesh.data * mesh.fsdp * mesh.expert) == 0
-        assert {c.recipe.step.remat for c in found} == {"none", "dots", "full"}
+        assert {c.recipe.step.remat for c in found} == {"none", "dots", "narrow", "full"}
 
 
 def test_an_estimate_counts_copies_to_the_host(small):
@@ -205,7 +205,7 @@ def test_an_estimate_counts_copies_to_the_host(small):
 def test_what_may_not_fit_is_last_and_marked(small, monkeypatch):
     """Remat policies that the estimate finds too large for a chip are below all others."""
     cfg, machine = program.config_of(small.ckpt), machines.read_machine("v5e:2x4")
-    sizes = {"none": 1.2, "dots": 0.9, "full": 0.5}
+    sizes = {"none": 1.2, "dots": 0.9, "narrow": 0.7, "full": 0.5}
     monkeypatch.setattr(
         search.memory_estimate,
         "memory",

@@ -59,7 +59,7 @@ def test_every_key_is_explained_once():
         ("steps=50", "more than optimizer.warmup (100)"),
         ("optimizer.learning_rate=nan", "expected a finite number"),
         ("optimizer.b2=1.0", "from 0 to below 1"),
-        ("step.remat=some", "expected one of none, full, dots, offload"),
+        ("step.remat=some", "expected one of none, full, narrow, dots, offload"),
         ("steps.more=1", "steps is no table"),
         ("data.sources.2.path=x", "no place in a list of 1"),
         (

@@ -70,6 +70,11 @@ def test_step_flops_follow_what_is_trained():
     assert lora == pytest.approx(forward + text + 2 * parts["attention"] + 6 * 1000 * 1000)
     assert of(remat="full") - whole == pytest.approx(decoder + vision)
     assert of(remat="none") - whole == pytest.approx(parts["head"])
+    t, c = cfg.text, cfg.vision
+    wide = 2 * work.tokens * t.num_hidden_layers * 2 * t.hidden_size * t.intermediate_size
+    wide += 2 * work.patches * c.depth * c.hidden_size * c.intermediate_size
+    again = of(remat="narrow") - of(remat="dots")
+    assert again == pytest.approx(wide)
     assert of(trained=("head",)) == pytest.approx(forward + parts["head"])
     untied, tied = (dataclasses.replace(cfg, tie_word_embeddings=x) for x in (False, True))
     least = ("embeddings", "text")  # a tied head is trained as the embedding that it is

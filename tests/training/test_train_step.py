@@ -94,7 +94,9 @@ def dropped(tiny_model):
     return tiny_model.run(DROPPING, tiny_model.text)
 
 
-@pytest.mark.parametrize("policy", ["dots", "offload"])  # a CPU has pinned_host memory: its own
+@pytest.mark.parametrize(
+    "policy", ["dots", "narrow", "offload"]
+)  # a CPU has pinned_host memory: its own
 def test_remat_changes_nothing(tiny_model, dropped, policy):
     """With dropout on: the second time a layer is computed it drops the same things."""
     settings = dataclasses.replace(DROPPING, remat=policy)

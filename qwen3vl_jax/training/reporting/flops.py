@@ -99,7 +99,7 @@ def step_flops(
     for name, count in adapters.items():
         passed = {"vision": work.patches, "merger": rows}.get(name, work.tokens)
         total += 6.0 * count * passed
-    return total + (_again(parts, first, remat) if remat else 0.0)
+    return total + (_again(cfg, parts, first, remat) if remat else 0.0)
 
 
 def _goes_back(name: str, first: int) -> bool:
@@ -108,15 +108,26 @@ def _goes_back(name: str, first: int) -> bool:
     return place > first or (place == first and place in _TOWERS)
 
 
-def _again(parts: Mapping[str, float], first: int, remat: str) -> float:
+def _again(cfg: Config, parts: Mapping[str, float], first: int, remat: str) -> float:
     """What is computed a second time: the logits, and what the policy forgets of layers.
 
-    "dots" and "offload" keep what `linear` gives, so attention and the experts come again.
+    "dots" and "offload" keep what `linear` gives, so attention and the experts come again; "narrow"
+    forgets each MLP's first product too.
     """
-    cheap = ("vision_attention", "attention", "router", "experts")
-    forgotten = {"none": (), "full": ("vision", "text", *cheap)}.get(remat, cheap)
-    again = [n for n in forgotten if _goes_back(n, first)]
-    return sum(parts.get(n, 0.0) for n in (*again, "head"))
+    t, c = cfg.text, cfg.vision
+    attention = 2 * t.head_dim * (t.num_attention_heads + t.num_key_value_heads)
+    mlp = 0 if t.num_experts else t.intermediate_size
+    block = 4 * c.hidden_size + 2 * c.intermediate_size
+    tower = math.prod(c.patch_shape) + c.depth * block
+    wide = {
+        "text": 2 * mlp / (attention + 3 * mlp),
+        "vision": c.depth * c.intermediate_size / tower,
+    }
+    cheap = dict.fromkeys(("vision_attention", "attention", "router", "experts"), 1.0)
+    known = {"none": {}, "full": {**cheap, "text": 1.0, "vision": 1.0}, "narrow": cheap | wide}
+    shares = known.get(remat, cheap)
+    again = sum(parts.get(n, 0.0) * share for n, share in shares.items() if _goes_back(n, first))
+    return again + parts["head"]
 
 
 class Speed:

@@ -138,21 +138,22 @@ def _activations(recipe: Recipe, cfg: Config) -> int:
     item = jnp.dtype(recipe.step.dtype).itemsize
     width = t.num_experts_per_tok * t.moe_intermediate_size or t.intermediate_size
     heads = (t.num_attention_heads + 2 * t.num_key_value_heads) * t.head_dim
-    # (stream, products: q k v, o, gate and up, down) values a token and layer
-    text = (t.hidden_size, heads + 2 * t.hidden_size + 2 * width)
-    image = (v.hidden_size, 5 * v.hidden_size + v.intermediate_size)
+    # (stream, narrow products: q k v, o, down, and wide ones: gate and up) values a token and layer
+    text = (t.hidden_size, heads + 2 * t.hidden_size, 2 * width)
+    image = (v.hidden_size, 5 * v.hidden_size, v.intermediate_size)
     tokens = recipe.pack.rows * recipe.pack.length / split
     patches = recipe.pack.vision_rows * recipe.pack.vision_length / split
     total = 0.0
-    for places, layers, (stream, products) in (
+    for places, layers, (stream, narrow, wide) in (
         (tokens, t.num_hidden_layers, text),
         (patches, v.depth, image),
     ):
-        all_of_one = 2 * stream + 1.5 * products  # with norms and activations
+        all_of_one = 2 * stream + 1.5 * (narrow + wide)  # with norms and activations
         kept = {
             "full": stream,
             "offload": 0,
-            "dots": stream + products,
+            "narrow": stream + narrow,
+            "dots": stream + narrow + wide,
             "none": stream + all_of_one,
         }[recipe.step.remat]
         again = 0 if recipe.step.remat == "none" else all_of_one
