@@ -11,7 +11,7 @@ from typing import Any
 import qwen3vl_jax as q3
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.runtime import distributed
-from qwen3vl_jax.runtime.compile_cache import keep_programs
+from qwen3vl_jax.runtime.compile_cache import KEPT_PROGRAMS, keep_programs
 from qwen3vl_jax.runtime.console import Status, memory_advice
 from qwen3vl_jax.storage.hub import resolve
 from qwen3vl_jax.storage.paths import file_size, files_under
@@ -23,8 +23,10 @@ DEMO_PROMPT = "Read the digits row by row."
 
 def open_checkpoint(args: argparse.Namespace) -> tuple[Path, Processor]:
     """The checkpoint's directory and its processor. Raises InputError."""
-    if not (args.mesh or args.input):
-        distributed.check_one_host()
+    asks = not (args.chat or args.embed or args.rerank)
+    if not args.input and not (args.mesh and asks):
+        advice = "; start the same command with --mesh on all of them" if asks else ""
+        distributed.check_one_host(advice)
     directory = resolve(args.ckpt or DEMO, args.revision)
     return directory, Processor.from_pretrained(directory, args.chat_template)
 
@@ -79,7 +81,7 @@ def load_checkpoint(
     from qwen3vl_jax.checkpoint.auto_mesh import mesh_for
     from qwen3vl_jax.loading import source_of
 
-    stored = sum(file_size(directory / name) for name in files_under(directory))
+    stored = sum(file_size(directory / name) for name in files_under(directory, [KEPT_PROGRAMS]))
     advice = "--dtype bfloat16, --weights int8 or a smaller checkpoint"
     with memory_advice({"checkpoint on disk": stored}, advice):
         keep_programs(not args.no_compile_cache)

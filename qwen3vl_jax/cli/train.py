@@ -13,7 +13,7 @@ from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.planning import machines
 from qwen3vl_jax.runtime import distributed
 from qwen3vl_jax.runtime.chips import allow_gpu_memory
-from qwen3vl_jax.runtime.compile_cache import HELP, PROGRAMS, keep_programs
+from qwen3vl_jax.runtime.compile_cache import HELP, KEPT_PROGRAMS, PROGRAMS, keep_programs
 from qwen3vl_jax.runtime.console import EXPECTED, Parser, report
 from qwen3vl_jax.storage.paths import argument, kind
 from qwen3vl_jax.training.environment import COST, make_deterministic
@@ -76,7 +76,7 @@ def train(args: argparse.Namespace, recipe: Recipe) -> None:
 
     def run() -> None:
         distributed.check_joined()
-        keep_programs(not args.no_compile_cache, str(args.out / "compiled") if processes else "")
+        keep_programs(not args.no_compile_cache, str(args.out / KEPT_PROGRAMS) if processes else "")
         from qwen3vl_jax.training import loop
 
         loop.train(recipe, args.out)

@@ -1,4 +1,4 @@
-"""The text of a compiled XLA program as computations of instructions, with what loops repeat."""
+"""A parser of compiled XLA programs (HLO text): computations, instructions, trip counts of loops."""
 
 import math
 import re

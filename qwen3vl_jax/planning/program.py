@@ -50,6 +50,7 @@ class Work(NamedTuple):
     tokens: int
     note: str  # which tokens
     steps: int = 0  # of the whole run; 0 where there is no such thing
+    loops: int = 0  # of unknown length, of which one round is counted
 
 
 class Program(NamedTuple):
@@ -187,9 +188,10 @@ def decoding(cfg: Config, mesh: Mesh, asked: Serving) -> Program:
     # A token sees the whole cache at worst.
     counts = Counts(asked.rows, asked.rows * asked.slots, 0, 0)
     total = sum(forward_flops(cfg, counts).values())
-    work = Work("time of a decode step", total, total, asked.rows, "of all rows, cache full")
+    note = "of all rows, cache full"
+    work = Work("time of a decode step", total, total, asked.rows, note, loops=1)
     held = held_bytes({"weights": params, "cache": (cache.k, cache.v)})
-    return Program(fn, args, mesh, held, work, "the step itself")
+    return Program(fn, args, mesh, held, work, "the loop of steps itself")
 
 
 def _decode_state(cfg: Config, mesh: Mesh, cache: KVCache, options: RowOptions) -> DecodeState:

@@ -1,4 +1,4 @@
-"""What a compiled program says of a run: the least time on a machine, and a table of it all."""
+"""The report of a plan: lower bounds of the time of a step, and the table that is printed."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ from qwen3vl_jax.training.reporting.dry_run import number_table
 
 
 class Times(NamedTuple):
-    """Seconds of one run, each as if nothing else took any.
+    """Seconds of each kind of work in one run of a program.
 
-    Every rate is the maker's peak, so all of them are lower bounds: real matrix products reach some
-    60 to 90 % of theirs.
+    All are lower bounds, because every rate is the maker's peak. Real matrix products reach 60 to 90 % of
+    theirs.
     """
 
     compute: float
@@ -32,17 +32,17 @@ class Times(NamedTuple):
 
     @property
     def least(self) -> float:
-        """Everything at the same time: the longest of the five."""
+        """The time of a run that overlaps all five: the longest of them."""
         return max(self)
 
     @property
     def most(self) -> float:
-        """No exchange hidden: arithmetic or memory, then links, then network, then the host."""
+        """The time of a run that hides no exchange: arithmetic or memory, links, network, host."""
         return max(self.compute, self.memory) + self.links + self.network + self.host
 
 
 def times_of(machine: Machine, devices: Sequence[Any], flops: float, moved: Traffic) -> Times:
-    """devices: in the order of the mesh. flops: of each device, with what is computed again."""
+    """The times of one run. devices: in mesh order. flops: of each device, recomputation included."""
     chip = machine.chip
     links = network = host = 0.0
     for each in moved.collectives:
@@ -57,10 +57,10 @@ def times_of(machine: Machine, devices: Sequence[Any], flops: float, moved: Traf
 def _exchange_seconds(
     machine: Machine, devices: Sequence[Any], each: Collective
 ) -> tuple[float, float]:
-    """(over links, over the network) of one exchange.
+    """Seconds of one collective: (over links, over the network).
 
-    A ring along each axis of the torus that the group spans, both ways where it is closed. A group over
-    several slices or hosts sends over the network what its devices there share between them.
+    It is a ring along each axis of the torus that the group spans, in both directions if that is closed.
+    A group of several slices or hosts sends over the network too, a share from each of its devices.
     """
     chip, members = machine.chip, [devices[i] for i in each.group if i < len(devices)]
     if len(members) < 2:
@@ -77,10 +77,10 @@ def _exchange_seconds(
 
 
 def _lanes(machine: Machine, members: Sequence[Any]) -> int:
-    """How many directions of links bring a device its data.
+    """The number of links over which a device receives at a time.
 
-    Two of each axis that the group has all of, if that is a ring; one of another axis it spans, whose
-    last devices get everything from one side. Two devices of one chip differ along no axis.
+    Two for an axis that the group spans whole and that is a ring. One for another axis: its last devices
+    receive from one side. Two devices of one chip differ along no axis.
     """
     coords = [tuple(d.coords) if hasattr(d, "coords") else (d.id,) for d in members]
     spans = [len(set(axis)) for axis in zip(*coords, strict=True)]
@@ -89,7 +89,7 @@ def _lanes(machine: Machine, members: Sequence[Any]) -> int:
 
 
 GIB = 2**30
-# Less is fused: on v5e:2x2 demo.toml's step moves 3.6 GiB in place of 0.2; its exchanges are the same.
+# A lower level fuses less. On v5e:2x2 the step of demo.toml moves 3.6 GiB in place of 0.2.
 _UNTIMED = "Main memory's time is left out: less optimised, a program moves more there than a run."
 
 
@@ -116,7 +116,7 @@ class Plan(NamedTuple):
 
 
 def plan_of(machine: Machine, program: Program, done: Compiled) -> Plan:
-    """Reads the compiled program."""
+    """The plan of a compiled program, with traffic and times if it fits."""
     if done.executable is None:
         return Plan(machine, program, done)
     devices = list(program.mesh.devices.flat)
@@ -126,7 +126,7 @@ def plan_of(machine: Machine, program: Program, done: Compiled) -> Plan:
 
 
 def table(plan: Plan, title: str, largest: str = "") -> Table:
-    """The whole of a plan; largest: what is known of the largest batch."""
+    """The table of a plan. largest: the text about the largest batch, "" for none."""
     out = Table(title=title, title_justify="left", show_header=False)
     out.add_column("what")
     out.add_column("value", justify="right")
@@ -211,7 +211,7 @@ def _add_traffic(out: Table, plan: Plan) -> None:
     again = work.again / work.model - 1
     more = f"; {again:.0%} more with what is computed again" if again else ""
     out.add_row("FLOPs", f"{work.model / count:.3g}", f"of a device; counted from shapes{more}")
-    lost = moved.unknown_loops
+    lost = moved.unknown_loops - work.loops
     loops = f"; {lost} loops of unknown length count once" if lost else ""
     out.add_row("memory traffic", _gib(moved.memory), f"of a device, from the compiled text{loops}")
     # Times, bytes, and the bytes that move while the device computes, by kind.

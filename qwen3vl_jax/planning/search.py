@@ -1,4 +1,4 @@
-"""What is worth compiling: meshes and remat policies, the likeliest first, and the largest batch."""
+"""Candidates of --search, meshes and remat policies by estimated time; the largest batch that fits."""
 
 import contextlib
 import dataclasses
@@ -25,18 +25,15 @@ from qwen3vl_jax.training.mesh_preset import (
 from qwen3vl_jax.training.recipe import Mesh, Recipe
 from qwen3vl_jax.training.reporting import memory_estimate
 
-REMATS = (
-    "none",
-    "dots",
-    "narrow",
-    "full",
-)  # beside the recipe's own; "offload" needs the host's memory
-_SLACK = 1.25  # how far the estimate of memory may be off before it rules a mesh out
+# Tried beside the recipe's own. "offload" is not: it needs the host's memory.
+REMATS = ("none", "dots", "narrow", "full")
+# A candidate is left out if its estimated memory is more than this times the device's.
+_SLACK = 1.25
 _TENSOR, _SEQUENCE = (1, 2, 4, 8), (1, 2, 4)
 
 
 class Candidate(NamedTuple):
-    """A recipe with another mesh or policy, and what it is thought to need before any compile."""
+    """A recipe with another mesh or policy, and the estimate of its time and memory."""
 
     recipe: Recipe
     seconds: float
@@ -79,7 +76,7 @@ def candidates(recipe: Recipe, cfg: Config, machine: Machine) -> list[Candidate]
 
 
 def _in_turn(found: Iterable[Candidate], own: Mesh | None, room: int) -> list[Candidate]:
-    """In the order of `candidates`; own: the mesh that leads."""
+    """Candidates in the order that `candidates` describes. own: the mesh that comes first."""
     seen: Counter[tuple[bool, Mesh]] = Counter()
     ranked = []
     for c in sorted(found, key=lambda c: (c.seconds, c.memory)):
@@ -108,7 +105,7 @@ def mesh_of(recipe: Recipe, cfg: Config, machine: Machine) -> Mesh:
 
 
 def _hint(recipe: Recipe, cfg: Config, machine: Machine) -> str:
-    """What to do about a mesh of other devices."""
+    """The end of the message for a mesh of another number of devices: the keys to add."""
     pack, rows = recipe.pack, {}
     try:
         usual = preset(cfg, pack, machine.devices, machine.slices)
@@ -120,7 +117,7 @@ def _hint(recipe: Recipe, cfg: Config, machine: Machine) -> str:
 
 
 def _meshes(machine: Machine, cfg: Config) -> Iterator[Mesh]:
-    """Every mesh of a machine's devices over whose slices data alone goes."""
+    """Every mesh of a machine's devices that splits only `data` over its slices."""
     count = machine.devices
     experts = [n for n in _divisors(count) if n <= 64] if cfg.text.num_experts else [1]
     for tensor, sequence, expert in itertools.product(_TENSOR, _SEQUENCE, experts):
@@ -168,8 +165,7 @@ def _copied(recipe: Recipe, cfg: Config, parts: memory_estimate.Held) -> int:
 LEVEL = "O1"  # a third of the time of a whole compile; the peak is within some percent of that
 _LIMIT = 256  # times the smallest batch
 
-# The bytes that a recipe's step needs, more than the room for one that does not fit; None: not known,
-# and it does not fit.
+# Gives the bytes that a recipe's step needs on a device; None: it does not fit, by an unknown amount.
 Peak = Callable[[Recipe], int | None]
 
 
@@ -187,10 +183,9 @@ def largest(
 ) -> tuple[int, int]:
     """(rows that fit, the fewest rows known not to) after at most `tries` compiles; 0 is none.
 
-    known: what the recipe itself needs, None where that is not known and it does not fit. room, held:
-    bytes of a device, and of what it holds before the step. Memory grows about evenly with rows, which
-    says where to look: on the line through the sizes next to the end, and in the middle after two tries
-    that did not halve what is left.
+    known: bytes of the recipe itself, None as in Peak. room: bytes of a device. held: bytes that it holds
+    before the step. Memory grows about evenly with rows, so the next try is where a line through the
+    nearest known sizes meets `room`. After two tries that did not halve the interval it is the middle.
     """
     times, need, wide = max(recipe.pack.rows // parts, 1), known, 0
     limit, points = _LIMIT * times, {0: held}
@@ -220,10 +215,10 @@ def largest(
 
 
 def _crossing(points: dict[int, int], fits: int, fails: int, room: int) -> int:
-    """Where a line through two sizes is at `room`: one on each side of it, else the nearest two.
+    """The size at which a line through two known sizes meets `room`.
 
-    Of sizes that all fit the line is no flatter than from no rows: peaks grow unevenly, and a line of two
-    close sizes may point anywhere. No rows lie below the line of the others.
+    The two are on either side of `room`, or else the nearest. If all fit, a line from 0 rows is drawn too
+    and the smaller answer counts: peaks grow unevenly, and two close sizes may point anywhere.
     """
     under, over = sorted(n for n in points if n <= fits), sorted(n for n in points if n >= fails)
     mixed = [(over[0], fits or (*over[1:2], 0)[0])] if over else []

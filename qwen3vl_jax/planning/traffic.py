@@ -1,4 +1,4 @@
-"""What one run of a compiled program moves: bytes of main memory, and between devices by collective.
+"""Traffic of a compiled program: bytes of main memory, and bytes between devices by collective.
 
 Read from the program's text. What stands in the body of a loop counts as often as the loop runs; of
 the branches of a conditional the one that moves least counts.

@@ -92,16 +92,20 @@ def allow_gpu_memory(environ: MutableMapping[str, str] = os.environ) -> None:
         environ[_FRACTIONS[0]] = str(GPU_SHARE)
 
 
-def quiet_libtpu(environ: MutableMapping[str, str] = os.environ, root: str = "/") -> None:
-    """Keeps libtpu from printing errors where no TPU is; call it before jax is imported."""
-    cards = Path(root, "sys/bus/pci/devices").glob("*")
-    possible = False
-    for card in cards:
+def has_tpu(root: str = "/") -> bool:
+    """Whether this host has chips of Google's that are no network cards."""
+    for card in Path(root, "sys/bus/pci/devices").glob("*"):
         with contextlib.suppress(OSError):
             vendor, device = ((card / name).read_text().strip() for name in ("vendor", "device"))
-            possible |= vendor == "0x1ae0" and device != "0x0042"
+            if vendor == "0x1ae0" and device != "0x0042":
+                return True
+    return False
+
+
+def quiet_libtpu(environ: MutableMapping[str, str] = os.environ, root: str = "/") -> None:
+    """Keeps libtpu from printing errors where no TPU is; call it before jax is imported."""
     nodes = (name for kind in ("accel*", "vfio/*") for name in Path(root, "dev").glob(kind))
-    if not possible and not any(nodes) and importlib.util.find_spec("libtpu"):
+    if not has_tpu(root) and not any(nodes) and importlib.util.find_spec("libtpu"):
         levels = {"TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
         for name, value in {**QUIET_LIBTPU, **levels}.items():
             if name.startswith("TPU_"):

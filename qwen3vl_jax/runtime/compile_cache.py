@@ -1,6 +1,7 @@
-"""The compile cache: what XLA compiled, kept in the user's own folder for the next process.
+"""The compile cache: what XLA compiled, kept for the next process.
 
-JAX runs what it finds there, so the folder must be one that nobody else can write.
+It is in the user's own folder, or for several processes in that of their run. JAX runs what it finds
+there, so the folder must be one that nobody else can write; an object store is not checked.
 """
 
 import hashlib
@@ -16,6 +17,8 @@ from typing import Any
 from qwen3vl_jax.errors import InputError
 
 VARIABLE = "JAX_COMPILATION_CACHE_DIR"
+# The folder of a run of several processes.
+KEPT_PROGRAMS = "compiled"
 HELP = f"compile anew (default: programs are kept in {VARIABLE}, else in ~/.cache/qwen3vl_jax)"
 
 
@@ -58,19 +61,21 @@ def keep_programs(wanted: bool, shared: str = "", environ: Mapping[str, str] = o
     import jax
 
     jax.config.update("jax_enable_compilation_cache", wanted)
-    where = environ.get(VARIABLE, "") or shared if wanted else ""
-    if shared and where == shared:
-        jax.config.update("jax_compilation_cache_dir", shared)
+    where, in_store = environ.get(VARIABLE, "") if wanted else "", "://" in shared
     if wanted and not where:
         try:
             name = f"{jax.__version__}{_processor(jax.default_backend())}"
-            where = str(_made(_base(environ), name))
+            base = Path(shared) if shared else _base(environ)
+            where = f"{shared}/{name}" if in_store else str(_made(base, name))
         except OSError as error:
             print(f"compile cache: {error.filename}: {error.strerror}", file=sys.stderr)
         else:
             jax.config.update("jax_compilation_cache_dir", where)
+            if in_store and "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES" not in environ:
+                # XLA's own files know no object store.
+                jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     for limit in ("min_compile_time_secs", "min_entry_size_bytes"):  # small programs too
-        if where and f"JAX_PERSISTENT_CACHE_{limit.upper()}" not in environ:
+        if where and not in_store and f"JAX_PERSISTENT_CACHE_{limit.upper()}" not in environ:
             jax.config.update(f"jax_persistent_cache_{limit}", 0)
     PROGRAMS.begin(where)
 

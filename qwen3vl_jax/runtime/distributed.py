@@ -15,7 +15,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 from typing import Any, NamedTuple, TypeVar, cast
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.runtime.cloud_host import has_server, slice_hosts
+from qwen3vl_jax.runtime.cloud_host import HOSTS, has_server, slice_hosts
 from qwen3vl_jax.runtime.console import EXPECTED, report
 
 _T = TypeVar("_T")
@@ -50,9 +50,9 @@ class Asked(NamedTuple):
 
 def add_arguments(parser: Any) -> tuple[str, ...]:
     """Adds the options of a program of several processes; gives their names."""
-    title = "several processes (under SLURM, MPI and GKE they find each other without options)"
+    title = "several processes (under SLURM, MPI, GKE and on TPUs they find each other alone)"
     add = parser.add_argument_group(title).add_argument
-    found_by_jax = "let jax find the other processes, as on the hosts of a Cloud TPU slice"
+    found_by_jax = "let jax find the other processes where nothing says that there are any"
     add("--distributed", action="store_true", help=found_by_jax)
     add("--coordinator", default="", metavar="HOST:PORT", help="address of process 0")
     add("--processes", type=int, default=0, metavar="N", help="number of processes")
@@ -77,16 +77,15 @@ def asked_of(args: Any, environ: Mapping[str, str] = os.environ) -> Asked | None
         return Asked(coordinator, count, index)
     srun = ("SLURM_NTASKS",) if "SLURM_STEP_NODELIST" in environ else ()  # and not salloc alone
     many = any(environ.get(name, "1") not in ("", "1") for name in (*_KNOWN, *srun))
-    return Asked() if many or args.distributed or slice_hosts(environ) > 1 else None
+    many = many or "," in environ.get(HOSTS, "") or slice_hosts(environ) > 1
+    return Asked() if many or args.distributed else None
 
 
-def check_one_host() -> None:
+def check_one_host(advice: str = "") -> None:
     """Raises InputError on a host of a larger TPU slice, whose chips wait for those of all hosts."""
     if (hosts := slice_hosts()) > 1:
-        raise InputError(
-            f"devices: this is one of {hosts} hosts of a TPU slice, expected a slice of one host; start "
-            "the same command with --mesh on all of them"
-        )
+        found = f"devices: this is one of {hosts} hosts of a TPU slice"
+        raise InputError(f"{found}, expected a slice of one host{advice}")
 
 
 def check_joined() -> None:

@@ -134,26 +134,32 @@ class Checkpoints:
 class SaveTimer:
     """Says at which step checkpoints.minutes have passed: the same one in every process.
 
-    The first process measures a few steps and names the step, since their clocks differ.
+    Clocks differ, so the first process decides: after _MEASURED steps, and then again each time that
+    half of what it thought was left is done, or twice as many steps as before.
     """
 
     def __init__(self, minutes: float):
-        self._seconds, self._due = 60 * minutes, 0
-        self._first, self._begun = -1, 0.0
+        self._seconds = 60 * minutes
+        # The first step, its time, and the step at which the first process is asked next.
+        self._first, self._begun, self._next = -1, 0.0, 0
 
     def due(self, step: int) -> bool:
         """Whether to save after this step. To be asked at every step."""
-        if self._seconds and self._first < 0:
-            self._first, self._begun = step, time.monotonic()
-        if self._seconds and step == self._first + _MEASURED:
-            passed = time.monotonic() - self._begun
-            left = round((self._seconds - passed) * _MEASURED / max(passed, 1e-3))
-            self._due = step + distributed.from_first(max(left, 0))
-        return step == self._due
+        if not self._seconds:
+            return False
+        if self._first < 0:
+            self._first, self._begun, self._next = step, time.monotonic(), step + _MEASURED
+        if step < self._next:
+            return False
+        passed, done = time.monotonic() - self._begun, step - self._first
+        left = (self._seconds - passed) * done / max(passed, 1e-3)
+        more = distributed.from_first(0 if left < 1 else max(1, min(int(left / 2), done)))
+        self._next = step + more
+        return more == 0
 
     def restart(self) -> None:
         """Begins anew, after a save."""
-        self._first, self._due = -1, 0
+        self._first = -1
 
 
 def restore(run_dir: str | Path, step: int, state: TrainState) -> TrainState:

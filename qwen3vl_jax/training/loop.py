@@ -220,8 +220,8 @@ def run_steps(run: Run) -> None:
         evaluates = evaluate.is_due(recipe, run.number) and not stop.asked
         if due or evaluates:
             write_metrics(run)
-            evaluate_and_save(run, evaluates, due)
-            timer.restart()
+            if evaluate_and_save(run, evaluates, due):
+                timer.restart()
             logger.restart_clock()
     profiler.end()
     write_metrics(run)
@@ -235,27 +235,28 @@ def evaluated_loss(run: Run) -> float | None:
     return run.evaluation.run(run.state, run.frozen, run.number, run.logger, run.stop.check)
 
 
-def evaluate_and_save(run: Run, evaluates: bool, due: bool) -> None:
-    """Evaluates and saves. If evaluating fails or is stopped, the step is saved all the same."""
+def evaluate_and_save(run: Run, evaluates: bool, due: bool) -> bool:
+    """Evaluates and saves; whether it saved. The step is saved too if evaluating fails or is stopped."""
     try:
         score = evaluated_loss(run) if evaluates else None
     except BaseException as error:
         save(run, None, due=True)
         if not isinstance(error, run_setup.Stopped):
             raise
-    else:
-        save(run, score, due)
+        return True
+    return save(run, score, due)
 
 
-def save(run: Run, score: float | None, due: bool) -> None:
-    """Saves if a checkpoint is due, or if the evaluation was one of the best."""
-    if due or run.checkpoints.is_best(score):
+def save(run: Run, score: float | None, due: bool) -> bool:
+    """Saves if a checkpoint is due, or if the evaluation was one of the best; whether it did."""
+    if saves := due or run.checkpoints.is_best(score):
         run.logger.refused(all_refused(run.loader))
         run.logger.sync()
         position = run.loader.global_state(run.position or run.loader.get_state())
         run.meta |= {"recipe": run_setup.plain(flat(run.recipe)), "data": position}
         run.meta |= {"machine": environment.describe(), "score": score}
         run.checkpoints.save(run.state, run.meta, score)
+    return saves
 
 
 def next_batches(run: Run) -> list[LoadedBatch]:

@@ -14,6 +14,7 @@ from qwen3vl_jax.config import Config, is_run
 from qwen3vl_jax.errors import InputError, ProblemsError
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.runtime import distributed
+from qwen3vl_jax.runtime.compile_cache import KEPT_PROGRAMS
 from qwen3vl_jax.storage import atomic_dir
 from qwen3vl_jax.storage.hub import resolve
 from qwen3vl_jax.storage.json_text import write_json
@@ -60,8 +61,8 @@ def locked(out: Path) -> Iterator[Path]:
     for_orbax(out)
     if kind(out) == "file":
         raise InputError(f"--out {out}: is a file, expected a directory")
-    # A killed process leaves the second one.
-    parts = {CONFIG, CONFIG + ".part"}
+    # A killed process leaves the second one; the third is there before the first.
+    parts = {CONFIG, CONFIG + ".part", KEPT_PROGRAMS}
     others = kind(out) and any(p.name not in parts for p in out.iterdir())
     if others and not (out / CONFIG).is_file():
         raise InputError(f"--out {out}: holds files and no {CONFIG} of a run; choose another one")

@@ -196,9 +196,10 @@ def catch_signals() -> Iterator[Stop]:
     # jax.distributed handles SIGTERM itself.
     numbers = [signal.SIGINT] if several else [signal.SIGINT, signal.SIGTERM]
     before = {number: signal.signal(number, ask) for number in numbers}
-    with signals_in_thread(hear), cloud_host.watched(_taken_away):
+    with signals_in_thread(hear):
         try:
-            yield stop
+            with cloud_host.watched(_taken_away):
+                yield stop
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

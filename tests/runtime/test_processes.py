@@ -115,26 +115,37 @@ def assert_close(got: dict[int, float], want: dict[int, float]) -> None:
         assert abs(loss - want[step]) < 1e-5 * want[step], step
 
 
-def kill_one(files: Path, out: str, both: list[subprocess.Popen]) -> None:
-    """Kills the second of two processes after five steps."""
-    while both[0].poll() is None:
-        rows = read_table(files / out / "metrics.csv")
-        if rows and int(rows[-1]["step"]) >= 5:
-            break
-        time.sleep(0.02)
-    both[1].send_signal(signal.SIGKILL)
-    both[1].communicate()
+class Killer(threading.Thread):
+    """Kills the second of two processes after five steps; `seconds` later the first has ended."""
+
+    def __init__(self, files: Path, out: str, both: list[subprocess.Popen]) -> None:
+        super().__init__()
+        self.table, self.both = files / out / "metrics.csv", both
+        self.killed, self.seconds = threading.Event(), 0.0
+        self.start()
+
+    def run(self) -> None:
+        first, second = self.both
+        while first.poll() is None:
+            rows = read_table(self.table)
+            if rows and int(rows[-1]["step"]) >= 5:
+                break
+            time.sleep(0.02)
+        second.send_signal(signal.SIGKILL)
+        second.communicate()
+        self.killed.set()
+        since = time.perf_counter()
+        first.wait(timeout=300)
+        self.seconds = time.perf_counter() - since
 
 
 def check_lost(first: subprocess.Popen) -> None:
-    """The process that is left ends by itself, with one line."""
-    since = time.perf_counter()
-    said = first.communicate(timeout=300)[0]
+    """The process that is left has ended by itself, with one line."""
+    said = first.communicate()[0]
     # A collective that fails ends it, or JAX that aborts it: with one line either way.
     assert first.returncode == processes.LOST, said[-3000:]
     assert said.count("go on from the last checkpoint") == 1
     assert not re.search(r"Gloo. Rank|^[EWF]\d{4} |Traceback", said, re.M), said[-3000:]
-    assert time.perf_counter() - since < 120
 
 
 def test_processes_lose_one_and_others_share_experts_and_evaluate(files):
@@ -144,13 +155,14 @@ def test_processes_lose_one_and_others_share_experts_and_evaluate(files):
     across the two. The second sees text only, and no sample of the evaluation's last batch.
     """
     both = start(files, "lost", 2, 4)
-    killed = threading.Thread(target=kill_one, args=(files, "lost", both))
-    killed.start()
+    killer = Killer(files, "lost", both)
     want = alone(files, "one")
-    killed.join()
+    killer.killed.wait()
     # The other process, which still waits for the lost one, has written all that it will.
     shutil.copytree(files / "lost", files / "many")
     others = start(files, "many", 2, 2, "mesh.fsdp=1")
+    killer.join()
+    assert 0 < killer.seconds < 60
     check_lost(both[0])
     before = losses(files, "lost")
     assert 5 <= len(before) < STEPS

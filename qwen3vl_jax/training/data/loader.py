@@ -162,6 +162,8 @@ class DataLoader:
         if self._prefetcher is not None:
             self._prefetcher.stop()
             self._prefetcher, self._stale = None, True
+            # Their arrays are in the workers' shared memory; `restore` makes them again.
+            self._packer.waiting = []
         self._packer.end()
 
 
