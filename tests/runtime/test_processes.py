@@ -162,7 +162,7 @@ def test_processes_lose_one_and_others_share_experts_and_evaluate(files):
     shutil.copytree(files / "lost", files / "many")
     others = start(files, "many", 2, 2, "mesh.fsdp=1")
     killer.join()
-    assert 0 < killer.seconds < 60
+    assert 0 < killer.seconds < 95
     check_lost(both[0])
     before = losses(files, "lost")
     assert 5 <= len(before) < STEPS
