@@ -198,8 +198,8 @@ def _decode_state(cfg: Config, mesh: Mesh, cache: KVCache, options: RowOptions) 
     """What the loop takes, as every dispatch leaves it."""
     rows = options.limit.shape[0]
     logits = _replicated_shape(mesh, jnp.float32, rows, cfg.text.vocab_size)
+    tokens = _replicated_shape(mesh, jnp.int32, rows, 1)
     with jax.set_mesh(mesh):
-        tokens = _replicated_shape(mesh, jnp.int32, rows, 1)
         state = jax.eval_shape(first_token, cache, logits, tokens, options)
 
     def put(x: Any) -> Any:

@@ -211,7 +211,7 @@ def _add_traffic(out: Table, plan: Plan) -> None:
     again = work.again / work.model - 1
     more = f"; {again:.0%} more with what is computed again" if again else ""
     out.add_row("FLOPs", f"{work.model / count:.3g}", f"of a device; counted from shapes{more}")
-    lost = moved.unknown_loops - work.loops
+    lost = max(moved.unknown_loops - work.loops, 0)
     loops = f"; {lost} loops of unknown length count once" if lost else ""
     out.add_row("memory traffic", _gib(moved.memory), f"of a device, from the compiled text{loops}")
     # Times, bytes, and the bytes that move while the device computes, by kind.

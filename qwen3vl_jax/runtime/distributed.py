@@ -77,6 +77,7 @@ def asked_of(args: Any, environ: Mapping[str, str] = os.environ) -> Asked | None
         return Asked(coordinator, count, index)
     srun = ("SLURM_NTASKS",) if "SLURM_STEP_NODELIST" in environ else ()  # and not salloc alone
     many = any(environ.get(name, "1") not in ("", "1") for name in (*_KNOWN, *srun))
+    # The variable counts also where the chips of the slice are not used: somebody has set it.
     many = many or "," in environ.get(HOSTS, "") or slice_hosts(environ) > 1
     return Asked() if many or args.distributed else None
 
