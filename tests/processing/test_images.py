@@ -470,7 +470,7 @@ def server():
                     self.wfile.flush()
                     time.sleep(0.05)
             elif path == "/silent":
-                time.sleep(1.5)
+                time.sleep(4)
             else:
                 self.answer(404)
 
@@ -510,4 +510,4 @@ def test_http_refusals(server, no_proxy):
 def test_http_time_limit(server, no_proxy, path):
     start = time.monotonic()
     refused(lambda: fetch(server + path, MediaRules(seconds=0.3)), path, "0.3 seconds")
-    assert time.monotonic() - start < 1.2
+    assert time.monotonic() - start < 3

@@ -46,7 +46,7 @@ PNG = encoded()
 TEXT = base64.b64encode(PNG).decode()
 
 
-def refused(action, *words, within=2.0):
+def refused(action, *words, within=10):
     """The message of the InputError that an action raises at once: one line with these words."""
     start = time.monotonic()
     with pytest.raises(InputError) as caught:
