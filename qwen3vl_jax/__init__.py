@@ -19,20 +19,23 @@ if TYPE_CHECKING:
     from qwen3vl_jax.inference.generate import Answer, generate, stream
     from qwen3vl_jax.inference.requests import Finished, Request, Stats
     from qwen3vl_jax.inference.sampling import Sampling
-    from qwen3vl_jax.inference.scoring import attentions, embed, last_hidden_state, rerank, score
+    from qwen3vl_jax.inference.scoring import (
+        attentions,
+        embed,
+        hidden_states,
+        last_hidden_state,
+        rerank,
+        score,
+    )
     from qwen3vl_jax.loading import load
     from qwen3vl_jax.model.cache import decode_step, extend, grow_cache, prefill
-    from qwen3vl_jax.model.losses import loss_fn
     from qwen3vl_jax.model.structs import Batch, Features, KVCache, VisionInputs
-    from qwen3vl_jax.model.transformer import (
-        forward,
-        hidden_states,
-        init_params,
-    )
+    from qwen3vl_jax.model.transformer import forward, init_params
     from qwen3vl_jax.model.vision import vision_encode
     from qwen3vl_jax.processing.batch import make_batch, make_vision
     from qwen3vl_jax.processing.positions import rope_index
     from qwen3vl_jax.processing.processor import Processor
+    from qwen3vl_jax.training.losses import loss_fn
 
 _HOME = {
     "checkpoint.save": ("save_params",),
@@ -42,18 +45,25 @@ _HOME = {
     "errors": ("InputError",),
     "inference.engine": ("generate_many",),
     "inference.requests": ("Finished", "Request", "Stats"),
-    "inference.scoring": ("attentions", "embed", "last_hidden_state", "rerank", "score"),
+    "inference.scoring": (
+        "attentions",
+        "embed",
+        "hidden_states",
+        "last_hidden_state",
+        "rerank",
+        "score",
+    ),
     "inference.generate": ("Answer", "generate", "stream"),
     "inference.sampling": ("Sampling",),
     "loading": ("load",),
     "model.cache": ("decode_step", "extend", "grow_cache", "prefill"),
-    "model.losses": ("loss_fn",),
     "model.structs": ("Batch", "Features", "KVCache", "VisionInputs"),
-    "model.transformer": ("forward", "hidden_states", "init_params"),
+    "model.transformer": ("forward", "init_params"),
     "model.vision": ("vision_encode",),
     "processing.batch": ("make_batch", "make_vision"),
     "processing.positions": ("rope_index",),
     "processing.processor": ("Processor",),
+    "training.losses": ("loss_fn",),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 __all__ = ["__version__", *_MODULE]

@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from qwen3vl_jax.config import AXES, SHORT
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.model.sharding import RULES, Axes, array_sharding, axis_sizes, resolve_axes
+from qwen3vl_jax.model.sharding import RULES, Axes, array_sharding, axis_sizes, mesh_axes_for
 
 # The largest parameter, in bytes, that every device may hold whole.
 MAX_REPLICATED = 64 << 20
@@ -189,7 +189,7 @@ def check_divides(
     sizes = {} if mesh is None else axis_sizes(mesh)
     used = {}
     for name, x in shapes.items():
-        found = resolve_axes(list(zip(axes[name], x.shape, strict=True)), sizes)
+        found = mesh_axes_for(*zip(axes[name], x.shape, strict=True), sizes=sizes)
         used[name] = {axis for mesh_axes in found.values() for axis in mesh_axes}
     for axis, count in sizes.items():
         allowed = [n for n in shapes if any(axis in RULES[a] for a in axes[n] if a)]

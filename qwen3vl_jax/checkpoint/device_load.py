@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Format, Layout
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from qwen3vl_jax.checkpoint import hf_reader, int8, lazy_tensor
@@ -88,9 +89,20 @@ def load_params(source: Source, mesh: Mesh | None, dtype: Any) -> Params:
         array = _placed(leaves[path], where[path], parts)
         if dtype is not None and path not in codes:
             array = array.astype(dtype)
+        array = jax.device_put(array, placement(path, array.sharding))
         # Otherwise the host copies of many tensors are alive at once.
         arrays[path] = array.block_until_ready()
     return as_structs(tree_of(source.cfg, arrays))
+
+
+def placement(path: TreePath, sharding: Any) -> Any:
+    """Where an array of the decoder's per-layer lists lies. A TPU has attn.o [D N H] with N outermost.
+
+    Its loop of decode steps would otherwise copy it at each start.
+    """
+    (device, *_), name = sharding.device_set, [part for part in path if part != VALUES]
+    heads_first = device.platform == "tpu" and path[0] == "layers" and name[-2:] == ["attn", "o"]
+    return Format(Layout((1, 0, 2)), sharding) if heads_first else sharding
 
 
 def path_shardings(

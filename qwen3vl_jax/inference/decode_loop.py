@@ -68,9 +68,8 @@ def insert_rows(cache: KVCache, rows: jax.Array, new: KVCache, source: jax.Array
     real = (jnp.arange(slot.shape[1]) < new.length[:, None])[..., None, None]
 
     def put(old: jax.Array, x: jax.Array) -> jax.Array:
-        prompt = x[row, :, jnp.minimum(slot, x.shape[2] - 1)]  # [A S K H]
-        prompt = jnp.where(real, prompt, 0).swapaxes(1, 2).astype(old.dtype)
-        return old.at[rows, :, : slot.shape[1]].set(prompt, mode="drop")
+        prompt = jnp.where(real, x[row, jnp.minimum(slot, x.shape[1] - 1)], 0)  # [A S K H]
+        return old.at[rows, : slot.shape[1]].set(prompt.astype(old.dtype), mode="drop")
 
     k, v = (list(map(put, *part)) for part in ((cache.k, new.k), (cache.v, new.v)))
     length = cache.length.at[rows].set(new.length, mode="drop")

@@ -17,8 +17,10 @@ from qwen3vl_jax.model.attention import (
 from qwen3vl_jax.model.layers import rms_norm
 from qwen3vl_jax.model.losses import label_logprobs, shift_labels
 from qwen3vl_jax.model.structs import Batch, Features, Params, check_call
+from qwen3vl_jax.model.text import decode_layers
 from qwen3vl_jax.model.transformer import (
     at_last_attended,
+    embed_tokens,
     final_norm,
     full_attention,
     lm_logits,
@@ -131,6 +133,21 @@ def _residual(params, cfg, batch, features):
     return run_decoder(params, cfg, batch, features, full_attention(batch))[0]
 
 
+def hidden_states(
+    params: Params, cfg: Config, batch: Batch, *, features: Features | None = None
+) -> jax.Array:
+    """The residual [L+1 B T D]: embeddings with vision features, then after each layer and DeepStack.
+
+    Without the final norm (see `last_hidden_state`), as transformers 4.57.1 returns it.
+    """
+    check_call(params, cfg, batch=batch)
+    x, deepstack = embed_tokens(params, cfg, batch, features)
+    options = {"deepstack": deepstack, "collect": lambda residual, *_: residual}
+    layers, attend_fn = params["layers"], full_attention(batch)
+    _, after = decode_layers(layers, cfg.text, x, batch.positions, attend_fn, **options)
+    return jnp.concatenate([x[None], jnp.stack(after) if isinstance(after, list) else after])
+
+
 def last_hidden_state(
     params: Params, cfg: Config, batch: Batch, *, features: Features | None = None
 ) -> jax.Array:
@@ -148,15 +165,15 @@ def attentions(
     (lo, hi), attend_fn = causal_ranges(batch.segment_ids), full_attention(batch)
 
     def attend_and_keep(i, q, k, v):
-        return attend_fn(i, q, k, v)[0], attention_probs(q, k.swapaxes(1, 2), lo, hi)
+        return attend_fn(i, q, k, v)[0], attention_probs(q, k, lo, hi)
 
     _, probs = run_decoder(params, cfg, batch, features, attend_and_keep)
     return jnp.stack(probs) if isinstance(probs, list) else probs
 
 
 def attention_probs(q: jax.Array, k: jax.Array, lo: jax.Array, hi: jax.Array) -> jax.Array:
-    """Attention probabilities [B N T S] in the dtype of q, for inspection: `attend` never holds them."""
-    scores = attention_scores(group_heads(q, k.shape[1]), k)
-    scores = jnp.where(visible_keys(lo, hi, jnp.arange(k.shape[2])), scores, NEG)
+    """Attention probabilities [B N T S] of keys [B S K H], in the dtype of q; `attend` never holds them."""
+    scores = attention_scores(group_heads(q, k.shape[2]), k)
+    scores = jnp.where(visible_keys(lo, hi, jnp.arange(k.shape[1])), scores, NEG)
     probs = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    return probs.reshape(q.shape[0], q.shape[2], q.shape[1], k.shape[2])
+    return probs.reshape(q.shape[0], q.shape[2], q.shape[1], k.shape[1])

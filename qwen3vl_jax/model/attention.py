@@ -58,7 +58,7 @@ def attend(
     layout: Layout = "any",
     segments: int = 0,
 ) -> jax.Array:
-    """Softmax attention of q [B T N H] over k, v [B K S H] with scale H^-0.5: [B T N H].
+    """Softmax attention of q [B T N H] over k, v [B S K H] with scale H^-0.5: [B T N H].
 
     lo, hi [B T] int32: query i sees keys lo <= s < hi; an empty range gives zeros (in a "prompt",
     anything finite). Scores and softmax are fp32. If lo is given and T = S, q and k are the same
@@ -74,16 +74,16 @@ def attend(
         return _attend_blocks(q, k, v, lo, hi, dropout)
     run = functools.partial(_attend, layout, segments)
     batch, tokens = ("vision_batch", "patches") if layout == "frames" else ("batch", "tokens")
-    copies = head_copies(q.shape[2], k.shape[1])
-    k, v = (jnp.repeat(x, copies, axis=1) if copies > 1 else x for x in (k, v))
-    where = mesh_axes_for((batch, q.shape[0]), (tokens, q.shape[1]), ("heads", k.shape[1]))
+    copies = head_copies(q.shape[2], k.shape[2])
+    k, v = (jnp.repeat(x, copies, axis=2) if copies > 1 else x for x in (k, v))
+    where = mesh_axes_for((batch, q.shape[0]), (tokens, q.shape[1]), ("heads", k.shape[2]))
     queries = spec((batch, tokens, "heads", None), where)
-    keys, ranges = spec((batch, "heads", None, None), where), spec((batch, tokens), where)
+    keys, ranges = spec((batch, None, "heads", None), where), spec((batch, tokens), where)
     args, in_specs = [q, k, v, hi], [queries, keys, keys, ranges]
     if lo is not None:
         args, in_specs = [*args, lo], [*in_specs, ranges]
         # Segment of every key: a shard of the queries knows only its own.
-        if q.shape[1] == k.shape[2]:
+        if q.shape[1] == k.shape[1]:
             args = [*args, jnp.where(hi > lo, lo + 1, 0)]
             in_specs = [*in_specs, spec((batch, None), where)]
     return on_shards(run, tuple(in_specs), queries, *args)
@@ -102,8 +102,10 @@ def _attend(layout: Layout, segments: int, q, k, v, hi, lo=None, key_segments=No
         # Pallas for a TPU is imported only where there is one.
         from qwen3vl_jax.model import attention_tpu
 
-        if not attention_tpu.splash_refusal(q.shape[1], k.shape[2], lo, key_segments):
-            return attention_tpu.splash_attend(q, k, v, lo, hi, key_segments=key_segments)
+        if not attention_tpu.kernel_refusal(q.shape[1], k.shape[1], lo, key_segments):
+            splash = functools.partial(attention_tpu.splash_attend, q, k, v, lo, hi)
+            one = q.shape[1] == 1
+            return attention_tpu.attend_step(q, k, v, hi) if one else splash(key_segments)
     if _on_cudnn(layout, q, k, lo):
         if lo is None:
             attend_cache = attention_gpu.attend_behind_cache
@@ -118,10 +120,10 @@ def _attend(layout: Layout, segments: int, q, k, v, hi, lo=None, key_segments=No
 
 def _on_cudnn(layout: Layout, q, k, lo) -> bool:
     """Whether cuDNN serves this call: tokens after a cache, or whole sequences of a known layout."""
-    if platform() != "gpu" or (q.shape[1] == 1 and k.shape[0] * k.shape[2] < CUDNN_STEP):
+    if platform() != "gpu" or (q.shape[1] == 1 and k.shape[0] * k.shape[1] < CUDNN_STEP):
         return False
-    whole = layout != "any" and q.shape[1] == k.shape[2]
-    served = q.shape[1] <= k.shape[2] if lo is None else whole
+    whole = layout != "any" and q.shape[1] == k.shape[1]
+    served = q.shape[1] <= k.shape[1] if lo is None else whole
     return served and not cudnn_refusal(q.dtype.name, q.shape[-1])
 
 
@@ -133,10 +135,10 @@ def group_heads(q: jax.Array, kv_heads: int) -> jax.Array:
 
 
 def attention_scores(q: jax.Array, k: jax.Array) -> jax.Array:
-    """Scores [B K G T S] float32 of grouped queries; a cache on a CPU is fp32."""
+    """Scores [B K G T S] float32 of grouped queries and keys [B S K H]; a cache on a CPU is fp32."""
     dtype = jnp.promote_types(q.dtype, k.dtype)
     q, k = q.astype(dtype), k.astype(dtype)
-    return jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32)
+    return jnp.einsum("bkgth,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
 
 
 def visible_keys(lo: jax.Array, hi: jax.Array, keys: jax.Array) -> jax.Array:
@@ -146,16 +148,16 @@ def visible_keys(lo: jax.Array, hi: jax.Array, keys: jax.Array) -> jax.Array:
 
 def _attend_blocks(q, k, v, lo, hi, drop: Dropout | None = None):
     """Online softmax over key blocks in plain XLA, O(T BLOCK) memory: arXiv 2112.05682, 2205.14135."""
-    (b, t, n, h), slots, dtype = q.shape, k.shape[2], q.dtype
+    (b, t, n, h), slots, dtype = q.shape, k.shape[1], q.dtype
     lo = jnp.zeros_like(hi) if lo is None else lo
-    q = group_heads(q, k.shape[1])
+    q = group_heads(q, k.shape[2])
     if t == 1 and platform() == "cpu" and slots % DECODE_BLOCK == 0:
         out = _over_filled_blocks(k, v, q, lo, hi)
     elif slots <= BLOCK or t == 1:
         out = _finish(_fold(_start(q), q, k, v, lo, hi, 0, drop))
     else:
         pad = -slots % BLOCK
-        k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, pad), (0, 0))) if pad else x for x in (k, v))
+        k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) if pad else x for x in (k, v))
         out = _each_query_block(functools.partial(_over_key_blocks, k, v), q, lo, hi, drop)
     return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h).astype(dtype)
 
@@ -182,7 +184,7 @@ def _each_query_block(fn, q, lo, hi, drop):
 
 def _fold_block(k, v, q, lo, hi, block, drop, j, carry):
     """`_fold` of block j of the keys."""
-    k, v = (jax.lax.dynamic_slice_in_dim(x, j * block, block, axis=2) for x in (k, v))
+    k, v = (jax.lax.dynamic_slice_in_dim(x, j * block, block, axis=1) for x in (k, v))
     return _fold(carry, q, k, v, lo, hi, j * block, drop and drop.fold_in(j))
 
 
@@ -201,7 +203,7 @@ def _over_key_blocks(k, v, q, lo, hi, drop):
         seen = jnp.any((lo < (j + 1) * BLOCK) & (hi > j * BLOCK) & (lo < hi))
         return jax.lax.cond(seen, functools.partial(fold, j), lambda c: c, carry), None
 
-    blocks = jnp.arange(k.shape[2] // BLOCK)
+    blocks = jnp.arange(k.shape[1] // BLOCK)
     return _finish(jax.lax.scan(jax.checkpoint(body), _start(q), blocks)[0])
 
 
@@ -212,9 +214,9 @@ def _start(q):
 
 
 def _fold(carry, q, k, v, lo, hi, first_key, drop=None):
-    """Adds one block of keys [B K s H] to the running softmax."""
+    """Adds one block of keys [B s K H] to the running softmax."""
     top, total, out = carry
-    visible = visible_keys(lo, hi, first_key + jnp.arange(k.shape[2]))
+    visible = visible_keys(lo, hi, first_key + jnp.arange(k.shape[1]))
     scores = jnp.where(visible, attention_scores(q, k), NEG)
     new_top = jnp.maximum(top, jnp.max(scores, -1))
     probs = jnp.where(visible, jnp.exp(scores - new_top[..., None]), 0.0)
@@ -225,7 +227,7 @@ def _fold(carry, q, k, v, lo, hi, first_key, drop=None):
         kept = jax.random.bernoulli(drop.key, 1 - drop.rate, probs.shape)
         weights = jnp.where(kept, probs / (1 - drop.rate), 0.0)
     added = jnp.einsum(
-        "bkgts,bksh->bkgth", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+        "bkgts,bskh->bkgth", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
     )
     return new_top, new_total, out * keep[..., None] + added
 

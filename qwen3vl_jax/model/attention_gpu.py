@@ -5,9 +5,6 @@ their starts and lengths (its packed, or THD, layout): no mask exists, and nothi
 computed. How many segments a row holds at most is part of the program. In the forward pass one too many
 costs a fifth of a microsecond; in the backward pass each has fp32 buffers of a whole row. Dims as in
 layers.py.
-
-JAX offers the packed layout in a private module only. `cudnn_refusal` asks once whether it is there and
-works on this GPU; where it is not, `attend` falls back to XLA blocks.
 """
 
 import functools
@@ -42,7 +39,7 @@ def cudnn_refusal(dtype: str, head_dim: int) -> str:
     if dtype == "float32":
         return "cuDNN attention has no float32"
     q = jax.ShapeDtypeStruct((1, 64, 2, head_dim), dtype)
-    kv = jax.ShapeDtypeStruct((1, 1, 64, head_dim), dtype)
+    kv = jax.ShapeDtypeStruct((1, 64, 1, head_dim), dtype)
     ranges = jax.ShapeDtypeStruct((1, 64), jnp.int32)
 
     def probe(q, k, v, lo, hi):
@@ -71,8 +68,8 @@ def attend_segments(q, k, v, lo, hi, causal: bool, blocks: Callable) -> jax.Arra
 
     def many(q, k, v, lo, hi):
         b, t, n, h = q.shape
-        q = q.reshape(b, t, k.shape[1], -1, h).transpose(2, 0, 1, 3, 4)
-        k, v = (x.swapaxes(0, 1)[:, :, None] for x in (k, v))
+        q = q.reshape(b, t, k.shape[2], -1, h).transpose(2, 0, 1, 3, 4)
+        k, v = (x.transpose(2, 0, 1, 3)[..., None, :] for x in (k, v))
 
         def head(x):
             return attend_packed(x[0], x[1], x[2], lo, hi, causal, MANY)
@@ -85,21 +82,21 @@ def attend_segments(q, k, v, lo, hi, causal: bool, blocks: Callable) -> jax.Arra
 
 
 def attend_packed(q, k, v, lo, hi, causal: bool, most: int) -> jax.Array:
-    """Attention of q [B T N H] to k, v [B K T H] of its own segment; returns [B T N H].
+    """Attention of q [B T N H] to k, v [B T K H] of its own segment; returns [B T N H].
 
     lo, hi [B T] int32 as in `attend`: a segment is contiguous and starts at the lo of its tokens, which
     see all of it or, causal, it up to themselves. Other tokens (hi <= lo) give zeros. A row holds at
     most `most` segments; tokens of further ones give NaN.
     """
     real = (hi > lo)[..., None, None]
-    k, v = (x.swapaxes(1, 2).astype(q.dtype) for x in (k, v))
     lengths = segment_lengths(lo, hi)
     # cuDNN takes one segment a row for a row that is not packed.
     starts = jax.vmap(lambda x: jnp.nonzero(x, size=max(most, 2), fill_value=-1)[0])(lengths > 0)
     starts = starts.astype(jnp.int32)
     sizes = jnp.where(starts >= 0, jnp.take_along_axis(lengths, starts, axis=1), -1)
     starts = jnp.pad(starts, ((0, 0), (0, 1)), constant_values=-1)
-    q, k, v = (_masked_slope(x, real) for x in (q, k, v))
+    # cuDNN leaves what the memory held in the gradients of tokens that are in no segment.
+    q, k, v = (jnp.where(real, x, jax.lax.stop_gradient(x)) for x in (q, k, v))
     out = _attend(q, k, v, sizes, sizes, starts, starts, causal=causal)
     beyond = jnp.sum(lengths > 0, axis=1) > most
     out = jnp.where(beyond[:, None, None, None], jnp.nan, out)
@@ -109,18 +106,10 @@ def attend_packed(q, k, v, lo, hi, causal: bool, most: int) -> jax.Array:
 def _attend(q, k, v, *segments, causal: bool = False, **options) -> Any:
     """cuDNN's attention. segments: lengths in q and in k, and where rows are packed the starts in both."""
     cudnn = _cudnn()
+    k, v = k.astype(q.dtype), v.astype(q.dtype)
     mask = cudnn.MaskType.PADDING_CAUSAL if causal else cudnn.MaskType.PADDING
     options |= {"scale": q.shape[-1] ** -0.5, "mask_type": mask}
     return cudnn.dot_product_attention(q, k, v, None, None, *segments, **options)
-
-
-@jax.custom_vjp
-def _masked_slope(x, mine):
-    """x, whose gradient is 0 where `mine` is not: cuDNN leaves there what the memory held."""
-    return x
-
-
-_masked_slope.defvjp(lambda x, mine: (x, mine), lambda mine, g: (jnp.where(mine, g, 0), None))
 
 
 def segment_lengths(lo: jax.Array, hi: jax.Array) -> jax.Array:
@@ -134,56 +123,48 @@ def segment_lengths(lo: jax.Array, hi: jax.Array) -> jax.Array:
 
 
 def attend_row(q, k, v) -> jax.Array:
-    """Causal attention of q [B T N H] to k, v [B K T H], rows of one segment from their first token on."""
-    k, v = (x.swapaxes(1, 2).astype(q.dtype) for x in (k, v))
+    """Causal attention of q [B T N H] to k, v [B T K H], rows of one segment from their first token on."""
+    k, v = k.astype(q.dtype), v.astype(q.dtype)
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
 
 
 def attend_step(q, k, v, hi) -> jax.Array:
-    """Attention of one token a row, q [B 1 N H], to the first hi [B 1] int32 keys of k, v [B K S H].
+    """Attention of one token a row, q [B 1 N H], to the first hi [B 1] int32 keys of k, v [B S K H].
 
     Keys that are not filled are not read, and the cache is taken as it lies. No gradient.
     """
-    q, k, v = q.swapaxes(1, 2), k.astype(q.dtype), v.astype(q.dtype)
-    reach = jnp.clip(hi[:, 0], 1, k.shape[2])
-    out = _attend(q, k, v, jnp.ones_like(reach), reach, qkv_layout="BNTH")
-    return jnp.where(hi[..., None, None] > 0, out.swapaxes(1, 2), 0)
+    reach = jnp.clip(hi[:, 0], 1, k.shape[1])
+    out = _attend(q, k, v, jnp.ones_like(reach), reach)
+    return jnp.where(hi[..., None, None] > 0, out, 0)
 
 
 def attend_behind_cache(q, k, v, hi) -> jax.Array:
     """Attention of a run of new tokens, written behind what a cache held, to all of it up to themselves.
 
-    q [B T N H], k, v [B K S H], hi [B T] int32: each row's tokens stand one behind another, the first
+    q [B T N H], k, v [B S K H], hi [B T] int32: each row's tokens stand one behind another, the first
     that is real sees `start` older keys and itself, the next one more; hi is 0 at padding, which gives
     zeros. Two calls of cuDNN, of the older keys as they lie and of the run itself, joined by their
     logsumexp; for inference, it has no gradient.
     """
     b, t = q.shape[:2]
-    k, v, real = k.astype(q.dtype), v.astype(q.dtype), hi > 0
+    real = hi > 0
     count = jnp.sum(real, axis=1, dtype=jnp.int32)
     first = jnp.argmax(real, axis=1).astype(jnp.int32)
     start = jnp.maximum(jnp.max(hi, axis=1) - count, 0).astype(jnp.int32)
     none = jnp.full((b, 2), -1, jnp.int32)
     sizes = jnp.concatenate([count[:, None], none[:, :1]], axis=1)
     # T keys that hold the run's.
-    window = jnp.minimum(start, k.shape[2] - t)
-    cut = jax.vmap(lambda x, at: jax.lax.dynamic_slice_in_dim(x, at, t, 1))
-    new = (cut(x, window).swapaxes(1, 2) for x in (k, v))
+    window = jnp.minimum(start, k.shape[1] - t)
+    cut = jax.vmap(lambda x, at: jax.lax.dynamic_slice_in_dim(x, at, t))
+    new = cut(k, window), cut(v, window)
     starts = (jnp.concatenate([x[:, None], none], axis=1) for x in (first, start - window))
     run, run_sum = _attend(q, *new, sizes, sizes, *starts, causal=True, return_residual=True)
     lengths = jnp.full(b, t, jnp.int32), jnp.maximum(start, 1)
-    older, older_sum = _attend(
-        q.swapaxes(1, 2), k, v, *lengths, qkv_layout="BNTH", return_residual=True
-    )
-    older = older.swapaxes(1, 2)
-    run_sum = _at_tokens(run_sum[:b], first)
+    older, older_sum = _attend(q, k, v, *lengths, return_residual=True)
+    # cuDNN counts the tokens of a logsumexp [B N T] from the run's first.
+    index = jnp.maximum(jnp.arange(t) - first[:, None], 0)[:, None]
+    run_sum = jnp.take_along_axis(run_sum[:b], index, axis=2)
     older_sum = jnp.where((start > 0)[:, None, None], older_sum.reshape(b, -1, t), -jnp.inf)
     share = jax.nn.sigmoid(run_sum - older_sum).transpose(0, 2, 1)[..., None]
     out = jnp.where(share < 1, older * (1 - share), 0) + run * share
     return jnp.where(real[..., None, None], out, 0).astype(q.dtype)
-
-
-def _at_tokens(sums, first):
-    """The logsumexp [B N T] of a run, which cuDNN counts from the run's first token, at its tokens."""
-    index = jnp.maximum(jnp.arange(sums.shape[-1]) - first[:, None], 0)
-    return jnp.take_along_axis(sums, index[:, None], axis=2)

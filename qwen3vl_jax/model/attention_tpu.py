@@ -6,10 +6,13 @@ shard of a sequence at any offset and a filled cache. The sequences of a batch a
 one; a block of queries visits the key blocks of its own sequence. Dims as in layers.py.
 """
 
+import functools
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
@@ -18,10 +21,14 @@ from qwen3vl_jax.model.sharding import platform
 # Block sizes are multiples of LANES up to BLOCK.
 LANES = 128
 BLOCK = 512
+# Of a decode step: slots of a row, and bytes of keys, that are loaded at a time.
+STEP_BLOCK, STEP_BYTES = 256, 2 << 20
 
 
-def splash_refusal(queries: int, keys: int, lo: jax.Array | None, key_segments) -> str:
-    """Why splash does not serve a call of `attend` with these numbers of queries and keys, or ""."""
+def kernel_refusal(queries: int, keys: int, lo: jax.Array | None, key_segments) -> str:
+    """Why no kernel serves a call of `attend` with these numbers of queries and keys, or ""."""
+    if queries == 1 and lo is None and keys % STEP_BLOCK == 0:
+        return ""
     if queries < LANES:
         return f"{queries} queries a row are less than a block of {LANES}"
     if lo is not None and key_segments is None and queries != keys:
@@ -35,7 +42,6 @@ def splash_attend(
     v: jax.Array,
     lo: jax.Array | None,
     hi: jax.Array,
-    *,
     key_segments: jax.Array | None = None,
 ) -> jax.Array:
     """`attention.attend` where a segment starts at the lo of its tokens: [B T N H].
@@ -43,7 +49,7 @@ def splash_attend(
     key_segments [B S] int32: the segment ids of the keys, lo + 1 of each token and 0 of padding; None:
     the keys are the sequence itself (T = S). lo None means 0. An empty range gives zeros.
     """
-    (b, t, n, h), slots, empty = q.shape, k.shape[2], hi <= (0 if lo is None else lo)
+    (b, t, n, h), slots, empty = q.shape, k.shape[1], hi <= (0 if lo is None else lo)
     rows, block_q, block_k = jnp.arange(b)[:, None], _block(t), _block(slots)
     ids = None
     if lo is not None:
@@ -51,7 +57,7 @@ def splash_attend(
         of_keys = own if key_segments is None else key_segments
         ids = splash.SegmentIds(_concatenate(own, block_q), _concatenate(of_keys, block_k))
     q = _concatenate((q * jnp.asarray(h**-0.5, q.dtype)).transpose(2, 0, 1, 3), block_q, 1)
-    k, v = (_concatenate(x.transpose(1, 0, 2, 3).astype(q.dtype), block_k, 1) for x in (k, v))
+    k, v = (_concatenate(x.transpose(2, 0, 1, 3).astype(q.dtype), block_k, 1) for x in (k, v))
     width = -(-slots // block_k) * block_k
     first, end = jnp.where(empty, width, 0 if lo is None else lo), jnp.where(empty, 0, hi)
     seen = _seen(first, end, block_q, block_k, width)
@@ -66,7 +72,8 @@ def splash_attend(
         by_query,
         _mask_info(loads, runs, reach),
         block_sizes=splash.BlockSizes(**blocks),
-        mask_function=_below,
+        # Besides segments; positions count over the concatenated sequences.
+        mask_function=lambda reach, key: key < reach,
         is_mqa=False,
         mask_value=splash.DEFAULT_MASK_VALUE,
         save_residuals=False,
@@ -92,11 +99,6 @@ def _concatenate(x: jax.Array, block: int, axis: int = 0) -> jax.Array:
     pad[axis + 1] = (0, -x.shape[axis + 1] % block)
     x = jnp.pad(x, pad) if pad[axis + 1][1] else x
     return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
-
-
-def _below(reach: jax.Array, key: jax.Array) -> jax.Array:
-    """The kernel's mask besides segments; positions count over the concatenated sequences."""
-    return key < reach
 
 
 def _seen(first: jax.Array, end: jax.Array, block_q: int, block_k: int, width: int) -> jax.Array:
@@ -127,5 +129,65 @@ def _steps(seen: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _mask_info(loads: jax.Array, runs: jax.Array, reach: jax.Array) -> MaskInfo:
-    """The tables in the kernel's struct; no mask block is stored, since `_below` computes them."""
+    """The tables in the kernel's struct; no mask block is stored, since `mask_function` computes them."""
     return MaskInfo(loads, None, runs, None, cast(Any, reach))
+
+
+def attend_step(q: jax.Array, k: jax.Array, v: jax.Array, hi: jax.Array) -> jax.Array:
+    """Attention of one token a row, q [B 1 N H], to the first hi [B 1] keys of k, v [B S K H]: [B 1 N H].
+
+    Blocks behind a row's last filled slot are not loaded. Every query is multiplied by the keys of all
+    heads, and the products with other heads are masked: the chip has time for that while it loads, and
+    the cache is taken as it lies. No gradient.
+    """
+    (b, _, n, h), (slots, heads) = q.shape, k.shape[1:3]
+    q = (q * jnp.asarray(h**-0.5, q.dtype)).reshape(b, n, h)
+    k, v = (x.reshape(b, slots * heads, h).astype(q.dtype) for x in (k, v))
+    size = STEP_BLOCK * heads
+    most = max(1, STEP_BYTES // (size * h * q.dtype.itemsize))
+    rows = max(r for r in range(1, b + 1) if b % r == 0 and r <= most)
+    reach = jnp.clip(hi[:, 0], 0, slots).astype(jnp.int32)
+    # Blocks of each group of rows, at least one: it sets the sums to zero.
+    blocks = jnp.maximum(-(-jnp.max(reach.reshape(-1, rows), axis=1) // STEP_BLOCK), 1)
+    cache = pl.BlockSpec((rows, size, h), lambda i, j, _, n: (i, jnp.minimum(j, n[i] - 1), 0))
+    sums, token = (pl.BlockSpec((rows, n, x), lambda i, *_: (i, 0, 0)) for x in (1, h))
+    grid = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=2,
+        grid=(b // rows, jnp.max(blocks)),
+        in_specs=[token, cache, cache],
+        out_specs=[sums, sums, token],
+    )
+    shapes = [jax.ShapeDtypeStruct((b, n, x), jnp.float32) for x in (1, 1, h)]
+    kernel = functools.partial(_step_kernel, heads)
+    call = pl.pallas_call(kernel, shapes, grid_spec=grid, interpret=platform() != "tpu")
+    _, total, out = call(reach, blocks, q, k, v)
+    return (out / jnp.where(total > 0, total, 1)).astype(q.dtype)[:, None]
+
+
+def _step_kernel(heads, reach, _, q, k, v, top, total, out):
+    """Adds a block of keys [R s*K H] to the running softmax (top, total, out) of queries [R N H]."""
+    group, block = pl.program_id(0), pl.program_id(1)
+
+    @pl.when(block == 0)
+    def _():
+        top[...] = jnp.full(top.shape, splash.DEFAULT_MASK_VALUE, jnp.float32)
+        total[...] = jnp.zeros(total.shape, jnp.float32)
+        out[...] = jnp.zeros(out.shape, jnp.float32)
+
+    for r in range(len(q)):
+        left = (reach[group * len(q) + r] - block * STEP_BLOCK) * heads
+
+        @pl.when(left > 0)
+        def _(r=r, left=left):
+            scores = jax.lax.dot_general(
+                q[r], k[r], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+            )
+            query, key = (jax.lax.broadcasted_iota(jnp.int32, scores.shape, i) for i in (0, 1))
+            own = query // (scores.shape[0] // heads) == key % heads
+            scores = jnp.where(own & (key < left), scores, splash.DEFAULT_MASK_VALUE)
+            new_top = jnp.maximum(top[r], jnp.max(scores, axis=1, keepdims=True))
+            probs, keep = jnp.exp(scores - new_top), jnp.exp(top[r] - new_top)
+            top[r] = new_top
+            total[r] = total[r] * keep + jnp.sum(probs, axis=1, keepdims=True)
+            added = jnp.dot(probs.astype(v.dtype), v[r], preferred_element_type=jnp.float32)
+            out[r] = out[r] * keep + added

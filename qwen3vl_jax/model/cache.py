@@ -19,8 +19,8 @@ from qwen3vl_jax.model.structs import Batch, Features, KVCache, Params, check_ca
 from qwen3vl_jax.model.text import AttendFn, Block, decode_layers, shard_residual
 from qwen3vl_jax.model.vision import vision_encode
 
-# Logical axes of a layer's keys or values [B K S H].
-_KV_AXES = ("batch", "kv_heads", None, None)
+# Logical axes of a layer's keys or values [B S K H]; a TPU copies other orders around a decode loop.
+KV_AXES = ("batch", None, "kv_heads", None)
 
 
 def init_cache(cfg: Config, batch: int, slots: int, dtype) -> KVCache:
@@ -32,14 +32,14 @@ def init_cache(cfg: Config, batch: int, slots: int, dtype) -> KVCache:
     c = cfg.text
     dtype = jnp.float32 if platform() == "cpu" else dtype
     heads = c.num_key_value_heads * head_copies(c.num_attention_heads, c.num_key_value_heads)
-    shape = (batch, heads, _round_to_blocks(slots), c.head_dim)
+    shape = (batch, _round_to_blocks(slots), heads, c.head_dim)
     k, v = ([jnp.zeros(shape, dtype) for _ in range(c.num_hidden_layers)] for _ in range(2))
     return pinned(KVCache(k, v, jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.int32)))
 
 
 def pinned(cache: KVCache) -> KVCache:
     """The cache in its one sharding. Every function returns it so, and none is compiled twice."""
-    k, v = ([shard(x, *_KV_AXES) for x in part] for part in (cache.k, cache.v))
+    k, v = ([shard(x, *KV_AXES) for x in part] for part in (cache.k, cache.v))
     return cache.replace(k=k, v=v, length=shard(cache.length, None), delta=shard(cache.delta, None))
 
 
@@ -52,22 +52,22 @@ def grow_cache(cache: KVCache, slots: int) -> KVCache:
     """The cache with room for at least `slots` tokens per sequence; raises InputError for fewer."""
     if slots < cache.slots:
         raise InputError(f"grow_cache: slots is {slots}, the cache has {cache.slots} already")
-    pad = ((0, 0), (0, 0), (0, _round_to_blocks(slots) - cache.slots), (0, 0))
+    pad = ((0, 0), (0, _round_to_blocks(slots) - cache.slots), (0, 0), (0, 0))
     k, v = ([jnp.pad(x, pad) for x in part] for part in (cache.k, cache.v))
     return pinned(cache.replace(k=k, v=v))
 
 
 def _write(old: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
-    """Writes new [B T K H] into old [B K S H] at slot [B T]; a slot past the end is dropped."""
-    copies = old.shape[1] // new.shape[2]
+    """Writes new [B T K H] into old [B S K H] at slot [B T]; a slot past the end is dropped."""
+    copies = old.shape[2] // new.shape[2]
     new = jnp.repeat(new, copies, axis=2) if copies > 1 else new
 
     def put(old, new, slot):
         rows = jnp.arange(old.shape[0])[:, None]
-        return old.at[rows, :, slot].set(new.astype(old.dtype), mode="drop")
+        return old.at[rows, slot].set(new.astype(old.dtype), mode="drop")
 
-    where = mesh_axes_for(("batch", old.shape[0]), ("kv_heads", old.shape[1]))
-    kv = spec(_KV_AXES, where)
+    where = mesh_axes_for(("batch", old.shape[0]), ("kv_heads", old.shape[2]))
+    kv = spec(KV_AXES, where)
     in_specs = (kv, spec(("batch", None, "kv_heads", None), where), spec(("batch", None), where))
     return on_shards(put, in_specs, kv, old, new, slot)
 
@@ -109,7 +109,7 @@ def prefill_packed(
     """`prefill` of prompts one behind another in rows [R T], a segment each, with delta [A]. Not traced.
 
     source [A 2], length [A] int32: each prompt's row, index of its first token, and tokens. The keys and
-    values [R K T H] are those of the rows; the rest of the cache, and the logits, are [A ..].
+    values [R T K H] are those of the rows; the rest of the cache, and the logits, are [A ..].
     """
     layers, rest = _per_layer(params)["layers"], {**params, "layers": None, "vision": None}
     slots = batch.tokens.shape[1]
@@ -158,15 +158,14 @@ def _fill_layer(cfg, layer, x, rotary, lo, hi, slots, segments):
     copies = head_copies(c.num_attention_heads, c.num_key_value_heads)
 
     def keep(y):
-        """[B K T H] -> [B K S H], zeros where no token is."""
-        y = jnp.where((hi > lo)[:, None, :, None], y, 0)
-        y = jnp.repeat(y, copies, axis=1) if copies > 1 else y
-        y = jnp.pad(y, ((0, 0), (0, 0), (0, slots - y.shape[2]), (0, 0)))
-        return shard(y.astype(jnp.float32) if platform() == "cpu" else y, *_KV_AXES)
+        """[B T K H] -> [B S K H], zeros where no token is."""
+        y = jnp.where((hi > lo)[..., None, None], y, 0)
+        y = jnp.repeat(y, copies, axis=2) if copies > 1 else y
+        y = jnp.pad(y, ((0, 0), (0, slots - y.shape[1]), (0, 0), (0, 0)))
+        return shard(y.astype(jnp.float32) if platform() == "cpu" else y, *KV_AXES)
 
     def attend_fn(q, k, v):
         layout = "causal" if segments else "prompt"
-        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         out = attend(q, k, v, lo, hi, layout=layout, segments=segments)
         return out, (keep(k), keep(v))
 

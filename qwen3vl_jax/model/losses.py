@@ -1,12 +1,9 @@
-"""Labels and the plain next-token loss; training/losses.py has the chunked one. Dims as in layers.py."""
+"""Labels: of which token, and their log-probabilities. training/losses.py has the losses."""
 
 import jax
 import jax.numpy as jnp
 
-from qwen3vl_jax.config import IGNORE_INDEX, Config
-from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.model.structs import Batch, Features, Params, check_call
-from qwen3vl_jax.model.transformer import forward
+from qwen3vl_jax.config import IGNORE_INDEX
 
 
 def shift_labels(labels: jax.Array, fill: int = IGNORE_INDEX) -> jax.Array:
@@ -22,22 +19,3 @@ def label_logprobs(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax
     picked = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
     logsumexp = jax.nn.logsumexp(logits, axis=-1)
     return jnp.where(labels != IGNORE_INDEX, picked - logsumexp, 0.0), logsumexp
-
-
-def loss_fn(
-    params: Params, cfg: Config, batch: Batch, *, features: Features | None = None
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Next-token cross entropy in fp32, the mean over labels [B T] that are not -100.
-
-    As in transformers, the logits of token t predict the label of token t + 1. Where all labels are
-    -100 the loss is 0 with zero gradients; transformers gives nan. Metrics: loss, tokens (labels
-    counted), correct (labels that are the argmax). Raises InputError for a batch without labels.
-    """
-    check_call(params, cfg, batch=batch)
-    if batch.labels is None:
-        raise InputError("loss_fn: the batch has no labels; make_batch takes labels=")
-    logits, labels = forward(params, cfg, batch, features=features), shift_labels(batch.labels)
-    counted, tokens = labels != IGNORE_INDEX, jnp.sum(labels != IGNORE_INDEX)
-    loss = -jnp.sum(label_logprobs(logits, labels)[0]) / jnp.maximum(tokens, 1)
-    correct = jnp.sum(counted & (jnp.argmax(logits, axis=-1) == labels))
-    return loss, {"loss": loss, "tokens": tokens, "correct": correct}

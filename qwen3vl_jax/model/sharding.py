@@ -109,10 +109,13 @@ def max_parts(name: str, sizes: Mapping[str, int] | None = None) -> int:
     return math.prod(sizes.get(axis, 1) for axis in RULES[name])
 
 
-def resolve_axes(named: Sequence[tuple[str | None, int]], sizes: Mapping[str, int]) -> MeshAxes:
+def mesh_axes_for(
+    *named: tuple[str | None, int], sizes: Mapping[str, int] | None = None
+) -> MeshAxes:
     """The mesh axes of each logical axis, from the (logical axis, size) pairs of one array or call.
 
-    A logical axis that is named more than once gets mesh axes that divide each of its sizes.
+    A logical axis that is named more than once gets mesh axes that divide each of its sizes. sizes: of
+    the mesh, None for the ambient one.
     """
     lengths: dict[str, list[int]] = {}
     for name, size in named:
@@ -120,7 +123,7 @@ def resolve_axes(named: Sequence[tuple[str | None, int]], sizes: Mapping[str, in
             lengths.setdefault(name, []).append(size)
     if unknown := lengths.keys() - RULES.keys():
         raise KeyError(f"logical axis {min(unknown)!r} has no rule")
-    free, found = dict(sizes), {}
+    free, found = dict(mesh_sizes() if sizes is None else sizes), {}
     for name in RULES:
         if name in lengths:
             found[name] = _choose_axes(name, free, lengths[name])
@@ -149,11 +152,6 @@ def _largest(axes: list[str], sizes: Mapping[str, int], lengths: list[int]) -> t
     return best
 
 
-def mesh_axes_for(*named: tuple[str | None, int]) -> MeshAxes:
-    """`resolve_axes` on the ambient mesh, for the specs of one call of `on_shards`."""
-    return resolve_axes(named, mesh_sizes())
-
-
 def spec(axes: Axes, where: MeshAxes) -> PartitionSpec:
     """The PartitionSpec of an array with these logical axes."""
     return PartitionSpec(*(where.get(name) or None if name else None for name in axes))
@@ -168,7 +166,7 @@ def shard(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def _resolved_spec(axes: Axes, x: Any, sizes: Mapping[str, int]) -> PartitionSpec:
-    return spec(axes, resolve_axes(list(zip(axes, x.shape, strict=True)), sizes))
+    return spec(axes, mesh_axes_for(*zip(axes, x.shape, strict=True), sizes=sizes))
 
 
 def on_shards(fn: Callable, in_specs: Any, out_specs: Any, *args: Any) -> Any:

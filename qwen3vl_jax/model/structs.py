@@ -86,14 +86,14 @@ class KVCache(flax.struct.PyTreeNode):
 
     __repr__ = brief
 
-    k: list[jax.Array]  # L arrays [B K S H] each
+    k: list[jax.Array]  # L arrays [B S K H] each
     v: list[jax.Array]
     length: jax.Array  # [B] int32: filled slots
     delta: jax.Array  # [B] int32: the next token's position is length + delta
 
     @property
     def slots(self) -> int:
-        return self.k[0].shape[2]
+        return self.k[0].shape[1]
 
 
 # Argument name -> (type, how a user gets one)

@@ -5,8 +5,7 @@ attention (causal_ranges, attend), text (the decoder layer, DeepStack), vision (
 (prefill, decode_step), losses. How it is fast comes last: sharding (logical axes -> mesh axes),
 expert_parallel, attention_gpu, attention_tpu, matmul, quantized, lora.
 
-forward and hidden_states see whole sequences. All functions can be traced; callers jit
-them with cfg static.
+forward sees whole sequences. All functions can be traced; callers jit them with cfg static.
 """
 
 import dataclasses
@@ -202,7 +201,6 @@ def full_attention(batch: Batch, dropout: Dropout | None = None) -> AttendFn:
     lo, hi = causal_ranges(batch.segment_ids)
 
     def attend_fn(i, q, k, v):
-        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         return attend(q, k, v, lo, hi, dropout and dropout.fold_in(i), layout="causal"), None
 
     return attend_fn
@@ -233,18 +231,3 @@ def forward(
         index = jnp.maximum(last[:, None] + jnp.arange(1 - count, 1), 0)
         x = jnp.take_along_axis(x, index[..., None], axis=1)
     return lm_logits(params, cfg, x)
-
-
-def hidden_states(
-    params: Params, cfg: Config, batch: Batch, *, features: Features | None = None
-) -> jax.Array:
-    """The residual [L+1 B T D]: embeddings with vision features, then after each layer and DeepStack.
-
-    Without the final norm (see `last_hidden_state`), as transformers 4.57.1 returns it.
-    """
-    check_call(params, cfg, batch=batch)
-    x, deepstack = embed_tokens(params, cfg, batch, features)
-    options = {"deepstack": deepstack, "collect": lambda residual, *_: residual}
-    layers, attend_fn = params["layers"], full_attention(batch)
-    _, after = decode_layers(layers, cfg.text, x, batch.positions, attend_fn, **options)
-    return jnp.concatenate([x[None], jnp.stack(after) if isinstance(after, list) else after])

@@ -45,7 +45,6 @@ class VisionAttention(nn.Module):
         qkv = linear(x, w, weight(self, "qkv_bias", (3, None), n, h, init=zeros))
         q, k, v = (qkv[:, :, i] for i in range(3))
         q, k = (rotate(y.astype(jnp.float32), *rotary).astype(x.dtype) for y in (q, k))
-        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         out = attend(q, k, v, lo, hi, layout="frames", segments=self.frames)
         o, bias = weight(self, "o", d, n, h), weight(self, "o_bias", d, init=zeros)
         return linear(out, o, bias, in_dims=2)

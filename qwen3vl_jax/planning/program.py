@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from qwen3vl_jax.checkpoint.device_load import as_structs, path_shardings
+from qwen3vl_jax.checkpoint.device_load import as_structs, path_shardings, placement
 from qwen3vl_jax.checkpoint.int8 import int8_params
 from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES, TreePath
 from qwen3vl_jax.checkpoint.name_map import param_specs, tree_of
@@ -21,7 +21,7 @@ from qwen3vl_jax.device_mesh import layout_mesh
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.inference.decode_loop import DecodeState, decode_steps, first_token, insert_rows
 from qwen3vl_jax.inference.requests import GenerationOptions, RowOptions
-from qwen3vl_jax.model.cache import init_cache, prefill
+from qwen3vl_jax.model.cache import KV_AXES, init_cache, prefill
 from qwen3vl_jax.model.sharding import array_sharding, max_parts, replicated
 from qwen3vl_jax.model.structs import Batch, KVCache, VisionInputs
 from qwen3vl_jax.processing.batch import group_size
@@ -242,8 +242,8 @@ def prefilling(cfg: Config, mesh: Mesh, asked: Serving) -> Program:
 def weights(cfg: Config, mesh: Mesh, dtype: Any, kind: str | None = None) -> Any:
     """Parameters as per-layer lists of shapes, each with its sharding. Raises InputError."""
     leaves = held_arrays(cfg, dtype, kind)
-    put = with_shardings(leaves, path_shardings(mesh, cfg, leaves))
-    return as_structs(tree_of(cfg, put))
+    where = {path: placement(path, s) for path, s in path_shardings(mesh, cfg, leaves).items()}
+    return as_structs(tree_of(cfg, with_shardings(leaves, where)))
 
 
 def held_arrays(cfg: Config, dtype: Any, kind: str | None) -> dict[TreePath, jax.ShapeDtypeStruct]:
@@ -267,7 +267,7 @@ def empty_cache(cfg: Config, mesh: Mesh, asked: Serving) -> KVCache:
         shapes = jax.eval_shape(lambda: init_cache(cfg, asked.rows, asked.slots, asked.dtype))
 
     def put(x: Any) -> Any:
-        axes = ("batch", "kv_heads", None, None) if len(x.shape) == 4 else (None,)
+        axes = KV_AXES if len(x.shape) == 4 else (None,)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=array_sharding(mesh, axes, x))
 
     return jax.tree.map(put, shapes)

@@ -1,6 +1,6 @@
-"""Training losses: cross entropy with a chunked vocabulary, z-loss, the router's balance loss.
+"""Losses: the plain one, cross entropy with a chunked vocabulary, z-loss, the router's balance loss.
 
-train_step.py shifts the labels and sums the losses; model/losses.py has the plain loss, q3.loss_fn.
+train_step.py shifts the labels and sums the losses of a run; `loss_fn` is q3's, for a loop of one's own.
 
 Dims as in model/layers.py.
 """
@@ -12,14 +12,16 @@ import jax
 import jax.numpy as jnp
 
 from qwen3vl_jax.config import IGNORE_INDEX, Config
+from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model.attention import NEG
 from qwen3vl_jax.model.layers import linear_fp32
 from qwen3vl_jax.model.lora import Adapted
+from qwen3vl_jax.model.losses import label_logprobs, shift_labels
 from qwen3vl_jax.model.moe import RouterOutput
 from qwen3vl_jax.model.quantized import Quantized, Weight
 from qwen3vl_jax.model.sharding import shard
-from qwen3vl_jax.model.structs import Params
-from qwen3vl_jax.model.transformer import final_norm, lm_head
+from qwen3vl_jax.model.structs import Batch, Features, Params, check_call
+from qwen3vl_jax.model.transformer import final_norm, forward, lm_head
 
 
 class TokenSums(NamedTuple):
@@ -29,6 +31,25 @@ class TokenSums(NamedTuple):
     z: jax.Array  # weighted logsumexp^2: PaLM's z-loss, arXiv 2204.02311
     tokens: jax.Array  # int32, number of tokens
     correct: jax.Array  # int32, tokens whose label has the largest logit
+
+
+def loss_fn(
+    params: Params, cfg: Config, batch: Batch, *, features: Features | None = None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Next-token cross entropy in fp32, the mean over labels [B T] that are not -100.
+
+    As in transformers, the logits of token t predict the label of token t + 1. Where all labels are
+    -100 the loss is 0 with zero gradients; transformers gives nan. Metrics: loss, tokens (labels
+    counted), correct (labels that are the argmax). Raises InputError for a batch without labels.
+    """
+    check_call(params, cfg, batch=batch)
+    if batch.labels is None:
+        raise InputError("loss_fn: the batch has no labels; make_batch takes labels=")
+    logits, labels = forward(params, cfg, batch, features=features), shift_labels(batch.labels)
+    counted, tokens = labels != IGNORE_INDEX, jnp.sum(labels != IGNORE_INDEX)
+    loss = -jnp.sum(label_logprobs(logits, labels)[0]) / jnp.maximum(tokens, 1)
+    correct = jnp.sum(counted & (jnp.argmax(logits, axis=-1) == labels))
+    return loss, {"loss": loss, "tokens": tokens, "correct": correct}
 
 
 def lm_head_sums(

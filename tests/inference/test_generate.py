@@ -158,8 +158,8 @@ def test_a_cache_that_grows_is_held_once():
     grown = decode_loop.grow(cache, slots=256)
     assert grown.slots == 256 and all(x.is_deleted() for x in given)
     for old, new in zip([*before.k, *before.v], [*grown.k, *grown.v], strict=True):
-        np.testing.assert_array_equal(new[:, :, :128], old)
-        assert not np.any(new[:, :, 128:])
+        np.testing.assert_array_equal(new[:, :128], old)
+        assert not np.any(new[:, 128:])
     np.testing.assert_array_equal(grown.length, before.length)
 
 
@@ -292,7 +292,7 @@ def test_a_decode_step_reads_what_is_filled_not_what_is_allowed():
     params, cfg = model()
     cache, _ = ours.prefill(params, cfg, q3.make_batch(cfg, **prompt([("text", 500)])), 4096)
     block = -(-501 // DECODE_BLOCK) * DECODE_BLOCK
-    k, v = ([x.at[:, :, block:].set(jnp.nan) for x in part] for part in (cache.k, cache.v))
+    k, v = ([x.at[:, block:].set(jnp.nan) for x in part] for part in (cache.k, cache.v))
     poisoned = jax.tree.map(jnp.copy, cache).replace(k=k, v=v)
     token = jnp.array([5], jnp.int32)
     _, want = ours.decode_step(params, cfg, cache, token)

@@ -78,8 +78,8 @@ def test_steps_keep_their_program_and_their_memory():
         for _ in range(3):
             old = cache
             cache, logits = ours.decode_step(params, one.cfg, cache, token)
-            assert old.k[0].is_deleted() and cache.k[0].sharding.spec == P("fsdp", "tensor")
-        assert cache.k[0].addressable_shards[0].data.shape == (1, 1, 96, 16)
+            assert old.k[0].is_deleted() and cache.k[0].sharding.spec == P("fsdp", None, "tensor")
+        assert cache.k[0].addressable_shards[0].data.shape == (1, 96, 1, 16)
         assert ours.decode_step._cache_size() == known + 1
         lowered = ours.decode_step.lower(params, one.cfg, cache, token)
         held = sum(x.nbytes for x in [*cache.k, *cache.v]) // 8

@@ -15,19 +15,19 @@ from qwen3vl_jax.model.attention import BLOCK, attend, causal_ranges, cudnn_refu
 
 def dense(q, k, v, lo, hi):
     _b, _t, n, h = q.shape
-    k, v = (np.repeat(np.asarray(x, np.float64), n // x.shape[1], axis=1) for x in (k, v))
-    scores = np.einsum("btnh,bnsh->bnts", np.asarray(q, np.float64), k) / np.sqrt(h)
-    keys = np.arange(k.shape[2])
+    k, v = (np.repeat(np.asarray(x, np.float64), n // x.shape[2], axis=2) for x in (k, v))
+    scores = np.einsum("btnh,bsnh->bnts", np.asarray(q, np.float64), k) / np.sqrt(h)
+    keys = np.arange(k.shape[1])
     seen = (keys >= lo[..., None]) & (keys < hi[..., None])
     weights = np.where(seen[:, None], np.exp(scores - scores.max(-1, keepdims=True)), 0)
     total = weights.sum(-1, keepdims=True)
     weights = weights / np.where(total > 0, total, 1)
-    return np.einsum("bnts,bnsh->btnh", weights, v), weights
+    return np.einsum("bnts,bsnh->btnh", weights, v), weights
 
 
 def arrays(b, t, n, k, h, s, seed=0):
     keys = jax.random.split(jax.random.key(seed), 3)
-    shapes = ((b, t, n, h), (b, k, s, h), (b, k, s, h))
+    shapes = ((b, t, n, h), (b, s, k, h), (b, s, k, h))
     return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
 
 
@@ -51,12 +51,12 @@ KINDS = ["causal", "left padded", "frames", "any"]
 
 
 def dense_jax(q, k, v, lo, hi):
-    k, v = (jnp.repeat(x, q.shape[2] // x.shape[1], axis=1) for x in (k, v))
-    scores = jnp.einsum("btnh,bnsh->bnts", q, k) * q.shape[-1] ** -0.5
-    s = jnp.arange(k.shape[2])
+    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k) * q.shape[-1] ** -0.5
+    s = jnp.arange(k.shape[1])
     seen = ((s >= lo[..., None]) & (s < hi[..., None]))[:, None]
     weights = jnp.where(seen, jax.nn.softmax(jnp.where(seen, scores, -1e30), -1), 0)
-    return jnp.einsum("bnts,bnsh->btnh", weights, v)
+    return jnp.einsum("bnts,bsnh->btnh", weights, v)
 
 
 def with_slopes(fn):
@@ -107,7 +107,7 @@ def test_a_decode_step_sees_just_the_filled_slots(slots):
     want, _ = dense(q, k, v, reach * 0, reach)
     got = jax.jit(lambda *x: attend(*x[:3], None, x[3]))(q, k, v, jnp.asarray(reach))
     np.testing.assert_allclose(got, want, atol=2e-6)
-    beyond = jnp.arange(slots)[None, None, :, None] >= reach[:, None, :, None]
+    beyond = jnp.arange(slots)[None, :, None, None] >= reach[:, :, None, None]
     junk = [jnp.where(beyond, jnp.nan, x) for x in (k, v)]
     clean = [jnp.where(beyond, 0.0, x) for x in (k, v)]
     assert np.isnan(np.asarray(junk[0])).any()

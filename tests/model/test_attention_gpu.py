@@ -45,26 +45,8 @@ def stand_in(
     scale,
     mask_type,
     return_residual=False,
-    qkv_layout="BTNH",
 ):
     """What cuDNN computes, segment by segment; NaN for tokens of none, in values and gradients."""
-    if qkv_layout == "BNTH":
-        q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-        out = stand_in(
-            q,
-            k,
-            v,
-            bias,
-            mask,
-            q_size,
-            k_size,
-            q_start,
-            k_start,
-            scale=scale,
-            mask_type=mask_type,
-            return_residual=return_residual,
-        )
-        return (out[0].swapaxes(1, 2), out[1]) if return_residual else out.swapaxes(1, 2)
     b, t, n, _ = q.shape
     if q_start is None:
         q_size, k_size = q_size[:, None], k_size[:, None]
@@ -215,7 +197,7 @@ def test_jax_still_has_what_the_packed_layout_needs():
         "q_offsets",
         "kv_offsets",
     ]
-    assert {"scale", "mask_type", "return_residual", "qkv_layout"} <= set(names)
+    assert {"scale", "mask_type", "return_residual"} <= set(names)
     assert {"PADDING", "PADDING_CAUSAL"} <= set(cudnn.MaskType.__members__)
 
 

@@ -74,7 +74,7 @@ def names_an_axis(node):
 
 def test_an_axis_takes_the_largest_set_that_divides_it():
     def axes(*named, **sizes):
-        return sharding.resolve_axes(named, sizes)
+        return sharding.mesh_axes_for(*named, sizes=sizes)
 
     assert axes(("embed", 4096), fsdp=32, expert=8) == {"embed": ("fsdp", "expert")}
     assert axes(("embed", 1152), fsdp=32, expert=8) == {"embed": ("fsdp",)}  # 1152 = 9 x 128

@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import ours
+import pytest
 import tiny
 
 import qwen3vl_jax as q3
 from qwen3vl_jax.model import attention, attention_tpu
 from qwen3vl_jax.model.attention import _attend_blocks, causal_ranges
-from qwen3vl_jax.model.attention_tpu import splash_attend, splash_refusal
+from qwen3vl_jax.model.attention_tpu import kernel_refusal, splash_attend
 from qwen3vl_jax.model.cache import init_cache
 
 HEADS, KEY_HEADS = 6, 2
@@ -20,7 +21,7 @@ HEADS, KEY_HEADS = 6, 2
 
 def arrays(b, t, s, h, heads=HEADS, key_heads=KEY_HEADS):
     """Random q, k, v and a cotangent."""
-    shapes = ((b, t, heads, h), (b, key_heads, s, h), (b, key_heads, s, h), (b, t, heads, h))
+    shapes = ((b, t, heads, h), (b, s, key_heads, h), (b, s, key_heads, h), (b, t, heads, h))
     keys = jax.random.split(jax.random.key(t + s), 4)
     return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
 
@@ -104,6 +105,21 @@ def test_half_precision():
     assert got.dtype == jnp.bfloat16 and ours.worst(got, want) < 0.01
 
 
+@pytest.mark.parametrize(("heads", "key_heads", "rows"), [(6, 2, 5), (4, 1, 8), (32, 8, 4)])
+def test_a_decode_step_reads_what_is_filled(heads, key_heads, rows, monkeypatch):
+    """Rows of no, one, any and all slots; NaN in the blocks behind the last filled slot."""
+    monkeypatch.setattr(attention_tpu, "STEP_BYTES", 4 * 256 * key_heads * 128 * 4)
+    q, k, v, _ = arrays(rows, 1, 768, 128, heads, key_heads)
+    hi = jnp.array([[0], [1], [256], [768], [300], [257], [40], [2]])[:rows]
+    want = _attend_blocks(q, k, v, None, hi)
+    behind = jnp.arange(768)[None, :, None, None] >= (-(-hi // 256) * 256)[..., None, None]
+    k, v = (jnp.where(behind, jnp.nan, x) for x in (k, v))
+    step = jax.jit(attention_tpu.attend_step)
+    assert ours.worst(step(q, k, v, hi), want) < 1e-5
+    half = step(*(x.astype(jnp.bfloat16) for x in (q, k, v)), hi)
+    assert half.dtype == jnp.bfloat16 and ours.worst(half, want) < 0.01
+
+
 def test_blocks_outside_every_range_are_not_visited():
     """Whatever stands in keys that no query of a block sees, no number is read from there."""
     lo, hi = causal_ranges(packed([(1, 512), (2, 512), (0, 512)]))
@@ -130,10 +146,11 @@ def test_block_sizes_divide_padded_lengths():
 def test_what_is_refused():
     """Few queries, and queries of a part of a row whose segments are not known."""
     lo = jnp.zeros((1, 256), jnp.int32)
-    assert "1 queries" in splash_refusal(1, 512, None, None)
-    assert "512 keys" in splash_refusal(256, 512, lo, None)
-    assert not splash_refusal(256, 512, lo, jnp.zeros((1, 512), jnp.int32))
-    assert not splash_refusal(256, 256, lo, None) and not splash_refusal(256, 512, None, None)
+    assert "1 queries" in kernel_refusal(1, 300, None, None)
+    assert not kernel_refusal(1, 512, None, None)
+    assert "512 keys" in kernel_refusal(256, 512, lo, None)
+    assert not kernel_refusal(256, 512, lo, jnp.zeros((1, 512), jnp.int32))
+    assert not kernel_refusal(256, 256, lo, None) and not kernel_refusal(256, 512, None, None)
 
 
 @functools.cache
@@ -173,13 +190,13 @@ def kernels(fn, *args) -> tuple[int, set[str]]:
     mesh = jax.sharding.AbstractMesh((1,), ("data",), auto, abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
         text = jax.jit(fn).trace(*args).lower(lowering_platforms=("tpu",)).as_text()
-    assert ("tpu_custom_call" in text) == ("splash" in text)
     assert "ragged_dot" in text
-    return len(re.findall(r"call @_splash", text)), set(re.findall(r"splash_mha_[a-z]+", text))
+    calls = re.findall(r'call @_splash|kernel_name = "_step_kernel', text)
+    return len(calls), set(re.findall(r"splash_mha_[a-z]+|_step_kernel", text))
 
 
 def test_a_program_for_a_tpu_holds_the_kernels():
-    """One a layer of both towers, three with gradients, one for a piece of a prompt; none in decode."""
+    """One a layer of both towers, three with gradients, one for a piece of a prompt and a decode step."""
     params, cfg, batch = model()
 
     def loss(params):
@@ -193,4 +210,5 @@ def test_a_program_for_a_tpu_holds_the_kernels():
     cache = init_cache(cfg, 1, 256, jnp.float32)
     step = functools.partial(q3.decode_step, cfg=cfg)
     tokens = jnp.zeros(1, jnp.int32)
-    assert kernels(lambda *x: step(x[0], cache=x[1], tokens=x[2]), params, cache, tokens)[0] == 0
+    found = kernels(lambda *x: step(x[0], cache=x[1], tokens=x[2]), params, cache, tokens)
+    assert found == (1, {"_step_kernel"})

@@ -106,8 +106,8 @@ def test_gradients_of_bf16_products():
 def test_attention_dropout():
     """Rate 0 is none; a key always drops the same; the mean stays; blocks and layers differ."""
     t = 2 * BLOCK - 100  # two blocks of queries and of keys
-    q, k = jnp.zeros((1, t, 2, 4)), jnp.zeros((1, 1, t, 4))
-    v = jnp.ones((1, 1, t, 4))
+    q, k = jnp.zeros((1, t, 2, 4)), jnp.zeros((1, t, 1, 4))
+    v = jnp.ones((1, t, 1, 4))
     hi = jnp.full((1, t), t)
     run = jax.jit(lambda key, rate: attend(q, k, v, 0 * hi, hi, Dropout(key, rate)))
     key = jax.random.key(3)
