@@ -21,9 +21,8 @@ DECODE_BLOCK = 64
 # Slots of all sequences' caches from which cuDNN is the faster decode step.
 CUDNN_STEP = 16384
 NEG = -1e30
-# What the caller knows of a sequence when the program is traced; it selects the kernel.
-# "frames": segments with full attention. "causal": segments with causal attention. "prompt": one
-# causal segment that starts at the first token. "any": only lo and hi are known.
+# What is known of a sequence when the program is traced. "frames": segments with full attention.
+# "causal": with causal attention. "prompt": one, from the first token on. "any": lo and hi alone.
 Layout = Literal["frames", "causal", "prompt", "any"]
 
 
@@ -136,9 +135,10 @@ def group_heads(q: jax.Array, kv_heads: int) -> jax.Array:
 
 def attention_scores(q: jax.Array, k: jax.Array) -> jax.Array:
     """Scores [B K G T S] float32 of grouped queries and keys [B S K H]; a cache on a CPU is fp32."""
-    dtype = jnp.promote_types(q.dtype, k.dtype)
-    q, k = q.astype(dtype), k.astype(dtype)
-    return jnp.einsum("bkgth,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
+    dtype, shape = jnp.promote_types(q.dtype, k.dtype), (*q.shape[:4], k.shape[1])
+    # G and T are one axis, and keys [B K S H]: XLA would copy them for any other product.
+    q, k = q.astype(dtype).reshape(*shape[:2], -1, q.shape[-1]), k.astype(dtype).swapaxes(1, 2)
+    return jnp.einsum("bkqh,bksh->bkqs", q, k, preferred_element_type=jnp.float32).reshape(shape)
 
 
 def visible_keys(lo: jax.Array, hi: jax.Array, keys: jax.Array) -> jax.Array:
@@ -149,12 +149,16 @@ def visible_keys(lo: jax.Array, hi: jax.Array, keys: jax.Array) -> jax.Array:
 def _attend_blocks(q, k, v, lo, hi, drop: Dropout | None = None):
     """Online softmax over key blocks in plain XLA, O(T BLOCK) memory: arXiv 2112.05682, 2205.14135."""
     (b, t, n, h), slots, dtype = q.shape, k.shape[1], q.dtype
-    lo = jnp.zeros_like(hi) if lo is None else lo
+    lo, heads = jnp.zeros_like(hi) if lo is None else lo, 1
+    if t == 1 and platform() != "cpu":
+        # Keys of one head, each query masked to its own: a GPU would copy the cache for a product a head.
+        heads, lo, hi = k.shape[2], lo * k.shape[2], hi * k.shape[2]
+        k, v = (x.reshape(b, slots * heads, 1, h) for x in (k, v))
     q = group_heads(q, k.shape[2])
     if t == 1 and platform() == "cpu" and slots % DECODE_BLOCK == 0:
         out = _over_filled_blocks(k, v, q, lo, hi)
     elif slots <= BLOCK or t == 1:
-        out = _finish(_fold(_start(q), q, k, v, lo, hi, 0, drop))
+        out = _finish(_fold(_start(q), q, k, v, lo, hi, 0, drop, heads))
     else:
         pad = -slots % BLOCK
         k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) if pad else x for x in (k, v))
@@ -213,10 +217,11 @@ def _start(q):
     return top, jnp.zeros_like(top), jnp.zeros(q.shape, jnp.float32)
 
 
-def _fold(carry, q, k, v, lo, hi, first_key, drop=None):
-    """Adds one block of keys [B s K H] to the running softmax."""
-    top, total, out = carry
-    visible = visible_keys(lo, hi, first_key + jnp.arange(k.shape[1]))
+def _fold(carry, q, k, v, lo, hi, first_key, drop=None, heads=1):
+    """Adds one block of keys [B s K H] to the running softmax; those of `heads` heads take turns."""
+    (top, total, out), index = carry, jnp.arange(k.shape[1])
+    own = index % heads == (jnp.arange(q.shape[2]) * heads // q.shape[2])[:, None, None]
+    visible = own & visible_keys(lo, hi, first_key + index)
     scores = jnp.where(visible, attention_scores(q, k), NEG)
     new_top = jnp.maximum(top, jnp.max(scores, -1))
     probs = jnp.where(visible, jnp.exp(scores - new_top[..., None]), 0.0)
@@ -226,10 +231,9 @@ def _fold(carry, q, k, v, lo, hi, first_key, drop=None):
     if drop is not None:
         kept = jax.random.bernoulli(drop.key, 1 - drop.rate, probs.shape)
         weights = jnp.where(kept, probs / (1 - drop.rate), 0.0)
-    added = jnp.einsum(
-        "bkgts,bskh->bkgth", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
-    )
-    return new_top, new_total, out * keep[..., None] + added
+    weights = weights.astype(v.dtype).reshape(*q.shape[:2], -1, k.shape[1])
+    added = jnp.einsum("bkqs,bskh->bkqh", weights, v, preferred_element_type=jnp.float32)
+    return new_top, new_total, out * keep[..., None] + added.reshape(q.shape)
 
 
 def _finish(carry):

@@ -167,6 +167,9 @@ def attend_step(q: jax.Array, k: jax.Array, v: jax.Array, hi: jax.Array) -> jax.
 def _step_kernel(heads, reach, _, q, k, v, top, total, out):
     """Adds a block of keys [R s*K H] to the running softmax (top, total, out) of queries [R N H]."""
     group, block = pl.program_id(0), pl.program_id(1)
+    # 16 bits have one precision there, whatever jax's configuration says.
+    precision = jax.lax.Precision.DEFAULT if q.dtype.itemsize == 2 else None
+    dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32, precision=precision)
 
     @pl.when(block == 0)
     def _():
@@ -179,9 +182,7 @@ def _step_kernel(heads, reach, _, q, k, v, top, total, out):
 
         @pl.when(left > 0)
         def _(r=r, left=left):
-            scores = jax.lax.dot_general(
-                q[r], k[r], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-            )
+            scores = dot(q[r], k[r].T)
             query, key = (jax.lax.broadcasted_iota(jnp.int32, scores.shape, i) for i in (0, 1))
             own = query // (scores.shape[0] // heads) == key % heads
             scores = jnp.where(own & (key < left), scores, splash.DEFAULT_MASK_VALUE)
@@ -189,5 +190,4 @@ def _step_kernel(heads, reach, _, q, k, v, top, total, out):
             probs, keep = jnp.exp(scores - new_top), jnp.exp(top[r] - new_top)
             top[r] = new_top
             total[r] = total[r] * keep + jnp.sum(probs, axis=1, keepdims=True)
-            added = jnp.dot(probs.astype(v.dtype), v[r], preferred_element_type=jnp.float32)
-            out[r] = out[r] * keep + added
+            out[r] = out[r] * keep + dot(probs.astype(v.dtype), v[r])

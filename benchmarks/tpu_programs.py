@@ -1,0 +1,210 @@
+"""What the compiled TPU programs hold, from the compiler alone: no TPU is needed, libtpu is.
+
+    python -m benchmarks.tpu_programs [--only decode,rows,experts,train] [--whole]
+
+Programs are compiled ahead of time for chips that are not here. `decode`: the loop of decode steps, its
+memory and what it copies. `rows`: whether one row reaches the matrix unit. `experts`: the arithmetic of
+the experts' weight gradient. `train`: the share of an exchange that runs beside the arithmetic. Small
+numbers of layers stand for all of them; --whole takes the models as released, several minutes each.
+It ends with 1 where a bound is missed.
+"""
+
+import argparse
+import dataclasses
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+
+from qwen3vl_jax.config import Config
+from qwen3vl_jax.device_mesh import make_mesh
+from qwen3vl_jax.model.moe import ragged_dot_tpu
+from qwen3vl_jax.planning import compiling, hlo, program
+from qwen3vl_jax.planning.machines import read_machine
+from qwen3vl_jax.planning.search import mesh_of
+from qwen3vl_jax.planning.topology import devices_of
+from qwen3vl_jax.planning.traffic import traffic
+from qwen3vl_jax.training.recipe import read_recipe
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+GIB = 2**30
+
+
+class Row(NamedTuple):
+    """One figure of a compiled program, and the bound that it must keep; None: it is told only."""
+
+    program: str
+    what: str
+    value: float
+    unit: str = ""
+    most: float | None = None
+    least: float | None = None
+
+    @property
+    def fault(self) -> bool:
+        over = self.most is not None and self.value > self.most
+        return over or (self.least is not None and self.value < self.least)
+
+
+def cut(cfg: Config, layers: int | None) -> Config:
+    """The config with so many decoder layers; None: all of them."""
+    if layers is None:
+        return cfg
+    return dataclasses.replace(cfg, text=dataclasses.replace(cfg.text, num_hidden_layers=layers))
+
+
+def mesh_for(machine: str, sizes: dict[str, int]) -> Any:
+    devices = devices_of(read_machine(machine))
+    return make_mesh(sizes or {"data": 1}, devices if sizes else devices[:1])
+
+
+def copies(module: hlo.Module, held: Any) -> list[str]:
+    """Arrays in main memory that a program writes as copies of what it holds: weights, the cache.
+
+    A copy has the dims of an array, as a device holds it, in any order. Those inside of fusions are
+    never written.
+    """
+    large = [x for x in jax.tree.leaves(held) if x.ndim > 1 and x.size > 2**18]
+    named = {tuple(sorted(x.sharding.shard_shape(x.shape))) for x in large}
+    inside = {
+        x.called("calls")
+        for lines in module.computations.values()
+        for x in lines
+        if x.op == "fusion"
+    }
+    found = []
+    for name, lines in module.computations.items():
+        for x in lines if name not in inside else ():
+            root = module.roots.get(x.called("calls") or "") if x.op == "fusion" else x
+            if root is None or root.op not in ("copy", "copy-start", "transpose"):
+                continue
+            shape = hlo.result(x)
+            dims = re.search(r"\[([\d,]+)\]", shape)
+            main = any(part.main for part in hlo.arrays(shape))
+            if dims and main and tuple(sorted(map(int, dims[1].split(",")))) in named:
+                found.append(f"{x.name} {shape}")
+    return found
+
+
+def decode(layers: int | None) -> Iterator[Row]:
+    """The loop of decode steps of three models."""
+    cases = (
+        ("8B", "v5e:1x1", {}, 8, 4096, "int8"),
+        ("8B", "v5p:2x2x1", {"tensor": 4}, 32, 2048, None),
+        ("30B-A3B", "v5p:2x2x1", {"expert": 2, "tensor": 2}, 32, 2048, None),
+    )
+    for size, machine, sizes, rows, slots, weights in cases:
+        cfg = cut(Config.named(size), layers)
+        asked = program.Serving(rows, slots, None, weights=weights)
+        made = program.decoding(cfg, mesh_for(machine, sizes), asked)
+        done = compiling.compiled(made)
+        name = f"{size} {weights or 'bf16'}, {rows} x {slots:,}, {machine}"
+        module = hlo.parse(done.executable.as_text())
+        cache = made.args[1].cache
+        found = copies(module, (made.args[0], cache.k, cache.v))
+        yield Row(name, "copies of a weight or a cache", len(found), most=0)
+        held = done.executable.memory_analysis().argument_size_in_bytes
+        yield Row(name, "peak over the arguments", (done.peak - held) / GIB, "GiB")
+        if layers is None and weights:
+            leaves = jax.tree.leaves(made.args[0]["vision"])
+            tower = sum(x.size * x.dtype.itemsize for x in leaves)
+            yield Row(name, "peak without the vision tower", (done.peak - tower) / GIB, "GiB", 12.9)
+        # On two axes the partial sums of D are added too.
+        sums = traffic(module, made.mesh.size).collectives
+        if len(sizes) == 1:
+            big = [c for c in sums if c.kind == "all-reduce" and c.moved > 2**14]
+            # One more for the embedding.
+            each = (len(big) - 1) / cfg.text.num_hidden_layers
+            yield Row(name, "all-reduces a layer", each, most=2)
+
+
+def rows(layers: int | None) -> Iterator[Row]:
+    """The products of one row on the matrix unit: 4 a layer, and the lm_head; attention is a kernel."""
+    for machine in ("v5e:1x1", "v6e:1x1"):
+        cfg = cut(Config.named("8B"), layers)
+        made = program.decoding(
+            cfg, mesh_for(machine, {}), program.Serving(1, 4096, None, weights="int8")
+        )
+        module = hlo.parse(compiling.compiled(made).executable.as_text())
+        found = sum(x.op == "convolution" for lines in module.computations.values() for x in lines)
+        least = 4 * cfg.text.num_hidden_layers + 1
+        yield Row(
+            f"8B int8, 1 x 4,096, {machine}", "products on the matrix unit", found, least=least
+        )
+
+
+def experts(_: int | None) -> Iterator[Row]:
+    """The gradient of 16 experts' weights, 98,304 rows: FLOPs against its own arithmetic."""
+    count, width, out, held = 98_304, 2048, 1536, 16
+    for machine in ("v5e:2x2", "v5p:2x2x1", "v6e:2x2"):
+        mesh = mesh_for(machine, {})
+
+        def slope(x, w, sizes, d_y):
+            return jax.vjp(lambda w: ragged_dot_tpu(x, w, sizes), w)[1](d_y)[0]
+
+        where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        shapes = ((count, width), (held, width, out), (held,), (count, out))
+        dtypes = (jnp.bfloat16, jnp.bfloat16, jnp.int32, jnp.bfloat16)
+        args = [
+            jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+            for shape, dtype in zip(shapes, dtypes, strict=True)
+        ]
+        with jax.set_mesh(mesh):
+            costs: Any = jax.jit(slope).lower(*args).compile().cost_analysis()
+        ratio = costs["flops"] / (2 * count * width * out)
+        yield Row(f"experts' dW, {machine}", "FLOPs over its arithmetic", ratio, "x", 1.5)
+
+
+def train(layers: int | None) -> Iterator[Row]:
+    """The 8B over 16 chips: how much of what it exchanges moves while the chip computes."""
+    for machine, least in (("v6e:4x4", 0.9), ("v5p:2x2x4", None)):
+        changes = ["mesh.fsdp=16", "step.remat=full"]
+        recipe, chip = read_recipe(CONFIGS / "sft_8b_full.toml", changes), read_machine(machine)
+        cfg = cut(program.config_of("8B"), layers)
+        mesh = make_mesh(vars(mesh_of(recipe, cfg, chip)), devices_of(chip))
+        done = compiling.compiled(program.training_step(recipe, cfg, mesh))
+        found = traffic(hlo.parse(done.executable.as_text()), mesh.size).collectives
+        large = [c for c in found if c.moved > 2**20]
+        moved = sum(c.moved * c.times for c in large)
+        share = sum(c.moved * c.times for c in large if c.beside) / moved
+        yield Row(
+            f"8B train, {machine}, fsdp 16", "exchange while it computes", share, "", None, least
+        )
+
+
+CASES = {"decode": decode, "rows": rows, "experts": experts, "train": train}
+
+
+def table(found: list[Row]) -> Table:
+    out = Table("program", "figure", "compiled", "must be", "")
+    for row in found:
+        bound = f"at most {row.most:g}" if row.most is not None else ""
+        bound = f"at least {row.least:g}" if row.least is not None else bound
+        verdict = "[red]missed" if row.fault else "[green]yes" if bound else ""
+        out.add_row(row.program, row.what, f"{row.value:,.3g} {row.unit}", bound, verdict)
+    return out
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", metavar="CASES", default=",".join(CASES))
+    parser.add_argument("--whole", action="store_true", help="all layers")
+    options = parser.parse_args()
+    found = []
+    for name in options.only.split(","):
+        for row in CASES[name](None if options.whole else 2):
+            found.append(row)
+            print(f"{row.program}: {row.what} {row.value:,.3g} {row.unit}", flush=True)
+    Console(width=120).print(table(found))
+    return int(any(row.fault for row in found))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
