@@ -173,7 +173,7 @@ def attentions(
 
 def attention_probs(q: jax.Array, k: jax.Array, lo: jax.Array, hi: jax.Array) -> jax.Array:
     """Attention probabilities [B N T S] of keys [B S K H], in the dtype of q; `attend` never holds them."""
-    scores = attention_scores(group_heads(q, k.shape[2]), k)
+    scores = attention_scores(group_heads(q, k.shape[2]), k.swapaxes(1, 2))
     scores = jnp.where(visible_keys(lo, hi, jnp.arange(k.shape[1])), scores, NEG)
     probs = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
     return probs.reshape(q.shape[0], q.shape[2], q.shape[1], k.shape[1])

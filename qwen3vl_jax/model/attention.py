@@ -15,12 +15,14 @@ from qwen3vl_jax.model import attention_gpu
 from qwen3vl_jax.model.attention_gpu import cudnn_refusal
 from qwen3vl_jax.model.sharding import max_parts, mesh_axes_for, on_shards, platform, spec
 
-BLOCK = 512
+BLOCK = 256
 # Keys per block of a decode step on a CPU: they stay in its cache.
 DECODE_BLOCK = 64
 # Slots of all sequences' caches from which cuDNN is the faster decode step.
 CUDNN_STEP = 16384
 NEG = -1e30
+_slice = jax.lax.dynamic_slice_in_dim
+_einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 # What is known of a sequence when the program is traced. "frames": segments with full attention.
 # "causal": with causal attention. "prompt": one, from the first token on. "any": lo and hi alone.
 Layout = Literal["frames", "causal", "prompt", "any"]
@@ -134,11 +136,13 @@ def group_heads(q: jax.Array, kv_heads: int) -> jax.Array:
 
 
 def attention_scores(q: jax.Array, k: jax.Array) -> jax.Array:
-    """Scores [B K G T S] float32 of grouped queries and keys [B S K H]; a cache on a CPU is fp32."""
-    dtype, shape = jnp.promote_types(q.dtype, k.dtype), (*q.shape[:4], k.shape[1])
-    # G and T are one axis, and keys [B K S H]: XLA would copy them for any other product.
-    q, k = q.astype(dtype).reshape(*shape[:2], -1, q.shape[-1]), k.astype(dtype).swapaxes(1, 2)
-    return jnp.einsum("bkqh,bksh->bkqs", q, k, preferred_element_type=jnp.float32).reshape(shape)
+    """Scores [B K G T S] float32 of grouped queries and keys [B K S H]; a cache on a CPU is fp32."""
+    dtype = jnp.promote_types(q.dtype, k.dtype)
+    q, k = q.astype(dtype), k.astype(dtype)
+    # XLA copies the keys for a product with queries of two axes, G and T.
+    if q.shape[3] == 1:
+        return _einsum("bkgh,bksh->bkgs", q[:, :, :, 0], k)[:, :, :, None]
+    return _einsum("bkgth,bksh->bkgts", q, k)
 
 
 def visible_keys(lo: jax.Array, hi: jax.Array, keys: jax.Array) -> jax.Array:
@@ -148,21 +152,23 @@ def visible_keys(lo: jax.Array, hi: jax.Array, keys: jax.Array) -> jax.Array:
 
 def _attend_blocks(q, k, v, lo, hi, drop: Dropout | None = None):
     """Online softmax over key blocks in plain XLA, O(T BLOCK) memory: arXiv 2112.05682, 2205.14135."""
-    (b, t, n, h), slots, dtype = q.shape, k.shape[1], q.dtype
-    lo, heads = jnp.zeros_like(hi) if lo is None else lo, 1
-    if t == 1 and platform() != "cpu":
-        # Keys of one head, each query masked to its own: a GPU would copy the cache for a product a head.
-        heads, lo, hi = k.shape[2], lo * k.shape[2], hi * k.shape[2]
-        k, v = (x.reshape(b, slots * heads, 1, h) for x in (k, v))
-    q = group_heads(q, k.shape[2])
+    (b, t, n, h), (slots, heads), dtype = q.shape, k.shape[1:3], q.dtype
+    lo = jnp.zeros_like(hi) if lo is None else lo
+    k, v = (x.swapaxes(1, 2) if t > 1 else x for x in (k, v))
+    grouped = group_heads(q, heads)
     if t == 1 and platform() == "cpu" and slots % DECODE_BLOCK == 0:
-        out = _over_filled_blocks(k, v, q, lo, hi)
-    elif slots <= BLOCK or t == 1:
+        out = _over_filled_blocks(k, v, grouped, lo, hi)
+    elif t == 1:
+        # Keys of one head, each query masked to its own: a GPU would copy the cache for a product a head.
+        k, v = (x.reshape(b, 1, slots * heads, h) for x in (k, v))
+        q, lo, hi = group_heads(q, 1), lo * heads, hi * heads
         out = _finish(_fold(_start(q), q, k, v, lo, hi, 0, drop, heads))
+    elif slots <= 2 * BLOCK:
+        out = _finish(_fold(_start(grouped), grouped, k, v, lo, hi, 0, drop))
     else:
-        pad = -slots % BLOCK
-        k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) if pad else x for x in (k, v))
-        out = _each_query_block(functools.partial(_over_key_blocks, k, v), q, lo, hi, drop)
+        pad = ((0, 0), (0, 0), (0, -slots % BLOCK), (0, 0))
+        k, v = (jnp.pad(x, pad) if slots % BLOCK else x for x in (k, v))
+        out = _each_query_block(functools.partial(_over_key_blocks, k, v), grouped, lo, hi, drop)
     return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h).astype(dtype)
 
 
@@ -186,28 +192,29 @@ def _each_query_block(fn, q, lo, hi, drop):
     return out.reshape(*out.shape[:3], count * BLOCK, out.shape[-1])[:, :, :, :t]
 
 
-def _fold_block(k, v, q, lo, hi, block, drop, j, carry):
-    """`_fold` of block j of the keys."""
-    k, v = (jax.lax.dynamic_slice_in_dim(x, j * block, block, axis=1) for x in (k, v))
-    return _fold(carry, q, k, v, lo, hi, j * block, drop and drop.fold_in(j))
-
-
 def _over_filled_blocks(k, v, q, lo, hi):
     """A decode step (no gradient): the loop ends at the last filled slot of any sequence."""
-    fold = functools.partial(_fold_block, k, v, q, lo, hi, DECODE_BLOCK, None)
+
+    def fold(j, carry):
+        keys, values = (_slice(x, j * DECODE_BLOCK, DECODE_BLOCK, 1).swapaxes(1, 2) for x in (k, v))
+        return _fold(carry, q, keys, values, lo, hi, j * DECODE_BLOCK)
+
     first, last = jnp.min(lo) // DECODE_BLOCK, -(-jnp.max(hi) // DECODE_BLOCK)
     return _finish(jax.lax.fori_loop(first, last, fold, _start(q)))
 
 
 def _over_key_blocks(k, v, q, lo, hi, drop):
     """All key blocks; one outside every range is skipped."""
-    fold = functools.partial(_fold_block, k, v, q, lo, hi, BLOCK, drop)
+
+    def fold(j, carry):
+        keys, values = (_slice(x, j * BLOCK, BLOCK, 2) for x in (k, v))
+        return _fold(carry, q, keys, values, lo, hi, j * BLOCK, drop and drop.fold_in(j))
 
     def body(carry, j):
         seen = jnp.any((lo < (j + 1) * BLOCK) & (hi > j * BLOCK) & (lo < hi))
         return jax.lax.cond(seen, functools.partial(fold, j), lambda c: c, carry), None
 
-    blocks = jnp.arange(k.shape[1] // BLOCK)
+    blocks = jnp.arange(k.shape[2] // BLOCK)
     return _finish(jax.lax.scan(jax.checkpoint(body), _start(q), blocks)[0])
 
 
@@ -218,10 +225,12 @@ def _start(q):
 
 
 def _fold(carry, q, k, v, lo, hi, first_key, drop=None, heads=1):
-    """Adds one block of keys [B s K H] to the running softmax; those of `heads` heads take turns."""
-    (top, total, out), index = carry, jnp.arange(k.shape[1])
-    own = index % heads == (jnp.arange(q.shape[2]) * heads // q.shape[2])[:, None, None]
-    visible = own & visible_keys(lo, hi, first_key + index)
+    """Adds one block of keys [B K s H] to the running softmax; those of `heads` heads take turns."""
+    (top, total, out), index = carry, jnp.arange(k.shape[2])
+    visible = visible_keys(lo, hi, first_key + index)
+    if heads > 1:
+        own = jnp.arange(q.shape[2])[:, None, None] // (q.shape[2] // heads)
+        visible &= index % heads == own
     scores = jnp.where(visible, attention_scores(q, k), NEG)
     new_top = jnp.maximum(top, jnp.max(scores, -1))
     probs = jnp.where(visible, jnp.exp(scores - new_top[..., None]), 0.0)
@@ -231,11 +240,9 @@ def _fold(carry, q, k, v, lo, hi, first_key, drop=None, heads=1):
     if drop is not None:
         kept = jax.random.bernoulli(drop.key, 1 - drop.rate, probs.shape)
         weights = jnp.where(kept, probs / (1 - drop.rate), 0.0)
-    weights = weights.astype(v.dtype).reshape(*q.shape[:2], -1, k.shape[1])
-    added = jnp.einsum("bkqs,bskh->bkqh", weights, v, preferred_element_type=jnp.float32)
-    return new_top, new_total, out * keep[..., None] + added.reshape(q.shape)
+    added = _einsum("bkgts,bksh->bkgth", weights.astype(v.dtype), v)
+    return new_top, new_total, out * keep[..., None] + added
 
 
 def _finish(carry):
-    _, total, out = carry
-    return out / jnp.where(total > 0, total, 1.0)[..., None]
+    return carry[2] / jnp.where(carry[1] > 0, carry[1], 1.0)[..., None]

@@ -70,7 +70,8 @@ def attend_segments(q, k, v, lo, hi, causal: bool, blocks: Callable) -> jax.Arra
         b, t, n, h = q.shape
         q = q.reshape(b, t, k.shape[2], -1, h).transpose(2, 0, 1, 3, 4)
         k, v = (x.transpose(2, 0, 1, 3)[..., None, :] for x in (k, v))
-        out = jax.lax.map(lambda x: attend_packed(*x, lo, hi, causal, MANY), (q, k, v))
+        head = functools.partial(attend_packed, lo=lo, hi=hi, causal=causal, most=MANY)
+        out = jax.lax.map(lambda x: head(*x), (q, k, v))
         return out.transpose(1, 2, 0, 3, 4).reshape(b, t, n, h)
 
     choice = jnp.int32(most > FEW) + jnp.int32(most > MANY)

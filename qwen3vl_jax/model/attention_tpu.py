@@ -36,14 +36,7 @@ def kernel_refusal(queries: int, keys: int, lo: jax.Array | None, key_segments) 
     return ""
 
 
-def splash_attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    lo: jax.Array | None,
-    hi: jax.Array,
-    key_segments: jax.Array | None = None,
-) -> jax.Array:
+def splash_attend(q, k, v, lo, hi, key_segments=None) -> jax.Array:
     """`attention.attend` where a segment starts at the lo of its tokens: [B T N H].
 
     key_segments [B S] int32: the segment ids of the keys, lo + 1 of each token and 0 of padding; None:
