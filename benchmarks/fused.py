@@ -61,12 +61,12 @@ def layer(p, s: Shape, x, k_cache, v_cache, slot):
     else:
         q = linear(y, p["q"]).reshape(-1, s.kv, s.group, s.h)
         k, v = linear(y, p["k"]), linear(y, p["v"])
-    k_cache = jax.lax.dynamic_update_slice(k_cache, k[:, :, None], (0, 0, slot, 0))
-    v_cache = jax.lax.dynamic_update_slice(v_cache, v[:, :, None], (0, 0, slot, 0))
-    scores = jnp.einsum("bkgh,bksh->bkgs", q, k_cache, preferred_element_type=jnp.float32)
+    k_cache = jax.lax.dynamic_update_slice(k_cache, k[:, None], (0, slot, 0, 0))
+    v_cache = jax.lax.dynamic_update_slice(v_cache, v[:, None], (0, slot, 0, 0))
+    scores = jnp.einsum("bkgh,bskh->bkgs", q, k_cache, preferred_element_type=jnp.float32)
     scores = jnp.where(jnp.arange(s.slots) <= slot, scores * s.h**-0.5, -1e30)
     probs = jax.nn.softmax(scores, -1).astype(x.dtype)
-    mixed = jnp.einsum("bkgs,bksh->bkgh", probs, v_cache).reshape(len(x), -1, s.h)
+    mixed = jnp.einsum("bkgs,bskh->bkgh", probs, v_cache).reshape(len(x), -1, s.h)
     x = x + linear(mixed, p["o"], in_dims=2)
     y = rms_norm(x, p["ln"], 1e-6)
     if "gate_up" in p:
@@ -97,7 +97,7 @@ def measure(s: Shape, batch: int, fused: bool, repeats: int = 5) -> float:
     make = jax.jit(functools.partial(weights, s=s, fused=fused))
     embed = jax.random.normal(keys[-1], (s.vocab, s.d), jnp.bfloat16)
     params = {"layers": [make(k) for k in keys[:-1]], "embed": embed}
-    shape = (batch, s.kv, s.slots, s.h)
+    shape = (batch, s.slots, s.kv, s.h)
     caches = [[jnp.zeros(shape, jnp.bfloat16) for _ in range(2)] for _ in range(s.layers)]
     run, times = jax.jit(functools.partial(decode, s), donate_argnums=2), []
     for _ in range(repeats + 1):

@@ -11,6 +11,7 @@ It ends with 1 where a bound is missed.
 
 import argparse
 import dataclasses
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,12 +32,14 @@ from qwen3vl_jax.planning.topology import devices_of
 from qwen3vl_jax.planning.traffic import traffic
 from qwen3vl_jax.training.recipe import read_recipe
 
+# Operations that give the numbers of one array in another order, type or shape.
+COPIES = ("copy", "copy-start", "transpose", "reshape", "convert")
 CONFIGS = Path(__file__).parent.parent / "configs"
 GIB = 2**30
 
 
 class Row(NamedTuple):
-    """One figure of a compiled program, and the bound that it must keep; None: it is told only."""
+    """One figure of a compiled program, and the bound that it must keep; None: it is reported only."""
 
     program: str
     what: str
@@ -66,11 +69,13 @@ def mesh_for(machine: str, sizes: dict[str, int]) -> Any:
 def copies(module: hlo.Module, held: Any) -> list[str]:
     """Arrays in main memory that a program writes as copies of what it holds: weights, the cache.
 
-    A copy has the dims of an array, as a device holds it, in any order. Those inside of fusions are
-    never written.
+    A copy has as many numbers as an array has on a device, whatever its dims. Those inside of fusions
+    are never written.
     """
-    large = [x for x in jax.tree.leaves(held) if x.ndim > 1 and x.size > 2**18]
-    named = {tuple(sorted(x.sharding.shard_shape(x.shape))) for x in large}
+    sizes = [
+        math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(held) if x.ndim > 1
+    ]
+    large = {size for size in sizes if size > 2**18}
     inside = {
         x.called("calls")
         for lines in module.computations.values()
@@ -80,15 +85,25 @@ def copies(module: hlo.Module, held: Any) -> list[str]:
     found = []
     for name, lines in module.computations.items():
         for x in lines if name not in inside else ():
-            root = module.roots.get(x.called("calls") or "") if x.op == "fusion" else x
-            if root is None or root.op not in ("copy", "copy-start", "transpose"):
-                continue
             shape = hlo.result(x)
             dims = re.search(r"\[([\d,]+)\]", shape)
+            size = math.prod(map(int, dims[1].split(","))) if dims else 0
             main = any(part.main for part in hlo.arrays(shape))
-            if dims and main and tuple(sorted(map(int, dims[1].split(",")))) in named:
+            if main and size in large and _written_by(module, x) in COPIES:
                 found.append(f"{x.name} {shape}")
     return found
+
+
+def _written_by(module: hlo.Module, x: hlo.Instruction) -> str:
+    """The operation that writes a result: of a fusion that of its root, bitcasts looked through."""
+    if x.op != "fusion":
+        return x.op
+    called = x.called("calls") or ""
+    lines = {line.name: line for line in module.computations[called]}
+    root = module.roots[called]
+    while root.op == "bitcast":
+        root = lines[root.operands[0]]
+    return root.op
 
 
 def decode(layers: int | None) -> Iterator[Row]:
@@ -120,7 +135,7 @@ def decode(layers: int | None) -> Iterator[Row]:
             big = [c for c in sums if c.kind == "all-reduce" and c.moved > 2**14]
             # One more for the embedding.
             each = (len(big) - 1) / cfg.text.num_hidden_layers
-            yield Row(name, "all-reduces a layer", each, most=2)
+            yield Row(name, "all-reduces a layer", each, most=2, least=1)
 
 
 def rows(layers: int | None) -> Iterator[Row]:
@@ -199,6 +214,8 @@ def main() -> int:
     options = parser.parse_args()
     found = []
     for name in options.only.split(","):
+        if name not in CASES:
+            parser.error(f"--only: got {name!r}, expected some of {', '.join(CASES)}")
         for row in CASES[name](None if options.whole else 2):
             found.append(row)
             print(f"{row.program}: {row.what} {row.value:,.3g} {row.unit}", flush=True)

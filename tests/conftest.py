@@ -110,11 +110,11 @@ def _ctrl_c_interrupts():
 
 
 def pytest_report_header() -> list[str]:
-    """Two lines: with what the model is compared, whether a TPU program is compiled."""
+    """Two lines: with what the model is compared, whether TPU programs are compiled."""
     parity = "torch and transformers are installed, every file is collected"
     if not HAS_TORCH:
         parity = f"torch is not installed, left out: {', '.join(collect_ignore)}"
-    tpu = "libtpu is installed, one TPU program is compiled"
+    tpu = "libtpu is installed, TPU programs are compiled"
     if importlib.util.find_spec("libtpu") is None:
-        tpu = "libtpu is not installed (the extra tpu), left out: the TPU program of test_plan.py"
+        tpu = "libtpu is not installed (the extra tpu), left out: tests that compile TPU programs"
     return [f"parity: {parity}", f"planner: {tpu}"]

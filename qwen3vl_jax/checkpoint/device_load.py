@@ -89,16 +89,19 @@ def load_params(source: Source, mesh: Mesh | None, dtype: Any) -> Params:
         array = _placed(leaves[path], where[path], parts)
         if dtype is not None and path not in codes:
             array = array.astype(dtype)
-        array = jax.device_put(array, placement(path, array.sharding))
+        where_to = placement(path, array.sharding)
+        # An array that is put somewhere stays there: with one device, or a mesh, that is no loss.
+        if isinstance(where_to, Format) and (mesh is not None or jax.device_count() == 1):
+            array = jax.device_put(array, where_to)
         # Otherwise the host copies of many tensors are alive at once.
         arrays[path] = array.block_until_ready()
     return as_structs(tree_of(source.cfg, arrays))
 
 
 def placement(path: TreePath, sharding: Any) -> Any:
-    """Where an array of the decoder's per-layer lists lies. A TPU has attn.o [D N H] with N outermost.
+    """Where an array of the parameters lies: on a TPU attn.o [D N H] of the decoder with N outermost.
 
-    Its loop of decode steps would otherwise copy it at each start.
+    Each loop of decode steps would otherwise begin with a copy of it.
     """
     (device, *_), name = sharding.device_set, [part for part in path if part != VALUES]
     heads_first = device.platform == "tpu" and path[0] == "layers" and name[-2:] == ["attn", "o"]

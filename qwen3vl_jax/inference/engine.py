@@ -106,9 +106,9 @@ class _Row(RowAnswer):
         self.logprobs: list[float] = []
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "slots"))
+@functools.partial(jax.jit, static_argnames=("cfg", "slots"), keep_unused=True)
 def _empty(params, cfg, slots, options) -> DecodeState:
-    """A state whose rows have all ended."""
+    """A state whose rows have all ended, on the devices of params."""
     rows, vocab = len(options.seeds), cfg.text.vocab_size
     cache = init_cache(cfg, rows, slots, compute_dtype(params))
     none = jnp.full((rows, 1), vocab)

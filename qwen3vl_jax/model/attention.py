@@ -24,7 +24,7 @@ NEG = -1e30
 _slice = jax.lax.dynamic_slice_in_dim
 _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 # What is known of a sequence when the program is traced. "frames": segments with full attention.
-# "causal": with causal attention. "prompt": one, from the first token on. "any": lo and hi alone.
+# "causal": with causal attention. "prompt": one causal segment at the start. "any": lo and hi alone.
 Layout = Literal["frames", "causal", "prompt", "any"]
 
 
@@ -154,19 +154,19 @@ def _attend_blocks(q, k, v, lo, hi, drop: Dropout | None = None):
     """Online softmax over key blocks in plain XLA, O(T BLOCK) memory: arXiv 2112.05682, 2205.14135."""
     (b, t, n, h), (slots, heads), dtype = q.shape, k.shape[1:3], q.dtype
     lo = jnp.zeros_like(hi) if lo is None else lo
-    k, v = (x.swapaxes(1, 2) if t > 1 else x for x in (k, v))
     grouped = group_heads(q, heads)
     if t == 1 and platform() == "cpu" and slots % DECODE_BLOCK == 0:
         out = _over_filled_blocks(k, v, grouped, lo, hi)
-    elif t == 1:
+    elif t == 1 and b * slots < CUDNN_STEP:
         # Keys of one head, each query masked to its own: a GPU would copy the cache for a product a head.
         k, v = (x.reshape(b, 1, slots * heads, h) for x in (k, v))
         q, lo, hi = group_heads(q, 1), lo * heads, hi * heads
         out = _finish(_fold(_start(q), q, k, v, lo, hi, 0, drop, heads))
     elif slots <= 2 * BLOCK:
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         out = _finish(_fold(_start(grouped), grouped, k, v, lo, hi, 0, drop))
     else:
-        pad = ((0, 0), (0, 0), (0, -slots % BLOCK), (0, 0))
+        pad = ((0, 0), (0, -slots % BLOCK), (0, 0), (0, 0))
         k, v = (jnp.pad(x, pad) if slots % BLOCK else x for x in (k, v))
         out = _each_query_block(functools.partial(_over_key_blocks, k, v), grouped, lo, hi, drop)
     return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h).astype(dtype)
@@ -193,7 +193,7 @@ def _each_query_block(fn, q, lo, hi, drop):
 
 
 def _over_filled_blocks(k, v, q, lo, hi):
-    """A decode step (no gradient): the loop ends at the last filled slot of any sequence."""
+    """A decode step over keys [B S K H]: the loop ends at the last filled slot. No gradient."""
 
     def fold(j, carry):
         keys, values = (_slice(x, j * DECODE_BLOCK, DECODE_BLOCK, 1).swapaxes(1, 2) for x in (k, v))
@@ -204,17 +204,17 @@ def _over_filled_blocks(k, v, q, lo, hi):
 
 
 def _over_key_blocks(k, v, q, lo, hi, drop):
-    """All key blocks; one outside every range is skipped."""
+    """All blocks of keys [B S K H]; one outside every range is skipped."""
 
     def fold(j, carry):
-        keys, values = (_slice(x, j * BLOCK, BLOCK, 2) for x in (k, v))
+        keys, values = (_slice(x, j * BLOCK, BLOCK, 1).swapaxes(1, 2) for x in (k, v))
         return _fold(carry, q, keys, values, lo, hi, j * BLOCK, drop and drop.fold_in(j))
 
     def body(carry, j):
         seen = jnp.any((lo < (j + 1) * BLOCK) & (hi > j * BLOCK) & (lo < hi))
         return jax.lax.cond(seen, functools.partial(fold, j), lambda c: c, carry), None
 
-    blocks = jnp.arange(k.shape[2] // BLOCK)
+    blocks = jnp.arange(k.shape[1] // BLOCK)
     return _finish(jax.lax.scan(jax.checkpoint(body), _start(q), blocks)[0])
 
 
@@ -225,7 +225,7 @@ def _start(q):
 
 
 def _fold(carry, q, k, v, lo, hi, first_key, drop=None, heads=1):
-    """Adds one block of keys [B K s H] to the running softmax; those of `heads` heads take turns."""
+    """Adds one block of keys [B K s H] to the running softmax; key i is of head i % heads."""
     (top, total, out), index = carry, jnp.arange(k.shape[2])
     visible = visible_keys(lo, hi, first_key + index)
     if heads > 1:

@@ -62,9 +62,7 @@ def cudnn_refusal(dtype: str, head_dim: int) -> str:
 def attend_segments(q, k, v, lo, hi, causal: bool, blocks: Callable) -> jax.Array:
     """`attend_packed` where nobody has counted the segments; `blocks(q, k, v, lo, hi)` for very many."""
     most = jnp.max(jnp.sum((hi > lo) & (lo == jnp.arange(lo.shape[1])), axis=1))
-
-    def few(q, k, v, lo, hi):
-        return attend_packed(q, k, v, lo, hi, causal, FEW)
+    few = functools.partial(attend_packed, causal=causal, most=FEW)
 
     def many(q, k, v, lo, hi):
         b, t, n, h = q.shape
@@ -92,12 +90,16 @@ def attend_packed(q, k, v, lo, hi, causal: bool, most: int) -> jax.Array:
     starts = starts.astype(jnp.int32)
     sizes = jnp.where(starts >= 0, jnp.take_along_axis(lengths, starts, axis=1), -1)
     starts = jnp.pad(starts, ((0, 0), (0, 1)), constant_values=-1)
-    # cuDNN leaves what the memory held in the gradients of tokens that are in no segment.
-    q, k, v = (jnp.where(real, x, jax.lax.stop_gradient(x)) for x in (q, k, v))
+    q, k, v = (_masked_slope(x, real) for x in (q, k, v))
     out = _attend(q, k, v, sizes, sizes, starts, starts, causal=causal)
     beyond = jnp.sum(lengths > 0, axis=1) > most
     out = jnp.where(beyond[:, None, None, None], jnp.nan, out)
     return jnp.where(real, out, 0)
+
+
+# x, whose gradient is 0 where `mine` is not: cuDNN leaves there what the memory held.
+_masked_slope = jax.custom_vjp(lambda x, mine: x)
+_masked_slope.defvjp(lambda x, mine: (x, mine), lambda mine, g: (jnp.where(mine, g, 0), None))
 
 
 def _attend(q, k, v, *segments, causal: bool = False, **options) -> Any:

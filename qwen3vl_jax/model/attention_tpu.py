@@ -1,9 +1,8 @@
-"""attend() on a TPU: JAX's splash attention kernels with block tables computed on the device.
+"""attend() on a TPU: JAX's splash attention with block tables of our own, and a kernel of a decode step.
 
-Splash expects masks that are known when a program is traced. Here its block tables are arrays made
-from lo and hi, so blocks that no query sees are skipped: in packed sequences, frames of the ViT, a
-shard of a sequence at any offset and a filled cache. The sequences of a batch are concatenated into
-one; a block of queries visits the key blocks of its own sequence. Dims as in layers.py.
+Splash expects masks that are known when a program is traced. Here its block tables are made from lo and
+hi on the device: blocks that no query sees are skipped. The sequences of a batch are concatenated; a
+block of queries visits the key blocks of its own sequence. Dims as in layers.py.
 """
 
 import functools
@@ -129,9 +128,9 @@ def _mask_info(loads: jax.Array, runs: jax.Array, reach: jax.Array) -> MaskInfo:
 def attend_step(q: jax.Array, k: jax.Array, v: jax.Array, hi: jax.Array) -> jax.Array:
     """Attention of one token a row, q [B 1 N H], to the first hi [B 1] keys of k, v [B S K H]: [B 1 N H].
 
-    Blocks behind a row's last filled slot are not loaded. Every query is multiplied by the keys of all
-    heads, and the products with other heads are masked: the chip has time for that while it loads, and
-    the cache is taken as it lies. No gradient.
+    A few rows load their blocks together, up to the last filled slot of the longest. Every query is
+    multiplied by the keys of all heads, and the products with other heads are masked: the chip has time
+    for that while it loads, and the cache is taken as it lies. No gradient.
     """
     (b, _, n, h), (slots, heads) = q.shape, k.shape[1:3]
     q = (q * jnp.asarray(h**-0.5, q.dtype)).reshape(b, n, h)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model import transformer
-from qwen3vl_jax.model.attention import BLOCK, attend, causal_ranges, head_copies
+from qwen3vl_jax.model.attention import attend, causal_ranges, head_copies
 from qwen3vl_jax.model.rope import mrope
 from qwen3vl_jax.model.sharding import jit_wide, mesh_axes_for, on_shards, platform, shard, spec
 from qwen3vl_jax.model.structs import Batch, Features, KVCache, Params, check_call
@@ -21,6 +21,7 @@ from qwen3vl_jax.model.vision import vision_encode
 
 # Logical axes of a layer's keys or values [B S K H]; a TPU copies other orders around a decode loop.
 KV_AXES = ("batch", None, "kv_heads", None)
+WHOLE = 512
 
 
 def init_cache(cfg: Config, batch: int, slots: int, dtype) -> KVCache:
@@ -44,8 +45,8 @@ def pinned(cache: KVCache) -> KVCache:
 
 
 def _round_to_blocks(slots: int) -> int:
-    """Slots rounded up to blocks of attention, which would otherwise copy the cache to pad it."""
-    return slots if slots <= BLOCK else -(-slots // BLOCK) * BLOCK
+    """Slots of a long cache in the largest blocks of any kernel, so that none copies it to pad it."""
+    return slots if slots <= WHOLE else -(-slots // WHOLE) * WHOLE
 
 
 def grow_cache(cache: KVCache, slots: int) -> KVCache:

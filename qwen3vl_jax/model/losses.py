@@ -1,4 +1,4 @@
-"""Labels: of which token, and their log-probabilities. training/losses.py has the losses."""
+"""Labels of the next token, and the log-probabilities of labels. training/losses.py has the losses."""
 
 import jax
 import jax.numpy as jnp

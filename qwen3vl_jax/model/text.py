@@ -17,11 +17,9 @@ from qwen3vl_jax.model.moe import Experts, RouterOutput
 from qwen3vl_jax.model.rope import mrope, rotate
 from qwen3vl_jax.model.sharding import shard
 
-# Attention of layer i: (i, q [B T N H], k [B T K H], v [B T K H]) -> (out [B T N H], kept). `kept` is
-# what the caller wants to keep of the layer: its cache, its probabilities, or None.
+# Attention of layer i: (i, q [B T N H], k [B T K H], v [B T K H]) -> (out [B T N H], kept); in a layer
+# without i. `kept` is what the caller wants of the layer: its cache, its probabilities, or None.
 AttendFn = Callable[[Any, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
-# The same without i, inside a layer.
-LayerAttendFn = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 # What decode_layers returns of each layer: (residual after it, kept, RouterOutput or None) -> output.
 CollectFn = Callable[[jax.Array, Any, RouterOutput | None], Any]
 Rotary = tuple[jax.Array, jax.Array]
@@ -52,7 +50,7 @@ class Attention(nn.Module):
     cfg: TextConfig
 
     @nn.compact
-    def __call__(self, x, rotary: Rotary, attend: LayerAttendFn) -> tuple[jax.Array, Any]:
+    def __call__(self, x, rotary: Rotary, attend: Callable) -> tuple[jax.Array, Any]:
         c = self.cfg
         d, h = (c.hidden_size, "embed"), (c.head_dim, None)
         n, k = (c.num_attention_heads, "heads"), (c.num_key_value_heads, "kv_heads")
@@ -93,7 +91,7 @@ class Block(nn.Module):
     cfg: TextConfig
 
     @nn.compact
-    def __call__(self, x, rotary: Rotary, attend: LayerAttendFn) -> BlockOutput:
+    def __call__(self, x, rotary: Rotary, attend: Callable) -> BlockOutput:
         def norm(name: str, y: jax.Array) -> jax.Array:
             scale = weight(self, name, (self.cfg.hidden_size, None), init=ones)
             return rms_norm(y, scale, self.cfg.rms_norm_eps)

@@ -232,7 +232,6 @@ COUNT = """
 import sys; sys.path[:0] = {path}
 import jax, numpy as np, ours, tiny, qwen3vl_jax as q3
 from qwen3vl_jax.inference import decode_loop
-from qwen3vl_jax.model.attention import DECODE_BLOCK
 from qwen3vl_jax.model import cache, vision
 from qwen3vl_jax.processing.batch import bucket
 

@@ -79,9 +79,9 @@ attended, compared = (
 )  # one program a size, for all kinds
 
 
-# Less than a block and a part of one more, of every kind; whole blocks of the two that pass over some.
-SIZES = [(size, kind) for size in (37, BLOCK + 190) for kind in KINDS]
-SIZES += [(2 * BLOCK, "causal"), (2 * BLOCK, "frames")]
+# Less than a block, blocks and a part of one more, of every kind; whole blocks of those that skip some.
+SIZES = [(size, kind) for size in (37, 2 * BLOCK + 190) for kind in KINDS]
+SIZES += [(4 * BLOCK, "causal"), (4 * BLOCK, "frames")]
 
 
 @pytest.mark.parametrize(("size", "kind"), SIZES)

@@ -1,6 +1,6 @@
-"""What the compiler makes of our TPU programs: these tests need libtpu, and no TPU.
+"""What the compiler makes of our TPU programs: the first test needs libtpu, and no TPU.
 
-Without it they are left out: `pip install -e .[tpu,test] && pytest tests/planning`.
+`pip install -e .[tpu,test] && pytest tests/planning` runs it.
 """
 
 import importlib.util

@@ -47,7 +47,7 @@ TEXT = base64.b64encode(PNG).decode()
 
 
 def refused(action, *words, within=10):
-    """The message of the InputError that an action raises at once: one line with these words."""
+    """The message of the InputError that an action raises, and soon: one line with these words."""
     start = time.monotonic()
     with pytest.raises(InputError) as caught:
         action()

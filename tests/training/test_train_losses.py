@@ -105,7 +105,7 @@ def test_gradients_of_bf16_products():
 
 def test_attention_dropout():
     """Rate 0 is none; a key always drops the same; the mean stays; blocks and layers differ."""
-    t = 2 * BLOCK - 100  # two blocks of queries and of keys
+    t = 4 * BLOCK - 100  # four blocks of queries and of keys
     q, k = jnp.zeros((1, t, 2, 4)), jnp.zeros((1, t, 1, 4))
     v = jnp.ones((1, t, 1, 4))
     hi = jnp.full((1, t), t)

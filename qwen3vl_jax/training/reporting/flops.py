@@ -112,7 +112,8 @@ def _again(cfg: Config, parts: Mapping[str, float], first: int, remat: str) -> f
     """What is computed a second time: the logits, and what the policy forgets of layers.
 
     "dots" and "offload" keep what `linear` gives, so attention and the experts come again; "narrow"
-    forgets each MLP's first product too.
+    forgets each MLP's first product too. "full" forgets all, but an MLP's last product is not needed
+    again, nor is the patch embedding, which stands before the layers.
     """
     t, c = cfg.text, cfg.vision
     attention = 2 * t.head_dim * (t.num_attention_heads + t.num_key_value_heads)
@@ -124,7 +125,11 @@ def _again(cfg: Config, parts: Mapping[str, float], first: int, remat: str) -> f
         "vision": c.depth * c.intermediate_size / tower,
     }
     cheap = dict.fromkeys(("vision_attention", "attention", "router", "experts"), 1.0)
-    known = {"none": {}, "full": {**cheap, "text": 1.0, "vision": 1.0}, "narrow": cheap | wide}
+    full = {
+        "text": (attention + 2 * mlp) / (attention + 3 * mlp),
+        "vision": c.depth * (block - c.intermediate_size) / tower,
+    }
+    known = {"none": {}, "full": cheap | full, "narrow": cheap | wide}
     shares = known.get(remat, cheap)
     again = sum(parts.get(n, 0.0) * share for n, share in shares.items() if _goes_back(n, first))
     return again + parts["head"]
