@@ -1,19 +1,20 @@
 """The six sizes on TPU slices: what fits, and the floors of a training step and of a decode step.
 
-    python -m benchmarks.tpu_table [--only 8B,v5p] [--out docs/tpu_table.md]
+    python -m benchmarks.tpu_table [--only 8B,v5p] [--keep FILE]
 
 Every program is compiled ahead of time (libtpu, no TPU), about an hour for all on two cores. Training is
 full fine-tuning, one row of 8,192 tokens and 16,384 patches a device, on the preset's mesh; decoding is
 16 rows of 8,192 slots in bf16, on the mesh that infer.py takes. A floor is the longest of arithmetic,
-main memory and links at the makers' peak rates: a lower bound of the time. FILE.jsonl beside the table
-keeps what is done, and the next start goes on from there.
+main memory and links at the makers' peak rates: a lower bound of the time. --keep writes each finished row
+to a file, and the next start with it and the same compiler goes on from there.
 """
 
 import argparse
 import dataclasses
+import importlib.metadata
 import json
+import sys
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -90,8 +91,8 @@ def of_decode(size: str, name: str) -> list[str]:
     plan = report.plan_of(machine, made, compiling.compiled(made))
     if plan.moved is None or plan.times is None:
         return [mesh_of(made), f"does not fit: {plan.cause}", "", ""]
-    floor = f"{1e3 * plan.times.least:.1f} to {1e3 * plan.times.most:.1f}"
-    return [mesh_of(made), f"{plan.done.peak / GIB:.1f}", f"{plan.moved.memory / GIB:.1f}", floor]
+    peak, moved = plan.done.peak / GIB, plan.moved.memory / GIB
+    return [mesh_of(made), f"{peak:.1f}", f"{moved:.1f}", f"{1e3 * plan.times.least:.1f}"]
 
 
 def mesh_of(made: program.Program) -> str:
@@ -104,31 +105,43 @@ def markdown(rows: dict[str, list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def chosen(names: str) -> list[tuple[str, str]]:
+    """The sizes and slices that --only names: sizes, chips, or both. Raises SystemExit for others."""
+    sizes, chips = set(SLICES), {name.partition(":")[0] for row in SLICES.values() for name in row}
+    given = set(filter(None, names.split(",")))
+    if unknown := given - sizes - chips:
+        known = ", ".join(sorted(sizes | chips))
+        raise SystemExit(f"error: --only: got {min(unknown)!r}, expected some of {known}")
+    sizes, chips = given & sizes or sizes, given & chips or chips
+    every = ((size, name) for size, row in SLICES.items() for name in row)
+    return [(s, name) for s, name in every if s in sizes and name.partition(":")[0] in chips]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", metavar="NAMES", default="", help="sizes and chips")
-    parser.add_argument("--out", metavar="FILE", default="tpu_table.md")
+    parser.add_argument("--only", metavar="NAMES", default="", help="sizes, chips, or both")
+    parser.add_argument("--keep", metavar="FILE", type=Path, help="lines of what is done")
     options = parser.parse_args()
-    only, out = set(filter(None, options.only.split(","))), Path(options.out)
-    kept, done = out.with_name(out.name + ".jsonl"), {}
-    if kept.exists():
-        done = dict(json.loads(line) for line in kept.read_text().splitlines())
-    rows: dict[str, Any] = {}
-    for size, slices in SLICES.items():
-        for name in slices:
-            key = f"{size}, {name}"
-            if only and not only & {size, name.partition(":")[0]}:
-                continue
-            if key not in done:
-                done[key] = of_training(size, name) + of_decode(size, name)
-                jax.clear_caches()
-                with kept.open("a") as file:
-                    file.write(json.dumps([key, done[key]]) + "\n")
-            rows[key] = done[key]
-            print(key, *rows[key], sep=" | ", flush=True)
-    out.write_text(markdown(rows))
+    versions = f"jax {jax.__version__}, libtpu {importlib.metadata.version('libtpu')}"
+    done: dict[str, list[str]] = {}
+    if options.keep and options.keep.exists():
+        lines = map(json.loads, options.keep.read_text().splitlines())
+        done = {key: row for made_by, key, row in lines if made_by == versions}
+    rows = {}
+    for size, name in chosen(options.only):
+        key = f"{size}, {name}"
+        if key not in done:
+            print(key, flush=True, file=sys.stderr)
+            done[key] = of_training(size, name) + of_decode(size, name)
+            jax.clear_caches()
+            if options.keep:
+                with options.keep.open("a") as file:
+                    file.write(json.dumps([versions, key, done[key]]) + "\n")
+        rows[key] = done[key]
+    print(versions, end="\n\n")
+    print(markdown(rows), end="")
 
 
 if __name__ == "__main__":

@@ -55,8 +55,8 @@ def read_sampling(args: argparse.Namespace, processor: Processor) -> q3.Sampling
 
 
 def demo_notice(args: argparse.Namespace, messages: Sequence[dict] | None = None) -> str:
-    """What the bundled checkpoint can do, for a run without --ckpt; "" with it."""
-    if args.ckpt:
+    """What the bundled checkpoint can do, for a run without --ckpt; "" with it or an adapter."""
+    if args.ckpt or args.adapter:
         return ""
     import numpy as np
 

@@ -100,8 +100,8 @@ def _open(source, settings, rules, item: VideoItem | None, metadata, sample_fps,
     if item.fps and not item.sample_fps:
         unused -= {"fps"} - asked
     if names := ", ".join(sorted(unused)):
-        used = "frames in a message were sampled before and are all used"
-        warn_once(f"{used}, whatever {names} says")
+        used = "all images of a folder or list of frames are used"
+        warn_once(f"{used}; {names} has no effect on them, it samples video files")
     if len(frames) % 2:
         frames = [*frames, frames[-1]]
     # The rate by which a list of frames is timed; fps is an older name of it.

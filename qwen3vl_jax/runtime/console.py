@@ -3,6 +3,7 @@
 import argparse
 import atexit
 import contextlib
+import difflib
 import os
 import signal
 import socket
@@ -43,7 +44,12 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line on stderr and exit code 2, as those of `report`."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {one_line(message)} (--help lists the options)\n")
+        known, near = list(self._option_string_actions), list[str]()
+        for word in message.split() if "unrecognized" in message else ():
+            name = word.partition("=")[0].replace("_", "-")
+            near += difflib.get_close_matches(name, known, 1, 0.7) if name.startswith("--") else []
+        hint = f"did you mean {', '.join(near)}?" if near else "--help lists the options"
+        self.exit(2, f"error: {one_line(message)} ({hint})\n")
 
 
 @contextlib.contextmanager

@@ -39,6 +39,8 @@ def run_leaves(run: Path, cfg: Config) -> tuple[dict[TreePath, LazyTensor], str]
     """`step_leaves` of a run's best step, or its last, and a text that names it. Raises InputError."""
     recipe, (weights, message) = read_recipe(run / CONFIG), step_weights(run, SavedStep())
     leaves, _ = step_leaves(recipe, cfg, weights)
+    if not message.startswith(f"step {(last := chosen_step(run, 'last'))},"):
+        message += f"the best of its evaluations (the last is step {last}), "
     return leaves, message + "merged" if recipe.lora.rank else message.removesuffix(", ")
 
 

@@ -68,15 +68,24 @@ def _check_keys(keys: Iterable[str], kind: Any, prefix: str, where: str) -> None
     fields = [f.name for f in dataclasses.fields(kind)]
     for key in keys:
         if key not in fields:
-            near = difflib.get_close_matches(key, fields, 1)
+            near = difflib.get_close_matches(key, fields, 1) or _tables_with(kind, key)
             hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(fields)}"
             raise InputError(f"{where}: unknown key {prefix}{key}; {hint}")
+
+
+def _tables_with(kind: Any, key: str) -> list[str]:
+    """The tables of a kind that have this key, as optimizer.learning_rate."""
+    hints = typing.get_type_hints(kind)
+    tables = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    return [f"{name}.{key}" for name, hint in tables.items() if key in typing.get_type_hints(hint)]
 
 
 def build(kind: type[_T], raw: Any, prefix: str, where: str) -> _T:
     """A dataclass from a table. Raises InputError for missing or unknown keys and wrong types."""
     if not isinstance(raw, Mapping):
-        raise InputError(f"{where}: {prefix.rstrip('.')} is {raw!r}, expected a table of keys")
+        key = f"{prefix}{dataclasses.fields(typing.cast(Any, kind))[0].name}"
+        found = f"{prefix.rstrip('.')} is {raw!r}, expected a table of keys, as {key}"
+        raise InputError(f"{where}: {found}")
     hints = typing.get_type_hints(kind)
     _check_keys(raw, kind, prefix, where)
     for field in dataclasses.fields(typing.cast(Any, kind)):

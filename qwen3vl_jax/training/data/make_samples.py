@@ -153,9 +153,11 @@ def misfit(pack: Pack, sample: Sample) -> str:
         return ""
     largest = max(h * w for _, h, w in (v.grid for v in sample.images))
     if largest > pack.vision_length or not pack.vision_rows:
-        room = f"vision_length is {pack.vision_length}" if pack.vision_rows else "vision_rows is 0"
-        text = f"an image or frame of {largest} patches, pack.{room}"
-        return f"{text}; data.max_pixels makes it smaller"
+        text = f"an image or frame of {largest} patches"
+        if not pack.vision_rows:
+            return f"{text}, pack.vision_rows is 0; set it to 1 or more"
+        room = f"pack.vision_length is {pack.vision_length}"
+        return f"{text}, {room}; data.max_pixels makes it smaller"
     if not frames_fit(pack, [v.grid for v in sample.images]):
         total = sum(t * h * w for t, h, w in (v.grid for v in sample.images))
         room = f"each of {pack.groups} groups of a batch has" if pack.groups > 1 else "a batch has"

@@ -63,7 +63,8 @@ def open_records(source: Source) -> Records:
         path = as_path(source.path)
         if source.options:
             names = ", ".join(source.options)
-            raise InputError(f"{path}: options ({names}) are for python:module:Class sources")
+            of_classes = f"options ({names}) are for python:module:Class sources"
+            raise InputError(f"{path}: {of_classes}; clear them with options={{}} beside the path")
         if not path.is_file():
             raise InputError(f"{path}: no such file, expected {_SUFFIXES}")
         here = dataclasses.replace(source, media=source.media or str(path.parent))

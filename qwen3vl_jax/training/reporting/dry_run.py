@@ -57,7 +57,7 @@ def dry_run(recipe: Recipe, console: Console | None = None) -> None:
         text = rendered(proc.tokenizer, cfg, drawn[0], marks=console.color_system is None)
         console.print(text, soft_wrap=True)
     for line in missing:
-        _say(console, f"not shown: {line}")
+        _say(console, line)
     if wrong:
         raise wrong[0]
 
@@ -95,8 +95,8 @@ def _opened(recipe: Recipe) -> tuple[Config, Processor | None, list[str]]:
         return *_with_new_tokens(recipe, snapshot_download(ckpt, allow_patterns=_SMALL_FILES)), []
     except Exception as error:  # what its HTTP library raises changes from version to version
         reason = " ".join(str(error).split())[:120]
-        told = f"a sample: {ckpt} cannot be had ({reason}); sizes are those of a released {size[0]}"
-        return Config.named(size[0]), None, [told]
+        told = f"records are not checked and no sample is shown: {ckpt} cannot be had ({reason} ..)"
+        return Config.named(size[0]), None, [f"{told}; sizes are those of a released {size[0]}"]
 
 
 def _with_new_tokens(recipe: Recipe, directory: str) -> tuple[Config, Processor]:
