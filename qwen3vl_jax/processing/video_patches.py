@@ -101,7 +101,7 @@ def _open(source, settings, rules, item: VideoItem | None, metadata, sample_fps,
         unused -= {"fps"} - asked
     if names := ", ".join(sorted(unused)):
         used = "all images of a folder or list of frames are used"
-        warn_once(f"{used}; {names} has no effect on them, it samples video files")
+        warn_once(f"{used} (for video files alone: {names})")
     if len(frames) % 2:
         frames = [*frames, frames[-1]]
     # The rate by which a list of frames is timed; fps is an older name of it.

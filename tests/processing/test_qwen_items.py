@@ -125,7 +125,9 @@ def test_lists_of_frames(caplog):
     _, found, _ = seen(
         {"type": "video", "video": frames, "sample_fps": 5, "fps": 1, "max_frames": 4}
     )
-    assert found[0] == 7 and "are all used, whatever fps, max_frames says" in caplog.text
+    assert (
+        found[0] == 7 and "frames are used (for video files alone: fps, max_frames)" in caplog.text
+    )
     # what says how the frames are to be sampled is another form, transformers'
     item = {"type": "video", "video": frames, "video_metadata": {"fps": 5}}
     _, found, used = seen(item)
