@@ -198,8 +198,8 @@ CASES = {"decode": decode, "rows": rows, "experts": experts, "train": train}
 def table(found: list[Row]) -> Table:
     out = Table("program", "figure", "compiled", "must be", "")
     for row in found:
-        bound = f"at most {row.most:g}" if row.most is not None else ""
-        bound = f"at least {row.least:g}" if row.least is not None else bound
+        ends = {"at least": row.least, "at most": row.most}
+        bound = ", ".join(f"{name} {end:g}" for name, end in ends.items() if end is not None)
         verdict = "[red]missed" if row.fault else "[green]yes" if bound else ""
         out.add_row(row.program, row.what, f"{row.value:,.3g} {row.unit}", bound, verdict)
     return out
