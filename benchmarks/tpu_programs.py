@@ -10,7 +10,6 @@ It ends with 1 where a bound is missed.
 """
 
 import argparse
-import dataclasses
 import math
 import re
 from collections.abc import Iterator
@@ -22,12 +21,12 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from qwen3vl_jax.config import Config
+from benchmarks.scaling_cases import config
 from qwen3vl_jax.device_mesh import make_mesh
 from qwen3vl_jax.model.moe import ragged_dot_tpu
 from qwen3vl_jax.planning import compiling, hlo, program
+from qwen3vl_jax.planning.command import program_of
 from qwen3vl_jax.planning.machines import read_machine
-from qwen3vl_jax.planning.search import mesh_of
 from qwen3vl_jax.planning.topology import devices_of
 from qwen3vl_jax.planning.traffic import traffic
 from qwen3vl_jax.training.recipe import read_recipe
@@ -52,13 +51,6 @@ class Row(NamedTuple):
     def fault(self) -> bool:
         over = self.most is not None and self.value > self.most
         return over or (self.least is not None and self.value < self.least)
-
-
-def cut(cfg: Config, layers: int | None) -> Config:
-    """The config with so many decoder layers; None: all of them."""
-    if layers is None:
-        return cfg
-    return dataclasses.replace(cfg, text=dataclasses.replace(cfg.text, num_hidden_layers=layers))
 
 
 def mesh_for(machine: str, sizes: dict[str, int]) -> Any:
@@ -106,7 +98,7 @@ def _written_by(module: hlo.Module, x: hlo.Instruction) -> str:
     return root.op
 
 
-def decode(layers: int | None) -> Iterator[Row]:
+def decode(layers: int) -> Iterator[Row]:
     """The loop of decode steps of three models."""
     cases = (
         ("8B", "v5e:1x1", {}, 8, 4096, "int8"),
@@ -114,7 +106,7 @@ def decode(layers: int | None) -> Iterator[Row]:
         ("30B-A3B", "v5p:2x2x1", {"expert": 2, "tensor": 2}, 32, 2048, None),
     )
     for size, machine, sizes, rows, slots, weights in cases:
-        cfg = cut(Config.named(size), layers)
+        cfg = config(size, layers)
         asked = program.Serving(rows, slots, None, weights=weights)
         made = program.decoding(cfg, mesh_for(machine, sizes), asked)
         done = compiling.compiled(made)
@@ -125,7 +117,7 @@ def decode(layers: int | None) -> Iterator[Row]:
         yield Row(name, "copies of a weight or a cache", len(found), most=0)
         held = done.executable.memory_analysis().argument_size_in_bytes
         yield Row(name, "peak over the arguments", (done.peak - held) / GIB, "GiB")
-        if layers is None and weights:
+        if not layers and weights:
             leaves = jax.tree.leaves(made.args[0]["vision"])
             tower = sum(x.size * x.dtype.itemsize for x in leaves)
             yield Row(name, "peak without the vision tower", (done.peak - tower) / GIB, "GiB", 12.9)
@@ -138,10 +130,10 @@ def decode(layers: int | None) -> Iterator[Row]:
             yield Row(name, "all-reduces a layer", each, most=2, least=1)
 
 
-def rows(layers: int | None) -> Iterator[Row]:
+def rows(layers: int) -> Iterator[Row]:
     """The products of one row on the matrix unit: 4 a layer, and the lm_head; attention is a kernel."""
     for machine in ("v5e:1x1", "v6e:1x1"):
-        cfg = cut(Config.named("8B"), layers)
+        cfg = config("8B", layers)
         made = program.decoding(
             cfg, mesh_for(machine, {}), program.Serving(1, 4096, None, weights="int8")
         )
@@ -153,7 +145,7 @@ def rows(layers: int | None) -> Iterator[Row]:
         )
 
 
-def experts(_: int | None) -> Iterator[Row]:
+def experts(_: int) -> Iterator[Row]:
     """The gradient of 16 experts' weights, 98,304 rows: FLOPs against its own arithmetic."""
     count, width, out, held = 98_304, 2048, 1536, 16
     for machine in ("v5e:2x2", "v5p:2x2x1", "v6e:2x2"):
@@ -175,15 +167,14 @@ def experts(_: int | None) -> Iterator[Row]:
         yield Row(f"experts' dW, {machine}", "FLOPs over its arithmetic", ratio, "x", 1.5)
 
 
-def train(layers: int | None) -> Iterator[Row]:
+def train(layers: int) -> Iterator[Row]:
     """The 8B over 16 chips: how much of what it exchanges moves while the chip computes."""
     for machine, least in (("v6e:4x4", 0.9), ("v5p:2x2x4", None)):
         changes = ["mesh.fsdp=16", "step.remat=full"]
-        recipe, chip = read_recipe(CONFIGS / "sft_8b_full.toml", changes), read_machine(machine)
-        cfg = cut(program.config_of("8B"), layers)
-        mesh = make_mesh(vars(mesh_of(recipe, cfg, chip)), devices_of(chip))
-        done = compiling.compiled(program.training_step(recipe, cfg, mesh))
-        found = traffic(hlo.parse(done.executable.as_text()), mesh.size).collectives
+        recipe = read_recipe(CONFIGS / "sft_8b_full.toml", changes)
+        made = program_of(recipe, config("8B", layers), read_machine(machine))
+        module = hlo.parse(compiling.compiled(made).executable.as_text())
+        found = traffic(module, made.mesh.size).collectives
         large = [c for c in found if c.moved > 2**20]
         moved = sum(c.moved * c.times for c in large)
         share = sum(c.moved * c.times for c in large if c.beside) / moved
@@ -192,6 +183,7 @@ def train(layers: int | None) -> Iterator[Row]:
         )
 
 
+# Each takes the number of decoder layers, 0 for all.
 CASES = {"decode": decode, "rows": rows, "experts": experts, "train": train}
 
 
@@ -216,7 +208,7 @@ def main() -> int:
     for name in options.only.split(","):
         if name not in CASES:
             parser.error(f"--only: got {name!r}, expected some of {', '.join(CASES)}")
-        for row in CASES[name](None if options.whole else 2):
+        for row in CASES[name](0 if options.whole else 2):
             found.append(row)
             print(f"{row.program}: {row.what} {row.value:,.3g} {row.unit}", flush=True)
     Console(width=120).print(table(found))

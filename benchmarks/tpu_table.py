@@ -18,12 +18,10 @@ from pathlib import Path
 
 import jax
 
-from benchmarks.tpu_programs import CONFIGS, GIB
-from qwen3vl_jax.device_mesh import make_mesh
+from benchmarks.tpu_programs import CONFIGS, GIB, mesh_for
 from qwen3vl_jax.planning import compiling, program, report
 from qwen3vl_jax.planning.command import program_of, usual_sizes
 from qwen3vl_jax.planning.machines import read_machine
-from qwen3vl_jax.planning.topology import devices_of
 from qwen3vl_jax.training.recipe import Mesh, read_recipe
 
 ROWS, SLOTS = 16, 8192
@@ -83,11 +81,7 @@ def of_decode(size: str, name: str) -> list[str]:
     """mesh, peak and bytes of a device, the floor of a step with the cache full."""
     machine = read_machine(name)
     cfg, asked = program.config_of(f"Qwen3-VL-{size}"), program.Serving(ROWS, SLOTS, None)
-    sizes = usual_sizes(cfg, machine, asked)
-    devices = devices_of(machine)
-    made = program.decoding(
-        cfg, make_mesh(sizes or {"data": 1}, devices if sizes else devices[:1]), asked
-    )
+    made = program.decoding(cfg, mesh_for(name, usual_sizes(cfg, machine, asked)), asked)
     plan = report.plan_of(machine, made, compiling.compiled(made))
     if plan.moved is None or plan.times is None:
         return [mesh_of(made), f"does not fit: {plan.cause}", "", ""]

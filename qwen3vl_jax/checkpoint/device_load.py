@@ -89,10 +89,10 @@ def load_params(source: Source, mesh: Mesh | None, dtype: Any) -> Params:
         array = _placed(leaves[path], where[path], parts)
         if dtype is not None and path not in codes:
             array = array.astype(dtype)
-        where_to = placement(path, array.sharding)
-        # An array that is put somewhere stays there: with one device, or a mesh, that is no loss.
-        if isinstance(where_to, Format) and (mesh is not None or jax.device_count() == 1):
-            array = jax.device_put(array, where_to)
+        laid_out = placement(path, array.sharding)
+        # device_put ties an array to its device: without a mesh and with other devices it stays free.
+        if isinstance(laid_out, Format) and (mesh is not None or jax.device_count() == 1):
+            array = jax.device_put(array, laid_out)
         # Otherwise the host copies of many tensors are alive at once.
         arrays[path] = array.block_until_ready()
     return as_structs(tree_of(source.cfg, arrays))
