@@ -6,7 +6,7 @@ of the ViT and a filled cache, so no [T S] mask exists anywhere. Dims as in laye
 
 import functools
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,6 @@ from qwen3vl_jax.model.sharding import max_parts, mesh_axes_for, on_shards, plat
 BLOCK = 256
 # Keys per block of a decode step on a CPU: they stay in its cache.
 DECODE_BLOCK = 64
-# Slots of all sequences' caches from which cuDNN is the faster decode step.
-CUDNN_STEP = 16384
 NEG = -1e30
 _slice = jax.lax.dynamic_slice_in_dim
 _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -109,8 +107,7 @@ def _attend(layout: Layout, segments: int, q, k, v, hi, lo=None, key_segments=No
             return attention_tpu.attend_step(q, k, v, hi) if one else splash(key_segments)
     if _on_cudnn(layout, q, k, lo):
         if lo is None:
-            attend_cache = attention_gpu.attend_behind_cache
-            return (attention_gpu.attend_step if q.shape[1] == 1 else attend_cache)(q, k, v, hi)
+            return attention_gpu.attend_behind_cache(q, k, v, hi)
         if layout == "prompt":
             return attention_gpu.attend_row(q, k, v)
         if segments:
@@ -121,11 +118,24 @@ def _attend(layout: Layout, segments: int, q, k, v, hi, lo=None, key_segments=No
 
 def _on_cudnn(layout: Layout, q, k, lo) -> bool:
     """Whether cuDNN serves this call: tokens after a cache, or whole sequences of a known layout."""
-    if platform() != "gpu" or (q.shape[1] == 1 and k.shape[0] * k.shape[1] < CUDNN_STEP):
-        return False
     whole = layout != "any" and q.shape[1] == k.shape[1]
-    served = q.shape[1] <= k.shape[1] if lo is None else whole
-    return served and not cudnn_refusal(q.dtype.name, q.shape[-1])
+    served = 1 < q.shape[1] <= k.shape[1] if lo is None else whole
+    return served and platform() == "gpu" and not cudnn_refusal(q.dtype.name, q.shape[-1])
+
+
+def append_and_attend(q, k, v, cache_k, cache_v, slot) -> Any:
+    """A decode step's write and attention by a GPU's kernel: (out, cache_k, cache_v), or None without one.
+
+    One token a row, q [B 1 N H], k, v [B 1 K H], is written at slot [B 1] of the cache [B S K H] and sees
+    the slots up to it.
+    """
+    if q.shape[1] > 1 or platform() != "gpu" or cudnn_refusal(q.dtype.name, q.shape[-1]):
+        return None
+    where = mesh_axes_for(("batch", q.shape[0]), ("heads", k.shape[2]))
+    by_head = spec(("batch", None, "heads", None), where)
+    in_specs = (*[by_head] * 5, spec(("batch", None), where))
+    run, outs = attention_gpu.append_and_attend, [by_head] * 3
+    return on_shards(run, in_specs, outs, q, k, v, cache_k, cache_v, slot)
 
 
 def group_heads(q: jax.Array, kv_heads: int) -> jax.Array:
@@ -157,11 +167,6 @@ def _attend_blocks(q, k, v, lo, hi, drop: Dropout | None = None):
     grouped = group_heads(q, heads)
     if t == 1 and platform() == "cpu" and slots % DECODE_BLOCK == 0:
         out = _over_filled_blocks(k, v, grouped, lo, hi)
-    elif t == 1 and b * slots < CUDNN_STEP:
-        # Keys of one head, each query masked to its own: a GPU would copy the cache for a product a head.
-        k, v = (x.reshape(b, 1, slots * heads, h) for x in (k, v))
-        q, lo, hi = group_heads(q, 1), lo * heads, hi * heads
-        out = _finish(_fold(_start(q), q, k, v, lo, hi, 0, drop, heads))
     elif slots <= 2 * BLOCK:
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         out = _finish(_fold(_start(grouped), grouped, k, v, lo, hi, 0, drop))
@@ -224,13 +229,10 @@ def _start(q):
     return top, jnp.zeros_like(top), jnp.zeros(q.shape, jnp.float32)
 
 
-def _fold(carry, q, k, v, lo, hi, first_key, drop=None, heads=1):
-    """Adds one block of keys [B K s H] to the running softmax; key i is of head i % heads."""
-    (top, total, out), index = carry, jnp.arange(k.shape[2])
-    visible = visible_keys(lo, hi, first_key + index)
-    if heads > 1:
-        own = jnp.arange(q.shape[2])[:, None, None] // (q.shape[2] // heads)
-        visible &= index % heads == own
+def _fold(carry, q, k, v, lo, hi, first_key, drop=None):
+    """Adds one block of keys [B K s H] to the running softmax."""
+    top, total, out = carry
+    visible = visible_keys(lo, hi, first_key + jnp.arange(k.shape[2]))
     scores = jnp.where(visible, attention_scores(q, k), NEG)
     new_top = jnp.maximum(top, jnp.max(scores, -1))
     probs = jnp.where(visible, jnp.exp(scores - new_top[..., None]), 0.0)

@@ -1,4 +1,4 @@
-"""attend() on a GPU: cuDNN's fused attention for rows of contiguous segments, and for a filled cache.
+"""attend() on a GPU: cuDNN's attention of contiguous segments and behind a cache, kernels of a decode step.
 
 A row holds segments one behind another: the frames of the ViT, packed samples, one prompt. cuDNN takes
 their starts and lengths (its packed, or THD, layout): no mask exists, and nothing outside a segment is
@@ -14,12 +14,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
-from qwen3vl_jax.model.sharding import compile_replicated
+from qwen3vl_jax.model.sharding import compile_replicated, platform
 
 # Segments a row that a program is compiled for where the host does not say: few, and many with heads
 # one after another, so that the buffers of the backward pass stay small. Rows of more take XLA blocks.
 FEW, MANY = 8, 64
+# Keys that a program of a decode step loads at a time, and programs: two a multiprocessor of a large GPU.
+STEP_BLOCK, STEP_PROGRAMS = 64, 256
 log = logging.getLogger("qwen3vl_jax")
 
 
@@ -27,6 +30,12 @@ def _cudnn() -> Any:
     from jax._src.cudnn import fused_attention_stablehlo
 
     return fused_attention_stablehlo
+
+
+def _triton() -> Any:
+    from jax.experimental.pallas import triton
+
+    return triton
 
 
 @functools.cache
@@ -47,7 +56,7 @@ def cudnn_refusal(dtype: str, head_dim: int) -> str:
             attend_packed(q, k, v, lo, hi, True, 2),
             attend_row(q, k, v),
             attend_behind_cache(q, k, v, hi),
-            attend_step(q[:, :1], k, v, hi[:, :1]),
+            append_and_attend(*(x[:, :1] for x in (q, k, v)), k, v, hi[:, :1]),
         )
 
     try:
@@ -127,16 +136,6 @@ def attend_row(q, k, v) -> jax.Array:
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
 
 
-def attend_step(q, k, v, hi) -> jax.Array:
-    """Attention of one token a row, q [B 1 N H], to the first hi [B 1] int32 keys of k, v [B S K H].
-
-    Keys that are not filled are not read, and the cache is taken as it lies. No gradient.
-    """
-    reach = jnp.clip(hi[:, 0], 1, k.shape[1])
-    out = _attend(q, k, v, jnp.ones_like(reach), reach)
-    return jnp.where(hi[..., None, None] > 0, out, 0)
-
-
 def attend_behind_cache(q, k, v, hi) -> jax.Array:
     """Attention of a run of new tokens, written behind what a cache held, to all of it up to themselves.
 
@@ -167,3 +166,99 @@ def attend_behind_cache(q, k, v, hi) -> jax.Array:
     share = jax.nn.sigmoid(run_sum - older_sum).transpose(0, 2, 1)[..., None]
     out = jnp.where(share < 1, older * (1 - share), 0) + run * share
     return jnp.where(real[..., None, None], out, 0).astype(q.dtype)
+
+
+def append_and_attend(q, k, v, cache_k, cache_v, slot) -> list[jax.Array]:
+    """Attention of one token a row, q [B 1 N H], to what its cache [B S K H] holds and to itself.
+
+    k, v [B 1 K H] are written at slot [B 1] int32, behind what is filled; past the last slot they are
+    dropped. Returns [out [B 1 N H], cache_k, cache_v]. A row's keys are cut into parts, so that few rows
+    fill a GPU; a second kernel joins the parts and the token. Source: Flash-Decoding, Dao et al. 2023.
+    """
+    (b, _, n, h), (slots, heads), triton = q.shape, cache_k.shape[1:3], _triton()
+    group, slot = n // heads, slot[:, 0].astype(jnp.int32)
+    most = max(1, min(STEP_PROGRAMS // (b * heads), slots // STEP_BLOCK))
+    # The matrix units take 16 queries.
+    parts, tile = 1 << (most.bit_length() - 1), max(16, 1 << (group - 1).bit_length())
+
+    def call(kernel, shapes, dims, given, count, **options):
+        specs = [pl.BlockSpec(*_block_of(x)) for x in dims]
+        options |= {"in_specs": specs[: len(given)], "out_specs": specs[len(given) :]}
+        options["compiler_params"] = triton.CompilerParams(num_warps=4, num_stages=3)
+        run = pl.pallas_call(
+            kernel, shapes, **options, grid=(b, heads, count), interpret=platform() != "gpu"
+        )
+        return run(*given)
+
+    q = (q * jnp.asarray(h**-0.5, q.dtype)).reshape(b, heads, group, h)
+    k, v = (x[:, 0].astype(cache_k.dtype) for x in (k, v))
+    sums = jax.ShapeDtypeStruct((b, heads, group, parts), jnp.float32)
+    shapes = [sums, sums, jax.ShapeDtypeStruct((*sums.shape, h), jnp.float32)]
+    cache, row, token = ("i", slots, "j", h), ("i",), ("i", "j", h)
+    dims = [
+        row,
+        ("i", "j", tile, h),
+        cache,
+        cache,
+        *[("i", "j", tile, "p")] * 2,
+        ("i", "j", tile, "p", h),
+    ]
+    kernel = functools.partial(_part_kernel, triton, group)
+    part = call(kernel, shapes, dims, (jnp.clip(slot, 0, slots), q, cache_k, cache_v), parts)
+    query, one = ("i", "j", "p", h), ("i", "j", "p", parts)
+    dims = [row, query, token, token, one, one, (*one, h), cache, cache, query, cache, cache]
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, cache_k, cache_v)]
+    kernel, given = (
+        functools.partial(_join_kernel, triton),
+        (slot, q, k, v, *part, cache_k, cache_v),
+    )
+    out, *caches = call(kernel, shapes, dims, given, group, input_output_aliases={7: 1, 8: 2})
+    return [out.reshape(b, 1, n, h), *caches]
+
+
+def _block_of(dims: tuple[Any, ...]) -> tuple[tuple[Any, ...], Callable]:
+    """Shape and index of a block: sizes of whole axes, and "i", "j" or "p" where a grid axis picks one."""
+    shape = tuple(None if isinstance(d, str) else d for d in dims)
+    return shape, lambda *at: tuple(at["ijp".index(d)] if isinstance(d, str) else 0 for d in dims)
+
+
+def _part_kernel(triton, group, filled, q, k, v, *outs):
+    """The softmax (maximum, sum, output) of a key head's queries over one part of a row's keys."""
+    (tile, h), end, dot = (
+        q.shape,
+        filled[...],
+        functools.partial(jnp.dot, preferred_element_type=jnp.float32),
+    )
+    blocks = pl.cdiv(end, pl.num_programs(2) * STEP_BLOCK)
+    first, real = pl.program_id(2) * blocks * STEP_BLOCK, jnp.arange(tile) < group
+    queries = triton.load(q, mask=real[:, None], other=0)
+
+    def fold(i, carry):
+        top, total, out = carry
+        start = first + i * STEP_BLOCK
+        seen = start + jnp.arange(STEP_BLOCK) < end
+        block = (x.at[pl.ds(start, STEP_BLOCK), :] for x in (k, v))
+        keys, values = (triton.load(x, mask=seen[:, None], other=0) for x in block)
+        scores = jnp.where(seen[None], dot(queries, keys.T), -1e30)
+        new_top = jnp.maximum(top, jnp.max(scores, axis=1))
+        probs, keep = jnp.exp(scores - new_top[:, None]), jnp.exp(top - new_top)
+        out = out * keep[:, None] + dot(probs.astype(values.dtype), values)
+        return new_top, total * keep + jnp.sum(probs, axis=1), out
+
+    none = jnp.full(tile, -1e30), jnp.zeros(tile), jnp.zeros((tile, h))
+    here = jnp.clip(pl.cdiv(end - first, STEP_BLOCK), 0, blocks)
+    for ref, x in zip(outs, jax.lax.fori_loop(0, here, fold, none), strict=True):
+        triton.store(ref, x, mask=real[:, None] if x.ndim > 1 else real)
+
+
+def _join_kernel(triton, slot, q, k, v, top, total, outs, _, __, out, *caches):
+    """The parts of one query and the new token in one softmax; the first of a group writes the token."""
+    token, at = (k[...], v[...]), slot[...]
+    score = jnp.sum(q[...].astype(jnp.float32) * token[0].astype(jnp.float32))
+    new_top = jnp.maximum(jnp.max(top[...]), score)
+    weights, weight = jnp.exp(top[...] - new_top), jnp.exp(score - new_top)
+    added = jnp.sum(outs[...] * weights[:, None], axis=0) + weight * token[1].astype(jnp.float32)
+    out[...] = (added / (jnp.sum(total[...] * weights) + weight)).astype(out.dtype)
+    mine = jnp.broadcast_to((pl.program_id(2) == 0) & (at < caches[0].shape[0]), token[0].shape)
+    for cache, x in zip(caches, token, strict=True):
+        triton.store(cache.at[at, :], x, mask=mine)

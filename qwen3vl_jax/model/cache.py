@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model import transformer
-from qwen3vl_jax.model.attention import attend, causal_ranges, head_copies
+from qwen3vl_jax.model.attention import append_and_attend, attend, causal_ranges, head_copies
+from qwen3vl_jax.model.layers import repeat_one
 from qwen3vl_jax.model.rope import mrope
 from qwen3vl_jax.model.sharding import jit_wide, mesh_axes_for, on_shards, platform, shard, spec
 from qwen3vl_jax.model.structs import Batch, Features, KVCache, Params, check_call
@@ -60,8 +61,6 @@ def grow_cache(cache: KVCache, slots: int) -> KVCache:
 
 def _write(old: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
     """Writes new [B T K H] into old [B S K H] at slot [B T]; a slot past the end is dropped."""
-    copies = old.shape[2] // new.shape[2]
-    new = jnp.repeat(new, copies, axis=2) if copies > 1 else new
 
     def put(old, new, slot):
         rows = jnp.arange(old.shape[0])[:, None]
@@ -237,10 +236,10 @@ def decode_step(
     check_call(params, cfg, cache=cache)
     slot = cache.length[:, None]
     positions = jnp.broadcast_to((cache.length + cache.delta)[:, None], (3, *slot.shape))
-    x = transformer.embed_lookup(params, tokens[:, None])
+    x = repeat_one(transformer.embed_lookup(params, tokens[:, None]))
     attend_fn = cached_attention(cache, slot, slot + 1)
     x, written = decode_layers(_per_layer(params)["layers"], cfg.text, x, positions, attend_fn)
-    return _advance(params, cfg, cache, written, 1, 0, x[:, 0])
+    return _advance(params, cfg, cache, written, 1, 0, x[: len(slot), 0])
 
 
 def cached_attention(cache: KVCache, slot: jax.Array, hi: jax.Array) -> AttendFn:
@@ -250,8 +249,16 @@ def cached_attention(cache: KVCache, slot: jax.Array, hi: jax.Array) -> AttendFn
     """
 
     def attend_fn(i, q, k, v):
-        k, v = _write(cache.k[i], k, slot), _write(cache.v[i], v, slot)
-        return attend(q, k, v, None, hi), (k, v)
+        # The rows of `repeat_one` are one.
+        same, (q, k, v) = len(q) // len(slot), (x[: len(slot)] for x in (q, k, v))
+        copies = cache.k[i].shape[2] // k.shape[2]
+        k, v = (jnp.repeat(x, copies, axis=2) if copies > 1 else x for x in (k, v))
+        if found := append_and_attend(q, k, v, cache.k[i], cache.v[i], slot):
+            out, *written = found
+        else:
+            written = _write(cache.k[i], k, slot), _write(cache.v[i], v, slot)
+            out = attend(q, *written, None, hi)
+        return jnp.repeat(out, same, axis=0) if same > 1 else out, tuple(written)
 
     return attend_fn
 
@@ -318,6 +325,6 @@ def _advance(params, cfg, cache, written, count, delta, x):
 def _next_token_logits(params: Params, cfg: Config, x: jax.Array) -> jax.Array:
     """Logits [B V] of x [B D], gathered for sampling."""
     # In the lm_head's sharding, since moving the head is too expensive; then one axis at a time.
-    logits = transformer.lm_logits(params, cfg, shard(x, "decode_batch", None))
-    logits = shard(logits, "decode_batch", "vocab")
+    logits = transformer.lm_logits(params, cfg, shard(repeat_one(x), "decode_batch", None))
+    logits = shard(logits[: len(x)], "decode_batch", "vocab")
     return shard(shard(logits, "batch", "vocab"), "batch", None)

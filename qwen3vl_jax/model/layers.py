@@ -57,8 +57,12 @@ def linear(
     The `in_dims` trailing axes of both are contracted. Weights keep Hugging Face's axis order. wide: an
     MLP's first product, for REMAT.
     """
-    short = isinstance(w, jax.Array) and _in_short(x, in_dims)
-    y = product(x, cast(Any, w), in_dims, x.dtype) if short else linear_fp32(x, w, in_dims)
+    base = w.base if isinstance(w, Adapted) else w
+    if isinstance(base, jax.Array) and _in_short(x, in_dims):
+        y = product(x, base, in_dims, x.dtype)
+        y = y + lora_delta(x, w, in_dims, x.dtype) if isinstance(w, Adapted) else y
+    else:
+        y = linear_fp32(x, w, in_dims)
     # XLA adds the bias inside the product's kernel, before it rounds to 16 bits.
     if bias is not None:
         y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape).astype(y.dtype)
@@ -82,13 +86,17 @@ def linear_fp32(x: jax.Array, w: Weight | Adapted, in_dims: int = 1) -> jax.Arra
     values, scale = scaled_matmul_parts(w, dtype, range(w.ndim - in_dims, w.ndim))
     # Merging axes that a mesh shards would gather them.
     merge_axes = platform() == "cpu" and not mesh_sizes()
-    # XLA has no fast product of one bf16 row. A TPU's matrix unit takes 8 rows; on a CPU 2 are fast.
-    few = {"tpu": 8, "cpu": 2}.get(platform(), 1) if x.dtype == jnp.bfloat16 else 1
-    alone = few > 1 and x.ndim > in_dims and math.prod(x.shape[: x.ndim - in_dims]) == 1
-    x = jnp.repeat(x, few, axis=0) if alone else x
     y: Any = (_product_2d if merge_axes else product)(x, values, in_dims)
-    y = y[:1] if alone else y
     return y if scale is None else y * scale
+
+
+def repeat_one(x: jax.Array) -> jax.Array:
+    """One bf16 row x [1 ..] several times, since XLA has no fast product of one; other x as they are.
+
+    A TPU's matrix unit takes 8 rows; a GPU's norms are one kernel for 8; on a CPU 2 are fast.
+    """
+    alone = x.dtype == jnp.bfloat16 and len(x) == 1
+    return jnp.repeat(x, 2 if platform() == "cpu" else 8, axis=0) if alone else x
 
 
 def _product_2d(x: jax.Array, w: jax.Array, in_dims: int) -> jax.Array:

@@ -38,24 +38,38 @@ class Adapted(WeightStruct):
     spans: tuple[tuple[str, int, int], ...] = flax.struct.field(pytree_node=False, default=())
 
 
-def lora_delta(x: jax.Array, w: Adapted, in_dims: int) -> jax.Array:
-    """The low-rank term of x W: x [.. in..] -> [.. out..] float32, zero in parts without a pair."""
+def lora_delta(x: jax.Array, w: Adapted, in_dims: int, dtype: Any = jnp.float32) -> jax.Array:
+    """The low-rank term of x W: x [.. in..] -> [.. out..] in `dtype`, zero in parts without a pair.
+
+    One product with all A, and one with all B, each B at its part's rows and zeros at the others': the
+    terms of a weight of several parts are written once, as the product with the base is.
+    """
     lead, out = x.shape[: x.ndim - in_dims], w.shape[: w.ndim - in_dims]
-    x = x.reshape(*lead, -1)
-    parts = []
-    for name, start, stop in w.spans:
-        part = out if w.axis is None else (*out[: w.axis], stop - start, *out[w.axis + 1 :])
-        shape, pair = (*lead, *part), w.pairs.get(name)
-        parts.append(lora_product(x, pair).reshape(shape) if pair else jnp.zeros(shape))
-    return parts[0] if w.axis is None else jnp.concatenate(parts, len(lead) + w.axis)
+    x, adapted = x.reshape(*lead, -1), [span for span in w.spans if span[0] in w.pairs]
+    pairs = [w.pairs[name] for name, *_ in adapted]
+    masks = [dropout_mask(pair, x.shape, x.dtype) for pair in pairs]
+
+    def rows_of(pair: Pair, start: int, stop: int) -> jax.Array:
+        b = pair.b * pair.scale
+        if w.axis is None:
+            return b.reshape(*out, -1)
+        edges = [(0, 0)] * (len(out) + 1)
+        edges[w.axis] = (start, out[w.axis] - stop)
+        return jnp.pad(b.reshape(*out[: w.axis], stop - start, *out[w.axis + 1 :], -1), edges)
+
+    b = jnp.concatenate([rows_of(w.pairs[name], *span) for name, *span in adapted], axis=-1)
+    if all(mask is None for mask in masks):
+        low = product(x, jnp.concatenate([pair.a for pair in pairs]), 1, x.dtype)
+    else:
+        inputs = [x if mask is None else x * mask for mask in masks]
+        lows = [product(y, pair.a, 1, x.dtype) for y, pair in zip(inputs, pairs, strict=True)]
+        low = jnp.concatenate(lows, axis=-1)
+    return product(low, b, 1, dtype)
 
 
 def lora_product(x: jax.Array, pair: Pair) -> jax.Array:
-    """scale (dropout(x) A) B: x [.. in] -> [.. out] float32."""
-    mask = dropout_mask(pair, x.shape, x.dtype)
-    x = x if mask is None else x * mask
-    low = product(x, pair.a).astype(x.dtype)
-    return product(low, pair.b) * pair.scale
+    """scale (x A) B: x [.. in] -> [.. out] float32."""
+    return product(product(x, pair.a, 1, x.dtype), pair.b) * pair.scale
 
 
 def dropout_mask(pair: Pair | None, shape: tuple[int, ...], dtype: Any) -> jax.Array | None:
