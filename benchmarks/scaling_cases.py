@@ -187,7 +187,7 @@ def training(case: Case, mesh: Mesh) -> tuple[dict[str, Any], dict[str, np.ndarr
     cfg, rows = config(case.model), case.rows[0]
     changes = [f"pack.rows={rows}", f"pack.length={case.length}", "init=normal", "steps=100"]
     changes += [f"pack.vision_rows={rows}", f"pack.vision_length={2 * case.length}"]
-    changes.append("optimizer.warmup=10")
+    changes += ["optimizer.warmup=10", "step.remat=full"]
     recipe = read_recipe(RECIPE, changes)
     trainable = train_model.prepare(recipe, cfg, mesh=mesh)
     optimizer = train_model.build_optimizer(recipe, cfg, trainable.weights)

@@ -5,7 +5,8 @@
 Random weights of released sizes, random samples, ours by the recipes of configs/ and transformers (with
 peft for LoRA) with gradient checkpointing and fused AdamW, each in a process of its own, one after the
 other. Useful FLOPs: forward and backward of real tokens and patches, nothing twice. The peer cannot pack
-rows: beside packed rows it has rows of the same length with one sample, an image in each.
+rows: beside packed rows it has rows of the same length with one sample, an image in each. Ours keeps what
+the device's memory allows (remat "auto"); both peaks are in the table.
 """
 
 import argparse
@@ -81,7 +82,7 @@ def _cells(line: dict[str, Any], other: dict[str, Any], rate: float) -> list[str
     times = f"{speed * other['seconds'] / other['tokens']:.2f}" if other.get("seconds") else ""
     gib = 2**30
     return [
-        line["run"],
+        f"{line['run']}, remat {line['remat']}",
         f"{speed:,.0f}",
         f"{line['tokens'] / line['padded']:.0%}",
         f"{line['flops'] / line['seconds'] / rate:.0%}",

@@ -21,6 +21,7 @@ from qwen3vl_jax.training.data import packing
 from qwen3vl_jax.training.data.sample import Sample
 from qwen3vl_jax.training.recipe import Recipe, read_recipe
 from qwen3vl_jax.training.reporting.flops import step_flops, trained_parts
+from qwen3vl_jax.training.reporting.memory_estimate import device_bytes, with_remat
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 STEPS = 7
@@ -78,7 +79,7 @@ def random_params(cfg: Config, recipe: Recipe) -> Any:
 
 def measure(cfg: Config, run: Run) -> dict[str, Any]:
     """Seconds of a step, its losses, memory, and what it trained on."""
-    recipe, mesh = recipe_of(run), make_mesh({}, jax.devices()[:1])
+    recipe, mesh = with_remat(recipe_of(run), cfg, device_bytes()), make_mesh({}, jax.devices()[:1])
     packed = rows_of(cfg, recipe, mesh, 0) if run.packed else text_rows(cfg, recipe)
     packed = jax.tree.map(lambda x: jax.device_put(np.asarray(x)), packed)
     params = random_params(cfg, recipe)
@@ -101,6 +102,7 @@ def measure(cfg: Config, run: Run) -> dict[str, Any]:
     analysis: Any = compiled.memory_analysis()
     return {
         "run": run.name,
+        "remat": recipe.step.remat,
         "seconds": sorted(seconds[1:])[len(seconds) // 2 - 1],
         "compile": compiling,
         "losses": losses,

@@ -30,6 +30,7 @@ from qwen3vl_jax.planning.search import LEVEL, Candidate, candidates, largest, m
 from qwen3vl_jax.planning.topology import devices_of, first_devices
 from qwen3vl_jax.training.mesh_preset import asks_for_mesh, mesh_flags, preset
 from qwen3vl_jax.training.recipe import Recipe, check_vision_length
+from qwen3vl_jax.training.reporting.memory_estimate import with_remat
 
 
 def plan_training(recipe: Recipe, machine: Machine, save: Path | None, tries: int) -> Plan:
@@ -127,9 +128,9 @@ def usual_sizes(cfg: Config, machine: Machine, asked: Serving) -> dict[str, int]
 
 def program_of(recipe: Recipe, cfg: Config, machine: Machine) -> Program:
     """The step of a recipe over its mesh of a machine's devices. Raises InputError."""
-    sizes = vars(mesh_of(recipe, cfg, machine))
-    devices = devices_of(machine)[: math.prod(sizes.values())]
-    return training_step(recipe, cfg, make_mesh(sizes, devices))
+    mesh = mesh_of(recipe, cfg, machine)
+    recipe = with_remat(dataclasses.replace(recipe, mesh=mesh), cfg, machine.chip.hbm)
+    return training_step(recipe, cfg, make_mesh(vars(mesh), devices_of(machine)[: mesh.devices]))
 
 
 def watched(console: Console, program: Program, what: str, level: str = "") -> compiling.Compiled:

@@ -61,7 +61,7 @@ def candidates(recipe: Recipe, cfg: Config, machine: Machine) -> list[Candidate]
             check_batch(recipe, cfg, vars(mesh))
         except InputError:
             continue
-        for remat in dict.fromkeys((recipe.step.remat, *REMATS)):
+        for remat in dict.fromkeys((*{recipe.step.remat} - {"auto"}, *REMATS)):
             step = dataclasses.replace(recipe.step, remat=remat)
             tried = dataclasses.replace(recipe, mesh=mesh, step=step)
             memory = sum(memory_estimate.memory(tried, cfg, parts).values())

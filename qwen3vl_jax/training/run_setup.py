@@ -35,6 +35,7 @@ from qwen3vl_jax.storage.remote_files import write_atomic
 from qwen3vl_jax.training import environment, run_dir
 from qwen3vl_jax.training.mesh_preset import asks_for_mesh, preset, sizes_of
 from qwen3vl_jax.training.recipe import Recipe, Source, flat
+from qwen3vl_jax.training.reporting import memory_estimate
 
 _SAVING = "stopping: what was done is saved first; Ctrl-C again ends at once"
 _ENDED = "interrupted: the same command goes on from the last checkpoint"
@@ -52,6 +53,16 @@ def with_mesh(recipe: Recipe, out: Path) -> Recipe:
             break
     mesh = preset(cfg, pack, len(devices), slice_count(devices))
     return dataclasses.replace(recipe, mesh=mesh)
+
+
+def with_remat(recipe: Recipe, cfg: Config, notes: list[str]) -> Recipe:
+    """The recipe with a policy in place of remat "auto", the same in all processes, and a note of it."""
+    if recipe.step.remat != "auto":
+        return recipe
+    room = distributed.from_first(memory_estimate.device_bytes())
+    found = memory_estimate.with_remat(recipe, cfg, room)
+    notes.append(f"step.remat=auto: {found.step.remat}")
+    return found
 
 
 def mesh_of(recipe: Recipe) -> Mesh | None:

@@ -56,7 +56,9 @@ def test_a_pod_recipe_needs_no_weights_no_hub_and_no_mesh(monkeypatch):
 )
 def test_lora_holds_its_base_as_asked(base, size):
     """Memory of the frozen base by its form; the optimizer is of the adapter alone."""
-    settings = recipe.read_recipe(CONFIGS / "sft_8b_lora.toml", [f"lora.base={base}"])
+    settings = recipe.read_recipe(
+        CONFIGS / "sft_8b_lora.toml", [f"lora.base={base}", "step.remat=full"]
+    )
     cfg = Config.named("8b")
     parts = memory_estimate.held(settings, cfg)
     found = memory_estimate.memory(settings, cfg, parts)
@@ -69,7 +71,12 @@ def test_lora_holds_its_base_as_asked(base, size):
 
 def test_memory_of_weights_is_what_a_state_holds():
     """Frozen groups take no gradient and no optimizer memory; average and compensation are counted."""
-    changes = ["optimizer.ema=0.9", "step.weights=bfloat16", "step.rounding=compensated"]
+    changes = [
+        "step.remat=full",
+        "optimizer.ema=0.9",
+        "step.weights=bfloat16",
+        "step.rounding=compensated",
+    ]
     settings = recipe.read_recipe(CONFIGS / "sft_2b.toml", changes)
     cfg = Config.named("2b")
     parts = memory_estimate.held(settings, cfg)
@@ -81,6 +88,22 @@ def test_memory_of_weights_is_what_a_state_holds():
     assert found["optimizer (adamw)"] == 8 * trained + 8  # two counts
     rates = parts.by_group(settings, cfg)
     assert rates["merger"][2] == (2.0,) and rates["vision"][2] == ()
+
+
+@pytest.mark.parametrize(
+    ("room", "chosen", "least"),
+    [(0, "full", 20), (40, "full", 20), (60, "narrow", 35), (105, "dots", 60)],
+)
+def test_remat_by_the_memory_of_a_device(room, chosen, least):
+    """Of GiB: of the 8B's LoRA, whose frozen vision tower keeps nothing. A policy that is named stays."""
+    settings = recipe.read_recipe(CONFIGS / "sft_8b_lora.toml")
+    cfg = Config.named("8b")
+    found = memory_estimate.with_remat(settings, cfg, room * 2**30)
+    assert found.step.remat == chosen and found.pack == settings.pack
+    size = sum(memory_estimate.memory(found, cfg, memory_estimate.held(found, cfg)).values())
+    assert least * 2**30 < size <= max(memory_estimate.AUTO_SHARE * room, 30) * 2**30
+    named = dataclasses.replace(settings, step=dataclasses.replace(settings.step, remat="none"))
+    assert memory_estimate.with_remat(named, cfg, room * 2**30) is named
 
 
 @pytest.fixture(scope="module")

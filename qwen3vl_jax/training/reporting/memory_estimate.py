@@ -1,5 +1,6 @@
 """How many parameters a recipe trains and what a device would hold, from shapes alone."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -25,6 +26,8 @@ from qwen3vl_jax.training.state_sharding import (
 )
 
 GRADIENTS = "gradients (float32)"
+# What remat "auto" chooses from, the fastest first, and the share of a device that its estimate may fill.
+AUTO, AUTO_SHARE = ("dots", "narrow", "full"), 0.8
 _EIGHT_BIT = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
 
 
@@ -120,10 +123,30 @@ def memory(recipe: Recipe, cfg: Config, parts: Held) -> dict[str, int]:
     if GRADIENTS in found and recipe.step.accumulate > 1:
         found[GRADIENTS] *= 2
     found |= {
-        f"activations (remat {recipe.step.remat}), about": _activations(recipe, cfg),
+        f"activations (remat {recipe.step.remat}), about": _activations(recipe, cfg, parts),
         "logits of a chunk of the loss": _logits(recipe, cfg),
     }
     return {name: size for name, size in found.items() if size}
+
+
+def device_bytes() -> int:
+    """Bytes that this process's first device has for arrays; 0 where it does not say, as a CPU."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+
+
+def with_remat(recipe: Recipe, cfg: Config, room: int) -> Recipe:
+    """The recipe with a policy in place of remat "auto": the fastest that devices of `room` bytes hold.
+
+    0 bytes, which are not known, give "full".
+    """
+    if recipe.step.remat != "auto":
+        return recipe
+    parts, tried = held(recipe, cfg), recipe
+    for remat in AUTO:
+        tried = dataclasses.replace(recipe, step=dataclasses.replace(recipe.step, remat=remat))
+        if sum(memory(tried, cfg, parts).values()) <= AUTO_SHARE * room:
+            break
+    return tried
 
 
 def _logits(recipe: Recipe, cfg: Config) -> int:
@@ -132,7 +155,7 @@ def _logits(recipe: Recipe, cfg: Config) -> int:
     return round(2 * 4 * tokens * min(recipe.step.loss_chunk, cfg.text.vocab_size))
 
 
-def _activations(recipe: Recipe, cfg: Config) -> int:
+def _activations(recipe: Recipe, cfg: Config, parts: Held) -> int:
     """Bytes kept from the forward pass of one micro batch, and of one layer that is computed again."""
     t, v, split = cfg.text, cfg.vision, recipe.mesh.devices
     item = jnp.dtype(recipe.step.dtype).itemsize
@@ -143,10 +166,13 @@ def _activations(recipe: Recipe, cfg: Config) -> int:
     image = (v.hidden_size, 5 * v.hidden_size, v.intermediate_size)
     tokens = recipe.pack.rows * recipe.pack.length / split
     patches = recipe.pack.vision_rows * recipe.pack.vision_length / split
+    # A frozen tower keeps nothing.
+    sparse = bool(t.num_experts)
+    seen = any(param_groups.group_of(name, sparse) == "vision" for name in parts.weights)
     total = 0.0
     for places, layers, (stream, narrow, wide) in (
         (tokens, t.num_hidden_layers, text),
-        (patches, v.depth, image),
+        (patches, v.depth if seen else 0, image),
     ):
         all_of_one = 2 * stream + 1.5 * (narrow + wide)  # with norms and activations
         kept = {
