@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from qwen3vl_jax.loading import load
     from qwen3vl_jax.model.cache import decode_step, extend, grow_cache, prefill
     from qwen3vl_jax.model.structs import Batch, Features, KVCache, VisionInputs
-    from qwen3vl_jax.model.transformer import forward, init_params
+    from qwen3vl_jax.model.transformer import forward
     from qwen3vl_jax.model.vision import vision_encode
+    from qwen3vl_jax.parameters import init_params
     from qwen3vl_jax.processing.batch import make_batch, make_vision
     from qwen3vl_jax.processing.positions import rope_index
     from qwen3vl_jax.processing.processor import Processor
@@ -58,7 +59,8 @@ _HOME = {
     "loading": ("load",),
     "model.cache": ("decode_step", "extend", "grow_cache", "prefill"),
     "model.structs": ("Batch", "Features", "KVCache", "VisionInputs"),
-    "model.transformer": ("forward", "init_params"),
+    "model.transformer": ("forward",),
+    "parameters": ("init_params",),
     "model.vision": ("vision_encode",),
     "processing.batch": ("make_batch", "make_vision"),
     "processing.positions": ("rope_index",),

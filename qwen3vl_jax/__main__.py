@@ -64,7 +64,7 @@ def needs(size: str) -> list[tuple[str, ...]]:
     cfg = Config.named(size)
     import jax
 
-    from qwen3vl_jax.model.transformer import init_params
+    from qwen3vl_jax.parameters import init_params
 
     tree = jax.eval_shape(functools.partial(init_params, cfg=cfg), jax.random.key(0))
     parts = {

@@ -163,6 +163,24 @@ def _scaling(given: Mapping[str, Any], where: str, head_dim: int) -> dict[str, A
     return found
 
 
+def powers_of(r: RopeConfig, dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """The exponents of the H/2 frequencies in fp32, and the base to their power."""
+    exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+    return exponents, np.float32(r.theta) ** exponents
+
+
+def fixed_frequencies(r: RopeConfig, dim: int) -> tuple[np.ndarray, float]:
+    """The H/2 inverse frequencies of a type that no position changes, and the factor on cos and sin."""
+    _, powers = powers_of(r, dim)
+    if r.rope_type == "linear":
+        return 1.0 / powers / np.float32(r.factor), 1.0
+    if r.rope_type == "yarn":
+        return yarn_frequencies(r, powers, dim), yarn_scale(r)
+    if r.rope_type == "llama3":
+        return llama3_frequencies(r, 1.0 / powers), 1.0
+    return 1.0 / powers, 1.0
+
+
 def longrope_scale(r: RopeConfig) -> float:
     """The factor on cos and sin of LongRoPE."""
     if r.attention_factor is not None:

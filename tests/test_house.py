@@ -36,7 +36,8 @@ WITH_JAX = [
 # What each folder may import. A folder's own modules and those of "errors" are open to it.
 CONFIG = {"config", "config_checks", "rope_config", "released"}
 PURE = {"model", *CONFIG, "storage"}
-LIBRARY = {*PURE, "device_mesh", "processing", "checkpoint", "inference", "training", "runtime"}
+LIBRARY = {*PURE, "parameters", "device_mesh", "processing", "checkpoint", "inference"}
+LIBRARY |= {"training", "runtime"}
 MAY_IMPORT = {
     "errors": set(),
     "version": set(),
@@ -46,7 +47,8 @@ MAY_IMPORT = {
     "model": CONFIG,
     "processing": PURE,
     "device_mesh": {"model", *CONFIG},
-    "checkpoint": {*PURE, "device_mesh"},
+    "parameters": {"model", *CONFIG},
+    "checkpoint": {*PURE, "device_mesh", "parameters"},
     "inference": {"model", "processing", *CONFIG},
     "training": LIBRARY,
     "planning": LIBRARY,

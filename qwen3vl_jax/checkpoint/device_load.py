@@ -25,7 +25,7 @@ from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model.quantized import Quantized
 from qwen3vl_jax.model.sharding import array_sharding
 from qwen3vl_jax.model.structs import Params
-from qwen3vl_jax.model.transformer import logical_axes
+from qwen3vl_jax.parameters import logical_axes
 
 Spans = tuple[tuple[int, ...], ...]
 Parts = dict[Spans, np.ndarray]

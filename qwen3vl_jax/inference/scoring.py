@@ -15,7 +15,6 @@ from qwen3vl_jax.model.attention import (
     visible_keys,
 )
 from qwen3vl_jax.model.layers import rms_norm
-from qwen3vl_jax.model.losses import label_logprobs, shift_labels
 from qwen3vl_jax.model.structs import Batch, Features, Params, check_call
 from qwen3vl_jax.model.text import decode_layers
 from qwen3vl_jax.model.transformer import (
@@ -23,8 +22,10 @@ from qwen3vl_jax.model.transformer import (
     embed_tokens,
     final_norm,
     full_attention,
+    label_logprobs,
     lm_logits,
     run_decoder,
+    shift_labels,
 )
 
 SPAN = 512  # tokens whose logits over the vocabulary are held at once

@@ -172,7 +172,7 @@ def append_and_attend(q, k, v, cache_k, cache_v, slot) -> list[jax.Array]:
     """Attention of one token a row, q [B 1 N H], to what its cache [B S K H] holds and to itself.
 
     k, v [B 1 K H] are written at slot [B 1] int32, behind what is filled; past the last slot they are
-    dropped. Returns [out [B 1 N H], cache_k, cache_v]. A row's keys are cut into parts, so that few rows
+    dropped. Returns [out [B 1 N H], cache_k, cache_v]. A row's keys are cut into P parts, so that few rows
     fill a GPU; a second kernel joins the parts and the token. Source: Flash-Decoding, Dao et al. 2023.
     """
     (b, _, n, h), (slots, heads), triton = q.shape, cache_k.shape[1:3], _triton()
@@ -180,65 +180,57 @@ def append_and_attend(q, k, v, cache_k, cache_v, slot) -> list[jax.Array]:
     most = max(1, min(STEP_PROGRAMS // (b * heads), slots // STEP_BLOCK))
     # The matrix units take 16 queries.
     parts, tile = 1 << (most.bit_length() - 1), max(16, 1 << (group - 1).bit_length())
+    sizes = {"S": slots, "H": h, "P": parts, "T": tile}
+    options: dict[str, Any] = {"interpret": platform() != "gpu"}
+    options["compiler_params"] = triton.CompilerParams(num_warps=4, num_stages=3)
 
-    def call(kernel, shapes, dims, given, count, **options):
-        specs = [pl.BlockSpec(*_block_of(x)) for x in dims]
-        options |= {"in_specs": specs[: len(given)], "out_specs": specs[len(given) :]}
-        options["compiler_params"] = triton.CompilerParams(num_warps=4, num_stages=3)
-        run = pl.pallas_call(
-            kernel, shapes, **options, grid=(b, heads, count), interpret=platform() != "gpu"
-        )
-        return run(*given)
+    def call(kernel, count, ins, outs, shapes, **more):
+        specs = {"in_specs": _specs(ins, sizes), "out_specs": _specs(outs, sizes)}
+        bound = functools.partial(kernel, triton)
+        return pl.pallas_call(bound, shapes, grid=(b, heads, count), **specs, **options, **more)
 
     q = (q * jnp.asarray(h**-0.5, q.dtype)).reshape(b, heads, group, h)
     k, v = (x[:, 0].astype(cache_k.dtype) for x in (k, v))
     sums = jax.ShapeDtypeStruct((b, heads, group, parts), jnp.float32)
     shapes = [sums, sums, jax.ShapeDtypeStruct((*sums.shape, h), jnp.float32)]
-    cache, row, token = ("i", slots, "j", h), ("i",), ("i", "j", h)
-    dims = [
-        row,
-        ("i", "j", tile, h),
-        cache,
-        cache,
-        *[("i", "j", tile, "p")] * 2,
-        ("i", "j", tile, "p", h),
-    ]
-    kernel = functools.partial(_part_kernel, triton, group)
-    part = call(kernel, shapes, dims, (jnp.clip(slot, 0, slots), q, cache_k, cache_v), parts)
-    query, one = ("i", "j", "p", h), ("i", "j", "p", parts)
-    dims = [row, query, token, token, one, one, (*one, h), cache, cache, query, cache, cache]
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, cache_k, cache_v)]
-    kernel, given = (
-        functools.partial(_join_kernel, triton),
-        (slot, q, k, v, *part, cache_k, cache_v),
+    attend_parts = call(
+        functools.partial(_part_kernel, group), parts, "b bkTH bSkH bSkH", "bkTp bkTp bkTpH", shapes
     )
-    out, *caches = call(kernel, shapes, dims, given, group, input_output_aliases={7: 1, 8: 2})
+    found = attend_parts(jnp.clip(slot, 0, slots), q, cache_k, cache_v)
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, cache_k, cache_v)]
+    ins, outs = "b bkpH bkH bkH bkpP bkpP bkpPH bSkH bSkH", "bkpH bSkH bSkH"
+    join = call(_join_kernel, group, ins, outs, shapes, input_output_aliases={7: 1, 8: 2})
+    out, *caches = join(slot, q, k, v, *found, cache_k, cache_v)
     return [out.reshape(b, 1, n, h), *caches]
 
 
-def _block_of(dims: tuple[Any, ...]) -> tuple[tuple[Any, ...], Callable]:
-    """Shape and index of a block: sizes of whole axes, and "i", "j" or "p" where a grid axis picks one."""
-    shape = tuple(None if isinstance(d, str) else d for d in dims)
-    return shape, lambda *at: tuple(at["ijp".index(d)] if isinstance(d, str) else 0 for d in dims)
+def _specs(names: str, sizes: dict[str, int]) -> list[Any]:
+    """BlockSpecs by the axes of arrays: a program has one of b, k and p, and all of those in `sizes`."""
+
+    def of(axes: str) -> Any:
+        def index(*program):
+            return tuple(0 if x in sizes else program["bkp".index(x)] for x in axes)
+
+        return pl.BlockSpec(tuple(map(sizes.get, axes)), index)
+
+    return [of(axes) for axes in names.split()]
 
 
-def _part_kernel(triton, group, filled, q, k, v, *outs):
+def _part_kernel(group, triton, filled, q, k, v, *outs):
     """The softmax (maximum, sum, output) of a key head's queries over one part of a row's keys."""
-    (tile, h), end, dot = (
-        q.shape,
-        filled[...],
-        functools.partial(jnp.dot, preferred_element_type=jnp.float32),
-    )
+    (tile, h), end = q.shape, filled[...]
+    dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
     blocks = pl.cdiv(end, pl.num_programs(2) * STEP_BLOCK)
-    first, real = pl.program_id(2) * blocks * STEP_BLOCK, jnp.arange(tile) < group
+    first = pl.program_id(2) * blocks * STEP_BLOCK
+    real = jnp.arange(tile) < group
     queries = triton.load(q, mask=real[:, None], other=0)
 
     def fold(i, carry):
         top, total, out = carry
         start = first + i * STEP_BLOCK
         seen = start + jnp.arange(STEP_BLOCK) < end
-        block = (x.at[pl.ds(start, STEP_BLOCK), :] for x in (k, v))
-        keys, values = (triton.load(x, mask=seen[:, None], other=0) for x in block)
+        blocks = (x.at[pl.ds(start, STEP_BLOCK), :] for x in (k, v))
+        keys, values = (triton.load(x, mask=seen[:, None], other=0) for x in blocks)
         scores = jnp.where(seen[None], dot(queries, keys.T), -1e30)
         new_top = jnp.maximum(top, jnp.max(scores, axis=1))
         probs, keep = jnp.exp(scores - new_top[:, None]), jnp.exp(top - new_top)
@@ -246,8 +238,8 @@ def _part_kernel(triton, group, filled, q, k, v, *outs):
         return new_top, total * keep + jnp.sum(probs, axis=1), out
 
     none = jnp.full(tile, -1e30), jnp.zeros(tile), jnp.zeros((tile, h))
-    here = jnp.clip(pl.cdiv(end - first, STEP_BLOCK), 0, blocks)
-    for ref, x in zip(outs, jax.lax.fori_loop(0, here, fold, none), strict=True):
+    count = jnp.clip(pl.cdiv(end - first, STEP_BLOCK), 0, blocks)
+    for ref, x in zip(outs, jax.lax.fori_loop(0, count, fold, none), strict=True):
         triton.store(ref, x, mask=real[:, None] if x.ndim > 1 else real)
 
 

@@ -97,7 +97,8 @@ def prefill(
     batch = batch.replace(vision=None, labels=None)
     layers, rest = _per_layer(params)["layers"], {**params, "layers": None, "vision": None}
     if chunk is not None:
-        return _prefill_in_chunks(params, cfg, batch, features, slots, chunk)
+        cache = init_cache(cfg, len(batch.tokens), slots, transformer.compute_dtype(params))
+        return _extend(params, cfg, cache, batch, features=features, chunk=chunk)
     slots = _round_to_blocks(slots)
     x, length, delta, k, v = _fill_layers(layers, rest, cfg, batch, features, slots, 0)
     return KVCache(k, v, length, delta), _end_prompt(rest, cfg, x, length)
@@ -126,14 +127,6 @@ def _fill_layers(layers, rest, cfg, batch, features, slots, segments):
         x = shard_residual(x + deepstack[i]) if i < len(deepstack) else x
         written.append(kv)
     return x, length, delta, [k for k, _ in written], [v for _, v in written]
-
-
-@functools.partial(jax.jit, static_argnames=("cfg", "slots", "chunk"))
-def _prefill_in_chunks(params, cfg, batch, features, slots, chunk):
-    cache = init_cache(cfg, batch.tokens.shape[0], slots, transformer.compute_dtype(params))
-    batch = _left_align(batch)
-    slot = jnp.where(batch.segment_ids > 0, jnp.arange(batch.tokens.shape[1]), cache.slots)
-    return _fill_in_chunks(params, cfg, cache, batch, features, slot, chunk)
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
@@ -223,6 +216,9 @@ def extend(
     x, written = transformer.run_decoder(_per_layer(params), cfg, batch, features, attend_fn)
     x = transformer.at_last_attended(x, batch.segment_ids)
     return _advance(params, cfg, cache, written, jnp.sum(valid, axis=1), batch.delta, x)
+
+
+_extend = jax.jit(extend, static_argnames=("cfg", "chunk"), donate_argnames="cache")
 
 
 def decode_step(

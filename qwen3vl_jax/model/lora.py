@@ -45,26 +45,23 @@ def lora_delta(x: jax.Array, w: Adapted, in_dims: int, dtype: Any = jnp.float32)
     terms of a weight of several parts are written once, as the product with the base is.
     """
     lead, out = x.shape[: x.ndim - in_dims], w.shape[: w.ndim - in_dims]
-    x, adapted = x.reshape(*lead, -1), [span for span in w.spans if span[0] in w.pairs]
-    pairs = [w.pairs[name] for name, *_ in adapted]
-    masks = [dropout_mask(pair, x.shape, x.dtype) for pair in pairs]
+    x, axis = x.reshape(*lead, -1), w.axis or 0
 
     def rows_of(pair: Pair, start: int, stop: int) -> jax.Array:
-        b = pair.b * pair.scale
-        if w.axis is None:
-            return b.reshape(*out, -1)
-        edges = [(0, 0)] * (len(out) + 1)
-        edges[w.axis] = (start, out[w.axis] - stop)
-        return jnp.pad(b.reshape(*out[: w.axis], stop - start, *out[w.axis + 1 :], -1), edges)
+        b = (pair.b * pair.scale).reshape(*out[:axis], stop - start, *out[axis + 1 :], -1)
+        return jnp.pad(
+            b, [(start, out[axis] - stop) if i == axis else (0, 0) for i in range(b.ndim)]
+        )
 
-    b = jnp.concatenate([rows_of(w.pairs[name], *span) for name, *span in adapted], axis=-1)
+    spans = [(w.pairs[name], i, j or out[0]) for name, i, j in w.spans if name in w.pairs]
+    masks = [dropout_mask(pair, x.shape, x.dtype) for pair, *_ in spans]
     if all(mask is None for mask in masks):
-        low = product(x, jnp.concatenate([pair.a for pair in pairs]), 1, x.dtype)
+        low = product(x, jnp.concatenate([pair.a for pair, *_ in spans]), 1, x.dtype)
     else:
         inputs = [x if mask is None else x * mask for mask in masks]
-        lows = [product(y, pair.a, 1, x.dtype) for y, pair in zip(inputs, pairs, strict=True)]
+        lows = [product(y, pair.a, 1, x.dtype) for y, (pair, *_) in zip(inputs, spans)]
         low = jnp.concatenate(lows, axis=-1)
-    return product(low, b, 1, dtype)
+    return product(low, jnp.concatenate([rows_of(*span) for span in spans], axis=-1), 1, dtype)
 
 
 def lora_product(x: jax.Array, pair: Pair) -> jax.Array:

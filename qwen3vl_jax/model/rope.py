@@ -57,10 +57,7 @@ def inverse_frequencies(cfg: TextConfig, longest: jax.Array) -> tuple[jax.Array,
     Sources: linear, dynamic NTK (transformers), YaRN 2309.00071, LongRoPE 2402.13753, Llama 3.1.
     """
     r, dim = cfg.rope, cfg.head_dim
-    exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
-    powers = np.float32(r.theta) ** exponents
-    if r.rope_type == "linear":
-        return jnp.asarray(1.0 / powers / np.float32(r.factor)), 1.0
+    exponents, powers = rope_config.powers_of(r, dim)
     if r.rope_type == "dynamic":
         limit = cfg.max_position_embeddings
         length = jnp.maximum(longest + 1, limit).astype(jnp.float32)
@@ -71,8 +68,5 @@ def inverse_frequencies(cfg: TextConfig, longest: jax.Array) -> tuple[jax.Array,
         short, long = (np.asarray(f, np.float32) * powers for f in (r.short_factor, r.long_factor))
         beyond = longest + 1 > limit
         return 1.0 / jnp.where(beyond, long, short), rope_config.longrope_scale(r)
-    if r.rope_type == "yarn":
-        return jnp.asarray(rope_config.yarn_frequencies(r, powers, dim)), rope_config.yarn_scale(r)
-    if r.rope_type == "llama3":
-        return jnp.asarray(rope_config.llama3_frequencies(r, 1.0 / powers)), 1.0
-    return jnp.asarray(1.0 / powers), 1.0
+    inverse, scale = rope_config.fixed_frequencies(r, dim)
+    return jnp.asarray(inverse), scale

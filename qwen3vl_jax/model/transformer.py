@@ -2,98 +2,27 @@
 
 Start reading here, then: structs (inputs and outputs), layers (weights, products, norms), rope,
 attention (causal_ranges, attend), text (the decoder layer, DeepStack), vision (the ViT), moe, cache
-(prefill, decode_step), losses. How it is fast comes last: sharding (logical axes -> mesh axes),
+(prefill, decode_step). How it is fast comes last: sharding (logical axes -> mesh axes),
 expert_parallel, attention_gpu, attention_tpu, matmul, quantized, lora.
 
 forward sees whole sequences. All functions can be traced; callers jit them with cfg static.
 """
 
-import dataclasses
-import functools
-import math
 import operator
-from collections.abc import Mapping
 from typing import Any, cast
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from qwen3vl_jax.config import Config, TextConfig, VisionConfig
+from qwen3vl_jax.config import IGNORE_INDEX, Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model.attention import Dropout, attend, causal_ranges
-from qwen3vl_jax.model.layers import linear_fp32, ones, rms_norm, weight
+from qwen3vl_jax.model.layers import linear_fp32, rms_norm
 from qwen3vl_jax.model.quantized import Quantized, embedding_lookup
 from qwen3vl_jax.model.sharding import shard
 from qwen3vl_jax.model.structs import Batch, Features, Params, check_call
-from qwen3vl_jax.model.text import AttendFn, Block, decode_layers, shard_residual
-from qwen3vl_jax.model.vision import PatchEmbed, PatchMerger, VisionBlock, vision_encode
-
-
-class Tables(nn.Module):
-    """Parameters outside the layers: {name: its dims as in `weight`}. One of a single dim is a norm."""
-
-    cfg: TextConfig | VisionConfig
-    dims: Mapping[str, Any]
-
-    @nn.compact
-    def __call__(self) -> None:
-        for name, dims in self.dims.items():
-            weight(self, name, *dims, init=ones if len(dims) == 1 else None)
-
-
-def init_params(key: jax.Array, cfg: Config, dtype=jnp.float32) -> Params:
-    """Random parameters: normal(initializer_range), unit norms, zero biases; layers are lists. Jit it.
-
-    `jax.eval_shape(functools.partial(init_params, cfg=cfg), key)` gives the shapes for free.
-    """
-    if not isinstance(cfg, Config):
-        found = "an array" if isinstance(cfg, jax.Array) else type(cfg).__name__
-        raise InputError(f"cfg: got {found}, expected a Config; the order is (key, cfg, dtype)")
-    return jax.tree.map(lambda x: x.astype(dtype), nn.unbox(_boxed_params(key, cfg)))
-
-
-def _boxed_params(key: jax.Array, cfg: Config) -> Params:
-    """Parameters in the Flax boxes that hold their logical axis names."""
-    keys = iter(jax.random.split(key, 8 + cfg.text.num_hidden_layers + 2 * cfg.vision.depth))
-    t, c = cfg.text, cfg.vision
-
-    def init(count: int, module: nn.Module, *inputs: Any) -> list[Any]:
-        traced_once = jax.jit(lambda key: module.lazy_init(key, *inputs)["params"])
-        return [traced_once(next(keys)) for _ in range(count)]
-
-    def floats(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-    # Inputs are shapes alone: no layer is computed.
-    x, rotary = floats(1, 1, t.hidden_size), (floats(1, 1, 1, t.head_dim // 2),) * 2
-    patches, angles = floats(c.merge_unit, c.hidden_size), (floats(1, 1, 1, c.head_dim // 2),) * 2
-    row, ranges = floats(1, 1, c.hidden_size), (jax.ShapeDtypeStruct((1, 1), jnp.int32),) * 2
-    positions = (c.num_position_embeddings, None), (c.hidden_size, "vision_embed")
-    vision = {
-        "patch": init(1, PatchEmbed(c), floats(1, math.prod(c.patch_shape)))[0],
-        **init(1, Tables(c, {"pos": positions}))[0],
-        "blocks": init(c.depth, VisionBlock(c), row, angles, *ranges),
-        "merger": init(1, PatchMerger(c, False), patches)[0],
-        "deepstack": init(len(c.deepstack_visual_indexes), PatchMerger(c, True), patches),
-    }
-    layers = init(t.num_hidden_layers, Block(t), x, rotary, lambda q, *_: (q, None))
-    words = (t.vocab_size, "vocab"), (t.hidden_size, "embed")
-    tables = {"embed": words, "norm": ((t.hidden_size, None),)}
-    tables |= {} if cfg.tie_word_embeddings else {"head": words}
-    return {**init(1, Tables(t, tables))[0], "layers": layers, "vision": vision}
-
-
-def logical_axes(cfg: Config) -> dict[str, tuple[str | None, ...]]:
-    """{"layers.attn.qkv": ("kv_heads", None, None, "embed"), ..}, of a model of one layer per tower."""
-    text = dataclasses.replace(cfg.text, num_hidden_layers=1)
-    vision = dataclasses.replace(cfg.vision, depth=1)
-    small = dataclasses.replace(cfg, text=text, vision=vision)
-    boxed = jax.eval_shape(functools.partial(_boxed_params, cfg=small), jax.random.key(0))
-    boxed = {**boxed, "layers": boxed["layers"][0]}
-    boxed["vision"] = {**boxed["vision"], "blocks": boxed["vision"]["blocks"][0]}
-    leaves = jax.tree.leaves_with_path(boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
-    return {jax.tree_util.keystr(path, simple=True, separator="."): x.names for path, x in leaves}
+from qwen3vl_jax.model.text import AttendFn, decode_layers, shard_residual
+from qwen3vl_jax.model.vision import vision_encode
 
 
 def compute_dtype(params: Params) -> Any:
@@ -231,3 +160,18 @@ def forward(
         index = jnp.maximum(last[:, None] + jnp.arange(1 - count, 1), 0)
         x = jnp.take_along_axis(x, index[..., None], axis=1)
     return lm_logits(params, cfg, x)
+
+
+def shift_labels(labels: jax.Array, fill: int = IGNORE_INDEX) -> jax.Array:
+    """labels [B T] of each token -> of the next token; the last column is `fill`."""
+    return jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=fill)
+
+
+def label_logprobs(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(log-probability of each label, logsumexp), both [..] fp32; logits [.. V], labels [..].
+
+    The log-probability is 0 where the label is IGNORE_INDEX.
+    """
+    picked = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
+    logsumexp = jax.nn.logsumexp(logits, axis=-1)
+    return jnp.where(labels != IGNORE_INDEX, picked - logsumexp, 0.0), logsumexp

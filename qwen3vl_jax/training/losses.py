@@ -16,12 +16,11 @@ from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model.attention import NEG
 from qwen3vl_jax.model.layers import linear_fp32
 from qwen3vl_jax.model.lora import Adapted
-from qwen3vl_jax.model.losses import label_logprobs, shift_labels
 from qwen3vl_jax.model.moe import RouterOutput
 from qwen3vl_jax.model.quantized import Quantized, Weight
 from qwen3vl_jax.model.sharding import shard
 from qwen3vl_jax.model.structs import Batch, Features, Params, check_call
-from qwen3vl_jax.model.transformer import final_norm, forward, lm_head
+from qwen3vl_jax.model.transformer import final_norm, forward, label_logprobs, lm_head, shift_labels
 
 
 class TokenSums(NamedTuple):

@@ -20,7 +20,7 @@ from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model.quantized import Quantized
 from qwen3vl_jax.model.sharding import replicated
 from qwen3vl_jax.model.structs import Params
-from qwen3vl_jax.model.transformer import init_params
+from qwen3vl_jax.parameters import init_params
 from qwen3vl_jax.training import param_groups
 from qwen3vl_jax.training.lora_targets import split_lora
 from qwen3vl_jax.training.new_tokens import new_rows
