@@ -1,5 +1,6 @@
-"""The one exception for what a user gave: a file, an argument, a checkpoint."""
+"""The one exception for what a user gave: a file, an argument, a checkpoint; how values are shown."""
 
+import dataclasses
 import operator
 from typing import Any
 
@@ -40,6 +41,20 @@ def shown(value: Any, limit: int = 80) -> str:
     except ValueError:  # an integer of thousands of digits
         return "a number too long to print"
     return text if len(text) <= limit else f"{text[:limit]} .."
+
+
+def brief(self: Any) -> str:
+    """The repr of a struct: arrays as dtype[shape], N equal ones as "N x ..", no fields that are None."""
+    if dataclasses.is_dataclass(self):
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        shown = (f"{name}={brief(x)}" for name, x in fields.items() if x is not None)
+        return f"{type(self).__name__}({', '.join(shown)})"
+    if hasattr(self, "shape") and hasattr(self, "dtype"):
+        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
+    if isinstance(self, (list, tuple)) and self:
+        found = [brief(x) for x in self]
+        return f"{len(found)} x {found[0]}" if len(set(found)) == 1 else f"[{', '.join(found)}]"
+    return repr(self)
 
 
 def not_finite(key: str) -> str:

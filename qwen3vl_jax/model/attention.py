@@ -101,10 +101,8 @@ def _attend(layout: Layout, segments: int, q, k, v, hi, lo=None, key_segments=No
         # Pallas for a TPU is imported only where there is one.
         from qwen3vl_jax.model import attention_tpu
 
-        if not attention_tpu.kernel_refusal(q.shape[1], k.shape[1], lo, key_segments):
-            splash = functools.partial(attention_tpu.splash_attend, q, k, v, lo, hi)
-            one = q.shape[1] == 1
-            return attention_tpu.attend_step(q, k, v, hi) if one else splash(key_segments)
+        if (out := attention_tpu.attend(q, k, v, lo, hi, key_segments)) is not None:
+            return out
     if _on_cudnn(layout, q, k, lo):
         if lo is None:
             return attention_gpu.attend_behind_cache(q, k, v, hi)
@@ -124,18 +122,14 @@ def _on_cudnn(layout: Layout, q, k, lo) -> bool:
 
 
 def append_and_attend(q, k, v, cache_k, cache_v, slot) -> Any:
-    """A decode step's write and attention by a GPU's kernel: (out, cache_k, cache_v), or None without one.
-
-    One token a row, q [B 1 N H], k, v [B 1 K H], is written at slot [B 1] of the cache [B S K H] and sees
-    the slots up to it.
-    """
+    """`attention_gpu.append_and_attend` where it serves a decode step, on a mesh too; else None."""
     if q.shape[1] > 1 or platform() != "gpu" or cudnn_refusal(q.dtype.name, q.shape[-1]):
         return None
     where = mesh_axes_for(("batch", q.shape[0]), ("heads", k.shape[2]))
     by_head = spec(("batch", None, "heads", None), where)
     in_specs = (*[by_head] * 5, spec(("batch", None), where))
-    run, outs = attention_gpu.append_and_attend, [by_head] * 3
-    return on_shards(run, in_specs, outs, q, k, v, cache_k, cache_v, slot)
+    run = attention_gpu.append_and_attend
+    return on_shards(run, in_specs, [by_head] * 3, q, k, v, cache_k, cache_v, slot)
 
 
 def group_heads(q: jax.Array, kv_heads: int) -> jax.Array:

@@ -24,15 +24,13 @@ BLOCK = 512
 STEP_BLOCK, STEP_BYTES = 256, 2 << 20
 
 
-def kernel_refusal(queries: int, keys: int, lo: jax.Array | None, key_segments) -> str:
-    """Why no kernel serves a call of `attend` with these numbers of queries and keys, or ""."""
+def attend(q, k, v, lo, hi, key_segments=None) -> jax.Array | None:
+    """`attention.attend` by a kernel; None for few queries, and for keys whose segments are not known."""
+    queries, keys = q.shape[1], k.shape[1]
     if queries == 1 and lo is None and keys % STEP_BLOCK == 0:
-        return ""
-    if queries < LANES:
-        return f"{queries} queries a row are less than a block of {LANES}"
-    if lo is not None and key_segments is None and queries != keys:
-        return f"{queries} queries are not the row of {keys} keys, whose segments are not given"
-    return ""
+        return attend_step(q, k, v, hi)
+    served = queries >= LANES and (lo is None or key_segments is not None or queries == keys)
+    return splash_attend(q, k, v, lo, hi, key_segments) if served else None
 
 
 def splash_attend(q, k, v, lo, hi, key_segments=None) -> jax.Array:
@@ -53,16 +51,17 @@ def splash_attend(q, k, v, lo, hi, key_segments=None) -> jax.Array:
     width = -(-slots // block_k) * block_k
     first, end = jnp.where(empty, width, 0 if lo is None else lo), jnp.where(empty, 0, hi)
     seen = _seen(first, end, block_q, block_k, width)
-    reach = _concatenate(end + rows * width, block_q)
-    by_query = _mask_info(*_steps(seen), reach)
-    loads, runs = (x.swapaxes(1, 2) for x in _steps(seen.swapaxes(1, 2)))
+    reach: Any = _concatenate(end + rows * width, block_q)
+    by_query, by_key = _steps(seen), (x.swapaxes(1, 2) for x in _steps(seen.swapaxes(1, 2)))
+    # No mask block is stored, since `mask_function` computes them.
+    info = [MaskInfo(loads, None, runs, None, reach) for loads, runs in (by_query, by_key)]
     # "_dkv" and "_dq": the kernels of the backward pass.
     blocks: dict[str, Any] = {f"block_q{which}": block_q for which in ("", "_dkv", "_dq")}
     blocks |= {f"block_kv{which}": block_k for which in ("", "_dkv", "_dq")}
     kernel = splash.SplashAttentionKernel(
-        by_query,
-        by_query,
-        _mask_info(loads, runs, reach),
+        info[0],
+        info[0],
+        info[1],
         block_sizes=splash.BlockSizes(**blocks),
         # Besides segments; positions count over the concatenated sequences.
         mask_function=lambda reach, key: key < reach,
@@ -118,11 +117,6 @@ def _steps(seen: jax.Array) -> tuple[jax.Array, jax.Array]:
     first = jnp.min(jnp.where(seen, index, last), -1, keepdims=True)
     loads = m * jnp.arange(b)[:, None, None] + jnp.clip(index, first, last)
     return loads.astype(jnp.int16).reshape(1, b * n, m), seen.astype(jnp.int8).reshape(1, b * n, m)
-
-
-def _mask_info(loads: jax.Array, runs: jax.Array, reach: jax.Array) -> MaskInfo:
-    """The tables in the kernel's struct; no mask block is stored, since `mask_function` computes them."""
-    return MaskInfo(loads, None, runs, None, cast(Any, reach))
 
 
 def attend_step(q: jax.Array, k: jax.Array, v: jax.Array, hi: jax.Array) -> jax.Array:

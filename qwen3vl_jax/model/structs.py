@@ -3,7 +3,6 @@
 The host fills Batch and VisionInputs with numpy arrays; they become jax arrays at their first use.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,24 +10,10 @@ import flax.struct
 import jax
 
 from qwen3vl_jax.config import Config
-from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.errors import InputError, brief
 
 # Nested dict of arrays; "layers" and "blocks" are lists (inference) or stacked dicts (training).
 Params = dict[str, Any]
-
-
-def brief(self: Any) -> str:
-    """The repr of a struct: arrays as dtype[shape], N equal ones as "N x ..", no fields that are None."""
-    if dataclasses.is_dataclass(self):
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        shown = (f"{name}={brief(x)}" for name, x in fields.items() if x is not None)
-        return f"{type(self).__name__}({', '.join(shown)})"
-    if hasattr(self, "shape") and hasattr(self, "dtype"):
-        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
-    if isinstance(self, (list, tuple)) and self:
-        found = [brief(x) for x in self]
-        return f"{len(found)} x {found[0]}" if len(set(found)) == 1 else f"[{', '.join(found)}]"
-    return repr(self)
 
 
 class VisionInputs(flax.struct.PyTreeNode):

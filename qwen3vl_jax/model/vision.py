@@ -16,6 +16,9 @@ from qwen3vl_jax.model.rope import rotate, vision_rotary
 from qwen3vl_jax.model.sharding import jit_wide, shard
 from qwen3vl_jax.model.structs import Features, Params, VisionInputs, check_call
 
+# Logical axes of patches [W P D].
+PATCHES = ("vision_batch", "patches", None)
+
 
 class PatchEmbed(nn.Module):
     """Patch embedding [.. C] -> [.. D]: the reference's Conv3d as a product, since stride = kernel."""
@@ -145,7 +148,7 @@ def _embed_patches(p, c, vis, dtype):
     if vis.lo.ndim == 1:
         vis = jax.tree.map(lambda x: x[None], vis)
     x: Any = PatchEmbed(c).apply({"params": p["patch"]}, vis.pixels.astype(dtype))
-    x = _shard_patches(x + position_embedding(p["pos"], vis).astype(x.dtype))
+    x = shard(x + position_embedding(p["pos"], vis).astype(x.dtype), *PATCHES)
     return x, vision_rotary(c.head_dim, c.rope_theta, vis.coords), vis.lo, vis.hi
 
 
@@ -153,20 +156,16 @@ def _embed_patches(p, c, vis, dtype):
 def _run_block(c, frames, layer, x, rotary, lo, hi):
     """One block: one program for all blocks, if not traced."""
     out: Any = VisionBlock(c, frames).apply({"params": layer}, x, rotary, lo, hi)
-    return _shard_patches(out)
+    return shard(out, *PATCHES)
 
 
 @functools.partial(jit_wide, static_argnames="c")
 def _merge(p, c, x, deepstack):
     def merge(norm_after_grouping: bool, merger: Params, x: jax.Array) -> jax.Array:
         y: Any = PatchMerger(c, norm_after_grouping).apply({"params": merger}, x)
-        return _shard_patches(y).reshape(-1, y.shape[-1])
+        return shard(y, *PATCHES).reshape(-1, y.shape[-1])
 
     merged = merge(False, p["merger"], x)
     levels = [merge(True, q, y) for q, y in zip(p["deepstack"], deepstack, strict=True)]
     none = jnp.zeros((0, *merged.shape), merged.dtype)
     return Features(merged, jnp.stack(levels) if levels else none)
-
-
-def _shard_patches(x: jax.Array) -> jax.Array:
-    return shard(x, "vision_batch", "patches", None)

@@ -13,7 +13,7 @@ import tiny
 import qwen3vl_jax as q3
 from qwen3vl_jax.model import attention, attention_tpu
 from qwen3vl_jax.model.attention import _attend_blocks, causal_ranges
-from qwen3vl_jax.model.attention_tpu import kernel_refusal, splash_attend
+from qwen3vl_jax.model.attention_tpu import splash_attend
 from qwen3vl_jax.model.cache import init_cache
 
 HEADS, KEY_HEADS = 6, 2
@@ -145,12 +145,18 @@ def test_block_sizes_divide_padded_lengths():
 
 def test_what_is_refused():
     """Few queries, and queries of a part of a row whose segments are not known."""
-    lo = jnp.zeros((1, 256), jnp.int32)
-    assert "1 queries" in kernel_refusal(1, 300, None, None)
-    assert not kernel_refusal(1, 512, None, None)
-    assert "512 keys" in kernel_refusal(256, 512, lo, None)
-    assert not kernel_refusal(256, 512, lo, jnp.zeros((1, 512), jnp.int32))
-    assert not kernel_refusal(256, 256, lo, None) and not kernel_refusal(256, 512, None, None)
+
+    def served(queries, keys, with_lo, segments=None):
+        shape = jax.ShapeDtypeStruct
+        q, k = (shape((1, n, 2, 128), jnp.bfloat16) for n in (queries, keys))
+        hi = shape((1, queries), jnp.int32)
+        given = (q, k, k, hi if with_lo else None, hi, segments)
+        return jax.eval_shape(attention_tpu.attend, *given) is not None
+
+    assert not served(1, 300, False) and served(1, 512, False)
+    assert not served(64, 512, False) and served(256, 512, False)
+    assert not served(256, 512, True) and served(256, 256, True)
+    assert served(256, 512, True, jax.ShapeDtypeStruct((1, 512), jnp.int32))
 
 
 @functools.cache
