@@ -115,7 +115,7 @@ def measure(cfg: Config, run: Run) -> dict[str, Any]:
 
 
 def main() -> None:
-    """A line for the device, then one for each run; the most memory first counts for all after it."""
+    """A line for the device, then one for each run."""
     asked = json.loads(sys.argv[1])
     cfg, device = config(asked["size"]), jax.devices()[0].device_kind
     emit({"device": device, "versions": f"jax {jax.__version__}", **ceilings()})

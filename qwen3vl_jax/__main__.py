@@ -102,9 +102,15 @@ def backends() -> list[tuple[str, bool, str]]:
     here = platform()
     refusal = cudnn_refusal("bfloat16", 128) if here == "gpu" else f"needs a GPU, this is {here}"
     blocks = "every platform, dtype and layout; online softmax, empty blocks skipped"
-    cudnn = "packed rows, prompts, images and videos, tokens behind a cache; decode steps by Pallas; "
+    cudnn = (
+        "packed rows, prompts, images and videos, tokens behind a cache; decode steps by Pallas; "
+    )
     cudnn += "bf16 and fp16"
-    tpu = "128 queries a row or more; decode steps by Pallas" if here == "tpu" else f"needs a TPU, this is {here}"
+    tpu = (
+        "128 queries a row or more; decode steps by Pallas"
+        if here == "tpu"
+        else f"needs a TPU, this is {here}"
+    )
     return [
         ("xla blocks", True, blocks),
         ("cudnn", not refusal, refusal or cudnn),

@@ -98,7 +98,8 @@ def prefill(
     layers, rest = _per_layer(params)["layers"], {**params, "layers": None, "vision": None}
     if chunk is not None:
         cache = init_cache(cfg, len(batch.tokens), slots, transformer.compute_dtype(params))
-        return _extend(params, cfg, cache, batch, features=features, chunk=chunk)
+        run = jax.jit(extend, static_argnames=("cfg", "chunk"), donate_argnames="cache")
+        return run(params, cfg, cache, batch, features=features, chunk=chunk)
     slots = _round_to_blocks(slots)
     x, length, delta, k, v = _fill_layers(layers, rest, cfg, batch, features, slots, 0)
     return KVCache(k, v, length, delta), _end_prompt(rest, cfg, x, length)
@@ -216,9 +217,6 @@ def extend(
     x, written = transformer.run_decoder(_per_layer(params), cfg, batch, features, attend_fn)
     x = transformer.at_last_attended(x, batch.segment_ids)
     return _advance(params, cfg, cache, written, jnp.sum(valid, axis=1), batch.delta, x)
-
-
-_extend = jax.jit(extend, static_argnames=("cfg", "chunk"), donate_argnames="cache")
 
 
 def decode_step(

@@ -59,8 +59,9 @@ class Attention(nn.Module):
         bias = weight(self, "qkv_bias", *fused, init=zeros) if c.attention_bias else None
         qkv = linear(x, weight(self, "qkv", *fused, d), bias)  # [B T K G+2 H]
         qkv = shard(qkv, batch_axis(x), "tokens", "kv_heads", None, None)
-        query = qkv[..., :group, :].reshape(*x.shape[:2], c.num_attention_heads, c.head_dim)
-        key, value = qkv[..., group, :], qkv[..., group + 1, :]
+        # The gradient of a split is one concatenation, that of slices a sum of padded arrays.
+        parts = jnp.split(qkv, [group, group + 1], axis=-2)
+        query, key, value = (y.reshape(*x.shape[:2], -1, c.head_dim) for y in parts)
 
         def norm_and_rotate(name: str, y: jax.Array) -> jax.Array:
             return rotate(rms_norm(y, weight(self, name, h, init=ones), c.rms_norm_eps), *rotary)
@@ -81,8 +82,8 @@ class Mlp(nn.Module):
         d, f = (self.cfg.hidden_size, "embed"), (self.cfg.intermediate_size, "mlp")
         gate_up = linear(x, weight(self, "gate_up", (2, None), f, d), wide=True)
         gate_up = shard(gate_up, batch_axis(x), "tokens", None, "mlp")
-        hidden = ACTIVATIONS[self.cfg.hidden_act](gate_up[..., 0, :]) * gate_up[..., 1, :]
-        return linear(hidden, weight(self, "down", d, f))
+        gate, up = (y[..., 0, :] for y in jnp.split(gate_up, 2, axis=-2))
+        return linear(ACTIVATIONS[self.cfg.hidden_act](gate) * up, weight(self, "down", d, f))
 
 
 class Block(nn.Module):

@@ -46,7 +46,7 @@ class VisionAttention(nn.Module):
         h = (self.cfg.head_dim, None)
         w = weight(self, "qkv", (3, None), n, h, d)
         qkv = linear(x, w, weight(self, "qkv_bias", (3, None), n, h, init=zeros))
-        q, k, v = (qkv[:, :, i] for i in range(3))
+        q, k, v = (y[:, :, 0] for y in jnp.split(qkv, 3, axis=2))
         q, k = (rotate(y.astype(jnp.float32), *rotary).astype(x.dtype) for y in (q, k))
         out = attend(q, k, v, lo, hi, layout="frames", segments=self.frames)
         o, bias = weight(self, "o", d, n, h), weight(self, "o_bias", d, init=zeros)
