@@ -56,7 +56,7 @@ def cudnn_refusal(dtype: str, head_dim: int) -> str:
             attend_packed(q, k, v, lo, hi, True, 2),
             attend_row(q, k, v),
             attend_behind_cache(q, k, v, hi),
-            append_and_attend(*(x[:, :1] for x in (q, k, v)), k, v, hi[:, :1]),
+            append_and_attend(q[:, :1], k[:, :1], v[:, :1], k, v, hi[:, :1]),
         )
 
     try:
