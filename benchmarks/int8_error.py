@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen3vl_jax.checkpoint.device_load import Source, as_structs
-from qwen3vl_jax.checkpoint.int8 import quantize_leaves
 from qwen3vl_jax.checkpoint.lazy_tensor import LazyTensor
 from qwen3vl_jax.checkpoint.param_paths import TreePath, nest
+from qwen3vl_jax.checkpoint.quantize import quantize_leaves
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.model.layers import linear_fp32, rms_norm
 from qwen3vl_jax.model.quantized import embedding_lookup
@@ -107,13 +107,13 @@ def _end(cfg: Config, read: Read, x: jax.Array) -> np.ndarray:
     return np.concatenate(parts, axis=1)
 
 
-def main(ckpt: str) -> None:
-    """Prints the error of one checkpoint in a 16-bit form."""
+def main(ckpt: str, kind: str = "int8") -> None:
+    """Prints the error of one checkpoint in a 16-bit form, rounded to int8 or int4."""
     source = Source(resolve(ckpt), Config.from_hf(resolve(ckpt)))
     leaves = source.stored()
-    rounded = quantize_leaves(source.cfg, leaves)
+    rounded = quantize_leaves(source.cfg, leaves, kind)
     print(logit_error(source.cfg, *(functools.partial(subtree, x) for x in (leaves, rounded))))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

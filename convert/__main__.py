@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--revision", help="branch, tag or commit of a Hub id")
     ambiguous = "layout of fused experts where their shape is ambiguous"
     add("--expert-layout", choices=LAYOUTS, help=ambiguous)
-    add("--weights", choices=WEIGHTS, help="fp8 keeps FP8, int8 rounds (default: neither)")
+    add("--weights", choices=WEIGHTS, help="fp8 keeps FP8, int8 and int4 round (default: neither)")
     merged = "a LoRA adapter to add to the weights"
     add("--merge", type=argument, metavar="PEFT_DIR", help=merged)
     add("--max-shard-size", type=_size, default=SHARD_SIZE, metavar="SIZE", help="default 5GB")

@@ -6,10 +6,10 @@ from convert import Progress
 from qwen3vl_jax.checkpoint.adapters import merged
 from qwen3vl_jax.checkpoint.config_files import PARAMS, copy_files
 from qwen3vl_jax.checkpoint.hf_reader import open_hf
-from qwen3vl_jax.checkpoint.int8 import quantize_leaves
 from qwen3vl_jax.checkpoint.name_map import tree_of
 from qwen3vl_jax.checkpoint.orbax_io import write_tree
 from qwen3vl_jax.checkpoint.peft_io import load_adapter
+from qwen3vl_jax.checkpoint.quantize import CODES, quantize_leaves
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.storage.atomic_dir import atomic_dir, check_apart
@@ -38,8 +38,8 @@ def to_orbax(
     as_stored = leaves = open_hf(source, cfg, layout, weights)
     if adapter is not None:
         as_stored = leaves = merged(cfg, leaves, *load_adapter(adapter, cfg))
-    if weights == "int8":
-        leaves = quantize_leaves(cfg, as_stored)
+    if weights in CODES:
+        leaves = quantize_leaves(cfg, as_stored, weights)
     if (source / PARAMS).exists():
         raise InputError(f"{source}: holds {PARAMS!r}, where the Orbax checkpoint would be")
     total = sum(leaf.nbytes for leaf in leaves.values())

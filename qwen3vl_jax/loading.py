@@ -40,8 +40,9 @@ def load(
     straight into its shards; host memory holds a few tensors at a time. Compute in `jax.set_mesh(mesh)`.
     dtype: tensors are cast to it on the device; None keeps the stored dtypes.
     weights: None dequantizes FP8 of Hugging Face files to bf16 and takes an Orbax directory as it is;
-    "fp8" keeps the values and scales of an FP8 checkpoint; "int8" rounds the decoder's matrices. Each
-    8-bit weight is a `Quantized`, and `dtype` applies to everything else and to the computation.
+    "fp8" keeps the values and scales of an FP8 checkpoint; "int8" rounds the decoder's matrices, "int4"
+    those of its layers to 4 bits in groups of 64, for memory: its products are slower. Each such weight
+    is a `Quantized`, and `dtype` applies to everything else and to the computation.
     revision: branch, tag or commit of a Hub id. expert_layout: as in `python -m convert`.
     adapter: directory or Hub id of a PEFT adapter, or a LoRA run's directory. Its matrices stay beside
     the weights (`Adapted`), so nothing is rounded; `qwen3vl_jax.lora.merge` merges them.

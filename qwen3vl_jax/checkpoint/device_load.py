@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental.layout import Format, Layout
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from qwen3vl_jax.checkpoint import hf_reader, int8, lazy_tensor
+from qwen3vl_jax.checkpoint import hf_reader, lazy_tensor, quantize
 from qwen3vl_jax.checkpoint.config_files import PARAMS, read_config
 from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES, Index, LazyTensor, Leaves, eight_bit
 from qwen3vl_jax.checkpoint.name_map import tree_of
@@ -59,10 +59,11 @@ class Source:
         return held
 
     def asked(self) -> Leaves:
-        """The arrays as devices hold them: values and scale in place of what int8 rounds."""
+        """The arrays as devices hold them: values and scale in place of what int8 or int4 rounds."""
         stored = self.stored()
-        rounds = self.weights == "int8" and stored_kind(stored) is None
-        return int8.quantize_leaves(self.cfg, stored) if rounds else stored
+        if self.weights not in quantize.CODES or stored_kind(stored) is not None:
+            return stored
+        return quantize.quantize_leaves(self.cfg, stored, self.weights)
 
 
 def weights_bytes(source: Source, dtype: Any = None, mesh: AbstractMesh | None = None) -> int:

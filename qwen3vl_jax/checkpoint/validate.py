@@ -11,13 +11,14 @@ from qwen3vl_jax.checkpoint.fp8 import block_of
 from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES, Leaves
 from qwen3vl_jax.checkpoint.name_map import Block, param_specs
 from qwen3vl_jax.checkpoint.param_paths import TreePath, path_str
+from qwen3vl_jax.checkpoint.quantize import CODES, scale_shape
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError, ProblemsError
 from qwen3vl_jax.storage.atomic_dir import CONFIG
 from qwen3vl_jax.storage.safetensors_files import FP8
 
-WEIGHTS = ("fp8", "int8")
-_KINDS = {FP8["F8_E4M3"]: "fp8", np.dtype(np.int8): "int8"}
+WEIGHTS = ("fp8", "int8", "int4")
+_KINDS = {FP8["F8_E4M3"]: "fp8", **{dtype: kind for kind, (dtype, _) in CODES.items()}}
 
 
 class MismatchError(ProblemsError):
@@ -28,21 +29,21 @@ class MismatchError(ProblemsError):
 
 
 def check_weights(where: Path, held: str | None, weights: str | None) -> None:
-    """Raises InputError if a checkpoint that holds "fp8", "int8" or None cannot give the wanted weights."""
+    """Raises InputError if a checkpoint that holds one of WEIGHTS, or None, cannot give the wanted ones."""
     if weights not in (None, *WEIGHTS):
-        raise InputError(f"weights: got {weights!r}, expected None or {' or '.join(WEIGHTS)}")
+        raise InputError(f"weights: got {weights!r}, expected None, {', '.join(WEIGHTS)}")
     if weights == "fp8" and held != "fp8":
         found, more = ("int8 weights", "") if held else ("no FP8 weights", ", or take weights int8")
         found += ", and weights fp8 needs an FP8 release"
         raise InputError(f"{where}: holds {found}; take one, or leave it out{more}")
-    if weights == "int8" and held == "fp8":
-        found = "holds FP8 weights, which int8 would round again"
-        advice = "take weights fp8, which needs no more memory, or the bf16 release"
+    if weights in ("int8", "int4") and held not in (None, weights):
+        found = f"holds {held} weights, which {weights} would round again"
+        advice = f"take weights {held}, or the 16-bit release"
         raise InputError(f"{where}: {found}; {advice}")
 
 
 def stored_kind(stored: Leaves) -> str | None:
-    """The kind of an Orbax checkpoint's weights: "fp8", "int8" or None."""
+    """The kind of an Orbax checkpoint's weights: one of WEIGHTS, or None."""
     kinds = {_KINDS.get(leaf.dtype) for path, leaf in stored.items() if path[-1] == VALUES}
     return min((kind for kind in kinds if kind), default=None)
 
@@ -63,9 +64,11 @@ def check_stored(where: Path, cfg: Config, stored: Leaves, raw: Mapping[str, Any
             continue
         kind = _KINDS.get(stored[values].dtype)
         wanted[values] = param.shape
-        wanted[scale] = param.scale_shape(block) if kind == "fp8" and block else param.channels
+        wanted[scale] = scale_shape(param, "int4" if kind == "int4" else "int8")
+        if kind == "fp8" and block:
+            wanted[scale] = param.scale_shape(block)
         if kind is None or (kind == "fp8" and block is None):
-            expected = f"int8, or float8_e4m3fn with {QUANTIZATION} in {CONFIG}"
+            expected = f"int8, int4, or float8_e4m3fn with {QUANTIZATION} in {CONFIG}"
             problems.append(_dtype_problem(values, stored, expected))
         if scale in stored and stored[scale].dtype != np.float32:
             problems.append(_dtype_problem(scale, stored, "float32"))

@@ -66,8 +66,10 @@ def _add_prompt_and_model(group: Group) -> None:
     add("--revision", help="branch, tag or commit of a Hub id")
     dtypes = ("float32", "bfloat16", "float16")
     add("--dtype", choices=dtypes, help="of weights (default: the checkpoint's; float32 on a CPU)")
-    bits = "8-bit weights: fp8 keeps an FP8 checkpoint's, int8 rounds others (default: 16 or 32)"
-    add("--weights", choices=("fp8", "int8"), help=bits)
+    bits = (
+        "fp8 keeps an FP8 checkpoint's 8 bits, int8 and int4 round others (default: 16 or 32 bits)"
+    )
+    add("--weights", choices=("fp8", "int8", "int4"), help=bits)
     axes = "shard the model, as tp=2; axes tp (tensor), ep (expert), fsdp, dp (data), sp (sequence)"
     usual = "N of -1 is the rest (default: one device, or all of this host if the model needs them)"
     add("--mesh", metavar="AXIS=N[,AXIS=N]", help=f"{axes}; {usual}")

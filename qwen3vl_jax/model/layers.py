@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from qwen3vl_jax.model.lora import Adapted, lora_delta
 from qwen3vl_jax.model.matmul import product
-from qwen3vl_jax.model.quantized import Quantized, Weight, scaled_matmul_parts
+from qwen3vl_jax.model.quantized import Quantized, Weight, dequantize, scaled_matmul_parts
 from qwen3vl_jax.model.sharding import mesh_sizes, platform
 
 # Rows from which `linear` on a GPU writes 16-bit products.
@@ -57,8 +57,9 @@ def linear(
     The `in_dims` trailing axes of both are contracted. Weights keep Hugging Face's axis order. wide: an
     MLP's first product, for REMAT.
     """
-    base = w.base if isinstance(w, Adapted) else w
-    if isinstance(base, jax.Array) and _in_short(x, in_dims):
+    if _in_short(x, in_dims):
+        base = w.base if isinstance(w, Adapted) else w
+        base = dequantize(base, x.dtype) if isinstance(base, Quantized) else base
         y = product(x, base, in_dims, x.dtype)
         y = y + lora_delta(x, w, in_dims, x.dtype) if isinstance(w, Adapted) else y
     else:

@@ -1,4 +1,4 @@
-"""8-bit weights: values and scales, and how a product or a lookup uses them. Dims as in layers.py."""
+"""Weights of 8 or 4 bits: values and scales, how a product or a lookup uses them. Dims as in layers.py."""
 
 import math
 from collections.abc import Iterable
@@ -29,7 +29,7 @@ class Quantized(WeightStruct):
     Both have the same rank; along axis i a box has values.shape[i] // scale.shape[i] values.
     """
 
-    values: jax.Array  # int8 or float8_e4m3fn
+    values: jax.Array  # int8, float8_e4m3fn or int4
     scale: jax.Array  # float32
 
 
@@ -37,7 +37,7 @@ Weight = jax.Array | Quantized
 
 
 def dequantize(w: Weight, dtype) -> jax.Array:
-    """The weight in `dtype`; 8-bit values are scaled in float32 and then rounded."""
+    """The weight in `dtype`; values of few bits are scaled in float32 and then rounded."""
     if not isinstance(w, Quantized):
         return w.astype(dtype)
     return (w.values.astype(jnp.float32) * _expand_scales(w.scale, w.shape)).astype(dtype)

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from qwen3vl_jax.checkpoint.device_load import as_structs, path_shardings, placement
-from qwen3vl_jax.checkpoint.int8 import int8_params
 from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES, TreePath
 from qwen3vl_jax.checkpoint.name_map import param_specs, tree_of
+from qwen3vl_jax.checkpoint.quantize import CODES, kind_of, quantized_params, scale_shape
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.device_mesh import layout_mesh
 from qwen3vl_jax.errors import InputError
@@ -165,7 +165,7 @@ class Serving(NamedTuple):
     slots: int
     chunk: int | None
     dtype: Any = jnp.bfloat16
-    weights: str | None = None  # int8 or fp8, as `load` has it
+    weights: str | None = None  # int8, int4 or fp8, as `load` has it
 
 
 def decoding(cfg: Config, mesh: Mesh, asked: Serving) -> Program:
@@ -249,15 +249,17 @@ def weights(cfg: Config, mesh: Mesh, dtype: Any, kind: str | None = None) -> Any
 def held_arrays(cfg: Config, dtype: Any, kind: str | None) -> dict[TreePath, jax.ShapeDtypeStruct]:
     """What `load` holds of a model, by path: of 8-bit weights the codes and the scales."""
     out: dict[TreePath, jax.ShapeDtypeStruct] = {}
-    eight = int8_params(cfg) if kind else {}
-    code = jnp.int8 if kind == "int8" else jnp.float8_e4m3fn
+    few = quantized_params(cfg) if kind else {}
     for row in param_specs(cfg):
-        if row.path not in eight or (kind == "fp8" and row.path in _BESIDE_FP8):
+        if kind is None or row.path not in few or (kind == "fp8" and row.path in _BESIDE_FP8):
             out[row.path] = jax.ShapeDtypeStruct(row.shape, dtype)
-        else:
-            scales = row.channels if kind == "int8" else row.scale_shape(_BLOCK)
-            out[*row.path, VALUES] = jax.ShapeDtypeStruct(row.shape, code)
-            out[*row.path, SCALE] = jax.ShapeDtypeStruct(scales, jnp.float32)
+            continue
+        fp8 = jnp.float8_e4m3fn, row.scale_shape(_BLOCK) if kind == "fp8" else ()
+        code, scales = (
+            fp8 if kind == "fp8" else (CODES[kind_of(row, kind)][0], scale_shape(row, kind))
+        )
+        out[*row.path, VALUES] = jax.ShapeDtypeStruct(row.shape, code)
+        out[*row.path, SCALE] = jax.ShapeDtypeStruct(scales, jnp.float32)
     return out
 
 

@@ -18,7 +18,7 @@ from qwen3vl_jax.model.structs import Params
 from qwen3vl_jax.training import param_groups
 from qwen3vl_jax.training.optimizer import named_key
 from qwen3vl_jax.training.param_groups import Flat, TrainableParams
-from qwen3vl_jax.training.recipe import Lora, Recipe
+from qwen3vl_jax.training.recipe import FEW_BITS, Lora, Recipe
 
 _SAME = {"mergers": "merger"}
 
@@ -26,7 +26,7 @@ _SAME = {"mergers": "merger"}
 def split_lora(recipe: Recipe, cfg: Config, params: Params) -> TrainableParams:
     """LoRA matrices to train (dtype step.weights), over frozen parameters with stacked layers.
 
-    The base has the dtype lora.base. 8-bit weights stay as they were read; the other parameters beside
+    The base has the dtype lora.base. Weights of few bits stay as they were read; the others beside
     them get step.dtype. Raises InputError for targets and adapters that do not fit.
     """
     adapter, weights = first_values(recipe, cfg)
@@ -37,9 +37,9 @@ def split_lora(recipe: Recipe, cfg: Config, params: Params) -> TrainableParams:
             )
     still = recipe.lora.base if recipe.lora.base in ("bfloat16", "float32") else recipe.step.dtype
     flat, unflatten = param_groups.flatten(params)
-    eight_bit = any(name.endswith(".values") for name in flat)
-    if eight_bit != (recipe.lora.base in ("int8", "fp8")):
-        found = "8 bits" if eight_bit else "16 or 32 bits"
+    few_bits = any(name.endswith(".values") for name in flat)
+    if few_bits != (recipe.lora.base in FEW_BITS):
+        found = "8 bits or fewer" if few_bits else "16 or 32 bits"
         raise InputError(f"lora.base is {recipe.lora.base}, the parameters are held in {found}")
     frozen = {n: _held(flat, n, jnp.dtype(still)) for n in flat}
     held = jnp.dtype(recipe.step.weights)

@@ -66,13 +66,17 @@ class Groups:
     new_tokens: tuple[str, ...] = ()
 
 
+# Of lora.base: those that are values and scales (QLoRA).
+FEW_BITS = ("int8", "fp8", "int4")
+
+
 @dataclasses.dataclass(frozen=True)
 class Lora:
     rank: int = 0
     alpha: float = 0.0
     dropout: float = 0.0
     targets: tuple[str, ...] = ("text",)
-    base: Literal["bfloat16", "float32", "int8", "fp8"] = "bfloat16"
+    base: Literal["bfloat16", "float32", "int8", "fp8", "int4"] = "bfloat16"
     adapter: str = ""
 
 

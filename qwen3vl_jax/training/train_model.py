@@ -26,7 +26,7 @@ from qwen3vl_jax.training.lora_targets import split_lora
 from qwen3vl_jax.training.new_tokens import new_rows
 from qwen3vl_jax.training.optimizer import make_optimizer
 from qwen3vl_jax.training.param_groups import Flat, MergeParams, TrainableParams
-from qwen3vl_jax.training.recipe import Recipe
+from qwen3vl_jax.training.recipe import FEW_BITS, Recipe
 from qwen3vl_jax.training.stacked_load import load_stacked, stacked
 from qwen3vl_jax.training.state_sharding import (
     check_mesh,
@@ -78,8 +78,8 @@ def initial_params(recipe: Recipe, cfg: Config, mesh: Mesh | None = None) -> Par
     """
     dtype_of = held_dtypes(recipe, cfg)
     if recipe.init == "checkpoint":
-        eight_bit = recipe.lora.rank and recipe.lora.base in ("int8", "fp8")
-        weights = recipe.lora.base if eight_bit else None
+        few_bits = recipe.lora.rank and recipe.lora.base in FEW_BITS
+        weights = recipe.lora.base if few_bits else None
         return load_stacked(recipe.ckpt, dtype_of, weights, functools.partial(where_of, mesh, cfg))
 
     def make(key: jax.Array) -> Flat:

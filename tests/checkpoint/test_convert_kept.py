@@ -295,7 +295,7 @@ def test_width_of_single_experts(tmp_path):
 KEPT = {
     "no_block": (
         lambda raw: raw.pop("quantization_config"),
-        "found float8_e4m3fn, expected int8, or",
+        "found float8_e4m3fn, expected int8, int4, or",
     ),
     "other_block": (
         lambda raw: raw["quantization_config"].update(weight_block_size=[27, 20]),

@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from qwen3vl_jax import Config, InputError
-from qwen3vl_jax.checkpoint import int8
+from qwen3vl_jax.checkpoint import quantize
 from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES, LazyTensor, read_ahead
 
 
@@ -50,7 +50,7 @@ def test_values_and_scale_of_an_int8_weight_are_made_once():
     """Also where two threads ask for them at the same moment."""
     loads = []
     cfg = Config.from_hf(tiny.config_dict("base"))
-    param = next(iter(int8.int8_params(cfg).values()))
+    param = next(iter(quantize.quantized_params(cfg).values()))
 
     def load():
         loads.append(1)
@@ -58,7 +58,7 @@ def test_values_and_scale_of_an_int8_weight_are_made_once():
         return np.ones(param.shape, np.float32)
 
     leaves = {param.path: LazyTensor(param.shape, np.dtype(np.float32), load)}
-    pair = int8.quantize_leaves(cfg, leaves)
+    pair = quantize.quantize_leaves(cfg, leaves, "int8")
     found = dict(read_ahead(lambda path: [pair[path].load()], pair))
     assert len(loads) == 1
     assert found[*param.path, VALUES][0].max() == 127

@@ -20,7 +20,7 @@ from benchmarks.int8_error import logit_error
 from convert.__main__ import main
 from convert.to_orbax import to_orbax
 from qwen3vl_jax import Config, InputError
-from qwen3vl_jax.checkpoint import int8
+from qwen3vl_jax.checkpoint import quantize
 from qwen3vl_jax.checkpoint.device_load import as_dicts
 from qwen3vl_jax.checkpoint.lazy_tensor import eight_bit
 from qwen3vl_jax.checkpoint.name_map import from_hf, param_specs
@@ -154,13 +154,14 @@ def test_pictures_chunked_prefill_and_generate(tmp_path):
 @pytest.mark.parametrize("size", ["2b", "4b", "8b", "32b", "30b-a3b", "235b-a22b"])
 def test_memory_of_released_sizes(size):
     """Codes and scales take at most 0.51 of the bf16 bytes."""
-    found = int8.int8_params(Config.named(size)).values()
+    found = quantize.quantized_params(Config.named(size)).values()
     codes = sum(int(np.prod(row.shape)) for row in found)
     scales = 4 * sum(int(np.prod(row.channels)) for row in found)
     assert codes + scales <= 0.51 * 2 * codes
 
 
-def test_strips_are_the_whole(monkeypatch):
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_strips_are_the_whole(kind, monkeypatch):
     """An array larger than a strip is rounded as in one piece, whichever axis is summed."""
     cfg = Config.from_hf(hf.small(moe=True)[0])
     by_path = {row.path: row for row in param_specs(cfg)}
@@ -168,12 +169,38 @@ def test_strips_are_the_whole(monkeypatch):
     for path in (("embed",), ("layers", 0, "attn", "qkv"), ("layers", 0, "mlp", "gate_up")):
         array = rng.standard_normal(by_path[path].shape).astype(np.float32)
         array[:1] = 0  # channels of zeros
-        want = int8.quantize(by_path[path], array)
+        want = quantize.quantize(by_path[path], array, kind)
         with monkeypatch.context() as patch:
-            patch.setattr(int8, "_STRIP", 100)
-            got = int8.quantize(by_path[path], array)
+            patch.setattr(quantize, "_STRIP", 100)
+            got = quantize.quantize(by_path[path], array, kind)
         assert all(np.array_equal(got[key], want[key]) for key in want)
         assert (got["scale"][:1] == 1).all() and not got["values"][:1].any()
+
+
+@pytest.mark.parametrize("moe", [False, True])
+def test_int4_of_groups_of_input_channels(moe, tmp_path, monkeypatch):
+    """Codes to half a step of their group's scale, 16 bits and int8 elsewhere; saved, and loaded again."""
+    monkeypatch.setattr(quantize, "GROUP", 8)
+    raw, tensors = hf.small(moe=moe)
+    source, cfg = hf.write(tmp_path / "hf", raw, tensors), Config.from_hf(raw)
+    params, _ = load(source, weights="int4")
+    by_path, whole = {row.path: row for row in param_specs(cfg)}, from_hf(cfg, tensors)
+    seen = set()
+    for path, row in by_path.items():
+        w, want = at_path(params, path), np.asarray(at_path(whole, path), np.float32)
+        if not is_quantized(w):
+            continue
+        seen.add(path[0])
+        grouped, last = path[0] == "layers", row.summed[-1]
+        assert w.values.dtype == ("int4" if grouped else "int8")
+        assert w.scale.shape[last] == (want.shape[last] // 8 if grouped else 1)
+        step = np.repeat(np.asarray(w.scale), 8, axis=last) if grouped else np.asarray(w.scale)
+        assert (np.abs(np.asarray(dequantize(w, jnp.float32)) - want) <= 0.501 * step).all()
+    assert {"layers", "embed"} <= seen
+    save_params(tmp_path / "saved", params, cfg)
+    to_orbax(source, tmp_path / "orbax", weights="int4")
+    for again in ("saved", "orbax"):
+        assert bits(load(tmp_path / again)[0]) == bits(params)
 
 
 # ---- the measured error ----
@@ -276,11 +303,12 @@ REFUSED = {
     "fp8": (
         _fp8,
         "int8",
-        "hf: holds FP8 weights, which int8 would round again; take weights fp8",
+        "hf: holds fp8 weights, which int8 would round again; take weights fp8",
     ),
-    "fp8_orbax": (_fp8_orbax, "int8", "orbax: holds FP8 weights, which int8 would round again"),
+    "fp8_orbax": (_fp8_orbax, "int8", "orbax: holds fp8 weights, which int8 would round again"),
     "int8": (_int8, "fp8", "orbax: holds int8 weights, and .* FP8 release; .* leave it out$"),
-    "unknown": (_int8, "int4", "weights: got 'int4', expected None or fp8 or int8$"),
+    "again": (_int8, "int4", "orbax: holds int8 weights, which int4 would round again"),
+    "unknown": (_int8, "nf4", "weights: got 'nf4', expected None, fp8, int8, int4$"),
     "infinite": (
         _infinite,
         "int8",
@@ -334,7 +362,7 @@ def test_damaged_directories(tmp_path):
         ),
         (
             head.replace(values=head.values.astype(jnp.int32)),
-            "head.values: found int32, expected int8",
+            "head.values: found int32, expected int8, int4",
         ),
     ):
         with pytest.raises(InputError, match=message):

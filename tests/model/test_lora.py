@@ -13,7 +13,7 @@ import pytest
 import tiny
 
 import qwen3vl_jax as q3
-from qwen3vl_jax.checkpoint import int8, name_map
+from qwen3vl_jax.checkpoint import name_map, quantize
 from qwen3vl_jax.checkpoint.adapters import merge
 from qwen3vl_jax.checkpoint.device_load import as_structs
 from qwen3vl_jax.checkpoint.param_paths import flatten
@@ -173,12 +173,12 @@ def test_dropout_has_a_key_of_its_own_in_each_module_and_layer(small):
     assert first_values(make_recipe(lora), cfg)[0].dropout == 0.4
 
 
-def in_int8(params, cfg):
-    """The parameters with codes and scales where int8 is for."""
-    rows = int8.int8_params(cfg)
+def rounded(params, cfg, kind):
+    """The parameters with codes and scales where int8 or int4 is for."""
+    rows = quantize.quantized_params(cfg)
     leaves = {}
     for path, x in flatten(params):
-        found = int8.quantize(rows[path], np.asarray(x)) if path in rows else None
+        found = quantize.quantize(rows[path], np.asarray(x), kind) if path in rows else None
         leaves |= {(*path, k): jnp.asarray(v) for k, v in found.items()} if found else {path: x}
     return as_structs(name_map.tree_of(cfg, leaves))
 
@@ -191,24 +191,25 @@ def slopes(trainable, cfg, packed, settings):
     )(trainable.weights, trainable.frozen, packed)
 
 
-def test_qlora(small):
-    """Gradients over int8 are those over what int8 stands for; adapters alone are trained; remat too."""
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_qlora(small, kind):
+    """Gradients over codes are those over what they stand for; adapters alone are trained; remat too."""
     raw, params, cfg = small
-    codes = in_int8(params, cfg)
+    codes = rounded(params, cfg, kind)
     plain = merge(codes)
     weights, adapter = adapters.random(cfg, ("text",))
     inputs = tiny.inputs(raw, "text")
     packed = ours_train.micro(ours_train.one_by_one(cfg, inputs, inputs["input_ids"]))
     found = []
-    for base, kind, remat in ((codes, "int8", "full"), (plain, "float32", "none")):
+    for base, held_in, remat in ((codes, kind, "full"), (plain, "float32", "none")):
         settings = dataclasses.replace(ours_train.FP32, remat=remat)
-        lora = {"targets": ("text",), "base": kind}
+        lora = {"targets": ("text",), "base": held_in}
         trainable = split_lora(make_recipe(lora, step=settings), cfg, q3.stack_layers(base))
         trainable = trainable._replace(weights={n: jnp.asarray(x) for n, x in weights.items()})
         assert trainable.weights.keys() == {f"{n}.{s}" for n in adapter.ranks for s in "ab"}
         found.append(slopes(trainable, cfg, packed, settings))
-        held = trainable.frozen["layers.attn.o" + (".values" if kind == "int8" else "")]
-        assert held.dtype == (jnp.int8 if kind == "int8" else jnp.float32)
+        held = trainable.frozen["layers.attn.o" + (".values" if held_in == kind else "")]
+        assert held.dtype == held_in
     for name, want in found[1].items():
         assert np.abs(want).max() > 0, name
         assert ours.worst(found[0][name], want) < 1e-4, name

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qwen3vl_jax.checkpoint import int8
+from qwen3vl_jax.checkpoint import quantize
 from qwen3vl_jax.checkpoint.device_load import as_structs
 from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES
 from qwen3vl_jax.checkpoint.param_paths import nest, parse_path
@@ -17,7 +17,7 @@ from qwen3vl_jax.device_mesh import layout_mesh
 from qwen3vl_jax.model.structs import Params
 from qwen3vl_jax.training import param_groups, train_model
 from qwen3vl_jax.training.param_groups import Flat, MergeParams
-from qwen3vl_jax.training.recipe import Recipe
+from qwen3vl_jax.training.recipe import FEW_BITS, Recipe
 from qwen3vl_jax.training.stacked_load import stacked
 from qwen3vl_jax.training.state_sharding import (
     params_shardings,
@@ -28,7 +28,6 @@ from qwen3vl_jax.training.state_sharding import (
 GRADIENTS = "gradients (float32)"
 # What remat "auto" chooses from, the fastest first, and the share of a device that its estimate may fill.
 AUTO, AUTO_SHARE = ("dots", "narrow", "full"), 0.8
-_EIGHT_BIT = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
 
 
 class Held(NamedTuple):
@@ -77,14 +76,18 @@ def held(recipe: Recipe, cfg: Config) -> Held:
 
 
 def _params(recipe: Recipe, cfg: Config) -> Params:
-    """The shapes of the parameters that a run reads, those of 8-bit weights as values and scales."""
+    """The shapes of the parameters that a run reads, those of few bits as values and scales."""
     leaves = {parse_path(name): x for name, x in train_model.shapes(cfg).items()}
-    if recipe.lora.rank and (dtype := _EIGHT_BIT.get(recipe.lora.base)) is not None:
-        for path, param in int8.int8_params(cfg).items():
+    if recipe.lora.rank and (base := recipe.lora.base) in FEW_BITS:
+        # The scales of FP8, in blocks, are about as many.
+        kind = "int8" if base == "fp8" else base
+        for path, param in quantize.quantized_params(cfg).items():
             name, shape = stacked(cfg, path, param.shape)
             leaves.pop(name, None)
-            leaves[(*name, VALUES)] = jax.ShapeDtypeStruct(shape, dtype)
-            scales = stacked(cfg, path, param.channels)[1]
+            code = quantize.CODES[quantize.kind_of(param, kind)][0]
+            code = jnp.dtype(jnp.float8_e4m3fn) if base == "fp8" else code
+            leaves[(*name, VALUES)] = jax.ShapeDtypeStruct(shape, code)
+            scales = stacked(cfg, path, quantize.scale_shape(param, kind))[1]
             leaves[(*name, SCALE)] = jax.ShapeDtypeStruct(scales, jnp.float32)
     taps = cfg.vision.deepstack_visual_indexes
     return as_structs(nest(leaves.items(), empty=() if taps else [("vision", "deepstack")]))
@@ -111,7 +114,8 @@ def held_bytes(held: Mapping[str, Any]) -> dict[str, int]:
     """Bytes of a device's part of each tree, empty ones left out."""
 
     def size(x: Any) -> int:
-        return math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize
+        count, dtype = math.prod(x.sharding.shard_shape(x.shape)), jnp.dtype(x.dtype)
+        return count // 2 if dtype == jnp.int4 else count * dtype.itemsize
 
     found = {name: sum(map(size, jax.tree.leaves(tree))) for name, tree in held.items()}
     return {name: size for name, size in found.items() if size}
