@@ -27,7 +27,7 @@ class Run:
     """A training step that is timed.
 
     packed: rows hold several samples with an image each; else one sample of text. lora: the rank of
-    adapters on the whole decoder, 0 trains all weights, the vision tower too.
+    adapters on the whole decoder, 0 trains all weights, the vision tower too. base: its lora.base.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Run:
     length: int
     packed: bool
     lora: int = 0
+    base: str = "bfloat16"
 
 
 RUNS: dict[str, tuple[Run, ...]] = {
@@ -47,8 +48,12 @@ RUNS: dict[str, tuple[Run, ...]] = {
     "8b": (
         Run("LoRA r64 on the decoder, 8 x 2,048 text", 8, 2048, False, 64),
         Run("LoRA r64 on the decoder, 4 x 4,096 packed, images", 4, 4096, True, 64),
+        Run("QLoRA r64 in 4 bits, 1 x 2,048 text", 1, 2048, False, 64, "int4"),
     ),
-    "tiny": (Run("full, 2 x 128 packed", 2, 128, True), Run("LoRA, 2 x 128", 2, 128, False, 4)),
+    "tiny": (
+        Run("full, 2 x 128 packed", 2, 128, True),
+        Run("QLoRA, 2 x 128", 2, 128, False, 4, "int4"),
+    ),
 }
 PEER_LENGTH = 8192  # longer rows do not fit beside the peer's activations
 
@@ -61,7 +66,8 @@ def table_of(size: str, runs: list[Run], with_peer: bool) -> tuple[Table, dict[s
     for work in asked["works"]:
         found = child("benchmarks.training_ours", {**asked, "works": [work]})
         ours += found[bool(ours) :]
-    works = [dataclasses.asdict(run) for run in runs if run.length <= PEER_LENGTH]
+    known = [run for run in runs if run.length <= PEER_LENGTH and run.base == "bfloat16"]
+    works = [dataclasses.asdict(run) for run in known]
     peer = child("tests.training_peer", {**asked, "works": works}) if with_peer else []
     head = f"{size}, {ours[0]['device']}, {ours[0]['versions']}"
     head += f"; {peer[0]['versions']}" if peer else ""

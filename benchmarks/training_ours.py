@@ -4,6 +4,7 @@ import functools
 import json
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from qwen3vl_jax.training import train_model
 from qwen3vl_jax.training.data import packing
 from qwen3vl_jax.training.data.sample import Sample
 from qwen3vl_jax.training.recipe import Recipe, read_recipe
+from qwen3vl_jax.training.reporting import memory_estimate
 from qwen3vl_jax.training.reporting.flops import step_flops, trained_parts
-from qwen3vl_jax.training.reporting.memory_estimate import device_bytes, with_remat
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 STEPS = 7
@@ -34,6 +35,7 @@ def recipe_of(run: Run) -> Recipe:
     changes.append(f"pack.vision_length={2 * run.length}")
     if run.lora:
         changes += [f"lora.rank={run.lora}", 'lora.targets=["text"]', "lora.dropout=0.0"]
+        changes += [f"lora.base={run.base}"]
     else:
         changes.append("train.freeze=[]")
     return read_recipe(CONFIGS / ("sft_8b_lora.toml" if run.lora else "sft_2b.toml"), changes)
@@ -56,39 +58,40 @@ def text_rows(cfg: Config, recipe: Recipe) -> packing.PackedBatch:
     return jax.tree.map(lambda x: x[None], built)
 
 
-def random_params(cfg: Config, recipe: Recipe) -> Any:
-    """Random parameters, layers stacked, drawn array by array: `init=normal` compiles a minute long."""
+def random_arrays(like: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Random numbers of these shapes, drawn array by array: `init=normal` compiles a minute long."""
 
     @functools.partial(jax.jit, static_argnames=("shape", "dtype"))
     def matrix(key, shape, dtype):
+        if jnp.issubdtype(dtype, jnp.integer):
+            return jax.random.randint(key, shape, -7, 8, jnp.int8).astype(dtype)
         return (jax.random.normal(key, shape, jnp.bfloat16) * 0.02).astype(dtype)
 
-    def leaf(key: jax.Array, name: str, shape: tuple[int, ...]) -> jax.Array:
-        last, dtype = name.rsplit(".", 1)[-1], dtype_of(name)
+    def leaf(key: jax.Array, name: str, x: Any) -> jax.Array:
+        last = name.rsplit(".", 1)[-1]
+        if f"{name.removesuffix('.scale')}.values" in like:
+            return jnp.full(x.shape, 0.004, x.dtype)
         if last == "scale" or last.endswith("norm") or last in ("ln1", "ln2"):
-            return jnp.ones(shape, dtype)
-        return jnp.zeros(shape, dtype) if "bias" in last else matrix(key, shape, dtype)
+            return jnp.ones(x.shape, x.dtype)
+        return jnp.zeros(x.shape, x.dtype) if "bias" in last else matrix(key, x.shape, x.dtype)
 
-    dtype_of, (known, unflatten) = (
-        train_model.held_dtypes(recipe, cfg),
-        train_model.model_shapes(cfg),
-    )
-    keys = jax.random.split(jax.random.key(0), len(known))
-    return unflatten({n: leaf(key, n, x.shape) for key, (n, x) in zip(keys, known.items())})
+    keys = jax.random.split(jax.random.key(0), len(like))
+    return {name: leaf(key, name, x) for key, (name, x) in zip(keys, like.items(), strict=True)}
 
 
 def measure(cfg: Config, run: Run) -> dict[str, Any]:
     """Seconds of a step, its losses, memory, and what it trained on."""
-    recipe, mesh = with_remat(recipe_of(run), cfg, device_bytes()), make_mesh({}, jax.devices()[:1])
+    recipe = memory_estimate.with_remat(recipe_of(run), cfg, memory_estimate.device_bytes())
+    mesh = make_mesh({}, jax.devices()[:1])
     packed = rows_of(cfg, recipe, mesh, 0) if run.packed else text_rows(cfg, recipe)
     packed = jax.tree.map(lambda x: jax.device_put(np.asarray(x)), packed)
-    params = random_params(cfg, recipe)
-    weights, frozen, merge = train_model.split_trainable(recipe, cfg, params)
+    shapes = memory_estimate.held(recipe, cfg)
+    weights, frozen = random_arrays(shapes.weights), random_arrays(shapes.frozen)
     optimizer = train_model.build_optimizer(recipe, cfg, weights)
-    step = train_model.make_step(recipe, cfg, optimizer, merge)
+    step = train_model.make_step(recipe, cfg, optimizer, shapes.merge)
     parts = trained_parts(recipe, cfg, weights)
     state = train_model.init_train_state(recipe, cfg, optimizer, weights, None)
-    del params, weights
+    del weights
     start = time.perf_counter()
     compiled = step.lower(state, frozen, packed).compile()
     compiling = time.perf_counter() - start
