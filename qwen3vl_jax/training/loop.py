@@ -29,7 +29,7 @@ from qwen3vl_jax.training.optimizer import make_schedule
 from qwen3vl_jax.training.recipe import Data, Recipe, flat
 from qwen3vl_jax.training.reporting import memory_estimate
 from qwen3vl_jax.training.reporting.flops import Speed
-from qwen3vl_jax.training.reporting.run_log import NullLogger, Profiler, RunLogger
+from qwen3vl_jax.training.reporting.run_log import NullLogger, Profiler, RunLogger, Times
 from qwen3vl_jax.training.train_step import TrainState
 
 Logger = RunLogger | NullLogger
@@ -171,10 +171,11 @@ class Run:
     speed: Speed
     # The loader's state before a draw that failed.
     position: dict[str, Any] | None = None
-    # (step, metrics, batches without arrays) of steps that are not in metrics.csv yet.
-    unwritten: list[tuple[int, dict[str, Any], list[LoadedBatch]]] = dataclasses.field(
-        default_factory=list
+    # (step, metrics, batches without arrays, times) of steps that are not in metrics.csv yet.
+    unwritten: list[tuple[int, dict[str, Any], list[LoadedBatch], dict[str, float]]] = (
+        dataclasses.field(default_factory=list)
     )
+    times: Times = dataclasses.field(default_factory=Times)
 
     @functools.cached_property
     def rates(self) -> np.ndarray:
@@ -201,7 +202,8 @@ def run_steps(run: Run) -> None:
     gc.freeze()
     logger.restart_clock()
     while run.number < recipe.steps and not stop.asked_at(run.number):
-        batches = next_batches(run)
+        with run.times.of("data"):
+            batches = next_batches(run)
         if not batches:
             break
         run.number += 1
@@ -209,11 +211,12 @@ def run_steps(run: Run) -> None:
         if run.number == begun + 1:
             logger.compiling()
         profiler.before(run.number)
-        run.state, metrics = run.step(run.state, run.frozen, packed)
+        with run.times.of("compiling" if run.number == begun + 1 else "step"):
+            run.state, metrics = run.step(run.state, run.frozen, packed)
         profiler.after(run.number, metrics)
         # Without their arrays, which would fill the device.
         batches = [dataclasses.replace(batch, packed=None) for batch in batches]
-        run.unwritten.append((run.number, metrics, batches))
+        run.unwritten.append((run.number, metrics, batches, run.times.since_last()))
         del batches, packed
         write_metrics(run, behind)
         run.checkpoints.check()
@@ -226,6 +229,8 @@ def run_steps(run: Run) -> None:
             logger.restart_clock()
     profiler.end()
     write_metrics(run)
+    if run.number > begun:
+        logger.log(run.times.summary())
     # The first process decides: an object store may list older steps to the others.
     if stop.asked and not distributed.from_first(run.number in run_dir.saved_steps(run.out)):
         save(run, None, due=True)
@@ -239,7 +244,8 @@ def evaluated_loss(run: Run) -> float | None:
 def evaluate_and_save(run: Run, evaluates: bool, due: bool) -> bool:
     """Evaluates and saves; whether it saved. The step is saved too if evaluating fails or is stopped."""
     try:
-        score = evaluated_loss(run) if evaluates else None
+        with run.times.of("evaluating"):
+            score = evaluated_loss(run) if evaluates else None
     except BaseException as error:
         save(run, None, due=True)
         if not isinstance(error, run_setup.Stopped):
@@ -256,7 +262,8 @@ def save(run: Run, score: float | None, due: bool) -> bool:
         position = run.loader.global_state(run.position or run.loader.get_state())
         run.meta |= {"recipe": run_setup.plain(flat(run.recipe)), "data": position}
         run.meta |= {"machine": environment.describe(), "score": score}
-        run.checkpoints.save(run.state, run.meta, score)
+        with run.times.of("saving"):
+            run.checkpoints.save(run.state, run.meta, score)
     return saves
 
 
@@ -280,9 +287,9 @@ def next_batches(run: Run) -> list[LoadedBatch]:
 def write_metrics(run: Run, behind: int = 0) -> None:
     """Logs the steps that are not logged yet, but for the last `behind`, which may still run."""
     while len(run.unwritten) > behind:
-        number, metrics, batches = run.unwritten.pop(0)
+        number, metrics, batches, times = run.unwritten.pop(0)
         values = jax.device_get(metrics)
-        run.logger.step(number, metrics_row(run, number, values, batches))
+        run.logger.step(number, metrics_row(run, number, values, batches) | times)
 
 
 def metrics_row(

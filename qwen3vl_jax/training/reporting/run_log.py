@@ -5,7 +5,9 @@ import dataclasses
 import io
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +192,40 @@ def _read_refused(path: Path) -> dict[str, str]:
 def _short(text: str) -> str:
     text = " ".join(text.split())
     return repr(text if len(text) <= _SHOWN else text[:_SHOWN] + "...")
+
+
+class Times:
+    """Seconds of the host by what it did: of a step's row of metrics.csv, and of the whole run."""
+
+    OTHERS = ("data", "compiling", "evaluating", "saving")
+
+    def __init__(self) -> None:
+        self._begun = time.perf_counter()
+        self._all, self._last = Counter[str](), Counter[str]()
+
+    @contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        """Counts what is done inside."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - start
+            self._all[name] += seconds
+            self._last[name] += seconds
+
+    def since_last(self) -> dict[str, float]:
+        """{data_seconds: waited for the step's samples, ..} since the last call."""
+        found = {f"{name}_seconds": self._last[name] for name in self.OTHERS}
+        self._last.clear()
+        return found
+
+    def summary(self) -> str:
+        """One line with the share of each, and of the steps, which is what is left."""
+        whole = max(time.perf_counter() - self._begun, 1e-9)
+        shares = [f"{name} {self._all[name] / whole:.1%}" for name in self.OTHERS]
+        left = 1 - sum(self._all[name] for name in self.OTHERS) / whole
+        return f"time: steps {left:.1%}, {', '.join(shares)}, of {whole:,.0f} s"
 
 
 class Profiler:
