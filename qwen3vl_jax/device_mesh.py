@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from qwen3vl_jax.config import AXES, SHORT
 from qwen3vl_jax.errors import InputError
@@ -202,3 +202,8 @@ def check_divides(
                 f"{list(axes[name])} that are left to it, and would leave {left / total:.0%} "
                 "of the parameters whole; take a size that divides them, and a larger mesh.data"
             )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())

@@ -10,7 +10,7 @@ import ours
 import tiny
 
 import qwen3vl_jax as q3
-from qwen3vl_jax.model.sharding import replicated
+from qwen3vl_jax.device_mesh import replicated
 from qwen3vl_jax.model.structs import Batch, VisionInputs
 from qwen3vl_jax.training import optimizer, param_groups, recipe, state_sharding, train_step
 from qwen3vl_jax.training.data.packing import PackedBatch

@@ -29,7 +29,7 @@ NUMPY_ONLY = (
 # Imported by functions all the same: Pallas where there is a TPU, and what needs jax in modules whose
 # other functions run without it.
 WITH_JAX = [
-    "qwen3vl_jax.checkpoint.digests: qwen3vl_jax.model.sharding.replicated",
+    "qwen3vl_jax.checkpoint.digests: qwen3vl_jax.device_mesh.replicated",
     "qwen3vl_jax.model.attention: qwen3vl_jax.model.attention_tpu",
     "qwen3vl_jax.processing.processor: qwen3vl_jax.processing.batch.make_batch",
 ]

@@ -72,7 +72,7 @@ def _device_sums(mesh: Any) -> Any:
     import jax
     import jax.numpy as jnp
 
-    from qwen3vl_jax.model.sharding import replicated
+    from qwen3vl_jax.device_mesh import replicated
 
     def sums(x: jax.Array) -> jax.Array:
         bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"u{x.dtype.itemsize}"))

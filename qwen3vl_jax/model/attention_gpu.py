@@ -32,12 +32,6 @@ def _cudnn() -> Any:
     return fused_attention_stablehlo
 
 
-def _triton() -> Any:
-    from jax.experimental.pallas import triton
-
-    return triton
-
-
 @functools.cache
 def cudnn_refusal(dtype: str, head_dim: int) -> str:
     """Why cuDNN attention does not serve this dtype and head size here, or ""; logged once a reason.
@@ -175,7 +169,9 @@ def append_and_attend(q, k, v, cache_k, cache_v, slot) -> list[jax.Array]:
     dropped. Returns [out [B 1 N H], cache_k, cache_v]. A row's keys are cut into P parts, so that few rows
     fill a GPU; a second kernel joins the parts and the token. Source: Flash-Decoding, Dao et al. 2023.
     """
-    (b, _, n, h), (slots, heads), triton = q.shape, cache_k.shape[1:3], _triton()
+    from jax.experimental.pallas import triton
+
+    (b, _, n, h), (slots, heads) = q.shape, cache_k.shape[1:3]
     group, slot = n // heads, slot[:, 0].astype(jnp.int32)
     most = max(1, min(STEP_PROGRAMS // (b * heads), slots // STEP_BLOCK))
     # The matrix units take 16 queries.

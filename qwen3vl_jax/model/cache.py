@@ -17,7 +17,7 @@ from qwen3vl_jax.model.layers import repeat_one
 from qwen3vl_jax.model.rope import mrope
 from qwen3vl_jax.model.sharding import jit_wide, mesh_axes_for, on_shards, platform, shard, spec
 from qwen3vl_jax.model.structs import Batch, Features, KVCache, Params, check_call
-from qwen3vl_jax.model.text import AttendFn, Block, decode_layers, shard_residual
+from qwen3vl_jax.model.text import AttendFn, Block, shard_residual
 from qwen3vl_jax.model.vision import vision_encode
 
 # Logical axes of a layer's keys or values [B S K H]; a TPU copies other orders around a decode loop.
@@ -63,13 +63,11 @@ def _write(old: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
     """Writes new [B T K H] into old [B S K H] at slot [B T]; a slot past the end is dropped."""
 
     def put(old, new, slot):
-        rows = jnp.arange(old.shape[0])[:, None]
-        return old.at[rows, slot].set(new.astype(old.dtype), mode="drop")
+        return old.at[jnp.arange(len(old))[:, None], slot].set(new.astype(old.dtype), mode="drop")
 
     where = mesh_axes_for(("batch", old.shape[0]), ("kv_heads", old.shape[2]))
     kv = spec(KV_AXES, where)
-    in_specs = (kv, spec(("batch", None, "kv_heads", None), where), spec(("batch", None), where))
-    return on_shards(put, in_specs, kv, old, new, slot)
+    return on_shards(put, (kv, kv, spec(("batch", None), where)), kv, old, new, slot)
 
 
 def prefill(
@@ -213,7 +211,7 @@ def extend(
     batch = batch.replace(positions=batch.positions + start[:, None])
     if chunk is not None:
         return _fill_in_chunks(params, cfg, cache, batch, features, slot, chunk)
-    attend_fn = cached_attention(cache, slot, jnp.where(valid, place + 1, 0))
+    attend_fn = cached_attention(cache.k, cache.v, slot, jnp.where(valid, place + 1, 0))
     x, written = transformer.run_decoder(_per_layer(params), cfg, batch, features, attend_fn)
     x = transformer.at_last_attended(x, batch.segment_ids)
     return _advance(params, cfg, cache, written, jnp.sum(valid, axis=1), batch.delta, x)
@@ -231,13 +229,23 @@ def decode_step(
     slot = cache.length[:, None]
     positions = jnp.broadcast_to((cache.length + cache.delta)[:, None], (3, *slot.shape))
     x = repeat_one(transformer.embed_lookup(params, tokens[:, None]))
-    attend_fn = cached_attention(cache, slot, slot + 1)
-    x, written = decode_layers(_per_layer(params)["layers"], cfg.text, x, positions, attend_fn)
+    rotary, written = mrope(cfg.text, positions, x.dtype), []
+    for layer, *old in zip(_per_layer(params)["layers"], cache.k, cache.v, strict=True):
+        x, *kv = _step_layer(cfg, layer, x, rotary, *old, slot)
+        written.append(kv)
     return _advance(params, cfg, cache, written, 1, 0, x[: len(slot), 0])
 
 
-def cached_attention(cache: KVCache, slot: jax.Array, hi: jax.Array) -> AttendFn:
-    """Attention to the cache: token t is written at slot [B T] and sees the slots below hi [B T].
+@functools.partial(jax.jit, static_argnames="cfg", inline=True)
+def _step_layer(cfg, layer, x, rotary, k, v, slot):
+    """One layer of a decode step, and its part of the cache: traced once for all layers."""
+    attend_fn = functools.partial(cached_attention([k], [v], slot, slot + 1), 0)
+    out: Any = Block(cfg.text).apply({"params": layer}, x, rotary, attend_fn)
+    return out[0], *out[1]
+
+
+def cached_attention(keys, values, slot, hi) -> AttendFn:
+    """Attention to layers' caches [B S K H]: token t is written at slot [B T], and sees those below hi.
 
     Written first, then attended: the other order copies the cache at every step.
     """
@@ -245,12 +253,12 @@ def cached_attention(cache: KVCache, slot: jax.Array, hi: jax.Array) -> AttendFn
     def attend_fn(i, q, k, v):
         # The rows of `repeat_one` are one.
         same, (q, k, v) = len(q) // len(slot), (x[: len(slot)] for x in (q, k, v))
-        copies = cache.k[i].shape[2] // k.shape[2]
+        copies = keys[i].shape[2] // k.shape[2]
         k, v = (jnp.repeat(x, copies, axis=2) if copies > 1 else x for x in (k, v))
-        if found := append_and_attend(q, k, v, cache.k[i], cache.v[i], slot):
+        if found := append_and_attend(q, k, v, keys[i], values[i], slot):
             out, *written = found
         else:
-            written = _write(cache.k[i], k, slot), _write(cache.v[i], v, slot)
+            written = _write(keys[i], k, slot), _write(values[i], v, slot)
             out = attend(q, *written, None, hi)
         return jnp.repeat(out, same, axis=0) if same > 1 else out, tuple(written)
 
@@ -294,7 +302,7 @@ def _fill_in_chunks(params, cfg, cache, batch, features, slot, chunk):
         fields, slot, start = xs
         piece = batch.replace(**fields, vision=None, labels=None)
         hi = jnp.where(piece.segment_ids > 0, slot + 1, 0)
-        attend_fn = cached_attention(cache.replace(k=k, v=v), slot, hi)
+        attend_fn = cached_attention(k, v, slot, hi)
         x, written = transformer.run_decoder(
             params, cfg, piece, features, attend_fn, longest=longest
         )

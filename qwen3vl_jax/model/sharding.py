@@ -188,11 +188,6 @@ def compile_replicated(fn: Callable, *shapes: Any) -> None:
         jax.jit(jax.shard_map(fn, **everywhere)).lower(*shapes).compile()
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of an array that every device holds whole."""
-    return NamedSharding(mesh, PartitionSpec())
-
-
 def array_sharding(mesh: Mesh | AbstractMesh, axes: Axes, x: Any) -> NamedSharding:
     """The sharding of one array or ShapeDtypeStruct with these logical axes."""
     return NamedSharding(mesh, _resolved_spec(axes, x, axis_sizes(mesh)))

@@ -15,10 +15,9 @@ from optax import GradientTransformation
 from qwen3vl_jax.checkpoint.name_map import param_specs, tree_of
 from qwen3vl_jax.checkpoint.stacking import stack_layers
 from qwen3vl_jax.config import Config
-from qwen3vl_jax.device_mesh import compiler_options
+from qwen3vl_jax.device_mesh import compiler_options, replicated
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model.quantized import Quantized
-from qwen3vl_jax.model.sharding import replicated
 from qwen3vl_jax.model.structs import Params
 from qwen3vl_jax.parameters import init_params
 from qwen3vl_jax.training import param_groups
