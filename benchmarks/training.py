@@ -1,6 +1,6 @@
 """Training beside transformers on this machine: tokens a second, share of the matmul rate, memory.
 
-    python -m benchmarks.training [2b 8b] [--only NAME] [--no-peer] [--tiny] [--json FILE]
+    python -m benchmarks.training [2b 8b] [--only NAME] [--remat POLICY] [--no-peer] [--tiny] [--json FILE]
 
 Random weights of released sizes, random samples, ours by the recipes of configs/ and transformers (with
 peft for LoRA) with gradient checkpointing and fused AdamW, in processes of their own, one after the
@@ -58,9 +58,11 @@ RUNS: dict[str, tuple[Run, ...]] = {
 PEER_LENGTH = 8192  # longer rows do not fit beside the peer's activations
 
 
-def table_of(size: str, runs: list[Run], with_peer: bool) -> tuple[Table, dict[str, Any]]:
+def table_of(
+    size: str, runs: list[Run], with_peer: bool, remat: str
+) -> tuple[Table, dict[str, Any]]:
     """The table of one size, and everything that was found."""
-    asked = {"size": size, "works": [dataclasses.asdict(run) for run in runs]}
+    asked = {"size": size, "remat": remat, "works": [dataclasses.asdict(run) for run in runs]}
     # Each in a process of its own: what an earlier one held may leave no room in one piece.
     ours: list[dict[str, Any]] = []
     for work in asked["works"]:
@@ -112,6 +114,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(name, description=__doc__, formatter_class=raw)
     parser.add_argument("sizes", nargs="*", metavar="SIZE", help=f"of {', '.join(RUNS)}")
     parser.add_argument("--only", default="", metavar="TEXT", help="runs whose name holds it")
+    parser.add_argument("--remat", default="auto", metavar="POLICY", help="step.remat of ours")
     parser.add_argument("--no-peer", action="store_true", help="without transformers")
     parser.add_argument("--tiny", action="store_true", help="a small shape, to see that it runs")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -122,7 +125,7 @@ def main() -> int:
     kept = []
     for size in sizes:
         if runs := [run for run in RUNS[size] if args.only in run.name]:
-            table, found = table_of(size, runs, not args.no_peer)
+            table, found = table_of(size, runs, not args.no_peer, args.remat)
             Console(width=170).print(table)
             kept.append(found)
     if args.json:

@@ -28,11 +28,11 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 STEPS = 7
 
 
-def recipe_of(run: Run) -> Recipe:
+def recipe_of(run: Run, remat: str) -> Recipe:
     """The recipe of configs/ with this run's rows; with images, a patch row for each token row."""
     changes = [f"pack.rows={run.rows}", f"pack.length={run.length}", "init=normal", "steps=1000"]
     changes.append(f"pack.vision_rows={run.rows if run.packed else 0}")
-    changes.append(f"pack.vision_length={2 * run.length}")
+    changes += [f"pack.vision_length={2 * run.length}", f"step.remat={remat}"]
     if run.lora:
         changes += [f"lora.rank={run.lora}", 'lora.targets=["text"]', "lora.dropout=0.0"]
         changes += [f"lora.base={run.base}"]
@@ -79,9 +79,9 @@ def random_arrays(like: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Arr
     return {name: leaf(key, name, x) for key, (name, x) in zip(keys, like.items(), strict=True)}
 
 
-def measure(cfg: Config, run: Run) -> dict[str, Any]:
+def measure(cfg: Config, run: Run, remat: str) -> dict[str, Any]:
     """Seconds of a step, its losses, memory, and what it trained on."""
-    recipe = memory_estimate.with_remat(recipe_of(run), cfg, memory_estimate.device_bytes())
+    recipe = memory_estimate.with_remat(recipe_of(run, remat), cfg, memory_estimate.device_limit())
     mesh = make_mesh({}, jax.devices()[:1])
     packed = rows_of(cfg, recipe, mesh, 0) if run.packed else text_rows(cfg, recipe)
     packed = jax.tree.map(lambda x: jax.device_put(np.asarray(x)), packed)
@@ -125,7 +125,7 @@ def main() -> None:
     for given in asked["works"]:
         run = Run(**given)
         try:
-            emit(measure(cfg, run))
+            emit(measure(cfg, run, asked["remat"]))
         except Exception as e:  # the other runs go on, and the table names this one
             emit({"run": run.name, "error": f"{type(e).__name__}: {e}"[:400]})
         jax.clear_caches()

@@ -144,7 +144,8 @@ def _to_hf(options: argparse.Namespace, source: Path, progress: Progress) -> tup
 def _to_orbax(options: argparse.Namespace, source: Path, progress: Progress):
     _check_no_run_options(options)
     if is_run(source):
-        raise InputError(f"{source}: a run of train.py, expected a checkpoint; give --to-hf first")
+        advice = "export it by --to-hf RUN_DIR HF_DIR, and convert HF_DIR"
+        raise InputError(f"{source}: got a run of train.py, expected a checkpoint; {advice}")
     with signals_later():
         from convert.to_orbax import to_orbax
 

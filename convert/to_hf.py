@@ -16,6 +16,7 @@ from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, Leaves
 from qwen3vl_jax.checkpoint.name_map import Block, ParamSpec, param_specs
 from qwen3vl_jax.checkpoint.orbax_io import open_tree
 from qwen3vl_jax.checkpoint.param_paths import TreePath
+from qwen3vl_jax.checkpoint.quantize import CODES
 from qwen3vl_jax.checkpoint.validate import check_stored, stored_kind
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
@@ -55,8 +56,8 @@ def to_hf(
         raise InputError(f"{source}: holds no {PARAMS}, expected an Orbax checkpoint of convert")
     stored = open_tree(source / PARAMS)
     block = check_stored(source, cfg, stored, read_config(source))
-    if stored_kind(stored) == "int8":
-        found = "got int8 weights, which Hugging Face files cannot hold"
+    if (kind := stored_kind(stored)) in CODES:
+        found = f"got {kind} weights, which Hugging Face files cannot hold"
         raise InputError(f"{source}: {found}; take the checkpoint that they were made from")
 
     def finish(stage: Path) -> None:

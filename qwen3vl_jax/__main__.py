@@ -96,11 +96,11 @@ def show(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> N
 
 def backends() -> list[tuple[str, bool, str]]:
     """Each attention back end: (name, whether it is available here, why not or what it serves)."""
-    from qwen3vl_jax.model.attention_gpu import cudnn_refusal
+    from qwen3vl_jax.model.attention_gpu import gpu_refusal
     from qwen3vl_jax.model.sharding import platform
 
     here = platform()
-    refusal = cudnn_refusal("bfloat16", 128) if here == "gpu" else f"needs a GPU, this is {here}"
+    refusal = gpu_refusal("bfloat16", 128) if here == "gpu" else f"needs a GPU, this is {here}"
     blocks = "every platform, dtype and layout; online softmax, empty blocks skipped"
     cudnn = (
         "packed rows, prompts, images and videos, tokens behind a cache; decode steps by Pallas; "

@@ -1,4 +1,4 @@
-"""Files of weights <-> the parameter tree: Orbax, Hugging Face, PEFT, FP8 and int8."""
+"""Files of weights <-> the parameter tree: Orbax, Hugging Face, PEFT, FP8, int8 and int4."""
 
 import importlib
 

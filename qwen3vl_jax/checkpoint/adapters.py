@@ -34,7 +34,7 @@ def merged(
     out = dict(leaves)
     for path, parts in added.items():
         if (*path, VALUES) in leaves:
-            found = "got 8-bit weights, expected 16 or 32 bits to merge an adapter"
+            found = "got weights of 8 or 4 bits, expected 16 or 32 to merge an adapter"
             advice = "take the 16-bit checkpoint, or load with adapter="
             raise InputError(f"{path_str(path)}: {found}; {advice}")
         out[path] = _sum(leaves[path], parts, weights, adapter)

@@ -42,7 +42,7 @@ def chosen(source: Source, dtype: Any, devices: list[Any]) -> dict[str, int]:
     message = f"{needed / 2**30:.1f} GiB of weights, devices of {limit / 2**30:.1f} GiB"
     if held > ROOM * limit:
         few = f"{message}, of which this host has {len(devices)}: too few, {count} of them"
-        advice = "take --weights int8, --dtype bfloat16 or a smaller checkpoint"
+        advice = "take --weights int8 or int4, --dtype bfloat16 or a smaller checkpoint"
         need = f"would hold {held / 2**30:.1f} GiB each; {advice}"
         raise InputError(f"{source.directory}: {few} {need}")
     flags = ",".join(f"{name}={n}" for name, n in sizes.items())

@@ -70,11 +70,12 @@ def weights_bytes(source: Source, dtype: Any = None, mesh: AbstractMesh | None =
     """Bytes of the parameters on one device, alone or of a mesh; reads headers only. Raises InputError."""
     leaves = source.asked()
     codes, where = eight_bit(leaves), path_shardings(mesh, source.cfg, leaves)
-    wide = None if dtype is None else np.dtype(dtype).itemsize
 
     def size(path: TreePath, leaf: LazyTensor) -> int:
-        kept, place = leaf.dtype.itemsize if path in codes or wide is None else wide, where[path]
-        return kept * math.prod(leaf.shape if place is None else place.shard_shape(leaf.shape))
+        held = leaf.dtype if path in codes or dtype is None else np.dtype(dtype)
+        place = where[path]
+        shape = leaf.shape if place is None else place.shard_shape(leaf.shape)
+        return lazy_tensor.device_bytes(math.prod(shape), held)
 
     return sum(size(path, leaf) for path, leaf in leaves.items())
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+import ml_dtypes
 import numpy as np
 
 from qwen3vl_jax.checkpoint.param_paths import TreePath
@@ -40,8 +41,13 @@ class LazyTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the values."""
+        """Bytes of the values, on the host."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def device_bytes(count: int, dtype: np.dtype) -> int:
+    """Bytes of so many numbers on a GPU or TPU, where two of 4 bits share one. A CPU gives each a byte."""
+    return count // 2 if dtype == ml_dtypes.int4 else count * dtype.itemsize
 
 
 # The arrays of a parameter tree by path.

@@ -31,9 +31,11 @@ class MismatchError(ProblemsError):
 def check_weights(where: Path, held: str | None, weights: str | None) -> None:
     """Raises InputError if a checkpoint that holds one of WEIGHTS, or None, cannot give the wanted ones."""
     if weights not in (None, *WEIGHTS):
-        raise InputError(f"weights: got {weights!r}, expected None, {', '.join(WEIGHTS)}")
+        expected = "expected None, fp8, int8 or int4; leave it out for 16 or 32 bits"
+        raise InputError(f"weights: got {weights!r}, {expected}")
     if weights == "fp8" and held != "fp8":
-        found, more = ("int8 weights", "") if held else ("no FP8 weights", ", or take weights int8")
+        more = "" if held else ", or take weights int8"
+        found = f"{held} weights" if held else "no FP8 weights"
         found += ", and weights fp8 needs an FP8 release"
         raise InputError(f"{where}: holds {found}; take one, or leave it out{more}")
     if weights in ("int8", "int4") and held not in (None, weights):

@@ -82,7 +82,7 @@ def load_checkpoint(
     from qwen3vl_jax.loading import source_of
 
     stored = sum(file_size(directory / name) for name in files_under(directory, [KEPT_PROGRAMS]))
-    advice = "--dtype bfloat16, --weights int8 or a smaller checkpoint"
+    advice = "--dtype bfloat16, --weights int8 or int4, or a smaller checkpoint"
     with memory_advice({"checkpoint on disk": stored}, advice):
         keep_programs(not args.no_compile_cache)
         dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else None)

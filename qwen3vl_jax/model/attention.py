@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from qwen3vl_jax.model import attention_gpu
-from qwen3vl_jax.model.attention_gpu import cudnn_refusal
+from qwen3vl_jax.model.attention_gpu import gpu_refusal
 from qwen3vl_jax.model.sharding import max_parts, mesh_axes_for, on_shards, platform, spec
 
 BLOCK = 256
@@ -118,18 +118,17 @@ def _on_cudnn(layout: Layout, q, k, lo) -> bool:
     """Whether cuDNN serves this call: tokens after a cache, or whole sequences of a known layout."""
     whole = layout != "any" and q.shape[1] == k.shape[1]
     served = 1 < q.shape[1] <= k.shape[1] if lo is None else whole
-    return served and platform() == "gpu" and not cudnn_refusal(q.dtype.name, q.shape[-1])
+    return served and platform() == "gpu" and not gpu_refusal(q.dtype.name, q.shape[-1])
 
 
-def append_and_attend(q, k, v, cache_k, cache_v, slot) -> Any:
+def append_and_attend(q, k, *others) -> Any:
     """`attention_gpu.append_and_attend` where it serves a decode step, on a mesh too; else None."""
-    if q.shape[1] > 1 or platform() != "gpu" or cudnn_refusal(q.dtype.name, q.shape[-1]):
+    if q.shape[1] > 1 or platform() != "gpu" or gpu_refusal(q.dtype.name, q.shape[-1], "step"):
         return None
     where = mesh_axes_for(("batch", q.shape[0]), ("heads", k.shape[2]))
     by_head = spec(("batch", None, "heads", None), where)
     in_specs = (*[by_head] * 5, spec(("batch", None), where))
-    run = attention_gpu.append_and_attend
-    return on_shards(run, in_specs, [by_head] * 3, q, k, v, cache_k, cache_v, slot)
+    return on_shards(attention_gpu.append_and_attend, in_specs, [by_head] * 3, q, k, *others)
 
 
 def group_heads(q: jax.Array, kv_heads: int) -> jax.Array:

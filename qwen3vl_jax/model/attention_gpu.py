@@ -33,31 +33,29 @@ def _cudnn() -> Any:
 
 
 @functools.cache
-def cudnn_refusal(dtype: str, head_dim: int) -> str:
-    """Why cuDNN attention does not serve this dtype and head size here, or ""; logged once a reason.
+def gpu_refusal(dtype: str, head_dim: int, kernel: str = "cudnn") -> str:
+    """Why a kernel, cudnn or step (of a decode step), does not serve this dtype and head size, or "".
 
-    It is asked, not guessed: one tiny program is compiled, so an old GPU, a missing cuDNN, a dtype
-    that it lacks and a JAX that has moved its private module all answer for themselves.
+    It is asked, not guessed, and logged once: a tiny program is compiled, so an old GPU, a missing cuDNN,
+    a size or a dtype that it lacks and a JAX that has moved its modules all answer for themselves.
     """
     if dtype == "float32":
-        return "cuDNN attention has no float32"
+        return "no kernel has float32"
     q = jax.ShapeDtypeStruct((1, 64, 2, head_dim), dtype)
     kv = jax.ShapeDtypeStruct((1, 64, 1, head_dim), dtype)
     ranges = jax.ShapeDtypeStruct((1, 64), jnp.int32)
 
     def probe(q, k, v, lo, hi):
-        return (
-            attend_packed(q, k, v, lo, hi, True, 2),
-            attend_row(q, k, v),
-            attend_behind_cache(q, k, v, hi),
-            append_and_attend(q[:, :1], k[:, :1], v[:, :1], k, v, hi[:, :1]),
-        )
+        if kernel == "step":
+            return append_and_attend(q[:, :1], k[:, :1], v[:, :1], k, v, hi[:, :1])
+        packed = attend_packed(q, k, v, lo, hi, True, 2)
+        return packed, attend_row(q, k, v), attend_behind_cache(q, k, v, hi)
 
     try:
         compile_replicated(probe, q, kv, kv, ranges, ranges)
     except Exception as e:  # the reason is what matters: any failure means the other path
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        log.warning("attention for %s, head size %d runs on XLA: %s", dtype, head_dim, reason)
+        log.warning("%s attention (%s, H = %d) runs on XLA: %s", kernel, dtype, head_dim, reason)
         return reason
     return ""
 
@@ -185,7 +183,7 @@ def append_and_attend(q, k, v, cache_k, cache_v, slot) -> list[jax.Array]:
         bound = functools.partial(kernel, triton)
         return pl.pallas_call(bound, shapes, grid=(b, heads, count), **specs, **options, **more)
 
-    q = (q * jnp.asarray(h**-0.5, q.dtype)).reshape(b, heads, group, h)
+    q = q.reshape(b, heads, group, h)
     k, v = (x[:, 0].astype(cache_k.dtype) for x in (k, v))
     sums = jax.ShapeDtypeStruct((b, heads, group, parts), jnp.float32)
     shapes = [sums, sums, jax.ShapeDtypeStruct((*sums.shape, h), jnp.float32)]
@@ -227,7 +225,7 @@ def _part_kernel(group, triton, filled, q, k, v, *outs):
         seen = start + jnp.arange(STEP_BLOCK) < end
         blocks = (x.at[pl.ds(start, STEP_BLOCK), :] for x in (k, v))
         keys, values = (triton.load(x, mask=seen[:, None], other=0) for x in blocks)
-        scores = jnp.where(seen[None], dot(queries, keys.T), -1e30)
+        scores = jnp.where(seen[None], dot(queries, keys.T) * h**-0.5, -1e30)
         new_top = jnp.maximum(top, jnp.max(scores, axis=1))
         probs, keep = jnp.exp(scores - new_top[:, None]), jnp.exp(top - new_top)
         out = out * keep[:, None] + dot(probs.astype(values.dtype), values)
@@ -242,7 +240,7 @@ def _part_kernel(group, triton, filled, q, k, v, *outs):
 def _join_kernel(triton, slot, q, k, v, top, total, outs, _, __, out, *caches):
     """The parts of one query and the new token in one softmax; the first of a group writes the token."""
     token, at = (k[...], v[...]), slot[...]
-    score = jnp.sum(q[...].astype(jnp.float32) * token[0].astype(jnp.float32))
+    score = jnp.sum(q[...].astype(jnp.float32) * token[0].astype(jnp.float32)) * len(q) ** -0.5
     new_top = jnp.maximum(jnp.max(top[...]), score)
     weights, weight = jnp.exp(top[...] - new_top), jnp.exp(score - new_top)
     added = jnp.sum(outs[...] * weights[:, None], axis=0) + weight * token[1].astype(jnp.float32)

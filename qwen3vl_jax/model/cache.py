@@ -95,9 +95,7 @@ def prefill(
     batch = batch.replace(vision=None, labels=None)
     layers, rest = _per_layer(params)["layers"], {**params, "layers": None, "vision": None}
     if chunk is not None:
-        cache = init_cache(cfg, len(batch.tokens), slots, transformer.compute_dtype(params))
-        run = jax.jit(extend, static_argnames=("cfg", "chunk"), donate_argnames="cache")
-        return run(params, cfg, cache, batch, features=features, chunk=chunk)
+        return _prefill_in_chunks(params, cfg, batch, features, slots, chunk)
     slots = _round_to_blocks(slots)
     x, length, delta, k, v = _fill_layers(layers, rest, cfg, batch, features, slots, 0)
     return KVCache(k, v, length, delta), _end_prompt(rest, cfg, x, length)
@@ -126,6 +124,12 @@ def _fill_layers(layers, rest, cfg, batch, features, slots, segments):
         x = shard_residual(x + deepstack[i]) if i < len(deepstack) else x
         written.append(kv)
     return x, length, delta, [k for k, _ in written], [v for _, v in written]
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "slots", "chunk"))
+def _prefill_in_chunks(params, cfg, batch, features, slots, chunk):
+    cache = init_cache(cfg, len(batch.tokens), slots, transformer.compute_dtype(params))
+    return extend(params, cfg, cache, batch, features=features, chunk=chunk)
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
@@ -247,7 +251,7 @@ def _step_layer(cfg, layer, x, rotary, k, v, slot):
 def cached_attention(keys, values, slot, hi) -> AttendFn:
     """Attention to layers' caches [B S K H]: token t is written at slot [B T], and sees those below hi.
 
-    Written first, then attended: the other order copies the cache at every step.
+    hi is slot + 1, or 0 at padding. Written first: the other order copies the cache at every step.
     """
 
     def attend_fn(i, q, k, v):

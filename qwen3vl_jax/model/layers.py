@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from qwen3vl_jax.model.lora import Adapted, lora_delta
 from qwen3vl_jax.model.matmul import product
 from qwen3vl_jax.model.quantized import Quantized, Weight, dequantize, scaled_matmul_parts
-from qwen3vl_jax.model.sharding import mesh_sizes, platform
+from qwen3vl_jax.model.sharding import max_parts, mesh_sizes, platform
 
 # Rows from which `linear` on a GPU writes 16-bit products.
 MANY_ROWS = 256
@@ -96,7 +96,7 @@ def repeat_one(x: jax.Array) -> jax.Array:
 
     A TPU's matrix unit takes 8 rows; a GPU's norms are one kernel for 8; on a CPU 2 are fast.
     """
-    alone = x.dtype == jnp.bfloat16 and len(x) == 1
+    alone = x.dtype == jnp.bfloat16 and len(x) == 1 == max_parts("decode_batch")
     return jnp.repeat(x, 2 if platform() == "cpu" else 8, axis=0) if alone else x
 
 

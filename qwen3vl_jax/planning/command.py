@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from qwen3vl_jax.checkpoint.auto_mesh import ROOM, auto_mesh
+from qwen3vl_jax.checkpoint.lazy_tensor import device_bytes
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.device_mesh import make_mesh, slice_count
 from qwen3vl_jax.errors import InputError
@@ -43,6 +44,8 @@ def plan_training(recipe: Recipe, machine: Machine, save: Path | None, tries: in
     if not asks_for_mesh(recipe):
         mesh = preset(cfg, recipe.pack, len(devices), slice_count(devices))
         recipe = dataclasses.replace(recipe, mesh=mesh)
+    # Once: more rows are tried with the same policy.
+    recipe = fitted(recipe, cfg, machine)
     program = program_of(recipe, cfg, machine)
     done = watched(console, program, f"compiling {recipe.ckpt} for {machine}")
     plan = plan_of(machine, program, done)
@@ -122,15 +125,21 @@ def plan_serving(
 def usual_sizes(cfg: Config, machine: Machine, asked: Serving) -> dict[str, int]:
     """The sizes of the mesh that infer.py takes without --mesh, {} for one device."""
     held = held_arrays(cfg, asked.dtype, asked.weights).values()
-    size = sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in held)
+    size = sum(device_bytes(math.prod(x.shape), jnp.dtype(x.dtype)) for x in held)
     return {} if size <= ROOM * machine.chip.hbm else auto_mesh(cfg.text, machine.devices)
 
 
 def program_of(recipe: Recipe, cfg: Config, machine: Machine) -> Program:
     """The step of a recipe over its mesh of a machine's devices. Raises InputError."""
+    recipe = fitted(recipe, cfg, machine)
+    devices = devices_of(machine)[: recipe.mesh.devices]
+    return training_step(recipe, cfg, make_mesh(vars(recipe.mesh), devices))
+
+
+def fitted(recipe: Recipe, cfg: Config, machine: Machine) -> Recipe:
+    """The recipe with its mesh of a machine's devices, and a policy in place of remat "auto"."""
     mesh = mesh_of(recipe, cfg, machine)
-    recipe = with_remat(dataclasses.replace(recipe, mesh=mesh), cfg, machine.chip.hbm)
-    return training_step(recipe, cfg, make_mesh(vars(mesh), devices_of(machine)[: mesh.devices]))
+    return with_remat(dataclasses.replace(recipe, mesh=mesh), cfg, machine.chip.hbm)
 
 
 def watched(console: Console, program: Program, what: str, level: str = "") -> compiling.Compiled:

@@ -17,7 +17,7 @@ from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache import compilation_cache
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.model.attention import cudnn_refusal
+from qwen3vl_jax.model.attention import gpu_refusal
 from qwen3vl_jax.model.sharding import platform
 from qwen3vl_jax.planning.program import Program
 from qwen3vl_jax.training.environment import memory_gib
@@ -57,7 +57,7 @@ def compiled(program: Program, level: str = "") -> Compiled:
     executable, cause, kernels = None, "", ""
     with _level(level), _anew(), jax.set_mesh(program.mesh), _stderr() as lines:
         try:
-            kernels = cudnn_refusal("bfloat16", _HEAD) if platform() == "gpu" else ""
+            kernels = gpu_refusal("bfloat16", _HEAD) if platform() == "gpu" else ""
             executable = program.fn.lower(*program.args).compile()
         except jax.errors.JaxRuntimeError as error:
             cause = refusal(str(error))

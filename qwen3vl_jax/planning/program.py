@@ -254,10 +254,10 @@ def held_arrays(cfg: Config, dtype: Any, kind: str | None) -> dict[TreePath, jax
         if kind is None or row.path not in few or (kind == "fp8" and row.path in _BESIDE_FP8):
             out[row.path] = jax.ShapeDtypeStruct(row.shape, dtype)
             continue
-        fp8 = jnp.float8_e4m3fn, row.scale_shape(_BLOCK) if kind == "fp8" else ()
-        code, scales = (
-            fp8 if kind == "fp8" else (CODES[kind_of(row, kind)][0], scale_shape(row, kind))
-        )
+        if kind == "fp8":
+            code, scales = jnp.float8_e4m3fn, row.scale_shape(_BLOCK)
+        else:
+            code, scales = CODES[kind_of(row, kind)][0], scale_shape(row, kind)
         out[*row.path, VALUES] = jax.ShapeDtypeStruct(row.shape, code)
         out[*row.path, SCALE] = jax.ShapeDtypeStruct(scales, jnp.float32)
     return out

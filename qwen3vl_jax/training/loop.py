@@ -74,7 +74,6 @@ def train_from(
     # Model.
     processor, new_ids = run_dir.prepare_model_files(recipe, out, first)
     cfg, meta = processor.config, run_dir.with_model(recipe, out, meta)
-
     fitted = run_setup.with_remat(recipe, cfg, changed)
     sizes = memory_estimate.memory(fitted, cfg, memory_estimate.held(fitted, cfg))
     advice = "pack.rows, " * (not first) + "step.remat=full or step.loss_chunk"
@@ -87,7 +86,7 @@ def train_from(
             loader.set_state(meta["data"])
         # State and step: the weights, the optimizer, and the jitted function that updates them.
         state, frozen, merge, step = start_state(fitted, cfg, new_ids, mesh, out, first)
-        evaluation = evaluate.Evaluation(recipe, processor, open_loader, merge)
+        evaluation = evaluate.Evaluation(fitted, processor, open_loader, merge)
         checkpoints = Checkpoints(out, recipe.checkpoints.keep, recipe.checkpoints.keep_best)
         speed = Speed(recipe, cfg, state.weights, 1 if mesh is None else mesh.size)
         closing.callback(checkpoints.close)

@@ -284,11 +284,22 @@ def _check_together(recipe: Recipe) -> None:
     for name, factor in recipe.train.rates.items():
         if not 0 <= factor < math.inf:
             raise InputError(f"train.rates.{name} is {factor}, expected a finite number from 0")
-    if recipe.lora.adapter and not recipe.lora.rank:
-        raise InputError("lora.adapter is set and lora.rank is 0, expected the adapter's rank")
+    if not recipe.lora.rank:
+        _check_no_lora(recipe.lora)
     for name, source in _named_sources(recipe):
         if not source.path or not 0 < source.weight < math.inf:
             raise InputError(f"{name}: expected a path and a weight above 0")
+
+
+def _check_no_lora(lora: Lora) -> None:
+    """Raises InputError for keys that mean nothing where the weights themselves are trained."""
+    if lora.adapter:
+        raise InputError("lora.adapter is set and lora.rank is 0, expected the adapter's rank")
+    for name in ("base", "alpha", "dropout"):
+        if (value := getattr(lora, name)) != getattr(Lora, name):
+            expected = "no such key while lora.rank is 0, which trains the weights themselves"
+            advice = "set lora.rank, as configs/sft_8b_lora.toml does"
+            raise InputError(f"lora.{name}: got {value}, expected {expected}; {advice}")
 
 
 def _named_sources(recipe: Recipe) -> list[tuple[str, Source]]:

@@ -20,7 +20,7 @@ from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.storage.hub import resolve
 from qwen3vl_jax.training.lora_targets import adapter_of
 from qwen3vl_jax.training.param_groups import flatten
-from qwen3vl_jax.training.recipe import Recipe, read_recipe
+from qwen3vl_jax.training.recipe import FEW_BITS, Recipe, read_recipe
 from qwen3vl_jax.training.run_dir import CHECKPOINTS, CONFIG, MODEL, chosen_step, scores
 from qwen3vl_jax.training.stacked_load import layers_of, paths_of
 from qwen3vl_jax.training.train_model import initial_params
@@ -41,7 +41,15 @@ def run_leaves(run: Path, cfg: Config) -> tuple[dict[TreePath, LazyTensor], str]
     leaves, _ = step_leaves(recipe, cfg, weights)
     if not message.startswith(f"step {(last := chosen_step(run, 'last'))},"):
         message += f"the best of its evaluations (the last is step {last}), "
-    return leaves, message + "merged" if recipe.lora.rank else message.removesuffix(", ")
+    if not recipe.lora.rank:
+        return leaves, message.removesuffix(", ")
+    if (base := recipe.lora.base) in FEW_BITS:
+        how = f"--ckpt {recipe.ckpt} --weights {base} --adapter {run}"
+        return (
+            leaves,
+            f"{message}merged into 16-bit weights; it was trained over {base}: {how} is that",
+        )
+    return leaves, message + "merged"
 
 
 def step_leaves(
@@ -107,7 +115,8 @@ def _base(recipe: Recipe, cfg: Config) -> dict[TreePath, LazyTensor]:
         directory = resolve(recipe.ckpt)
         stored = dict(Source(directory, cfg).stored())
         if stored_kind(stored):
-            raise InputError(f"{directory}: holds 8-bit weights; set ckpt to what it was made from")
+            found = "holds weights of 8 or 4 bits; set ckpt to what it was made from"
+            raise InputError(f"{directory}: {found}")
         return stored
 
     @functools.cache

@@ -59,7 +59,7 @@ def with_remat(recipe: Recipe, cfg: Config, notes: list[str]) -> Recipe:
     """The recipe with a policy in place of remat "auto", the same in all processes, and a note of it."""
     if recipe.step.remat != "auto":
         return recipe
-    room = distributed.from_first(memory_estimate.device_bytes())
+    room = distributed.from_first(memory_estimate.device_limit())
     found = memory_estimate.with_remat(recipe, cfg, room)
     notes.append(f"step.remat=auto: {found.step.remat}")
     return found

@@ -52,7 +52,7 @@ def prepare(
     leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Quantized))
     if not recipe.lora.rank and any(isinstance(x, Quantized) for x in leaves):
         raise InputError(
-            f"{recipe.ckpt}: holds 8-bit weights, which only LoRA can train over; set lora.rank"
+            f"{recipe.ckpt}: holds weights of 8 or 4 bits, which only LoRA can train over; set lora.rank"
         )
     if new_ids and recipe.init == "checkpoint":
         params = new_rows(params, new_ids)

@@ -110,10 +110,10 @@ def test_the_dtype_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "moe"])
-def test_eight_bits(sparse, tmp_path):
-    """Codes lie as their weight, scales where they divide, rounded to int8 here or kept as fp8."""
+def test_few_bits(sparse, tmp_path):
+    """Codes lie as their weight, scales where they divide, rounded to int8 or int4 here or kept as fp8."""
     plain, kept = tmp_path / "plain", tmp_path / "fp8"
-    for weights, folder in (("int8", plain), ("fp8", kept)):
+    for weights, folder in (("int8", plain), ("int4", tmp_path / "int4"), ("fp8", kept)):
         for directory in written(folder, sparse, weights == "fp8"):
             want, cfg = q3.load(directory, weights=weights)
             got, _ = q3.load(directory, mesh=mesh(), weights=weights)

@@ -299,7 +299,7 @@ def test_load_and_convert_take_an_adapter(case, tmp_path):
     logits = np.asarray(ours.forward(q3.stack_layers(params), cfg, case.batch))
     assert np.array_equal(logits[:, : case.seen.shape[1]][case.seen], case.logits)
     lazy = {("layers", 0, "attn", "o", "values"): LazyTensor((), np.dtype(np.int8), lambda: None)}
-    with pytest.raises(InputError, match="got 8-bit weights"):
+    with pytest.raises(InputError, match="got weights of 8 or 4 bits"):
         merged(cfg, lazy, *adapters.random(cfg, ("o_proj",)))
     with pytest.raises(InputError, match="merge"):
         q3.save_params(tmp_path / "out", params, cfg)

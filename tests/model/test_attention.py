@@ -10,7 +10,7 @@ import pytest
 
 from qwen3vl_jax.__main__ import backends
 from qwen3vl_jax.inference.scoring import attention_probs
-from qwen3vl_jax.model.attention import BLOCK, attend, causal_ranges, cudnn_refusal
+from qwen3vl_jax.model.attention import BLOCK, attend, causal_ranges, gpu_refusal
 
 
 def dense(q, k, v, lo, hi):
@@ -138,12 +138,12 @@ def test_causal_ranges_of_packed_and_padded_rows():
 
 
 def test_what_cudnn_cannot_do_is_said_once(caplog):
-    cudnn_refusal.cache_clear()
+    gpu_refusal.cache_clear()
     with caplog.at_level(logging.WARNING, "qwen3vl_jax"):
-        reasons = {cudnn_refusal("bfloat16", 7) for _ in range(3)}
+        reasons = {gpu_refusal("bfloat16", 7) for _ in range(3)}
     assert len(caplog.records) == 1 and len(reasons) == 1 and reasons != {""}
-    assert "bfloat16" in caplog.text and "head size 7" in caplog.text
-    assert "float32" in cudnn_refusal("float32", 64)
+    assert "bfloat16" in caplog.text and "H = 7" in caplog.text
+    assert "float32" in gpu_refusal("float32", 64)
 
 
 def test_backends_are_listed():

@@ -85,7 +85,7 @@ def cudnn(monkeypatch):
         fake = types.SimpleNamespace(MaskType=Mask, dot_product_attention=stand_in)
         monkeypatch.setattr(attention_gpu, "_cudnn", lambda: fake)
         monkeypatch.setattr(attention, "platform", lambda: "gpu")
-        monkeypatch.setattr(attention, "cudnn_refusal", lambda dtype, head: "")
+        monkeypatch.setattr(attention, "gpu_refusal", lambda *asked: "")
 
 
 DTYPE = jnp.bfloat16 if ON_GPU else jnp.float32

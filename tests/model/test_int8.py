@@ -308,7 +308,7 @@ REFUSED = {
     "fp8_orbax": (_fp8_orbax, "int8", "orbax: holds fp8 weights, which int8 would round again"),
     "int8": (_int8, "fp8", "orbax: holds int8 weights, and .* FP8 release; .* leave it out$"),
     "again": (_int8, "int4", "orbax: holds int8 weights, which int4 would round again"),
-    "unknown": (_int8, "nf4", "weights: got 'nf4', expected None, fp8, int8, int4$"),
+    "unknown": (_int8, "nf4", "weights: got 'nf4', expected None, fp8, int8 or int4; leave it out"),
     "infinite": (
         _infinite,
         "int8",

@@ -70,6 +70,8 @@ def test_every_key_is_explained_once():
         ("steps", "expected key=value"),
         ("data.sources=[{path='x', weigth=2}]", "did you mean data.sources[0].weight?"),
         ("evaluate.every=5", "evaluate.sources is empty"),
+        ("lora.base=int4", "lora.base: got int4, expected no such key while lora.rank is 0"),
+        ("lora.alpha=4.0", "lora.alpha: got 4.0, expected no such key while lora.rank is 0"),
         ("train.freeze=[1]", "train.freeze[0] is 1, expected a string"),
         ("ckpt=''", "ckpt is empty"),
         ("train.rates.merger=-1.0", "train.rates.merger is -1.0, expected a finite number from 0"),

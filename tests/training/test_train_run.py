@@ -31,7 +31,7 @@ def files(tmp_path_factory):
     ckpt = train_files.checkpoint(folder / "ckpt")
     data = train_files.conversations(folder / "chats.jsonl")
     # What each step drops is drawn from a key of the checkpoint.
-    random = {"attention_dropout": 0.1}
+    random = {"attention_dropout": 0.1, "remat": "auto"}
     train_files.write_recipe(folder / "recipe.toml", ckpt, data, step=random)
     return folder
 
@@ -152,6 +152,8 @@ def test_what_a_run_directory_holds(whole):
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["20", str(STEPS)]
     assert f"step {STEPS}/{STEPS} loss " in said and "tokens/s, fill" in said
     assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert "step.remat=auto: full" in said
+    assert 'remat = "auto"' in (out / "config.toml").read_text()
     assert "new_tokens = []" in (out / "config.toml").read_text()
     row = read_table(out / "metrics.csv")[0]
     assert float(row["lr"]) == 0 and int(row["tokens"]) > 0 and float(row["tokens_per_s"]) > 0

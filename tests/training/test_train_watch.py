@@ -51,6 +51,7 @@ def files(tmp_path_factory):
         checkpoints={"keep": 1, "keep_best": 1},
         optimizer={"learning_rate": 1e-3, "warmup": 0},
         report={"every": 2, "tensorboard": True, "profile": [2]},
+        step={"remat": "auto"},
     )
     return folder
 

@@ -41,7 +41,7 @@ def dry_run(recipe: Recipe, console: Console | None = None) -> None:
     console = console or Console(soft_wrap=False, highlight=False)
     cfg, proc, missing = _opened(recipe)
     check_mesh(layout_mesh(recipe.mesh.sizes), cfg, train_model.shapes(cfg))
-    recipe = memory_estimate.with_remat(recipe, cfg, memory_estimate.device_bytes())
+    recipe = memory_estimate.with_remat(recipe, cfg, memory_estimate.device_limit())
     parts = memory_estimate.held(recipe, cfg)
     console.print(_parameters(recipe, cfg, parts))
     console.print(_memory(recipe, cfg, parts))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from qwen3vl_jax.checkpoint import quantize
 from qwen3vl_jax.checkpoint.device_load import as_structs
-from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES
+from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES, device_bytes
 from qwen3vl_jax.checkpoint.param_paths import nest, parse_path
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.device_mesh import layout_mesh
@@ -114,8 +114,7 @@ def held_bytes(held: Mapping[str, Any]) -> dict[str, int]:
     """Bytes of a device's part of each tree, empty ones left out."""
 
     def size(x: Any) -> int:
-        count, dtype = math.prod(x.sharding.shard_shape(x.shape)), jnp.dtype(x.dtype)
-        return count // 2 if dtype == jnp.int4 else count * dtype.itemsize
+        return device_bytes(math.prod(x.sharding.shard_shape(x.shape)), jnp.dtype(x.dtype))
 
     found = {name: sum(map(size, jax.tree.leaves(tree))) for name, tree in held.items()}
     return {name: size for name, size in found.items() if size}
@@ -133,7 +132,7 @@ def memory(recipe: Recipe, cfg: Config, parts: Held) -> dict[str, int]:
     return {name: size for name, size in found.items() if size}
 
 
-def device_bytes() -> int:
+def device_limit() -> int:
     """Bytes that this process's first device has for arrays; 0 where it does not say, as a CPU."""
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
 
