@@ -40,7 +40,7 @@ def check_weights(where: Path, held: str | None, weights: str | None) -> None:
         raise InputError(f"{where}: holds {found}; take one, or leave it out{more}")
     if weights in ("int8", "int4") and held not in (None, weights):
         found = f"holds {held} weights, which {weights} would round again"
-        advice = f"take weights {held}, or the 16-bit release"
+        advice = f"take {held} (weights=, --weights or lora.base), or the 16-bit release"
         raise InputError(f"{where}: {found}; {advice}")
 
 

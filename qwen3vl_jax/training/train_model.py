@@ -12,14 +12,18 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from optax import GradientTransformation
 
+from qwen3vl_jax.checkpoint.config_files import PARAMS
+from qwen3vl_jax.checkpoint.device_load import Source
 from qwen3vl_jax.checkpoint.name_map import param_specs, tree_of
 from qwen3vl_jax.checkpoint.stacking import stack_layers
+from qwen3vl_jax.checkpoint.validate import stored_kind
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.device_mesh import compiler_options, replicated
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model.quantized import Quantized
 from qwen3vl_jax.model.structs import Params
 from qwen3vl_jax.parameters import init_params
+from qwen3vl_jax.storage.paths import as_path
 from qwen3vl_jax.training import param_groups
 from qwen3vl_jax.training.lora_targets import split_lora
 from qwen3vl_jax.training.new_tokens import new_rows
@@ -37,6 +41,7 @@ from qwen3vl_jax.training.state_sharding import (
 from qwen3vl_jax.training.train_step import TrainState, init_state, train_step
 
 Step = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+_FEW_BITS_ALONE = "holds weights of 8 or 4 bits, which only LoRA can train over; set lora.rank"
 
 
 def prepare(
@@ -51,9 +56,7 @@ def prepare(
     params = initial_params(recipe, cfg, mesh)
     leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Quantized))
     if not recipe.lora.rank and any(isinstance(x, Quantized) for x in leaves):
-        raise InputError(
-            f"{recipe.ckpt}: holds weights of 8 or 4 bits, which only LoRA can train over; set lora.rank"
-        )
+        raise InputError(f"{recipe.ckpt}: {_FEW_BITS_ALONE}")
     if new_ids and recipe.init == "checkpoint":
         params = new_rows(params, new_ids)
     weights, frozen, merge = split_trainable(recipe, cfg, params)
@@ -67,6 +70,17 @@ def prepare(
             for flat in (weights, frozen)
         )
     return TrainableParams(weights, frozen, merge)
+
+
+def check_base(recipe: Recipe, cfg: Config) -> None:
+    """Raises InputError for a checkpoint on this machine whose weights a run of the recipe refuses."""
+    directory = as_path(recipe.ckpt)
+    if not ((directory / PARAMS).is_dir() or any(directory.glob("*.safetensors"))):
+        return
+    few_bits = recipe.lora.rank and recipe.lora.base in FEW_BITS
+    stored = Source(directory, cfg, recipe.lora.base if few_bits else None).stored()
+    if not recipe.lora.rank and stored_kind(stored):
+        raise InputError(f"{recipe.ckpt}: {_FEW_BITS_ALONE}")
 
 
 def initial_params(recipe: Recipe, cfg: Config, mesh: Mesh | None = None) -> Params:

@@ -12,6 +12,7 @@ import pytest
 import train_files
 from rich.console import Console
 
+from convert.to_orbax import to_orbax
 from qwen3vl_jax.checkpoint.name_map import param_specs
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
@@ -104,6 +105,29 @@ def test_remat_by_the_memory_of_a_device(room, chosen, least):
     assert least * 2**30 < size <= max(memory_estimate.AUTO_SHARE * room, 30) * 2**30
     named = dataclasses.replace(settings, step=dataclasses.replace(settings.step, remat="none"))
     assert memory_estimate.with_remat(named, cfg, room * 2**30) is named
+
+
+@pytest.mark.parametrize(
+    ("held", "changes", "told"),
+    [
+        (None, ["lora.rank=4", "lora.base=fp8"], "holds no FP8 weights"),
+        ("int4", [], "holds weights of 8 or 4 bits, which only LoRA can train over"),
+        (
+            "int4",
+            ["lora.rank=4", "lora.base=int8"],
+            "holds int4 weights, which int8 would round again",
+        ),
+    ],
+)
+def test_a_base_that_a_run_refuses(held, changes, told, tmp_path):
+    """The weights' headers are read, where there are weights."""
+    ckpt = train_files.checkpoint(tmp_path / "ckpt")
+    if held:
+        to_orbax(ckpt, tmp_path / held, weights=held)
+    data = train_files.conversations(tmp_path / "chats.jsonl")
+    path = train_files.write_recipe(tmp_path / "recipe.toml", tmp_path / (held or "ckpt"), data)
+    with pytest.raises(InputError, match=told):
+        said(recipe.read_recipe(path, changes))
 
 
 @pytest.fixture(scope="module")

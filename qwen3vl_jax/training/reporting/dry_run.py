@@ -41,6 +41,8 @@ def dry_run(recipe: Recipe, console: Console | None = None) -> None:
     console = console or Console(soft_wrap=False, highlight=False)
     cfg, proc, missing = _opened(recipe)
     check_mesh(layout_mesh(recipe.mesh.sizes), cfg, train_model.shapes(cfg))
+    if recipe.init == "checkpoint" and kind(as_path(recipe.ckpt)) == "folder":
+        train_model.check_base(recipe, cfg)
     recipe = memory_estimate.with_remat(recipe, cfg, memory_estimate.device_limit())
     parts = memory_estimate.held(recipe, cfg)
     console.print(_parameters(recipe, cfg, parts))
