@@ -5,7 +5,7 @@ import dataclasses
 import io
 import time
 import zlib
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -201,7 +201,8 @@ class Times:
 
     def __init__(self) -> None:
         self._begun = time.perf_counter()
-        self._all, self._last = Counter[str](), Counter[str]()
+        self._all: dict[str, float] = defaultdict(float)
+        self._last: dict[str, float] = defaultdict(float)
 
     @contextmanager
     def of(self, name: str) -> Iterator[None]:
