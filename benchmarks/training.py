@@ -52,7 +52,7 @@ RUNS: dict[str, tuple[Run, ...]] = {
     ),
     "tiny": (
         Run("full, 2 x 128 packed", 2, 128, True),
-        Run("QLoRA, 2 x 128", 2, 128, False, 4, "int4"),
+        Run("LoRA, 2 x 128", 2, 128, False, 4),
     ),
 }
 PEER_LENGTH = 8192  # longer rows do not fit beside the peer's activations

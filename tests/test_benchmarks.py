@@ -6,10 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import batch, cases, convert, kills
+from benchmarks import batch, cases, convert, kills, training_ours
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -81,3 +83,20 @@ def test_speed_beside_transformers_with_a_small_shape(module, only, works, tmp_p
         assert not line.get("error") and np.all(np.array(line["seconds"]) > 0)
     for name in ("times", "of the"):
         assert name in done.stdout
+
+
+def test_random_weights_of_few_bits():
+    """The arrays of a QLoRA step by their shapes: codes, scales that are no zeros, and 16 bits beside."""
+    shape = jax.ShapeDtypeStruct
+    like = {
+        "layers.o.values": shape((2, 8, 64), jnp.int4),
+        "layers.o.scale": shape((2, 8, 1), jnp.float32),
+        "norm": shape((8,), jnp.bfloat16),
+        "embed": shape((16, 8), jnp.bfloat16),
+    }
+    found = training_ours.random_arrays(like)
+    assert {n: (x.shape, x.dtype) for n, x in found.items()} == {
+        n: (x.shape, x.dtype) for n, x in like.items()
+    }
+    assert (found["layers.o.scale"] > 0).all() and (found["norm"] == 1).all()
+    assert len(np.unique(np.asarray(found["layers.o.values"], np.int8))) > 10

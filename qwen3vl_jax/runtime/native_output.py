@@ -17,7 +17,7 @@ from collections.abc import Callable
 _HEAD = re.compile(rb"[IWEF]\d{4} ")
 # Gloo's greetings, which its threads may write into one line, and XLA's alarm of a long compile.
 _NOISE = re.compile(
-    rb"\[Gloo\] Rank |\d+ is connected to \d+ peer ranks"
+    rb".*\[Gloo\] Rank |.* is connected to \d+ peer ranks"
     rb"|.*slow_operation_alarm\.cc|\*{32}$|.*Very slow compile\?|The operation took \d"
 )
 # The coordination service's report of a process that is gone, over several lines.

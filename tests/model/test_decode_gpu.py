@@ -23,7 +23,7 @@ def small():
     return jax.jit(functools.partial(q3.init_params, cfg=cfg))(jax.random.key(0)), cfg
 
 
-def run(small, rows, slots, steps=3):
+def run(small, rows, slots, steps=2):
     """Logits of a prefill, of steps and of an `extend` by one token a row; the first layer's keys."""
     params, cfg = small
     batch = q3.make_batch(cfg, input_ids=TOKENS[:rows], attention_mask=MASK[:rows])
@@ -59,11 +59,16 @@ def on_gpu(monkeypatch):
     return use
 
 
-SIZES = [None, {"data": 2}, {"tensor": 4}, {"fsdp": 2, "tensor": 2}]
+CASES = [
+    (1, 20, None),
+    (4, 600, None),
+    (2, 40, {"data": 2}),
+    (1, 40, {"tensor": 4}),
+    (4, 40, {"fsdp": 2, "tensor": 2}),
+]
 
 
-@pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize(("rows", "slots"), [(1, 20), (2, 600), (4, 40)])
+@pytest.mark.parametrize(("rows", "slots", "sizes"), CASES)
 def test_steps_are_those_of_the_plain_path(small, on_gpu, rows, slots, sizes):
     """Rows of different lengths, padded left; heads that a mesh copies; small and large caches."""
     want, keys, length = run(small, rows, slots)

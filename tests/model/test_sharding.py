@@ -26,8 +26,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 LAYS_OUT = {
     "model/sharding.py",
+    "device_mesh.py",
     "training/stacked_load.py",
-}  # the second takes the layers' axis from a layout
+}  # the last takes the layers' axis from a layout
 # What makes meshes: their names, presets, the recipe's table of them, and the planner that tries them.
 NAMES_AXES = {
     "model/sharding.py",

@@ -15,6 +15,7 @@ print("out")
 print("err", file=sys.stderr)
 logging.warning("note")
 os.write(1, b"[Gloo] Rank 1 is connected to 1 peer ranks. Expected number of connected\\nnative out\\n")
+os.write(1, b"1[Gloo] Rank 2 is connected to 3 peer ranks\\n is connected to 3 peer ranks. Expected\\n")
 stars = b"*" * 32
 os.write(2, b"E1128 18:00:02.1 1 slow_operation_alarm.cc:73] \\n" + stars + b"\\n")
 os.write(2, b"[Compiling module jit_f] Very slow compile? If you want to file a bug\\n" + stars + b"\\n")
