@@ -7,10 +7,8 @@ import numpy as np
 
 from demo import tasks
 
-PAPER, NEAR = (
-    0.5,
-    40,
-)  # at least this share of an image of digits is within so many levels of its paper
+# At least this share of an image of digits is within so many levels of its paper.
+PAPER, NEAR = 0.5, 40
 
 
 def notice(question: str | None, images: Sequence[np.ndarray] = (), bundled: str = "") -> str:
@@ -21,6 +19,8 @@ def notice(question: str | None, images: Sequence[np.ndarray] = (), bundled: str
     found = []
     if not all(map(shows_digits, images)):
         found.append("the image is none of digits")
+    if len(images) > 1:
+        found.append(f"it has learned one image a conversation, these are {len(images)}")
     if question is not None and not knows(question):
         found.append("the question is none that it has learned")
     wrong = f" ({' and '.join(found)}: expect a wrong answer)" if found else ""

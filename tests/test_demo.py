@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 
 import qwen3vl_jax as q3
 from demo import evaluate, examples, files, gallery, pictures, scans, tasks
+from demo.notice import notice
 
 CHECKPOINT = evaluate.CHECKPOINT
 
@@ -331,3 +332,11 @@ def test_held_out_pictures_are_read(proc):
     assert shares["digits read"] >= 0.95, shares
     assert shares["counts right"] >= 0.8, shares
     assert shares["boxes found"] >= 0.85, shares
+
+
+def test_several_images_are_none_of_what_it_learned():
+    """Each alone says nothing; together the answer is said to be wrong."""
+    paper = np.full((8, 8, 3), 250, np.uint8)
+    question = "Read the digits row by row."
+    assert "expect a wrong answer" not in notice(question, [paper])
+    assert "these are 2: expect a wrong answer" in notice(question, [paper, paper])

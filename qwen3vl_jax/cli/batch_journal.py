@@ -216,7 +216,8 @@ class Journal:
         for name in sorted(before.keys() | self.settings.keys()):
             old, new = before.get(name), self.settings.get(name)
             if old != new:
-                begun = f"was begun with {name} {old!r}, now it is {new!r}"
+                then, now = ("none" if x is None else repr(x) for x in (old, new))
+                begun = f"was begun with {name} {then}, now it is {now}"
                 raise InputError(f"{path}: {begun}; give the same again, or {self._afresh}")
         last = max(self._digests, default=0)
         for number, digest in digests.items():
