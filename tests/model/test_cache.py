@@ -10,6 +10,7 @@ import pytest
 import tiny
 
 import qwen3vl_jax as q3
+from qwen3vl_jax.model import cache as cache_module
 
 ROWS = ("clips_and_picture", "text", "three_pictures")
 
@@ -99,3 +100,15 @@ def test_a_long_prompt_in_chunks_needs_a_third_of_the_memory():
     whole, chunked = temporary(None), temporary(2048)
     print(f"whole {whole / 2**20:.0f} MiB, in chunks of 2,048 {chunked / 2**20:.0f} MiB")
     assert chunked < whole / 3
+
+
+def test_chunks_fill_a_cache_that_their_program_makes(monkeypatch):
+    """No device of a mesh holds all of it at first: nothing is made outside of the program."""
+    made, make = [], cache_module.init_cache
+    monkeypatch.setattr(cache_module, "init_cache", lambda *x: made.append(make(*x)) or made[-1])
+    params, cfg = ours.tiny_model("golden")
+    batch = q3.make_batch(cfg, **tiny.inputs(tiny.config_dict("golden"), "text"))
+    # Slots that no other test has: the program is traced here.
+    cache, _ = q3.prefill(params, cfg, batch, 1111, chunk=8)
+    assert cache.slots == 1536 and len(made) == 1
+    assert all(isinstance(x, jax.core.Tracer) for x in (*made[0].k, *made[0].v))
