@@ -15,6 +15,7 @@ import numpy as np
 from benchmarks.inference_ours import ceilings, emit
 from benchmarks.scaling_cases import config, real_work, rows_of
 from benchmarks.training import Run
+from qwen3vl_jax.checkpoint.auto_mesh import bytes_limit
 from qwen3vl_jax.config import IGNORE_INDEX, Config
 from qwen3vl_jax.device_mesh import make_mesh
 from qwen3vl_jax.training import train_model
@@ -81,8 +82,8 @@ def random_arrays(like: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Arr
 
 def measure(cfg: Config, run: Run, remat: str) -> dict[str, Any]:
     """Seconds of a step, its losses, memory, and what it trained on."""
-    recipe = memory_estimate.with_remat(recipe_of(run, remat), cfg, memory_estimate.device_limit())
-    mesh = make_mesh({}, jax.devices()[:1])
+    mesh, room = make_mesh({}, jax.devices()[:1]), bytes_limit(jax.devices()[0])
+    recipe = memory_estimate.with_remat(recipe_of(run, remat), cfg, room)
     packed = rows_of(cfg, recipe, mesh, 0) if run.packed else text_rows(cfg, recipe)
     packed = jax.tree.map(lambda x: jax.device_put(np.asarray(x)), packed)
     shapes = memory_estimate.held(recipe, cfg)

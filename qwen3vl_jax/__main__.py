@@ -103,14 +103,11 @@ def backends() -> list[tuple[str, bool, str]]:
     refusal = gpu_refusal("bfloat16", 128) if here == "gpu" else f"needs a GPU, this is {here}"
     blocks = "every platform, dtype and layout; online softmax, empty blocks skipped"
     cudnn = (
-        "packed rows, prompts, images and videos, tokens behind a cache; decode steps by Pallas; "
+        "packed rows, prompts, images, videos, tokens behind a cache; Pallas: decode steps; 16 bits"
     )
-    cudnn += "bf16 and fp16"
-    tpu = (
-        "128 queries a row or more; decode steps by Pallas"
-        if here == "tpu"
-        else f"needs a TPU, this is {here}"
-    )
+    tpu = f"needs a TPU, this is {here}"
+    if here == "tpu":
+        tpu = "128 queries a row or more; Pallas: decode steps"
     return [
         ("xla blocks", True, blocks),
         ("cudnn", not refusal, refusal or cudnn),

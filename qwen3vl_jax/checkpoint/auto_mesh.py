@@ -30,8 +30,8 @@ def mesh_for(
 
 def chosen(source: Source, dtype: Any, devices: list[Any]) -> dict[str, int]:
     """Sizes of axes for a model larger than one device, {} for others. Raises InputError."""
-    limit = (devices[0].memory_stats() or {}).get("bytes_limit")
-    if limit is None or len(devices) == 1:
+    limit = bytes_limit(devices[0])
+    if not limit or len(devices) == 1:
         return {}
     needed = weights_bytes(source, dtype)
     if needed <= ROOM * limit:
@@ -49,6 +49,11 @@ def chosen(source: Source, dtype: Any, devices: list[Any]) -> dict[str, int]:
     each = f"{held / 2**30:.1f} GiB on each"
     print(f"{message}: spread over {count} devices, --mesh {flags}, {each}", file=sys.stderr)
     return sizes
+
+
+def bytes_limit(device: Any) -> int:
+    """Bytes that a device has for arrays; 0 where it does not say, as a CPU."""
+    return (device.memory_stats() or {}).get("bytes_limit", 0)
 
 
 def auto_mesh(cfg: TextConfig, count: int) -> dict[str, int]:

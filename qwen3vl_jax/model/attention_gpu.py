@@ -223,8 +223,8 @@ def _part_kernel(group, triton, filled, q, k, v, *outs):
         top, total, out = carry
         start = first + i * STEP_BLOCK
         seen = start + jnp.arange(STEP_BLOCK) < end
-        blocks = (x.at[pl.ds(start, STEP_BLOCK), :] for x in (k, v))
-        keys, values = (triton.load(x, mask=seen[:, None], other=0) for x in blocks)
+        block = (x.at[pl.ds(start, STEP_BLOCK), :] for x in (k, v))
+        keys, values = (triton.load(x, mask=seen[:, None], other=0) for x in block)
         scores = jnp.where(seen[None], dot(queries, keys.T) * h**-0.5, -1e30)
         new_top = jnp.maximum(top, jnp.max(scores, axis=1))
         probs, keep = jnp.exp(scores - new_top[:, None]), jnp.exp(top - new_top)

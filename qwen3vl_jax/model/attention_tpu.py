@@ -52,16 +52,16 @@ def splash_attend(q, k, v, lo, hi, key_segments=None) -> jax.Array:
     first, end = jnp.where(empty, width, 0 if lo is None else lo), jnp.where(empty, 0, hi)
     seen = _seen(first, end, block_q, block_k, width)
     reach: Any = _concatenate(end + rows * width, block_q)
-    by_query, by_key = _steps(seen), (x.swapaxes(1, 2) for x in _steps(seen.swapaxes(1, 2)))
+    tables = _steps(seen), (x.swapaxes(1, 2) for x in _steps(seen.swapaxes(1, 2)))
     # No mask block is stored, since `mask_function` computes them.
-    info = [MaskInfo(loads, None, runs, None, reach) for loads, runs in (by_query, by_key)]
+    by_query, by_key = (MaskInfo(loads, None, runs, None, reach) for loads, runs in tables)
     # "_dkv" and "_dq": the kernels of the backward pass.
     blocks: dict[str, Any] = {f"block_q{which}": block_q for which in ("", "_dkv", "_dq")}
     blocks |= {f"block_kv{which}": block_k for which in ("", "_dkv", "_dq")}
     kernel = splash.SplashAttentionKernel(
-        info[0],
-        info[0],
-        info[1],
+        by_query,
+        by_query,
+        by_key,
         block_sizes=splash.BlockSizes(**blocks),
         # Besides segments; positions count over the concatenated sequences.
         mask_function=lambda reach, key: key < reach,

@@ -12,7 +12,7 @@ from rich.console import Console
 from qwen3vl_jax.checkpoint.auto_mesh import ROOM, auto_mesh
 from qwen3vl_jax.checkpoint.lazy_tensor import device_bytes
 from qwen3vl_jax.config import Config
-from qwen3vl_jax.device_mesh import make_mesh, slice_count
+from qwen3vl_jax.device_mesh import make_mesh
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.planning import compiling
 from qwen3vl_jax.planning.machines import Machine
@@ -29,7 +29,7 @@ from qwen3vl_jax.planning.program import (
 from qwen3vl_jax.planning.report import Plan, best, likeliest, plan_of, table, without_memory
 from qwen3vl_jax.planning.search import LEVEL, Candidate, candidates, largest, mesh_of
 from qwen3vl_jax.planning.topology import devices_of, first_devices
-from qwen3vl_jax.training.mesh_preset import asks_for_mesh, mesh_flags, preset
+from qwen3vl_jax.training.mesh_preset import asks_for_mesh, mesh_flags
 from qwen3vl_jax.training.recipe import Recipe, check_vision_length
 from qwen3vl_jax.training.reporting.memory_estimate import with_remat
 
@@ -40,11 +40,7 @@ def plan_training(recipe: Recipe, machine: Machine, save: Path | None, tries: in
     Raises InputError for what cannot be compiled; a program without room is a verdict.
     """
     console, cfg = _console(), config_of(recipe.ckpt)
-    devices = devices_of(machine)
-    if not asks_for_mesh(recipe):
-        mesh = preset(cfg, recipe.pack, len(devices), slice_count(devices))
-        recipe = dataclasses.replace(recipe, mesh=mesh)
-    # Once: more rows are tried with the same policy.
+    # Once: more rows are tried with the same mesh and policy.
     recipe = fitted(recipe, cfg, machine)
     program = program_of(recipe, cfg, machine)
     done = watched(console, program, f"compiling {recipe.ckpt} for {machine}")

@@ -210,7 +210,7 @@ def run_steps(run: Run) -> None:
         if run.number == begun + 1:
             logger.compiling()
         profiler.before(run.number)
-        with run.times.of("compiling" if run.number == begun + 1 else "step"):
+        with run.times.of("compiling") if run.number == begun + 1 else nullcontext():
             run.state, metrics = run.step(run.state, run.frozen, packed)
         profiler.after(run.number, metrics)
         # Without their arrays, which would fill the device.

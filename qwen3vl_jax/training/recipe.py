@@ -302,6 +302,11 @@ def _check_no_lora(lora: Lora) -> None:
             raise InputError(f"lora.{name}: got {value}, expected {expected}; {advice}")
 
 
+def few_bits(recipe: Recipe) -> str | None:
+    """The form in which a run's base is read if that is one of FEW_BITS, as `load` has `weights`."""
+    return recipe.lora.base if recipe.lora.rank and recipe.lora.base in FEW_BITS else None
+
+
 def _named_sources(recipe: Recipe) -> list[tuple[str, Source]]:
     """(key, source) of every source of a recipe."""
     tables = (("data", recipe.data.sources), ("evaluate", recipe.evaluate.sources))

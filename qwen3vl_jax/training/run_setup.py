@@ -21,6 +21,7 @@ import tomli_w
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from qwen3vl_jax.checkpoint.auto_mesh import bytes_limit
 from qwen3vl_jax.checkpoint.digests import DamagedError
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.device_mesh import make_mesh, slice_count
@@ -59,7 +60,7 @@ def with_remat(recipe: Recipe, cfg: Config, notes: list[str]) -> Recipe:
     """The recipe with a policy in place of remat "auto", the same in all processes, and a note of it."""
     if recipe.step.remat != "auto":
         return recipe
-    room = distributed.from_first(memory_estimate.device_limit())
+    room = distributed.from_first(bytes_limit(jax.local_devices()[0]))
     found = memory_estimate.with_remat(recipe, cfg, room)
     notes.append(f"step.remat=auto: {found.step.remat}")
     return found

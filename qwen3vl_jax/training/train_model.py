@@ -29,7 +29,7 @@ from qwen3vl_jax.training.lora_targets import split_lora
 from qwen3vl_jax.training.new_tokens import new_rows
 from qwen3vl_jax.training.optimizer import make_optimizer
 from qwen3vl_jax.training.param_groups import Flat, MergeParams, TrainableParams
-from qwen3vl_jax.training.recipe import FEW_BITS, Recipe
+from qwen3vl_jax.training.recipe import Recipe, few_bits
 from qwen3vl_jax.training.stacked_load import load_stacked, stacked
 from qwen3vl_jax.training.state_sharding import (
     check_mesh,
@@ -77,8 +77,7 @@ def check_base(recipe: Recipe, cfg: Config) -> None:
     directory = as_path(recipe.ckpt)
     if not ((directory / PARAMS).is_dir() or any(directory.glob("*.safetensors"))):
         return
-    few_bits = recipe.lora.rank and recipe.lora.base in FEW_BITS
-    stored = Source(directory, cfg, recipe.lora.base if few_bits else None).stored()
+    stored = Source(directory, cfg, few_bits(recipe)).stored()
     if not recipe.lora.rank and stored_kind(stored):
         raise InputError(f"{recipe.ckpt}: {_FEW_BITS_ALONE}")
 
@@ -91,9 +90,8 @@ def initial_params(recipe: Recipe, cfg: Config, mesh: Mesh | None = None) -> Par
     """
     dtype_of = held_dtypes(recipe, cfg)
     if recipe.init == "checkpoint":
-        few_bits = recipe.lora.rank and recipe.lora.base in FEW_BITS
-        weights = recipe.lora.base if few_bits else None
-        return load_stacked(recipe.ckpt, dtype_of, weights, functools.partial(where_of, mesh, cfg))
+        where = functools.partial(where_of, mesh, cfg)
+        return load_stacked(recipe.ckpt, dtype_of, few_bits(recipe), where)
 
     def make(key: jax.Array) -> Flat:
         params = stack_layers(_rescaled(init_params(key, cfg), cfg, recipe.init))

@@ -7,11 +7,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from qwen3vl_jax.checkpoint.auto_mesh import bytes_limit
 from qwen3vl_jax.config import IGNORE_INDEX, Config
 from qwen3vl_jax.device_mesh import layout_mesh
 from qwen3vl_jax.errors import InputError
@@ -43,7 +45,7 @@ def dry_run(recipe: Recipe, console: Console | None = None) -> None:
     check_mesh(layout_mesh(recipe.mesh.sizes), cfg, train_model.shapes(cfg))
     if recipe.init == "checkpoint" and kind(as_path(recipe.ckpt)) == "folder":
         train_model.check_base(recipe, cfg)
-    recipe = memory_estimate.with_remat(recipe, cfg, memory_estimate.device_limit())
+    recipe = memory_estimate.with_remat(recipe, cfg, bytes_limit(jax.local_devices()[0]))
     parts = memory_estimate.held(recipe, cfg)
     console.print(_parameters(recipe, cfg, parts))
     console.print(_memory(recipe, cfg, parts))

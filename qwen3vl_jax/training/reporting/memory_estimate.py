@@ -17,7 +17,7 @@ from qwen3vl_jax.device_mesh import layout_mesh
 from qwen3vl_jax.model.structs import Params
 from qwen3vl_jax.training import param_groups, train_model
 from qwen3vl_jax.training.param_groups import Flat, MergeParams
-from qwen3vl_jax.training.recipe import FEW_BITS, Recipe
+from qwen3vl_jax.training.recipe import Recipe, few_bits
 from qwen3vl_jax.training.stacked_load import stacked
 from qwen3vl_jax.training.state_sharding import (
     params_shardings,
@@ -78,7 +78,7 @@ def held(recipe: Recipe, cfg: Config) -> Held:
 def _params(recipe: Recipe, cfg: Config) -> Params:
     """The shapes of the parameters that a run reads, those of few bits as values and scales."""
     leaves = {parse_path(name): x for name, x in train_model.shapes(cfg).items()}
-    if recipe.lora.rank and (base := recipe.lora.base) in FEW_BITS:
+    if base := few_bits(recipe):
         # The scales of FP8, in blocks, are about as many.
         kind = "int8" if base == "fp8" else base
         for path, param in quantize.quantized_params(cfg).items():
@@ -130,11 +130,6 @@ def memory(recipe: Recipe, cfg: Config, parts: Held) -> dict[str, int]:
         "logits of a chunk of the loss": _logits(recipe, cfg),
     }
     return {name: size for name, size in found.items() if size}
-
-
-def device_limit() -> int:
-    """Bytes that this process's first device has for arrays; 0 where it does not say, as a CPU."""
-    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
 
 
 def with_remat(recipe: Recipe, cfg: Config, room: int) -> Recipe:
