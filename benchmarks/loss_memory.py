@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from qwen3vl_jax.config import IGNORE_INDEX
+from qwen3vl_jax.labels import label_logprobs
 from qwen3vl_jax.model.layers import linear_fp32
-from qwen3vl_jax.model.transformer import label_logprobs
 from qwen3vl_jax.training.losses import TokenSums, chunked_cross_entropy
 
 

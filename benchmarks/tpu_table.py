@@ -14,11 +14,13 @@ import dataclasses
 import importlib.metadata
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 
 from benchmarks.tpu_programs import CONFIGS, GIB, mesh_for
+from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.planning import compiling, program, report
 from qwen3vl_jax.planning.command import program_of, usual_sizes
 from qwen3vl_jax.planning.machines import read_machine
@@ -89,6 +91,15 @@ def of_decode(size: str, name: str) -> list[str]:
     return [mesh_of(made), f"{peak:.1f}", f"{moved:.1f}", f"{1e3 * plan.times.least:.1f}"]
 
 
+def attempt(of: Callable[[str, str], list[str]], size: str, name: str) -> list[str]:
+    """The cells of one program; in the first of them what the compiler says, where it fails."""
+    width = {of_training: 6, of_decode: 4}[of]
+    try:
+        return of(size, name)
+    except InputError as error:
+        return [f"not compiled: {str(error)[:90]}", *[""] * (width - 1)]
+
+
 def mesh_of(made: program.Program) -> str:
     """A mesh in words, as fsdp 8 x expert 2."""
     return " x ".join(f"{k} {n}" for k, n in made.mesh.shape.items() if n > 1) or "one device"
@@ -128,7 +139,7 @@ def main() -> None:
         key = f"{size}, {name}"
         if key not in done:
             print(key, flush=True, file=sys.stderr)
-            done[key] = of_training(size, name) + of_decode(size, name)
+            done[key] = [*attempt(of_training, size, name), *attempt(of_decode, size, name)]
             jax.clear_caches()
             if options.keep:
                 with options.keep.open("a") as file:

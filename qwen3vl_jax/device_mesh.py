@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from qwen3vl_jax.config import AXES, SHORT
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.model.sharding import RULES, Axes, array_sharding, axis_sizes, mesh_axes_for
+from qwen3vl_jax.model.sharding import RULES, Axes, axis_sizes, mesh_axes_for, spec_of
 
 # The largest parameter, in bytes, that every device may hold whole.
 MAX_REPLICATED = 64 << 20
@@ -202,6 +202,11 @@ def check_divides(
                 f"{list(axes[name])} that are left to it, and would leave {left / total:.0%} "
                 "of the parameters whole; take a size that divides them, and a larger mesh.data"
             )
+
+
+def array_sharding(mesh: Mesh | AbstractMesh, axes: Axes, x: Any) -> NamedSharding:
+    """The sharding of one array or ShapeDtypeStruct with these logical axes."""
+    return NamedSharding(mesh, spec_of(axes, x, axis_sizes(mesh)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

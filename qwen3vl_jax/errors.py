@@ -2,6 +2,7 @@
 
 import dataclasses
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 _LONGEST = 1200  # characters
@@ -74,3 +75,14 @@ def check_int(key: str, value: Any, at_most: int = 2**31 - 1) -> int:
     if not 1 <= found <= at_most:
         raise InputError(f"{key}: got {shown(value)}, expected a whole number from 1 to {at_most}")
     return found
+
+
+def check_types(kinds: Mapping[str, tuple[type, str]], given: Mapping[str, Any]) -> None:
+    """Raises InputError for an argument that is not of its type in `kinds`: name -> (type, in words)."""
+    for name, value in given.items():
+        kind, expected = kinds[name]
+        if not isinstance(value, kind):
+            found = "an array" if hasattr(value, "addressable_shards") else type(value).__name__
+            raise InputError(
+                f"{name}: got {found}, expected {expected}; the order is ({', '.join(given)}, ..)"
+            )

@@ -18,7 +18,7 @@ from qwen3vl_jax.config import Config, TextConfig, VisionConfig
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model.layers import ones, weight
 from qwen3vl_jax.model.structs import Params
-from qwen3vl_jax.model.text import Block
+from qwen3vl_jax.model.text import Block, split_heads
 from qwen3vl_jax.model.vision import PatchEmbed, PatchMerger, VisionBlock
 
 
@@ -69,7 +69,7 @@ def _boxed_params(key: jax.Array, cfg: Config) -> Params:
         "merger": init(1, PatchMerger(c, False), patches)[0],
         "deepstack": init(len(c.deepstack_visual_indexes), PatchMerger(c, True), patches),
     }
-    layers = init(t.num_hidden_layers, Block(t), x, rotary, lambda q, *_: (q, None))
+    layers = init(t.num_hidden_layers, Block(t), x, rotary, lambda *y: (split_heads(*y)[0], None))
     words = (t.vocab_size, "vocab"), (t.hidden_size, "embed")
     tables = {"embed": words, "norm": ((t.hidden_size, None),)}
     tables |= {} if cfg.tie_word_embeddings else {"head": words}

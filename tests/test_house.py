@@ -37,19 +37,20 @@ WITH_JAX = [
 CONFIG = {"config", "config_checks", "rope_config", "released"}
 PURE = {"model", *CONFIG, "storage"}
 LIBRARY = {*PURE, "parameters", "device_mesh", "processing", "checkpoint", "inference"}
-LIBRARY |= {"training", "runtime"}
+LIBRARY |= {"training", "runtime", "labels"}
 MAY_IMPORT = {
     "errors": set(),
     "version": set(),
     "storage": set(),
     "runtime": set(),
     "config": {*CONFIG, "storage"},
+    "labels": CONFIG,
     "model": CONFIG,
     "processing": PURE,
     "device_mesh": {"model", *CONFIG},
     "parameters": {"model", *CONFIG},
     "checkpoint": {*PURE, "device_mesh", "parameters"},
-    "inference": {"model", "processing", *CONFIG},
+    "inference": {"model", "labels", "processing", *CONFIG},
     "training": LIBRARY,
     "planning": LIBRARY,
     "loading": LIBRARY,

@@ -20,10 +20,9 @@ from qwen3vl_jax.checkpoint.orbax_io import open_tree
 from qwen3vl_jax.checkpoint.param_paths import TreePath, path_str, split_layer_index
 from qwen3vl_jax.checkpoint.validate import check_stored, check_weights, stored_kind
 from qwen3vl_jax.config import Config
-from qwen3vl_jax.device_mesh import check_divides, shardings
+from qwen3vl_jax.device_mesh import array_sharding, check_divides, shardings
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model.quantized import Quantized
-from qwen3vl_jax.model.sharding import array_sharding
 from qwen3vl_jax.model.structs import Params
 from qwen3vl_jax.parameters import logical_axes
 

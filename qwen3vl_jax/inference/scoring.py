@@ -7,6 +7,7 @@ from jax.core import Tracer
 
 from qwen3vl_jax.config import IGNORE_INDEX, Config
 from qwen3vl_jax.errors import InputError, not_finite
+from qwen3vl_jax.labels import label_logprobs, shift_labels
 from qwen3vl_jax.model.attention import (
     NEG,
     attention_scores,
@@ -22,10 +23,8 @@ from qwen3vl_jax.model.transformer import (
     embed_tokens,
     final_norm,
     full_attention,
-    label_logprobs,
     lm_logits,
     run_decoder,
-    shift_labels,
 )
 
 SPAN = 512  # tokens whose logits over the vocabulary are held at once

@@ -62,9 +62,8 @@ def attend(
     lo, hi [B T] int32: query i sees keys lo <= s < hi; an empty range gives zeros (in a "prompt",
     anything finite). Scores and softmax are fp32. If lo is given and T = S, q and k are the same
     sequence. lo None means 0: the queries are consecutive tokens after a filled cache.
-    dropout: of the probabilities; always on the XLA path.
-    layout: what a sequence holds. segments: upper bound of its segments (static), 0 if unknown. A GPU
-    kernel never serves "any", and the other layouts where T = S.
+    dropout: of the probabilities, on the XLA path. layout: what a sequence holds; a GPU kernel serves all
+    but "any", where T = S. segments: upper bound of a sequence's segments (static), 0 if unknown.
     On a mesh each device has its sequences, heads and queries, and all keys of those sequences;
     sharded queries are context parallelism, since lo and hi are absolute.
     """
@@ -121,14 +120,25 @@ def _on_cudnn(layout: Layout, q, k, lo) -> bool:
     return served and platform() == "gpu" and not gpu_refusal(q.dtype.name, q.shape[-1])
 
 
-def append_and_attend(q, k, *others) -> Any:
-    """`attention_gpu.append_and_attend` where it serves a decode step, on a mesh too; else None."""
-    if q.shape[1] > 1 or platform() != "gpu" or gpu_refusal(q.dtype.name, q.shape[-1], "step"):
+def append_and_attend(k, v, slot, qkv, q_norm, k_norm, rotary, eps) -> Any:
+    """`attention_gpu.append_and_attend` where it serves, on a mesh too; else None.
+
+    k, v [B S K H]: the cache, which may have copies of a head. The rest: as in text.split_heads.
+    """
+    b, _, count, h = k.shape
+    if platform() != "gpu" or gpu_refusal(qkv.dtype.name, h, "step"):
         return None
-    where = mesh_axes_for(("batch", q.shape[0]), ("heads", k.shape[2]))
-    by_head = spec(("batch", None, "heads", None), where)
-    in_specs = (*[by_head] * 5, spec(("batch", None), where))
-    return on_shards(attention_gpu.append_and_attend, in_specs, [by_head] * 3, q, k, *others)
+    if copies := count // qkv.shape[2] - 1:
+        query, pair = jnp.split(qkv, [qkv.shape[3] - 2], axis=3)
+        pair = jnp.repeat(pair, copies + 1, axis=2)
+        qkv = jnp.concatenate([query.reshape(b, 1, count, -1, h), pair], axis=3)
+    where = mesh_axes_for(("batch", b), ("heads", count))
+    rows, by_head = spec(("batch",), where), spec(("batch", None, "heads", None), where)
+    in_specs = (by_head, spec((), where), spec((), where), rows, rows, by_head, by_head, rows)
+    run = functools.partial(attention_gpu.append_and_attend, eps)
+    args = qkv, q_norm, k_norm, *rotary, k, v, slot
+    out, *written = on_shards(run, in_specs, [by_head] * 3, *args)
+    return out, tuple(written)
 
 
 def group_heads(q: jax.Array, kv_heads: int) -> jax.Array:

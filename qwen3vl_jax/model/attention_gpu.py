@@ -2,9 +2,8 @@
 
 A row holds segments one behind another: the frames of the ViT, packed samples, one prompt. cuDNN takes
 their starts and lengths (its packed, or THD, layout): no mask exists, and nothing outside a segment is
-computed. How many segments a row holds at most is part of the program. In the forward pass one too many
-costs a fifth of a microsecond; in the backward pass each has fp32 buffers of a whole row. Dims as in
-layers.py.
+computed. The most segments of a row are part of the program: one too many costs a fifth of a microsecond
+forward, and fp32 buffers of a whole row backward. Dims as in layers.py.
 """
 
 import functools
@@ -47,7 +46,9 @@ def gpu_refusal(dtype: str, head_dim: int, kernel: str = "cudnn") -> str:
 
     def probe(q, k, v, lo, hi):
         if kernel == "step":
-            return append_and_attend(q[:, :1], k[:, :1], v[:, :1], k, v, hi[:, :1])
+            qkv, norm = jnp.stack([q[:, :1, :1], k[:, :1], v[:, :1]], axis=3), q[0, 0, 0]
+            angles = q[:, :1, :1, : head_dim // 2]
+            return append_and_attend(1e-6, qkv, norm, norm, angles, angles, k, v, hi[:, :1])
         packed = attend_packed(q, k, v, lo, hi, True, 2)
         return packed, attend_row(q, k, v), attend_behind_cache(q, k, v, hi)
 
@@ -160,42 +161,41 @@ def attend_behind_cache(q, k, v, hi) -> jax.Array:
     return jnp.where(real[..., None, None], out, 0).astype(q.dtype)
 
 
-def append_and_attend(q, k, v, cache_k, cache_v, slot) -> list[jax.Array]:
-    """Attention of one token a row, q [B 1 N H], to what its cache [B S K H] holds and to itself.
+def append_and_attend(eps, qkv, q_norm, k_norm, cos, sin, k, v, slot) -> list[jax.Array]:
+    """Attention of one token a row to what its cache k, v [B S K H] holds and to itself.
 
-    k, v [B 1 K H] are written at slot [B 1] int32, behind what is filled; past the last slot they are
-    dropped. Returns [out [B 1 N H], cache_k, cache_v]. A row's keys are cut into P parts, so that few rows
-    fill a GPU; a second kernel joins the parts and the token. Source: Flash-Decoding, Dao et al. 2023.
+    qkv [B 1 K G+2 H], q_norm, k_norm [H], cos, sin [B 1 1 H/2]: as in text.split_heads, done here. The
+    token is written at slot [B 1] int32, behind what is filled, or dropped past the last slot. Returns
+    [out [B 1 N H], k, v]. A row's keys are cut into P parts, so that few rows fill a GPU; a second kernel
+    joins the parts and the token. Source: Flash-Decoding, Dao et al. 2023.
     """
     from jax.experimental.pallas import triton
 
-    (b, _, n, h), (slots, heads) = q.shape, cache_k.shape[1:3]
-    group, slot = n // heads, slot[:, 0].astype(jnp.int32)
+    (b, _, heads, both, h), slots, group = qkv.shape, k.shape[1], qkv.shape[3] - 2
     most = max(1, min(STEP_PROGRAMS // (b * heads), slots // STEP_BLOCK))
     # The matrix units take 16 queries.
     parts, tile = 1 << (most.bit_length() - 1), max(16, 1 << (group - 1).bit_length())
-    sizes = {"S": slots, "H": h, "P": parts, "T": tile}
+    sizes = {"S": slots, "H": h, "P": parts, "T": tile, "E": both, "R": h // 2}
     options: dict[str, Any] = {"interpret": platform() != "gpu"}
     options["compiler_params"] = triton.CompilerParams(num_warps=4, num_stages=3)
 
     def call(kernel, count, ins, outs, shapes, **more):
         specs = {"in_specs": _specs(ins, sizes), "out_specs": _specs(outs, sizes)}
-        bound = functools.partial(kernel, triton)
+        bound = functools.partial(kernel, triton, eps)
         return pl.pallas_call(bound, shapes, grid=(b, heads, count), **specs, **options, **more)
 
-    q = q.reshape(b, heads, group, h)
-    k, v = (x[:, 0].astype(cache_k.dtype) for x in (k, v))
+    slot, qkv = slot[:, 0].astype(jnp.int32), qkv.reshape(b, heads, both, h)
+    cos, sin = (x.reshape(b, h // 2) for x in (cos, sin))
     sums = jax.ShapeDtypeStruct((b, heads, group, parts), jnp.float32)
     shapes = [sums, sums, jax.ShapeDtypeStruct((*sums.shape, h), jnp.float32)]
-    attend_parts = call(
-        functools.partial(_part_kernel, group), parts, "b bkTH bSkH bSkH", "bkTp bkTp bkTpH", shapes
-    )
-    found = attend_parts(jnp.clip(slot, 0, slots), q, cache_k, cache_v)
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, cache_k, cache_v)]
-    ins, outs = "b bkpH bkH bkH bkpP bkpP bkpPH bSkH bSkH", "bkpH bSkH bSkH"
-    join = call(_join_kernel, group, ins, outs, shapes, input_output_aliases={7: 1, 8: 2})
-    out, *caches = join(slot, q, k, v, *found, cache_k, cache_v)
-    return [out.reshape(b, 1, n, h), *caches]
+    ins, outs = "b bkEH H bR bR bSkH bSkH", "bkTp bkTp bkTpH"
+    attend_parts = call(functools.partial(_part_kernel, tile), parts, ins, outs, shapes)
+    found = attend_parts(jnp.clip(slot, 0, slots), qkv, q_norm, cos, sin, k, v)
+    shapes = [jax.ShapeDtypeStruct((b, heads, group, h), qkv.dtype), k, v]
+    ins, outs = "b bkEH H H bR bR bkpP bkpP bkpPH bSkH bSkH", "bkpH bSkH bSkH"
+    join = call(_join_kernel, group, ins, outs, shapes, input_output_aliases={9: 1, 10: 2})
+    out, *caches = join(slot, qkv, q_norm, k_norm, cos, sin, *found, k, v)
+    return [out.reshape(b, 1, heads * group, h), *caches]
 
 
 def _specs(names: str, sizes: dict[str, int]) -> list[Any]:
@@ -210,14 +210,31 @@ def _specs(names: str, sizes: dict[str, int]) -> list[Any]:
     return [of(axes) for axes in names.split()]
 
 
-def _part_kernel(group, triton, filled, q, k, v, *outs):
+def _rotated(triton, eps, qkv, rows, norm, cos, sin):
+    """Heads `rows` [..] of qkv [G+2 H], normalized and rotated: [.. H] float32."""
+    h = qkv.shape[1]
+    index = jnp.arange(h)
+
+    def load(index):
+        at = (jnp.broadcast_to(x, (*rows.shape, h)) for x in (rows[..., None], index))
+        return triton.load(qkv.at[tuple(at)]).astype(jnp.float32), triton.load(norm.at[index])
+
+    (x, scale), (pair, pair_scale) = load(index), load((index + h // 2) % h)
+    cos, sin = (triton.load(x.at[index % (h // 2)]).astype(jnp.float32) for x in (cos, sin))
+    x_part, pair_part = scale * cos, pair_scale * jnp.where(index < h // 2, -sin, sin)
+    size = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+    return (x * x_part + pair * pair_part) * size
+
+
+def _part_kernel(tile, triton, eps, filled, qkv, q_norm, cos, sin, k, v, *outs):
     """The softmax (maximum, sum, output) of a key head's queries over one part of a row's keys."""
-    (tile, h), end = q.shape, filled[...]
+    group, h, end, heads = qkv.shape[0] - 2, qkv.shape[1], filled[...], jnp.arange(tile)
+    # Those past the group are its last one again, and are not stored.
+    real, rows = heads < group, jnp.minimum(heads, group - 1)
+    queries = _rotated(triton, eps, qkv, rows, q_norm, cos, sin).astype(k.dtype)
     dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
     blocks = pl.cdiv(end, pl.num_programs(2) * STEP_BLOCK)
     first = pl.program_id(2) * blocks * STEP_BLOCK
-    real = jnp.arange(tile) < group
-    queries = triton.load(q, mask=real[:, None], other=0)
 
     def fold(i, carry):
         top, total, out = carry
@@ -237,14 +254,20 @@ def _part_kernel(group, triton, filled, q, k, v, *outs):
         triton.store(ref, x, mask=real[:, None] if x.ndim > 1 else real)
 
 
-def _join_kernel(triton, slot, q, k, v, top, total, outs, _, __, out, *caches):
+def _join_kernel(triton, eps, slot, qkv, q_norm, k_norm, *others):
     """The parts of one query and the new token in one softmax; the first of a group writes the token."""
-    token, at = (k[...], v[...]), slot[...]
-    score = jnp.sum(q[...].astype(jnp.float32) * token[0].astype(jnp.float32)) * len(q) ** -0.5
+    cos, sin, top, total, outs, _, __, out, *caches = others
+    group, at = qkv.shape[0] - 2, slot[...]
+
+    def rotated(row, norm):
+        return _rotated(triton, eps, qkv, jnp.int32(row), norm, cos, sin).astype(out.dtype)
+
+    query, key, value = rotated(pl.program_id(2), q_norm), rotated(group, k_norm), qkv[group + 1]
+    score = jnp.sum(query.astype(jnp.float32) * key.astype(jnp.float32)) * len(query) ** -0.5
     new_top = jnp.maximum(jnp.max(top[...]), score)
     weights, weight = jnp.exp(top[...] - new_top), jnp.exp(score - new_top)
-    added = jnp.sum(outs[...] * weights[:, None], axis=0) + weight * token[1].astype(jnp.float32)
+    added = jnp.sum(outs[...] * weights[:, None], axis=0) + weight * value.astype(jnp.float32)
     out[...] = (added / (jnp.sum(total[...] * weights) + weight)).astype(out.dtype)
-    mine = jnp.broadcast_to((pl.program_id(2) == 0) & (at < caches[0].shape[0]), token[0].shape)
-    for cache, x in zip(caches, token, strict=True):
-        triton.store(cache.at[at, :], x, mask=mine)
+    mine = jnp.broadcast_to((pl.program_id(2) == 0) & (at < caches[0].shape[0]), query.shape)
+    for cache, x in zip(caches, (key, value), strict=True):
+        triton.store(cache.at[at, :], x.astype(cache.dtype), mask=mine)

@@ -17,7 +17,7 @@ from qwen3vl_jax.model.layers import repeat_one
 from qwen3vl_jax.model.rope import mrope
 from qwen3vl_jax.model.sharding import jit_wide, mesh_axes_for, on_shards, platform, shard, spec
 from qwen3vl_jax.model.structs import Batch, Features, KVCache, Params, check_call
-from qwen3vl_jax.model.text import AttendFn, Block, shard_residual
+from qwen3vl_jax.model.text import AttendFn, Block, shard_residual, split_heads
 from qwen3vl_jax.model.vision import vision_encode
 
 # Logical axes of a layer's keys or values [B S K H]; a TPU copies other orders around a decode loop.
@@ -83,9 +83,8 @@ def prefill(
 
     The cache has room for max_len tokens per sequence, prompt and answer, and at least for the
     prompts. Prompts may be padded left or right; each is one segment. Layers are per-layer lists.
-    chunk (static): at most that many tokens of each sequence at a time, so that activations do not
-    grow with the prompt; the vision tower still runs first and at once. Not traced, all layers are
-    one compiled program.
+    chunk (static): at most that many tokens of each sequence at a time, so that activations do not grow
+    with the prompt; the vision tower runs first and at once. Not traced, one program serves all layers.
     """
     check_call(params, cfg, batch=batch)
     transformer.lm_head(params, cfg)
@@ -160,7 +159,8 @@ def _fill_layer(cfg, layer, x, rotary, lo, hi, slots, segments):
         y = jnp.pad(y, ((0, 0), (0, slots - y.shape[1]), (0, 0), (0, 0)))
         return shard(y.astype(jnp.float32) if platform() == "cpu" else y, *KV_AXES)
 
-    def attend_fn(q, k, v):
+    def attend_fn(*heads):
+        q, k, v = split_heads(*heads)
         layout = "causal" if segments else "prompt"
         out = attend(q, k, v, lo, hi, layout=layout, segments=segments)
         return out, (keep(k), keep(v))
@@ -226,8 +226,7 @@ def decode_step(
 ) -> tuple[KVCache, jax.Array]:
     """Appends one token per sequence, tokens [B] int32: (cache, next-token logits [B V] float32).
 
-    Call `grow_cache` first: a token past the last slot is dropped and the logits are wrong. Layers
-    are per-layer lists.
+    Layers are per-layer lists. Call `grow_cache` first: a token past the last slot is dropped.
     """
     check_call(params, cfg, cache=cache)
     slot = cache.length[:, None]
@@ -243,7 +242,14 @@ def decode_step(
 @functools.partial(jax.jit, static_argnames="cfg", inline=True)
 def _step_layer(cfg, layer, x, rotary, k, v, slot):
     """One layer of a decode step, and its part of the cache: traced once for all layers."""
-    attend_fn = functools.partial(cached_attention([k], [v], slot, slot + 1), 0)
+
+    def attend_fn(qkv, *rest):
+        # The rows of `repeat_one` are one.
+        heads = qkv[: len(slot)], *rest
+        found = append_and_attend(k, v, slot, *heads)
+        out, kept = found or cached_attention([k], [v], slot, slot + 1)(0, *split_heads(*heads))
+        return jnp.repeat(out, len(x) // len(slot), axis=0), kept
+
     out: Any = Block(cfg.text).apply({"params": layer}, x, rotary, attend_fn)
     return out[0], *out[1]
 
@@ -255,16 +261,10 @@ def cached_attention(keys, values, slot, hi) -> AttendFn:
     """
 
     def attend_fn(i, q, k, v):
-        # The rows of `repeat_one` are one.
-        same, (q, k, v) = len(q) // len(slot), (x[: len(slot)] for x in (q, k, v))
         copies = keys[i].shape[2] // k.shape[2]
         k, v = (jnp.repeat(x, copies, axis=2) if copies > 1 else x for x in (k, v))
-        if found := append_and_attend(q, k, v, keys[i], values[i], slot):
-            out, *written = found
-        else:
-            written = _write(keys[i], k, slot), _write(values[i], v, slot)
-            out = attend(q, *written, None, hi)
-        return jnp.repeat(out, same, axis=0) if same > 1 else out, tuple(written)
+        written = _write(keys[i], k, slot), _write(values[i], v, slot)
+        return attend(q, *written, None, hi), written
 
     return attend_fn
 

@@ -54,10 +54,12 @@ def linear(
 ) -> jax.Array:
     """x [.. in..] times w [out.. in..] -> [.. out..], summed in fp32, returned in the dtype of x.
 
-    The `in_dims` trailing axes of both are contracted. Weights keep Hugging Face's axis order. wide: an
-    MLP's first product, for REMAT.
+    The `in_dims` trailing axes of both are contracted. wide: an MLP's first product, for REMAT.
     """
-    if _in_short(x, in_dims):
+    # On a GPU in the 16 bits of x, which otherwise writes and reads fp32. Not for few rows, and not on a
+    # mesh, where partial sums would be added in 16 bits.
+    many = math.prod(x.shape[: x.ndim - in_dims]) >= MANY_ROWS
+    if many and x.dtype.itemsize == 2 and platform() == "gpu" and not mesh_sizes():
         base = w.base if isinstance(w, Adapted) else w
         base = dequantize(base, x.dtype) if isinstance(base, Quantized) else base
         y = product(x, base, in_dims, x.dtype)
@@ -68,15 +70,6 @@ def linear(
     if bias is not None:
         y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape).astype(y.dtype)
     return checkpoint_name(y.astype(x.dtype), WIDE if wide else MATMUL)
-
-
-def _in_short(x: jax.Array, in_dims: int) -> bool:
-    """Whether a product is written in the 16 bits of x: a GPU otherwise writes and reads fp32.
-
-    Not for few rows, and not on a mesh, where partial sums would be added in 16 bits.
-    """
-    many = math.prod(x.shape[: x.ndim - in_dims]) >= MANY_ROWS
-    return many and x.dtype.itemsize == 2 and platform() == "gpu" and not mesh_sizes()
 
 
 def linear_fp32(x: jax.Array, w: Weight | Adapted, in_dims: int = 1) -> jax.Array:
@@ -149,8 +142,7 @@ def run_layers(body: Callable, carry: Any, layers: Any, remat: str = "none") -> 
     """Runs `body(carry, layer, i) -> (carry, out)` over all layers: (last carry, outs).
 
     A list of layers is a Python loop with a list of outs (inference: weights are not copied). Stacked
-    layers (`stack_layers`) are one `lax.scan` with stacked outs (training: one layer is compiled).
-    remat: a name of REMAT.
+    layers are one `lax.scan` with stacked outs (training: one is compiled). remat: a name of REMAT.
     """
     if remat != "none":
         body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)

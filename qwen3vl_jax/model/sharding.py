@@ -13,8 +13,7 @@ axis of the same array has taken. For example, on a mesh of fsdp=4, tensor=2 the
 
     PartitionSpec("tensor", None, None, "fsdp"): each of the 8 devices holds 1/8.
 
-With K = 1, tensor would not divide kv_heads, and embed would take fsdp and tensor: one table serves
-every size and mesh. To shard differently, change a row.
+With K = 1, tensor would not divide kv_heads, and embed would take both. Change a row to shard otherwise.
 """
 
 import functools
@@ -24,7 +23,7 @@ from typing import Any, cast
 
 import jax
 from jax.core import Tracer
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from qwen3vl_jax.config import AXES
 
@@ -162,10 +161,11 @@ def shard(x: jax.Array, *axes: str | None) -> jax.Array:
     sizes = mesh_sizes()
     if not sizes:
         return x
-    return jax.lax.with_sharding_constraint(x, _resolved_spec(axes, x, sizes))
+    return jax.lax.with_sharding_constraint(x, spec_of(axes, x, sizes))
 
 
-def _resolved_spec(axes: Axes, x: Any, sizes: Mapping[str, int]) -> PartitionSpec:
+def spec_of(axes: Axes, x: Any, sizes: Mapping[str, int]) -> PartitionSpec:
+    """The PartitionSpec of one array or its shape on a mesh of these sizes."""
     return spec(axes, mesh_axes_for(*zip(axes, x.shape, strict=True), sizes=sizes))
 
 
@@ -186,8 +186,3 @@ def compile_replicated(fn: Callable, *shapes: Any) -> None:
     auto = mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))
     with jax.sharding.use_abstract_mesh(auto):
         jax.jit(jax.shard_map(fn, **everywhere)).lower(*shapes).compile()
-
-
-def array_sharding(mesh: Mesh | AbstractMesh, axes: Axes, x: Any) -> NamedSharding:
-    """The sharding of one array or ShapeDtypeStruct with these logical axes."""
-    return NamedSharding(mesh, _resolved_spec(axes, x, axis_sizes(mesh)))

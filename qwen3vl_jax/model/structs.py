@@ -10,20 +10,24 @@ import flax.struct
 import jax
 
 from qwen3vl_jax.config import Config
-from qwen3vl_jax.errors import InputError, brief
+from qwen3vl_jax.errors import brief, check_types
 
 # Nested dict of arrays; "layers" and "blocks" are lists (inference) or stacked dicts (training).
 Params = dict[str, Any]
 
 
-class VisionInputs(flax.struct.PyTreeNode):
+class Struct(flax.struct.PyTreeNode, repr=False):
+    """A struct whose repr tells shapes, not numbers."""
+
+    __repr__ = brief
+
+
+class VisionInputs(Struct, repr=False):
     """Patches of images and videos in merge order, padded to P patches.
 
     All that depends on an image's size is a table made on the host, so one compiled program serves
     every mix of sizes with the same P. Padding attends to nothing (lo = hi = 0).
     """
-
-    __repr__ = brief
 
     pixels: jax.Array  # [P C] float32, or in training uint8: channel, frame, row, column
     pos_index: jax.Array  # [P 4] int32: the four neighbours in the table of learned positions
@@ -35,19 +39,15 @@ class VisionInputs(flax.struct.PyTreeNode):
     frames: int = flax.struct.field(pytree_node=False, default=0)
 
 
-class Features(flax.struct.PyTreeNode):
+class Features(Struct, repr=False):
     """Output of the vision tower, one row per merged patch: R = P / merge_size^2."""
-
-    __repr__ = brief
 
     merged: jax.Array  # [R D]: replaces the embeddings of placeholder tokens
     taps: jax.Array  # [n R D]: DeepStack, added to the residual after decoder layers 0 .. n-1
 
 
-class Batch(flax.struct.PyTreeNode):
+class Batch(Struct, repr=False):
     """A batch of token sequences with everything the decoder needs."""
-
-    __repr__ = brief
 
     tokens: jax.Array  # [B T] int32
     positions: jax.Array  # [3 B T] int32: MRoPE ids (T, H, W)
@@ -62,14 +62,12 @@ class Batch(flax.struct.PyTreeNode):
     groups: int = flax.struct.field(pytree_node=False, default=1)
 
 
-class KVCache(flax.struct.PyTreeNode):
+class KVCache(Struct, repr=False):
     """Keys and values of every layer, and how far each sequence is filled.
 
     One array per layer, never stacked: `lax.scan` would copy a stacked cache. Sequence b holds its
     tokens in slots 0 .. length[b] - 1, whichever side its prompt was padded on.
     """
-
-    __repr__ = brief
 
     k: list[jax.Array]  # L arrays [B S K H] each
     v: list[jax.Array]
@@ -93,11 +91,4 @@ _ARGUMENTS: dict[str, tuple[type, str]] = {
 
 def check_call(params: Any, cfg: Any, **given: Any) -> None:
     """Raises InputError for an argument of another type than in _ARGUMENTS; give them in call order."""
-    given = {"params": params, "cfg": cfg, **given}
-    for name, value in given.items():
-        kind, expected = _ARGUMENTS[name]
-        if not isinstance(value, kind):
-            found = "an array" if isinstance(value, jax.Array) else type(value).__name__
-            raise InputError(
-                f"{name}: got {found}, expected {expected}; the order is ({', '.join(given)}, ..)"
-            )
+    check_types(_ARGUMENTS, {"params": params, "cfg": cfg, **given})

@@ -3,9 +3,8 @@
 Dims as in layers.py. A Block knows neither masks nor caches: its caller passes an attend function.
 """
 
-import functools
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -17,14 +16,12 @@ from qwen3vl_jax.model.moe import Experts, RouterOutput
 from qwen3vl_jax.model.rope import mrope, rotate
 from qwen3vl_jax.model.sharding import shard
 
-# Attention of layer i: (i, q [B T N H], k [B T K H], v [B T K H]) -> (out [B T N H], kept); in a layer
-# without i. `kept` is what the caller wants of the layer: its cache, its probabilities, or None.
+# Attention of layer i: (i, q [B T N H], k [B T K H], v [B T K H]) -> (out [B T N H], kept). `kept` is
+# what the caller wants of the layer: its cache, its probabilities, or None.
 AttendFn = Callable[[Any, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 # What decode_layers returns of each layer: (residual after it, kept, RouterOutput or None) -> output.
 CollectFn = Callable[[jax.Array, Any, RouterOutput | None], Any]
 Rotary = tuple[jax.Array, jax.Array]
-# (residual [B T D], kept, RouterOutput of an MoE layer)
-BlockOutput = tuple[jax.Array, Any, RouterOutput | None]
 
 
 def batch_axis(x: jax.Array) -> str:
@@ -40,11 +37,21 @@ def shard_residual(y: jax.Array) -> jax.Array:
     return shard(shard(y, "decode_batch", None, "decode_embed"), "decode_batch", None, None)
 
 
+def split_heads(qkv, q_norm, k_norm, rotary: Rotary, eps: float) -> tuple[jax.Array, ...]:
+    """qkv [B T K G+2 H] -> q [B T N H] and k, v [B T K H]; q and k normalized by [H] and rotated."""
+    heads, h = qkv.shape[3:]
+    # The gradient of a split is one concatenation, that of slices a sum of padded arrays.
+    parts = jnp.split(qkv, [heads - 2, heads - 1], axis=3)
+    q, k, v = (y.reshape(*qkv.shape[:2], -1, h) for y in parts)
+    q, k = (rotate(rms_norm(y, x, eps), *rotary) for y, x in ((q, q_norm), (k, k_norm)))
+    return q, k, v
+
+
 class Attention(nn.Module):
     """Grouped-query attention with RMSNorm on each head of q and k before the rotary embedding.
 
     q, k and v are one weight [K G+2 H D]: per key/value head its G query heads, its key, its value.
-    The MLP's gate and up are one weight too; benchmarks/fused.py measures what that saves.
+    `attend` takes what `split_heads` does. The MLP's gate and up are one weight too: benchmarks/fused.py.
     """
 
     cfg: TextConfig
@@ -59,14 +66,8 @@ class Attention(nn.Module):
         bias = weight(self, "qkv_bias", *fused, init=zeros) if c.attention_bias else None
         qkv = linear(x, weight(self, "qkv", *fused, d), bias)  # [B T K G+2 H]
         qkv = shard(qkv, batch_axis(x), "tokens", "kv_heads", None, None)
-        # The gradient of a split is one concatenation, that of slices a sum of padded arrays.
-        parts = jnp.split(qkv, [group, group + 1], axis=-2)
-        query, key, value = (y.reshape(*x.shape[:2], -1, c.head_dim) for y in parts)
-
-        def norm_and_rotate(name: str, y: jax.Array) -> jax.Array:
-            return rotate(rms_norm(y, weight(self, name, h, init=ones), c.rms_norm_eps), *rotary)
-
-        out, kept = attend(norm_and_rotate("q_norm", query), norm_and_rotate("k_norm", key), value)
+        norms = (weight(self, name, h, init=ones) for name in ("q_norm", "k_norm"))
+        out, kept = attend(qkv, *norms, rotary, c.rms_norm_eps)
         out = shard(out, batch_axis(x), "tokens", "heads", None)
         bias = weight(self, "o_bias", d, init=zeros) if c.attention_bias else None
         return linear(out, weight(self, "o", d, n, h), bias, in_dims=2), kept
@@ -87,12 +88,14 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm decoder layer, dense or MoE: x [B T D] -> BlockOutput."""
+    """One pre-norm decoder layer, dense or MoE: x [B T D] -> (x, kept, RouterOutput of an MoE layer)."""
 
     cfg: TextConfig
 
     @nn.compact
-    def __call__(self, x, rotary: Rotary, attend: Callable) -> BlockOutput:
+    def __call__(
+        self, x, rotary: Rotary, attend: Callable
+    ) -> tuple[jax.Array, Any, RouterOutput | None]:
         def norm(name: str, y: jax.Array) -> jax.Array:
             scale = weight(self, name, (self.cfg.hidden_size, None), init=ones)
             return rms_norm(y, scale, self.cfg.rms_norm_eps)
@@ -130,16 +133,17 @@ def decode_layers(
 ) -> tuple[jax.Array, Any]:
     """Runs the decoder layers over x [B T D] with MRoPE ids positions [3 B T].
 
-    Returns the residual before the final norm, and `collect`'s output of each layer (by default what
-    attend_fn kept). deepstack [n B T D] is zero where there is no vision. remat: a name of
-    layers.REMAT. longest: as in `mrope`.
+    Returns the residual before the final norm, and `collect`'s output of each layer (by default `kept`).
+    deepstack [n B T D] is zero where there is no vision. remat: of layers.REMAT. longest: as in `mrope`.
     """
     rotary = mrope(cfg, positions, x.dtype, longest)
 
     def body(x, layer, i):
-        attend = functools.partial(attend_fn, i)
-        x, kept, routed = cast(BlockOutput, Block(cfg).apply({"params": layer}, x, rotary, attend))
-        x = add_deepstack(x, deepstack, i)
+        def attend(*heads: Any) -> tuple[jax.Array, Any]:
+            return attend_fn(i, *split_heads(*heads))
+
+        out: Any = Block(cfg).apply({"params": layer}, x, rotary, attend)
+        x, kept, routed = add_deepstack(out[0], deepstack, i), *out[1:]
         return x, collect(x, kept, routed) if collect else kept
 
     return run_layers(body, x, layers, remat)

@@ -14,7 +14,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-from qwen3vl_jax.config import IGNORE_INDEX, Config
+from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model.attention import Dropout, attend, causal_ranges
 from qwen3vl_jax.model.layers import linear_fp32, rms_norm
@@ -160,18 +160,3 @@ def forward(
         index = jnp.maximum(last[:, None] + jnp.arange(1 - count, 1), 0)
         x = jnp.take_along_axis(x, index[..., None], axis=1)
     return lm_logits(params, cfg, x)
-
-
-def shift_labels(labels: jax.Array, fill: int = IGNORE_INDEX) -> jax.Array:
-    """labels [B T] of each token -> of the next token; the last column is `fill`."""
-    return jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=fill)
-
-
-def label_logprobs(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(log-probability of each label, logsumexp), both [..] fp32; logits [.. V], labels [..].
-
-    The log-probability is 0 where the label is IGNORE_INDEX.
-    """
-    picked = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
-    logsumexp = jax.nn.logsumexp(logits, axis=-1)
-    return jnp.where(labels != IGNORE_INDEX, picked - logsumexp, 0.0), logsumexp

@@ -17,12 +17,12 @@ from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES, TreePath
 from qwen3vl_jax.checkpoint.name_map import param_specs, tree_of
 from qwen3vl_jax.checkpoint.quantize import CODES, kind_of, quantized_params, scale_shape
 from qwen3vl_jax.config import Config
-from qwen3vl_jax.device_mesh import layout_mesh, replicated
+from qwen3vl_jax.device_mesh import array_sharding, layout_mesh, replicated
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.inference.decode_loop import DecodeState, decode_steps, first_token, insert_rows
 from qwen3vl_jax.inference.requests import GenerationOptions, RowOptions
 from qwen3vl_jax.model.cache import KV_AXES, init_cache, prefill
-from qwen3vl_jax.model.sharding import array_sharding, max_parts
+from qwen3vl_jax.model.sharding import max_parts
 from qwen3vl_jax.model.structs import Batch, KVCache, VisionInputs
 from qwen3vl_jax.processing.batch import group_size
 from qwen3vl_jax.released import SIZE

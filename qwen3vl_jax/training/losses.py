@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from qwen3vl_jax.config import IGNORE_INDEX, Config
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.labels import label_logprobs, shift_labels
 from qwen3vl_jax.model.attention import NEG
 from qwen3vl_jax.model.layers import linear_fp32
 from qwen3vl_jax.model.lora import Adapted
@@ -20,7 +21,7 @@ from qwen3vl_jax.model.moe import RouterOutput
 from qwen3vl_jax.model.quantized import Quantized, Weight
 from qwen3vl_jax.model.sharding import shard
 from qwen3vl_jax.model.structs import Batch, Features, Params, check_call
-from qwen3vl_jax.model.transformer import final_norm, forward, label_logprobs, lm_head, shift_labels
+from qwen3vl_jax.model.transformer import final_norm, forward, lm_head
 
 
 class TokenSums(NamedTuple):

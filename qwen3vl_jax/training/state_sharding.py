@@ -10,8 +10,8 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES
 from qwen3vl_jax.config import Config
-from qwen3vl_jax.device_mesh import check_divides, replicated, shardings
-from qwen3vl_jax.model.sharding import Axes, array_sharding
+from qwen3vl_jax.device_mesh import array_sharding, check_divides, replicated, shardings
+from qwen3vl_jax.model.sharding import Axes
 from qwen3vl_jax.parameters import logical_axes
 from qwen3vl_jax.training.data.packing import PackedBatch
 from qwen3vl_jax.training.param_groups import Flat

@@ -14,9 +14,10 @@ import optax
 from optax import GradientTransformation
 
 from qwen3vl_jax.config import IGNORE_INDEX, Config
+from qwen3vl_jax.labels import shift_labels
 from qwen3vl_jax.model.attention import Dropout
 from qwen3vl_jax.model.structs import Params
-from qwen3vl_jax.model.transformer import full_attention, run_decoder, shift_labels
+from qwen3vl_jax.model.transformer import full_attention, run_decoder
 from qwen3vl_jax.model.vision import vision_encode
 from qwen3vl_jax.training import losses
 from qwen3vl_jax.training.data.packing import PackedBatch

@@ -14,6 +14,7 @@ from tiny import config_dict
 
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.model import attention, attention_gpu
+from qwen3vl_jax.model.text import split_heads
 from qwen3vl_jax.processing.batch import make_vision
 
 ON_GPU = jax.default_backend() == "gpu"
@@ -168,21 +169,37 @@ def test_a_run_behind_a_cache_sees_what_is_filled_and_itself(slots):
     np.testing.assert_allclose(np.asarray(got, np.float32), want, atol=BOUND)
 
 
+def heads_of(rows, n, k, h):
+    """One token a row as a layer projects it, with scales and angles of random numbers."""
+    rng = np.random.default_rng(7)
+    qkv, norms, angles = (
+        rng.normal(size=shape)
+        for shape in ((rows, 1, k, n // k + 2, h), (2, h), (rows, 1, 1, h // 2))
+    )
+    qkv, *norms, cos, sin = (
+        jnp.asarray(x, DTYPE) for x in (qkv, *(1 + norms / 4), np.cos(angles), np.sin(angles))
+    )
+    return qkv, *norms, (cos, sin), 1e-6
+
+
 @pytest.mark.parametrize(
     ("rows", "slots", "heads"), [(3, 96, (6, 2, 128)), (1, 4096, (8, 4, 64)), (4, 640, (32, 1, 16))]
 )
 def test_a_decode_step_writes_its_token_and_sees_what_is_filled(rows, slots, heads):
     """An empty cache, one key, parts without a key, up to the last slot; NaN behind what is filled."""
-    q, *kv = (x.astype(DTYPE) for x in arrays(rows, 1, *heads, slots))
-    token = [x[:, 0:1] * 0.5 for x in kv]
+    _, *kv = (x.astype(DTYPE) for x in arrays(rows, 1, *heads, slots))
+    given = heads_of(rows, *heads)
+    q, *token = split_heads(*given)
     slot = jnp.array([[slots - 1], [0], [1], [slots // 2 + 3]], jnp.int32)[:rows]
     filled = (jnp.arange(slots) < slot)[..., None, None]
     kv = [jnp.where(filled, x, jnp.nan) for x in kv]
-    out, *caches = jax.jit(attention.append_and_attend)(q, *token, *kv, slot)
+    out, caches = jax.jit(attention.append_and_attend, static_argnums=7)(*kv, slot, *given)
     at = jnp.arange(rows)[:, None], slot
     want = [x.at[at].set(new) for x, new in zip(kv, token)]
     for got, expected in zip(caches, want):
-        np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(expected, np.float32))
+        np.testing.assert_allclose(
+            *(np.asarray(x, np.float32) for x in (got, expected)), atol=BOUND
+        )
     seen = (jnp.arange(slots) <= slot)[..., None, None]
     dense = (q, *(jnp.where(seen, x, 0) for x in want))
     expected = dense_jax(*(x.astype(jnp.float32) for x in dense), jnp.zeros_like(slot), slot + 1)

@@ -80,7 +80,7 @@ def test_each_group_is_the_feed_of_its_number(proc, mesh):
 def shares_held(mesh, axes, rows):
     """Which part of the rows each device has: {device: (first, last)} of 1."""
     shape = (rows, 64)
-    where = sharding.array_sharding(mesh, axes, jax.ShapeDtypeStruct(shape, np.int32))
+    where = device_mesh.array_sharding(mesh, axes, jax.ShapeDtypeStruct(shape, np.int32))
     found = {d: index[0].indices(rows) for d, index in where.devices_indices_map(shape).items()}
     return {d: (first / rows, last / rows) for d, (first, last, _) in found.items()}
 

@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from qwen3vl_jax.device_mesh import array_sharding
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.model.sharding import array_sharding, shard
+from qwen3vl_jax.model.sharding import shard
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.runtime import distributed
 from qwen3vl_jax.training.data.loader import DataLoader, LoadedBatch
