@@ -93,7 +93,7 @@ def of_decode(size: str, name: str) -> list[str]:
 
 def attempt(of: Callable[[str, str], list[str]], size: str, name: str) -> list[str]:
     """The cells of one program; in the first of them what the compiler says, where it fails."""
-    width = {of_training: 6, of_decode: 4}[of]
+    width = 6 if of is of_training else 4
     try:
         return of(size, name)
     except InputError as error:

@@ -102,7 +102,10 @@ def _attend(layout: Layout, segments: int, q, k, v, hi, lo=None, key_segments=No
 
         if (out := attention_tpu.attend(q, k, v, lo, hi, key_segments)) is not None:
             return out
-    if _on_cudnn(layout, q, k, lo):
+    # cuDNN serves tokens behind a cache, and whole sequences of a known layout.
+    whole = layout != "any" and q.shape[1] == k.shape[1]
+    served = 1 < q.shape[1] <= k.shape[1] if lo is None else whole
+    if served and platform() == "gpu" and not gpu_refusal(q.dtype.name, q.shape[-1]):
         if lo is None:
             return attention_gpu.attend_behind_cache(q, k, v, hi)
         if layout == "prompt":
@@ -111,13 +114,6 @@ def _attend(layout: Layout, segments: int, q, k, v, hi, lo=None, key_segments=No
             return attention_gpu.attend_packed(q, k, v, lo, hi, layout == "causal", segments)
         return attention_gpu.attend_segments(q, k, v, lo, hi, layout == "causal", _attend_blocks)
     return _attend_blocks(q, k, v, lo, hi)
-
-
-def _on_cudnn(layout: Layout, q, k, lo) -> bool:
-    """Whether cuDNN serves this call: tokens after a cache, or whole sequences of a known layout."""
-    whole = layout != "any" and q.shape[1] == k.shape[1]
-    served = 1 < q.shape[1] <= k.shape[1] if lo is None else whole
-    return served and platform() == "gpu" and not gpu_refusal(q.dtype.name, q.shape[-1])
 
 
 def append_and_attend(k, v, slot, qkv, q_norm, k_norm, rotary, eps) -> Any:

@@ -15,6 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
+from qwen3vl_jax.model.layers import ATTENTION
 from qwen3vl_jax.model.sharding import platform
 
 # Block sizes are multiples of LANES up to BLOCK.
@@ -69,7 +70,7 @@ def splash_attend(q, k, v, lo, hi, key_segments=None) -> jax.Array:
         mask_value=splash.DEFAULT_MASK_VALUE,
         save_residuals=False,
         attn_logits_soft_cap=None,
-        residual_checkpoint_name=None,
+        residual_checkpoint_name=ATTENTION,
         # Off the TPU, in tests.
         interpret=platform() != "tpu",
     )

@@ -105,8 +105,8 @@ def prefill_packed(
 ) -> tuple[KVCache, jax.Array]:
     """`prefill` of prompts one behind another in rows [R T], a segment each, with delta [A]. Not traced.
 
-    source [A 2], length [A] int32: each prompt's row, index of its first token, and tokens. The keys and
-    values [R T K H] are those of the rows; the rest of the cache, and the logits, are [A ..].
+    source [A 2], length [A] int32: each prompt's row, index of its first token, and tokens. Keys and values
+    are those of the rows [R T K H]; the rest of the cache, and the logits, are [A ..].
     """
     layers, rest = _per_layer(params)["layers"], {**params, "layers": None, "vision": None}
     slots = batch.tokens.shape[1]

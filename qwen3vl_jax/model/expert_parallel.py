@@ -64,10 +64,7 @@ class ExpertParallel(NamedTuple):
         return tuple(a for a in self.weights["expert"] if a in used)
 
     def on_shards(self, fn: Callable, tokens: Any, weights: Any) -> jax.Array:
-        """fn(tokens, weights) on each device: [B T ..] arrays and expert weights -> [B T D].
-
-        The first array of `tokens` has the axis D.
-        """
+        """fn(tokens, weights) on each device: arrays [B T ..], the first one [B T D] -> [B T D]."""
         where = {**self.tokens, "embed": self.weights["embed"]}
         hidden = spec((self.batch, "residual", "embed" if self.partial else None), where)
         others = spec((self.batch, "residual", None), where)
@@ -146,7 +143,7 @@ def _all_gather_weight(w: Any, axes: tuple[str, ...], dim: int, dtype: Any) -> A
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _all_gather(w: jax.Array, axes: tuple[str, ...], dim: int, dtype: Any) -> jax.Array:
-    """All-gather along one axis in dtype. The gradient is reduce-scattered in fp32."""
+    """All-gather along one axis in dtype. The gradient is reduce-scattered in the dtype of w."""
     return jax.lax.all_gather(w.astype(dtype), axes, axis=dim, tiled=True)
 
 
@@ -157,9 +154,8 @@ def _all_gather_forward(w, axes, dim, dtype):
 def _all_gather_backward(axes, dim, dtype, like, gradient):
     if not jnp.issubdtype(like.dtype, jnp.floating):
         return (None,)
-    gradient = gradient.astype(jnp.float32)
-    own = jax.lax.psum_scatter(gradient, axes, scatter_dimension=dim, tiled=True)
-    return (own.astype(like.dtype),)
+    gradient = gradient.astype(like.dtype)
+    return (jax.lax.psum_scatter(gradient, axes, scatter_dimension=dim, tiled=True),)
 
 
 _all_gather.defvjp(_all_gather_forward, _all_gather_backward)

@@ -23,8 +23,9 @@ from qwen3vl_jax.model.sharding import max_parts, mesh_sizes, platform
 
 # Rows from which `linear` on a GPU writes 16-bit products.
 MANY_ROWS = 256
-# Names of what `linear` gives, in the policies of jax.checkpoint.
-MATMUL, WIDE = "product", "wide product"
+# Names in the policies of jax.checkpoint: of what `linear` and splash give, and of cuDNN's primitive.
+MATMUL, WIDE, ATTENTION = "product", "wide product", "attention"
+CUDNN = "dot_product_attention_fwd_wrapper"
 ones, zeros = nn.initializers.ones, nn.initializers.zeros
 
 ACTIVATIONS: dict[str, Callable] = {
@@ -77,7 +78,7 @@ def linear_fp32(x: jax.Array, w: Weight | Adapted, in_dims: int = 1) -> jax.Arra
     if isinstance(w, Adapted):
         return linear_fp32(x, w.base, in_dims) + lora_delta(x, w, in_dims)
     dtype = x.dtype if isinstance(w, Quantized) else w.dtype
-    values, scale = scaled_matmul_parts(w, dtype, range(w.ndim - in_dims, w.ndim))
+    values, scale = scaled_matmul_parts(w, dtype, range(len(w.shape) - in_dims, len(w.shape)))
     # Merging axes that a mesh shards would gather them.
     merge_axes = platform() == "cpu" and not mesh_sizes()
     y: Any = (_product_2d if merge_axes else product)(x, values, in_dims)
@@ -114,8 +115,11 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = weight(self, "scale", (x.shape[-1], None), init=ones)
-        bias = weight(self, "bias", (x.shape[-1], None), init=zeros)
+        width = (x.shape[-1], None)
+        scale, bias = (
+            weight(self, "scale", width, init=ones),
+            weight(self, "bias", width, init=zeros),
+        )
         y = x.astype(jnp.float32)
         y = y - jnp.mean(y, -1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
@@ -123,11 +127,19 @@ class LayerNorm(nn.Module):
 
 
 _policies = jax.checkpoint_policies
+
+
+def _save(*names: str) -> Callable:
+    """The policy that saves what has these names, and attention."""
+    named = _policies.save_only_these_names(*names, ATTENTION)
+    return lambda primitive, *args, **how: primitive.name == CUDNN or named(primitive, *args, **how)
+
+
 # Rematerialization policies: what each layer saves for the backward pass. "none" saves everything.
 REMAT: dict[str, Callable | None] = {
     "full": _policies.nothing_saveable,
-    "dots": _policies.save_only_these_names(MATMUL, WIDE),
-    "narrow": _policies.save_only_these_names(MATMUL),
+    "dots": _save(MATMUL, WIDE),
+    "narrow": _save(MATMUL),
     "offload": _policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=[MATMUL, WIDE],

@@ -44,7 +44,7 @@ def lora_delta(x: jax.Array, w: Adapted, in_dims: int, dtype: Any = jnp.float32)
     One product with all A, and one with all B, each B at its part's rows and zeros at the others': the
     terms of a weight of several parts are written once, as the product with the base is.
     """
-    lead, out = x.shape[: x.ndim - in_dims], w.shape[: w.ndim - in_dims]
+    lead, out = x.shape[: x.ndim - in_dims], w.shape[: len(w.shape) - in_dims]
     x, axis = x.reshape(*lead, -1), w.axis or 0
 
     def rows_of(pair: Pair, start: int, stop: int) -> jax.Array:

@@ -96,9 +96,8 @@ def experts_ragged(x, gates, expert_index, gate_up, down, act, *, masks=None, sh
 
     x [n D], gates and expert_index [n A]; an index outside 0 .. e-1 belongs to another device, which
     has one of `shards` shards of the experts. masks: `_dropout_masks`, made here if None. psum completes
-    a product over D where x and weights hold a slice of D.
-    The first pass takes CAPACITY_FACTOR times an even share of the (token, expert) pairs. Overflow
-    passes, which an even router never needs, take the rest in the same memory.
+    a product over D where x and weights hold a slice of D. The first pass takes CAPACITY_FACTOR times an
+    even share of the pairs. Overflow passes, which an even router never needs, take the rest.
     """
     masks = masks or _dropout_masks(x.shape[:1], x.dtype, gate_up, down)
     gate_up, down = expert_leaves(gate_up), expert_leaves(down)

@@ -18,10 +18,6 @@ class WeightStruct(flax.struct.PyTreeNode):
     def shape(self) -> tuple[int, ...]:
         return jax.tree.leaves(self)[0].shape
 
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
 
 class Quantized(WeightStruct):
     """values * scale, where each scale covers a box of values.

@@ -111,10 +111,10 @@ def vision_encode(
 ) -> Features:
     """Runs the vision tower over P patches: merged features [R D] and DeepStack features [n R D].
 
-    DeepStack level k is the residual after block deepstack_visual_indexes[k], through a merger of its
-    own. Fields of `vis` may have a leading axis [W P ..]; each row is attended by itself, its ranges
-    count inside the row, and R counts over all rows. `params` is the whole tree or its "vision" part.
-    dtype: of the computation, None for the parameters'. remat: a name of layers.REMAT.
+    DeepStack level k is the residual after block deepstack_visual_indexes[k], through a merger of its own.
+    Fields of `vis` may have a leading axis [W P ..]; each row is attended by itself, its ranges count
+    inside the row, R over all rows. `params` is the whole tree or its "vision" part. dtype: of the
+    computation, None for the parameters'. remat: a name of layers.REMAT.
     """
     check_call(params, cfg, vision=vis)
     p, c = params.get("vision", params), cfg.vision

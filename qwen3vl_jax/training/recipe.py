@@ -101,6 +101,7 @@ class Step:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     weights: Literal["float32", "bfloat16"] = "float32"
     rounding: Literal["stochastic", "compensated"] = "stochastic"
+    gradients: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "full", "narrow", "dots", "offload", "auto"] = "full"
     loss_chunk: int = 4096
     z_loss: float = 0.0

@@ -22,7 +22,7 @@ from qwen3vl_jax.model.vision import vision_encode
 from qwen3vl_jax.training import losses
 from qwen3vl_jax.training.data.packing import PackedBatch
 from qwen3vl_jax.training.optimizer import apply_update, exact, named_key
-from qwen3vl_jax.training.param_groups import Flat, MergeParams
+from qwen3vl_jax.training.param_groups import Flat, MergeParams, decays
 from qwen3vl_jax.training.recipe import Step
 
 
@@ -168,7 +168,13 @@ def train_step(
         sums = batch_sums(params, cfg, batch, step, key)
         return total_loss(sums, totals, step), sums
 
-    grads, sums = gradients(loss_fn, state.weights, packed, key)
+    weights = state.weights
+    # A gradient has the dtype of its weight, inside a device and between devices. These are multiplied in
+    # 16 bits anyway, so the forward pass is the same.
+    if step.gradients == "bfloat16":
+        matrices = [n for n in weights if decays(n) and n != "vision.pos"]
+        weights = weights | {n: weights[n].astype(jnp.bfloat16) for n in matrices}
+    grads, sums = gradients(loss_fn, weights, packed, key)
     new = updated(state, grads, optimizer, ema, named_key(key, "rounding"))
     return new, step_metrics(sums, totals) | {"grad_norm": optax.tree.norm(grads)}
 

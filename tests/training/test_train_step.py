@@ -113,6 +113,24 @@ def test_bf16_computes_over_fp32_weights(tiny_model, dropped):
     assert a @ b > 0.98 * np.linalg.norm(a) * np.linalg.norm(b)
 
 
+def test_bf16_gradients_are_those_of_fp32_to_their_own_digits(tiny_model):
+    """The forward pass is the same, and so is the update but for what 8 bits round away."""
+    m, moved = tiny_model, []
+    rule = Optimizer(name="sgd", learning_rate=1.0, schedule="constant", weight_decay=0.0, clip=0.0)
+    for kind in ("float32", "bfloat16"):
+        settings = dataclasses.replace(ours_train.FP32, dtype="bfloat16", gradients=kind)
+        state, frozen, step = ours_train.trainer(m.params, m.cfg, rule, settings)
+        old = {n: np.asarray(x) for n, x in state.weights.items()}
+        state, metrics = step(state, frozen, m.batch)
+        assert {x.dtype for x in state.weights.values()} == {jnp.dtype("float32")}
+        moved.append((metrics, {n: np.asarray(x) - old[n] for n, x in state.weights.items()}))
+    (exact, want), (found, got) = moved
+    assert float(found["loss"]) == float(exact["loss"])
+    assert float(found["grad_norm"]) != float(exact["grad_norm"])
+    for name in want.keys() - {"vision.blocks.attn.qkv_bias"}:
+        np.testing.assert_allclose(got[name], want[name], atol=0.02 * np.abs(want[name]).max())
+
+
 @pytest.fixture(scope="module")
 def run(tiny_model):
     """bf16 weights, stochastic rounding, two micro batches, the ViT frozen, mergers at their rate."""

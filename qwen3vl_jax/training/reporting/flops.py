@@ -111,9 +111,9 @@ def _goes_back(name: str, first: int) -> bool:
 def _again(cfg: Config, parts: Mapping[str, float], first: int, remat: str) -> float:
     """What is computed a second time: the logits, and what the policy forgets of layers.
 
-    "dots" and "offload" keep what `linear` gives, so attention and the experts come again; "narrow"
-    forgets each MLP's first product too. "full" forgets all, but an MLP's last product is not needed
-    again, nor is the patch embedding, which stands before the layers.
+    "dots" keeps what `linear` and the kernels of attention give, so the experts come again; "narrow"
+    forgets each MLP's first product, "offload" attention. "full" forgets all, but an MLP's last product is
+    not needed again, nor is the patch embedding, which stands before the layers.
     """
     t, c = cfg.text, cfg.vision
     attention = 2 * t.head_dim * (t.num_attention_heads + t.num_key_value_heads)
@@ -124,12 +124,13 @@ def _again(cfg: Config, parts: Mapping[str, float], first: int, remat: str) -> f
         "text": 2 * mlp / (attention + 3 * mlp),
         "vision": c.depth * c.intermediate_size / tower,
     }
-    cheap = dict.fromkeys(("vision_attention", "attention", "router", "experts"), 1.0)
+    experts = dict.fromkeys(("router", "experts"), 1.0)
+    cheap = experts | dict.fromkeys(("vision_attention", "attention"), 1.0)
     full = {
         "text": (attention + 2 * mlp) / (attention + 3 * mlp),
         "vision": c.depth * (block - c.intermediate_size) / tower,
     }
-    known = {"none": {}, "full": cheap | full, "narrow": cheap | wide}
+    known = {"none": {}, "full": cheap | full, "narrow": experts | wide, "dots": experts}
     shares = known.get(remat, cheap)
     again = sum(parts.get(n, 0.0) * share for n, share in shares.items() if _goes_back(n, first))
     return again + parts["head"]

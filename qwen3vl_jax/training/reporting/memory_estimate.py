@@ -14,6 +14,7 @@ from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES, device_bytes
 from qwen3vl_jax.checkpoint.param_paths import nest, parse_path
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.device_mesh import layout_mesh
+from qwen3vl_jax.model.sharding import platform
 from qwen3vl_jax.model.structs import Params
 from qwen3vl_jax.training import param_groups, train_model
 from qwen3vl_jax.training.param_groups import Flat, MergeParams
@@ -159,16 +160,19 @@ def _activations(recipe: Recipe, cfg: Config, parts: Held) -> int:
     item = jnp.dtype(recipe.step.dtype).itemsize
     width = t.num_experts_per_tok * t.moe_intermediate_size or t.intermediate_size
     heads = (t.num_attention_heads + 2 * t.num_key_value_heads) * t.head_dim
-    # (stream, narrow products: q k v, o, down, and wide ones: gate and up) values a token and layer
-    text = (t.hidden_size, heads + 2 * t.hidden_size, 2 * width)
-    image = (v.hidden_size, 5 * v.hidden_size, v.intermediate_size)
+    # (stream, narrow products: q k v, o, down, and wide ones: gate and up; attention) values a token and
+    # layer. A GPU's program has two kernels of attention of packed rows, with room for what each keeps.
+    kernels = 2 if platform() == "gpu" else 1
+    attended = kernels * t.num_attention_heads * t.head_dim
+    text = (t.hidden_size, heads + 2 * t.hidden_size, 2 * width, attended)
+    image = (v.hidden_size, 5 * v.hidden_size, v.intermediate_size, kernels * v.hidden_size)
     tokens = recipe.pack.rows * recipe.pack.length / split
     patches = recipe.pack.vision_rows * recipe.pack.vision_length / split
     # A frozen tower keeps nothing.
     sparse = bool(t.num_experts)
     seen = any(param_groups.group_of(name, sparse) == "vision" for name in parts.weights)
     total = 0.0
-    for places, layers, (stream, narrow, wide) in (
+    for places, layers, (stream, narrow, wide, attended) in (
         (tokens, t.num_hidden_layers, text),
         (patches, v.depth if seen else 0, image),
     ):
@@ -176,8 +180,8 @@ def _activations(recipe: Recipe, cfg: Config, parts: Held) -> int:
         kept = {
             "full": stream,
             "offload": 0,
-            "narrow": stream + narrow,
-            "dots": stream + narrow + wide,
+            "narrow": stream + narrow + attended,
+            "dots": stream + narrow + wide + attended,
             "none": stream + all_of_one,
         }[recipe.step.remat]
         again = 0 if recipe.step.remat == "none" else all_of_one
