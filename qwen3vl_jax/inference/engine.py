@@ -27,7 +27,7 @@ from qwen3vl_jax.inference.decode_loop import (
     insert_rows,
     on_mesh,
 )
-from qwen3vl_jax.inference.prompt_groups import pack, packed_group, padded_group
+from qwen3vl_jax.inference.prompt_groups import pack, packed_group, padded_group, prefill_packed
 from qwen3vl_jax.inference.requests import (
     STEPS,
     Finished,
@@ -38,7 +38,7 @@ from qwen3vl_jax.inference.requests import (
 )
 from qwen3vl_jax.inference.sampling import NOT_FINITE, row_seeds
 from qwen3vl_jax.inference.stores import Prefix, Stores
-from qwen3vl_jax.model.cache import extend, grow_cache, init_cache, prefill, prefill_packed
+from qwen3vl_jax.model.cache import extend, grow_cache, init_cache, prefill
 from qwen3vl_jax.model.sharding import max_parts
 from qwen3vl_jax.model.structs import Params, check_call
 from qwen3vl_jax.model.transformer import compute_dtype

@@ -8,11 +8,13 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+import jax
 import numpy as np
 
 from qwen3vl_jax.config import Config
+from qwen3vl_jax.model.cache import end_prompt, fill_layers
 from qwen3vl_jax.model.sharding import max_parts
-from qwen3vl_jax.model.structs import Batch
+from qwen3vl_jax.model.structs import Batch, KVCache, Params
 from qwen3vl_jax.processing.batch import bucket, group_batch
 from qwen3vl_jax.processing.encoded_prompt import EncodedPrompt
 
@@ -73,3 +75,17 @@ def padded_group(cfg: Config, prompts: Sequence[EncodedPrompt], count: int) -> P
     source = np.stack([np.arange(count), np.zeros(count)], axis=1).astype(np.int32)
     length = np.asarray(batch.segment_ids).sum(1, dtype=np.int32)
     return PromptGroup(batch, source, length)
+
+
+def prefill_packed(
+    params: Params, cfg: Config, batch: Batch, source: Any, length: Any, features=None
+) -> tuple[KVCache, jax.Array]:
+    """`prefill` of prompts one behind another in rows [R T], a segment each, with delta [A]. Not traced.
+
+    source [A 2], length [A] int32: each prompt's row, index of its first token, and tokens. Keys and values
+    are those of the rows [R T K H]; the rest of the cache, and the logits, are [A ..].
+    """
+    layers, rest = params["layers"], {**params, "layers": None, "vision": None}
+    slots = batch.tokens.shape[1]
+    x, _, delta, k, v = fill_layers(layers, rest, cfg, batch, features, slots, len(source))
+    return KVCache(k, v, length, delta), end_prompt(rest, cfg, x, length, source)

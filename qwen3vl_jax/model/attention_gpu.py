@@ -17,8 +17,8 @@ from jax.experimental import pallas as pl
 
 from qwen3vl_jax.model.sharding import compile_replicated, platform
 
-# Segments a row that a program is compiled for where the host does not say: few, and many with heads
-# one after another, so that the buffers of the backward pass stay small. Rows of more take XLA blocks.
+# Segments that a program is compiled for where the host does not say: few in a row, or many in each of
+# as few windows, with heads one after another, so that the buffers of the backward pass stay small.
 FEW, MANY = 8, 64
 # Keys that a program of a decode step loads at a time, and programs: two a multiprocessor of a large GPU.
 STEP_BLOCK, STEP_PROGRAMS = 64, 256
@@ -63,19 +63,34 @@ def gpu_refusal(dtype: str, head_dim: int, kernel: str = "cudnn") -> str:
 
 def attend_segments(q, k, v, lo, hi, causal: bool, blocks: Callable) -> jax.Array:
     """`attend_packed` where nobody has counted the segments; `blocks(q, k, v, lo, hi)` for very many."""
-    most = jnp.max(jnp.sum((hi > lo) & (lo == jnp.arange(lo.shape[1])), axis=1))
+    starts = (hi > lo) & (lo == jnp.arange(lo.shape[1]))
+    size = lo.shape[1] // FEW if lo.shape[1] % FEW == 0 else lo.shape[1]
+    in_window = jnp.max(jnp.sum(starts.reshape(-1, size), axis=1))
     few = functools.partial(attend_packed, causal=causal, most=FEW)
 
     def many(q, k, v, lo, hi):
         b, t, n, h = q.shape
         q = q.reshape(b, t, k.shape[2], -1, h).transpose(2, 0, 1, 3, 4)
         k, v = (x.transpose(2, 0, 1, 3)[..., None, :] for x in (k, v))
-        head = functools.partial(attend_packed, lo=lo, hi=hi, causal=causal, most=MANY)
-        out = jax.lax.map(lambda x: head(*x), (q, k, v))
+        head = functools.partial(_attend_windows, lo, hi, size, causal)
+        out = jax.lax.map(head, (q, k, v))
         return out.transpose(1, 2, 0, 3, 4).reshape(b, t, n, h)
 
-    choice = jnp.int32(most > FEW) + jnp.int32(most > MANY)
+    choice = jnp.int32(jnp.max(jnp.sum(starts, axis=1)) > FEW)
+    choice += choice * jnp.int32(in_window > MANY)
     return jax.lax.switch(choice, (few, many, blocks), q, k, v, lo, hi)
+
+
+def _attend_windows(lo, hi, size: int, causal: bool, qkv: Any) -> jax.Array:
+    """`attend_packed` of MANY segments in each window of `size` tokens; a row has few that cross two."""
+    first = jnp.arange(lo.shape[1]) // size
+    end = lo + jnp.take_along_axis(segment_lengths(lo, hi), lo, axis=1)
+    crosses = (hi > lo) & (lo // size != (end - 1) // size)
+    whole = attend_packed(*qkv, lo, jnp.where(crosses, hi, lo), causal=causal, most=FEW)
+    ranges = (x - first * size for x in (lo, jnp.where(crosses, lo, hi)))
+    cut = (x.reshape(-1, size, *x.shape[2:]) for x in (*qkv, *ranges))
+    inside = attend_packed(*cut, causal=causal, most=MANY).reshape(qkv[0].shape)
+    return jnp.where(crosses[..., None, None], whole, inside)
 
 
 def attend_packed(q, k, v, lo, hi, causal: bool, most: int) -> jax.Array:

@@ -96,26 +96,15 @@ def prefill(
     if chunk is not None:
         return _prefill_in_chunks(params, cfg, batch, features, slots, chunk)
     slots = _round_to_blocks(slots)
-    x, length, delta, k, v = _fill_layers(layers, rest, cfg, batch, features, slots, 0)
-    return KVCache(k, v, length, delta), _end_prompt(rest, cfg, x, length)
+    x, length, delta, k, v = fill_layers(layers, rest, cfg, batch, features, slots, 0)
+    return KVCache(k, v, length, delta), end_prompt(rest, cfg, x, length)
 
 
-def prefill_packed(
-    params: Params, cfg: Config, batch: Batch, source: Any, length: Any, features=None
-) -> tuple[KVCache, jax.Array]:
-    """`prefill` of prompts one behind another in rows [R T], a segment each, with delta [A]. Not traced.
+def fill_layers(layers, rest, cfg, batch, features, slots, segments):
+    """The residual after all layers, length and delta, and the keys and values of each layer.
 
-    source [A 2], length [A] int32: each prompt's row, index of its first token, and tokens. Keys and values
-    are those of the rows [R T K H]; the rest of the cache, and the logits, are [A ..].
+    segments: upper bound of the prompts in a row, 0 for one that starts at the first token.
     """
-    layers, rest = _per_layer(params)["layers"], {**params, "layers": None, "vision": None}
-    slots = batch.tokens.shape[1]
-    x, _, delta, k, v = _fill_layers(layers, rest, cfg, batch, features, slots, len(source))
-    return KVCache(k, v, length, delta), _end_prompt(rest, cfg, x, length, source)
-
-
-def _fill_layers(layers, rest, cfg, batch, features, slots, segments):
-    """The residual after all layers, length and delta, and the keys and values of each layer."""
     x, rotary, lo, hi, deepstack, length, delta = _embed_prompt(rest, cfg, batch, features)
     written = []
     for i, layer in enumerate(layers):
@@ -145,10 +134,7 @@ def _embed_prompt(params, cfg, batch, features):
 
 @functools.partial(jit_wide, static_argnames=("cfg", "slots", "segments"))
 def _fill_layer(cfg, layer, x, rotary, lo, hi, slots, segments):
-    """One layer of a prefill, and its part of the cache: one program for all layers, if not traced.
-
-    segments: upper bound of the prompts in a row, 0 for one that starts at the first token.
-    """
+    """One layer of a prefill, and its part of the cache: one program for all layers, if not traced."""
     c = cfg.text
     copies = head_copies(c.num_attention_heads, c.num_key_value_heads)
 
@@ -170,7 +156,7 @@ def _fill_layer(cfg, layer, x, rotary, lo, hi, slots, segments):
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def _end_prompt(params, cfg, x, length, source=None):
+def end_prompt(params, cfg, x, length, source=None):
     """Next-token logits [A V] of prompts of `length` in x [R T D], by default one from a row's start."""
     row, start = (jnp.arange(len(x)), 0) if source is None else source.T
     return _next_token_logits(params, cfg, x[row, jnp.maximum(start + length - 1, 0)])

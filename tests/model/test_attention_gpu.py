@@ -133,14 +133,52 @@ def test_segments_equal_softmax_over_a_mask(layout, segments, heads):
         np.testing.assert_allclose(slope, expected, atol=2 * BOUND, rtol=BOUND if ON_GPU else 0)
 
 
-@pytest.mark.parametrize("count", [attention_gpu.FEW, attention_gpu.MANY, attention_gpu.MANY + 1])
-def test_uncounted_segments_are_right_however_many(count):
-    """Few, many, and more than cuDNN is asked for."""
-    q, k, v = (x.astype(DTYPE) for x in arrays(2, 192, 4, 2, 64, 192))
-    lo, hi = ranges([(0, [2] * count), (0, [192])], 192, True)
-    got = jax.jit(functools.partial(attention.attend, layout="causal"))(q, k, v, lo, hi)
-    want = dense_jax(*(x.astype(jnp.float32) for x in (q, k, v)), lo, hi)
+MANY_SEGMENTS = {
+    "few": [9, 40, 3, 100],
+    # Some end with a window of 24 tokens, some cross two, one crosses three.
+    "many": [24, 7, 30, 11, 24, 55, 1, 1, 1, 9, 20],
+    # More in one window than a kernel is asked for.
+    "very many": [1] * 20 + [50, 3, 3, 90],
+    # The row is no whole number of windows.
+    "odd": [5] * 38,
+}
+
+
+@pytest.mark.parametrize("sizes", MANY_SEGMENTS.values(), ids=MANY_SEGMENTS)
+def test_uncounted_segments_are_right_however_many(sizes, monkeypatch):
+    """Values and gradients of few, of many in windows, and of more than cuDNN is asked for."""
+    monkeypatch.setattr(attention_gpu, "MANY", 12)
+    t = sum(sizes) + 5 if len(sizes) == 38 else 192
+    q, k, v = (x.astype(DTYPE) for x in arrays(2, t, 4, 2, 64, t))
+    lo, hi = ranges([(0, sizes), (3, [t - 3])], t, True)
+    real = (hi > lo)[..., None, None]
+
+    def run(fn, *x):
+        def loss(*x):
+            out = fn(*x, lo, hi)
+            return jnp.sum(jnp.sin(out.astype(jnp.float32)) * real), out
+
+        return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*x)
+
+    slopes, got = run(functools.partial(attention.attend, layout="causal"), q, k, v)
+    want_slopes, want = run(dense_jax, *(x.astype(jnp.float32) for x in (q, k, v)))
     np.testing.assert_allclose(np.asarray(got, np.float32), want, atol=BOUND)
+    for got, expected in zip(slopes, want_slopes, strict=True):
+        slope = np.asarray(got, np.float32)
+        np.testing.assert_allclose(slope, expected, atol=2 * BOUND, rtol=BOUND if ON_GPU else 0)
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "chosen"), [(4, 2, 0), (9, 2, 1), (65, 8, 1), (300, 4, 1), (600, 2, 2)]
+)
+def test_the_kernel_by_the_number_of_segments(count, size, chosen, monkeypatch):
+    """More than 64 in a row are no reason for XLA's blocks; more than 64 in an eighth of it are."""
+    branches = []
+    monkeypatch.setattr(jax.lax, "switch", lambda i, *_: branches.append(int(i)))
+    lo, hi = ranges([(0, [size] * count)], 1200, True)
+    x = jnp.zeros((1, 1200, 2, 64), DTYPE)
+    attention_gpu.attend_segments(x, x, x, lo, hi, True, None)
+    assert branches == [chosen]
 
 
 def test_more_segments_than_were_counted_are_no_numbers():
