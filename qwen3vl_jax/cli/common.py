@@ -75,6 +75,7 @@ def load_checkpoint(
     """(params, cfg) in --dtype; the default on a CPU is float32. Raises InputError where it does not fit.
 
     They are on --mesh, or the devices that a large model needs, which is ambient until `scope` ends.
+    Until then --profile traces.
     """
     import jax
 
@@ -97,4 +98,9 @@ def load_checkpoint(
     status.stop()
     if notice:
         print(notice, file=sys.stderr)
+    if args.profile:
+        from qwen3vl_jax.cli.profile import profiled
+
+        part = "experts" if loaded[1].text.num_experts else "mlp"
+        scope.enter_context(profiled(args.profile, part))
     return loaded

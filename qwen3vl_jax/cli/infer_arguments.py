@@ -86,6 +86,9 @@ def _add_answers_and_modes(group: Group) -> None:
     add = group(title, "ask")
     add("--draw", type=argument, metavar="OUT.png", help="draw the answer's boxes and points")
     add("--answers", **_number(1), help="number of answers, from one prefill (default: 1)")
+    what = "write a profiler trace of it here, for XProf or Perfetto, and print its time by part"
+    add = group("speed", "ask", "embed", "rerank", "input")
+    add("--profile", metavar="DIR", help=what)
     add = group("other modes")
     add("--chat", action="store_true", help="a chat; --image, --video go with its first question")
     lines: dict[str, Any] = {"type": argument, "metavar": "FILE.jsonl"}
@@ -211,6 +214,7 @@ def check(args: argparse.Namespace) -> None:
             raise InputError(f"--{name} is empty, expected {what}")
     if args.draw:
         _check_drawing(args.draw, args.image)
+    _check_profile(args.profile)
     # The media of files and of a chat are not known yet; without --ckpt the demo has its image.
     if not (args.messages or args.input or args.chat or args.document):
         demo = args.mode == "ask" and not (args.ckpt or args.video)
@@ -227,6 +231,14 @@ def _check_drawing(out: Path, images: list[str]) -> None:
         raise InputError(f"--draw {out}: no such directory {out.parent}")
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise InputError(f"--draw {out}: expected a name that ends in .png, .jpg or .webp")
+
+
+def _check_profile(folder: str | None) -> None:
+    path = Path(folder or "")
+    file = any(x.is_file() for x in (path, *path.parents))
+    if folder is not None and (not folder.strip() or is_remote(folder) or file):
+        expected = "expected a folder on a local disk; name another"
+        raise InputError(f"--profile: got {folder!r}, {expected}")
 
 
 def mesh_sizes(text: str | None) -> dict[str, int] | None:

@@ -84,6 +84,7 @@ def on_mesh(state: DecodeState) -> DecodeState:
     return state.replace(cache=pinned(state.cache), **wide, **rest)
 
 
+@jax.named_scope("sampling")
 def _choose(logits: jax.Array, state: DecodeState, options: RowOptions) -> DecodeState:
     """The state with the next token of each row that has not ended."""
     rows, likely = jnp.arange(logits.shape[0]), jax.nn.log_softmax(logits)

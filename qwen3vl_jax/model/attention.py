@@ -59,13 +59,12 @@ def attend(
 ) -> jax.Array:
     """Softmax attention of q [B T N H] over k, v [B S K H] with scale H^-0.5: [B T N H].
 
-    lo, hi [B T] int32: query i sees keys lo <= s < hi; an empty range gives zeros (in a "prompt",
-    anything finite). Scores and softmax are fp32. If lo is given and T = S, q and k are the same
-    sequence. lo None means 0: the queries are consecutive tokens after a filled cache.
-    dropout: of the probabilities, on the XLA path. layout: what a sequence holds; a GPU kernel serves all
-    but "any", where T = S. segments: upper bound of a sequence's segments (static), 0 if unknown.
-    On a mesh each device has its sequences, heads and queries, and all keys of those sequences;
-    sharded queries are context parallelism, since lo and hi are absolute.
+    lo, hi [B T] int32: query i sees keys lo <= s < hi; an empty range gives zeros (in a "prompt", anything
+    finite). Scores and softmax are fp32. If lo is given and T = S, q and k are one sequence. lo None means
+    0: the queries are consecutive tokens after a filled cache. dropout: of the probabilities, on the XLA
+    path. layout: what a sequence holds; a GPU kernel serves all but "any", where T = S. segments: most
+    segments of a sequence (static), 0 if unknown. On a mesh each device has its sequences, heads and
+    queries, and all keys of those; sharded queries are context parallelism, as lo and hi are absolute.
     """
     # XLA shards the random bits of dropout so that they are those of one device.
     if dropout is not None:

@@ -1,8 +1,7 @@
 """LoRA adapters on frozen weights: y = x W + scale (dropout(x) A) B. Dims as in layers.py; r rank.
 
-One weight here can hold several PEFT modules (q, k and v; gate and up), each with its own A and B;
-qwix allows one pair per weight. Nothing is merged inside a step.
-Sources: LoRA, arXiv 2106.09685; QLoRA, arXiv 2305.14314.
+A weight can hold several PEFT modules (q, k and v; gate and up), each with its own A and B; qwix allows
+one pair per weight. Nothing is merged inside a step. LoRA: arXiv 2106.09685; QLoRA: arXiv 2305.14314.
 """
 
 from typing import Any

@@ -109,6 +109,7 @@ def final_norm(params: Params, cfg: Config, x: jax.Array) -> jax.Array:
     return rms_norm(x, params["norm"], cfg.text.rms_norm_eps)
 
 
+@jax.named_scope("head")
 def lm_logits(params: Params, cfg: Config, x: jax.Array) -> jax.Array:
     """Final norm and lm_head: residual x [.. D] -> logits [.. V] float32."""
     return linear_fp32(final_norm(params, cfg, x), lm_head(params, cfg))

@@ -143,6 +143,7 @@ def vision_encode(
 
 
 @functools.partial(jit_wide, static_argnames=("c", "dtype"))
+@jax.named_scope("vision")
 def _embed_patches(p, c, vis, dtype):
     """Patches [W P Dv] with their positions, and what every block takes: angles, lo, hi."""
     if vis.lo.ndim == 1:
