@@ -86,11 +86,10 @@ def _attend_windows(lo, hi, size: int, causal: bool, qkv: Any) -> jax.Array:
     first = jnp.arange(lo.shape[1]) // size
     end = lo + jnp.take_along_axis(segment_lengths(lo, hi), lo, axis=1)
     crosses = (hi > lo) & (lo // size != (end - 1) // size)
-    q, k, v = qkv
-    whole = attend_packed(q, k, v, lo, jnp.where(crosses, hi, lo), causal, FEW)
-    cut: Any = (q, k, v, lo - first * size, jnp.where(crosses, lo, hi) - first * size)
+    whole = attend_packed(*qkv, lo=lo, hi=jnp.where(crosses, hi, lo), causal=causal, most=FEW)
+    cut: Any = (*qkv, lo - first * size, jnp.where(crosses, lo, hi) - first * size)
     cut = (x.reshape(-1, size, *x.shape[2:]) for x in cut)
-    inside = attend_packed(*cut, causal=causal, most=MANY).reshape(q.shape)
+    inside = attend_packed(*cut, causal=causal, most=MANY).reshape(whole.shape)
     return jnp.where(crosses[..., None, None], whole, inside)
 
 

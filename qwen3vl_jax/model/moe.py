@@ -18,7 +18,6 @@ from qwen3vl_jax.model.sharding import platform
 
 # Capacity of a device's first pass over its experts, in multiples of an even router's share.
 CAPACITY_FACTOR = 1.5
-log = logging.getLogger("qwen3vl_jax")
 
 
 class RouterOutput(NamedTuple):
@@ -192,13 +191,14 @@ def experts_scan(x, gates, expert_index, gate_up, down, act, *, masks=None, shar
 
 
 def ragged_dot(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
-    """Grouped product of x [n in], in runs of `sizes` [E], with w [E in out]: run e times w[e].
+    """Grouped product of x [n in], runs of `sizes` [E] and zeros, with w [E in out]: run e times w[e].
 
     On a GPU tokamax's kernel, if installed, as XLA runs jax.lax.ragged_dot densely there.
     """
-    if platform() == "gpu" and (kernel := _tokamax_kernel()) is not None:
-        return kernel(x, w, sizes)
-    return (ragged_dot_tpu if platform() == "tpu" else jax.lax.ragged_dot)(x, w, sizes)
+    kernel = _tokamax_kernel() if platform() == "gpu" else None
+    kernel = kernel or (ragged_dot_tpu if platform() == "tpu" else jax.lax.ragged_dot)
+    # One expert a device: libtpu compiles no run of one.
+    return kernel(x, w, sizes) if len(w) > 1 else x @ w[0]
 
 
 @functools.cache
@@ -207,7 +207,8 @@ def _tokamax_kernel():
     try:
         import tokamax
     except ImportError:
-        log.warning("experts run dense on this GPU: qwen3vl-jax[moe] has a grouped kernel")
+        message = "experts run dense on this GPU: qwen3vl-jax[moe] has a grouped kernel"
+        logging.getLogger("qwen3vl_jax").warning(message)
         return None
     return jax.jit(tokamax.ragged_dot)
 

@@ -90,6 +90,18 @@ def test_a_gpu_kernel_is_lowered_once_for_all_layers(monkeypatch):
     assert lowered.as_text().count("func.func private @ragged_dot") == 1
 
 
+def test_one_expert_of_a_device_is_a_plain_product():
+    """libtpu refuses a grouped product of one group; rows after the run are zeros."""
+    x = np.zeros((6, 8), np.float32)
+    x[:4] = np.random.default_rng(0).normal(size=(4, 8))
+    w = np.random.default_rng(1).normal(size=(1, 8, 5)).astype(np.float32)
+    sizes = jnp.array([4], jnp.int32)
+    primitives = [e.primitive.name for e in jax.make_jaxpr(moe.ragged_dot)(x, w, sizes).eqns]
+    assert primitives[-1] == "dot_general"
+    want = jax.lax.ragged_dot(x, w, sizes)
+    np.testing.assert_allclose(moe.ragged_dot(x, w, sizes), want, atol=1e-6)
+
+
 def test_a_gpu_without_the_kernel_is_told_once(monkeypatch, caplog):
     """The extra `moe` is not installed: XLA's product serves, and one line names the extra."""
     monkeypatch.setattr(moe, "platform", lambda: "gpu")
