@@ -172,19 +172,24 @@ def experts(_: int) -> Iterator[Row]:
 
 
 def train(layers: int) -> Iterator[Row]:
-    """The 8B over 16 chips: how much of what it exchanges moves while the chip computes."""
-    for machine, least in (("v6e:4x4", 0.9), ("v5p:2x2x4", None)):
-        changes = ["mesh.fsdp=16", "step.remat=full"]
+    """The 8B over 16 chips: the share of its exchange that runs beside the arithmetic, and its size."""
+
+    def exchanged(machine: str, *changes: str) -> tuple[float, float]:
+        """Bytes of the large exchanges of a step, and of those that run beside the arithmetic."""
+        changes = ("mesh.fsdp=16", "step.remat=full", *changes)
         recipe = read_recipe(CONFIGS / "sft_8b_full.toml", changes)
         made = program_of(recipe, config("8B", layers), read_machine(machine))
         module = hlo.parse(compiling.compiled(made).executable.as_text())
-        found = traffic(module, made.mesh.size).collectives
-        large = [c for c in found if c.moved > 2**20]
-        moved = sum(c.moved * c.times for c in large)
-        share = sum(c.moved * c.times for c in large if c.beside) / moved
-        yield Row(
-            f"8B train, {machine}, fsdp 16", "exchange while it computes", share, "", None, least
-        )
+        large = [c for c in traffic(module, made.mesh.size).collectives if c.moved > 2**20]
+        beside = (c.moved * c.times for c in large if c.beside)
+        return sum(c.moved * c.times for c in large), sum(beside)
+
+    for machine, least in (("v6e:4x4", 0.9), ("v5p:2x2x4", None)):
+        name = f"8B train, {machine}, fsdp 16"
+        moved, beside = exchanged(machine)
+        yield Row(name, "exchange while it computes", beside / moved, "", None, least)
+        short, _ = exchanged(machine, "step.gradients=bfloat16")
+        yield Row(name, "exchange with gradients in bf16 over fp32", short / moved, "x", 0.8)
 
 
 # Each takes the number of decoder layers, 0 for all.
