@@ -4,9 +4,10 @@
 
 Every program is compiled ahead of time (libtpu, no TPU), about an hour for all on two cores. Training is
 full fine-tuning, one row of 8,192 tokens and 16,384 patches a device, on the preset's mesh; decoding is
-16 rows of 8,192 slots in bf16, on the mesh that infer.py takes. A floor is the longest of arithmetic,
-main memory and links at the makers' peak rates: a lower bound of the time. --keep writes each finished row
-to a file, and the next start with it and the same compiler goes on from there.
+16 rows of 8,192 slots in bf16, spread over the slice as infer.py spreads a model larger than a chip. A
+floor is the longest of arithmetic, main memory and links at the makers' peak rates: a lower bound of the
+time. --keep writes each finished row to a file, and the next start with it and the same compiler goes on
+from there.
 """
 
 import argparse
@@ -20,9 +21,10 @@ from pathlib import Path
 import jax
 
 from benchmarks.tpu_programs import CONFIGS, GIB, mesh_for
+from qwen3vl_jax.checkpoint.auto_mesh import auto_mesh
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.planning import compiling, program, report
-from qwen3vl_jax.planning.command import program_of, usual_sizes
+from qwen3vl_jax.planning.command import program_of
 from qwen3vl_jax.planning.machines import read_machine
 from qwen3vl_jax.training.recipe import Mesh, read_recipe
 
@@ -83,7 +85,7 @@ def of_decode(size: str, name: str) -> list[str]:
     """mesh, peak and bytes of a device, the floor of a step with the cache full."""
     machine = read_machine(name)
     cfg, asked = program.config_of(f"Qwen3-VL-{size}"), program.Serving(ROWS, SLOTS, None)
-    made = program.decoding(cfg, mesh_for(name, usual_sizes(cfg, machine, asked)), asked)
+    made = program.decoding(cfg, mesh_for(name, auto_mesh(cfg.text, machine.devices)), asked)
     plan = report.plan_of(machine, made, compiling.compiled(made))
     if plan.moved is None or plan.times is None:
         return [mesh_of(made), f"does not fit: {plan.cause}", "", ""]
