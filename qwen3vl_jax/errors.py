@@ -82,7 +82,9 @@ def check_types(kinds: Mapping[str, tuple[type, str]], given: Mapping[str, Any])
     for name, value in given.items():
         kind, expected = kinds[name]
         if not isinstance(value, kind):
-            found = "an array" if hasattr(value, "addressable_shards") else type(value).__name__
+            found = (
+                "an array" if hasattr(type(value), "addressable_shards") else type(value).__name__
+            )
             raise InputError(
                 f"{name}: got {found}, expected {expected}; the order is ({', '.join(given)}, ..)"
             )

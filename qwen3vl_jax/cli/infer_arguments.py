@@ -234,10 +234,12 @@ def _check_drawing(out: Path, images: list[str]) -> None:
 
 
 def _check_profile(folder: str | None) -> None:
-    path = Path(folder or "")
-    file = any(x.is_file() for x in (path, *path.parents))
-    if folder is not None and (not folder.strip() or is_remote(folder) or file):
-        expected = "expected a folder on a local disk; name another"
+    path = Path(folder or "").absolute()
+    # The nearest that exists is where the others are made.
+    kept = next(x for x in (path, *path.parents) if os.path.lexists(x))
+    writable = os.path.isdir(kept) and os.access(kept, os.W_OK | os.X_OK)
+    if folder is not None and (not folder.strip() or is_remote(folder) or not writable):
+        expected = "expected a folder on a local disk that can be written; name another"
         raise InputError(f"--profile: got {folder!r}, {expected}")
 
 

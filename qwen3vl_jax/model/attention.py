@@ -123,9 +123,9 @@ def append_and_attend(k, v, slot, qkv, q_norm, k_norm, rotary, eps) -> Any:
     b, _, count, h = k.shape
     if platform() != "gpu" or gpu_refusal(qkv.dtype.name, h, "step"):
         return None
-    if copies := count // qkv.shape[2] - 1:
+    if (copies := count // qkv.shape[2]) > 1:
         query, pair = jnp.split(qkv, [qkv.shape[3] - 2], axis=3)
-        pair = jnp.repeat(pair, copies + 1, axis=2)
+        pair = jnp.repeat(pair, copies, axis=2)
         qkv = jnp.concatenate([query.reshape(b, 1, count, -1, h), pair], axis=3)
     where = mesh_axes_for(("batch", b), ("heads", count))
     rows, by_head = spec(("batch",), where), spec(("batch", None, "heads", None), where)

@@ -18,8 +18,8 @@ from jax.experimental import pallas as pl
 from qwen3vl_jax.model.sharding import compile_replicated, platform
 
 # Segments that a program is compiled for where the host does not say: few in a row, or many in each of
-# as few windows, with heads one after another, so that the buffers of the backward pass stay small.
-FEW, MANY = 8, 64
+# its windows, with heads one after another, so that the buffers of the backward pass stay small.
+FEW, MANY, WINDOWS = 8, 64, 16
 # Keys that a program of a decode step loads at a time, and programs: two a multiprocessor of a large GPU.
 STEP_BLOCK, STEP_PROGRAMS = 64, 256
 log = logging.getLogger("qwen3vl_jax")
@@ -64,7 +64,7 @@ def gpu_refusal(dtype: str, head_dim: int, kernel: str = "cudnn") -> str:
 def attend_segments(q, k, v, lo, hi, causal: bool, blocks: Callable) -> jax.Array:
     """`attend_packed` where nobody has counted the segments; `blocks(q, k, v, lo, hi)` for very many."""
     starts = (hi > lo) & (lo == jnp.arange(lo.shape[1]))
-    size = lo.shape[1] // FEW if lo.shape[1] % FEW == 0 else lo.shape[1]
+    size = lo.shape[1] // (1 if lo.shape[1] % WINDOWS else WINDOWS)
     in_window = jnp.max(jnp.sum(starts.reshape(-1, size), axis=1))
     few = functools.partial(attend_packed, causal=causal, most=FEW)
 
@@ -86,7 +86,7 @@ def _attend_windows(lo, hi, size: int, causal: bool, qkv: Any) -> jax.Array:
     first = jnp.arange(lo.shape[1]) // size
     end = lo + jnp.take_along_axis(segment_lengths(lo, hi), lo, axis=1)
     crosses = (hi > lo) & (lo // size != (end - 1) // size)
-    whole = attend_packed(*qkv, lo=lo, hi=jnp.where(crosses, hi, lo), causal=causal, most=FEW)
+    whole = attend_packed(*qkv, lo=lo, hi=jnp.where(crosses, hi, lo), causal=causal, most=WINDOWS)
     cut: Any = (*qkv, lo - first * size, jnp.where(crosses, lo, hi) - first * size)
     cut = (x.reshape(-1, size, *x.shape[2:]) for x in cut)
     inside = attend_packed(*cut, causal=causal, most=MANY).reshape(whole.shape)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from qwen3vl_jax.model.attention_gpu import FEW
 from qwen3vl_jax.model.lora import Adapted, lora_delta
 from qwen3vl_jax.model.matmul import product
 from qwen3vl_jax.model.quantized import Quantized, Weight, dequantize, scaled_matmul_parts
@@ -130,9 +131,11 @@ _policies = jax.checkpoint_policies
 
 
 def _save(*names: str) -> Callable:
-    """The policy that saves what has these names, and attention."""
-    named = _policies.save_only_these_names(*names, ATTENTION)
-    return lambda primitive, *args, **how: primitive.name == CUDNN or named(primitive, *args, **how)
+    """The policy that saves what has these names, and attention; cuDNN's of few segments [B M] alone."""
+    few = lambda p, *x, **_: p.name == CUDNN and x[4].shape[-1] <= FEW  # noqa: E731
+    return _policies.save_from_both_policies(
+        few, _policies.save_only_these_names(*names, ATTENTION)
+    )
 
 
 # Rematerialization policies: what each layer saves for the backward pass. "none" saves everything.

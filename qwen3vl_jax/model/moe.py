@@ -191,11 +191,11 @@ def experts_scan(x, gates, expert_index, gate_up, down, act, *, masks=None, shar
 
 
 def ragged_dot(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
-    """Grouped product of x [n in], runs of `sizes` [E] and zeros, with w [E in out]: run e times w[e].
+    """Grouped product of x [n in], in runs of `sizes` [E], with w [E in out]: run e times w[e].
 
-    On a GPU tokamax's kernel, if installed, as XLA runs jax.lax.ragged_dot densely there.
+    Rows after the runs must be zeros. On a GPU tokamax's kernel, if installed: XLA runs ragged_dot densely.
     """
-    kernel = _tokamax_kernel() if platform() == "gpu" else None
+    kernel = _tokamax_kernel() if platform() == "gpu" and len(w) > 1 else None
     kernel = kernel or (ragged_dot_tpu if platform() == "tpu" else jax.lax.ragged_dot)
     # One expert a device: libtpu compiles no run of one.
     return kernel(x, w, sizes) if len(w) > 1 else x @ w[0]

@@ -4,7 +4,6 @@ Start reading here, then: structs (inputs and outputs), layers (weights, product
 attention (causal_ranges, attend), text (the decoder layer, DeepStack), vision (the ViT), moe, cache
 (prefill, decode_step). How it is fast comes last: sharding (logical axes -> mesh axes),
 expert_parallel, attention_gpu, attention_tpu, matmul, quantized, lora.
-
 forward sees whole sequences. All functions can be traced; callers jit them with cfg static.
 """
 

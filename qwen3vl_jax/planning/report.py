@@ -197,7 +197,7 @@ def _add_memory(out: Table, plan: Plan) -> None:
     rest = plan.done.peak - stats.argument_size_in_bytes
     note = "peak less arguments"
     if plan.program.gradients:
-        note += f"; gradients (float32) are {_gib(plan.program.gradients)}"
+        note += f"; gradients are {_gib(plan.program.gradients)}"
     out.add_row(plan.program.inside, _gib(rest), note)
     share = plan.done.peak / plan.machine.chip.hbm
     room = f"{share:.0%} of {_gib(plan.machine.chip.hbm)}"

@@ -280,6 +280,11 @@ def _check_together(recipe: Recipe) -> None:
         )
     if recipe.evaluate.every and not recipe.evaluate.sources:
         raise InputError("evaluate.every is set and evaluate.sources is empty, expected files")
+    if recipe.step.gradients == "bfloat16" and recipe.step.dtype != "bfloat16":
+        expected = (
+            f"expected float32 while step.dtype is {recipe.step.dtype}; set step.dtype=bfloat16"
+        )
+        raise InputError(f"step.gradients: got bfloat16, {expected}")
     if recipe.train.new_tokens and recipe.lora.rank:
         raise InputError("train.new_tokens: LoRA trains no embedding rows; set lora.rank=0")
     for name, factor in recipe.train.rates.items():

@@ -169,10 +169,11 @@ def train_step(
         return total_loss(sums, totals, step), sums
 
     weights = state.weights
-    # A gradient has the dtype of its weight, inside a device and between devices. These are multiplied in
-    # 16 bits anyway, so the forward pass is the same.
+    # A gradient has the dtype of its weight, inside a device and between devices. Matrices are multiplied
+    # in 16 bits anyway, so the forward pass is the same; LoRA's are scaled first.
     if step.gradients == "bfloat16":
-        matrices = [n for n in weights if decays(n) and n != "vision.pos"]
+        others = ("vision.pos", ".a", ".b")
+        matrices = [n for n in weights if decays(n) and not n.endswith(others)]
         weights = weights | {n: weights[n].astype(jnp.bfloat16) for n in matrices}
     grads, sums = gradients(loss_fn, weights, packed, key)
     new = updated(state, grads, optimizer, ema, named_key(key, "rounding"))

@@ -49,6 +49,8 @@ def test_swapped_arguments_are_named(given):
             q3.InputError, match=r"cfg: got an array, .*order is \(key, cfg, dtype\)"
         ):
             call()
+    with pytest.raises(q3.InputError, match="cache: got an array, expected a KVCache"):
+        jax.jit(lambda tokens: q3.decode_step(params, cfg, tokens, None))(jnp.zeros(2, jnp.int32))
     generate = functools.partial(q3.generate, max_new_tokens=1)
     stream = functools.partial(q3.stream, max_new_tokens=1)
     prefill, rerank = (

@@ -85,7 +85,7 @@ def test_memory_of_weights_is_what_a_state_holds():
     trained = sum(math.prod(x.shape) for x in parts.weights.values())
     assert trained + sum(math.prod(x.shape) for x in parts.frozen.values()) == count(cfg)
     assert found["trained weights (bfloat16)"] == found["compensation"] == 2 * trained
-    assert found["moving average"] == found["gradients (float32)"] == 4 * trained
+    assert found["moving average"] == found["gradients"] == 4 * trained
     assert found["optimizer (adamw)"] == 8 * trained + 8  # two counts
     rates = parts.by_group(settings, cfg)
     assert rates["merger"][2] == (2.0,) and rates["vision"][2] == ()

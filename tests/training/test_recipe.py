@@ -60,6 +60,7 @@ def test_every_key_is_explained_once():
         ("optimizer.learning_rate=nan", "expected a finite number"),
         ("optimizer.b2=1.0", "from 0 to below 1"),
         ("step.remat=some", "expected one of none, full, narrow, dots, offload"),
+        ("step.gradients=float16", "expected one of float32, bfloat16"),
         ("steps.more=1", "steps is no table"),
         ("data.sources.2.path=x", "no place in a list of 1"),
         (

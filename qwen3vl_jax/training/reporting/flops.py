@@ -111,9 +111,10 @@ def _goes_back(name: str, first: int) -> bool:
 def _again(cfg: Config, parts: Mapping[str, float], first: int, remat: str) -> float:
     """What is computed a second time: the logits, and what the policy forgets of layers.
 
-    "dots" keeps what `linear` and the kernels of attention give, so the experts come again; "narrow"
-    forgets each MLP's first product, "offload" attention. "full" forgets all, but an MLP's last product is
-    not needed again, nor is the patch embedding, which stands before the layers.
+    "dots" keeps what `linear` and a kernel of attention give, so the experts come again (and attention
+    where XLA runs it); "narrow" forgets each MLP's first product, "offload" attention. "full" forgets all,
+    but an MLP's last product is not needed again, nor is the patch embedding, which stands before the
+    layers.
     """
     t, c = cfg.text, cfg.vision
     attention = 2 * t.head_dim * (t.num_attention_heads + t.num_key_value_heads)

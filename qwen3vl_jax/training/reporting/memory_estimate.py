@@ -14,7 +14,7 @@ from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES, device_bytes
 from qwen3vl_jax.checkpoint.param_paths import nest, parse_path
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.device_mesh import layout_mesh
-from qwen3vl_jax.model.sharding import platform
+from qwen3vl_jax.model.attention_gpu import FEW
 from qwen3vl_jax.model.structs import Params
 from qwen3vl_jax.training import param_groups, train_model
 from qwen3vl_jax.training.param_groups import Flat, MergeParams
@@ -26,7 +26,8 @@ from qwen3vl_jax.training.state_sharding import (
     with_shardings,
 )
 
-GRADIENTS = "gradients (float32)"
+# In fp32, or in 16 bits beside a copy of their weights in 16 bits: as many bytes.
+GRADIENTS = "gradients"
 # What remat "auto" chooses from, the fastest first, and the share of a device that its estimate may fill.
 AUTO, AUTO_SHARE = ("dots", "narrow", "full"), 0.8
 
@@ -160,12 +161,12 @@ def _activations(recipe: Recipe, cfg: Config, parts: Held) -> int:
     item = jnp.dtype(recipe.step.dtype).itemsize
     width = t.num_experts_per_tok * t.moe_intermediate_size or t.intermediate_size
     heads = (t.num_attention_heads + 2 * t.num_key_value_heads) * t.head_dim
-    # (stream, narrow products: q k v, o, down, and wide ones: gate and up; attention) values a token and
-    # layer. A GPU's program has two kernels of attention of packed rows, with room for what each keeps.
-    kernels = 2 if platform() == "gpu" else 1
-    attended = kernels * t.num_attention_heads * t.head_dim
+    # (stream, narrow products: q k v, o, down, and wide ones: gate and up; attention with its sums in fp32
+    # for each of FEW segments) values a token and layer
+    attended = t.num_attention_heads * (t.head_dim + 2 * FEW)
     text = (t.hidden_size, heads + 2 * t.hidden_size, 2 * width, attended)
-    image = (v.hidden_size, 5 * v.hidden_size, v.intermediate_size, kernels * v.hidden_size)
+    seen_by = v.hidden_size + 2 * FEW * v.num_heads
+    image = (v.hidden_size, 5 * v.hidden_size, v.intermediate_size, seen_by)
     tokens = recipe.pack.rows * recipe.pack.length / split
     patches = recipe.pack.vision_rows * recipe.pack.vision_length / split
     # A frozen tower keeps nothing.
