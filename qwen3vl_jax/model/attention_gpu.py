@@ -72,8 +72,7 @@ def attend_segments(q, k, v, lo, hi, causal: bool, blocks: Callable) -> jax.Arra
         b, t, n, h = q.shape
         q = q.reshape(b, t, k.shape[2], -1, h).transpose(2, 0, 1, 3, 4)
         k, v = (x.transpose(2, 0, 1, 3)[..., None, :] for x in (k, v))
-        head = functools.partial(_attend_windows, lo, hi, size, causal)
-        out = jax.lax.map(head, (q, k, v))
+        out = jax.lax.map(functools.partial(_attend_windows, lo, hi, size, causal), (q, k, v))
         return out.transpose(1, 2, 0, 3, 4).reshape(b, t, n, h)
 
     choice = jnp.int32(jnp.max(jnp.sum(starts, axis=1)) > FEW)

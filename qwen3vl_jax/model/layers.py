@@ -133,9 +133,8 @@ _policies = jax.checkpoint_policies
 def _save(*names: str) -> Callable:
     """The policy that saves what has these names, and attention; cuDNN's of few segments [B M] alone."""
     few = lambda p, *x, **_: p.name == CUDNN and x[4].shape[-1] <= FEW  # noqa: E731
-    return _policies.save_from_both_policies(
-        few, _policies.save_only_these_names(*names, ATTENTION)
-    )
+    named = _policies.save_only_these_names(*names, ATTENTION)
+    return _policies.save_from_both_policies(few, named)
 
 
 # Rematerialization policies: what each layer saves for the backward pass. "none" saves everything.
