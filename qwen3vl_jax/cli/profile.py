@@ -13,6 +13,7 @@ from jax.profiler import ProfileData, ProfileOptions
 from rich.console import Console
 from rich.table import Column, Table
 
+from qwen3vl_jax.errors import InputError, one_line
 from qwen3vl_jax.planning.hlo import parse
 
 # The scopes of each part, of Flax modules and of jax.named_scope; "rest" is what has none of them.
@@ -90,20 +91,30 @@ def table(times: Times, programs: dict[str, list[dict[str, str]]], mlp: str = "m
     return out
 
 
+def _stop(folder: str) -> None:
+    """Ends the trace and writes it. Raises InputError where that is not possible, as on a full disk."""
+    try:
+        jax.profiler.stop_trace()
+    except (jax.errors.JaxRuntimeError, OSError) as error:
+        raise InputError(f"--profile {folder}: not written: {one_line(error)[:200]}") from None
+
+
 @contextlib.contextmanager
 def profiled(folder: str, mlp: str) -> Iterator[None]:
     """Traces the block, then prints the table on stderr; of several processes the first one does."""
     options, first, before = ProfileOptions(), jax.process_index() == 0, getattr(jax.config, _KEY)
     options.python_tracer_level = 0
     Path(folder).mkdir(parents=True, exist_ok=True)
-    trace = jax.profiler.trace(folder, profiler_options=options)
     # What the compile cache holds may have the scopes of an older version.
     jax.config.update(_KEY, True)
+    if first:
+        jax.profiler.start_trace(folder, profiler_options=options)
     try:
-        with trace if first else contextlib.nullcontext():
-            yield
+        yield
     finally:
         jax.config.update(_KEY, before)
+        if first:
+            _stop(folder)
     if first:
         newest = max(Path(folder).rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
         device = "/host:CPU" if jax.default_backend() == "cpu" else r"/device:[GT]PU:\d+"

@@ -62,7 +62,8 @@ def with_remat(recipe: Recipe, cfg: Config, notes: list[str]) -> Recipe:
         return recipe
     room = distributed.from_first(bytes_limit(jax.local_devices()[0]))
     found = memory_estimate.with_remat(recipe, cfg, room)
-    notes.append(f"step.remat=auto: {found.step.remat}")
+    why = "" if room else " (this device does not say how much memory it has)"
+    notes.append(f"step.remat=auto: {found.step.remat}{why}")
     return found
 
 

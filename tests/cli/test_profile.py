@@ -4,11 +4,14 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import pytest
 from rich.table import Table
 
 import infer
-from qwen3vl_jax.cli.profile import PARTS, op_times, part_of, parts_of, table
+from qwen3vl_jax.cli import infer_arguments
+from qwen3vl_jax.cli.profile import PARTS, op_times, part_of, parts_of, profiled, table
+from qwen3vl_jax.errors import InputError
 
 PROMPT = ("--prompt", "How many nines are there?")
 
@@ -167,3 +170,29 @@ def test_what_has_no_profile_is_one_line_and_code_2(case, capsys):
     assert stop.value.code == 2 and out == "" and err.count("\n") == 1, err
     assert all(word in err for word in words), err
     assert not Path("p").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_load(monkeypatch, capsys):
+    monkeypatch.setattr(infer_arguments.os, "access", lambda *_: False)
+    with pytest.raises(SystemExit) as stop:
+        infer.main([*PROMPT, "--profile", "kept"])
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert "--profile: got 'kept', expected a folder" in said and "loading" not in said
+
+
+def test_a_trace_for_which_the_disk_has_no_room_is_one_line(monkeypatch):
+    """After the answer, without jax's traceback."""
+
+    def full():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: No space left on device\nmore")
+
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda *_, **__: None)
+    monkeypatch.setattr(jax.profiler, "stop_trace", full)
+    answered = []
+    with (
+        pytest.raises(InputError, match="--profile kept: not written: RESOURCE_EXHAUSTED") as error,
+        profiled("kept", "mlp"),
+    ):
+        answered.append(1)
+    assert answered and "\n" not in str(error.value)
