@@ -113,15 +113,21 @@ def test_bf16_computes_over_fp32_weights(tiny_model, dropped):
     assert a @ b > 0.98 * np.linalg.norm(a) * np.linalg.norm(b)
 
 
-def test_bf16_gradients_are_those_of_fp32_to_their_own_digits(tiny_model):
-    """The forward pass is the same, and so is the update but for what 8 bits round away."""
+@pytest.mark.parametrize("micro", [1, 4])
+def test_bf16_gradients_are_those_of_fp32_to_their_own_digits(tiny_model, micro):
+    """The forward pass is the same, and so is the update but for what 8 bits round away.
+
+    Those of several micro batches are added in fp32.
+    """
     m, moved = tiny_model, []
+    each = [ours_train.pack(m.cfg, [[s]]) for s in m.samples]
+    batch = m.batch if micro == 1 else ours_train.micro(*each)
     rule = Optimizer(name="sgd", learning_rate=1.0, schedule="constant", weight_decay=0.0, clip=0.0)
     for kind in ("float32", "bfloat16"):
         settings = dataclasses.replace(ours_train.FP32, dtype="bfloat16", gradients=kind)
         state, frozen, step = ours_train.trainer(m.params, m.cfg, rule, settings)
         old = {n: np.asarray(x) for n, x in state.weights.items()}
-        state, metrics = step(state, frozen, m.batch)
+        state, metrics = step(state, frozen, batch)
         assert {x.dtype for x in state.weights.values()} == {jnp.dtype("float32")}
         moved.append((metrics, {n: np.asarray(x) - old[n] for n, x in state.weights.items()}))
     (exact, want), (found, got) = moved
