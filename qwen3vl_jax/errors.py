@@ -27,10 +27,10 @@ def one_line(error: object) -> str:
 
 
 class ProblemsError(InputError):
-    """A one-line message with the first of several problems; `problems` holds all, and the advice."""
+    """A one-line message with the first problem; `problems` holds all, and with several the advice."""
 
     def __init__(self, what: str, problems: list[str], advice: str = ""):
-        self.problems = [*problems, *([advice] if advice else [])]
+        self.problems = [*problems, *([advice] if advice and len(problems) > 1 else [])]
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         super().__init__(f"{what}: {problems[0]}{more}{advice and '; '}{advice}")
 
