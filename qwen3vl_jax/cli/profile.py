@@ -105,10 +105,10 @@ def profiled(folder: str, mlp: str) -> Iterator[None]:
     options, first, before = ProfileOptions(), jax.process_index() == 0, getattr(jax.config, _KEY)
     options.python_tracer_level = 0
     Path(folder).mkdir(parents=True, exist_ok=True)
-    # What the compile cache holds may have the scopes of an older version.
-    jax.config.update(_KEY, True)
     if first:
         jax.profiler.start_trace(folder, profiler_options=options)
+    # What the compile cache holds may have the scopes of an older version.
+    jax.config.update(_KEY, True)
     try:
         yield
     finally:

@@ -116,11 +116,8 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        width = (x.shape[-1], None)
-        scale, bias = (
-            weight(self, "scale", width, init=ones),
-            weight(self, "bias", width, init=zeros),
-        )
+        scale = weight(self, "scale", (x.shape[-1], None), init=ones)
+        bias = weight(self, "bias", (x.shape[-1], None), init=zeros)
         y = x.astype(jnp.float32)
         y = y - jnp.mean(y, -1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
@@ -132,7 +129,10 @@ _policies = jax.checkpoint_policies
 
 def _save(*names: str) -> Callable:
     """The policy that saves what has these names, and attention; cuDNN's of few segments [B M] alone."""
-    few = lambda p, *x, **_: p.name == CUDNN and x[4].shape[-1] <= FEW  # noqa: E731
+
+    def few(primitive, *args, **_) -> bool:
+        return primitive.name == CUDNN and args[4].shape[-1] <= FEW
+
     named = _policies.save_only_these_names(*names, ATTENTION)
     return _policies.save_from_both_policies(few, named)
 

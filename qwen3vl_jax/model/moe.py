@@ -195,10 +195,11 @@ def ragged_dot(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
 
     Rows after the runs must be zeros. On a GPU tokamax's kernel, if installed: XLA runs ragged_dot densely.
     """
-    kernel = _tokamax_kernel() if platform() == "gpu" and len(w) > 1 else None
-    kernel = kernel or (ragged_dot_tpu if platform() == "tpu" else jax.lax.ragged_dot)
     # One expert a device: libtpu compiles no run of one.
-    return kernel(x, w, sizes) if len(w) > 1 else x @ w[0]
+    if len(w) == 1:
+        return x @ w[0]
+    kernel = _tokamax_kernel() if platform() == "gpu" else None
+    return (kernel or (ragged_dot_tpu if platform() == "tpu" else jax.lax.ragged_dot))(x, w, sizes)
 
 
 @functools.cache

@@ -93,9 +93,7 @@ class Block(nn.Module):
     cfg: TextConfig
 
     @nn.compact
-    def __call__(
-        self, x, rotary: Rotary, attend: Callable
-    ) -> tuple[jax.Array, Any, RouterOutput | None]:
+    def __call__(self, x, rotary: Rotary, attend: Callable) -> tuple[jax.Array, Any, Any]:
         def norm(name: str, y: jax.Array) -> jax.Array:
             scale = weight(self, name, (self.cfg.hidden_size, None), init=ones)
             return rms_norm(y, scale, self.cfg.rms_norm_eps)
