@@ -109,7 +109,8 @@ def _decode(cfg: Config, params: Any, work: Work):
     @jax.jit
     def begin():
         cache = init_cache(cfg, work.rows, slots, jnp.bfloat16)
-        logits = jnp.zeros((work.rows, cfg.text.vocab_size))
+        # Rows of their own: equal ones would ask for the same experts.
+        logits = jax.random.normal(jax.random.key(1), (work.rows, cfg.text.vocab_size))
         prompt = jnp.full((work.rows, 1), 7)
         return first_token(cache.replace(length=filled), logits, prompt, rows)
 

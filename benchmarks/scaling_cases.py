@@ -25,7 +25,7 @@ from qwen3vl_jax.planning.program import weights as weight_shapes
 from qwen3vl_jax.processing.encoded_prompt import EncodedImage
 from qwen3vl_jax.training import train_model
 from qwen3vl_jax.training.data import packing
-from qwen3vl_jax.training.data.global_batches import divided
+from qwen3vl_jax.training.data.global_batches import bounded, divided
 from qwen3vl_jax.training.data.sample import Sample
 from qwen3vl_jax.training.recipe import Recipe, read_recipe
 from qwen3vl_jax.training.reporting.flops import Counts, step_flops
@@ -193,7 +193,7 @@ def training(case: Case, mesh: Mesh) -> tuple[dict[str, Any], dict[str, np.ndarr
     optimizer = train_model.build_optimizer(recipe, cfg, trainable.weights)
     like = train_model.shape_of_state(recipe, cfg, optimizer, trainable.weights, mesh)
     step = train_model.make_step(recipe, cfg, optimizer, trainable.merge, like)
-    batches = [rows_of(cfg, recipe, mesh, seed) for seed in range(2)]
+    batches = packing.for_one_program([rows_of(cfg, recipe, mesh, seed) for seed in range(2)])
     state = train_model.init_train_state(recipe, cfg, optimizer, trainable.weights, mesh)
     frozen, merge = trainable.frozen, trainable.merge
     del trainable
@@ -273,6 +273,7 @@ def rows_of(cfg: Config, recipe: Recipe, mesh: Mesh, seed: int) -> packing.Packe
 
     whole = jax.tree_util.tree_map_with_path(join, *parts)
     whole = whole.replace(batch=whole.batch.replace(groups=GROUPS))
+    whole = bounded(whole, parts)
     return jax.tree.map(put, whole, batch_shardings(mesh, whole))
 
 

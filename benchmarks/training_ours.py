@@ -20,6 +20,7 @@ from qwen3vl_jax.config import IGNORE_INDEX, Config
 from qwen3vl_jax.device_mesh import make_mesh
 from qwen3vl_jax.training import train_model
 from qwen3vl_jax.training.data import packing
+from qwen3vl_jax.training.data.global_batches import bounded
 from qwen3vl_jax.training.data.sample import Sample
 from qwen3vl_jax.training.recipe import Recipe, read_recipe
 from qwen3vl_jax.training.reporting import memory_estimate
@@ -56,7 +57,7 @@ def text_rows(cfg: Config, recipe: Recipe) -> packing.PackedBatch:
     coming = iter(packing.Pending(i, sample()) for i in range(recipe.pack.rows + 1))
     chosen, _ = packing.choose(recipe.pack, [], lambda: next(coming))
     built = packing.build(cfg, recipe.pack, chosen, np.uint8, False)
-    return jax.tree.map(lambda x: x[None], built)
+    return jax.tree.map(lambda x: x[None], bounded(built, [built]))
 
 
 def random_arrays(like: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:

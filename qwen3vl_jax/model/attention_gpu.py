@@ -13,13 +13,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 
 from qwen3vl_jax.model.sharding import compile_replicated, platform
+from qwen3vl_jax.model.structs import FEW, MANY
 
-# Segments that a program is compiled for where the host does not say: few in a row, or many in each of
-# its windows, with heads one after another, so that the buffers of the backward pass stay small.
-FEW, MANY, WINDOWS = 8, 64, 16
+# Parts of a row that may each have MANY segments, where the host does not count them.
+WINDOWS = 16
+# The name by which remat policies keep what attention gives.
+ATTENTION = "attention"
 # Keys that a program of a decode step loads at a time, and programs: two a multiprocessor of a large GPU.
 STEP_BLOCK, STEP_PROGRAMS = 64, 256
 log = logging.getLogger("qwen3vl_jax")
@@ -62,31 +65,24 @@ def gpu_refusal(dtype: str, head_dim: int, kernel: str = "cudnn") -> str:
 
 
 def attend_segments(q, k, v, lo, hi, causal: bool, blocks: Callable) -> jax.Array:
-    """`attend_packed` where nobody has counted the segments; `blocks(q, k, v, lo, hi)` for very many."""
+    """`attend_packed` where nobody has counted the segments; `blocks(q, k, v, lo, hi)` for very many.
+
+    Slower than a known number: the choice stops the host in every layer.
+    """
     starts = (hi > lo) & (lo == jnp.arange(lo.shape[1]))
     size = lo.shape[1] // (1 if lo.shape[1] % WINDOWS else WINDOWS)
     in_window = jnp.max(jnp.sum(starts.reshape(-1, size), axis=1))
-    few = functools.partial(attend_packed, causal=causal, most=FEW)
-
-    def many(q, k, v, lo, hi):
-        b, t, n, h = q.shape
-        q = q.reshape(b, t, k.shape[2], -1, h).transpose(2, 0, 1, 3, 4)
-        k, v = (x.transpose(2, 0, 1, 3)[..., None, :] for x in (k, v))
-        out = jax.lax.map(functools.partial(_attend_windows, lo, hi, size, causal), (q, k, v))
-        return out.transpose(1, 2, 0, 3, 4).reshape(b, t, n, h)
-
-    choice = jnp.int32(jnp.max(jnp.sum(starts, axis=1)) > FEW)
-    choice += choice * jnp.int32(in_window > MANY)
-    return jax.lax.switch(choice, (few, many, blocks), q, k, v, lo, hi)
+    windows = functools.partial(_attend_windows, size, causal)
+    return jax.lax.cond(in_window > MANY, blocks, windows, q, k, v, lo, hi)
 
 
-def _attend_windows(lo, hi, size: int, causal: bool, qkv: Any) -> jax.Array:
+def _attend_windows(size: int, causal: bool, q, k, v, lo, hi) -> jax.Array:
     """`attend_packed` of MANY segments in each window of `size` tokens; a row has few that cross two."""
     first = jnp.arange(lo.shape[1]) // size
     end = lo + jnp.take_along_axis(segment_lengths(lo, hi), lo, axis=1)
     crosses = (hi > lo) & (lo // size != (end - 1) // size)
-    whole = attend_packed(*qkv, lo=lo, hi=jnp.where(crosses, hi, lo), causal=causal, most=WINDOWS)
-    cut: Any = (*qkv, lo - first * size, jnp.where(crosses, lo, hi) - first * size)
+    whole = attend_packed(q, k, v, lo, jnp.where(crosses, hi, lo), causal, WINDOWS)
+    cut: Any = (q, k, v, lo - first * size, jnp.where(crosses, lo, hi) - first * size)
     cut = (x.reshape(-1, size, *x.shape[2:]) for x in cut)
     inside = attend_packed(*cut, causal=causal, most=MANY).reshape(whole.shape)
     return jnp.where(crosses[..., None, None], whole, inside)
@@ -99,6 +95,13 @@ def attend_packed(q, k, v, lo, hi, causal: bool, most: int) -> jax.Array:
     see all of it or, causal, it up to themselves. Other tokens (hi <= lo) give zeros. A row holds at
     most `most` segments; tokens of further ones give NaN.
     """
+    run = _packed if most <= FEW else _packed_of_many
+    return run(causal, most, lo, hi, q, k, v)
+
+
+def _packed(causal: bool, most: int, lo, hi, q, k, v) -> jax.Array:
+    t = q.shape[1]
+    lo, hi, q, k, v = (_even(x) for x in (lo, hi, q, k, v))
     real = (hi > lo)[..., None, None]
     lengths = segment_lengths(lo, hi)
     # cuDNN takes one segment a row for a row that is not packed.
@@ -110,7 +113,34 @@ def attend_packed(q, k, v, lo, hi, causal: bool, most: int) -> jax.Array:
     out = _attend(q, k, v, sizes, sizes, starts, starts, causal=causal)
     beyond = jnp.sum(lengths > 0, axis=1) > most
     out = jnp.where(beyond[:, None, None, None], jnp.nan, out)
-    return jnp.where(real, out, 0)
+    return jnp.where(real, out, 0)[:, :t]
+
+
+# A backward pass has an fp32 buffer of a row for each segment: with many, key heads go one by one.
+_packed_of_many = jax.custom_vjp(_packed, nondiff_argnums=(0, 1))
+
+
+def _many_forward(causal, most, *args):
+    return checkpoint_name(_packed(causal, most, *args), ATTENTION), args
+
+
+def _many_backward(causal, most, saved, slope):
+    (lo, hi, q, k, v), heads = saved, saved[3].shape[2]
+
+    def of_head(x):
+        return jax.vjp(functools.partial(_packed, causal, most, lo, hi), *x[:3])[1](x[3])
+
+    by_head = (jnp.stack(jnp.split(x, heads, axis=2)) for x in (q, k, v, slope))
+    slopes = jax.lax.map(of_head, tuple(by_head))
+    return None, None, *(jnp.concatenate(list(x), axis=2) for x in slopes)
+
+
+_packed_of_many.defvjp(_many_forward, _many_backward)
+
+
+def _even(x: jax.Array) -> jax.Array:
+    """x [B T ..] with one token more if T is odd: JAX has no gradient of cuDNN's attention of odd T."""
+    return jnp.pad(x, [(0, n % 2 * (axis == 1)) for axis, n in enumerate(x.shape)])
 
 
 # x, whose gradient is 0 where `mine` is not: cuDNN leaves there what the memory held.
@@ -139,8 +169,9 @@ def segment_lengths(lo: jax.Array, hi: jax.Array) -> jax.Array:
 
 def attend_row(q, k, v) -> jax.Array:
     """Causal attention of q [B T N H] to k, v [B T K H], rows of one segment from their first token on."""
-    k, v = k.astype(q.dtype), v.astype(q.dtype)
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+    qkv = (_even(x.astype(q.dtype)) for x in (q, k, v))
+    out = jax.nn.dot_product_attention(*qkv, is_causal=True, implementation="cudnn")
+    return out[:, : q.shape[1]]
 
 
 def attend_behind_cache(q, k, v, hi) -> jax.Array:

@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
-from qwen3vl_jax.model.layers import ATTENTION
+from qwen3vl_jax.model.attention_gpu import ATTENTION
 from qwen3vl_jax.model.sharding import platform
 
 # Block sizes are multiples of LANES up to BLOCK.

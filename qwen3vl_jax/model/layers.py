@@ -16,16 +16,17 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from qwen3vl_jax.model.attention_gpu import FEW
+from qwen3vl_jax.model.attention_gpu import ATTENTION
 from qwen3vl_jax.model.lora import Adapted, lora_delta
 from qwen3vl_jax.model.matmul import product
 from qwen3vl_jax.model.quantized import Quantized, Weight, dequantize, scaled_matmul_parts
 from qwen3vl_jax.model.sharding import max_parts, mesh_sizes, platform
+from qwen3vl_jax.model.structs import FEW
 
 # Rows from which `linear` on a GPU writes 16-bit products.
 MANY_ROWS = 256
 # Names in the policies of jax.checkpoint: of what `linear` and splash give, and of cuDNN's primitive.
-MATMUL, WIDE, ATTENTION = "product", "wide product", "attention"
+MATMUL, WIDE = "product", "wide product"
 CUDNN = "dot_product_attention_fwd_wrapper"
 ones, zeros = nn.initializers.ones, nn.initializers.zeros
 

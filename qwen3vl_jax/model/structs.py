@@ -12,6 +12,8 @@ import jax
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import brief, check_types
 
+# Segments in a row of packed samples or images that a program of a GPU is compiled for.
+FEW, MANY = 8, 64
 # Nested dict of arrays; "layers" and "blocks" are lists (inference) or stacked dicts (training).
 Params = dict[str, Any]
 
@@ -60,6 +62,13 @@ class Batch(Struct, repr=False):
     embeds: jax.Array | None = None  # [B T D]: replaces the token embeddings
     # Equal parts of the batch, each with its own slice of features, inside which vision_rows counts.
     groups: int = flax.struct.field(pytree_node=False, default=1)
+    # Upper bound of segments in one row, by `segment_bound`; 0: unknown.
+    segments: int = flax.struct.field(pytree_node=False, default=0)
+
+
+def segment_bound(count: int) -> int:
+    """FEW, MANY or 0 (unknown) for rows of at most `count` segments: each is a program of its own."""
+    return FEW if count <= FEW else MANY if count <= MANY else 0
 
 
 class KVCache(Struct, repr=False):

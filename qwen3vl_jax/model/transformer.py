@@ -128,7 +128,8 @@ def full_attention(batch: Batch, dropout: Dropout | None = None) -> AttendFn:
     lo, hi = causal_ranges(batch.segment_ids)
 
     def attend_fn(i, q, k, v):
-        return attend(q, k, v, lo, hi, dropout and dropout.fold_in(i), layout="causal"), None
+        drop = dropout and dropout.fold_in(i)
+        return attend(q, k, v, lo, hi, drop, layout="causal", segments=batch.segments), None
 
     return attend_fn
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from qwen3vl_jax.config import IGNORE_INDEX, Config, VisionConfig
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.model.structs import Batch, VisionInputs
+from qwen3vl_jax.model.structs import Batch, VisionInputs, segment_bound
 from qwen3vl_jax.processing import array_checks
 from qwen3vl_jax.processing.array_checks import check_shape, grid_array, host_array, integers
 from qwen3vl_jax.processing.encoded_prompt import EncodedPrompt, to_hf_arrays
@@ -135,6 +135,7 @@ def make_batch(
         vision=vision,
         labels=_fit(labels, width, fill=IGNORE_INDEX),
         embeds=_fit(embeds, width),
+        segments=segment_bound(int(np.max(segments, initial=1))),
     )
 
 

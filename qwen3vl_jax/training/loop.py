@@ -21,9 +21,9 @@ from qwen3vl_jax.runtime.console import memory_advice
 from qwen3vl_jax.storage.json_text import write_json
 from qwen3vl_jax.training import environment, evaluate, run_dir, run_setup, train_model
 from qwen3vl_jax.training.checkpoints import Checkpoints, SaveTimer, restore
-from qwen3vl_jax.training.data.global_batches import GlobalFeed, all_refused
+from qwen3vl_jax.training.data.global_batches import GlobalFeed, all_refused, bounded
 from qwen3vl_jax.training.data.loader import DataLoader, LoadedBatch
-from qwen3vl_jax.training.data.packing import PackedBatch
+from qwen3vl_jax.training.data.packing import PackedBatch, for_one_program
 from qwen3vl_jax.training.mesh_preset import asks_for_mesh, mesh_flags
 from qwen3vl_jax.training.optimizer import make_schedule
 from qwen3vl_jax.training.recipe import Data, Recipe, flat
@@ -118,7 +118,7 @@ def loader_of(
     """Opens the batches of sources. On one device they are sent ahead of their step."""
 
     def place(packed: PackedBatch) -> PackedBatch:
-        return jax.device_put(jax.tree.map(lambda x: x[None], packed))
+        return jax.device_put(jax.tree.map(lambda x: x[None], bounded(packed, [packed])))
 
     def open_loader(data: Data, seed: int, once: bool = False) -> DataLoader | GlobalFeed:
         if mesh is not None or groups > 1:
@@ -206,7 +206,7 @@ def run_steps(run: Run) -> None:
         if not batches:
             break
         run.number += 1
-        packed = jax.tree.map(_concatenated, *(batch.packed for batch in batches))
+        packed = jax.tree.map(_concatenated, *for_one_program([batch.packed for batch in batches]))
         if run.number == begun + 1:
             logger.compiling()
         profiler.before(run.number)

@@ -49,6 +49,8 @@ def stand_in(
 ):
     """What cuDNN computes, segment by segment; NaN for tokens of none, in values and gradients."""
     b, t, n, _ = q.shape
+    # JAX refuses the gradient of others.
+    assert t % 2 == 0 or return_residual
     if q_start is None:
         q_size, k_size = q_size[:, None], k_size[:, None]
         q_start = k_start = jnp.zeros((b, 2), jnp.int32)
@@ -163,16 +165,16 @@ def test_uncounted_segments_are_right_however_many(sizes, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("count", "size", "chosen"), [(4, 2, 0), (9, 2, 1), (65, 8, 1), (300, 4, 1), (1200, 1, 2)]
+    ("count", "size", "blocks"), [(4, 2, False), (65, 8, False), (300, 4, False), (1200, 1, True)]
 )
-def test_the_kernel_by_the_number_of_segments(count, size, chosen, monkeypatch):
+def test_the_kernel_by_the_number_of_segments(count, size, blocks, monkeypatch):
     """More than 64 in a row are no reason for XLA's blocks; more than 64 in a sixteenth of it are."""
-    branches = []
-    monkeypatch.setattr(jax.lax, "switch", lambda i, *_: branches.append(int(i)))
+    chosen = []
+    monkeypatch.setattr(jax.lax, "cond", lambda many, *_: chosen.append(bool(many)))
     lo, hi = ranges([(0, [size] * count)], 1200, True)
     x = jnp.zeros((1, 1200, 2, 64), DTYPE)
     attention_gpu.attend_segments(x, x, x, lo, hi, True, None)
-    assert branches == [chosen]
+    assert chosen == [blocks]
 
 
 def test_more_segments_than_were_counted_are_no_numbers():

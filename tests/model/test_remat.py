@@ -45,16 +45,16 @@ TIMES = [("full", 2), ("narrow", 1), ("dots", 1), ("none", 1)]
 
 
 @pytest.mark.parametrize(("remat", "times"), TIMES)
-@pytest.mark.parametrize(("segments", "again"), [(4, 0), (0, 2)])
-def test_cudnn(remat, times, segments, again, monkeypatch):
-    """One kernel where few segments are counted; else two more for many, which no policy keeps."""
+@pytest.mark.parametrize(("segments", "calls", "again"), [(4, 1, 0), (20, 1, 1), (0, 2, 1)])
+def test_cudnn(remat, times, segments, calls, again, monkeypatch):
+    """Many segments are computed again key head by key head; uncounted ones in two calls."""
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91_400)
     monkeypatch.setattr(cudnn, "check_compute_capability", lambda _: True)
     monkeypatch.setattr(attention, "platform", lambda: "gpu")
     monkeypatch.setattr(attention, "gpu_refusal", lambda *_: "")
     count = functools.partial(of_gradient, remat=remat, segments=segments)
-    assert count(layers.CUDNN) == times + (again if remat == "none" else 2 * again)
-    assert count(layers.CUDNN.replace("fwd", "bwd")) == 1 + again
+    assert count(layers.CUDNN) == calls * (times + again)
+    assert count(layers.CUDNN.replace("fwd", "bwd")) == calls
 
 
 @pytest.mark.parametrize(("remat", "times"), TIMES)

@@ -14,9 +14,10 @@ import train_sources
 
 import qwen3vl_jax as q3
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.model.structs import segment_bound
 from qwen3vl_jax.processing.batch import make_vision
 from qwen3vl_jax.training import param_groups, recipe, train_step
-from qwen3vl_jax.training.data import packing
+from qwen3vl_jax.training.data import global_batches, packing
 from qwen3vl_jax.training.data.packing import PackedBatch
 
 PACK = recipe.Pack(rows=5, length=72, vision_rows=2, vision_length=192, lookahead=8)
@@ -71,8 +72,9 @@ def rows_of(config, given) -> PackedBatch:
         out[0, : len(x)] = x
         return out
 
-    vision = jax.tree.map(two_rows, batch.vision).replace(frames=0)
-    return PackedBatch(batch.replace(vision=vision), padded([s.weights for s in given], 0))
+    batch = batch.replace(vision=jax.tree.map(two_rows, batch.vision))
+    single = PackedBatch(batch, padded([s.weights for s in given], 0))
+    return packing.with_segment_bounds(single, 0, 0)
 
 
 def only(packed, row, start, size) -> PackedBatch:
@@ -123,6 +125,31 @@ def test_a_packed_sample_learns_what_it_learns_alone(moe):
             # A key's bias has no gradient but rounding, a text none in the vision tower.
             bound = max(3e-5 * float(np.abs(slope).max()), 1e-7 * largest)
             assert np.abs(grads[name] - slope).max() < bound, (sample.name, name)
+
+
+def test_a_program_is_compiled_for_few_or_many_segments(monkeypatch):
+    """On a GPU the host counts samples and images a row; micro batches of a step have one bound."""
+    config = q3.Config.from_hf(tiny.config_dict())
+    (placed, packed) = packed_of(config, PACK, samples(config, 7, seed=1))
+    rows = [p.row for p in placed]
+    patch_rows = [
+        at // PACK.vision_length
+        for p in placed
+        for image, spot in zip(p.sample.images, p.spots, strict=True)
+        for at, count in spot
+        for _ in range(count // (image.grid[1] * image.grid[2]))
+    ]
+    most = max(map(rows.count, rows)), max(map(patch_rows.count, patch_rows))
+    assert packing.most_segments(packed) == most and min(most) > 1
+    assert global_batches.bounded(packed, [packed]) is packed
+    monkeypatch.setattr(global_batches, "platform", lambda: "gpu")
+    few = global_batches.bounded(packed, [packed])
+    bounds = tuple(map(segment_bound, most))
+    assert (few.batch.segments, few.batch.vision.frames) == bounds
+    many = packing.with_segment_bounds(packed, 64, 0)
+    for batch in packing.for_one_program([few, many]):
+        assert (batch.batch.segments, batch.batch.vision.frames) == (64, 0)
+    assert [segment_bound(n) for n in (1, 8, 9, 64, 65)] == [8, 8, 64, 64, 0]
 
 
 def test_what_a_batch_holds():

@@ -6,6 +6,7 @@ any number of processes.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,11 +14,12 @@ import numpy as np
 
 from qwen3vl_jax.device_mesh import array_sharding
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.model.sharding import shard
+from qwen3vl_jax.model.sharding import platform, shard
+from qwen3vl_jax.model.structs import segment_bound
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.runtime import distributed
 from qwen3vl_jax.training.data.loader import DataLoader, LoadedBatch
-from qwen3vl_jax.training.data.packing import PackedBatch
+from qwen3vl_jax.training.data.packing import PackedBatch, most_segments, with_segment_bounds
 from qwen3vl_jax.training.recipe import Data, Pack
 from qwen3vl_jax.training.state_sharding import batch_axis, batch_sharding
 
@@ -71,7 +73,8 @@ class GlobalFeed:
             return jax.make_array_from_callback(tuple(shape), where, part)
 
         joined = jax.tree_util.tree_map_with_path(join, *parts.values())
-        return joined.replace(batch=joined.batch.replace(groups=self.groups))
+        joined = joined.replace(batch=joined.batch.replace(groups=self.groups))
+        return bounded(joined, list(parts.values()))
 
     def _stats(self, stats: dict[int, dict[str, float]]) -> dict[str, Any]:
         """`packing.fill_of` of all groups: means of the fills, sums of the counts."""
@@ -125,6 +128,18 @@ class GlobalFeed:
         """Ends threads and workers. The next batch starts them again."""
         for loader in self.loaders.values():
             loader.close()
+
+
+def bounded(packed: PackedBatch, parts: Sequence[PackedBatch]) -> PackedBatch:
+    """The batch with the most segments in a row, of which this process has `parts` on the host.
+
+    Only a GPU's attention asks; elsewhere another number would compile the step once more.
+    """
+    if platform() != "gpu":
+        return packed
+    counts = distributed.all_of([most_segments(part) for part in parts])
+    most = np.max([pair for each in counts for pair in each], axis=0)
+    return with_segment_bounds(packed, *(segment_bound(int(count)) for count in most))
 
 
 def all_refused(loader: DataLoader | GlobalFeed) -> list[tuple[str, str]]:

@@ -322,6 +322,28 @@ def _as_type(pixels: np.ndarray, wanted: np.dtype) -> np.ndarray:
     raise InputError(f"pixels are {pixels.dtype}, expected {wanted} before normalisation")
 
 
+def most_segments(packed: PackedBatch) -> tuple[int, int]:
+    """The most samples of a token row of a batch on the host, and the most images of a patch row."""
+    most, vision = int(np.max(packed.batch.segment_ids)), packed.batch.vision
+    if vision is None:
+        return most, 0
+    starts = (vision.hi > vision.lo) & (vision.lo == np.arange(vision.lo.shape[-1]))
+    return most, int(np.max(np.sum(starts, axis=-1)))
+
+
+def with_segment_bounds(packed: PackedBatch, segments: int, frames: int) -> PackedBatch:
+    """The batch for programs of at most so many samples and images in a row; 0: unknown."""
+    vision = packed.batch.vision and packed.batch.vision.replace(frames=frames)
+    return packed.replace(batch=packed.batch.replace(vision=vision, segments=segments))
+
+
+def for_one_program(batches: Sequence[PackedBatch]) -> list[PackedBatch]:
+    """Batches with the same bounds of segments, so that a program takes them all."""
+    bounds = [(p.batch.segments, p.batch.vision.frames if p.batch.vision else 0) for p in batches]
+    most = [0 if 0 in each else max(each) for each in zip(*bounds, strict=True)]
+    return [with_segment_bounds(packed, *most) for packed in batches]
+
+
 def fill_of(pack: Pack, chosen: Sequence[PackedSample]) -> dict[str, float]:
     """The filled fractions of a batch's tokens and patches, and counts.
 

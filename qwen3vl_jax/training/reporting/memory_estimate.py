@@ -14,8 +14,7 @@ from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES, device_bytes
 from qwen3vl_jax.checkpoint.param_paths import nest, parse_path
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.device_mesh import layout_mesh
-from qwen3vl_jax.model.attention_gpu import FEW
-from qwen3vl_jax.model.structs import Params
+from qwen3vl_jax.model.structs import FEW, Params
 from qwen3vl_jax.training import param_groups, train_model
 from qwen3vl_jax.training.param_groups import Flat, MergeParams
 from qwen3vl_jax.training.recipe import Recipe, few_bits
