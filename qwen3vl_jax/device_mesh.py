@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from qwen3vl_jax.config import AXES, SHORT
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.model.sharding import RULES, Axes, axis_sizes, mesh_axes_for, spec_of
+from qwen3vl_jax.model.sharding import RULES, Axes, mesh_axes_for, mesh_sizes, spec_of
 
 # The largest parameter, in bytes, that every device may hold whole.
 MAX_REPLICATED = 64 << 20
@@ -160,7 +160,7 @@ def shardings(
     """
     if mesh is None:
         return dict.fromkeys(shapes)
-    sizes, out = axis_sizes(mesh), {}
+    sizes, out = mesh_sizes(mesh), {}
     usable = [a for a in RULES["embed"] if a in sizes]
     for name, x in shapes.items():
         out[name] = array_sharding(mesh, axes[name], x)
@@ -186,7 +186,7 @@ def check_divides(
     Too much is MAX_UNSHARDED of the bytes that RULES let it shard. shapes and axes: as in `shardings`.
     The message names the largest parameter that the axis does not divide.
     """
-    sizes = {} if mesh is None else axis_sizes(mesh)
+    sizes = {} if mesh is None else mesh_sizes(mesh)
     used = {}
     for name, x in shapes.items():
         found = mesh_axes_for(*zip(axes[name], x.shape, strict=True), sizes=sizes)
@@ -206,7 +206,7 @@ def check_divides(
 
 def array_sharding(mesh: Mesh | AbstractMesh, axes: Axes, x: Any) -> NamedSharding:
     """The sharding of one array or ShapeDtypeStruct with these logical axes."""
-    return NamedSharding(mesh, spec_of(axes, x, axis_sizes(mesh)))
+    return NamedSharding(mesh, spec_of(axes, x, mesh_sizes(mesh)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

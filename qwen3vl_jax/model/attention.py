@@ -48,14 +48,7 @@ class Dropout(NamedTuple):
 
 
 def attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    lo: jax.Array | None,
-    hi: jax.Array,
-    dropout: Dropout | None = None,
-    layout: Layout = "any",
-    segments: int = 0,
+    q, k, v, lo, hi, dropout: Dropout | None = None, layout: Layout = "any", segments: int = 0
 ) -> jax.Array:
     """Softmax attention of q [B T N H] over k, v [B S K H] with scale H^-0.5: [B T N H].
 
@@ -76,14 +69,12 @@ def attend(
     where = mesh_axes_for((batch, q.shape[0]), (tokens, q.shape[1]), ("heads", k.shape[2]))
     queries = spec((batch, tokens, "heads", None), where)
     keys, ranges = spec((batch, None, "heads", None), where), spec((batch, tokens), where)
-    args, in_specs = [q, k, v, hi], [queries, keys, keys, ranges]
-    if lo is not None:
-        args, in_specs = [*args, lo], [*in_specs, ranges]
-        # Segment of every key: a shard of the queries knows only its own.
-        if q.shape[1] == k.shape[1]:
-            args = [*args, jnp.where(hi > lo, lo + 1, 0)]
-            in_specs = [*in_specs, spec((batch, None), where)]
-    return on_shards(run, tuple(in_specs), queries, *args)
+    in_specs = (queries, keys, keys, ranges, ranges, spec((batch, None), where))
+    key_segments = None
+    # A shard of the queries knows only the segments of its own tokens.
+    if lo is not None and q.shape[1] == k.shape[1]:
+        key_segments = jnp.where(hi > lo, lo + 1, 0)
+    return on_shards(run, in_specs, queries, q, k, v, hi, lo, key_segments)
 
 
 def head_copies(query_heads: int, kv_heads: int) -> int:
@@ -93,7 +84,7 @@ def head_copies(query_heads: int, kv_heads: int) -> int:
     return copies if query_heads % (kv_heads * copies) == 0 else 1
 
 
-def _attend(layout: Layout, segments: int, q, k, v, hi, lo=None, key_segments=None) -> jax.Array:
+def _attend(layout: Layout, segments: int, q, k, v, hi, lo, key_segments) -> jax.Array:
     """`attend` on one device. key_segments [B S]: ids of all keys' segments, for splash."""
     if platform() == "tpu":
         # Pallas for a TPU is imported only where there is one.
@@ -190,28 +181,20 @@ def _each_query_block(fn, q, lo, hi, drop):
         q, lo, hi, i = args
         return fn(q, lo, hi, drop and drop.fold_in(i))
 
-    out = jax.lax.map(jax.checkpoint(run), (q, lo, hi, jnp.arange(count)))
-    out = jnp.moveaxis(out, 0, 3)
+    out = jnp.moveaxis(jax.lax.map(jax.checkpoint(run), (q, lo, hi, jnp.arange(count))), 0, 3)
     return out.reshape(*out.shape[:3], count * BLOCK, out.shape[-1])[:, :, :, :t]
 
 
 def _over_filled_blocks(k, v, q, lo, hi):
     """A decode step over keys [B S K H]: the loop ends at the last filled slot. No gradient."""
-
-    def fold(j, carry):
-        keys, values = (_slice(x, j * DECODE_BLOCK, DECODE_BLOCK, 1).swapaxes(1, 2) for x in (k, v))
-        return _fold(carry, q, keys, values, lo, hi, j * DECODE_BLOCK)
-
+    fold = functools.partial(_fold_block, k, v, DECODE_BLOCK, q, lo, hi, None)
     first, last = jnp.min(lo) // DECODE_BLOCK, -(-jnp.max(hi) // DECODE_BLOCK)
     return _finish(jax.lax.fori_loop(first, last, fold, _start(q)))
 
 
 def _over_key_blocks(k, v, q, lo, hi, drop):
     """All blocks of keys [B S K H]; one outside every range is skipped."""
-
-    def fold(j, carry):
-        keys, values = (_slice(x, j * BLOCK, BLOCK, 1).swapaxes(1, 2) for x in (k, v))
-        return _fold(carry, q, keys, values, lo, hi, j * BLOCK, drop and drop.fold_in(j))
+    fold = functools.partial(_fold_block, k, v, BLOCK, q, lo, hi, drop)
 
     def body(carry, j):
         seen = jnp.any((lo < (j + 1) * BLOCK) & (hi > j * BLOCK) & (lo < hi))
@@ -225,6 +208,12 @@ def _start(q):
     """Running (maximum, sum, output) of the online softmax."""
     top = jnp.full(q.shape[:-1], NEG, jnp.float32)
     return top, jnp.zeros_like(top), jnp.zeros(q.shape, jnp.float32)
+
+
+def _fold_block(k, v, size, q, lo, hi, drop, j, carry):
+    """`_fold` of block j of `size` keys of k, v [B S K H]."""
+    keys, values = (_slice(x, j * size, size, 1).swapaxes(1, 2) for x in (k, v))
+    return _fold(carry, q, keys, values, lo, hi, j * size, drop and drop.fold_in(j))
 
 
 def _fold(carry, q, k, v, lo, hi, first_key, drop=None):

@@ -168,14 +168,13 @@ def _left_align(batch: Batch) -> Batch:
     first = jnp.argmax(batch.segment_ids > 0, axis=1)[:, None]
     index = (jnp.arange(width) + first) % width
 
-    def align(x: jax.Array | None) -> jax.Array | None:
-        if x is None:
-            return None
+    def align(x: jax.Array) -> jax.Array:
         return jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1)
 
+    positions = jax.vmap(align)(batch.positions)
     names = ("tokens", "segment_ids", "vision_rows", "embeds")
-    fields = {"positions": jax.vmap(align)(batch.positions)}
-    return batch.replace(**fields, **{name: align(getattr(batch, name)) for name in names})
+    fields = {name: jax.tree.map(align, getattr(batch, name)) for name in names}
+    return batch.replace(positions=positions, **fields)
 
 
 def extend(
@@ -217,8 +216,9 @@ def decode_step(
     check_call(params, cfg, cache=cache)
     slot = cache.length[:, None]
     positions = jnp.broadcast_to((cache.length + cache.delta)[:, None], (3, *slot.shape))
-    x = repeat_one(transformer.embed_lookup(params, tokens[:, None]))
-    rotary, written = mrope(cfg.text, positions, x.dtype), []
+    dtype = transformer.compute_dtype(params)
+    x = repeat_one(transformer.embed_lookup(params, tokens[:, None], dtype))
+    rotary, written = mrope(cfg.text, positions, dtype), []
     for layer, *old in zip(_per_layer(params)["layers"], cache.k, cache.v, strict=True):
         x, *kv = _step_layer(cfg, layer, x, rotary, *old, slot)
         written.append(kv)
@@ -291,11 +291,9 @@ def _fill_in_chunks(params, cfg, cache, batch, features, slot, chunk):
         k, v = map(list, zip(*written))
         fields, slot, start = xs
         piece = batch.replace(**fields, vision=None, labels=None)
-        hi = jnp.where(piece.segment_ids > 0, slot + 1, 0)
-        attend_fn = cached_attention(k, v, slot, hi)
-        x, written = transformer.run_decoder(
-            params, cfg, piece, features, attend_fn, longest=longest
-        )
+        attend_fn = cached_attention(k, v, slot, jnp.where(piece.segment_ids > 0, slot + 1, 0))
+        args = params, cfg, piece, features, attend_fn
+        x, written = transformer.run_decoder(*args, longest=longest)
         index = last - start
         here = jnp.take_along_axis(x, jnp.clip(index, 0, chunk - 1)[:, None, None], axis=1)[:, 0]
         inside = ((index >= 0) & (index < chunk))[:, None]

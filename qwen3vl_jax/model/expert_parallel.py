@@ -16,9 +16,6 @@ from qwen3vl_jax.model.lora import Adapted
 from qwen3vl_jax.model.quantized import Quantized
 from qwen3vl_jax.model.sharding import MeshAxes, mesh_axes_for, mesh_sizes, on_shards, spec
 
-# The axis D of gate_up [E D 2M] and of down [E M D].
-_EMBED = (1, 2)
-
 
 class ExpertParallel(NamedTuple):
     """Layout of one MoE layer's tokens and experts on the mesh (everything local without a mesh).
@@ -40,8 +37,9 @@ class ExpertParallel(NamedTuple):
         experts, sizes = gate_up.shape[0], mesh_sizes()
         weights = mesh_axes_for(("expert", experts), ("embed", shape[2]))
         parts = math.prod(sizes[a] for a in weights["embed"])
-        pairs = zip((gate_up, down), _EMBED, strict=True)
-        partial = shape[1] == 1 < parts and all(_divides(w, dim, parts) for w, dim in pairs)
+        held = gate_up, down
+        equal = jax.tree.map(lambda x, i: i < 0 or x.shape[i] % parts == 0, held, _embed_axes(held))
+        partial = shape[1] == 1 < parts and all(jax.tree.leaves(equal))
         batch = "decode_batch" if shape[1] == 1 else "batch"
         tokens = mesh_axes_for((batch, shape[0]), ("residual", shape[1]))
         return cls(batch, tokens, weights, experts, sizes, partial)
@@ -68,18 +66,14 @@ class ExpertParallel(NamedTuple):
         where = {**self.tokens, "embed": self.weights["embed"]}
         hidden = spec((self.batch, "residual", "embed" if self.partial else None), where)
         others = spec((self.batch, "residual", None), where)
-        held = tuple(self._specs(w, dim) for w, dim in zip(weights, _EMBED, strict=True))
+
+        def spec_of(x: jax.Array, axis: int) -> Any:
+            named = {0: "expert", axis: "embed"}
+            return spec([named.get(i) for i in range(x.ndim)], self.weights)
+
+        held = jax.tree.map(spec_of, weights, _embed_axes(weights, values_only=not self.partial))
         in_specs = ((hidden, *(others for _ in tokens[1:])), held)
         return on_shards(fn, in_specs, hidden, tokens, weights)
-
-    def _specs(self, w: Any, dim: int) -> Any:
-        """PartitionSpecs of a weight: E in every leaf; D in the values, if `partial` in every leaf."""
-
-        def of(leaf: jax.Array, axis: int) -> Any:
-            named = {0: "expert", axis: "embed"}
-            return spec([named.get(i) for i in range(leaf.ndim)], self.weights)
-
-        return jax.tree.map(of, w, _embed_axes(w, dim, values_only=not self.partial))
 
     def all_gather_tokens(self, tokens: Any) -> Any:
         """Arrays [b t ..] of this device -> [n ..] with the tokens of all devices of the expert axes."""
@@ -96,8 +90,13 @@ class ExpertParallel(NamedTuple):
         axes = self.weights["embed"]
         if self.partial or not axes:
             return weights
-        pairs = zip(weights, _EMBED, strict=True)
-        return tuple(_all_gather_weight(w, axes, dim, dtype) for w, dim in pairs)
+
+        def of(x: jax.Array, axis: int) -> jax.Array:
+            # Quantized values, of 8 bits or fewer, are not cast.
+            sent = dtype if x.dtype.itemsize > 1 else x.dtype
+            return x if axis < 0 else _all_gather(x, axes, axis, sent)
+
+        return jax.tree.map(of, weights, _embed_axes(weights, values_only=True))
 
     def psum_embed(self, y: jax.Array) -> jax.Array:
         """A product over D, summed over the devices that each hold a slice of D."""
@@ -111,44 +110,26 @@ class ExpertParallel(NamedTuple):
         return jax.lax.psum_scatter(out, axes, scatter_dimension=0, tiled=True) if axes else out
 
 
-def _embed_axes(w: Any, dim: int, values_only: bool = False) -> Any:
-    """A tree like w with the axis of D in each leaf, -1 where a leaf has none.
+def _embed_axes(weights: Any, values_only: bool = False) -> Any:
+    """Trees like gate_up [E D 2M] and down [E M D] with the axis of D in each leaf, -1 if it has none."""
+    return tuple(_embed_axis(w, dim, values_only) for w, dim in zip(weights, (1, 2), strict=True))
 
-    dim: the axis of D in the values, an input of gate_up (1) and an output of down (2).
-    """
+
+def _embed_axis(w: Any, dim: int, values_only: bool) -> Any:
     if isinstance(w, Adapted):
         a, b = (-1, -1) if values_only else (2, -1) if dim == 1 else (-1, 1)
         pairs = {name: pair.replace(a=a, b=b, scale=-1) for name, pair in w.pairs.items()}
-        return w.replace(base=_embed_axes(w.base, dim, values_only), pairs=pairs)
+        return w.replace(base=_embed_axis(w.base, dim, values_only), pairs=pairs)
     if isinstance(w, Quantized):
         scaled = w.scale.shape[dim] > 1 and not values_only
         return w.replace(values=dim, scale=dim if scaled else -1)
     return dim
 
 
-def _divides(w: Any, dim: int, parts: int) -> bool:
-    """Whether D can be sharded into equal parts in every leaf of w that has it."""
-    leaves = zip(jax.tree.leaves(w), jax.tree.leaves(_embed_axes(w, dim)), strict=True)
-    return all(axis < 0 or x.shape[axis] % parts == 0 for x, axis in leaves)
-
-
-def _all_gather_weight(w: Any, axes: tuple[str, ...], dim: int, dtype: Any) -> Any:
-    """A weight whose values have all of D. 8-bit values are not cast."""
-    if isinstance(w, Adapted):
-        return w.replace(base=_all_gather_weight(w.base, axes, dim, dtype))
-    if isinstance(w, Quantized):
-        return w.replace(values=_all_gather(w.values, axes, dim, w.values.dtype))
-    return _all_gather(w, axes, dim, dtype)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _all_gather(w: jax.Array, axes: tuple[str, ...], dim: int, dtype: Any) -> jax.Array:
     """All-gather along one axis in dtype. The gradient is reduce-scattered in the dtype of w."""
     return jax.lax.all_gather(w.astype(dtype), axes, axis=dim, tiled=True)
-
-
-def _all_gather_forward(w, axes, dim, dtype):
-    return _all_gather(w, axes, dim, dtype), jnp.zeros(0, w.dtype)
 
 
 def _all_gather_backward(axes, dim, dtype, like, gradient):
@@ -158,4 +139,6 @@ def _all_gather_backward(axes, dim, dtype, like, gradient):
     return (jax.lax.psum_scatter(gradient, axes, scatter_dimension=dim, tiled=True),)
 
 
-_all_gather.defvjp(_all_gather_forward, _all_gather_backward)
+_all_gather.defvjp(
+    lambda w, *how: (_all_gather(w, *how), jnp.zeros(0, w.dtype)), _all_gather_backward
+)

@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from qwen3vl_jax.model.attention_gpu import ATTENTION
 from qwen3vl_jax.model.lora import Adapted, lora_delta
 from qwen3vl_jax.model.matmul import product
-from qwen3vl_jax.model.quantized import Quantized, Weight, dequantize, scaled_matmul_parts
+from qwen3vl_jax.model.quantized import Quantized, Weight, dequantize, matmul_parts
 from qwen3vl_jax.model.sharding import max_parts, mesh_sizes, platform
 from qwen3vl_jax.model.structs import FEW
 
@@ -52,10 +52,8 @@ def weight(module: Any, name: str, *dims: tuple[int, str | None], init=None) -> 
     return cast(jax.Array, module.param(name, boxed, shape, jnp.float32))
 
 
-def linear(
-    x: jax.Array, w: Weight | Adapted, bias: jax.Array | None = None, in_dims=1, wide=False
-) -> jax.Array:
-    """x [.. in..] times w [out.. in..] -> [.. out..], summed in fp32, returned in the dtype of x.
+def linear(x: jax.Array, w: Weight | Adapted, bias=None, in_dims=1, wide=False) -> jax.Array:
+    """x [.. in..] times w [out.. in..] plus bias [out..] -> [.. out..] in the dtype of x, summed in fp32.
 
     The `in_dims` trailing axes of both are contracted. wide: an MLP's first product, for REMAT.
     """
@@ -80,10 +78,14 @@ def linear_fp32(x: jax.Array, w: Weight | Adapted, in_dims: int = 1) -> jax.Arra
     if isinstance(w, Adapted):
         return linear_fp32(x, w.base, in_dims) + lora_delta(x, w, in_dims)
     dtype = x.dtype if isinstance(w, Quantized) else w.dtype
-    values, scale = scaled_matmul_parts(w, dtype, range(len(w.shape) - in_dims, len(w.shape)))
-    # Merging axes that a mesh shards would gather them.
-    merge_axes = platform() == "cpu" and not mesh_sizes()
-    y: Any = (_product_2d if merge_axes else product)(x, values, in_dims)
+    values, scale = matmul_parts(w, dtype, range(len(w.shape) - in_dims, len(w.shape)))
+    # XLA:CPU copies a 3-D weight at every call, many times slower. On a mesh, merging axes gathers them.
+    if platform() == "cpu" and not mesh_sizes():
+        lead, out = x.shape[: x.ndim - in_dims], w.shape[: len(w.shape) - in_dims]
+        width = math.prod(w.shape[len(out) :])
+        y = product(x.reshape(-1, width), values.reshape(-1, width)).reshape(*lead, *out)
+    else:
+        y = product(x, values, in_dims)
     return y if scale is None else y * scale
 
 
@@ -94,13 +96,6 @@ def repeat_one(x: jax.Array) -> jax.Array:
     """
     alone = x.dtype == jnp.bfloat16 and len(x) == 1 == max_parts("decode_batch")
     return jnp.repeat(x, 2 if platform() == "cpu" else 8, axis=0) if alone else x
-
-
-def _product_2d(x: jax.Array, w: jax.Array, in_dims: int) -> jax.Array:
-    """`product` in two dimensions: XLA:CPU copies a 3-D weight at every call, many times slower."""
-    lead, out = x.shape[: x.ndim - in_dims], w.shape[: w.ndim - in_dims]
-    width = math.prod(w.shape[w.ndim - in_dims :])
-    return product(x.reshape(-1, width), w.reshape(-1, width)).reshape(*lead, *out)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

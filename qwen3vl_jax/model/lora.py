@@ -48,9 +48,8 @@ def lora_delta(x: jax.Array, w: Adapted, in_dims: int, dtype: Any = jnp.float32)
 
     def rows_of(pair: Pair, start: int, stop: int) -> jax.Array:
         b = (pair.b * pair.scale).reshape(*out[:axis], stop - start, *out[axis + 1 :], -1)
-        return jnp.pad(
-            b, [(start, out[axis] - stop) if i == axis else (0, 0) for i in range(b.ndim)]
-        )
+        pad = [(start, out[axis] - stop) if i == axis else (0, 0) for i in range(b.ndim)]
+        return jnp.pad(b, pad)
 
     spans = [(w.pairs[name], i, j or out[0]) for name, i, j in w.spans if name in w.pairs]
     masks = [dropout_mask(pair, x.shape, x.dtype) for pair, *_ in spans]

@@ -42,6 +42,7 @@ def _short_product(x, w, in_dims, dtype):
     return _dot(x, w, in_dims, dtype)
 
 
+@functools.partial(_short_product.defjvp, symbolic_zeros=True)
 def _short_jvp(in_dims, dtype, primals, tangents):
     """Each tangent is a product with a 16-bit result, so its transpose has a 16-bit cotangent."""
     (x, w), (d_x, d_w) = primals, tangents
@@ -56,17 +57,10 @@ def _is_zero(*arrays) -> bool:
     return any(isinstance(array, SymbolicZero) for array in arrays)
 
 
-_short_product.defjvp(_short_jvp, symbolic_zeros=True)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _cast_product(x, w, in_dims, dtype):
     """`product` with a weight that is cast; its gradient is rounded to its own dtype only."""
     return _dot(x, w.astype(x.dtype), in_dims, dtype)
-
-
-def _cast_forward(x, w, in_dims, dtype):
-    return _cast_product(x, w, in_dims, dtype), (x, w)
 
 
 def _cast_backward(in_dims, dtype, saved, d_y):
@@ -77,7 +71,7 @@ def _cast_backward(in_dims, dtype, saved, d_y):
     return d_x, _contract(d_y, x, lead, lead).astype(w.dtype)
 
 
-_cast_product.defvjp(_cast_forward, _cast_backward)
+_cast_product.defvjp(lambda x, w, *how: (_cast_product(x, w, *how), (x, w)), _cast_backward)
 
 
 @jax.custom_jvp

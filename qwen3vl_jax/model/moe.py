@@ -13,7 +13,7 @@ from qwen3vl_jax.config import TextConfig
 from qwen3vl_jax.model.expert_parallel import ExpertParallel
 from qwen3vl_jax.model.layers import ACTIVATIONS, linear_fp32, weight
 from qwen3vl_jax.model.lora import dropout_mask, expert_leaves, lora_product, split
-from qwen3vl_jax.model.quantized import scaled_matmul_parts
+from qwen3vl_jax.model.quantized import matmul_parts
 from qwen3vl_jax.model.sharding import platform
 
 # Capacity of a device's first pass over its experts, in multiples of an even router's share.
@@ -115,13 +115,14 @@ def experts_ragged(x, gates, expert_index, gate_up, down, act, *, masks=None, sh
         valid = (start + jnp.arange(capacity) < ends[-1])[:, None]
         edges = jnp.clip(jnp.pad(ends, (1, 0)), start, start + capacity)
         group_sizes = jnp.diff(edges).astype(jnp.int32)
-        rows = _SortedPairs(pair // per_token, expert[pair], group_sizes, valid)
-        hidden = rows.grouped_product(x[rows.token], gate_up, masks[0])
+        token = pair // per_token
+        product = functools.partial(_grouped_product, token, expert[pair], group_sizes, valid)
+        hidden = product(x[token], gate_up, masks[0])
         hidden = psum(hidden) if psum else hidden
         hidden = _swiglu(hidden.astype(x.dtype), act)
-        out = rows.grouped_product(hidden, down, masks[1])
+        out = product(hidden, down, masks[1])
         out *= gates.reshape(-1)[pair].astype(jnp.float32)[:, None]
-        return jnp.zeros(x.shape, jnp.float32).at[rows.token].add(jnp.where(valid, out, 0))
+        return jnp.zeros(x.shape, jnp.float32).at[token].add(jnp.where(valid, out, 0))
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def overflow_pass(out, start):
@@ -134,29 +135,21 @@ def experts_ragged(x, gates, expert_index, gate_up, down, act, *, masks=None, sh
     return out if passes == 1 else jax.lax.cond(ends[-1] > capacity, overflow, lambda y: y, out)
 
 
-class _SortedPairs(NamedTuple):
-    """(token, expert) pairs sorted by expert."""
-
-    token: jax.Array  # [rows]
-    expert: jax.Array  # [rows]
-    group_sizes: jax.Array  # [e]
-    valid: jax.Array  # [rows 1]: false after the last pair
-
-    def grouped_product(self, x: jax.Array, w: Any, mask: jax.Array | None) -> jax.Array:
-        """Each row of x times its expert's matrix, in fp32."""
-        base, pair = split(w)
-        # Without zeros, what a kernel leaves after the last row would get a gradient.
-        x = jnp.where(self.valid, x, 0)
-        values, scale = scaled_matmul_parts(base, x.dtype, (1,))
-        y = ragged_dot(x, values, self.group_sizes).astype(jnp.float32)
-        y = y if scale is None else y * scale[self.expert]
-        if pair is None:
-            return y
-        x = x if mask is None else x * mask[self.token]
-        a, b = (m.swapaxes(1, 2).astype(x.dtype) for m in (pair.a, pair.b))
-        low = ragged_dot(x, a, self.group_sizes).astype(x.dtype)
-        delta = ragged_dot(low, b, self.group_sizes).astype(jnp.float32)
-        return y + delta * pair.scale[self.expert][:, None]
+def _grouped_product(token, expert, group_sizes, valid, x, w, mask) -> jax.Array:
+    """Each row of x times its expert's matrix, in fp32; the rows after the last pair are not valid."""
+    base, pair = split(w)
+    # Without zeros, what a kernel leaves after the last row would get a gradient.
+    x = jnp.where(valid, x, 0)
+    values, scale = matmul_parts(base, x.dtype, (1,))
+    y = ragged_dot(x, values, group_sizes).astype(jnp.float32)
+    y = y if scale is None else y * scale[expert]
+    if pair is None:
+        return y
+    x = x if mask is None else x * mask[token]
+    a, b = (m.swapaxes(1, 2).astype(x.dtype) for m in (pair.a, pair.b))
+    low = ragged_dot(x, a, group_sizes).astype(x.dtype)
+    delta = ragged_dot(low, b, group_sizes).astype(jnp.float32)
+    return y + delta * pair.scale[expert][:, None]
 
 
 def experts_scan(x, gates, expert_index, gate_up, down, act, *, masks=None, shards=1, psum=None):
@@ -173,7 +166,7 @@ def experts_scan(x, gates, expert_index, gate_up, down, act, *, masks=None, shar
 
     def product(x, w, mask):
         base, pair = split(w)
-        values, scale = scaled_matmul_parts(base, x.dtype, (0,))
+        values, scale = matmul_parts(base, x.dtype, (0,))
         y = jnp.dot(x, values, preferred_element_type=jnp.float32)
         y = y if scale is None else y * scale
         return y if pair is None else y + lora_product(x if mask is None else x * mask, pair)

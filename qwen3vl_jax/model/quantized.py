@@ -39,9 +39,7 @@ def dequantize(w: Weight, dtype) -> jax.Array:
     return (w.values.astype(jnp.float32) * _expand_scales(w.scale, w.shape)).astype(dtype)
 
 
-def scaled_matmul_parts(
-    w: Weight, dtype, axes: Iterable[int]
-) -> tuple[jax.Array, jax.Array | None]:
+def matmul_parts(w: Weight, dtype, axes: Iterable[int]) -> tuple[jax.Array, jax.Array | None]:
     """(values, scale or None) of a product that contracts `axes` of w: result = (x values) * scale.
 
     A scale that is constant along the contracted axes multiplies the product (float32, in the shape

@@ -7,6 +7,8 @@ import numpy as np
 from qwen3vl_jax import rope_config
 from qwen3vl_jax.config import TextConfig
 
+Rotary = tuple[jax.Array, jax.Array]  # cos and sin of the angles
+
 
 def mrope_axes(section: tuple[int, ...], half: int) -> np.ndarray:
     """Position axis (T, H, W = 0, 1, 2) of each of the `half` frequencies: interleaved MRoPE, int32.
@@ -20,9 +22,7 @@ def mrope_axes(section: tuple[int, ...], half: int) -> np.ndarray:
     return axes
 
 
-def mrope(
-    cfg: TextConfig, positions: jax.Array, dtype, longest: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
+def mrope(cfg: TextConfig, positions: jax.Array, dtype, longest: jax.Array | None = None) -> Rotary:
     """MRoPE ids [3 B T] -> cos and sin [B T 1 H/2] of their angles, computed in fp32, cast to dtype.
 
     longest: the largest position of the whole sequences when `positions` is one chunk of them.
@@ -40,7 +40,7 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-def vision_rotary(head_dim: int, theta: float, coords: jax.Array) -> tuple[jax.Array, jax.Array]:
+def vision_rotary(head_dim: int, theta: float, coords: jax.Array) -> Rotary:
     """coords [.. 2] (row, column in the frame) -> cos and sin [.. 1 H/2] fp32: rows, then columns."""
     quarter = head_dim // 4
     exponents = np.arange(quarter, dtype=np.float32) / np.float32(quarter)
@@ -64,9 +64,8 @@ def inverse_frequencies(cfg: TextConfig, longest: jax.Array) -> tuple[jax.Array,
         stretch = r.factor * length / limit - (r.factor - 1)
         return 1.0 / (r.theta * stretch ** (dim / (dim - 2))) ** exponents, 1.0
     if r.rope_type == "longrope":
-        limit = r.original_max_position_embeddings
         short, long = (np.asarray(f, np.float32) * powers for f in (r.short_factor, r.long_factor))
-        beyond = longest + 1 > limit
+        beyond = longest + 1 > r.original_max_position_embeddings
         return 1.0 / jnp.where(beyond, long, short), rope_config.longrope_scale(r)
     inverse, scale = rope_config.fixed_frequencies(r, dim)
     return jnp.asarray(inverse), scale

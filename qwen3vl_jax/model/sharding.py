@@ -59,8 +59,6 @@ RULES: dict[str, tuple[str, ...]] = {
     "vision_mlp": (),
     "expert_mlp": (),
 }
-# vision_batch takes the mesh axes of batch first: each device encodes the images of its own sequences.
-FIRST = {"vision_batch": "batch"}
 # Logical axis -> the mesh axes that shard it, in one array or call.
 MeshAxes = Mapping[str, tuple[str, ...]]
 # The logical axes of an array; None: not sharded.
@@ -92,13 +90,9 @@ def jit_wide(fn: Callable, static_argnames: Any) -> Any:
     return functools.update_wrapper(cast(Any, call), plain)
 
 
-def mesh_sizes() -> dict[str, int]:
-    """The ambient mesh's axes of more than one device; empty without a mesh."""
-    return axis_sizes(jax.sharding.get_abstract_mesh())
-
-
-def axis_sizes(mesh: Any) -> dict[str, int]:
-    """A mesh's axes of more than one device."""
+def mesh_sizes(mesh: Any = None) -> dict[str, int]:
+    """The axes of more than one device of a mesh, by default the ambient one; empty without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     return {name: n for name, n in mesh.shape.items() if n > 1}
 
 
@@ -132,8 +126,9 @@ def mesh_axes_for(
 
 
 def _choose_axes(name: str, free: Mapping[str, int], lengths: list[int]) -> tuple[str, ...]:
-    """The free mesh axes that shard a logical axis of these lengths; those of FIRST come first."""
-    preferred = RULES.get(FIRST.get(name, ""), ())
+    """The free mesh axes that shard a logical axis of these lengths."""
+    # Those of batch first: each device encodes the images of its own sequences.
+    preferred = RULES["batch"] if name == "vision_batch" else ()
     first = _largest([a for a in preferred if a in free], free, lengths)
     count = math.prod(free[a] for a in first)
     others = [a for a in RULES[name] if a in free and a not in preferred]
@@ -158,10 +153,9 @@ def spec(axes: Axes, where: MeshAxes) -> PartitionSpec:
 
 def shard(x: jax.Array, *axes: str | None) -> jax.Array:
     """Constrains x to the sharding of its logical axes on the ambient mesh."""
-    sizes = mesh_sizes()
-    if not sizes:
-        return x
-    return jax.lax.with_sharding_constraint(x, spec_of(axes, x, sizes))
+    if sizes := mesh_sizes():
+        return jax.lax.with_sharding_constraint(x, spec_of(axes, x, sizes))
+    return x
 
 
 def spec_of(axes: Axes, x: Any, sizes: Mapping[str, int]) -> PartitionSpec:

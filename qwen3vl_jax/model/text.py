@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from qwen3vl_jax.config import TextConfig
 from qwen3vl_jax.model.layers import ACTIVATIONS, linear, ones, rms_norm, run_layers, weight, zeros
 from qwen3vl_jax.model.moe import Experts, RouterOutput
-from qwen3vl_jax.model.rope import mrope, rotate
+from qwen3vl_jax.model.rope import Rotary, mrope, rotate
 from qwen3vl_jax.model.sharding import shard
 
 # Attention of layer i: (i, q [B T N H], k [B T K H], v [B T K H]) -> (out [B T N H], kept). `kept` is
@@ -21,7 +21,6 @@ from qwen3vl_jax.model.sharding import shard
 AttendFn = Callable[[Any, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 # What decode_layers returns of each layer: (residual after it, kept, RouterOutput or None) -> output.
 CollectFn = Callable[[jax.Array, Any, RouterOutput | None], Any]
-Rotary = tuple[jax.Array, jax.Array]
 
 
 def batch_axis(x: jax.Array) -> str:
@@ -110,13 +109,6 @@ class Block(nn.Module):
         return x + shard_residual(y), kept, routed
 
 
-def add_deepstack(residual: jax.Array, deepstack: jax.Array | None, i: Any) -> jax.Array:
-    """Adds DeepStack features [n B T D] to the residual [B T D] after layer i < n."""
-    if deepstack is None:
-        return residual
-    return residual + jnp.take(deepstack, i, axis=0, mode="fill", fill_value=0)
-
-
 def decode_layers(
     layers: Any,
     cfg: TextConfig,
@@ -132,7 +124,8 @@ def decode_layers(
     """Runs the decoder layers over x [B T D] with MRoPE ids positions [3 B T].
 
     Returns the residual before the final norm, and `collect`'s output of each layer (by default `kept`).
-    deepstack [n B T D] is zero where there is no vision. remat: of layers.REMAT. longest: as in `mrope`.
+    deepstack [n B T D], zero where there is no vision, is added after layers 0 .. n-1. remat: of
+    layers.REMAT. longest: as in `mrope`.
     """
     rotary = mrope(cfg, positions, x.dtype, longest)
 
@@ -141,7 +134,9 @@ def decode_layers(
             return attend_fn(i, *split_heads(*heads))
 
         out: Any = Block(cfg).apply({"params": layer}, x, rotary, attend)
-        x, kept, routed = add_deepstack(out[0], deepstack, i), *out[1:]
+        x, kept, routed = out
+        if deepstack is not None:
+            x += jnp.take(deepstack, i, axis=0, mode="fill", fill_value=0)
         return x, collect(x, kept, routed) if collect else kept
 
     return run_layers(body, x, layers, remat)

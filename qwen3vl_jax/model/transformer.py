@@ -30,9 +30,8 @@ def compute_dtype(params: Params) -> Any:
     return (params["norm"] if isinstance(embed, Quantized) else embed).dtype
 
 
-def embed_lookup(params: Params, tokens: jax.Array, dtype: Any = None) -> jax.Array:
-    """Token embeddings [B T D] of tokens [B T], in the dtype of the computation."""
-    dtype = compute_dtype(params) if dtype is None else dtype
+def embed_lookup(params: Params, tokens: jax.Array, dtype: Any) -> jax.Array:
+    """Token embeddings [B T D] of tokens [B T]."""
     # XLA turns the lookup of a single token into a slice of the gathered table, so it is done twice.
     repeated = tokens if tokens.size > 1 else jnp.repeat(tokens, 2, axis=1)
     # First as the table is sharded, since moving the table is too expensive; then from channels to

@@ -6,12 +6,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from qwen3vl_jax.config import Config, VisionConfig
 from qwen3vl_jax.model.attention import attend
 from qwen3vl_jax.model.layers import ACTIVATIONS, LayerNorm, linear, run_layers, weight, zeros
-from qwen3vl_jax.model.quantized import Weight, dequantize
+from qwen3vl_jax.model.quantized import dequantize
 from qwen3vl_jax.model.rope import rotate, vision_rotary
 from qwen3vl_jax.model.sharding import jit_wide, shard
 from qwen3vl_jax.model.structs import Features, Params, VisionInputs, check_call
@@ -99,13 +98,6 @@ class PatchMerger(nn.Module):
         return linear(x, weight(self, "fc2", out, d), weight(self, "fc2_bias", out, init=zeros))
 
 
-def position_embedding(table: Weight, vis: VisionInputs) -> jax.Array:
-    """Learned positions [W P Dv] float32, bilinear between the four neighbours in the table."""
-    # Replicated: it is small, and every device looks up in it.
-    table = shard(dequantize(table, jnp.float32), None, None)
-    return jnp.einsum("wpad,wpa->wpd", table[vis.pos_index], vis.pos_weight)
-
-
 def vision_encode(
     params: Params, cfg: Config, vis: VisionInputs, *, dtype: Any = None, remat: str = "none"
 ) -> Features:
@@ -128,8 +120,7 @@ def vision_encode(
             kept |= {i: x} if i in taken else {}
         return _merge(rest, c, x, [kept[i] for i in taken])
     # DeepStack level of each block; blocks without one write past the end, which is dropped.
-    levels = np.full(c.depth, len(taken))
-    levels[list(taken)] = np.arange(len(taken))
+    levels = [taken.index(i) if i in taken else len(taken) for i in range(c.depth)]
     level_of = jnp.asarray(levels)
 
     def body(carry, layer, i):
@@ -149,7 +140,10 @@ def _embed_patches(p, c, vis, dtype):
     if vis.lo.ndim == 1:
         vis = jax.tree.map(lambda x: x[None], vis)
     x: Any = PatchEmbed(c).apply({"params": p["patch"]}, vis.pixels.astype(dtype))
-    x = shard(x + position_embedding(p["pos"], vis).astype(x.dtype), *PATCHES)
+    # Learned positions, replicated: the table is small, and every device looks up in it.
+    table = shard(dequantize(p["pos"], jnp.float32), None, None)
+    positions = jnp.einsum("wpad,wpa->wpd", table[vis.pos_index], vis.pos_weight)
+    x = shard(x + positions.astype(x.dtype), *PATCHES)
     return x, vision_rotary(c.head_dim, c.rope_theta, vis.coords), vis.lo, vis.hi
 
 
