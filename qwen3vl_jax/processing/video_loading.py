@@ -1,4 +1,4 @@
-"""Sources of videos: file, bytes, URL, folder or list of frames, array; read frame by frame."""
+"""Videos that are frames one by one: a list, an array, a folder of images."""
 
 import os
 import re
@@ -11,10 +11,9 @@ from PIL import Image
 from qwen3vl_jax.errors import InputError, shown
 from qwen3vl_jax.processing.array_checks import integers
 from qwen3vl_jax.processing.fetching import MediaRules, short
-from qwen3vl_jax.processing.media import local_path, open_source
+from qwen3vl_jax.processing.media import local_path
 from qwen3vl_jax.processing.settings import frame_rate
-from qwen3vl_jax.processing.video_files import open_file
-from qwen3vl_jax.processing.video_reader import VideoReader, is_animation, open_animation
+from qwen3vl_jax.processing.video_files import VideoReader
 
 Frames = Sequence[Any] | np.ndarray
 Load = Callable[[Any], Image.Image]
@@ -22,14 +21,6 @@ _CHANNELS = (1, 3, 4)
 _ADVICE = 'give the rate of its frames: video_metadata={"fps": ...} or sample_fps'
 # "data:video/jpeg;base64,AAAA,BBBB": frames one after another.
 _JOINED = re.compile(r"data:video/(jpeg|jpg|png|webp);base64,", re.IGNORECASE)
-
-
-def open_video(source: Any, rules: MediaRules | None = None) -> VideoReader:
-    """The video in a file, of any form that `open_source` takes. Raises InputError."""
-    found = open_source(source, "video", rules)
-    with found.open() as file:
-        head = file.read(16)
-    return (open_animation if is_animation(head) else open_file)(found.open, found.name)
 
 
 def as_frames(source: Any, rules: MediaRules | None = None) -> Frames | None:

@@ -24,8 +24,8 @@ from qwen3vl_jax.processing.settings import (
     checks,
     smart_resize_video,
 )
-from qwen3vl_jax.processing.video_loading import as_frames, open_frames, open_video
-from qwen3vl_jax.processing.video_reader import FramesDiffer, VideoReader
+from qwen3vl_jax.processing.video_files import FramesDiffer, VideoReader, open_video
+from qwen3vl_jax.processing.video_loading import as_frames, open_frames
 
 # Of the patches of one video; a video at qwen-vl-utils' limits has 2.7 GiB of them.
 MAX_VIDEO_BYTES = 3 * 2**30
