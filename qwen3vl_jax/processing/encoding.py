@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from qwen3vl_jax.config import IGNORE_INDEX, Config
-from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.errors import InputError, unexpected
 from qwen3vl_jax.processing import encoded_prompt
 from qwen3vl_jax.processing.encoded_prompt import EncodedImage, EncodedPrompt, EncodedVideo
 from qwen3vl_jax.processing.fetching import MediaRules, short
@@ -61,7 +61,7 @@ def hand_out(rows: Rows, images: Any, videos: Any = None) -> Rows:
 def with_video_options(rows: Rows, videos_kwargs: Mapping[str, Any]) -> Rows:
     """The videos with a call's options under their own; video_metadata: one a video. Raises InputError."""
     if not isinstance(videos_kwargs, Mapping):
-        raise InputError(f"videos_kwargs: got {type(videos_kwargs).__name__}, expected an object")
+        raise unexpected("videos_kwargs", type(videos_kwargs).__name__, "an object")
     options = dict(videos_kwargs)
     metadata = options.pop("video_metadata", None)
     count = sum(x.kind == "video" for row in rows for x in row)

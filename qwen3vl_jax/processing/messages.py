@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from PIL import Image
@@ -12,6 +12,7 @@ from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing import image_patches, video_patches
 from qwen3vl_jax.processing.media import inner, is_empty
 from qwen3vl_jax.processing.qwen_items import KEYS, VideoItem
+from qwen3vl_jax.processing.settings import MODEL_SIZES
 from qwen3vl_jax.storage.json_text import MAX_DEPTH
 
 _SOURCES = ("url", "path", "base64", "bytes")
@@ -21,10 +22,12 @@ _TYPES = {
     "image": ("image", "image_url", "input_image"),
     "text": ("text", "input_text", "output_text"),
 }
-_PLACES = {"video": ("video", "video_url", "frames"), "image": ("image", "image_url", *_SOURCES)}
+_PLACES = {
+    "video": ("video", "video_url", "frames"),
+    "image": ("image", "image_url", *_SOURCES),
+    "text": ("text",),
+}
 _ROLES = ("system", "user", "assistant", "tool", "developer", "function")
-# Sizes that are the model's, not an item's.
-_FIXED = ("patch_size", "temporal_patch_size", "merge_size")
 # Variables of a template that the processor sets.
 _TAKEN = ("self", "messages", "tools", "add_generation_prompt")
 REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -55,8 +58,8 @@ def read_conversation(conversation: Any) -> tuple[list[dict[str, Any]], list[Med
     {"type": "video", "video": "video"}, text {"type": "text", "text": ...}.
     """
     if isinstance(conversation, (str, bytes, Mapping)) or not isinstance(conversation, Sequence):
-        found = type(conversation).__name__
-        raise InputError(f"conversation: got {found}, expected a list of messages (role, content)")
+        found = f"got {type(conversation).__name__}"
+        raise InputError(f"conversation: {found}, expected a list of messages (role, content)")
     if not conversation:
         raise InputError("conversation: it has no message")
     messages: list[dict[str, Any]] = []
@@ -127,31 +130,43 @@ def read_item(item: Any, sources: list[MediaSource], where: str) -> dict[str, An
         raise InputError(f"{where}got {type(item).__name__}, expected text or an object")
     given = {k: v for k, v in item.items() if v is not None}
     kind = _kind(given, where)
-    if kind == "text":
-        _settings(given, (), ("text",), where)
-        return {"type": "text", "text": given["text"]}
+    places, names = _PLACES[kind], ()
     if kind == "image":
         given.pop("detail", None)  # a key of OpenAI's models alone
-        settings = _settings(given, image_patches.OVERRIDES, _PLACES["image"], where)
-        sources.append(MediaSource("image", _source(given, _PLACES["image"], where), settings))
-    else:
-        sources.append(_video(given, where))
+        names = image_patches.OVERRIDES
+    elif kind == "video":
+        places, names = (*places, *_SOURCES), video_patches.OVERRIDES
+    if fixed := [key for key in MODEL_SIZES if key in given]:
+        raise InputError(f"{where}it has {fixed[0]}, which is the model's; leave it out")
+    empty = {k for keys in _PLACES.values() for k in keys if is_empty(given.get(k))}
+    fields({k: v for k, v in given.items() if k not in empty}, ("type", *places, *names), where)
+    if kind == "text":
+        return {"type": "text", "text": given["text"]}
+    source = _source({key: given[key] for key in places if key in given}, where)
+    settings = {name: given[name] for name in names if name in given}
+    if kind == "video":
+        try:
+            rule = VideoItem.of(settings)
+        except InputError as e:
+            raise InputError(f"{where}{e}") from None
+        # The others are settings of transformers' video processor.
+        settings = {"item": rule, **{k: v for k, v in settings.items() if k not in KEYS}}
+    sources.append(MediaSource(kind, source, settings))
     return {"type": kind, kind: kind}
 
 
 def _kind(given: Mapping[str, Any], where: str) -> str:
     """The kind of a content item: "text", "image" or "video". Raises InputError."""
-    places = [k for keys in _PLACES.values() for k in keys if not is_empty(given.get(k, ""))]
+    media = (*_PLACES["video"], *_PLACES["image"])
+    places = [k for k in media if not is_empty(given.get(k, ""))]
     if places and given.get("text"):
         raise InputError(f"{where}it has text and {places[0]}, expected one of them")
-    type_name = given.get("type", "")
+    name = given.get("type", "")
     for kind, types in _TYPES.items():
-        by_keys = not type_name and any(k in given for k in _PLACES.get(kind, ("text",)))
-        if type_name in types or by_keys:
+        if name in types or (not name and any(k in given for k in _PLACES[kind])):
             break
     else:
-        found = ", ".join(map(str, given)) or "(none)"
-        found = f"type {type_name!r}" if type_name else f"the keys {found}"
+        found = f"type {name!r}" if name else f"the keys {', '.join(map(str, given)) or '(none)'}"
         raise InputError(f"{where}it has {found}, expected text, an image or a video")
     if kind == "text" and not isinstance(text := given.get("text"), str):
         others = ", ".join(repr(k) for k in given if k != "type") or "nothing"
@@ -160,33 +175,7 @@ def _kind(given: Mapping[str, Any], where: str) -> str:
     return kind
 
 
-def _video(given: Mapping[str, Any], where: str) -> MediaSource:
-    keys = (*_PLACES["video"], *_SOURCES)
-    own = _settings(given, video_patches.OVERRIDES, keys, where)
-    source = _source(given, keys, where)
-    try:
-        rule = VideoItem.of(own)
-    except InputError as e:
-        raise InputError(f"{where}{e}") from None
-    # The others are settings of transformers' video processor.
-    left = {k: v for k, v in own.items() if k not in KEYS}
-    return MediaSource("video", source, {"item": rule, **left})
-
-
-def _settings(
-    item: Mapping[str, Any], names: Sequence[str], sources: Sequence[str], where: str
-) -> dict[str, Any]:
-    """The settings of a content item. Raises InputError for a key that means nothing in it."""
-    if fixed := [key for key in _FIXED if key in item]:
-        raise InputError(f"{where}it has {fixed[0]}, which is the model's; leave it out")
-    may_be_empty = (*_PLACES["video"], *_PLACES["image"], "text")
-    filled = {k: v for k, v in item.items() if k not in may_be_empty or not is_empty(v)}
-    fields(filled, ("type", *sources, *names), where)
-    return {name: item[name] for name in names if name in item}
-
-
-def _source(item: Mapping[str, Any], keys: Iterable[str], where: str) -> Any:
-    found = {key: item[key] for key in keys if key in item}
+def _source(found: dict[str, Any], where: str) -> Any:
     if "bytes" in found:  # {"bytes": .., "path": ..}
         found.pop("path", None)
     if len(found) > 1:
@@ -206,11 +195,9 @@ def plain_data(value: Any, depth: int = 0) -> Any:
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
-        # An enum's name is not its text.
-        return str.__str__(value)
-    for kind in (int, float):
-        if isinstance(value, kind):
-            return kind(value)
+        return str.__str__(value)  # an enum's name is not its text
+    if isinstance(value, (int, float)):
+        return int(value) if isinstance(value, int) else float(value)
     if isinstance(value, Mapping):
         return {plain_data(k, depth): plain_data(v, depth) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

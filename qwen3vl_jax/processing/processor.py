@@ -24,7 +24,7 @@ from qwen3vl_jax.processing.messages import (
     read_conversation,
 )
 from qwen3vl_jax.processing.parse_reply import Reply, parse_reply
-from qwen3vl_jax.processing.settings import ImageSettings, VideoSettings
+from qwen3vl_jax.processing.settings import MODEL_SIZES, ImageSettings, VideoSettings
 from qwen3vl_jax.processing.tokenizer import Tokenizer
 from qwen3vl_jax.storage.hub import resolve
 from qwen3vl_jax.storage.json_text import write_json
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("qwen3vl_jax")
 Options = Mapping[str, Any] | None
 Tools = Sequence[Mapping[str, Any]] | None
-_SIZES = ("patch_size", "temporal_patch_size", "merge_size")  # the model's
 
 
 @dataclasses.dataclass
@@ -76,7 +75,7 @@ class Processor:
                 raise InputError(f"{directory}: {found} is no added token of the tokenizer")
         vision = config.vision
         sizes = vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size
-        in_config: dict[str, Any] = dict(zip(_SIZES, sizes, strict=True))
+        in_config: dict[str, Any] = dict(zip(MODEL_SIZES, sizes, strict=True))
         images = ImageSettings.from_dir(directory, ImageSettings(**in_config))
         videos = VideoSettings.from_dir(directory, VideoSettings(**in_config))
         for settings in (images, videos):
@@ -248,7 +247,7 @@ class Processor:
 
     def _encoder(self, overrides: Mapping[str, Any]) -> encoding.MediaEncoder:
         """The encoder of a call's images and videos. Raises InputError for sizes of the model."""
-        for name in _SIZES:
+        for name in MODEL_SIZES:
             if overrides.get(name) not in (None, getattr(self.image_settings, name)):
                 raise InputError(f"image setting {name}: it is the model's; leave it out")
         limits = {"max_bytes": self.max_fetch_bytes, "seconds": self.fetch_seconds}
