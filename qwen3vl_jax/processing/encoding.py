@@ -41,49 +41,50 @@ def read_beside(given: Any, waiting: MediaSource) -> MediaSource:
     return MediaSource(kind, found[0].source, {**waiting.settings, **found[0].settings})
 
 
-def hand_out(rows: Rows, images: Any, videos: Any = None) -> Rows:
-    """The images and videos of each row, the ones without a source taken from the arguments.
+def complete(rows: Rows, images: Any, videos: Any, videos_kwargs: Mapping[str, Any]) -> Rows:
+    """The images and videos of each row, those without a source from the arguments, with all options.
 
     images: one, a list taken in order, or a list a row. videos: one (a list of frames, or a video and its
-    metadata, is one), or a list taken in order. Raises InputError if they do not come out even.
+    metadata, is one), or a list taken in order. videos_kwargs: options under each video's own, but
+    video_metadata one a video. Raises InputError if they do not come out even.
     """
+    if not isinstance(videos_kwargs, Mapping):
+        raise unexpected("videos_kwargs", type(videos_kwargs).__name__, "an object")
     videos = [videos] if is_pair(videos) else _as_list(videos)
     if videos and all(isinstance(v, Image.Image) or getattr(v, "ndim", 0) == 3 for v in videos):
         videos = [videos]
     check_placeholders(sum(_waiting(rows, "video")), len(videos), "video")
     given = {"image": iter(_images(rows, images)), "video": iter(videos)}
-    return [
-        [read_beside(next(given[x.kind]), x) if x.source is None else x for x in row]
-        for row in rows
-    ]
-
-
-def with_video_options(rows: Rows, videos_kwargs: Mapping[str, Any]) -> Rows:
-    """The videos with a call's options under their own; video_metadata: one a video. Raises InputError."""
-    if not isinstance(videos_kwargs, Mapping):
-        raise unexpected("videos_kwargs", type(videos_kwargs).__name__, "an object")
     options = dict(videos_kwargs)
     metadata = options.pop("video_metadata", None)
     count = sum(x.kind == "video" for row in rows for x in row)
-    given = list(metadata) if isinstance(metadata, (list, tuple)) else [metadata] * min(count, 1)
-    if metadata is not None and len(given) != count:
-        raise InputError(f"video_metadata: {len(given)} for {count} video(s), expected one each")
-    remaining = iter(given if metadata is not None else [None] * count)
+    described = metadata if isinstance(metadata, (list, tuple)) else [metadata] * min(count, 1)
+    if metadata is not None and len(described) != count:
+        raise InputError(
+            f"video_metadata: {len(described)} for {count} video(s), expected one each"
+        )
+    remaining = iter(described if metadata is not None else [None] * count)
 
-    def extended(source: MediaSource) -> MediaSource:
-        if source.kind != "video":
-            return source
-        own, rule = dict(source.settings), source.settings.get("item")
-        names = {*own, *(rule.given if rule else ())}
-        under = {k: v for k, v in options.items() if not names & {k, *_RIVALS.get(k, ())}}
-        if rule and not names.isdisjoint((*_SIZES, "total_pixels")):
-            under = {k: v for k, v in under.items() if k not in _SIZES}
-        elif rule and not under.keys().isdisjoint(_SIZES):
-            own["item"] = dataclasses.replace(rule, resizes=False)
-        settings = {"video_metadata": next(remaining), **under, **own}
-        return dataclasses.replace(source, settings=settings)
+    def completed(x: MediaSource) -> MediaSource:
+        x = read_beside(next(given[x.kind]), x) if x.source is None else x
+        if x.kind == "image":
+            return x
+        own = {"video_metadata": next(remaining), **x.settings}
+        return dataclasses.replace(x, settings=_with_options(own, options))
 
-    return [[extended(source) for source in row] for row in rows]
+    return [[completed(x) for x in row] for row in rows]
+
+
+def _with_options(own: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """A video's own settings over the options of a call that are no rivals of them."""
+    rule = own.get("item")
+    names = {*own, *(rule.given if rule else ())} - {"video_metadata"}
+    under = {k: v for k, v in options.items() if not names & {k, *_RIVALS.get(k, ())}}
+    if rule and not names.isdisjoint((*_SIZES, "total_pixels")):
+        under = {k: v for k, v in under.items() if k not in _SIZES}
+    elif rule and not under.keys().isdisjoint(_SIZES):
+        own["item"] = dataclasses.replace(rule, resizes=False)
+    return {**under, **own}
 
 
 def _waiting(rows: Rows, kind: str) -> list[int]:
@@ -178,69 +179,60 @@ class MediaEncoder:
         return encoded
 
 
-@dataclasses.dataclass(frozen=True)
-class PromptEncoder:
-    """Makes token ids of rendered prompts. wrap is Processor's wrap_clips."""
+def encode_prompt(
+    tokenizer: Tokenizer,
+    config: Config,
+    wrap: bool,
+    prompt: RenderedPrompt,
+    images: Sequence[EncodedImage],
+    name: str,
+) -> EncodedPrompt:
+    """The prompt with a placeholder for each token of an image or frame. Raises InputError.
 
-    tokenizer: Tokenizer
-    config: Config
-    wrap: bool
+    The time and placeholder of each frame are in place of a video's one placeholder, and of vision_start ..
+    vision_end around it, as in transformers 4.57; wrap (Processor's wrap_clips) leaves that pair.
+    """
+    c, unit = config, config.vision.merge_unit
+    stills = [x.grid for x in images if not x.is_video]
+    videos = [x for x in images if isinstance(x, EncodedVideo)]
+    frames = [h * w for t, h, w in (x.grid for x in videos) for _ in range(t)]
+    counts = {
+        c.image_token_id: iter([h * w // unit for _, h, w in stills]),
+        c.video_token_id: iter([patches // unit for patches in frames]),
+    }
+    ids = (c.vision_start_token_id, c.video_token_id, c.vision_end_token_id)
+    start, pad, end = map(tokenizer.token_of, ids)
+    check_placeholders(prompt.text.count(pad), len(videos), "video", f"{name}: ")
+    remaining = iter(videos)
 
-    def __call__(
-        self, prompt: RenderedPrompt, images: Sequence[EncodedImage], name: str
-    ) -> EncodedPrompt:
-        """The prompt with a placeholder for each token of an image or frame. Raises InputError."""
-        config, unit = self.config, self.config.vision.merge_unit
-        stills = [x.grid for x in images if not x.is_video]
-        videos = [x for x in images if isinstance(x, EncodedVideo)]
-        frames = [h * w for t, h, w in (x.grid for x in videos) for _ in range(t)]
-        counts = {
-            config.image_token_id: iter([h * w // unit for _, h, w in stills]),
-            config.video_token_id: iter([patches // unit for patches in frames]),
-        }
-        text = self._with_frames(prompt.text, videos, name)
-        ids = self.tokenizer.encode(text, prompt.mark)
-        check_placeholders(ids.count(config.image_token_id), len(stills), "image", f"{name}: ")
-        row: list[int] = []
-        for token in ids:
-            row += [token] * next(counts[token]) if token in counts else [token]
-        if not row:
-            raise InputError(f"{name}: the prompt is empty")
-        return encoded_prompt.place_images(config, np.array(row, np.int32), images)
+    def frames_text(_: re.Match[str]) -> str:
+        used: Any = next(remaining).frames
+        return "".join(f"<{t:.1f} seconds>{start}{pad}{end}" for t in used.timestamps)
 
-    def _with_frames(self, text: str, videos: Sequence[EncodedVideo], name: str) -> str:
-        """The text with the time and placeholder of each frame in place of a video's one placeholder.
+    pattern = re.escape(pad)
+    if not wrap:
+        pattern = f"{re.escape(start)}{pattern}{re.escape(end)}|{pattern}"
+    ids = tokenizer.encode(re.sub(pattern, frames_text, prompt.text), prompt.mark)
+    check_placeholders(ids.count(c.image_token_id), len(stills), "image", f"{name}: ")
+    row: list[int] = []
+    for token in ids:
+        row += [token] * next(counts[token]) if token in counts else [token]
+    if not row:
+        raise InputError(f"{name}: the prompt is empty")
+    return encoded_prompt.place_images(config, np.array(row, np.int32), images)
 
-        They replace vision_start .. vision_end around it, as in transformers 4.57; `wrap` leaves that pair.
-        """
-        c = self.config
-        ids = (c.vision_start_token_id, c.video_token_id, c.vision_end_token_id)
-        start, pad, end = map(self.tokenizer.token_of, ids)
-        check_placeholders(text.count(pad), len(videos), "video", f"{name}: ")
-        remaining = iter(videos)
 
-        def frames_text(_: re.Match[str]) -> str:
-            frames = next(remaining).frames
-            assert frames is not None
-            return "".join(f"<{t:.1f} seconds>{start}{pad}{end}" for t in frames.timestamps)
-
-        pattern = re.escape(pad)
-        if not self.wrap:
-            pattern = f"{re.escape(start)}{pattern}{re.escape(end)}|{pattern}"
-        return re.sub(pattern, frames_text, text)
-
-    def add_continuations(
-        self, prompts: Sequence[EncodedPrompt], continuations: str | Sequence[str]
-    ) -> list[EncodedPrompt]:
-        """Prompts with a text each after them, whose tokens have labels. Raises InputError."""
-        texts = [continuations] if isinstance(continuations, str) else list(continuations)
-        if len(texts) != len(prompts) or not all(isinstance(text, str) and text for text in texts):
-            found = f"{len(texts)} for {len(prompts)} row(s)"
-            raise InputError(f"continuations: {found}, expected one text each")
-        out = []
-        for prompt, text in zip(prompts, texts):
-            more = np.array(self.tokenizer.encode(text, ""), np.int32)
-            labels = np.append(np.full(len(prompt.ids), IGNORE_INDEX), more)
-            ids = np.append(prompt.ids, more)
-            out.append(dataclasses.replace(prompt, ids=ids, labels=labels))
-        return out
+def add_continuations(
+    tokenizer: Tokenizer, prompts: Sequence[EncodedPrompt], continuations: str | Sequence[str]
+) -> list[EncodedPrompt]:
+    """Prompts with a text each after them, whose tokens have labels. Raises InputError."""
+    texts = [continuations] if isinstance(continuations, str) else list(continuations)
+    if len(texts) != len(prompts) or not all(isinstance(text, str) and text for text in texts):
+        found = f"{len(texts)} for {len(prompts)} row(s)"
+        raise InputError(f"continuations: {found}, expected one text each")
+    out = []
+    for prompt, text in zip(prompts, texts):
+        more = np.array(tokenizer.encode(text, ""), np.int32)
+        labels = np.append(np.full(len(prompt.ids), IGNORE_INDEX), more)
+        out.append(dataclasses.replace(prompt, ids=np.append(prompt.ids, more), labels=labels))
+    return out

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.errors import InputError, unexpected
 from qwen3vl_jax.processing import image_patches, video_patches
 from qwen3vl_jax.processing.media import inner, is_empty
 from qwen3vl_jax.processing.qwen_items import KEYS, VideoItem
@@ -58,8 +58,8 @@ def read_conversation(conversation: Any) -> tuple[list[dict[str, Any]], list[Med
     {"type": "video", "video": "video"}, text {"type": "text", "text": ...}.
     """
     if isinstance(conversation, (str, bytes, Mapping)) or not isinstance(conversation, Sequence):
-        found = f"got {type(conversation).__name__}"
-        raise InputError(f"conversation: {found}, expected a list of messages (role, content)")
+        expected = "a list of messages (role, content)"
+        raise unexpected("conversation", type(conversation).__name__, expected)
     if not conversation:
         raise InputError("conversation: it has no message")
     messages: list[dict[str, Any]] = []
@@ -69,7 +69,7 @@ def read_conversation(conversation: Any) -> tuple[list[dict[str, Any]], list[Med
         if not isinstance(given, Mapping) or not isinstance(role := given.get("role"), str):
             raise InputError(f"{where}: expected an object with role and content")
         if role not in _ROLES:
-            raise InputError(f"{where}: role: got {role!r}, expected one of {', '.join(_ROLES)}")
+            raise unexpected(f"{where}: role", repr(role), f"one of {', '.join(_ROLES)}")
         content = given.get("content")
         plain = plain_data({k: v for k, v in given.items() if k != "content" and v is not None})
         if isinstance(content, str):
@@ -181,9 +181,8 @@ def _source(found: dict[str, Any], where: str) -> Any:
     if len(found) > 1:
         raise InputError(f"{where}it has several sources: {', '.join(found)}")
     for key, source in found.items():
-        if key in ("bytes", "base64"):
-            return inner({key: source}, where + key)
-        return inner(source, where + key) if isinstance(source, Mapping) else source
+        given = found if key in ("bytes", "base64") else source
+        return inner(given, where + key) if isinstance(given, Mapping) else source
     return None
 
 
@@ -204,22 +203,18 @@ def plain_data(value: Any, depth: int = 0) -> Any:
         return [plain_data(v, depth) for v in value]
     if getattr(value, "ndim", None) == 0:  # a numpy number
         return plain_data(value.item())
-    found = type(value).__name__
-    raise InputError(f"conversation: got {found}, expected text, numbers, lists and objects")
+    raise unexpected("conversation", type(value).__name__, "text, numbers, lists and objects")
 
 
-def plain_variables(given: Mapping[str, Any]) -> dict[str, Any]:
-    """`plain_data` of a template's variables. Raises InputError for names that have a meaning already."""
-    if wrong := [k for k in given if not isinstance(k, str) or k in _TAKEN]:
-        raise InputError(f"template_vars: got {wrong[0]!r}, expected names but {', '.join(_TAKEN)}")
-    return plain_data(dict(given))
-
-
-def plain_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[Any] | None:
-    """`plain_data` of a conversation's tools. Raises InputError."""
-    if tools is None:
-        return None
-    if not isinstance(tools, Sequence) or not all(isinstance(t, Mapping) for t in tools):
+def plain_options(
+    tools: Any, variables: Mapping[str, Any]
+) -> tuple[list[Any] | None, dict[str, Any]]:
+    """`plain_data` of a conversation's tools and a template's variables. Raises InputError."""
+    if wrong := [k for k in variables if not isinstance(k, str) or k in _TAKEN]:
+        raise unexpected("template_vars", repr(wrong[0]), f"names but {', '.join(_TAKEN)}")
+    given = [] if tools is None else tools
+    if not isinstance(given, Sequence) or not all(isinstance(t, Mapping) for t in given):
         found = f"got {type(tools).__name__}, " if not isinstance(tools, list) else ""
         raise InputError(f"tools: {found}expected a list of JSON schemas (objects)")
-    return [plain_data(tool) for tool in tools]
+    plain = None if tools is None else [plain_data(tool) for tool in tools]
+    return plain, plain_data(dict(variables))
