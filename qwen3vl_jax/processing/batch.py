@@ -42,10 +42,8 @@ def make_vision(cfg: Config, pixels, grid_thw, pad: bool = True) -> VisionInputs
     pixels = np.asarray(host_array(pixels), np.float32)
     count, width = int(grid.prod(1).sum()), int(np.prod(c.patch_shape))
     if pixels.shape != (count, width):
-        expected = (
-            f"({count}, {width}) from the grids {grid.tolist()} and patches of {c.patch_shape}"
-        )
-        raise InputError(f"pixel_values: shape {pixels.shape}, expected {expected}")
+        origin = f"the grids {grid.tolist()} and patches of {c.patch_shape}"
+        check_shape("pixel_values", pixels, (count, width), f"({count}, {width}) from {origin}")
     none = np.zeros((0, 4), np.int32), np.zeros((0, 4), np.float32), np.zeros((0, 2), np.int32)
     tables = [none, *(_frame_tables(c, h, w) for t, h, w in grid.tolist() for _ in range(t))]
     sizes = [len(x[0]) for x in tables[1:]]
@@ -111,8 +109,7 @@ def make_batch(
     [B T] (0 padding, 1.. packed samples) are for those who make their own; grids without pixels are for a
     call with `features=`. Raises InputError for arguments that do not fit together.
     """
-    unknown = [k for k in dropped if k not in _DROPPED]
-    if unknown:
+    if unknown := [k for k in dropped if k not in _DROPPED]:
         raise InputError(f"make_batch: unknown arguments {', '.join(unknown)}")
     given = input_ids, attention_mask, inputs_embeds, labels
     ids, mask, embeds, labels = _checked_rows(cfg, *given)
@@ -123,9 +120,12 @@ def make_batch(
     video_grid = grid_array("video_grid_thw", video_grid_thw, merge)
     vision = _vision(cfg, pixel_values, image_grid, pixel_values_videos, video_grid, pad)
     width = bucket(ids.shape[1]) if pad else ids.shape[1]
-    rows = None
-    if len(image_grid) + len(video_grid):
-        rows = _vision_rows(cfg, np.where(mask, ids, -1), image_grid)
+    rows = np.full(ids.shape, -1, np.int32) if len(image_grid) + len(video_grid) else None
+    if rows is not None:  # of each placeholder its row of the vision features
+        images = int(image_grid.prod(1).sum()) // cfg.vision.merge_unit
+        for token, first in ((cfg.image_token_id, 0), (cfg.video_token_id, images)):
+            at = mask & (ids == token)
+            rows[at] = first + np.arange(at.sum())
     return Batch(
         tokens=_fit(ids, width),
         positions=_fit(positions, width, axis=2),
@@ -142,8 +142,7 @@ def _fit(x: np.ndarray | None, width: int, axis: int = 1, fill: int = 0) -> Any:
     """An array padded at the end of one axis; None stays None."""
     if x is None:
         return None
-    extra = [(0, 0)] * x.ndim
-    extra[axis] = (0, width - x.shape[axis])
+    extra = [(0, width - size if i == axis else 0) for i, size in enumerate(x.shape)]
     return np.pad(x, extra, constant_values=fill)
 
 
@@ -156,8 +155,7 @@ def group_batch(cfg: Config, prompts: Sequence[EncodedPrompt], width: int) -> Ba
     """Prompts as a Batch [A width] without pixels: its vision rows count `in_feature_order`."""
     arrays = to_hf_arrays(cfg, prompts, with_pixels=False)
     for name in ("input_ids", "attention_mask"):
-        array = arrays[name]
-        arrays[name] = np.pad(array, ((0, 0), (0, width - array.shape[1])))
+        arrays[name] = _fit(arrays[name], width)
     return make_batch(cfg, pad=False, **arrays)
 
 
@@ -169,7 +167,7 @@ def _checked_rows(cfg: Config, input_ids, attention_mask, inputs_embeds, labels)
     embeds = None if inputs_embeds is None else host_array(inputs_embeds)
     input_ids = input_ids if embeds is None or given else np.full(embeds.shape[:2], vocabulary)
     ids, mask = array_checks.ids_and_mask(input_ids, attention_mask)
-    if not mask.any(axis=1).all() or not ids.size:
+    if not ids.size or not mask.any(axis=1).all():
         empty = int(np.argmin(mask.any(axis=1))) if ids.size else 0
         raise InputError(f"input_ids: row {empty} of shape {ids.shape} has no attended token")
     if given:
@@ -229,13 +227,3 @@ def _vision(cfg, pixel_values, image_grid, pixel_values_videos, video_grid, pad)
     if len(parts) < sum(len(grid) > 0 for grid in grids):
         raise InputError("make_batch: images and videos: the pixels of one of them are missing")
     return make_vision(cfg, np.concatenate(parts), np.concatenate(grids), pad)
-
-
-def _vision_rows(cfg: Config, ids: np.ndarray, image_grid: np.ndarray) -> np.ndarray:
-    """For each placeholder its row of the vision features, else -1; ids is -1 at padding."""
-    rows = np.full(ids.shape, -1, np.int32)
-    images = int(image_grid.prod(1).sum()) // cfg.vision.merge_unit
-    for token, first in ((cfg.image_token_id, 0), (cfg.video_token_id, images)):
-        at = ids == token
-        rows[at] = first + np.arange(at.sum())
-    return rows

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.errors import InputError, unexpected
 from qwen3vl_jax.processing.template_process import render
 from qwen3vl_jax.storage.json_text import read_json_file, read_regular, write_json
 from qwen3vl_jax.storage.paths import as_path
@@ -88,9 +88,9 @@ class ChatTemplate:
         if continue_final_message:
             add_generation_prompt = False
             messages, final = _open_end(messages)
+        given = {"messages": messages, "tools": tools, "documents": None}
+        given["add_generation_prompt"] = add_generation_prompt
         try:
-            given = {"messages": messages, "tools": tools, "documents": None}
-            given["add_generation_prompt"] = add_generation_prompt
             rendered = render(template, {**given, **variables})
         except InputError as e:
             raise InputError(f"{self.source}: {e}") from None
@@ -158,8 +158,7 @@ def _named(raw: Any, path: Path) -> dict[str, str]:
     for entry in entries:
         if not isinstance(entry, Mapping) or not {"name", "template"} <= entry.keys():
             expected = "a text, an object, or a list of objects with name and template"
-            found = f"got {str(entry)[:80]!r}"
-            raise InputError(f"{path}: chat_template: {found}, expected {expected}")
+            raise unexpected(f"{path}: chat_template", repr(str(entry)[:80]), expected)
     return {str(t["name"]): str(t["template"]) for t in entries}
 
 

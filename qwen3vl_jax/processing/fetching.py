@@ -111,22 +111,17 @@ def fetch(url: str, rules: MediaRules | None = None) -> bytes:
     except InputError:
         raise
     except Exception as e:
-        raise InputError(f"{name}: {_why(e, rules.seconds)}") from e
-
-
-def _why(error: Exception, timeout: float) -> str:
-    reason, code = getattr(error, "reason", error), getattr(error, "code", None)
-    if isinstance(reason, TimeoutError):
-        return f"no answer within {timeout:g} seconds"
-    if code in _REDIRECTS or "unknown url type" in str(reason):
-        return "redirected away from http(s), or without end"
-    if code is not None:
-        return f"the server answered {code} {http.client.responses.get(code, '')}".rstrip()
-    # Other errors may repeat what the server sent.
-    shown = (
-        one_line(reason) if isinstance(reason, OSError) else "no address of http(s), or no answer"
-    )
-    return f"cannot be fetched: {shown}"
+        reason, code = getattr(e, "reason", e), getattr(e, "code", None)
+        if isinstance(reason, TimeoutError):
+            why = f"no answer within {rules.seconds:g} seconds"
+        elif code in _REDIRECTS or "unknown url type" in str(reason):
+            why = "redirected away from http(s), or without end"
+        elif code is not None:
+            why = f"the server answered {code} {http.client.responses.get(code, '')}".rstrip()
+        else:  # other errors may repeat what the server sent
+            is_known, shown = isinstance(reason, OSError), "no address of http(s), or no answer"
+            why = f"cannot be fetched: {one_line(reason) if is_known else shown}"
+        raise InputError(f"{name}: {why}") from e
 
 
 def _read(opener: Any, url: str, name: str, rules: MediaRules) -> bytes:

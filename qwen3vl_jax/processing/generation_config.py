@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen3vl_jax.errors import InputError, shown
+from qwen3vl_jax.errors import shown, unexpected
 from qwen3vl_jax.storage.json_text import read_json_file
 
 # Defaults of transformers 4.57.1 for a file that says to sample and leaves these out.
@@ -25,12 +25,11 @@ def read_generation_config(directory: Path) -> dict[str, Any]:
         return {}
     found = read_json_file(path)
     if not all(type(i) is int and 0 <= i < 2**31 for i in stop_ids(found)):
-        eos = shown(found["eos_token_id"])
-        raise InputError(f"{path}: eos_token_id: got {eos}, expected token ids")
+        raise unexpected(f"{path}: eos_token_id", shown(found["eos_token_id"]), "token ids")
     for name in (*_SAMPLED, "min_p", *_ALWAYS):
         value = found.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise InputError(f"{path}: {name}: got {shown(value)}, expected a number")
+            raise unexpected(f"{path}: {name}", shown(value), "a number")
     for name, off in _OTHER.items():
         if found.get(name, off) not in (off, None):
             log.warning("%s: %s %r is not implemented and ignored", path, name, found[name])

@@ -140,18 +140,15 @@ def form_of(text: str, key: str, folder: str = "") -> str:
         data = decode_base64(text)
     except InputError:
         return "path"
-    is_known = (is_image if key == "image" else _is_video)(data)
+    is_known = key == "image" and is_image(data)
+    if key == "video":
+        import av
+
+        options, errors = {"protocol_whitelist": "none"}, (av.FFmpegError, ValueError, OSError)
+        held = io.BytesIO(data)
+        with contextlib.suppress(*errors), av.open(held, container_options=options) as file:
+            is_known = bool(file.streams.video)
     return "base64" if is_known and not os.path.exists(os.path.join(folder, text)) else "path"
-
-
-def _is_video(data: bytes) -> bool:
-    import av
-
-    options = {"container_options": {"protocol_whitelist": "none"}}
-    errors = contextlib.suppress(av.FFmpegError, ValueError, OSError)
-    with errors, av.open(io.BytesIO(data), **options) as file:
-        return bool(file.streams.video)
-    return False
 
 
 def within(source: Any, key: str, folder: str) -> Any:

@@ -224,7 +224,8 @@ class Processor:
             # Templates are given tokens by such names (bos_token); those are not a user's text.
             texts = {k: escape.data(v) for k, v in variables.items() if not k.endswith("_token")}
             variables |= texts
-        rendered = self.template.render(plain, listed, *ending, {**given, **variables})
+        add, is_open = ending
+        rendered = self.template.render(plain, listed, add, is_open, {**given, **variables})
         if escape is None:
             return RenderedPrompt(rendered, "", sources)
         return RenderedPrompt(escape.tidy(rendered), escape.mark, sources)

@@ -8,7 +8,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from qwen3vl_jax.errors import InputError, shown
+from qwen3vl_jax.errors import InputError, shown, unexpected
 from qwen3vl_jax.processing.tokenizer_file import WORDS, load_tokenizer_json, panics_are_errors
 from qwen3vl_jax.storage.json_text import read_json_file
 from qwen3vl_jax.storage.paths import as_path
@@ -113,7 +113,7 @@ class Tokenizer:
         """Text of ids. Bytes that are no UTF-8 become U+FFFD; ids beyond the vocabulary vanish."""
         ids = [int(i) for i in ids]
         if wrong := [i for i in ids if not 0 <= i < 2**32]:
-            raise InputError(f"token ids: got {wrong[0]}, expected numbers from 0 to 2**32 - 1")
+            raise unexpected("token ids", wrong[0], "numbers from 0 to 2**32 - 1")
         with panics_are_errors("token ids"):
             return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
@@ -191,7 +191,7 @@ def stop_list(stop: str | Sequence[str]) -> tuple[str, ...]:
     """Stop strings as a tuple; raises InputError for an empty one, which would stop everything."""
     stops = (stop,) if isinstance(stop, str) else stop
     if not isinstance(stops, Sequence) or not all(s and isinstance(s, str) for s in stops):
-        raise InputError(f"stop: got {shown(stop)}, expected a string or a list, none empty")
+        raise unexpected("stop", shown(stop), "a string or a list, none empty")
     return tuple(stops)
 
 
@@ -238,7 +238,7 @@ def _added_tokens(directory: Path, config: Mapping[str, Any], names: Mapping[str
         listed = names.get(key) or []
         listed = list(listed.values()) if isinstance(listed, Mapping) else listed
         if not isinstance(listed, list):
-            raise InputError(f"{directory}: {key}: got {listed!r}, expected a list of tokens")
+            raise unexpected(f"{directory}: {key}", repr(listed), "a list of tokens")
         special |= {_content(token) for token in listed}
     found: dict[str, tuple[int | None, AddedToken]] = {}
     path = directory / "added_tokens.json"
@@ -248,11 +248,11 @@ def _added_tokens(directory: Path, config: Mapping[str, Any], names: Mapping[str
     where = f"{directory / 'tokenizer_config.json'}: added_tokens_decoder"
     entries = config.get("added_tokens_decoder") or {}
     if not isinstance(entries, Mapping):
-        raise InputError(f"{where}: got {entries!r}, expected an object")
+        raise unexpected(where, repr(entries), "an object")
     for i, raw in entries.items():
         content = raw.get("content") if isinstance(raw, Mapping) else None
         if not isinstance(content, str):
-            raise InputError(f"{where}.{i}: got {raw!r}, expected an object with content")
+            raise unexpected(f"{where}.{i}", repr(raw), "an object with content")
         number = _token_id(int(i) if i.isdecimal() and len(i) < 11 else i, f"{where}: an id")
         flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
         options = {k: bool(raw[k]) for k in flags if k in raw}
@@ -283,11 +283,11 @@ def _content(token: Any) -> str | None:
     """The text of a token that a JSON file names as text or as an object."""
     found = token.get("content") if isinstance(token, Mapping) else token
     if found is not None and not isinstance(found, str):
-        raise InputError(f"tokenizer: a named token: got {token!r}, expected text or an object")
+        raise unexpected("tokenizer: a named token", repr(token), "text or an object")
     return found
 
 
 def _token_id(value: Any, where: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**32:
-        raise InputError(f"{where}: got {value!r}, expected an integer from 0 to 2**32 - 1")
+        raise unexpected(where, repr(value), "an integer from 0 to 2**32 - 1")
     return value

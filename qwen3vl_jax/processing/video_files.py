@@ -125,7 +125,7 @@ def _reader(file, points, clock, first, recount=None, is_exact=False) -> VideoRe
         a, b, _, c, d = np.frombuffer(bytes(data), "=i4")[:5].tolist()
         matrix = a, b, c, d
     shown = _upright(first, matrix)
-    fps, times = _timing(points, *clock, file.name)
+    fps, times = _timing(points, clock[0], clock[1], file.name)
 
     def checked(frames: Iterator[Any]) -> Iterator[Any]:
         for number, frame in enumerate(frames):
