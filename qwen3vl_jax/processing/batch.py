@@ -113,8 +113,8 @@ def make_batch(
         raise InputError(f"make_batch: unknown arguments {', '.join(unknown)}")
     given = input_ids, attention_mask, inputs_embeds, labels
     ids, mask, embeds, labels = _checked_rows(cfg, *given)
-    segments, grids = _segments(mask, segment_ids), (image_grid_thw, video_grid_thw)
-    positions, delta = _positions(cfg, ids, mask, segments, position_ids, grids)
+    grids = image_grid_thw, video_grid_thw
+    segments, positions, delta = _positions(cfg, ids, mask, segment_ids, position_ids, grids)
     merge = cfg.vision.spatial_merge_size
     image_grid = grid_array("image_grid_thw", image_grid_thw, merge)
     video_grid = grid_array("video_grid_thw", video_grid_thw, merge)
@@ -180,28 +180,23 @@ def _checked_rows(cfg: Config, input_ids, attention_mask, inputs_embeds, labels)
     return ids, mask, embeds, labels
 
 
-def _segments(mask: np.ndarray, segment_ids) -> np.ndarray:
-    """Segment ids [B T] int32, 0 at padding. Raises InputError."""
+def _positions(cfg, ids, mask, segment_ids, position_ids, grids) -> tuple[np.ndarray, ...]:
+    """Segment ids [B T] (0 at padding), positions [3 B T] and delta [B], int32. Raises InputError."""
+    segments = mask.astype(np.int32)
+    starts = mask[:, 0] + (mask[:, 1:] & ~mask[:, :-1]).sum(1)
     if segment_ids is not None:
         segments = integers("segment_ids", segment_ids).astype(np.int32)
         check_shape("segment_ids", segments, mask.shape)
-        return np.where(mask, segments, 0)
-    segments = mask.astype(np.int32)
-    starts = (np.diff(np.pad(segments, ((0, 0), (1, 0))), axis=1) > 0).sum(1)
-    if (starts > 1).any():
+        segments = np.where(mask, segments, 0)
+    elif (starts > 1).any():
         row = int(np.argmax(starts > 1))
         found = f"row {row} has {int(starts[row])} runs of ones, expected one"
         advice = "padding is at the ends of a row, packed rows use segment_ids"
         raise InputError(f"attention_mask: {found}; {advice}")
-    return segments
-
-
-def _positions(cfg, ids, mask, segments, position_ids, grids) -> tuple[np.ndarray, np.ndarray]:
-    """Positions [3 B T] and delta [B], made here or by the caller. Raises InputError."""
     if position_ids is None:
         if segments.max(initial=0) > 1:
             raise InputError("make_batch: packed rows (segment_ids over 1) need their position_ids")
-        return rope_index(cfg, ids, grids[0], grids[1], mask)
+        return segments, *rope_index(cfg, ids, grids[0], grids[1], mask)
     positions = integers("position_ids", position_ids, as_floats=True).astype(np.int32)
     if positions.shape == ids.shape:
         positions = np.broadcast_to(positions, (3, *ids.shape))
@@ -211,7 +206,7 @@ def _positions(cfg, ids, mask, segments, position_ids, grids) -> tuple[np.ndarra
         if need != found:
             raise InputError(f"input_ids: {found} placeholders (token {token}), grids need {need}")
     top = np.where(segments > 0, positions.max(0), -1).max(1)
-    return positions, (top + 1 - (segments > 0).sum(1)).astype(np.int32)
+    return segments, positions, (top + 1 - (segments > 0).sum(1)).astype(np.int32)
 
 
 def _vision(cfg, pixel_values, image_grid, pixel_values_videos, video_grid, pad):

@@ -18,7 +18,7 @@ from qwen3vl_jax.processing.fetching import MediaRules, short
 from qwen3vl_jax.processing.image_patches import image_to_patches
 from qwen3vl_jax.processing.media import loaded_image
 from qwen3vl_jax.processing.messages import MediaSource, read_item
-from qwen3vl_jax.processing.qwen_items import image_limits
+from qwen3vl_jax.processing.qwen_items import with_image_limits
 from qwen3vl_jax.processing.settings import ImageSettings, VideoSettings
 from qwen3vl_jax.processing.tokenizer import Tokenizer
 from qwen3vl_jax.processing.video_patches import is_pair, video_to_patches
@@ -53,8 +53,11 @@ def complete(rows: Rows, images: Any, videos: Any, videos_kwargs: Mapping[str, A
     videos = [videos] if is_pair(videos) else _as_list(videos)
     if videos and all(isinstance(v, Image.Image) or getattr(v, "ndim", 0) == 3 for v in videos):
         videos = [videos]
-    check_placeholders(sum(_waiting(rows, "video")), len(videos), "video")
-    given = {"image": iter(_images(rows, images)), "video": iter(videos)}
+    waiting = [x.kind for row in rows for x in row if x.source is None]
+    images = _images(rows, images)
+    for kind, media in {"video": videos, "image": images}.items():
+        check_placeholders(waiting.count(kind), len(media), kind)
+    given = {"image": iter(images), "video": iter(videos)}
     options = dict(videos_kwargs)
     metadata = options.pop("video_metadata", None)
     count = sum(x.kind == "video" for row in rows for x in row)
@@ -87,31 +90,26 @@ def _with_options(own: dict[str, Any], options: Mapping[str, Any]) -> dict[str, 
     return {**under, **own}
 
 
-def _waiting(rows: Rows, kind: str) -> list[int]:
-    return [sum(x.source is None and x.kind == kind for x in row) for row in rows]
-
-
 def _images(rows: Rows, images: Any) -> list[Any]:
-    waiting, given = _waiting(rows, "image"), _as_list(images)
-    if any(isinstance(image, (list, tuple)) for image in given):
-        if len(given) != len(rows):
-            raise InputError(f"images: found {len(given)} lists for {len(rows)} rows of text")
-        lists = [_as_list(row) for row in given]
-        for number, (row, count) in enumerate(zip(lists, waiting), 1):
-            check_placeholders(count, len(row), "image", f"row {number}: ")
-        given = [image for row in lists for image in row]
-    check_placeholders(sum(waiting), len(given), "image")
-    return given
+    given = _as_list(images)
+    if not any(isinstance(image, (list, tuple)) for image in given):
+        return given
+    if len(given) != len(rows):
+        raise InputError(f"images: found {len(given)} lists for {len(rows)} rows of text")
+    lists = [_as_list(row) for row in given]
+    for number, (row, found) in enumerate(zip(rows, lists), 1):
+        waiting = sum(x.source is None and x.kind == "image" for x in row)
+        check_placeholders(waiting, len(found), "image", f"row {number}: ")
+    return [image for row in lists for image in row]
 
 
 def check_placeholders(placeholders: int, found: int, kind: str, where: str = "") -> None:
     """Raises InputError for a prompt that has more or fewer placeholders than images or videos."""
     if placeholders != found:
-        raise InputError(
-            f"{where}{placeholders} {kind} placeholder(s) in the prompt for {found} {kind}(s); each "
-            f"{kind} needs a content item of its own ({{type: {kind}}}), and each such item a path, "
-            f"or one of {kind}s= (--{kind})"
-        )
+        given = f"{placeholders} {kind} placeholder(s) in the prompt for {found} {kind}(s)"
+        item = f"each {kind} needs a content item of its own ({{type: {kind}}})"
+        source = f"and each such item a path, or one of {kind}s= (--{kind})"
+        raise InputError(f"{where}{given}; {item}, {source}")
 
 
 def _as_list(given: Any) -> list[Any]:
@@ -145,11 +143,10 @@ class MediaEncoder:
         try:
             if source.kind == "video":
                 found = video_to_patches(given, self.video_settings, self.rules, **settings)
-                patches, grid, frames = found
-                return EncodedVideo(patches, grid, frames=frames)
+                return EncodedVideo(*found[:2], frames=found[2])
             with loaded_image(given, self.rules) as image:
-                own = image_limits(settings, self.image_settings.factor)
-                return EncodedImage(*image_to_patches(image, self.image_settings, **own))
+                base = with_image_limits(self.image_settings, settings)
+                return EncodedImage(*image_to_patches(image, base, **settings))
         except MemoryError as e:
             raise InputError(f"{source.kind}: not enough memory for it; lower max_pixels") from e
 
@@ -162,20 +159,18 @@ class MediaEncoder:
             for source in row:
                 count[source.kind] += 1
                 try:
-                    found = self(source)
+                    encoded[-1].append(self(source))
                 except InputError as e:
                     given, name = source.source, f"{source.kind} {count[source.kind]}"
                     name = short(str(given)) if isinstance(given, (str, os.PathLike)) else name
                     if not several or str(e).startswith(name):
                         raise
                     raise InputError(f"{name}: {str(e).removeprefix(f'{source.kind}: ')}") from e
-                encoded[-1].append(found)
-                held += found.patches.nbytes
+                held += encoded[-1][-1].patches.nbytes
                 if held > most:
-                    raise InputError(
-                        f"images and videos: more than {most >> 20} MiB of patches in one call; give "
-                        "fewer, lower max_pixels, or raise Processor.media_rules.max_batch_bytes"
-                    )
+                    found = f"images and videos: more than {most >> 20} MiB of patches in one call"
+                    advice = "lower max_pixels, or raise Processor.media_rules.max_batch_bytes"
+                    raise InputError(f"{found}; give fewer, {advice}")
         return encoded
 
 

@@ -19,7 +19,7 @@ from qwen3vl_jax.errors import InputError
 # Formats that start other programs, hold files of any other format, or show nothing by themselves.
 _UNSAFE = ("EPS", "IPTC", "FPX", "MIC", "WMF", "BUFR", "GRIB", "HDF5", "MPEG")
 MAX_IMAGE_BYTES = 3 * 2**29  # held while one image is decoded, and by all threads together
-_LIMIT = f"{MAX_IMAGE_BYTES >> 20} MiB"
+LIMIT = f"{MAX_IMAGE_BYTES >> 20} MiB"
 _MOST_PIXELS = 178_956_970  # where Pillow itself refuses
 _BYTES_A_PIXEL = {"WEBP": 16, "JPEG2000": 20, "AVIF": 12}  # held while decoding; of others 8
 _SLOW = 768  # of decoders in Python, which take seconds a megapixel
@@ -51,7 +51,7 @@ def decoded_image(file: BinaryIO, name: str) -> Iterator[Image.Image]:
     """The image in a file; its memory is counted while the context is open. Raises InputError."""
     with _refusals(name), _quiet():
         if (size := file.seek(0, io.SEEK_END)) > MAX_IMAGE_BYTES:
-            raise InputError(f"{name}: {size} bytes, expected an image file of at most {_LIMIT}")
+            raise InputError(f"{name}: {size} bytes, expected an image file of at most {LIMIT}")
         file.seek(0)
         try:
             image = Image.open(file, formats=formats())
@@ -108,7 +108,7 @@ def from_array(array: np.ndarray) -> Image.Image:
     if array.ndim != 3 or array.shape[2] not in channels or not array.size:
         raise InputError(f"{shape} [H W], [H W C] or [C H W] with 1, 3 or 4 channels")
     if array.shape[0] * array.shape[1] * 8 > MAX_IMAGE_BYTES:
-        raise InputError(f"{shape} {_LIMIT} at most")
+        raise InputError(f"{shape} {LIMIT} at most")
     array = array[..., 0] if array.shape[2] == 1 else array
     if array.dtype != np.uint8:
         found = f"image array: dtype {array.dtype}"

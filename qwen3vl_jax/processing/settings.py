@@ -137,10 +137,9 @@ class ImageSettings:
         """The settings in a directory's processor_config.json or FILE, else `base`. Raises InputError."""
         for name in ("processor_config.json", cls.FILE):
             path = as_path(directory) / name
-            if path.is_file():
-                raw = read_json_file(path)
-                if name == cls.FILE or cls.SECTION in raw:
-                    return cls.from_dict(raw, base)
+            raw = read_json_file(path) if path.is_file() else None
+            if raw is not None and (name == cls.FILE or cls.SECTION in raw):
+                return cls.from_dict(raw, base)
         log.warning("%s: no %s; released %s settings are used", directory, cls.FILE, cls.KIND)
         return base or cls()
 
@@ -151,7 +150,17 @@ class ImageSettings:
         """
         kind, known = self.KIND, checks(type(self))
         given = {k: v for k, v in changes.items() if v is not None}
-        given = {**_size_pixels(f"{kind} setting size", given.pop("size", {})), **given}
+        size, limits = (
+            given.pop("size", {}),
+            {"min_pixels": "min_pixels", "max_pixels": "max_pixels"},
+        )
+        limits |= {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}
+        if not isinstance(size, Mapping) or not {k for k in size if size[k] is not None} <= {
+            *limits
+        }:
+            expected = "shortest_edge and longest_edge (areas)"
+            raise unexpected(f"{kind} setting size", shown(size), expected)
+        given = {limits[k]: v for k, v in size.items() if v is not None} | given
         if unknown := [name for name in given if name not in known]:
             names = ", ".join((*known, "size"))
             raise InputError(f"{kind} setting {unknown[0]!r} is unknown, known: {names}")
@@ -181,15 +190,6 @@ class ImageSettings:
             return None
         limits = self.factor, 4 * self.factor**2, 16384 * self.factor**2
         return smart_resize(self.resized_height, self.resized_width, *limits)
-
-
-def _size_pixels(name: str, size: Any) -> dict[str, Any]:
-    limits = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}
-    limits |= {limit: limit for limit in limits.values()}
-    given = {k: v for k, v in size.items() if v is not None} if isinstance(size, Mapping) else None
-    if given is None or not given.keys() <= limits.keys():
-        raise unexpected(name, shown(size), "shortest_edge and longest_edge (areas)")
-    return {limits[key]: value for key, value in given.items()}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,8 +29,7 @@ class Tokenizer:
         backend.encode_special_tokens = False
         if "ByteLevel" not in repr(backend.decoder):
             raise InputError("tokenizer: its decoder is not byte-level, which this project needs")
-        self.backend = backend
-        added = backend.get_added_tokens_decoder()
+        self.backend, added = backend, backend.get_added_tokens_decoder()
         self.added: dict[str, int] = {token.content: i for i, token in added.items()}
         self.special: dict[str, int] = {t.content: i for i, t in added.items() if t.special}
         self._special_ids = frozenset(self.special.values())
@@ -41,11 +40,10 @@ class Tokenizer:
         self._textual.add_tokens([token for _, token in sorted(added.items()) if not token.special])
         renumbered = self._textual.get_added_tokens_decoder()
         self._real_id = {i: self.added[token.content] for i, token in renumbered.items()}
-        # Byte -> its printable character in a byte-level vocabulary.
-        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        others = [b for b in range(256) if b not in printable]
-        self._byte_of = {chr(b): b for b in printable}
-        self._byte_of |= {chr(256 + n): b for n, b in enumerate(others)}
+        # A byte's character in a byte-level vocabulary: its own if it is printable, else one from 256.
+        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+        own = [ord(letter) for letter in letters if ord(letter) < 256]
+        self._byte_of = dict(zip(letters, [*own, *sorted({*range(256)} - {*own})]))
         if cut := [b for c, b in self._byte_of.items() if backend.token_to_id(c) is None]:
             raise InputError(f"tokenizer: no token for byte {cut[0]}, it would cut texts")
         back = backend.decode(backend.encode(_SAMPLE, add_special_tokens=False).ids)
@@ -99,8 +97,7 @@ class Tokenizer:
         start = 0
         for token, (left, right) in zip(found.ids, found.offsets):
             if token in self._special_ids:
-                ids += self._encode_textual(text[start:left].replace(mark, ""))
-                ids.append(token)
+                ids += [*self._encode_textual(text[start:left].replace(mark, "")), token]
                 start = right
         return ids + self._encode_textual(text[start:].replace(mark, ""))
 
@@ -151,8 +148,7 @@ class TextStream:
     def __init__(
         self, tokenizer: Tokenizer, stop: str | Sequence[str] = (), skip_special_tokens: bool = True
     ):
-        self._tokenizer = tokenizer
-        self._skip = skip_special_tokens
+        self._tokenizer, self._skip = tokenizer, skip_special_tokens
         self._stops = stop_list(stop)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""  # text that may be the beginning of a stop string
@@ -166,9 +162,9 @@ class TextStream:
 
     def flush(self) -> str:
         """The rest of the text, after the last id: an unfinished character becomes U+FFFD."""
-        text = self._release(self._decoder.decode(b"", final=True))
-        held, self._held = self._held, ""
-        return text + held
+        text = self._release(self._decoder.decode(b"", final=True)) + self._held
+        self._held = ""
+        return text
 
     def _release(self, text: str) -> str:
         if self.stopped is not None:
@@ -179,8 +175,7 @@ class TextStream:
             self._held = ""
             return text[:cut]
         # The longest end of the text that begins a stop string, which is not complete.
-        longest = max(map(len, self._stops), default=0)
-        starts = range(max(0, len(text) - longest), len(text))
+        starts = range(max(0, len(text) - max(map(len, self._stops), default=0)), len(text))
         begins = (at for at in starts if any(s.startswith(text[at:]) for s in self._stops))
         keep = next(begins, len(text))
         self._held = text[keep:]
@@ -265,12 +260,11 @@ def _added_tokens(directory: Path, config: Mapping[str, Any], names: Mapping[str
 
 def _add_tokens(backend: tokenizers.Tokenizer, added: _Added, directory: Path) -> None:
     """Adds the missing tokens and checks that every id is the one its file names."""
-    have = {t.content: t for t in backend.get_added_tokens_decoder().values()}
+    have = {t.content: t.special for t in backend.get_added_tokens_decoder().values()}
     for i, token in added:
-        if i is None and backend.token_to_id(token.content) is None:
-            continue  # a name without an id, of a token that the vocabulary does not have
-        known = have.get(token.content)
-        if known is None or (token.special and not known.special):
+        # A name without an id may be of a token that the vocabulary does not have.
+        is_known = i is not None or backend.token_to_id(token.content) is not None
+        if is_known and have.get(token.content) not in (True, token.special):
             (backend.add_special_tokens if token.special else backend.add_tokens)([token])
     for i, token in added:
         found = backend.token_to_id(token.content)

@@ -19,7 +19,13 @@ from PIL import Image
 
 from qwen3vl_jax.errors import InputError, one_line
 from qwen3vl_jax.processing.fetching import MediaRules
-from qwen3vl_jax.processing.image_loading import MAX_IMAGE_BYTES, decode_cost, decode_memory, to_rgb
+from qwen3vl_jax.processing.image_loading import (
+    LIMIT,
+    MAX_IMAGE_BYTES,
+    decode_cost,
+    decode_memory,
+    to_rgb,
+)
 from qwen3vl_jax.processing.media import MediaFile, open_source
 
 # Seconds that may be missing at the end of a file that is not cut.
@@ -71,14 +77,14 @@ def _picked(
     frames: Iterator[Any], places: np.ndarray, image: Callable[[Any], Image.Image]
 ) -> Iterator[Image.Image]:
     """The images of frames at places that do not fall; raises FramesDiffer with a place beyond the end."""
-    at, shown = -1, None
+    at, shown = -1, cast(Image.Image, None)
     for place in places.tolist():
         if place > at:
             frame = next(itertools.islice(frames, place - at - 1, None), None)
             if frame is None:
                 raise FramesDiffer(place)
             at, shown = place, image(frame)
-        yield cast(Image.Image, shown)
+        yield shown
 
 
 def _timing(points: Sequence[Any], base: Any, rates: Sequence[Any], name: str) -> tuple[float, Any]:
@@ -122,8 +128,7 @@ def _reader(file, points, clock, first, recount=None, is_exact=False) -> VideoRe
     total, matrix = len(points), (1, 0, 0, 1)
     # Reading it keeps the frame in memory until the garbage is collected: it is read once a file.
     if (data := first.side_data.get(Type.DISPLAYMATRIX)) is not None:
-        a, b, _, c, d = np.frombuffer(bytes(data), "=i4")[:5].tolist()
-        matrix = a, b, c, d
+        matrix = np.frombuffer(bytes(data), "=i4")[[0, 1, 3, 4]].tolist()
     shown = _upright(first, matrix)
     fps, times = _timing(points, clock[0], clock[1], file.name)
 
@@ -232,6 +237,7 @@ def _frames(container: Any, stream: Any, damage: list[Any] | None) -> Iterator[A
 def _open_stream(file: MediaFile) -> Iterator[tuple[Any, Any]]:
     """A PyAV container, which opens no other file or address, and its video stream. Raises InputError."""
     import av
+    from av.stream import Disposition
 
     with contextlib.ExitStack() as stack:
         opened = stack.enter_context(file.open())
@@ -241,7 +247,19 @@ def _open_stream(file: MediaFile) -> Iterator[tuple[Any, Any]]:
         except (av.FFmpegError, ValueError, OSError) as e:
             reason = getattr(e, "strerror", None) or one_line(e)
             raise InputError(f"{file.name}: not a video, or its header is cut: {reason}") from e
-        stream = _video_stream(container, file.name)
+        cover = Disposition.attached_pic
+        streams = [s for s in container.streams.video if not s.disposition & cover]
+        if not streams:
+            kinds = ", ".join(sorted({s.type for s in container.streams})) or "nothing"
+            raise InputError(f"{file.name}: no video in this file, it holds {kinds}")
+        # A stream of a codec that FFmpeg does not have has no decoder.
+        streams = [s for s in streams if s.codec_context is not None]
+        if not streams:
+            advice = "the codec of this video is unknown; convert it, as to H.264"
+            raise InputError(f"{file.name}: {advice}")
+        # Of an animated AVIF not the still image that stands for it.
+        best: Any = container.streams.best("video")
+        stream = best if best in streams else streams[0]
         held = decode_cost(stream.width, stream.height, _BYTES_A_PIXEL, "a video", file.name)
         stack.enter_context(decode_memory(held))
         # Later frames of a file may be larger than it says.
@@ -258,24 +276,7 @@ def _open_stream(file: MediaFile) -> Iterator[tuple[Any, Any]]:
             raise InputError(f"{file.name}: damaged video: {reason}") from e
 
 
-def _video_stream(container: Any, name: str) -> Any:
-    from av.stream import Disposition
-
-    cover = Disposition.attached_pic
-    streams = [s for s in container.streams.video if not s.disposition & cover]
-    if not streams:
-        kinds = sorted({s.type for s in container.streams}) or ["nothing"]
-        raise InputError(f"{name}: no video in this file, it holds {', '.join(kinds)}")
-    # A stream of a codec that FFmpeg does not have has no decoder.
-    streams = [s for s in streams if s.codec_context is not None]
-    if not streams:
-        raise InputError(f"{name}: the codec of this video is unknown; convert it, as to H.264")
-    # Of an animated AVIF not the still image that stands for it.
-    best = container.streams.best("video")
-    return best if best in streams else streams[0]
-
-
-def _upright(frame: Any, matrix: tuple[int, ...]) -> Image.Image:
+def _upright(frame: Any, matrix: Sequence[int]) -> Image.Image:
     """RGB of a frame turned by a display matrix x' = a x + c y, y' = b x + d y, transparency on white."""
     alpha = any(part.is_alpha for part in frame.format.components)
     values = frame.to_ndarray(format="rgba" if alpha else "rgb24")
@@ -301,19 +302,17 @@ def _open_animation(file: MediaFile) -> VideoReader:
         log.warning("%s: damaged video: the first %d frames are used", file.name, len(milliseconds))
     points = np.cumsum([0, *milliseconds[:-1]]).tolist()
     fps, times = _timing(points, 0.001, [1000 / milliseconds[0]], file.name)
-    total = len(points)
 
     def read(places: np.ndarray) -> Iterator[Image.Image]:
         return _picked(_animation_frames(file), places, to_rgb)
 
-    return VideoReader(file.name, total, fps, size, np.arange(total), read, times)
+    return VideoReader(file.name, len(points), fps, size, np.arange(len(points)), read, times)
 
 
 def _animation_frames(file: MediaFile) -> Iterator[Image.Image]:
     with file.open() as opened:
         if opened.seek(0, io.SEEK_END) > MAX_IMAGE_BYTES:
-            most = MAX_IMAGE_BYTES >> 20
-            raise InputError(f"{file.name}: expected an animation of at most {most} MiB")
+            raise InputError(f"{file.name}: expected an animation of at most {LIMIT}")
         opened.seek(0)
         try:
             image = Image.open(opened, formats=("WEBP", "PNG"))
