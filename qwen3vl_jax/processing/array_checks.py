@@ -23,7 +23,7 @@ def integers(name: str, given: Any, as_floats: bool = False) -> np.ndarray:
     except ValueError as e:
         raise InputError(f"{name}: expected rows of one length, found: {e}") from e
     is_float = as_floats and found.dtype.kind == "f"
-    wrong = found[found != np.rint(found)] if is_float else found[:0]
+    wrong = found[found != np.rint(found)] if is_float else []
     if found.dtype.kind in "iu" or not found.size or (is_float and not len(wrong)):
         return found.astype(np.int64)
     first = wrong[0] if len(wrong) else f"an array of {found.dtype}"

@@ -61,12 +61,12 @@ def complete(rows: Rows, images: Any, videos: Any, videos_kwargs: Mapping[str, A
     options = dict(videos_kwargs)
     metadata = options.pop("video_metadata", None)
     count = sum(x.kind == "video" for row in rows for x in row)
-    described = metadata if isinstance(metadata, (list, tuple)) else [metadata] * min(count, 1)
-    if metadata is not None and len(described) != count:
-        raise InputError(
-            f"video_metadata: {len(described)} for {count} video(s), expected one each"
-        )
-    remaining = iter(described if metadata is not None else [None] * count)
+    is_list = isinstance(metadata, (list, tuple))
+    described = metadata if is_list else [metadata] * (count if metadata is None else min(count, 1))
+    if len(described) != count:
+        found = f"{len(described)} for {count} video(s)"
+        raise InputError(f"video_metadata: {found}, expected one each")
+    remaining = iter(described)
 
     def completed(x: MediaSource) -> MediaSource:
         x = read_beside(next(given[x.kind]), x) if x.source is None else x

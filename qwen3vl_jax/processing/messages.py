@@ -22,11 +22,8 @@ _TYPES = {
     "image": ("image", "image_url", "input_image"),
     "text": ("text", "input_text", "output_text"),
 }
-_PLACES = {
-    "video": ("video", "video_url", "frames"),
-    "image": ("image", "image_url", *_SOURCES),
-    "text": ("text",),
-}
+_PLACES = {"video": ("video", "video_url", "frames"), "image": ("image", "image_url", *_SOURCES)}
+_PLACES["text"] = ("text",)
 _ROLES = ("system", "user", "assistant", "tool", "developer", "function")
 # Variables of a template that the processor sets.
 _TAKEN = ("self", "messages", "tools", "add_generation_prompt")
@@ -34,9 +31,9 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 CALL_KEYS = ("name", "arguments")
 # Keys of a message besides its role and content.
 MESSAGE_KEYS = ("name", "tool_calls", "tool_call_id", *REASONING)
-_HINTS: Mapping[str, str] = dict.fromkeys(
-    ("image", "images", "image_url", "video", "videos", "video_url"),
-    'an image or video is an item of the content, {"type": "image", "image": "a.png"}',
+_HINT = 'an image or video is an item of the content, {"type": "image", "image": "a.png"}'
+_HINTS: dict[str, str] = dict.fromkeys(
+    "image images image_url video videos video_url".split(), _HINT
 )
 # The keys of a message that a template reads: message.x, message['x'], message.get('x').
 _NAMED = re.compile(r"""\bmessages?(?:\[[^\]]*\])?(?:\.get\(|\.|\[)['"]?([A-Za-z_]\w*)""")

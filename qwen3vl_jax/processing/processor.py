@@ -11,7 +11,7 @@ import numpy as np
 
 from qwen3vl_jax.config import Config, model_folder
 from qwen3vl_jax.errors import InputError, shown, unexpected
-from qwen3vl_jax.processing import encoding, generation_config, messages
+from qwen3vl_jax.processing import encoding, messages
 from qwen3vl_jax.processing.chat_template import ChatTemplate, Escape
 from qwen3vl_jax.processing.encoded_prompt import Arrays, EncodedPrompt, to_hf_arrays
 from qwen3vl_jax.processing.encoding import RenderedPrompt
@@ -20,11 +20,18 @@ from qwen3vl_jax.processing.parse_reply import Reply, parse_reply
 from qwen3vl_jax.processing.settings import MODEL_SIZES, ImageSettings, VideoSettings
 from qwen3vl_jax.processing.tokenizer import Tokenizer
 from qwen3vl_jax.storage.hub import resolve
-from qwen3vl_jax.storage.json_text import write_json
+from qwen3vl_jax.storage.json_text import read_json_file, write_json
 
 if TYPE_CHECKING:
     from qwen3vl_jax.model.structs import Batch
 
+# Defaults of transformers 4.57.1 for a generation_config.json that samples and leaves these out.
+_SAMPLED = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
+_ALWAYS = ("repetition_penalty", "min_new_tokens")
+# Other ways to decode, with the value that means "off".
+_OTHER = dict.fromkeys(("num_beams", "num_beam_groups", "typical_p"), 1)
+_OTHER |= dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "no_repeat_ngram_size"), 0)
+_OTHER |= dict.fromkeys(("penalty_alpha", "guidance_scale", "bad_words_ids", "forced_eos_token_id"))
 log = logging.getLogger("qwen3vl_jax")
 Options = Mapping[str, Any] | None
 Tools = Sequence[Mapping[str, Any]] | None
@@ -77,10 +84,10 @@ class Processor:
                     found = f"{settings.KIND} {name} is {ours}"
                     raise InputError(f"{directory}: {found}, and {theirs} in config.json")
         template = ChatTemplate.from_dir(directory, chat_template)
-        raw = generation_config.read_generation_config(directory)
+        raw = read_generation_config(directory)
         eos = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-        stops = generation_config.stop_ids(raw) or config.eos_token_ids or eos
-        sampling = generation_config.sampling_defaults(raw)
+        stops = stop_ids(raw) or config.eos_token_ids or eos
+        sampling = sampling_defaults(raw)
         return cls(config, tokenizer, template, images, videos, stops, sampling)
 
     def render(
@@ -259,3 +266,36 @@ def _is_many(conversations: Any) -> bool:
         expected = "a list of messages or of conversations (raw text goes in text=)"
         raise unexpected("conversations", type(conversations).__name__, expected)
     return bool(conversations) and not isinstance(conversations[0], Mapping)
+
+
+def read_generation_config(directory: Path) -> dict[str, Any]:
+    """generation_config.json as a dict, empty where there is none. Raises InputError."""
+    path = directory / "generation_config.json"
+    if not path.is_file():
+        return {}
+    found = read_json_file(path)
+    if not all(type(i) is int and 0 <= i < 2**31 for i in stop_ids(found)):
+        raise unexpected(f"{path}: eos_token_id", shown(found["eos_token_id"]), "token ids")
+    for name in (*_SAMPLED, "min_p", *_ALWAYS):
+        value = found.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise unexpected(f"{path}: {name}", shown(value), "a number")
+    for name, off in _OTHER.items():
+        if found.get(name, off) not in (off, None):
+            log.warning("%s: %s %r is not implemented and ignored", path, name, found[name])
+    return found
+
+
+def sampling_defaults(raw: Mapping[str, Any]) -> dict[str, float]:
+    """Arguments of `Sampling` from a generation_config; without do_sample an answer is greedy."""
+    given = {name: raw[name] for name in _ALWAYS if raw.get(name) is not None}
+    if raw.get("do_sample"):
+        names = (*_SAMPLED, "min_p")
+        given |= _SAMPLED | {name: raw[name] for name in names if raw.get(name) is not None}
+    return given
+
+
+def stop_ids(raw: Mapping[str, Any]) -> tuple[int, ...]:
+    """The ids that end an answer, empty where the file names none."""
+    eos = raw.get("eos_token_id")
+    return tuple(eos if isinstance(eos, list) else [] if eos is None else [eos])

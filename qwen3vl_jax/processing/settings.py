@@ -26,6 +26,9 @@ _MOST = 2**40  # of settings that count; patches have a limit of bytes besides
 # Frames a second: others are typing errors.
 _SLOWEST, _FASTEST = 1e-6, 1e6
 MODEL_SIZES = ("patch_size", "temporal_patch_size", "merge_size")  # no call or item changes them
+# The limits of pixels by their names, and as size {shortest_edge, longest_edge} has them.
+_AREAS = {"min_pixels": "min_pixels", "max_pixels": "max_pixels"}
+_AREAS |= {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}
 # Settings of transformers' base class that its Qwen3-VL processor never reads.
 WITHOUT_EFFECT = ("size_divisor", "default_to_square", "do_center_crop", "crop_size")
 
@@ -76,7 +79,7 @@ def _check_channels(name: str, value: Any) -> tuple[float, ...] | float:
 def _check_filter(name: str, value: Any) -> int:
     with contextlib.suppress(ValueError):
         found = Image.Resampling.__members__.get(str(value).upper(), value)
-        if not isinstance(value, bool):
+        if not isinstance(value, (bool, np.bool_)):
             return int(Image.Resampling(found))
     names = ", ".join(f"{n:d} {n.name.lower()}" for n in sorted(Image.Resampling))
     raise unexpected(name, shown(value), f"one of {names}")
@@ -150,30 +153,22 @@ class ImageSettings:
         """
         kind, known = self.KIND, checks(type(self))
         given = {k: v for k, v in changes.items() if v is not None}
-        size, limits = (
-            given.pop("size", {}),
-            {"min_pixels": "min_pixels", "max_pixels": "max_pixels"},
-        )
-        limits |= {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}
-        if not isinstance(size, Mapping) or not {k for k in size if size[k] is not None} <= {
-            *limits
-        }:
+        size, size_name = given.pop("size", {}), f"{kind} setting size"
+        areas = dict(size) if isinstance(size, Mapping) else {size_name: size}
+        areas = {k: v for k, v in areas.items() if v is not None}
+        if not areas.keys() <= _AREAS.keys():
             expected = "shortest_edge and longest_edge (areas)"
-            raise unexpected(f"{kind} setting size", shown(size), expected)
-        given = {limits[k]: v for k, v in size.items() if v is not None} | given
+            raise unexpected(size_name, shown(size), expected)
+        given = {_AREAS[k]: v for k, v in areas.items()} | given
         if unknown := [name for name in given if name not in known]:
             names = ", ".join((*known, "size"))
             raise InputError(f"{kind} setting {unknown[0]!r} is unknown, known: {names}")
         checked = {k: known[k](f"{kind} setting {k}", v) for k, v in given.items()}
-        low, high = checked.get("min_pixels"), checked.get("max_pixels")
-        if low is None and high is not None:
-            checked["min_pixels"] = min(self.min_pixels, high)
-        if high is None and low is not None:
-            checked["max_pixels"] = max(self.max_pixels, low)
-        settings = dataclasses.replace(self, **checked)
-        low, high = settings.min_pixels, settings.max_pixels
+        low = checked.get("min_pixels", min(self.min_pixels, checked.get("max_pixels", _MOST)))
+        high = checked.get("max_pixels", max(self.max_pixels, low))
         if low > high:
             raise InputError(f"{kind} settings: min_pixels {low} is above max_pixels {high}")
+        settings = dataclasses.replace(self, **{**checked, "min_pixels": low, "max_pixels": high})
         if (settings.resized_height is None) != (settings.resized_width is None):
             raise InputError(f"{kind} settings: give both resized_height and resized_width")
         return settings

@@ -3,6 +3,7 @@
 Source: the video processor of Qwen3-VL (transformers), whose names the settings keep.
 """
 
+import contextlib
 import itertools
 import os
 import re
@@ -177,15 +178,11 @@ def as_frames(source: Any, rules: MediaRules | None = None) -> Frames | None:
         head = f"data:image/{joined[1]};base64,"
         return [head + text for text in source[joined.end() :].split(",") if text]
     path = local_path(source) if source[:6].lower() == "file:/" else source
-    return _folder(path, rules or MediaRules())
-
-
-def _folder(path: str, rules: MediaRules) -> list[str] | None:
-    try:
-        if not os.path.isdir(os.path.join(rules.root, path)):
-            return None
-        found = os.listdir(rules.local(path, "video"))
-    except (OSError, ValueError):
+    found, rules = None, rules or MediaRules()
+    with contextlib.suppress(OSError, ValueError):
+        if os.path.isdir(os.path.join(rules.root, path)):
+            found = os.listdir(rules.local(path, "video"))
+    if found is None:
         return None
     kinds = Image.registered_extensions()
     names = [n for n in found if os.path.splitext(n)[1].lower() in kinds and n[0] != "."]
