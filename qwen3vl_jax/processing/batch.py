@@ -26,10 +26,9 @@ BUCKETS = (96, 144, 200, *(step << octave for octave in range(3, 16) for step in
 
 def bucket(count: int) -> int:
     """The smallest size of BUCKETS that holds `count` tokens (or merged patches)."""
-    for size in BUCKETS:
-        if count <= size:
-            return size
-    raise InputError(f"{count} tokens are more than the largest bucket, {BUCKETS[-1]}")
+    if count > BUCKETS[-1]:
+        raise InputError(f"{count} tokens are more than the largest bucket, {BUCKETS[-1]}")
+    return next(size for size in BUCKETS if count <= size)
 
 
 def make_vision(cfg: Config, pixels, grid_thw, pad: bool = True) -> VisionInputs:
@@ -139,7 +138,6 @@ def make_batch(
 
 
 def _fit(x: np.ndarray | None, width: int, axis: int = 1, fill: int = 0) -> Any:
-    """An array padded at the end of one axis; None stays None."""
     if x is None:
         return None
     extra = [(0, width - size if i == axis else 0) for i, size in enumerate(x.shape)]

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
-from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.errors import InputError, unexpected
 
 # Formats that start other programs, hold files of any other format, or show nothing by themselves.
 _UNSAFE = ("EPS", "IPTC", "FPX", "MIC", "WMF", "BUFR", "GRIB", "HDF5", "MPEG")
@@ -133,8 +133,7 @@ def _scaled(image: Image.Image, name: str) -> Image.Image:
         values = np.asarray(image.crop(box))
         low, high = int(values.min()), int(values.max())
         if low < 0 or high > 65535:
-            found = f"mode {image.mode}, values {low} to {high}"
-            raise InputError(f"{name}: {found}, expected 0 to 65535")
+            raise unexpected(name, f"mode {image.mode}, values {low} to {high}", "0 to 65535")
         out.paste(from_array(values.astype(np.uint16)), box)
     return out
 

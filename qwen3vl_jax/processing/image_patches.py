@@ -55,9 +55,7 @@ def resized(image: Image.Image, size: Size | None, settings: ImageSettings) -> n
     """Values [H W C] uint8 of an image brought to size (height, width), or as it is for None."""
     if size is not None:
         image = image.resize((size[1], size[0]), resample=Image.Resampling(settings.resample))
-    pixels = np.asarray(image)
-    if pixels.dtype == np.bool_:
-        pixels = pixels.astype(np.uint8)
+    pixels = np.asarray(image, np.uint8)
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 

@@ -153,7 +153,6 @@ def read_item(item: Any, sources: list[MediaSource], where: str) -> dict[str, An
 
 
 def _kind(given: Mapping[str, Any], where: str) -> str:
-    """The kind of a content item: "text", "image" or "video". Raises InputError."""
     media = (*_PLACES["video"], *_PLACES["image"])
     places = [k for k in media if not is_empty(given.get(k, ""))]
     if places and given.get("text"):

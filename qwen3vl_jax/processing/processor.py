@@ -250,7 +250,6 @@ class Processor:
         return prompts
 
     def _encoder(self, overrides: Mapping[str, Any]) -> encoding.MediaEncoder:
-        """The encoder of a call's images and videos. Raises InputError for sizes of the model."""
         for name in MODEL_SIZES:
             if overrides.get(name) not in (None, getattr(self.image_settings, name)):
                 raise InputError(f"image setting {name}: it is the model's; leave it out")
@@ -261,7 +260,6 @@ class Processor:
 
 
 def _is_many(conversations: Any) -> bool:
-    """Whether this is a list of conversations, not one conversation (a list of messages)."""
     if isinstance(conversations, (str, Mapping)) or not isinstance(conversations, Sequence):
         expected = "a list of messages or of conversations (raw text goes in text=)"
         raise unexpected("conversations", type(conversations).__name__, expected)

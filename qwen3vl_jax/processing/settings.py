@@ -86,13 +86,8 @@ def _check_filter(name: str, value: Any) -> int:
 
 
 _BY_NAME = {"resample": _check_filter, "fps": frame_rate}
-_BY_TYPE = {
-    bool: _check_bool,
-    int: check_count,
-    int | None: check_count,
-    float: check_number,
-    tuple[float, ...] | float: _check_channels,
-}
+_BY_TYPE: dict[Any, Any] = {bool: _check_bool, int: check_count, int | None: check_count}
+_BY_TYPE |= {float: check_number, tuple[float, ...] | float: _check_channels}
 
 
 def checks(settings: type) -> dict[str, Callable[[str, Any], Any]]:

@@ -116,15 +116,13 @@ class Tokenizer:
 
     def id_of(self, token: str) -> int:
         """The id of a token. Raises InputError."""
-        found = self.backend.token_to_id(token)
-        if found is None:
+        if (found := self.backend.token_to_id(token)) is None:
             raise InputError(f"tokenizer: it has no token {token!r}")
         return found
 
     def token_of(self, token_id: int) -> str:
         """The token of an id (ordinary ones in the byte alphabet). Raises InputError."""
-        found = self.backend.id_to_token(token_id)
-        if found is None:
+        if (found := self.backend.id_to_token(token_id)) is None:
             raise InputError(f"tokenizer: it has no token with id {token_id}")
         return found
 

@@ -39,8 +39,6 @@ _SAMPLING = ("fps", "num_frames", "nframes", "min_frames", "max_frames")
 # Keys of a video in a message.
 OVERRIDES = (*checks(VideoSettings), "size", *WITHOUT_EFFECT, *VIDEO_OPTIONS, *qwen_items.KEYS)
 Frames = Sequence[Any] | np.ndarray
-_CHANNELS = (1, 3, 4)
-_ADVICE = 'give the rate of its frames: video_metadata={"fps": ...} or sample_fps'
 # "data:video/jpeg;base64,AAAA,BBBB": frames one after another.
 _JOINED = re.compile(r"data:video/(jpeg|jpg|png|webp);base64,", re.IGNORECASE)
 
@@ -209,7 +207,8 @@ def _open_frames(
         raise InputError("video: sample_fps and video_metadata's fps are both given")
     fps = metadata.get("fps") if sample_fps is None else sample_fps
     if fps is None:
-        raise InputError(f"video: frames without times; {_ADVICE}")
+        advice = 'give the rate of its frames: video_metadata={"fps": ...} or sample_fps'
+        raise InputError(f"video: frames without times; {advice}")
     given = metadata.get("frames_indices")
     given = range(total) if given is None else given
     indices = integers("video_metadata: frames_indices", given, as_floats=True).reshape(-1)
@@ -239,10 +238,10 @@ def _open_frames(
 
 
 def _array(source: Any) -> np.ndarray:
-    array = np.asarray(source)
-    if array.ndim == 4 and array.shape[1] in _CHANNELS:
+    array, channels = np.asarray(source), (1, 3, 4)
+    if array.ndim == 4 and array.shape[1] in channels:
         array = np.moveaxis(array, 1, 3)
-    if array.ndim != 4 or array.shape[3] not in _CHANNELS or not array.size:
+    if array.ndim != 4 or array.shape[3] not in channels or not array.size:
         expected = "[T H W C] or [T C H W] with 1, 3 or 4 channels"
         raise InputError(f"video array: shape {list(np.shape(source))}, expected {expected}")
     # One of 0 and 1 alone may be scaled.
