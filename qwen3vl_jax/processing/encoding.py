@@ -26,6 +26,7 @@ from qwen3vl_jax.processing.video_patches import is_pair, video_to_patches
 _RIVALS = {"fps": ("nframes", "num_frames"), "num_frames": ("nframes", "fps")}
 _SIZES = ("min_pixels", "max_pixels", "size", "resized_height", "resized_width")
 Rows = list[list[MediaSource]]
+Media = Sequence[EncodedImage]
 
 
 def read_beside(given: Any, waiting: MediaSource) -> MediaSource:
@@ -175,20 +176,14 @@ class MediaEncoder:
 
 
 def encode_prompt(
-    tokenizer: Tokenizer,
-    config: Config,
-    wrap: bool,
-    prompt: RenderedPrompt,
-    images: Sequence[EncodedImage],
-    name: str,
+    tokenizer: Tokenizer, c: Config, wrap: bool, prompt: RenderedPrompt, images: Media, name: str
 ) -> EncodedPrompt:
     """The prompt with a placeholder for each token of an image or frame. Raises InputError.
 
     The time and placeholder of each frame are in place of a video's one placeholder, and of vision_start ..
     vision_end around it, as in transformers 4.57; wrap (Processor's wrap_clips) leaves that pair.
     """
-    c, unit = config, config.vision.merge_unit
-    stills = [x.grid for x in images if not x.is_video]
+    stills, unit = [x.grid for x in images if not x.is_video], c.vision.merge_unit
     videos = [x for x in images if isinstance(x, EncodedVideo)]
     frames = [h * w for t, h, w in (x.grid for x in videos) for _ in range(t)]
     counts = {
@@ -214,7 +209,7 @@ def encode_prompt(
         row += [token] * next(counts[token]) if token in counts else [token]
     if not row:
         raise InputError(f"{name}: the prompt is empty")
-    return encoded_prompt.place_images(config, np.array(row, np.int32), images)
+    return encoded_prompt.place_images(c, np.array(row, np.int32), images)
 
 
 def add_continuations(

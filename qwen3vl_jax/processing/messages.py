@@ -139,7 +139,14 @@ def read_item(item: Any, sources: list[MediaSource], where: str) -> dict[str, An
     fields({k: v for k, v in given.items() if k not in empty}, ("type", *places, *names), where)
     if kind == "text":
         return {"type": "text", "text": given["text"]}
-    source = _source({key: given[key] for key in places if key in given}, where)
+    found = {key: given[key] for key in places if key in given}
+    if "bytes" in found:  # {"bytes": .., "path": ..}
+        found.pop("path", None)
+    if len(found) > 1:
+        raise InputError(f"{where}it has several sources: {', '.join(found)}")
+    key, source = next(iter(found.items()), ("", None))
+    held = found if key in ("bytes", "base64") else source
+    source = inner(held, where + key) if isinstance(held, Mapping) else source
     settings = {name: given[name] for name in names if name in given}
     if kind == "video":
         try:
@@ -169,17 +176,6 @@ def _kind(given: Mapping[str, Any], where: str) -> str:
         others = f"{type(text).__name__} there" if "text" in given else others
         raise InputError(f"{where}type 'text' without 'text'; found {others}")
     return kind
-
-
-def _source(found: dict[str, Any], where: str) -> Any:
-    if "bytes" in found:  # {"bytes": .., "path": ..}
-        found.pop("path", None)
-    if len(found) > 1:
-        raise InputError(f"{where}it has several sources: {', '.join(found)}")
-    for key, source in found.items():
-        given = found if key in ("bytes", "base64") else source
-        return inner(given, where + key) if isinstance(given, Mapping) else source
-    return None
 
 
 def plain_data(value: Any, depth: int = 0) -> Any:

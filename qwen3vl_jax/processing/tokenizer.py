@@ -61,6 +61,7 @@ class Tokenizer:
         directory = as_path(directory)
         config = _read_json(directory / "tokenizer_config.json")
         names = {**_read_json(directory / "special_tokens_map.json"), **config}
+        added = _added_tokens(directory, config, names)
         if (directory / "tokenizer.json").is_file():
             backend = load_tokenizer_json(directory / "tokenizer.json")
         else:
@@ -69,8 +70,20 @@ class Tokenizer:
             if missing != files[0]:
                 expected = "expected tokenizer.json, or vocab.json and merges.txt"
                 raise InputError(f"{directory}: no tokenizer: {expected}; missing: {missing}")
-            backend = _from_vocab(directory, _added_tokens(directory, config, names))
-        _add_tokens(backend, _added_tokens(directory, config, names), directory)
+            backend = _from_vocab(directory, added)
+        have = {t.content: t.special for t in backend.get_added_tokens_decoder().values()}
+        for i, token in added:
+            # A name without an id may be of a token that the vocabulary does not have.
+            is_known = i is not None or backend.token_to_id(token.content) is not None
+            if is_known and have.get(token.content) not in (True, token.special):
+                (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+        for i, token in added:
+            found = backend.token_to_id(token.content)
+            if i is not None and found != i:
+                has = f"token {token.content!r} has id {found} in the tokenizer and {i}"
+                raise InputError(
+                    f"{directory}: {has} in tokenizer_config.json or added_tokens.json"
+                )
         eos, pad = (_content(names.get(key)) for key in ("eos_token", "pad_token"))
         return cls(backend, eos, pad)
 
@@ -254,21 +267,6 @@ def _added_tokens(directory: Path, config: Mapping[str, Any], names: Mapping[str
     for name in sorted(special - {None} - set(found), key=str):
         found[str(name)] = (None, AddedToken(str(name), special=True, normalized=False))
     return sorted(found.values(), key=lambda x: (x[0] is None, x[0] or 0))
-
-
-def _add_tokens(backend: tokenizers.Tokenizer, added: _Added, directory: Path) -> None:
-    """Adds the missing tokens and checks that every id is the one its file names."""
-    have = {t.content: t.special for t in backend.get_added_tokens_decoder().values()}
-    for i, token in added:
-        # A name without an id may be of a token that the vocabulary does not have.
-        is_known = i is not None or backend.token_to_id(token.content) is not None
-        if is_known and have.get(token.content) not in (True, token.special):
-            (backend.add_special_tokens if token.special else backend.add_tokens)([token])
-    for i, token in added:
-        found = backend.token_to_id(token.content)
-        if i is not None and found != i:
-            has = f"token {token.content!r} has id {found} in the tokenizer and {i}"
-            raise InputError(f"{directory}: {has} in tokenizer_config.json or added_tokens.json")
 
 
 def _content(token: Any) -> str | None:
