@@ -23,12 +23,12 @@ from benchmarks.fuzz_prompts import (
 from demo.examples import CHECKPOINT
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.processing.chat_template import ChatTemplate
-from qwen3vl_jax.processing.generation_config import (
+from qwen3vl_jax.processing.processor import (
+    Processor,
     read_generation_config,
     sampling_defaults,
     stop_ids,
 )
-from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.processing.tokenizer import Tokenizer
 
 JINJA = (

@@ -21,6 +21,11 @@ class InputError(ValueError):
         super().__init__(text)
 
 
+def unexpected(name: str, found: object, expected: str) -> InputError:
+    """The error for something found where another was expected."""
+    return InputError(f"{name}: got {found}, expected {expected}")
+
+
 def one_line(error: object) -> str:
     """The message of an error, without line breaks."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -12,7 +12,7 @@ OLD_WORDS = """
     """
 # Names from before this rule. One that is gone leaves the set, and none is added.
 LEFT = """
-    _clip _drawn _opened _placed _say _waiting _whole drawn opened share spread summed
+    _clip _drawn _opened _placed _say _whole drawn opened share spread summed
     taps tell waiting whole
     """
 

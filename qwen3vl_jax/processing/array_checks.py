@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from qwen3vl_jax.config import IGNORE_INDEX
-from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.errors import InputError, unexpected
 
 
 def host_array(x: Any) -> np.ndarray:
@@ -22,12 +22,12 @@ def integers(name: str, given: Any, as_floats: bool = False) -> np.ndarray:
         found = host_array(given)
     except ValueError as e:
         raise InputError(f"{name}: expected rows of one length, found: {e}") from e
-    exact = as_floats and found.dtype.kind == "f" and np.array_equal(found, np.rint(found))
-    if found.dtype.kind in "iu" or exact or not found.size:
+    is_float = as_floats and found.dtype.kind == "f"
+    wrong = found[found != np.rint(found)] if is_float else []
+    if found.dtype.kind in "iu" or not found.size or (is_float and not len(wrong)):
         return found.astype(np.int64)
-    if as_floats and found.dtype.kind == "f":
-        raise InputError(f"{name}: expected integers, found {found[found != np.rint(found)][0]}")
-    raise InputError(f"{name}: expected integers, found an array of {found.dtype}")
+    first = wrong[0] if len(wrong) else f"an array of {found.dtype}"
+    raise InputError(f"{name}: expected integers, found {first}")
 
 
 def check_shape(name: str, found: np.ndarray, wanted: tuple[int, ...], text: str = "") -> None:
@@ -50,8 +50,7 @@ def ids_and_mask(input_ids: Any, attention_mask: Any) -> tuple[np.ndarray, np.nd
 def check_ids(name: str, given: Any, size: int) -> np.ndarray:
     """Token ids as int32. Raises InputError for one outside an embedding of `size` rows."""
     ids = integers(name, given)
-    wrong = ids[(ids < 0) | (ids >= size)]
-    if wrong.size:
+    if (wrong := ids[(ids < 0) | (ids >= size)]).size:
         raise InputError(f"{name}: token {wrong[0]} is outside the vocabulary of {size}")
     return ids.astype(np.int32)
 
@@ -59,8 +58,7 @@ def check_ids(name: str, given: Any, size: int) -> np.ndarray:
 def check_labels(name: str, given: Any, size: int) -> np.ndarray:
     """Labels as int32 of the same shape. Raises InputError for one that is neither a token nor -100."""
     labels = integers(name, given, as_floats=True)
-    wrong = labels[(labels >= size) | ((labels < 0) & (labels != IGNORE_INDEX))]
-    if wrong.size:
+    if (wrong := labels[(labels >= size) | ((labels < 0) & (labels != IGNORE_INDEX))]).size:
         raise InputError(f"{name}: {wrong[0]} is neither -100 nor a token of {size}")
     return labels.astype(np.int32)
 
@@ -70,8 +68,7 @@ def grid_array(name: str, grid: Any, merge: int) -> np.ndarray:
     grid = integers(name, [] if grid is None else grid)
     grid = grid if grid.size else np.zeros((0, 3), np.int64)
     if grid.ndim != 2 or grid.shape[1] != 3 or (grid < 1).any():
-        rows = "rows (t, h, w) of positive numbers"
-        raise InputError(f"{name}: expected {rows}, found {grid.tolist()}")
+        raise unexpected(name, grid.tolist(), "rows (t, h, w) of positive numbers")
     if (grid[:, 1:] % merge).any():
         raise InputError(f"{name}: sides must be multiples of {merge}, found {grid.tolist()}")
     return grid

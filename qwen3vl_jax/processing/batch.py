@@ -26,10 +26,9 @@ BUCKETS = (96, 144, 200, *(step << octave for octave in range(3, 16) for step in
 
 def bucket(count: int) -> int:
     """The smallest size of BUCKETS that holds `count` tokens (or merged patches)."""
-    for size in BUCKETS:
-        if count <= size:
-            return size
-    raise InputError(f"{count} tokens are more than the largest bucket, {BUCKETS[-1]}")
+    if count > BUCKETS[-1]:
+        raise InputError(f"{count} tokens are more than the largest bucket, {BUCKETS[-1]}")
+    return next(size for size in BUCKETS if count <= size)
 
 
 def make_vision(cfg: Config, pixels, grid_thw, pad: bool = True) -> VisionInputs:
@@ -42,10 +41,8 @@ def make_vision(cfg: Config, pixels, grid_thw, pad: bool = True) -> VisionInputs
     pixels = np.asarray(host_array(pixels), np.float32)
     count, width = int(grid.prod(1).sum()), int(np.prod(c.patch_shape))
     if pixels.shape != (count, width):
-        expected = (
-            f"({count}, {width}) from the grids {grid.tolist()} and patches of {c.patch_shape}"
-        )
-        raise InputError(f"pixel_values: shape {pixels.shape}, expected {expected}")
+        origin = f"the grids {grid.tolist()} and patches of {c.patch_shape}"
+        check_shape("pixel_values", pixels, (count, width), f"({count}, {width}) from {origin}")
     none = np.zeros((0, 4), np.int32), np.zeros((0, 4), np.float32), np.zeros((0, 2), np.int32)
     tables = [none, *(_frame_tables(c, h, w) for t, h, w in grid.tolist() for _ in range(t))]
     sizes = [len(x[0]) for x in tables[1:]]
@@ -111,21 +108,23 @@ def make_batch(
     [B T] (0 padding, 1.. packed samples) are for those who make their own; grids without pixels are for a
     call with `features=`. Raises InputError for arguments that do not fit together.
     """
-    unknown = [k for k in dropped if k not in _DROPPED]
-    if unknown:
+    if unknown := [k for k in dropped if k not in _DROPPED]:
         raise InputError(f"make_batch: unknown arguments {', '.join(unknown)}")
     given = input_ids, attention_mask, inputs_embeds, labels
     ids, mask, embeds, labels = _checked_rows(cfg, *given)
-    segments, grids = _segments(mask, segment_ids), (image_grid_thw, video_grid_thw)
-    positions, delta = _positions(cfg, ids, mask, segments, position_ids, grids)
+    grids = image_grid_thw, video_grid_thw
+    segments, positions, delta = _positions(cfg, ids, mask, segment_ids, position_ids, grids)
     merge = cfg.vision.spatial_merge_size
     image_grid = grid_array("image_grid_thw", image_grid_thw, merge)
     video_grid = grid_array("video_grid_thw", video_grid_thw, merge)
     vision = _vision(cfg, pixel_values, image_grid, pixel_values_videos, video_grid, pad)
     width = bucket(ids.shape[1]) if pad else ids.shape[1]
-    rows = None
-    if len(image_grid) + len(video_grid):
-        rows = _vision_rows(cfg, np.where(mask, ids, -1), image_grid)
+    rows = np.full(ids.shape, -1, np.int32) if len(image_grid) + len(video_grid) else None
+    if rows is not None:  # of each placeholder its row of the vision features
+        images = int(image_grid.prod(1).sum()) // cfg.vision.merge_unit
+        for token, first in ((cfg.image_token_id, 0), (cfg.video_token_id, images)):
+            at = mask & (ids == token)
+            rows[at] = first + np.arange(at.sum())
     return Batch(
         tokens=_fit(ids, width),
         positions=_fit(positions, width, axis=2),
@@ -140,11 +139,9 @@ def make_batch(
 
 
 def _fit(x: np.ndarray | None, width: int, axis: int = 1, fill: int = 0) -> Any:
-    """An array padded at the end of one axis; None stays None."""
     if x is None:
         return None
-    extra = [(0, 0)] * x.ndim
-    extra[axis] = (0, width - x.shape[axis])
+    extra = [(0, width - size if i == axis else 0) for i, size in enumerate(x.shape)]
     return np.pad(x, extra, constant_values=fill)
 
 
@@ -157,8 +154,7 @@ def group_batch(cfg: Config, prompts: Sequence[EncodedPrompt], width: int) -> Ba
     """Prompts as a Batch [A width] without pixels: its vision rows count `in_feature_order`."""
     arrays = to_hf_arrays(cfg, prompts, with_pixels=False)
     for name in ("input_ids", "attention_mask"):
-        array = arrays[name]
-        arrays[name] = np.pad(array, ((0, 0), (0, width - array.shape[1])))
+        arrays[name] = _fit(arrays[name], width)
     return make_batch(cfg, pad=False, **arrays)
 
 
@@ -170,7 +166,7 @@ def _checked_rows(cfg: Config, input_ids, attention_mask, inputs_embeds, labels)
     embeds = None if inputs_embeds is None else host_array(inputs_embeds)
     input_ids = input_ids if embeds is None or given else np.full(embeds.shape[:2], vocabulary)
     ids, mask = array_checks.ids_and_mask(input_ids, attention_mask)
-    if not mask.any(axis=1).all() or not ids.size:
+    if not ids.size or not mask.any(axis=1).all():
         empty = int(np.argmin(mask.any(axis=1))) if ids.size else 0
         raise InputError(f"input_ids: row {empty} of shape {ids.shape} has no attended token")
     if given:
@@ -183,28 +179,23 @@ def _checked_rows(cfg: Config, input_ids, attention_mask, inputs_embeds, labels)
     return ids, mask, embeds, labels
 
 
-def _segments(mask: np.ndarray, segment_ids) -> np.ndarray:
-    """Segment ids [B T] int32, 0 at padding. Raises InputError."""
+def _positions(cfg, ids, mask, segment_ids, position_ids, grids) -> tuple[np.ndarray, ...]:
+    """Segment ids [B T] (0 at padding), positions [3 B T] and delta [B], int32. Raises InputError."""
+    segments = mask.astype(np.int32)
+    starts = mask[:, 0] + (mask[:, 1:] & ~mask[:, :-1]).sum(1)
     if segment_ids is not None:
         segments = integers("segment_ids", segment_ids).astype(np.int32)
         check_shape("segment_ids", segments, mask.shape)
-        return np.where(mask, segments, 0)
-    segments = mask.astype(np.int32)
-    starts = (np.diff(np.pad(segments, ((0, 0), (1, 0))), axis=1) > 0).sum(1)
-    if (starts > 1).any():
+        segments = np.where(mask, segments, 0)
+    elif (starts > 1).any():
         row = int(np.argmax(starts > 1))
         found = f"row {row} has {int(starts[row])} runs of ones, expected one"
         advice = "padding is at the ends of a row, packed rows use segment_ids"
         raise InputError(f"attention_mask: {found}; {advice}")
-    return segments
-
-
-def _positions(cfg, ids, mask, segments, position_ids, grids) -> tuple[np.ndarray, np.ndarray]:
-    """Positions [3 B T] and delta [B], made here or by the caller. Raises InputError."""
     if position_ids is None:
         if segments.max(initial=0) > 1:
             raise InputError("make_batch: packed rows (segment_ids over 1) need their position_ids")
-        return rope_index(cfg, ids, grids[0], grids[1], mask)
+        return segments, *rope_index(cfg, ids, grids[0], grids[1], mask)
     positions = integers("position_ids", position_ids, as_floats=True).astype(np.int32)
     if positions.shape == ids.shape:
         positions = np.broadcast_to(positions, (3, *ids.shape))
@@ -214,7 +205,7 @@ def _positions(cfg, ids, mask, segments, position_ids, grids) -> tuple[np.ndarra
         if need != found:
             raise InputError(f"input_ids: {found} placeholders (token {token}), grids need {need}")
     top = np.where(segments > 0, positions.max(0), -1).max(1)
-    return positions, (top + 1 - (segments > 0).sum(1)).astype(np.int32)
+    return segments, positions, (top + 1 - (segments > 0).sum(1)).astype(np.int32)
 
 
 def _vision(cfg, pixel_values, image_grid, pixel_values_videos, video_grid, pad):
@@ -230,13 +221,3 @@ def _vision(cfg, pixel_values, image_grid, pixel_values_videos, video_grid, pad)
     if len(parts) < sum(len(grid) > 0 for grid in grids):
         raise InputError("make_batch: images and videos: the pixels of one of them are missing")
     return make_vision(cfg, np.concatenate(parts), np.concatenate(grids), pad)
-
-
-def _vision_rows(cfg: Config, ids: np.ndarray, image_grid: np.ndarray) -> np.ndarray:
-    """For each placeholder its row of the vision features, else -1; ids is -1 at padding."""
-    rows = np.full(ids.shape, -1, np.int32)
-    images = int(image_grid.prod(1).sum()) // cfg.vision.merge_unit
-    for token, first in ((cfg.image_token_id, 0), (cfg.video_token_id, images)):
-        at = ids == token
-        rows[at] = first + np.arange(at.sum())
-    return rows

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.errors import InputError, unexpected
 from qwen3vl_jax.processing.template_process import render
 from qwen3vl_jax.storage.json_text import read_json_file, read_regular, write_json
 from qwen3vl_jax.storage.paths import as_path
@@ -27,8 +27,7 @@ class ChatTemplate:
     """A Jinja chat template (or several by name), rendered in a sandbox as transformers does (`render`)."""
 
     def __init__(self, templates: Mapping[str, str], source: str = "chat template"):
-        self.templates = dict(templates)
-        self.source = source
+        self.templates, self.source = dict(templates), source
         self._written: dict[str, bool] = {}
         self._variables: dict[str, Any] = {}
 
@@ -84,13 +83,20 @@ class ChatTemplate:
         variables: Mapping[str, Any],
     ) -> str:
         """The prompt. Raises InputError with the template's own words where it refuses, or does not end."""
-        template, final = self.text(bool(tools)), ""
+        template, final = self.text(bool(tools)), ""  # final: the text to continue
         if continue_final_message:
-            add_generation_prompt = False
-            messages, final = _open_end(messages)
+            content, add_generation_prompt = messages[-1].get("content"), False
+            items = [{"text": content}] if isinstance(content, str) else list(content or [])
+            place = max((i for i, item in enumerate(items) if "text" in item), default=None)
+            if place is None:
+                raise InputError("continue_final_message: the last message has no text to continue")
+            final = items[place]["text"]
+            items[place] = {**items[place], "text": final + _CONTINUE}
+            content = items[0]["text"] if isinstance(content, str) else items
+            messages = [*messages[:-1], {**messages[-1], "content": content}]
+        given = {"messages": messages, "tools": tools, "documents": None}
+        given["add_generation_prompt"] = add_generation_prompt
         try:
-            given = {"messages": messages, "tools": tools, "documents": None}
-            given["add_generation_prompt"] = add_generation_prompt
             rendered = render(template, {**given, **variables})
         except InputError as e:
             raise InputError(f"{self.source}: {e}") from None
@@ -133,21 +139,6 @@ class ChatTemplate:
         return self._written[kind]
 
 
-def _open_end(messages: Messages) -> tuple[Messages, str]:
-    """Messages whose last text ends in a tag that says where to cut, and that text."""
-    *before, last = messages
-    content = last.get("content")
-    if isinstance(content, str):
-        return [*before, {**last, "content": content + _CONTINUE}], content
-    items = list(content or [])
-    for i in reversed(range(len(items))):
-        if "text" in items[i]:
-            text = items[i]["text"]
-            items[i] = {**items[i], "text": text + _CONTINUE}
-            return [*before, {**last, "content": items}], text
-    raise InputError("continue_final_message: the last message has no text to continue")
-
-
 def _named(raw: Any, path: Path) -> dict[str, str]:
     """Templates by name, of one text, an object, or a list of {name, template}."""
     if isinstance(raw, str):
@@ -158,8 +149,7 @@ def _named(raw: Any, path: Path) -> dict[str, str]:
     for entry in entries:
         if not isinstance(entry, Mapping) or not {"name", "template"} <= entry.keys():
             expected = "a text, an object, or a list of objects with name and template"
-            found = f"got {str(entry)[:80]!r}"
-            raise InputError(f"{path}: chat_template: {found}, expected {expected}")
+            raise unexpected(f"{path}: chat_template", repr(str(entry)[:80]), expected)
     return {str(t["name"]): str(t["template"]) for t in entries}
 
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from qwen3vl_jax.config import IGNORE_INDEX, Config
-from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.errors import InputError, unexpected
 from qwen3vl_jax.processing.array_checks import host_array
 
 Arrays = dict[str, Any]
@@ -111,9 +111,8 @@ def place_images(cfg: Config, ids: np.ndarray, images: Sequence[EncodedImage]) -
         at = np.flatnonzero(ids == token)
         ends = np.cumsum([np.prod(x.grid) for x in found], dtype=int) // cfg.vision.merge_unit
         if len(at) != (needed := int(ends[-1]) if found else 0):
-            what = f"got {len(at)} {'video' if is_video else 'image'} placeholders"
-            expected = f"expected {needed} for the grids {[x.grid for x in found]}"
-            raise InputError(f"input_ids: {what}, {expected}")
+            what = f"{len(at)} {'video' if is_video else 'image'} placeholders"
+            raise unexpected("input_ids", what, f"{needed} for the grids {[x.grid for x in found]}")
         for image, start, end in zip(found, [0, *ends], ends):
             span = {"start": int(at[start]), "end": int(at[end - 1]) + 1}
             placed.append(dataclasses.replace(image, **span))
@@ -166,11 +165,10 @@ def to_hf_arrays(
 
 
 def _padded(rows: Sequence[np.ndarray], side: str, fill: int) -> np.ndarray:
-    longest = max(map(len, rows))
-    out = np.full((len(rows), longest), fill, np.int64)
-    for i, row in enumerate(rows):
-        start = 0 if side == "right" else longest - len(row)
-        out[i, start : start + len(row)] = row
+    out = np.full((len(rows), max(map(len, rows))), fill, np.int64)
+    for line, row in zip(out, rows):
+        start = 0 if side == "right" else len(line) - len(row)
+        line[start : start + len(row)] = row
     return out
 
 
@@ -187,7 +185,7 @@ def from_hf_arrays(cfg: Config, arrays: Mapping[str, Any]) -> EncodedPrompt:
         patches, sizes = host_array(arrays[pixels]), grids.prod(1)
         if sizes.sum() != len(patches):
             wanted = f"{sizes.sum()} for the grids {grids.tolist()}"
-            raise InputError(f"{pixels}: got {len(patches)} patches, expected {wanted}")
+            raise unexpected(pixels, f"{len(patches)} patches", wanted)
         parts = np.split(patches, np.cumsum(sizes)[:-1])
         images += [kind(x, (t, h, w)) for x, (t, h, w) in zip(parts, grids.tolist())]
     return place_images(cfg, ids[0].astype(np.int32), images)

@@ -11,14 +11,14 @@ import numpy as np
 from PIL import Image
 
 from qwen3vl_jax.config import IGNORE_INDEX, Config
-from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.errors import InputError, unexpected
 from qwen3vl_jax.processing import encoded_prompt
 from qwen3vl_jax.processing.encoded_prompt import EncodedImage, EncodedPrompt, EncodedVideo
 from qwen3vl_jax.processing.fetching import MediaRules, short
 from qwen3vl_jax.processing.image_patches import image_to_patches
 from qwen3vl_jax.processing.media import loaded_image
 from qwen3vl_jax.processing.messages import MediaSource, read_item
-from qwen3vl_jax.processing.qwen_items import image_limits
+from qwen3vl_jax.processing.qwen_items import with_image_limits
 from qwen3vl_jax.processing.settings import ImageSettings, VideoSettings
 from qwen3vl_jax.processing.tokenizer import Tokenizer
 from qwen3vl_jax.processing.video_patches import is_pair, video_to_patches
@@ -26,6 +26,7 @@ from qwen3vl_jax.processing.video_patches import is_pair, video_to_patches
 _RIVALS = {"fps": ("nframes", "num_frames"), "num_frames": ("nframes", "fps")}
 _SIZES = ("min_pixels", "max_pixels", "size", "resized_height", "resized_width")
 Rows = list[list[MediaSource]]
+Media = Sequence[EncodedImage]
 
 
 def read_beside(given: Any, waiting: MediaSource) -> MediaSource:
@@ -41,76 +42,75 @@ def read_beside(given: Any, waiting: MediaSource) -> MediaSource:
     return MediaSource(kind, found[0].source, {**waiting.settings, **found[0].settings})
 
 
-def hand_out(rows: Rows, images: Any, videos: Any = None) -> Rows:
-    """The images and videos of each row, the ones without a source taken from the arguments.
+def complete(rows: Rows, images: Any, videos: Any, videos_kwargs: Mapping[str, Any]) -> Rows:
+    """The images and videos of each row, those without a source from the arguments, with all options.
 
     images: one, a list taken in order, or a list a row. videos: one (a list of frames, or a video and its
-    metadata, is one), or a list taken in order. Raises InputError if they do not come out even.
+    metadata, is one), or a list taken in order. videos_kwargs: options under each video's own, but
+    video_metadata one a video. Raises InputError if they do not come out even.
     """
+    if not isinstance(videos_kwargs, Mapping):
+        raise unexpected("videos_kwargs", type(videos_kwargs).__name__, "an object")
     videos = [videos] if is_pair(videos) else _as_list(videos)
     if videos and all(isinstance(v, Image.Image) or getattr(v, "ndim", 0) == 3 for v in videos):
         videos = [videos]
-    check_placeholders(sum(_waiting(rows, "video")), len(videos), "video")
-    given = {"image": iter(_images(rows, images)), "video": iter(videos)}
-    return [
-        [read_beside(next(given[x.kind]), x) if x.source is None else x for x in row]
-        for row in rows
-    ]
-
-
-def with_video_options(rows: Rows, videos_kwargs: Mapping[str, Any]) -> Rows:
-    """The videos with a call's options under their own; video_metadata: one a video. Raises InputError."""
-    if not isinstance(videos_kwargs, Mapping):
-        raise InputError(f"videos_kwargs: got {type(videos_kwargs).__name__}, expected an object")
+    waiting = [x.kind for row in rows for x in row if x.source is None]
+    images = _images(rows, images)
+    for kind, media in {"video": videos, "image": images}.items():
+        check_placeholders(waiting.count(kind), len(media), kind)
+    given = {"image": iter(images), "video": iter(videos)}
     options = dict(videos_kwargs)
     metadata = options.pop("video_metadata", None)
     count = sum(x.kind == "video" for row in rows for x in row)
-    given = list(metadata) if isinstance(metadata, (list, tuple)) else [metadata] * min(count, 1)
-    if metadata is not None and len(given) != count:
-        raise InputError(f"video_metadata: {len(given)} for {count} video(s), expected one each")
-    remaining = iter(given if metadata is not None else [None] * count)
+    is_list = isinstance(metadata, (list, tuple))
+    described = metadata if is_list else [metadata] * (count if metadata is None else min(count, 1))
+    if len(described) != count:
+        found = f"{len(described)} for {count} video(s)"
+        raise InputError(f"video_metadata: {found}, expected one each")
+    remaining = iter(described)
 
-    def extended(source: MediaSource) -> MediaSource:
-        if source.kind != "video":
-            return source
-        own, rule = dict(source.settings), source.settings.get("item")
-        names = {*own, *(rule.given if rule else ())}
-        under = {k: v for k, v in options.items() if not names & {k, *_RIVALS.get(k, ())}}
-        if rule and not names.isdisjoint((*_SIZES, "total_pixels")):
-            under = {k: v for k, v in under.items() if k not in _SIZES}
-        elif rule and not under.keys().isdisjoint(_SIZES):
-            own["item"] = dataclasses.replace(rule, resizes=False)
-        settings = {"video_metadata": next(remaining), **under, **own}
-        return dataclasses.replace(source, settings=settings)
+    def completed(x: MediaSource) -> MediaSource:
+        x = read_beside(next(given[x.kind]), x) if x.source is None else x
+        if x.kind == "image":
+            return x
+        own = {"video_metadata": next(remaining), **x.settings}
+        return dataclasses.replace(x, settings=_with_options(own, options))
 
-    return [[extended(source) for source in row] for row in rows]
+    return [[completed(x) for x in row] for row in rows]
 
 
-def _waiting(rows: Rows, kind: str) -> list[int]:
-    return [sum(x.source is None and x.kind == kind for x in row) for row in rows]
+def _with_options(own: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """A video's own settings over the options of a call that are no rivals of them."""
+    rule = own.get("item")
+    names = {*own, *(rule.given if rule else ())} - {"video_metadata"}
+    under = {k: v for k, v in options.items() if not names & {k, *_RIVALS.get(k, ())}}
+    if rule and not names.isdisjoint((*_SIZES, "total_pixels")):
+        under = {k: v for k, v in under.items() if k not in _SIZES}
+    elif rule and not under.keys().isdisjoint(_SIZES):
+        own["item"] = dataclasses.replace(rule, resizes=False)
+    return {**under, **own}
 
 
 def _images(rows: Rows, images: Any) -> list[Any]:
-    waiting, given = _waiting(rows, "image"), _as_list(images)
-    if any(isinstance(image, (list, tuple)) for image in given):
-        if len(given) != len(rows):
-            raise InputError(f"images: found {len(given)} lists for {len(rows)} rows of text")
-        lists = [_as_list(row) for row in given]
-        for number, (row, count) in enumerate(zip(lists, waiting), 1):
-            check_placeholders(count, len(row), "image", f"row {number}: ")
-        given = [image for row in lists for image in row]
-    check_placeholders(sum(waiting), len(given), "image")
-    return given
+    given = _as_list(images)
+    if not any(isinstance(image, (list, tuple)) for image in given):
+        return given
+    if len(given) != len(rows):
+        raise InputError(f"images: found {len(given)} lists for {len(rows)} rows of text")
+    lists = [_as_list(row) for row in given]
+    for number, (row, found) in enumerate(zip(rows, lists), 1):
+        waiting = sum(x.source is None and x.kind == "image" for x in row)
+        check_placeholders(waiting, len(found), "image", f"row {number}: ")
+    return [image for row in lists for image in row]
 
 
 def check_placeholders(placeholders: int, found: int, kind: str, where: str = "") -> None:
     """Raises InputError for a prompt that has more or fewer placeholders than images or videos."""
     if placeholders != found:
-        raise InputError(
-            f"{where}{placeholders} {kind} placeholder(s) in the prompt for {found} {kind}(s); each "
-            f"{kind} needs a content item of its own ({{type: {kind}}}), and each such item a path, "
-            f"or one of {kind}s= (--{kind})"
-        )
+        given = f"{placeholders} {kind} placeholder(s) in the prompt for {found} {kind}(s)"
+        item = f"each {kind} needs a content item of its own ({{type: {kind}}})"
+        source = f"and each such item a path, or one of {kind}s= (--{kind})"
+        raise InputError(f"{where}{given}; {item}, {source}")
 
 
 def _as_list(given: Any) -> list[Any]:
@@ -144,11 +144,10 @@ class MediaEncoder:
         try:
             if source.kind == "video":
                 found = video_to_patches(given, self.video_settings, self.rules, **settings)
-                patches, grid, frames = found
-                return EncodedVideo(patches, grid, frames=frames)
+                return EncodedVideo(*found[:2], frames=found[2])
             with loaded_image(given, self.rules) as image:
-                own = image_limits(settings, self.image_settings.factor)
-                return EncodedImage(*image_to_patches(image, self.image_settings, **own))
+                base = with_image_limits(self.image_settings, settings)
+                return EncodedImage(*image_to_patches(image, base, **settings))
         except MemoryError as e:
             raise InputError(f"{source.kind}: not enough memory for it; lower max_pixels") from e
 
@@ -161,86 +160,69 @@ class MediaEncoder:
             for source in row:
                 count[source.kind] += 1
                 try:
-                    found = self(source)
+                    encoded[-1].append(self(source))
                 except InputError as e:
                     given, name = source.source, f"{source.kind} {count[source.kind]}"
                     name = short(str(given)) if isinstance(given, (str, os.PathLike)) else name
                     if not several or str(e).startswith(name):
                         raise
                     raise InputError(f"{name}: {str(e).removeprefix(f'{source.kind}: ')}") from e
-                encoded[-1].append(found)
-                held += found.patches.nbytes
+                held += encoded[-1][-1].patches.nbytes
                 if held > most:
-                    raise InputError(
-                        f"images and videos: more than {most >> 20} MiB of patches in one call; give "
-                        "fewer, lower max_pixels, or raise Processor.media_rules.max_batch_bytes"
-                    )
+                    found = f"images and videos: more than {most >> 20} MiB of patches in one call"
+                    advice = "lower max_pixels, or raise Processor.media_rules.max_batch_bytes"
+                    raise InputError(f"{found}; give fewer, {advice}")
         return encoded
 
 
-@dataclasses.dataclass(frozen=True)
-class PromptEncoder:
-    """Makes token ids of rendered prompts. wrap is Processor's wrap_clips."""
+def encode_prompt(
+    tokenizer: Tokenizer, c: Config, wrap: bool, prompt: RenderedPrompt, images: Media, name: str
+) -> EncodedPrompt:
+    """The prompt with a placeholder for each token of an image or frame. Raises InputError.
 
-    tokenizer: Tokenizer
-    config: Config
-    wrap: bool
+    The time and placeholder of each frame are in place of a video's one placeholder, and of vision_start ..
+    vision_end around it, as in transformers 4.57; wrap (Processor's wrap_clips) leaves that pair.
+    """
+    stills, unit = [x.grid for x in images if not x.is_video], c.vision.merge_unit
+    videos = [x for x in images if isinstance(x, EncodedVideo)]
+    frames = [h * w for t, h, w in (x.grid for x in videos) for _ in range(t)]
+    counts = {
+        c.image_token_id: iter([h * w // unit for _, h, w in stills]),
+        c.video_token_id: iter([patches // unit for patches in frames]),
+    }
+    ids = (c.vision_start_token_id, c.video_token_id, c.vision_end_token_id)
+    start, pad, end = map(tokenizer.token_of, ids)
+    check_placeholders(prompt.text.count(pad), len(videos), "video", f"{name}: ")
+    remaining = iter(videos)
 
-    def __call__(
-        self, prompt: RenderedPrompt, images: Sequence[EncodedImage], name: str
-    ) -> EncodedPrompt:
-        """The prompt with a placeholder for each token of an image or frame. Raises InputError."""
-        config, unit = self.config, self.config.vision.merge_unit
-        stills = [x.grid for x in images if not x.is_video]
-        videos = [x for x in images if isinstance(x, EncodedVideo)]
-        frames = [h * w for t, h, w in (x.grid for x in videos) for _ in range(t)]
-        counts = {
-            config.image_token_id: iter([h * w // unit for _, h, w in stills]),
-            config.video_token_id: iter([patches // unit for patches in frames]),
-        }
-        text = self._with_frames(prompt.text, videos, name)
-        ids = self.tokenizer.encode(text, prompt.mark)
-        check_placeholders(ids.count(config.image_token_id), len(stills), "image", f"{name}: ")
-        row: list[int] = []
-        for token in ids:
-            row += [token] * next(counts[token]) if token in counts else [token]
-        if not row:
-            raise InputError(f"{name}: the prompt is empty")
-        return encoded_prompt.place_images(config, np.array(row, np.int32), images)
+    def frames_text(_: re.Match[str]) -> str:
+        used: Any = next(remaining).frames
+        return "".join(f"<{t:.1f} seconds>{start}{pad}{end}" for t in used.timestamps)
 
-    def _with_frames(self, text: str, videos: Sequence[EncodedVideo], name: str) -> str:
-        """The text with the time and placeholder of each frame in place of a video's one placeholder.
+    pattern = re.escape(pad)
+    if not wrap:
+        pattern = f"{re.escape(start)}{pattern}{re.escape(end)}|{pattern}"
+    ids = tokenizer.encode(re.sub(pattern, frames_text, prompt.text), prompt.mark)
+    check_placeholders(ids.count(c.image_token_id), len(stills), "image", f"{name}: ")
+    row: list[int] = []
+    for token in ids:
+        row += [token] * next(counts[token]) if token in counts else [token]
+    if not row:
+        raise InputError(f"{name}: the prompt is empty")
+    return encoded_prompt.place_images(c, np.array(row, np.int32), images)
 
-        They replace vision_start .. vision_end around it, as in transformers 4.57; `wrap` leaves that pair.
-        """
-        c = self.config
-        ids = (c.vision_start_token_id, c.video_token_id, c.vision_end_token_id)
-        start, pad, end = map(self.tokenizer.token_of, ids)
-        check_placeholders(text.count(pad), len(videos), "video", f"{name}: ")
-        remaining = iter(videos)
 
-        def frames_text(_: re.Match[str]) -> str:
-            frames = next(remaining).frames
-            assert frames is not None
-            return "".join(f"<{t:.1f} seconds>{start}{pad}{end}" for t in frames.timestamps)
-
-        pattern = re.escape(pad)
-        if not self.wrap:
-            pattern = f"{re.escape(start)}{pattern}{re.escape(end)}|{pattern}"
-        return re.sub(pattern, frames_text, text)
-
-    def add_continuations(
-        self, prompts: Sequence[EncodedPrompt], continuations: str | Sequence[str]
-    ) -> list[EncodedPrompt]:
-        """Prompts with a text each after them, whose tokens have labels. Raises InputError."""
-        texts = [continuations] if isinstance(continuations, str) else list(continuations)
-        if len(texts) != len(prompts) or not all(isinstance(text, str) and text for text in texts):
-            found = f"{len(texts)} for {len(prompts)} row(s)"
-            raise InputError(f"continuations: {found}, expected one text each")
-        out = []
-        for prompt, text in zip(prompts, texts):
-            more = np.array(self.tokenizer.encode(text, ""), np.int32)
-            labels = np.append(np.full(len(prompt.ids), IGNORE_INDEX), more)
-            ids = np.append(prompt.ids, more)
-            out.append(dataclasses.replace(prompt, ids=ids, labels=labels))
-        return out
+def add_continuations(
+    tokenizer: Tokenizer, prompts: Sequence[EncodedPrompt], continuations: str | Sequence[str]
+) -> list[EncodedPrompt]:
+    """Prompts with a text each after them, whose tokens have labels. Raises InputError."""
+    texts = [continuations] if isinstance(continuations, str) else list(continuations)
+    if len(texts) != len(prompts) or not all(isinstance(text, str) and text for text in texts):
+        found = f"{len(texts)} for {len(prompts)} row(s)"
+        raise InputError(f"continuations: {found}, expected one text each")
+    out = []
+    for prompt, text in zip(prompts, texts):
+        more = np.array(tokenizer.encode(text, ""), np.int32)
+        labels = np.append(np.full(len(prompt.ids), IGNORE_INDEX), more)
+        out.append(dataclasses.replace(prompt, ids=np.append(prompt.ids, more), labels=labels))
+    return out

@@ -10,10 +10,11 @@ import socket
 import string
 import threading
 import time
+from concurrent.futures import Future
 from typing import Any
 from urllib import error, parse, request
 
-from qwen3vl_jax.errors import InputError, one_line
+from qwen3vl_jax.errors import InputError, one_line, unexpected
 
 MAX_FETCH_BYTES = 64 * 2**20
 FETCH_SECONDS = 20.0
@@ -48,15 +49,14 @@ class MediaRules:
         root = os.path.realpath(self.root)
         real = os.path.realpath(os.path.join(root, path))
         if os.path.commonpath([root, real]) != root:
-            raise InputError(f"{key}: got {short(path)}, expected a file below the media root")
+            raise unexpected(key, short(path), "a file below the media root")
         return real
 
     def check_host(self, host: str, port: int | None, key: str) -> None:
         """Raises InputError for a host, or a bucket (gs://name), that is not to be read from."""
-        is_bucket = "://" in host
-        if self._names(host, port) or (self.hosts is None and not (is_bucket and self.root)):
-            return
-        raise InputError(f"{key}: got {short(host)}, expected {_NAMED}")
+        is_open = self.hosts is None and not (self.root and "://" in host)
+        if not is_open and not self._names(host, port):
+            raise unexpected(key, short(host), _NAMED)
 
     def addresses(self, host: str, port: int, given: bool, key: str) -> list[tuple[Any, ...]]:
         """The addresses of a host for a socket; given: no redirect led here. Raises InputError, OSError."""
@@ -64,7 +64,7 @@ class MediaRules:
         if self._names(host, port) or all(self._allows(str(place[0]), given) for place in found):
             return found
         private = f"a private, loopback or link-local address for {short(host)}"
-        raise InputError(f"{key}: got {private}, expected a public one, or {_NAMED}")
+        raise unexpected(key, private, f"a public one, or {_NAMED}")
 
     def _names(self, host: str, port: int | None) -> bool:
         named = [name.strip("[]").rstrip("./").lower() for name in self.hosts or ()]
@@ -75,10 +75,10 @@ class MediaRules:
         ip = ipaddress.ip_address(address)
         ips: list[Any] = [ip]
         if isinstance(ip, ipaddress.IPv6Address):
-            ips += [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
+            held = (ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ()))
+            ips += [each for each in held if each is not None]
             if ip in _NAT64 or int(ip) >> 32 == 0:
                 ips.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
-        ips = [each for each in ips if each is not None]
         if self.trusted and given:
             return not any(each.is_link_local for each in ips)
         local = any(getattr(each, "is_site_local", False) for each in ips)
@@ -94,41 +94,34 @@ def short(text: str, limit: int = 120) -> str:
 def fetch(url: str, rules: MediaRules | None = None) -> bytes:
     """Bytes of a URL within the rules; messages hold nothing that the server sent. Raises InputError."""
     name, rules = short(url), rules or MediaRules()
-    result: list[bytes | Exception] = []
+    result: Future[bytes] = Future()
 
     def work() -> None:
         try:
-            result.append(_read(_opener(url, name, rules), url, name, rules))
+            result.set_result(_read(_opener(url, name, rules), url, name, rules))
         except Exception as e:
             if isinstance(e, error.HTTPError):
                 e.close()
-            result.append(e)
+            result.set_exception(e)
 
     # A socket's own timeout starts again with each byte that drips in; none covers a name look-up.
-    worker = threading.Thread(target=work, daemon=True)
-    worker.start()
-    worker.join(rules.seconds)
-    found = result[0] if result else TimeoutError()
-    if isinstance(found, bytes):
-        return found
-    if isinstance(found, InputError):
-        raise found
-    raise InputError(f"{name}: {_why(found, rules.seconds)}") from found
-
-
-def _why(error: Exception, timeout: float) -> str:
-    reason = getattr(error, "reason", error)
-    if isinstance(reason, TimeoutError):
-        return f"no answer within {timeout:g} seconds"
-    code = getattr(error, "code", None)
-    if code in _REDIRECTS or "unknown url type" in str(reason):
-        return "redirected away from http(s), or without end"
-    if code is not None:
-        return f"the server answered {code} {http.client.responses.get(code, '')}".rstrip()
-    # Other errors may repeat what the server sent.
-    if isinstance(reason, OSError):
-        return f"cannot be fetched: {one_line(reason)}"
-    return "cannot be fetched: no address of http(s), or no answer"
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        return result.result(rules.seconds)
+    except InputError:
+        raise
+    except Exception as e:
+        reason, code = getattr(e, "reason", e), getattr(e, "code", None)
+        if isinstance(reason, TimeoutError):
+            why = f"no answer within {rules.seconds:g} seconds"
+        elif code in _REDIRECTS or "unknown url type" in str(reason):
+            why = "redirected away from http(s), or without end"
+        elif code is not None:
+            why = f"the server answered {code} {http.client.responses.get(code, '')}".rstrip()
+        else:  # other errors may repeat what the server sent
+            is_known, shown = isinstance(reason, OSError), "no address of http(s), or no answer"
+            why = f"cannot be fetched: {one_line(reason) if is_known else shown}"
+        raise InputError(f"{name}: {why}") from e
 
 
 def _read(opener: Any, url: str, name: str, rules: MediaRules) -> bytes:
@@ -137,8 +130,8 @@ def _read(opener: Any, url: str, name: str, rules: MediaRules) -> bytes:
     parts, quote = parse.urlsplit(url), functools.partial(parse.quote, safe=string.punctuation)
     quoted = parts._replace(path=quote(parts.path), query=quote(parts.query)).geturl()
     asked = request.Request(quoted, headers={"User-Agent": "qwen3vl-jax"})
+    data = bytearray()
     with opener.open(asked, timeout=rules.seconds) as response:
-        data = bytearray()
         while chunk := response.read1(_CHUNK):
             data += chunk
             if len(data) > rules.max_bytes:
@@ -156,19 +149,25 @@ def _read(opener: Any, url: str, name: str, rules: MediaRules) -> bytes:
 def _opener(url: str, name: str, rules: MediaRules) -> request.OpenerDirector:
     """An opener for http(s) only, which asks the rules before each connection."""
     first = parse.urlsplit(url).hostname or ""
-    connect = functools.partial(_connect, first=first, name=name, rules=rules)
+
+    def connect(address: tuple[str, int], timeout: Any, source: Any) -> socket.socket:
+        """A connection to an address that the rules allow; the name is not looked up again."""
+        host, port = address
+        last = OSError("the host has no address")
+        for place in rules.addresses(host, port, host.lower() == first, name):
+            try:
+                return socket.create_connection(place[:2], timeout, source)
+            except OSError as e:
+                last = e
+        raise last
 
     class Handler(request.HTTPHandler, request.HTTPSHandler):
         def http_open(self, req: Any) -> Any:
-            return self.reach(http.client.HTTPConnection, req)
-
-        def https_open(self, req: Any) -> Any:
-            return self.reach(http.client.HTTPSConnection, req)
-
-        def reach(self, kind: Any, req: Any) -> Any:
             parts = parse.urlsplit(req.full_url)
-            host = parts.hostname or ""
-            port = parts.port or (443 if parts.scheme == "https" else 80)
+            kind, port = http.client.HTTPConnection, http.client.HTTP_PORT
+            if parts.scheme == "https":
+                kind, port = http.client.HTTPSConnection, http.client.HTTPS_PORT
+            host, port = parts.hostname or "", parts.port or port
             rules.check_host(host, port, name)
             is_direct = req.host == parts.netloc
             if not is_direct:  # the proxy looks the host up; what is known of it here is checked
@@ -176,12 +175,14 @@ def _opener(url: str, name: str, rules: MediaRules) -> request.OpenerDirector:
                     rules.addresses(host, port, host == first, name)
 
             def connection(*args: Any, **options: Any) -> Any:
-                made = kind(*args, **options)
+                made: Any = kind(*args, **options)
                 if is_direct:
                     made._create_connection = connect
                 return made
 
             return self.do_open(connection, req)
+
+        https_open = http_open
 
     opener = request.OpenerDirector()
     errors = request.HTTPDefaultErrorHandler, request.HTTPErrorProcessor, request.UnknownHandler
@@ -200,17 +201,3 @@ class _Redirects(request.HTTPRedirectHandler):
             raise
 
     http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
-
-
-def _connect(
-    address: tuple[str, int], timeout: Any, source: Any, *, first: str, name: str, rules: MediaRules
-) -> socket.socket:
-    """A connection to an address that the rules allow; the name is not looked up again."""
-    host, port = address
-    last = OSError("the host has no address")
-    for place in rules.addresses(host, port, host.lower() == first, name):
-        try:
-            return socket.create_connection(place[:2], timeout, source)
-        except OSError as e:
-            last = e
-    raise last

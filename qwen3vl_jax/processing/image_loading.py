@@ -14,11 +14,13 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
-from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.errors import InputError, unexpected
 
 # Formats that start other programs, hold files of any other format, or show nothing by themselves.
 _UNSAFE = ("EPS", "IPTC", "FPX", "MIC", "WMF", "BUFR", "GRIB", "HDF5", "MPEG")
 MAX_IMAGE_BYTES = 3 * 2**29  # held while one image is decoded, and by all threads together
+LIMIT = f"{MAX_IMAGE_BYTES >> 20} MiB"
+_MOST_PIXELS = 178_956_970  # where Pillow itself refuses
 _BYTES_A_PIXEL = {"WEBP": 16, "JPEG2000": 20, "AVIF": 12}  # held while decoding; of others 8
 _SLOW = 768  # of decoders in Python, which take seconds a megapixel
 _STRIP = 1 << 20  # pixels that are converted at a time
@@ -39,10 +41,8 @@ def is_image(data: bytes | BinaryIO) -> bool:
     try:
         with _quiet():
             Image.open(file, formats=formats()).close()
-    except Image.UnidentifiedImageError:
-        return False
-    except Exception:  # known, and too large or broken: `decoded_image` says so
-        return True
+    except Exception as e:  # others know it as too large or broken: `decoded_image` says so
+        return not isinstance(e, Image.UnidentifiedImageError)
     return True
 
 
@@ -50,9 +50,8 @@ def is_image(data: bytes | BinaryIO) -> bool:
 def decoded_image(file: BinaryIO, name: str) -> Iterator[Image.Image]:
     """The image in a file; its memory is counted while the context is open. Raises InputError."""
     with _refusals(name), _quiet():
-        size = file.seek(0, io.SEEK_END)
-        if size > MAX_IMAGE_BYTES:
-            raise InputError(f"{name}: {size} bytes, expected an image file of at most {_LIMIT}")
+        if (size := file.seek(0, io.SEEK_END)) > MAX_IMAGE_BYTES:
+            raise InputError(f"{name}: {size} bytes, expected an image file of at most {LIMIT}")
         file.seek(0)
         try:
             image = Image.open(file, formats=formats())
@@ -60,8 +59,11 @@ def decoded_image(file: BinaryIO, name: str) -> Iterator[Image.Image]:
             found = "not an image that Pillow reads" if size else "not an image, it is empty"
             raise InputError(f"{name}: {found}") from e
     with decode_memory(_cost(image, name)):
-        with _refusals(name), _quiet(), _tiff_errors():
+        with _refusals(name), _quiet():
+            _tiff_failed.flag = False
             image.load()
+            if _tiff_failed.flag:  # which Pillow does not notice
+                raise OSError("libtiff found an error")
         yield upright_8bit(image, name)
 
 
@@ -86,7 +88,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     out = Image.new("RGB", image.size)
     see_through = "A" in image.getbands() or image.info.get("transparency") is not None
     try:
-        for box in _strips(image):
+        for box in _strips(*image.size):
             part = image.crop(box)
             if see_through:
                 white = Image.new("RGBA", part.size, (255, 255, 255, 255))
@@ -99,16 +101,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def from_array(array: np.ndarray) -> Image.Image:
     """An image of an array [H W], [H W C] or [C H W]: uint8, uint16, bool or floats 0 to 1."""
-    channels = (1, 3, 4)
+    channels, shape = (1, 3, 4), f"image array: shape {list(array.shape)}, expected"
+    array = array[..., None] if array.ndim == 2 else array
     if array.ndim == 3 and array.shape[2] not in channels and array.shape[0] in channels:
         array = np.moveaxis(array, 0, 2)
-    shape = f"image array: shape {list(array.shape)}, expected"
-    if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in channels)) or not array.size:
+    if array.ndim != 3 or array.shape[2] not in channels or not array.size:
         raise InputError(f"{shape} [H W], [H W C] or [C H W] with 1, 3 or 4 channels")
     if array.shape[0] * array.shape[1] * 8 > MAX_IMAGE_BYTES:
-        raise InputError(f"{shape} {_LIMIT} at most")
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[..., 0]
+        raise InputError(f"{shape} {LIMIT} at most")
+    array = array[..., 0] if array.shape[2] == 1 else array
     if array.dtype != np.uint8:
         found = f"image array: dtype {array.dtype}"
         is_16bit, is_float = array.dtype == np.uint16, array.dtype.kind == "f"
@@ -117,14 +118,10 @@ def from_array(array: np.ndarray) -> Image.Image:
         low, high = float(array.min()), float(array.max())
         if is_float and not (low >= 0 and high <= 1):
             raise InputError(f"{found} from {low:g} to {high:g}, expected 0 to 1 (or uint8)")
-        rows = max(1, _STRIP // array.shape[1])
-        parts = (array[at : at + rows] for at in range(0, len(array), rows))
-        array = np.concatenate([_to_8bit(part, 1 / 257 if is_16bit else 255) for part in parts])
+        scale, strips = 1 / 257 if is_16bit else 255, _strips(array.shape[1], array.shape[0])
+        parts = (array[top:bottom].astype(np.float64) * scale for _, top, _, bottom in strips)
+        array = np.concatenate([np.round(part).astype(np.uint8) for part in parts])
     return Image.fromarray(np.ascontiguousarray(array))
-
-
-def _to_8bit(values: np.ndarray, scale: float) -> np.ndarray:
-    return np.round(values.astype(np.float64) * scale).astype(np.uint8)
 
 
 def _scaled(image: Image.Image, name: str) -> Image.Image:
@@ -132,20 +129,19 @@ def _scaled(image: Image.Image, name: str) -> Image.Image:
     if image.mode == "F":
         raise InputError(f"{name}: mode F (floats) has no known range; scale it to 8 bits first")
     out = Image.new("L", image.size)
-    for box in _strips(image):
+    for box in _strips(*image.size):
         values = np.asarray(image.crop(box))
         low, high = int(values.min()), int(values.max())
         if low < 0 or high > 65535:
-            found = f"mode {image.mode}, values {low} to {high}"
-            raise InputError(f"{name}: {found}, expected 0 to 65535")
-        out.paste(Image.fromarray(_to_8bit(values, 1 / 257)), box)
+            raise unexpected(name, f"mode {image.mode}, values {low} to {high}", "0 to 65535")
+        out.paste(from_array(values.astype(np.uint16)), box)
     return out
 
 
-def _strips(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
-    rows = max(1, _STRIP // image.width)
-    for top in range(0, image.height, rows):
-        yield 0, top, image.width, min(top + rows, image.height)
+def _strips(width: int, height: int) -> Iterator[tuple[int, int, int, int]]:
+    rows = max(1, _STRIP // width)
+    for top in range(0, height, rows):
+        yield 0, top, width, min(top + rows, height)
 
 
 def _cost(image: Image.Image, name: str) -> int:
@@ -164,10 +160,6 @@ def decode_cost(width: int, height: int, each: int, kind: str, name: str) -> int
     return width * height * each
 
 
-_MOST_PIXELS = 178_956_970  # where Pillow itself refuses
-_LIMIT = f"{MAX_IMAGE_BYTES >> 20} MiB"
-
-
 @contextlib.contextmanager
 def _refusals(name: str) -> Iterator[None]:
     """Turns Pillow's exceptions of a bad file into an InputError that quotes nothing of the file."""
@@ -183,59 +175,43 @@ def _refusals(name: str) -> Iterator[None]:
         raise InputError(f"{name}: damaged or truncated image") from e
 
 
-class _Memory:
-    """The bytes that the threads of this process hold while they decode."""
-
-    def __init__(self) -> None:
-        self.held, self.free = 0, threading.Condition()
-
-    @contextlib.contextmanager
-    def __call__(self, count: int) -> Iterator[None]:
-        """Waits until `count` more bytes are allowed, or nothing else is held."""
-        with self.free:
-            self.free.wait_for(lambda: not self.held or self.held + count <= MAX_IMAGE_BYTES)
-            self.held += count
-        try:
-            yield
-        finally:
-            with self.free:
-                self.held -= count
-                self.free.notify_all()
-
-
-class _Quiet:
-    """Silences Pillow's warnings of size and odd metadata while any thread is inside."""
-
-    def __init__(self) -> None:
-        self.inside, self.lock, self.scope = 0, threading.Lock(), contextlib.ExitStack()
-
-    @contextlib.contextmanager
-    def __call__(self) -> Iterator[None]:
-        with self.lock:
-            if not self.inside:
-                self.scope.enter_context(warnings.catch_warnings())
-                warnings.filterwarnings("ignore", module=rf"PIL|{re.escape(__name__)}")
-            self.inside += 1
-        try:
-            yield
-        finally:
-            with self.lock:
-                self.inside -= 1
-                if not self.inside:
-                    self.scope.close()
-
-
-decode_memory, _quiet = _Memory(), _Quiet()
-_tiff_failed = threading.local()
+# The counts that threads hold while they decode images: [bytes], and [threads].
+_memory, _bytes_held = threading.Condition(), [0]
+_warnings, _lock, _quiet_threads = contextlib.ExitStack(), threading.Lock(), [0]
 
 
 @contextlib.contextmanager
-def _tiff_errors() -> Iterator[None]:
-    """Raises OSError where libtiff would write an error to stderr, which Pillow does not notice."""
-    _tiff_failed.flag = False
-    yield
-    if _tiff_failed.flag:
-        raise OSError("libtiff found an error")
+def decode_memory(count: int) -> Iterator[None]:
+    """Waits until `count` more bytes are allowed to all threads, or nothing else is held."""
+    with _memory:
+        _memory.wait_for(lambda: not _bytes_held[0] or _bytes_held[0] + count <= MAX_IMAGE_BYTES)
+        _bytes_held[0] += count
+    try:
+        yield
+    finally:
+        with _memory:
+            _bytes_held[0] -= count
+            _memory.notify_all()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences Pillow's warnings of size and odd metadata while any thread is inside."""
+    with _lock:
+        if not _quiet_threads[0]:
+            _warnings.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", module=rf"PIL|{re.escape(__name__)}")
+        _quiet_threads[0] += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _quiet_threads[0] -= 1
+            if not _quiet_threads[0]:
+                _warnings.close()
+
+
+_tiff_failed = threading.local()
 
 
 def _set_tiff_handlers() -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.errors import InputError, unexpected
 from qwen3vl_jax.processing.image_loading import to_rgb
 from qwen3vl_jax.processing.media import load_image
 from qwen3vl_jax.processing.settings import ImageSettings, Size, checks, smart_resize
@@ -30,8 +30,7 @@ def image_to_patches(
     """
     settings = (settings or ImageSettings()).override(**overrides)
     image = load_image(image)
-    if settings.do_convert_rgb:
-        image = to_rgb(image)
+    image = to_rgb(image) if settings.do_convert_rgb else image
     size = None
     if settings.do_resize:
         limits = settings.factor, settings.min_pixels, settings.max_pixels
@@ -39,8 +38,7 @@ def image_to_patches(
     frames, channels = settings.temporal_patch_size, len(image.getbands())
     check_patches(size or (image.height, image.width), 1, frames * channels)
     pixels = resized(image, size, settings)
-    table = value_table(settings, pixels.shape[2])
-    return frames_to_patches([pixels], table, settings)
+    return frames_to_patches([pixels], value_table(settings, channels), settings)
 
 
 def check_patches(size: Size, frames: int, channels: int = 3, most: int = MAX_PATCH_BYTES) -> None:
@@ -57,9 +55,7 @@ def resized(image: Image.Image, size: Size | None, settings: ImageSettings) -> n
     """Values [H W C] uint8 of an image brought to size (height, width), or as it is for None."""
     if size is not None:
         image = image.resize((size[1], size[0]), resample=Image.Resampling(settings.resample))
-    pixels = np.asarray(image)
-    if pixels.dtype == np.bool_:
-        pixels = pixels.astype(np.uint8)
+    pixels = np.asarray(image, np.uint8)
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
@@ -71,16 +67,18 @@ def value_table(settings: ImageSettings, channels: int) -> np.ndarray:
             values = values * settings.rescale_factor
         values = values.astype(np.float32)
         if settings.do_normalize:
-            mean, std = (np.ravel(x) for x in (settings.image_mean, settings.image_std))
-            for name, found in {"image_mean": mean, "image_std": std}.items():
-                if len(found) not in (1, channels):
-                    numbers = f"{len(found)} numbers for {channels} channels"
+            columns = []
+            for name in ("image_mean", "image_std"):
+                columns.append(np.array(getattr(settings, name), np.float32).reshape(-1, 1))
+                if len(columns[-1]) not in (1, channels):
+                    numbers = f"{len(columns[-1])} numbers for {channels} channels"
                     raise InputError(f"image setting {name} has {numbers}")
-            values = (values - mean[:, None].astype(np.float32)) / std[:, None].astype(np.float32)
+            values = (values - columns[0]) / columns[1]
     if not np.isfinite(values).all():
-        names = "rescale_factor, image_mean, image_std"
-        expected = "expected settings that give about -1 to 1"
-        raise InputError(f"{names}: with these, pixel values are infinite or NaN; {expected}")
+        found = (
+            "rescale_factor, image_mean, image_std: with these, pixel values are infinite or NaN"
+        )
+        raise InputError(f"{found}; expected settings that give about -1 to 1")
     return values
 
 
@@ -94,9 +92,9 @@ def frames_to_patches(
     height, width, channels = group[0].shape
     patch, merge, frames = settings.patch_size, settings.merge_size, settings.temporal_patch_size
     if height % settings.factor or width % settings.factor:
-        found = f"{settings.KIND}: {width} x {height} pixels with do_resize off"
+        found = f"{width} x {height} pixels with do_resize off"
         expected = f"multiples of patch_size x merge_size = {settings.factor}"
-        raise InputError(f"{found}, expected {expected}")
+        raise unexpected(settings.KIND, found, expected)
     h, w = height // patch, width // patch
     patches = np.empty((h * w, channels, frames, patch * patch), np.float32)
     for f, pixels in enumerate(group):

@@ -1,9 +1,9 @@
 """Sources of images and videos: every form of a source, opened as a file."""
 
 import base64
-import binascii
 import contextlib
 import dataclasses
+import functools
 import io
 import os
 import re
@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.errors import InputError, unexpected
 from qwen3vl_jax.processing.fetching import MediaRules, fetch, short
 from qwen3vl_jax.processing.image_loading import decoded_image, from_array, is_image, upright_8bit
 from qwen3vl_jax.storage.paths import as_path, is_remote, reached
@@ -26,6 +26,7 @@ _DATA = re.compile("data:[^;,/]{0,64}[;,/]", re.IGNORECASE)
 _FILE = re.compile("file:/", re.IGNORECASE)
 STORED = re.compile("(gs|s3|az)://")
 _KEYS = ("bytes", "url", "path", "base64")
+_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 _KINDS = {"d": "directory", "p": "FIFO", "s": "socket", "c": "device", "b": "device"}
 
 
@@ -74,32 +75,40 @@ def open_source(source: Any, key: str = "image", rules: MediaRules | None = None
     if isinstance(source, Mapping):
         source = inner(source, key)
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return _held(f"{key} bytes", bytes(source))
+        return MediaFile(f"{key} bytes", functools.partial(io.BytesIO, source))
     is_path = isinstance(source, os.PathLike)
     text = os.fspath(source) if is_path else source
-    forms = "expected a path, URL, data URI, base64 text"
-    if not isinstance(text, str):
-        others = "bytes, array, PIL image, or an object with one of them"
-        raise InputError(f"{key}: got {type(source).__name__}, {forms}, {others}")
-    if not text:
-        raise InputError(f"{key}: got an empty text, {forms}")
+    if not isinstance(text, str) or not text:
+        found = "an empty text" if text == "" else type(source).__name__
+        forms = "a path, URL, data URI, base64 text, bytes, array, PIL image, or an object with one"
+        raise unexpected(key, found, forms)
     name = short(text)
     form = "path" if is_path and not is_remote(text) else form_of(text, key, rules.root)
+    if form in ("path", "file"):
+        path = local_path(text) if form == "file" else text
+        return MediaFile(name, lambda: _open(path, key, rules))
     if form == "url":
-        return _held(name, fetch(text, rules))
-    if form == "data":
-        return _held("data URI", data_uri(text))
-    if form == "base64":
-        return _held(f"base64 {key}", decode_base64(text))
-    if form == "store":
+        data = fetch(text, rules)
+    elif form == "store":
         rules.check_host("/".join(text.split("/")[:3]), None, key)
         try:
             with reached(name):
-                return _held(name, as_path(text).read_bytes())
+                data = as_path(text).read_bytes()
         except FileNotFoundError as e:
             raise InputError(f"{name}: cannot be read: no such file") from e
-    path = local_path(text) if form == "file" else text
-    return MediaFile(name, lambda: _open(path, key, rules))
+    else:
+        name = "data URI" if form == "data" else f"base64 {key}"
+        data = decode_base64(text) if form == "base64" else _data_uri(text)
+    return MediaFile(name, functools.partial(io.BytesIO, data))
+
+
+def _data_uri(text: str) -> bytes:
+    head, comma, body = text.partition(",")
+    if not comma:
+        raise unexpected("data URI", short(text), "a comma after its media type")
+    if head.lower().endswith(";base64"):
+        return decode_base64(urllib.parse.unquote(body), "data URI")
+    return urllib.parse.unquote_to_bytes(body)
 
 
 def inner(given: Mapping[str, Any], key: str) -> Any:
@@ -110,7 +119,7 @@ def inner(given: Mapping[str, Any], key: str) -> Any:
         found.pop("path", None)
     if len(found) != 1 or not set(found) <= set(_KEYS):
         names = short(", ".join(map(str, found or given)) or "nothing")
-        raise InputError(f"{key}: got an object with {names}, expected bytes, url, path or base64")
+        raise unexpected(key, f"an object with {names}", "bytes, url, path or base64")
     ((name, source),) = found.items()
     if name in ("bytes", "base64") and isinstance(source, str) and not _DATA.match(source):
         return "data:;base64," + source
@@ -131,18 +140,15 @@ def form_of(text: str, key: str, folder: str = "") -> str:
         data = decode_base64(text)
     except InputError:
         return "path"
-    is_known = (is_image if key == "image" else _is_video)(data)
+    is_known = key == "image" and is_image(data)
+    if key == "video":
+        import av
+
+        options, errors = {"protocol_whitelist": "none"}, (av.FFmpegError, ValueError, OSError)
+        held = io.BytesIO(data)
+        with contextlib.suppress(*errors), av.open(held, container_options=options) as file:
+            is_known = bool(file.streams.video)
     return "base64" if is_known and not os.path.exists(os.path.join(folder, text)) else "path"
-
-
-def _is_video(data: bytes) -> bool:
-    import av
-
-    try:
-        with av.open(io.BytesIO(data), container_options={"protocol_whitelist": "none"}) as file:
-            return bool(file.streams.video)
-    except (av.FFmpegError, ValueError, OSError):
-        return False
 
 
 def within(source: Any, key: str, folder: str) -> Any:
@@ -157,35 +163,27 @@ def within(source: Any, key: str, folder: str) -> Any:
     return source
 
 
-def _held(name: str, data: bytes) -> MediaFile:
-    return MediaFile(name, lambda: io.BytesIO(data))
-
-
 def _open(path: str, key: str, rules: MediaRules) -> BinaryIO:
     """Opens a regular file without waiting for it; links that leave the root are not followed."""
-    name = short(path)
+    refused = f"{short(path)}: cannot read this {key}"
     try:
         real = rules.local(path, key)
         if os.path.realpath(real).startswith(("/proc/", "/sys/")):
-            found = f"cannot read this {key}: it is of /proc or /sys"
-            raise InputError(f"{name}: {found}, expected a regular file")
+            raise InputError(f"{refused}: it is of /proc or /sys, expected a regular file")
         # Opening a device may already do something.
-        _check_regular(os.stat(real), name, key)
+        _check_regular(os.stat(real), refused)
         handle = _open_below(rules.root, real) if rules.root else os.open(real, _FLAGS)
         try:
-            _check_regular(os.fstat(handle), name, key)
+            _check_regular(os.fstat(handle), refused)
         except BaseException:
             os.close(handle)
             raise
         return os.fdopen(handle, "rb")
-    except InputError:
-        raise
     except (OSError, ValueError) as e:
+        if isinstance(e, InputError):
+            raise
         reason = "no such file" if isinstance(e, FileNotFoundError) else getattr(e, "strerror", e)
-        raise InputError(f"{name}: cannot read this {key}: {reason}") from e
-
-
-_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+        raise InputError(f"{refused}: {reason}") from e
 
 
 def _open_below(root: str, real: str) -> int:
@@ -200,10 +198,10 @@ def _open_below(root: str, real: str) -> int:
     return handle
 
 
-def _check_regular(found: os.stat_result, name: str, key: str) -> None:
+def _check_regular(found: os.stat_result, refused: str) -> None:
     if not stat.S_ISREG(found.st_mode):
         kind = _KINDS.get(stat.filemode(found.st_mode)[0], "special file")
-        raise InputError(f"{name}: cannot read this {key}: it is a {kind}, expected a regular file")
+        raise InputError(f"{refused}: it is a {kind}, expected a regular file")
 
 
 def local_path(uri: str) -> str:
@@ -213,20 +211,10 @@ def local_path(uri: str) -> str:
     return urllib.request.url2pathname(host + parts.path)
 
 
-def data_uri(text: str) -> bytes:
-    """Bytes of a data: URI, base64 or percent-encoded. Raises InputError."""
-    head, comma, body = text.partition(",")
-    if not comma:
-        raise InputError(f"data URI: got {short(text)}, expected a comma after its media type")
-    if head.lower().endswith(";base64"):
-        return decode_base64(urllib.parse.unquote(body), "data URI")
-    return urllib.parse.unquote_to_bytes(body)
-
-
 def decode_base64(text: str, name: str = "base64 text") -> bytes:
     """Bytes of base64 text; line breaks, URL alphabet, missing padding are fine. Raises InputError."""
     compact = "".join(text.split()).translate(str.maketrans("-_", "+/")).rstrip("=")
     try:
         return base64.b64decode(compact + "=" * (-len(compact) % 4), validate=True)
-    except (binascii.Error, ValueError) as e:
+    except ValueError as e:
         raise InputError(f"{name}: not base64 text ({e}): {short(text)}") from e

@@ -3,15 +3,16 @@
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from PIL import Image
 
-from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.errors import InputError, unexpected
 from qwen3vl_jax.processing import image_patches, video_patches
 from qwen3vl_jax.processing.media import inner, is_empty
 from qwen3vl_jax.processing.qwen_items import KEYS, VideoItem
+from qwen3vl_jax.processing.settings import MODEL_SIZES
 from qwen3vl_jax.storage.json_text import MAX_DEPTH
 
 _SOURCES = ("url", "path", "base64", "bytes")
@@ -22,18 +23,17 @@ _TYPES = {
     "text": ("text", "input_text", "output_text"),
 }
 _PLACES = {"video": ("video", "video_url", "frames"), "image": ("image", "image_url", *_SOURCES)}
+_PLACES["text"] = ("text",)
 _ROLES = ("system", "user", "assistant", "tool", "developer", "function")
-# Sizes that are the model's, not an item's.
-_FIXED = ("patch_size", "temporal_patch_size", "merge_size")
 # Variables of a template that the processor sets.
 _TAKEN = ("self", "messages", "tools", "add_generation_prompt")
 REASONING = ("reasoning_content", "thinking", "reasoning")
 CALL_KEYS = ("name", "arguments")
 # Keys of a message besides its role and content.
 MESSAGE_KEYS = ("name", "tool_calls", "tool_call_id", *REASONING)
-_HINTS: Mapping[str, str] = dict.fromkeys(
-    ("image", "images", "image_url", "video", "videos", "video_url"),
-    'an image or video is an item of the content, {"type": "image", "image": "a.png"}',
+_HINT = 'an image or video is an item of the content, {"type": "image", "image": "a.png"}'
+_HINTS: dict[str, str] = dict.fromkeys(
+    "image images image_url video videos video_url".split(), _HINT
 )
 # The keys of a message that a template reads: message.x, message['x'], message.get('x').
 _NAMED = re.compile(r"""\bmessages?(?:\[[^\]]*\])?(?:\.get\(|\.|\[)['"]?([A-Za-z_]\w*)""")
@@ -55,8 +55,8 @@ def read_conversation(conversation: Any) -> tuple[list[dict[str, Any]], list[Med
     {"type": "video", "video": "video"}, text {"type": "text", "text": ...}.
     """
     if isinstance(conversation, (str, bytes, Mapping)) or not isinstance(conversation, Sequence):
-        found = type(conversation).__name__
-        raise InputError(f"conversation: got {found}, expected a list of messages (role, content)")
+        expected = "a list of messages (role, content)"
+        raise unexpected("conversation", type(conversation).__name__, expected)
     if not conversation:
         raise InputError("conversation: it has no message")
     messages: list[dict[str, Any]] = []
@@ -66,7 +66,7 @@ def read_conversation(conversation: Any) -> tuple[list[dict[str, Any]], list[Med
         if not isinstance(given, Mapping) or not isinstance(role := given.get("role"), str):
             raise InputError(f"{where}: expected an object with role and content")
         if role not in _ROLES:
-            raise InputError(f"{where}: role: got {role!r}, expected one of {', '.join(_ROLES)}")
+            raise unexpected(f"{where}: role", repr(role), f"one of {', '.join(_ROLES)}")
         content = given.get("content")
         plain = plain_data({k: v for k, v in given.items() if k != "content" and v is not None})
         if isinstance(content, str):
@@ -127,75 +127,55 @@ def read_item(item: Any, sources: list[MediaSource], where: str) -> dict[str, An
         raise InputError(f"{where}got {type(item).__name__}, expected text or an object")
     given = {k: v for k, v in item.items() if v is not None}
     kind = _kind(given, where)
-    if kind == "text":
-        _settings(given, (), ("text",), where)
-        return {"type": "text", "text": given["text"]}
+    places, names = _PLACES[kind], ()
     if kind == "image":
         given.pop("detail", None)  # a key of OpenAI's models alone
-        settings = _settings(given, image_patches.OVERRIDES, _PLACES["image"], where)
-        sources.append(MediaSource("image", _source(given, _PLACES["image"], where), settings))
-    else:
-        sources.append(_video(given, where))
+        names = image_patches.OVERRIDES
+    elif kind == "video":
+        places, names = (*places, *_SOURCES), video_patches.OVERRIDES
+    if fixed := [key for key in MODEL_SIZES if key in given]:
+        raise InputError(f"{where}it has {fixed[0]}, which is the model's; leave it out")
+    empty = {k for keys in _PLACES.values() for k in keys if is_empty(given.get(k))}
+    fields({k: v for k, v in given.items() if k not in empty}, ("type", *places, *names), where)
+    if kind == "text":
+        return {"type": "text", "text": given["text"]}
+    found = {key: given[key] for key in places if key in given}
+    if "bytes" in found:  # {"bytes": .., "path": ..}
+        found.pop("path", None)
+    if len(found) > 1:
+        raise InputError(f"{where}it has several sources: {', '.join(found)}")
+    key, source = next(iter(found.items()), ("", None))
+    held = found if key in ("bytes", "base64") else source
+    source = inner(held, where + key) if isinstance(held, Mapping) else source
+    settings = {name: given[name] for name in names if name in given}
+    if kind == "video":
+        try:
+            rule = VideoItem.of(settings)
+        except InputError as e:
+            raise InputError(f"{where}{e}") from None
+        # The others are settings of transformers' video processor.
+        settings = {"item": rule, **{k: v for k, v in settings.items() if k not in KEYS}}
+    sources.append(MediaSource(kind, source, settings))
     return {"type": kind, kind: kind}
 
 
 def _kind(given: Mapping[str, Any], where: str) -> str:
-    """The kind of a content item: "text", "image" or "video". Raises InputError."""
-    places = [k for keys in _PLACES.values() for k in keys if not is_empty(given.get(k, ""))]
+    media = (*_PLACES["video"], *_PLACES["image"])
+    places = [k for k in media if not is_empty(given.get(k, ""))]
     if places and given.get("text"):
         raise InputError(f"{where}it has text and {places[0]}, expected one of them")
-    type_name = given.get("type", "")
+    name = given.get("type", "")
     for kind, types in _TYPES.items():
-        by_keys = not type_name and any(k in given for k in _PLACES.get(kind, ("text",)))
-        if type_name in types or by_keys:
+        if name in types or (not name and any(k in given for k in _PLACES[kind])):
             break
     else:
-        found = ", ".join(map(str, given)) or "(none)"
-        found = f"type {type_name!r}" if type_name else f"the keys {found}"
+        found = f"type {name!r}" if name else f"the keys {', '.join(map(str, given)) or '(none)'}"
         raise InputError(f"{where}it has {found}, expected text, an image or a video")
     if kind == "text" and not isinstance(text := given.get("text"), str):
         others = ", ".join(repr(k) for k in given if k != "type") or "nothing"
         others = f"{type(text).__name__} there" if "text" in given else others
         raise InputError(f"{where}type 'text' without 'text'; found {others}")
     return kind
-
-
-def _video(given: Mapping[str, Any], where: str) -> MediaSource:
-    keys = (*_PLACES["video"], *_SOURCES)
-    own = _settings(given, video_patches.OVERRIDES, keys, where)
-    source = _source(given, keys, where)
-    try:
-        rule = VideoItem.of(own)
-    except InputError as e:
-        raise InputError(f"{where}{e}") from None
-    # The others are settings of transformers' video processor.
-    left = {k: v for k, v in own.items() if k not in KEYS}
-    return MediaSource("video", source, {"item": rule, **left})
-
-
-def _settings(
-    item: Mapping[str, Any], names: Sequence[str], sources: Sequence[str], where: str
-) -> dict[str, Any]:
-    """The settings of a content item. Raises InputError for a key that means nothing in it."""
-    if fixed := [key for key in _FIXED if key in item]:
-        raise InputError(f"{where}it has {fixed[0]}, which is the model's; leave it out")
-    may_be_empty = (*_PLACES["video"], *_PLACES["image"], "text")
-    filled = {k: v for k, v in item.items() if k not in may_be_empty or not is_empty(v)}
-    fields(filled, ("type", *sources, *names), where)
-    return {name: item[name] for name in names if name in item}
-
-
-def _source(item: Mapping[str, Any], keys: Iterable[str], where: str) -> Any:
-    found = {key: item[key] for key in keys if key in item}
-    if "bytes" in found:  # {"bytes": .., "path": ..}
-        found.pop("path", None)
-    if len(found) > 1:
-        raise InputError(f"{where}it has several sources: {', '.join(found)}")
-    for key, source in found.items():
-        if key in ("bytes", "base64"):
-            return inner({key: source}, where + key)
-        return inner(source, where + key) if isinstance(source, Mapping) else source
-    return None
 
 
 def plain_data(value: Any, depth: int = 0) -> Any:
@@ -206,33 +186,27 @@ def plain_data(value: Any, depth: int = 0) -> Any:
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
-        # An enum's name is not its text.
-        return str.__str__(value)
-    for kind in (int, float):
-        if isinstance(value, kind):
-            return kind(value)
+        return str.__str__(value)  # an enum's name is not its text
+    if isinstance(value, (int, float)):
+        return int(value) if isinstance(value, int) else float(value)
     if isinstance(value, Mapping):
         return {plain_data(k, depth): plain_data(v, depth) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain_data(v, depth) for v in value]
     if getattr(value, "ndim", None) == 0:  # a numpy number
         return plain_data(value.item())
-    found = type(value).__name__
-    raise InputError(f"conversation: got {found}, expected text, numbers, lists and objects")
+    raise unexpected("conversation", type(value).__name__, "text, numbers, lists and objects")
 
 
-def plain_variables(given: Mapping[str, Any]) -> dict[str, Any]:
-    """`plain_data` of a template's variables. Raises InputError for names that have a meaning already."""
-    if wrong := [k for k in given if not isinstance(k, str) or k in _TAKEN]:
-        raise InputError(f"template_vars: got {wrong[0]!r}, expected names but {', '.join(_TAKEN)}")
-    return plain_data(dict(given))
-
-
-def plain_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[Any] | None:
-    """`plain_data` of a conversation's tools. Raises InputError."""
-    if tools is None:
-        return None
-    if not isinstance(tools, Sequence) or not all(isinstance(t, Mapping) for t in tools):
+def plain_options(
+    tools: Any, variables: Mapping[str, Any]
+) -> tuple[list[Any] | None, dict[str, Any]]:
+    """`plain_data` of a conversation's tools and a template's variables. Raises InputError."""
+    if wrong := [k for k in variables if not isinstance(k, str) or k in _TAKEN]:
+        raise unexpected("template_vars", repr(wrong[0]), f"names but {', '.join(_TAKEN)}")
+    given = [] if tools is None else tools
+    if not isinstance(given, Sequence) or not all(isinstance(t, Mapping) for t in given):
         found = f"got {type(tools).__name__}, " if not isinstance(tools, list) else ""
         raise InputError(f"tools: {found}expected a list of JSON schemas (objects)")
-    return [plain_data(tool) for tool in tools]
+    plain = None if tools is None else [plain_data(tool) for tool in tools]
+    return plain, plain_data(dict(variables))

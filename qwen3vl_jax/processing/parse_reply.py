@@ -4,7 +4,7 @@ import dataclasses
 import re
 from typing import Any
 
-from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.errors import InputError, unexpected
 from qwen3vl_jax.storage.json_text import read_json_at
 
 _CALL = re.compile(r"<tool_call>\s*(?:```(?:json)?\s*)?")
@@ -37,11 +37,8 @@ class Reply:
         found: dict[str, Any] = {"role": "assistant", "content": self.content}
         if self.reasoning is not None:
             found["reasoning_content"] = self.reasoning
-        if self.tool_calls:
-            found["tool_calls"] = [
-                {"type": "function", "function": dataclasses.asdict(call)}
-                for call in self.tool_calls
-            ]
+        if calls := [dataclasses.asdict(call) for call in self.tool_calls]:
+            found["tool_calls"] = [{"type": "function", "function": call} for call in calls]
         return found
 
 
@@ -53,9 +50,9 @@ def parse_reply(text: str, thinking: bool = False) -> Reply:
     """
     reasoning, is_open = None, thinking or text.lstrip().startswith(_OPEN)
     close = text.find(_CLOSE)
-    if close >= 0 and not is_open:
-        # Arguments of a call may hold the tag.
-        close = -1 if any(a < close < b for a, b, _ in _blocks(text)[0]) else close
+    # Arguments of a call may hold the tag.
+    if close >= 0 and not is_open and any(a < close < b for a, b, _ in _blocks(text)[0]):
+        close = -1
     if close >= 0:
         reasoning = text[:close].removeprefix(_OPEN).strip("\n")
         text = text[close + len(_CLOSE) :]
@@ -104,7 +101,6 @@ def _call(found: Any) -> ToolCall:
         arguments, end = read_json_at(text, 0)
         if end != len(text):
             raise InputError("arguments: text after the JSON")
-    arguments = {} if arguments is None else arguments
-    if not isinstance(arguments, dict):
-        raise InputError(f"arguments: got {type(arguments).__name__}, expected an object")
-    return ToolCall(found["name"], arguments)
+    if not isinstance(arguments, dict | None):
+        raise unexpected("arguments", type(arguments).__name__, "an object")
+    return ToolCall(found["name"], arguments or {})

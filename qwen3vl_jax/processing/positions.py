@@ -39,16 +39,12 @@ def rope_index(
 
 def frames_by_token(cfg: Config, image_grid_thw, video_grid_thw) -> dict[int, list]:
     """Placeholder token -> merged frames (h, w) still to be placed, in order; videos split into frames."""
-    merge = cfg.vision.spatial_merge_size
-
-    def frames(name: str, given) -> list:
-        grid = grid_array(name, given, merge).tolist()
-        return [(h // merge, w // merge) for t, h, w in grid for _ in range(t)]
-
-    return {
-        cfg.image_token_id: frames("image_grid_thw", image_grid_thw),
-        cfg.video_token_id: frames("video_grid_thw", video_grid_thw),
-    }
+    merge, found = cfg.vision.spatial_merge_size, {}
+    grids = {"image": image_grid_thw, "video": video_grid_thw}
+    for (kind, given), token in zip(grids.items(), (cfg.image_token_id, cfg.video_token_id)):
+        grid = grid_array(f"{kind}_grid_thw", given, merge).tolist()
+        found[token] = [(h // merge, w // merge) for t, h, w in grid for _ in range(t)]
+    return found
 
 
 def _row_positions(row: np.ndarray, frames: dict[int, list]) -> tuple[np.ndarray, int]:
@@ -72,9 +68,7 @@ def _row_positions(row: np.ndarray, frames: dict[int, list]) -> tuple[np.ndarray
         if stop > len(row) or (row[at:stop] != token).any():
             found = int(np.argmax(np.append(row[at:] != token, True)))
             needs = f"its grid of {h} x {w} merged patches needs {h * w}"
-            raise InputError(
-                f"input_ids: {found} placeholders (token {token}) at {at}, but {needs}"
-            )
+            raise InputError(f"input_ids: {found} placeholders (token {token}) at {at}, {needs}")
         cell = np.arange(h * w)
         out[:, at:stop] = count + np.stack([cell * 0, cell // w, cell % w])
         at, count = stop, count + max(h, w)

@@ -10,32 +10,31 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qwen3vl_jax.config import Config, model_folder
-from qwen3vl_jax.errors import InputError, shown
-from qwen3vl_jax.processing import encoding, generation_config
+from qwen3vl_jax.errors import InputError, shown, unexpected
+from qwen3vl_jax.processing import encoding, messages
 from qwen3vl_jax.processing.chat_template import ChatTemplate, Escape
 from qwen3vl_jax.processing.encoded_prompt import Arrays, EncodedPrompt, to_hf_arrays
 from qwen3vl_jax.processing.encoding import RenderedPrompt
 from qwen3vl_jax.processing.fetching import FETCH_SECONDS, MAX_FETCH_BYTES, MediaRules
-from qwen3vl_jax.processing.messages import (
-    MediaSource,
-    check_messages,
-    plain_tools,
-    plain_variables,
-    read_conversation,
-)
 from qwen3vl_jax.processing.parse_reply import Reply, parse_reply
-from qwen3vl_jax.processing.settings import ImageSettings, VideoSettings
+from qwen3vl_jax.processing.settings import MODEL_SIZES, ImageSettings, VideoSettings
 from qwen3vl_jax.processing.tokenizer import Tokenizer
 from qwen3vl_jax.storage.hub import resolve
-from qwen3vl_jax.storage.json_text import write_json
+from qwen3vl_jax.storage.json_text import read_json_file, write_json
 
 if TYPE_CHECKING:
     from qwen3vl_jax.model.structs import Batch
 
+# Defaults of transformers 4.57.1 for a generation_config.json that samples and leaves these out.
+_SAMPLED = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
+_ALWAYS = ("repetition_penalty", "min_new_tokens")
+# Other ways to decode, with the value that means "off".
+_OTHER = dict.fromkeys(("num_beams", "num_beam_groups", "typical_p"), 1)
+_OTHER |= dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "no_repeat_ngram_size"), 0)
+_OTHER |= dict.fromkeys(("penalty_alpha", "guidance_scale", "bad_words_ids", "forced_eos_token_id"))
 log = logging.getLogger("qwen3vl_jax")
 Options = Mapping[str, Any] | None
 Tools = Sequence[Mapping[str, Any]] | None
-_SIZES = ("patch_size", "temporal_patch_size", "merge_size")  # the model's
 
 
 @dataclasses.dataclass
@@ -76,7 +75,7 @@ class Processor:
                 raise InputError(f"{directory}: {found} is no added token of the tokenizer")
         vision = config.vision
         sizes = vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size
-        in_config: dict[str, Any] = dict(zip(_SIZES, sizes, strict=True))
+        in_config: dict[str, Any] = dict(zip(MODEL_SIZES, sizes, strict=True))
         images = ImageSettings.from_dir(directory, ImageSettings(**in_config))
         videos = VideoSettings.from_dir(directory, VideoSettings(**in_config))
         for settings in (images, videos):
@@ -85,10 +84,10 @@ class Processor:
                     found = f"{settings.KIND} {name} is {ours}"
                     raise InputError(f"{directory}: {found}, and {theirs} in config.json")
         template = ChatTemplate.from_dir(directory, chat_template)
-        raw = generation_config.read_generation_config(directory)
+        raw = read_generation_config(directory)
         eos = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-        stops = generation_config.stop_ids(raw) or config.eos_token_ids or eos
-        sampling = generation_config.sampling_defaults(raw)
+        stops = stop_ids(raw) or config.eos_token_ids or eos
+        sampling = sampling_defaults(raw)
         return cls(config, tokenizer, template, images, videos, stops, sampling)
 
     def render(
@@ -136,7 +135,7 @@ class Processor:
         if (conversations is None) == (text is None):
             raise InputError("processor: expected conversations or text=, one of the two")
         if allow_special not in (True, False, "assistant"):
-            raise InputError(f"allow_special: got {allow_special!r}, expected a bool or assistant")
+            raise unexpected("allow_special", repr(allow_special), "a bool or assistant")
         encoder = self._encoder(image_overrides)
         if text is not None:
             rendered = self._raw_prompts(text)
@@ -147,13 +146,16 @@ class Processor:
             rendered = [self._prompt(row, *given) for row in rows]
         if not rendered:
             raise InputError("processor: found no conversation and no text")
-        sources = encoding.hand_out([prompt.sources for prompt in rendered], images, videos)
-        encoded = encoder.encode_all(encoding.with_video_options(sources, videos_kwargs or {}))
-        encode = encoding.PromptEncoder(self.tokenizer, self.config, self.wrap_clips)
-        names = (f"row {number}" for number in range(1, len(rendered) + 1))
-        prompts = list(map(encode, rendered, encoded, names))
-        more = continuations is not None
-        return encode.add_continuations(prompts, continuations) if more else prompts
+        rows = [prompt.sources for prompt in rendered]
+        encoded = encoder.encode_all(encoding.complete(rows, images, videos, videos_kwargs or {}))
+        given = self.tokenizer, self.config, self.wrap_clips
+        prompts = [
+            encoding.encode_prompt(*given, prompt, media, f"row {number}")
+            for number, (prompt, media) in enumerate(zip(rendered, encoded), 1)
+        ]
+        if continuations is None:
+            return prompts
+        return encoding.add_continuations(self.tokenizer, prompts, continuations)
 
     def inputs(
         self, conversations: Any = None, *, padding_side: str = "right", **options: Any
@@ -166,7 +168,7 @@ class Processor:
         Raises InputError.
         """
         if padding_side not in ("right", "left"):
-            raise InputError(f"padding_side: got {padding_side!r}, expected right or left")
+            raise unexpected("padding_side", repr(padding_side), "right or left")
         prompts = self.encode(conversations, **options)
         return to_hf_arrays(self.config, prompts, self.tokenizer.pad_id or 0, padding_side)
 
@@ -182,8 +184,8 @@ class Processor:
     ) -> dict[str, Any]:
         """A content item whose image or video is read now, once for all later calls. Raises InputError."""
         encoder = self._encoder(image_overrides)
-        _, sources = read_conversation([{"role": "user", "content": [item]}])
-        ((source,),) = encoding.with_video_options([sources], videos_kwargs or {})
+        _, sources = messages.read_conversation([{"role": "user", "content": [item]}])
+        ((source,),) = encoding.complete([sources], None, None, videos_kwargs or {})
         return {"type": source.kind, source.kind: encoder(source).with_digest()}
 
     def decode(self, tokens: Any, skip_special_tokens: bool = True) -> Any:
@@ -192,7 +194,7 @@ class Processor:
             tokens = np.asarray(tokens).tolist()
         tokens = [tokens] if isinstance(tokens, int) else tokens
         if isinstance(tokens, str) or not isinstance(tokens, Iterable):
-            raise InputError(f"decode: got {shown(tokens)}, expected token ids")
+            raise unexpected("decode", shown(tokens), "token ids")
         tokens = list(tokens)
         if tokens and not isinstance(tokens[0], int) and getattr(tokens[0], "ndim", 1):
             return [self.decode(row, skip_special_tokens) for row in tokens]
@@ -211,25 +213,26 @@ class Processor:
         return reply
 
     def _prompt(self, conversation, tools, allow_special, template_vars, ending) -> RenderedPrompt:
-        messages, sources = read_conversation(conversation)
-        check_messages(messages, self.template.text(bool(tools)))
-        listed, variables = plain_tools(tools), plain_variables(template_vars)
+        plain, sources = messages.read_conversation(conversation)
+        text = self.template.text(bool(tools))
+        messages.check_messages(plain, text)
+        listed, variables = messages.plain_options(tools, template_vars)
         names = {"eos_token": self.tokenizer.eos_id, "pad_token": self.tokenizer.pad_id}
         given = {k: self.tokenizer.token_of(i) for k, i in names.items() if i is not None}
-        self.template.check_written(messages, listed, given)
+        self.template.check_written(plain, listed, given)
         escape = None
         if allow_special is not True:
-            data = write_json([messages, listed, variables], "conversation", ensure_ascii=False)
+            data = write_json([plain, listed, variables], "conversation", ensure_ascii=False)
             added = self.tokenizer.added.keys() - self.tokenizer.special.keys()
-            escape = Escape(self.tokenizer.special, added, data + self.template.text(bool(tools)))
+            escape = Escape(self.tokenizer.special, added, data + text)
             trusted = "assistant" if allow_special else None
-            messages = [m if m["role"] == trusted else escape.message(m) for m in messages]
+            plain = [m if m["role"] == trusted else escape.message(m) for m in plain]
             listed = escape.data(listed)
             # Templates are given tokens by such names (bos_token); those are not a user's text.
             texts = {k: escape.data(v) for k, v in variables.items() if not k.endswith("_token")}
-            variables = {**variables, **texts}
-        variables = {**given, **variables}
-        rendered = self.template.render(messages, listed, ending[0], ending[1], variables)
+            variables |= texts
+        add, is_open = ending
+        rendered = self.template.render(plain, listed, add, is_open, {**given, **variables})
         if escape is None:
             return RenderedPrompt(rendered, "", sources)
         return RenderedPrompt(escape.tidy(rendered), escape.mark, sources)
@@ -241,14 +244,13 @@ class Processor:
         place, prompts = re.compile("|".join(map(re.escape, names))), []
         for row in rows:
             if not isinstance(row, str):
-                raise InputError(f"text: got {type(row).__name__}, expected a string or strings")
-            sources = [MediaSource(names[token], None) for token in place.findall(row)]
+                raise unexpected("text", type(row).__name__, "a string or strings")
+            sources = [messages.MediaSource(names[token], None) for token in place.findall(row)]
             prompts.append(RenderedPrompt(row, "", sources))
         return prompts
 
     def _encoder(self, overrides: Mapping[str, Any]) -> encoding.MediaEncoder:
-        """The encoder of a call's images and videos. Raises InputError for sizes of the model."""
-        for name in _SIZES:
+        for name in MODEL_SIZES:
             if overrides.get(name) not in (None, getattr(self.image_settings, name)):
                 raise InputError(f"image setting {name}: it is the model's; leave it out")
         limits = {"max_bytes": self.max_fetch_bytes, "seconds": self.fetch_seconds}
@@ -258,8 +260,40 @@ class Processor:
 
 
 def _is_many(conversations: Any) -> bool:
-    """Whether this is a list of conversations, not one conversation (a list of messages)."""
     if isinstance(conversations, (str, Mapping)) or not isinstance(conversations, Sequence):
         expected = "a list of messages or of conversations (raw text goes in text=)"
-        raise InputError(f"conversations: got {type(conversations).__name__}, expected {expected}")
+        raise unexpected("conversations", type(conversations).__name__, expected)
     return bool(conversations) and not isinstance(conversations[0], Mapping)
+
+
+def read_generation_config(directory: Path) -> dict[str, Any]:
+    """generation_config.json as a dict, empty where there is none. Raises InputError."""
+    path = directory / "generation_config.json"
+    if not path.is_file():
+        return {}
+    found = read_json_file(path)
+    if not all(type(i) is int and 0 <= i < 2**31 for i in stop_ids(found)):
+        raise unexpected(f"{path}: eos_token_id", shown(found["eos_token_id"]), "token ids")
+    for name in (*_SAMPLED, "min_p", *_ALWAYS):
+        value = found.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise unexpected(f"{path}: {name}", shown(value), "a number")
+    for name, off in _OTHER.items():
+        if found.get(name, off) not in (off, None):
+            log.warning("%s: %s %r is not implemented and ignored", path, name, found[name])
+    return found
+
+
+def sampling_defaults(raw: Mapping[str, Any]) -> dict[str, float]:
+    """Arguments of `Sampling` from a generation_config; without do_sample an answer is greedy."""
+    given = {name: raw[name] for name in _ALWAYS if raw.get(name) is not None}
+    if raw.get("do_sample"):
+        names = (*_SAMPLED, "min_p")
+        given |= _SAMPLED | {name: raw[name] for name in names if raw.get(name) is not None}
+    return given
+
+
+def stop_ids(raw: Mapping[str, Any]) -> tuple[int, ...]:
+    """The ids that end an answer, empty where the file names none."""
+    eos = raw.get("eos_token_id")
+    return tuple(eos if isinstance(eos, list) else [] if eos is None else [eos])

@@ -9,7 +9,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.processing.settings import Size, check_count, frame_rate, smart_resize
+from qwen3vl_jax.processing.settings import (
+    ImageSettings,
+    Size,
+    check_count,
+    frame_rate,
+    smart_resize,
+)
 
 # Tokens of a frame and of an image, least and most; of all frames of a video, the most.
 _FRAME_TOKENS, _IMAGE_TOKENS, _VIDEO_TOKENS = (128, 768), (4, 16384), 128000 * 0.9
@@ -100,15 +106,12 @@ class VideoItem:
         return smart_resize(height, width, factor, min(low, high), high, factor, "video")
 
 
-def image_limits(item: Mapping[str, Any], factor: int) -> dict[str, Any]:
-    """The settings of an image in a message, with both limits where it has one of them."""
-    least, most = (tokens * factor**2 for tokens in _IMAGE_TOKENS)
-    low, high = item.get("min_pixels"), item.get("max_pixels")
-    if "size" in item or (low is None) == (high is None):
-        return dict(item)
-    if low is None:
-        return {**item, "min_pixels": min(least, check_count("image: max_pixels", high))}
-    return {**item, "max_pixels": max(most, check_count("image: min_pixels", low))}
+def with_image_limits(settings: ImageSettings, item: Mapping[str, Any]) -> ImageSettings:
+    """Settings with the limits that qwen-vl-utils has where an item gives one of them alone."""
+    if "size" in item or item.keys().isdisjoint(("min_pixels", "max_pixels")):
+        return settings
+    least, most = (tokens * settings.factor**2 for tokens in _IMAGE_TOKENS)
+    return dataclasses.replace(settings, min_pixels=least, max_pixels=most)
 
 
 KEYS = tuple(field.name for field in dataclasses.fields(VideoItem) if field.name != "resizes")

@@ -66,8 +66,7 @@ def _parts(name: str, thing: Thing) -> Items:
         raise InputError(f"{name}: key {unknown[0]!r}, {expected}")
     found = []
     for key, limits in zip(KEYS, (VIDEO, IMAGE, {}), strict=True):
-        given = thing.get(key)
-        given = [] if given is None else given
+        given = [] if thing.get(key) is None else thing[key]
         several = isinstance(given, Sequence) and not isinstance(given, (str, bytes))
         for one in given if several else [given]:
             is_list = not isinstance(one, (str, bytes, os.PathLike))

@@ -15,23 +15,22 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from PIL import Image
 
-from qwen3vl_jax.errors import InputError, shown
+from qwen3vl_jax.errors import InputError, shown, unexpected
 from qwen3vl_jax.storage.json_text import read_json_file
 from qwen3vl_jax.storage.paths import as_path
 
 log = logging.getLogger("qwen3vl_jax")
 MAX_ASPECT = 200
 Size = tuple[int, int]  # height, width
-_RESAMPLE = {int(r): r for r in Image.Resampling}
 _MOST = 2**40  # of settings that count; patches have a limit of bytes besides
 # Frames a second: others are typing errors.
 _SLOWEST, _FASTEST = 1e-6, 1e6
+MODEL_SIZES = ("patch_size", "temporal_patch_size", "merge_size")  # no call or item changes them
+# The limits of pixels by their names, and as size {shortest_edge, longest_edge} has them.
+_AREAS = {"min_pixels": "min_pixels", "max_pixels": "max_pixels"}
+_AREAS |= {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}
 # Settings of transformers' base class that its Qwen3-VL processor never reads.
 WITHOUT_EFFECT = ("size_divisor", "default_to_square", "do_center_crop", "crop_size")
-
-
-def _refusal(name: str, value: Any, expected: str) -> InputError:
-    return InputError(f"{name}: got {shown(value)}, expected {expected}")
 
 
 def check_number(name: str, value: Any) -> float:
@@ -40,14 +39,14 @@ def check_number(name: str, value: Any) -> float:
     with contextlib.suppress(OverflowError):  # an integer beyond all floats
         if isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value):
             return float(value)
-    raise _refusal(name, value, "a number")
+    raise unexpected(name, shown(value), "a number")
 
 
 def check_count(name: str, value: Any) -> int:
     """The value of a setting that counts from 1. Raises InputError."""
     found = check_number(name, value)
     if found != int(found) or not 1 <= found <= _MOST:
-        raise _refusal(name, value, f"a whole number from 1 to {_MOST}")
+        raise unexpected(name, shown(value), f"a whole number from 1 to {_MOST}")
     return int(value)
 
 
@@ -58,14 +57,13 @@ def frame_rate(name: str, value: Any) -> float:
             value = float(value)
     found = check_number(name, value)
     if not _SLOWEST <= found <= _FASTEST:
-        expected = f"frames a second from {_SLOWEST:g} to {_FASTEST:g}"
-        raise InputError(f"{name}: got {found:g}, expected {expected}")
+        raise unexpected(name, f"{found:g}", f"frames a second from {_SLOWEST} to {_FASTEST:g}")
     return found
 
 
 def _check_bool(name: str, value: Any) -> bool:
     if not isinstance(value, (bool, np.bool_)):
-        raise _refusal(name, value, "true or false")
+        raise unexpected(name, shown(value), "true or false")
     return bool(value)
 
 
@@ -74,28 +72,22 @@ def _check_channels(name: str, value: Any) -> tuple[float, ...] | float:
     several = isinstance(value, (list, tuple))
     found = tuple(check_number(name, v) for v in (value if several else (value,)))
     if name.endswith("image_std") and 0 in found:
-        raise _refusal(name, value, "no zero")
+        raise unexpected(name, shown(value), "no zero")
     return found if several else found[0]
 
 
 def _check_filter(name: str, value: Any) -> int:
-    if isinstance(value, str) and value.upper() in Image.Resampling.__members__:
-        return int(Image.Resampling[value.upper()])
-    is_number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-    if not is_number or value not in _RESAMPLE:
-        names = (f"{n} {r.name.lower()}" for n, r in sorted(_RESAMPLE.items()))
-        raise _refusal(name, value, f"one of {', '.join(names)}")
-    return int(value)
+    with contextlib.suppress(ValueError):
+        found = Image.Resampling.__members__.get(str(value).upper(), value)
+        if not isinstance(value, (bool, np.bool_)):
+            return int(Image.Resampling(found))
+    names = ", ".join(f"{n:d} {n.name.lower()}" for n in sorted(Image.Resampling))
+    raise unexpected(name, shown(value), f"one of {names}")
 
 
 _BY_NAME = {"resample": _check_filter, "fps": frame_rate}
-_BY_TYPE = {
-    bool: _check_bool,
-    int: check_count,
-    int | None: check_count,
-    float: check_number,
-    tuple[float, ...] | float: _check_channels,
-}
+_BY_TYPE: dict[Any, Any] = {bool: _check_bool, int: check_count, int | None: check_count}
+_BY_TYPE |= {float: check_number, tuple[float, ...] | float: _check_channels}
 
 
 def checks(settings: type) -> dict[str, Callable[[str, Any], Any]]:
@@ -134,7 +126,7 @@ class ImageSettings:
         """The settings in a file's data; an absent key keeps that of `base`. Raises InputError."""
         raw = raw.get(cls.SECTION, raw)
         if not isinstance(raw, Mapping):
-            raise InputError(f"{cls.KIND} settings: got {type(raw).__name__}, expected an object")
+            raise unexpected(f"{cls.KIND} settings", type(raw).__name__, "an object")
         known = {k: raw[k] for k in (*checks(cls), "size") if raw.get(k) is not None}
         return (base or cls()).override(**known)
 
@@ -143,10 +135,9 @@ class ImageSettings:
         """The settings in a directory's processor_config.json or FILE, else `base`. Raises InputError."""
         for name in ("processor_config.json", cls.FILE):
             path = as_path(directory) / name
-            if path.is_file():
-                raw = read_json_file(path)
-                if name == cls.FILE or cls.SECTION in raw:
-                    return cls.from_dict(raw, base)
+            raw = read_json_file(path) if path.is_file() else None
+            if raw is not None and (name == cls.FILE or cls.SECTION in raw):
+                return cls.from_dict(raw, base)
         log.warning("%s: no %s; released %s settings are used", directory, cls.FILE, cls.KIND)
         return base or cls()
 
@@ -157,20 +148,22 @@ class ImageSettings:
         """
         kind, known = self.KIND, checks(type(self))
         given = {k: v for k, v in changes.items() if v is not None}
-        given = {**_size_pixels(kind, given.pop("size", {})), **given}
+        size, size_name = given.pop("size", {}), f"{kind} setting size"
+        areas = dict(size) if isinstance(size, Mapping) else {size_name: size}
+        areas = {k: v for k, v in areas.items() if v is not None}
+        if not areas.keys() <= _AREAS.keys():
+            expected = "shortest_edge and longest_edge (areas)"
+            raise unexpected(size_name, shown(size), expected)
+        given = {_AREAS[k]: v for k, v in areas.items()} | given
         if unknown := [name for name in given if name not in known]:
             names = ", ".join((*known, "size"))
             raise InputError(f"{kind} setting {unknown[0]!r} is unknown, known: {names}")
         checked = {k: known[k](f"{kind} setting {k}", v) for k, v in given.items()}
-        low, high = checked.get("min_pixels"), checked.get("max_pixels")
-        if low is None and high is not None:
-            checked["min_pixels"] = min(self.min_pixels, high)
-        if high is None and low is not None:
-            checked["max_pixels"] = max(self.max_pixels, low)
-        settings = dataclasses.replace(self, **checked)
-        low, high = settings.min_pixels, settings.max_pixels
+        low = checked.get("min_pixels", min(self.min_pixels, checked.get("max_pixels", _MOST)))
+        high = checked.get("max_pixels", max(self.max_pixels, low))
         if low > high:
             raise InputError(f"{kind} settings: min_pixels {low} is above max_pixels {high}")
+        settings = dataclasses.replace(self, **{**checked, "min_pixels": low, "max_pixels": high})
         if (settings.resized_height is None) != (settings.resized_width is None):
             raise InputError(f"{kind} settings: give both resized_height and resized_width")
         return settings
@@ -187,18 +180,6 @@ class ImageSettings:
             return None
         limits = self.factor, 4 * self.factor**2, 16384 * self.factor**2
         return smart_resize(self.resized_height, self.resized_width, *limits)
-
-
-def _size_pixels(kind: str, size: Any) -> dict[str, Any]:
-    names = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}
-    names |= {name: name for name in names.values()}
-    expected = "expected shortest_edge and longest_edge (areas)"
-    if not isinstance(size, Mapping):
-        raise InputError(f"{kind} setting size: got {type(size).__name__}, {expected}")
-    size = {k: v for k, v in size.items() if v is not None}
-    if unknown := [key for key in size if key not in names]:
-        raise InputError(f"{kind} setting size: got {unknown[0]!r}, {expected}")
-    return {names[key]: value for key, value in size.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,15 +228,29 @@ def smart_resize(
     max_pixels: float = 16777216,
     smallest: int = 0,
     kind: str = "image",
+    frames: tuple[int, int] = (1, 1),
 ) -> Size:
     """Height and width that an image is resized to: multiples of `factor`, area within the limits.
 
     Sides are rounded half to even, to at least `smallest`, then scaled by one ratio, down (floor) or
-    up (ceil). Raises InputError for a ratio of sides above 200.
+    up (ceil). frames: of a video, as given and as padded; the limits are of all together. Raises
+    InputError for a ratio of sides above 200.
     """
     if min(height, width) < 1:
         raise InputError(f"{kind}: {width} x {height} pixels, expected at least 1 x 1")
-    return _fit_area((height, width), factor, min_pixels, max_pixels, kind, smallest)
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        found = f"{width} x {height} pixels, one side is more than {MAX_ASPECT} times the other"
+        raise InputError(f"{kind}: {found}; crop it or paste it on a larger background")
+    sides, (given, padded) = (height, width), frames
+    # A side may be rounded to 0: the lower limit brings it back.
+    high, wide = (max(smallest, round(side / factor) * factor) for side in sides)
+    if padded * high * wide > max_pixels:
+        ratio = math.sqrt(given * height * width / max_pixels)
+        high, wide = (max(factor, math.floor(x / ratio / factor) * factor) for x in sides)
+    elif padded * high * wide < min_pixels:
+        ratio = math.sqrt(min_pixels / (given * height * width))
+        high, wide = (math.ceil(x * ratio / factor) * factor for x in sides)
+    return high, wide
 
 
 def smart_resize_video(
@@ -274,24 +269,5 @@ def smart_resize_video(
     if height < factor or width < factor:
         scale = max(factor / height, factor / width)
         height, width = int(height * scale), int(width * scale)
-    padded = round(frames / temporal_factor) * temporal_factor
-    sides = height, width
-    return _fit_area(sides, factor, min_pixels, max_pixels, "video", 0, frames, padded)
-
-
-def _fit_area(sides, factor, least, most, kind, smallest, frames=1, padded=1) -> Size:
-    """The rounded sides, or where the area of all frames is outside the limits the sides scaled."""
-    if max(sides) > MAX_ASPECT * min(sides):
-        found = (
-            f"{sides[1]} x {sides[0]} pixels, one side is more than {MAX_ASPECT} times the other"
-        )
-        raise InputError(f"{kind}: {found}; crop it or paste it on a larger background")
-    # A side may be rounded to 0: the lower limit brings it back.
-    high, wide = (max(smallest, round(side / factor) * factor) for side in sides)
-    if padded * high * wide > most:
-        ratio = math.sqrt(frames * sides[0] * sides[1] / most)
-        high, wide = (max(factor, math.floor(x / ratio / factor) * factor) for x in sides)
-    elif padded * high * wide < least:
-        ratio = math.sqrt(least / (frames * sides[0] * sides[1]))
-        high, wide = (math.ceil(x * ratio / factor) * factor for x in sides)
-    return high, wide
+    counts = frames, round(frames / temporal_factor) * temporal_factor
+    return smart_resize(height, width, factor, min_pixels, max_pixels, 0, "video", counts)

@@ -31,12 +31,6 @@ _ERROR = 2000  # characters of a template's own message
 _HEAD = struct.Struct("<?Q")
 
 
-def render(template: str, variables: Mapping[str, Any]) -> str:
-    """The text of a Jinja template with plain data. Raises InputError, with the template's own message."""
-    with _SERVER.lock:
-        return _SERVER.ask(template, variables)
-
-
 class _Server:
     """The child process, which ends with this one; one thread at a time may ask it."""
 
@@ -45,10 +39,9 @@ class _Server:
         self.process: Any = None
 
     def _start(self) -> None:
-        code = "import sys; sys.path[:] = {!r}; from {} import serve; serve()"
-        code = code.format(sys.path, "qwen3vl_jax.processing.template_process")
-        pipe = subprocess.PIPE
-        pipes: Any = {"stdin": pipe, "stdout": pipe, "stderr": subprocess.DEVNULL}
+        code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; serve()"
+        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        pipes["stderr"] = subprocess.DEVNULL
         process: Any = subprocess.Popen([sys.executable, "-c", code], **pipes)
         started = False
         try:
@@ -62,15 +55,22 @@ class _Server:
         # Only a process that answers is asked.
         self.process, self.pid = process, os.getpid()
 
-    def ask(self, template: str, variables: Mapping[str, Any]) -> str:
+    def render(self, template: str, variables: Mapping[str, Any]) -> str:
+        """The text of a template with plain data. Raises InputError, with the template's own message."""
+        with self.lock:
+            done, text = self._ask(pickle.dumps((template, dict(variables))))
+        if not done:
+            raise InputError(text)
+        return text
+
+    def _ask(self, data: bytes) -> tuple[bool, str]:
         if self.pid != os.getpid() or self.process.poll() is not None:
             self._start()
-        data = pickle.dumps((template, dict(variables)))
         try:
             self.process.stdin.write(_HEAD.pack(True, len(data)) + data)
             self.process.stdin.flush()
             done, size = _HEAD.unpack(self.process.stdout.read(_HEAD.size))
-            text = self.process.stdout.read(size).decode("utf-8", "surrogatepass")
+            return done, self.process.stdout.read(size).decode("utf-8", "surrogatepass")
         except BaseException as e:
             # Also where an answer was not waited for: the next one would be taken for it.
             code = self.close()
@@ -78,26 +78,21 @@ class _Server:
                 raise
             ends = {-getattr(signal, "SIGPROF", 0): f"it does not end within {SECONDS} s"}
             raise InputError(ends.get(code, "it needs too much memory, or is too deep")) from None
-        if not done:
-            raise InputError(text)
-        return text
 
     def close(self) -> int:
         """Ends the process, if it is this one's; gives its exit code."""
         if self.pid != os.getpid():
             return 0
-        with contextlib.suppress(OSError):
-            self.process.stdin.close()
         try:
-            code = self.process.wait(timeout=1)
+            self.process.communicate(timeout=1)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            code = self.process.wait()
-        self.process.stdout.close()
-        return code
+            self.process.communicate()
+        return self.process.returncode
 
 
 _SERVER = _Server()
+render = _SERVER.render
 atexit.register(_SERVER.close)
 if hasattr(os, "register_at_fork"):  # another thread may hold the lock
     os.register_at_fork(after_in_child=lambda: setattr(_SERVER, "lock", threading.Lock()))

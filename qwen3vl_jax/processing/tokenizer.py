@@ -8,7 +8,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from qwen3vl_jax.errors import InputError, shown
+from qwen3vl_jax.errors import InputError, shown, unexpected
 from qwen3vl_jax.processing.tokenizer_file import WORDS, load_tokenizer_json, panics_are_errors
 from qwen3vl_jax.storage.json_text import read_json_file
 from qwen3vl_jax.storage.paths import as_path
@@ -29,8 +29,7 @@ class Tokenizer:
         backend.encode_special_tokens = False
         if "ByteLevel" not in repr(backend.decoder):
             raise InputError("tokenizer: its decoder is not byte-level, which this project needs")
-        self.backend = backend
-        added = backend.get_added_tokens_decoder()
+        self.backend, added = backend, backend.get_added_tokens_decoder()
         self.added: dict[str, int] = {token.content: i for i, token in added.items()}
         self.special: dict[str, int] = {t.content: i for i, t in added.items() if t.special}
         self._special_ids = frozenset(self.special.values())
@@ -41,11 +40,10 @@ class Tokenizer:
         self._textual.add_tokens([token for _, token in sorted(added.items()) if not token.special])
         renumbered = self._textual.get_added_tokens_decoder()
         self._real_id = {i: self.added[token.content] for i, token in renumbered.items()}
-        # Byte -> its printable character in a byte-level vocabulary.
-        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        others = [b for b in range(256) if b not in printable]
-        self._byte_of = {chr(b): b for b in printable}
-        self._byte_of |= {chr(256 + n): b for n, b in enumerate(others)}
+        # A byte's character in a byte-level vocabulary: its own if it is printable, else one from 256.
+        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+        own = [ord(letter) for letter in letters if ord(letter) < 256]
+        self._byte_of = dict(zip(letters, [*own, *sorted({*range(256)} - {*own})]))
         if cut := [b for c, b in self._byte_of.items() if backend.token_to_id(c) is None]:
             raise InputError(f"tokenizer: no token for byte {cut[0]}, it would cut texts")
         back = backend.decode(backend.encode(_SAMPLE, add_special_tokens=False).ids)
@@ -63,6 +61,7 @@ class Tokenizer:
         directory = as_path(directory)
         config = _read_json(directory / "tokenizer_config.json")
         names = {**_read_json(directory / "special_tokens_map.json"), **config}
+        added = _added_tokens(directory, config, names)
         if (directory / "tokenizer.json").is_file():
             backend = load_tokenizer_json(directory / "tokenizer.json")
         else:
@@ -71,8 +70,20 @@ class Tokenizer:
             if missing != files[0]:
                 expected = "expected tokenizer.json, or vocab.json and merges.txt"
                 raise InputError(f"{directory}: no tokenizer: {expected}; missing: {missing}")
-            backend = _from_vocab(directory, _added_tokens(directory, config, names))
-        _add_tokens(backend, _added_tokens(directory, config, names), directory)
+            backend = _from_vocab(directory, added)
+        have = {t.content: t.special for t in backend.get_added_tokens_decoder().values()}
+        for i, token in added:
+            # A name without an id may be of a token that the vocabulary does not have.
+            is_known = i is not None or backend.token_to_id(token.content) is not None
+            if is_known and have.get(token.content) not in (True, token.special):
+                (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+        for i, token in added:
+            found = backend.token_to_id(token.content)
+            if i is not None and found != i:
+                has = f"token {token.content!r} has id {found} in the tokenizer and {i}"
+                raise InputError(
+                    f"{directory}: {has} in tokenizer_config.json or added_tokens.json"
+                )
         eos, pad = (_content(names.get(key)) for key in ("eos_token", "pad_token"))
         return cls(backend, eos, pad)
 
@@ -99,8 +110,7 @@ class Tokenizer:
         start = 0
         for token, (left, right) in zip(found.ids, found.offsets):
             if token in self._special_ids:
-                ids += self._encode_textual(text[start:left].replace(mark, ""))
-                ids.append(token)
+                ids += [*self._encode_textual(text[start:left].replace(mark, "")), token]
                 start = right
         return ids + self._encode_textual(text[start:].replace(mark, ""))
 
@@ -113,21 +123,19 @@ class Tokenizer:
         """Text of ids. Bytes that are no UTF-8 become U+FFFD; ids beyond the vocabulary vanish."""
         ids = [int(i) for i in ids]
         if wrong := [i for i in ids if not 0 <= i < 2**32]:
-            raise InputError(f"token ids: got {wrong[0]}, expected numbers from 0 to 2**32 - 1")
+            raise unexpected("token ids", wrong[0], "numbers from 0 to 2**32 - 1")
         with panics_are_errors("token ids"):
             return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def id_of(self, token: str) -> int:
         """The id of a token. Raises InputError."""
-        found = self.backend.token_to_id(token)
-        if found is None:
+        if (found := self.backend.token_to_id(token)) is None:
             raise InputError(f"tokenizer: it has no token {token!r}")
         return found
 
     def token_of(self, token_id: int) -> str:
         """The token of an id (ordinary ones in the byte alphabet). Raises InputError."""
-        found = self.backend.id_to_token(token_id)
-        if found is None:
+        if (found := self.backend.id_to_token(token_id)) is None:
             raise InputError(f"tokenizer: it has no token with id {token_id}")
         return found
 
@@ -151,8 +159,7 @@ class TextStream:
     def __init__(
         self, tokenizer: Tokenizer, stop: str | Sequence[str] = (), skip_special_tokens: bool = True
     ):
-        self._tokenizer = tokenizer
-        self._skip = skip_special_tokens
+        self._tokenizer, self._skip = tokenizer, skip_special_tokens
         self._stops = stop_list(stop)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""  # text that may be the beginning of a stop string
@@ -166,9 +173,9 @@ class TextStream:
 
     def flush(self) -> str:
         """The rest of the text, after the last id: an unfinished character becomes U+FFFD."""
-        text = self._release(self._decoder.decode(b"", final=True))
-        held, self._held = self._held, ""
-        return text + held
+        text = self._release(self._decoder.decode(b"", final=True)) + self._held
+        self._held = ""
+        return text
 
     def _release(self, text: str) -> str:
         if self.stopped is not None:
@@ -179,8 +186,7 @@ class TextStream:
             self._held = ""
             return text[:cut]
         # The longest end of the text that begins a stop string, which is not complete.
-        longest = max(map(len, self._stops), default=0)
-        starts = range(max(0, len(text) - longest), len(text))
+        starts = range(max(0, len(text) - max(map(len, self._stops), default=0)), len(text))
         begins = (at for at in starts if any(s.startswith(text[at:]) for s in self._stops))
         keep = next(begins, len(text))
         self._held = text[keep:]
@@ -191,7 +197,7 @@ def stop_list(stop: str | Sequence[str]) -> tuple[str, ...]:
     """Stop strings as a tuple; raises InputError for an empty one, which would stop everything."""
     stops = (stop,) if isinstance(stop, str) else stop
     if not isinstance(stops, Sequence) or not all(s and isinstance(s, str) for s in stops):
-        raise InputError(f"stop: got {shown(stop)}, expected a string or a list, none empty")
+        raise unexpected("stop", shown(stop), "a string or a list, none empty")
     return tuple(stops)
 
 
@@ -238,7 +244,7 @@ def _added_tokens(directory: Path, config: Mapping[str, Any], names: Mapping[str
         listed = names.get(key) or []
         listed = list(listed.values()) if isinstance(listed, Mapping) else listed
         if not isinstance(listed, list):
-            raise InputError(f"{directory}: {key}: got {listed!r}, expected a list of tokens")
+            raise unexpected(f"{directory}: {key}", repr(listed), "a list of tokens")
         special |= {_content(token) for token in listed}
     found: dict[str, tuple[int | None, AddedToken]] = {}
     path = directory / "added_tokens.json"
@@ -248,11 +254,11 @@ def _added_tokens(directory: Path, config: Mapping[str, Any], names: Mapping[str
     where = f"{directory / 'tokenizer_config.json'}: added_tokens_decoder"
     entries = config.get("added_tokens_decoder") or {}
     if not isinstance(entries, Mapping):
-        raise InputError(f"{where}: got {entries!r}, expected an object")
+        raise unexpected(where, repr(entries), "an object")
     for i, raw in entries.items():
         content = raw.get("content") if isinstance(raw, Mapping) else None
         if not isinstance(content, str):
-            raise InputError(f"{where}.{i}: got {raw!r}, expected an object with content")
+            raise unexpected(f"{where}.{i}", repr(raw), "an object with content")
         number = _token_id(int(i) if i.isdecimal() and len(i) < 11 else i, f"{where}: an id")
         flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
         options = {k: bool(raw[k]) for k in flags if k in raw}
@@ -263,31 +269,15 @@ def _added_tokens(directory: Path, config: Mapping[str, Any], names: Mapping[str
     return sorted(found.values(), key=lambda x: (x[0] is None, x[0] or 0))
 
 
-def _add_tokens(backend: tokenizers.Tokenizer, added: _Added, directory: Path) -> None:
-    """Adds the missing tokens and checks that every id is the one its file names."""
-    have = {t.content: t for t in backend.get_added_tokens_decoder().values()}
-    for i, token in added:
-        if i is None and backend.token_to_id(token.content) is None:
-            continue  # a name without an id, of a token that the vocabulary does not have
-        known = have.get(token.content)
-        if known is None or (token.special and not known.special):
-            (backend.add_special_tokens if token.special else backend.add_tokens)([token])
-    for i, token in added:
-        found = backend.token_to_id(token.content)
-        if i is not None and found != i:
-            has = f"token {token.content!r} has id {found} in the tokenizer and {i}"
-            raise InputError(f"{directory}: {has} in tokenizer_config.json or added_tokens.json")
-
-
 def _content(token: Any) -> str | None:
     """The text of a token that a JSON file names as text or as an object."""
     found = token.get("content") if isinstance(token, Mapping) else token
     if found is not None and not isinstance(found, str):
-        raise InputError(f"tokenizer: a named token: got {token!r}, expected text or an object")
+        raise unexpected("tokenizer: a named token", repr(token), "text or an object")
     return found
 
 
 def _token_id(value: Any, where: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**32:
-        raise InputError(f"{where}: got {value!r}, expected an integer from 0 to 2**32 - 1")
+        raise unexpected(where, repr(value), "an integer from 0 to 2**32 - 1")
     return value

@@ -9,7 +9,7 @@ from typing import Any
 
 import tokenizers
 
-from qwen3vl_jax.errors import InputError, shown
+from qwen3vl_jax.errors import InputError, shown, unexpected
 from qwen3vl_jax.storage.json_text import read_json_file
 
 # How Qwen2's vocabulary cuts text before it merges bytes: contractions, words, single digits,
@@ -42,15 +42,24 @@ def load_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
     """The tokenizer of a tokenizer.json; one unlike Qwen's is tried in a child. Raises InputError."""
     raw = read_json_file(path)
     if not isinstance(model := raw.get("model"), Mapping):
-        raise InputError(f"{path}: model: got {shown(model)}, expected an object")
+        raise unexpected(f"{path}: model", shown(model), "an object")
     if model.get("type", "BPE") != "BPE":
-        raise InputError(f"{path}: model type: got {shown(model['type'])}, expected BPE")
+        raise unexpected(f"{path}: model type", shown(model["type"]), "BPE")
     for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
         if model.get(key):
-            raise InputError(f"{path}: model {key}: got {shown(model[key])}, expected null")
+            raise unexpected(f"{path}: model {key}", shown(model[key]), "null")
     data = path.read_bytes()
     if not all(_is_known(raw.get(part)) for part in _PARTS):
-        _try_in_a_child(data, path)
+        command = [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}{_TRIAL}"]
+        try:
+            done = subprocess.run(command, input=data, capture_output=True, timeout=_SECONDS)
+            lines = done.stderr.decode(errors="replace").strip().splitlines()
+            reason = lines[-1][:300] if done.returncode == 1 and lines else "the library aborts"
+            is_taken = done.returncode == 0
+        except subprocess.TimeoutExpired:
+            is_taken, reason = False, f"it does not end on a short text within {_SECONDS} s"
+        if not is_taken:
+            raise InputError(f"{path}: cannot read this tokenizer: {reason}")
     with panics_are_errors(f"{path}: cannot read this tokenizer"):
         backend = tokenizers.Tokenizer.from_buffer(data)
     for token in raw.get("added_tokens") or []:
@@ -85,16 +94,3 @@ def _is_known(part: Any) -> bool:
     if part.get("type") == "Split":
         return part.get("pattern") == {"Regex": WORDS} and part.get("behavior") == "Isolated"
     return part.get("type") in _SIMPLE
-
-
-def _try_in_a_child(data: bytes, path: Path) -> None:
-    command = [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}{_TRIAL}"]
-    try:
-        done = subprocess.run(command, input=data, capture_output=True, timeout=_SECONDS)
-    except subprocess.TimeoutExpired:
-        reason = f"it does not end on a short text within {_SECONDS} s"
-        raise InputError(f"{path}: cannot read this tokenizer: {reason}") from None
-    if done.returncode:
-        lines = done.stderr.decode(errors="replace").strip().splitlines()
-        reason = lines[-1][:300] if done.returncode == 1 and lines else "the library aborts"
-        raise InputError(f"{path}: cannot read this tokenizer: {reason}")

@@ -1,31 +1,35 @@
-"""Videos to patches: which frames are used, their size, their patches, their times as text.
+"""Videos to patches: their frames, which are used, their size, their patches, their times as text.
 
 Source: the video processor of Qwen3-VL (transformers), whose names the settings keep.
 """
 
+import contextlib
 import itertools
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from qwen3vl_jax.config_checks import warn_once
-from qwen3vl_jax.errors import InputError, shown
+from qwen3vl_jax.errors import InputError, shown, unexpected
 from qwen3vl_jax.processing import image_patches, qwen_items
+from qwen3vl_jax.processing.array_checks import integers
 from qwen3vl_jax.processing.encoded_prompt import UsedFrames
-from qwen3vl_jax.processing.fetching import MediaRules
+from qwen3vl_jax.processing.fetching import MediaRules, short
 from qwen3vl_jax.processing.image_loading import to_rgb
-from qwen3vl_jax.processing.media import load_image
+from qwen3vl_jax.processing.media import load_image, local_path
 from qwen3vl_jax.processing.qwen_items import VideoItem
 from qwen3vl_jax.processing.settings import (
     WITHOUT_EFFECT,
     VideoSettings,
     checks,
+    frame_rate,
     smart_resize_video,
 )
-from qwen3vl_jax.processing.video_loading import as_frames, open_frames, open_video
-from qwen3vl_jax.processing.video_reader import FramesDiffer, VideoReader
+from qwen3vl_jax.processing.video_files import FramesDiffer, VideoReader, open_video
 
 # Of the patches of one video; a video at qwen-vl-utils' limits has 2.7 GiB of them.
 MAX_VIDEO_BYTES = 3 * 2**30
@@ -34,6 +38,9 @@ VIDEO_OPTIONS = ("video_metadata", "video_start", "video_end", "sample_fps")
 _SAMPLING = ("fps", "num_frames", "nframes", "min_frames", "max_frames")
 # Keys of a video in a message.
 OVERRIDES = (*checks(VideoSettings), "size", *WITHOUT_EFFECT, *VIDEO_OPTIONS, *qwen_items.KEYS)
+Frames = Sequence[Any] | np.ndarray
+# "data:video/jpeg;base64,AAAA,BBBB": frames one after another.
+_JOINED = re.compile(r"data:video/(jpeg|jpg|png|webp);base64,", re.IGNORECASE)
 
 
 def video_to_patches(
@@ -85,29 +92,30 @@ def _open(source, settings, rules, item: VideoItem | None, metadata, sample_fps,
             names = "video_metadata, sample_fps and raw_fps"
             raise InputError(f"{names} describe arrays and lists of frames; a file has its own")
         return open_video(source, rules), rule
-    in_message = item is not None and metadata is None
+    is_array, in_message = isinstance(frames, np.ndarray), None
+    if item is not None and metadata is None:
+        in_message = rule = item
+        unused = {*asked, *item.given} & set(_SAMPLING)
+        if item.fps and not item.sample_fps:
+            unused -= {"fps"} - asked
+        if names := ", ".join(sorted(unused)):
+            used = "all images of a folder or list of frames are used"
+            warn_once(f"{used} (for video files alone: {names})")
+        frames = [*frames, frames[-1]] if len(frames) % 2 else frames
+        # The rate by which a list of frames is timed; fps is an older name of it.
+        in_item = item.raw_fps or item.sample_fps or item.fps or qwen_items.SAMPLE_FPS
+        rate = in_item if sample_fps is None else sample_fps
 
-    def load(frame: Any) -> Image.Image:
+    def load(place: int) -> Image.Image:
+        frame = frames[place].astype(np.uint8) if is_array else frames[place]
         image = to_rgb(load_image(frame, rules))
-        if item is None or not (in_message and item.resizes and settings.do_resize):
+        if in_message is None or not (in_message.resizes and settings.do_resize):
             return image
-        high, wide = item.first_size(image.height, image.width, settings.factor)
+        high, wide = in_message.first_size(image.height, image.width, settings.factor)
         return image.resize((wide, high), settings.resample)
 
-    if item is None or not in_message:
-        return open_frames(frames, metadata, rate, load, not settings.do_sample_frames), rule
-    unused = {*asked, *item.given} & set(_SAMPLING)
-    if item.fps and not item.sample_fps:
-        unused -= {"fps"} - asked
-    if names := ", ".join(sorted(unused)):
-        used = "all images of a folder or list of frames are used"
-        warn_once(f"{used} (for video files alone: {names})")
-    if len(frames) % 2:
-        frames = [*frames, frames[-1]]
-    # The rate by which a list of frames is timed; fps is an older name of it.
-    in_item = item.raw_fps or item.sample_fps or item.fps or qwen_items.SAMPLE_FPS
-    rate = in_item if sample_fps is None else sample_fps
-    return open_frames(frames, None, rate, load, True), item
+    is_sampled = in_message is not None or not settings.do_sample_frames
+    return _open_frames(len(frames), load, metadata, rate, is_sampled), rule
 
 
 def _encode(
@@ -132,11 +140,11 @@ def _encode(
         size = smart_resize_video(frames, *video.size, *limits)
         size = settings.fixed_size or size
     height, width = size or video.size
-    count = height // unit * (width // unit)
     padded = [*seconds, *[seconds[-1]] * (-len(seconds) % temporal)]
     groups = len(padded) // temporal
     image_patches.check_patches((height, width), len(padded), most=MAX_VIDEO_BYTES)
-    patches = np.empty((groups, count, 3 * temporal * unit**2), np.float32)
+    grid = groups, height // unit, width // unit
+    patches = np.empty((groups, grid[1] * grid[2], 3 * temporal * unit**2), np.float32)
     table = image_patches.value_table(settings, 3)
     decoded = (image_patches.resized(frame, size, settings) for frame in video.read(chosen))
     for number in range(groups):
@@ -147,8 +155,102 @@ def _encode(
     pairs = zip(padded[::temporal], padded[temporal - 1 :: temporal], strict=True)
     times = tuple((first + last) / 2 for first, last in pairs)
     used = UsedFrames(video.fps, tuple(video.indices[chosen].tolist()), tuple(seconds), times)
-    patches = patches.reshape(groups * count, -1)
-    return patches, (groups, height // unit, width // unit), used
+    return patches.reshape(-1, patches.shape[2]), grid, used
+
+
+def as_frames(source: Any, rules: MediaRules | None = None) -> Frames | None:
+    """The frames of a source that holds them one by one, None for a video file. Raises InputError.
+
+    A list of images that `load_image` reads; an array [T H W C] or [T C H W] of 0 to 255, as [T H W C]; a
+    folder of images, by the numbers in their names; "data:video/jpeg;base64," with frames joined by commas.
+    """
+    if isinstance(source, (list, tuple)):
+        return source
+    if hasattr(source, "__array__"):
+        return _array(source)
+    if isinstance(source, os.PathLike):
+        source = os.fspath(source)
+    if not isinstance(source, str):
+        return None
+    if joined := _JOINED.match(source):
+        head = f"data:image/{joined[1]};base64,"
+        return [head + text for text in source[joined.end() :].split(",") if text]
+    path = local_path(source) if source[:6].lower() == "file:/" else source
+    found, rules = None, rules or MediaRules()
+    with contextlib.suppress(OSError, ValueError):
+        if os.path.isdir(os.path.join(rules.root, path)):
+            found = os.listdir(rules.local(path, "video"))
+    if found is None:
+        return None
+    kinds = Image.registered_extensions()
+    names = [n for n in found if os.path.splitext(n)[1].lower() in kinds and n[0] != "."]
+    if not names:
+        raise InputError(f"{short(path)}: no image in this folder, expected the frames of a video")
+
+    def order(name: str) -> list[Any]:
+        parts = re.split("([0-9]+)", name)
+        return [int(part) if number % 2 else part for number, part in enumerate(parts)]
+
+    return [os.path.join(path, name) for name in sorted(names, key=order)]
+
+
+def _open_frames(
+    total: int, load: Callable[[int], Image.Image], metadata: Any, sample_fps: Any, is_sampled: bool
+) -> VideoReader:
+    """A video of frames, each an RGB image by `load`. Raises InputError."""
+    if total == 0:
+        raise InputError("video: it has no frame")
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, Mapping):
+        raise unexpected("video_metadata", type(metadata).__name__, "an object")
+    if sample_fps is not None and metadata.get("fps") is not None:
+        raise InputError("video: sample_fps and video_metadata's fps are both given")
+    fps = metadata.get("fps") if sample_fps is None else sample_fps
+    if fps is None:
+        advice = 'give the rate of its frames: video_metadata={"fps": ...} or sample_fps'
+        raise InputError(f"video: frames without times; {advice}")
+    given = metadata.get("frames_indices")
+    given = range(total) if given is None else given
+    indices = integers("video_metadata: frames_indices", given, as_floats=True).reshape(-1)
+    if len(indices) != total:
+        found = f"{len(indices)} frames_indices for {total} frames"
+        raise InputError(f"video_metadata: {found}, expected one each")
+    if (np.diff(indices) < 0).any() or indices[0] < 0:
+        raise InputError("video_metadata: frames_indices fall or are negative")
+    is_source = not is_sampled and np.array_equal(indices, np.arange(total))
+    if is_source and (count := metadata.get("total_num_frames")) not in (None, total):
+        found = f"total_num_frames: got {shown(count)} for {total} frames"
+        advice = "if they were chosen before, pass frames_indices and do_sample_frames=False"
+        raise InputError(f"video_metadata: {found}; {advice}")
+    width, height = load(0).size
+
+    def read(places: np.ndarray) -> Iterator[Image.Image]:
+        for place in places:
+            frame = load(place)
+            if frame.size != (width, height):
+                found = f"frame {place} has {frame.width} x {frame.height} pixels"
+                first = f"the first {width} x {height}"
+                raise InputError(f"video: {found} and {first}; all must have one size")
+            yield frame
+
+    size, fps = (height, width), frame_rate("video: fps", fps)
+    return VideoReader("", total, fps, size, indices, read, can_sample=is_source)
+
+
+def _array(source: Any) -> np.ndarray:
+    array, channels = np.asarray(source), (1, 3, 4)
+    if array.ndim == 4 and array.shape[1] in channels:
+        array = np.moveaxis(array, 1, 3)
+    if array.ndim != 4 or array.shape[3] not in channels or not array.size:
+        expected = "[T H W C] or [T C H W] with 1, 3 or 4 channels"
+        raise InputError(f"video array: shape {list(np.shape(source))}, expected {expected}")
+    # One of 0 and 1 alone may be scaled.
+    is_number = array.dtype.kind in "iuf"
+    holds_bytes = is_number and array.min() >= 0 and 1 < array.max() <= 255
+    if array.dtype != np.uint8 and not (holds_bytes and (array == np.floor(array)).all()):
+        expected = "whole numbers from 0 to 255, not all 0 or 1; scale and round it to uint8"
+        raise unexpected("video array", array.dtype, expected)
+    return array
 
 
 def frame_count(total: int, fps: float, settings: VideoSettings) -> int:
@@ -199,5 +301,5 @@ def sample_frames(
 
 def _second(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e9:
-        raise InputError(f"{name}: got {shown(value)}, expected seconds from 0")
+        raise unexpected(name, shown(value), "seconds from 0")
     return float(value)

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.processing.image_patches import image_to_patches
+from qwen3vl_jax.processing.image_patches import ImageSettings, image_to_patches
 from qwen3vl_jax.processing.messages import read_conversation
-from qwen3vl_jax.processing.qwen_items import VideoItem, image_limits
+from qwen3vl_jax.processing.qwen_items import VideoItem, with_image_limits
 from qwen3vl_jax.processing.video_patches import video_to_patches
 
 TOKEN = 32 * 32
@@ -23,7 +23,8 @@ def seen(item):
     content = [item, {"type": "text", "text": "Describe this."}]
     _, (medium,) = read_conversation([{"role": "user", "content": content}])
     if medium.kind == "image":
-        return (*image_to_patches(medium.source, **image_limits(medium.settings, 32)), None)
+        settings = with_image_limits(ImageSettings(), medium.settings)
+        return (*image_to_patches(medium.source, settings, **medium.settings), None)
     return video_to_patches(medium.source, **medium.settings)
 
 

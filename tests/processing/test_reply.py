@@ -9,13 +9,13 @@ import toy_checkpoint as toy
 
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.chat_template import ChatTemplate
-from qwen3vl_jax.processing.generation_config import (
+from qwen3vl_jax.processing.parse_reply import Reply, ToolCall, parse_reply
+from qwen3vl_jax.processing.processor import (
+    Processor,
     read_generation_config,
     sampling_defaults,
     stop_ids,
 )
-from qwen3vl_jax.processing.parse_reply import Reply, ToolCall, parse_reply
-from qwen3vl_jax.processing.processor import Processor
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from PIL import Image
 
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.processor import Processor
-from qwen3vl_jax.processing.video_loading import open_video
+from qwen3vl_jax.processing.video_files import open_video
 from qwen3vl_jax.processing.video_patches import (
     VideoSettings,
     frame_count,

@@ -13,8 +13,8 @@ from qwen3vl_jax.cli.infer_arguments import read_messages
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.chat_template import ChatTemplate
-from qwen3vl_jax.processing.generation_config import read_generation_config
 from qwen3vl_jax.processing.image_patches import ImageSettings
+from qwen3vl_jax.processing.processor import read_generation_config
 from qwen3vl_jax.processing.tokenizer import Tokenizer
 from qwen3vl_jax.storage.json_text import read_json, read_json_at, read_json_file, write_json
 
