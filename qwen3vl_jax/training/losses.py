@@ -1,7 +1,6 @@
 """Losses: the plain one, cross entropy with a chunked vocabulary, z-loss, the router's balance loss.
 
 train_step.py shifts the labels and sums the losses of a run; `loss_fn` is q3's, for a loop of one's own.
-
 Dims as in model/layers.py.
 """
 
@@ -21,7 +20,7 @@ from qwen3vl_jax.model.moe import RouterOutput
 from qwen3vl_jax.model.quantized import Quantized, Weight
 from qwen3vl_jax.model.sharding import shard
 from qwen3vl_jax.model.structs import Batch, Features, Params, check_call
-from qwen3vl_jax.model.transformer import final_norm, forward, lm_head
+from qwen3vl_jax.model.transformer import forward
 
 
 class TokenSums(NamedTuple):
@@ -52,14 +51,6 @@ def loss_fn(
     return loss, {"loss": loss, "tokens": tokens, "correct": correct}
 
 
-def lm_head_sums(
-    params: Params, cfg: Config, x: jax.Array, labels: jax.Array, weights: jax.Array, chunk: int
-) -> TokenSums:
-    """`chunked_cross_entropy` of the residual x [.. D] before the final norm; labels, weights [..]."""
-    table = lm_head(params, cfg)
-    return chunked_cross_entropy(final_norm(params, cfg, x), table, labels, weights, chunk)
-
-
 def chunked_cross_entropy(
     x: jax.Array, table: Weight | Adapted, labels: jax.Array, weights: jax.Array, chunk: int
 ) -> TokenSums:
@@ -78,11 +69,11 @@ def chunked_cross_entropy(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _chunked_sums(chunk, x, table, labels, weights) -> TokenSums:
-    return _online_softmax(chunk, x, table, labels, weights)[0]
+    return _chunked_forward(chunk, x, table, labels, weights)[0]
 
 
-def _online_softmax(chunk, x, table, labels, weights) -> tuple[TokenSums, jax.Array]:
-    """The sums, and the logsumexp [..]."""
+def _chunked_forward(chunk, x, table, labels, weights) -> tuple[TokenSums, tuple[Any, ...]]:
+    """The sums by an online softmax, and what the backward pass needs."""
 
     def body(carry, j):
         top, best, total, picked = carry
@@ -101,10 +92,10 @@ def _online_softmax(chunk, x, table, labels, weights) -> tuple[TokenSums, jax.Ar
     chunks = jnp.arange(-(-table.shape[0] // chunk))
     top, best, total, picked = jax.lax.scan(body, start, chunks)[0]
     logsumexp, counted = top + jnp.log(total), labels != IGNORE_INDEX
-    weights = jnp.where(counted, weights, 0.0)
-    loss, z = jnp.sum(weights * (logsumexp - picked)), jnp.sum(weights * logsumexp**2)
-    right = jnp.sum(counted & (best == labels))
-    return TokenSums(loss, z, jnp.sum(counted), right), logsumexp
+    kept = jnp.where(counted, weights, 0.0)
+    loss, z = jnp.sum(kept * (logsumexp - picked)), jnp.sum(kept * logsumexp**2)
+    sums = TokenSums(loss, z, jnp.sum(counted), jnp.sum(counted & (best == labels)))
+    return sums, (x, table, labels, weights, logsumexp)
 
 
 def _chunk_words(chunk: int, vocab: int, j: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -129,11 +120,6 @@ def _slice_vocab(table: Any, start: jax.Array, size: int) -> Any:
     return cut(table)
 
 
-def _chunked_forward(chunk, x, table, labels, weights):
-    sums, logsumexp = _online_softmax(chunk, x, table, labels, weights)
-    return sums, (x, table, labels, weights, logsumexp)
-
-
 def _chunked_backward(chunk, saved, gradients):
     """Gradients of x and of the table's float leaves; jit drops those of a frozen table."""
     x, table, labels, weights, logsumexp = saved
@@ -149,31 +135,23 @@ def _chunked_backward(chunk, saved, gradients):
         d_logits = jnp.exp(logits - logsumexp[..., None]) * scale
         d_logits -= jnp.where(words == labels[..., None], (weights * d_loss)[..., None], 0.0)
         more_x, more = pull(jnp.where(words >= 0, d_logits, 0.0))
-        pairs = zip(d_table, _float_leaves(more), strict=True)
-        d_table = [_add_words(total, d, start) for total, d in pairs]
+
+        def add(total: jax.Array | None, more: jax.Array) -> jax.Array | None:
+            # In place; leaves that have no axis V are added whole, and integers have no gradient.
+            if total is None or total.shape == more.shape:
+                return total if total is None else total + more
+            old = jax.lax.dynamic_slice_in_dim(total, start, len(more))
+            return jax.lax.dynamic_update_slice_in_dim(total, old + more, start, 0)
+
+        d_table = jax.tree.map(add, d_table, more, is_leaf=lambda leaf: leaf is None)
         return (d_x + more_x.astype(jnp.float32), d_table), None
 
-    zeros = jnp.zeros(x.shape, jnp.float32), [jnp.zeros_like(y) for y in _float_leaves(table)]
-    (d_x, d_table), _ = jax.lax.scan(body, zeros, jnp.arange(-(-vocab // chunk)))
-    found = iter(d_table)
-    d_table = jax.tree.map(lambda leaf: next(found) if _is_float(leaf) else None, table)
+    def zeros(leaf: jax.Array) -> jax.Array | None:
+        return jnp.zeros_like(leaf) if jnp.issubdtype(leaf.dtype, jnp.inexact) else None
+
+    start = jnp.zeros(x.shape, jnp.float32), jax.tree.map(zeros, table)
+    (d_x, d_table), _ = jax.lax.scan(body, start, jnp.arange(-(-vocab // chunk)))
     return d_x.astype(x.dtype), d_table, None, None
-
-
-def _is_float(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.inexact)
-
-
-def _float_leaves(tree: Any) -> list[jax.Array]:
-    return [leaf for leaf in jax.tree.leaves(tree) if _is_float(leaf)]
-
-
-def _add_words(total: jax.Array, more: jax.Array, start: jax.Array) -> jax.Array:
-    """Adds a chunk's gradient to a leaf's, in place; leaves that have no axis V are added whole."""
-    if total.shape == more.shape:
-        return total + more
-    old = jax.lax.dynamic_slice_in_dim(total, start, len(more))
-    return jax.lax.dynamic_update_slice_in_dim(total, old + more, start, 0)
 
 
 _chunked_sums.defvjp(_chunked_forward, _chunked_backward)
@@ -188,9 +166,10 @@ class RouterSums(NamedTuple):
 
 def router_sums(routed: RouterOutput, mask: jax.Array) -> RouterSums:
     """The sums of one layer; mask [..] is true where a token counts."""
-    counted, experts = mask[..., None].astype(jnp.float32), routed.probs.shape[-1]
-    hits = jax.nn.one_hot(routed.expert_index, experts, dtype=jnp.float32)  # [.. A E]
-    lead = tuple(range(mask.ndim))
+    counted, lead = mask[..., None].astype(jnp.float32), tuple(range(mask.ndim))
+    hits = jax.nn.one_hot(
+        routed.expert_index, routed.probs.shape[-1], dtype=jnp.float32
+    )  # [.. A E]
     counts = jnp.sum(hits * counted[..., None], lead)
     return RouterSums(counts, jnp.sum(routed.probs * counted, lead))
 

@@ -11,10 +11,8 @@ import optax
 from qwen3vl_jax.training.param_groups import Flat, decays
 from qwen3vl_jax.training.recipe import Optimizer
 
-Schedule = Callable[[Any], Any]
 
-
-def make_schedule(settings: Optimizer, steps: int) -> Schedule:
+def make_schedule(settings: Optimizer, steps: int) -> Callable[[Any], Any]:
     """Learning rate by step: linear warmup from 0, then cosine, linear or constant."""
     peak, left = settings.learning_rate, max(steps - settings.warmup, 1)
     after = {
@@ -35,44 +33,38 @@ def make_optimizer(
     """
     decay = {name: decays(name) for name in factors}
 
-    def scale_each(updates: Any, params: Any = None) -> Any:
+    def clipped(updates: Any, params: Any = None) -> Any:
+        # One product, which XLA fuses into its uses. optax.clip_by_global_norm selects between two
+        # arrays: a second set of gradients in memory.
+        scale = jnp.minimum(settings.clip / optax.tree.norm(updates), 1.0)
+        return {name: u * scale for name, u in updates.items()}
+
+    def scaled(updates: Any, params: Any = None) -> Any:
         return {name: u * factors[name] for name, u in updates.items()}
 
     return optax.chain(
-        _clip(settings.clip) if settings.clip else optax.identity(),
+        optax.stateless(clipped) if settings.clip else optax.identity(),
         _update_rule(settings),
         optax.add_decayed_weights(settings.weight_decay, mask=decay),
-        optax.stateless(scale_each),
+        optax.stateless(scaled),
         optax.scale_by_learning_rate(make_schedule(settings, steps)),
     )
 
 
-def _clip(limit: float) -> optax.GradientTransformation:
-    """Clips the global gradient norm with one product, which XLA fuses into its uses.
-
-    optax.clip_by_global_norm selects between two arrays: a second set of gradients in memory.
-    """
-
-    def update(updates: Any, params: Any = None) -> Any:
-        scale = jnp.minimum(limit / optax.tree.norm(updates), 1.0)
-        return {name: u * scale for name, u in updates.items()}
-
-    return optax.stateless(update)
-
-
 def _update_rule(settings: Optimizer) -> optax.GradientTransformation:
+    b1, b2, eps = settings.b1, settings.b2, settings.eps
+    if settings.name == "adamw":
+        return optax.scale_by_adam(b1, b2, eps)
     if settings.name == "adafactor":
         factored = optax.scale_by_factored_rms(decay_rate=0.8)
         return optax.chain(factored, optax.clip_by_block_rms(1.0))
     if settings.name == "muon":
-        adam: Any = {"adam_b1": settings.b1, "adam_b2": settings.b2, "eps": settings.eps}
         # Updates as large as Adam's, so that the same learning rates fit.
         options: Any = {"consistent_rms": 0.2, "muon_weight_dimension_numbers": _matrices}
-        muon = optax.contrib.muon(1.0, beta=settings.b1, **adam, **options)
+        muon = optax.contrib.muon(1.0, beta=b1, adam_b1=b1, adam_b2=b2, eps=eps, **options)
         # optax's Muon negates its updates; scale_by_learning_rate negates them again.
         return optax.chain(muon, optax.scale(-1.0))
-    adam = optax.scale_by_adam(settings.b1, settings.b2, settings.eps)
-    return adam if settings.name == "adamw" else optax.identity()
+    return optax.identity()
 
 
 def _matrices(params: Flat) -> dict[str, Any]:
@@ -84,12 +76,11 @@ def _matrices(params: Flat) -> dict[str, Any]:
     def sides(name: str, x: Any) -> Any:
         outside = name in ("embed", "head") or name.endswith((".pos", "patch.weight"))
         # Muon masks its own leaves, which have no ndim then.
-        ndim = getattr(x, "ndim", None)
-        if ndim is None or outside or not decays(name):
+        if not hasattr(x, "ndim") or outside or not decays(name):
             return None
         # attn.o is [D N H], which sums over all heads
-        heads = name.endswith("attn.o")
-        axes = ((ndim - 2, ndim - 1), ndim - 3) if heads else (ndim - 1, ndim - 2)
+        heads, n = name.endswith("attn.o"), x.ndim
+        axes = ((n - 2, n - 1), n - 3) if heads else (n - 1, n - 2)
         return optax.contrib.MuonDimensionNumbers(*axes)
 
     return {name: sides(name, x) for name, x in params.items()}
@@ -104,11 +95,10 @@ def apply_update(
     without, it is rounded stochastically, which is right on average.
     """
     total = exact(weight, low_bits) + update
-    if weight.dtype == jnp.float32:
-        return total, None
     if low_bits is not None:
         return split_bits(total)
-    return round_by_chance(total, named_key(key, name)), None
+    wide = weight.dtype == jnp.float32
+    return total if wide else round_by_chance(total, named_key(key, name)), None
 
 
 def split_bits(x: jax.Array) -> tuple[jax.Array, jax.Array]:
