@@ -17,7 +17,7 @@ from qwen3vl_jax.model.structs import Params
 from qwen3vl_jax.training import param_groups
 from qwen3vl_jax.training.optimizer import named_key
 from qwen3vl_jax.training.param_groups import Flat, TrainableParams
-from qwen3vl_jax.training.recipe import Lora, Recipe, few_bits
+from qwen3vl_jax.training.recipe import Recipe, few_bits
 
 
 def split_lora(recipe: Recipe, cfg: Config, params: Params) -> TrainableParams:
@@ -29,16 +29,14 @@ def split_lora(recipe: Recipe, cfg: Config, params: Params) -> TrainableParams:
     adapter, weights = first_values(recipe, cfg)
     for wanted in recipe.train.freeze:
         if found := param_groups.matching(weights, wanted, bool(cfg.text.num_experts)):
-            raise InputError(
-                f"train.freeze: {wanted!r} names {found[0]}, which lora.targets trains; drop one of them"
-            )
-    asked, base = few_bits(recipe), recipe.lora.base
+            both = f"{wanted!r} names {found[0]}, which lora.targets trains"
+            raise InputError(f"train.freeze: {both}; drop one of them")
     flat, unflatten = param_groups.flatten(params)
     coded = {name.removesuffix(".values") for name in flat if name.endswith(".values")}
-    if bool(coded) != bool(asked):
+    if bool(coded) != bool(few_bits(recipe)):
         found = "8 bits or fewer" if coded else "16 or 32 bits"
-        raise InputError(f"lora.base is {base}, the parameters are held in {found}")
-    still = recipe.step.dtype if asked else base
+        raise InputError(f"lora.base is {recipe.lora.base}, the parameters are held in {found}")
+    still = recipe.step.dtype if coded else recipe.lora.base
     frozen = {n: x if n.rpartition(".")[0] in coded else x.astype(still) for n, x in flat.items()}
     weights = {n: jnp.asarray(x, recipe.step.weights) for n, x in weights.items()}
 
@@ -50,10 +48,27 @@ def split_lora(recipe: Recipe, cfg: Config, params: Params) -> TrainableParams:
 
 
 def adapter_of(recipe: Recipe, cfg: Config) -> Adapter:
-    """Ranks and alphas of a run's adapter, as `peft_io.save_adapter` takes them."""
+    """Ranks and alphas of a run's adapter, as `peft_io.save_adapter` takes them.
+
+    Those of lora.adapter, and new ones for the lora.targets that it lacks.
+    """
     lora, wanted = recipe.lora, targeted(recipe.lora.targets, cfg)
     new = Adapter.uniform(wanted, lora.rank, lora.alpha or lora.rank, dropout=lora.dropout)
-    return _continued(lora, new, load_adapter(lora.adapter, cfg)[1]) if lora.adapter else new
+    if not lora.adapter:
+        return new
+    old = load_adapter(lora.adapter, cfg)[1]
+    if outside := [name for name in old.ranks if name not in new.ranks]:
+        found = f"adapts {outside[0]}, which lora.targets {list(lora.targets)} does not name"
+        raise InputError(f"lora.adapter {lora.adapter}: {found}; add it there")
+    found = sorted({rank for ranks in old.ranks.values() for rank in ranks if rank})
+    if lora.rank not in found:
+        raise InputError(f"lora.rank is {lora.rank}, that of {lora.adapter} is {found[-1]}")
+    alphas = sorted({alpha for layers in old.alphas.values() for alpha in layers})
+    if lora.alpha and lora.alpha not in alphas:
+        raise InputError(f"lora.alpha is {lora.alpha:g}, that of {lora.adapter} is {alphas[-1]:g}")
+    fill = lora.alpha or alphas[-1]
+    filled = {name: (fill,) * len(layers) for name, layers in new.alphas.items()}
+    return Adapter({**new.ranks, **old.ranks}, {**filled, **old.alphas}, lora.dropout, old.rslora)
 
 
 def first_values(recipe: Recipe, cfg: Config) -> tuple[Adapter, Flat]:
@@ -74,25 +89,6 @@ def first_values(recipe: Recipe, cfg: Config) -> tuple[Adapter, Flat]:
         here = here.reshape(here.shape + (1,) * (a.ndim - here.ndim))
         given |= {f"{name}.a": jnp.where(here, a, 0), f"{name}.b": jnp.zeros(shape_b, jnp.float32)}
     return adapter, {f"{n}.{s}": given[f"{n}.{s}"] for n in adapter.ranks for s in "ab"}
-
-
-def _continued(lora: Lora, new: Adapter, old: Adapter) -> Adapter:
-    """The settings of lora.adapter, with new ones for those lora.targets that it lacks."""
-    outside = [name for name in old.ranks if name not in new.ranks]
-    if outside:
-        raise InputError(
-            f"lora.adapter {lora.adapter}: adapts {outside[0]}, which lora.targets "
-            f"{list(lora.targets)} does not name; add it there"
-        )
-    found = sorted({rank for ranks in old.ranks.values() for rank in ranks if rank})
-    if lora.rank not in found:
-        raise InputError(f"lora.rank is {lora.rank}, that of {lora.adapter} is {found[-1]}")
-    alphas = sorted({alpha for layers in old.alphas.values() for alpha in layers})
-    if lora.alpha and lora.alpha not in alphas:
-        raise InputError(f"lora.alpha is {lora.alpha:g}, that of {lora.adapter} is {alphas[-1]:g}")
-    fill = lora.alpha or alphas[-1]
-    filled = {name: (fill,) * len(layers) for name, layers in new.alphas.items()}
-    return Adapter({**new.ranks, **old.ranks}, {**filled, **old.alphas}, lora.dropout, old.rslora)
 
 
 def targeted(targets: Iterable[str], cfg: Config) -> dict[str, tuple[bool, ...]]:

@@ -31,7 +31,6 @@ def make_optimizer(
 
     Sources: AdamW arXiv 1711.05101, Adafactor 1804.04235, Muon kellerjordan.github.io/posts/muon.
     """
-    decay = {name: decays(name) for name in factors}
 
     def clipped(updates: Any, params: Any = None) -> Any:
         # One product, which XLA fuses into its uses. optax.clip_by_global_norm selects between two
@@ -39,14 +38,11 @@ def make_optimizer(
         scale = jnp.minimum(settings.clip / optax.tree.norm(updates), 1.0)
         return {name: u * scale for name, u in updates.items()}
 
-    def scaled(updates: Any, params: Any = None) -> Any:
-        return {name: u * factors[name] for name, u in updates.items()}
-
     return optax.chain(
         optax.stateless(clipped) if settings.clip else optax.identity(),
         _update_rule(settings),
-        optax.add_decayed_weights(settings.weight_decay, mask=decay),
-        optax.stateless(scaled),
+        optax.add_decayed_weights(settings.weight_decay, mask={n: decays(n) for n in factors}),
+        optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, dict(factors))),
         optax.scale_by_learning_rate(make_schedule(settings, steps)),
     )
 
@@ -73,17 +69,16 @@ def _matrices(params: Flat) -> dict[str, Any]:
     Leading axes are stacks: layers, experts, heads of q, k and v, gate and up.
     """
 
-    def sides(name: str, x: Any) -> Any:
+    found: dict[str, Any] = dict.fromkeys(params)
+    for name, x in params.items():
         outside = name in ("embed", "head") or name.endswith((".pos", "patch.weight"))
         # Muon masks its own leaves, which have no ndim then.
-        if not hasattr(x, "ndim") or outside or not decays(name):
-            return None
-        # attn.o is [D N H], which sums over all heads
-        heads, n = name.endswith("attn.o"), x.ndim
-        axes = ((n - 2, n - 1), n - 3) if heads else (n - 1, n - 2)
-        return optax.contrib.MuonDimensionNumbers(*axes)
-
-    return {name: sides(name, x) for name, x in params.items()}
+        if hasattr(x, "ndim") and not outside and decays(name):
+            # attn.o is [D N H], which sums over all heads
+            heads, n = name.endswith("attn.o"), x.ndim
+            axes = ((n - 2, n - 1), n - 3) if heads else (n - 1, n - 2)
+            found[name] = optax.contrib.MuonDimensionNumbers(*axes)
+    return found
 
 
 def apply_update(
@@ -104,8 +99,7 @@ def apply_update(
 def split_bits(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """fp32 -> (nearest bf16, int16 of the low bits): the same number in the same four bytes."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    # Ties go away from zero, so that the low bits fit int16.
-    upper = (bits + jnp.uint32(0x8000)) >> 16
+    upper = (bits + jnp.uint32(0x8000)) >> 16  # ties away from zero: the low bits fit int16
     low_bits = (bits - (upper << 16)).astype(jnp.uint16)
     near = jax.lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16)
     return near, jax.lax.bitcast_convert_type(low_bits, jnp.int16)

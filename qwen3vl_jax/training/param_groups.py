@@ -2,7 +2,7 @@
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -20,8 +20,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "embeddings": ("embed",),
     "head": ("head",),
     "router": ("layers.*router",),
-    # Of sparse layers; dense MLPs belong to "text".
-    "experts": ("layers.mlp.*",),
+    "experts": ("layers.mlp.*",),  # of sparse layers; dense MLPs belong to "text"
     "text": ("layers.*", "norm"),
 }
 
@@ -62,9 +61,8 @@ def matching(names: Iterable[str], wanted: str, sparse: bool) -> list[str]:
     return [n for n in names if (group_of(n, sparse) == wanted if group else _named(n, wanted))]
 
 
-def matches(names: Iterable[str], wanted: str, key: str, sparse: bool) -> list[str]:
+def matches(names: Collection[str], wanted: str, key: str, sparse: bool) -> list[str]:
     """`matching`, or InputError, which names the recipe's key, if nothing matches."""
-    names = list(names)
     if not (found := matching(names, wanted, sparse)):
         near = difflib.get_close_matches(wanted, [*GROUPS, *names], 3)
         hint = f"did you mean {', '.join(near)}?" if near else f"groups are {', '.join(GROUPS)}"
@@ -73,7 +71,7 @@ def matches(names: Iterable[str], wanted: str, key: str, sparse: bool) -> list[s
     return found
 
 
-def frozen_names(names: Sequence[str], freeze: Iterable[str], sparse: bool) -> set[str]:
+def frozen_names(names: Collection[str], freeze: Iterable[str], sparse: bool) -> set[str]:
     """The names that `train.freeze` freezes. Raises InputError if nothing is left to train."""
     frozen = {n for wanted in freeze for n in matches(names, wanted, "train.freeze", sparse)}
     if len(frozen) == len(names):
@@ -85,7 +83,7 @@ def learning_rates(
     names: Iterable[str],
     rates: Mapping[str, float],
     sparse: bool,
-    every: Iterable[str] = (),
+    every: Collection[str] = (),
     why: str = "",
 ) -> Flat:
     """{name: learning rate factor} of trained parameters. Later entries of `rates` win.
@@ -97,10 +95,8 @@ def learning_rates(
     for wanted, factor in rates.items():
         if not (found := matching(factors, wanted, sparse)):
             matches(every or factors, wanted, "train.rates", sparse)
-            raise InputError(
-                f"train.rates: {wanted!r} is not trained: {why}; take it out (train.rates={{}} on a "
-                "command line), or name what is trained"
-            )
+            advice = "take it out (train.rates={} on a command line), or name what is trained"
+            raise InputError(f"train.rates: {wanted!r} is not trained: {why}; {advice}")
         factors |= dict.fromkeys(found, factor)
     return factors
 

@@ -68,10 +68,6 @@ class Groups:
     new_tokens: tuple[str, ...] = ()
 
 
-# Of lora.base: those that are values and scales (QLoRA).
-FEW_BITS = ("int8", "fp8", "int4")
-
-
 @dataclass(frozen=True)
 class Lora:
     rank: int = 0
@@ -125,8 +121,7 @@ class Evaluate:
 class Checkpoints:
     keep: int = 2
     keep_best: int = 1
-    # Saves after so many minutes too; 0: by save_every alone.
-    minutes: float = 0.0
+    minutes: float = 0.0  # saves after so many minutes too; 0: by save_every alone
 
 
 @dataclass(frozen=True)
@@ -185,9 +180,8 @@ _TRAIN_EXTRA = ("grain", "tomli_w", "matplotlib", "tensorboardX")
 _ONES = """
     steps save_every pack.rows step.accumulate step.loss_chunk checkpoints.keep report.every
     mesh.data mesh.tensor mesh.expert mesh.sequence
-"""
-_LEAST = {"pack.length": 8, "pack.vision_length": 4, "mesh.fsdp": -1}
-_LEAST |= dict.fromkeys(_ONES.split(), 1)
+""".split()
+_LEAST = dict.fromkeys(_ONES, 1) | {"pack.length": 8, "pack.vision_length": 4, "mesh.fsdp": -1}
 _BELOW_ONE = """
     data.bad_fraction lora.dropout optimizer.b1 optimizer.b2 optimizer.ema step.attention_dropout
 """.split()
@@ -214,7 +208,10 @@ def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
         raise InputError(f"--config {path}: expected a TOML file, found: {reason}") from None
     for change in changes:
         apply_change(Recipe, raw, change)
-    return check(_with_found_paths(build(Recipe, raw, "", str(path)), path.parent))
+    recipe = _with_found_paths(build(Recipe, raw, "", str(path)), path.parent)
+    for problem in itertools.chain(_wrong_numbers(recipe), _wrong_together(recipe)):
+        raise InputError(problem)
+    return recipe
 
 
 def _with_found_paths(recipe: Recipe, folder: Path) -> Recipe:
@@ -232,20 +229,11 @@ def _with_found_paths(recipe: Recipe, folder: Path) -> Recipe:
     if first and not is_remote(ckpt) and not os.path.exists(ckpt):
         looks = recipe.ckpt.startswith((".", "~", "/")) or len(Path(recipe.ckpt).parts) > 2
         if looks or any(Path(at, *first).is_dir() for at in (".", folder)):
-            raise InputError(
-                f"ckpt: got {recipe.ckpt!r}, expected a folder that is there, in the working directory "
-                f"or in {folder}, or a Hub id"
-            )
+            got = f"ckpt: got {recipe.ckpt!r}, expected a folder that is there"
+            raise InputError(f"{got}, in the working directory or in {folder}, or a Hub id")
     data, evaluate = with_sources(recipe.data), with_sources(recipe.evaluate)
     lora = replace(recipe.lora, adapter=found(recipe.lora.adapter))
     return replace(recipe, ckpt=ckpt, data=data, evaluate=evaluate, lora=lora)
-
-
-def check(recipe: Recipe) -> Recipe:
-    """Checks the numbers of a recipe and its keys against each other, and gives the recipe."""
-    for problem in itertools.chain(_wrong_numbers(recipe), _wrong_together(recipe)):
-        raise InputError(problem)
-    return recipe
 
 
 def _wrong_numbers(recipe: Recipe) -> Iterator[str]:
@@ -296,12 +284,12 @@ def _wrong_together(recipe: Recipe) -> Iterator[str]:
 
 
 def few_bits(recipe: Recipe) -> str | None:
-    """The form in which a run's base is read if that is one of FEW_BITS, as `load` has `weights`."""
-    return recipe.lora.base if recipe.lora.rank and recipe.lora.base in FEW_BITS else None
+    """The base of a QLoRA run, read as values and scales: `weights` of `load`. None for other runs."""
+    base = recipe.lora.base
+    return base if recipe.lora.rank and base in ("int8", "fp8", "int4") else None
 
 
 def _named_sources(recipe: Recipe) -> list[tuple[str, Source]]:
-    """(key, source) of every source of a recipe."""
     tables = (("data", recipe.data.sources), ("evaluate", recipe.evaluate.sources))
     return [(f"{table}.sources.{i}", x) for table, found in tables for i, x in enumerate(found)]
 
@@ -312,10 +300,8 @@ def check_run(recipe: Recipe) -> None:
         if importlib.util.find_spec(name) is None:
             extra = "wandb" if name == "wandb" else "train"
             why = "report.wandb is set" if name == "wandb" else "training needs it"
-            raise InputError(
-                f"{name} is not installed and {why}: pip install 'qwen3vl-jax[{extra}]' "
-                f"(in a clone: pip install -e '.[{extra}]')"
-            )
+            how = f"pip install 'qwen3vl-jax[{extra}]' (in a clone: pip install -e '.[{extra}]')"
+            raise InputError(f"{name} is not installed and {why}: {how}")
     check_sources(recipe)
     if kind(as_path(recipe.ckpt)) == "folder":
         check_vision_length(recipe.pack, Config.from_hf(recipe.ckpt))

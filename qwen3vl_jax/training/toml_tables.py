@@ -32,13 +32,11 @@ def _apply(hint: Any, at: Any, parts: list[str], prefix: str, text: str, change:
         if not part.isdecimal() or int(part) > len(at):
             raise InputError(f"{change}: {part!r} is no place in a list of {len(at)} (from 0)")
         key, inner = int(part), get_args(hint)[0]
-        # The place after the last one is new.
-        at += [{}] * (key == len(at))
+        at += [{}] * (key == len(at))  # the place after the last one is new
     elif isinstance(at, dict) and (hint is Any or get_origin(hint) is dict):
         inner = Any if hint is Any else get_args(hint)[1]
         if inner is not Any:
-            # Names of parameters have dots.
-            key, rest = ".".join(parts), []
+            key, rest = ".".join(parts), []  # names of parameters have dots
         at.setdefault(key, {})
     else:
         name = prefix.rstrip(".")
@@ -56,7 +54,6 @@ def _apply(hint: Any, at: Any, parts: list[str], prefix: str, text: str, change:
 
 
 def _check_keys(keys: Iterable[str], kind: Any, prefix: str, where: str) -> None:
-    """Raises InputError for an unknown key."""
     hints = get_type_hints(kind)
     for key in keys:
         if key not in hints:
@@ -82,7 +79,6 @@ def build(kind: type[_T], raw: Any, prefix: str, where: str) -> _T:
 
 
 def _value(hint: Any, found: Any, name: str, where: str) -> Any:
-    """One value in the type of its annotation."""
     if dataclasses.is_dataclass(hint):
         return build(cast(Any, hint), found, f"{name}.", where)
     origin, inner = get_origin(hint), get_args(hint)

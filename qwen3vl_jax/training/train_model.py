@@ -12,11 +12,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from optax import GradientTransformation
 
-from qwen3vl_jax.checkpoint.config_files import PARAMS
-from qwen3vl_jax.checkpoint.device_load import Source
+from qwen3vl_jax.checkpoint import config_files, device_load, param_paths, stacking, validate
 from qwen3vl_jax.checkpoint.name_map import param_specs, tree_of
-from qwen3vl_jax.checkpoint.stacking import stack_layers
-from qwen3vl_jax.checkpoint.validate import stored_kind
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.device_mesh import compiler_options, replicated
 from qwen3vl_jax.errors import InputError
@@ -24,9 +21,7 @@ from qwen3vl_jax.model.quantized import Quantized
 from qwen3vl_jax.model.structs import Params
 from qwen3vl_jax.parameters import init_params
 from qwen3vl_jax.storage.paths import as_path
-from qwen3vl_jax.training import param_groups, state_sharding
-from qwen3vl_jax.training.lora_targets import split_lora
-from qwen3vl_jax.training.new_tokens import new_rows
+from qwen3vl_jax.training import lora_targets, new_tokens, param_groups, state_sharding
 from qwen3vl_jax.training.optimizer import make_optimizer
 from qwen3vl_jax.training.param_groups import Flat, MergeParams, TrainableParams
 from qwen3vl_jax.training.recipe import Recipe, few_bits
@@ -52,24 +47,22 @@ def prepare(
     if not recipe.lora.rank and any(isinstance(x, Quantized) for x in leaves):
         raise InputError(f"{recipe.ckpt}: {_FEW_BITS_ALONE}")
     if new_ids and recipe.init == "checkpoint":
-        params = new_rows(params, new_ids)
+        params = new_tokens.new_rows(params, new_ids)
     weights, frozen, merge = split_trainable(recipe, cfg, params)
     if new_ids and "embed" not in weights:
         raise InputError("train.new_tokens: train.freeze holds embeddings; they cannot be learned")
-
-    def placed(flat: Flat) -> Flat:
-        where = params_shardings(mesh, cfg, flat)
-        return {name: state_sharding.put(x, where[name]) for name, x in flat.items()}
-
-    return TrainableParams(placed(weights), placed(frozen), merge)
+    where = params_shardings(mesh, cfg, {**weights, **frozen})
+    weights = {name: state_sharding.put(x, where[name]) for name, x in weights.items()}
+    frozen = {name: state_sharding.put(x, where[name]) for name, x in frozen.items()}
+    return TrainableParams(weights, frozen, merge)
 
 
 def check_base(recipe: Recipe, cfg: Config) -> None:
     """Raises InputError for a checkpoint on this machine whose weights a run of the recipe refuses."""
     directory = as_path(recipe.ckpt)
-    if (directory / PARAMS).is_dir() or any(directory.glob("*.safetensors")):
-        stored = Source(directory, cfg, few_bits(recipe)).stored()
-        if not recipe.lora.rank and stored_kind(stored):
+    if (directory / config_files.PARAMS).is_dir() or any(directory.glob("*.safetensors")):
+        stored = device_load.Source(directory, cfg, few_bits(recipe)).stored()
+        if not recipe.lora.rank and validate.stored_kind(stored):
             raise InputError(f"{recipe.ckpt}: {_FEW_BITS_ALONE}")
 
 
@@ -81,8 +74,7 @@ def initial_params(recipe: Recipe, cfg: Config, mesh: Mesh | None = None) -> Par
     """
     dtype_of = held_dtypes(recipe, cfg)
     if recipe.init == "checkpoint":
-        where = functools.partial(where_of, mesh, cfg)
-        return load_stacked(recipe.ckpt, dtype_of, few_bits(recipe), where)
+        return load_stacked(recipe.ckpt, dtype_of, few_bits(recipe), mesh)
 
     def rescale(path: Any, x: jax.Array) -> jax.Array:
         name = path[-1].key
@@ -93,17 +85,12 @@ def initial_params(recipe: Recipe, cfg: Config, mesh: Mesh | None = None) -> Par
 
     def make(key: jax.Array) -> Flat:
         params = jax.tree_util.tree_map_with_path(rescale, init_params(key, cfg))
-        flat = param_groups.flatten(stack_layers(params))[0]
+        flat = param_groups.flatten(stacking.stack_layers(params))[0]
         return {name: x.astype(dtype_of(name)) for name, x in flat.items()}
 
-    known, unflatten = model_shapes(cfg)
-    where = params_shardings(mesh, cfg, known) if mesh else None
-    return unflatten(jax.jit(make, out_shardings=where)(jax.random.key(recipe.seed)))
-
-
-def where_of(mesh: Mesh | None, cfg: Config, name: str, x: Any) -> Any:
-    """The sharding of one parameter by its stacked name, None without a mesh."""
-    return params_shardings(mesh, cfg, {name: x})[name]
+    where = params_shardings(mesh, cfg, shapes(cfg)) if mesh else None
+    flat = jax.jit(make, out_shardings=where)(jax.random.key(recipe.seed))
+    return tree_of(cfg, {param_paths.parse_path(name): x for name, x in flat.items()})
 
 
 def held_dtypes(recipe: Recipe, cfg: Config) -> Callable[[str], Any]:
@@ -116,26 +103,19 @@ def held_dtypes(recipe: Recipe, cfg: Config) -> Callable[[str], Any]:
     return lambda name: still if name in stopped else held
 
 
+@functools.lru_cache(maxsize=4)
 def shapes(cfg: Config) -> Flat:
     """{stacked name: fp32 ShapeDtypeStruct} of a model's parameters; do not change it."""
-    return model_shapes(cfg)[0]
-
-
-@functools.lru_cache(maxsize=4)
-def model_shapes(cfg: Config) -> tuple[Flat, Callable[[Flat], Params]]:
-    """`shapes`, and the function that makes a tree of such a dict.
-
-    From the name map: tracing the 94 layers of the largest model takes seconds.
-    """
+    # From the name map: tracing the 94 layers of the largest model takes seconds.
     stacks = dict(stacked(cfg, param.path, param.shape) for param in param_specs(cfg))
     leaves = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in stacks.items()}
-    return param_groups.flatten(tree_of(cfg, leaves))
+    return param_groups.flatten(tree_of(cfg, leaves))[0]
 
 
 def split_trainable(recipe: Recipe, cfg: Config, params: Params) -> TrainableParams:
     """Splits parameters into trained and frozen ones, each cast to its dtype of `held_dtypes`."""
     if recipe.lora.rank:
-        return split_lora(recipe, cfg, params)
+        return lora_targets.split_lora(recipe, cfg, params)
     flat, unflatten = param_groups.flatten(params)
     stopped, dtype_of = _frozen_names(recipe, cfg), held_dtypes(recipe, cfg)
     held = {name: x.astype(dtype_of(name)) for name, x in flat.items()}
@@ -149,7 +129,7 @@ def split_trainable(recipe: Recipe, cfg: Config, params: Params) -> TrainablePar
 
 def _frozen_names(recipe: Recipe, cfg: Config) -> set[str]:
     freeze, sparse = recipe.train.freeze, bool(cfg.text.num_experts)
-    return param_groups.frozen_names(list(shapes(cfg)), freeze, sparse)
+    return param_groups.frozen_names(shapes(cfg), freeze, sparse)
 
 
 def build_optimizer(recipe: Recipe, cfg: Config, weights: Flat) -> GradientTransformation:
@@ -205,10 +185,9 @@ def make_step(
     """
     settings: Any = {"cfg": cfg, "step": recipe.step, "ema": recipe.optimizer.ema}
     step = functools.partial(train_step, **settings, optimizer=optimizer, merge=merge)
-    options: dict[str, Any] = {}
-    if state is not None:
-        where = jax.tree.map(lambda x: x.sharding, state)
+    where, options = jax.tree.map(lambda x: x.sharding, state), {}
+    if where is not None:
         mesh = where.step.mesh
-        options = {"out_shardings": (where, replicated(mesh))}
+        options["out_shardings"] = where, replicated(mesh)
         options["compiler_options"] = compiler_options(mesh)
     return jax.jit(step, donate_argnums=0, keep_unused=keep_unused, **options)

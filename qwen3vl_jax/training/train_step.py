@@ -192,9 +192,8 @@ def updated(
     """The state after one update with fp32 gradients. key: of stochastic rounding."""
     updates, moments = optimizer.update(grads, state.optimizer, state.weights)
     updates, low_bits = cast(Flat, updates), state.compensation or {}
-    new = {
-        n: apply_update(n, w, updates[n], key, low_bits.get(n)) for n, w in state.weights.items()
-    }
+    old = state.weights.items()
+    new = {n: apply_update(n, weight, updates[n], key, low_bits.get(n)) for n, weight in old}
     weights = {n: weight for n, (weight, _) in new.items()}
     low_bits = state.compensation and {n: low for n, (_, low) in new.items()}
     average = state.average and {
