@@ -1,7 +1,6 @@
 """Checkpoints of a run: the whole state, saved by Orbax in the background; keeps the last and best."""
 
 import contextlib
-import dataclasses
 import gc
 import shutil
 import sys
@@ -12,42 +11,20 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers as policies
+from orbax.checkpoint import CheckpointManagerOptions as Options
+from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
-from qwen3vl_jax.checkpoint.digests import (
-    DamagedError,
-    check_digests,
-    digests,
-    saved_digests,
-    with_checksum,
-)
+from qwen3vl_jax.checkpoint import digests
+from qwen3vl_jax.checkpoint.digests import DamagedError
 from qwen3vl_jax.checkpoint.orbax_io import open_tree, readable, writable
-from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.errors import InputError, ProblemsError
 from qwen3vl_jax.runtime import distributed
 from qwen3vl_jax.storage.paths import as_path, for_orbax, is_remote, remove_tree
 from qwen3vl_jax.training.param_groups import flatten
-from qwen3vl_jax.training.run_dir import CHECKPOINTS, META, DiffersError, scores
+from qwen3vl_jax.training.run_dir import CHECKPOINTS, META, differences, scores
 from qwen3vl_jax.training.train_step import TrainState
 
-# Steps that are measured, to save by minutes.
-_MEASURED = 5
 WEIGHTS, AVERAGE, STATE = "weights", "average", "state"
-
-
-@dataclasses.dataclass
-class _Best(policies.PreservationPolicy):
-    """Keeps the steps with the lowest scores. A step may be evaluated after it was saved."""
-
-    scores: Mapping[int, float]
-    count: int
-
-    def should_preserve(
-        self, checkpoints: Sequence[policies.PolicyCheckpointInfo], *, context: Any
-    ) -> list[bool]:
-        steps = [info.step for info in checkpoints]
-        scored = [step for step in steps if step in self.scores]
-        best = sorted(scored, key=lambda step: (self.scores[step], -step))[: self.count]
-        return [step in best for step in steps]
 
 
 def _unraisable(found: Any, before: Any = sys.unraisablehook) -> None:
@@ -57,23 +34,26 @@ def _unraisable(found: Any, before: Any = sys.unraisablehook) -> None:
         before(found)
 
 
-class Checkpoints:
+class Checkpoints(PreservationPolicy):
     """RUN_DIR/checkpoints: a directory for each saved step, with weights, state and meta.
 
-    keep: latest steps to keep; keep_best: steps with the lowest evaluation loss to keep as well.
+    keep: latest steps to keep, from 1; keep_best: steps with the lowest evaluation loss to keep too.
     """
 
     def __init__(self, run_dir: str | Path, keep: int = 1, keep_best: int = 0):
-        self._scores, self._keep_best = scores(run_dir), keep_best
-        kept = [policies.LatestN(keep), _Best(self._scores, keep_best)]
-        stays = policies.AnyPreservationPolicy(kept)
+        self._scores, self._keep, self._keep_best = scores(run_dir), keep, keep_best
         # Unfinished steps are those of a killed process.
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=stays, cleanup_tmp_directories=True
-        )
+        options = Options(preservation_policy=self, cleanup_tmp_directories=True)
         sys.unraisablehook, self._failed = _unraisable, False
         self._folder = as_path(run_dir) / CHECKPOINTS
         self._manager = ocp.CheckpointManager(for_orbax(self._folder), options=options)
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Orbax asks which saved steps stay. A step may be evaluated after it was saved."""
+        steps = [info.step for info in checkpoints]
+        scored = [step for step in steps if step in self._scores]
+        best = sorted(scored, key=lambda step: (self._scores[step], -step))[: self._keep_best]
+        return [step in best or step in steps[-self._keep :] for step in steps]
 
     def is_best(self, score: float | None) -> bool:
         """Whether a step with this evaluation loss would be one of the best."""
@@ -87,14 +67,18 @@ class Checkpoints:
             self._scores[step] = score
 
     def save(self, state: TrainState, meta: Mapping[str, Any], score: float | None = None) -> None:
-        """Saves in the background. meta is JSON data: recipe, data position, machine, score."""
+        """Saves in the background. meta is JSON data. Raises InputError if the disk has no room."""
         parts = _parts(state)
-        found = {name: digests(flatten(part)[0]) for name, part in parts.items()}
+        found = {name: digests.digests(flatten(part)[0]) for name, part in parts.items()}
         saved: dict[str, Any] = {n: ocp.args.StandardSave(part) for n, part in parts.items()}
-        meta = {**meta, "score": score, "digests": found}
-        saved[META] = ocp.args.JsonSave(with_checksum(meta))
+        meta = digests.with_checksum({**meta, "score": score, "digests": found})
+        saved[META] = ocp.args.JsonSave(meta)
         self.score(int(state.step), score)
-        _check_room(self._folder, state)
+        needs, folder = sum(x.nbytes for x in jax.tree.leaves(state)), self._folder
+        if not is_remote(folder) and (free := shutil.disk_usage(folder).free) < needs:
+            found = f"{free:,} bytes free, {needs:,} needed for a step"
+            advice = "the same command goes on from the last step that was saved"
+            raise InputError(f"{folder}: {found}; make room there: {advice}")
         with self._saving():
             self._manager.save(int(state.step), args=ocp.args.Composite(**saved))
 
@@ -114,10 +98,10 @@ class Checkpoints:
             with self._saving():
                 self._manager.close()
         finally:
-            if self._failed and distributed.is_first():
-                for part in self._folder.glob("*.orbax-checkpoint-tmp*"):
-                    remove_tree(part)
             if self._failed:
+                left = self._folder.glob("*.orbax-checkpoint-tmp*")
+                for part in left if distributed.is_first() else ():
+                    remove_tree(part)
                 # Frees what Orbax left of its writes while `_unraisable` is set.
                 gc.collect()
 
@@ -134,21 +118,20 @@ class Checkpoints:
 class SaveTimer:
     """Says at which step checkpoints.minutes have passed: the same one in every process.
 
-    Clocks differ, so the first process decides: after _MEASURED steps, and then again each time that
-    half of what it thought was left is done, or twice as many steps as before.
+    Clocks differ, so the first process decides: after 5 steps, and then again each time that half of what
+    it thought was left is done, or twice as many steps as before.
     """
 
     def __init__(self, minutes: float):
-        self._seconds = 60 * minutes
         # The first step, its time, and the step at which the first process is asked next.
-        self._first, self._begun, self._next = -1, 0.0, 0
+        self._seconds, self._first, self._begun, self._next = 60 * minutes, -1, 0.0, 0
 
     def due(self, step: int) -> bool:
         """Whether to save after this step. To be asked at every step."""
         if not self._seconds:
             return False
         if self._first < 0:
-            self._first, self._begun, self._next = step, time.monotonic(), step + _MEASURED
+            self._first, self._begun, self._next = step, time.monotonic(), step + 5
         if step < self._next:
             return False
         passed, done = time.monotonic() - self._begun, step - self._first
@@ -165,7 +148,7 @@ class SaveTimer:
 def restore(run_dir: str | Path, step: int, state: TrainState) -> TrainState:
     """A saved state, in the shapes and shardings of `state` (arrays or ShapeDtypeStructs).
 
-    Raises DamagedError, in every process, for a step whose files are damaged, and DiffersError, which
+    Raises DamagedError, in every process, for a step whose files are damaged, and ProblemsError, which
     lists the differences, if other weights were trained.
     """
     where = as_path(run_dir) / CHECKPOINTS / str(step)
@@ -179,9 +162,8 @@ def restore(run_dir: str | Path, step: int, state: TrainState) -> TrainState:
     if messages := [text for text in distributed.all_of(error and str(error)) if text]:
         raise error or DamagedError(where, messages)
     for name, part in found.items():
-        kept = saved_digests(where / name)
-        if kept is not None:
-            check_digests(where / name, digests(flatten(part)[0]), kept)
+        if (kept := digests.saved_digests(where / name)) is not None:
+            digests.check_digests(where / name, digests.digests(flatten(part)[0]), kept)
     others = found[STATE]
     always = others["step"], others["key"], found[WEIGHTS], others["optimizer"]
     return TrainState(*always, others.get("rest"), found.get(AVERAGE))
@@ -192,44 +174,25 @@ def _restored(where: Path, target: Any) -> Any:
     me = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
     handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
-    with (
-        readable(where),
-        ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer,
-    ):
-        return checkpointer.restore(for_orbax(where), args=ocp.args.StandardRestore(target))
+    with readable(where), ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+        return reader.restore(for_orbax(where), args=ocp.args.StandardRestore(target))
 
 
 def _check_shapes(where: Path, state: TrainState) -> None:
-    then = {path[0]: _shape(x) for path, x in open_tree(where / WEIGHTS).items()}
-    now = {n: _shape(x) for n, x in state.weights.items()}
-    found = [
-        f"{name} was {then.get(name, 'not trained')}, is now {now.get(name, 'not trained')}"
-        for name in {**then, **now}
-        if then.get(name) != now.get(name)
-    ]
-    if found:
-        raise DiffersError(where, "set of weights", "choose another --out", found)
-
-
-def _check_room(folder: Path, state: TrainState) -> None:
-    """Raises InputError if the disk has no room for a state of this size."""
-    needs = sum(x.nbytes for x in jax.tree.leaves(state))
-    if not is_remote(folder) and (free := shutil.disk_usage(folder).free) < needs:
-        raise InputError(
-            f"{folder}: {free:,} bytes free, {needs:,} needed for a step; make room there: the same "
-            f"command goes on from the last step that was saved"
-        )
-
-
-def _shape(x: Any) -> str:
-    return f"{jax.numpy.dtype(x.dtype).name}{list(x.shape)}"
+    saved = {str(path[0]): x for path, x in open_tree(where / WEIGHTS).items()}
+    now, then = (
+        {n: f"{jax.numpy.dtype(x.dtype).name}{list(x.shape)}" for n, x in arrays.items()}
+        for arrays in (state.weights, saved)
+    )
+    if found := [*differences(now, then, "not trained").values()]:
+        what = f"{where}: was started with another set of weights"
+        raise ProblemsError(what, found, "choose another --out")
 
 
 def _parts(state: TrainState) -> dict[str, Any]:
     """The trees of a state by the folder that each is saved in."""
     rest = {"step": state.step, "key": state.key, "optimizer": state.optimizer}
     if state.compensation is not None:
-        # The key "rest" is that of the files.
-        rest["rest"] = state.compensation
-    parts = {WEIGHTS: state.weights, STATE: rest}
-    return parts if state.average is None else {**parts, AVERAGE: state.average}
+        rest["rest"] = state.compensation  # the key of the files
+    average = {} if state.average is None else {AVERAGE: state.average}
+    return {WEIGHTS: state.weights, STATE: rest, **average}

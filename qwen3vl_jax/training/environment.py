@@ -6,6 +6,7 @@ jax is imported inside functions: XLA's flags must be set before it starts.
 import os
 import platform as system
 from collections.abc import MutableMapping
+from contextlib import suppress
 from typing import Any
 
 # No kernels that add in any order (scatter, cuDNN's backward pass), and no autotuning: which kernel
@@ -24,13 +25,12 @@ def memory_gib(device: Any) -> float:
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"] / 2**30
-    try:
+    with suppress(ImportError):  # Windows
         import resource
 
         unit = 1 if system.system() == "Darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-    except ImportError:  # Windows
-        return float("nan")
+    return float("nan")
 
 
 def cores() -> int:
@@ -51,17 +51,12 @@ def describe() -> dict[str, Any]:
     }
 
 
-def deterministic_flags(flags: str = "") -> str:
-    """XLA_FLAGS with the flags that make a GPU's results repeat bit for bit.
+def make_deterministic(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Sets the XLA_FLAGS with which a GPU's results repeat bit for bit; other flags stay.
 
-    flags: the present value; its other flags stay. Source: openxla.org/xla/determinism.
+    Call it before jax finds its devices. Source: openxla.org/xla/determinism.
     """
     names = {flag.partition("=")[0] for flag in FLAGS}
-    kept = [flag for flag in flags.split() if flag.partition("=")[0] not in names]
-    return " ".join([*kept, *FLAGS])
-
-
-def make_deterministic(environ: MutableMapping[str, str] | None = None) -> None:
-    """Sets XLA_FLAGS of this process. Call it before jax finds its devices."""
-    environ = os.environ if environ is None else environ
-    environ["XLA_FLAGS"] = deterministic_flags(environ.get("XLA_FLAGS", ""))
+    flags = environ.get("XLA_FLAGS", "").split()
+    kept = [flag for flag in flags if flag.partition("=")[0] not in names]
+    environ["XLA_FLAGS"] = " ".join([*kept, *FLAGS])

@@ -23,14 +23,13 @@ from qwen3vl_jax.training.data.global_batches import all_refused
 from qwen3vl_jax.training.data.loader import check_answers
 from qwen3vl_jax.training.data.make_samples import processor_options, without_train_flag
 from qwen3vl_jax.training.data.packing import PackedBatch
-from qwen3vl_jax.training.param_groups import MergeParams
+from qwen3vl_jax.training.param_groups import Flat, MergeParams
 from qwen3vl_jax.training.recipe import Data, Recipe, Step
 from qwen3vl_jax.training.train_step import TrainState, batch_sums, step_totals
 
-# Prompts answered together.
-ROWS = 8
-# (data, seed, once=False) -> a DataLoader or a GlobalFeed
-OpenLoader = Callable[..., Any]
+ROWS = 8  # prompts answered together
+OpenLoader = Callable[..., Any]  # (data, seed, once=False) -> a DataLoader or a GlobalFeed
+Evaluation = Callable[..., float | None]  # (state, frozen, step, logger, check) -> the loss
 
 
 class Answered(NamedTuple):
@@ -46,37 +45,47 @@ class Answered(NamedTuple):
         return self.answer.strip() == self.expected.strip()
 
 
-class Evaluation:
-    """The evaluation of a run: loss over the evaluation sources, and answers to their records."""
+class _Asked(NamedTuple):
+    """A record's last assistant turn, and the messages before it."""
 
-    def __init__(
-        self, recipe: Recipe, processor: Processor, open_loader: OpenLoader, merge: MergeParams
-    ):
-        """Jits two functions. merge(weights, frozen) gives the parameter tree."""
-        self.recipe, self.processor, self.open_loader = recipe, processor, open_loader
-        self.measure = make_measure(processor.config, recipe.step, merge)
-        self.inference = make_inference(recipe.step, merge)
+    name: str
+    messages: list[dict[str, Any]]
+    target: dict[str, Any]
+    tools: Any
 
-    def run(
-        self, state: TrainState, frozen: Any, number: int, logger: Any, check: Callable[[], None]
+
+def make_evaluation(
+    recipe: Recipe, processor: Processor, open_loader: OpenLoader, merge: MergeParams
+) -> Evaluation:
+    """The evaluation of a run: loss over the evaluation sources, and answers to their records.
+
+    It logs what it finds, and gives the loss, None if not finite. check: called before each batch.
+    """
+    settings, dtype = recipe.evaluate, recipe.step.dtype
+    measure = make_measure(processor.config, recipe.step, merge)
+
+    @jax.jit
+    def inference(weights: Flat, frozen: Any) -> Params:
+        wide = {n: x.astype(dtype) for n, x in weights.items() if x.dtype == jnp.float32}
+        return unstack_layers(merge({**weights, **wide}, frozen))
+
+    def evaluate(
+        state: TrainState, frozen: Any, number: int, logger: Any, check: Callable[[], None]
     ) -> float | None:
-        """Logs an evaluation, and gives its loss, None if not finite. check: called before each batch."""
-        settings, weights = self.recipe.evaluate, state.average or state.weights
-        loader = open_held_out(self.recipe, self.open_loader)
+        weights, answers = state.average or state.weights, []
+        loader = open_held_out(recipe, open_loader)
         try:
             loaded = itertools.islice(loader, settings.batches or None)
             batches = (jax.tree.map(lambda x: x[0], batch.packed) for batch in loaded)
-            values = mean_loss(self.measure, weights, frozen, batches, check)
+            values = mean_loss(measure, weights, frozen, batches, check)
             logger.refused(all_refused(loader))
             records = loader.records(settings.generate) if settings.generate else []
         finally:
             logger.refused(loader.refused)
             loader.close()
-        answers = []
         if records:
-            params, data = self.inference(weights, frozen), self.recipe.data
-            count = settings.max_new_tokens
-            answers, refused = answer(params, self.processor, data, records, count, check)
+            params, count = inference(weights, frozen), settings.max_new_tokens
+            answers, refused = answer(params, processor, recipe.data, records, count, check)
             logger.refused(refused)
             values["exact"] = sum(a.exact for a in answers) / max(len(answers), 1)
         logger.evaluation(number, values, answers)
@@ -84,6 +93,8 @@ class Evaluation:
             return values["loss"]
         logger.log("the evaluation's loss is not a number: this step cannot be the best")
         return None
+
+    return evaluate
 
 
 def is_due(recipe: Recipe, number: int) -> bool:
@@ -118,7 +129,7 @@ def make_measure(cfg: Config, step: Step, merge) -> Callable[..., tuple[jax.Arra
     def measure(weights, frozen, packed: PackedBatch):
         sums = batch_sums(merge(weights, frozen), cfg, packed, step).answers
         found = sums.loss, step_totals(packed).weight, sums.correct, sums.tokens
-        return tuple(shard(x) for x in found)
+        return tuple(map(shard, found))
 
     return measure
 
@@ -139,17 +150,6 @@ def mean_loss(
     return {"loss": loss / max(weight, 1e-9), "accuracy": right / max(tokens, 1)}
 
 
-def make_inference(step: Step, merge) -> Callable[..., Params]:
-    """The jitted inference(weights, frozen) -> parameters with layers in lists, in step.dtype."""
-
-    @jax.jit
-    def inference(weights, frozen):
-        wide = {n: x.astype(step.dtype) for n, x in weights.items() if x.dtype == jnp.float32}
-        return unstack_layers(merge({**weights, **wide}, frozen))
-
-    return inference
-
-
 def answer(
     params: Params,
     proc: Processor,
@@ -163,34 +163,29 @@ def answer(
     Records without an assistant turn after another turn are skipped; those that cannot be read are
     refused, as (name, reason). check: called before each batch.
     """
-    asked = [_asked(name, record) for name, record in records]
+    asked: list[_Asked] = []
+    for name, record in records:
+        messages = without_train_flag(record["messages"])
+        turns = [i for i, message in enumerate(messages) if i and message["role"] == "assistant"]
+        if turns:
+            at, tools = turns[-1], record.get("tools")
+            asked.append(_Asked(name, messages[:at], messages[at], tools))
     answers: list[Answered] = []
     refused: list[tuple[str, str]] = []
-    for tools, group in itertools.groupby((a for a in asked if a), lambda a: a.tools):
+    limits: Any = {"max_new_tokens": max_new_tokens, "stop_ids": proc.stop_ids}
+    for tools, group in itertools.groupby(asked, lambda each: each.tools):
         rows, options = list(group), {"tools": tools, **processor_options(data)}
         for start in range(0, len(rows), ROWS):
             check()
             good, batch = _read(proc, rows[start : start + ROWS], options, refused)
-            if batch is not None:
-                answers += _answer_some(params, proc, good, batch, max_new_tokens)
+            if batch is None:
+                continue
+            written = generate(params, proc.config, batch, **limits)
+            for row, ids, length in zip(good, written.tokens, written.lengths, strict=True):
+                prompt, said = proc.render(row.messages, row.tools), proc.decode(ids[:length])
+                texts = expected(row.target), answer_text(proc.parse(said, prompt))
+                answers.append(Answered(row.name, _words(row.messages[-1]), *texts))
     return answers, refused
-
-
-class _Asked(NamedTuple):
-    """A record's last assistant turn, and the messages before it."""
-
-    name: str
-    messages: list[dict[str, Any]]
-    target: dict[str, Any]
-    tools: Any
-
-
-def _asked(name: str, record: Any) -> _Asked | None:
-    messages = without_train_flag(record["messages"])
-    at = [i for i, message in enumerate(messages) if i and message["role"] == "assistant"]
-    if not at:
-        return None
-    return _Asked(name, messages[: at[-1]], messages[at[-1]], record.get("tools"))
 
 
 def _read(
@@ -209,41 +204,25 @@ def _read(
     return good, proc([row.messages for row in good], **options) if good else None
 
 
-def _answer_some(
-    params: Params, proc: Processor, rows: list[_Asked], batch: Batch, max_new_tokens: int
-) -> list[Answered]:
-    stops, out = proc.stop_ids, []
-    written = generate(params, proc.config, batch, max_new_tokens=max_new_tokens, stop_ids=stops)
-    for row, tokens, length in zip(rows, written.tokens, written.lengths, strict=True):
-        prompt = proc.render(row.messages, row.tools)
-        said = answer_text(proc.parse(proc.decode(tokens[:length]), prompt))
-        out.append(Answered(row.name, _words(row.messages[-1]), expected(row.target), said))
-    return out
-
-
 def expected(message: Any) -> str:
     """A record's answer in the form of `answer_text`, to compare with a generated one."""
-    calls = [dict(call.get("function") or call) for call in message.get("tool_calls") or ()]
-    for call in calls:
-        if isinstance(text := call.get("arguments"), str):
-            call["arguments"] = read_json(text, "arguments")
-    written = (f"<tool_call>{write_json(call, 'tool_calls')}</tool_call>" for call in calls)
-    text = _words(message) + "".join(written)
+    text = _words(message)
+    for call in message.get("tool_calls") or ():
+        found = dict(call.get("function") or call)
+        if isinstance(arguments := found.get("arguments"), str):
+            found["arguments"] = read_json(arguments, "arguments")
+        text += f"<tool_call>{write_json(found, 'tool_calls')}</tool_call>"
     return answer_text(parse_reply(text))
 
 
 def answer_text(reply: Reply) -> str:
     """An answer without its reasoning. Each tool call is a line, its arguments sorted."""
-    calls = (
-        write_json({"name": call.name, "arguments": call.arguments}, "tool_calls", sort_keys=True)
-        for call in reply.tool_calls
-    )
-    return "\n".join([*filter(None, [reply.content.strip()]), *calls])
+    calls = [{"name": call.name, "arguments": call.arguments} for call in reply.tool_calls]
+    lines = [write_json(call, "tool_calls", sort_keys=True) for call in calls]
+    return "\n".join(filter(None, [reply.content.strip(), *lines]))
 
 
 def _words(message: Any) -> str:
     content = message.get("content") or ""
-    if isinstance(content, str):
-        return content
-    parts = (part if isinstance(part, str) else part.get("text", "") for part in content)
-    return "".join(parts)
+    parts = [content] if isinstance(content, str) else content
+    return "".join(part if isinstance(part, str) else part.get("text", "") for part in parts)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import gc
 from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,9 @@ from qwen3vl_jax.training.data.packing import PackedBatch, for_one_program
 from qwen3vl_jax.training.mesh_preset import asks_for_mesh, mesh_flags
 from qwen3vl_jax.training.optimizer import make_schedule
 from qwen3vl_jax.training.recipe import Data, Recipe, flat
-from qwen3vl_jax.training.reporting import memory_estimate
-from qwen3vl_jax.training.reporting.flops import Speed
+from qwen3vl_jax.training.reporting import flops, memory_estimate
 from qwen3vl_jax.training.reporting.run_log import NullLogger, Profiler, RunLogger, Times
 from qwen3vl_jax.training.train_step import TrainState
-
-Logger = RunLogger | NullLogger
 
 
 def train(recipe: Recipe, out: Path) -> None:
@@ -47,7 +45,7 @@ def train(recipe: Recipe, out: Path) -> None:
         notes.append(f"no [mesh]: {mesh.size} devices, {mesh_flags(recipe.mesh)}")
     with (
         run_setup.catch_signals() as stop,
-        run_setup.locked(out),
+        run_dir.locked(out),
         nullcontext() if mesh is None else jax.set_mesh(mesh),
     ):
         # From the latest saved step that reads without damage; 0 is a new run.
@@ -64,35 +62,33 @@ def train_from(
     recipe: Recipe, out: Path, first: int, mesh: Mesh | None, stop: run_setup.Stop, notes: list[str]
 ) -> None:
     """Runs a recipe from a saved step, or from 0. Raises DamagedError if that step is damaged."""
-    # Resume: the recipe and the model must be those of the run.
+    # To go on, the recipe and the model must be those of the run.
     meta = run_dir.read_meta(out, first) if first else {}
     changed = run_setup.check_fits(recipe, meta, out, first) if first else []
+    groups = run_setup.groups_of(recipe, mesh, meta)
     if not first:
         run_setup.write_config(recipe, out)
-    groups = run_setup.groups_of(recipe, mesh, meta)
-
-    # Model.
-    processor, new_ids = run_dir.prepare_model_files(recipe, out, first)
+        if distributed.is_first():
+            run_dir.write_model_files(recipe, out / run_dir.MODEL)
+        distributed.wait_for_all("model files")
+    processor, new_ids = run_dir.open_model(recipe, out / run_dir.MODEL)
     cfg, meta = processor.config, run_dir.with_model(recipe, out, meta)
     fitted = run_setup.with_remat(recipe, cfg, changed)
     sizes = memory_estimate.memory(fitted, cfg, memory_estimate.held(fitted, cfg))
     advice = "pack.rows, " * (not first) + "step.remat=full or step.loss_chunk"
     with memory_advice(sizes, advice), ExitStack() as closing:
-        # Data. The evaluation sources are read once to check them.
+        # The evaluation sources are read once to check them.
         open_loader = loader_of(recipe, processor, groups, mesh)
         left_out = evaluate.check_held_out(recipe, open_loader) if recipe.evaluate.every else []
         loader = open_loader(recipe.data, recipe.seed)
         if first:
             loader.set_state(meta["data"])
-        # State and step: the weights, the optimizer, and the jitted function that updates them.
         state, frozen, merge, step = start_state(fitted, cfg, new_ids, mesh, out, first)
-        evaluation = evaluate.Evaluation(fitted, processor, open_loader, merge)
+        evaluation = evaluate.make_evaluation(fitted, processor, open_loader, merge)
         checkpoints = Checkpoints(out, recipe.checkpoints.keep, recipe.checkpoints.keep_best)
-        speed = Speed(recipe, cfg, state.weights, 1 if mesh is None else mesh.size)
+        speed = flops.Speed(recipe, cfg, state.weights, 1 if mesh is None else mesh.size)
         closing.callback(checkpoints.close)
         closing.callback(loader.close)
-
-        # Loop.
         if 0 < first < recipe.steps:
             run_setup.write_config(recipe, out)
         with RunLogger(out, recipe, first) if distributed.is_first() else NullLogger() as logger:
@@ -132,16 +128,15 @@ def start_state(
     recipe: Recipe, cfg: Config, new_ids: list[int], mesh: Mesh | None, out: Path, first: int
 ) -> tuple[TrainState, Any, Any, train_model.Step]:
     """(state, frozen weights, merge, step): a new run's, or a saved step's if `first` is not 0."""
-    trainable = train_model.prepare(recipe, cfg, new_ids, mesh)
-    frozen, merge = trainable.frozen, trainable.merge
-    optimizer = train_model.build_optimizer(recipe, cfg, trainable.weights)
-    like = train_model.shape_of_state(recipe, cfg, optimizer, trainable.weights, mesh)
+    weights, frozen, merge = train_model.prepare(recipe, cfg, new_ids, mesh)
+    optimizer = train_model.build_optimizer(recipe, cfg, weights)
+    like = train_model.shape_of_state(recipe, cfg, optimizer, weights, mesh)
     step = train_model.make_step(recipe, cfg, optimizer, merge, like if mesh else None)
     if not first:
-        state = train_model.init_train_state(recipe, cfg, optimizer, trainable.weights, mesh)
+        state = train_model.init_train_state(recipe, cfg, optimizer, weights, mesh)
         return state, frozen, merge, step
     # Frees the first weights before those of the checkpoint are read.
-    del trainable
+    del weights
     state = restore(out, first, like)
     if distributed.is_first():
         run_dir.set_aside(out, after=first)
@@ -155,26 +150,21 @@ class Run:
 
     recipe: Recipe
     out: Path
-    # Steps done.
-    number: int
-    # What is saved beside each step.
-    meta: dict[str, Any]
+    number: int  # steps done
+    meta: dict[str, Any]  # what is saved beside each step
     loader: DataLoader | GlobalFeed
     step: train_model.Step
     state: TrainState
     frozen: Any
     evaluation: evaluate.Evaluation
     checkpoints: Checkpoints
-    logger: Logger
+    logger: RunLogger | NullLogger
     stop: run_setup.Stop
-    speed: Speed
-    # The loader's state before a draw that failed.
-    position: dict[str, Any] | None = None
+    speed: flops.Speed
+    position: dict[str, Any] | None = None  # the loader's state before a draw that failed
     # (step, metrics, batches without arrays, times) of steps that are not in metrics.csv yet.
-    unwritten: list[tuple[int, dict[str, Any], list[LoadedBatch], dict[str, float]]] = (
-        dataclasses.field(default_factory=list)
-    )
-    times: Times = dataclasses.field(default_factory=Times)
+    unwritten: list[tuple[int, Any, list[LoadedBatch], Any]] = field(default_factory=list)
+    times: Times = field(default_factory=Times)
 
     @functools.cached_property
     def rates(self) -> np.ndarray:
@@ -182,6 +172,10 @@ class Run:
         steps = self.recipe.steps
         rates = make_schedule(self.recipe.optimizer, steps)(jnp.arange(steps))
         return np.broadcast_to(np.asarray(rates), steps)
+
+    def evaluated_loss(self) -> float | None:
+        """Evaluates the state: its loss, or None if that is not finite. Raises Stopped."""
+        return self.evaluation(self.state, self.frozen, self.number, self.logger, self.stop.check)
 
 
 def run_steps(run: Run) -> None:
@@ -194,7 +188,7 @@ def run_steps(run: Run) -> None:
     if evaluate.is_due(recipe, begun) and not evaluated:
         # The last run ended before this evaluation.
         with suppress(run_setup.Stopped):
-            run.checkpoints.score(begun, evaluated_loss(run))
+            run.checkpoints.score(begun, run.evaluated_loss())
     profiler = Profiler(recipe.report.profile, run.out)
     timer, every = SaveTimer(recipe.checkpoints.minutes), recipe.save_every
     # Keeps the collector from scanning all that jax and the model have loaded.
@@ -202,21 +196,18 @@ def run_steps(run: Run) -> None:
     logger.restart_clock()
     while run.number < recipe.steps and not stop.asked_at(run.number):
         with run.times.of("data"):
-            batches = next_batches(run)
+            packed, batches = next_batches(run)
         if not batches:
             break
         run.number += 1
-        packed = jax.tree.map(_concatenated, *for_one_program([batch.packed for batch in batches]))
         if run.number == begun + 1:
             logger.compiling()
         profiler.before(run.number)
         with run.times.of("compiling") if run.number == begun + 1 else nullcontext():
             run.state, metrics = run.step(run.state, run.frozen, packed)
         profiler.after(run.number, metrics)
-        # Without their arrays, which would fill the device.
-        batches = [dataclasses.replace(batch, packed=None) for batch in batches]
         run.unwritten.append((run.number, metrics, batches, run.times.since_last()))
-        del batches, packed
+        del packed
         write_metrics(run, behind)
         run.checkpoints.check()
         due = timer.due(run.number) or run.number == recipe.steps or not run.number % every
@@ -232,42 +223,41 @@ def run_steps(run: Run) -> None:
         logger.log(run.times.summary())
     # The first process decides: an object store may list older steps to the others.
     if stop.asked and not distributed.from_first(run.number in run_dir.saved_steps(run.out)):
-        save(run, None, due=True)
-
-
-def evaluated_loss(run: Run) -> float | None:
-    """Evaluates the state: its loss, or None if that is not finite. Raises Stopped."""
-    return run.evaluation.run(run.state, run.frozen, run.number, run.logger, run.stop.check)
+        save(run, None)
 
 
 def evaluate_and_save(run: Run, evaluates: bool, due: bool) -> bool:
-    """Evaluates and saves; whether it saved. The step is saved too if evaluating fails or is stopped."""
+    """Evaluates, and saves if a checkpoint is due or the loss is one of the best; whether it saved.
+
+    The step is saved too if evaluating fails or is stopped.
+    """
+    score = None
     try:
         with run.times.of("evaluating"):
-            score = evaluated_loss(run) if evaluates else None
-    except BaseException as error:
-        save(run, None, due=True)
-        if not isinstance(error, run_setup.Stopped):
-            raise
-        return True
-    return save(run, score, due)
-
-
-def save(run: Run, score: float | None, due: bool) -> bool:
-    """Saves if a checkpoint is due, or if the evaluation was one of the best; whether it did."""
+            score = run.evaluated_loss() if evaluates else None
+    except run_setup.Stopped:
+        due = True
+    except BaseException:
+        save(run, None)
+        raise
     if saves := due or run.checkpoints.is_best(score):
-        run.logger.refused(all_refused(run.loader))
-        run.logger.sync()
-        position = run.loader.global_state(run.position or run.loader.get_state())
-        run.meta |= {"recipe": run_setup.plain(flat(run.recipe)), "data": position}
-        run.meta |= {"machine": environment.describe(), "score": score}
-        with run.times.of("saving"):
-            run.checkpoints.save(run.state, run.meta, score)
+        save(run, score)
     return saves
 
 
-def next_batches(run: Run) -> list[LoadedBatch]:
-    """The micro batches of the next step.
+def save(run: Run, score: float | None) -> None:
+    """Saves the state, the position in the data, and what the logger holds."""
+    run.logger.refused(all_refused(run.loader))
+    run.logger.sync()
+    position = run.loader.global_state(run.position or run.loader.get_state())
+    run.meta |= {"recipe": run_setup.plain(flat(run.recipe)), "data": position}
+    run.meta |= {"machine": environment.describe(), "score": score}
+    with run.times.of("saving"):
+        run.checkpoints.save(run.state, run.meta, score)
+
+
+def next_batches(run: Run) -> tuple[Any, list[LoadedBatch]]:
+    """The micro batches [M ..] of the next step, and what is known of them, without arrays.
 
     Empty if SIGTERM came and reading failed: schedulers send SIGTERM to the workers too. The samples
     drawn for that step are then drawn again by the next run.
@@ -277,57 +267,47 @@ def next_batches(run: Run) -> list[LoadedBatch]:
         batches = [next(run.loader) for _ in range(run.recipe.step.accumulate)]
     except Exception:
         if run.stop.asked:
-            return []
+            return None, []
         raise
     run.position = None
-    return batches
+    packed, *others = for_one_program([batch.packed for batch in batches])
+    if others:
+        packed = jax.tree.map(lambda *parts: jnp.concatenate(parts), packed, *others)
+    return packed, [dataclasses.replace(batch, packed=None) for batch in batches]
 
 
 def write_metrics(run: Run, behind: int = 0) -> None:
-    """Logs the steps that are not logged yet, but for the last `behind`, which may still run."""
+    """Logs the steps that are not logged yet, but for the last `behind`, which may still run.
+
+    Raises InputError if a step's loss is not a number.
+    """
     while len(run.unwritten) > behind:
         number, metrics, batches, times = run.unwritten.pop(0)
         values = jax.device_get(metrics)
-        run.logger.step(number, metrics_row(run, number, values, batches) | times)
-
-
-def metrics_row(
-    run: Run, number: int, values: dict[str, Any], batches: list[LoadedBatch]
-) -> dict[str, Any]:
-    """A step's row of metrics.csv. Raises InputError if its loss is not a number."""
-    if not (np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])):
-        raise not_finite(run, number, values, batches)
-    row = {"loss": values.pop("loss"), "lr": float(run.rates[number - 1])}
-    row |= {"grad_norm": values.pop("grad_norm"), **values}
-    stats = [{name: float(x) for name, x in batch.stats.items()} for batch in batches]
-    for name in ("fill", "vision_fill"):
-        row[name] = float(np.mean([each[name] for each in stats]))
-    for name in ("samples", "patches"):
-        row[name] = int(sum(each[name] for each in stats))
-    row |= run.speed.of(stats)
-    row["memory_gib"] = environment.memory_gib(jax.local_devices()[0])
-    return row
+        loss, norm = values.pop("loss"), values.pop("grad_norm")
+        if not (np.isfinite(loss) and np.isfinite(norm)):
+            raise not_finite(run, number, float(loss), float(norm), batches)
+        row = {"loss": loss, "lr": float(run.rates[number - 1]), "grad_norm": norm, **values}
+        stats = [{name: float(x) for name, x in batch.stats.items()} for batch in batches]
+        row |= {n: float(np.mean([each[n] for each in stats])) for n in ("fill", "vision_fill")}
+        row |= {n: int(sum(each[n] for each in stats)) for n in ("samples", "patches")}
+        row |= run.speed.of(stats)
+        row["memory_gib"] = environment.memory_gib(jax.local_devices()[0])
+        run.logger.step(number, row | times)
 
 
 def not_finite(
-    run: Run, number: int, values: dict[str, Any], batches: list[LoadedBatch]
+    run: Run, number: int, loss: float, norm: float, batches: list[LoadedBatch]
 ) -> InputError:
     """The error of a loss that is not a number; writes the names of the step's samples to a file."""
     which = f"_process_{jax.process_index()}" if jax.process_count() > 1 else ""
     path = run.out / f"not_finite_step_{number}{which}.json"
     names = [name for batch in batches for row in batch.names for name in row]
-    found = {n: float(values[n]) for n in ("loss", "grad_norm")}
-    text = {"step": number, **{n: str(x) for n, x in found.items()}, "samples": names}
-    path.write_text(write_json(text, path.name, indent=2) + "\n")
+    found = {"step": number, "loss": str(loss), "grad_norm": str(norm), "samples": names}
+    path.write_text(write_json(found, path.name, indent=2) + "\n")
     run.checkpoints.wait()
     last = max(run_dir.saved_steps(run.out), default=0)
-    return InputError(
-        f"step {number}: the loss is {found['loss']:g} and the gradient's norm "
-        f"{found['grad_norm']:g}; its {len(names)} samples are named in {path}. Lower "
-        f"optimizer.learning_rate or look at these samples; the last checkpoint is of step {last}"
-    )
-
-
-def _concatenated(first: jax.Array, *others: jax.Array) -> jax.Array:
-    """Micro batches [M ..] of a step."""
-    return jnp.concatenate([first, *others]) if others else first
+    what = f"step {number}: the loss is {loss:g} and the gradient's norm {norm:g}"
+    where = f"its {len(names)} samples are named in {path}"
+    advice = "Lower optimizer.learning_rate or look at these samples"
+    return InputError(f"{what}; {where}. {advice}; the last checkpoint is of step {last}")

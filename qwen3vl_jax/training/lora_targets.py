@@ -4,7 +4,6 @@ import difflib
 import fnmatch
 import functools
 from collections.abc import Iterable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +17,7 @@ from qwen3vl_jax.model.structs import Params
 from qwen3vl_jax.training import param_groups
 from qwen3vl_jax.training.optimizer import named_key
 from qwen3vl_jax.training.param_groups import Flat, TrainableParams
-from qwen3vl_jax.training.recipe import FEW_BITS, Lora, Recipe
-
-_SAME = {"mergers": "merger"}
+from qwen3vl_jax.training.recipe import Recipe, few_bits
 
 
 def split_lora(recipe: Recipe, cfg: Config, params: Params) -> TrainableParams:
@@ -32,18 +29,16 @@ def split_lora(recipe: Recipe, cfg: Config, params: Params) -> TrainableParams:
     adapter, weights = first_values(recipe, cfg)
     for wanted in recipe.train.freeze:
         if found := param_groups.matching(weights, wanted, bool(cfg.text.num_experts)):
-            raise InputError(
-                f"train.freeze: {wanted!r} names {found[0]}, which lora.targets trains; drop one of them"
-            )
-    still = recipe.lora.base if recipe.lora.base in ("bfloat16", "float32") else recipe.step.dtype
+            both = f"{wanted!r} names {found[0]}, which lora.targets trains"
+            raise InputError(f"train.freeze: {both}; drop one of them")
     flat, unflatten = param_groups.flatten(params)
-    few_bits = any(name.endswith(".values") for name in flat)
-    if few_bits != (recipe.lora.base in FEW_BITS):
-        found = "8 bits or fewer" if few_bits else "16 or 32 bits"
+    coded = {name.removesuffix(".values") for name in flat if name.endswith(".values")}
+    if bool(coded) != bool(few_bits(recipe)):
+        found = "8 bits or fewer" if coded else "16 or 32 bits"
         raise InputError(f"lora.base is {recipe.lora.base}, the parameters are held in {found}")
-    frozen = {n: _held(flat, n, jnp.dtype(still)) for n in flat}
-    held = jnp.dtype(recipe.step.weights)
-    weights = {n: jnp.asarray(x, held) for n, x in weights.items()}
+    still = recipe.step.dtype if coded else recipe.lora.base
+    frozen = {n: x if n.rpartition(".")[0] in coded else x.astype(still) for n, x in flat.items()}
+    weights = {n: jnp.asarray(x, recipe.step.weights) for n, x in weights.items()}
 
     def merge(weights: Flat, frozen: Flat, key: jax.Array | None = None) -> Params:
         keys = key if key is None else functools.partial(named_key, named_key(key, "lora"))
@@ -52,55 +47,19 @@ def split_lora(recipe: Recipe, cfg: Config, params: Params) -> TrainableParams:
     return TrainableParams(weights, frozen, merge)
 
 
-def _held(flat: Flat, name: str, dtype: Any) -> jax.Array:
-    """A frozen leaf in `dtype`. 8-bit values and their scales stay as they are."""
-    x, eight_bit = flat[name], f"{name.rsplit('.', 1)[0]}.values" in flat
-    return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) and not eight_bit else x
-
-
 def adapter_of(recipe: Recipe, cfg: Config) -> Adapter:
-    """Ranks and alphas of a run's adapter, as `peft_io.save_adapter` takes them."""
-    wanted = targeted(recipe.lora.targets, cfg)
-    lora = recipe.lora
-    new = Adapter.uniform(wanted, lora.rank, lora.alpha or lora.rank, dropout=lora.dropout)
-    return _continued(lora, new, load_adapter(lora.adapter, cfg)[1]) if lora.adapter else new
+    """Ranks and alphas of a run's adapter, as `peft_io.save_adapter` takes them.
 
-
-def first_values(recipe: Recipe, cfg: Config) -> tuple[Adapter, Flat]:
-    """(settings, fp32 matrices) before the first step: those of lora.adapter, and new ones.
-
-    A new A is uniform within 1 / sqrt(inputs), as in PEFT, with a key from its name. A new B is 0.
+    Those of lora.adapter, and new ones for the lora.targets that it lacks.
     """
-    adapter, known = adapter_of(recipe, cfg), lora_targets(cfg)
-    given: Flat = dict(load_adapter(recipe.lora.adapter, cfg)[0]) if recipe.lora.adapter else {}
-    key = named_key(jax.random.key(recipe.seed), "lora")
-    for name, ranks in adapter.ranks.items():
-        if f"{name}.a" not in given:
-            a, b = _random_pair(known[name], ranks, named_key(key, name))
-            given |= {f"{name}.a": a, f"{name}.b": b}
-    return adapter, {f"{n}.{s}": given[f"{n}.{s}"] for n in adapter.ranks for s in "ab"}
-
-
-def _random_pair(
-    module: LoraTarget, ranks: tuple[int, ...], key: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """A random A and a zero B, [L ..] for stacked layers. A is zero in layers of rank 0."""
-    shape_a, shape_b = module.shapes(max(ranks))
-    bound = module.inner**-0.5
-    a = jax.random.uniform(key, shape_a, jnp.float32, -bound, bound)
-    here = jnp.asarray(ranks if module.stacked else ranks[0]) > 0
-    here = here.reshape(here.shape + (1,) * (a.ndim - here.ndim))
-    return jnp.where(here, a, 0), jnp.zeros(shape_b, jnp.float32)
-
-
-def _continued(lora: Lora, new: Adapter, old: Adapter) -> Adapter:
-    """The settings of lora.adapter, with new ones for those lora.targets that it lacks."""
-    outside = [name for name in old.ranks if name not in new.ranks]
-    if outside:
-        raise InputError(
-            f"lora.adapter {lora.adapter}: adapts {outside[0]}, which lora.targets "
-            f"{list(lora.targets)} does not name; add it there"
-        )
+    lora, wanted = recipe.lora, targeted(recipe.lora.targets, cfg)
+    new = Adapter.uniform(wanted, lora.rank, lora.alpha or lora.rank, dropout=lora.dropout)
+    if not lora.adapter:
+        return new
+    old = load_adapter(lora.adapter, cfg)[1]
+    if outside := [name for name in old.ranks if name not in new.ranks]:
+        found = f"adapts {outside[0]}, which lora.targets {list(lora.targets)} does not name"
+        raise InputError(f"lora.adapter {lora.adapter}: {found}; add it there")
     found = sorted({rank for ranks in old.ranks.values() for rank in ranks if rank})
     if lora.rank not in found:
         raise InputError(f"lora.rank is {lora.rank}, that of {lora.adapter} is {found[-1]}")
@@ -112,6 +71,26 @@ def _continued(lora: Lora, new: Adapter, old: Adapter) -> Adapter:
     return Adapter({**new.ranks, **old.ranks}, {**filled, **old.alphas}, lora.dropout, old.rslora)
 
 
+def first_values(recipe: Recipe, cfg: Config) -> tuple[Adapter, Flat]:
+    """(settings, fp32 matrices) before the first step: those of lora.adapter, and new ones.
+
+    A new A is uniform within 1 / sqrt(inputs), as in PEFT, with a key from its name. A new B is 0.
+    """
+    adapter, known = adapter_of(recipe, cfg), lora_targets(cfg)
+    given: Flat = dict(load_adapter(recipe.lora.adapter, cfg)[0]) if recipe.lora.adapter else {}
+    key = named_key(jax.random.key(recipe.seed), "lora")
+    for name, ranks in adapter.ranks.items():
+        if f"{name}.a" in given:
+            continue
+        (shape_a, shape_b), bound = known[name].shapes(max(ranks)), known[name].inner ** -0.5
+        a = jax.random.uniform(named_key(key, name), shape_a, jnp.float32, -bound, bound)
+        # A is zero in layers [L ..] of rank 0.
+        here = jnp.asarray(ranks if known[name].stacked else ranks[0]) > 0
+        here = here.reshape(here.shape + (1,) * (a.ndim - here.ndim))
+        given |= {f"{name}.a": jnp.where(here, a, 0), f"{name}.b": jnp.zeros(shape_b, jnp.float32)}
+    return adapter, {f"{n}.{s}": given[f"{n}.{s}"] for n in adapter.ranks for s in "ab"}
+
+
 def targeted(targets: Iterable[str], cfg: Config) -> dict[str, tuple[bool, ...]]:
     """{LoRA target: which of its layers are adapted}, by group names, patterns or PEFT module names.
 
@@ -121,11 +100,12 @@ def targeted(targets: Iterable[str], cfg: Config) -> dict[str, tuple[bool, ...]]
     known, sparse = lora_targets(cfg), bool(cfg.text.num_experts)
     wanted: dict[str, tuple[bool, ...]] = {}
     for target in targets:
-        found = {n: _named(p, _SAME.get(target, target), sparse) for n, p in known.items()}
+        same = "merger" if target == "mergers" else target
+        found = {name: _named(module, same, sparse) for name, module in known.items()}
         if not any(map(any, found.values())):
             raise InputError(_unknown(target, known))
         for name, layers in found.items():
-            before = wanted.get(name, (False,) * len(layers))
+            before = wanted.get(name, layers)
             wanted[name] = tuple(a or b for a, b in zip(before, layers, strict=True))
     if not wanted:
         raise InputError("lora.targets is empty, expected groups (text) or modules (q_proj)")
@@ -136,20 +116,17 @@ def _named(module: LoraTarget, target: str, sparse: bool) -> tuple[bool, ...]:
     """For each layer, whether a target names the module."""
     if target in param_groups.GROUPS:
         return (param_groups.group_of(module.weight, sparse) == target,) * len(module.modules)
-    named = module.name.startswith(f"{target}.") or any(
-        fnmatch.fnmatchcase(name, target) for name in (module.name, module.weight)
-    )
-    return tuple(
-        named or f".{other}".endswith(f".{target}") or fnmatch.fnmatchcase(other, target)
-        for other in module.targets
-    )
+    match = fnmatch.fnmatchcase
+    here = match(module.name, target) or match(module.weight, target)
+    here = here or module.name.startswith(f"{target}.")
+    names = module.targets
+    return tuple(here or f".{n}".endswith(f".{target}") or match(n, target) for n in names)
 
 
 def _unknown(target: str, known: dict[str, LoraTarget]) -> str:
     inside = {param_groups.group_of(module.weight, True) for module in known.values()}
     names = [*param_groups.GROUPS, *known, *(module.part for module in known.values())]
     near = difflib.get_close_matches(target, names, 4)
-    near = [n for n in near if n in inside or n not in param_groups.GROUPS]
-    hint = f"did you mean {', '.join(dict.fromkeys(near))}?"
-    hint = hint if near else "for example text, vision or q_proj"
+    near = dict.fromkeys(n for n in near if n in inside or n not in param_groups.GROUPS)
+    hint = f"did you mean {', '.join(near)}?" if near else "for example text, vision or q_proj"
     return f"lora.targets: {target!r} names nothing an adapter can sit on in this model; {hint}"

@@ -1,7 +1,6 @@
 """Losses: the plain one, cross entropy with a chunked vocabulary, z-loss, the router's balance loss.
 
 train_step.py shifts the labels and sums the losses of a run; `loss_fn` is q3's, for a loop of one's own.
-
 Dims as in model/layers.py.
 """
 
@@ -14,14 +13,10 @@ import jax.numpy as jnp
 from qwen3vl_jax.config import IGNORE_INDEX, Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.labels import label_logprobs, shift_labels
-from qwen3vl_jax.model.attention import NEG
-from qwen3vl_jax.model.layers import linear_fp32
+from qwen3vl_jax.model import attention, layers, moe, sharding, transformer
 from qwen3vl_jax.model.lora import Adapted
-from qwen3vl_jax.model.moe import RouterOutput
 from qwen3vl_jax.model.quantized import Quantized, Weight
-from qwen3vl_jax.model.sharding import shard
 from qwen3vl_jax.model.structs import Batch, Features, Params, check_call
-from qwen3vl_jax.model.transformer import final_norm, forward, lm_head
 
 
 class TokenSums(NamedTuple):
@@ -45,19 +40,12 @@ def loss_fn(
     check_call(params, cfg, batch=batch)
     if batch.labels is None:
         raise InputError("loss_fn: the batch has no labels; make_batch takes labels=")
-    logits, labels = forward(params, cfg, batch, features=features), shift_labels(batch.labels)
+    logits = transformer.forward(params, cfg, batch, features=features)
+    labels = shift_labels(batch.labels)
     counted, tokens = labels != IGNORE_INDEX, jnp.sum(labels != IGNORE_INDEX)
     loss = -jnp.sum(label_logprobs(logits, labels)[0]) / jnp.maximum(tokens, 1)
     correct = jnp.sum(counted & (jnp.argmax(logits, axis=-1) == labels))
     return loss, {"loss": loss, "tokens": tokens, "correct": correct}
-
-
-def lm_head_sums(
-    params: Params, cfg: Config, x: jax.Array, labels: jax.Array, weights: jax.Array, chunk: int
-) -> TokenSums:
-    """`chunked_cross_entropy` of the residual x [.. D] before the final norm; labels, weights [..]."""
-    table = lm_head(params, cfg)
-    return chunked_cross_entropy(final_norm(params, cfg, x), table, labels, weights, chunk)
 
 
 def chunked_cross_entropy(
@@ -72,23 +60,23 @@ def chunked_cross_entropy(
     Source: the online softmax of arXiv 1805.02867.
     """
     # Chunks are cut out of V, so V is gathered.
-    table = shard(table, None, "embed") if isinstance(table, jax.Array) else table
+    table = sharding.shard(table, None, "embed") if isinstance(table, jax.Array) else table
     return _chunked_sums(min(chunk, table.shape[0]), x, table, labels, weights)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _chunked_sums(chunk, x, table, labels, weights) -> TokenSums:
-    return _online_softmax(chunk, x, table, labels, weights)[0]
+    return _chunked_forward(chunk, x, table, labels, weights)[0]
 
 
-def _online_softmax(chunk, x, table, labels, weights) -> tuple[TokenSums, jax.Array]:
-    """The sums, and the logsumexp [..]."""
+def _chunked_forward(chunk, x, table, labels, weights) -> tuple[TokenSums, tuple[Any, ...]]:
+    """The sums by an online softmax, and what the backward pass needs."""
 
     def body(carry, j):
         top, best, total, picked = carry
         start, words = _chunk_words(chunk, table.shape[0], j)
-        logits = linear_fp32(x, _slice_vocab(table, start, chunk))
-        logits = jnp.where(words >= 0, logits, NEG)
+        logits = layers.linear_fp32(x, _slice_vocab(table, start, chunk))
+        logits = jnp.where(words >= 0, logits, attention.NEG)
         high = jnp.max(logits, -1)
         new_top = jnp.maximum(top, high)
         total = total * jnp.exp(top - new_top) + jnp.sum(jnp.exp(logits - new_top[..., None]), -1)
@@ -97,14 +85,14 @@ def _online_softmax(chunk, x, table, labels, weights) -> tuple[TokenSums, jax.Ar
         return (new_top, best, total, picked + jnp.sum(hit, -1)), None
 
     zero = jnp.zeros_like(labels, jnp.float32)
-    start = (jnp.full_like(zero, NEG), jnp.zeros_like(labels), zero, zero)
+    start = (jnp.full_like(zero, attention.NEG), jnp.zeros_like(labels), zero, zero)
     chunks = jnp.arange(-(-table.shape[0] // chunk))
     top, best, total, picked = jax.lax.scan(body, start, chunks)[0]
     logsumexp, counted = top + jnp.log(total), labels != IGNORE_INDEX
-    weights = jnp.where(counted, weights, 0.0)
-    loss, z = jnp.sum(weights * (logsumexp - picked)), jnp.sum(weights * logsumexp**2)
-    right = jnp.sum(counted & (best == labels))
-    return TokenSums(loss, z, jnp.sum(counted), right), logsumexp
+    kept = jnp.where(counted, weights, 0.0)
+    loss, z = jnp.sum(kept * (logsumexp - picked)), jnp.sum(kept * logsumexp**2)
+    sums = TokenSums(loss, z, jnp.sum(counted), jnp.sum(counted & (best == labels)))
+    return sums, (x, table, labels, weights, logsumexp)
 
 
 def _chunk_words(chunk: int, vocab: int, j: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -116,10 +104,8 @@ def _chunk_words(chunk: int, vocab: int, j: jax.Array) -> tuple[jax.Array, jax.A
 
 def _slice_vocab(table: Any, start: jax.Array, size: int) -> Any:
     """Words start .. start + size - 1 of an lm_head [V D], however it is held."""
-
-    def cut(x: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_slice_in_dim(x, start, size)
-
+    slice_words = jax.lax.dynamic_slice_in_dim
+    cut = functools.partial(slice_words, start_index=start, slice_size=size)
     if isinstance(table, Adapted):
         pairs = {name: pair.replace(b=cut(pair.b)) for name, pair in table.pairs.items()}
         return table.replace(base=_slice_vocab(table.base, start, size), pairs=pairs)
@@ -129,51 +115,35 @@ def _slice_vocab(table: Any, start: jax.Array, size: int) -> Any:
     return cut(table)
 
 
-def _chunked_forward(chunk, x, table, labels, weights):
-    sums, logsumexp = _online_softmax(chunk, x, table, labels, weights)
-    return sums, (x, table, labels, weights, logsumexp)
-
-
 def _chunked_backward(chunk, saved, gradients):
     """Gradients of x and of the table's float leaves; jit drops those of a frozen table."""
     x, table, labels, weights, logsumexp = saved
     d_loss, d_z, *_ = gradients
     weights = jnp.where(labels != IGNORE_INDEX, weights, 0.0)
     scale = (weights * (d_loss + 2 * d_z * logsumexp))[..., None]
-    vocab = table.shape[0]
 
     def body(carry, j):
         d_x, d_table = carry
-        start, words = _chunk_words(chunk, vocab, j)
-        logits, pull = jax.vjp(linear_fp32, x, _slice_vocab(table, start, chunk))
+        start, words = _chunk_words(chunk, table.shape[0], j)
+        logits, pull = jax.vjp(layers.linear_fp32, x, _slice_vocab(table, start, chunk))
         d_logits = jnp.exp(logits - logsumexp[..., None]) * scale
         d_logits -= jnp.where(words == labels[..., None], (weights * d_loss)[..., None], 0.0)
         more_x, more = pull(jnp.where(words >= 0, d_logits, 0.0))
-        pairs = zip(d_table, _float_leaves(more), strict=True)
-        d_table = [_add_words(total, d, start) for total, d in pairs]
+
+        def add(total: jax.Array | None, more: jax.Array) -> jax.Array | None:
+            # In place; leaves that have no axis V are added whole, and integers have no gradient.
+            if total is None or total.shape == more.shape:
+                return total if total is None else total + more
+            old = jax.lax.dynamic_slice_in_dim(total, start, len(more))
+            return jax.lax.dynamic_update_slice_in_dim(total, old + more, start, 0)
+
+        d_table = jax.tree.map(add, d_table, more, is_leaf=lambda leaf: leaf is None)
         return (d_x + more_x.astype(jnp.float32), d_table), None
 
-    zeros = jnp.zeros(x.shape, jnp.float32), [jnp.zeros_like(y) for y in _float_leaves(table)]
-    (d_x, d_table), _ = jax.lax.scan(body, zeros, jnp.arange(-(-vocab // chunk)))
-    found = iter(d_table)
-    d_table = jax.tree.map(lambda leaf: next(found) if _is_float(leaf) else None, table)
+    floats = jax.tree.map(lambda y: y if jnp.issubdtype(y.dtype, jnp.inexact) else None, table)
+    start = jnp.zeros(x.shape, jnp.float32), jax.tree.map(jnp.zeros_like, floats)
+    (d_x, d_table), _ = jax.lax.scan(body, start, jnp.arange(-(-table.shape[0] // chunk)))
     return d_x.astype(x.dtype), d_table, None, None
-
-
-def _is_float(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.inexact)
-
-
-def _float_leaves(tree: Any) -> list[jax.Array]:
-    return [leaf for leaf in jax.tree.leaves(tree) if _is_float(leaf)]
-
-
-def _add_words(total: jax.Array, more: jax.Array, start: jax.Array) -> jax.Array:
-    """Adds a chunk's gradient to a leaf's, in place; leaves that have no axis V are added whole."""
-    if total.shape == more.shape:
-        return total + more
-    old = jax.lax.dynamic_slice_in_dim(total, start, len(more))
-    return jax.lax.dynamic_update_slice_in_dim(total, old + more, start, 0)
 
 
 _chunked_sums.defvjp(_chunked_forward, _chunked_backward)
@@ -186,11 +156,10 @@ class RouterSums(NamedTuple):
     probs: jax.Array  # [E] fp32: sum of the probabilities
 
 
-def router_sums(routed: RouterOutput, mask: jax.Array) -> RouterSums:
+def router_sums(routed: moe.RouterOutput, mask: jax.Array) -> RouterSums:
     """The sums of one layer; mask [..] is true where a token counts."""
-    counted, experts = mask[..., None].astype(jnp.float32), routed.probs.shape[-1]
-    hits = jax.nn.one_hot(routed.expert_index, experts, dtype=jnp.float32)  # [.. A E]
-    lead = tuple(range(mask.ndim))
+    counted, lead = mask[..., None].astype(jnp.float32), tuple(range(mask.ndim))
+    hits = jax.nn.one_hot(routed.expert_index, routed.probs.shape[-1], dtype=jnp.float32)
     counts = jnp.sum(hits * counted[..., None], lead)
     return RouterSums(counts, jnp.sum(routed.probs * counted, lead))
 

@@ -26,14 +26,12 @@ def add_tokens(
 ) -> list[int]:
     """Adds tokens to the tokenizer files of directory_out and gives their ids.
 
-    Writes tokenizer.json, and added_tokens_decoder and added_tokens.json if directory_in has them. Both
-    directories may be the same. The tokens are ordinary added tokens, as <tool_call> is: matched in any
-    text, shown in answers. vocab_size: rows of the embedding. Raises InputError for names that cannot
-    be added, and for too few spare rows.
+    Both directories may be the same. The tokens are ordinary added tokens, as <tool_call> is: matched in
+    any text, shown in answers. vocab_size: rows of the embedding. Raises InputError for names that
+    cannot be added, and for too few spare rows.
     """
     source, out = as_path(directory_in), as_path(directory_out)
-    tokenizer = Tokenizer.from_pretrained(source)
-    ids = new_ids(tokenizer, names, vocab_size)
+    ids = new_ids(Tokenizer.from_pretrained(source), names, vocab_size)
     entries = [{"content": name, **_FLAGS, "id": i} for name, i in zip(names, ids)]
     make_folder(out)
     for file, content in _changed_files(source, entries).items():
@@ -46,10 +44,9 @@ def new_ids(tokenizer: Tokenizer, names: Sequence[str], vocab_size: int) -> list
     """The first free ids for new tokens. Raises InputError, see `add_tokens`."""
     for number, name in enumerate(names):
         where = f"train.new_tokens: {name!r}"
-        if not isinstance(name, str) or not name or name != name.strip():
-            raise InputError(
-                f"{where} is no name of a token; expected text without spaces around it"
-            )
+        if not name or name != name.strip():
+            found = "is no name of a token; expected text without spaces around it"
+            raise InputError(f"{where} {found}")
         if name in names[:number]:
             raise InputError(f"{where} is there twice")
         if (known := tokenizer.backend.token_to_id(name)) is not None:
@@ -57,10 +54,9 @@ def new_ids(tokenizer: Tokenizer, names: Sequence[str], vocab_size: int) -> list
     first = max(tokenizer.backend.get_vocab(with_added_tokens=True).values()) + 1
     spare = max(vocab_size - first, 0)
     if len(names) > spare:
-        raise InputError(
-            f"train.new_tokens: {len(names)} tokens, but the embedding has {vocab_size} rows and its "
-            f"tokenizer uses {first}: there are rows for {spare} more; tables do not grow"
-        )
+        found = f"the embedding has {vocab_size} rows and its tokenizer uses {first}"
+        left = f"there are rows for {spare} more; tables do not grow"
+        raise InputError(f"train.new_tokens: {len(names)} tokens, but {found}: {left}")
     return list(range(first, first + len(names)))
 
 
@@ -80,24 +76,21 @@ def _changed_files(source: Path, entries: list[dict[str, Any]]) -> dict[str, Any
             new = {str(e["id"]): {k: v for k, v in e.items() if k != "id"} for e in entries}
             changed[file] = content | {"added_tokens_decoder": known | new}
     if not changed:
-        raise InputError(
-            f"{source}: none of its tokenizer files lists added tokens; expected tokenizer.json"
-        )
+        found = "none of its tokenizer files lists added tokens"
+        raise InputError(f"{source}: {found}; expected tokenizer.json")
     return changed
 
 
 def new_rows(params: Params, ids: Sequence[int]) -> Params:
     """Sets rows `ids` of embedding and head to the mean old row. Raises InputError for 8-bit weights."""
-    if not len(ids):
-        return params
     new = dict(params)
-    for name in [name for name in ("embed", "head") if name in params]:
-        if isinstance(params[name], Quantized):
-            raise InputError(
-                f"train.new_tokens: the weight {name!r} is held in 8 bits; start from a checkpoint "
-                "that holds it in 16 or 32"
-            )
-        table = jnp.asarray(params[name])
-        mean = jax.jit(lambda x: jnp.mean(x[: min(ids)].astype(jnp.float32), 0))(table)
-        new[name] = table.at[jnp.asarray(ids)].set(mean.astype(table.dtype))
+    for name in ("embed", "head") if len(ids) else ():
+        if isinstance(table := params.get(name), Quantized):
+            found = f"the weight {name!r} is held in 8 bits"
+            expected = "start from a checkpoint that holds it in 16 or 32"
+            raise InputError(f"train.new_tokens: {found}; {expected}")
+        if table is not None:
+            table = jnp.asarray(table)
+            mean = jax.jit(lambda x: jnp.mean(x[: min(ids)].astype(jnp.float32), 0))(table)
+            new[name] = table.at[jnp.asarray(ids)].set(mean.astype(table.dtype))
     return new

@@ -11,10 +11,8 @@ import optax
 from qwen3vl_jax.training.param_groups import Flat, decays
 from qwen3vl_jax.training.recipe import Optimizer
 
-Schedule = Callable[[Any], Any]
 
-
-def make_schedule(settings: Optimizer, steps: int) -> Schedule:
+def make_schedule(settings: Optimizer, steps: int) -> Callable[[Any], Any]:
     """Learning rate by step: linear warmup from 0, then cosine, linear or constant."""
     peak, left = settings.learning_rate, max(steps - settings.warmup, 1)
     after = {
@@ -33,46 +31,36 @@ def make_optimizer(
 
     Sources: AdamW arXiv 1711.05101, Adafactor 1804.04235, Muon kellerjordan.github.io/posts/muon.
     """
-    decay = {name: decays(name) for name in factors}
 
-    def scale_each(updates: Any, params: Any = None) -> Any:
-        return {name: u * factors[name] for name, u in updates.items()}
+    def clipped(updates: Any, params: Any = None) -> Any:
+        # One product, which XLA fuses into its uses. optax.clip_by_global_norm selects between two
+        # arrays: a second set of gradients in memory.
+        scale = jnp.minimum(settings.clip / optax.tree.norm(updates), 1.0)
+        return {name: u * scale for name, u in updates.items()}
 
     return optax.chain(
-        _clip(settings.clip) if settings.clip else optax.identity(),
+        optax.stateless(clipped) if settings.clip else optax.identity(),
         _update_rule(settings),
-        optax.add_decayed_weights(settings.weight_decay, mask=decay),
-        optax.stateless(scale_each),
+        optax.add_decayed_weights(settings.weight_decay, mask={n: decays(n) for n in factors}),
+        optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, dict(factors))),
         optax.scale_by_learning_rate(make_schedule(settings, steps)),
     )
 
 
-def _clip(limit: float) -> optax.GradientTransformation:
-    """Clips the global gradient norm with one product, which XLA fuses into its uses.
-
-    optax.clip_by_global_norm selects between two arrays: a second set of gradients in memory.
-    """
-
-    def update(updates: Any, params: Any = None) -> Any:
-        scale = jnp.minimum(limit / optax.tree.norm(updates), 1.0)
-        return {name: u * scale for name, u in updates.items()}
-
-    return optax.stateless(update)
-
-
 def _update_rule(settings: Optimizer) -> optax.GradientTransformation:
+    b1, b2, eps = settings.b1, settings.b2, settings.eps
+    if settings.name == "adamw":
+        return optax.scale_by_adam(b1, b2, eps)
     if settings.name == "adafactor":
         factored = optax.scale_by_factored_rms(decay_rate=0.8)
         return optax.chain(factored, optax.clip_by_block_rms(1.0))
     if settings.name == "muon":
-        adam: Any = {"adam_b1": settings.b1, "adam_b2": settings.b2, "eps": settings.eps}
         # Updates as large as Adam's, so that the same learning rates fit.
         options: Any = {"consistent_rms": 0.2, "muon_weight_dimension_numbers": _matrices}
-        muon = optax.contrib.muon(1.0, beta=settings.b1, **adam, **options)
+        muon = optax.contrib.muon(1.0, beta=b1, adam_b1=b1, adam_b2=b2, eps=eps, **options)
         # optax's Muon negates its updates; scale_by_learning_rate negates them again.
         return optax.chain(muon, optax.scale(-1.0))
-    adam = optax.scale_by_adam(settings.b1, settings.b2, settings.eps)
-    return adam if settings.name == "adamw" else optax.identity()
+    return optax.identity()
 
 
 def _matrices(params: Flat) -> dict[str, Any]:
@@ -81,18 +69,16 @@ def _matrices(params: Flat) -> dict[str, Any]:
     Leading axes are stacks: layers, experts, heads of q, k and v, gate and up.
     """
 
-    def sides(name: str, x: Any) -> Any:
+    found: dict[str, Any] = dict.fromkeys(params)
+    for name, x in params.items():
         outside = name in ("embed", "head") or name.endswith((".pos", "patch.weight"))
         # Muon masks its own leaves, which have no ndim then.
-        ndim = getattr(x, "ndim", None)
-        if ndim is None or outside or not decays(name):
-            return None
-        # attn.o is [D N H], which sums over all heads
-        heads = name.endswith("attn.o")
-        axes = ((ndim - 2, ndim - 1), ndim - 3) if heads else (ndim - 1, ndim - 2)
-        return optax.contrib.MuonDimensionNumbers(*axes)
-
-    return {name: sides(name, x) for name, x in params.items()}
+        if hasattr(x, "ndim") and not outside and decays(name):
+            # attn.o is [D N H], which sums over all heads
+            heads, n = name.endswith("attn.o"), x.ndim
+            axes = ((n - 2, n - 1), n - 3) if heads else (n - 1, n - 2)
+            found[name] = optax.contrib.MuonDimensionNumbers(*axes)
+    return found
 
 
 def apply_update(
@@ -104,18 +90,16 @@ def apply_update(
     without, it is rounded stochastically, which is right on average.
     """
     total = exact(weight, low_bits) + update
-    if weight.dtype == jnp.float32:
-        return total, None
     if low_bits is not None:
         return split_bits(total)
-    return round_by_chance(total, named_key(key, name)), None
+    wide = weight.dtype == jnp.float32
+    return total if wide else round_by_chance(total, named_key(key, name)), None
 
 
 def split_bits(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """fp32 -> (nearest bf16, int16 of the low bits): the same number in the same four bytes."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    # Ties go away from zero, so that the low bits fit int16.
-    upper = (bits + jnp.uint32(0x8000)) >> 16
+    upper = (bits + jnp.uint32(0x8000)) >> 16  # ties away from zero: the low bits fit int16
     low_bits = (bits - (upper << 16)).astype(jnp.uint16)
     near = jax.lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16)
     return near, jax.lax.bitcast_convert_type(low_bits, jnp.int16)

@@ -2,7 +2,7 @@
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -20,17 +20,13 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "embeddings": ("embed",),
     "head": ("head",),
     "router": ("layers.*router",),
-    # Of sparse layers; dense MLPs belong to "text".
-    "experts": ("layers.mlp.*",),
+    "experts": ("layers.mlp.*",),  # of sparse layers; dense MLPs belong to "text"
     "text": ("layers.*", "norm"),
 }
 
 
 class TrainableParams(NamedTuple):
-    """A model split into trained and frozen parameters.
-
-    merge(weights, frozen, key=None) gives the parameter tree with stacked layers; key: of dropout.
-    """
+    """A model split into trained and frozen parameters. The key of `merge` is that of dropout."""
 
     weights: Flat
     frozen: Flat
@@ -50,21 +46,23 @@ def group_of(name: str, sparse: bool) -> str:
     for group, patterns in GROUPS.items():
         if group in ("experts", "router") and not sparse:
             continue
-        if any(fnmatch.fnmatchcase(name, p) or name.startswith(f"{p}.") for p in patterns):
+        if any(_named(name, pattern) for pattern in patterns):
             return group
     raise ValueError(name)
 
 
+def _named(name: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
+
+
 def matching(names: Iterable[str], wanted: str, sparse: bool) -> list[str]:
     """The names in a group, or that match a pattern (layers.attn.*) or a prefix (layers.attn)."""
-    if wanted in GROUPS:
-        return [name for name in names if group_of(name, sparse) == wanted]
-    return [n for n in names if fnmatch.fnmatchcase(n, wanted) or n.startswith(f"{wanted}.")]
+    group = wanted in GROUPS
+    return [n for n in names if (group_of(n, sparse) == wanted if group else _named(n, wanted))]
 
 
-def matches(names: Iterable[str], wanted: str, key: str, sparse: bool) -> list[str]:
+def matches(names: Collection[str], wanted: str, key: str, sparse: bool) -> list[str]:
     """`matching`, or InputError, which names the recipe's key, if nothing matches."""
-    names = list(names)
     if not (found := matching(names, wanted, sparse)):
         near = difflib.get_close_matches(wanted, [*GROUPS, *names], 3)
         hint = f"did you mean {', '.join(near)}?" if near else f"groups are {', '.join(GROUPS)}"
@@ -73,7 +71,7 @@ def matches(names: Iterable[str], wanted: str, key: str, sparse: bool) -> list[s
     return found
 
 
-def frozen_names(names: Sequence[str], freeze: Iterable[str], sparse: bool) -> set[str]:
+def frozen_names(names: Collection[str], freeze: Iterable[str], sparse: bool) -> set[str]:
     """The names that `train.freeze` freezes. Raises InputError if nothing is left to train."""
     frozen = {n for wanted in freeze for n in matches(names, wanted, "train.freeze", sparse)}
     if len(frozen) == len(names):
@@ -81,31 +79,29 @@ def frozen_names(names: Sequence[str], freeze: Iterable[str], sparse: bool) -> s
     return frozen
 
 
-def check_trained(
-    rates: Iterable[str], trained: Iterable[str], every: Iterable[str], why: str, sparse: bool
-) -> None:
-    """Raises InputError for a `train.rates` entry of parameters that are not trained, and why."""
-    trained = list(trained)
-    for wanted in rates:
-        if not matching(trained, wanted, sparse):
-            matches(every, wanted, "train.rates", sparse)
-            raise InputError(
-                f"train.rates: {wanted!r} is not trained: {why}; take it out (train.rates={{}} on a "
-                "command line), or name what is trained"
-            )
+def learning_rates(
+    names: Iterable[str],
+    rates: Mapping[str, float],
+    sparse: bool,
+    every: Collection[str] = (),
+    why: str = "",
+) -> Flat:
+    """{name: learning rate factor} of trained parameters. Later entries of `rates` win.
 
-
-def learning_rates(names: Sequence[str], rates: Mapping[str, float], sparse: bool) -> Flat:
-    """{name: learning rate factor} of trained parameters. Later entries of `rates` win."""
+    Raises InputError for rates of no parameter, and for those of the others of `every`: why they are
+    not trained.
+    """
     factors = dict.fromkeys(names, 1.0)
     for wanted, factor in rates.items():
-        for name in matches(names, wanted, "train.rates", sparse):
-            factors[name] = factor
+        if not (found := matching(factors, wanted, sparse)):
+            matches(every or factors, wanted, "train.rates", sparse)
+            advice = "take it out (train.rates={} on a command line), or name what is trained"
+            raise InputError(f"train.rates: {wanted!r} is not trained: {why}; {advice}")
+        factors |= dict.fromkeys(found, factor)
     return factors
 
 
 def decays(name: str) -> bool:
     """Whether weight decay applies: to all but norms and biases."""
-    last = name.rsplit(".", 1)[-1]
-    norm = last in ("scale", "norm", "ln1", "ln2", "q_norm", "k_norm")
-    return not (norm or last.endswith("bias"))
+    norms = ("scale", "norm", "ln1", "ln2", "q_norm", "k_norm")
+    return not name.endswith("bias") and name.rsplit(".", 1)[-1] not in norms

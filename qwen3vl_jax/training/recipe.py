@@ -5,10 +5,12 @@ Nothing here imports jax. Functions raise InputError for values that no run can 
 
 import dataclasses
 import importlib.util
+import itertools
 import math
 import os
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,19 +20,19 @@ from qwen3vl_jax.storage.paths import as_path, is_remote, kind
 from qwen3vl_jax.training.toml_tables import apply_change, build
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Source:
     """One file of records, or "python:module:Class" called with **options."""
 
     path: str
     weight: float = 1.0
     media: str = ""
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
     boxes: Literal["pixels", "norm1000"] = "pixels"
     ignore: tuple[str, ...] = ()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Data:
     sources: tuple[Source, ...] = ()
     shuffle: bool = True
@@ -47,7 +49,7 @@ class Data:
     allow_special: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Pack:
     rows: int = 8
     length: int = 4096
@@ -57,20 +59,16 @@ class Pack:
     groups: int = 0
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Groups:
     """Keys of [train]; names are groups of param_groups.py or patterns."""
 
     freeze: tuple[str, ...] = ()
-    rates: dict[str, float] = dataclasses.field(default_factory=dict)
+    rates: dict[str, float] = field(default_factory=dict)
     new_tokens: tuple[str, ...] = ()
 
 
-# Of lora.base: those that are values and scales (QLoRA).
-FEW_BITS = ("int8", "fp8", "int4")
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Lora:
     rank: int = 0
     alpha: float = 0.0
@@ -80,7 +78,7 @@ class Lora:
     adapter: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Optimizer:
     name: Literal["adamw", "adafactor", "muon", "sgd"] = "adamw"
     learning_rate: float = 1e-5
@@ -95,7 +93,7 @@ class Optimizer:
     ema: float = 0.0
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Step:
     accumulate: int = 1
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -110,7 +108,7 @@ class Step:
     attention_dropout: float = 0.0
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Evaluate:
     every: int = 0
     sources: tuple[Source, ...] = ()
@@ -119,15 +117,14 @@ class Evaluate:
     max_new_tokens: int = 64
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Checkpoints:
     keep: int = 2
     keep_best: int = 1
-    # Saves after so many minutes too; 0: by save_every alone.
-    minutes: float = 0.0
+    minutes: float = 0.0  # saves after so many minutes too; 0: by save_every alone
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Report:
     every: int = 10
     tensorboard: bool = True
@@ -137,7 +134,7 @@ class Report:
     peak_tflops: float = 0.0
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Mesh:
     data: int = 1
     fsdp: int = 0
@@ -156,7 +153,7 @@ class Mesh:
         return math.prod(self.sizes.values())
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Recipe:
     """The recipe of a run, as `read_recipe` makes it."""
 
@@ -183,9 +180,8 @@ _TRAIN_EXTRA = ("grain", "tomli_w", "matplotlib", "tensorboardX")
 _ONES = """
     steps save_every pack.rows step.accumulate step.loss_chunk checkpoints.keep report.every
     mesh.data mesh.tensor mesh.expert mesh.sequence
-"""
-_LEAST = {"pack.length": 8, "pack.vision_length": 4, "mesh.fsdp": -1}
-_LEAST |= dict.fromkeys(_ONES.split(), 1)
+""".split()
+_LEAST = dict.fromkeys(_ONES, 1) | {"pack.length": 8, "pack.vision_length": 4, "mesh.fsdp": -1}
 _BELOW_ONE = """
     data.bad_fraction lora.dropout optimizer.b1 optimizer.b2 optimizer.ema step.attention_dropout
 """.split()
@@ -197,7 +193,14 @@ def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
     A change's value is TOML, or a bare string. Relative paths are looked up in the working directory,
     then in the recipe's folder.
     """
-    path = _file_of(as_path(path))
+    path, bundled = as_path(path), Path(__file__).resolve().parents[2] / "configs"
+    if not is_remote(path) and not path.exists():
+        named = bundled / f"{path.name.removesuffix('.toml')}.toml"
+        if len(path.parts) > 1 or not named.is_file():
+            known = ", ".join(sorted(found.stem for found in bundled.glob("*.toml")))
+            names = f"; by name there are {known}" if known else ""
+            raise InputError(f"--config {path}: no such file{names}")
+        path = named
     try:
         raw = tomllib.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
@@ -205,20 +208,10 @@ def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
         raise InputError(f"--config {path}: expected a TOML file, found: {reason}") from None
     for change in changes:
         apply_change(Recipe, raw, change)
-    return check(_with_found_paths(build(Recipe, raw, "", str(path)), path.parent))
-
-
-def _file_of(path: Path) -> Path:
-    """The path itself, or the recipe in configs/ with that name."""
-    if is_remote(path) or path.exists():
-        return path
-    bundled = Path(__file__).resolve().parents[2] / "configs"
-    named = bundled / f"{path.name.removesuffix('.toml')}.toml"
-    if len(path.parts) == 1 and named.is_file():
-        return named
-    known = ", ".join(sorted(found.stem for found in bundled.glob("*.toml")))
-    names = f"; by name there are {known}" if known else ""
-    raise InputError(f"--config {path}: no such file{names}")
+    recipe = _with_found_paths(build(Recipe, raw, "", str(path)), path.parent)
+    for problem in itertools.chain(_wrong_numbers(recipe), _wrong_together(recipe)):
+        raise InputError(problem)
+    return recipe
 
 
 def _with_found_paths(recipe: Recipe, folder: Path) -> Recipe:
@@ -229,92 +222,74 @@ def _with_found_paths(recipe: Recipe, folder: Path) -> Recipe:
         return name if here or not (folder / name).exists() else str(folder / name)
 
     def with_sources(table: Any) -> Any:
-        sources = (
-            dataclasses.replace(x, path=found(x.path), media=found(x.media)) for x in table.sources
-        )
-        return dataclasses.replace(table, sources=tuple(sources))
+        sources = (replace(x, path=found(x.path), media=found(x.media)) for x in table.sources)
+        return replace(table, sources=tuple(sources))
 
     ckpt, first = found(recipe.ckpt), Path(recipe.ckpt).parts[:1]
     if first and not is_remote(ckpt) and not os.path.exists(ckpt):
         looks = recipe.ckpt.startswith((".", "~", "/")) or len(Path(recipe.ckpt).parts) > 2
         if looks or any(Path(at, *first).is_dir() for at in (".", folder)):
-            raise InputError(
-                f"ckpt: got {recipe.ckpt!r}, expected a folder that is there, in the working directory "
-                f"or in {folder}, or a Hub id"
-            )
+            got = f"ckpt: got {recipe.ckpt!r}, expected a folder that is there"
+            raise InputError(f"{got}, in the working directory or in {folder}, or a Hub id")
     data, evaluate = with_sources(recipe.data), with_sources(recipe.evaluate)
-    lora = dataclasses.replace(recipe.lora, adapter=found(recipe.lora.adapter))
-    return dataclasses.replace(recipe, ckpt=ckpt, data=data, evaluate=evaluate, lora=lora)
+    lora = replace(recipe.lora, adapter=found(recipe.lora.adapter))
+    return replace(recipe, ckpt=ckpt, data=data, evaluate=evaluate, lora=lora)
 
 
-def check(recipe: Recipe) -> Recipe:
-    """Checks the numbers of a recipe and its keys against each other, and gives the recipe."""
-    for name, value in flat(recipe).items():
-        most = 2**63 - 1 if name == "seed" else 2**31 - 1
+def _wrong_numbers(recipe: Recipe) -> Iterator[str]:
+    numbers = {n: x for n, x in flat(recipe).items() if type(x) in (int, float)}
+    for name, value in numbers.items():
+        least, most = _LEAST.get(name, 0), 2**63 - 1 if name == "seed" else 2**31 - 1
         if type(value) is int and value > most:
-            raise InputError(f"{name} is {value}, expected a number up to {most}")
+            yield f"{name} is {value}, expected a number up to {most}"
         if type(value) is float and not math.isfinite(value):
-            raise InputError(f"{name} is {value}, expected a finite number")
-        if type(value) in (int, float) and value < (least := _LEAST.get(name, 0)):
-            raise InputError(f"{name} is {value}, expected a number from {least}")
+            yield f"{name} is {value}, expected a finite number"
+        if value < least:
+            yield f"{name} is {value}, expected a number from {least}"
         if name in _BELOW_ONE and value >= 1:
-            raise InputError(f"{name} is {value}, expected a number from 0 to below 1")
-    _check_together(recipe)
-    return recipe
-
-
-def _check_together(recipe: Recipe) -> None:
-    """Checks keys against each other."""
-    pack = recipe.pack
-    places = max(pack.rows * pack.length, pack.vision_rows * pack.vision_length)
-    if places > 2**28:
-        raise InputError(f"pack: a batch of {places} tokens or patches, expected at most {2**28}")
-    if recipe.mesh.devices > 2**20:
-        sizes = dataclasses.astuple(recipe.mesh)
-        raise InputError(f"mesh: got {sizes}, expected at most {2**20} devices")
-    if not recipe.ckpt:
-        raise InputError("ckpt is empty, expected the directory (or Hub id) of the model to train")
-    if recipe.optimizer.warmup >= recipe.steps:
-        raise InputError(
-            f"steps is {recipe.steps}, expected more than optimizer.warmup ({recipe.optimizer.warmup})"
-        )
-    if recipe.evaluate.every and not recipe.evaluate.sources:
-        raise InputError("evaluate.every is set and evaluate.sources is empty, expected files")
-    if recipe.step.gradients == "bfloat16" and recipe.step.dtype != "bfloat16":
-        expected = (
-            f"expected float32 while step.dtype is {recipe.step.dtype}; set step.dtype=bfloat16"
-        )
-        raise InputError(f"step.gradients: got bfloat16, {expected}")
-    if recipe.train.new_tokens and recipe.lora.rank:
-        raise InputError("train.new_tokens: LoRA trains no embedding rows; set lora.rank=0")
+            yield f"{name} is {value}, expected a number from 0 to below 1"
     for name, factor in recipe.train.rates.items():
         if not 0 <= factor < math.inf:
-            raise InputError(f"train.rates.{name} is {factor}, expected a finite number from 0")
-    if not recipe.lora.rank:
-        _check_no_lora(recipe.lora)
-    for name, source in _named_sources(recipe):
-        if not source.path or not 0 < source.weight < math.inf:
-            raise InputError(f"{name}: expected a path and a weight above 0")
+            yield f"train.rates.{name} is {factor}, expected a finite number from 0"
 
 
-def _check_no_lora(lora: Lora) -> None:
-    """Raises InputError for keys that mean nothing where the weights themselves are trained."""
-    if lora.adapter:
-        raise InputError("lora.adapter is set and lora.rank is 0, expected the adapter's rank")
+def _wrong_together(recipe: Recipe) -> Iterator[str]:
+    pack, lora, step, warmup = recipe.pack, recipe.lora, recipe.step, recipe.optimizer.warmup
+    places = max(pack.rows * pack.length, pack.vision_rows * pack.vision_length)
+    if places > 2**28:
+        yield f"pack: a batch of {places} tokens or patches, expected at most {2**28}"
+    if recipe.mesh.devices > 2**20:
+        yield f"mesh: got {dataclasses.astuple(recipe.mesh)}, expected at most {2**20} devices"
+    if not recipe.ckpt:
+        yield "ckpt is empty, expected the directory (or Hub id) of the model to train"
+    if warmup >= recipe.steps:
+        yield f"steps is {recipe.steps}, expected more than optimizer.warmup ({warmup})"
+    if recipe.evaluate.every and not recipe.evaluate.sources:
+        yield "evaluate.every is set and evaluate.sources is empty, expected files"
+    if step.gradients == "bfloat16" != step.dtype:
+        expected = f"expected float32 while step.dtype is {step.dtype}; set step.dtype=bfloat16"
+        yield f"step.gradients: got bfloat16, {expected}"
+    if recipe.train.new_tokens and lora.rank:
+        yield "train.new_tokens: LoRA trains no embedding rows; set lora.rank=0"
+    if lora.adapter and not lora.rank:
+        yield "lora.adapter is set and lora.rank is 0, expected the adapter's rank"
     for name in ("base", "alpha", "dropout"):
-        if (value := getattr(lora, name)) != getattr(Lora, name):
+        if (value := getattr(lora, name)) != getattr(Lora, name) and not lora.rank:
             expected = "no such key while lora.rank is 0, which trains the weights themselves"
             advice = "set lora.rank, as configs/sft_8b_lora.toml does"
-            raise InputError(f"lora.{name}: got {value}, expected {expected}; {advice}")
+            yield f"lora.{name}: got {value}, expected {expected}; {advice}"
+    for name, source in _named_sources(recipe):
+        if not source.path or not 0 < source.weight < math.inf:
+            yield f"{name}: expected a path and a weight above 0"
 
 
 def few_bits(recipe: Recipe) -> str | None:
-    """The form in which a run's base is read if that is one of FEW_BITS, as `load` has `weights`."""
-    return recipe.lora.base if recipe.lora.rank and recipe.lora.base in FEW_BITS else None
+    """The base of a QLoRA run, read as values and scales: `weights` of `load`. None for other runs."""
+    base = recipe.lora.base
+    return base if recipe.lora.rank and base in ("int8", "fp8", "int4") else None
 
 
 def _named_sources(recipe: Recipe) -> list[tuple[str, Source]]:
-    """(key, source) of every source of a recipe."""
     tables = (("data", recipe.data.sources), ("evaluate", recipe.evaluate.sources))
     return [(f"{table}.sources.{i}", x) for table, found in tables for i, x in enumerate(found)]
 
@@ -325,10 +300,8 @@ def check_run(recipe: Recipe) -> None:
         if importlib.util.find_spec(name) is None:
             extra = "wandb" if name == "wandb" else "train"
             why = "report.wandb is set" if name == "wandb" else "training needs it"
-            raise InputError(
-                f"{name} is not installed and {why}: pip install 'qwen3vl-jax[{extra}]' "
-                f"(in a clone: pip install -e '.[{extra}]')"
-            )
+            how = f"pip install 'qwen3vl-jax[{extra}]' (in a clone: pip install -e '.[{extra}]')"
+            raise InputError(f"{name} is not installed and {why}: {how}")
     check_sources(recipe)
     if kind(as_path(recipe.ckpt)) == "folder":
         check_vision_length(recipe.pack, Config.from_hf(recipe.ckpt))
@@ -355,7 +328,7 @@ def check_sources(recipe: Recipe) -> None:
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
     """A recipe, or a table of one, as {"table.key": value}. Dicts and tuples are values."""
     out: dict[str, Any] = {}
-    for field in dataclasses.fields(value):
-        found, name = getattr(value, field.name), prefix + field.name
-        out |= flat(found, f"{name}.") if dataclasses.is_dataclass(found) else {name: found}
+    for name, found in vars(value).items():
+        inner = flat(found, f"{prefix}{name}.") if dataclasses.is_dataclass(found) else {}
+        out |= inner or {prefix + name: found}
     return out

@@ -1,9 +1,9 @@
 """RUN_DIR: its lock, saved steps, model files, and whether a recipe is that of the run."""
 
-import contextlib
 import math
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +15,17 @@ from qwen3vl_jax.errors import InputError, ProblemsError
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.runtime import distributed
 from qwen3vl_jax.runtime.compile_cache import KEPT_PROGRAMS
-from qwen3vl_jax.storage import atomic_dir
+from qwen3vl_jax.storage import atomic_dir, json_text, paths, safetensors_files
 from qwen3vl_jax.storage.hub import resolve
-from qwen3vl_jax.storage.json_text import write_json
-from qwen3vl_jax.storage.paths import as_path, for_orbax, is_remote, kind, make_folder, remove_tree
-from qwen3vl_jax.storage.safetensors_files import side_files
+from qwen3vl_jax.storage.paths import as_path, is_remote, make_folder, remove_tree
 from qwen3vl_jax.training.new_tokens import add_tokens
+from qwen3vl_jax.training.param_groups import flatten
 from qwen3vl_jax.training.recipe import Recipe
 from qwen3vl_jax.training.reporting.metrics_table import STEP, read_table
 
-try:
-    import fcntl
-except ImportError:  # Windows opens no directory, so there is nothing to lock
-    fcntl = None
-
 CHECKPOINTS, CONFIG, DAMAGED = "checkpoints", "config.toml", "damaged"
 EVALUATION = "evaluation.csv"
-# Orbax writes it last into a step on gs://.
-COMMITTED = "commit_success.txt"
-# config.json, tokenizer and template of the model, with the new tokens.
-MODEL = "model"
-
+MODEL = "model"  # config.json, tokenizer and template of the model, with the new tokens
 # Keys of the recipe that a resumed run may change.
 FREE = """
     steps save_every report. evaluate. checkpoints. step.remat step.loss_chunk mesh. data.bad_fraction
@@ -44,75 +34,54 @@ FREE = """
 """.split()
 
 
-class DiffersError(ProblemsError):
-    """A run that cannot be resumed, with every difference."""
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """The run's directory, created if missing, and locked by the first process; the others wait for it.
 
-    def __init__(self, run_dir: Path | str, what: str, advice: str, problems: list[str]):
-        super().__init__(f"{run_dir}: was started with another {what}", problems, advice)
-
-
-@contextlib.contextmanager
-def locked(out: Path) -> Iterator[Path]:
-    """The run's directory, created if missing, locked against other processes.
-
-    Raises InputError for a file, for a directory with other files, for a path that Orbax cannot write,
-    and while another run writes there. Remote paths are not locked: a killed run would leave its lock.
+    Raises InputError for a directory with other files, for a path that Orbax cannot write, and while
+    another run writes there. Remote paths are not locked: a killed run would leave its lock.
     """
-    for_orbax(out)
-    if kind(out) == "file":
-        raise InputError(f"--out {out}: is a file, expected a directory")
-    # A killed process leaves the second one; the third is there before the first.
-    parts = {CONFIG, CONFIG + ".part", KEPT_PROGRAMS}
-    others = kind(out) and any(p.name not in parts for p in out.iterdir())
-    if others and not (out / CONFIG).is_file():
-        raise InputError(f"--out {out}: holds files and no {CONFIG} of a run; choose another one")
-    make_folder(out)
-    lock = os.open(out, os.O_RDONLY) if fcntl and not is_remote(out) else None
-    try:
-        if lock is not None and fcntl:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(f"--out {out}: another run is writing there") from None
-        yield out
-    finally:
-        if lock is not None:
-            os.close(lock)
+    with ExitStack() as closing:
+        if distributed.is_first():
+            paths.for_orbax(out)
+            # A killed process leaves the second one; the third is there before the first.
+            parts = {CONFIG, CONFIG + ".part", KEPT_PROGRAMS}
+            others = paths.kind(out) and any(p.name not in parts for p in out.iterdir())
+            if others and not (out / CONFIG).is_file():
+                found = f"holds files and no {CONFIG} of a run"
+                raise InputError(f"--out {out}: {found}; choose another one")
+            make_folder(out)
+            # Windows opens no directory, so there is nothing to lock.
+            if not is_remote(out) and os.name != "nt":
+                handle = os.open(out, os.O_RDONLY)
+                closing.callback(os.close, handle)
+                paths.lock(handle, out, f"--out {out}: another run is writing there")
+        distributed.wait_for_all("locked")
+        yield
 
 
 def write_model_files(recipe: Recipe, target: Path) -> None:
     """Copies all files of recipe.ckpt but the weights, and adds train.new_tokens. Raises InputError."""
     source = resolve(recipe.ckpt)
     if is_run(source):
-        raise InputError(
-            f"ckpt: got {source}, a run of train.py, expected a checkpoint; write its weights first: "
-            f"python -m convert --to-hf {source} OUT_DIR"
-        )
+        how = f"write its weights first: python -m convert --to-hf {source} OUT_DIR"
+        raise InputError(f"ckpt: got {source}, a run of train.py, expected a checkpoint; {how}")
     if is_remote(target) and (target / atomic_dir.CONFIG).is_file():
         # From a start of this run that saved no step.
         remove_tree(target)
     with atomic_dir.atomic_dir(target, force=True) as stage:
-        copy_files(source, side_files(source, leave_out=[PARAMS]), stage)
+        copy_files(source, safetensors_files.side_files(source, leave_out=[PARAMS]), stage)
         if recipe.train.new_tokens:
             rows = Config.from_hf(source).text.vocab_size
             add_tokens(source, stage, recipe.train.new_tokens, rows)
 
 
-def prepare_model_files(recipe: Recipe, out: Path, first: int) -> tuple[Processor, list[int]]:
-    """`open_model` of RUN_DIR/model, which the first process of a new run writes."""
-    if not first:
-        if distributed.is_first():
-            write_model_files(recipe, out / MODEL)
-        distributed.wait_for_all("model files")
-    return open_model(recipe, out / MODEL)
-
-
 def with_model(recipe: Recipe, out: Path, meta: dict[str, Any]) -> dict[str, Any]:
-    """A run's meta with the model's config. Raises DiffersError if ckpt is no longer that model."""
+    """A run's meta with the model's config. Raises ProblemsError if ckpt is no longer that model."""
     now = Config.from_hf(resolve(recipe.ckpt)).to_hf()
-    meta = {"model": now, **meta}
-    check_model(now, Config.from_hf(meta["model"]).to_hf(), out)
-    return meta
+    if then := meta.get("model"):
+        check_model(now, Config.from_hf(then).to_hf(), out)
+    return {"model": now, **meta}
 
 
 def open_model(recipe: Recipe, target: Path) -> tuple[Processor, list[int]]:
@@ -122,13 +91,11 @@ def open_model(recipe: Recipe, target: Path) -> tuple[Processor, list[int]]:
 
 
 def saved_steps(run_dir: str | Path) -> list[int]:
-    """The completely saved steps of a run, ascending.
-
-    Orbax renames a complete step, or on an object store writes COMMITTED last.
-    """
+    """The completely saved steps of a run, ascending."""
     folder = as_path(run_dir) / CHECKPOINTS
     found = folder.iterdir() if folder.is_dir() else ()
-    last = COMMITTED if is_remote(folder) else f"{META}/metadata"
+    # Orbax renames a complete step, or on gs:// writes a file last.
+    last = "commit_success.txt" if is_remote(folder) else f"{META}/metadata"
     return sorted(int(p.name) for p in found if p.name.isdecimal() and (p / last).is_file())
 
 
@@ -156,7 +123,7 @@ def scores(run_dir: str | Path) -> dict[int, float]:
     later = {int(row[STEP]): float(row["loss"]) for row in rows if row.get("loss")}
     found: dict[int, float] = {}
     for step in saved_steps(run_dir):
-        with contextlib.suppress(DamagedError):
+        with suppress(DamagedError):
             score = read_meta(run_dir, step).get("score")
             score = later.get(step, math.nan) if score is None else score
             if math.isfinite(score):
@@ -172,8 +139,7 @@ def chosen_step(run_dir: str | Path, wanted: str) -> int:
     if wanted == "last":
         return steps[-1]
     if wanted == "best":
-        scored = scores(run_dir)
-        if not scored:
+        if not (scored := scores(run_dir)):
             raise InputError(f"{run_dir}: no saved step was evaluated, so none is best; take last")
         return min(scored, key=lambda step: (scored[step], -step))
     if not wanted.isdecimal() or int(wanted) not in steps:
@@ -183,37 +149,28 @@ def chosen_step(run_dir: str | Path, wanted: str) -> int:
 
 
 def check_recipe(now: Mapping[str, Any], then: Mapping[str, Any], run_dir: str | Path) -> list[str]:
-    """One text for each changed FREE key of two flat recipes. Raises DiffersError if others changed."""
-    differ = _differences(now, then)
+    """One text for each changed FREE key of two flat recipes. Raises ProblemsError if others changed."""
+    differ = differences(now, then)
     # LoRA freezes everything else anyway.
     free = (*FREE, "train.freeze") if now.get("lora.rank") else tuple(FREE)
     if fixed := [text for name, text in differ.items() if not name.startswith(free)]:
-        raise DiffersError(run_dir, "recipe", "set it back or choose another --out", fixed)
+        advice = "set it back or choose another --out"
+        raise ProblemsError(f"{run_dir}: was started with another recipe", fixed, advice)
     return list(differ.values())
 
 
 def check_model(now: Mapping[str, Any], then: Mapping[str, Any], run_dir: str | Path) -> None:
-    """Raises DiffersError if the model's config (a config.json dict) is not the run's."""
-    if found := list(_differences(_flat(now), _flat(then)).values()):
-        raise DiffersError(run_dir, "model", "give it the ckpt it started with", found)
+    """Raises ProblemsError if the model's config (a config.json dict) is not the run's."""
+    if found := [*differences(flatten(now)[0], flatten(then)[0]).values()]:
+        advice = "give it the ckpt it started with"
+        raise ProblemsError(f"{run_dir}: was started with another model", found, advice)
 
 
-def _differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> dict[str, str]:
+def differences(
+    now: Mapping[str, Any], then: Mapping[str, Any], absent: str = "not there"
+) -> dict[str, str]:
     """{key: what it was and is} of the values that are not the same."""
-
-    def shown(values: Mapping[str, Any], name: str) -> str:
-        return write_json(values[name], name) if name in values else "not there"
-
-    return {
-        name: f"{name} was {shown(then, name)}, is now {shown(now, name)}"
-        for name in {**then, **now}
-        if now.get(name) != then.get(name)
-    }
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = prefix + key
-        out |= _flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
-    return out
+    write = json_text.write_json
+    was, new = ({n: write(x, n) for n, x in values.items()} for values in (then, now))
+    changed = (name for name in {**then, **now} if now.get(name) != then.get(name))
+    return {n: f"{n} was {was.get(n, absent)}, is now {new.get(n, absent)}" for n in changed}

@@ -7,23 +7,16 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from qwen3vl_jax.checkpoint import adapters, device_load, name_map, orbax_io, validate
 from qwen3vl_jax.checkpoint.adapter_map import Adapter
-from qwen3vl_jax.checkpoint.adapters import merged
-from qwen3vl_jax.checkpoint.device_load import Source
 from qwen3vl_jax.checkpoint.lazy_tensor import LazyTensor
-from qwen3vl_jax.checkpoint.name_map import param_specs
-from qwen3vl_jax.checkpoint.orbax_io import open_tree
 from qwen3vl_jax.checkpoint.param_paths import TreePath
-from qwen3vl_jax.checkpoint.validate import stored_kind
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.storage.hub import resolve
-from qwen3vl_jax.training.lora_targets import adapter_of
-from qwen3vl_jax.training.param_groups import flatten
-from qwen3vl_jax.training.recipe import FEW_BITS, Recipe, read_recipe
+from qwen3vl_jax.training import lora_targets, param_groups, stacked_load, train_model
+from qwen3vl_jax.training.recipe import Recipe, few_bits, read_recipe
 from qwen3vl_jax.training.run_dir import CHECKPOINTS, CONFIG, MODEL, chosen_step, scores
-from qwen3vl_jax.training.stacked_load import layers_of, paths_of
-from qwen3vl_jax.training.train_model import initial_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +36,10 @@ def run_leaves(run: Path, cfg: Config) -> tuple[dict[TreePath, LazyTensor], str]
         message += f"the best of its evaluations (the last is step {last}), "
     if not recipe.lora.rank:
         return leaves, message.removesuffix(", ")
-    if (base := recipe.lora.base) in FEW_BITS:
+    if base := few_bits(recipe):
         how = f"--ckpt {recipe.ckpt} --weights {base} --adapter {run}"
-        return (
-            leaves,
-            f"{message}merged into 16-bit weights; it was trained over {base}: {how} is that",
-        )
+        message += f"merged into 16-bit weights; it was trained over {base}: {how} is that"
+        return leaves, message
     return leaves, message + "merged"
 
 
@@ -63,22 +54,21 @@ def step_leaves(
     """
     base = _base(recipe, cfg)
     if recipe.lora.rank:
-        return merged(cfg, base, flat_arrays(weights), adapter_of(recipe, cfg)), []
-    stacks = {str(path[0]): leaf for path, leaf in open_tree(weights).items()}
+        adapter = lora_targets.adapter_of(recipe, cfg)
+        return adapters.merged(cfg, base, flat_arrays(weights), adapter), []
     layers: dict[TreePath, np.ndarray] = {}
 
-    def load(name: str, path: TreePath) -> np.ndarray:
+    def load(name: str, stack: LazyTensor, path: TreePath) -> np.ndarray:
         if path not in layers:
-            # The old stack goes before the next one comes.
-            layers.clear()
-            layers.update(layers_of(name, stacks[name].load()))
+            layers.clear()  # the old stack goes before the next one comes
+            layers.update(stacked_load.layers_of(name, stack.load()))
         return layers[path].astype(base[path].dtype)
 
-    trained = {
-        path: dataclasses.replace(base[path], load=functools.partial(load, name, path), read=None)
-        for name in stacks
-        for path in paths_of(name, cfg)
-    }
+    trained = {}
+    for (name, *_), stack in orbax_io.open_tree(weights).items():
+        for path in stacked_load.paths_of(str(name), stack.shape):
+            read = functools.partial(load, str(name), stack, path)
+            trained[path] = dataclasses.replace(base[path], load=read, read=None)
     return trained | {path: leaf for path, leaf in base.items() if path not in trained}, [*trained]
 
 
@@ -88,10 +78,9 @@ def run_adapter(run: Path, cfg: Config) -> tuple[dict[str, np.ndarray], Adapter]
     if not recipe.lora.rank:
         raise InputError(f"{run}: holds no adapter (its lora.rank is 0); give it as the checkpoint")
     if Config.from_hf(run / MODEL) != cfg:
-        raise InputError(
-            f"{run}: its adapter is for {recipe.ckpt}, whose config.json is another one"
-        )
-    return flat_arrays(step_weights(run, SavedStep())[0]), adapter_of(recipe, cfg)
+        found = f"its adapter is for {recipe.ckpt}, whose config.json is another one"
+        raise InputError(f"{run}: {found}")
+    return flat_arrays(step_weights(run, SavedStep())[0]), lora_targets.adapter_of(recipe, cfg)
 
 
 def step_weights(run: Path, wanted: SavedStep) -> tuple[Path, str]:
@@ -106,29 +95,28 @@ def step_weights(run: Path, wanted: SavedStep) -> tuple[Path, str]:
 
 def flat_arrays(weights: Path) -> dict[str, np.ndarray]:
     """The weights of a step as numpy arrays by name, layers stacked."""
-    return {str(path[0]): leaf.load() for path, leaf in open_tree(weights).items()}
+    return {str(path[0]): leaf.load() for path, leaf in orbax_io.open_tree(weights).items()}
 
 
 def _base(recipe: Recipe, cfg: Config) -> dict[TreePath, LazyTensor]:
     """The arrays that a run began with, in the dtypes of their files; random ones are bf16."""
     if recipe.init == "checkpoint":
         directory = resolve(recipe.ckpt)
-        stored = dict(Source(directory, cfg).stored())
-        if stored_kind(stored):
+        stored = dict(device_load.Source(directory, cfg).stored())
+        if validate.stored_kind(stored):
             found = "holds weights of 8 or 4 bits; set ckpt to what it was made from"
             raise InputError(f"{directory}: {found}")
         return stored
 
     @functools.cache
     def arrays() -> dict[TreePath, np.ndarray]:
-        # Drawn again when the first is loaded.
-        flat = flatten(initial_params(recipe, cfg))[0]
-        return {p: x for n, stack in flat.items() for p, x in layers_of(n, np.asarray(stack))}
+        drawn: dict[TreePath, np.ndarray] = {}  # again, when the first is loaded
+        for name, x in param_groups.flatten(train_model.initial_params(recipe, cfg))[0].items():
+            drawn |= stacked_load.layers_of(name, np.asarray(x))
+        return drawn
 
-    dtype = np.dtype(ml_dtypes.bfloat16)
-    return {
-        param.path: LazyTensor(
-            param.shape, dtype, lambda path=param.path: arrays()[path].astype(dtype)
-        )
-        for param in param_specs(cfg)
-    }
+    def read(path: TreePath) -> np.ndarray:
+        return arrays()[path].astype(dtype)
+
+    specs, dtype = name_map.param_specs(cfg), np.dtype(ml_dtypes.bfloat16)
+    return {x.path: LazyTensor(x.shape, dtype, functools.partial(read, x.path)) for x in specs}

@@ -1,7 +1,6 @@
 """What a run settles before its first step: mesh, groups of rows, recipe against the saved one, signals.
 
-loop.py starts and resumes: the saved arrays are read by checkpoints.py, the data position is
-data/loader.py's. RUN_DIR and its lock are in run_dir.py.
+The saved arrays are read by checkpoints.py, the position in the data by data/loader.py.
 """
 
 import dataclasses
@@ -12,7 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +28,8 @@ from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model.sharding import max_parts
 from qwen3vl_jax.runtime import cloud_host, distributed
 from qwen3vl_jax.runtime.console import signals_in_thread
-from qwen3vl_jax.storage.hub import resolve
-from qwen3vl_jax.storage.json_text import read_json, write_json
+from qwen3vl_jax.storage import hub, json_text, remote_files
 from qwen3vl_jax.storage.paths import absolute, as_path, kind
-from qwen3vl_jax.storage.remote_files import write_atomic
 from qwen3vl_jax.training import environment, run_dir
 from qwen3vl_jax.training.mesh_preset import asks_for_mesh, preset, sizes_of
 from qwen3vl_jax.training.recipe import Recipe, Source, flat
@@ -40,17 +37,17 @@ from qwen3vl_jax.training.reporting import memory_estimate
 
 _SAVING = "stopping: what was done is saved first; Ctrl-C again ends at once"
 _ENDED = "interrupted: the same command goes on from the last checkpoint"
-_SHOW_CURSOR = "\x1b[?25h"
 
 
 def with_mesh(recipe: Recipe, out: Path) -> Recipe:
     """The recipe with a mesh: its own, or the preset of all devices for the groups of the run in out."""
     if asks_for_mesh(recipe):
         return recipe
-    cfg, devices, pack = Config.from_hf(resolve(recipe.ckpt)), jax.devices(), recipe.pack
+    cfg, devices, pack = Config.from_hf(hub.resolve(recipe.ckpt)), jax.devices(), recipe.pack
     for step in reversed(run_dir.saved_steps(out)):
         with suppress(DamagedError):
-            pack = dataclasses.replace(pack, groups=_groups(run_dir.read_meta(out, step)))
+            position = run_dir.read_meta(out, step)["data"]
+            pack = dataclasses.replace(pack, groups=len(position.get("groups", [0])))
             break
     mesh = preset(cfg, pack, len(devices), slice_count(devices))
     return dataclasses.replace(recipe, mesh=mesh)
@@ -77,10 +74,11 @@ def mesh_of(recipe: Recipe) -> Mesh | None:
 def groups_of(recipe: Recipe, mesh: Mesh | None, meta: dict[str, Any]) -> int:
     """The number of groups of rows, each with its own samples. It never changes during a run.
 
-    Raises InputError if the mesh does not split the rows between groups.
+    Raises InputError if the mesh does not split them.
     """
     parts = 1 if mesh is None else max_parts("batch", mesh.shape)
-    groups = (_groups(meta) if meta else 0) or recipe.pack.groups or parts
+    saved = len(meta["data"].get("groups", [0])) if meta else 0
+    groups = saved or recipe.pack.groups or parts
     if groups % parts:
         raise InputError(
             f"the run has {groups} groups of rows, expected a multiple of mesh.data x mesh.fsdp x "
@@ -89,49 +87,34 @@ def groups_of(recipe: Recipe, mesh: Mesh | None, meta: dict[str, Any]) -> int:
     return groups
 
 
-def _groups(meta: dict[str, Any]) -> int:
-    return len(meta["data"].get("groups", [0]))
-
-
-@contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """`run_dir.locked` in the first process; the others wait for it."""
-    with run_dir.locked(out) if distributed.is_first() else nullcontext():
-        distributed.wait_for_all("locked")
-        yield
-
-
 def check_fits(recipe: Recipe, meta: dict[str, Any], out: Path, done: int = 0) -> list[str]:
     """One line for each allowed change since the run started. Raises InputError for any other change.
 
     done: the number of saved steps; a run cannot be shorter.
     """
     if recipe.steps < done:
-        raise InputError(
-            f"steps: got {recipe.steps}, expected at least {done}, which {out} has done; choose "
-            "another --out for a shorter run"
-        )
+        expected = f"at least {done}, which {out} has done; choose another --out for a shorter run"
+        raise InputError(f"steps: got {recipe.steps}, expected {expected}")
     # A recipe key that did not exist when the run was saved counts as its default.
     then = plain(flat(Recipe("", 1))) | meta["recipe"]
-    source = plain(dataclasses.asdict(Source("")))
     for name in ("data.sources", "evaluate.sources"):
-        then[name] = [source | given for given in then[name]]
+        then[name] = [plain(Source("")) | given for given in then[name]]
     now, then = (x | {"ckpt": absolute_ckpt(x["ckpt"])} for x in (plain(flat(recipe)), then))
     lines = run_dir.check_recipe(now, then, out)
     machine, now = meta["machine"], environment.describe().items()
     moved = [f"{n} {machine.get(n)} then, {x} now" for n, x in now if x != machine.get(n)]
     if moved:
         lines.append("not bit for bit, the machine differs: " + ", ".join(moved))
-    stays = f"no step is left, {run_dir.CONFIG} stays"
-    why = stays if recipe.steps == done else f"going on from step {done}"
+    left = recipe.steps > done
+    why = f"going on from step {done}" if left else f"no step is left, {run_dir.CONFIG} stays"
     return [f"{why}: {line}" for line in lines]
 
 
 def write_config(recipe: Recipe, out: Path) -> None:
     """Writes RUN_DIR/config.toml, in the first process."""
     if distributed.is_first():
-        written = plain(dataclasses.asdict(recipe)) | {"ckpt": absolute_ckpt(recipe.ckpt)}
-        write_atomic(out / run_dir.CONFIG, tomli_w.dumps(written).encode())
+        written = plain(recipe) | {"ckpt": absolute_ckpt(recipe.ckpt)}
+        remote_files.write_atomic(out / run_dir.CONFIG, tomli_w.dumps(written).encode())
 
 
 def absolute_ckpt(ckpt: str) -> str:
@@ -141,7 +124,8 @@ def absolute_ckpt(ckpt: str) -> str:
 
 def plain(value: Any) -> Any:
     """A recipe's values as JSON and TOML types."""
-    return read_json(write_json(value, "recipe", default=dataclasses.asdict), "recipe")
+    text = json_text.write_json(value, "recipe", default=dataclasses.asdict)
+    return json_text.read_json(text, "recipe")
 
 
 class Stopped(Exception):
@@ -149,9 +133,9 @@ class Stopped(Exception):
 
 
 class Stop:
-    """Whether the run is to save and end. asked: "", "SIGTERM" or "Ctrl-C"."""
+    """Whether the run is to save and end."""
 
-    asked = ""
+    asked = ""  # "", "SIGTERM" or "Ctrl-C"
     # Before the first step there is nothing to save, and Ctrl-C ends the program as usual.
     under_way = False
 
@@ -168,11 +152,6 @@ class Stop:
             raise Stopped
 
 
-def _taken_away(notice: str) -> None:
-    print(f"{notice}: saving, as after SIGTERM", file=sys.stderr, flush=True)
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
 @contextmanager
 def catch_signals() -> Iterator[Stop]:
     """Turns SIGTERM, and Ctrl-C once steps are under way, into a flag that the loop reads.
@@ -182,10 +161,9 @@ def catch_signals() -> Iterator[Stop]:
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
-        # Only the main thread may set a handler.
-        yield stop
+        yield stop  # only the main thread may set a handler
         return
-    several = jax.process_count() > 1
+    several, heard = jax.process_count() > 1, itertools.count(1)
 
     def ask(number: int, _: Any) -> None:
         if number == signal.SIGINT and not stop.under_way:
@@ -195,26 +173,24 @@ def catch_signals() -> Iterator[Stop]:
         else:
             stop.asked = stop.asked or ("Ctrl-C" if number == signal.SIGINT else "SIGTERM")
 
-    heard = itertools.count(1)
-
     def hear(number: int) -> None:
         # In a thread: the main thread handles signals only between calls into jax.
         if number == signal.SIGINT and next(heard) > 1:
-            cursor = _SHOW_CURSOR * sys.stderr.isatty()
+            cursor = "\x1b[?25h" * sys.stderr.isatty()  # shows it again
             print(f"\n{cursor}{_ENDED}", file=sys.stderr, flush=True)
             os._exit(130)
         if number == signal.SIGINT and stop.under_way:
             print(f"\n{_SAVING}", file=sys.stderr, flush=True)
 
-    # jax.distributed handles SIGTERM itself.
-    numbers = [signal.SIGINT] if several else [signal.SIGINT, signal.SIGTERM]
-    before = {number: signal.signal(number, ask) for number in numbers}
-    with signals_in_thread(hear):
-        try:
-            with cloud_host.watched(_taken_away):
-                yield stop
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def taken_away(notice: str) -> None:
+        print(f"{notice}: saving, as after SIGTERM", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with signals_in_thread(hear), ExitStack() as closing:
+        # jax.distributed handles SIGTERM itself.
+        for number in [signal.SIGINT] if several else [signal.SIGINT, signal.SIGTERM]:
+            closing.callback(signal.signal, number, signal.signal(number, ask))
+        closing.enter_context(cloud_host.watched(taken_away))
+        yield stop
     if stop.asked == "Ctrl-C":
         raise KeyboardInterrupt

@@ -18,21 +18,14 @@ from qwen3vl_jax.training.param_groups import Flat
 from qwen3vl_jax.training.train_step import TrainState
 
 _STACKS = ("layers.", "vision.blocks.")
+_ROWS, _PATCHES = ("batch", "tokens"), ("vision_batch", "patches")
 _BATCH: dict[str, Axes] = {  # by field; micro batches are an axis in front
-    "tokens": ("batch", "tokens"),
-    "positions": (None, "batch", "tokens"),
-    "segment_ids": ("batch", "tokens"),
-    "vision_rows": ("batch", "tokens"),
-    "labels": ("batch", "tokens"),
-    "weights": ("batch", "tokens"),
+    **dict.fromkeys(("tokens", "segment_ids", "vision_rows", "labels", "weights"), _ROWS),
+    **dict.fromkeys(("pixels", "pos_index", "pos_weight", "coords"), (*_PATCHES, None)),
+    **dict.fromkeys(("lo", "hi"), _PATCHES),
+    "positions": (None, *_ROWS),
+    "embeds": (*_ROWS, None),
     "delta": ("batch",),
-    "embeds": ("batch", "tokens", None),
-    "pixels": ("vision_batch", "patches", None),
-    "pos_index": ("vision_batch", "patches", None),
-    "pos_weight": ("vision_batch", "patches", None),
-    "coords": ("vision_batch", "patches", None),
-    "lo": ("vision_batch", "patches"),
-    "hi": ("vision_batch", "patches"),
     "vision_labels": ("vision_batch",),
 }
 
@@ -78,12 +71,11 @@ def state_shardings(mesh: Mesh, cfg: Config, state: TrainState) -> TrainState:
     found = params_shardings(mesh, cfg, state.weights)
 
     def of(path: Any, x: Any) -> Any:
-        for key in path:
-            name = getattr(key, "key", None)
-            if name in found:
-                same = x.shape == state.weights[name].shape
-                return found[name] if same else array_sharding(mesh, longest_axis(x), x)
-        return replicated(mesh)
+        name = next((key.key for key in path if getattr(key, "key", None) in found), None)
+        if name is None:
+            return replicated(mesh)
+        same = x.shape == state.weights[name].shape
+        return found[name] if same else array_sharding(mesh, longest_axis(x), x)
 
     return jax.tree_util.tree_map_with_path(of, state)
 
@@ -117,6 +109,5 @@ def put(x: Any, where: NamedSharding | None) -> jax.Array:
 
 def with_shardings(shapes: Any, where: Any) -> Any:
     """ShapeDtypeStructs of a tree with shardings, to compile ahead of time."""
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where
-    )
+    struct = jax.ShapeDtypeStruct
+    return jax.tree.map(lambda x, s: struct(x.shape, x.dtype, sharding=s), shapes, where)

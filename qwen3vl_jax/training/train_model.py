@@ -12,11 +12,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from optax import GradientTransformation
 
-from qwen3vl_jax.checkpoint.config_files import PARAMS
-from qwen3vl_jax.checkpoint.device_load import Source
+from qwen3vl_jax.checkpoint import config_files, device_load, param_paths, stacking, validate
 from qwen3vl_jax.checkpoint.name_map import param_specs, tree_of
-from qwen3vl_jax.checkpoint.stacking import stack_layers
-from qwen3vl_jax.checkpoint.validate import stored_kind
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.device_mesh import compiler_options, replicated
 from qwen3vl_jax.errors import InputError
@@ -24,20 +21,12 @@ from qwen3vl_jax.model.quantized import Quantized
 from qwen3vl_jax.model.structs import Params
 from qwen3vl_jax.parameters import init_params
 from qwen3vl_jax.storage.paths import as_path
-from qwen3vl_jax.training import param_groups
-from qwen3vl_jax.training.lora_targets import split_lora
-from qwen3vl_jax.training.new_tokens import new_rows
+from qwen3vl_jax.training import lora_targets, new_tokens, param_groups, state_sharding
 from qwen3vl_jax.training.optimizer import make_optimizer
 from qwen3vl_jax.training.param_groups import Flat, MergeParams, TrainableParams
 from qwen3vl_jax.training.recipe import Recipe, few_bits
 from qwen3vl_jax.training.stacked_load import load_stacked, stacked
-from qwen3vl_jax.training.state_sharding import (
-    check_mesh,
-    params_shardings,
-    put,
-    state_shardings,
-    with_shardings,
-)
+from qwen3vl_jax.training.state_sharding import params_shardings
 from qwen3vl_jax.training.train_step import TrainState, init_state, train_step
 
 Step = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
@@ -52,34 +41,29 @@ def prepare(
     new_ids: of train.new_tokens. Raises InputError also for a mesh that does not divide the model, and
     for 8-bit weights without LoRA.
     """
-    check_mesh(mesh, cfg, shapes(cfg))
+    state_sharding.check_mesh(mesh, cfg, shapes(cfg))
     params = initial_params(recipe, cfg, mesh)
     leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Quantized))
     if not recipe.lora.rank and any(isinstance(x, Quantized) for x in leaves):
         raise InputError(f"{recipe.ckpt}: {_FEW_BITS_ALONE}")
     if new_ids and recipe.init == "checkpoint":
-        params = new_rows(params, new_ids)
+        params = new_tokens.new_rows(params, new_ids)
     weights, frozen, merge = split_trainable(recipe, cfg, params)
     if new_ids and "embed" not in weights:
-        raise InputError(
-            "train.new_tokens: train.freeze holds embeddings, so they cannot be learned"
-        )
-    if mesh is not None:
-        weights, frozen = (
-            {n: put(flat[n], where) for n, where in params_shardings(mesh, cfg, flat).items()}
-            for flat in (weights, frozen)
-        )
+        raise InputError("train.new_tokens: train.freeze holds embeddings; they cannot be learned")
+    where = params_shardings(mesh, cfg, {**weights, **frozen})
+    weights = {name: state_sharding.put(x, where[name]) for name, x in weights.items()}
+    frozen = {name: state_sharding.put(x, where[name]) for name, x in frozen.items()}
     return TrainableParams(weights, frozen, merge)
 
 
 def check_base(recipe: Recipe, cfg: Config) -> None:
     """Raises InputError for a checkpoint on this machine whose weights a run of the recipe refuses."""
     directory = as_path(recipe.ckpt)
-    if not ((directory / PARAMS).is_dir() or any(directory.glob("*.safetensors"))):
-        return
-    stored = Source(directory, cfg, few_bits(recipe)).stored()
-    if not recipe.lora.rank and stored_kind(stored):
-        raise InputError(f"{recipe.ckpt}: {_FEW_BITS_ALONE}")
+    if (directory / config_files.PARAMS).is_dir() or any(directory.glob("*.safetensors")):
+        stored = device_load.Source(directory, cfg, few_bits(recipe)).stored()
+        if not recipe.lora.rank and validate.stored_kind(stored):
+            raise InputError(f"{recipe.ckpt}: {_FEW_BITS_ALONE}")
 
 
 def initial_params(recipe: Recipe, cfg: Config, mesh: Mesh | None = None) -> Params:
@@ -90,69 +74,50 @@ def initial_params(recipe: Recipe, cfg: Config, mesh: Mesh | None = None) -> Par
     """
     dtype_of = held_dtypes(recipe, cfg)
     if recipe.init == "checkpoint":
-        where = functools.partial(where_of, mesh, cfg)
-        return load_stacked(recipe.ckpt, dtype_of, few_bits(recipe), where)
+        return load_stacked(recipe.ckpt, dtype_of, few_bits(recipe), mesh)
+
+    def rescale(path: Any, x: jax.Array) -> jax.Array:
+        name = path[-1].key
+        if recipe.init != "fan_in" or x.ndim < 2 or "bias" in name or name in ("embed", "pos"):
+            return x
+        fan_in = x[0].size if name in ("o", "weight") else x.shape[-1]
+        return x * (fan_in**-0.5 / cfg.text.initializer_range)
 
     def make(key: jax.Array) -> Flat:
-        params = stack_layers(_rescaled(init_params(key, cfg), cfg, recipe.init))
-        flat = param_groups.flatten(params)[0]
+        params = jax.tree_util.tree_map_with_path(rescale, init_params(key, cfg))
+        flat = param_groups.flatten(stacking.stack_layers(params))[0]
         return {name: x.astype(dtype_of(name)) for name, x in flat.items()}
 
-    known, unflatten = model_shapes(cfg)
-    where = params_shardings(mesh, cfg, known) if mesh else None
-    return unflatten(jax.jit(make, out_shardings=where)(jax.random.key(recipe.seed)))
-
-
-def where_of(mesh: Mesh | None, cfg: Config, name: str, x: Any) -> Any:
-    """The sharding of one parameter by its stacked name, None without a mesh."""
-    return params_shardings(mesh, cfg, {name: x})[name]
+    where = params_shardings(mesh, cfg, shapes(cfg)) if mesh else None
+    flat = jax.jit(make, out_shardings=where)(jax.random.key(recipe.seed))
+    return tree_of(cfg, {param_paths.parse_path(name): x for name, x in flat.items()})
 
 
 def held_dtypes(recipe: Recipe, cfg: Config) -> Callable[[str], Any]:
     """A function of a parameter's stacked name: the dtype in which a run holds it."""
     if recipe.lora.rank:
-        plain = recipe.lora.base in ("float32", "bfloat16")
-        base = jnp.dtype(recipe.lora.base if plain else recipe.step.dtype)
+        base = jnp.dtype(recipe.step.dtype if few_bits(recipe) else recipe.lora.base)
         return lambda name: base
-    stopped = param_groups.frozen_names(list(shapes(cfg)), recipe.train.freeze, _sparse(cfg))
+    stopped = _frozen_names(recipe, cfg)
     held, still = jnp.dtype(recipe.step.weights), jnp.dtype(recipe.step.dtype)
     return lambda name: still if name in stopped else held
 
 
+@functools.lru_cache(maxsize=4)
 def shapes(cfg: Config) -> Flat:
     """{stacked name: fp32 ShapeDtypeStruct} of a model's parameters; do not change it."""
-    return model_shapes(cfg)[0]
-
-
-@functools.lru_cache(maxsize=4)
-def model_shapes(cfg: Config) -> tuple[Flat, Callable[[Flat], Params]]:
-    """`shapes`, and the function that makes a tree of such a dict.
-
-    From the name map: tracing the 94 layers of the largest model takes seconds.
-    """
+    # From the name map: tracing the 94 layers of the largest model takes seconds.
     stacks = dict(stacked(cfg, param.path, param.shape) for param in param_specs(cfg))
     leaves = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in stacks.items()}
-    return param_groups.flatten(tree_of(cfg, leaves))
-
-
-def _rescaled(params: Params, cfg: Config, kind: str) -> Params:
-    def rescale(path, x):
-        name = path[-1].key
-        if kind != "fan_in" or x.ndim < 2 or "bias" in name or name in ("embed", "pos"):
-            return x
-        fan_in = x[0].size if name in ("o", "weight") else x.shape[-1]
-        return x * (fan_in**-0.5 / cfg.text.initializer_range)
-
-    return jax.tree_util.tree_map_with_path(rescale, params)
+    return param_groups.flatten(tree_of(cfg, leaves))[0]
 
 
 def split_trainable(recipe: Recipe, cfg: Config, params: Params) -> TrainableParams:
     """Splits parameters into trained and frozen ones, each cast to its dtype of `held_dtypes`."""
     if recipe.lora.rank:
-        return split_lora(recipe, cfg, params)
+        return lora_targets.split_lora(recipe, cfg, params)
     flat, unflatten = param_groups.flatten(params)
-    stopped = param_groups.frozen_names(list(flat), recipe.train.freeze, _sparse(cfg))
-    dtype_of = held_dtypes(recipe, cfg)
+    stopped, dtype_of = _frozen_names(recipe, cfg), held_dtypes(recipe, cfg)
     held = {name: x.astype(dtype_of(name)) for name, x in flat.items()}
 
     def merge(weights: Flat, frozen: Flat, key: Any = None) -> Params:
@@ -162,17 +127,18 @@ def split_trainable(recipe: Recipe, cfg: Config, params: Params) -> TrainablePar
     return TrainableParams(weights, {name: held[name] for name in held if name in stopped}, merge)
 
 
-def _sparse(cfg: Config) -> bool:
-    return bool(cfg.text.num_experts)
+def _frozen_names(recipe: Recipe, cfg: Config) -> set[str]:
+    freeze, sparse = recipe.train.freeze, bool(cfg.text.num_experts)
+    return param_groups.frozen_names(shapes(cfg), freeze, sparse)
 
 
 def build_optimizer(recipe: Recipe, cfg: Config, weights: Flat) -> GradientTransformation:
     """The optimizer of the trained weights. Raises InputError for train.rates of frozen ones."""
-    every, why = list(shapes(cfg)), "train.freeze holds it"
+    sparse, why = bool(cfg.text.num_experts), "train.freeze holds it"
     if recipe.lora.rank:
         why = f"LoRA trains lora.targets {list(recipe.lora.targets)} alone"
-    param_groups.check_trained(recipe.train.rates, list(weights), every, why, _sparse(cfg))
-    factors = param_groups.learning_rates(list(weights), recipe.train.rates, _sparse(cfg))
+    rates = recipe.train.rates
+    factors = param_groups.learning_rates(weights, rates, sparse, shapes(cfg), why)
     return make_optimizer(recipe.optimizer, recipe.steps, factors)
 
 
@@ -187,16 +153,18 @@ def shape_of_state(
 ) -> TrainState:
     """`initial_state` as ShapeDtypeStructs, with shardings on a mesh."""
     state = jax.eval_shape(functools.partial(initial_state, recipe, optimizer), weights)
-    return with_shardings(state, state_shardings(mesh, cfg, state)) if mesh else state
+    if mesh is None:
+        return state
+    return state_sharding.with_shardings(state, state_sharding.state_shardings(mesh, cfg, state))
 
 
 def init_train_state(
     recipe: Recipe, cfg: Config, optimizer: GradientTransformation, weights: Flat, mesh: Mesh | None
 ) -> TrainState:
     """`initial_state` in its shardings. On a mesh the weights are donated."""
-    if mesh is None:
-        return initial_state(recipe, optimizer, weights)
     make = functools.partial(initial_state, recipe, optimizer)
+    if mesh is None:
+        return make(weights)
     like = shape_of_state(recipe, cfg, optimizer, weights, mesh)
     where = jax.tree.map(lambda x: x.sharding, like)
     return jax.jit(make, donate_argnums=0, out_shardings=where)(weights)
@@ -215,11 +183,10 @@ def make_step(
     state: arrays or shapes whose shardings the new state gets; None on one device. keep_unused: unread
     arguments stay in the program, so that its memory is that of a run.
     """
-    settings = {"cfg": cfg, "step": recipe.step, "ema": recipe.optimizer.ema}
+    settings: Any = {"cfg": cfg, "step": recipe.step, "ema": recipe.optimizer.ema}
     step = functools.partial(train_step, **settings, optimizer=optimizer, merge=merge)
-    options: dict[str, Any] = {}
-    if state is not None:
-        where = jax.tree.map(lambda x: x.sharding, state)
+    where, options = jax.tree.map(lambda x: x.sharding, state), {}
+    if where is not None:
         mesh = where.step.mesh
         options["out_shardings"] = where, replicated(mesh)
         options["compiler_options"] = compiler_options(mesh)

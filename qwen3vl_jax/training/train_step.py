@@ -3,7 +3,6 @@
 Dims as in layers.py; W patch rows of P patches, M micro batches. Labels are shifted in `batch_sums`.
 """
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
@@ -17,7 +16,7 @@ from qwen3vl_jax.config import IGNORE_INDEX, Config
 from qwen3vl_jax.labels import shift_labels
 from qwen3vl_jax.model.attention import Dropout
 from qwen3vl_jax.model.structs import Params
-from qwen3vl_jax.model.transformer import full_attention, run_decoder
+from qwen3vl_jax.model.transformer import final_norm, full_attention, lm_head, run_decoder
 from qwen3vl_jax.model.vision import vision_encode
 from qwen3vl_jax.training import losses
 from qwen3vl_jax.training.data.packing import PackedBatch
@@ -29,29 +28,21 @@ from qwen3vl_jax.training.recipe import Step
 class TrainState(flax.struct.PyTreeNode):
     """Everything that a step changes, without frozen weights. A checkpoint holds all of it."""
 
-    # int32, updates done
-    step: jax.Array
-    # uint32 [2], the run's key; every step folds its number in
-    key: jax.Array
-    # {name: array} of the trained weights
-    weights: Flat
+    step: jax.Array  # int32, updates done
+    key: jax.Array  # uint32 [2], the run's key; every step folds its number in
+    weights: Flat  # {name: array} of the trained weights
     optimizer: Any
-    # int16, the low bits of compensated bf16 weights
-    compensation: Flat | None
-    # fp32, moving average of the weights
-    average: Flat | None
+    compensation: Flat | None  # int16, the low bits of compensated bf16 weights
+    average: Flat | None  # fp32, moving average of the weights
 
 
 class Sums(NamedTuple):
     """Sums over the tokens of one or more micro batches."""
 
     answers: losses.TokenSums
-    # Of image features, see PackedBatch.vision_labels.
-    vision: losses.TokenSums | None
-    # [L ..]
-    routers: losses.RouterSums | None
-    # The load-balancing loss times tokens.
-    balance: jax.Array
+    vision: losses.TokenSums | None  # of image features, see PackedBatch.vision_labels
+    routers: losses.RouterSums | None  # [L ..]
+    balance: jax.Array  # the load-balancing loss times tokens
 
 
 def init_state(
@@ -67,9 +58,8 @@ def init_state(
         none = {name: jnp.zeros(x.shape, jnp.int16) for name, x in weights.items()}
         return optimizer.init(wide), none if compensated else None, wide if ema else None
 
-    moments, left, average = begin(weights)
-    step_0 = jnp.zeros((), jnp.int32)
-    return TrainState(step_0, jax.random.key_data(key), weights, moments, left, average)
+    start = jnp.zeros((), jnp.int32), jax.random.key_data(key), weights
+    return TrainState(*start, *begin(weights))
 
 
 def batch_sums(
@@ -81,11 +71,10 @@ def batch_sums(
     token to the left; a sample's first token has weight 0, so no sample predicts the next one.
     """
     batch, how = packed.batch, {"dtype": jnp.dtype(step.dtype), "remat": step.remat}
-    features = None
+    features = dropout = vision_sums = None
     if (vision := batch.vision) is not None:
         vision = vision.replace(pixels=normalised(vision.pixels))
         features = vision_encode(params, cfg, vision, **how)
-    dropout = None
     if key is not None and step.attention_dropout:
         dropout = Dropout(named_key(key, "attention"), step.attention_dropout)
     attended = batch.segment_ids > 0
@@ -93,13 +82,14 @@ def batch_sums(
     def collect(x, kept, routed):
         return None if routed is None else losses.router_sums(routed, attended)
 
-    attend = full_attention(batch, dropout)
-    text = batch.replace(vision=None)
+    def head_sums(x: jax.Array, labels: jax.Array, weights: jax.Array) -> losses.TokenSums:
+        x, table = final_norm(params, cfg, x), lm_head(params, cfg)
+        return losses.chunked_cross_entropy(x, table, labels, weights, step.loss_chunk)
+
+    attend, text = full_attention(batch, dropout), batch.replace(vision=None)
     x, routers = run_decoder(params, cfg, text, features, attend, collect=collect, **how)
     labels = shift_labels(cast(jax.Array, batch.labels))
-    weights = shift_labels(packed.weights, 0)
-    head_sums = functools.partial(losses.lm_head_sums, params, cfg, chunk=step.loss_chunk)
-    vision_sums, balance = None, jnp.zeros((), jnp.float32)
+    weights, balance = shift_labels(packed.weights, 0), jnp.zeros((), jnp.float32)
     if packed.vision_labels is not None and features is not None:
         even = jnp.ones(packed.vision_labels.shape, jnp.float32)
         vision_sums = head_sums(features.merged, packed.vision_labels, even)
@@ -117,12 +107,9 @@ def normalised(pixels: jax.Array) -> jax.Array:
 class Totals(NamedTuple):
     """The divisors of a step's sums, over all its micro batches."""
 
-    # Sum of the weights of target tokens.
-    weight: jax.Array
-    # Image features that have a label.
-    vision: jax.Array
-    # Tokens that are not padding.
-    tokens: jax.Array
+    weight: jax.Array  # sum of the weights of target tokens
+    vision: jax.Array  # image features that have a label
+    tokens: jax.Array  # tokens that are not padding
 
 
 def step_totals(packed: PackedBatch) -> Totals:
@@ -181,10 +168,7 @@ def train_step(
 
 
 def gradients(
-    loss_fn: Callable[..., tuple[jax.Array, Sums]],
-    weights: Flat,
-    packed: PackedBatch,
-    key: jax.Array,
+    loss_fn: Callable[..., Any], weights: Flat, packed: PackedBatch, key: jax.Array
 ) -> tuple[Flat, Sums]:
     """(fp32 gradients, sums) of micro batches [M ..]. loss_fn(weights, batch, key) -> (loss, sums)."""
 
@@ -192,13 +176,12 @@ def gradients(
         grads, sums = jax.grad(loss_fn, has_aux=True)(weights, micro, jax.random.fold_in(key, i))
         return {n: g.astype(jnp.float32) for n, g in grads.items()}, sums
 
-    first = jax.tree.map(lambda x: x[0], packed)
-    if len(packed.weights) == 1:
-        return of(first, 0)
-
     def body(carry, xs):
         return jax.tree.map(jnp.add, carry, of(*xs)), None
 
+    first = jax.tree.map(lambda x: x[0], packed)
+    if len(packed.weights) == 1:
+        return of(first, 0)
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of, first, 0))
     return jax.lax.scan(body, zero, (packed, jnp.arange(len(packed.weights))))[0]
 
@@ -209,33 +192,28 @@ def updated(
     """The state after one update with fp32 gradients. key: of stochastic rounding."""
     updates, moments = optimizer.update(grads, state.optimizer, state.weights)
     updates, low_bits = cast(Flat, updates), state.compensation or {}
-    pairs = {
-        n: apply_update(n, w, updates[n], key, low_bits.get(n)) for n, w in state.weights.items()
-    }
-    weights = {n: new for n, (new, _) in pairs.items()}
-    low_bits = state.compensation and {n: low for n, (_, low) in pairs.items()}
+    old = state.weights.items()
+    new = {n: apply_update(n, weight, updates[n], key, low_bits.get(n)) for n, weight in old}
+    weights = {n: weight for n, (weight, _) in new.items()}
+    low_bits = state.compensation and {n: low for n, (_, low) in new.items()}
     average = state.average and {
-        n: ema * old + (1 - ema) * exact(*pairs[n]) for n, old in state.average.items()
+        n: ema * old + (1 - ema) * exact(*new[n]) for n, old in state.average.items()
     }
     return TrainState(state.step + 1, state.key, weights, moments, low_bits, average)
 
 
 def step_metrics(sums: Sums, totals: Totals) -> dict[str, jax.Array]:
     """Metrics: means of the parts of the loss, and the experts' load."""
-    out = {
-        "loss": sums.answers.loss / totals.weight,
-        "accuracy": sums.answers.correct / jnp.maximum(sums.answers.tokens, 1),
-        "targets": sums.answers.tokens,
-        "tokens": totals.tokens,
-    }
+    answers = sums.answers
+    out = {"loss": answers.loss / totals.weight}
+    out |= {"accuracy": answers.correct / jnp.maximum(answers.tokens, 1)}
+    out |= {"targets": answers.tokens, "tokens": totals.tokens}
     if sums.vision is not None:
         out["vision_loss"] = sums.vision.loss / totals.vision
     if sums.routers is not None:
         load = jnp.sum(sums.routers.counts, 1)  # [L E]
-        load = load / jnp.maximum(jnp.sum(load, -1, keepdims=True), 1)
         # 1 is an even load.
-        even = load * load.shape[-1]
-        out |= {"balance_loss": sums.balance / totals.tokens}
+        even = load / jnp.maximum(jnp.sum(load, -1, keepdims=True), 1) * load.shape[-1]
+        out |= {"balance_loss": sums.balance / totals.tokens, "expert_load": jnp.mean(even, 0)}
         out |= {"expert_load_max": jnp.max(even), "expert_load_min": jnp.min(even)}
-        out |= {"expert_load": jnp.mean(even, 0)}
     return out

@@ -1,7 +1,6 @@
 """Weights read straight into their shards: the values of one device, each array where RULES put it."""
 
 import dataclasses
-import functools
 import json
 
 import adapters
@@ -24,7 +23,6 @@ from qwen3vl_jax.checkpoint.device_load import Source, path_shardings, weights_b
 from qwen3vl_jax.checkpoint.hf_reader import open_hf
 from qwen3vl_jax.checkpoint.param_paths import flatten
 from qwen3vl_jax.checkpoint.peft_io import save_adapter
-from qwen3vl_jax.training import train_model
 from qwen3vl_jax.training.stacked_load import load_stacked
 
 LAYERS = {"num_hidden_layers": 1}
@@ -84,7 +82,6 @@ def test_training_reads_only_its_shards(sparse, tmp_path, monkeypatch):
     """Stacked layers on a mesh: the values of one device, and no tensor is ever read whole."""
     directories = written(tmp_path, sparse)
     want = [load_stacked(directory, lambda name: "float32") for directory in directories]
-    cfg = q3.Config.from_hf(directories[0])
 
     def parts_alone(leaf):
         return dataclasses.replace(leaf, load=lambda: pytest.fail("reads the whole tensor"))
@@ -93,9 +90,8 @@ def test_training_reads_only_its_shards(sparse, tmp_path, monkeypatch):
     monkeypatch.setattr(
         Source, "asked", lambda self: {p: parts_alone(x) for p, x in asked(self).items()}
     )
-    where = functools.partial(train_model.where_of, mesh(), cfg)
     for directory, one in zip(directories, want, strict=True):
-        got = load_stacked(directory, lambda name: "float32", where_of=where)
+        got = load_stacked(directory, lambda name: "float32", mesh=mesh())
         same(got, one)
         assert got["layers"]["attn"]["qkv"].sharding.spec == P(None, "tensor", None, None, "fsdp")
 

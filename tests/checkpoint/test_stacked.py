@@ -4,14 +4,12 @@ import jax
 import numpy as np
 import pytest
 import train_files
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 import qwen3vl_jax as q3
 from convert.to_orbax import to_orbax
 from qwen3vl_jax.checkpoint.param_paths import flatten
 from qwen3vl_jax.device_mesh import make_mesh
-from qwen3vl_jax.training import param_groups, train_model
+from qwen3vl_jax.training import param_groups, state_sharding, train_model
 from qwen3vl_jax.training.stacked_load import layers_of, load_stacked, paths_of
 
 
@@ -33,7 +31,9 @@ def test_stacked_arrays_are_those_of_load(tmp_path, moe):
     assert [(n, x.shape) for n, x in flat.items()] == [(n, x.shape) for n, x in shapes.items()]
     left = dict(flatten(params))
     for name, stack in flat.items():
-        for (path, layer), place in zip(layers_of(name, np.asarray(stack)), paths_of(name, cfg)):
+        for (path, layer), place in zip(
+            layers_of(name, np.asarray(stack)), paths_of(name, stack.shape)
+        ):
             assert path == place and np.array_equal(layer, left.pop(path))
     assert not left
 
@@ -49,21 +49,18 @@ def test_each_parameter_has_the_dtype_it_is_held_in(tmp_path):
 
 
 def test_a_mesh_gets_the_same_arrays_in_its_shards(tmp_path):
-    """where_of decides where each stack lies, and nothing else changes."""
+    """The mesh decides where each stack lies, and nothing else changes."""
     train_files.checkpoint(tmp_path / "hf")
     to_orbax(tmp_path / "hf", tmp_path / "orbax")
     mesh = make_mesh({"fsdp": 4, "tensor": 2})
-
-    def where(name, x):
-        cut = [i for i, n in enumerate(x.shape) if n % 4 == 0 and i]
-        axes = [None] * x.ndim
-        for i, axis in zip(cut, ("fsdp", "tensor")):
-            axes[i] = axis
-        return NamedSharding(mesh, P(*axes))
-
+    cfg = q3.Config.from_hf(tmp_path / "hf")
+    where = state_sharding.params_shardings(mesh, cfg, train_model.shapes(cfg))
+    assert len({x.spec for x in where.values()}) > 3
     want = load_stacked(tmp_path / "hf", lambda name: "float32")
     for form in ("hf", "orbax"):
-        got = load_stacked(tmp_path / form, lambda name: "float32", where_of=where)
+        got = load_stacked(tmp_path / form, lambda name: "float32", mesh=mesh)
         assert jax.tree.structure(got) == jax.tree.structure(want)
-        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
-            assert a.sharding == where("", a) and np.array_equal(a, b)
+        others = param_groups.flatten(want)[0]
+        for name, a in param_groups.flatten(got)[0].items():
+            assert a.sharding.is_equivalent_to(where[name], a.ndim), name
+            assert np.array_equal(a, others[name])

@@ -15,7 +15,7 @@ import tiny
 import qwen3vl_jax as q3
 from qwen3vl_jax.runtime import chips
 from qwen3vl_jax.training import recipe, train_step
-from qwen3vl_jax.training.environment import deterministic_flags, make_deterministic
+from qwen3vl_jax.training.environment import FLAGS, make_deterministic
 from qwen3vl_jax.training.reporting import flops
 
 
@@ -160,14 +160,15 @@ def test_a_scanned_step_holds_no_logits_and_no_second_weights():
 
 def test_flags_of_bit_equality():
     """What is set stays, what contradicts is replaced, twice is once."""
-    once = deterministic_flags("--xla_a=1 --xla_gpu_autotune_level=4")
-    assert once.split() == [
-        "--xla_a=1",
-        "--xla_gpu_deterministic_ops=true",
-        "--xla_gpu_autotune_level=0",
-    ]
-    assert deterministic_flags(once) == once
-    environ = {}
+    environ = {"XLA_FLAGS": "--xla_a=1 --xla_gpu_autotune_level=4"}
+    for _ in range(2):
+        make_deterministic(environ)
+        assert environ["XLA_FLAGS"].split() == [
+            "--xla_a=1",
+            "--xla_gpu_deterministic_ops=true",
+            "--xla_gpu_autotune_level=0",
+        ]
+    environ.clear()
     make_deterministic(environ)
-    assert environ == {"XLA_FLAGS": deterministic_flags()}
+    assert environ == {"XLA_FLAGS": " ".join(FLAGS)}
     assert dataclasses.is_dataclass(flops.Counts) and np.isfinite(jnp.float32(1))
