@@ -35,6 +35,14 @@ class Settings:
     inputs: Mapping[str, Any]  # options of the processor
     rows: int = 16
     prefill_chunk: int | None = None
+    # What else an answer depends on, as the checkpoint.
+    made_with: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def of_answers(self) -> dict[str, Any]:
+        """What answers depend on: sampling is there key by key, rows and chunks change none."""
+        found = {**vars(self), **self.sampling, **self.made_with}
+        beside = ("sampling", "made_with", "rows", "prefill_chunk")
+        return {k: v for k, v in found.items() if k not in beside}
 
 
 @dataclasses.dataclass(frozen=True)

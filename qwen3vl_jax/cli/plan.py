@@ -12,8 +12,7 @@ PLANNED_LENGTH = 32768  # tokens of prompt and answer that are planned for witho
 def run(args: argparse.Namespace, *_: object) -> None:
     """Prints the plan; exit code 1 where it does not fit."""
     machine = read_machine(args.plan, args.slices)
-    # Before jax is imported.
-    prepare_environment(machine)
+    prepare_environment(machine)  # before jax is imported
     import jax.numpy as jnp
 
     from qwen3vl_jax.planning.command import plan_serving

@@ -91,17 +91,12 @@ def table(times: Times, programs: dict[str, list[dict[str, str]]], mlp: str = "m
     return out
 
 
-def _stop(folder: str) -> None:
-    """Ends the trace and writes it. Raises InputError where that is not possible, as on a full disk."""
-    try:
-        jax.profiler.stop_trace()
-    except (jax.errors.JaxRuntimeError, OSError) as error:
-        raise InputError(f"--profile {folder}: not written: {one_line(error)[:200]}") from None
-
-
 @contextlib.contextmanager
 def profiled(folder: str, mlp: str) -> Iterator[None]:
-    """Traces the block, then prints the table on stderr; of several processes the first one does."""
+    """Traces the block, then prints the table on stderr; of several processes the first one does.
+
+    Raises InputError for a trace that cannot be written, as on a full disk.
+    """
     options, first, before = ProfileOptions(), jax.process_index() == 0, getattr(jax.config, _KEY)
     options.python_tracer_level = 0
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -113,14 +108,18 @@ def profiled(folder: str, mlp: str) -> Iterator[None]:
         yield
     finally:
         jax.config.update(_KEY, before)
-        if first:
-            _stop(folder)
+        try:
+            if first:
+                jax.profiler.stop_trace()
+        except (jax.errors.JaxRuntimeError, OSError) as e:
+            raise InputError(f"--profile {folder}: not written: {one_line(e)[:200]}") from None
     if first:
         newest = max(Path(folder).rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
         device = "/host:CPU" if jax.default_backend() == "cpu" else r"/device:[GT]PU:\d+"
         planes = ProfileData.from_file(str(newest)).planes
         times = op_times(plane for plane in planes if re.fullmatch(device, plane.name))
-        ran = [m for x in jax.devices()[0].client.live_executables() for m in x.hlo_modules()]
-        names = {name: [m for m in ran if m.name == name] for name, _ in times}
-        programs = {name: [parts_of(m.to_string()) for m in names[name]] for name in names}
+        programs: dict[str, list[dict[str, str]]] = {name: [] for name, _ in times}
+        ran = jax.devices()[0].client.live_executables()
+        for module in (m for x in ran for m in x.hlo_modules() if m.name in programs):
+            programs[module.name].append(parts_of(module.to_string()))
         Console(stderr=True).print(table(times, programs, mlp))

@@ -52,8 +52,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def plan(args: argparse.Namespace, recipe: Recipe) -> bool:
     """Compiles the recipe's step for a machine that is not here; whether it, or one of a search, fits."""
     machine = machines.read_machine(args.plan, args.slices)
-    # Before jax is imported.
-    machines.prepare_environment(machine)
+    machines.prepare_environment(machine)  # before jax is imported
     from qwen3vl_jax.planning import command
 
     if args.search:
