@@ -165,9 +165,8 @@ class Journal:
         self.log.sync()
         for path in others:
             with contextlib.closing(AppendLog(path, self._busy)) as log:
-                for number, place in self._read_log(log).items():
-                    if number not in self.done:
-                        self._append(number, log.read(*place))
+                for place in self._read_log(log).values():
+                    self.absorb([log.read(*place).decode()])
                 self.log.sync()
                 log.remove()
 
@@ -215,7 +214,7 @@ class Journal:
                 what = f"line {number} of the input {change}"
                 raise InputError(f"{path}: {what}; put it back, or {self._afresh}")
 
-    def _append(self, number: int, text: bytes, error: bool = False) -> None:
+    def _append(self, number: int, text: bytes, error: bool) -> None:
         """Adds a line of a log with the result of line `number` of the input."""
         with self._writing():
             self.done[number] = self.log.append(text), len(text)

@@ -47,10 +47,7 @@ def parts_of(text: str) -> dict[str, str]:
 
 
 def op_times(planes: Iterable[Any]) -> Times:
-    """The times of the ops of a trace; a loop's are without those of its body.
-
-    A GPU's and a CPU's events name their op and its program. On a TPU a line of its own has the programs.
-    """
+    """The times of the ops of a trace; a loop's are without those of its body."""
     times: Times = defaultdict(Counter)
     for plane in planes:
         lines = {line.name: line.events for line in plane.lines}
@@ -61,6 +58,7 @@ def op_times(planes: Iterable[Any]) -> Times:
                 stats = dict(e.stats)
                 program = stats.get("hlo_module"), stats.get("program_id")
                 op = stats.get("hlo_op")
+                # On a TPU a line of its own has the programs; else each event names its own.
                 if line.name == "XLA Ops" and runs and not op:
                     run = runs[max(bisect.bisect(runs, (e.start_ns, "~")) - 1, 0)][1]
                     program, op = (run.partition("(")[0], run), e.name.lstrip("%").split()[0]
@@ -93,10 +91,7 @@ def table(times: Times, programs: dict[str, list[dict[str, str]]], mlp: str = "m
 
 @contextlib.contextmanager
 def profiled(folder: str, mlp: str) -> Iterator[None]:
-    """Traces the block, then prints the table on stderr; of several processes the first one does.
-
-    Raises InputError for a trace that cannot be written, as on a full disk.
-    """
+    """Traces the block; then the first process prints the table on stderr. Raises InputError."""
     options, first, before = ProfileOptions(), jax.process_index() == 0, getattr(jax.config, _KEY)
     options.python_tracer_level = 0
     Path(folder).mkdir(parents=True, exist_ok=True)

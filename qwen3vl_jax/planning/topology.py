@@ -10,11 +10,9 @@ from typing import Any
 from jax.experimental import topologies
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.planning.machines import GPUS_A_HOST, Machine, check_installed
+from qwen3vl_jax.planning.machines import GPUS_A_HOST, Machine
 from qwen3vl_jax.runtime.chips import GPU_SHARE
 
-# Both cores of a chip as one device, as on a VM.
-_MEGACORE = {"v4": {"chip_config_name": "megacore"}}
 _GPU_NAMES = {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200"}
 # What XLA must be told of a GPU that it cannot ask: NVIDIA's figures of the Hopper chips.
 _HOPPER = """gpu_device_info {{
@@ -46,10 +44,9 @@ device_description_str: "{name}"
 
 def devices_of(machine: Machine) -> list[Any]:
     """The devices of a machine, to compile for and not to run on. Raises InputError."""
-    check_installed(machine)
-    tpu = machine.chip.platform == "tpu"
+    describe = _tpu if machine.chip.platform == "tpu" else _gpu
     try:
-        return list((_tpu(machine) if tpu else _gpu(machine)).devices)
+        return list(describe(machine).devices)
     except Exception as error:  # the compilers raise whatever they like
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"--plan {machine}: the compiler refuses this shape: {reason}") from None
@@ -83,7 +80,8 @@ def _is_slice(devices: Sequence[Any]) -> bool:
 
 def _tpu(machine: Machine) -> Any:
     name = f"{machine.name}:{'x'.join(map(str, machine.shape))}"
-    options: dict[str, Any] = dict(_MEGACORE.get(machine.name, {}))
+    # Both cores of a v4 chip as one device, as on a VM.
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if machine.name == "v4" else {}
     if machine.slices > 1:
         options["num_slices"] = machine.slices
     if machine.chips < 4:  # less than the chips of a host
@@ -92,21 +90,16 @@ def _tpu(machine: Machine) -> Any:
 
 
 def _gpu(machine: Machine) -> Any:
-    _find_ptxas()
-    hosts = max(machine.chips // GPUS_A_HOST, 1)
-    shape = f"1x{hosts}x{machine.chips // hosts}"  # partitions, hosts, devices of a host
-    chip = machine.chip
-    memory, name = round(chip.hbm / GPU_SHARE), _GPU_NAMES[machine.name]
-    description = _HOPPER.format(rate=round(chip.hbm_rate), memory=memory, name=name)
-    return topologies.get_topology_desc(
-        shape, platform="cuda", topology=shape, target_config=description
-    )
-
-
-def _find_ptxas() -> None:
-    """Puts the assembler of NVIDIA's wheels on the path, where XLA looks for it."""
+    # XLA looks for the assembler of NVIDIA's wheels on the path.
     spec = importlib.util.find_spec("nvidia")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         binaries = Path(folder) / "cuda_nvcc" / "bin"
         if binaries.is_dir():
             os.environ["PATH"] = f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}"
+    hosts = max(machine.chips // GPUS_A_HOST, 1)
+    shape = f"1x{hosts}x{machine.chips // hosts}"  # partitions, hosts, devices of a host
+    sizes = {"rate": round(machine.chip.hbm_rate), "memory": round(machine.chip.hbm / GPU_SHARE)}
+    description = _HOPPER.format(name=_GPU_NAMES[machine.name], **sizes)
+    return topologies.get_topology_desc(
+        shape, platform="cuda", topology=shape, target_config=description
+    )
