@@ -70,7 +70,7 @@ def read_lines(path: Path) -> list[Line]:
     return found
 
 
-class Journal:
+class Journal(contextlib.AbstractContextManager):
     """The results so far, in OUT.partial while there is work; a context manager."""
 
     def __init__(self, out: Path, lines: list[Line], settings: Mapping[str, Any], index: int = 0):
@@ -102,9 +102,6 @@ class Journal:
                     self.log.remove()
             self.log.close()
             raise
-
-    def __enter__(self) -> "Journal":
-        return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         # The block's own error comes first.
@@ -215,7 +212,6 @@ class Journal:
                 raise InputError(f"{path}: {what}; put it back, or {self._afresh}")
 
     def _append(self, number: int, text: bytes, error: bool) -> None:
-        """Adds a line of a log with the result of line `number` of the input."""
         with self._writing():
             self.done[number] = self.log.append(text), len(text)
         self.errors += error
@@ -275,5 +271,4 @@ def _line(entry: Mapping[str, Any]) -> bytes:
 
 
 def _checksum(line: bytes) -> bytes:
-    """The checksum and the end of a line."""
     return hashlib.blake2b(line, digest_size=8).hexdigest().encode() + b'"}\n'

@@ -34,12 +34,10 @@ def open_checkpoint(args: argparse.Namespace) -> tuple[Path, q3.Processor]:
 def max_length(args: argparse.Namespace, processor: q3.Processor) -> int:
     """Tokens that prompt and answer may have together."""
     positions = processor.config.text.max_position_embeddings
-    if args.max_len is None:
-        return positions
-    if args.max_len > positions:
+    if args.max_len is not None and args.max_len > positions:
         has = f"the model has {positions} positions (max_position_embeddings)"
         print(f"--max-len {args.max_len}: {has}, answers beyond may be bad", file=sys.stderr)
-    return args.max_len
+    return args.max_len or positions
 
 
 def read_sampling(args: argparse.Namespace, processor: q3.Processor) -> q3.Sampling:

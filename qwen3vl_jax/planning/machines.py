@@ -105,7 +105,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGro
 
 
 def check_plan_arguments(args: argparse.Namespace) -> None:
-    """Raises InputError for an option of --plan without it, and for what does not go together."""
+    """Sets `machine`. Raises InputError for options of --plan without it, or not for one another."""
     defaults = {"slices": 1, "save": None, "search": False}
     for name, default in defaults.items():
         if not args.plan and getattr(args, name, default) != default:
@@ -114,8 +114,7 @@ def check_plan_arguments(args: argparse.Namespace) -> None:
         raise InputError(f"--tries is {args.tries}, expected a number from 0")
     if args.save and getattr(args, "search", False):
         raise InputError("--save: not with --search, which compiles many")
-    if args.plan:
-        read_machine(args.plan, args.slices)
+    args.machine = read_machine(args.plan, args.slices) if args.plan else None
     if args.save and not is_remote(args.save) and not args.save.parent.is_dir():
         raise InputError(f"--save {args.save}: no such directory {args.save.parent}")
     if args.save and kind(args.save) == "folder":

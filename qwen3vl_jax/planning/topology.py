@@ -44,9 +44,26 @@ device_description_str: "{name}"
 
 def devices_of(machine: Machine) -> list[Any]:
     """The devices of a machine, to compile for and not to run on. Raises InputError."""
-    describe = _tpu if machine.chip.platform == "tpu" else _gpu
+    options: dict[str, Any] = {}
+    if machine.chip.platform == "tpu":
+        name, platform = f"{machine.name}:{'x'.join(map(str, machine.shape))}", "tpu"
+        if machine.name == "v4":  # both cores of a chip as one device, as on a VM
+            options["chip_config_name"] = "megacore"
+        if machine.slices > 1:
+            options["num_slices"] = machine.slices
+        if machine.chips < 4:  # less than the chips of a host
+            options["chips_per_host_bounds"] = (*machine.shape, 1, 1)[:3]
+    else:
+        _find_ptxas()
+        hosts = max(machine.chips // GPUS_A_HOST, 1)
+        # Partitions, hosts, devices of a host.
+        name, platform = f"1x{hosts}x{machine.chips // hosts}", "cuda"
+        memory = round(machine.chip.hbm / GPU_SHARE)
+        sizes = {"rate": round(machine.chip.hbm_rate), "memory": memory}
+        target = _HOPPER.format(name=_GPU_NAMES[machine.name], **sizes)
+        options = {"topology": name, "target_config": target}
     try:
-        return list(describe(machine).devices)
+        return list(topologies.get_topology_desc(name, platform, **options).devices)
     except Exception as error:  # the compilers raise whatever they like
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"--plan {machine}: the compiler refuses this shape: {reason}") from None
@@ -78,28 +95,10 @@ def _is_slice(devices: Sequence[Any]) -> bool:
     return math.prod(sizes) == len(devices) and not any(n & (n - 1) for n in sizes)
 
 
-def _tpu(machine: Machine) -> Any:
-    name = f"{machine.name}:{'x'.join(map(str, machine.shape))}"
-    # Both cores of a v4 chip as one device, as on a VM.
-    options: dict[str, Any] = {"chip_config_name": "megacore"} if machine.name == "v4" else {}
-    if machine.slices > 1:
-        options["num_slices"] = machine.slices
-    if machine.chips < 4:  # less than the chips of a host
-        options["chips_per_host_bounds"] = (*machine.shape, 1, 1)[:3]
-    return topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
-
-
-def _gpu(machine: Machine) -> Any:
-    # XLA looks for the assembler of NVIDIA's wheels on the path.
+def _find_ptxas() -> None:
+    """Puts the assembler of NVIDIA's wheels on the path, where XLA looks for it."""
     spec = importlib.util.find_spec("nvidia")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         binaries = Path(folder) / "cuda_nvcc" / "bin"
         if binaries.is_dir():
             os.environ["PATH"] = f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}"
-    hosts = max(machine.chips // GPUS_A_HOST, 1)
-    shape = f"1x{hosts}x{machine.chips // hosts}"  # partitions, hosts, devices of a host
-    sizes = {"rate": round(machine.chip.hbm_rate), "memory": round(machine.chip.hbm / GPU_SHARE)}
-    description = _HOPPER.format(name=_GPU_NAMES[machine.name], **sizes)
-    return topologies.get_topology_desc(
-        shape, platform="cuda", topology=shape, target_config=description
-    )

@@ -64,14 +64,15 @@ def traffic(module: Module, devices: int, name: str = "", times: float = 1.0) ->
         elif x.op in ("conditional", "call"):
             inside = x.branches() if x.op == "conditional" else [x.called("to_apply") or ""]
         elif x.op not in _FREE and not x.op.endswith("-done"):
-            memory += _memory(module, x, shapes)
+            given = [shapes.get(operand, "") for operand in x.operands]
+            memory += _memory(module, x, given)
+            found += _host_copies(x, given, times)
         if inside:
             parts = (traffic(module, devices, part, times * count) for part in inside)
             least = min(parts, key=lambda part: part.memory)
             memory, unknown = memory + count * least.memory, unknown + least.unknown_loops
             found += least.collectives
-    found += _collectives(module, name, times, devices)
-    return Traffic(memory, [*found, *_host_copies(module, name, times)], unknown)
+    return Traffic(memory, [*found, *_collectives(module, name, times, devices)], unknown)
 
 
 def _collectives(module: Module, name: str, times: float, devices: int) -> Iterator[Collective]:
@@ -95,22 +96,31 @@ def _collectives(module: Module, name: str, times: float, devices: int) -> Itera
             kind = "reduce-scatter" if scatters and kind == "all-reduce" else kind
             started = x.op.endswith("-start") or held.endswith("-start")
             beside = started or (held == "fusion" and not scatters)
-            yield Collective(kind, times, _moved(x, kind, len(group)), group, beside)
+            parts = [part.size for part in arrays(x.shape)]
+            # (what goes in, what comes out, ..)
+            if x.op.endswith("-start") and kind != "all-reduce":
+                parts = parts[len(x.operands) : 2 * len(x.operands)]
+            # A reduce-scatter written as an all-reduce makes the whole array.
+            whole = kind == "reduce-scatter" and not x.op.startswith(kind)
+            moved = sum(parts) * _share("all-gather" if whole else kind, len(group))
+            yield Collective(kind, times, moved, group, beside)
 
 
-def _host_copies(module: Module, name: str, times: float) -> Iterator[Collective]:
-    """What one computation writes to the memory of the host and reads of it, as remat "offload" does."""
-    shapes = {x.name: x.shape for x in module.computations[name]}
-    for x in module.computations[name]:
-        if x.op in _FREE or x.op.endswith("-done"):
-            continue
-        given = [part for n in x.operands for part in arrays(shapes.get(n, ""))]
-        made = list(arrays(result(x)))
-        if any(part.host for part in made):  # an update of a part of it, or all
-            if sent := max((part.size for part in given if not part.host), default=0):
-                yield Collective(TO_HOST, times, float(sent), ())
-        elif any(part.host for part in given):
-            yield Collective(FROM_HOST, times, float(sum(part.size for part in made)), ())
+def _share(kind: str, count: int) -> float:
+    """Of the bytes that a collective makes, how many times as much each of `count` devices receives."""
+    shares = {"all-reduce": 2 * (count - 1) / count, "reduce-scatter": count - 1.0}
+    return shares.get(kind, (count - 1) / count if kind.startswith("all-") else 1.0)
+
+
+def _host_copies(x: Instruction, shapes: list[str], times: float) -> Iterator[Collective]:
+    """What is written to the memory of the host or read of it, as remat "offload" does."""
+    given = [part for shape in shapes for part in arrays(shape)]
+    made = list(arrays(result(x)))
+    if any(part.host for part in made):  # an update of a part of it, or all
+        if sent := max((part.size for part in given if not part.host), default=0):
+            yield Collective(TO_HOST, times, float(sent), ())
+    elif any(part.host for part in given):
+        yield Collective(FROM_HOST, times, float(sum(part.size for part in made)), ())
 
 
 def _inside(module: Module, name: str) -> Iterator[tuple[Instruction, str, bool]]:
@@ -130,21 +140,6 @@ def _inside(module: Module, name: str) -> Iterator[tuple[Instruction, str, bool]
             yield y, held, scatters or "all-reduce-scatter" in inner
 
 
-def _moved(x: Instruction, kind: str, count: int) -> float:
-    """Bytes that each of `count` devices receives."""
-    parts = [part.size for part in arrays(x.shape)]
-    if x.op.endswith("-start") and kind != "all-reduce":  # (what goes in, what comes out, ..)
-        parts = parts[len(x.operands) : 2 * len(x.operands)]
-    out, share = sum(parts), (count - 1) / count
-    if kind == "collective-permute":
-        return float(out)
-    if kind == "all-reduce":
-        return 2 * share * out
-    if kind == "reduce-scatter" and x.op.startswith("reduce-scatter"):
-        return (count - 1) * float(out)
-    return share * out  # all-gather and all-to-all; a reduce-scatter written as an all-reduce
-
-
 def _between_slices(x: Instruction, times: float) -> Collective | None:
     """What one device receives from its like in other slices, from a recv of the hosts' runtime."""
     target, exchange = _TARGET.search(x.rest), _TYPE.search(x.rest)
@@ -153,18 +148,14 @@ def _between_slices(x: Instruction, times: float) -> Collective | None:
     if match := re.fullmatch(r"\{([\d,:]+)\}x\{([\d,:]+)\}", target[1]):
         slices, inside = _numbers(match[1]), len(_numbers(match[2]))
     else:
-        first, every = (
-            re.findall(r"\d+", target[1].partition("}")[0]),
-            re.findall(r"\d+", target[1]),
-        )
+        first = re.findall(r"\d+", target[1].partition("}")[0])
         slices = sorted({int(n) // _SLICE for n in first})
-        inside = len({n for n in every if int(n) // _SLICE == slices[0]})
-    out, count = float(next(arrays(x.shape)).size), len(slices)
+        every = {int(n) for n in re.findall(r"\d+", target[1])}
+        inside = sum(n // _SLICE == slices[0] for n in every)
     kind = exchange[1].lower().replace("_", "-").replace("one-to-one", "collective-permute")
-    shares = {"all-reduce": 2 * (count - 1) / count, "reduce-scatter": count - 1.0}
-    share = shares.get(kind, (count - 1) / count if kind.startswith("all-") else 1.0)
+    moved = _share(kind, len(slices)) * next(arrays(x.shape)).size
     group = tuple((n - min(slices)) * inside for n in slices)
-    return Collective(kind + BETWEEN, times, share * out, group)
+    return Collective(kind + BETWEEN, times, moved, group)
 
 
 def _numbers(text: str) -> list[int]:
@@ -201,9 +192,8 @@ def _ints(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split(",")))
 
 
-def _memory(module: Module, x: Instruction, shapes: dict[str, str]) -> float:
-    """Bytes of main memory that one instruction reads and writes."""
-    given = [shapes.get(name, "") for name in x.operands]
+def _memory(module: Module, x: Instruction, given: list[str]) -> float:
+    """Bytes of main memory that one instruction reads and writes. given: the shapes of its operands."""
     # The result of what runs beside others begins with what it is given.
     ends = list(arrays(x.shape))[:2]
     if x.op == "fusion" and (inner := x.called("calls")):

@@ -51,11 +51,8 @@ def slice_hosts(environ: Mapping[str, str] = os.environ) -> int:
 
 def notice(environ: Mapping[str, str] = os.environ) -> str:
     """Why this host is about to be taken away, as the server says it, or ""."""
-    for key, well in NOTICES.items():
-        value = metadata(key, environ)
-        if value and value not in well:
-            return f"{key} {value}"
-    return ""
+    found = ((key, metadata(key, environ)) for key in NOTICES)
+    return next((f"{key} {value}" for key, value in found if value not in ("", *NOTICES[key])), "")
 
 
 @contextmanager

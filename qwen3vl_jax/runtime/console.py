@@ -107,7 +107,7 @@ def run_script(main: Callable[[], Any]) -> None:
             with contextlib.suppress(OSError, ValueError):
                 show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
                 print(f"{show_cursor}interrupted", file=sys.stderr)
-            _exit(130)
+            exit_now(130)
 
     before = signal.signal(signal.SIGINT, interrupt)
     code: Any = 0
@@ -121,7 +121,7 @@ def run_script(main: Callable[[], Any]) -> None:
                 raise
             code = report(KeyboardInterrupt())
         if code == 130:
-            _exit(130)
+            exit_now(130)
     signal.signal(signal.SIGINT, before)
     sys.exit(code)
 
@@ -132,7 +132,8 @@ def hide_complaints() -> None:
     warnings.simplefilter("ignore")
 
 
-def _exit(code: int) -> NoReturn:
+def exit_now(code: int) -> NoReturn:
+    """Ends the process without the interpreter's shutdown; what was printed is shown."""
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
@@ -142,7 +143,7 @@ def _exit(code: int) -> NoReturn:
 def end_process(code: int) -> NoReturn:
     """Ends the process without the interpreter's shutdown, in which threads of libraries may crash."""
     atexit._run_exitfuncs()
-    _exit(code)
+    exit_now(code)
 
 
 @contextlib.contextmanager
@@ -190,7 +191,7 @@ def sigterm_interrupts(seconds: float) -> Iterator[None]:
         yield
 
 
-class Status:
+class Status(contextlib.AbstractContextManager):
     """What a command is doing, on stderr: a spinner on a terminal, elsewhere a line a step.
 
     The line is printed when the step is done or after DELAY seconds: bad input prints its one line alone.
@@ -225,9 +226,6 @@ class Status:
             if not failed:
                 print(*self._line.args, **self._line.kwargs)
         self._spinner = self._line = None
-
-    def __enter__(self) -> "Status":
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.stop(failed=error[0] is not None)

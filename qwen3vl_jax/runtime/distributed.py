@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.runtime.cloud_host import HOSTS, has_server, slice_hosts
-from qwen3vl_jax.runtime.console import EXPECTED, report
+from qwen3vl_jax.runtime.console import EXPECTED, exit_now, report
 
 _T = TypeVar("_T")
 # Seconds of silence after which a process counts as gone. A cloud may pause a host to move it.
@@ -149,9 +149,7 @@ def end_together(run: Callable[[], _T], kept: str = "the last checkpoint") -> _T
         if not isinstance(error, Exception):
             with suppress(Exception):  # JAX aborts those that find process 0 gone
                 _barrier("interrupted", 1000 * GRACE)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        exit_now(code)
 
 
 def is_alone() -> bool:
