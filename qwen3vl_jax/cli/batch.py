@@ -15,6 +15,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
 from qwen3vl_jax.cli import common
 from qwen3vl_jax.cli.batch_journal import Journal, Line, Result, digest_of, read_lines
 from qwen3vl_jax.cli.batch_lines import Prepared, Settings, read_ahead, read_line
@@ -130,9 +133,6 @@ class _Work:
     """Lines answered into a journal, with a progress bar if `shown`."""
 
     def __init__(self, proc, source, settings, journal: Journal, missing: list[Line], shown: bool):
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
         self.proc, self.source, self.settings, self.journal = proc, source, settings, journal
         self.missing, self.shown, self.there = missing, shown, len(journal.done)
         self.total, self.start = self.there + len(missing), 0.0

@@ -77,7 +77,7 @@ def converse(
     turn is one line.
     """
     opening = [{"role": "system", "content": system}] if system else []
-    messages, media, state = list(opening), media or [], None
+    messages, media, state = list(opening), list(media or ()), None
     print(HELP, file=sys.stderr)
     while True:
         try:
