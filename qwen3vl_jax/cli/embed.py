@@ -21,9 +21,10 @@ def run(args: argparse.Namespace, scope: contextlib.ExitStack, status: Status) -
         ask = retrieval_prompts.rerank_conversation
         documents = map(retrieval_prompts.document, args.document)
         conversations = [ask(query, document, args.instruction) for document in documents]
-        yes_no = retrieval_prompts.yes_no_ids(processor.tokenizer)
     items = [item for found in conversations for message in found for item in message["content"]]
     check_media(args, {item["type"] for item in items}, "there is no {}; leave it out")
+    if args.rerank:
+        yes_no = retrieval_prompts.yes_no_ids(processor.tokenizer)
     batch = processor(conversations, **input_options(args))
     import jax
 
