@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -14,19 +15,16 @@ from qwen3vl_jax.cli.infer_arguments import check_media, input_options, read_mes
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.encoded_prompt import EncodedPrompt, EncodedVideo, to_hf_arrays
 from qwen3vl_jax.processing.media import load_image
-from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.processing.tokenizer import TextStream
 from qwen3vl_jax.runtime import distributed
 from qwen3vl_jax.runtime.console import Clock, Status, memory_advice, memory_of_batch
 
-ADVICE = "--max-pixels, --max-len, or --dtype bfloat16"
-
 
 class Prompt(NamedTuple):
-    """One conversation ready for the model: `encoded` is of Processor.encode."""
+    """One conversation ready for the model."""
 
     directory: Path
-    processor: Processor
+    processor: q3.Processor
     encoded: EncodedPrompt
     messages: list[dict]
     limit: int  # tokens of prompt and answer
@@ -43,7 +41,10 @@ def run(args: argparse.Namespace, scope: contextlib.ExitStack, status: Status) -
             seen += [prompt.encoded.ids.tobytes()]
             seen += [x.patches.tobytes() for x in prompt.encoded.images]
             distributed.check_alike("--mesh: other options, prompt or images", *seen)
-        with distributed.quiet(index > 0):
+        with contextlib.ExitStack() as silence:
+            if index:
+                silence.enter_context(contextlib.redirect_stdout(io.StringIO()))
+                silence.enter_context(contextlib.redirect_stderr(io.StringIO()))
             text = answer(args, prompt, scope, status)
         if args.draw and not index:
             from qwen3vl_jax.cli.draw import draw_answer
@@ -104,7 +105,7 @@ def read_prompt(args: argparse.Namespace) -> Prompt:
 class Texts:
     """The texts of the answers, made of tokens as they come; printed at once with --stream."""
 
-    def __init__(self, args: argparse.Namespace, processor: Processor):
+    def __init__(self, args: argparse.Namespace, processor: q3.Processor):
         self.args, self.stop_ids = args, processor.stop_ids
         self.streams = [TextStream(processor.tokenizer, args.stop) for _ in range(args.answers)]
         self.texts = [""] * args.answers
@@ -139,25 +140,25 @@ def answer(
 
     Ctrl-C, or logits that are not finite, end it: what was answered is printed first. Raises InputError.
     """
-    processor = prompt.processor
+    directory, processor, encoded, messages, most = prompt
     sampling = common.read_sampling(args, processor)
-    batch = q3.make_batch(processor.config, **to_hf_arrays(processor.config, [prompt.encoded]))
+    batch = q3.make_batch(processor.config, **to_hf_arrays(processor.config, [encoded]))
     if args.answers > 1 and not sampling.temperature:
         print("temperature 0: the answers are all alike (try --temperature 1)", file=sys.stderr)
     clock = Clock()
-    notice = common.demo_notice(args, prompt.messages)
-    params, cfg = common.load_checkpoint(args, prompt.directory, scope, status, notice)
+    params, cfg = common.load_checkpoint(args, directory, scope, status, messages)
     loading = clock.lap()
     status.show("compiling")
-    length = len(prompt.encoded.ids)
-    room = min(args.max_new_tokens, prompt.limit - length)
-    limits = {"max_new_tokens": room, "max_len": prompt.limit, "prefill_chunk": args.prefill_chunk}
+    length = len(encoded.ids)
+    room = min(args.max_new_tokens, most - length)
+    limits = {"max_new_tokens": room, "max_len": most, "prefill_chunk": args.prefill_chunk}
     rows = {"seed": args.seed, "copies": args.answers, "stop_ids": processor.stop_ids}
     chunks = q3.stream(params, cfg, batch, sampling=sampling, **limits, **rows)
     texts, count, prefill = Texts(args, processor), 0, 0.0
     held = memory_of_batch(params, cfg, batch)
+    advice = "--max-pixels, --max-len, or --dtype bfloat16"
     try:
-        with memory_advice(held, ADVICE), contextlib.suppress(StopIteration):
+        with memory_advice(held, advice), contextlib.suppress(StopIteration):
             new = next(chunks)
             while True:
                 status.stop()

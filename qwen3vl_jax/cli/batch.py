@@ -11,15 +11,17 @@ import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from qwen3vl_jax.cli import common
 from qwen3vl_jax.cli.batch_journal import Journal, Line, Result, digest_of, read_lines
 from qwen3vl_jax.cli.batch_lines import Prepared, Settings, read_ahead, read_line
 from qwen3vl_jax.cli.infer_arguments import check_media_of_lines, input_options, media_rules
-from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.inference import engine
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.runtime import distributed
@@ -40,6 +42,10 @@ def run(args: argparse.Namespace, _: contextlib.ExitStack, status: Status) -> No
     check_media_of_lines(args)
     directory, processor = common.open_checkpoint(args)
     processor = dataclasses.replace(processor, media_rules=rules)
+    made_with = {"ckpt": str(absolute(directory)), "dtype": args.dtype, "weights": args.weights}
+    if args.adapter:
+        made_with["adapter"] = str(absolute(args.adapter))
+    made_with["chat_template"] = digest_of(processor.template.text(True).encode())
     settings = Settings(
         sampling=dataclasses.asdict(common.read_sampling(args, processor)),
         max_new_tokens=args.max_new_tokens,
@@ -49,16 +55,12 @@ def run(args: argparse.Namespace, _: contextlib.ExitStack, status: Status) -> No
         inputs=input_options(args),
         rows=args.rows,
         prefill_chunk=args.prefill_chunk,
+        made_with=made_with,
     )
-    made_with = {"ckpt": str(absolute(directory)), "dtype": args.dtype, "weights": args.weights}
-    if args.adapter:
-        made_with["adapter"] = str(absolute(args.adapter))
-    made_with["chat_template"] = digest_of(processor.template.text(True).encode())
     held: dict[str, int] = {}
 
     def load(scope: contextlib.ExitStack) -> tuple[Any, Any]:
-        notice = common.demo_notice(args)
-        params, cfg = common.load_checkpoint(args, directory, scope, status, notice)
+        params, cfg = common.load_checkpoint(args, directory, scope, status)
         # Of all rows' caches and an image, the most that lines of usual length need.
         slots = settings.rows * min(LONG, settings.max_len)
         limits = {k: v for k in ("min_pixels", "max_pixels") if (v := settings.inputs.get(k))}
@@ -71,8 +73,7 @@ def run(args: argparse.Namespace, _: contextlib.ExitStack, status: Status) -> No
 
     def answer() -> int:
         with memory_advice(held, "--rows, --max-len, --max-pixels, or --dtype bfloat16"):
-            files = args.input, args.output
-            return answer_file(load, processor, *files, settings, made_with, index, count)
+            return answer_file(load, processor, args.input, args.output, settings, index, count)
 
     with sigterm_interrupts(5 if count == 1 else 5 + distributed.GRACE):
         errors = distributed.end_together(answer, "the answers that are kept")
@@ -86,31 +87,31 @@ def answer_file(
     source: Path,
     out: Path,
     settings: Settings,
-    made_with: Mapping[str, Any],
     index: int = 0,
     count: int = 1,
 ) -> int:
     """Answers every line of `source` into `out`, as process `index` of `count`; the number of errors.
 
-    load: called once the files are known to be usable. made_with: what else an answer depends on, the
-    same in a later call, which goes on. A line is {id?, messages, tools?, and any of KEYS}; a result {id,
-    text, finish_reason, prompt_tokens, completion_tokens, logprobs?}, or {id, error, finish_reason
-    "error"}. Raises InputError for files that cannot be used (see Journal), or that change meanwhile.
+    load: called once the files are known to be usable. A later call with the same settings goes on. A
+    line is {id?, messages, tools?, and any of KEYS}; a result {id, text, finish_reason, prompt_tokens,
+    completion_tokens, logprobs?}, or {id, error, finish_reason "error"}. Raises InputError for files that
+    cannot be used (see Journal), or that change meanwhile.
     """
-    lines, work = distributed.agreed(
-        lambda: (read_lines(source), _settings_of_work(source, out, settings, made_with))
-    )
+    lines, work = distributed.agreed(lambda: read_lines(source)), settings.of_answers()
     seen = repr([line.digest for line in lines]) + repr(sorted(work.items(), key=repr))
     distributed.check_alike(f"--input {source}: other lines or options", seen.encode())
     # Process 0 first: it takes the answers that other processes of an earlier run left.
     first = distributed.agreed(lambda: None if index else Journal(out, lines, work))
     with distributed.agreed(lambda: first or Journal(out, lines, work, index)) as journal:
         done = {n for numbers in distributed.all_of(sorted(journal.done)) for n in numbers}
-        missing = part_of(lines, done, index, count)
-        if missing:
+        if missing := part_of(lines, done, index, count):
             _Work(proc, source, settings, journal, missing, index == 0).run(load)
         distributed.wait_for_all("answered")
-        _hand_over(journal, index)
+        # The others' results go to process 0, which keeps them.
+        pieces = journal.pieces(SENT) if index else iter(())
+        while any(sent := distributed.all_of(next(pieces, ""))):
+            distributed.agreed(functools.partial(journal.absorb, [] if index else sent))
+        distributed.agreed(journal.sync)
         if index:
             journal.log.remove()
         distributed.all_of(None)  # the log of process 0 goes last
@@ -123,47 +124,25 @@ def answer_file(
     return distributed.from_first(first.errors if first else 0)
 
 
-def _settings_of_work(
-    source: Path, out: Path, settings: Settings, made_with: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What the answers depend on. Raises InputError for an `out` that is the source."""
-    if absolute(out) == absolute(source):
-        raise InputError(f"--output {out}: is the input itself; name another file")
-    found = {**dataclasses.asdict(settings), **settings.sampling, **made_with}
-    # sampling is there key by key, the others change no answer.
-    return {k: v for k, v in found.items() if k not in ("sampling", "rows", "prefill_chunk")}
-
-
 def part_of(lines: list[Line], done: set[int], index: int, count: int) -> list[Line]:
     """The lines that process `index` of `count` answers, of those that are not done."""
     return [line for line in lines if line.number not in done][index::count]
-
-
-def _hand_over(journal: Journal, index: int) -> None:
-    """Sends the others' results to process 0, which keeps them."""
-    pieces = journal.pieces(SENT) if index else iter(())
-    while any(sent := distributed.all_of(next(pieces, ""))):
-        distributed.agreed(functools.partial(journal.absorb, [] if index else sent))
-    distributed.agreed(journal.sync)
 
 
 class _Work:
     """Lines answered into a journal, with a progress bar if `shown`."""
 
     def __init__(self, proc, source, settings, journal: Journal, missing: list[Line], shown: bool):
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
         self.proc, self.source, self.settings, self.journal = proc, source, settings, journal
         self.missing, self.shown, self.there = missing, shown, len(journal.done)
         self.total, self.start = self.there + len(missing), 0.0
-        self.passes: list[engine.Stats] = []
+        self.stats, self.row_steps = engine.Stats(), 0  # of all passes
         columns = MofNCompleteColumn(), BarColumn(), "{task.description}", TimeRemainingColumn()
         self.bar = Progress(*columns, console=Console(stderr=True), disable=not shown)
         self.task = self.bar.add_task("preparing", total=self.total, completed=self.there)
 
     def run(self, load: Load) -> None:
-        """Answers them all. Exits with 130 on Ctrl-C."""
+        """Answers them all, and tells of it. Exits with 130 on Ctrl-C."""
         missing, longest = self.missing, LONG
         rows = min(self.settings.rows, len(missing))
         try:
@@ -179,8 +158,17 @@ class _Work:
             kept = f"{len(self.journal.done)} of {self.total} are kept"
             print(f"interrupted: {kept}; the same command goes on", file=sys.stderr)
             sys.exit(130)
-        if self.shown:
-            print(self._summary(), file=sys.stderr)
+        if not self.shown:
+            return
+        there = f" ({self.there} were there)" if self.there else ""
+        seconds, s = time.perf_counter() - self.start, self.stats
+        print(
+            f"{self.journal.out}: {len(self.journal.done)} lines{there}, {s.tokens} tokens in "
+            f"{seconds:.1f} s ({s.tokens / seconds:.0f}/s), rows busy "
+            f"{s.row_steps / max(self.row_steps, 1):.0%}, prompt tokens {s.prefilled} run and "
+            f"{s.reused} reused, images {s.encoded} encoded of {s.shown} shown",
+            file=sys.stderr,
+        )
 
     def _answer(self, params: Any, lines: list[Line], rows: int, longest: int) -> list[Line]:
         """Answers the lines that need at most `longest` tokens; gives the others back."""
@@ -200,31 +188,16 @@ class _Work:
                     running[found.line.number] = dataclasses.replace(found, request=None)
                     yield request
 
-        self.passes.append(engine.Stats())
-        sizes = {"rows": rows, "prefill_chunk": self.settings.prefill_chunk}
+        before = self.stats.steps
+        sizes = {"rows": rows, "prefill_chunk": self.settings.prefill_chunk, "stats": self.stats}
         ends = {"stop_ids": self.proc.stop_ids, "decode": self.proc.decode}
-        generate = functools.partial(engine.generate_many, **sizes, **ends, stats=self.passes[-1])
-        for answer in generate(params, self.proc.config, requests()):
+        for answer in engine.generate_many(params, self.proc.config, requests(), **sizes, **ends):
             prepared = running.pop(answer.key)
             self._add(prepared.line, prepared.result(self.proc, answer))
+        self.row_steps += rows * (self.stats.steps - before)
         return sorted(later, key=lambda line: line.number)
 
     def _add(self, line: Line, result: Result) -> None:
         self.journal.add(line, result)
-        rate = self._count("tokens") / (time.perf_counter() - self.start)
+        rate = self.stats.tokens / (time.perf_counter() - self.start)
         self.bar.update(self.task, advance=1, description=f"{rate:.0f} tokens/s")
-
-    def _count(self, name: str) -> int:
-        return sum(getattr(stats, name) for stats in self.passes)
-
-    def _summary(self) -> str:
-        there = f" ({self.there} were there)" if self.there else ""
-        seconds, tokens = time.perf_counter() - self.start, self._count("tokens")
-        busy = self._count("row_steps") / max(sum(s.steps * s.rows for s in self.passes), 1)
-        names = ("prefilled", "reused", "encoded", "shown")
-        prefilled, reused, encoded, shown = map(self._count, names)
-        return (
-            f"{self.journal.out}: {len(self.journal.done)} lines{there}, {tokens} tokens in "
-            f"{seconds:.1f} s ({tokens / seconds:.0f}/s), rows busy {busy:.0%}, prompt tokens "
-            f"{prefilled} run and {reused} reused, images {encoded} encoded of {shown} shown"
-        )

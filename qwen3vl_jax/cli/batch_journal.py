@@ -9,8 +9,9 @@ Of several processes the first has OUT and OUT.partial, others OUT.partial.1, ..
 import contextlib
 import dataclasses
 import hashlib
+import re
 import sys
-from collections.abc import Iterator, KeysView, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from qwen3vl_jax.storage.remote_files import AppendLog, replacing
 
 Result = dict[str, Any]
 ERROR = "error"  # key of a result that is no answer: the next process tries its line again
-_NAMED = 10  # most damaged lines that are named
 _CHECKSUM = b', "checksum": "'
 _RESULT = b', "result": '
 _BEGIN = b'{"settings": '  # of a log
@@ -70,7 +70,7 @@ def read_lines(path: Path) -> list[Line]:
     return found
 
 
-class Journal:
+class Journal(contextlib.AbstractContextManager):
     """The results so far, in OUT.partial while there is work; a context manager."""
 
     def __init__(self, out: Path, lines: list[Line], settings: Mapping[str, Any], index: int = 0):
@@ -80,15 +80,15 @@ class Journal:
         """
         self.out, self._place = out, absolute(out)
         self.path = self._place.with_name(f"{self._place.name}.partial" + f".{index}" * bool(index))
-        self.lines, self.index, self.errors = lines, index, 0
+        self.lines, self._index, self.errors = lines, index, 0
         self._busy = f"--output {out}: another process is writing it"
         self._afresh = f"delete {self.path.name} and {self._place.name} to start afresh"
         # As it is read back: tuples are lists then.
         text = write_json(settings, "the settings", sort_keys=True)
-        self.settings = read_json(text, "the settings")
+        self._settings = read_json(text, "")
         self._digests = {one.number: digest_of(f"{one.digest} {text}".encode()) for one in lines}
-        # By the number of a line: the first byte of its result in the log, and how many there are.
-        self._at: dict[int, tuple[int, int]] = {}
+        # The lines that have a result, by number: its first byte in the log, and how many there are.
+        self.done: dict[int, tuple[int, int]] = {}
         try:
             self.log = AppendLog(self.path, self._busy)
         except OSError as e:
@@ -103,23 +103,10 @@ class Journal:
             self.log.close()
             raise
 
-    def __enter__(self) -> "Journal":
-        return self
-
     def __exit__(self, kind: type | None, *_: object) -> None:
-        try:
+        # The block's own error comes first.
+        with contextlib.closing(self.log), contextlib.suppress(*[InputError] if kind else []):
             self.sync()
-        except InputError:
-            # The block's own error comes first.
-            if not kind:
-                raise
-        finally:
-            self.log.close()
-
-    @property
-    def done(self) -> KeysView[int]:
-        """The numbers of the lines that have a result."""
-        return self._at.keys()
 
     def add(self, line: Line, result: Result) -> None:
         """Keeps a result. Raises InputError where it cannot be written."""
@@ -135,7 +122,7 @@ class Journal:
     def pieces(self, size: int) -> Iterator[str]:
         """The results as text for `absorb`, about `size` bytes at a time."""
         text = bytearray()
-        for place in self._at.values():
+        for place in self.done.values():
             text += self.log.read(*place)
             if len(text) >= size:
                 yield text.decode()
@@ -144,13 +131,11 @@ class Journal:
 
     def absorb(self, pieces: list[str]) -> None:
         """Keeps the results of other processes for lines that have none here. Raises InputError."""
-        for text in pieces:
-            for line in text.encode().splitlines(keepends=True):
-                entry = _entry(line)
-                if entry is None:
-                    raise InputError(f"--output {self.out}: an answer was damaged on its way here")
-                if entry["line"] not in self.done:
-                    self._append(entry["line"], line, entry["error"])
+        for line in "".join(pieces).encode().splitlines(keepends=True):
+            if (entry := _entry(line)) is None:
+                raise InputError(f"--output {self.out}: an answer was damaged on its way here")
+            if entry["line"] not in self.done:
+                self._append(entry["line"], line, entry["error"])
 
     def finish(self) -> None:
         """Puts OUT in its place and removes OUT.partial if no result is an error. Raises InputError."""
@@ -158,7 +143,7 @@ class Journal:
             self.log.sync()
             with replacing(self._place) as file:
                 for line in self.lines:
-                    text = _checked(self.log.read(*self._at[line.number]))
+                    text = _checked(self.log.read(*self.done[line.number]))
                     if text is None:
                         what = f"the answer of line {line.number} is damaged"
                         raise InputError(f"{self.path}: {what}; the same command gives it again")
@@ -168,19 +153,17 @@ class Journal:
 
     def _begin(self) -> None:
         """Reads the logs that are there. Raises OSError too, so that a full disk is seen at once."""
-        begin, siblings = f"{self.path.name}.", self.path.parent
-        found = siblings.iterdir() if not self.index and siblings.is_dir() else ()
-        named = (p for p in found if p.name.startswith(begin))
-        others = sorted(p for p in named if p.name.removeprefix(begin).isdecimal())
-        self._at = self._read_log(self.log)
+        siblings, number = self.path.parent, re.compile(rf"{re.escape(self.path.name)}\.\d+")
+        found = siblings.iterdir() if not self._index and siblings.is_dir() else ()
+        others = sorted(path for path in found if number.fullmatch(path.name))
+        self.done = self._read_log(self.log)
         self._check_out(bool(self.log.size) or any(map(AppendLog.has_begun, others)))
-        self.log.append(_line({"settings": self.settings}))
+        self.log.append(_line({"settings": self._settings}))
         self.log.sync()
         for path in others:
             with contextlib.closing(AppendLog(path, self._busy)) as log:
-                for number, place in self._read_log(log).items():
-                    if number not in self.done:
-                        self._append(number, log.read(*place))
+                for place in self._read_log(log).values():
+                    self.absorb([log.read(*place).decode()])
                 self.log.sync()
                 log.remove()
 
@@ -190,20 +173,19 @@ class Journal:
         digests: dict[int, str] = {}
         settings, damaged, text, count = None, [], b"\n", 0
         for count, (start, text) in enumerate(log.lines(), 1):
-            entry = _entry(text)
-            if entry is None:
+            if (entry := _entry(text)) is None:
                 damaged.append(count)
             elif "settings" in entry:
                 settings = entry["settings"]
             elif not entry["error"]:
-                found[entry["line"]] = start, len(text)
-                digests[entry["line"]] = entry["digest"]
+                number = entry["line"]
+                found[number], digests[number] = (start, len(text)), entry["digest"]
         if len(damaged) == count and not _BEGIN.startswith(log.read(0, len(_BEGIN))):
             raise InputError(f"{log.path}: holds no line of this program; {self._afresh}")
         if found:
             self._check_same(log.path, settings, digests)
         if damaged:
-            names = ", ".join(map(str, damaged[:_NAMED])) + ", .." * (len(damaged) > _NAMED)
+            names = ", ".join(map(str, damaged[:10])) + ", .." * (len(damaged) > 10)
             left_out = f"{log.path}: damaged or cut off, and left out: line {names}"
             print(f"{left_out}; prompts without an answer are answered again", file=sys.stderr)
         if not text.endswith(b"\n"):
@@ -212,9 +194,9 @@ class Journal:
 
     def _check_same(self, path: Path, settings: Any, digests: Mapping[int, str]) -> None:
         """Raises InputError for a log of other settings (None: its line of them is damaged) or lines."""
-        before = self.settings if settings is None else settings
-        for name in sorted(before.keys() | self.settings.keys()):
-            old, new = before.get(name), self.settings.get(name)
+        before = self._settings if settings is None else settings
+        for name in sorted(before.keys() | self._settings.keys()):
+            old, new = before.get(name), self._settings.get(name)
             if old != new:
                 then, now = ("none" if x is None else repr(x) for x in (old, new))
                 begun = f"was begun with {name} {then}, now it is {now}"
@@ -229,10 +211,9 @@ class Journal:
                 what = f"line {number} of the input {change}"
                 raise InputError(f"{path}: {what}; put it back, or {self._afresh}")
 
-    def _append(self, number: int, text: bytes, error: bool = False) -> None:
-        """Adds a line of a log with the result of line `number` of the input."""
+    def _append(self, number: int, text: bytes, error: bool) -> None:
         with self._writing():
-            self._at[number] = self.log.append(text), len(text)
+            self.done[number] = self.log.append(text), len(text)
         self.errors += error
 
     def _check_out(self, begun: bool) -> None:
@@ -240,7 +221,7 @@ class Journal:
         found = kind(self._place)
         if found == "folder" or (found and not self._place.is_file()):
             raise InputError(f"--output {self.out}: is no regular file; name another one")
-        if begun or self.index:
+        if begun or self._index:
             return
         old = self._place.with_name(f"{self._place.name}.journal")
         if kind(old):
@@ -268,13 +249,10 @@ class Journal:
 
 def _entry(text: bytes) -> dict[str, Any] | None:
     """A line of a log without its result; None for one that is damaged or torn."""
-    if (line := _checked(text)) is None:
-        return None
+    line, entry = _checked(text) or b"", {}
     head = line if line.startswith(_BEGIN) else line.partition(_RESULT)[0]
-    try:
+    with contextlib.suppress(InputError):
         entry = read_json(head + b"}", "")
-    except InputError:
-        return None
     kinds = {"line": int, "digest": str, "error": bool}
     kinds = {"settings": dict} if "settings" in entry else kinds
     return entry if all(isinstance(entry.get(key), kind) for key, kind in kinds.items()) else None
@@ -287,12 +265,10 @@ def _checked(text: bytes) -> bytes | None:
 
 
 def _line(entry: Mapping[str, Any]) -> bytes:
-    text = write_json(entry, "a result", ensure_ascii=False)[:-1]
     # Half a surrogate pair, as in the name of a file, becomes a question mark.
-    line = text.encode(errors="replace")
+    line = write_json(entry, "a result", ensure_ascii=False)[:-1].encode(errors="replace")
     return line + _CHECKSUM + _checksum(line)
 
 
 def _checksum(line: bytes) -> bytes:
-    """The checksum and the end of a line."""
     return hashlib.blake2b(line, digest_size=8).hexdigest().encode() + b'"}\n'

@@ -35,6 +35,14 @@ class Settings:
     inputs: Mapping[str, Any]  # options of the processor
     rows: int = 16
     prefill_chunk: int | None = None
+    # What else an answer depends on, as the checkpoint.
+    made_with: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def of_answers(self) -> dict[str, Any]:
+        """What answers depend on: sampling is there key by key, rows and chunks change none."""
+        found = {**vars(self), **self.sampling, **self.made_with}
+        beside = ("sampling", "made_with", "rows", "prefill_chunk")
+        return {k: v for k, v in found.items() if k not in beside}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,13 +62,8 @@ class Prepared:
             return _error(self.line, self.id, answer.error)
         text = TextStream(proc.tokenizer, self.stop)
         spoken = text.push(t for t in answer.tokens if t not in proc.stop_ids) + text.flush()
-        result: Result = {
-            "id": self.id,
-            "text": spoken,
-            "finish_reason": answer.finish_reason,
-            "prompt_tokens": self.length,
-            "completion_tokens": len(answer.tokens),
-        }
+        result: Result = {"id": self.id, "text": spoken, "finish_reason": answer.finish_reason}
+        result |= {"prompt_tokens": self.length, "completion_tokens": len(answer.tokens)}
         if self.logprobs:
             result["logprobs"] = [
                 {"id": token, "token": proc.decode([token], False), "logprob": round(value, 6)}
@@ -86,24 +89,22 @@ def read_line(
             raise InputError('expected a list of messages under "messages"')
         if type(logprobs := given.get("logprobs", False)) is not bool:
             raise InputError(f"logprobs is {logprobs!r}, expected true or false")
-        request = Request(
-            line.number,
-            {},
-            given.get("max_new_tokens", settings.max_new_tokens),
-            Sampling(**{**settings.sampling, **{k: given[k] for k in SAMPLING if k in given}}),
-            given.get("seed", (settings.seed + line.number - 1) % 2**32),
-            stop_list(given.get("stop", settings.stop)),
-        )
+        limit = given.get("max_new_tokens", settings.max_new_tokens)
+        sampling = {**settings.sampling, **{k: given[k] for k in SAMPLING if k in given}}
+        seed = given.get("seed", (settings.seed + line.number - 1) % 2**32)
+        stop = stop_list(given.get("stop", settings.stop))
+        # Refused, where it is wrong, before images are read.
+        request = Request(line.number, {}, limit, Sampling(**sampling), seed, stop)
         prompts = proc.encode(messages, tools=given.get("tools"), **settings.inputs)
         if len(prompts) != 1:
             raise InputError(f"holds {len(prompts)} conversations, expected one")
         length, most = len(prompts[0].ids), settings.max_len
         if length >= most:
-            limit = f"prompt and answer may have {most} (--max-len)"
-            raise InputError(f"the prompt has {length} tokens, {limit}")
-        limit = min(request.max_new_tokens, most - length)
+            allowed = f"prompt and answer may have {most} (--max-len)"
+            raise InputError(f"the prompt has {length} tokens, {allowed}")
+        limit = min(limit, most - length)
         request = dataclasses.replace(request, arrays=prompts[0], max_new_tokens=limit)
-        return Prepared(line, name, request, length, request.stop_strings, logprobs)
+        return Prepared(line, name, request, length, stop, logprobs)
     except BaseException as e:  # whatever a line holds, even a library's panic, the others go on
         kind = "" if isinstance(e, InputError) else f"{type(e).__name__}: "
         return line, _error(line, name, kind + str(e))

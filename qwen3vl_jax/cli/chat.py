@@ -14,7 +14,6 @@ from qwen3vl_jax.cli import common
 from qwen3vl_jax.cli.infer_arguments import input_options
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.inference.chat_session import ChatState, take_turn
-from qwen3vl_jax.model.structs import Params
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.runtime import console
 from qwen3vl_jax.runtime.console import Status, memory_advice
@@ -33,20 +32,19 @@ def run(args: argparse.Namespace, scope: contextlib.ExitStack, status: Status) -
     """Talks in the terminal until the end of input."""
     directory, processor = common.open_checkpoint(args)
     sampling, inputs = common.read_sampling(args, processor), input_options(args)
-    media = [{"type": "image", "image": source} for source in args.image]
-    media += [{"type": "video", "video": source} for source in args.video]
-    media = [load_media(processor, item, inputs) for item in media]
-    params, _ = common.load_checkpoint(args, directory, scope, status, common.demo_notice(args))
+    media = [load_media(processor, "image", source, inputs) for source in args.image]
+    media += [load_media(processor, "video", source, inputs) for source in args.video]
+    params, _ = common.load_checkpoint(args, directory, scope, status)
     names = ("max_new_tokens", "prefill_chunk", "seed", "stop")
     options = {name: getattr(args, name) for name in names}
     options |= {"max_len": common.max_length(args, processor), "sampling": sampling}
     converse(params, processor, args.system, media, inputs=inputs, **options)
 
 
-def load_media(proc: Processor, item: Item, inputs: Mapping[str, Any] | None) -> Item:
+def load_media(proc: Processor, kind: str, source: str, inputs: Mapping[str, Any]) -> Item:
     """An image or video, read once for all turns; inputs as in `take_turn`. Raises InputError."""
-    of_text = ("allow_special", "template_vars")
-    return proc.look(item, **{k: v for k, v in (inputs or {}).items() if k not in of_text})
+    options = {key: value for key, value in inputs.items() if key != "allow_special"}
+    return proc.look({"type": kind, kind: source}, **options)
 
 
 def read_line(prompt: str) -> str:
@@ -66,7 +64,7 @@ def read_line(prompt: str) -> str:
 
 
 def converse(
-    params: Params,
+    params: Any,
     proc: Processor,
     system: str | None = None,
     media: list[Item] | None = None,
@@ -75,12 +73,11 @@ def converse(
 ) -> None:
     """Reads questions until /quit or the end of input, and prints each answer as it comes.
 
-    media go with the first question; options are those of `take_turn`. An error of a turn is one line.
+    media, of `load_media`, go with the first question; options are those of `take_turn`. An error of a
+    turn is one line.
     """
     opening = [{"role": "system", "content": system}] if system else []
-    inputs = options.get("inputs")
-    messages, state = list(opening), None
-    media = [load_media(proc, item, inputs) for item in media or ()]
+    messages, media, state = list(opening), list(media or ()), None
     print(HELP, file=sys.stderr)
     while True:
         try:
@@ -98,7 +95,7 @@ def converse(
             elif command in ("/image", "/video"):
                 if not (path := rest.strip()):
                     raise InputError(f"{command} needs a PATH")
-                media.append(load_media(proc, {"type": command[1:], command[1:]: path}, inputs))
+                media.append(load_media(proc, command[1:], path, options.get("inputs", {})))
                 print(f"{path}: goes with the next question", file=sys.stderr)
             elif command.startswith("/"):
                 raise InputError(f"{command}: no such command; {HELP}")

@@ -9,40 +9,38 @@ from pathlib import Path
 from typing import Any
 
 import qwen3vl_jax as q3
-from qwen3vl_jax.processing.processor import Processor
-from qwen3vl_jax.runtime import distributed
+from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.runtime.cloud_host import slice_hosts
 from qwen3vl_jax.runtime.compile_cache import KEPT_PROGRAMS, keep_programs
 from qwen3vl_jax.runtime.console import Status, memory_advice
-from qwen3vl_jax.storage.hub import resolve
-from qwen3vl_jax.storage.paths import file_size, files_under
+from qwen3vl_jax.storage import hub, paths
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO, DEMO_IMAGE = ROOT / "demo" / "checkpoint", ROOT / "demo" / "pictures" / "grid.png"
 DEMO_PROMPT = "Read the digits row by row."
 
 
-def open_checkpoint(args: argparse.Namespace) -> tuple[Path, Processor]:
+def open_checkpoint(args: argparse.Namespace) -> tuple[Path, q3.Processor]:
     """The checkpoint's directory and its processor. Raises InputError."""
     asks = not (args.chat or args.embed or args.rerank)
-    if not args.input and not (args.mesh and asks):
+    if not args.input and not (args.mesh and asks) and (hosts := slice_hosts()) > 1:
+        found = f"devices: this is one of {hosts} hosts of a TPU slice"
         advice = "; start the same command with --mesh on all of them" if asks else ""
-        distributed.check_one_host(advice)
-    directory = resolve(args.ckpt or DEMO, args.revision)
-    return directory, Processor.from_pretrained(directory, args.chat_template)
+        raise InputError(f"{found}, expected a slice of one host{advice}")
+    directory = hub.resolve(args.ckpt or DEMO, args.revision)
+    return directory, q3.Processor.from_pretrained(directory, args.chat_template)
 
 
-def max_length(args: argparse.Namespace, processor: Processor) -> int:
+def max_length(args: argparse.Namespace, processor: q3.Processor) -> int:
     """Tokens that prompt and answer may have together."""
     positions = processor.config.text.max_position_embeddings
-    if args.max_len is None:
-        return positions
-    if args.max_len > positions:
+    if args.max_len is not None and args.max_len > positions:
         has = f"the model has {positions} positions (max_position_embeddings)"
         print(f"--max-len {args.max_len}: {has}, answers beyond may be bad", file=sys.stderr)
-    return args.max_len
+    return args.max_len or positions
 
 
-def read_sampling(args: argparse.Namespace, processor: Processor) -> q3.Sampling:
+def read_sampling(args: argparse.Namespace, processor: q3.Processor) -> q3.Sampling:
     """The checkpoint's sampling, changed by the options. Raises InputError."""
     from qwen3vl_jax.inference.sampling import row_seeds
 
@@ -54,10 +52,8 @@ def read_sampling(args: argparse.Namespace, processor: Processor) -> q3.Sampling
     return sampling
 
 
-def demo_notice(args: argparse.Namespace, messages: Sequence[dict] | None = None) -> str:
-    """What the bundled checkpoint can do, for a run without --ckpt; "" with it or an adapter."""
-    if args.ckpt or args.adapter:
-        return ""
+def _demo_notice(args: argparse.Namespace, messages: Sequence[dict]) -> str:
+    """What the bundled checkpoint can do. messages: the conversation, where it is known."""
     import numpy as np
 
     from demo.notice import notice
@@ -70,19 +66,24 @@ def demo_notice(args: argparse.Namespace, messages: Sequence[dict] | None = None
 
 
 def load_checkpoint(
-    args: argparse.Namespace, directory: Path, scope: ExitStack, status: Status, notice: str = ""
+    args: argparse.Namespace,
+    directory: Path,
+    scope: ExitStack,
+    status: Status,
+    messages: Sequence[dict] = (),
 ) -> tuple[Any, q3.Config]:
     """(params, cfg) in --dtype; the default on a CPU is float32. Raises InputError where it does not fit.
 
     They are on --mesh, or the devices that a large model needs, which is ambient until `scope` ends.
-    Until then --profile traces.
+    Until then --profile traces. messages: the conversation, which the demo's notice speaks of.
     """
     import jax
 
     from qwen3vl_jax.checkpoint.auto_mesh import mesh_for
     from qwen3vl_jax.loading import source_of
 
-    stored = sum(file_size(directory / name) for name in files_under(directory, [KEPT_PROGRAMS]))
+    files = paths.files_under(directory, [KEPT_PROGRAMS])
+    stored = sum(paths.file_size(directory / name) for name in files)
     advice = "--dtype bfloat16, --weights int8 or int4, or a smaller checkpoint"
     with memory_advice({"checkpoint on disk": stored}, advice):
         keep_programs(not args.no_compile_cache)
@@ -96,8 +97,8 @@ def load_checkpoint(
     if mesh is not None:
         scope.enter_context(jax.set_mesh(mesh))
     status.stop()
-    if notice:
-        print(notice, file=sys.stderr)
+    if not (args.ckpt or args.adapter):
+        print(_demo_notice(args, messages), file=sys.stderr)
     if args.profile:
         from qwen3vl_jax.cli.profile import profiled
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.media import load_image
@@ -17,7 +17,6 @@ from qwen3vl_jax.storage.json_text import read_json_at
 
 GRID = 1000  # coordinates are from 0 to 1000 across each side, x before y
 SIZES = {"bbox_2d": 4, "point_2d": 2}
-LABEL = 80  # most characters of a label that are drawn
 _KEY = re.compile(r"""["'](?:bbox|point)_2d["']\s*:""")
 _BACKSLASH = re.compile(r'(\\["\\/nrt]|\\u[0-9a-fA-F]{4})|\\')
 COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#000075")
@@ -61,17 +60,16 @@ def _entries(found: Any) -> Iterator[tuple[list[list[float]] | None, str]]:
         for each in found:
             yield from _entries(each)
     elif isinstance(found, dict):
-        label = found.get("label")
-        label = "" if label is None else str(label)
+        label = "" if (given := found.get("label")) is None else str(given)
         for key, value in found.items():
-            if key in SIZES:
-                is_list = isinstance(value, list) and value and isinstance(value[0], list)
-                several = value if is_list else [value]
-                lists = all(isinstance(p, list) and len(p) == SIZES[key] for p in several)
-                is_right = lists and all(type(x) in (int, float) for p in several for x in p)
-                yield several if is_right else None, label
-            else:
+            if key not in SIZES:
                 yield from _entries(value)
+                continue
+            is_list = isinstance(value, list) and value and isinstance(value[0], list)
+            several = value if is_list else [value]
+            lists = all(isinstance(p, list) and len(p) == SIZES[key] for p in several)
+            is_right = lists and all(type(x) in (int, float) for p in several for x in p)
+            yield several if is_right else None, label
 
 
 def draw_marks(image: Image.Image, marks: list[Mark]) -> Image.Image:
@@ -80,8 +78,7 @@ def draw_marks(image: Image.Image, marks: list[Mark]) -> Image.Image:
     # Small images are enlarged, or lines and labels would hide them.
     factor = -(-256 // min(image.size))
     if factor > 1:
-        size = image.width * factor, image.height * factor
-        image = image.resize(size, Image.Resampling.NEAREST)
+        image = ImageOps.scale(image, factor, Image.Resampling.NEAREST)
     pen, width = ImageDraw.Draw(image), max(2, min(image.size) // 200)
     font = ImageFont.load_default(size=max(12, min(image.size) // 40))
     labels = {label: n for n, label in enumerate(dict.fromkeys(mark.label for mark in marks))}
@@ -94,7 +91,7 @@ def draw_marks(image: Image.Image, marks: list[Mark]) -> Image.Image:
             pen.ellipse((x[0] - r, y[0] - r, x[0] + r, y[0] + r), fill=color, outline="white")
         else:
             pen.rectangle((min(x), min(y), max(x), max(y)), outline=color, width=width)
-        if label := mark.label[:LABEL]:
+        if label := mark.label[:80]:
             corner = (min(x) + width, min(y) + width)
             pen.rectangle(pen.textbbox(corner, label, font=font), fill=color)
             pen.text(corner, label, fill="white", font=font)
@@ -104,15 +101,14 @@ def draw_marks(image: Image.Image, marks: list[Mark]) -> Image.Image:
 def draw_answer(out: Path, messages: list[dict], text: str, beside: list[str]) -> None:
     """Draws the answer's marks on each image: OUT.png, OUT-2.png, ..; beside: files without a source."""
     (marks, unread), feed = read_marks(text), iter(beside)
-    notes = []
-    if unread:
-        why = "not JSON, cut off, or no numbers"
-        notes += [f"{unread} entries of the answer cannot be read ({why}); they are not drawn"]
-    if outside := sum(not all(0 <= v <= GRID for v in mark.place) for mark in marks):
-        notes += [f"{outside} marks reach outside the image, expected coordinates from 0 to {GRID}"]
-    if not marks:
-        notes += ["the answer holds no bbox_2d or point_2d; nothing is drawn"]
-    for note in notes:
+    outside = sum(not all(0 <= v <= GRID for v in mark.place) for mark in marks)
+    why = "(not JSON, cut off, or no numbers); they are not drawn"
+    notes = {
+        f"{unread} entries of the answer cannot be read {why}": unread,
+        f"{outside} marks reach outside the image, expected coordinates from 0 to {GRID}": outside,
+        "the answer holds no bbox_2d or point_2d; nothing is drawn": not marks,
+    }
+    for note in (note for note, is_said in notes.items() if is_said):
         print(f"--draw: {note}", file=sys.stderr)
     if not marks:
         return

@@ -4,7 +4,7 @@ import argparse
 import contextlib
 
 import qwen3vl_jax as q3
-from qwen3vl_jax.cli.common import demo_notice, load_checkpoint, open_checkpoint
+from qwen3vl_jax.cli.common import load_checkpoint, open_checkpoint
 from qwen3vl_jax.cli.infer_arguments import check_media, input_options
 from qwen3vl_jax.processing import retrieval_prompts
 from qwen3vl_jax.runtime.console import Status, memory_advice, memory_of_batch
@@ -14,7 +14,6 @@ from qwen3vl_jax.storage.json_text import write_json
 def run(args: argparse.Namespace, scope: contextlib.ExitStack, status: Status) -> None:
     """Prints the unit vector of what is given, or one score a line. Raises InputError."""
     directory, processor = open_checkpoint(args)
-    notice = demo_notice(args)
     query = {"text": args.prompt, "image": args.image, "video": args.video}
     if args.embed:
         conversations = [retrieval_prompts.embed_conversation(query, args.instruction)]
@@ -27,12 +26,12 @@ def run(args: argparse.Namespace, scope: contextlib.ExitStack, status: Status) -
     if args.rerank:
         yes_no = retrieval_prompts.yes_no_ids(processor.tokenizer)
     batch = processor(conversations, **input_options(args))
+    import jax
+
     from qwen3vl_jax.inference.scoring import check_dims, check_finite
 
     check_dims(processor.config, args.dims)
-    params, cfg = load_checkpoint(args, directory, scope, status, notice)
-    import jax
-
+    params, cfg = load_checkpoint(args, directory, scope, status)
     status.show("compiling")
     held = memory_of_batch(params, cfg, batch)
     held.pop("cache (about)")  # there is none

@@ -15,7 +15,7 @@ from qwen3vl_jax.runtime.compile_cache import HELP
 from qwen3vl_jax.runtime.console import Parser
 from qwen3vl_jax.runtime.distributed import add_arguments as add_process_arguments
 from qwen3vl_jax.storage.json_text import read_json_file
-from qwen3vl_jax.storage.paths import argument, is_remote
+from qwen3vl_jax.storage.paths import absolute, argument, is_remote
 
 # The options that ask for something other than one answer, and why others have no meaning beside them.
 MODES = {
@@ -50,11 +50,14 @@ a line of prompts.jsonl: {"id": "a", "messages": [{"role": "user", "content": "H
 Group = Callable[..., Callable[..., None]]
 
 
+def _number(default: int) -> dict[str, Any]:
+    return {"type": int, "default": default, "metavar": "N"}
+
+
 def _add_prompt_and_model(group: Group) -> None:
-    title = "the prompt"
     many: dict[str, Any] = {"action": "append", "default": [], "metavar": "FILE|URL"}
     file: dict[str, Any] = {"type": argument, "metavar": "FILE"}
-    add = group(title, "ask", "embed", "rerank")
+    add = group(title := "the prompt", "ask", "embed", "rerank")
     add("--prompt", metavar="TEXT", help="the question (--chat asks for it)")
     add = group(title, "ask", "chat", "embed", "rerank")
     add("--image", **many, help="an image: a file, gs:// or http(s) address; may be repeated")
@@ -66,9 +69,7 @@ def _add_prompt_and_model(group: Group) -> None:
     add("--revision", help="branch, tag or commit of a Hub id")
     dtypes = ("float32", "bfloat16", "float16")
     add("--dtype", choices=dtypes, help="of weights (default: the checkpoint's; float32 on a CPU)")
-    bits = (
-        "fp8 keeps an FP8 checkpoint's 8 bits, int8 and int4 round others (default: 16 or 32 bits)"
-    )
+    bits = "fp8 keeps an FP8 checkpoint's 8 bits, int8, int4 round others (default: 16 or 32 bits)"
     add("--weights", choices=("fp8", "int8", "int4"), help=bits)
     axes = "shard the model, as tp=2; axes tp (tensor), ep (expert), fsdp, dp (data), sp (sequence)"
     usual = "N of -1 is the rest (default: one device, or all of this host if the model needs them)"
@@ -80,8 +81,7 @@ def _add_prompt_and_model(group: Group) -> None:
 
 
 def _add_answers_and_modes(group: Group) -> None:
-    title = "the answer"
-    add = group(title, "ask", "chat")
+    add = group(title := "the answer", "ask", "chat")
     add("--stream", action="store_true", help="print the answer as it comes")
     add = group(title, "ask")
     add("--draw", type=argument, metavar="OUT.png", help="draw the answer's boxes and points")
@@ -100,8 +100,9 @@ def _add_answers_and_modes(group: Group) -> None:
     add("--document", action="append", default=[], metavar="TEXT|FILE", help=document)
     add = group("--embed and --rerank", "embed", "rerank")
     add("--instruction", metavar="TEXT", help="the task that the vector or score is for")
-    add = group("--embed", "embed")
-    add("--dims", type=int, metavar="N", help="length of the vector (Matryoshka)")
+    group("--embed", "embed")(
+        "--dims", type=int, metavar="N", help="length of the vector (Matryoshka)"
+    )
     add = group("--input", "input")
     add("--media-root", metavar="DIR", help="read local images and videos only below this folder")
     hosts = "the only hosts and gs://buckets to read, private ones too (default: any public host)"
@@ -140,10 +141,6 @@ def _add_generation_and_media(group: Group) -> None:
     add("--video-max-pixels", **number, help="shrink videos of more pixels, all frames together")
     special = "take <|im_end|> and the like in a text as special tokens (default: as characters)"
     add("--allow-special", action="store_true", help=special)
-
-
-def _number(default: int) -> dict[str, Any]:
-    return {"type": int, "default": default, "metavar": "N"}
 
 
 def arguments(argv: list[str] | None, description: str) -> argparse.Namespace:
@@ -204,6 +201,8 @@ def check(args: argparse.Namespace) -> None:
     check_plan_arguments(args)
     if bool(args.input) != bool(args.output):
         raise InputError("--input and --output: give both, or neither")
+    if args.input and absolute(args.input) == absolute(args.output):
+        raise InputError(f"--output {args.output}: is the input itself; name another file")
     if args.rerank != bool(args.document):
         raise InputError("--rerank needs at least one --document, and a --document needs --rerank")
     if args.mode == "embed" and not (args.prompt or args.image or args.video):
@@ -212,9 +211,7 @@ def check(args: argparse.Namespace) -> None:
     for name, what in {**expected, "prompt": "a question"}.items():
         if (text := getattr(args, name)) is not None and not text.strip():
             raise InputError(f"--{name} is empty, expected {what}")
-    if args.draw:
-        _check_drawing(args.draw, args.image)
-    _check_profile(args.profile)
+    _check_written(args)
     # The media of files and of a chat are not known yet; without --ckpt the demo has its image.
     if not (args.messages or args.input or args.chat or args.document):
         demo = args.mode == "ask" and not (args.ckpt or args.video)
@@ -224,16 +221,14 @@ def check(args: argparse.Namespace) -> None:
         local_directory(args.ckpt, args.revision)
 
 
-def _check_drawing(out: Path, images: list[str]) -> None:
-    if str(out) in images:
+def _check_written(args: argparse.Namespace) -> None:
+    out, folder = args.draw, args.profile
+    if out and str(out) in args.image:
         raise InputError(f"--draw {out}: it is the image itself; name another file")
-    if not is_remote(out) and not out.parent.is_dir():
+    if out and not is_remote(out) and not out.parent.is_dir():
         raise InputError(f"--draw {out}: no such directory {out.parent}")
-    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+    if out and out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise InputError(f"--draw {out}: expected a name that ends in .png, .jpg or .webp")
-
-
-def _check_profile(folder: str | None) -> None:
     path = Path(folder or "").absolute()
     # The nearest that exists is where the others are made.
     kept = next(x for x in (path, *path.parents) if os.path.lexists(x))
@@ -247,21 +242,22 @@ def mesh_sizes(text: str | None) -> dict[str, int] | None:
     """{one of AXES: size} of --mesh; None without it. Raises InputError."""
     if text is None:
         return None
-    sizes: dict[str, int] = {}
+    sizes, wrong = dict[str, int](), ""
     for part in text.split(","):
         name, equals, number = (x.strip() for x in part.partition("="))
         axis = SHORT.get(name, name)
         if axis not in AXES or not equals:
             known = ", ".join((*AXES, *(f"{short} ({long})" for short, long in SHORT.items())))
-            raise InputError(f"--mesh {text}: {part!r}, expected AXIS=N; axes: {known}")
-        if axis in sizes:
-            raise InputError(f"--mesh {text}: duplicate axis {axis}")
-        if not re.fullmatch(r"-1|0*[1-9]\d*", number, re.ASCII):
-            found = f"{name} is {number!r}"
-            raise InputError(f"--mesh {text}: {found}, expected a number from 1, or -1")
+            wrong = f"{part!r}, expected AXIS=N; axes: {known}"
+        elif axis in sizes:
+            wrong = f"duplicate axis {axis}"
+        elif not re.fullmatch(r"-1|0*[1-9]\d*", number, re.ASCII):
+            wrong = f"{name} is {number!r}, expected a number from 1, or -1"
+        elif number == "-1" and -1 in sizes.values():
+            wrong = "only one axis may be -1"
+        if wrong:
+            raise InputError(f"--mesh {text}: {wrong}")
         sizes[axis] = int(number)
-    if list(sizes.values()).count(-1) > 1:
-        raise InputError(f"--mesh {text}: only one axis may be -1")
     return sizes
 
 
@@ -275,14 +271,11 @@ def check_media(args: argparse.Namespace, held: Collection[str], why: str) -> No
 def check_media_of_lines(args: argparse.Namespace) -> None:
     """`check_media` of an --input file, by the words without which no line has images, or videos."""
     wanted = {kind for name, kind in MEDIA.items() if getattr(args, name) is not None}
-    if not wanted or not args.input.is_file():
-        return
-    with args.input.open("rb") as file:
-        for line in file:
-            wanted = {kind for kind in wanted if not _WORDS[kind].search(line)}
-            if not wanted:
-                return
-    check_media(args, set(_WORDS) - wanted, f"no line of {args.input} has {{}}s; leave it out")
+    if wanted and args.input.is_file():
+        with args.input.open("rb") as file:
+            for line in file:
+                wanted = {kind for kind in wanted if not _WORDS[kind].search(line)}
+        check_media(args, set(_WORDS) - wanted, f"no line of {args.input} has {{}}s; leave it out")
 
 
 def media_rules(args: argparse.Namespace) -> MediaRules:
@@ -311,9 +304,9 @@ def read_messages(path: Path) -> tuple[list[dict], list[dict] | None]:
     found = read_json_file(path, f"--messages {path}", (list, dict))
     found = {"messages": found} if isinstance(found, list) else found
     if unknown := found.keys() - {"messages", "tools"}:
-        key = f"{min(unknown)[:80]!r}"
-        raise InputError(f"--messages {path}: unknown key {key}, expected messages and tools")
+        wrong = f"unknown key {min(unknown)[:80]!r}, expected messages and tools"
+        raise InputError(f"--messages {path}: {wrong}")
     if not isinstance(found.get("messages"), list):
-        expected = 'a list of messages, or an object with a list under "messages"'
-        raise InputError(f"--messages {path}: expected {expected}")
+        wrong = 'expected a list of messages, or an object with a list under "messages"'
+        raise InputError(f"--messages {path}: {wrong}")
     return found["messages"], found.get("tools")

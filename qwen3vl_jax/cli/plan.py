@@ -4,16 +4,14 @@ import argparse
 import sys
 
 from qwen3vl_jax.cli.common import DEMO
-from qwen3vl_jax.planning.machines import prepare_environment, read_machine
+from qwen3vl_jax.planning.machines import prepare_environment
 
 PLANNED_LENGTH = 32768  # tokens of prompt and answer that are planned for without --max-len
 
 
 def run(args: argparse.Namespace, *_: object) -> None:
     """Prints the plan; exit code 1 where it does not fit."""
-    machine = read_machine(args.plan, args.slices)
-    # Before jax is imported.
-    prepare_environment(machine)
+    prepare_environment(args.machine)  # before jax is imported
     import jax.numpy as jnp
 
     from qwen3vl_jax.planning.command import plan_serving
@@ -24,6 +22,6 @@ def run(args: argparse.Namespace, *_: object) -> None:
     if length is None:
         length = min(config_of(ckpt).text.max_position_embeddings, PLANNED_LENGTH)
     serving = Serving(args.rows, length, args.prefill_chunk, dtype, args.weights)
-    plans = plan_serving(ckpt, machine, args.mesh, serving, args.save)
+    plans = plan_serving(ckpt, args.machine, args.mesh, serving, args.save)
     if not all(plan.fits for plan in plans):
         sys.exit(1)

@@ -47,10 +47,7 @@ def parts_of(text: str) -> dict[str, str]:
 
 
 def op_times(planes: Iterable[Any]) -> Times:
-    """The times of the ops of a trace; a loop's are without those of its body.
-
-    A GPU's and a CPU's events name their op and its program. On a TPU a line of its own has the programs.
-    """
+    """The times of the ops of a trace; a loop's are without those of its body."""
     times: Times = defaultdict(Counter)
     for plane in planes:
         lines = {line.name: line.events for line in plane.lines}
@@ -61,6 +58,7 @@ def op_times(planes: Iterable[Any]) -> Times:
                 stats = dict(e.stats)
                 program = stats.get("hlo_module"), stats.get("program_id")
                 op = stats.get("hlo_op")
+                # On a TPU a line of its own has the programs; else each event names its own.
                 if line.name == "XLA Ops" and runs and not op:
                     run = runs[max(bisect.bisect(runs, (e.start_ns, "~")) - 1, 0)][1]
                     program, op = (run.partition("(")[0], run), e.name.lstrip("%").split()[0]
@@ -91,17 +89,9 @@ def table(times: Times, programs: dict[str, list[dict[str, str]]], mlp: str = "m
     return out
 
 
-def _stop(folder: str) -> None:
-    """Ends the trace and writes it. Raises InputError where that is not possible, as on a full disk."""
-    try:
-        jax.profiler.stop_trace()
-    except (jax.errors.JaxRuntimeError, OSError) as error:
-        raise InputError(f"--profile {folder}: not written: {one_line(error)[:200]}") from None
-
-
 @contextlib.contextmanager
 def profiled(folder: str, mlp: str) -> Iterator[None]:
-    """Traces the block, then prints the table on stderr; of several processes the first one does."""
+    """Traces the block; then the first process prints the table on stderr. Raises InputError."""
     options, first, before = ProfileOptions(), jax.process_index() == 0, getattr(jax.config, _KEY)
     options.python_tracer_level = 0
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -113,14 +103,18 @@ def profiled(folder: str, mlp: str) -> Iterator[None]:
         yield
     finally:
         jax.config.update(_KEY, before)
-        if first:
-            _stop(folder)
+        try:
+            if first:
+                jax.profiler.stop_trace()
+        except (jax.errors.JaxRuntimeError, OSError) as e:
+            raise InputError(f"--profile {folder}: not written: {one_line(e)[:200]}") from None
     if first:
         newest = max(Path(folder).rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
         device = "/host:CPU" if jax.default_backend() == "cpu" else r"/device:[GT]PU:\d+"
         planes = ProfileData.from_file(str(newest)).planes
         times = op_times(plane for plane in planes if re.fullmatch(device, plane.name))
-        ran = [m for x in jax.devices()[0].client.live_executables() for m in x.hlo_modules()]
-        names = {name: [m for m in ran if m.name == name] for name, _ in times}
-        programs = {name: [parts_of(m.to_string()) for m in names[name]] for name in names}
+        programs: dict[str, list[dict[str, str]]] = {name: [] for name, _ in times}
+        ran = jax.devices()[0].client.live_executables()
+        for module in (m for x in ran for m in x.hlo_modules() if m.name in programs):
+            programs[module.name].append(parts_of(module.to_string()))
         Console(stderr=True).print(table(times, programs, mlp))

@@ -51,15 +51,13 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def plan(args: argparse.Namespace, recipe: Recipe) -> bool:
     """Compiles the recipe's step for a machine that is not here; whether it, or one of a search, fits."""
-    machine = machines.read_machine(args.plan, args.slices)
-    # Before jax is imported.
-    machines.prepare_environment(machine)
+    machines.prepare_environment(args.machine)  # before jax is imported
     from qwen3vl_jax.planning import command
 
     if args.search:
-        found = command.search_training(recipe, machine, args.tries)
+        found = command.search_training(recipe, args.machine, args.tries)
         return not args.tries or any(plan.fits for _, plan in found)
-    return command.plan_training(recipe, machine, args.save, args.tries).fits
+    return command.plan_training(recipe, args.machine, args.save, args.tries).fits
 
 
 def train(args: argparse.Namespace, recipe: Recipe) -> None:

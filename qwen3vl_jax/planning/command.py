@@ -14,24 +14,16 @@ from qwen3vl_jax.checkpoint.lazy_tensor import device_bytes
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.device_mesh import make_mesh
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.planning import compiling
+from qwen3vl_jax.planning import compiling, program, report, search
 from qwen3vl_jax.planning.machines import Machine
-from qwen3vl_jax.planning.program import (
-    Program,
-    Serving,
-    config_of,
-    decoding,
-    groups_of,
-    held_arrays,
-    prefilling,
-    training_step,
-)
-from qwen3vl_jax.planning.report import Plan, best, likeliest, plan_of, table, without_memory
-from qwen3vl_jax.planning.search import LEVEL, Candidate, candidates, largest, mesh_of
+from qwen3vl_jax.planning.program import Program, Serving
+from qwen3vl_jax.planning.report import Plan
 from qwen3vl_jax.planning.topology import devices_of, first_devices
 from qwen3vl_jax.training.mesh_preset import asks_for_mesh, mesh_flags
 from qwen3vl_jax.training.recipe import Recipe, check_vision_length
 from qwen3vl_jax.training.reporting.memory_estimate import with_remat
+
+LEVEL = "O1"  # a third of the time of a whole compile; the peak is within some percent of that
 
 
 def plan_training(recipe: Recipe, machine: Machine, save: Path | None, tries: int) -> Plan:
@@ -39,49 +31,47 @@ def plan_training(recipe: Recipe, machine: Machine, save: Path | None, tries: in
 
     Raises InputError for what cannot be compiled; a program without room is a verdict.
     """
-    console, cfg = _console(), config_of(recipe.ckpt)
+    console, cfg = _console(), program.config_of(recipe.ckpt)
     # Once: more rows are tried with the same mesh and policy.
     recipe = fitted(recipe, cfg, machine)
-    program = program_of(recipe, cfg, machine)
-    done = watched(console, program, f"compiling {recipe.ckpt} for {machine}")
-    plan = plan_of(machine, program, done)
+    made = program_of(recipe, cfg, machine)
+    done = watched(console, made, f"compiling {recipe.ckpt} for {machine}")
+    plan = report.plan_of(machine, made, done)
     found = _largest(recipe, cfg, plan, tries, console) if tries else ""
-    console.print(table(plan, f"{recipe.ckpt}: one step", found))
+    console.print(report.table(plan, f"{recipe.ckpt}: one step", found))
     saved(plan, save, console)
     return plan
 
 
 def search_training(
     recipe: Recipe, machine: Machine, tries: int, console: Console | None = None
-) -> list[tuple[Candidate, Plan]]:
+) -> list[tuple[search.Candidate, Plan]]:
     """Compiles `tries` of the likeliest meshes and remat policies, and prints them, the fastest first."""
-    console = console or _console()
-    cfg = config_of(recipe.ckpt)
+    console, cfg = console or _console(), program.config_of(recipe.ckpt)
     check_vision_length(recipe.pack, cfg)  # no mesh would do
-    found, plans, spent = candidates(recipe, cfg, machine), [], 0
+    found, plans, spent = search.candidates(recipe, cfg, machine), [], 0
     if asks_for_mesh(recipe):
-        _say(
-            f"--search: meshes in place of {mesh_flags(recipe.mesh)}, first that one if {machine} has it"
-        )
+        first = f"{mesh_flags(recipe.mesh)}, first that one if {machine} has it"
+        print(f"--search: meshes in place of {first}", file=sys.stderr)
     for each in found:
         if spent == tries:
             break
         note = f"{spent + 1} of {min(tries, len(found))}: {each}"
         try:
-            program = program_of(each.recipe, cfg, machine)
+            made = program_of(each.recipe, cfg, machine)
             spent += 1
-            plan = plan_of(machine, program, watched(console, program, note, LEVEL))
+            plan = report.plan_of(machine, made, watched(console, made, note, LEVEL))
         except Exception as error:  # whatever tracing and the compilers raise: there are others
-            _say(f"{each}: {' '.join(str(error).split())[:300]}")
+            print(f"{each}: {' '.join(str(error).split())[:300]}", file=sys.stderr)
             continue
-        _say(f"{each}: {plan.cause or 'fits'} ({plan.done.seconds:.0f} s)")
+        print(f"{each}: {plan.cause or 'fits'} ({plan.done.seconds:.0f} s)", file=sys.stderr)
         plans.append((each, plan))
-    plans.sort(key=lambda pair: without_memory(pair[1]).most if pair[1].fits else math.inf)
+    plans.sort(key=lambda pair: pair[1].times_of_search.most)
     note = f"{recipe.ckpt} on {machine}: {len(found)} of the meshes and policies may fit"
     if tries:
-        console.print(best(plans, f"{note}; compiled at {LEVEL}"))
+        console.print(report.best(plans, f"{note}; compiled at {LEVEL}"))
     else:
-        console.print(likeliest(found[:10], note, machine.chip.hbm))
+        console.print(report.likeliest(found[:10], note, machine.chip.hbm))
     return plans
 
 
@@ -98,29 +88,29 @@ def plan_serving(
     sizes: None is what infer.py takes without --mesh: one device where the weights have room there, else
     it spreads them. Raises InputError for what cannot be compiled.
     """
-    console = console or _console()
-    cfg = config_of(ckpt)
+    console, cfg = console or _console(), program.config_of(ckpt)
     if asked.slots > (most := cfg.text.max_position_embeddings):
         raise InputError(f"--max-len is {asked.slots}, expected at most {most}, the model's limit")
     sizes = usual_sizes(cfg, machine, asked) if sizes is None else sizes
     devices = devices_of(machine)
     used = len(devices) if -1 in sizes.values() else math.prod(sizes.values())
     mesh, plans = make_mesh(sizes, first_devices(devices, used)), []
-    for name, make in (("a decode step", decoding), ("prompts taken in", prefilling)):
-        program = make(cfg, mesh, asked)
-        done = watched(console, program, f"compiling {name} for {machine}")
-        plans.append(plan_of(machine, program, done))
+    kinds = {"a decode step": program.decoding, "prompts taken in": program.prefilling}
+    for name, make in kinds.items():
+        made = make(cfg, mesh, asked)
+        done = watched(console, made, f"compiling {name} for {machine}")
+        plans.append(report.plan_of(machine, made, done))
         note = f"{ckpt}: {name}, {asked.rows} rows of {asked.slots:,} tokens"
         note += f", {asked.weights} weights" if asked.weights else ""
-        console.print(table(plans[-1], note))
-        if make is decoding:
+        console.print(report.table(plans[-1], note))
+        if make is program.decoding:
             saved(plans[0], save, console)
     return plans[0], plans[1]
 
 
 def usual_sizes(cfg: Config, machine: Machine, asked: Serving) -> dict[str, int]:
     """The sizes of the mesh that infer.py takes without --mesh, {} for one device."""
-    held = held_arrays(cfg, asked.dtype, asked.weights).values()
+    held = program.held_arrays(cfg, asked.dtype, asked.weights).values()
     size = sum(device_bytes(math.prod(x.shape), jnp.dtype(x.dtype)) for x in held)
     return {} if size <= ROOM * machine.chip.hbm else auto_mesh(cfg.text, machine.devices)
 
@@ -129,62 +119,50 @@ def program_of(recipe: Recipe, cfg: Config, machine: Machine) -> Program:
     """The step of a recipe over its mesh of a machine's devices. Raises InputError."""
     recipe = fitted(recipe, cfg, machine)
     devices = devices_of(machine)[: recipe.mesh.devices]
-    return training_step(recipe, cfg, make_mesh(vars(recipe.mesh), devices))
+    return program.training_step(recipe, cfg, make_mesh(vars(recipe.mesh), devices))
 
 
 def fitted(recipe: Recipe, cfg: Config, machine: Machine) -> Recipe:
     """The recipe with its mesh of a machine's devices, and a policy in place of remat "auto"."""
-    mesh = mesh_of(recipe, cfg, machine)
+    mesh = search.mesh_of(recipe, cfg, machine)
     return with_remat(dataclasses.replace(recipe, mesh=mesh), cfg, machine.chip.hbm)
 
 
-def watched(console: Console, program: Program, what: str, level: str = "") -> compiling.Compiled:
+def watched(console: Console, made: Program, what: str, level: str = "") -> compiling.Compiled:
     """`compiled`, with a line about it: while it lasts on a terminal, before it elsewhere."""
     if console.is_terminal:
         with console.status(what):
-            return compiling.compiled(program, level)
-    _say(f"{what} ..")
-    return compiling.compiled(program, level)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+            return compiling.compiled(made, level)
+    print(f"{what} ..", file=sys.stderr)
+    return compiling.compiled(made, level)
 
 
 def saved(plan: Plan, path: Path | None, console: Console) -> None:
     """Writes the compiled program where one was asked for, or says that there is none."""
-    if path is not None and plan.done.executable is None:
-        console.print(f"{path}: not written, the program does not fit", markup=False)
-    elif path is not None:
-        size = compiling.save(plan.done, path)
-        console.print(f"{path}: the compiled program, {size / 2**20:,.0f} MiB", markup=False)
+    if path is not None:
+        told = "not written, the program does not fit"
+        if plan.done.executable is not None:
+            told = f"the compiled program, {compiling.save(plan.done, path) / 2**20:,.0f} MiB"
+        console.print(f"{path}: {told}", markup=False)
 
 
 def _largest(recipe: Recipe, cfg: Config, plan: Plan, tries: int, console: Console) -> str:
     """What is known of the largest pack.rows after some compiles."""
-    parts = groups_of(recipe, plan.program.mesh.shape)
-    held = sum(plan.program.held.values())
-    room = plan.machine.chip.hbm
+    parts = program.groups_of(recipe, plan.program.mesh.shape)
+    held, room = sum(plan.program.held.values()), plan.machine.chip.hbm
     if held > room:
         return "none: what a device holds before the step is more than its memory"
 
     def peak(tried: Recipe) -> int | None:
         rows = tried.pack.rows
-        program = program_of(tried, cfg, plan.machine)
-        done = watched(console, program, f"compiling for {rows} rows at {LEVEL}", LEVEL)
+        made = program_of(tried, cfg, plan.machine)
+        done = watched(console, made, f"compiling for {rows} rows at {LEVEL}", LEVEL)
         note = done.cause or f"{done.peak / 2**30:.2f} GiB"
-        _say(f"pack.rows={rows}: {note} ({done.seconds:.0f} s)")
-        return _needed(done, room)
+        print(f"pack.rows={rows}: {note} ({done.seconds:.0f} s)", file=sys.stderr)
+        return done.needed(room)
 
-    known = _needed(plan.done, room)
-    return largest_text(*largest(recipe, parts, known, room, held, peak, tries))
-
-
-def _needed(done: compiling.Compiled, room: int) -> int | None:
-    """Bytes of a device; of a program that XLA refuses what it says, more than `room`, if it says so."""
-    if not done.cause:
-        return done.peak
-    return max(needed, room + 1) if (needed := compiling.needed(done.cause)) else None
+    known = plan.done.needed(room)
+    return largest_text(*search.largest(recipe, parts, known, room, held, peak, tries))
 
 
 def largest_text(fits: int, fails: int) -> str:

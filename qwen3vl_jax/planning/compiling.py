@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,8 +35,7 @@ class Compiled(NamedTuple):
 
     executable: Any
     cause: str  # XLA's own, "" for none
-    # Arrays that every device gets whole on their way from one layout to another.
-    resharded: Counter[str]
+    resharded: Counter[str]  # arrays that every device gets whole, from one layout to another
     seconds: float
     cpu_seconds: float
     rss: float  # bytes, the most of this process
@@ -47,15 +46,20 @@ class Compiled(NamedTuple):
         """Bytes of a device's memory at the fullest moment."""
         return self.executable.memory_analysis().peak_memory_in_bytes
 
+    def needed(self, room: int) -> int | None:
+        """The peak, or what XLA says of a program that it refuses, over `room`; None where it does not."""
+        if not self.cause:
+            return self.peak
+        if not (found := re.search(r" ([\d.]+)([KMGT]?) of \S+ HBM$", self.cause)):
+            return None
+        return max(round(float(found[1]) * 1024 ** " KMGT".index(found[2] or " ")), room + 1)
+
 
 def compiled(program: Program, level: str = "") -> Compiled:
-    """Compiles a program. level: XLA's (O0, O1), "" for that of a real run.
-
-    Raises InputError for what XLA refuses for another cause than memory.
-    """
+    """Compiles a program; level: XLA's, as O1. Raises InputError for a refusal but for memory."""
     begin, cpu = time.perf_counter(), time.process_time()
     executable, cause, kernels = None, "", ""
-    with _level(level), _anew(), jax.set_mesh(program.mesh), _stderr() as lines:
+    with _settings(level), jax.set_mesh(program.mesh), _stderr() as lines:
         try:
             kernels = gpu_refusal("bfloat16", _HEAD) if platform() == "gpu" else ""
             executable = program.fn.lower(*program.args).compile()
@@ -80,12 +84,6 @@ def refusal(message: str) -> str:
     raise InputError(f"XLA does not compile the program: {first}")
 
 
-def needed(cause: str) -> int | None:
-    """Bytes that a program needs by what `refusal` gave; None where XLA gives no number."""
-    found = re.search(r" ([\d.]+)([KMGT]?) of \S+ HBM$", cause)
-    return round(float(found[1]) * 2 ** (10 * " KMGT".index(found[2] or " "))) if found else None
-
-
 def resharded(text: str) -> Counter[str]:
     """The operations that XLA warns of, from what it writes to stderr, and how often."""
     found: Counter[str] = Counter()
@@ -103,39 +101,28 @@ def errors(text: str) -> str:
 
 
 @contextlib.contextmanager
-def _level(level: str) -> Iterator[None]:
-    before = jax.config.jax_optimization_level  # type: ignore[attr-defined]
+def _settings(level: str) -> Iterator[None]:
+    """XLA's level, and no compile cache: a program from it, saved again, does not run."""
+    wanted: dict[str, Any] = {"jax_enable_compilation_cache": False}
+    wanted |= {"jax_optimization_level": level} if level else {}
+    before = {name: getattr(jax.config, name) for name in wanted}
     try:
-        if level:
-            jax.config.update("jax_optimization_level", level)
+        _update(wanted)
         yield
     finally:
-        jax.config.update("jax_optimization_level", before)
+        _update(before)
 
 
-@contextlib.contextmanager
-def _anew() -> Iterator[None]:
-    """The compile cache is left out: a program from it, saved again, does not run."""
-    before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
-    try:
-        _cache(False)
-        yield
-    finally:
-        _cache(before)
-
-
-def _cache(wanted: bool) -> None:
-    jax.config.update("jax_enable_compilation_cache", wanted)
-    # JAX reads the setting once, until this.
+def _update(settings: Mapping[str, Any]) -> None:
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    # JAX reads the setting of the cache once, until this.
     compilation_cache.reset_cache()
 
 
 @contextlib.contextmanager
 def _stderr() -> Iterator[list[str]]:
-    """Takes what the compiler's own code writes to stderr into the list, at the end.
-
-    What Python writes there, as a warning that a kernel is missing, is shown.
-    """
+    """Takes what the compiler's own code writes to stderr into the list, at the end; Python's is shown."""
     lines: list[str] = []
     sys.stderr.flush()
     kept = os.dup(2)
@@ -155,8 +142,7 @@ def _stderr() -> Iterator[list[str]]:
 def save(done: Compiled, path: Path) -> int:
     """Writes a compiled program for `load`; returns its bytes. Raises InputError where jax cannot."""
     try:
-        payload = serialize_executable.serialize(done.executable)
-        data = pickle.dumps(payload)
+        data = pickle.dumps(serialize_executable.serialize(done.executable))
     except Exception as error:  # it depends on the back end, whose errors have no common class
         raise InputError(f"--save {path}: this program cannot be saved: {error}") from None
     path.write_bytes(data)
@@ -171,8 +157,7 @@ def load(path: Path) -> Any:
     anything here. Raises InputError where it cannot be read.
     """
     try:
-        payload, arguments, results = pickle.loads(path.read_bytes())
-        return serialize_executable.deserialize_and_load(payload, arguments, results)
+        return serialize_executable.deserialize_and_load(*pickle.loads(path.read_bytes()))
     except Exception as error:  # as in `save`
         raise InputError(
             f"{path}: cannot be loaded on {jax.device_count()} x {jax.devices()[0].device_kind}: "

@@ -35,20 +35,17 @@ class Instruction(NamedTuple):
         return [n for many, one in found for n in ([one] if one else _NAME.findall(many))]
 
 
-Computation = list[Instruction]  # the last is not always the root
-
-
 class Module(NamedTuple):
-    """A program: its computations by name, the entry, and the root of each."""
+    """A program: its computations by name, the entry, and the root of each (not always the last)."""
 
-    computations: dict[str, Computation]
+    computations: dict[str, list[Instruction]]
     entry: str
     roots: dict[str, Instruction]
 
 
 def parse(text: str) -> Module:
     """Reads HLO text as `compiled.as_text()` gives it."""
-    computations: dict[str, Computation] = {}
+    computations: dict[str, list[Instruction]] = {}
     roots, entry, current = {}, "", ""
     for line in text.splitlines():
         if line.startswith(("%", "ENTRY")) and line.endswith("{"):
@@ -57,20 +54,17 @@ def parse(text: str) -> Module:
             entry = current if line.startswith("ENTRY") else entry
         elif line.startswith("  ") and " = " in line and current:
             name, _, right = line.strip().partition(" = ")
-            found = _instruction(name.removeprefix("ROOT ").lstrip("%"), right)
+            end = _closing(right, 0) + 1 if right.startswith("(") else right.index(" ")
+            shape, right = right[:end], right[end:].lstrip()
+            start = right.index("(")
+            end = _closing(right, start)
+            given, rest = right[start + 1 : end], right[end + 1 :]
+            head = name.removeprefix("ROOT ").lstrip("%"), shape, right[:start]
+            found = Instruction(*head, tuple(_NAME.findall(given)), given, rest)
             computations[current].append(found)
             if name.startswith("ROOT "):
                 roots[current] = found
     return Module(computations, entry, roots)
-
-
-def _instruction(name: str, right: str) -> Instruction:
-    end = _closing(right, 0) + 1 if right.startswith("(") else right.index(" ")
-    shape, right = right[:end], right[end:].lstrip()
-    start = right.index("(")
-    end = _closing(right, start)
-    given, rest = right[start + 1 : end], right[end + 1 :]
-    return Instruction(name, shape, right[:start], tuple(_NAME.findall(given)), given, rest)
 
 
 def _closing(text: str, start: int) -> int:
@@ -103,15 +97,11 @@ def result(x: Instruction) -> str:
     """The shape that an instruction makes: of one that runs beside others without what it was given."""
     if not x.op.endswith("-start") or not x.shape.startswith("("):
         return x.shape
-    if x.shape.startswith("(("):  # ((what goes in), what comes out, ..)
-        parts = _ARRAY.finditer(x.shape[_closing(x.shape, 1) :])
-    else:
-        parts = _ARRAY.finditer(x.shape)
-        # (what goes in, what comes out, ..); a copy has these the other way round.
-        if x.op != "copy-start":
-            next(parts, None)
-    found = next(parts, None)
-    return found[0] if found else ""
+    # (what goes in, what comes out, ..), the first perhaps a tuple; a copy has these the other way round.
+    nested = x.shape.startswith("((")
+    parts = [found[0] for found in _ARRAY.finditer(x.shape, _closing(x.shape, 1) if nested else 0)]
+    parts = parts if nested or x.op == "copy-start" else parts[1:]
+    return parts[0] if parts else ""
 
 
 def size(shape: str) -> int:

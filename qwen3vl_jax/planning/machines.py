@@ -62,39 +62,30 @@ def read_machine(text: str, slices: int = 1) -> Machine:
     name, shape = found[1], tuple(map(int, found[2].split("x")))
     chip = CHIPS[name]
     if len(shape) != chip.axes or min(shape) < 1:
-        raise InputError(
-            f"--plan {text!r}: {name} has {chip.axes} sizes from 1, expected one like "
-            f"{name}:{chip.sizes}"
-        )
+        found = f"{name} has {chip.axes} sizes from 1"
+        raise InputError(f"--plan {text!r}: {found}, expected one like {name}:{chip.sizes}")
     if slices < 1:
         raise InputError(f"--slices is {slices}, expected a number from 1")
     if slices > 1 and chip.platform != "tpu":
         raise InputError(f"--slices is {slices}: {name} has none, say how many as {name}:32")
     if chip.platform == "gpu" and shape[0] > GPUS_A_HOST and shape[0] % GPUS_A_HOST:
-        raise InputError(
-            f"--plan {text!r}: expected up to {GPUS_A_HOST} GPUs, or whole hosts of {GPUS_A_HOST}"
-        )
+        expected = f"up to {GPUS_A_HOST} GPUs, or whole hosts of {GPUS_A_HOST}"
+        raise InputError(f"--plan {text!r}: expected {expected}")
     return Machine(name, shape, slices)
 
 
-def check_installed(machine: Machine) -> None:
-    """Raises InputError for a compiler that is not installed."""
+def prepare_environment(machine: Machine) -> None:
+    """Sets what jax reads at its import, to compile alone. Raises InputError without the compiler."""
     tpu = machine.chip.platform == "tpu"
     wanted, extra = ("libtpu", "[tpu]") if tpu else ("jax_cuda12_plugin", "[cuda]")
     if importlib.util.find_spec(wanted) is None:
-        raise InputError(
-            f"--plan {machine}: {wanted} is not installed, which compiles for it (no device is needed): "
-            f"pip install 'qwen3vl-jax{extra}' (in a clone: pip install '.{extra}')"
-        )
-
-
-def prepare_environment(machine: Machine) -> None:
-    """Sets what jax reads at its import: compile for the machine, run nothing. Raises InputError."""
-    check_installed(machine)
+        missing = f"{wanted} is not installed, which compiles for it (no device is needed)"
+        install = f"pip install 'qwen3vl-jax{extra}' (in a clone: pip install '.{extra}')"
+        raise InputError(f"--plan {machine}: {missing}: {install}")
     for name, value in QUIET_LIBTPU.items():
         os.environ.setdefault(name, value)
     os.environ["JAX_PLATFORMS"] = "cpu"
-    if machine.chip.platform == "gpu":
+    if not tpu:
         # There is no GPU to time kernels on.
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_autotune_level=0".strip()
@@ -114,19 +105,16 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGro
 
 
 def check_plan_arguments(args: argparse.Namespace) -> None:
-    """Raises InputError for an option of --plan without it, and for what does not go together."""
+    """Sets `machine`. Raises InputError for options of --plan without it, or not for one another."""
     defaults = {"slices": 1, "save": None, "search": False}
     for name, default in defaults.items():
         if not args.plan and getattr(args, name, default) != default:
             raise InputError(f"--{name} means something with --plan alone")
     if getattr(args, "tries", 0) < 0:
         raise InputError(f"--tries is {args.tries}, expected a number from 0")
-    if args.plan and getattr(args, "dry_run", False):
-        raise InputError("--plan and --dry-run: give one of them")
     if args.save and getattr(args, "search", False):
         raise InputError("--save: not with --search, which compiles many")
-    if args.plan:
-        read_machine(args.plan, args.slices)
+    args.machine = read_machine(args.plan, args.slices) if args.plan else None
     if args.save and not is_remote(args.save) and not args.save.parent.is_dir():
         raise InputError(f"--save {args.save}: no such directory {args.save.parent}")
     if args.save and kind(args.save) == "folder":

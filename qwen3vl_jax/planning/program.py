@@ -19,26 +19,19 @@ from qwen3vl_jax.checkpoint.quantize import CODES, kind_of, quantized_params, sc
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.device_mesh import array_sharding, layout_mesh, replicated
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.inference.decode_loop import DecodeState, decode_steps, first_token, insert_rows
-from qwen3vl_jax.inference.requests import GenerationOptions, RowOptions
+from qwen3vl_jax.inference.decode_loop import decode_steps, first_token, insert_rows
+from qwen3vl_jax.inference.requests import GenerationOptions
 from qwen3vl_jax.model.cache import KV_AXES, init_cache, prefill
 from qwen3vl_jax.model.sharding import max_parts
 from qwen3vl_jax.model.structs import Batch, KVCache, VisionInputs
 from qwen3vl_jax.processing.batch import group_size
 from qwen3vl_jax.released import SIZE
 from qwen3vl_jax.storage.paths import as_path, kind
-from qwen3vl_jax.training import train_model
+from qwen3vl_jax.training import state_sharding, train_model
 from qwen3vl_jax.training.data.packing import PackedBatch
 from qwen3vl_jax.training.recipe import Recipe, check_vision_length
 from qwen3vl_jax.training.reporting import flops, memory_estimate
-from qwen3vl_jax.training.reporting.flops import Counts, forward_flops
-from qwen3vl_jax.training.reporting.memory_estimate import held_bytes
-from qwen3vl_jax.training.state_sharding import (
-    batch_shardings,
-    check_mesh,
-    state_shardings,
-    with_shardings,
-)
+from qwen3vl_jax.training.state_sharding import with_shardings
 
 
 class Work(NamedTuple):
@@ -71,14 +64,13 @@ def config_of(ckpt: str) -> Config:
         return Config.from_hf(ckpt)
     if size := SIZE.search(ckpt):
         return Config.named(size[0])
-    raise InputError(
-        f"{ckpt}: no such directory, and its name holds none of the released sizes (as 8b)"
-    )
+    sizes = "its name holds none of the released sizes (as 8b)"
+    raise InputError(f"{ckpt}: no such directory, and {sizes}")
 
 
 def check_batch(recipe: Recipe, cfg: Config, sizes: Mapping[str, int]) -> None:
     """Raises InputError for a batch or model that a mesh of these sizes does not divide."""
-    check_mesh(layout_mesh(sizes), cfg, train_model.shapes(cfg))
+    state_sharding.check_mesh(layout_mesh(sizes), cfg, train_model.shapes(cfg))
     check_vision_length(recipe.pack, cfg)
     pack, rows, groups = recipe.pack, max_parts("batch", sizes), groups_of(recipe, sizes)
     counts = {"groups": groups, "rows": pack.rows, "vision_rows": pack.vision_rows}
@@ -111,14 +103,15 @@ def training_step(recipe: Recipe, cfg: Config, mesh: Mesh) -> Program:
     optimizer = train_model.build_optimizer(recipe, cfg, parts.weights)
     held = memory_estimate.on_mesh(recipe, cfg, parts, mesh)
     # They are the program's own.
-    gradients = held_bytes({"": held.pop(memory_estimate.GRADIENTS)})
-    state = with_shardings(parts.state, state_shardings(mesh, cfg, parts.state))
+    gradients = memory_estimate.held_bytes({"": held.pop(memory_estimate.GRADIENTS)})
+    state = state_sharding.state_shardings(mesh, cfg, parts.state)
+    state = with_shardings(parts.state, state)
     packed = packed_batch(recipe, cfg, groups_of(recipe, sizes))
-    packed = with_shardings(packed, batch_shardings(mesh, packed))
+    packed = with_shardings(packed, state_sharding.batch_shardings(mesh, packed))
     step = train_model.make_step(recipe, cfg, optimizer, parts.merge, state, keep_unused=True)
     args, work = (state, held["frozen weights"], packed), work_of(recipe, cfg, parts.weights)
     inside = f"gradients, activations (remat {recipe.step.remat})"
-    sizes = held_bytes(held | {"batch": packed})
+    sizes = memory_estimate.held_bytes(held | {"batch": packed})
     return Program(step, args, mesh, sizes, work, inside, gradients.get("", 0))
 
 
@@ -169,56 +162,48 @@ class Serving(NamedTuple):
 
 
 def decoding(cfg: Config, mesh: Mesh, asked: Serving) -> Program:
-    """The loop of decode steps that inference dispatches, every slot of the donated cache in use.
-
-    Raises InputError.
-    """
+    """The loop of decode steps that inference dispatches, the donated cache full. Raises InputError."""
     params, cache = weights(cfg, mesh, asked.dtype, asked.weights), empty_cache(cfg, mesh, asked)
+    shape = functools.partial(_replicated_shape, mesh)
     options = GenerationOptions(asked.slots).of_rows(cfg, asked.rows)
-    ints = functools.partial(_replicated_shape, mesh, jnp.int32)
-    options = jax.tree.map(lambda x: _replicated_shape(mesh, x.dtype, *x.shape), options)
-    ended = _replicated_shape(mesh, jnp.bool_, asked.rows)
+    options = jax.tree.map(lambda x: shape(x.dtype, *x.shape), options)
+    # What the loop takes, as every dispatch leaves it.
+    logits = shape(jnp.float32, asked.rows, cfg.text.vocab_size)
+    with jax.set_mesh(mesh):
+        state = jax.eval_shape(first_token, cache, logits, shape(jnp.int32, asked.rows, 1), options)
+    state = _laid_out(mesh, state.replace(cache=None), 2, ("batch", None)).replace(cache=cache)
 
     def run(params, state, ended, options, steps, enough):
         return decode_steps(params, cfg, state, ended, options, steps, enough)
 
     # The vision tower, which no decode step reads, lies there too.
     fn = jax.jit(run, donate_argnums=1, keep_unused=True)
-    args = params, _decode_state(cfg, mesh, cache, options), ended, options, ints(), ints()
+    ended, number = shape(jnp.bool_, asked.rows), shape(jnp.int32)
     # A token sees the whole cache at worst.
-    counts = Counts(asked.rows, asked.rows * asked.slots, 0, 0)
-    total = sum(forward_flops(cfg, counts).values())
+    counts = flops.Counts(asked.rows, asked.rows * asked.slots, 0, 0)
+    total = sum(flops.forward_flops(cfg, counts).values())
     note = "of all rows, cache full"
     work = Work("time of a decode step", total, total, asked.rows, note, loops=1)
-    held = held_bytes({"weights": params, "cache": (cache.k, cache.v)})
+    held = memory_estimate.held_bytes({"weights": params, "cache": (cache.k, cache.v)})
+    args = params, state, ended, options, number, number
     return Program(fn, args, mesh, held, work, "the loop of steps itself")
 
 
-def _decode_state(cfg: Config, mesh: Mesh, cache: KVCache, options: RowOptions) -> DecodeState:
-    """What the loop takes, as every dispatch leaves it."""
-    rows = options.limit.shape[0]
-    logits = _replicated_shape(mesh, jnp.float32, rows, cfg.text.vocab_size)
-    tokens = _replicated_shape(mesh, jnp.int32, rows, 1)
-    with jax.set_mesh(mesh):
-        state = jax.eval_shape(first_token, cache, logits, tokens, options)
-
-    def put(x: Any) -> Any:
-        axes = ("batch", None) if x.ndim == 2 else (None,) * x.ndim
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=array_sharding(mesh, axes, x))
-
-    return jax.tree.map(put, state.replace(cache=None)).replace(cache=cache)
-
-
 def prefilling(cfg: Config, mesh: Mesh, asked: Serving) -> Program:
-    """A group of prompts as wide as the cache put into it, an image in each; the cache is donated.
+    """A group of prompts as wide as the cache put into it, an image in each. Raises InputError.
 
-    The most that `serve` holds: the cache of all rows, and beside it the prompts it takes in together.
-    Raises InputError.
+    The most that `serve` holds: the donated cache of all rows, and beside it the prompts it takes in.
     """
     params, cache = weights(cfg, mesh, asked.dtype, asked.weights), empty_cache(cfg, mesh, asked)
     width, count = asked.slots, group_size(asked.rows)
     patches = min(IMAGE, cfg.vision.merge_unit * width)
-    batch = _prompts(cfg, mesh, count, width, patches)
+    shape = functools.partial(_replicated_shape, mesh)
+    ints, floats = functools.partial(shape, jnp.int32), functools.partial(shape, jnp.float32)
+    seen, row, of_rows = count * patches, ints(count, width), ints(count)
+    tables = ints(seen, 4), floats(seen, 4), ints(seen, 2)
+    pixels = floats(seen, math.prod(cfg.vision.patch_shape))
+    vision = VisionInputs(pixels, *tables, ints(seen), ints(seen))
+    batch = Batch(row, ints(3, count, width), row, row, of_rows, vision)
     chunk = None if asked.chunk is None or asked.chunk >= width else asked.chunk
 
     def run(params, cache, batch, rows):
@@ -227,15 +212,17 @@ def prefilling(cfg: Config, mesh: Mesh, asked: Serving) -> Program:
         return insert_rows(cache, rows, new, source), logits
 
     pairs = count * (width * (width + 1) // 2)
-    parts = forward_flops(cfg, Counts(count * width, pairs, count * patches, count * patches**2))
+    counts = flops.Counts(count * width, pairs, seen, count * patches**2)
+    parts = flops.forward_flops(cfg, counts)
     # One token of each prompt gets logits.
     parts["head"] /= width
     total = sum(parts.values())
     note = f"{count} prompt{'s' * (count > 1)}, {patches} patches in each"
     work = Work("time of a prefill", total, total, count * width, note)
-    held = held_bytes({"weights": params, "cache": (cache.k, cache.v), "prompts": batch})
-    args = params, cache, batch, _replicated_shape(mesh, jnp.int32, count)
+    held = {"weights": params, "cache": (cache.k, cache.v), "prompts": batch}
+    held = memory_estimate.held_bytes(held)
     fn = jax.jit(run, donate_argnums=1, keep_unused=True)
+    args = params, cache, batch, of_rows
     return Program(fn, args, mesh, held, work, "prompts' cache, activations")
 
 
@@ -267,26 +254,17 @@ def empty_cache(cfg: Config, mesh: Mesh, asked: Serving) -> KVCache:
     """A cache as shapes, laid out as every function of cache.py leaves it."""
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(lambda: init_cache(cfg, asked.rows, asked.slots, asked.dtype))
+    return _laid_out(mesh, shapes, 4, KV_AXES)
+
+
+def _laid_out(mesh: Mesh, tree: Any, rank: int, axes: tuple[str | None, ...]) -> Any:
+    """Shapes with shardings: of arrays of `rank` dimensions along `axes`, others whole."""
 
     def put(x: Any) -> Any:
-        axes = KV_AXES if len(x.shape) == 4 else (None,)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=array_sharding(mesh, axes, x))
+        own = axes if len(x.shape) == rank else (None,) * len(x.shape)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=array_sharding(mesh, own, x))
 
-    return jax.tree.map(put, shapes)
-
-
-def _prompts(cfg: Config, mesh: Mesh, count: int, width: int, patches: int) -> Batch:
-    """Rows of tokens, an image of so many patches in each."""
-    ints, floats = (
-        functools.partial(_replicated_shape, mesh, dtype) for dtype in (jnp.int32, jnp.float32)
-    )
-    seen, row = count * patches, ints(count, width)
-    pixels, tables = (
-        floats(seen, math.prod(cfg.vision.patch_shape)),
-        (ints(seen, 4), floats(seen, 4)),
-    )
-    vision = VisionInputs(pixels, *tables, ints(seen, 2), ints(seen), ints(seen))
-    return Batch(row, ints(3, count, width), row, row, ints(count), vision)
+    return jax.tree.map(put, tree)
 
 
 def _replicated_shape(mesh: Mesh, dtype: Any, *shape: int) -> Any:

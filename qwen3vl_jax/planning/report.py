@@ -1,11 +1,12 @@
 """The report of a plan: lower bounds of the time of a step, and the table that is printed."""
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich.table import Table
+from rich.table import Column, Table
 
 from qwen3vl_jax.planning.compiling import Compiled
 from qwen3vl_jax.planning.hlo import parse
@@ -18,11 +19,7 @@ from qwen3vl_jax.training.reporting.dry_run import number_table
 
 
 class Times(NamedTuple):
-    """Seconds of each kind of work in one run of a program.
-
-    All are lower bounds, because every rate is the maker's peak. Real matrix products reach 60 to 90 % of
-    theirs.
-    """
+    """Seconds of each kind of work: lower bounds, at peak rates of which products reach 60 to 90 %."""
 
     compute: float
     memory: float
@@ -43,14 +40,14 @@ class Times(NamedTuple):
 
 def times_of(machine: Machine, devices: Sequence[Any], flops: float, moved: Traffic) -> Times:
     """The times of one run. devices: in mesh order. flops: of each device, recomputation included."""
-    chip = machine.chip
-    links = network = host = 0.0
+    chip, host = machine.chip, 0.0
+    links_and_network = np.zeros(2)
     for each in moved.collectives:
-        if each.kind in (TO_HOST, FROM_HOST):
-            host += each.times * each.moved / chip.host if chip.host else 0.0
-        else:
-            a, b = _exchange_seconds(machine, devices, each)
-            links, network = links + a * each.times, network + b * each.times
+        if each.kind not in (TO_HOST, FROM_HOST):
+            links_and_network += np.multiply(_exchange_seconds(machine, devices, each), each.times)
+        elif chip.host:
+            host += each.times * each.moved / chip.host
+    links, network = links_and_network.tolist()
     return Times(flops / chip.flops, moved.memory / chip.hbm_rate, links, network, host)
 
 
@@ -59,7 +56,8 @@ def _exchange_seconds(
 ) -> tuple[float, float]:
     """Seconds of one collective: (over links, over the network).
 
-    It is a ring along each axis of the torus that the group spans, in both directions if that is closed.
+    It is a ring along each axis of the torus that the group spans, in both directions if it spans a closed
+    axis whole; else its last devices receive from one side. Two devices of one chip differ along no axis.
     A group of several slices or hosts sends over the network too, a share from each of its devices.
     """
     chip, members = machine.chip, [devices[i] for i in each.group if i < len(devices)]
@@ -67,7 +65,12 @@ def _exchange_seconds(
         return 0.0, 0.0
     if chip.platform == "tpu":
         islands = {getattr(device, "slice_index", None) or 0 for device in members}
-        rate = chip.link * _lanes(machine, members)
+        coords = [tuple(d.coords) if hasattr(d, "coords") else (d.id,) for d in members]
+        spans = [len(set(axis)) for axis in zip(*coords, strict=True)]
+        # Coordinates of 2-D slices end in 0.
+        sizes = zip(spans, machine.shape, machine.rings, strict=False)
+        lanes = sum(1 + (ring and span == n) for span, n, ring in sizes if span > 1)
+        rate = chip.link * max(lanes, 1)
     else:
         # NVLink's rate is a direction's of all its links.
         islands, rate = {i // GPUS_A_HOST for i in each.group[: len(members)]}, chip.link
@@ -76,19 +79,6 @@ def _exchange_seconds(
     return (each.moved / rate if inside > 1 else 0.0), over_network
 
 
-def _lanes(machine: Machine, members: Sequence[Any]) -> int:
-    """The number of links over which a device receives at a time.
-
-    Two for an axis that the group spans whole and that is a ring. One for another axis: its last devices
-    receive from one side. Two devices of one chip differ along no axis.
-    """
-    coords = [tuple(d.coords) if hasattr(d, "coords") else (d.id,) for d in members]
-    spans = [len(set(axis)) for axis in zip(*coords, strict=True)]
-    sizes = zip(spans, machine.shape, machine.rings, strict=False)  # coords of 2-D slices end in 0
-    return max(sum(1 + (ring and span == n) for span, n, ring in sizes if span > 1), 1)
-
-
-GIB = 2**30
 # A lower level fuses less. On v5e:2x2 the step of demo.toml moves 3.6 GiB in place of 0.2.
 _UNTIMED = "Main memory's time is left out: less optimised, a program moves more there than a run."
 
@@ -114,6 +104,18 @@ class Plan(NamedTuple):
             return self.done.cause
         return f"the peak {_gib(self.done.peak)} of {_gib(self.machine.chip.hbm)} of memory"
 
+    @property
+    def times_of_search(self) -> Times:
+        """The times but for main memory's, see _UNTIMED; infinite where it does not fit."""
+        found = self.times if self.fits else None
+        return Times(math.inf, 0.0, 0.0, 0.0) if found is None else found._replace(memory=0.0)
+
+    @property
+    def copies_untimed(self) -> bool:
+        """Whether there are copies to the host or back over a link whose rate is not known."""
+        kinds = {c.kind for c in self.moved.collectives} if self.moved else set()
+        return not self.machine.chip.host and not kinds.isdisjoint((TO_HOST, FROM_HOST))
+
 
 def plan_of(machine: Machine, program: Program, done: Compiled) -> Plan:
     """The plan of a compiled program, with traffic and times if it fits."""
@@ -127,10 +129,8 @@ def plan_of(machine: Machine, program: Program, done: Compiled) -> Plan:
 
 def table(plan: Plan, title: str, largest: str = "") -> Table:
     """The table of a plan. largest: the text about the largest batch, "" for none."""
-    out = Table(title=title, title_justify="left", show_header=False)
-    out.add_column("what")
-    out.add_column("value", justify="right")
-    out.add_column("how it is known", style="dim")
+    columns = "what", Column("value", justify="right"), Column("how it is known", style="dim")
+    out = Table(*columns, title=title, title_justify="left", show_header=False)
     mesh = " x ".join(f"{n} {k}" for n, k in plan.program.mesh.shape.items() if k > 1) or "1 device"
     count, used = plan.machine.devices, plan.program.mesh.size
     of_them = f", {used:,} in use" * (used != count)
@@ -144,7 +144,17 @@ def table(plan: Plan, title: str, largest: str = "") -> Table:
         out.add_row("largest batch", largest, "compiled at a lower level of optimisation")
     if why := plan.done.kernels[:80]:
         out.add_row("attention", "XLA blocks", f"a GPU with cuDNN uses that: {why}")
-    _add_memory(out, plan)
+    out.add_section()
+    for name, size in plan.program.held.items():
+        out.add_row(name, _gib(size), "exact, of a device")
+    if plan.done.executable is not None:
+        peak, room = plan.done.peak, plan.machine.chip.hbm
+        arguments = plan.done.executable.memory_analysis().argument_size_in_bytes
+        note = "peak less arguments"
+        if plan.program.gradients:
+            note += f"; gradients are {_gib(plan.program.gradients)}"
+        out.add_row(plan.program.inside, _gib(peak - arguments), note)
+        out.add_row("peak of a device", _gib(peak), f"{peak / room:.0%} of {_gib(room)}")
     if plan.fits:
         _add_traffic(out, plan)
         _add_times(out, plan)
@@ -165,17 +175,11 @@ def best(plans: Sequence[tuple[Candidate, Plan]], title: str) -> Table:
         peak = _gib(plan.done.peak) if plan.done.executable is not None else ""
         verdict, time = "does not fit", ""
         if plan.fits:
-            verdict, times = "fits", without_memory(plan)
-            more = " and host copies" * _copies_untimed(plan)
+            verdict, times = "fits", plan.times_of_search
+            more = " and host copies" * plan.copies_untimed
             time = f"{_seconds(times.least)} to {_seconds(times.most)}{more}"
         out.add_row(str(each), verdict, peak, time, f"{plan.done.seconds:.0f} s")
     return out
-
-
-def without_memory(plan: Plan) -> Times:
-    """The times of a program that fits, but for main memory's: see _UNTIMED."""
-    assert plan.times is not None
-    return plan.times._replace(memory=0.0)
 
 
 def likeliest(found: Sequence[Candidate], title: str, room: int) -> Table:
@@ -185,23 +189,6 @@ def likeliest(found: Sequence[Candidate], title: str, room: int) -> Table:
         more = "[red]more than [/]" * (each.memory > room)
         out.add_row(str(each), _gib(each.memory), more + _gib(room), _seconds(each.seconds))
     return out
-
-
-def _add_memory(out: Table, plan: Plan) -> None:
-    out.add_section()
-    for name, size in plan.program.held.items():
-        out.add_row(name, _gib(size), "exact, of a device")
-    if plan.done.executable is None:
-        return
-    stats = plan.done.executable.memory_analysis()
-    rest = plan.done.peak - stats.argument_size_in_bytes
-    note = "peak less arguments"
-    if plan.program.gradients:
-        note += f"; gradients are {_gib(plan.program.gradients)}"
-    out.add_row(plan.program.inside, _gib(rest), note)
-    share = plan.done.peak / plan.machine.chip.hbm
-    room = f"{share:.0%} of {_gib(plan.machine.chip.hbm)}"
-    out.add_row("peak of a device", _gib(plan.done.peak), room)
 
 
 def _add_traffic(out: Table, plan: Plan) -> None:
@@ -235,7 +222,7 @@ def _add_times(out: Table, plan: Plan) -> None:
     for name, seconds in zip(names, times, strict=True):
         if seconds:
             out.add_row(f"{name} time", _seconds(seconds), "at the maker's peak rate")
-    if _copies_untimed(plan):
+    if plan.copies_untimed:
         note = f"the rate of {machine.name}'s link to its host is not known: the step takes longer"
         out.add_row("host copies time", "[yellow]not counted[/]", note)
     least, most = times.least, times.most
@@ -254,18 +241,12 @@ def _add_times(out: Table, plan: Plan) -> None:
         out.add_row("chip-hours", f"{_digits(hours[0])} to {_digits(hours[1])}", note)
 
 
-def _copies_untimed(plan: Plan) -> bool:
-    """Whether there are copies to the host or back over a link whose rate is not known."""
-    kinds = {c.kind for c in plan.moved.collectives} if plan.moved else set()
-    return not plan.machine.chip.host and not kinds.isdisjoint((TO_HOST, FROM_HOST))
-
-
 def _digits(number: float) -> str:
     return f"{number:,.0f}" if number >= 100 else f"{number:.2g}"
 
 
 def _gib(size: float) -> str:
-    return f"{size / GIB:,.2f} GiB" if size >= GIB / 100 else f"{size / 2**20:,.2f} MiB"
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 / 100 else f"{size / 2**20:,.2f} MiB"
 
 
 def _seconds(t: float) -> str:

@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from qwen3vl_jax.config import Config
@@ -14,22 +14,14 @@ from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model.sharding import AXES
 from qwen3vl_jax.planning.machines import GPUS_A_HOST, Machine
 from qwen3vl_jax.planning.program import check_batch, work_of
-from qwen3vl_jax.training.mesh_preset import (
-    asks_for_mesh,
-    enough,
-    mesh_flags,
-    pack_flags,
-    preset,
-    sizes_of,
-)
+from qwen3vl_jax.training import mesh_preset
+from qwen3vl_jax.training.mesh_preset import asks_for_mesh, mesh_flags, preset
 from qwen3vl_jax.training.recipe import Mesh, Recipe
 from qwen3vl_jax.training.reporting import memory_estimate
 
 # Tried beside the recipe's own. "offload" is not: it needs the host's memory.
 REMATS = ("none", "dots", "narrow", "full")
-# A candidate is left out if its estimated memory is more than this times the device's.
-_SLACK = 1.25
-_TENSOR, _SEQUENCE = (1, 2, 4, 8), (1, 2, 4)
+_SLACK = 1.25  # times a device's memory: candidates of more by the estimate are left out
 
 
 class Candidate(NamedTuple):
@@ -72,11 +64,7 @@ def candidates(recipe: Recipe, cfg: Config, machine: Machine) -> list[Candidate]
             f"--search: no mesh of {machine} divides pack.rows {recipe.pack.rows} and has room; take "
             "more devices, other rows, or step.weights=bfloat16"
         )
-    return _in_turn(found, own if asks_for_mesh(recipe) else None, room)
-
-
-def _in_turn(found: Iterable[Candidate], own: Mesh | None, room: int) -> list[Candidate]:
-    """Candidates in the order that `candidates` describes. own: the mesh that comes first."""
+    own = own if asks_for_mesh(recipe) else None
     seen: Counter[tuple[bool, Mesh]] = Counter()
     ranked = []
     for c in sorted(found, key=lambda c: (c.seconds, c.memory)):
@@ -93,43 +81,33 @@ def mesh_of(recipe: Recipe, cfg: Config, machine: Machine) -> Mesh:
     """
     if not asks_for_mesh(recipe):
         return preset(cfg, recipe.pack, machine.devices, machine.slices)
-    sizes, count = sizes_of(recipe), machine.devices
+    sizes, count = mesh_preset.sizes_of(recipe), machine.devices
     if machine.chip.platform == "gpu" and count <= GPUS_A_HOST and -1 not in sizes.values():
         count = min(math.prod(sizes.values()), count)
     try:
-        shape = mesh_shape(sizes, count)
+        return Mesh(**dict(zip(AXES, mesh_shape(sizes, count), strict=True)))
     except InputError as error:
-        why = "a plan is for all of them; " if machine.chip.platform == "tpu" else ""
-        raise InputError(f"{error}; {why}{_hint(recipe, cfg, machine)}") from None
-    return Mesh(**dict(zip(AXES, shape, strict=True)))
-
-
-def _hint(recipe: Recipe, cfg: Config, machine: Machine) -> str:
-    """The end of the message for a mesh of another number of devices: the keys to add."""
+        wrong = f"{error}; " + "a plan is for all of them; " * (machine.chip.platform == "tpu")
+    # The keys that make the preset of the recipe's mesh.
     pack, rows = recipe.pack, {}
     try:
         usual = preset(cfg, pack, machine.devices, machine.slices)
     except InputError:  # too few rows
-        rows = enough(pack, machine.devices)
+        rows = mesh_preset.enough(pack, machine.devices)
         usual = preset(cfg, dataclasses.replace(pack, **rows), machine.devices, machine.slices)
-    flags = " ".join(filter(None, [mesh_flags(usual, recipe.mesh), pack_flags(rows)]))
-    return f"for {machine} add {flags} to the command"
+    flags = [mesh_flags(usual, recipe.mesh), mesh_preset.pack_flags(rows)]
+    raise InputError(f"{wrong}for {machine} add {' '.join(filter(None, flags))} to the command")
 
 
 def _meshes(machine: Machine, cfg: Config) -> Iterator[Mesh]:
     """Every mesh of a machine's devices that splits only `data` over its slices."""
-    count = machine.devices
-    experts = [n for n in _divisors(count) if n <= 64] if cfg.text.num_experts else [1]
-    for tensor, sequence, expert in itertools.product(_TENSOR, _SEQUENCE, experts):
-        inner = tensor * sequence * expert
-        for fsdp in _divisors(count // inner) if count % inner == 0 else ():
-            data = count // inner // fsdp
-            if data % machine.slices == 0:
-                yield Mesh(data=data, fsdp=fsdp, tensor=tensor, expert=expert, sequence=sequence)
-
-
-def _divisors(count: int) -> list[int]:
-    return [n for n in range(1, count + 1) if count % n == 0]
+    experts = range(1, 65 if cfg.text.num_experts else 2)
+    for tensor, sequence, expert in itertools.product((1, 2, 4, 8), (1, 2, 4), experts):
+        rows, rest = divmod(machine.devices, tensor * sequence * expert)
+        for fsdp in range(1, rows + 1) if not rest else ():
+            if rows % (fsdp * machine.slices) == 0:
+                axes = {"tensor": tensor, "expert": expert, "sequence": sequence}
+                yield Mesh(data=rows // fsdp, fsdp=fsdp, **axes)
 
 
 def _seconds(recipe: Recipe, cfg: Config, parts: memory_estimate.Held, machine: Machine) -> float:
@@ -148,22 +126,15 @@ def _seconds(recipe: Recipe, cfg: Config, parts: memory_estimate.Held, machine: 
     shared = stream * (4 * (1 - 1 / mesh.tensor) + 2 * (1 - 1 / mesh.sequence))
     tokens = 2 * stream * (mesh.expert - 1) / inner
     lanes = sum(1 + ring for n, ring in zip(machine.shape, machine.rings, strict=True) if n > 1)
-    host = _copied(recipe, cfg, parts) / chip.host if chip.host else 0.0
-    return compute + (weights + shared + tokens) / (chip.link * max(lanes, 1)) + host
+    seconds = compute + (weights + shared + tokens) / (chip.link * max(lanes, 1))
+    if recipe.step.remat == "offload" and chip.host:
+        # About what "dots" would keep is copied to the host and back.
+        steps = (dataclasses.replace(recipe.step, remat=remat) for remat in ("dots", "full"))
+        tried = (dataclasses.replace(recipe, step=step) for step in steps)
+        kept, again = (sum(memory_estimate.memory(each, cfg, parts).values()) for each in tried)
+        seconds += 2 * (kept - again) * recipe.step.accumulate / chip.host
+    return seconds
 
-
-def _copied(recipe: Recipe, cfg: Config, parts: memory_estimate.Held) -> int:
-    """About how many bytes a device copies to the host and back: what "dots" would keep."""
-    if recipe.step.remat != "offload":
-        return 0
-    steps = (dataclasses.replace(recipe.step, remat=remat) for remat in ("dots", "full"))
-    tried = (dataclasses.replace(recipe, step=step) for step in steps)
-    kept, again = (sum(memory_estimate.memory(each, cfg, parts).values()) for each in tried)
-    return 2 * (kept - again) * recipe.step.accumulate
-
-
-LEVEL = "O1"  # a third of the time of a whole compile; the peak is within some percent of that
-_LIMIT = 256  # times the smallest batch
 
 # Gives the bytes that a recipe's step needs on a device; None: it does not fit, by an unknown amount.
 Peak = Callable[[Recipe], int | None]
@@ -188,8 +159,7 @@ def largest(
     nearest known sizes meets `room`. After two tries that did not halve the interval it is the middle.
     """
     times, need, wide = max(recipe.pack.rows // parts, 1), known, 0
-    limit, points = _LIMIT * times, {0: held}
-    fits, fails = 0, limit
+    fits, fails, points = 0, (limit := 256 * times), {0: held}
     for left in range(tries, -1, -1):
         before = fails - fits
         if need is not None:
@@ -223,8 +193,6 @@ def _crossing(points: dict[int, int], fits: int, fails: int, room: int) -> int:
     under, over = sorted(n for n in points if n <= fits), sorted(n for n in points if n >= fails)
     mixed = [(over[0], fits or (*over[1:2], 0)[0])] if over else []
     pairs = mixed or [(fits, n) for n in (0, *under[-2:-1])]
-    found = [fails]
-    for a, b in pairs:
-        if (points[a] - points[b]) * (a - b) > 0:
-            found.append(a + (room - points[a]) * (a - b) // (points[a] - points[b]))
-    return min(found)
+    known = ((a, b, points[a] - points[b]) for a, b in pairs)
+    met = (a + (room - points[a]) * (a - b) // rise for a, b, rise in known if rise * (a - b) > 0)
+    return min([fails, *met])

@@ -10,11 +10,9 @@ from typing import Any
 from jax.experimental import topologies
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.planning.machines import GPUS_A_HOST, Machine, check_installed
+from qwen3vl_jax.planning.machines import GPUS_A_HOST, Machine
 from qwen3vl_jax.runtime.chips import GPU_SHARE
 
-# Both cores of a chip as one device, as on a VM.
-_MEGACORE = {"v4": {"chip_config_name": "megacore"}}
 _GPU_NAMES = {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200"}
 # What XLA must be told of a GPU that it cannot ask: NVIDIA's figures of the Hopper chips.
 _HOPPER = """gpu_device_info {{
@@ -46,10 +44,26 @@ device_description_str: "{name}"
 
 def devices_of(machine: Machine) -> list[Any]:
     """The devices of a machine, to compile for and not to run on. Raises InputError."""
-    check_installed(machine)
-    tpu = machine.chip.platform == "tpu"
+    options: dict[str, Any] = {}
+    if machine.chip.platform == "tpu":
+        name, platform = f"{machine.name}:{'x'.join(map(str, machine.shape))}", "tpu"
+        if machine.name == "v4":  # both cores of a chip as one device, as on a VM
+            options["chip_config_name"] = "megacore"
+        if machine.slices > 1:
+            options["num_slices"] = machine.slices
+        if machine.chips < 4:  # less than the chips of a host
+            options["chips_per_host_bounds"] = (*machine.shape, 1, 1)[:3]
+    else:
+        _find_ptxas()
+        hosts = max(machine.chips // GPUS_A_HOST, 1)
+        # Partitions, hosts, devices of a host.
+        name, platform = f"1x{hosts}x{machine.chips // hosts}", "cuda"
+        memory = round(machine.chip.hbm / GPU_SHARE)
+        sizes = {"rate": round(machine.chip.hbm_rate), "memory": memory}
+        target = _HOPPER.format(name=_GPU_NAMES[machine.name], **sizes)
+        options = {"topology": name, "target_config": target}
     try:
-        return list((_tpu(machine) if tpu else _gpu(machine)).devices)
+        return list(topologies.get_topology_desc(name, platform, **options).devices)
     except Exception as error:  # the compilers raise whatever they like
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"--plan {machine}: the compiler refuses this shape: {reason}") from None
@@ -79,28 +93,6 @@ def _is_slice(devices: Sequence[Any]) -> bool:
     places = {(*device.coords, device.core_on_chip) for device in devices}
     sizes = [max(axis) - min(axis) + 1 for axis in zip(*places, strict=True)]
     return math.prod(sizes) == len(devices) and not any(n & (n - 1) for n in sizes)
-
-
-def _tpu(machine: Machine) -> Any:
-    name = f"{machine.name}:{'x'.join(map(str, machine.shape))}"
-    options: dict[str, Any] = dict(_MEGACORE.get(machine.name, {}))
-    if machine.slices > 1:
-        options["num_slices"] = machine.slices
-    if machine.chips < 4:  # less than the chips of a host
-        options["chips_per_host_bounds"] = (*machine.shape, 1, 1)[:3]
-    return topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
-
-
-def _gpu(machine: Machine) -> Any:
-    _find_ptxas()
-    hosts = max(machine.chips // GPUS_A_HOST, 1)
-    shape = f"1x{hosts}x{machine.chips // hosts}"  # partitions, hosts, devices of a host
-    chip = machine.chip
-    memory, name = round(chip.hbm / GPU_SHARE), _GPU_NAMES[machine.name]
-    description = _HOPPER.format(rate=round(chip.hbm_rate), memory=memory, name=name)
-    return topologies.get_topology_desc(
-        shape, platform="cuda", topology=shape, target_config=description
-    )
 
 
 def _find_ptxas() -> None:

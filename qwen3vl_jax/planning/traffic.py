@@ -50,13 +50,9 @@ class Traffic(NamedTuple):
     unknown_loops: int  # counted once, for nothing says how often they run
 
 
-def traffic(module: Module, devices: int) -> Traffic:
-    """Adds up a program for `devices` devices."""
-    return _traffic(module, module.entry, 1.0, devices)
-
-
-def _traffic(module: Module, name: str, times: float, devices: int) -> Traffic:
-    """What a computation moves: `memory` of one run, its exchanges as often as it runs."""
+def traffic(module: Module, devices: int, name: str = "", times: float = 1.0) -> Traffic:
+    """Adds up a program, or one computation that runs so many times; `memory` is of one run."""
+    name = name or module.entry
     memory, unknown, found = 0.0, 0, list[Collective]()
     shapes = {x.name: x.shape for x in module.computations[name]}
     for x in module.computations[name]:
@@ -68,14 +64,15 @@ def _traffic(module: Module, name: str, times: float, devices: int) -> Traffic:
         elif x.op in ("conditional", "call"):
             inside = x.branches() if x.op == "conditional" else [x.called("to_apply") or ""]
         elif x.op not in _FREE and not x.op.endswith("-done"):
-            memory += _memory(module, x, shapes)
+            given = [shapes.get(operand, "") for operand in x.operands]
+            memory += _memory(module, x, given)
+            found += _host_copies(x, given, times)
         if inside:
-            parts = (_traffic(module, part, times * count, devices) for part in inside)
+            parts = (traffic(module, devices, part, times * count) for part in inside)
             least = min(parts, key=lambda part: part.memory)
             memory, unknown = memory + count * least.memory, unknown + least.unknown_loops
             found += least.collectives
-    found += _collectives(module, name, times, devices)
-    return Traffic(memory, [*found, *_host_copies(module, name, times)], unknown)
+    return Traffic(memory, [*found, *_collectives(module, name, times, devices)], unknown)
 
 
 def _collectives(module: Module, name: str, times: float, devices: int) -> Iterator[Collective]:
@@ -99,23 +96,31 @@ def _collectives(module: Module, name: str, times: float, devices: int) -> Itera
             kind = "reduce-scatter" if scatters and kind == "all-reduce" else kind
             started = x.op.endswith("-start") or held.endswith("-start")
             beside = started or (held == "fusion" and not scatters)
-            yield Collective(kind, times, _moved(x, kind, len(group)), group, beside)
+            parts = [part.size for part in arrays(x.shape)]
+            # (what goes in, what comes out, ..)
+            if x.op.endswith("-start") and kind != "all-reduce":
+                parts = parts[len(x.operands) : 2 * len(x.operands)]
+            # A reduce-scatter written as an all-reduce makes the whole array.
+            whole = kind == "reduce-scatter" and not x.op.startswith(kind)
+            moved = sum(parts) * _share("all-gather" if whole else kind, len(group))
+            yield Collective(kind, times, moved, group, beside)
 
 
-def _host_copies(module: Module, name: str, times: float) -> Iterator[Collective]:
-    """What one computation writes to the memory of the host and reads of it, as remat "offload" does."""
-    shapes = {x.name: x.shape for x in module.computations[name]}
-    for x in module.computations[name]:
-        if x.op in _FREE or x.op.endswith("-done"):
-            continue
-        given = [part for n in x.operands for part in arrays(shapes.get(n, ""))]
-        made = list(arrays(result(x)))
-        if any(part.host for part in made):  # an update of a part of it, or all
-            sent = max((part.size for part in given if not part.host), default=0)
-            if sent:
-                yield Collective(TO_HOST, times, float(sent), ())
-        elif any(part.host for part in given):
-            yield Collective(FROM_HOST, times, float(sum(part.size for part in made)), ())
+def _share(kind: str, count: int) -> float:
+    """Of the bytes that a collective makes, how many times as much each of `count` devices receives."""
+    shares = {"all-reduce": 2 * (count - 1) / count, "reduce-scatter": count - 1.0}
+    return shares.get(kind, (count - 1) / count if kind.startswith("all-") else 1.0)
+
+
+def _host_copies(x: Instruction, shapes: list[str], times: float) -> Iterator[Collective]:
+    """What is written to the memory of the host or read of it, as remat "offload" does."""
+    given = [part for shape in shapes for part in arrays(shape)]
+    made = list(arrays(result(x)))
+    if any(part.host for part in made):  # an update of a part of it, or all
+        if sent := max((part.size for part in given if not part.host), default=0):
+            yield Collective(TO_HOST, times, float(sent), ())
+    elif any(part.host for part in given):
+        yield Collective(FROM_HOST, times, float(sum(part.size for part in made)), ())
 
 
 def _inside(module: Module, name: str) -> Iterator[tuple[Instruction, str, bool]]:
@@ -129,50 +134,28 @@ def _inside(module: Module, name: str) -> Iterator[tuple[Instruction, str, bool]
         inner = x.called("to_apply") if x.op == "call-start" else inner
         if inner is None:
             yield x, "", False
-        else:
-            scatters = "all-reduce-scatter" in inner
-            found = _inside(module, inner)
-            for y, deep, more in found:
-                held = x.op if x.op != "fusion" else deep or x.op
-                yield y, held, scatters or more
-
-
-def _moved(x: Instruction, kind: str, count: int) -> float:
-    """Bytes that each of `count` devices receives."""
-    parts = [part.size for part in arrays(x.shape)]
-    if x.op.endswith("-start") and kind != "all-reduce":  # (what goes in, what comes out, ..)
-        parts = parts[len(x.operands) : 2 * len(x.operands)]
-    out, share = sum(parts), (count - 1) / count
-    if kind == "collective-permute":
-        return float(out)
-    if kind == "all-reduce":
-        return 2 * share * out
-    if kind == "reduce-scatter" and x.op.startswith("reduce-scatter"):
-        return (count - 1) * float(out)
-    return share * out  # all-gather and all-to-all; a reduce-scatter written as an all-reduce
+            continue
+        for y, deep, scatters in _inside(module, inner):
+            held = x.op if x.op != "fusion" else deep or x.op
+            yield y, held, scatters or "all-reduce-scatter" in inner
 
 
 def _between_slices(x: Instruction, times: float) -> Collective | None:
     """What one device receives from its like in other slices, from a recv of the hosts' runtime."""
-    target, match = _TARGET.search(x.rest), _TYPE.search(x.rest)
-    if not target or not match:
+    target, exchange = _TARGET.search(x.rest), _TYPE.search(x.rest)
+    if not target or not exchange:
         return None
-    slices, inside = _slices(target[1])
-    out, count = float(next(arrays(x.shape)).size), len(slices)
-    kind = match[1].lower().replace("_", "-").replace("one-to-one", "collective-permute")
-    shares = {"all-reduce": 2 * (count - 1) / count, "reduce-scatter": count - 1.0}
-    share = shares.get(kind, (count - 1) / count if kind.startswith("all-") else 1.0)
+    if match := re.fullmatch(r"\{([\d,:]+)\}x\{([\d,:]+)\}", target[1]):
+        slices, inside = _numbers(match[1]), len(_numbers(match[2]))
+    else:
+        first = re.findall(r"\d+", target[1].partition("}")[0])
+        slices = sorted({int(n) // _SLICE for n in first})
+        every = {int(n) for n in re.findall(r"\d+", target[1])}
+        inside = sum(n // _SLICE == slices[0] for n in every)
+    kind = exchange[1].lower().replace("_", "-").replace("one-to-one", "collective-permute")
+    moved = _share(kind, len(slices)) * next(arrays(x.shape)).size
     group = tuple((n - min(slices)) * inside for n in slices)
-    return Collective(kind + BETWEEN, times, share * out, group)
-
-
-def _slices(target: str) -> tuple[list[int], int]:
-    """The slices of the first group of an exchange, and how many devices each of them has."""
-    if match := re.fullmatch(r"\{([\d,:]+)\}x\{([\d,:]+)\}", target):
-        return _numbers(match[1]), len(_numbers(match[2]))
-    first, every = (re.findall(r"\d+", text) for text in (target[: target.index("}")], target))
-    slices = sorted({int(n) // _SLICE for n in first})
-    return slices, len({n for n in every if int(n) // _SLICE == slices[0]})
+    return Collective(kind + BETWEEN, times, moved, group)
 
 
 def _numbers(text: str) -> list[int]:
@@ -209,32 +192,28 @@ def _ints(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split(",")))
 
 
-def _memory(module: Module, x: Instruction, shapes: dict[str, str]) -> float:
-    """Bytes of main memory that one instruction reads and writes."""
-    given = [shapes.get(name, "") for name in x.operands]
-    inner = x.called("calls") if x.op == "fusion" else None
-    if inner is not None:
-        reads = sum(_touched(module, inner, i, s) for i, s in enumerate(given))
-        return reads + _written(module, inner, x.shape)
-    if x.op == "dynamic-update-slice":
-        return 2 * _main(given[1])
-    if x.op in ("dynamic-slice", "slice", "gather"):
-        return 2 * _main(x.shape)
-    if x.op == "scatter":
-        return 3 * _main(given[-1])
-    if x.op in ("send", "recv") or (x.op.endswith("-start") and x.shape.startswith("(")):
-        return _started(x)
-    return sum(map(_main, given)) + _main(x.shape)
-
-
-def _started(x: Instruction) -> float:
-    """`_memory` of a copy, slice or exchange that runs beside others; its result begins with its input."""
+def _memory(module: Module, x: Instruction, given: list[str]) -> float:
+    """Bytes of main memory that one instruction reads and writes. given: the shapes of its operands."""
+    # The result of what runs beside others begins with what it is given.
     ends = list(arrays(x.shape))[:2]
-    if x.op in ("send", "recv"):
-        return ends[0].size
-    if x.op == "slice-start":  # reads as much as it writes
-        return ends[1].size * (1 + ends[1].main)
-    return sum(end.size for end in ends if end.main)
+    if x.op == "fusion" and (inner := x.called("calls")):
+        moved = sum(_touched(module, inner, i, shape) for i, shape in enumerate(given))
+        moved += _written(module, inner, x.shape)
+    elif x.op == "dynamic-update-slice":
+        moved = 2 * _main(given[1])
+    elif x.op in ("dynamic-slice", "slice", "gather"):
+        moved = 2 * _main(x.shape)
+    elif x.op == "scatter":
+        moved = 3 * _main(given[-1])
+    elif x.op in ("send", "recv"):
+        moved = ends[0].size
+    elif x.op == "slice-start" and len(ends) > 1:  # reads as much as it writes
+        moved = ends[1].size * (1 + ends[1].main)
+    elif x.op.endswith("-start") and x.shape.startswith("("):
+        moved = sum(end.size for end in ends if end.main)
+    else:
+        moved = sum(map(_main, given)) + _main(x.shape)
+    return moved
 
 
 def _main(shape: str) -> int:
@@ -250,19 +229,15 @@ def _touched(module: Module, name: str, number: int, shape: str) -> int:
     total, left = 0, mine[:1]
     while left:
         value = left.pop()
-        for x in body:
-            if value not in x.operands:
-                continue
+        for x in (x for x in body if value in x.operands):
             if x.op in ("dynamic-slice", "slice", "gather") and x.operands[0] == value:
                 total += size(x.shape)
-            elif x.op in _UPDATES and x.operands[0] == value:
-                pass  # written in place
             elif x.op in _CLEAR and x is not module.roots[name]:
                 left.append(x.name)
             elif x.op == "fusion" and (inner := x.called("calls")):
                 places = [i for i, n in enumerate(x.operands) if n == value]
                 total += sum(_touched(module, inner, i, shape) for i in places)
-            else:
+            elif x.op not in _UPDATES or x.operands[0] != value:  # those are written in place
                 return full
     return min(total, full)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 # Of a GPU's memory, to programs: jax takes 0.75 by itself; CUDA, cuDNN and NCCL need some GiB beside.
 GPU_SHARE = 0.9
+_GIB = 2**30
 _FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # the second is older
 
 
@@ -32,24 +33,25 @@ class Chip:
     host: float = 0.0
 
 
-def _gib(size: float) -> int:
-    return round(size * 2**30)
-
-
 # TPUs: cloud.google.com/tpu/docs/v4 .. v6e, tpu7x: peak bf16 and HBM bandwidth of a chip, its ICI (both
 # directions of all ports: 400, 800, 1200 GB/s), the network cards of a host. hbm: what XLA's compiler
 # says is available. GPUs: NVIDIA's data sheets of the SXM boards, NVLink 4 at 450 GB/s a direction, one
 # 400 Gb/s card a GPU as in DGX, PCIe 5 x16 to the host at 64 GB/s a direction by its specification; hbm:
 # the share of CUDA's total that train.py and infer.py let jax take.
 CHIPS: dict[str, Chip] = {
-    "v4": Chip("tpu", 3, 1, _gib(30.75), 275e12, 1228e9, 50e9, 6.25e9, "2x2x2"),
-    "v5e": Chip("tpu", 2, 1, _gib(15.75), 197e12, 819e9, 50e9, 3.125e9, "4x4"),
-    "v5p": Chip("tpu", 3, 1, _gib(95.74), 459e12, 2765e9, 100e9, 6.25e9, "4x8x8"),
-    "v6e": Chip("tpu", 2, 1, _gib(31.25), 918e12, 1640e9, 100e9, 12.5e9, "4x4"),
-    # Half a chip.
-    "tpu7x": Chip("tpu", 3, 2, _gib(94.75), 1153.5e12, 3690e9, 50e9, 12.5e9, "4x4x4"),
-    "h100": Chip("gpu", 1, 1, _gib(79.1 * GPU_SHARE), 989e12, 3352e9, 450e9, 50e9, "8", 64e9),
-    "h200": Chip("gpu", 1, 1, _gib(140.0 * GPU_SHARE), 989e12, 4800e9, 450e9, 50e9, "8", 64e9),
+    "v4": Chip("tpu", 3, 1, round(30.75 * _GIB), 275e12, 1228e9, 50e9, 6.25e9, "2x2x2"),
+    "v5e": Chip("tpu", 2, 1, round(15.75 * _GIB), 197e12, 819e9, 50e9, 3.125e9, "4x4"),
+    "v5p": Chip("tpu", 3, 1, round(95.74 * _GIB), 459e12, 2765e9, 100e9, 6.25e9, "4x8x8"),
+    "v6e": Chip("tpu", 2, 1, round(31.25 * _GIB), 918e12, 1640e9, 100e9, 12.5e9, "4x4"),
+    "tpu7x": Chip(
+        "tpu", 3, 2, round(94.75 * _GIB), 1153.5e12, 3690e9, 50e9, 12.5e9, "4x4x4"
+    ),  # half a chip
+    "h100": Chip(
+        "gpu", 1, 1, round(79.1 * GPU_SHARE * _GIB), 989e12, 3352e9, 450e9, 50e9, "8", 64e9
+    ),
+    "h200": Chip(
+        "gpu", 1, 1, round(140.0 * GPU_SHARE * _GIB), 989e12, 4800e9, 450e9, 50e9, "8", 64e9
+    ),
 }
 # Without these libtpu asks the cloud's metadata server, and complains that it is not there.
 QUIET_LIBTPU = {
@@ -57,26 +59,16 @@ QUIET_LIBTPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5p-8",
-    # Two plans at once.
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    # Warnings, which the planner reads.
-    "TF_CPP_MIN_LOG_LEVEL": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # two plans at once
+    "TF_CPP_MIN_LOG_LEVEL": "1",  # warnings, which the planner reads
     "TPU_STDERR_LOG_LEVEL": "1",
 }
 
 # Peak rates of devices that no plan is for, dense bf16 FLOP/s; NVIDIA's data sheets.
 _OTHER_PEAKS = {"NVIDIA H100 PCIe": 756e12, "NVIDIA H100 NVL": 835e12, "NVIDIA A100": 312e12}
 # What jax calls the devices of CHIPS.
-_DEVICE_KINDS = {
-    "NVIDIA H100": "h100",
-    "NVIDIA H200": "h200",
-    "TPU v4": "v4",
-    "TPU v5 lite": "v5e",
-    "TPU v5e": "v5e",
-    "TPU v5": "v5p",
-    "TPU v6": "v6e",
-    "TPU7x": "tpu7x",
-}
+_DEVICE_KINDS = {"NVIDIA H100": "h100", "NVIDIA H200": "h200", "TPU v4": "v4", "TPU v5": "v5p"}
+_DEVICE_KINDS |= {"TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v6": "v6e", "TPU7x": "tpu7x"}
 
 
 def peak_flops(device_kind: str) -> float | None:

@@ -12,15 +12,12 @@ from contextlib import contextmanager, suppress
 
 from qwen3vl_jax.runtime.chips import has_tpu
 
-# HOST[:PORT] in place of the usual server, as Google's own libraries read it.
-SERVER = "GCE_METADATA_HOST"
+SERVER = "GCE_METADATA_HOST"  # HOST[:PORT] in place of the usual one, as Google's libraries read it
 HOSTS = "TPU_WORKER_HOSTNAMES"
-# Seconds between two looks.
-EVERY = 10
+EVERY = 10  # seconds between two looks
 # What the server knows, and the values that say that all is well.
 NOTICES = {"maintenance-event": ("NONE", "MIGRATE_ON_HOST_MAINTENANCE"), "preempted": ("FALSE",)}
-# The header of the question, and of every answer: a proxy's page has none.
-_FLAVOR = "Metadata-Flavor"
+_FLAVOR = "Metadata-Flavor"  # header of the question and of every answer: a proxy's page has none
 
 
 def metadata(key: str, environ: Mapping[str, str] = os.environ) -> str:
@@ -54,11 +51,8 @@ def slice_hosts(environ: Mapping[str, str] = os.environ) -> int:
 
 def notice(environ: Mapping[str, str] = os.environ) -> str:
     """Why this host is about to be taken away, as the server says it, or ""."""
-    for key, well in NOTICES.items():
-        value = metadata(key, environ)
-        if value and value not in well:
-            return f"{key} {value}"
-    return ""
+    found = ((key, metadata(key, environ)) for key in NOTICES)
+    return next((f"{key} {value}" for key, value in found if value not in ("", *NOTICES[key])), "")
 
 
 @contextmanager

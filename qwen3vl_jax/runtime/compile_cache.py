@@ -4,6 +4,7 @@ It is in the user's own folder, or for several processes in that of their run. J
 there, so the folder must be one that nobody else can write; an object store is not checked.
 """
 
+import contextlib
 import hashlib
 import os
 import stat
@@ -17,8 +18,7 @@ from typing import Any
 from qwen3vl_jax.errors import InputError
 
 VARIABLE = "JAX_COMPILATION_CACHE_DIR"
-# The folder of a run of several processes.
-KEPT_PROGRAMS = "compiled"
+KEPT_PROGRAMS = "compiled"  # the folder of a run of several processes
 HELP = f"compile anew (default: programs are kept in {VARIABLE}, else in ~/.cache/qwen3vl_jax)"
 
 
@@ -27,8 +27,7 @@ class Programs:
 
     def __init__(self) -> None:
         self.where, self.events, self.heard = "", Counter(), False
-        # Programs are compiled in several threads.
-        self.lock = threading.Lock()
+        self.lock = threading.Lock()  # programs are compiled in several threads
 
     def begin(self, where: str) -> None:
         import jax
@@ -89,10 +88,9 @@ def _processor(backend: str) -> str:
     """For a CPU, whose programs use its own instructions: a name of what it has."""
     if backend != "cpu":
         return ""
-    try:
+    lines = []
+    with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
     known = sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
     text = repr((os.uname().machine, known)).encode()
     return "-cpu-" + hashlib.blake2b(text, digest_size=4).hexdigest()
@@ -104,14 +102,13 @@ def _made(base: Path, name: str) -> Path:
     for folder in (base, base / name):
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()
-        wrong = ""
-        if not stat.S_ISDIR(found.st_mode):
-            wrong = "which is a link"
-        elif found.st_uid != os.geteuid():
-            wrong = f"which belongs to another user ({found.st_uid})"
-        elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            wrong = f"which others can write (mode {stat.S_IMODE(found.st_mode):04o})"
-        if wrong:
+        mode = stat.S_IMODE(found.st_mode)
+        problems = {
+            "which is a link": not stat.S_ISDIR(found.st_mode),
+            f"which belongs to another user ({found.st_uid})": found.st_uid != os.geteuid(),
+            f"which others can write (mode {mode:04o})": mode & (stat.S_IWGRP | stat.S_IWOTH),
+        }
+        for wrong in (text for text, is_so in problems.items() if is_so):
             expected = "expected a folder that you alone can write"
             advice = f"remove it, set {VARIABLE}, or give --no-compile-cache"
             raise InputError(f"compile cache: got {folder}, {wrong}, {expected}: {advice}")

@@ -30,13 +30,12 @@ def report(error: BaseException, where: object = "", interrupted: str = "interru
     message = str(error)
     if isinstance(error, OSError):
         message = ": ".join(str(x) for x in (error.filename or where, error.strerror or error) if x)
-    problems = getattr(error, "problems", ())
     print(f"error: {one_line(message or type(error).__name__)}", file=sys.stderr)
-    if len(problems) > 1:
-        for problem in problems[:_LISTED]:
-            print(f"  {one_line(problem)}", file=sys.stderr)
-        if len(problems) > _LISTED:
-            print(f"  ... and {len(problems) - _LISTED} more", file=sys.stderr)
+    problems = getattr(error, "problems", ())
+    for problem in problems[:_LISTED] if len(problems) > 1 else ():
+        print(f"  {one_line(problem)}", file=sys.stderr)
+    if len(problems) > _LISTED:
+        print(f"  ... and {len(problems) - _LISTED} more", file=sys.stderr)
     return 2
 
 
@@ -63,10 +62,7 @@ def one_line_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def signals_in_thread(hear: Callable[[int], None]) -> Iterator[None]:
-    """Calls hear(number) in a thread for each signal that has a handler.
-
-    Python's own handlers wait for the main thread, which may be inside XLA's compiler.
-    """
+    """Calls hear(number) in a thread for each handled signal: the main one may be in XLA's compiler."""
     reader, writer = socket.socketpair()
     writer.setblocking(False)
 
@@ -91,11 +87,11 @@ def run_script(main: Callable[[], Any]) -> None:
     Interpreter shutdown, in which threads of JAX may crash, is skipped. A main thread that does not hear
     Ctrl-C (in XLA's compiler) is ended GRACE seconds later.
     """
-    pressed = threading.Event()
-    presses = 0
+    pressed, presses = False, 0
 
     def interrupt(*_: Any) -> None:
-        pressed.set()
+        nonlocal pressed
+        pressed = True
         interrupt_heard.set()
         hide_complaints()
         raise KeyboardInterrupt
@@ -108,10 +104,10 @@ def run_script(main: Callable[[], Any]) -> None:
             presses = 0
         # A handler of a chat's own hears the first press later.
         elif presses > (signal.getsignal(signal.SIGINT) is not interrupt):
-            show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
             with contextlib.suppress(OSError, ValueError):
+                show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
                 print(f"{show_cursor}interrupted", file=sys.stderr)
-            _exit(130)
+            exit_now(130)
 
     before = signal.signal(signal.SIGINT, interrupt)
     code: Any = 0
@@ -121,11 +117,11 @@ def run_script(main: Callable[[], Any]) -> None:
         except SystemExit as end:
             code = end.code
         except BaseException:
-            if not pressed.is_set():
+            if not pressed:
                 raise
             code = report(KeyboardInterrupt())
         if code == 130:
-            _exit(130)
+            exit_now(130)
     signal.signal(signal.SIGINT, before)
     sys.exit(code)
 
@@ -136,7 +132,8 @@ def hide_complaints() -> None:
     warnings.simplefilter("ignore")
 
 
-def _exit(code: int) -> NoReturn:
+def exit_now(code: int) -> NoReturn:
+    """Ends the process without the interpreter's shutdown; what was printed is shown."""
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
@@ -146,7 +143,7 @@ def _exit(code: int) -> NoReturn:
 def end_process(code: int) -> NoReturn:
     """Ends the process without the interpreter's shutdown, in which threads of libraries may crash."""
     atexit._run_exitfuncs()
-    _exit(code)
+    exit_now(code)
 
 
 @contextlib.contextmanager
@@ -163,12 +160,8 @@ def handling(numbers: Iterable[int], handler: Callable[..., None]) -> Iterator[d
 
 @contextlib.contextmanager
 def signals_later() -> Iterator[None]:
-    """Delays Ctrl-C and SIGTERM to the end of the block.
-
-    For the first import of jax: its extensions abort the process where a handler raises in them.
-    """
-    came: list[int] = []
-    before: dict[int, Any] = {}
+    """Delays Ctrl-C and SIGTERM: at its import, jax's extensions abort where a handler raises in them."""
+    came, before = list[int](), dict[int, Any]()
     try:
         with handling((signal.SIGINT, signal.SIGTERM), lambda n, _: came.append(n)) as before:
             yield
@@ -198,7 +191,7 @@ def sigterm_interrupts(seconds: float) -> Iterator[None]:
         yield
 
 
-class Status:
+class Status(contextlib.AbstractContextManager):
     """What a command is doing, on stderr: a spinner on a terminal, elsewhere a line a step.
 
     The line is printed when the step is done or after DELAY seconds: bad input prints its one line alone.
@@ -212,35 +205,27 @@ class Status:
 
     def show(self, text: str, line: bool = True) -> None:
         """Begins a step; line: whether to print one where stderr is no terminal."""
-        if self._spinner is None and not sys.stderr.isatty():
-            self.stop()
-            if line:
-                options = {"file": sys.stderr, "flush": True}
-                self._line = threading.Timer(self.DELAY, print, [text], options)
-                self._line.daemon = True
-                self._line.start()
-            return
-        from rich.console import Console
-        from rich.text import Text
+        self.stop()
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.text import Text
 
-        if self._spinner is None:
             self._spinner = Console(stderr=True).status(Text(text))
             self._spinner.start()
-        self._spinner.update(Text(text))
+        elif line:
+            self._line = timer = threading.Timer(self.DELAY, print, [text], {"file": sys.stderr})
+            timer.daemon = True
+            timer.start()
 
     def stop(self, failed: bool = False) -> None:
         """Ends the step; call it before anything else is printed."""
         if self._spinner is not None:
             self._spinner.stop()
-            self._spinner = None
-        line, self._line = self._line, None
-        if line is not None and line.is_alive():
-            line.cancel()
+        if self._line is not None and self._line.is_alive():
+            self._line.cancel()
             if not failed:
-                print(*line.args, **line.kwargs)
-
-    def __enter__(self) -> "Status":
-        return self
+                print(*self._line.args, **self._line.kwargs)
+        self._spinner = self._line = None
 
     def __exit__(self, *error: object) -> None:
         self.stop(failed=error[0] is not None)
@@ -264,9 +249,8 @@ def memory_parts(params: Any, cfg: Any, slots: int, patches: int, note: str) -> 
 
     t, item = cfg.text, params["norm"].dtype.itemsize  # a norm is never held in 8 bits
     cache = 2 * t.num_hidden_layers * t.num_key_value_heads * t.head_dim * slots * item
-    width = 4 * cfg.vision.hidden_size + cfg.vision.intermediate_size
+    images = patches * (4 * cfg.vision.hidden_size + cfg.vision.intermediate_size) * item
     weights = sum(x.nbytes for x in jax.tree.leaves(params))
-    images = patches * width * item
     return {"weights": weights, f"cache ({note})": cache, f"images ({note})": images}
 
 

@@ -1,7 +1,6 @@
 """Several processes as one program: how they start, exchange small data, and end together."""
 
 import hashlib
-import io
 import json
 import os
 import re
@@ -9,14 +8,14 @@ import sys
 import textwrap
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar, cast
 
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.runtime.cloud_host import HOSTS, has_server, slice_hosts
-from qwen3vl_jax.runtime.console import EXPECTED, report
+from qwen3vl_jax.runtime.console import EXPECTED, exit_now, report
 
 _T = TypeVar("_T")
 # Seconds of silence after which a process counts as gone. A cloud may pause a host to move it.
@@ -26,10 +25,8 @@ LONGEST = 30 * 24 * 3600 * 1000  # milliseconds at a barrier
 GRACE = 10  # seconds for the others to be interrupted too
 LOST = 4  # exit code of a process whose peers are gone
 _NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-_EXPECTED = (
-    "expected --coordinator HOST:PORT --processes N --process I, or the variables "
-    + ", ".join(_NAMES)
-)
+_EXPECTED = "expected --coordinator HOST:PORT --processes N --process I, or the variables "
+_EXPECTED += ", ".join(_NAMES)
 # Variables by which jax.distributed finds the others itself: Open MPI and PMI, GKE and TPU VMs, SLURM.
 _KNOWN = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MEGASCALE_NUM_SLICES")
 # In messages of JAX's collectives and its coordination service about a process that does not answer.
@@ -82,21 +79,13 @@ def asked_of(args: Any, environ: Mapping[str, str] = os.environ) -> Asked | None
     return Asked() if many or args.distributed else None
 
 
-def check_one_host(advice: str = "") -> None:
-    """Raises InputError on a host of a larger TPU slice, whose chips wait for those of all hosts."""
-    if (hosts := slice_hosts()) > 1:
-        found = f"devices: this is one of {hosts} hosts of a TPU slice"
-        raise InputError(f"{found}, expected a slice of one host{advice}")
-
-
 def check_joined() -> None:
     """Raises InputError if jax sees several processes that have not joined, and so cannot save together."""
     import jax
 
     if (count := jax.process_count()) > 1 and not jax.distributed.is_initialized():
-        raise InputError(
-            f"several processes: jax sees {count}, which have not joined; give --distributed to all of them"
-        )
+        advice = "which have not joined; give --distributed to all of them"
+        raise InputError(f"several processes: jax sees {count}, {advice}")
 
 
 def _number(name: str, environ: Mapping[str, str], default: int) -> int:
@@ -120,7 +109,7 @@ def start(asked: Asked | None) -> tuple[int, int]:
         names = ("coordinator_address", "num_processes", "process_id")
         known: dict[str, Any] = dict(zip(names, asked, strict=True))
         notice = f"process {asked.index} of {asked.count}: {notice} at {asked.coordinator}"
-    options = {"end": "", "file": sys.stderr, "flush": True}
+    options = {"end": "", "file": sys.stderr}
     waits = threading.Timer(PATIENCE, print, [f"{notice}\n"], options)
     waits.daemon = True
     waits.start()
@@ -160,9 +149,7 @@ def end_together(run: Callable[[], _T], kept: str = "the last checkpoint") -> _T
         if not isinstance(error, Exception):
             with suppress(Exception):  # JAX aborts those that find process 0 gone
                 _barrier("interrupted", 1000 * GRACE)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        exit_now(code)
 
 
 def is_alone() -> bool:
@@ -210,14 +197,6 @@ def is_first() -> bool:
     import jax
 
     return jax.process_index() == 0
-
-
-@contextmanager
-def quiet(silent: bool) -> Iterator[None]:
-    """Drops what is printed here if `silent`, for processes other than the first; errors pass."""
-    out, errors = (io.StringIO(), io.StringIO()) if silent else (sys.stdout, sys.stderr)
-    with redirect_stdout(out), redirect_stderr(errors):
-        yield
 
 
 def wait_for_all(name: str) -> None:
@@ -280,7 +259,7 @@ def check_alike(what: str, *seen: bytes) -> None:
     for part in seen:
         digest.update(part)
     found = all_of(digest.hexdigest())
-    if len(set(found)) > 1:
-        unlike = next(i for i, one in enumerate(found) if one != found[0])
-        where = f"in process {unlike} than in process 0"
-        raise InputError(f"{what} {where}; give all processes the same")
+    for unlike, one in enumerate(found):
+        if one != found[0]:
+            where = f"in process {unlike} than in process 0"
+            raise InputError(f"{what} {where}; give all processes the same")

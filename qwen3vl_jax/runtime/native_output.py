@@ -29,23 +29,6 @@ _DELAY = 0.2  # seconds in which the last lines come through the thread
 _handlers: list[object] = []  # C's, which Python would collect
 
 
-class Filter:
-    """Decides which lines of a library's output pass; `dropped` are the last that did not."""
-
-    def __init__(self) -> None:
-        self.dropped: deque[bytes] = deque(maxlen=_REMEMBERED)
-        self._inside = False
-
-    def passes(self, line: bytes) -> bool:
-        """Whether to show a line."""
-        if _HEAD.match(line):
-            self._inside = bool(_LOST.match(line))
-        if not (self._inside or _NOISE.match(line)):
-            return True
-        self.dropped.append(line)
-        return False
-
-
 def tidy_output(
     lost: Callable[[str], str] | None = None, code: int = 1, *, stdout: bool = True
 ) -> None:
@@ -56,7 +39,7 @@ def tidy_output(
     """
     if stdout:
         _filtered(1, "stdout")
-    errors, pipe, lines = _filtered(2, "stderr")
+    errors, pipe, dropped = _filtered(2, "stderr")
     logging.basicConfig(format="%(message)s")
     if lost is None:
         return
@@ -64,7 +47,7 @@ def tidy_output(
     def aborted(_: int) -> None:
         time.sleep(_DELAY)
         os.set_blocking(pipe, False)
-        words = b"".join(line + b"\n" for line in lines.dropped)
+        words = b"".join(line + b"\n" for line in dropped)
         with contextlib.suppress(BlockingIOError):
             words += os.read(pipe, 1 << 16)
         if line := lost(words.decode(errors="replace")):
@@ -78,11 +61,11 @@ def tidy_output(
     ctypes.CDLL(None).signal(signal.SIGABRT, aborted_in_c)
 
 
-def _filtered(number: int, name: str) -> tuple[int, int, Filter]:
-    """Replaces an output by a pipe; gives (the original output, the pipe, its filter)."""
-    stream = getattr(sys, name)
+def _filtered(number: int, name: str) -> tuple[int, int, deque[bytes]]:
+    """Replaces an output by a pipe; gives (the original output, the pipe, the last lines dropped)."""
+    stream, dropped = getattr(sys, name), deque[bytes](maxlen=_REMEMBERED)
     stream.flush()
-    original, (reading, writing), lines = os.dup(number), os.pipe(), Filter()
+    original, (reading, writing) = os.dup(number), os.pipe()
     os.dup2(writing, number)
     os.close(writing)
     options = {"encoding": stream.encoding, "errors": stream.errors}
@@ -92,11 +75,15 @@ def _filtered(number: int, name: str) -> tuple[int, int, Filter]:
 
     def pump() -> None:
         with open(reading, "rb", buffering=0) as file:
-            rest = b""
+            rest, inside = b"", False
             while piece := file.read(1 << 16):
                 *whole, rest = (rest + piece).split(b"\n")
                 for line in whole:
-                    if lines.passes(line):
+                    if _HEAD.match(line):
+                        inside = bool(_LOST.match(line))
+                    if inside or _NOISE.match(line):
+                        dropped.append(line)
+                    else:
                         os.write(original, line + b"\n")
             os.write(original, rest)
 
@@ -108,4 +95,4 @@ def _filtered(number: int, name: str) -> tuple[int, int, Filter]:
         thread.join(1.0)
 
     atexit.register(end)
-    return original, reading, lines
+    return original, reading, dropped

@@ -257,7 +257,7 @@ def test_chat_in_the_terminal(demo, capsys, tmp_path):
             first.unlink()
         return lines.pop(0)
 
-    media = [{"type": "image", "image": str(first)}]
+    media = [terminal.load_media(proc, "image", str(first), {})]
     terminal.converse(params, proc, None, media, read, max_new_tokens=40)
     out, err = capsys.readouterr()
     assert out == "5 6 8 9\n5 5 0 2\n9 9 0 4\n12\n12\n"
@@ -298,7 +298,7 @@ def test_ctrl_c_stops_an_answer_and_then_the_chat(demo, capsys):
         def flush(self):
             pass
 
-    media = [{"type": "image", "image": GRID}]
+    media = [terminal.load_media(proc, "image", GRID, {})]
     stdout = Terminal(1)
     with contextlib.redirect_stdout(stdout), pytest.raises(KeyboardInterrupt):
         terminal.converse(params, proc, None, list(media), read, max_new_tokens=60)

@@ -300,7 +300,7 @@ def test_a_search_ranks_without_the_time_of_memory(small, monkeypatch):
     done = compiling.Compiled(fitting, "", Counter(), 2.0, 1.0, 0.0)
     monkeypatch.setattr(command, "program_of", lambda *_: None)
     monkeypatch.setattr(command, "watched", lambda *_: done)
-    monkeypatch.setattr(command, "plan_of", lambda *given: report.Plan(*given, times=next(times)))
+    monkeypatch.setattr(report, "plan_of", lambda *given: report.Plan(*given, times=next(times)))
     out = io.StringIO()
     plans = command.search_training(small, machine, 2, Console(file=out, width=140))
     assert [plan.times.memory for _, plan in plans] == [9e-3, 1e-3]

@@ -75,11 +75,14 @@ def test_the_largest_batch_is_told_with_what_does_not_fit():
     """Both ends, since rows between them were not tried; XLA's number of a refused program is read."""
     assert command.largest_text(8, 12) == "pack.rows=8 fits, 12 does not"
     assert command.largest_text(0, 2) == "none, 2 rows do not fit"
-    assert compiling.needed("HLO temporaries 34.5G of 15.75G HBM") == round(34.5 * 2**30)
-    assert compiling.needed("the program 512.00M of 15.75G HBM") == 512 << 20
-    assert compiling.needed("RESOURCE_EXHAUSTED: no room") is None
     refused = compiling.Compiled(None, "HLO temporaries 9G of 15.75G HBM", Counter(), 2.0, 1.0, 0.0)
-    assert command._needed(refused, 16 << 30) == (16 << 30) + 1
+    assert refused.needed(16 << 30) == (16 << 30) + 1
+    for cause, size in (
+        ("HLO temporaries 34.5G of 15.75G HBM", round(34.5 * 2**30)),
+        ("the program 512.00M of 15.75G HBM", 512 << 20),
+        ("RESOURCE_EXHAUSTED: no room", None),
+    ):
+        assert refused._replace(cause=cause).needed(0) == size
 
 
 def test_peaks_that_grow_unevenly_do_not_mislead():

@@ -84,7 +84,6 @@ def test_libtpu_is_quiet_where_no_tpu_is(tmp_path, monkeypatch):
     ("given", "told"),
     [
         ({"plan": None, "search": True}, "--search means something with --plan"),
-        ({"dry_run": True}, "--plan and --dry-run"),
         ({"search": True, "save": Path("x")}, "--save: not with --search"),
         ({"save": Path("/nowhere/x")}, "no such directory /nowhere"),
         ({"save": ROOT}, f"--save {ROOT}: is a directory, expected a file"),
@@ -100,11 +99,9 @@ def test_options_of_the_planner_are_refused_at_once(given, told):
 
 def test_a_missing_compiler_says_what_to_install(monkeypatch):
     """libtpu is an extra."""
-    from qwen3vl_jax.planning import topology
-
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"libtpu is not installed.*qwen3vl-jax\[tpu\]"):
-        topology.devices_of(machines.read_machine("v5e:2x2"))
+        machines.prepare_environment(machines.read_machine("v5e:2x2"))
 
 
 def chips_of(*sizes):
