@@ -1,10 +1,11 @@
 """A tensor that is not read yet. No jax in here."""
 
 import dataclasses
+import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import ml_dtypes
@@ -15,8 +16,7 @@ from qwen3vl_jax.checkpoint.param_paths import TreePath
 _T = TypeVar("_T")
 # A part of an array: one slice without a step for each axis.
 Index = tuple[slice, ...]
-# The keys at the path of a weight held in 8 bits.
-VALUES, SCALE = "values", "scale"
+VALUES, SCALE = "values", "scale"  # the keys at the path of a weight held in 8 bits
 # Threads that read tensors before they are asked for. With the one in use, up to _AHEAD + 2 tensors are
 # in host memory.
 _AHEAD = 3
@@ -64,20 +64,14 @@ def read_ahead(
     read: Callable[[TreePath], _T], paths: Iterable[TreePath]
 ) -> Iterator[tuple[TreePath, _T]]:
     """(path, read(path)) in order; threads read the next few while the caller uses one."""
-    pending: deque[tuple[TreePath, Future[_T]]] = deque()
-
-    def first() -> tuple[TreePath, _T]:
-        path, parts = pending.popleft()
-        return path, parts.result()
-
     pool = ThreadPoolExecutor(_AHEAD)
+    futures = ((path, pool.submit(read, path)) for path in paths)
+    pending = deque(itertools.islice(futures, _AHEAD))
     try:
-        for path in paths:
-            pending.append((path, pool.submit(read, path)))
-            if len(pending) > _AHEAD:
-                yield first()
         while pending:
-            yield first()
+            pending.extend(itertools.islice(futures, 1))
+            path, future = pending.popleft()
+            yield path, future.result()
     finally:
         # After an error or Ctrl-C the caller does not wait for reads that have begun.
         pending.clear()
