@@ -116,47 +116,39 @@ def _run(options: argparse.Namespace) -> None:
         return
     start = time.perf_counter()
     with _bar("to Hugging Face" if options.to_hf else "to Orbax") as progress:
-        work = _to_hf if options.to_hf else _to_orbax
-        count, total, what = work(options, source, progress)
+        count, total, what = _convert(options, source, progress)
     seconds, size = time.perf_counter() - start, total / 1e6
     speed = f"{size:,.1f} MB in {seconds:.1f} s ({size / seconds:,.0f} MB/s)"
     print(f"{options.out}: {what}{count} tensors, {speed}")
 
 
-def _to_hf(options: argparse.Namespace, source: Path, progress: Progress) -> tuple[int, int, str]:
-    if option := "--weights" if options.weights else "--merge" if options.merge else "":
+def _convert(options: argparse.Namespace, source: Path, progress: Progress):
+    """(tensors, bytes, a text of what was written) of either direction."""
+    out, force, size = options.out, options.force, options.max_shard_size
+    idle = {"--weights": options.weights, "--merge": options.merge} if options.to_hf else {}
+    if option := next((name for name, given in idle.items() if given), ""):
         raise InputError(f"{option}: the way back writes what CKPT_DIR holds; leave it out")
-    if is_run(source):
+    if options.to_hf and is_run(source):
         with signals_later():
             from convert.from_run import run_to_hf
             from qwen3vl_jax.training.run_params import SavedStep
 
         wanted = SavedStep(options.step, options.adapter, options.raw)
-        size = options.max_shard_size
-        return run_to_hf(source, options.out, wanted, options.force, size, progress)
-    _check_no_run_options(options)
-    with signals_later():
-        from convert.to_hf import to_hf
-
-    return *to_hf(source, options.out, options.force, options.max_shard_size, progress), ""
-
-
-def _to_orbax(options: argparse.Namespace, source: Path, progress: Progress):
-    _check_no_run_options(options)
+        return run_to_hf(source, out, wanted, force, size, progress)
+    if options.step or options.adapter or options.raw:
+        what = "--step, --adapter and --raw are for --to-hf and a run's directory"
+        raise InputError(f"{options.source}: {what}")
     if is_run(source):
         advice = "export it by --to-hf RUN_DIR HF_DIR, and convert HF_DIR"
         raise InputError(f"{source}: got a run of train.py, expected a checkpoint; {advice}")
     with signals_later():
+        from convert.to_hf import to_hf
         from convert.to_orbax import to_orbax
 
+    if options.to_hf:
+        return *to_hf(source, out, force, size, progress), ""
     layout, weights, merge = options.expert_layout, options.weights, options.merge
-    return *to_orbax(source, options.out, options.force, layout, progress, weights, merge), ""
-
-
-def _check_no_run_options(options: argparse.Namespace) -> None:
-    if options.step or options.adapter or options.raw:
-        what = "--step, --adapter and --raw are for --to-hf and a run's directory"
-        raise InputError(f"{options.source}: {what}")
+    return *to_orbax(source, out, force, layout, progress, weights, merge), ""
 
 
 def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:

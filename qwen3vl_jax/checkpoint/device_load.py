@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from qwen3vl_jax.checkpoint import hf_reader, lazy_tensor, quantize
 from qwen3vl_jax.checkpoint.config_files import PARAMS, read_config
-from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES, Index, LazyTensor, Leaves, eight_bit
+from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES, LazyTensor, Leaves, eight_bit
 from qwen3vl_jax.checkpoint.name_map import tree_of
 from qwen3vl_jax.checkpoint.orbax_io import open_tree
 from qwen3vl_jax.checkpoint.param_paths import TreePath, path_str, split_layer_index
@@ -26,8 +26,7 @@ from qwen3vl_jax.model.quantized import Quantized
 from qwen3vl_jax.model.structs import Params
 from qwen3vl_jax.parameters import logical_axes
 
-Spans = tuple[tuple[int, ...], ...]
-Parts = dict[Spans, np.ndarray]
+Parts = dict[str, np.ndarray]  # by the repr of the index: a slice has no hash
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +37,7 @@ class Source:
     cfg: Config
     weights: str | None = None
     expert_layout: str | None = None
-    # Reads the arrays of a run of train.py: training/run_params.py.
-    read_run: Callable[[], Leaves] | None = None
+    read_run: Callable[[], Leaves] | None = None  # of a run of train.py: training/run_params.py
 
     def stored(self) -> Leaves:
         """The arrays as the files hold them. Raises InputError."""
@@ -49,8 +47,8 @@ class Source:
             return self.read_run()
         if not (directory / PARAMS).is_dir():
             if any(directory.glob(f"{PARAMS}.orbax-checkpoint-tmp*")):
-                what = "its Orbax checkpoint was never finished"
-                raise InputError(f"{directory}: {what}; write it again")
+                what = "its Orbax checkpoint was never finished; write it again"
+                raise InputError(f"{directory}: {what}")
             return hf_reader.open_hf(directory, self.cfg, self.expert_layout, self.weights)
         held = open_tree(directory / PARAMS)
         check_stored(directory, self.cfg, held, read_config(directory))
@@ -67,26 +65,22 @@ class Source:
 
 def weights_bytes(source: Source, dtype: Any = None, mesh: AbstractMesh | None = None) -> int:
     """Bytes of the parameters on one device, alone or of a mesh; reads headers only. Raises InputError."""
-    leaves = source.asked()
+    leaves, total = source.asked(), 0
     codes, where = eight_bit(leaves), path_shardings(mesh, source.cfg, leaves)
-
-    def size(path: TreePath, leaf: LazyTensor) -> int:
+    for path, leaf in leaves.items():
         held = leaf.dtype if path in codes or dtype is None else np.dtype(dtype)
         place = where[path]
         shape = leaf.shape if place is None else place.shard_shape(leaf.shape)
-        return lazy_tensor.device_bytes(math.prod(shape), held)
-
-    return sum(size(path, leaf) for path, leaf in leaves.items())
+        total += lazy_tensor.device_bytes(math.prod(shape), held)
+    return total
 
 
 def load_params(source: Source, mesh: Mesh | None, dtype: Any) -> Params:
     """The parameters of a checkpoint on the default device, or sharded over a mesh. Raises InputError."""
     leaves = source.asked()
     where, codes = path_shardings(mesh, source.cfg, leaves), eight_bit(leaves)
-    arrays = {}
-    for path, parts in lazy_tensor.read_ahead(
-        lambda path: _read(leaves[path], where[path]), leaves
-    ):
+    arrays, read = {}, lambda path: _read(leaves[path], where[path])
+    for path, parts in lazy_tensor.read_ahead(read, leaves):
         array = _placed(leaves[path], where[path], parts)
         if dtype is not None and path not in codes:
             array = array.astype(dtype)
@@ -132,25 +126,17 @@ def on_devices(leaf: LazyTensor, sharding: NamedSharding | None) -> jax.Array:
 def _read(leaf: LazyTensor, sharding: NamedSharding | None) -> Parts:
     """The parts of a tensor that this process's devices hold, each once, in host memory."""
     if sharding is None:
-        return {(): leaf.load()}
+        return {"": leaf.load()}
     local = sharding.addressable_devices_indices_map(leaf.shape).values()
-    where = {_spans(leaf, index): index for index in local if index is not None}
+    where = {repr(index): index for index in local if index is not None}
     return dict(zip(where, leaf.parts(list(where.values())), strict=True))
 
 
 def _placed(leaf: LazyTensor, sharding: NamedSharding | None, parts: Parts) -> jax.Array:
     if sharding is None:
         # Not device_put: on a CPU it would alias the memory map of a file that may change.
-        return jnp.array(parts[()])
-
-    def part(index: Any) -> np.ndarray:
-        return parts[_spans(leaf, index)]
-
-    return jax.make_array_from_callback(leaf.shape, sharding, part)
-
-
-def _spans(leaf: LazyTensor, index: Index) -> Spans:
-    return tuple(s.indices(n) for s, n in zip(index, leaf.shape, strict=True))
+        return jnp.array(parts[""])
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: parts[repr(index)])
 
 
 def put_pairs(

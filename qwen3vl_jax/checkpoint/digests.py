@@ -19,12 +19,9 @@ import numpy as np
 from qwen3vl_jax.errors import InputError, ProblemsError
 from qwen3vl_jax.storage.json_text import read_json, read_json_file, write_json
 
-# The file of digests in a tree that write_tree wrote.
-DIGESTS = "digests.json"
-# The JSON of a run's step, with the digests of its trees by name.
-META = "meta"
-# Arrays of so many bytes are added by several threads.
-_LARGE, _THREADS = 1 << 24, 4
+DIGESTS = "digests.json"  # in a tree that write_tree wrote
+META = "meta"  # the JSON of a run's step, with the digests of its trees by name
+_LARGE, _THREADS = 1 << 24, 4  # bytes from which an array is added by several threads
 
 
 class DamagedError(ProblemsError):
@@ -45,7 +42,6 @@ def digest(x: np.ndarray) -> str:
 
 
 def _added(bits: np.ndarray) -> np.ndarray:
-    """The sums along all axes but the last."""
     if bits.ndim < 2 or not bits.size:
         return np.add.reduce(bits, tuple(range(bits.ndim - 1)), bits.dtype)
     width = bits.shape[-1]
@@ -62,8 +58,8 @@ def digests(arrays: Mapping[str, Any]) -> dict[str, str]:
     first = next(iter(arrays.values()))
     if first.sharding.device_set == {jax.local_devices(backend="cpu")[0]}:
         return {name: digest(np.asarray(x)) for name, x in arrays.items()}
-    mesh = getattr(first.sharding, "mesh", None)
-    sums = jax.device_get(_device_sums(mesh)(dict(arrays)))
+    sums = _device_sums(getattr(first.sharding, "mesh", None))(dict(arrays))
+    sums = jax.device_get(sums)
     return {name: _finished(x, sums[name]) for name, x in arrays.items()}
 
 
@@ -128,7 +124,7 @@ def saved_trees(step: Path) -> list[str]:
     return sorted(p.name for p in step.iterdir() if p.is_dir() and p.name != META)
 
 
-def check_digests(directory: Path, found: Mapping[str, str], kept: Mapping[str, str]) -> None:
+def check_digests(directory: Path, found: Mapping[str, str], kept: Mapping[str, Any]) -> None:
     """Raises DamagedError with a list of the tensors whose digests differ from the saved ones."""
     names = sorted(n for n in {**kept, **found} if kept.get(n) != found.get(n))
     if names:

@@ -213,7 +213,7 @@ class _Matcher:
             return {param.path: leaf}
 
         def scale() -> np.ndarray:
-            return param.assemble_scales([weight.load_scales() for weight in weights], block)
+            return param.assemble([weight.load_scales() for weight in weights], block)
 
         return {
             (*param.path, VALUES): leaf,

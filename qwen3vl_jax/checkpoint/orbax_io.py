@@ -12,7 +12,7 @@ import itertools
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +29,11 @@ from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.storage.json_text import write_json
 from qwen3vl_jax.storage.paths import for_orbax
 
-# Bytes of tensors that are written together; a larger tensor is written alone.
-_GROUP = 64 << 20
-# Bytes of one stored chunk, the least that a process reads for its shard.
-_CHUNK = 128 << 20
-
+_GROUP = 64 << 20  # bytes of tensors that are written together; a larger one is written alone
+_CHUNK = 128 << 20  # bytes of one stored chunk, the least that a process reads for its shard
 
 # An error of Orbax's threads is also raised: it is not logged.
 logging.getLogger("absl").addFilter(lambda x: not (x.exc_info and "orbax" in x.pathname))
-
-
-def _context() -> tensorstore.Context:
-    # atomic_dir flushes once at the end; a flush for each group is slow.
-    cache = {"total_bytes_limit": 100_000_000}
-    return tensorstore.Context({"cache_pool#ocdbt": cache, "file_io_sync": False})
 
 
 class _Handler(ocp.type_handlers.NumpyHandler):
@@ -50,8 +41,10 @@ class _Handler(ocp.type_handlers.NumpyHandler):
 
     def __init__(self, wrote: Callable[[str, np.ndarray], None]):
         super().__init__(deepcopy_host_arrays=False)
-        self._wrote, self._context = wrote, _context()
-        self._failed: list[Exception] = []
+        self._wrote, self._failed = wrote, []
+        # atomic_dir flushes once at the end; a flush for each group is slow.
+        cache = {"total_bytes_limit": 100_000_000}
+        self._context = tensorstore.Context({"cache_pool#ocdbt": cache, "file_io_sync": False})
 
     async def _open_and_write(self, value: Any, tspec: Any, ts_context: Any):
         # Raised after the whole group: the others must not outlive their event loop.
@@ -73,8 +66,7 @@ class _Handler(ocp.type_handlers.NumpyHandler):
             if self._failed:
                 raise self._failed[0]
             for info, array in zip(infos[group], arrays):
-                name = jax.tree_util.keystr(info.keypath, simple=True, separator=".")
-                self._wrote(name, array)
+                self._wrote(jax.tree_util.keystr(info.keypath, simple=True, separator="."), array)
             # Before the next group is loaded.
             del arrays, array, future
         return []
@@ -85,10 +77,13 @@ class _Handler(ocp.type_handlers.NumpyHandler):
         for info in infos:
             spec = ocp.type_handlers.get_json_tspec_read(info, info.is_ocdbt_checkpoint)
             store = await tensorstore.open(spec, open=True, read=True, context=info.ts_context)
-            parts = functools.partial(_read_parts, store)
-            load = functools.partial(lambda store: store.read().result(), store)
+            load, parts = functools.partial(_load, store), functools.partial(_read_parts, store)
             leaves.append(LazyTensor(tuple(store.shape), store.dtype.numpy_dtype, load, parts))
         return leaves
+
+
+def _load(store: tensorstore.TensorStore) -> np.ndarray:
+    return store.read().result()
 
 
 def _read_parts(store: tensorstore.TensorStore, where: Sequence[Index]) -> list[np.ndarray]:
@@ -137,17 +132,17 @@ def write_tree(
 
     wrote: called with the bytes of each written tensor. Raises InputError for a full disk.
     """
-    save_args = jax.tree.map(lambda leaf: ocp.SaveArgs(chunk_byte_size=_CHUNK), tree)
     found: dict[str, str] = {}
 
     def note(name: str, array: np.ndarray) -> None:
         found[name] = digest(array)
         wrote(array.nbytes)
 
+    chunked = jax.tree.map(lambda leaf: ocp.SaveArgs(chunk_byte_size=_CHUNK), tree)
     with writable(directory), ocp.Checkpointer(_tree_handler(note)) as checkpointer:
-        checkpointer.save(for_orbax(directory), args=ocp.args.PyTreeSave(tree, save_args))
-    text = write_json(found, digests.DIGESTS, indent=0)
-    (directory / digests.DIGESTS).write_text(text + "\n")
+        checkpointer.save(for_orbax(directory), args=ocp.args.PyTreeSave(tree, chunked))
+    text = write_json(found, digests.DIGESTS, indent=0) + "\n"
+    (directory / digests.DIGESTS).write_text(text)
 
 
 def open_tree(directory: Path) -> dict[TreePath, LazyTensor]:
@@ -156,20 +151,19 @@ def open_tree(directory: Path) -> dict[TreePath, LazyTensor]:
     An array that is read in parts is not checked. Raises DamagedError, as `load` does.
     """
     saved = digests.saved_digests(directory)
-    return {path: _checked(directory, saved, path, leaf) for path, leaf in _open(directory)}
 
-
-def _checked(
-    directory: Path, saved: Mapping[str, str] | None, path: TreePath, leaf: LazyTensor
-) -> LazyTensor:
-    def load() -> np.ndarray:
+    def load(path: TreePath, leaf: LazyTensor) -> np.ndarray:
         with readable(directory):
             array = leaf.load()
-        if saved is not None and digest(array) != saved.get(path_str(path)):
-            raise DamagedError(directory, [f"{path_str(path)} is not as it was saved"])
+        if saved is not None:
+            name = path_str(path)
+            digests.check_digests(directory, {name: digest(array)}, {name: saved.get(name)})
         return array
 
-    return dataclasses.replace(leaf, load=load)
+    return {
+        path: dataclasses.replace(leaf, load=functools.partial(load, path, leaf))
+        for path, leaf in _open(directory)
+    }
 
 
 def _open(directory: Path) -> list[tuple[TreePath, LazyTensor]]:
@@ -226,10 +220,9 @@ def writable(directory: Path) -> Iterator[None]:
     """Turns errors of Orbax and TensorStore for a full disk into InputError."""
     try:
         yield
-    except _OTHERS:
-        raise
     except Exception as e:
-        if not (isinstance(e, OSError) or _FULL.search(str(e)) or _AWAY.search(str(e))):
+        known = isinstance(e, OSError) or _FULL.search(str(e)) or _AWAY.search(str(e))
+        if isinstance(e, _OTHERS) or not known:
             raise
         raise InputError(f"{directory}: cannot be written ({_reason(e)}); make room there") from e
 

@@ -25,10 +25,8 @@ except ImportError:  # Windows
 
 AnyPath = str | os.PathLike[str]
 _MARK = "://"
-# fsspec's names of the schemes, where they differ.
-_DRIVERS = {"gs": "gcs"}
-# Bytes of one request for a part of an object, and requests at a time.
-PIECE, _PIECES = 32 << 20, 8
+_DRIVERS = {"gs": "gcs"}  # fsspec's names of the schemes, where they differ
+PIECE, _PIECES = 32 << 20, 8  # bytes of one request for a part of an object; requests at a time
 
 
 def as_path(given: AnyPath) -> Path:
@@ -51,8 +49,8 @@ def as_path(given: AnyPath) -> Path:
 
             fsspec.get_filesystem_class(_DRIVERS.get(scheme, scheme))
         except ImportError as error:
-            is_extra = scheme in ("gs", "s3")
-            how = f"pip install 'qwen3vl-jax[{scheme}]'" if is_extra else "install what it names"
+            extra = f"pip install 'qwen3vl-jax[{scheme}]'"
+            how = extra if scheme in ("gs", "s3") else "install what it names"
             raise InputError(f"{text}: {scheme}:// needs a package: {error}; {how}") from None
     return cast(Path, path)
 
@@ -149,9 +147,6 @@ def read_range(path: Path, start: int, size: int) -> bytes:
 
 def copy_file(source: Path, target: Path) -> None:
     """Copies a file, local or remote; a local target's folder has to exist."""
-    if not is_remote(source) and not is_remote(target):
-        shutil.copyfile(source, target)
-        return
     with source.open("rb") as read, target.open("wb") as write:
         shutil.copyfileobj(cast(BinaryIO, read), cast(BinaryIO, write), PIECE)
 
@@ -200,8 +195,7 @@ def for_orbax(path: Path) -> Any:
         where = "Orbax reads and writes checkpoints in folders and on gs:// only"
         raise InputError(f"{path}: {where} (Hugging Face files can be anywhere); take one of them")
     try:
-        # Orbax asks it for the kind of a bucket.
-        importlib.import_module("google.cloud.storage")
+        importlib.import_module("google.cloud.storage")  # Orbax asks it for the kind of a bucket
     except ImportError:
         needs = "needs google-cloud-storage there: pip install 'qwen3vl-jax[gs]'"
         raise InputError(f"{path}: Orbax {needs}") from None

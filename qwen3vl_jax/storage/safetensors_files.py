@@ -7,7 +7,6 @@ import dataclasses
 import math
 import mmap
 import os
-import struct
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
@@ -27,16 +26,14 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
 }
-# Comes with scales.
-FP8 = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)}
+FP8 = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)}  # comes with scales
 _READ = DTYPES | FP8
 DTYPE_NAMES = {dtype: name for name, dtype in _READ.items()}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _OTHER_WEIGHTS = (".safetensors", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data")
 _INDEXES = (".safetensors.index.json", ".bin.index.json")
-# The format's own limit.
-_MAX_HEADER = 100_000_000
+_MAX_HEADER = 100_000_000  # the format's own limit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +65,11 @@ def read_header(path: Path) -> list[Stored]:
     try:
         size = file_size(path)
         with path.open("rb") as file:
-            prefix = file.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+            length = int.from_bytes(file.read(8), "little")
             if length > min(_MAX_HEADER, size - 8):
-                sizes = f"{size} bytes, its header alone should have {length}"
-                found = f"truncated or no safetensors file ({sizes})"
-                raise InputError(f"{path}: {found}; fetch it again")
+                sizes = f"({size} bytes, its header alone should have {length})"
+                found = f"truncated or no safetensors file {sizes}; fetch it again"
+                raise InputError(f"{path}: {found}")
             text = file.read(length)
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror}); fetch it again") from e
@@ -101,8 +97,9 @@ def _entry(path: Path, name: str, entry: Any, base: int) -> Stored:
         if not (fits and isinstance(dtype, str)):
             raise ValueError
     except (KeyError, TypeError, ValueError) as e:
-        what = f"its header's entry for {name} contradicts itself"
-        raise InputError(f"{path}: {what}: {entry}") from e
+        raise InputError(
+            f"{path}: its header's entry for {name} contradicts itself: {entry}"
+        ) from e
     return Stored(path, name, dtype, shape, base + begin, end - begin)
 
 
@@ -138,7 +135,6 @@ class Files:
 
 
 def _fetched(tensor: Stored, start: int, size: int) -> np.ndarray:
-    """`size` bytes of a remote tensor from an offset, in its dtype. Raises InputError."""
     with reached(tensor.file):
         data = read_range(tensor.file, tensor.start + start, size)
     if len(data) != size:
@@ -205,8 +201,8 @@ def _indexed(directory: Path, index: Path) -> list[Path]:
         shards = sorted(set(names.values()))
         plain = all(os.path.basename(shard) == shard for shard in shards)
     except (KeyError, TypeError, AttributeError) as e:
-        what = "not a safetensors index with a weight_map"
-        raise InputError(f"{index}: {what}; fetch it again") from e
+        what = "not a safetensors index with a weight_map; fetch it again"
+        raise InputError(f"{index}: {what}") from e
     if not shards or not plain:
         raise InputError(f"{index}: its weight_map names no shard, or a file outside {directory}")
     missing = [shard for shard in shards if not (directory / shard).is_file()]
