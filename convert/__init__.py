@@ -4,5 +4,4 @@ from collections.abc import Callable
 
 # A callback while tensors are written: (bytes just written, bytes in all).
 Progress = Callable[[int, int], None]
-# Bytes of one safetensors file, as in Hugging Face's releases.
-SHARD_SIZE = 5_000_000_000
+SHARD_SIZE = 5_000_000_000  # bytes of one safetensors file, as in Hugging Face's releases

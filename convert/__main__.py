@@ -53,8 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     ambiguous = "layout of fused experts where their shape is ambiguous"
     add("--expert-layout", choices=LAYOUTS, help=ambiguous)
     add("--weights", choices=WEIGHTS, help="fp8 keeps FP8, int8 and int4 round (default: neither)")
-    merged = "a LoRA adapter to add to the weights"
-    add("--merge", type=argument, metavar="PEFT_DIR", help=merged)
+    add("--merge", type=argument, metavar="PEFT_DIR", help="a LoRA adapter to add to the weights")
     add("--max-shard-size", type=_size, default=SHARD_SIZE, metavar="SIZE", help="default 5GB")
     add = parser.add_argument_group("a run's directory (--to-hf)").add_argument
     add("--step", help="best (lowest evaluation loss), last, or a number; default: best if any")
@@ -74,8 +73,7 @@ def _bar(title: str) -> Iterator[Progress]:
     task = bar.add_task(title, total=None)
 
     def progress(done: int, total: int) -> None:
-        # Only now, so that a refusal is a line of its own.
-        bar.start()
+        bar.start()  # only now, so that a refusal is a line of its own
         bar.update(task, advance=done, total=total)
 
     try:
@@ -171,8 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     _check(parser, options)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    # No accelerator is needed.
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no accelerator is needed
     try:
         _run(options)
     except EXPECTED as e:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -59,11 +59,7 @@ def to_hf(
     if (kind := stored_kind(stored)) in CODES:
         found = f"got {kind} weights, which Hugging Face files cannot hold"
         raise InputError(f"{source}: {found}; take the checkpoint that they were made from")
-
-    def finish(stage: Path) -> None:
-        copy_files(source, side_files(source, leave_out=[PARAMS]), stage, fp8=block is not None)
-
-    return write_files(out, cfg, stored, (), finish, force, shard_size, progress, block)
+    return write_files(out, cfg, stored, (), source, force, shard_size, progress, block)
 
 
 def write_files(
@@ -71,7 +67,7 @@ def write_files(
     cfg: Config,
     stored: Leaves,
     first: Sequence[TreePath],
-    finish: Callable[[Path], None],
+    files_from: Path,
     force: bool = False,
     shard_size: int = SHARD_SIZE,
     progress: Progress = lambda done, total: None,
@@ -80,7 +76,7 @@ def write_files(
     """Writes a parameter tree as safetensors, complete or not at all; (tensors, bytes).
 
     first: paths that are read first; the others are read so that one file after another is filled.
-    finish(directory) adds the other files, config.json last. block: of FP8 weights.
+    files_from: a directory whose other files are copied. block: of FP8 weights.
     """
     known = {param.path: param for param in param_specs(cfg)}
     params = {path: known.get(path) or known[path[:-1]] for path in stored}
@@ -108,14 +104,14 @@ def write_files(
                 if not left[tensor.file]:
                     closers[tensor.file].close()
             progress(array.nbytes, total)
-            # Before the next one is read.
-            del array, values
+            del array, values  # before the next one is read
         files.close()
         if len(shards) > 1:
             weight_map = {tensor.name: tensor.file for tensor in tensors}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (stage / INDEX).write_text(write_json(index, INDEX, indent=2) + "\n", encoding="utf-8")
-        finish(stage)
+        names = side_files(files_from, leave_out=[PARAMS])
+        copy_files(files_from, names, stage, fp8=block is not None)
     return len(tensors), total
 
 
@@ -164,7 +160,6 @@ def _write_header(handle: int, file: str, tensors: list[_Tensor]) -> None:
 
 def _write(handle: int, offset: int, tensor: np.ndarray) -> None:
     data = memoryview(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
-    # One call writes at most 2 GiB.
-    while data:
+    while data:  # one call writes at most 2 GiB
         done = os.pwrite(handle, data, offset)
         data, offset = data[done:], offset + done

@@ -97,8 +97,7 @@ class Adapter:
     ranks: dict[str, tuple[int, ...]]
     alphas: dict[str, tuple[float, ...]]
     dropout: float = 0.0
-    # Scale alpha / sqrt(rank) instead of alpha / rank, arXiv 2312.03732.
-    rslora: bool = False
+    rslora: bool = False  # scale alpha / sqrt(rank) instead of alpha / rank, arXiv 2312.03732
 
     def scales(self, name: str) -> list[float]:
         """The factor of B A x in each layer of a target."""

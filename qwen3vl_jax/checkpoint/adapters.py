@@ -1,6 +1,7 @@
 """LoRA adapters: attached beside weights, or merged into them one tensor in memory at a time."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -31,30 +32,26 @@ def merged(
         for i, rank in enumerate(ranks):
             if rank:
                 added.setdefault(known[name].paths[i], []).append((known[name], i))
+
+    def load(path: TreePath) -> np.ndarray:
+        weight = leaves[path].load().astype(np.float32)
+        for target, i in added[path]:
+            sides = (np.asarray(weights[f"{target.name}.{side}"]) for side in "ab")
+            a, b = (x[i] if target.stacked else x for x in sides)
+            span = next(span for span in target.spans if span[0] == target.part)
+            weight = _add_product(weight, target.axis, span, a, b, adapter.scales(target.name)[i])
+        return weight.astype(leaves[path].dtype)
+
     out = dict(leaves)
-    for path, parts in added.items():
+    for path in added:
         if (*path, VALUES) in leaves:
             found = "got weights of 8 or 4 bits, expected 16 or 32 to merge an adapter"
             advice = "take the 16-bit checkpoint, or load with adapter="
             raise InputError(f"{path_str(path)}: {found}; {advice}")
-        out[path] = _sum(leaves[path], parts, weights, adapter)
+        # Parts are cut from the sum: the file's own would lack the adapter.
+        whole = functools.partial(load, path)
+        out[path] = dataclasses.replace(leaves[path], load=whole, read=None)
     return out
-
-
-def _sum(
-    leaf: LazyTensor, parts: list[tuple[LoraTarget, int]], weights: Matrices, adapter: Adapter
-) -> LazyTensor:
-    def load() -> np.ndarray:
-        weight = leaf.load().astype(np.float32)
-        for target, i in parts:
-            span = next(span for span in target.spans if span[0] == target.part)
-            sides = (np.asarray(weights[f"{target.name}.{side}"]) for side in "ab")
-            a, b = (x[i] if target.stacked else x for x in sides)
-            weight = _add_product(weight, target.axis, span, a, b, adapter.scales(target.name)[i])
-        return weight.astype(leaf.dtype)
-
-    # Parts are cut from the sum: the file's own would lack the adapter.
-    return dataclasses.replace(leaf, load=load, read=None)
 
 
 def _add_product(weight, axis: int | None, span: tuple[str, int, int], a, b, scale):
@@ -77,11 +74,12 @@ def attach(
     key: Callable[[str], jax.Array] | None = None,
 ) -> Params:
     """The parameters (layers listed or stacked) with an adapter; key(NAME): of a target's dropout."""
-    known, found = lora_targets(cfg), {}
+    found: dict[str, list[LoraTarget]] = {}
+    known = lora_targets(cfg)
     for name in adapter.ranks:
         found.setdefault(known[name].weight, []).append(known[name])
     for weight, parts in found.items():
-        pairs = {p.part: _pair(p, weights, adapter, key) for p in parts}
+        pairs = {part.part: _pair(part, weights, adapter, key) for part in parts}
         params = _put(params, weight.split("."), parts[0], pairs)
     return params
 
@@ -91,13 +89,8 @@ def _pair(target: LoraTarget, weights, adapter: Adapter, key) -> Pair:
     keys = None if key is None or not adapter.dropout else key(target.name)
     if target.stacked and keys is not None:
         keys = jax.random.split(keys, len(target.modules))
-    return Pair(
-        a=jnp.asarray(weights[f"{target.name}.a"]),
-        b=jnp.asarray(weights[f"{target.name}.b"]),
-        scale=scales if target.stacked else scales[0],
-        key=keys,
-        rate=adapter.dropout,
-    )
+    a, b = (jnp.asarray(weights[f"{target.name}.{side}"]) for side in "ab")
+    return Pair(a, b, scales if target.stacked else scales[0], key=keys, rate=adapter.dropout)
 
 
 def _put(node: Any, path: list[str], target: LoraTarget, pairs: dict[str, Pair]) -> Any:
@@ -108,8 +101,7 @@ def _put(node: Any, path: list[str], target: LoraTarget, pairs: dict[str, Pair])
     if isinstance(node, (list, tuple)) and head.isdecimal():
         at = int(head)
         return [_put(x, rest, target, pairs) if i == at else x for i, x in enumerate(node)]
-    # The layers, whose index is not in the path.
-    if isinstance(node, (list, tuple)):
+    if isinstance(node, (list, tuple)):  # the layers, whose index is not in the path
         layers = (jax.tree.map(lambda x, i=i: x[i], pairs) for i in range(len(node)))
         return [_put(x, path, target, one) for x, one in zip(node, layers, strict=True)]
     return {**node, head: _put(node[head], rest, target, pairs)}

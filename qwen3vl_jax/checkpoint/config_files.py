@@ -9,10 +9,8 @@ from qwen3vl_jax.storage.atomic_dir import CONFIG
 from qwen3vl_jax.storage.json_text import read_json_file, write_json
 from qwen3vl_jax.storage.paths import copy_file, make_folder
 
-# The Orbax item inside a checkpoint directory.
-PARAMS = "params"
-# A key of config.json or its text_config.
-QUANTIZATION = "quantization_config"
+PARAMS = "params"  # the Orbax item inside a checkpoint directory
+QUANTIZATION = "quantization_config"  # a key of config.json or its text_config
 
 
 def copy_files(source: Path, names: Iterable[Path], target: Path, fp8: bool = False) -> None:

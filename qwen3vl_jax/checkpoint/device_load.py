@@ -143,15 +143,14 @@ def put_pairs(
     matrices: Mapping[str, np.ndarray], mesh: Mesh | None, dtype: Any
 ) -> dict[str, jax.Array]:
     """An adapter's matrices on the mesh: experts' are sharded with their experts, others replicated."""
-
-    def put(x: np.ndarray) -> jax.Array:
-        x = x if dtype is None else x.astype(dtype)
+    found = {}
+    for name, stored in matrices.items():
+        x = stored if dtype is None else stored.astype(dtype)
         # The first axis is that of layers.
         axes = (None, "expert", None, None) if x.ndim == 4 else (None,) * x.ndim
         sharding = None if mesh is None else array_sharding(mesh, axes, x)
-        return on_devices(LazyTensor(x.shape, x.dtype, lambda: x), sharding)
-
-    return {name: put(x) for name, x in matrices.items()}
+        found[name] = on_devices(LazyTensor(x.shape, x.dtype, lambda x=x: x), sharding)
+    return found
 
 
 def as_structs(tree: Any) -> Any:

@@ -34,11 +34,9 @@ class DamagedError(ProblemsError):
 def digest(x: np.ndarray) -> str:
     """The digest of an array: 8 hexadecimal digits."""
     bits = x.view(f"u{x.dtype.itemsize}")
-    if x.nbytes < _LARGE or x.ndim < 2:
-        return _finished(x, _added(bits))
+    parts = [bits] if x.nbytes < _LARGE or x.ndim < 2 else np.array_split(bits, _THREADS)
     with ThreadPoolExecutor(_THREADS) as pool:
-        parts = list(pool.map(_added, np.array_split(bits, _THREADS)))
-    return _finished(x, np.add.reduce(parts, 0, bits.dtype))
+        return _finished(x, np.add.reduce(list(pool.map(_added, parts)), 0, bits.dtype))
 
 
 def _added(bits: np.ndarray) -> np.ndarray:
@@ -46,8 +44,7 @@ def _added(bits: np.ndarray) -> np.ndarray:
         return np.add.reduce(bits, tuple(range(bits.ndim - 1)), bits.dtype)
     width = bits.shape[-1]
     fold = 16 if bits.size % (16 * width) == 0 and width * bits.itemsize <= 4096 else 1
-    # Long rows add faster.
-    wide = np.add.reduce(bits.reshape(-1, fold * width), 0, bits.dtype)
+    wide = np.add.reduce(bits.reshape(-1, fold * width), 0, bits.dtype)  # long rows add faster
     return np.add.reduce(wide.reshape(fold, width), 0, bits.dtype)
 
 
@@ -98,8 +95,7 @@ def saved_digests(directory: Path) -> dict[str, str] | None:
 
 def with_checksum(meta: Mapping[str, Any]) -> dict[str, Any]:
     """JSON data with its own crc32, for `read_meta`."""
-    # As it will be read: tuples become lists.
-    plain = read_json(write_json(meta, META), META)
+    plain = read_json(write_json(meta, META), META)  # as it will be read: tuples become lists
     return plain | {"crc32": zlib.crc32(write_json(plain, META, sort_keys=True).encode())}
 
 

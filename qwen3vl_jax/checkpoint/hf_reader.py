@@ -87,8 +87,7 @@ class Experts:
             weight.read_into(place)
         return out
 
-    # Slices of a transposed tensor lie everywhere in its file.
-    sliceable = load
+    sliceable = load  # slices of a transposed tensor lie everywhere in its file
 
     def load_scales(self) -> np.ndarray:
         """The scales of kept FP8, transposed as the values are."""

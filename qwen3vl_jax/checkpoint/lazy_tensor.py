@@ -14,8 +14,7 @@ import numpy as np
 from qwen3vl_jax.checkpoint.param_paths import TreePath
 
 _T = TypeVar("_T")
-# A part of an array: one slice without a step for each axis.
-Index = tuple[slice, ...]
+Index = tuple[slice, ...]  # a part of an array: one slice without a step for each axis
 VALUES, SCALE = "values", "scale"  # the keys at the path of a weight held in 8 bits
 # Threads that read tensors before they are asked for. With the one in use, up to _AHEAD + 2 tensors are
 # in host memory.
@@ -50,8 +49,7 @@ def device_bytes(count: int, dtype: np.dtype) -> int:
     return count // 2 if dtype == ml_dtypes.int4 else count * dtype.itemsize
 
 
-# The arrays of a parameter tree by path.
-Leaves = Mapping[TreePath, LazyTensor]
+Leaves = Mapping[TreePath, LazyTensor]  # the arrays of a parameter tree by path
 
 
 def eight_bit(paths: Iterable[TreePath]) -> set[TreePath]:

@@ -24,8 +24,7 @@ from qwen3vl_jax.config import Config
 TEXT, VISION, HEAD = "model.language_model.", "model.visual.", "lm_head."
 TAP = VISION + "deepstack_merger_list.{i}."
 
-# The values that one FP8 scale covers along the file's last two axes.
-Block = tuple[int, int]
+Block = tuple[int, int]  # the values that one FP8 scale covers along the file's last two axes
 EACH: Block = (1, 1)
 
 # Of a merger; ? is the width of its norm.

@@ -67,23 +67,18 @@ class _Handler(ocp.type_handlers.NumpyHandler):
                 raise self._failed[0]
             for info, array in zip(infos[group], arrays):
                 self._wrote(jax.tree_util.keystr(info.keypath, simple=True, separator="."), array)
-            # Before the next group is loaded.
-            del arrays, array, future
+            del arrays, array, future  # before the next group is loaded
         return []
 
     async def deserialize(self, infos: Any, args: Any = None):
         leaves = []
-        # One by one, so that a damaged file gives one error.
-        for info in infos:
+        for info in infos:  # one by one, so that a damaged file gives one error
             spec = ocp.type_handlers.get_json_tspec_read(info, info.is_ocdbt_checkpoint)
             store = await tensorstore.open(spec, open=True, read=True, context=info.ts_context)
-            load, parts = functools.partial(_load, store), functools.partial(_read_parts, store)
-            leaves.append(LazyTensor(tuple(store.shape), store.dtype.numpy_dtype, load, parts))
+            parts, dtype = functools.partial(_read_parts, store), store.dtype.numpy_dtype
+            load = functools.partial(lambda store: store.read().result(), store)
+            leaves.append(LazyTensor(tuple(store.shape), dtype, load, parts))
         return leaves
-
-
-def _load(store: tensorstore.TensorStore) -> np.ndarray:
-    return store.read().result()
 
 
 def _read_parts(store: tensorstore.TensorStore, where: Sequence[Index]) -> list[np.ndarray]:
@@ -175,8 +170,8 @@ def _open(directory: Path) -> list[tuple[TreePath, LazyTensor]]:
     alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
     args = ocp.args.PyTreeRestore(stored, restore_args=as_lazy)
     reader = ocp.Checkpointer(_tree_handler(), multiprocessing_options=alone)
-    with readable(directory), reader as checkpointer:
-        found = flatten(checkpointer.restore(for_orbax(directory), args=args))
+    with readable(directory), reader:
+        found = flatten(reader.restore(for_orbax(directory), args=args))
     # Empty nodes, such as those of an optimizer's state, are None.
     return [(path, leaf) for path, leaf in found if isinstance(leaf, LazyTensor)]
 
@@ -208,8 +203,7 @@ def readable(directory: Path) -> Iterator[None]:
         yield
     except _OTHERS:
         raise
-    # Orbax raises plain Exception.
-    except Exception as e:
+    except Exception as e:  # Orbax raises plain Exception
         if _AWAY.search(reason := _reason(e)):
             raise InputError(f"{directory}: cannot be read ({reason})") from e
         raise DamagedError(directory, [f"not a readable Orbax checkpoint ({reason})"]) from e

@@ -141,8 +141,7 @@ def read_range(path: Path, start: int, size: int) -> bytes:
         ends = [min(at + PIECE, end) for at in group]
         for piece in driver.cat_ranges([text] * len(group), group, ends, on_error="raise"):
             out += piece
-    # Not bytes(out): a copy would double the memory.
-    return cast(bytes, out)
+    return cast(bytes, out)  # not bytes(out): a copy would double the memory
 
 
 def copy_file(source: Path, target: Path) -> None:
@@ -182,8 +181,7 @@ def remove_tree(path: Path) -> None:
                 return
             time.sleep(0.02)
         return
-    # Each store's client raises errors of its own.
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(Exception):  # each store's client raises errors of its own
         cast(Any, path).rmtree()
 
 

@@ -49,8 +49,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 def sync_folder(folder: Path) -> None:
     """Flushes a folder's file names, or a file, to the disk. Raises OSError."""
-    # Windows opens no folder.
-    if os.name != "posix":
+    if os.name != "posix":  # Windows opens no folder
         return
     handle = os.open(folder, os.O_RDONLY)
     try:

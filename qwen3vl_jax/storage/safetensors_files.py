@@ -119,8 +119,7 @@ class Files:
             with tensor.file.open("rb") as file:
                 self._maps[tensor.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         memory = self._maps[tensor.file]
-        # Read ahead: single page faults are slow on a cold disk.
-        if hasattr(memory, "madvise"):
+        if hasattr(memory, "madvise"):  # read ahead: single page faults are slow on a cold disk
             page = tensor.start // mmap.PAGESIZE * mmap.PAGESIZE
             memory.madvise(mmap.MADV_WILLNEED, page, tensor.start + tensor.nbytes - page)
         dtype = _READ[tensor.dtype]
