@@ -10,20 +10,16 @@ from pathlib import Path
 import numpy as np
 
 from convert import SHARD_SIZE, Progress
+from qwen3vl_jax.checkpoint import fp8, name_map, orbax_io, quantize, validate
 from qwen3vl_jax.checkpoint.config_files import PARAMS, copy_files, read_config
-from qwen3vl_jax.checkpoint.fp8 import SUFFIX, scale_shape
 from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, Leaves
-from qwen3vl_jax.checkpoint.name_map import EACH, Block, ParamSpec, param_specs
-from qwen3vl_jax.checkpoint.orbax_io import open_tree
 from qwen3vl_jax.checkpoint.param_paths import TreePath
-from qwen3vl_jax.checkpoint.quantize import CODES
-from qwen3vl_jax.checkpoint.validate import check_stored, stored_kind
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.storage.atomic_dir import atomic_dir, check_apart
 from qwen3vl_jax.storage.json_text import write_json
 from qwen3vl_jax.storage.remote_files import new_file
-from qwen3vl_jax.storage.safetensors_files import DTYPE_NAMES, INDEX, SINGLE, side_files
+from qwen3vl_jax.storage.safetensors_files import DTYPE_NAMES, INDEX, SINGLE
 
 
 @dataclasses.dataclass
@@ -54,9 +50,9 @@ def to_hf(
     cfg = Config.from_hf(source)
     if not (source / PARAMS).is_dir():
         raise InputError(f"{source}: holds no {PARAMS}, expected an Orbax checkpoint of convert")
-    stored = open_tree(source / PARAMS)
-    block = check_stored(source, cfg, stored, read_config(source))
-    if (kind := stored_kind(stored)) in CODES:
+    stored = orbax_io.open_tree(source / PARAMS)
+    block = validate.check_stored(source, cfg, stored, read_config(source))
+    if (kind := validate.stored_kind(stored)) in quantize.CODES:
         found = f"got {kind} weights, which Hugging Face files cannot hold"
         raise InputError(f"{source}: {found}; take the checkpoint that they were made from")
     return write_files(out, cfg, stored, (), source, force, shard_size, progress, block)
@@ -71,14 +67,14 @@ def write_files(
     force: bool = False,
     shard_size: int = SHARD_SIZE,
     progress: Progress = lambda done, total: None,
-    block: Block | None = None,
+    block: name_map.Block | None = None,
 ) -> tuple[int, int]:
     """Writes a parameter tree as safetensors, complete or not at all; (tensors, bytes).
 
     first: paths that are read first; the others are read so that one file after another is filled.
     files_from: a directory whose other files are copied. block: of FP8 weights.
     """
-    known = {param.path: param for param in param_specs(cfg)}
+    known = {param.path: param for param in name_map.param_specs(cfg)}
     params = {path: known.get(path) or known[path[:-1]] for path in stored}
     parts = {path: _parts(params[path], path, leaf.dtype, block) for path, leaf in stored.items()}
     tensors = sorted((x for _, held in parts.values() for x in held), key=lambda x: x.name)
@@ -110,20 +106,19 @@ def write_files(
             weight_map = {tensor.name: tensor.file for tensor in tensors}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (stage / INDEX).write_text(write_json(index, INDEX, indent=2) + "\n", encoding="utf-8")
-        names = side_files(files_from, leave_out=[PARAMS])
-        copy_files(files_from, names, stage, fp8=block is not None)
+        copy_files(files_from, stage, fp8=block is not None)
     return len(tensors), total
 
 
 def _parts(
-    param: ParamSpec, path: TreePath, dtype: np.dtype, block: Block | None
-) -> tuple[Block, list[_Tensor]]:
+    param: name_map.ParamSpec, path: TreePath, dtype: np.dtype, block: name_map.Block | None
+) -> tuple[name_map.Block, list[_Tensor]]:
     """(blocks of `ParamSpec.split`, tensors of the files) for a stored array: values, or FP8 scales."""
     if dtype not in DTYPE_NAMES:
         raise InputError(f"{param.parts[0].name}: dtype {dtype} has no name in safetensors")
     if block is None or path != (*param.path, SCALE):
-        return EACH, [_Tensor(part.name, dtype, part.hf_shape) for part in param.parts]
-    shapes = {part.name + SUFFIX: scale_shape(part.hf_shape, block) for part in param.parts}
+        return name_map.EACH, [_Tensor(part.name, dtype, part.hf_shape) for part in param.parts]
+    shapes = {part.name + fp8.SUFFIX: fp8.scale_shape(part.hf_shape, block) for part in param.parts}
     return block, [_Tensor(name, dtype, shape) for name, shape in shapes.items()]
 
 

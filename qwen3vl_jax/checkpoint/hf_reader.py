@@ -10,21 +10,20 @@ import numpy as np
 
 from qwen3vl_jax.checkpoint.config_files import QUANTIZATION, read_config
 from qwen3vl_jax.checkpoint.fp8 import SUFFIX, block_of, dequantize_into, misfit
-from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES, Index, LazyTensor
+from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES, LazyTensor
 from qwen3vl_jax.checkpoint.name_map import TEXT, Block, ParamSpec, param_specs, released_name
 from qwen3vl_jax.checkpoint.param_paths import TreePath, path_str
 from qwen3vl_jax.checkpoint.validate import MismatchError, check_weights
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.storage.atomic_dir import CONFIG
-from qwen3vl_jax.storage.safetensors_files import DTYPES, FP8, Files, Stored, read_tensors
+from qwen3vl_jax.storage.safetensors_files import DTYPES, FP8, Stored, read_tensors
 
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
     """A stored tensor in the released layout, with scales if it is FP8; block: to dequantize it."""
 
-    files: Files
     tensor: Stored
     scales: Stored | None
     block: Block | None
@@ -42,27 +41,26 @@ class Weight:
     def load(self) -> np.ndarray:
         """The values: a read-only view of the file, or a dequantized copy."""
         if self.block is None:
-            return self.files.view(self.tensor)
+            return self.tensor.view()
         out = np.empty(self.tensor.shape, self.dtype)
         self.read_into(out)
         return out
 
     def sliceable(self) -> np.ndarray:
         """The values for slicing: of a remote file only the slices are fetched."""
-        return self.load() if self.block else self.files.sliced(self.tensor)
+        return self.load() if self.block else self.tensor.sliced()
 
     def load_scales(self) -> np.ndarray:
         """The scales of FP8: a read-only view of the file."""
         assert self.scales is not None
-        return self.files.view(self.scales)
+        return self.scales.view()
 
     def read_into(self, out: np.ndarray) -> None:
         """Writes the values into `out` (same shape and dtype, any strides) without another copy."""
-        codes = self.files.view(self.tensor)
         if self.block is None:
-            out[...] = codes
+            out[...] = self.tensor.view()
         else:
-            dequantize_into(codes, self.load_scales(), self.block, out)
+            dequantize_into(self.tensor.view(), self.load_scales(), self.block, out)
 
 
 class Experts:
@@ -117,14 +115,13 @@ def open_hf(
 
 
 class _Matcher:
-    """Matches stored tensors to parameters; the weight of a tensor with a problem is None."""
+    """Matches stored tensors to parameters; experts of tensors with a problem are None."""
 
     def __init__(self, directory: Path, cfg: Config, layout: str | None, weights: str | None):
         self.directory, self.cfg, self.layout = directory, cfg, layout
         self.keep = weights == "fp8"
-        self.files = Files()
         self.problems: list[str] = []
-        self.weights: dict[str, Weight | Experts | None] = {}
+        self.experts: dict[str, Experts | None] = {}
         self.block = block_of(directory, read_config(directory))
         found = self._by_released_name(read_tensors(directory))
         self.scales = {name: found.pop(name) for name in list(found) if name.endswith(SUFFIX)}
@@ -182,42 +179,35 @@ class _Matcher:
             self.problems.append(problem)
         else:
             block = self.block if scales and not self.keep else None
-            return Weight(self.files, tensor, scales, block)
+            return Weight(tensor, scales, block)
         return None
 
     def _leaves(self, param: ParamSpec) -> dict[TreePath, LazyTensor]:
         """A parameter's array, or values and scale of a kept one; {} where a problem was noted."""
-        for part in param.parts:
-            if part.name not in self.weights:
-                self.weights[part.name] = self._take(part.name, part.hf_shape)
-        weights = [weight for part in param.parts if (weight := self.weights[part.name])]
-        if len(weights) < len(param.parts):
+        names = {part.name: part.hf_shape for part in param.parts}
+        found = [self.experts[n] if n in self.experts else self._take(n, names[n]) for n in names]
+        weights = [weight for weight in found if weight]
+        if len(weights) < len(names):
             return {}
         if len({weight.dtype for weight in weights}) > 1:
-            found = ", ".join(f"{p.name} {w.dtype}" for p, w in zip(param.parts, weights))
+            found = ", ".join(f"{name} {weight.dtype}" for name, weight in zip(names, weights))
             where = path_str(param.path)
             self.problems.append(f"dtype of {where}: found {found}, expected one for all parts")
             return {}
-
-        def load() -> np.ndarray:
-            return param.assemble([weight.load() for weight in weights])
-
-        def read(where: Sequence[Index]) -> list[np.ndarray]:
-            tensors = [weight.sliceable() for weight in weights]
-            return [param.cut(tensors, index) for index in where]
-
-        leaf = LazyTensor(param.shape, weights[0].dtype, load, read)
-        block = self.block
-        if not weights[0].keep or block is None:
-            return {param.path: leaf}
-
-        def scale() -> np.ndarray:
-            return param.assemble([weight.load_scales() for weight in weights], block)
-
-        return {
-            (*param.path, VALUES): leaf,
-            (*param.path, SCALE): LazyTensor(param.scale_shape(block), DTYPES["F32"], scale),
-        }
+        values = LazyTensor(
+            param.shape,
+            weights[0].dtype,
+            lambda: param.assemble([weight.load() for weight in weights]),
+            lambda where: param.cut([weight.sliceable() for weight in weights], where),
+        )
+        if not weights[0].keep or (block := self.block) is None:
+            return {param.path: values}
+        scale = LazyTensor(
+            param.scale_shape(block),
+            DTYPES["F32"],
+            lambda: param.assemble([weight.load_scales() for weight in weights], block),
+        )
+        return {(*param.path, VALUES): values, (*param.path, SCALE): scale}
 
     def _tied_head(self) -> None:
         """Drops a tied head that repeats the embedding. Raises InputError if it differs."""
@@ -239,7 +229,7 @@ class _Matcher:
         if (one.shape, one.dtype) != (other.shape, other.dtype) or one.dtype not in DTYPES | FP8:
             return False
         # In parts: a comparison takes half the memory of what it compares.
-        a, b = (np.array_split(self.files.view(x).view(np.uint8), 64) for x in (one, other))
+        a, b = (np.array_split(x.view().view(np.uint8), 64) for x in (one, other))
         return all(map(np.array_equal, a, b))
 
     def _experts(self, prefix: str) -> None:
@@ -265,7 +255,7 @@ class _Matcher:
             if one_by_one:
                 wanted = [f"{prefix}{j}.{part}.weight" for j in range(e) for part in parts[name]]
                 shape = (outer // len(parts[name]), inner)
-            self.weights[prefix + name] = self._transposed(wanted, shape, (e, inner, outer))
+            self.experts[prefix + name] = self._transposed(wanted, shape, (e, inner, outer))
 
     def _transposed(
         self, names: list[str], hf_shape: tuple[int, ...], shape: tuple[int, int, int]

@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -170,12 +170,16 @@ class ParamSpec:
         parts = [part.to_tree(x, block) for x, part in zip(tensors, self.parts)]
         return parts[0] if self.axis is None else np.concatenate(parts, self.axis)
 
-    def cut(self, tensors: list[np.ndarray], index: Index) -> np.ndarray:
-        """A copy of `assemble(tensors)[index]`; all is copied only if the index cuts the parts' axis."""
-        if self.axis is None or index[self.axis].indices(n := self.shape[self.axis]) != (0, n, 1):
-            return np.array(self.assemble(tensors)[index])
-        parts = [part.to_tree(x)[index] for x, part in zip(tensors, self.parts)]
-        return np.concatenate(parts, self.axis)
+    def cut(self, tensors: list[np.ndarray], where: Sequence[Index]) -> list[np.ndarray]:
+        """Copies of `assemble(tensors)[index]`; all is copied only if an index cuts the parts' axis."""
+        out, axis = [], self.axis
+        for index in where:
+            if axis is None or index[axis].indices(n := self.shape[axis]) != (0, n, 1):
+                out.append(np.array(self.assemble(tensors)[index]))
+            else:
+                parts = [part.to_tree(x)[index] for x, part in zip(tensors, self.parts)]
+                out.append(np.concatenate(parts, axis))
+        return out
 
     def split(self, x: np.ndarray, block: Block = EACH) -> Iterator[tuple[str, np.ndarray]]:
         """(name, tensor) pairs of the file: the exact inverse of `assemble`."""

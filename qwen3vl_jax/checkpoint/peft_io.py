@@ -21,7 +21,7 @@ from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.storage.atomic_dir import atomic_dir
 from qwen3vl_jax.storage.json_text import read_json_file, write_json
 from qwen3vl_jax.storage.paths import AnyPath, as_path
-from qwen3vl_jax.storage.safetensors_files import DTYPES, Files, Stored, read_header, refuse_pickles
+from qwen3vl_jax.storage.safetensors_files import DTYPES, Stored, read_header, refuse_pickles
 
 SETTINGS, MATRICES = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX, _NESTED = "base_model.model.", ".base_layer"
@@ -175,7 +175,7 @@ def _read_settings(directory: Path) -> dict[str, Any]:
 
 def _read_pairs(directory: Path, table: tuple[int, ...]) -> Iterator[tuple[str, Any, Any]]:
     """(module, A, B) of every pair in the file; table: the shape of the embedding."""
-    file, files = directory / MATRICES, Files()
+    file = directory / MATRICES
     if not file.is_file():
         refuse_pickles(directory, [path.name for path in directory.glob("adapter_model.bin")])
     found: dict[tuple[str, str], dict[str, Stored]] = collections.defaultdict(dict)
@@ -194,7 +194,7 @@ def _read_pairs(directory: Path, table: tuple[int, ...]) -> Iterator[tuple[str, 
     for (module, _), sides in found.items():
         if len(sides) < 2:
             raise InputError(f"{directory}: {module} has lora_{next(iter(sides))} alone")
-        yield module, files.view(sides["A"]), files.view(sides["B"])
+        yield module, sides["A"].view(), sides["B"].view()
 
 
 def _matched(

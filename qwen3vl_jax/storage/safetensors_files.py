@@ -4,10 +4,11 @@ Local files are memory-mapped; of a remote file only the needed bytes are fetche
 """
 
 import dataclasses
+import functools
 import math
 import mmap
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,7 +39,7 @@ _MAX_HEADER = 100_000_000  # the format's own limit
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """One tensor of a file, from its header: name, dtype, shape, first byte and size."""
+    """One tensor of a file, from its header: name, dtype, shape, first byte and size. Unread."""
 
     file: Path
     name: str
@@ -47,10 +48,32 @@ class Stored:
     start: int
     nbytes: int
 
+    memory: Callable[[], mmap.mmap]  # of the whole file, mapped when a tensor is first viewed
+
     @property
     def where(self) -> str:
         """The tensor's name and file, for a message."""
         return f"{self.name} in {self.file.name}"
+
+    def view(self) -> np.ndarray:
+        """The tensor as a read-only view of its file; a copy if remote or unaligned. Raises InputError."""
+        dtype = _READ[self.dtype]
+        if self.nbytes == 0:
+            return np.empty(self.shape, dtype)
+        if is_remote(self.file):
+            return _fetched(self, 0, self.nbytes).reshape(self.shape)
+        memory = self.memory()
+        if hasattr(memory, "madvise"):  # read ahead: single page faults are slow on a cold disk
+            page = self.start // mmap.PAGESIZE * mmap.PAGESIZE
+            memory.madvise(mmap.MADV_WILLNEED, page, self.start + self.nbytes - page)
+        flat = np.frombuffer(memory, dtype, math.prod(self.shape), self.start)
+        return (flat if flat.flags.aligned else flat.copy()).reshape(self.shape)
+
+    def sliced(self) -> np.ndarray:
+        """The tensor for slicing: a view, or for a remote file a stand-in that fetches single slices."""
+        if is_remote(self.file) and self.nbytes:
+            return cast(np.ndarray, _Slices(self, self.shape, {}))
+        return self.view()
 
 
 def is_weight_file(name: str) -> bool:
@@ -77,7 +100,8 @@ def read_header(path: Path) -> list[Stored]:
     if not isinstance(header, dict):
         raise InputError(f"{path}: the safetensors header is no object; fetch it again")
     header.pop("__metadata__", None)
-    stored = [_entry(path, name, entry, 8 + length) for name, entry in header.items()]
+    memory = functools.cache(functools.partial(_mapped, path))
+    stored = [_entry(path, name, entry, 8 + length, memory) for name, entry in header.items()]
     end = max((t.start + t.nbytes for t in stored), default=8 + length)
     if end != size:
         what = "truncated" if end > size else "too long"
@@ -87,7 +111,7 @@ def read_header(path: Path) -> list[Stored]:
     return stored
 
 
-def _entry(path: Path, name: str, entry: Any, base: int) -> Stored:
+def _entry(path: Path, name: str, entry: Any, base: int, memory: Callable) -> Stored:
     try:
         dtype, shape = entry["dtype"], tuple(entry["shape"])
         begin, end = entry["data_offsets"]
@@ -97,40 +121,14 @@ def _entry(path: Path, name: str, entry: Any, base: int) -> Stored:
         if not (fits and isinstance(dtype, str)):
             raise ValueError
     except (KeyError, TypeError, ValueError) as e:
-        raise InputError(
-            f"{path}: its header's entry for {name} contradicts itself: {entry}"
-        ) from e
-    return Stored(path, name, dtype, shape, base + begin, end - begin)
+        wrong = f"its header's entry for {name} contradicts itself: {entry}"
+        raise InputError(f"{path}: {wrong}") from e
+    return Stored(path, name, dtype, shape, base + begin, end - begin, memory)
 
 
-class Files:
-    """Memory maps of safetensors files, each opened when one of its tensors is first viewed."""
-
-    def __init__(self) -> None:
-        self._maps: dict[Path, mmap.mmap] = {}
-
-    def view(self, tensor: Stored) -> np.ndarray:
-        """The tensor as a read-only view of its file; a copy if remote or unaligned. Raises InputError."""
-        if tensor.nbytes == 0:
-            return np.empty(tensor.shape, _READ[tensor.dtype])
-        if is_remote(tensor.file):
-            return _fetched(tensor, 0, tensor.nbytes).reshape(tensor.shape)
-        if tensor.file not in self._maps:
-            with tensor.file.open("rb") as file:
-                self._maps[tensor.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        memory = self._maps[tensor.file]
-        if hasattr(memory, "madvise"):  # read ahead: single page faults are slow on a cold disk
-            page = tensor.start // mmap.PAGESIZE * mmap.PAGESIZE
-            memory.madvise(mmap.MADV_WILLNEED, page, tensor.start + tensor.nbytes - page)
-        dtype = _READ[tensor.dtype]
-        flat = np.frombuffer(memory, dtype, math.prod(tensor.shape), tensor.start)
-        return (flat if flat.flags.aligned else flat.copy()).reshape(tensor.shape)
-
-    def sliced(self, tensor: Stored) -> np.ndarray:
-        """The tensor for slicing: a view, or for a remote file a stand-in that fetches single slices."""
-        if is_remote(tensor.file) and tensor.nbytes:
-            return cast(np.ndarray, _Slices(tensor, tensor.shape, {}))
-        return self.view(tensor)
+def _mapped(path: Path) -> mmap.mmap:
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _fetched(tensor: Stored, start: int, size: int) -> np.ndarray:

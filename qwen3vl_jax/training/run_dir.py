@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3vl_jax.checkpoint import digests
-from qwen3vl_jax.checkpoint.config_files import PARAMS, copy_files
+from qwen3vl_jax.checkpoint.config_files import copy_files
 from qwen3vl_jax.checkpoint.digests import META, DamagedError
 from qwen3vl_jax.config import Config, is_run
 from qwen3vl_jax.errors import InputError, ProblemsError
@@ -19,7 +19,6 @@ from qwen3vl_jax.storage import atomic_dir
 from qwen3vl_jax.storage.hub import resolve
 from qwen3vl_jax.storage.json_text import write_json
 from qwen3vl_jax.storage.paths import as_path, for_orbax, is_remote, kind, make_folder, remove_tree
-from qwen3vl_jax.storage.safetensors_files import side_files
 from qwen3vl_jax.training.new_tokens import add_tokens
 from qwen3vl_jax.training.recipe import Recipe
 from qwen3vl_jax.training.reporting.metrics_table import STEP, read_table
@@ -92,7 +91,7 @@ def write_model_files(recipe: Recipe, target: Path) -> None:
         # From a start of this run that saved no step.
         remove_tree(target)
     with atomic_dir.atomic_dir(target, force=True) as stage:
-        copy_files(source, side_files(source, leave_out=[PARAMS]), stage)
+        copy_files(source, stage)
         if recipe.train.new_tokens:
             rows = Config.from_hf(source).text.vocab_size
             add_tokens(source, stage, recipe.train.new_tokens, rows)

@@ -220,7 +220,7 @@ def test_where_there_is_no_lock(copies, tmp_path, monkeypatch):
     monkeypatch.setattr(atomic_dir, "fcntl", None)
     monkeypatch.setattr(os, "fsync", None)
     with atomic_dir.atomic_dir(tmp_path / "new") as stage:
-        config_files.copy_files(source, [Path("config.json")], stage)
+        config_files.copy_files(source, stage, names=[Path("config.json")])
     assert (tmp_path / "new" / "config.json").is_file()
 
 
