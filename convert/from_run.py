@@ -38,8 +38,7 @@ def run_to_hf(
     if wanted.adapter:
         arrays = flat_arrays(weights)
         save_adapter(out, cfg, arrays, adapter_of(recipe, cfg), base_name=recipe.ckpt)
-        size = sum(x.nbytes for x in arrays.values())
-        return len(arrays), size, message + "PEFT adapter, "
+        return len(arrays), sum(x.nbytes for x in arrays.values()), message + "PEFT adapter, "
     leaves, first = step_leaves(recipe, cfg, weights)
     message += "merged, " if recipe.lora.rank else ""
     written = write_files(out, cfg, leaves, first, run / MODEL, force, shard_size, progress)

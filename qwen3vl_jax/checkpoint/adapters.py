@@ -49,8 +49,7 @@ def merged(
             advice = "take the 16-bit checkpoint, or load with adapter="
             raise InputError(f"{path_str(path)}: {found}; {advice}")
         # Parts are cut from the sum: the file's own would lack the adapter.
-        whole = functools.partial(load, path)
-        out[path] = dataclasses.replace(leaves[path], load=whole, read=None)
+        out[path] = dataclasses.replace(leaves[path], load=functools.partial(load, path), read=None)
     return out
 
 
@@ -99,8 +98,7 @@ def _put(node: Any, path: list[str], target: LoraTarget, pairs: dict[str, Pair])
         return Adapted(node, pairs, target.axis, target.spans)
     head, *rest = path
     if isinstance(node, (list, tuple)) and head.isdecimal():
-        at = int(head)
-        return [_put(x, rest, target, pairs) if i == at else x for i, x in enumerate(node)]
+        return [_put(x, rest, target, pairs) if i == int(head) else x for i, x in enumerate(node)]
     if isinstance(node, (list, tuple)):  # the layers, whose index is not in the path
         layers = (jax.tree.map(lambda x, i=i: x[i], pairs) for i in range(len(node)))
         return [_put(x, path, target, one) for x, one in zip(node, layers, strict=True)]

@@ -57,10 +57,7 @@ def bytes_limit(device: Any) -> int:
 
 
 def auto_mesh(cfg: TextConfig, count: int) -> dict[str, int]:
-    """Sizes of axes for at most `count` devices that shard a model evenly.
-
-    The tensor axis comes first, as far as it divides the key/value heads: it shards the cache too.
-    """
+    """Sizes of axes that shard a model evenly over at most `count` devices: tensor first, for the cache."""
     found: list[tuple[int, int, str]] = []
     for used in range(1, count + 1):
         tensor = math.gcd(used, cfg.num_key_value_heads)

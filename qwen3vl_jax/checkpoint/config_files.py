@@ -17,10 +17,7 @@ QUANTIZATION = "quantization_config"  # a key of config.json or its text_config
 def copy_files(
     source: Path, target: Path, fp8: bool = False, names: Iterable[Path] | None = None
 ) -> None:
-    """Copies files beside weights, config.json (as `as_written`) last: it makes a checkpoint.
-
-    names: relative; None is all of them.
-    """
+    """Copies files beside weights (all, or relative names), config.json (`as_written`) last."""
     names = side_files(source, leave_out=[PARAMS]) if names is None else names
     for name in sorted(names, key=lambda name: (name == Path(CONFIG), name)):
         make_folder((target / name).parent)

@@ -94,10 +94,7 @@ def load_params(source: Source, mesh: Mesh | None, dtype: Any) -> Params:
 
 
 def placement(path: TreePath, sharding: Any) -> Any:
-    """Where an array of the parameters lies: on a TPU attn.o [D N H] of the decoder with N outermost.
-
-    Each loop of decode steps would otherwise begin with a copy of it.
-    """
+    """How an array lies: on a TPU attn.o [D N H] has N outermost, or each decode loop begins with a copy."""
     (device, *_), name = sharding.device_set, [part for part in path if part != VALUES]
     heads_first = device.platform == "tpu" and path[0] == "layers" and name[-2:] == ["attn", "o"]
     return Format(Layout((1, 0, 2)), sharding) if heads_first else sharding
@@ -164,8 +161,8 @@ def as_structs(tree: Any) -> Any:
 
 def as_dicts(tree: Any) -> Any:
     """The inverse of `as_structs`."""
-
-    def as_dict(leaf: Any) -> Any:
-        return {VALUES: leaf.values, SCALE: leaf.scale} if isinstance(leaf, Quantized) else leaf
-
-    return jax.tree.map(as_dict, tree, is_leaf=lambda leaf: isinstance(leaf, Quantized))
+    return jax.tree.map(
+        lambda x: {VALUES: x.values, SCALE: x.scale} if isinstance(x, Quantized) else x,
+        tree,
+        is_leaf=lambda x: isinstance(x, Quantized),
+    )

@@ -55,11 +55,9 @@ def misfit(tensor: Stored, scales: Stored | None, block: Block | None) -> str | 
     """The problem of a tensor and the scales of its name in one line, or None."""
     if tensor.dtype not in FP8:
         expected = f"expected {', '.join(FP8)}; take both from one release"
-        of_what = f"of a tensor that is {tensor.dtype}, {expected}"
-        return scales and f"scales {scales.where} {of_what}"
+        return scales and f"scales {scales.where} of a tensor that is {tensor.dtype}, {expected}"
     if block is None or len(tensor.shape) not in (2, 3):
-        found = f"found {tensor.dtype}, expected BF16 (it has no blocks)"
-        return f"dtype of {tensor.where}: {found}"
+        return f"dtype of {tensor.where}: found {tensor.dtype}, expected BF16 (it has no blocks)"
     wanted = scale_shape(tensor.shape, block)
     if scales is None:
         name = tensor.name + SUFFIX

@@ -64,10 +64,7 @@ class Weight:
 
 
 class Experts:
-    """[E, in, out] from one stored tensor [E, out, in], or from matrices [out, in] of single experts.
-
-    An expert may have two matrices, gate and up, which lie side by side.
-    """
+    """[E, in, out] from one tensor [E, out, in], or each expert's [out, in] with gate and up side by side."""
 
     def __init__(self, weights: Sequence[Weight], shape: tuple[int, int, int]):
         self.weights, self.shape = weights, shape
@@ -178,8 +175,7 @@ class _Matcher:
         elif problem := misfit(tensor, scales, self.block):
             self.problems.append(problem)
         else:
-            block = self.block if scales and not self.keep else None
-            return Weight(tensor, scales, block)
+            return Weight(tensor, scales, self.block if scales and not self.keep else None)
         return None
 
     def _leaves(self, param: ParamSpec) -> dict[TreePath, LazyTensor]:

@@ -110,10 +110,7 @@ class HFTensor:
         return tuple(map(math.prod, self.axes))
 
     def shape(self, block: Block = EACH) -> tuple[int, ...]:
-        """The shape in the tree's array.
-
-        A scale covers the greatest common divisor of axis and block: a block across heads becomes several.
-        """
+        """The shape in the tree; a scale covers gcd(axis, block): a block across heads becomes several."""
         cut = zip(self.axes, self._covered(block))
         return tuple(n for axis, (_, few) in cut for n in (*axis[:-1], axis[-1] // few))
 
@@ -203,18 +200,14 @@ def _sizes(cfg: Config) -> dict[str, int]:
     return {"1": 1, "3": 3, **text, **heads, **experts, **patches, **vision, **merger}
 
 
-def _counts(cfg: Config) -> dict[str, int]:
-    """The number of times that each section of the table occurs."""
-    layers, is_moe = cfg.text.num_hidden_layers, cfg.text.num_experts > 0
-    text = {"layer": layers, "bias": layers * cfg.text.attention_bias}
-    mlp = {"dense": layers * (not is_moe), "moe": layers * is_moe}
-    vision = {"block": cfg.vision.depth, "tap": len(cfg.vision.deepstack_visual_indexes)}
-    return {"top": 1, "head": int(not cfg.tie_word_embeddings), **text, **mlp, **vision}
-
-
 def param_specs(cfg: Config) -> list[ParamSpec]:
     """Every array of a config's parameter tree."""
-    sizes, counts = _sizes(cfg), _counts(cfg)
+    sizes, layers, is_moe = _sizes(cfg), cfg.text.num_hidden_layers, cfg.text.num_experts > 0
+    # How often each section of the table occurs.
+    counts = {"top": 1, "head": int(not cfg.tie_word_embeddings), "layer": layers}
+    counts |= {"bias": layers * cfg.text.attention_bias}
+    counts |= {"dense": layers * (not is_moe), "moe": layers * is_moe}
+    counts |= {"block": cfg.vision.depth, "tap": len(cfg.vision.deepstack_visual_indexes)}
 
     def axes(spec: str) -> tuple[tuple[int, ...], ...]:
         groups = re.findall(r"\(.*?\)|\S+", spec)

@@ -123,10 +123,7 @@ def _tree_handler(wrote: Callable = lambda name, array: None) -> ocp.PyTreeCheck
 def write_tree(
     directory: Path, tree: Any, wrote: Callable[[int], None] = lambda nbytes: None
 ) -> None:
-    """Writes a tree of LazyTensors as an Orbax checkpoint with their digests.
-
-    wrote: called with the bytes of each written tensor. Raises InputError for a full disk.
-    """
+    """Writes LazyTensors and digests; calls wrote(bytes) for each. Raises InputError for a full disk."""
     found: dict[str, str] = {}
 
     def note(name: str, array: np.ndarray) -> None:
@@ -136,8 +133,7 @@ def write_tree(
     chunked = jax.tree.map(lambda leaf: ocp.SaveArgs(chunk_byte_size=_CHUNK), tree)
     with writable(directory), ocp.Checkpointer(_tree_handler(note)) as checkpointer:
         checkpointer.save(for_orbax(directory), args=ocp.args.PyTreeSave(tree, chunked))
-    text = write_json(found, digests.DIGESTS, indent=0) + "\n"
-    (directory / digests.DIGESTS).write_text(text)
+    (directory / digests.DIGESTS).write_text(write_json(found, digests.DIGESTS, indent=0) + "\n")
 
 
 def open_tree(directory: Path) -> dict[TreePath, LazyTensor]:

@@ -187,8 +187,7 @@ def _read_pairs(directory: Path, table: tuple[int, ...]) -> Iterator[tuple[str, 
         if match is None or tensor.dtype not in DTYPES:
             raise InputError(f"{directory}: {tensor.name} ({tensor.dtype}) is no matrix of a LoRA")
         name = released_name(f"{match['module']}.weight") or ""
-        key = (name.removesuffix(".weight"), match["nested"])
-        found[key][match["side"]] = tensor
+        found[name.removesuffix(".weight"), match["nested"]][match["side"]] = tensor
     if not found:
         raise InputError(f"{file}: holds no matrices")
     for (module, _), sides in found.items():

@@ -1,7 +1,4 @@
-"""Strict JSON: the one reader and the one writer of the project.
-
-Both raise InputError, one line that names `where`, for anything but plain JSON data of moderate depth.
-"""
+"""Strict JSON: the project's one reader and writer. Both raise InputError, a line that names `where`."""
 
 import contextlib
 import json

@@ -170,10 +170,7 @@ def make_folder(path: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Removes a folder and its contents; errors are ignored.
-
-    For up to 2 seconds it tries again: threads of an interrupted writer may still write into it.
-    """
+    """Removes a folder, without errors; for 2 seconds again: an interrupted writer's threads may go on."""
     if not is_remote(path):
         for _ in range(100):
             shutil.rmtree(path, ignore_errors=True)

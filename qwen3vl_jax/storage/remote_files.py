@@ -60,10 +60,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
-    """An empty file for writes at any offset. A remote one appears when the block ends well.
-
-    Until then it is a temporary file (TMPDIR).
-    """
+    """An empty file for writes at any offset; a remote one appears at the end (until then in TMPDIR)."""
     with tempfile.TemporaryFile() if is_remote(path) else path.open("w+b") as file:
         yield cast(BinaryIO, file)
         if is_remote(path):
@@ -128,10 +125,7 @@ class Growing:
 
 
 class AppendLog:
-    """Whole lines in a file, locked while it is open; of a remote log a copy here, and parts there.
-
-    A remote log is a folder of parts, one every SYNC_EVERY seconds and one at the end; nothing locks it.
-    """
+    """Whole lines in a locked file. A remote log is a folder of parts, not locked, with a copy here."""
 
     def __init__(self, path: Path, busy: str):
         """Raises InputError(busy) while another process has it open, and OSError."""

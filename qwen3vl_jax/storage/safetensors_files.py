@@ -1,7 +1,4 @@
-"""Safetensors files: headers first, values when they are used.
-
-Local files are memory-mapped; of a remote file only the needed bytes are fetched.
-"""
+"""Safetensors files: headers first, values when used: memory-mapped, or remote the bytes that are needed."""
 
 import dataclasses
 import functools
@@ -141,10 +138,7 @@ def _fetched(tensor: Stored, start: int, size: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class _Slices:
-    """The array methods that `ParamSpec.cut` uses, over a remote tensor.
-
-    A slice fetches its range of the outermost axis, which is kept: shards of other axes share it.
-    """
+    """The array methods of `ParamSpec.cut` over a remote tensor; keeps the outermost rows it fetched."""
 
     tensor: Stored
     shape: tuple[int, ...]
