@@ -94,7 +94,7 @@ def load_params(source: Source, mesh: Mesh | None, dtype: Any) -> Params:
 
 
 def placement(path: TreePath, sharding: Any) -> Any:
-    """How an array lies: on a TPU attn.o [D N H] has N outermost, or each decode loop begins with a copy."""
+    """How an array lies: on a TPU attn.o [D N H] with N outermost, else each decode loop copies it."""
     (device, *_), name = sharding.device_set, [part for part in path if part != VALUES]
     heads_first = device.platform == "tpu" and path[0] == "layers" and name[-2:] == ["attn", "o"]
     return Format(Layout((1, 0, 2)), sharding) if heads_first else sharding

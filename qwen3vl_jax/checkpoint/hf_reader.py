@@ -64,7 +64,7 @@ class Weight:
 
 
 class Experts:
-    """[E, in, out] from one tensor [E, out, in], or each expert's [out, in] with gate and up side by side."""
+    """[E, in, out] from a tensor [E, out, in], or each expert's [out, in] with gate and up side by side."""
 
     def __init__(self, weights: Sequence[Weight], shape: tuple[int, int, int]):
         self.weights, self.shape = weights, shape

@@ -1,4 +1,4 @@
-"""Safetensors files: headers first, values when used: memory-mapped, or remote the bytes that are needed."""
+"""Safetensors files: headers first, values when used: memory-mapped, or remote the needed bytes."""
 
 import dataclasses
 import functools
