@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -120,7 +119,17 @@ class _Matcher:
         self.problems: list[str] = []
         self.experts: dict[str, Experts | None] = {}
         self.block = block_of(directory, read_config(directory))
-        found = self._by_released_name(read_tensors(directory))
+        found: dict[str, Stored] = {}
+        for tensor in read_tensors(directory):
+            if tensor.dtype in FP8 and self.block is None:
+                lacks = f"{CONFIG} has no {QUANTIZATION} with the size of its blocks"
+                lacks += f"; fetch {CONFIG} again or take the bf16 release"
+                raise InputError(f"{tensor.where}: {tensor.dtype}, but {lacks}")
+            name = released_name(tensor.name)
+            if name in found:
+                self.problems.append(f"duplicated {name}: {found[name].where} and {tensor.where}")
+            elif name is not None:
+                found[name] = tensor
         self.scales = {name: found.pop(name) for name in list(found) if name.endswith(SUFFIX)}
         self.found = found
         held = "fp8" if any(tensor.dtype in FP8 for tensor in found.values()) else None
@@ -144,21 +153,6 @@ class _Matcher:
         if self.problems:
             raise MismatchError(self.directory, self.problems)
         return leaves
-
-    def _by_released_name(self, tensors: list[Stored]) -> dict[str, Stored]:
-        groups: dict[str, list[Stored]] = defaultdict(list)
-        for tensor in tensors:
-            if tensor.dtype in FP8 and self.block is None:
-                lacks = f"{CONFIG} has no {QUANTIZATION} with the size of its blocks"
-                lacks += f"; fetch {CONFIG} again or take the bf16 release"
-                raise InputError(f"{tensor.where}: {tensor.dtype}, but {lacks}")
-            if (name := released_name(tensor.name)) is not None:
-                groups[name].append(tensor)
-        for name, group in groups.items():
-            if len(group) > 1:
-                places = " and ".join(tensor.where for tensor in group)
-                self.problems.append(f"duplicated {name}: {places}")
-        return {name: group[0] for name, group in groups.items()}
 
     def _take(self, name: str, shape: tuple[int, ...]) -> Weight | None:
         """Uses up a stored tensor and its scales; notes a problem and gives None."""

@@ -101,23 +101,22 @@ def file_size(path: Path) -> int:
 
 def files_under(folder: Path, leave_out: Iterable[str] = ()) -> list[Path]:
     """Every file below a folder but `leave_out` in it, relative and sorted; linked folders do not count."""
-    return sorted(map(Path, _names(folder, "", set(leave_out))))
-
-
-def _names(folder: Path, prefix: str, left_out: set[str]) -> Iterator[str]:
-    remote, found = is_remote(folder), []
-    # A folder that may not be read, as lost+found, has no file for us.
-    with contextlib.suppress(PermissionError):
-        found = list(folder.iterdir())
-    for path in found:
-        # Some tools show an empty folder as an object of its own name.
-        if path == folder or path.name in left_out:
-            continue
-        if path.is_dir():
-            if remote or not path.is_symlink():
-                yield from _names(path, f"{prefix}{path.name}/", set())
-        elif remote or path.is_file():
-            yield prefix + path.name
+    remote, left_out, found, folders = is_remote(folder), set(leave_out), [], [(folder, "")]
+    for place, prefix in folders:  # which grows meanwhile
+        inside: list[Path] = []
+        # A folder that may not be read, as lost+found, has no file for us.
+        with contextlib.suppress(PermissionError):
+            inside = list(place.iterdir())
+        for path in inside:
+            # Some tools show an empty folder as an object of its own name.
+            if path == place or (place == folder and path.name in left_out):
+                continue
+            if path.is_dir():
+                if remote or not path.is_symlink():
+                    folders.append((path, f"{prefix}{path.name}/"))
+            elif remote or path.is_file():
+                found.append(Path(prefix + path.name))
+    return sorted(found)
 
 
 def read_range(path: Path, start: int, size: int) -> bytes:

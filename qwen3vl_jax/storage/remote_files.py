@@ -94,17 +94,17 @@ class Mirrored:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-class Growing:
+class Growing(Mirrored):
     """A text file that grows by appends; a remote one is rewritten every EVERY seconds and on `sync`."""
 
     EVERY = 30.0
 
     def __init__(self, path: Path, text: str):
         """text: the first content."""
-        self._mirror, self._synced = Mirrored(path.parent), time.monotonic()
-        local = self._mirror.folder / path.name
+        super().__init__(path.parent)
+        local = self.folder / path.name
         write_atomic(local, text.encode())
-        self._mirror.sync()
+        self.sync()
         self._file = local.open("a", newline="", encoding="utf-8")
 
     def write(self, text: str) -> None:
@@ -115,13 +115,12 @@ class Growing:
                 self.sync()
 
     def sync(self) -> None:
-        """Puts all of the text into the file. Raises InputError for a store that fails."""
         self._synced = time.monotonic()
-        self._mirror.sync()
+        super().sync()
 
     def close(self) -> None:
         self._file.close()
-        self._mirror.close()
+        super().close()
 
 
 class AppendLog:
@@ -134,7 +133,11 @@ class AppendLog:
         self._file: Any = new(buffering=0)
         try:
             if self.remote:
-                self._fetch()
+                with reached(path), ThreadPoolExecutor(_READERS) as pool:
+                    parts = _parts(path)
+                    for part, text in zip(parts, pool.map(lambda part: part.read_bytes(), parts)):
+                        self._put(text if text.endswith(b"\n") else text + b"\n")
+                        self._part = int(part.name)
             else:
                 paths.lock(self._file.fileno(), path, busy)
         except BaseException:
@@ -148,14 +151,6 @@ class AppendLog:
     def has_begun(path: Path) -> bool:
         """Whether a log holds anything."""
         return bool(_parts(path)) if is_remote(path) else path.exists() and path.stat().st_size > 0
-
-    def _fetch(self) -> None:
-        """Copies the parts, and keeps the number of the last."""
-        with reached(self.path), ThreadPoolExecutor(_READERS) as pool:
-            parts = _parts(self.path)
-            for part, text in zip(parts, pool.map(lambda part: part.read_bytes(), parts)):
-                self._put(text if text.endswith(b"\n") else text + b"\n")
-                self._part = int(part.name)
 
     def _put(self, text: bytes) -> None:
         rest = memoryview(text)
