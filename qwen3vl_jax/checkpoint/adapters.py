@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen3vl_jax.checkpoint.adapter_map import Adapter, LoraTarget, Matrices, lora_targets
-from qwen3vl_jax.checkpoint.lazy_tensor import VALUES, LazyTensor, Leaves
+from qwen3vl_jax.checkpoint.lazy_tensor import VALUES, Leaves
 from qwen3vl_jax.checkpoint.param_paths import TreePath, path_str
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
@@ -18,10 +18,10 @@ from qwen3vl_jax.model.lora import Adapted, Pair
 from qwen3vl_jax.model.quantized import Quantized, dequantize
 from qwen3vl_jax.model.structs import Params
 
+KeyOf = Callable[[str], jax.Array]  # of dropout, by a target's name
 
-def merged(
-    cfg: Config, leaves: Leaves, weights: Matrices, adapter: Adapter
-) -> dict[TreePath, LazyTensor]:
+
+def merged(cfg: Config, leaves: Leaves, weights: Matrices, adapter: Adapter) -> Leaves:
     """The leaves with an adapter's {NAME.a, NAME.b} added, summed in fp32, rounded to each leaf's dtype.
 
     bf16 keeps 8 bits of a weight: an update below 1/256 of it is lost. Raises InputError for 8-bit weights.
@@ -66,11 +66,7 @@ def _add_product(weight, axis: int | None, span: tuple[str, int, int], a, b, sca
 
 
 def attach(
-    params: Params,
-    cfg: Config,
-    weights: Matrices,
-    adapter: Adapter,
-    key: Callable[[str], jax.Array] | None = None,
+    params: Params, cfg: Config, weights: Matrices, adapter: Adapter, key: KeyOf | None = None
 ) -> Params:
     """The parameters (layers listed or stacked) with an adapter; key(NAME): of a target's dropout."""
     found: dict[str, list[LoraTarget]] = {}
@@ -78,18 +74,17 @@ def attach(
     for name in adapter.ranks:
         found.setdefault(known[name].weight, []).append(known[name])
     for weight, parts in found.items():
-        pairs = {part.part: _pair(part, weights, adapter, key) for part in parts}
+        pairs = {}
+        for target in parts:
+            scales = jnp.asarray(adapter.scales(target.name), jnp.float32)
+            keys = None if key is None or not adapter.dropout else key(target.name)
+            if target.stacked and keys is not None:
+                keys = jax.random.split(keys, len(target.modules))
+            a, b = (jnp.asarray(weights[f"{target.name}.{side}"]) for side in "ab")
+            scale = scales if target.stacked else scales[0]
+            pairs[target.part] = Pair(a, b, scale, key=keys, rate=adapter.dropout)
         params = _put(params, weight.split("."), parts[0], pairs)
     return params
-
-
-def _pair(target: LoraTarget, weights, adapter: Adapter, key) -> Pair:
-    scales = jnp.asarray(adapter.scales(target.name), jnp.float32)
-    keys = None if key is None or not adapter.dropout else key(target.name)
-    if target.stacked and keys is not None:
-        keys = jax.random.split(keys, len(target.modules))
-    a, b = (jnp.asarray(weights[f"{target.name}.{side}"]) for side in "ab")
-    return Pair(a, b, scales if target.stacked else scales[0], key=keys, rate=adapter.dropout)
 
 
 def _put(node: Any, path: list[str], target: LoraTarget, pairs: dict[str, Pair]) -> Any:

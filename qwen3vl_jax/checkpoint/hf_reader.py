@@ -9,9 +9,9 @@ import numpy as np
 
 from qwen3vl_jax.checkpoint.config_files import QUANTIZATION, read_config
 from qwen3vl_jax.checkpoint.fp8 import SUFFIX, block_of, dequantize_into, misfit
-from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES, LazyTensor
+from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES, LazyTensor, Leaves, Shape
 from qwen3vl_jax.checkpoint.name_map import TEXT, Block, ParamSpec, param_specs, released_name
-from qwen3vl_jax.checkpoint.param_paths import TreePath, path_str
+from qwen3vl_jax.checkpoint.param_paths import path_str
 from qwen3vl_jax.checkpoint.validate import MismatchError, check_weights
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
@@ -65,7 +65,7 @@ class Weight:
 class Experts:
     """[E, in, out] from a tensor [E, out, in], or each expert's [out, in] with gate and up side by side."""
 
-    def __init__(self, weights: Sequence[Weight], shape: tuple[int, int, int]):
+    def __init__(self, weights: Sequence[Weight], shape: Shape):
         self.weights, self.shape = weights, shape
         self.dtype, self.keep = weights[0].dtype, weights[0].keep
 
@@ -98,7 +98,7 @@ log = logging.getLogger("qwen3vl_jax")
 
 def open_hf(
     directory: Path, cfg: Config, layout: str | None = None, weights: str | None = None
-) -> dict[TreePath, LazyTensor]:
+) -> Leaves:
     """The arrays of a Hugging Face directory by tree path; only headers are read.
 
     weights: None dequantizes FP8 to bf16 at load, "fp8" keeps values and scale, "int8" refuses FP8.
@@ -135,7 +135,7 @@ class _Matcher:
         held = "fp8" if any(tensor.dtype in FP8 for tensor in found.values()) else None
         check_weights(directory, held, weights)
 
-    def match(self) -> dict[TreePath, LazyTensor]:
+    def match(self) -> Leaves:
         if self.cfg.text.num_experts:
             for i in range(self.cfg.text.num_hidden_layers):
                 self._experts(f"{TEXT}layers.{i}.mlp.experts.")
@@ -145,7 +145,7 @@ class _Matcher:
             what = "(a base model): it can embed, not generate"
             log.warning("%s: no %s %s", self.directory, _HEAD, what)
             wanted = [param for param in wanted if param.path != ("head",)]
-        leaves: dict[TreePath, LazyTensor] = {}
+        leaves: Leaves = {}
         for param in wanted:
             leaves |= self._leaves(param)
         for tensor in (*self.found.values(), *self.scales.values()):
@@ -154,7 +154,7 @@ class _Matcher:
             raise MismatchError(self.directory, self.problems)
         return leaves
 
-    def _take(self, name: str, shape: tuple[int, ...]) -> Weight | None:
+    def _take(self, name: str, shape: Shape) -> Weight | None:
         """Uses up a stored tensor and its scales; notes a problem and gives None."""
         tensor, scales = self.found.pop(name, None), self.scales.pop(name + SUFFIX, None)
         if tensor is None:
@@ -172,7 +172,7 @@ class _Matcher:
             return Weight(tensor, scales, self.block if scales and not self.keep else None)
         return None
 
-    def _leaves(self, param: ParamSpec) -> dict[TreePath, LazyTensor]:
+    def _leaves(self, param: ParamSpec) -> Leaves:
         """A parameter's array, or values and scale of a kept one; {} where a problem was noted."""
         names = {part.name: part.hf_shape for part in param.parts}
         found = [self.experts[n] if n in self.experts else self._take(n, names[n]) for n in names]
@@ -247,9 +247,7 @@ class _Matcher:
                 shape = (outer // len(parts[name]), inner)
             self.experts[prefix + name] = self._transposed(wanted, shape, (e, inner, outer))
 
-    def _transposed(
-        self, names: list[str], hf_shape: tuple[int, ...], shape: tuple[int, int, int]
-    ) -> Experts | None:
+    def _transposed(self, names: list[str], hf_shape: Shape, shape: Shape) -> Experts | None:
         """Experts from tensors that have one shape; notes a problem and gives None."""
         weights = [weight for name in names if (weight := self._take(name, hf_shape))]
         if len(weights) < len(names):

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -14,6 +14,7 @@ import numpy as np
 from qwen3vl_jax.checkpoint.param_paths import TreePath
 
 _T = TypeVar("_T")
+Shape = tuple[int, ...]
 Index = tuple[slice, ...]  # a part of an array: one slice without a step for each axis
 VALUES, SCALE = "values", "scale"  # the keys at the path of a weight held in 8 bits
 # Threads that read tensors before they are asked for. With the one in use, up to _AHEAD + 2 tensors are
@@ -25,7 +26,7 @@ _AHEAD = 3
 class LazyTensor:
     """Shape and dtype of a tensor; `load()` gives its values, and memory is used only then."""
 
-    shape: tuple[int, ...]
+    shape: Shape
     dtype: np.dtype
     load: Callable[[], np.ndarray]
     # Reads parts without the rest, where the file allows it; see `parts`.
@@ -49,7 +50,7 @@ def device_bytes(count: int, dtype: np.dtype) -> int:
     return count // 2 if dtype == ml_dtypes.int4 else count * dtype.itemsize
 
 
-Leaves = Mapping[TreePath, LazyTensor]  # the arrays of a parameter tree by path
+Leaves = dict[TreePath, LazyTensor]  # the arrays of a parameter tree by path
 
 
 def eight_bit(paths: Iterable[TreePath]) -> set[TreePath]:

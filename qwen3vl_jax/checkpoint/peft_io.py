@@ -48,36 +48,28 @@ def save_adapter(
 
     weights: {NAME.a, NAME.b} of `lora_targets`, layers stacked. Raises InputError if `out` exists.
     """
-    known = lora_targets(cfg)
+    known, ranks = lora_targets(cfg), adapter.ranks
     tensors: dict[str, np.ndarray] = {}
-    for name in adapter.ranks:
-        sides = [np.asarray(weights[f"{name}.{side}"]) for side in "ab"]
-        tensors |= _tensors(known[name], sides[0], sides[1], adapter.ranks)
+    for name in ranks:
+        target, down = known[name], f"{name.removesuffix('gate_up.gate_up_proj')}down.down_proj"
+        a, b = (np.asarray(weights[f"{name}.{side}"]) for side in "ab")
+        for i, (module, rank) in enumerate(zip(target.modules, ranks[name], strict=True)):
+            if not rank:
+                continue
+            here = i if target.stacked else ...
+            one_a, one_b = a[here][..., :rank, :], b[here][..., :rank]
+            if target.experts:
+                one_a = one_a.reshape(-1, target.inner)
+                one_b = one_b.transpose(1, 2, 0).reshape(target.outer, -1)
+            inner = target.parameter == "gate_up_proj" and any(ranks.get(down, ())[i : i + 1])
+            key = f"{_PREFIX}{module}{_NESTED if inner else ''}"
+            tensors[f"{key}.lora_A.weight"] = np.ascontiguousarray(one_a)
+            tensors[f"{key}.lora_B.weight"] = np.ascontiguousarray(one_b)
     settings = _settings(known, adapter) | {"base_model_name_or_path": base_name or None}
     with atomic_dir(as_path(out), needs=sum(x.nbytes for x in tensors.values())) as stage:
         (stage / MATRICES).write_bytes(save(tensors, metadata={"format": "pt"}))
         text = write_json(settings, SETTINGS, indent=2) + "\n"
         (stage / SETTINGS).write_text(text, encoding="utf-8")
-
-
-def _tensors(
-    target: LoraTarget, a: np.ndarray, b: np.ndarray, ranks: Mapping[str, tuple[int, ...]]
-) -> dict[str, np.ndarray]:
-    found = {}
-    for i, (module, rank) in enumerate(zip(target.modules, ranks[target.name], strict=True)):
-        if not rank:
-            continue
-        here = i if target.stacked else ...
-        one_a, one_b = a[here][..., :rank, :], b[here][..., :rank]
-        if target.experts:
-            one_a = one_a.reshape(-1, target.inner)
-            one_b = one_b.transpose(1, 2, 0).reshape(target.outer, -1)
-        other = f"{target.name.removesuffix('gate_up.gate_up_proj')}down.down_proj"
-        inner = target.parameter == "gate_up_proj" and any(ranks.get(other, ())[i : i + 1])
-        key = f"{_PREFIX}{module}{_NESTED if inner else ''}"
-        found[f"{key}.lora_A.weight"] = np.ascontiguousarray(one_a)
-        found[f"{key}.lora_B.weight"] = np.ascontiguousarray(one_b)
-    return found
 
 
 def _settings(known: Mapping[str, LoraTarget], adapter: Adapter) -> dict[str, Any]:

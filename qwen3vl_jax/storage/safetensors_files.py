@@ -163,9 +163,21 @@ class _Slices:
 
 def weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a Hugging Face directory. Raises InputError if one or all are missing."""
-    index = directory / INDEX
-    if index.is_file():
-        return _indexed(directory, index)
+    if (index := directory / INDEX).is_file():
+        try:
+            shards = sorted(set(read_json_file(index)["weight_map"].values()))
+            plain = all(os.path.basename(shard) == shard for shard in shards)
+        except (KeyError, TypeError, AttributeError) as e:
+            what = "not a safetensors index with a weight_map; fetch it again"
+            raise InputError(f"{index}: {what}") from e
+        if not shards or not plain:
+            what = f"its weight_map names no shard, or a file outside {directory}"
+            raise InputError(f"{index}: {what}")
+        if missing := [shard for shard in shards if not (directory / shard).is_file()]:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            what = f"shard {missing[0]}{more} of {len(shards)} is missing"
+            raise InputError(f"{directory}: {what}; fetch it again")
+        return [directory / shard for shard in shards]
     if (directory / SINGLE).is_file():
         return [directory / SINGLE]
     found = sorted(p for p in directory.glob("*.safetensors") if p.is_file())
@@ -184,24 +196,6 @@ def refuse_pickles(where: object, names: Iterable[str]) -> None:
         found = f"holds weights only as a pickle ({pickles[0]})"
         why = "expected safetensors (reading a pickle runs the code in it)"
         raise InputError(f"{where}: {found}, {why}; save it again with safe_serialization")
-
-
-def _indexed(directory: Path, index: Path) -> list[Path]:
-    try:
-        names = read_json_file(index)["weight_map"]
-        shards = sorted(set(names.values()))
-        plain = all(os.path.basename(shard) == shard for shard in shards)
-    except (KeyError, TypeError, AttributeError) as e:
-        what = "not a safetensors index with a weight_map; fetch it again"
-        raise InputError(f"{index}: {what}") from e
-    if not shards or not plain:
-        raise InputError(f"{index}: its weight_map names no shard, or a file outside {directory}")
-    missing = [shard for shard in shards if not (directory / shard).is_file()]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        what = f"shard {missing[0]}{more} of {len(shards)} is missing"
-        raise InputError(f"{directory}: {what}; fetch it again")
-    return [directory / shard for shard in shards]
 
 
 def read_tensors(directory: Path) -> list[Stored]:
