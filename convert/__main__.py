@@ -28,6 +28,7 @@ from qwen3vl_jax.runtime.console import EXPECTED, signals_later
 from qwen3vl_jax.storage.hub import resolve
 from qwen3vl_jax.storage.paths import argument
 
+_STOPPED = 143  # the exit code after SIGTERM
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
@@ -43,22 +44,19 @@ def _parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = console.Parser("python -m convert", description=__doc__, formatter_class=formatter)
     add = parser.add_argument
-    from_what = "Hugging Face directory or Hub id; with --to-hf an Orbax directory or a RUN_DIR"
-    add("source", help=from_what)
+    add("source", help="Hugging Face directory or Hub id; with --to-hf Orbax directory or RUN_DIR")
     add("out", type=argument, nargs="?", help="directory to write")
     add("--verify", action="store_true", help="read SOURCE, write nothing")
     add("--to-hf", action="store_true", help="Orbax -> safetensors")
     add("--force", action="store_true", help="replace OUT once the new one is complete")
     add("--revision", help="branch, tag or commit of a Hub id")
-    ambiguous = "layout of fused experts where their shape is ambiguous"
-    add("--expert-layout", choices=LAYOUTS, help=ambiguous)
+    add("--expert-layout", choices=LAYOUTS, help="of fused experts whose shape is ambiguous")
     add("--weights", choices=WEIGHTS, help="fp8 keeps FP8, int8 and int4 round (default: neither)")
     add("--merge", type=argument, metavar="PEFT_DIR", help="a LoRA adapter to add to the weights")
     add("--max-shard-size", type=_size, default=SHARD_SIZE, metavar="SIZE", help="default 5GB")
     add = parser.add_argument_group("a run's directory (--to-hf)").add_argument
     add("--step", help="best (lowest evaluation loss), last, or a number; default: best if any")
-    not_merged = "a LoRA run's adapter for PEFT instead of merged weights"
-    add("--adapter", action="store_true", help=not_merged)
+    add("--adapter", action="store_true", help="a LoRA run's adapter for PEFT, nothing merged")
     add("--raw", action="store_true", help="the weights of the step, not their average")
     return parser
 
@@ -174,24 +172,18 @@ def main(arguments: list[str] | None = None) -> int:
         _run(options)
     except EXPECTED as e:
         return console.report(e, options.out or options.source, "interrupted: nothing was written")
+    except SystemExit:
+        return _STOPPED
     return 0
-
-
-def _run_and_end() -> None:
-    """Runs `main` and ends the process at once, without waiting for threads."""
-    try:
-        code = main()
-    except SystemExit as end:
-        code = end.code
-    console.end_process(code if isinstance(code, int) else 0)
 
 
 def _stop(*_: Any) -> NoReturn:
     """Ends the command at SIGTERM. Unfinished output is removed."""
     console.hide_complaints()
-    sys.exit(143)
+    sys.exit(_STOPPED)
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, _stop)
-    console.run_script(_run_and_end)
+    # At once, without waiting for threads.
+    console.run_script(lambda: console.end_process(main()))

@@ -55,8 +55,8 @@ def digests(arrays: Mapping[str, Any]) -> dict[str, str]:
     first = next(iter(arrays.values()))
     if first.sharding.device_set == {jax.local_devices(backend="cpu")[0]}:
         return {name: digest(np.asarray(x)) for name, x in arrays.items()}
-    sums = _device_sums(getattr(first.sharding, "mesh", None))(dict(arrays))
-    sums = jax.device_get(sums)
+    device_sums = _device_sums(getattr(first.sharding, "mesh", None))
+    sums = jax.device_get(device_sums(dict(arrays)))
     return {name: _finished(x, sums[name]) for name, x in arrays.items()}
 
 
