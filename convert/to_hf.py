@@ -82,17 +82,13 @@ def write_files(
     total = sum(tensor.nbytes for tensor in tensors)
     with atomic_dir(out, force, needs=total) as stage, ExitStack() as files:
         left = {shard: len(held) for shard, held in shards.items()}
-        closers = {shard: files.enter_context(ExitStack()) for shard in shards}
-        handles = {
-            name: closer.enter_context(new_file(stage / name)) for name, closer in closers.items()
-        }
+        closers, handles = {}, {}
         for shard, held in shards.items():
+            closers[shard] = files.enter_context(ExitStack())
+            handles[shard] = closers[shard].enter_context(new_file(stage / shard))
             _write_header(handles[shard].fileno(), shard, held)
-
-        def order(path: TreePath) -> tuple[str, str]:
-            return min(tensor.file for tensor in parts[path][1]), str(path)
-
-        for path in (*first, *sorted(stored.keys() - set(first), key=order)):
+        order = {path: (min(x.file for x in held), str(path)) for path, (_, held) in parts.items()}
+        for path in (*first, *sorted(stored.keys() - set(first), key=order.__getitem__)):
             array, (sides, held) = stored[path].load(), parts[path]
             for tensor, (_, values) in zip(held, params[path].split(array, sides)):
                 _write(handles[tensor.file].fileno(), tensor.offset, values)

@@ -103,12 +103,12 @@ def _json_number(x: float) -> float:
 
 def _shortened(names: list[str], every: list[str]) -> list[str]:
     """Module names, shortened to their ending after the layer index where that is unambiguous."""
-    chosen, wanted = [], set(names)
+    wanted, chosen = set(names), {}
     for name in names:
         ending = re.split(r"\.\d+\.", name)[-1]
-        named = {other for other in every if other == ending or other.endswith(f".{ending}")}
-        chosen.append(ending if named <= wanted else name)
-    return list(dict.fromkeys(chosen))
+        named = {other for other in every if f".{other}".endswith(f".{ending}")}
+        chosen[ending if named <= wanted else name] = None
+    return list(chosen)
 
 
 def load_adapter(directory: AnyPath, cfg: Config) -> tuple[dict[str, np.ndarray], Adapter]:
@@ -213,10 +213,9 @@ def _matched(
 
 def _alpha(settings: Mapping[str, Any], target: str) -> float:
     """The alpha of a module: the first alpha_pattern that matches the end of its name, or lora_alpha."""
-    for pattern, alpha in (settings.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", target):
-            return float(alpha)
-    return float(settings.get("lora_alpha", 8))
+    patterns = (settings.get("alpha_pattern") or {}).items()
+    found = (alpha for pattern, alpha in patterns if re.match(rf"(.*\.)?({pattern})$", target))
+    return float(next(found, settings.get("lora_alpha", 8)))
 
 
 def _stacked(target: LoraTarget, layers: Mapping[int, _Pair], rank: int) -> _Pair:
