@@ -31,8 +31,7 @@ def chosen(source: Source, dtype: Any, devices: list[Any]) -> dict[str, int]:
     limit = bytes_limit(devices[0])
     if not limit or len(devices) == 1:
         return {}
-    needed = weights_bytes(source, dtype)
-    if needed <= ROOM * limit:
+    if (needed := weights_bytes(source, dtype)) <= ROOM * limit:
         return {}
     sizes = auto_mesh(source.cfg.text, len(devices))
     count = math.prod(sizes.values())

@@ -122,6 +122,5 @@ def saved_trees(step: Path) -> list[str]:
 
 def check_digests(directory: Path, found: Mapping[str, str], kept: Mapping[str, Any]) -> None:
     """Raises DamagedError with a list of the tensors whose digests differ from the saved ones."""
-    names = sorted(n for n in {**kept, **found} if kept.get(n) != found.get(n))
-    if names:
+    if names := sorted(n for n in {**kept, **found} if kept.get(n) != found.get(n)):
         raise DamagedError(directory, [f"{name} is not as it was saved" for name in names])

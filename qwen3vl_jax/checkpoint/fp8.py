@@ -28,14 +28,12 @@ def block_of(where: Path, raw: Mapping[str, Any]) -> Block | None:
     """The block [A, B] of quantization_config in a config.json; None without one. Raises InputError."""
     text = raw.get("text_config")
     nested = text.get(QUANTIZATION) if isinstance(text, Mapping) else None
-    found = raw.get(QUANTIZATION) or nested
-    if not found:
+    if not (found := raw.get(QUANTIZATION) or nested):
         return None
     if not isinstance(found, Mapping):
         raise InputError(f"{where}: {QUANTIZATION}: got {found!r}, expected an object; {_ADVICE}")
     for key, expected in (("quant_method", "fp8"), ("fmt", "e4m3")):  # transformers writes no fmt
-        value = found.get(key, "e4m3" if key == "fmt" else None)
-        if value != expected:
+        if (value := found.get(key, "e4m3" if key == "fmt" else None)) != expected:
             wrong = f"{QUANTIZATION}.{key}: got {value!r}"
             raise InputError(f"{where}: {wrong}, expected {expected!r}; {_ADVICE}")
     block = found.get("weight_block_size")

@@ -174,8 +174,7 @@ def _open(directory: Path) -> list[tuple[TreePath, LazyTensor]]:
 
 def verify_tree(directory: Path) -> tuple[int, int]:
     """(number, bytes) of a checkpoint's arrays, all equal to their digests. Raises InputError."""
-    saved = digests.saved_digests(directory)
-    if saved is None:
+    if (saved := digests.saved_digests(directory)) is None:
         found = "got no digests, expected those of convert and train.py"
         raise InputError(f"{directory}: {found}; it is of an older release: write it again")
     leaves = _open(directory)

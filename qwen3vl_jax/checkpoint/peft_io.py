@@ -167,8 +167,7 @@ def _read_settings(directory: Path) -> dict[str, Any]:
 
 def _read_pairs(directory: Path, table: tuple[int, ...]) -> Iterator[tuple[str, Any, Any]]:
     """(module, A, B) of every pair in the file; table: the shape of the embedding."""
-    file = directory / MATRICES
-    if not file.is_file():
+    if not (file := directory / MATRICES).is_file():
         refuse_pickles(directory, [path.name for path in directory.glob("adapter_model.bin")])
     found: dict[tuple[str, str], dict[str, Stored]] = collections.defaultdict(dict)
     for tensor in read_header(file):

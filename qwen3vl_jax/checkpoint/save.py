@@ -36,8 +36,7 @@ def save_params(
     """
     source = None if files_from is None else paths.as_path(files_from)
     raw = config.to_hf() if isinstance(config, Config) else config
-    described = source if raw is None else raw
-    if described is None:
+    if (described := source if raw is None else raw) is None:
         raise InputError("save_params: got no config and no files_from, expected one of them")
     cfg = Config.from_hf(described)
     described = config_files.read_config(source) if raw is None and source else raw or {}

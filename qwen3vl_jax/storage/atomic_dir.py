@@ -63,8 +63,7 @@ def _swapped(out: Path, force: bool, needs: int) -> Iterator[Path]:
     _check_free_to_write(out, force)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(out.parent).free
-        if free < needs:
+        if (free := shutil.disk_usage(out.parent).free) < needs:
             raise InputError(f"{out.parent}: {free:,} bytes free, {needs:,} needed")
         stage.mkdir(exist_ok=True)
         handle = os.open(stage, os.O_RDONLY) if fcntl else None

@@ -49,8 +49,7 @@ def resolve(ckpt: AnyPath, revision: str | None = None) -> Path:
 def local_directory(ckpt: AnyPath, revision: str | None = None) -> Path | None:
     """The path if it is a directory, None if it can be a Hub id. Raises InputError for others."""
     path = as_path(ckpt)
-    found = kind(path)
-    if found == "folder":
+    if (found := kind(path)) == "folder":
         if revision is not None:
             raise InputError(f"{path}: is a directory; a revision ({revision}) is for Hub ids only")
         return path

@@ -44,7 +44,6 @@ class Stored:
     shape: tuple[int, ...]
     start: int
     nbytes: int
-
     memory: Callable[[], mmap.mmap]  # of the whole file, mapped when a tensor is first viewed
 
     @property
@@ -181,8 +180,7 @@ def weight_files(directory: Path) -> list[Path]:
     if (directory / SINGLE).is_file():
         return [directory / SINGLE]
     found = sorted(p for p in directory.glob("*.safetensors") if p.is_file())
-    adapters = [p.name for p in found if p.name.startswith("adapter_")]
-    if adapters:
+    if adapters := [p.name for p in found if p.name.startswith("adapter_")]:
         raise InputError(f"{directory}: holds an adapter ({adapters[0]}), expected a whole model")
     if found:
         return found
