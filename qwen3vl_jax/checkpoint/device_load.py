@@ -12,13 +12,10 @@ import numpy as np
 from jax.experimental.layout import Format, Layout
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from qwen3vl_jax.checkpoint import hf_reader, lazy_tensor, quantize
+from qwen3vl_jax.checkpoint import hf_reader, lazy_tensor, name_map, orbax_io, quantize, validate
 from qwen3vl_jax.checkpoint.config_files import PARAMS, read_config
 from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES, LazyTensor, Leaves, eight_bit
-from qwen3vl_jax.checkpoint.name_map import tree_of
-from qwen3vl_jax.checkpoint.orbax_io import open_tree
 from qwen3vl_jax.checkpoint.param_paths import TreePath, path_str, split_layer_index
-from qwen3vl_jax.checkpoint.validate import check_stored, check_weights, stored_kind
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.device_mesh import array_sharding, check_divides, shardings
 from qwen3vl_jax.errors import InputError
@@ -43,22 +40,22 @@ class Source:
         """The arrays as the files hold them. Raises InputError."""
         directory = self.directory
         if self.read_run is not None:
-            check_weights(directory, None, self.weights)
+            validate.check_weights(directory, None, self.weights)
             return self.read_run()
         if not (directory / PARAMS).is_dir():
             if any(directory.glob(f"{PARAMS}.orbax-checkpoint-tmp*")):
                 what = "its Orbax checkpoint was never finished; write it again"
                 raise InputError(f"{directory}: {what}")
             return hf_reader.open_hf(directory, self.cfg, self.expert_layout, self.weights)
-        held = open_tree(directory / PARAMS)
-        check_stored(directory, self.cfg, held, read_config(directory))
-        check_weights(directory, stored_kind(held), self.weights)
+        held = orbax_io.open_tree(directory / PARAMS)
+        validate.check_stored(directory, self.cfg, held, read_config(directory))
+        validate.check_weights(directory, validate.stored_kind(held), self.weights)
         return held
 
     def asked(self) -> Leaves:
         """The arrays as devices hold them: values and scale in place of what int8 or int4 rounds."""
         stored = self.stored()
-        if self.weights not in quantize.CODES or stored_kind(stored) is not None:
+        if self.weights not in quantize.CODES or validate.stored_kind(stored) is not None:
             return stored
         return quantize.quantize_leaves(self.cfg, stored, self.weights)
 
@@ -90,7 +87,7 @@ def load_params(source: Source, mesh: Mesh | None, dtype: Any) -> Params:
             array = jax.device_put(array, laid_out)
         # Otherwise the host copies of many tensors are alive at once.
         arrays[path] = array.block_until_ready()
-    return as_structs(tree_of(source.cfg, arrays))
+    return as_structs(name_map.tree_of(source.cfg, arrays))
 
 
 def placement(path: TreePath, sharding: Any) -> Any:
