@@ -2,6 +2,5 @@
 
 from collections.abc import Callable
 
-# A callback while tensors are written: (bytes just written, bytes in all).
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int], None]  # a callback: (bytes just written, bytes in all)
 SHARD_SIZE = 5_000_000_000  # bytes of one safetensors file, as in Hugging Face's releases

@@ -25,15 +25,13 @@ class LoraTarget:
     part: str  # "q_proj"
     modules: tuple[str, ...]  # one a layer: "model.language_model.layers.0.self_attn.q_proj"
     paths: tuple[TreePath, ...]  # the array's path in a tree whose layers are lists, one a layer
-    # The parameter of a module that is no Linear: "gate_up_proj", the router's "weight".
-    parameter: str | None
+    parameter: str | None  # of a module that is no Linear: "gate_up_proj", the router's "weight"
     stacked: bool
     experts: int  # 0 for a single matrix
     inner: int
     outer: int
     axis: int | None  # the array's axis (without layers) along which parts lie side by side
-    # (name, start, stop) of every part of the array along that axis.
-    spans: tuple[tuple[str, int, int], ...]
+    spans: tuple[tuple[str, int, int], ...]  # (name, start, stop) of every part along that axis
 
     @property
     def name(self) -> str:

@@ -235,8 +235,7 @@ class _Matcher:
                 why = "may be the released layout or that of transformers 5 (hidden_size is twice "
                 why += f"moe_intermediate_size); give --expert-layout {' or '.join(LAYOUTS)}"
                 raise InputError(f"{fused.where}: got {list(fused.shape)}, which {why}")
-            # gate_up decides for both: the shape of down is ambiguous where hidden_size equals
-            # moe_intermediate_size.
+            # gate_up decides for both: down is ambiguous where hidden_size is moe_intermediate_size.
             if (self.layout or LAYOUTS[fused.shape == (e, 2 * m, d)]) != LAYOUTS[1]:
                 return
         parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}

@@ -17,9 +17,7 @@ _T = TypeVar("_T")
 Shape = tuple[int, ...]
 Index = tuple[slice, ...]  # a part of an array: one slice without a step for each axis
 VALUES, SCALE = "values", "scale"  # the keys at the path of a weight held in 8 bits
-# Threads that read tensors before they are asked for. With the one in use, up to _AHEAD + 2 tensors are
-# in host memory.
-_AHEAD = 3
+_AHEAD = 3  # threads that read tensors early: up to _AHEAD + 2 tensors are in host memory
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -187,8 +187,7 @@ def verify_tree(directory: Path) -> tuple[int, int]:
 # Errors of a store that cannot be reached; the checkpoint may be intact.
 _AWAY = re.compile("(?i:permission.denied)|UNAVAILABLE|UNAUTHENTICATED|DEADLINE_EXCEEDED")
 _FULL = re.compile("No space left|RESOURCE_EXHAUSTED|quota|File too large", re.IGNORECASE)
-# Our own errors, and those of a full device or host memory.
-_OTHERS = (InputError, RuntimeError, MemoryError)
+_OTHERS = (InputError, RuntimeError, MemoryError)  # our own, and of a full device or host memory
 
 
 @contextlib.contextmanager

@@ -35,8 +35,7 @@ _REFUSED = re.compile(
     "use_(dora|qalora|bdlora)|lora_bias|fan_in_fan_out|modules_to_save|trainable_token_indices"
     "|layer_replication|alora_invocation_tokens|(arrow|velora|kasa|monteclora|megatron)_config"
 )
-# Values of init_lora_weights that leave the base unchanged.
-_PLAIN_STARTS = (True, False, None, "gaussian", "eva")
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva")  # init_lora_weights, base unchanged
 
 _Pair = tuple[np.ndarray, np.ndarray]  # A and B
 

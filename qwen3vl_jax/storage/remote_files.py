@@ -95,12 +95,11 @@ class Mirrored:
 
 
 class Growing(Mirrored):
-    """A text file that grows by appends; a remote one is rewritten every EVERY seconds and on `sync`."""
+    """A file that begins with a text and grows; a remote one is rewritten every EVERY seconds and by sync."""
 
     EVERY = 30.0
 
     def __init__(self, path: Path, text: str):
-        """text: the first content."""
         super().__init__(path.parent)
         local = self.folder / path.name
         write_atomic(local, text.encode())
