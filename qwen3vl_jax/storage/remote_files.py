@@ -95,7 +95,7 @@ class Mirrored:
 
 
 class Growing(Mirrored):
-    """A file that begins with a text and grows; a remote one is rewritten every EVERY seconds and by sync."""
+    """A file that begins with `text` and grows; a remote one is rewritten by sync and in EVERY seconds."""
 
     EVERY = 30.0
 
