@@ -95,7 +95,7 @@ class Mirrored:
 
 
 class Growing(Mirrored):
-    """A file that begins with `text` and grows; a remote one is rewritten by sync and in EVERY seconds."""
+    """A file that begins with `text` and grows; a remote one is put anew by sync or after EVERY seconds."""
 
     EVERY = 30.0
 
