@@ -39,11 +39,9 @@ def chosen(source: Source, dtype: Any, devices: list[Any]) -> dict[str, int]:
     each = f"{held / 2**30:.1f} GiB"
     message = f"{needed / 2**30:.1f} GiB of weights, devices of {limit / 2**30:.1f} GiB"
     if held > ROOM * limit:
-        few = (
-            f"{message}, of which this host has {len(devices)}: too few, {count} of them would hold"
-        )
+        few = f"of which this host has {len(devices)}: too few, {count} of them would hold {each} each"
         advice = "take --weights int8 or int4, --dtype bfloat16 or a smaller checkpoint"
-        raise InputError(f"{source.directory}: {few} {each} each; {advice}")
+        raise InputError(f"{source.directory}: {message}, {few}; {advice}")
     mesh = ",".join(f"{name}={n}" for name, n in sizes.items())
     message += f": spread over {count} devices, --mesh {mesh}, {each} on each"
     print(message, file=sys.stderr)
