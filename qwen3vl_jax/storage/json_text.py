@@ -33,7 +33,7 @@ def read_json(text: str | bytes, where: str, large: bool = False) -> Any:
         if len(text) > MAX_BYTES and not large:
             raise _Refused(f"{len(text):,} bytes, expected at most {MAX_BYTES:,}")
         if isinstance(text, str):
-            _check_string(text)
+            text.encode()  # or an error: half of a surrogate pair
         else:
             text = text.decode()
         text = text.removeprefix("\ufeff")
@@ -55,6 +55,8 @@ def _refusals(before: str) -> Iterator[None]:
         raise InputError(f"{before}not JSON ({e.msg.removesuffix(' at')} at {place})") from None
     except UnicodeDecodeError as e:
         raise InputError(f"{before}byte {e.start} is not UTF-8, expected JSON in UTF-8") from None
+    except UnicodeEncodeError:
+        raise InputError(f"{before}half of a surrogate pair in a text") from None
     except _Refused as e:
         raise InputError(f"{before}{e}") from None
     except (RecursionError, MemoryError):
@@ -137,17 +139,10 @@ def _check(found: Any) -> None:
         below: list[Any] = []
         for value in level:
             if isinstance(value, str):
-                _check_string(value)
+                value.encode()
             elif isinstance(value, (dict, list)):
                 if depth == MAX_DEPTH:
                     raise _Refused(f"JSON nested more than {MAX_DEPTH} deep")
                 below += value
                 below += value.values() if isinstance(value, dict) else ()
         level, depth = below, depth + 1
-
-
-def _check_string(value: str) -> None:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise _Refused("half of a surrogate pair in a text") from None
