@@ -150,13 +150,13 @@ def run(case: str, scratch: Path) -> bool:
 
 def tensors_equal(left: Path, right: Path) -> bool:
     """Whether two directories hold the same tensors, bytes and all."""
-    from qwen3vl_jax.storage.safetensors_files import Files, read_tensors
+    from qwen3vl_jax.storage.safetensors_files import read_tensors
 
-    files, sides = Files(), [{t.name: t for t in read_tensors(d)} for d in (left, right)]
+    sides = [{t.name: t for t in read_tensors(d)} for d in (left, right)]
     a, b = sides
     return a.keys() == b.keys() and all(
         a[n].dtype == b[n].dtype
-        and np.array_equal(files.view(a[n]).view(np.uint8), files.view(b[n]).view(np.uint8))
+        and np.array_equal(a[n].view().view(np.uint8), b[n].view().view(np.uint8))
         for n in a
     )
 

@@ -2,7 +2,5 @@
 
 from collections.abc import Callable
 
-# A callback while tensors are written: (bytes just written, bytes in all).
-Progress = Callable[[int, int], None]
-# Bytes of one safetensors file, as in Hugging Face's releases.
-SHARD_SIZE = 5_000_000_000
+Progress = Callable[[int, int], None]  # a callback: (bytes just written, bytes in all)
+SHARD_SIZE = 5_000_000_000  # bytes of one safetensors file, as in Hugging Face's releases

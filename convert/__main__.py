@@ -28,6 +28,7 @@ from qwen3vl_jax.runtime.console import EXPECTED, signals_later
 from qwen3vl_jax.storage.hub import resolve
 from qwen3vl_jax.storage.paths import argument
 
+_STOPPED = 143  # the exit code after SIGTERM
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
@@ -43,23 +44,19 @@ def _parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = console.Parser("python -m convert", description=__doc__, formatter_class=formatter)
     add = parser.add_argument
-    from_what = "Hugging Face directory or Hub id; with --to-hf an Orbax directory or a RUN_DIR"
-    add("source", help=from_what)
+    add("source", help="Hugging Face directory or Hub id; with --to-hf Orbax directory or RUN_DIR")
     add("out", type=argument, nargs="?", help="directory to write")
     add("--verify", action="store_true", help="read SOURCE, write nothing")
     add("--to-hf", action="store_true", help="Orbax -> safetensors")
     add("--force", action="store_true", help="replace OUT once the new one is complete")
     add("--revision", help="branch, tag or commit of a Hub id")
-    ambiguous = "layout of fused experts where their shape is ambiguous"
-    add("--expert-layout", choices=LAYOUTS, help=ambiguous)
+    add("--expert-layout", choices=LAYOUTS, help="of fused experts whose shape is ambiguous")
     add("--weights", choices=WEIGHTS, help="fp8 keeps FP8, int8 and int4 round (default: neither)")
-    merged = "a LoRA adapter to add to the weights"
-    add("--merge", type=argument, metavar="PEFT_DIR", help=merged)
+    add("--merge", type=argument, metavar="PEFT_DIR", help="a LoRA adapter to add to the weights")
     add("--max-shard-size", type=_size, default=SHARD_SIZE, metavar="SIZE", help="default 5GB")
     add = parser.add_argument_group("a run's directory (--to-hf)").add_argument
     add("--step", help="best (lowest evaluation loss), last, or a number; default: best if any")
-    not_merged = "a LoRA run's adapter for PEFT instead of merged weights"
-    add("--adapter", action="store_true", help=not_merged)
+    add("--adapter", action="store_true", help="a LoRA run's adapter for PEFT, nothing merged")
     add("--raw", action="store_true", help="the weights of the step, not their average")
     return parser
 
@@ -74,8 +71,7 @@ def _bar(title: str) -> Iterator[Progress]:
     task = bar.add_task(title, total=None)
 
     def progress(done: int, total: int) -> None:
-        # Only now, so that a refusal is a line of its own.
-        bar.start()
+        bar.start()  # only now, so that a refusal is a line of its own
         bar.update(task, advance=done, total=total)
 
     try:
@@ -116,47 +112,39 @@ def _run(options: argparse.Namespace) -> None:
         return
     start = time.perf_counter()
     with _bar("to Hugging Face" if options.to_hf else "to Orbax") as progress:
-        work = _to_hf if options.to_hf else _to_orbax
-        count, total, what = work(options, source, progress)
+        count, total, what = _convert(options, source, progress)
     seconds, size = time.perf_counter() - start, total / 1e6
     speed = f"{size:,.1f} MB in {seconds:.1f} s ({size / seconds:,.0f} MB/s)"
     print(f"{options.out}: {what}{count} tensors, {speed}")
 
 
-def _to_hf(options: argparse.Namespace, source: Path, progress: Progress) -> tuple[int, int, str]:
-    if option := "--weights" if options.weights else "--merge" if options.merge else "":
+def _convert(options: argparse.Namespace, source: Path, progress: Progress):
+    """(tensors, bytes, a text of what was written) of either direction."""
+    out, force, size = options.out, options.force, options.max_shard_size
+    idle = {"--weights": options.weights, "--merge": options.merge} if options.to_hf else {}
+    if option := next((name for name, given in idle.items() if given), ""):
         raise InputError(f"{option}: the way back writes what CKPT_DIR holds; leave it out")
-    if is_run(source):
+    if options.to_hf and is_run(source):
         with signals_later():
             from convert.from_run import run_to_hf
             from qwen3vl_jax.training.run_params import SavedStep
 
         wanted = SavedStep(options.step, options.adapter, options.raw)
-        size = options.max_shard_size
-        return run_to_hf(source, options.out, wanted, options.force, size, progress)
-    _check_no_run_options(options)
-    with signals_later():
-        from convert.to_hf import to_hf
-
-    return *to_hf(source, options.out, options.force, options.max_shard_size, progress), ""
-
-
-def _to_orbax(options: argparse.Namespace, source: Path, progress: Progress):
-    _check_no_run_options(options)
+        return run_to_hf(source, out, wanted, force, size, progress)
+    if options.step or options.adapter or options.raw:
+        what = "--step, --adapter and --raw are for --to-hf and a run's directory"
+        raise InputError(f"{options.source}: {what}")
     if is_run(source):
         advice = "export it by --to-hf RUN_DIR HF_DIR, and convert HF_DIR"
         raise InputError(f"{source}: got a run of train.py, expected a checkpoint; {advice}")
     with signals_later():
+        from convert.to_hf import to_hf
         from convert.to_orbax import to_orbax
 
+    if options.to_hf:
+        return *to_hf(source, out, force, size, progress), ""
     layout, weights, merge = options.expert_layout, options.weights, options.merge
-    return *to_orbax(source, options.out, options.force, layout, progress, weights, merge), ""
-
-
-def _check_no_run_options(options: argparse.Namespace) -> None:
-    if options.step or options.adapter or options.raw:
-        what = "--step, --adapter and --raw are for --to-hf and a run's directory"
-        raise InputError(f"{options.source}: {what}")
+    return *to_orbax(source, out, force, layout, progress, weights, merge), ""
 
 
 def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -179,30 +167,23 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     _check(parser, options)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    # No accelerator is needed.
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no accelerator is needed
     try:
         _run(options)
     except EXPECTED as e:
         return console.report(e, options.out or options.source, "interrupted: nothing was written")
+    except SystemExit:
+        return _STOPPED
     return 0
-
-
-def _run_and_end() -> None:
-    """Runs `main` and ends the process at once, without waiting for threads."""
-    try:
-        code = main()
-    except SystemExit as end:
-        code = end.code
-    console.end_process(code if isinstance(code, int) else 0)
 
 
 def _stop(*_: Any) -> NoReturn:
     """Ends the command at SIGTERM. Unfinished output is removed."""
     console.hide_complaints()
-    sys.exit(143)
+    sys.exit(_STOPPED)
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, _stop)
-    console.run_script(_run_and_end)
+    # At once, without waiting for threads.
+    console.run_script(lambda: console.end_process(main()))

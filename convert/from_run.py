@@ -4,12 +4,10 @@ from pathlib import Path
 
 from convert import SHARD_SIZE, Progress
 from convert.to_hf import write_files
-from qwen3vl_jax.checkpoint.config_files import copy_files
 from qwen3vl_jax.checkpoint.peft_io import save_adapter
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.storage.atomic_dir import check_apart
-from qwen3vl_jax.storage.safetensors_files import side_files
 from qwen3vl_jax.training.lora_targets import adapter_of
 from qwen3vl_jax.training.recipe import read_recipe
 from qwen3vl_jax.training.run_dir import CONFIG, MODEL
@@ -40,13 +38,8 @@ def run_to_hf(
     if wanted.adapter:
         arrays = flat_arrays(weights)
         save_adapter(out, cfg, arrays, adapter_of(recipe, cfg), base_name=recipe.ckpt)
-        size = sum(x.nbytes for x in arrays.values())
-        return len(arrays), size, message + "PEFT adapter, "
+        return len(arrays), sum(x.nbytes for x in arrays.values()), message + "PEFT adapter, "
     leaves, first = step_leaves(recipe, cfg, weights)
     message += "merged, " if recipe.lora.rank else ""
-
-    def finish(stage: Path) -> None:
-        copy_files(run / MODEL, side_files(run / MODEL), stage)
-
-    written = write_files(out, cfg, leaves, first, finish, force, shard_size, progress)
+    written = write_files(out, cfg, leaves, first, run / MODEL, force, shard_size, progress)
     return (*written, message)

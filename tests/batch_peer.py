@@ -4,9 +4,8 @@ import numpy as np
 import torch
 import torchvision_shim  # noqa: F401
 import transformers
+from released import to_hf
 from tiny import pad_batch
-
-from qwen3vl_jax.checkpoint.name_map import to_hf
 
 
 def build(raw, cfg, params):

@@ -9,7 +9,7 @@ import numpy as np
 import tiny
 from safetensors.numpy import save_file
 
-from qwen3vl_jax.storage.safetensors_files import Files, read_tensors
+from qwen3vl_jax.storage.safetensors_files import read_tensors
 
 Tensors = dict[str, np.ndarray]
 SIDE_FILES = {"tokenizer.json": "{}", "chat_template.jinja": "{{ x }}", "extra/notes.txt": "n\n"}
@@ -60,8 +60,7 @@ def write(directory: Path, raw: dict[str, Any], tensors: Tensors, shards: int = 
 
 def read(directory: Path) -> Tensors:
     """Every tensor of a directory, by the name in the file."""
-    files = Files()
-    return {tensor.name: np.array(files.view(tensor)) for tensor in read_tensors(directory)}
+    return {tensor.name: np.array(tensor.view()) for tensor in read_tensors(directory)}
 
 
 def assert_same(got: Tensors, want: Tensors) -> None:

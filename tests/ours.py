@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import released
 import tiny
 
 import qwen3vl_jax as q3
-from qwen3vl_jax.checkpoint import name_map
 
 # Not traced, these compile one layer for all; tests of the traced forms say so.
 vision_encode, prefill = q3.vision_encode, q3.prefill
@@ -28,7 +28,7 @@ def forward(params, cfg, batch, **options):
 def build(ref, dtype=jnp.float32):
     """(params, cfg) of a reference or golden model (anything with .config and .weights)."""
     cfg = q3.Config.from_hf(ref.config)
-    params = name_map.from_hf(cfg, ref.weights)
+    params = released.from_hf(cfg, ref.weights)
     return jax.tree.map(lambda x: jnp.asarray(x, dtype), params), cfg
 
 

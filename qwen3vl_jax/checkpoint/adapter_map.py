@@ -1,19 +1,16 @@
 """LoRA targets: every PEFT module of a model, and the array of the tree that holds it."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Mapping
 from typing import Any
 
 from qwen3vl_jax.checkpoint.name_map import HFTensor, ParamSpec, param_specs
 from qwen3vl_jax.checkpoint.param_paths import TreePath, path_str, split_layer_index
 from qwen3vl_jax.config import Config
 
-# Tables, and the patch embedding's kernel.
-_NOT_ADAPTED = ("embed", "pos", "weight")
-
-
-# {NAME.a, NAME.b} of targets, layers stacked.
-Matrices = Mapping[str, Any]
+_NOT_ADAPTED = ("embed", "pos", "weight")  # tables, and the patch embedding's kernel
+Matrices = Mapping[str, Any]  # {NAME.a, NAME.b} of targets, layers stacked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,25 +21,17 @@ class LoraTarget:
     Where the tower is stacked, all have a leading axis of layers.
     """
 
-    # The array's name with layers stacked: "layers.attn.qkv".
-    weight: str
-    # "q_proj"
-    part: str
-    # One a layer: "model.language_model.layers.0.self_attn.q_proj".
-    modules: tuple[str, ...]
-    # The array's path in a tree whose layers are lists, one a layer.
-    paths: tuple[TreePath, ...]
-    # The parameter of a module that is no Linear: "gate_up_proj", the router's "weight".
-    parameter: str | None
+    weight: str  # the array's name with layers stacked: "layers.attn.qkv"
+    part: str  # "q_proj"
+    modules: tuple[str, ...]  # one a layer: "model.language_model.layers.0.self_attn.q_proj"
+    paths: tuple[TreePath, ...]  # the array's path in a tree whose layers are lists, one a layer
+    parameter: str | None  # of a module that is no Linear: "gate_up_proj", the router's "weight"
     stacked: bool
-    # 0 for a single matrix.
-    experts: int
+    experts: int  # 0 for a single matrix
     inner: int
     outer: int
-    # The array's axis (without layers) along which parts lie side by side.
-    axis: int | None
-    # (name, start, stop) of every part of the array along that axis.
-    spans: tuple[tuple[str, int, int], ...]
+    axis: int | None  # the array's axis (without layers) along which parts lie side by side
+    spans: tuple[tuple[str, int, int], ...]  # (name, start, stop) of every part along that axis
 
     @property
     def name(self) -> str:
@@ -64,57 +53,39 @@ class LoraTarget:
 
 def lora_targets(cfg: Config) -> dict[str, LoraTarget]:
     """Every LoRA target of a model by name, in the order of its parameters."""
-    grouped: dict[str, list[tuple[ParamSpec, int]]] = {}
+    grouped: dict[tuple[str, str], list[tuple[ParamSpec, HFTensor]]] = {}
     for param in param_specs(cfg):
         if param.path[-1] not in _NOT_ADAPTED and len(param.parts[0].axes) > 1:
-            for k, part in enumerate(param.parts):
-                name = f"{_flat_name(param.path)}.{_label(part)}"
-                grouped.setdefault(name, []).append((param, k))
-    return {name: _target(found) for name, found in grouped.items()}
-
-
-def _flat_name(path: TreePath) -> str:
-    return path_str(split_layer_index(path)[0])
+            weight = path_str(split_layer_index(param.path)[0])
+            for part in param.parts:
+                grouped.setdefault((weight, _label(part)), []).append((param, part))
+    targets = (_target(*names, found) for names, found in grouped.items())
+    return {target.name: target for target in targets}
 
 
 def _label(part: HFTensor) -> str:
     return part.name.removesuffix(".weight").rsplit(".", 1)[-1]
 
 
-def _target(found: list[tuple[ParamSpec, int]]) -> LoraTarget:
-    param, k = found[0]
-    *experts, _, _ = shape = param.parts[k].hf_shape
-    _, parameter = _module(param.parts[k].name)
-    outer, inner = shape[::-1][:2] if experts else shape
+def _target(weight: str, label: str, found: list[tuple[ParamSpec, HFTensor]]) -> LoraTarget:
+    param, part = found[0]
+    module, _, last = part.name.rpartition(".")
+    *experts, outer, inner = part.hf_shape
+    sizes = [0 if param.axis is None else p.shape()[param.axis] for p in param.parts]
+    ends = zip(param.parts, sizes, itertools.accumulate(sizes))
     return LoraTarget(
-        weight=_flat_name(param.path),
-        part=_label(param.parts[k]),
-        modules=tuple(_module(param.parts[k].name)[0] for param, k in found),
+        weight=weight,
+        part=label,
+        modules=tuple(part.name.rpartition(".")[0] for _, part in found),
         paths=tuple(param.path for param, _ in found),
-        parameter=parameter,
+        parameter=None if last == "weight" and not module.endswith(".mlp.gate") else last,
         stacked=split_layer_index(param.path)[1] is not None,
         experts=experts[0] if experts else 0,
-        inner=inner,
-        outer=outer,
+        inner=outer if experts else inner,
+        outer=inner if experts else outer,
         axis=param.axis,
-        spans=tuple(_spans(param)),
+        spans=tuple((_label(p), end - size, end) for p, size, end in ends),
     )
-
-
-def _module(name: str) -> tuple[str, str | None]:
-    """(module, parameter) of a released tensor's name; parameter is None for a Linear's weight."""
-    module, _, last = name.rpartition(".")
-    if last == "weight":
-        return module, "weight" if module.endswith(".mlp.gate") else None
-    return module, last
-
-
-def _spans(param: ParamSpec) -> Iterator[tuple[str, int, int]]:
-    start = 0
-    for part in param.parts:
-        stop = start + (0 if param.axis is None else part.shape[param.axis])
-        yield _label(part), start, stop
-        start = stop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,8 +95,7 @@ class Adapter:
     ranks: dict[str, tuple[int, ...]]
     alphas: dict[str, tuple[float, ...]]
     dropout: float = 0.0
-    # Scale alpha / sqrt(rank) instead of alpha / rank, arXiv 2312.03732.
-    rslora: bool = False
+    rslora: bool = False  # scale alpha / sqrt(rank) instead of alpha / rank, arXiv 2312.03732
 
     def scales(self, name: str) -> list[float]:
         """The factor of B A x in each layer of a target."""

@@ -1,6 +1,7 @@
 """LoRA adapters: attached beside weights, or merged into them one tensor in memory at a time."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen3vl_jax.checkpoint.adapter_map import Adapter, LoraTarget, Matrices, lora_targets
-from qwen3vl_jax.checkpoint.lazy_tensor import VALUES, LazyTensor, Leaves
+from qwen3vl_jax.checkpoint.lazy_tensor import VALUES, Leaves
 from qwen3vl_jax.checkpoint.param_paths import TreePath, path_str
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
@@ -17,10 +18,10 @@ from qwen3vl_jax.model.lora import Adapted, Pair
 from qwen3vl_jax.model.quantized import Quantized, dequantize
 from qwen3vl_jax.model.structs import Params
 
+KeyOf = Callable[[str], jax.Array]  # of dropout, by a target's name
 
-def merged(
-    cfg: Config, leaves: Leaves, weights: Matrices, adapter: Adapter
-) -> dict[TreePath, LazyTensor]:
+
+def merged(cfg: Config, leaves: Leaves, weights: Matrices, adapter: Adapter) -> Leaves:
     """The leaves with an adapter's {NAME.a, NAME.b} added, summed in fp32, rounded to each leaf's dtype.
 
     bf16 keeps 8 bits of a weight: an update below 1/256 of it is lost. Raises InputError for 8-bit weights.
@@ -31,30 +32,25 @@ def merged(
         for i, rank in enumerate(ranks):
             if rank:
                 added.setdefault(known[name].paths[i], []).append((known[name], i))
+
+    def load(path: TreePath) -> np.ndarray:
+        weight = leaves[path].load().astype(np.float32)
+        for target, i in added[path]:
+            sides = (np.asarray(weights[f"{target.name}.{side}"]) for side in "ab")
+            a, b = (x[i] if target.stacked else x for x in sides)
+            span = next(span for span in target.spans if span[0] == target.part)
+            weight = _add_product(weight, target.axis, span, a, b, adapter.scales(target.name)[i])
+        return weight.astype(leaves[path].dtype)
+
     out = dict(leaves)
-    for path, parts in added.items():
+    for path in added:
         if (*path, VALUES) in leaves:
             found = "got weights of 8 or 4 bits, expected 16 or 32 to merge an adapter"
             advice = "take the 16-bit checkpoint, or load with adapter="
             raise InputError(f"{path_str(path)}: {found}; {advice}")
-        out[path] = _sum(leaves[path], parts, weights, adapter)
+        # Parts are cut from the sum: the file's own would lack the adapter.
+        out[path] = dataclasses.replace(leaves[path], load=functools.partial(load, path), read=None)
     return out
-
-
-def _sum(
-    leaf: LazyTensor, parts: list[tuple[LoraTarget, int]], weights: Matrices, adapter: Adapter
-) -> LazyTensor:
-    def load() -> np.ndarray:
-        weight = leaf.load().astype(np.float32)
-        for target, i in parts:
-            span = next(span for span in target.spans if span[0] == target.part)
-            sides = (np.asarray(weights[f"{target.name}.{side}"]) for side in "ab")
-            a, b = (x[i] if target.stacked else x for x in sides)
-            weight = _add_product(weight, target.axis, span, a, b, adapter.scales(target.name)[i])
-        return weight.astype(leaf.dtype)
-
-    # Parts are cut from the sum: the file's own would lack the adapter.
-    return dataclasses.replace(leaf, load=load, read=None)
 
 
 def _add_product(weight, axis: int | None, span: tuple[str, int, int], a, b, scale):
@@ -70,34 +66,25 @@ def _add_product(weight, axis: int | None, span: tuple[str, int, int], a, b, sca
 
 
 def attach(
-    params: Params,
-    cfg: Config,
-    weights: Matrices,
-    adapter: Adapter,
-    key: Callable[[str], jax.Array] | None = None,
+    params: Params, cfg: Config, weights: Matrices, adapter: Adapter, key: KeyOf | None = None
 ) -> Params:
     """The parameters (layers listed or stacked) with an adapter; key(NAME): of a target's dropout."""
-    known, found = lora_targets(cfg), {}
+    found: dict[str, list[LoraTarget]] = {}
+    known = lora_targets(cfg)
     for name in adapter.ranks:
         found.setdefault(known[name].weight, []).append(known[name])
     for weight, parts in found.items():
-        pairs = {p.part: _pair(p, weights, adapter, key) for p in parts}
+        pairs = {}
+        for target in parts:
+            scales = jnp.asarray(adapter.scales(target.name), jnp.float32)
+            keys = None if key is None or not adapter.dropout else key(target.name)
+            if target.stacked and keys is not None:
+                keys = jax.random.split(keys, len(target.modules))
+            a, b = (jnp.asarray(weights[f"{target.name}.{side}"]) for side in "ab")
+            scale = scales if target.stacked else scales[0]
+            pairs[target.part] = Pair(a, b, scale, key=keys, rate=adapter.dropout)
         params = _put(params, weight.split("."), parts[0], pairs)
     return params
-
-
-def _pair(target: LoraTarget, weights, adapter: Adapter, key) -> Pair:
-    scales = jnp.asarray(adapter.scales(target.name), jnp.float32)
-    keys = None if key is None or not adapter.dropout else key(target.name)
-    if target.stacked and keys is not None:
-        keys = jax.random.split(keys, len(target.modules))
-    return Pair(
-        a=jnp.asarray(weights[f"{target.name}.a"]),
-        b=jnp.asarray(weights[f"{target.name}.b"]),
-        scale=scales if target.stacked else scales[0],
-        key=keys,
-        rate=adapter.dropout,
-    )
 
 
 def _put(node: Any, path: list[str], target: LoraTarget, pairs: dict[str, Pair]) -> Any:
@@ -106,10 +93,8 @@ def _put(node: Any, path: list[str], target: LoraTarget, pairs: dict[str, Pair])
         return Adapted(node, pairs, target.axis, target.spans)
     head, *rest = path
     if isinstance(node, (list, tuple)) and head.isdecimal():
-        at = int(head)
-        return [_put(x, rest, target, pairs) if i == at else x for i, x in enumerate(node)]
-    # The layers, whose index is not in the path.
-    if isinstance(node, (list, tuple)):
+        return [_put(x, rest, target, pairs) if i == int(head) else x for i, x in enumerate(node)]
+    if isinstance(node, (list, tuple)):  # the layers, whose index is not in the path
         layers = (jax.tree.map(lambda x, i=i: x[i], pairs) for i in range(len(node)))
         return [_put(x, path, target, one) for x, one in zip(node, layers, strict=True)]
     return {**node, head: _put(node[head], rest, target, pairs)}

@@ -12,8 +12,7 @@ from qwen3vl_jax.config import TextConfig
 from qwen3vl_jax.device_mesh import layout_mesh, make_mesh
 from qwen3vl_jax.errors import InputError
 
-# The part of a device's memory for weights; the cache and images need the rest.
-ROOM = 0.85
+ROOM = 0.85  # the part of a device's memory for weights; the cache and images need the rest
 
 
 def mesh_for(
@@ -23,8 +22,7 @@ def mesh_for(
 
     asked: sizes of axes; one may be -1 for all devices. Raises InputError for a model that does not fit.
     """
-    sizes = chosen(source, dtype, devices) if asked is None else asked
-    mesh = make_mesh(sizes, devices)
+    mesh = make_mesh(chosen(source, dtype, devices) if asked is None else asked, devices)
     return mesh if mesh.size > 1 else None
 
 
@@ -33,21 +31,20 @@ def chosen(source: Source, dtype: Any, devices: list[Any]) -> dict[str, int]:
     limit = bytes_limit(devices[0])
     if not limit or len(devices) == 1:
         return {}
-    needed = weights_bytes(source, dtype)
-    if needed <= ROOM * limit:
+    if (needed := weights_bytes(source, dtype)) <= ROOM * limit:
         return {}
     sizes = auto_mesh(source.cfg.text, len(devices))
     count = math.prod(sizes.values())
     held = weights_bytes(source, dtype, layout_mesh(sizes))
+    each = f"{held / 2**30:.1f} GiB"
     message = f"{needed / 2**30:.1f} GiB of weights, devices of {limit / 2**30:.1f} GiB"
     if held > ROOM * limit:
-        few = f"{message}, of which this host has {len(devices)}: too few, {count} of them"
+        few = f"of which this host has {len(devices)}: too few, {count} of them would hold {each} each"
         advice = "take --weights int8 or int4, --dtype bfloat16 or a smaller checkpoint"
-        need = f"would hold {held / 2**30:.1f} GiB each; {advice}"
-        raise InputError(f"{source.directory}: {few} {need}")
-    flags = ",".join(f"{name}={n}" for name, n in sizes.items())
-    each = f"{held / 2**30:.1f} GiB on each"
-    print(f"{message}: spread over {count} devices, --mesh {flags}, {each}", file=sys.stderr)
+        raise InputError(f"{source.directory}: {message}, {few}; {advice}")
+    mesh = ",".join(f"{name}={n}" for name, n in sizes.items())
+    message += f": spread over {count} devices, --mesh {mesh}, {each} on each"
+    print(message, file=sys.stderr)
     return sizes
 
 
@@ -57,10 +54,7 @@ def bytes_limit(device: Any) -> int:
 
 
 def auto_mesh(cfg: TextConfig, count: int) -> dict[str, int]:
-    """Sizes of axes for at most `count` devices that shard a model evenly.
-
-    The tensor axis comes first, as far as it divides the key/value heads: it shards the cache too.
-    """
+    """Sizes of axes that shard a model evenly over at most `count` devices: tensor first, for the cache."""
     found: list[tuple[int, int, str]] = []
     for used in range(1, count + 1):
         tensor = math.gcd(used, cfg.num_key_value_heads)

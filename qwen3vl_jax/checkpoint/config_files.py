@@ -8,15 +8,17 @@ from qwen3vl_jax.config import TIED, Config
 from qwen3vl_jax.storage.atomic_dir import CONFIG
 from qwen3vl_jax.storage.json_text import read_json_file, write_json
 from qwen3vl_jax.storage.paths import copy_file, make_folder
+from qwen3vl_jax.storage.safetensors_files import side_files
 
-# The Orbax item inside a checkpoint directory.
-PARAMS = "params"
-# A key of config.json or its text_config.
-QUANTIZATION = "quantization_config"
+PARAMS = "params"  # the Orbax item inside a checkpoint directory
+QUANTIZATION = "quantization_config"  # a key of config.json or its text_config
 
 
-def copy_files(source: Path, names: Iterable[Path], target: Path, fp8: bool = False) -> None:
-    """Copies files by relative name, config.json (as `as_written`) last: it makes a checkpoint."""
+def copy_files(
+    source: Path, target: Path, fp8: bool = False, names: Iterable[Path] | None = None
+) -> None:
+    """Copies files beside weights (all, or relative names), config.json (`as_written`) last."""
+    names = side_files(source, leave_out=[PARAMS]) if names is None else names
     for name in sorted(names, key=lambda name: (name == Path(CONFIG), name)):
         make_folder((target / name).parent)
         if name == Path(CONFIG):

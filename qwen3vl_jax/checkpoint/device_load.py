@@ -12,13 +12,10 @@ import numpy as np
 from jax.experimental.layout import Format, Layout
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from qwen3vl_jax.checkpoint import hf_reader, lazy_tensor, quantize
+from qwen3vl_jax.checkpoint import hf_reader, lazy_tensor, name_map, orbax_io, quantize, validate
 from qwen3vl_jax.checkpoint.config_files import PARAMS, read_config
-from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES, Index, LazyTensor, Leaves, eight_bit
-from qwen3vl_jax.checkpoint.name_map import tree_of
-from qwen3vl_jax.checkpoint.orbax_io import open_tree
+from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES, LazyTensor, Leaves, eight_bit
 from qwen3vl_jax.checkpoint.param_paths import TreePath, path_str, split_layer_index
-from qwen3vl_jax.checkpoint.validate import check_stored, check_weights, stored_kind
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.device_mesh import array_sharding, check_divides, shardings
 from qwen3vl_jax.errors import InputError
@@ -26,8 +23,7 @@ from qwen3vl_jax.model.quantized import Quantized
 from qwen3vl_jax.model.structs import Params
 from qwen3vl_jax.parameters import logical_axes
 
-Spans = tuple[tuple[int, ...], ...]
-Parts = dict[Spans, np.ndarray]
+Parts = dict[str, np.ndarray]  # by the repr of the index: a slice has no hash
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,55 +34,50 @@ class Source:
     cfg: Config
     weights: str | None = None
     expert_layout: str | None = None
-    # Reads the arrays of a run of train.py: training/run_params.py.
-    read_run: Callable[[], Leaves] | None = None
+    read_run: Callable[[], Leaves] | None = None  # of a run of train.py: training/run_params.py
 
     def stored(self) -> Leaves:
         """The arrays as the files hold them. Raises InputError."""
         directory = self.directory
         if self.read_run is not None:
-            check_weights(directory, None, self.weights)
+            validate.check_weights(directory, None, self.weights)
             return self.read_run()
         if not (directory / PARAMS).is_dir():
             if any(directory.glob(f"{PARAMS}.orbax-checkpoint-tmp*")):
-                what = "its Orbax checkpoint was never finished"
-                raise InputError(f"{directory}: {what}; write it again")
+                what = "its Orbax checkpoint was never finished; write it again"
+                raise InputError(f"{directory}: {what}")
             return hf_reader.open_hf(directory, self.cfg, self.expert_layout, self.weights)
-        held = open_tree(directory / PARAMS)
-        check_stored(directory, self.cfg, held, read_config(directory))
-        check_weights(directory, stored_kind(held), self.weights)
+        held = orbax_io.open_tree(directory / PARAMS)
+        validate.check_stored(directory, self.cfg, held, read_config(directory))
+        validate.check_weights(directory, validate.stored_kind(held), self.weights)
         return held
 
     def asked(self) -> Leaves:
         """The arrays as devices hold them: values and scale in place of what int8 or int4 rounds."""
         stored = self.stored()
-        if self.weights not in quantize.CODES or stored_kind(stored) is not None:
+        if self.weights not in quantize.CODES or validate.stored_kind(stored) is not None:
             return stored
         return quantize.quantize_leaves(self.cfg, stored, self.weights)
 
 
 def weights_bytes(source: Source, dtype: Any = None, mesh: AbstractMesh | None = None) -> int:
     """Bytes of the parameters on one device, alone or of a mesh; reads headers only. Raises InputError."""
-    leaves = source.asked()
+    leaves, total = source.asked(), 0
     codes, where = eight_bit(leaves), path_shardings(mesh, source.cfg, leaves)
-
-    def size(path: TreePath, leaf: LazyTensor) -> int:
+    for path, leaf in leaves.items():
         held = leaf.dtype if path in codes or dtype is None else np.dtype(dtype)
         place = where[path]
         shape = leaf.shape if place is None else place.shard_shape(leaf.shape)
-        return lazy_tensor.device_bytes(math.prod(shape), held)
-
-    return sum(size(path, leaf) for path, leaf in leaves.items())
+        total += lazy_tensor.device_bytes(math.prod(shape), held)
+    return total
 
 
 def load_params(source: Source, mesh: Mesh | None, dtype: Any) -> Params:
     """The parameters of a checkpoint on the default device, or sharded over a mesh. Raises InputError."""
     leaves = source.asked()
     where, codes = path_shardings(mesh, source.cfg, leaves), eight_bit(leaves)
-    arrays = {}
-    for path, parts in lazy_tensor.read_ahead(
-        lambda path: _read(leaves[path], where[path]), leaves
-    ):
+    arrays, read = {}, lambda path: _read(leaves[path], where[path])
+    for path, parts in lazy_tensor.read_ahead(read, leaves):
         array = _placed(leaves[path], where[path], parts)
         if dtype is not None and path not in codes:
             array = array.astype(dtype)
@@ -96,14 +87,11 @@ def load_params(source: Source, mesh: Mesh | None, dtype: Any) -> Params:
             array = jax.device_put(array, laid_out)
         # Otherwise the host copies of many tensors are alive at once.
         arrays[path] = array.block_until_ready()
-    return as_structs(tree_of(source.cfg, arrays))
+    return as_structs(name_map.tree_of(source.cfg, arrays))
 
 
 def placement(path: TreePath, sharding: Any) -> Any:
-    """Where an array of the parameters lies: on a TPU attn.o [D N H] of the decoder with N outermost.
-
-    Each loop of decode steps would otherwise begin with a copy of it.
-    """
+    """How an array lies: on a TPU attn.o [D N H] with N outermost, else each decode loop copies it."""
     (device, *_), name = sharding.device_set, [part for part in path if part != VALUES]
     heads_first = device.platform == "tpu" and path[0] == "layers" and name[-2:] == ["attn", "o"]
     return Format(Layout((1, 0, 2)), sharding) if heads_first else sharding
@@ -132,40 +120,31 @@ def on_devices(leaf: LazyTensor, sharding: NamedSharding | None) -> jax.Array:
 def _read(leaf: LazyTensor, sharding: NamedSharding | None) -> Parts:
     """The parts of a tensor that this process's devices hold, each once, in host memory."""
     if sharding is None:
-        return {(): leaf.load()}
+        return {"": leaf.load()}
     local = sharding.addressable_devices_indices_map(leaf.shape).values()
-    where = {_spans(leaf, index): index for index in local if index is not None}
+    where = {repr(index): index for index in local if index is not None}
     return dict(zip(where, leaf.parts(list(where.values())), strict=True))
 
 
 def _placed(leaf: LazyTensor, sharding: NamedSharding | None, parts: Parts) -> jax.Array:
     if sharding is None:
         # Not device_put: on a CPU it would alias the memory map of a file that may change.
-        return jnp.array(parts[()])
-
-    def part(index: Any) -> np.ndarray:
-        return parts[_spans(leaf, index)]
-
-    return jax.make_array_from_callback(leaf.shape, sharding, part)
-
-
-def _spans(leaf: LazyTensor, index: Index) -> Spans:
-    return tuple(s.indices(n) for s, n in zip(index, leaf.shape, strict=True))
+        return jnp.array(parts[""])
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: parts[repr(index)])
 
 
 def put_pairs(
     matrices: Mapping[str, np.ndarray], mesh: Mesh | None, dtype: Any
 ) -> dict[str, jax.Array]:
     """An adapter's matrices on the mesh: experts' are sharded with their experts, others replicated."""
-
-    def put(x: np.ndarray) -> jax.Array:
-        x = x if dtype is None else x.astype(dtype)
+    found = {}
+    for name, stored in matrices.items():
+        x = stored if dtype is None else stored.astype(dtype)
         # The first axis is that of layers.
         axes = (None, "expert", None, None) if x.ndim == 4 else (None,) * x.ndim
         sharding = None if mesh is None else array_sharding(mesh, axes, x)
-        return on_devices(LazyTensor(x.shape, x.dtype, lambda: x), sharding)
-
-    return {name: put(x) for name, x in matrices.items()}
+        found[name] = on_devices(LazyTensor(x.shape, x.dtype, lambda x=x: x), sharding)
+    return found
 
 
 def as_structs(tree: Any) -> Any:
@@ -179,8 +158,8 @@ def as_structs(tree: Any) -> Any:
 
 def as_dicts(tree: Any) -> Any:
     """The inverse of `as_structs`."""
-
-    def as_dict(leaf: Any) -> Any:
-        return {VALUES: leaf.values, SCALE: leaf.scale} if isinstance(leaf, Quantized) else leaf
-
-    return jax.tree.map(as_dict, tree, is_leaf=lambda leaf: isinstance(leaf, Quantized))
+    return jax.tree.map(
+        lambda x: {VALUES: x.values, SCALE: x.scale} if isinstance(x, Quantized) else x,
+        tree,
+        is_leaf=lambda x: isinstance(x, Quantized),
+    )

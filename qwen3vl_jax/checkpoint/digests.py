@@ -19,12 +19,9 @@ import numpy as np
 from qwen3vl_jax.errors import InputError, ProblemsError
 from qwen3vl_jax.storage.json_text import read_json, read_json_file, write_json
 
-# The file of digests in a tree that write_tree wrote.
-DIGESTS = "digests.json"
-# The JSON of a run's step, with the digests of its trees by name.
-META = "meta"
-# Arrays of so many bytes are added by several threads.
-_LARGE, _THREADS = 1 << 24, 4
+DIGESTS = "digests.json"  # in a tree that write_tree wrote
+META = "meta"  # the JSON of a run's step, with the digests of its trees by name
+_LARGE, _THREADS = 1 << 24, 4  # bytes from which an array is added by several threads
 
 
 class DamagedError(ProblemsError):
@@ -37,21 +34,17 @@ class DamagedError(ProblemsError):
 def digest(x: np.ndarray) -> str:
     """The digest of an array: 8 hexadecimal digits."""
     bits = x.view(f"u{x.dtype.itemsize}")
-    if x.nbytes < _LARGE or x.ndim < 2:
-        return _finished(x, _added(bits))
+    parts = [bits] if x.nbytes < _LARGE or x.ndim < 2 else np.array_split(bits, _THREADS)
     with ThreadPoolExecutor(_THREADS) as pool:
-        parts = list(pool.map(_added, np.array_split(bits, _THREADS)))
-    return _finished(x, np.add.reduce(parts, 0, bits.dtype))
+        return _finished(x, np.add.reduce(list(pool.map(_added, parts)), 0, bits.dtype))
 
 
 def _added(bits: np.ndarray) -> np.ndarray:
-    """The sums along all axes but the last."""
     if bits.ndim < 2 or not bits.size:
         return np.add.reduce(bits, tuple(range(bits.ndim - 1)), bits.dtype)
     width = bits.shape[-1]
     fold = 16 if bits.size % (16 * width) == 0 and width * bits.itemsize <= 4096 else 1
-    # Long rows add faster.
-    wide = np.add.reduce(bits.reshape(-1, fold * width), 0, bits.dtype)
+    wide = np.add.reduce(bits.reshape(-1, fold * width), 0, bits.dtype)  # long rows add faster
     return np.add.reduce(wide.reshape(fold, width), 0, bits.dtype)
 
 
@@ -62,8 +55,8 @@ def digests(arrays: Mapping[str, Any]) -> dict[str, str]:
     first = next(iter(arrays.values()))
     if first.sharding.device_set == {jax.local_devices(backend="cpu")[0]}:
         return {name: digest(np.asarray(x)) for name, x in arrays.items()}
-    mesh = getattr(first.sharding, "mesh", None)
-    sums = jax.device_get(_device_sums(mesh)(dict(arrays)))
+    device_sums = _device_sums(getattr(first.sharding, "mesh", None))
+    sums = jax.device_get(device_sums(dict(arrays)))
     return {name: _finished(x, sums[name]) for name, x in arrays.items()}
 
 
@@ -102,8 +95,7 @@ def saved_digests(directory: Path) -> dict[str, str] | None:
 
 def with_checksum(meta: Mapping[str, Any]) -> dict[str, Any]:
     """JSON data with its own crc32, for `read_meta`."""
-    # As it will be read: tuples become lists.
-    plain = read_json(write_json(meta, META), META)
+    plain = read_json(write_json(meta, META), META)  # as it will be read: tuples become lists
     return plain | {"crc32": zlib.crc32(write_json(plain, META, sort_keys=True).encode())}
 
 
@@ -128,8 +120,7 @@ def saved_trees(step: Path) -> list[str]:
     return sorted(p.name for p in step.iterdir() if p.is_dir() and p.name != META)
 
 
-def check_digests(directory: Path, found: Mapping[str, str], kept: Mapping[str, str]) -> None:
+def check_digests(directory: Path, found: Mapping[str, str], kept: Mapping[str, Any]) -> None:
     """Raises DamagedError with a list of the tensors whose digests differ from the saved ones."""
-    names = sorted(n for n in {**kept, **found} if kept.get(n) != found.get(n))
-    if names:
+    if names := sorted(n for n in {**kept, **found} if kept.get(n) != found.get(n)):
         raise DamagedError(directory, [f"{name} is not as it was saved" for name in names])

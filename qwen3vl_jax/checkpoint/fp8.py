@@ -28,15 +28,12 @@ def block_of(where: Path, raw: Mapping[str, Any]) -> Block | None:
     """The block [A, B] of quantization_config in a config.json; None without one. Raises InputError."""
     text = raw.get("text_config")
     nested = text.get(QUANTIZATION) if isinstance(text, Mapping) else None
-    found = raw.get(QUANTIZATION) or nested
-    if not found:
+    if not (found := raw.get(QUANTIZATION) or nested):
         return None
     if not isinstance(found, Mapping):
         raise InputError(f"{where}: {QUANTIZATION}: got {found!r}, expected an object; {_ADVICE}")
-    # transformers writes no fmt.
-    for key, expected in (("quant_method", "fp8"), ("fmt", "e4m3")):
-        value = found.get(key, "e4m3" if key == "fmt" else None)
-        if value != expected:
+    for key, expected in (("quant_method", "fp8"), ("fmt", "e4m3")):  # transformers writes no fmt
+        if (value := found.get(key, "e4m3" if key == "fmt" else None)) != expected:
             wrong = f"{QUANTIZATION}.{key}: got {value!r}"
             raise InputError(f"{where}: {wrong}, expected {expected!r}; {_ADVICE}")
     block = found.get("weight_block_size")
@@ -56,11 +53,9 @@ def misfit(tensor: Stored, scales: Stored | None, block: Block | None) -> str | 
     """The problem of a tensor and the scales of its name in one line, or None."""
     if tensor.dtype not in FP8:
         expected = f"expected {', '.join(FP8)}; take both from one release"
-        of_what = f"of a tensor that is {tensor.dtype}, {expected}"
-        return scales and f"scales {scales.where} {of_what}"
+        return scales and f"scales {scales.where} of a tensor that is {tensor.dtype}, {expected}"
     if block is None or len(tensor.shape) not in (2, 3):
-        found = f"found {tensor.dtype}, expected BF16 (it has no blocks)"
-        return f"dtype of {tensor.where}: {found}"
+        return f"dtype of {tensor.where}: found {tensor.dtype}, expected BF16 (it has no blocks)"
     wanted = scale_shape(tensor.shape, block)
     if scales is None:
         name = tensor.name + SUFFIX
@@ -86,5 +81,4 @@ def dequantize_into(codes: np.ndarray, scales: np.ndarray, block: Block, out: np
         # "clip" skips the bounds check: every index is below 256.
         values = np.take(_VALUES, codes[strip].view(np.uint8), mode="clip")
         values *= np.repeat(scale, min(block[1], columns))[:columns]
-        # Casting first is faster where `out` is transposed.
-        out[strip] = values.astype(out.dtype)
+        out[strip] = values.astype(out.dtype)  # casting first is faster where `out` is transposed

@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,115 +9,96 @@ import numpy as np
 
 from qwen3vl_jax.checkpoint.config_files import QUANTIZATION, read_config
 from qwen3vl_jax.checkpoint.fp8 import SUFFIX, block_of, dequantize_into, misfit
-from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES, Index, LazyTensor
+from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES, LazyTensor, Leaves, Shape
 from qwen3vl_jax.checkpoint.name_map import TEXT, Block, ParamSpec, param_specs, released_name
-from qwen3vl_jax.checkpoint.param_paths import TreePath, path_str
+from qwen3vl_jax.checkpoint.param_paths import path_str
 from qwen3vl_jax.checkpoint.validate import MismatchError, check_weights
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.storage.atomic_dir import CONFIG
-from qwen3vl_jax.storage.safetensors_files import DTYPES, FP8, Files, Stored, read_tensors
+from qwen3vl_jax.storage.safetensors_files import DTYPES, FP8, Stored, read_tensors
 
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """A stored tensor in the released layout, and its scales if it is FP8, which `keep` leaves."""
+    """A stored tensor in the released layout, with scales if it is FP8; block: to dequantize it."""
 
-    files: Files
     tensor: Stored
     scales: Stored | None
     block: Block | None
-    keep: bool = False
 
     @property
     def dtype(self) -> np.dtype:
         """The dtype of `load`: as stored, or bf16 for dequantized FP8."""
-        as_stored = self.scales is None or self.keep
-        return (DTYPES | FP8)[self.tensor.dtype if as_stored else "BF16"]
+        return (DTYPES | FP8)["BF16" if self.block else self.tensor.dtype]
+
+    @property
+    def keep(self) -> bool:
+        """Whether it stays FP8."""
+        return self.scales is not None and self.block is None
 
     def load(self) -> np.ndarray:
         """The values: a read-only view of the file, or a dequantized copy."""
-        if self.scales is None or self.keep:
-            return self.files.view(self.tensor)
+        if self.block is None:
+            return self.tensor.view()
         out = np.empty(self.tensor.shape, self.dtype)
         self.read_into(out)
         return out
 
     def sliceable(self) -> np.ndarray:
         """The values for slicing: of a remote file only the slices are fetched."""
-        return self.load() if self.scales and not self.keep else self.files.sliced(self.tensor)
+        return self.load() if self.block else self.tensor.sliced()
 
     def load_scales(self) -> np.ndarray:
-        """The scales of kept FP8: a read-only view of the file."""
+        """The scales of FP8: a read-only view of the file."""
         assert self.scales is not None
-        return self.files.view(self.scales)
+        return self.scales.view()
 
     def read_into(self, out: np.ndarray) -> None:
         """Writes the values into `out` (same shape and dtype, any strides) without another copy."""
-        codes = self.files.view(self.tensor)
-        if self.scales is None or self.block is None or self.keep:
-            out[...] = codes
+        if self.block is None:
+            out[...] = self.tensor.view()
         else:
-            dequantize_into(codes, self.files.view(self.scales), self.block, out)
+            dequantize_into(self.tensor.view(), self.load_scales(), self.block, out)
 
 
-@dataclasses.dataclass(frozen=True)
 class Experts:
-    """[E, in, out] from matrices [out, in] of single experts; gate and up lie side by side.
+    """[E, in, out] from a tensor [E, out, in], or each expert's [out, in] with gate and up side by side."""
 
-    weights: `parts` matrices for each of the E experts, or one stored tensor [E, out, in].
-    """
-
-    weights: Sequence[Weight]
-    shape: tuple[int, int, int]
-    parts: int = 1
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.weights[0].dtype
-
-    @property
-    def keep(self) -> bool:
-        return self.weights[0].keep
-
-    @property
-    def fused(self) -> bool:
-        return len(self.weights[0].tensor.shape) == 3
+    def __init__(self, weights: Sequence[Weight], shape: Shape):
+        self.weights, self.shape = weights, shape
+        self.dtype, self.keep = weights[0].dtype, weights[0].keep
 
     def load(self) -> np.ndarray:
         """The values, transposed into a copy."""
         out = np.empty(self.shape, self.dtype)
-        if self.fused:
+        if len(self.weights[0].tensor.shape) == 3:
             self.weights[0].read_into(out.transpose(0, 2, 1))
             return out
-        width = self.shape[2] // self.parts
-        for k, weight in enumerate(self.weights):
-            expert, part = divmod(k, self.parts)
-            weight.read_into(out[expert, :, part * width : (part + 1) * width].T)
+        count, inner, _ = self.shape
+        places = out.reshape(count, inner, len(self.weights) // count, -1).transpose(0, 2, 3, 1)
+        for weight, place in zip(self.weights, (place for expert in places for place in expert)):
+            weight.read_into(place)
         return out
 
-    # Slices of a transposed tensor lie everywhere in its file.
-    sliceable = load
+    sliceable = load  # slices of a transposed tensor lie everywhere in its file
 
     def load_scales(self) -> np.ndarray:
         """The scales of kept FP8, transposed as the values are."""
-        if self.fused:
-            return self.weights[0].load_scales().transpose(0, 2, 1)
-        scales = [weight.load_scales().T for weight in self.weights]
-        experts = (scales[i : i + self.parts] for i in range(0, len(scales), self.parts))
-        return np.stack([np.concatenate(expert, axis=1) for expert in experts])
+        scales = np.stack([weight.load_scales() for weight in self.weights])
+        rows, columns = scales.shape[-2:]
+        scales = scales.reshape(self.shape[0], -1, rows, columns).transpose(0, 3, 1, 2)
+        return scales.reshape(self.shape[0], columns, -1)
 
 
 LAYOUTS = ("released", "transformers5")
 _HEAD, _EMBED = "lm_head.weight", TEXT + "embed_tokens.weight"
-# Rows of the embedding and the head that are compared at a time.
-_ROWS = 4096
 log = logging.getLogger("qwen3vl_jax")
 
 
 def open_hf(
     directory: Path, cfg: Config, layout: str | None = None, weights: str | None = None
-) -> dict[TreePath, LazyTensor]:
+) -> Leaves:
     """The arrays of a Hugging Face directory by tree path; only headers are read.
 
     weights: None dequantizes FP8 to bf16 at load, "fp8" keeps values and scale, "int8" refuses FP8.
@@ -131,33 +111,41 @@ def open_hf(
 
 
 class _Matcher:
-    """Matches stored tensors to parameters; the weight of a tensor with a problem is None."""
+    """Matches stored tensors to parameters; experts of tensors with a problem are None."""
 
     def __init__(self, directory: Path, cfg: Config, layout: str | None, weights: str | None):
         self.directory, self.cfg, self.layout = directory, cfg, layout
         self.keep = weights == "fp8"
-        self.files = Files()
         self.problems: list[str] = []
-        self.weights: dict[str, Weight | Experts | None] = {}
+        self.experts: dict[str, Experts | None] = {}
         self.block = block_of(directory, read_config(directory))
-        found = self._by_released_name(read_tensors(directory))
+        found: dict[str, Stored] = {}
+        for tensor in read_tensors(directory):
+            if tensor.dtype in FP8 and self.block is None:
+                lacks = f"{CONFIG} has no {QUANTIZATION} with the size of its blocks"
+                lacks += f"; fetch {CONFIG} again or take the bf16 release"
+                raise InputError(f"{tensor.where}: {tensor.dtype}, but {lacks}")
+            name = released_name(tensor.name)
+            if name in found:
+                self.problems.append(f"duplicated {name}: {found[name].where} and {tensor.where}")
+            elif name is not None:
+                found[name] = tensor
         self.scales = {name: found.pop(name) for name in list(found) if name.endswith(SUFFIX)}
         self.found = found
         held = "fp8" if any(tensor.dtype in FP8 for tensor in found.values()) else None
         check_weights(directory, held, weights)
 
-    def match(self) -> dict[TreePath, LazyTensor]:
-        """Every array of the tree; raises MismatchError with all problems at once."""
+    def match(self) -> Leaves:
         if self.cfg.text.num_experts:
             for i in range(self.cfg.text.num_hidden_layers):
                 self._experts(f"{TEXT}layers.{i}.mlp.experts.")
         self._tied_head()
         wanted = param_specs(self.cfg)
         if not self.cfg.tie_word_embeddings and _HEAD not in self.found:
-            text = "%s: no %s (a base model): it can embed, not generate"
-            log.warning(text, self.directory, _HEAD)
+            what = "(a base model): it can embed, not generate"
+            log.warning("%s: no %s %s", self.directory, _HEAD, what)
             wanted = [param for param in wanted if param.path != ("head",)]
-        leaves: dict[TreePath, LazyTensor] = {}
+        leaves: Leaves = {}
         for param in wanted:
             leaves |= self._leaves(param)
         for tensor in (*self.found.values(), *self.scales.values()):
@@ -166,22 +154,7 @@ class _Matcher:
             raise MismatchError(self.directory, self.problems)
         return leaves
 
-    def _by_released_name(self, tensors: list[Stored]) -> dict[str, Stored]:
-        groups: dict[str, list[Stored]] = defaultdict(list)
-        for tensor in tensors:
-            if tensor.dtype in FP8 and self.block is None:
-                lacks = f"but {CONFIG} has no {QUANTIZATION} with the size of its blocks"
-                advice = f"fetch {CONFIG} again or take the bf16 release"
-                raise InputError(f"{tensor.where}: {tensor.dtype}, {lacks}; {advice}")
-            if (name := released_name(tensor.name)) is not None:
-                groups[name].append(tensor)
-        for name, group in groups.items():
-            if len(group) > 1:
-                places = " and ".join(tensor.where for tensor in group)
-                self.problems.append(f"duplicated {name}: {places}")
-        return {name: group[0] for name, group in groups.items()}
-
-    def _take(self, name: str, shape: tuple[int, ...]) -> Weight | None:
+    def _take(self, name: str, shape: Shape) -> Weight | None:
         """Uses up a stored tensor and its scales; notes a problem and gives None."""
         tensor, scales = self.found.pop(name, None), self.scales.pop(name + SUFFIX, None)
         if tensor is None:
@@ -196,42 +169,35 @@ class _Matcher:
         elif problem := misfit(tensor, scales, self.block):
             self.problems.append(problem)
         else:
-            return Weight(self.files, tensor, scales, self.block, self.keep and scales is not None)
+            return Weight(tensor, scales, self.block if scales and not self.keep else None)
         return None
 
-    def _leaves(self, param: ParamSpec) -> dict[TreePath, LazyTensor]:
+    def _leaves(self, param: ParamSpec) -> Leaves:
         """A parameter's array, or values and scale of a kept one; {} where a problem was noted."""
-        for part in param.parts:
-            if part.name not in self.weights:
-                self.weights[part.name] = self._take(part.name, part.hf_shape)
-        weights = [weight for part in param.parts if (weight := self.weights[part.name])]
-        if len(weights) < len(param.parts):
+        names = {part.name: part.hf_shape for part in param.parts}
+        found = [self.experts[n] if n in self.experts else self._take(n, names[n]) for n in names]
+        weights = [weight for weight in found if weight]
+        if len(weights) < len(names):
             return {}
         if len({weight.dtype for weight in weights}) > 1:
-            found = ", ".join(f"{p.name} {w.dtype}" for p, w in zip(param.parts, weights))
+            found = ", ".join(f"{name} {weight.dtype}" for name, weight in zip(names, weights))
             where = path_str(param.path)
             self.problems.append(f"dtype of {where}: found {found}, expected one for all parts")
             return {}
-
-        def load() -> np.ndarray:
-            return param.assemble([weight.load() for weight in weights])
-
-        def read(where: Sequence[Index]) -> list[np.ndarray]:
-            tensors = [weight.sliceable() for weight in weights]
-            return [param.cut(tensors, index) for index in where]
-
-        leaf = LazyTensor(param.shape, weights[0].dtype, load, read)
-        block = self.block
-        if not weights[0].keep or block is None:
-            return {param.path: leaf}
-
-        def scale() -> np.ndarray:
-            return param.assemble_scales([weight.load_scales() for weight in weights], block)
-
-        return {
-            (*param.path, VALUES): leaf,
-            (*param.path, SCALE): LazyTensor(param.scale_shape(block), DTYPES["F32"], scale),
-        }
+        values = LazyTensor(
+            param.shape,
+            weights[0].dtype,
+            lambda: param.assemble([weight.load() for weight in weights]),
+            lambda where: param.cut([weight.sliceable() for weight in weights], where),
+        )
+        if not weights[0].keep or (block := self.block) is None:
+            return {param.path: values}
+        scale = LazyTensor(
+            param.scale_shape(block),
+            DTYPES["F32"],
+            lambda: param.assemble([weight.load_scales() for weight in weights], block),
+        )
+        return {(*param.path, VALUES): values, (*param.path, SCALE): scale}
 
     def _tied_head(self) -> None:
         """Drops a tied head that repeats the embedding. Raises InputError if it differs."""
@@ -252,59 +218,48 @@ class _Matcher:
             return one is other
         if (one.shape, one.dtype) != (other.shape, other.dtype) or one.dtype not in DTYPES | FP8:
             return False
-        a, b = (self.files.view(tensor).view(np.uint8) for tensor in (one, other))
-        cuts = range(0, len(a), _ROWS)
-        return all(np.array_equal(a[i : i + _ROWS], b[i : i + _ROWS]) for i in cuts)
+        # In parts: a comparison takes half the memory of what it compares.
+        a, b = (np.array_split(x.view().view(np.uint8), 64) for x in (one, other))
+        return all(map(np.array_equal, a, b))
 
     def _experts(self, prefix: str) -> None:
         """One layer's experts: fused as released, fused as in transformers 5, or one by one."""
         t = self.cfg.text
         e, d, m = t.num_experts, t.hidden_size, t.moe_intermediate_size
-        shapes = {"gate_up_proj": (e, d, 2 * m), "down_proj": (e, m, d)}
-        if f"{prefix}0.gate_proj.weight" in self.found:
-            names = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-            for fused, shape in shapes.items():
-                self.weights[prefix + fused] = self._single(prefix, names[fused], shape)
-            return
-        stored = self.found.get(prefix + "gate_up_proj")
-        if stored is None:
-            return
-        if self.layout is None and d == 2 * m and stored.shape == (e, d, d):
-            may_be = "may be the released layout or that of transformers 5"
-            why = f"{may_be} (hidden_size is twice moe_intermediate_size)"
-            advice = f"give --expert-layout {' or '.join(LAYOUTS)}"
-            raise InputError(f"{stored.where}: got {list(stored.shape)}, which {why}; {advice}")
-        # gate_up decides for both: the shape of down is ambiguous where hidden_size equals
-        # moe_intermediate_size.
-        transposed = self.layout is None and stored.shape == (e, 2 * m, d)
-        if transposed or self.layout == LAYOUTS[1]:
-            for fused, shape in shapes.items():
-                count, inner, outer = shape
-                weight = self._take(prefix + fused, (count, outer, inner))
-                if weight:
-                    self._check_blocks(weight, weight.tensor.where)
-                self.weights[prefix + fused] = Experts([weight], shape) if weight else None
+        one_by_one = f"{prefix}0.gate_proj.weight" in self.found
+        fused = self.found.get(prefix + "gate_up_proj")
+        if not one_by_one:
+            if fused is None:
+                return
+            if self.layout is None and d == 2 * m and fused.shape == (e, d, d):
+                why = "may be the released layout or that of transformers 5 (hidden_size is twice "
+                why += f"moe_intermediate_size); give --expert-layout {' or '.join(LAYOUTS)}"
+                raise InputError(f"{fused.where}: got {list(fused.shape)}, which {why}")
+            # gate_up decides for both: down is ambiguous where hidden_size is moe_intermediate_size.
+            if (self.layout or LAYOUTS[fused.shape == (e, 2 * m, d)]) != LAYOUTS[1]:
+                return
+        parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+        for name, (inner, outer) in {"gate_up_proj": (d, 2 * m), "down_proj": (m, d)}.items():
+            wanted, shape = [prefix + name], (e, outer, inner)
+            if one_by_one:
+                wanted = [f"{prefix}{j}.{part}.weight" for j in range(e) for part in parts[name]]
+                shape = (outer // len(parts[name]), inner)
+            self.experts[prefix + name] = self._transposed(wanted, shape, (e, inner, outer))
 
-    def _single(
-        self, prefix: str, names: tuple[str, ...], shape: tuple[int, int, int]
-    ) -> Experts | None:
-        """Experts from a tensor for each expert; notes a problem and gives None."""
-        count, inner, outer = shape
-        width = outer // len(names)
-        wanted = [f"{prefix}{j}.{name}.weight" for j in range(count) for name in names]
-        weights = [self._take(name, (width, inner)) for name in wanted]
-        stored = [weight for weight in weights if weight]
-        if len(stored) < len(wanted):
+    def _transposed(self, names: list[str], hf_shape: Shape, shape: Shape) -> Experts | None:
+        """Experts from tensors that have one shape; notes a problem and gives None."""
+        weights = [weight for name in names if (weight := self._take(name, hf_shape))]
+        if len(weights) < len(names):
             return None
-        if len({weight.dtype for weight in stored}) > 1:
-            self.problems.append(f"dtype of {prefix}*: found several, expected one")
+        first, where = weights[0], names[0].partition("experts.")[0] + "experts.*"
+        if len({weight.dtype for weight in weights}) > 1:
+            self.problems.append(f"dtype of {where}: found several, expected one")
             return None
-        self._check_blocks(stored[0], f"{prefix}*", width if len(names) > 1 else 0)
-        return Experts(stored, shape, len(names))
-
-    def _check_blocks(self, weight: Weight, where: str, width: int = 0) -> None:
-        """Notes blocks of kept FP8 that do not transpose: not square, or cut at `width`."""
-        if weight.keep and self.block and (len(set(self.block)) > 1 or width % self.block[0]):
-            layout = "the released layout of experts, in which FP8 is kept"
-            unfit = f"blocks of {where}: {list(self.block)} do not fit {layout}"
-            self.problems.append(f"{unfit}; load or convert it without weights fp8")
+        beside = hf_shape[-2] if hf_shape[-2] < shape[2] else 0
+        # Kept blocks have to be square to be transposed, and parts end where a block ends.
+        if first.keep and self.block and (len(set(self.block)) > 1 or beside % self.block[0]):
+            where = where if len(weights) > 1 else first.tensor.where
+            unfit = "do not fit the released layout of experts, in which FP8 is kept"
+            advice = "load or convert it without weights fp8"
+            self.problems.append(f"blocks of {where}: {list(self.block)} {unfit}; {advice}")
+        return Experts(weights, shape)

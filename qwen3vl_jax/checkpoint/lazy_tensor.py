@@ -1,10 +1,11 @@
 """A tensor that is not read yet. No jax in here."""
 
 import dataclasses
+import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import ml_dtypes
@@ -13,20 +14,17 @@ import numpy as np
 from qwen3vl_jax.checkpoint.param_paths import TreePath
 
 _T = TypeVar("_T")
-# A part of an array: one slice without a step for each axis.
-Index = tuple[slice, ...]
-# The keys at the path of a weight held in 8 bits.
-VALUES, SCALE = "values", "scale"
-# Threads that read tensors before they are asked for. With the one in use, up to _AHEAD + 2 tensors are
-# in host memory.
-_AHEAD = 3
+Shape = tuple[int, ...]
+Index = tuple[slice, ...]  # a part of an array: one slice without a step for each axis
+VALUES, SCALE = "values", "scale"  # the keys at the path of a weight held in 8 bits
+_AHEAD = 3  # threads that read tensors early: up to _AHEAD + 2 tensors are in host memory
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LazyTensor:
     """Shape and dtype of a tensor; `load()` gives its values, and memory is used only then."""
 
-    shape: tuple[int, ...]
+    shape: Shape
     dtype: np.dtype
     load: Callable[[], np.ndarray]
     # Reads parts without the rest, where the file allows it; see `parts`.
@@ -50,8 +48,7 @@ def device_bytes(count: int, dtype: np.dtype) -> int:
     return count // 2 if dtype == ml_dtypes.int4 else count * dtype.itemsize
 
 
-# The arrays of a parameter tree by path.
-Leaves = Mapping[TreePath, LazyTensor]
+Leaves = dict[TreePath, LazyTensor]  # the arrays of a parameter tree by path
 
 
 def eight_bit(paths: Iterable[TreePath]) -> set[TreePath]:
@@ -64,20 +61,14 @@ def read_ahead(
     read: Callable[[TreePath], _T], paths: Iterable[TreePath]
 ) -> Iterator[tuple[TreePath, _T]]:
     """(path, read(path)) in order; threads read the next few while the caller uses one."""
-    pending: deque[tuple[TreePath, Future[_T]]] = deque()
-
-    def first() -> tuple[TreePath, _T]:
-        path, parts = pending.popleft()
-        return path, parts.result()
-
     pool = ThreadPoolExecutor(_AHEAD)
+    futures = ((path, pool.submit(read, path)) for path in paths)
+    pending = deque(itertools.islice(futures, _AHEAD))
     try:
-        for path in paths:
-            pending.append((path, pool.submit(read, path)))
-            if len(pending) > _AHEAD:
-                yield first()
         while pending:
-            yield first()
+            pending.extend(itertools.islice(futures, 1))
+            path, future = pending.popleft()
+            yield path, future.result()
     finally:
         # After an error or Ctrl-C the caller does not wait for reads that have begun.
         pending.clear()

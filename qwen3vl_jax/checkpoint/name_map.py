@@ -12,20 +12,20 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from qwen3vl_jax.checkpoint.lazy_tensor import Index
-from qwen3vl_jax.checkpoint.param_paths import TreePath, flatten, nest, parse_path
+from qwen3vl_jax.checkpoint.param_paths import TreePath, nest, parse_path
 from qwen3vl_jax.config import Config
 
 TEXT, VISION, HEAD = "model.language_model.", "model.visual.", "lm_head."
 TAP = VISION + "deepstack_merger_list.{i}."
 
-# The values that one FP8 scale covers along the file's last two axes.
-Block = tuple[int, int]
+Block = tuple[int, int]  # the values that one FP8 scale covers along the file's last two axes
+EACH: Block = (1, 1)
 
 # Of a merger; ? is the width of its norm.
 _MERGER = """
@@ -96,7 +96,10 @@ _TABLE = {
 
 @dataclasses.dataclass(frozen=True)
 class HFTensor:
-    """One Hugging Face tensor: its name and, for each axis in the file, the tree's axes in it."""
+    """One Hugging Face tensor: its name and, for each axis in the file, the tree's axes in it.
+
+    Its FP8 scales for blocks [A, B] have the same axes, shorter; values are scales of blocks [1, 1].
+    """
 
     name: str
     axes: tuple[tuple[int, ...], ...]
@@ -106,30 +109,22 @@ class HFTensor:
         """The shape in the file."""
         return tuple(map(math.prod, self.axes))
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape in the tree's array."""
-        return tuple(n for axis in self.axes for n in axis)
-
-    def scale_shape(self, block: Block) -> tuple[int, ...]:
-        """The shape of the tree's scales for blocks [A, B] of the file.
-
-        A scale covers the greatest common divisor of axis and block: a block across heads becomes several.
-        """
+    def shape(self, block: Block = EACH) -> tuple[int, ...]:
+        """The shape in the tree; a scale covers gcd(axis, block): a block across heads becomes several."""
         cut = zip(self.axes, self._covered(block))
         return tuple(n for axis, (_, few) in cut for n in (*axis[:-1], axis[-1] // few))
 
-    def expand_scales(self, scales: np.ndarray, block: Block) -> np.ndarray:
-        """The tree's scales from the file's."""
+    def to_tree(self, x: np.ndarray, block: Block = EACH) -> np.ndarray:
+        """The tree's array from the file's; of values a view."""
         for i, (side, few) in enumerate(self._covered(block)):
-            first = np.arange(0, self.hf_shape[i], few)
-            scales = np.take(scales, first // side, axis=i)
-        return scales.reshape(self.scale_shape(block))
+            if side != few:
+                x = np.take(x, np.arange(0, self.hf_shape[i], few) // side, axis=i)
+        return x.reshape(self.shape(block))
 
-    def file_scales(self, scales: np.ndarray, block: Block) -> np.ndarray:
-        """The file's scales from the tree's: the exact inverse of `expand_scales`."""
+    def to_file(self, x: np.ndarray, block: Block = EACH) -> np.ndarray:
+        """The file's array from the tree's: the exact inverse of `to_tree`."""
         covered = self._covered(block)
-        fine = scales.reshape([n // few for n, (_, few) in zip(self.hf_shape, covered)])
+        fine = x.reshape([n // few for n, (_, few) in zip(self.hf_shape, covered)])
         return fine[tuple(slice(None, None, side // few) for side, few in covered)]
 
     def _covered(self, block: Block) -> list[tuple[int, int]]:
@@ -140,7 +135,7 @@ class HFTensor:
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
-    """One array of the parameter tree and the Hugging Face tensors in it."""
+    """One array of the parameter tree and the Hugging Face tensors in it, side by side along `axis`."""
 
     path: TreePath
     parts: tuple[HFTensor, ...]
@@ -148,12 +143,13 @@ class ParamSpec:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The array's shape, all parts side by side."""
-        return self._beside([part.shape for part in self.parts])
+        """The array's shape."""
+        return self.scale_shape(EACH)
 
     def scale_shape(self, block: Block) -> tuple[int, ...]:
         """The shape of the array's FP8 scales."""
-        return self._beside([part.scale_shape(block) for part in self.parts])
+        sizes = zip(*(part.shape(block) for part in self.parts))
+        return tuple(sum(n) if i == self.axis else n[0] for i, n in enumerate(sizes))
 
     @property
     def summed(self) -> range:
@@ -166,44 +162,30 @@ class ParamSpec:
         """The shape of one scale per output channel: 1 along the input axes."""
         return tuple(1 if i in self.summed else n for i, n in enumerate(self.shape))
 
-    def assemble(self, tensors: list[np.ndarray]) -> np.ndarray:
-        """The tree's array from the file's tensors: a view of one, a copy of several."""
-        return self._joined([x.reshape(part.shape) for x, part in zip(tensors, self.parts)])
-
-    def cut(self, tensors: list[np.ndarray], index: Index) -> np.ndarray:
-        """A copy of `assemble(tensors)[index]`; all is copied only if the index cuts the parts' axis."""
-        if self.axis is None or index[self.axis].indices(n := self.shape[self.axis]) != (0, n, 1):
-            return np.array(self.assemble(tensors)[index])
-        return self._joined([x.reshape(part.shape)[index] for x, part in zip(tensors, self.parts)])
-
-    def assemble_scales(self, scales: list[np.ndarray], block: Block) -> np.ndarray:
-        """The tree's scales from those of the file's tensors."""
-        return self._joined([part.expand_scales(x, block) for x, part in zip(scales, self.parts)])
-
-    def split(self, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-        """(name, tensor) pairs of the file: the exact inverse of `assemble`."""
-        for part, piece in self._pieces(array):
-            yield part.name, piece.reshape(part.hf_shape)
-
-    def split_scales(self, array: np.ndarray, block: Block) -> Iterator[tuple[str, np.ndarray]]:
-        """(tensor's name, scales) pairs of the file: the exact inverse of `assemble_scales`."""
-        for part, piece in self._pieces(array):
-            yield part.name, part.file_scales(piece, block)
-
-    def _beside(self, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
-        shape = list(shapes[0])
-        if self.axis is not None:
-            shape[self.axis] = sum(each[self.axis] for each in shapes)
-        return tuple(shape)
-
-    def _joined(self, parts: list[np.ndarray]) -> np.ndarray:
+    def assemble(self, tensors: list[np.ndarray], block: Block = EACH) -> np.ndarray:
+        """The tree's array, or its scales, from the file's tensors: a view of one, a copy of several."""
+        parts = [part.to_tree(x, block) for x, part in zip(tensors, self.parts)]
         return parts[0] if self.axis is None else np.concatenate(parts, self.axis)
 
-    def _pieces(self, array: np.ndarray) -> Iterator[tuple[HFTensor, np.ndarray]]:
-        if self.axis is None:
-            return zip(self.parts, [array])
-        ends = np.cumsum([part.shape[self.axis] for part in self.parts])
-        return zip(self.parts, np.split(array, ends[:-1], self.axis))
+    def cut(self, tensors: list[np.ndarray], where: Sequence[Index]) -> list[np.ndarray]:
+        """Copies of `assemble(tensors)[index]`; all is copied only if an index cuts the parts' axis."""
+        out, axis = [], self.axis
+        for index in where:
+            if axis is None or index[axis].indices(n := self.shape[axis]) != (0, n, 1):
+                out.append(np.array(self.assemble(tensors)[index]))
+            else:
+                parts = [part.to_tree(x)[index] for x, part in zip(tensors, self.parts)]
+                out.append(np.concatenate(parts, axis))
+        return out
+
+    def split(self, x: np.ndarray, block: Block = EACH) -> Iterator[tuple[str, np.ndarray]]:
+        """(name, tensor) pairs of the file: the exact inverse of `assemble`."""
+        pieces = [x]
+        if self.axis is not None:
+            ends = np.cumsum([part.shape()[self.axis] for part in self.parts])
+            pieces = np.split(x, ends[:-1], self.axis)
+        for part, piece in zip(self.parts, pieces):
+            yield part.name, part.to_file(piece, block)
 
 
 def _sizes(cfg: Config) -> dict[str, int]:
@@ -218,18 +200,14 @@ def _sizes(cfg: Config) -> dict[str, int]:
     return {"1": 1, "3": 3, **text, **heads, **experts, **patches, **vision, **merger}
 
 
-def _counts(cfg: Config) -> dict[str, int]:
-    """The number of times that each section of the table occurs."""
-    layers, is_moe = cfg.text.num_hidden_layers, cfg.text.num_experts > 0
-    text = {"layer": layers, "bias": layers * cfg.text.attention_bias}
-    mlp = {"dense": layers * (not is_moe), "moe": layers * is_moe}
-    vision = {"block": cfg.vision.depth, "tap": len(cfg.vision.deepstack_visual_indexes)}
-    return {"top": 1, "head": int(not cfg.tie_word_embeddings), **text, **mlp, **vision}
-
-
 def param_specs(cfg: Config) -> list[ParamSpec]:
     """Every array of a config's parameter tree."""
-    sizes, counts = _sizes(cfg), _counts(cfg)
+    sizes, layers, is_moe = _sizes(cfg), cfg.text.num_hidden_layers, cfg.text.num_experts > 0
+    # How often each section of the table occurs.
+    counts = {"top": 1, "head": int(not cfg.tie_word_embeddings), "layer": layers}
+    counts |= {"bias": layers * cfg.text.attention_bias}
+    counts |= {"dense": layers * (not is_moe), "moe": layers * is_moe}
+    counts |= {"block": cfg.vision.depth, "tap": len(cfg.vision.deepstack_visual_indexes)}
 
     def axes(spec: str) -> tuple[tuple[int, ...], ...]:
         groups = re.findall(r"\(.*?\)|\S+", spec)
@@ -252,21 +230,6 @@ def tree_of(cfg: Config, leaves: Mapping[TreePath, Any]) -> Any:
     """The parameter tree of a config from its leaves by path; no DeepStack gives an empty list."""
     taps = cfg.vision.deepstack_visual_indexes
     return nest(leaves.items(), empty=() if taps else [("vision", "deepstack")])
-
-
-def from_hf(cfg: Config, tensors: Mapping[str, np.ndarray]) -> Any:
-    """The parameter tree from arrays by released name, in the released layout."""
-    specs = param_specs(cfg)
-    leaves = {s.path: s.assemble([tensors[part.name] for part in s.parts]) for s in specs}
-    return tree_of(cfg, leaves)
-
-
-def to_hf(cfg: Config, params: Any) -> dict[str, np.ndarray]:
-    """Arrays by released name, in the released layout: the inverse of `from_hf`."""
-    leaves = dict(flatten(params))
-    specs = (spec for spec in param_specs(cfg) if spec.path in leaves)
-    pieces = (spec.split(np.asarray(leaves[spec.path])) for spec in specs)
-    return {name: tensor for piece in pieces for name, tensor in piece}
 
 
 def released_name(name: str) -> str | None:

@@ -12,7 +12,7 @@ import itertools
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +29,11 @@ from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.storage.json_text import write_json
 from qwen3vl_jax.storage.paths import for_orbax
 
-# Bytes of tensors that are written together; a larger tensor is written alone.
-_GROUP = 64 << 20
-# Bytes of one stored chunk, the least that a process reads for its shard.
-_CHUNK = 128 << 20
-
+_GROUP = 64 << 20  # bytes of tensors that are written together; a larger one is written alone
+_CHUNK = 128 << 20  # bytes of one stored chunk, the least that a process reads for its shard
 
 # An error of Orbax's threads is also raised: it is not logged.
 logging.getLogger("absl").addFilter(lambda x: not (x.exc_info and "orbax" in x.pathname))
-
-
-def _context() -> tensorstore.Context:
-    # atomic_dir flushes once at the end; a flush for each group is slow.
-    cache = {"total_bytes_limit": 100_000_000}
-    return tensorstore.Context({"cache_pool#ocdbt": cache, "file_io_sync": False})
 
 
 class _Handler(ocp.type_handlers.NumpyHandler):
@@ -50,8 +41,10 @@ class _Handler(ocp.type_handlers.NumpyHandler):
 
     def __init__(self, wrote: Callable[[str, np.ndarray], None]):
         super().__init__(deepcopy_host_arrays=False)
-        self._wrote, self._context = wrote, _context()
-        self._failed: list[Exception] = []
+        self._wrote, self._failed = wrote, []
+        # atomic_dir flushes once at the end; a flush for each group is slow.
+        cache = {"total_bytes_limit": 100_000_000}
+        self._context = tensorstore.Context({"cache_pool#ocdbt": cache, "file_io_sync": False})
 
     async def _open_and_write(self, value: Any, tspec: Any, ts_context: Any):
         # Raised after the whole group: the others must not outlive their event loop.
@@ -73,21 +66,18 @@ class _Handler(ocp.type_handlers.NumpyHandler):
             if self._failed:
                 raise self._failed[0]
             for info, array in zip(infos[group], arrays):
-                name = jax.tree_util.keystr(info.keypath, simple=True, separator=".")
-                self._wrote(name, array)
-            # Before the next group is loaded.
-            del arrays, array, future
+                self._wrote(jax.tree_util.keystr(info.keypath, simple=True, separator="."), array)
+            del arrays, array, future  # before the next group is loaded
         return []
 
     async def deserialize(self, infos: Any, args: Any = None):
         leaves = []
-        # One by one, so that a damaged file gives one error.
-        for info in infos:
+        for info in infos:  # one by one, so that a damaged file gives one error
             spec = ocp.type_handlers.get_json_tspec_read(info, info.is_ocdbt_checkpoint)
             store = await tensorstore.open(spec, open=True, read=True, context=info.ts_context)
-            parts = functools.partial(_read_parts, store)
+            parts, dtype = functools.partial(_read_parts, store), store.dtype.numpy_dtype
             load = functools.partial(lambda store: store.read().result(), store)
-            leaves.append(LazyTensor(tuple(store.shape), store.dtype.numpy_dtype, load, parts))
+            leaves.append(LazyTensor(tuple(store.shape), dtype, load, parts))
         return leaves
 
 
@@ -133,21 +123,17 @@ def _tree_handler(wrote: Callable = lambda name, array: None) -> ocp.PyTreeCheck
 def write_tree(
     directory: Path, tree: Any, wrote: Callable[[int], None] = lambda nbytes: None
 ) -> None:
-    """Writes a tree of LazyTensors as an Orbax checkpoint with their digests.
-
-    wrote: called with the bytes of each written tensor. Raises InputError for a full disk.
-    """
-    save_args = jax.tree.map(lambda leaf: ocp.SaveArgs(chunk_byte_size=_CHUNK), tree)
+    """Writes LazyTensors and digests; calls wrote(bytes) for each. Raises InputError for a full disk."""
     found: dict[str, str] = {}
 
     def note(name: str, array: np.ndarray) -> None:
         found[name] = digest(array)
         wrote(array.nbytes)
 
+    chunked = jax.tree.map(lambda leaf: ocp.SaveArgs(chunk_byte_size=_CHUNK), tree)
     with writable(directory), ocp.Checkpointer(_tree_handler(note)) as checkpointer:
-        checkpointer.save(for_orbax(directory), args=ocp.args.PyTreeSave(tree, save_args))
-    text = write_json(found, digests.DIGESTS, indent=0)
-    (directory / digests.DIGESTS).write_text(text + "\n")
+        checkpointer.save(for_orbax(directory), args=ocp.args.PyTreeSave(tree, chunked))
+    (directory / digests.DIGESTS).write_text(write_json(found, digests.DIGESTS, indent=0) + "\n")
 
 
 def open_tree(directory: Path) -> dict[TreePath, LazyTensor]:
@@ -156,20 +142,19 @@ def open_tree(directory: Path) -> dict[TreePath, LazyTensor]:
     An array that is read in parts is not checked. Raises DamagedError, as `load` does.
     """
     saved = digests.saved_digests(directory)
-    return {path: _checked(directory, saved, path, leaf) for path, leaf in _open(directory)}
 
-
-def _checked(
-    directory: Path, saved: Mapping[str, str] | None, path: TreePath, leaf: LazyTensor
-) -> LazyTensor:
-    def load() -> np.ndarray:
+    def load(path: TreePath, leaf: LazyTensor) -> np.ndarray:
         with readable(directory):
             array = leaf.load()
-        if saved is not None and digest(array) != saved.get(path_str(path)):
-            raise DamagedError(directory, [f"{path_str(path)} is not as it was saved"])
+        if saved is not None:
+            name = path_str(path)
+            digests.check_digests(directory, {name: digest(array)}, {name: saved.get(name)})
         return array
 
-    return dataclasses.replace(leaf, load=load)
+    return {
+        path: dataclasses.replace(leaf, load=functools.partial(load, path, leaf))
+        for path, leaf in _open(directory)
+    }
 
 
 def _open(directory: Path) -> list[tuple[TreePath, LazyTensor]]:
@@ -181,16 +166,15 @@ def _open(directory: Path) -> list[tuple[TreePath, LazyTensor]]:
     alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
     args = ocp.args.PyTreeRestore(stored, restore_args=as_lazy)
     reader = ocp.Checkpointer(_tree_handler(), multiprocessing_options=alone)
-    with readable(directory), reader as checkpointer:
-        found = flatten(checkpointer.restore(for_orbax(directory), args=args))
+    with readable(directory), reader:
+        found = flatten(reader.restore(for_orbax(directory), args=args))
     # Empty nodes, such as those of an optimizer's state, are None.
     return [(path, leaf) for path, leaf in found if isinstance(leaf, LazyTensor)]
 
 
 def verify_tree(directory: Path) -> tuple[int, int]:
     """(number, bytes) of a checkpoint's arrays, all equal to their digests. Raises InputError."""
-    saved = digests.saved_digests(directory)
-    if saved is None:
+    if (saved := digests.saved_digests(directory)) is None:
         found = "got no digests, expected those of convert and train.py"
         raise InputError(f"{directory}: {found}; it is of an older release: write it again")
     leaves = _open(directory)
@@ -203,8 +187,7 @@ def verify_tree(directory: Path) -> tuple[int, int]:
 # Errors of a store that cannot be reached; the checkpoint may be intact.
 _AWAY = re.compile("(?i:permission.denied)|UNAVAILABLE|UNAUTHENTICATED|DEADLINE_EXCEEDED")
 _FULL = re.compile("No space left|RESOURCE_EXHAUSTED|quota|File too large", re.IGNORECASE)
-# Our own errors, and those of a full device or host memory.
-_OTHERS = (InputError, RuntimeError, MemoryError)
+_OTHERS = (InputError, RuntimeError, MemoryError)  # our own, and of a full device or host memory
 
 
 @contextlib.contextmanager
@@ -214,8 +197,7 @@ def readable(directory: Path) -> Iterator[None]:
         yield
     except _OTHERS:
         raise
-    # Orbax raises plain Exception.
-    except Exception as e:
+    except Exception as e:  # Orbax raises plain Exception
         if _AWAY.search(reason := _reason(e)):
             raise InputError(f"{directory}: cannot be read ({reason})") from e
         raise DamagedError(directory, [f"not a readable Orbax checkpoint ({reason})"]) from e
@@ -226,10 +208,9 @@ def writable(directory: Path) -> Iterator[None]:
     """Turns errors of Orbax and TensorStore for a full disk into InputError."""
     try:
         yield
-    except _OTHERS:
-        raise
     except Exception as e:
-        if not (isinstance(e, OSError) or _FULL.search(str(e)) or _AWAY.search(str(e))):
+        known = isinstance(e, OSError) or _FULL.search(str(e)) or _AWAY.search(str(e))
+        if isinstance(e, _OTHERS) or not known:
             raise
         raise InputError(f"{directory}: cannot be written ({_reason(e)}); make room there") from e
 

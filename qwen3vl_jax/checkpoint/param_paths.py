@@ -23,16 +23,14 @@ def parse_path(text: str) -> TreePath:
 
 def split_layer_index(path: TreePath) -> tuple[TreePath, int | None]:
     """(stacked path, layer index) of a path; (path, None) for a parameter outside the layers."""
-    depth = _stack_depth(path)
-    if depth is None:
+    if (depth := _stack_depth(path)) is None:
         return path, None
     return (*path[:depth], *path[depth + 1 :]), int(path[depth])
 
 
 def join_layer_index(path: TreePath, layers: int) -> list[TreePath]:
     """The path of each layer of a stacked path; [path] for a parameter outside the layers."""
-    depth = _stack_depth(path)
-    if depth is None:
+    if (depth := _stack_depth(path)) is None:
         return [path]
     return [(*path[:depth], i, *path[depth:]) for i in range(layers)]
 
@@ -64,10 +62,7 @@ def _lists(node: Any) -> Any:
 
 def flatten(tree: Any, path: TreePath = ()) -> list[tuple[TreePath, Any]]:
     """(path, leaf) pairs of a tree of dicts, lists and tuples, in its order: the inverse of `nest`."""
-    if isinstance(tree, dict):
-        children: Iterable[tuple[str | int, Any]] = tree.items()
-    elif isinstance(tree, (list, tuple)):
-        children = enumerate(tree)
-    else:
+    if not isinstance(tree, (dict, list, tuple)):
         return [(path, tree)]
+    children = tree.items() if isinstance(tree, dict) else enumerate(tree)
     return [found for key, child in children for found in flatten(child, (*path, key))]

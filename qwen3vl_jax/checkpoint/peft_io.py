@@ -7,7 +7,7 @@ and expert. The two parameters of one module are nested, the inner one under "ba
 import collections
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.storage.atomic_dir import atomic_dir
 from qwen3vl_jax.storage.json_text import read_json_file, write_json
 from qwen3vl_jax.storage.paths import AnyPath, as_path
-from qwen3vl_jax.storage.safetensors_files import DTYPES, Files, Stored, read_header, refuse_pickles
+from qwen3vl_jax.storage.safetensors_files import DTYPES, Stored, read_header, refuse_pickles
 
 SETTINGS, MATRICES = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX, _NESTED = "base_model.model.", ".base_layer"
@@ -35,8 +35,7 @@ _REFUSED = re.compile(
     "use_(dora|qalora|bdlora)|lora_bias|fan_in_fan_out|modules_to_save|trainable_token_indices"
     "|layer_replication|alora_invocation_tokens|(arrow|velora|kasa|monteclora|megatron)_config"
 )
-# Values of init_lora_weights that leave the base unchanged.
-_PLAIN_STARTS = (True, False, None, "gaussian", "eva")
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva")  # init_lora_weights, base unchanged
 
 _Pair = tuple[np.ndarray, np.ndarray]  # A and B
 
@@ -48,36 +47,28 @@ def save_adapter(
 
     weights: {NAME.a, NAME.b} of `lora_targets`, layers stacked. Raises InputError if `out` exists.
     """
-    known = lora_targets(cfg)
+    known, ranks = lora_targets(cfg), adapter.ranks
     tensors: dict[str, np.ndarray] = {}
-    for name in adapter.ranks:
-        sides = [np.asarray(weights[f"{name}.{side}"]) for side in "ab"]
-        tensors |= _tensors(known[name], sides[0], sides[1], adapter.ranks)
+    for name in ranks:
+        target, down = known[name], f"{name.removesuffix('gate_up.gate_up_proj')}down.down_proj"
+        a, b = (np.asarray(weights[f"{name}.{side}"]) for side in "ab")
+        for i, (module, rank) in enumerate(zip(target.modules, ranks[name], strict=True)):
+            if not rank:
+                continue
+            here = i if target.stacked else ...
+            one_a, one_b = a[here][..., :rank, :], b[here][..., :rank]
+            if target.experts:
+                one_a = one_a.reshape(-1, target.inner)
+                one_b = one_b.transpose(1, 2, 0).reshape(target.outer, -1)
+            inner = target.parameter == "gate_up_proj" and any(ranks.get(down, ())[i : i + 1])
+            key = f"{_PREFIX}{module}{_NESTED if inner else ''}"
+            tensors[f"{key}.lora_A.weight"] = np.ascontiguousarray(one_a)
+            tensors[f"{key}.lora_B.weight"] = np.ascontiguousarray(one_b)
     settings = _settings(known, adapter) | {"base_model_name_or_path": base_name or None}
     with atomic_dir(as_path(out), needs=sum(x.nbytes for x in tensors.values())) as stage:
         (stage / MATRICES).write_bytes(save(tensors, metadata={"format": "pt"}))
         text = write_json(settings, SETTINGS, indent=2) + "\n"
         (stage / SETTINGS).write_text(text, encoding="utf-8")
-
-
-def _tensors(
-    target: LoraTarget, a: np.ndarray, b: np.ndarray, ranks: Mapping[str, tuple[int, ...]]
-) -> dict[str, np.ndarray]:
-    found = {}
-    for i, (module, rank) in enumerate(zip(target.modules, ranks[target.name], strict=True)):
-        if not rank:
-            continue
-        here = i if target.stacked else ...
-        one_a, one_b = a[here][..., :rank, :], b[here][..., :rank]
-        if target.experts:
-            one_a = one_a.reshape(-1, target.inner)
-            one_b = one_b.transpose(1, 2, 0).reshape(target.outer, -1)
-        other = f"{target.name.removesuffix('gate_up.gate_up_proj')}down.down_proj"
-        inner = target.parameter == "gate_up_proj" and any(ranks.get(other, ())[i : i + 1])
-        key = f"{_PREFIX}{module}{_NESTED if inner else ''}"
-        found[f"{key}.lora_A.weight"] = np.ascontiguousarray(one_a)
-        found[f"{key}.lora_B.weight"] = np.ascontiguousarray(one_b)
-    return found
 
 
 def _settings(known: Mapping[str, LoraTarget], adapter: Adapter) -> dict[str, Any]:
@@ -92,24 +83,16 @@ def _settings(known: Mapping[str, LoraTarget], adapter: Adapter) -> dict[str, An
     unlike = {target: pair for (_, target), pair in flat.items() if pair != [rank, alpha]}
     names = [[target for kind, target in flat if kind is fused] for fused in (False, True)]
     every = [target for known_target in known.values() for target in known_target.targets]
-    settings = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": _json_number(alpha),
-        "lora_dropout": 0.0 if names[1] else adapter.dropout,
-        "target_modules": _shortened(names[0], every),
-        "rank_pattern": {re.escape(target): rank for target, (rank, _) in unlike.items()},
-        "alpha_pattern": {re.escape(n): _json_number(alpha) for n, (_, alpha) in unlike.items()},
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "modules_to_save": None,
-        "use_dora": False,
-        "use_rslora": adapter.rslora,
-    }
-    return settings | ({"target_parameters": _shortened(names[1], every)} if names[1] else {})
+    ranks = {re.escape(target): rank for target, (rank, _) in unlike.items()}
+    alphas = {re.escape(target): _json_number(alpha) for target, (_, alpha) in unlike.items()}
+    dropout = 0.0 if names[1] else adapter.dropout
+    found = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True}
+    found |= {"r": rank, "lora_alpha": _json_number(alpha), "lora_dropout": dropout}
+    found |= {"target_modules": _shortened(names[0], every), "rank_pattern": ranks}
+    found |= {"alpha_pattern": alphas, "bias": "none", "fan_in_fan_out": False}
+    found |= {"init_lora_weights": True, "modules_to_save": None, "use_dora": False}
+    found |= {"use_rslora": adapter.rslora}
+    return found | ({"target_parameters": _shortened(names[1], every)} if names[1] else {})
 
 
 def _json_number(x: float) -> float:
@@ -119,12 +102,12 @@ def _json_number(x: float) -> float:
 
 def _shortened(names: list[str], every: list[str]) -> list[str]:
     """Module names, shortened to their ending after the layer index where that is unambiguous."""
-    chosen, wanted = [], set(names)
+    wanted, chosen = set(names), {}
     for name in names:
         ending = re.split(r"\.\d+\.", name)[-1]
-        named = {other for other in every if other == ending or other.endswith(f".{ending}")}
-        chosen.append(ending if named <= wanted else name)
-    return list(dict.fromkeys(chosen))
+        named = {other for other in every if f".{other}".endswith(f".{ending}")}
+        chosen[ending if named <= wanted else name] = None
+    return list(chosen)
 
 
 def load_adapter(directory: AnyPath, cfg: Config) -> tuple[dict[str, np.ndarray], Adapter]:
@@ -134,31 +117,28 @@ def load_adapter(directory: AnyPath, cfg: Config) -> tuple[dict[str, np.ndarray]
     that cannot be read or do not fit, and for more than two matrices a module (DoRA, biases).
     """
     directory = as_path(directory)
-    settings = _read_settings(directory)
-    pairs = _read_pairs(directory, (cfg.text.vocab_size, cfg.text.hidden_size))
-    known = lora_targets(cfg)
+    settings, known = _read_settings(directory), lora_targets(cfg)
     by_module = collections.defaultdict(list)
     for target in known.values():
         for i, module in enumerate(target.modules):
             by_module[module].append((target, i))
-    layers: dict[str, dict[int, _Pair]] = {}
-    for module, a, b in pairs:
+    layers: dict[str, dict[int, _Pair]] = collections.defaultdict(dict)
+    for module, a, b in _read_pairs(directory, (cfg.text.vocab_size, cfg.text.hidden_size)):
         if module not in by_module:
             near = difflib.get_close_matches(module, by_module, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise InputError(f"{directory}: this model has no module {module} to adapt{hint}")
         target, i, pair = _matched(directory, module, by_module[module], a, b)
-        if i in layers.setdefault(target.name, {}):
+        if i in layers[target.name]:
             raise InputError(f"{directory}: {module} is adapted twice")
         layers[target.name][i] = pair
     ranks, alphas, weights = {}, {}, {}
     for name, target in known.items():
         if found := layers.get(name):
-            rank = {i: a.shape[-2] for i, (a, _) in found.items()}
-            ranks[name] = tuple(rank.get(i, 0) for i in range(len(target.modules)))
+            pairs = [found.get(i) for i in range(len(target.modules))]
+            ranks[name] = tuple(pair[0].shape[-2] if pair else 0 for pair in pairs)
             alphas[name] = tuple(_alpha(settings, module) for module in target.targets)
-            a, b = _stacked(target, found, max(rank.values()))
-            weights |= {f"{name}.a": a, f"{name}.b": b}
+            weights |= zip((f"{name}.a", f"{name}.b"), _stacked(target, found, max(ranks[name])))
     dropout = float(settings.get("lora_dropout") or 0.0)
     return weights, Adapter(ranks, alphas, dropout, bool(settings.get("use_rslora")))
 
@@ -174,23 +154,21 @@ def _read_settings(directory: Path) -> dict[str, Any]:
             raise InputError(f"{directory}: {key}: got {found!r}, expected {wanted!r}")
     for key, found in settings.items():
         if found and _REFUSED.fullmatch(key):
-            advice = "merge the adapter with PEFT and load the whole model"
-            expected = f"expected plain LoRA, two matrices a module; {advice}"
+            expected = "expected plain LoRA, two matrices a module; "
+            expected += "merge the adapter with PEFT and load the whole model"
             raise InputError(f"{directory}: {key}: got {found!r}, {expected}")
-    start = settings.get("init_lora_weights", True)
-    if start not in _PLAIN_STARTS:
-        what = f"init_lora_weights: got {start!r}, which changed the base weights"
-        advice = "save the adapter with PEFT's path_initial_model_for_weight_conversion"
-        raise InputError(f"{directory}: {what}; {advice}")
+    if (start := settings.get("init_lora_weights", True)) not in _PLAIN_STARTS:
+        why = "which changed the base weights; save the adapter with PEFT's "
+        why += "path_initial_model_for_weight_conversion"
+        raise InputError(f"{directory}: init_lora_weights: got {start!r}, {why}")
     return settings
 
 
-def _read_pairs(directory: Path, table: tuple[int, ...]) -> list[tuple[str, Any, Any]]:
+def _read_pairs(directory: Path, table: tuple[int, ...]) -> Iterator[tuple[str, Any, Any]]:
     """(module, A, B) of every pair in the file; table: the shape of the embedding."""
-    file, files = directory / MATRICES, Files()
-    if not file.is_file():
+    if not (file := directory / MATRICES).is_file():
         refuse_pickles(directory, [path.name for path in directory.glob("adapter_model.bin")])
-    found: dict[tuple[str, str], dict[str, Stored]] = {}
+    found: dict[tuple[str, str], dict[str, Stored]] = collections.defaultdict(dict)
     for tensor in read_header(file):
         match = _KEY.fullmatch(tensor.name)
         # PEFT saves a copy of the base's head or embedding beside an adapter of lm_head.
@@ -199,16 +177,13 @@ def _read_pairs(directory: Path, table: tuple[int, ...]) -> list[tuple[str, Any,
         if match is None or tensor.dtype not in DTYPES:
             raise InputError(f"{directory}: {tensor.name} ({tensor.dtype}) is no matrix of a LoRA")
         name = released_name(f"{match['module']}.weight") or ""
-        key = (name.removesuffix(".weight"), match["nested"])
-        found.setdefault(key, {})[match["side"]] = tensor
+        found[name.removesuffix(".weight"), match["nested"]][match["side"]] = tensor
     if not found:
         raise InputError(f"{file}: holds no matrices")
-    out = []
     for (module, _), sides in found.items():
         if len(sides) < 2:
             raise InputError(f"{directory}: {module} has lora_{next(iter(sides))} alone")
-        out.append((module, files.view(sides["A"]), files.view(sides["B"])))
-    return out
+        yield module, sides["A"].view(), sides["B"].view()
 
 
 def _matched(
@@ -236,10 +211,9 @@ def _matched(
 
 def _alpha(settings: Mapping[str, Any], target: str) -> float:
     """The alpha of a module: the first alpha_pattern that matches the end of its name, or lora_alpha."""
-    for pattern, alpha in (settings.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", target):
-            return float(alpha)
-    return float(settings.get("lora_alpha", 8))
+    patterns = (settings.get("alpha_pattern") or {}).items()
+    found = (alpha for pattern, alpha in patterns if re.match(rf"(.*\.)?({pattern})$", target))
+    return float(next(found, settings.get("lora_alpha", 8)))
 
 
 def _stacked(target: LoraTarget, layers: Mapping[int, _Pair], rank: int) -> _Pair:

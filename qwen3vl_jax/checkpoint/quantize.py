@@ -20,13 +20,10 @@ from qwen3vl_jax.checkpoint.param_paths import TreePath, path_str
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 
-# Input channels that share a scale in int4.
-GROUP = 64
-# Weights per strip: only a strip has a float32 copy.
-_STRIP = 1 << 22
+GROUP = 64  # input channels that share a scale in int4
+_STRIP = 1 << 22  # weights of which there is a float32 copy at a time
 # The dtype of codes, and the largest.
 CODES = {"int8": (np.dtype(np.int8), 127), "int4": (np.dtype(ml_dtypes.int4), 7)}
-_SCALE = np.dtype(np.float32)
 
 
 def quantized_params(cfg: Config) -> dict[TreePath, ParamSpec]:
@@ -63,8 +60,7 @@ def quantize_leaves(cfg: Config, leaves: Leaves, kind: str) -> dict[TreePath, La
 def _pair(param: ParamSpec, leaf: LazyTensor, kind: str) -> dict[TreePath, LazyTensor]:
     """Values and scale of a parameter; the scale is kept from when the values are made."""
     made: dict[str, np.ndarray] = {}
-    # Threads that read ahead ask for both at a time.
-    lock = threading.Lock()
+    lock = threading.Lock()  # threads that read ahead ask for both at a time
 
     def take(key: str) -> np.ndarray:
         with lock:
@@ -72,20 +68,17 @@ def _pair(param: ParamSpec, leaf: LazyTensor, kind: str) -> dict[TreePath, LazyT
                 made.update(quantize(param, leaf.load(), kind))
             return made.pop(key)
 
-    dtype, _ = CODES[kind_of(param, kind)]
-    scales = scale_shape(param, kind)
-    return {
-        (*param.path, VALUES): LazyTensor(param.shape, dtype, lambda: take(VALUES)),
-        (*param.path, SCALE): LazyTensor(scales, _SCALE, lambda: take(SCALE)),
-    }
+    codes = LazyTensor(param.shape, CODES[kind_of(param, kind)][0], lambda: take(VALUES))
+    shape, dtype = scale_shape(param, kind), np.dtype(np.float32)
+    scale = LazyTensor(shape, dtype, lambda: take(SCALE))
+    return {(*param.path, VALUES): codes, (*param.path, SCALE): scale}
 
 
 def quantize(param: ParamSpec, array: np.ndarray, kind: str) -> dict[str, np.ndarray]:
     """{values, scale} of a parameter's array. Raises InputError for a weight that is not finite."""
     dtype, largest = CODES[kind_of(param, kind)]
     codes, scale = np.empty(array.shape, dtype), np.empty(scale_shape(param, kind), np.float32)
-    # [boxes before, box, boxes behind]: a box shares a scale.
-    last = param.summed[-1]
+    last = param.summed[-1]  # [boxes before, box, boxes behind]: a box shares a scale
     behind = math.prod(array.shape[last + 1 :])
     flat_scale = scale.reshape(-1, 1, behind)
     flat, flat_codes = (x.reshape(len(flat_scale), -1, behind) for x in (array, codes))
@@ -98,7 +91,6 @@ def quantize(param: ParamSpec, array: np.ndarray, kind: str) -> dict[str, np.nda
             what = f"holds NaN or infinite weights, which {kind} cannot hold"
             advice = f"fetch the checkpoint again or load it without {kind}"
             raise InputError(f"{path_str(param.path)}: {what}; {advice}")
-        # A box of zeros has scale 1.
-        flat_scale[strip] = np.where(top == 0, 1, top)
+        flat_scale[strip] = np.where(top == 0, 1, top)  # a box of zeros has scale 1
         flat_codes[strip] = np.rint(values / flat_scale[strip]).astype(dtype)
     return {VALUES: codes, SCALE: scale}

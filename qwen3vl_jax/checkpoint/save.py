@@ -8,31 +8,24 @@
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from qwen3vl_jax.checkpoint.config_files import PARAMS, copy_files, read_config, write_config
-from qwen3vl_jax.checkpoint.device_load import as_dicts
+from qwen3vl_jax.checkpoint import config_files, device_load, orbax_io, param_paths, validate
 from qwen3vl_jax.checkpoint.lazy_tensor import LazyTensor
-from qwen3vl_jax.checkpoint.orbax_io import write_tree
-from qwen3vl_jax.checkpoint.param_paths import flatten
-from qwen3vl_jax.checkpoint.validate import check_stored
 from qwen3vl_jax.config import TIED, Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model.structs import Params
-from qwen3vl_jax.storage.atomic_dir import CONFIG, atomic_dir
-from qwen3vl_jax.storage.paths import AnyPath, as_path
-from qwen3vl_jax.storage.safetensors_files import side_files
+from qwen3vl_jax.storage import atomic_dir, paths, safetensors_files
 
 
 def save_params(
-    out: AnyPath,
+    out: paths.AnyPath,
     params: Params,
     config: Config | Mapping[str, Any] | None = None,
-    files_from: AnyPath | None = None,
+    files_from: paths.AnyPath | None = None,
     force: bool = False,
 ) -> None:
     """Writes an Orbax directory from a parameter tree, complete or not at all.
@@ -41,13 +34,12 @@ def save_params(
     checkpoint directory whose tokenizer, template and other files are copied. Raises InputError if `out`
     exists (force replaces a checkpoint) or params do not fit the config.
     """
-    source = None if files_from is None else as_path(files_from)
+    source = None if files_from is None else paths.as_path(files_from)
     raw = config.to_hf() if isinstance(config, Config) else config
-    described = source if raw is None else raw
-    if described is None:
+    if (described := source if raw is None else raw) is None:
         raise InputError("save_params: got no config and no files_from, expected one of them")
     cfg = Config.from_hf(described)
-    described = read_config(source) if raw is None and source else raw or {}
+    described = config_files.read_config(source) if raw is None and source else raw or {}
     if described["text_config"].get(TIED) and "head" not in params:
         # As `Config.from_hf` reads a directory without a head, whatever the key at the top says.
         raw = described = {**described, TIED: True}
@@ -57,18 +49,18 @@ def save_params(
         # A copy, because a jax.Array keeps its host transfer buffer alive.
         return LazyTensor(tuple(x.shape), np.dtype(x.dtype), lambda: np.asarray(x.copy()))
 
-    lazy = jax.tree.map(lazy_copy, as_dicts(params))
-    leaves = dict(flatten(lazy))
+    lazy = jax.tree.map(lazy_copy, device_load.as_dicts(params))
+    leaves = dict(param_paths.flatten(lazy))
     if not all(isinstance(leaf, LazyTensor) for leaf in leaves.values()):
         what = "got parameters with an adapter, expected plain ones"
         raise InputError(f"save_params: {what}; save qwen3vl_jax.lora.merge(params)")
-    fp8 = check_stored(as_path(out), cfg, leaves, described) is not None
-    names = side_files(source, leave_out=[PARAMS]) if source else []
+    fp8 = validate.check_stored(paths.as_path(out), cfg, leaves, described) is not None
+    left_out = [config_files.PARAMS, *([] if raw is None else [atomic_dir.CONFIG])]
+    names = safetensors_files.side_files(source, left_out) if source else []
     size = sum(leaf.nbytes for leaf in leaves.values())
-    with atomic_dir(as_path(out), force, needs=size) as stage:
-        write_tree(stage / PARAMS, lazy)
+    with atomic_dir.atomic_dir(paths.as_path(out), force, needs=size) as stage:
+        orbax_io.write_tree(stage / config_files.PARAMS, lazy)
         if source:
-            kept = [name for name in names if raw is None or name != Path(CONFIG)]
-            copy_files(source, kept, stage, fp8)
+            config_files.copy_files(source, stage, fp8, names)
         if raw is not None:
-            write_config(stage, raw, cfg.tie_word_embeddings, fp8)
+            config_files.write_config(stage, raw, cfg.tie_word_embeddings, fp8)

@@ -35,9 +35,8 @@ def check_weights(where: Path, held: str | None, weights: str | None) -> None:
         raise InputError(f"weights: got {weights!r}, {expected}")
     if weights == "fp8" and held != "fp8":
         more = "" if held else ", or take weights int8"
-        found = f"{held} weights" if held else "no FP8 weights"
-        found += ", and weights fp8 needs an FP8 release"
-        raise InputError(f"{where}: holds {found}; take one, or leave it out{more}")
+        found = f"holds {held or 'no FP8'} weights, and weights fp8 needs an FP8 release"
+        raise InputError(f"{where}: {found}; take one, or leave it out{more}")
     if weights in ("int8", "int4") and held not in (None, weights):
         found = f"holds {held} weights, which {weights} would round again"
         advice = f"take {held} (weights=, --weights or lora.base), or the 16-bit release"
@@ -57,34 +56,31 @@ def check_stored(where: Path, cfg: Config, stored: Leaves, raw: Mapping[str, Any
     """
     block = block_of(where, raw) if stored_kind(stored) == "fp8" else None
     wanted: dict[TreePath, tuple[int, ...]] = {}
-    problems = []
+    dtypes: dict[TreePath, str] = {}
     for param in param_specs(cfg):
         values, scale = (*param.path, VALUES), (*param.path, SCALE)
         if values not in stored or len(param.parts[0].axes) < 2:
             if param.path != ("head",) or param.path in stored:
                 wanted[param.path] = param.shape
             continue
-        kind = _KINDS.get(stored[values].dtype)
-        wanted[values] = param.shape
+        kind, wanted[values] = _KINDS.get(stored[values].dtype), param.shape
         wanted[scale] = scale_shape(param, "int4" if kind == "int4" else "int8")
         if kind == "fp8" and block:
             wanted[scale] = param.scale_shape(block)
-        if kind is None or (kind == "fp8" and block is None):
-            expected = f"int8, int4, or float8_e4m3fn with {QUANTIZATION} in {CONFIG}"
-            problems.append(_dtype_problem(values, stored, expected))
+        elif kind in (None, "fp8"):
+            dtypes[values] = f"int8, int4, or float8_e4m3fn with {QUANTIZATION} in {CONFIG}"
         if scale in stored and stored[scale].dtype != np.float32:
-            problems.append(_dtype_problem(scale, stored, "float32"))
-    missing = wanted.keys() - stored.keys()
-    problems += [f"missing {path_str(path)} {list(wanted[path])}" for path in missing]
-    problems += [f"unknown {path_str(path)}" for path in stored.keys() - wanted.keys()]
-    for path in wanted.keys() & stored.keys():
-        if stored[path].shape != wanted[path]:
-            found = f"found {list(stored[path].shape)}, expected {list(wanted[path])}"
+            dtypes[scale] = "float32"
+    problems = [f"unknown {path_str(path)}" for path in stored.keys() - wanted.keys()]
+    for path, expected in dtypes.items():
+        found = f"found {stored[path].dtype}, expected {expected}"
+        problems.append(f"dtype of {path_str(path)}: {found}")
+    for path, shape in wanted.items():
+        if path not in stored:
+            problems.append(f"missing {path_str(path)} {list(shape)}")
+        elif stored[path].shape != shape:
+            found = f"found {list(stored[path].shape)}, expected {list(shape)}"
             problems.append(f"shape of {path_str(path)}: {found}")
     if problems:
         raise MismatchError(where, sorted(problems))
     return block
-
-
-def _dtype_problem(path: TreePath, stored: Leaves, expected: str) -> str:
-    return f"dtype of {path_str(path)}: found {stored[path].dtype}, expected {expected}"

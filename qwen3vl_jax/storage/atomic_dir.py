@@ -14,8 +14,7 @@ from qwen3vl_jax.storage.remote_files import sync_folder
 
 CONFIG = "config.json"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# An object that exists while the others are written beside it.
-PARTIAL = ".partial"
+PARTIAL = ".partial"  # an object that exists while the others are written beside it
 
 
 @contextlib.contextmanager
@@ -60,13 +59,11 @@ def _swapped(out: Path, force: bool, needs: int) -> Iterator[Path]:
     out = absolute(out)
     stage, old = out.parent / f".{out.name}.partial", out.parent / f".{out.name}.old"
     if old.is_dir() and not out.exists():
-        # A process was killed between the two renames.
-        old.rename(out)
+        old.rename(out)  # a process was killed between the two renames
     _check_free_to_write(out, force)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(out.parent).free
-        if free < needs:
+        if (free := shutil.disk_usage(out.parent).free) < needs:
             raise InputError(f"{out.parent}: {free:,} bytes free, {needs:,} needed")
         stage.mkdir(exist_ok=True)
         handle = os.open(stage, os.O_RDONLY) if fcntl else None
@@ -76,8 +73,7 @@ def _swapped(out: Path, force: bool, needs: int) -> Iterator[Path]:
         if handle is not None:
             lock(handle, stage, f"{out}: another process is writing it; wait for it or stop it")
         try:
-            # Another process may have finished since.
-            _check_free_to_write(out, force)
+            _check_free_to_write(out, force)  # another process may have finished since
             for path in stage.iterdir():
                 is_folder = path.is_dir() and not path.is_symlink()
                 shutil.rmtree(path) if is_folder else path.unlink()

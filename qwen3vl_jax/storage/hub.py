@@ -18,29 +18,11 @@ def resolve(ckpt: AnyPath, revision: str | None = None) -> Path:
 
     Without network, or with HF_HUB_OFFLINE=1, only the cache is used. Raises InputError.
     """
-    found = local_directory(ckpt, revision)
-    return _fetch(os.fspath(ckpt), revision) if found is None else found
-
-
-def local_directory(ckpt: AnyPath, revision: str | None = None) -> Path | None:
-    """The path if it is a directory, None if it can be a Hub id. Raises InputError for others."""
-    path = as_path(ckpt)
-    found = kind(path)
-    if found == "folder":
-        if revision is not None:
-            raise InputError(f"{path}: is a directory; a revision ({revision}) is for Hub ids only")
-        return path
-    if found:
-        raise InputError(f"{path}: is a file, expected a checkpoint directory or a Hub id")
-    if is_remote(path) or not _HUB_ID.fullmatch(os.fspath(ckpt)):
-        hint = "a Hub id looks like Qwen/Qwen3-VL-2B-Instruct"
-        raise InputError(f"{path}: no such directory ({hint})")
-    return None
-
-
-def _fetch(repo: str, revision: str | None) -> Path:
+    if (found := local_directory(ckpt, revision)) is not None:
+        return found
     from huggingface_hub import HfApi, errors, snapshot_download
 
+    repo = os.fspath(ckpt)
     at = repo if revision is None else f"{repo} at revision {revision}"
     try:
         found = Path(snapshot_download(repo, revision=revision, allow_patterns=_HUB_FILES))
@@ -62,3 +44,18 @@ def _fetch(repo: str, revision: str | None) -> Path:
             names = HfApi().list_repo_files(repo, revision=found.name)
         refuse_pickles(at, names)
     return found
+
+
+def local_directory(ckpt: AnyPath, revision: str | None = None) -> Path | None:
+    """The path if it is a directory, None if it can be a Hub id. Raises InputError for others."""
+    path = as_path(ckpt)
+    if (found := kind(path)) == "folder":
+        if revision is not None:
+            raise InputError(f"{path}: is a directory; a revision ({revision}) is for Hub ids only")
+        return path
+    if found:
+        raise InputError(f"{path}: is a file, expected a checkpoint directory or a Hub id")
+    if is_remote(path) or not _HUB_ID.fullmatch(os.fspath(ckpt)):
+        hint = "a Hub id looks like Qwen/Qwen3-VL-2B-Instruct"
+        raise InputError(f"{path}: no such directory ({hint})")
+    return None

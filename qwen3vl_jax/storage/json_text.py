@@ -1,11 +1,10 @@
-"""Strict JSON: the one reader and the one writer of the project.
+"""Strict JSON: the project's one reader and writer. Both raise InputError, a line that names `where`."""
 
-Both raise InputError, one line that names `where`, for anything but plain JSON data of moderate depth.
-"""
-
+import contextlib
 import json
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,7 @@ from qwen3vl_jax.storage.paths import file_size, reached
 
 MAX_DEPTH = 100
 MAX_DIGITS = 40
-# Values of one text: each takes about 70 bytes of memory at most.
-MAX_VALUES = 10_000_000
+MAX_VALUES = 10_000_000  # of one text: each takes about 70 bytes of memory at most
 MAX_BYTES = 1 << 30
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -31,12 +29,11 @@ def read_json(text: str | bytes, where: str, large: bool = False) -> Any:
     integers over 40 digits, a duplicate key, half a surrogate pair, data deeper than 100 levels, and unless
     large (the user's own data files) for more than 1 GiB or 10 million values.
     """
-    before = f"{where}: " if where else ""
-    try:
+    with _refusals(f"{where}: " if where else ""):
         if len(text) > MAX_BYTES and not large:
             raise _Refused(f"{len(text):,} bytes, expected at most {MAX_BYTES:,}")
         if isinstance(text, str):
-            _check_string(text)
+            text.encode()  # or an error: half of a surrogate pair
         else:
             text = text.decode()
         text = text.removeprefix("\ufeff")
@@ -45,16 +42,25 @@ def read_json(text: str | bytes, where: str, large: bool = False) -> Any:
         found = _STRICT.decode(text)
         if text.count("[") + text.count("{") > MAX_DEPTH or _HALF.search(text):
             _check(found)
+    return found
+
+
+@contextlib.contextmanager
+def _refusals(before: str) -> Iterator[None]:
+    """Turns the errors of a text that is read into InputError."""
+    try:
+        yield
     except json.JSONDecodeError as e:
         place = f"column {e.colno}" if "\n" not in e.doc else f"line {e.lineno}, column {e.colno}"
         raise InputError(f"{before}not JSON ({e.msg.removesuffix(' at')} at {place})") from None
     except UnicodeDecodeError as e:
         raise InputError(f"{before}byte {e.start} is not UTF-8, expected JSON in UTF-8") from None
+    except UnicodeEncodeError:
+        raise InputError(f"{before}half of a surrogate pair in a text") from None
     except _Refused as e:
         raise InputError(f"{before}{e}") from None
     except (RecursionError, MemoryError):
         raise InputError(f"{before}JSON nested more than {MAX_DEPTH} deep, or too large") from None
-    return found
 
 
 def read_regular(path: Path, where: str, most: int) -> bytes:
@@ -74,8 +80,7 @@ def read_regular(path: Path, where: str, most: int) -> bytes:
 def read_json_file(path: Path, where: str = "", kind: type | tuple[type, ...] = dict) -> Any:
     """`read_json` of a regular file that holds an object, or another `kind`. Raises InputError."""
     where = where or str(path)
-    text = read_regular(path, where, MAX_BYTES)
-    found = read_json(text, where)
+    found = read_json(read_regular(path, where, MAX_BYTES), where)
     if not isinstance(found, kind):
         expected = "an object" if kind is dict else "a list or an object"
         raise InputError(f"{where}: holds {type(found).__name__}, expected {expected}")
@@ -84,15 +89,9 @@ def read_json_file(path: Path, where: str = "", kind: type | tuple[type, ...] = 
 
 def read_json_at(text: str, at: int) -> tuple[Any, int]:
     """(data, end) of the JSON at an index of an answer; strings may hold line breaks, as models write."""
-    try:
+    with _refusals(""):
         found, end = _LENIENT.raw_decode(text, at)
         _check(found)
-    except json.JSONDecodeError as e:
-        raise InputError(f"not JSON ({e.msg.removesuffix(' at')}, character {e.pos})") from None
-    except _Refused as e:
-        raise InputError(str(e)) from None
-    except RecursionError:
-        raise InputError(f"JSON nested more than {MAX_DEPTH} deep") from None
     return found, end
 
 
@@ -121,8 +120,7 @@ def _float(digits: str) -> float:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    if len(found := dict(pairs)) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
         raise _Refused(f"the key {twice[:80]!r} is there twice")
@@ -141,17 +139,10 @@ def _check(found: Any) -> None:
         below: list[Any] = []
         for value in level:
             if isinstance(value, str):
-                _check_string(value)
+                value.encode()
             elif isinstance(value, (dict, list)):
                 if depth == MAX_DEPTH:
                     raise _Refused(f"JSON nested more than {MAX_DEPTH} deep")
                 below += value
                 below += value.values() if isinstance(value, dict) else ()
         level, depth = below, depth + 1
-
-
-def _check_string(value: str) -> None:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise _Refused("half of a surrogate pair in a text") from None

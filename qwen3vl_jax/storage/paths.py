@@ -25,10 +25,8 @@ except ImportError:  # Windows
 
 AnyPath = str | os.PathLike[str]
 _MARK = "://"
-# fsspec's names of the schemes, where they differ.
-_DRIVERS = {"gs": "gcs"}
-# Bytes of one request for a part of an object, and requests at a time.
-PIECE, _PIECES = 32 << 20, 8
+_DRIVERS = {"gs": "gcs"}  # fsspec's names of the schemes, where they differ
+PIECE, _PIECES = 32 << 20, 8  # bytes of one request for a part of an object; requests at a time
 
 
 def as_path(given: AnyPath) -> Path:
@@ -51,8 +49,8 @@ def as_path(given: AnyPath) -> Path:
 
             fsspec.get_filesystem_class(_DRIVERS.get(scheme, scheme))
         except ImportError as error:
-            is_extra = scheme in ("gs", "s3")
-            how = f"pip install 'qwen3vl-jax[{scheme}]'" if is_extra else "install what it names"
+            extra = f"pip install 'qwen3vl-jax[{scheme}]'"
+            how = extra if scheme in ("gs", "s3") else "install what it names"
             raise InputError(f"{text}: {scheme}:// needs a package: {error}; {how}") from None
     return cast(Path, path)
 
@@ -103,23 +101,22 @@ def file_size(path: Path) -> int:
 
 def files_under(folder: Path, leave_out: Iterable[str] = ()) -> list[Path]:
     """Every file below a folder but `leave_out` in it, relative and sorted; linked folders do not count."""
-    return sorted(map(Path, _names(folder, "", set(leave_out))))
-
-
-def _names(folder: Path, prefix: str, left_out: set[str]) -> Iterator[str]:
-    remote, found = is_remote(folder), []
-    # A folder that may not be read, as lost+found, has no file for us.
-    with contextlib.suppress(PermissionError):
-        found = list(folder.iterdir())
-    for path in found:
-        # Some tools show an empty folder as an object of its own name.
-        if path == folder or path.name in left_out:
-            continue
-        if path.is_dir():
-            if remote or not path.is_symlink():
-                yield from _names(path, f"{prefix}{path.name}/", set())
-        elif remote or path.is_file():
-            yield prefix + path.name
+    remote, left_out, found, folders = is_remote(folder), set(leave_out), [], [(folder, "")]
+    for place, prefix in folders:  # which grows meanwhile
+        inside: list[Path] = []
+        # A folder that may not be read, as lost+found, has no file for us.
+        with contextlib.suppress(PermissionError):
+            inside = list(place.iterdir())
+        for path in inside:
+            # Some tools show an empty folder as an object of its own name.
+            if path == place or (place == folder and path.name in left_out):
+                continue
+            if path.is_dir():
+                if remote or not path.is_symlink():
+                    folders.append((path, f"{prefix}{path.name}/"))
+            elif remote or path.is_file():
+                found.append(Path(prefix + path.name))
+    return sorted(found)
 
 
 def read_range(path: Path, start: int, size: int) -> bytes:
@@ -143,15 +140,11 @@ def read_range(path: Path, start: int, size: int) -> bytes:
         ends = [min(at + PIECE, end) for at in group]
         for piece in driver.cat_ranges([text] * len(group), group, ends, on_error="raise"):
             out += piece
-    # Not bytes(out): a copy would double the memory.
-    return cast(bytes, out)
+    return cast(bytes, out)  # not bytes(out): a copy would double the memory
 
 
 def copy_file(source: Path, target: Path) -> None:
     """Copies a file, local or remote; a local target's folder has to exist."""
-    if not is_remote(source) and not is_remote(target):
-        shutil.copyfile(source, target)
-        return
     with source.open("rb") as read, target.open("wb") as write:
         shutil.copyfileobj(cast(BinaryIO, read), cast(BinaryIO, write), PIECE)
 
@@ -176,10 +169,7 @@ def make_folder(path: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Removes a folder and its contents; errors are ignored.
-
-    For up to 2 seconds it tries again: threads of an interrupted writer may still write into it.
-    """
+    """Removes a folder, without errors; for 2 seconds again: an interrupted writer's threads may go on."""
     if not is_remote(path):
         for _ in range(100):
             shutil.rmtree(path, ignore_errors=True)
@@ -187,8 +177,7 @@ def remove_tree(path: Path) -> None:
                 return
             time.sleep(0.02)
         return
-    # Each store's client raises errors of its own.
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(Exception):  # each store's client raises errors of its own
         cast(Any, path).rmtree()
 
 
@@ -200,8 +189,7 @@ def for_orbax(path: Path) -> Any:
         where = "Orbax reads and writes checkpoints in folders and on gs:// only"
         raise InputError(f"{path}: {where} (Hugging Face files can be anywhere); take one of them")
     try:
-        # Orbax asks it for the kind of a bucket.
-        importlib.import_module("google.cloud.storage")
+        importlib.import_module("google.cloud.storage")  # Orbax asks it for the kind of a bucket
     except ImportError:
         needs = "needs google-cloud-storage there: pip install 'qwen3vl-jax[gs]'"
         raise InputError(f"{path}: Orbax {needs}") from None

@@ -28,8 +28,8 @@ def write_atomic(path: Path, data: bytes) -> None:
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file that replaces `path` when the block ends well and its bytes are on the disk."""
     if is_remote(path):
-        with Spool(path) as file:
-            yield cast(BinaryIO, file)
+        with new_file(path) as file:
+            yield file
         return
     new = path.with_name(f".{path.name}.new")
     try:
@@ -49,8 +49,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 def sync_folder(folder: Path) -> None:
     """Flushes a folder's file names, or a file, to the disk. Raises OSError."""
-    # Windows opens no folder.
-    if os.name != "posix":
+    if os.name != "posix":  # Windows opens no folder
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -59,36 +58,15 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-class Spool:
-    """A local temporary file (TMPDIR) that `close` copies whole to its remote path."""
-
-    def __init__(self, path: Path):
-        self._path, self._file = path, tempfile.TemporaryFile()  # noqa: SIM115
-        self.write, self.flush = self._file.write, self._file.flush
-        self.fileno = self._file.fileno
-
-    def close(self) -> None:
-        """Writes the object; a second call does nothing."""
-        if self._file.closed:
-            return
-        try:
-            self._file.seek(0)
-            with self._path.open("wb") as out:
-                shutil.copyfileobj(self._file, cast(BinaryIO, out), paths.PIECE)
-        finally:
-            self._file.close()
-
-    def __enter__(self) -> "Spool":
-        return self
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        """Closes; after an error nothing is written."""
-        self._file.close() if error else self.close()
-
-
-def new_file(path: Path) -> BinaryIO:
-    """An empty file for writes at any offset; a remote one appears when it is closed."""
-    return cast(BinaryIO, Spool(path)) if is_remote(path) else path.open("w+b")
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """An empty file for writes at any offset; a remote one appears at the end (until then in TMPDIR)."""
+    with tempfile.TemporaryFile() if is_remote(path) else path.open("w+b") as file:
+        yield cast(BinaryIO, file)
+        if is_remote(path):
+            file.seek(0)
+            with path.open("wb") as out:
+                shutil.copyfileobj(cast(BinaryIO, file), cast(BinaryIO, out), paths.PIECE)
 
 
 class Mirrored:
@@ -116,72 +94,62 @@ class Mirrored:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-class Growing:
-    """A text file that grows by appends; a remote one is rewritten every EVERY seconds and on `sync`."""
+class Growing(Mirrored):
+    """A file that begins with `text` and grows; a remote one is put anew by sync or after EVERY seconds."""
 
     EVERY = 30.0
 
     def __init__(self, path: Path, text: str):
-        """text: the first content."""
-        self._mirror, self._synced = Mirrored(path.parent), time.monotonic()
-        local = self._mirror.folder / path.name
+        super().__init__(path.parent)
+        local = self.folder / path.name
         write_atomic(local, text.encode())
-        self._mirror.sync()
+        self.sync()
         self._file = local.open("a", newline="", encoding="utf-8")
 
     def write(self, text: str) -> None:
         self._file.write(text)
         self._file.flush()
         if time.monotonic() - self._synced >= self.EVERY:
-            # A store that fails is tried again later.
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception):  # a store that fails is tried again later
                 self.sync()
 
     def sync(self) -> None:
-        """Puts all of the text into the file. Raises InputError for a store that fails."""
         self._synced = time.monotonic()
-        self._mirror.sync()
+        super().sync()
 
     def close(self) -> None:
         self._file.close()
-        self._mirror.close()
+        super().close()
 
 
 class AppendLog:
-    """Whole lines in a file, locked while it is open; of a remote log a copy here, and parts there.
-
-    A remote log is a folder of parts, one every SYNC_EVERY seconds and one at the end; nothing locks it.
-    """
+    """Whole lines in a locked file. A remote log is a folder of parts, not locked, with a copy here."""
 
     def __init__(self, path: Path, busy: str):
         """Raises InputError(busy) while another process has it open, and OSError."""
-        self.path, self.remote = path, is_remote(path)
+        self.path, self.remote, self._part = path, is_remote(path), 0
         new = tempfile.TemporaryFile if self.remote else functools.partial(path.open, "ab+")
         self._file: Any = new(buffering=0)
         try:
-            self._part = self._fetch() if self.remote else 0
-            if not self.remote:
+            if self.remote:
+                with reached(path), ThreadPoolExecutor(_READERS) as pool:
+                    parts = _parts(path)
+                    for part, text in zip(parts, pool.map(lambda part: part.read_bytes(), parts)):
+                        self._put(text if text.endswith(b"\n") else text + b"\n")
+                        self._part = int(part.name)
+            else:
                 paths.lock(self._file.fileno(), path, busy)
-            self.size = self._file.seek(0, os.SEEK_END)
-            # Bytes that are known to be on the disk, or in the store.
-            self._safe = self.size if self.remote else 0
         except BaseException:
             self._file.close()
             raise
-        self._synced = time.monotonic()
+        self.size = self._file.seek(0, os.SEEK_END)
+        # Bytes that are known to be on the disk, or in the store.
+        self._safe, self._synced = self.size if self.remote else 0, time.monotonic()
 
     @staticmethod
     def has_begun(path: Path) -> bool:
         """Whether a log holds anything."""
         return bool(_parts(path)) if is_remote(path) else path.exists() and path.stat().st_size > 0
-
-    def _fetch(self) -> int:
-        """Copies the parts; gives the number of the last."""
-        with reached(self.path), ThreadPoolExecutor(_READERS) as pool:
-            parts = _parts(self.path)
-            for text in pool.map(lambda part: part.read_bytes(), parts):
-                self._put(text if text.endswith(b"\n") else text + b"\n")
-        return int(parts[-1].name) if parts else 0
 
     def _put(self, text: bytes) -> None:
         rest = memoryview(text)
@@ -225,15 +193,15 @@ class AppendLog:
         """Puts all lines on the disk, or in the store. Raises OSError; InputError for a store's failure."""
         if self.size == self._safe:
             return
-        if not self.remote:
-            os.fsync(self._file.fileno())
-            if not self._safe:
-                sync_folder(self.path.parent)
-        else:
+        if self.remote:
             with reached(self.path):
                 text = self.read(self._safe, self.size - self._safe)
                 (self.path / f"{self._part + 1:08d}").write_bytes(text)
             self._part += 1
+        else:
+            os.fsync(self._file.fileno())
+            if not self._safe:
+                sync_folder(self.path.parent)
         self._safe, self._synced = self.size, time.monotonic()
 
     def remove(self) -> None:

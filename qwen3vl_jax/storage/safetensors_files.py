@@ -1,14 +1,11 @@
-"""Safetensors files: headers first, values when they are used.
-
-Local files are memory-mapped; of a remote file only the needed bytes are fetched.
-"""
+"""Safetensors files: headers first, values when used: memory-mapped, or remote the needed bytes."""
 
 import dataclasses
+import functools
 import math
 import mmap
 import os
-import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,21 +24,19 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
 }
-# Comes with scales.
-FP8 = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)}
+FP8 = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)}  # comes with scales
 _READ = DTYPES | FP8
 DTYPE_NAMES = {dtype: name for name, dtype in _READ.items()}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _OTHER_WEIGHTS = (".safetensors", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data")
 _INDEXES = (".safetensors.index.json", ".bin.index.json")
-# The format's own limit.
-_MAX_HEADER = 100_000_000
+_MAX_HEADER = 100_000_000  # the format's own limit
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """One tensor of a file, from its header: name, dtype, shape, first byte and size."""
+    """One tensor of a file, from its header: name, dtype, shape, first byte and size. Unread."""
 
     file: Path
     name: str
@@ -49,11 +44,32 @@ class Stored:
     shape: tuple[int, ...]
     start: int
     nbytes: int
+    memory: Callable[[], mmap.mmap]  # of the whole file, mapped when a tensor is first viewed
 
     @property
     def where(self) -> str:
         """The tensor's name and file, for a message."""
         return f"{self.name} in {self.file.name}"
+
+    def view(self) -> np.ndarray:
+        """The tensor as a read-only view of its file; a copy if remote or unaligned. Raises InputError."""
+        dtype = _READ[self.dtype]
+        if self.nbytes == 0:
+            return np.empty(self.shape, dtype)
+        if is_remote(self.file):
+            return _fetched(self, 0, self.nbytes).reshape(self.shape)
+        memory = self.memory()
+        if hasattr(memory, "madvise"):  # read ahead: single page faults are slow on a cold disk
+            page = self.start // mmap.PAGESIZE * mmap.PAGESIZE
+            memory.madvise(mmap.MADV_WILLNEED, page, self.start + self.nbytes - page)
+        flat = np.frombuffer(memory, dtype, math.prod(self.shape), self.start)
+        return (flat if flat.flags.aligned else flat.copy()).reshape(self.shape)
+
+    def sliced(self) -> np.ndarray:
+        """The tensor for slicing: a view, or for a remote file a stand-in that fetches single slices."""
+        if is_remote(self.file) and self.nbytes:
+            return cast(np.ndarray, _Slices(self, self.shape, {}))
+        return self.view()
 
 
 def is_weight_file(name: str) -> bool:
@@ -68,12 +84,11 @@ def read_header(path: Path) -> list[Stored]:
     try:
         size = file_size(path)
         with path.open("rb") as file:
-            prefix = file.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+            length = int.from_bytes(file.read(8), "little")
             if length > min(_MAX_HEADER, size - 8):
-                sizes = f"{size} bytes, its header alone should have {length}"
-                found = f"truncated or no safetensors file ({sizes})"
-                raise InputError(f"{path}: {found}; fetch it again")
+                sizes = f"({size} bytes, its header alone should have {length})"
+                found = f"truncated or no safetensors file {sizes}; fetch it again"
+                raise InputError(f"{path}: {found}")
             text = file.read(length)
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror}); fetch it again") from e
@@ -81,7 +96,8 @@ def read_header(path: Path) -> list[Stored]:
     if not isinstance(header, dict):
         raise InputError(f"{path}: the safetensors header is no object; fetch it again")
     header.pop("__metadata__", None)
-    stored = [_entry(path, name, entry, 8 + length) for name, entry in header.items()]
+    memory = functools.cache(functools.partial(_mapped, path))
+    stored = [_entry(path, name, entry, 8 + length, memory) for name, entry in header.items()]
     end = max((t.start + t.nbytes for t in stored), default=8 + length)
     if end != size:
         what = "truncated" if end > size else "too long"
@@ -91,7 +107,7 @@ def read_header(path: Path) -> list[Stored]:
     return stored
 
 
-def _entry(path: Path, name: str, entry: Any, base: int) -> Stored:
+def _entry(path: Path, name: str, entry: Any, base: int, memory: Callable) -> Stored:
     try:
         dtype, shape = entry["dtype"], tuple(entry["shape"])
         begin, end = entry["data_offsets"]
@@ -101,44 +117,17 @@ def _entry(path: Path, name: str, entry: Any, base: int) -> Stored:
         if not (fits and isinstance(dtype, str)):
             raise ValueError
     except (KeyError, TypeError, ValueError) as e:
-        what = f"its header's entry for {name} contradicts itself"
-        raise InputError(f"{path}: {what}: {entry}") from e
-    return Stored(path, name, dtype, shape, base + begin, end - begin)
+        wrong = f"its header's entry for {name} contradicts itself: {entry}"
+        raise InputError(f"{path}: {wrong}") from e
+    return Stored(path, name, dtype, shape, base + begin, end - begin, memory)
 
 
-class Files:
-    """Memory maps of safetensors files, each opened when one of its tensors is first viewed."""
-
-    def __init__(self) -> None:
-        self._maps: dict[Path, mmap.mmap] = {}
-
-    def view(self, tensor: Stored) -> np.ndarray:
-        """The tensor as a read-only view of its file; a copy if remote or unaligned. Raises InputError."""
-        if tensor.nbytes == 0:
-            return np.empty(tensor.shape, _READ[tensor.dtype])
-        if is_remote(tensor.file):
-            return _fetched(tensor, 0, tensor.nbytes).reshape(tensor.shape)
-        if tensor.file not in self._maps:
-            with tensor.file.open("rb") as file:
-                self._maps[tensor.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        memory = self._maps[tensor.file]
-        # Read ahead: single page faults are slow on a cold disk.
-        if hasattr(memory, "madvise"):
-            page = tensor.start // mmap.PAGESIZE * mmap.PAGESIZE
-            memory.madvise(mmap.MADV_WILLNEED, page, tensor.start + tensor.nbytes - page)
-        dtype = _READ[tensor.dtype]
-        flat = np.frombuffer(memory, dtype, math.prod(tensor.shape), tensor.start)
-        return (flat if flat.flags.aligned else flat.copy()).reshape(tensor.shape)
-
-    def sliced(self, tensor: Stored) -> np.ndarray:
-        """The tensor for slicing: a view, or for a remote file a stand-in that fetches single slices."""
-        if is_remote(tensor.file) and tensor.nbytes:
-            return cast(np.ndarray, _Slices(tensor, tensor.shape, {}))
-        return self.view(tensor)
+def _mapped(path: Path) -> mmap.mmap:
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _fetched(tensor: Stored, start: int, size: int) -> np.ndarray:
-    """`size` bytes of a remote tensor from an offset, in its dtype. Raises InputError."""
     with reached(tensor.file):
         data = read_range(tensor.file, tensor.start + start, size)
     if len(data) != size:
@@ -148,10 +137,7 @@ def _fetched(tensor: Stored, start: int, size: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class _Slices:
-    """The array methods that `ParamSpec.cut` uses, over a remote tensor.
-
-    A slice fetches its range of the outermost axis, which is kept: shards of other axes share it.
-    """
+    """The array methods of `ParamSpec.cut` over a remote tensor; keeps the outermost rows it fetched."""
 
     tensor: Stored
     shape: tuple[int, ...]
@@ -176,14 +162,25 @@ class _Slices:
 
 def weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a Hugging Face directory. Raises InputError if one or all are missing."""
-    index = directory / INDEX
-    if index.is_file():
-        return _indexed(directory, index)
+    if (index := directory / INDEX).is_file():
+        try:
+            shards = sorted(set(read_json_file(index)["weight_map"].values()))
+            plain = all(os.path.basename(shard) == shard for shard in shards)
+        except (KeyError, TypeError, AttributeError) as e:
+            what = "not a safetensors index with a weight_map; fetch it again"
+            raise InputError(f"{index}: {what}") from e
+        if not shards or not plain:
+            what = f"its weight_map names no shard, or a file outside {directory}"
+            raise InputError(f"{index}: {what}")
+        if missing := [shard for shard in shards if not (directory / shard).is_file()]:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            what = f"shard {missing[0]}{more} of {len(shards)} is missing"
+            raise InputError(f"{directory}: {what}; fetch it again")
+        return [directory / shard for shard in shards]
     if (directory / SINGLE).is_file():
         return [directory / SINGLE]
     found = sorted(p for p in directory.glob("*.safetensors") if p.is_file())
-    adapters = [p.name for p in found if p.name.startswith("adapter_")]
-    if adapters:
+    if adapters := [p.name for p in found if p.name.startswith("adapter_")]:
         raise InputError(f"{directory}: holds an adapter ({adapters[0]}), expected a whole model")
     if found:
         return found
@@ -197,24 +194,6 @@ def refuse_pickles(where: object, names: Iterable[str]) -> None:
         found = f"holds weights only as a pickle ({pickles[0]})"
         why = "expected safetensors (reading a pickle runs the code in it)"
         raise InputError(f"{where}: {found}, {why}; save it again with safe_serialization")
-
-
-def _indexed(directory: Path, index: Path) -> list[Path]:
-    try:
-        names = read_json_file(index)["weight_map"]
-        shards = sorted(set(names.values()))
-        plain = all(os.path.basename(shard) == shard for shard in shards)
-    except (KeyError, TypeError, AttributeError) as e:
-        what = "not a safetensors index with a weight_map"
-        raise InputError(f"{index}: {what}; fetch it again") from e
-    if not shards or not plain:
-        raise InputError(f"{index}: its weight_map names no shard, or a file outside {directory}")
-    missing = [shard for shard in shards if not (directory / shard).is_file()]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        what = f"shard {missing[0]}{more} of {len(shards)} is missing"
-        raise InputError(f"{directory}: {what}; fetch it again")
-    return [directory / shard for shard in shards]
 
 
 def read_tensors(directory: Path) -> list[Stored]:

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from qwen3vl_jax.checkpoint import digests
-from qwen3vl_jax.checkpoint.config_files import PARAMS, copy_files
+from qwen3vl_jax.checkpoint.config_files import copy_files
 from qwen3vl_jax.checkpoint.digests import META, DamagedError
 from qwen3vl_jax.config import Config, is_run
 from qwen3vl_jax.errors import InputError, ProblemsError
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.runtime import distributed
 from qwen3vl_jax.runtime.compile_cache import KEPT_PROGRAMS
-from qwen3vl_jax.storage import atomic_dir, json_text, paths, safetensors_files
+from qwen3vl_jax.storage import atomic_dir, json_text, paths
 from qwen3vl_jax.storage.hub import resolve
 from qwen3vl_jax.storage.paths import as_path, is_remote, make_folder, remove_tree
 from qwen3vl_jax.training.new_tokens import add_tokens
@@ -70,7 +70,7 @@ def write_model_files(recipe: Recipe, target: Path) -> None:
         # From a start of this run that saved no step.
         remove_tree(target)
     with atomic_dir.atomic_dir(target, force=True) as stage:
-        copy_files(source, safetensors_files.side_files(source, leave_out=[PARAMS]), stage)
+        copy_files(source, stage)
         if recipe.train.new_tokens:
             rows = Config.from_hf(source).text.vocab_size
             add_tokens(source, stage, recipe.train.new_tokens, rows)

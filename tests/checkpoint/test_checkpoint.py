@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from released import to_hf
 
 from convert.__main__ import main
 from convert.to_orbax import to_orbax
 from qwen3vl_jax import Config, InputError, init_params
 from qwen3vl_jax.checkpoint import config_files
-from qwen3vl_jax.checkpoint.name_map import to_hf
 from qwen3vl_jax.checkpoint.save import save_params
 from qwen3vl_jax.loading import load
 from qwen3vl_jax.storage import atomic_dir
@@ -220,7 +220,7 @@ def test_where_there_is_no_lock(copies, tmp_path, monkeypatch):
     monkeypatch.setattr(atomic_dir, "fcntl", None)
     monkeypatch.setattr(os, "fsync", None)
     with atomic_dir.atomic_dir(tmp_path / "new") as stage:
-        config_files.copy_files(source, [Path("config.json")], stage)
+        config_files.copy_files(source, stage, names=[Path("config.json")])
     assert (tmp_path / "new" / "config.json").is_file()
 
 

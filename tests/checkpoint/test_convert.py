@@ -8,6 +8,7 @@ import hf_files as hf
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import released
 import tiny
 
 from convert.__main__ import main
@@ -65,7 +66,7 @@ def test_one_part_is_a_view_and_split_undoes_assemble():
         whole = row.assemble(parts)
         assert whole.shape == row.shape
         assert np.shares_memory(whole, parts[0]) == (len(parts) == 1)
-    hf.assert_same(name_map.to_hf(cfg, name_map.from_hf(cfg, tensors)), tensors)
+    hf.assert_same(released.to_hf(cfg, released.from_hf(cfg, tensors)), tensors)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -103,7 +104,7 @@ def test_orbax_restores_without_this_package(tmp_path):
     with ocp.StandardCheckpointer() as checkpointer:
         tree = checkpointer.restore(tmp_path / "orbax" / "params")
     assert isinstance(tree["layers"], list)
-    hf.assert_same(name_map.to_hf(Config.from_hf(raw), tree), tensors)
+    hf.assert_same(released.to_hf(Config.from_hf(raw), tree), tensors)
 
 
 @pytest.mark.parametrize("layout", [hf.turned, hf.one_by_one])
@@ -137,7 +138,7 @@ def test_square_down_projection_follows_gate_up(tmp_path):
     for name, held in (("a", tensors), ("b", hf.turned(tensors))):
         leaves = open_hf(hf.write(tmp_path / name, raw, held), cfg)
         tree = name_map.tree_of(cfg, {path: leaf.load() for path, leaf in leaves.items()})
-        hf.assert_same(name_map.to_hf(cfg, tree), tensors)
+        hf.assert_same(released.to_hf(cfg, tree), tensors)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +165,7 @@ def test_prefixes_of_re_exports(rename, tmp_path):
     cfg = Config.from_hf(raw)
     leaves = open_hf(hf.write(tmp_path, raw, held), cfg)
     tree = name_map.tree_of(cfg, {path: leaf.load() for path, leaf in leaves.items()})
-    hf.assert_same(name_map.to_hf(cfg, tree), tensors)
+    hf.assert_same(released.to_hf(cfg, tree), tensors)
 
 
 def test_tied_file_may_repeat_its_embedding(tmp_path):

@@ -9,6 +9,7 @@ import hf_files as hf
 import ml_dtypes
 import numpy as np
 import pytest
+from released import to_hf as to_released
 
 from convert.__main__ import main
 from convert.to_hf import to_hf
@@ -16,7 +17,6 @@ from convert.to_orbax import to_orbax
 from qwen3vl_jax import Config, InputError
 from qwen3vl_jax.checkpoint.fp8 import dequantize_into
 from qwen3vl_jax.checkpoint.hf_reader import open_hf
-from qwen3vl_jax.checkpoint.name_map import to_hf as to_released
 from qwen3vl_jax.checkpoint.save import save_params
 from qwen3vl_jax.loading import load
 

@@ -11,6 +11,7 @@ import ours
 import peft
 import pytest
 import reference
+import released
 import tiny
 import torch
 from safetensors.numpy import load_file, save_file
@@ -77,7 +78,7 @@ class Case:
         """The released tensors with the adapter added."""
         params = jax.jit(merge)(attach(self.params, self.cfg, weights, adapter))
         params = q3.unstack_layers(jax.tree.map(np.array, params))
-        return name_map.to_hf(self.cfg, params)
+        return released.to_hf(self.cfg, params)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["dense", "moe"])
@@ -119,7 +120,7 @@ def test_nothing_changes_at_first_and_the_loop_is_the_scan(case):
 
 def test_merged_it_gives_equal_logits_in_transformers(case):
     named = case.merged(case.weights, case.adapter)
-    leaves = dict(flatten(name_map.from_hf(case.cfg, case.ref.weights)))
+    leaves = dict(flatten(released.from_hf(case.cfg, case.ref.weights)))
     lazy = {
         path: LazyTensor(x.shape, x.dtype, lambda x=x: x, lambda where, x=x: [x[i] for i in where])
         for path, x in leaves.items()
@@ -292,7 +293,7 @@ def test_load_and_convert_take_an_adapter(case, tmp_path):
     folder = reference.save(case.ref, tmp_path / "base")
     to_orbax(folder, tmp_path / "merged", adapter=case.folder)
     params, _ = q3.load(tmp_path / "merged")
-    named = name_map.to_hf(case.cfg, jax.tree.map(np.asarray, params))
+    named = released.to_hf(case.cfg, jax.tree.map(np.asarray, params))
     for name, x in case.merged(case.weights, case.adapter).items():
         np.testing.assert_allclose(named[name], x, rtol=1e-5, atol=1e-6)
     params, cfg = q3.load(folder, adapter=case.folder)

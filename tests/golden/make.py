@@ -184,7 +184,7 @@ def heads() -> list[str]:
             (source / CONFIG).write_text(json.dumps(raw))
             cfg = Config.from_hf(source)
             write_config(saved, cfg.to_hf(), cfg.tie_word_embeddings)
-            copy_files(source, [Path(CONFIG)], copied)
+            copy_files(source, copied, names=[Path(CONFIG)])
             for folder in (saved, copied):
                 faults += _head_faults(folder, tensors, moe, f"{folder.name}, {moe}, {top}, {text}")
     demo = HERE.parent.parent / "demo" / "checkpoint"

@@ -13,6 +13,7 @@ import numpy as np
 import ours
 import pytest
 import tiny
+from released import from_hf
 
 import qwen3vl_jax as q3
 from benchmarks import int8_error
@@ -23,7 +24,7 @@ from qwen3vl_jax import Config, InputError
 from qwen3vl_jax.checkpoint import quantize
 from qwen3vl_jax.checkpoint.device_load import as_dicts
 from qwen3vl_jax.checkpoint.lazy_tensor import eight_bit
-from qwen3vl_jax.checkpoint.name_map import from_hf, param_specs
+from qwen3vl_jax.checkpoint.name_map import param_specs
 from qwen3vl_jax.checkpoint.param_paths import flatten
 from qwen3vl_jax.checkpoint.save import save_params
 from qwen3vl_jax.loading import load

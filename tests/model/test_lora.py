@@ -10,6 +10,7 @@ import numpy as np
 import ours
 import ours_train
 import pytest
+import released
 import tiny
 
 import qwen3vl_jax as q3
@@ -39,7 +40,7 @@ def small():
     raw["text_config"] |= SMALL["text"]
     raw["vision_config"] |= SMALL["vision"]
     cfg = q3.Config.from_hf(raw)
-    params = jax.tree.map(jnp.asarray, name_map.from_hf(cfg, tiny.weights(raw, 0)))
+    params = jax.tree.map(jnp.asarray, released.from_hf(cfg, tiny.weights(raw, 0)))
     return raw, params, cfg
 
 

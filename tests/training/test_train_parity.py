@@ -12,9 +12,9 @@ import pytest
 import reference
 import tiny
 import torch
+from released import to_hf
 
 import qwen3vl_jax as q3
-from qwen3vl_jax.checkpoint.name_map import to_hf
 from qwen3vl_jax.training import param_groups, train_step
 from qwen3vl_jax.training.optimizer import make_optimizer
 from qwen3vl_jax.training.recipe import Optimizer
