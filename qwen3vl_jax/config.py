@@ -9,7 +9,7 @@ from typing import Any
 
 from qwen3vl_jax import config_checks as check
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.released import released_sizes
+from qwen3vl_jax.released import RELEASED, TEXT_KEYS, VISION_KEYS
 from qwen3vl_jax.rope_config import RopeConfig, read_rope
 from qwen3vl_jax.storage.json_text import read_json, read_json_file, write_json
 from qwen3vl_jax.storage.paths import as_path
@@ -18,11 +18,9 @@ from qwen3vl_jax.storage.safetensors_files import holds_head
 # The axes of a mesh, from the slowest links to the fastest, and their short names.
 AXES = ("data", "fsdp", "expert", "sequence", "tensor")
 SHORT = {"dp": "data", "ep": "expert", "sp": "sequence", "tp": "tensor"}
-# Label of a token that the loss leaves out.
-IGNORE_INDEX = -100
+IGNORE_INDEX = -100  # label of a token that the loss leaves out
 TIED = "tie_word_embeddings"
 TEXT_ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu")
-_EXPERTS_PER_TOKEN = 4
 _TOKENS = {
     "image_token_id": 151655,
     "video_token_id": 151656,
@@ -76,8 +74,7 @@ class VisionConfig:
     out_hidden_size: int = check.field(check.size())
     deepstack_visual_indexes: tuple[int, ...] = check.field(check.items)
     hidden_act: str = check.field(check.one_of(*TEXT_ACTIVATIONS), "gelu_pytorch_tanh")
-    # In the key rope_parameters.
-    rope_theta: float = check.field(check.number(above=0), 10_000.0)
+    rope_theta: float = check.field(check.number(above=0), 10_000.0)  # in the key rope_parameters
     initializer_range: float = check.field(check.number(), 0.02)
 
     @property
@@ -123,18 +120,16 @@ class Config:
         """
         raw = source if isinstance(source, Mapping) else _read(as_path(source))
         model_type = raw.get("model_type", "qwen3_vl")
-        if not isinstance(model_type, str) or not model_type.startswith("qwen3_vl"):
-            raise check.refused("model_type", model_type, "qwen3_vl or qwen3_vl_moe")
+        known = isinstance(model_type, str) and model_type.startswith("qwen3_vl")
+        check.require(known, "model_type", model_type, "qwen3_vl or qwen3_vl_moe")
         for part in ("text_config", "vision_config"):
-            if not isinstance(raw.get(part), Mapping):
-                raise check.refused(part, raw.get(part), "an object")
+            check.require(isinstance(raw.get(part), Mapping), part, raw.get(part), "an object")
         check.warn_of_misplaced(raw, [field.name for field in dataclasses.fields(TextConfig)])
         text_raw = raw["text_config"]
         is_moe = "moe" in model_type or "moe" in str(text_raw.get("model_type", ""))
         text, vision = _text(text_raw, is_moe), _vision(raw["vision_config"])
-        if vision.out_hidden_size != text.hidden_size:
-            expected = f"text_config.hidden_size = {text.hidden_size}"
-            raise check.refused("vision_config.out_hidden_size", vision.out_hidden_size, expected)
+        width, expected = vision.out_hidden_size, f"text_config.hidden_size = {text.hidden_size}"
+        check.require(width == text.hidden_size, "vision_config.out_hidden_size", width, expected)
         if (taps := len(vision.deepstack_visual_indexes)) > text.num_hidden_layers:
             raise InputError(
                 f"config: vision_config.deepstack_visual_indexes: got {taps} taps, expected at most "
@@ -142,47 +137,47 @@ class Config:
             )
         required = dict.fromkeys(_TOKENS, (check.integer(at_least=0), check.REQUIRED))
         tokens = check.read_fields({**_TOKENS, **raw}, "", required)
-        tied = _is_tied(raw, source)
         eos = check.token_ids(text_raw.get("eos_token_id", raw.get("eos_token_id")), "eos_token_id")
+        tied = _is_tied(raw, source)
         return cls(text, vision, **tokens, tie_word_embeddings=tied, eos_token_ids=eos)
 
     @classmethod
     def named(cls, size: str) -> "Config":
         """The config of a released size: 2b, 4b, 8b, 32b, 30b-a3b or 235b-a22b."""
-        text, vision, tied = released_sizes(size)
-        fixed = {"in_channels": 3, "patch_size": 16, "temporal_patch_size": 2}
-        vision |= {**fixed, "spatial_merge_size": 2, "num_position_embeddings": 2304}
-        per_token = 8 if text["num_experts"] else 0
+        if size.lower() not in RELEASED:
+            raise InputError(f"size {size!r} is unknown; released sizes: {', '.join(RELEASED)}")
+        text_values, vision_values, tied = RELEASED[size.lower()]
+        text: dict[str, Any] = dict(zip(TEXT_KEYS, text_values))
         text |= {"vocab_size": 151_936, "head_dim": 128, "max_position_embeddings": 262_144}
+        text |= {"num_experts_per_tok": 8 if text["num_experts"] else 0, "rope": RopeConfig()}
+        vision: dict[str, Any] = dict(zip(VISION_KEYS, vision_values))
+        vision |= {"in_channels": 3, "patch_size": 16, "temporal_patch_size": 2}
+        vision |= {"spatial_merge_size": 2, "num_position_embeddings": 2304}
+        vision["out_hidden_size"] = text["hidden_size"]
+        eos = (151_645,)
         return cls(
-            TextConfig(**text, num_experts_per_tok=per_token, rope=RopeConfig()),
-            VisionConfig(**vision, out_hidden_size=text["hidden_size"]),
+            TextConfig(**text),
+            VisionConfig(**vision),
             **_TOKENS,
+            eos_token_ids=eos,
             tie_word_embeddings=tied,
-            eos_token_ids=(151_645,),
         )
 
     def to_hf(self) -> dict[str, Any]:
         """The config.json of this config in the released form: the inverse of `from_hf`."""
-        moe = self.text.num_experts > 0
-        text = dataclasses.asdict(self.text)
-        del text["rope"]
-        text["rope_theta"] = self.text.rope.theta
-        text["rope_scaling"] = self.text.rope.to_hf()
-        if not moe:
-            for key in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
-                del text[key]
+        moe, rope, eos = self.text.num_experts > 0, self.text.rope, self.eos_token_ids
         name = "qwen3_vl_moe" if moe else "qwen3_vl"
+        left_out = {"rope", *(() if moe else _EXPERTS)}
+        text = {k: v for k, v in dataclasses.asdict(self.text).items() if k not in left_out}
+        text |= {"rope_theta": rope.theta, "rope_scaling": rope.to_hf()}
         text |= {"model_type": f"{name}_text", TIED: self.tie_word_embeddings}
-        text["eos_token_id"] = self.eos_token_ids[0] if len(self.eos_token_ids) == 1 else None
-        if len(self.eos_token_ids) > 1:
-            text["eos_token_id"] = list(self.eos_token_ids)
+        text["eos_token_id"] = eos[0] if len(eos) == 1 else list(eos) or None
         top = {k: getattr(self, k) for k in (*_TOKENS, TIED)}
         vision = {**dataclasses.asdict(self.vision), "model_type": name}
         vision["rope_parameters"] = {"rope_type": "axial", "rope_theta": vision.pop("rope_theta")}
         arch = f"Qwen3VL{'Moe' if moe else ''}ForConditionalGeneration"
-        plain = {**top, "text_config": text, "vision_config": vision}
-        found = {"architectures": [arch], "model_type": name, **plain}
+        found = {"architectures": [arch], "model_type": name, **top}
+        found |= {"text_config": text, "vision_config": vision}
         return read_json(write_json(found, "config"), "config")
 
 
@@ -193,11 +188,9 @@ def _is_tied(raw: Mapping[str, Any], source: Any) -> bool:
     is true, the files decide: a directory with a head is not tied. transformers 5 writes such
     mixtures of experts.
     """
-    places = {TIED: raw, f"text_config.{TIED}": raw["text_config"]}
-    top, text = (
-        part.get(TIED) is not None and check.flag(part[TIED], where)
-        for where, part in places.items()
-    )
+    table = {TIED: (check.flag, False)}
+    top = check.read_fields(raw, "", table)[TIED]
+    text = check.read_fields(raw["text_config"], "text_config.", table)[TIED]
     if top or not text or isinstance(source, Mapping):
         return top
     path = as_path(source)
@@ -218,10 +211,8 @@ def _read(path: Path) -> Mapping[str, Any]:
     if path.is_dir():
         folder, path = path, model_folder(path) / "config.json"
         if not path.is_file():
-            raise InputError(
-                f"{folder}: no checkpoint and no run in this folder; {path}: cannot be read (it does "
-                "not exist)"
-            )
+            none = f"{folder}: no checkpoint and no run in this folder"
+            raise InputError(f"{none}; {path}: cannot be read (it does not exist)")
     return read_json_file(path, f"config: {path}")
 
 
@@ -232,22 +223,17 @@ def _text(raw: Mapping[str, Any], is_moe: bool) -> TextConfig:
             raise InputError(f"config: {where}{key} is absent; it fixes a shape (null is allowed)")
     found = check.read_fields(raw, where, check.field_table(TextConfig))
     hidden, heads = found["hidden_size"], found["num_attention_heads"]
-    if raw["head_dim"] is None and hidden % heads:
-        raise check.refused(
-            where + "hidden_size", hidden, f"a multiple of num_attention_heads {heads}"
-        )
-    derived = {
-        "head_dim": (check.size(), hidden // heads),
-        "num_key_value_heads": (check.size(), heads),
-    }
+    divides = raw["head_dim"] is not None or hidden % heads == 0
+    expected = f"a multiple of num_attention_heads {heads}"
+    check.require(divides, where + "hidden_size", hidden, expected)
+    derived = {"head_dim": hidden // heads, "num_key_value_heads": heads}
+    derived = {key: (check.size(), default) for key, default in derived.items()}
     found |= check.read_fields(raw, where, derived)
     if heads % (kv_heads := found["num_key_value_heads"]):
-        raise InputError(
-            f"config: {where}num_attention_heads {heads} is no multiple of num_key_value_heads "
-            f"{kv_heads}"
-        )
-    if (head_dim := found["head_dim"]) % 2:
-        raise check.refused(where + "head_dim", head_dim, "an even number")
+        unequal = f"{heads} is no multiple of num_key_value_heads {kv_heads}"
+        raise InputError(f"config: {where}num_attention_heads {unequal}")
+    head_dim = found["head_dim"]
+    check.require(head_dim % 2 == 0, where + "head_dim", head_dim, "an even number")
     if is_moe:
         found |= _experts(raw, where)
     # Released mixtures of experts have the key, re-exports may leave it out.
@@ -258,16 +244,15 @@ def _text(raw: Mapping[str, Any], is_moe: bool) -> TextConfig:
 
 
 def _experts(raw: Mapping[str, Any], where: str) -> dict[str, int]:
-    if layers := raw.get("mlp_only_layers"):
-        raise check.refused(where + "mlp_only_layers", layers, "[] (all sparse)")
+    layers = raw.get("mlp_only_layers")
+    check.require(not layers, where + "mlp_only_layers", layers, "[] (all sparse)")
     check.one_of(1)(raw.get("decoder_sparse_step", 1), where + "decoder_sparse_step")
-    given = {"num_experts_per_tok": _EXPERTS_PER_TOKEN, **raw}
+    given = {"num_experts_per_tok": 4, **raw}
     if given.get("num_experts") is None:
         given["num_experts"] = given.get("num_local_experts")
     found = check.read_fields(given, where, _EXPERTS)
-    if found["num_experts_per_tok"] > found["num_experts"]:
-        expected = f"<= num_experts = {found['num_experts']}"
-        raise check.refused(where + "num_experts_per_tok", found["num_experts_per_tok"], expected)
+    count, most = found["num_experts_per_tok"], found["num_experts"]
+    check.require(count <= most, where + "num_experts_per_tok", count, f"<= num_experts = {most}")
     return found
 
 
@@ -276,19 +261,16 @@ def _vision(raw: Mapping[str, Any]) -> VisionConfig:
     table = check.field_table(VisionConfig)
     theta = {"rope_theta": table.pop("rope_theta")}
     found = check.read_fields(raw, where, table)
-    positions, width, heads = (
-        found[k] for k in ("num_position_embeddings", "hidden_size", "num_heads")
-    )
-    if math.isqrt(positions) ** 2 != positions:
-        raise check.refused(where + "num_position_embeddings", positions, "a square number")
-    if width % (4 * heads):
-        expected = f"a multiple of 4 x num_heads = {4 * heads} (2-D rotary splits a head in four)"
-        raise check.refused(where + "hidden_size", width, expected)
-    taps, depth = found["deepstack_visual_indexes"], found["depth"]
-    valid = all(type(t) is int and 0 <= t < depth for t in taps)
-    if not valid or any(a >= b for a, b in itertools.pairwise(taps)):
-        expected = f"increasing layer numbers from 0 to depth - 1 = {depth - 1}"
-        raise check.refused(where + "deepstack_visual_indexes", list(taps), expected)
     rope = check.mapping(raw.get("rope_parameters"), where + "rope_parameters")
-    found |= check.read_fields(rope, where + "rope_parameters.", theta)
-    return VisionConfig(**found)
+    c = VisionConfig(**found, **check.read_fields(rope, where + "rope_parameters.", theta))
+    count, taps = c.num_position_embeddings, c.deepstack_visual_indexes
+    square = c.grid_side**2 == count
+    check.require(square, where + "num_position_embeddings", count, "a square number")
+    expected = f"a multiple of 4 x num_heads = {4 * c.num_heads} (2-D rotary splits a head in four)"
+    divides = c.hidden_size % (4 * c.num_heads) == 0
+    check.require(divides, where + "hidden_size", c.hidden_size, expected)
+    rising = all(type(t) is int and 0 <= t < c.depth for t in taps)
+    rising = rising and all(a < b for a, b in itertools.pairwise(taps))
+    expected = f"increasing layer numbers from 0 to depth - 1 = {c.depth - 1}"
+    check.require(rising, where + "deepstack_visual_indexes", list(taps), expected)
+    return c
