@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import sys
+from collections.abc import Sequence
 
 from qwen3vl_jax.runtime.console import one_line_errors
 
@@ -35,11 +36,9 @@ def devices() -> list[tuple[str, str, str]]:
 
     rows = []
     for device in jax.local_devices():
-        stats = device.memory_stats() or {}
+        stats, memory = device.memory_stats() or {}, f"shared with the host, {host_memory()}"
         if "bytes_limit" in stats:
             memory = f"{_gib(stats.get('bytes_in_use', 0))} of {_gib(stats['bytes_limit'])} GiB"
-        else:
-            memory = f"shared with the host, {host_memory()}"
         rows.append((str(device), device.device_kind, memory))
     return rows
 
@@ -81,14 +80,14 @@ def needs(size: str) -> list[tuple[str, ...]]:
     return [*rows, ("cache, 1,024 tokens", "", *per_1024)]
 
 
-def show(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def show(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     """Prints a table."""
     from rich.console import Console
-    from rich.table import Column, Table
+    from rich.table import Table
 
-    table = Table(
-        *(Column(name, overflow="fold") for name in columns), title=title, title_justify="left"
-    )
+    table = Table(title=title, title_justify="left")
+    for name in columns:
+        table.add_column(name, overflow="fold")
     for row in rows:
         table.add_row(*row)
     Console(markup=False).print(table)  # [cuda] is an extra's name, not a style
@@ -100,19 +99,15 @@ def backends() -> list[tuple[str, bool, str]]:
     from qwen3vl_jax.model.sharding import platform
 
     here = platform()
-    refusal = gpu_refusal("bfloat16", 128) if here == "gpu" else f"needs a GPU, this is {here}"
     blocks = "every platform, dtype and layout; online softmax, empty blocks skipped"
-    cudnn = (
+    no_gpu = gpu_refusal("bfloat16", 128) if here == "gpu" else f"needs a GPU, this is {here}"
+    gpu = (
         "packed rows, prompts, images, videos, tokens behind a cache; Pallas: decode steps; 16 bits"
     )
-    tpu = f"needs a TPU, this is {here}"
-    if here == "tpu":
-        tpu = "128 queries a row or more; Pallas: decode steps"
-    return [
-        ("xla blocks", True, blocks),
-        ("cudnn", not refusal, refusal or cudnn),
-        ("splash", here == "tpu", tpu),
-    ]
+    no_tpu = "" if here == "tpu" else f"needs a TPU, this is {here}"
+    tpu = no_tpu or "128 queries a row or more; Pallas: decode steps"
+    rows = [("xla blocks", True, blocks), ("cudnn", not no_gpu, no_gpu or gpu)]
+    return [*rows, ("splash", not no_tpu, tpu)]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -125,14 +120,13 @@ def main(argv: list[str] | None = None) -> int:
         with one_line_errors():
             show(argv[0], ("part", "parameters", "bf16", "fp32"), needs(argv[0]))
         return 0
-    show("versions", ("package", "version"), list(versions()))
+    show("versions", ("package", "version"), versions())
     try:
         found = devices()
     except RuntimeError as error:  # a platform was asked for that is not there
-        reason = str(error).splitlines()[0]
-        print(f"error: JAX finds no device: {reason}", file=sys.stderr)
+        print(f"error: JAX finds no device: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
-    show(f"devices (host: {host_memory()})", ("device", "kind", "memory"), list(found))
+    show(f"devices (host: {host_memory()})", ("device", "kind", "memory"), found)
     rows = [(name, "yes" if usable else "no", why) for name, usable, why in backends()]
     show("attention back ends", ("name", "available", "why"), rows)
     return 0

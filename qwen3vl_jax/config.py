@@ -21,12 +21,8 @@ SHORT = {"dp": "data", "ep": "expert", "sp": "sequence", "tp": "tensor"}
 IGNORE_INDEX = -100  # label of a token that the loss leaves out
 TIED = "tie_word_embeddings"
 TEXT_ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu")
-_TOKENS = {
-    "image_token_id": 151655,
-    "video_token_id": 151656,
-    "vision_start_token_id": 151652,
-    "vision_end_token_id": 151653,
-}
+_TOKENS = {"image_token_id": 151655, "video_token_id": 151656}
+_TOKENS |= {"vision_start_token_id": 151652, "vision_end_token_id": 151653}
 _EXPERTS = {
     "num_experts": (check.size(10_000), check.REQUIRED),
     "num_experts_per_tok": (check.integer(), check.REQUIRED),
@@ -146,22 +142,16 @@ class Config:
         """The config of a released size: 2b, 4b, 8b, 32b, 30b-a3b or 235b-a22b."""
         if size.lower() not in RELEASED:
             raise InputError(f"size {size!r} is unknown; released sizes: {', '.join(RELEASED)}")
-        text_values, vision_values, tied = RELEASED[size.lower()]
-        text: dict[str, Any] = dict(zip(TEXT_KEYS, text_values))
+        of_text, of_vision, tied = RELEASED[size.lower()]
+        text: dict[str, Any] = dict(zip(TEXT_KEYS, of_text))
         text |= {"vocab_size": 151_936, "head_dim": 128, "max_position_embeddings": 262_144}
         text |= {"num_experts_per_tok": 8 if text["num_experts"] else 0, "rope": RopeConfig()}
-        vision: dict[str, Any] = dict(zip(VISION_KEYS, vision_values))
+        vision: dict[str, Any] = dict(zip(VISION_KEYS, of_vision))
         vision |= {"in_channels": 3, "patch_size": 16, "temporal_patch_size": 2}
         vision |= {"spatial_merge_size": 2, "num_position_embeddings": 2304}
         vision["out_hidden_size"] = text["hidden_size"]
-        eos = (151_645,)
-        return cls(
-            TextConfig(**text),
-            VisionConfig(**vision),
-            **_TOKENS,
-            eos_token_ids=eos,
-            tie_word_embeddings=tied,
-        )
+        ids = {**_TOKENS, "eos_token_ids": (151_645,)}
+        return cls(TextConfig(**text), VisionConfig(**vision), tie_word_embeddings=tied, **ids)
 
     def to_hf(self) -> dict[str, Any]:
         """The config.json of this config in the released form: the inverse of `from_hf`."""

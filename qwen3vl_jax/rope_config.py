@@ -13,18 +13,14 @@ from qwen3vl_jax.errors import InputError
 # Defaults of transformers 4.57.1.
 DEFAULT_THETA = 5_000_000.0
 DEFAULT_SECTION = (24, 20, 20)
-# The keys that each rope type needs.
-ROPE_NEEDS = {
-    "default": (),
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "yarn": (),
+ROPE_TYPES = "default", "linear", "dynamic", "yarn", "longrope", "llama3"
+# The keys that a rope type needs.
+_NEEDS = {
+    **dict.fromkeys(("linear", "dynamic"), ("factor",)),
     "longrope": ("short_factor", "long_factor"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
-ROPE_TYPES = tuple(ROPE_NEEDS)
-# A larger scale or base makes infinite frequencies in fp32.
-_MAX_NUMBER = 1e15
+_MAX_NUMBER = 1e15  # a larger scale or base makes infinite frequencies in fp32
 _POSITIVE = check.number(0, _MAX_NUMBER)
 # The keys that scale frequencies. An absent one keeps the default of RopeConfig.
 _SCALING = {
@@ -64,7 +60,7 @@ class RopeConfig:
 
     def to_hf(self) -> dict[str, Any]:
         """`rope_scaling` in the released form: keys that the type needs or that are not the default."""
-        kept = {"rope_type", "mrope_section", *ROPE_NEEDS[self.rope_type]}
+        kept = {"rope_type", "mrope_section", *_NEEDS.get(self.rope_type, ())}
         fields = dataclasses.fields(self)
         kept |= {f.name for f in fields if getattr(self, f.name) != f.default} - {"theta"}
         return {name: getattr(self, name) for name in sorted(kept)} | {"mrope_interleaved": True}
@@ -75,12 +71,9 @@ def read_rope(raw: Mapping[str, Any], head_dim: int, max_positions: int) -> Rope
 
     If both forms are there, rope_scaling alone counts, as in transformers 5.23. Raises InputError.
     """
-    scaling, parameters = (
-        check.mapping(raw.get(key), f"text_config.{key}")
-        for key in ("rope_scaling", "rope_parameters")
-    )
-    given = scaling or parameters
-    where = f"text_config.{'rope_parameters' if parameters and not scaling else 'rope_scaling'}."
+    keys = "rope_scaling", "rope_parameters"
+    scaling, parameters = (check.mapping(raw.get(key), f"text_config.{key}") for key in keys)
+    given, where = scaling or parameters, f"text_config.{keys[bool(parameters and not scaling)]}."
     rope_type = given.get("rope_type", given.get("type", "default"))
     rope_type = "default" if rope_type == "mrope" else rope_type
     check.one_of(*ROPE_TYPES)(rope_type, where + "rope_type")
@@ -108,13 +101,9 @@ def read_rope(raw: Mapping[str, Any], head_dim: int, max_positions: int) -> Rope
     rope = RopeConfig(rope_type, found, section, **fields)
     # Values at which the formula of a rope type divides by zero.
     low, original = rope.low_freq_factor, rope.original_max_position_embeddings
+    flat = low == rope.high_freq_factor
     refused = {
-        "llama3": (
-            low == rope.high_freq_factor,
-            where + "low_freq_factor",
-            low,
-            "less than high_freq_factor",
-        ),
+        "llama3": (flat, where + "low_freq_factor", low, "less than high_freq_factor"),
         "dynamic": (head_dim <= 2, "text_config.head_dim", head_dim, "more than 2"),
         "yarn": (found == 1, prefix + "rope_theta", 1, "another number"),
         "longrope": (original == 1, f"{where}original_max_position_embeddings", 1, "more"),
@@ -127,7 +116,7 @@ def read_rope(raw: Mapping[str, Any], head_dim: int, max_positions: int) -> Rope
 
 def _scaling(given: Mapping[str, Any], where: str, rope_type: str, head_dim: int) -> dict[str, Any]:
     """The fields of RopeConfig that scale frequencies, those that are present; warns of other keys."""
-    for key in ROPE_NEEDS[rope_type]:
+    for key in _NEEDS.get(rope_type, ()):
         if given.get(key) is None:
             raise InputError(f"config: {where}{key} is absent; rope_type {rope_type!r} needs it")
     for key in given:
@@ -152,7 +141,7 @@ def powers_of(r: RopeConfig, dim: int) -> tuple[np.ndarray, np.ndarray]:
 
 def fixed_frequencies(r: RopeConfig, dim: int) -> tuple[np.ndarray, float]:
     """The H/2 inverse frequencies of a type that no position changes, and the factor on cos and sin."""
-    _, powers = powers_of(r, dim)
+    powers = powers_of(r, dim)[1]
     if r.rope_type == "linear":
         return 1.0 / powers / np.float32(r.factor), 1.0
     if r.rope_type == "yarn":
