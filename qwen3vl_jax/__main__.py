@@ -10,8 +10,10 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from qwen3vl_jax.runtime.console import one_line_errors
+from qwen3vl_jax.version import __version__
 
 PACKAGES = "jax jaxlib flax optax orbax-checkpoint safetensors tokenizers numpy pillow tokamax"
 OPTIONAL = {"tokamax": "not installed (optional: pip install 'qwen3vl-jax[moe]')"}
@@ -19,8 +21,6 @@ OPTIONAL = {"tokamax": "not installed (optional: pip install 'qwen3vl-jax[moe]')
 
 def versions() -> list[tuple[str, str]]:
     """Names and versions of Python, of this package and of its dependencies, installed or not."""
-    from qwen3vl_jax.version import __version__
-
     rows = [("qwen3vl_jax", __version__), ("python", platform.python_version())]
     for name in PACKAGES.split():
         try:
@@ -30,17 +30,12 @@ def versions() -> list[tuple[str, str]]:
     return rows
 
 
-def devices() -> list[tuple[str, str, str]]:
-    """The name, kind and memory (in use of limit) of each of JAX's devices."""
-    import jax
-
-    rows = []
-    for device in jax.local_devices():
-        stats, memory = device.memory_stats() or {}, f"shared with the host, {host_memory()}"
-        if "bytes_limit" in stats:
-            memory = f"{_gib(stats.get('bytes_in_use', 0))} of {_gib(stats['bytes_limit'])} GiB"
-        rows.append((str(device), device.device_kind, memory))
-    return rows
+def memory_of(device: Any) -> str:
+    """The memory of one of JAX's devices, in use of its limit."""
+    stats = device.memory_stats() or {}
+    if "bytes_limit" not in stats:
+        return f"shared with the host, {host_memory()}"
+    return f"{_gib(stats.get('bytes_in_use', 0))} of {_gib(stats['bytes_limit'])} GiB"
 
 
 def host_memory() -> str:
@@ -121,8 +116,10 @@ def main(argv: list[str] | None = None) -> int:
             show(argv[0], ("part", "parameters", "bf16", "fp32"), needs(argv[0]))
         return 0
     show("versions", ("package", "version"), versions())
+    import jax
+
     try:
-        found = devices()
+        found = [(str(x), x.device_kind, memory_of(x)) for x in jax.local_devices()]
     except RuntimeError as error:  # a platform was asked for that is not there
         print(f"error: JAX finds no device: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2

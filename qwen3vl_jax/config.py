@@ -3,13 +3,13 @@
 import dataclasses
 import itertools
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qwen3vl_jax import config_checks as check
-from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.released import RELEASED, TEXT_KEYS, VISION_KEYS
+from qwen3vl_jax.errors import InputError, shown
 from qwen3vl_jax.rope_config import RopeConfig, read_rope
 from qwen3vl_jax.storage.json_text import read_json, read_json_file, write_json
 from qwen3vl_jax.storage.paths import as_path
@@ -27,6 +27,27 @@ _EXPERTS = {
     "num_experts": (check.size(10_000), check.REQUIRED),
     "num_experts_per_tok": (check.integer(), check.REQUIRED),
     "moe_intermediate_size": (check.size(), check.REQUIRED),
+}
+
+
+# The released size that the name of a checkpoint tells.
+SIZE = re.compile(r"(235b-a22b|30b-a3b|32b|8b|4b|2b)", re.IGNORECASE)
+
+_TEXT_KEYS = """
+    hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size
+    moe_intermediate_size num_experts
+    """.split()
+_VISION_KEYS = "depth hidden_size intermediate_size num_heads deepstack_visual_indexes".split()
+_SIGLIP_LARGE = (24, 1024, 4096, 16, (5, 11, 17))
+_SIGLIP_SO400M = (27, 1152, 4304, 16, (8, 16, 24))
+# size: (values of _TEXT_KEYS, of _VISION_KEYS, whether the head is tied)
+RELEASED = {
+    "2b": ((2048, 28, 16, 8, 6144, 0, 0), _SIGLIP_LARGE, True),
+    "4b": ((2560, 36, 32, 8, 9728, 0, 0), _SIGLIP_LARGE, True),
+    "8b": ((4096, 36, 32, 8, 12288, 0, 0), _SIGLIP_SO400M, False),
+    "32b": ((5120, 64, 64, 8, 25600, 0, 0), _SIGLIP_SO400M, False),
+    "30b-a3b": ((2048, 48, 32, 4, 6144, 768, 128), _SIGLIP_SO400M, False),
+    "235b-a22b": ((4096, 94, 64, 4, 12288, 1536, 128), _SIGLIP_SO400M, False),
 }
 
 
@@ -70,7 +91,7 @@ class VisionConfig:
     out_hidden_size: int = check.field(check.size())
     deepstack_visual_indexes: tuple[int, ...] = check.field(check.items)
     hidden_act: str = check.field(check.one_of(*TEXT_ACTIVATIONS), "gelu_pytorch_tanh")
-    rope_theta: float = check.field(check.number(above=0), 10_000.0)  # in the key rope_parameters
+    rope_theta: float = 10_000.0  # in the key rope_parameters
     initializer_range: float = check.field(check.number(), 0.02)
 
     @property
@@ -120,17 +141,21 @@ class Config:
         check.require(known, "model_type", model_type, "qwen3_vl or qwen3_vl_moe")
         for part in ("text_config", "vision_config"):
             check.require(isinstance(raw.get(part), Mapping), part, raw.get(part), "an object")
-        check.warn_of_misplaced(raw, [field.name for field in dataclasses.fields(TextConfig)])
         text_raw = raw["text_config"]
+        names = {field.name for field in dataclasses.fields(TextConfig)} - {"rope"}
+        # transformers does not read them there either.
+        for key in sorted({*names, "rope_scaling", "rope_parameters", "rope_theta"}):
+            if raw.get(key) is not None and raw[key] != text_raw.get(key):
+                beside = f"{key} {shown(raw[key])} at the top of config.json"
+                check.warn_once(f"config: {beside} is not used; put it into text_config")
         is_moe = "moe" in model_type or "moe" in str(text_raw.get("model_type", ""))
         text, vision = _text(text_raw, is_moe), _vision(raw["vision_config"])
         width, expected = vision.out_hidden_size, f"text_config.hidden_size = {text.hidden_size}"
         check.require(width == text.hidden_size, "vision_config.out_hidden_size", width, expected)
         if (taps := len(vision.deepstack_visual_indexes)) > text.num_hidden_layers:
-            raise InputError(
-                f"config: vision_config.deepstack_visual_indexes: got {taps} taps, expected at most "
-                f"text_config.num_hidden_layers = {text.num_hidden_layers}"
-            )
+            most = f"at most text_config.num_hidden_layers = {text.num_hidden_layers}"
+            where = "vision_config.deepstack_visual_indexes"
+            raise InputError(f"config: {where}: got {taps} taps, expected {most}")
         required = dict.fromkeys(_TOKENS, (check.integer(at_least=0), check.REQUIRED))
         tokens = check.read_fields({**_TOKENS, **raw}, "", required)
         eos = check.token_ids(text_raw.get("eos_token_id", raw.get("eos_token_id")), "eos_token_id")
@@ -143,10 +168,10 @@ class Config:
         if size.lower() not in RELEASED:
             raise InputError(f"size {size!r} is unknown; released sizes: {', '.join(RELEASED)}")
         of_text, of_vision, tied = RELEASED[size.lower()]
-        text: dict[str, Any] = dict(zip(TEXT_KEYS, of_text))
+        text: dict[str, Any] = dict(zip(_TEXT_KEYS, of_text))
         text |= {"vocab_size": 151_936, "head_dim": 128, "max_position_embeddings": 262_144}
         text |= {"num_experts_per_tok": 8 if text["num_experts"] else 0, "rope": RopeConfig()}
-        vision: dict[str, Any] = dict(zip(VISION_KEYS, of_vision))
+        vision: dict[str, Any] = dict(zip(_VISION_KEYS, of_vision))
         vision |= {"in_channels": 3, "patch_size": 16, "temporal_patch_size": 2}
         vision |= {"spatial_merge_size": 2, "num_position_embeddings": 2304}
         vision["out_hidden_size"] = text["hidden_size"]
@@ -175,8 +200,7 @@ def _is_tied(raw: Mapping[str, Any], source: Any) -> bool:
     """Whether the head is the embedding. Raises InputError.
 
     transformers 5 reads the key at the top, transformers 4 the key in text_config. If only the latter
-    is true, the files decide: a directory with a head is not tied. transformers 5 writes such
-    mixtures of experts.
+    is true, as in mixtures of experts of transformers 5, a directory with a head is not tied.
     """
     table = {TIED: (check.flag, False)}
     top = check.read_fields(raw, "", table)[TIED]
@@ -211,7 +235,7 @@ def _text(raw: Mapping[str, Any], is_moe: bool) -> TextConfig:
     for key in ("head_dim", "num_key_value_heads"):
         if key not in raw:
             raise InputError(f"config: {where}{key} is absent; it fixes a shape (null is allowed)")
-    found = check.read_fields(raw, where, check.field_table(TextConfig))
+    found = check.read_fields(raw, where, TextConfig)
     hidden, heads = found["hidden_size"], found["num_attention_heads"]
     divides = raw["head_dim"] is not None or hidden % heads == 0
     expected = f"a multiple of num_attention_heads {heads}"
@@ -225,7 +249,15 @@ def _text(raw: Mapping[str, Any], is_moe: bool) -> TextConfig:
     head_dim = found["head_dim"]
     check.require(head_dim % 2 == 0, where + "head_dim", head_dim, "an even number")
     if is_moe:
-        found |= _experts(raw, where)
+        layers = raw.get("mlp_only_layers")
+        check.require(not layers, where + "mlp_only_layers", layers, "[] (all sparse)")
+        check.one_of(1)(raw.get("decoder_sparse_step", 1), where + "decoder_sparse_step")
+        given = {"num_experts_per_tok": 4, **raw}
+        if given.get("num_experts") is None:
+            given["num_experts"] = given.get("num_local_experts")
+        found |= check.read_fields(given, where, _EXPERTS)
+        count, most = found["num_experts_per_tok"], f"<= num_experts = {found['num_experts']}"
+        check.require(count <= found["num_experts"], where + "num_experts_per_tok", count, most)
     # Released mixtures of experts have the key, re-exports may leave it out.
     dense = {"intermediate_size": (check.size(), check.REQUIRED)}
     unused = is_moe and raw.get("intermediate_size") is None
@@ -233,25 +265,11 @@ def _text(raw: Mapping[str, Any], is_moe: bool) -> TextConfig:
     return TextConfig(**found, rope=read_rope(raw, head_dim, found["max_position_embeddings"]))
 
 
-def _experts(raw: Mapping[str, Any], where: str) -> dict[str, int]:
-    layers = raw.get("mlp_only_layers")
-    check.require(not layers, where + "mlp_only_layers", layers, "[] (all sparse)")
-    check.one_of(1)(raw.get("decoder_sparse_step", 1), where + "decoder_sparse_step")
-    given = {"num_experts_per_tok": 4, **raw}
-    if given.get("num_experts") is None:
-        given["num_experts"] = given.get("num_local_experts")
-    found = check.read_fields(given, where, _EXPERTS)
-    count, most = found["num_experts_per_tok"], found["num_experts"]
-    check.require(count <= most, where + "num_experts_per_tok", count, f"<= num_experts = {most}")
-    return found
-
-
 def _vision(raw: Mapping[str, Any]) -> VisionConfig:
     where = "vision_config."
-    table = check.field_table(VisionConfig)
-    theta = {"rope_theta": table.pop("rope_theta")}
-    found = check.read_fields(raw, where, table)
+    found = check.read_fields(raw, where, VisionConfig)
     rope = check.mapping(raw.get("rope_parameters"), where + "rope_parameters")
+    theta = {"rope_theta": (check.number(above=0), VisionConfig.rope_theta)}
     c = VisionConfig(**found, **check.read_fields(rope, where + "rope_parameters.", theta))
     count, taps = c.num_position_embeddings, c.deepstack_visual_indexes
     square = c.grid_side**2 == count

@@ -8,12 +8,13 @@ import dataclasses
 import functools
 import logging
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from qwen3vl_jax.errors import InputError, shown
 
 MAX_INT = 2**31 - 1
+LIST = (list, tuple)
 REQUIRED = object()  # the default of a key that fixes a shape
 Check = Callable[[Any, str], Any]
 log = logging.getLogger("qwen3vl_jax")
@@ -25,19 +26,18 @@ def require(allowed: Any, key: str, value: Any, expected: str) -> None:
         raise InputError(f"config: {key}: got {shown(value)}, expected {expected}")
 
 
-def read_fields(
-    raw: Mapping[str, Any], where: str, table: Mapping[str, tuple[Check, Any]]
-) -> dict[str, Any]:
-    """The checked values of a table {key: (check, default)}; null counts as absent.
+def read_fields(raw: Mapping[str, Any], where: str, table: Any) -> dict[str, Any]:
+    """The checked values of {key: (check, default)}, or of a dataclass's `field`s; null is absent.
 
     where: the text before each key in a message.
     """
+    if dataclasses.is_dataclass(table):
+        table = {f.name: f.metadata["check"] for f in dataclasses.fields(table) if f.metadata}
     found = {}
     for key, (check, default) in table.items():
-        value = default if raw.get(key) is None else raw[key]
-        if value is REQUIRED:
+        if raw.get(key) is None and default is REQUIRED:
             raise InputError(f"config: {where}{key} is absent; it fixes a shape and has no default")
-        found[key] = check(value, where + key)
+        found[key] = default if raw.get(key) is None else check(raw[key], where + key)
     return found
 
 
@@ -45,11 +45,6 @@ def field(check: Check, default: Any = REQUIRED) -> Any:
     """A dataclass field with the check of its key in config.json."""
     given = {} if default is REQUIRED else {"default": default}
     return dataclasses.field(metadata={"check": (check, default)}, **given)
-
-
-def field_table(cls: type) -> dict[str, tuple[Check, Any]]:
-    """{key: (check, default)} of the `field` fields of a dataclass, for `read_fields`."""
-    return {f.name: f.metadata["check"] for f in dataclasses.fields(cls) if f.metadata}
 
 
 def _check(expected: str, allowed: Callable[[Any], Any], read: Callable[[Any], Any]) -> Check:
@@ -62,13 +57,9 @@ def _check(expected: str, allowed: Callable[[Any], Any], read: Callable[[Any], A
     return check
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, (list, tuple))
-
-
 # Checks for true or false, for a list, and for an object or null, which is empty.
 flag = _check("true or false", lambda value: isinstance(value, bool), bool)
-items = _check("a list", _is_list, tuple)
+items = _check("a list", lambda value: isinstance(value, LIST), tuple)
 mapping = _check(
     "an object", lambda v: v is None or isinstance(v, Mapping), lambda v: dict(v or {})
 )
@@ -108,7 +99,7 @@ def size(at_most: int = MAX_INT) -> Check:
     """A check for a length: `integer`, or a list of equal ones (transformers 5: a [16, 16] patch)."""
 
     def check(value: Any, key: str) -> int:
-        equal = _is_list(value) and value and all(v == value[0] for v in value)
+        equal = isinstance(value, LIST) and value and all(v == value[0] for v in value)
         return integer(1, at_most)(value[0] if equal else value, key)
 
     return check
@@ -121,7 +112,7 @@ def each(check: Check) -> Check:
 
 def token_ids(value: Any, key: str) -> tuple[int, ...]:
     """A check for a token id, a list of them, or null."""
-    found = () if value is None else tuple(value) if _is_list(value) else (value,)
+    found = () if value is None else tuple(value) if isinstance(value, LIST) else (value,)
     allowed = all(type(i) is int and 0 <= i <= MAX_INT for i in found)
     require(allowed, key, value, "a token id, a list or null")
     return found
@@ -131,11 +122,3 @@ def token_ids(value: Any, key: str) -> tuple[int, ...]:
 def warn_once(text: str) -> None:
     """Warns of an unused setting, once however often a config is read."""
     log.warning("%s", text)
-
-
-def warn_of_misplaced(raw: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Warns of decoder settings beside text_config, which transformers does not read either."""
-    for key in sorted({*names, "rope_scaling", "rope_parameters", "rope_theta"} - {"rope"}):
-        if raw.get(key) is not None and raw[key] != raw["text_config"].get(key):
-            where = f"{key} {shown(raw[key])} at the top of config.json"
-            warn_once(f"config: {where} is not used; put it into text_config")

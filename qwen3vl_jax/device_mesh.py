@@ -32,21 +32,19 @@ _REDUCE_ON_SPARSE_CORE = {
     "xla_tpu_enable_sparse_core_collective_offload_all_reduce": "true",
     "xla_tpu_enable_all_reduce_offload_tracing": "true",
 }
-_FUSED_GATHER = {
+_FUSED = {
     "xla_tpu_enable_async_collective_fusion": "true",
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
     "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
     "xla_tpu_overlap_compute_collective_tc": "true",
     "xla_enable_async_all_gather": "true",
-}
-_FUSED_REDUCE = {
     "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",
     "xla_enable_async_all_reduce": "true",
 }
 # By jax's device_kind. Bytes that move while the chip computes, 8B, fsdp=16, 16 rows of 8,192 (libtpu
 # 0.0.42): v6e 99.9 %, v5p 65 %, v5e (rows of 2,048) 52 %; without the options none.
 _OVERLAP = {
-    "TPU v5 lite": _FUSED_GATHER | _FUSED_REDUCE,
+    "TPU v5 lite": _FUSED,
     # Its compiler sends no all-gather to the SparseCores.
     "TPU v5": _REDUCE_ON_SPARSE_CORE,
     "TPU v5p": _REDUCE_ON_SPARSE_CORE,
@@ -127,9 +125,8 @@ def mesh_shape(sizes: Mapping[str, int], count: int) -> tuple[int, ...]:
 
 def compiler_options(mesh: Mesh) -> dict[str, str] | None:
     """XLA options of a training step on a mesh; their names exist on one platform only."""
-    device = mesh.devices.flat[0]
-    on_tpu = device.platform == "tpu"
-    return _TPU_OPTIONS | _OVERLAP.get(device.device_kind, {}) if on_tpu else None
+    chip = mesh.devices.flat[0]
+    return _TPU_OPTIONS | _OVERLAP.get(chip.device_kind, {}) if chip.platform == "tpu" else None
 
 
 def shardings(
@@ -178,12 +175,11 @@ def check_divides(
         left, total = (sum(_bytes(shapes[n]) for n in names) for names in (missed, allowed))
         if left > MAX_UNSHARDED * total:
             name = max(missed, key=lambda n: _bytes(shapes[n]))
-            none = (
-                f"{axis} = {count} divides none of its axes {list(axes[name])} that are left to it"
-            )
+            none = f"{axis} = {count} divides none of its axes {list(axes[name])}"
             whole = f"would leave {left / total:.0%} of the parameters whole"
             advice = "take a size that divides them, and a larger mesh.data"
-            raise InputError(f"{name} {list(shapes[name].shape)}: {none}, and {whole}; {advice}")
+            why = f"{none} that are left to it, and {whole}; {advice}"
+            raise InputError(f"{name} {list(shapes[name].shape)}: {why}")
 
 
 def array_sharding(mesh: Mesh | AbstractMesh, axes: Axes, x: Any) -> NamedSharding:

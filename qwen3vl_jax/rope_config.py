@@ -10,9 +10,6 @@ import numpy as np
 from qwen3vl_jax import config_checks as check
 from qwen3vl_jax.errors import InputError
 
-# Defaults of transformers 4.57.1.
-DEFAULT_THETA = 5_000_000.0
-DEFAULT_SECTION = (24, 20, 20)
 ROPE_TYPES = "default", "linear", "dynamic", "yarn", "longrope", "llama3"
 # The keys that a rope type needs.
 _NEEDS = {
@@ -21,16 +18,7 @@ _NEEDS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
 _MAX_NUMBER = 1e15  # a larger scale or base makes infinite frequencies in fp32
-_POSITIVE = check.number(0, _MAX_NUMBER)
-# The keys that scale frequencies. An absent one keeps the default of RopeConfig.
-_SCALING = {
-    "original_max_position_embeddings": check.integer(),
-    **dict.fromkeys(("factor", "attention_factor", "beta_fast", "beta_slow"), _POSITIVE),
-    **dict.fromkeys(("low_freq_factor", "high_freq_factor"), _POSITIVE),
-    **dict.fromkeys(("mscale", "mscale_all_dim"), check.number(None, _MAX_NUMBER)),
-    **dict.fromkeys(("short_factor", "long_factor"), check.each(_POSITIVE)),
-    "truncate": check.flag,
-}
+_POSITIVE, _FROM_0 = check.number(0, _MAX_NUMBER), check.number(None, _MAX_NUMBER)
 _PLAIN = "rope_type type mrope_interleaved mrope_section rope_theta partial_rotary_factor".split()
 
 
@@ -38,25 +26,25 @@ _PLAIN = "rope_type type mrope_interleaved mrope_section rope_theta partial_rota
 class RopeConfig:
     """Rotary embedding of the decoder: base, MRoPE sections (T, H, W) and scaling.
 
-    Fields have the names of Hugging Face's `rope_parameters`. Fields that a type does not use keep
-    their default.
+    Fields have the names of Hugging Face's `rope_parameters`, and the defaults of transformers 4.57.1.
+    Those with a check scale frequencies; those that a type does not use keep their default.
     """
 
     rope_type: str = "default"
-    theta: float = DEFAULT_THETA
-    mrope_section: tuple[int, ...] = DEFAULT_SECTION
-    original_max_position_embeddings: int = 0
-    factor: float = 1.0
-    attention_factor: float | None = None
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float = 0.0
-    mscale_all_dim: float = 0.0
-    truncate: bool = True
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    short_factor: tuple[float, ...] = ()
-    long_factor: tuple[float, ...] = ()
+    theta: float = 5_000_000.0
+    mrope_section: tuple[int, ...] = (24, 20, 20)
+    original_max_position_embeddings: int = check.field(check.integer(), 0)
+    factor: float = check.field(_POSITIVE, 1.0)
+    attention_factor: float | None = check.field(_POSITIVE, None)
+    beta_fast: float = check.field(_POSITIVE, 32.0)
+    beta_slow: float = check.field(_POSITIVE, 1.0)
+    mscale: float = check.field(_FROM_0, 0.0)
+    mscale_all_dim: float = check.field(_FROM_0, 0.0)
+    truncate: bool = check.field(check.flag, True)
+    low_freq_factor: float = check.field(_POSITIVE, 1.0)
+    high_freq_factor: float = check.field(_POSITIVE, 4.0)
+    short_factor: tuple[float, ...] = check.field(check.each(_POSITIVE), ())
+    long_factor: tuple[float, ...] = check.field(check.each(_POSITIVE), ())
 
     def to_hf(self) -> dict[str, Any]:
         """`rope_scaling` in the released form: keys that the type needs or that are not the default."""
@@ -81,7 +69,7 @@ def read_rope(raw: Mapping[str, Any], head_dim: int, max_positions: int) -> Rope
     check.require(interleaved is True, where + "mrope_interleaved", interleaved, "true")
     partial = given.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
     check.one_of(1.0)(1.0 if partial is None else partial, where + "partial_rotary_factor")
-    table = {"mrope_section": (check.each(check.integer(at_least=0)), DEFAULT_SECTION)}
+    table = {"mrope_section": (check.each(check.integer(at_least=0)), RopeConfig.mrope_section)}
     section = check.read_fields(given, where, table)["mrope_section"]
     three = "three numbers (T, H, W)"
     check.require(len(section) == 3, where + "mrope_section", list(section), three)
@@ -93,10 +81,10 @@ def read_rope(raw: Mapping[str, Any], head_dim: int, max_positions: int) -> Rope
             if part.get(name) is not None:
                 original = check.integer()(part[name], prefix + name)
         fields[name] = original
-        if rope_type != "llama3" and "factor" not in fields:
+        if rope_type != "llama3" and given.get("factor") is None:
             fields["factor"] = max_positions / original
     part, prefix = (raw, "text_config.") if given.get("rope_theta") is None else (given, where)
-    theta = {"rope_theta": (_POSITIVE, DEFAULT_THETA)}
+    theta = {"rope_theta": (_POSITIVE, RopeConfig.theta)}
     found = check.read_fields(part, prefix, theta)["rope_theta"]
     rope = RopeConfig(rope_type, found, section, **fields)
     # Values at which the formula of a rope type divides by zero.
@@ -119,15 +107,12 @@ def _scaling(given: Mapping[str, Any], where: str, rope_type: str, head_dim: int
     for key in _NEEDS.get(rope_type, ()):
         if given.get(key) is None:
             raise InputError(f"config: {where}{key} is absent; rope_type {rope_type!r} needs it")
+    found = {} if rope_type == "default" else check.read_fields(given, where, RopeConfig)
     for key in given:
-        if key not in _PLAIN and (rope_type == "default" or key not in _SCALING):
+        if key not in _PLAIN and key not in found:
             check.warn_once(f"config: {where}{key[:80]} is not used with rope_type {rope_type!r}")
-    if rope_type == "default":
-        return {}
-    present = {key: check for key, check in _SCALING.items() if given.get(key) is not None}
-    found = {key: check(given[key], where + key) for key, check in present.items()}
     for key in ("short_factor", "long_factor"):
-        if key in found and len(found[key]) != head_dim // 2:
+        if key in found and given.get(key) is not None and len(found[key]) != head_dim // 2:
             counts = f"got {len(found[key])} numbers, expected head_dim / 2 = {head_dim // 2}"
             raise InputError(f"config: {where}{key}: {counts}")
     return found
@@ -145,7 +130,7 @@ def fixed_frequencies(r: RopeConfig, dim: int) -> tuple[np.ndarray, float]:
     if r.rope_type == "linear":
         return 1.0 / powers / np.float32(r.factor), 1.0
     if r.rope_type == "yarn":
-        return yarn_frequencies(r, powers, dim), yarn_scale(r)
+        return _yarn(r, powers, dim)
     if r.rope_type == "llama3":  # low frequencies are divided by the factor, high ones kept
         inverse = 1.0 / powers
         turns = r.original_max_position_embeddings * inverse / np.float32(2 * math.pi)
@@ -164,21 +149,11 @@ def longrope_scale(r: RopeConfig) -> float:
     return math.sqrt(1 + math.log(r.factor) / math.log(r.original_max_position_embeddings))
 
 
-def yarn_scale(r: RopeConfig) -> float:
-    """The factor on cos and sin of YaRN."""
+def _yarn(r: RopeConfig, powers: np.ndarray, dim: int) -> tuple[np.ndarray, float]:
+    """YaRN: low frequencies are interpolated, high ones kept, with a linear ramp between; the factor."""
 
     def mscale(m: float) -> float:
         return 1.0 if r.factor <= 1 else 0.1 * m * math.log(r.factor) + 1.0
-
-    if r.attention_factor is not None:
-        return r.attention_factor
-    if r.mscale and r.mscale_all_dim:
-        return mscale(r.mscale) / mscale(r.mscale_all_dim)
-    return mscale(1.0)
-
-
-def yarn_frequencies(r: RopeConfig, powers: np.ndarray, dim: int) -> np.ndarray:
-    """YaRN: low frequencies are interpolated, high ones kept, with a linear ramp between."""
 
     def dimension_of(rotations: float) -> float:
         ratio = r.original_max_position_embeddings / (rotations * 2 * math.pi)
@@ -191,4 +166,7 @@ def yarn_frequencies(r: RopeConfig, powers: np.ndarray, dim: int) -> np.ndarray:
     high += 0.001 if low == high else 0
     ramp = np.clip((np.arange(dim // 2, dtype=np.float32) - low) / (high - low), 0, 1)
     ramp = ramp.astype(np.float32)
-    return 1.0 / (np.float32(r.factor) * powers) * ramp + 1.0 / powers * (1 - ramp)
+    both = r.mscale and r.mscale_all_dim
+    scale = mscale(r.mscale) / mscale(r.mscale_all_dim) if both else mscale(1.0)
+    scale = scale if r.attention_factor is None else r.attention_factor
+    return 1.0 / (np.float32(r.factor) * powers) * ramp + 1.0 / powers * (1 - ramp), scale
