@@ -106,10 +106,8 @@ def _choose(logits: jax.Array, state: DecodeState, options: RowOptions) -> Decod
     return state.replace(done=state.done | ends, **made)
 
 
-def first_token(
-    cache: KVCache, logits: jax.Array, tokens: jax.Array, options: RowOptions
-) -> DecodeState:
-    """The state after a prefill: tokens [B T] are the prompt's, past the vocabulary at padding."""
+def first_token(cache: KVCache, logits: jax.Array, tokens: jax.Array, options: RowOptions):
+    """The DecodeState after a prefill: tokens [B T] are the prompt's, past the vocabulary at padding."""
     zero, none = jnp.zeros(len(logits), jnp.int32), jnp.zeros(logits.shape, bool)
     seen = none.at[jnp.arange(len(logits))[:, None], tokens].set(True, mode="drop")
     logprob, keys = zero.astype(jnp.float32), jax.vmap(jax.random.key)(options.seeds)

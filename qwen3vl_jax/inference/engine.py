@@ -109,9 +109,7 @@ def group_prompts(
     return Batch(*arrays), source, length
 
 
-def prefill_packed(
-    params: Params, cfg: Config, batch: Batch, source: Any, length: Any, features=None
-) -> tuple[KVCache, jax.Array]:
+def prefill_packed(params: Params, cfg: Config, batch: Batch, source, length, features):
     """`prefill` of a batch of `group_prompts`, whose delta is [A]. Not traced.
 
     Keys and values are those of the rows [R T K H]; the rest of the cache, and the logits, are [A ..].

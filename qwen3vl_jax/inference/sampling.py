@@ -13,7 +13,10 @@ from qwen3vl_jax.errors import InputError
 
 NOT_FINITE = -2  # in place of a token
 _RANKED = 128  # logits that are ranked for a row of a small top-k, in place of the vocabulary
-Rows = float | Sequence[float]  # one value for all rows, or one a row
+
+
+def _within(default: float, low: float, high: float, text: str) -> Any:
+    return dataclasses.field(default=default, metadata={"range": (low, high, text)})
 
 
 @jax.tree_util.register_dataclass
@@ -26,27 +29,26 @@ class Sampling:
     once off each token of the answer (as in OpenAI's API). No stop id is chosen before min_new_tokens.
     """
 
-    temperature: Rows = 0.0
-    top_k: Rows = 0
-    top_p: Rows = 1.0
-    min_p: Rows = 0.0
-    repetition_penalty: Rows = 1.0
-    presence_penalty: Rows = 0.0
-    min_new_tokens: Rows = 0
+    temperature: float | Sequence[float] = _within(0.0, 0, math.inf, ">= 0")
+    top_k: float | Sequence[float] = _within(0, 0, 2**30, "an integer from 0 (off) to 2^30")
+    top_p: float | Sequence[float] = _within(1.0, math.ulp(0), 1, "over 0, at most 1")
+    min_p: float | Sequence[float] = _within(0.0, 0, 1, "from 0 to 1")
+    repetition_penalty: float | Sequence[float] = _within(1.0, math.ulp(0), math.inf, "> 0")
+    presence_penalty: float | Sequence[float] = _within(0.0, -2, 2, "from -2 to 2")
+    min_new_tokens: float | Sequence[float] = _within(0, 0, 2**30, "an integer from 0 to 2^30")
 
     def check(self) -> dict[str, Any]:
         """Each field as an array. Raises InputError for a value out of range."""
         found: dict[str, Any] = {}
-        for name, (low, high, text) in _RANGES.items():
+        for field in dataclasses.fields(self):
+            name, (low, high, text) = field.name, field.metadata["range"]
             given, integer = getattr(self, name), "integer" in text
             try:
                 with np.errstate(over="ignore"):  # as the device has them
                     values = np.asarray(given, np.float32).astype(np.float64)
                 fits = (low <= values) & (values <= high) & np.isfinite(values)
                 fits &= (values == np.rint(values)) | (not integer)
-                numbers = (
-                    np.asarray(given).dtype.kind not in "bOSU"
-                )  # "5" and True, which numpy takes
+                numbers = np.asarray(given).dtype.kind not in "bOSU"  # no "5" and no True
             except (TypeError, ValueError, OverflowError):
                 fits = numbers = np.False_
             if not (numbers and fits.all()):
@@ -62,17 +64,6 @@ class Sampling:
                 raise InputError(f"{name} has {value.size} values, expected 1 or {count} (rows)")
             found[name] = np.broadcast_to(value, (count,))
         return Sampling(**found)
-
-
-_RANGES = {
-    "temperature": (0, math.inf, ">= 0"),
-    "top_k": (0, 2**30, "an integer from 0 (off) to 2^30"),
-    "top_p": (math.ulp(0), 1, "over 0, at most 1"),
-    "min_p": (0, 1, "from 0 to 1"),
-    "repetition_penalty": (math.ulp(0), math.inf, "> 0"),
-    "presence_penalty": (-2, 2, "from -2 to 2"),
-    "min_new_tokens": (0, 2**30, "an integer from 0 to 2^30"),
-}
 
 
 def penalize(logits, s: Any, seen, answered, count, stop_ids) -> jax.Array:
