@@ -61,11 +61,8 @@ def needs(size: str) -> list[tuple[str, ...]]:
     from qwen3vl_jax.parameters import init_params
 
     tree = jax.eval_shape(functools.partial(init_params, cfg=cfg), jax.random.key(0))
-    parts = {
-        "vision tower and mergers": tree.pop("vision"),
-        "decoder layers": tree.pop("layers"),
-        "embedding, final norm, head": tree,
-    }
+    parts = {"vision tower and mergers": tree.pop("vision"), "decoder layers": tree.pop("layers")}
+    parts["embedding, final norm, head"] = tree
     counts = {k: sum(math.prod(x.shape) for x in jax.tree.leaves(v)) for k, v in parts.items()}
     counts["all"] = sum(counts.values())
     rows = [(k, f"{n:,}", f"{_gib(2 * n)} GiB", f"{_gib(4 * n)} GiB") for k, n in counts.items()]
@@ -76,7 +73,6 @@ def needs(size: str) -> list[tuple[str, ...]]:
 
 
 def show(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    """Prints a table."""
     from rich.console import Console
     from rich.table import Table
 

@@ -240,9 +240,9 @@ def _text(raw: Mapping[str, Any], is_moe: bool) -> TextConfig:
     divides = raw["head_dim"] is not None or hidden % heads == 0
     expected = f"a multiple of num_attention_heads {heads}"
     check.require(divides, where + "hidden_size", hidden, expected)
-    derived = {"head_dim": hidden // heads, "num_key_value_heads": heads}
-    derived = {key: (check.size(), default) for key, default in derived.items()}
-    found |= check.read_fields(raw, where, derived)
+    heads_of = {"head_dim": (check.size(), hidden // heads)}
+    heads_of["num_key_value_heads"] = (check.size(), heads)
+    found |= check.read_fields(raw, where, heads_of)
     if heads % (kv_heads := found["num_key_value_heads"]):
         unequal = f"{heads} is no multiple of num_key_value_heads {kv_heads}"
         raise InputError(f"config: {where}num_attention_heads {unequal}")
@@ -271,14 +271,14 @@ def _vision(raw: Mapping[str, Any]) -> VisionConfig:
     rope = check.mapping(raw.get("rope_parameters"), where + "rope_parameters")
     theta = {"rope_theta": (check.number(above=0), VisionConfig.rope_theta)}
     c = VisionConfig(**found, **check.read_fields(rope, where + "rope_parameters.", theta))
-    count, taps = c.num_position_embeddings, c.deepstack_visual_indexes
-    square = c.grid_side**2 == count
+    count, square = c.num_position_embeddings, c.grid_side**2 == c.num_position_embeddings
     check.require(square, where + "num_position_embeddings", count, "a square number")
     expected = f"a multiple of 4 x num_heads = {4 * c.num_heads} (2-D rotary splits a head in four)"
     divides = c.hidden_size % (4 * c.num_heads) == 0
     check.require(divides, where + "hidden_size", c.hidden_size, expected)
-    rising = all(type(t) is int and 0 <= t < c.depth for t in taps)
-    rising = rising and all(a < b for a, b in itertools.pairwise(taps))
+    taps = c.deepstack_visual_indexes
+    layers = all(type(t) is int and 0 <= t < c.depth for t in taps)
+    rising = layers and all(a < b for a, b in itertools.pairwise(taps))
     expected = f"increasing layer numbers from 0 to depth - 1 = {c.depth - 1}"
     check.require(rising, where + "deepstack_visual_indexes", list(taps), expected)
     return c

@@ -173,7 +173,6 @@ class _Engine(decode_loop.Decoder):
         self.stores = Stores(params, cfg, chunk_of, stats)
 
     def add(self, request: Request) -> None:
-        """Puts a request at the end of those that wait."""
         if request.stop_strings and self.decode is None:
             raise InputError("stop_strings need decode=, the function from tokens to text")
         given = request.arrays
@@ -218,7 +217,6 @@ class _Engine(decode_loop.Decoder):
             yield Finished(request.key, *said)
 
     def make_room(self, needed: int) -> None:
-        """A cache with at least `needed` slots a row."""
         if self.state is None:
             likely = (len(p.ids) + min(r.max_new_tokens, EXPECTED) for r, p in self.waiting)
             slots = decode_loop.cache_slots(max(needed, *likely))

@@ -16,7 +16,7 @@ from qwen3vl_jax.processing import encoded_prompt
 from qwen3vl_jax.processing.batch import bucket, group_batch, make_vision
 from qwen3vl_jax.processing.encoded_prompt import EncodedImage, EncodedPrompt, in_feature_order
 
-KEPT_BYTES = 1 << 30
+KEPT_BYTES = 1 << 30  # of features, on the host
 MAX_PREFIXES, MAX_BYTES = 4, 1 << 30  # on the device
 # Of one call of the vision tower: a bucket, so that calls that are almost full are one program.
 VISION_PATCHES = 4 * 4224
@@ -52,8 +52,7 @@ class Stores:
 
         ahead: prompts that come later. Their images are encoded in the same call as far as they fit.
         """
-        images = in_feature_order(prompts)
-        if not images:
+        if not (images := in_feature_order(prompts)):
             return None
         for call in self._calls(images, in_feature_order(ahead)):
             self.stats.encoded += len(call)
