@@ -39,35 +39,28 @@ if TYPE_CHECKING:
     from qwen3vl_jax.training.losses import loss_fn
 
 _HOME = {
-    "checkpoint.save": ("save_params",),
-    "checkpoint.stacking": ("stack_layers", "unstack_layers"),
-    "config": ("Config",),
-    "device_mesh": ("make_mesh",),
-    "errors": ("InputError",),
-    "inference.engine": ("generate_many",),
-    "inference.requests": ("Finished", "Request", "Stats"),
-    "inference.scoring": (
-        "attentions",
-        "embed",
-        "hidden_states",
-        "last_hidden_state",
-        "rerank",
-        "score",
-    ),
-    "inference.generate": ("Answer", "generate", "stream"),
-    "inference.sampling": ("Sampling",),
-    "loading": ("load",),
-    "model.cache": ("decode_step", "extend", "grow_cache", "prefill"),
-    "model.structs": ("Batch", "Features", "KVCache", "VisionInputs"),
-    "model.transformer": ("forward",),
-    "parameters": ("init_params",),
-    "model.vision": ("vision_encode",),
-    "processing.batch": ("make_batch", "make_vision"),
-    "processing.positions": ("rope_index",),
-    "processing.processor": ("Processor",),
-    "training.losses": ("loss_fn",),
+    "checkpoint.save": "save_params",
+    "checkpoint.stacking": "stack_layers unstack_layers",
+    "config": "Config",
+    "device_mesh": "make_mesh",
+    "errors": "InputError",
+    "inference.engine": "generate_many",
+    "inference.requests": "Finished Request Stats",
+    "inference.scoring": "attentions embed hidden_states last_hidden_state rerank score",
+    "inference.generate": "Answer generate stream",
+    "inference.sampling": "Sampling",
+    "loading": "load",
+    "model.cache": "decode_step extend grow_cache prefill",
+    "model.structs": "Batch Features KVCache VisionInputs",
+    "model.transformer": "forward",
+    "parameters": "init_params",
+    "model.vision": "vision_encode",
+    "processing.batch": "make_batch make_vision",
+    "processing.positions": "rope_index",
+    "processing.processor": "Processor",
+    "training.losses": "loss_fn",
 }
-_MODULE = {name: module for module, names in _HOME.items() for name in names}
+_MODULE = {name: module for module, names in _HOME.items() for name in names.split()}
 __all__ = ["__version__", *_MODULE]
 
 

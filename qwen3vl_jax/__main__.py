@@ -9,8 +9,11 @@ import math
 import os
 import platform
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 from qwen3vl_jax.runtime.console import one_line_errors
+from qwen3vl_jax.version import __version__
 
 PACKAGES = "jax jaxlib flax optax orbax-checkpoint safetensors tokenizers numpy pillow tokamax"
 OPTIONAL = {"tokamax": "not installed (optional: pip install 'qwen3vl-jax[moe]')"}
@@ -18,8 +21,6 @@ OPTIONAL = {"tokamax": "not installed (optional: pip install 'qwen3vl-jax[moe]')
 
 def versions() -> list[tuple[str, str]]:
     """Names and versions of Python, of this package and of its dependencies, installed or not."""
-    from qwen3vl_jax.version import __version__
-
     rows = [("qwen3vl_jax", __version__), ("python", platform.python_version())]
     for name in PACKAGES.split():
         try:
@@ -29,19 +30,12 @@ def versions() -> list[tuple[str, str]]:
     return rows
 
 
-def devices() -> list[tuple[str, str, str]]:
-    """The name, kind and memory (in use of limit) of each of JAX's devices."""
-    import jax
-
-    rows = []
-    for device in jax.local_devices():
-        stats = device.memory_stats() or {}
-        if "bytes_limit" in stats:
-            memory = f"{_gib(stats.get('bytes_in_use', 0))} of {_gib(stats['bytes_limit'])} GiB"
-        else:
-            memory = f"shared with the host, {host_memory()}"
-        rows.append((str(device), device.device_kind, memory))
-    return rows
+def memory_of(device: Any) -> str:
+    """The memory of one of JAX's devices, in use of its limit."""
+    stats = device.memory_stats() or {}
+    if "bytes_limit" not in stats:
+        return f"shared with the host, {host_memory()}"
+    return f"{_gib(stats.get('bytes_in_use', 0))} of {_gib(stats['bytes_limit'])} GiB"
 
 
 def host_memory() -> str:
@@ -67,11 +61,8 @@ def needs(size: str) -> list[tuple[str, ...]]:
     from qwen3vl_jax.parameters import init_params
 
     tree = jax.eval_shape(functools.partial(init_params, cfg=cfg), jax.random.key(0))
-    parts = {
-        "vision tower and mergers": tree.pop("vision"),
-        "decoder layers": tree.pop("layers"),
-        "embedding, final norm, head": tree,
-    }
+    parts = {"vision tower and mergers": tree.pop("vision"), "decoder layers": tree.pop("layers")}
+    parts["embedding, final norm, head"] = tree
     counts = {k: sum(math.prod(x.shape) for x in jax.tree.leaves(v)) for k, v in parts.items()}
     counts["all"] = sum(counts.values())
     rows = [(k, f"{n:,}", f"{_gib(2 * n)} GiB", f"{_gib(4 * n)} GiB") for k, n in counts.items()]
@@ -81,14 +72,13 @@ def needs(size: str) -> list[tuple[str, ...]]:
     return [*rows, ("cache, 1,024 tokens", "", *per_1024)]
 
 
-def show(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """Prints a table."""
+def show(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     from rich.console import Console
-    from rich.table import Column, Table
+    from rich.table import Table
 
-    table = Table(
-        *(Column(name, overflow="fold") for name in columns), title=title, title_justify="left"
-    )
+    table = Table(title=title, title_justify="left")
+    for name in columns:
+        table.add_column(name, overflow="fold")
     for row in rows:
         table.add_row(*row)
     Console(markup=False).print(table)  # [cuda] is an extra's name, not a style
@@ -100,19 +90,15 @@ def backends() -> list[tuple[str, bool, str]]:
     from qwen3vl_jax.model.sharding import platform
 
     here = platform()
-    refusal = gpu_refusal("bfloat16", 128) if here == "gpu" else f"needs a GPU, this is {here}"
     blocks = "every platform, dtype and layout; online softmax, empty blocks skipped"
-    cudnn = (
+    no_gpu = gpu_refusal("bfloat16", 128) if here == "gpu" else f"needs a GPU, this is {here}"
+    gpu = (
         "packed rows, prompts, images, videos, tokens behind a cache; Pallas: decode steps; 16 bits"
     )
-    tpu = f"needs a TPU, this is {here}"
-    if here == "tpu":
-        tpu = "128 queries a row or more; Pallas: decode steps"
-    return [
-        ("xla blocks", True, blocks),
-        ("cudnn", not refusal, refusal or cudnn),
-        ("splash", here == "tpu", tpu),
-    ]
+    no_tpu = "" if here == "tpu" else f"needs a TPU, this is {here}"
+    tpu = no_tpu or "128 queries a row or more; Pallas: decode steps"
+    rows = [("xla blocks", True, blocks), ("cudnn", not no_gpu, no_gpu or gpu)]
+    return [*rows, ("splash", not no_tpu, tpu)]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -125,14 +111,15 @@ def main(argv: list[str] | None = None) -> int:
         with one_line_errors():
             show(argv[0], ("part", "parameters", "bf16", "fp32"), needs(argv[0]))
         return 0
-    show("versions", ("package", "version"), list(versions()))
+    show("versions", ("package", "version"), versions())
+    import jax
+
     try:
-        found = devices()
+        found = [(str(x), x.device_kind, memory_of(x)) for x in jax.local_devices()]
     except RuntimeError as error:  # a platform was asked for that is not there
-        reason = str(error).splitlines()[0]
-        print(f"error: JAX finds no device: {reason}", file=sys.stderr)
+        print(f"error: JAX finds no device: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
-    show(f"devices (host: {host_memory()})", ("device", "kind", "memory"), list(found))
+    show(f"devices (host: {host_memory()})", ("device", "kind", "memory"), found)
     rows = [(name, "yes" if usable else "no", why) for name, usable, why in backends()]
     show("attention back ends", ("name", "available", "why"), rows)
     return 0

@@ -10,7 +10,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from qwen3vl_jax.config import AXES, SHORT
-from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.errors import InputError, one_line
 from qwen3vl_jax.model.sharding import RULES, Axes, mesh_axes_for, mesh_sizes, spec_of
 
 # The largest parameter, in bytes, that every device may hold whole.
@@ -34,21 +34,19 @@ _REDUCE_ON_SPARSE_CORE = {
     "xla_tpu_enable_sparse_core_collective_offload_all_reduce": "true",
     "xla_tpu_enable_all_reduce_offload_tracing": "true",
 }
-_FUSED_GATHER = {
+_FUSED = {
     "xla_tpu_enable_async_collective_fusion": "true",
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
     "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
     "xla_tpu_overlap_compute_collective_tc": "true",
     "xla_enable_async_all_gather": "true",
-}
-_FUSED_REDUCE = {
     "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",
     "xla_enable_async_all_reduce": "true",
 }
 # By jax's device_kind. Bytes that move while the chip computes, 8B, fsdp=16, 16 rows of 8,192 (libtpu
 # 0.0.42): v6e 99.9 %, v5p 65 %, v5e (rows of 2,048) 52 %; without the options none.
 _OVERLAP = {
-    "TPU v5 lite": _FUSED_GATHER | _FUSED_REDUCE,
+    "TPU v5 lite": _FUSED,
     # Its compiler sends no all-gather to the SparseCores.
     "TPU v5": _REDUCE_ON_SPARSE_CORE,
     "TPU v5p": _REDUCE_ON_SPARSE_CORE,
@@ -73,36 +71,29 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     if -1 not in sizes.values() and 0 < wanted < len(devices) and local:
         devices = devices[:wanted]
     shape = mesh_shape(sizes, len(devices))
-    arrange = _arrange_slices if slice_count(devices) > 1 else _arrange
-    return Mesh(arrange(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
-
-
-def _arrange_slices(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
-    """Devices of several slices, joined along the data axis."""
-    slices = slice_count(devices)
-    if shape[0] % slices:
-        raise InputError(
-            f"mesh.data is {shape[0]}, expected a multiple of the {slices} slices: only data goes "
-            "over the network between them"
-        )
-    inner, outer = (shape[0] // slices, *shape[1:]), (slices, *[1] * (len(AXES) - 1))
-    make = mesh_utils.create_hybrid_device_mesh
-    try:
-        return make(inner, outer, devices, allow_split_physical_axes=True)
-    except (AssertionError, ValueError) as error:  # slices of different sizes
-        raise InputError(
-            f"mesh: {len(devices)} devices of {slices} slices make no mesh of {shape}; take all "
-            f"devices of each: {' '.join(str(error).split())[:200]}"
-        ) from None
+    return Mesh(_arrange(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def _arrange(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
-    """Devices of one slice by their links; in their own order if they fill no box of it."""
+    """Devices by their links; slices are joined along the data axis."""
+    split, slices = {"allow_split_physical_axes": True}, slice_count(devices)
+    if slices == 1:
+        try:
+            return mesh_utils.create_device_mesh(shape, devices, **split)
+        # Which one depends on the chip and on the gap, where they fill no box of the slice.
+        except (AssertionError, ValueError, NotImplementedError):
+            return np.array(devices, dtype=object).reshape(shape)
+    if shape[0] % slices:
+        expected = f"expected a multiple of the {slices} slices"
+        why = "only data goes over the network between them"
+        raise InputError(f"mesh.data is {shape[0]}, {expected}: {why}")
+    inner, outer = (shape[0] // slices, *shape[1:]), (slices, *[1] * (len(AXES) - 1))
     try:
-        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    # Which one depends on the chip and on the gap.
-    except (AssertionError, ValueError, NotImplementedError):
-        return np.array(devices, dtype=object).reshape(shape)
+        return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, **split)
+    except (AssertionError, ValueError) as error:  # slices of different sizes
+        found = f"{len(devices)} devices of {slices} slices make no mesh of {shape}"
+        why = f"take all devices of each: {one_line(error)[:200]}"
+        raise InputError(f"mesh: {found}; {why}") from None
 
 
 def slice_count(devices: Sequence[Any]) -> int:
@@ -129,25 +120,15 @@ def mesh_shape(sizes: Mapping[str, int], count: int) -> tuple[int, ...]:
     if known > count:
         raise InputError(f"mesh: {shown} needs {known} devices, there are {count}")
     if free > 1 or count % known or (not free and known != count):
-        raise InputError(
-            f"mesh: {shown}, expected sizes that multiply to {count}, the number of devices (one axis "
-            "may be -1)"
-        )
+        expected = f"sizes that multiply to {count}, the number of devices"
+        raise InputError(f"mesh: {shown}, expected {expected} (one axis may be -1)")
     return tuple(count // known if n == -1 else n for n in asked)
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str] | None:
     """XLA options of a training step on a mesh; their names exist on one platform only."""
-    device = mesh.devices.flat[0]
-    if device.platform != "tpu":
-        return None
-    return _TPU_OPTIONS | _OVERLAP.get(device.device_kind, {})
-
-
-def ambient_mesh() -> Mesh | None:
-    """The mesh of `jax.set_mesh` with its devices; not to be called inside jit."""
-    mesh = jax.sharding.get_mesh()
-    return None if mesh.empty else mesh
+    chip = mesh.devices.flat[0]
+    return _TPU_OPTIONS | _OVERLAP.get(chip.device_kind, {}) if chip.platform == "tpu" else None
 
 
 def shardings(
@@ -166,11 +147,11 @@ def shardings(
         out[name] = array_sharding(mesh, axes[name], x)
         size = _bytes(x)
         if usable and size > MAX_REPLICATED and out[name].is_fully_replicated:
-            raise InputError(
-                f"{name} {list(x.shape)}: {size >> 20} MiB would stay whole on every device, since "
-                f"{', '.join(f'{a} = {sizes[a]}' for a in usable)} divides none of its axes "
-                f"{list(axes[name])}; take smaller ones and a larger mesh.data"
-            )
+            whole = f"{size >> 20} MiB would stay whole on every device"
+            counts = ", ".join(f"{a} = {sizes[a]}" for a in usable)
+            why = f"since {counts} divides none of its axes {list(axes[name])}"
+            advice = "take smaller ones and a larger mesh.data"
+            raise InputError(f"{name} {list(x.shape)}: {whole}, {why}; {advice}")
     return out
 
 
@@ -186,8 +167,7 @@ def check_divides(
     Too much is MAX_UNSHARDED of the bytes that RULES let it shard. shapes and axes: as in `shardings`.
     The message names the largest parameter that the axis does not divide.
     """
-    sizes = {} if mesh is None else mesh_sizes(mesh)
-    used = {}
+    sizes, used = {} if mesh is None else mesh_sizes(mesh), {}
     for name, x in shapes.items():
         found = mesh_axes_for(*zip(axes[name], x.shape, strict=True), sizes=sizes)
         used[name] = {axis for mesh_axes in found.values() for axis in mesh_axes}
@@ -197,11 +177,11 @@ def check_divides(
         left, total = (sum(_bytes(shapes[n]) for n in names) for names in (missed, allowed))
         if left > MAX_UNSHARDED * total:
             name = max(missed, key=lambda n: _bytes(shapes[n]))
-            raise InputError(
-                f"{name} {list(shapes[name].shape)}: {axis} = {count} divides none of its axes "
-                f"{list(axes[name])} that are left to it, and would leave {left / total:.0%} "
-                "of the parameters whole; take a size that divides them, and a larger mesh.data"
-            )
+            none = f"{axis} = {count} divides none of its axes {list(axes[name])}"
+            whole = f"would leave {left / total:.0%} of the parameters whole"
+            advice = "take a size that divides them, and a larger mesh.data"
+            why = f"{none} that are left to it, and {whole}; {advice}"
+            raise InputError(f"{name} {list(shapes[name].shape)}: {why}")
 
 
 def array_sharding(mesh: Mesh | AbstractMesh, axes: Axes, x: Any) -> NamedSharding:

@@ -5,8 +5,6 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
-_LONGEST = 1200  # characters
-
 
 class InputError(ValueError):
     """A one-line message that names the thing, what was expected, what was found, what to do.
@@ -16,9 +14,7 @@ class InputError(ValueError):
 
     def __init__(self, message: object = ""):
         text = " ".join(part for line in str(message).splitlines() if (part := line.strip()))
-        if len(text) > _LONGEST:
-            text = f"{text[: _LONGEST - 300]} .. {text[-300:]}"
-        super().__init__(text)
+        super().__init__(text if len(text) <= 1200 else f"{text[:900]} .. {text[-300:]}")
 
 
 def unexpected(name: str, found: object, expected: str) -> InputError:
@@ -65,10 +61,9 @@ def brief(self: Any) -> str:
 
 def not_finite(key: str) -> str:
     """The message for numbers of the model that are NaN or infinite."""
-    return (
-        f"{key}: got NaN or infinity, expected numbers; use --dtype bfloat16 (dtype=) or float32, and if "
-        "they give the same, the checkpoint's weights are damaged"
-    )
+    advice = "use --dtype bfloat16 (dtype=) or float32"
+    damaged = "and if they give the same, the checkpoint's weights are damaged"
+    return f"{key}: got NaN or infinity, expected numbers; {advice}, {damaged}"
 
 
 def check_int(key: str, value: Any, at_most: int = 2**31 - 1) -> int:
@@ -87,9 +82,7 @@ def check_types(kinds: Mapping[str, tuple[type, str]], given: Mapping[str, Any])
     for name, value in given.items():
         kind, expected = kinds[name]
         if not isinstance(value, kind):
-            found = (
-                "an array" if hasattr(type(value), "addressable_shards") else type(value).__name__
-            )
-            raise InputError(
-                f"{name}: got {found}, expected {expected}; the order is ({', '.join(given)}, ..)"
-            )
+            is_array = hasattr(type(value), "addressable_shards")
+            found = "an array" if is_array else type(value).__name__
+            order = f"the order is ({', '.join(given)}, ..)"
+            raise InputError(f"{name}: got {found}, expected {expected}; {order}")

@@ -1,10 +1,12 @@
 """q3.load: the weights of any checkpoint or training run, on a device or a mesh."""
 
+import contextlib
 import logging
 import os
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -13,7 +15,6 @@ from qwen3vl_jax.checkpoint.device_load import Source, load_params, put_pairs
 from qwen3vl_jax.checkpoint.lazy_tensor import Leaves
 from qwen3vl_jax.checkpoint.peft_io import load_adapter
 from qwen3vl_jax.config import Config, is_run
-from qwen3vl_jax.device_mesh import ambient_mesh
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model.structs import Params
 from qwen3vl_jax.storage.hub import resolve
@@ -51,15 +52,19 @@ def load(
     not available in the wanted form, for an adapter that does not fit, and for an axis of the mesh that
     does not divide the parameters.
     """
-    dtype, mesh = _floating(dtype), ambient_mesh() if mesh is None else mesh
+    if dtype is not None:
+        dtype = _floating(dtype)
+    if mesh is None and not (ambient := jax.sharding.get_mesh()).empty:
+        mesh = ambient
     directory = resolve(ckpt, revision)
     cfg = Config.from_hf(directory)
-    matrices, settings = None, None
-    if adapter is not None:
-        found = resolve(adapter)
-        matrices, settings = (run_adapter if is_run(found) else load_adapter)(found, cfg)
+    found = None
+    if adapter is not None:  # read first: a wrong one costs no wait
+        path = resolve(adapter)
+        found = (run_adapter if is_run(path) else load_adapter)(path, cfg)
     params = load_params(source_of(directory, cfg, weights, expert_layout), mesh, dtype)
-    if matrices is not None and settings is not None:
+    if found is not None:
+        matrices, settings = found
         params = attach(params, cfg, put_pairs(matrices, mesh, dtype), settings)
     return params, cfg
 
@@ -74,20 +79,13 @@ def source_of(
         log.warning("%s: %s", directory, which)
         return leaves
 
-    run = read_run if is_run(directory) else None
-    return Source(directory, cfg, weights, expert_layout, run)
+    return Source(directory, cfg, weights, expert_layout, read_run if is_run(directory) else None)
 
 
 def _floating(dtype: Any) -> Any:
-    """A dtype of weights as JAX has it, or None. Raises InputError for others."""
-    if dtype is None:
-        return None
-    try:
-        found = jnp.dtype(dtype)
-    except TypeError:
-        found = None
-    if found not in (jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16):
-        raise InputError(
-            f"dtype: got {dtype!r}, expected float32, bfloat16 or float16 (8 bits are weights=)"
-        )
-    return found
+    """A dtype of weights as JAX has it. Raises InputError for others."""
+    with contextlib.suppress(TypeError):
+        if (found := jnp.dtype(dtype)) in (jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16):
+            return found
+    expected = "float32, bfloat16 or float16 (8 bits are weights=)"
+    raise InputError(f"dtype: got {dtype!r}, expected {expected}")

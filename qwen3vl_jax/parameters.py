@@ -1,7 +1,7 @@
 """Random parameters, and the logical axes of all of them, from what the model's modules declare.
 
-Each module says its parameters' sizes and logical axes by `weight` (model/layers.py); Tables are those
-outside the layers. sharding.RULES maps the axes to a mesh.
+Each module says its parameters' sizes and logical axes by `weight` (model/layers.py). sharding.RULES
+maps the axes to a mesh.
 """
 
 import dataclasses
@@ -46,7 +46,6 @@ def init_params(key: jax.Array, cfg: Config, dtype=jnp.float32) -> Params:
 
 
 def _boxed_params(key: jax.Array, cfg: Config) -> Params:
-    """Parameters in the Flax boxes that hold their logical axis names."""
     keys = iter(jax.random.split(key, 8 + cfg.text.num_hidden_layers + 2 * cfg.vision.depth))
     t, c = cfg.text, cfg.vision
 
@@ -54,16 +53,15 @@ def _boxed_params(key: jax.Array, cfg: Config) -> Params:
         traced_once = jax.jit(lambda key: module.lazy_init(key, *inputs)["params"])
         return [traced_once(next(keys)) for _ in range(count)]
 
-    def floats(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.float32)
+    def shape(*sizes: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, dtype)  # no layer is computed
 
-    # Inputs are shapes alone: no layer is computed.
-    x, rotary = floats(1, 1, t.hidden_size), (floats(1, 1, 1, t.head_dim // 2),) * 2
-    patches, angles = floats(c.merge_unit, c.hidden_size), (floats(1, 1, 1, c.head_dim // 2),) * 2
-    row, ranges = floats(1, 1, c.hidden_size), (jax.ShapeDtypeStruct((1, 1), jnp.int32),) * 2
+    x, rotary = shape(1, 1, t.hidden_size), (shape(1, 1, 1, t.head_dim // 2),) * 2
+    patches, angles = shape(c.merge_unit, c.hidden_size), (shape(1, 1, 1, c.head_dim // 2),) * 2
+    row, ranges = shape(1, 1, c.hidden_size), (shape(1, 1, dtype=jnp.int32),) * 2
     positions = (c.num_position_embeddings, None), (c.hidden_size, "vision_embed")
     vision = {
-        "patch": init(1, PatchEmbed(c), floats(1, math.prod(c.patch_shape)))[0],
+        "patch": init(1, PatchEmbed(c), shape(1, math.prod(c.patch_shape)))[0],
         **init(1, Tables(c, {"pos": positions}))[0],
         "blocks": init(c.depth, VisionBlock(c), row, angles, *ranges),
         "merger": init(1, PatchMerger(c, False), patches)[0],

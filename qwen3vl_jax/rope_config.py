@@ -10,71 +10,48 @@ import numpy as np
 from qwen3vl_jax import config_checks as check
 from qwen3vl_jax.errors import InputError
 
-# Defaults of transformers 4.57.1.
-DEFAULT_THETA = 5_000_000.0
-DEFAULT_SECTION = (24, 20, 20)
-# The keys that each rope type needs.
-ROPE_NEEDS = {
-    "default": (),
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "yarn": (),
+ROPE_TYPES = "default", "linear", "dynamic", "yarn", "longrope", "llama3"
+# The keys that a rope type needs.
+_NEEDS = {
+    **dict.fromkeys(("linear", "dynamic"), ("factor",)),
     "longrope": ("short_factor", "long_factor"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
-ROPE_TYPES = tuple(ROPE_NEEDS)
-# A larger scale or base makes infinite frequencies in fp32.
-_MAX_NUMBER = 1e15
-_POSITIVE = check.number(0, _MAX_NUMBER)
-# The keys that scale frequencies. An absent one keeps the default of RopeConfig.
-_SCALING = {
-    "original_max_position_embeddings": check.integer(),
-    "factor": _POSITIVE,
-    "attention_factor": _POSITIVE,
-    "beta_fast": _POSITIVE,
-    "beta_slow": _POSITIVE,
-    "mscale": check.number(None, _MAX_NUMBER),
-    "mscale_all_dim": check.number(None, _MAX_NUMBER),
-    "truncate": check.flag,
-    "low_freq_factor": _POSITIVE,
-    "high_freq_factor": _POSITIVE,
-    "short_factor": check.each(_POSITIVE),
-    "long_factor": check.each(_POSITIVE),
-}
+_MAX_NUMBER = 1e15  # a larger scale or base makes infinite frequencies in fp32
+_POSITIVE, _FROM_0 = check.number(0, _MAX_NUMBER), check.number(None, _MAX_NUMBER)
+_PLAIN = "rope_type type mrope_interleaved mrope_section rope_theta partial_rotary_factor".split()
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
     """Rotary embedding of the decoder: base, MRoPE sections (T, H, W) and scaling.
 
-    Fields have the names of Hugging Face's `rope_parameters`. Fields that a type does not use keep
-    their default.
+    Fields have the names of Hugging Face's `rope_parameters`, and the defaults of transformers 4.57.1.
+    Those with a check scale frequencies; those that a type does not use keep their default.
     """
 
     rope_type: str = "default"
-    theta: float = DEFAULT_THETA
-    mrope_section: tuple[int, ...] = DEFAULT_SECTION
-    original_max_position_embeddings: int = 0
-    factor: float = 1.0
-    attention_factor: float | None = None
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float = 0.0
-    mscale_all_dim: float = 0.0
-    truncate: bool = True
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    short_factor: tuple[float, ...] = ()
-    long_factor: tuple[float, ...] = ()
+    theta: float = 5_000_000.0
+    mrope_section: tuple[int, ...] = (24, 20, 20)
+    original_max_position_embeddings: int = check.field(check.integer(), 0)
+    factor: float = check.field(_POSITIVE, 1.0)
+    attention_factor: float | None = check.field(_POSITIVE, None)
+    beta_fast: float = check.field(_POSITIVE, 32.0)
+    beta_slow: float = check.field(_POSITIVE, 1.0)
+    mscale: float = check.field(_FROM_0, 0.0)
+    mscale_all_dim: float = check.field(_FROM_0, 0.0)
+    truncate: bool = check.field(check.flag, True)
+    low_freq_factor: float = check.field(_POSITIVE, 1.0)
+    high_freq_factor: float = check.field(_POSITIVE, 4.0)
+    short_factor: tuple[float, ...] = check.field(check.each(_POSITIVE), ())
+    long_factor: tuple[float, ...] = check.field(check.each(_POSITIVE), ())
 
     def to_hf(self) -> dict[str, Any]:
         """`rope_scaling` in the released form: keys that the type needs or that are not the default."""
-        kept = {"rope_type", "mrope_section", *ROPE_NEEDS[self.rope_type]}
-        for field in dataclasses.fields(self):
-            if getattr(self, field.name) != field.default:
-                kept.add(field.name)
-        scaling = {name: getattr(self, name) for name in sorted(kept - {"theta"})}
-        return {**scaling, "mrope_interleaved": True}
+        kept = {"rope_type", "mrope_section", *_NEEDS.get(self.rope_type, ())}
+        fields = dataclasses.fields(self)
+        kept |= {f.name for f in fields if getattr(self, f.name) != f.default} - {"theta"}
+        return {name: getattr(self, name) for name in sorted(kept)} | {"mrope_interleaved": True}
 
 
 def read_rope(raw: Mapping[str, Any], head_dim: int, max_positions: int) -> RopeConfig:
@@ -82,28 +59,21 @@ def read_rope(raw: Mapping[str, Any], head_dim: int, max_positions: int) -> Rope
 
     If both forms are there, rope_scaling alone counts, as in transformers 5.23. Raises InputError.
     """
-    scaling, parameters = (
-        check.mapping(raw.get(key), f"text_config.{key}")
-        for key in ("rope_scaling", "rope_parameters")
-    )
-    given = scaling or parameters
-    where = f"text_config.{'rope_parameters' if parameters and not scaling else 'rope_scaling'}."
+    keys = "rope_scaling", "rope_parameters"
+    scaling, parameters = (check.mapping(raw.get(key), f"text_config.{key}") for key in keys)
+    given, where = scaling or parameters, f"text_config.{keys[bool(parameters and not scaling)]}."
     rope_type = given.get("rope_type", given.get("type", "default"))
     rope_type = "default" if rope_type == "mrope" else rope_type
     check.one_of(*ROPE_TYPES)(rope_type, where + "rope_type")
-    if given.get("mrope_interleaved", True) is not True:
-        raise check.refused(where + "mrope_interleaved", given["mrope_interleaved"], "true")
+    interleaved = given.get("mrope_interleaved", True)
+    check.require(interleaved is True, where + "mrope_interleaved", interleaved, "true")
     partial = given.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
     check.one_of(1.0)(1.0 if partial is None else partial, where + "partial_rotary_factor")
-    table = {"mrope_section": (check.each(check.integer(at_least=0)), DEFAULT_SECTION)}
+    table = {"mrope_section": (check.each(check.integer(at_least=0)), RopeConfig.mrope_section)}
     section = check.read_fields(given, where, table)["mrope_section"]
-    if len(section) != 3:
-        raise check.refused(where + "mrope_section", list(section), "three numbers (T, H, W)")
-    for key in ROPE_NEEDS[rope_type]:
-        if given.get(key) is None:
-            raise InputError(f"config: {where}{key} is absent; rope_type {rope_type!r} needs it")
-    _warn_of_unused(given, where, rope_type)
-    fields = {} if rope_type == "default" else _scaling(given, where, head_dim)
+    three = "three numbers (T, H, W)"
+    check.require(len(section) == 3, where + "mrope_section", list(section), three)
+    fields = _scaling(given, where, rope_type, head_dim)
     if rope_type in ("yarn", "longrope", "llama3"):
         name, original = "original_max_position_embeddings", max_positions
         # text_config counts first, as in transformers.
@@ -111,55 +81,40 @@ def read_rope(raw: Mapping[str, Any], head_dim: int, max_positions: int) -> Rope
             if part.get(name) is not None:
                 original = check.integer()(part[name], prefix + name)
         fields[name] = original
-        if rope_type != "llama3" and "factor" not in fields:
+        if rope_type != "llama3" and given.get("factor") is None:
             fields["factor"] = max_positions / original
     part, prefix = (raw, "text_config.") if given.get("rope_theta") is None else (given, where)
-    theta = {"rope_theta": (_POSITIVE, DEFAULT_THETA)}
-    rope = RopeConfig(
-        rope_type, check.read_fields(part, prefix, theta)["rope_theta"], section, **fields
-    )
-    _check_formula(rope, where, prefix, head_dim)
+    theta = {"rope_theta": (_POSITIVE, RopeConfig.theta)}
+    found = check.read_fields(part, prefix, theta)["rope_theta"]
+    rope = RopeConfig(rope_type, found, section, **fields)
+    # Values at which the formula of a rope type divides by zero.
+    low, original = rope.low_freq_factor, rope.original_max_position_embeddings
+    flat = low == rope.high_freq_factor
+    refused = {
+        "llama3": (flat, where + "low_freq_factor", low, "less than high_freq_factor"),
+        "dynamic": (head_dim <= 2, "text_config.head_dim", head_dim, "more than 2"),
+        "yarn": (found == 1, prefix + "rope_theta", 1, "another number"),
+        "longrope": (original == 1, f"{where}original_max_position_embeddings", 1, "more"),
+    }
+    if rope_type in refused:
+        wrong, key, value, expected = refused[rope_type]
+        check.require(not wrong, key, value, f"{expected} with rope_type {rope_type!r}")
     return rope
 
 
-def _check_formula(rope: RopeConfig, where: str, theta_where: str, head_dim: int) -> None:
-    """Raises InputError for values at which the formula of a rope type divides by zero."""
-    kind, original = rope.rope_type, "original_max_position_embeddings"
-    if kind == "llama3" and rope.low_freq_factor == rope.high_freq_factor:
-        raise check.refused(
-            where + "low_freq_factor", rope.low_freq_factor, "less than high_freq_factor"
-        )
-    if kind == "dynamic" and head_dim <= 2:
-        raise check.refused(
-            "text_config.head_dim", head_dim, "more than 2 with rope_type 'dynamic'"
-        )
-    if kind == "yarn" and rope.theta == 1:
-        raise check.refused(theta_where + "rope_theta", 1, "another number with rope_type 'yarn'")
-    if kind == "longrope" and rope.original_max_position_embeddings == 1:
-        raise check.refused(where + original, 1, "more with rope_type 'longrope'")
-
-
-def _warn_of_unused(given: Mapping[str, Any], where: str, rope_type: str) -> None:
-    """Warns of keys that change nothing: misspelt, or of another rope type."""
-    known = {"rope_type", "type", "mrope_interleaved", "mrope_section", "rope_theta"}
-    known.add("partial_rotary_factor")
-    if rope_type != "default":
-        known |= _SCALING.keys()
+def _scaling(given: Mapping[str, Any], where: str, rope_type: str, head_dim: int) -> dict[str, Any]:
+    """The fields of RopeConfig that scale frequencies, those that are present; warns of other keys."""
+    for key in _NEEDS.get(rope_type, ()):
+        if given.get(key) is None:
+            raise InputError(f"config: {where}{key} is absent; rope_type {rope_type!r} needs it")
+    found = {} if rope_type == "default" else check.read_fields(given, where, RopeConfig)
     for key in given:
-        if key not in known:
+        if key not in _PLAIN and key not in found:
             check.warn_once(f"config: {where}{key[:80]} is not used with rope_type {rope_type!r}")
-
-
-def _scaling(given: Mapping[str, Any], where: str, head_dim: int) -> dict[str, Any]:
-    """The fields of RopeConfig that scale frequencies, those that are present."""
-    present = {key: check for key, check in _SCALING.items() if given.get(key) is not None}
-    found = {key: check(given[key], where + key) for key, check in present.items()}
     for key in ("short_factor", "long_factor"):
-        if key in found and len(found[key]) != head_dim // 2:
-            raise InputError(
-                f"config: {where}{key}: got {len(found[key])} numbers, expected head_dim / 2 = "
-                f"{head_dim // 2}"
-            )
+        if key in found and given.get(key) is not None and len(found[key]) != head_dim // 2:
+            counts = f"got {len(found[key])} numbers, expected head_dim / 2 = {head_dim // 2}"
+            raise InputError(f"config: {where}{key}: {counts}")
     return found
 
 
@@ -171,13 +126,17 @@ def powers_of(r: RopeConfig, dim: int) -> tuple[np.ndarray, np.ndarray]:
 
 def fixed_frequencies(r: RopeConfig, dim: int) -> tuple[np.ndarray, float]:
     """The H/2 inverse frequencies of a type that no position changes, and the factor on cos and sin."""
-    _, powers = powers_of(r, dim)
+    powers = powers_of(r, dim)[1]
     if r.rope_type == "linear":
         return 1.0 / powers / np.float32(r.factor), 1.0
     if r.rope_type == "yarn":
-        return yarn_frequencies(r, powers, dim), yarn_scale(r)
-    if r.rope_type == "llama3":
-        return llama3_frequencies(r, 1.0 / powers), 1.0
+        return _yarn(r, powers, dim)
+    if r.rope_type == "llama3":  # low frequencies are divided by the factor, high ones kept
+        inverse = 1.0 / powers
+        turns = r.original_max_position_embeddings * inverse / np.float32(2 * math.pi)
+        smooth = (turns - r.low_freq_factor) / (r.high_freq_factor - r.low_freq_factor)
+        smooth = np.clip(smooth, 0, 1).astype(np.float32)
+        return (1 - smooth) * inverse / np.float32(r.factor) + smooth * inverse, 1.0
     return 1.0 / powers, 1.0
 
 
@@ -190,21 +149,11 @@ def longrope_scale(r: RopeConfig) -> float:
     return math.sqrt(1 + math.log(r.factor) / math.log(r.original_max_position_embeddings))
 
 
-def yarn_scale(r: RopeConfig) -> float:
-    """The factor on cos and sin of YaRN."""
+def _yarn(r: RopeConfig, powers: np.ndarray, dim: int) -> tuple[np.ndarray, float]:
+    """YaRN: low frequencies are interpolated, high ones kept, with a linear ramp between; the factor."""
 
     def mscale(m: float) -> float:
         return 1.0 if r.factor <= 1 else 0.1 * m * math.log(r.factor) + 1.0
-
-    if r.attention_factor is not None:
-        return r.attention_factor
-    if r.mscale and r.mscale_all_dim:
-        return mscale(r.mscale) / mscale(r.mscale_all_dim)
-    return mscale(1.0)
-
-
-def yarn_frequencies(r: RopeConfig, powers: np.ndarray, dim: int) -> np.ndarray:
-    """YaRN: low frequencies are interpolated, high ones kept, with a linear ramp between."""
 
     def dimension_of(rotations: float) -> float:
         ratio = r.original_max_position_embeddings / (rotations * 2 * math.pi)
@@ -217,12 +166,7 @@ def yarn_frequencies(r: RopeConfig, powers: np.ndarray, dim: int) -> np.ndarray:
     high += 0.001 if low == high else 0
     ramp = np.clip((np.arange(dim // 2, dtype=np.float32) - low) / (high - low), 0, 1)
     ramp = ramp.astype(np.float32)
-    return 1.0 / (np.float32(r.factor) * powers) * ramp + 1.0 / powers * (1 - ramp)
-
-
-def llama3_frequencies(r: RopeConfig, inverse: np.ndarray) -> np.ndarray:
-    """Llama 3.1: low frequencies are divided by the factor, high ones kept, smoothed between."""
-    turns = r.original_max_position_embeddings * inverse / np.float32(2 * math.pi)
-    smooth = (turns - r.low_freq_factor) / (r.high_freq_factor - r.low_freq_factor)
-    smooth = np.clip(smooth, 0, 1).astype(np.float32)
-    return (1 - smooth) * inverse / np.float32(r.factor) + smooth * inverse
+    both = r.mscale and r.mscale_all_dim
+    scale = mscale(r.mscale) / mscale(r.mscale_all_dim) if both else mscale(1.0)
+    scale = scale if r.attention_factor is None else r.attention_factor
+    return 1.0 / (np.float32(r.factor) * powers) * ramp + 1.0 / powers * (1 - ramp), scale

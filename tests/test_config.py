@@ -7,10 +7,9 @@ import functools
 import pytest
 import tiny
 
-from qwen3vl_jax.config import Config
+from qwen3vl_jax.config import RELEASED, Config
 from qwen3vl_jax.config_checks import warn_once
 from qwen3vl_jax.errors import InputError, shown
-from qwen3vl_jax.released import RELEASED
 from qwen3vl_jax.rope_config import ROPE_TYPES
 
 

@@ -34,7 +34,7 @@ WITH_JAX = [
     "qwen3vl_jax.processing.processor: qwen3vl_jax.processing.batch.make_batch",
 ]
 # What each folder may import. A folder's own modules and those of "errors" are open to it.
-CONFIG = {"config", "config_checks", "rope_config", "released"}
+CONFIG = {"config", "config_checks", "rope_config"}
 PURE = {"model", *CONFIG, "storage"}
 LIBRARY = {*PURE, "parameters", "device_mesh", "processing", "checkpoint", "inference"}
 LIBRARY |= {"training", "runtime", "labels"}

@@ -10,14 +10,9 @@ from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.inference.generate import stream
 from qwen3vl_jax.model.structs import Batch, KVCache, Params
+from qwen3vl_jax.processing import encoded_prompt
 from qwen3vl_jax.processing.batch import make_batch
-from qwen3vl_jax.processing.encoded_prompt import (
-    EncodedPrompt,
-    grids_of,
-    place_images,
-    shared_start,
-    to_hf_arrays,
-)
+from qwen3vl_jax.processing.encoded_prompt import EncodedPrompt
 from qwen3vl_jax.processing.positions import rope_index
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.processing.tokenizer import TextStream
@@ -25,16 +20,12 @@ from qwen3vl_jax.processing.tokenizer import TextStream
 
 @dataclasses.dataclass(frozen=True)
 class ChatState:
-    """A cache of one row and the prompt in it, without its patches.
-
-    ended: not cut off by a limit of tokens. answers: where the tokens that the model wrote begin and
-    end.
-    """
+    """A cache of one row and the prompt in it, without its patches."""
 
     prompt: EncodedPrompt
     cache: KVCache
-    ended: bool = True
-    answers: tuple[tuple[int, int], ...] = ()
+    ended: bool = True  # not cut off by a limit of tokens
+    answers: tuple[tuple[int, int], ...] = ()  # where tokens that the model wrote begin and end
 
     @property
     def ids(self) -> np.ndarray:
@@ -99,21 +90,21 @@ def as_written(
 
     Returns also where these begin and end, up to the first change of the conversation.
     """
+    if state is None:
+        return prompt, ()
     ids, done, at, spans = prompt.ids, 0, 0, []
-    for start, end in () if state is None else state.answers:
-        assert state
+    for start, end in state.answers:
         after = at + start - done
-        if not np.array_equal(ids[at:after], state.ids[done:start]):
-            break
-        found = _same_text(proc, ids, after, state.ids[start:end])
+        same = np.array_equal(ids[at:after], state.ids[done:start])
+        found = _same_text(proc, ids, after, state.ids[start:end]) if same else None
         if found is None:
             break
         done, at = end, found
         spans.append((start, end))
-    if state is None or not spans:
+    if not spans:
         return prompt, ()
     written = np.append(state.ids[:done], ids[at:]).astype(ids.dtype)
-    return place_images(proc.config, written, prompt.images), tuple(spans)
+    return encoded_prompt.place_images(proc.config, written, prompt.images), tuple(spans)
 
 
 def _same_text(proc: Processor, ids: np.ndarray, at: int, answer: np.ndarray) -> int | None:
@@ -133,11 +124,11 @@ def continue_from(
     cfg: Config, prompt: EncodedPrompt, state: ChatState | None
 ) -> tuple[Batch, KVCache | None]:
     """The part of a prompt that a cache lacks, and the cache cut to what they share."""
-    start = 0 if state is None else shared_start(prompt, state.prompt, all_of_b=True)
-    if state is None or start == 0:
-        return make_batch(cfg, **to_hf_arrays(cfg, [prompt])), None
+    start = encoded_prompt.shared_start(prompt, state.prompt, all_of_b=True) if state else 0
+    batch = make_batch(cfg, **encoded_prompt.to_hf_arrays(cfg, [prompt.rest(start)]))
+    if not state or not start:
+        return batch, None
     shared = prompt.first(start)
-    positions, _ = rope_index(cfg, shared.ids[None], **grids_of(shared.images))
-    delta = np.array([positions.max() + 1 - start], np.int32)
-    cache = state.cache.replace(length=np.array([start], np.int32), delta=delta)
-    return make_batch(cfg, **to_hf_arrays(cfg, [prompt.rest(start)])), cache
+    positions, _ = rope_index(cfg, shared.ids[None], **encoded_prompt.grids_of(shared.images))
+    kept = np.array([[start], [positions.max() + 1 - start]], np.int32)
+    return batch, state.cache.replace(length=kept[0], delta=kept[1])

@@ -22,22 +22,18 @@ from qwen3vl_jax.model.structs import KVCache, Params
 from qwen3vl_jax.processing.tokenizer import find_stop
 
 SMALLEST_CACHE = 256
+Decode = Callable[[list[int]], str]  # tokens -> text
 # In place of a token: the row had ended; its logits were not finite (NOT_FINITE), or were so only after
 # penalties and logits_fn.
 ENDED, NOT_FINITE_AFTER = -1, -3
-_BY_ROW = ("token", "logprob", "count", "limit", "done", "keys")
-
-
-@functools.partial(jax.jit, static_argnames="slots")
-def _grow_layer(layer: KVCache, slots: int) -> KVCache:
-    return grow_cache(layer, slots)
+_grow_layer = jax.jit(grow_cache, static_argnames="slots")
 
 
 def grow(cache: KVCache, slots: int) -> KVCache:
     """`grow_cache` layer by layer: no more than one layer is held twice. The given cache is deleted."""
     k, v = [], []
     for old in zip(cache.k, cache.v):
-        layer = _grow_layer(cache.replace(k=[old[0]], v=[old[1]]), slots)
+        layer = _grow_layer(cache.replace(k=[old[0]], v=[old[1]]), slots=slots)
         k, v = [*k, *layer.k], [*v, *layer.v]
         for x in old:
             x.delete()
@@ -79,9 +75,11 @@ def insert_rows(cache: KVCache, rows: jax.Array, new: KVCache, source: jax.Array
 
 def on_mesh(state: DecodeState) -> DecodeState:
     """The state with the shardings that every dispatch leaves, so that none is compiled twice."""
-    wide = {name: shard(getattr(state, name), "batch", None) for name in ("seen", "answered")}
-    rest = {name: shard(getattr(state, name), None) for name in _BY_ROW}
-    return state.replace(cache=pinned(state.cache), **wide, **rest)
+
+    def put(x: jax.Array) -> jax.Array:
+        return shard(x, "batch", None) if x.ndim == 2 else shard(x, None)
+
+    return jax.tree.map(put, state.replace(cache=None)).replace(cache=pinned(state.cache))
 
 
 @jax.named_scope("sampling")
@@ -103,33 +101,18 @@ def _choose(logits: jax.Array, state: DecodeState, options: RowOptions) -> Decod
     mark = (rows, jnp.where(live & ~wrong, token, logits.shape[1]))
     count = state.count + live
     ends = wrong | jnp.any(token[:, None] == stops, axis=1) | (count >= state.limit)
-    return state.replace(
-        token=token,
-        logprob=logprob,
-        count=count,
-        done=state.done | ends,
-        seen=state.seen.at[mark].set(True, mode="drop"),
-        answered=state.answered.at[mark].set(True, mode="drop"),
-    )
+    seen, answered = (x.at[mark].set(True, mode="drop") for x in (state.seen, state.answered))
+    made = {"token": token, "logprob": logprob, "count": count, "seen": seen, "answered": answered}
+    return state.replace(done=state.done | ends, **made)
 
 
-def first_token(
-    cache: KVCache, logits: jax.Array, tokens: jax.Array, options: RowOptions
-) -> DecodeState:
-    """The state after a prefill: tokens [B T] are the prompt's, past the vocabulary at padding."""
-    (rows, _), zero = logits.shape, jnp.zeros(logits.shape[0], jnp.int32)
-    seen = jnp.zeros(logits.shape, bool).at[jnp.arange(rows)[:, None], tokens]
-    state = DecodeState(
-        cache=cache,
-        token=zero,
-        logprob=jnp.zeros(rows, jnp.float32),
-        count=zero,
-        limit=jnp.asarray(options.limit),
-        done=zero > 0,
-        seen=seen.set(True, mode="drop"),
-        answered=jnp.zeros(logits.shape, bool),
-        keys=jax.vmap(jax.random.key)(options.seeds),
-    )
+def first_token(cache: KVCache, logits: jax.Array, tokens: jax.Array, options: RowOptions):
+    """The DecodeState after a prefill: tokens [B T] are the prompt's, past the vocabulary at padding."""
+    zero, none = jnp.zeros(len(logits), jnp.int32), jnp.zeros(logits.shape, bool)
+    seen = none.at[jnp.arange(len(logits))[:, None], tokens].set(True, mode="drop")
+    logprob, keys = zero.astype(jnp.float32), jax.vmap(jax.random.key)(options.seeds)
+    limit, done = jnp.asarray(options.limit), zero > 0
+    state = DecodeState(cache, zero, logprob, zero, limit, done, seen, none, keys)
     return on_mesh(_choose(logits, state, options))
 
 
@@ -166,12 +149,13 @@ def compile_ahead(*args: Any) -> Callable[[], None]:
     A prompt's own programs are compiled meanwhile. The interpreter waits for the thread at its end, which
     XLA would not survive. On a mesh, where processes compile in step, it does nothing.
     """
-    lowered = None if mesh_sizes() else decode_steps.lower(*args)
+    if mesh_sizes():
+        return lambda: None
+    lowered = decode_steps.lower(*args)
 
     def run() -> None:
         with contextlib.suppress(Exception):  # the call itself tells
-            if lowered is not None:
-                lowered.compile()
+            lowered.compile()
 
     def wait() -> None:
         if thread.is_alive():
@@ -196,17 +180,15 @@ class Decoder:
     def make_room(self, needed: int) -> None:
         """Grows the cache to at least `needed` slots a row."""
         if needed > self.state.cache.slots:
-            cache = grow(self.state.cache, slots=cache_slots(needed))
+            cache = grow(self.state.cache, cache_slots(needed))
             self.state = self.state.replace(cache=cache)
 
     def run(self, steps: int, enough: int) -> tuple[np.ndarray, np.ndarray]:
         """One dispatch: tokens and their log-probabilities [B STEPS], as `decode_steps` returns them."""
-        self.state, *out = decode_steps(
-            self.params, self.cfg, self.state, self.ended, self.options, steps, enough
-        )
+        given = self.params, self.cfg, self.state, self.ended, self.options
+        self.state, tokens, logprobs = decode_steps(*given, steps, enough)
         self.ended = np.zeros_like(self.ended)
-        tokens, logprobs = map(np.asarray, out)
-        return tokens, logprobs
+        return np.asarray(tokens), np.asarray(logprobs)
 
     def chunks(self, filled: int, limit: int, steps: int) -> Iterator[np.ndarray]:
         """Tokens [B n] of `decode_steps`, the first one and then `steps` at a time, until all rows end.
@@ -233,20 +215,14 @@ class RowAnswer:
     def __init__(self, max_new_tokens: int, stop_strings: Sequence[str] = ()) -> None:
         self.max_new_tokens, self.stop_strings = max_new_tokens, stop_strings
         self.tokens: list[int] = []
+        self.logprobs: list[float] = []
         self.finish_reason = self.error = ""
 
-    def add(
-        self,
-        new: np.ndarray,
-        stop_ids: Sequence[int],
-        decode: Callable[[list[int]], str] | None = None,
-    ) -> int:
+    def add(self, new: np.ndarray, stop_ids: Sequence[int], decode: Decode | None = None) -> int:
         """Takes tokens [n] of `decode_steps`; gives how many belong to the answer."""
         before, strings = len(self.tokens), self.stop_strings
         span = 4 * max(map(len, strings), default=0) + 4  # a character is at most four tokens
-        for token in new.tolist():
-            if token < 0:
-                continue
+        for token in new[new >= 0].tolist():
             self.tokens.append(token)
             text = decode(self.tokens[-span:]) if decode and strings else ""
             if token in stop_ids or find_stop(text, strings)[1] is not None:
@@ -264,6 +240,5 @@ def fault_of(tokens: np.ndarray, count: int) -> str:
     if not len(wrong):
         return ""
     place = f"logits of answer token {count + int(wrong[0]) + 1}"
-    if tokens[wrong[0]] == NOT_FINITE_AFTER:
-        return f"{place}: got no finite number after penalties and logits_fn, expected one; use milder ones"
-    return not_finite(place)
+    after = "got no finite number after penalties and logits_fn, expected one; use milder ones"
+    return f"{place}: {after}" if tokens[wrong[0]] == NOT_FINITE_AFTER else not_finite(place)

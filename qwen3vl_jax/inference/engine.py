@@ -8,8 +8,8 @@ prompts of a group.
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,36 +17,22 @@ import numpy as np
 
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError, check_int
-from qwen3vl_jax.inference.decode_loop import (
-    Decoder,
-    DecodeState,
-    RowAnswer,
-    cache_slots,
-    compile_ahead,
-    first_token,
-    insert_rows,
-    on_mesh,
-)
-from qwen3vl_jax.inference.prompt_groups import pack, packed_group, padded_group, prefill_packed
-from qwen3vl_jax.inference.requests import (
-    STEPS,
-    Finished,
-    GenerationOptions,
-    Request,
-    RowOptions,
-    Stats,
-)
+from qwen3vl_jax.inference import decode_loop
+from qwen3vl_jax.inference.decode_loop import STEPS, Decode, DecodeState, first_token, on_mesh
+from qwen3vl_jax.inference.requests import Finished, GenerationOptions, Request, RowOptions, Stats
 from qwen3vl_jax.inference.sampling import NOT_FINITE, row_seeds
 from qwen3vl_jax.inference.stores import Prefix, Stores
-from qwen3vl_jax.model.cache import extend, grow_cache, init_cache, prefill
+from qwen3vl_jax.model.cache import end_prompt, extend, fill_layers, grow_cache, init_cache, prefill
 from qwen3vl_jax.model.sharding import max_parts
-from qwen3vl_jax.model.structs import Params, check_call
+from qwen3vl_jax.model.structs import Batch, KVCache, Params, check_call
 from qwen3vl_jax.model.transformer import compute_dtype
-from qwen3vl_jax.processing.batch import bucket, group_size
+from qwen3vl_jax.processing.batch import bucket, group_batch, group_size
 from qwen3vl_jax.processing.encoded_prompt import EncodedPrompt, from_hf_arrays
 
 LOOK_AHEAD = 2  # prompts held ready, for each row
+PACKED_TOKENS = 4224  # of a packed row, a bucket; a longer prompt has a row of its own width
 EXPECTED = 256  # answer tokens that the first cache has room for: it grows for longer ones
+Place = tuple[int, int]  # the row of a prompt, and its first token's index in it
 
 
 def generate_many(
@@ -55,7 +41,7 @@ def generate_many(
     requests: Iterable[Request | None],
     *,
     stop_ids: tuple[int, ...],
-    decode: Callable[[list[int]], str] | None = None,
+    decode: Decode | None = None,
     rows: int = 16,
     prefill_chunk: int | None = None,
     stats: Stats | None = None,
@@ -97,13 +83,41 @@ def generate_many(
             time.sleep(0.002)  # until a prompt is ready
 
 
-class _Row(RowAnswer):
-    """The answer of one row, its request and its log-probabilities."""
+def group_prompts(
+    cfg: Config, prompts: Sequence[EncodedPrompt], places: Sequence[Place], rows: int, count: int
+) -> tuple[Batch, np.ndarray, np.ndarray]:
+    """Prompts at their places in rows of a bucket's width, a segment each: (batch, source, length).
 
-    def __init__(self, request: Request, prompt: int) -> None:
-        super().__init__(request.max_new_tokens, request.stop_strings)
-        self.request, self.prompt = request, prompt  # prompt: its tokens
-        self.logprobs: list[float] = []
+    source [A 2] int32: each prompt's place; length [A] int32: its tokens. A is `count`; those past the
+    last prompt are the first token of row 0.
+    """
+    sizes = [len(prompt.ids) for prompt in prompts]
+    given: Any = group_batch(cfg, prompts, max(sizes))
+    width = bucket(max(start + size for (_, start), size in zip(places, sizes)))
+    tokens, segments = np.zeros((2, rows, width), np.int32)
+    positions, delta = np.zeros((3, rows, width), np.int32), np.zeros(count, np.int32)
+    features = None if given.vision_rows is None else np.full((rows, width), -1, np.int32)
+    source, length = np.zeros((count, 2), np.int32), np.ones(count, np.int32)
+    for i, ((row, start), n) in enumerate(zip(places, sizes)):
+        at = row, slice(start, start + n)
+        tokens[at], segments[at] = given.tokens[i, :n], segments[row].max() + 1
+        positions[:, *at], delta[i] = given.positions[:, i, :n], given.delta[i]
+        if features is not None:
+            features[at] = cast(Any, given.vision_rows)[i, :n]
+        source[i], length[i] = (row, start), n
+    arrays: Any = tokens, positions, segments, features, delta
+    return Batch(*arrays), source, length
+
+
+def prefill_packed(params: Params, cfg: Config, batch: Batch, source, length, features):
+    """`prefill` of a batch of `group_prompts`, whose delta is [A]. Not traced.
+
+    Keys and values are those of the rows [R T K H]; the rest of the cache, and the logits, are [A ..].
+    """
+    rest, slots = {**params, "layers": None, "vision": None}, batch.tokens.shape[1]
+    given = params["layers"], rest, cfg, batch, features, slots, len(source)
+    x, _, delta, k, v = fill_layers(*given)
+    return KVCache(k, v, length, delta), end_prompt(rest, cfg, x, length, source)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "slots"), keep_unused=True)
@@ -111,8 +125,7 @@ def _empty(params, cfg, slots, options) -> DecodeState:
     """A state whose rows have all ended, on the devices of params."""
     rows, vocab = len(options.seeds), cfg.text.vocab_size
     cache = init_cache(cfg, rows, slots, compute_dtype(params))
-    none = jnp.full((rows, 1), vocab)
-    state = first_token(cache, jnp.zeros((rows, vocab)), none, options)
+    state = first_token(cache, jnp.zeros((rows, vocab)), jnp.full((rows, 1), vocab), options)
     return on_mesh(state.replace(done=jnp.ones_like(state.done)))
 
 
@@ -131,7 +144,7 @@ def _insert(state, filled, logits, tokens, rows, source, options, vocabulary):
     tokens [A T] int32: all of each prompt, past the vocabulary at padding.
     """
     first = first_token(filled, logits, tokens, options)
-    cache = insert_rows(state.cache, rows, filled, source)
+    cache = decode_loop.insert_rows(state.cache, rows, filled, source)
     pair = (state.replace(cache=None), first.replace(cache=None))
     state = jax.tree.map(lambda old, x: old.at[rows].set(x, mode="drop"), *pair)
     return on_mesh(state.replace(cache=cache)), first.token, first.logprob
@@ -144,24 +157,22 @@ def _clear_row(state, row) -> DecodeState:
     return on_mesh(state.replace(cache=state.cache.replace(k=k, v=v)))
 
 
-class _Engine:
+class _Engine(decode_loop.Decoder):
     """The host's side: which prompts wait, which row answers what, and what is kept for later prompts."""
 
     def __init__(self, params, cfg, options: RowOptions, decode, chunk_of, stats: Stats):
-        self.params, self.cfg, self.decode, self.chunk_of = params, cfg, decode, chunk_of
-        self.rows, self.stats = len(options.seeds), stats
-        self.group = group_size(self.rows)
-        self.stop_ids = options.stop_ids.tolist()
-        self.waiting: list[tuple[Request, EncodedPrompt]] = []
-        self.running: dict[int, _Row] = {}
-        self.stores = Stores(params, cfg, chunk_of, stats)
         # Of its own, for the sampling of a row changes with its request.
         options = options.replace(sampling=jax.tree.map(np.array, options.sampling))
-        self.decoder = Decoder(params, cfg, None, options)
-        stats.rows = self.rows
+        super().__init__(params, cfg, None, options)
+        self.decode, self.chunk_of, self.stats = decode, chunk_of, stats
+        self.rows = stats.rows = len(options.seeds)
+        self.group, self.stop_ids = group_size(self.rows), options.stop_ids.tolist()
+        self.waiting: list[tuple[Request, EncodedPrompt]] = []
+        # By row: the request, the tokens of its prompt, and its answer.
+        self.running: dict[int, tuple[Request, int, decode_loop.RowAnswer]] = {}
+        self.stores = Stores(params, cfg, chunk_of, stats)
 
     def add(self, request: Request) -> None:
-        """Puts a request at the end of those that wait."""
         if request.stop_strings and self.decode is None:
             raise InputError("stop_strings need decode=, the function from tokens to text")
         given = request.arrays
@@ -180,12 +191,12 @@ class _Engine:
 
     def step(self) -> Iterator[Finished]:
         """One dispatch of decode steps; yields the answers that ended."""
-        filled = max(row.prompt + len(row.tokens) for row in self.running.values())
-        self._make_room(filled + STEPS)
+        filled = max(prompt + len(answer.tokens) for _, prompt, answer in self.running.values())
+        self.make_room(filled + STEPS)
         free = self.rows - len(self.running)
         enough = max(self.group, free + 1) if self.waiting else self.rows
         self.compiled()
-        tokens, logprobs = self.decoder.run(STEPS, enough)
+        tokens, logprobs = self.run(STEPS, enough)
         self.stats.steps += int((tokens >= 0).any(0).sum())
         self.stats.row_steps += int((tokens >= 0).sum())
         for row in list(self.running):
@@ -193,110 +204,105 @@ class _Engine:
 
     def _take(self, row: int, tokens: np.ndarray, logprobs: np.ndarray) -> Iterator[Finished]:
         """Adds new tokens to a row's answer; yields it if it has ended."""
-        answer = self.running[row]
+        request, _, answer = self.running[row]
         count = answer.add(tokens, self.stop_ids, self.decode)
         answer.logprobs += logprobs[:count].tolist()
         self.stats.tokens += count
         if answer.error:
-            self.decoder.state = _clear_row(self.decoder.state, row)
+            self.state = _clear_row(self.state, row)
         if answer.finish_reason:
-            self.decoder.ended[row] = True
+            self.ended[row] = True
             del self.running[row]
             said = answer.tokens, answer.logprobs, answer.finish_reason, answer.error
-            yield Finished(answer.request.key, *said)
+            yield Finished(request.key, *said)
 
-    def _make_room(self, needed: int) -> None:
-        """A cache with at least `needed` slots a row."""
-        if self.decoder.state is None:
+    def make_room(self, needed: int) -> None:
+        if self.state is None:
             likely = (len(p.ids) + min(r.max_new_tokens, EXPECTED) for r, p in self.waiting)
-            slots = cache_slots(max(needed, *likely))
-            self.decoder.state = _empty(self.params, self.cfg, slots, self.decoder.options)
-            held = self.decoder.state, self.decoder.ended, self.decoder.options
-            self.compiled = compile_ahead(self.params, self.cfg, *held, STEPS, self.rows)
-        self.decoder.make_room(needed)
+            slots = decode_loop.cache_slots(max(needed, *likely))
+            self.state = _empty(self.params, self.cfg, slots, self.options)
+            given = self.params, self.cfg, self.state, self.ended, self.options
+            self.compiled = decode_loop.compile_ahead(*given, STEPS, self.rows)
+        super().make_room(needed)
 
     def _admit(self, free: list[int]) -> Iterator[Finished]:
         """Prefills the oldest waiting prompt, with others beside it, and puts them into free rows."""
         first, *others = [prompt for _, prompt in self.waiting]
         prefix = self.stores.best(first, others)
-        sizes = self._fitting(prefix, 0 if prefix is None else prefix.length)
-        packs = prefix is None and self._fits(first)
-        if packs:
-            chosen = list(pack(sizes, self.group, max_parts("batch")))
-        else:
-            chosen = [0, *sorted(list(sizes)[1:], key=lambda i: -sizes[i])][: self.group]
-        new = [self.waiting[i] for i in chosen]
-        self._make_room(max(len(prompt.ids) for _, prompt in new) + 1)
-        self.waiting = [x for i, x in enumerate(self.waiting) if i not in chosen]
-        yield from self._fill(new, free, prefix, packs)
+        start = 0 if prefix is None else prefix.length
+        packs = prefix is None and self.stores.fits(first)
+        sizes = {i: len(prompt.ids) - start for i, prompt in enumerate([first, *others])}
+        width = bucket(sizes[0])
 
-    def _fits(self, prompt: EncodedPrompt) -> bool:
-        """Whether the prompt is prefilled at once, not in chunks."""
-        return self.chunk_of(bucket(len(prompt.ids))) is None
+        def goes_along(i: int, prompt: EncodedPrompt) -> bool:
+            fits = self.stores.fits(prompt) if packs else sizes[i] <= width
+            return fits and self.stores.lookup(prompt) is prefix
 
-    def _fitting(self, prefix: Prefix | None, start: int) -> dict[int, int]:
-        """{index: tokens behind the prefix} of waiting prompts that may go with the oldest, it first."""
-        first = self.waiting[0][1]
-        width, packs = bucket(len(first.ids) - start), prefix is None and self._fits(first)
-        sizes = {i: len(prompt.ids) - start for i, (_, prompt) in enumerate(self.waiting)}
-        return {
-            i: size
-            for i, size in sizes.items()
-            if i == 0
-            or (
-                self.stores.lookup(self.waiting[i][1]) is prefix
-                and (self._fits(self.waiting[i][1]) if packs else size <= width)
-            )
-        }
+        along = [i for i, prompt in enumerate(others, 1) if goes_along(i, prompt)]
+        # Packed: the oldest, several in a row. Else: a row for each, those that fill it first.
+        along = along if packs else sorted(along, key=lambda i: -sizes[i])
+        capacity = max(PACKED_TOKENS, sizes[0]) if packs else width
+        filled, places = [0] * (max_parts("batch") if packs else self.group), {}
+        for i in (0, *along):
+            row = filled.index(min(filled))
+            if len(places) < self.group and filled[row] + sizes[i] <= capacity:
+                places[i] = row, filled[row]
+                filled[row] += sizes[i]
+        new = [self.waiting[i] for i in places]
+        self.make_room(max(len(prompt.ids) for _, prompt in new) + 1)
+        self.waiting = [x for i, x in enumerate(self.waiting) if i not in places]
+        yield from self._fill(new, [*places.values()], free, prefix, packs)
 
-    def _fill(self, new: list, free: list[int], prefix: Prefix | None, packs: bool):
+    def _fill(self, new: list, places: list, free: list[int], prefix: Prefix | None, packs: bool):
         """Prefills requests and their prompts `new`, a group at most; yields as `refill`."""
         start, slots = (0, 0) if prefix is None else (prefix.length, prefix.cache.slots)
-        rests = [prompt.rest(start) for _, prompt in new]
-        make = packed_group if packs else padded_group
-        group = make(self.cfg, rests, self.group)
-        batch, width = group.batch, group.batch.tokens.shape[1]
-        ahead = [prompt for _, prompt in self.waiting]
-        features = self.stores.features(rests, batch.tokens.size, ahead)
+        prompts = [prompt.rest(start) for _, prompt in new]
+        if not packs:  # each has a row of its own; those that are missing a token
+            missing = range(len(new), self.group)
+            prompts += [prompts[0].rest(len(prompts[0].ids) - 1)] * len(missing)
+            places = [*places, *((row, 0) for row in missing)]
+        rows = max_parts("batch") if packs else self.group
+        batch, *where = group_prompts(self.cfg, prompts, places, rows, self.group)
+        width, ahead = batch.tokens.shape[1], [prompt for _, prompt in self.waiting]
+        features = self.stores.features(prompts, batch.tokens.size, ahead)
         if packs:
-            where = group.source, group.length
             filled = prefill_packed(self.params, self.cfg, batch, *where, features=features)
         elif prefix is None:
-            options: dict[str, Any] = {"features": features, "chunk": self.chunk_of(width)}
-            filled = prefill(self.params, self.cfg, batch, width, **options)
+            how = {"features": features, "chunk": self.chunk_of(width)}
+            filled = prefill(self.params, self.cfg, batch, width, **how)
         else:
             filled = _extend(self.params, self.cfg, batch, features, prefix.cache)
-        tokens, logprobs = self._insert(new, free, filled, group.source, slots + width)
+        tokens, logprobs = self._insert(new, free, filled, where[0], slots + width)
         if packs and len(new) > 1 and (tokens == NOT_FINITE).any():
             # One prompt may have reached the others, as 0 times NaN: each by itself.
             for one, row in zip(new, free):
-                yield from self._fill([one], [row], None, True)
+                yield from self._fill([one], [(0, 0)], [row], None, True)
             return
-        self.stats.prefilled += sum(len(prompt.ids) for prompt in rests)
+        self.stats.prefilled += sum(len(prompt.ids) - start for _, prompt in new)
         self.stats.reused += start * len(new)
         for i, ((request, prompt), row) in enumerate(zip(new, free)):
-            self.running[row] = _Row(request, len(prompt.ids))
-            self.decoder.ended[row] = False
+            answer = decode_loop.RowAnswer(request.max_new_tokens, request.stop_strings)
+            self.running[row] = request, len(prompt.ids), answer
+            self.ended[row] = False
             yield from self._take(row, tokens[i : i + 1], logprobs[i : i + 1])
 
     def _insert(self, new: list, free: list[int], filled, source: np.ndarray, width: int):
         """Puts prefilled prompts into free rows; their first tokens [A], and those's log-probabilities."""
-        missing = self.group - len(new)
+        none, missing = self.cfg.text.vocab_size, self.group - len(new)
         rows = np.asarray([*free[: len(new)], *[self.rows] * missing], np.int32)
         asked = [request for request, _ in new + [new[0]] * missing]
         sampling = [request.sampling.rows(1) for request in asked]
-        options = self.decoder.options.replace(
+        options = self.options.replace(
             sampling=jax.tree.map(lambda *x: np.concatenate(x), *sampling),
             seeds=np.concatenate([row_seeds(request.seed, 1) for request in asked]),
             limit=np.asarray([request.max_new_tokens for request in asked], np.int32),
         )
-        ids = np.full((self.group, width), self.cfg.text.vocab_size, np.int32)
+        ids = np.full((self.group, width), none, np.int32)
         for row, (_, prompt) in zip(ids, new):
             row[: len(prompt.ids)] = prompt.ids
-        state, none = self.decoder.state, self.cfg.text.vocab_size
-        made = _insert(state, *filled, ids, rows, source, options, none)
-        self.decoder.state, tokens, logprobs = made
-        kept = jax.tree.leaves(self.decoder.options.sampling)
+        given = self.state, *filled, ids, rows, source, options, none
+        self.state, tokens, logprobs = _insert(*given)
+        kept = jax.tree.leaves(self.options.sampling)
         for old, x in zip(kept, jax.tree.leaves(options.sampling), strict=True):
             old[rows[: len(new)]] = x[: len(new)]
         return np.asarray(tokens), np.asarray(logprobs)

@@ -16,22 +16,9 @@ import numpy as np
 
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.inference.decode_loop import (
-    ENDED,
-    Decoder,
-    RowAnswer,
-    cache_slots,
-    compile_ahead,
-    fault_of,
-    first_token,
-    grow,
-)
-from qwen3vl_jax.inference.requests import (
-    STEPS,
-    GenerationOptions,
-    LogitsFn,
-    check_stop_ids,
-)
+from qwen3vl_jax.inference import decode_loop
+from qwen3vl_jax.inference.decode_loop import ENDED, Decode, Decoder, RowAnswer, cache_slots
+from qwen3vl_jax.inference.requests import STEPS, GenerationOptions, LogitsFn, check_stop_ids
 from qwen3vl_jax.inference.sampling import Sampling
 from qwen3vl_jax.model.cache import extend, prefill
 from qwen3vl_jax.model.sharding import mesh_sizes
@@ -92,7 +79,6 @@ def stream(
     cache: one to continue, as in `extend` (donated). before [B n] int32: the tokens in it, which the
     repetition penalty sees too (those past the vocabulary are none). The generator returns the cache
     after the answer, less its last token.
-
     Raises InputError before anything runs; a NotFiniteError once all rows have ended, if the logits of
     some were not finite (these end there, the others go on).
     """
@@ -116,7 +102,7 @@ def generate(
     sampling: Sampling | None = None,
     stop_ids: int | Sequence[int] | None = None,
     stop_strings: str | Sequence[str] = (),
-    decode: Callable[[list[int]], str] | None = None,
+    decode: Decode | None = None,
     seed: int | Sequence[int] = 0,
     max_len: int | None = None,
     features: Features | None = None,
@@ -160,13 +146,12 @@ def generate(
 
 def _stream(params, cfg, batch, options, rows, features, cache, before):
     """`stream` after its checks: prefills, and yields the columns that hold tokens, ENDED elsewhere."""
-    vision = batch.vision if features is None else None
-    batch = batch.replace(vision=None, labels=None)
+    vision, batch = batch.vision, batch.replace(vision=None, labels=None)
     width = batch.tokens.shape[1]  # not the prompt's length: what is compiled is a bucket's
     filled = width + (0 if cache is None else int(np.max(cache.length)))
     slots = cache_slots(filled + 1 + min(options.steps, options.max_new_tokens - 1))
     if cache is not None and cache.slots < slots:
-        cache = grow(cache, slots=slots)
+        cache = decode_loop.grow(cache, slots)
     if before is not None and cache is not None:  # as wide as it: no program for each length
         fill = ((0, 0), (0, cache.slots - before.shape[1]))
         before = np.pad(before, fill, constant_values=cfg.text.vocab_size).astype(np.int32)
@@ -174,24 +159,24 @@ def _stream(params, cfg, batch, options, rows, features, cache, before):
     def start(params, vision, batch, features, cache, before):
         if vision is not None:
             features = vision_encode(params, cfg, vision)
-        chunk = options.chunk_of(width)
+        how = {"features": features, "chunk": options.chunk_of(width)}
         if cache is None:
-            cache, logits = prefill(params, cfg, batch, slots, features=features, chunk=chunk)
+            made = prefill(params, cfg, batch, slots, **how)
         else:
-            cache, logits = _extend(params, cfg, cache, batch, features=features, chunk=chunk)
+            made = _extend(params, cfg, cache, batch, **how)
         if options.copies > 1:
-            cache, logits = _repeat((cache, logits), options.copies)
+            made = _repeat(made, options.copies)
         tokens = before, batch.tokens, batch.segment_ids
-        return _first(cache, logits, tokens, rows, cfg.text.vocab_size, options.copies)
+        return _first(*made, tokens, rows, cfg.text.vocab_size, options.copies)
 
-    given = params, vision, batch, features, cache, before
+    given = params, vision if features is None else None, batch, features, cache, before
     wait = _compile_steps(cfg, options, rows, slots, start, given)
     decoder = Decoder(params, cfg, start(*given), rows)
     wait()
     faults, count = {}, 0
     for new in decoder.chunks(filled, options.max_new_tokens, options.steps):
         for row in np.flatnonzero((new < ENDED).any(axis=1)).tolist():
-            faults[row] = fault_of(new[row], count)
+            faults[row] = decode_loop.fault_of(new[row], count)
         count += new.shape[1]
         ended = yield np.maximum(new[:, (new >= 0).any(axis=0)], ENDED)
         if ended is not None:
@@ -203,8 +188,7 @@ def _stream(params, cfg, batch, options, rows, features, cache, before):
     return decoder.state.cache
 
 
-# Hashes of the programs of decode_steps that this process has begun to compile.
-_BEGUN: set[int] = set()
+_BEGUN: set[int] = set()  # hashes of the programs of decode_steps that are, or are being, compiled
 
 
 def _compile_steps(cfg, options, rows, slots, start, given) -> Callable[[], None]:
@@ -212,19 +196,15 @@ def _compile_steps(cfg, options, rows, slots, start, given) -> Callable[[], None
     params, count = given[0], len(rows.seeds)
     program = hash((cfg, count, slots, len(rows.stop_ids), rows.logits_fn, compute_dtype(params)))
     norm = params["norm"]
-    devices = getattr(getattr(norm, "sharding", None), "device_set", "1")
-    if mesh_sizes() or len(devices) > 1 or options.max_new_tokens < 2 or program in _BEGUN:
+    on_many = isinstance(norm, jax.Array) and len(norm.sharding.device_set) > 1
+    if mesh_sizes() or on_many or options.max_new_tokens < 2 or program in _BEGUN:
         return lambda: None
     # Shapes as arrays have them that come of one device's parameters.
     where = norm.sharding if getattr(norm, "committed", False) else None
-    state = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where, weak_type=x.weak_type),
-        jax.eval_shape(start, *given),
-    )
+    state = jax.tree.map(lambda x: x.update(sharding=where), jax.eval_shape(start, *given))
     steps = min(options.steps, options.max_new_tokens - 1)
-    wait = compile_ahead(params, cfg, state, np.zeros(count, bool), rows, steps, count)
     _BEGUN.add(program)
-    return wait
+    return decode_loop.compile_ahead(params, cfg, state, np.zeros(count, bool), rows, steps, count)
 
 
 _extend = jax.jit(extend, static_argnames=("cfg", "chunk"), donate_argnames="cache")
@@ -240,4 +220,4 @@ def _first(cache, logits, tokens, rows, vocabulary, copies):
     before, new, segment_ids = tokens
     tokens = jnp.where(segment_ids > 0, new, vocabulary)
     tokens = tokens if before is None else jnp.concatenate([before, tokens], axis=1)
-    return first_token(cache, logits, jnp.repeat(tokens, copies, axis=0), rows)
+    return decode_loop.first_token(cache, logits, jnp.repeat(tokens, copies, axis=0), rows)

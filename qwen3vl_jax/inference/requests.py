@@ -47,7 +47,7 @@ class GenerationOptions:
     def __post_init__(self) -> None:
         if not isinstance(self.sampling, Sampling | None):
             raise InputError(f"sampling: got {shown(self.sampling)}, expected a Sampling")
-        for key in ("max_new_tokens", "max_len", "prefill_chunk", "copies"):
+        for key in ("max_new_tokens", "copies", "max_len", "prefill_chunk"):
             if (value := getattr(self, key)) is not None or key in ("max_new_tokens", "copies"):
                 check_int(key, value)
         check_int("steps", self.steps, STEPS)
@@ -55,27 +55,22 @@ class GenerationOptions:
     def of_rows(self, cfg: Config, rows: int) -> RowOptions:
         """The same for each of `rows` prompts, copies counted in."""
         rows *= self.copies
-        return RowOptions(
-            sampling=(self.sampling or Sampling()).rows(rows),
-            seeds=row_seeds(self.seed, rows),
-            limit=np.full(rows, self.max_new_tokens, np.int32),
-            stop_ids=np.asarray(check_stop_ids(cfg, self.stop_ids), np.int32),
-            logits_fn=self.logits_fn,
-        )
+        sampling = (self.sampling or Sampling()).rows(rows)
+        limit = np.full(rows, self.max_new_tokens, np.int32)
+        stop_ids = np.asarray(check_stop_ids(cfg, self.stop_ids), np.int32)
+        return RowOptions(sampling, row_seeds(self.seed, rows), limit, stop_ids, self.logits_fn)
 
     def of_batch(self, cfg: Config, batch: Batch, filled: int = 0) -> RowOptions:
         """`of_rows` of a batch behind `filled` tokens of a cache: it must fit max_len, one prompt a row."""
         segments = np.asarray(batch.segment_ids)
         if segments.max(initial=0) > 1:
-            raise InputError(
-                "generate: packed rows (segment_ids over 1) cannot be answered, one prompt a row"
-            )
+            packed = "packed rows (segment_ids over 1) cannot be answered"
+            raise InputError(f"generate: {packed}, one prompt a row")
         prompt = filled + int(np.max(np.sum(segments > 0, axis=1)))
         if self.max_len is not None and prompt + self.max_new_tokens > self.max_len:
-            raise InputError(
-                f"the prompt has {prompt} tokens and the answer may have {self.max_new_tokens}, but the "
-                f"cache holds {self.max_len}: shorten the prompt, use fewer pixels, or allow a longer cache"
-            )
+            needed = f"the prompt has {prompt} tokens and the answer may have {self.max_new_tokens}"
+            advice = "shorten the prompt, use fewer pixels, or allow a longer cache"
+            raise InputError(f"{needed}, but the cache holds {self.max_len}: {advice}")
         return self.of_rows(cfg, len(segments))
 
     def chunk_of(self, width: int) -> int | None:
@@ -88,9 +83,8 @@ def check_stop_ids(cfg: Config, stop_ids: int | Sequence[int] | None) -> tuple[i
     given = np.ravel(cfg.eos_token_ids if stop_ids is None else stop_ids)
     size = cfg.text.vocab_size
     if given.size and (given.dtype.kind not in "iu" or given.min() < 0 or given.max() >= size):
-        raise InputError(
-            f"stop_ids: got {shown(stop_ids)}, expected ids in the vocabulary of {size}"
-        )
+        expected = f"ids in the vocabulary of {size}"
+        raise InputError(f"stop_ids: got {shown(stop_ids)}, expected {expected}")
     return tuple(given.tolist())
 
 
@@ -99,8 +93,7 @@ class Request:
     """One prompt and how to answer it.
 
     arrays: those of `Processor.inputs`, or what `Processor.encode` gives, for one conversation.
-    key: anything, it comes back with the answer. The other fields are those of `generate`, one value
-    each.
+    key: anything, it comes back with the answer. The other fields are those of `generate`, one value each.
     """
 
     key: Any
@@ -121,8 +114,7 @@ class Finished:
     """An answer: its tokens, with the stop id that ended it, and their log-probabilities (fp32).
 
     finish_reason is "stop", "length", or "error" where logits were not finite: `error` then says so, and
-    tokens are those before. Log-probabilities are the model's own, before penalties, temperature and
-    filters.
+    tokens are those before. Log-probabilities are the model's own, before penalties and filters.
     """
 
     key: Any

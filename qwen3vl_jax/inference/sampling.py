@@ -13,7 +13,10 @@ from qwen3vl_jax.errors import InputError
 
 NOT_FINITE = -2  # in place of a token
 _RANKED = 128  # logits that are ranked for a row of a small top-k, in place of the vocabulary
-Rows = float | Sequence[float]  # one value for all rows, or one a row
+
+
+def _within(default: float, low: float, high: float, text: str) -> Any:
+    return dataclasses.field(default=default, metadata={"range": (low, high, text)})
 
 
 @jax.tree_util.register_dataclass
@@ -21,58 +24,46 @@ Rows = float | Sequence[float]  # one value for all rows, or one a row
 class Sampling:
     """How tokens are chosen; each field is a number, or a sequence of one for each row.
 
-    temperature 0 is greedy. top_k 0, top_p 1, min_p 0, repetition_penalty 1 and presence_penalty 0 are
-    off. repetition_penalty applies to tokens of prompt and answer (as in transformers); presence_penalty
-    is subtracted once for each token of the answer (as in OpenAI's API). No stop id is chosen before
-    min_new_tokens.
+    temperature 0 is greedy. top_k 0, top_p 1, min_p 0, repetition_penalty 1, presence_penalty 0 are off.
+    repetition_penalty is for tokens of prompt and answer (as in transformers); presence_penalty is taken
+    once off each token of the answer (as in OpenAI's API). No stop id is chosen before min_new_tokens.
     """
 
-    temperature: Rows = 0.0
-    top_k: Rows = 0
-    top_p: Rows = 1.0
-    min_p: Rows = 0.0
-    repetition_penalty: Rows = 1.0
-    presence_penalty: Rows = 0.0
-    min_new_tokens: Rows = 0
+    temperature: float | Sequence[float] = _within(0.0, 0, math.inf, ">= 0")
+    top_k: float | Sequence[float] = _within(0, 0, 2**30, "an integer from 0 (off) to 2^30")
+    top_p: float | Sequence[float] = _within(1.0, math.ulp(0), 1, "over 0, at most 1")
+    min_p: float | Sequence[float] = _within(0.0, 0, 1, "from 0 to 1")
+    repetition_penalty: float | Sequence[float] = _within(1.0, math.ulp(0), math.inf, "> 0")
+    presence_penalty: float | Sequence[float] = _within(0.0, -2, 2, "from -2 to 2")
+    min_new_tokens: float | Sequence[float] = _within(0, 0, 2**30, "an integer from 0 to 2^30")
 
-    def check(self) -> None:
-        """Raises InputError for a value out of range."""
-        ranges = {
-            "temperature": (0, math.inf, ">= 0"),
-            "top_k": (0, 2**30, "an integer from 0 (off) to 2^30"),
-            "top_p": (math.ulp(0), 1, "over 0, at most 1"),
-            "min_p": (0, 1, "from 0 to 1"),
-            "repetition_penalty": (math.ulp(0), math.inf, "> 0"),
-            "presence_penalty": (-2, 2, "from -2 to 2"),
-            "min_new_tokens": (0, 2**30, "an integer from 0 to 2^30"),
-        }
-        for name, (low, high, text) in ranges.items():
-            given = getattr(self, name)
+    def check(self) -> dict[str, Any]:
+        """Each field as an array. Raises InputError for a value out of range."""
+        found: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            name, (low, high, text) = field.name, field.metadata["range"]
+            given, integer = getattr(self, name), "integer" in text
             try:
-                if np.asarray(given).dtype.kind in "bOSU":  # "5" and True, which numpy takes
-                    raise TypeError("not numbers")
                 with np.errstate(over="ignore"):  # as the device has them
-                    values = np.ravel(np.asarray(given, np.float32))
-            except (TypeError, ValueError, OverflowError) as e:
-                raise InputError(f"{name} is {given!r}, expected {text}") from e
-            for value in map(float, values):
-                whole = "integer" not in text or value.is_integer()
-                if not (low <= value <= high and whole and math.isfinite(value)):
-                    raise InputError(f"{name} is {given!r}, expected {text}")
+                    values = np.asarray(given, np.float32).astype(np.float64)
+                fits = (low <= values) & (values <= high) & np.isfinite(values)
+                fits &= (values == np.rint(values)) | (not integer)
+                numbers = np.asarray(given).dtype.kind not in "bOSU"  # no "5" and no True
+            except (TypeError, ValueError, OverflowError):
+                fits = numbers = np.False_
+            if not (numbers and fits.all()):
+                raise InputError(f"{name} is {given!r}, expected {text}")
+            found[name] = np.asarray(given, np.int32 if integer else np.float32)
+        return found
 
     def rows(self, count: int) -> "Sampling":
         """The same with arrays [B], so that no value compiles a new program. Raises InputError."""
-        self.check()
-        out = {}
-        for field in dataclasses.fields(self):
-            integer = field.name in ("top_k", "min_new_tokens")
-            value = np.asarray(getattr(self, field.name), np.int32 if integer else np.float32)
+        found = self.check()
+        for name, value in found.items():
             if value.ndim and value.shape != (count,):
-                raise InputError(
-                    f"{field.name} has {value.size} values, expected 1 or {count} (rows)"
-                )
-            out[field.name] = np.broadcast_to(value, (count,))
-        return Sampling(**out)
+                raise InputError(f"{name} has {value.size} values, expected 1 or {count} (rows)")
+            found[name] = np.broadcast_to(value, (count,))
+        return Sampling(**found)
 
 
 def penalize(logits, s: Any, seen, answered, count, stop_ids) -> jax.Array:
@@ -116,8 +107,7 @@ def _top_p_and_min_p(logits, ranked, floor, s: Any) -> jax.Array:
     out = jnp.where(s.top_p < 1, out, 0)[:, None]
     floor = jnp.take_along_axis(ranked, out, axis=1)
     tied = logits == floor
-    # How many of the tied ones go.
-    spare = out - jnp.sum(ranked < floor, axis=1, keepdims=True)
+    spare = out - jnp.sum(ranked < floor, axis=1, keepdims=True)  # how many of the tied ones go
     gone = (logits < floor) | (tied & (jnp.cumsum(tied, axis=1) <= spare))
     return jnp.where(gone | (logits - ranked[:, -1:] < jnp.log(s.min_p)[:, None]), -jnp.inf, logits)
 

@@ -8,24 +8,10 @@ from jax.core import Tracer
 from qwen3vl_jax.config import IGNORE_INDEX, Config
 from qwen3vl_jax.errors import InputError, not_finite
 from qwen3vl_jax.labels import label_logprobs, shift_labels
-from qwen3vl_jax.model.attention import (
-    NEG,
-    attention_scores,
-    causal_ranges,
-    group_heads,
-    visible_keys,
-)
-from qwen3vl_jax.model.layers import rms_norm
+from qwen3vl_jax.model import attention, transformer
 from qwen3vl_jax.model.structs import Batch, Features, Params, check_call
 from qwen3vl_jax.model.text import decode_layers
-from qwen3vl_jax.model.transformer import (
-    at_last_attended,
-    embed_tokens,
-    final_norm,
-    full_attention,
-    lm_logits,
-    run_decoder,
-)
+from qwen3vl_jax.model.transformer import full_attention, lm_logits, run_decoder
 
 SPAN = 512  # tokens whose logits over the vocabulary are held at once
 
@@ -36,27 +22,23 @@ def score(
     """Log-probability of each labelled token after everything before it: float32 [B T].
 
     batch.labels [B T] holds the tokens to score and -100 elsewhere (Processor's continuations=
-    makes them), where the result is 0. Logits exist for 512 positions at a time. Raises InputError for
-    a batch without labels and, outside of jit, for a row whose result is not finite: so do `embed` and
-    `rerank`.
+    makes them), where the result is 0. Logits exist for 512 positions at a time. Raises InputError for a
+    batch without labels and, outside of jit, for a row that is not finite: so do `embed` and `rerank`.
     """
     check_call(params, cfg, batch=batch)
     if batch.labels is None:
         raise InputError("score: the batch has no labels; make it with continuations= or labels=")
-    x = _residual(params, cfg, batch, features)[:, :-1]
-    rows, width, _ = x.shape
-    pad = -width % SPAN if width > SPAN else 0
-    labels = shift_labels(batch.labels)[:, :-1]
-    labels = jnp.pad(labels, ((0, 0), (0, pad)), constant_values=IGNORE_INDEX)
-    x = jnp.pad(x, ((0, 0), (0, pad), (0, 0)))
-    count = max((width + pad) // SPAN, 1)
+    x, labels = _residual(params, cfg, batch, features), shift_labels(batch.labels)
+    x, labels, (rows, width) = x[:, :-1], labels[:, :-1], labels[:, :-1].shape
+    pad = (0, 0), (0, -width % SPAN if width > SPAN else 0)
+    labels = jnp.pad(labels, pad, constant_values=IGNORE_INDEX)
+    x, count = jnp.pad(x, (*pad, (0, 0))), max(labels.shape[1] // SPAN, 1)
 
     def spans(a):
         return jnp.moveaxis(a.reshape(rows, count, -1, *a.shape[2:]), 1, 0)
 
     def one(span):
-        x, labels = span
-        return label_logprobs(lm_logits(params, cfg, x), labels)[0]
+        return label_logprobs(lm_logits(params, cfg, span[0]), span[1])[0]
 
     found = jax.lax.map(one, (spans(x), spans(labels)))
     found = jnp.moveaxis(found, 0, 1).reshape(rows, -1)[:, :width]
@@ -78,8 +60,9 @@ def embed(
     """
     check_call(params, cfg, batch=batch)
     check_dims(cfg, dims)
-    x = at_last_attended(_residual(params, cfg, batch, features), batch.segment_ids)
-    x = rms_norm(x, params["norm"], cfg.text.rms_norm_eps).astype(jnp.float32)
+    x = _residual(params, cfg, batch, features)
+    x = transformer.at_last_attended(x, batch.segment_ids)
+    x = transformer.final_norm(params, cfg, x).astype(jnp.float32)
     whole = jnp.isfinite(x).all(axis=-1, keepdims=True)  # what dims leaves out too
     x = jnp.where(whole, x, jnp.nan)[:, :dims]
     return check_finite("embed", x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12))
@@ -101,20 +84,16 @@ def rerank(
 ) -> jax.Array:
     """How well each row's document answers its query, float32 [B] from 0 to 1.
 
-    The sigmoid of the logit of "yes" less that of "no" (token ids) after the last token. Source:
-    Qwen3-VL-Reranker.
+    The sigmoid of the logit of "yes" less that of "no" (token ids) at the end. Source: Qwen3-VL-Reranker.
     """
     check_call(params, cfg, batch=batch)
     if any(isinstance(i, int) and not 0 <= i < cfg.text.vocab_size for i in yes_no):
         raise InputError(f"yes_no: got {yes_no}, expected ids in the vocabulary")
-    logits = lm_logits(
-        params, cfg, at_last_attended(_residual(params, cfg, batch, features), batch.segment_ids)
-    )
-    yes, no = yes_no
-    more = logits[:, yes] - logits[:, no]
-    scores = jnp.where(
-        jnp.isfinite(more), jax.nn.sigmoid(more), jnp.nan
-    )  # infinity is no certainty
+    x = _residual(params, cfg, batch, features)
+    logits = lm_logits(params, cfg, transformer.at_last_attended(x, batch.segment_ids))
+    more = logits[:, yes_no[0]] - logits[:, yes_no[1]]
+    # Infinity is no certainty.
+    scores = jnp.where(jnp.isfinite(more), jax.nn.sigmoid(more), jnp.nan)
     return check_finite("rerank", scores)
 
 
@@ -129,7 +108,6 @@ def check_finite(what: str, found: jax.Array) -> jax.Array:
 
 
 def _residual(params, cfg, batch, features):
-    """The residual stream [B T D] after the last layer."""
     return run_decoder(params, cfg, batch, features, full_attention(batch))[0]
 
 
@@ -141,10 +119,10 @@ def hidden_states(
     Without the final norm (see `last_hidden_state`), as transformers 4.57.1 returns it.
     """
     check_call(params, cfg, batch=batch)
-    x, deepstack = embed_tokens(params, cfg, batch, features)
+    x, deepstack = transformer.embed_tokens(params, cfg, batch, features)
     options = {"deepstack": deepstack, "collect": lambda residual, *_: residual}
-    layers, attend_fn = params["layers"], full_attention(batch)
-    _, after = decode_layers(layers, cfg.text, x, batch.positions, attend_fn, **options)
+    given = params["layers"], cfg.text, x, batch.positions, full_attention(batch)
+    _, after = decode_layers(*given, **options)
     return jnp.concatenate([x[None], jnp.stack(after) if isinstance(after, list) else after])
 
 
@@ -153,8 +131,7 @@ def last_hidden_state(
 ) -> jax.Array:
     """The decoder's output [B T D] after the final norm; values at padding tokens mean nothing."""
     check_call(params, cfg, batch=batch)
-    x, _ = run_decoder(params, cfg, batch, features, full_attention(batch))
-    return final_norm(params, cfg, x)
+    return transformer.final_norm(params, cfg, _residual(params, cfg, batch, features))
 
 
 def attentions(
@@ -162,10 +139,10 @@ def attentions(
 ) -> jax.Array:
     """Attention probabilities [L B N T T] of every layer, in the dtype of the parameters."""
     check_call(params, cfg, batch=batch)
-    (lo, hi), attend_fn = causal_ranges(batch.segment_ids), full_attention(batch)
+    ranges, attend_fn = attention.causal_ranges(batch.segment_ids), full_attention(batch)
 
     def attend_and_keep(i, q, k, v):
-        return attend_fn(i, q, k, v)[0], attention_probs(q, k, lo, hi)
+        return attend_fn(i, q, k, v)[0], attention_probs(q, k, *ranges)
 
     _, probs = run_decoder(params, cfg, batch, features, attend_and_keep)
     return jnp.stack(probs) if isinstance(probs, list) else probs
@@ -173,7 +150,9 @@ def attentions(
 
 def attention_probs(q: jax.Array, k: jax.Array, lo: jax.Array, hi: jax.Array) -> jax.Array:
     """Attention probabilities [B N T S] of keys [B S K H], in the dtype of q; `attend` never holds them."""
-    scores = attention_scores(group_heads(q, k.shape[2]), k.swapaxes(1, 2))
-    scores = jnp.where(visible_keys(lo, hi, jnp.arange(k.shape[1])), scores, NEG)
+    grouped = attention.group_heads(q, k.shape[2])
+    scores = attention.attention_scores(grouped, k.swapaxes(1, 2))
+    visible = attention.visible_keys(lo, hi, jnp.arange(k.shape[1]))
+    scores = jnp.where(visible, scores, attention.NEG)
     probs = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
     return probs.reshape(q.shape[0], q.shape[2], q.shape[1], k.shape[1])

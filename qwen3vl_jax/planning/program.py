@@ -16,7 +16,7 @@ from qwen3vl_jax.checkpoint.device_load import as_structs, path_shardings, place
 from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES, TreePath
 from qwen3vl_jax.checkpoint.name_map import param_specs, tree_of
 from qwen3vl_jax.checkpoint.quantize import CODES, kind_of, quantized_params, scale_shape
-from qwen3vl_jax.config import Config
+from qwen3vl_jax.config import SIZE, Config
 from qwen3vl_jax.device_mesh import array_sharding, layout_mesh, replicated
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.inference.decode_loop import decode_steps, first_token, insert_rows
@@ -25,7 +25,6 @@ from qwen3vl_jax.model.cache import KV_AXES, init_cache, prefill
 from qwen3vl_jax.model.sharding import max_parts
 from qwen3vl_jax.model.structs import Batch, KVCache, VisionInputs
 from qwen3vl_jax.processing.batch import group_size
-from qwen3vl_jax.released import SIZE
 from qwen3vl_jax.storage.paths import as_path, kind
 from qwen3vl_jax.training import state_sharding, train_model
 from qwen3vl_jax.training.data.packing import PackedBatch

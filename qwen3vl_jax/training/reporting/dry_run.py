@@ -14,12 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 from qwen3vl_jax.checkpoint.auto_mesh import bytes_limit
-from qwen3vl_jax.config import IGNORE_INDEX, Config
+from qwen3vl_jax.config import IGNORE_INDEX, SIZE, Config
 from qwen3vl_jax.device_mesh import layout_mesh
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.processing.tokenizer import Tokenizer
-from qwen3vl_jax.released import SIZE
 from qwen3vl_jax.storage.paths import as_path, kind
 from qwen3vl_jax.training import train_model
 from qwen3vl_jax.training.data.loader import DataLoader, Refusal, check_answers, survey
