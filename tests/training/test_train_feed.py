@@ -19,7 +19,7 @@ from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.training.data import loader as loaders
-from qwen3vl_jax.training.data import packing, worker_transport
+from qwen3vl_jax.training.data import packing, stream
 from qwen3vl_jax.training.data.sample import Refusal, Sample
 from qwen3vl_jax.training.recipe import Data, Pack, Source
 
@@ -229,7 +229,7 @@ def test_what_workers_send_is_what_comes(tiny_proc, monkeypatch, room):
     given = group_of_samples(config)
     usage = types.SimpleNamespace(free=2**30 if room else 2**10)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    sent, block = pickle.loads(pickle.dumps(worker_transport.pack(shape, given)))
+    sent, block = pickle.loads(pickle.dumps(stream.SampleBlock.of(shape, given)))
     assert isinstance(block, np.ndarray) == room
     apart = sum(v.patches.nbytes for s in given[:-2] for v in s.images)
     table = 24 * sum(len(s.ids) for s in given if isinstance(s, Sample))

@@ -1,9 +1,16 @@
-"""The sample stream: grain shuffles, mixes and shards the records; workers make the samples."""
+"""The sample stream: grain shuffles, mixes and shards the records; workers make the samples.
 
+A worker sends a group of samples with all their arrays in one block, which grain moves through shared
+memory. Where that has no room the block is bytes, which go through the pipe.
+"""
+
+import contextlib
 import dataclasses
 import functools
 import multiprocessing
 import os
+import pickle
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -12,10 +19,11 @@ from typing import Any
 import numpy as np
 
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.processing.encoded_prompt import EncodedImage
 from qwen3vl_jax.training.data.make_samples import SampleMaker, TooLarge
+from qwen3vl_jax.training.data.packing import one_frame
 from qwen3vl_jax.training.data.records import Records
 from qwen3vl_jax.training.data.sample import Refusal, Sample
-from qwen3vl_jax.training.data.worker_transport import pack
 
 # Samples that a worker hands over at a time.
 GROUP = 16
@@ -23,6 +31,10 @@ GROUP = 16
 AHEAD = 2
 # A source as long as this, which only a class can be, is not shuffled: it is random itself.
 SHUFFLED = 2**31
+# Where shared memory is a file system; often a small one, in containers.
+_SHARED = "/dev/shm"
+# Blocks that must have room: other workers write at the same time.
+_SPARE = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,10 +86,8 @@ def make_stream(sources: Sequence[Records], maker: SampleMaker, order: Order) ->
         part = part if order.once else part.repeat()
         part = part.slice(slice(index, None, count)).map(Reader(records, maker))
         parts += [part] if len(part) else []  # one pass over fewer records than processes
-    if not parts:
-        return ()
-    if len(parts) == 1:
-        return parts[0]
+    if len(parts) < 2:
+        return parts[0] if parts else ()
     if order.once:
         return grain.MapDataset.concatenate(parts)
     return grain.MapDataset.mix(parts, order.weights)
@@ -96,11 +106,10 @@ def iterate(
     if not flags.FLAGS.is_parsed():
         # grain's workers read absl flags, which nothing parses here.
         flags.FLAGS.mark_as_parsed()
-    pack_group = functools.partial(pack, patch_shape)
-    groups = stream.slice(slice(first, None)).batch(GROUP, batch_fn=pack_group)
-    reading = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    send = functools.partial(SampleBlock.of, patch_shape)
+    groups = stream.slice(slice(first, None)).batch(GROUP, batch_fn=send)
+    single = groups.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=AHEAD)
-    single = groups.to_iter_dataset(reading)
     iterator: Any = iter(single.mp_prefetch(options, worker_init_fn=_begin_worker))
     return _one_by_one(iterator), iterator.close
 
@@ -133,3 +142,49 @@ def _begin_worker(index: int, count: int) -> None:
             os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleBlock:
+    """A group of samples and refusals, pickled without the bytes of its arrays."""
+
+    pickled: bytes
+    sizes: list[int]  # of each array in the block, in bytes
+
+    @classmethod
+    def of(
+        cls, patch_shape: tuple[int, ...], group: Sequence[Sample | Refusal]
+    ) -> tuple["SampleBlock", np.ndarray | bytes]:
+        """A group and its block of arrays. Images are sent as one frame, not two equal ones."""
+        frames: dict[int, np.ndarray] = {}  # by id: pickle sends what samples share once
+
+        def light(image: EncodedImage) -> EncodedImage:
+            if (key := id(image.patches)) not in frames:
+                frames[key] = one_frame(image.patches, patch_shape)
+            return type(image)(frames[key], image.grid, image.start, image.end)
+
+        sent: list[Sample | Refusal] = []
+        for item in group:
+            if isinstance(item, Sample):
+                item = dataclasses.replace(item, images=tuple(map(light, item.images)))
+            sent.append(item)
+        arrays: list[pickle.PickleBuffer] = []
+        pickled = pickle.dumps(sent, protocol=5, buffer_callback=arrays.append)
+        parts = [array.raw() for array in arrays]
+        block = b"".join(parts)
+        given = np.frombuffer(block, np.uint8) if _has_room(block) else block
+        return cls(pickled, [len(part) for part in parts]), given
+
+    def unpack(self, block: np.ndarray | bytes) -> list[Sample | Refusal]:
+        """The group. Its arrays are views of the block."""
+        view, ends = memoryview(block), np.cumsum(self.sizes, dtype=int).tolist()
+        parts = [view[end - size : end] for end, size in zip(ends, self.sizes)]
+        return pickle.loads(self.pickled, buffers=parts)
+
+
+def _has_room(block: bytes) -> bool:
+    """Whether shared memory takes a block: a write past its end kills the process."""
+    with contextlib.suppress(OSError):
+        free = shutil.disk_usage(_SHARED).free if os.access(_SHARED, os.W_OK) else 0
+        return free > _SPARE * len(block)
+    return False
