@@ -49,7 +49,7 @@ def names_of(drawn) -> list[str]:
 
 
 def stream_of(feed, count) -> list[str]:
-    return [feed._packer.stream[place].name for place in range(count)]
+    return [feed._stream[place].name for place in range(count)]
 
 
 def test_each_sample_once_an_epoch_in_a_new_order(proc, tmp_path):
@@ -63,7 +63,7 @@ def test_each_sample_once_an_epoch_in_a_new_order(proc, tmp_path):
     for index in range(2):
         feed = loaders.DataLoader(data, pack, proc, 7, process_index=index, process_count=2)
         got = names_of(take(feed, 6))
-        got += [drawn.sample.name for drawn in feed._packer.waiting]
+        got += [drawn.sample.name for drawn in feed._waiting]
         drawn = feed.get_state()["next"]
         assert drawn > 23 and sorted(got) == sorted(whole[index::2][:drawn])
     still = loaders.DataLoader(dataclasses.replace(data, shuffle=False), PACK, proc, 7)

@@ -50,8 +50,7 @@ class GlobalFeed:
             left = any(batch is not None for batch in loaded.values())
             if not any(distributed.all_of(left)):
                 raise StopIteration
-            empty = next(iter(self.loaders.values())).empty
-            loaded = {g: empty() if batch is None else batch for g, batch in loaded.items()}
+            loaded = {g: batch or self.loaders[g].batch_of([]) for g, batch in loaded.items()}
         names = [row for d in loaded.values() for row in d.names]
         packed = self._together({g: d.packed for g, d in loaded.items()})
         return LoadedBatch(packed, names, self._stats({g: d.stats for g, d in loaded.items()}))

@@ -163,11 +163,12 @@ class SampleBlock:
                 frames[key] = one_frame(image.patches, patch_shape)
             return type(image)(frames[key], image.grid, image.start, image.end)
 
-        sent: list[Sample | Refusal] = []
-        for item in group:
-            if isinstance(item, Sample):
-                item = dataclasses.replace(item, images=tuple(map(light, item.images)))
-            sent.append(item)
+        sent = [
+            dataclasses.replace(item, images=tuple(map(light, item.images)))
+            if isinstance(item, Sample)
+            else item
+            for item in group
+        ]
         arrays: list[pickle.PickleBuffer] = []
         pickled = pickle.dumps(sent, protocol=5, buffer_callback=arrays.append)
         parts = [array.raw() for array in arrays]
@@ -175,7 +176,7 @@ class SampleBlock:
         given = np.frombuffer(block, np.uint8) if _has_room(block) else block
         return cls(pickled, [len(part) for part in parts]), given
 
-    def unpack(self, block: np.ndarray | bytes) -> list[Sample | Refusal]:
+    def unpack(self, block: Any) -> list[Sample | Refusal]:
         """The group. Its arrays are views of the block."""
         view, ends = memoryview(block), np.cumsum(self.sizes, dtype=int).tolist()
         parts = [view[end - size : end] for end, size in zip(ends, self.sizes)]
