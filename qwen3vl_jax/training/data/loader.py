@@ -4,6 +4,7 @@ A sample depends only on its place in the stream. Batches are therefore the same
 workers, and the position is the next place and the places of samples that are not packed yet.
 """
 
+import contextlib
 import dataclasses
 import itertools
 from collections import deque
@@ -88,7 +89,6 @@ class DataLoader:
         self._buffers = packing.BufferPool()
         self._thread: ThreadPoolExecutor | None = None
         self._ahead: deque[Future[PackResult]] = deque()
-        self._end: Callable[[], None] = lambda: None
         self._begin(0)
         # After the batch that was given last; a thread that packs ahead is further.
         self._state = self._position()
@@ -168,13 +168,12 @@ class DataLoader:
             self._ahead.clear()
             # Their arrays are in the workers' shared memory; `_restore` makes them again.
             self._waiting = []
-        self._end()
+        self._coming.close()
+        self._coming = iterate(self._stream, self._next, self._maker)
 
     def _begin(self, first: int) -> None:
         """Goes to a place of the stream with nothing read."""
-        self._end()
-        self._end = lambda: None
-        self._coming: Iterator[Sample | Refusal] | None = None
+        self._coming = iterate(self._stream, first, self._maker)
         self._next, self._waiting, self._stale = first, list[packing.Pending](), False
         self._counts = {"read": 0, "bad": 0, "too_large": 0}
         self._refused: dict[str, str] = {}
@@ -216,8 +215,6 @@ class DataLoader:
 
     def _draw(self) -> packing.Pending | None:
         """The next sample of the stream, None at its end. Raises InputError for too many refusals."""
-        if self._coming is None:
-            self._coming, self._end = iterate(self._stream, self._next, self._maker)
         for made in self._coming:
             self._next += 1
             self._counts["read"] += 1
@@ -227,7 +224,7 @@ class DataLoader:
                 return packing.Pending(self._next - 1, made)
             self._keep(made.name, made.reason)
             self._counts["bad" if made.bad else "too_large"] += 1
-            self._check_counts()
+            self._check_refusals()
         return None
 
     def _keep(self, name: str, reason: str) -> None:
@@ -235,7 +232,7 @@ class DataLoader:
         if len(self._refused) < _KEPT:
             self._refused[name] = reason
 
-    def _check_counts(self) -> None:
+    def _check_refusals(self) -> None:
         read, fraction = self._counts["read"], self._maker.data.bad_fraction
         least, epochs = max(read, min(_FEWEST, self._total)), -(-read // max(self._total, 1))
         first = itertools.islice(self._refused.items(), _SHOWN)
@@ -273,14 +270,11 @@ def survey(data: Data, pack: Pack, proc: Processor, report: Callable[[Refusal], 
     order = Order([], [1.0] * len(sources), shuffle=False, once=True, seed=0, process=[0, 1])
     workers = data.workers if total > _FEW else 0
     maker = SampleMaker(proc, dataclasses.replace(data, workers=workers), pack)
-    coming, end = iterate(make_stream(sources, maker, order), 0, maker)
-    try:
+    with contextlib.closing(iterate(make_stream(sources, maker, order), 0, maker)) as coming:
         for made in coming:
             if isinstance(made, Refusal):
                 counts["bad" if made.bad else "too_large"] += 1
                 report(made)
-    finally:
-        end()
     most, shown = data.bad_fraction * total, "they are named above"
     _check_counts(counts, most, _MOST_TOO_LARGE * total, data.bad_fraction, shown)
 

@@ -11,8 +11,9 @@ import functools
 import importlib
 import io
 import logging
+import operator
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -27,44 +28,44 @@ log = logging.getLogger("qwen3vl_jax")
 # Row groups of more bytes than this make shuffled reading slow.
 _LARGE = 64 * 2**20
 _SUFFIXES = ".jsonl, .json, .parquet, .array_record or python:module:Class"
+_CLASS = "python:"
 _CHUNK = 1 << 24
 _EMPTY = (b"\n", b"\r\n", b"\r")
 
 
+@dataclasses.dataclass(frozen=True)
 class Records:
-    """A source by index. An index gives the same record in every process."""
+    """A source by index, which gives the same record in every process. Workers get it by pickle."""
 
-    # Of classes whose samples have labels of image features.
-    vision_labels = False
-
-    def __init__(self, path: str, source: Source, count: int):
-        self.path, self.source, self._count = path, source, count
+    path: str
+    source: Source
+    count: int
+    # index -> the record as its file has it, or what a Python class made. Raises InputError.
+    raw: Callable[[int], Any]
+    # [n 2] line number, index in the line's list or -1; None: a record's number is its index from 1.
+    places: np.ndarray | None = None
+    # Of a Python class whose samples have labels of image features.
+    vision_labels: bool = False
 
     def __len__(self) -> int:
-        return self._count
+        return self.count
 
     def name(self, index: int) -> str:
-        """The name of a record in messages: "chats.jsonl:17"."""
-        return self._named(index + 1)
-
-    def _named(self, number: int, place: int = -1) -> str:
-        """A record's name: its line or index from 1, and its index from 1 in a list of records."""
-        inner = f".{place + 1}" if place >= 0 else ""
-        return f"{os.path.basename(self.path)}:{number}{inner}"
-
-    def raw(self, index: int) -> Any:
-        """The record as its file has it. Raises InputError."""
-        raise NotImplementedError
+        """The name of a record in messages: "chats.jsonl:17", in a list of records "chats.jsonl:17.1"."""
+        number, at = (index + 1, -1) if self.places is None else self.places[index].tolist()
+        return f"{os.path.basename(self.path)}:{number}" + (f".{at + 1}" if at >= 0 else "")
 
     def read(self, index: int) -> Any:
-        """The record in chat form, or what a Python class made. Raises InputError."""
-        return chat_form(self.raw(index), self.source)
+        """The record in chat form, or a ready Sample of a Python class. Raises InputError."""
+        made = self.raw(index)
+        ready = self.source.path.startswith(_CLASS) and not isinstance(made, Mapping)
+        return made if ready else chat_form(made, self.source)
 
 
 def open_records(source: Source) -> Records:
     """Opens a source. Raises InputError if it cannot be read or is empty."""
-    if source.path.startswith("python:"):
-        found: Records = PythonSource(source)
+    if source.path.startswith(_CLASS):
+        found = _python(source)
     else:
         path = as_path(source.path)
         if source.options:
@@ -85,101 +86,89 @@ def open_records(source: Source) -> Records:
     return found
 
 
-class JsonLines(Records):
-    """A JSONL file, indexed once; a record is one read of its line."""
-
-    def __init__(self, path: str, source: Source):
-        """Indexes the file. Empty lines are skipped; a line with a list holds several records."""
-        spans, end = array.array("q"), 0
-        # Buffered here: lines of remote files are slow.
-        with io.BufferedReader(cast(Any, as_path(path).open("rb")), _CHUNK) as file:
-            for number, line in enumerate(file, 1):
-                start, end, count = end, end + len(line), 0
-                if line.startswith(b"["):
-                    # What is not JSON is refused when it is read.
-                    with contextlib.suppress(InputError):
-                        count = len(read_json(line, "", large=True))
-                for place in range(count) or (-1,) if line not in _EMPTY else ():
-                    spans.extend((start, end, number, place))
-        # [n 4] int64: start byte, end byte, line number, index in the line's list or -1.
-        self._spans = np.array(spans, np.int64).reshape(-1, 4)
-        super().__init__(path, source, len(self._spans))
-
-    def name(self, index: int) -> str:
-        return self._named(*self._spans[index, 2:].tolist())
-
-    def raw(self, index: int) -> Any:
-        start, end, _, place = self._spans[index].tolist()
-        record = read_json(read_range(as_path(self.path), start, end - start), "", large=True)
-        return record if place < 0 else record[place]
+def _json_lines(path: str, source: Source) -> Records:
+    """A JSONL file, indexed once. Empty lines are skipped; a line with a list holds several records."""
+    spans, end = array.array("q"), 0
+    # Buffered here: lines of remote files are slow.
+    with io.BufferedReader(cast(Any, as_path(path).open("rb")), _CHUNK) as file:
+        for number, line in enumerate(file, 1):
+            start, end, count = end, end + len(line), 0
+            if line.startswith(b"["):
+                # What is not JSON is refused when it is read.
+                with contextlib.suppress(InputError):
+                    count = len(read_json(line, "", large=True))
+            for place in range(count) or (-1,) if line not in _EMPTY else ():
+                spans.extend((start, end, number, place))
+    table = np.array(spans, np.int64).reshape(-1, 4)
+    read = functools.partial(_line, path, table)
+    return Records(path, source, len(table), read, table[:, 2:])
 
 
-class JsonList(Records):
-    """A JSON file with one list of records, whose inner lists hold several. It is held in memory."""
-
-    def __init__(self, path: str, source: Source, found: list[Any]):
-        self._items: list[tuple[tuple[int, int], Any]] = []
-        for number, item in enumerate(found, 1):
-            if isinstance(item, list) and item:
-                self._items += [((number, place), one) for place, one in enumerate(item)]
-            else:
-                self._items.append(((number, -1), item))
-        super().__init__(path, source, len(self._items))
-
-    def name(self, index: int) -> str:
-        return self._named(*self._items[index][0])
-
-    def raw(self, index: int) -> Any:
-        return self._items[index][1]
+def _line(path: str, spans: np.ndarray, index: int) -> Any:
+    """A record by one read of its line. spans [n 4]: start byte, end byte, and `Records.places`."""
+    start, end, _, place = spans[index].tolist()
+    record = read_json(read_range(as_path(path), start, end - start), "", large=True)
+    return record if place < 0 else record[place]
 
 
 def _json(path: str, source: Source) -> Records:
-    """A .json file: one list of records, or a record in each line."""
+    """A .json file: a record in each line, or one list, held in memory, whose inner lists hold several."""
     with as_path(path).open("rb") as file:
         if file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] != b"[":
-            return JsonLines(path, source)
+            return _json_lines(path, source)
         file.seek(0)
-        return JsonList(path, source, read_json(file.read(), path, large=True))
+        found = read_json(file.read(), path, large=True)
+    items, places = [], []
+    for number, item in enumerate(found, 1):
+        inner = item if isinstance(item, list) and item else None
+        items += inner or [item]
+        places += [(number, at) for at in range(len(inner))] if inner else [(number, -1)]
+    table = np.array(places, np.int64).reshape(-1, 2)
+    return Records(path, source, len(items), functools.partial(operator.getitem, items), table)
 
 
-class ParquetTable(Records):
+def _parquet(path: str, source: Source) -> Records:
     """A Parquet file. Whole row groups are read, so small ones are faster to shuffle."""
+    import pyarrow
 
-    def __init__(self, path: str, source: Source):
-        import pyarrow
+    try:
+        with _parquet_file(path) as file:
+            names, meta = file.schema_arrow.names, file.metadata
+            groups = [meta.row_group(g) for g in range(meta.num_row_groups)]
+    except pyarrow.ArrowException as error:
+        raise InputError(f"{path}: not a parquet file: {error}") from None
+    if unknown := set(names) - {*FIELDS, *METADATA, *source.ignore}:
+        raise InputError(
+            f"{path}: found the columns {', '.join(sorted(unknown))}, which have no meaning here; "
+            "name those that are to be passed over in the source's ignore"
+        )
+    columns = tuple(name for name in names if name in FIELDS and name not in source.ignore)
+    if not {"messages", "conversations"} & set(columns):
+        raise InputError(f"{path}: it has neither a column messages nor a column conversations")
+    if (largest := max((g.total_byte_size for g in groups), default=0)) > _LARGE:
+        slow = "%s: row groups of up to %d MiB, and shuffling reads a whole one for each "
+        slow += "record; written with row_group_size=64 or so it is read faster"
+        log.warning(slow, path, largest >> 20)
+    ends = np.cumsum([g.num_rows for g in groups], dtype=np.int64)
+    return Records(path, source, meta.num_rows, functools.partial(_row, path, ends, columns))
 
-        try:
-            with _parquet(path) as file:
-                names, meta = file.schema_arrow.names, file.metadata
-                groups = [meta.row_group(g) for g in range(meta.num_row_groups)]
-        except pyarrow.ArrowException as error:
-            raise InputError(f"{path}: not a parquet file: {error}") from None
-        if unknown := set(names) - {*FIELDS, *METADATA, *source.ignore}:
-            raise InputError(
-                f"{path}: found the columns {', '.join(sorted(unknown))}, which have no meaning here; "
-                "name those that are to be passed over in the source's ignore"
-            )
-        read = [name for name in names if name in FIELDS and name not in source.ignore]
-        if not {"messages", "conversations"} & set(read):
-            raise InputError(f"{path}: it has neither a column messages nor a column conversations")
-        if (largest := max((g.total_byte_size for g in groups), default=0)) > _LARGE:
-            slow = "%s: row groups of up to %d MiB, and shuffling reads a whole one for each "
-            slow += "record; written with row_group_size=64 or so it is read faster"
-            log.warning(slow, path, largest >> 20)
-        self._columns = tuple(read)
-        # [g] number of rows up to the end of each row group.
-        self._ends = np.cumsum([g.num_rows for g in groups], dtype=np.int64)
-        super().__init__(path, source, meta.num_rows)
 
-    def raw(self, index: int) -> Any:
-        group = int(np.searchsorted(self._ends, index, side="right"))
-        rows = _row_group(self.path, group, self._columns)
-        at = index - int(self._ends[group]) + rows.num_rows
-        return without_nulls(rows.slice(at, 1).to_pylist()[0])
+def _row(path: str, ends: np.ndarray, columns: tuple[str, ...], index: int) -> Any:
+    """A row. ends [g]: number of rows up to the end of each row group."""
+    group = int(np.searchsorted(ends, index, side="right"))
+    rows = _row_group(path, group, columns)
+    at = index - int(ends[group]) + rows.num_rows
+    return without_nulls(rows.slice(at, 1).to_pylist()[0])
+
+
+@functools.lru_cache(maxsize=4)
+def _row_group(path: str, group: int, columns: tuple[str, ...]) -> Any:
+    with _parquet_file(path) as file:
+        return file.read_row_group(group, columns=list(columns))
 
 
 @contextlib.contextmanager
-def _parquet(path: str) -> Iterator[Any]:
+def _parquet_file(path: str) -> Iterator[Any]:
     """Opens a Parquet file, of a remote one only the ranges that are read."""
     from pyarrow import parquet
 
@@ -188,25 +177,19 @@ def _parquet(path: str) -> Iterator[Any]:
         yield file
 
 
-@functools.lru_cache(maxsize=4)
-def _row_group(path: str, group: int, columns: tuple[str, ...]) -> Any:
-    with _parquet(path) as file:
-        return file.read_row_group(group, columns=list(columns))
-
-
-class ArrayRecord(Records):
+def _array_record(path: str, source: Source) -> Records:
     """An ArrayRecord file of JSON texts."""
+    if is_remote(path):
+        raise InputError(f"{path}: ArrayRecord is read from disks; use JSONL or parquet there")
+    try:
+        count = len(_array(path))
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"{path}: not an ArrayRecord file: {error}") from None
+    return Records(path, source, count, functools.partial(_array_item, path))
 
-    def __init__(self, path: str, source: Source):
-        if is_remote(path):
-            raise InputError(f"{path}: ArrayRecord is read from disks; use JSONL or parquet there")
-        try:
-            super().__init__(path, source, len(_array(path)))
-        except (RuntimeError, ValueError) as error:
-            raise InputError(f"{path}: not an ArrayRecord file: {error}") from None
 
-    def raw(self, index: int) -> Any:
-        return read_json(_array(self.path)[index], "", large=True)
+def _array_item(path: str, index: int) -> Any:
+    return read_json(_array(path)[index], "", large=True)
 
 
 @functools.lru_cache(maxsize=64)
@@ -216,41 +199,36 @@ def _array(path: str) -> Any:
     return grain.sources.ArrayRecordDataSource(path)
 
 
-class PythonSource(Records):
-    """A Python class with __len__ and __getitem__, which gives chat records or ready Samples.
+def _python(source: Source) -> Records:
+    """A Python class with __len__ and __getitem__, called with options; it gives records or Samples.
 
-    Items must depend only on the index; workers get the class by pickle. vision_labels: its samples
-    have labels of image features.
+    Items must depend only on the index.
     """
-
-    def __init__(self, source: Source):
-        """Imports the class and calls it with the source's options."""
-        path = source.path.removeprefix("python:")
-        module, _, name = path.partition(":")
-        try:
-            kind = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError, ValueError, TypeError, SyntaxError) as error:
-            expected = "expected python:module:Class that can be imported"
-            raise InputError(f"{source.path}: {expected}: {error}") from None
-        try:
-            self._made = made = kind(**source.options)
-        except TypeError as error:
-            raise InputError(f"{source.path}: its options do not fit: {error}") from None
-        if not hasattr(made, "__len__") or not hasattr(made, "__getitem__"):
-            raise InputError(f"{source.path}: expected a class with __len__ and __getitem__")
-        self.vision_labels = bool(getattr(made, "vision_labels", False))
-        super().__init__(path, source, len(made))
-
-    def read(self, index: int) -> Any:
-        record = self._made[index]
-        return chat_form(record, self.source) if isinstance(record, Mapping) else record
+    path = source.path.removeprefix(_CLASS)
+    module, _, name = path.partition(":")
+    try:
+        kind = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError, TypeError, SyntaxError) as error:
+        expected = "expected python:module:Class that can be imported"
+        raise InputError(f"{source.path}: {expected}: {error}") from None
+    try:
+        made = kind(**source.options)
+    except TypeError as error:
+        raise InputError(f"{source.path}: its options do not fit: {error}") from None
+    if not hasattr(made, "__len__") or not hasattr(made, "__getitem__"):
+        raise InputError(f"{source.path}: expected a class with __len__ and __getitem__")
+    read, labelled = (
+        functools.partial(operator.getitem, made),
+        getattr(made, "vision_labels", False),
+    )
+    return Records(path, source, len(made), read, vision_labels=bool(labelled))
 
 
-_KINDS = {
-    ".jsonl": JsonLines,
-    ".ndjson": JsonLines,
+_KINDS: dict[str, Callable[[str, Source], Records]] = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
     ".json": _json,
-    ".parquet": ParquetTable,
-    ".array_record": ArrayRecord,
-    ".arrayrecord": ArrayRecord,
+    ".parquet": _parquet,
+    ".array_record": _array_record,
+    ".arrayrecord": _array_record,
 }

@@ -13,7 +13,7 @@ import pickle
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -93,13 +93,15 @@ def make_stream(sources: Sequence[Records], maker: SampleMaker, order: Order) ->
     return grain.MapDataset.mix(parts, order.weights)
 
 
-def iterate(
-    stream: Any, first: int, maker: SampleMaker
-) -> tuple[Iterator[Any], Callable[[], None]]:
-    """(the samples from place `first` on, in order for any number of workers; a function to end them)."""
+def iterate(stream: Any, first: int, maker: SampleMaker) -> Generator[Sample | Refusal]:
+    """The samples from place `first` on, in order for any number of workers, which end with it.
+
+    Raises InputError if a worker has died.
+    """
     workers, patch_shape = maker.data.workers, maker.proc.config.vision.patch_shape
     if not workers or not len(stream):
-        return (stream[place] for place in range(first, len(stream))), lambda: None
+        yield from (stream[place] for place in range(first, len(stream)))
+        return
     import grain
     from absl import flags
 
@@ -111,19 +113,16 @@ def iterate(
     single = groups.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=AHEAD)
     iterator: Any = iter(single.mp_prefetch(options, worker_init_fn=_begin_worker))
-    return _one_by_one(iterator), iterator.close
-
-
-def _one_by_one(groups: Iterator[Any]) -> Iterator[Any]:
-    """The samples of groups. Raises InputError if a worker has died."""
     try:
-        for group, block in groups:
+        for group, block in iterator:
             yield from group.unpack(block)
     except RuntimeError as error:
         raise InputError(
             f"data.workers: a worker process ended ({error}). Too little memory is the usual reason: "
             "lower data.workers or data.max_pixels"
         ) from error
+    finally:
+        iterator.close()
 
 
 def _begin_worker(index: int, count: int) -> None:
