@@ -23,14 +23,10 @@ from qwen3vl_jax.training.data.sample import Refusal, Sample
 from qwen3vl_jax.training.data.stream import SHUFFLED, Order, Reader, iterate, make_stream
 from qwen3vl_jax.training.recipe import Data, Pack
 
-# data.bad_fraction is of at least this many records.
-_FEWEST = 100
-# Bad records named in a message.
-_SHOWN = 5
-# Refusals kept by name.
-_KEPT = 1000
-# So few records are read faster without workers.
-_FEW = 500
+_FEWEST = 100  # data.bad_fraction is of at least this many records
+_SHOWN = 5  # bad records named in a message
+_KEPT = 1000  # refusals kept by name
+_FEW = 500  # so few records are read faster without workers
 _MOST_TOO_LARGE = 0.5
 _BATCHES_AHEAD = 2
 
@@ -39,14 +35,9 @@ _BATCHES_AHEAD = 2
 class LoadedBatch:
     """One batch, the names of each row's samples, and its `packing.fill_of`."""
 
-    # A PackedBatch; None once its step runs.
-    packed: Any
+    packed: Any  # a PackedBatch; None once its step runs
     names: list[list[str]]
     stats: dict[str, float]
-
-
-# (the next batch, or None at the end; the position after it; the error that ended it)
-PackResult = tuple[LoadedBatch | None, dict[str, Any], Exception | None]
 
 
 class DataLoader:
@@ -88,7 +79,7 @@ class DataLoader:
         self._pixel_type = np.float32 if eight_bit(proc) is proc else np.uint8
         self._buffers = packing.BufferPool()
         self._thread: ThreadPoolExecutor | None = None
-        self._ahead: deque[Future[PackResult]] = deque()
+        self._ahead: deque[Future[Any]] = deque()
         self._begin(0)
         # After the batch that was given last; a thread that packs ahead is further.
         self._state = self._position()
@@ -195,8 +186,8 @@ class DataLoader:
                 raise InputError(f"{sample.name}: was fine before the run stopped: {sample.reason}")
             self._waiting.append(packing.Pending(place, sample))
 
-    def _step(self) -> PackResult:
-        """Packs the next batch. An error is raised when the batch is asked for."""
+    def _step(self) -> tuple[LoadedBatch | None, dict[str, Any], Exception | None]:
+        """(the next batch, None at the end; the position after it; an error, for who asks for it)."""
         try:
             chosen, self._waiting = packing.choose(self._maker.pack, self._waiting, self._draw)
             return self.batch_of(chosen) if chosen else None, self._position(), None

@@ -42,8 +42,7 @@ class Turn(NamedTuple):
 
     start: int
     end: int
-    # It follows the template's generation prompt, as a generated answer does.
-    prompted: bool
+    prompted: bool  # it follows the template's generation prompt, as a generated answer does
 
 
 @dataclasses.dataclass(frozen=True)

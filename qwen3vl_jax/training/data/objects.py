@@ -81,8 +81,7 @@ def _box_texts(
         raise InputError(f"objects.bbox_type: got {kind!r}, expected {', '.join(_TYPES)}")
     ids += [0] * (len(given) - len(ids))
     contents = [x for message in messages if isinstance(x := message.get("content"), list)]
-    # (content, index in it, image)
-    places: list[tuple[list[Any], int, MediaSource]] = []
+    places: list[tuple[list[Any], int, MediaSource]] = []  # (content, index in it, image)
     for items in contents if given else ():
         for i, item in enumerate(items):
             found: list[MediaSource] = []

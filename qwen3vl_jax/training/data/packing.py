@@ -33,8 +33,7 @@ class PackedBatch(flax.struct.PyTreeNode):
     """
 
     batch: Batch
-    # [B T] float32, of each label in the loss; 0 at a sample's first token.
-    weights: jax.Array
+    weights: jax.Array  # [B T] float32, of each label in the loss; 0 at a sample's first token
     # [R] int32, a token that names each image feature, or -100.
     vision_labels: jax.Array | None = None
 
@@ -217,8 +216,7 @@ def _vision(
     memory = buffers.empty(math.prod((*shape, *patch)) * np.dtype(pixel_type).itemsize)
     # Not initialised: zeros would be written twice.
     pixels: Any = memory.view(pixel_type).reshape(-1, *patch)
-    # (first patch over all rows, tables)
-    frames: list[tuple[int, VisionInputs]] = []
+    frames: list[tuple[int, VisionInputs]] = []  # (first patch over all rows, tables)
     # Beside the cache of `_frame`, because hashing a config takes longer than writing an image.
     known: dict[Any, VisionInputs] = {}
     for sample, _, _, spots in seen:

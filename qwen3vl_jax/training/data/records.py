@@ -13,7 +13,7 @@ import io
 import logging
 import operator
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -25,8 +25,7 @@ from qwen3vl_jax.training.data.chat_format import FIELDS, METADATA, chat_form, w
 from qwen3vl_jax.training.recipe import Source
 
 log = logging.getLogger("qwen3vl_jax")
-# Row groups of more bytes than this make shuffled reading slow.
-_LARGE = 64 * 2**20
+_LARGE = 64 * 2**20  # row groups of more bytes than this make shuffled reading slow
 _SUFFIXES = ".jsonl, .json, .parquet, .array_record or python:module:Class"
 _CLASS = "python:"
 _CHUNK = 1 << 24
@@ -44,8 +43,7 @@ class Records:
     raw: Callable[[int], Any]
     # [n 2] line number, index in the line's list or -1; None: a record's number is its index from 1.
     places: np.ndarray | None = None
-    # Of a Python class whose samples have labels of image features.
-    vision_labels: bool = False
+    vision_labels: bool = False  # of a Python class whose samples have labels of image features
 
     def __len__(self) -> int:
         return self.count
@@ -179,24 +177,19 @@ def _parquet_file(path: str) -> Iterator[Any]:
 
 def _array_record(path: str, source: Source) -> Records:
     """An ArrayRecord file of JSON texts."""
+    import grain
+
     if is_remote(path):
         raise InputError(f"{path}: ArrayRecord is read from disks; use JSONL or parquet there")
     try:
-        count = len(_array(path))
+        items: Any = grain.sources.ArrayRecordDataSource(path)
+        return Records(path, source, len(items), functools.partial(_array_item, items))
     except (RuntimeError, ValueError) as error:
         raise InputError(f"{path}: not an ArrayRecord file: {error}") from None
-    return Records(path, source, count, functools.partial(_array_item, path))
 
 
-def _array_item(path: str, index: int) -> Any:
-    return read_json(_array(path)[index], "", large=True)
-
-
-@functools.lru_cache(maxsize=64)
-def _array(path: str) -> Any:
-    import grain
-
-    return grain.sources.ArrayRecordDataSource(path)
+def _array_item(items: Sequence[bytes], index: int) -> Any:
+    return read_json(items[index], "", large=True)
 
 
 def _python(source: Source) -> Records:
@@ -217,10 +210,7 @@ def _python(source: Source) -> Records:
         raise InputError(f"{source.path}: its options do not fit: {error}") from None
     if not hasattr(made, "__len__") or not hasattr(made, "__getitem__"):
         raise InputError(f"{source.path}: expected a class with __len__ and __getitem__")
-    read, labelled = (
-        functools.partial(operator.getitem, made),
-        getattr(made, "vision_labels", False),
-    )
+    read, labelled = functools.partial(operator.getitem, made), getattr(made, "vision_labels", 0)
     return Records(path, source, len(made), read, vision_labels=bool(labelled))
 
 

@@ -16,22 +16,16 @@ from qwen3vl_jax.processing.encoded_prompt import EncodedImage
 class Sample:
     """One conversation, ready to be packed: t tokens, r image features."""
 
-    # Its source and record: "chats.jsonl:17".
-    name: str
-    # [t] int32, with a placeholder for each image feature.
-    ids: np.ndarray
-    # [t] int32: the token itself, or -100 if it is not learned. Not shifted.
-    labels: np.ndarray
-    # [t] float32: weights in the loss, 0 where labels are -100.
-    weights: np.ndarray
-    # [3 t] int32: MRoPE positions of this conversation.
-    positions: np.ndarray
+    name: str  # its source and record: "chats.jsonl:17"
+    ids: np.ndarray  # [t] int32, with a placeholder for each image feature
+    labels: np.ndarray  # [t] int32: the token itself, or -100 if it is not learned. Not shifted.
+    weights: np.ndarray  # [t] float32: weights in the loss, 0 where labels are -100
+    positions: np.ndarray  # [3 t] int32: MRoPE positions of this conversation
     # Images and videos in token order. uint8 patches are not normalised yet.
     images: tuple[EncodedImage, ...] = ()
     # [r] int32: a token that names each image feature, or -100.
     vision_labels: np.ndarray | None = None
-    # What was cut off.
-    note: str = ""
+    note: str = ""  # what was cut off
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,16 +25,12 @@ from qwen3vl_jax.training.data.packing import one_frame
 from qwen3vl_jax.training.data.records import Records
 from qwen3vl_jax.training.data.sample import Refusal, Sample
 
-# Samples that a worker hands over at a time.
-GROUP = 16
-# Groups that a worker has ready.
-AHEAD = 2
+GROUP = 16  # samples that a worker hands over at a time
+AHEAD = 2  # groups that a worker has ready
 # A source as long as this, which only a class can be, is not shuffled: it is random itself.
 SHUFFLED = 2**31
-# Where shared memory is a file system; often a small one, in containers.
-_SHARED = "/dev/shm"
-# Blocks that must have room: other workers write at the same time.
-_SPARE = 16
+_SHARED = "/dev/shm"  # where shared memory is a file system; often a small one, in containers
+_SPARE = 16  # blocks that must have room: other workers write at the same time
 
 
 @dataclasses.dataclass(frozen=True)

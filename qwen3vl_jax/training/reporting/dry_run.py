@@ -62,7 +62,7 @@ def dry_run(recipe: Recipe, console: Console | None = None) -> None:
             drawn, records = list(itertools.islice(loader, _BATCHES)), sum(map(len, loader.sources))
     except InputError as error:
         wrong.append(error)
-    say("\n".join(_steps(recipe, drawn, records)))
+    say(_steps(recipe, drawn, records))
     if proc is not None and drawn:
         say(rendered(proc.tokenizer, cfg, drawn[0], marks=console.color_system is None))
     for line in missing:
@@ -148,23 +148,22 @@ def _memory(recipe: Recipe, cfg: Config, parts: memory_estimate.Held) -> Table:
     return table
 
 
-def _steps(recipe: Recipe, drawn: list[Any], records: int) -> list[str]:
+def _steps(recipe: Recipe, drawn: list[Any], records: int) -> str:
     pack, many = recipe.pack, recipe.step.accumulate
-    lines = [
+    text = (
         f"steps: {recipe.steps:,}, each {many} x {pack.rows} rows of {pack.length:,} tokens = "
         f"{pack.rows * pack.length * many:,} places, and {many} x {pack.vision_rows} rows of "
         f"{pack.vision_length:,} patches"
-    ]
-    if drawn:
-        names = ("fill", "vision_fill", "samples")
-        fill, vision, samples = np.mean([[d.stats[name] for name in names] for d in drawn], 0)
-        epochs = samples * many * recipe.steps / max(records, 1)
-        lines += [
-            f"filled: {fill:.0%} of tokens, {vision:.0%} of patches, {samples * many:.1f} samples a "
-            f"step (of {len(drawn)} batches)",
-            f"epochs: about {epochs:.2f} of {records:,} records",
-        ]
-    return lines
+    )
+    if not drawn:
+        return text
+    names = ("fill", "vision_fill", "samples")
+    fill, vision, samples = np.mean([[d.stats[name] for name in names] for d in drawn], 0)
+    epochs = samples * many * recipe.steps / max(records, 1)
+    return (
+        f"{text}\nfilled: {fill:.0%} of tokens, {vision:.0%} of patches, {samples * many:.1f} samples "
+        f"a step (of {len(drawn)} batches)\nepochs: about {epochs:.2f} of {records:,} records"
+    )
 
 
 def rendered(tokenizer: Tokenizer, cfg: Config, drawn: Any, marks: bool) -> Text:

@@ -48,8 +48,9 @@ class RunLogger:
         self._bar = Progress(*columns, console=self._console, disable=not self._live)
         self._task = self._bar.add_task("compiling", total=recipe.steps, completed=first)
         self._others = Mirrored(out)
-        self._board = _board(self._others.folder, recipe, first)
-        self._wandb = _wandb(out, self._others.folder, recipe)
+        folder, told = self._others.folder, recipe.report
+        self._board = _board(folder, first) if told.tensorboard else None
+        self._wandb = _wandb(out, folder, recipe) if told.wandb else None
         self._refused = _read_refused(out / REFUSED)
         self.restart_clock()
 
@@ -59,11 +60,9 @@ class RunLogger:
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self._bar.stop()
-        self.metrics.close()
-        self.evaluations.close()
-        if self._board:
-            self._board.close()
-        self._others.close()
+        for part in (self.metrics, self.evaluations, self._board, self._others):
+            if part:
+                part.close()
         if self._wandb:
             self._wandb.finish(exit_code=int(kind is not None))
 
@@ -193,9 +192,7 @@ def _numbers(row: Mapping[str, Any]) -> str:
     return f"loss {float(row['loss']):.4f}, lr {row['lr']:.2e}, norm {float(row['grad_norm']):.3g}"
 
 
-def _board(folder: Path, recipe: Recipe, first: int) -> Any:
-    if not recipe.report.tensorboard:
-        return None
+def _board(folder: Path, first: int) -> Any:
     from tensorboardX import SummaryWriter
 
     # purge_step hides what a killed run wrote after the checkpoint
@@ -209,8 +206,6 @@ def _board(folder: Path, recipe: Recipe, first: int) -> Any:
 
 
 def _wandb(out: Path, folder: Path, recipe: Recipe) -> Any:
-    if not recipe.report.wandb:
-        return None
     import wandb  # pyright: ignore[reportMissingImports]
 
     path = absolute(out)
