@@ -82,7 +82,8 @@ class FreeSpace:
         frame, spot = grid[1] * grid[2], []
         left = grid[0] * frame
         for row, free in enumerate(self.patches):
-            if count := min(left, free - free % frame):
+            if free >= frame:
+                count = min(left, free - free % frame)
                 spot.append(((row + 1) * self.vision_length - free, count))
                 self.patches[row] -= count
                 left -= count
