@@ -19,7 +19,7 @@ from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.training.data import loader as loaders
-from qwen3vl_jax.training.data import packing, worker_transport
+from qwen3vl_jax.training.data import packing, stream
 from qwen3vl_jax.training.data.sample import Refusal, Sample
 from qwen3vl_jax.training.recipe import Data, Pack, Source
 
@@ -49,7 +49,7 @@ def names_of(drawn) -> list[str]:
 
 
 def stream_of(feed, count) -> list[str]:
-    return [feed._packer.stream[place].name for place in range(count)]
+    return [feed._stream[place].name for place in range(count)]
 
 
 def test_each_sample_once_an_epoch_in_a_new_order(proc, tmp_path):
@@ -63,7 +63,7 @@ def test_each_sample_once_an_epoch_in_a_new_order(proc, tmp_path):
     for index in range(2):
         feed = loaders.DataLoader(data, pack, proc, 7, process_index=index, process_count=2)
         got = names_of(take(feed, 6))
-        got += [drawn.sample.name for drawn in feed._packer.waiting]
+        got += [drawn.sample.name for drawn in feed._waiting]
         drawn = feed.get_state()["next"]
         assert drawn > 23 and sorted(got) == sorted(whole[index::2][:drawn])
     still = loaders.DataLoader(dataclasses.replace(data, shuffle=False), PACK, proc, 7)
@@ -229,7 +229,7 @@ def test_what_workers_send_is_what_comes(tiny_proc, monkeypatch, room):
     given = group_of_samples(config)
     usage = types.SimpleNamespace(free=2**30 if room else 2**10)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    sent, block = pickle.loads(pickle.dumps(worker_transport.pack(shape, given)))
+    sent, block = pickle.loads(pickle.dumps(stream.SampleBlock.of(shape, given)))
     assert isinstance(block, np.ndarray) == room
     apart = sum(v.patches.nbytes for s in given[:-2] for v in s.images)
     table = 24 * sum(len(s.ids) for s in given if isinstance(s, Sample))

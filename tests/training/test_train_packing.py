@@ -237,7 +237,8 @@ def test_clips_go_over_several_rows_and_pictures_do_not():
     assert room.fit_frames((4, 4, 4)) == [(16, 16), (40, 32), (80, 16)]
     assert room.fit_frames((1, 6, 6)) is None
     assert room.fit_frames((1, 2, 4)) == [(32, 8)]
-    assert packing.frames_fit(pack, [(6, 4, 4)]) and not packing.frames_fit(pack, [(7, 4, 4)])
+    assert packing.FreeSpace(pack).fit_frames((6, 4, 4))
+    assert packing.FreeSpace(pack).fit_frames((7, 4, 4)) is None
 
 
 def test_normalised_pixels_in_a_batch_of_bytes_are_refused():

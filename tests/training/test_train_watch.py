@@ -21,8 +21,7 @@ from qwen3vl_jax.runtime import distributed
 from qwen3vl_jax.training import evaluate, recipe, run_dir, run_setup, train_model
 from qwen3vl_jax.training.checkpoints import Checkpoints
 from qwen3vl_jax.training.reporting.metrics_table import Table, read_table
-from qwen3vl_jax.training.reporting.progress import described
-from qwen3vl_jax.training.reporting.run_log import RunLogger
+from qwen3vl_jax.training.reporting.run_log import RunLogger, described
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,8 @@ from qwen3vl_jax.storage.json_text import read_json
 from qwen3vl_jax.training.data.objects import with_objects
 from qwen3vl_jax.training.recipe import Source
 
-Record = dict[str, Any]
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 _ROLES |= {"system": "system", "tool": "tool", "observation": "tool"}
-_POOLS = {"image": ("image", "images"), "video": ("video", "videos")}
 _SOURCES = ("bytes", "path", "url", "base64")
 _VIDEOS = ("video", "video_url", "frames")
 _PLACES = ("image", "image_url", *_VIDEOS, *_SOURCES)
@@ -30,7 +28,6 @@ FIELDS = "messages conversations system tools objects image images video videos"
 METADATA = """
     id idx index uid uuid source dataset split task category language metadata width height num_tokens
 """.split()
-_MESSAGE = (*MESSAGE_KEYS, *_SWITCHES)
 _ITEM = ("type", "text", "index", *_PLACES, *image_patches.OVERRIDES, *video_patches.OVERRIDES)
 _TAG = re.compile(r"(?<!\\)(<image>|<video>|<audio>)")
 _LITERAL = re.compile(r"\\(<(?:image|video|audio)>)")
@@ -40,7 +37,7 @@ _NOT_LEARNED = "answers are trained on, not preferences or classes"
 _PREFERENCES: Mapping[str, str] = dict.fromkeys(_RANKED.split(), _NOT_LEARNED)
 
 
-def chat_form(record: Any, source: Source | None = None) -> Record:
+def chat_form(record: Any, source: Source | None = None) -> dict[str, Any]:
     """A record as {"messages", "tools"?}. source: the file it is from.
 
     The official format is {image | video, conversations: [{from, value}]}, with the user's text stripped.
@@ -57,22 +54,20 @@ def chat_form(record: Any, source: Source | None = None) -> Record:
     turns = _from_json(record[key], key)
     if not isinstance(turns, Sequence) or isinstance(turns, (str, bytes)) or not turns:
         raise InputError(f"{key}: expected a list of messages, and at least one")
-    pools = {kind: _Pool(record, kind) for kind in _POOLS}
+    pools = {kind: _Pool(record, kind) for kind in ("image", "video")}
     turns, first = _with_system(turns, record.get("system"))
-    messages = [_message(turn, n, pools, source.ignore) for n, turn in enumerate(turns, first)]
+    messages = [_message(turn, n, pools, source) for n, turn in enumerate(turns, first)]
     for kind, pool in pools.items():
-        if pool:
+        if pool.taken < len(pool.items):
             frames = "; a video given as frames is a list in the list" if kind == "video" else ""
             raise InputError(
-                f"{pool.total} {kind}(s) for {pool.total - len(pool)} <{kind}> tag(s) or content "
-                f"item(s), expected one each{frames}"
+                f"{len(pool.items)} {kind}(s) for {pool.taken} <{kind}> tag(s) or content item(s), "
+                f"expected one each{frames}"
             )
-    messages = [_with_media(message, source.media) for message in messages]
     objects = _from_json(record.get("objects"), "objects")
-    out: Record = {"messages": with_objects(messages, objects, source.boxes)}
-    if tools := _from_json(record.get("tools"), "tools"):
-        out["tools"] = tools
-    return out
+    tools = _from_json(record.get("tools"), "tools")
+    out = {"messages": with_objects(messages, objects, source.boxes)}
+    return out | ({"tools": tools} if tools else {})
 
 
 def _with_system(turns: Sequence[Any], text: Any) -> tuple[Sequence[Any], int]:
@@ -97,14 +92,12 @@ def _fields(given: Any, known: Sequence[str], where: str) -> dict[str, Any]:
     return fields(given, known, where, advice, _PREFERENCES)
 
 
-def _message(
-    turn: Any, number: int, pools: dict[str, "_Pool"], ignore: Sequence[str]
-) -> dict[str, Any]:
+def _message(turn: Any, number: int, pools: "_Pools", source: Source) -> dict[str, Any]:
     """One message in chat form. Its images and videos are taken from the pools."""
-    where = f"message {number}: "
-    official = isinstance(turn, Mapping) and "from" in turn
-    known = (*(("from", "value") if official else ("role", "content")), *_MESSAGE, *ignore)
-    message = {k: v for k, v in _fields(turn, known, where).items() if k not in ignore}
+    where, official = f"message {number}: ", isinstance(turn, Mapping) and "from" in turn
+    own = ("from", "value") if official else ("role", "content")
+    given = _fields(turn, (*own, *MESSAGE_KEYS, *_SWITCHES, *source.ignore), where)
+    message = {k: v for k, v in given.items() if k not in source.ignore}
     if official:
         role, value = message.pop("from", None), message.pop("value", None)
         if not isinstance(role, str) or role not in _ROLES:
@@ -115,90 +108,65 @@ def _message(
     role = message.get("role")
     if calls := _calls(message.pop("tool_calls", None), where):
         message["tool_calls"] = calls
-    if "content" in message:
+    if (content := message.get("content")) is not None:
         strip = official and role in ("user", "tool")
-        message["content"] = _content(message["content"], role, where, pools, strip)
+        given = content if isinstance(content, (list, tuple)) else [content]
+        items = [item for x in given for item in _items(x, role, where, pools, strip)]
+        is_text = isinstance(content, str) and [x["type"] for x in items] == ["text"]
+        resolved = [_within(item, source.media) for item in items]
+        message["content"] = items[0]["text"] if is_text else resolved
     elif not calls and not any(key in message for key in REASONING):
         raise InputError(f"{where}it has no content, expected a text or a list of content items")
     for key in REASONING:
         if isinstance(message.get(key), str):
-            message[key] = _by_tag(message[key], "assistant", where, pools, False)
+            message[key] = _by_tag(message[key], "assistant", where, pools, False)[0]["text"]
     return _switched(message, where)
 
 
-def _content(content: Any, role: Any, where: str, pools: dict[str, "_Pool"], strip: bool) -> Any:
-    """A message's content, with tags and items without a source filled."""
-    if isinstance(content, str):
-        return _by_tag(content, role, where, pools, strip)
-    out: list[Any] = []
-    for given in content if isinstance(content, (list, tuple)) else [content]:
-        item = _item(given, where) if isinstance(given, Mapping) else given
-        text = item.get("text") if isinstance(item, Mapping) else item
-        if isinstance(text, str):
-            text = _by_tag(text, role, where, pools, False)
-            out += [{"type": "text", "text": text}] if isinstance(text, str) else text
-        else:
-            out.append(_filled(item, where, pools))
-    return out
-
-
-def _item(given: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A content item without blank sources. It holds a text, or an image or video."""
+def _items(given: Any, role: Any, where: str, pools: "_Pools", strip: bool) -> list[Any]:
+    """The items of a content item: its text by tags, or one image or video, the next if it has none."""
+    if isinstance(given, str):
+        return _by_tag(given, role, where, pools, strip)
+    if not isinstance(given, Mapping):
+        return [given]
     item = _fields(given, _ITEM, f"{where}content item: ")
     item = {k: v for k, v in item.items() if not (k in _PLACES and _blank(v))}
-    is_media = item.get("type", "text") in _MEDIA or any(k in item for k in _PLACES)
-    if "text" in item and is_media and not _blank(text := item.pop("text")):
+    kind, has_source = item.get("type", "text"), any(k in item for k in _PLACES)
+    if "text" in item and (has_source or kind in _MEDIA) and not _blank(text := item.pop("text")):
         raise InputError(f"{where}content item: it holds {text!r} and more, expected one of them")
-    return item
+    if isinstance(text := item.get("text"), str):
+        return _by_tag(text, role, where, pools, False)
+    index = item.pop("index", None)
+    if has_source or not isinstance(kind, str) or kind not in pools:
+        return [item]
+    return [{**pools[kind].take(where, index), **item}]
 
 
-def _by_tag(text: str, role: Any, where: str, pools: dict[str, "_Pool"], strip: bool) -> Any:
-    """A text as content: each tag becomes the next item of its pool."""
+def _by_tag(text: str, role: Any, where: str, pools: "_Pools", strip: bool) -> list[dict[str, Any]]:
+    """A text as items: each tag becomes the next one of its pool. Without tags it is one item."""
     parts = [part.strip() if strip else part for part in _TAG.split(text)]
-    if len(parts) == 1:
-        return _LITERAL.sub(r"\1", parts[0])
     items = []
     for part in parts:
         if not _TAG.fullmatch(part):
-            items += [{"type": "text", "text": _LITERAL.sub(r"\1", part)}] if part else []
+            if part or len(parts) == 1:
+                items.append({"type": "text", "text": _LITERAL.sub(r"\1", part)})
         elif part == "<audio>" or role == "assistant":
             why = " in an assistant's text, where none can stand"
             why = ": the model takes images and videos alone" if part == "<audio>" else why
             raise InputError(f"{where}{part}{why}; {_HOW.format(part[1:-1])}")
         else:
-            items.append(_next(part[1:-1], where, pools))
+            items.append(pools[part[1:-1]].take(where))
     return items
-
-
-def _next(kind: str, where: str, pools: dict[str, "_Pool"]) -> dict[str, Any]:
-    if not pools[kind]:
-        one = "an image" if kind == "image" else "a video"
-        how = _HOW.format(kind)
-        raise InputError(f"{where}a place for {one} without {one} left for it; {how}")
-    return pools[kind].pop(0)
-
-
-def _filled(item: Any, where: str, pools: dict[str, "_Pool"]) -> Any:
-    """A content item. An image or video item without a source takes the next of its pool."""
-    if not isinstance(item, dict):
-        return item
-    kind, index = item.get("type"), item.pop("index", None)
-    if not isinstance(kind, str) or kind not in pools or any(key in item for key in _PLACES):
-        return item
-    pool = pools[kind]
-    if index is not None and index != (at := pool.total - len(pool)):
-        raise InputError(f"{where}index is {index!r}, expected {at}: items take {kind}s in order")
-    return {**_next(kind, where, pools), **item}
 
 
 def _calls(given: Any, where: str) -> list[dict[str, Any]]:
     """Tool calls in OpenAI's form, also from JSON text. Missing or null arguments are {}."""
     calls, out = _from_json(given, f"{where}tool_calls") or [], []
-    for given_call in calls if isinstance(calls, (list, tuple)) else [calls]:
-        named, call = f"{where}tool_calls: ", given_call
-        if isinstance(call, Mapping) and call.get("function"):
-            call = _fields(call, ("id", "type", "index", "function"), named)["function"]
-        called = _fields(call, ("id", "type", *CALL_KEYS), named)
+    named = f"{where}tool_calls: "
+    for call in calls if isinstance(calls, (list, tuple)) else [calls]:
+        outer = isinstance(call, Mapping) and call.get("function")
+        inner = _fields(call, ("id", "type", "index", "function"), named) if outer else {}
+        called = _fields(inner.get("function", call), ("id", "type", *CALL_KEYS), named)
         name, arguments = called.get("name"), called.get("arguments", "")
         if not isinstance(name, str) or not isinstance(arguments, (str, Mapping)):
             raise InputError(f"{named}expected a list of objects with name and arguments")
@@ -229,23 +197,34 @@ def _switched(message: dict[str, Any], where: str) -> dict[str, Any]:
     return message | ({"weight": float(weight)} if weight not in (0, 1) else {})
 
 
-class _Pool(list[Any]):
-    """The images or videos of a record's own keys that no tag has taken yet, as content items."""
+class _Pool:
+    """The images or videos of a record's own keys, which tags and items take in order."""
 
     def __init__(self, record: Mapping[str, Any], kind: str):
-        for name in _POOLS[kind]:
+        self.kind, self.taken, self.items = kind, 0, []
+        for name in (kind, f"{kind}s"):
             given = record.get(name)
-            given = given if isinstance(given, (list, tuple)) else [given]
-            self += [_pooled(x, kind, name) for x in given if x is not None and not _blank(x)]
-        # How many there were.
-        self.total = len(self)
+            for x in given if isinstance(given, (list, tuple)) else [given]:
+                # A source, the frames of a video, or an object with a source and settings.
+                if isinstance(x, Mapping) and not set(x) <= {*_SOURCES} and not _blank(x):
+                    self.items.append({"type": kind, **_fields(x, _ITEM, f"{name}: ")})
+                elif x is not None and not _blank(x):
+                    self.items.append({"type": kind, kind: x})
+
+    def take(self, where: str, index: Any = None) -> dict[str, Any]:
+        """The next one as a content item. Raises InputError if none is left, or for another index."""
+        if index is not None and index != self.taken:
+            raise InputError(
+                f"{where}index is {index!r}, expected {self.taken}: items take {self.kind}s in order"
+            )
+        if self.taken == len(self.items):
+            one, how = "an image" if self.kind == "image" else "a video", _HOW.format(self.kind)
+            raise InputError(f"{where}a place for {one} without {one} left for it; {how}")
+        self.taken += 1
+        return self.items[self.taken - 1]
 
 
-def _pooled(given: Any, kind: str, name: str) -> dict[str, Any]:
-    """One content item of a source, the frames of a video, or an object with a source and settings."""
-    if isinstance(given, Mapping) and not set(given) <= {*_SOURCES}:
-        return {"type": kind, **_fields(given, _ITEM, f"{name}: ")}
-    return {"type": kind, kind: given}
+_Pools = Mapping[str, _Pool]
 
 
 def _blank(given: Any) -> bool:
@@ -255,20 +234,13 @@ def _blank(given: Any) -> bool:
     return isinstance(given, str) and not given
 
 
-def _with_media(message: dict[str, Any], media: str) -> dict[str, Any]:
-    """A message whose relative paths are resolved from the media folder."""
-    content = message.get("content")
-    if not isinstance(content, list):
-        return message
-
-    def resolved(item: Any) -> Any:
-        if not isinstance(item, Mapping):
-            return item
-        is_video = str(item.get("type")) in (*_VIDEOS, "input_video")
-        kinds = {k: "video" if is_video or k in _VIDEOS else "image" for k in _PLACES}
-        return {k: within(v, kinds[k], media) if k in kinds else v for k, v in item.items()}
-
-    return {**message, "content": [resolved(item) for item in content]}
+def _within(item: Any, media: str) -> Any:
+    """A content item whose relative paths are resolved from the media folder."""
+    if not isinstance(item, Mapping):
+        return item
+    is_video = str(item.get("type")) in (*_VIDEOS, "input_video")
+    kinds = {k: "video" if is_video or k in _VIDEOS else "image" for k in _PLACES}
+    return {k: within(v, kinds[k], media) if k in kinds else v for k, v in item.items()}
 
 
 def without_nulls(value: Any) -> Any:

@@ -36,7 +36,7 @@ class GlobalFeed:
     ):
         self.groups, self.mesh = groups, mesh
         self.pack = divided(pack, groups)
-        mine = _mine(mesh, (1, pack.rows, pack.length), groups)
+        mine = sorted(_mine(mesh, pack, groups))
         data = dataclasses.replace(data, workers=-(-data.workers // len(mine)))
         load = functools.partial(DataLoader, data, self.pack, proc, seed, once=once)
         self.loaders = {g: load(process_index=g, process_count=groups) for g in mine}
@@ -52,47 +52,50 @@ class GlobalFeed:
             left = any(batch is not None for batch in loaded.values())
             if not any(distributed.all_of(left)):
                 raise StopIteration
-            empty = next(iter(self.loaders.values())).empty
-            loaded = {g: empty() if batch is None else batch for g, batch in loaded.items()}
+            loaded = {g: batch or self.loaders[g].batch_of([]) for g, batch in loaded.items()}
         names = [row for d in loaded.values() for row in d.names]
-        packed = self._together({g: d.packed for g, d in loaded.items()})
-        return LoadedBatch(packed, names, self._stats({g: d.stats for g, d in loaded.items()}))
+        packed = jax.tree.map_with_path(self._together, *(d.packed for d in loaded.values()))
+        packed = packed.replace(batch=packed.batch.replace(groups=self.groups))
+        packed = bounded(packed, [d.packed for d in loaded.values()])
+        return LoadedBatch(packed, names, self._stats([d.stats for d in loaded.values()]))
 
-    def _together(self, parts: dict[int, PackedBatch]) -> PackedBatch:
-        """Joins the batches of groups as global arrays [1 ..]."""
-
-        def join(path: Any, *leaves: np.ndarray) -> jax.Array:
-            axis = batch_axis(path)
-            held = dict(zip(parts, leaves, strict=True))
-            if self.mesh is None:
-                return jax.device_put(np.concatenate(leaves, axis)[None])
-            shape = [1, *leaves[0].shape]
-            shape[axis + 1] *= self.groups
-            where = batch_sharding(self.mesh, path, tuple(shape))
-            part = functools.partial(_part, held, axis=axis, total=shape[axis + 1])
-            return jax.make_array_from_callback(tuple(shape), where, part)
-
-        joined = jax.tree_util.tree_map_with_path(join, *parts.values())
-        joined = joined.replace(batch=joined.batch.replace(groups=self.groups))
-        return bounded(joined, list(parts.values()))
-
-    def _stats(self, stats: dict[int, dict[str, float]]) -> dict[str, Any]:
-        """`packing.fill_of` of all groups: means of the fills, sums of the counts."""
-        names = list(next(iter(stats.values())))
-        held = {g: np.array([[each[n] for n in names]], np.float32) for g, each in stats.items()}
+    def _together(self, path: Any, *parts: np.ndarray) -> jax.Array:
+        """One array of the batches of this process's groups as a global array [1 ..]."""
+        axis = batch_axis(path)
         if self.mesh is None:
-            total = np.sum(list(held.values()), 0)[0]
+            return jax.device_put(np.concatenate(parts, axis)[None])
+        shape = (1, *parts[0].shape[:axis], self.groups * parts[0].shape[axis])
+        shape += parts[0].shape[axis + 1 :]
+        return self._global(parts, axis, batch_sharding(self.mesh, path, shape), shape)
+
+    def _stats(self, stats: list[dict[str, float]]) -> dict[str, Any]:
+        """`packing.fill_of` of all groups: means of the fills, sums of the counts."""
+        rows = [np.array([list(each.values())], np.float32) for each in stats]
+        if self.mesh is None:
+            total = np.sum(rows, 0)[0]
         else:
-            shape = (self.groups, len(names))
-            like = jax.ShapeDtypeStruct(shape, np.float32)
-            where = array_sharding(self.mesh, ("batch", None), like)
+            like = jax.ShapeDtypeStruct((1, self.groups, rows[0].size), np.float32)
+            where = array_sharding(self.mesh, (None, "batch", None), like)
+            total = _sum(self._global(rows, 0, where, like.shape))
+        divisors = (self.groups if n.endswith("fill") else 1 for n in stats[0])
+        return {n: x / divisor for n, x, divisor in zip(stats[0], total, divisors)}
 
-            def part(index: Any) -> np.ndarray:
-                return _part(held, (slice(None), *(index or ())), 0, self.groups)[0]
+    def _global(
+        self, parts: Sequence[np.ndarray], axis: int, where: Any, shape: tuple[int, ...]
+    ) -> jax.Array:
+        """The global array [1 ..] of all groups, whose parts are joined along an axis."""
+        held, size = dict(zip(self.loaders, parts, strict=True)), parts[0].shape[axis]
 
-            total = _sum(jax.make_array_from_callback(shape, where, part))
-        divisors = (self.groups if n.endswith("fill") else 1 for n in names)
-        return {n: x / divisor for n, x, divisor in zip(names, total, divisors)}
+        def part(index: Any) -> np.ndarray:
+            first, last, _ = index[axis + 1].indices(shape[axis + 1])
+            begun = first // size
+            needed = [held[g] for g in range(begun, -(-last // size))]
+            joined = needed[0] if len(needed) == 1 else np.concatenate(needed, axis)
+            inner = list(index[1:])
+            inner[axis] = slice(first - begun * size, last - begun * size)
+            return joined[tuple(inner)][None]
+
+        return jax.make_array_from_callback(shape, where, part)
 
     def get_state(self) -> dict[str, Any]:
         """The positions of this process's groups. `global_state` joins those of all processes."""
@@ -159,31 +162,20 @@ def divided(pack: Pack, groups: int) -> Pack:
     return dataclasses.replace(pack, rows=rows, vision_rows=vision_rows, groups=groups)
 
 
-def _mine(mesh: Any, shape: tuple[int, ...], groups: int) -> list[int]:
+def _mine(mesh: Any, pack: Pack, groups: int) -> set[int]:
     """The groups whose rows devices of this process have."""
     if mesh is None:
-        return list(range(groups))
-    where = array_sharding(mesh, (None, "batch", "tokens"), jax.ShapeDtypeStruct(shape, np.int32))
-    rows, found = shape[1], set()
-    held: dict[Any, Any] = dict(where.addressable_devices_indices_map(shape))
-    for index in held.values():
+        return set(range(groups))
+    rows, found = pack.rows, set()
+    like = jax.ShapeDtypeStruct((1, rows, pack.length), np.int32)
+    held: Any = array_sharding(mesh, (None, "batch", "tokens"), like)
+    for index in held.addressable_devices_indices_map(like.shape).values():
         first, last, _ = index[1].indices(rows)
         found |= set(range(first * groups // rows, -(-last * groups // rows)))
-    return sorted(found)
-
-
-def _part(held: dict[int, Any], index: Any, axis: int, total: int) -> np.ndarray:
-    """The part at `index` of a global array [1 ..] of groups joined along an axis of length `total`."""
-    size = next(iter(held.values())).shape[axis]
-    first, last, _ = index[axis + 1].indices(total)
-    groups = range(first // size, -(-last // size))
-    joined = np.concatenate([held[g] for g in groups], axis) if len(groups) > 1 else held[groups[0]]
-    inner = list(index[1:])
-    inner[axis] = slice(first - groups[0] * size, last - groups[0] * size)
-    return joined[tuple(inner)][None]
+    return found
 
 
 @jax.jit
 def _sum(found: jax.Array) -> jax.Array:
-    """Sums over the first axis, known to every process."""
-    return shard(jax.numpy.sum(found, 0), None)
+    """Sums over all but the last axis, known to every process."""
+    return shard(jax.numpy.sum(found, (0, 1)), None)

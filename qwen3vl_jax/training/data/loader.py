@@ -4,11 +4,12 @@ A sample depends only on its place in the stream. Batches are therefore the same
 workers, and the position is the next place and the places of samples that are not packed yet.
 """
 
+import contextlib
 import dataclasses
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -22,14 +23,10 @@ from qwen3vl_jax.training.data.sample import Refusal, Sample
 from qwen3vl_jax.training.data.stream import SHUFFLED, Order, Reader, iterate, make_stream
 from qwen3vl_jax.training.recipe import Data, Pack
 
-# data.bad_fraction is of at least this many records.
-_FEWEST = 100
-# Bad records named in a message.
-_SHOWN = 5
-# Refusals kept by name.
-_KEPT = 1000
-# So few records are read faster without workers.
-_FEW = 500
+_FEWEST = 100  # data.bad_fraction is of at least this many records
+_SHOWN = 5  # bad records named in a message
+_KEPT = 1000  # refusals kept by name
+_FEW = 500  # so few records are read faster without workers
 _MOST_TOO_LARGE = 0.5
 _BATCHES_AHEAD = 2
 
@@ -38,14 +35,9 @@ _BATCHES_AHEAD = 2
 class LoadedBatch:
     """One batch, the names of each row's samples, and its `packing.fill_of`."""
 
-    # A PackedBatch; None once its step runs.
-    packed: Any
+    packed: Any  # a PackedBatch; None once its step runs
     names: list[list[str]]
     stats: dict[str, float]
-
-
-# (the next batch, or None at the end; the state after it; the error that ended it)
-PackResult = tuple[LoadedBatch | None, dict[str, Any], Exception | None]
 
 
 class DataLoader:
@@ -80,15 +72,17 @@ class DataLoader:
             seed=seed,
             process=[process_index, process_count],
         )
-        self._maker = SampleMaker(proc, data, pack)
-        stream = make_stream(self.sources, self._maker, self.order)
-        labelled = any(getattr(source, "vision_labels", False) for source in self.sources)
-        total = sum(map(len, self.sources))
-        self._packer = Packer(stream, self._maker, total, labelled, place)
-        self._state = self._packer.state()
-        self._prefetcher: Prefetcher | None = None
-        # The packer is ahead of the state, because a thread that packed ahead was ended.
-        self._stale = False
+        self._maker, self._place = SampleMaker(proc, data, pack), place
+        self._stream = make_stream(self.sources, self._maker, self.order)
+        self._labelled = any(source.vision_labels for source in self.sources)
+        self._total = sum(map(len, self.sources))
+        self._pixel_type = np.float32 if eight_bit(proc) is proc else np.uint8
+        self._buffers = packing.BufferPool()
+        self._thread: ThreadPoolExecutor | None = None
+        self._ahead: deque[Future[Any]] = deque()
+        self._begin(0)
+        # After the batch that was given last; a thread that packs ahead is further.
+        self._state = self._position()
 
     def __iter__(self) -> Iterator[LoadedBatch]:
         return self
@@ -96,19 +90,19 @@ class DataLoader:
     def __next__(self) -> LoadedBatch:
         """The next batch. Raises StopIteration after one pass with `once`, InputError for bad records."""
         if self._stale:
-            self._packer.restore(self._state)
-            self._stale = False
-        if self._maker.data.workers and self._prefetcher is None:
-            self._prefetcher = Prefetcher(self._packer.step)
-        step = self._prefetcher.take if self._prefetcher else self._packer.step
-        drawn, self._state, error = step()
+            self._restore(self._state)
+        if self._maker.data.workers:
+            self._thread = self._thread or ThreadPoolExecutor(1)
+            while len(self._ahead) <= _BATCHES_AHEAD:
+                self._ahead.append(self._thread.submit(self._step))
+            drawn, self._state, error = self._ahead[0].result()
+        else:
+            drawn, self._state, error = self._step()
         if drawn is None:
             raise error or StopIteration
+        if self._ahead:
+            self._ahead.popleft()
         return drawn
-
-    def empty(self) -> LoadedBatch:
-        """A batch of padding only."""
-        return self._packer.built([])
 
     def global_state(self, state: dict[str, Any]) -> dict[str, Any]:
         """The state for `set_state`: one loader has all of it (see GlobalFeed)."""
@@ -127,8 +121,8 @@ class DataLoader:
                     "same data, or begin a new run"
                 )
         self.close()
-        self._packer.restore(state)
-        self._state, self._stale = self._packer.state(), False
+        self._restore(state)
+        self._state = self._position()
 
     def records(self, count: int) -> list[tuple[str, dict[str, Any]]]:
         """(name, record in chat form) of the first `count` conversations that end in an answer."""
@@ -140,7 +134,7 @@ class DataLoader:
                     return found
                 made = read(index)
                 if isinstance(made, Refusal):
-                    self._packer.keep(made.name, made.reason)
+                    self._keep(made.name, made.reason)
                     continue
                 record = source.read(index)
                 if not isinstance(record, dict):
@@ -149,7 +143,7 @@ class DataLoader:
                 messages = record["messages"]
                 if len(messages) > 1 and messages[-1].get("role") == "assistant":
                     found.append((source.name(index), record))
-        self._state = self._packer.state()
+        self._state = self._position()
         return found
 
     @property
@@ -159,111 +153,85 @@ class DataLoader:
 
     def close(self) -> None:
         """Ends the thread and the workers. The next batch starts them again."""
-        if self._prefetcher is not None:
-            self._prefetcher.stop()
-            self._prefetcher, self._stale = None, True
-            # Their arrays are in the workers' shared memory; `restore` makes them again.
-            self._packer.waiting = []
-        self._packer.end()
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+            self._thread, self._stale = None, True
+            self._ahead.clear()
+            # Their arrays are in the workers' shared memory; `_restore` makes them again.
+            self._waiting = []
+        self._coming.close()
+        self._coming = iterate(self._stream, self._next, self._maker)
 
+    def _begin(self, first: int) -> None:
+        """Goes to a place of the stream with nothing read."""
+        self._coming = iterate(self._stream, first, self._maker)
+        self._next, self._waiting, self._stale = first, list[packing.Pending](), False
+        self._counts = {"read": 0, "bad": 0, "too_large": 0}
+        self._refused: dict[str, str] = {}
 
-@dataclasses.dataclass
-class Packer:
-    """Packs the samples of a stream into batches, and keeps the position to resume from."""
+    def _position(self) -> dict[str, Any]:
+        """The next place, the places of samples not packed yet, and counts, as JSON data."""
+        waiting = [drawn.place for drawn in self._waiting]
+        refused = [list(pair) for pair in self._refused.items()]
+        return {"next": self._next, "waiting": waiting, **self._counts, "refused": refused}
 
-    stream: Any
-    maker: SampleMaker
-    total: int  # records of all sources
-    labelled: bool  # batches have vision_labels
-    place: Callable[[packing.PackedBatch], packing.PackedBatch]
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Makes the samples that were not packed again, and continues at the next place."""
+        self._begin(state["next"])
+        self._counts = {name: state[name] for name in self._counts}
+        self._refused = dict(state["refused"])
+        for place in state["waiting"]:
+            sample = self._stream[place]
+            if isinstance(sample, Refusal):
+                raise InputError(f"{sample.name}: was fine before the run stopped: {sample.reason}")
+            self._waiting.append(packing.Pending(place, sample))
 
-    def __post_init__(self) -> None:
-        self.buffers = packing.BufferPool()
-        proc = self.maker.proc
-        self.pixel_type = np.float32 if eight_bit(proc) is proc else np.uint8
-        self.end: Callable[[], None] = lambda: None
-        self._begin(0)
-
-    def step(self) -> PackResult:
-        """Packs the next batch."""
+    def _step(self) -> tuple[LoadedBatch | None, dict[str, Any], Exception | None]:
+        """(the next batch, None at the end; the position after it; an error, for who asks for it)."""
         try:
-            chosen, self.waiting = packing.choose(self.maker.pack, self.waiting, self._draw)
-            return self.built(chosen) if chosen else None, self.state(), None
+            chosen, self._waiting = packing.choose(self._maker.pack, self._waiting, self._draw)
+            return self.batch_of(chosen) if chosen else None, self._position(), None
         except Exception as error:
-            # It is raised when the batch is asked for.
-            return None, self.state(), error
+            return None, self._position(), error
 
-    def built(self, chosen: Sequence[packing.PackedSample]) -> LoadedBatch:
-        """The batch of chosen samples."""
-        cfg, pack = self.maker.proc.config, self.maker.pack
-        packed = packing.build(cfg, pack, chosen, self.pixel_type, self.labelled, self.buffers)
+    def batch_of(self, chosen: Sequence[packing.PackedSample]) -> LoadedBatch:
+        """The batch of chosen samples; of none: padding only."""
+        cfg, pack = self._maker.proc.config, self._maker.pack
+        kinds = self._pixel_type, self._labelled
+        packed = packing.build(cfg, pack, chosen, *kinds, self._buffers)
         names: list[list[str]] = [[] for _ in range(pack.rows)]
         for found in chosen:
             names[found.row].append(found.sample.name)
-        return LoadedBatch(self.place(packed), names, packing.fill_of(pack, chosen))
-
-    def state(self) -> dict[str, Any]:
-        """The next place, the places of samples not packed yet, and counts, as JSON data."""
-        waiting = [drawn.place for drawn in self.waiting]
-        refused = [list(pair) for pair in self.refused.items()]
-        return {"next": self.next, "waiting": waiting, **self.counts, "refused": refused}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Makes the samples that were not packed again, and continues at the next place."""
-        self._begin(state["next"])
-        self.counts = {name: state[name] for name in self.counts}
-        self.refused = dict(state["refused"])
-        for place in state["waiting"]:
-            sample = self.stream[place]
-            if isinstance(sample, Refusal):
-                raise InputError(f"{sample.name}: was fine before the run stopped: {sample.reason}")
-            self.waiting.append(packing.Pending(place, sample))
-
-    def _begin(self, first: int) -> None:
-        self.end()
-        self.end = lambda: None
-        self.coming: Iterator[Sample | Refusal] | None = None
-        self.next, self.waiting = first, list[packing.Pending]()
-        self.counts = {"read": 0, "bad": 0, "too_large": 0}
-        self.refused: dict[str, str] = {}
+        return LoadedBatch(self._place(packed), names, packing.fill_of(pack, chosen))
 
     def _draw(self) -> packing.Pending | None:
-        """The next sample of the stream, None at its end."""
-        if self.coming is None:
-            self.coming, self.end = iterate(self.stream, self.next, self.maker)
-        for made in self.coming:
-            self.next += 1
-            self.counts["read"] += 1
-            if isinstance(made, Refusal):
-                self._count(made)
-                continue
-            if made.note:
-                self.keep(made.name, made.note)
-            return packing.Pending(self.next - 1, made)
+        """The next sample of the stream, None at its end. Raises InputError for too many refusals."""
+        for made in self._coming:
+            self._next += 1
+            self._counts["read"] += 1
+            if isinstance(made, Sample):
+                if made.note:
+                    self._keep(made.name, made.note)
+                return packing.Pending(self._next - 1, made)
+            self._keep(made.name, made.reason)
+            self._counts["bad" if made.bad else "too_large"] += 1
+            self._check_refusals()
         return None
 
-    def keep(self, name: str, reason: str) -> None:
+    def _keep(self, name: str, reason: str) -> None:
         """Keeps the reason for a record that was left out or cut."""
-        if len(self.refused) < _KEPT:
-            self.refused[name] = reason
+        if len(self._refused) < _KEPT:
+            self._refused[name] = reason
 
-    def _count(self, refusal: Refusal) -> None:
-        """Counts a refusal. Raises InputError if there are too many."""
-        self.keep(refusal.name, refusal.reason)
-        self.counts[_kind(refusal)] += 1
-        read = self.counts["read"]
-        least = max(read, min(_FEWEST, self.total))
-        first = itertools.islice(self.refused.items(), _SHOWN)
+    def _check_refusals(self) -> None:
+        read, fraction = self._counts["read"], self._maker.data.bad_fraction
+        least, epochs = max(read, min(_FEWEST, self._total)), -(-read // max(self._total, 1))
+        first = itertools.islice(self._refused.items(), _SHOWN)
         shown = "; ".join(f"{name}: {reason}" for name, reason in first)
-        fraction, epochs = self.maker.data.bad_fraction, -(-read // max(self.total, 1))
         # The limit of the epochs begun, or at the start what chance allows (four standard deviations).
         early = fraction * least + 4 * (fraction * least) ** 0.5
-        most = min(fraction * epochs * self.total, early)
-        _check_counts(self.counts, most, _MOST_TOO_LARGE * least, fraction, shown)
-
-
-def _kind(refusal: Refusal) -> str:
-    return "bad" if refusal.bad else "too_large"
+        most = min(fraction * epochs * self._total, early)
+        _check_counts(self._counts, most, _MOST_TOO_LARGE * least, fraction, shown)
 
 
 def _check_counts(
@@ -293,14 +261,11 @@ def survey(data: Data, pack: Pack, proc: Processor, report: Callable[[Refusal], 
     order = Order([], [1.0] * len(sources), shuffle=False, once=True, seed=0, process=[0, 1])
     workers = data.workers if total > _FEW else 0
     maker = SampleMaker(proc, dataclasses.replace(data, workers=workers), pack)
-    coming, end = iterate(make_stream(sources, maker, order), 0, maker)
-    try:
+    with contextlib.closing(iterate(make_stream(sources, maker, order), 0, maker)) as coming:
         for made in coming:
             if isinstance(made, Refusal):
-                counts[_kind(made)] += 1
+                counts["bad" if made.bad else "too_large"] += 1
                 report(made)
-    finally:
-        end()
     most, shown = data.bad_fraction * total, "they are named above"
     _check_counts(counts, most, _MOST_TOO_LARGE * total, data.bad_fraction, shown)
 
@@ -312,23 +277,3 @@ def check_answers(loader: Any, count: int) -> None:
             "evaluate.generate: evaluate.sources hold no conversation that ends in an answer "
             "(ready samples have no words); set it to 0"
         )
-
-
-class Prefetcher:
-    """A thread that packs the next batches, in order."""
-
-    def __init__(self, step: Callable[[], PackResult]):
-        self._step, self._thread = step, ThreadPoolExecutor(1)
-        self._coming = deque(self._thread.submit(step) for _ in range(_BATCHES_AHEAD))
-
-    def take(self) -> PackResult:
-        """What the next step gave. The last one is given again after the end."""
-        found = self._coming[0].result()
-        if found[0] is not None:
-            self._coming.popleft()
-            self._coming.append(self._thread.submit(self._step))
-        return found
-
-    def stop(self) -> None:
-        """Waits for the step that is being made."""
-        self._thread.shutdown(cancel_futures=True)

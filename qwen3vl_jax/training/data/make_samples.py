@@ -7,7 +7,9 @@ encoded without special tokens, so each <|im_start|> is the template's own.
 
 import dataclasses
 import functools
+import itertools
 import json
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +21,7 @@ from qwen3vl_jax.processing.encoded_prompt import grids_of
 from qwen3vl_jax.processing.positions import rope_index
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.processing.tokenizer import Tokenizer
-from qwen3vl_jax.training.data.packing import frames_fit
+from qwen3vl_jax.training.data.packing import FreeSpace
 from qwen3vl_jax.training.data.sample import Sample, check_sample
 from qwen3vl_jax.training.recipe import Data, Pack, check_vision_length
 
@@ -40,8 +42,7 @@ class Turn(NamedTuple):
 
     start: int
     end: int
-    # It follows the template's generation prompt, as a generated answer does.
-    prompted: bool
+    prompted: bool  # it follows the template's generation prompt, as a generated answer does
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,19 +150,18 @@ def misfit(pack: Pack, sample: Sample) -> str:
     """Why a sample does not fit an empty batch, or "". pack: the rows of one group."""
     if len(sample.ids) > pack.length:
         return f"{len(sample.ids)} tokens, pack.length is {pack.length}"
-    if not sample.images:
-        return ""
-    largest = max(h * w for _, h, w in (v.grid for v in sample.images))
-    if largest > pack.vision_length or not pack.vision_rows:
-        text = f"an image or frame of {largest} patches"
-        if not pack.vision_rows:
-            return f"{text}, pack.vision_rows is 0; set it to 1 or more"
+    grids = [image.grid for image in sample.images]
+    largest = max((h * w for _, h, w in grids), default=0)
+    text = f"an image or frame of {largest} patches"
+    if grids and not pack.vision_rows:
+        return f"{text}, pack.vision_rows is 0; set it to 1 or more"
+    if largest > pack.vision_length:
         room = f"pack.vision_length is {pack.vision_length}"
         return f"{text}, {room}; data.max_pixels makes it smaller"
-    if not frames_fit(pack, [v.grid for v in sample.images]):
-        total = sum(t * h * w for t, h, w in (v.grid for v in sample.images))
+    empty = FreeSpace(pack)
+    if any(empty.fit_frames(grid) is None for grid in grids):
         room = f"each of {pack.groups} groups of a batch has" if pack.groups > 1 else "a batch has"
-        rows = f"{pack.vision_rows} rows of {pack.vision_length}"
+        total, rows = sum(map(math.prod, grids)), f"{pack.vision_rows} rows of {pack.vision_length}"
         return f"{total} patches in its images and videos, {room} {rows}"
     return ""
 
@@ -172,29 +172,22 @@ def assistant_turns(tokenizer: Tokenizer, ids: np.ndarray, opening: str) -> list
     A token that starts in the head belongs to it. Raises InputError for a turn without an end.
     """
     starts, ends = (np.flatnonzero(ids == tokenizer.id_of(token)) for token in (START, END))
-    head, full = _HEAD.encode(), (_HEAD + opening).encode()
-    turns = []
+    head, full, turns = _HEAD.encode(), (_HEAD + opening).encode(), []
     for start in (starts + 1).tolist():
         after = int(np.searchsorted(ends, start))
         end = int(ends[after]) if after < len(ends) else len(ids)
-        first, said = _behind(tokenizer, ids[start:end], len(head))
-        if not said.startswith(head):
+        # A token is a byte or more.
+        shown = ids[start : min(end, start + len(full))].tolist()
+        texts = [tokenizer.token_bytes(token, skip_special_tokens=False) for token in shown]
+        if not (said := b"".join(texts)).startswith(head):
             continue
         if end == len(ids):
             raise InputError(f"the template leaves an assistant's turn without {END}")
-        behind, said = _behind(tokenizer, ids[start:end], len(full))
         prompted = said.startswith(full)
-        turns.append(Turn(start + (behind if prompted else first), end + 1, prompted))
+        first_bytes = itertools.accumulate(map(len, texts[:-1]), initial=0)
+        opened = sum(at < len(full if prompted else head) for at in first_bytes)
+        turns.append(Turn(start + opened, end + 1, prompted))
     return turns
-
-
-def _behind(tokenizer: Tokenizer, ids: np.ndarray, size: int) -> tuple[int, bytes]:
-    """(number of ids that start within the first `size` bytes of their text, the text of these ids)."""
-    said, count = b"", 0
-    while count < len(ids) and len(said) < size:
-        said += tokenizer.token_bytes(int(ids[count]), skip_special_tokens=False)
-        count += 1
-    return count, said
 
 
 def _targets(
@@ -223,18 +216,13 @@ def _targets(
     return labels, weights
 
 
-def _check_messages(messages: Sequence[Any], own_values: bool, allow_special: bool) -> None:
+def _check_messages(messages: Sequence[dict[str, Any]], own_values: bool, all_roles: bool) -> None:
     """Raises InputError for messages that a processor takes and training does not."""
-    if not isinstance(messages, (list, tuple)):
-        raise InputError(f"messages: found {type(messages).__name__}, expected a list")
     for number, message in enumerate(messages, 1):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise InputError(f"message {number}: expected an object with role and content")
-        role = message["role"]
-        if (role == "assistant" or allow_special) and (token := _reserved(message)):
+        role, content = message.get("role"), message.get("content")
+        if (role == "assistant" or all_roles) and (token := _reserved(message)):
             raise InputError(f"message {number}: the {role} says {token}, which is the template's")
-        content = message.get("content")
-        for item in content if isinstance(content, (list, tuple)) and own_values else ():
+        for item in content if isinstance(content, list) and own_values else ():
             found = [key for key in _OWN_VALUES if isinstance(item, dict) and key in item]
             if found:
                 raise InputError(

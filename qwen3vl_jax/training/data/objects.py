@@ -11,7 +11,7 @@ from typing import Any
 
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.processing.media import load_image
-from qwen3vl_jax.processing.messages import read_conversation
+from qwen3vl_jax.processing.messages import MediaSource, read_item
 
 _TAG = re.compile(r"(?<!\\)<(ref-object|bbox)>")
 _LITERAL = re.compile(r"\\(<(?:ref-object|bbox)>)")
@@ -40,13 +40,12 @@ def with_objects(
     left = {"ref-object": refs, "bbox": _box_texts(messages, objects, boxes)}
 
     def fill(found: re.Match[str]) -> str:
-        if not left[found[1]]:
-            key = _KEYS[found[1]]
-            raise InputError(
-                f"a {found[0]} without an entry of objects.{key} left for it; a tag that is meant as "
-                f"text has a backslash in front of it: \\{found[0]}"
-            )
-        return left[found[1]].pop(0)
+        if left[found[1]]:
+            return left[found[1]].pop(0)
+        raise InputError(
+            f"a {found[0]} without an entry of objects.{_KEYS[found[1]]} left for it; a tag that is "
+            f"meant as text has a backslash in front of it: \\{found[0]}"
+        )
 
     def filled(given: Any) -> Any:
         """A text, the texts of a list of content items, or anything else as it is."""
@@ -82,7 +81,12 @@ def _box_texts(
         raise InputError(f"objects.bbox_type: got {kind!r}, expected {', '.join(_TYPES)}")
     ids += [0] * (len(given) - len(ids))
     contents = [x for message in messages if isinstance(x := message.get("content"), list)]
-    places = [(items, i) for items in contents for i, item in enumerate(items) if _is_image(item)]
+    places: list[tuple[list[Any], int, MediaSource]] = []  # (content, index in it, image)
+    for items in contents if given else ():
+        for i, item in enumerate(items):
+            found: list[MediaSource] = []
+            read_item(item, found, "objects")
+            places += [(items, i, image) for image in found if image.kind == "image"]
     sizes: dict[int, tuple[int, int]] = {}
     for number, at in enumerate(ids, 1):
         if type(at) is not int or not 0 <= at < len(places) or number > len(given):
@@ -91,24 +95,12 @@ def _box_texts(
                 f"{len(places)} image(s) it lies in, from 0"
             )
         if _TYPES[kind] == "pixels" and at not in sizes:
-            sizes[at] = _size(*places[at])
+            items, i, image = places[at]
+            picture = load_image(image.source)
+            items[i] = {**image.settings, "type": "image", "image": picture}
+            sizes[at] = picture.size
     fixed = (1, 1) if kind == "norm1" else (_TOP, _TOP)
     return [_box(box, sizes.get(at, fixed), kind) for box, at in zip(given, ids, strict=True)]
-
-
-def _is_image(item: Any) -> bool:
-    if isinstance(item, Mapping):
-        kind = item.get("type", "image" if "image" in item else "")
-        return kind in ("image", "image_url", "input_image")
-    return not isinstance(item, str)
-
-
-def _size(content: list[Any], at: int) -> tuple[int, int]:
-    """Width and height of a content item's image, which is read once, here."""
-    _, (given,) = read_conversation([{"role": "user", "content": [content[at]]}])
-    image = load_image(given.source)
-    content[at] = {**given.settings, "type": "image", "image": image}
-    return image.size
 
 
 def _box(box: Any, size: tuple[int, int], kind: str) -> str:

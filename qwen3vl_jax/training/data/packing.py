@@ -11,7 +11,7 @@ import mmap
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.struct
 import jax
@@ -24,8 +24,6 @@ from qwen3vl_jax.processing.batch import make_vision
 from qwen3vl_jax.training.data.sample import Sample
 from qwen3vl_jax.training.recipe import Pack
 
-Grid = tuple[int, int, int]
-
 
 class PackedBatch(flax.struct.PyTreeNode):
     """Rows of several samples each. Padding has segment 0, weight 0 and label -100.
@@ -35,8 +33,7 @@ class PackedBatch(flax.struct.PyTreeNode):
     """
 
     batch: Batch
-    # [B T] float32, of each label in the loss; 0 at a sample's first token.
-    weights: jax.Array
+    weights: jax.Array  # [B T] float32, of each label in the loss; 0 at a sample's first token
     # [R] int32, a token that names each image feature, or -100.
     vision_labels: jax.Array | None = None
 
@@ -64,53 +61,35 @@ class FreeSpace:
         self.length, self.vision_length = pack.length, pack.vision_length
         self.tokens = [pack.length] * pack.rows
         self.patches = [pack.vision_length] * pack.vision_rows
-        self.left = pack.rows * pack.length
 
     def place(self, sample: Sample) -> PackedSample | None:
         """Places a sample in the first rows with room, or gives None and changes nothing."""
-        size = len(sample.ids)
-        row = _first(self.tokens, size)
+        size, before, spots = len(sample.ids), self.patches.copy(), []
+        row = next((row for row, free in enumerate(self.tokens) if free >= size), None)
         if row is None:
             return None
-        spots: list[list[tuple[int, int]]] = []
-        before = self.patches.copy()
         for image in sample.images:
-            spot = self.fit_frames(image.grid)
-            if spot is None:
+            if (spot := self.fit_frames(image.grid)) is None:
                 self.patches = before
                 return None
             spots.append(spot)
         start = self.length - self.tokens[row]
         self.tokens[row] -= size
-        self.left -= size
         return PackedSample(sample, row, start, spots)
 
-    def fit_frames(self, grid: Grid) -> list[tuple[int, int]] | None:
+    def fit_frames(self, grid: tuple[int, int, int]) -> list[tuple[int, int]] | None:
         """Places t frames of h x w patches: [(first patch over all rows, patches)], or None."""
-        left, frame = grid[0], grid[1] * grid[2]
-        spot: list[tuple[int, int]] = []
-        row = _first(self.patches, frame)
-        while row is not None:
-            free = self.patches[row]
-            count = min(left, free // frame) * frame
-            spot.append(((row + 1) * self.vision_length - free, count))
-            self.patches[row] -= count
-            left -= count // frame
-            if not left:
-                return spot
-            row = _first(self.patches, frame, row + 1)
+        frame, spot = grid[1] * grid[2], []
+        left = grid[0] * frame
+        for row, free in enumerate(self.patches):
+            if free >= frame:
+                count = min(left, free - free % frame)
+                spot.append(((row + 1) * self.vision_length - free, count))
+                self.patches[row] -= count
+                left -= count
+                if not left:
+                    return spot
         return None
-
-
-def _first(free: Sequence[int], size: int, start: int = 0) -> int | None:
-    """The first row from `start` on with room."""
-    return next((row for row in range(start, len(free)) if free[row] >= size), None)
-
-
-def frames_fit(pack: Pack, grids: Sequence[Grid]) -> bool:
-    """Whether the images and videos of one sample fit an empty batch."""
-    room = FreeSpace(pack)
-    return all(room.fit_frames(grid) is not None for grid in grids)
 
 
 def choose(
@@ -123,12 +102,10 @@ def choose(
     """
     room, chosen, left = FreeSpace(pack), [], []
     coming = iter(pending)
-    while room.left and len(left) < max(pack.lookahead, 1):
-        each = next(coming, None) or draw()
-        if each is None:
+    while any(room.tokens) and len(left) < max(pack.lookahead, 1):
+        if (each := next(coming, None) or draw()) is None:
             break
-        spot = room.place(each.sample)
-        if spot is None:
+        if (spot := room.place(each.sample)) is None:
             left.append(each)
         else:
             chosen.append(spot)
@@ -174,12 +151,12 @@ def build(
     into_rows = _RowFiller((pack.rows, pack.length), starts, [len(s.ids) for s in samples])
     tokens = into_rows([s.ids for s in samples], np.int32)
     labels = into_rows([s.labels for s in samples], np.int32, IGNORE_INDEX)
-    weights: Any = into_rows([s.weights for s in samples], np.float32)
+    weights = into_rows([s.weights for s in samples], np.float32)
     labels.flat[starts], weights.flat[starts] = IGNORE_INDEX, 0.0
     positions = [into_rows([s.positions[i] for s in samples], np.int32) for i in range(3)]
     number = np.arange(1, len(row) + 1) - np.searchsorted(row, row)
-    vision_rows = vision = None
-    named: Any = None
+    segments, delta = into_rows.each(number.astype(np.int32)), np.zeros(pack.rows, np.int32)
+    vision_rows = vision = named = None
     if pack.vision_rows:
         spots = [spot for p in seen for visual in p.spots for spot in visual]
         merged = _consecutive(*np.array(spots, int).reshape(-1, 2).T // cfg.vision.merge_unit)
@@ -188,16 +165,11 @@ def build(
         vision_rows = np.full(at.shape, -1, np.int32)
         vision_rows[at] = merged
         vision = _vision(cfg, pack, seen, pixel_type, buffers or BufferPool())
-        named = _vision_labels(cfg, pack, seen, merged) if with_labels else None
-    host: dict[str, Any] = {
-        "tokens": tokens,
-        "positions": np.stack(positions),
-        "segment_ids": into_rows.each(number.astype(np.int32)),
-        "vision_rows": vision_rows,
-        "delta": np.zeros(pack.rows, np.int32),
-        "labels": labels,
-    }
-    return PackedBatch(Batch(vision=vision, **host), weights=weights, vision_labels=named)
+        if with_labels:
+            named = np.full(vision.lo.size // cfg.vision.merge_unit, IGNORE_INDEX, np.int32)
+            named[merged] = _vision_labels(cfg, [p.sample for p in seen])
+    host: Any = tokens, np.stack(positions), segments, vision_rows, delta, vision, labels
+    return PackedBatch(Batch(*host), weights, cast(Any, named))
 
 
 def _consecutive(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -215,56 +187,49 @@ class _RowFiller:
 
     def __call__(
         self, parts: Sequence[np.ndarray], dtype: Any, fill: int = 0, after: tuple[int, ...] = ()
-    ) -> np.ndarray:
+    ) -> Any:
         """Parts [t after] -> [*shape, after], padded with `fill`."""
         out = np.full((self._shape[0] * self._shape[1], *after), fill, dtype)
         if len(parts):
             out[self._at] = np.concatenate(parts, dtype=dtype)
         return out.reshape(*self._shape, *after)
 
-    def each(self, values: np.ndarray) -> np.ndarray:
+    def each(self, values: np.ndarray) -> Any:
         """Repeats one value [n] over each array's place; 0 for padding."""
         return self([np.repeat(values, self._sizes)], values.dtype)
 
 
-def _vision_labels(
-    cfg: Config, pack: Pack, seen: Sequence[PackedSample], merged: np.ndarray
-) -> np.ndarray:
-    """The label of each image feature of a batch [R]."""
-    unit = cfg.vision.merge_unit
-    out = np.full(pack.vision_rows * pack.vision_length // unit, IGNORE_INDEX, np.int32)
-    labelled = [np.zeros(0, np.int32)]
-    for sample, _, _, spots in seen:
-        count = sum(n for spot in spots for _, n in spot) // unit
+def _vision_labels(cfg: Config, samples: Sequence[Sample]) -> np.ndarray:
+    """The label of each image feature of samples, in order."""
+    found = [np.zeros(0, np.int32)]
+    for sample in samples:
+        count = sum(math.prod(image.grid) for image in sample.images) // cfg.vision.merge_unit
         labels = sample.vision_labels
-        labelled.append(np.full(count, IGNORE_INDEX) if labels is None else labels)
-    out[merged] = np.concatenate(labelled)
-    return out
+        found.append(np.full(count, IGNORE_INDEX) if labels is None else labels)
+    return np.concatenate(found)
 
 
 def _vision(
     cfg: Config, pack: Pack, seen: Sequence[PackedSample], pixel_type: Any, buffers: BufferPool
 ) -> VisionInputs:
     """The images and videos of samples as VisionInputs [W P ..]. Padding attends to nothing."""
-    shape = (pack.vision_rows, pack.vision_length)
-    places, channels = shape[0] * shape[1], math.prod(cfg.vision.patch_shape)
-    memory = buffers.empty(places * channels * np.dtype(pixel_type).itemsize)
+    shape, patch = (pack.vision_rows, pack.vision_length), cfg.vision.patch_shape
+    memory = buffers.empty(math.prod((*shape, *patch)) * np.dtype(pixel_type).itemsize)
     # Not initialised: zeros would be written twice.
-    pixels = memory.view(pixel_type).reshape(places, channels)
-    # (first patch over all rows, tables)
-    frames: list[tuple[int, VisionInputs]] = []
+    pixels: Any = memory.view(pixel_type).reshape(-1, *patch)
+    frames: list[tuple[int, VisionInputs]] = []  # (first patch over all rows, tables)
     # Beside the cache of `_frame`, because hashing a config takes longer than writing an image.
     known: dict[Any, VisionInputs] = {}
     for sample, _, _, spots in seen:
         for image, spot in zip(sample.images, spots, strict=True):
             (_, h, w), done = image.grid, 0
-            table, frame = known.get((h, w)), h * w
-            if table is None:
+            if (table := known.get((h, w))) is None:
                 table = known[h, w] = _frame(cfg, h, w)
             for first, count in spot:
                 given = _as_type(image.patches[done : done + count], pixels.dtype)
-                _write(pixels[first : first + count], given, cfg.vision.patch_shape)
-                frames += [(at, table) for at in range(first, first + count, frame)]
+                # A frame that `one_frame` has left is written twice.
+                pixels[first : first + count] = given.reshape(count, patch[0], -1, *patch[2:])
+                frames += [(at, table) for at in range(first, first + count, h * w)]
                 done += count
     tables: list[Any] = [table for _, table in frames]
     starts = np.array([at for at, _ in frames], int)
@@ -272,15 +237,11 @@ def _vision(
     into_rows = _RowFiller(shape, starts, sizes)
     pixels[into_rows.each(sizes).ravel() == 0] = 0
     first = starts % pack.vision_length
-    host: dict[str, Any] = {
-        "pixels": pixels.reshape(*shape, -1),
-        "pos_index": into_rows([table.pos_index for table in tables], np.int32, after=(4,)),
-        "pos_weight": into_rows([table.pos_weight for table in tables], np.float32, after=(4,)),
-        "coords": into_rows([table.coords for table in tables], np.int32, after=(2,)),
-        "lo": into_rows.each(first.astype(np.int32)),
-        "hi": into_rows.each((first + sizes).astype(np.int32)),
-    }
-    return VisionInputs(**host)
+    pos_index = into_rows([table.pos_index for table in tables], np.int32, after=(4,))
+    pos_weight = into_rows([table.pos_weight for table in tables], np.float32, after=(4,))
+    coords = into_rows([table.coords for table in tables], np.int32, after=(2,))
+    lo, hi = (into_rows.each(x.astype(np.int32)) for x in (first, first + sizes))
+    return VisionInputs(pixels.reshape(*shape, -1), pos_index, pos_weight, coords, lo, hi)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -298,19 +259,8 @@ def one_frame(pixels: np.ndarray, patch_shape: tuple[int, ...]) -> np.ndarray:
     """
     if pixels.dtype != np.uint8 or patch_shape[1] != 2:
         return pixels
-    frames = pixels.reshape(-1, patch_shape[0], 2, patch_shape[2] * patch_shape[3])
-    if not np.array_equal(frames[:, :, 0], frames[:, :, 1]):
-        return pixels
-    return np.ascontiguousarray(frames[:, :, 0]).reshape(len(pixels), -1)
-
-
-def _write(out: np.ndarray, pixels: np.ndarray, patch_shape: tuple[int, ...]) -> None:
-    """Writes patches into out [p C], a frame that `one_frame` has left twice."""
-    if pixels.shape == out.shape:
-        out[:] = pixels
-    else:
-        frames = out.reshape(len(out), patch_shape[0], 2, -1)
-        frames[:] = pixels.reshape(len(out), patch_shape[0], 1, -1)
+    first, second = np.moveaxis(pixels.reshape(-1, *patch_shape), 2, 0)
+    return first.reshape(len(pixels), -1) if np.array_equal(first, second) else pixels
 
 
 def _as_type(pixels: np.ndarray, wanted: np.dtype) -> np.ndarray:
@@ -349,15 +299,15 @@ def fill_of(pack: Pack, chosen: Sequence[PackedSample]) -> dict[str, float]:
 
     pairs, patch_pairs: pairs of tokens and of patches of which one attends to the other.
     """
-    tokens = sum(len(p.sample.ids) for p in chosen)
+    sizes = [len(p.sample.ids) for p in chosen]
     grids = [v.grid for p in chosen for v in p.sample.images]
-    patches = sum(t * h * w for t, h, w in grids)
+    patches = sum(map(math.prod, grids))
     return {
-        "fill": tokens / (pack.rows * pack.length),
+        "fill": sum(sizes) / (pack.rows * pack.length),
         "vision_fill": patches / max(pack.vision_rows * pack.vision_length, 1),
         "samples": float(len(chosen)),
-        "tokens": float(tokens),
+        "tokens": float(sum(sizes)),
         "patches": float(patches),
-        "pairs": float(sum(n * (n + 1) // 2 for n in (len(p.sample.ids) for p in chosen))),
+        "pairs": float(sum(n * (n + 1) // 2 for n in sizes)),
         "patch_pairs": float(sum(t * (h * w) ** 2 for t, h, w in grids)),
     }

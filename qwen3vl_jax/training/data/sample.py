@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
 from qwen3vl_jax.config import IGNORE_INDEX, Config
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.processing.array_checks import check_ids, check_labels, integers
+from qwen3vl_jax.processing.array_checks import check_ids, check_labels, check_shape, integers
 from qwen3vl_jax.processing.encoded_prompt import EncodedImage
 
 
@@ -15,22 +16,16 @@ from qwen3vl_jax.processing.encoded_prompt import EncodedImage
 class Sample:
     """One conversation, ready to be packed: t tokens, r image features."""
 
-    # Its source and record: "chats.jsonl:17".
-    name: str
-    # [t] int32, with a placeholder for each image feature.
-    ids: np.ndarray
-    # [t] int32: the token itself, or -100 if it is not learned. Not shifted.
-    labels: np.ndarray
-    # [t] float32: weights in the loss, 0 where labels are -100.
-    weights: np.ndarray
-    # [3 t] int32: MRoPE positions of this conversation.
-    positions: np.ndarray
+    name: str  # its source and record: "chats.jsonl:17"
+    ids: np.ndarray  # [t] int32, with a placeholder for each image feature
+    labels: np.ndarray  # [t] int32: the token itself, or -100 if it is not learned. Not shifted.
+    weights: np.ndarray  # [t] float32: weights in the loss, 0 where labels are -100
+    positions: np.ndarray  # [3 t] int32: MRoPE positions of this conversation
     # Images and videos in token order. uint8 patches are not normalised yet.
     images: tuple[EncodedImage, ...] = ()
     # [r] int32: a token that names each image feature, or -100.
     vision_labels: np.ndarray | None = None
-    # What was cut off.
-    note: str = ""
+    note: str = ""  # what was cut off
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,13 +47,11 @@ def check_sample(sample: Sample, cfg: Config) -> Sample:
     positions, weights = integers("positions", sample.positions), np.asarray(sample.weights)
     if weights.dtype.kind not in "fiu":
         raise InputError(f"weights: got {weights.dtype}, expected finite numbers from 0")
-    if weights.dtype != np.float32:
-        with np.errstate(over="ignore"):
-            weights = weights.astype(np.float32)
-    arrays = {"labels": labels, "weights": weights, "positions": positions}
-    for name, found in arrays.items():
-        if found.shape != (shape := (3, t) if name == "positions" else (t,)):
-            raise InputError(f"{name}: shape {found.shape}, expected {shape}")
+    with np.errstate(over="ignore"):
+        weights = weights.astype(np.float32, copy=False)
+    for name, found in (("labels", labels), ("weights", weights)):
+        check_shape(name, found, (t,))
+    check_shape("positions", positions, (3, t))
     learned = labels != IGNORE_INDEX
     if ((labels != ids) & learned).any():
         raise InputError("labels: some are neither their own token nor -100; they are not moved")
@@ -71,24 +64,20 @@ def check_sample(sample: Sample, cfg: Config) -> Sample:
         raise InputError("positions: expected whole numbers from 0")
     if not weights[1:].any():
         raise InputError("nothing to learn: no assistant turn is rendered that is switched on")
-    images, rows = _check_images(sample, ids, cfg)
-    seen = sample.vision_labels
+    rows, seen = _check_images(sample.images, ids, cfg), sample.vision_labels
     if seen is not None:
         seen = check_labels("vision_labels", seen, cfg.text.vocab_size)
-        if seen.shape != (rows,):
-            raise InputError(f"vision_labels: shape {seen.shape}, expected ({rows},)")
-    positions = positions.astype(np.int32)
-    return Sample(sample.name, ids, labels, weights, positions, images, seen, sample.note)
+        check_shape("vision_labels", seen, (rows,))
+    arrays, images = (ids, labels, weights, positions.astype(np.int32)), tuple(sample.images)
+    return Sample(sample.name, *arrays, images, seen, sample.note)
 
 
-def _check_images(
-    sample: Sample, ids: np.ndarray, cfg: Config
-) -> tuple[tuple[EncodedImage, ...], int]:
-    """A sample's images and videos in order, and their merged rows. Raises InputError."""
+def _check_images(images: Sequence[EncodedImage], ids: np.ndarray, cfg: Config) -> int:
+    """The number of image features of a sample's images and videos. Raises InputError."""
     unit, side = cfg.vision.merge_unit, cfg.vision.spatial_merge_size
     width, rows, last = math.prod(cfg.vision.patch_shape), 0, 0
     left = (ids == cfg.image_token_id) | (ids == cfg.video_token_id)
-    for number, image in enumerate(sample.images, 1):
+    for number, image in enumerate(images, 1):
         where, (t, h, w), patches = f"images {number}: ", image.grid, image.patches
         if min(t, h, w) < 1 or h % side or w % side or (t > 1 and not image.is_video):
             raise InputError(
@@ -101,8 +90,7 @@ def _check_images(
         if patches.dtype == np.float32 and not np.isfinite(patches).all():
             raise InputError(f"{where}patches are not all finite")
         token = cfg.video_token_id if image.is_video else cfg.image_token_id
-        at = slice(image.start, image.end)
-        merged = t * h * w // unit
+        at, merged = slice(image.start, image.end), t * h * w // unit
         if image.start < last or np.count_nonzero(ids[at] == token) != merged:
             raise InputError(
                 f"{where}expected {merged} placeholders of its kind from token {image.start} to "
@@ -112,4 +100,4 @@ def _check_images(
         rows, last = rows + merged, image.end
     if left.any():
         raise InputError(f"ids: {np.count_nonzero(left)} placeholders without an image or video")
-    return tuple(sample.images), rows
+    return rows

@@ -1,28 +1,36 @@
-"""The sample stream: grain shuffles, mixes and shards the records; workers make the samples."""
+"""The sample stream: grain shuffles, mixes and shards the records; workers make the samples.
 
+A worker sends a group of samples with all their arrays in one block, which grain moves through shared
+memory. Where that has no room the block is bytes, which go through the pipe.
+"""
+
+import contextlib
 import dataclasses
 import functools
 import multiprocessing
 import os
+import pickle
+import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import numpy as np
 
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.processing.encoded_prompt import EncodedImage
 from qwen3vl_jax.training.data.make_samples import SampleMaker, TooLarge
+from qwen3vl_jax.training.data.packing import one_frame
 from qwen3vl_jax.training.data.records import Records
 from qwen3vl_jax.training.data.sample import Refusal, Sample
-from qwen3vl_jax.training.data.worker_transport import pack
 
-# Samples that a worker hands over at a time.
-GROUP = 16
-# Groups that a worker has ready.
-AHEAD = 2
+GROUP = 16  # samples that a worker hands over at a time
+AHEAD = 2  # groups that a worker has ready
 # A source as long as this, which only a class can be, is not shuffled: it is random itself.
 SHUFFLED = 2**31
+_SHARED = "/dev/shm"  # where shared memory is a file system; often a small one, in containers
+_SPARE = 16  # blocks that must have room: other workers write at the same time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,47 +82,43 @@ def make_stream(sources: Sequence[Records], maker: SampleMaker, order: Order) ->
         part = part if order.once else part.repeat()
         part = part.slice(slice(index, None, count)).map(Reader(records, maker))
         parts += [part] if len(part) else []  # one pass over fewer records than processes
-    if not parts:
-        return ()
-    if len(parts) == 1:
-        return parts[0]
+    if len(parts) < 2:
+        return parts[0] if parts else ()
     if order.once:
         return grain.MapDataset.concatenate(parts)
     return grain.MapDataset.mix(parts, order.weights)
 
 
-def iterate(
-    stream: Any, first: int, maker: SampleMaker
-) -> tuple[Iterator[Any], Callable[[], None]]:
-    """(the samples from place `first` on, in order for any number of workers; a function to end them)."""
+def iterate(stream: Any, first: int, maker: SampleMaker) -> Generator[Sample | Refusal]:
+    """The samples from place `first` on, in order for any number of workers, which end with it.
+
+    Raises InputError if a worker has died.
+    """
     workers, patch_shape = maker.data.workers, maker.proc.config.vision.patch_shape
     if not workers or not len(stream):
-        return (stream[place] for place in range(first, len(stream))), lambda: None
+        yield from (stream[place] for place in range(first, len(stream)))
+        return
     import grain
     from absl import flags
 
     if not flags.FLAGS.is_parsed():
         # grain's workers read absl flags, which nothing parses here.
         flags.FLAGS.mark_as_parsed()
-    pack_group = functools.partial(pack, patch_shape)
-    groups = stream.slice(slice(first, None)).batch(GROUP, batch_fn=pack_group)
-    reading = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    send = functools.partial(SampleBlock.of, patch_shape)
+    groups = stream.slice(slice(first, None)).batch(GROUP, batch_fn=send)
+    single = groups.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=AHEAD)
-    single = groups.to_iter_dataset(reading)
     iterator: Any = iter(single.mp_prefetch(options, worker_init_fn=_begin_worker))
-    return _one_by_one(iterator), iterator.close
-
-
-def _one_by_one(groups: Iterator[Any]) -> Iterator[Any]:
-    """The samples of groups. Raises InputError if a worker has died."""
     try:
-        for group, block in groups:
+        for group, block in iterator:
             yield from group.unpack(block)
     except RuntimeError as error:
         raise InputError(
             f"data.workers: a worker process ended ({error}). Too little memory is the usual reason: "
             "lower data.workers or data.max_pixels"
         ) from error
+    finally:
+        iterator.close()
 
 
 def _begin_worker(index: int, count: int) -> None:
@@ -133,3 +137,50 @@ def _begin_worker(index: int, count: int) -> None:
             os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleBlock:
+    """A group of samples and refusals, pickled without the bytes of its arrays."""
+
+    pickled: bytes
+    sizes: list[int]  # of each array in the block, in bytes
+
+    @classmethod
+    def of(
+        cls, patch_shape: tuple[int, ...], group: Sequence[Sample | Refusal]
+    ) -> tuple["SampleBlock", np.ndarray | bytes]:
+        """A group and its block of arrays. Images are sent as one frame, not two equal ones."""
+        frames: dict[int, np.ndarray] = {}  # by id: pickle sends what samples share once
+
+        def light(image: EncodedImage) -> EncodedImage:
+            if (key := id(image.patches)) not in frames:
+                frames[key] = one_frame(image.patches, patch_shape)
+            return type(image)(frames[key], image.grid, image.start, image.end)
+
+        sent = [
+            dataclasses.replace(item, images=tuple(map(light, item.images)))
+            if isinstance(item, Sample)
+            else item
+            for item in group
+        ]
+        arrays: list[pickle.PickleBuffer] = []
+        pickled = pickle.dumps(sent, protocol=5, buffer_callback=arrays.append)
+        parts = [array.raw() for array in arrays]
+        block = b"".join(parts)
+        given = np.frombuffer(block, np.uint8) if _has_room(block) else block
+        return cls(pickled, [len(part) for part in parts]), given
+
+    def unpack(self, block: Any) -> list[Sample | Refusal]:
+        """The group. Its arrays are views of the block."""
+        view, ends = memoryview(block), np.cumsum(self.sizes, dtype=int).tolist()
+        parts = [view[end - size : end] for end, size in zip(ends, self.sizes)]
+        return pickle.loads(self.pickled, buffers=parts)
+
+
+def _has_room(block: bytes) -> bool:
+    """Whether shared memory takes a block: a write past its end kills the process."""
+    with contextlib.suppress(OSError):
+        free = shutil.disk_usage(_SHARED).free if os.access(_SHARED, os.W_OK) else 0
+        return free > _SPARE * len(block)
+    return False

@@ -1,9 +1,10 @@
 """`--dry-run`: what a recipe would train, hold and see, without reading or making a weight."""
 
-import contextlib
 import dataclasses
+import functools
 import itertools
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def dry_run(recipe: Recipe, console: Console | None = None) -> None:
     Raises InputError for all that a run refuses; where that is the data, after all else is printed.
     """
     console = console or Console(soft_wrap=False, highlight=False)
+    say = functools.partial(console.print, markup=False, soft_wrap=True)
     cfg, proc, missing = _opened(recipe)
     check_mesh(layout_mesh(recipe.mesh.sizes), cfg, train_model.shapes(cfg))
     if recipe.init == "checkpoint" and kind(as_path(recipe.ckpt)) == "folder":
@@ -52,25 +54,27 @@ def dry_run(recipe: Recipe, console: Console | None = None) -> None:
     try:
         check_sources(recipe)
         if proc is not None:
-            wrong += _survey(recipe, proc, console)
-            drawn, records = _draw(recipe, proc)
+            wrong += _survey(recipe, proc, say)
+            # As the run would draw them.
+            data = dataclasses.replace(recipe.data, workers=0)
+            loader = DataLoader(data, recipe.pack, proc, recipe.seed)
+            drawn, records = list(itertools.islice(loader, _BATCHES)), sum(map(len, loader.sources))
     except InputError as error:
         wrong.append(error)
-    _say(console, "\n".join(_steps(recipe, drawn, records)))
+    say(_steps(recipe, drawn, records))
     if proc is not None and drawn:
-        text = rendered(proc.tokenizer, cfg, drawn[0], marks=console.color_system is None)
-        console.print(text, soft_wrap=True)
+        say(rendered(proc.tokenizer, cfg, drawn[0], marks=console.color_system is None))
     for line in missing:
-        _say(console, line)
+        say(line)
     if wrong:
         raise wrong[0]
 
 
-def _survey(recipe: Recipe, proc: Processor, console: Console) -> list[InputError]:
+def _survey(recipe: Recipe, proc: Processor, say: Callable[[str], None]) -> list[InputError]:
     """Names what training and evaluation leave out; gives why a run would refuse either."""
 
     def tell(refusal: Refusal) -> None:
-        _say(console, f"left out: {refusal.name}: {' '.join(refusal.reason.split())}")
+        say(f"left out: {refusal.name}: {' '.join(refusal.reason.split())}")
 
     wrong, asked = [], recipe.evaluate
     held_out = dataclasses.replace(recipe.data, sources=asked.sources, shuffle=False)
@@ -82,10 +86,6 @@ def _survey(recipe: Recipe, proc: Processor, console: Console) -> list[InputErro
         except InputError as error:
             wrong.append(error)
     return wrong
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, soft_wrap=True)
 
 
 def _opened(recipe: Recipe) -> tuple[Config, Processor | None, list[str]]:
@@ -113,14 +113,12 @@ def _with_new_tokens(recipe: Recipe, directory: str) -> tuple[Config, Processor]
 
 
 def _parameters(recipe: Recipe, cfg: Config, parts: memory_estimate.Held) -> Table:
-    table = number_table(
-        f"{recipe.ckpt}: parameters", "group", "trained", "frozen", "learning rate x"
-    )
+    columns = "group", "trained", "frozen", "learning rate x"
+    table = number_table(f"{recipe.ckpt}: parameters", *columns)
     groups = parts.by_group(recipe, cfg)
     for group, (trained, frozen, rates) in groups.items():
         table.add_row(group, f"{trained:,}", f"{frozen:,}", " ".join(f"{r:g}" for r in rates))
-    trained = sum(row[0] for row in groups.values())
-    frozen = sum(row[1] for row in groups.values())
+    trained, frozen = sum(row[0] for row in groups.values()), sum(row[1] for row in groups.values())
     table.add_section()
     share = f"{trained / max(trained + frozen, 1):.2%} trained"
     table.add_row("all", f"{trained:,}", f"{frozen:,}", share)
@@ -137,9 +135,8 @@ def number_table(title: str, first: str, *others: str) -> Table:
 
 
 def _memory(recipe: Recipe, cfg: Config, parts: memory_estimate.Held) -> Table:
-    devices = recipe.mesh.devices
+    devices, found = recipe.mesh.devices, memory_estimate.memory(recipe, cfg, parts)
     title = f"memory of each of {devices:,} devices" if devices > 1 else "memory of the device"
-    found = memory_estimate.memory(recipe, cfg, parts)
     total = sum(found.values())
     unit, name = (2**30, "GiB") if total >= 2**30 else (2**20, "MiB")
     table = number_table(title, "part", name)
@@ -150,30 +147,22 @@ def _memory(recipe: Recipe, cfg: Config, parts: memory_estimate.Held) -> Table:
     return table
 
 
-def _draw(recipe: Recipe, proc: Processor) -> tuple[list[Any], int]:
-    """Some batches as the run would draw them, and how many records the sources have."""
-    data = dataclasses.replace(recipe.data, workers=0)
-    with contextlib.closing(DataLoader(data, recipe.pack, proc, recipe.seed)) as feed:
-        return list(itertools.islice(feed, _BATCHES)), sum(map(len, feed.sources))
-
-
-def _steps(recipe: Recipe, drawn: list[Any], records: int) -> list[str]:
+def _steps(recipe: Recipe, drawn: list[Any], records: int) -> str:
     pack, many = recipe.pack, recipe.step.accumulate
-    places = pack.rows * pack.length * many
-    lines = [
+    text = (
         f"steps: {recipe.steps:,}, each {many} x {pack.rows} rows of {pack.length:,} tokens = "
-        f"{places:,} places, and {many} x {pack.vision_rows} rows of {pack.vision_length:,} patches"
-    ]
-    if drawn:
-        names = ("fill", "vision_fill", "samples")
-        fill, vision, samples = np.mean([[d.stats[name] for name in names] for d in drawn], 0)
-        seen = samples * many * recipe.steps
-        lines += [
-            f"filled: {fill:.0%} of tokens, {vision:.0%} of patches, {samples * many:.1f} samples a "
-            f"step (of {len(drawn)} batches)",
-            f"epochs: about {seen / max(records, 1):.2f} of {records:,} records",
-        ]
-    return lines
+        f"{pack.rows * pack.length * many:,} places, and {many} x {pack.vision_rows} rows of "
+        f"{pack.vision_length:,} patches"
+    )
+    if not drawn:
+        return text
+    names = ("fill", "vision_fill", "samples")
+    fill, vision, samples = np.mean([[d.stats[name] for name in names] for d in drawn], 0)
+    epochs = samples * many * recipe.steps / max(records, 1)
+    return (
+        f"{text}\nfilled: {fill:.0%} of tokens, {vision:.0%} of patches, {samples * many:.1f} samples "
+        f"a step (of {len(drawn)} batches)\nepochs: about {epochs:.2f} of {records:,} records"
+    )
 
 
 def rendered(tokenizer: Tokenizer, cfg: Config, drawn: Any, marks: bool) -> Text:

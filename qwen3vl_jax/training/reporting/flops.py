@@ -12,7 +12,6 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.runtime.chips import peak_flops
@@ -21,15 +20,8 @@ from qwen3vl_jax.training.recipe import Recipe
 
 # Where a batch passes each group: a trained one needs the gradient of all that is behind it, and of
 # its own tower, which is many layers.
-_PLACE = {
-    "vision": 0,
-    "merger": 1,
-    "embeddings": 2,
-    "text": 3,
-    "router": 3,
-    "experts": 3,
-    "head": 4,
-}
+_PLACE = {"vision": 0, "merger": 1, "embeddings": 2, "text": 3, "head": 4}
+_PLACE |= {"router": _PLACE["text"], "experts": _PLACE["text"]}
 _TOWERS = (0, 3)
 _ATTENTION = {"attention": "text", "vision_attention": "vision"}
 
@@ -47,19 +39,17 @@ class Counts:
 def forward_flops(cfg: Config, work: Counts) -> dict[str, float]:
     """FLOPs of one forward pass by group of parameters; "attention" and "vision_attention" have none."""
     t, c = cfg.text, cfg.vision
-    heads = t.num_attention_heads * t.head_dim
-    keys = t.num_key_value_heads * t.head_dim
+    heads, keys = t.num_attention_heads * t.head_dim, t.num_key_value_heads * t.head_dim
     weights = {"text": t.hidden_size * (2 * heads + 2 * keys)}
     if t.num_experts:
-        weights["router"] = t.hidden_size * t.num_experts
         expert = 3 * t.hidden_size * t.moe_intermediate_size
+        weights["router"] = t.hidden_size * t.num_experts
         weights["experts"] = t.num_experts_per_tok * expert
     else:
         weights["text"] += 3 * t.hidden_size * t.intermediate_size
     wide, mergers = c.hidden_size * c.merge_unit, 1 + len(c.deepstack_visual_indexes)
     block = 4 * c.hidden_size**2 + 2 * c.hidden_size * c.intermediate_size
-    patch = int(np.prod(c.patch_shape)) * c.hidden_size
-    rows = work.patches // c.merge_unit
+    patch, rows = math.prod(c.patch_shape) * c.hidden_size, work.patches // c.merge_unit
     out = {name: 2.0 * work.tokens * t.num_hidden_layers * n for name, n in weights.items()}
     return out | {
         "attention": 4.0 * work.pairs * t.num_hidden_layers * heads,
@@ -95,10 +85,8 @@ def step_flops(
         # Attention multiplies two activations; other parts one and weights.
         back = _goes_back(name, first)
         total += flops * (back + (back if name in _ATTENTION else name in trained))
-    rows = work.patches // cfg.vision.merge_unit
-    for name, count in adapters.items():
-        passed = {"vision": work.patches, "merger": rows}.get(name, work.tokens)
-        total += 6.0 * count * passed
+    passed = {"vision": work.patches, "merger": work.patches // cfg.vision.merge_unit}
+    total += sum(6.0 * count * passed.get(name, work.tokens) for name, count in adapters.items())
     return total + (_again(cfg, parts, first, remat) if remat else 0.0)
 
 
@@ -125,8 +113,8 @@ def _again(cfg: Config, parts: Mapping[str, float], first: int, remat: str) -> f
         "text": 2 * mlp / (attention + 3 * mlp),
         "vision": c.depth * c.intermediate_size / tower,
     }
-    experts = dict.fromkeys(("router", "experts"), 1.0)
-    cheap = experts | dict.fromkeys(("vision_attention", "attention"), 1.0)
+    experts = {"router": 1.0, "experts": 1.0}
+    cheap = {**experts, "vision_attention": 1.0, "attention": 1.0}
     full = {
         "text": (attention + 2 * mlp) / (attention + 3 * mlp),
         "vision": c.depth * (block - c.intermediate_size) / tower,

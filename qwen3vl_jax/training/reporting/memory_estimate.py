@@ -15,15 +15,10 @@ from qwen3vl_jax.checkpoint.param_paths import nest, parse_path
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.device_mesh import layout_mesh
 from qwen3vl_jax.model.structs import FEW, Params
-from qwen3vl_jax.training import param_groups, train_model
+from qwen3vl_jax.training import param_groups, state_sharding, train_model
 from qwen3vl_jax.training.param_groups import Flat, MergeParams
 from qwen3vl_jax.training.recipe import Recipe, few_bits
 from qwen3vl_jax.training.stacked_load import stacked
-from qwen3vl_jax.training.state_sharding import (
-    params_shardings,
-    state_shardings,
-    with_shardings,
-)
 
 # In fp32, or in 16 bits beside a copy of their weights in 16 bits: as many bytes.
 GRADIENTS = "gradients"
@@ -39,9 +34,7 @@ class Held(NamedTuple):
     state: Any  # TrainState
     merge: Any = None  # param_groups.MergeParams
 
-    def by_group(
-        self, recipe: Recipe, cfg: Config
-    ) -> dict[str, tuple[int, int, tuple[float, ...]]]:
+    def by_group(self, recipe: Recipe, cfg: Config) -> dict[str, tuple[int, int, tuple]]:
         """{group: (parameters trained, parameters frozen, factors of the learning rate)}."""
         sparse = bool(cfg.text.num_experts)
         rates = param_groups.learning_rates(list(self.weights), recipe.train.rates, sparse)
@@ -52,21 +45,18 @@ class Held(NamedTuple):
             trained = param_groups.matching(self.weights, group, sparse)
             frozen = param_groups.matching(self.frozen.keys() - scales, group, sparse)
             if trained or frozen:
-                counts = (
-                    sum(math.prod(self.weights[n].shape) for n in trained),
-                    sum(math.prod(self.frozen[n].shape) for n in frozen),
-                )
-                out[group] = (*counts, tuple(sorted({rates[n] for n in trained})))
+                count = sum(math.prod(self.weights[n].shape) for n in trained)
+                left = sum(math.prod(self.frozen[n].shape) for n in frozen)
+                out[group] = count, left, tuple(sorted({rates[n] for n in trained}))
         return out
 
 
 def held(recipe: Recipe, cfg: Config) -> Held:
     """What a run of this recipe would hold. Raises InputError as `train_model.split_trainable` does."""
-    merges: list[MergeParams] = []
+    merges: list[MergeParams] = []  # it knows names and no arrays
 
     def split(params: Params) -> tuple[Flat, Flat]:
         weights, frozen, merge = train_model.split_trainable(recipe, cfg, params)
-        # It knows names and no arrays.
         merges.append(merge)
         return weights, frozen
 
@@ -96,15 +86,14 @@ def _params(recipe: Recipe, cfg: Config) -> Params:
 
 def on_mesh(recipe: Recipe, cfg: Config, parts: Held, mesh: Any) -> dict[str, Any]:
     """{part: arrays with their shardings} of all that a run holds between steps."""
-    state = with_shardings(parts.state, state_shardings(mesh, cfg, parts.state))
-    frozen = with_shardings(parts.frozen, params_shardings(mesh, cfg, parts.frozen))
+    of_state = state_sharding.state_shardings(mesh, cfg, parts.state)
+    of_frozen = state_sharding.params_shardings(mesh, cfg, parts.frozen)
+    state = state_sharding.with_shardings(parts.state, of_state)
+    gradients = {n: x.update(dtype=jnp.float32) for n, x in state.weights.items()}
     return {
         f"trained weights ({recipe.step.weights})": state.weights,
-        "frozen weights": frozen,
-        GRADIENTS: {
-            n: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding)
-            for n, x in state.weights.items()
-        },
+        "frozen weights": state_sharding.with_shardings(parts.frozen, of_frozen),
+        GRADIENTS: gradients,
         f"optimizer ({recipe.optimizer.name})": state.optimizer,
         "compensation": state.compensation,
         "moving average": state.average,
@@ -126,10 +115,11 @@ def memory(recipe: Recipe, cfg: Config, parts: Held) -> dict[str, int]:
     found = held_bytes(on_mesh(recipe, cfg, parts, layout_mesh(recipe.mesh.sizes)))
     if GRADIENTS in found and recipe.step.accumulate > 1:
         found[GRADIENTS] *= 2
-    found |= {
-        f"activations (remat {recipe.step.remat}), about": _activations(recipe, cfg, parts),
-        "logits of a chunk of the loss": _logits(recipe, cfg),
-    }
+    found[f"activations (remat {recipe.step.remat}), about"] = _activations(recipe, cfg, parts)
+    # Of some words for all tokens, and their gradient, in fp32.
+    tokens = recipe.pack.rows * recipe.pack.length / recipe.mesh.devices
+    logits = round(2 * 4 * tokens * min(recipe.step.loss_chunk, cfg.text.vocab_size))
+    found["logits of a chunk of the loss"] = logits
     return {name: size for name, size in found.items() if size}
 
 
@@ -148,12 +138,6 @@ def with_remat(recipe: Recipe, cfg: Config, room: int) -> Recipe:
     return tried
 
 
-def _logits(recipe: Recipe, cfg: Config) -> int:
-    """Bytes of the logits of some words for all tokens, and of their gradient, in fp32."""
-    tokens = recipe.pack.rows * recipe.pack.length / recipe.mesh.devices
-    return round(2 * 4 * tokens * min(recipe.step.loss_chunk, cfg.text.vocab_size))
-
-
 def _activations(recipe: Recipe, cfg: Config, parts: Held) -> int:
     """Bytes kept from the forward pass of one micro batch, and of one layer that is computed again."""
     t, v, split = cfg.text, cfg.vision, recipe.mesh.devices
@@ -169,13 +153,10 @@ def _activations(recipe: Recipe, cfg: Config, parts: Held) -> int:
     tokens = recipe.pack.rows * recipe.pack.length / split
     patches = recipe.pack.vision_rows * recipe.pack.vision_length / split
     # A frozen tower keeps nothing.
-    sparse = bool(t.num_experts)
-    seen = any(param_groups.group_of(name, sparse) == "vision" for name in parts.weights)
+    seen = param_groups.matching(parts.weights, "vision", bool(t.num_experts))
+    towers = (tokens, t.num_hidden_layers, text), (patches, v.depth if seen else 0, image)
     total = 0.0
-    for places, layers, (stream, narrow, wide, attended) in (
-        (tokens, t.num_hidden_layers, text),
-        (patches, v.depth if seen else 0, image),
-    ):
+    for places, layers, (stream, narrow, wide, attended) in towers:
         all_of_one = 2 * stream + 1.5 * (narrow + wide)  # with norms and activations
         kept = {
             "full": stream,

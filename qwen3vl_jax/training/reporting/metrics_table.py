@@ -31,7 +31,7 @@ class Table:
         rows = [row for row in read_table(path) if int(row[STEP]) <= first]
         self._columns = list(rows[0]) if rows else []
         self.steps = {int(row[STEP]) for row in rows}
-        self._rewrite(rows)
+        self._open(rows)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Adds the row of a step; a column that was not there before is empty in earlier rows."""
@@ -41,22 +41,16 @@ class Table:
             self.sync()
             rows = read_table(self._path)
             self._columns += new
-            self._rewrite([*rows, row])
+            self.close()
+            self._open([*rows, row])
         else:
             self._file.write(self._text([row]))
 
-    def sync(self) -> None:
-        """Has all rows where others can read them."""
-        self._file.sync()
-
-    def close(self) -> None:
-        self._file.close()
-
-    def _rewrite(self, rows: list[dict[str, str]]) -> None:
-        if hasattr(self, "_file"):
-            self._file.close()
+    def _open(self, rows: list[dict[str, str]]) -> None:
         head = ",".join(self._columns) + "\n" if self._columns else ""
         self._file = Growing(self._path, head + self._text(rows))
+        # sync: has all rows where others can read them.
+        self.sync, self.close = self._file.sync, self._file.close
 
     def _text(self, rows: list[dict[str, str]]) -> str:
         out = io.StringIO()
@@ -101,10 +95,13 @@ def draw_curves(metrics: Path, evaluation: Path, out: Path) -> None:
         for axes, (title, names, held_out) in zip(figure.subplots(2, 3).flat, _PANELS):
             axes.set_title(title)
             axes.set_xlabel(STEP)
-            for name in names:
-                _line(axes, trained, name, name, ".-" if len(trained) < 50 else "-")
-            for name in held_out:
-                _line(axes, evaluated, name, f"evaluation {name}", "o--")
+            style = ".-" if len(trained) < 50 else "-"
+            lines = [(trained, name, name, style) for name in names]
+            lines += [(evaluated, name, f"evaluation {name}", "o--") for name in held_out]
+            for rows, name, label, style in lines:
+                points = [(int(row[STEP]), float(row[name])) for row in rows if row.get(name)]
+                if points:
+                    axes.plot(*zip(*points), style, label=label, linewidth=1, markersize=3)
             if len(axes.lines) > 1:
                 axes.legend()
             if title == "gradient norm" and all(float(r["grad_norm"]) > 0 for r in trained):
@@ -112,9 +109,3 @@ def draw_curves(metrics: Path, evaluation: Path, out: Path) -> None:
         drawn = io.BytesIO()
         figure.savefig(drawn, dpi=110, format="png")
         out.write_bytes(drawn.getvalue())
-
-
-def _line(axes, rows: list[dict[str, str]], name: str, label: str, style: str) -> None:
-    points = [(int(row[STEP]), float(row[name])) for row in rows if row.get(name)]
-    if points:
-        axes.plot(*zip(*points), style, label=label, linewidth=1, markersize=3)

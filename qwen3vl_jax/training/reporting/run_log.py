@@ -3,16 +3,19 @@
 import csv
 import dataclasses
 import io
+import sys
 import time
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress
 
 from qwen3vl_jax.storage.json_text import write_json
 from qwen3vl_jax.storage.paths import absolute, make_folder
@@ -20,15 +23,18 @@ from qwen3vl_jax.storage.remote_files import Mirrored, write_atomic
 from qwen3vl_jax.training.evaluate import Answered
 from qwen3vl_jax.training.recipe import Recipe
 from qwen3vl_jax.training.reporting.metrics_table import Table, draw_curves
-from qwen3vl_jax.training.reporting.progress import Progress
 from qwen3vl_jax.training.run_dir import EVALUATION
 
 METRICS, REFUSED, CURVES = "metrics.csv", "refused.csv", "curves.png"
 _SHOWN = 400  # characters of a question or an answer in the log
+_SMOOTH = 0.9  # of the seconds a step takes, for the time that is left
 
 
 class RunLogger:
-    """The log of a run. Use it as a context manager; `first` is the step it goes on from."""
+    """The log of a run. Use it as a context manager; `first` is the step it goes on from.
+
+    Progress is a live bar on stderr's terminal, or lines on stdout where there is none.
+    """
 
     def __init__(self, out: Path, recipe: Recipe, first: int = 0):
         self.out, self.recipe, self.first = out, recipe, first
@@ -36,27 +42,38 @@ class RunLogger:
         self.evaluations = Table(out / EVALUATION, first)
         # The steps that evaluation.csv has a row of.
         self.evaluated = self.evaluations.steps
-        self.progress = Progress(recipe.steps, first)
-        self.log, self.compiling = self.progress.log, self.progress.compiling
+        self._console = Console(stderr=sys.stderr.isatty())
+        self._live, self._pace = self._console.is_terminal, None
+        columns = "step", MofNCompleteColumn(), BarColumn(20), "{task.description}"
+        self._bar = Progress(*columns, console=self._console, disable=not self._live)
+        self._task = self._bar.add_task("compiling", total=recipe.steps, completed=first)
         self._others = Mirrored(out)
-        self._board = _board(self._others.folder, recipe, first)
-        self._wandb = _wandb(out, self._others.folder, recipe)
+        folder, told = self._others.folder, recipe.report
+        self._board = _board(folder, first) if told.tensorboard else None
+        self._wandb = _wandb(out, folder, recipe) if told.wandb else None
         self._refused = _read_refused(out / REFUSED)
-        self._since = time.perf_counter()
+        self.restart_clock()
 
     def __enter__(self) -> "RunLogger":
-        self.progress.start()
+        self._bar.start()
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        self.progress.stop()
-        self.metrics.close()
-        self.evaluations.close()
-        if self._board:
-            self._board.close()
-        self._others.close()
+        self._bar.stop()
+        for part in (self.metrics, self.evaluations, self._board, self._others):
+            if part:
+                part.close()
         if self._wandb:
             self._wandb.finish(exit_code=int(kind is not None))
+
+    def log(self, text: str) -> None:
+        """One line that stays."""
+        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def compiling(self) -> None:
+        """The first step begins: a line where there is no bar, which says so from the start."""
+        if not self._live:
+            self.log("compiling the step ..")
 
     def sync(self) -> None:
         """Has what was told where it belongs: before a step is saved that a resumed run goes on from."""
@@ -76,17 +93,24 @@ class RunLogger:
         flops: {"flops": of real tokens, "padded_flops": computed, "peak_flops": a second's, or None}
         become mfu and mfu_padded; they are not written themselves.
         """
-        now = time.perf_counter()
+        now, row = time.perf_counter(), dict(values)
         seconds, self._since = now - self._since, now
-        row = dict(values)
         real, padded, peak = (row.pop(n, None) for n in ("flops", "padded_flops", "peak_flops"))
         row |= {"seconds": seconds, "tokens_per_s": row["tokens"] / seconds}
         row["tflops"] = real / seconds / 1e12 if real else None
         row["mfu"] = real / seconds / peak if real and peak else None
         row["mfu_padded"] = padded / seconds / peak if padded and peak else None
         self.metrics.write(number, row)
-        shown = number % self.recipe.report.every == 0 or number == self.recipe.steps
-        self.progress.step(number, row, seconds, shown or number == self.first + 1)
+        steps, begins = self.recipe.steps, number == self.first + 1
+        if begins:
+            text = f"{_numbers(row)}, compiled in {seconds:.0f} s"
+        else:
+            self._pace = _SMOOTH * (self._pace or seconds) + (1 - _SMOOTH) * seconds
+            text = described(row, (steps - number) * self._pace)
+        self._bar.update(self._task, completed=number, description=text)
+        shown = number % self.recipe.report.every == 0 or number == steps
+        if (shown or begins) and not self._live:
+            self.log(f"step {number}/{steps} {text}")
         if shown:
             self._write_scalars("train", number, row)
 
@@ -128,37 +152,47 @@ class RunLogger:
         draw_curves(self.out / METRICS, self.out / EVALUATION, self.out / CURVES)
 
     def _write_scalars(self, kind: str, number: int, values: Mapping[str, Any]) -> None:
-        plain = {n: float(x) for n, x in values.items() if x is not None and not np.ndim(x)}
+        given = {n: x for n, x in values.items() if x is not None}
+        plain = {f"{kind}/{n}": float(x) for n, x in given.items() if not np.ndim(x)}
         if self._board:
-            lists = {n: np.ravel(x) for n, x in values.items() if np.ndim(x)}
-            scalars = {f"{kind}/{n}": x for n, x in plain.items()}
-            scalars |= {f"{kind}_{n}/{i}": float(x) for n in lists for i, x in enumerate(lists[n])}
-            for name, value in scalars.items():
+            lists = {f"{kind}_{n}": np.ravel(x) for n, x in given.items() if np.ndim(x)}
+            parts = {f"{n}/{i}": float(x) for n, xs in lists.items() for i, x in enumerate(xs)}
+            for name, value in (plain | parts).items():
                 self._board.add_scalar(name, value, number)
         if self._wandb:
-            self._wandb.log({f"{kind}/{n}": x for n, x in plain.items()}, step=number)
+            self._wandb.log(plain, step=number)
 
 
-class NullLogger:
+class NullLogger(AbstractContextManager):
     """The logger of every process but the first: it writes nothing."""
 
     evaluated: frozenset[int] = frozenset()
 
-    def __enter__(self) -> "NullLogger":
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        pass
-
     def _skip(self, *values: Any) -> None:
         pass
 
-    step = evaluation = refused = draw = log = compiling = restart_clock = sync = _skip
+    step = evaluation = refused = draw = log = compiling = restart_clock = sync = __exit__ = _skip
 
 
-def _board(folder: Path, recipe: Recipe, first: int) -> Any:
-    if not recipe.report.tensorboard:
-        return None
+def described(row: Mapping[str, Any], left: float) -> str:
+    """A step's numbers as one line: loss, rate, norm, speed, use of the device, memory, time left (s)."""
+    parts = [_numbers(row), f"{row['tokens_per_s']:,.0f} tokens/s"]
+    if "fill" in row:
+        parts += [f"fill {row['fill']:.0%}"]
+    if row.get("mfu"):
+        parts += [f"mfu {row['mfu']:.1%} of real tokens, {row['mfu_padded']:.1%} with padding"]
+    elif row.get("tflops"):
+        parts += [f"{row['tflops']:.3g} TFLOP/s"]
+    minutes, seconds = divmod(round(left), 60)
+    time_left = f"{minutes // 60}:{minutes % 60:02}:{seconds:02} left"
+    return ", ".join([*parts, f"{row['memory_gib']:.1f} GiB", time_left])
+
+
+def _numbers(row: Mapping[str, Any]) -> str:
+    return f"loss {float(row['loss']):.4f}, lr {row['lr']:.2e}, norm {float(row['grad_norm']):.3g}"
+
+
+def _board(folder: Path, first: int) -> Any:
     from tensorboardX import SummaryWriter
 
     # purge_step hides what a killed run wrote after the checkpoint
@@ -172,8 +206,6 @@ def _board(folder: Path, recipe: Recipe, first: int) -> Any:
 
 
 def _wandb(out: Path, folder: Path, recipe: Recipe) -> Any:
-    if not recipe.report.wandb:
-        return None
     import wandb  # pyright: ignore[reportMissingImports]
 
     path = absolute(out)
@@ -201,8 +233,7 @@ class Times:
 
     def __init__(self) -> None:
         self._begun = time.perf_counter()
-        self._all: dict[str, float] = defaultdict(float)
-        self._last: dict[str, float] = defaultdict(float)
+        self._all, self._told = defaultdict[str, float](float), dict[str, float]()
 
     @contextmanager
     def of(self, name: str) -> Iterator[None]:
@@ -211,22 +242,19 @@ class Times:
         try:
             yield
         finally:
-            seconds = time.perf_counter() - start
-            self._all[name] += seconds
-            self._last[name] += seconds
+            self._all[name] += time.perf_counter() - start
 
     def since_last(self) -> dict[str, float]:
         """{data_seconds: waited for the step's samples, ..} since the last call."""
-        found = {f"{name}_seconds": self._last[name] for name in self.OTHERS}
-        self._last.clear()
-        return found
+        before, self._told = self._told, dict(self._all)
+        return {f"{n}_seconds": self._all[n] - before.get(n, 0.0) for n in self.OTHERS}
 
     def summary(self) -> str:
         """One line with the share of each, and of the steps, which is what is left."""
         whole = max(time.perf_counter() - self._begun, 1e-9)
-        shares = [f"{name} {self._all[name] / whole:.1%}" for name in self.OTHERS]
-        left = 1 - sum(self._all[name] for name in self.OTHERS) / whole
-        return f"time: steps {left:.1%}, {', '.join(shares)}, of {whole:,.0f} s"
+        shares = {name: self._all[name] / whole for name in self.OTHERS}
+        told = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+        return f"time: steps {1 - sum(shares.values()):.1%}, {told}, of {whole:,.0f} s"
 
 
 class Profiler:
