@@ -1,11 +1,12 @@
 """What the compiled TPU programs hold, from the compiler alone: no TPU is needed, libtpu is.
 
-    python -m benchmarks.tpu_programs [--only decode,rows,experts,train] [--whole]
+    python -m benchmarks.tpu_programs [--only decode,rows,experts,train,vision] [--whole]
 
 Programs are compiled ahead of time for chips that are not here. `decode`: the loop of decode steps, its
 memory and what it copies. `rows`: whether one row reaches the matrix unit. `experts`: the arithmetic of
-the experts' weight gradient. `train`: the share of an exchange that runs beside the arithmetic. Small
-numbers of layers stand for all of them; --whole takes the models as released, several minutes each.
+the experts' weight gradient. `train`: the share of an exchange that runs beside the arithmetic.
+`vision`: what the ViT's attention steps over. Small numbers of layers stand for all of them; --whole
+takes the models as released, several minutes each.
 It ends with 1 where a bound is missed.
 """
 
@@ -18,11 +19,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.scaling_cases import config
 from qwen3vl_jax.device_mesh import make_mesh
+from qwen3vl_jax.model import attention_tpu
+from qwen3vl_jax.model.attention import attend, host_bound
 from qwen3vl_jax.model.moe import ragged_dot_tpu
 from qwen3vl_jax.planning import compiling, hlo, program
 from qwen3vl_jax.planning.command import program_of
@@ -192,8 +196,41 @@ def train(layers: int) -> Iterator[Row]:
         yield Row(name, "exchange with gradients in bf16 over fp32", short / moved, "x", 0.8)
 
 
+def vision(_: int) -> Iterator[Row]:
+    """The ViT's attention: key blocks that are stepped over, of those that some query of a block sees."""
+    what = "key blocks stepped over, of those seen"
+    for machine in ("v5e:1x1", "v6e:1x1"):
+        for size, count in ((4096, 8), (576, 64)):
+            first = np.arange(count, dtype=np.int32) * size
+            lo, hi = (np.repeat(x, size)[None] for x in (first, first + size))
+            blocks = range(0, lo.size, attention_tpu.BLOCK)
+            ends = (hi[0, i : i + attention_tpu.BLOCK].max() for i in blocks)
+            starts = (lo[0, i] // attention_tpu.BLOCK for i in blocks)
+            seen = sum(-(-end // attention_tpu.BLOCK) - start for end, start in zip(ends, starts))
+            stepped = _vision_grid(mesh_for(machine, {}), lo, hi)
+            name = f"ViT, {count} x {size:,} patches, {machine}"
+            yield Row(name, what, stepped / seen, "x", 1.3)
+
+
+def _vision_grid(mesh: Any, lo: np.ndarray, hi: np.ndarray) -> int:
+    """Steps a head of the kernel over the 8B's patches, compiled."""
+    c = config("8B").vision
+    where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    x = jax.ShapeDtypeStruct((*lo.shape, c.num_heads, c.head_dim), jnp.bfloat16, sharding=where)
+
+    def run(q, k, v):
+        given = jnp.asarray(lo), jnp.asarray(hi)
+        return attend(q, k, v, *given, layout="frames", segments=host_bound(lo, hi, 0))
+
+    with jax.set_mesh(mesh):
+        traced = jax.jit(run).trace(x, x, x)
+        traced.lower().compile()
+    _, blocks, steps = re.findall(r"grid=\((\d+), (\d+), (\d+)\)", str(traced.jaxpr))[0]
+    return int(blocks) * int(steps)
+
+
 # Each takes the number of decoder layers, 0 for all.
-CASES = {"decode": decode, "rows": rows, "experts": experts, "train": train}
+CASES = {"decode": decode, "rows": rows, "experts": experts, "train": train, "vision": vision}
 
 
 def table(found: list[Row]) -> Table:

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qwen3vl_jax.model import attention_gpu
 from qwen3vl_jax.model.attention_gpu import gpu_refusal
@@ -55,9 +56,9 @@ def attend(
     lo, hi [B T] int32: query i sees keys lo <= s < hi; an empty range gives zeros (in a "prompt", anything
     finite). Scores and softmax are fp32. If lo is given and T = S, q and k are one sequence. lo None means
     0: the queries are consecutive tokens after a filled cache. dropout: of the probabilities, on the XLA
-    path. layout: what a sequence holds; a GPU kernel serves all but "any", where T = S. segments: most
-    segments of a sequence (static), 0 if unknown. On a mesh each device has its sequences, heads and
-    queries, and all keys of those; sharded queries are context parallelism, as lo and hi are absolute.
+    path. layout: what a sequence holds; a GPU kernel serves all but "any", where T = S. segments (static):
+    most segments of a sequence, for frames by `host_bound`, 0 if unknown. On a mesh each device has its
+    sequences, heads and queries, and all keys of those; sharded queries are context parallelism.
     """
     # XLA shards the random bits of dropout so that they are those of one device.
     if dropout is not None:
@@ -77,6 +78,15 @@ def attend(
     return on_shards(run, in_specs, queries, q, k, v, hi, lo, key_segments)
 
 
+def host_bound(lo: Any, hi: Any, frames: int) -> int:
+    """`segments` of attend() for frames: the most in a row, on a TPU `key_blocks` if lo, hi are numpy."""
+    if platform() != "tpu":
+        return frames
+    from qwen3vl_jax.model import attention_tpu
+
+    return attention_tpu.key_blocks(lo, hi) if isinstance(lo, np.ndarray) else 0
+
+
 def head_copies(query_heads: int, kv_heads: int) -> int:
     """Copies of each key/value head that the ambient mesh needs, if it has more parts than heads."""
     parts = max_parts("heads")
@@ -90,7 +100,8 @@ def _attend(layout: Layout, segments: int, q, k, v, hi, lo, key_segments) -> jax
         # Pallas for a TPU is imported only where there is one.
         from qwen3vl_jax.model import attention_tpu
 
-        if (out := attention_tpu.attend(q, k, v, lo, hi, key_segments)) is not None:
+        most = segments if layout == "frames" else 0
+        if (out := attention_tpu.attend(q, k, v, lo, hi, key_segments, most)) is not None:
             return out
     # cuDNN serves tokens behind a cache, and whole sequences of a known layout.
     whole = layout != "any" and q.shape[1] == k.shape[1]

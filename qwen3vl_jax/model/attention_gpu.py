@@ -95,8 +95,7 @@ def attend_packed(q, k, v, lo, hi, causal: bool, most: int) -> jax.Array:
     see all of it or, causal, it up to themselves. Other tokens (hi <= lo) give zeros. A row holds at
     most `most` segments; tokens of further ones give NaN.
     """
-    run = _packed if most <= FEW else _packed_of_many
-    return run(causal, most, lo, hi, q, k, v)
+    return (_packed if most <= FEW else _packed_of_many)(causal, most, lo, hi, q, k, v)
 
 
 def _packed(causal: bool, most: int, lo, hi, q, k, v) -> jax.Array:
@@ -120,10 +119,6 @@ def _packed(causal: bool, most: int, lo, hi, q, k, v) -> jax.Array:
 _packed_of_many = jax.custom_vjp(_packed, nondiff_argnums=(0, 1))
 
 
-def _many_forward(causal, most, *args):
-    return checkpoint_name(_packed(causal, most, *args), ATTENTION), args
-
-
 def _many_backward(causal, most, saved, slope):
     (lo, hi, q, k, v), heads = saved, saved[3].shape[2]
 
@@ -135,7 +130,9 @@ def _many_backward(causal, most, saved, slope):
     return None, None, *(jnp.concatenate(list(x), axis=2) for x in slopes)
 
 
-_packed_of_many.defvjp(_many_forward, _many_backward)
+_packed_of_many.defvjp(
+    lambda *args: (checkpoint_name(_packed(*args), ATTENTION), args[2:]), _many_backward
+)
 
 
 def _even(x: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
@@ -25,20 +26,36 @@ BLOCK = 512
 STEP_BLOCK, STEP_BYTES = 256, 2 << 20
 
 
-def attend(q, k, v, lo, hi, key_segments=None) -> jax.Array | None:
-    """`attention.attend` by a kernel; None for few queries, and for keys whose segments are not known."""
+def attend(q, k, v, lo, hi, key_segments=None, most: int = 0) -> jax.Array | None:
+    """`attention.attend` by a kernel; None for few queries, and for keys whose segments are not known.
+
+    most: `key_blocks`, of queries that are the keys.
+    """
     queries, keys = q.shape[1], k.shape[1]
     if queries == 1 and lo is None and keys % STEP_BLOCK == 0:
         return attend_step(q, k, v, hi)
     served = queries >= LANES and (lo is None or key_segments is not None or queries == keys)
-    return splash_attend(q, k, v, lo, hi, key_segments) if served else None
+    most *= queries == keys
+    return splash_attend(q, k, v, lo, hi, key_segments, most) if served else None
 
 
-def splash_attend(q, k, v, lo, hi, key_segments=None) -> jax.Array:
+def key_blocks(lo: np.ndarray, hi: np.ndarray) -> int:
+    """The most key blocks that a block of queries sees, of few values: 1 to 8, 10, 12 .. [.. T]."""
+    t, real = lo.shape[-1], hi > lo
+    block = _block(t)
+    first = np.minimum.reduceat(np.where(real, lo, t), np.arange(0, t, block), axis=-1)
+    end = np.maximum.reduceat(np.where(real, hi, 0), np.arange(0, t, block), axis=-1)
+    most = max(int(np.max(-(-end // block) - first // block)), 1)
+    step = 1 << max(most.bit_length() - 3, 0)
+    return -(-most // step) * step
+
+
+def splash_attend(q, k, v, lo, hi, key_segments=None, most: int = 0) -> jax.Array:
     """`attention.attend` where a segment starts at the lo of its tokens: [B T N H].
 
     key_segments [B S] int32: the segment ids of the keys, lo + 1 of each token and 0 of padding; None:
-    the keys are the sequence itself (T = S). lo None means 0. An empty range gives zeros.
+    the keys are the sequence itself (T = S). lo None means 0. An empty range gives zeros. most: steps
+    over key blocks (static), by `key_blocks`, 0 for all; a sequence that needs more gives NaN.
     """
     (b, t, n, h), slots, empty = q.shape, k.shape[1], hi <= (0 if lo is None else lo)
     rows, block_q, block_k = jnp.arange(b)[:, None], _block(t), _block(slots)
@@ -53,7 +70,8 @@ def splash_attend(q, k, v, lo, hi, key_segments=None) -> jax.Array:
     first, end = jnp.where(empty, width, 0 if lo is None else lo), jnp.where(empty, 0, hi)
     seen = _seen(first, end, block_q, block_k, width)
     reach: Any = _concatenate(end + rows * width, block_q)
-    tables = _steps(seen), (x.swapaxes(1, 2) for x in _steps(seen.swapaxes(1, 2)))
+    *by_block, beyond = _steps(seen, most)
+    tables = by_block, [x.swapaxes(1, 2) for x in _steps(seen.swapaxes(1, 2), most)[:2]]
     # No mask block is stored, since `mask_function` computes them.
     by_query, by_key = (MaskInfo(loads, None, runs, None, reach) for loads, runs in tables)
     # "_dkv" and "_dq": the kernels of the backward pass.
@@ -75,6 +93,7 @@ def splash_attend(q, k, v, lo, hi, key_segments=None) -> jax.Array:
         interpret=platform() != "tpu",
     )
     out = cast(jax.Array, kernel(q, k, v, ids)).reshape(n, b, -1, h)[:, :, :t].transpose(1, 2, 0, 3)
+    out = jnp.where(beyond[:, None, None, None], jnp.nan, out)
     # A block without visits is 0 / 0.
     return jnp.where(empty[..., None, None], 0, out)
 
@@ -106,18 +125,23 @@ def _seen(first: jax.Array, end: jax.Array, block_q: int, block_k: int, width: i
     return (first < start + block_k) & (end > start)
 
 
-def _steps(seen: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(block to load, whether to run) at each step of a pass: [1 B*n m] from seen [B n m].
+def _steps(seen: jax.Array, most: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(block to load, whether to run) at each step of a pass: [1 B*n steps] from seen [B n m].
 
-    Each of a sequence's n blocks visits m others. A skipped step names the nearest visited block, so
-    nothing is loaded for it. Both tables live in scalar memory, hence the small integers.
+    Each of a sequence's n blocks visits up to `most` of m others, or m if that is 0; the third [B] says
+    which sequences need more. A skipped step names the last visited block, so nothing is loaded for it.
+    The tables live in scalar memory, hence the small integers.
     """
     b, n, m = seen.shape
-    index = jnp.arange(m)
+    index, steps = jnp.arange(m), jnp.arange(min(most or m, m))
     last = jnp.max(jnp.where(seen, index, 0), -1, keepdims=True)
     first = jnp.min(jnp.where(seen, index, last), -1, keepdims=True)
-    loads = m * jnp.arange(b)[:, None, None] + jnp.clip(index, first, last)
-    return loads.astype(jnp.int16).reshape(1, b * n, m), seen.astype(jnp.int8).reshape(1, b * n, m)
+    block = jnp.minimum(first + steps, last)
+    runs = jnp.take_along_axis(seen, block, -1) & (first + steps <= last)
+    loads = m * jnp.arange(b)[:, None, None] + block
+    beyond = jnp.any(last - first >= len(steps), axis=(1, 2))
+    flat = (1, b * n, len(steps))
+    return loads.astype(jnp.int16).reshape(flat), runs.astype(jnp.int8).reshape(flat), beyond
 
 
 def attend_step(q: jax.Array, k: jax.Array, v: jax.Array, hi: jax.Array) -> jax.Array:

@@ -90,19 +90,17 @@ def _swiglu(gate_up: jax.Array, act: str) -> jax.Array:
     return ACTIVATIONS[act](gate) * up
 
 
-def experts_ragged(x, gates, expert_index, gate_up, down, act, *, masks=None, shards=1, psum=None):
+def experts_ragged(x, gates, index, gate_up, down, act, *, masks=(None, None), shards=1, psum=None):
     """Tokens sorted by expert, two grouped products, each result gated and added back: [n D] fp32.
 
-    x [n D], gates and expert_index [n A]; an index outside 0 .. e-1 belongs to another device, which
-    has one of `shards` shards of the experts. masks: `_dropout_masks`, made here if None. psum completes
-    a product over D where x and weights hold a slice of D. The first pass takes CAPACITY_FACTOR times an
-    even share of the pairs. Overflow passes, which an even router never needs, take the rest.
+    x [n D], gates and expert index [n A]; one outside 0 .. e-1 belongs to another device, which has one of
+    `shards` shards of the experts. masks: `_dropout_masks`. psum completes a product over D where x and
+    weights hold a slice of D. The first pass takes CAPACITY_FACTOR times an even share of the pairs.
+    Overflow passes, which an even router never needs, take the rest.
     """
-    masks = masks or _dropout_masks(x.shape[:1], x.dtype, gate_up, down)
     gate_up, down = expert_leaves(gate_up), expert_leaves(down)
-    (n, per_token), count = expert_index.shape, gate_up.shape[0]
-    local = (expert_index >= 0) & (expert_index < count)
-    expert = jnp.where(local, expert_index, count).reshape(-1)
+    (n, per_token), count = index.shape, gate_up.shape[0]
+    expert = jnp.where((index >= 0) & (index < count), index, count).reshape(-1)
     pairs = n * per_token
     capacity = min(pairs, math.ceil(CAPACITY_FACTOR * pairs / shards))
     passes = math.ceil(pairs / capacity)
@@ -118,8 +116,7 @@ def experts_ragged(x, gates, expert_index, gate_up, down, act, *, masks=None, sh
         token = pair // per_token
         product = functools.partial(_grouped_product, token, expert[pair], group_sizes, valid)
         hidden = product(x[token], gate_up, masks[0])
-        hidden = psum(hidden) if psum else hidden
-        hidden = _swiglu(hidden.astype(x.dtype), act)
+        hidden = _swiglu((psum(hidden) if psum else hidden).astype(x.dtype), act)
         out = product(hidden, down, masks[1])
         out *= gates.reshape(-1)[pair].astype(jnp.float32)[:, None]
         return jnp.zeros(x.shape, jnp.float32).at[token].add(jnp.where(valid, out, 0))
@@ -152,15 +149,14 @@ def _grouped_product(token, expert, group_sizes, valid, x, w, mask) -> jax.Array
     return y + delta * pair.scale[expert][:, None]
 
 
-def experts_scan(x, gates, expert_index, gate_up, down, act, *, masks=None, shards=1, psum=None):
+def experts_scan(x, gates, index, gate_up, down, act, *, masks=(None, None), shards=1, psum=None):
     """`experts_ragged` as a scan over experts with all tokens; an expert without tokens is skipped.
 
     For XLA:CPU, where jax.lax.ragged_dot is dense. shards is not used.
     """
-    masks = masks or _dropout_masks(x.shape[:1], x.dtype, gate_up, down)
     gate_up, down = expert_leaves(gate_up), expert_leaves(down)
     n, count = x.shape[0], gate_up.shape[0]
-    column = jnp.where((expert_index >= 0) & (expert_index < count), expert_index, count)
+    column = jnp.where((index >= 0) & (index < count), index, count)
     table = jnp.zeros((n, count + 1), jnp.float32)
     table = table.at[jnp.arange(n)[:, None], column].add(gates.astype(jnp.float32))[:, :count]
 

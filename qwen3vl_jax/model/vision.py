@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from qwen3vl_jax.config import Config, VisionConfig
-from qwen3vl_jax.model.attention import attend
+from qwen3vl_jax.model.attention import attend, host_bound
 from qwen3vl_jax.model.layers import ACTIVATIONS, LayerNorm, linear, run_layers, weight, zeros
 from qwen3vl_jax.model.quantized import dequantize
 from qwen3vl_jax.model.rope import rotate, vision_rotary
@@ -37,7 +37,7 @@ class VisionAttention(nn.Module):
     """Attention of every patch to its own frame; q and k are rotated by row and column in fp32."""
 
     cfg: VisionConfig
-    frames: int = 0
+    segments: int = 0
 
     @nn.compact
     def __call__(self, x, rotary, lo, hi) -> jax.Array:
@@ -47,7 +47,7 @@ class VisionAttention(nn.Module):
         qkv = linear(x, w, weight(self, "qkv_bias", (3, None), n, h, init=zeros))
         q, k, v = (y[:, :, 0] for y in jnp.split(qkv, 3, axis=2))
         q, k = (rotate(y.astype(jnp.float32), *rotary).astype(x.dtype) for y in (q, k))
-        out = attend(q, k, v, lo, hi, layout="frames", segments=self.frames)
+        out = attend(q, k, v, lo, hi, layout="frames", segments=self.segments)
         o, bias = weight(self, "o", d, n, h), weight(self, "o_bias", d, init=zeros)
         return linear(out, o, bias, in_dims=2)
 
@@ -67,12 +67,12 @@ class VisionBlock(nn.Module):
     """One ViT layer, pre-LN: x [W P D] -> [W P D]."""
 
     cfg: VisionConfig
-    frames: int = 0
+    segments: int = 0
 
     @nn.compact
     def __call__(self, x, rotary, lo, hi) -> jax.Array:
         y = LayerNorm(name="ln1")(x)
-        x = x + VisionAttention(self.cfg, self.frames, name="attn")(y, rotary, lo, hi)
+        x = x + VisionAttention(self.cfg, self.segments, name="attn")(y, rotary, lo, hi)
         return x + VisionMlp(self.cfg, name="mlp")(LayerNorm(name="ln2")(x))
 
 
@@ -112,11 +112,12 @@ def vision_encode(
     p, c = params.get("vision", params), cfg.vision
     rest, taken = {**p, "blocks": None}, c.deepstack_visual_indexes
     dtype = p["patch"]["weight"].dtype if dtype is None else dtype
+    segments = host_bound(vis.lo, vis.hi, vis.frames)
     x, *given = _embed_patches(rest, c, vis, jnp.dtype(dtype).name)
     if isinstance(p["blocks"], (list, tuple)) and remat == "none":
         kept = {}
         for i, layer in enumerate(p["blocks"]):
-            x = _run_block(c, vis.frames, layer, x, *given)
+            x = _run_block(c, segments, layer, x, *given)
             kept |= {i: x} if i in taken else {}
         return _merge(rest, c, x, [kept[i] for i in taken])
     # DeepStack level of each block; blocks without one write past the end, which is dropped.
@@ -125,7 +126,7 @@ def vision_encode(
 
     def body(carry, layer, i):
         x, deepstack = carry
-        x = _run_block(c, vis.frames, layer, x, *given)
+        x = _run_block(c, segments, layer, x, *given)
         return (x, deepstack.at[level_of[i]].set(x, mode="drop") if len(taken) else deepstack), None
 
     none = jnp.zeros((len(taken), *x.shape), x.dtype)
@@ -147,10 +148,10 @@ def _embed_patches(p, c, vis, dtype):
     return x, vision_rotary(c.head_dim, c.rope_theta, vis.coords), vis.lo, vis.hi
 
 
-@functools.partial(jit_wide, static_argnames=("c", "frames"))
-def _run_block(c, frames, layer, x, rotary, lo, hi):
+@functools.partial(jit_wide, static_argnames=("c", "segments"))
+def _run_block(c, segments, layer, x, rotary, lo, hi):
     """One block: one program for all blocks, if not traced."""
-    out: Any = VisionBlock(c, frames).apply({"params": layer}, x, rotary, lo, hi)
+    out: Any = VisionBlock(c, segments).apply({"params": layer}, x, rotary, lo, hi)
     return shard(out, *PATCHES)
 
 

@@ -102,14 +102,14 @@ def _collectives(module: Module, name: str, times: float, devices: int) -> Itera
                 parts = parts[len(x.operands) : 2 * len(x.operands)]
             # A reduce-scatter written as an all-reduce makes the whole array.
             whole = kind == "reduce-scatter" and not x.op.startswith(kind)
-            moved = sum(parts) * _share("all-gather" if whole else kind, len(group))
+            moved = sum(parts) * _received("all-gather" if whole else kind, len(group))
             yield Collective(kind, times, moved, group, beside)
 
 
-def _share(kind: str, count: int) -> float:
+def _received(kind: str, count: int) -> float:
     """Of the bytes that a collective makes, how many times as much each of `count` devices receives."""
-    shares = {"all-reduce": 2 * (count - 1) / count, "reduce-scatter": count - 1.0}
-    return shares.get(kind, (count - 1) / count if kind.startswith("all-") else 1.0)
+    times = {"all-reduce": 2 * (count - 1) / count, "reduce-scatter": count - 1.0}
+    return times.get(kind, (count - 1) / count if kind.startswith("all-") else 1.0)
 
 
 def _host_copies(x: Instruction, shapes: list[str], times: float) -> Iterator[Collective]:
@@ -153,7 +153,7 @@ def _between_slices(x: Instruction, times: float) -> Collective | None:
         every = {int(n) for n in re.findall(r"\d+", target[1])}
         inside = sum(n // _SLICE == slices[0] for n in every)
     kind = exchange[1].lower().replace("_", "-").replace("one-to-one", "collective-permute")
-    moved = _share(kind, len(slices)) * next(arrays(x.shape)).size
+    moved = _received(kind, len(slices)) * next(arrays(x.shape)).size
     group = tuple((n - min(slices)) * inside for n in slices)
     return Collective(kind + BETWEEN, times, moved, group)
 

@@ -83,12 +83,15 @@ def _changed_files(source: Path, entries: list[dict[str, Any]]) -> dict[str, Any
 
 def new_rows(params: Params, ids: Sequence[int]) -> Params:
     """Sets rows `ids` of embedding and head to the mean old row. Raises InputError for 8-bit weights."""
+    if not len(ids):
+        return params
     new = dict(params)
-    for name in ("embed", "head") if len(ids) else ():
+    for name in ("embed", "head"):
         if isinstance(table := params.get(name), Quantized):
-            found = f"the weight {name!r} is held in 8 bits"
-            expected = "start from a checkpoint that holds it in 16 or 32"
-            raise InputError(f"train.new_tokens: {found}; {expected}")
+            raise InputError(
+                f"train.new_tokens: the weight {name!r} is held in 8 bits; start from a checkpoint "
+                "that holds it in 16 or 32"
+            )
         if table is not None:
             table = jnp.asarray(table)
             mean = jax.jit(lambda x: jnp.mean(x[: min(ids)].astype(jnp.float32), 0))(table)

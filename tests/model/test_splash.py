@@ -26,7 +26,7 @@ def arrays(b, t, s, h, heads=HEADS, key_heads=KEY_HEADS):
     return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
 
 
-def check(lo, hi, q, k, v, slope=None):
+def check(lo, hi, q, k, v, slope=None, most=0):
     """Outputs of the two, zeros of empty ranges included, and their gradients where slope is given."""
 
     def results(fn):
@@ -35,7 +35,7 @@ def check(lo, hi, q, k, v, slope=None):
         out, back = jax.vjp(fn, q, k, v)
         return out, *back(slope)
 
-    kernel = functools.partial(splash_attend, lo=lo, hi=hi)
+    kernel = functools.partial(splash_attend, lo=lo, hi=hi, most=most)
     got = jax.jit(lambda: results(kernel))()
     want = jax.jit(lambda: results(lambda q, k, v: _attend_blocks(q, k, v, lo, hi)))()
     for a, b in zip(got, want, strict=True):
@@ -64,10 +64,43 @@ def test_packed_and_padded_rows(monkeypatch):
 def test_frames_of_the_vision_tower(monkeypatch):
     """Pictures of any size in a row that is no multiple of a block; padding sees nothing."""
     monkeypatch.setattr(attention_tpu, "BLOCK", 128)
-    sizes = np.array([64, 100, 36, 120])
-    ends = np.cumsum(sizes)
-    lo, hi = (np.pad(np.repeat(x, sizes), (0, 50))[None] for x in (ends - sizes, ends))
+    lo, hi = frames([64, 100, 36, 120], 50)
     check(jnp.asarray(lo), jnp.asarray(hi), *arrays(1, 370, 370, 72, 3, 3))
+
+
+def frames(sizes, padding):
+    """lo and hi [1 P] of frames of these sizes, one behind another."""
+    ends = np.cumsum(sizes)
+    return (np.pad(np.repeat(x, sizes), (0, padding))[None] for x in (ends - sizes, ends))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "padding", "most"), [([64] * 12, 64, 1), ([100] * 8, 0, 3), ([200] * 4 + [90], 6, 4)]
+)
+def test_no_step_is_made_for_key_blocks_that_none_sees(sizes, padding, most, monkeypatch):
+    """Values and gradients with tables of `key_blocks`; a table that is too narrow gives no numbers."""
+    monkeypatch.setattr(attention_tpu, "BLOCK", 128)
+    lo, hi = frames(sizes, padding)
+    assert attention_tpu.key_blocks(lo, hi) == most
+    (x, *_), lo, hi = (
+        arrays(1, lo.shape[1], lo.shape[1], 72, 3, 3),
+        jnp.asarray(lo),
+        jnp.asarray(hi),
+    )
+    check(lo, hi, *arrays(1, lo.shape[1], lo.shape[1], 72, 3, 3), most=most)
+    if most > 1:
+        assert jnp.isnan(splash_attend(x, x, x, lo, hi, most=most - 1)[hi > lo]).all()
+
+
+def test_the_vision_tower_steps_over_what_its_host_knows(monkeypatch):
+    """Numpy tables are counted on a TPU, traced ones and those of other platforms are not."""
+    lo, hi = frames([784] * 32, 0)
+    assert attention.host_bound(lo, hi, 32) == 32
+    monkeypatch.setattr(attention, "platform", lambda: "tpu")
+    assert attention.host_bound(lo, hi, 32) == 5
+    assert attention.host_bound(jnp.asarray(lo), jnp.asarray(hi), 32) == 0
+    many = [attention_tpu.key_blocks(*frames([512 * n, 512], 0)) for n in (1, 7, 9, 10, 17)]
+    assert many == [1, 7, 10, 10, 20]
 
 
 def test_a_shard_of_a_row(monkeypatch):
@@ -129,8 +162,8 @@ def test_blocks_outside_every_range_are_not_visited():
     np.testing.assert_array_equal(
         seen[0].astype(int), [[1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0]]
     )
-    steps = attention_tpu._steps(jnp.concatenate([seen, seen]))[0]
-    row = np.array([[0, 1, 1, 1, 1, 1], [2, 2, 2, 3, 3, 3], [0] * 6])
+    steps = attention_tpu._steps(jnp.concatenate([seen, seen]), 0)[0]
+    row = np.array([[0, 1, 1, 1, 1, 1], [2, 3, 3, 3, 3, 3], [0] * 6])
     np.testing.assert_array_equal(steps[0], np.concatenate([row, row + 6]))
 
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 COMPILE = """
 import json
 from benchmarks import tpu_programs
-for case in ("decode", "rows", "experts"):
+for case in ("decode", "rows", "experts", "vision"):
     for row in tpu_programs.CASES[case](1):
         print(json.dumps(row), flush=True)
 """
@@ -42,6 +42,7 @@ def test_no_decode_loop_copies_and_the_experts_gradient_is_grouped():
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [tpu_programs.Row(*json.loads(line)) for line in done.stdout.splitlines()]
     assert sum("copies" in row.what for row in rows) == 3
+    assert sum("stepped over" in row.what for row in rows) == 4
     assert not [row for row in rows if row.fault], rows
 
 

@@ -82,7 +82,7 @@ def _box_texts(
     ids += [0] * (len(given) - len(ids))
     contents = [x for message in messages if isinstance(x := message.get("content"), list)]
     places: list[tuple[list[Any], int, MediaSource]] = []  # (content, index in it, image)
-    for items in contents if given else ():
+    for items in contents if given or ids else ():
         for i, item in enumerate(items):
             found: list[MediaSource] = []
             read_item(item, found, "objects")

@@ -41,7 +41,7 @@ def dry_run(recipe: Recipe, console: Console | None = None) -> None:
     Raises InputError for all that a run refuses; where that is the data, after all else is printed.
     """
     console = console or Console(soft_wrap=False, highlight=False)
-    say = functools.partial(console.print, markup=False, soft_wrap=True)
+    write = functools.partial(console.print, markup=False, soft_wrap=True)
     cfg, proc, missing = _opened(recipe)
     check_mesh(layout_mesh(recipe.mesh.sizes), cfg, train_model.shapes(cfg))
     if recipe.init == "checkpoint" and kind(as_path(recipe.ckpt)) == "folder":
@@ -54,27 +54,27 @@ def dry_run(recipe: Recipe, console: Console | None = None) -> None:
     try:
         check_sources(recipe)
         if proc is not None:
-            wrong += _survey(recipe, proc, say)
+            wrong += _survey(recipe, proc, write)
             # As the run would draw them.
             data = dataclasses.replace(recipe.data, workers=0)
             loader = DataLoader(data, recipe.pack, proc, recipe.seed)
             drawn, records = list(itertools.islice(loader, _BATCHES)), sum(map(len, loader.sources))
     except InputError as error:
         wrong.append(error)
-    say(_steps(recipe, drawn, records))
+    write(_steps(recipe, drawn, records))
     if proc is not None and drawn:
-        say(rendered(proc.tokenizer, cfg, drawn[0], marks=console.color_system is None))
+        write(rendered(proc.tokenizer, cfg, drawn[0], marks=console.color_system is None))
     for line in missing:
-        say(line)
+        write(line)
     if wrong:
         raise wrong[0]
 
 
-def _survey(recipe: Recipe, proc: Processor, say: Callable[[str], None]) -> list[InputError]:
+def _survey(recipe: Recipe, proc: Processor, write: Callable[[str], None]) -> list[InputError]:
     """Names what training and evaluation leave out; gives why a run would refuse either."""
 
     def tell(refusal: Refusal) -> None:
-        say(f"left out: {refusal.name}: {' '.join(refusal.reason.split())}")
+        write(f"left out: {refusal.name}: {' '.join(refusal.reason.split())}")
 
     wrong, asked = [], recipe.evaluate
     held_out = dataclasses.replace(recipe.data, sources=asked.sources, shuffle=False)
