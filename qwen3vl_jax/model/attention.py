@@ -57,8 +57,8 @@ def attend(
     finite). Scores and softmax are fp32. If lo is given and T = S, q and k are one sequence. lo None means
     0: the queries are consecutive tokens after a filled cache. dropout: of the probabilities, on the XLA
     path. layout: what a sequence holds; a GPU kernel serves all but "any", where T = S. segments (static):
-    most segments of a sequence, for frames by `host_bound`, 0 if unknown. On a mesh each device has its
-    sequences, heads and queries, and all keys of those; sharded queries are context parallelism.
+    most segments of a sequence, for frames `host_bound`, 0 if unknown; more may give NaN. On a mesh each
+    device has its sequences, heads and queries, and all keys of those: lo and hi are absolute.
     """
     # XLA shards the random bits of dropout so that they are those of one device.
     if dropout is not None:
@@ -79,7 +79,7 @@ def attend(
 
 
 def host_bound(lo: Any, hi: Any, frames: int) -> int:
-    """`segments` of attend() for frames: the most in a row, on a TPU `key_blocks` if lo, hi are numpy."""
+    """`segments` of attend() for frames: `frames`, on a TPU `key_blocks`, 0 where lo, hi are no numpy."""
     if platform() != "tpu":
         return frames
     from qwen3vl_jax.model import attention_tpu

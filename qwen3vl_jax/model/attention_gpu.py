@@ -115,7 +115,7 @@ def _packed(causal: bool, most: int, lo, hi, q, k, v) -> jax.Array:
     return jnp.where(real, out, 0)[:, :t]
 
 
-# A backward pass has an fp32 buffer of a row for each segment: with many, key heads go one by one.
+# Backward, a segment has an fp32 buffer of a row: many go key head by key head, forward again too.
 _packed_of_many = jax.custom_vjp(_packed, nondiff_argnums=(0, 1))
 
 

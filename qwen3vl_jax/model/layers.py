@@ -25,7 +25,7 @@ from qwen3vl_jax.model.structs import FEW
 
 # Rows from which `linear` on a GPU writes 16-bit products.
 MANY_ROWS = 256
-# Names in the policies of jax.checkpoint: of what `linear` and splash give, and of cuDNN's primitive.
+# Names in the policies of jax.checkpoint: of what `linear` gives, and of cuDNN's primitive.
 MATMUL, WIDE = "product", "wide product"
 CUDNN = "dot_product_attention_fwd_wrapper"
 ones, zeros = nn.initializers.ones, nn.initializers.zeros

@@ -62,7 +62,7 @@ class Batch(Struct, repr=False):
     embeds: jax.Array | None = None  # [B T D]: replaces the token embeddings
     # Equal parts of the batch, each with its own slice of features, inside which vision_rows counts.
     groups: int = flax.struct.field(pytree_node=False, default=1)
-    # Upper bound of segments in one row, by `segment_bound`; 0: unknown.
+    # Upper bound of segments in one row (more give NaN), by `segment_bound`; 0: unknown.
     segments: int = flax.struct.field(pytree_node=False, default=0)
 
 

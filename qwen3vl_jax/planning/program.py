@@ -22,8 +22,8 @@ from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.inference.decode_loop import decode_steps, first_token, insert_rows
 from qwen3vl_jax.inference.requests import GenerationOptions
 from qwen3vl_jax.model.cache import KV_AXES, init_cache, prefill
-from qwen3vl_jax.model.sharding import max_parts
-from qwen3vl_jax.model.structs import Batch, KVCache, VisionInputs
+from qwen3vl_jax.model.sharding import max_parts, platform
+from qwen3vl_jax.model.structs import FEW, Batch, KVCache, VisionInputs
 from qwen3vl_jax.processing.batch import group_size
 from qwen3vl_jax.storage.paths import as_path, kind
 from qwen3vl_jax.training import state_sharding, train_model
@@ -132,17 +132,20 @@ def packed_batch(recipe: Recipe, cfg: Config, groups: int) -> PackedBatch:
 
     ints, floats = jnp.int32, jnp.float32
     rows = (pack.rows, pack.length)
+    # As a run on a GPU has them, if a row holds few samples and images.
+    most = FEW if platform() == "gpu" else 0
     vision = vision_rows = named = None
     if pack.vision_rows:
         seen = (pack.vision_rows, pack.vision_length)
         pixels = of(jnp.uint8, *seen, math.prod(c.patch_shape))
         tables = of(ints, *seen, 4), of(floats, *seen, 4), of(ints, *seen, 2)
-        vision = VisionInputs(pixels, *tables, of(ints, *seen), of(ints, *seen))
+        vision = VisionInputs(pixels, *tables, of(ints, *seen), of(ints, *seen), most)
         vision_rows = of(ints, *rows)
         if recipe.step.vision_labels:
             named = of(ints, math.prod(seen) // c.merge_unit)
     ids, positions, delta = of(ints, *rows), of(ints, 3, *rows), of(ints, pack.rows)
-    batch = Batch(ids, positions, ids, vision_rows, delta, vision, ids, groups=groups)
+    fields = ids, positions, ids, vision_rows, delta, vision, ids
+    batch = Batch(*fields, groups=groups, segments=most)
     return PackedBatch(batch, of(floats, *rows), named)
 
 
