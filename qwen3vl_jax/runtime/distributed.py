@@ -1,6 +1,7 @@
 """Several processes as one program: how they start, exchange small data, and end together."""
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -8,7 +9,7 @@ import sys
 import textwrap
 import threading
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar, cast
@@ -24,6 +25,8 @@ PATIENCE = 5  # seconds before a process prints that it waits for the others to 
 LONGEST = 30 * 24 * 3600 * 1000  # milliseconds at a barrier
 GRACE = 10  # seconds for the others to be interrupted too
 LOST = 4  # exit code of a process whose peers are gone
+# The number of a call of `largest`, the same in all processes.
+_ROUNDS = itertools.count()
 _NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _EXPECTED = "expected --coordinator HOST:PORT --processes N --process I, or the variables "
 _EXPECTED += ", ".join(_NAMES)
@@ -239,6 +242,26 @@ def all_of(value: Any) -> list[Any]:
     padded[: len(data)] = data
     found = multihost_utils.process_allgather(padded)
     return [json.loads(bytes(row[:size])) for row, size in zip(found, sizes, strict=True)]
+
+
+def largest(numbers: Sequence[int]) -> list[int]:
+    """The largest of each number over all processes; all call it, in the same order.
+
+    It goes through the coordinator, from host to host: `all_of` would wait for what devices compute.
+    """
+    if is_alone():
+        return list(numbers)
+    import jax
+    from jax._src.distributed import global_state
+
+    client: Any = global_state.client
+    number, me = next(_ROUNDS), jax.process_index()
+    client.key_value_set(f"largest/{number}/{me}", json.dumps(list(numbers)))
+    keys = (f"largest/{number}/{i}" for i in range(jax.process_count()))
+    found = [json.loads(client.blocking_key_value_get(key, LONGEST)) for key in keys]
+    # All have sent this round's numbers, so they have read those of the round before.
+    client.key_value_delete(f"largest/{number - 1}/{me}")
+    return [max(each) for each in zip(*found, strict=True)]
 
 
 def agreed(make: Callable[[], _T]) -> _T:

@@ -191,6 +191,7 @@ def run_steps(run: Run) -> None:
             run.checkpoints.score(begun, run.evaluated_loss())
     profiler = Profiler(recipe.report.profile, run.out)
     timer, every = SaveTimer(recipe.checkpoints.minutes), recipe.save_every
+    programs: set[Any] = set()
     # Keeps the collector from scanning all that jax and the model have loaded.
     gc.freeze()
     logger.restart_clock()
@@ -200,10 +201,13 @@ def run_steps(run: Run) -> None:
         if not batches:
             break
         run.number += 1
-        if run.number == begun + 1:
+        # On a GPU a batch with many samples or images a row has a program of its own.
+        program = jax.tree.structure(packed)
+        if new := program not in programs:
+            programs.add(program)
             logger.compiling()
         profiler.before(run.number)
-        with run.times.of("compiling") if run.number == begun + 1 else nullcontext():
+        with run.times.of("compiling") if new else nullcontext():
             run.state, metrics = run.step(run.state, run.frozen, packed)
         profiler.after(run.number, metrics)
         run.unwritten.append((run.number, metrics, batches, run.times.since_last()))

@@ -19,7 +19,6 @@ from qwen3vl_jax.storage import atomic_dir, json_text, paths
 from qwen3vl_jax.storage.hub import resolve
 from qwen3vl_jax.storage.paths import as_path, is_remote, make_folder, remove_tree
 from qwen3vl_jax.training.new_tokens import add_tokens
-from qwen3vl_jax.training.param_groups import flatten
 from qwen3vl_jax.training.recipe import Recipe
 from qwen3vl_jax.training.reporting.metrics_table import STEP, read_table
 
@@ -44,6 +43,8 @@ def locked(out: Path) -> Iterator[None]:
     with ExitStack() as closing:
         if distributed.is_first():
             paths.for_orbax(out)
+            if paths.kind(out) == "file":
+                raise InputError(f"--out {out}: is a file, expected a directory")
             # A killed process leaves the second one; the third is there before the first.
             parts = {CONFIG, CONFIG + ".part", KEPT_PROGRAMS}
             others = paths.kind(out) and any(p.name not in parts for p in out.iterdir())
@@ -161,9 +162,17 @@ def check_recipe(now: Mapping[str, Any], then: Mapping[str, Any], run_dir: str |
 
 def check_model(now: Mapping[str, Any], then: Mapping[str, Any], run_dir: str | Path) -> None:
     """Raises ProblemsError if the model's config (a config.json dict) is not the run's."""
-    if found := [*differences(flatten(now)[0], flatten(then)[0]).values()]:
+    if found := [*differences(_flat(now), _flat(then)).values()]:
         advice = "give it the ckpt it started with"
         raise ProblemsError(f"{run_dir}: was started with another model", found, advice)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = prefix + key
+        out |= _flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return out
 
 
 def differences(

@@ -134,15 +134,16 @@ class GlobalFeed:
 
 
 def bounded(packed: PackedBatch, parts: Sequence[PackedBatch]) -> PackedBatch:
-    """The batch with the most segments in a row, of which this process has `parts` on the host.
+    """The batch with bounds of its segments, of which this process has `parts` on the host.
 
-    Only a GPU's attention asks; elsewhere another number would compile the step once more.
+    All processes call it. Only a GPU's attention asks; elsewhere another bound would compile the step
+    once more.
     """
     if platform() != "gpu":
         return packed
-    counts = distributed.all_of([most_segments(part) for part in parts])
-    most = np.max([pair for each in counts for pair in each], axis=0)
-    return with_segment_bounds(packed, *(segment_bound(int(count)) for count in most))
+    most = np.max([most_segments(part) for part in parts], axis=0)
+    found = distributed.largest([int(count) for count in most])
+    return with_segment_bounds(packed, *map(segment_bound, found))
 
 
 def all_refused(loader: DataLoader | GlobalFeed) -> list[tuple[str, str]]:

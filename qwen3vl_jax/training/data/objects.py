@@ -80,12 +80,16 @@ def _box_texts(
     if not isinstance(kind, str) or kind not in _TYPES:
         raise InputError(f"objects.bbox_type: got {kind!r}, expected {', '.join(_TYPES)}")
     ids += [0] * (len(given) - len(ids))
-    contents = [x for message in messages if isinstance(x := message.get("content"), list)]
+    contents = {
+        f"message {number}": content
+        for number, message in enumerate(messages, 1)
+        if isinstance(content := message.get("content"), list)
+    }
     places: list[tuple[list[Any], int, MediaSource]] = []  # (content, index in it, image)
-    for items in contents if given or ids else ():
+    for where, items in contents.items() if given or ids else ():
         for i, item in enumerate(items):
             found: list[MediaSource] = []
-            read_item(item, found, "objects")
+            read_item(item, found, where)
             places += [(items, i, image) for image in found if image.kind == "image"]
     sizes: dict[int, tuple[int, int]] = {}
     for number, at in enumerate(ids, 1):

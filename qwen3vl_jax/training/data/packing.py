@@ -273,7 +273,7 @@ def _as_type(pixels: np.ndarray, wanted: np.dtype) -> np.ndarray:
 
 
 def most_segments(packed: PackedBatch) -> tuple[int, int]:
-    """The most samples of a token row of a batch on the host, and the most images of a patch row."""
+    """The most samples of a token row of a batch on the host, and the most frames of a patch row."""
     most, vision = int(np.max(packed.batch.segment_ids)), packed.batch.vision
     if vision is None:
         return most, 0
@@ -282,7 +282,7 @@ def most_segments(packed: PackedBatch) -> tuple[int, int]:
 
 
 def with_segment_bounds(packed: PackedBatch, segments: int, frames: int) -> PackedBatch:
-    """The batch for programs of at most so many samples and images in a row; 0: unknown."""
+    """The batch for programs of at most so many samples and frames in a row, by `segment_bound`."""
     vision = packed.batch.vision and packed.batch.vision.replace(frames=frames)
     return packed.replace(batch=packed.batch.replace(vision=vision, segments=segments))
 

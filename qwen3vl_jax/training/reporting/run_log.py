@@ -71,7 +71,7 @@ class RunLogger:
         self._console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def compiling(self) -> None:
-        """The first step begins: a line where there is no bar, which says so from the start."""
+        """A program of the step is compiled: a line where there is no bar, which says so from the start."""
         if not self._live:
             self.log("compiling the step ..")
 
