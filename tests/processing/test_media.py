@@ -211,6 +211,20 @@ def test_objects_without_a_source():
         refused(lambda source=source: load_image(source), "image: got", "expected")
 
 
+def test_objects_that_hold_an_array():
+    for key in ("bytes", "path", "url"):
+        held = {key: np.zeros(5, np.uint8)}
+        refused(lambda held=held: open_source(held), "image: got ndarray", "one of them")
+
+
+def test_bytes_are_copied():
+    given = bytearray(b"abc")
+    source = open_source(given)
+    given[:] = b"xyz"
+    with source.open() as file:
+        assert file.read() == b"abc"
+
+
 # ---- formats ----
 def test_every_format_that_pillow_writes():
     """By Pillow's own list: what it writes and reads back is read here as Pillow reads it."""
