@@ -79,6 +79,7 @@ def stream(
     cache: one to continue, as in `extend` (donated). before [B n] int32: the tokens in it, which the
     repetition penalty sees too (those past the vocabulary are none). The generator returns the cache
     after the answer, less its last token.
+
     Raises InputError before anything runs; a NotFiniteError once all rows have ended, if the logits of
     some were not finite (these end there, the others go on).
     """
