@@ -353,6 +353,25 @@ def test_private_addresses_in_every_spelling(server, host, monkeypatch):
     refused(lambda: load_image("http://cdn.example.org/a.png", rules=rules), *words)
 
 
+def test_a_proxy_of_https_hears_tls(monkeypatch):
+    """Whatever the URL's own scheme is: the first byte that the proxy gets is that of a handshake."""
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        proxy.settimeout(10)
+        heard = []
+
+        def answer():
+            with proxy.accept()[0] as peer:
+                heard.append(peer.recv(1))
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        monkeypatch.setenv("no_proxy", "")
+        monkeypatch.setenv("http_proxy", f"https://127.0.0.1:{proxy.getsockname()[1]}")
+        refused(lambda: load_image("http://127.0.0.1:9/a.png"), "127.0.0.1:9")
+        thread.join()
+    assert heard == [b"\x16"]
+
+
 def test_link_local_is_never_meant():
     refused(lambda: load_image("http://169.254.169.254/latest"), "link-local")
 
