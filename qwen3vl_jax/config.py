@@ -18,7 +18,8 @@ from qwen3vl_jax.storage.safetensors_files import holds_head
 # The axes of a mesh, from the slowest links to the fastest, and their short names.
 AXES = ("data", "fsdp", "expert", "sequence", "tensor")
 SHORT = {"dp": "data", "ep": "expert", "sp": "sequence", "tp": "tensor"}
-IGNORE_INDEX = -100  # label of a token that the loss leaves out
+# Label of a token that the loss leaves out.
+IGNORE_INDEX = -100
 TIED = "tie_word_embeddings"
 TEXT_ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu")
 _TOKENS = {"image_token_id": 151655, "video_token_id": 151656}
@@ -91,7 +92,8 @@ class VisionConfig:
     out_hidden_size: int = check.field(check.size())
     deepstack_visual_indexes: tuple[int, ...] = check.field(check.items)
     hidden_act: str = check.field(check.one_of(*TEXT_ACTIVATIONS), "gelu_pytorch_tanh")
-    rope_theta: float = 10_000.0  # in the key rope_parameters
+    # In the key rope_parameters.
+    rope_theta: float = 10_000.0
     initializer_range: float = check.field(check.number(), 0.02)
 
     @property
@@ -200,7 +202,8 @@ def _is_tied(raw: Mapping[str, Any], source: Any) -> bool:
     """Whether the head is the embedding. Raises InputError.
 
     transformers 5 reads the key at the top, transformers 4 the key in text_config. If only the latter
-    is true, as in mixtures of experts of transformers 5, a directory with a head is not tied.
+    is true, the files decide: a directory with a head is not tied. transformers 5 writes such
+    mixtures of experts.
     """
     table = {TIED: (check.flag, False)}
     top = check.read_fields(raw, "", table)[TIED]

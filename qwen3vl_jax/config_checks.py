@@ -15,7 +15,8 @@ from qwen3vl_jax.errors import InputError, shown
 
 MAX_INT = 2**31 - 1
 LIST = (list, tuple)
-REQUIRED = object()  # the default of a key that fixes a shape
+# The default of a key that fixes a shape.
+REQUIRED = object()
 Check = Callable[[Any, str], Any]
 log = logging.getLogger("qwen3vl_jax")
 

@@ -75,12 +75,16 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
 
 
 def _arrange(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
-    """Devices by their links; slices are joined along the data axis."""
+    """Devices by their links; several slices are joined along the data axis.
+
+    Devices of one slice keep their own order if they fill no box of it. Raises InputError for slices that
+    make no such mesh.
+    """
     split, slices = {"allow_split_physical_axes": True}, slice_count(devices)
     if slices == 1:
         try:
             return mesh_utils.create_device_mesh(shape, devices, **split)
-        # Which one depends on the chip and on the gap, where they fill no box of the slice.
+        # Which one depends on the chip and on the gap.
         except (AssertionError, ValueError, NotImplementedError):
             return np.array(devices, dtype=object).reshape(shape)
     if shape[0] % slices:

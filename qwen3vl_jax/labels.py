@@ -12,7 +12,10 @@ def shift_labels(labels: jax.Array, fill: int = IGNORE_INDEX) -> jax.Array:
 
 
 def label_logprobs(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(log-probability of each label, 0 for IGNORE_INDEX, logsumexp) [..] fp32 of logits [.. V]."""
+    """(log-probability of each label, logsumexp), both [..] fp32; logits [.. V], labels [..].
+
+    The log-probability is 0 where the label is IGNORE_INDEX.
+    """
     picked = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
     logsumexp = jax.nn.logsumexp(logits, axis=-1)
     return jnp.where(labels != IGNORE_INDEX, picked - logsumexp, 0.0), logsumexp

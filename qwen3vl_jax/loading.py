@@ -33,7 +33,7 @@ def load(
     expert_layout: str | None = None,
     adapter: str | os.PathLike[str] | None = None,
 ) -> tuple[Params, Config]:
-    """(params, cfg) of a checkpoint, on a device or a mesh.
+    """(params, cfg) of a checkpoint, on a device or a mesh; not to be called inside jit.
 
     ckpt: an Orbax directory, a Hugging Face directory, a Hub id, or a RUN_DIR of train.py, which gives
     the weights of its best step or its last (LoRA merged). A directory may be remote (gs://..).
@@ -59,7 +59,8 @@ def load(
     directory = resolve(ckpt, revision)
     cfg = Config.from_hf(directory)
     found = None
-    if adapter is not None:  # read first: a wrong one costs no wait
+    # Read first: a wrong one costs no wait.
+    if adapter is not None:
         path = resolve(adapter)
         found = (run_adapter if is_run(path) else load_adapter)(path, cfg)
     params = load_params(source_of(directory, cfg, weights, expert_layout), mesh, dtype)

@@ -1,7 +1,7 @@
 """Random parameters, and the logical axes of all of them, from what the model's modules declare.
 
-Each module says its parameters' sizes and logical axes by `weight` (model/layers.py). sharding.RULES
-maps the axes to a mesh.
+Each module says its parameters' sizes and logical axes by `weight` (model/layers.py); Tables are those
+outside the layers. sharding.RULES maps the axes to a mesh.
 """
 
 import dataclasses
@@ -46,6 +46,7 @@ def init_params(key: jax.Array, cfg: Config, dtype=jnp.float32) -> Params:
 
 
 def _boxed_params(key: jax.Array, cfg: Config) -> Params:
+    """Parameters in the Flax boxes that hold their logical axis names."""
     keys = iter(jax.random.split(key, 8 + cfg.text.num_hidden_layers + 2 * cfg.vision.depth))
     t, c = cfg.text, cfg.vision
 
@@ -54,8 +55,9 @@ def _boxed_params(key: jax.Array, cfg: Config) -> Params:
         return [traced_once(next(keys)) for _ in range(count)]
 
     def shape(*sizes: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(sizes, dtype)  # no layer is computed
+        return jax.ShapeDtypeStruct(sizes, dtype)
 
+    # Inputs are shapes alone: no layer is computed.
     x, rotary = shape(1, 1, t.hidden_size), (shape(1, 1, 1, t.head_dim // 2),) * 2
     patches, angles = shape(c.merge_unit, c.hidden_size), (shape(1, 1, 1, c.head_dim // 2),) * 2
     row, ranges = shape(1, 1, c.hidden_size), (shape(1, 1, dtype=jnp.int32),) * 2

@@ -17,7 +17,8 @@ _NEEDS = {
     "longrope": ("short_factor", "long_factor"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
-_MAX_NUMBER = 1e15  # a larger scale or base makes infinite frequencies in fp32
+# A larger scale or base makes infinite frequencies in fp32.
+_MAX_NUMBER = 1e15
 _POSITIVE, _FROM_0 = check.number(0, _MAX_NUMBER), check.number(None, _MAX_NUMBER)
 _PLAIN = "rope_type type mrope_interleaved mrope_section rope_theta partial_rotary_factor".split()
 
@@ -131,7 +132,8 @@ def fixed_frequencies(r: RopeConfig, dim: int) -> tuple[np.ndarray, float]:
         return 1.0 / powers / np.float32(r.factor), 1.0
     if r.rope_type == "yarn":
         return _yarn(r, powers, dim)
-    if r.rope_type == "llama3":  # low frequencies are divided by the factor, high ones kept
+    # Llama 3.1: low frequencies are divided by the factor, high ones kept, smoothed between.
+    if r.rope_type == "llama3":
         inverse = 1.0 / powers
         turns = r.original_max_position_embeddings * inverse / np.float32(2 * math.pi)
         smooth = (turns - r.low_freq_factor) / (r.high_freq_factor - r.low_freq_factor)
@@ -150,7 +152,10 @@ def longrope_scale(r: RopeConfig) -> float:
 
 
 def _yarn(r: RopeConfig, powers: np.ndarray, dim: int) -> tuple[np.ndarray, float]:
-    """YaRN: low frequencies are interpolated, high ones kept, with a linear ramp between; the factor."""
+    """YaRN: low frequencies are interpolated, high ones kept, with a linear ramp between.
+
+    The second result is the factor on cos and sin of YaRN.
+    """
 
     def mscale(m: float) -> float:
         return 1.0 if r.factor <= 1 else 0.1 * m * math.log(r.factor) + 1.0

@@ -106,13 +106,23 @@ def _choose(logits: jax.Array, state: DecodeState, options: RowOptions) -> Decod
     return state.replace(done=state.done | ends, **made)
 
 
-def first_token(cache: KVCache, logits: jax.Array, tokens: jax.Array, options: RowOptions):
-    """The DecodeState after a prefill: tokens [B T] are the prompt's, past the vocabulary at padding."""
+def first_token(
+    cache: KVCache, logits: jax.Array, tokens: jax.Array, options: RowOptions
+) -> DecodeState:
+    """The state after a prefill: tokens [B T] are the prompt's, past the vocabulary at padding."""
     zero, none = jnp.zeros(len(logits), jnp.int32), jnp.zeros(logits.shape, bool)
     seen = none.at[jnp.arange(len(logits))[:, None], tokens].set(True, mode="drop")
-    logprob, keys = zero.astype(jnp.float32), jax.vmap(jax.random.key)(options.seeds)
-    limit, done = jnp.asarray(options.limit), zero > 0
-    state = DecodeState(cache, zero, logprob, zero, limit, done, seen, none, keys)
+    state = DecodeState(
+        cache=cache,
+        token=zero,
+        logprob=zero.astype(jnp.float32),
+        count=zero,
+        limit=jnp.asarray(options.limit),
+        done=zero > 0,
+        seen=seen,
+        answered=none,
+        keys=jax.vmap(jax.random.key)(options.seeds),
+    )
     return on_mesh(_choose(logits, state, options))
 
 
@@ -131,7 +141,8 @@ def decode_steps(params, cfg, state, ended, options, steps, enough):
     def step(carry):
         i, old, (tokens, logprobs) = carry
         cache, logits = decode_step(params, cfg, old.cache, old.token)
-        length = jnp.where(old.done, old.cache.length, cache.length)  # an ended row stays as it is
+        # An ended row stays as it is.
+        length = jnp.where(old.done, old.cache.length, cache.length)
         new = _choose(logits, old.replace(cache=cache.replace(length=length)), options)
         tokens = tokens.at[:, i].set(jnp.where(old.done, ENDED, new.token))
         return i + 1, new, (tokens, logprobs.at[:, i].set(new.logprob))

@@ -1,15 +1,16 @@
 """Continuous batching: many prompts through the rows of one cache, a freed row refilled at once.
 
 Every shape is static: prompts come in packed, several in a row of a bucket's width, and a dispatch of
-decode steps is one program whatever its rows hold. Source: Orca (OSDI 2022). Dims as in layers.py; A
-prompts of a group.
+decode steps is one program whatever its rows hold. Packed, prompts of mixed lengths waste little, and
+the programs depend on the width alone, which is PACKED_TOKENS wherever enough prompts wait. Source: Orca
+(OSDI 2022). Dims as in layers.py; A prompts of a group.
 """
 
 import dataclasses
 import functools
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,14 @@ import numpy as np
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError, check_int
 from qwen3vl_jax.inference import decode_loop
-from qwen3vl_jax.inference.decode_loop import STEPS, Decode, DecodeState, first_token, on_mesh
+from qwen3vl_jax.inference.decode_loop import (
+    STEPS,
+    Decode,
+    DecodeState,
+    RowAnswer,
+    first_token,
+    on_mesh,
+)
 from qwen3vl_jax.inference.requests import Finished, GenerationOptions, Request, RowOptions, Stats
 from qwen3vl_jax.inference.sampling import NOT_FINITE, row_seeds
 from qwen3vl_jax.inference.stores import Prefix, Stores
@@ -30,9 +38,20 @@ from qwen3vl_jax.processing.batch import bucket, group_batch, group_size
 from qwen3vl_jax.processing.encoded_prompt import EncodedPrompt, from_hf_arrays
 
 LOOK_AHEAD = 2  # prompts held ready, for each row
-PACKED_TOKENS = 4224  # of a packed row, a bucket; a longer prompt has a row of its own width
-EXPECTED = 256  # answer tokens that the first cache has room for: it grows for longer ones
-Place = tuple[int, int]  # the row of a prompt, and its first token's index in it
+# Tokens of a packed row, a bucket; a longer prompt has a row of its own width.
+PACKED_TOKENS = 4224
+# Answer tokens that the first cache has room for: it grows for longer ones.
+EXPECTED = 256
+# The row of a prompt, and its first token's index in it.
+Place = tuple[int, int]
+
+
+class Running(NamedTuple):
+    """What a row answers: the request, the tokens of its prompt, and its answer so far."""
+
+    request: Request
+    prompt_tokens: int
+    answer: RowAnswer
 
 
 def generate_many(
@@ -109,10 +128,13 @@ def group_prompts(
     return Batch(*arrays), source, length
 
 
-def prefill_packed(params: Params, cfg: Config, batch: Batch, source, length, features):
-    """`prefill` of a batch of `group_prompts`, whose delta is [A]. Not traced.
+def prefill_packed(
+    params: Params, cfg: Config, batch: Batch, source: Any, length: Any, features=None
+) -> tuple[KVCache, jax.Array]:
+    """`prefill` of a batch of `group_prompts` [R T], whose delta is [A]. Not traced.
 
-    Keys and values are those of the rows [R T K H]; the rest of the cache, and the logits, are [A ..].
+    source [A 2], length [A] int32: each prompt's row, index of its first token, and tokens. Keys and values
+    are those of the rows [R T K H]; the rest of the cache, and the logits, are [A ..].
     """
     rest, slots = {**params, "layers": None, "vision": None}, batch.tokens.shape[1]
     given = params["layers"], rest, cfg, batch, features, slots, len(source)
@@ -168,8 +190,7 @@ class _Engine(decode_loop.Decoder):
         self.rows = stats.rows = len(options.seeds)
         self.group, self.stop_ids = group_size(self.rows), options.stop_ids.tolist()
         self.waiting: list[tuple[Request, EncodedPrompt]] = []
-        # By row: the request, the tokens of its prompt, and its answer.
-        self.running: dict[int, tuple[Request, int, decode_loop.RowAnswer]] = {}
+        self.running: dict[int, Running] = {}
         self.stores = Stores(params, cfg, chunk_of, stats)
 
     def add(self, request: Request) -> None:
@@ -191,7 +212,7 @@ class _Engine(decode_loop.Decoder):
 
     def step(self) -> Iterator[Finished]:
         """One dispatch of decode steps; yields the answers that ended."""
-        filled = max(prompt + len(answer.tokens) for _, prompt, answer in self.running.values())
+        filled = max(x.prompt_tokens + len(x.answer.tokens) for x in self.running.values())
         self.make_room(filled + STEPS)
         free = self.rows - len(self.running)
         enough = max(self.group, free + 1) if self.waiting else self.rows
@@ -257,7 +278,8 @@ class _Engine(decode_loop.Decoder):
         """Prefills requests and their prompts `new`, a group at most; yields as `refill`."""
         start, slots = (0, 0) if prefix is None else (prefix.length, prefix.cache.slots)
         prompts = [prompt.rest(start) for _, prompt in new]
-        if not packs:  # each has a row of its own; those that are missing a token
+        # Not packed, each has a row of its own; those that are missing a token.
+        if not packs:
             missing = range(len(new), self.group)
             prompts += [prompts[0].rest(len(prompts[0].ids) - 1)] * len(missing)
             places = [*places, *((row, 0) for row in missing)]
@@ -281,8 +303,8 @@ class _Engine(decode_loop.Decoder):
         self.stats.prefilled += sum(len(prompt.ids) - start for _, prompt in new)
         self.stats.reused += start * len(new)
         for i, ((request, prompt), row) in enumerate(zip(new, free)):
-            answer = decode_loop.RowAnswer(request.max_new_tokens, request.stop_strings)
-            self.running[row] = request, len(prompt.ids), answer
+            answer = RowAnswer(request.max_new_tokens, request.stop_strings)
+            self.running[row] = Running(request, len(prompt.ids), answer)
             self.ended[row] = False
             yield from self._take(row, tokens[i : i + 1], logprobs[i : i + 1])
 

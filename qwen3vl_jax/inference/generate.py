@@ -79,6 +79,7 @@ def stream(
     cache: one to continue, as in `extend` (donated). before [B n] int32: the tokens in it, which the
     repetition penalty sees too (those past the vocabulary are none). The generator returns the cache
     after the answer, less its last token.
+
     Raises InputError before anything runs; a NotFiniteError once all rows have ended, if the logits of
     some were not finite (these end there, the others go on).
     """
@@ -188,7 +189,8 @@ def _stream(params, cfg, batch, options, rows, features, cache, before):
     return decoder.state.cache
 
 
-_BEGUN: set[int] = set()  # hashes of the programs of decode_steps that are, or are being, compiled
+# Hashes of the programs of decode_steps that this process has begun to compile.
+_BEGUN: set[int] = set()
 
 
 def _compile_steps(cfg, options, rows, slots, start, given) -> Callable[[], None]:
@@ -203,8 +205,10 @@ def _compile_steps(cfg, options, rows, slots, start, given) -> Callable[[], None
     where = norm.sharding if getattr(norm, "committed", False) else None
     state = jax.tree.map(lambda x: x.update(sharding=where), jax.eval_shape(start, *given))
     steps = min(options.steps, options.max_new_tokens - 1)
+    none = np.zeros(count, bool)
+    wait = decode_loop.compile_ahead(params, cfg, state, none, rows, steps, count)
     _BEGUN.add(program)
-    return decode_loop.compile_ahead(params, cfg, state, np.zeros(count, bool), rows, steps, count)
+    return wait
 
 
 _extend = jax.jit(extend, static_argnames=("cfg", "chunk"), donate_argnames="cache")

@@ -14,7 +14,8 @@ from qwen3vl_jax.inference.sampling import Sampling, row_seeds
 from qwen3vl_jax.model.structs import Batch
 from qwen3vl_jax.processing.encoded_prompt import EncodedPrompt
 
-STEPS = 16  # decode steps a dispatch: the host looks at the answer in between
+# Decode steps a dispatch: the host looks at the answer in between.
+STEPS = 16
 # (logits [B V] after the penalties, DecodeState) -> logits. A pure function; pass the same object each
 # time, for a compiled program is found by it.
 LogitsFn = Callable[[jax.Array, Any], jax.Array]
@@ -114,7 +115,8 @@ class Finished:
     """An answer: its tokens, with the stop id that ended it, and their log-probabilities (fp32).
 
     finish_reason is "stop", "length", or "error" where logits were not finite: `error` then says so, and
-    tokens are those before. Log-probabilities are the model's own, before penalties and filters.
+    tokens are those before. Log-probabilities are the model's own, before penalties, temperature and
+    filters.
     """
 
     key: Any

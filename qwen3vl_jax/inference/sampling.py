@@ -11,12 +11,16 @@ import numpy as np
 
 from qwen3vl_jax.errors import InputError
 
-NOT_FINITE = -2  # in place of a token
-_RANKED = 128  # logits that are ranked for a row of a small top-k, in place of the vocabulary
+# In place of a token.
+NOT_FINITE = -2
+# Logits that are ranked for a row of a small top-k, in place of the vocabulary.
+_RANKED = 128
+# One value for all rows, or one a row.
+Rows = float | Sequence[float]
 
 
-def _within(default: float, low: float, high: float, text: str) -> Any:
-    return dataclasses.field(default=default, metadata={"range": (low, high, text)})
+def _within(low: float, high: float, text: str) -> dict[str, Any]:
+    return {"range": (low, high, text)}
 
 
 @jax.tree_util.register_dataclass
@@ -29,13 +33,21 @@ class Sampling:
     once off each token of the answer (as in OpenAI's API). No stop id is chosen before min_new_tokens.
     """
 
-    temperature: float | Sequence[float] = _within(0.0, 0, math.inf, ">= 0")
-    top_k: float | Sequence[float] = _within(0, 0, 2**30, "an integer from 0 (off) to 2^30")
-    top_p: float | Sequence[float] = _within(1.0, math.ulp(0), 1, "over 0, at most 1")
-    min_p: float | Sequence[float] = _within(0.0, 0, 1, "from 0 to 1")
-    repetition_penalty: float | Sequence[float] = _within(1.0, math.ulp(0), math.inf, "> 0")
-    presence_penalty: float | Sequence[float] = _within(0.0, -2, 2, "from -2 to 2")
-    min_new_tokens: float | Sequence[float] = _within(0, 0, 2**30, "an integer from 0 to 2^30")
+    temperature: Rows = dataclasses.field(default=0.0, metadata=_within(0, math.inf, ">= 0"))
+    top_k: Rows = dataclasses.field(
+        default=0, metadata=_within(0, 2**30, "an integer from 0 (off) to 2^30")
+    )
+    top_p: Rows = dataclasses.field(
+        default=1.0, metadata=_within(math.ulp(0), 1, "over 0, at most 1")
+    )
+    min_p: Rows = dataclasses.field(default=0.0, metadata=_within(0, 1, "from 0 to 1"))
+    repetition_penalty: Rows = dataclasses.field(
+        default=1.0, metadata=_within(math.ulp(0), math.inf, "> 0")
+    )
+    presence_penalty: Rows = dataclasses.field(default=0.0, metadata=_within(-2, 2, "from -2 to 2"))
+    min_new_tokens: Rows = dataclasses.field(
+        default=0, metadata=_within(0, 2**30, "an integer from 0 to 2^30")
+    )
 
     def check(self) -> dict[str, Any]:
         """Each field as an array. Raises InputError for a value out of range."""
@@ -44,11 +56,13 @@ class Sampling:
             name, (low, high, text) = field.name, field.metadata["range"]
             given, integer = getattr(self, name), "integer" in text
             try:
-                with np.errstate(over="ignore"):  # as the device has them
+                # As the device has them.
+                with np.errstate(over="ignore"):
                     values = np.asarray(given, np.float32).astype(np.float64)
                 fits = (low <= values) & (values <= high) & np.isfinite(values)
                 fits &= (values == np.rint(values)) | (not integer)
-                numbers = np.asarray(given).dtype.kind not in "bOSU"  # no "5" and no True
+                # "5" and True are no numbers, though numpy takes them.
+                numbers = np.asarray(given).dtype.kind not in "bOSU"
             except (TypeError, ValueError, OverflowError):
                 fits = numbers = np.False_
             if not (numbers and fits.all()):
@@ -107,7 +121,8 @@ def _top_p_and_min_p(logits, ranked, floor, s: Any) -> jax.Array:
     out = jnp.where(s.top_p < 1, out, 0)[:, None]
     floor = jnp.take_along_axis(ranked, out, axis=1)
     tied = logits == floor
-    spare = out - jnp.sum(ranked < floor, axis=1, keepdims=True)  # how many of the tied ones go
+    # How many of the tied ones go.
+    spare = out - jnp.sum(ranked < floor, axis=1, keepdims=True)
     gone = (logits < floor) | (tied & (jnp.cumsum(tied, axis=1) <= spare))
     return jnp.where(gone | (logits - ranked[:, -1:] < jnp.log(s.min_p)[:, None]), -jnp.inf, logits)
 

@@ -91,7 +91,8 @@ def rerank(
         raise InputError(f"yes_no: got {yes_no}, expected ids in the vocabulary")
     x = _residual(params, cfg, batch, features)
     logits = lm_logits(params, cfg, transformer.at_last_attended(x, batch.segment_ids))
-    more = logits[:, yes_no[0]] - logits[:, yes_no[1]]
+    yes, no = yes_no
+    more = logits[:, yes] - logits[:, no]
     # Infinity is no certainty.
     scores = jnp.where(jnp.isfinite(more), jax.nn.sigmoid(more), jnp.nan)
     return check_finite("rerank", scores)

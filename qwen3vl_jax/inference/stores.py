@@ -16,14 +16,16 @@ from qwen3vl_jax.processing import encoded_prompt
 from qwen3vl_jax.processing.batch import bucket, group_batch, make_vision
 from qwen3vl_jax.processing.encoded_prompt import EncodedImage, EncodedPrompt, in_feature_order
 
-KEPT_BYTES = 1 << 30  # of features, on the host
-MAX_PREFIXES, MAX_BYTES = 4, 1 << 30  # on the device
+# Of features, on the host.
+KEPT_BYTES = 1 << 30
+# On the device.
+MAX_PREFIXES, MAX_BYTES = 4, 1 << 30
 # Of one call of the vision tower: a bucket, so that calls that are almost full are one program.
 VISION_PATCHES = 4 * 4224
-MIN_TOKENS = 64  # fewer are not worth a program of their own
-ChunkOf = Callable[
-    [int], int | None
-]  # a prompt's width -> its prefill chunk, None if filled at once
+# Fewer are not worth a program of their own.
+MIN_TOKENS = 64
+# The width of a prompt -> its prefill chunk, None where it is filled at once.
+ChunkOf = Callable[[int], int | None]
 
 
 class Prefix(NamedTuple):

@@ -119,12 +119,8 @@ def make_batch(
     video_grid = grid_array("video_grid_thw", video_grid_thw, merge)
     vision = _vision(cfg, pixel_values, image_grid, pixel_values_videos, video_grid, pad)
     width = bucket(ids.shape[1]) if pad else ids.shape[1]
-    rows = np.full(ids.shape, -1, np.int32) if len(image_grid) + len(video_grid) else None
-    if rows is not None:  # of each placeholder its row of the vision features
-        images = int(image_grid.prod(1).sum()) // cfg.vision.merge_unit
-        for token, first in ((cfg.image_token_id, 0), (cfg.video_token_id, images)):
-            at = mask & (ids == token)
-            rows[at] = first + np.arange(at.sum())
+    has_vision = len(image_grid) + len(video_grid) > 0
+    rows = _vision_rows(cfg, np.where(mask, ids, -1), image_grid) if has_vision else None
     return Batch(
         tokens=_fit(ids, width),
         positions=_fit(positions, width, axis=2),
@@ -134,7 +130,7 @@ def make_batch(
         vision=vision,
         labels=_fit(labels, width, fill=IGNORE_INDEX),
         embeds=_fit(embeds, width),
-        segments=segment_bound(int(np.max(segments, initial=1))),
+        segments=segment_bound(_most_runs(segments)),
     )
 
 
@@ -221,3 +217,19 @@ def _vision(cfg, pixel_values, image_grid, pixel_values_videos, video_grid, pad)
     if len(parts) < sum(len(grid) > 0 for grid in grids):
         raise InputError("make_batch: images and videos: the pixels of one of them are missing")
     return make_vision(cfg, np.concatenate(parts), np.concatenate(grids), pad)
+
+
+def _vision_rows(cfg: Config, ids: np.ndarray, image_grid: np.ndarray) -> np.ndarray:
+    """For each placeholder its row of the vision features, else -1; ids is -1 at padding."""
+    rows = np.full(ids.shape, -1, np.int32)
+    images = int(image_grid.prod(1).sum()) // cfg.vision.merge_unit
+    for token, first in ((cfg.image_token_id, 0), (cfg.video_token_id, images)):
+        at = ids == token
+        rows[at] = first + np.arange(at.sum())
+    return rows
+
+
+def _most_runs(segments: np.ndarray) -> int:
+    """The most segments of a row [B T]: an id that comes again after another begins a new one."""
+    begins = (np.diff(segments, axis=1, prepend=0) != 0) & (segments != 0)
+    return int(begins.sum(1).max(initial=0))

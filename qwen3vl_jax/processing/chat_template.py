@@ -83,7 +83,8 @@ class ChatTemplate:
         variables: Mapping[str, Any],
     ) -> str:
         """The prompt. Raises InputError with the template's own words where it refuses, or does not end."""
-        template, final = self.text(bool(tools)), ""  # final: the text to continue
+        # final: the text to continue.
+        template, final = self.text(bool(tools)), ""
         if continue_final_message:
             content, add_generation_prompt = messages[-1].get("content"), False
             items = [{"text": content}] if isinstance(content, str) else list(content or [])
@@ -178,7 +179,8 @@ class Escape:
         self.mark = mark
         at_end = {token[:n] for token in special for n in range(1, len(token))}
         at_start = {token[n:] for token in special for n in range(1, len(token))}
-        flags = re.IGNORECASE  # a template may change case
+        # A template may change case.
+        flags = re.IGNORECASE
         # A template may look for ordinary added tokens (<think>) in a text, and cut them out: they
         # are not marked, and what they interrupt is.
         other = _any_of(ordinary)

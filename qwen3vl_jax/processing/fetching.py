@@ -118,7 +118,8 @@ def fetch(url: str, rules: MediaRules | None = None) -> bytes:
             why = "redirected away from http(s), or without end"
         elif code is not None:
             why = f"the server answered {code} {http.client.responses.get(code, '')}".rstrip()
-        else:  # other errors may repeat what the server sent
+        else:
+            # Other errors may repeat what the server sent.
             is_known, shown = isinstance(reason, OSError), "no address of http(s), or no answer"
             why = f"cannot be fetched: {one_line(reason) if is_known else shown}"
         raise InputError(f"{name}: {why}") from e
@@ -164,13 +165,15 @@ def _opener(url: str, name: str, rules: MediaRules) -> request.OpenerDirector:
     class Handler(request.HTTPHandler, request.HTTPSHandler):
         def http_open(self, req: Any) -> Any:
             parts = parse.urlsplit(req.full_url)
-            kind, port = http.client.HTTPConnection, http.client.HTTP_PORT
-            if parts.scheme == "https":
-                kind, port = http.client.HTTPSConnection, http.client.HTTPS_PORT
-            host, port = parts.hostname or "", parts.port or port
+            https, plain = http.client.HTTPSConnection, http.client.HTTPConnection
+            # The connection may be to a proxy; the port is the URL's own.
+            kind = https if req.type == "https" else plain
+            host, port = parts.hostname or "", parts.port
+            port = port or (https if parts.scheme == "https" else plain).default_port
             rules.check_host(host, port, name)
             is_direct = req.host == parts.netloc
-            if not is_direct:  # the proxy looks the host up; what is known of it here is checked
+            # A proxy looks the host up; what is known of it here is checked.
+            if not is_direct:
                 with contextlib.suppress(OSError):
                     rules.addresses(host, port, host == first, name)
 

@@ -18,12 +18,17 @@ from qwen3vl_jax.errors import InputError, unexpected
 
 # Formats that start other programs, hold files of any other format, or show nothing by themselves.
 _UNSAFE = ("EPS", "IPTC", "FPX", "MIC", "WMF", "BUFR", "GRIB", "HDF5", "MPEG")
-MAX_IMAGE_BYTES = 3 * 2**29  # held while one image is decoded, and by all threads together
+# Held while one image is decoded, and by all threads together.
+MAX_IMAGE_BYTES = 3 * 2**29
 LIMIT = f"{MAX_IMAGE_BYTES >> 20} MiB"
-_MOST_PIXELS = 178_956_970  # where Pillow itself refuses
-_BYTES_A_PIXEL = {"WEBP": 16, "JPEG2000": 20, "AVIF": 12}  # held while decoding; of others 8
-_SLOW = 768  # of decoders in Python, which take seconds a megapixel
-_STRIP = 1 << 20  # pixels that are converted at a time
+# Where Pillow itself refuses.
+_MOST_PIXELS = 178_956_970
+# Held while decoding; of others 8.
+_BYTES_A_PIXEL = {"WEBP": 16, "JPEG2000": 20, "AVIF": 12}
+# Of decoders in Python, which take seconds a megapixel.
+_SLOW = 768
+# Pixels that are converted at a time.
+_STRIP = 1 << 20
 _BAD_EXIF = (OSError, ValueError, SyntaxError, TypeError, KeyError, struct.error)
 # Errors name what Pillow finds wrong with a file.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
@@ -41,7 +46,8 @@ def is_image(data: bytes | BinaryIO) -> bool:
     try:
         with _quiet():
             Image.open(file, formats=formats()).close()
-    except Exception as e:  # others know it as too large or broken: `decoded_image` says so
+    except Exception as e:
+        # Known, and too large or broken: `decoded_image` says so.
         return not isinstance(e, Image.UnidentifiedImageError)
     return True
 
@@ -62,7 +68,8 @@ def decoded_image(file: BinaryIO, name: str) -> Iterator[Image.Image]:
         with _refusals(name), _quiet():
             _tiff_failed.flag = False
             image.load()
-            if _tiff_failed.flag:  # which Pillow does not notice
+            # Pillow does not notice it.
+            if _tiff_failed.flag:
                 raise OSError("libtiff found an error")
         yield upright_8bit(image, name)
 
@@ -175,42 +182,49 @@ def _refusals(name: str) -> Iterator[None]:
         raise InputError(f"{name}: damaged or truncated image") from e
 
 
-# The counts that threads hold while they decode images: [bytes], and [threads].
-_memory, _bytes_held = threading.Condition(), [0]
-_warnings, _lock, _quiet_threads = contextlib.ExitStack(), threading.Lock(), [0]
+class _Memory:
+    """The bytes that the threads of this process hold while they decode."""
+
+    def __init__(self) -> None:
+        self.held, self.free = 0, threading.Condition()
+
+    @contextlib.contextmanager
+    def __call__(self, count: int) -> Iterator[None]:
+        """Waits until `count` more bytes are allowed, or nothing else is held."""
+        with self.free:
+            self.free.wait_for(lambda: not self.held or self.held + count <= MAX_IMAGE_BYTES)
+            self.held += count
+        try:
+            yield
+        finally:
+            with self.free:
+                self.held -= count
+                self.free.notify_all()
 
 
-@contextlib.contextmanager
-def decode_memory(count: int) -> Iterator[None]:
-    """Waits until `count` more bytes are allowed to all threads, or nothing else is held."""
-    with _memory:
-        _memory.wait_for(lambda: not _bytes_held[0] or _bytes_held[0] + count <= MAX_IMAGE_BYTES)
-        _bytes_held[0] += count
-    try:
-        yield
-    finally:
-        with _memory:
-            _bytes_held[0] -= count
-            _memory.notify_all()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+class _Quiet:
     """Silences Pillow's warnings of size and odd metadata while any thread is inside."""
-    with _lock:
-        if not _quiet_threads[0]:
-            _warnings.enter_context(warnings.catch_warnings())
-            warnings.filterwarnings("ignore", module=rf"PIL|{re.escape(__name__)}")
-        _quiet_threads[0] += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _quiet_threads[0] -= 1
-            if not _quiet_threads[0]:
-                _warnings.close()
+
+    def __init__(self) -> None:
+        self.inside, self.lock, self.scope = 0, threading.Lock(), contextlib.ExitStack()
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self.lock:
+            if not self.inside:
+                self.scope.enter_context(warnings.catch_warnings())
+                warnings.filterwarnings("ignore", module=rf"PIL|{re.escape(__name__)}")
+            self.inside += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.inside -= 1
+                if not self.inside:
+                    self.scope.close()
 
 
+decode_memory, _quiet = _Memory(), _Quiet()
 _tiff_failed = threading.local()
 
 
@@ -221,7 +235,8 @@ def _set_tiff_handlers() -> Any:
     def failed(module: Any, text: Any, values: Any) -> None:
         _tiff_failed.flag = True
 
-    with contextlib.suppress(OSError, AttributeError):  # a Pillow whose libtiff cannot be reached
+    # A Pillow whose libtiff cannot be reached is left as it is.
+    with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL(Image.core.__file__)
         for setter, handler in ("Error", failed), ("Warning", None):
             set_handler = library[f"TIFFSet{setter}Handler"]

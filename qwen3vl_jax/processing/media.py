@@ -75,13 +75,13 @@ def open_source(source: Any, key: str = "image", rules: MediaRules | None = None
     if isinstance(source, Mapping):
         source = inner(source, key)
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return MediaFile(f"{key} bytes", functools.partial(io.BytesIO, source))
+        return MediaFile(f"{key} bytes", functools.partial(io.BytesIO, bytes(source)))
     is_path = isinstance(source, os.PathLike)
     text = os.fspath(source) if is_path else source
     if not isinstance(text, str) or not text:
-        found = "an empty text" if text == "" else type(source).__name__
-        forms = "a path, URL, data URI, base64 text, bytes, array, PIL image, or an object with one"
-        raise unexpected(key, found, forms)
+        found = "an empty text" if isinstance(text, str) else type(source).__name__
+        forms = "a path, URL, data URI, base64 text, bytes, array, PIL image"
+        raise unexpected(key, found, f"{forms}, or an object with one of them")
     name = short(text)
     form = "path" if is_path and not is_remote(text) else form_of(text, key, rules.root)
     if form in ("path", "file"):

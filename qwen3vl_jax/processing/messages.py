@@ -129,7 +129,8 @@ def read_item(item: Any, sources: list[MediaSource], where: str) -> dict[str, An
     kind = _kind(given, where)
     places, names = _PLACES[kind], ()
     if kind == "image":
-        given.pop("detail", None)  # a key of OpenAI's models alone
+        # A key of OpenAI's models alone.
+        given.pop("detail", None)
         names = image_patches.OVERRIDES
     elif kind == "video":
         places, names = (*places, *_SOURCES), video_patches.OVERRIDES
@@ -186,7 +187,8 @@ def plain_data(value: Any, depth: int = 0) -> Any:
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
-        return str.__str__(value)  # an enum's name is not its text
+        # An enum's name is not its text.
+        return str.__str__(value)
     if isinstance(value, (int, float)):
         return int(value) if isinstance(value, int) else float(value)
     if isinstance(value, Mapping):

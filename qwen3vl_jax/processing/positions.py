@@ -68,7 +68,8 @@ def _row_positions(row: np.ndarray, frames: dict[int, list]) -> tuple[np.ndarray
         if stop > len(row) or (row[at:stop] != token).any():
             found = int(np.argmax(np.append(row[at:] != token, True)))
             needs = f"its grid of {h} x {w} merged patches needs {h * w}"
-            raise InputError(f"input_ids: {found} placeholders (token {token}) at {at}, {needs}")
+            found = f"{found} placeholders (token {token}) at {at}"
+            raise InputError(f"input_ids: {found}, but {needs}")
         cell = np.arange(h * w)
         out[:, at:stop] = count + np.stack([cell * 0, cell // w, cell % w])
         at, count = stop, count + max(h, w)

@@ -22,10 +22,12 @@ from qwen3vl_jax.storage.paths import as_path
 log = logging.getLogger("qwen3vl_jax")
 MAX_ASPECT = 200
 Size = tuple[int, int]  # height, width
-_MOST = 2**40  # of settings that count; patches have a limit of bytes besides
+# Of settings that count; patches have a limit of bytes besides.
+_MOST = 2**40
 # Frames a second: others are typing errors.
 _SLOWEST, _FASTEST = 1e-6, 1e6
-MODEL_SIZES = ("patch_size", "temporal_patch_size", "merge_size")  # no call or item changes them
+# No call or item changes them.
+MODEL_SIZES = ("patch_size", "temporal_patch_size", "merge_size")
 # The limits of pixels by their names, and as size {shortest_edge, longest_edge} has them.
 _AREAS = {"min_pixels": "min_pixels", "max_pixels": "max_pixels"}
 _AREAS |= {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}
@@ -77,9 +79,10 @@ def _check_channels(name: str, value: Any) -> tuple[float, ...] | float:
 
 
 def _check_filter(name: str, value: Any) -> int:
-    with contextlib.suppress(ValueError):
-        found = Image.Resampling.__members__.get(str(value).upper(), value)
-        if not isinstance(value, (bool, np.bool_)):
+    kinds = (int, float, str, np.integer, np.floating)
+    if isinstance(value, kinds) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):
+            found = Image.Resampling.__members__.get(str(value).upper(), value)
             return int(Image.Resampling(found))
     names = ", ".join(f"{n:d} {n.name.lower()}" for n in sorted(Image.Resampling))
     raise unexpected(name, shown(value), f"one of {names}")
@@ -149,21 +152,26 @@ class ImageSettings:
         kind, known = self.KIND, checks(type(self))
         given = {k: v for k, v in changes.items() if v is not None}
         size, size_name = given.pop("size", {}), f"{kind} setting size"
-        areas = dict(size) if isinstance(size, Mapping) else {size_name: size}
-        areas = {k: v for k, v in areas.items() if v is not None}
-        if not areas.keys() <= _AREAS.keys():
-            expected = "shortest_edge and longest_edge (areas)"
+        expected = "shortest_edge and longest_edge (areas)"
+        if not isinstance(size, Mapping):
             raise unexpected(size_name, shown(size), expected)
+        areas = {k: v for k, v in size.items() if v is not None}
+        if wrong := [k for k in areas if k not in _AREAS]:
+            raise unexpected(size_name, shown(wrong[0]), expected)
         given = {_AREAS[k]: v for k, v in areas.items()} | given
         if unknown := [name for name in given if name not in known]:
             names = ", ".join((*known, "size"))
             raise InputError(f"{kind} setting {unknown[0]!r} is unknown, known: {names}")
         checked = {k: known[k](f"{kind} setting {k}", v) for k, v in given.items()}
-        low = checked.get("min_pixels", min(self.min_pixels, checked.get("max_pixels", _MOST)))
-        high = checked.get("max_pixels", max(self.max_pixels, low))
+        moved: dict[str, Any] = {}
+        if "max_pixels" in checked:
+            moved["min_pixels"] = min(self.min_pixels, checked["max_pixels"])
+        if "min_pixels" in checked:
+            moved["max_pixels"] = max(self.max_pixels, checked["min_pixels"])
+        settings = dataclasses.replace(self, **{**moved, **checked})
+        low, high = settings.min_pixels, settings.max_pixels
         if low > high:
             raise InputError(f"{kind} settings: min_pixels {low} is above max_pixels {high}")
-        settings = dataclasses.replace(self, **{**checked, "min_pixels": low, "max_pixels": high})
         if (settings.resized_height is None) != (settings.resized_width is None):
             raise InputError(f"{kind} settings: give both resized_height and resized_width")
         return settings

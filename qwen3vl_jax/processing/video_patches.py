@@ -209,6 +209,7 @@ def _open_frames(
     if fps is None:
         advice = 'give the rate of its frames: video_metadata={"fps": ...} or sample_fps'
         raise InputError(f"video: frames without times; {advice}")
+    fps = frame_rate("video: fps", fps)
     given = metadata.get("frames_indices")
     given = range(total) if given is None else given
     indices = integers("video_metadata: frames_indices", given, as_floats=True).reshape(-1)
@@ -233,8 +234,7 @@ def _open_frames(
                 raise InputError(f"video: {found} and {first}; all must have one size")
             yield frame
 
-    size, fps = (height, width), frame_rate("video: fps", fps)
-    return VideoReader("", total, fps, size, indices, read, can_sample=is_source)
+    return VideoReader("", total, fps, (height, width), indices, read, can_sample=is_source)
 
 
 def _array(source: Any) -> np.ndarray:

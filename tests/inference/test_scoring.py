@@ -97,5 +97,7 @@ def test_embeddings_need_no_head():
         q3.rerank(bare, cfg, batch, (1, 2))
     with pytest.raises(q3.InputError, match=r"yes_no: got .*expected ids in the vocabulary"):
         q3.rerank(params, cfg, batch, (1, 10**6))
+    with pytest.raises(ValueError, match="unpack"):
+        q3.rerank(params, cfg, batch, (1, 2, 3))
     with pytest.raises(q3.InputError, match="continuations="):
         q3.score(params, cfg, batch)

@@ -193,3 +193,11 @@ def test_too_few_and_interrupted_placeholders():
         q3.make_batch(CFG, **row(input_ids=ids))
     with pytest.raises(q3.InputError, match="no grid left"):
         q3.make_batch(CFG, input_ids=row()["input_ids"])
+
+
+def test_segments_are_counted_by_runs():
+    """An id that comes again is a segment of its own, so the largest id is no bound."""
+    ids = np.ones((1, 20), np.int32)
+    again = {"segment_ids": np.arange(20)[None] % 2 + 1, "position_ids": np.zeros((1, 20), int)}
+    assert q3.make_batch(CFG, input_ids=ids, **again).segments == 64
+    assert q3.make_batch(CFG, input_ids=ids).segments == 8

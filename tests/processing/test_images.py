@@ -1,6 +1,7 @@
 """Pictures: every source and mode, the resizing rule, settings, refusals."""
 
 import contextlib
+import dataclasses
 import http.server
 import io
 import json
@@ -22,6 +23,7 @@ from qwen3vl_jax.processing.image_patches import (
     load_image,
     smart_resize,
 )
+from qwen3vl_jax.processing.settings import VideoSettings
 
 
 def picture(height=24, width=40, seed=0):
@@ -213,6 +215,18 @@ def test_one_limit_moves_the_other():
     refused(lambda: ImageSettings().override(min_pixels=9, max_pixels=8), "above max_pixels")
 
 
+def test_limits_of_a_settings_object_must_not_cross():
+    settings, image = (
+        dataclasses.replace(ImageSettings(), max_pixels=1024),
+        Image.new("RGB", (9, 9)),
+    )
+    words = "min_pixels 65536 is above max_pixels 1024"
+    refused(lambda: image_to_patches(image, settings), words)
+    refused(lambda: settings.override(do_resize=True), words)
+    assert settings.override(min_pixels=512).max_pixels == 1024
+    refused(lambda: VideoSettings(max_pixels=1024).override(), "min_pixels 4096 is above")
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -223,6 +237,7 @@ def test_one_limit_moves_the_other():
         {"resample": 9},
         {"resample": "sharp"},
         {"resample": []},
+        {"resample": 3 + 0j},
         {"max_pixels": 10**400},
         {"do_resize": "yes"},
         {"image_std": [0.5, 0.0, 0.5]},

@@ -211,6 +211,20 @@ def test_objects_without_a_source():
         refused(lambda source=source: load_image(source), "image: got", "expected")
 
 
+def test_objects_that_hold_an_array():
+    for key in ("bytes", "path", "url"):
+        held = {key: np.zeros(5, np.uint8)}
+        refused(lambda held=held: open_source(held), "image: got ndarray", "one of them")
+
+
+def test_bytes_are_copied():
+    given = bytearray(b"abc")
+    source = open_source(given)
+    given[:] = b"xyz"
+    with source.open() as file:
+        assert file.read() == b"abc"
+
+
 # ---- formats ----
 def test_every_format_that_pillow_writes():
     """By Pillow's own list: what it writes and reads back is read here as Pillow reads it."""
@@ -337,6 +351,25 @@ def test_private_addresses_in_every_spelling(server, host, monkeypatch):
     look_up = socket.getaddrinfo(host.strip("[]"), 9, type=socket.SOCK_STREAM)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: look_up)
     refused(lambda: load_image("http://cdn.example.org/a.png", rules=rules), *words)
+
+
+def test_a_proxy_of_https_hears_tls(monkeypatch):
+    """Whatever the URL's own scheme is: the first byte that the proxy gets is that of a handshake."""
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        proxy.settimeout(10)
+        heard = []
+
+        def answer():
+            with proxy.accept()[0] as peer:
+                heard.append(peer.recv(1))
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        monkeypatch.setenv("no_proxy", "")
+        monkeypatch.setenv("http_proxy", f"https://127.0.0.1:{proxy.getsockname()[1]}")
+        refused(lambda: load_image("http://127.0.0.1:9/a.png"), "127.0.0.1:9")
+        thread.join()
+    assert heard == [b"\x16"]
 
 
 def test_link_local_is_never_meant():
