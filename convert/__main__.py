@@ -172,8 +172,8 @@ def main(arguments: list[str] | None = None) -> int:
         _run(options)
     except EXPECTED as e:
         return console.report(e, options.out or options.source, "interrupted: nothing was written")
-    except SystemExit:
-        return _STOPPED
+    except SystemExit as e:
+        return e.code if isinstance(e.code, int) else _STOPPED
     return 0
 
 

@@ -34,9 +34,11 @@ class DamagedError(ProblemsError):
 def digest(x: np.ndarray) -> str:
     """The digest of an array: 8 hexadecimal digits."""
     bits = x.view(f"u{x.dtype.itemsize}")
-    parts = [bits] if x.nbytes < _LARGE or x.ndim < 2 else np.array_split(bits, _THREADS)
+    if x.nbytes < _LARGE or x.ndim < 2:
+        return _finished(x, _added(bits))
     with ThreadPoolExecutor(_THREADS) as pool:
-        return _finished(x, np.add.reduce(list(pool.map(_added, parts)), 0, bits.dtype))
+        parts = list(pool.map(_added, np.array_split(bits, _THREADS)))
+    return _finished(x, np.add.reduce(parts, 0, bits.dtype))
 
 
 def _added(bits: np.ndarray) -> np.ndarray:
@@ -44,7 +46,8 @@ def _added(bits: np.ndarray) -> np.ndarray:
         return np.add.reduce(bits, tuple(range(bits.ndim - 1)), bits.dtype)
     width = bits.shape[-1]
     fold = 16 if bits.size % (16 * width) == 0 and width * bits.itemsize <= 4096 else 1
-    wide = np.add.reduce(bits.reshape(-1, fold * width), 0, bits.dtype)  # long rows add faster
+    # Long rows add faster.
+    wide = np.add.reduce(bits.reshape(-1, fold * width), 0, bits.dtype)
     return np.add.reduce(wide.reshape(fold, width), 0, bits.dtype)
 
 

@@ -41,9 +41,10 @@ def run(args: argparse.Namespace, scope: contextlib.ExitStack, status: Status) -
     converse(params, processor, args.system, media, inputs=inputs, **options)
 
 
-def load_media(proc: Processor, kind: str, source: str, inputs: Mapping[str, Any]) -> Item:
+def load_media(proc: Processor, kind: str, source: str, inputs: Mapping[str, Any] | None) -> Item:
     """An image or video, read once for all turns; inputs as in `take_turn`. Raises InputError."""
-    options = {key: value for key, value in inputs.items() if key != "allow_special"}
+    of_text = ("allow_special", "template_vars")
+    options = {key: value for key, value in (inputs or {}).items() if key not in of_text}
     return proc.look({"type": kind, kind: source}, **options)
 
 
@@ -95,7 +96,7 @@ def converse(
             elif command in ("/image", "/video"):
                 if not (path := rest.strip()):
                     raise InputError(f"{command} needs a PATH")
-                media.append(load_media(proc, command[1:], path, options.get("inputs", {})))
+                media.append(load_media(proc, command[1:], path, options.get("inputs")))
                 print(f"{path}: goes with the next question", file=sys.stderr)
             elif command.startswith("/"):
                 raise InputError(f"{command}: no such command; {HELP}")

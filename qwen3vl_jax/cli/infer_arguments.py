@@ -275,6 +275,8 @@ def check_media_of_lines(args: argparse.Namespace) -> None:
         with args.input.open("rb") as file:
             for line in file:
                 wanted = {kind for kind in wanted if not _WORDS[kind].search(line)}
+                if not wanted:
+                    return
         check_media(args, set(_WORDS) - wanted, f"no line of {args.input} has {{}}s; leave it out")
 
 

@@ -74,18 +74,24 @@ def read_machine(text: str, slices: int = 1) -> Machine:
     return Machine(name, shape, slices)
 
 
-def prepare_environment(machine: Machine) -> None:
-    """Sets what jax reads at its import, to compile alone. Raises InputError without the compiler."""
+def check_installed(machine: Machine) -> None:
+    """Raises InputError for a compiler that is not installed."""
     tpu = machine.chip.platform == "tpu"
     wanted, extra = ("libtpu", "[tpu]") if tpu else ("jax_cuda12_plugin", "[cuda]")
     if importlib.util.find_spec(wanted) is None:
-        missing = f"{wanted} is not installed, which compiles for it (no device is needed)"
-        install = f"pip install 'qwen3vl-jax{extra}' (in a clone: pip install '.{extra}')"
-        raise InputError(f"--plan {machine}: {missing}: {install}")
+        raise InputError(
+            f"--plan {machine}: {wanted} is not installed, which compiles for it (no device is needed): "
+            f"pip install 'qwen3vl-jax{extra}' (in a clone: pip install '.{extra}')"
+        )
+
+
+def prepare_environment(machine: Machine) -> None:
+    """Sets what jax reads at its import: compile for the machine, run nothing. Raises InputError."""
+    check_installed(machine)
     for name, value in QUIET_LIBTPU.items():
         os.environ.setdefault(name, value)
     os.environ["JAX_PLATFORMS"] = "cpu"
-    if not tpu:
+    if machine.chip.platform == "gpu":
         # There is no GPU to time kernels on.
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_autotune_level=0".strip()

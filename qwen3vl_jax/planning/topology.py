@@ -10,7 +10,7 @@ from typing import Any
 from jax.experimental import topologies
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.planning.machines import GPUS_A_HOST, Machine
+from qwen3vl_jax.planning.machines import GPUS_A_HOST, Machine, check_installed
 from qwen3vl_jax.runtime.chips import GPU_SHARE
 
 _GPU_NAMES = {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200"}
@@ -44,6 +44,7 @@ device_description_str: "{name}"
 
 def devices_of(machine: Machine) -> list[Any]:
     """The devices of a machine, to compile for and not to run on. Raises InputError."""
+    check_installed(machine)
     options: dict[str, Any] = {}
     if machine.chip.platform == "tpu":
         name, platform = f"{machine.name}:{'x'.join(map(str, machine.shape))}", "tpu"

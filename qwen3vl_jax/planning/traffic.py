@@ -50,9 +50,9 @@ class Traffic(NamedTuple):
     unknown_loops: int  # counted once, for nothing says how often they run
 
 
-def traffic(module: Module, devices: int, name: str = "", times: float = 1.0) -> Traffic:
+def traffic(module: Module, devices: int, name: str | None = None, times: float = 1.0) -> Traffic:
     """Adds up a program, or one computation that runs so many times; `memory` is of one run."""
-    name = name or module.entry
+    name = module.entry if name is None else name
     memory, unknown, found = 0.0, 0, list[Collective]()
     shapes = {x.name: x.shape for x in module.computations[name]}
     for x in module.computations[name]:

@@ -205,17 +205,21 @@ class Status(contextlib.AbstractContextManager):
 
     def show(self, text: str, line: bool = True) -> None:
         """Begins a step; line: whether to print one where stderr is no terminal."""
-        self.stop()
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.text import Text
+        if self._spinner is None and not sys.stderr.isatty():
+            self.stop()
+            if line:
+                options = {"file": sys.stderr, "flush": True}
+                self._line = timer = threading.Timer(self.DELAY, print, [text], options)
+                timer.daemon = True
+                timer.start()
+            return
+        from rich.console import Console
+        from rich.text import Text
 
+        if self._spinner is None:
             self._spinner = Console(stderr=True).status(Text(text))
             self._spinner.start()
-        elif line:
-            self._line = timer = threading.Timer(self.DELAY, print, [text], {"file": sys.stderr})
-            timer.daemon = True
-            timer.start()
+        self._spinner.update(Text(text))
 
     def stop(self, failed: bool = False) -> None:
         """Ends the step; call it before anything else is printed."""

@@ -145,6 +145,9 @@ def read_range(path: Path, start: int, size: int) -> bytes:
 
 def copy_file(source: Path, target: Path) -> None:
     """Copies a file, local or remote; a local target's folder has to exist."""
+    if not is_remote(source) and not is_remote(target):
+        shutil.copyfile(source, target)
+        return
     with source.open("rb") as read, target.open("wb") as write:
         shutil.copyfileobj(cast(BinaryIO, read), cast(BinaryIO, write), PIECE)
 

@@ -84,7 +84,8 @@ def read_header(path: Path) -> list[Stored]:
     try:
         size = file_size(path)
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little") if len(prefix) == 8 else size
             if length > min(_MAX_HEADER, size - 8):
                 sizes = f"({size} bytes, its header alone should have {length})"
                 found = f"truncated or no safetensors file {sizes}; fetch it again"
