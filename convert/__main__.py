@@ -44,13 +44,15 @@ def _parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = console.Parser("python -m convert", description=__doc__, formatter_class=formatter)
     add = parser.add_argument
-    add("source", help="Hugging Face directory or Hub id; with --to-hf Orbax directory or RUN_DIR")
+    from_what = "Hugging Face directory or Hub id; with --to-hf an Orbax directory or a RUN_DIR"
+    add("source", help=from_what)
     add("out", type=argument, nargs="?", help="directory to write")
     add("--verify", action="store_true", help="read SOURCE, write nothing")
     add("--to-hf", action="store_true", help="Orbax -> safetensors")
     add("--force", action="store_true", help="replace OUT once the new one is complete")
     add("--revision", help="branch, tag or commit of a Hub id")
-    add("--expert-layout", choices=LAYOUTS, help="of fused experts whose shape is ambiguous")
+    ambiguous = "layout of fused experts whose shape is ambiguous"
+    add("--expert-layout", choices=LAYOUTS, help=ambiguous)
     add("--weights", choices=WEIGHTS, help="fp8 keeps FP8, int8 and int4 round (default: neither)")
     add("--merge", type=argument, metavar="PEFT_DIR", help="a LoRA adapter to add to the weights")
     add("--max-shard-size", type=_size, default=SHARD_SIZE, metavar="SIZE", help="default 5GB")
@@ -71,7 +73,8 @@ def _bar(title: str) -> Iterator[Progress]:
     task = bar.add_task(title, total=None)
 
     def progress(done: int, total: int) -> None:
-        bar.start()  # only now, so that a refusal is a line of its own
+        # Only now, so that a refusal is a line of its own.
+        bar.start()
         bar.update(task, advance=done, total=total)
 
     try:
@@ -167,7 +170,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     _check(parser, options)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no accelerator is needed
+    # No accelerator is needed.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     try:
         _run(options)
     except EXPECTED as e:

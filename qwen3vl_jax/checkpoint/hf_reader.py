@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -81,7 +82,8 @@ class Experts:
             weight.read_into(place)
         return out
 
-    sliceable = load  # slices of a transposed tensor lie everywhere in its file
+    # Slices of a transposed tensor lie everywhere in its file.
+    sliceable = load
 
     def load_scales(self) -> np.ndarray:
         """The scales of kept FP8, transposed as the values are."""
@@ -119,17 +121,19 @@ class _Matcher:
         self.problems: list[str] = []
         self.experts: dict[str, Experts | None] = {}
         self.block = block_of(directory, read_config(directory))
-        found: dict[str, Stored] = {}
+        groups: dict[str, list[Stored]] = defaultdict(list)
         for tensor in read_tensors(directory):
             if tensor.dtype in FP8 and self.block is None:
                 lacks = f"{CONFIG} has no {QUANTIZATION} with the size of its blocks"
                 lacks += f"; fetch {CONFIG} again or take the bf16 release"
                 raise InputError(f"{tensor.where}: {tensor.dtype}, but {lacks}")
-            name = released_name(tensor.name)
-            if name in found:
-                self.problems.append(f"duplicated {name}: {found[name].where} and {tensor.where}")
-            elif name is not None:
-                found[name] = tensor
+            if (name := released_name(tensor.name)) is not None:
+                groups[name].append(tensor)
+        for name, group in groups.items():
+            if len(group) > 1:
+                places = " and ".join(tensor.where for tensor in group)
+                self.problems.append(f"duplicated {name}: {places}")
+        found = {name: group[0] for name, group in groups.items()}
         self.scales = {name: found.pop(name) for name in list(found) if name.endswith(SUFFIX)}
         self.found = found
         held = "fp8" if any(tensor.dtype in FP8 for tensor in found.values()) else None

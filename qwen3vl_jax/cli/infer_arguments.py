@@ -271,13 +271,14 @@ def check_media(args: argparse.Namespace, held: Collection[str], why: str) -> No
 def check_media_of_lines(args: argparse.Namespace) -> None:
     """`check_media` of an --input file, by the words without which no line has images, or videos."""
     wanted = {kind for name, kind in MEDIA.items() if getattr(args, name) is not None}
-    if wanted and args.input.is_file():
-        with args.input.open("rb") as file:
-            for line in file:
-                wanted = {kind for kind in wanted if not _WORDS[kind].search(line)}
-                if not wanted:
-                    return
-        check_media(args, set(_WORDS) - wanted, f"no line of {args.input} has {{}}s; leave it out")
+    if not wanted or not args.input.is_file():
+        return
+    with args.input.open("rb") as file:
+        for line in file:
+            wanted = {kind for kind in wanted if not _WORDS[kind].search(line)}
+            if not wanted:
+                return
+    check_media(args, set(_WORDS) - wanted, f"no line of {args.input} has {{}}s; leave it out")
 
 
 def media_rules(args: argparse.Namespace) -> MediaRules:

@@ -79,10 +79,9 @@ def check_installed(machine: Machine) -> None:
     tpu = machine.chip.platform == "tpu"
     wanted, extra = ("libtpu", "[tpu]") if tpu else ("jax_cuda12_plugin", "[cuda]")
     if importlib.util.find_spec(wanted) is None:
-        raise InputError(
-            f"--plan {machine}: {wanted} is not installed, which compiles for it (no device is needed): "
-            f"pip install 'qwen3vl-jax{extra}' (in a clone: pip install '.{extra}')"
-        )
+        missing = f"{wanted} is not installed, which compiles for it (no device is needed)"
+        install = f"pip install 'qwen3vl-jax{extra}' (in a clone: pip install '.{extra}')"
+        raise InputError(f"--plan {machine}: {missing}: {install}")
 
 
 def prepare_environment(machine: Machine) -> None:

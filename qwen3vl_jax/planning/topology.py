@@ -48,11 +48,13 @@ def devices_of(machine: Machine) -> list[Any]:
     options: dict[str, Any] = {}
     if machine.chip.platform == "tpu":
         name, platform = f"{machine.name}:{'x'.join(map(str, machine.shape))}", "tpu"
-        if machine.name == "v4":  # both cores of a chip as one device, as on a VM
+        # Both cores of a chip as one device, as on a VM.
+        if machine.name == "v4":
             options["chip_config_name"] = "megacore"
         if machine.slices > 1:
             options["num_slices"] = machine.slices
-        if machine.chips < 4:  # less than the chips of a host
+        # Less than the chips of a host.
+        if machine.chips < 4:
             options["chips_per_host_bounds"] = (*machine.shape, 1, 1)[:3]
     else:
         _find_ptxas()
@@ -65,7 +67,8 @@ def devices_of(machine: Machine) -> list[Any]:
         options = {"topology": name, "target_config": target}
     try:
         return list(topologies.get_topology_desc(name, platform, **options).devices)
-    except Exception as error:  # the compilers raise whatever they like
+    # The compilers raise whatever they like.
+    except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"--plan {machine}: the compiler refuses this shape: {reason}") from None
 

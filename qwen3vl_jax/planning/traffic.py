@@ -51,7 +51,10 @@ class Traffic(NamedTuple):
 
 
 def traffic(module: Module, devices: int, name: str | None = None, times: float = 1.0) -> Traffic:
-    """Adds up a program, or one computation that runs so many times; `memory` is of one run."""
+    """Adds up a program (name None), or one computation that runs so many times.
+
+    `memory` is of one run.
+    """
     name = module.entry if name is None else name
     memory, unknown, found = 0.0, 0, list[Collective]()
     shapes = {x.name: x.shape for x in module.computations[name]}

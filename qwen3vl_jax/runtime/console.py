@@ -160,7 +160,10 @@ def handling(numbers: Iterable[int], handler: Callable[..., None]) -> Iterator[d
 
 @contextlib.contextmanager
 def signals_later() -> Iterator[None]:
-    """Delays Ctrl-C and SIGTERM: at its import, jax's extensions abort where a handler raises in them."""
+    """Delays Ctrl-C and SIGTERM to the end of the block.
+
+    For the first import of jax: its extensions abort the process where a handler raises in them.
+    """
     came, before = list[int](), dict[int, Any]()
     try:
         with handling((signal.SIGINT, signal.SIGTERM), lambda n, _: came.append(n)) as before:
@@ -176,7 +179,8 @@ def sigterm_interrupts(seconds: float) -> Iterator[None]:
     """Makes SIGTERM, a scheduler's notice, act as Ctrl-C; `seconds` after either the process ends."""
 
     def interrupt(*_: Any) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # some schedulers send it twice
+        # Some schedulers send it twice.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise KeyboardInterrupt
 
     def end_later(number: int) -> None:
@@ -209,9 +213,9 @@ class Status(contextlib.AbstractContextManager):
             self.stop()
             if line:
                 options = {"file": sys.stderr, "flush": True}
-                self._line = timer = threading.Timer(self.DELAY, print, [text], options)
-                timer.daemon = True
-                timer.start()
+                self._line = threading.Timer(self.DELAY, print, [text], options)
+                self._line.daemon = True
+                self._line.start()
             return
         from rich.console import Console
         from rich.text import Text
@@ -251,7 +255,8 @@ def memory_parts(params: Any, cfg: Any, slots: int, patches: int, note: str) -> 
     """Bytes of the weights, of a cache of `slots` tokens, and of the vision tower's activations."""
     import jax
 
-    t, item = cfg.text, params["norm"].dtype.itemsize  # a norm is never held in 8 bits
+    # A norm is never held in 8 bits.
+    t, item = cfg.text, params["norm"].dtype.itemsize
     cache = 2 * t.num_hidden_layers * t.num_key_value_heads * t.head_dim * slots * item
     images = patches * (4 * cfg.vision.hidden_size + cfg.vision.intermediate_size) * item
     weights = sum(x.nbytes for x in jax.tree.leaves(params))

@@ -13,7 +13,8 @@ from qwen3vl_jax.storage.paths import file_size, reached
 
 MAX_DEPTH = 100
 MAX_DIGITS = 40
-MAX_VALUES = 10_000_000  # of one text: each takes about 70 bytes of memory at most
+# Of one text: each value takes about 70 bytes of memory at most.
+MAX_VALUES = 10_000_000
 MAX_BYTES = 1 << 30
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -33,7 +34,8 @@ def read_json(text: str | bytes, where: str, large: bool = False) -> Any:
         if len(text) > MAX_BYTES and not large:
             raise _Refused(f"{len(text):,} bytes, expected at most {MAX_BYTES:,}")
         if isinstance(text, str):
-            text.encode()  # or an error: half of a surrogate pair
+            # An error for half of a surrogate pair.
+            text.encode()
         else:
             text = text.decode()
         text = text.removeprefix("\ufeff")
@@ -90,8 +92,14 @@ def read_json_file(path: Path, where: str = "", kind: type | tuple[type, ...] = 
 def read_json_at(text: str, at: int) -> tuple[Any, int]:
     """(data, end) of the JSON at an index of an answer; strings may hold line breaks, as models write."""
     with _refusals(""):
-        found, end = _LENIENT.raw_decode(text, at)
-        _check(found)
+        try:
+            found, end = _LENIENT.raw_decode(text, at)
+            _check(found)
+        except json.JSONDecodeError as e:
+            what = f"{e.msg.removesuffix(' at')}, character {e.pos}"
+            raise _Refused(f"not JSON ({what})") from None
+        except RecursionError:
+            raise _Refused(f"JSON nested more than {MAX_DEPTH} deep") from None
     return found, end
 
 

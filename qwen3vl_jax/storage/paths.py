@@ -146,6 +146,7 @@ def read_range(path: Path, start: int, size: int) -> bytes:
 def copy_file(source: Path, target: Path) -> None:
     """Copies a file, local or remote; a local target's folder has to exist."""
     if not is_remote(source) and not is_remote(target):
+        # It refuses to copy a file onto itself, which opening the target would empty.
         shutil.copyfile(source, target)
         return
     with source.open("rb") as read, target.open("wb") as write:
