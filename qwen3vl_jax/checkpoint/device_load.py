@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from qwen3vl_jax.checkpoint import hf_reader, lazy_tensor, name_map, orbax_io, quantize, validate
 from qwen3vl_jax.checkpoint.config_files import PARAMS, read_config
-from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES, LazyTensor, Leaves, eight_bit
+from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, VALUES, Index, LazyTensor, Leaves, eight_bit
 from qwen3vl_jax.checkpoint.param_paths import TreePath, path_str, split_layer_index
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.device_mesh import array_sharding, check_divides, shardings
@@ -23,7 +23,9 @@ from qwen3vl_jax.model.quantized import Quantized
 from qwen3vl_jax.model.structs import Params
 from qwen3vl_jax.parameters import logical_axes
 
-Parts = dict[str, np.ndarray]  # by the repr of the index: a slice has no hash
+# A part's (start, stop, step) along each axis: the same part has one spelling, and a hash.
+Spans = tuple[tuple[int, ...], ...]
+Parts = dict[Spans, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +36,8 @@ class Source:
     cfg: Config
     weights: str | None = None
     expert_layout: str | None = None
-    read_run: Callable[[], Leaves] | None = None  # of a run of train.py: training/run_params.py
+    # Reads the arrays of a run of train.py: training/run_params.py.
+    read_run: Callable[[], Leaves] | None = None
 
     def stored(self) -> Leaves:
         """The arrays as the files hold them. Raises InputError."""
@@ -120,17 +123,25 @@ def on_devices(leaf: LazyTensor, sharding: NamedSharding | None) -> jax.Array:
 def _read(leaf: LazyTensor, sharding: NamedSharding | None) -> Parts:
     """The parts of a tensor that this process's devices hold, each once, in host memory."""
     if sharding is None:
-        return {"": leaf.load()}
+        return {(): leaf.load()}
     local = sharding.addressable_devices_indices_map(leaf.shape).values()
-    where = {repr(index): index for index in local if index is not None}
+    where = {_spans(leaf, index): index for index in local if index is not None}
     return dict(zip(where, leaf.parts(list(where.values())), strict=True))
 
 
 def _placed(leaf: LazyTensor, sharding: NamedSharding | None, parts: Parts) -> jax.Array:
     if sharding is None:
         # Not device_put: on a CPU it would alias the memory map of a file that may change.
-        return jnp.array(parts[""])
-    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: parts[repr(index)])
+        return jnp.array(parts[()])
+
+    def part(index: Index) -> np.ndarray:
+        return parts[_spans(leaf, index)]
+
+    return jax.make_array_from_callback(leaf.shape, sharding, part)
+
+
+def _spans(leaf: LazyTensor, index: Index) -> Spans:
+    return tuple(s.indices(n) for s, n in zip(index, leaf.shape, strict=True))
 
 
 def put_pairs(

@@ -29,8 +29,10 @@ from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.storage.json_text import write_json
 from qwen3vl_jax.storage.paths import for_orbax
 
-_GROUP = 64 << 20  # bytes of tensors that are written together; a larger one is written alone
-_CHUNK = 128 << 20  # bytes of one stored chunk, the least that a process reads for its shard
+# Bytes of tensors that are written together; a larger one is written alone.
+_GROUP = 64 << 20
+# Bytes of one stored chunk, the least that a process reads for its shard.
+_CHUNK = 128 << 20
 
 # An error of Orbax's threads is also raised: it is not logged.
 logging.getLogger("absl").addFilter(lambda x: not (x.exc_info and "orbax" in x.pathname))
@@ -67,12 +69,14 @@ class _Handler(ocp.type_handlers.NumpyHandler):
                 raise self._failed[0]
             for info, array in zip(infos[group], arrays):
                 self._wrote(jax.tree_util.keystr(info.keypath, simple=True, separator="."), array)
-            del arrays, array, future  # before the next group is loaded
+            # Before the next group is loaded.
+            del arrays, array, future
         return []
 
     async def deserialize(self, infos: Any, args: Any = None):
         leaves = []
-        for info in infos:  # one by one, so that a damaged file gives one error
+        # One by one, so that a damaged file gives one error.
+        for info in infos:
             spec = ocp.type_handlers.get_json_tspec_read(info, info.is_ocdbt_checkpoint)
             store = await tensorstore.open(spec, open=True, read=True, context=info.ts_context)
             parts, dtype = functools.partial(_read_parts, store), store.dtype.numpy_dtype
@@ -123,7 +127,10 @@ def _tree_handler(wrote: Callable = lambda name, array: None) -> ocp.PyTreeCheck
 def write_tree(
     directory: Path, tree: Any, wrote: Callable[[int], None] = lambda nbytes: None
 ) -> None:
-    """Writes LazyTensors and digests; calls wrote(bytes) for each. Raises InputError for a full disk."""
+    """Writes a tree of LazyTensors as an Orbax checkpoint with their digests.
+
+    wrote: called with the bytes of each written tensor. Raises InputError for a full disk.
+    """
     found: dict[str, str] = {}
 
     def note(name: str, array: np.ndarray) -> None:
@@ -187,7 +194,8 @@ def verify_tree(directory: Path) -> tuple[int, int]:
 # Errors of a store that cannot be reached; the checkpoint may be intact.
 _AWAY = re.compile("(?i:permission.denied)|UNAVAILABLE|UNAUTHENTICATED|DEADLINE_EXCEEDED")
 _FULL = re.compile("No space left|RESOURCE_EXHAUSTED|quota|File too large", re.IGNORECASE)
-_OTHERS = (InputError, RuntimeError, MemoryError)  # our own, and of a full device or host memory
+# Our own errors, and those of a full device or host memory.
+_OTHERS = (InputError, RuntimeError, MemoryError)
 
 
 @contextlib.contextmanager
@@ -197,7 +205,8 @@ def readable(directory: Path) -> Iterator[None]:
         yield
     except _OTHERS:
         raise
-    except Exception as e:  # Orbax raises plain Exception
+    # Orbax raises plain Exception.
+    except Exception as e:
         if _AWAY.search(reason := _reason(e)):
             raise InputError(f"{directory}: cannot be read ({reason})") from e
         raise DamagedError(directory, [f"not a readable Orbax checkpoint ({reason})"]) from e

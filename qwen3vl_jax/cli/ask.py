@@ -42,6 +42,7 @@ def run(args: argparse.Namespace, scope: contextlib.ExitStack, status: Status) -
             seen += [x.patches.tobytes() for x in prompt.encoded.images]
             distributed.check_alike("--mesh: other options, prompt or images", *seen)
         with contextlib.ExitStack() as silence:
+            # All processes make the same answer: the first prints it, the others' output is dropped.
             if index:
                 silence.enter_context(contextlib.redirect_stdout(io.StringIO()))
                 silence.enter_context(contextlib.redirect_stderr(io.StringIO()))

@@ -22,6 +22,7 @@ from qwen3vl_jax.storage.remote_files import AppendLog, replacing
 
 Result = dict[str, Any]
 ERROR = "error"  # key of a result that is no answer: the next process tries its line again
+_NAMED = 10  # most damaged lines that are named
 _CHECKSUM = b', "checksum": "'
 _RESULT = b', "result": '
 _BEGIN = b'{"settings": '  # of a log
@@ -104,9 +105,14 @@ class Journal(contextlib.AbstractContextManager):
             raise
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        # The block's own error comes first.
-        with contextlib.closing(self.log), contextlib.suppress(*[InputError] if kind else []):
+        try:
             self.sync()
+        except InputError:
+            # The block's own error comes first.
+            if not kind:
+                raise
+        finally:
+            self.log.close()
 
     def add(self, line: Line, result: Result) -> None:
         """Keeps a result. Raises InputError where it cannot be written."""
@@ -185,7 +191,7 @@ class Journal(contextlib.AbstractContextManager):
         if found:
             self._check_same(log.path, settings, digests)
         if damaged:
-            names = ", ".join(map(str, damaged[:10])) + ", .." * (len(damaged) > 10)
+            names = ", ".join(map(str, damaged[:_NAMED])) + ", .." * (len(damaged) > _NAMED)
             left_out = f"{log.path}: damaged or cut off, and left out: line {names}"
             print(f"{left_out}; prompts without an answer are answered again", file=sys.stderr)
         if not text.endswith(b"\n"):

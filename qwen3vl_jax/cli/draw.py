@@ -17,6 +17,7 @@ from qwen3vl_jax.storage.json_text import read_json_at
 
 GRID = 1000  # coordinates are from 0 to 1000 across each side, x before y
 SIZES = {"bbox_2d": 4, "point_2d": 2}
+LABEL = 80  # most characters of a label that are drawn
 _KEY = re.compile(r"""["'](?:bbox|point)_2d["']\s*:""")
 _BACKSLASH = re.compile(r'(\\["\\/nrt]|\\u[0-9a-fA-F]{4})|\\')
 COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#000075")
@@ -91,7 +92,7 @@ def draw_marks(image: Image.Image, marks: list[Mark]) -> Image.Image:
             pen.ellipse((x[0] - r, y[0] - r, x[0] + r, y[0] + r), fill=color, outline="white")
         else:
             pen.rectangle((min(x), min(y), max(x), max(y)), outline=color, width=width)
-        if label := mark.label[:80]:
+        if label := mark.label[:LABEL]:
             corner = (min(x) + width, min(y) + width)
             pen.rectangle(pen.textbbox(corner, label, font=font), fill=color)
             pen.text(corner, label, fill="white", font=font)
@@ -102,13 +103,15 @@ def draw_answer(out: Path, messages: list[dict], text: str, beside: list[str]) -
     """Draws the answer's marks on each image: OUT.png, OUT-2.png, ..; beside: files without a source."""
     (marks, unread), feed = read_marks(text), iter(beside)
     outside = sum(not all(0 <= v <= GRID for v in mark.place) for mark in marks)
-    why = "(not JSON, cut off, or no numbers); they are not drawn"
-    notes = {
-        f"{unread} entries of the answer cannot be read {why}": unread,
-        f"{outside} marks reach outside the image, expected coordinates from 0 to {GRID}": outside,
-        "the answer holds no bbox_2d or point_2d; nothing is drawn": not marks,
-    }
-    for note in (note for note, is_said in notes.items() if is_said):
+    notes = []
+    if unread:
+        why = "not JSON, cut off, or no numbers"
+        notes += [f"{unread} entries of the answer cannot be read ({why}); they are not drawn"]
+    if outside:
+        notes += [f"{outside} marks reach outside the image, expected coordinates from 0 to {GRID}"]
+    if not marks:
+        notes += ["the answer holds no bbox_2d or point_2d; nothing is drawn"]
+    for note in notes:
         print(f"--draw: {note}", file=sys.stderr)
     if not marks:
         return

@@ -57,7 +57,8 @@ def _number(default: int) -> dict[str, Any]:
 def _add_prompt_and_model(group: Group) -> None:
     many: dict[str, Any] = {"action": "append", "default": [], "metavar": "FILE|URL"}
     file: dict[str, Any] = {"type": argument, "metavar": "FILE"}
-    add = group(title := "the prompt", "ask", "embed", "rerank")
+    title = "the prompt"
+    add = group(title, "ask", "embed", "rerank")
     add("--prompt", metavar="TEXT", help="the question (--chat asks for it)")
     add = group(title, "ask", "chat", "embed", "rerank")
     add("--image", **many, help="an image: a file, gs:// or http(s) address; may be repeated")
@@ -81,7 +82,8 @@ def _add_prompt_and_model(group: Group) -> None:
 
 
 def _add_answers_and_modes(group: Group) -> None:
-    add = group(title := "the answer", "ask", "chat")
+    title = "the answer"
+    add = group(title, "ask", "chat")
     add("--stream", action="store_true", help="print the answer as it comes")
     add = group(title, "ask")
     add("--draw", type=argument, metavar="OUT.png", help="draw the answer's boxes and points")

@@ -56,7 +56,10 @@ class Compiled(NamedTuple):
 
 
 def compiled(program: Program, level: str = "") -> Compiled:
-    """Compiles a program; level: XLA's, as O1. Raises InputError for a refusal but for memory."""
+    """Compiles a program. level: XLA's (O0, O1), "" for that of a real run.
+
+    Raises InputError for what XLA refuses for another cause than memory.
+    """
     begin, cpu = time.perf_counter(), time.process_time()
     executable, cause, kernels = None, "", ""
     with _settings(level), jax.set_mesh(program.mesh), _stderr() as lines:

@@ -21,7 +21,12 @@ from qwen3vl_jax.training.reporting import memory_estimate
 
 # Tried beside the recipe's own. "offload" is not: it needs the host's memory.
 REMATS = ("none", "dots", "narrow", "full")
-_SLACK = 1.25  # times a device's memory: candidates of more by the estimate are left out
+# A candidate is left out if its estimated memory is more than this times the device's.
+_SLACK = 1.25
+# `largest` tries fewer rows than this times those of the recipe.
+_LIMIT = 256
+# The smallest step between sizes is this part of the rows that fit.
+_NEAR = 8
 
 
 class Candidate(NamedTuple):
@@ -92,7 +97,8 @@ def mesh_of(recipe: Recipe, cfg: Config, machine: Machine) -> Mesh:
     pack, rows = recipe.pack, {}
     try:
         usual = preset(cfg, pack, machine.devices, machine.slices)
-    except InputError:  # too few rows
+    # Too few rows.
+    except InputError:
         rows = mesh_preset.enough(pack, machine.devices)
         usual = preset(cfg, dataclasses.replace(pack, **rows), machine.devices, machine.slices)
     flags = [mesh_flags(usual, recipe.mesh), mesh_preset.pack_flags(rows)]
@@ -159,7 +165,7 @@ def largest(
     nearest known sizes meets `room`. After two tries that did not halve the interval it is the middle.
     """
     times, need, wide = max(recipe.pack.rows // parts, 1), known, 0
-    fits, fails, points = 0, (limit := 256 * times), {0: held}
+    fits, fails, points = 0, (limit := _LIMIT * times), {0: held}
     for left in range(tries, -1, -1):
         before = fails - fits
         if need is not None:
@@ -170,13 +176,14 @@ def largest(
             fails = times
         halved = 2 * (fails - fits) <= before or fails == limit
         wide = 0 if halved or wide == 2 or left == tries else wide + 1
-        step = max(fits // 8, 1)  # near enough: an eighth
+        step = max(fits // _NEAR, 1)
         if not left or fails - fits <= step:
             break
         line = _crossing(points, fits, fails, room)
         times = (fits + fails) // 2
-        if wide < 2 and line < fails:  # no nearer to an end than ends the search
-            times = max(min(line, -(-8 * fails // 9)), fits + step)
+        # No nearer to an end than ends the search.
+        if wide < 2 and line < fails:
+            times = max(min(line, -(-_NEAR * fails // (_NEAR + 1))), fits + step)
         try:
             need = peak(of_size(recipe, parts, times))
         except InputError:

@@ -18,7 +18,8 @@ from typing import Any
 from qwen3vl_jax.errors import InputError
 
 VARIABLE = "JAX_COMPILATION_CACHE_DIR"
-KEPT_PROGRAMS = "compiled"  # the folder of a run of several processes
+# The folder of a run of several processes.
+KEPT_PROGRAMS = "compiled"
 HELP = f"compile anew (default: programs are kept in {VARIABLE}, else in ~/.cache/qwen3vl_jax)"
 
 
@@ -27,7 +28,8 @@ class Programs:
 
     def __init__(self) -> None:
         self.where, self.events, self.heard = "", Counter(), False
-        self.lock = threading.Lock()  # programs are compiled in several threads
+        # Programs are compiled in several threads.
+        self.lock = threading.Lock()
 
     def begin(self, where: str) -> None:
         import jax
@@ -73,7 +75,8 @@ def keep_programs(wanted: bool, shared: str = "", environ: Mapping[str, str] = o
             if in_store and "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES" not in environ:
                 # XLA's own files know no object store.
                 jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
-    for limit in ("min_compile_time_secs", "min_entry_size_bytes"):  # small programs too
+    # Small programs too.
+    for limit in ("min_compile_time_secs", "min_entry_size_bytes"):
         if where and not in_store and f"JAX_PERSISTENT_CACHE_{limit.upper()}" not in environ:
             jax.config.update(f"jax_persistent_cache_{limit}", 0)
     PROGRAMS.begin(where)
@@ -102,13 +105,14 @@ def _made(base: Path, name: str) -> Path:
     for folder in (base, base / name):
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()
-        mode = stat.S_IMODE(found.st_mode)
-        problems = {
-            "which is a link": not stat.S_ISDIR(found.st_mode),
-            f"which belongs to another user ({found.st_uid})": found.st_uid != os.geteuid(),
-            f"which others can write (mode {mode:04o})": mode & (stat.S_IWGRP | stat.S_IWOTH),
-        }
-        for wrong in (text for text, is_so in problems.items() if is_so):
+        wrong = ""
+        if not stat.S_ISDIR(found.st_mode):
+            wrong = "which is a link"
+        elif found.st_uid != os.geteuid():
+            wrong = f"which belongs to another user ({found.st_uid})"
+        elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            wrong = f"which others can write (mode {stat.S_IMODE(found.st_mode):04o})"
+        if wrong:
             expected = "expected a folder that you alone can write"
             advice = f"remove it, set {VARIABLE}, or give --no-compile-cache"
             raise InputError(f"compile cache: got {folder}, {wrong}, {expected}: {advice}")

@@ -26,7 +26,8 @@ except ImportError:  # Windows
 AnyPath = str | os.PathLike[str]
 _MARK = "://"
 _DRIVERS = {"gs": "gcs"}  # fsspec's names of the schemes, where they differ
-PIECE, _PIECES = 32 << 20, 8  # bytes of one request for a part of an object; requests at a time
+# Bytes of one request for a part of an object, and requests at a time.
+PIECE, _PIECES = 32 << 20, 8
 
 
 def as_path(given: AnyPath) -> Path:
@@ -102,7 +103,8 @@ def file_size(path: Path) -> int:
 def files_under(folder: Path, leave_out: Iterable[str] = ()) -> list[Path]:
     """Every file below a folder but `leave_out` in it, relative and sorted; linked folders do not count."""
     remote, left_out, found, folders = is_remote(folder), set(leave_out), [], [(folder, "")]
-    for place, prefix in folders:  # which grows meanwhile
+    # The list grows meanwhile.
+    for place, prefix in folders:
         inside: list[Path] = []
         # A folder that may not be read, as lost+found, has no file for us.
         with contextlib.suppress(PermissionError):
@@ -140,7 +142,8 @@ def read_range(path: Path, start: int, size: int) -> bytes:
         ends = [min(at + PIECE, end) for at in group]
         for piece in driver.cat_ranges([text] * len(group), group, ends, on_error="raise"):
             out += piece
-    return cast(bytes, out)  # not bytes(out): a copy would double the memory
+    # Not bytes(out): a copy would double the memory.
+    return cast(bytes, out)
 
 
 def copy_file(source: Path, target: Path) -> None:
@@ -173,7 +176,10 @@ def make_folder(path: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Removes a folder, without errors; for 2 seconds again: an interrupted writer's threads may go on."""
+    """Removes a folder and its contents; errors are ignored.
+
+    For up to 2 seconds it tries again: threads of an interrupted writer may still write into it.
+    """
     if not is_remote(path):
         for _ in range(100):
             shutil.rmtree(path, ignore_errors=True)
@@ -181,7 +187,8 @@ def remove_tree(path: Path) -> None:
                 return
             time.sleep(0.02)
         return
-    with contextlib.suppress(Exception):  # each store's client raises errors of its own
+    # Each store's client raises errors of its own.
+    with contextlib.suppress(Exception):
         cast(Any, path).rmtree()
 
 
@@ -193,7 +200,8 @@ def for_orbax(path: Path) -> Any:
         where = "Orbax reads and writes checkpoints in folders and on gs:// only"
         raise InputError(f"{path}: {where} (Hugging Face files can be anywhere); take one of them")
     try:
-        importlib.import_module("google.cloud.storage")  # Orbax asks it for the kind of a bucket
+        # Orbax asks it for the kind of a bucket.
+        importlib.import_module("google.cloud.storage")
     except ImportError:
         needs = "needs google-cloud-storage there: pip install 'qwen3vl-jax[gs]'"
         raise InputError(f"{path}: Orbax {needs}") from None

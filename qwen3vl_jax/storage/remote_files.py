@@ -49,7 +49,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 def sync_folder(folder: Path) -> None:
     """Flushes a folder's file names, or a file, to the disk. Raises OSError."""
-    if os.name != "posix":  # Windows opens no folder
+    # Windows opens no folder.
+    if os.name != "posix":
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -110,10 +111,12 @@ class Growing(Mirrored):
         self._file.write(text)
         self._file.flush()
         if time.monotonic() - self._synced >= self.EVERY:
-            with contextlib.suppress(Exception):  # a store that fails is tried again later
+            # A store that fails is tried again later.
+            with contextlib.suppress(Exception):
                 self.sync()
 
     def sync(self) -> None:
+        """Puts all of the text into the file. Raises InputError for a store that fails."""
         self._synced = time.monotonic()
         super().sync()
 
