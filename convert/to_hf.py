@@ -96,7 +96,8 @@ def write_files(
                 if not left[tensor.file]:
                     closers[tensor.file].close()
             progress(array.nbytes, total)
-            del array, values  # before the next one is read
+            # Before the next one is read.
+            del array, values
         files.close()
         if len(shards) > 1:
             weight_map = {tensor.name: tensor.file for tensor in tensors}
@@ -151,6 +152,7 @@ def _write_header(handle: int, file: str, tensors: list[_Tensor]) -> None:
 
 def _write(handle: int, offset: int, tensor: np.ndarray) -> None:
     data = memoryview(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
-    while data:  # one call writes at most 2 GiB
+    # One call writes at most 2 GiB.
+    while data:
         done = os.pwrite(handle, data, offset)
         data, offset = data[done:], offset + done

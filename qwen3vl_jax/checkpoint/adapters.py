@@ -94,7 +94,8 @@ def _put(node: Any, path: list[str], target: LoraTarget, pairs: dict[str, Pair])
     head, *rest = path
     if isinstance(node, (list, tuple)) and head.isdecimal():
         return [_put(x, rest, target, pairs) if i == int(head) else x for i, x in enumerate(node)]
-    if isinstance(node, (list, tuple)):  # the layers, whose index is not in the path
+    # The layers, whose index is not in the path.
+    if isinstance(node, (list, tuple)):
         layers = (jax.tree.map(lambda x, i=i: x[i], pairs) for i in range(len(node)))
         return [_put(x, path, target, one) for x, one in zip(node, layers, strict=True)]
     return {**node, head: _put(node[head], rest, target, pairs)}

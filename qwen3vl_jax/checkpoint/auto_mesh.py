@@ -12,7 +12,8 @@ from qwen3vl_jax.config import TextConfig
 from qwen3vl_jax.device_mesh import layout_mesh, make_mesh
 from qwen3vl_jax.errors import InputError
 
-ROOM = 0.85  # the part of a device's memory for weights; the cache and images need the rest
+# The part of a device's memory for weights; the cache and images need the rest.
+ROOM = 0.85
 
 
 def mesh_for(

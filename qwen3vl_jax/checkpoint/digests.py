@@ -19,9 +19,12 @@ import numpy as np
 from qwen3vl_jax.errors import InputError, ProblemsError
 from qwen3vl_jax.storage.json_text import read_json, read_json_file, write_json
 
-DIGESTS = "digests.json"  # in a tree that write_tree wrote
-META = "meta"  # the JSON of a run's step, with the digests of its trees by name
-_LARGE, _THREADS = 1 << 24, 4  # bytes from which an array is added by several threads
+# The file of digests in a tree that write_tree wrote.
+DIGESTS = "digests.json"
+# The JSON of a run's step, with the digests of its trees by name.
+META = "meta"
+# Arrays of so many bytes are added by several threads.
+_LARGE, _THREADS = 1 << 24, 4
 
 
 class DamagedError(ProblemsError):
@@ -98,7 +101,8 @@ def saved_digests(directory: Path) -> dict[str, str] | None:
 
 def with_checksum(meta: Mapping[str, Any]) -> dict[str, Any]:
     """JSON data with its own crc32, for `read_meta`."""
-    plain = read_json(write_json(meta, META), META)  # as it will be read: tuples become lists
+    # As it will be read: tuples become lists.
+    plain = read_json(write_json(meta, META), META)
     return plain | {"crc32": zlib.crc32(write_json(plain, META, sort_keys=True).encode())}
 
 

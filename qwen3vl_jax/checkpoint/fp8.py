@@ -32,7 +32,8 @@ def block_of(where: Path, raw: Mapping[str, Any]) -> Block | None:
         return None
     if not isinstance(found, Mapping):
         raise InputError(f"{where}: {QUANTIZATION}: got {found!r}, expected an object; {_ADVICE}")
-    for key, expected in (("quant_method", "fp8"), ("fmt", "e4m3")):  # transformers writes no fmt
+    # Transformers writes no fmt.
+    for key, expected in (("quant_method", "fp8"), ("fmt", "e4m3")):
         if (value := found.get(key, "e4m3" if key == "fmt" else None)) != expected:
             wrong = f"{QUANTIZATION}.{key}: got {value!r}"
             raise InputError(f"{where}: {wrong}, expected {expected!r}; {_ADVICE}")
@@ -81,4 +82,5 @@ def dequantize_into(codes: np.ndarray, scales: np.ndarray, block: Block, out: np
         # "clip" skips the bounds check: every index is below 256.
         values = np.take(_VALUES, codes[strip].view(np.uint8), mode="clip")
         values *= np.repeat(scale, min(block[1], columns))[:columns]
-        out[strip] = values.astype(out.dtype)  # casting first is faster where `out` is transposed
+        # Casting first is faster where `out` is transposed.
+        out[strip] = values.astype(out.dtype)

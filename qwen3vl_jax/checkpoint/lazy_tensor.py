@@ -17,7 +17,8 @@ _T = TypeVar("_T")
 Shape = tuple[int, ...]
 Index = tuple[slice, ...]  # a part of an array: one slice without a step for each axis
 VALUES, SCALE = "values", "scale"  # the keys at the path of a weight held in 8 bits
-_AHEAD = 3  # threads that read tensors early: up to _AHEAD + 2 tensors are in host memory
+# Threads that read tensors early: up to _AHEAD + 2 tensors are in host memory.
+_AHEAD = 3
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -21,7 +21,8 @@ from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 
 GROUP = 64  # input channels that share a scale in int4
-_STRIP = 1 << 22  # weights of which there is a float32 copy at a time
+# Weights of which there is a float32 copy at a time.
+_STRIP = 1 << 22
 # The dtype of codes, and the largest.
 CODES = {"int8": (np.dtype(np.int8), 127), "int4": (np.dtype(ml_dtypes.int4), 7)}
 
@@ -60,7 +61,8 @@ def quantize_leaves(cfg: Config, leaves: Leaves, kind: str) -> dict[TreePath, La
 def _pair(param: ParamSpec, leaf: LazyTensor, kind: str) -> dict[TreePath, LazyTensor]:
     """Values and scale of a parameter; the scale is kept from when the values are made."""
     made: dict[str, np.ndarray] = {}
-    lock = threading.Lock()  # threads that read ahead ask for both at a time
+    # Threads that read ahead ask for both at a time.
+    lock = threading.Lock()
 
     def take(key: str) -> np.ndarray:
         with lock:
@@ -78,7 +80,8 @@ def quantize(param: ParamSpec, array: np.ndarray, kind: str) -> dict[str, np.nda
     """{values, scale} of a parameter's array. Raises InputError for a weight that is not finite."""
     dtype, largest = CODES[kind_of(param, kind)]
     codes, scale = np.empty(array.shape, dtype), np.empty(scale_shape(param, kind), np.float32)
-    last = param.summed[-1]  # [boxes before, box, boxes behind]: a box shares a scale
+    # [boxes before, box, boxes behind]: a box shares a scale.
+    last = param.summed[-1]
     behind = math.prod(array.shape[last + 1 :])
     flat_scale = scale.reshape(-1, 1, behind)
     flat, flat_codes = (x.reshape(len(flat_scale), -1, behind) for x in (array, codes))
@@ -91,6 +94,7 @@ def quantize(param: ParamSpec, array: np.ndarray, kind: str) -> dict[str, np.nda
             what = f"holds NaN or infinite weights, which {kind} cannot hold"
             advice = f"fetch the checkpoint again or load it without {kind}"
             raise InputError(f"{path_str(param.path)}: {what}; {advice}")
-        flat_scale[strip] = np.where(top == 0, 1, top)  # a box of zeros has scale 1
+        # A box of zeros has scale 1.
+        flat_scale[strip] = np.where(top == 0, 1, top)
         flat_codes[strip] = np.rint(values / flat_scale[strip]).astype(dtype)
     return {VALUES: codes, SCALE: scale}

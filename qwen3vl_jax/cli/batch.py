@@ -28,7 +28,8 @@ from qwen3vl_jax.runtime import distributed
 from qwen3vl_jax.runtime.console import Status, memory_advice, memory_parts, sigterm_interrupts
 from qwen3vl_jax.storage.paths import absolute
 
-LONG = 8192  # tokens: longer lines come last, in fewer rows, since all rows share a cache's length
+# Tokens: longer lines come last, in fewer rows, since all rows share a cache's length.
+LONG = 8192
 EXPECTED_ANSWER = 1024  # most tokens that an answer counts with when lines are sorted by LONG
 SENT = 4 << 20  # bytes of answers that a process sends at a time
 # Gives (params, cfg), and enters into the stack what they are used in.
@@ -114,7 +115,8 @@ def answer_file(
         distributed.agreed(journal.sync)
         if index:
             journal.log.remove()
-        distributed.all_of(None)  # the log of process 0 goes last
+        # The log of process 0 goes last.
+        distributed.all_of(None)
         distributed.agreed(lambda: first and first.finish())
     if first and count > 1:
         print(f"{out}: {len(lines)} lines of {count} processes", file=sys.stderr)

@@ -105,7 +105,8 @@ def read_line(
         limit = min(limit, most - length)
         request = dataclasses.replace(request, arrays=prompts[0], max_new_tokens=limit)
         return Prepared(line, name, request, length, stop, logprobs)
-    except BaseException as e:  # whatever a line holds, even a library's panic, the others go on
+    # Whatever a line holds, even a library's panic, the others go on.
+    except BaseException as e:
         kind = "" if isinstance(e, InputError) else f"{type(e).__name__}: "
         return line, _error(line, name, kind + str(e))
 

@@ -125,7 +125,8 @@ def _answer(params, proc, asked, state, options) -> tuple[str, ChatState]:
     def press(*_: Any) -> None:
         nonlocal stop
         console.interrupt_heard.set()
-        if stop:  # pressed again, it ends the chat
+        # Pressed again, it ends the chat.
+        if stop:
             raise KeyboardInterrupt
         stop = True
 

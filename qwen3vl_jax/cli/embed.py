@@ -34,7 +34,8 @@ def run(args: argparse.Namespace, scope: contextlib.ExitStack, status: Status) -
     params, cfg = load_checkpoint(args, directory, scope, status)
     status.show("compiling")
     held = memory_of_batch(params, cfg, batch)
-    held.pop("cache (about)")  # there is none
+    # There is none.
+    held.pop("cache (about)")
     with memory_advice(held, "--max-pixels, fewer --document, or --dtype bfloat16"):
         if args.embed:
             embed = jax.jit(q3.embed, static_argnames=("cfg", "dims"))

@@ -11,7 +11,8 @@ PLANNED_LENGTH = 32768  # tokens of prompt and answer that are planned for witho
 
 def run(args: argparse.Namespace, *_: object) -> None:
     """Prints the plan; exit code 1 where it does not fit."""
-    prepare_environment(args.machine)  # before jax is imported
+    # Before jax is imported.
+    prepare_environment(args.machine)
     import jax.numpy as jnp
 
     from qwen3vl_jax.planning.command import plan_serving

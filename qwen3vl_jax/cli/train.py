@@ -51,7 +51,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def plan(args: argparse.Namespace, recipe: Recipe) -> bool:
     """Compiles the recipe's step for a machine that is not here; whether it, or one of a search, fits."""
-    machines.prepare_environment(args.machine)  # before jax is imported
+    # Before jax is imported.
+    machines.prepare_environment(args.machine)
     from qwen3vl_jax.planning import command
 
     if args.search:

@@ -23,7 +23,8 @@ from qwen3vl_jax.training.mesh_preset import asks_for_mesh, mesh_flags
 from qwen3vl_jax.training.recipe import Recipe, check_vision_length
 from qwen3vl_jax.training.reporting.memory_estimate import with_remat
 
-LEVEL = "O1"  # a third of the time of a whole compile; the peak is within some percent of that
+# A third of the time of a whole compile; the peak is within some percent of that.
+LEVEL = "O1"
 
 
 def plan_training(recipe: Recipe, machine: Machine, save: Path | None, tries: int) -> Plan:
@@ -48,7 +49,8 @@ def search_training(
 ) -> list[tuple[search.Candidate, Plan]]:
     """Compiles `tries` of the likeliest meshes and remat policies, and prints them, the fastest first."""
     console, cfg = console or _console(), program.config_of(recipe.ckpt)
-    check_vision_length(recipe.pack, cfg)  # no mesh would do
+    # No mesh would do.
+    check_vision_length(recipe.pack, cfg)
     found, plans, spent = search.candidates(recipe, cfg, machine), [], 0
     if asks_for_mesh(recipe):
         first = f"{mesh_flags(recipe.mesh)}, first that one if {machine} has it"
@@ -61,7 +63,8 @@ def search_training(
             made = program_of(each.recipe, cfg, machine)
             spent += 1
             plan = report.plan_of(machine, made, watched(console, made, note, LEVEL))
-        except Exception as error:  # whatever tracing and the compilers raise: there are others
+        # Whatever tracing and the compilers raise: there are others.
+        except Exception as error:
             print(f"{each}: {' '.join(str(error).split())[:300]}", file=sys.stderr)
             continue
         print(f"{each}: {plan.cause or 'fits'} ({plan.done.seconds:.0f} s)", file=sys.stderr)

@@ -28,8 +28,10 @@ _FREE = """
     parameter constant tuple get-tuple-element bitcast after-all iota partition-id replica-id
     opt-barrier while conditional call add-dependency
 """.split()
-_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # in place; which operand is written
-_CLEAR = ("bitcast", "convert", "copy", "reshape", "transpose")  # the same values, looked through
+# In place; which operand is written.
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
+# The same values, looked through.
+_CLEAR = ("bitcast", "convert", "copy", "reshape", "transpose")
 
 
 class Collective(NamedTuple):
@@ -119,7 +121,8 @@ def _host_copies(x: Instruction, shapes: list[str], times: float) -> Iterator[Co
     """What is written to the memory of the host or read of it, as remat "offload" does."""
     given = [part for shape in shapes for part in arrays(shape)]
     made = list(arrays(result(x)))
-    if any(part.host for part in made):  # an update of a part of it, or all
+    # An update of a part of it, or all.
+    if any(part.host for part in made):
         if sent := max((part.size for part in given if not part.host), default=0):
             yield Collective(TO_HOST, times, float(sent), ())
     elif any(part.host for part in given):
@@ -210,7 +213,8 @@ def _memory(module: Module, x: Instruction, given: list[str]) -> float:
         moved = 3 * _main(given[-1])
     elif x.op in ("send", "recv"):
         moved = ends[0].size
-    elif x.op == "slice-start" and len(ends) > 1:  # reads as much as it writes
+    # It reads as much as it writes.
+    elif x.op == "slice-start" and len(ends) > 1:
         moved = ends[1].size * (1 + ends[1].main)
     elif x.op.endswith("-start") and x.shape.startswith("("):
         moved = sum(end.size for end in ends if end.main)
@@ -240,7 +244,8 @@ def _touched(module: Module, name: str, number: int, shape: str) -> int:
             elif x.op == "fusion" and (inner := x.called("calls")):
                 places = [i for i, n in enumerate(x.operands) if n == value]
                 total += sum(_touched(module, inner, i, shape) for i in places)
-            elif x.op not in _UPDATES or x.operands[0] != value:  # those are written in place
+            # Those are written in place.
+            elif x.op not in _UPDATES or x.operands[0] != value:
                 return full
     return min(total, full)
 

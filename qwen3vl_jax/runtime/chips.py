@@ -10,7 +10,8 @@ from pathlib import Path
 # Of a GPU's memory, to programs: jax takes 0.75 by itself; CUDA, cuDNN and NCCL need some GiB beside.
 GPU_SHARE = 0.9
 _GIB = 2**30
-_FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # the second is older
+# The second is older.
+_FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +44,8 @@ CHIPS: dict[str, Chip] = {
     "v5e": Chip("tpu", 2, 1, round(15.75 * _GIB), 197e12, 819e9, 50e9, 3.125e9, "4x4"),
     "v5p": Chip("tpu", 3, 1, round(95.74 * _GIB), 459e12, 2765e9, 100e9, 6.25e9, "4x8x8"),
     "v6e": Chip("tpu", 2, 1, round(31.25 * _GIB), 918e12, 1640e9, 100e9, 12.5e9, "4x4"),
-    "tpu7x": Chip(
-        "tpu", 3, 2, round(94.75 * _GIB), 1153.5e12, 3690e9, 50e9, 12.5e9, "4x4x4"
-    ),  # half a chip
+    # Half a chip.
+    "tpu7x": Chip("tpu", 3, 2, round(94.75 * _GIB), 1153.5e12, 3690e9, 50e9, 12.5e9, "4x4x4"),
     "h100": Chip(
         "gpu", 1, 1, round(79.1 * GPU_SHARE * _GIB), 989e12, 3352e9, 450e9, 50e9, "8", 64e9
     ),
@@ -59,8 +59,10 @@ QUIET_LIBTPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5p-8",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # two plans at once
-    "TF_CPP_MIN_LOG_LEVEL": "1",  # warnings, which the planner reads
+    # Two plans at once.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    # Warnings, which the planner reads.
+    "TF_CPP_MIN_LOG_LEVEL": "1",
     "TPU_STDERR_LOG_LEVEL": "1",
 }
 

@@ -12,12 +12,14 @@ from contextlib import contextmanager, suppress
 
 from qwen3vl_jax.runtime.chips import has_tpu
 
-SERVER = "GCE_METADATA_HOST"  # HOST[:PORT] in place of the usual one, as Google's libraries read it
+# HOST[:PORT] in place of the usual one, as Google's libraries read it.
+SERVER = "GCE_METADATA_HOST"
 HOSTS = "TPU_WORKER_HOSTNAMES"
 EVERY = 10  # seconds between two looks
 # What the server knows, and the values that say that all is well.
 NOTICES = {"maintenance-event": ("NONE", "MIGRATE_ON_HOST_MAINTENANCE"), "preempted": ("FALSE",)}
-_FLAVOR = "Metadata-Flavor"  # header of the question and of every answer: a proxy's page has none
+# The header of the question and of every answer: a proxy's page has none.
+_FLAVOR = "Metadata-Flavor"
 
 
 def metadata(key: str, environ: Mapping[str, str] = os.environ) -> str:

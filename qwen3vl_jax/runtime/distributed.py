@@ -75,7 +75,8 @@ def asked_of(args: Any, environ: Mapping[str, str] = os.environ) -> Asked | None
             found = f"coordinator {coordinator!r}, processes {count}, process {index}"
             raise InputError(f"several processes: {found}; {_EXPECTED}")
         return Asked(coordinator, count, index)
-    srun = ("SLURM_NTASKS",) if "SLURM_STEP_NODELIST" in environ else ()  # and not salloc alone
+    # And not salloc alone.
+    srun = ("SLURM_NTASKS",) if "SLURM_STEP_NODELIST" in environ else ()
     many = any(environ.get(name, "1") not in ("", "1") for name in (*_KNOWN, *srun))
     # The variable counts also where the chips of the slice are not used: somebody has set it.
     many = many or "," in environ.get(HOSTS, "") or slice_hosts(environ) > 1
@@ -131,7 +132,8 @@ def start(asked: Asked | None) -> tuple[int, int]:
     has_its_host = re.fullmatch(r"1(\(x\d+\))?", next(filter(None, tasks), ""))
     if has_its_host and not os.environ.get("JAX_LOCAL_DEVICE_IDS"):
         for name in ("jax_cuda_visible_devices", "jax_rocm_visible_devices"):
-            jax.config.update(name, "all")  # JAX would take one card
+            # JAX would take one card.
+            jax.config.update(name, "all")
     return jax.process_index(), jax.process_count()
 
 
@@ -150,7 +152,8 @@ def end_together(run: Callable[[], _T], kept: str = "the last checkpoint") -> _T
             raise
         code = _report(error, kept)
         if not isinstance(error, Exception):
-            with suppress(Exception):  # JAX aborts those that find process 0 gone
+            # JAX aborts those that find process 0 gone.
+            with suppress(Exception):
                 _barrier("interrupted", 1000 * GRACE)
         exit_now(code)
 
@@ -165,7 +168,8 @@ def _report(error: BaseException, kept: str) -> int:
     """Prints why this process ends; gives its exit code."""
     import jax
 
-    if isinstance(error, SystemExit):  # it has printed its reason
+    # It has printed its reason.
+    if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
     if isinstance(error, EXPECTED):
         return report(error, interrupted=f"interrupted: the same command goes on from {kept}")
@@ -206,7 +210,8 @@ def wait_for_all(name: str) -> None:
     """A barrier of any length, during which Ctrl-C is heard."""
     if is_alone():
         return
-    met = Future()  # of a thread: the main one hears no signals inside a call of JAX
+    # Of a thread: the main one hears no signals inside a call of JAX.
+    met = Future()
 
     def wait() -> None:
         try:

@@ -14,7 +14,8 @@ from qwen3vl_jax.storage.remote_files import sync_folder
 
 CONFIG = "config.json"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-PARTIAL = ".partial"  # an object that exists while the others are written beside it
+# An object that exists while the others are written beside it.
+PARTIAL = ".partial"
 
 
 @contextlib.contextmanager
@@ -59,7 +60,8 @@ def _swapped(out: Path, force: bool, needs: int) -> Iterator[Path]:
     out = absolute(out)
     stage, old = out.parent / f".{out.name}.partial", out.parent / f".{out.name}.old"
     if old.is_dir() and not out.exists():
-        old.rename(out)  # a process was killed between the two renames
+        # A process was killed between the two renames.
+        old.rename(out)
     _check_free_to_write(out, force)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +75,8 @@ def _swapped(out: Path, force: bool, needs: int) -> Iterator[Path]:
         if handle is not None:
             lock(handle, stage, f"{out}: another process is writing it; wait for it or stop it")
         try:
-            _check_free_to_write(out, force)  # another process may have finished since
+            # Another process may have finished since.
+            _check_free_to_write(out, force)
             for path in stage.iterdir():
                 is_folder = path.is_dir() and not path.is_symlink()
                 shutil.rmtree(path) if is_folder else path.unlink()

@@ -40,7 +40,8 @@ def resolve(ckpt: AnyPath, revision: str | None = None) -> Path:
         raise InputError(f"{at}: {why}") from e
     if not any(found.glob("*.safetensors")):
         names: list[str] = []
-        with contextlib.suppress(Exception):  # the Hub is out of reach
+        # The Hub is out of reach.
+        with contextlib.suppress(Exception):
             names = HfApi().list_repo_files(repo, revision=found.name)
         refuse_pickles(at, names)
     return found

@@ -59,7 +59,8 @@ class Stored:
         if is_remote(self.file):
             return _fetched(self, 0, self.nbytes).reshape(self.shape)
         memory = self.memory()
-        if hasattr(memory, "madvise"):  # read ahead: single page faults are slow on a cold disk
+        # Read ahead: single page faults are slow on a cold disk.
+        if hasattr(memory, "madvise"):
             page = self.start // mmap.PAGESIZE * mmap.PAGESIZE
             memory.madvise(mmap.MADV_WILLNEED, page, self.start + self.nbytes - page)
         flat = np.frombuffer(memory, dtype, math.prod(self.shape), self.start)
