@@ -23,7 +23,7 @@ from qwen3vl_jax.storage.json_text import read_json, read_json_file, write_json
 DIGESTS = "digests.json"
 # The JSON of a run's step, with the digests of its trees by name.
 META = "meta"
-# Arrays of so many bytes are added by several threads.
+# Arrays from so many bytes on are added by so many threads.
 _LARGE, _THREADS = 1 << 24, 4
 
 

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace, scope: contextlib.ExitStack, status: Status) -
     params, cfg = load_checkpoint(args, directory, scope, status)
     status.show("compiling")
     held = memory_of_batch(params, cfg, batch)
-    # There is none.
+    # No cache is made.
     held.pop("cache (about)")
     with memory_advice(held, "--max-pixels, fewer --document, or --dtype bfloat16"):
         if args.embed:

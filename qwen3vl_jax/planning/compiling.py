@@ -146,7 +146,8 @@ def save(done: Compiled, path: Path) -> int:
     """Writes a compiled program for `load`; returns its bytes. Raises InputError where jax cannot."""
     try:
         data = pickle.dumps(serialize_executable.serialize(done.executable))
-    except Exception as error:  # it depends on the back end, whose errors have no common class
+    # It depends on the back end, whose errors have no common class.
+    except Exception as error:
         raise InputError(f"--save {path}: this program cannot be saved: {error}") from None
     path.write_bytes(data)
     return len(data)
@@ -161,7 +162,8 @@ def load(path: Path) -> Any:
     """
     try:
         return serialize_executable.deserialize_and_load(*pickle.loads(path.read_bytes()))
-    except Exception as error:  # as in `save`
+    # As in `save`.
+    except Exception as error:
         raise InputError(
             f"{path}: cannot be loaded on {jax.device_count()} x {jax.devices()[0].device_kind}: "
             f"expected a file of --save for these devices and versions, found: {error}"

@@ -119,7 +119,8 @@ def trip_count(module: Module, loop: Instruction) -> int | None:
         return None
     compared = root
     values = [x for x in module.computations[condition] if x.name in root.operands]
-    if inner := root.called("calls"):  # a fused comparison of what it is given
+    # A fused comparison of what it is given.
+    if inner := root.called("calls"):
         compared = module.roots[inner]
         values += module.computations[inner]
     limits = [int(x.given) for x in values if x.op == "constant" and x.given.isdecimal()]

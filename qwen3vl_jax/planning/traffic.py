@@ -28,9 +28,9 @@ _FREE = """
     parameter constant tuple get-tuple-element bitcast after-all iota partition-id replica-id
     opt-barrier while conditional call add-dependency
 """.split()
-# In place; which operand is written.
+# What is written in place, and which operand that is.
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
-# The same values, looked through.
+# These hold the same values, and are looked through.
 _CLEAR = ("bitcast", "convert", "copy", "reshape", "transpose")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 # Of a GPU's memory, to programs: jax takes 0.75 by itself; CUDA, cuDNN and NCCL need some GiB beside.
 GPU_SHARE = 0.9
 _GIB = 2**30
-# The second is older.
+# Two names of one setting; the second is older.
 _FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
 
@@ -44,7 +44,7 @@ CHIPS: dict[str, Chip] = {
     "v5e": Chip("tpu", 2, 1, round(15.75 * _GIB), 197e12, 819e9, 50e9, 3.125e9, "4x4"),
     "v5p": Chip("tpu", 3, 1, round(95.74 * _GIB), 459e12, 2765e9, 100e9, 6.25e9, "4x8x8"),
     "v6e": Chip("tpu", 2, 1, round(31.25 * _GIB), 918e12, 1640e9, 100e9, 12.5e9, "4x4"),
-    # Half a chip.
+    # Numbers of half a chip, which is a device.
     "tpu7x": Chip("tpu", 3, 2, round(94.75 * _GIB), 1153.5e12, 3690e9, 50e9, 12.5e9, "4x4x4"),
     "h100": Chip(
         "gpu", 1, 1, round(79.1 * GPU_SHARE * _GIB), 989e12, 3352e9, 450e9, 50e9, "8", 64e9
@@ -59,9 +59,9 @@ QUIET_LIBTPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5p-8",
-    # Two plans at once.
+    # For two plans at once.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    # Warnings, which the planner reads.
+    # Warnings are written: the planner reads them.
     "TF_CPP_MIN_LOG_LEVEL": "1",
     "TPU_STDERR_LOG_LEVEL": "1",
 }

@@ -75,7 +75,7 @@ def asked_of(args: Any, environ: Mapping[str, str] = os.environ) -> Asked | None
             found = f"coordinator {coordinator!r}, processes {count}, process {index}"
             raise InputError(f"several processes: {found}; {_EXPECTED}")
         return Asked(coordinator, count, index)
-    # And not salloc alone.
+    # Started by srun, and not in a shell of salloc alone.
     srun = ("SLURM_NTASKS",) if "SLURM_STEP_NODELIST" in environ else ()
     many = any(environ.get(name, "1") not in ("", "1") for name in (*_KNOWN, *srun))
     # The variable counts also where the chips of the slice are not used: somebody has set it.
@@ -132,7 +132,7 @@ def start(asked: Asked | None) -> tuple[int, int]:
     has_its_host = re.fullmatch(r"1(\(x\d+\))?", next(filter(None, tasks), ""))
     if has_its_host and not os.environ.get("JAX_LOCAL_DEVICE_IDS"):
         for name in ("jax_cuda_visible_devices", "jax_rocm_visible_devices"):
-            # JAX would take one card.
+            # By itself JAX would take one card.
             jax.config.update(name, "all")
     return jax.process_index(), jax.process_count()
 
@@ -210,7 +210,7 @@ def wait_for_all(name: str) -> None:
     """A barrier of any length, during which Ctrl-C is heard."""
     if is_alone():
         return
-    # Of a thread: the main one hears no signals inside a call of JAX.
+    # It is set in a thread: the main one hears no signals inside a call of JAX.
     met = Future()
 
     def wait() -> None:

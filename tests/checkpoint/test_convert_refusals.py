@@ -8,6 +8,7 @@ import hf_files as hf
 import numpy as np
 import pytest
 
+import convert.__main__ as command
 from convert.__main__ import main
 from convert.to_hf import to_hf
 from convert.to_orbax import to_orbax
@@ -57,6 +58,10 @@ TENSORS = {
     "duplicated": (
         lambda t: t.update({NORM.removeprefix("model."): t[NORM]}),
         "duplicated model.language_model.norm.weight: .* in model.safetensors and .* in model.s",
+    ),
+    "three_times": (
+        lambda t: t.update({f"{n}norm.weight": t[NORM] for n in ("language_model.", "model.")}),
+        "duplicated .*norm.weight: .* in model.safetensors and .* in .* and .* in .*",
     ),
     "integers": (
         lambda t: t.update({NORM: np.ones(40, np.int8)}),
@@ -160,6 +165,10 @@ FILES = {
     "truncated": (_truncate, "model-00002-of-00002.safetensors: truncated: "),
     "truncated_header": (lambda d: _truncate(d, 100), "truncated or no safetensors file"),
     "empty_file": (lambda d: _truncate(d, 0), "truncated or no safetensors file"),
+    "short_file": (
+        lambda d: _truncate(d, 5),
+        r"no safetensors file \(5 bytes, its header alone should have 5\)",
+    ),
     "missing_shard": (
         lambda d: (d / "model-00001-of-00002.safetensors").unlink(),
         "shard model-00001-of-00002.safetensors of 2 is missing",
@@ -246,3 +255,11 @@ def test_orbax_that_does_not_fit_its_config(sound, tmp_path, capsys):
         to_hf(orbax, tmp_path / "out")
     shutil.rmtree(orbax / "params")
     assert "holds no params" in refused(capsys, tmp_path, "--to-hf", orbax, tmp_path / "out")
+
+
+def test_the_exit_code_of_what_ends_the_command_is_kept(sound, tmp_path, monkeypatch):
+    def end(*_):
+        raise SystemExit(3)
+
+    monkeypatch.setattr(command, "_run", end)
+    assert main([str(sound), str(tmp_path / "out")]) == 3

@@ -334,6 +334,14 @@ def test_settings_of_media_that_lines_may_have(tmp_path):
         ):
             check_media_of_lines(args)
 
+    def one_line():
+        yield b'{"video": "a"}'
+        pytest.fail("read on after the first video")
+
+    opened = lambda mode: contextlib.nullcontext(one_line())  # noqa: E731
+    args.input = SimpleNamespace(is_file=lambda: True, open=opened)
+    check_media_of_lines(args)
+
 
 ASK = ("--image", common.DEMO_IMAGE, "--prompt", "hi")
 BAD = {

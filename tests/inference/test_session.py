@@ -257,8 +257,8 @@ def test_chat_in_the_terminal(demo, capsys, tmp_path):
             first.unlink()
         return lines.pop(0)
 
-    media = [terminal.load_media(proc, "image", str(first), {})]
-    terminal.converse(params, proc, None, media, read, max_new_tokens=40)
+    media = [terminal.load_media(proc, "image", str(first), {"template_vars": {"a": 1}})]
+    terminal.converse(params, proc, None, media, read, max_new_tokens=40, inputs=None)
     out, err = capsys.readouterr()
     assert out == "5 6 8 9\n5 5 0 2\n9 9 0 4\n12\n12\n"
     assert "error: gone.png: " in err and "error: /what: no such" in err and err.count("error") == 4

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.planning import machines
+from qwen3vl_jax.planning import machines, topology
 from qwen3vl_jax.runtime import chips
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,6 +102,8 @@ def test_a_missing_compiler_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"libtpu is not installed.*qwen3vl-jax\[tpu\]"):
         machines.prepare_environment(machines.read_machine("v5e:2x2"))
+    with pytest.raises(InputError, match=r"libtpu is not installed.*qwen3vl-jax\[tpu\]"):
+        topology.devices_of(machines.read_machine("v5e:2x2"))
 
 
 def chips_of(*sizes):

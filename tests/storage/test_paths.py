@@ -485,3 +485,11 @@ def test_tensors_of_an_object_that_is_cut_are_refused(bucket, local):
     bucket.put("bucket/hf/model.safetensors", data[:-10])
     with pytest.raises(InputError, match="truncated"):
         read_tensors(place)
+
+
+def test_a_file_copied_onto_itself_is_refused_and_kept(tmp_path):
+    """Opening the target would empty it."""
+    (tmp_path / "a").write_bytes(b"kept")
+    with pytest.raises(OSError, match="same file"):
+        paths.copy_file(tmp_path / "a", tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == b"kept"
