@@ -134,7 +134,7 @@ def _placed(leaf: LazyTensor, sharding: NamedSharding | None, parts: Parts) -> j
         # Not device_put: on a CPU it would alias the memory map of a file that may change.
         return jnp.array(parts[()])
 
-    def part(index: Index) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:
         return parts[_spans(leaf, index)]
 
     return jax.make_array_from_callback(leaf.shape, sharding, part)
