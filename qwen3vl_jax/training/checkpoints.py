@@ -184,7 +184,7 @@ def _check_shapes(where: Path, state: TrainState) -> None:
         {n: f"{jax.numpy.dtype(x.dtype).name}{list(x.shape)}" for n, x in arrays.items()}
         for arrays in (state.weights, saved)
     )
-    if found := [*differences(now, then, "not trained").values()]:
+    if found := [*differences(now, then, "not trained", lambda shape, _: shape).values()]:
         what = f"{where}: was started with another set of weights"
         raise ProblemsError(what, found, "choose another --out")
 
@@ -193,6 +193,7 @@ def _parts(state: TrainState) -> dict[str, Any]:
     """The trees of a state by the folder that each is saved in."""
     rest = {"step": state.step, "key": state.key, "optimizer": state.optimizer}
     if state.compensation is not None:
-        rest["rest"] = state.compensation  # the key of the files
+        # The files have this key.
+        rest["rest"] = state.compensation
     average = {} if state.average is None else {AVERAGE: state.average}
     return {WEIGHTS: state.weights, STATE: rest, **average}

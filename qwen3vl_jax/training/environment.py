@@ -25,7 +25,8 @@ def memory_gib(device: Any) -> float:
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"] / 2**30
-    with suppress(ImportError):  # Windows
+    # Windows has no such module.
+    with suppress(ImportError):
         import resource
 
         unit = 1 if system.system() == "Darwin" else 1024

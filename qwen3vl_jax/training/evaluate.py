@@ -27,9 +27,12 @@ from qwen3vl_jax.training.param_groups import Flat, MergeParams
 from qwen3vl_jax.training.recipe import Data, Recipe, Step
 from qwen3vl_jax.training.train_step import TrainState, batch_sums, step_totals
 
-ROWS = 8  # prompts answered together
-OpenLoader = Callable[..., Any]  # (data, seed, once=False) -> a DataLoader or a GlobalFeed
-Evaluation = Callable[..., float | None]  # (state, frozen, step, logger, check) -> the loss
+# Prompts answered together.
+ROWS = 8
+# (data, seed, once=False) -> a DataLoader or a GlobalFeed
+OpenLoader = Callable[..., Any]
+# (state, frozen, step, logger, check) -> the loss
+Evaluation = Callable[..., float | None]
 
 
 class Answered(NamedTuple):

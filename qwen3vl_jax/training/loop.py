@@ -97,7 +97,8 @@ def train_from(
             logger.refused(left_out)
             parts = loader, step, state, frozen, evaluation, checkpoints
             run = Run(recipe, out, first, meta, *parts, logger, stop, speed)
-            del state, parts  # the step donates the state's arrays
+            # The step donates the state's arrays.
+            del state, parts
             try:
                 run_steps(run)
             finally:

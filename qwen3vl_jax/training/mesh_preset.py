@@ -10,8 +10,10 @@ from qwen3vl_jax.training.recipe import Mesh, Pack, Recipe
 # Dense models are sharded over fsdp, MoE models over fsdp x expert. expert is the largest of these sizes
 # that is at most fsdp, since tokens go to every device of that axis.
 _EXPERT = (8, 4, 2)
-_SEQUENCE = 4  # limit: each part of a row needs the keys and values of all parts
-_FSDP = 128  # limit of fsdp, then data: the vision tower's 1,152 channels are 9 x 128
+# Limit of `sequence`: each part of a row needs the keys and values of all parts.
+_SEQUENCE = 4
+# Limit of fsdp, then data: the vision tower's 1,152 channels are 9 x 128.
+_FSDP = 128
 
 
 def asks_for_mesh(recipe: Recipe) -> bool:
@@ -38,11 +40,13 @@ def preset(cfg: Config, pack: Pack, count: int, slices: int = 1) -> Mesh:
     sequence. Raises InputError if devices are left.
     """
     rows = math.gcd(pack.rows, pack.vision_rows, pack.groups)
-    parts = math.gcd(max(rows // slices, 1), count // slices)  # of the rows of a slice
+    # Parts of the rows of a slice.
+    parts = math.gcd(max(rows // slices, 1), count // slices)
     tensor = math.gcd(count // (slices * parts), cfg.text.num_attention_heads)
     sequence = count // (slices * parts * tensor)
     if rows % slices or sequence > _SEQUENCE or pack.length % sequence:
-        more = enough(pack, count)  # one row a device always works
+        # One row a device always works.
+        more = enough(pack, count)
         message = ", ".join(f"pack.{name} is {getattr(pack, name)}" for name in more)
         where = f"{count} devices" + f" in {slices} slices" * (slices > 1)
         advice = f"take {pack_flags(more)}, or fewer devices"

@@ -99,7 +99,8 @@ def apply_update(
 def split_bits(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """fp32 -> (nearest bf16, int16 of the low bits): the same number in the same four bytes."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    upper = (bits + jnp.uint32(0x8000)) >> 16  # ties away from zero: the low bits fit int16
+    # Ties away from zero: the low bits fit int16.
+    upper = (bits + jnp.uint32(0x8000)) >> 16
     low_bits = (bits - (upper << 16)).astype(jnp.uint16)
     near = jax.lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16)
     return near, jax.lax.bitcast_convert_type(low_bits, jnp.int16)

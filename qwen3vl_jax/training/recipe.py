@@ -209,8 +209,9 @@ def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
     for change in changes:
         apply_change(Recipe, raw, change)
     recipe = _with_found_paths(build(Recipe, raw, "", str(path)), path.parent)
-    for problem in itertools.chain(_wrong_numbers(recipe), _wrong_together(recipe)):
-        raise InputError(problem)
+    problems = itertools.chain(_wrong_numbers(recipe), _wrong_together(recipe))
+    if (first := next(problems, None)) is not None:
+        raise InputError(first)
     return recipe
 
 
@@ -266,7 +267,7 @@ def _wrong_together(recipe: Recipe) -> Iterator[str]:
         yield f"steps is {recipe.steps}, expected more than optimizer.warmup ({warmup})"
     if recipe.evaluate.every and not recipe.evaluate.sources:
         yield "evaluate.every is set and evaluate.sources is empty, expected files"
-    if step.gradients == "bfloat16" != step.dtype:
+    if step.gradients == "bfloat16" and step.dtype != "bfloat16":
         expected = f"expected float32 while step.dtype is {step.dtype}; set step.dtype=bfloat16"
         yield f"step.gradients: got bfloat16, {expected}"
     if recipe.train.new_tokens and lora.rank:

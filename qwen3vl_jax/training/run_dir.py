@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from qwen3vl_jax.training.reporting.metrics_table import STEP, read_table
 
 CHECKPOINTS, CONFIG, DAMAGED = "checkpoints", "config.toml", "damaged"
 EVALUATION = "evaluation.csv"
-MODEL = "model"  # config.json, tokenizer and template of the model, with the new tokens
+# config.json, tokenizer and template of the model, with the new tokens.
+MODEL = "model"
 # Keys of the recipe that a resumed run may change.
 FREE = """
     steps save_every report. evaluate. checkpoints. step.remat step.loss_chunk mesh. data.bad_fraction
@@ -176,10 +177,15 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(
-    now: Mapping[str, Any], then: Mapping[str, Any], absent: str = "not there"
+    now: Mapping[str, Any],
+    then: Mapping[str, Any],
+    absent: str = "not there",
+    write: Callable[[Any, str], str] = json_text.write_json,
 ) -> dict[str, str]:
-    """{key: what it was and is} of the values that are not the same."""
-    write = json_text.write_json
-    was, new = ({n: write(x, n) for n, x in values.items()} for values in (then, now))
+    """{key: what it was and is} of the values that are not the same. write: (value, key) -> text."""
+
+    def text(values: Mapping[str, Any], name: str) -> str:
+        return write(values[name], name) if name in values else absent
+
     changed = (name for name in {**then, **now} if now.get(name) != then.get(name))
-    return {n: f"{n} was {was.get(n, absent)}, is now {new.get(n, absent)}" for n in changed}
+    return {n: f"{n} was {text(then, n)}, is now {text(now, n)}" for n in changed}

@@ -60,7 +60,8 @@ def step_leaves(
 
     def load(name: str, stack: LazyTensor, path: TreePath) -> np.ndarray:
         if path not in layers:
-            layers.clear()  # the old stack goes before the next one comes
+            # The old stack goes before the next one comes.
+            layers.clear()
             layers.update(stacked_load.layers_of(name, stack.load()))
         return layers[path].astype(base[path].dtype)
 
@@ -110,7 +111,8 @@ def _base(recipe: Recipe, cfg: Config) -> dict[TreePath, LazyTensor]:
 
     @functools.cache
     def arrays() -> dict[TreePath, np.ndarray]:
-        drawn: dict[TreePath, np.ndarray] = {}  # again, when the first is loaded
+        # Drawn again when the first is loaded.
+        drawn: dict[TreePath, np.ndarray] = {}
         for name, x in param_groups.flatten(train_model.initial_params(recipe, cfg))[0].items():
             drawn |= stacked_load.layers_of(name, np.asarray(x))
         return drawn

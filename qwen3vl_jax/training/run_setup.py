@@ -161,7 +161,8 @@ def catch_signals() -> Iterator[Stop]:
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
-        yield stop  # only the main thread may set a handler
+        # Only the main thread may set a handler.
+        yield stop
         return
     several, heard = jax.process_count() > 1, itertools.count(1)
 
@@ -176,7 +177,8 @@ def catch_signals() -> Iterator[Stop]:
     def hear(number: int) -> None:
         # In a thread: the main thread handles signals only between calls into jax.
         if number == signal.SIGINT and next(heard) > 1:
-            cursor = "\x1b[?25h" * sys.stderr.isatty()  # shows it again
+            # Shows it again.
+            cursor = "\x1b[?25h" * sys.stderr.isatty()
             print(f"\n{cursor}{_ENDED}", file=sys.stderr, flush=True)
             os._exit(130)
         if number == signal.SIGINT and stop.under_way:

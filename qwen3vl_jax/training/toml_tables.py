@@ -32,11 +32,13 @@ def _apply(hint: Any, at: Any, parts: list[str], prefix: str, text: str, change:
         if not part.isdecimal() or int(part) > len(at):
             raise InputError(f"{change}: {part!r} is no place in a list of {len(at)} (from 0)")
         key, inner = int(part), get_args(hint)[0]
-        at += [{}] * (key == len(at))  # the place after the last one is new
+        # The place after the last one is new.
+        at += [{}] * (key == len(at))
     elif isinstance(at, dict) and (hint is Any or get_origin(hint) is dict):
         inner = Any if hint is Any else get_args(hint)[1]
         if inner is not Any:
-            key, rest = ".".join(parts), []  # names of parameters have dots
+            # Names of parameters have dots.
+            key, rest = ".".join(parts), []
         at.setdefault(key, {})
     else:
         name = prefix.rstrip(".")

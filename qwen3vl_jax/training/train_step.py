@@ -58,8 +58,9 @@ def init_state(
         none = {name: jnp.zeros(x.shape, jnp.int16) for name, x in weights.items()}
         return optimizer.init(wide), none if compensated else None, wide if ema else None
 
-    start = jnp.zeros((), jnp.int32), jax.random.key_data(key), weights
-    return TrainState(*start, *begin(weights))
+    moments, left, average = begin(weights)
+    step_0 = jnp.zeros((), jnp.int32)
+    return TrainState(step_0, jax.random.key_data(key), weights, moments, left, average)
 
 
 def batch_sums(

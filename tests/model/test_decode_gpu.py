@@ -141,8 +141,10 @@ def test_one_row_is_several(name, rows, monkeypatch):
     assert layers.repeat_one(one).shape == (rows, 1, 8)
     for other in (one.astype(jnp.float32), jnp.repeat(one, 3, axis=0)):
         assert layers.repeat_one(other) is other
-    # A single GPU has no mesh to cut rows.
-    if len(jax.devices()) == 1:
-        return
+
+
+@pytest.mark.skipif(len(jax.devices()) < 2, reason="a single device has no mesh to cut rows")
+def test_one_row_stays_one_where_a_mesh_cuts_rows():
+    one = jnp.ones((1, 1, 8), jnp.bfloat16)
     with jax.set_mesh(make_mesh({"data": 2}, jax.devices()[:2])):
         assert layers.repeat_one(one) is one

@@ -23,10 +23,14 @@ from qwen3vl_jax.training.data.sample import Refusal, Sample
 from qwen3vl_jax.training.data.stream import SHUFFLED, Order, Reader, iterate, make_stream
 from qwen3vl_jax.training.recipe import Data, Pack
 
-_FEWEST = 100  # data.bad_fraction is of at least this many records
-_SHOWN = 5  # bad records named in a message
-_KEPT = 1000  # refusals kept by name
-_FEW = 500  # so few records are read faster without workers
+# data.bad_fraction is of at least this many records.
+_FEWEST = 100
+# Bad records named in a message.
+_SHOWN = 5
+# Refusals kept by name.
+_KEPT = 1000
+# So few records are read faster without workers.
+_FEW = 500
 _MOST_TOO_LARGE = 0.5
 _BATCHES_AHEAD = 2
 

@@ -85,7 +85,8 @@ def _box_texts(
         for number, message in enumerate(messages, 1)
         if isinstance(content := message.get("content"), list)
     }
-    places: list[tuple[list[Any], int, MediaSource]] = []  # (content, index in it, image)
+    # (content, index in it, image)
+    places: list[tuple[list[Any], int, MediaSource]] = []
     for where, items in contents.items() if given or ids else ():
         for i, item in enumerate(items):
             found: list[MediaSource] = []

@@ -155,7 +155,6 @@ def build(
     labels.flat[starts], weights.flat[starts] = IGNORE_INDEX, 0.0
     positions = [into_rows([s.positions[i] for s in samples], np.int32) for i in range(3)]
     number = np.arange(1, len(row) + 1) - np.searchsorted(row, row)
-    segments, delta = into_rows.each(number.astype(np.int32)), np.zeros(pack.rows, np.int32)
     vision_rows = vision = named = None
     if pack.vision_rows:
         spots = [spot for p in seen for visual in p.spots for spot in visual]
@@ -168,8 +167,15 @@ def build(
         if with_labels:
             named = np.full(vision.lo.size // cfg.vision.merge_unit, IGNORE_INDEX, np.int32)
             named[merged] = _vision_labels(cfg, [p.sample for p in seen])
-    host: Any = tokens, np.stack(positions), segments, vision_rows, delta, vision, labels
-    return PackedBatch(Batch(*host), weights, cast(Any, named))
+    host: dict[str, Any] = {
+        "tokens": tokens,
+        "positions": np.stack(positions),
+        "segment_ids": into_rows.each(number.astype(np.int32)),
+        "vision_rows": vision_rows,
+        "delta": np.zeros(pack.rows, np.int32),
+        "labels": labels,
+    }
+    return PackedBatch(Batch(vision=vision, **host), weights, cast(Any, named))
 
 
 def _consecutive(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -217,7 +223,8 @@ def _vision(
     memory = buffers.empty(math.prod((*shape, *patch)) * np.dtype(pixel_type).itemsize)
     # Not initialised: zeros would be written twice.
     pixels: Any = memory.view(pixel_type).reshape(-1, *patch)
-    frames: list[tuple[int, VisionInputs]] = []  # (first patch over all rows, tables)
+    # (first patch over all rows, tables)
+    frames: list[tuple[int, VisionInputs]] = []
     # Beside the cache of `_frame`, because hashing a config takes longer than writing an image.
     known: dict[Any, VisionInputs] = {}
     for sample, _, _, spots in seen:
@@ -237,11 +244,15 @@ def _vision(
     into_rows = _RowFiller(shape, starts, sizes)
     pixels[into_rows.each(sizes).ravel() == 0] = 0
     first = starts % pack.vision_length
-    pos_index = into_rows([table.pos_index for table in tables], np.int32, after=(4,))
-    pos_weight = into_rows([table.pos_weight for table in tables], np.float32, after=(4,))
-    coords = into_rows([table.coords for table in tables], np.int32, after=(2,))
-    lo, hi = (into_rows.each(x.astype(np.int32)) for x in (first, first + sizes))
-    return VisionInputs(pixels.reshape(*shape, -1), pos_index, pos_weight, coords, lo, hi)
+    host: dict[str, Any] = {
+        "pixels": pixels.reshape(*shape, -1),
+        "pos_index": into_rows([table.pos_index for table in tables], np.int32, after=(4,)),
+        "pos_weight": into_rows([table.pos_weight for table in tables], np.float32, after=(4,)),
+        "coords": into_rows([table.coords for table in tables], np.int32, after=(2,)),
+        "lo": into_rows.each(first.astype(np.int32)),
+        "hi": into_rows.each((first + sizes).astype(np.int32)),
+    }
+    return VisionInputs(**host)
 
 
 @functools.lru_cache(maxsize=1024)

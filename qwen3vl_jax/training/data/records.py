@@ -25,7 +25,8 @@ from qwen3vl_jax.training.data.chat_format import FIELDS, METADATA, chat_form, w
 from qwen3vl_jax.training.recipe import Source
 
 log = logging.getLogger("qwen3vl_jax")
-_LARGE = 64 * 2**20  # row groups of more bytes than this make shuffled reading slow
+# Row groups of more bytes than this make shuffled reading slow.
+_LARGE = 64 * 2**20
 _SUFFIXES = ".jsonl, .json, .parquet, .array_record or python:module:Class"
 _CLASS = "python:"
 _CHUNK = 1 << 24
@@ -98,13 +99,15 @@ def _json_lines(path: str, source: Source) -> Records:
             for place in range(count) or (-1,) if line not in _EMPTY else ():
                 spans.extend((start, end, number, place))
     table = np.array(spans, np.int64).reshape(-1, 4)
-    read = functools.partial(_line, path, table)
-    return Records(path, source, len(table), read, table[:, 2:])
+    # One array of places: workers get a copy of each.
+    places = table[:, 2:].copy()
+    read = functools.partial(_line, path, table[:, :2].copy(), places)
+    return Records(path, source, len(table), read, places)
 
 
-def _line(path: str, spans: np.ndarray, index: int) -> Any:
-    """A record by one read of its line. spans [n 4]: start byte, end byte, and `Records.places`."""
-    start, end, _, place = spans[index].tolist()
+def _line(path: str, spans: np.ndarray, places: np.ndarray, index: int) -> Any:
+    """A record by one read of its line. spans [n 2]: start byte, end byte; places: of Records."""
+    (start, end), (_, place) = spans[index].tolist(), places[index].tolist()
     record = read_json(read_range(as_path(path), start, end - start), "", large=True)
     return record if place < 0 else record[place]
 

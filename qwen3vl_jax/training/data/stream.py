@@ -25,12 +25,16 @@ from qwen3vl_jax.training.data.packing import one_frame
 from qwen3vl_jax.training.data.records import Records
 from qwen3vl_jax.training.data.sample import Refusal, Sample
 
-GROUP = 16  # samples that a worker hands over at a time
-AHEAD = 2  # groups that a worker has ready
+# Samples that a worker hands over at a time.
+GROUP = 16
+# Groups that a worker has ready.
+AHEAD = 2
 # A source as long as this, which only a class can be, is not shuffled: it is random itself.
 SHUFFLED = 2**31
-_SHARED = "/dev/shm"  # where shared memory is a file system; often a small one, in containers
-_SPARE = 16  # blocks that must have room: other workers write at the same time
+# Where shared memory is a file system; often a small one, in containers.
+_SHARED = "/dev/shm"
+# Blocks that must have room: other workers write at the same time.
+_SPARE = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +85,8 @@ def make_stream(sources: Sequence[Records], maker: SampleMaker, order: Order) ->
             part = part.shuffle(seed=int(words[0]))
         part = part if order.once else part.repeat()
         part = part.slice(slice(index, None, count)).map(Reader(records, maker))
-        parts += [part] if len(part) else []  # one pass over fewer records than processes
+        # It is empty in one pass over fewer records than processes.
+        parts += [part] if len(part) else []
     if len(parts) < 2:
         return parts[0] if parts else ()
     if order.once:
@@ -151,7 +156,8 @@ class SampleBlock:
         cls, patch_shape: tuple[int, ...], group: Sequence[Sample | Refusal]
     ) -> tuple["SampleBlock", np.ndarray | bytes]:
         """A group and its block of arrays. Images are sent as one frame, not two equal ones."""
-        frames: dict[int, np.ndarray] = {}  # by id: pickle sends what samples share once
+        # By id: pickle sends what samples share once.
+        frames: dict[int, np.ndarray] = {}
 
         def light(image: EncodedImage) -> EncodedImage:
             if (key := id(image.patches)) not in frames:

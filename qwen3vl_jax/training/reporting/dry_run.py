@@ -28,8 +28,10 @@ from qwen3vl_jax.training.reporting import memory_estimate
 from qwen3vl_jax.training.run_dir import open_model, write_model_files
 from qwen3vl_jax.training.state_sharding import check_mesh
 
-_SMALL_FILES = ["*.json", "*.txt", "*.jinja"]  # everything of a checkpoint but its weights
-_BATCHES = 4  # drawn to measure fill and samples a step
+# Everything of a checkpoint but its weights.
+_SMALL_FILES = ["*.json", "*.txt", "*.jinja"]
+# Batches drawn to measure fill and samples a step.
+_BATCHES = 4
 _TARGET, _OTHER, _SPECIAL = "bold green", "dim", " reverse"
 
 
@@ -97,7 +99,8 @@ def _opened(recipe: Recipe) -> tuple[Config, Processor | None, list[str]]:
 
     try:
         return *_with_new_tokens(recipe, snapshot_download(ckpt, allow_patterns=_SMALL_FILES)), []
-    except Exception as error:  # what its HTTP library raises changes from version to version
+    # What its HTTP library raises changes from version to version.
+    except Exception as error:
         reason = " ".join(str(error).split())[:120]
         told = f"records are not checked and no sample is shown: {ckpt} cannot be had ({reason} ..)"
         return Config.named(size[0]), None, [f"{told}; sizes are those of a released {size[0]}"]

@@ -76,7 +76,8 @@ def step_flops(
     model needs (for MFU: nothing counts twice); a name of `layers.REMAT` adds what that policy and
     the chunked loss compute again.
     """
-    if cfg.tie_word_embeddings and "embeddings" in trained:  # one table, and two products with it
+    # One table, and two products with it.
+    if cfg.tie_word_embeddings and "embeddings" in trained:
         trained = {*trained, "head"}
     parts, adapters = forward_flops(cfg, work), adapters or {}
     first = min((_PLACE[name] for name in (*trained, *adapters)), default=len(_PLACE))

@@ -53,7 +53,8 @@ class Held(NamedTuple):
 
 def held(recipe: Recipe, cfg: Config) -> Held:
     """What a run of this recipe would hold. Raises InputError as `train_model.split_trainable` does."""
-    merges: list[MergeParams] = []  # it knows names and no arrays
+    # It knows names and no arrays.
+    merges: list[MergeParams] = []
 
     def split(params: Params) -> tuple[Flat, Flat]:
         weights, frozen, merge = train_model.split_trainable(recipe, cfg, params)
@@ -157,7 +158,8 @@ def _activations(recipe: Recipe, cfg: Config, parts: Held) -> int:
     towers = (tokens, t.num_hidden_layers, text), (patches, v.depth if seen else 0, image)
     total = 0.0
     for places, layers, (stream, narrow, wide, attended) in towers:
-        all_of_one = 2 * stream + 1.5 * (narrow + wide)  # with norms and activations
+        # With norms and activations.
+        all_of_one = 2 * stream + 1.5 * (narrow + wide)
         kept = {
             "full": stream,
             "offload": 0,

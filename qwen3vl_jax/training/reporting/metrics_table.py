@@ -49,8 +49,13 @@ class Table:
     def _open(self, rows: list[dict[str, str]]) -> None:
         head = ",".join(self._columns) + "\n" if self._columns else ""
         self._file = Growing(self._path, head + self._text(rows))
-        # sync: has all rows where others can read them.
-        self.sync, self.close = self._file.sync, self._file.close
+
+    def sync(self) -> None:
+        """Puts all rows where others can read them."""
+        self._file.sync()
+
+    def close(self) -> None:
+        self._file.close()
 
     def _text(self, rows: list[dict[str, str]]) -> str:
         out = io.StringIO()
@@ -63,7 +68,8 @@ def read_table(path: Path) -> list[dict[str, str]]:
     if not path.is_file():
         return []
     text = path.read_text()
-    whole = text[: text.rfind("\n") + 1]  # what follows the last line's end was being written
+    # What follows the last line's end was being written.
+    whole = text[: text.rfind("\n") + 1]
     rows = csv.DictReader(io.StringIO(whole), restval="")
     return [row for row in rows if (row.get(STEP) or "").isdecimal()]
 
@@ -91,7 +97,8 @@ def draw_curves(metrics: Path, evaluation: Path, out: Path) -> None:
 
     with matplotlib.rc_context({"axes.grid": True, "grid.alpha": 0.3, "font.size": 9}):
         figure = Figure(figsize=(12, 6), layout="constrained")
-        FigureCanvasAgg(figure)  # no window, no global state
+        # No window, no global state.
+        FigureCanvasAgg(figure)
         for axes, (title, names, held_out) in zip(figure.subplots(2, 3).flat, _PANELS):
             axes.set_title(title)
             axes.set_xlabel(STEP)

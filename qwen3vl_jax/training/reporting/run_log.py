@@ -26,8 +26,10 @@ from qwen3vl_jax.training.reporting.metrics_table import Table, draw_curves
 from qwen3vl_jax.training.run_dir import EVALUATION
 
 METRICS, REFUSED, CURVES = "metrics.csv", "refused.csv", "curves.png"
-_SHOWN = 400  # characters of a question or an answer in the log
-_SMOOTH = 0.9  # of the seconds a step takes, for the time that is left
+# Characters of a question or an answer in the log.
+_SHOWN = 400
+# The share of the older steps in the seconds a step takes, for the time that is left.
+_SMOOTH = 0.9
 
 
 class RunLogger:
@@ -209,7 +211,8 @@ def _wandb(out: Path, folder: Path, recipe: Recipe) -> Any:
     import wandb  # pyright: ignore[reportMissingImports]
 
     path = absolute(out)
-    unique = f"{path.name}-{zlib.crc32(str(path).encode()):08x}"  # the same when the run resumes
+    # The same when the run resumes.
+    unique = f"{path.name}-{zlib.crc32(str(path).encode()):08x}"
     place = {"project": recipe.report.wandb, "dir": str(folder), "name": path.name}
     return wandb.init(**place, id=unique, resume="allow", config=dataclasses.asdict(recipe))
 
