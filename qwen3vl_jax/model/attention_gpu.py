@@ -65,10 +65,7 @@ def gpu_refusal(dtype: str, head_dim: int, kernel: str = "cudnn") -> str:
 
 
 def attend_segments(q, k, v, lo, hi, causal: bool, blocks: Callable) -> jax.Array:
-    """`attend_packed` where nobody has counted the segments; `blocks(q, k, v, lo, hi)` for very many.
-
-    Slower than a known number: the choice stops the host in every layer.
-    """
+    """`attend_packed` of uncounted segments, `blocks(q, ..)` of very many: choosing stops the host."""
     starts = (hi > lo) & (lo == jnp.arange(lo.shape[1]))
     size = lo.shape[1] // (1 if lo.shape[1] % WINDOWS else WINDOWS)
     in_window = jnp.max(jnp.sum(starts.reshape(-1, size), axis=1))
@@ -120,13 +117,15 @@ _packed_of_many = jax.custom_vjp(_packed, nondiff_argnums=(0, 1))
 
 
 def _many_backward(causal, most, saved, slope):
-    (lo, hi, q, k, v), heads = saved, saved[3].shape[2]
+    lo, hi, *qkv = saved
+    heads = qkv[1].shape[2]
 
     def of_head(x):
-        return jax.vjp(functools.partial(_packed, causal, most, lo, hi), *x[:3])[1](x[3])
+        qkv, slope = x
+        return jax.vjp(functools.partial(_packed, causal, most, lo, hi), *qkv)[1](slope)
 
-    by_head = (jnp.stack(jnp.split(x, heads, axis=2)) for x in (q, k, v, slope))
-    slopes = jax.lax.map(of_head, tuple(by_head))
+    by_head = jax.tree.map(lambda x: jnp.stack(jnp.split(x, heads, axis=2)), (qkv, slope))
+    slopes = jax.lax.map(of_head, by_head)
     return None, None, *(jnp.concatenate(list(x), axis=2) for x in slopes)
 
 
