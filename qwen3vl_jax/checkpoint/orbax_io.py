@@ -165,8 +165,10 @@ def open_tree(directory: Path) -> dict[TreePath, LazyTensor]:
 
 
 def _open(directory: Path) -> list[tuple[TreePath, LazyTensor]]:
+    # An Orbax that is too old has no such handler, which says nothing of the files.
+    handler = _tree_handler()
     with readable(directory):
-        stored = _tree_handler().metadata(for_orbax(directory)).tree
+        stored = handler.metadata(for_orbax(directory)).tree
     as_lazy = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=LazyTensor), stored)
     # Other processes may read something else, or nothing: no barrier.
     me = jax.process_index()
