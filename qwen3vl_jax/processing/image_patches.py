@@ -20,13 +20,14 @@ OVERRIDES = (*checks(ImageSettings), "size")
 
 
 def image_to_patches(
-    image: Any, settings: ImageSettings | None = None, **overrides: Any
+    image: Any, settings: ImageSettings | None = None, *, eight_bit: bool = False, **overrides: Any
 ) -> Patches:
     """Patches of one image and its grid.
 
     image: anything `load_image` reads; overrides: settings, as in `ImageSettings.override`. Returns patches
     [h*w, C*Tp*P*P] float32 in merge order (the patches of a token follow each other; features are channel,
-    frame, row, column) and (1, h, w) in patches. Raises InputError.
+    frame, row, column) and (1, h, w) in patches. eight_bit: uint8 where the settings leave values as they
+    are, in a fifth of the time. Raises InputError.
     """
     settings = (settings or ImageSettings()).override(**overrides)
     image = load_image(image)
@@ -38,7 +39,7 @@ def image_to_patches(
     frames, channels = settings.temporal_patch_size, len(image.getbands())
     check_patches(size or (image.height, image.width), 1, frames * channels)
     pixels = resized(image, size, settings)
-    return frames_to_patches([pixels], value_table(settings, channels), settings)
+    return frames_to_patches([pixels], value_table(settings, channels, eight_bit), settings)
 
 
 def check_patches(size: Size, frames: int, channels: int = 3, most: int = MAX_PATCH_BYTES) -> None:
@@ -59,8 +60,13 @@ def resized(image: Image.Image, size: Size | None, settings: ImageSettings) -> n
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
-def value_table(settings: ImageSettings, channels: int) -> np.ndarray:
-    """The normalised value of each 8-bit value, as the reference rounds it: [C 256]. Raises InputError."""
+def value_table(settings: ImageSettings, channels: int, eight_bit: bool = False) -> np.ndarray:
+    """The normalised value of each 8-bit value, as the reference rounds it: [C 256]. Raises InputError.
+
+    float32, or with eight_bit uint8 if the settings neither rescale nor normalise.
+    """
+    if eight_bit and not settings.do_rescale and not settings.do_normalize:
+        return np.broadcast_to(np.arange(256, dtype=np.uint8), (channels, 256))
     values = np.broadcast_to(np.arange(256, dtype=np.float64), (channels, 256))
     with np.errstate(all="ignore"):
         if settings.do_rescale:
@@ -87,7 +93,8 @@ def frames_to_patches(
 ) -> Patches:
     """Patches [h*w, C*Tp*P*P] in merge order of frames [H W C] that share patches; grid (1, h, w).
 
-    table [C 256]: of `value_table`. The last frame fills up temporal_patch_size. Raises InputError.
+    table [C 256]: of `value_table`; patches have its dtype. The last frame fills up temporal_patch_size.
+    Raises InputError.
     """
     height, width, channels = group[0].shape
     patch, merge, frames = settings.patch_size, settings.merge_size, settings.temporal_patch_size
@@ -96,10 +103,13 @@ def frames_to_patches(
         expected = f"multiples of patch_size x merge_size = {settings.factor}"
         raise unexpected(settings.KIND, found, expected)
     h, w = height // patch, width // patch
-    patches = np.empty((h * w, channels, frames, patch * patch), np.float32)
+    patches = np.empty((h * w, channels, frames, patch * patch), table.dtype)
     for f, pixels in enumerate(group):
         cells = pixels.reshape(h // merge, merge, patch, w // merge, merge, patch, channels)
         cells = cells.transpose(0, 3, 1, 4, 6, 2, 5).reshape(h * w, channels, patch * patch)
+        if table.dtype == np.uint8:
+            patches[:, :, f:] = cells[:, :, None]
+            continue
         for c in range(channels):
             patches[:, c, f:] = table[c][cells[:, c]][:, None]
     return patches.reshape(h * w, -1), (1, h, w)

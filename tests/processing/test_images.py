@@ -150,6 +150,18 @@ def test_rows_are_in_merge_order():
                     at += 1
 
 
+@pytest.mark.parametrize("change", [{}, {"do_rescale": True}, {"do_normalize": True}])
+def test_eight_bits_stay_where_the_settings_leave_values(change):
+    """The patches are those in float32, as uint8 only where no value is changed."""
+    settings = ImageSettings(do_rescale=False, do_normalize=False, min_pixels=32 * 32).override(
+        **change
+    )
+    want, grid = image_to_patches(picture(70, 130), settings)
+    found, same = image_to_patches(picture(70, 130), settings, eight_bit=True)
+    assert found.dtype == (np.float32 if change else np.uint8) and grid == same
+    np.testing.assert_array_equal(found, want)
+
+
 def test_released_normalisation():
     rows, _ = image_to_patches(np.full((32, 32, 3), 255, np.uint8))
     np.testing.assert_array_equal(rows, 1.0)

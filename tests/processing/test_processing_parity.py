@@ -16,6 +16,7 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from benchmarks import images
 from qwen3vl_jax.processing.image_patches import ImageSettings, image_to_patches, smart_resize
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.processing.tokenizer import Tokenizer
@@ -314,3 +315,10 @@ def test_raw_text(both):
         text=text, images=images, padding=True, return_tensors="np", padding_side="right"
     )
     assert_inputs_equal(ours.inputs(text=text, images=images), expected)
+
+
+def test_the_benchmark_of_images_compares_the_same_patches():
+    """Both sides make one image's patches, and all three rates are numbers."""
+    found = images.rates(images.photograph(320, 256), 0.05)
+    assert list(found) == ["training", "infer.py", "transformers"]
+    assert all(rate > 0 for rate in found.values())

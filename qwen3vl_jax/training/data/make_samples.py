@@ -108,7 +108,7 @@ class SampleMaker:
         labels, weights = _targets(ids, turns, messages, data.weighting)
         positions, _ = rope_index(proc.config, ids[None], **grids_of(prompt.images))
         pixel_type = np.float32 if proc is self.proc else np.uint8
-        patches = (x.patches.astype(pixel_type) for x in prompt.images)
+        patches = (x.patches.astype(pixel_type, copy=False) for x in prompt.images)
         images = [dataclasses.replace(x, patches=p) for x, p in zip(prompt.images, patches)]
         return Sample(name, ids, labels, weights, positions[:, 0], tuple(images))
 
