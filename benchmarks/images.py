@@ -46,29 +46,22 @@ def photograph(width: int, height: int) -> bytes:
 
 def encoders() -> dict[str, Callable[[bytes], Any]]:
     """What makes patches of a file, by name."""
-    import torch
-    from transformers import Qwen2VLImageProcessor
+    # Beside the tests, as transformers is one of their packages alone.
+    sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+    from image_peer import FastProcessor
 
-    torch.set_num_threads(1)
     processor = Processor.from_pretrained(CHECKPOINT)
-    peer = Qwen2VLImageProcessor(
-        patch_size=16,
-        merge_size=2,
-        size={"shortest_edge": RELEASED["min_pixels"], "longest_edge": RELEASED["max_pixels"]},
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
-    )
-
-    def theirs(data: bytes) -> Any:
-        image = Image.open(io.BytesIO(data)).convert("RGB")
-        return np.asarray(peer(images=[image], return_tensors="pt")["pixel_values"])
 
     def of(processor: Processor) -> Callable[[bytes], Any]:
         image = processor.image_settings.override(**RELEASED)
         encode = MediaEncoder(image, processor.video_settings, MediaRules())
         return lambda data: encode(MediaSource("image", data, {})).patches
 
-    return {"training": of(eight_bit(processor)), "infer.py": of(processor), "transformers": theirs}
+    return {
+        "training": of(eight_bit(processor)),
+        "infer.py": of(processor),
+        "transformers": FastProcessor(**RELEASED),
+    }
 
 
 def rates(data: bytes, seconds: float) -> dict[str, float]:
@@ -95,9 +88,6 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=5.0, help="of each size and encoder")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
-    sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
-    import torchvision_shim  # noqa: F401
-
     table = Table("image", title="images a second on one core", title_justify="left")
     for name in ("training", "infer.py", "transformers", "training, times"):
         table.add_column(name, justify="right")

@@ -28,7 +28,8 @@ STEP_BLOCK, STEP_PROGRAMS = 64, 256
 log = logging.getLogger("qwen3vl_jax")
 
 
-def _cudnn() -> Any:
+def cudnn() -> Any:
+    """JAX's module of cuDNN's attention."""
     from jax._src.cudnn import fused_attention_stablehlo
 
     return fused_attention_stablehlo
@@ -146,11 +147,11 @@ _masked_slope.defvjp(lambda x, mine: (x, mine), lambda mine, g: (jnp.where(mine,
 
 def _attend(q, k, v, *segments, causal: bool = False, **options) -> Any:
     """cuDNN's attention. segments: lengths in q and in k, and where rows are packed the starts in both."""
-    cudnn = _cudnn()
+    module = cudnn()
     k, v = k.astype(q.dtype), v.astype(q.dtype)
-    mask = cudnn.MaskType.PADDING_CAUSAL if causal else cudnn.MaskType.PADDING
+    mask = module.MaskType.PADDING_CAUSAL if causal else module.MaskType.PADDING
     options |= {"scale": q.shape[-1] ** -0.5, "mask_type": mask}
-    return cudnn.dot_product_attention(q, k, v, None, None, *segments, **options)
+    return module.dot_product_attention(q, k, v, None, None, *segments, **options)
 
 
 def segment_lengths(lo: jax.Array, hi: jax.Array) -> jax.Array:

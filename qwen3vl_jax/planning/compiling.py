@@ -17,7 +17,8 @@ from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache import compilation_cache
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.model.attention import gpu_refusal
+from qwen3vl_jax.model import attention_gpu
+from qwen3vl_jax.model.attention_gpu import gpu_refusal
 from qwen3vl_jax.model.sharding import platform
 from qwen3vl_jax.planning.program import Program
 from qwen3vl_jax.training.environment import memory_gib
@@ -27,6 +28,7 @@ _OVER = (  # (what, how much, of how much) in XLA's words
     r"(Used) (\S+) of (\S+) hbm",
 )
 _HEAD = 128  # size of the heads of every released decoder
+_HOPPER = 9.0  # compute capability
 _RESHARDED = re.compile(r"Involuntary full rematerialization.*?HLO operation:? %?(.*)")
 
 
@@ -62,7 +64,7 @@ def compiled(program: Program, level: str = "") -> Compiled:
     """
     begin, cpu = time.perf_counter(), time.process_time()
     executable, cause, kernels = None, "", ""
-    with _settings(level), jax.set_mesh(program.mesh), _stderr() as lines:
+    with _settings(level), hopper_attention(), jax.set_mesh(program.mesh), _stderr() as lines:
         try:
             kernels = gpu_refusal("bfloat16", _HEAD) if platform() == "gpu" else ""
             executable = program.fn.lower(*program.args).compile()
@@ -121,6 +123,23 @@ def _update(settings: Mapping[str, Any]) -> None:
         jax.config.update(name, value)
     # JAX reads the setting of the cache once, until this.
     compilation_cache.reset_cache()
+
+
+@contextlib.contextmanager
+def hopper_attention() -> Iterator[None]:
+    """Lowers cuDNN's attention for a Hopper GPU, as plans are for: JAX asks for one of this machine."""
+    try:
+        module = attention_gpu.cudnn()
+        asked = module.check_compute_capability
+    except (ImportError, AttributeError):
+        # A JAX that has moved it: the plan has XLA's blocks, and says so.
+        yield
+        return
+    module.check_compute_capability = lambda wanted: float(wanted) <= _HOPPER
+    try:
+        yield
+    finally:
+        module.check_compute_capability = asked
 
 
 @contextlib.contextmanager

@@ -86,7 +86,7 @@ def cudnn(monkeypatch):
     """Programs are traced as on a GPU."""
     if not ON_GPU:
         fake = types.SimpleNamespace(MaskType=Mask, dot_product_attention=stand_in)
-        monkeypatch.setattr(attention_gpu, "_cudnn", lambda: fake)
+        monkeypatch.setattr(attention_gpu, "cudnn", lambda: fake)
         monkeypatch.setattr(attention, "platform", lambda: "gpu")
         monkeypatch.setattr(attention, "gpu_refusal", lambda *asked: "")
 

@@ -22,11 +22,22 @@ from qwen3vl_jax.cli import plan as cli_plan
 from qwen3vl_jax.cli import train as cli_train
 from qwen3vl_jax.device_mesh import make_mesh
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.model import attention_gpu
 from qwen3vl_jax.planning import command, compiling, machines, program, report, search
 from qwen3vl_jax.training import recipe
 from qwen3vl_jax.training.mesh_preset import preset
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_a_plan_lowers_attention_for_a_hopper_gpu():
+    """Whatever this machine has; afterwards JAX asks this machine again."""
+    module = attention_gpu.cudnn()
+    asked = module.check_compute_capability
+    with compiling.hopper_attention():
+        assert module.check_compute_capability("9.0")
+        assert not module.check_compute_capability("10.0")
+    assert module.check_compute_capability is asked
 
 
 def test_the_compilers_words_become_numbers():

@@ -102,7 +102,7 @@ def test_remat_by_the_memory_of_a_device(room, chosen, least):
     found = memory_estimate.with_remat(settings, cfg, room * 2**30)
     assert found.step.remat == chosen and found.pack == settings.pack
     size = sum(memory_estimate.memory(found, cfg, memory_estimate.held(found, cfg)).values())
-    assert least * 2**30 < size <= max(memory_estimate.AUTO_SHARE * room, 30) * 2**30
+    assert least * 2**30 < size <= max(memory_estimate.AUTO_SHARE * room, 32) * 2**30
     named = dataclasses.replace(settings, step=dataclasses.replace(settings.step, remat="none"))
     assert memory_estimate.with_remat(named, cfg, room * 2**30) is named
 

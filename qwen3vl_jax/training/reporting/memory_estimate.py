@@ -23,7 +23,7 @@ from qwen3vl_jax.training.stacked_load import stacked
 # In fp32, or in 16 bits beside a copy of their weights in 16 bits: as many bytes.
 GRADIENTS = "gradients"
 # What remat "auto" chooses from, the fastest first, and the share of a device that its estimate may fill.
-AUTO, AUTO_SHARE = ("dots", "narrow", "full"), 0.8
+AUTO, AUTO_SHARE = ("dots", "narrow", "full"), 0.9
 
 
 class Held(NamedTuple):
@@ -117,6 +117,7 @@ def memory(recipe: Recipe, cfg: Config, parts: Held) -> dict[str, int]:
     if GRADIENTS in found and recipe.step.accumulate > 1:
         found[GRADIENTS] *= 2
     found[f"activations (remat {recipe.step.remat}), about"] = _activations(recipe, cfg, parts)
+    found["weights of few bits as they are multiplied, about"] = _dequantized(recipe, cfg, parts)
     # Of some words for all tokens, and their gradient, in fp32.
     tokens = recipe.pack.rows * recipe.pack.length / recipe.mesh.devices
     logits = round(2 * 4 * tokens * min(recipe.step.loss_chunk, cfg.text.vocab_size))
@@ -139,6 +140,15 @@ def with_remat(recipe: Recipe, cfg: Config, room: int) -> Recipe:
     return tried
 
 
+def _dequantized(recipe: Recipe, cfg: Config, parts: Held) -> int:
+    """Bytes of the head and of three layers in 16 bits, of a base of few bits: as compiled for a GPU."""
+    sizes = {n: math.prod(x.shape) for n, x in parts.frozen.items() if n.endswith(VALUES)}
+    layers = {n for n in sizes if n.startswith("layers.")}
+    head = max((sizes[n] for n in sizes.keys() - layers), default=0)
+    of_layer = sum(sizes[n] for n in layers) // cfg.text.num_hidden_layers
+    return jnp.dtype(recipe.step.dtype).itemsize * (head + 3 * of_layer)
+
+
 def _activations(recipe: Recipe, cfg: Config, parts: Held) -> int:
     """Bytes kept from the forward pass of one micro batch, and of one layer that is computed again."""
     t, v, split = cfg.text, cfg.vision, recipe.mesh.devices
@@ -153,10 +163,15 @@ def _activations(recipe: Recipe, cfg: Config, parts: Held) -> int:
     image = (v.hidden_size, 5 * v.hidden_size, v.intermediate_size, seen_by)
     tokens = recipe.pack.rows * recipe.pack.length / split
     patches = recipe.pack.vision_rows * recipe.pack.vision_length / split
-    # A frozen tower keeps nothing.
-    seen = param_groups.matching(parts.weights, "vision", bool(t.num_experts))
+    # What is frozen keeps nothing.
+    seen, merged = (
+        param_groups.matching(parts.weights, group, bool(t.num_experts))
+        for group in ("vision", "merger")
+    )
     towers = (tokens, t.num_hidden_layers, text), (patches, v.depth if seen else 0, image)
-    total = 0.0
+    # A merger's inputs and products, in part in fp32, whatever remat is.
+    mergers = 1 + len(v.deepstack_visual_indexes) if merged else 0
+    total, most = patches * item * mergers * 5.5 * v.hidden_size, 0.0
     for places, layers, (stream, narrow, wide, attended) in towers:
         # With norms and activations.
         all_of_one = 2 * stream + 1.5 * (narrow + wide)
@@ -167,6 +182,10 @@ def _activations(recipe: Recipe, cfg: Config, parts: Held) -> int:
             "dots": stream + narrow + wide + attended,
             "none": stream + all_of_one,
         }[recipe.step.remat]
-        again = 0 if recipe.step.remat == "none" else all_of_one
-        total += places * item * (layers * kept + again)
-    return round(total)
+        total += places * item * layers * kept
+        # One layer at a time, with its gradients.
+        most = max(most, places * item * (2 * stream + 3 * (narrow + wide)))
+    if recipe.lora.rank and recipe.lora.dropout:
+        # A mask and an input of its own for each of seven modules.
+        total += tokens * item * 2 * (6 * t.hidden_size + width)
+    return round(total + most)
