@@ -2,7 +2,7 @@
 
     python -m benchmarks.images [--seconds 5] [--json FILE]      # needs .[test]
 
-Both decode with Pillow, one thread each, in turns: what training packs (8-bit patches, normalised by the
+All three decode with Pillow, on one thread, in turns: what training packs (8-bit patches, normalised by the
 step), what infer.py takes (float32), and transformers' (float32).
 """
 
@@ -67,7 +67,9 @@ def encoders() -> dict[str, Callable[[bytes], Any]]:
 def rates(data: bytes, seconds: float) -> dict[str, float]:
     """Images a second by name: medians of TURNS turns. Raises SystemExit where patches differ."""
     made = encoders()
-    ours, theirs = made["infer.py"](data), made["transformers"](data)
+    training, ours, theirs = (encode(data) for encode in made.values())
+    if training.dtype != np.uint8 or np.abs(training / 127.5 - 1 - ours).max() > 1e-6:
+        raise SystemExit("training's patches are not those of infer.py in 8 bits")
     if ours.shape != theirs.shape or np.abs(ours - theirs).max() > 4 / 255:
         raise SystemExit(f"patches differ: {ours.shape}, {theirs.shape}")
     found: dict[str, list[float]] = {name: [] for name in made}

@@ -1,9 +1,10 @@
 """The longest training row that a GPU holds: by model, by what is trained, by memory.
 
-    python -m benchmarks.memory_table [--only 8b,LoRA]
+    python -m benchmarks.memory_table [--only "8b,LoRA r64"]
 
-One row of tokens with two patches a token, remat "full", by the estimate that --dry-run prints; 5 % of what
-jax may take is left free. Compiled programs (`train.py --plan h200:1`) are within 5 % of that estimate.
+One row of tokens with two patches a token, up to 131,072 tokens, remat "full", by the estimate that
+--dry-run prints; 5 % of what jax may take is left free. Compiled steps of the 2B and the 8B
+(`train.py --plan h200:1`) are within 5 % of it.
 """
 
 import argparse
@@ -25,9 +26,9 @@ CARDS = {"16 GB": 15.0, "24 GB": 22.5, "40 GB": 39.4, "80 GB": 79.1}
 SIZES = ("2b", "4b", "8b", "32b", "30b-a3b")
 WAYS = {
     "all weights": ("sft_2b", ()),
-    "all weights, in bfloat16": ("sft_2b", ("step.weights=bfloat16",)),
+    "all weights in bfloat16": ("sft_2b", ("step.weights=bfloat16",)),
     "LoRA r64": ("sft_8b_lora", ()),
-    "QLoRA r64, int4": ("sft_8b_lora", ("lora.base=int4",)),
+    "QLoRA r64 int4": ("sft_8b_lora", ("lora.base=int4",)),
 }
 STEP, MOST, FREE = 1024, 131_072, 0.95
 
@@ -57,8 +58,11 @@ def main() -> int:
     parser.add_argument("--only", default="", help="sizes and ways, as far as they are named")
     args = parser.parse_args()
     wanted = [name.strip() for name in args.only.split(",") if name.strip()]
+    if unknown := [name for name in wanted if name not in (*SIZES, *WAYS)]:
+        known = ", ".join((*SIZES, *WAYS))
+        parser.error(f"--only: got {unknown[0]!r}, expected some of {known}; commas divide them")
     sizes = [size for size in SIZES if size in wanted] or list(SIZES)
-    ways = [way for way in WAYS if any(name in way for name in wanted)] or list(WAYS)
+    ways = [way for way in WAYS if way in wanted] or list(WAYS)
     table = Table("model", "trained", title="tokens of a row", title_justify="left")
     for card in CARDS:
         table.add_column(card, justify="right")

@@ -14,7 +14,6 @@ class FastProcessor:
     """From a file's bytes to patches as the released models have them, on one thread."""
 
     def __init__(self, min_pixels: int, max_pixels: int):
-        torch.set_num_threads(1)
         self._processor = Qwen2VLImageProcessor(
             patch_size=16,
             merge_size=2,
@@ -25,5 +24,10 @@ class FastProcessor:
 
     def __call__(self, data: bytes) -> np.ndarray:
         image = Image.open(io.BytesIO(data)).convert("RGB")
-        made: Any = self._processor(images=[image], return_tensors="pt")
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            made: Any = self._processor(images=[image], return_tensors="pt")
+        finally:
+            torch.set_num_threads(before)
         return made["pixel_values"].numpy()

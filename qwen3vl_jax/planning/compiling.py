@@ -127,7 +127,10 @@ def _update(settings: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def hopper_attention() -> Iterator[None]:
-    """Lowers cuDNN's attention for a Hopper GPU, as plans are for: JAX asks for one of this machine."""
+    """Makes JAX lower cuDNN's attention for a Hopper GPU; else it asks which GPU this machine has.
+
+    Not for several threads.
+    """
     try:
         module = attention_gpu.cudnn()
         asked = module.check_compute_capability
@@ -136,10 +139,13 @@ def hopper_attention() -> Iterator[None]:
         yield
         return
     module.check_compute_capability = lambda wanted: float(wanted) <= _HOPPER
+    # It keeps its answers, which are another machine's.
+    gpu_refusal.cache_clear()
     try:
         yield
     finally:
         module.check_compute_capability = asked
+        gpu_refusal.cache_clear()
 
 
 @contextlib.contextmanager

@@ -157,7 +157,7 @@ def to_hf_arrays(
         if found := [x for x in images if type(x) is kind]:
             out[grid] = np.array([x.grid for x in found], np.int64)
             if with_pixels:
-                patches = [x.patches.astype(np.float32, copy=False) for x in found]
+                patches = [x.patches for x in found]
                 out[pixels] = patches[0] if len(patches) == 1 else np.concatenate(patches)
     if used := [x.frames for x in images if isinstance(x, EncodedVideo) and x.frames]:
         out["video_metadata"] = used

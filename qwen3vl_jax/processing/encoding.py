@@ -130,7 +130,7 @@ class RenderedPrompt:
 
 @dataclasses.dataclass(frozen=True)
 class MediaEncoder:
-    """Reads images and videos and makes patches of them, uint8 where settings leave values as they are."""
+    """Reads images and videos and makes patches of them."""
 
     image_settings: ImageSettings
     video_settings: VideoSettings
@@ -143,13 +143,11 @@ class MediaEncoder:
             return given
         try:
             if source.kind == "video":
-                found = video_to_patches(
-                    given, self.video_settings, self.rules, eight_bit=True, **settings
-                )
+                found = video_to_patches(given, self.video_settings, self.rules, **settings)
                 return EncodedVideo(*found[:2], frames=found[2])
             with loaded_image(given, self.rules) as image:
                 base = with_image_limits(self.image_settings, settings)
-                return EncodedImage(*image_to_patches(image, base, eight_bit=True, **settings))
+                return EncodedImage(*image_to_patches(image, base, **settings))
         except MemoryError as e:
             raise InputError(f"{source.kind}: not enough memory for it; lower max_pixels") from e
 

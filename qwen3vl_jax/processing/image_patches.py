@@ -20,14 +20,13 @@ OVERRIDES = (*checks(ImageSettings), "size")
 
 
 def image_to_patches(
-    image: Any, settings: ImageSettings | None = None, *, eight_bit: bool = False, **overrides: Any
+    image: Any, settings: ImageSettings | None = None, **overrides: Any
 ) -> Patches:
     """Patches of one image and its grid.
 
     image: anything `load_image` reads; overrides: settings, as in `ImageSettings.override`. Returns patches
     [h*w, C*Tp*P*P] float32 in merge order (the patches of a token follow each other; features are channel,
-    frame, row, column) and (1, h, w) in patches. eight_bit: uint8 where the settings leave values as they
-    are, in a fifth of the time. Raises InputError.
+    frame, row, column) and (1, h, w) in patches. Raises InputError.
     """
     settings = (settings or ImageSettings()).override(**overrides)
     image = load_image(image)
@@ -39,7 +38,7 @@ def image_to_patches(
     frames, channels = settings.temporal_patch_size, len(image.getbands())
     check_patches(size or (image.height, image.width), 1, frames * channels)
     pixels = resized(image, size, settings)
-    return frames_to_patches([pixels], value_table(settings, channels, eight_bit), settings)
+    return frames_to_patches([pixels], value_table(settings, channels), settings)
 
 
 def check_patches(size: Size, frames: int, channels: int = 3, most: int = MAX_PATCH_BYTES) -> None:
@@ -60,12 +59,12 @@ def resized(image: Image.Image, size: Size | None, settings: ImageSettings) -> n
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
-def value_table(settings: ImageSettings, channels: int, eight_bit: bool = False) -> np.ndarray:
+def value_table(settings: ImageSettings, channels: int) -> np.ndarray:
     """The normalised value of each 8-bit value, as the reference rounds it: [C 256]. Raises InputError.
 
-    float32, or with eight_bit uint8 if the settings neither rescale nor normalise.
+    float32, or uint8 with settings.eight_bit, where the settings leave values as they are.
     """
-    if eight_bit and not settings.do_rescale and not settings.do_normalize:
+    if settings.eight_bit and not settings.do_rescale and not settings.do_normalize:
         return np.broadcast_to(np.arange(256, dtype=np.uint8), (channels, 256))
     values = np.broadcast_to(np.arange(256, dtype=np.float64), (channels, 256))
     with np.errstate(all="ignore"):

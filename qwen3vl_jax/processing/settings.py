@@ -94,8 +94,8 @@ _BY_TYPE |= {float: check_number, tuple[float, ...] | float: _check_channels}
 
 
 def checks(settings: type) -> dict[str, Callable[[str, Any], Any]]:
-    """The check of each setting of a dataclass of them, by its name or else its annotation."""
-    fields = dataclasses.fields(settings)
+    """The check of each setting of a dataclass, by its name or its annotation; `eight_bit` is none."""
+    fields = (f for f in dataclasses.fields(settings) if f.name != "eight_bit")
     return {f.name: _BY_NAME.get(f.name) or _BY_TYPE[f.type] for f in fields}
 
 
@@ -123,6 +123,8 @@ class ImageSettings:
     patch_size: int = 16
     temporal_patch_size: int = 2
     merge_size: int = 2
+    # Training's own, which no file or call sets: patches are uint8 where nothing changes the values.
+    eight_bit: bool = False
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], base: Self | None = None) -> Self:

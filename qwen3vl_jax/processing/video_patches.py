@@ -48,8 +48,6 @@ def video_to_patches(
     settings: VideoSettings | None = None,
     rules: MediaRules | None = None,
     item: VideoItem | None = None,
-    *,
-    eight_bit: bool = False,
     **overrides: Any,
 ) -> tuple[np.ndarray, tuple[int, int, int], UsedFrames]:
     """Patches of one video, its grid and the frames it uses; memory does not grow with the video.
@@ -57,8 +55,7 @@ def video_to_patches(
     source: a file that `open_video` reads, frames, or a pair of that and its metadata. overrides:
     settings for this call; video_metadata {fps, frames_indices, total_num_frames} or sample_fps
     describes frames; video_start and video_end (seconds) cut. item: of a message, read as qwen-vl-utils
-    reads it. eight_bit: as in `image_to_patches`. Returns patches [t*h*w, C*Tp*P*P] float32 in merge order
-    and (t, h, w). Raises InputError.
+    reads it. Returns patches [t*h*w, C*Tp*P*P] float32 in merge order and (t, h, w). Raises InputError.
     """
     metadata, start, end, rate = (overrides.pop(name, None) for name in VIDEO_OPTIONS)
     settings = (settings or VideoSettings()).override(**overrides)
@@ -69,11 +66,11 @@ def video_to_patches(
     video, item = _open(source, settings, rules, item, metadata, rate, overrides.keys())
     try:
         try:
-            return _encode(video, settings, item, start, end, eight_bit)
+            return _encode(video, settings, item, start, end)
         except FramesDiffer:
             if video.recount is None:
                 raise InputError("its frames changed while it was read") from None
-            return _encode(video.recount(), settings, item, start, end, eight_bit)
+            return _encode(video.recount(), settings, item, start, end)
     except InputError as e:
         raise (InputError(f"{video.name}: {e}") if video.name else e) from None
 
@@ -122,12 +119,7 @@ def _open(source, settings, rules, item: VideoItem | None, metadata, sample_fps,
 
 
 def _encode(
-    video: VideoReader,
-    settings: VideoSettings,
-    item: VideoItem | None,
-    start: Any,
-    end: Any,
-    eight_bit: bool,
+    video: VideoReader, settings: VideoSettings, item: VideoItem | None, start: Any, end: Any
 ) -> tuple[np.ndarray, tuple[int, int, int], UsedFrames]:
     """Patches of the frames that are used, written group by group as they are decoded."""
     chosen, seconds = sample_frames(video, settings, item, start, end)
@@ -152,7 +144,7 @@ def _encode(
     groups = len(padded) // temporal
     image_patches.check_patches((height, width), len(padded), most=MAX_VIDEO_BYTES)
     grid = groups, height // unit, width // unit
-    table = image_patches.value_table(settings, 3, eight_bit)
+    table = image_patches.value_table(settings, 3)
     patches = np.empty((groups, grid[1] * grid[2], 3 * temporal * unit**2), table.dtype)
     decoded = (image_patches.resized(frame, size, settings) for frame in video.read(chosen))
     for number in range(groups):

@@ -30,14 +30,27 @@ from qwen3vl_jax.training.mesh_preset import preset
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_a_plan_lowers_attention_for_a_hopper_gpu():
-    """Whatever this machine has; afterwards JAX asks this machine again."""
+def test_a_plan_answers_for_a_hopper_gpu(monkeypatch):
+    """While it compiles, whatever this machine has; afterwards, also after an error, JAX asks as before."""
     module = attention_gpu.cudnn()
-    asked = module.check_compute_capability
+    asked, seen = module.check_compute_capability, []
+
+    class Asks:
+        mesh = make_mesh({}, jax.devices()[:1])
+        args = ()
+
+        @staticmethod
+        def lower():
+            seen.extend(map(module.check_compute_capability, ("9.0", "10.0")))
+            raise KeyError("the end")
+
+    Asks.fn = Asks
+    with pytest.raises(KeyError):
+        compiling.compiled(Asks)
+    assert seen == [True, False] and module.check_compute_capability is asked
+    monkeypatch.delattr(module, "check_compute_capability")
     with compiling.hopper_attention():
-        assert module.check_compute_capability("9.0")
-        assert not module.check_compute_capability("10.0")
-    assert module.check_compute_capability is asked
+        assert not hasattr(module, "check_compute_capability")
 
 
 def test_the_compilers_words_become_numbers():

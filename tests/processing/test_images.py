@@ -152,14 +152,16 @@ def test_rows_are_in_merge_order():
 
 @pytest.mark.parametrize("change", [{}, {"do_rescale": True}, {"do_normalize": True}])
 def test_eight_bits_stay_where_the_settings_leave_values(change):
-    """The patches are those in float32, as uint8 only where no value is changed."""
-    settings = ImageSettings(do_rescale=False, do_normalize=False, min_pixels=32 * 32).override(
-        **change
-    )
+    """The patches are those in float32, as uint8 only where no value is changed; no call asks for it."""
+    settings = ImageSettings(do_rescale=False, do_normalize=False, min_pixels=32 * 32)
+    settings = settings.override(**change)
     want, grid = image_to_patches(picture(70, 130), settings)
-    found, same = image_to_patches(picture(70, 130), settings, eight_bit=True)
+    of_training = dataclasses.replace(settings, eight_bit=True)
+    found, same = image_to_patches(picture(70, 130), of_training)
     assert found.dtype == (np.float32 if change else np.uint8) and grid == same
+    assert want.dtype == np.float32
     np.testing.assert_array_equal(found, want)
+    refused(lambda: image_to_patches(picture(70, 130), settings, eight_bit=True), "eight_bit")
 
 
 def test_released_normalisation():

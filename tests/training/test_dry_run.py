@@ -91,6 +91,25 @@ def test_memory_of_weights_is_what_a_state_holds():
     assert rates["merger"][2] == (2.0,) and rates["vision"][2] == ()
 
 
+def test_memory_of_what_is_computed_on_the_way():
+    """Few bits are written out, dropout has masks, trained mergers keep products, "none" keeps all."""
+    cfg = Config.named("8b")
+
+    def bytes_of(*changes):
+        settings = recipe.read_recipe(CONFIGS / "sft_8b_lora.toml", ["step.remat=full", *changes])
+        found = memory_estimate.memory(settings, cfg, memory_estimate.held(settings, cfg))
+        kept = next(size for name, size in found.items() if name.startswith("activations"))
+        return kept, sum(size for name, size in found.items() if "few bits" in name)
+
+    kept, written = bytes_of()
+    assert written == 0 and bytes_of("lora.base=int4") == (kept, 2_402_287_616)
+    masks = kept - bytes_of("lora.dropout=0.0")[0]
+    assert masks == 4 * 4096 * 2 * 2 * (6 * 4096 + 12288)
+    assert bytes_of('lora.targets=["text"]')[0] == kept - 4 * 8192 * 2 * 4 * 5.5 * 1152
+    none = bytes_of("step.remat=none")[0]
+    assert none - bytes_of("step.remat=none", "lora.dropout=0.0")[0] == 36 * masks
+
+
 @pytest.mark.parametrize(
     ("room", "chosen", "least"),
     [(0, "full", 20), (40, "full", 20), (60, "narrow", 35), (105, "dots", 60)],

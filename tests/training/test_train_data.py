@@ -210,6 +210,25 @@ def test_pictures_and_clips_of_a_sample(proc):
         assert sample.ids[visual.start] == sample.ids[visual.end - 1] != sample.ids[visual.end]
 
 
+def test_settings_that_leave_values_as_they_are(proc):
+    """A user's processor without rescaling gives float32, alone and in training, as transformers' does."""
+    settings = (proc.image_settings, proc.video_settings)
+    image, video = (s.override(do_rescale=False, do_normalize=False) for s in settings)
+    plain = dataclasses.replace(proc, image_settings=image, video_settings=video)
+    messages = [user(FILM, PICTURE, "a"), said("b")]
+    (prompt,) = plain.encode([messages], add_generation_prompt=False)
+    sample = sample_of(plain, messages)
+    for alone, trained in zip(prompt.images, sample.images, strict=True):
+        assert alone.patches.dtype == trained.patches.dtype == np.float32
+        np.testing.assert_array_equal(alone.patches, trained.patches)
+        assert alone.patches.max() > 2
+
+
+def test_an_image_that_was_normalised_before_is_refused(proc):
+    with pytest.raises(InputError, match="images 1: patches are float32, expected uint8"):
+        sample_of(proc, [user(proc.look(chats.picture(20, 33)), "a"), said("b")])
+
+
 def test_limits_of_the_recipe(proc):
     """Pixels of pictures, pixels and frames of clips, numbers before them."""
     messages = [user(chats.picture(64, 64), chats.clip(40, 64, 64, 10.0)), said("b")]

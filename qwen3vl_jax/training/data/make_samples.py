@@ -76,11 +76,7 @@ class SampleMaker:
     def __call__(self, name: str, record: Any) -> Sample:
         """The checked sample of a chat record, or of a ready Sample. Raises InputError, TooLarge."""
         if isinstance(record, Sample):
-            sample = check_sample(record, self.proc.config)
-            for number, image in enumerate(sample.images, 1):
-                if self._processor is not self.proc and image.patches.dtype != np.uint8:
-                    found = image.patches.dtype
-                    raise InputError(f"images {number}: patches are {found}, expected uint8")
+            sample = self._checked(record)
             if reason := misfit(self.pack, sample):
                 raise TooLarge(reason)
             return sample
@@ -91,7 +87,16 @@ class SampleMaker:
         sample = self.encode(name, messages, tools)
         if reason := misfit(self.pack, sample):
             sample = self._cut(sample, messages, tools, reason)
-        return check_sample(sample, self.proc.config)
+        return self._checked(sample)
+
+    def _checked(self, sample: Sample) -> Sample:
+        """`check_sample`, and that patches are uint8 if this processor's are."""
+        sample = check_sample(sample, self.proc.config)
+        for number, image in enumerate(sample.images, 1):
+            if self._processor is not self.proc and image.patches.dtype != np.uint8:
+                found = image.patches.dtype
+                raise InputError(f"images {number}: patches are {found}, expected uint8")
+        return sample
 
     def encode(self, name: str, messages: Sequence[Any], tools: Any) -> Sample:
         """The whole conversation as a sample of any length, without checks."""
@@ -107,10 +112,7 @@ class SampleMaker:
         turns = assistant_turns(proc.tokenizer, ids, self._opening)
         labels, weights = _targets(ids, turns, messages, data.weighting)
         positions, _ = rope_index(proc.config, ids[None], **grids_of(prompt.images))
-        pixel_type = np.float32 if proc is self.proc else np.uint8
-        patches = (x.patches.astype(pixel_type, copy=False) for x in prompt.images)
-        images = [dataclasses.replace(x, patches=p) for x, p in zip(prompt.images, patches)]
-        return Sample(name, ids, labels, weights, positions[:, 0], tuple(images))
+        return Sample(name, ids, labels, weights, positions[:, 0], prompt.images)
 
     def _cut(self, whole: Sample, messages: Sequence[Any], tools: Any, reason: str) -> Sample:
         """The longest prefix of the messages that fits, ends after an answer, and has a label."""
@@ -247,5 +249,6 @@ def eight_bit(proc: Processor) -> Processor:
         usual = s.do_rescale and s.do_normalize and abs(s.rescale_factor - 1 / 255) < 1e-9
         if not usual or not np.all(np.equal((s.image_mean, s.image_std), _MIDDLE)):
             return proc
-    image, video = (s.override(do_rescale=False, do_normalize=False) for s in settings)
+    raw = {"do_rescale": False, "do_normalize": False, "eight_bit": True}
+    image, video = (dataclasses.replace(s, **raw) for s in settings)
     return dataclasses.replace(proc, image_settings=image, video_settings=video)

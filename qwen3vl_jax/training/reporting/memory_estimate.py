@@ -141,7 +141,7 @@ def with_remat(recipe: Recipe, cfg: Config, room: int) -> Recipe:
 
 
 def _dequantized(recipe: Recipe, cfg: Config, parts: Held) -> int:
-    """Bytes of the head and of three layers in 16 bits, of a base of few bits: as compiled for a GPU."""
+    """Bytes in 16 bits of the head and of three layers, if they have few bits. Found in compiled steps."""
     sizes = {n: math.prod(x.shape) for n, x in parts.frozen.items() if n.endswith(VALUES)}
     layers = {n for n in sizes if n.startswith("layers.")}
     head = max((sizes[n] for n in sizes.keys() - layers), default=0)
@@ -186,6 +186,7 @@ def _activations(recipe: Recipe, cfg: Config, parts: Held) -> int:
         # One layer at a time, with its gradients.
         most = max(most, places * item * (2 * stream + 3 * (narrow + wide)))
     if recipe.lora.rank and recipe.lora.dropout:
-        # A mask and an input of its own for each of seven modules.
-        total += tokens * item * 2 * (6 * t.hidden_size + width)
+        # A mask and an input of its own for each of seven modules of a layer.
+        layers = t.num_hidden_layers if recipe.step.remat == "none" else 1
+        total += tokens * item * layers * 2 * (6 * t.hidden_size + width)
     return round(total + most)
