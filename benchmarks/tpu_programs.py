@@ -129,9 +129,9 @@ def decode(layers: int) -> Iterator[Row]:
             leaves = jax.tree.leaves(made.args[0]["vision"])
             tower = sum(x.size * x.dtype.itemsize for x in leaves)
             yield Row(name, "peak without the vision tower", (done.peak - tower) / GIB, "GiB", 12.9)
-        # On two axes the partial sums of D are added too.
+        # On two axes weights are split along D too: besides, a layer reduce-scatters and gathers its sums.
         sums = traffic(module, made.mesh.size).collectives
-        if len(sizes) == 1:
+        if 1 < made.mesh.size < 128:
             big = [c for c in sums if c.kind == "all-reduce" and c.moved > 2**14]
             # One more for the embedding.
             each = (len(big) - 1) / cfg.text.num_hidden_layers

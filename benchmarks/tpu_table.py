@@ -2,7 +2,7 @@
 
     python -m benchmarks.tpu_table [--only 8B,v5p] [--keep FILE]
 
-Every program is compiled ahead of time (libtpu, no TPU), about an hour for all on two cores. Training is
+Every program is compiled ahead of time (libtpu, no TPU), about two hours for all on two cores. Training is
 full fine-tuning, one row of 8,192 tokens and 16,384 patches a device, on the preset's mesh; decoding is
 16 rows of 8,192 slots in bf16, spread over the slice as infer.py spreads a model larger than a chip. A
 floor is the longest of arithmetic, main memory and links at the makers' peak rates: a lower bound of the
