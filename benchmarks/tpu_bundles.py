@@ -42,8 +42,11 @@ class Product(NamedTuple):
 
 
 def products(text: str, folder: Path) -> list[Product]:
-    """The products with int8 weights of a compiled program's text and of libtpu's files about it."""
-    found = []
+    """The products with int8 weights of a compiled program's text and of libtpu's files about it.
+
+    A product that is another's again has no files. Raises SystemExit if no product of a size has any.
+    """
+    found, sizes = [], set[int]()
     for name, called in _FUSION.findall(text):
         head = re.search(rf"^%{re.escape(called)} \((.*?)\) ->", text, re.M)
         shapes = re.findall(r"s8\[([\d,]+)\]", head[1]) if head else []
@@ -51,11 +54,16 @@ def products(text: str, folder: Path) -> list[Product]:
         files = {p.name: p for p in folder.glob(f"*-{name}-*final_bundles.txt")}
         told = [p.read_text() for n, p in files.items() if "schedule-analysis" in n]
         code = [p.read_text() for n, p in files.items() if "schedule-analysis" not in n]
-        if weight < SMALLEST or not told or not code:
+        if weight < SMALLEST:
+            continue
+        sizes.add(weight)
+        if not told or not code:
             continue
         (count,) = re.findall(r"non empty scheduled bundles: (\d+)", told[0])
         ends = re.findall(r"totalorder [^,]*, (\d+) /\* loop exit test", code[0])
         found.append(Product(name, weight, int(count), max(map(int, ends), default=1)))
+    if left := sizes - {one.weight for one in found}:
+        raise SystemExit(f"libtpu wrote no bundles of the products of weights of {left} bytes")
     return found
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import batch, cases, convert, kills, training_ours
+from benchmarks import batch, cases, convert, kills, tpu_bundles, training_ours
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -100,3 +100,21 @@ def test_random_weights_of_few_bits():
     }
     assert (found["layers.o.scale"] > 0).all() and (found["norm"] == 1).all()
     assert len(np.unique(np.asarray(found["layers.o.values"], np.int8))) > 10
+
+
+def test_the_bundles_of_a_product(tmp_path):
+    """Of the loop's body, by the files of a fusion with an int8 weight; a size without files ends it."""
+    text = """
+%called.1 (param_0: s8[2,1024,1024], param_1: bf16[8,1024]) -> bf16[8,2048] {
+  %fusion.3 = bf16[8,2048]{1,0} fusion(%a, %b), kind=kOutput, calls=%called.1, metadata={}
+  %fusion.4 = bf16[8,2048]{1,0} fusion(%c, %d), kind=kOutput, calls=%called.1, metadata={}
+"""
+    told = "total scheduled bundles: 9\n\tnon empty scheduled bundles: 1500\n"
+    (tmp_path / "7-fusion.3-70-schedule-analysis_final_bundles.txt").write_text(told)
+    code = "{ %p1 = scmp.ge.s32.totalorder %s1, 18 /* loop exit test */ }"
+    (tmp_path / "7-fusion.3-71-final_bundles.txt").write_text(code)
+    (one,) = tpu_bundles.products(text, tmp_path)
+    assert one == ("fusion.3", 2 << 20, 1500, 18)
+    assert one.share("v5e", 2e9) == pytest.approx(1500 * 18 / 1.5e9 / ((2 << 20) / 2e9))
+    with pytest.raises(SystemExit, match="no bundles of the products"):
+        tpu_bundles.products(text, tmp_path / "none")
