@@ -149,11 +149,16 @@ def test_the_command_ends_at_once_and_leaves_nothing(sent, code, tmp_path):
         str(tmp_path / "o"),
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as child:
-        while child.poll() is None and not any(tmp_path.glob(".o.partial/params*")):
-            time.sleep(0.001)
-        child.send_signal(sent)
-        said = child.communicate(timeout=60)[1]
+    for _ in range(5):
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as child:
+            while child.poll() is None and not any(tmp_path.glob(".o.partial/params*")):
+                time.sleep(0.001)
+            child.send_signal(sent)
+            said = child.communicate(timeout=60)[1]
+        if child.returncode:
+            break
+        # A busy machine: the conversion was over before the signal.
+        shutil.rmtree(tmp_path / "o")
     assert child.returncode == code, said
     lines = [line for line in said.splitlines() if "to Orbax" not in line]
     assert lines == (["interrupted: nothing was written"] if code == 130 else [])
