@@ -8,6 +8,7 @@ One row of tokens with two patches a token, up to 131,072 tokens, remat "full", 
 """
 
 import argparse
+import bisect
 import dataclasses
 import sys
 
@@ -37,18 +38,14 @@ def longest(recipe: Recipe, cfg: Config, room: float) -> int:
     """The most tokens of a row, in whole STEPs up to MOST, that `room` bytes hold; 0 for none."""
     parts = memory_estimate.held(recipe, cfg)
 
-    def fits(length: int) -> bool:
+    def needed(length: int) -> int:
         pack = dataclasses.replace(
             recipe.pack, rows=1, length=length, vision_rows=1, vision_length=2 * length
         )
         asked = dataclasses.replace(recipe, pack=pack)
-        return sum(memory_estimate.memory(asked, cfg, parts).values()) <= room
+        return sum(memory_estimate.memory(asked, cfg, parts).values())
 
-    low, high = 0, MOST // STEP
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle * STEP) else (low, middle - 1)
-    return low * STEP
+    return STEP * bisect.bisect(range(STEP, MOST + 1, STEP), room, key=needed)
 
 
 def main() -> int:

@@ -51,16 +51,15 @@ def products(text: str, folder: Path) -> list[Product]:
         head = re.search(rf"^%{re.escape(called)} \((.*?)\) ->", text, re.M)
         shapes = re.findall(r"s8\[([\d,]+)\]", head[1]) if head else []
         weight = max((math.prod(map(int, shape.split(","))) for shape in shapes), default=0)
-        files = {p.name: p for p in folder.glob(f"*-{name}-*final_bundles.txt")}
-        told = [p.read_text() for n, p in files.items() if "schedule-analysis" in n]
-        code = [p.read_text() for n, p in files.items() if "schedule-analysis" not in n]
         if weight < SMALLEST:
             continue
         sizes.add(weight)
-        if not told or not code:
+        told = next(folder.glob(f"*-{name}-*-schedule-analysis_final_bundles.txt"), None)
+        code = next(folder.glob(f"*-{name}-[0-9]*-final_bundles.txt"), None)
+        if told is None or code is None:
             continue
-        (count,) = re.findall(r"non empty scheduled bundles: (\d+)", told[0])
-        ends = re.findall(r"totalorder [^,]*, (\d+) /\* loop exit test", code[0])
+        (count,) = re.findall(r"non empty scheduled bundles: (\d+)", told.read_text())
+        ends = re.findall(r"totalorder [^,]*, (\d+) /\* loop exit test", code.read_text())
         found.append(Product(name, weight, int(count), max(map(int, ends), default=1)))
     if left := sizes - {one.weight for one in found}:
         raise SystemExit(f"libtpu wrote no bundles of the products of weights of {left} bytes")

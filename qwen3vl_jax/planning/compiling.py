@@ -17,8 +17,7 @@ from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache import compilation_cache
 
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.model import attention_gpu
-from qwen3vl_jax.model.attention_gpu import gpu_refusal
+from qwen3vl_jax.model.attention_gpu import cudnn, gpu_refusal
 from qwen3vl_jax.model.sharding import platform
 from qwen3vl_jax.planning.program import Program
 from qwen3vl_jax.training.environment import memory_gib
@@ -132,7 +131,7 @@ def hopper_attention() -> Iterator[None]:
     Not for several threads.
     """
     try:
-        module = attention_gpu.cudnn()
+        module = cudnn()
         asked = module.check_compute_capability
     except (ImportError, AttributeError):
         # A JAX that has moved it: the plan has XLA's blocks, and says so.

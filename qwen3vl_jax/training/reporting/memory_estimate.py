@@ -173,14 +173,13 @@ def _activations(recipe: Recipe, cfg: Config, parts: Held) -> int:
     mergers = 1 + len(v.deepstack_visual_indexes) if merged else 0
     total, most = patches * item * mergers * 5.5 * v.hidden_size, 0.0
     for places, layers, (stream, narrow, wide, attended) in towers:
-        # With norms and activations.
-        all_of_one = 2 * stream + 1.5 * (narrow + wide)
         kept = {
             "full": stream,
             "offload": 0,
             "narrow": stream + narrow + attended,
             "dots": stream + narrow + wide + attended,
-            "none": stream + all_of_one,
+            # With norms and activations.
+            "none": 3 * stream + 1.5 * (narrow + wide),
         }[recipe.step.remat]
         total += places * item * layers * kept
         # One layer at a time, with its gradients.
