@@ -181,11 +181,9 @@ def test_checkpoint_without_weights(copies):
         path.unlink()
     with pytest.raises(InputError, match="no weights found"):
         load(source)
-    for path in (orbax / "params").rglob("*"):
-        if (
-            path.is_file() and path.stat().st_size > 100_000
-        ):  # the arrays, not the tree's description
-            os.truncate(path, 50_000)
+    # How many files hold the arrays is a matter of time: the largest holds some for certain.
+    largest = max(orbax.glob("*/ocdbt.process_0/d/*"), key=lambda path: path.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
     with pytest.raises(InputError, match="not a readable Orbax checkpoint") as error:
         load(orbax)
     assert "\n" not in str(error.value)
