@@ -124,7 +124,7 @@ def test_experts():
     def ran(run, *weights):
         def loss(pairs, x):
             put = [w.replace(pairs=p) if p else w for w, p in zip(weights, pairs, strict=True)]
-            y = run(x, share, jnp.asarray(chosen), *put, "silu")
+            y = run(x, share, jnp.asarray(chosen), *map(expert_leaves, put), "silu")
             return jnp.sum(jnp.sin(y)), y
 
         pairs = [w.pairs if isinstance(w, Adapted) else None for w in weights]
