@@ -1,0 +1,183 @@
+"""Metrics of answers by name, as the evaluation harnesses compute them.
+
+A metric scores one answer against one reference, 0 to 1, or gives None for an answer that it cannot read.
+tests/scores/cases.json holds what the harnesses' own code gives for written cases.
+"""
+
+import importlib
+import re
+import string
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from qwen3vl_jax.errors import InputError, one_line, shown
+from qwen3vl_jax.scores import grounding
+
+# (answer, references, question) -> 0 to 1, or None for an answer that cannot be read
+Score = Callable[[str, Sequence[Any], str], float | None]
+_LEVEL = re.compile(r"0?\.\d*[1-9]\d*|1(\.0+)?")
+_OPTION = re.compile(r"^\s*\(?([A-Z])[.):]\s*(.*?)\s*$", re.MULTILINE)
+_STATED = re.compile(r"(?:correct\s+)?answer\s+is\s+\**([ABCD])\**", re.IGNORECASE)
+_MARKS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
+# What models write in place of an answer, by VLMEvalKit's list.
+_REFUSALS = (
+    "Sorry, I can't help with images of people yet.",
+    "I can't process this file.",
+    "I'm sorry, but without the image provided",
+    "Cannot determine the answer",
+)
+PYTHON = "python:"
+
+
+def exact(answer: str, reference: Any, question: str = "") -> float:
+    """1 for the same text without blanks around it; lmms-eval's exact_match (api/metrics.py)."""
+    return float(answer.strip() == _text(reference).strip())
+
+
+def relaxed(answer: str, reference: Any, question: str = "") -> float:
+    """ChartQA: 1 for a number within 5 % of the reference's, else for the same text in lower case.
+
+    arXiv 2203.10244, section 5.1, as VLMEvalKit's vlmeval/dataset/utils/vqa_eval.py: "5%" is 0.05, and
+    blanks around the answer do not count.
+    """
+    answer, target = answer.strip(), _text(reference)
+    number, wanted = _number(answer), _number(target)
+    if number is not None and wanted:
+        return float(abs(number - wanted) / abs(wanted) <= 0.05)
+    return float(answer.lower() == target.lower())
+
+
+def anls(answer: str, reference: Any, question: str = "") -> float:
+    """1 minus the edit distance over the longer length, below 0.5 none: DocVQA, InfoVQA.
+
+    arXiv 1907.00490, as lmms-eval's api/metrics.py: case and runs of blanks do not count as edits.
+    """
+    target = _text(reference)
+    length = max(len(answer.upper()), len(target.upper()))
+    a, b = (" ".join(text.lower().split()) for text in (answer, target))
+    # A distance is at least the difference of the lengths.
+    if abs(len(a) - len(b)) > length / 2:
+        return 0.0
+    value = 1 - (_distance(a, b) / length if length else 0.0)
+    return value if value >= 0.5 else 0.0
+
+
+def choice(answer: str, reference: Any, question: str = "") -> float | None:
+    """1 for the option of the reference, by its letter or text, else 0.
+
+    As VLMEvalKit's vlmeval/utils/matching_util.py without a judge model. The question lists the options, a
+    line each, "A. text"; if it does not, they are A to D.
+    """
+    options: dict[str, str] = {}
+    for letter, text in _OPTION.findall(question):
+        options = {} if letter == "A" else options
+        if letter == string.ascii_uppercase[len(options)]:
+            options[letter] = text
+    options = options if len(options) > 1 else dict.fromkeys("ABCD", "")
+    wanted = _chosen(_text(reference), options)
+    if wanted not in options:
+        expected = f"one of the options {', '.join(options)}; the question lists them"
+        raise InputError(f"got {shown(reference)}, expected {expected}")
+    found = _chosen(answer, options)
+    return None if found is None else float(found == wanted)
+
+
+METRICS: Mapping[str, Callable[[str, Any, str], float | None]] = {
+    "exact": exact,
+    "relaxed": relaxed,
+    "anls": anls,
+    "choice": choice,
+    "iou": grounding.iou,
+    "point": grounding.point,
+    "tiou": grounding.tiou,
+}
+
+
+def metric_of(name: Any, key: str) -> Score:
+    """The score of a metric's name: the best over the references; key: what errors name.
+
+    Names: those of METRICS, iou@T and tiou@T (1 from T on, else 0), and python:module:function, called with
+    (answer, references, question). A score raises InputError for references that it cannot read.
+    """
+    base, at, level = name.partition("@") if isinstance(name, str) else ("", "", "")
+    if base.startswith(PYTHON):
+        return _custom(name, key)
+    if base not in METRICS or (at and not (base[-3:] == "iou" and _LEVEL.fullmatch(level))):
+        known = ", ".join(METRICS)
+        expected = f"{known}, iou@T or tiou@T with T above 0 (iou@0.5), python:module:function"
+        raise InputError(f"{key}: got {shown(name)}, expected {expected}")
+
+    def score(answer: str, references: Sequence[Any], question: str) -> float | None:
+        scores = [METRICS[base](answer, each, question) for each in references]
+        found = [value for value in scores if value is not None]
+        best = max(found, default=None)
+        return best if best is None or not at else float(best >= float(level))
+
+    return score
+
+
+def _custom(name: str, key: str) -> Score:
+    module, _, function = name.removeprefix(PYTHON).partition(":")
+    try:
+        call = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError, TypeError, SyntaxError) as error:
+        expected = "expected python:module:function that can be imported"
+        raise InputError(f"{key}: got {name!r}, {expected}: {one_line(error)}") from None
+
+    def score(answer: str, references: Sequence[Any], question: str) -> float | None:
+        try:
+            value = call(answer, list(references), question)
+        except Exception as error:
+            raise InputError(f"{name} raised {type(error).__name__}: {one_line(error)}") from error
+        try:
+            found = None if value is None else float(value)
+        except (TypeError, ValueError):
+            found = -1.0
+        if found is not None and not 0 <= found <= 1:
+            raise InputError(f"{name} gave {shown(value)}, expected a number from 0 to 1, or None")
+        return found
+
+    return score
+
+
+def _text(reference: Any) -> str:
+    if isinstance(reference, bool) or not isinstance(reference, str | int | float):
+        raise InputError(f"got {shown(reference)}, expected a text or a number")
+    return str(reference)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        return None
+
+
+def _distance(a: str, b: str) -> int:
+    """The number of characters to insert, delete or replace (Levenshtein)."""
+    above = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        row = [i]
+        for j, y in enumerate(b, 1):
+            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (x != y)))
+        above = row
+    return above[-1]
+
+
+def _chosen(answer: str, options: Mapping[str, str]) -> str | None:
+    """The letter that an answer gives, "Z" for one that refuses; None where no rule finds one."""
+    if any(text in answer for text in _REFUSALS):
+        return "Z"
+    words = answer.translate(_MARKS).split()
+    letters = [letter for letter in options if letter in words]
+    # A letter far from the end may be an article.
+    if len(letters) == 1 and words.index(letters[0]) > len(words) - 5:
+        return letters[0]
+    if not letters and "Z" in words:
+        return "Z"
+    if (found := _STATED.search(answer)) and (letter := found[1].upper()) in options:
+        return letter
+    if len(answer.lower()) > 2 * sum(map(len, options.values())):
+        return None
+    named = [letter for letter, text in options.items() if text.lower() in answer.lower()]
+    return named[0] if len(named) == 1 else None
