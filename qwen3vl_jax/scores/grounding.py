@@ -1,11 +1,9 @@
-"""Boxes, points and moments in answers: IoU, point in box, temporal IoU, by the harnesses' rules.
+"""Boxes, points and moments in answers, read and scored by the harnesses' rules.
 
-A box reference is {"bbox_2d": [x1, y1, x2, y2]} on the 0-1000 grid, or with "bbox_type" "norm1" (0 to 1) or
-"real" (pixels of an image of "width" x "height"), or a text with such a box as an answer has it. A moment is
-{"start": seconds, "end": seconds}, or a text. Answers without a box, point or moment give None.
+A reference is {"bbox_2d": [x1, y1, x2, y2]} on the 0-1000 grid, or in pixels with "bbox_type": "real" and
+the image's "width" and "height"; {"start": seconds, "end": seconds}; or a text, read as an answer is.
 """
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -13,9 +11,8 @@ from typing import Any
 from qwen3vl_jax.errors import InputError, shown
 
 Box = tuple[float, float, float, float]
-GRID = 1000  # side of the image of boxes that are not in pixels
-_SCALES = {"norm1000": GRID, "norm1": 1}
-_KEYS = ("bbox_2d", "bbox_type", "width", "height")
+GRID = 1000
+_KEYS = {"bbox_2d", "bbox_type", "width", "height"}
 _NUMBER = r"[-+]?\d*\.?\d+(?:[eE][-+]?\d+)?"
 _BRACKET = re.compile(r"\[\s*" + r"(?:\s*,\s*|\s+)".join([f"({_NUMBER})"] * 4) + r"\s*\]")
 _PAIR = re.compile(r"[\[(]\s*([-+]?\d+\.?\d*)\s*,\s*([-+]?\d+\.?\d*)\s*[\])]")
@@ -25,108 +22,86 @@ _EXAMPLE = "a specific example is : 20.8 - 30.0 seconds"  # of the harness's pro
 
 
 def iou(answer: str, reference: Any, question: str = "") -> float | None:
-    """Intersection over union of the answer's first box and the reference's, 0 to 1.
+    """Intersection over union of the answer's first box and the reference's.
 
-    As VLMEvalKit's vlmeval/dataset/refcoco.py: numbers up to 1.5 are fractions, up to 1000 the grid, others
-    pixels; its Precision@1 is iou@0.5.
+    VLMEvalKit, vlmeval/dataset/refcoco.py: up to 1.5 are fractions, up to 1000 the grid, else pixels.
     """
-    a, width, height = _box_of(reference)
+    a, width, height = box_of(reference)
     if (b := _read_box(answer, width, height)) is None:
         return None
     across, down = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
-    shared = across * down if across > 0 and down > 0 else 0.0
-    union = sum((x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in (b, a)) - shared
-    return shared / union if shared else 0.0
+    if across <= 0 or down <= 0:
+        return 0.0
+    areas = ((x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in (b, a))
+    return across * down / (sum(areas) - across * down)
 
 
 def point(answer: str, reference: Any, question: str = "") -> float | None:
     """1 if the answer's first point lies in the reference's box, edges included, else 0.
 
-    As lmms-eval's tasks/_task_utils/point_format.py and the binary score of tasks/pointbench: whole numbers
-    are on the grid, others fractions; the pixel is the number rounded down.
+    lmms-eval, tasks/_task_utils/point_format.py, tasks/pointbench/utils.py: whole numbers are on the
+    grid, others fractions; pixels are rounded down.
     """
-    (x1, y1, x2, y2), width, height = _box_of(reference)
+    (x1, y1, x2, y2), *sides = box_of(reference)
     if (found := _PAIR.search(answer)) is None:
         return None
-    grid = 1 if "." in found[1] + found[2] else GRID
-    x, y = (int(float(n) / grid * side) for n, side in zip(found.groups(), (width, height)))
+    unit = 1 if "." in found[1] + found[2] else GRID
+    x, y = (int(float(n) / unit * side) for n, side in zip(found.groups(), sides))
     return float(x1 <= x <= x2 and y1 <= y <= y2)
 
 
 def tiou(answer: str, reference: Any, question: str = "") -> float | None:
-    """Intersection over union of the answer's first moment and the reference's, 0 to 1.
+    """Intersection over union of the answer's first moment and the reference's.
 
-    As lmms-eval's tasks/charades_sta/utils.py; its R@1 (IOU@5) is tiou@0.5.
+    lmms-eval, tasks/charades_sta/utils.py.
     """
     a, b = _moment_of(reference), _read_moment(answer)
     if b is None:
         return None
-    both = max(a[1], b[1]) - min(a[0], b[0])
-    return max(min(a[1], b[1]) - max(a[0], b[0]), 0) / both if both > 0 else 0.0
+    shared = min(a[1], b[1]) - max(a[0], b[0])
+    return max(shared, 0) / (max(a[1], b[1]) - min(a[0], b[0]))
 
 
-def grid_box(reference: Any) -> Box:
-    """The box of a reference on the 0-1000 grid. Raises InputError."""
-    (x1, y1, x2, y2), width, height = _box_of(reference)
-    return x1 / width * GRID, y1 / height * GRID, x2 / width * GRID, y2 / height * GRID
-
-
-def with_size(reference: Any, width: int, height: int) -> Any:
-    """A reference in pixels with the size of its image, where it does not state one."""
-    if not isinstance(reference, Mapping) or reference.get("bbox_type") != "real":
-        return reference
-    return {"width": width, "height": height, **reference}
-
-
-def _box_of(reference: Any) -> tuple[Box, float, float]:
-    """A reference's box in pixels, and the width and height of its image (GRID if not in pixels)."""
+def box_of(reference: Any) -> tuple[Box, float, float]:
+    """A reference's box, and the width and height that it lies in, GRID where it is not in pixels."""
+    given = reference if isinstance(reference, Mapping) else {}
+    box, form = given.get("bbox_2d"), given.get("bbox_type", "norm1000")
+    sides: list[Any] = [GRID, GRID]
+    if form == "real":
+        sides = [given.get("width"), given.get("height")]
     if isinstance(reference, str):
-        if (box := _read_box(reference, GRID, GRID)) is None:
-            raise InputError(f"got {shown(reference)}, expected a text with [x1, y1, x2, y2]")
-        return box, GRID, GRID
-    found = reference if isinstance(reference, Mapping) else {}
-    box, kind = found.get("bbox_2d"), found.get("bbox_type", "norm1000")
-    sides = [found.get(key) if kind == "real" else GRID for key in ("width", "height")]
-    right = kind in (*_SCALES, "real") and isinstance(box, list) and len(box) == 4
-    numbers = [*box, *sides] if right and set(found) <= set(_KEYS) else []
-    if not numbers or not all(type(x) in (int, float) and math.isfinite(x) for x in numbers):
-        expected = '{"bbox_2d": [x1, y1, x2, y2]}, with "bbox_type" norm1000, norm1 or real, or a text'
-        raise InputError(f"got {shown(reference)}, expected {expected}")
-    x1, y1, x2, y2 = (
-        x / _SCALES[kind] * GRID if kind in _SCALES else float(x) for x in numbers[:4]
-    )
-    # As the boxes of training records: what rounds to the edge is inside.
-    ends = [round(x / side * GRID) for x, side in zip((x1, y1, x2, y2), sides * 2)]
-    if not (0 <= ends[0] <= ends[2] <= GRID and 0 <= ends[1] <= ends[3] <= GRID):
-        inside = f"{sides[0]:g} x {sides[1]:g} pixels" if kind == "real" else f"0 to {_SCALES[kind]}"
-        advice = '"bbox_type" says what it counts'
-        raise InputError(f"got {box}, expected two corners inside {inside}; {advice}")
-    return (x1, y1, x2, y2), *sides
+        box = _read_box(reference, GRID, GRID)
+    numbers = [*box, *sides] if isinstance(box, list | tuple) and len(box) == 4 else []
+    right = bool(numbers) and form in ("real", "norm1000") and given.keys() <= _KEYS
+    if right and all(type(x) in (int, float) for x in numbers) and min(sides) > 0:
+        # As the boxes of training records: what rounds to the edge is inside.
+        x1, y1, x2, y2 = (round(x / side * GRID) for x, side in zip(numbers, sides * 2))
+        if 0 <= x1 <= x2 <= GRID and 0 <= y1 <= y2 <= GRID:
+            return (numbers[0], numbers[1], numbers[2], numbers[3]), sides[0], sides[1]
+    expected = '{"bbox_2d": [x1, y1, x2, y2]}, corners from 0 to 1000'
+    advice = 'with "bbox_type": "real", "width" and "height" they are pixels of the image'
+    raise InputError(f"got {shown(reference)}, expected {expected}; {advice}")
 
 
 def _read_box(text: str, width: float, height: float) -> Box | None:
-    """The first four numbers in brackets, else the first four, in pixels inside the image."""
+    """The first four numbers in brackets, else the first four, as a box inside the image."""
     found = _BRACKET.search(text)
-    numbers = [float(n) for n in (found.groups() if found else re.findall(_NUMBER, text)[:4])]
+    numbers = [float(n) for n in (found.groups("") if found else re.findall(_NUMBER, text))]
     if len(numbers) < 4:
         return None
-    most = max(map(abs, numbers))
-    unit = 1 if most <= 1.5 else GRID if most <= GRID else 0
-    sides = (width, height) * 2
-    scaled = [n / unit * side if unit else n for n, side in zip(numbers, sides)]
-    x1, y1, x2, y2 = (min(max(n, 0.0), side) for n, side in zip(scaled, sides))
+    most, sides = max(map(abs, numbers[:4])), (width, height) * 2
+    if most <= GRID:
+        unit = 1 if most <= 1.5 else GRID
+        numbers = [n / unit * side for n, side in zip(numbers, sides)]
+    x1, y1, x2, y2 = (min(max(n, 0.0), side) for n, side in zip(numbers, sides))
     return min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)
 
 
 def _moment_of(reference: Any) -> tuple[float, float]:
-    if isinstance(reference, str):
-        found = _read_moment(reference)
-    else:
-        given = reference if isinstance(reference, Mapping) else {}
-        numbers = [given.get("start"), given.get("end")]
-        right = len(given) == 2 and all(type(x) in (int, float) for x in numbers)
-        found = tuple(map(float, numbers)) if right else None
-    if found is None or not 0 <= found[0] < found[1] < math.inf:
+    found = _read_moment(reference) if isinstance(reference, str) else None
+    if isinstance(reference, Mapping) and set(reference) == {"start", "end"}:
+        found = reference["start"], reference["end"]
+    if found is None or not all(type(x) in (int, float) for x in found) or found[0] >= found[1]:
         expected = '{"start": seconds, "end": seconds}, or a text as "2.5 - 7 seconds"'
         raise InputError(f"got {shown(reference)}, expected {expected}")
     return found
@@ -137,24 +112,21 @@ def _read_moment(text: str) -> tuple[float, float] | None:
     lines = re.split(r"[!?\n]", text.lower().replace(_EXAMPLE, "").replace("to", "-"))
     lines = [line for line in lines if re.search("start|end|happen", line)] or lines
 
-    def matches(pattern: str) -> list[tuple[str, ...]]:
+    def matches(pattern: str) -> list[Any]:
         return [found.groups() for line in lines if (found := re.search(pattern, line))]
 
     clocks = [time for line in lines for time in re.findall(rf"\b{_CLOCK}\b", line)]
     firsts = [times[0] for times in matches(rf"\b{_SECONDS}\b")]
     ranges = [*matches(rf"\b{_CLOCK}{_TO}{_CLOCK}\b"), *matches(_SECONDS + _TO + _SECONDS)]
-    last = matches(rf"{_SECONDS}\s*s?{_TO}{_SECONDS}")
-    pairs = [*ranges, tuple(clocks[:2]), tuple(firsts[:2]), *last]
-    pair = next((pair for pair in pairs if len(pair) == 2), None)
-    if pair is None:
-        return None
-    first, second = map(_seconds, pair)
-    return min(first, second), max(first, second)
+    pairs = [*ranges, clocks[:2], firsts[:2], *matches(rf"{_SECONDS}\s*s?{_TO}{_SECONDS}")]
+    for pair in pairs:
+        if len(pair) == 2:
+            first, second = map(_seconds, pair)
+            return min(first, second), max(first, second)
+    return None
 
 
 def _seconds(time: str) -> float:
     """Seconds of "12.5", "1:30" or "1:02:03"."""
-    total = 0.0
-    for part in time.split(":"):
-        total = 60 * total + float(part)
-    return total
+    *before, seconds = time.split(":")
+    return sum(int(n) * 60**power for power, n in enumerate(reversed(before), 1)) + float(seconds)

@@ -1,7 +1,6 @@
-"""Metrics of answers by name, as the evaluation harnesses compute them.
+"""Metrics of answers by name, as the evaluation harnesses compute them (tests/scores/cases.json).
 
-A metric scores one answer against one reference, 0 to 1, or gives None for an answer that it cannot read.
-tests/scores/cases.json holds what the harnesses' own code gives for written cases.
+A metric scores an answer against one reference, 0 to 1, or gives None for an answer that it cannot read.
 """
 
 import importlib
@@ -13,32 +12,29 @@ from typing import Any
 from qwen3vl_jax.errors import InputError, one_line, shown
 from qwen3vl_jax.scores import grounding
 
-# (answer, references, question) -> 0 to 1, or None for an answer that cannot be read
+# (answer, references, question) -> the best score over the references
 Score = Callable[[str, Sequence[Any], str], float | None]
+PYTHON = "python:"
 _LEVEL = re.compile(r"0?\.\d*[1-9]\d*|1(\.0+)?")
 _OPTION = re.compile(r"^\s*\(?([A-Z])[.):]\s*(.*?)\s*$", re.MULTILINE)
 _STATED = re.compile(r"(?:correct\s+)?answer\s+is\s+\**([ABCD])\**", re.IGNORECASE)
 _MARKS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
-# What models write in place of an answer, by VLMEvalKit's list.
-_REFUSALS = (
-    "Sorry, I can't help with images of people yet.",
-    "I can't process this file.",
-    "I'm sorry, but without the image provided",
-    "Cannot determine the answer",
+# What VLMEvalKit takes as a refusal to answer.
+_REFUSED = re.compile(
+    r"Sorry, I can't help with images of people yet\.|I can't process this file\."
+    "|I'm sorry, but without the image provided|Cannot determine the answer"
 )
-PYTHON = "python:"
 
 
 def exact(answer: str, reference: Any, question: str = "") -> float:
-    """1 for the same text without blanks around it; lmms-eval's exact_match (api/metrics.py)."""
+    """1 for the same text but for blanks around it; lmms-eval's exact_match, api/metrics.py."""
     return float(answer.strip() == _text(reference).strip())
 
 
 def relaxed(answer: str, reference: Any, question: str = "") -> float:
-    """ChartQA: 1 for a number within 5 % of the reference's, else for the same text in lower case.
+    """1 for a number within 5 % of the reference's, else for the same text, whatever its case: ChartQA.
 
-    arXiv 2203.10244, section 5.1, as VLMEvalKit's vlmeval/dataset/utils/vqa_eval.py: "5%" is 0.05, and
-    blanks around the answer do not count.
+    arXiv 2203.10244, section 5.1; VLMEvalKit, vlmeval/dataset/utils/vqa_eval.py: "5%" is 0.05.
     """
     answer, target = answer.strip(), _text(reference)
     number, wanted = _number(answer), _number(target)
@@ -48,25 +44,24 @@ def relaxed(answer: str, reference: Any, question: str = "") -> float:
 
 
 def anls(answer: str, reference: Any, question: str = "") -> float:
-    """1 minus the edit distance over the longer length, below 0.5 none: DocVQA, InfoVQA.
+    """1 minus the edit distance over the longer length, 0 for less than 0.5: DocVQA, InfoVQA.
 
-    arXiv 1907.00490, as lmms-eval's api/metrics.py: case and runs of blanks do not count as edits.
+    arXiv 1907.00490; lmms-eval, api/metrics.py: case and blanks are no edits, but count as length.
     """
     target = _text(reference)
-    length = max(len(answer.upper()), len(target.upper()))
+    length = max(len(answer.upper()), len(target.upper()), 1)
     a, b = (" ".join(text.lower().split()) for text in (answer, target))
-    # A distance is at least the difference of the lengths.
-    if abs(len(a) - len(b)) > length / 2:
-        return 0.0
-    value = 1 - (_distance(a, b) / length if length else 0.0)
+    # At least so many edits: an answer that goes on and on is not compared.
+    edits = abs(len(a) - len(b))
+    value = 1 - (edits if edits > length / 2 else _distance(a, b)) / length
     return value if value >= 0.5 else 0.0
 
 
 def choice(answer: str, reference: Any, question: str = "") -> float | None:
-    """1 for the option of the reference, by its letter or text, else 0.
+    """1 for the option of the reference, given by letter or text, else 0.
 
-    As VLMEvalKit's vlmeval/utils/matching_util.py without a judge model. The question lists the options, a
-    line each, "A. text"; if it does not, they are A to D.
+    VLMEvalKit, vlmeval/utils/matching_util.py, without a judge model. The options are the question's lines
+    "A. text", "B. text", ..; without such lines A to D.
     """
     options: dict[str, str] = {}
     for letter, text in _OPTION.findall(question):
@@ -74,43 +69,35 @@ def choice(answer: str, reference: Any, question: str = "") -> float | None:
         if letter == string.ascii_uppercase[len(options)]:
             options[letter] = text
     options = options if len(options) > 1 else dict.fromkeys("ABCD", "")
-    wanted = _chosen(_text(reference), options)
-    if wanted not in options:
-        expected = f"one of the options {', '.join(options)}; the question lists them"
-        raise InputError(f"got {shown(reference)}, expected {expected}")
+    if (wanted := _chosen(_text(reference), options)) not in options:
+        known = f"one of {', '.join(options)}; the question lists the options, a line each"
+        raise InputError(f"got {shown(reference)}, expected {known}")
     found = _chosen(answer, options)
     return None if found is None else float(found == wanted)
 
 
 METRICS: Mapping[str, Callable[[str, Any, str], float | None]] = {
-    "exact": exact,
-    "relaxed": relaxed,
-    "anls": anls,
-    "choice": choice,
-    "iou": grounding.iou,
-    "point": grounding.point,
-    "tiou": grounding.tiou,
+    **{metric.__name__: metric for metric in (exact, relaxed, anls, choice)},
+    **{metric.__name__: metric for metric in (grounding.iou, grounding.point, grounding.tiou)},
 }
 
 
 def metric_of(name: Any, key: str) -> Score:
-    """The score of a metric's name: the best over the references; key: what errors name.
+    """The metric of a name: of METRICS, iou@T or tiou@T (1 from T on, else 0), python:module:function.
 
-    Names: those of METRICS, iou@T and tiou@T (1 from T on, else 0), and python:module:function, called with
-    (answer, references, question). A score raises InputError for references that it cannot read.
+    A function is called with (answer, references, question). key: named in errors. Raises InputError, as a
+    metric does for references that it cannot read.
     """
-    base, at, level = name.partition("@") if isinstance(name, str) else ("", "", "")
-    if base.startswith(PYTHON):
+    base, at, level = str(name).partition("@")
+    if str(name).startswith(PYTHON):
         return _custom(name, key)
-    if base not in METRICS or (at and not (base[-3:] == "iou" and _LEVEL.fullmatch(level))):
-        known = ", ".join(METRICS)
-        expected = f"{known}, iou@T or tiou@T with T above 0 (iou@0.5), python:module:function"
-        raise InputError(f"{key}: got {shown(name)}, expected {expected}")
+    if base not in METRICS or (at and not (base in ("iou", "tiou") and _LEVEL.fullmatch(level))):
+        known = f"{', '.join(METRICS)}, iou@T or tiou@T (as iou@0.5), python:module:function"
+        raise InputError(f"{key}: got {shown(name)}, expected {known}")
 
     def score(answer: str, references: Sequence[Any], question: str) -> float | None:
         scores = [METRICS[base](answer, each, question) for each in references]
-        found = [value for value in scores if value is not None]
-        best = max(found, default=None)
+        best = max((value for value in scores if value is not None), default=None)
         return best if best is None or not at else float(best >= float(level))
 
     return score
@@ -127,14 +114,11 @@ def _custom(name: str, key: str) -> Score:
     def score(answer: str, references: Sequence[Any], question: str) -> float | None:
         try:
             value = call(answer, list(references), question)
+            found = None if value is None else float(value)
         except Exception as error:
             raise InputError(f"{name} raised {type(error).__name__}: {one_line(error)}") from error
-        try:
-            found = None if value is None else float(value)
-        except (TypeError, ValueError):
-            found = -1.0
         if found is not None and not 0 <= found <= 1:
-            raise InputError(f"{name} gave {shown(value)}, expected a number from 0 to 1, or None")
+            raise InputError(f"{name}: got {shown(value)}, expected a number from 0 to 1, or None")
         return found
 
     return score
@@ -166,7 +150,7 @@ def _distance(a: str, b: str) -> int:
 
 def _chosen(answer: str, options: Mapping[str, str]) -> str | None:
     """The letter that an answer gives, "Z" for one that refuses; None where no rule finds one."""
-    if any(text in answer for text in _REFUSALS):
+    if _REFUSED.search(answer):
         return "Z"
     words = answer.translate(_MARKS).split()
     letters = [letter for letter in options if letter in words]
@@ -177,7 +161,8 @@ def _chosen(answer: str, options: Mapping[str, str]) -> str | None:
         return "Z"
     if (found := _STATED.search(answer)) and (letter := found[1].upper()) in options:
         return letter
-    if len(answer.lower()) > 2 * sum(map(len, options.values())):
+    answer = answer.lower()
+    if len(answer) > 2 * sum(map(len, options.values())):
         return None
-    named = [letter for letter, text in options.items() if text.lower() in answer.lower()]
+    named = [letter for letter, text in options.items() if text.lower() in answer]
     return named[0] if len(named) == 1 else None
