@@ -328,8 +328,8 @@ def check_sources(recipe: Recipe) -> None:
             raise InputError(f"{name}.media is {source.media!r}: no such folder")
     if metric := recipe.evaluate.metric:
         metric_of(metric, "evaluate.metric")
-        if not (recipe.evaluate.every and recipe.evaluate.generate):
-            expected = "expected none without evaluate.every and evaluate.generate; set both"
+        if recipe.evaluate.every and not recipe.evaluate.generate:
+            expected = "expected none while evaluate.generate is 0, which answers nothing; set it"
             raise InputError(f"evaluate.metric: got {metric!r}, {expected}")
 
 
