@@ -39,7 +39,7 @@ from qwen3vl_jax.storage.remote_files import write_atomic
 
 USAGE = "qwen3vl score --input FILE --metric NAME (--output OUT | --answers OUT) [options]"
 EXAMPLES = """more options: those of infer.py --input; with --answers, --media-root and --allow-hosts
-  qwen3vl score --ckpt DIR --input test.jsonl --metric anls --output answers.jsonl
+  qwen3vl score --ckpt DIR --input test.jsonl --metric anls --output answers.jsonl --temperature 0
   qwen3vl score --input test.jsonl --metric anls --answers answers.jsonl
 
 a line of test.jsonl: {"id": "a", "messages": [...], "answer": "a text, an object, or a list of them"}

@@ -24,7 +24,7 @@ _EXAMPLE = "a specific example is : 20.8 - 30.0 seconds"  # of the harness's pro
 def iou(answer: str, reference: Any, question: str = "") -> float | None:
     """Intersection over union of the answer's first box and the reference's.
 
-    VLMEvalKit, vlmeval/dataset/refcoco.py: up to 1.5 are fractions, up to 1000 the grid, else pixels.
+    VLMEvalKit, vlmeval.dataset.refcoco: up to 1.5 are fractions, up to 1000 the grid, else pixels.
     """
     a, width, height = box_of(reference)
     if (b := _read_box(answer, width, height)) is None:
@@ -39,7 +39,7 @@ def iou(answer: str, reference: Any, question: str = "") -> float | None:
 def point(answer: str, reference: Any, question: str = "") -> float | None:
     """1 if the answer's first point lies in the reference's box, edges included, else 0.
 
-    lmms-eval, tasks/_task_utils/point_format.py, tasks/pointbench/utils.py: whole numbers are on the
+    lmms-eval, tasks._task_utils.point_format and tasks.pointbench.utils: whole numbers are on the
     grid, others fractions; pixels are rounded down.
     """
     (x1, y1, x2, y2), *sides = box_of(reference)
@@ -53,7 +53,7 @@ def point(answer: str, reference: Any, question: str = "") -> float | None:
 def tiou(answer: str, reference: Any, question: str = "") -> float | None:
     """Intersection over union of the answer's first moment and the reference's.
 
-    lmms-eval, tasks/charades_sta/utils.py.
+    lmms-eval, tasks.charades_sta.utils.
     """
     a, b = _moment_of(reference), _read_moment(answer)
     if b is None:

@@ -27,14 +27,14 @@ _REFUSED = re.compile(
 
 
 def exact(answer: str, reference: Any, question: str = "") -> float:
-    """1 for the same text but for blanks around it; lmms-eval's exact_match, api/metrics.py."""
+    """1 for the same text but for blanks around it; lmms-eval's exact_match (lmms_eval.api.metrics)."""
     return float(answer.strip() == _text(reference).strip())
 
 
 def relaxed(answer: str, reference: Any, question: str = "") -> float:
     """1 for a number within 5 % of the reference's, else for the same text, whatever its case: ChartQA.
 
-    arXiv 2203.10244, section 5.1; VLMEvalKit, vlmeval/dataset/utils/vqa_eval.py: "5%" is 0.05.
+    arXiv 2203.10244, section 5.1; VLMEvalKit, vlmeval.dataset.utils.vqa_eval: "5%" is 0.05.
     """
     answer, target = answer.strip(), _text(reference)
     number, wanted = _number(answer), _number(target)
@@ -46,7 +46,7 @@ def relaxed(answer: str, reference: Any, question: str = "") -> float:
 def anls(answer: str, reference: Any, question: str = "") -> float:
     """1 minus the edit distance over the longer length, 0 for less than 0.5: DocVQA, InfoVQA.
 
-    arXiv 1907.00490; lmms-eval, api/metrics.py: case and blanks are no edits, but count as length.
+    arXiv 1907.00490; lmms-eval, lmms_eval.api.metrics: case and blanks are no edits, but count as length.
     """
     target = _text(reference)
     length = max(len(answer.upper()), len(target.upper()), 1)
@@ -60,7 +60,7 @@ def anls(answer: str, reference: Any, question: str = "") -> float:
 def choice(answer: str, reference: Any, question: str = "") -> float | None:
     """1 for the option of the reference, given by letter or text, else 0.
 
-    VLMEvalKit, vlmeval/utils/matching_util.py, without a judge model. The options are the question's lines
+    VLMEvalKit, vlmeval.utils.matching_util, without a judge model. The options are the question's lines
     "A. text", "B. text", ..; without such lines A to D.
     """
     options: dict[str, str] = {}

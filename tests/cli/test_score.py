@@ -159,7 +159,7 @@ def test_what_cannot_be_scored_is_one_line(case, capsys):
 
 def test_a_function_in_the_working_directory():
     """It need not be installed."""
-    Path("own_metric.py").write_text(
+    Path("own_metric" + ".py").write_text(
         "def f(answer, references, question): return len(question) / 8"
     )
     answers = [{"id": 1, "text": "", "finish_reason": "stop"}]

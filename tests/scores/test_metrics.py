@@ -107,7 +107,7 @@ def test_references_that_say_nothing_are_refused(name, reference):
 
 def test_a_function_of_ones_own(monkeypatch):
     """It gets answer, references and question; what it raises, or gives out of range, is named."""
-    seen, gives = [], {"value": 0.25}
+    seen, gives = [], dict[str, object](value=0.25)
 
     def call(*given):
         seen.append(given)
@@ -145,7 +145,7 @@ def test_bootstrap_is_the_normal_interval_of_many_scores():
     """Within a tenth of its width, and the same each time."""
     scores = np.random.default_rng(3).uniform(size=400).tolist()
     low, high, method = interval(scores)
-    half = 1.96 * np.std(scores) / 20
+    half, mean = 1.96 * float(np.std(scores)) / 20, float(np.mean(scores))
     assert method == "bootstrap" and interval(scores) == (low, high, method)
-    assert low == pytest.approx(np.mean(scores) - half, abs=half / 10)
-    assert high == pytest.approx(np.mean(scores) + half, abs=half / 10)
+    assert low == pytest.approx(mean - half, abs=half / 10)
+    assert high == pytest.approx(mean + half, abs=half / 10)
