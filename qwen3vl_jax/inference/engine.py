@@ -191,6 +191,7 @@ class _Engine(decode_loop.Decoder):
         self.group, self.stop_ids = group_size(self.rows), options.stop_ids.tolist()
         self.waiting: list[tuple[Request, EncodedPrompt]] = []
         self.running: dict[int, Running] = {}
+        self.waited = False
         self.stores = Stores(params, cfg, chunk_of, stats)
 
     def add(self, request: Request) -> None:
@@ -202,12 +203,20 @@ class _Engine(decode_loop.Decoder):
         self.stats.shown += len(prompt.images)
 
     def refill(self, more: bool) -> Iterator[Finished]:
-        """Fills free rows, a whole group at a time; yields answers that end with their first token."""
+        """Fills free rows, a whole group at a time; yields answers that end there."""
+        for request, _ in [x for x in self.waiting if x[0].watch and x[0].watch([], [])]:
+            self.waiting = [x for x in self.waiting if x[0] is not request]
+            yield Finished(request.key, [], [], "cancelled")
         while self.waiting:
             free = [row for row in range(self.rows) if row not in self.running]
-            group = self.group if more else min(self.group, len(self.waiting))
-            if len(free) < group or (len(self.waiting) < group and self.running):
+            group = min(self.group, len(self.waiting))
+            if len(free) < group:
                 return
+            # Others may come during one dispatch, and fill the group.
+            if more and group < self.group and self.running and not self.waited:
+                self.waited = True
+                return
+            self.waited = False
             yield from self._admit(free)
 
     def step(self) -> Iterator[Finished]:
@@ -227,8 +236,11 @@ class _Engine(decode_loop.Decoder):
         """Adds new tokens to a row's answer; yields it if it has ended."""
         request, _, answer = self.running[row]
         count = answer.add(tokens, self.stop_ids, self.decode)
-        answer.logprobs += logprobs[:count].tolist()
+        answer.logprobs += (new := logprobs[:count].tolist())
         self.stats.tokens += count
+        watched = request.watch and request.watch(answer.tokens[-count:] if count else [], new)
+        if watched and not answer.finish_reason:
+            answer.finish_reason = "cancelled"
         if answer.error:
             self.state = _clear_row(self.state, row)
         if answer.finish_reason:

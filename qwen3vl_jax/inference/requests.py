@@ -16,6 +16,8 @@ from qwen3vl_jax.processing.encoded_prompt import EncodedPrompt
 
 # Decode steps a dispatch: the host looks at the answer in between.
 STEPS = 16
+# (new tokens, their log-probabilities) -> whether to end the answer there.
+Watch = Callable[[Sequence[int], Sequence[float]], bool]
 # (logits [B V] after the penalties, DecodeState) -> logits. A pure function; pass the same object each
 # time, for a compiled program is found by it.
 LogitsFn = Callable[[jax.Array, Any], jax.Array]
@@ -94,7 +96,9 @@ class Request:
     """One prompt and how to answer it.
 
     arrays: those of `Processor.inputs`, or what `Processor.encode` gives, for one conversation.
-    key: anything, it comes back with the answer. The other fields are those of `generate`, one value each.
+    key: anything, it comes back with the answer. watch: is called with an answer's tokens as they come, in
+    the thread of `generate_many`, and with none while the prompt waits. True ends it as "cancelled".
+    The other fields are those of `generate`, one value each.
     """
 
     key: Any
@@ -103,6 +107,7 @@ class Request:
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     seed: int = 0
     stop_strings: tuple[str, ...] = ()
+    watch: Watch | None = None
 
     def __post_init__(self) -> None:
         GenerationOptions(self.max_new_tokens, self.sampling)
@@ -114,9 +119,9 @@ class Request:
 class Finished:
     """An answer: its tokens, with the stop id that ended it, and their log-probabilities (fp32).
 
-    finish_reason is "stop", "length", or "error" where logits were not finite: `error` then says so, and
-    tokens are those before. Log-probabilities are the model's own, before penalties, temperature and
-    filters.
+    finish_reason is "stop", "length", "cancelled" (by the request's `watch`), or "error" where logits were
+    not finite: `error` then says so, and tokens are those before. Log-probabilities are the model's own,
+    before penalties, temperature and filters.
     """
 
     key: Any

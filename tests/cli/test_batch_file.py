@@ -113,6 +113,47 @@ def test_mixed_prompts_answer_as_each_alone(demo, work, monkeypatch):
     assert sum(counts) <= 30, (counts, touched)
 
 
+def test_requests_are_watched_cancelled_and_never_held_back(demo, work):
+    """A lone prompt that comes later is answered while a long answer runs, whatever fills a group."""
+    proc, params = demo
+    _, _, arrays, _ = work
+    came, order = {"long": ([], []), "cut": ([], [])}, []
+
+    def watch(key, most):
+        def see(tokens, logprobs):
+            assert len(tokens) == len(logprobs)
+            came[key][0].extend(tokens)
+            came[key][1].extend(logprobs)
+            return len(came[key][0]) >= most
+
+        return see
+
+    def source():
+        yield q3.Request("long", arrays[0], 80, watch=watch("long", 81))
+        while not came["long"][0]:
+            yield None
+        yield q3.Request("gone", arrays[0], 9, watch=lambda *_: True)
+        yield q3.Request("late", arrays[1], 5)
+        yield None
+        while "late" not in order and "long" not in order:
+            yield None
+        yield q3.Request("cut", arrays[1], 80, watch=watch("cut", 5))
+
+    found = {}
+    for one in q3.generate_many(params, proc.config, source(), stop_ids=(), rows=16):
+        found[one.key] = one
+        order.append(one.key)
+    assert order.index("late") < order.index("long"), order
+    assert (found["gone"].tokens, found["gone"].finish_reason) == ([], "cancelled")
+    assert found["cut"].finish_reason == "cancelled" and 5 <= len(found["cut"].tokens) < 80
+    for key, seen in came.items():
+        assert seen == (found[key].tokens, found[key].logprobs)
+    batch = q3.make_batch(proc.config, **arrays[0])
+    alone = q3.generate(params, proc.config, batch, max_new_tokens=80, stop_ids=())
+    assert found["long"].tokens == alone.tokens[0].tolist()
+    assert found["late"].tokens == found["cut"].tokens[:5]
+
+
 def test_a_killed_file_has_each_answer_once(work, tmp_path):
     """kill -9 at a random moment, then to the end: all answers, in order, each once."""
     source, lines, _, alone = work
