@@ -21,6 +21,7 @@ NUMPY_ONLY = (
     "qwen3vl_jax.processing.processor",
     "qwen3vl_jax.processing.media",
     "qwen3vl_jax.storage.hub",
+    "qwen3vl_jax.cli.score",
     "qwen3vl_jax.cli.infer_arguments",
     "convert.__main__",
     "infer",
@@ -37,12 +38,13 @@ WITH_JAX = [
 CONFIG = {"config", "config_checks", "rope_config"}
 PURE = {"model", *CONFIG, "storage"}
 LIBRARY = {*PURE, "parameters", "device_mesh", "processing", "checkpoint", "inference"}
-LIBRARY |= {"training", "runtime", "labels"}
+LIBRARY |= {"training", "runtime", "labels", "scores"}
 MAY_IMPORT = {
     "errors": set(),
     "version": set(),
     "storage": set(),
     "runtime": set(),
+    "scores": set(),
     "config": {*CONFIG, "storage"},
     "labels": CONFIG,
     "model": CONFIG,

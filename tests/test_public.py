@@ -21,6 +21,7 @@ COMMANDS = {
     "infer.py": ["infer.py"],
     "train.py": ["train.py"],
     "convert": ["-m", "convert"],
+    "qwen3vl score": ["-c", "from qwen3vl_jax.cli.score import main; main()"],
 }
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.scores.metrics import metric_of
 from qwen3vl_jax.storage.paths import as_path, is_remote, kind
 from qwen3vl_jax.training.toml_tables import apply_change, build
 
@@ -115,6 +116,7 @@ class Evaluate:
     batches: int = 0
     generate: int = 0
     max_new_tokens: int = 64
+    metric: str = ""
 
 
 @dataclass(frozen=True)
@@ -316,7 +318,7 @@ def check_vision_length(pack: Pack, cfg: Config) -> None:
 
 
 def check_sources(recipe: Recipe) -> None:
-    """Raises InputError for no training source, or for a missing file or folder of a source."""
+    """Raises InputError for no training source, a missing file or folder of one, an unknown metric."""
     if not recipe.data.sources:
         raise InputError("data.sources is empty, expected [[data.sources]] with a path")
     for name, source in _named_sources(recipe):
@@ -324,6 +326,11 @@ def check_sources(recipe: Recipe) -> None:
             raise InputError(f"{name}.path is {source.path!r}: no such file")
         if source.media and kind(as_path(source.media)) != "folder":
             raise InputError(f"{name}.media is {source.media!r}: no such folder")
+    if metric := recipe.evaluate.metric:
+        metric_of(metric, "evaluate.metric")
+        if recipe.evaluate.every and not recipe.evaluate.generate:
+            expected = "expected none while evaluate.generate is 0, which answers nothing; set it"
+            raise InputError(f"evaluate.metric: got {metric!r}, {expected}")
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
