@@ -124,6 +124,11 @@ def read_cases(source: Path, metric: str | None, rules: MediaRules) -> list[Case
         if not isinstance(found, dict):
             raise InputError(f"{where}: got {type(found).__name__}, expected an object")
         name: Any = found.get("metric", metric)
+        if "metric" in found and str(name).startswith(PYTHON):
+            # A data file does not choose what this machine runs.
+            raise InputError(
+                f"{where}: metric: got {shown(name)}, expected a name; give it as --metric"
+            )
         rule = metric_of(name, f"{where}: metric" if "metric" in found else "--metric")
         given, (question, images) = found.get("answer"), _conversation(found)
         references = given if isinstance(given, list) else [given]

@@ -66,7 +66,7 @@ def choice(answer: str, reference: Any, question: str = "") -> float | None:
     options: dict[str, str] = {}
     for letter, text in _OPTION.findall(question):
         options = {} if letter == "A" else options
-        if letter == string.ascii_uppercase[len(options)]:
+        if letter == string.ascii_uppercase[len(options) : len(options) + 1]:
             options[letter] = text
     options = options if len(options) > 1 else dict.fromkeys("ABCD", "")
     if (wanted := _chosen(_text(reference), options)) not in options:

@@ -123,6 +123,12 @@ REFUSED = {  # name -> (lines, answers, options, what the error line holds)
     "no metric": ([GOOD], [], [], "--metric: got None, expected exact, relaxed"),
     "unknown metric": ([GOOD], [], ["--metric", "f1"], "--metric: got 'f1', expected exact"),
     "a line's metric": ([{**GOOD, "metric": 3}], [], [], "in.jsonl: line 1: metric: got 3"),
+    "a line's code": (
+        [{**GOOD, "metric": "python:os:getcwd"}],
+        [],
+        [],
+        "line 1: metric: got 'python:os:getcwd', expected a name; give it as --metric",
+    ),
     "no answer": ([{"messages": ask()}], [], ["--metric", "exact"], "line 1: answer: got None"),
     "no references": ([{**GOOD, "answer": []}], [], ["--metric", "exact"], "answer: got []"),
     "no object": ([[1]], [], ["--metric", "exact"], "line 1: got list, expected an object"),
