@@ -37,7 +37,7 @@ _PLANNED = "help help_all ckpt dtype weights max_len rows prefill_chunk mesh sli
 _USAGE = {
     "qwen3vl chat": "%(prog)s [--ckpt DIR|ID] [--image FILE|URL] [options]",
     "qwen3vl batch": "%(prog)s [--ckpt DIR|ID] --input FILE.jsonl --output FILE.jsonl [options]",
-    "qwen3vl plan": "%(prog)s MACHINE [--ckpt DIR|ID|SIZE] [options]",
+    "qwen3vl plan": "%(prog)s MACHINE [--ckpt DIR|ID] [options]",
 }
 _EXAMPLES = {
     "qwen3vl chat": """
@@ -54,7 +54,7 @@ a line of prompts.jsonl: {"id": "a", "messages": [{"role": "user", "content": "H
 """,
     "qwen3vl plan": """
   %(prog)s h100:8 --ckpt Qwen/Qwen3-VL-32B-Instruct --rows 32 --max-len 8192
-  %(prog)s v5e:2x4 --ckpt 8b --weights int8
+  %(prog)s v5e:2x4 --ckpt Qwen/Qwen3-VL-8B-Instruct --weights int8
   %(prog)s v5p:4x8x8 --config sft_235b_pod       a recipe's training step; qwen3vl train --help-all
 """,
 }

@@ -34,7 +34,7 @@ def script(argv: list[str], program: str) -> None:
     if argv and not argv[0].startswith("-"):
         argv = ["--plan", *argv]
     elif not {"-h", "--help", "--help-all"}.intersection(argv):
-        print(f"error: the machine is missing, as in {program} h100:8 --ckpt 8b", file=sys.stderr)
+        print(f"error: the machine is missing, as in {program} h100:8 --ckpt DIR", file=sys.stderr)
         sys.exit(2)
     trains = any(word.partition("=")[0] == "--config" for word in argv)
     (train if trains else infer).script(argv, program)

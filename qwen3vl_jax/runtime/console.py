@@ -74,9 +74,9 @@ class Parser(argparse.ArgumentParser):
     def _instead_of(self, name: str) -> str:
         name = name.replace("_", "-")
         ours = [flag for action in self._actions for flag in action.option_strings]
-        near = self.foreign.get(name) or next(
-            iter(difflib.get_close_matches(name, ours, 1, 0.7)), ""
-        )
+        close = [x for x in ours if len(name) > 2 and x.startswith(name)]
+        close += [*difflib.get_close_matches(name, ours, 1, 0.7), ""]
+        near = self.foreign.get(name, close[0])
         is_option = near.startswith("-")
         return f"did you mean {near}?" if is_option else near or "--help-all lists the options"
 
