@@ -42,11 +42,9 @@ def arguments(argv: list[str] | None, program: str = "infer.py") -> argparse.Nam
     mode = modes[0] if modes else "mesh" if "mesh" in given else "ask"
     if mode not in PROGRAMS[program]:
         there = next(name for name, its in reversed(PROGRAMS.items()) if mode in its)
-        raise InputError(
-            f"--{mode}: is for {there}, which is a command of its own"
-            if mode in MODES
-            else f"{program}: --input or --output is missing, expected both"
-        )
+        other = f"--{mode}: is for {there}, which is a command of its own"
+        missing = f"{program}: --input or --output is missing, expected both"
+        raise InputError(other if mode in MODES else missing)
     for name in given:
         flag, wanted = f"--{name.replace('_', '-')}", meant.get(name, (mode,))
         if mode in MODES and mode not in wanted and "mesh" in wanted:

@@ -35,10 +35,14 @@ _COMMON = """
 # What a plan depends on.
 _PLANNED = "help help_all ckpt dtype weights max_len rows prefill_chunk mesh slices save"
 _USAGE = {
-    "qwen3vl chat": "%(prog)s [--ckpt DIR|ID] [--image FILE|URL] [options]",
     "qwen3vl batch": "%(prog)s [--ckpt DIR|ID] --input FILE.jsonl --output FILE.jsonl [options]",
     "qwen3vl plan": "%(prog)s MACHINE [--ckpt DIR|ID] [options]",
 }
+_ASK = """
+  %(prog)s --ckpt Qwen/Qwen3-VL-2B-Instruct --image cat.jpg --prompt "What is this?" --stream
+  %(prog)s --ckpt DIR --video holiday.mp4 --fps 1 --prompt "When does it start to rain?"
+  %(prog)s --ckpt DIR --mesh tp=2 --image street.png --prompt "Find every car." --draw cars.png
+"""
 _EXAMPLES = {
     "qwen3vl chat": """
   %(prog)s --ckpt Qwen/Qwen3-VL-2B-Instruct
@@ -58,11 +62,6 @@ a line of prompts.jsonl: {"id": "a", "messages": [{"role": "user", "content": "H
   %(prog)s v5p:4x8x8 --config sft_235b_pod       a recipe's training step; qwen3vl train --help-all
 """,
 }
-_ASK = """
-  %(prog)s --ckpt Qwen/Qwen3-VL-2B-Instruct --image cat.jpg --prompt "What is this?" --stream
-  %(prog)s --ckpt DIR --video holiday.mp4 --fps 1 --prompt "When does it start to rain?"
-  %(prog)s --ckpt DIR --mesh tp=2 --image street.png --prompt "Find every car." --draw cars.png
-"""
 
 # Adds options to a group of the help, given its title and the modes in which they have a meaning (none are
 # all).
@@ -84,11 +83,13 @@ def _add_model_and_question(group: Group) -> None:
     add("--dtype", choices=dtypes, help=f"of weights (default: {usual})")
     bits = "fp8 keeps an FP8 checkpoint's 8 bits, int8, int4 round others (default: 16 or 32 bits)"
     add("--weights", choices=("fp8", "int8", "int4"), help=bits)
-    template = "a Jinja chat template (default: the checkpoint's)"
-    add("--chat-template", **file, help=template)
+    add("--chat-template", **file, help="a Jinja chat template (default: the checkpoint's)")
     add = group(title, *(m for m in ("ask", *MODES) if m != "plan"))
-    adapter = "a LoRA adapter: PEFT's files, or a Hub id (default: none)"
-    add("--adapter", metavar="DIR|ID", help=adapter)
+    add(
+        "--adapter",
+        metavar="DIR|ID",
+        help="a LoRA adapter: PEFT's files or a Hub id (default: none)",
+    )
     add = group(title := "question", "ask", "embed", "rerank")
     add("--prompt", metavar="TEXT", help="the question (default: Describe this image.)")
     add = group(title, "ask", "chat", "embed", "rerank")
@@ -110,8 +111,7 @@ def _add_model_and_question(group: Group) -> None:
     document = "with --rerank: text, or the file of an image or video; may be repeated"
     add("--document", action="append", default=[], metavar="TEXT|FILE", help=document)
     add = group("other questions", "embed", "rerank")
-    task = "the task that the vector or score is for (default: the model's own)"
-    add("--instruction", metavar="TEXT", help=task)
+    add("--instruction", metavar="TEXT", help="the task of vector or score (default: the model's)")
 
 
 def _add_answer(group: Group) -> None:
@@ -122,16 +122,14 @@ def _add_answer(group: Group) -> None:
     add("--stream", action="store_true", help="print the answer as it comes")
     add = group(title, "ask")
     add("--draw", type=argument, metavar="OUT.png", help="draw the answer's boxes and points")
-    answers = "number of answers, from one prefill (default: %(default)s)"
-    add("--answers", **_number(1), help=answers)
+    add("--answers", **_number(1), help="answers, from one prefill (default: %(default)s)")
     add = group(title, *modes)
     add("--max-new-tokens", **_number(1024), help="most tokens of an answer (default: %(default)s)")
     most = "most tokens of prompt and answer (default: the model's; plans: up to 32,768)"
     add("--max-len", **number, help=most)
     end = "end the answer before this text; may be repeated"
     add("--stop", action="append", default=[], metavar="TEXT", help=end)
-    checkpoints = "default: what the checkpoint's generation_config.json says"
-    add = group(f"sampling ({checkpoints})", *modes)
+    add = group("sampling (default: as the checkpoint's generation_config.json says)", *modes)
     add("--temperature", **fraction, help="how random the choice of tokens is; 0: the likeliest")
     add("--top-k", **number, help="choose among the N likeliest tokens; 0 is off")
     add("--top-p", **fraction, help="choose among the likeliest of joint probability X; 1 is off")
@@ -148,8 +146,7 @@ def _add_media_and_lines(group: Group) -> None:
     add = group("images and videos (default: what the checkpoint's preprocessor_config.json says)")
     add("--min-pixels", **number, help="enlarge smaller images to this area")
     add("--max-pixels", **number, help="shrink larger images to this area")
-    frames = "frames a second of a video (default: the checkpoint's, 2)"
-    add("--fps", type=float, metavar="X", help=frames)
+    add("--fps", type=float, metavar="X", help="frames a second of a video (default: mostly 2)")
     add("--num-frames", **number, help="frames of a video, in place of --fps")
     add("--max-frames", **number, help="most frames of a video (default: 768)")
     add("--video-max-pixels", **number, help="shrink videos of more pixels, all frames together")
@@ -157,12 +154,11 @@ def _add_media_and_lines(group: Group) -> None:
     add = group(title := "many prompts", "input")
     add("--input", **lines, help="answer many prompts, a conversation a line; needs --output")
     add("--output", **lines, help="where the answers to --input go")
-    root = "read local images and videos only below this folder (default: anywhere)"
-    add("--media-root", metavar="DIR", help=root)
+    add("--media-root", metavar="DIR", help="read local media only below it (default: anywhere)")
     hosts = "the only hosts and gs://buckets to read, private ones too (default: any public host)"
     add("--allow-hosts", metavar="HOST[,HOST]", help=hosts)
-    rows = "answers generated at a time (default: %(default)s)"
-    group(title, "input", "plan")("--rows", **_number(16), help=rows)
+    add = group(title, "input", "plan")
+    add("--rows", **_number(16), help="answers generated at a time (default: %(default)s)")
 
 
 def _add_devices(group: Group) -> None:
@@ -171,8 +167,7 @@ def _add_devices(group: Group) -> None:
     add = group(title := "devices")
     add("--mesh", metavar="AXIS=N[,AXIS=N]", help=f"{axes}; {usual}")
     add = group(title, "ask", "chat", "input", "plan")
-    chunk = "prompt tokens of a prefill step (default: %(default)s)"
-    add("--prefill-chunk", **_number(8192), help=chunk)
+    add("--prefill-chunk", **_number(8192), help="prompt tokens a step (default: %(default)s)")
     add = group(title, *(m for m in ("ask", *MODES) if m != "plan"))
     add("--no-compile-cache", action="store_true", help=HELP)
     trace = "write a profiler trace of it here, for XProf or Perfetto, and print its time by part"
@@ -206,9 +201,9 @@ def parser_of(program: str) -> tuple[Parser, dict[str, tuple[str, ...]]]:
     add_plan_arguments(parser)
     meant |= dict.fromkeys(("plan", "slices", "save"), ("plan",))
     shown = set(PROGRAMS[program])
-    idle = {name for name, modes in meant.items() if not shown.intersection(modes)}
+    # What its name says already is no option of `qwen3vl chat`.
+    idle = {name for name, modes in meant.items() if not shown.intersection(modes)} | {"chat"}
     if program == "qwen3vl plan":
         idle = vars(parser.parse_args([])).keys() - _PLANNED.split()
-    # The command chat says it with its name.
-    parser.hide(idle if program == "infer.py" else {*idle, "chat"})
+    parser.idle = idle - {"chat"} if program == "infer.py" else idle
     return parser, meant

@@ -54,6 +54,7 @@ class Parser(argparse.ArgumentParser):
         raw = argparse.RawDescriptionHelpFormatter
         super().__init__(prog, formatter_class=raw, allow_abbrev=False, **options)
         self.common, self.foreign, self.all = common.split(), foreign or {}, not common
+        self.idle = set[str]()  # names of options that no help shows
         self.add_argument("--help-all", action="help", help="show all options")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -80,17 +81,12 @@ class Parser(argparse.ArgumentParser):
         is_option = near.startswith("-")
         return f"did you mean {near}?" if is_option else near or "--help-all lists the options"
 
-    def hide(self, names: set[str]) -> None:
-        """Leaves options out of the help."""
-        for action in self._actions:
-            if action.dest in names:
-                action.help = argparse.SUPPRESS
-
     def format_help(self) -> str:
         """All options, or the common ones."""
-        if not self.all:
-            names = {action.dest for action in self._actions}
-            self.hide(names - {*self.common, "help", "help_all"})
+        common = {*self.common, "help", "help_all"}
+        for action in self._actions:
+            if action.dest in self.idle or not (self.all or action.dest in common):
+                action.help = argparse.SUPPRESS
         return super().format_help()
 
     def error(self, message: str) -> NoReturn:
