@@ -38,7 +38,7 @@ from qwen3vl_jax.storage.paths import argument, kind
 from qwen3vl_jax.storage.remote_files import write_atomic
 
 USAGE = "qwen3vl score --input FILE --metric NAME (--output OUT | --answers OUT) [options]"
-EXAMPLES = """more options: those of infer.py --input; with --answers, --media-root and --allow-hosts
+EXAMPLES = """more options: those of qwen3vl batch; with --answers, --media-root and --allow-hosts
   qwen3vl score --ckpt DIR --input test.jsonl --metric anls --output answers.jsonl --temperature 0
   qwen3vl score --input test.jsonl --metric anls --answers answers.jsonl
 
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
         args, others = _arguments(argv)
         answers = args.answers or args.output
         files = ["--input", str(args.input), "--output", str(answers)]
-        options = infer_arguments.arguments([*files, *others], "")
+        options = infer_arguments.arguments([*files, *others], "qwen3vl batch")
         infer_arguments.check(options)
         rules = infer_arguments.media_rules(options)
         cases = read_cases(args.input, args.metric, rules)
@@ -87,8 +87,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    raw: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    parser = Parser("qwen3vl score", USAGE, (__doc__ or "").split("\n")[0], EXAMPLES, **raw)
+    description = (__doc__ or "").split("\n")[0]
+    parser = Parser("qwen3vl score", usage=USAGE, description=description, epilog=EXAMPLES)
     lines: dict[str, Any] = {"type": argument, "metavar": "FILE.jsonl"}
     parser.add_argument("--input", required=True, **lines, help='conversations with an "answer"')
     names = f"{', '.join(METRICS)}, iou@T, tiou@T, or python:module:function"
@@ -96,7 +96,8 @@ def _arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add = parser.add_mutually_exclusive_group(required=True).add_argument
     add("--output", **lines, help="where the model's answers go; the same command goes on")
     add("--answers", **lines, help="answers that are there; no model is loaded")
-    args, others = parser.parse_known_args(argv)
+    # What is unknown here are options of the answers.
+    args, others = super(Parser, parser).parse_known_args(argv)
     for name in (x.partition("=")[0] for x in others if x.startswith("--") and args.answers):
         if name not in ("--media-root", "--allow-hosts"):
             parser.error(f"{name}: means nothing with --answers, leave it out")
