@@ -78,18 +78,16 @@ def frames(sizes, padding):
     ("sizes", "padding", "most"), [([64] * 12, 64, 1), ([100] * 8, 0, 3), ([200] * 4 + [90], 6, 4)]
 )
 def test_no_step_is_made_for_key_blocks_that_none_sees(sizes, padding, most, monkeypatch):
-    """Values and gradients with tables of `key_blocks`; a table that is too narrow gives no numbers."""
+    """Values with tables of `key_blocks`, gradients of one; a table that is too narrow gives no numbers."""
     monkeypatch.setattr(attention_tpu, "BLOCK", 128)
     lo, hi = frames(sizes, padding)
     assert attention_tpu.key_blocks(lo, hi) == most
-    (x, *_), lo, hi = (
-        arrays(1, lo.shape[1], lo.shape[1], 72, 3, 3),
-        jnp.asarray(lo),
-        jnp.asarray(hi),
-    )
-    check(lo, hi, *arrays(1, lo.shape[1], lo.shape[1], 72, 3, 3), most=most)
+    lo, hi = jnp.asarray(lo), jnp.asarray(hi)
+    x, *rest = arrays(1, lo.shape[1], lo.shape[1], 72, 3, 3)
+    check(lo, hi, x, *(rest if most == 4 else rest[:2]), most=most)
     if most > 1:
-        assert jnp.isnan(splash_attend(x, x, x, lo, hi, most=most - 1)[hi > lo]).all()
+        narrow = jax.jit(lambda: splash_attend(x, x, x, lo, hi, most=most - 1))()
+        assert np.isnan(np.asarray(narrow)[np.asarray(hi > lo)]).all()
 
 
 def test_the_vision_tower_steps_over_what_its_host_knows(monkeypatch):
