@@ -145,6 +145,21 @@ def _add_generation_and_media(group: Group) -> None:
     add("--allow-special", action="store_true", help=special)
 
 
+def _add_control(group: Group) -> None:
+    title = "the answer under control"
+    add = group(title, "ask", "chat", "input")
+    add("--thinking", choices=("on", "off"), help="where the chat template has enable_thinking")
+    budget = "most tokens of thinking, then </think> is forced"
+    add("--thinking-budget", type=int, metavar="N", help=budget)
+    add = group(title, "ask", "input")
+    schema = "answer in JSON of this JSON schema (needs the extra json)"
+    add("--schema", type=argument, metavar="FILE", help=schema)
+    loops = "end an answer that says the same N times in 256 tokens or more (default: 0, off)"
+    add("--max-repeats", **_number(0), help=loops)
+    parts = "print one JSON object: text, reasoning, tool calls, boxes in pixels, tokens, times"
+    group(title, "ask")("--json", action="store_true", help=parts)
+
+
 def arguments(argv: list[str] | None, description: str) -> argparse.Namespace:
     """The options and `mode`, a module of cli/. Raises InputError for those that mean nothing together."""
     raw = argparse.RawDescriptionHelpFormatter
@@ -166,6 +181,7 @@ def arguments(argv: list[str] | None, description: str) -> argparse.Namespace:
     _add_prompt_and_model(group)
     _add_answers_and_modes(group)
     _add_generation_and_media(group)
+    _add_control(group)
     meant |= dict.fromkeys(add_process_arguments(parser), ("input", "mesh"))
     add_plan_arguments(parser)
     meant |= dict.fromkeys(("slices", "save"), ("plan",))
@@ -200,6 +216,8 @@ def check(args: argparse.Namespace) -> None:
             check_int(f"--{name.replace('_', '-')}", count)
     if args.answers > 1 and (args.stream or args.draw):
         raise InputError(f"--answers: not with --{'stream' if args.stream else 'draw'}")
+    if args.json and args.stream:
+        raise InputError("--json: not with --stream")
     check_plan_arguments(args)
     if bool(args.input) != bool(args.output):
         raise InputError("--input and --output: give both, or neither")
@@ -300,8 +318,10 @@ def input_options(args: argparse.Namespace) -> dict[str, Any]:
     for name, kind in MEDIA.items():
         if (value := getattr(args, name)) is not None:
             given[kind][name.removeprefix("video_")] = value
-    videos = {"videos_kwargs": given["video"], "allow_special": args.allow_special}
-    return {**given["image"], **videos}
+    found = {**given["image"], "videos_kwargs": given["video"], "allow_special": args.allow_special}
+    if args.thinking:
+        found["template_vars"] = {"enable_thinking": args.thinking == "on"}
+    return found
 
 
 def read_messages(path: Path) -> tuple[list[dict], list[dict] | None]:
