@@ -12,6 +12,7 @@ DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *DOCS]
 PUBLIC = json.loads((ROOT / "tests" / "public.json").read_text())
 COMMANDS = {"infer.py": "infer.py", "train.py": "train.py", "-m convert": "convert"}
+COMMANDS["qwen3vl serve"] = "serve"
 FOLDERS = "qwen3vl_jax|convert|configs|demo|benchmarks|tests|docs|examples"
 OPTION = r"(?<![\w-])--[a-z][a-z-]*"
 MOST_LINES = {"README.md": 130, "glossary.md": 60}

@@ -54,8 +54,9 @@ MAY_IMPORT = {
     "training": LIBRARY,
     "planning": LIBRARY,
     "loading": LIBRARY,
+    "serve": {"inference", "processing", "storage", "runtime"},
     "lora": {"checkpoint"},
-    "cli": {*LIBRARY, "planning", "loading", "__init__"},
+    "cli": {*LIBRARY, "planning", "loading", "serve", "__init__"},
     "__init__": {*LIBRARY, "loading", "version"},
     "__main__": {*LIBRARY, "version"},
 }

@@ -21,6 +21,7 @@ COMMANDS = {
     "infer.py": ["infer.py"],
     "train.py": ["train.py"],
     "convert": ["-m", "convert"],
+    "serve": ["-m", "qwen3vl_jax.cli.serve"],
 }
 
 

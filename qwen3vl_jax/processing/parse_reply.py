@@ -58,13 +58,17 @@ def parse_reply(text: str, thinking: bool = False) -> Reply:
         text = text[close + len(_CLOSE) :]
     elif is_open:
         reasoning, text = text.lstrip().removeprefix(_OPEN).strip("\n"), ""
+    return dataclasses.replace(parse_calls(text, reasoning is not None), reasoning=reasoning)
+
+
+def parse_calls(text: str, strips: bool = False) -> Reply:
+    """`parse_reply` of a text without reasoning; strips: line breaks around it go, as beside a call."""
     blocks, unparsed = _blocks(text)
     starts, ends = [0, *(b for _, b, _ in blocks)], [*(a for a, _, _ in blocks), len(text)]
     content = "".join(text[a:b] for a, b in zip(starts, ends, strict=True))
-    if blocks or reasoning is not None:
-        content = content.strip("\n")
+    content = content.strip("\n") if blocks or strips else content
     calls = tuple(call for _, _, found in blocks for call in found)
-    return Reply(content, reasoning, calls, tuple(unparsed))
+    return Reply(content, None, calls, tuple(unparsed))
 
 
 def _blocks(text: str) -> tuple[list[tuple[int, int, list[ToolCall]]], list[str]]:
