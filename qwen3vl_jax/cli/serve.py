@@ -67,6 +67,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     for name in ("rows", "max_len", "max_new_tokens", "max_queue", "timeout", "max_body"):
         if (count := getattr(args, name)) is not None:
             check_int(f"--{name.replace('_', '-')}", count)
+    if not 0 <= args.port < 2**16:
+        raise InputError(f"--port: got {args.port}, expected 0 to 65535")
     if args.api_key is not None and not args.api_key.strip():
         raise InputError("--api-key: is empty, expected a key")
     args.mesh = mesh_sizes(args.mesh)
@@ -80,11 +82,14 @@ def listen(host: str, port: int) -> socket.socket:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
         found = socket.socket(family, kind, number)
+    except OSError as e:
+        raise InputError(f"--host {host}: {e.strerror}; give another") from e
+    try:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(place)
-    except (OSError, OverflowError) as e:
-        wrong = getattr(e, "strerror", None) or e
-        raise InputError(f"--host {host}, --port {port}: {wrong}; give another") from e
+    except OSError as e:
+        found.close()
+        raise InputError(f"--host {host}, --port {port}: {e.strerror}; give another") from e
     return found
 
 

@@ -48,16 +48,18 @@ def parse_reply(text: str, thinking: bool = False) -> Reply:
     An answer cut off while thinking is all reasoning. A <tool_call> that is not JSON with a name and an
     object of arguments stays in the content.
     """
-    reasoning, is_open = None, thinking or text.lstrip().startswith(_OPEN)
+    reasoning, begins = None, text.lstrip()
+    is_open = thinking or begins.startswith(_OPEN)
+    text = begins.removeprefix(_OPEN) if begins.startswith(_OPEN) else text
     close = text.find(_CLOSE)
     # Arguments of a call may hold the tag.
     if close >= 0 and not is_open and any(a < close < b for a, b, _ in _blocks(text)[0]):
         close = -1
     if close >= 0:
-        reasoning = text[:close].removeprefix(_OPEN).strip("\n")
+        reasoning = text[:close].strip("\n")
         text = text[close + len(_CLOSE) :]
     elif is_open:
-        reasoning, text = text.lstrip().removeprefix(_OPEN).strip("\n"), ""
+        reasoning, text = text.strip("\n"), ""
     return dataclasses.replace(parse_calls(text, reasoning is not None), reasoning=reasoning)
 
 

@@ -24,7 +24,7 @@ class Reply:
     def __init__(self, proc: Processor, asked: ChatRequest, thinking: bool):
         self.proc, self.asked = proc, asked
         self.text = TextStream(proc.tokenizer, asked.request.stop_strings)
-        self.part = "reasoning_content" if thinking else ""  # "" is not known yet
+        self.part = ""  # not known yet
         self.thought, self.held, self.sent = thinking, "", ""
         self.tokens, self.finish_reason = 0, ""
         self.logprobs: list[dict[str, Any]] = []  # not yet in a delta
@@ -51,9 +51,10 @@ class Reply:
             begins = self.held.lstrip()
             if not ended and len(begins) < len(OPEN) and OPEN.startswith(begins):
                 return []
-            self.thought = begins.startswith(OPEN)
+            opens = begins.startswith(OPEN)
+            self.thought |= opens
             self.part = "reasoning_content" if self.thought else "content"
-            self.held = begins.removeprefix(OPEN) if self.thought else self.held
+            self.held = begins.removeprefix(OPEN) if opens else self.held
         if self.part == "reasoning_content":
             text, close, rest = self.held.partition(CLOSE)
             found += self._release(text, CLOSE, bool(close) or ended, True)
