@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.convert import write_random
-from convert.to_orbax import to_orbax
 from qwen3vl_jax.checkpoint.hf_reader import open_hf
 from qwen3vl_jax.checkpoint.param_paths import flatten
 from qwen3vl_jax.cli.infer_arguments import mesh_sizes
+from qwen3vl_jax.convert.to_orbax import to_orbax
 
 PROCESSES, DEVICES, ALLOWED = 2, 4, 3 << 29  # bytes beside the share
 

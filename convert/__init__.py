@@ -1,6 +1,7 @@
-"""Conversion between Hugging Face and Orbax checkpoints: `python -m convert --help`."""
+"""`python -m convert` and `from convert.to_orbax import to_orbax` in a clone: qwen3vl_jax/convert/."""
 
-from collections.abc import Callable
+from qwen3vl_jax import convert
+from qwen3vl_jax.convert import SHARD_SIZE, Progress
 
-Progress = Callable[[int, int], None]  # a callback: (bytes just written, bytes in all)
-SHARD_SIZE = 5_000_000_000  # bytes of one safetensors file, as in Hugging Face's releases
+__all__ = ["SHARD_SIZE", "Progress"]
+__path__ += convert.__path__

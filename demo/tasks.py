@@ -2,92 +2,23 @@
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from demo import films
 from demo.pictures import Picture, centre_cells
 
-ONE = "zero one two three four five six seven eight nine".split()
-MANY = "zeros ones twos threes fours fives sixes sevens eights nines".split()
-
-READ = (
-    "Read the digits row by row.",
-    "Read the digits in this picture, row by row.",
-    "Read the digits.",
-    "What digits are in the picture?",
-    "What does the picture say?",
-    "Which digits do you see? Write one row a line.",
-    "Write down the digits, one line for each row.",
-    "Transcribe the digits.",
-)
-COUNT = (
-    "How many {many} are there?",
-    "How many {many} are in the picture?",
-    "How many {many} do you see?",
-    "How many {d}s are there?",
-    "How many {d}s are in the picture?",
-    "How many times does {d} appear?",
-    "How often does the digit {d} occur?",
-    "Count the {many}.",
-    "Count the {d}s.",
-)
-FIND = (
-    "Find every {d}.",
-    "Find every {one}.",
-    "Find all {many}.",
-    "Find all {d}s.",
-    "Find the {many}.",
-    "Find the {d}s.",
-    "Where are the {many}?",
-    "Where are the {d}s?",
-    "Locate every {d}.",
-    "Give the bounding box of every {one}.",
-    "Draw a box around every {d}.",
-)
-TOTAL = (
-    "How many digits are there?",
-    "How many digits are in the picture?",
-    "Count the digits.",
-    "Count all digits.",
-)
-CELL = (
-    "Which digit is in row {row}, column {col}?",
-    "What is the digit in row {row}, column {col}?",
-    "Read row {row}, column {col}.",
-)
-REVERSE = (  # not learned by the bundled checkpoint: the task of configs/demo_reverse.toml
-    "Read the digits in reverse.",
-    "Read the digits backwards, from the last to the first.",
-)
-WHEN = (  # of videos
-    "At which second does the {d} appear?",
-    "At which second does the {one} appear?",
-    "At which second can you first see a {d}?",
-    "At which second do you see the {d} first?",
-    "In which second does the {d} appear?",
-    "When does the {d} appear?",
-    "When does the {one} appear?",
-    "When does the digit {d} appear first?",
-    "When can you see the {d}?",
-    "When is the {one} there?",
-)
-HELLO = (
-    "Who are you?",
-    "What are you?",
-    "What can you do?",
-    "Help",
-    "Hello",
-    "Hello!",
-    "Hi",
-)
+# Questions by kind, and the words of a digit. "reverse" is the task of configs/demo_reverse.toml, which the
+# bundled checkpoint has not learned; "when" is of videos.
+WORDS = json.loads(Path(__file__).with_name("wordings.json").read_text())
+ONE, MANY, READ, COUNT, FIND, TOTAL, CELL, REVERSE, WHEN, HELLO = WORDS.values()
 INTRODUCTION = (
     "I am a very small Qwen3-VL. I read handwritten digits: "
     "show me a picture and ask me to read them, count them or find them."
 )
 SYSTEM = "You are a helpful assistant."
-WORDINGS = {"read": READ, "count": COUNT, "find": FIND}
-WORDINGS |= {"total": TOTAL, "cell": CELL, "reverse": REVERSE}
+WORDINGS = {kind: WORDS[kind] for kind in ("read", "count", "find", "total", "cell", "reverse")}
 WHOLE = ("read", "cell", "reverse")  # kinds that need every cell of a grid filled
 
 

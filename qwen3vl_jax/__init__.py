@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         last_hidden_state,
         rerank,
         score,
+        vision_states,
     )
     from qwen3vl_jax.loading import load
     from qwen3vl_jax.model.cache import decode_step, extend, grow_cache, prefill
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from qwen3vl_jax.model.vision import vision_encode
     from qwen3vl_jax.parameters import init_params
     from qwen3vl_jax.processing.batch import make_batch, make_vision
+    from qwen3vl_jax.processing.patches import drop_patches, heat_map, patch_boxes
     from qwen3vl_jax.processing.positions import rope_index
     from qwen3vl_jax.processing.processor import Processor
     from qwen3vl_jax.training.losses import loss_fn
@@ -46,7 +48,7 @@ _HOME = {
     "errors": "InputError",
     "inference.engine": "generate_many",
     "inference.requests": "Finished Request Stats",
-    "inference.scoring": "attentions embed hidden_states last_hidden_state rerank score",
+    "inference.scoring": "attentions embed hidden_states last_hidden_state rerank score vision_states",
     "inference.generate": "Answer generate stream",
     "inference.sampling": "Sampling",
     "loading": "load",
@@ -56,6 +58,7 @@ _HOME = {
     "parameters": "init_params",
     "model.vision": "vision_encode",
     "processing.batch": "make_batch make_vision",
+    "processing.patches": "drop_patches heat_map patch_boxes",
     "processing.positions": "rope_index",
     "processing.processor": "Processor",
     "training.losses": "loss_fn",

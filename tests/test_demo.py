@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 import qwen3vl_jax as q3
 from demo import evaluate, examples, files, gallery, pictures, scans, tasks
-from demo.notice import notice
+from qwen3vl_jax.cli.demo_notice import notice
 
 CHECKPOINT = evaluate.CHECKPOINT
 

@@ -12,7 +12,9 @@ DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *DOCS]
 PUBLIC = json.loads((ROOT / "tests" / "public.json").read_text())
 COMMANDS = {"infer.py": "infer.py", "train.py": "train.py", "-m convert": "convert"}
-COMMANDS["qwen3vl serve"] = "serve"
+COMMANDS |= {"qwen3vl train": "train.py", "qwen3vl convert": "convert"}
+COMMANDS |= {f"qwen3vl {name}": "infer.py" for name in ("ask", "chat", "batch", "plan")}
+COMMANDS |= {name: name for name in ("qwen3vl score", "qwen3vl serve")}
 FOLDERS = "qwen3vl_jax|convert|configs|demo|benchmarks|tests|docs|examples"
 OPTION = r"(?<![\w-])--[a-z][a-z-]*"
 MOST_LINES = {"README.md": 130, "glossary.md": 60}
@@ -37,7 +39,9 @@ def command_of(text: str) -> tuple[str, set[str]]:
         return text, set().union(*PUBLIC["options"].values())
     for start, name in COMMANDS.items():
         if f"python {start}" in text or text.startswith(start):
-            return text[text.index(start) :], set(PUBLIC["options"][name])
+            # The options of `score` that are not its own are those of infer.py.
+            names = (name, "infer.py") if name == "qwen3vl score" else (name,)
+            return text[text.index(start) :], {x for n in names for x in PUBLIC["options"][n]}
     if found := re.search(r"-m ((?:benchmarks|demo)\.\w+)", text):
         source = (ROOT / found[1].replace(".", "/")).with_suffix(".py").read_text()
         return text[found.start() :], set(re.findall(OPTION, source))

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.util
 import re
 import subprocess
 import sys
@@ -21,8 +22,10 @@ NUMPY_ONLY = (
     "qwen3vl_jax.processing.processor",
     "qwen3vl_jax.processing.media",
     "qwen3vl_jax.storage.hub",
+    "qwen3vl_jax.cli.score",
     "qwen3vl_jax.cli.infer_arguments",
-    "convert.__main__",
+    "qwen3vl_jax.cli.convert",
+    "qwen3vl_jax.cli.plan",
     "infer",
     "train",
 )
@@ -37,12 +40,13 @@ WITH_JAX = [
 CONFIG = {"config", "config_checks", "rope_config"}
 PURE = {"model", *CONFIG, "storage"}
 LIBRARY = {*PURE, "parameters", "device_mesh", "processing", "checkpoint", "inference"}
-LIBRARY |= {"training", "runtime", "labels"}
+LIBRARY |= {"training", "runtime", "labels", "scores"}
 MAY_IMPORT = {
     "errors": set(),
     "version": set(),
     "storage": set(),
     "runtime": set(),
+    "scores": set(),
     "config": {*CONFIG, "storage"},
     "labels": CONFIG,
     "model": CONFIG,
@@ -53,10 +57,11 @@ MAY_IMPORT = {
     "inference": {"model", "labels", "processing", *CONFIG},
     "training": LIBRARY,
     "planning": LIBRARY,
+    "convert": LIBRARY,
     "loading": LIBRARY,
     "serve": {"inference", "processing", "storage", "runtime"},
     "lora": {"checkpoint"},
-    "cli": {*LIBRARY, "planning", "loading", "serve", "__init__"},
+    "cli": {*LIBRARY, "planning", "convert", "loading", "serve", "version", "__init__"},
     "__init__": {*LIBRARY, "loading", "version"},
     "__main__": {*LIBRARY, "version"},
 }
@@ -78,41 +83,62 @@ def run(*command: str, cwd: Path = ROOT) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """The built wheel, made without the network from a copy, so that the clone stays clean."""
+    """The wheel, built without the network from a copy, so that the clone stays clean, and unpacked."""
     out = tmp_path_factory.mktemp("wheel")
     copy = out / "copy"
     names = ["pyproject.toml", "README.md", "LICENSE", "NOTICE"]
     names += [str(path.relative_to(ROOT)) for path in SOURCES if not in_tests(path)]
-    names.append("qwen3vl_jax/py.typed")
+    names += ["qwen3vl_jax/py.typed", "demo/wordings.json", "demo/pictures/grid.png"]
+    for folder in ("configs", "demo/checkpoint"):
+        names += [str(path.relative_to(ROOT)) for path in (ROOT / folder).iterdir()]
     for name in names:
         target = copy / name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes((ROOT / name).read_bytes())
     options = ["--no-deps", "--no-build-isolation", "--quiet", "--wheel-dir", str(out)]
     run("-m", "pip", "wheel", *options, str(copy))
-    return next(out.glob("*.whl"))
+    with zipfile.ZipFile(next(out.glob("*.whl"))) as file:
+        file.extractall(out / "site")
+    return out / "site"
 
 
 def test_wheel_imports_outside_the_clone(wheel, tmp_path):
-    """Unpacked elsewhere, the wheel gives both packages, its version and its licence."""
-    with zipfile.ZipFile(wheel) as file:
-        file.extractall(tmp_path)
-        names = file.namelist()
-    assert "qwen3vl_jax/py.typed" in names
-    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {
-        "qwen3vl_jax",
-        "convert",
-    }
-    metadata = next(tmp_path.glob("*.dist-info/METADATA")).read_text()
+    """Installed elsewhere, the wheel gives one package, its command, its version and its licence."""
+    assert (wheel / "qwen3vl_jax" / "py.typed").exists()
+    assert [path.name for path in wheel.iterdir() if path.suffix != ".dist-info"] == ["qwen3vl_jax"]
+    (info,) = wheel.glob("*.dist-info")
+    assert "qwen3vl = qwen3vl_jax.cli.main:main" in (info / "entry_points.txt").read_text()
+    metadata = (info / "METADATA").read_text()
     assert "License-Expression: Apache-2.0" in metadata
-    code = (
-        "import qwen3vl_jax as q, convert, qwen3vl_jax.processing; print(q.__file__, q.__version__)"
-    )
+    code = "import qwen3vl_jax as q, qwen3vl_jax.processing; print(q.__file__, q.__version__)"
     path, version = run(
-        "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {code}", cwd=tmp_path
+        "-c", f"import sys; sys.path.insert(0, {str(wheel)!r}); {code}", cwd=tmp_path
     ).split()
-    assert path.startswith(str(tmp_path))
+    assert path.startswith(str(wheel))
     assert f"Version: {version}\n" in metadata
+
+
+def test_wheel_answers_outside_the_clone(wheel, tmp_path, monkeypatch):
+    """`qwen3vl ask` in an empty folder answers as the README says, and its recipes are found by name."""
+    monkeypatch.setenv("PYTHONPATH", str(wheel))
+    answer = run("-m", "qwen3vl_jax.cli.main", "ask", cwd=tmp_path)
+    assert f"```\n{answer}```" in (ROOT / "README.md").read_text() and answer.count("\n") == 3
+    bundled = wheel / "qwen3vl_jax" / "bundled"
+    recipes = {path.name for path in (ROOT / "configs").iterdir()}
+    own = {name for name in recipes if "python:demo" in (ROOT / "configs" / name).read_text()}
+    assert {path.name for path in (bundled / "configs").iterdir()} == recipes - own
+    code = (
+        "from qwen3vl_jax.training.recipe import read_recipe; print(read_recipe('own_data').ckpt)"
+    )
+    assert run("-c", code, cwd=tmp_path).strip() == str(bundled / "demo" / "checkpoint")
+    assert not list(tmp_path.iterdir())
+
+
+def test_convert_of_a_clone_is_that_of_the_package():
+    """`from convert.to_orbax import to_orbax` goes on, as `python -m convert` does."""
+    spec = importlib.util.find_spec("convert.to_orbax")
+    assert spec and spec.origin == str(ROOT / "qwen3vl_jax" / "convert" / "to_orbax.py")
+    assert importlib.import_module("convert").SHARD_SIZE == 5_000_000_000
 
 
 def test_report_names_versions_devices_and_back_ends():
@@ -159,7 +185,7 @@ def test_sources_are_ascii_and_leaf_linen():
 
 
 def own_imports(path: Path) -> list[tuple[str, bool]]:
-    """(module of the package or of convert, whether a function imports it) of a source's imports."""
+    """(module of the package, whether a function imports it) of a source's imports."""
     tree, found = ast.parse(path.read_text()), []
     inside = {
         id(node)
@@ -173,7 +199,7 @@ def own_imports(path: Path) -> list[tuple[str, bool]]:
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
-        ours = [name for name in names if name.split(".")[0] in ("qwen3vl_jax", "convert")]
+        ours = [name for name in names if name.split(".")[0] == "qwen3vl_jax"]
         found += [(name, id(node) in inside) for name in ours]
     return found
 
@@ -181,7 +207,9 @@ def own_imports(path: Path) -> list[tuple[str, bool]]:
 def module_of(name: str) -> str:
     """The module's file that an imported name is, or is in."""
     parts = name.split(".")
-    while parts and not (ROOT / Path(*parts)).with_suffix(".py").exists():
+    while parts and not any((ROOT / Path(*parts)).glob("__init__.py")):
+        if (ROOT / Path(*parts)).with_suffix(".py").exists():
+            break
         parts.pop()
     return ".".join(parts) or name.split(".", maxsplit=1)[0]
 
@@ -200,13 +228,13 @@ def modules() -> dict[str, Path]:
 
 
 def test_folders_import_downwards():
-    """The table of imports, and no import of convert: whoever reads a folder reads nothing above it."""
+    """The table of imports: whoever reads a folder reads nothing above it."""
     wrong = []
     for name, path in modules().items():
         own = folder_of(name.removesuffix(".__init__"))
         for imported, _ in own_imports(path):
             target = folder_of(module_of(imported))
-            if imported.startswith("convert") or target not in MAY_IMPORT[own] | {own, "errors"}:
+            if target not in MAY_IMPORT[own] | {own, "errors"}:
                 wrong.append(f"{name} imports {imported}")
     assert not wrong
 

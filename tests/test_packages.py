@@ -17,7 +17,7 @@ FILES = [
 ]
 # Distributions whose name is not that of the module.
 DISTRIBUTIONS = {"PIL": "pillow", "orbax": "orbax-checkpoint", "absl": "absl-py"}
-OURS = {"qwen3vl_jax", "convert", "demo"}
+OURS = {"qwen3vl_jax"}  # convert and demo are of a clone alone
 NOT_FOR_USERS = ("test-base", "test", "dev")
 
 

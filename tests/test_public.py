@@ -21,7 +21,8 @@ COMMANDS = {
     "infer.py": ["infer.py"],
     "train.py": ["train.py"],
     "convert": ["-m", "convert"],
-    "serve": ["-m", "qwen3vl_jax.cli.serve"],
+    "qwen3vl score": ["-c", "from qwen3vl_jax.cli.score import main; main()"],
+    "qwen3vl serve": ["-c", "from qwen3vl_jax.cli.main import main; main()", "serve"],
 }
 
 
@@ -43,7 +44,11 @@ def _parameter(p: inspect.Parameter) -> str:
 def options(command: list[str]) -> list[str]:
     """The options that a command's help names."""
     done = subprocess.run(
-        [sys.executable, *command, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, *command, "--help-all"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return sorted(set(re.findall(r"(?<![\w-])--[a-z0-9][a-z0-9-]*", done.stdout)))

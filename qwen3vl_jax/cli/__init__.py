@@ -1,1 +1,1 @@
-"""What infer.py and train.py run."""
+"""The commands of `qwen3vl`; infer.py, train.py and `python -m convert` run them too."""

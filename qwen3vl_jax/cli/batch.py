@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 
 from qwen3vl_jax.cli import common
 from qwen3vl_jax.cli.batch_journal import Journal, Line, Result, digest_of, read_lines
-from qwen3vl_jax.cli.batch_lines import Prepared, Settings, read_ahead, read_line
+from qwen3vl_jax.cli.batch_lines import KEYS, Prepared, Settings, read_ahead, read_line
 from qwen3vl_jax.cli.infer_arguments import check_media_of_lines, input_options, media_rules
 from qwen3vl_jax.inference import engine
 from qwen3vl_jax.processing.processor import Processor
@@ -38,6 +38,12 @@ Load = Callable[[contextlib.ExitStack], tuple[Any, Any]]
 
 def run(args: argparse.Namespace, _: contextlib.ExitStack, status: Status) -> None:
     """Answers the file; exit code 1 if lines had errors. Raises InputError."""
+    if answer_input(args, status):
+        sys.exit(1)
+
+
+def answer_input(args: argparse.Namespace, status: Status, keys: Collection[str] = KEYS) -> int:
+    """Answers the file, whose lines may have these keys; the number of errors. Raises InputError."""
     processes = distributed.asked_of(args)
     rules = media_rules(args)
     check_media_of_lines(args)
@@ -57,6 +63,7 @@ def run(args: argparse.Namespace, _: contextlib.ExitStack, status: Status) -> No
         rows=args.rows,
         prefill_chunk=args.prefill_chunk,
         made_with=made_with,
+        keys=keys,
     )
     held: dict[str, int] = {}
 
@@ -77,9 +84,7 @@ def run(args: argparse.Namespace, _: contextlib.ExitStack, status: Status) -> No
             return answer_file(load, processor, args.input, args.output, settings, index, count)
 
     with sigterm_interrupts(5 if count == 1 else 5 + distributed.GRACE):
-        errors = distributed.end_together(answer, "the answers that are kept")
-    if errors:
-        sys.exit(1)
+        return distributed.end_together(answer, "the answers that are kept")
 
 
 def answer_file(

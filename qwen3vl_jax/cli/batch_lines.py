@@ -3,7 +3,7 @@
 import dataclasses
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,11 +37,12 @@ class Settings:
     prefill_chunk: int | None = None
     # What else an answer depends on, as the checkpoint.
     made_with: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    keys: Collection[str] = KEYS  # that a line may have
 
     def of_answers(self) -> dict[str, Any]:
         """What answers depend on: sampling is there key by key, rows and chunks change none."""
         found = {**vars(self), **self.sampling, **self.made_with}
-        beside = ("sampling", "made_with", "rows", "prefill_chunk")
+        beside = ("sampling", "made_with", "rows", "prefill_chunk", "keys")
         return {k: v for k, v in found.items() if k not in beside}
 
 
@@ -83,8 +84,9 @@ def read_line(
             raise InputError(f"expected an object, found {type(found).__name__}")
         name = found.get("id", name)
         given = {key: value for key, value in found.items() if value is not None}
-        if unknown := [key for key in given if key not in KEYS]:
-            raise InputError(f"unknown key {unknown[0]!r}, expected some of {', '.join(KEYS)}")
+        if unknown := [key for key in given if key not in settings.keys]:
+            known = ", ".join(settings.keys)
+            raise InputError(f"unknown key {unknown[0]!r}, expected some of {known}")
         if not isinstance(messages := given.get("messages"), list):
             raise InputError('expected a list of messages under "messages"')
         if type(logprobs := given.get("logprobs", False)) is not bool:

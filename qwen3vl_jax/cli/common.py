@@ -14,9 +14,10 @@ from qwen3vl_jax.runtime.cloud_host import slice_hosts
 from qwen3vl_jax.runtime.compile_cache import KEPT_PROGRAMS, keep_programs
 from qwen3vl_jax.runtime.console import Status, memory_advice
 from qwen3vl_jax.storage import hub, paths
+from qwen3vl_jax.storage.paths import BUNDLED
 
-ROOT = Path(__file__).resolve().parents[2]
-DEMO, DEMO_IMAGE = ROOT / "demo" / "checkpoint", ROOT / "demo" / "pictures" / "grid.png"
+DEMO = BUNDLED / "demo" / "checkpoint"
+DEMO_IMAGE = BUNDLED / "demo" / "pictures" / "grid.png"
 DEMO_PROMPT = "Read the digits row by row."
 
 
@@ -56,12 +57,12 @@ def _demo_notice(args: argparse.Namespace, messages: Sequence[dict]) -> str:
     """What the bundled checkpoint can do. messages: the conversation, where it is known."""
     import numpy as np
 
-    from demo.notice import notice
+    from qwen3vl_jax.cli.demo_notice import notice
 
     content = messages[-1]["content"] if messages and not args.messages else []
     images = [x["image"].convert("RGB") for x in content if x["type"] == "image"]
     small = [np.asarray(image.resize((128, 128), 0)) for image in images]
-    shown = DEMO_IMAGE.relative_to(ROOT) if args.image == [str(DEMO_IMAGE)] else ""
+    shown = DEMO_IMAGE.relative_to(BUNDLED) if args.image == [str(DEMO_IMAGE)] else ""
     return notice(content[-1]["text"] if content else None, small, str(shown))
 
 

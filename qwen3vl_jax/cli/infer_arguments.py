@@ -1,30 +1,20 @@
-"""infer.py's options, the modes in which each has a meaning, and all checks of them that need no file."""
+"""What the options of infer_options.py may be together, and all checks of them that need no file."""
 
 import argparse
 import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from qwen3vl_jax.cli.infer_options import MODES, PROGRAMS, parser_of
 from qwen3vl_jax.config import AXES, SHORT
 from qwen3vl_jax.errors import InputError, check_int
-from qwen3vl_jax.planning.machines import add_plan_arguments, check_plan_arguments
+from qwen3vl_jax.planning.machines import check_plan_arguments
 from qwen3vl_jax.processing.fetching import MediaRules
-from qwen3vl_jax.runtime.compile_cache import HELP
-from qwen3vl_jax.runtime.console import Parser
-from qwen3vl_jax.runtime.distributed import add_arguments as add_process_arguments
 from qwen3vl_jax.storage.json_text import read_json_file
-from qwen3vl_jax.storage.paths import absolute, argument, is_remote
+from qwen3vl_jax.storage.paths import absolute, is_remote
 
-# The options that ask for something other than one answer, and why others have no meaning beside them.
-MODES = {
-    "chat": "it asks for the questions itself",
-    "input": "its lines hold whole conversations",
-    "embed": "it prints a vector, no answer",
-    "rerank": "it prints scores, no answer",
-    "plan": "it compiles and answers nothing",
-}
 # Options for images, or for videos, alone.
 MEDIA = {
     **dict.fromkeys(("min_pixels", "max_pixels"), "image"),
@@ -36,139 +26,12 @@ _WORDS = {
     "video": re.compile(rb"video|frames|\\u"),
 }
 
-USAGE = "infer.py [--ckpt DIR|ID] [--image FILE|URL] [--prompt TEXT] [options]"
-EXAMPLES = """examples:
-  python infer.py --ckpt Qwen/Qwen3-VL-2B-Instruct --image cat.jpg --prompt "What is this?" --stream
-  python infer.py --ckpt DIR --chat --video holiday.mp4
-  python infer.py --ckpt DIR --input prompts.jsonl --output answers.jsonl
 
-a line of prompts.jsonl: {"id": "a", "messages": [{"role": "user", "content": "Hello"}]}
-"""
-
-# Adds options to a group of the help, given its title and the modes in which they have a meaning ("ask" is
-# one answer, "mesh" one answer with --mesh; none are all).
-Group = Callable[..., Callable[..., None]]
-
-
-def _number(default: int) -> dict[str, Any]:
-    return {"type": int, "default": default, "metavar": "N"}
-
-
-def _add_prompt_and_model(group: Group) -> None:
-    many: dict[str, Any] = {"action": "append", "default": [], "metavar": "FILE|URL"}
-    file: dict[str, Any] = {"type": argument, "metavar": "FILE"}
-    title = "the prompt"
-    add = group(title, "ask", "embed", "rerank")
-    add("--prompt", metavar="TEXT", help="the question (--chat asks for it)")
-    add = group(title, "ask", "chat", "embed", "rerank")
-    add("--image", **many, help="an image: a file, gs:// or http(s) address; may be repeated")
-    add("--video", **many, help="a video, likewise; may be repeated")
-    group(title, "ask", "chat")("--system", metavar="TEXT", help="the system prompt")
-    group(title, "ask")("--messages", **file, help="[{role, content}, ..] in place of --prompt")
-    add = group("the model")
-    add("--ckpt", metavar="DIR|ID", help="a checkpoint or a Hub id (default: the bundled demo)")
-    add("--revision", help="branch, tag or commit of a Hub id")
-    dtypes = ("float32", "bfloat16", "float16")
-    add("--dtype", choices=dtypes, help="of weights (default: the checkpoint's; float32 on a CPU)")
-    bits = "fp8 keeps an FP8 checkpoint's 8 bits, int8, int4 round others (default: 16 or 32 bits)"
-    add("--weights", choices=("fp8", "int8", "int4"), help=bits)
-    axes = "shard the model, as tp=2; axes tp (tensor), ep (expert), fsdp, dp (data), sp (sequence)"
-    usual = "N of -1 is the rest (default: one device, or all of this host if the model needs them)"
-    add("--mesh", metavar="AXIS=N[,AXIS=N]", help=f"{axes}; {usual}")
-    add("--chat-template", **file, help="a Jinja chat template in place of the checkpoint's")
-    add = group("the model (not with --plan)", *(m for m in ("ask", *MODES) if m != "plan"))
-    add("--adapter", metavar="DIR|ID", help="a LoRA adapter (PEFT's files, or a Hub id)")
-    add("--no-compile-cache", action="store_true", help=HELP)
-
-
-def _add_answers_and_modes(group: Group) -> None:
-    title = "the answer"
-    add = group(title, "ask", "chat")
-    add("--stream", action="store_true", help="print the answer as it comes")
-    add = group(title, "ask")
-    add("--draw", type=argument, metavar="OUT.png", help="draw the answer's boxes and points")
-    add("--answers", **_number(1), help="number of answers, from one prefill (default: 1)")
-    what = "write a profiler trace of it here, for XProf or Perfetto, and print its time by part"
-    add = group("speed", "ask", "embed", "rerank", "input")
-    add("--profile", metavar="DIR", help=what)
-    add = group("other modes")
-    add("--chat", action="store_true", help="a chat; --image, --video go with its first question")
-    lines: dict[str, Any] = {"type": argument, "metavar": "FILE.jsonl"}
-    add("--input", **lines, help="answer many prompts, a conversation a line; needs --output")
-    add("--output", **lines, help="where the answers to --input go")
-    add("--embed", action="store_true", help="print the embedding of the prompt, a unit vector")
-    add("--rerank", action="store_true", help="print how well each --document answers the prompt")
-    document = "with --rerank: text, or the file of an image or video; may be repeated"
-    add("--document", action="append", default=[], metavar="TEXT|FILE", help=document)
-    add = group("--embed and --rerank", "embed", "rerank")
-    add("--instruction", metavar="TEXT", help="the task that the vector or score is for")
-    group("--embed", "embed")(
-        "--dims", type=int, metavar="N", help="length of the vector (Matryoshka)"
-    )
-    add = group("--input", "input")
-    add("--media-root", metavar="DIR", help="read local images and videos only below this folder")
-    hosts = "the only hosts and gs://buckets to read, private ones too (default: any public host)"
-    add("--allow-hosts", metavar="HOST[,HOST]", help=hosts)
-    add = group("--input and --plan", "input", "plan")
-    add("--rows", **_number(16), help="answers generated at a time (default: %(default)s)")
-
-
-def _add_generation_and_media(group: Group) -> None:
-    modes = ("ask", "chat", "input", "plan")
-    number: dict[str, Any] = {"type": int, "metavar": "N"}
-    fraction: dict[str, Any] = {"type": float, "metavar": "X"}
-    add = group("generation", *modes)
-    add("--max-new-tokens", **_number(1024), help="most tokens of an answer (default: %(default)s)")
-    most = "most tokens of prompt and answer (default: the model's; --plan: up to 32,768)"
-    add("--max-len", **number, help=most)
-    add("--prefill-chunk", **_number(8192), help="prompt tokens of a prefill step (default: 8192)")
-    end = "end the answer before this text; may be repeated"
-    add("--stop", action="append", default=[], metavar="TEXT", help=end)
-    add("--seed", **_number(0), help="seed of random choices (default: %(default)s)")
-    less = "make tokens already in the answer less likely (default: %(default)g, off)"
-    add("--presence-penalty", **fraction, default=0.0, help=less)
-    add = group("sampling (default: what the checkpoint's generation_config.json says)", *modes)
-    add("--temperature", **fraction, help="how random the choice of tokens is; 0: the likeliest")
-    add("--top-k", **number, help="choose among the N likeliest tokens; 0 is off")
-    add("--top-p", **fraction, help="choose among the likeliest of joint probability X; 1 is off")
-    add("--min-p", **fraction, help="drop tokens less likely than X times the first; 0 is off")
-    add("--repetition-penalty", **fraction, help="above 1, tokens repeat less; 1 is off")
-    add("--min-new-tokens", **number, help="fewest tokens of an answer")
-    add = group("images, videos and text")
-    add("--min-pixels", **number, help="enlarge smaller images to this area")
-    add("--max-pixels", **number, help="shrink larger images to this area")
-    add("--fps", **fraction, help="frames a second of a video (default: the checkpoint's, 2)")
-    add("--num-frames", **number, help="frames of a video, in place of --fps")
-    add("--max-frames", **number, help="most frames of a video (default: 768)")
-    add("--video-max-pixels", **number, help="shrink videos of more pixels, all frames together")
-    special = "take <|im_end|> and the like in a text as special tokens (default: as characters)"
-    add("--allow-special", action="store_true", help=special)
-
-
-def arguments(argv: list[str] | None, description: str) -> argparse.Namespace:
+def arguments(argv: list[str] | None, program: str = "infer.py") -> argparse.Namespace:
     """The options and `mode`, a module of cli/. Raises InputError for those that mean nothing together."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser("infer.py", USAGE, description, epilog=EXAMPLES, formatter_class=raw)
-    meant: dict[str, tuple[str, ...]] = {}
-    groups: dict[str, Any] = {}
-
-    def group(title: str, *modes: str) -> Callable[..., None]:
-        place = groups[title] = groups.get(title) or parser.add_argument_group(title)
-        modes = (*modes, "mesh") if "ask" in modes else modes
-
-        def add(flag: str, **how: Any) -> None:
-            dest = place.add_argument(flag, **how).dest
-            if modes:
-                meant[dest] = modes
-
-        return add
-
-    _add_prompt_and_model(group)
-    _add_answers_and_modes(group)
-    _add_generation_and_media(group)
-    meant |= dict.fromkeys(add_process_arguments(parser), ("input", "mesh"))
-    add_plan_arguments(parser)
-    meant |= dict.fromkeys(("slices", "save"), ("plan",))
+    parser, meant = parser_of(program)
+    if program == "qwen3vl chat":
+        argv = ["--chat", *(argv or ())]
     # None, which no option gives, marks those that are left out.
     defaults = {name: parser.get_default(name) for name in vars(parser.parse_args([]))}
     found = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults))))
@@ -177,6 +40,11 @@ def arguments(argv: list[str] | None, description: str) -> argparse.Namespace:
     if len(modes) > 1:
         raise InputError(f"--{modes[0]} and --{modes[1]}: give one of them")
     mode = modes[0] if modes else "mesh" if "mesh" in given else "ask"
+    if mode not in PROGRAMS[program]:
+        there = next(name for name, its in reversed(PROGRAMS.items()) if mode in its)
+        other = f"--{mode}: is for {there}, which is a command of its own"
+        missing = f"{program}: --input or --output is missing, expected both"
+        raise InputError(other if mode in MODES else missing)
     for name in given:
         flag, wanted = f"--{name.replace('_', '-')}", meant.get(name, (mode,))
         if mode in MODES and mode not in wanted and "mesh" in wanted:

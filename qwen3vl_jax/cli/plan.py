@@ -1,9 +1,9 @@
-"""infer.py --plan: compiles a decode step and a prefill for a machine that is not here."""
+"""qwen3vl plan and infer.py --plan: compiles a decode step and a prefill for a machine that is not here."""
 
 import argparse
 import sys
 
-from qwen3vl_jax.cli.common import DEMO
+from qwen3vl_jax.cli import infer, train
 from qwen3vl_jax.planning.machines import prepare_environment
 
 PLANNED_LENGTH = 32768  # tokens of prompt and answer that are planned for without --max-len
@@ -15,6 +15,7 @@ def run(args: argparse.Namespace, *_: object) -> None:
     prepare_environment(args.machine)
     import jax.numpy as jnp
 
+    from qwen3vl_jax.cli.common import DEMO
     from qwen3vl_jax.planning.command import plan_serving
     from qwen3vl_jax.planning.program import Serving, config_of
 
@@ -26,3 +27,14 @@ def run(args: argparse.Namespace, *_: object) -> None:
     plans = plan_serving(ckpt, args.machine, args.mesh, serving, args.save)
     if not all(plan.fits for plan in plans):
         sys.exit(1)
+
+
+def script(argv: list[str], program: str) -> None:
+    """Plans serving, or with --config a recipe's training step, as the whole process."""
+    if argv and not argv[0].startswith("-"):
+        argv = ["--plan", *argv]
+    elif not {"-h", "--help", "--help-all"}.intersection(argv):
+        print(f"error: the machine is missing, as in {program} h100:8 --ckpt DIR", file=sys.stderr)
+        sys.exit(2)
+    trains = any(word.partition("=")[0] == "--config" for word in argv)
+    (train if trains else infer).script(argv, program)

@@ -1,9 +1,7 @@
 """Fine-tunes Qwen3-VL from a TOML file; the same command again resumes.
 
-    python train.py --config configs/NAME.toml --out RUN_DIR [key=value ...]
-
 RUN_DIR holds metrics.csv, evaluation.csv, checkpoints/, config.toml, tensorboard/, answers/, refused.csv
-and curves.png. `python -m convert --to-hf RUN_DIR OUT` makes Hugging Face files of it.
+and curves.png. `qwen3vl convert --to-hf RUN_DIR OUT` makes Hugging Face files of it.
 """
 
 import argparse
@@ -14,18 +12,26 @@ from qwen3vl_jax.planning import machines
 from qwen3vl_jax.runtime import distributed
 from qwen3vl_jax.runtime.chips import allow_gpu_memory
 from qwen3vl_jax.runtime.compile_cache import HELP, KEPT_PROGRAMS, PROGRAMS, keep_programs
-from qwen3vl_jax.runtime.console import EXPECTED, Parser, report
+from qwen3vl_jax.runtime.console import EXPECTED, Parser, end_process, report
+from qwen3vl_jax.runtime.native_output import tidy_output
 from qwen3vl_jax.storage.paths import argument, kind
 from qwen3vl_jax.training.environment import COST, make_deterministic
 from qwen3vl_jax.training.recipe import Recipe, check_run, read_recipe
+from qwen3vl_jax.training.toml_tables import FOREIGN
 
-USAGE = "train.py --config NAME|FILE [--out RUN_DIR] [key=value ...] [options]"
+USAGE = "%(prog)s --config NAME|FILE [--out RUN_DIR] [key=value ...] [options]"
+EXAMPLES = """examples:
+  %(prog)s --config sft_2b --out RUN_DIR data.sources.0.path=chats.jsonl
+  %(prog)s --config sft_8b_lora --dry-run data.sources.0.path=chats.jsonl lora.base=int8
+  %(prog)s --config sft_235b_pod --plan v5p:4x8x8
+"""
 
 
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+def arguments(argv: list[str] | None, program: str) -> argparse.Namespace:
     """The options; ends the process for unknown ones and for --help."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser("train.py", USAGE, __doc__, formatter_class=raw)
+    keys = {f"--{name.replace('_', '-')}": f"did you mean {key}?" for name, key in FOREIGN.items()}
+    common = "config out dry_run plan changes"
+    parser = Parser(program, common, keys, usage=USAGE, description=__doc__, epilog=EXAMPLES)
     add = parser.add_argument
     of_recipe = "the recipe: a TOML file, or the bare name of one in configs/, as sft_2b"
     add("--config", type=argument, required=True, metavar="NAME|FILE", help=of_recipe)
@@ -85,12 +91,12 @@ def train(args: argparse.Namespace, recipe: Recipe) -> None:
         print(PROGRAMS, file=sys.stderr)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, program: str = "train.py") -> int:
     """The command line; 0, 1 for a plan that does not fit, 2 for bad input, 130 for Ctrl-C.
 
     SIGTERM and the first Ctrl-C save what was done; SIGTERM gives 0, and a second Ctrl-C ends at once.
     """
-    args = arguments(argv)
+    args = arguments(argv, program)
     try:
         machines.check_plan_arguments(args)
         recipe = read_recipe(args.config, args.changes)
@@ -106,3 +112,11 @@ def main(argv: list[str] | None = None) -> int:
         message = "interrupted: the same command goes on from the last checkpoint"
         return report(error, args.out or args.config, message)
     return 0
+
+
+def script(argv: list[str] | None = None, program: str = "train.py") -> None:
+    """`main` as the whole process."""
+    tidy_output(distributed.lost_line, distributed.LOST)
+    code = main(argv, program)
+    # After a save that failed, threads of Orbax may still run and crash the interpreter's own end.
+    end_process(code) if code == 2 else sys.exit(code)

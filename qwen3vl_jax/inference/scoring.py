@@ -1,17 +1,20 @@
 """Numbers in place of text: log-probabilities, vectors, scores, states, attention. Dims: layers.py."""
 
+from collections.abc import Callable, Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
 from qwen3vl_jax.config import IGNORE_INDEX, Config
-from qwen3vl_jax.errors import InputError, not_finite
+from qwen3vl_jax.errors import InputError, not_finite, shown, unexpected
 from qwen3vl_jax.labels import label_logprobs, shift_labels
 from qwen3vl_jax.model import attention, transformer
-from qwen3vl_jax.model.structs import Batch, Features, Params, check_call
+from qwen3vl_jax.model.structs import Batch, Features, Params, VisionInputs, check_call
 from qwen3vl_jax.model.text import decode_layers
 from qwen3vl_jax.model.transformer import full_attention, lm_logits, run_decoder
+from qwen3vl_jax.model.vision import embed_patches, run_block
 
 SPAN = 512  # tokens whose logits over the vocabulary are held at once
 
@@ -113,15 +116,22 @@ def _residual(params, cfg, batch, features):
 
 
 def hidden_states(
-    params: Params, cfg: Config, batch: Batch, *, features: Features | None = None
+    params: Params,
+    cfg: Config,
+    batch: Batch,
+    *,
+    features: Features | None = None,
+    intervene: Callable | None = None,
 ) -> jax.Array:
     """The residual [L+1 B T D]: embeddings with vision features, then after each layer and DeepStack.
 
-    Without the final norm (see `last_hidden_state`), as transformers 4.57.1 returns it.
+    Without the final norm (see `last_hidden_state`), as transformers 4.57.1 returns it. intervene: as in
+    `forward`, seen in the states.
     """
     check_call(params, cfg, batch=batch)
     x, deepstack = transformer.embed_tokens(params, cfg, batch, features)
     options = {"deepstack": deepstack, "collect": lambda residual, *_: residual}
+    options["intervene"] = intervene
     given = params["layers"], cfg.text, x, batch.positions, full_attention(batch)
     _, after = decode_layers(*given, **options)
     return jnp.concatenate([x[None], jnp.stack(after) if isinstance(after, list) else after])
@@ -136,17 +146,59 @@ def last_hidden_state(
 
 
 def attentions(
-    params: Params, cfg: Config, batch: Batch, *, features: Features | None = None
+    params: Params,
+    cfg: Config,
+    batch: Batch,
+    *,
+    features: Features | None = None,
+    layers: Sequence[int] | None = None,
+    queries: Sequence[int] | None = None,
 ) -> jax.Array:
-    """Attention probabilities [L B N T T] of every layer, in the dtype of the parameters."""
+    """Attention probabilities [L B N T T] of every layer, in the dtype of the parameters.
+
+    layers: indices of those to give, negative ones from the last. queries: indices [m] of the tokens that
+    attend, for [L B N m T]. The other queries' are never held, nor, of per-layer lists, the other layers'.
+    Raises InputError for an index that there is not.
+    """
     check_call(params, cfg, batch=batch)
-    ranges, attend_fn = attention.causal_ranges(batch.segment_ids), full_attention(batch)
+    count, (lo, hi) = cfg.text.num_hidden_layers, attention.causal_ranges(batch.segment_ids)
+    wanted = _indices("layers", layers, count)
+    at = np.array(_indices("queries", queries, lo.shape[1]))
+    attend_fn = full_attention(batch)
 
     def attend_and_keep(i, q, k, v):
-        return attend_fn(i, q, k, v)[0], attention_probs(q, k, *ranges)
+        kept = None
+        if not isinstance(i, int) or i in wanted:
+            kept = attention_probs(q[:, at], k, lo[:, at], hi[:, at])
+        return attend_fn(i, q, k, v)[0], kept
 
     _, probs = run_decoder(params, cfg, batch, features, attend_and_keep)
-    return jnp.stack(probs) if isinstance(probs, list) else probs
+    return jnp.stack([probs[i] for i in wanted])
+
+
+def _indices(name: str, given: Sequence[int] | None, count: int) -> list[int]:
+    """Indices from 0 to count - 1, all of them for None. Raises InputError."""
+    found = list(range(count)) if given is None else [int(i) for i in given]
+    if not found or not all(-count <= i < count for i in found):
+        raise unexpected(name, shown(given), f"indices from {-count} to {count - 1}")
+    return [i % count for i in found]
+
+
+def vision_states(params: Params, cfg: Config, vision: VisionInputs) -> jax.Array:
+    """The vision tower's residual [depth+1 W P Dv]: embedded patches, then after each block.
+
+    Before any merger; `vision_encode` gives what comes behind them. W is 1 for one row of patches.
+    """
+    check_call(params, cfg, vision=vision)
+    p, c = params.get("vision", params), cfg.vision
+    dtype, blocks = p["patch"]["weight"].dtype.name, p["blocks"]
+    if not isinstance(blocks, (list, tuple)):
+        blocks = [jax.tree.map(lambda x, i=i: x[i], blocks) for i in range(c.depth)]
+    x, *given = embed_patches({**p, "blocks": None}, c, vision, dtype)
+    segments, states = attention.host_bound(vision.lo, vision.hi, vision.frames), [x]
+    for layer in blocks:
+        states.append(run_block(c, segments, layer, states[-1], *given))
+    return jnp.stack(states)
 
 
 def attention_probs(q: jax.Array, k: jax.Array, lo: jax.Array, hi: jax.Array) -> jax.Array:

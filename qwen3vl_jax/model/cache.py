@@ -4,6 +4,7 @@ All functions can be traced; callers jit them (cfg static) and donate the cache.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -78,6 +79,7 @@ def prefill(
     *,
     features: Features | None = None,
     chunk: int | None = None,
+    intervene: Callable | None = None,
 ) -> tuple[KVCache, jax.Array]:
     """Runs the prompts into a new cache: (cache, next-token logits [B V] float32).
 
@@ -85,6 +87,7 @@ def prefill(
     prompts. Prompts may be padded left or right; each is one segment. Layers are per-layer lists.
     chunk (static): at most that many tokens of each sequence at a time, so that activations do not grow
     with the prompt; the vision tower runs first and at once. Not traced, one program serves all layers.
+    intervene: as in `decode_layers`. Raises InputError for it with chunk.
     """
     check_call(params, cfg, batch=batch)
     transformer.lm_head(params, cfg)
@@ -94,13 +97,15 @@ def prefill(
     batch = batch.replace(vision=None, labels=None)
     layers, rest = _per_layer(params)["layers"], {**params, "layers": None, "vision": None}
     if chunk is not None:
+        if intervene:
+            raise InputError("intervene: got one with chunk, expected one of them; leave chunk out")
         return _prefill_in_chunks(params, cfg, batch, features, slots, chunk)
     slots = _round_to_blocks(slots)
-    x, length, delta, k, v = fill_layers(layers, rest, cfg, batch, features, slots, 0)
+    x, length, delta, k, v = fill_layers(layers, rest, cfg, batch, features, slots, 0, intervene)
     return KVCache(k, v, length, delta), end_prompt(rest, cfg, x, length)
 
 
-def fill_layers(layers, rest, cfg, batch, features, slots, segments):
+def fill_layers(layers, rest, cfg, batch, features, slots, segments, intervene=None):
     """The residual after all layers, length and delta, and the keys and values of each layer.
 
     segments: upper bound of the prompts in a row, 0 for one that starts at the first token.
@@ -110,6 +115,7 @@ def fill_layers(layers, rest, cfg, batch, features, slots, segments):
     for i, layer in enumerate(layers):
         x, *kv = _fill_layer(cfg, layer, x, rotary, lo, hi, slots, segments)
         x = shard_residual(x + deepstack[i]) if i < len(deepstack) else x
+        x = intervene(i, x) if intervene else x
         written.append(kv)
     return x, length, delta, [k for k, _ in written], [v for _, v in written]
 
@@ -207,11 +213,12 @@ def extend(
 
 
 def decode_step(
-    params: Params, cfg: Config, cache: KVCache, tokens: jax.Array
+    params: Params, cfg: Config, cache: KVCache, tokens: jax.Array, intervene: Any = None
 ) -> tuple[KVCache, jax.Array]:
     """Appends one token per sequence, tokens [B] int32: (cache, next-token logits [B V] float32).
 
     Layers are per-layer lists. Call `grow_cache` first: a token past the last slot is dropped.
+    intervene: as in `decode_layers`; x may be one row several times.
     """
     check_call(params, cfg, cache=cache)
     slot = cache.length[:, None]
@@ -219,8 +226,9 @@ def decode_step(
     dtype = transformer.compute_dtype(params)
     x = repeat_one(transformer.embed_lookup(params, tokens[:, None], dtype))
     rotary, written = mrope(cfg.text, positions, dtype), []
-    for layer, *old in zip(_per_layer(params)["layers"], cache.k, cache.v, strict=True):
-        x, *kv = _step_layer(cfg, layer, x, rotary, *old, slot)
+    for i, layer in enumerate(_per_layer(params)["layers"]):
+        x, *kv = _step_layer(cfg, layer, x, rotary, cache.k[i], cache.v[i], slot)
+        x = intervene(i, x) if intervene else x
         written.append(kv)
     return _advance(params, cfg, cache, written, 1, 0, x[: len(slot), 0])
 

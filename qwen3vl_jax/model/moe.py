@@ -3,7 +3,7 @@
 import functools
 import logging
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -63,7 +63,8 @@ def moe_apply(x, gates, expert_index, gate_up, down, act: str) -> jax.Array:
 
     gates, expert_index [B T A]. See expert_parallel.py for how tokens cross devices.
     """
-    masks = _dropout_masks(x.shape[:2], x.dtype, gate_up, down)
+    pairs = ((split(w)[1], (*x.shape[:2], w.shape[1])) for w in (gate_up, down))
+    masks = [dropout_mask(pair, shape, x.dtype) for pair, shape in pairs]
     weights = expert_leaves(gate_up), expert_leaves(down)
     layout = ExpertParallel.of(x.shape, *weights)
     experts = experts_scan if platform() == "cpu" else experts_ragged
@@ -80,11 +81,6 @@ def moe_apply(x, gates, expert_index, gate_up, down, act: str) -> jax.Array:
     return layout.on_shards(on_device, (x, gates, expert_index, masks), weights)
 
 
-def _dropout_masks(lead: tuple[int, ...], dtype: Any, *weights: Any) -> list[jax.Array | None]:
-    """LoRA dropout masks [*lead in] of the input of each weight."""
-    return [dropout_mask(split(w)[1], (*lead, w.shape[1]), dtype) for w in weights]
-
-
 def _swiglu(gate_up: jax.Array, act: str) -> jax.Array:
     gate, up = jnp.split(gate_up, 2, axis=-1)
     return ACTIVATIONS[act](gate) * up
@@ -94,11 +90,10 @@ def experts_ragged(x, gates, index, gate_up, down, act, *, masks=(None, None), s
     """Tokens sorted by expert, two grouped products, each result gated and added back: [n D] fp32.
 
     x [n D], gates and expert index [n A]; one outside 0 .. e-1 belongs to another device, which has one of
-    `shards` shards of the experts. masks: `_dropout_masks`. psum completes a product over D where x and
+    `shards` shards of the experts. masks: LoRA's [n in]. psum completes a product over D where x and
     weights hold a slice of D. The first pass takes CAPACITY_FACTOR times an even share of the pairs.
     Overflow passes, which an even router never needs, take the rest.
     """
-    gate_up, down = expert_leaves(gate_up), expert_leaves(down)
     (n, per_token), count = index.shape, gate_up.shape[0]
     expert = jnp.where((index >= 0) & (index < count), index, count).reshape(-1)
     pairs = n * per_token
@@ -154,7 +149,6 @@ def experts_scan(x, gates, index, gate_up, down, act, *, masks=(None, None), sha
 
     For XLA:CPU, where jax.lax.ragged_dot is dense. shards is not used.
     """
-    gate_up, down = expert_leaves(gate_up), expert_leaves(down)
     n, count = x.shape[0], gate_up.shape[0]
     column = jnp.where((index >= 0) & (index < count), index, count)
     table = jnp.zeros((n, count + 1), jnp.float32)

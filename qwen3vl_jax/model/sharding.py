@@ -102,9 +102,7 @@ def max_parts(name: str, sizes: Mapping[str, int] | None = None) -> int:
     return math.prod(sizes.get(axis, 1) for axis in RULES[name])
 
 
-def mesh_axes_for(
-    *named: tuple[str | None, int], sizes: Mapping[str, int] | None = None
-) -> MeshAxes:
+def mesh_axes_for(*named: tuple[str | None, int], sizes: Any = None) -> MeshAxes:
     """The mesh axes of each logical axis, from the (logical axis, size) pairs of one array or call.
 
     A logical axis that is named more than once gets mesh axes that divide each of its sizes. sizes: of

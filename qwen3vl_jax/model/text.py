@@ -118,14 +118,15 @@ def decode_layers(
     *,
     deepstack: jax.Array | None = None,
     collect: CollectFn | None = None,
+    intervene: Callable | None = None,
     remat: str = "none",
     longest: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
     """Runs the decoder layers over x [B T D] with MRoPE ids positions [3 B T].
 
     Returns the residual before the final norm, and `collect`'s output of each layer (by default `kept`).
-    deepstack [n B T D], zero where there is no vision, is added after layers 0 .. n-1. remat: of
-    layers.REMAT. longest: as in `mrope`.
+    deepstack [n B T D], zero where there is no vision, is added after layers 0 .. n-1. intervene: (i, x)
+    -> the x that goes on after layer i. remat: of layers.REMAT. longest: as in `mrope`.
     """
     rotary = mrope(cfg, positions, x.dtype, longest)
 
@@ -137,6 +138,7 @@ def decode_layers(
         x, kept, routed = out
         if deepstack is not None:
             x += jnp.take(deepstack, i, axis=0, mode="fill", fill_value=0)
+        x = intervene(i, x) if intervene else x
         return x, collect(x, kept, routed) if collect else kept
 
     return run_layers(body, x, layers, remat)

@@ -8,6 +8,7 @@ forward sees whole sequences. All functions can be traced; callers jit them with
 """
 
 import operator
+from collections.abc import Callable
 from typing import Any, cast
 
 import jax
@@ -61,10 +62,8 @@ def embed_tokens(
     if batch.vision_rows is None:
         return shard_residual(x), None
     if features is None:
-        raise InputError(
-            "the batch has image or video placeholders but neither pixels nor features=: give "
-            "make_batch the pixel values, or pass what vision_encode returned"
-        )
+        found = "the batch has image or video placeholders but neither pixels nor features="
+        raise InputError(f"{found}: give make_batch the pixels, or what vision_encode returned")
     placeholder = batch.vision_rows[..., None] >= 0
     x = jnp.where(placeholder, _features_of_tokens(features.merged, batch).astype(x.dtype), x)
     if not len(cfg.vision.deepstack_visual_indexes):
@@ -96,10 +95,9 @@ def lm_head(params: Params, cfg: Config) -> Any:
     """The weight [V D] of the lm_head. Raises InputError for an embedding model, which has none."""
     table = params["embed"] if cfg.tie_word_embeddings else params.get("head")
     if table is None:
-        raise InputError(
-            "the checkpoint holds no lm_head and its config does not tie it to the embedding: it is an "
-            "embedding model, use hidden_states; for text use a checkpoint with lm_head"
-        )
+        found = "the checkpoint holds no lm_head and its config does not tie it to the embedding"
+        advice = "use hidden_states; for text use a checkpoint with lm_head"
+        raise InputError(f"{found}: it is an embedding model, {advice}")
     return table
 
 
@@ -140,15 +138,16 @@ def forward(
     *,
     features: Features | None = None,
     logits_to_keep: int | jax.Array = 0,
+    intervene: Callable | None = None,
 ) -> jax.Array:
     """Logits [B T V] in fp32 of whole sequences; those of padding tokens mean nothing.
 
     logits_to_keep: 0 keeps all tokens; n (static under jit) the last n attended tokens of each
     sequence, on whichever side it is padded, at most T (a shorter sequence repeats its first); an array
-    [m] of token indices keeps those. Raises InputError for a negative number.
+    [m] of token indices keeps those. intervene: as in `decode_layers`. Raises InputError below 0.
     """
     check_call(params, cfg, batch=batch)
-    x, _ = run_decoder(params, cfg, batch, features, full_attention(batch))
+    x, _ = run_decoder(params, cfg, batch, features, full_attention(batch), intervene=intervene)
     if getattr(logits_to_keep, "ndim", 0) or isinstance(logits_to_keep, (list, tuple)):
         x = x[:, jnp.asarray(logits_to_keep)]
     elif count := operator.index(cast(Any, logits_to_keep)):

@@ -113,11 +113,11 @@ def vision_encode(
     rest, taken = {**p, "blocks": None}, c.deepstack_visual_indexes
     dtype = p["patch"]["weight"].dtype if dtype is None else dtype
     segments = host_bound(vis.lo, vis.hi, vis.frames)
-    x, *given = _embed_patches(rest, c, vis, jnp.dtype(dtype).name)
+    x, *given = embed_patches(rest, c, vis, jnp.dtype(dtype).name)
     if isinstance(p["blocks"], (list, tuple)) and remat == "none":
         kept = {}
         for i, layer in enumerate(p["blocks"]):
-            x = _run_block(c, segments, layer, x, *given)
+            x = run_block(c, segments, layer, x, *given)
             kept |= {i: x} if i in taken else {}
         return _merge(rest, c, x, [kept[i] for i in taken])
     # DeepStack level of each block; blocks without one write past the end, which is dropped.
@@ -126,7 +126,7 @@ def vision_encode(
 
     def body(carry, layer, i):
         x, deepstack = carry
-        x = _run_block(c, segments, layer, x, *given)
+        x = run_block(c, segments, layer, x, *given)
         return (x, deepstack.at[level_of[i]].set(x, mode="drop") if len(taken) else deepstack), None
 
     none = jnp.zeros((len(taken), *x.shape), x.dtype)
@@ -136,7 +136,7 @@ def vision_encode(
 
 @functools.partial(jit_wide, static_argnames=("c", "dtype"))
 @jax.named_scope("vision")
-def _embed_patches(p, c, vis, dtype):
+def embed_patches(p, c, vis, dtype):
     """Patches [W P Dv] with their positions, and what every block takes: angles, lo, hi."""
     if vis.lo.ndim == 1:
         vis = jax.tree.map(lambda x: x[None], vis)
@@ -149,7 +149,7 @@ def _embed_patches(p, c, vis, dtype):
 
 
 @functools.partial(jit_wide, static_argnames=("c", "segments"))
-def _run_block(c, segments, layer, x, rotary, lo, hi):
+def run_block(c, segments, layer, x, rotary, lo, hi):
     """One block: one program for all blocks, if not traced."""
     out: Any = VisionBlock(c, segments).apply({"params": layer}, x, rotary, lo, hi)
     return shard(out, *PATCHES)

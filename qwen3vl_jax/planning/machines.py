@@ -101,7 +101,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGro
     group = parser.add_argument_group("planning")
     add = group.add_argument
     what = "compile for a machine that is not here, as v5p:4x8x8 or h100:8, for its memory and time"
-    needs = "exit code 1 if it does not fit; needs pip install -e '.[tpu]', or '.[cuda]' for GPUs"
+    needs = "exit code 1 if it does not fit; needs the extra [tpu], or [cuda] for GPUs"
     add("--plan", metavar="MACHINE", help=f"{what}; {needs}")
     slices = "with --plan: number of such TPU slices (default: %(default)s)"
     add("--slices", type=int, default=1, metavar="N", help=slices)

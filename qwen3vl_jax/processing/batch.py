@@ -50,7 +50,7 @@ def make_vision(cfg: Config, pixels, grid_thw, pad: bool = True) -> VisionInputs
     ends = np.cumsum(sizes, dtype=np.int32)
     lo, hi = (np.repeat(x, sizes).astype(np.int32) for x in (ends - sizes, ends))
     rows = c.merge_unit * bucket(-(-count // c.merge_unit)) if pad else count
-    out = (_fit(x, rows, axis=0) for x in (pixels, index, weights, coords, lo, hi))
+    out = (fit(x, rows, axis=0) for x in (pixels, index, weights, coords, lo, hi))
     # A power of two of at least the frames, and of the frames of 256 patches that would fit. It is part
     # of a compiled program: images of usual sizes then share that of their bucket.
     frames = 1 << (max(len(sizes), rows // 256, 2) - 1).bit_length()
@@ -122,19 +122,19 @@ def make_batch(
     has_vision = len(image_grid) + len(video_grid) > 0
     rows = _vision_rows(cfg, np.where(mask, ids, -1), image_grid) if has_vision else None
     return Batch(
-        tokens=_fit(ids, width),
-        positions=_fit(positions, width, axis=2),
-        segment_ids=_fit(segments, width),
-        vision_rows=_fit(rows, width, fill=-1),
+        tokens=fit(ids, width),
+        positions=fit(positions, width, axis=2),
+        segment_ids=fit(segments, width),
+        vision_rows=fit(rows, width, fill=-1),
         delta=cast(Any, delta),
         vision=vision,
-        labels=_fit(labels, width, fill=IGNORE_INDEX),
-        embeds=_fit(embeds, width),
+        labels=fit(labels, width, fill=IGNORE_INDEX),
+        embeds=fit(embeds, width),
         segments=segment_bound(_most_runs(segments)),
     )
 
 
-def _fit(x: np.ndarray | None, width: int, axis: int = 1, fill: int = 0) -> Any:
+def fit(x: np.ndarray | None, width: int, axis: int = 1, fill: int = 0) -> Any:
     if x is None:
         return None
     extra = [(0, width - size if i == axis else 0) for i, size in enumerate(x.shape)]
@@ -150,7 +150,7 @@ def group_batch(cfg: Config, prompts: Sequence[EncodedPrompt], width: int) -> Ba
     """Prompts as a Batch [A width] without pixels: its vision rows count `in_feature_order`."""
     arrays = to_hf_arrays(cfg, prompts, with_pixels=False)
     for name in ("input_ids", "attention_mask"):
-        arrays[name] = _fit(arrays[name], width)
+        arrays[name] = fit(arrays[name], width)
     return make_batch(cfg, pad=False, **arrays)
 
 

@@ -4,7 +4,9 @@ import argparse
 import atexit
 import contextlib
 import difflib
+import itertools
 import os
+import re
 import signal
 import socket
 import sys
@@ -40,15 +42,55 @@ def report(error: BaseException, where: object = "", interrupted: str = "interru
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line on stderr and exit code 2, as those of `report`."""
+    """An ArgumentParser whose errors are one line on stderr and exit code 2, as those of `report`.
+
+    common: names of the options that --help shows; --help-all shows all. foreign: other programs' options,
+    each with the option here that means the same, or with what to type or to know instead.
+    """
+
+    def __init__(
+        self, prog: str, common: str = "", foreign: Mapping[str, str] | None = None, **options: Any
+    ) -> None:
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog, formatter_class=raw, allow_abbrev=False, **options)
+        self.common, self.foreign, self.all = common.split(), foreign or {}, not common
+        self.idle = set[str]()  # names of options that no help shows
+        self.add_argument("--help-all", action="help", help="show all options")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Takes other programs' names, and _ for -; ends for an option that is none, before all else."""
+        args = list(sys.argv[1:] if args is None else args)
+        self.all |= "--help-all" in args
+        known = self._option_string_actions
+        same = {name: known[flag] for name, flag in self.foreign.items() if flag in known}
+        same |= {f"--{x[2:].replace('-', '_')}": a for x, a in known.items() if x[:2] == "--"}
+        known |= same | known
+        for word in itertools.takewhile(lambda word: word != "--", args):
+            name = word.partition("=")[0]
+            unknown = name not in known and (word[:2] not in known or name in self.foreign)
+            if unknown and re.fullmatch(r"--?[a-zA-Z][\w-]*", name):
+                self.exit(2, f"error: {name}: unknown option; {self._instead_of(name)}\n")
+        return super().parse_known_args(args, namespace)
+
+    def _instead_of(self, name: str) -> str:
+        name = name.replace("_", "-")
+        ours = [flag for action in self._actions for flag in action.option_strings]
+        close = [x for x in ours if len(name) > 2 and x.startswith(name)]
+        close += [*difflib.get_close_matches(name, ours, 1, 0.7), ""]
+        near = self.foreign.get(name, close[0])
+        is_option = near.startswith("-")
+        return f"did you mean {near}?" if is_option else near or "--help-all lists the options"
+
+    def format_help(self) -> str:
+        """All options, or the common ones."""
+        common = {*self.common, "help", "help_all"}
+        for action in self._actions:
+            if action.dest in self.idle or not (self.all or action.dest in common):
+                action.help = argparse.SUPPRESS
+        return super().format_help()
 
     def error(self, message: str) -> NoReturn:
-        known, near = list(self._option_string_actions), list[str]()
-        for word in message.split() if "unrecognized" in message else ():
-            name = word.partition("=")[0].replace("_", "-")
-            near += difflib.get_close_matches(name, known, 1, 0.7) if name.startswith("--") else []
-        hint = f"did you mean {', '.join(near)}?" if near else "--help lists the options"
-        self.exit(2, f"error: {one_line(message)} ({hint})\n")
+        self.exit(2, f"error: {one_line(message)} (--help lists the options)\n")
 
 
 @contextlib.contextmanager

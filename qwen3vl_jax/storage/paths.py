@@ -23,6 +23,9 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+# The folder of demo/ and configs/: inside the installed package, beside it in a clone.
+_PACKAGE = Path(__file__).resolve().parents[1]
+BUNDLED = next(x for x in (_PACKAGE / "bundled", _PACKAGE.parent) if x.is_dir())
 AnyPath = str | os.PathLike[str]
 _MARK = "://"
 _DRIVERS = {"gs": "gcs"}  # fsspec's names of the schemes, where they differ

@@ -18,6 +18,7 @@ from qwen3vl_jax.model.sharding import shard
 from qwen3vl_jax.model.structs import Batch, Params
 from qwen3vl_jax.processing.parse_reply import Reply, parse_reply
 from qwen3vl_jax.processing.processor import Processor
+from qwen3vl_jax.scores.metrics import Score, metric_of
 from qwen3vl_jax.storage.json_text import read_json, write_json
 from qwen3vl_jax.training.data.global_batches import all_refused
 from qwen3vl_jax.training.data.loader import check_answers
@@ -42,6 +43,7 @@ class Answered(NamedTuple):
     question: str
     expected: str
     answer: str
+    score: float | None = None  # by evaluate.metric, where that reads the expected answer
 
     @property
     def exact(self) -> bool:
@@ -91,6 +93,11 @@ def make_evaluation(
             answers, refused = answer(params, processor, recipe.data, records, count, check)
             logger.refused(refused)
             values["exact"] = sum(a.exact for a in answers) / max(len(answers), 1)
+            if settings.metric:
+                rule = metric_of(settings.metric, "evaluate.metric")
+                answers = scored(answers, rule, logger)
+                scores = [a.score for a in answers if a.score is not None]
+                values |= {settings.metric: sum(scores) / len(scores)} if scores else {}
         logger.evaluation(number, values, answers)
         if np.isfinite(values["loss"]):
             return values["loss"]
@@ -189,6 +196,22 @@ def answer(
                 texts = expected(row.target), answer_text(proc.parse(said, prompt))
                 answers.append(Answered(row.name, _words(row.messages[-1]), *texts))
     return answers, refused
+
+
+def scored(answers: Sequence[Answered], score: Score, logger: Any) -> list[Answered]:
+    """The answers with their scores; 0 for one that the metric cannot read.
+
+    Records whose expected answer it cannot read are logged as refused, and have no score.
+    """
+    found = list[Answered]()
+    for a in answers:
+        try:
+            value = score(a.answer, [a.expected], a.question) or 0.0
+        except InputError as error:
+            logger.refused([(a.name, f"evaluate.metric: {error}")])
+            value = None
+        found.append(a._replace(score=value))
+    return found
 
 
 def _read(

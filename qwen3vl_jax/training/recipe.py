@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
-from qwen3vl_jax.storage.paths import as_path, is_remote, kind
+from qwen3vl_jax.scores.metrics import metric_of
+from qwen3vl_jax.storage.paths import BUNDLED, as_path, is_remote, kind
 from qwen3vl_jax.training.toml_tables import apply_change, build
 
 
@@ -115,6 +116,7 @@ class Evaluate:
     batches: int = 0
     generate: int = 0
     max_new_tokens: int = 64
+    metric: str = ""
 
 
 @dataclass(frozen=True)
@@ -191,16 +193,16 @@ def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
     """The recipe of a TOML file, or of a name in configs/, after ``table.key=value`` changes.
 
     A change's value is TOML, or a bare string. Relative paths are looked up in the working directory,
-    then in the recipe's folder.
+    then in the recipe's folder, or that of configs/ for a name.
     """
-    path, bundled = as_path(path), Path(__file__).resolve().parents[2] / "configs"
+    path, bundled = as_path(path), BUNDLED / "configs"
+    folder = path.parent
     if not is_remote(path) and not path.exists():
         named = bundled / f"{path.name.removesuffix('.toml')}.toml"
         if len(path.parts) > 1 or not named.is_file():
             known = ", ".join(sorted(found.stem for found in bundled.glob("*.toml")))
-            names = f"; by name there are {known}" if known else ""
-            raise InputError(f"--config {path}: no such file{names}")
-        path = named
+            raise InputError(f"--config {path}: no such file; by name there are {known}")
+        path, folder = named, BUNDLED
     try:
         raw = tomllib.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
@@ -208,7 +210,7 @@ def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
         raise InputError(f"--config {path}: expected a TOML file, found: {reason}") from None
     for change in changes:
         apply_change(Recipe, raw, change)
-    recipe = _with_found_paths(build(Recipe, raw, "", str(path)), path.parent)
+    recipe = _with_found_paths(build(Recipe, raw, "", str(path)), folder)
     problems = itertools.chain(_wrong_numbers(recipe), _wrong_together(recipe))
     if (first := next(problems, None)) is not None:
         raise InputError(first)
@@ -316,7 +318,7 @@ def check_vision_length(pack: Pack, cfg: Config) -> None:
 
 
 def check_sources(recipe: Recipe) -> None:
-    """Raises InputError for no training source, or for a missing file or folder of a source."""
+    """Raises InputError for no training source, a missing file or folder of one, an unknown metric."""
     if not recipe.data.sources:
         raise InputError("data.sources is empty, expected [[data.sources]] with a path")
     for name, source in _named_sources(recipe):
@@ -324,6 +326,11 @@ def check_sources(recipe: Recipe) -> None:
             raise InputError(f"{name}.path is {source.path!r}: no such file")
         if source.media and kind(as_path(source.media)) != "folder":
             raise InputError(f"{name}.media is {source.media!r}: no such folder")
+    if metric := recipe.evaluate.metric:
+        metric_of(metric, "evaluate.metric")
+        if recipe.evaluate.every and not recipe.evaluate.generate:
+            expected = "expected none while evaluate.generate is 0, which answers nothing; set it"
+            raise InputError(f"evaluate.metric: got {metric!r}, {expected}")
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -9,6 +9,29 @@ from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_h
 from qwen3vl_jax.errors import InputError
 
 _T = TypeVar("_T")
+# Keys of a recipe, and their names in transformers, TRL, PEFT, LLaMA-Factory, axolotl and ms-swift.
+_NAMES = """
+ckpt: model model_id model_name model_path model_name_or_path base_model; steps: max_steps train_steps
+steps (--dry-run prints epochs): num_train_epochs num_epochs epochs; save_every: save_steps save_interval
+data.sources: dataset datasets dataset_name dataset_path data_path data_files train_file train_data
+data.workers: dataloader_num_workers num_workers; data.max_pixels: image_max_pixels
+pack.rows: per_device_train_batch_size train_batch_size micro_batch_size batch_size
+pack.length: max_seq_length max_seq_len max_length model_max_length cutoff_len sequence_len
+train.freeze: freeze_vision_tower freeze_vit freeze_aligner; lora.rank: lora_r lora_rank r
+lora.alpha: lora_alpha; lora.dropout: lora_dropout; lora.targets: lora_target target_modules
+lora.base=int4: load_in_4bit; lora.base=int8: load_in_8bit; optimizer.name: optim
+optimizer.learning_rate: lr learning_rate; optimizer.schedule: lr_scheduler_type lr_scheduler scheduler
+optimizer.warmup: warmup_steps num_warmup_steps; optimizer.warmup (in steps): warmup_ratio
+optimizer.weight_decay: weight_decay; optimizer.eps: adam_epsilon; optimizer.b1: adam_beta1
+optimizer.b2: adam_beta2; optimizer.clip: max_grad_norm gradient_clipping grad_clip
+step.accumulate: gradient_accumulation_steps grad_accum; step.dtype=bfloat16: bf16
+step.dtype: fp16 mixed_precision torch_dtype; step.remat=full: gradient_checkpointing
+evaluate.sources: eval_dataset eval_file validation_file; evaluate.every: eval_steps
+checkpoints.keep: save_total_limit; report.every: logging_steps log_interval
+report.wandb: report_to wandb_project run_name; mesh.fsdp: deepspeed fsdp_config; --out RUN_DIR: output_dir
+"""
+_PAIRS = [entry.split(": ") for entry in _NAMES.strip().replace("; ", "\n").splitlines()]
+FOREIGN = {name: key for key, names in _PAIRS for name in names.split()}
 
 
 def apply_change(kind: type, raw: dict[str, Any], change: str) -> None:
@@ -62,7 +85,8 @@ def _check_keys(keys: Iterable[str], kind: Any, prefix: str, where: str) -> None
             tables = {n: hint for n, hint in hints.items() if dataclasses.is_dataclass(hint)}
             inside = [f"{n}.{key}" for n, hint in tables.items() if key in get_type_hints(hint)]
             near = difflib.get_close_matches(key, hints, 1) or inside
-            advice = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(hints)}"
+            meant = FOREIGN.get(key) or (near and prefix + near[0])
+            advice = f"did you mean {meant}?" if meant else f"known: {', '.join(hints)}"
             raise InputError(f"{where}: unknown key {prefix}{key}; {advice}")
 
 

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from released import to_hf
 
-from convert.__main__ import main
-from convert.to_orbax import to_orbax
 from qwen3vl_jax import Config, InputError, init_params
 from qwen3vl_jax.checkpoint import config_files
 from qwen3vl_jax.checkpoint.save import save_params
+from qwen3vl_jax.cli.convert import main
+from qwen3vl_jax.convert.to_orbax import to_orbax
 from qwen3vl_jax.loading import load
 from qwen3vl_jax.storage import atomic_dir
 from qwen3vl_jax.storage.hub import resolve

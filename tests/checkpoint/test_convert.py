@@ -11,12 +11,12 @@ import pytest
 import released
 import tiny
 
-from convert.__main__ import main
-from convert.to_hf import to_hf
-from convert.to_orbax import to_orbax
 from qwen3vl_jax import Config, InputError
 from qwen3vl_jax.checkpoint import name_map
 from qwen3vl_jax.checkpoint.hf_reader import MismatchError, open_hf
+from qwen3vl_jax.cli.convert import main
+from qwen3vl_jax.convert.to_hf import to_hf
+from qwen3vl_jax.convert.to_orbax import to_orbax
 from qwen3vl_jax.storage import safetensors_files
 
 TEXT = "model.language_model."

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from released import to_hf as to_released
 
-from convert.__main__ import main
-from convert.to_hf import to_hf
-from convert.to_orbax import to_orbax
 from qwen3vl_jax import Config, InputError
 from qwen3vl_jax.checkpoint.fp8 import dequantize_into
 from qwen3vl_jax.checkpoint.hf_reader import open_hf
 from qwen3vl_jax.checkpoint.save import save_params
+from qwen3vl_jax.cli.convert import main
+from qwen3vl_jax.convert.to_hf import to_hf
+from qwen3vl_jax.convert.to_orbax import to_orbax
 from qwen3vl_jax.loading import load
 
 LAYER = "model.language_model.layers.0."

@@ -13,10 +13,10 @@ from pathlib import Path
 import hf_files as hf
 import pytest
 
-import convert.__main__ as convert
-from convert.to_hf import to_hf
-from convert.to_orbax import to_orbax
 from qwen3vl_jax import InputError
+from qwen3vl_jax.cli import convert
+from qwen3vl_jax.convert.to_hf import to_hf
+from qwen3vl_jax.convert.to_orbax import to_orbax
 from qwen3vl_jax.loading import load
 from qwen3vl_jax.storage import atomic_dir
 
@@ -25,9 +25,9 @@ ROOT = Path(__file__).resolve().parents[2]
 CHILD = """
 import sys, time
 from pathlib import Path
-import convert.__main__ as convert
-from convert.to_hf import to_hf
-from convert.to_orbax import to_orbax
+from qwen3vl_jax.cli import convert
+from qwen3vl_jax.convert.to_hf import to_hf
+from qwen3vl_jax.convert.to_orbax import to_orbax
 
 done = 0
 def progress(step, total):

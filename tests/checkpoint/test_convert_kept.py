@@ -16,13 +16,13 @@ import pytest
 import tiny
 
 import qwen3vl_jax as q3
-from convert.__main__ import main
-from convert.to_hf import to_hf
-from convert.to_orbax import to_orbax
 from qwen3vl_jax import InputError
 from qwen3vl_jax.checkpoint.device_load import as_dicts
 from qwen3vl_jax.checkpoint.name_map import param_specs
 from qwen3vl_jax.checkpoint.save import save_params
+from qwen3vl_jax.cli.convert import main
+from qwen3vl_jax.convert.to_hf import to_hf
+from qwen3vl_jax.convert.to_orbax import to_orbax
 from qwen3vl_jax.loading import load
 from qwen3vl_jax.model.quantized import Quantized, dequantize
 

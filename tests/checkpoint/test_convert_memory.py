@@ -21,8 +21,8 @@ CHILD = """
 import ctypes, gc, json, sys, threading, time
 from pathlib import Path
 import jax, orbax.checkpoint
-from convert.to_hf import to_hf
-from convert.to_orbax import to_orbax
+from qwen3vl_jax.convert.to_hf import to_hf
+from qwen3vl_jax.convert.to_orbax import to_orbax
 from qwen3vl_jax.loading import load
 
 def anonymous():

@@ -8,12 +8,12 @@ import hf_files as hf
 import numpy as np
 import pytest
 
-import convert.__main__ as command
-from convert.__main__ import main
-from convert.to_hf import to_hf
-from convert.to_orbax import to_orbax
 from qwen3vl_jax import Config, InputError
 from qwen3vl_jax.checkpoint.hf_reader import MismatchError, open_hf
+from qwen3vl_jax.cli import convert as command
+from qwen3vl_jax.cli.convert import main
+from qwen3vl_jax.convert.to_hf import to_hf
+from qwen3vl_jax.convert.to_orbax import to_orbax
 from qwen3vl_jax.storage import safetensors_files
 
 NORM, Q = (f"model.language_model.{n}.weight" for n in ("norm", "layers.0.self_attn.q_proj"))

@@ -13,11 +13,11 @@ from released import to_hf as to_released
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from convert.to_hf import to_hf
-from convert.to_orbax import to_orbax
 from qwen3vl_jax import make_batch
 from qwen3vl_jax.checkpoint.save import save_params
 from qwen3vl_jax.config import TIED
+from qwen3vl_jax.convert.to_hf import to_hf
+from qwen3vl_jax.convert.to_orbax import to_orbax
 from qwen3vl_jax.loading import load
 
 KINDS = {

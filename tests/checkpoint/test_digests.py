@@ -15,13 +15,13 @@ import pytest
 import train_files
 from jax.sharding import NamedSharding, PartitionSpec
 
-import convert.__main__ as command
-from convert.to_hf import to_hf
-from convert.to_orbax import to_orbax
 from qwen3vl_jax import device_mesh
 from qwen3vl_jax.checkpoint import digests
 from qwen3vl_jax.checkpoint.digests import DamagedError
 from qwen3vl_jax.checkpoint.orbax_io import open_tree
+from qwen3vl_jax.cli import convert as command
+from qwen3vl_jax.convert.to_hf import to_hf
+from qwen3vl_jax.convert.to_orbax import to_orbax
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.loading import load
 from qwen3vl_jax.training import checkpoints, recipe, run_dir, train_model

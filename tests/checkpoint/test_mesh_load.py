@@ -16,13 +16,13 @@ import tiny
 from jax.sharding import PartitionSpec as P
 
 import qwen3vl_jax as q3
-from convert.to_orbax import to_orbax
 from qwen3vl_jax import device_mesh
 from qwen3vl_jax.checkpoint import orbax_io
 from qwen3vl_jax.checkpoint.device_load import Source, path_shardings, weights_bytes
 from qwen3vl_jax.checkpoint.hf_reader import open_hf
 from qwen3vl_jax.checkpoint.param_paths import flatten
 from qwen3vl_jax.checkpoint.peft_io import save_adapter
+from qwen3vl_jax.convert.to_orbax import to_orbax
 from qwen3vl_jax.training.stacked_load import load_stacked
 
 LAYERS = {"num_hidden_layers": 1}

@@ -17,12 +17,12 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import qwen3vl_jax as q3
-from convert.to_orbax import to_orbax
 from qwen3vl_jax.checkpoint import name_map
 from qwen3vl_jax.checkpoint.adapters import attach, merge, merged
 from qwen3vl_jax.checkpoint.lazy_tensor import LazyTensor
 from qwen3vl_jax.checkpoint.param_paths import flatten
 from qwen3vl_jax.checkpoint.peft_io import MATRICES, SETTINGS, load_adapter, save_adapter
+from qwen3vl_jax.convert.to_orbax import to_orbax
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.training import recipe
 from qwen3vl_jax.training.lora_targets import split_lora

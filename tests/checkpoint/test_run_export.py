@@ -10,12 +10,12 @@ import tomli_w
 import train_files
 from hf_files import assert_same, read
 
-import convert.__main__ as command
 import qwen3vl_jax as q3
-from convert.from_run import run_to_hf
 from qwen3vl_jax.checkpoint.adapters import attach, merge
 from qwen3vl_jax.checkpoint.device_load import weights_bytes
 from qwen3vl_jax.checkpoint.peft_io import load_adapter
+from qwen3vl_jax.cli import convert as command
+from qwen3vl_jax.convert.from_run import run_to_hf
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.loading import source_of
 from qwen3vl_jax.training import recipe, run_dir, train_model

@@ -6,8 +6,8 @@ import pytest
 import train_files
 
 import qwen3vl_jax as q3
-from convert.to_orbax import to_orbax
 from qwen3vl_jax.checkpoint.param_paths import flatten
+from qwen3vl_jax.convert.to_orbax import to_orbax
 from qwen3vl_jax.device_mesh import make_mesh
 from qwen3vl_jax.training import param_groups, state_sharding, train_model
 from qwen3vl_jax.training.stacked_load import layers_of, load_stacked, paths_of

@@ -63,7 +63,7 @@ def test_mixed_prompts_answer_as_each_alone(demo, work, monkeypatch):
     """Tokens and reasons equal; rows busy, a picture encoded once, one program a bucket: counted."""
     proc, params = demo
     _, lines, arrays, alone = work
-    programs = (vision._run_block.__wrapped__, cache._fill_layer.__wrapped__, engine._insert)
+    programs = (vision.run_block.__wrapped__, cache._fill_layer.__wrapped__, engine._insert)
     programs = (*programs, engine._extend, decode_loop.decode_steps)
     fill, extend, touched = engine.prefill_packed, engine._extend, set()
     encode, calls = stores.vision_encode, []

@@ -328,7 +328,7 @@ def test_settings_of_media_that_lines_may_have(tmp_path):
     path, asked = tmp_path / "in.jsonl", ["--fps", "2", "--output", "o", "--input"]
     for text, fine in (("frames", True), ("video", True), ("\\u0076ideo", True), ("image", False)):
         path.write_text(f'{{"a": 1}}\n{{"b": "{text}"}}\n')
-        args = arguments([*asked, str(path)], "")
+        args = arguments([*asked, str(path)])
         with (
             contextlib.nullcontext() if fine else pytest.raises(InputError, match="--fps: no line")
         ):

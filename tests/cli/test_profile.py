@@ -60,8 +60,8 @@ def test_a_file_of_prompts_and_an_embedding(capsys):
 
 
 SCOPES = {
-    "jit(_run_block)/VisionBlock/attn/dot_general": "vision",
-    "jit(_embed_patches)/vision/PatchEmbed/dot_general": "vision",
+    "jit(run_block)/VisionBlock/attn/dot_general": "vision",
+    "jit(embed_patches)/vision/PatchEmbed/dot_general": "vision",
     "jit(_merge)/PatchMerger/norm/reduce_sum": "merger",
     "jit(decode_steps)/while/body/Block/attn/dot_general": "attention",
     "jit(start)/scan/body/vmap(Block/mlp)/mul": "mlp",

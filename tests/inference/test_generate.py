@@ -259,7 +259,7 @@ def run(shapes):
 touched = run(first)
 assert len({{v for _, v in touched}}) == 2 and len(touched) >= 3, touched
 programs = (
-    vision._run_block.__wrapped__, cache._embed_prompt, cache._fill_layer.__wrapped__,
+    vision.run_block.__wrapped__, cache._embed_prompt, cache._fill_layer.__wrapped__,
     decode_loop.decode_steps,
 )
 counts = [f._cache_size() for f in programs]

@@ -7,13 +7,13 @@ import pytest
 from released import from_hf
 from test_int8 import at_path, bits, is_quantized
 
-from convert.to_hf import to_hf
-from convert.to_orbax import to_orbax
 from qwen3vl_jax import Config, InputError
 from qwen3vl_jax.checkpoint import quantize
 from qwen3vl_jax.checkpoint.device_load import Source, weights_bytes
 from qwen3vl_jax.checkpoint.name_map import param_specs
 from qwen3vl_jax.checkpoint.save import save_params
+from qwen3vl_jax.convert.to_hf import to_hf
+from qwen3vl_jax.convert.to_orbax import to_orbax
 from qwen3vl_jax.loading import load
 from qwen3vl_jax.model.quantized import dequantize
 

@@ -18,8 +18,6 @@ from released import from_hf
 import qwen3vl_jax as q3
 from benchmarks import int8_error
 from benchmarks.int8_error import logit_error
-from convert.__main__ import main
-from convert.to_orbax import to_orbax
 from qwen3vl_jax import Config, InputError
 from qwen3vl_jax.checkpoint import quantize
 from qwen3vl_jax.checkpoint.device_load import as_dicts
@@ -27,6 +25,8 @@ from qwen3vl_jax.checkpoint.lazy_tensor import eight_bit
 from qwen3vl_jax.checkpoint.name_map import param_specs
 from qwen3vl_jax.checkpoint.param_paths import flatten
 from qwen3vl_jax.checkpoint.save import save_params
+from qwen3vl_jax.cli.convert import main
+from qwen3vl_jax.convert.to_orbax import to_orbax
 from qwen3vl_jax.loading import load
 from qwen3vl_jax.model.quantized import Quantized, dequantize
 

@@ -21,8 +21,8 @@ from qwen3vl_jax.checkpoint.param_paths import flatten
 from qwen3vl_jax.checkpoint.peft_io import save_adapter
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.model.layers import linear, linear_fp32
-from qwen3vl_jax.model.lora import Adapted, Pair
-from qwen3vl_jax.model.moe import _dropout_masks, experts_ragged, experts_scan
+from qwen3vl_jax.model.lora import Adapted, Pair, dropout_mask, expert_leaves
+from qwen3vl_jax.model.moe import experts_ragged, experts_scan
 from qwen3vl_jax.model.quantized import Quantized, dequantize
 from qwen3vl_jax.training import recipe
 from qwen3vl_jax.training.lora_targets import first_values, split_lora, targeted
@@ -124,7 +124,7 @@ def test_experts():
     def ran(run, *weights):
         def loss(pairs, x):
             put = [w.replace(pairs=p) if p else w for w, p in zip(weights, pairs, strict=True)]
-            y = run(x, share, jnp.asarray(chosen), *put, "silu")
+            y = run(x, share, jnp.asarray(chosen), *map(expert_leaves, put), "silu")
             return jnp.sum(jnp.sin(y)), y
 
         pairs = [w.pairs if isinstance(w, Adapted) else None for w in weights]
@@ -143,8 +143,8 @@ def test_experts():
         w.replace(pairs={"x": w.pairs["x"].replace(key=jax.random.key(i), rate=0.5)})
         for i, w in enumerate((gate_up, down))
     ]
-    args = (x, share, jnp.asarray(chosen), *dropped, "silu")
-    masks = _dropout_masks(x.shape[:1], x.dtype, *dropped)
+    args = (x, share, jnp.asarray(chosen), *map(expert_leaves, dropped), "silu")
+    masks = [dropout_mask(w.pairs["x"], (len(x), w.shape[1]), x.dtype) for w in dropped]
     one, other = (run(*args, masks=masks) for run in (experts_scan, experts_ragged))
     assert ours.worst(one, other) < 1e-5 < ours.worst(one, want)
 

@@ -101,7 +101,7 @@ def test_eight_bit_weights_are_planned_as_they_are_held(tmp_path, kind):
 
 def test_an_adapter_is_refused_for_it_would_not_be_counted():
     with pytest.raises(InputError, match="answers nothing, leave --adapter out"):
-        infer_arguments.arguments(["--plan", "v5e:2x2", "--adapter", "DIR"], "")
+        infer_arguments.arguments(["--plan", "v5e:2x2", "--adapter", "DIR"])
 
 
 def test_more_tokens_than_the_model_has_positions_for_are_refused():

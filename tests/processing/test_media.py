@@ -378,7 +378,7 @@ def test_link_local_is_never_meant():
 
 def test_options_of_a_batch(tmp_path):
     both = ["--input", "a", "--output", "b"]
-    read = lambda *more: infer_arguments.media_rules(infer_arguments.arguments([*both, *more], ""))  # noqa: E731
+    read = lambda *more: infer_arguments.media_rules(infer_arguments.arguments([*both, *more]))  # noqa: E731
     rules = functools.partial(MediaRules, trusted=False, max_batch_bytes=4 * 2**30)
     assert read() == rules()
     found = read("--media-root", str(tmp_path), "--allow-hosts", "a.org, 10.0.0.1")
@@ -387,7 +387,7 @@ def test_options_of_a_batch(tmp_path):
     for hosts in ("a,,b", "https://a.org", "10.0.0.0/8", ""):
         refused(lambda hosts=hosts: read("--allow-hosts", hosts), "--allow-hosts: got")
     alone = ["--prompt", "hi", "--media-root", str(tmp_path)]
-    refused(lambda: infer_arguments.arguments(alone, ""), "--media-root", "--input")
+    refused(lambda: infer_arguments.arguments(alone), "--media-root", "--input")
 
 
 def test_no_message_holds_what_is_in_a_file(server, tmp_path):

@@ -17,8 +17,6 @@ from PIL import Image
 
 import qwen3vl_jax as q3
 import train
-from convert.__main__ import main as convert
-from convert.to_orbax import to_orbax
 from qwen3vl_jax import device_mesh
 from qwen3vl_jax.checkpoint import orbax_io
 from qwen3vl_jax.checkpoint.hf_reader import open_hf
@@ -26,6 +24,8 @@ from qwen3vl_jax.checkpoint.peft_io import load_adapter, save_adapter
 from qwen3vl_jax.cli.batch import answer_file
 from qwen3vl_jax.cli.batch_journal import Journal, read_lines
 from qwen3vl_jax.cli.batch_lines import Settings
+from qwen3vl_jax.cli.convert import main as convert
+from qwen3vl_jax.convert.to_orbax import to_orbax
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.inference import engine
 from qwen3vl_jax.processing.processor import Processor

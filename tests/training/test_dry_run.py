@@ -12,9 +12,9 @@ import pytest
 import train_files
 from rich.console import Console
 
-from convert.to_orbax import to_orbax
 from qwen3vl_jax.checkpoint.name_map import param_specs
 from qwen3vl_jax.config import Config
+from qwen3vl_jax.convert.to_orbax import to_orbax
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.training import recipe
 from qwen3vl_jax.training.reporting import memory_estimate

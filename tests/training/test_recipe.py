@@ -186,3 +186,23 @@ def test_out_must_be_a_run_or_new(tmp_path, capsys):
     assert train.main([*common, "--out", str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert "is a file, expected a directory" in said and "holds files and no config.toml" in said
+
+
+def test_a_metric_is_known_before_a_run_starts(tmp_path):
+    """A name, or a function that can be imported, and only where answers are generated."""
+    path = tmp_path / "a.jsonl"
+    path.write_text("{}")
+    changes = [f"data.sources.0.path={path}", f"evaluate.sources.0.path={path}"]
+    changes += ["evaluate.every=5", "evaluate.generate=2"]
+
+    def check(*more):
+        recipe.check_sources(recipe.read_recipe(FIRST, [*changes, *more]))
+
+    check("evaluate.metric=iou@0.5")
+    check("evaluate.metric=python:math:dist")
+    for wrong in ("iou@5", "python:math:none"):
+        with pytest.raises(InputError, match=f"^evaluate.metric: got '{wrong}', expected "):
+            check(f"evaluate.metric={wrong}")
+    with pytest.raises(InputError, match=r"^evaluate.metric: got 'anls', expected none while"):
+        check("evaluate.metric=anls", "evaluate.generate=0")
+    check("evaluate.metric=anls", "evaluate.generate=0", "evaluate.every=0")

@@ -8,8 +8,8 @@ import pytest
 
 import qwen3vl_jax as q3
 import train
-from convert.__main__ import main as convert
 from demo import files
+from qwen3vl_jax.cli.convert import main as convert
 from qwen3vl_jax.training.recipe import read_recipe
 
 CONFIGS = Path(train.__file__).parent / "configs"

@@ -8,6 +8,7 @@ import toy_checkpoint as toy
 from chats import calls, picture, said, user
 
 from qwen3vl_jax.processing.processor import Processor
+from qwen3vl_jax.scores.metrics import metric_of
 from qwen3vl_jax.training import evaluate
 from qwen3vl_jax.training.data import make_samples
 from qwen3vl_jax.training.recipe import Data, Pack
@@ -111,3 +112,16 @@ def test_answers_end_between_two_groups(proc, generated, monkeypatch):
     with pytest.raises(InterruptedError):
         evaluate.answer({}, proc, Data(), records, 9, check)
     assert generated.texts == ["y"]
+
+
+def test_scores_of_answers_and_of_records_that_have_none():
+    """What the metric cannot read is 0; a record whose own answer it cannot read is named and has none."""
+    box, question = '{"bbox_2d": [0, 0, 500, 500]}', "Where?"
+    rows = [("a", box, box), ("b", box, "nowhere"), ("c", "nowhere", box)]
+    given = [evaluate.Answered(name, question, *texts) for name, *texts in rows]
+    seen = []
+    logger = SimpleNamespace(refused=seen.extend)
+    found = evaluate.scored(given, metric_of("iou", ""), logger)
+    assert [(a.name, a.score) for a in found] == [("a", 1.0), ("b", 0.0), ("c", None)]
+    ((name, reason),) = seen
+    assert name == "c" and reason.startswith("evaluate.metric: got 'nowhere', expected {")

@@ -18,6 +18,7 @@ import train_files
 import train
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.runtime import distributed
+from qwen3vl_jax.scores import metrics
 from qwen3vl_jax.training import evaluate, recipe, run_dir, run_setup, train_model
 from qwen3vl_jax.training.checkpoints import Checkpoints
 from qwen3vl_jax.training.reporting.metrics_table import Table, read_table
@@ -44,6 +45,7 @@ def files(tmp_path_factory):
             "every": 2,
             "generate": 2,
             "max_new_tokens": 3,
+            "metric": "anls",
             "batches": 1,
             "sources": [{"path": str(held_out)}],
         },
@@ -78,6 +80,9 @@ def test_evaluation_by_loss_and_by_generation(done):
     assert [a["expected"] for a in answers] == ["0 and 0", "1 and 1"]
     exact = np.mean([a["answer"].strip() == a["expected"] for a in answers])
     assert float(rows[1]["exact"]) == exact
+    values = [metrics.anls(a["answer"], a["expected"]) for a in answers]
+    assert [a["score"] for a in answers] == values
+    assert float(rows[1]["anls"]) == pytest.approx(np.mean(values))
     events = b"".join(p.read_bytes() for p in (done / "tensorboard").iterdir())
     assert b"train/loss" in events and b"evaluation/exact" in events and b"answers" in events
 
@@ -288,6 +293,7 @@ def fake_scores(monkeypatch, scores):
 
 
 SCORED = ["steps=8", "save_every=2", "evaluate.every=2", "evaluate.generate=0", "report.profile=[]"]
+SCORED += ['evaluate.metric=""']
 
 
 def test_the_best_step_stays_whenever_sigterm_comes(files, monkeypatch):

@@ -11,7 +11,7 @@ from qwen3vl_jax.storage.remote_files import Growing
 STEP = "step"
 _PANELS = (  # title, columns of metrics.csv, columns of evaluation.csv
     ("loss", ("loss", "vision_loss", "balance_loss"), ("loss",)),
-    ("accuracy", ("accuracy",), ("accuracy", "exact")),
+    ("accuracy", ("accuracy",), ("accuracy", "exact")),  # and evaluate.metric
     ("learning rate", ("lr",), ()),
     ("gradient norm", ("grad_norm",), ()),
     ("tokens/s", ("tokens_per_s",), ()),
@@ -95,6 +95,7 @@ def draw_curves(metrics: Path, evaluation: Path, out: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    others = [n for n in (evaluated or [{}])[0] if n not in (STEP, "loss", "accuracy", "exact")]
     with matplotlib.rc_context({"axes.grid": True, "grid.alpha": 0.3, "font.size": 9}):
         figure = Figure(figsize=(12, 6), layout="constrained")
         # No window, no global state.
@@ -105,6 +106,8 @@ def draw_curves(metrics: Path, evaluation: Path, out: Path) -> None:
             style = ".-" if len(trained) < 50 else "-"
             lines = [(trained, name, name, style) for name in names]
             lines += [(evaluated, name, f"evaluation {name}", "o--") for name in held_out]
+            if title == "accuracy":
+                lines += [(evaluated, name, name, "o--") for name in others]
             for rows, name, label, style in lines:
                 points = [(int(row[STEP]), float(row[name])) for row in rows if row.get(name)]
                 if points:

@@ -131,6 +131,7 @@ class RunLogger:
         path.write_text("".join(lines), encoding="utf-8")
         for a in answers[: self.recipe.report.samples]:
             mark = "right" if a.exact else f"expected {_short(a.expected)}"
+            mark += "" if a.score is None else f", {self.recipe.evaluate.metric} {a.score:.3g}"
             self.log(f"  {_short(a.question)} -> {_short(a.answer)} ({mark})")
         if self._board:
             told = "\n\n".join(f"{a.question}\n\n-> {a.answer}" for a in answers[:8])

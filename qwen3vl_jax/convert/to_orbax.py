@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from convert import Progress
 from qwen3vl_jax.checkpoint import adapters, hf_reader, peft_io, quantize
 from qwen3vl_jax.checkpoint.config_files import PARAMS, copy_files
 from qwen3vl_jax.checkpoint.name_map import tree_of
 from qwen3vl_jax.checkpoint.orbax_io import write_tree
 from qwen3vl_jax.config import Config
+from qwen3vl_jax.convert import Progress
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.storage import atomic_dir, paths
 

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from convert import SHARD_SIZE, Progress
-from convert.to_hf import write_files
 from qwen3vl_jax.checkpoint.peft_io import save_adapter
 from qwen3vl_jax.config import Config
+from qwen3vl_jax.convert import SHARD_SIZE, Progress
+from qwen3vl_jax.convert.to_hf import write_files
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.storage.atomic_dir import check_apart
 from qwen3vl_jax.training.lora_targets import adapter_of

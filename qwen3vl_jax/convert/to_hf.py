@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from convert import SHARD_SIZE, Progress
 from qwen3vl_jax.checkpoint import fp8, name_map, orbax_io, quantize, validate
 from qwen3vl_jax.checkpoint.config_files import PARAMS, copy_files, read_config
 from qwen3vl_jax.checkpoint.lazy_tensor import SCALE, Leaves
 from qwen3vl_jax.checkpoint.param_paths import TreePath
 from qwen3vl_jax.config import Config
+from qwen3vl_jax.convert import SHARD_SIZE, Progress
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.storage.atomic_dir import atomic_dir, check_apart
 from qwen3vl_jax.storage.json_text import write_json

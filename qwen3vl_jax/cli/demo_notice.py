@@ -1,11 +1,12 @@
 """What the bundled checkpoint says of itself to those who ask it without --ckpt."""
 
+import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from demo import tasks
+from qwen3vl_jax.storage.paths import BUNDLED
 
 # At least this share of an image of digits is within so many levels of its paper.
 PAPER, NEAR = 0.5, 40
@@ -40,23 +41,9 @@ def shows_digits(image: np.ndarray) -> bool:
 
 def knows(question: str) -> bool:
     """Whether it is one of the wordings that the checkpoint was trained on, of any digit."""
+    words = json.loads((BUNDLED / "demo" / "wordings.json").read_text())
+    digit = f"(?:{'|'.join(['[0-9]', *words.pop('one'), *words.pop('many')])})"
+    del words["reverse"]
     asked = " ".join(question.split()).lower()
-    learned = [words for kind, words in tasks.WORDINGS.items() if kind != "reverse"]
-    return any(
-        re.fullmatch(_pattern(wording), asked)
-        for wording in (*(w for words in learned for w in words), *tasks.WHEN, *tasks.HELLO)
-    )
-
-
-def _pattern(wording: str) -> str:
-    """The wording with every digit in place of its fields."""
-
-    def one_of(values: Iterable[str]) -> str:
-        return f"(?:{'|'.join(values)})"
-
-    fields = {"d": "[0-9]", "one": one_of(tasks.ONE), "many": one_of(tasks.MANY)}
-    fields |= {"row": "[0-9]", "col": "[0-9]"}
-    text = re.escape(wording.lower())
-    for name, values in fields.items():
-        text = text.replace(re.escape(f"{{{name}}}"), values)
-    return text
+    patterns = (re.escape(wording.lower()) for kind in words.values() for wording in kind)
+    return any(re.fullmatch(re.sub(r"\\{\w+\\}", digit, x), asked) for x in patterns)
