@@ -59,8 +59,9 @@ MAY_IMPORT = {
     "planning": LIBRARY,
     "convert": LIBRARY,
     "loading": LIBRARY,
+    "serve": {"inference", "processing", "storage", "runtime"},
     "lora": {"checkpoint"},
-    "cli": {*LIBRARY, "planning", "convert", "loading", "version", "__init__"},
+    "cli": {*LIBRARY, "planning", "convert", "loading", "serve", "version", "__init__"},
     "__init__": {*LIBRARY, "loading", "version"},
     "__main__": {*LIBRARY, "version"},
 }

@@ -22,6 +22,7 @@ COMMANDS = {
     "train.py": ["train.py"],
     "convert": ["-m", "convert"],
     "qwen3vl score": ["-c", "from qwen3vl_jax.cli.score import main; main()"],
+    "qwen3vl serve": ["-c", "from qwen3vl_jax.cli.main import main; main()", "serve"],
 }
 
 

@@ -48,23 +48,29 @@ def parse_reply(text: str, thinking: bool = False) -> Reply:
     An answer cut off while thinking is all reasoning. A <tool_call> that is not JSON with a name and an
     object of arguments stays in the content.
     """
-    reasoning, is_open = None, thinking or text.lstrip().startswith(_OPEN)
+    reasoning, begins = None, text.lstrip()
+    is_open = thinking or begins.startswith(_OPEN)
+    text = begins.removeprefix(_OPEN) if begins.startswith(_OPEN) else text
     close = text.find(_CLOSE)
     # Arguments of a call may hold the tag.
     if close >= 0 and not is_open and any(a < close < b for a, b, _ in _blocks(text)[0]):
         close = -1
     if close >= 0:
-        reasoning = text[:close].removeprefix(_OPEN).strip("\n")
+        reasoning = text[:close].strip("\n")
         text = text[close + len(_CLOSE) :]
     elif is_open:
-        reasoning, text = text.lstrip().removeprefix(_OPEN).strip("\n"), ""
+        reasoning, text = text.strip("\n"), ""
+    return dataclasses.replace(parse_calls(text, reasoning is not None), reasoning=reasoning)
+
+
+def parse_calls(text: str, strips: bool = False) -> Reply:
+    """`parse_reply` of a text without reasoning; strips: line breaks around it go, as beside a call."""
     blocks, unparsed = _blocks(text)
     starts, ends = [0, *(b for _, b, _ in blocks)], [*(a for a, _, _ in blocks), len(text)]
     content = "".join(text[a:b] for a, b in zip(starts, ends, strict=True))
-    if blocks or reasoning is not None:
-        content = content.strip("\n")
+    content = content.strip("\n") if blocks or strips else content
     calls = tuple(call for _, _, found in blocks for call in found)
-    return Reply(content, reasoning, calls, tuple(unparsed))
+    return Reply(content, None, calls, tuple(unparsed))
 
 
 def _blocks(text: str) -> tuple[list[tuple[int, int, list[ToolCall]]], list[str]]:
