@@ -137,7 +137,16 @@ def main() -> int:
     proc, params = evaluate.load(evaluate.CHECKPOINT)
     asked = prompts()
     expected = alone(proc, params, asked)
-    command = [sys.executable, "-m", "qwen3vl_jax.cli.serve", "--port", "0", "--rows", str(ROWS)]
+    command = [
+        sys.executable,
+        "-m",
+        "qwen3vl_jax.cli.main",
+        "serve",
+        "--port",
+        "0",
+        "--rows",
+        str(ROWS),
+    ]
     command += ["--dtype", "float32"]
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environ) as child:

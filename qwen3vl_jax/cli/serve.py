@@ -12,11 +12,13 @@ import socket
 import sys
 from typing import Any
 
+from qwen3vl_jax.cli.foreign_options import FOREIGN
 from qwen3vl_jax.cli.infer_arguments import media_rules, mesh_sizes
 from qwen3vl_jax.errors import InputError, check_int
 from qwen3vl_jax.runtime.chips import allow_gpu_memory, quiet_libtpu
 from qwen3vl_jax.runtime.compile_cache import HELP
-from qwen3vl_jax.runtime.console import Parser, Status, one_line_errors, run_script
+from qwen3vl_jax.runtime.console import Parser, Status, one_line_errors
+from qwen3vl_jax.runtime.native_output import tidy_output
 from qwen3vl_jax.storage.paths import argument
 
 KEY = "QWEN3VL_API_KEY"
@@ -28,13 +30,16 @@ IDLE = 60  # seconds in which a connection sends nothing that can be answered
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     """The options, checked. Raises InputError."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser("qwen3vl serve", description=__doc__, formatter_class=raw)
+    parser = Parser("qwen3vl serve", foreign=FOREIGN, description=__doc__)
     number: dict[str, Any] = {"type": int, "metavar": "N"}
     add = parser.add_argument_group("the model").add_argument
     add("--ckpt", metavar="DIR|ID", help="a checkpoint or a Hub id (default: the bundled demo)")
     add("--revision", help="branch, tag or commit of a Hub id")
-    add("--model-name", metavar="NAME", help="what clients call it (default: what --ckpt says)")
+    add(
+        "--served-model-name",
+        metavar="NAME",
+        help="what clients call it (default: what --ckpt says)",
+    )
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="as in infer.py")
     add("--weights", choices=("fp8", "int8", "int4"), help="as in infer.py")
     add("--adapter", metavar="DIR|ID", help="a LoRA adapter (PEFT's files, or a Hub id)")
@@ -103,6 +108,7 @@ def main(argv: list[str] | None = None) -> None:
         place = scope.enter_context(listen(args.host, args.port))
         allow_gpu_memory()
         quiet_libtpu()
+        tidy_output()
         status.show(f"loading {args.ckpt or 'the bundled demo'}", line=False)
         try:
             from qwen3vl_jax.serve.http import run
@@ -121,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
         status.stop()
         requests, body = args.rows + args.max_queue, args.max_body << 20
         limits = Limits(requests, args.timeout, body, MEDIA, args.api_key or "")
-        name = args.model_name or args.ckpt or "demo"
+        name = args.served_model_name or args.ckpt or "demo"
         server = Server(proc, params, engine, name, limits, max_len, args.max_new_tokens)
         place.listen()
         host, port, *_ = place.getsockname()
@@ -133,7 +139,3 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{name} answers at http://{host}:{port}/v1", file=sys.stderr, flush=True)
         run(server.app, place, min(IDLE, args.timeout))
         engine.stop()
-
-
-if __name__ == "__main__":
-    run_script(main)

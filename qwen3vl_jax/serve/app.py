@@ -1,15 +1,13 @@
 """The routes: chat completions, embeddings, models, health and metrics."""
 
 import asyncio
-import base64
-import contextlib
 import dataclasses
-import functools
 import queue
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import jax
@@ -28,34 +26,43 @@ from qwen3vl_jax.processing.batch import make_batch
 from qwen3vl_jax.processing.encoded_prompt import EncodedPrompt, to_hf_arrays
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.processing.retrieval_prompts import embed_conversation
-from qwen3vl_jax.serve.engine_thread import EngineThread, Ticket
+from qwen3vl_jax.serve.engine_thread import EngineThread
 from qwen3vl_jax.serve.guard import Guard, Limits, error_response, event
 from qwen3vl_jax.serve.metrics import Metrics
-from qwen3vl_jax.serve.protocol import ApiError, ChatRequest, blaming, read_chat, read_embedding
+from qwen3vl_jax.serve.protocol import (
+    ApiError,
+    ChatRequest,
+    blaming,
+    check_model,
+    read_chat,
+    read_embedding,
+    usage_of,
+)
 from qwen3vl_jax.serve.reply import OPEN, Delta, Reply, message
 
 THREADS = 4  # that read images and encode prompts
 Events = asyncio.Queue[tuple[int, Any]]  # (index of a choice or an input, event of its ticket)
 
 
+@dataclasses.dataclass
 class Server:
     """The model behind the routes; `app` is the ASGI app."""
 
-    def __init__(
-        self,
-        proc: Processor,
-        params: Any,
-        engine: EngineThread,
-        model: str,
-        limits: Limits,
-        max_len: int,
-        max_new_tokens: int,
-    ):
-        self.proc, self.params, self.engine, self.model = proc, params, engine, model
-        self.max_len, self.max_new_tokens = max_len, max_new_tokens
+    proc: Processor
+    params: Any
+    engine: EngineThread
+    model: str  # its name
+    limits: Limits
+    max_len: int  # tokens of prompt and answer
+    max_new_tokens: int  # of an answer to a request that does not say
+
+    def __post_init__(self) -> None:
         self.embed = jax.jit(scoring.embed, static_argnames="cfg")
-        self.made, self.metrics = int(time.time()), Metrics()
-        self.pool = ThreadPoolExecutor(THREADS)
+        self.made, self.metrics, self.pool = (
+            int(time.time()),
+            Metrics(),
+            ThreadPoolExecutor(THREADS),
+        )
         routes = [
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
             Route("/v1/embeddings", self.embeddings, methods=["POST"]),
@@ -64,9 +71,9 @@ class Server:
             Route("/health", self.health),
             Route("/metrics", self.report),
         ]
-        handlers: Any = {ApiError: _refused, HTTPException: _no_route, Exception: _failed}
+        handlers: Any = dict.fromkeys((ApiError, HTTPException, Exception), _refused)
         inner = Starlette(routes=routes, exception_handlers=handlers)
-        self.app = Guard(inner, limits, self.metrics, [route.path for route in routes])
+        self.app = Guard(inner, self.limits, self.metrics, [route.path for route in routes])
 
     async def models(self, asked: Asked) -> Response:
         """The one model."""
@@ -77,10 +84,8 @@ class Server:
             "owned_by": "qwen3vl_jax",
         }
         name = asked.path_params.get("name")
-        if name not in (None, self.model):
-            raise ApiError(
-                404, f"model: got {name!r}, expected {self.model!r}", "model", "model_not_found"
-            )
+        if name is not None:
+            check_model(name, self.model)
         return JSONResponse({"object": "list", "data": [found]} if name is None else found)
 
     async def health(self, _: Asked) -> Response:
@@ -97,20 +102,15 @@ class Server:
 
     async def chat(self, asked: Asked) -> Response:
         """/v1/chat/completions."""
-        start, stack, body = time.perf_counter(), asked.scope["stack"], await asked.body()
-        request, prompt = await self._in_pool(self._read_chat, body)
-        media = sum(image.patches.nbytes for image in prompt.images)
-        self.app.take(stack, request.choices - 1, media)
-        self.metrics.tokens["prompt"] += len(prompt.ids)
+        start = time.perf_counter()
+        request, prompt = await self._prepared(asked, self._read_chat)
+        seeds = [(request.request.seed + i) % 2**32 for i in range(request.choices)]
         room = min(request.request.max_new_tokens, self.max_len - len(prompt.ids))
         whole = dataclasses.replace(request.request, arrays=prompt, max_new_tokens=room)
-        seeds = [(whole.seed + i) % 2**32 for i in range(request.choices)]
-        work = [
-            functools.partial(self.engine.ask, dataclasses.replace(whole, seed=s)) for s in seeds
-        ]
-        tail = self.proc.decode(prompt.ids[-8:], False)
-        replies = [Reply(self.proc, request, tail.rstrip().endswith(OPEN)) for _ in seeds]
-        answer = _Answer(self, request, replies, len(prompt.ids), _submit(stack, work))
+        events = self._submit(asked, [dataclasses.replace(whole, seed=s) for s in seeds], [prompt])
+        thinking = self.proc.decode(prompt.ids[-8:], False).rstrip().endswith(OPEN)
+        replies = [Reply(self.proc, request, thinking) for _ in seeds]
+        answer = _Answer(self, request, replies, len(prompt.ids), events)
         # An engine that has stopped gives a status, not a stream.
         first = await answer.next()
         self.metrics.observe("first_token_seconds", time.perf_counter() - start)
@@ -120,30 +120,37 @@ class Server:
 
     async def embeddings(self, asked: Asked) -> Response:
         """/v1/embeddings."""
-        request, prompts = await self._in_pool(self._read_embedding, await asked.body())
-        media = sum(image.patches.nbytes for prompt in prompts for image in prompt.images)
-        self.app.take(asked.scope["stack"], len(prompts) - 1, media)
-        work = [
-            functools.partial(self.engine.call, functools.partial(self._vector, x)) for x in prompts
-        ]
-        events = _submit(asked.scope["stack"], work)
-        found: dict[int, Any] = {}
-        while len(found) < len(prompts):
+        request, prompts = await self._prepared(asked, self._read_embedding)
+        events = self._submit(asked, [partial(self._vector, x) for x in prompts], prompts)
+        data: list[Any] = [None] * len(prompts)
+        while None in data:
             index, vector = await events.get()
             if isinstance(vector, Finished | Exception):
                 raise ApiError(500, getattr(vector, "error", vector))
-            found[index] = _shortened(vector, request.dims)
-        count = sum(len(prompt.ids) for prompt in prompts)
-        self.metrics.tokens["prompt"] += count
-        data = [
-            {"object": "embedding", "index": i, "embedding": _written(found[i], request.as_base64)}
-            for i in sorted(found)
-        ]
-        usage = {"prompt_tokens": count, "total_tokens": count}
+            data[index] = {"object": "embedding", "index": index, "embedding": request.form(vector)}
+        usage = usage_of(sum(len(prompt.ids) for prompt in prompts))
         return JSONResponse({"object": "list", "data": data, "model": self.model, "usage": usage})
 
-    async def _in_pool(self, function: Callable, body: bytes) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self.pool, function, body)
+    async def _prepared(self, asked: Asked, read: Callable[[bytes], Any]) -> Any:
+        """What `read`, in a thread of the pool, makes of a body."""
+        body = await asked.body()
+        return await asyncio.get_running_loop().run_in_executor(self.pool, read, body)
+
+    def _submit(self, asked: Asked, work: list[Any], prompts: list[EncodedPrompt]) -> Events:
+        """Submits to the engine until the request ends; the events come to the running loop."""
+        events, loop, stack = Events(), asyncio.get_running_loop(), asked.scope["stack"]
+        media = sum(image.patches.nbytes for prompt in prompts for image in prompt.images)
+        self.app.take(stack, len(work) - 1, media)
+        self.metrics.tokens["prompt"] += sum(len(prompt.ids) for prompt in prompts)
+
+        def post(index: int, what: Any) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, (index, what))
+
+        for index, one in enumerate(work):
+            stack.callback(
+                setattr, self.engine.submit(one, partial(post, index)), "cancelled", True
+            )
+        return events
 
     def _read_chat(self, body: bytes) -> tuple[ChatRequest, EncodedPrompt]:
         request = read_chat(body, self.model, self.proc.sampling, self.max_new_tokens)
@@ -174,21 +181,22 @@ class Server:
         return np.asarray(scoring.check_finite("embeddings", found))[0]
 
 
+@dataclasses.dataclass
 class _Answer:
     """One chat completion as it comes."""
 
-    def __init__(
-        self,
-        server: Server,
-        request: ChatRequest,
-        replies: list[Reply],
-        length: int,
-        events: Events,
-    ):
-        self.server, self.request, self.replies = server, request, replies
-        self.length, self.events = length, events
-        self.head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time())}
-        self.head["model"] = server.model
+    server: Server
+    request: ChatRequest
+    replies: list[Reply]  # a choice each
+    length: int  # tokens of the prompt
+    events: Events
+
+    def __post_init__(self) -> None:
+        self.head: dict[str, Any] = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+        }
+        self.head["model"] = self.server.model
 
     async def next(self) -> tuple[int, list[Delta]]:
         """(index of a choice, its new deltas) of the next event. Raises ApiError."""
@@ -199,20 +207,20 @@ class _Answer:
         return index, deltas
 
     def usage(self) -> dict[str, int]:
-        count = sum(reply.tokens for reply in self.replies)
-        both = {"prompt_tokens": self.length, "completion_tokens": count}
-        return {**both, "total_tokens": self.length + count}
+        """Tokens of the prompt and of all answers."""
+        return usage_of(self.length, sum(reply.tokens for reply in self.replies))
+
+    def _ended(self) -> bool:
+        return all(reply.finish_reason for reply in self.replies)
 
     async def whole(self, first: tuple[int, list[Delta]]) -> dict[str, Any]:
         """The response of all choices."""
         deltas: list[list[Delta]] = [[] for _ in self.replies]
         deltas[first[0]] += first[1]
-        while not all(reply.finish_reason for reply in self.replies):
+        while not self._ended():
             index, new = await self.next()
             deltas[index] += new
-        choices = [
-            {"message": message(deltas[i]), **self._end(i)} for i in range(len(self.replies))
-        ]
+        choices = [{"message": message(x), **self._end(i)} for i, x in enumerate(deltas)]
         return {**self.head, "object": "chat.completion", "choices": choices, "usage": self.usage()}
 
     def _end(self, index: int) -> dict[str, Any]:
@@ -236,16 +244,11 @@ class _Answer:
                 if self.replies[index].finish_reason:
                     deltas = [*deltas, {}]
                 for number, delta in enumerate(deltas, 1):
-                    choice = {
-                        "index": index,
-                        "delta": delta,
-                        "logprobs": None,
-                        "finish_reason": None,
-                    }
-                    # Those of tokens go with the last delta that they gave.
+                    choice = {"index": index, "logprobs": None, "finish_reason": None}
+                    # Log-probabilities go with the last delta that their tokens gave.
                     choice |= self._end(index) if number == len(deltas) else {}
-                    yield event({**head, "choices": [choice]})
-                if all(reply.finish_reason for reply in self.replies):
+                    yield event({**head, "choices": [{**choice, "delta": delta}]})
+                if self._ended():
                     break
                 given = await self.next()
         except ApiError as e:
@@ -260,11 +263,11 @@ def start_engine(proc: Processor, params: Any, rows: int, prefill_chunk: int) ->
     """The engine, which has answered a prompt: its programs are compiled. Raises InputError."""
     options: dict[str, Any] = {"rows": rows, "prefill_chunk": prefill_chunk}
     options |= {"stop_ids": proc.stop_ids, "decode": proc.decode}
-    engine = EngineThread(functools.partial(generate_many, params, proc.config, **options))
+    engine = EngineThread(partial(generate_many, params, proc.config, **options))
     (prompt,) = proc.encode([{"role": "user", "content": "Hello"}])
     events: queue.SimpleQueue[Any] = queue.SimpleQueue()
     # The cache has room for a usual answer; this one is ended after some steps.
-    ticket = engine.ask(Request(None, prompt, EXPECTED), events.put)
+    ticket = engine.submit(Request(None, prompt, EXPECTED), events.put)
     while not isinstance(found := events.get(), Finished):
         ticket.cancelled = True
     if found.error:
@@ -272,42 +275,9 @@ def start_engine(proc: Processor, params: Any, rows: int, prefill_chunk: int) ->
     return engine
 
 
-def _submit(stack: contextlib.ExitStack, work: list[Callable[..., Ticket]]) -> Events:
-    """Submits to the engine, until the stack ends; their events come to the running loop."""
-    events, loop = Events(), asyncio.get_running_loop()
-
-    def post(index: int, what: Any) -> None:
-        loop.call_soon_threadsafe(events.put_nowait, (index, what))
-
-    for index, submit in enumerate(work):
-        ticket = submit(functools.partial(post, index))
-        stack.callback(setattr, ticket, "cancelled", True)
-    return events
-
-
-def _shortened(vector: np.ndarray, dims: int) -> np.ndarray:
-    """The first dims of a unit vector, normalised again (Matryoshka)."""
-    first = vector[:dims]
-    return first / max(float(np.linalg.norm(first)), 1e-12)
-
-
-def _written(vector: np.ndarray, as_base64: bool) -> Any:
-    data = vector.astype("<f4")
-    return base64.b64encode(data.tobytes()).decode() if as_base64 else data.tolist()
-
-
-async def _refused(_: Asked, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    return error_response(error)
-
-
-async def _no_route(asked: Asked, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    message = f"{asked.method} {asked.url.path}: {error.detail}"
-    return error_response(ApiError(error.status_code, message))
-
-
-async def _failed(_: Asked, error: Exception) -> Response:
-    return error_response(
-        ApiError(500, f"internal error ({type(error).__name__}), see the server's log")
-    )
+async def _refused(asked: Asked, error: Exception) -> Response:
+    if isinstance(error, HTTPException):
+        where = f"{asked.method} {asked.url.path}"
+        error = ApiError(error.status_code, f"{where}: {error.detail}")
+    internal = ApiError(500, "internal error, see the server's log")
+    return error_response(error if isinstance(error, ApiError) else internal)

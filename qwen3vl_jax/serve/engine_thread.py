@@ -49,35 +49,27 @@ class EngineThread:
     def __init__(self, generate: Generate):
         self.generate, self.mesh = generate, jax.sharding.get_mesh()
         self.live: set[Ticket] = set()
+        self.inside: set[Ticket] = set()  # requests that the engine has
         self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.lock, self.ended = threading.Lock(), False
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
-    def ask(self, request: Request, post: Callable[[Any], Any]) -> Ticket:
-        """Submits a request, whose key and watch become a ticket's."""
+    def submit(self, work: Request | Callable[[], Any], post: Callable[[Any], Any]) -> Ticket:
+        """Submits a request, or a function, which runs between the steps of answers."""
         ticket = Ticket(post)
-        self._submit(ticket, dataclasses.replace(request, key=ticket, watch=ticket.add))
-        return ticket
-
-    def call(self, function: Callable[[], Any], post: Callable[[Any], Any]) -> Ticket:
-        """Submits a function, which runs between the steps of answers."""
-        ticket = Ticket(post)
-        self._submit(ticket, (ticket, function))
+        with self.lock:
+            if not self.ended:
+                self.live.add(ticket)
+                self.inbox.put((ticket, work))
+                return ticket
+        ticket.send(Finished(ticket, [], [], "error", STOPPED))
         return ticket
 
     def stop(self) -> None:
         """Ends the thread when all that was submitted is done."""
         self.inbox.put(None)
         self.thread.join()
-
-    def _submit(self, ticket: Ticket, work: Any) -> None:
-        with self.lock:
-            if not self.ended:
-                self.live.add(ticket)
-                self.inbox.put(work)
-                return
-        ticket.send(Finished(ticket, [], [], "error", STOPPED))
 
     def _run(self) -> None:
         try:
@@ -98,21 +90,20 @@ class EngineThread:
 
     def _requests(self) -> Iterator[Request | None]:
         """What was submitted; None while there is nothing and the engine has answers to go on with."""
-        self.inside: set[Ticket] = set()  # that the engine has
         while True:
             try:
-                work = self.inbox.get(block=not self.inside)
+                found = self.inbox.get(block=not self.inside)
             except queue.Empty:
                 yield None
                 continue
-            if work is None:
+            if found is None:
                 return
+            ticket, work = found
             if isinstance(work, Request):
-                self.inside.add(work.key)
-                yield work
+                self.inside.add(ticket)
+                yield dataclasses.replace(work, key=ticket, watch=ticket.add)
                 continue
-            ticket, function = work
-            self._end(ticket, None if ticket.cancelled else _value(function))
+            self._end(ticket, None if ticket.cancelled else _value(work))
             if self.inside:
                 # A step of the others comes first.
                 yield None

@@ -1,10 +1,13 @@
 """Requests of OpenAI's API, read and checked: plain data, no web framework."""
 
+import base64
 import contextlib
 import dataclasses
 import secrets
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+import numpy as np
 
 from qwen3vl_jax.errors import InputError, check_int, shown
 from qwen3vl_jax.inference.requests import Request
@@ -80,9 +83,15 @@ class EmbeddingRequest:
     """What /v1/embeddings is asked for: things of `embed_conversation`."""
 
     things: list[dict[str, Any]]
-    dims: int | None
+    dims: int
     as_base64: bool
     instruction: str | None
+
+    def form(self, vector: np.ndarray) -> Any:
+        """A unit vector as it is asked for: its first dims, normalised again (Matryoshka)."""
+        first = vector[: self.dims]
+        data = (first / max(float(np.linalg.norm(first)), 1e-12)).astype("<f4")
+        return base64.b64encode(data.tobytes()).decode() if self.as_base64 else data.tolist()
 
 
 def read_body(data: bytes, model: str, known: tuple[str, ...]) -> dict[str, Any]:
@@ -101,10 +110,21 @@ def read_body(data: bytes, model: str, known: tuple[str, ...]) -> dict[str, Any]
                 expected = f"expected {' or '.join(map(repr, allowed))} (it has no effect here)"
                 wrong = f"{key}: got {shown(value)}, {expected}; leave it out"
                 raise ApiError(400, wrong, key, "unsupported_parameter")
-    if (name := given.get("model", model)) != model:
+    check_model(given.get("model", model), model)
+    return {key: value for key, value in given.items() if key in known}
+
+
+def check_model(name: Any, model: str) -> None:
+    """Raises ApiError for another name than the model's."""
+    if name != model:
         wrong = f"model: got {shown(name)}, expected {model!r}, the only one here"
         raise ApiError(404, wrong, "model", "model_not_found")
-    return {key: value for key, value in given.items() if key in known}
+
+
+def usage_of(prompt: int, answer: int | None = None) -> dict[str, int]:
+    """OpenAI's count of tokens; answer: those of answers, where there are any."""
+    answers = {} if answer is None else {"completion_tokens": answer}
+    return {"prompt_tokens": prompt, **answers, "total_tokens": prompt + (answer or 0)}
 
 
 def read_chat(
@@ -120,11 +140,7 @@ def read_chat(
     if options and not stream:
         raise ApiError(400, "stream_options: means something only with stream", "stream_options")
     with blaming("stream_options"):
-        names = ("include_usage", "include_obfuscation")
-        options = fields(options, names, "stream_options: ")
-    if _typed(options, "include_obfuscation", bool, False):
-        wrong = "include_obfuscation: got true, expected false; there is none here"
-        raise ApiError(400, wrong, "stream_options", "unsupported_parameter")
+        options = fields(options, ("include_usage",), "stream_options: ")
     read_format(given)
     return ChatRequest(
         messages,

@@ -53,14 +53,17 @@ def process(folder):
         "--media-root",
         str(folder),
     ]
-    command = [sys.executable, "-m", "qwen3vl_jax.cli.serve", "--port", "0", *limits]
+    command = [sys.executable, "-m", "qwen3vl_jax.cli.main", "serve", "--port", "0", *limits]
     command += ["--allow-hosts", "media.example", "--dtype", "float32"]
     environ = {**os.environ, "QWEN3VL_API_KEY": "secret", "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environ) as child:
         try:
             lines = iter(child.stderr.readline, "")
-            line = next(x for x in lines if "answers at" in x)
-            yield child, re.search(r"http://\S+/v1", line)[0]
+            seen = ""
+            while not (address := re.search(r"answers at (\S+/v1)\n", seen)):
+                assert (line := next(lines, "")), seen
+                seen += line
+            yield child, address[1]
         finally:
             child.kill()
 
@@ -319,7 +322,7 @@ def test_wrong_options_end_with_one_line(process, capsys):
 def test_sigterm_finishes_what_runs(demo, process, client):
     """The last test of the process: a stream goes on to its end, and the exit code is 0."""
     child, _ = process
-    long = {"max_tokens": 400, "extra_body": {"min_new_tokens": 400}}
+    long = {"max_tokens": 220, "extra_body": {"min_new_tokens": 220}}
     with client.chat.completions.create(model="demo", messages=TEXT, stream=True, **long) as stream:
         chunks = iter(stream)
         text = next(chunks).choices[0].delta.content
@@ -328,5 +331,5 @@ def test_sigterm_finishes_what_runs(demo, process, client):
         for chunk in chunks:
             text += chunk.choices[0].delta.content or ""
             reason = chunk.choices[0].finish_reason
-    assert (text, reason) == alone(demo, TEXT, 400, min_new_tokens=400)[0]
+    assert (text, reason) == alone(demo, TEXT, 220, min_new_tokens=220)[0]
     assert child.wait(30) == 0
