@@ -150,7 +150,7 @@ def _add_control(group: Group) -> None:
     add = group(title, "ask", "input")
     schema = "answer in JSON of this JSON schema; needs the extra json (default: free text)"
     add("--schema", type=argument, metavar="FILE", help=schema)
-    loops = "end an answer that says the same N times in 256 tokens or more (default: 0, off)"
+    loops = "end an answer that says the same N times in 256 tokens (default: %(default)s, off)"
     add("--max-repeats", **_number(0), help=loops)
     parts = "print one JSON object: text, reasoning, tool calls, boxes in pixels, tokens, times"
     group(title, "ask")("--json", action="store_true", help=parts)
