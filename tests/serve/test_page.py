@@ -73,7 +73,7 @@ def test_boxes_lie_where_the_answer_says(page):
     ask(page, "Read the digits row by row.")
     ended(page)
     assert page.locator(".turn").count() == 4
-    assert "tokens" in page.locator(".note").last.inner_text()
+    assert "tokens" in page.locator("#log .note").last.inner_text()
 
 
 def test_stop_and_what_is_refused(page, process):  # noqa: F811
@@ -82,7 +82,7 @@ def test_stop_and_what_is_refused(page, process):  # noqa: F811
         ask(page, "Read the digits row by row. " * 300)
     page.keyboard.press("Escape")
     ended(page)
-    expect(page.locator(".note").last).to_contain_text("stopped")
+    expect(page.locator("#log .note").last).to_contain_text("stopped")
     page.get_by_text("Settings").click()
     page.get_by_label("Temperature").fill("-1")
     ask(page, "again")
