@@ -50,7 +50,7 @@ def imported(path: Path) -> set[tuple[str, bool]]:
 
 
 def test_every_direct_import_is_declared():
-    """None is left to what another package happens to bring; outside training/ and serve/ an extra is late."""
+    """None is left to what another package brings; outside training/ and serve/ an extra is late."""
     base = declared(PROJECT["dependencies"])
     extras = [
         r for name, r in PROJECT["optional-dependencies"].items() if name not in NOT_FOR_USERS

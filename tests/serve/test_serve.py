@@ -61,7 +61,8 @@ def process(folder):
             lines = iter(child.stderr.readline, "")
             seen = ""
             while not (address := re.search(r"answers at (\S+/v1)\n", seen)):
-                assert (line := next(lines, "")), seen
+                line = next(lines, "")
+                assert line, seen
                 seen += line
             yield child, address[1]
         finally:
