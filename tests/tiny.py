@@ -86,6 +86,11 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"deepstack_visual_indexes": [3], "num_position_embeddings": 25},
         {"tie_word_embeddings": True},
     ),
+    "shallow": (
+        {"num_hidden_layers": 2},
+        {"depth": 2, "deepstack_visual_indexes": [0]},
+        {},
+    ),
     "golden": (
         {"num_hidden_layers": 3, "num_attention_heads": 4, "head_dim": 16},
         {"depth": 3, "deepstack_visual_indexes": [0, 1]},

@@ -22,14 +22,16 @@ RECIPE: dict[str, Any] = {
 }
 
 
-def checkpoint(directory: Path, moe: bool = False, weights: bool = True, spare: int = 0) -> Path:
-    """A Hugging Face directory that a processor and `load` both read, two layers deep.
+def checkpoint(
+    directory: Path, moe: bool = False, weights: bool = True, spare: int = 0, layers: int = 2
+) -> Path:
+    """A Hugging Face directory that a processor and `load` both read, `layers` deep.
 
     spare: rows of the embedding that no token uses.
     """
     raw = toy_checkpoint.config(moe=moe)
-    raw["text_config"] |= hf_files.SMALL["text"]
-    raw["vision_config"] |= hf_files.SMALL["vision"]
+    raw["text_config"] |= {"num_hidden_layers": layers}
+    raw["vision_config"] |= {"depth": layers, "deepstack_visual_indexes": [layers - 1]}
     if moe:
         raw["text_config"]["num_experts"] = 8  # four devices share them
     raw["text_config"]["vocab_size"] += spare

@@ -2,8 +2,10 @@
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,13 +13,17 @@ import numpy as np
 
 import qwen3vl_jax as q3
 from qwen3vl_jax.cli import common
+from qwen3vl_jax.cli.draw import draw_answer, images_of, pixel_marks
 from qwen3vl_jax.cli.infer_arguments import check_media, input_options, read_messages
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.inference.constraints import Constraint, read_constraint
+from qwen3vl_jax.inference.row_answer import RowAnswer, check_repeats
 from qwen3vl_jax.processing.encoded_prompt import EncodedPrompt, EncodedVideo, to_hf_arrays
 from qwen3vl_jax.processing.media import load_image
 from qwen3vl_jax.processing.tokenizer import TextStream
 from qwen3vl_jax.runtime import distributed
 from qwen3vl_jax.runtime.console import Clock, Status, memory_advice, memory_of_batch
+from qwen3vl_jax.storage.json_text import write_json
 
 
 class Prompt(NamedTuple):
@@ -28,6 +34,7 @@ class Prompt(NamedTuple):
     encoded: EncodedPrompt
     messages: list[dict]
     limit: int  # tokens of prompt and answer
+    constraint: Constraint | None
 
 
 def run(args: argparse.Namespace, scope: contextlib.ExitStack, status: Status) -> None:
@@ -48,8 +55,6 @@ def run(args: argparse.Namespace, scope: contextlib.ExitStack, status: Status) -
                 silence.enter_context(contextlib.redirect_stderr(io.StringIO()))
             text = answer(args, prompt, scope, status)
         if args.draw and not index:
-            from qwen3vl_jax.cli.draw import draw_answer
-
             draw_answer(args.draw, prompt.messages, text, args.image if args.messages else [])
 
     distributed.end_together(ask, "the beginning")
@@ -94,30 +99,39 @@ def read_prompt(args: argparse.Namespace) -> Prompt:
             frames = f"{len(used.indices)} frames, {times}, {wide} x {high}"
             print(f"video {number}: {frames}", file=sys.stderr)
     limit = common.max_length(args, processor)
+    check_repeats(args.max_repeats)
+    control = read_constraint(processor, args.thinking_budget, common.response_format(args))
     if args.draw and "image" not in held:
         raise InputError("--draw: the conversation has no image to draw on; give --image")
     if (length := len(encoded.ids)) >= limit:
         found = f"the prompt has {length} tokens and the cache holds {limit} (--max-len)"
         lower = "shorten the prompt, lower --max-pixels (--video-max-pixels, --fps)"
         raise InputError(f"{found}: {lower}, or allow more")
-    return Prompt(directory, processor, encoded, messages, limit)
+    return Prompt(directory, processor, encoded, messages, limit, control)
 
 
 class Texts:
-    """The texts of the answers, made of tokens as they come; printed at once with --stream."""
+    """The answers and their texts, made of tokens as they come; printed at once with --stream."""
 
-    def __init__(self, args: argparse.Namespace, processor: q3.Processor):
-        self.args, self.stop_ids = args, processor.stop_ids
-        self.streams = [TextStream(processor.tokenizer, args.stop) for _ in range(args.answers)]
+    def __init__(self, args: argparse.Namespace, processor: q3.Processor, limit: int):
+        self.args, self.processor, count = args, processor, range(args.answers)
+        self.streams = [TextStream(processor.tokenizer, args.stop) for _ in count]
+        self.answers = [RowAnswer(limit, args.stop, args.max_repeats) for _ in count]
         self.texts = [""] * args.answers
-        self.ended = np.zeros(args.answers, bool)
+
+    @property
+    def ended(self) -> np.ndarray:
+        """Which answers have ended [B] bool."""
+        return np.array([bool(answer.finish_reason) for answer in self.answers])
 
     def add(self, new: np.ndarray) -> None:
         """Takes new tokens [B n]; negative ones are none."""
-        for row, text in enumerate(self.streams):
-            ids = new[row][new[row] >= 0].tolist()
-            self._show(row, text.push(t for t in ids if t not in self.stop_ids))
-            self.ended[row] |= text.stopped is not None or any(t in self.stop_ids for t in ids)
+        stops = self.processor.stop_ids
+        for row, answer in enumerate(self.answers):
+            if not answer.finish_reason:
+                count = answer.add(new[row], stops, self.processor.decode)
+                ids = answer.tokens[len(answer.tokens) - count :]
+                self._show(row, self.streams[row].push(t for t in ids if t not in stops))
 
     def _show(self, row: int, piece: str) -> None:
         self.texts[row] += piece
@@ -128,10 +142,35 @@ class Texts:
         """Prints what is not printed yet."""
         for row, text in enumerate(self.streams):
             self._show(row, text.flush())
-        for row, text in enumerate(self.texts):
+        for row, text in enumerate(self.texts if not self.args.json else ()):
             numbered = f"[{row + 1}] {text}" if len(self.texts) > 1 else text
             print("" if self.args.stream else numbered)
         sys.stdout.flush()
+
+    def warn(self, cut_off: str) -> None:
+        """Says on stderr which answers are empty, and which were not ended by the model."""
+        for number, text in enumerate(self.texts, 1):
+            if not text.strip():
+                which = f"answer {number}" if len(self.texts) > 1 else "the answer"
+                print(f"{which} is empty", file=sys.stderr)
+        reasons = [answer.finish_reason for answer in self.answers]
+        if "length" in reasons:
+            print(cut_off, file=sys.stderr)
+        if "repetition" in reasons:
+            print("the answer was ended, for it repeats itself (--max-repeats)", file=sys.stderr)
+
+    def print_json(self, prompt: Prompt, seconds: dict[str, float]) -> None:
+        """Prints each answer in its parts, a JSON object a line."""
+        ids = prompt.encoded.ids
+        images = images_of(prompt.messages, self.args.image if self.args.messages else [])
+        for answer, text in zip(self.answers, self.texts):
+            reply = self.processor.parse(text, self.processor.decode(ids[-8:], False))
+            found = {"text": reply.content, "reasoning": reply.reasoning}
+            found["tool_calls"] = [dataclasses.asdict(call) for call in reply.tool_calls]
+            found["boxes"] = [pixel_marks(reply.content, image) for image in images]
+            found |= {"prompt_tokens": len(ids), "completion_tokens": len(answer.tokens)}
+            found |= {"finish_reason": answer.finish_reason, "seconds": seconds}
+            print(write_json(found, "the answer"))
 
 
 def answer(
@@ -141,7 +180,7 @@ def answer(
 
     Ctrl-C, or logits that are not finite, end it: what was answered is printed first. Raises InputError.
     """
-    directory, processor, encoded, messages, most = prompt
+    directory, processor, encoded, messages, most, constraint = prompt
     sampling = common.read_sampling(args, processor)
     batch = q3.make_batch(processor.config, **to_hf_arrays(processor.config, [encoded]))
     if args.answers > 1 and not sampling.temperature:
@@ -154,8 +193,10 @@ def answer(
     room = min(args.max_new_tokens, most - length)
     limits = {"max_new_tokens": room, "max_len": most, "prefill_chunk": args.prefill_chunk}
     rows = {"seed": args.seed, "copies": args.answers, "stop_ids": processor.stop_ids}
+    rows |= {"constraint": constraint}
     chunks = q3.stream(params, cfg, batch, sampling=sampling, **limits, **rows)
-    texts, count, prefill = Texts(args, processor), 0, 0.0
+    texts, count, prefill = Texts(args, processor, room), 0, 0.0
+    start, seconds = time.perf_counter(), dict[str, float]()
     held = memory_of_batch(params, cfg, batch)
     advice = "--max-pixels, --max-len, or --dtype bfloat16"
     try:
@@ -164,6 +205,7 @@ def answer(
             while True:
                 status.stop()
                 prefill = prefill or clock.lap()
+                seconds.setdefault("first_token", round(time.perf_counter() - start, 3))
                 count += new.shape[1]
                 texts.add(new)
                 new = chunks.send(texts.ended)
@@ -171,13 +213,10 @@ def answer(
         status.stop()
         if count:
             texts.finish()
-    for number, text in enumerate(texts.texts, 1):
-        if not text.strip():
-            which = f"answer {number}" if len(texts.texts) > 1 else "the answer"
-            print(f"{which} is empty", file=sys.stderr)
-    if not texts.ended.all():
-        why = "--max-new-tokens" if room == args.max_new_tokens else "--max-len"
-        print(f"the answer was cut off after {count} tokens ({why})", file=sys.stderr)
+    if args.json:
+        texts.print_json(prompt, seconds | {"total": round(time.perf_counter() - start, 3)})
+    why = "--max-new-tokens" if room == args.max_new_tokens else "--max-len"
+    texts.warn(f"the answer was cut off after {count} tokens ({why})")
     report = f"load {loading:.1f} s, compile {clock.compiling:.1f} s, "
     report += f"prefill {length} tokens {length / prefill:.0f}/s"
     if count > 1:

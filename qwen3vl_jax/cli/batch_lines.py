@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from qwen3vl_jax.cli.batch_journal import ERROR, Line, Result
 from qwen3vl_jax.errors import InputError
+from qwen3vl_jax.inference.constraints import read_constraint
 from qwen3vl_jax.inference.requests import Finished, Request
 from qwen3vl_jax.inference.sampling import Sampling
 from qwen3vl_jax.processing.processor import Processor
@@ -18,7 +19,9 @@ from qwen3vl_jax.storage.json_text import read_json
 _T = TypeVar("_T")
 _U = TypeVar("_U")
 SAMPLING = tuple(field.name for field in dataclasses.fields(Sampling))
+CONTROL = ("thinking_budget", "response_format")
 KEYS = ("id", "messages", "tools", *SAMPLING, "max_new_tokens", "seed", "stop", "logprobs")
+KEYS += ("max_repeats", *CONTROL)
 THREADS = 4
 PREPARED = 8  # lines read ahead of those that the engine holds
 
@@ -35,6 +38,9 @@ class Settings:
     inputs: Mapping[str, Any]  # options of the processor
     rows: int = 16
     prefill_chunk: int | None = None
+    max_repeats: int = 0
+    thinking_budget: int | None = None
+    response_format: Any = None
     # What else an answer depends on, as the checkpoint.
     made_with: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     keys: Collection[str] = KEYS  # that a line may have
@@ -43,6 +49,9 @@ class Settings:
         """What answers depend on: sampling is there key by key, rows and chunks change none."""
         found = {**vars(self), **self.sampling, **self.made_with}
         beside = ("sampling", "made_with", "rows", "prefill_chunk", "keys")
+        # Where these are off, the work is that of a version without them.
+        off = {"max_repeats": 0, "thinking_budget": None, "response_format": None}
+        beside += tuple(k for k, value in off.items() if found[k] == value)
         return {k: v for k, v in found.items() if k not in beside}
 
 
@@ -96,7 +105,10 @@ def read_line(
         seed = given.get("seed", (settings.seed + line.number - 1) % 2**32)
         stop = stop_list(given.get("stop", settings.stop))
         # Refused, where it is wrong, before images are read.
-        request = Request(line.number, {}, limit, Sampling(**sampling), seed, stop)
+        repeats = given.get("max_repeats", settings.max_repeats)
+        control = (given.get(key, getattr(settings, key)) for key in CONTROL)
+        ends = {"constraint": read_constraint(proc, *control), "max_repeats": repeats}
+        request = Request(line.number, {}, limit, Sampling(**sampling), seed, stop, **ends)
         prompts = proc.encode(messages, tools=given.get("tools"), **settings.inputs)
         if len(prompts) != 1:
             raise InputError(f"holds {len(prompts)} conversations, expected one")

@@ -14,6 +14,7 @@ from qwen3vl_jax.cli import common
 from qwen3vl_jax.cli.infer_arguments import input_options
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.inference.chat_session import ChatState, take_turn
+from qwen3vl_jax.inference.constraints import read_constraint
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.runtime import console
 from qwen3vl_jax.runtime.console import Status, memory_advice
@@ -38,6 +39,7 @@ def run(args: argparse.Namespace, scope: contextlib.ExitStack, status: Status) -
     names = ("max_new_tokens", "prefill_chunk", "seed", "stop")
     options = {name: getattr(args, name) for name in names}
     options |= {"max_len": common.max_length(args, processor), "sampling": sampling}
+    options["constraint"] = read_constraint(processor, args.thinking_budget)
     converse(params, processor, args.system, media, inputs=inputs, **options)
 
 
@@ -79,6 +81,7 @@ def converse(
     """
     opening = [{"role": "system", "content": system}] if system else []
     messages, media, state = list(opening), list(media or ()), None
+    variables = (options.get("inputs") or {}).get("template_vars", {})
     print(HELP, file=sys.stderr)
     while True:
         try:
@@ -105,7 +108,7 @@ def converse(
                 asked = [*messages, {"role": "user", "content": content}]
                 answer, state = _answer(params, proc, asked, state, options)
                 media = []
-                messages = [*asked, _message(proc, answer, proc.render(asked))]
+                messages = [*asked, _message(proc, answer, proc.render(asked, **variables))]
         except InputError as e:
             print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
             # A turn that failed may have donated the cache's memory already.

@@ -14,6 +14,7 @@ from qwen3vl_jax.runtime.cloud_host import slice_hosts
 from qwen3vl_jax.runtime.compile_cache import KEPT_PROGRAMS, keep_programs
 from qwen3vl_jax.runtime.console import Status, memory_advice
 from qwen3vl_jax.storage import hub, paths
+from qwen3vl_jax.storage.json_text import read_json_file
 from qwen3vl_jax.storage.paths import BUNDLED
 
 DEMO = BUNDLED / "demo" / "checkpoint"
@@ -29,7 +30,19 @@ def open_checkpoint(args: argparse.Namespace) -> tuple[Path, q3.Processor]:
         advice = "; start the same command with --mesh on all of them" if asks else ""
         raise InputError(f"{found}, expected a slice of one host{advice}")
     directory = hub.resolve(args.ckpt or DEMO, args.revision)
-    return directory, q3.Processor.from_pretrained(directory, args.chat_template)
+    processor = q3.Processor.from_pretrained(directory, args.chat_template)
+    if args.thinking and "enable_thinking" not in processor.template.text(False):
+        found = "the chat template has no enable_thinking: it always thinks, or never"
+        raise InputError(f"--thinking: {found}; --thinking-budget 0 ends thinking at once")
+    return directory, processor
+
+
+def response_format(args: argparse.Namespace) -> dict[str, Any] | None:
+    """That of --schema, as `read_constraint` takes it. Raises InputError."""
+    if args.schema is None:
+        return None
+    schema = read_json_file(args.schema, f"--schema {args.schema}")
+    return {"type": "json_schema", "json_schema": {"schema": schema}}
 
 
 def max_length(args: argparse.Namespace, processor: q3.Processor) -> int:

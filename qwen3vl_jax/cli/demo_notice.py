@@ -1,11 +1,11 @@
 """What the bundled checkpoint says of itself to those who ask it without --ckpt."""
 
-import json
 import re
 from collections.abc import Sequence
 
 import numpy as np
 
+from qwen3vl_jax.storage.json_text import read_json_file
 from qwen3vl_jax.storage.paths import BUNDLED
 
 # At least this share of an image of digits is within so many levels of its paper.
@@ -41,7 +41,7 @@ def shows_digits(image: np.ndarray) -> bool:
 
 def knows(question: str) -> bool:
     """Whether it is one of the wordings that the checkpoint was trained on, of any digit."""
-    words = json.loads((BUNDLED / "demo" / "wordings.json").read_text())
+    words = read_json_file(BUNDLED / "demo" / "wordings.json", "wordings.json", dict)
     digit = f"(?:{'|'.join(['[0-9]', *words.pop('one'), *words.pop('many')])})"
     del words["reverse"]
     asked = " ".join(question.split()).lower()

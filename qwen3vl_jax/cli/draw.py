@@ -99,9 +99,26 @@ def draw_marks(image: Image.Image, marks: list[Mark]) -> Image.Image:
     return image
 
 
+def images_of(messages: list[dict], beside: list[str]) -> list[Image.Image]:
+    """The images of a conversation; beside: files, for content items without a source."""
+    feed = iter(beside)
+    media = [m for m in read_conversation(messages)[1] if m.kind == "image"]
+    return [load_image(next(feed) if m.source is None else m.source) for m in media]
+
+
+def pixel_marks(text: str, image: Image.Image) -> list[dict[str, Any]]:
+    """The boxes and points of an answer in an image's pixels: {"bbox_2d" or "point_2d", "label"}."""
+    names = {size: name for name, size in SIZES.items()}
+    sides = [side / GRID for side in image.size * 2]
+    return [
+        {names[len(m.place)]: [round(v * k, 2) for v, k in zip(m.place, sides)], "label": m.label}
+        for m in read_marks(text)[0]
+    ]
+
+
 def draw_answer(out: Path, messages: list[dict], text: str, beside: list[str]) -> None:
     """Draws the answer's marks on each image: OUT.png, OUT-2.png, ..; beside: files without a source."""
-    (marks, unread), feed = read_marks(text), iter(beside)
+    marks, unread = read_marks(text)
     outside = sum(not all(0 <= v <= GRID for v in mark.place) for mark in marks)
     notes = []
     if unread:
@@ -115,13 +132,11 @@ def draw_answer(out: Path, messages: list[dict], text: str, beside: list[str]) -
         print(f"--draw: {note}", file=sys.stderr)
     if not marks:
         return
-    images = [m for m in read_conversation(messages)[1] if m.kind == "image"]
-    for number, medium in enumerate(images, 1):
+    for number, image in enumerate(images_of(messages, beside), 1):
         name = out if number == 1 else out.with_stem(f"{out.stem}-{number}")
-        source = next(feed) if medium.source is None else medium.source
         try:
             made, form = io.BytesIO(), Image.registered_extensions()[name.suffix.lower()]
-            draw_marks(load_image(source), marks).save(made, form)
+            draw_marks(image, marks).save(made, form)
             name.write_bytes(made.getvalue())
         except OSError as e:
             raise InputError(f"--draw {name}: cannot write ({e.strerror or e})") from e

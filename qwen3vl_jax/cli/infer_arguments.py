@@ -68,6 +68,8 @@ def check(args: argparse.Namespace) -> None:
             check_int(f"--{name.replace('_', '-')}", count)
     if args.answers > 1 and (args.stream or args.draw):
         raise InputError(f"--answers: not with --{'stream' if args.stream else 'draw'}")
+    if args.json and args.stream:
+        raise InputError("--json: not with --stream")
     check_plan_arguments(args)
     if bool(args.input) != bool(args.output):
         raise InputError("--input and --output: give both, or neither")
@@ -168,8 +170,10 @@ def input_options(args: argparse.Namespace) -> dict[str, Any]:
     for name, kind in MEDIA.items():
         if (value := getattr(args, name)) is not None:
             given[kind][name.removeprefix("video_")] = value
-    videos = {"videos_kwargs": given["video"], "allow_special": args.allow_special}
-    return {**given["image"], **videos}
+    found = {**given["image"], "videos_kwargs": given["video"], "allow_special": args.allow_special}
+    if args.thinking:
+        found["template_vars"] = {"enable_thinking": args.thinking == "on"}
+    return found
 
 
 def read_messages(path: Path) -> tuple[list[dict], list[dict] | None]:

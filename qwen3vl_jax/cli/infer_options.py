@@ -141,6 +141,21 @@ def _add_answer(group: Group) -> None:
     add("--seed", **_number(0), help="seed of random choices (default: %(default)s)")
 
 
+def _add_control(group: Group) -> None:
+    add = group(title := "answer", "ask", "chat", "input")
+    switch = "where the chat template has enable_thinking (default: as the template has it)"
+    add("--thinking", choices=("on", "off"), help=switch)
+    budget = "most tokens of thinking, then </think> is forced (default: no limit)"
+    add("--thinking-budget", type=int, metavar="N", help=budget)
+    add = group(title, "ask", "input")
+    schema = "answer in JSON of this JSON schema; needs the extra json (default: free text)"
+    add("--schema", type=argument, metavar="FILE", help=schema)
+    loops = "end an answer that says the same N times in 256 tokens (default: %(default)s, off)"
+    add("--max-repeats", **_number(0), help=loops)
+    parts = "print one JSON object: text, reasoning, tool calls, boxes in pixels, tokens, times"
+    group(title, "ask")("--json", action="store_true", help=parts)
+
+
 def _add_media_and_lines(group: Group) -> None:
     number: dict[str, Any] = {"type": int, "metavar": "N"}
     add = group("images and videos (default: what the checkpoint's preprocessor_config.json says)")
@@ -195,7 +210,8 @@ def parser_of(program: str) -> tuple[Parser, dict[str, tuple[str, ...]]]:
 
         return add
 
-    for add_options in (_add_model_and_question, _add_answer, _add_media_and_lines, _add_devices):
+    parts = _add_model_and_question, _add_answer, _add_control, _add_media_and_lines, _add_devices
+    for add_options in parts:
         add_options(group)
     meant |= dict.fromkeys(add_process_arguments(parser), ("input", "mesh"))
     add_plan_arguments(parser)

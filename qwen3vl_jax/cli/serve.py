@@ -67,7 +67,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     hosts = "the only hosts and gs://buckets to read, private ones too (default: any public host)"
     add("--allow-hosts", metavar="HOST[,HOST]", help=hosts)
     # What the other command lines ask; without --chat, --mesh would be for all hosts of a slice.
-    parser.set_defaults(chat=True, embed=False, rerank=False, input=None, profile=None, image=[])
+    parser.set_defaults(
+        chat=True, embed=False, rerank=False, input=None, profile=None, image=[], thinking=None
+    )
     args = parser.parse_args(argv)
     for name in ("rows", "max_len", "max_new_tokens", "max_queue", "timeout", "max_body"):
         if (count := getattr(args, name)) is not None:

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import flax.struct
@@ -13,19 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen3vl_jax.config import Config
-from qwen3vl_jax.errors import not_finite
+from qwen3vl_jax.inference.constraints import RowConstraint, masks_of
 from qwen3vl_jax.inference.requests import STEPS, RowOptions
+from qwen3vl_jax.inference.row_answer import ENDED, NOT_FINITE_AFTER, REFUSED
 from qwen3vl_jax.inference.sampling import NOT_FINITE, draw, penalize
 from qwen3vl_jax.model.cache import decode_step, grow_cache, pinned
 from qwen3vl_jax.model.sharding import mesh_sizes, shard
 from qwen3vl_jax.model.structs import KVCache, Params
-from qwen3vl_jax.processing.tokenizer import find_stop
 
 SMALLEST_CACHE = 256
-Decode = Callable[[list[int]], str]  # tokens -> text
-# In place of a token: the row had ended; its logits were not finite (NOT_FINITE), or were so only after
-# penalties and logits_fn.
-ENDED, NOT_FINITE_AFTER = -1, -3
 _grow_layer = jax.jit(grow_cache, static_argnames="slots")
 
 
@@ -79,7 +75,8 @@ def on_mesh(state: DecodeState) -> DecodeState:
     def put(x: jax.Array) -> jax.Array:
         return shard(x, "batch", None) if x.ndim == 2 else shard(x, None)
 
-    return jax.tree.map(put, state.replace(cache=None)).replace(cache=pinned(state.cache))
+    cache = None if state.cache is None else pinned(state.cache)
+    return jax.tree.map(put, state.replace(cache=None)).replace(cache=cache)
 
 
 @jax.named_scope("sampling")
@@ -93,6 +90,10 @@ def _choose(logits: jax.Array, state: DecodeState, options: RowOptions) -> Decod
     logits = penalize(logits, options.sampling, state.seen, state.answered, state.count, stops)
     if options.logits_fn is not None:
         logits = options.logits_fn(logits, state)
+    if options.masks is not None:
+        bits = options.masks[:, :, None] >> jnp.arange(32, dtype=jnp.uint32) & 1
+        allowed = bits.reshape(len(bits), -1)[:, : logits.shape[1]] > 0
+        logits = jnp.where(shard(allowed, "batch", None), logits, -jnp.inf)
     token, live = draw(logits, options.sampling, state.keys, state.count), ~state.done
     logprob = likely[rows, jnp.maximum(token, 0)]
     token = jnp.where(token == NOT_FINITE, NOT_FINITE_AFTER, token)
@@ -154,6 +155,27 @@ def decode_steps(params, cfg, state, ended, options, steps, enough):
     return on_mesh(state), *(shard(x, None, None) for x in out)
 
 
+@functools.partial(jax.jit, static_argnames="cfg", donate_argnames="cache")
+def _next_logits(params, cfg, cache, token):
+    """The logits behind `token`, and the cache with its keys and values past the length, which stays."""
+    new, logits = decode_step(params, cfg, cache, token)
+    return pinned(new.replace(length=cache.length)), shard(logits, "batch", None)
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def _masked_step(logits, state, cache, ended, options):
+    """The rest of a step of `decode_steps` after `_next_logits`: as there, with the cache's lengths [B]."""
+    done = state.done | ended
+    length = cache.length + ~done
+    new = _choose(logits, state.replace(cache=cache.replace(length=length), done=done), options)
+    out = jnp.where(done, ENDED, new.token)[:, None], new.logprob[:, None]
+    return (
+        on_mesh(new.replace(cache=None)),
+        shard(length, None),
+        *(shard(x, None, None) for x in out),
+    )
+
+
 def compile_ahead(*args: Any) -> Callable[[], None]:
     """Compiles decode_steps for these arguments, or their shapes, in a thread; waits where it is called.
 
@@ -187,6 +209,9 @@ class Decoder:
         self.params, self.cfg, self.options = params, cfg, options
         self.state = state  # a DecodeState; None until there is one
         self.ended = np.zeros(len(options.seeds), bool)
+        self.constraints: list[RowConstraint | None] = [None] * len(self.ended)
+        # The cache that holds the keys of each row's last token, and the logits behind it.
+        self.ready: tuple[Any, Any] = None, None
 
     def make_room(self, needed: int) -> None:
         """Grows the cache to at least `needed` slots a row."""
@@ -195,61 +220,70 @@ class Decoder:
             self.state = self.state.replace(cache=cache)
 
     def run(self, steps: int, enough: int) -> tuple[np.ndarray, np.ndarray]:
-        """One dispatch: tokens and their log-probabilities [B STEPS], as `decode_steps` returns them."""
-        given = self.params, self.cfg, self.state, self.ended, self.options
-        self.state, tokens, logprobs = decode_steps(*given, steps, enough)
+        """One dispatch: tokens and their log-probabilities [B n], as `decode_steps` returns them.
+
+        n is `steps`, which the cache has room for, or fewer that need no mask; of masked ones it is 1.
+        """
+        free = [x for row in self.constraints if row and (x := row.free()) is not None]
+        if count := min([steps, *free]):
+            given = self.params, self.cfg, self.state, self.ended, self.options
+            self.state, *out = decode_steps(*given, count, enough)
+            tokens, logprobs = (np.array(x)[:, :count] for x in out)
+        else:
+            tokens, logprobs = self._run_masked(steps > 1)
         self.ended = np.zeros_like(self.ended)
-        return np.asarray(tokens), np.asarray(logprobs)
+        self.take(tokens)
+        return tokens, logprobs
+
+    def _run_masked(self, goes_on: bool) -> tuple[np.ndarray, np.ndarray]:
+        """One step with masks, which the host makes while the device makes the logits.
+
+        goes_on: begins the next step's logits before it waits for the tokens.
+        """
+
+        def begin() -> tuple[Any, Any]:
+            given = self.state.cache, self.state.token
+            cache, logits = _next_logits(self.params, self.cfg, *given)
+            self.state = self.state.replace(cache=cache)
+            return cache, logits
+
+        cache, logits = self.ready if self.ready[0] is self.state.cache else begin()
+        options = self.options.replace(masks=masks_of(self.constraints, logits.shape[1]))
+        given = logits, self.state.replace(cache=None), cache, self.ended, options
+        self.state, length, tokens, logprobs = _masked_step(*given)
+        self.state = self.state.replace(cache=cache.replace(length=length))
+        self.ready = begin() if goes_on else (None, None)
+        return np.array(tokens), np.asarray(logprobs)
+
+    def take(self, tokens: np.ndarray, rows: Iterable[int] | None = None) -> None:
+        """Gives new tokens [A n] to their rows' constraints; puts REFUSED in place of one they refuse."""
+        for row, new in zip(rows or range(len(tokens)), tokens):
+            if constraint := self.constraints[row]:
+                real = np.flatnonzero(new >= 0).tolist()
+                wrong = next((i for i in real if not constraint.take(int(new[i]))), None)
+                if wrong is not None:
+                    new[wrong], new[wrong + 1 :], self.ended[row] = REFUSED, ENDED, True
 
     def chunks(self, filled: int, limit: int, steps: int) -> Iterator[np.ndarray]:
         """Tokens [B n] of `decode_steps`, the first one and then `steps` at a time, until all rows end.
 
         filled: slots of the cache before the first token. limit: most tokens of an answer.
         """
-        yield np.asarray(self.state.token)[:, None]
-        for made in range(1, limit, steps):
-            if np.all(np.asarray(self.state.done) | self.ended):
+        first, made = np.array(self.state.token)[:, None], 1
+        self.take(first)
+        yield first
+        while made < limit:
+            over = np.asarray(self.state.done) | self.ended
+            if np.all(over):
                 return
+            self.constraints = [None if end else row for end, row in zip(over, self.constraints)]
             count = min(steps, limit - made)
             self.make_room(filled + made + count)
-            yield self.run(count, len(self.ended))[0][:, :count]
+            new = self.run(count, len(over))[0]
+            made += new.shape[1]
+            yield new
 
 
 def cache_slots(needed: int) -> int:
     """The cache size for `needed` tokens: a power of two, so that few programs are compiled."""
     return max(SMALLEST_CACHE, 1 << (needed - 1).bit_length())
-
-
-class RowAnswer:
-    """The answer of one row as its tokens come; `finish_reason` is "" until it ends."""
-
-    def __init__(self, max_new_tokens: int, stop_strings: Sequence[str] = ()) -> None:
-        self.max_new_tokens, self.stop_strings = max_new_tokens, stop_strings
-        self.tokens: list[int] = []
-        self.logprobs: list[float] = []
-        self.finish_reason = self.error = ""
-
-    def add(self, new: np.ndarray, stop_ids: Sequence[int], decode: Decode | None = None) -> int:
-        """Takes tokens [n] of `decode_steps`; gives how many belong to the answer."""
-        before, strings = len(self.tokens), self.stop_strings
-        span = 4 * max(map(len, strings), default=0) + 4  # a character is at most four tokens
-        for token in new[new >= 0].tolist():
-            self.tokens.append(token)
-            text = decode(self.tokens[-span:]) if decode and strings else ""
-            if token in stop_ids or find_stop(text, strings)[1] is not None:
-                self.finish_reason = "stop"
-                return len(self.tokens) - before
-        self.error = fault_of(new, before)
-        if self.error or len(self.tokens) >= self.max_new_tokens:
-            self.finish_reason = "error" if self.error else "length"
-        return len(self.tokens) - before
-
-
-def fault_of(tokens: np.ndarray, count: int) -> str:
-    """What is wrong with a row's new tokens [n], "" if nothing is; count: tokens answered before."""
-    wrong = np.flatnonzero(tokens < ENDED)
-    if not len(wrong):
-        return ""
-    place = f"logits of answer token {count + int(wrong[0]) + 1}"
-    after = "got no finite number after penalties and logits_fn, expected one; use milder ones"
-    return f"{place}: {after}" if tokens[wrong[0]] == NOT_FINITE_AFTER else not_finite(place)

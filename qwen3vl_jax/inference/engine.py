@@ -19,15 +19,10 @@ import numpy as np
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError, check_int
 from qwen3vl_jax.inference import decode_loop
-from qwen3vl_jax.inference.decode_loop import (
-    STEPS,
-    Decode,
-    DecodeState,
-    RowAnswer,
-    first_token,
-    on_mesh,
-)
+from qwen3vl_jax.inference.constraints import masks_of, start_rows
+from qwen3vl_jax.inference.decode_loop import STEPS, DecodeState, first_token, on_mesh
 from qwen3vl_jax.inference.requests import Finished, GenerationOptions, Request, RowOptions, Stats
+from qwen3vl_jax.inference.row_answer import Decode, RowAnswer
 from qwen3vl_jax.inference.sampling import NOT_FINITE, row_seeds
 from qwen3vl_jax.inference.stores import Prefix, Stores
 from qwen3vl_jax.model.cache import end_prompt, extend, fill_layers, grow_cache, init_cache, prefill
@@ -244,7 +239,7 @@ class _Engine(decode_loop.Decoder):
         if answer.error:
             self.state = _clear_row(self.state, row)
         if answer.finish_reason:
-            self.ended[row] = True
+            self.ended[row], self.constraints[row] = True, None
             del self.running[row]
             said = answer.tokens, answer.logprobs, answer.finish_reason, answer.error
             yield Finished(request.key, *said)
@@ -314,11 +309,13 @@ class _Engine(decode_loop.Decoder):
             return
         self.stats.prefilled += sum(len(prompt.ids) - start for _, prompt in new)
         self.stats.reused += start * len(new)
+        self.take(tokens := np.array(tokens)[:, None], free)
         for i, ((request, prompt), row) in enumerate(zip(new, free)):
-            answer = RowAnswer(request.max_new_tokens, request.stop_strings)
+            ends = request.stop_strings, request.max_repeats
+            answer = RowAnswer(request.max_new_tokens, *ends)
             self.running[row] = Running(request, len(prompt.ids), answer)
             self.ended[row] = False
-            yield from self._take(row, tokens[i : i + 1], logprobs[i : i + 1])
+            yield from self._take(row, tokens[i], logprobs[i : i + 1])
 
     def _insert(self, new: list, free: list[int], filled, source: np.ndarray, width: int):
         """Puts prefilled prompts into free rows; their first tokens [A], and those's log-probabilities."""
@@ -326,7 +323,11 @@ class _Engine(decode_loop.Decoder):
         rows = np.asarray([*free[: len(new)], *[self.rows] * missing], np.int32)
         asked = [request for request, _ in new + [new[0]] * missing]
         sampling = [request.sampling.rows(1) for request in asked]
+        starts = start_rows([x.constraint for x, _ in new], [y.ids for _, y in new], self.stop_ids)
+        for row, constraint in zip(free, starts):
+            self.constraints[row] = constraint
         options = self.options.replace(
+            masks=masks_of([*starts, *[None] * missing], none),
             sampling=jax.tree.map(lambda *x: np.concatenate(x), *sampling),
             seeds=np.concatenate([row_seeds(request.seed, 1) for request in asked]),
             limit=np.asarray([request.max_new_tokens for request in asked], np.int32),

@@ -17,8 +17,10 @@ import numpy as np
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.inference import decode_loop
-from qwen3vl_jax.inference.decode_loop import ENDED, Decode, Decoder, RowAnswer, cache_slots
+from qwen3vl_jax.inference.constraints import Constraints, masks_of
+from qwen3vl_jax.inference.decode_loop import Decoder, cache_slots
 from qwen3vl_jax.inference.requests import STEPS, GenerationOptions, LogitsFn, check_stop_ids
+from qwen3vl_jax.inference.row_answer import ENDED, Decode, RowAnswer, check_repeats, fault_of
 from qwen3vl_jax.inference.sampling import Sampling
 from qwen3vl_jax.model.cache import extend, prefill
 from qwen3vl_jax.model.sharding import mesh_sizes
@@ -34,8 +36,8 @@ log = logging.getLogger("qwen3vl_jax")
 class Answer:
     """tokens [B max_new_tokens] int32 (a stop id that ended a row is kept), lengths [B], reasons.
 
-    finish_reasons are "stop" (stop id or stop string), "length", or "error" where logits were not finite:
-    errors [B] then says so, and is "" otherwise. Beyond its length a row holds a stop id (0 without any).
+    finish_reasons are "stop" (stop id or string), "length", "repetition", or "error": errors [B] then says
+    why, and is "" otherwise. Beyond its length a row holds a stop id (0 without any).
     """
 
     tokens: np.ndarray
@@ -69,11 +71,14 @@ def stream(
     cache: KVCache | None = None,
     before: np.ndarray | None = None,
     copies: int = 1,
+    constraint: Constraints = None,
 ) -> Generator[np.ndarray, np.ndarray | None, KVCache]:
     """Yields new tokens [B n] int32 as they come, n <= steps; -1 where a row had already ended.
 
     copies: answers to each prompt, which is prefilled once. B counts them: prompt 0's, prompt 1's, ..
     seed: one a row, or a first one (row b takes seed + b); a row's draws depend on nothing else.
+    constraint: one for all rows, or one or None a row. While the next token of a row has a mask, all rows
+    take a step at a time.
     stop_ids: None takes the config's; () never stops. max_len: most tokens of prompt and answer.
     `send` a bool [B] to end rows. prefill_chunk: as in `prefill`, for wider rows.
     cache: one to continue, as in `extend` (donated). before [B n] int32: the tokens in it, which the
@@ -81,17 +86,17 @@ def stream(
     after the answer, less its last token.
 
     Raises InputError before anything runs; a NotFiniteError once all rows have ended, if the logits of
-    some were not finite (these end there, the others go on).
+    some were not finite, or a constraint left no token (these end there, the others go on).
     """
     check_call(params, cfg, batch=batch)
-    options = GenerationOptions(
-        max_new_tokens, sampling, seed, stop_ids, max_len, logits_fn, steps, prefill_chunk, copies
-    )
+    given = max_new_tokens, sampling, seed, stop_ids, max_len, logits_fn, steps
+    options = GenerationOptions(*given, prefill_chunk, copies, constraint)
     filled = 0 if cache is None else int(np.max(cache.length))
     rows = options.of_batch(cfg, batch, filled)
     if before is not None and before.shape != (want := (len(batch.segment_ids), filled)):
         raise InputError(f"before: shape {before.shape}, the cache holds {want}")
-    return _stream(params, cfg, batch, options, rows, features, cache, before)
+    constraints = options.constraints(batch, before, rows.stop_ids)
+    return _stream(params, cfg, batch, options, rows, features, cache, before, constraints)
 
 
 def generate(
@@ -111,20 +116,25 @@ def generate(
     steps: int = STEPS,
     prefill_chunk: int | None = None,
     copies: int = 1,
+    constraint: Constraints = None,
+    max_repeats: int = 0,
 ) -> Answer:
     """Answers every row of the batch; arguments are those of `stream`.
 
-    stop_strings end a row with the token that completes one; they need `decode` (tokens -> text). A row
-    whose logits are not finite ends there, with a warning and the finish_reason "error".
+    stop_strings end a row with the token that completes one; they need `decode` (tokens -> text).
+    max_repeats ends a row, as "repetition", whose last 256 tokens or more are so many times the same block
+    of at most 64 tokens; 0 never does. A row whose logits are not finite, or whose constraint leaves no
+    token, ends there, with a warning and the finish_reason "error".
     """
     if (strings := stop_list(stop_strings)) and decode is None:
         raise InputError("stop_strings need decode=, the function from tokens to text")
     options: dict[str, Any] = {"sampling": sampling, "stop_ids": stop_ids, "seed": seed}
     options |= {"max_len": max_len, "features": features, "logits_fn": logits_fn, "steps": steps}
     options |= {"max_new_tokens": max_new_tokens, "prefill_chunk": prefill_chunk, "copies": copies}
-    chunks = stream(params, cfg, batch, **options)
+    chunks = stream(params, cfg, batch, constraint=constraint, **options)
     stops = check_stop_ids(cfg, stop_ids)
-    answers = [RowAnswer(max_new_tokens, strings) for _ in range(len(batch.segment_ids) * copies)]
+    count, ends = len(batch.segment_ids) * copies, (strings, check_repeats(max_repeats))
+    answers = [RowAnswer(max_new_tokens, *ends) for _ in range(count)]
     try:
         with contextlib.suppress(StopIteration):
             new = next(chunks)
@@ -145,7 +155,7 @@ def generate(
     return Answer(tokens, lengths, reasons, [answer.error for answer in answers])
 
 
-def _stream(params, cfg, batch, options, rows, features, cache, before):
+def _stream(params, cfg, batch, options, rows, features, cache, before, constraints):
     """`stream` after its checks: prefills, and yields the columns that hold tokens, ENDED elsewhere."""
     vision, batch = batch.vision, batch.replace(vision=None, labels=None)
     width = batch.tokens.shape[1]  # not the prompt's length: what is compiled is a bucket's
@@ -168,20 +178,22 @@ def _stream(params, cfg, batch, options, rows, features, cache, before):
         if options.copies > 1:
             made = _repeat(made, options.copies)
         tokens = before, batch.tokens, batch.segment_ids
-        return _first(*made, tokens, rows, cfg.text.vocab_size, options.copies)
+        return _first(*made, tokens, first, cfg.text.vocab_size, options.copies)
 
+    first = rows.replace(masks=masks_of(constraints, cfg.text.vocab_size))
     given = params, vision if features is None else None, batch, features, cache, before
     wait = _compile_steps(cfg, options, rows, slots, start, given)
     decoder = Decoder(params, cfg, start(*given), rows)
+    decoder.constraints = constraints
     wait()
     faults, count = {}, 0
     for new in decoder.chunks(filled, options.max_new_tokens, options.steps):
         for row in np.flatnonzero((new < ENDED).any(axis=1)).tolist():
-            faults[row] = decode_loop.fault_of(new[row], count)
+            faults[row] = fault_of(new[row], count)
         count += new.shape[1]
         ended = yield np.maximum(new[:, (new >= 0).any(axis=0)], ENDED)
         if ended is not None:
-            decoder.ended = np.asarray(ended, bool)
+            decoder.ended |= np.asarray(ended, bool)
             for row in np.flatnonzero(ended).tolist():
                 faults.pop(row, None)  # the caller ended its answer before the fault
     if faults:

@@ -10,6 +10,8 @@ import numpy as np
 
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import InputError, check_int, shown
+from qwen3vl_jax.inference.constraints import Constraint, Constraints, start_rows
+from qwen3vl_jax.inference.row_answer import check_repeats
 from qwen3vl_jax.inference.sampling import Sampling, row_seeds
 from qwen3vl_jax.model.structs import Batch
 from qwen3vl_jax.processing.encoded_prompt import EncodedPrompt
@@ -31,6 +33,7 @@ class RowOptions(flax.struct.PyTreeNode):
     limit: Any  # [B] int32: answer tokens at which a row ends
     stop_ids: Any  # [S] int32
     logits_fn: LogitsFn | None = flax.struct.field(pytree_node=False, default=None)
+    masks: Any = None  # [B ceil(V/32)] uint32: a bit for each token that may come next; None is any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +49,7 @@ class GenerationOptions:
     steps: int = STEPS
     prefill_chunk: int | None = None
     copies: int = 1
+    constraint: Constraints = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.sampling, Sampling | None):
@@ -75,6 +79,14 @@ class GenerationOptions:
             advice = "shorten the prompt, use fewer pixels, or allow a longer cache"
             raise InputError(f"{needed}, but the cache holds {self.max_len}: {advice}")
         return self.of_rows(cfg, len(segments))
+
+    def constraints(self, batch: Batch, before: np.ndarray | None, stop_ids: Any) -> list:
+        """Each row's `RowConstraint` at its start, or None; before [B n]: the tokens in the cache."""
+        tokens, real = np.asarray(batch.tokens), np.asarray(batch.segment_ids) > 0
+        seen = tokens[:, :0] if before is None else before
+        prompts = [np.append(a, row[there]) for a, row, there in zip(seen, tokens, real)]
+        prompts = [prompt for prompt in prompts for _ in range(self.copies)]
+        return start_rows(self.constraint, prompts, stop_ids)
 
     def chunk_of(self, width: int) -> int | None:
         """prefill_chunk where rows are wider, else None: they are filled at once."""
@@ -108,9 +120,12 @@ class Request:
     seed: int = 0
     stop_strings: tuple[str, ...] = ()
     watch: Watch | None = None
+    constraint: Constraint | None = None
+    max_repeats: int = 0
 
     def __post_init__(self) -> None:
         GenerationOptions(self.max_new_tokens, self.sampling)
+        check_repeats(self.max_repeats)
         self.sampling.rows(1)
         row_seeds(self.seed, 1)
 
@@ -119,9 +134,9 @@ class Request:
 class Finished:
     """An answer: its tokens, with the stop id that ended it, and their log-probabilities (fp32).
 
-    finish_reason is "stop", "length", "cancelled" (by the request's `watch`), or "error" where logits were
-    not finite: `error` then says so, and tokens are those before. Log-probabilities are the model's own,
-    before penalties, temperature and filters.
+    finish_reason is "stop", "length", "repetition", "cancelled" (by the request's `watch`), or "error"
+    (not finite logits, or no token that a constraint allows): `error` then says so, and tokens are those
+    before. Log-probabilities are the model's own, before penalties, temperature, filters and constraints.
     """
 
     key: Any

@@ -101,7 +101,8 @@ def restrict(logits: jax.Array, s: Any) -> jax.Array:
     # The largest logits, ascending: rows of a small top-k need no others, unless many tie at its limit.
     ranked = jax.lax.top_k(logits, few)[0][:, ::-1]
     floor = jnp.take_along_axis(ranked, few - jnp.minimum(top_k, few), axis=1)
-    small = (top_k <= few) & (jnp.sum(logits >= floor, axis=1, keepdims=True) <= few)
+    above = (logits >= floor) & (logits > -jnp.inf)  # a mask leaves few
+    small = (top_k <= few) & (jnp.sum(above, axis=1, keepdims=True) <= few)
     kept = _top_p_and_min_p(logits, ranked, floor, s)
 
     def with_sort(kept):

@@ -1,4 +1,4 @@
-"""The routes: chat completions, embeddings, models, health and metrics."""
+"""The routes: a page, chat completions, embeddings, models, health and metrics."""
 
 import asyncio
 import dataclasses
@@ -8,6 +8,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,11 +16,18 @@ import numpy as np
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as Asked
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import (
+    FileResponse,
+    JSONResponse,
+    PlainTextResponse,
+    Response,
+    StreamingResponse,
+)
 from starlette.routing import Route
 
 from qwen3vl_jax.errors import InputError
 from qwen3vl_jax.inference import scoring
+from qwen3vl_jax.inference.constraints import read_constraint
 from qwen3vl_jax.inference.engine import EXPECTED, generate_many
 from qwen3vl_jax.inference.requests import Finished, Request
 from qwen3vl_jax.processing.batch import make_batch
@@ -40,6 +48,7 @@ from qwen3vl_jax.serve.protocol import (
 )
 from qwen3vl_jax.serve.reply import OPEN, Delta, Reply, message
 
+PAGE = Path(__file__).with_name("page.html")
 THREADS = 4  # that read images and encode prompts
 Events = asyncio.Queue[tuple[int, Any]]  # (index of a choice or an input, event of its ticket)
 
@@ -64,6 +73,7 @@ class Server:
             ThreadPoolExecutor(THREADS),
         )
         routes = [
+            Route("/", self.page),
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
             Route("/v1/embeddings", self.embeddings, methods=["POST"]),
             Route("/v1/models", self.models),
@@ -74,6 +84,10 @@ class Server:
         handlers: Any = dict.fromkeys((ApiError, HTTPException, Exception), _refused)
         inner = Starlette(routes=routes, exception_handlers=handlers)
         self.app = Guard(inner, self.limits, self.metrics, [route.path for route in routes])
+
+    async def page(self, _: Asked) -> Response:
+        """The page to ask from a browser."""
+        return FileResponse(PAGE)
 
     async def models(self, asked: Asked) -> Response:
         """The one model."""
@@ -154,8 +168,12 @@ class Server:
 
     def _read_chat(self, body: bytes) -> tuple[ChatRequest, EncodedPrompt]:
         request = read_chat(body, self.model, self.proc.sampling, self.max_new_tokens)
+        with blaming(next(iter(request.control), None)):
+            constraint = read_constraint(self.proc, **request.control)
+        held = dataclasses.replace(request.request, constraint=constraint)
         options = {"tools": request.tools, "template_vars": request.template_vars}
-        return request, self._encoded(request.messages, "messages", **options)
+        prompt = self._encoded(request.messages, "messages", **options)
+        return dataclasses.replace(request, request=held), prompt
 
     def _read_embedding(self, body: bytes) -> tuple[Any, list[EncodedPrompt]]:
         request = read_embedding(body, self.model, self.proc.config.text.hidden_size)

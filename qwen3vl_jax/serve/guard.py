@@ -74,7 +74,7 @@ class Guard:
         headers, key = Headers(scope=scope), self.limits.api_key
         given = headers.get("authorization", "").removeprefix("Bearer ")
         is_right = hmac.compare_digest(given.encode(), key.encode())
-        if key and not is_right and scope["path"] != "/health":
+        if key and not is_right and scope["path"] not in ("/", "/health"):
             raise ApiError(
                 401, "expected Authorization: Bearer KEY, the server's", code="invalid_api_key"
             )

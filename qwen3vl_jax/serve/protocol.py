@@ -11,6 +11,7 @@ import numpy as np
 
 from qwen3vl_jax.errors import InputError, check_int, shown
 from qwen3vl_jax.inference.requests import Request
+from qwen3vl_jax.inference.row_answer import check_repeats
 from qwen3vl_jax.inference.sampling import Sampling
 from qwen3vl_jax.processing.messages import fields
 from qwen3vl_jax.processing.tokenizer import stop_list
@@ -22,8 +23,20 @@ MOST_STOPS, LONGEST_STOP = 16, 256
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 _SAMPLING = tuple(field.name for field in dataclasses.fields(Sampling))
 _LIMITS = ("max_completion_tokens", "max_tokens")
-_CHAT = ("model", "messages", "tools", "tool_choice", "chat_template_kwargs", "response_format")
-_CHAT += ("stream", "stream_options", "n", "seed", "stop", "logprobs", *_LIMITS, *_SAMPLING)
+# What holds an answer to a form, as `read_constraint` takes it.
+CONTROL = ("response_format", "thinking_budget")
+_CHAT = ("model", "messages", "tools", "tool_choice", "chat_template_kwargs", *CONTROL)
+_CHAT += (
+    "stream",
+    "stream_options",
+    "n",
+    "seed",
+    "stop",
+    "logprobs",
+    "max_repeats",
+    *_LIMITS,
+    *_SAMPLING,
+)
 _EMBEDDING = ("model", "input", "dimensions", "encoding_format", "instruction")
 # Keys that OpenAI's clients send and that change nothing here, and the values that are then taken; None
 # is any.
@@ -76,6 +89,7 @@ class ChatRequest:
     stream: bool
     with_usage: bool
     logprobs: bool
+    control: dict[str, Any]  # of CONTROL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +155,6 @@ def read_chat(
         raise ApiError(400, "stream_options: means something only with stream", "stream_options")
     with blaming("stream_options"):
         options = fields(options, ("include_usage",), "stream_options: ")
-    read_format(given)
     return ChatRequest(
         messages,
         _tools(given),
@@ -151,15 +164,8 @@ def read_chat(
         stream,
         _typed(options, "include_usage", bool, False),
         _typed(given, "logprobs", bool, False),
+        {key: given[key] for key in CONTROL if key in given},
     )
-
-
-def read_format(given: Mapping[str, Any]) -> None:
-    """The form that an answer is held to, response_format: text alone. Raises ApiError."""
-    asked = _typed(given, "response_format", dict, {"type": "text"})
-    if asked != {"type": "text"}:
-        wrong = f'response_format: got {shown(asked)}, expected {{"type": "text"}}'
-        raise ApiError(400, wrong, "response_format", "unsupported_parameter")
 
 
 def read_embedding(data: bytes, model: str, size: int) -> EmbeddingRequest:
@@ -197,8 +203,10 @@ def _request(given: Mapping[str, Any], sampling: Mapping[str, float], limit: int
         raise ApiError(400, f"stop: expected {most}", "stop")
     # Without one, answers differ from request to request.
     seed = given.get("seed", secrets.randbits(32))
+    with blaming("max_repeats"):
+        check_repeats(repeats := given.get("max_repeats", 0))
     with blaming("seed"):
-        return Request(None, {}, limit, Sampling(**chosen), seed, stop)
+        return Request(None, {}, limit, Sampling(**chosen), seed, stop, max_repeats=repeats)
 
 
 def _tools(given: Mapping[str, Any]) -> list[Any] | None:

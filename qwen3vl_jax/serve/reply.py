@@ -39,7 +39,7 @@ class Reply:
                 self.logprobs += [self._logprob(*pair) for pair in pairs]
             self.held += self.text.push(token for token, _ in pairs)
             return self._deltas(False)
-        if event.finish_reason not in ("stop", "length"):
+        if event.finish_reason not in ("stop", "length", "repetition"):
             raise ApiError(500, event.error or "the answer was cancelled")
         self.held += self.text.flush()
         self.finish_reason = event.finish_reason

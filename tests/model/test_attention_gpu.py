@@ -106,14 +106,17 @@ def ranges(rows, t, causal):
     return jnp.asarray(lo), jnp.asarray(hi)
 
 
-def slopes_and_values(lo, hi, fn, *x):
+def slopes_and_values(fn, *given):
     """The gradients of q, k and v of a loss of fn(q, k, v, lo, hi), and its values."""
 
-    def loss(*x):
-        out = fn(*x, lo, hi)
+    def loss(*given):
+        out, (lo, hi) = fn(*given), given[3:]
         return jnp.sum(jnp.sin(out.astype(jnp.float32)) * (hi > lo)[..., None, None]), out
 
-    return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*x)
+    return jax.grad(loss, (0, 1, 2), has_aux=True)(*given)
+
+
+compared = jax.jit(functools.partial(slopes_and_values, dense_jax))  # one program a size
 
 
 ROWS = [(0, [1, 40, 7]), (5, [60, 31]), (0, [96])]
@@ -125,11 +128,9 @@ def test_segments_equal_softmax_over_a_mask(layout, segments, heads):
     """Values, zeros of padding and all three gradients, segments counted by the host or not."""
     q, k, v = (x.astype(DTYPE) for x in arrays(3, 96, *heads, 96))
     lo, hi = ranges(ROWS, 96, layout == "causal")
-    run = functools.partial(slopes_and_values, lo, hi)
-    slopes, out = run(
-        functools.partial(attention.attend, layout=layout, segments=segments), q, k, v
-    )
-    want_slopes, want = run(dense_jax, *(x.astype(jnp.float32) for x in (q, k, v)))
+    attend = functools.partial(attention.attend, layout=layout, segments=segments)
+    slopes, out = jax.jit(lambda *x: slopes_and_values(attend, *x, lo, hi))(q, k, v)
+    want_slopes, want = compared(*(x.astype(jnp.float32) for x in (q, k, v)), lo, hi)
     assert (np.asarray(out)[~np.asarray(hi > lo)] == 0).all()
     np.testing.assert_allclose(np.asarray(out, np.float32), want, atol=BOUND)
     for got, expected in zip(slopes, want_slopes, strict=True):
@@ -155,9 +156,9 @@ def test_uncounted_segments_are_right_however_many(sizes, monkeypatch):
     t = sum(sizes) + 5 if len(sizes) == 38 else 192
     q, k, v = (x.astype(DTYPE) for x in arrays(2, t, 4, 2, 64, t))
     lo, hi = ranges([(0, sizes), (3, [t - 3])], t, True)
-    run = functools.partial(slopes_and_values, lo, hi)
-    slopes, got = run(functools.partial(attention.attend, layout="causal"), q, k, v)
-    want_slopes, want = run(dense_jax, *(x.astype(jnp.float32) for x in (q, k, v)))
+    attend = functools.partial(attention.attend, layout="causal")
+    slopes, got = jax.jit(lambda *x: slopes_and_values(attend, *x, lo, hi))(q, k, v)
+    want_slopes, want = compared(*(x.astype(jnp.float32) for x in (q, k, v)), lo, hi)
     np.testing.assert_allclose(np.asarray(got, np.float32), want, atol=BOUND)
     for got, expected in zip(slopes, want_slopes, strict=True):
         slope = np.asarray(got, np.float32)

@@ -16,13 +16,16 @@ ROWS = ("clips_and_picture", "text", "three_pictures")
 
 
 traced = jax.jit(q3.prefill, static_argnames=("cfg", "max_len"))
+step = jax.jit(q3.decode_step, static_argnames="cfg")  # both caches are kept
 
 
 @pytest.mark.parametrize(("moe", "side"), [(False, "left"), (False, "right"), (True, "left")])
 def test_chunks_equal_the_whole(moe, side):
     """Rows of different length with pictures and clips cut anywhere, then eight decode steps."""
-    params, cfg = ours.tiny_model(moe=moe)
-    rows = [tiny.inputs(tiny.config_dict("base", moe), row, seed) for seed, row in enumerate(ROWS)]
+    params, cfg = ours.tiny_model("shallow", moe)
+    rows = [
+        tiny.inputs(tiny.config_dict("shallow", moe), row, seed) for seed, row in enumerate(ROWS)
+    ]
     batch = q3.make_batch(cfg, **tiny.pad_batch(rows, side))
     cache, want = q3.prefill(params, cfg, batch, 256)
     # One program of all layers, and chunks shorter and longer than the prompts.
@@ -37,7 +40,6 @@ def test_chunks_equal_the_whole(moe, side):
             for mine, whole in zip([*other.k, *other.v], [*cache.k, *cache.v], strict=True):
                 assert ours.worst(mine[b, :length], whole[b, :length]) < 1e-5
         theirs, token = cache, jnp.argmax(want, -1).astype(jnp.int32)
-        step = jax.jit(q3.decode_step, static_argnames="cfg")  # both caches are kept
         for _ in range(8):
             theirs, a = step(params, cfg, theirs, token)
             other, b = step(params, cfg, other, token)
@@ -47,8 +49,8 @@ def test_chunks_equal_the_whole(moe, side):
 
 def test_chunks_of_features_and_embeddings():
     """Kept features, and embeddings in place of tokens."""
-    params, cfg = ours.tiny_model("golden")
-    batch = q3.make_batch(cfg, **tiny.inputs(tiny.config_dict("golden"), "three_pictures"))
+    params, cfg = ours.tiny_model("shallow")
+    batch = q3.make_batch(cfg, **tiny.inputs(tiny.config_dict("shallow"), "three_pictures"))
     features = q3.vision_encode(params, cfg, batch.vision)
     want = q3.prefill(params, cfg, batch, 128)[1]
     bare = batch.replace(vision=None)
@@ -62,10 +64,10 @@ def test_chunks_of_features_and_embeddings():
 
 def test_a_filled_cache_goes_on_in_chunks():
     """Rows of different length behind others, pictures cut anywhere: the same cache and logits."""
-    params, cfg = ours.tiny_model("golden")
+    params, cfg = ours.tiny_model("shallow")
     batches = []
     for names in (("text", "one_picture"), ("three_pictures", "text")):
-        rows = [tiny.inputs(tiny.config_dict("golden"), name) for name in names]
+        rows = [tiny.inputs(tiny.config_dict("shallow"), name) for name in names]
         batches.append(q3.make_batch(cfg, **tiny.pad_batch(rows)))
     cache, _ = ours.prefill(params, cfg, batches[0], 256)
     run = jax.jit(q3.extend, static_argnames=("cfg", "chunk"))
@@ -106,8 +108,8 @@ def test_chunks_fill_a_cache_that_their_program_makes(monkeypatch):
     """No device of a mesh holds all of it at first: nothing is made outside of the program."""
     made, make = [], cache_module.init_cache
     monkeypatch.setattr(cache_module, "init_cache", lambda *x: made.append(make(*x)) or made[-1])
-    params, cfg = ours.tiny_model("golden")
-    batch = q3.make_batch(cfg, **tiny.inputs(tiny.config_dict("golden"), "text"))
+    params, cfg = ours.tiny_model("shallow")
+    batch = q3.make_batch(cfg, **tiny.inputs(tiny.config_dict("shallow"), "text"))
     # Slots that no other test has: the program is traced here.
     cache, _ = q3.prefill(params, cfg, batch, 1111, chunk=8)
     assert cache.slots == 1536 and len(made) == 1

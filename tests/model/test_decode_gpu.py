@@ -2,6 +2,7 @@
 
 import functools
 
+import hf_files
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +20,10 @@ MASK[1, :4] = MASK[2, :8] = 0
 
 @pytest.fixture(scope="module")
 def small():
-    cfg = q3.Config.from_hf(tiny.config_dict("base"))
+    raw = tiny.config_dict("base")
+    raw["text_config"] |= hf_files.SMALL["text"]
+    raw["vision_config"] |= hf_files.SMALL["vision"]
+    cfg = q3.Config.from_hf(raw)
     return jax.jit(functools.partial(q3.init_params, cfg=cfg))(jax.random.key(0)), cfg
 
 

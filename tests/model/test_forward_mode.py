@@ -15,8 +15,8 @@ from qwen3vl_jax.model.matmul import gather_rows
 
 
 def model(moe):
-    params, cfg = ours.tiny_model("golden", moe)
-    row = tiny.inputs(tiny.config_dict("golden", moe), "one_picture")
+    params, cfg = ours.tiny_model("shallow", moe)
+    row = tiny.inputs(tiny.config_dict("shallow", moe), "one_picture")
     return q3.stack_layers(params), cfg, q3.make_batch(cfg, **row, pad=False)
 
 
@@ -24,7 +24,7 @@ def random_like(tree, seed):
     """Directions of the size of what they change."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(
-        lambda x: jnp.asarray(rng.standard_normal(x.shape) * np.std(x), x.dtype), tree
+        lambda x: (rng.standard_normal(x.shape) * np.std(np.asarray(x))).astype(x.dtype), tree
     )
 
 
@@ -52,7 +52,11 @@ def test_of_logits_by_weights_and_pixels(moe):
     back = jax.jit(lambda at, u: jax.vjp(logits, *at)[1](u))(at, u)
     assert abs(dot(u, change) - dot(back, way)) < 1e-4 * np.sqrt(dot(u, u) * dot(change, change))
     size = 3e-5 if moe else 1e-3  # a router's choice must not change
-    ends = [logits(*jax.tree.map(lambda x, d, s=s: x + s * size * d, at, way)) for s in (1, -1)]
+    at, way = jax.tree.map(np.asarray, (at, way))
+    ends = [
+        logits(*jax.tree.map(lambda x, d, s=s: x + np.float32(s * size) * d, at, way))
+        for s in (1, -1)
+    ]
     assert ours.worst(change, (ends[0] - ends[1]) / (2 * size)) < (2e-2 if moe else 5e-3)
 
 

@@ -25,7 +25,7 @@ COUNTS = {
 
 
 def model(moe=False, rope="default"):
-    return ours.tiny_model("base" if rope == "default" else "golden", moe, rope)
+    return ours.tiny_model("shallow" if rope == "default" else "golden", moe, rope)
 
 
 def inputs(row, seed=0, variant="base"):
@@ -218,9 +218,9 @@ def test_packed_rows_equal_single_rows():
         at += width
 
 
-def labelled(moe):
+def labelled(moe, rope):
     """(params in lists, cfg, a batch with labels) of few layers."""
-    params, cfg = model(moe, "plain")
+    params, cfg = model(moe, rope)
     row = inputs("three_pictures", variant="golden")
     labels = np.where(row["input_ids"] < 290, row["input_ids"], -100)
     return params, cfg, q3.make_batch(cfg, **row, labels=labels, pad=False)
@@ -228,7 +228,7 @@ def labelled(moe):
 
 def test_scan_over_stacked_layers_equals_the_loop():
     """Logits, every layer's state, the loss."""
-    params, cfg, batch = labelled(False)
+    params, cfg, batch = labelled(False, "plain")
     stacked = q3.stack_layers(params)
     assert jax.tree.map(jnp.shape, q3.unstack_layers(stacked)) == jax.tree.map(jnp.shape, params)
 
@@ -245,7 +245,7 @@ def test_scan_over_stacked_layers_equals_the_loop():
 
 def test_gradients_of_a_scan_equal_those_of_the_loop():
     """Of the kind with more parts, which has those of the other but the MLP."""
-    params, cfg, batch = labelled(True)
+    params, cfg, batch = labelled(True, "default")
     grad = jax.jit(jax.value_and_grad(q3.loss_fn, has_aux=True), static_argnums=1)
     (loss, metrics), slope = grad(params, cfg, batch)
     (scan_loss, _), scan_slope = grad(q3.stack_layers(params), cfg, batch)

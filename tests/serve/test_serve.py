@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import urllib.request
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -227,6 +228,11 @@ def test_embeddings(demo, client):
 
 
 TEXT = [{"role": "user", "content": "a"}]
+SAYS = {"type": "object", "properties": {"says": {"enum": ["yes", "no"]}}, "required": ["says"]}
+FORM = {
+    "type": "json_schema",
+    "json_schema": {"name": "a", "schema": SAYS | {"additionalProperties": False}},
+}
 FAR = "http://127.0.0.1:1/a.png"
 # (status, the key it names, a word of the message, keys of the request)
 REFUSED = [
@@ -236,7 +242,15 @@ REFUSED = [
     (400, "top_logprobs", "expected 0", {"logprobs": True, "top_logprobs": 2}),
     (400, "frequency_penalty", "expected 0", {"frequency_penalty": 0.5}),
     (400, "store", "expected False", {"store": True}),
-    (400, "response_format", "text", {"response_format": {"type": "json_object"}}),
+    (400, "response_format", "json_schema", {"response_format": {"type": "xml"}}),
+    (
+        400,
+        "response_format",
+        "schema: ",
+        {"response_format": FORM | {"json_schema": {"schema": {"type": 3}}}},
+    ),
+    (400, "thinking_budget", "from 0", {"thinking_budget": -1}),
+    (400, "max_repeats", "from 2", {"max_repeats": 1}),
     (400, "n", "from 1 to 128", {"n": 0}),
     (400, "max_tokens", "from 1", {"max_tokens": 1.5}),
     (400, "max_tokens", "one of them", {"max_tokens": 1, "max_completion_tokens": 2}),
@@ -257,6 +271,31 @@ FORBIDDEN = [
     "http://169.254.169.254/a",
     "gs://a/b",
 ]
+
+
+def test_an_answer_by_a_schema(client):
+    """Beside free answers, whole and as a stream; without it the demo says something else."""
+
+    def ask(**given):
+        return client.chat.completions.create(model="demo", messages=TEXT, max_tokens=24, **given)
+
+    with ThreadPoolExecutor(3) as pool:
+        free, held = pool.submit(ask), pool.submit(ask, response_format=FORM)
+        parts = pool.submit(lambda: list(ask(response_format=FORM, stream=True)))
+    found = held.result().choices[0]
+    assert json.loads(found.message.content)["says"] in ("yes", "no")
+    assert found.finish_reason == "stop" and "says" not in free.result().choices[0].message.content
+    streamed = (chunk.choices[0].delta.content or "" for chunk in parts.result())
+    assert "".join(streamed) == found.message.content
+
+
+def test_the_page_needs_no_key(process):
+    """It is one file, and names no other host."""
+    with urllib.request.urlopen(process[1].removesuffix("/v1")) as page:
+        text = page.read().decode()
+        assert page.headers["content-type"].startswith("text/html")
+    assert "/v1/chat/completions" in text
+    assert set(re.findall(r"https?://[^\s\"']+", text)) <= {"http://www.w3.org/2000/svg"}
 
 
 def test_what_is_wrong_is_refused_by_name(client):
