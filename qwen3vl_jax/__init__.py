@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from qwen3vl_jax.config import Config
     from qwen3vl_jax.device_mesh import make_mesh
     from qwen3vl_jax.errors import InputError
+    from qwen3vl_jax.inference.constraints import Constraint
     from qwen3vl_jax.inference.engine import generate_many
     from qwen3vl_jax.inference.generate import Answer, generate, stream
     from qwen3vl_jax.inference.requests import Finished, Request, Stats
@@ -46,6 +47,7 @@ _HOME = {
     "config": "Config",
     "device_mesh": "make_mesh",
     "errors": "InputError",
+    "inference.constraints": "Constraint",
     "inference.engine": "generate_many",
     "inference.requests": "Finished Request Stats",
     "inference.scoring": "attentions embed hidden_states last_hidden_state rerank score vision_states",

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import tokenizers
 
 from qwen3vl_jax.errors import InputError, one_line, shown, unexpected
 from qwen3vl_jax.processing.processor import Processor
@@ -78,13 +79,30 @@ class Constraint:
         return found
 
 
+class _Plain:
+    """A tokenizer as llguidance asks for one. Of a text no token is an added one, which it would refuse."""
+
+    bos_token_id, is_tokenizer_wrapper = None, True
+
+    def __init__(self, tokenizer: Tokenizer, vocabulary: int, stop_ids: tuple[int, ...]) -> None:
+        self.tokens = [tokenizer.token_bytes(i, False) for i in range(vocabulary)]
+        self.special_token_ids = sorted(tokenizer.added.values())
+        self.eos_token_id, backend = stop_ids[0], tokenizer.backend
+        self.plain = tokenizers.Tokenizer(backend.model)
+        self.plain.normalizer, self.plain.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        text = text if isinstance(text, str) else text.decode()
+        return self.plain.encode(text, add_special_tokens=False).ids
+
+
 @functools.lru_cache(maxsize=4)
 def _llguidance(tokenizer: Tokenizer, vocabulary: int, stop_ids: tuple[int, ...]) -> Any:
-    """llguidance's form of a tokenizer, whose making takes a second."""
+    """llguidance's form of a tokenizer, whose making takes seconds."""
     import llguidance
 
-    text, stops = tokenizer.backend.to_str(), list(stop_ids)
-    return llguidance.LLTokenizer(text, n_vocab=vocabulary, eos_token=stops)
+    plain: Any = _Plain(tokenizer, vocabulary, stop_ids)
+    return llguidance.LLTokenizer(plain, eos_token=list(stop_ids))
 
 
 class RowConstraint:

@@ -243,7 +243,7 @@ class Decoder:
 
         def begin() -> tuple[Any, Any]:
             given = self.state.cache, self.state.token
-            cache, logits = _next_logits(self.params, self.cfg, *given)
+            cache, logits = _next_logits({**self.params, "vision": None}, self.cfg, *given)
             self.state = self.state.replace(cache=cache)
             return cache, logits
 
