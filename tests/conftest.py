@@ -5,6 +5,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -59,6 +60,9 @@ def _torch_files() -> list[str]:
 # torch is an extra, and not built for every Python: without it the tests that compare with it are
 # not collected, and the header says so.
 collect_ignore = [] if HAS_TORCH else _torch_files()
+HAS_BROWSER = importlib.util.find_spec("playwright") and shutil.which("chromium")
+if not HAS_BROWSER:
+    collect_ignore.append(str(Path(__file__).parent / "serve" / "test_page.py"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -111,11 +115,14 @@ def _ctrl_c_interrupts():
 
 
 def pytest_report_header() -> list[str]:
-    """Two lines: with what the model is compared, whether TPU programs are compiled."""
+    """Three lines: with what the model is compared, and whether TPU programs and the page are tried."""
     parity = "torch and transformers are installed, every file is collected"
     if not HAS_TORCH:
-        parity = f"torch is not installed, left out: {', '.join(collect_ignore)}"
+        parity = f"torch is not installed, left out: {', '.join(_torch_files())}"
     tpu = "libtpu is installed, TPU programs are compiled"
     if importlib.util.find_spec("libtpu") is None:
         tpu = "libtpu is not installed (the extra tpu), left out: tests that compile TPU programs"
-    return [f"parity: {parity}", f"planner: {tpu}"]
+    page = "chromium and playwright are installed, the server's page is tried"
+    if not HAS_BROWSER:
+        page = "chromium or playwright is not installed, left out: tests of the server's page"
+    return [f"parity: {parity}", f"planner: {tpu}", f"page: {page}"]
