@@ -71,7 +71,17 @@ def test_a_schema_and_a_budget_with_several_answers():
     """Two answers of one thinking template: exactly three tokens of reasoning, then JSON of the schema."""
     template = ROOT / "tests" / "thinking.jinja"
     how = ("--prompt", "Hi", "--chat-template", template, "--thinking-budget", 3)
-    how += ("--ckpt", common.DEMO, "--schema", "schema.json", "--json", "--answers", 2, "--temperature", 1)
+    how += (
+        "--ckpt",
+        common.DEMO,
+        "--schema",
+        "schema.json",
+        "--json",
+        "--answers",
+        2,
+        "--temperature",
+        1,
+    )
     lines = printed(*how).splitlines()
     assert len(lines) == 2
     for line in lines:
