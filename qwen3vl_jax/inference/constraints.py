@@ -126,11 +126,16 @@ class RowConstraint:
 
     def free(self) -> int | None:
         """How many tokens may be any, whatever they are: 0 asks for a mask, None is no end."""
-        if self.forced or self.state == "answer":
-            return 0 if self.forced or self.matcher else None
-        # The grammar begins with the thinking's end, which may come at any token.
-        free = 1 if self.matcher else self.left
-        return None if free is None else free + (self.state == "start")
+        if self.forced or self.matcher:
+            return 0
+        if self.state == "answer" or self.left is None:
+            return None
+        return self.left + (self.state == "start")
+
+    @property
+    def in_grammar(self) -> bool:
+        """Whether the next token is one of the grammar."""
+        return bool(self.matcher and self.state == "answer" and not self.forced)
 
     def take(self, token: int) -> bool:
         """Takes the next token; False for one that may not come."""
@@ -146,8 +151,6 @@ class RowConstraint:
             self.forced = (
                 self.tokenizer.encode(CLOSING.split("</think>")[1]) if self.matcher else []
             )
-        elif self.matcher and token in self.stop_ids:
-            return False
         elif self.left is not None:
             self.left -= 1
         self._close_if_spent()
@@ -183,7 +186,7 @@ def masks_of(rows: Sequence[RowConstraint | None], vocabulary: int) -> np.ndarra
         return None
     masks = np.full((len(rows), -(-vocabulary // 32)), -1, np.int32)
     bits = masks.view(np.uint32)
-    if matched := [(row.matcher, b) for b, row in asked if not row.forced]:
+    if matched := [(row.matcher, b) for b, row in asked if row.in_grammar]:
         import llguidance.numpy
 
         llguidance.numpy.fill_next_token_bitmask_par(_executor(), matched, masks)
@@ -191,6 +194,9 @@ def masks_of(rows: Sequence[RowConstraint | None], vocabulary: int) -> np.ndarra
         if row.forced:
             bits[b] = 0
             bits[b, row.forced[0] // 32] = 1 << row.forced[0] % 32
+        elif not row.in_grammar:  # its grammar is yet to come
+            for token in row.stop_ids:
+                bits[b, token // 32] &= ~np.uint32(1 << token % 32)
         elif row.matcher.is_error():  # its mask has the stop ids then
             log.warning("row %d: %s", b, one_line(row.matcher.get_error())[:300])
             bits[b] = 0

@@ -10,7 +10,7 @@ from qwen3vl_jax.processing.tokenizer import find_stop
 
 Decode = Callable[[list[int]], str]  # tokens -> text
 # In place of a token: the row had ended; its logits were not finite (NOT_FINITE), or were so only after
-# penalties, constraint and logits_fn; the row's constraint does not know it.
+# penalties, constraint and logits_fn; the row's constraint refuses it.
 ENDED, NOT_FINITE_AFTER, REFUSED = -1, -3, -4
 # Tokens: the longest block that a loop repeats, and the fewest of a loop.
 LONGEST_BLOCK, LOOP = 64, 256
@@ -66,10 +66,10 @@ def fault_of(tokens: np.ndarray, count: int) -> str:
     place = f"logits of answer token {count + int(wrong[0]) + 1}"
     kind = tokens[wrong[0]]
     if kind == REFUSED:
-        ends = (
-            "got a token that the answer's constraint does not know, as an end within the thinking"
+        refused = (
+            "got one that llguidance allowed and refuses, expected another; change the grammar"
         )
-        return f"answer token {count + int(wrong[0]) + 1}: {ends}; allow more thinking, or none"
+        return f"answer token {count + int(wrong[0]) + 1}: {refused}"
     after = "got no finite number after penalties, constraint and logits_fn, expected one"
     return f"{place}: {after}; use milder ones" if kind == NOT_FINITE_AFTER else not_finite(place)
 
