@@ -59,24 +59,19 @@ def write(directory, kind="dense", block=fp8.BLOCK, layout=dict, shards=1, gain=
 
 
 @pytest.mark.parametrize(("kind", "block"), PAIRS)
-def test_round_trip_byte_for_byte(kind, block, tmp_path):
-    """Through Orbax and back: codes, scales, config.json, and the whole file."""
+def test_every_form_is_the_dequantised_weights(kind, block, tmp_path):
+    """Files, an Orbax directory and a saved one hold one tree, which multiplied out is load's own.
+
+    Through Orbax and back: codes, scales, config.json, and the whole file, byte for byte.
+    """
     source, held = write(tmp_path / "hf", kind, block)
-    arguments = [str(source), str(tmp_path / "orbax"), "--weights", "fp8"]
-    assert main(arguments) == 0
+    assert main([str(source), str(tmp_path / "orbax"), "--weights", "fp8"]) == 0
     to_hf(tmp_path / "orbax", tmp_path / "back")
     hf.assert_same(hf.read(tmp_path / "back"), held)
     for name in ("config.json", "model.safetensors", *hf.SIDE_FILES):
         assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes()
-    assert (tmp_path / "orbax" / "config.json").read_bytes() == (
-        source / "config.json"
-    ).read_bytes()
-
-
-@pytest.mark.parametrize(("kind", "block"), PAIRS)
-def test_every_form_is_the_dequantised_weights(kind, block, tmp_path):
-    """Files, an Orbax directory and a saved one hold one tree, which multiplied out is load's own."""
-    source, held = write(tmp_path / "hf", kind, block, shards=3)
+    config = (source / "config.json").read_bytes()
+    assert (tmp_path / "orbax" / "config.json").read_bytes() == config
     params, cfg = load(source, weights="fp8")
     stored = [w for w in jax.tree.leaves(params, is_leaf=is_quantized) if is_quantized(w)]
     parts = [row for row in param_specs(cfg) if fp8.QUANTISED.search(row.parts[0].name)]
@@ -86,13 +81,14 @@ def test_every_form_is_the_dequantised_weights(kind, block, tmp_path):
     assert bits(multiplied_out(params, "bfloat16")) == bits(
         jax.tree.map(lambda w: w.astype(jnp.bfloat16), load(source)[0])
     )
-    to_orbax(source, tmp_path / "orbax", weights="fp8")
     save_params(tmp_path / "saved", params, files_from=source)
-    save_params(tmp_path / "again", params, json.loads((source / "config.json").read_text()))
-    for name, weights in (("orbax", None), ("orbax", "fp8"), ("saved", None), ("again", None)):
+    save_params(tmp_path / "again", params, json.loads(config))
+    write(tmp_path / "shards", kind, block, shards=3)
+    forms = [("orbax", None), ("orbax", "fp8"), ("saved", None), ("again", None), ("shards", "fp8")]
+    for name, weights in forms:
         assert bits(load(tmp_path / name, weights=weights)[0]) == bits(params)
-    to_hf(tmp_path / "saved", tmp_path / "back")
-    hf.assert_same(hf.read(tmp_path / "back"), held)
+    to_hf(tmp_path / "saved", tmp_path / "saved_back")
+    hf.assert_same(hf.read(tmp_path / "saved_back"), held)
 
 
 @pytest.mark.parametrize("kind", KINDS)
