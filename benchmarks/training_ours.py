@@ -123,7 +123,7 @@ def main() -> None:
     """A line for the device, then one for each run."""
     asked = json.loads(sys.argv[1])
     cfg, device = config(asked["size"]), jax.devices()[0].device_kind
-    emit({"device": device, "versions": f"jax {jax.__version__}", **ceilings()})
+    emit({"device": device, "versions": f"jax {jax.__version__}", **ceilings(asked["size"])})
     for given in asked["works"]:
         run = Run(**given)
         try:
