@@ -210,25 +210,31 @@ def greedy(
     return _numpy(torch.cat(tokens, 1)), _numpy(torch.stack(chosen, 1))
 
 
+@functools.cache
+def answer(ref: Reference, row: str, steps: int = 64) -> tuple[np.ndarray, np.ndarray]:
+    """What `greedy` gives for a row of tiny.ROWS, computed once a process."""
+    return greedy(ref, tiny.inputs(ref.config, row), steps)
+
+
 def greedy_faults(
     ref: Reference, rows: tuple[str, ...] = GREEDY_ROWS, steps: int = 64
 ) -> list[str]:
     """What makes this model unfit for greedy comparisons; an empty list is what a test asserts.
 
     Asked for: at least 12 distinct tokens in an answer, top-two logits 1e-4 apart at each step,
-    another answer once the picture is blank.
+    another answer within 16 tokens once the picture is blank.
     """
     faults = []
     for row in rows:
         prompt = tiny.inputs(ref.config, row)
-        tokens, chosen = greedy(ref, prompt, steps)
+        tokens, chosen = answer(ref, row, steps)
         top = np.sort(chosen, -1)
         if len(set(tokens[0].tolist())) < 12:
             faults.append(f"{row}: {len(set(tokens[0].tolist()))} distinct tokens")
         if (top[..., -1] - top[..., -2]).min() < 1e-4:
             faults.append(f"{row}: top two logits {(top[..., -1] - top[..., -2]).min():.1e} apart")
         if any(key.startswith("pixel") for key in prompt) and np.array_equal(
-            tokens, greedy(ref, tiny.blank(prompt), steps)[0]
+            tokens[:, :16], greedy(ref, tiny.blank(prompt), 16)[0]
         ):
             faults.append(f"{row}: the same answer with a blank picture")
     return faults
