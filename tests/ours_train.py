@@ -19,7 +19,7 @@ FP32 = recipe.Step(dtype="float32", remat="none", loss_chunk=16)
 FAST = {"xla_backend_optimization_level": 0}  # half the compile time, and nothing here runs long
 
 
-def model(variant="golden", moe=False):
+def model(variant="shallow", moe=False):
     """(params, cfg, config.json) of a tiny model, without torch."""
     config = tiny.config_dict(variant, moe)
     return *ours.build(SimpleNamespace(config=config, weights=tiny.weights(config, 0))), config

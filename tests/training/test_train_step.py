@@ -117,11 +117,11 @@ def test_bf16_computes_over_fp32_weights(tiny_model, dropped):
 def test_bf16_gradients_are_those_of_fp32_to_their_own_digits(tiny_model, micro):
     """The forward pass is the same, and so is the update but for what 8 bits round away.
 
-    Those of several micro batches are added in fp32.
+    Those of several micro batches are added in fp32; a single one is of text alone here.
     """
     m, moved = tiny_model, []
     each = [ours_train.pack(m.cfg, [[s]]) for s in m.samples]
-    batch = m.batch if micro == 1 else ours_train.micro(*each)
+    batch = m.text if micro == 1 else ours_train.micro(*each)
     rule = Optimizer(name="sgd", learning_rate=1.0, schedule="constant", weight_decay=0.0, clip=0.0)
     for kind in ("float32", "bfloat16"):
         settings = dataclasses.replace(ours_train.FP32, dtype="bfloat16", gradients=kind)
