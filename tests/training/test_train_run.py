@@ -28,7 +28,7 @@ STEPS = train_files.RECIPE["steps"]
 def files(tmp_path_factory):
     """A folder with a checkpoint, conversations and a recipe."""
     folder = tmp_path_factory.mktemp("train")
-    ckpt = train_files.checkpoint(folder / "ckpt")
+    ckpt = train_files.checkpoint(folder / "ckpt", layers=1)
     data = train_files.conversations(folder / "chats.jsonl")
     # What each step drops is drawn from a key of the checkpoint.
     random = {"attention_dropout": 0.1, "remat": "auto"}
