@@ -78,11 +78,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # Files that take longest, in that order: the last to start decides when two processes end.
 LONG = """
-    test_processes.py test_model.py test_parity.py test_video_parity.py test_batch_file.py
-    test_mesh_train.py test_generate.py test_convert_kept.py test_replicas.py
-    test_train_run.py test_mesh_infer.py test_cache.py test_train_watch.py test_infer.py
-    test_int8.py test_reference.py test_train_step.py test_attention.py test_demo.py
-    test_train.py
+    test_processes.py test_batch_file.py test_replicas.py test_mesh_train.py test_train_run.py
+    test_model.py test_parity.py test_benchmarks.py test_train_step.py test_train_watch.py
+    test_plan_is_the_run.py test_mesh_infer.py test_splash.py test_lora.py test_convert_kept.py
+    test_attention_gpu.py test_generate.py test_train.py test_infer.py test_session.py
+    test_train_parity.py test_cache.py test_mesh_engine.py test_int8.py test_decode_gpu.py
 """.split()
 
 

@@ -102,7 +102,7 @@ def test_greedy_64_tokens(moe):
 
     A fair test: at least 12 distinct tokens of 64, top two logits 1e-4 apart, and the picture matters.
     """
-    ref = reference.build("base", moe)
+    ref = reference.build("golden", moe)
     assert reference.greedy_faults(ref) == []
     params, cfg = ours.build(ref)
     rows = reference.GREEDY_ROWS

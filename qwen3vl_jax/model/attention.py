@@ -72,8 +72,8 @@ def attend(
     keys, ranges = spec((batch, None, "heads", None), where), spec((batch, tokens), where)
     in_specs = (queries, keys, keys, ranges, ranges, spec((batch, None), where))
     # A shard of the queries knows only the segments of its own tokens.
-    one = lo is not None and q.shape[1] == k.shape[1]
-    key_segments = jnp.where(hi > lo, lo + 1, 0) if one else None
+    same = q.shape[1] == k.shape[1]
+    key_segments = jnp.where(hi > lo, lo + 1, 0) if lo is not None and same else None
     return on_shards(run, in_specs, queries, q, k, v, hi, lo, key_segments)
 
 

@@ -156,8 +156,8 @@ def test_requests_are_watched_cancelled_and_never_held_back(demo, work):
 
 def test_a_killed_file_has_each_answer_once(work, tmp_path):
     """kill -9 at a random moment, then to the end: all answers, in order, each once."""
-    source, lines, _, alone = work
-    out = tmp_path / "out.jsonl"
+    lines, alone = (x[: LINES // 2] for x in (work[1], work[3]))
+    source, out = prompt_lines.write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
     partial = tmp_path / "out.jsonl.partial"
     env = {**os.environ, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     command = [sys.executable, ROOT / "infer.py", "--input", source, "--output", out]
@@ -232,7 +232,7 @@ def test_bad_lines_are_told_in_their_own_record(demo, tmp_path, capsys):
     # A corrected line is taken: only answered ones must stay as they are.
     source.write_text(source.read_text().replace("[1]\n", json.dumps(message("Hi")) + "\n", 1))
     with pytest.raises(SystemExit):
-        run("--input", source, "--output", out, "--max-len", 200)
+        run("--input", source, "--output", out, "--rows", 2, "--max-len", 200)
     assert answers(out)[0]["text"] == answers(out)[1]["text"] and len(answers(out)) == 2 * len(bad)
 
 

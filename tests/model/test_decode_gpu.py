@@ -2,7 +2,6 @@
 
 import functools
 
-import hf_files
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,8 +20,8 @@ MASK[1, :4] = MASK[2, :8] = 0
 @pytest.fixture(scope="module")
 def small():
     raw = tiny.config_dict("base")
-    raw["text_config"] |= hf_files.SMALL["text"]
-    raw["vision_config"] |= hf_files.SMALL["vision"]
+    raw["text_config"]["num_hidden_layers"] = 1
+    raw["vision_config"] |= {"depth": 1, "deepstack_visual_indexes": [0]}
     cfg = q3.Config.from_hf(raw)
     return jax.jit(functools.partial(q3.init_params, cfg=cfg))(jax.random.key(0)), cfg
 

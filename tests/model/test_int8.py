@@ -32,10 +32,9 @@ from qwen3vl_jax.model.quantized import Quantized, dequantize
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = {
-    "dense": ("base", False),
-    "moe": ("base", True),
-    "tied": ("tied", False),
-    "biases": ("attention_bias", False),
+    "dense": {},
+    "moe": {"moe": True},
+    "tied with biases": {"variant": "tied", "attention_bias": True},
 }
 # For each quantised array of a tree the axes that its scales do not have (their size is 1); experts are
 # [E, in, out], gate and up of a dense model [2, out, in].
@@ -72,7 +71,7 @@ def multiplied_out(params):
 @pytest.fixture(scope="module", params=KINDS)
 def kind(request, tmp_path_factory):
     """(config, weights, Hugging Face directory, int8 directory, what was logged) of a small model."""
-    raw, tensors = hf.small(*KINDS[request.param])
+    raw, tensors = hf.small(**KINDS[request.param])
     folder = tmp_path_factory.mktemp("kind")
     source = hf.write(folder / "hf", raw, tensors, 2)
     to_orbax(source, folder / "int8", weights="int8")
