@@ -3,12 +3,16 @@
     python -m benchmarks.constraints [--schemas 500] [--tokens 200] [--repeats 5]
 
 Random schemas, whose answers are bounded, go to the demo and to random weights of its shape, sampled. Then
-the demo's decode steps are timed with masks and without, in turn; the least of each counts. Exit code 1 if
-an answer does not fit its schema, or masks cost more than 10 %.
+decode steps are timed with masks and without, in turn; the least of each counts. Exit code 1 if an answer
+does not fit its schema, or masks cost random weights of a wider decoder more than 10 %. The demo's step on
+a CPU is about as short as the dispatches of one with masks, and has no bound. Other work on the machine
+shows in these times.
 """
 
 import argparse
+import dataclasses
 import functools
+import itertools
 import json
 import random
 import re
@@ -22,6 +26,8 @@ import qwen3vl_jax as q3
 from qwen3vl_jax.cli.common import DEMO
 
 MOST = 1.10  # times the decode step without masks
+WIDE: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 12}
+WIDE |= {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64}
 
 
 def random_schema(rng: random.Random, depth: int = 3) -> dict[str, Any]:
@@ -142,11 +148,13 @@ def main() -> int:
         print(f"{name}: {len(schemas) - len(wrong)} of {len(schemas)} answers fit their schema")
         print("\n".join(wrong[:10]))
         faults += len(wrong)
-    for rows in (1, 8):
-        free, masked = step_times(params, cfg, proc, rows, args.tokens, args.repeats)
+    wide = dataclasses.replace(cfg, text=dataclasses.replace(cfg.text, **WIDE))
+    models = {"the demo": (params, cfg), "wider": (q3.init_params(jax.random.key(0), wide), wide)}
+    for (name, model), rows in itertools.product(models.items(), (1, 8)):
+        free, masked = step_times(*model, proc, rows, args.tokens, args.repeats)
         times = f"{1e3 * free:.2f} ms, with masks {1e3 * masked:.2f} ms"
-        print(f"decode step, {rows} rows: {times}, {masked / free:.2f} times")
-        faults += masked > MOST * free
+        print(f"decode step, {name}, {rows} rows: {times}, {masked / free:.2f} times")
+        faults += name == "wider" and masked > MOST * free
     return int(bool(faults))
 
 
