@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import dataclasses
 import hmac
-import json
 import time
 from collections.abc import Collection
 from typing import Any
@@ -15,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qwen3vl_jax.serve.metrics import Metrics
 from qwen3vl_jax.serve.protocol import ApiError
+from qwen3vl_jax.storage.json_text import write_json
 
 GONE = 499  # the status that is counted for a client that went away
 _RETRY = {429: "1", 503: "10"}  # seconds after which a client may come again
@@ -167,4 +167,4 @@ def error_response(error: ApiError) -> JSONResponse:
 
 def event(data: Any) -> bytes:
     """One server-sent event, of data as JSON."""
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n".encode()
+    return f"data: {write_json(data, "event", ensure_ascii=False)}\n\n".encode()

@@ -1,6 +1,5 @@
 """An answer's tokens, as they come, into the parts of OpenAI's message."""
 
-import json
 import uuid
 from typing import Any
 
@@ -9,6 +8,7 @@ from qwen3vl_jax.processing.parse_reply import parse_calls
 from qwen3vl_jax.processing.processor import Processor
 from qwen3vl_jax.processing.tokenizer import TextStream
 from qwen3vl_jax.serve.protocol import ApiError, ChatRequest
+from qwen3vl_jax.storage.json_text import write_json
 
 OPEN, CLOSE, CALL = "<think>", "</think>", "<tool_call>"
 Delta = dict[str, Any]
@@ -88,7 +88,7 @@ class Reply:
         rest = reply.content.lstrip("\n")[len(self.sent.lstrip("\n")) :]
         found: list[Delta] = [{"content": rest}] if rest else []
         for index, call in enumerate(reply.tool_calls):
-            arguments = json.dumps(call.arguments, ensure_ascii=False)
+            arguments = write_json(call.arguments, "arguments", ensure_ascii=False)
             function = {"name": call.name, "arguments": arguments}
             name = f"call_{uuid.uuid4().hex[:24]}"
             given = {"index": index, "id": name, "type": "function", "function": function}
