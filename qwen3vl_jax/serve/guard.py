@@ -167,4 +167,4 @@ def error_response(error: ApiError) -> JSONResponse:
 
 def event(data: Any) -> bytes:
     """One server-sent event, of data as JSON."""
-    return f"data: {write_json(data, "event", ensure_ascii=False)}\n\n".encode()
+    return f"data: {write_json(data, 'event', ensure_ascii=False)}\n\n".encode()

@@ -18,6 +18,7 @@ from qwen3vl_jax.processing.tokenizer import stop_list
 from qwen3vl_jax.storage.json_text import read_json
 
 MOST_CHOICES = 128  # answers to one request
+MOST_INPUTS = 256  # vectors of one request
 # Stop strings, and characters of one: each is looked for at every token.
 MOST_STOPS, LONGEST_STOP = 16, 256
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
@@ -174,6 +175,8 @@ def read_embedding(data: bytes, model: str, size: int) -> EmbeddingRequest:
     found = given.get("input", [])
     things = found if isinstance(found, list) else [found]
     expected = "a text, an object of text, image, video, or a list of them (not token ids)"
+    if len(things) > MOST_INPUTS:
+        raise ApiError(400, f"input: got {len(things)}, expected at most {MOST_INPUTS}", "input")
     if not things or not all(isinstance(x, str | dict) and x for x in things):
         raise ApiError(400, f"input: got {shown(found)}, expected {expected}", "input")
     form = given.get("encoding_format", "float")
@@ -203,6 +206,8 @@ def _request(given: Mapping[str, Any], sampling: Mapping[str, float], limit: int
         raise ApiError(400, f"stop: expected {most}", "stop")
     # Without one, answers differ from request to request.
     seed = given.get("seed", secrets.randbits(32))
+    if type(seed) is not int:
+        raise ApiError(400, f"seed: got {shown(seed)}, expected a whole number", "seed")
     with blaming("max_repeats"):
         check_repeats(repeats := given.get("max_repeats", 0))
     with blaming("seed"):
